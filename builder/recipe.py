@@ -1,0 +1,165 @@
+"""What to build, as data: recipes/NAME/recipe.toml, its patches and smoke scripts."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+from pydantic import AfterValidator, Field
+
+from builder import tables
+from builder.tables import Commit, InsidePath, Sha256, Size, Table
+from gracefarm.errors import ConfigError
+
+
+def _canonical_version(text: str) -> str:
+    Version(text)
+    return text
+
+
+VersionText = Annotated[str, AfterValidator(_canonical_version)]
+
+
+class SdistSource(Table):
+    """A source distribution from the Python index, taken by the simple API and never executed while fetching."""
+
+    kind: Literal["sdist"]
+    name: str = Field(description="Project on the Python index")
+    version: VersionText = Field(description="Exact version")
+    sha256: Sha256
+
+
+class Submodule(Table):
+    """A git submodule, pinned like its parent."""
+
+    url: str
+    commit: Commit
+    tree: Commit
+
+
+class GitSource(Table):
+    """A git repository at one commit, checked by its tree; a branch or tag name is refused."""
+
+    kind: Literal["git"]
+    url: str
+    commit: Commit = Field(description="Full commit id; never a branch or a tag")
+    tree: Commit = Field(description="Tree id of that commit")
+    submodules: dict[str, Submodule] = Field(default_factory=dict, description="By path inside the tree; others stay empty")
+
+
+class FileSource(Table):
+    """A source archive (.tar.gz, .tar.xz, .zip) by URL and digest."""
+
+    kind: Literal["file"]
+    url: str
+    sha256: Sha256
+
+
+class File(Table):
+    """A further download that the build expects at a place of the source tree."""
+
+    url: str
+    sha256: Sha256
+    path: InsidePath = Field(description="Where it is put, relative to the source tree")
+    unpack: bool = Field(default=False, description="Unpack the archive into `path` instead of copying it")
+
+
+class Build(Table):
+    """How the wheel is compiled."""
+
+    subdirectory: InsidePath = Field(default=".", description="Folder of pyproject.toml or setup.py in the source")
+    environment: dict[str, str] = Field(default_factory=dict, description="Variables for the build; they enter the build id")
+    config_settings: dict[str, str] = Field(default_factory=dict, description="PEP 517 config settings")
+    cuda: bool = Field(default=True, description="Needs the CUDA compiler and torch; false for a plain C extension")
+    memory_per_job: Size = Field(default="4GiB", description="Peak memory of one compile job; bounds the number of jobs")
+    binfmt: bool = Field(default=False, description="The build executes programs of the target other than Python")
+
+
+class Bundled(Table):
+    """A third-party file that the wheel carries on purpose."""
+
+    path: InsidePath
+    sha256: Sha256
+    license: str
+
+
+class Wheel(Table):
+    """What the finished wheel must look like."""
+
+    sm_extra: dict[str, tuple[str, ...]] = Field(
+        default_factory=dict,
+        description="Further sm values for named source files (glob), as {'hopper/*.cu' = ['90a']}",
+    )
+    bundled: tuple[Bundled, ...] = Field(default=(), description="Third-party files inside; any other is refused")
+    max_size: Size = Field(default="500MiB", description="Largest wheel accepted")
+
+
+class Smoke(Table):
+    """What must work in a clean environment."""
+
+    imports: tuple[str, ...] = Field(min_length=1, description="Modules imported by name, extensions included")
+
+
+class Recipe(Table):
+    """recipe.toml."""
+
+    name: str = Field(description="Distribution name")
+    version: VersionText = Field(description="Version of the wheel; another one is an error")
+    summary: str = ""
+    license: str = Field(description="SPDX expression")
+    stack: str = Field(default="cu130", description="Stack used when none is asked for")
+    source: Annotated[SdistSource | GitSource | FileSource, Field(discriminator="kind")]
+    files: tuple[File, ...] = ()
+    build: Build = Build()
+    wheel: Wheel = Wheel()
+    smoke: Smoke
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedRecipe:
+    """A recipe with the files beside it."""
+
+    folder: Path
+    data: Recipe
+    patches: tuple[Path, ...]
+    "In the order of their numbers."
+    smoke_script: Path | None
+
+    @property
+    def key(self) -> str:
+        """The folder's name: what the command line calls the recipe."""
+        return self.folder.name
+
+
+def names(recipes: Path) -> list[str]:
+    """Recipes in a folder, sorted."""
+    return sorted(path.parent.name for path in recipes.glob("*/recipe.toml"))
+
+
+def load(recipes: Path, name: str) -> LoadedRecipe:
+    """The recipe called `name`; its folder's name and its distribution's name both count, in any spelling.
+
+    Raises:
+        ConfigError: there is none (names the nearest), or its file does not fit the schema.
+    """
+    known = names(recipes)
+    wanted = canonicalize_name(name)
+    match = next((key for key in known if canonicalize_name(key) == wanted), None)
+    if match is None:
+        near = difflib.get_close_matches(wanted, known, n=1, cutoff=0.5)
+        raise ConfigError(
+            f"unknown recipe {name!r} in {recipes}",
+            remedy=f"did you mean {near[0]!r}?" if near else f"recipes: {', '.join(known) or 'none'}",
+        )
+    folder = recipes / match
+    smoke = folder / "smoke.py"
+    return LoadedRecipe(
+        folder=folder,
+        data=tables.read(folder / "recipe.toml", Recipe),
+        patches=tuple(sorted((folder / "patches").glob("[0-9][0-9][0-9][0-9]-*.patch"))),
+        smoke_script=smoke if smoke.is_file() else None,
+    )

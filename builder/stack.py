@@ -1,0 +1,131 @@
+"""What to build against, as data: stacks/NAME/stack.toml with its two locks."""
+
+from __future__ import annotations
+
+import difflib
+import platform
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, StringConstraints
+
+from builder import tables
+from builder.tables import Table
+from gracefarm.errors import ConfigError, HostError
+
+
+class Arch(StrEnum):
+    """An architecture, by the kernel's name."""
+
+    AARCH64 = "aarch64"
+    X86_64 = "x86_64"
+
+    @property
+    def debian(self) -> str:
+        """Debian's name for it."""
+        return {"aarch64": "arm64", "x86_64": "amd64"}[self.value]
+
+    @property
+    def triplet(self) -> str:
+        """GNU triplet, as in /usr/lib/TRIPLET and in the names of cross compilers."""
+        return f"{self.value}-linux-gnu"
+
+
+def host_arch() -> Arch:
+    """The architecture of this machine.
+
+    Raises:
+        HostError: it is neither x86_64 nor aarch64.
+    """
+    machine = platform.machine()
+    try:
+        return Arch({"arm64": "aarch64", "amd64": "x86_64"}.get(machine.lower(), machine.lower()))
+    except ValueError:
+        raise HostError(f"no builds on {machine}", remedy="use an x86_64 or aarch64 Linux machine") from None
+
+
+Sm = Annotated[str, StringConstraints(pattern=r"^\d{2,3}[af]?$")]
+
+
+class Torch(Table):
+    """The torch that the wheels link against."""
+
+    version: str
+    cuda: str = Field(description="What torch.version.cuda must say")
+
+
+class Environment(Table):
+    """The target's site-packages, at build time and at run time; the lock pins the whole of it."""
+
+    requirements: tuple[str, ...] = Field(description="What the lock is resolved from")
+
+
+class Toolchain(Table):
+    """Compilers. CUDA's come from wheels of the host's architecture, all else from the root."""
+
+    requirements: tuple[str, ...] = Field(default=(), description="Wheels of the CUDA compiler, locked with the environment")
+    gcc: int = Field(description="Major version of Debian's gcc in the root")
+
+
+class RootSpec(Table):
+    """The Debian suite and packages of the root file system."""
+
+    suite: str = Field(description="One stable suite, without -updates and -security")
+    host: tuple[str, ...] = Field(description="Packages of the host's architecture; {triplet} is the target's")
+    target: tuple[str, ...] = Field(description="Packages of the target's architecture")
+    cross: tuple[str, ...] = Field(
+        description="Further packages of the host where host and target differ; {triplet} is the target's with '-'"
+    )
+    native: tuple[str, ...] = Field(description="Further packages where they are the same")
+
+
+class Stack(Table):
+    """stack.toml."""
+
+    name: str
+    summary: str = ""
+    python: Annotated[str, StringConstraints(pattern=r"^3\.\d+$")]
+    torch: Torch
+    cuda: str = Field(description="CUDA toolkit, as 13.0")
+    sm: tuple[Sm, ...] = Field(min_length=1, description="Real architectures compiled for, exactly")
+    glibc: dict[Arch, str] = Field(description="Highest manylinux level accepted per target, as '2_34'")
+    environment: Environment
+    toolchain: Toolchain
+    root: RootSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedStack:
+    """A stack with its locks' places."""
+
+    folder: Path
+    data: Stack
+
+    @property
+    def requirements_lock(self) -> Path:
+        """Every wheel by version and sha256; pip and uv read it."""
+        return self.folder / "requirements.lock"
+
+    @property
+    def root_lock(self) -> Path:
+        """Every .deb by version and sha256."""
+        return self.folder / "root.lock"
+
+
+def load(stacks: Path, name: str) -> LoadedStack:
+    """The stack called `name`.
+
+    Raises:
+        ConfigError: there is none (names the nearest), or its file does not fit the schema.
+    """
+    folder = stacks / name
+    if not (folder / "stack.toml").is_file():
+        known = sorted(path.parent.name for path in stacks.glob("*/stack.toml"))
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        raise ConfigError(
+            f"unknown stack {name!r} in {stacks}",
+            remedy=f"did you mean {near[0]!r}?" if near else f"stacks: {', '.join(known) or 'none'}",
+        )
+    return LoadedStack(folder=folder, data=tables.read(folder / "stack.toml", Stack))

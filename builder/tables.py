@@ -1,0 +1,161 @@
+"""TOML tables checked by a schema; an error names file, line and, for a key, the nearest one that exists."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, StringConstraints, ValidationError
+from pydantic_core import ErrorDetails
+
+from gracefarm.errors import ConfigError
+
+
+class Table(BaseModel):
+    """A frozen table of a recipe or stack; unknown keys are an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Commit = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{40}$")]
+
+
+def _inside(path: str) -> str:
+    if path.startswith("/") or ".." in Path(path).parts:
+        msg = "must be a relative path without '..'"
+        raise ValueError(msg)
+    return path
+
+
+InsidePath = Annotated[str, AfterValidator(_inside)]
+"A relative path that stays inside the tree it is relative to."
+
+_UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as '3.5GiB'.
+
+    Raises:
+        ValueError: not a number followed by KiB, MiB, GiB or TiB.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(KiB|MiB|GiB|TiB)", text)
+    if match is None:
+        msg = f"{text!r} is not a size such as 3.5GiB"
+        raise ValueError(msg)
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def _size(text: str) -> str:
+    parse_size(text)
+    return text
+
+
+Size = Annotated[str, AfterValidator(_size)]
+
+T = TypeVar("T", bound=Table)
+
+
+def read(path: Path, schema: type[T]) -> T:
+    """The table in `path`.
+
+    Raises:
+        ConfigError: the file is absent, not TOML, or does not fit the schema; the sentence starts with `file:line:`.
+    """
+    try:
+        text = path.read_text()
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: no such file") from error
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: {error}", remedy="mend the TOML at that place") from error
+    try:
+        return schema.model_validate(values)
+    except ValidationError as error:
+        details = error.errors()[0]
+        location = tuple(part for part in details["loc"] if not _is_union_tag(part, values, details["loc"]))
+        line = find_line(text, location)
+        raise ConfigError(
+            f"{path}:{line}: {_sentence(details, location)}", remedy=_remedy(schema, details, location)
+        ) from error
+
+
+def _is_union_tag(part: int | str, values: dict[str, object], loc: tuple[int | str, ...]) -> bool:
+    """Pydantic puts a discriminator's value (`sdist`, `git`) into the location; the file has no such table."""
+    return part in ("sdist", "git", "file") and loc[0] == "source" and part not in values and loc.index(part) == 1
+
+
+def _sentence(details: ErrorDetails, location: tuple[int | str, ...]) -> str:
+    key = ".".join(str(part) for part in location)
+    if details["type"] == "extra_forbidden":
+        return f"unknown key {key!r}"
+    if details["type"] == "missing":
+        return f"key {key!r} is missing"
+    return f"key {key!r}: {details['msg']}"
+
+
+def _remedy(schema: type[Table], details: ErrorDetails, location: tuple[int | str, ...]) -> str:
+    if details["type"] != "extra_forbidden":
+        return "docs/recipes.md describes every key"
+    known = _known_keys(schema, location[:-1])
+    near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}?" if near else f"known keys here: {', '.join(known)}"
+
+
+def _known_keys(schema: type[Table], parents: tuple[int | str, ...]) -> list[str]:
+    """Names of the fields at a place of the schema, found in its JSON schema so that unions and lists are seen through."""
+    document = schema.model_json_schema()
+
+    def resolve(node: dict[str, object]) -> list[dict[str, object]]:
+        if isinstance(reference := node.get("$ref"), str):
+            return resolve(document["$defs"][reference.rsplit("/", 1)[-1]])
+        for word in ("anyOf", "oneOf"):
+            if isinstance(options := node.get(word), list):
+                return [found for option in options for found in resolve(option)]
+        return [node]
+
+    nodes = resolve(document)
+    for part in parents:
+        following: list[dict[str, object]] = []
+        for node in nodes:
+            properties = node.get("properties")
+            child = (
+                node.get("items") if isinstance(part, int) else properties.get(part) if isinstance(properties, dict) else None
+            )
+            if child is None:
+                child = node.get("additionalProperties")
+            if isinstance(child, dict):
+                following += resolve(child)
+        nodes = following
+    return sorted({key for node in nodes if isinstance(node.get("properties"), dict) for key in node["properties"]})  # type: ignore[attr-defined]
+
+
+def find_line(text: str, location: tuple[int | str, ...]) -> int:
+    """The line (from 1) of a key, or of the table that should hold it; tomllib keeps no positions."""
+    names = [part for part in location if isinstance(part, str)]
+    index = next((part for part in location if isinstance(part, int)), 0)
+    best, table, count = 1, "", -1
+    header = re.compile(r"^\s*\[\[?\s*([^\]]+?)\s*\]\]?")
+    for number, line in enumerate(text.splitlines(), 1):
+        if match := header.match(line):
+            table = match[1].replace('"', "").replace(" ", "")
+            wanted = ".".join(names).startswith(table) and table != ""
+            count += 1 if wanted and line.lstrip().startswith("[[") else 0
+            if wanted and (not line.lstrip().startswith("[[") or count == index):
+                best = number
+            continue
+        key = line.split("=", 1)[0].strip().replace('"', "")
+        full = f"{table}.{key}" if table else key
+        if (
+            key
+            and ".".join(names).startswith(full)
+            and (full == ".".join(names) or "." in ".".join(names)[len(full) :][:1])
+            and count in (-1, index)
+        ):
+            return number
+    return best

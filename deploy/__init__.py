@@ -1,0 +1,1 @@
+"""From a list of GH200 nodes to a served model."""

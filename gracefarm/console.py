@@ -1,0 +1,145 @@
+"""What a person or a machine sees: rich on a terminal, plain lines in a log, JSON lines with --json."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import click
+from rich.console import Console as RichConsole
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from gracefarm.errors import ExitCode, GracefarmError
+
+Tick = Callable[[int, int | None, str], None]
+"Progress of long work: done, total (None: unknown), and a short text such as the file or the time left."
+
+PLAIN_INTERVAL = 15.0
+
+
+def no_tick(_done: int, _total: int | None, _text: str) -> None:
+    """A Tick for callers that show nothing."""
+
+
+class Console:
+    """Where a cli prints. Texts go to stderr, results to stdout, so that a pipe receives results alone."""
+
+    def __init__(self, *, as_json: bool = False) -> None:
+        self.as_json = as_json
+        self._rich = RichConsole(stderr=True, highlight=False, soft_wrap=True)
+
+    @property
+    def interactive(self) -> bool:
+        """A person sits at a terminal."""
+        return self._rich.is_terminal and not self.as_json and "CI" not in os.environ
+
+    def event(self, kind: str, text: str, **fields: object) -> None:
+        """One thing that happened: a line for people, a JSON object (`event`, `text`, fields) for machines."""
+        if self.as_json:
+            sys.stdout.write(json.dumps({"event": kind, "text": text, **fields}, default=str) + "\n")
+            sys.stdout.flush()
+        else:
+            self._rich.print(escape(text))
+
+    def step(self, name: str, text: str) -> None:
+        """The start or the outcome of a step of the flow."""
+        if self.as_json:
+            self.event("step", text, step=name)
+        else:
+            self._rich.print(f"[bold cyan]{escape(name):>9}[/]  {escape(text)}")
+
+    def warn(self, text: str) -> None:
+        """Something the user should know and need not act on now."""
+        if self.as_json:
+            self.event("warning", text)
+        else:
+            self._rich.print(f"[yellow]{escape(text)}[/]")
+
+    def result(self, value: object, text: str = "") -> None:
+        """The answer itself, on stdout: `value` as JSON with --json, else `text`."""
+        sys.stdout.write((json.dumps(value, default=str) if self.as_json else text) + "\n")
+        sys.stdout.flush()
+
+    def error(self, error: GracefarmError) -> None:
+        """Cause, remedy and the command that repeats it."""
+        if self.as_json:
+            self.event(
+                "error",
+                error.cause,
+                remedy=error.remedy,
+                repeat=error.repeat,
+                exit_code=int(error.exit_code),
+                failure=error.exit_code.name.lower(),
+            )
+            return
+        self._rich.print(f"[bold red]error:[/] {escape(error.cause)}")
+        if error.remedy:
+            self._rich.print(f"[bold]remedy:[/] {escape(error.remedy)}")
+        if error.repeat:
+            self._rich.print(f"[bold]repeat:[/] {escape(error.repeat)}")
+
+    @contextmanager
+    def progress(self, name: str) -> Iterator[Tick]:
+        """A Tick that draws a bar on a terminal, prints a line every 15 s elsewhere, and an event each with --json."""
+        if not self.interactive:
+            yield self._plain_tick(name)
+            return
+        columns = (
+            TextColumn("[bold cyan]{task.fields[name]:>9}[/] "),
+            BarColumn(),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            TimeElapsedColumn(),
+            TextColumn("{task.description}"),
+        )
+        with Progress(*columns, console=self._rich, transient=True) as bar:
+            task = bar.add_task("", total=None, name=name, visible=False)
+            yield lambda done, total, text: bar.update(
+                task,
+                completed=done,
+                total=total if total is not None else max(done, 1),
+                description=escape(text),
+                visible=True,
+            )
+
+    def _plain_tick(self, name: str) -> Tick:
+        last = time.monotonic()
+
+        def tick(done: int, total: int | None, text: str) -> None:
+            nonlocal last
+            now = time.monotonic()
+            if now - last < PLAIN_INTERVAL and done != total:
+                return
+            last = now
+            if self.as_json:
+                self.event("progress", text, step=name, done=done, total=total)
+            else:
+                self.step(name, f"{done}/{'?' if total is None else total}  {text}".rstrip())
+
+        return tick
+
+
+def run(program: Callable[[], None], *, as_json: bool) -> None:
+    """Run a click program to its exit code: one clear sentence for what a user did, never a traceback for it.
+
+    Unexpected exceptions are our defects: they keep their traceback and exit with 1.
+    """
+    console = Console(as_json=as_json)
+    try:
+        program()
+    except GracefarmError as error:
+        console.error(error)
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        if as_json:
+            console.event("error", error.format_message(), exit_code=int(ExitCode.USAGE), failure="usage")
+        else:
+            error.show()
+        sys.exit(ExitCode.USAGE)
+    except (KeyboardInterrupt, click.Abort):
+        console.event("error", "interrupted; nothing was left running, the same command goes on from here")
+        sys.exit(ExitCode.INTERRUPTED)

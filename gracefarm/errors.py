@@ -1,0 +1,148 @@
+"""Failure classes. Each has an exit code (docs/errors.md), one sentence of cause, one of remedy, and the command that repeats it."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """What the programs return to the shell; documented in docs/errors.md and never renumbered."""
+
+    OK = 0
+    INTERNAL = 1
+    USAGE = 2
+    CONFIG = 3
+    HOST = 4
+    NOTHING_TO_DO = 5
+    FETCH = 10
+    DIGEST = 11
+    ROOT = 12
+    SOURCE = 13
+    NETWORK = 20
+    COMPILE = 21
+    MEMORY = 22
+    DISK = 23
+    WHEEL = 24
+    AUDIT = 30
+    SMOKE = 31
+    PUBLISH = 40
+    INSTALL = 41
+    SEVERAL = 50
+    INTERRUPTED = 130
+
+
+class GracefarmError(Exception):
+    """A failure that a user can act on. Raised where it is known, printed once, in a `cli` module."""
+
+    exit_code: ExitCode = ExitCode.INTERNAL
+
+    def __init__(self, cause: str, *, remedy: str = "", repeat: str = "") -> None:
+        super().__init__(cause)
+        self.cause = cause
+        self.remedy = remedy
+        self.repeat = repeat
+
+    def __str__(self) -> str:
+        return self.cause
+
+
+class UsageError(GracefarmError):
+    """The command line asks for something that does not exist or does not fit together."""
+
+    exit_code = ExitCode.USAGE
+
+
+class ConfigError(GracefarmError):
+    """A recipe, stack, lock or settings file is wrong or missing."""
+
+    exit_code = ExitCode.CONFIG
+
+
+class HostError(GracefarmError):
+    """This machine lacks something the work needs; `builder doctor` says how to mend it."""
+
+    exit_code = ExitCode.HOST
+
+
+class FetchError(GracefarmError):
+    """A source could not be had: absent, yanked, unreachable."""
+
+    exit_code = ExitCode.FETCH
+
+
+class DigestError(GracefarmError):
+    """What came is not what was pinned."""
+
+    exit_code = ExitCode.DIGEST
+
+
+class RootError(GracefarmError):
+    """The root file system or an environment could not be assembled."""
+
+    exit_code = ExitCode.ROOT
+
+
+class SourceError(GracefarmError):
+    """The source tree could not be prepared: a patch does not apply, a path leaves the tree."""
+
+    exit_code = ExitCode.SOURCE
+
+
+class NetworkError(GracefarmError):
+    """A build tried to reach the network; names what it wanted."""
+
+    exit_code = ExitCode.NETWORK
+
+
+class CompileError(GracefarmError):
+    """The package's build failed; carries the log's first real error."""
+
+    exit_code = ExitCode.COMPILE
+
+
+class MemoryBoundError(GracefarmError):
+    """The build was killed at its memory bound."""
+
+    exit_code = ExitCode.MEMORY
+
+
+class DiskFullError(GracefarmError):
+    """No space left on the device."""
+
+    exit_code = ExitCode.DISK
+
+
+class WheelError(GracefarmError):
+    """The build did not leave exactly the one wheel that the recipe promises."""
+
+    exit_code = ExitCode.WHEEL
+
+
+class AuditError(GracefarmError):
+    """A gate refused the wheel."""
+
+    exit_code = ExitCode.AUDIT
+
+
+class SmokeError(GracefarmError):
+    """The wheel does not import or its smoke test fails in a clean environment."""
+
+    exit_code = ExitCode.SMOKE
+
+
+class PublishError(GracefarmError):
+    """The index refused the wheel or could not be reached."""
+
+    exit_code = ExitCode.PUBLISH
+
+
+class InstallError(GracefarmError):
+    """The published wheel could not be installed back from the index."""
+
+    exit_code = ExitCode.INSTALL
+
+
+class SeveralError(GracefarmError):
+    """More than one of the asked-for builds failed; each was reported on its own."""
+
+    exit_code = ExitCode.SEVERAL
