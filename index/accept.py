@@ -1,0 +1,215 @@
+"""Taking a file in: every check, then one transaction. Used by uploads and by `index import`; what it confirms is never lost."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from hashlib import sha256 as _sha256
+from pathlib import Path
+from typing import Literal
+
+from packaging.utils import canonicalize_version
+
+from index import facts, records, sdist, wheel
+from index.catalogue import Catalogue, Change
+from index.errors import AlreadyExistsError, ForbiddenError, RefusedError
+from index.facts import Facts
+from index.metadata import Metadata
+from index.names import Distribution
+from index.store import Store
+
+Outcome = Literal["created", "same"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Destination:
+    """Where a file goes."""
+
+    set_name: str | None = None
+    "A staged set: hidden until it is published."
+    channel: Literal["release", "nightly"] = "release"
+    allow_new: bool = False
+    "Host the project even when nobody has told the catalogue to."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A file in staging whose bytes were read and found good."""
+
+    distribution: Distribution
+    path: Path
+    sha256: str
+    size: int
+    metadata: Metadata
+    record: bytes | None
+    facts: Facts
+    build: str | None
+    uploaded: str | None = None
+    "Only for imports: the time of the original."
+
+
+def inspect(path: Path, distribution: Distribution, sha256: str, uploaded: float | None = None) -> Candidate:
+    """Read every byte of a staged file; returns what the catalogue needs to know.
+
+    Raises:
+        RefusedError: what is wrong with it.
+    """
+    read = wheel.inspect if distribution.kind == "bdist_wheel" else sdist.inspect
+    metadata, record = read(path, distribution)
+    document = records.parse(record) if record is not None else {}
+    return Candidate(
+        distribution=distribution,
+        path=path,
+        sha256=sha256,
+        size=path.stat().st_size,
+        metadata=metadata,
+        record=record,
+        facts=facts.from_record(document).over(facts.from_name(distribution, metadata.requires)),
+        build=records.identity(document),
+        uploaded=datetime.fromtimestamp(uploaded, UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ") if uploaded else None,
+    )
+
+
+def check_wanted(catalogue: Catalogue, distribution: Distribution, sha256: str, destination: Destination) -> None:
+    """What can be refused before the bytes are read. `admit` asks again inside its transaction.
+
+    Raises:
+        ForbiddenError, AlreadyExistsError, RefusedError: see there.
+    """
+    _check_hosted(catalogue.row, distribution, destination)
+    _check_release(catalogue.rows, distribution)
+    row = catalogue.row("SELECT sha256, deleted FROM file WHERE filename = ?", (distribution.filename,))
+    if row is not None:
+        _check_same(distribution.filename, row["sha256"], row["deleted"], sha256)
+
+
+def admit(store: Store, catalogue: Catalogue, actor: str, candidate: Candidate, destination: Destination) -> Outcome:
+    """Give the file its place in the store and its row in the catalogue: durable and visible when this returns.
+
+    Raises:
+        ForbiddenError: the project is not hosted here, or archived or quarantined.
+        AlreadyExistsError: other bytes have that name, or had it once.
+        RefusedError: the release exists in another spelling.
+        StoreFullError: no space; nothing was changed.
+    """
+    distribution = candidate.distribution
+    with catalogue.change(actor) as change:
+        _check_hosted(_one(change), distribution, destination)
+        row = change.execute("SELECT * FROM file WHERE filename = ?", (distribution.filename,)).fetchone()
+        if row is not None:
+            _check_same(distribution.filename, row["sha256"], row["deleted"], candidate.sha256)
+            _join(change, row["id"], bool(row["hidden"]), distribution, destination)
+            return "same"
+        _check_release(lambda sql, values: change.execute(sql, values).fetchall(), distribution)
+        # Inside the transaction, so that `gc`, which holds the same lock, never sees the file between its name and its row.
+        store.adopt(candidate.path, candidate.sha256)
+        metadata_sha256 = _sha256(candidate.metadata.raw).hexdigest()
+        store.add_bytes(candidate.metadata.raw, metadata_sha256)
+        change.execute("INSERT OR IGNORE INTO project (name) VALUES (?)", (distribution.project,))
+        if candidate.record is not None and candidate.build is not None:
+            records.keep(store, change, candidate.build, candidate.record, inside_wheel=True)
+        _insert(change, candidate, destination, metadata_sha256)
+    return "created"
+
+
+def _one(change: Change) -> Callable[..., object]:
+    return lambda sql, values: change.execute(sql, values).fetchone()
+
+
+def _insert(change: Change, candidate: Candidate, destination: Destination, metadata_sha256: str) -> None:
+    distribution = candidate.distribution
+    known = candidate.facts
+    if candidate.build is not None:
+        known = records.facts_of(change, candidate.build).over(known)
+    inserted = change.execute(
+        "INSERT INTO file (filename, project, version, release, kind, sha256, size, metadata_sha256, requires_python, summary,"
+        " uploaded, actor, channel, hidden, cuda, facts, build) VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?) RETURNING id",
+        (
+            *(distribution.filename, distribution.project, distribution.version),
+            *(canonicalize_version(distribution.version), distribution.kind, candidate.sha256, candidate.size),
+            *(metadata_sha256, candidate.metadata.requires_python, candidate.metadata.summary),
+            *(candidate.uploaded or change.time, change.actor, destination.channel, destination.set_name is not None),
+            *(known.cuda, known.model_dump_json(), candidate.build),
+        ),
+    ).fetchone()
+    if destination.set_name is not None:
+        _add_member(change, destination.set_name, inserted["id"])
+    change.note(
+        "file.upload",
+        distribution.filename,
+        distribution.project,
+        sha256=candidate.sha256,
+        size=candidate.size,
+        set=destination.set_name,
+        channel=destination.channel,
+    )
+
+
+def _join(change: Change, file_id: int, hidden: bool, distribution: Distribution, destination: Destination) -> None:
+    """The same bytes once more: they join the set, or leave hiding when they are now uploaded for everybody."""
+    if destination.set_name is not None:
+        if _add_member(change, destination.set_name, file_id):
+            change.note("file.join", distribution.filename, distribution.project, set=destination.set_name)
+    elif hidden:
+        change.execute("UPDATE file SET hidden = 0 WHERE id = ?", (file_id,))
+        change.note("file.upload", distribution.filename, distribution.project, shown=True)
+
+
+def _add_member(change: Change, set_name: str, file_id: int) -> bool:
+    state = change.execute("SELECT state FROM release_set WHERE name = ?", (set_name,)).fetchone()
+    if state is None or state["state"] != "staged":
+        raise RefusedError(f"{set_name!r} is not a staged set", remedy="create one with `index stage create`")
+    added = change.execute("INSERT OR IGNORE INTO member (set_name, file_id) VALUES (?, ?)", (set_name, file_id))
+    return added.rowcount > 0
+
+
+def _check_hosted(row: Callable[..., object], distribution: Distribution, destination: Destination) -> None:
+    found = row("SELECT status, hosted FROM project WHERE name = ?", (distribution.project,))
+    if (found is None or not found["hosted"]) and not destination.allow_new:  # type: ignore[index]
+        raise ForbiddenError(
+            f"this index was not told to host {distribution.project}",
+            remedy=f"run `index host {distribution.project}`, or serve with --allow-new",
+        )
+    if found is not None and found["status"] in ("archived", "quarantined"):  # type: ignore[index]
+        raise ForbiddenError(
+            f"the project {distribution.project} is {found['status']}",  # type: ignore[index]
+            remedy=f"run `index status {distribution.project} active` first",
+        )
+
+
+def _check_same(filename: str, known: str, deleted: str | None, sha256: str) -> None:
+    if deleted is not None:
+        raise AlreadyExistsError(
+            f"File already exists: {filename} was deleted, and a name is never used again", remedy="build a new version"
+        )
+    if known != sha256:
+        raise AlreadyExistsError(
+            f"File already exists: {filename} with other bytes (sha256 {known})",
+            remedy="a published file never changes; build a new version",
+        )
+
+
+def _check_release(rows: Callable[..., list[object]], distribution: Distribution) -> None:
+    """1.0 and 1.0.0 are one release (PEP 440); it keeps the spelling it was first published with."""
+    found = rows(
+        "SELECT DISTINCT version FROM file WHERE project = ? AND release = ? AND deleted IS NULL",
+        (distribution.project, canonicalize_version(distribution.version)),
+    )
+    spellings = {str(row["version"]) for row in found}  # type: ignore[index]
+    if spellings and distribution.version not in spellings:
+        raise RefusedError(
+            f"{distribution.filename}: the release is already spelled {min(spellings)} here",
+            remedy=f"name the version {min(spellings)}, so that one release has one spelling",
+        )
+
+
+def describe(outcome: Outcome, filename: str) -> str:
+    """One line for the client."""
+    return f"{filename} is published" if outcome == "created" else f"{filename} was here already, with the same bytes"
+
+
+def as_json(outcome: Outcome, filename: str, sha256: str) -> str:
+    """The same for machines."""
+    return json.dumps({"filename": filename, "sha256": sha256, "outcome": outcome})

@@ -1,0 +1,142 @@
+"""A zip archive read with suspicion: framing, names, sizes. What two readers could read differently is refused."""
+
+from __future__ import annotations
+
+import struct
+import unicodedata
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from index.errors import RefusedError
+
+MAX_MEMBERS = 100_000
+MAX_UNPACKED = 16 << 30
+"Bytes: several times the largest CUDA wheel known."
+MAX_RATIO = 200
+"Text compresses twentyfold, cubins tenfold at best; a bomb starts at a thousand."
+RATIO_FLOOR = 64 << 20
+"Bytes unpacked below which a ratio proves nothing: an empty cubin section compresses without end."
+
+_LOCAL_HEADER = struct.Struct("<4s5H3L2H")
+_END_OF_DIRECTORY = 22
+_KNOWN_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+
+
+@contextmanager
+def open_zip(path: Path, filename: str) -> Iterator[zipfile.ZipFile]:
+    """The archive at `path`, checked; `filename` is what the refusals call it.
+
+    Raises:
+        RefusedError: it is no zip, two readers could see different content, a name leaves the tree, or it unpacks to too much.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+            _check_sizes(filename, members, path.stat().st_size)
+            _check_names(filename, members)
+            _check_framing(filename, archive, path)
+            yield archive
+    except (zipfile.BadZipFile, EOFError, struct.error, NotImplementedError, UnicodeDecodeError) as error:
+        raise RefusedError(
+            f"{filename} is not a zip archive: {error}",
+            remedy="the file was cut off or is something else; build or fetch it again",
+        ) from error
+
+
+def _check_sizes(filename: str, members: list[zipfile.ZipInfo], packed: int) -> None:
+    if len(members) > MAX_MEMBERS:
+        raise RefusedError(f"{filename} holds {len(members)} files, more than {MAX_MEMBERS}", remedy="split the distribution")
+    unpacked = sum(member.file_size for member in members)
+    if unpacked > MAX_UNPACKED or (unpacked > RATIO_FLOOR and unpacked > packed * MAX_RATIO):
+        raise RefusedError(
+            f"{filename} unpacks from {packed} to {unpacked} bytes: a zip bomb", remedy="build it without the padding"
+        )
+
+
+def _check_names(filename: str, members: list[zipfile.ZipInfo]) -> None:
+    seen: set[str] = set()
+    for member in members:
+        name = member.orig_filename
+        parts = name.rstrip("/").split("/")
+        if (
+            name.startswith("/")
+            or "\\" in name
+            or "\0" in name
+            or any(part in ("", ".", "..") for part in parts)
+            or ":" in parts[0]
+        ):
+            raise RefusedError(
+                f"{filename} holds {name!r}, a path that leaves the archive", remedy="use relative paths with '/' only"
+            )
+        folded = unicodedata.normalize("NFC", name)
+        if folded in seen:
+            raise RefusedError(f"{filename} holds {name!r} twice", remedy="installers would disagree on which one counts")
+        seen.add(folded)
+        if member.flag_bits & 0x1:
+            raise RefusedError(f"{filename}: {name} is encrypted", remedy="store it in the clear")
+        if member.compress_type not in _KNOWN_METHODS:
+            raise RefusedError(
+                f"{filename}: {name} uses compression method {member.compress_type}", remedy="use deflate or store (PEP 427)"
+            )
+        if (member.external_attr >> 28) == 0xA:
+            raise RefusedError(f"{filename}: {name} is a symbolic link", remedy="store the file itself")
+
+
+def _check_framing(filename: str, archive: zipfile.ZipFile, path: Path) -> None:
+    """Members, central directory and end record must cover the file without a gap before, between or behind.
+
+    A streaming reader takes local headers, a seeking one the directory: with gaps or overlaps they unpack different files.
+    """
+    start = archive.start_dir
+    with path.open("rb") as stream:
+        position = 0
+        for member in sorted(archive.infolist(), key=lambda item: item.header_offset):
+            if member.header_offset != position:
+                raise RefusedError(
+                    f"{filename}: bytes outside any file before {member.filename}", remedy="write the archive anew"
+                )
+            position = _end_of_member(filename, stream, member)
+        if position != start:
+            raise RefusedError(f"{filename}: bytes outside any file before the directory", remedy="write the archive anew")
+        size = path.stat().st_size
+        stream.seek(max(0, size - _END_OF_DIRECTORY))
+        if stream.read(4) != b"PK\x05\x06":
+            raise RefusedError(
+                f"{filename}: something follows the archive's end", remedy="write the archive anew, without a comment"
+            )
+
+
+def _end_of_member(filename: str, stream: IO[bytes], member: zipfile.ZipInfo) -> int:
+    stream.seek(member.header_offset)
+    header = _LOCAL_HEADER.unpack(stream.read(_LOCAL_HEADER.size))
+    flags, name_length, extra_length = header[2], header[9], header[10]
+    name = stream.read(name_length)
+    if header[0] != b"PK\x03\x04" or name.decode("utf-8" if flags & 0x800 else "cp437") != member.orig_filename:
+        raise RefusedError(
+            f"{filename}: the local header of {member.filename} names another file", remedy="write the archive anew"
+        )
+    end: int = member.header_offset + _LOCAL_HEADER.size + name_length + extra_length + member.compress_size
+    if not flags & 0x8:
+        if 0xFFFFFFFF not in header[7:9] and (header[7], header[8]) != (member.compress_size, member.file_size):
+            raise RefusedError(f"{filename}: two sizes for {member.filename}", remedy="write the archive anew")
+        return end
+    return end + _descriptor_length(stream, end, member)
+
+
+def _descriptor_length(stream: IO[bytes], end: int, member: zipfile.ZipInfo) -> int:
+    """Length of a data descriptor: with or without its signature, 32 or 64 bit."""
+    stream.seek(end)
+    raw = stream.read(24)
+    for layout in ("<4sLLL", "<4sLQQ", "<LLL", "<LQQ"):
+        size = struct.calcsize(layout)
+        values = struct.unpack(layout, raw[:size]) if len(raw) >= size else ()
+        if values[-3:] == (member.CRC, member.compress_size, member.file_size) and (
+            len(values) == 3 or values[0] == b"PK\x07\x08"
+        ):
+            return size
+    raise RefusedError(
+        f"the data descriptor of {member.filename} disagrees with the directory", remedy="write the archive anew"
+    )

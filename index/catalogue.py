@@ -1,0 +1,293 @@
+"""The catalogue: one SQLite file in WAL mode that says which files exist, who may write, and what happened.
+
+Every change is one transaction that also appends to the audit log; the log's serial is the index's notion of time.
+Checkpoints are left to `open_catalogue` and `Catalogue.close`: between them the main file does not change and the WAL only
+grows, so that a plain copy of the folder is a consistent catalogue of some moment (docs/index-operation.md).
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from gracefarm.errors import ConfigError
+from index.errors import StoreFullError
+
+SCHEMA_VERSION = 1
+
+Parameters = tuple[object, ...] | Mapping[str, object]
+
+WAL_BOUND = 1 << 30
+"Bytes of WAL after which a running server checkpoints all the same; a disk is worth more than one copy in progress."
+
+_SCHEMA = """
+CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE project (
+    name TEXT PRIMARY KEY,
+    status TEXT NOT NULL DEFAULT 'active' CHECK (status IN ('active', 'archived', 'deprecated', 'quarantined')),
+    reason TEXT NOT NULL DEFAULT '',
+    hosted INTEGER NOT NULL DEFAULT 1,
+    serial INTEGER NOT NULL DEFAULT 0
+) WITHOUT ROWID;
+CREATE TABLE file (
+    id INTEGER PRIMARY KEY,
+    filename TEXT NOT NULL UNIQUE,
+    project TEXT NOT NULL REFERENCES project (name),
+    version TEXT NOT NULL,
+    release TEXT NOT NULL,
+    kind TEXT NOT NULL CHECK (kind IN ('bdist_wheel', 'sdist')),
+    sha256 TEXT NOT NULL,
+    size INTEGER NOT NULL,
+    metadata_sha256 TEXT,
+    requires_python TEXT,
+    summary TEXT NOT NULL DEFAULT '',
+    uploaded TEXT NOT NULL,
+    actor TEXT NOT NULL,
+    channel TEXT NOT NULL DEFAULT 'release' CHECK (channel IN ('release', 'nightly')),
+    hidden INTEGER NOT NULL DEFAULT 0,
+    yanked TEXT,
+    deleted TEXT,
+    cuda TEXT,
+    facts TEXT NOT NULL DEFAULT '{}',
+    build TEXT
+);
+CREATE INDEX file_project ON file (project);
+CREATE INDEX file_sha256 ON file (sha256);
+CREATE INDEX file_build ON file (build);
+CREATE TABLE release_set (
+    name TEXT PRIMARY KEY,
+    state TEXT NOT NULL CHECK (state IN ('staged', 'published', 'dropped')),
+    preview TEXT NOT NULL UNIQUE,
+    channel TEXT NOT NULL DEFAULT 'release',
+    matrix TEXT NOT NULL DEFAULT '[]',
+    created TEXT NOT NULL,
+    published TEXT
+) WITHOUT ROWID;
+CREATE TABLE member (
+    set_name TEXT NOT NULL REFERENCES release_set (name),
+    file_id INTEGER NOT NULL REFERENCES file (id),
+    PRIMARY KEY (set_name, file_id)
+) WITHOUT ROWID;
+CREATE INDEX member_file ON member (file_id);
+CREATE TABLE mirrored (
+    set_name TEXT NOT NULL REFERENCES release_set (name),
+    filename TEXT NOT NULL,
+    project TEXT NOT NULL,
+    version TEXT NOT NULL,
+    kind TEXT NOT NULL,
+    sha256 TEXT NOT NULL,
+    size INTEGER NOT NULL,
+    metadata_sha256 TEXT,
+    requires_python TEXT,
+    uploaded TEXT NOT NULL,
+    url TEXT,
+    PRIMARY KEY (set_name, filename)
+) WITHOUT ROWID;
+CREATE INDEX mirrored_sha256 ON mirrored (sha256);
+CREATE TABLE record (
+    id TEXT PRIMARY KEY,
+    recipe TEXT NOT NULL DEFAULT '',
+    version TEXT NOT NULL DEFAULT '',
+    stack TEXT NOT NULL DEFAULT '',
+    target TEXT NOT NULL DEFAULT '',
+    outcome TEXT NOT NULL DEFAULT '',
+    seconds REAL,
+    cause TEXT NOT NULL DEFAULT '',
+    finished TEXT NOT NULL DEFAULT '',
+    document_sha256 TEXT,
+    document_size INTEGER,
+    log_sha256 TEXT,
+    log_size INTEGER,
+    updated TEXT NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE token (
+    id INTEGER PRIMARY KEY,
+    name TEXT NOT NULL,
+    sha256 TEXT NOT NULL UNIQUE,
+    project TEXT,
+    set_name TEXT,
+    created TEXT NOT NULL,
+    expires TEXT,
+    revoked TEXT
+);
+CREATE TABLE audit (
+    serial INTEGER PRIMARY KEY AUTOINCREMENT,
+    time TEXT NOT NULL,
+    actor TEXT NOT NULL,
+    action TEXT NOT NULL,
+    subject TEXT NOT NULL,
+    detail TEXT NOT NULL DEFAULT '{}'
+);
+CREATE TRIGGER audit_keeps BEFORE UPDATE ON audit BEGIN SELECT RAISE(ABORT, 'the audit log is append-only'); END;
+CREATE TRIGGER audit_stays BEFORE DELETE ON audit BEGIN SELECT RAISE(ABORT, 'the audit log is append-only'); END;
+"""
+
+
+def now() -> str:
+    """UTC, as PEP 700 writes times: yyyy-mm-ddThh:mm:ss.ffffffZ."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+
+
+@dataclass(kw_only=True)
+class Change:
+    """One transaction: everything in it becomes visible at once, with an entry in the audit log."""
+
+    database: sqlite3.Connection
+    actor: str
+    time: str
+
+    def note(self, action: str, subject: str, *projects: str, **detail: object) -> int:
+        """Append to the audit log and mark `projects` as changed ("" is never a project). Returns the serial."""
+        row = self.database.execute(
+            "INSERT INTO audit (time, actor, action, subject, detail) VALUES (?, ?, ?, ?, ?) RETURNING serial",
+            (self.time, self.actor, action, subject, json.dumps(detail, default=str, sort_keys=True)),
+        ).fetchone()
+        serial = int(row[0])
+        self.database.executemany("UPDATE project SET serial = ? WHERE name = ?", [(serial, name) for name in projects])
+        return serial
+
+    def execute(self, sql: str, parameters: Parameters = ()) -> sqlite3.Cursor:
+        """One statement inside the transaction."""
+        return self.database.execute(sql, parameters)
+
+
+class Catalogue:
+    """Connections to one catalogue, one for each thread; writers wait for each other, readers never wait."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._local = threading.local()
+        self._all: list[sqlite3.Connection] = []
+
+    @property
+    def database(self) -> sqlite3.Connection:
+        """This thread's connection."""
+        found: sqlite3.Connection | None = getattr(self._local, "connection", None)
+        if found is None:
+            found = _connect(self.path)
+            self._local.connection = found
+            self._all.append(found)
+        return found
+
+    def rows(self, sql: str, parameters: Parameters = ()) -> list[sqlite3.Row]:
+        """All rows of a query."""
+        return self.database.execute(sql, parameters).fetchall()
+
+    def row(self, sql: str, parameters: Parameters = ()) -> sqlite3.Row | None:
+        """The first row of a query, if any."""
+        found: sqlite3.Row | None = self.database.execute(sql, parameters).fetchone()
+        return found
+
+    @contextmanager
+    def change(self, actor: str) -> Iterator[Change]:
+        """A transaction, durable when the block has ended well, without trace when it has not.
+
+        Raises:
+            StoreFullError: no space for the WAL; nothing was changed.
+        """
+        database = self.database
+        try:
+            database.execute("BEGIN IMMEDIATE")
+            try:
+                yield Change(database=database, actor=actor, time=now())
+                database.execute("COMMIT")
+            except BaseException:
+                if database.in_transaction:
+                    database.execute("ROLLBACK")
+                raise
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorname not in ("SQLITE_FULL", "SQLITE_IOERR_WRITE", "SQLITE_IOERR_SHMSIZE"):
+                raise
+            raise StoreFullError(
+                f"no space left on the file system that holds {self.path.parent}",
+                remedy="free space there; nothing was changed",
+            ) from error
+
+    def version(self) -> int:
+        """A number that changes whenever another connection, of any process, has committed."""
+        return int(self.database.execute("PRAGMA data_version").fetchone()[0])
+
+    def serial(self) -> int:
+        """Serial of the last change; 0 before the first."""
+        return int(self.database.execute("SELECT coalesce(max(serial), 0) FROM audit").fetchone()[0])
+
+    def tidy(self) -> None:
+        """Fold the WAL into the main file when it has outgrown its bound."""
+        wal = self.path.with_name(self.path.name + "-wal")
+        if wal.exists() and wal.stat().st_size > WAL_BOUND:
+            self.database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+    def close(self) -> None:
+        """Close this process's connections."""
+        for connection in self._all:
+            connection.close()
+        self._all.clear()
+        self._local = threading.local()
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    database = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
+    database.row_factory = sqlite3.Row
+    database.execute("PRAGMA journal_mode=WAL")
+    database.execute("PRAGMA synchronous=FULL")
+    database.execute("PRAGMA foreign_keys=ON")
+    database.execute("PRAGMA wal_autocheckpoint=0")
+    # The last connection to close would checkpoint: that is the same as at start, and as safe.
+    return database
+
+
+def open_catalogue(path: Path) -> Catalogue:
+    """Open or create the catalogue at `path`.
+
+    Raises:
+        ConfigError: it is no catalogue, or one of a newer index.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    catalogue = Catalogue(path)
+    try:
+        _ensure_schema(catalogue)
+    except sqlite3.DatabaseError as error:
+        catalogue.close()
+        raise ConfigError(
+            f"{path} cannot be read as a catalogue: {error}",
+            remedy="put the copy of a backup there, or import the files anew with `index import`",
+        ) from error
+    return catalogue
+
+
+def _ensure_schema(catalogue: Catalogue) -> None:
+    database = catalogue.database
+    if database.execute("SELECT 1 FROM sqlite_master WHERE name = 'meta'").fetchone() is None:
+        # IF two processes create at once, the second finds the table inside its own transaction.
+        database.execute("BEGIN IMMEDIATE")
+        try:
+            if database.execute("SELECT 1 FROM sqlite_master WHERE name = 'meta'").fetchone() is None:
+                for statement in _statements(_SCHEMA):
+                    database.execute(statement)
+                database.execute("INSERT INTO meta VALUES ('schema', ?)", (str(SCHEMA_VERSION),))
+            database.execute("COMMIT")
+        except BaseException:
+            database.execute("ROLLBACK")
+            raise
+    found = int(database.execute("SELECT value FROM meta WHERE key = 'schema'").fetchone()[0])
+    if found > SCHEMA_VERSION:
+        raise ConfigError(
+            f"{catalogue.path} was written by a newer index (schema {found}, this one knows {SCHEMA_VERSION})",
+            remedy="upgrade gracefarm on this machine",
+        )
+
+
+def _statements(script: str) -> Iterator[str]:
+    """The statements of a script one by one, so that they stay inside our transaction (executescript would commit it)."""
+    pending = ""
+    for line in script.splitlines(keepends=True):
+        pending += line
+        if sqlite3.complete_statement(pending):
+            yield pending
+            pending = ""

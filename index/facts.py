@@ -1,0 +1,109 @@
+"""CUDA facts of a file: what the JSON page adds as _cuda, _torch, _sm and _glibc, and what the views sort by."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+from packaging.requirements import InvalidRequirement, Requirement
+from packaging.version import Version
+from pydantic import BaseModel, ConfigDict
+
+from index.names import Distribution
+
+_CUDA_LOCAL = re.compile(r"(?:^|\.)cu(?:(\d{2})(\d)|\.?(\d+)\.(\d+))(?=\D|$)")
+_TORCH_LOCAL = re.compile(r"torch\.?(\d+\.\d+)")
+_MANYLINUX = re.compile(r"manylinux_(\d+)_(\d+)_")
+_LEGACY_GLIBC = {"manylinux1": "2.5", "manylinux2010": "2.12", "manylinux2014": "2.17"}
+
+
+class Facts(BaseModel):
+    """What a person chooses a CUDA wheel by. None and empty mean not known."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    cuda: str | None = None
+    "As 13.0."
+    torch: str | None = None
+    "As 2.11 or 2.11.0."
+    sm: tuple[str, ...] = ()
+    "As 90, 90a."
+    glibc: str | None = None
+    "As 2.34."
+
+    def keys(self) -> dict[str, object]:
+        """The private keys of the JSON page (PEP 700 keeps the leading underscore for indexes)."""
+        found = {"_cuda": self.cuda, "_torch": self.torch, "_sm": list(self.sm), "_glibc": self.glibc}
+        return {key: value for key, value in found.items() if value}
+
+    def over(self, weaker: Facts) -> Facts:
+        """These facts, gaps filled from `weaker`."""
+        return Facts(
+            cuda=self.cuda or weaker.cuda,
+            torch=self.torch or weaker.torch,
+            sm=self.sm or weaker.sm,
+            glibc=self.glibc or weaker.glibc,
+        )
+
+
+def from_name(distribution: Distribution, requires: Iterable[str]) -> Facts:
+    """What the local version, the platform tag and the pin on torch say."""
+    local = Version(distribution.version).local or ""
+    cuda = _CUDA_LOCAL.search(local)
+    torch = _TORCH_LOCAL.search(local)
+    return Facts(
+        cuda=f"{cuda[1] or cuda[3]}.{cuda[2] or cuda[4]}" if cuda else None,
+        torch=torch[1] if torch else _torch_pin(requires),
+        glibc=_glibc(distribution),
+    )
+
+
+def _torch_pin(requires: Iterable[str]) -> str | None:
+    for line in requires:
+        try:
+            requirement = Requirement(line)
+        except InvalidRequirement:
+            continue
+        if requirement.name.lower() == "torch":
+            pins = [item.version.removesuffix(".*") for item in requirement.specifier if item.operator in ("==", "===")]
+            return pins[0] if pins else None
+    return None
+
+
+def _glibc(distribution: Distribution) -> str | None:
+    platforms = {tag.platform for tag in distribution.tags}
+    found = [f"{match[1]}.{match[2]}" for platform in platforms if (match := _MANYLINUX.match(platform))]
+    found += [_LEGACY_GLIBC[head] for platform in platforms if (head := platform.split("_")[0]) in _LEGACY_GLIBC]
+    return min(found, key=Version) if found else None
+
+
+def from_record(record: Mapping[str, object]) -> Facts:
+    """What a farm's record says, wherever in the document the stack and the measured wheel stand.
+
+    Read are the first `cuda`, `torch`, `sm`, `glibc` found breadth-first under `facts`, `outputs`, `wheel`, `stack`, `inputs`:
+    records of several versions are served by one index, and a fact that is absent is only absent.
+    """
+    places = list(_places(record))
+    sm = next((value for place in places if (value := place.get("sm"))), ())
+    return Facts(
+        cuda=_text(places, "cuda"),
+        torch=_text(places, "torch"),
+        sm=tuple(str(item).removeprefix("sm_") for item in sm) if isinstance(sm, list | tuple) else (),
+        glibc=_text(places, "glibc"),
+    )
+
+
+def _places(record: Mapping[str, object], depth: int = 0) -> Iterable[Mapping[str, object]]:
+    named = [record[key] for key in ("facts", "outputs", "wheel", "stack", "inputs") if key in record]
+    yield from ([record] if depth else [])
+    for value in named:
+        if isinstance(value, Mapping) and depth < 3:
+            yield from _places(value, depth + 1)
+
+
+def _text(places: Iterable[Mapping[str, object]], key: str) -> str | None:
+    for place in places:
+        value = place.get(key)
+        if isinstance(value, str) and re.match(r"\d+(\.\d+)*", value):
+            return value
+    return None

@@ -1,0 +1,116 @@
+"""Bounds on what clients may take: size, time, open uploads, rate. One stalled or hostile client must not stop the others."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from index.errors import TooManyError
+
+_CLIENTS = 10_000
+"Addresses remembered; beyond that the oldest are forgotten, so that many addresses cannot fill the memory."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What `index serve` takes as options."""
+
+    upload: int = 5 << 30
+    "Bytes of one upload, the form included."
+    fields: int = 4 << 20
+    "Bytes of the form's text fields together."
+    idle: float = 60.0
+    "Seconds without a byte from an uploading client."
+    slowest: int = 1 << 10
+    "Bytes per second an upload must keep up on average, after the first `idle` seconds."
+    open_uploads: int = 32
+    "Uploads at once."
+    open_uploads_per_client: int = 8
+    "Uploads at once from one address."
+    writes_per_second: float = 200.0
+    "Write requests per address, with a burst of two seconds' worth."
+    failures_per_minute: float = 30.0
+    "Refused tokens per address."
+
+
+@dataclass
+class Bucket:
+    """A token bucket."""
+
+    rate: float
+    burst: float
+    level: float
+    moment: float
+
+    def take(self, now: float) -> bool:
+        """One token, if there is one."""
+        self.level = min(self.burst, self.level + (now - self.moment) * self.rate)
+        self.moment = now
+        if self.level < 1:
+            return False
+        self.level -= 1
+        return True
+
+
+@dataclass
+class Gate:
+    """Counts what is going on. Used from the event loop only."""
+
+    limits: Limits
+    _open: Counter[str] = field(default_factory=Counter)
+    _writes: dict[str, Bucket] = field(default_factory=dict)
+    _failures: dict[str, Bucket] = field(default_factory=dict)
+
+    @contextmanager
+    def upload(self, client: str) -> Iterator[None]:
+        """Hold a place among the open uploads.
+
+        Raises:
+            TooManyError: all places, or this client's, are taken.
+        """
+        if self._open[client] >= self.limits.open_uploads_per_client or self._open.total() >= self.limits.open_uploads:
+            raise TooManyError("too many uploads are open", remedy="wait for one to end, then try again")
+        self._open[client] += 1
+        try:
+            yield
+        finally:
+            self._open[client] -= 1
+            if not self._open[client]:
+                del self._open[client]
+
+    @property
+    def open_uploads(self) -> int:
+        """Uploads under way."""
+        return self._open.total()
+
+    def write(self, client: str) -> None:
+        """Count a write request.
+
+        Raises:
+            TooManyError: over the rate.
+        """
+        rate = self.limits.writes_per_second
+        if not _bucket(self._writes, client, rate, max(2 * rate, 1)).take(time.monotonic()):
+            raise TooManyError(f"more than {rate:g} writes a second", remedy="wait a second, then go on")
+
+    def failure(self, client: str) -> None:
+        """Count a refused token.
+
+        Raises:
+            TooManyError: over the rate.
+        """
+        rate = self.limits.failures_per_minute
+        if not _bucket(self._failures, client, rate / 60, rate).take(time.monotonic()):
+            raise TooManyError("too many refused tokens from this address", remedy="wait a minute, then use a good token")
+
+
+def _bucket(buckets: dict[str, Bucket], client: str, rate: float, burst: float) -> Bucket:
+    found = buckets.get(client)
+    if found is None:
+        while len(buckets) >= _CLIENTS:
+            del buckets[next(iter(buckets))]
+        found = buckets[client] = Bucket(rate=rate, burst=burst, level=burst, moment=time.monotonic())
+    return found

@@ -1,0 +1,195 @@
+"""Names: projects, distribution files, sets, views. One spelling each, everything else refused with a sentence."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from packaging.tags import Tag
+from packaging.utils import (
+    InvalidName,
+    InvalidSdistFilename,
+    InvalidWheelFilename,
+    canonicalize_name,
+    parse_sdist_filename,
+    parse_wheel_filename,
+)
+from packaging.version import InvalidVersion, Version
+
+from index.errors import RefusedError
+
+Kind = Literal["bdist_wheel", "sdist"]
+
+MAX_FILENAME = 255
+"Bytes: what ext4, xfs and tar agree on."
+
+_FILENAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+!-]*\Z")
+_SET_NAME = re.compile(r"[a-z0-9]([a-z0-9._-]{0,62}[a-z0-9])?\Z")
+_CUDA_VIEW = re.compile(r"cu(\d{2})(\d)\Z")
+_RESERVED = frozenset(
+    (
+        *("simple", "legacy", "files", "packages", "records", "nightly", "preview", "stage"),
+        *("project", "wheel", "board", "sets", "set", "static", "health", "ready", "metrics", "changes"),
+        *("openapi.json", "help", "search", "admin", "api", "favicon.ico", "robots.txt"),
+    )
+)
+
+_PYTHON_TAG = re.compile(r"(py|cp|pp|ip|jy|graalpy)\d+\Z")
+_ABI_TAG = re.compile(r"(none|abi3t?|(cp|pp|ip|jy|graalpy|pypy)\d+[a-z0-9_]*)\Z")
+_ARCHES = "aarch64|x86_64|i686|armv7l|armv6l|ppc64le|ppc64|s390x|riscv64|loongarch64"
+_PLATFORM_TAG = re.compile(
+    rf"(any|linux_({_ARCHES})|manylinux(1|2010|2014|_\d+_\d+)_({_ARCHES})|musllinux_\d+_\d+_({_ARCHES})"
+    r"|macosx_\d+_\d+_(arm64|x86_64|universal2|intel)|win32|win_(amd64|arm64))\Z"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distribution:
+    """What the name of a distribution file says."""
+
+    filename: str
+    kind: Kind
+    project: str
+    "Normalised (PEP 503)."
+    version: str
+    "Normalised (PEP 440), with the local part."
+    tags: frozenset[Tag] = frozenset()
+    build: str = ""
+
+    @property
+    def stem(self) -> str:
+        """NAME-VERSION as the file name spells it: the .dist-info or top folder inside."""
+        if self.kind == "sdist":
+            return self.filename.removesuffix(".tar.gz")
+        return "-".join(self.filename.split("-")[:2])
+
+
+def normalise(name: str) -> str:
+    """PEP 503 form of a project name.
+
+    Raises:
+        RefusedError: it is no project name.
+    """
+    try:
+        return str(canonicalize_name(name, validate=True))
+    except InvalidName:
+        raise RefusedError(
+            f"{name!r} is not a project name",
+            remedy="use letters, digits, '.', '_' and '-', with a letter or digit at both ends",
+        ) from None
+
+
+def parse_filename(filename: str) -> Distribution:
+    """Read NAME-VERSION-TAGS.whl or NAME-VERSION.tar.gz, in their one canonical spelling.
+
+    Raises:
+        RefusedError: anything else, with the canonical spelling where there is one.
+    """
+    if not filename:
+        raise RefusedError("the content field has no file name", remedy="send the distribution's own file name")
+    if len(filename.encode("utf-8", "surrogatepass")) > MAX_FILENAME:
+        raise RefusedError(
+            f"the file name is longer than {MAX_FILENAME} bytes", remedy="shorten the local version or the build tag"
+        )
+    if not _FILENAME.match(filename):
+        raise RefusedError(
+            f"{filename!r} is not a plain file name",
+            remedy="a file name starts with a letter or digit and holds only letters, digits and . _ + ! -",
+        )
+    if filename.endswith(".whl"):
+        return _wheel(filename)
+    if filename.endswith(".tar.gz"):
+        return _sdist(filename)
+    raise RefusedError(
+        f"{filename} is neither a wheel nor an sdist",
+        remedy="upload NAME-VERSION-TAGS.whl (PEP 427) or NAME-VERSION.tar.gz (PEP 625)",
+    )
+
+
+def _wheel(filename: str) -> Distribution:
+    try:
+        name, version, build, tags = parse_wheel_filename(filename)
+    except (InvalidWheelFilename, InvalidVersion) as error:
+        raise RefusedError(f"{filename} is not a wheel's name: {error}", remedy="see PEP 427") from None
+    parts = filename.removesuffix(".whl").split("-")
+    expected = [str(name).replace("-", "_"), _escaped(version), *parts[2:-3], *(_sorted_tags(part) for part in parts[-3:])]
+    canonical = "-".join(expected) + ".whl"
+    if filename != canonical:
+        raise RefusedError(
+            f"{filename} is not the canonical spelling of its name",
+            remedy=f"name it {canonical}, so that one release has one spelling",
+        )
+    _check_tags(filename, parts[-3:])
+    return Distribution(
+        filename=filename,
+        kind="bdist_wheel",
+        project=str(name),
+        version=str(version),
+        tags=tags,
+        build="".join(str(part) for part in build),
+    )
+
+
+def _sdist(filename: str) -> Distribution:
+    try:
+        name, version = parse_sdist_filename(filename)
+    except (InvalidSdistFilename, InvalidVersion) as error:
+        raise RefusedError(f"{filename} is not an sdist's name: {error}", remedy="see PEP 625: NAME-VERSION.tar.gz") from None
+    canonical = f"{str(name).replace('-', '_')}-{_escaped(version)}.tar.gz"
+    if filename != canonical:
+        raise RefusedError(
+            f"{filename} is not the canonical spelling of its name",
+            remedy=f"name it {canonical}, so that one release has one spelling",
+        )
+    return Distribution(filename=filename, kind="sdist", project=str(name), version=str(version))
+
+
+def _escaped(version: Version) -> str:
+    """A version as file names spell it: normalised, local separators as dots or, by PEP 427, underscores never occur."""
+    return str(version)
+
+
+def _sorted_tags(part: str) -> str:
+    """Compressed tag sets keep their order (PEP 425 says sorted, tools do not); only lower case and no repeats are asked."""
+    return ".".join(dict.fromkeys(part.lower().split(".")))
+
+
+def _check_tags(filename: str, parts: list[str]) -> None:
+    kinds = (("Python", _PYTHON_TAG), ("ABI", _ABI_TAG), ("platform", _PLATFORM_TAG))
+    for part, (kind, known) in zip(parts, kinds, strict=True):
+        for tag in part.split("."):
+            if not known.match(tag):
+                raise RefusedError(
+                    f"{filename}: {tag!r} is not a known {kind} tag",
+                    remedy="no installer would ever choose this file; see PEP 425 and 600",
+                )
+
+
+def check_set_name(name: str) -> str:
+    """`name`, when a set may be called so.
+
+    Raises:
+        RefusedError: not a path segment, or it would hide another address of the index.
+    """
+    if not _SET_NAME.match(name):
+        raise RefusedError(f"{name!r} cannot name a set", remedy="use up to 64 of a-z, 0-9, '.', '_', '-'")
+    if name in _RESERVED:
+        raise RefusedError(f"{name!r} is an address of the index itself", remedy=f"call the set {name}-1, say")
+    if _CUDA_VIEW.match(name):
+        raise RefusedError(
+            f"{name!r} is the view of every wheel for that CUDA",
+            remedy=f"give the set a name of its own, such as {name}-stack",
+        )
+    return name
+
+
+def cuda_of_view(name: str) -> str | None:
+    """cu130 → 13.0; None when the name is not of that form."""
+    found = _CUDA_VIEW.match(name)
+    return f"{found[1]}.{found[2]}" if found else None
+
+
+def view_of_cuda(cuda: str) -> str:
+    """13.0 → cu130."""
+    return "cu" + cuda.replace(".", "")

@@ -1,0 +1,150 @@
+"""Content-addressed files: ROOT/files/ab/abcdef…; what has a name there is whole, flushed and never changes.
+
+A file is written under ROOT/staging (same file system), flushed, then linked to its name. The staging folder of a killed
+process is swept by the next start.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from gracefarm.files import sha256_file, sync_directory
+from index.errors import StoreFullError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Store:
+    """The folder that holds an index."""
+
+    root: Path
+
+    @property
+    def catalogue(self) -> Path:
+        """The SQLite file. In a folder of its own, so that a backup can copy it before the files."""
+        return self.root / "catalogue" / "catalogue.db"
+
+    @property
+    def files(self) -> Path:
+        """Content-addressed files."""
+        return self.root / "files"
+
+    @property
+    def staging(self) -> Path:
+        """What is still being received."""
+        return self.root / "staging"
+
+    def path(self, sha256: str) -> Path:
+        """Where the file of that digest is, or would be."""
+        return self.files / sha256[:2] / sha256
+
+    def prepare(self) -> None:
+        """Create the folders.
+
+        Raises:
+            StoreFullError: the disk is full.
+        """
+        with disk_errors(self.root):
+            for folder in (self.files, self.staging, self.catalogue.parent):
+                folder.mkdir(parents=True, exist_ok=True)
+
+    def new_staging(self) -> Path:
+        """A fresh name in the staging folder."""
+        return self.staging / secrets.token_hex(16)
+
+    def adopt(self, staged: Path, sha256: str) -> Path:
+        """Give a flushed staging file its name; the caller has computed `sha256` from its bytes.
+
+        The staging name stays until the caller removes it: a second upload of the same bytes may be in flight.
+        """
+        final = self.path(sha256)
+        with disk_errors(self.root):
+            if not final.parent.is_dir():
+                final.parent.mkdir(parents=True, exist_ok=True)
+                sync_directory(final.parent.parent)
+            if final.exists() and final.stat().st_size == staged.stat().st_size:
+                return final
+            staged.chmod(0o444)
+            staged.replace(final)
+            sync_directory(final.parent)
+        return final
+
+    def add_bytes(self, content: bytes, sha256: str) -> Path:
+        """Store small content (metadata, records) under its digest.
+
+        Raises:
+            StoreFullError: the disk is full.
+        """
+        final = self.path(sha256)
+        if final.exists() and final.stat().st_size == len(content):
+            return final
+        staged = self.new_staging()
+        try:
+            with disk_errors(self.root), staged.open("wb") as stream:
+                stream.write(content)
+                flush(stream)
+            return self.adopt(staged, sha256)
+        finally:
+            staged.unlink(missing_ok=True)
+
+    def stored(self) -> Iterator[Path]:
+        """Every content-addressed file."""
+        for folder in sorted(self.files.iterdir()) if self.files.is_dir() else []:
+            if folder.is_dir():
+                yield from sorted(folder.iterdir())
+
+    def sweep(self) -> int:
+        """Remove what killed uploads left; returns how many files. Only the server, which holds `serving`, calls it."""
+        count = 0
+        for left in self.staging.iterdir():
+            left.unlink(missing_ok=True)
+            count += 1
+        return count
+
+    def whole(self, sha256: str) -> bool:
+        """Does the stored file still have its digest?"""
+        path = self.path(sha256)
+        return path.is_file() and sha256_file(path) == sha256
+
+    @contextmanager
+    def serving(self) -> Iterator[bool]:
+        """Hold the lock of the one server on this root; yields False when another process has it."""
+        self.prepare()
+        with (self.root / "serving.lock").open("a") as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+                return
+            yield True
+
+
+def flush(stream: IO[bytes]) -> None:
+    """Bytes are on the disk when this returns."""
+    stream.flush()
+    os.fsync(stream.fileno())
+
+
+@contextmanager
+def disk_errors(where: Path) -> Iterator[None]:
+    """Turn ENOSPC and EDQUOT into the refusal that a client can read.
+
+    Raises:
+        StoreFullError: instead of the bare OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise StoreFullError(
+            f"no space left on the file system that holds {where.name}",
+            remedy="free space on the index's disk, then upload again",
+        ) from error
