@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -114,7 +115,7 @@ def admit(store: Store, catalogue: Catalogue, actor: str, candidate: Candidate, 
     return "created"
 
 
-def _one(change: Change) -> Callable[..., object]:
+def _one(change: Change) -> Callable[..., sqlite3.Row | None]:
     return lambda sql, values: change.execute(sql, values).fetchone()
 
 
@@ -165,16 +166,16 @@ def _add_member(change: Change, set_name: str, file_id: int) -> bool:
     return added.rowcount > 0
 
 
-def _check_hosted(row: Callable[..., object], distribution: Distribution, destination: Destination) -> None:
+def _check_hosted(row: Callable[..., sqlite3.Row | None], distribution: Distribution, destination: Destination) -> None:
     found = row("SELECT status, hosted FROM project WHERE name = ?", (distribution.project,))
-    if (found is None or not found["hosted"]) and not destination.allow_new:  # type: ignore[index]
+    if (found is None or not found["hosted"]) and not destination.allow_new:
         raise ForbiddenError(
             f"this index was not told to host {distribution.project}",
             remedy=f"run `index host {distribution.project}`, or serve with --allow-new",
         )
-    if found is not None and found["status"] in ("archived", "quarantined"):  # type: ignore[index]
+    if found is not None and found["status"] in ("archived", "quarantined"):
         raise ForbiddenError(
-            f"the project {distribution.project} is {found['status']}",  # type: ignore[index]
+            f"the project {distribution.project} is {found['status']}",
             remedy=f"run `index status {distribution.project} active` first",
         )
 
@@ -191,13 +192,13 @@ def _check_same(filename: str, known: str, deleted: str | None, sha256: str) -> 
         )
 
 
-def _check_release(rows: Callable[..., list[object]], distribution: Distribution) -> None:
+def _check_release(rows: Callable[..., list[sqlite3.Row]], distribution: Distribution) -> None:
     """1.0 and 1.0.0 are one release (PEP 440); it keeps the spelling it was first published with."""
     found = rows(
         "SELECT DISTINCT version FROM file WHERE project = ? AND release = ? AND deleted IS NULL",
         (distribution.project, canonicalize_version(distribution.version)),
     )
-    spellings = {str(row["version"]) for row in found}  # type: ignore[index]
+    spellings = {str(row["version"]) for row in found}
     if spellings and distribution.version not in spellings:
         raise RefusedError(
             f"{distribution.filename}: the release is already spelled {min(spellings)} here",

@@ -1,0 +1,59 @@
+"""The access log: one line for each answer, in the combined format plus the request's Range and the seconds it took."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from typing import TextIO
+
+FLUSH = 0.1
+"Seconds a line may wait in memory."
+
+_CONTROL = {number: f"\\x{number:02x}" for number in (*range(32), 127, ord('"'))}
+
+
+class AccessLog:
+    """Appends to a file or stdout, a batch at a time: a write per request would cost more than the request."""
+
+    def __init__(self, target: str | None) -> None:
+        self._stream: TextIO | None = None
+        if target == "-":
+            self._stream = sys.stdout
+        elif target is not None:
+            self._stream = open(target, "a", encoding="utf-8")  # noqa: SIM115, PTH123 - lives as long as the server
+        self._lines: list[str] = []
+        self._handle: asyncio.TimerHandle | None = None
+        self._second = 0
+        self._stamp = ""
+
+    def write(
+        self, client: str, method: str, target: str, status: int, size: int, agent: str, span: str, seconds: float
+    ) -> None:
+        """One answer."""
+        if self._stream is None:
+            return
+        now = int(time.time())
+        if now != self._second:
+            self._second = now
+            self._stamp = time.strftime("%d/%b/%Y:%H:%M:%S +0000", time.gmtime(now))
+        line = f'{client} - - [{self._stamp}] "{method} {target} HTTP" {status} {size} "{span}" "{agent}" {seconds:.6f}\n'
+        if not line[:-1].isprintable():
+            line = line[:-1].translate(_CONTROL).replace("\\x22", '"') + "\n"
+        self._lines.append(line)
+        if self._handle is None:
+            self._handle = asyncio.get_running_loop().call_later(FLUSH, self.flush)
+
+    def flush(self) -> None:
+        """Write what waits."""
+        self._handle = None
+        if self._stream is not None and self._lines:
+            lines, self._lines = self._lines, []
+            self._stream.write("".join(lines))
+            self._stream.flush()
+
+    def close(self) -> None:
+        """Write what waits and close the file."""
+        self.flush()
+        if self._stream is not None and self._stream is not sys.stdout:
+            self._stream.close()

@@ -1,0 +1,275 @@
+"""The command `index`: serve, tokens, and everything that changes what is served."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import click
+
+from gracefarm import console, settings
+from gracefarm.console import Console
+from gracefarm.files import atomic_write
+from index import auth, projects, serve
+from index.catalogue import Catalogue, open_catalogue
+from index.limits import Limits
+from index.names import check_set_name, normalise
+from index.serve import Listen
+from index.service import Options
+from index.store import Store
+
+
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """What every command has."""
+
+    store: Store
+    console: Console
+
+    def catalogue(self) -> Catalogue:
+        """The root's catalogue, created when there is none."""
+        self.store.prepare()
+        return open_catalogue(self.store.catalogue)
+
+    @property
+    def actor(self) -> str:
+        """How the audit log names who runs this."""
+        try:
+            return f"cli:{getpass.getuser()}"
+        except (KeyError, OSError):
+            return f"cli:{os.getuid()}"
+
+
+pass_context = click.make_pass_decorator(Context)
+
+
+def json_option(command: click.decorators.FC) -> click.decorators.FC:
+    """`--json` is taken before and after the command's name."""
+    return click.option("--json", "_json", is_flag=True, expose_value=False, help="JSON lines on stdout.")(command)
+
+
+def root_option(command: click.decorators.FC) -> click.decorators.FC:
+    """`--root` is taken before and after the command's name; the environment says GRACEFARM_INDEX_ROOT."""
+    return click.option(
+        "--root",
+        "_root",
+        type=click.Path(file_okay=False, path_type=Path),
+        envvar="GRACEFARM_INDEX_ROOT",
+        expose_value=False,
+        callback=_set_root,
+        is_eager=True,
+        help="Folder of the index.",
+    )(command)
+
+
+def _set_root(context: click.Context, _parameter: click.Parameter, value: Path | None) -> None:
+    if value is not None and isinstance(context.find_root().obj, Context):
+        context.find_root().obj = context.obj = Context(
+            store=Store(root=value.absolute()), console=context.find_root().obj.console
+        )
+
+
+@click.group()
+@json_option
+@click.option(
+    "--root", type=click.Path(file_okay=False, path_type=Path), envvar="GRACEFARM_INDEX_ROOT", help="Folder of the index."
+)
+@click.version_option(package_name="gracefarm")
+@click.pass_context
+def cli(context: click.Context, root: Path | None) -> None:
+    """A package index for CUDA wheels: uploads checked, pages ready before they are asked for."""
+    found = root or settings.load().home / "index"
+    context.obj = Context(store=Store(root=found.absolute()), console=Console(as_json="--json" in sys.argv))
+
+
+@cli.command("serve")
+@json_option
+@root_option
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 for every network.")
+@click.option("--port", default=8080, show_default=True, type=click.IntRange(0, 65535), help="0: any free one, printed.")
+@click.option(
+    "--port-file", type=click.Path(dir_okay=False, path_type=Path), help="Write the port there once clients can connect."
+)
+@click.option("--allow-new", is_flag=True, help="Uploads may create projects that nobody named with `index host`.")
+@click.option("--server", type=click.Choice(["granian", "uvicorn"]), default="granian", show_default=True)
+@click.option("--access-log", help="A file, or - for stdout.")
+@click.option("--tls-cert", type=click.Path(exists=True, path_type=Path))
+@click.option("--tls-key", type=click.Path(exists=True, path_type=Path))
+@click.option("--trusted-proxy", multiple=True, metavar="ADDRESS", help="Believe X-Forwarded-* from there.")
+@click.option("--url", help="Address to print on the pages; default: what the browser asked for.")
+@click.option("--max-upload", default=Limits.upload, show_default=True, type=click.IntRange(1), help="Bytes.")
+@click.option("--idle", default=Limits.idle, show_default=True, type=float, help="Seconds an upload may stand still.")
+@click.option("--open-uploads", default=Limits.open_uploads, show_default=True, type=click.IntRange(1))
+@click.option("--open-uploads-per-client", default=Limits.open_uploads_per_client, show_default=True, type=click.IntRange(1))
+@click.option("--writes-per-second", default=Limits.writes_per_second, show_default=True, type=float, help="By one address.")
+@pass_context
+def serve_command(
+    context: Context,
+    host: str,
+    port: int,
+    port_file: Path | None,
+    allow_new: bool,
+    server: Literal["granian", "uvicorn"],
+    access_log: str | None,
+    tls_cert: Path | None,
+    tls_key: Path | None,
+    trusted_proxy: tuple[str, ...],
+    url: str | None,
+    max_upload: int,
+    idle: float,
+    open_uploads: int,
+    open_uploads_per_client: int,
+    writes_per_second: float,
+) -> None:
+    """Serve the index until interrupted."""
+    limits = Limits(
+        upload=max_upload,
+        idle=idle,
+        open_uploads=open_uploads,
+        open_uploads_per_client=open_uploads_per_client,
+        writes_per_second=writes_per_second,
+    )
+    options = Options(
+        allow_new=allow_new, limits=limits, trusted_proxies=frozenset(trusted_proxy), base_url=url, access_log=access_log
+    )
+
+    def announce(address: str) -> None:
+        if port_file is not None:
+            atomic_write(port_file, address.rpartition(":")[2] + "\n")
+        context.console.event("listening", f"serving {context.store.root} on {address}/simple/", url=address)
+
+    serve.run(
+        context.store,
+        options,
+        Listen(host=host, port=port, certificate=tls_cert, key=tls_key, server=server),
+        announce,
+    )
+
+
+@cli.group("token")
+def token_group() -> None:
+    """Who may upload."""
+
+
+@token_group.command("create")
+@json_option
+@root_option
+@click.option("--name", required=True, help="What the audit log will call its holder.")
+@click.option("--project", help="Good for this project alone.")
+@click.option("--set", "set_name", help="Good for this set alone.")
+@click.option("--expires", help="90d, 12h …; default: never.")
+@pass_context
+def token_create(context: Context, name: str, project: str | None, set_name: str | None, expires: str | None) -> None:
+    """Make a token and print it, once."""
+    secret = auth.create(
+        context.catalogue(),
+        context.actor,
+        name,
+        project=normalise(project) if project else None,
+        set_name=check_set_name(set_name) if set_name else None,
+        expires=auth.duration(expires) if expires else None,
+    )
+    context.console.result({"name": name, "token": secret}, secret)
+
+
+@token_group.command("list")
+@json_option
+@root_option
+@pass_context
+def token_list(context: Context) -> None:
+    """Tokens, without their secrets."""
+    rows = context.catalogue().rows("SELECT name, project, set_name, created, expires, revoked FROM token ORDER BY id")
+    lines = [
+        f"{row['name']:<20} {row['project'] or 'any project':<20} {row['set_name'] or 'any set':<16}"
+        f" {'revoked' if row['revoked'] else 'expires ' + row['expires'][:10] if row['expires'] else 'no end'}"
+        for row in rows
+    ]
+    context.console.result([dict(row) for row in rows], "\n".join(lines))
+
+
+@token_group.command("revoke")
+@json_option
+@root_option
+@click.argument("name")
+@pass_context
+def token_revoke(context: Context, name: str) -> None:
+    """End a token now."""
+    count = auth.revoke(context.catalogue(), context.actor, name)
+    context.console.result({"name": name, "revoked": count}, f"{name}: revoked")
+
+
+@cli.command("host")
+@json_option
+@root_option
+@click.argument("names", nargs=-1)
+@click.option("--remove", is_flag=True, help="Take no more uploads for these names; what is there stays.")
+@pass_context
+def host_command(context: Context, names: tuple[str, ...], remove: bool) -> None:
+    """Name the projects that this index hosts; without NAMES, list them."""
+    catalogue = context.catalogue()
+    if names:
+        projects.host(catalogue, context.actor, [normalise(name) for name in names], hosted=not remove)
+    hosted = projects.hosted(catalogue)
+    context.console.result(hosted, "\n".join(hosted))
+
+
+@cli.command("yank")
+@json_option
+@root_option
+@click.argument("name")
+@click.argument("version")
+@click.option("--reason", default="", help="Installers print it.")
+@pass_context
+def yank_command(context: Context, name: str, version: str, reason: str) -> None:
+    """Keep a release for those who pinned it, and from everybody else (PEP 592)."""
+    count = projects.yank(context.catalogue(), context.actor, normalise(name), version, reason)
+    context.console.result({"name": name, "version": version, "files": count}, f"{name} {version}: {count} files yanked")
+
+
+@cli.command("unyank")
+@json_option
+@root_option
+@click.argument("name")
+@click.argument("version")
+@pass_context
+def unyank_command(context: Context, name: str, version: str) -> None:
+    """Take a yank back."""
+    count = projects.yank(context.catalogue(), context.actor, normalise(name), version, None)
+    context.console.result({"name": name, "version": version, "files": count}, f"{name} {version}: {count} files unyanked")
+
+
+@cli.command("status")
+@json_option
+@root_option
+@click.argument("name")
+@click.argument("status", type=click.Choice(["active", "archived", "deprecated", "quarantined"]))
+@click.option("--reason", default="")
+@pass_context
+def status_command(context: Context, name: str, status: str, reason: str) -> None:
+    """Say how a project is (PEP 792). A quarantined one offers no file."""
+    projects.set_status(context.catalogue(), context.actor, normalise(name), status, reason)
+    context.console.result({"name": name, "status": status}, f"{name}: {status}")
+
+
+@cli.command("delete")
+@json_option
+@root_option
+@click.argument("name")
+@click.argument("version")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@pass_context
+def delete_command(context: Context, name: str, version: str, yes: bool) -> None:
+    """Delete a release. Its file names are never usable again."""
+    if not yes:
+        click.confirm(f"delete every file of {name} {version}? Their names can never be used again", abort=True, err=True)
+    count = projects.delete(context.catalogue(), context.actor, normalise(name), version)
+    context.console.result({"name": name, "version": version, "files": count}, f"{name} {version}: {count} files deleted")
+
+
+def main() -> None:
+    """Entry point of the console script and of `python -m index`."""
+    console.run(lambda: cli.main(standalone_mode=False), as_json="--json" in sys.argv)
