@@ -1,4 +1,4 @@
-"""Taking a file in: every check, then one transaction. Used by uploads and by `index import`; what it confirms is never lost."""
+"""Taking a file in, from uploads and `index import`: every check, then one transaction. What it confirms is never lost."""
 
 from __future__ import annotations
 
@@ -101,13 +101,14 @@ def admit(store: Store, catalogue: Catalogue, actor: str, candidate: Candidate, 
         row = change.execute("SELECT * FROM file WHERE filename = ?", (distribution.filename,)).fetchone()
         if row is not None:
             _check_same(distribution.filename, row["sha256"], row["deleted"], candidate.sha256)
+            if row["lost"]:
+                _restore(store, change, row["id"], candidate)
             _join(change, row["id"], bool(row["hidden"]), distribution, destination)
             return "same"
         _check_release(lambda sql, values: change.execute(sql, values).fetchall(), distribution)
         # Inside the transaction, so that `gc`, which holds the same lock, never sees the file between its name and its row.
         store.adopt(candidate.path, candidate.sha256)
-        metadata_sha256 = _sha256(candidate.metadata.raw).hexdigest()
-        store.add_bytes(candidate.metadata.raw, metadata_sha256)
+        metadata_sha256 = _keep_metadata(store, candidate)
         change.execute("INSERT OR IGNORE INTO project (name) VALUES (?)", (distribution.project,))
         if candidate.record is not None and candidate.build is not None:
             records.keep(store, change, candidate.build, candidate.record, inside_wheel=True)
@@ -115,13 +116,33 @@ def admit(store: Store, catalogue: Catalogue, actor: str, candidate: Candidate, 
     return "created"
 
 
+def _keep_metadata(store: Store, candidate: Candidate) -> str | None:
+    """PEP 658, for wheels alone: an sdist's PKG-INFO need not be what its build will say."""
+    if candidate.distribution.kind != "bdist_wheel":
+        return None
+    digest = _sha256(candidate.metadata.raw).hexdigest()
+    store.add_bytes(candidate.metadata.raw, digest)
+    return digest
+
+
+def _restore(store: Store, change: Change, file_id: int, candidate: Candidate) -> None:
+    """Bytes that the store had lost are back."""
+    store.adopt(candidate.path, candidate.sha256)
+    _keep_metadata(store, candidate)
+    change.execute("UPDATE file SET lost = 0 WHERE id = ?", (file_id,))
+    change.note("file.found", candidate.distribution.filename, candidate.distribution.project)
+
+
 def _one(change: Change) -> Callable[..., sqlite3.Row | None]:
     return lambda sql, values: change.execute(sql, values).fetchone()
 
 
-def _insert(change: Change, candidate: Candidate, destination: Destination, metadata_sha256: str) -> None:
+def _insert(change: Change, candidate: Candidate, destination: Destination, metadata_sha256: str | None) -> None:
     distribution = candidate.distribution
-    known = candidate.facts
+    known, channel = candidate.facts, destination.channel
+    if destination.set_name is not None:
+        row = change.execute("SELECT channel FROM release_set WHERE name = ?", (destination.set_name,)).fetchone()
+        channel = row["channel"] if row is not None else channel
     if candidate.build is not None:
         known = records.facts_of(change, candidate.build).over(known)
     inserted = change.execute(
@@ -131,7 +152,7 @@ def _insert(change: Change, candidate: Candidate, destination: Destination, meta
             *(distribution.filename, distribution.project, distribution.version),
             *(canonicalize_version(distribution.version), distribution.kind, candidate.sha256, candidate.size),
             *(metadata_sha256, candidate.metadata.requires_python, candidate.metadata.summary),
-            *(candidate.uploaded or change.time, change.actor, destination.channel, destination.set_name is not None),
+            *(candidate.uploaded or change.time, change.actor, channel, destination.set_name is not None),
             *(known.cuda, known.model_dump_json(), candidate.build),
         ),
     ).fetchone()
@@ -144,7 +165,7 @@ def _insert(change: Change, candidate: Candidate, destination: Destination, meta
         sha256=candidate.sha256,
         size=candidate.size,
         set=destination.set_name,
-        channel=destination.channel,
+        channel=channel,
     )
 
 

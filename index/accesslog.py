@@ -10,7 +10,7 @@ from typing import TextIO
 FLUSH = 0.1
 "Seconds a line may wait in memory."
 
-_CONTROL = {number: f"\\x{number:02x}" for number in (*range(32), 127, ord('"'))}
+_CONTROL = {number: f"\\x{number:02x}" for number in (*range(32), 127)}
 
 
 class AccessLog:
@@ -37,9 +37,10 @@ class AccessLog:
         if now != self._second:
             self._second = now
             self._stamp = time.strftime("%d/%b/%Y:%H:%M:%S +0000", time.gmtime(now))
+        agent = agent.replace('"', "'")
         line = f'{client} - - [{self._stamp}] "{method} {target} HTTP" {status} {size} "{span}" "{agent}" {seconds:.6f}\n'
         if not line[:-1].isprintable():
-            line = line[:-1].translate(_CONTROL).replace("\\x22", '"') + "\n"
+            line = line[:-1].translate(_CONTROL) + "\n"
         self._lines.append(line)
         if self._handle is None:
             self._handle = asyncio.get_running_loop().call_later(FLUSH, self.flush)

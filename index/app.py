@@ -1,4 +1,4 @@
-"""The ASGI application: pages of the simple API in front, with nothing between the bytes and the socket; the rest on Starlette."""
+"""The ASGI application: pages of the simple API in front, finished bytes to the socket; the rest on Starlette."""
 
 from __future__ import annotations
 

@@ -53,6 +53,7 @@ CREATE TABLE file (
     hidden INTEGER NOT NULL DEFAULT 0,
     yanked TEXT,
     deleted TEXT,
+    lost INTEGER NOT NULL DEFAULT 0,
     cuda TEXT,
     facts TEXT NOT NULL DEFAULT '{}',
     build TEXT
@@ -264,7 +265,7 @@ def open_catalogue(path: Path) -> Catalogue:
 def _ensure_schema(catalogue: Catalogue) -> None:
     database = catalogue.database
     if database.execute("SELECT 1 FROM sqlite_master WHERE name = 'meta'").fetchone() is None:
-        # IF two processes create at once, the second finds the table inside its own transaction.
+        # If two processes create at once, the second finds the table inside its own transaction.
         database.execute("BEGIN IMMEDIATE")
         try:
             if database.execute("SELECT 1 FROM sqlite_master WHERE name = 'meta'").fetchone() is None:

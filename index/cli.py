@@ -5,7 +5,7 @@ from __future__ import annotations
 import getpass
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -13,10 +13,13 @@ import click
 
 from gracefarm import console, settings
 from gracefarm.console import Console
+from gracefarm.errors import SeveralError
 from gracefarm.files import atomic_write
-from index import auth, projects, serve
+from index import auth, export, keeping, mirror, projects, serve, stage
 from index.catalogue import Catalogue, open_catalogue
+from index.errors import DamagedError
 from index.limits import Limits
+from index.lock import read as read_lock
 from index.names import check_set_name, normalise
 from index.serve import Listen
 from index.service import Options
@@ -268,6 +271,214 @@ def delete_command(context: Context, name: str, version: str, yes: bool) -> None
         click.confirm(f"delete every file of {name} {version}? Their names can never be used again", abort=True, err=True)
     count = projects.delete(context.catalogue(), context.actor, normalise(name), version)
     context.console.result({"name": name, "version": version, "files": count}, f"{name} {version}: {count} files deleted")
+
+
+@cli.group("stage")
+def stage_group() -> None:
+    """Sets of wheels that become visible at once."""
+
+
+@stage_group.command("create")
+@json_option
+@root_option
+@click.argument("name")
+@click.option(
+    "--expect", multiple=True, metavar="LINE", help="A wheel the set must hold: 'causal-conv1d==1.7.0 cp311 aarch64'."
+)
+@click.option("--matrix", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="A file of such lines.")
+@click.option("--nightly", is_flag=True, help="Its files go to the nightly channel.")
+@pass_context
+def stage_create(context: Context, name: str, expect: tuple[str, ...], matrix: Path | None, nightly: bool) -> None:
+    """Open a set; upload its wheels to /stage/NAME/legacy/."""
+    lines = [*expect, *(matrix.read_text().splitlines() if matrix else [])]
+    found = stage.create(
+        context.catalogue(), context.actor, name, stage.parse_matrix(lines), channel="nightly" if nightly else "release"
+    )
+    context.console.result(
+        {**asdict(found), "upload_path": f"/stage/{name}/legacy/", "preview_path": f"/preview/{found.preview}/simple/"},
+        f"upload to /stage/{name}/legacy/\npreview at /preview/{found.preview}/simple/",
+    )
+
+
+@stage_group.command("list")
+@json_option
+@root_option
+@pass_context
+def stage_list(context: Context) -> None:
+    """Every set, with what it still lacks."""
+    found = stage.all_sets(context.catalogue())
+    lines = []
+    for item in found:
+        lines.append(f"{item.name:<24} {item.state:<10} {len(item.files)} files, {len(item.missing)} missing")
+        if item.state == "staged":
+            lines.append(f"    preview /preview/{item.preview}/simple/")
+        lines += [f"    lacks {missing}" for missing in item.missing]
+    context.console.result([asdict(item) for item in found], "\n".join(lines))
+
+
+@stage_group.command("add")
+@json_option
+@root_option
+@click.argument("name")
+@click.argument("filenames", nargs=-1, required=True)
+@pass_context
+def stage_add(context: Context, name: str, filenames: tuple[str, ...]) -> None:
+    """Put files that are here already into a set."""
+    stage.add(context.catalogue(), context.actor, name, list(filenames))
+    context.console.result({"name": name, "added": len(filenames)}, f"{name}: {len(filenames)} added")
+
+
+@stage_group.command("publish")
+@json_option
+@root_option
+@click.argument("name")
+@pass_context
+def stage_publish(context: Context, name: str) -> None:
+    """Show the whole set at once, at /NAME/simple/ and in the other views."""
+    found = stage.publish(context.catalogue(), context.actor, name)
+    context.console.result(asdict(found), f"{name}: {len(found.files)} files are visible at /{name}/simple/")
+
+
+@stage_group.command("drop")
+@json_option
+@root_option
+@click.argument("name")
+@pass_context
+def stage_drop(context: Context, name: str) -> None:
+    """Give a staged set up."""
+    stage.drop(context.catalogue(), context.actor, name)
+    context.console.result({"name": name, "state": "dropped"}, f"{name}: dropped")
+
+
+@cli.command("mirror")
+@json_option
+@root_option
+@click.argument("lock", type=click.Path(path_type=Path))
+@click.option("--set", "set_name", required=True, help="Created, staged, when there is none of that name.")
+@click.option("--link", is_flag=True, help="Absolute links instead of copies.")
+@pass_context
+def mirror_command(context: Context, lock: Path, set_name: str, link: bool) -> None:
+    """Bring the wheels of a lock into a set, by sha256, from the configured Python index."""
+    pins = read_lock(lock)
+    catalogue = context.catalogue()
+    if catalogue.row("SELECT 1 FROM release_set WHERE name = ?", (set_name,)) is None:
+        stage.create(catalogue, context.actor, set_name, [])
+    with context.console.progress("mirror") as tick:
+        done = mirror.mirror(
+            context.store,
+            catalogue,
+            context.actor,
+            set_name,
+            pins,
+            index_url=settings.load().index_url,
+            link=link,
+            tick=tick,
+        )
+    state = stage.find(catalogue, set_name).state
+    hint = "" if state == "published" else f"; `index stage publish {set_name}` shows the set"
+    context.console.result([asdict(item) for item in done], f"{set_name}: {len(done)} files{hint}")
+
+
+@cli.command("export")
+@json_option
+@root_option
+@click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
+@pass_context
+def export_command(context: Context, folder: Path) -> None:
+    """Write (or update) a static tree for nginx or an object store."""
+    with context.console.progress("export") as tick:
+        done = export.export(context.store, context.catalogue(), folder, tick)
+    context.console.result(
+        {"written": done.written, "kept": done.kept, "removed": done.removed},
+        f"{folder}: {done.written} written, {done.kept} kept, {done.removed} removed",
+    )
+
+
+@cli.command("import")
+@json_option
+@root_option
+@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@pass_context
+def import_command(context: Context, folder: Path) -> None:
+    """Take in every wheel and sdist of a folder, as pypiserver keeps them."""
+    with context.console.progress("import") as tick:
+        done = keeping.import_folder(context.store, context.catalogue(), context.actor, folder, tick)
+    context.console.result(
+        asdict(done),
+        "\n".join([f"{done.created} taken in, {done.same} here already, {len(done.refused)} refused", *done.refused]),
+    )
+    if done.refused:
+        raise SeveralError(f"{len(done.refused)} files were refused", remedy="mend or remove them, then import again")
+
+
+@cli.command("fsck")
+@json_option
+@root_option
+@pass_context
+def fsck_command(context: Context) -> None:
+    """Rehash everything that is stored."""
+    with context.console.progress("fsck") as tick:
+        found = keeping.fsck(context.store, context.catalogue(), tick)
+    context.console.result(
+        asdict(found), f"{found.files} files, {found.bytes} bytes, {len(found.damaged)} damaged, {found.unnamed} unnamed"
+    )
+    if found.damaged:
+        raise DamagedError(
+            f"damaged or absent: {', '.join(found.damaged[:20])}", remedy="copy the files from a backup, or upload them again"
+        )
+
+
+@cli.command("gc")
+@json_option
+@root_option
+@pass_context
+def gc_command(context: Context) -> None:
+    """Free the space of what nothing names any more."""
+    count, size = keeping.gc(context.store, context.catalogue(), context.actor)
+    context.console.result({"files": count, "bytes": size}, f"{count} files removed, {size} bytes")
+
+
+@cli.command("prune")
+@json_option
+@root_option
+@click.option(
+    "--keep", default=14, show_default=True, type=click.IntRange(1), help="Nightlies to keep of each project and variant."
+)
+@click.option("--dry-run", is_flag=True)
+@pass_context
+def prune_command(context: Context, keep: int, dry_run: bool) -> None:
+    """Delete old nightlies."""
+    names = keeping.prune(context.catalogue(), context.actor, keep, dry_run=dry_run)
+    context.console.result(names, "\n".join([*names, f"{len(names)} {'would be ' if dry_run else ''}deleted"]))
+
+
+@cli.command("stats")
+@json_option
+@root_option
+@pass_context
+def stats_command(context: Context) -> None:
+    """What the index holds."""
+    catalogue = context.catalogue()
+    rows = catalogue.rows(
+        "SELECT project, count(DISTINCT version) AS releases, count(*) AS files, sum(size) AS bytes FROM file"
+        " WHERE deleted IS NULL GROUP BY project ORDER BY project"
+    )
+    lines = [
+        f"{row['project']:<32} {row['releases']:>5} releases {row['files']:>6} files {row['bytes']:>14} bytes" for row in rows
+    ]
+    context.console.result({"serial": catalogue.serial(), "projects": [dict(row) for row in rows]}, "\n".join(lines))
+
+
+@cli.command("log")
+@json_option
+@root_option
+@click.option("--since", default=0, type=int, help="Serial.")
+@pass_context
+def log_command(context: Context, since: int) -> None:
+    """The audit log: who did what, when."""
+    rows = context.catalogue().rows("SELECT * FROM audit WHERE serial > ? ORDER BY serial", (since,))
+    lines = [f"{row['serial']:>6} {row['time']} {row['actor']:<20} {row['action']:<16} {row['subject']}" for row in rows]
+    context.console.result([dict(row) for row in rows], "\n".join(lines))
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Build records: what the farm says about a build that no wheel can carry. Verdicts, logs, failed builds (docs/index-records.md)."""
+"""Build records: verdicts, logs, failed builds, which no wheel can carry (docs/index-records.md)."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def identity(record: Mapping[str, object]) -> str | None:
 
 
 def put(store: Store, catalogue: Catalogue, actor: str, identifier: str, raw: bytes) -> None:
-    """Keep a record under its id; a later one replaces an earlier one (a rebuild, a new verdict), the audit log keeps both digests.
+    """Keep a record under its id; a later one replaces an earlier one, the audit log keeps both digests.
 
     Raises:
         RefusedError: it is not JSON, or is the record of another build.

@@ -13,6 +13,7 @@ from typing import Literal
 from gracefarm.errors import ConfigError, HostError
 from index.app import Application
 from index.catalogue import open_catalogue
+from index.keeping import heal
 from index.limits import Gate
 from index.people import people_routes
 from index.routes import starlette
@@ -63,6 +64,7 @@ def run(store: Store, options: Options, listen: Listen, on_listen: Callable[[str
             raise HostError(f"another server already serves {store.root}", remedy="stop it, or give another --root")
         store.sweep()
         application = build(store, options)
+        heal(store, application.service.catalogue, "start")
         # Folded now, so that the main file stays as it is while we run (see catalogue).
         application.service.catalogue.database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         listener = _bind(listen)

@@ -67,7 +67,7 @@ ALL = View(kind="all")
 NIGHTLY = View(kind="nightly", prefix=("nightly",))
 
 _SHOWN_PROJECTS = """
-SELECT DISTINCT project FROM file WHERE deleted IS NULL AND CASE :kind
+SELECT DISTINCT project FROM file WHERE deleted IS NULL AND lost = 0 AND CASE :kind
     WHEN 'all' THEN hidden = 0 AND channel = 'release'
     WHEN 'cuda' THEN hidden = 0 AND channel = 'release' AND cuda = :argument
     WHEN 'nightly' THEN hidden = 0 AND channel = 'nightly'
@@ -78,7 +78,7 @@ ORDER BY project
 """
 
 _SHOWN_FILES = """
-SELECT * FROM file WHERE project = :project AND deleted IS NULL AND CASE :kind
+SELECT * FROM file WHERE project = :project AND deleted IS NULL AND lost = 0 AND CASE :kind
     WHEN 'all' THEN hidden = 0 AND channel = 'release'
     WHEN 'cuda' THEN hidden = 0 AND channel = 'release' AND cuda = :argument
     WHEN 'nightly' THEN hidden = 0 AND channel = 'nightly'

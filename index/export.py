@@ -1,0 +1,147 @@
+"""A static tree that nginx or an object store serves: the same bytes as the live pages, only what changed written anew."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from gracefarm.console import Tick, no_tick
+from gracefarm.errors import ConfigError
+from gracefarm.files import atomic_write, sync_directory
+from index import views
+from index.catalogue import Catalogue
+from index.negotiate import Encoding, Form
+from index.shelf import Page, render
+from index.store import Store, disk_errors
+from index.views import Listed, View
+
+MANIFEST = ".gracefarm-export.json"
+
+_SUFFIXES: tuple[tuple[str, Encoding], ...] = (("", ""), (".gz", "gzip"), (".zst", "zstd"))
+
+NGINX = """# Serves this folder as an index: include it inside http { }.
+map $http_accept $gracefarm_page {
+    default                                          index.html;
+    "~application/vnd\\.pypi\\.simple\\.(v1|latest)\\+json"  index.json;
+}
+server {
+    listen      __LISTEN__;
+    root        __ROOT__;
+    gzip_static on;
+    types { application/vnd.pypi.simple.v1+json json; text/html html; application/octet-stream whl; }
+    location /files/ {
+        add_header Cache-Control "public, max-age=31536000, immutable";
+        gzip_static off;
+    }
+    location ~ /simple/ {
+        index      $gracefarm_page;
+        charset    utf-8;
+        charset_types text/html;
+        add_header Vary "Accept, Accept-Encoding";
+        add_header Cache-Control "max-age=60, public";
+    }
+}
+"""
+
+
+@dataclass
+class Exported:
+    """What an export did."""
+
+    written: int = 0
+    kept: int = 0
+    removed: int = 0
+    _paths: dict[str, str] = field(default_factory=dict)
+
+
+def export(store: Store, catalogue: Catalogue, target: Path, tick: Tick = no_tick) -> Exported:
+    """Bring `target` up to date. Files come before the pages that name them, removals last, so a reader never meets a hole.
+
+    Raises:
+        ConfigError: the folder holds something that is not an export.
+        StoreFullError: no space.
+    """
+    before = _manifest(target)
+    done = Exported()
+    with disk_errors(target):
+        target.mkdir(parents=True, exist_ok=True)
+        listed = [(view, name) for view in views.public(catalogue) for name in views.projects(catalogue, view)]
+        for number, (view, name) in enumerate(listed):
+            tick(number, len(listed), name)
+            for item in views.files(catalogue, view, name):
+                _export_file(store, target, item, before, done)
+        for view in views.public(catalogue):
+            for name in [*views.projects(catalogue, view), ""]:
+                _export_page(catalogue, target, view, name, before, done)
+        _put(target, "nginx.conf", NGINX.encode(), before, done)
+        for path in sorted(before.keys() - done._paths.keys()):
+            (target / path).unlink(missing_ok=True)
+            done.removed += 1
+        atomic_write(target / MANIFEST, json.dumps(done._paths, indent=0, sort_keys=True))
+    tick(len(listed), len(listed), "")
+    return done
+
+
+def _manifest(target: Path) -> dict[str, str]:
+    path = target / MANIFEST
+    if path.is_file():
+        found: dict[str, str] = json.loads(path.read_text())
+        return found
+    if target.is_dir() and any(target.iterdir()):
+        raise ConfigError(f"{target} is not empty and not an export", remedy="export into a new folder")
+    return {}
+
+
+def _export_file(store: Store, target: Path, item: Listed, before: dict[str, str], done: Exported) -> None:
+    if item.url is not None:
+        return
+    path = f"files/{item.sha256}/{item.filename}"
+    _link(store.path(item.sha256), target, path, item.sha256, before, done)
+    if item.metadata_sha256:
+        _link(store.path(item.metadata_sha256), target, path + ".metadata", item.metadata_sha256, before, done)
+
+
+def _link(source: Path, target: Path, path: str, digest: str, before: dict[str, str], done: Exported) -> None:
+    """A hard link on the same file system, else a copy that appears whole."""
+    if path in done._paths:
+        return
+    done._paths[path] = digest
+    final = target / path
+    if before.get(path) == digest and final.exists():
+        done.kept += 1
+        return
+    final.parent.mkdir(parents=True, exist_ok=True)
+    partial = final.with_name("." + final.name[:200] + ".partial")
+    partial.unlink(missing_ok=True)
+    try:
+        os.link(source, partial)
+    except OSError:
+        shutil.copyfile(source, partial)
+    partial.chmod(0o644) if not partial.samefile(source) else None
+    partial.replace(final)
+    sync_directory(final.parent)
+    done.written += 1
+
+
+def _export_page(catalogue: Catalogue, target: Path, view: View, name: str, before: dict[str, str], done: Exported) -> None:
+    folder = "/".join([*view.prefix, "simple", *([name] if name else [])])
+    forms: tuple[Form, ...] = ("json", "html")
+    for form in forms:
+        page = Page(render(catalogue, view, name, form))
+        for suffix, encoding in _SUFFIXES:
+            if encoding == "" or page.coding(encoding):
+                _put(target, f"{folder}/index.{form}{suffix}", page.body(encoding), before, done)
+
+
+def _put(target: Path, path: str, content: bytes, before: dict[str, str], done: Exported) -> None:
+    digest = hashlib.sha256(content).hexdigest()
+    done._paths[path] = digest
+    if before.get(path) == digest and (target / path).exists():
+        done.kept += 1
+        return
+    atomic_write(target / path, content)
+    done.written += 1
