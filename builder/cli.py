@@ -1,0 +1,415 @@
+"""`builder`: the command line. Parses, calls, prints; nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+from packaging.utils import parse_wheel_filename
+
+from builder import audit as gates
+from builder import build as flow
+from builder import compile, demo, doctor, environment, meter, record, root, sandbox, schema, smoke, stack
+from builder import plan as planning
+from builder import recipe as recipes
+from builder.plan import Plan
+from builder.stack import Arch
+from builder.tables import parse_size
+from gracefarm import console as consoles
+from gracefarm import settings as settings_module
+from gracefarm.console import Console
+from gracefarm.errors import ConfigError, ExitCode, GracefarmError, SeveralError, UsageError
+from gracefarm.files import atomic_write, lock, remove_tree
+from gracefarm.settings import Settings
+
+Function = Any  # click's decorators are untyped about what they wrap
+
+
+def _common(function: Function) -> Function:
+    return click.option("--json", "as_json", is_flag=True, help="JSON lines for machines.")(function)
+
+
+def _aimed(function: Function) -> Function:
+    function = click.option("--stack", "stack_name", metavar="NAME", help="Stack to build against; default: the recipe's.")(
+        function
+    )
+    target = click.option(
+        "--target",
+        type=click.Choice([one.value for one in Arch]),
+        default=Arch.AARCH64.value,
+        show_default=True,
+        help="The wheel's architecture.",
+    )
+    return target(function)
+
+
+def plan_of(name: str, stack_name: str | None, target: str, settings: Settings) -> Plan:
+    """The plan that a command line means."""
+    loaded = recipes.load(settings.project / "recipes", name)
+    base = stack.load(settings.project / "stacks", stack_name or loaded.data.stack)
+    return planning.make(loaded, base, stack.host_arch(), Arch(target))
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="gracefarm")
+def cli() -> None:
+    """Turn a pinned recipe into a proven aarch64 CUDA wheel.
+
+    \b
+    builder list
+    builder plan causal_conv1d
+    builder build causal_conv1d --publish http://127.0.0.1:8080/legacy/
+    builder audit some.whl --stack cu130
+    """
+
+
+@cli.command()
+@click.argument("names", nargs=-1)
+@_aimed
+@click.option("--changed", is_flag=True, help="Every recipe whose plan has no successful build yet.")
+@click.option("--jobs", type=click.IntRange(1), help="Upper bound of parallel compilations; default: from cores and memory.")
+@click.option(
+    "--publish", "url", metavar="URL", help="Upload to this legacy upload API; TWINE_USERNAME, TWINE_PASSWORD or keyring."
+)
+@click.option("--keep", is_flag=True, help="Keep the working folder of a success too.")
+@_common
+def build(
+    names: tuple[str, ...],
+    stack_name: str | None,
+    target: str,
+    changed: bool,
+    jobs: int | None,
+    url: str | None,
+    keep: bool,
+    as_json: bool,
+) -> None:
+    """Build wheels: fetch, compile in a sandbox, audit, smoke-test, record, publish.
+
+    \b
+    builder build causal_conv1d
+    builder build causal_conv1d --target x86_64 --jobs 2 --keep
+    builder build --changed --publish http://127.0.0.1:8080/legacy/
+    """
+    settings, console = settings_module.load(), Console(as_json=as_json)
+    if bool(names) == changed:
+        raise UsageError("name the recipes to build, or say --changed", remedy=f"recipes: {', '.join(_all(settings))}")
+    plans = [plan_of(name, stack_name, target, settings) for name in names or _all(settings)]
+    if changed:
+        plans = [one for one in plans if flow.existing(one, settings) is None]
+        console.step("plan", f"changed since the last success: {', '.join(one.recipe.key for one in plans) or 'nothing'}")
+    failures: list[GracefarmError] = []
+    for one in plans:
+        try:
+            done = flow.build(one, flow.Options(jobs=jobs, publish=url, keep=keep), settings, console)
+        except GracefarmError as error:
+            if len(plans) == 1:
+                raise
+            console.error(error)
+            failures.append(error)
+        else:
+            wheel = record.wheel_path(settings, done)
+            console.result(done.model_dump(mode="json") | {"path": str(wheel)}, str(wheel))
+    if failures:
+        raise SeveralError(f"{len(failures)} of {len(plans)} builds failed; each is described above")
+
+
+def _all(settings: Settings) -> list[str]:
+    return recipes.names(settings.project / "recipes")
+
+
+@cli.command("list")
+@_common
+def list_(as_json: bool) -> None:
+    """Recipes, and the last build of each on this machine."""
+    settings, console = settings_module.load(), Console(as_json=as_json)
+    rows = []
+    for key in _all(settings):
+        data = recipes.load(settings.project / "recipes", key).data
+        last = next(iter(record.all_of(settings, key)), None)
+        rows.append(
+            {
+                "recipe": key,
+                "name": data.name,
+                "version": data.version,
+                "stack": data.stack,
+                "last": last.outcome if last else None,
+                "summary": data.summary,
+            }
+        )
+    lines = [
+        f"{row['recipe']:20} {row['version']:12} {row['stack']:8} {row['last'] or '-':8} {row['summary']}" for row in rows
+    ]
+    console.result(rows, "\n".join(lines) or "no recipes")
+
+
+@cli.command()
+@click.argument("name")
+@_aimed
+@_common
+def plan(name: str, stack_name: str | None, target: str, as_json: bool) -> None:
+    """Inputs, build id, steps and commands of a build, and whether its result exists.
+
+    \b
+    builder plan causal_conv1d --json
+    """
+    settings, console = settings_module.load(), Console(as_json=as_json)
+    made = plan_of(name, stack_name, target, settings)
+    found = flow.existing(made, settings)
+    value = {
+        "build_id": made.build_id,
+        "title": made.title,
+        "inputs": made.inputs,
+        "steps": planning.STEPS,
+        "command": compile.command(made),
+        "exists": found is not None,
+        "wheel": str(record.wheel_path(settings, found)) if found else None,
+    }
+    text = f"{made.title}\nbuild id  {made.build_id}\n\n{json.dumps(made.inputs, indent=2)}\n\n"
+    text += f"steps     {' > '.join(planning.STEPS)}\ncommand   {' '.join(compile.command(made))}\n"
+    console.result(value, text + (f"exists    {value['wheel']}" if found else "exists    no; `builder build` makes it"))
+
+
+@cli.command()
+@click.argument("name")
+def log(name: str) -> None:
+    """The whole log of a recipe's last build."""
+    settings = settings_module.load()
+    last = record.latest(settings, recipes.load(settings.project / "recipes", name).key)
+    path = record.folder(settings, last.build_id) / "log.txt"
+    if not path.is_file():
+        raise ConfigError(f"the last build of {name} ended before it had a log", remedy=f"`builder show {name}` says why")
+    with path.open("rb") as stream:
+        shutil.copyfileobj(stream, sys.stdout.buffer)
+
+
+@cli.command()
+@click.argument("name")
+@_common
+def show(name: str, as_json: bool) -> None:
+    """The record of a recipe's last build: outcome, stages, verdicts."""
+    settings, console = settings_module.load(), Console(as_json=as_json)
+    last = record.latest(settings, recipes.load(settings.project / "recipes", name).key)
+    wheel = record.wheel_path(settings, last)
+    lines = [f"{last.name} {last.version}, stack {last.stack}: {last.outcome}, {last.finished}", f"build id  {last.build_id}"]
+    if last.failure:
+        lines += [f"cause     {last.failure.cause}", f"remedy    {last.failure.remedy}"]
+    if last.jobs:
+        lines.append(f"jobs      {last.jobs.count}: {last.jobs.reason}")
+    for one in last.stages:
+        peak = f", peak {one.peak_memory / 2**30:.2f} GiB" if one.peak_memory is not None else ""
+        lines.append(f"{one.name:9} {one.wall_s:.1f} s" + (f", {one.cpu_s:.1f} CPU s" if one.cpu_s is not None else "") + peak)
+    lines += [f"gate      {one.status:14} {one.gate}: {one.summary}" for one in last.verdicts]
+    lines += [f"wheel     {wheel}"] if wheel else []
+    lines += [f"record    {record.path(settings, last.build_id)}"]
+    console.result(last.model_dump(mode="json"), "\n".join(lines))
+
+
+@cli.command()
+@click.option("--fix", is_flag=True, help="Mend what can be mended, as root or with sudo.")
+@_common
+def doctor_(fix: bool, as_json: bool) -> None:
+    """What this machine lacks for building, and how to mend it."""
+    settings, console = settings_module.load(), Console(as_json=as_json)
+    found = doctor.checks(settings)
+    if fix:
+        doctor.fix(found, settings)
+        found = doctor.checks(settings)
+    rows = [{"name": one.name, "ok": one.ok, "found": one.found, "remedy": one.remedy} for one in found]
+    lines = [
+        f"{'ok ' if one.ok else 'NO '} {one.name:22} {one.found}" + ("" if one.ok else f"\n      {one.remedy}")
+        for one in found
+    ]
+    console.result(rows, "\n".join(lines))
+    if not all(one.ok for one in found):
+        sys.exit(ExitCode.HOST)
+
+
+doctor_.name = "doctor"
+
+
+@cli.command()
+@click.option("--all", "everything", is_flag=True, help="Roots, environments, stores and finished builds as well.")
+@_common
+def clean(everything: bool, as_json: bool) -> None:
+    """Remove working folders of builds; wheels, records, logs and caches stay, unless --all."""
+    settings, console = settings_module.load(), Console(as_json=as_json)
+    before = shutil.disk_usage(settings.home).free if settings.home.is_dir() else 0
+    for folder in sorted((settings.home / "builds").glob("*")):
+        with lock(
+            settings.home / "locks" / f"build-{folder.name}", lambda: console.step("wait", "a build is running; waiting")
+        ):
+            for name in ("work", "smoke", "raw", "embedded", "repaired", "compiled.json"):
+                remove_tree(folder / name)
+            if everything:
+                remove_tree(folder)
+    if everything:
+        for name in ("roots", "environments", "toolchains", "cuda", "wrappers", "store", "git", "uv"):
+            remove_tree(settings.home / name)
+    freed = (shutil.disk_usage(settings.home).free - before) if settings.home.is_dir() else 0
+    console.result({"freed": max(freed, 0)}, f"freed {max(freed, 0) / 1e6:.0f} MB")
+
+
+@cli.command()
+@click.argument("name")
+@_aimed
+def shell(name: str, stack_name: str | None, target: str) -> None:
+    """A shell inside the sandbox of NAME's last build, failed or not; /build is its working folder."""
+    settings, console = settings_module.load(), Console()
+    made = plan_of(name, stack_name, target, settings)
+    folder = record.folder(settings, made.build_id) / "work"
+    if not (folder / "source").is_dir():
+        raise ConfigError(
+            f"no working folder of {name} is left", remedy=f"run `builder build {name} --keep` (a failed build keeps it)"
+        )
+    box = flow.build_sandbox(
+        made,
+        flow.lay_ground(made, settings, console),
+        settings,
+        folder,
+        count=1,
+        epoch=0,
+        memory=compile.bound(settings, meter.available_memory()),
+    )
+    console.step("shell", f"the build's command was: {' '.join(compile.command(made))}")
+    sys.exit(sandbox.shell(box))
+
+
+@cli.command()
+@click.argument("wheel", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option(
+    "--stack", "stack_name", required=True, metavar="NAME", help="Stack whose torch, CUDA and libc it is held against."
+)
+@_common
+def audit(wheel: Path, stack_name: str, as_json: bool) -> None:
+    """The gates, on anybody's wheel. Exit code 30 when one refuses it.
+
+    \b
+    builder audit dist/thing-1.0-cp311-cp311-manylinux_2_34_aarch64.whl --stack cu130
+    """
+    settings, console = settings_module.load(), Console(as_json=as_json)
+    verdicts = gates.audit(wheel, _foreign_policy(wheel, stack_name, settings, console))
+    lines = []
+    for one in verdicts:
+        lines += [f"{one.status:14} {one.gate}: {one.summary}", *(f"                 {detail}" for detail in one.details[:20])]
+    console.result([one.model_dump(mode="json") for one in verdicts], "\n".join(lines))
+    gates.require(verdicts)
+
+
+def _target_of(wheel: Path) -> Arch:
+    try:
+        tags = parse_wheel_filename(wheel.name)[3]
+    except ValueError as error:
+        raise UsageError(f"{wheel.name} is not a wheel's file name: {error}", remedy="rename it to what was built") from error
+    return next((arch for arch in Arch for tag in tags if tag.platform.endswith(arch.value)), Arch.AARCH64)
+
+
+def _foreign_policy(wheel: Path, stack_name: str, settings: Settings, console: Console) -> gates.Policy:
+    loaded, target = stack.load(settings.project / "stacks", stack_name), _target_of(wheel)
+    base = root.ensure(loaded, stack.host_arch(), target, settings)
+    site = environment.ensure(loaded, target, base, settings)
+    compiler = environment.ensure_toolchain(loaded, stack.host_arch(), settings)
+    console.step("audit", f"{wheel.name} against stack {stack_name} for {target.value}")
+    return gates.Policy(
+        target=target,
+        python=loaded.data.python,
+        name=None,
+        version=None,
+        glibc=loaded.data.glibc[target],
+        sm=loaded.data.sm,
+        sm_extra={},
+        bundled=(),
+        max_size=parse_size("4GiB"),
+        build_paths=(),
+        site_packages=site / "lib" / f"python{loaded.data.python}" / "site-packages",
+        root=base,
+        cuobjdump=next(iter(sorted(compiler.glob("nvidia/*/bin/cuobjdump"))), None),
+    )
+
+
+@cli.command("smoke")
+@click.argument("wheel", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--stack", "stack_name", required=True, metavar="NAME", help="Stack whose environment it is imported in.")
+@click.option("--import", "imports", multiple=True, required=True, metavar="MODULE", help="Module to import; repeatable.")
+@click.option(
+    "--script", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="A smoke.py to run after the imports."
+)
+@_common
+def smoke_(wheel: Path, stack_name: str, imports: tuple[str, ...], script: Path | None, as_json: bool) -> None:
+    """Import a wheel by name in a fresh environment of the stack.
+
+    \b
+    builder smoke thing.whl --stack cu130 --import thing --import thing_cuda
+    """
+    settings, console = settings_module.load(), Console(as_json=as_json)
+    loaded, target = stack.load(settings.project / "stacks", stack_name), _target_of(wheel)
+    base = root.ensure(loaded, stack.host_arch(), target, settings)
+    site = environment.ensure(loaded, target, base, settings)
+    scratch = settings.home / "smoke" / str(os.getpid())
+    scratch.mkdir(parents=True)
+    try:
+        result, outcome, _ = smoke.run(
+            wheel.resolve(),
+            imports=imports,
+            script=script,
+            environment=site,
+            root=base,
+            folder=scratch,
+            memory=compile.bound(settings, meter.available_memory()),
+            log=settings.home / "smoke" / "log.txt",
+        )
+    finally:
+        remove_tree(scratch)
+    lines = [f"{module:30} {place}" for module, place in result.modules.items()]
+    console.result(
+        result.model_dump() | {"wall_s": outcome.wall_s},
+        "\n".join([*lines, *([result.script.strip()] if result.script else [])]),
+    )
+
+
+@cli.command()
+@click.argument("name", default="causal_conv1d")
+@_aimed
+@_common
+def run(name: str, stack_name: str | None, target: str, as_json: bool) -> None:
+    """The main job: build NAME, publish it to an index on this machine, install it back with pip, import it."""
+    settings, console = settings_module.load(), Console(as_json=as_json)
+    result = demo.run(plan_of(name, stack_name, target, settings), settings, console)
+    console.result(result.__dict__, f"wheel   {result.wheel}\nrecord  {result.record}\nlog     {result.log}")
+
+
+@cli.command("lock-stack")
+@click.argument("name")
+@_common
+def lock_stack(name: str, as_json: bool) -> None:
+    """Resolve a stack anew and write its requirements.lock and root.lock."""
+    settings, console = settings_module.load(), Console(as_json=as_json)
+    loaded = stack.load(settings.project / "stacks", name)
+    with console.progress("lock") as tick:
+        atomic_write(loaded.requirements_lock, environment.resolve(loaded, settings, tick))
+        atomic_write(loaded.root_lock, root.resolve(loaded, settings, tick))
+    console.result(
+        {"written": [str(loaded.requirements_lock), str(loaded.root_lock)]}, f"{loaded.requirements_lock}\n{loaded.root_lock}"
+    )
+
+
+@cli.command("schema")
+@click.option(
+    "--write", type=click.Path(file_okay=False, path_type=Path), help="Write all schemas into this folder (docs/schema)."
+)
+def schema_(write: Path | None) -> None:
+    """JSON schemas of recipe.toml, stack.toml and record.json, for editors."""
+    for name, text in schema.documents().items():
+        if write is not None:
+            atomic_write(write / f"{name}.json", text)
+        else:
+            sys.stdout.write(text)
+
+
+def main() -> None:
+    """The console script."""
+    consoles.run(lambda: cli.main(standalone_mode=False, prog_name="builder"), as_json="--json" in sys.argv)

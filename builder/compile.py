@@ -1,0 +1,155 @@
+"""From a source tree to a wheel, by PEP 517, in the sandbox; and what a failed build's log really says."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from builder import environment, sandbox
+from builder.plan import Plan
+from builder.sandbox import Outcome, Sandbox
+from gracefarm.errors import CompileError, DiskFullError, GracefarmError, MemoryBoundError, NetworkError
+from gracefarm.settings import Settings
+
+NINJA = re.compile(r"^\[(\d+)/(\d+)\] ")
+FIRST_ERROR = (
+    re.compile(r"(?:fatal error|error): |error\s+: |\berror #\d+|undefined reference to|cannot find -l"),
+    re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception)\b(?!.*returned non-zero exit status)(?::.*|$)"),
+    re.compile(r"^(?:CMake Error|make(?:\[\d+\])?: \*\*\*|ninja: error|FAILED: )"),
+)
+"In the order in which they name the cause: a compiler's word, a Python exception, a build tool's complaint."
+DISK_FULL = re.compile(r"No space left on device|Disk quota exceeded")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One compile: where it runs and what it is called."""
+
+    sandbox: Sandbox
+    command: tuple[str, ...]
+    log: Path
+
+
+def check_requirements(plan: Plan, source: Path) -> None:
+    """Compare the package's build requirements with the stack, on the host, so that no emulated Python starts for it.
+
+    Raises:
+        CompileError: one is missing from the stack's lock or has another version there.
+    """
+    pyproject = source / plan.recipe.data.build.subdirectory / "pyproject.toml"
+    if not pyproject.is_file():
+        return
+    try:
+        requires = tomllib.loads(pyproject.read_text()).get("build-system", {}).get("requires", [])
+    except tomllib.TOMLDecodeError as error:
+        raise CompileError(f"pyproject.toml of {plan.recipe.data.name}: {error}", remedy="patch it in the recipe") from error
+    locked = {canonicalize_name(one.name): one.version for one in environment.wheels(plan.stack, plan.target)}
+    marker = {"python_version": plan.stack.data.python, "platform_machine": plan.target.value}
+    for text in requires:
+        one = Requirement(text)
+        if one.marker is not None and not one.marker.evaluate(marker):
+            continue
+        version = locked.get(canonicalize_name(one.name))
+        if version is None or not one.specifier.contains(version, prereleases=True):
+            raise CompileError(
+                f"{plan.recipe.data.name} needs {text!r} to build, stack {plan.stack.data.name} has {version or 'none'}",
+                remedy=f"add it to stacks/{plan.stack.data.name}/stack.toml and run `builder lock-stack {plan.stack.data.name}`, "
+                "or patch the requirement in the recipe",
+            )
+
+
+def command(plan: Plan) -> tuple[str, ...]:
+    """What runs in the sandbox; a person can type it in `builder shell`."""
+    build = plan.recipe.data.build
+    settings = tuple(f"-C{key}={value}" for key, value in sorted(build.config_settings.items()))
+    place = str(PurePosixPath("/build/source") / build.subdirectory)
+    # --skip-dependency-check: check_requirements did it; build would start the emulated setup.py, and torch, once more.
+    return (
+        "/env/bin/python3",
+        "-m",
+        "build",
+        "--wheel",
+        "--no-isolation",
+        "--skip-dependency-check",
+        *settings,
+        "--outdir",
+        "/build/out",
+        place,
+    )
+
+
+def run(job: Job, on_progress: Callable[[int, int], None]) -> Outcome:
+    """Compile; `on_progress` gets translation units done and in all as ninja counts them."""
+
+    def on_line(line: str) -> None:
+        if match := NINJA.match(line):
+            on_progress(int(match[1]), int(match[2]))
+
+    return sandbox.run(job.sandbox, job.command, log=job.log, on_line=on_line)
+
+
+def judge(outcome: Outcome, log: Path, plan: Plan) -> None:
+    """Raise what a finished compile deserves; a build that reached for the network fails even when it shrugged the failure off.
+
+    Raises:
+        MemoryBoundError, NetworkError, DiskFullError, CompileError: each with the log's own words.
+    """
+    name = plan.recipe.key
+    repeat = f"builder build {name} --stack {plan.stack.data.name} --target {plan.target.value}"
+    if outcome.killed_by_memory:
+        raise MemoryBoundError(
+            f"the build of {name} was killed at its memory bound of {outcome.memory_bound / 2**30:.1f} GiB ({outcome.memory_by})",
+            remedy="raise memory_per_job in the recipe, use fewer --jobs, or a machine with more memory",
+            repeat=f"{repeat} --jobs 1",
+        )
+    if outcome.reached:
+        raise NetworkError(
+            f"the build of {name} reached for the network, which a build has not: {', '.join(outcome.reached)}",
+            remedy="pin what it wants as a [[files]] entry of the recipe, or patch the download out",
+            repeat=repeat,
+        )
+    if outcome.returncode == 0:
+        return
+    error = first_error(log)
+    if DISK_FULL.search(error):
+        raise DiskFullError(
+            f"the build of {name} filled the disk: {error}",
+            remedy="free space (`builder clean`) or move GRACEFARM_HOME",
+            repeat=repeat,
+        )
+    raise CompileError(
+        f"the build of {name} failed: {error}",
+        remedy=f"read the log (`builder log {name}`) or look around in its sandbox (`builder shell {name}`)",
+        repeat=repeat,
+    )
+
+
+def first_error(log: Path) -> str:
+    """The line of a build log that names the cause: the first of the strongest kind, not the last traceback's."""
+    lines = log.read_text(errors="replace").splitlines()
+    full = next((line for line in lines if DISK_FULL.search(line)), None)
+    if full is not None:
+        return full.strip()
+    for kind in FIRST_ERROR:
+        for line in lines:
+            if kind.search(line):
+                return line.strip()
+    return next((line.strip() for line in reversed(lines) if line.strip()), "the log is empty")
+
+
+def fewer_jobs(error: GracefarmError, jobs: int) -> int | None:
+    """The job count of the one retry after a kill by memory, or None where there is nothing to lower."""
+    return jobs // 2 if isinstance(error, MemoryBoundError) and jobs > 1 else None
+
+
+def bound(settings: Settings, available: int) -> int:
+    """Bytes that a build may use: the setting, else nine tenths of what is free, so that the machine stays usable."""
+    from builder.tables import parse_size
+
+    return parse_size(settings.memory) if settings.memory else available * 9 // 10

@@ -1,0 +1,25 @@
+"""Runs inside the clean environment: import each module by name, see that it came from there, then run smoke.py.
+
+argv: modules, comma separated; path of smoke.py or '-'. Prints one JSON line that starts with GRACEFARM.
+"""
+
+import contextlib
+import importlib
+import io
+import json
+import runpy
+import sys
+
+wanted, script = sys.argv[1].split(","), sys.argv[2]
+files = {}
+for name in wanted:
+    module = importlib.import_module(name)
+    place = getattr(module, "__file__", None) or str(list(module.__path__)[0])
+    if not place.startswith(sys.prefix + "/lib/"):
+        sys.exit(f"ImportError: {name} was imported from {place}, not from the installed wheel under {sys.prefix}/lib")
+    files[name] = place
+said = io.StringIO()
+if script != "-":
+    with contextlib.redirect_stdout(said):
+        runpy.run_path(script, run_name="__main__")
+print("GRACEFARM" + json.dumps({"modules": files, "script": said.getvalue() if script != "-" else None}))

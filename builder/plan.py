@@ -1,0 +1,97 @@
+"""What will be built, as one hash: the build id over everything that can change the wheel's bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.resources import files
+
+from builder import environment, root
+from builder.recipe import LoadedRecipe
+from builder.stack import Arch, LoadedStack
+from gracefarm.errors import ConfigError
+from gracefarm.files import sha256_file
+
+FORMAT = 1
+"Raised when this program builds other bytes from the same inputs."
+
+STEPS = ("fetch", "root", "compile", "audit", "smoke", "record", "publish")
+
+Inputs = dict[str, object]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A recipe against a stack, for a target, on a host."""
+
+    recipe: LoadedRecipe
+    stack: LoadedStack
+    host: Arch
+    target: Arch
+
+    @cached_property
+    def inputs(self) -> Inputs:
+        """Everything that can change the bytes; job count, paths, time, comments and white space are not among it."""
+        data = self.recipe.data
+        build = data.build.model_dump(mode="json", exclude={"memory_per_job"})
+        return {
+            "format": FORMAT,
+            "recipe": {
+                "name": data.name,
+                "version": data.version,
+                "source": data.source.model_dump(mode="json"),
+                "files": [one.model_dump(mode="json") for one in data.files],
+                "patches": [sha256_file(patch) for patch in self.recipe.patches],
+                "build": build,
+                "sm_extra": {glob: sorted(values) for glob, values in data.wheel.sm_extra.items()},
+            },
+            "stack": {
+                "python": self.stack.data.python,
+                "torch": self.stack.data.torch.version,
+                "cuda": self.stack.data.cuda,
+                "sm": sorted(self.stack.data.sm),
+                "glibc": self.stack.data.glibc[self.target],
+                "environment": environment.digest(self.stack, self.target),
+                "toolchain": environment.toolchain_digest(self.stack, self.host) if build["cuda"] else None,
+                "root": root.digest(self.stack, self.host, self.target),
+            },
+            "host": self.host.value,
+            "target": self.target.value,
+            "wrappers": wrappers_digest(),
+        }
+
+    @cached_property
+    def build_id(self) -> str:
+        """Hex sha256 of the inputs in canonical JSON."""
+        text = json.dumps(self.inputs, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def title(self) -> str:
+        """One line for people."""
+        data = self.recipe.data
+        return f"{data.name} {data.version} for {self.target.value}, stack {self.stack.data.name}"
+
+
+def make(recipe: LoadedRecipe, stack: LoadedStack, host: Arch, target: Arch) -> Plan:
+    """The plan of a build.
+
+    Raises:
+        ConfigError: the stack has no such target, or this host cannot build for it.
+    """
+    if target not in stack.data.glibc:
+        known = ", ".join(arch.value for arch in stack.data.glibc)
+        raise ConfigError(f"stack {stack.data.name} has no target {target.value}", remedy=f"targets: {known}")
+    if host is Arch.AARCH64 and target is Arch.X86_64:
+        raise ConfigError("an aarch64 host builds for aarch64 alone", remedy="build x86_64 wheels on an x86_64 machine")
+    return Plan(recipe=recipe, stack=stack, host=host, target=target)
+
+
+def wrappers_digest() -> str:
+    """Digest of the scripts that stand between the build and its compilers."""
+    digest = hashlib.sha256()
+    for entry in sorted(files("builder").joinpath("data/toolchain").iterdir(), key=lambda one: one.name):
+        digest.update(entry.name.encode() + b"\0" + entry.read_bytes() + b"\0")
+    return digest.hexdigest()

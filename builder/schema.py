@@ -1,0 +1,15 @@
+"""JSON schemas for editors and for readers of records."""
+
+from __future__ import annotations
+
+import json
+
+from builder.recipe import Recipe
+from builder.record import Record
+from builder.stack import Stack
+
+
+def documents() -> dict[str, str]:
+    """Name to JSON schema, as committed under docs/schema (a test compares them)."""
+    models = {"recipe": Recipe, "stack": Stack, "record": Record}
+    return {name: json.dumps(model.model_json_schema(), indent=2) + "\n" for name, model in models.items()}

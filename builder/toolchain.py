@@ -1,0 +1,121 @@
+"""Compilers as a package's build script sees them: CUDA_HOME, wrappers on PATH, and the variables that name them."""
+
+from __future__ import annotations
+
+import shutil
+from importlib.resources import as_file, files
+from pathlib import Path
+
+from builder.plan import Plan, wrappers_digest
+from builder.sandbox import Mount
+from gracefarm.files import atomic_directory, lock
+from gracefarm.settings import Settings
+
+CUDA = "/cuda"
+NVCC = "/toolchain"
+WRAPPERS = "/gracefarm"
+PATH = f"{WRAPPERS}/bin:/opt/gracefarm/bin:{CUDA}/bin:/usr/bin:/bin:/env/bin"
+
+
+def site_packages(environment: Path, python: str) -> Path:
+    """The site-packages of an environment."""
+    return environment / "lib" / f"python{python}" / "site-packages"
+
+
+def wrappers(settings: Settings) -> Path:
+    """The folder of wrappers, copied once per content so that a sandbox can mount it from any installation of ours."""
+    final = settings.home / "wrappers" / wrappers_digest()[:16]
+    with lock(settings.home / "locks" / f"wrappers-{final.name}"):
+        if not final.is_dir():
+            with atomic_directory(final) as folder, as_file(files("builder") / "data" / "toolchain") as source:
+                (folder / "bin").mkdir()
+                for name in ("nvcc", "python"):
+                    shutil.copy(source / name, folder / "bin" / name)
+                    (folder / "bin" / name).chmod(0o755)
+                for name in ("python3", "python3.11"):
+                    (folder / "bin" / name).symlink_to("python")
+                shutil.copy(source / "toolchain.cmake", folder / "toolchain.cmake")
+    return final
+
+
+def cuda_home(plan: Plan, environment: Path, settings: Settings) -> Path:
+    """A CUDA_HOME for the target: our nvcc in front, headers and libraries of the target's wheels under their usual names.
+
+    Links point to places inside the sandbox (/env, /toolchain), so the folder is small and depends on digests alone.
+    """
+    stack = plan.inputs["stack"]
+    assert isinstance(stack, dict)
+    final = settings.home / "cuda" / f"{str(stack['toolchain'])[:12]}-{str(stack['environment'])[:12]}"
+    with lock(settings.home / "locks" / f"cuda-{final.name}"):
+        if final.is_dir():
+            return final
+        packages = site_packages(environment, plan.stack.data.python)
+        inside = Path("/env/lib") / f"python{plan.stack.data.python}" / "site-packages"
+        with atomic_directory(final) as folder:
+            (folder / "bin").mkdir()
+            (folder / "bin" / "nvcc").symlink_to(f"{WRAPPERS}/bin/nvcc")
+            for major in sorted(packages.glob("nvidia/cu[0-9]*")):
+                (folder / "include").symlink_to(inside / "nvidia" / major.name / "include")
+                (folder / "lib64").mkdir()
+                for library in sorted((major / "lib").glob("lib*")):
+                    place = inside / "nvidia" / major.name / "lib" / library.name
+                    (folder / "lib64" / library.name).symlink_to(place)
+                    short = library.name.split(".so")[0] + ".so"
+                    if ".so." in library.name and not (folder / "lib64" / short).is_symlink():
+                        (folder / "lib64" / short).symlink_to(place)
+                (folder / "lib").symlink_to("lib64")
+                (folder / "nvvm").symlink_to(f"{NVCC}/nvidia/{major.name}/nvvm")
+    return final
+
+
+def mounts(plan: Plan, environment: Path, compiler: Path | None, settings: Settings) -> tuple[Mount, ...]:
+    """What a build's sandbox sees beside its root and its own folder."""
+    found = [Mount(source=environment, target="/env"), Mount(source=wrappers(settings), target=WRAPPERS)]
+    if compiler is not None:
+        found.append(Mount(source=compiler, target=NVCC))
+        found.append(Mount(source=cuda_home(plan, environment, settings), target=CUDA))
+    return tuple(found)
+
+
+def variables(plan: Plan, *, jobs: int, epoch: int) -> dict[str, str]:
+    """The whole environment of a build; nothing of the machine's own gets in."""
+    data, recipe = plan.stack.data, plan.recipe.data
+    cross = plan.host is not plan.target
+    gcc, gxx = (f"{plan.target.triplet}-gcc", f"{plan.target.triplet}-g++") if cross else ("gcc", "g++")
+    found = {
+        "PATH": PATH,
+        "HOME": "/home/build",
+        "USER": "build",
+        "LANG": "C.UTF-8",
+        "LC_ALL": "C.UTF-8",
+        "TZ": "UTC",
+        "TERM": "dumb",
+        "TMPDIR": "/build/tmp",
+        "SOURCE_DATE_EPOCH": str(epoch),
+        "PYTHONHASHSEED": "0",
+        "PYTHONNOUSERSITE": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "PYTHONUNBUFFERED": "1",
+        "PIP_NO_INDEX": "1",
+        "GRACEFARM_TARGET": plan.target.value,
+        "CC": gcc,
+        "CXX": gxx,
+        "CMAKE_TOOLCHAIN_FILE": f"{WRAPPERS}/toolchain.cmake",
+        "CMAKE_GENERATOR": "Ninja",
+        "MAX_JOBS": str(jobs),
+        "CMAKE_BUILD_PARALLEL_LEVEL": str(jobs),
+        "MAKEFLAGS": f"-j{jobs}",
+    }
+    if recipe.build.cuda:
+        major = data.cuda.split(".")[0]
+        found |= {
+            "CUDA_HOME": CUDA,
+            "CUDA_PATH": CUDA,
+            "CUDACXX": f"{CUDA}/bin/nvcc",
+            "GRACEFARM_NVCC": f"{NVCC}/nvidia/cu{major}/bin/nvcc",
+            "GRACEFARM_CCBIN": gxx if cross else "",
+            "GRACEFARM_SM": " ".join(data.sm),
+            "GRACEFARM_SM_EXTRA": " ".join(f"{glob}={','.join(values)}" for glob, values in recipe.wheel.sm_extra.items()),
+            "TORCH_CUDA_ARCH_LIST": " ".join(f"{sm[:-1]}.{sm[-1]}" for sm in data.sm if sm.isdigit()),
+        }
+    return found | dict(recipe.build.environment)
