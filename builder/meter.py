@@ -121,11 +121,11 @@ class Cgroup:
         self.by = by
         self._folder = folder
         self._cpu = cpu
+        self._folders = {folder} if cpu is None else {folder, cpu}
 
     def attach(self, pid: int) -> None:
         """Move `pid` into the cgroup; its children are born there."""
-        for folder in {self._folder, self._cpu} - {None}:
-            assert folder is not None
+        for folder in self._folders:
             (folder / "cgroup.procs").write_text(str(pid))
 
     def read(self) -> Reading:
@@ -147,8 +147,7 @@ class Cgroup:
 
     def close(self) -> None:
         """Remove the cgroups."""
-        for folder in {self._folder, self._cpu} - {None}:
-            assert folder is not None
+        for folder in self._folders:
             _remove_cgroup(folder)
 
 
@@ -208,8 +207,8 @@ def _parents(kind: MemoryBy) -> Iterator[Path]:
 
 def _own_cgroup(controller: str | None) -> tuple[Path, Path] | None:
     """Our cgroup's folder and the mount it is seen through: of a version 1 controller, or of version 2 (None)."""
-    path = _own_path(controller)
-    mount = _cgroup_mount(controller)
+    path = _own_path(controller, Path("/proc/self/cgroup").read_text())
+    mount = _cgroup_mount(controller, Path("/proc/self/mountinfo").read_text())
     if path is None or mount is None:
         return None
     visible, point = mount
@@ -220,18 +219,18 @@ def _own_cgroup(controller: str | None) -> tuple[Path, Path] | None:
     return (folder, point) if folder.is_dir() else None
 
 
-def _own_path(controller: str | None) -> str | None:
+def _own_path(controller: str | None, cgroup: str) -> str | None:
     """Our path in /proc/self/cgroup (cgroups(7)): `ID:controllers:path`, without controllers for version 2."""
-    for line in Path("/proc/self/cgroup").read_text().splitlines():
+    for line in cgroup.splitlines():
         _, controllers, path = line.split(":", 2)
         if (controller in controllers.split(",")) if controller else not controllers:
             return path
     return None
 
 
-def _cgroup_mount(controller: str | None) -> tuple[str, Path] | None:
+def _cgroup_mount(controller: str | None, mountinfo: str) -> tuple[str, Path] | None:
     """Visible root and mount point of a cgroup hierarchy in /proc/self/mountinfo (proc(5))."""
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+    for line in mountinfo.splitlines():
         left, right = line.split(" - ", 1)
         kind, _, options = right.split(" ", 2)
         if kind == "cgroup2" if controller is None else kind == "cgroup" and controller in options.split(","):

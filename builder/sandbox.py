@@ -189,7 +189,8 @@ def _file_system(sandbox: Sandbox) -> Iterator[str]:
     yield from _etc(sandbox)
     for mount in sandbox.mounts:
         yield from ("--bind" if mount.writable else "--ro-bind", str(mount.source), mount.target)
-    yield from ("--remount-ro", "/")
+    # Where root builds, what is root's in /proc/sys is the build's as well: kernel.core_pattern would be its way out.
+    yield from ("--remount-ro", "/proc", "--remount-ro", "/")
 
 
 def _etc(sandbox: Sandbox) -> Iterator[str]:

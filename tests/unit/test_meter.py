@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import psutil
+import pytest
+
+from builder import meter
+from gracefarm.errors import HostError
+
+# As Debian 12 with systemd shows them (version 2), and Docker without a cgroup namespace on a machine with version 1.
+SYSTEMD = "0::/user.slice/user-1000.slice/user@1000.service/app.slice/run-1.scope\n"
+SYSTEMD_MOUNTS = """\
+22 27 0:20 / /sys rw,nosuid,nodev,noexec,relatime shared:7 - sysfs sysfs rw
+28 22 0:25 / /sys/fs/cgroup rw,nosuid,nodev,noexec,relatime shared:9 - cgroup2 cgroup2 rw,nsdelegate,memory_recursiveprot
+"""
+DOCKER = "9:memory:/docker/0123\n8:cpu,cpuacct:/docker/0123\n1:name=systemd:/docker/0123\n0::/\n"
+DOCKER_MOUNTS = """\
+610 605 0:29 /docker/0123 /sys/fs/cgroup/cpu,cpuacct ro,nosuid - cgroup cgroup rw,cpu,cpuacct
+611 605 0:30 /docker/0123 /sys/fs/cgroup/memory ro,nosuid,nodev,noexec,relatime master:15 - cgroup cgroup rw,memory
+"""
+
+
+def test_own_cgroup_is_found_in_each_layout() -> None:
+    assert meter._own_path(None, SYSTEMD) == "/user.slice/user-1000.slice/user@1000.service/app.slice/run-1.scope"
+    assert meter._own_path("memory", SYSTEMD) is None
+    assert meter._own_path("memory", DOCKER) == meter._own_path("cpuacct", DOCKER) == "/docker/0123"
+    assert meter._own_path(None, DOCKER) == "/"
+
+
+def test_cgroup_mount_is_found_in_each_layout() -> None:
+    assert meter._cgroup_mount(None, SYSTEMD_MOUNTS) == ("/", Path("/sys/fs/cgroup"))
+    assert meter._cgroup_mount("memory", SYSTEMD_MOUNTS) is None
+    assert meter._cgroup_mount("memory", DOCKER_MOUNTS) == ("/docker/0123", Path("/sys/fs/cgroup/memory"))
+    assert meter._cgroup_mount("cpuacct", DOCKER_MOUNTS) == ("/docker/0123", Path("/sys/fs/cgroup/cpu,cpuacct"))
+    assert meter._cgroup_mount(None, DOCKER_MOUNTS) is None
+
+
+def fake_cgroup2(folder: Path, *, limit: str, used: int = 0, cache: int = 0) -> Path:
+    """A folder with the files of a version 2 memory cgroup."""
+    folder.mkdir()
+    (folder / "memory.max").write_text(f"{limit}\n")
+    (folder / "memory.current").write_text(f"{used}\n")
+    (folder / "memory.stat").write_text(f"anon {used - cache}\ninactive_file {cache}\nactive_file 0\nshmem 0\n")
+    return folder
+
+
+def test_room_of_a_cgroup_counts_page_cache_as_free(tmp_path: Path) -> None:
+    files = meter._FILES["cgroup2"]
+    assert meter._room(files, fake_cgroup2(tmp_path / "a", limit="1000", used=700, cache=600)) == 900
+    assert meter._room(files, fake_cgroup2(tmp_path / "b", limit="1000", used=1700)) == 0
+    assert meter._room(files, fake_cgroup2(tmp_path / "c", limit="max", used=700)) is None
+    assert meter._room(files, tmp_path) is None, "no memory controller there"
+
+
+def test_version_2_looks_for_a_place_upwards_and_never_leaves_a_limit_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    top = fake_cgroup2(tmp_path / "top", limit="max")
+    middle = fake_cgroup2(top / "middle", limit="5000")
+    own = fake_cgroup2(middle / "own", limit="max")
+    monkeypatch.setattr(meter, "_own_cgroup", lambda _controller: (own, top))
+    assert list(meter._parents("cgroup2")) == [own, middle]
+    assert list(meter._parents("cgroup1")) == [own]
+
+
+def test_available_memory_is_the_least_of_all_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 0 < meter.available_memory() <= psutil.virtual_memory().total
+    own = fake_cgroup2(fake_cgroup2(tmp_path / "top", limit="9000", used=2000) / "own", limit="8000", used=500)
+    monkeypatch.setattr(meter, "_own_cgroup", lambda controller: None if controller else (own, own.parent))
+    assert meter.available_memory() == 7000
+
+
+def test_cgroups_of_dead_builders_are_swept_and_no_others(tmp_path: Path) -> None:
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as process:
+        start = meter._start_time(process.pid)
+    dead = tmp_path / f"gracefarm-{process.pid}-{start}-abc"
+    reused_id = tmp_path / f"gracefarm-{os.getpid()}-1-abc"
+    alive = tmp_path / f"gracefarm-{os.getpid()}-{meter._start_time(os.getpid())}-abc"
+    foreign = tmp_path / "gracefarm-notes"
+    for folder in (dead, reused_id, alive, foreign):
+        folder.mkdir()
+    meter._sweep(tmp_path)
+    assert sorted(tmp_path.iterdir()) == sorted([alive, foreign])
+
+
+def test_no_way_to_bound_memory_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meter, "_own_cgroup", lambda _controller: None)
+    with pytest.raises(HostError, match="no way to bound memory here by cgroup2 or cgroup1"):
+        meter.open_meter(1 << 30, ("cgroup2", "cgroup1"))
+    assert meter.open_meter(1 << 30).by == "watchdog"
