@@ -131,7 +131,8 @@ class Application:
         if view is None or len(parts) - at > 3 or (len(parts) - at == 3 and parts[-1]):
             return _plain(404, "there is no such view here\n")
         name = parts[at + 1] if len(parts) - at > 1 else ""
-        wanted = parse_qs(query.decode("latin-1")).get("format", [None])[-1] if query else None
+        # A media type holds a plus and never a space, so a bare one is meant as it stands.
+        wanted = parse_qs(query.decode("latin-1").replace("+", "%2B")).get("format", [None])[-1] if query else None
         try:
             if (away := _redirect(parts, at, name)) is not None:
                 return _moved(away + ("?" + query.decode("latin-1") if query else ""))

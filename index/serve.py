@@ -134,7 +134,10 @@ async def _uvicorn(application: Application, listener: socket.socket, listen: Li
         server_header=False,
     )
     server = uvicorn.Server(config)
-    serving = asyncio.ensure_future(server.serve(sockets=[listener]))
+    # serve() would raise the signal again after a clean end, and so end with its number instead of 0.
+    serving = asyncio.ensure_future(server._serve(sockets=[listener]))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, setattr, server, "should_exit", True)
     host, port = listener.getsockname()[:2]
     await _announce(serving, host, port, ready)
     await serving

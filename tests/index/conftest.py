@@ -1,0 +1,27 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from index_kit import Server, serving
+
+
+@pytest.fixture(autouse=True)
+def own_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No test reads or writes the settings and the home of whoever runs it."""
+    monkeypatch.setenv("GRACEFARM_HOME", str(tmp_path / "home"))
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    """An empty index that takes new projects."""
+    with serving(tmp_path / "root", "--allow-new") as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One server for a module's tests: each uses project names of its own."""
+    with serving(tmp_path_factory.mktemp("index") / "root", "--allow-new") as found:
+        yield found

@@ -1,0 +1,449 @@
+"""What clients rely on in HTTP: negotiation, conditional requests, ranges, redirects, caching, authentication, operation."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import hashlib
+import json
+import re
+import subprocess
+import zipfile
+from datetime import datetime
+
+import httpx
+import pytest
+import zstandard
+from index_kit import JSON, Server, make_token, run_index, serving, stop, wheel
+
+HTML = "application/vnd.pypi.simple.v1+html"
+
+
+@pytest.fixture(scope="module")
+def hosted(shared: Server) -> Server:
+    """One project with four wheels, one of them with a local version."""
+    for version in ("1.0", "1.1", "2.0"):
+        assert shared.upload(*wheel("http_pkg", version)).status_code == 200
+    assert shared.upload(*wheel("http_pkg", "2.0+cu130", "cp311-cp311-manylinux_2_34_aarch64")).status_code == 200
+    return shared
+
+
+@pytest.mark.parametrize(
+    ("accept", "expected"),
+    [
+        (None, "text/html; charset=utf-8"),
+        ("*/*", "text/html; charset=utf-8"),
+        ("text/html", "text/html; charset=utf-8"),
+        ("text/*", "text/html; charset=utf-8"),
+        (JSON, JSON),
+        ("application/vnd.pypi.simple.latest+json", JSON),
+        (HTML, HTML),
+        ("application/vnd.pypi.simple.latest+html", HTML),
+        (f"{JSON}, {HTML};q=0.1, text/html;q=0.01", JSON),
+        (f"{JSON};q=0.1, text/html", "text/html; charset=utf-8"),
+        (f"{JSON}, */*;q=0.1", JSON),
+        (f"{JSON};q=0, text/html", "text/html; charset=utf-8"),
+    ],
+)
+def test_negotiation(hosted: Server, accept: str | None, expected: str) -> None:
+    headers = {"Accept": accept} if accept else {}
+    request = hosted.client.build_request("GET", "/simple/http-pkg/", headers=headers)
+    if accept is None:
+        del request.headers["accept"]
+    answer = hosted.client.send(request)
+    assert answer.status_code == 200
+    assert answer.headers["content-type"] == expected
+    assert {"accept", "accept-encoding"} <= {item.strip().lower() for item in answer.headers["vary"].split(",")}
+
+
+@pytest.mark.parametrize("accept", ["application/json", "application/vnd.pypi.simple.v2+json", "image/png"])
+def test_what_does_not_exist_is_406(hosted: Server, accept: str) -> None:
+    answer = hosted.page("http-pkg", accept=accept)
+    assert answer.status_code == 406
+    assert JSON in answer.text
+
+
+def test_format_in_the_address_beats_the_header(hosted: Server) -> None:
+    answer = hosted.client.get("/simple/http-pkg/", params={"format": JSON}, headers={"Accept": "text/html"})
+    assert answer.headers["content-type"] == JSON
+    assert hosted.client.get("/simple/http-pkg/", params={"format": "no/such"}).status_code == 406
+
+
+def test_json_page_holds_what_the_standards_ask(hosted: Server) -> None:
+    page = hosted.page("http-pkg").json()
+    assert page["meta"]["api-version"] == "1.4"
+    assert page["name"] == "http-pkg"
+    assert page["project-status"] == {"status": "active"}
+    assert page["versions"] == ["1.0", "1.1", "2.0", "2.0+cu130"]
+    for item in page["files"]:
+        assert set(item["hashes"]) == {"sha256"}, "several hashes make uv lock one that it then misses"
+        assert "#" not in item["url"]
+        assert item["size"] > 0
+        datetime.strptime(item["upload-time"], "%Y-%m-%dT%H:%M:%S.%fZ")
+        assert item["requires-python"] == ">=3.8"
+        content = hosted.client.get("/simple/http-pkg/" + item["url"]).content
+        assert hashlib.sha256(content).hexdigest() == item["hashes"]["sha256"]
+        meta = hosted.client.get("/simple/http-pkg/" + item["url"] + ".metadata").content
+        assert hashlib.sha256(meta).hexdigest() == item["core-metadata"]["sha256"]
+        with zipfile.ZipFile(__import__("io").BytesIO(content)) as archive:
+            folder = "-".join(item["filename"].split("-")[:2]) + ".dist-info"
+            assert archive.read(f"{folder}/METADATA") == meta, "pip compares them byte by byte"
+
+
+def test_html_page_says_the_same_as_json(hosted: Server) -> None:
+    page = hosted.page("http-pkg").json()
+    text = hosted.page("http-pkg", accept="text/html").text
+    assert '<meta name="pypi:repository-version" content="1.4">' in text
+    links = dict(re.findall(r'<a href="([^"#]+)#sha256=([0-9a-f]{64})"', text))
+    assert links == {item["url"]: item["hashes"]["sha256"] for item in page["files"]}
+    assert text.count('data-requires-python="&gt;=3.8"') == len(page["files"])
+    assert set(re.findall(r'data-core-metadata="sha256=([0-9a-f]+)"', text)) == {
+        item["core-metadata"]["sha256"] for item in page["files"]
+    }
+
+
+def test_the_list_of_projects(hosted: Server) -> None:
+    page = hosted.client.get("/simple/", headers={"Accept": JSON}).json()
+    assert {"name": "http-pkg"} in page["projects"]
+    assert '<a href="http-pkg/">' in hosted.client.get("/simple/", headers={"Accept": "text/html"}).text
+
+
+@pytest.mark.parametrize("path", ["/simple/http-pkg/", "/simple/", "FILE", "METADATA"])
+@pytest.mark.parametrize("coding", ["identity", "gzip", "zstd"])
+def test_not_modified_repeats_the_etag(hosted: Server, path: str, coding: str) -> None:
+    item = hosted.page("http-pkg").json()["files"][0]
+    path = {"FILE": "/simple/http-pkg/" + item["url"], "METADATA": "/simple/http-pkg/" + item["url"] + ".metadata"}.get(path, path)
+    headers = {"Accept-Encoding": coding, "Accept": f"{JSON}, */*;q=0.1"}
+    first = hosted.client.get(path, headers=headers)
+    assert first.status_code == 200
+    etag = first.headers["etag"]
+    for sent in (etag, f'"other", {etag}', f"W/{etag}", "*"):
+        again = hosted.client.get(path, headers={**headers, "If-None-Match": sent})
+        assert (again.status_code, again.headers.get("etag"), again.content) == (304, etag, b"")
+    assert hosted.client.get(path, headers={**headers, "If-None-Match": '"other"'}).status_code == 200
+
+
+def test_a_change_changes_the_etag_and_only_then(hosted: Server) -> None:
+    assert hosted.upload(*wheel("etag_pkg", "1.0")).status_code == 200
+    first = hosted.page("etag-pkg").headers["etag"]
+    assert hosted.upload(*wheel("unrelated_pkg", "1.0")).status_code == 200
+    assert hosted.page("etag-pkg").headers["etag"] == first
+    assert hosted.upload(*wheel("etag_pkg", "1.1")).status_code == 200
+    assert hosted.page("etag-pkg").headers["etag"] != first
+
+
+@pytest.mark.parametrize("coding", ["gzip", "zstd", "identity", "gzip;q=0, zstd", "br"])
+def test_codings(hosted: Server, coding: str) -> None:
+    with hosted.client.stream("GET", "/simple/http-pkg/", headers={"Accept": JSON, "Accept-Encoding": coding}) as answer:
+        raw = b"".join(answer.iter_raw())
+    used = answer.headers.get("content-encoding")
+    assert used == {"gzip": "gzip", "zstd": "zstd", "gzip;q=0, zstd": "zstd"}.get(coding)
+    assert int(answer.headers["content-length"]) == len(raw)
+    plain = {"gzip": gzip.decompress, "zstd": zstandard.ZstdDecompressor().decompress, None: bytes}[used](raw)
+    assert json.loads(plain)["name"] == "http-pkg"
+
+
+def test_etags_of_codings_differ(hosted: Server) -> None:
+    found = {
+        hosted.client.get("/simple/http-pkg/", headers={"Accept": accept, "Accept-Encoding": coding}).headers["etag"]
+        for accept in (JSON, "text/html")
+        for coding in ("gzip", "zstd", "identity")
+    }
+    assert len(found) == 6
+
+
+@pytest.mark.parametrize("path", ["/simple/http-pkg/", "/simple/", "FILE", "METADATA", "/simple/none/", "/simple/Http_Pkg/"])
+def test_head_is_get_without_the_body(hosted: Server, path: str) -> None:
+    item = hosted.page("http-pkg").json()["files"][0]
+    path = {"FILE": "/simple/http-pkg/" + item["url"], "METADATA": "/simple/http-pkg/" + item["url"] + ".metadata"}.get(path, path)
+    get, head = hosted.client.get(path), hosted.client.head(path)
+    skip = {"date"}
+    assert head.content == b""
+    assert head.status_code == get.status_code
+    assert {k: v for k, v in head.headers.items() if k not in skip} == {k: v for k, v in get.headers.items() if k not in skip}
+    assert "content-length" in head.headers
+
+
+def _file(server: Server) -> tuple[str, bytes]:
+    item = server.page("http-pkg").json()["files"][0]
+    path = "/simple/http-pkg/" + item["url"]
+    return path, server.client.get(path).content
+
+
+def test_files_are_immutable_and_plain(hosted: Server) -> None:
+    path, content = _file(hosted)
+    answer = hosted.client.get(path, headers={"Accept-Encoding": "gzip, zstd, br"})
+    assert answer.content == content
+    assert "content-encoding" not in answer.headers
+    assert "immutable" in answer.headers["cache-control"]
+    assert answer.headers["accept-ranges"] == "bytes"
+    assert int(answer.headers["content-length"]) == len(content)
+
+
+@pytest.mark.parametrize(("span", "start", "end"), [("bytes=0-99", 0, 100), ("bytes=-50", -50, None), ("bytes=100-", 100, None)])
+def test_ranges(hosted: Server, span: str, start: int, end: int | None) -> None:
+    path, content = _file(hosted)
+    answer = hosted.client.get(path, headers={"Range": span})
+    assert answer.status_code == 206
+    assert answer.content == content[start:end]
+    assert answer.headers["content-range"].endswith(f"/{len(content)}")
+    assert int(answer.headers["content-length"]) == len(answer.content)
+
+
+def test_a_range_beyond_the_end_is_416(hosted: Server) -> None:
+    path, content = _file(hosted)
+    answer = hosted.client.get(path, headers={"Range": f"bytes={len(content) + 10}-"})
+    assert answer.status_code == 416
+    assert answer.headers["content-range"] == f"bytes */{len(content)}"
+
+
+def test_if_range(hosted: Server) -> None:
+    path, content = _file(hosted)
+    etag = hosted.client.head(path).headers["etag"]
+    assert hosted.client.get(path, headers={"Range": "bytes=0-9", "If-Range": etag}).content == content[:10]
+    whole = hosted.client.get(path, headers={"Range": "bytes=0-9", "If-Range": '"other"'})
+    assert (whole.status_code, whole.content) == (200, content)
+
+
+@pytest.mark.parametrize(
+    ("path", "end"),
+    [
+        ("/simple", "/simple/"),
+        ("/simple/http-pkg", "/simple/http-pkg/"),
+        ("/simple/Http_Pkg", "/simple/http-pkg/"),
+        ("/simple/HTTP.pkg/", "/simple/http-pkg/"),
+        ("/simple/http--pkg/", "/simple/http-pkg/"),
+        ("/simple/Http_Pkg/?format=" + JSON, "/simple/http-pkg/?format=" + JSON),
+        ("/cu130/simple/Http_Pkg/", "/cu130/simple/http-pkg/"),
+    ],
+)
+def test_one_address_for_each_page(hosted: Server, path: str, end: str) -> None:
+    answer = hosted.client.get(path)
+    assert answer.status_code == 301
+    followed = hosted.client.get(path, follow_redirects=True)
+    assert str(followed.url).replace("%2B", "+") == hosted.url + end
+    assert followed.status_code == 200
+
+
+@pytest.mark.parametrize(
+    "path", ["/simple/no-such/", "/none/simple/", "/simple/a/b/", "/simple/..%2f/", "/simple/%00/", "/files/xx/y", "/files/" + "0" * 64 + "/x"]
+)
+def test_what_is_not_there_is_404(hosted: Server, path: str) -> None:
+    answer = hosted.client.get(path)
+    assert answer.status_code == 404
+    assert answer.text.strip()
+
+
+def test_plus_in_names_is_taken_both_ways(hosted: Server) -> None:
+    item = hosted.page("http-pkg").json()["files"][-1]
+    assert "%2B" in item["url"]
+    path = "/simple/http-pkg/" + item["url"]
+    for spelled in (path, path.replace("%2B", "+")):
+        raw = subprocess.run(["curl", "-s", "-o", "/dev/null", "-w", "%{http_code}", "--path-as-is", hosted.url + "/files/" + spelled.partition("/files/")[2]],
+                             capture_output=True, text=True, check=True)
+        assert raw.stdout == "200"
+
+
+def test_pages_may_be_kept_for_a_moment(hosted: Server) -> None:
+    assert re.search(r"max-age=\d+", hosted.page("http-pkg").headers["cache-control"])
+
+
+def test_pypiserver_addresses_work(hosted: Server) -> None:
+    name, content = wheel("compat_pkg")
+    assert hosted.upload(name, content, path="/").status_code == 200
+    assert hosted.client.get(f"/packages/{name}").content == content
+
+
+# --- yank, status, delete ---------------------------------------------------------------------------------------------------
+
+
+def test_yank_and_back(hosted: Server) -> None:
+    name, content = wheel("yank_pkg")
+    assert hosted.upload(name, content).status_code == 200
+    run_index(hosted.root, "yank", "Yank.Pkg", "1.0", "--reason", 'broken "on" <arm>')
+    assert hosted.page("yank-pkg").json()["files"][0]["yanked"] == 'broken "on" <arm>'
+    assert 'data-yanked="broken &quot;on&quot; &lt;arm&gt;"' in hosted.page("yank-pkg", accept="text/html").text
+    assert hosted.client.get(f"/packages/{name}").content == content, "those who pinned it still get it"
+    run_index(hosted.root, "unyank", "yank-pkg", "1.0")
+    assert hosted.page("yank-pkg").json()["files"][0]["yanked"] is False
+    run_index(hosted.root, "yank", "yank-pkg", "1.0")
+    assert hosted.page("yank-pkg").json()["files"][0]["yanked"] is True
+    assert run_index(hosted.root, "yank", "yank-pkg", "9", check=False).returncode == 2
+
+
+def test_deleted_names_are_never_reused(hosted: Server) -> None:
+    name, content = wheel("gone_pkg")
+    assert hosted.upload(name, content).status_code == 200
+    path = "/simple/gone-pkg/" + hosted.page("gone-pkg").json()["files"][0]["url"]
+    run_index(hosted.root, "delete", "gone-pkg", "1.0", "--yes")
+    assert hosted.page("gone-pkg").status_code == 404
+    assert hosted.client.get(path).status_code == 410
+    for bytes_ in (content, wheel("gone_pkg", requires_python=None)[1]):
+        answer = hosted.upload(name, bytes_)
+        assert answer.status_code == 400
+        assert "never used again" in answer.text
+
+
+@pytest.mark.parametrize("status", ["archived", "deprecated", "quarantined", "active"])
+def test_project_status(hosted: Server, status: str) -> None:
+    project = f"{status}-pkg"
+    name, content = wheel(f"{status}_pkg")
+    assert hosted.upload(name, content).status_code == 200
+    path = f"/simple/{project}/" + hosted.page(project).json()["files"][0]["url"]
+    run_index(hosted.root, "status", project, status, "--reason", "because")
+    page = hosted.page(project).json()
+    assert page["project-status"] == {"status": status, "reason": "because"}
+    text = hosted.page(project, accept="text/html").text
+    assert f'<meta name="pypi:project-status" content="{status}">' in text
+    assert '<meta name="pypi:project-status-reason" content="because">' in text
+    assert len(page["files"]) == (0 if status == "quarantined" else 1)
+    assert hosted.client.get(path).status_code == (403 if status == "quarantined" else 200)
+    expected = 403 if status in ("archived", "quarantined") else 200
+    assert hosted.upload(*wheel(f"{status}_pkg", "2.0")).status_code == expected
+
+
+# --- tokens -----------------------------------------------------------------------------------------------------------------
+
+
+def test_uploads_need_a_good_token(hosted: Server) -> None:
+    name, content = wheel("token_pkg")
+    anonymous = hosted.client.post("/legacy/", data={":action": "file_upload"}, files={"content": (name, content)})
+    assert anonymous.status_code == 401
+    assert anonymous.headers["www-authenticate"].startswith("Basic ")
+    for bad in ("", "gf_wrong", hosted.token[:-1], hosted.token + "x"):
+        assert hosted.upload(name, content, token=bad).status_code == 401
+    bearer = hosted.client.post(
+        "/legacy/",
+        data={":action": "file_upload"},
+        files={"content": (name, content)},
+        headers={"Authorization": f"Bearer {hosted.token}"},
+    )
+    assert bearer.status_code == 200
+
+
+def test_a_token_reaches_as_far_as_its_scope(hosted: Server) -> None:
+    token = make_token(hosted.root, "--project", "scoped_pkg")
+    assert hosted.upload(*wheel("scoped_pkg"), token=token).status_code == 200
+    assert hosted.upload(*wheel("unscoped_pkg"), token=token).status_code == 403
+    run_index(hosted.root, "stage", "create", "scope-set")
+    staged = make_token(hosted.root, "--set", "scope-set")
+    assert hosted.upload(*wheel("set_pkg"), token=staged).status_code == 403
+    assert hosted.upload(*wheel("set_pkg"), token=staged, path="/stage/scope-set/legacy/").status_code == 200
+
+
+def test_tokens_end(hosted: Server) -> None:
+    short = make_token(hosted.root, "--expires", "1s")
+    __import__("time").sleep(1.2)
+    assert hosted.upload(*wheel("expired_pkg"), token=short).status_code == 401
+    run_index(hosted.root, "token", "create", "--name", "leaver")
+    found = __import__("index_kit").run_json(hosted.root, "token", "create", "--name", "leaver2")
+    assert hosted.upload(*wheel("leaver_pkg"), token=found["token"]).status_code == 200
+    run_index(hosted.root, "token", "revoke", "leaver2")
+    assert hosted.upload(*wheel("leaver_pkg", "2.0"), token=found["token"]).status_code == 401
+    assert "leaver2" in run_index(hosted.root, "token", "list").stdout
+
+
+def test_secrets_are_not_stored(hosted: Server) -> None:
+    folder = hosted.root / "catalogue"
+    assert not any(hosted.token.encode() in path.read_bytes() for path in folder.iterdir())
+
+
+def test_refused_tokens_are_rate_limited(tmp_path_factory: pytest.TempPathFactory) -> None:
+    with serving(tmp_path_factory.mktemp("guess") / "root", "--allow-new") as server:
+        name, content = wheel("guess_pkg")
+        statuses = [server.upload(name, content, token=f"gf_{number}").status_code for number in range(40)]
+        assert statuses[0] == 401
+        assert statuses[-1] == 429
+        assert server.upload(name, content).status_code == 200, "a good token is not locked out by another's guesses"
+
+
+# --- operation --------------------------------------------------------------------------------------------------------------
+
+
+def test_operation_pages(hosted: Server) -> None:
+    assert hosted.client.get("/health").text == "ok\n"
+    assert hosted.client.get("/ready").status_code == 200
+    text = hosted.client.get("/metrics").text
+    assert "gracefarm_index_requests_total" in text
+    assert 'gracefarm_index_uploads_total{outcome="created"}' in text
+
+
+def test_the_audit_log_is_append_only(hosted: Server) -> None:
+    import sqlite3
+
+    log = run_index(hosted.root, "log").stdout
+    assert "file.upload" in log
+    assert "token:test" in log
+    database = sqlite3.connect(hosted.root / "catalogue" / "catalogue.db")
+    for statement in ("DELETE FROM audit", "UPDATE audit SET actor = 'nobody'"):
+        with pytest.raises(sqlite3.IntegrityError, match="append-only"):
+            database.execute(statement)
+    database.close()
+
+
+def test_changes_feed(hosted: Server) -> None:
+    before = hosted.client.get("/changes").json()["serial"]
+    assert hosted.upload(*wheel("feed_pkg")).status_code == 200
+    found = hosted.client.get("/changes", params={"since": before}).json()["changes"]
+    assert [(item["action"], item["subject"]) for item in found] == [("file.upload", "feed_pkg-1.0-py3-none-any.whl")]
+
+
+def test_trusted_proxies_alone_say_who_asks(tmp_path_factory: pytest.TempPathFactory) -> None:
+    root = tmp_path_factory.mktemp("proxy") / "root"
+    with serving(root, "--trusted-proxy", "127.0.0.1") as server:
+        server.client.get("/health", headers={"X-Forwarded-For": "6.6.6.6, 203.0.113.7"})
+        server.requests()
+        assert server.access_log.read_text().startswith("203.0.113.7 ")
+    with serving(root, token=server.token) as server:
+        server.forget()
+        server.client.get("/health", headers={"X-Forwarded-For": "203.0.113.7"})
+        server.requests()
+        assert server.access_log.read_text().startswith("127.0.0.1 ")
+
+
+def test_log_lines_cannot_be_forged(hosted: Server) -> None:
+    hosted.client.get("/simple/x%0a127.0.0.1 - - forged/", headers={"User-Agent": 'a" 200 "b'})
+    assert hosted.requests()[-1].status == 404
+
+
+def test_uvicorn_serves_the_same(tmp_path_factory: pytest.TempPathFactory) -> None:
+    with serving(tmp_path_factory.mktemp("uvicorn") / "root", "--allow-new", "--server", "uvicorn") as server:
+        name, content = wheel("uvi_pkg", files={"uvi_pkg/data": bytes(range(256)) * 8192}, compress=zipfile.ZIP_STORED)
+        assert server.upload(name, content).status_code == 200
+        item = server.page("uvi-pkg").json()["files"][0]
+        assert server.client.get("/simple/uvi-pkg/" + item["url"]).content == content
+        assert server.client.get("/simple/uvi-pkg/" + item["url"], headers={"Range": "bytes=5-9"}).content == content[5:10]
+        stop(server.process)
+        assert server.process.returncode == 0
+
+
+def test_tls(tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("tls")
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost",
+         "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", folder / "key.pem", "-out", folder / "cert.pem"],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    with serving(folder / "root", "--tls-cert", str(folder / "cert.pem"), "--tls-key", str(folder / "key.pem")) as server:
+        import ssl
+
+        context = ssl.create_default_context(cafile=folder / "cert.pem")
+        assert httpx.get(server.url + "/health", verify=context).text == "ok\n"
+
+
+def test_one_server_for_each_root(hosted: Server) -> None:
+    done = run_index(hosted.root, "serve", "--port", "0", check=False)
+    assert done.returncode == 4
+    assert "another server already serves" in done.stderr
+
+
+def test_the_server_ends_when_told(tmp_path_factory: pytest.TempPathFactory) -> None:
+    with serving(tmp_path_factory.mktemp("end") / "root") as server:
+        stop(server.process)
+        assert server.process.returncode == 0
+
+
+def test_bind_is_loopback_unless_told(hosted: Server) -> None:
+    assert hosted.url.startswith("http://127.0.0.1:")
+    header = base64.b64encode(b"x:y").decode()
+    assert hosted.client.post("/legacy/", headers={"Authorization": f"Basic {header}"}).status_code == 401

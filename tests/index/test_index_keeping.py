@@ -1,0 +1,237 @@
+"""Export, import, fsck, gc, prune, backup by copying: keeping a store in order while it is used."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import subprocess
+import threading
+from pathlib import Path
+
+import httpx
+import pytest
+from index_kit import JSON, Server, run_index, run_json, serving, start, stop, wheel
+
+LOCAL = "cp311-cp311-manylinux_2_34_aarch64"
+
+
+def stored(server: Server, content: bytes) -> Path:
+    digest = hashlib.sha256(content).hexdigest()
+    return server.root / "files" / digest[:2] / digest
+
+
+def test_fsck_finds_what_is_damaged(server: Server) -> None:
+    good, bad = wheel("good_pkg"), wheel("bad_pkg")
+    for item in (good, bad):
+        assert server.upload(*item).status_code == 200
+    assert json.loads(run_index(server.root, "fsck", "--json").stdout.splitlines()[-1])["damaged"] == []
+    path = stored(server, bad[1])
+    path.chmod(0o644)
+    path.write_bytes(bytes(len(bad[1])))
+    done = run_index(server.root, "fsck", check=False)
+    assert done.returncode == 11
+    assert bad[0] in done.stderr
+    assert good[0] not in done.stderr
+
+
+def test_gc_frees_what_nothing_names(server: Server) -> None:
+    kept, gone = wheel("kept_pkg"), wheel("gone_pkg")
+    for item in (kept, gone):
+        assert server.upload(*item).status_code == 200
+    run_index(server.root, "delete", "gone-pkg", "1.0", "--yes")
+    assert stored(server, gone[1]).exists()
+    assert run_json(server.root, "gc")["files"] == 2, "the wheel and its metadata"
+    assert not stored(server, gone[1]).exists()
+    assert run_json(server.root, "fsck")["damaged"] == []
+    assert server.client.get(f"/packages/{kept[0]}").content == kept[1]
+
+
+def test_prune_keeps_the_newest_of_each_variant(server: Server) -> None:
+    for day in range(1, 5):
+        for local in ("cu124", "cu130"):
+            item = wheel("night_pkg", f"1.0.dev{day}+{local}", LOCAL)
+            assert server.upload(*item, path="/nightly/legacy/").status_code == 200
+    assert server.upload(*wheel("night_pkg", "0.9")).status_code == 200
+    assert len(run_json(server.root, "prune", "--keep", "2", "--dry-run")) == 4
+    assert len(server.filenames("night-pkg", prefix="/nightly")) == 8
+    run_index(server.root, "prune", "--keep", "2")
+    assert server.filenames("night-pkg", prefix="/nightly") == [
+        f"night_pkg-1.0.dev{day}+{local}-{LOCAL}.whl" for day in (3, 4) for local in ("cu124", "cu130")
+    ]
+    assert server.filenames("night-pkg") == ["night_pkg-0.9-py3-none-any.whl"]
+
+
+def test_import_takes_a_folder_of_pypiserver(tmp_path: Path) -> None:
+    folder = tmp_path / "packages"
+    (folder / "sub").mkdir(parents=True)
+    for number, item in enumerate((wheel("in_pkg"), wheel("in_pkg", "2.0"))):
+        (folder / ("sub" if number else ".") / item[0]).write_bytes(item[1])
+    (folder / "broken_pkg-1.0-py3-none-any.whl").write_bytes(b"half a wheel")
+    done = run_index(tmp_path / "root", "import", str(folder), check=False)
+    assert done.returncode == 50
+    assert "2 taken in, 0 here already, 1 refused" in done.stdout
+    assert "broken_pkg-1.0-py3-none-any.whl" in done.stdout
+    (folder / "broken_pkg-1.0-py3-none-any.whl").unlink()
+    assert "0 taken in, 2 here already" in run_index(tmp_path / "root", "import", str(folder)).stdout
+    with serving(tmp_path / "root") as server:
+        assert server.filenames("in-pkg") == [wheel("in_pkg")[0], wheel("in_pkg", "2.0")[0]]
+
+
+# --- export -----------------------------------------------------------------------------------------------------------------
+
+
+def filled(server: Server) -> None:
+    assert server.upload(*wheel("one_pkg", "1.0")).status_code == 200
+    assert server.upload(*wheel("one_pkg", "1.0+cu130", LOCAL)).status_code == 200
+    assert server.upload(*wheel("two_pkg", "1.0")).status_code == 200
+
+
+def test_the_export_is_the_live_pages(server: Server, tmp_path: Path) -> None:
+    filled(server)
+    target = tmp_path / "static"
+    run_index(server.root, "export", str(target))
+    for form, accept in (("json", JSON), ("html", "text/html")):
+        for path in ("simple", "simple/one-pkg", "cu130/simple/one-pkg"):
+            live = server.client.get(f"/{path}/", headers={"Accept": accept, "Accept-Encoding": "identity"}).content
+            assert (target / path / f"index.{form}").read_bytes() == live
+    item = server.page("one-pkg").json()["files"][0]
+    file = (target / "simple" / "one-pkg" / item["url"]).resolve()
+    assert hashlib.sha256(file.read_bytes()).hexdigest() == item["hashes"]["sha256"]
+    assert file.with_name(file.name + ".metadata").exists()
+
+
+def test_the_export_is_incremental(server: Server, tmp_path: Path) -> None:
+    filled(server)
+    target = tmp_path / "static"
+    first = run_json(server.root, "export", str(target))
+    assert run_json(server.root, "export", str(target)) == {"written": 0, "kept": first["written"], "removed": 0}
+    untouched = (target / "simple" / "two-pkg" / "index.json").stat().st_mtime_ns
+    assert server.upload(*wheel("one_pkg", "2.0")).status_code == 200
+    run_index(server.root, "delete", "one-pkg", "1.0", "--yes")
+    done = run_json(server.root, "export", str(target))
+    assert done["written"] > 0
+    assert done["removed"] == 2
+    assert (target / "simple" / "two-pkg" / "index.json").stat().st_mtime_ns == untouched
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "precious").write_text("x")
+    assert run_index(server.root, "export", str(tmp_path / "other"), check=False).returncode == 3
+
+
+def test_staged_sets_are_not_exported(server: Server, tmp_path: Path) -> None:
+    run_index(server.root, "stage", "create", "secret")
+    assert server.upload(*wheel("secret_pkg"), path="/stage/secret/legacy/").status_code == 200
+    run_index(server.root, "export", str(tmp_path / "static"))
+    assert not [path for path in (tmp_path / "static").rglob("*") if "secret" in path.name]
+
+
+@pytest.mark.skipif(shutil.which("nginx") is None, reason="nginx is not installed; builder doctor lists it")
+def test_nginx_serves_the_export(server: Server, tmp_path: Path) -> None:
+    filled(server)
+    target = tmp_path / "static"
+    run_index(server.root, "export", str(target))
+    target.chmod(0o755)
+    for parent in (tmp_path, *tmp_path.parents):
+        if parent.stat().st_uid == 0 and parent != Path("/"):
+            parent.chmod(parent.stat().st_mode | 0o011)
+    with httpx.Client(transport=httpx.HTTPTransport(uds=str(tmp_path / "n.sock")), base_url="http://nginx") as client:
+        part = (target / "nginx.conf").read_text()
+        part = part.replace("__LISTEN__", f"unix:{tmp_path}/n.sock").replace("__ROOT__", str(target))
+        config = tmp_path / "nginx.conf"
+        config.write_text(
+            f"daemon off; user root; pid {tmp_path}/pid; error_log {tmp_path}/error.log; worker_processes 1;"
+            f" events {{}} http {{ access_log off; client_body_temp_path {tmp_path}/b; {part} }}"
+        )
+        process = subprocess.Popen(["nginx", "-c", str(config), "-e", str(tmp_path / "error.log")])
+        try:
+            for _ in range(100):
+                if (tmp_path / "n.sock").exists():
+                    break
+                threading.Event().wait(0.05)
+            for accept, kind in ((JSON, JSON), ("text/html", "text/html; charset=utf-8")):
+                answer = client.get("/simple/one-pkg/", headers={"Accept": accept})
+                live = server.page("one-pkg", accept=accept)
+                assert (answer.status_code, answer.headers["content-type"]) == (200, kind)
+                assert answer.content == live.content
+                assert answer.headers["etag"]
+            item = server.page("one-pkg").json()["files"][-1]
+            whole = client.get("/simple/one-pkg/" + item["url"])
+            assert hashlib.sha256(whole.content).hexdigest() == item["hashes"]["sha256"]
+            assert "immutable" in whole.headers["cache-control"]
+            assert client.get("/simple/one-pkg/" + item["url"], headers={"Range": "bytes=0-9"}).status_code == 206
+        finally:
+            process.terminate()
+            process.wait(10)
+
+
+# --- backup -----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_copy_of_the_folder_made_while_it_runs_is_whole(server: Server, tmp_path: Path) -> None:
+    """As docs/index-operation.md says: the catalogue first, then the files, while uploads go on."""
+    confirmed: list[str] = []
+    done = threading.Event()
+
+    def upload() -> None:
+        number = 0
+        with httpx.Client(base_url=server.url) as client:
+            mine = Server(**{**vars(server), "client": client})
+            while not done.is_set():
+                name, content = wheel("backup_pkg", f"1.{number}")
+                assert mine.upload(name, content).status_code == 200
+                confirmed.append(name)
+                number += 1
+
+    worker = threading.Thread(target=upload)
+    worker.start()
+    try:
+        while len(confirmed) < 30:
+            done.wait(0.01)
+        before = list(confirmed)
+        copy = tmp_path / "copy"
+        copy.mkdir()
+        shutil.copytree(server.root / "catalogue", copy / "catalogue")
+        shutil.copytree(server.root / "files", copy / "files")
+        while len(confirmed) < len(before) + 20:
+            done.wait(0.01)
+    finally:
+        done.set()
+        worker.join()
+    with serving(copy) as restored:
+        assert set(before) <= set(restored.filenames("backup-pkg"))
+        assert run_json(copy, "fsck")["damaged"] == []
+
+
+def test_a_copy_made_in_the_wrong_order_lists_nothing_that_is_not_there(server: Server, tmp_path: Path) -> None:
+    early, late = wheel("order_pkg", "1.0"), wheel("order_pkg", "2.0")
+    assert server.upload(*early).status_code == 200
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    shutil.copytree(server.root / "files", copy / "files")
+    assert server.upload(*late).status_code == 200
+    shutil.copytree(server.root / "catalogue", copy / "catalogue")
+    with serving(copy) as restored:
+        assert restored.filenames("order-pkg") == [early[0]]
+        assert restored.upload(*late).status_code == 200
+        assert restored.filenames("order-pkg") == [early[0], late[0]]
+        assert run_json(copy, "fsck")["damaged"] == []
+
+
+def test_files_that_are_not_mounted_stop_the_start(server: Server, tmp_path: Path) -> None:
+    assert server.upload(*wheel("mount_pkg")).status_code == 200
+    stop(server.process)
+    (server.root / "files").rename(tmp_path / "away")
+    process = start(server.root)
+    assert process.stdout is not None
+    text = process.stdout.read()
+    assert process.wait(20) == 3
+    assert "mount or restore" in text
+
+
+def test_a_ruined_catalogue_is_told_in_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "root" / "catalogue").mkdir(parents=True)
+    (tmp_path / "root" / "catalogue" / "catalogue.db").write_bytes(b"no database " * 1000)
+    done = run_index(tmp_path / "root", "stats", check=False)
+    assert done.returncode == 3
+    assert "cannot be read as a catalogue" in done.stderr
+    assert "Traceback" not in done.stderr

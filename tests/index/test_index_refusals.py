@@ -1,0 +1,427 @@
+"""Every row of what other indexes accept and should not (wrong digests, names, archives, framing), and its outcome here."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import socket
+import threading
+import time
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+from index_kit import Server, metadata, run_index, sdist, serving, wheel
+
+
+def refused(answer: httpx.Response, *words: str, status: int = 400) -> None:
+    assert answer.status_code == status, answer.text
+    for word in words:
+        assert word in answer.text
+
+
+def nothing_stored(server: Server, project: str) -> None:
+    assert server.page(project).status_code == 404
+    assert not list((server.root / "staging").iterdir())
+
+
+@pytest.mark.parametrize("field", ["sha256_digest", "md5_digest", "blake2_256_digest"])
+def test_a_wrong_digest_is_refused(shared: Server, field: str) -> None:
+    name, content = wheel("digest_pkg")
+    wrong = {"sha256_digest": "0" * 64, "md5_digest": "0" * 32, "blake2_256_digest": "0" * 64}[field]
+    refused(shared.upload(name, content, form={field: wrong}), field)
+    nothing_stored(shared, "digest-pkg")
+
+
+@pytest.mark.parametrize("field", ["md5_digest", "blake2_256_digest"])
+def test_a_wrong_digest_is_refused_when_it_comes_after_the_file(shared: Server, field: str) -> None:
+    name, content = wheel("late_pkg")
+    parts = [
+        (None, ":action", b"file_upload"),
+        (name, "content", content),
+        (None, field, b"0" * (32 if field == "md5_digest" else 64)),
+    ]
+    body = b"".join(
+        b'--b\r\nContent-Disposition: form-data; name="%s"%s\r\n\r\n%s\r\n'
+        % (key.encode(), b'; filename="%s"' % filename.encode() if filename else b"", value)
+        for filename, key, value in parts
+    )
+    answer = shared.client.post(
+        "/legacy/",
+        content=body + b"--b--\r\n",
+        headers={"Content-Type": "multipart/form-data; boundary=b"},
+        auth=("__token__", shared.token),
+    )
+    refused(answer, field)
+
+
+def test_right_digests_of_every_kind_are_taken(shared: Server) -> None:
+    name, content = wheel("digests_pkg")
+    form = {
+        "md5_digest": hashlib.md5(content).hexdigest(),
+        "blake2_256_digest": hashlib.blake2b(content, digest_size=32).hexdigest(),
+    }
+    assert shared.upload(name, content, form=form).status_code == 200
+
+
+def test_not_a_zip_is_refused(shared: Server) -> None:
+    refused(shared.upload("nozip_pkg-1.0-py3-none-any.whl", b"not a zip" * 100), "not a zip archive")
+    nothing_stored(shared, "nozip-pkg")
+
+
+def test_metadata_of_another_name_is_refused(shared: Server) -> None:
+    name, content = wheel("meta_pkg", meta=metadata("other", "1.0"))
+    refused(shared.upload(name, content), "'other'")
+
+
+def test_metadata_of_another_version_is_refused(shared: Server) -> None:
+    name, content = wheel("meta_pkg", meta=metadata("meta_pkg", "2.0"))
+    refused(shared.upload(name, content), "'2.0'")
+
+
+def test_form_that_disagrees_with_the_file_is_refused(shared: Server) -> None:
+    name, content = wheel("form_pkg")
+    refused(shared.upload(name, content, form={"name": "other"}), "'other'")
+    refused(shared.upload(name, content, form={"version": "2.0"}), "'2.0'")
+    refused(shared.upload(name, content, form={"filetype": "sdist"}), "'sdist'")
+    refused(shared.upload(name, content, form={":action": "submit"}), "'submit'")
+    nothing_stored(shared, "form-pkg")
+
+
+def test_same_bytes_again_are_fine_and_other_bytes_are_not(shared: Server) -> None:
+    name, content = wheel("twice_pkg")
+    assert shared.upload(name, content).status_code == 200
+    assert shared.upload(name, content).status_code == 200
+    _, other = wheel("twice_pkg", files={"twice_pkg/__init__.py": b"changed = True\n"})
+    refused(shared.upload(name, other), "File already exists")
+    found = shared.page("twice-pkg").json()["files"]
+    assert [item["hashes"]["sha256"] for item in found] == [hashlib.sha256(content).hexdigest()]
+
+
+@pytest.mark.parametrize(
+    "filename",
+    ["Evil.Pkg-1.0-py3-none-any.whl", "evil.pkg-1.0-py3-none-any.whl", "Evil_Pkg-1.0-py3-none-any.whl", "evil_pkg-1.0-PY3-none-any.whl"],
+)
+def test_other_spellings_of_a_name_are_refused(shared: Server, filename: str) -> None:
+    name, _, rest = filename.partition("-")
+    _, content = wheel(name)
+    refused(shared.upload(filename, content, form={"name": name}), "canonical")
+
+
+def test_one_release_has_one_spelling(shared: Server) -> None:
+    assert shared.upload(*wheel("spelled_pkg", "1.0")).status_code == 200
+    refused(shared.upload(*wheel("spelled_pkg", "1.0.0")), "already spelled 1.0")
+
+
+@pytest.mark.parametrize(
+    "filename",
+    [
+        "../up-1.0-py3-none-any.whl",
+        "/tmp/abs-1.0-py3-none-any.whl",
+        "a\\b-1.0-py3-none-any.whl",
+        "a b-1.0-py3-none-any.whl",
+        "\u00e4-1.0-py3-none-any.whl",
+        ".hidden-1.0-py3-none-any.whl",
+        "..-1.0.tar.gz",
+        "nul\x00-1.0-py3-none-any.whl",
+        "x-1.0-py3-none-notatag.whl",
+        "x-1.0-zz9-none-any.whl",
+        "x-1.0-py3-what-any.whl",
+        "noversion.zip",
+        "evil_pkg-1.0.zip",
+        "evil_pkg-1.0.exe",
+        "evil_pkg-1.0.whl",
+        "x-1.0-py3-none-any.whl.metadata",
+        "l" * 300 + "-1.0-py3-none-any.whl",
+        "x-1.0-py3-none-any.whl ",
+        "x-not.a.version-py3-none-any.whl",
+    ],
+)
+def test_file_names_that_no_installer_means_are_refused(shared: Server, filename: str) -> None:
+    _, content = wheel("x")
+    body = (
+        b'--b\r\nContent-Disposition: form-data; name=":action"\r\n\r\nfile_upload\r\n'
+        b'--b\r\nContent-Disposition: form-data; name="content"; filename="' + filename.encode() + b'"\r\n\r\n' + content + b"\r\n--b--\r\n"
+    )
+    answer = shared.client.post(
+        "/legacy/", content=body, headers={"Content-Type": "multipart/form-data; boundary=b"}, auth=("__token__", shared.token)
+    )
+    assert answer.status_code == 400, answer.text
+    assert len(answer.text.strip()) > 10
+    assert not list((shared.root / "staging").iterdir())
+
+
+def test_an_empty_file_name_is_refused(shared: Server) -> None:
+    body = b'--b\r\nContent-Disposition: form-data; name=":action"\r\n\r\nfile_upload\r\n--b\r\n'
+    body += b'Content-Disposition: form-data; name="content"; filename=""\r\n\r\nx\r\n--b--\r\n'
+    answer = shared.client.post(
+        "/legacy/", content=body, headers={"Content-Type": "multipart/form-data; boundary=b"}, auth=("__token__", shared.token)
+    )
+    refused(answer, "no file name")
+
+
+def _zip(entries: list[tuple[zipfile.ZipInfo | str, bytes]], method: int = zipfile.ZIP_DEFLATED) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", method) as archive:
+        for name, content in entries:
+            archive.writestr(name, content)
+    return buffer.getvalue()
+
+
+def test_record_that_does_not_match_is_refused(shared: Server) -> None:
+    name, _ = wheel("rec_pkg")
+    refused(shared.upload(*wheel("rec_pkg", record="")), "is not in RECORD")
+    good = wheel("rec_pkg")[1]
+    with zipfile.ZipFile(io.BytesIO(good)) as archive:
+        listing = archive.read("rec_pkg-1.0.dist-info/RECORD").decode()
+    refused(shared.upload(name, wheel("rec_pkg", record=listing.replace("sha256=", "sha256=A", 1))[1]), "not what RECORD says")
+    refused(shared.upload(name, wheel("rec_pkg", record=listing + "ghost.py,sha256=x,1\n")[1]), "ghost.py")
+    refused(shared.upload(name, wheel("rec_pkg", record=listing.replace("sha256=", "md5=", 1))[1]), "sha256")
+    sizes = listing.splitlines()
+    sizes[0] = sizes[0].rpartition(",")[0] + ",99999"
+    refused(shared.upload(name, wheel("rec_pkg", record="\n".join(sizes))[1]), "wrong size")
+
+
+def test_an_unrecorded_file_is_refused(shared: Server) -> None:
+    name, content = wheel("added_pkg")
+    buffer = io.BytesIO(content)
+    with zipfile.ZipFile(buffer, "a") as archive:
+        archive.writestr("added_pkg/extra.py", b"evil = True\n")
+    refused(shared.upload(name, buffer.getvalue()), "added_pkg/extra.py is not in RECORD")
+
+
+def test_two_dist_infos_are_refused(shared: Server) -> None:
+    refused(shared.upload(*wheel("two_pkg", files={"other-1.0.dist-info/METADATA": b"Name: other\n"})), "2 .dist-info")
+
+
+def test_dist_info_of_another_name_is_refused(shared: Server) -> None:
+    refused(shared.upload(*wheel("info_pkg", dist_info="other-1.0.dist-info")), "other-1.0.dist-info")
+
+
+def test_wheel_tags_that_disagree_are_refused(shared: Server) -> None:
+    refused(shared.upload(*wheel("tags_pkg", tags="py3-none-any", wheel_tags="cp311-cp311-linux_aarch64")), "WHEEL inside says")
+
+
+def test_a_zip_bomb_is_refused(shared: Server) -> None:
+    refused(shared.upload(*wheel("bomb_pkg", files={"bomb_pkg/zeros": bytes(80 << 20)})), "zip bomb")
+
+
+@pytest.mark.parametrize("path", ["../out.py", "/etc/out.py", "a/../../out.py", "a\\..\\out.py", "C:/out.py", "./out.py", "a//b.py"])
+def test_a_path_that_leaves_the_wheel_is_refused(shared: Server, path: str) -> None:
+    refused(shared.upload(*wheel("path_pkg", files={path: b"x"})), "leaves the archive")
+
+
+def test_a_symlink_in_a_wheel_is_refused(shared: Server) -> None:
+    name, content = wheel("link_pkg")
+    buffer = io.BytesIO(content)
+    link = zipfile.ZipInfo("link_pkg/link")
+    link.external_attr = 0o120777 << 16
+    with zipfile.ZipFile(buffer, "a") as archive:
+        archive.writestr(link, b"/etc/passwd")
+    refused(shared.upload(name, buffer.getvalue()), "symbolic link")
+
+
+def test_bytes_around_the_archive_are_refused(shared: Server) -> None:
+    name, content = wheel("around_pkg")
+    refused(shared.upload(name, b"#!/bin/sh\n" + content), "bytes outside")
+    refused(shared.upload(name, content + b"trailer"), "something follows")
+
+
+def test_a_name_twice_in_a_wheel_is_refused(shared: Server) -> None:
+    name, content = wheel("dup_pkg")
+    buffer = io.BytesIO(content)
+    with zipfile.ZipFile(buffer, "a") as archive, pytest.warns(UserWarning, match="Duplicate name"):
+        archive.writestr("dup_pkg/__init__.py", b"second = True\n")
+    refused(shared.upload(name, buffer.getvalue()), "twice")
+
+
+def test_an_encrypted_member_is_refused(shared: Server) -> None:
+    name, content = wheel("crypt_pkg")
+    position = content.index(b"PK\x01\x02")
+    changed = bytearray(content)
+    changed[position + 8] |= 1
+    changed[6] |= 1
+    refused(shared.upload(name, bytes(changed)), "encrypted")
+
+
+def test_a_local_header_that_names_another_file_is_refused(shared: Server) -> None:
+    name, content = wheel("header_pkg")
+    changed = content.replace(b"header_pkg/__init__.py", b"header_pkg/__evil__.py", 1)
+    refused(shared.upload(name, changed), "names another file")
+
+
+def test_a_local_version_is_welcome(shared: Server) -> None:
+    assert shared.upload(*wheel("local_pkg", "1.0+cu130")).status_code == 200
+    assert shared.page("local-pkg").json()["files"][0]["_cuda"] == "13.0"
+
+
+def test_sdists_are_read_too(shared: Server) -> None:
+    assert shared.upload(*sdist("source_pkg")).status_code == 200
+    assert shared.page("source-pkg").json()["files"][0]["core-metadata"] is False
+    refused(shared.upload("source_pkg-2.0.tar.gz", b"no tar" * 99), "not a gzipped tar")
+    refused(shared.upload(*sdist("source_pkg", "3.0", extra={"../evil.py": b"x"})), "outside its folder")
+    refused(shared.upload("source_pkg-4.0.tar.gz", sdist("source_pkg", "1.0")[1]), "outside its folder")
+
+
+def _half(server: Server, name: str, content: bytes, *, close: str, announce: int | None = None) -> None:
+    head, body = _raw_form(server, name, content)
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        connection.sendall(head.replace(b"LENGTH", str(announce or len(body)).encode()) + body[: len(body) // 2])
+        if close == "rst":
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\x00\x00\x00\x00\x00\x00\x00")
+        else:
+            connection.shutdown(socket.SHUT_WR)
+            connection.settimeout(20)
+            answer = connection.recv(4096)
+            assert b"200 OK" not in answer
+
+
+def _raw_form(server: Server, name: str, content: bytes, token: str | None = None) -> tuple[bytes, bytes]:
+    secret = base64.b64encode(f"__token__:{token or server.token}".encode()).decode()
+    body = b'--b\r\nContent-Disposition: form-data; name=":action"\r\n\r\nfile_upload\r\n'
+    body += b'--b\r\nContent-Disposition: form-data; name="content"; filename="%s"\r\n\r\n' % name.encode()
+    body += content + b"\r\n--b--\r\n"
+    head = (
+        f"POST /legacy/ HTTP/1.1\r\nHost: x\r\nAuthorization: Basic {secret}\r\n"
+        "Content-Type: multipart/form-data; boundary=b\r\nContent-Length: LENGTH\r\n\r\n"
+    )
+    return head.encode(), body
+
+
+@pytest.mark.parametrize("close", ["fin", "rst"])
+def test_half_an_upload_leaves_nothing(shared: Server, close: str) -> None:
+    name, content = wheel("half_pkg", files={"half_pkg/data": bytes(range(256)) * 32768}, compress=zipfile.ZIP_STORED)
+    _half(shared, name, content, close=close)
+    _eventually_empty(shared)
+    nothing_stored(shared, "half-pkg")
+
+
+def test_after_half_an_upload_the_whole_one_is_taken(shared: Server) -> None:
+    name, content = wheel("again_pkg", files={"again_pkg/data": bytes(range(256)) * 32768}, compress=zipfile.ZIP_STORED)
+    _half(shared, name, content, close="fin")
+    assert shared.upload(name, content).status_code == 200
+    assert shared.filenames("again-pkg") == [name]
+
+
+def _eventually_empty(server: Server) -> None:
+    for _ in range(200):
+        if not list((server.root / "staging").iterdir()):
+            return
+        time.sleep(0.05)
+    raise AssertionError("staging is not empty")
+
+
+def test_a_cut_file_in_a_whole_form_is_refused(shared: Server) -> None:
+    name, content = wheel("cut_pkg", files={"cut_pkg/data": bytes(range(256)) * 4096})
+    refused(shared.upload(name, content[: len(content) // 2], form={"sha256_digest": hashlib.sha256(content).hexdigest()}), "sha256_digest")
+    nothing_stored(shared, "cut-pkg")
+
+
+def test_a_stalled_upload_stops_nobody_and_ends(tmp_path_factory: pytest.TempPathFactory) -> None:
+    with serving(tmp_path_factory.mktemp("stall") / "root", "--allow-new", "--idle", "1.5") as server:
+        name, content = wheel("stall_pkg")
+        head, body = _raw_form(server, name, content)
+        with socket.create_connection(("127.0.0.1", server.port)) as connection:
+            connection.sendall(head.replace(b"LENGTH", str(len(body)).encode()) + body[:100])
+            assert server.upload(*wheel("other_pkg")).status_code == 200
+            assert server.filenames("other-pkg")
+            connection.settimeout(30)
+            assert b"408" in connection.recv(4096)
+        _eventually_empty(server)
+
+
+def test_open_uploads_of_one_client_are_bounded(tmp_path_factory: pytest.TempPathFactory) -> None:
+    with serving(tmp_path_factory.mktemp("bound") / "root", "--allow-new", "--open-uploads-per-client", "2") as server:
+        name, content = wheel("bound_pkg")
+        head, body = _raw_form(server, name, content)
+        held = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(2)]
+        for connection in held:
+            connection.sendall(head.replace(b"LENGTH", str(len(body)).encode()) + body[:100])
+        for _ in range(100):
+            if "gracefarm_index_open_uploads 2.0" in server.client.get("/metrics").text:
+                break
+            time.sleep(0.05)
+        refused(server.upload(name, content), "too many uploads", status=429)
+        for connection in held:
+            connection.close()
+        for _ in range(100):
+            if (answer := server.upload(name, content)).status_code == 200:
+                break
+            time.sleep(0.05)
+        assert answer.status_code == 200
+
+
+def test_writes_are_rate_limited(tmp_path_factory: pytest.TempPathFactory) -> None:
+    with serving(tmp_path_factory.mktemp("rate") / "root", "--allow-new", "--writes-per-second", "1") as server:
+        statuses = [server.client.post("/legacy/").status_code for _ in range(6)]
+        assert statuses[0] == 401
+        assert statuses[-1] == 429
+
+
+def test_size_is_limited(tmp_path_factory: pytest.TempPathFactory) -> None:
+    with serving(tmp_path_factory.mktemp("size") / "root", "--allow-new", "--max-upload", "100000") as server:
+        name, content = wheel("size_pkg", files={"size_pkg/data": bytes(200_000)}, compress=zipfile.ZIP_STORED)
+        refused(server.upload(name, content), "100000", status=413)
+
+        def chunks() -> object:
+            yield from (body[start : start + 4096] for start in range(0, len(body), 4096))
+
+        _, body = _raw_form(server, name, content)
+        answer = server.client.post(
+            "/legacy/",
+            content=chunks(),
+            headers={"Content-Type": "multipart/form-data; boundary=b"},
+            auth=("__token__", server.token),
+        )
+        refused(answer, "100000", status=413)
+        nothing_stored(server, "size-pkg")
+
+
+def test_one_of_eight_concurrent_uploads_of_one_name_wins(shared: Server) -> None:
+    barrier = threading.Barrier(8)
+
+    def send(number: int) -> int:
+        name, content = wheel("race_pkg", files={"race_pkg/__init__.py": f"N = {number}\n".encode()})
+        barrier.wait()
+        return shared.upload(name, content).status_code
+
+    with ThreadPoolExecutor(8) as pool:
+        statuses = sorted(pool.map(send, range(8)))
+    assert statuses == [200] + [400] * 7
+    assert len(shared.filenames("race-pkg")) == 1
+
+
+def test_names_that_nobody_hosts_are_refused(tmp_path_factory: pytest.TempPathFactory) -> None:
+    with serving(tmp_path_factory.mktemp("host") / "root") as server:
+        refused(server.upload(*wheel("new_pkg")), "was not told to host new-pkg", status=403)
+        nothing_stored(server, "new-pkg")
+        run_index(server.root, "host", "New.Pkg")
+        assert server.upload(*wheel("new_pkg")).status_code == 200
+        run_index(server.root, "host", "--remove", "new-pkg")
+        refused(server.upload(*wheel("new_pkg", "2.0")), "was not told", status=403)
+        assert server.filenames("new-pkg") == ["new_pkg-1.0-py3-none-any.whl"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"--b--\r\n",
+        b"nonsense",
+        b'--b\r\nContent-Disposition: form-data\r\n\r\nx\r\n--b--\r\n',
+        b'--b\r\nContent-Disposition: form-data; name="a"\r\n\r\n\xff\xfe\r\n--b--\r\n',
+        b'--b\r\nContent-Disposition: form-data; name=":action"\r\n\r\nfile_upload\r\n--b--\r\n',
+    ],
+)
+def test_forms_that_are_none_are_refused(shared: Server, body: bytes) -> None:
+    answer = shared.client.post(
+        "/legacy/", content=body, headers={"Content-Type": "multipart/form-data; boundary=b"}, auth=("__token__", shared.token)
+    )
+    assert answer.status_code == 400, answer.text
+
+
+def test_another_content_type_is_refused(shared: Server) -> None:
+    answer = shared.client.post("/legacy/", content=b"{}", headers={"Content-Type": "application/json"}, auth=("__token__", shared.token))
+    refused(answer, "multipart/form-data")
