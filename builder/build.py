@@ -1,4 +1,4 @@
-"""The flow: fetch, root, compile, audit, smoke, record. Killed anywhere, the next run goes on and ends with the same record."""
+"""The flow: fetch, root, compile, audit, smoke, record. Killed anywhere, the next run goes on to the same record."""
 
 from __future__ import annotations
 
@@ -271,10 +271,10 @@ def _compile_once(
         outcome = compile.run(compile.Job(sandbox=box, command=command, log=log), _time_left(plan, settings, tick))
     progress.stages.append(record.stage("compile", outcome, command))
     compile.judge(outcome, log, plan)
-    return _checkpoint(plan, audit.only_wheel(work / "out"), folder, progress, console, outcome)
+    return _checkpoint(audit.only_wheel(work / "out"), folder, progress, console, outcome)
 
 
-def _checkpoint(plan: Plan, wheel: Path, folder: Path, progress: Progress, console: Console, outcome: Outcome) -> Path:
+def _checkpoint(wheel: Path, folder: Path, progress: Progress, console: Console, outcome: Outcome) -> Path:
     """Keep the raw wheel, so that a run cut off later need not compile again."""
     raw = folder / "raw" / wheel.name
     remove_tree(raw.parent)

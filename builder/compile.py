@@ -14,6 +14,7 @@ from packaging.utils import canonicalize_name
 from builder import environment, sandbox
 from builder.plan import Plan
 from builder.sandbox import Outcome, Sandbox
+from builder.tables import parse_size
 from gracefarm.errors import CompileError, DiskFullError, GracefarmError, MemoryBoundError, NetworkError
 from gracefarm.settings import Settings
 
@@ -95,7 +96,7 @@ def run(job: Job, on_progress: Callable[[int, int], None]) -> Outcome:
 
 
 def judge(outcome: Outcome, log: Path, plan: Plan) -> None:
-    """Raise what a finished compile deserves; a build that reached for the network fails even when it shrugged the failure off.
+    """Raise what a finished compile deserves; a build that reached for the network fails even when it went on.
 
     Raises:
         MemoryBoundError, NetworkError, DiskFullError, CompileError: each with the log's own words.
@@ -150,6 +151,4 @@ def fewer_jobs(error: GracefarmError, jobs: int) -> int | None:
 
 def bound(settings: Settings, available: int) -> int:
     """Bytes that a build may use: the setting, else nine tenths of what is free, so that the machine stays usable."""
-    from builder.tables import parse_size
-
     return parse_size(settings.memory) if settings.memory else available * 9 // 10
