@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 
 CLONE_NEWUSER, CLONE_NEWNET = 0x10000000, 0x40000000
 NS_GET_USERNS = 0xB701
-SO_ATTACH_FILTER, PACKET_OUTGOING, ETH_P_IP, ETH_P_IPV6 = 26, 4, 0x0800, 0x86DD
+SO_ATTACH_FILTER, PACKET_OUTGOING, ETH_P_ALL = 26, 4, 3
 DNS_PORT = 53
 A, PTR = 1, 12
 NOERROR, NXDOMAIN = 0, 3
@@ -95,18 +95,16 @@ def claim_all_addresses(family: socket.AddressFamily) -> None:
         raise OSError(-error, os.strerror(-error))
 
 
-def packet_socket(protocol: int) -> socket.socket:
+def packet_socket() -> socket.socket:
     """A packet socket on `lo` that receives the first packet of what leaves loopback's own addresses: TCP SYNs and UDP.
 
     A filter in the kernel drops all else, so that a test server's gigabytes over loopback cost nothing.
     """
     watcher = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, 0)
-    instructions = _FILTER_IP if protocol == ETH_P_IP else _FILTER_IPV6
-    code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *instruction) for instruction in instructions))
-    watcher.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("@HP", len(instructions), ctypes.addressof(code)))
+    code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *instruction) for instruction in _FILTER))
+    watcher.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("@HP", len(_FILTER), ctypes.addressof(code)))
     watcher.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
-    watcher.bind(("lo", protocol))
-    watcher.setblocking(False)
+    watcher.bind(("lo", ETH_P_ALL))
     return watcher
 
 
@@ -143,6 +141,13 @@ _FILTER_IPV6 = (
     (_EQUAL, 0, 1, 0x02),
     (_RETURN, 0, 0, SNAP),
     (_RETURN, 0, 0, 0),
+)
+_FILTER = (
+    (_LOAD_BYTE, 0, 0, 0),  # version
+    (_AND, 0, 0, 0xF0),
+    (_EQUAL, len(_FILTER_IP), 0, 0x60),
+    *_FILTER_IP,
+    *_FILTER_IPV6,
 )
 
 
@@ -207,23 +212,28 @@ def answer(message: bytes, hostname: str, report: Report) -> bytes:
 
 
 class Recorder:
-    """The sockets of the recorder, and what becomes of what they receive."""
+    """The sockets of the recorder, and what becomes of what they receive.
+
+    Raises:
+        OSError: the kernel refuses packet sockets.
+    """
 
     def __init__(self, selector: selectors.BaseSelector, hostname: str, report: Report) -> None:
         self._selector = selector
         self._hostname = hostname
         self._seen: set[str] = set()
         self._write = report
+        self._watcher = packet_socket()
+        self._serve(self._watcher, lambda _: self._packets())
 
     def watch(self, family: socket.AddressFamily) -> None:
-        """Open all sockets for one family of addresses in the current network namespace.
+        """Claim all addresses of one family and answer DNS by it, in the current network namespace.
 
         Raises:
             OSError: the kernel has no such family or refuses.
         """
         claim_all_addresses(family)
         loopback = "127.0.0.1" if family == socket.AF_INET else "::1"
-        self._serve(packet_socket(ETH_P_IP if family == socket.AF_INET else ETH_P_IPV6), self._packet)
         datagrams = socket.socket(family, socket.SOCK_DGRAM)
         datagrams.bind((loopback, DNS_PORT))
         self._serve(datagrams, self._datagram)
@@ -244,16 +254,26 @@ class Recorder:
             self._seen.add(text)
             self._write(text)
 
-    def _packet(self, watcher: socket.socket) -> None:
-        packet, address = watcher.recvfrom(SNAP)
-        # What crosses lo is seen twice, leaving and arriving; the arrival has passed the routes.
-        if address[2] != PACKET_OUTGOING:
-            for text in describe(packet):
-                self._report(text)
+    def _packets(self) -> None:
+        for _ in range(MOST):
+            try:
+                packet, address = self._watcher.recvfrom(SNAP)
+            except BlockingIOError:
+                return
+            # What crosses lo is seen twice, leaving and arriving; the arrival has passed the routes.
+            if address[2] != PACKET_OUTGOING:
+                with contextlib.suppress(ValueError, struct.error, IndexError):
+                    for text in describe(packet):
+                        self._report(text)
+
+    def _answer(self, message: bytes) -> bytes:
+        # Who asks has to wait for us, so what was tried before stands in the packet socket already: the order is kept.
+        self._packets()
+        return answer(message, self._hostname, self._report)
 
     def _datagram(self, datagrams: socket.socket) -> None:
         message, sender = datagrams.recvfrom(SNAP)
-        datagrams.sendto(answer(message, self._hostname, self._report), sender)
+        datagrams.sendto(self._answer(message), sender)
 
     def _accept(self, listener: socket.socket) -> None:
         connection, _ = listener.accept()
@@ -264,7 +284,7 @@ class Recorder:
         self._selector.unregister(connection)
         with connection:
             message = connection.recv(2 + SNAP)
-            reply = answer(message[2:], self._hostname, self._report)
+            reply = self._answer(message[2:])
             connection.send(struct.pack("!H", len(reply)) + reply)
 
 
