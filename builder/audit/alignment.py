@@ -1,0 +1,38 @@
+"""Gate `alignment`: kernels with pages of 64 KiB, as many Grace systems run, can map every segment.
+
+The loader refuses a PT_LOAD whose p_align is smaller than the page ("ELF load command alignment not page-aligned").
+GNU ld's default for aarch64 is 64 KiB; old patchelf and foreign linkers break it (pypa/auditwheel#251).
+"""
+
+from __future__ import annotations
+
+from builder.audit import elf
+from builder.audit.contents import Contents
+from builder.audit.policy import Policy
+from builder.audit.verdict import Verdict, not_applicable, passed, refused
+from builder.stack import Arch
+
+GATE = "alignment"
+PAGE = 64 << 10
+
+
+def judge(contents: Contents, policy: Policy) -> Verdict:
+    """Alignment of each PT_LOAD, and that address and file offset agree modulo a page."""
+    if policy.target != Arch.AARCH64:
+        return not_applicable(GATE, f"pages of {policy.target} are 4 KiB on every kernel")
+    objects = contents.loadable(policy.target)
+    if not objects:
+        return not_applicable(GATE, f"the wheel holds no ELF object for {policy.target}")
+    complaints = [f"{name}: {wrong}" for name, found in objects.items() for wrong in _wrong(found)]
+    if complaints:
+        return refused(GATE, complaints)
+    return passed(GATE, "every PT_LOAD is aligned to at least 64 KiB")
+
+
+def _wrong(found: elf.Object) -> list[str]:
+    small = sorted({segment.align for segment in found.segments if segment.align < PAGE})
+    if small:
+        return [f"PT_LOAD aligned to {align} bytes, less than a page of 64 KiB" for align in small]
+    if any((segment.address - segment.offset) % PAGE for segment in found.segments):
+        return ["a PT_LOAD whose address and file offset differ modulo 64 KiB"]
+    return []

@@ -1,0 +1,79 @@
+"""A wheel opened once for all gates: its file names, and its ELF objects unpacked beside each other."""
+
+from __future__ import annotations
+
+import shutil
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from builder.audit import elf
+from builder.stack import Arch
+
+MACHINES = {"EM_AARCH64": Arch.AARCH64, "EM_X86_64": Arch.X86_64}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contents:
+    """What is inside a wheel."""
+
+    wheel: Path
+    names: tuple[str, ...]
+    "Files, in the archive's order."
+    objects: dict[str, elf.Object]
+    "ELF objects by name, those of other machines and those that no loader takes included."
+    damaged: dict[str, str]
+    "Files that begin as ELF objects and cannot be read, with the reason."
+
+    def loadable(self, target: Arch) -> dict[str, elf.Object]:
+        """The objects that the target's loader could take; the others are the machine gate's business."""
+        return {name: found for name, found in self.objects.items() if is_for(found, target)}
+
+
+def is_for(found: elf.Object, target: Arch) -> bool:
+    """A shared object or executable of the target."""
+    return found.kind in elf.LOADABLE and found.bits == 64 and found.little_endian and MACHINES.get(found.machine) == target
+
+
+def is_extension(found: elf.Object) -> bool:
+    """A Python extension module: it exports an init function."""
+    return any(symbol.startswith("PyInit_") for symbol in found.exports.symbols)
+
+
+@contextmanager
+def opened(wheel: Path) -> Iterator[Contents]:
+    """The contents of a wheel; the unpacked objects vanish with the block.
+
+    Raises:
+        zipfile.BadZipFile, OSError: the file is no wheel at all.
+    """
+    with TemporaryDirectory(prefix="gracefarm-audit-") as folder, zipfile.ZipFile(wheel) as archive:
+        names = tuple(info.filename for info in archive.infolist() if not info.is_dir())
+        objects: dict[str, elf.Object] = {}
+        damaged: dict[str, str] = {}
+        for number, name in enumerate(names):
+            path = _unpack_elf(archive, name, Path(folder) / str(number))
+            if path is None:
+                continue
+            try:
+                objects[name] = elf.read(path)
+            except elf.NotElfError as error:
+                damaged[name] = str(error)
+        yield Contents(wheel=wheel, names=names, objects=objects, damaged=damaged)
+
+
+def _unpack_elf(archive: zipfile.ZipFile, name: str, folder: Path) -> Path | None:
+    """The file on disk when it is an ELF object; its own name is kept because cuobjdump prints it."""
+    with archive.open(name) as stream:
+        head = stream.read(4)
+        if not elf.is_elf(head):
+            return None
+        folder.mkdir()
+        path = folder / name.rsplit("/", 1)[-1]
+        with path.open("wb") as out:
+            out.write(head)
+            shutil.copyfileobj(stream, out, 1 << 20)
+    return path

@@ -1,0 +1,76 @@
+"""Gate `cubins`: the device code is for exactly the architectures that stack and recipe ask for, and none is PTX."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections import Counter
+from pathlib import Path
+
+from builder.audit.contents import Contents
+from builder.audit.policy import Policy
+from builder.audit.verdict import Verdict, not_applicable, passed, refused
+from gracefarm.errors import HostError
+
+GATE = "cubins"
+_ELF = re.compile(r"^ELF file\s+\d+:.*\.sm_(\d+[af]?)\.cubin\s*$", re.MULTILINE)
+_PTX = re.compile(r"^PTX file\s+\d+:.*\.sm_(\d+[af]?)\.ptx\s*$", re.MULTILINE)
+
+
+def judge(contents: Contents, policy: Policy) -> Verdict:
+    """Every object with a fatbin section, through NVIDIA's cuobjdump."""
+    objects = {name: found.path for name, found in contents.loadable(policy.target).items() if found.fatbin}
+    if not objects:
+        if policy.needs_cubins:
+            return refused(GATE, ["the recipe compiles CUDA code and the wheel holds none"])
+        return not_applicable(GATE, "the wheel holds no CUDA device code")
+    if policy.sm is None:
+        return refused(GATE, [f"{name} holds CUDA device code, and the recipe says that there is none" for name in objects])
+    if policy.cuobjdump is None:
+        return refused(GATE, ["there is CUDA device code and no cuobjdump to read it with"])
+    return _compare({name: _cubins(policy.cuobjdump, path) for name, path in objects.items()}, policy)
+
+
+def _compare(found: dict[str, tuple[list[str], list[str]]], policy: Policy) -> Verdict:
+    wanted = set(policy.sm or ())
+    extra = {sm for values in policy.sm_extra.values() for sm in values} - wanted
+    complaints = []
+    for name, (cubins, ptx) in found.items():
+        counts = Counter(cubins)
+        complaints += [f"{name} has PTX for sm_{sm}, which no stack asks for" for sm in sorted(set(ptx))]
+        complaints += [f"{name} has cubins for sm_{sm}, which nobody asked for" for sm in sorted(set(counts) - wanted - extra)]
+        # An object made of sources with values of their own (sm_extra) alone may lack the stack's.
+        if not set(counts) & extra:
+            complaints += [f"{name} has no cubin for sm_{sm}" for sm in sorted(wanted - set(counts))]
+        if not extra and len({counts[sm] for sm in wanted & set(counts)}) > 1:
+            shown = ", ".join(f"{counts[sm]} for sm_{sm}" for sm in sorted(wanted))
+            complaints.append(f"{name} has {shown}: some source was not compiled for all of them")
+    everywhere = {sm for cubins, _ptx in found.values() for sm in cubins}
+    complaints += [f"the recipe declares sm_{sm} (sm_extra) and no object has it" for sm in sorted(extra - everywhere)]
+    if len(found) > 1 or extra:
+        complaints += [f"no object has a cubin for sm_{sm}" for sm in sorted(wanted - everywhere)]
+    details = [f"{name}: {_listed(cubins)}" for name, (cubins, _ptx) in found.items()]
+    if complaints:
+        return refused(GATE, list(dict.fromkeys(complaints)), details)
+    names = ", ".join(f"sm_{sm}" for sm in sorted(everywhere))
+    return passed(GATE, f"cubins for exactly {names}, and no PTX", details)
+
+
+def _listed(cubins: list[str]) -> str:
+    return ", ".join(f"{count} for sm_{sm}" for sm, count in sorted(Counter(cubins).items())) or "no cubin"
+
+
+def _cubins(cuobjdump: Path, path: Path) -> tuple[list[str], list[str]]:
+    """The sm values of the cubins and of the PTX in an object."""
+    return _ELF.findall(_run(cuobjdump, "--list-elf", path)), _PTX.findall(_run(cuobjdump, "--list-ptx", path))
+
+
+def _run(cuobjdump: Path, option: str, path: Path) -> str:
+    try:
+        done = subprocess.run([cuobjdump, option, path], capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise HostError(
+            f"{cuobjdump} does not run: {error}", remedy="`builder doctor` says what this machine lacks"
+        ) from error
+    # cuobjdump also ends with an error where there is merely none of the kind asked for.
+    return done.stdout

@@ -1,0 +1,81 @@
+"""Gate `grafted`: no third-party file inside but those that the recipe declares by path, digest and licence."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import zipfile
+from fnmatch import fnmatch
+from pathlib import PurePosixPath
+
+from builder.audit.contents import Contents
+from builder.audit.policy import Policy
+from builder.audit.providers import environment_sonames
+from builder.audit.verdict import Verdict, passed, refused
+
+GATE = "grafted"
+
+LIBRARIES = (
+    "libtorch*", "libc10*", "libcaffe2*", "libshm*",
+    "libcuda*", "libcublas*", "libcudnn*", "libcudss*", "libcufft*", "libcufile*", "libcupti*", "libcurand*",
+    "libcusolver*", "libcusparse*", "libcutensor*", "libcheckpoint*", "libpcsampling*", "libnccl*", "libnpp*",
+    "libnvJitLink*", "libnvToolsExt*", "libnvblas*", "libnvfatbin*", "libnvjpeg*", "libnvperf*", "libnvptxcompiler*",
+    "libnvrtc*", "libnvshmem*", "libnvtx*", "libnvvm*", "libnvidia*",
+)  # fmt: skip
+"""Names of torch's and NVIDIA's libraries, hashed ones (libcudart-0123abcd.so.13) included. Not plain libcu* and libnv*:
+a package's own libcustom_ops.so is no graft."""
+
+TOOLS = ("ptxas", "cuobjdump", "nvdisasm", "nvlink", "nvcc", "cicc", "cudafe++", "fatbinary", "bin2c", "libdevice.*.bc")
+"Parts of NVIDIA's toolkit that packages copy into their wheels (triton does)."
+
+_HASHED = re.compile(r"-[0-9a-f]{8}(?=\.so)")
+
+
+def judge(contents: Contents, policy: Policy) -> Verdict:
+    """Undeclared third-party files, and declarations that nothing in the wheel answers to."""
+    declared = {entry.path: entry for entry in policy.bundled}
+    sonames = environment_sonames(policy.site_packages)
+    complaints = [
+        f"{name} is third-party ({why}) and not declared by the recipe"
+        for name in contents.names
+        if name not in declared and (why := _third_party(name, contents, sonames))
+    ]
+    details = []
+    for path, entry in declared.items():
+        if path not in contents.names:
+            complaints.append(f"{path} is declared and not in the wheel")
+        elif (found := _sha256(contents, path)) != entry.sha256:
+            complaints.append(f"{path} has sha256 {found}, the recipe declares {entry.sha256}")
+        else:
+            details.append(f"{path} ({entry.license})")
+    if complaints:
+        return refused(GATE, complaints, details)
+    said = f"{len(details)} declared third-party files and no other" if details else "no third-party file inside"
+    return passed(GATE, said, details)
+
+
+def _third_party(name: str, contents: Contents, sonames: frozenset[str]) -> str | None:
+    """Why a file is taken for somebody else's, or None."""
+    path = PurePosixPath(name)
+    if any(part.endswith(".libs") for part in path.parts[:-1]):
+        return "in a .libs folder, where auditwheel grafts"
+    if any(fnmatch(path.name, pattern) for pattern in TOOLS):
+        return "part of the CUDA toolkit"
+    found = contents.objects.get(name)
+    names = {path.name} if ".so" in path.name else set()
+    names |= {found.soname} if found is not None and found.soname else set()
+    for own in sorted(names):
+        plain = _HASHED.sub("", own)
+        if any(fnmatch(plain, f"{pattern}.so*") for pattern in LIBRARIES):
+            return f"{own} is a library of torch or CUDA"
+        if plain in sonames:
+            return f"the stack's environment has {plain}"
+    return None
+
+
+def _sha256(contents: Contents, name: str) -> str:
+    with zipfile.ZipFile(contents.wheel) as archive, archive.open(name) as stream:
+        found = hashlib.sha256()
+        while chunk := stream.read(1 << 20):
+            found.update(chunk)
+    return found.hexdigest()

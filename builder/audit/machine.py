@@ -1,0 +1,35 @@
+"""Gate `elf-machine`: every object that a loader could take is of the target."""
+
+from __future__ import annotations
+
+from builder.audit import elf
+from builder.audit.contents import Contents, is_for
+from builder.audit.policy import Policy
+from builder.audit.verdict import Verdict, not_applicable, passed, refused
+
+GATE = "elf-machine"
+
+
+def judge(contents: Contents, policy: Policy) -> Verdict:
+    """Machine, word size and byte order of shared objects and executables; object files that nothing loads are let be."""
+    loadable = {name: found for name, found in contents.objects.items() if found.kind in elf.LOADABLE}
+    complaints = [f"{name}: {reason}" for name, reason in contents.damaged.items()]
+    complaints += [
+        f"{name} is for {_machine(found)}, not {policy.target}"
+        for name, found in loadable.items()
+        if not is_for(found, policy.target)
+    ]
+    if complaints:
+        return refused(GATE, complaints)
+    if not loadable:
+        return not_applicable(GATE, "the wheel holds no ELF object")
+    return passed(GATE, f"{_count(len(loadable))} for {policy.target}", sorted(loadable))
+
+
+def _machine(found: elf.Object) -> str:
+    order = "" if found.little_endian else ", big-endian"
+    return f"{found.machine.removeprefix('EM_').lower()} ({found.bits} bit{order})"
+
+
+def _count(number: int) -> str:
+    return f"{number} ELF object{'' if number == 1 else 's'}, each"

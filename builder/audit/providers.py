@@ -1,0 +1,211 @@
+"""Where the loader finds a library: in the wheel, in the stack's environment, in the root, or with the driver."""
+
+from __future__ import annotations
+
+import os
+import posixpath
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from builder.audit import driver, elf
+from builder.audit.contents import Contents, is_for
+from builder.audit.policy import Policy
+from builder.stack import Arch
+
+Place = Literal["wheel", "environment", "system", "driver", "interpreter"]
+ORIGIN = ("$ORIGIN", "${ORIGIN}")
+LIBRARY_FOLDERS = ("lib", "lib64")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Library:
+    """A shared object or executable that may define symbols."""
+
+    name: str
+    "File name in the wheel, path below the environment or the root, or a soname."
+    place: Place
+    found: elf.Object
+
+    @property
+    def label(self) -> str:
+        """How it is called in a verdict."""
+        return f"{posixpath.basename(self.name)} ({self.place})"
+
+
+def library_files(site_packages: Path) -> dict[str, list[str]]:
+    """Shared libraries of an environment by file name, as paths below it; the likeliest to be loaded first."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for folder, folders, names in os.walk(site_packages):
+        folders[:] = [name for name in folders if name not in ("include", "__pycache__")]
+        for name in names:
+            if name.startswith("lib") and ".so" in name:
+                found[name].append((Path(folder) / name).relative_to(site_packages).as_posix())
+    return {name: sorted(paths, key=_preference) for name, paths in found.items()}
+
+
+def _preference(path: str) -> tuple[int, str]:
+    """torch loads its own folder's libraries and NVIDIA's; a copy inside another package comes after them."""
+    parts = path.split("/")
+    return ({"torch": 0, "nvidia": 1}.get(parts[0], 2), path)
+
+
+def environment_sonames(site_packages: Path | None) -> frozenset[str]:
+    """File names of the shared libraries that torch and CUDA bring into the stack's environment."""
+    if site_packages is None:
+        return frozenset()
+    return frozenset(
+        name for name, paths in library_files(site_packages).items() if any(_is_shared_place(path) for path in paths)
+    )
+
+
+def _is_shared_place(path: str) -> bool:
+    """A folder made for others to link against (torch/lib, nvidia/cu13/lib), not a package's private one."""
+    return posixpath.basename(posixpath.dirname(path)) in LIBRARY_FOLDERS
+
+
+def inside(root: Path, path: str) -> Path | None:
+    """A file of the root with links followed as they would be in it, or None."""
+    for _ in range(40):
+        place = _below(root, path)
+        if place is None or not place.is_symlink():
+            return place if place is not None and place.is_file() else None
+        path = posixpath.join(posixpath.dirname(path), place.readlink().as_posix())
+    return None
+
+
+def _below(root: Path, path: str) -> Path | None:
+    """`path` with linked folders on the way followed inside the root."""
+    place = root
+    for part in posixpath.normpath("/" + path).strip("/").split("/")[:-1]:
+        place /= part
+        if place.is_symlink():
+            target = place.readlink().as_posix()
+            rest = posixpath.relpath(path.strip("/"), place.relative_to(root).as_posix())
+            base = "/" if target.startswith("/") else place.parent.relative_to(root).as_posix()
+            return _below(root, posixpath.join(base, target.lstrip("/"), rest))
+    return place / posixpath.basename(path)
+
+
+def system_folders(target: Arch) -> tuple[str, ...]:
+    """Folders of Debian's loader, by its built-in order."""
+    triplet = target.triplet
+    return (f"lib/{triplet}", f"usr/lib/{triplet}", "lib", "usr/lib", "lib64", "usr/lib64")
+
+
+class Providers:
+    """Libraries by the name that DT_NEEDED uses. Each file is read once; the tables live as long as this object."""
+
+    def __init__(self, contents: Contents, policy: Policy) -> None:
+        self._policy = policy
+        self._objects = contents.loadable(policy.target)
+        self._by_soname = _own_names(self._objects)
+        self._files = library_files(policy.site_packages) if policy.site_packages else {}
+        self._read: dict[Path, elf.Object | None] = {}
+        self._driver = _driver_library(policy)
+
+    def own(self, name: str) -> Library:
+        """An object of the wheel."""
+        return Library(name=name, place="wheel", found=self._objects[name])
+
+    def names(self) -> Iterable[str]:
+        """The wheel's objects."""
+        return self._objects
+
+    def find(self, soname: str, requester: Library) -> Library | None:
+        """The library that a DT_NEEDED of `requester` gets.
+
+        First the folders that the requester names, then what is loaded already by the time a wheel's module is
+        (its siblings; torch's and CUDA's libraries), then the system's, then the driver's.
+        """
+        return (
+            self._by_search(soname, requester)
+            or (self.own(self._by_soname[soname]) if soname in self._by_soname else None)
+            or self._in_environment(soname)
+            or self._in_system(soname)
+            or (self._driver if soname == driver.SONAME else None)
+        )
+
+    def interpreter(self) -> Library | None:
+        """The target's Python executable in the root.
+
+        In the sandbox a launcher of the host's may stand at /usr/bin; the real one is the object of the target that
+        exports the C API.
+        """
+        root = self._policy.root
+        if root is None:
+            return None
+        base = f"python{self._policy.python}"
+        for folder in ("usr/bin", "usr/lib", "usr/libexec", "opt", "usr/local/bin"):
+            for path in sorted((root / folder).glob(f"**/{base}*" if folder == "opt" else f"{base}*")):
+                library = self._library(inside(root, path.relative_to(root).as_posix()), path.name, "interpreter")
+                if library is not None and library.found.exports.meet("PyModule_Create2", None):
+                    return library
+        return None
+
+    def _by_search(self, soname: str, requester: Library) -> Library | None:
+        if requester.place not in ("wheel", "environment"):
+            return None
+        for entry in requester.found.search:
+            head, _, rest = entry.partition("/")
+            if head not in ORIGIN:
+                continue
+            path = posixpath.normpath(posixpath.join(posixpath.dirname(requester.name), rest, soname))
+            if path in self._objects:
+                return self.own(path)
+            if self._policy.site_packages is not None and not path.startswith(".."):
+                library = self._library(self._policy.site_packages / path, path, "environment")
+                if library is not None:
+                    return library
+        return None
+
+    def _in_environment(self, soname: str) -> Library | None:
+        for path in self._files.get(soname, ()):
+            assert self._policy.site_packages is not None
+            library = self._library(self._policy.site_packages / path, path, "environment")
+            if library is not None:
+                return library
+        return None
+
+    def _in_system(self, soname: str) -> Library | None:
+        root = self._policy.root
+        if root is None:
+            return None
+        for folder in system_folders(self._policy.target):
+            library = self._library(inside(root, f"{folder}/{soname}"), f"{folder}/{soname}", "system")
+            if library is not None:
+                return library
+        return None
+
+    def _library(self, path: Path | None, name: str, place: Place) -> Library | None:
+        """The file as a library of the target; None where it is not one (a linker script, another machine's)."""
+        if path is None or not path.is_file():
+            return None
+        if path not in self._read:
+            try:
+                found: elf.Object | None = elf.read(path)
+            except elf.NotElfError:
+                found = None
+            self._read[path] = found if found is not None and is_for(found, self._policy.target) else None
+        read = self._read[path]
+        return None if read is None else Library(name=name, place=place, found=read)
+
+
+def _own_names(objects: dict[str, elf.Object]) -> dict[str, str]:
+    """The wheel's objects by file name and by soname."""
+    names = {posixpath.basename(name): name for name in objects}
+    return names | {found.soname: name for name, found in objects.items() if found.soname}
+
+
+def _driver_library(policy: Policy) -> Library | None:
+    symbols = driver.symbols(policy.cuda)
+    if symbols is None:
+        return None
+    exports = elf.Exports(symbols=dict.fromkeys(symbols, (1,)), versions={}, versioned=False)
+    found = elf.Object(
+        path=Path(driver.SONAME), machine="", bits=64, little_endian=True, kind="ET_DYN", interpreter=False, segments=(),
+        soname=driver.SONAME, needed=(), rpath=(), runpath=(), fatbin=False, needs=(), references=(), exports=exports,
+    )  # fmt: skip
+    return Library(name=driver.SONAME, place="driver", found=found)

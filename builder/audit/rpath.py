@@ -1,0 +1,41 @@
+"""Gate `rpath`: objects look for libraries beside themselves, never at a place of the machine that built them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from builder.audit import elf
+from builder.audit.contents import Contents
+from builder.audit.policy import Policy
+from builder.audit.verdict import Verdict, not_applicable, passed, refused
+
+GATE = "rpath"
+ORIGINS = ("$ORIGIN", "${ORIGIN}")
+
+
+def allowed(entry: str, build_paths: Sequence[str] = ()) -> bool:
+    """Starts at the object's own folder; an empty or plain relative entry would mean the working directory."""
+    head = entry.split("/", 1)[0]
+    return head in ORIGINS and not any(path in entry for path in build_paths)
+
+
+def judge(contents: Contents, policy: Policy) -> Verdict:
+    """Every entry of DT_RPATH and DT_RUNPATH."""
+    objects = contents.loadable(policy.target)
+    if not objects:
+        return not_applicable(GATE, f"the wheel holds no ELF object for {policy.target}")
+    complaints = [
+        f"{name} has {kind} {entry or '(the working directory)'}"
+        for name, found in objects.items()
+        for kind, entry in entries(found)
+        if not allowed(entry, policy.build_paths)
+    ]
+    if complaints:
+        return refused(GATE, complaints)
+    kept = [f"{name}: {kind} {entry}" for name, found in objects.items() for kind, entry in entries(found)]
+    return passed(GATE, "only entries relative to $ORIGIN" if kept else "no RPATH and no RUNPATH", kept)
+
+
+def entries(found: elf.Object) -> list[tuple[str, str]]:
+    """Tag and folder of each entry."""
+    return [("RPATH", entry) for entry in found.rpath] + [("RUNPATH", entry) for entry in found.runpath]

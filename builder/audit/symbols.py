@@ -1,0 +1,155 @@
+"""Gate `symbols`: every undefined symbol is defined by something that is loaded with it, version included.
+
+This follows glibc's loader over ELF tables alone; nothing is executed, so it works for any target on any host.
+
+- The objects of a wheel that nothing else in it needs are its roots: extension modules, plugins, executables.
+- A root's scope is its DT_NEEDED closure, breadth first. Objects that Python loads also see the interpreter and its
+  closure, which are global; they do not see other extension modules, which Python loads with RTLD_LOCAL.
+- A version demanded of a library (.gnu.version_r) must be defined by that library, as the loader checks before it binds
+  anything (_dl_check_map_versions), and a versioned reference must find a definition of that version in the scope.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from builder.audit import driver
+from builder.audit.contents import Contents
+from builder.audit.policy import Policy
+from builder.audit.providers import Library, Providers
+from builder.audit.verdict import Verdict, not_applicable, passed, refused
+
+GATE = "symbols"
+
+
+@dataclass(kw_only=True)
+class _Findings:
+    """What was found about all objects; each sentence once, though an object may stand in several scopes."""
+
+    complaints: dict[str, None] = field(default_factory=dict)
+    weak: dict[str, None] = field(default_factory=dict)
+    notes: dict[str, None] = field(default_factory=dict)
+    resolved: dict[str, Counter[str]] = field(default_factory=dict)
+
+
+def judge(contents: Contents, policy: Policy) -> Verdict:
+    """Symbol closure over the wheel, the stack's environment and root, the interpreter and the driver's list."""
+    if not contents.loadable(policy.target):
+        return not_applicable(GATE, f"the wheel holds no ELF object for {policy.target}")
+    if policy.root is None:
+        return not_applicable(GATE, "no root of the stack was given to resolve symbols in")
+    providers = Providers(contents, policy)
+    findings = _Findings()
+    python = _python_scope(providers, policy, findings)
+    for root in _roots(providers):
+        scope = _closure(root, providers, findings)
+        seen = scope if root.found.interpreter else [*python, *scope]
+        for library in scope:
+            if library.place == "wheel":
+                _check(library, seen, findings)
+    return _verdict(findings)
+
+
+def _verdict(findings: _Findings) -> Verdict:
+    total = sum(sum(counts.values()) for counts in findings.resolved.values())
+    details = [
+        f"{name}: {', '.join(f'{count} in {label}' for label, count in counts.most_common())}"
+        for name, counts in sorted(findings.resolved.items())
+    ]
+    details += [*findings.notes, *findings.weak]
+    if findings.complaints:
+        return refused(GATE, list(findings.complaints), details)
+    weak = f"; {len(findings.weak)} weak ones are not" if findings.weak else ""
+    return passed(
+        GATE, f"{total} undefined symbols of {len(findings.resolved)} objects are defined in the stack{weak}", details
+    )
+
+
+def _python_scope(providers: Providers, policy: Policy, findings: _Findings) -> list[Library]:
+    interpreter = providers.interpreter()
+    if interpreter is None:
+        findings.notes[f"the root has no python{policy.python} for {policy.target}: its symbols count as undefined"] = None
+        return []
+    return _closure(interpreter, providers, findings)
+
+
+def _roots(providers: Providers) -> list[Library]:
+    """Objects that no other object of the wheel needs."""
+    own = [providers.own(name) for name in providers.names()]
+    needed = {
+        found.name
+        for library in own
+        for soname in library.found.needed
+        if (found := providers.find(soname, library)) is not None and found.place == "wheel" and found.name != library.name
+    }
+    # Objects that need each other in a circle have no root among them: each then counts as one.
+    roots = [library for library in own if library.name not in needed]
+    reached = {found.name for root in roots for found in _closure(root, providers, _Findings())}
+    return roots + [library for library in own if library.name not in reached]
+
+
+def _closure(root: Library, providers: Providers, findings: _Findings) -> list[Library]:
+    """The root and all that it needs, in the loader's order."""
+    scope, known = [root], {_identity(root)}
+    for library in scope:
+        for soname in library.found.needed:
+            found = providers.find(soname, library)
+            if found is None:
+                _report_absent(soname, library, findings)
+            elif (identity := _identity(found)) not in known:
+                known.add(identity)
+                scope.append(found)
+    return scope
+
+
+def _identity(library: Library) -> tuple[str, str]:
+    return library.place, library.name
+
+
+def _report_absent(soname: str, library: Library, findings: _Findings) -> None:
+    if library.place != "wheel":
+        findings.notes[f"{library.label} needs {soname}, which is not in the stack"] = None
+    elif soname == driver.SONAME:
+        findings.complaints[f"{library.name} needs {soname}, and the stack's CUDA has no list of driver symbols"] = None
+    else:
+        findings.complaints[f"{library.name} needs {soname}, which neither the wheel nor the stack has"] = None
+
+
+def _check(library: Library, scope: list[Library], findings: _Findings) -> None:
+    """One object of the wheel in one scope."""
+    for complaint in _unmet_versions(library, scope):
+        findings.complaints[complaint] = None
+    counts = findings.resolved.setdefault(library.name, Counter())
+    counts.clear()
+    for reference in library.found.references:
+        provider = next((one for one in scope if one.found.exports.meet(reference.name, reference.version)), None)
+        if provider is not None:
+            counts[provider.label] += 1
+        elif reference.weak:
+            findings.weak[f"{library.name}: weak {reference} is undefined"] = None
+        else:
+            findings.complaints[f"{library.name}: undefined symbol {reference}"] = None
+
+
+def _unmet_versions(library: Library, scope: list[Library]) -> Iterator[str]:
+    for need in library.found.needs:
+        provider = next((one for one in scope if need.file in (one.found.soname, one.name.rsplit("/", 1)[-1])), None)
+        if provider is None or need.weak or not provider.found.exports.versions:
+            continue
+        defined = provider.found.exports.versions.values()
+        if need.version not in defined:
+            newest = _newest(need.version, list(defined)) or "none of that kind"
+            yield f"{library.name} needs version {need.version} of {need.file}; the stack's has {newest}"
+
+
+def _newest(version: str, defined: list[str]) -> str | None:
+    """The last version of the same family (GLIBC_2.36 for GLIBC_2.99), to say how far off the stack is."""
+    family = version.rpartition("_")[0]
+    same = [name for name in defined if name.rpartition("_")[0] == family]
+
+    def numbers(name: str) -> list[int]:
+        return [int(part) for part in name.rpartition("_")[2].split(".") if part.isdigit()]
+
+    return f"up to {max(same, key=numbers)}" if same else None

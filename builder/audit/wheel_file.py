@@ -1,0 +1,206 @@
+"""Gate `wheel`: the file is the wheel that the recipe promises, and says of itself what it holds.
+
+https://packaging.python.org/en/latest/specifications/binary-distribution-format/
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import zipfile
+from base64 import urlsafe_b64encode
+from collections import Counter
+from email.message import Message
+from email.parser import BytesParser
+from pathlib import Path, PurePosixPath
+from typing import IO
+
+from packaging.tags import Tag, parse_tag
+from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
+from packaging.version import InvalidVersion, Version
+
+from builder.audit.policy import Policy
+from builder.audit.verdict import Verdict, passed, refused
+from builder.stack import Arch
+from gracefarm.errors import WheelError
+
+GATE = "wheel"
+UNRECORDED = ("RECORD", "RECORD.jws", "RECORD.p7s")
+"Files of .dist-info that RECORD cannot or need not hold a digest of."
+
+
+def only_wheel(folder: Path) -> Path:
+    """The one wheel in a folder.
+
+    Raises:
+        WheelError: there is none, or more than one (named).
+    """
+    match sorted(folder.glob("*.whl")):
+        case [only]:
+            return only
+        case []:
+            raise WheelError("the build left no wheel", remedy="the log says what the build backend did instead")
+        case several:
+            names = ", ".join(path.name for path in several)
+            raise WheelError(
+                f"the build left {len(several)} wheels where one was promised: {names}",
+                remedy="build the others by recipes of their own",
+            )
+
+
+def target_of(wheel: Path) -> Arch:
+    """The architecture that a wheel's file name claims.
+
+    Raises:
+        WheelError: the name is no wheel's, or names none or several of the architectures we know.
+    """
+    try:
+        tags = parse_wheel_filename(wheel.name)[3]
+    except InvalidWheelFilename as error:
+        raise WheelError(f"{wheel.name}: {error}", remedy="give the wheel the name it was built with") from error
+    found = {arch for arch in Arch for tag in tags if tag.platform.endswith(f"_{arch.value}")}
+    if len(found) != 1:
+        raise WheelError(
+            f"{wheel.name} is for {' and '.join(sorted(found)) or 'no architecture that we know'}",
+            remedy="audit wheels whose platform tag ends in _aarch64 or _x86_64",
+        )
+    return found.pop()
+
+
+def judge(wheel: Path, policy: Policy) -> Verdict:
+    """Name, version, size, WHEEL, METADATA and RECORD."""
+    complaints = _size(wheel, policy)
+    try:
+        name, version, _build, tags = parse_wheel_filename(wheel.name)
+    except InvalidWheelFilename as error:
+        return refused(GATE, [*complaints, f"the file name does not parse: {error}"])
+    complaints += _promise(name, version, policy)
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            complaints += _inside(archive, name, version, tags)
+    except (zipfile.BadZipFile, OSError, EOFError) as error:
+        complaints.append(f"the archive cannot be read: {error}")
+    if complaints:
+        return refused(GATE, complaints)
+    return passed(GATE, f"{name} {version}, {_mib(wheel.stat().st_size)}; WHEEL, METADATA and RECORD agree with the content")
+
+
+def _mib(size: int) -> str:
+    return f"{size / (1 << 20):.1f} MiB"
+
+
+def _size(wheel: Path, policy: Policy) -> list[str]:
+    size = wheel.stat().st_size
+    return [f"{_mib(size)} is more than the {_mib(policy.max_size)} allowed"] if size > policy.max_size else []
+
+
+def _promise(name: str, version: Version, policy: Policy) -> list[str]:
+    complaints = []
+    if policy.name is not None and name != canonicalize_name(policy.name):
+        complaints.append(f"the wheel is called {name}, the recipe says {canonicalize_name(policy.name)}")
+    if policy.version is not None and version != Version(policy.version):
+        complaints.append(f"the wheel has version {version}, the recipe says {policy.version}")
+    return complaints
+
+
+def _inside(archive: zipfile.ZipFile, name: str, version: Version, tags: frozenset[Tag]) -> list[str]:
+    names = [info.filename for info in archive.infolist() if not info.is_dir()]
+    folders = sorted({part for part in (PurePosixPath(entry).parts[0] for entry in names) if part.endswith(".dist-info")})
+    complaints = [f"{entry} stands {count} times in the archive" for entry, count in Counter(names).items() if count > 1]
+    complaints += [f"{entry} leaves the wheel" for entry in names if _leaves(entry)]
+    if len(folders) != 1:
+        return [*complaints, f"{len(folders)} .dist-info folders where there must be one"]
+    folder = folders[0]
+    missing = [part for part in ("WHEEL", "METADATA", "RECORD") if f"{folder}/{part}" not in names]
+    if missing:
+        return [*complaints, f"{folder} lacks {' and '.join(missing)}"]
+    complaints += _folder(folder, name, version)
+    complaints += _metadata(_message(archive, f"{folder}/METADATA"), name, version)
+    complaints += _wheel(_message(archive, f"{folder}/WHEEL"), tags)
+    return complaints + _record(archive, folder, names)
+
+
+def _leaves(entry: str) -> bool:
+    return entry.startswith("/") or ".." in PurePosixPath(entry).parts
+
+
+def _message(archive: zipfile.ZipFile, entry: str) -> Message:
+    return BytesParser().parsebytes(archive.read(entry), headersonly=True)
+
+
+def _folder(folder: str, name: str, version: Version) -> list[str]:
+    stem = folder.removesuffix(".dist-info").split("-")
+    if len(stem) == 2 and canonicalize_name(stem[0]) == name and _same(stem[1], version):
+        return []
+    return [f"the folder {folder} does not fit the file name"]
+
+
+def _metadata(metadata: Message, name: str, version: Version) -> list[str]:
+    complaints = []
+    if canonicalize_name(str(metadata["Name"])) != name:
+        complaints.append(f"METADATA says Name: {metadata['Name']}, the file name {name}")
+    if not _same(str(metadata["Version"]), version):
+        complaints.append(f"METADATA says Version: {metadata['Version']}, the file name {version}")
+    return complaints
+
+
+def _same(text: str, version: Version) -> bool:
+    try:
+        return Version(text) == version
+    except InvalidVersion:
+        return False
+
+
+def _wheel(wheel: Message, tags: frozenset[Tag]) -> list[str]:
+    complaints = []
+    if not str(wheel["Wheel-Version"]).startswith("1."):
+        complaints.append(f"WHEEL says Wheel-Version: {wheel['Wheel-Version']}, which installers refuse")
+    inside = frozenset(tag for text in wheel.get_all("Tag", []) for tag in parse_tag(str(text)))
+    if inside != tags:
+        complaints.append(f"WHEEL has the tags {_tags(inside)}, the file name {_tags(tags)}")
+    return complaints
+
+
+def _tags(tags: frozenset[Tag]) -> str:
+    return " ".join(sorted(str(tag) for tag in tags)) or "none"
+
+
+def _record(archive: zipfile.ZipFile, folder: str, names: list[str]) -> list[str]:
+    rows = [row for row in csv.reader(io.StringIO(archive.read(f"{folder}/RECORD").decode())) if row]
+    recorded = {row[0]: row for row in rows}
+    exempt = {f"{folder}/{part}" for part in UNRECORDED}
+    complaints = [f"{row[0]} stands twice in RECORD" for row in _repeated(rows)]
+    complaints += [f"{entry} is in RECORD and not in the wheel" for entry in recorded if entry not in names]
+    for entry in dict.fromkeys(names):
+        if entry in exempt:
+            continue
+        if entry not in recorded:
+            complaints.append(f"{entry} is not in RECORD")
+        elif not _digest_fits(archive, recorded[entry]):
+            complaints.append(f"{entry} is not what RECORD says")
+    return complaints
+
+
+def _repeated(rows: list[list[str]]) -> list[list[str]]:
+    counts = Counter(row[0] for row in rows)
+    return [row for row in {row[0]: row for row in rows}.values() if counts[row[0]] > 1]
+
+
+def _digest_fits(archive: zipfile.ZipFile, row: list[str]) -> bool:
+    """Digest and size; algorithms weaker than sha256 are refused, as the specification has it."""
+    entry, digest, size = (*row, "", "")[:3]
+    algorithm, _, value = digest.partition("=")
+    if algorithm not in ("sha256", "sha384", "sha512"):
+        return False
+    if size and int(size) != archive.getinfo(entry).file_size:
+        return False
+    with archive.open(entry) as stream:
+        return _hash(stream, algorithm) == value
+
+
+def _hash(stream: IO[bytes], algorithm: str) -> str:
+    found = hashlib.new(algorithm)
+    while chunk := stream.read(1 << 20):
+        found.update(chunk)
+    return urlsafe_b64encode(found.digest()).rstrip(b"=").decode()
