@@ -11,8 +11,11 @@ from pathlib import Path
 SONAME = "libcuda.so.1"
 VIEWS = ((), ("-DCUDA_API_PER_THREAD_DEFAULT_STREAM",), ("-D__CUDA_API_VERSION_INTERNAL",))
 "cuda.h renames functions by macros (_v2, _ptsz, _ptds); each view shows the exported names of another set."
-HEADERS = ("cuda.h", "cudaProfiler.h")
-_DECLARATION = re.compile(r"\bCUresult\s+(cu[A-Z]\w*)\s*\(")
+INTEROP = ("cudaGL.h", "cudaEGL.h", "cudaVDPAU.h")
+"Headers that include those of other projects, so they are read as text: declarations, and macros that rename."
+_DECLARATION = re.compile(r"\bCUresult\s+(?:CUDAAPI\s+)?(cu[A-Z]\w*)\s*\(")
+_RENAME = re.compile(r"^\s*#\s*define\s+cu[A-Z]\w*\s+(?:__CUDA_API_PT[SD]Z?\()?(cu[A-Z]\w*)", re.MULTILINE)
+_PROFILER = re.compile(r"\bPFN_(cuProfiler\w+)_v\d+\)")
 
 
 def symbols(cuda: str | None) -> frozenset[str] | None:
@@ -26,14 +29,36 @@ def symbols(cuda: str | None) -> frozenset[str] | None:
     return frozenset(line for line in lines if line and not line.startswith("#"))
 
 
-def declared(include: Sequence[Path], compiler: str = "cc") -> list[str]:
-    """Functions that the driver API's headers in the folders `include` declare, sorted."""
-    present = [header for header in HEADERS if any((folder / header).is_file() for folder in include)]
-    source = "".join(f"#include <{header}>\n" for header in present)
-    folders = [f"-I{folder}" for folder in include]
+def declared(include: Path, compiler: str = "cc") -> list[str]:
+    """Functions that the driver API's headers in the folder `include` declare, sorted.
+
+    Raises:
+        OSError, subprocess.CalledProcessError: there is no such compiler, or no cuda.h.
+    """
     found: set[str] = set()
     for view in VIEWS:
-        command = [compiler, "-E", "-P", "-x", "c", *folders, *view, "-"]
-        text = subprocess.run(command, input=source, capture_output=True, text=True, check=True).stdout
+        command = [compiler, "-E", "-P", "-x", "c", f"-I{include}", *view, str(include / "cuda.h")]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         found.update(_DECLARATION.findall(text))
+    for header in INTEROP:
+        text = _text(include / header)
+        found.update(_DECLARATION.findall(text), _RENAME.findall(text))
+    # cudaProfiler.h comes in a wheel of its own; the types of its three functions are here.
+    found.update(_PROFILER.findall(_text(include / "cudaProfilerTypedefs.h")))
     return sorted(found)
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
+
+
+def render(cuda: str, source: str, names: Sequence[str]) -> str:
+    """The committed list of a CUDA release; `source` says where the headers came from."""
+    head = (
+        f"# Functions that NVIDIA's driver library libcuda.so.1 exports, as the driver API of CUDA {cuda} declares them.",
+        f"# Source: the headers of {source}.",
+        "# Regenerate (INCLUDE is that wheel's folder of headers, cc any C preprocessor):",
+        "#   python -c 'import sys; from pathlib import Path; from builder.audit import driver as d; "
+        f'print(d.render("{cuda}", "{source}", d.declared(Path(sys.argv[1]))), end="")\' INCLUDE',
+    )
+    return "\n".join([*head, *names]) + "\n"
