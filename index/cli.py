@@ -15,13 +15,12 @@ from gracefarm import console, settings
 from gracefarm.console import Console
 from gracefarm.errors import SeveralError
 from gracefarm.files import atomic_write
-from index import auth, export, keeping, mirror, projects, serve, stage
+from index import auth, export, keeping, projects, stage
 from index.catalogue import Catalogue, open_catalogue
 from index.errors import DamagedError
 from index.limits import Limits
 from index.lock import read as read_lock
 from index.names import check_set_name, normalise
-from index.serve import Listen
 from index.service import Options
 from index.store import Store
 
@@ -36,7 +35,9 @@ class Context:
     def catalogue(self) -> Catalogue:
         """The root's catalogue, created when there is none."""
         self.store.prepare()
-        return open_catalogue(self.store.catalogue)
+        found = open_catalogue(self.store.catalogue)
+        click.get_current_context().call_on_close(found.close)
+        return found
 
     @property
     def actor(self) -> str:
@@ -129,6 +130,8 @@ def serve_command(
     writes_per_second: float,
 ) -> None:
     """Serve the index until interrupted."""
+    from index import serve  # here, because the servers take longer to import than the other commands to run
+
     limits = Limits(
         upload=max_upload,
         idle=idle,
@@ -148,7 +151,7 @@ def serve_command(
     serve.run(
         context.store,
         options,
-        Listen(host=host, port=port, certificate=tls_cert, key=tls_key, server=server),
+        serve.Listen(host=host, port=port, certificate=tls_cert, key=tls_key, server=server),
         announce,
     )
 
@@ -359,6 +362,8 @@ def stage_drop(context: Context, name: str) -> None:
 @pass_context
 def mirror_command(context: Context, lock: Path, set_name: str, link: bool) -> None:
     """Bring the wheels of a lock into a set, by sha256, from the configured Python index."""
+    from index import mirror  # as above: clients of HTTP and HTML
+
     pins = read_lock(lock)
     catalogue = context.catalogue()
     if catalogue.row("SELECT 1 FROM release_set WHERE name = ?", (set_name,)) is None:

@@ -80,8 +80,9 @@ def _glibc(distribution: Distribution) -> str | None:
 def from_record(record: Mapping[str, object]) -> Facts:
     """What a farm's record says, wherever in the document the stack and the measured wheel stand.
 
-    Read are the first `cuda`, `torch`, `sm`, `glibc` found breadth-first under `facts`, `outputs`, `wheel`, `stack`, `inputs`:
-    records of several versions are served by one index, and a fact that is absent is only absent.
+    Read are the first `cuda`, `torch` and `sm` found under `facts`, `outputs`, `wheel`, `stack`, `inputs`: records of several
+    versions are served by one index, and a fact that is absent is only absent. The stack's glibc is a bound, the wheel's tag
+    the measured one, so `glibc` is read from `facts` alone.
     """
     places = list(_places(record))
     sm = next((value for place in places if (value := place.get("sm"))), ())
@@ -89,7 +90,7 @@ def from_record(record: Mapping[str, object]) -> Facts:
         cuda=_text(places, "cuda"),
         torch=_text(places, "torch"),
         sm=tuple(str(item).removeprefix("sm_") for item in sm) if isinstance(sm, list | tuple) else (),
-        glibc=_text(places, "glibc"),
+        glibc=_text([own], "glibc") if isinstance(own := record.get("facts"), Mapping) else None,
     )
 
 

@@ -1,12 +1,341 @@
-"""Pages for people."""
+"""Pages for people: rendered on the server, whole without JavaScript, light and dark, wide and narrow."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import re
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files as resources
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+from packaging.utils import parse_wheel_filename
+from packaging.version import Version
+from starlette.requests import Request
+from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
+from index import records, stage, views
+from index.errors import NotFoundError
+from index.names import normalise, view_of_cuda
+from index.records import Summary
 from index.service import Service
+from index.simple import file_path
+from index.views import ALL, NIGHTLY, Listed
+
+FINDER = ("cuda", "torch", "python", "sm", "platform")
+"What the wheel finder asks for, in this order."
+
+_HOST = re.compile(r"[A-Za-z0-9.:\[\]-]{1,255}\Z")
+_POLICY = "default-src 'none'; style-src 'self'; img-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """One wheel and what the finder sorts it by."""
+
+    file: Listed
+    python: str
+    platform: str
+
+    def value(self, key: str) -> tuple[str, ...]:
+        """What this wheel is, under one of FINDER's names."""
+        if key == "sm":
+            return self.file.facts.sm
+        found = {
+            "cuda": self.file.facts.cuda,
+            "torch": self.file.facts.torch,
+            "python": self.python,
+            "platform": self.platform,
+        }[key]
+        return (found,) if found else ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One project on the first page."""
+
+    name: str
+    version: str
+    summary: str
+    cudas: tuple[str, ...]
+    status: str
+    updated: str
 
 
 def people_routes(service: Service) -> list[Route]:
     """Everything a browser shows."""
-    return []
+    pages = Pages(service)
+    style = resources("index").joinpath("pages/style.css").read_bytes()
+
+    async def stylesheet(_request: Request) -> Response:
+        return Response(style, media_type="text/css", headers={"Cache-Control": "public, max-age=86400"})
+
+    def page(make: Callable[[Request], Response]) -> Callable[[Request], Awaitable[Response]]:
+        async def endpoint(request: Request) -> Response:
+            return make(request)
+
+        return endpoint
+
+    return [
+        Route("/", page(pages.projects)),
+        Route("/project/{name}/", page(pages.project)),
+        Route("/project/{name}", page(pages.project)),
+        Route("/wheel/{filename}/", page(pages.wheel)),
+        Route("/board/", page(pages.board)),
+        Route("/board/{id}/", page(pages.build)),
+        Route("/sets/", page(pages.sets)),
+        Route("/static/style.css", stylesheet),
+    ]
+
+
+class Pages:
+    """The templates and what fills them."""
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+        self.templates = Environment(
+            loader=PackageLoader("index", "pages"),
+            autoescape=select_autoescape(default=True),
+            undefined=StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+        )
+        self.templates.filters.update(size=size, duration=duration, day=lambda text: text[:10])
+
+    def _answer(self, request: Request, template: str, **values: Any) -> Response:
+        # Relative addresses work under any mount point: `up` leads from this page to the first one.
+        depth = request.url.path.rstrip("/").count("/") if request.url.path != "/" else 0
+        up = "../" * depth if request.url.path.endswith("/") else "../" * (depth - 1)
+        text = self.templates.get_template(template).render(up=up or "./", base=self._base(request), **values)
+        body = text.encode()
+        etag = f'"{hashlib.sha256(body).hexdigest()[:32]}"'
+        headers = {"ETag": etag, "Cache-Control": "no-cache", "Content-Security-Policy": _POLICY}
+        if request.headers.get("if-none-match") == etag:
+            return Response(status_code=304, headers=headers)
+        return Response(body, media_type="text/html; charset=utf-8", headers=headers)
+
+    def _base(self, request: Request) -> str:
+        """The address that people copy."""
+        if self.service.options.base_url:
+            return self.service.options.base_url.rstrip("/")
+        scheme, host = request.url.scheme, request.headers.get("host", "")
+        if request.client and request.client.host in self.service.options.trusted_proxies:
+            scheme = request.headers.get("x-forwarded-proto", scheme)
+            host = request.headers.get("x-forwarded-host", host)
+        return f"{'https' if scheme == 'https' else 'http'}://{host if _HOST.match(host) else 'HOST'}"
+
+    def projects(self, request: Request) -> Response:
+        """The first page."""
+        wanted = request.query_params.get("q", "").strip()[:100]
+        rows = [row for row in self._rows() if wanted.lower() in row.name]
+        return self._answer(request, "projects.html", rows=rows, wanted=wanted, total=len(self._rows()))
+
+    def _rows(self) -> list[Row]:
+        found: dict[str, list[Any]] = {}
+        for item in self.service.catalogue.rows(
+            "SELECT file.project, file.version, file.summary, file.cuda, file.uploaded, project.status FROM file"
+            " JOIN project ON project.name = file.project WHERE deleted IS NULL AND hidden = 0 AND lost = 0"
+            " ORDER BY file.project"
+        ):
+            found.setdefault(item["project"], []).append(item)
+        return [_row(name, items) for name, items in found.items()]
+
+    def project(self, request: Request) -> Response:
+        """A project with its wheel finder."""
+        name = normalise(request.path_params["name"])
+        if request.path_params["name"] != name or not request.url.path.endswith("/"):
+            back = "../" if request.url.path.endswith("/") else ""
+            return RedirectResponse(f"{back}{name}/", status_code=301)
+        catalogue = self.service.catalogue
+        files = [*views.files(catalogue, ALL, name), *views.files(catalogue, NIGHTLY, name)]
+        if not files:
+            raise NotFoundError(f"there is no project {name!r} here", remedy="see / for those that are")
+        choices = sorted(
+            (_choice(item) for item in files), key=lambda one: (Version(one.file.version), one.file.filename), reverse=True
+        )
+        asked = {key: request.query_params.get(key, "") for key in FINDER}
+        shown = [one for one in choices if all(not value or value in one.value(key) for key, value in asked.items())]
+        best = next((one for one in shown if one.file.yanked is None and one.file.kind == "bdist_wheel"), None)
+        status = views.status(catalogue, name)
+        return self._answer(
+            request,
+            "project.html",
+            name=name,
+            status=status,
+            summary=next((row.summary for row in self._rows() if row.name == name), ""),
+            finder=[(key, options(choices, key), asked[key]) for key in FINDER],
+            shown=[] if status.status == "quarantined" else shown,
+            total=len(choices),
+            best=best if status.status != "quarantined" else None,
+            view=self._view_of(best),
+            file_path=file_path,
+        )
+
+    def _view_of(self, best: Choice | None) -> str:
+        """Path of the narrowest view that shows the wheel."""
+        if best is None:
+            return ""
+        row = self.service.catalogue.row("SELECT channel FROM file WHERE filename = ?", (best.file.filename,))
+        if row and row["channel"] == "nightly":
+            return "nightly/"
+        return f"{view_of_cuda(best.file.facts.cuda)}/" if best.file.facts.cuda else ""
+
+    def wheel(self, request: Request) -> Response:
+        """One file: what it is, what the gates said, where it came from."""
+        catalogue = self.service.catalogue
+        row = catalogue.row(
+            "SELECT * FROM file WHERE filename = ? AND hidden = 0 AND deleted IS NULL AND lost = 0",
+            (request.path_params["filename"],),
+        )
+        if row is None:
+            raise NotFoundError("there is no such wheel here", remedy="see the project's page")
+        item = views.listed(row)
+        record = _record(catalogue.row("SELECT * FROM record WHERE id = ?", (item.build,))) if item.build else None
+        return self._answer(
+            request,
+            "wheel.html",
+            file=item,
+            record=record,
+            document=self._document(record),
+            sets=[
+                one["set_name"]
+                for one in catalogue.rows(
+                    "SELECT set_name FROM member JOIN release_set ON name = set_name WHERE file_id = ? AND state = 'published'",
+                    (row["id"],),
+                )
+            ],
+            path=file_path(item),
+        )
+
+    def _document(self, record: Summary | None) -> Document:
+        if record is None or record.document is None:
+            return Document.of({})
+        try:
+            return Document.of(json.loads(self.service.store.path(record.document).read_bytes()))
+        except (OSError, ValueError):
+            return Document.of({})
+
+    def board(self, request: Request) -> Response:
+        """Recipe by stack, with the last result of each."""
+        newest: dict[tuple[str, str], Summary] = {}
+        for one in records.all_records(self.service.catalogue):
+            if one.outcome:
+                newest.setdefault((one.recipe or "?", column(one)), one)
+        return self._answer(
+            request,
+            "board.html",
+            recipes=sorted({recipe for recipe, _ in newest}),
+            columns=sorted({stack for _, stack in newest}),
+            newest=newest,
+            failed=sum(one.outcome == "failed" for one in newest.values()),
+        )
+
+    def build(self, request: Request) -> Response:
+        """One build, failed or not."""
+        row = self.service.catalogue.row("SELECT * FROM record WHERE id = ?", (request.path_params["id"],))
+        record = _record(row)
+        if record is None:
+            raise NotFoundError("there is no such build here", remedy="see /board/")
+        names = self.service.catalogue.rows(
+            "SELECT filename FROM file WHERE build = ? AND hidden = 0 AND deleted IS NULL", (record.id,)
+        )
+        return self._answer(
+            request, "build.html", record=record, document=self._document(record), wheels=[one["filename"] for one in names]
+        )
+
+    def sets(self, request: Request) -> Response:
+        """Published sets and views."""
+        published = [one for one in stage.all_sets(self.service.catalogue) if one.state == "published"]
+        shown = [view for view in views.public(self.service.catalogue) if view.kind != "set"]
+        return self._answer(request, "sets.html", sets=published, views=shown)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Document:
+    """The parts of a record that pages show."""
+
+    verdicts: tuple[Mapping[str, Any], ...]
+    stages: tuple[Mapping[str, Any], ...]
+    source: Mapping[str, Any]
+    remedy: str
+
+    @staticmethod
+    def of(document: Mapping[str, Any]) -> Document:
+        """Read what is there; what has another shape is left out."""
+        inputs = _mapping(document.get("inputs"))
+        recipe = _mapping(inputs.get("recipe"))
+        return Document(
+            verdicts=_mappings(document.get("verdicts"), "gate"),
+            stages=_mappings(document.get("stages"), "name"),
+            source=_mapping(recipe.get("source")),
+            remedy=str(_mapping(document.get("failure")).get("remedy", "")),
+        )
+
+
+def _mapping(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _mappings(value: object, key: str) -> tuple[Mapping[str, Any], ...]:
+    items = value if isinstance(value, list) else []
+    return tuple(item for item in items if isinstance(item, Mapping) and isinstance(item.get(key), str))
+
+
+def _record(row: Any) -> Summary | None:
+    return records.summary(row) if row is not None else None
+
+
+def _row(name: str, items: Sequence[Any]) -> Row:
+    newest = max(items, key=lambda item: Version(item["version"]))
+    return Row(
+        name=name,
+        version=Version(newest["version"]).public,
+        summary=newest["summary"],
+        cudas=tuple(sorted({item["cuda"] for item in items if item["cuda"]}, key=Version)),
+        status=newest["status"],
+        updated=max(item["uploaded"] for item in items),
+    )
+
+
+def column(record: Summary) -> str:
+    """Where the board has a build: its stack and its target."""
+    return " ".join(part for part in (record.stack, record.target) if part) or "?"
+
+
+def _choice(item: Listed) -> Choice:
+    if item.kind != "bdist_wheel":
+        return Choice(file=item, python="source", platform="any")
+    tags = parse_wheel_filename(item.filename)[3]
+    abi3 = any(tag.abi == "abi3" for tag in tags)
+    python = min(tag.interpreter for tag in tags)
+    arches = {re.sub(r"^(manylinux(_\d+_\d+|\d+)|musllinux_\d+_\d+|linux|macosx_\d+_\d+)_", "", tag.platform) for tag in tags}
+    return Choice(file=item, python=f"{python}+" if abi3 else python, platform=min(arches))
+
+
+def options(choices: Sequence[Choice], key: str) -> list[str]:
+    """What can be chosen, in a natural order."""
+    found = {value for one in choices for value in one.value(key)}
+    return sorted(found, key=lambda text: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", text)])
+
+
+def size(count: int) -> str:
+    """Bytes for people, in the units of disks and networks' tools: KiB, MiB, GiB."""
+    value = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" or value >= 100 else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.2f} GiB"
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds for people."""
+    if seconds is None:
+        return ""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02} min"

@@ -164,7 +164,7 @@ def summarise(document: Mapping[str, object]) -> tuple[str, str, str, str, str, 
         _name(document, "target"),
         _name(document, "outcome") or _name(document, "verdict") or _name(document, "status"),
         _seconds(document),
-        _name(document, "cause") or _name(document, "error"),
+        _name(document, "failure") or _name(document, "cause"),
         _name(document, "finished") or _name(document, "time"),
     )
 
@@ -177,7 +177,7 @@ def _name(document: Mapping[str, object], key: str) -> str:
         if isinstance(value, str):
             return value[:2000]
         if isinstance(value, Mapping):
-            for part in ("name", "cause", "text", "version"):
+            for part in ("name", "cause"):
                 if isinstance(found := value.get(part), str):
                     return found[:2000]
     return ""
@@ -188,6 +188,11 @@ def _seconds(document: Mapping[str, object]) -> float | None:
         value = document.get(key)
         if isinstance(value, int | float):
             return float(value)
+    stages = document.get("stages")
+    if isinstance(stages, list):
+        walls = [stage.get("wall_s") for stage in stages if isinstance(stage, Mapping)]
+        numbers = [value for value in walls if isinstance(value, int | float)]
+        return float(sum(numbers)) if numbers else None
     timings = document.get("timings")
     if isinstance(timings, Mapping):
         numbers = [value for value in timings.values() if isinstance(value, int | float)]
@@ -204,16 +209,17 @@ def find(catalogue: Catalogue, identifier: str) -> Summary:
     row = catalogue.row("SELECT * FROM record WHERE id = ?", (identifier,))
     if row is None:
         raise UsageError(f"there is no record {identifier!r}", remedy="see /board/ for the builds that are known")
-    return _summary(row)
+    return summary(row)
 
 
 def all_records(catalogue: Catalogue) -> list[Summary]:
     """Every record, the newest first."""
     rows = catalogue.rows("SELECT * FROM record ORDER BY CASE finished WHEN '' THEN updated ELSE finished END DESC")
-    return [_summary(row) for row in rows]
+    return [summary(row) for row in rows]
 
 
-def _summary(row: sqlite3.Row) -> Summary:
+def summary(row: sqlite3.Row) -> Summary:
+    """A row of the table `record`."""
     return Summary(
         id=row["id"],
         recipe=row["recipe"],
