@@ -1,0 +1,58 @@
+"""Fixtures of the builder's tests: a project folder of their own over the machine's shared caches."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from gracefarm import settings as settings_module
+from gracefarm.files import remove_tree
+from gracefarm.settings import Settings
+from tests import projects
+
+SHARED = ("roots", "environments", "toolchains", "cuda", "wrappers", "store", "uv")
+REPOSITORY = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True, kw_only=True)
+class Farm:
+    """A project with recipes and stacks of a test's own, and how to run the builder on it."""
+
+    settings: Settings
+    environment: dict[str, str] = field(default_factory=dict)
+
+    def recipe(self, name: str, files: dict[str, str | bytes], **tables: object) -> Path:
+        """Write a source archive and recipes/NAME for it; `tables` are merged over the recipe's defaults."""
+        return projects.write_recipe(self.settings.project, name, files, tables)
+
+    def run(self, *arguments: str, **variables: str) -> projects.Done:
+        """`python -m builder ARGUMENTS` with this farm's settings."""
+        return projects.run_builder(arguments, {**self.environment, **variables})
+
+
+@pytest.fixture(scope="session")
+def shared_home() -> Path:
+    """The machine's own GRACEFARM_HOME: roots and environments are made once and used by all tests."""
+    home = settings_module.load().home
+    for name in SHARED:
+        (home / name).mkdir(parents=True, exist_ok=True)
+    return home
+
+
+@pytest.fixture
+def farm(shared_home: Path) -> Iterator[Farm]:
+    """An empty farm: no builds yet, stacks `bare` (no torch) and `cu130`, no recipes."""
+    folder = shared_home / "tests" / uuid.uuid4().hex[:12]
+    home, project = folder / "home", folder / "project"
+    home.mkdir(parents=True)
+    for name in SHARED:
+        (home / name).symlink_to(shared_home / name)
+    projects.write_stacks(REPOSITORY / "stacks", project / "stacks")
+    (project / "recipes").mkdir()
+    settings = settings_module.load().model_copy(update={"home": home, "project": project})
+    yield Farm(settings=settings, environment={"GRACEFARM_HOME": str(home), "GRACEFARM_PROJECT": str(project)})
+    remove_tree(folder)

@@ -1,0 +1,187 @@
+"""What a user does wrong, or a package does to us: one clear sentence, the documented exit code, never a traceback."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from builder.stack import host_arch
+from gracefarm.errors import ExitCode
+from tests import projects
+from tests.conftest import Farm
+
+NATIVE = host_arch().value
+
+
+def refused(done: projects.Done, code: ExitCode, *words: str) -> None:
+    """The run ended with this failure class, these words, a remedy, and no traceback."""
+    assert done.code == code, done.said
+    for word in words:
+        assert word in done.said
+    assert "Traceback" not in done.err
+    assert "remedy:" in done.err
+
+
+def build(farm: Farm, *more: str, **variables: str) -> projects.Done:
+    return farm.run("build", "tiny", "--target", NATIVE, *more, **variables)
+
+
+def test_unknown_recipe_names_the_nearest(farm: Farm) -> None:
+    farm.recipe("tiny", projects.backend("return wheel(wheel_directory)"))
+    refused(farm.run("build", "tiney"), ExitCode.CONFIG, "unknown recipe 'tiney'", "did you mean 'tiny'?")
+
+
+def test_unknown_stack_names_the_nearest(farm: Farm) -> None:
+    farm.recipe("tiny", projects.backend("return wheel(wheel_directory)"))
+    refused(farm.run("plan", "tiny", "--stack", "cu131"), ExitCode.CONFIG, "unknown stack 'cu131'", "did you mean 'cu130'?")
+
+
+def test_unknown_key_names_file_line_and_the_nearest(farm: Farm) -> None:
+    folder = farm.recipe("tiny", projects.backend("return wheel(wheel_directory)"))
+    path = folder / "recipe.toml"
+    path.write_text(path.read_text() + "\n[wheel]\nmaxsize = '1GiB'\n")
+    line = len(path.read_text().splitlines())
+    refused(
+        farm.run("plan", "tiny"), ExitCode.CONFIG, f"{path}:{line}: unknown key 'wheel.maxsize'", "did you mean 'max_size'?"
+    )
+
+
+def test_branch_where_a_commit_belongs(farm: Farm) -> None:
+    source = {"kind": "git", "url": "https://example.org/a.git", "commit": "main", "tree": "0" * 40}
+    farm.recipe("tiny", {}, source=source)
+    refused(farm.run("plan", "tiny"), ExitCode.CONFIG, "'source.commit'")
+
+
+def test_git_commit_that_does_not_exist(farm: Farm, tmp_path: Path) -> None:
+    repository = tmp_path / "upstream"
+    subprocess.run(["git", "init", "-q", str(repository)], check=True)
+    git = ["git", "-C", str(repository), "-c", "user.name=t", "-c", "user.email=t@example.org"]
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "one"], check=True)
+    farm.recipe("tiny", {}, source={"kind": "git", "url": repository.as_uri(), "commit": "1" * 40, "tree": "2" * 40})
+    refused(build(farm), ExitCode.FETCH, "1" * 40)
+
+
+def test_wrong_sha256(farm: Farm) -> None:
+    folder = farm.recipe("tiny", projects.backend("return wheel(wheel_directory)"))
+    (folder / "source.tar.gz").write_bytes(projects.archive(projects.backend("return wheel(wheel_directory, version='6.6')")))
+    refused(build(farm), ExitCode.DIGEST, "source.tar.gz")
+
+
+def test_patch_that_does_not_apply(farm: Farm) -> None:
+    folder = farm.recipe("tiny", projects.backend("return wheel(wheel_directory)"))
+    (folder / "patches").mkdir()
+    text = "--- a/backend.py\n+++ b/backend.py\n@@ -1,3 +1,3 @@\n nothing\n-like\n+this\n here\n"
+    (folder / "patches" / "0001-wrong.patch").write_text(text)
+    refused(build(farm), ExitCode.SOURCE, "0001-wrong.patch", "backend.py")
+
+
+def test_build_that_downloads_is_told_what_it_wanted(farm: Farm) -> None:
+    body = "import urllib.request\nurllib.request.urlopen('http://wheels.example.org/x.whl', timeout=5)"
+    farm.recipe("tiny", projects.backend(body))
+    refused(build(farm), ExitCode.NETWORK, "reached for the network", "wheels.example.org")
+
+
+def test_build_that_shrugs_off_a_failed_download_fails_all_the_same(farm: Farm) -> None:
+    body = (
+        "import urllib.request\ntry:\n    urllib.request.urlopen('http://wheels.example.org/x.whl', timeout=5)\n"
+        "except OSError:\n    pass\nreturn wheel(wheel_directory)"
+    )
+    farm.recipe("tiny", projects.backend(body))
+    refused(build(farm), ExitCode.NETWORK, "wheels.example.org")
+
+
+def test_build_that_writes_outside(farm: Farm) -> None:
+    farm.recipe("tiny", projects.backend("open('/usr/lib/mark', 'w')"))
+    refused(build(farm), ExitCode.COMPILE, "Read-only file system", "/usr/lib/mark")
+
+
+def test_two_wheels(farm: Farm) -> None:
+    farm.recipe("tiny", projects.backend("wheel(wheel_directory, name='other')\nreturn wheel(wheel_directory)"))
+    refused(build(farm), ExitCode.WHEEL, "other-1.0-py3-none-any.whl", "tiny-1.0-py3-none-any.whl")
+
+
+def test_no_wheel(farm: Farm) -> None:
+    farm.recipe("tiny", projects.backend("return 'tiny-1.0-py3-none-any.whl'"))
+    refused(build(farm), ExitCode.WHEEL, "no wheel")
+
+
+def test_wrong_version(farm: Farm) -> None:
+    farm.recipe("tiny", projects.backend("return wheel(wheel_directory, version='1.0+lost')"))
+    refused(build(farm), ExitCode.AUDIT, "1.0+lost")
+
+
+def test_object_of_another_architecture(farm: Farm) -> None:
+    other = 183 if NATIVE == "x86_64" else 62
+    body = (
+        "data = bytearray(open('/usr/libexec/gracefarm/python3.11-native', 'rb').read())\n"
+        f"data[18:20] = ({other}).to_bytes(2, 'little')\n"
+        f"tag = 'cp311-cp311-linux_{NATIVE}'\n"
+        f"return wheel(wheel_directory, tag=tag, files={{'tiny/_x.cpython-311-{NATIVE}-linux-gnu.so': bytes(data)}})"
+    )
+    farm.recipe("tiny", projects.backend(body))
+    refused(build(farm), ExitCode.AUDIT, "elf-machine")
+
+
+def test_compile_error_shows_the_first_real_error(farm: Farm) -> None:
+    files = projects.tree("tiny_c")
+    files["core.c"] = "#include <no_such_header.h>\nint broken(void) { return undefined_thing; }\n"
+    farm.recipe("tiny", files, name="tiny-c", smoke={"imports": ["tiny_c"]})
+    refused(build(farm), ExitCode.COMPILE, "core.c:1:10: fatal error: no_such_header.h", "builder log tiny")
+
+
+def test_out_of_memory_is_retried_once_with_fewer_jobs_and_named(farm: Farm) -> None:
+    body = "import os\nprint('JOBS', os.environ['MAX_JOBS'])\nkept = bytearray(2_000_000_000)\nreturn wheel(wheel_directory)"
+    folder = farm.recipe("tiny", projects.backend(body), build={"cuda": False, "memory_per_job": "128MiB"})
+    done = build(farm, "--jobs", "2", GRACEFARM_MEMORY="400MiB")
+    refused(done, ExitCode.MEMORY, "memory bound of 0.4 GiB")
+    if len(os.sched_getaffinity(0)) > 1:
+        assert "trying once more with 1 jobs" in done.said
+    assert folder.is_dir()
+
+
+def test_missing_build_requirement_is_named_before_anything_is_compiled(farm: Farm) -> None:
+    files = projects.backend("return wheel(wheel_directory)")
+    files["pyproject.toml"] = str(files["pyproject.toml"]).replace("requires = []", 'requires = ["meson>=1"]')
+    farm.recipe("tiny", files)
+    refused(build(farm), ExitCode.COMPILE, "needs 'meson>=1' to build", "stack bare has none")
+
+
+@pytest.mark.root
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small tmpfs needs root")
+def test_full_disk(farm: Farm) -> None:
+    body = "open('/build/tmp/fill', 'wb').write(bytes(64_000_000))\nreturn wheel(wheel_directory)"
+    farm.recipe("tiny", projects.backend(body))
+    small = farm.settings.home / "builds"
+    small.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(small)], check=True)
+    try:
+        refused(build(farm), ExitCode.DISK, "No space left on device")
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+def test_bubblewrap_missing(farm: Farm, tmp_path: Path) -> None:
+    farm.recipe("tiny", projects.backend("return wheel(wheel_directory)"))
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name in ("git", "tar", "dpkg-deb", "patch", "sh", "cp"):
+        found = next((Path(folder) / name for folder in os.environ["PATH"].split(":") if (Path(folder) / name).exists()), None)
+        if found is not None:
+            (tools / name).symlink_to(found)
+    refused(build(farm, PATH=str(tools)), ExitCode.HOST, "bwrap", "builder doctor")
+
+
+def test_credentials_in_the_upload_url_are_refused_and_not_shown(farm: Farm) -> None:
+    farm.recipe("tiny", projects.backend("return wheel(wheel_directory)"))
+    done = build(farm, "--publish", "http://me:hunter2@127.0.0.1:9/legacy/")
+    refused(done, ExitCode.USAGE, "TWINE_PASSWORD")
+    assert "hunter2" not in done.said
+
+
+def test_unreachable_index_keeps_the_wheel(farm: Farm) -> None:
+    farm.recipe("tiny", projects.backend("return wheel(wheel_directory)"))
+    refused(build(farm, "--publish", "http://127.0.0.1:9/legacy/", TWINE_USERNAME="a", TWINE_PASSWORD="b"), ExitCode.PUBLISH)
+    assert "exists" in farm.run("plan", "tiny", "--target", NATIVE).out

@@ -1,0 +1,227 @@
+"""The flow as a user drives it: real compilers, the real root, emulated where the target is not the host."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from builder.stack import host_arch
+from gracefarm.files import remove_tree
+from tests import projects
+from tests.conftest import Farm
+
+NATIVE = host_arch().value
+SLOW_BACKEND = "import time\ntime.sleep(2)\nreturn wheel(wheel_directory)"
+
+
+def record_of(farm: Farm, name: str) -> dict[str, object]:
+    done = farm.run("show", name, "--json")
+    assert done.code == 0, done.said
+    found = json.loads(done.out)
+    assert isinstance(found, dict)
+    return found
+
+
+def start(farm: Farm, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "builder", *arguments],
+        env=projects.environment(farm.environment),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_c_extension_for_aarch64_from_recipe_to_import(farm: Farm) -> None:
+    farm.recipe("tiny_c", projects.tree("tiny_c"), name="tiny-c", smoke={"imports": ["tiny_c", "tiny_c._core"]})
+    (farm.settings.project / "recipes" / "tiny_c" / "smoke.py").write_text(
+        "import tiny_c\nassert tiny_c.add(2, 3) == 5\nprint('five')\n"
+    )
+    done = farm.run("build", "tiny_c", "--target", "aarch64")
+    assert done.code == 0, done.said
+    wheel = Path(done.out.strip())
+    assert wheel.name.startswith("tiny_c-1.0-cp311-cp311-manylinux_2_")
+    assert wheel.name.endswith("_aarch64.whl")
+    found = record_of(farm, "tiny_c")
+    verdicts = {one["gate"]: one["status"] for one in found["verdicts"]}  # type: ignore[index,attr-defined]
+    assert "failed" not in verdicts.values()
+    assert verdicts["symbols"] == verdicts["alignment"] == "passed"
+    assert verdicts["cubins"] == "not applicable"
+    assert found["smoke"]["script"] == "five\n"  # type: ignore[index]
+    again = farm.run("build", "tiny_c", "--target", "aarch64")
+    assert again.code == 0
+    assert "nothing to build" in again.said
+
+
+def test_same_recipe_builds_the_same_wheel_in_another_home(farm: Farm) -> None:
+    farm.recipe("tiny_c", projects.tree("tiny_c"), name="tiny-c", smoke={"imports": ["tiny_c"]})
+    digests = []
+    for _ in range(2):
+        assert farm.run("build", "tiny_c", "--target", NATIVE).code == 0
+        digests.append(record_of(farm, "tiny_c")["wheel"])
+        remove_tree(farm.settings.home / "builds")
+    assert digests[0] == digests[1]
+
+
+def test_cuda_extension_keeps_the_stacks_sm_list_alone(farm: Farm) -> None:
+    farm.recipe(
+        "tiny_cuda",
+        projects.tree("tiny_cuda"),
+        name="tiny-cuda",
+        stack="cu130",
+        build={"cuda": True, "memory_per_job": "1GiB"},
+        smoke={"imports": ["tiny_cuda", "tiny_cuda._core"]},
+    )
+    done = farm.run("build", "tiny_cuda")
+    assert done.code == 0, done.said
+    found = record_of(farm, "tiny_cuda")
+    verdicts = {one["gate"]: one for one in found["verdicts"]}  # type: ignore[index,attr-defined]
+    assert verdicts["cubins"]["status"] == "passed"
+    assert verdicts["symbols"]["status"] == "passed"
+    log = farm.run("log", "tiny_cuda").out
+    assert "dropped -gencode arch=compute_100,code=sm_100" in log
+
+
+KILL_AT = {
+    "while fetching": ("plan", "build id"),
+    "while the root is made ready": ("fetch", "in the store"),
+    "while compiling": ("compile", "jobs"),
+    "after compiling": ("compile", ".whl in"),
+    "while auditing": ("audit", "wheel:"),
+    "while smoke-testing": ("audit", "symbols:"),
+    "before the record": ("smoke", "imported"),
+}
+"Moments of a build, each named by the line that it has just printed."
+
+
+def kill_at(farm: Farm, step: str, text: str) -> None:
+    """Start a build and kill it with SIGKILL when it has said this."""
+    running = start(farm, "build", "tiny", "--target", NATIVE, "--json")
+    assert running.stdout is not None
+    for line in running.stdout:
+        event = json.loads(line)
+        if event.get("step") == step and text in event["text"]:
+            break
+    else:
+        pytest.fail(f"never said {text!r}: {running.communicate()}")
+    running.kill()
+    running.communicate(timeout=30)
+    assert running.returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("moment", KILL_AT)
+def test_killed_at_any_moment_the_same_command_ends_with_the_same_record(farm: Farm, moment: str) -> None:
+    farm.recipe("tiny", projects.backend(SLOW_BACKEND if moment == "while compiling" else "return wheel(wheel_directory)"))
+    kill_at(farm, *KILL_AT[moment])
+    assert "Traceback" not in farm.run("list").err
+    done = farm.run("build", "tiny", "--target", NATIVE)
+    assert done.code == 0, done.said
+    resumed = record_of(farm, "tiny")
+    if moment in ("while auditing", "while smoke-testing", "before the record"):
+        assert "compiled before this run was cut off" in done.said
+    remove_tree(farm.settings.home / "builds")
+    assert farm.run("build", "tiny", "--target", NATIVE).code == 0
+    whole = record_of(farm, "tiny")
+    for part in ("build_id", "inputs", "outcome", "wheel", "verdicts", "smoke"):
+        assert resumed[part] == whole[part]
+    assert [one["name"] for one in resumed["stages"]] == [one["name"] for one in whole["stages"]]  # type: ignore[attr-defined]
+
+
+def test_two_builders_of_one_id_build_once(farm: Farm) -> None:
+    farm.recipe("tiny", projects.backend(SLOW_BACKEND))
+    first, second = (start(farm, "build", "tiny", "--target", NATIVE) for _ in range(2))
+    said = [" ".join("".join(one.communicate(timeout=120)).split()) for one in (first, second)]
+    assert [first.returncode, second.returncode] == [0, 0], said
+    assert sum("waiting for it" in one for one in said) == 1
+    assert sum("nothing to build" in one for one in said) == 1
+
+
+def test_interrupt_leaves_nothing_running(farm: Farm) -> None:
+    mark = f"marker-{os.getpid()}-{time.time_ns()}"
+    farm.recipe("tiny", projects.backend(f"subprocess.run(['/bin/sh', '-c', ': {mark}; sleep 100'])"))
+    running = start(farm, "build", "tiny", "--target", NATIVE)
+    deadline = time.monotonic() + 60
+    while not alive(mark):
+        assert time.monotonic() < deadline
+        assert running.poll() is None, running.communicate()
+        time.sleep(0.1)
+    running.send_signal(signal.SIGINT)
+    _, err = running.communicate(timeout=30)
+    assert running.returncode == 130
+    assert "interrupted" in err
+    assert not alive(mark)
+
+
+def alive(mark: str) -> bool:
+    """A process inside the sandbox (its shell, which has the mark in its command line) lives."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes()
+        except OSError:
+            continue
+        if mark.encode() in words and words.startswith(b"/bin/sh"):
+            return True
+    return False
+
+
+def test_failed_build_leaves_a_record_a_log_and_a_sandbox_to_look_around_in(farm: Farm) -> None:
+    farm.recipe("tiny", projects.backend("raise RuntimeError('on purpose')"))
+    assert farm.run("build", "tiny", "--target", NATIVE).code == 21
+    shown = farm.run("show", "tiny")
+    assert "RuntimeError: on purpose" in shown.out
+    assert "on purpose" in farm.run("log", "tiny").out
+    inside = subprocess.run(
+        [sys.executable, "-m", "builder", "shell", "tiny", "--target", NATIVE],
+        env=projects.environment(farm.environment),
+        input="ls /build/source; touch /usr/x; exit 7\n",
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert inside.returncode == 7, inside.stderr
+    assert "backend.py" in inside.stdout
+    assert "Read-only file system" in inside.stderr
+
+
+def test_one_failing_build_does_not_hide_another(farm: Farm) -> None:
+    farm.recipe("bad", projects.backend("raise RuntimeError('on purpose')"))
+    farm.recipe("tiny", projects.backend("return wheel(wheel_directory)"))
+    done = farm.run("build", "bad", "tiny", "--target", NATIVE)
+    assert done.code == 50
+    assert "RuntimeError: on purpose" in done.said
+    assert "tiny-1.0-py3-none-any.whl" in done.out
+
+
+def test_changed_builds_only_what_has_no_success_yet(farm: Farm) -> None:
+    farm.recipe("tiny", projects.backend("return wheel(wheel_directory)"))
+    assert farm.run("build", "--changed", "--target", NATIVE).code == 0
+    done = farm.run("build", "--changed", "--target", NATIVE)
+    assert "changed since the last success: nothing" in done.said
+    farm.recipe("tiny", projects.backend("return wheel(wheel_directory)"), version="2.0")
+    assert "changed since the last success: tiny" in farm.run("build", "--changed", "--target", NATIVE).said
+
+
+def test_json_events_are_lines_that_a_machine_can_read(farm: Farm) -> None:
+    farm.recipe("tiny", projects.backend("return wheel(wheel_directory)"))
+    done = farm.run("build", "tiny", "--target", NATIVE, "--json")
+    lines = [json.loads(line) for line in done.out.splitlines()]
+    assert lines[-1]["outcome"] == "built"
+    assert Path(lines[-1]["path"]).is_file()
+    assert {"plan", "fetch", "compile", "audit", "smoke", "record"} <= {
+        one["step"] for one in lines if one.get("event") == "step"
+    }
+
+
+def test_smoke_refuses_an_import_from_anywhere_but_the_wheel(farm: Farm) -> None:
+    farm.recipe("tiny", projects.backend("return wheel(wheel_directory)"), smoke={"imports": ["tiny", "absent_module"]})
+    done = farm.run("build", "tiny", "--target", NATIVE)
+    assert done.code == 31
+    assert "absent_module" in done.said

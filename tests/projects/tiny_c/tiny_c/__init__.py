@@ -1,0 +1,1 @@
+from tiny_c._core import add as add
