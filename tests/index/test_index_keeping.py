@@ -223,7 +223,8 @@ def test_files_that_are_not_mounted_stop_the_start(server: Server, tmp_path: Pat
     (server.root / "files").rename(tmp_path / "away")
     process = start(server.root)
     assert process.stdout is not None
-    text = process.stdout.read()
+    with process.stdout:
+        text = process.stdout.read()
     assert process.wait(20) == 3
     assert "mount or restore" in text
 

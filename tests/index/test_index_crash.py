@@ -1,0 +1,259 @@
+"""Killed at random moments, also with a full disk: no listed file is wrong, nothing that was confirmed is lost.
+
+The suite kills a few dozen uploads; all thousand: GRACEFARM_KILLS=1000 python -m pytest tests/index/test_index_crash.py
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import signal
+import subprocess
+import threading
+import time
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from index_kit import JSON, Server, await_url, make_token, run_json, serving, start, stop, wheel
+
+KILLS = int(os.environ.get("GRACEFARM_KILLS", "24"))
+UPLOADERS = 4
+"Uploads in flight at each kill."
+
+
+class Uploader(threading.Thread):
+    """Uploads files of its own one after the other; knows which were confirmed. Repeats what was not."""
+
+    def __init__(self, number: int, token: str, seed: int) -> None:
+        super().__init__()
+        self.number, self.token = number, token
+        self.random = random.Random(seed)
+        self.confirmed: dict[str, str] = {}
+        self.pending: tuple[str, bytes] | None = None
+        self.count = 0
+        self.refusals: list[str] = []
+        self.cut = 0
+        self.url = ""
+        self.go = threading.Event()
+        self.end = threading.Event()
+
+    def run(self) -> None:
+        while not self.end.is_set():
+            if not self.go.wait(0.05):
+                continue
+            if self.pending is None:
+                self.count += 1
+                data = self.random.randbytes(self.random.choice([100, 20_000, 400_000, 3_000_000]))
+                files = {"crash/data": data}
+                self.pending = wheel(f"crash{self.number}", f"1.{self.count}", files=files, compress=zipfile.ZIP_STORED)
+            self._send(*self.pending)
+
+    def _send(self, name: str, content: bytes) -> None:
+        try:
+            answer = httpx.post(
+                self.url + "/legacy/",
+                data={":action": "file_upload", "sha256_digest": hashlib.sha256(content).hexdigest()},
+                files={"content": (name, content)},
+                auth=("__token__", self.token),
+                timeout=20,
+            )
+        except httpx.HTTPError:
+            self.cut += 1
+            time.sleep(0.02)
+            return
+        if answer.status_code == 200:
+            self.confirmed[name] = hashlib.sha256(content).hexdigest()
+            self.pending = None
+        elif answer.status_code == 507:
+            self.refusals.append(answer.text)
+            time.sleep(0.02)
+        else:
+            raise AssertionError(answer.text)
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert process.stdout is not None
+    process.stdout.close()
+
+
+def listed(url: str) -> dict[str, tuple[str, str]]:
+    """File name to digest and address, from every page."""
+    with httpx.Client(base_url=url, headers={"Accept": JSON}, timeout=60) as client:
+        found = {}
+        for project in client.get("/simple/").json()["projects"]:
+            for item in client.get(f"/simple/{project['name']}/").json()["files"]:
+                found[item["filename"]] = (item["hashes"]["sha256"], f"/simple/{project['name']}/{item['url']}")
+        return found
+
+
+def check(root: Path, url: str, confirmed: dict[str, str], seen: set[str]) -> None:
+    found = listed(url)
+    assert confirmed.items() <= {name: digest for name, (digest, _) in found.items()}.items(), "a confirmed file is lost"
+    with httpx.Client(base_url=url, timeout=60) as client:
+        for name in found.keys() - seen:
+            digest, address = found[name]
+            assert hashlib.sha256(client.get(address).content).hexdigest() == digest, f"{name} is listed and wrong"
+            seen.add(name)
+
+
+def test_killed_at_random_moments(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    token = make_token(root)
+    chance = random.Random(KILLS)
+    uploaders = [Uploader(number, token, number) for number in range(UPLOADERS)]
+    for one in uploaders:
+        one.start()
+    process, seen = start(root, "--allow-new"), set[str]()
+    try:
+        for _ in range(-(-KILLS // UPLOADERS)):
+            url = await_url(process)
+            for one in uploaders:
+                one.url = url
+                one.go.set()
+            time.sleep(chance.uniform(0.01, 0.6))
+            kill(process)
+            for one in uploaders:
+                one.go.clear()
+            process = start(root, "--allow-new")
+            url = await_url(process)
+            assert not list((root / "staging").iterdir()), "staging is swept at start"
+            check(root, url, {k: v for one in uploaders for k, v in one.confirmed.items()}, seen)
+            kill(process)
+            process = start(root, "--allow-new")
+        url = await_url(process)
+        for one in uploaders:
+            one.url = url
+            one.go.set()
+        goal = sum(len(one.confirmed) for one in uploaders) + UPLOADERS
+        for _ in range(400):
+            if sum(len(one.confirmed) for one in uploaders) >= goal:
+                break
+            time.sleep(0.05)
+        else:
+            raise AssertionError("what was cut off cannot be uploaded again")
+    finally:
+        for one in uploaders:
+            one.end.set()
+        for one in uploaders:
+            one.join()
+        stop(process)
+    assert sum(one.cut for one in uploaders) >= 1, "no upload was under way at any kill: the test has proven nothing"
+    assert run_json(root, "fsck")["damaged"] == []
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A tmpfs of 40 MiB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", str(folder)], capture_output=True, check=False)
+    if mounted.returncode != 0:
+        pytest.skip("mounting a tmpfs needs root")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.mark.root
+def test_a_full_disk_refuses_and_loses_nothing(small_disk: Path) -> None:
+    with serving(small_disk / "root", "--allow-new") as server:
+        confirmed: dict[str, str] = {}
+        for number in range(40):
+            name, content = wheel("full_pkg", f"1.{number}", files={"full/data": os.urandom(2 << 20)}, compress=zipfile.ZIP_STORED)
+            answer = server.upload(name, content)
+            if answer.status_code != 200:
+                break
+            confirmed[name] = hashlib.sha256(content).hexdigest()
+        assert answer.status_code == 507, answer.text
+        assert "full" in answer.text or "space" in answer.text
+        assert len(confirmed) >= 5
+        assert server.page("full-pkg").status_code == 200, "reads go on"
+        assert set(server.filenames("full-pkg")) == set(confirmed)
+        assert not list((server.root / "staging").iterdir())
+        check(server.root, server.url, confirmed, set())
+
+
+@pytest.mark.root
+def test_a_disk_that_fills_up_under_an_upload(small_disk: Path) -> None:
+    """The length announced fits; somebody else takes the space meanwhile."""
+    with serving(small_disk / "root", "--allow-new") as server:
+        assert server.upload(*wheel("first_pkg")).status_code == 200
+        name, content = wheel("late_pkg", files={"late/data": os.urandom(8 << 20)}, compress=zipfile.ZIP_STORED)
+        body = (
+            b'--b\r\nContent-Disposition: form-data; name=":action"\r\n\r\nfile_upload\r\n--b\r\n'
+            b'Content-Disposition: form-data; name="content"; filename="' + name.encode() + b'"\r\n\r\n' + content + b"\r\n--b--\r\n"
+        )
+
+        def parts() -> Iterator[bytes]:
+            yield body[: 2 << 20]
+            time.sleep(0.5)
+            with (small_disk / "ballast").open("wb") as ballast:
+                try:
+                    while True:
+                        ballast.write(bytes(1 << 16))
+                        ballast.flush()
+                except OSError:
+                    pass
+            for begin in range(2 << 20, len(body), 1 << 18):
+                yield body[begin : begin + (1 << 18)]
+
+        answer = server.client.post(
+            "/legacy/",
+            content=parts(),
+            headers={"Content-Type": "multipart/form-data; boundary=b"},
+            auth=("__token__", server.token),
+        )
+        assert answer.status_code == 507, answer.text
+        assert server.filenames("late-pkg") == []
+        assert server.filenames("first-pkg")
+        assert not list((server.root / "staging").iterdir())
+        (small_disk / "ballast").unlink()
+        assert server.upload(name, content).status_code == 200
+
+
+@pytest.mark.root
+def test_killed_with_a_full_disk(small_disk: Path) -> None:
+    root = small_disk / "root"
+    root.mkdir()
+    token = make_token(root)
+    uploaders = [Uploader(number, token, 100 + number) for number in range(UPLOADERS)]
+    for one in uploaders:
+        one.start()
+    process, seen, chance = start(root, "--allow-new"), set[str](), random.Random(7)
+    try:
+        for _ in range(max(3, KILLS // 8)):
+            url = await_url(process)
+            for one in uploaders:
+                one.url = url
+                one.go.set()
+            time.sleep(chance.uniform(0.3, 1.0))
+            kill(process)
+            for one in uploaders:
+                one.go.clear()
+            process = start(root, "--allow-new")
+            check(root, await_url(process), {k: v for one in uploaders for k, v in one.confirmed.items()}, seen)
+            kill(process)
+            process = start(root, "--allow-new")
+        await_url(process)
+    finally:
+        for one in uploaders:
+            one.end.set()
+        for one in uploaders:
+            one.join()
+        stop(process)
+    assert any(one.refusals for one in uploaders), "the disk was never full: the test has proven nothing"
+
+
+def test_a_killed_server_does_not_keep_the_next_from_starting(tmp_path: Path) -> None:
+    """The lock of the one server goes with its process."""
+    process = start(tmp_path / "root")
+    await_url(process)
+    kill(process)
+    with serving(tmp_path / "root") as server:
+        assert isinstance(server, Server)
