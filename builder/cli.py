@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from packaging.utils import parse_wheel_filename
 
 from builder import audit as gates
 from builder import build as flow
@@ -300,16 +299,8 @@ def audit(wheel: Path, stack_name: str, as_json: bool) -> None:
     gates.require(verdicts)
 
 
-def _target_of(wheel: Path) -> Arch:
-    try:
-        tags = parse_wheel_filename(wheel.name)[3]
-    except ValueError as error:
-        raise UsageError(f"{wheel.name} is not a wheel's file name: {error}", remedy="rename it to what was built") from error
-    return next((arch for arch in Arch for tag in tags if tag.platform.endswith(arch.value)), Arch.AARCH64)
-
-
 def _foreign_policy(wheel: Path, stack_name: str, settings: Settings, console: Console) -> gates.Policy:
-    loaded, target = stack.load(settings.project / "stacks", stack_name), _target_of(wheel)
+    loaded, target = stack.load(settings.project / "stacks", stack_name), gates.target_of(wheel)
     base = root.ensure(loaded, stack.host_arch(), target, settings)
     site = environment.ensure(loaded, target, base, settings)
     compiler = environment.ensure_toolchain(loaded, stack.host_arch(), settings)
@@ -320,6 +311,7 @@ def _foreign_policy(wheel: Path, stack_name: str, settings: Settings, console: C
         name=None,
         version=None,
         glibc=loaded.data.glibc[target],
+        cuda=loaded.data.cuda,
         sm=loaded.data.sm,
         sm_extra={},
         bundled=(),
@@ -346,7 +338,7 @@ def smoke_(wheel: Path, stack_name: str, imports: tuple[str, ...], script: Path 
     builder smoke thing.whl --stack cu130 --import thing --import thing_cuda
     """
     settings, console = settings_module.load(), Console(as_json=as_json)
-    loaded, target = stack.load(settings.project / "stacks", stack_name), _target_of(wheel)
+    loaded, target = stack.load(settings.project / "stacks", stack_name), gates.target_of(wheel)
     base = root.ensure(loaded, stack.host_arch(), target, settings)
     site = environment.ensure(loaded, target, base, settings)
     scratch = settings.home / "smoke" / str(os.getpid())

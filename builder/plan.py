@@ -49,7 +49,7 @@ class Plan:
             },
             "stack": {
                 "python": self.stack.data.python,
-                "torch": self.stack.data.torch.version,
+                "torch": self.stack.data.torch.version if self.stack.data.torch else None,
                 "cuda": self.stack.data.cuda,
                 "sm": sorted(self.stack.data.sm),
                 "glibc": self.stack.data.glibc[self.target],

@@ -1,0 +1,203 @@
+"""The builder: a translation unit in and out of the sandbox and under emulation; what a build costs beside its compilers."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from builder import build, environment, fetch, recipe, record, root, sandbox, source, stack
+from builder import plan as planning
+from builder.sandbox import Mount, Sandbox
+from builder.stack import Arch
+from gracefarm import settings as settings_module
+from gracefarm.console import Console
+from gracefarm.files import remove_tree
+from gracefarm.settings import Settings
+
+UNIT = "csrc/causal_conv1d_update.cu"
+ROUNDS = 3
+MEMORY = 16 << 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bed:
+    """Everything that the measurements share."""
+
+    plan: planning.Plan
+    ground: build.Ground
+    settings: Settings
+    work: Path
+
+
+def make_bed() -> Bed:
+    """causal-conv1d unpacked beside its root, environment and compilers."""
+    settings = settings_module.load()
+    loaded = recipe.load(settings.project / "recipes", "causal_conv1d")
+    base = stack.load(settings.project / "stacks", "cu130")
+    made = planning.make(loaded, base, stack.host_arch(), Arch.AARCH64)
+    ground = build.lay_ground(made, settings, Console())
+    work = settings.home / "bench"
+    remove_tree(work)
+    (work / "tmp").mkdir(parents=True)
+    fetched = fetch.fetch(loaded.data, settings)
+    source.unpack(loaded, fetched, work / "source", source.source_date_epoch(loaded.data, fetched))
+    return Bed(plan=made, ground=ground, settings=settings, work=work)
+
+
+def nvcc_line(python: str) -> list[str]:
+    """The command that torch's extension builder gives nvcc for the unit."""
+    site = f"/env/lib/python{python}/site-packages"
+    flags = [
+        "-O3",
+        "-std=c++17",
+        "-Xcompiler",
+        "-fPIC",
+        "--expt-relaxed-constexpr",
+        "--expt-extended-lambda",
+        "--use_fast_math",
+    ]
+    includes = [f"-I{site}/torch/include", f"-I{site}/torch/include/torch/csrc/api/include", f"-I/usr/include/python{python}"]
+    defines = ["-DTORCH_EXTENSION_NAME=causal_conv1d_cuda", "-DTORCH_API_INCLUDE_EXTENSION_H"]
+    return ["/cuda/bin/nvcc", "-c", f"/build/source/{UNIT}", "-o", "/build/unit.o", *flags, *includes, *defines]
+
+
+def timed(work: Callable[[], None]) -> float:
+    """Seconds of wall time."""
+    start = time.monotonic()
+    work()
+    return time.monotonic() - start
+
+
+def box(bed: Bed) -> Sandbox:
+    """The sandbox of a build."""
+    return build.build_sandbox(bed.plan, bed.ground, bed.settings, bed.work, count=1, epoch=1, memory=MEMORY)
+
+
+def inside(bed: Bed) -> None:
+    """The unit in the sandbox."""
+    done = sandbox.run(box(bed), nvcc_line(bed.plan.stack.data.python), log=bed.work / "log.txt")
+    if done.returncode != 0:
+        sys.exit((bed.work / "log.txt").read_text())
+
+
+def chroot(base: Path, mounts: Sequence[Mount], variables: dict[str, str], command: Sequence[str], where: Path) -> None:
+    """The same files by mount and chroot alone: no namespaces but the mounts', no bound, no recorder. Needs root."""
+    lines = [f"mount -t tmpfs none {where}"]
+    for entry in sorted(base.iterdir()):
+        if entry.is_symlink():
+            lines.append(f"ln -s {entry.readlink()} {where}/{entry.name}")
+        elif entry.is_dir():
+            lines.append(f"mkdir -p {where}/{entry.name} && mount --rbind {entry} {where}/{entry.name}")
+    for folder in ("proc", "dev", "tmp"):
+        lines.append(f"mkdir -p {where}/{folder}")
+    lines.append(f"mount -t proc proc {where}/proc && mount --rbind /dev {where}/dev")
+    for mount in mounts:
+        lines.append(f"mkdir -p {where}{mount.target} && mount --rbind {mount.source} {where}{mount.target}")
+    words = " ".join(f"{key}='{value}'" for key, value in variables.items())
+    lines.append(f"exec chroot {where} /usr/bin/env -i {words} {' '.join(command)}")
+    where.mkdir(exist_ok=True)
+    subprocess.run(["unshare", "--mount", "--propagation", "private", "/bin/sh", "-ec", "\n".join(lines)], check=True)
+
+
+def outside(bed: Bed) -> None:
+    """The unit with the same command and files, outside any sandbox."""
+    one = box(bed)
+    chroot(bed.ground.root, one.mounts, dict(one.environment), nvcc_line(bed.plan.stack.data.python), bed.work / "chroot")
+
+
+def emulated(bed: Bed) -> Callable[[], None]:
+    """The unit as cibuildwheel would compile it on this host: the target's own nvcc and g++, all under qemu by binfmt_misc."""
+    native = planning.make(bed.plan.recipe, bed.plan.stack, Arch.AARCH64, Arch.AARCH64)
+    base = root.ensure(native.stack, Arch.AARCH64, Arch.AARCH64, bed.settings)
+    compiler = environment.ensure_toolchain(native.stack, Arch.AARCH64, bed.settings)
+    ground = replace(bed.ground, root=base, compiler=compiler)
+    one = build.build_sandbox(native, ground, bed.settings, bed.work, count=1, epoch=1, memory=MEMORY)
+    return lambda: chroot(base, one.mounts, dict(one.environment), nvcc_line(native.stack.data.python), bed.work / "chroot")
+
+
+def union(intervals: list[tuple[float, float]]) -> float:
+    """Length of the union of intervals."""
+    total, end = 0.0, 0.0
+    for start, stop in sorted(intervals):
+        total += max(0.0, stop - max(start, end))
+        end = max(end, stop)
+    return total
+
+
+def whole_build(bed: Bed) -> tuple[float, float]:
+    """Wall seconds of `builder build causal_conv1d` from warm caches, and those of them in which a compiler ran (ninja's log)."""
+    remove_tree(record.folder(bed.settings, bed.plan.build_id))
+    wall = timed(lambda: builder("build", "causal_conv1d", "--keep"))
+    logs = list((record.folder(bed.settings, bed.plan.build_id) / "work").rglob(".ninja_log"))
+    rows = [line.split("\t") for log in logs for line in log.read_text().splitlines() if not line.startswith("#")]
+    return wall, union([(int(row[0]) / 1000, int(row[1]) / 1000) for row in rows])
+
+
+def builder(*arguments: str) -> None:
+    """A run of the command line."""
+    subprocess.run([sys.executable, "-m", "builder", *arguments], check=True, stdout=subprocess.DEVNULL)
+
+
+def cold_root(bed: Bed) -> float:
+    """Seconds to assemble the root from an empty home: downloads included."""
+    home = bed.settings.home / "bench-home"
+    remove_tree(home)
+    fresh = bed.settings.model_copy(update={"home": home})
+    try:
+        return timed(lambda: root.ensure(bed.plan.stack, bed.plan.host, bed.plan.target, fresh) and None)
+    finally:
+        remove_tree(home)
+
+
+def warm_environment(bed: Bed) -> float:
+    """Seconds to assemble the environment anew when all wheels are in the cache."""
+    place = bed.ground.environment
+    kept = place.with_name(f"{place.name}.bench")
+    place.rename(kept)
+    try:
+        return timed(lambda: environment.ensure(bed.plan.stack, bed.plan.target, bed.ground.root, bed.settings) and None)
+    finally:
+        remove_tree(place)
+        kept.rename(place)
+
+
+def main() -> None:
+    """Measure and print a table."""
+    bed = make_bed()
+    rows: list[tuple[str, str]] = []
+    if os.geteuid() == 0:
+        pairs = []
+        outside(bed)
+        for _ in range(ROUNDS):
+            pairs.append((timed(lambda: inside(bed)), timed(lambda: outside(bed))))
+        ours, theirs = (statistics.median(one) for one in zip(*pairs, strict=True))
+        rows.append(("translation unit, in the sandbox / outside it", f"{ours:.1f} s / {theirs:.1f} s = {ours / theirs:.3f}"))
+        if Path("/proc/sys/fs/binfmt_misc/qemu-aarch64").exists():
+            slow = timed(emulated(bed))
+            rows.append(("translation unit, under full emulation / ours", f"{slow:.1f} s / {ours:.1f} s = {slow / ours:.1f}"))
+        else:
+            rows.append(
+                ("translation unit, under full emulation / ours", "not run: no binfmt_misc for aarch64 (builder doctor --fix)")
+            )
+    else:
+        rows.append(("translation unit, in the sandbox / outside it", "not run: needs root"))
+    wall, compiling = whole_build(bed)
+    rows.append(
+        ("build causal_conv1d / in compilers / the rest", f"{wall:.0f} s / {compiling:.0f} s / {wall - compiling:.0f} s")
+    )
+    again = statistics.median(timed(lambda: builder("build", "causal_conv1d")) for _ in range(ROUNDS))
+    rows.append(("build of an existing id", f"{again:.2f} s"))
+    rows.append(("root, cold", f"{cold_root(bed):.1f} s"))
+    rows.append(("environment, warm", f"{warm_environment(bed):.1f} s"))
+    width = max(len(name) for name, _ in rows)
+    print("\n".join(f"{name:{width}}  {value}" for name, value in rows))
+    (bed.settings.home / "bench-builder.json").write_text(json.dumps(dict(rows), indent=2))
+    shutil.rmtree(bed.work, ignore_errors=True)
