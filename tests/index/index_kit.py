@@ -56,12 +56,16 @@ def wheel(
     folder = dist_info or f"{name}-{version}.dist-info"
     module = name.replace("-", "_")
     content = {f"{module}/__init__.py": f'VERSION = "{version}"\n'.encode()} if files is None else dict(files)
-    content[f"{folder}/METADATA"] = meta if meta is not None else metadata(
-        name, version, requires=requires, requires_python=requires_python
+    content[f"{folder}/METADATA"] = (
+        meta if meta is not None else metadata(name, version, requires=requires, requires_python=requires_python)
     )
     python, abi, platforms = (wheel_tags or tags).split("-")
-    each = [f"Tag: {one}-{two}-{three}" for one in python.split(".") for two in abi.split(".") for three in platforms.split(".")]
-    content[f"{folder}/WHEEL"] = ("Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\n" + "\n".join(each) + "\n").encode()
+    each = [
+        f"Tag: {one}-{two}-{three}" for one in python.split(".") for two in abi.split(".") for three in platforms.split(".")
+    ]
+    content[f"{folder}/WHEEL"] = (
+        "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\n" + "\n".join(each) + "\n"
+    ).encode()
     listing = "\n".join([*(record_line(key, value) for key, value in content.items()), f"{folder}/RECORD,,"]) + "\n"
     content[f"{folder}/RECORD"] = (listing if record is None else record).encode()
     buffer = io.BytesIO()
@@ -72,16 +76,20 @@ def wheel(
 
 
 def sdist(name: str = "demo_pkg", version: str = "1.0", *, extra: dict[str, bytes] | None = None) -> tuple[str, bytes]:
+    folder = f"{name}-{version}"
+    members = {f"{folder}/PKG-INFO": metadata(name, version), f"{folder}/pyproject.toml": b"", **(extra or {})}
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
-        for path, content in {f"{name}-{version}/PKG-INFO": metadata(name, version), **(extra or {})}.items():
+        for path, content in members.items():
             info = tarfile.TarInfo(path)
             info.size = len(content)
             archive.addfile(info, io.BytesIO(content))
     return f"{name}-{version}.tar.gz", buffer.getvalue()
 
 
-def run_index(root: Path, *arguments: str, check: bool = True, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+def run_index(
+    root: Path, *arguments: str, check: bool = True, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """`python -m index …` on that root."""
     done = subprocess.run(
         [sys.executable, "-m", "index", *arguments, "--root", str(root)],
@@ -122,7 +130,13 @@ class Server:
         return int(self.url.rpartition(":")[2])
 
     def upload(
-        self, filename: str, content: bytes, *, path: str = "/legacy/", token: str | None = None, form: dict[str, str] | None = None
+        self,
+        filename: str,
+        content: bytes,
+        *,
+        path: str = "/legacy/",
+        token: str | None = None,
+        form: dict[str, str] | None = None,
     ) -> httpx.Response:
         """POST as twine does; `form` overrides fields, None values leave them out."""
         stem = filename.split("-")
@@ -176,9 +190,7 @@ _LINE = re.compile(r'\S+ - - \[[^]]*\] "(\S+) (.*) HTTP" (\d+) (\d+) "([^"]*)" "
 def parse_line(line: str) -> LogLine:
     found = _LINE.match(line)
     assert found, line
-    return LogLine(
-        method=found[1], target=found[2], status=int(found[3]), size=int(found[4]), span=found[5], agent=found[6]
-    )
+    return LogLine(method=found[1], target=found[2], status=int(found[3]), size=int(found[4]), span=found[5], agent=found[6])
 
 
 @contextmanager

@@ -153,7 +153,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A tmpfs of 40 MiB."""
     folder = tmp_path / "small"
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", str(folder)], capture_output=True, check=False)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", str(folder)], capture_output=True, check=False
+    )
     if mounted.returncode != 0:
         pytest.skip("mounting a tmpfs needs root")
     yield folder
@@ -165,7 +167,9 @@ def test_a_full_disk_refuses_and_loses_nothing(small_disk: Path) -> None:
     with serving(small_disk / "root", "--allow-new") as server:
         confirmed: dict[str, str] = {}
         for number in range(40):
-            name, content = wheel("full_pkg", f"1.{number}", files={"full/data": os.urandom(2 << 20)}, compress=zipfile.ZIP_STORED)
+            name, content = wheel(
+                "full_pkg", f"1.{number}", files={"full/data": os.urandom(2 << 20)}, compress=zipfile.ZIP_STORED
+            )
             answer = server.upload(name, content)
             if answer.status_code != 200:
                 break
@@ -187,7 +191,11 @@ def test_a_disk_that_fills_up_under_an_upload(small_disk: Path) -> None:
         name, content = wheel("late_pkg", files={"late/data": os.urandom(8 << 20)}, compress=zipfile.ZIP_STORED)
         body = (
             b'--b\r\nContent-Disposition: form-data; name=":action"\r\n\r\nfile_upload\r\n--b\r\n'
-            b'Content-Disposition: form-data; name="content"; filename="' + name.encode() + b'"\r\n\r\n' + content + b"\r\n--b--\r\n"
+            b'Content-Disposition: form-data; name="content"; filename="'
+            + name.encode()
+            + b'"\r\n\r\n'
+            + content
+            + b"\r\n--b--\r\n"
         )
 
         def parts() -> Iterator[bytes]:

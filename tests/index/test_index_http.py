@@ -112,7 +112,9 @@ def test_the_list_of_projects(hosted: Server) -> None:
 @pytest.mark.parametrize("coding", ["identity", "gzip", "zstd"])
 def test_not_modified_repeats_the_etag(hosted: Server, path: str, coding: str) -> None:
     item = hosted.page("http-pkg").json()["files"][0]
-    path = {"FILE": "/simple/http-pkg/" + item["url"], "METADATA": "/simple/http-pkg/" + item["url"] + ".metadata"}.get(path, path)
+    path = {"FILE": "/simple/http-pkg/" + item["url"], "METADATA": "/simple/http-pkg/" + item["url"] + ".metadata"}.get(
+        path, path
+    )
     headers = {"Accept-Encoding": coding, "Accept": f"{JSON}, */*;q=0.1"}
     first = hosted.client.get(path, headers=headers)
     assert first.status_code == 200
@@ -155,7 +157,9 @@ def test_etags_of_codings_differ(hosted: Server) -> None:
 @pytest.mark.parametrize("path", ["/simple/http-pkg/", "/simple/", "FILE", "METADATA", "/simple/none/", "/simple/Http_Pkg/"])
 def test_head_is_get_without_the_body(hosted: Server, path: str) -> None:
     item = hosted.page("http-pkg").json()["files"][0]
-    path = {"FILE": "/simple/http-pkg/" + item["url"], "METADATA": "/simple/http-pkg/" + item["url"] + ".metadata"}.get(path, path)
+    path = {"FILE": "/simple/http-pkg/" + item["url"], "METADATA": "/simple/http-pkg/" + item["url"] + ".metadata"}.get(
+        path, path
+    )
     get, head = hosted.client.get(path), hosted.client.head(path)
     skip = {"date"}
     assert head.content == b""
@@ -180,7 +184,9 @@ def test_files_are_immutable_and_plain(hosted: Server) -> None:
     assert int(answer.headers["content-length"]) == len(content)
 
 
-@pytest.mark.parametrize(("span", "start", "end"), [("bytes=0-99", 0, 100), ("bytes=-50", -50, None), ("bytes=100-", 100, None)])
+@pytest.mark.parametrize(
+    ("span", "start", "end"), [("bytes=0-99", 0, 100), ("bytes=-50", -50, None), ("bytes=100-", 100, None)]
+)
 def test_ranges(hosted: Server, span: str, start: int, end: int | None) -> None:
     path, content = _file(hosted)
     answer = hosted.client.get(path, headers={"Range": span})
@@ -226,7 +232,16 @@ def test_one_address_for_each_page(hosted: Server, path: str, end: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["/simple/no-such/", "/none/simple/", "/simple/a/b/", "/simple/..%2f/", "/simple/%00/", "/files/xx/y", "/files/" + "0" * 64 + "/x"]
+    "path",
+    [
+        "/simple/no-such/",
+        "/none/simple/",
+        "/simple/a/b/",
+        "/simple/..%2f/",
+        "/simple/%00/",
+        "/files/xx/y",
+        "/files/" + "0" * 64 + "/x",
+    ],
 )
 def test_what_is_not_there_is_404(hosted: Server, path: str) -> None:
     answer = hosted.client.get(path)
@@ -239,8 +254,21 @@ def test_plus_in_names_is_taken_both_ways(hosted: Server) -> None:
     assert "%2B" in item["url"]
     path = "/simple/http-pkg/" + item["url"]
     for spelled in (path, path.replace("%2B", "+")):
-        raw = subprocess.run(["curl", "-s", "-o", "/dev/null", "-w", "%{http_code}", "--path-as-is", hosted.url + "/files/" + spelled.partition("/files/")[2]],
-                             capture_output=True, text=True, check=True)
+        raw = subprocess.run(
+            [
+                "curl",
+                "-s",
+                "-o",
+                "/dev/null",
+                "-w",
+                "%{http_code}",
+                "--path-as-is",
+                hosted.url + "/files/" + spelled.partition("/files/")[2],
+            ],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         assert raw.stdout == "200"
 
 

@@ -102,7 +102,12 @@ def test_same_bytes_again_are_fine_and_other_bytes_are_not(shared: Server) -> No
 
 @pytest.mark.parametrize(
     "filename",
-    ["Evil.Pkg-1.0-py3-none-any.whl", "evil.pkg-1.0-py3-none-any.whl", "Evil_Pkg-1.0-py3-none-any.whl", "evil_pkg-1.0-PY3-none-any.whl"],
+    [
+        "Evil.Pkg-1.0-py3-none-any.whl",
+        "evil.pkg-1.0-py3-none-any.whl",
+        "Evil_Pkg-1.0-py3-none-any.whl",
+        "evil_pkg-1.0-PY3-none-any.whl",
+    ],
 )
 def test_other_spellings_of_a_name_are_refused(shared: Server, filename: str) -> None:
     name, _, rest = filename.partition("-")
@@ -143,7 +148,11 @@ def test_file_names_that_no_installer_means_are_refused(shared: Server, filename
     _, content = wheel("x")
     body = (
         b'--b\r\nContent-Disposition: form-data; name=":action"\r\n\r\nfile_upload\r\n'
-        b'--b\r\nContent-Disposition: form-data; name="content"; filename="' + filename.encode() + b'"\r\n\r\n' + content + b"\r\n--b--\r\n"
+        b'--b\r\nContent-Disposition: form-data; name="content"; filename="'
+        + filename.encode()
+        + b'"\r\n\r\n'
+        + content
+        + b"\r\n--b--\r\n"
     )
     answer = shared.client.post(
         "/legacy/", content=body, headers={"Content-Type": "multipart/form-data; boundary=b"}, auth=("__token__", shared.token)
@@ -201,14 +210,18 @@ def test_dist_info_of_another_name_is_refused(shared: Server) -> None:
 
 
 def test_wheel_tags_that_disagree_are_refused(shared: Server) -> None:
-    refused(shared.upload(*wheel("tags_pkg", tags="py3-none-any", wheel_tags="cp311-cp311-linux_aarch64")), "WHEEL inside says")
+    refused(
+        shared.upload(*wheel("tags_pkg", tags="py3-none-any", wheel_tags="cp311-cp311-linux_aarch64")), "WHEEL inside says"
+    )
 
 
 def test_a_zip_bomb_is_refused(shared: Server) -> None:
     refused(shared.upload(*wheel("bomb_pkg", files={"bomb_pkg/zeros": bytes(80 << 20)})), "zip bomb")
 
 
-@pytest.mark.parametrize("path", ["../out.py", "/etc/out.py", "a/../../out.py", "a\\..\\out.py", "C:/out.py", "./out.py", "a//b.py"])
+@pytest.mark.parametrize(
+    "path", ["../out.py", "/etc/out.py", "a/../../out.py", "a\\..\\out.py", "C:/out.py", "./out.py", "a//b.py"]
+)
 def test_a_path_that_leaves_the_wheel_is_refused(shared: Server, path: str) -> None:
     refused(shared.upload(*wheel("path_pkg", files={path: b"x"})), "leaves the archive")
 
@@ -315,7 +328,10 @@ def _eventually_empty(server: Server) -> None:
 
 def test_a_cut_file_in_a_whole_form_is_refused(shared: Server) -> None:
     name, content = wheel("cut_pkg", files={"cut_pkg/data": bytes(range(256)) * 4096})
-    refused(shared.upload(name, content[: len(content) // 2], form={"sha256_digest": hashlib.sha256(content).hexdigest()}), "sha256_digest")
+    refused(
+        shared.upload(name, content[: len(content) // 2], form={"sha256_digest": hashlib.sha256(content).hexdigest()}),
+        "sha256_digest",
+    )
     nothing_stored(shared, "cut-pkg")
 
 
@@ -410,7 +426,7 @@ def test_names_that_nobody_hosts_are_refused(tmp_path_factory: pytest.TempPathFa
         b"",
         b"--b--\r\n",
         b"nonsense",
-        b'--b\r\nContent-Disposition: form-data\r\n\r\nx\r\n--b--\r\n',
+        b"--b\r\nContent-Disposition: form-data\r\n\r\nx\r\n--b--\r\n",
         b'--b\r\nContent-Disposition: form-data; name="a"\r\n\r\n\xff\xfe\r\n--b--\r\n',
         b'--b\r\nContent-Disposition: form-data; name=":action"\r\n\r\nfile_upload\r\n--b--\r\n',
     ],
@@ -423,5 +439,7 @@ def test_forms_that_are_none_are_refused(shared: Server, body: bytes) -> None:
 
 
 def test_another_content_type_is_refused(shared: Server) -> None:
-    answer = shared.client.post("/legacy/", content=b"{}", headers={"Content-Type": "application/json"}, auth=("__token__", shared.token))
+    answer = shared.client.post(
+        "/legacy/", content=b"{}", headers={"Content-Type": "application/json"}, auth=("__token__", shared.token)
+    )
     refused(answer, "multipart/form-data")

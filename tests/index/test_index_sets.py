@@ -62,7 +62,10 @@ def test_a_set_appears_at_once_and_only_when_complete(shared: Server) -> None:
     run_index(shared.root, "stage", "publish", "spring")
     for prefix in ("", "/spring", "/cu130"):
         assert shared.filenames("one-pkg", prefix=prefix) == [f"one_pkg-1.0+cu130-{AARCH64}.whl"]
-    assert shared.client.get("/spring/simple/", headers={"Accept": JSON}).json()["projects"] == [{"name": "one-pkg"}, {"name": "two-pkg"}]
+    assert shared.client.get("/spring/simple/", headers={"Accept": JSON}).json()["projects"] == [
+        {"name": "one-pkg"},
+        {"name": "two-pkg"},
+    ]
     assert shared.page("one-pkg", prefix=preview).status_code == 404, "the preview ends with the stage"
     late = shared.upload(*wheel("two_pkg", "1.1"), path=upload)
     assert late.status_code == 400
@@ -96,8 +99,10 @@ def test_staged_names_are_reserved(shared: Server) -> None:
 
 @pytest.mark.parametrize("name", ["cu130", "simple", "files", "Upper", "a/b", "..", "nightly", "-x"])
 def test_set_names_that_would_hide_something_are_refused(shared: Server, name: str) -> None:
-    done = run_index(shared.root, "stage", "create", "--", name, check=False) if name.startswith("-") else run_index(
-        shared.root, "stage", "create", name, check=False
+    done = (
+        run_index(shared.root, "stage", "create", "--", name, check=False)
+        if name.startswith("-")
+        else run_index(shared.root, "stage", "create", name, check=False)
     )
     assert done.returncode == 2
 
@@ -238,7 +243,14 @@ def test_a_record_that_comes_later_gives_facts_too(shared: Server) -> None:
 
 def test_records_of_failed_builds_are_kept(shared: Server) -> None:
     auth = ("__token__", shared.token)
-    record = {"id": "failed-1", "recipe": "broken", "stack": "cu130", "outcome": "failed", "cause": "nvcc: out of memory", "seconds": 61.5}
+    record = {
+        "id": "failed-1",
+        "recipe": "broken",
+        "stack": "cu130",
+        "outcome": "failed",
+        "cause": "nvcc: out of memory",
+        "seconds": 61.5,
+    }
     assert shared.client.put("/records/failed-1", json=record, auth=auth).status_code == 200
     assert shared.client.get("/records/failed-1").json() == record
     for identifier, body in (("failed-1", b"not json"), ("other", json.dumps(record).encode()), ("failed-1", b"[]")):

@@ -1,0 +1,314 @@
+"""Others' clients as black boxes: what they ask for, in the server's own access log, and what they make of the answers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+from index_kit import JSON, LogLine, Server, run_index, sdist, wheel
+from platformdirs import user_cache_path
+from pypi_simple import ACCEPT_HTML_ONLY, ACCEPT_JSON_ONLY, PyPISimple
+
+UV = [sys.executable, "-m", "uv"]
+
+
+def tool(*packages: str, python: str = sys.executable) -> Path:
+    """The bin folder of an environment with these packages, made once and kept in the cache."""
+    name = hashlib.sha256(" ".join((*packages, python)).encode()).hexdigest()[:16]
+    folder = user_cache_path("gracefarm") / "test-tools" / name
+    if not (folder / "ready").exists():
+        subprocess.run([*UV, "venv", "--quiet", "--allow-existing", "--python", python, str(folder)], check=True)
+        subprocess.run([*UV, "pip", "install", "--quiet", "--python", str(folder / "bin" / "python"), *packages], check=True)
+        (folder / "ready").touch()
+    return folder / "bin"
+
+
+def clean(**more: str) -> dict[str, str]:
+    """The environment without anybody's configuration of installers."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("PIP_", "UV_", "TWINE_", "POETRY_"))}
+    return {
+        **kept,
+        "PIP_CONFIG_FILE": os.devnull,
+        "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+        "UV_NO_CONFIG": "1",
+        "NO_COLOR": "1",
+        "PYTHONWARNINGS": "ignore",
+        **more,
+    }
+
+
+def call(
+    arguments: list[object], *, check: bool = True, cwd: Path | None = None, **env: str
+) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [str(item) for item in arguments], env=clean(**env), cwd=cwd, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def read_by(server: Server, agent: str) -> list[LogLine]:
+    return [line for line in server.requests() if line.agent.startswith(agent)]
+
+
+def kinds(lines: list[LogLine]) -> list[str]:
+    """What was asked for: pages, metadata, wheels."""
+    names = []
+    for line in lines:
+        end = "metadata" if line.target.endswith(".metadata") else "wheel" if line.target.endswith(".whl") else "page"
+        names.append(end if line.method == "GET" else f"{line.method} {end}")
+    return names
+
+
+@pytest.fixture(scope="module")
+def filled(shared: Server) -> Server:
+    """A project that depends on another; ten variants of one release; a yanked and a too new version."""
+    for version, dep in (("1.0", "variant_pkg==2.8.3"), ("2.0", "variant_pkg==2.8.3")):
+        assert shared.upload(*wheel("app_pkg", version, requires=(dep, "libdep"))).status_code == 200
+    assert shared.upload(*wheel("app_pkg", "3.0", requires_python=">=3.99")).status_code == 200
+    assert shared.upload(*wheel("app_pkg", "4.0")).status_code == 200
+    run_index(shared.root, "yank", "app-pkg", "4.0", "--reason", "does not load")
+    assert shared.upload(*wheel("libdep", "1.0+cu130")).status_code == 200
+    big = {"variant_pkg/blob": os.urandom(2 << 20)}
+    for minor in range(10):
+        item = wheel("variant_pkg", f"2.8.3+torch2.{minor}", requires=(f"torch==2.{minor}.*",), files=big)
+        assert shared.upload(*item).status_code == 200
+        assert shared.upload(*wheel("torch", f"2.{minor}.0")).status_code == 200
+    return shared
+
+
+@pytest.mark.parametrize("pip", ["pip", "pip==23.0"])
+def test_pip_reads_page_metadata_and_wheel(filled: Server, tmp_path: Path, pip: str) -> None:
+    filled.forget()
+    python = tool(pip) / "python"
+    call([python, "-m", "pip", "install", "--no-cache-dir", "--no-input", "--target", tmp_path / "t",
+          "--index-url", filled.url + "/simple/", "app_pkg", "torch==2.3.*"])  # fmt: skip
+    installed = sorted(path.name for path in (tmp_path / "t").glob("*.dist-info"))
+    assert installed == [
+        "app_pkg-2.0.dist-info",
+        "libdep-1.0+cu130.dist-info",
+        "torch-2.3.0.dist-info",
+        "variant_pkg-2.8.3+torch2.3.dist-info",
+    ]
+    lines = read_by(filled, "pip/")
+    assert {line.status for line in lines} == {200}
+    assert kinds(lines).count("wheel") == 4, "the wheels that are installed and no other"
+    assert sum(line.size for line in lines if not line.target.endswith(".whl")) < 50_000
+
+
+def test_uv_installs_and_asks_again_politely(filled: Server, tmp_path: Path) -> None:
+    venv.create(tmp_path / "v")
+    arguments = [*UV, "pip", "install", "--python", tmp_path / "v/bin/python", "--cache-dir", tmp_path / "cache",
+                 "--default-index", filled.url + "/simple/"]  # fmt: skip
+    filled.forget()
+    call([*arguments, "app_pkg", "torch==2.3.*"])
+    first = read_by(filled, "uv/")
+    assert kinds(first).count("wheel") == 4
+    assert not [line for line in first if line.method == "HEAD" or line.span != "-"], "metadata comes by PEP 658"
+    filled.forget()
+    call([*arguments, "--refresh", "--reinstall", "app_pkg", "torch==2.3.*"])
+    again = read_by(filled, "uv/")
+    assert again
+    assert {line.status for line in again if line.target.startswith("/simple/")} == {304}
+    assert sum(line.size for line in again) == 0, "everything was still good"
+
+
+@pytest.mark.parametrize("client", ["pip", "uv"])
+def test_resolving_over_variants_costs_kilobytes(filled: Server, tmp_path: Path, client: str) -> None:
+    filled.forget()
+    wanted = ["variant_pkg==2.8.3", "torch==2.0.*"]
+    if client == "pip":
+        call([sys.executable, "-m", "pip", "install", "--dry-run", "--no-cache-dir", "--ignore-installed", "--target", tmp_path,
+              "--report", tmp_path / "r", "--index-url", filled.url + "/simple/", *wanted])  # fmt: skip
+        assert json.loads((tmp_path / "r").read_text())["install"]
+    else:
+        (tmp_path / "in").write_text("\n".join(wanted))
+        done = call(
+            [*UV, "pip", "compile", tmp_path / "in", "--cache-dir", tmp_path / "c", "--default-index", filled.url + "/simple/"]
+        )
+        assert "variant-pkg==2.8.3+torch2.0" in done.stdout
+    lines = read_by(filled, "pip/" if client == "pip" else "uv/")
+    assert "wheel" not in kinds(lines)
+    assert sum(line.size for line in lines) <= 50_000
+
+
+def test_clients_that_ask_for_dates_find_them(filled: Server, tmp_path: Path) -> None:
+    venv.create(tmp_path / "v")
+    base = [*UV, "pip", "install", "--dry-run", "--python", tmp_path / "v/bin/python", "--cache-dir", tmp_path / "c"]
+    index = ["--default-index", filled.url + "/simple/"]
+    call([*base, *index, "--exclude-newer", "2099-01-01", "libdep"])
+    assert call([*base, *index, "--exclude-newer", "2020-01-01", "libdep"], check=False).returncode != 0
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--dry-run",
+        "--ignore-installed",
+        "--no-cache-dir",
+        "--index-url",
+        filled.url + "/simple/",
+    ]
+    call([*pip, "--uploaded-prior-to", "2099-01-01T00:00:00Z", "libdep"])
+    assert call([*pip, "--uploaded-prior-to", "2020-01-01T00:00:00Z", "libdep"], check=False).returncode != 0
+
+
+def test_uv_locks_one_sha256_for_each_file(filled: Server, tmp_path: Path) -> None:
+    (tmp_path / "pyproject.toml").write_text(
+        '[project]\nname = "x"\nversion = "1"\nrequires-python = ">=3.11,<3.13"\ndependencies = ["libdep"]\n'
+        f'[[tool.uv.index]]\nname = "farm"\nurl = "{filled.url}/cu130/simple/"\nexplicit = true\n'
+        '[tool.uv.sources]\nlibdep = { index = "farm" }\n'
+    )
+    python = ["--python", sys.executable]
+    environment = {key: value for key, value in clean().items() if key != "UV_NO_CONFIG"}  # the project's own tables count
+    done = subprocess.run(
+        [*UV, "lock", *python, "--cache-dir", str(tmp_path / "c"), "--default-index", filled.url + "/simple/"],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "uv.lock").read_text()
+    assert f"sha256:{hashlib.sha256(wheel('libdep', '1.0+cu130')[1]).hexdigest()}" in text
+    assert "/cu130/simple/" in text
+
+
+# --- publishing -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def dist(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    """A wheel and an sdist of a name of their own."""
+    name = "dist_" + hashlib.sha256(request.node.name.encode()).hexdigest()[:8]
+    folder = tmp_path / "dist"
+    folder.mkdir()
+    for filename, content in (wheel(name, "1.0"), sdist(name, "1.0")):
+        (folder / filename).write_bytes(content)
+    return folder
+
+
+def twine(server: Server, dist: Path, *, check: bool = True) -> subprocess.CompletedProcess[str]:
+    files = sorted(dist.iterdir())
+    return call(
+        [sys.executable, "-m", "twine", "upload", "--non-interactive", "--disable-progress-bar", "--verbose",
+         "--repository-url", server.url + "/legacy/", *files],
+        check=check, TWINE_USERNAME="__token__", TWINE_PASSWORD=server.token,
+    )  # fmt: skip
+
+
+def test_twine_uploads_and_repeats(filled: Server, dist: Path) -> None:
+    twine(filled, dist)
+    twine(filled, dist)
+    name = min(dist.iterdir()).name.partition("-")[0]
+    assert len(filled.filenames(name.replace("_", "-"))) == 2
+    path = next(dist.glob("*.whl"))
+    path.write_bytes(wheel(name, "1.0", requires_python=None)[1])
+    done = twine(filled, dist, check=False)
+    assert done.returncode != 0
+    assert "File already exists" in done.stdout + done.stderr
+
+
+def test_uv_publish_and_its_check_url(filled: Server, dist: Path) -> None:
+    publish = [*UV, "publish", "--publish-url", filled.url + "/legacy/", *sorted(dist.iterdir())]
+    environment = {"UV_PUBLISH_TOKEN": filled.token}
+    call(publish, **environment)
+    call(publish, **environment)
+    checked = [*publish, "--check-url", filled.url + "/simple/"]
+    filled.forget()
+    done = call(checked, **environment)
+    assert "already exists" in done.stderr
+    assert not [line for line in filled.requests() if line.method == "POST"]
+    name = min(dist.iterdir()).name.partition("-")[0]
+    next(dist.glob("*.whl")).write_bytes(wheel(name, "1.0", requires_python=None)[1])
+    assert call(checked, check=False, **environment).returncode != 0
+
+
+def test_a_wrong_token_is_told(filled: Server, dist: Path) -> None:
+    done = call(
+        [*UV, "publish", "--publish-url", filled.url + "/legacy/", *sorted(dist.iterdir())],
+        check=False,
+        UV_PUBLISH_TOKEN="gf_no",
+    )
+    assert done.returncode != 0
+    assert "401" in done.stderr
+
+
+# --- readers ----------------------------------------------------------------------------------------------------------------
+
+
+def test_pypi_simple_reads_everything_and_both_forms_agree(filled: Server) -> None:
+    with PyPISimple(filled.url + "/simple/") as client:
+        names = client.get_index_page().projects
+        assert "app-pkg" in names
+        for name in ("app-pkg", "variant-pkg", "torch"):
+            page = client.get_project_page(name, accept=ACCEPT_JSON_ONLY)
+            plain = client.get_project_page(name, accept=ACCEPT_HTML_ONLY)
+            assert page.repository_version == plain.repository_version == "1.4"
+            assert page.versions
+
+            def key(package: object) -> tuple[object, ...]:
+                return tuple(
+                    getattr(package, part)
+                    for part in (
+                        "filename",
+                        "digests",
+                        "requires_python",
+                        "is_yanked",
+                        "has_metadata",
+                        "metadata_digests",
+                        "url",
+                    )
+                )
+
+            assert [key(one) for one in page.packages] == [key(one) for one in plain.packages]
+            for package in page.packages[:2]:
+                raw = client.get_package_metadata_bytes(package, verify=True)
+                assert raw.startswith(b"Metadata-Version:")
+                assert package.size
+                assert package.upload_time is not None
+
+
+@pytest.mark.slow
+def test_simple_repository_can_consume_us(filled: Server) -> None:
+    python = tool("simple-repository", "httpx") / "python"
+    script = (
+        "import asyncio, httpx, sys\n"
+        "from simple_repository.components.http import HttpRepository\n"
+        "async def main():\n"
+        "    async with httpx.AsyncClient() as client:\n"
+        "        repository = HttpRepository(url=sys.argv[1], http_client=client)\n"
+        "        page = await repository.get_project_page('app-pkg')\n"
+        "        names = {one.normalized_name for one in (await repository.get_project_list()).projects}\n"
+        "        assert 'app-pkg' in names\n"
+        "        print(len(page.files), all(one.hashes.get('sha256') for one in page.files))\n"
+        "asyncio.run(main())\n"
+    )
+    assert call([python, "-c", script, filled.url + "/simple/"]).stdout.split() == ["4", "True"]
+
+
+@pytest.mark.slow
+def test_poetry_locks_by_metadata(filled: Server, tmp_path: Path) -> None:
+    (tmp_path / "pyproject.toml").write_text(
+        '[project]\nname = "x"\nversion = "1"\nrequires-python = ">=3.11,<3.13"\ndependencies = ["app-pkg (==2.0)", "torch (==2.3.0)"]\n'
+        f'[[tool.poetry.source]]\nname = "farm"\nurl = "{filled.url}/simple/"\npriority = "primary"\n'
+    )
+    filled.forget()
+    call(
+        [tool("poetry") / "poetry", "lock", "-n"],
+        cwd=tmp_path,
+        POETRY_CACHE_DIR=str(tmp_path / "c"),
+        POETRY_VIRTUALENVS_CREATE="0",
+    )
+    text = (tmp_path / "poetry.lock").read_text()
+    assert "2.8.3+torch2.3" in text
+    assert "wheel" not in kinds(read_by(filled, "poetry/"))
+
+
+def test_the_negotiation_table_is_also_another_librarys(filled: Server) -> None:
+    """JSON for whoever asks for JSON first, as PEP 691 gives the example."""
+    accept = f"{JSON}, application/vnd.pypi.simple.v1+html;q=0.2, text/html;q=0.01"
+    assert filled.page("app-pkg", accept=accept).headers["content-type"] == JSON
