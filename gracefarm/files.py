@@ -9,9 +9,11 @@ import os
 import shutil
 import stat
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from gracefarm.errors import DiskFullError
 
@@ -101,9 +103,13 @@ def atomic_directory(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def lock(path: Path, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
-    """Hold an exclusive lock on the file `path` (created, never removed); `on_wait` is called once when somebody else holds it.
+def lock(
+    path: Path, on_wait: Callable[[], None] | None = None, *, keep_waiting: Callable[[], None] | None = None
+) -> Iterator[None]:
+    """Hold an exclusive lock on the file `path` (created, never removed).
 
+    `on_wait` is called once when somebody else holds it. `keep_waiting` is called five times a second while waiting and
+    may raise: a thread gets no signal that would end its wait.
     The kernel drops the lock with the process, so kill -9 leaves nothing to clean.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -113,8 +119,22 @@ def lock(path: Path, on_wait: Callable[[], None] | None = None) -> Iterator[None
         except BlockingIOError:
             if on_wait is not None:
                 on_wait()
-            fcntl.flock(stream, fcntl.LOCK_EX)
+            _wait_for_lock(stream, keep_waiting)
         yield
+
+
+def _wait_for_lock(stream: IO[str], keep_waiting: Callable[[], None] | None) -> None:
+    if keep_waiting is None:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        return
+    while True:
+        keep_waiting()
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.2)
+        else:
+            return
 
 
 def remove_tree(path: Path) -> None:

@@ -1,0 +1,53 @@
+"""Bring what a recipe pins to this machine: the only part of a build that has the network. Nothing that comes is executed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from builder.fetch.git import fetch_git, repository_path
+from builder.fetch.sdist import fetch_sdist
+from builder.fetch.store import Download, download, store_path
+from builder.recipe import FileSource, GitSource, Recipe, SdistSource
+from gracefarm.console import Tick, no_tick
+from gracefarm.settings import Settings
+
+__all__ = ["Download", "Fetched", "download", "fetch", "fetch_git", "fetch_sdist", "store_path"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fetched:
+    """Where everything is that a recipe pins."""
+
+    source: Path
+    "The archive in the store, or the bare repository that holds the pinned commit."
+    submodules: Mapping[str, Path] = field(default_factory=dict)
+    "Bare repositories by the submodule's path in the tree."
+    files: Mapping[str, Path] = field(default_factory=dict)
+    "The recipe's further files in the store, by sha256."
+
+
+def fetch(recipe: Recipe, settings: Settings, tick: Tick = no_tick) -> Fetched:
+    """Source and files of a recipe; what is here already costs no network.
+
+    Raises:
+        FetchError: something is absent, yanked or unreachable.
+        DigestError: something is not what was pinned.
+        HostError: the source is in git and there is no git.
+        DiskFullError: no space in the store.
+    """
+    source = recipe.source
+    wanted = [Download(url=one.url, sha256=one.sha256, what=one.path) for one in recipe.files]
+    submodules: dict[str, Path] = {}
+    match source:
+        case SdistSource():
+            place = fetch_sdist(source, settings, tick)
+        case GitSource():
+            place = fetch_git(source, settings, tick)
+            submodules = {path: repository_path(settings, one.commit) for path, one in source.submodules.items()}
+        case FileSource():
+            place = store_path(settings, source.sha256)
+            wanted.insert(0, Download(url=source.url, sha256=source.sha256, what=f"source of {recipe.name} {recipe.version}"))
+    places = download(wanted, settings, tick)
+    return Fetched(source=place, submodules=submodules, files={one.sha256: places[one.sha256] for one in recipe.files})

@@ -1,0 +1,307 @@
+"""Git repositories by commit and tree: one bare, shallow repository per commit, whole or absent.
+
+    HOME/git/<commit>.git       the commit, its tree and blobs; no history where the server allows that
+    HOME/git/<commit>.lock      held while one process fetches it
+    HOME/git/config             the only configuration that git reads here
+
+Nothing of a repository is executed: no hooks, no templates, no filters (git-lfs among them), no configuration of the system or
+the user, no prompt, and only the protocols below.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from builder.fetch.store import ATTEMPTS, MIRROR_REMEDY, pause
+from builder.fetch.urls import shown, split_credentials
+from builder.recipe import GitSource
+from gracefarm.console import Tick, no_tick
+from gracefarm.errors import DigestError, DiskFullError, FetchError, HostError
+from gracefarm.files import atomic_directory, atomic_write, full_disk, lock
+from gracefarm.settings import Settings
+
+CONFIG = """\
+# Written by gracefarm; the only configuration that its git reads.
+[core]
+    hooksPath = /dev/null
+[init]
+    templateDir =
+    defaultBranch = main
+[safe]
+    # A mirror in a folder may belong to somebody else; nothing of it is executed.
+    directory = *
+[gc]
+    auto = 0
+[http]
+    lowSpeedLimit = 1000
+    lowSpeedTime = 60
+"""
+KEPT = ("GIT_SSL_", "GIT_PROXY_SSL_", "GIT_SSH", "GIT_HTTP_PROXY_")
+"git variables that say how to reach a server; the others would change what it does (GIT_DIR, inside a hook)."
+TRANSIENT = (
+    "could not resolve host",
+    "timed out",
+    "connection refused",
+    "connection reset",
+    "couldn't connect",
+    "failed to connect",
+    "early eof",
+    "rpc failed",
+    "remote end hung up",
+    "operation too slow",
+    "returned error: 429",
+    "returned error: 5",
+)
+ABSENT = ("not our ref",)
+REFUSED_ADDRESS = ("not found", "does not appear to be a git repository", "could not read username", "authentication failed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pin:
+    """One repository at one commit; `what` is its name for people."""
+
+    url: str
+    commit: str
+    tree: str
+    what: str
+
+
+Git = Callable[..., str]
+"git with its arguments; what it prints."
+
+
+class GitError(Exception):
+    """git ended with an error; carries what it said."""
+
+
+def repository_path(settings: Settings, commit: str) -> Path:
+    """Where the bare repository of that commit is; it is there only when whole and checked."""
+    return settings.home / "git" / f"{commit}.git"
+
+
+def fetch_git(source: GitSource, settings: Settings, tick: Tick = no_tick) -> Path:
+    """The repository at the pinned commit, and beside it those of its submodules; there already: no network.
+
+    Raises:
+        FetchError: the commit does not exist, the repository is absent or unreachable.
+        DigestError: the commit has another tree, or a submodule's commit is not the one that the parent's tree names.
+        HostError: there is no git.
+        DiskFullError: no space.
+    """
+    pins = [Pin(url=source.url, commit=source.commit, tree=source.tree, what=source.url)]
+    pins += [
+        Pin(url=module.url, commit=module.commit, tree=module.tree, what=f"submodule {path}")
+        for path, module in sorted(source.submodules.items())
+    ]
+    for number, pin in enumerate(pins):
+        tick(number, len(pins), shown(pin.what))
+        _fetch_pin(pin, settings)
+    tick(len(pins), len(pins), "")
+    check_submodules(source, settings)
+    return repository_path(settings, source.commit)
+
+
+def check_submodules(source: GitSource, settings: Settings) -> None:
+    """Each pinned submodule is a gitlink with exactly that commit in the tree that holds it.
+
+    Raises:
+        DigestError: the parent's tree says another commit, or has no submodule there.
+    """
+    for path, module in sorted(source.submodules.items()):
+        parent, inner = enclosing(path, source.submodules)
+        commit = source.submodules[parent].commit if parent else source.commit
+        listed = run_git(["ls-tree", "-z", commit, "--", inner], settings.home, cwd=repository_path(settings, commit))
+        mode, _, found = listed.split("\t")[0].partition(" ")
+        if mode != "160000":
+            raise DigestError(
+                f"{shown(source.url)}: commit {commit} has no submodule at {inner!r}",
+                remedy="mend the path in [source.submodules]; `git ls-tree -r COMMIT | grep ^160000` lists them",
+            )
+        if found != f"commit {module.commit}":
+            raise DigestError(
+                f"{shown(source.url)}: submodule {path!r} is {found} in the parent's tree, pinned is commit {module.commit}",
+                remedy="pin the commit that the parent names",
+            )
+
+
+def enclosing(path: str, submodules: Mapping[str, object]) -> tuple[str, str]:
+    """The submodule that holds the submodule at `path` ('' for the repository itself), and the path inside it."""
+    parent = max((other for other in submodules if path.startswith(f"{other}/")), key=len, default="")
+    return parent, path[len(parent) + 1 :] if parent else path
+
+
+def run_git(
+    arguments: Sequence[str], home: Path, *, cwd: Path, environment: Mapping[str, str] | None = None, check: bool = True
+) -> str:
+    """What git prints, run with our configuration alone; `check=False` makes a failure an empty answer.
+
+    Raises:
+        HostError: there is no git.
+        GitError: git failed and `check` is set.
+        DiskFullError: git found no space.
+    """
+    config = home / "git" / "config"
+    if not config.exists() or config.read_text() != CONFIG:
+        atomic_write(config, CONFIG)
+    try:
+        done = subprocess.run(
+            ["git", *arguments],
+            cwd=cwd,
+            env=_environment(config) | dict(environment or {}),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            check=False,
+        )
+    except FileNotFoundError as error:
+        raise HostError(
+            "there is no git on this machine", remedy="install Debian's package git, as `builder doctor` says"
+        ) from error
+    said = done.stderr.decode(errors="replace")
+    if done.returncode == 0:
+        return done.stdout.decode(errors="surrogateescape")
+    if "No space left on device" in said or "Disk quota exceeded" in said:
+        raise DiskFullError(
+            f"no space left on the file system that holds {cwd}",
+            remedy="free space there or set GRACEFARM_HOME to a larger disk",
+        )
+    if check:
+        raise GitError(said)
+    return ""
+
+
+def _environment(config: Path) -> dict[str, str]:
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("GIT_") or key.startswith(KEPT)}
+    kept.pop("SSH_ASKPASS", None)
+    return {
+        "GIT_SSH_COMMAND": "ssh -o BatchMode=yes -o ConnectTimeout=15 -o ServerAliveInterval=15",
+        **kept,
+        "GIT_CONFIG_NOSYSTEM": "1",
+        "GIT_CONFIG_GLOBAL": str(config),
+        "GIT_TERMINAL_PROMPT": "0",
+        "GIT_ALLOW_PROTOCOL": "https:http:ssh:file",
+        "GIT_ATTR_NOSYSTEM": "1",
+        "GIT_NO_REPLACE_OBJECTS": "1",
+        "LC_ALL": "C",
+    }
+
+
+def _fetch_pin(pin: Pin, settings: Settings) -> None:
+    place = repository_path(settings, pin.commit)
+    if not place.exists():
+        url = _checked_url(pin, settings)
+        with full_disk(settings.home), lock(place.with_suffix(".lock")):
+            if not place.exists():
+                with atomic_directory(place) as partial:
+                    _bring(pin, url, partial, settings)
+    tree = run_git(["rev-parse", f"{pin.commit}^{{tree}}"], settings.home, cwd=place).strip()
+    if tree != pin.tree:
+        raise DigestError(
+            f"{shown(pin.what)}: commit {pin.commit} has tree {tree}, pinned is {pin.tree}",
+            remedy="find out which of the two is meant, then pin a commit and its own tree",
+        )
+
+
+def _checked_url(pin: Pin, settings: Settings) -> str:
+    """The address to ask. Plain http only where the user's own mirror setting says so."""
+    url = settings.redirect(pin.url)
+    allowed = ("https", "ssh", "file") if url == pin.url else ("https", "ssh", "file", "http")
+    scheme = urlsplit(url).scheme
+    if scheme not in allowed or "::" in url.partition("://")[0]:
+        raise FetchError(
+            f"{shown(url)} is not a git address that is fetched from",
+            remedy="write it as https://, ssh:// or file:// (http:// only as a mirror in GRACEFARM_MIRRORS)",
+        )
+    return url
+
+
+def _bring(pin: Pin, url: str, repository: Path, settings: Settings) -> None:
+    """The commit into a new bare repository: alone where the server gives it, else out of all branches and tags."""
+    bare, credentials = split_credentials(url)
+    environment = _authorization(bare, credentials)
+
+    def git(*arguments: str) -> str:
+        return run_git(arguments, settings.home, cwd=repository, environment={"GIT_DIR": ".", **environment})
+
+    git("init", "--quiet", "--bare")
+    said = ""
+    for attempt in range(ATTEMPTS):
+        pause(attempt)
+        try:
+            _ask(git, pin.commit, bare)
+        except GitError as error:
+            said = str(error)
+            if not any(word in said.lower() for word in TRANSIENT):
+                break
+        else:
+            _require_commit(pin, git("cat-file", "-t", pin.commit).strip())
+            git("update-ref", "refs/heads/pinned", pin.commit)
+            git("symbolic-ref", "HEAD", "refs/heads/pinned")
+            return
+    raise _failure(pin, bare, said)
+
+
+def _require_commit(pin: Pin, kind: str) -> None:
+    """An annotated tag has an id of its own, which is easily pinned by mistake."""
+    if kind != "commit":
+        raise FetchError(
+            f"{shown(pin.what)}: {pin.commit} is a {kind}, not a commit",
+            remedy="pin what `git rev-parse ID^{commit}` prints",
+        )
+
+
+def _ask(git: Git, commit: str, url: str) -> None:
+    try:
+        git("fetch", "--quiet", "--no-tags", "--no-write-fetch-head", "--depth", "1", "--", url, commit)
+    except GitError as error:
+        said = str(error).lower()
+        if any(word in said for word in (*ABSENT, *REFUSED_ADDRESS, *TRANSIENT)):
+            raise
+        # The server gives no single commits (protocol v0 without uploadpack.allowReachableSHA1InWant) or is dumb http.
+        git(
+            "fetch",
+            "--quiet",
+            "--no-write-fetch-head",
+            "--",
+            url,
+            "+refs/heads/*:refs/all/heads/*",
+            "+refs/tags/*:refs/all/tags/*",
+        )
+        try:
+            git("cat-file", "-e", commit)
+        except GitError:
+            raise GitError(f"not our ref {commit}") from error
+
+
+def _authorization(url: str, credentials: tuple[str, str] | None) -> dict[str, str]:
+    """Credentials as a header for that host alone, in the environment: an argument list can be read by everybody."""
+    if credentials is None:
+        return {}
+    parts = urlsplit(url)
+    token = base64.b64encode(":".join(credentials).encode()).decode()
+    return {
+        "GIT_CONFIG_COUNT": "1",
+        "GIT_CONFIG_KEY_0": f"http.{parts.scheme}://{parts.netloc}/.extraHeader",
+        "GIT_CONFIG_VALUE_0": f"Authorization: Basic {token}",
+    }
+
+
+def _failure(pin: Pin, url: str, said: str) -> FetchError:
+    low = said.lower()
+    if any(word in low for word in ABSENT):
+        return FetchError(
+            f"{shown(url)} has no commit {pin.commit}", remedy="pin a commit that exists there, on a branch or a tag of it"
+        )
+    lines = [line for line in said.splitlines() if line.strip()]
+    reason = shown(next((line for line in lines if line.startswith("fatal:")), lines[-1] if lines else "git says nothing"))
+    if any(word in low for word in REFUSED_ADDRESS):
+        return FetchError(
+            f"{shown(url)} is absent or not open to us: {reason}",
+            remedy="mend the address, give credentials in ~/.netrc or by an ssh key, or name a mirror in GRACEFARM_MIRRORS",
+        )
+    return FetchError(f"{shown(url)} cannot be had: {reason}", remedy=MIRROR_REMEDY)
