@@ -98,6 +98,8 @@ def test_pip_reads_page_metadata_and_wheel(filled: Server, tmp_path: Path, pip: 
     ]
     lines = read_by(filled, "pip/")
     assert {line.status for line in lines} == {200}
+    if pip == "pip==23.0":
+        return  # older than PEP 714's new key, and unable to read the old one with a digest: it downloads what it compares
     assert kinds(lines).count("wheel") == 4, "the wheels that are installed and no other"
     assert sum(line.size for line in lines if not line.target.endswith(".whl")) < 50_000
 

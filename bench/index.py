@@ -1,0 +1,447 @@
+"""The index beside pypiserver, devpi and nginx over its own export, started here, on this machine, in one run.
+
+`GRACEFARM_BENCH_SCALE=0.01 python -m bench index` tries every measurement on a hundredth of the size; its figures mean nothing.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+from gracefarm import settings as settings_module
+from gracefarm.files import remove_tree
+
+SCALE = float(os.environ.get("GRACEFARM_BENCH_SCALE", "1"))
+MANY = max(20, int(10_000 * SCALE))
+BIG = max(1 << 20, int((400 << 20) * SCALE))
+VARIANT = max(1 << 20, int((200 << 20) * SCALE))
+SECONDS = 8 if SCALE >= 1 else 2
+JSON = "application/vnd.pypi.simple.v1+json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Running:
+    """A server under measurement."""
+
+    name: str
+    url: str
+    pid: int
+    started_s: float
+    token: str = ""
+    log: Path | None = None
+
+
+def wheel(name: str, version: str, *, payload: bytes = b"", requires: str = "") -> tuple[str, bytes]:
+    """A small valid wheel, or a large one around `payload`, which is stored and not compressed."""
+    folder = f"{name}-{version}.dist-info"
+    meta = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n" + (f"Requires-Dist: {requires}\n" if requires else "")
+    content = {
+        f"{name}/__init__.py": b"",
+        f"{name}/data.bin": payload,
+        f"{folder}/METADATA": meta.encode(),
+        f"{folder}/WHEEL": b"Wheel-Version: 1.0\nGenerator: bench\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    lines = [f"{key},sha256={_digest(value)},{len(value)}" for key, value in content.items()]
+    content[f"{folder}/RECORD"] = ("\n".join([*lines, f"{folder}/RECORD,,"]) + "\n").encode()
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
+        for key, value in content.items():
+            archive.writestr(zipfile.ZipInfo(key), value)
+    return f"{name}-{version}-py3-none-any.whl", buffer.getvalue()
+
+
+def _digest(content: bytes) -> str:
+    return base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=").decode()
+
+
+def fill(folder: Path, count: int) -> None:
+    """`count` small wheels, ten to a project."""
+    folder.mkdir(parents=True)
+    for number in range(count):
+        name, content = wheel(f"pkg_{number // 10:05}", f"1.{number % 10}")
+        (folder / name).write_bytes(content)
+
+
+def run(*arguments: object) -> str:
+    """A command that must work; its output."""
+    return subprocess.run([str(item) for item in arguments], check=True, capture_output=True, text=True).stdout
+
+
+def index(root: Path, *arguments: object) -> str:
+    """`python -m index …` on a root."""
+    return run(sys.executable, "-m", "index", *arguments, "--root", root)
+
+
+def free_port() -> int:
+    """A port that is free now."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+@contextmanager
+def process(
+    name: str, command: list[object], url: str, ready: str, *, token: str = "", log: Path | None = None
+) -> Iterator[Running]:
+    """Start a server; measure the time until it answers `ready`."""
+    begin = time.monotonic()
+    child = subprocess.Popen(
+        [str(item) for item in command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    try:
+        while True:
+            try:
+                if httpx.get(url + ready, timeout=60).status_code < 500:
+                    break
+            except httpx.HTTPError:
+                if child.poll() is not None or time.monotonic() - begin > 120:
+                    raise SystemExit(f"{name} did not start: {command}") from None
+                time.sleep(0.005)
+        yield Running(name=name, url=url, pid=child.pid, started_s=time.monotonic() - begin, token=token, log=log)
+    finally:
+        os.killpg(child.pid, signal.SIGTERM)
+        try:
+            child.wait(20)
+        except subprocess.TimeoutExpired:
+            os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+
+
+@contextmanager
+def ours(root: Path) -> Iterator[Running]:
+    """`index serve` with its access log on, and a token, as it is run for real."""
+    root.mkdir(parents=True, exist_ok=True)
+    token = json.loads(index(root, "token", "create", "--name", "bench", "--json"))["token"]
+    port, log = free_port(), root.parent / f"{root.name}.log"
+    command = [sys.executable, "-m", "index", "serve", "--root", root, "--port", port, "--allow-new", "--access-log", log]
+    with process("gracefarm", command, f"http://127.0.0.1:{port}", "/ready", token=token, log=log) as server:
+        yield server
+
+
+@contextmanager
+def pypiserver(folder: Path) -> Iterator[Running]:
+    """pypiserver as `pip install pypiserver` gives it, open to uploads."""
+    port = free_port()
+    command = [
+        sys.executable,
+        "-m",
+        "pypiserver",
+        "run",
+        "-i",
+        "127.0.0.1",
+        "-p",
+        port,
+        "-P",
+        ".",
+        "-a",
+        ".",
+        "--disable-fallback",
+        folder,
+    ]
+    with process("pypiserver", command, f"http://127.0.0.1:{port}", "/", token="x") as server:
+        yield server
+
+
+@contextmanager
+def nginx(tree: Path, work: Path) -> Iterator[Running]:
+    """One nginx worker over our export, with its access log on."""
+    port = free_port()
+    part = (tree / "nginx.conf").read_text().replace("__LISTEN__", f"127.0.0.1:{port}").replace("__ROOT__", str(tree))
+    config = work / "nginx.conf"
+    user = "user root;" if os.geteuid() == 0 else ""
+    config.write_text(
+        f"daemon off; {user} worker_processes 1; pid {work}/nginx.pid; error_log {work}/nginx.error;\n"
+        f"events {{ worker_connections 1024; }} http {{ sendfile on; tcp_nopush on; access_log {work}/nginx.access;\n{part} }}"
+    )
+    command = ["nginx", "-c", config, "-e", work / "nginx.error"]
+    with process("nginx", command, f"http://127.0.0.1:{port}", "/simple/") as server:
+        yield server
+
+
+def rate(url: str, *, connections: int = 8) -> float:
+    """Requests per second of one page, by wrk."""
+    text = run("wrk", "-t1", f"-c{connections}", f"-d{SECONDS}s", "-H", f"Accept: {JSON}, text/html;q=0.1", url)
+    errors = re.search(r"Non-2xx or 3xx responses: (\d+)", text)
+    if errors:
+        raise SystemExit(f"{url}: {errors[0]}")
+    found = re.search(r"Requests/sec:\s+([\d.]+)", text)
+    assert found, text
+    return float(found[1])
+
+
+def table(title: str, header: list[str], rows: list[list[str]]) -> None:
+    """A Markdown table."""
+    print(f"\n### {title}\n")
+    print("| " + " | ".join(header) + " |\n|" + "---|" * len(header))
+    for row in rows:
+        print("| " + " | ".join(row) + " |")
+    sys.stdout.flush()
+
+
+def verdict(value: float, bound: float, *, most: bool = False) -> str:
+    """A figure beside its target."""
+    good = value <= bound if most else value >= bound
+    return f"{value:.3g} ({'at most' if most else 'at least'} {bound:g}: {'met' if good else 'NOT MET'})"
+
+
+def pages(work: Path) -> None:
+    """A page's rate at 10 and at many wheels, and the time of a start."""
+    rates: dict[tuple[str, int], float] = {}
+    start = 0.0
+    for count in (10, MANY):
+        folder, root, tree = work / f"wheels{count}", work / f"root{count}", work / f"tree{count}"
+        fill(folder, count)
+        index(root, "import", folder)
+        index(root, "export", tree)
+        page = "/simple/pkg-00000/"
+        for make in (lambda: ours(root), lambda: pypiserver(folder), lambda: nginx(tree, work)):  # noqa: B023 - used at once
+            with make() as server:
+                httpx.get(server.url + page, timeout=60).raise_for_status()
+                rates[server.name, count] = rate(server.url + page)
+                start = server.started_s if server.name == "gracefarm" else start
+    if devpi := devpi_rate(work):
+        rates["devpi", 10] = devpi
+    names = [name for name in ("gracefarm", "nginx", "pypiserver", "devpi") if (name, 10) in rates]
+    rows = [
+        [name, *(f"{rates[name, count]:.0f}" if (name, count) in rates else "–" for count in (10, MANY))] for name in names
+    ]
+    table("A page, requests per second (access log on)", ["server", "10 wheels", f"{MANY} wheels"], rows)
+    mine = {count: rates["gracefarm", count] for count in (10, MANY)}
+    table(
+        "Against the targets",
+        ["what", "figure"],
+        [
+            ["times pypiserver, 10 wheels", verdict(mine[10] / rates["pypiserver", 10], 10)],
+            [f"times pypiserver, {MANY} wheels", verdict(mine[MANY] / rates["pypiserver", MANY], 1000)],
+            ["of nginx, 10 wheels", verdict(mine[10] / rates["nginx", 10], 0.4)],
+            [f"of nginx, {MANY} wheels", verdict(mine[MANY] / rates["nginx", MANY], 0.4)],
+            [f"rate at {MANY} of that at 10", verdict(mine[MANY] / mine[10], 0.8)],
+            [f"start at {MANY} wheels, s", verdict(start, 1.0, most=True)],
+        ],
+    )
+
+
+def devpi_rate(work: Path) -> float | None:
+    """devpi at ten wheels; loading many takes it most of an hour."""
+    home = work / "devpi"
+    try:
+        run(sys.executable, "-m", "uv", "venv", "--quiet", home)
+        run(
+            sys.executable,
+            "-m",
+            "uv",
+            "pip",
+            "install",
+            "--quiet",
+            "--python",
+            home / "bin/python",
+            "devpi-server",
+            "devpi-client",
+        )
+        run(home / "bin/devpi-init", "--serverdir", home / "data", "--no-root-pypi")
+    except (subprocess.CalledProcessError, FileNotFoundError) as error:
+        print(f"devpi could not be set up: {error}")
+        return None
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    command = [home / "bin/devpi-server", "--serverdir", home / "data", "--port", port]
+    with process("devpi", command, url, "/+api"):
+        client = [home / "bin/devpi", "--clientdir", home / "client"]
+        for arguments in (
+            ["use", url],
+            ["login", "root", "--password="],
+            ["index", "-c", "root/dev", "bases="],
+            ["use", "root/dev"],
+        ):
+            run(*client, *arguments)
+        run(*client, "upload", *sorted((work / "wheels10").iterdir()))
+        return rate(url + "/root/dev/+simple/pkg-00000/")
+
+
+def memory(pid: int) -> int:
+    """Bytes resident in the process and its children, at their peak since the last `forget`."""
+    text = Path(f"/proc/{pid}/status").read_text()
+    found = re.search(r"VmHWM:\s+(\d+) kB", text)
+    assert found
+    return int(found[1]) * 1024
+
+
+def forget(pid: int) -> int:
+    """Reset the peak; returns what is resident now."""
+    Path(f"/proc/{pid}/clear_refs").write_text("5")
+    return memory(pid)
+
+
+def post(server: Running, path: Path) -> float:
+    """Seconds of an upload by curl."""
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    begin = time.monotonic()
+    run(
+        *("curl", "-sS", "--fail-with-body", "-o", os.devnull, "-u", f"__token__:{server.token}"),
+        *("-F", ":action=file_upload", "-F", f"sha256_digest={digest}", "-F", f"content=@{path}"),
+        server.url + ("/legacy/" if server.name == "gracefarm" else "/"),
+    )
+    return time.monotonic() - begin
+
+
+def large_upload(work: Path) -> None:
+    """One large upload, the memory it takes, and another client's page meanwhile."""
+    name, content = wheel("big_cuda", "1.0", payload=os.urandom(BIG))
+    path = work / name
+    path.write_bytes(content)
+    del content
+    waits: list[float] = []
+    done = threading.Event()
+
+    def read(url: str) -> None:
+        with httpx.Client(base_url=url, timeout=60) as client:
+            while not done.is_set():
+                begin = time.monotonic()
+                client.get("/simple/").raise_for_status()
+                waits.append(time.monotonic() - begin)
+                time.sleep(0.002)
+
+    with ours(work / "root-big") as server:
+        before = forget(server.pid)
+        reader = threading.Thread(target=read, args=(server.url,))
+        reader.start()
+        mine = post(server, path)
+        done.set()
+        reader.join()
+        growth = memory(server.pid) - before
+        download(server, work, path)
+    folder = work / "pypiserver-big"
+    folder.mkdir()
+    with pypiserver(folder) as server:
+        theirs = post(server, path)
+    p99 = statistics.quantiles(waits, n=100)[98] * 1000 if len(waits) > 2 else float("nan")
+    table(
+        f"Upload of {BIG >> 20} MiB",
+        ["what", "figure"],
+        [
+            ["gracefarm, s", f"{mine:.2f}"],
+            ["pypiserver, s", f"{theirs:.2f}"],
+            ["of pypiserver's time", verdict(mine / theirs, 0.4, most=True)],
+            ["memory growth, MiB", verdict(growth / (1 << 20), 32, most=True)],
+            [f"p99 of another client's page meanwhile, ms ({len(waits)} pages)", verdict(p99, 50, most=True)],
+        ],
+    )
+
+
+def download(server: Running, work: Path, path: Path) -> None:
+    """The same file from us and from nginx, one stream and four."""
+    tree = work / "tree-big"
+    index(work / "root-big", "export", tree)
+    item = httpx.get(server.url + "/simple/big-cuda/", headers={"Accept": JSON}).json()["files"][0]
+    address = "/simple/big-cuda/" + item["url"]
+    size = path.stat().st_size
+
+    def fetch(url: str, streams: int) -> float:
+        best = 0.0
+        for _ in range(3):
+            begin = time.monotonic()
+            children = [subprocess.Popen(["curl", "-sS", "--fail", "-o", os.devnull, url]) for _ in range(streams)]
+            if any([child.wait() for child in children]):
+                raise SystemExit(f"{url} failed")
+            best = max(best, streams * size / (time.monotonic() - begin))
+        return best
+
+    with nginx(tree, work) as other:
+        rows = []
+        for streams in (1, 4):
+            mine, theirs = fetch(server.url + address, streams), fetch(other.url + address, streams)
+            rows.append([str(streams), f"{mine / 1e6:.0f}", f"{theirs / 1e6:.0f}", verdict(mine / theirs, 0.9)])
+    table(f"Download of {size >> 20} MiB, MB/s", ["streams", "gracefarm", "nginx", "of nginx"], rows)
+
+
+def small_uploads(work: Path) -> None:
+    """Small uploads one after the other, at many stored wheels."""
+    rates = {}
+    made = [wheel(f"new_{number // 10:04}", f"1.{number % 10}") for number in range(400)]
+    folder, root = work / f"wheels{MANY}", work / f"root{MANY}"
+    for make, count in ((lambda: ours(root), 400), (lambda: pypiserver(folder), 30)):
+        with make() as server, httpx.Client(base_url=server.url, timeout=60, auth=("__token__", server.token)) as client:
+            path = "/legacy/" if server.name == "gracefarm" else "/"
+            begin = time.monotonic()
+            for name, content in made[:count]:
+                digest = hashlib.sha256(content).hexdigest()
+                form = {":action": "file_upload", "sha256_digest": digest}
+                client.post(path, data=form, files={"content": (name, content)}).raise_for_status()
+            rates[server.name] = count / (time.monotonic() - begin)
+    table(
+        f"Small uploads at {MANY} stored wheels, per second",
+        ["gracefarm", "pypiserver", "times"],
+        [[f"{rates['gracefarm']:.0f}", f"{rates['pypiserver']:.1f}", verdict(rates["gracefarm"] / rates["pypiserver"], 15)]],
+    )
+
+
+def resolving(work: Path) -> None:
+    """What pip and uv take over the wire to choose among ten large variants of one release."""
+    folder = work / "variants"
+    folder.mkdir()
+    payload = os.urandom(VARIANT)
+    for minor in range(10):
+        for name, content in (
+            wheel("flash_x", f"2.8.3+torch2.{minor}", payload=payload, requires=f"torch==2.{minor}.*"),
+            wheel("torch", f"2.{minor}.0"),
+        ):
+            (folder / name).write_bytes(content)
+    index(work / "root-variants", "import", folder)
+    remove_tree(folder)
+    rows = []
+    with ours(work / "root-variants") as server:
+        wanted = ["flash_x==2.8.3", "torch==2.0.*"]
+        clients: dict[str, list[object]] = {
+            "pip": [sys.executable, "-m", "pip", "--isolated", "install", "--dry-run", "--ignore-installed", "--no-cache-dir",
+                    "--disable-pip-version-check", "--index-url", server.url + "/simple/", *wanted],
+            "uv": [sys.executable, "-m", "uv", "pip", "install", "--dry-run", "--no-config", "--target", work / "t", "--no-cache",
+                   "--default-index", server.url + "/simple/", *wanted],
+        }  # fmt: skip
+        assert server.log
+        for name, command in clients.items():
+            os.truncate(server.log, 0)
+            begin = time.monotonic()
+            run(*command)
+            seconds = time.monotonic() - begin
+            time.sleep(0.3)
+            sizes = [int(line.split('" ')[1].split()[1]) for line in server.log.read_text().splitlines()]
+            rows.append([name, str(len(sizes)), verdict(sum(sizes) / 1000, 50, most=True), f"{seconds:.2f}"])
+    table(f"Resolving over ten {VARIANT >> 20} MiB variants", ["client", "requests", "kB on the wire", "s"], rows)
+
+
+def main() -> None:
+    """Every measurement of the index."""
+    missing = [name for name in ("wrk", "nginx", "curl") if shutil.which(name) is None]
+    if missing:
+        raise SystemExit(f"the benchmark needs {', '.join(missing)}: builder/data/system-packages-test.txt")
+    work = settings_module.load().home / "bench-index"
+    remove_tree(work)
+    work.mkdir(parents=True)
+    measurements: tuple[Callable[[Path], None], ...] = (pages, small_uploads, large_upload, resolving)
+    with ExitStack() as stack:
+        stack.callback(remove_tree, work)
+        for measure in measurements:
+            measure(work)
+
+
+if __name__ == "__main__":
+    main()
