@@ -60,6 +60,9 @@ class Environment(Table):
     """The target's site-packages, at build time and at run time; the lock pins the whole of it."""
 
     requirements: tuple[str, ...] = Field(description="What the lock is resolved from")
+    resolved_before: str | None = Field(
+        default=None, description="The lock takes no file that was uploaded later (RFC 3339 date), so that it can be made again"
+    )
 
 
 class Toolchain(Table):
@@ -79,6 +82,10 @@ class RootSpec(Table):
         description="Further packages of the host where host and target differ; {triplet} is the target's with '-'"
     )
     native: tuple[str, ...] = Field(description="Further packages where they are the same")
+    alone: tuple[str, ...] = Field(
+        default=(), description="Packages taken without what they depend on, as data of the interpreter that is there already"
+    )
+    hosts: dict[Arch, tuple[Arch, ...]] = Field(description="Targets locked per host")
 
 
 class Stack(Table):
@@ -87,7 +94,7 @@ class Stack(Table):
     name: str
     summary: str = ""
     python: Annotated[str, StringConstraints(pattern=r"^3\.\d+$")]
-    torch: Torch
+    torch: Torch | None = Field(default=None, description="None: a stack for packages that do not link against torch")
     cuda: str = Field(description="CUDA toolkit, as 13.0")
     sm: tuple[Sm, ...] = Field(min_length=1, description="Real architectures compiled for, exactly")
     glibc: dict[Arch, str] = Field(description="Highest manylinux level accepted per target, as '2_34'")
