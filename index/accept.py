@@ -153,7 +153,7 @@ def _insert(change: Change, candidate: Candidate, destination: Destination, meta
             *(canonicalize_version(distribution.version), distribution.kind, candidate.sha256, candidate.size),
             *(metadata_sha256, candidate.metadata.requires_python, candidate.metadata.summary),
             *(candidate.uploaded or change.time, change.actor, channel, destination.set_name is not None),
-            *(known.cuda, known.model_dump_json(), candidate.build),
+            *(known.cuda, known.as_json(), candidate.build),
         ),
     ).fetchone()
     if destination.set_name is not None:

@@ -22,6 +22,7 @@ class AccessLog:
             self._stream = sys.stdout
         elif target is not None:
             self._stream = open(target, "a", encoding="utf-8")  # noqa: SIM115, PTH123 - lives as long as the server
+        self.enabled = self._stream is not None
         self._lines: list[str] = []
         self._handle: asyncio.TimerHandle | None = None
         self._second = 0
@@ -31,8 +32,6 @@ class AccessLog:
         self, client: str, method: str, target: str, status: int, size: int, agent: str, span: str, seconds: float
     ) -> None:
         """One answer."""
-        if self._stream is None:
-            return
         now = int(time.time())
         if now != self._second:
             self._second = now

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
@@ -25,6 +26,8 @@ MAX_AGE = 60
 
 _READY = 8192
 "Answers kept: one for each page and combination of headers."
+
+_SAFE = re.compile(r"[A-Za-z0-9/+%~:@!$&'()*,;=._-]+")
 
 _COMMON = [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer")]
 
@@ -88,11 +91,15 @@ class Application:
             self._account(scope, status, 0 if scope["method"] == "HEAD" else size, started)
 
     def _account(self, scope: Scope, status: int, size: int, started: float) -> None:
+        self.service.metrics.request(scope["method"], status, size)
+        if not self.log.enabled:
+            return
         headers = _pick(scope["headers"], (b"user-agent", b"range", b"x-forwarded-for"))
         client = self.client(scope, headers[2])
-        query = scope["query_string"]
-        target = quote(scope["path"], safe="/+%~:@!$&'()*,;=-._") + ("?" + query.decode("latin-1") if query else "")
-        self.service.metrics.request(scope["method"], status, size)
+        path, query = scope["path"], scope["query_string"]
+        target = path if _SAFE.fullmatch(path) else quote(path, safe="/+%~:@!$&'()*,;=-._")
+        if query:
+            target += "?" + query.decode("latin-1")
         self.log.write(
             client, scope["method"], target, status, size, headers[0] or "-", headers[1] or "-", time.perf_counter() - started
         )

@@ -11,7 +11,7 @@ from typing import Literal
 
 import click
 
-from gracefarm import console, settings
+from gracefarm import console
 from gracefarm.console import Console
 from gracefarm.errors import SeveralError
 from gracefarm.files import atomic_write
@@ -86,8 +86,11 @@ def _set_root(context: click.Context, _parameter: click.Parameter, value: Path |
 @click.pass_context
 def cli(context: click.Context, root: Path | None) -> None:
     """A package index for CUDA wheels: uploads checked, pages ready before they are asked for."""
-    found = root or settings.load().home / "index"
-    context.obj = Context(store=Store(root=found.absolute()), console=Console(as_json="--json" in sys.argv))
+    if root is None:
+        from gracefarm import settings  # here: a server that is told its root starts quicker without
+
+        root = settings.load().home / "index"
+    context.obj = Context(store=Store(root=root.absolute()), console=Console(as_json="--json" in sys.argv))
 
 
 @cli.command("serve")
@@ -362,6 +365,7 @@ def stage_drop(context: Context, name: str) -> None:
 @pass_context
 def mirror_command(context: Context, lock: Path, set_name: str, link: bool) -> None:
     """Bring the wheels of a lock into a set, by sha256, from the configured Python index."""
+    from gracefarm import settings
     from index import mirror  # as above: clients of HTTP and HTML
 
     pins = read_lock(lock)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.version import Version
-from pydantic import BaseModel, ConfigDict
 
 from index.names import Distribution
 
@@ -17,10 +18,9 @@ _MANYLINUX = re.compile(r"manylinux_(\d+)_(\d+)_")
 _LEGACY_GLIBC = {"manylinux1": "2.5", "manylinux2010": "2.12", "manylinux2014": "2.17"}
 
 
-class Facts(BaseModel):
+@dataclass(frozen=True, kw_only=True)
+class Facts:
     """What a person chooses a CUDA wheel by. None and empty mean not known."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
 
     cuda: str | None = None
     "As 13.0."
@@ -30,6 +30,10 @@ class Facts(BaseModel):
     "As 90, 90a."
     glibc: str | None = None
     "As 2.34."
+
+    def as_json(self) -> str:
+        """For the catalogue."""
+        return json.dumps(asdict(self))
 
     def keys(self) -> dict[str, object]:
         """The private keys of the JSON page (PEP 700 keeps the leading underscore for indexes)."""
@@ -44,6 +48,12 @@ class Facts(BaseModel):
             sm=self.sm or weaker.sm,
             glibc=self.glibc or weaker.glibc,
         )
+
+
+def from_json(text: str) -> Facts:
+    """What `Facts.as_json` wrote."""
+    found = json.loads(text)
+    return Facts(cuda=found.get("cuda"), torch=found.get("torch"), sm=tuple(found.get("sm", ())), glibc=found.get("glibc"))
 
 
 def from_name(distribution: Distribution, requires: Iterable[str]) -> Facts:

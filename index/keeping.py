@@ -87,7 +87,8 @@ def prune(catalogue: Catalogue, actor: str, keep: int, *, dry_run: bool = False)
     variants: dict[tuple[object, ...], list[tuple[Version, str]]] = {}
     rows = catalogue.rows(
         "SELECT id, filename, project, version, cuda, kind FROM file"
-        " WHERE channel = 'nightly' AND deleted IS NULL AND hidden = 0 AND id NOT IN (SELECT file_id FROM member JOIN release_set ON name = set_name WHERE state <> 'dropped')"
+        " WHERE channel = 'nightly' AND deleted IS NULL AND hidden = 0"
+        " AND id NOT IN (SELECT file_id FROM member JOIN release_set ON name = set_name WHERE state <> 'dropped')"
     )
     for row in rows:
         tags = parse_wheel_filename(row["filename"])[3] if row["kind"] == "bdist_wheel" else frozenset()

@@ -203,7 +203,8 @@ class Pages:
             sets=[
                 one["set_name"]
                 for one in catalogue.rows(
-                    "SELECT set_name FROM member JOIN release_set ON name = set_name WHERE file_id = ? AND state = 'published'",
+                    "SELECT set_name FROM member JOIN release_set ON name = set_name"
+                    " WHERE file_id = ? AND state = 'published'",
                     (row["id"],),
                 )
             ],

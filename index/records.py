@@ -130,8 +130,8 @@ def link(change: Change, identifier: str, document: Mapping[str, object]) -> Non
         change.execute("UPDATE file SET build = ? WHERE sha256 = ? AND build IS NULL", (identifier, digest))
     rows = change.execute("SELECT id, filename, project, facts FROM file WHERE build = ?", (identifier,)).fetchall()
     for row in rows:
-        merged = known.over(Facts.model_validate_json(row["facts"]))
-        change.execute("UPDATE file SET cuda = ?, facts = ? WHERE id = ?", (merged.cuda, merged.model_dump_json(), row["id"]))
+        merged = known.over(facts.from_json(row["facts"]))
+        change.execute("UPDATE file SET cuda = ?, facts = ? WHERE id = ?", (merged.cuda, merged.as_json(), row["id"]))
     if rows:
         change.note("record.link", identifier, *{row["project"] for row in rows}, files=[row["filename"] for row in rows])
 
@@ -152,7 +152,7 @@ def _wheel_digests(document: Mapping[str, object]) -> set[str]:
 def facts_of(change: Change, identifier: str) -> Facts:
     """What wheels of this build are already known to be, from a record that came before the wheel."""
     row = change.execute("SELECT facts FROM file WHERE build = ? LIMIT 1", (identifier,)).fetchone()
-    return Facts.model_validate_json(row["facts"]) if row else Facts()
+    return facts.from_json(row["facts"]) if row else Facts()
 
 
 def summarise(document: Mapping[str, object]) -> tuple[str, str, str, str, str, float | None, str, str]:

@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from index import auth, metrics, records
+from index import auth, records
 from index.accept import Destination, describe
 from index.auth import Token
 from index.errors import (
@@ -237,6 +237,8 @@ def operation(service: Service) -> list[Route]:
         return PlainTextResponse("ready\n", headers={"Cache-Control": "no-store"})
 
     async def prometheus(_request: Request) -> Response:
+        from index import exposition  # here: its library takes long to import, and a start is to be quick
+
         row = service.catalogue.row(
             "SELECT count(*) AS files, coalesce(sum(size), 0) AS bytes FROM file WHERE deleted IS NULL"
         )
@@ -246,7 +248,7 @@ def operation(service: Service) -> list[Route]:
             "open_uploads": ("Uploads under way", float(service.gate.open_uploads)),
             "serial": ("Serial of the last change", float(service.catalogue.serial())),
         }
-        text = metrics.exposition(service.metrics, gauges)
+        text = exposition.text(service.metrics, gauges)
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def changes(request: Request) -> Response:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import uvloop
+
 from gracefarm.errors import ConfigError, HostError
 from index.app import Application
 from index.catalogue import open_catalogue
@@ -72,7 +74,7 @@ def run(store: Store, options: Options, listen: Listen, on_listen: Callable[[str
         host = f"[{listen.host}]" if ":" in listen.host else listen.host
         url = f"{scheme}://{host}:{listener.getsockname()[1]}"
         start = _granian if listen.server == "granian" else _uvicorn
-        asyncio.run(start(application, listener, listen, lambda: on_listen(url)))
+        uvloop.run(start(application, listener, listen, lambda: on_listen(url)))
 
 
 def _bind(listen: Listen) -> socket.socket:

@@ -9,12 +9,12 @@ preview  the same for a staged set, by an unguessable address                   
 
 from __future__ import annotations
 
-import json
 import sqlite3
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from index import facts
 from index.catalogue import Catalogue
 from index.facts import Facts
 from index.names import cuda_of_view
@@ -154,7 +154,7 @@ def listed(row: sqlite3.Row) -> Listed:
         requires_python=row["requires_python"],
         uploaded=row["uploaded"],
         yanked=row["yanked"],
-        facts=Facts.model_validate(json.loads(row["facts"])),
+        facts=facts.from_json(row["facts"]),
         build=row["build"],
         url=None,
         own=True,
