@@ -54,22 +54,22 @@ def main() -> None:
 def supervise(bwrap: list[str], control: int, send: Send, hostname: str | None) -> None:
     """Start bubblewrap, follow it to its end, and leave no process. Attempts are recorded when there is a `hostname`."""
     monitor, status, gate = start(bwrap)
-    lines = os.fdopen(status, encoding="ascii")
-    first = lines.readline()
-    init = int(json.loads(first)["child-pid"]) if first else None
-    selector = selectors.DefaultSelector()
-    unwatched = "not asked for" if hostname is None else None
-    if init is not None and hostname is not None:
-        try:
-            netwatch.start(init, selector, hostname, lambda text: send({"reached": text}))
-        except OSError as error:
-            unwatched = str(error)
-    send({"init": init, "unwatched": unwatched})
-    follow(selector, monitor, control, gate)
-    cpu_s = end_tree()
-    while ready := selector.select(0):  # what the sockets still hold
-        call(ready)
-    send({"exit": next((json.loads(line)["exit-code"] for line in lines if "exit-code" in line), None), "cpu_s": cpu_s})
+    with os.fdopen(status, encoding="ascii") as lines, selectors.DefaultSelector() as selector:
+        first = lines.readline()
+        init = int(json.loads(first)["child-pid"]) if first else None
+        unwatched = "not asked for" if hostname is None else None
+        if init is not None and hostname is not None:
+            try:
+                netwatch.start(init, selector, hostname, lambda text: send({"reached": text}))
+            except OSError as error:
+                unwatched = str(error)
+        send({"init": init, "unwatched": unwatched})
+        follow(selector, monitor, control, gate)
+        cpu_s = end_tree()
+        while ready := selector.select(0):  # what the sockets still hold
+            call(ready)
+        status_code = next((json.loads(line)["exit-code"] for line in lines if "exit-code" in line), None)
+        send({"exit": status_code, "cpu_s": cpu_s})
 
 
 def start(bwrap: list[str]) -> tuple[int, int, int]:
@@ -111,6 +111,8 @@ def follow(selector: selectors.BaseSelector, monitor: int, control: int, gate: i
         call(selector.select())
     selector.unregister(descriptor)
     selector.unregister(control)
+    os.close(descriptor)
+    os.close(gate)
 
 
 def call(ready: list[tuple[selectors.SelectorKey, int]]) -> None:

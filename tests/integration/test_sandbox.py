@@ -552,12 +552,12 @@ def test_memory_that_forks_share_counts_once(metered: Metered) -> None:
 
 
 def test_files_in_the_private_temporary_folder_count(metered: Metered) -> None:
-    outcome = metered.user.run(
-        *("/bin/sh", "-c", "head -c 400M /dev/zero >/tmp/big; sleep 2"),
-        box=metered.user.box(memory=200 * MIB),
-        memory_by=[metered.kind],
-    )
-    assert outcome.killed_by_memory
+    fill = "head -c {size}M /dev/zero >/tmp/big; sleep 2"
+    box, kinds = metered.user.box(memory=200 * MIB), [metered.kind]
+    assert metered.user.run("/bin/sh", "-c", fill.format(size=400), box=box, memory_by=kinds).killed_by_memory
+    outcome = metered.user.run("/bin/sh", "-c", fill.format(size=100), box=box, memory_by=kinds)
+    assert not outcome.killed_by_memory
+    assert 100 * MIB <= outcome.peak_memory < 150 * MIB
 
 
 def test_page_cache_does_not_count(metered: Metered) -> None:
@@ -600,6 +600,8 @@ DAEMON_CHILD = """
         time.sleep(0.05)
     time.sleep(0.2)
 """
+# Nobody at all waits for this one: it is killed when the command ends.
+DAEMON_LEFT = DAEMON_CHILD.replace("burn()", "burn(); time.sleep(1000)").replace("0.2", "1")
 
 
 @pytest.mark.parametrize(
@@ -608,8 +610,9 @@ DAEMON_CHILD = """
         "burn()",
         CHILD,
         DAEMON_CHILD,
+        DAEMON_LEFT,
     ],
-    ids=["command", "child", "daemon"],
+    ids=["command", "child", "daemon", "daemon-left"],
 )
 def test_cpu_time_is_the_trees(metered: Metered, how: str) -> None:
     outcome = metered.user.python_run(BURN.format(how=how), memory_by=[metered.kind])
@@ -762,6 +765,26 @@ def test_own_names_and_loopback_are_legal_and_not_recorded(user: User) -> None:
     assert "own address 127.0.0.1" in user.text
 
 
+def test_a_root_without_configuration_knows_its_own_names(me: User, tmp_path: Path) -> None:
+    """Nothing in /etc: the C library asks 127.0.0.1, which is the recorder."""
+    root = tmp_path / "root"
+    (root / "etc").mkdir(parents=True)
+    for link in (entry for entry in Path("/").iterdir() if entry.is_symlink() and str(entry.readlink()).startswith("usr/")):
+        (root / link.name).symlink_to(link.readlink())
+    box = me.box(root=root)
+    box = dataclasses.replace(box, mounts=(*box.mounts, Mount(source=Path("/usr"), target="/usr")))
+    outcome = attempts(
+        me,
+        """
+        print(socket.gethostbyname("build"), socket.gethostbyname("localhost"), socket.getfqdn())
+        attempt(lambda: socket.gethostbyname("other.example"))
+        """,
+        box=box,
+    )
+    assert me.text.startswith("127.0.0.1 127.0.0.1 "), me.text
+    assert outcome.reached == ("other.example",)
+
+
 def test_the_host_is_out_of_reach(user: User) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
@@ -889,18 +912,20 @@ sys.exit(shell(Sandbox(root=Path("/"), mounts=mounts, environment=environment, w
         def type_in(text: bytes) -> None:
             os.write(controller, text)
 
-        expect(b"ready> ")
-        type_in(b"tty; echo $((40 + 2)) >answer; hostname\n")
-        expect(b"build\r\n")
-        type_in(b"echo sleeping; sleep 1000\n")
-        expect(b"sleeping\r\n")
-        expect(b"sleeping\r\n") if b"sleeping" in seen else None
-        time.sleep(0.3)
-        type_in(b"\x03")
-        expect(b"ready> ")
-        type_in(b"sleep 1000 & jobs\n")
-        expect(b"Running")
-        type_in(b"exit 5\n")
-        assert builder.wait(60) == 5
+        try:
+            expect(b"ready> ")
+            type_in(b"tty; echo $((40 + 2)) >answer; hostname\n")
+            expect(b"build\r\n")
+            type_in(b"echo sleeping; sleep 1000\n")
+            expect(b"sleeping\r\n")
+            time.sleep(0.3)
+            type_in(b"\x03")
+            expect(b"ready> ")
+            type_in(b"sleep 1000 & jobs\n")
+            expect(b"Running")
+            type_in(b"exit 5\n")
+            assert builder.wait(60) == 5
+        finally:
+            builder.kill()
     os.close(controller)
     assert (me.build / "answer").read_text() == "42\n"
