@@ -18,7 +18,7 @@ from builder.sandbox import Mount, Outcome, Sandbox
 from builder.tables import parse_size
 from gracefarm.console import Console
 from gracefarm.errors import GracefarmError
-from gracefarm.files import atomic_write, full_disk, lock, remove_tree
+from gracefarm.files import atomic_write, full_disk, lock, remove_tree, sha256_file
 from gracefarm.settings import Settings
 
 
@@ -106,7 +106,7 @@ def _attempt(plan: Plan, options: Options, settings: Settings, console: Console,
         done = _record(plan, progress, wheel, None)
         record.write(done, settings)
     if not options.keep:
-        for name in ("source", "tmp", "smoke", "raw", "embedded"):
+        for name in ("work", "smoke", "raw", "embedded", "repaired", "compiled.json"):
             remove_tree(folder / name)
     console.step(
         "record",
@@ -126,9 +126,7 @@ def _record(plan: Plan, progress: Progress, wheel: Path | None, error: Gracefarm
         inputs=plan.inputs,
         outcome="built" if wheel else "failed",
         failure=record.failure(error) if error else None,
-        wheel=record.WheelFile(filename=wheel.name, sha256=record.sha256_file(wheel), size=wheel.stat().st_size)
-        if wheel
-        else None,
+        wheel=record.WheelFile(filename=wheel.name, sha256=sha256_file(wheel), size=wheel.stat().st_size) if wheel else None,
         jobs=progress.jobs,
         stages=tuple(progress.stages),
         verdicts=progress.verdicts,
@@ -221,8 +219,8 @@ def _compiled(
     checkpoint = folder / "compiled.json"
     if checkpoint.is_file():
         saved = json.loads(checkpoint.read_text())
-        raw = folder / "raw" / saved["wheel"]
-        if raw.is_file() and record.sha256_file(raw) == saved["sha256"]:
+        raw = folder / "raw" / str(saved["wheel"])
+        if raw.is_file() and sha256_file(raw) == saved["sha256"]:
             progress.jobs = Jobs.model_validate(saved["jobs"])
             progress.stages.append(Stage.model_validate(saved["stage"]))
             console.step("compile", "compiled before this run was cut off; going on from there")
@@ -283,7 +281,7 @@ def _checkpoint(wheel: Path, folder: Path, progress: Progress, console: Console,
     assert progress.jobs is not None
     saved = {
         "wheel": raw.name,
-        "sha256": record.sha256_file(raw),
+        "sha256": sha256_file(raw),
         "jobs": progress.jobs.model_dump(),
         "stage": progress.stages[-1].model_dump(mode="json"),
     }

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+from pydantic import BaseModel
+
 from builder.recipe import Recipe
 from builder.record import Record
 from builder.stack import Stack
@@ -11,5 +13,5 @@ from builder.stack import Stack
 
 def documents() -> dict[str, str]:
     """Name to JSON schema, as committed under docs/schema (a test compares them)."""
-    models = {"recipe": Recipe, "stack": Stack, "record": Record}
+    models: dict[str, type[BaseModel]] = {"recipe": Recipe, "stack": Stack, "record": Record}
     return {name: json.dumps(model.model_json_schema(), indent=2) + "\n" for name, model in models.items()}

@@ -116,7 +116,7 @@ def test_wrong_version(farm: Farm) -> None:
 def test_object_of_another_architecture(farm: Farm) -> None:
     other = 183 if NATIVE == "x86_64" else 62
     body = (
-        "data = bytearray(open('/usr/libexec/gracefarm/python3.11-native', 'rb').read())\n"
+        "data = bytearray(open('/usr/libexec/gracefarm/python-native', 'rb').read())\n"
         f"data[18:20] = ({other}).to_bytes(2, 'little')\n"
         f"tag = 'cp311-cp311-linux_{NATIVE}'\n"
         f"return wheel(wheel_directory, tag=tag, files={{'tiny/_x.cpython-311-{NATIVE}-linux-gnu.so': bytes(data)}})"
