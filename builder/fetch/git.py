@@ -116,7 +116,9 @@ def check_submodules(source: GitSource, settings: Settings) -> None:
     for path, module in sorted(source.submodules.items()):
         parent, inner = enclosing(path, source.submodules)
         commit = source.submodules[parent].commit if parent else source.commit
-        listed = run_git(["ls-tree", "-z", commit, "--", inner], settings.home, cwd=repository_path(settings, commit))
+        listed = run_git(
+            ["ls-tree", "-z", commit, "--", inner], cwd=repository_path(settings, commit), config=git_config(settings.home)
+        )
         mode, _, found = listed.split("\t")[0].partition(" ")
         if mode != "160000":
             raise DigestError(
@@ -137,18 +139,15 @@ def enclosing(path: str, submodules: Mapping[str, object]) -> tuple[str, str]:
 
 
 def run_git(
-    arguments: Sequence[str], home: Path, *, cwd: Path, environment: Mapping[str, str] | None = None, check: bool = True
+    arguments: Sequence[str], *, cwd: Path, config: Path | None = None, environment: Mapping[str, str] | None = None
 ) -> str:
-    """What git prints, run with our configuration alone; `check=False` makes a failure an empty answer.
+    """What git prints, run with the configuration file `config` (None: none) and no other.
 
     Raises:
         HostError: there is no git.
-        GitError: git failed and `check` is set.
+        GitError: git failed.
         DiskFullError: git found no space.
     """
-    config = home / "git" / "config"
-    if not config.exists() or config.read_text() != CONFIG:
-        atomic_write(config, CONFIG)
     try:
         done = subprocess.run(
             ["git", *arguments],
@@ -162,27 +161,33 @@ def run_git(
         raise HostError(
             "there is no git on this machine", remedy="install Debian's package git, as `builder doctor` says"
         ) from error
-    said = done.stderr.decode(errors="replace")
     if done.returncode == 0:
         return done.stdout.decode(errors="surrogateescape")
+    said = done.stderr.decode(errors="replace")
     if "No space left on device" in said or "Disk quota exceeded" in said:
         raise DiskFullError(
             f"no space left on the file system that holds {cwd}",
             remedy="free space there or set GRACEFARM_HOME to a larger disk",
         )
-    if check:
-        raise GitError(said)
-    return ""
+    raise GitError(said)
 
 
-def _environment(config: Path) -> dict[str, str]:
+def git_config(home: Path) -> Path:
+    """Our configuration, written where it is not there as it should be."""
+    config = home / "git" / "config"
+    if not config.exists() or config.read_text() != CONFIG:
+        atomic_write(config, CONFIG)
+    return config
+
+
+def _environment(config: Path | None) -> dict[str, str]:
     kept = {key: value for key, value in os.environ.items() if not key.startswith("GIT_") or key.startswith(KEPT)}
     kept.pop("SSH_ASKPASS", None)
     return {
         "GIT_SSH_COMMAND": "ssh -o BatchMode=yes -o ConnectTimeout=15 -o ServerAliveInterval=15",
         **kept,
         "GIT_CONFIG_NOSYSTEM": "1",
-        "GIT_CONFIG_GLOBAL": str(config),
+        "GIT_CONFIG_GLOBAL": str(config or os.devnull),
         "GIT_TERMINAL_PROMPT": "0",
         "GIT_ALLOW_PROTOCOL": "https:http:ssh:file",
         "GIT_ATTR_NOSYSTEM": "1",
@@ -199,7 +204,7 @@ def _fetch_pin(pin: Pin, settings: Settings) -> None:
             if not place.exists():
                 with atomic_directory(place) as partial:
                     _bring(pin, url, partial, settings)
-    tree = run_git(["rev-parse", f"{pin.commit}^{{tree}}"], settings.home, cwd=place).strip()
+    tree = run_git(["rev-parse", f"{pin.commit}^{{tree}}"], cwd=place, config=git_config(settings.home)).strip()
     if tree != pin.tree:
         raise DigestError(
             f"{shown(pin.what)}: commit {pin.commit} has tree {tree}, pinned is {pin.tree}",
@@ -223,10 +228,10 @@ def _checked_url(pin: Pin, settings: Settings) -> str:
 def _bring(pin: Pin, url: str, repository: Path, settings: Settings) -> None:
     """The commit into a new bare repository: alone where the server gives it, else out of all branches and tags."""
     bare, credentials = split_credentials(url)
-    environment = _authorization(bare, credentials)
+    environment, config = _authorization(bare, credentials), git_config(settings.home)
 
     def git(*arguments: str) -> str:
-        return run_git(arguments, settings.home, cwd=repository, environment={"GIT_DIR": ".", **environment})
+        return run_git(arguments, cwd=repository, config=config, environment={"GIT_DIR": ".", **environment})
 
     git("init", "--quiet", "--bare")
     said = ""

@@ -1,0 +1,230 @@
+"""Source archives, tar and zip alike, unpacked without trust: nothing is written outside, through a link, or special.
+
+Python's own tar filters (PEP 706) are not in the 3.11.2 of Debian 12, and zipfile has none: both go through one writer here.
+"""
+
+from __future__ import annotations
+
+import calendar
+import gzip
+import lzma
+import os
+import shutil
+import stat
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from enum import Enum, auto
+from pathlib import Path, PurePosixPath
+from typing import IO
+
+from gracefarm.errors import SourceError
+
+BROKEN = (
+    tarfile.TarError,
+    EOFError,
+    zlib.error,
+    lzma.LZMAError,
+    gzip.BadGzipFile,
+    zipfile.BadZipFile,
+    NotImplementedError,
+    RuntimeError,
+)
+"What the readers raise on a damaged, encrypted or exotic archive."
+EARLIEST = 315532800
+"1980-01-01, the first moment that a wheel, being a zip, can hold."
+LATEST = 4354819198
+"2107-12-31, the last one."
+
+
+class Kind(Enum):
+    """What a member becomes on disk."""
+
+    FILE = auto()
+    DIRECTORY = auto()
+    SYMLINK = auto()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Member:
+    """One entry of an archive, named as it is there."""
+
+    path: PurePosixPath
+    kind: Kind
+    executable: bool
+    mtime: int
+    target: str = ""
+    "Of a symbolic link."
+    open: Callable[[], IO[bytes]]
+
+
+def extract(archive: Path, into: Path, name: str, *, strip: bool) -> None:
+    """Unpack into the folder `into`; `strip` drops the top folder where there is exactly one.
+
+    Raises:
+        SourceError: not an archive, or a member leaves the tree, goes through a link, overwrites a file that was there before,
+            is a device, a pipe or set-user-id. `name` is the archive's for the message.
+    """
+    with _members(archive, name) as members:
+        written: set[Path] = set()
+        for member in _stripped(members) if strip else members:
+            _write(member, into, written, name)
+    _check_links(into, written, name)
+
+
+def newest_mtime(archive: Path, name: str) -> int:
+    """The latest modification time in the archive, in seconds since 1970, within what a wheel can hold.
+
+    Raises:
+        SourceError: not an archive.
+    """
+    with _members(archive, name) as members:
+        return clamp(max((member.mtime for member in members), default=EARLIEST))
+
+
+def clamp(moment: int) -> int:
+    """The nearest time that a zip can hold."""
+    return min(max(moment, EARLIEST), LATEST)
+
+
+@contextmanager
+def _members(archive: Path, name: str) -> Iterator[list[Member]]:
+    """The members, readable inside the block. The store's files have no suffix, so the content decides."""
+    try:
+        if tarfile.is_tarfile(archive):
+            with tarfile.open(archive) as tar:
+                yield [_of_tar(tar, info, name) for info in tar.getmembers()]
+        elif zipfile.is_zipfile(archive):
+            with zipfile.ZipFile(archive) as opened:
+                yield [_of_zip(opened, info, name) for info in opened.infolist()]
+        else:
+            raise SourceError(f"{name} is neither a tar nor a zip archive", remedy="pin a .tar.gz, .tar.xz, .tar.bz2 or .zip")
+    except BROKEN as error:
+        raise SourceError(f"{name} cannot be unpacked: {error}", remedy="pin an archive that is whole") from error
+
+
+def _of_tar(tar: tarfile.TarFile, info: tarfile.TarInfo, name: str) -> Member:
+    path = _inside(info.name, name)
+    kind = Kind.SYMLINK if info.issym() else Kind.DIRECTORY if info.isdir() else Kind.FILE
+    if not (info.isreg() or info.islnk() or info.issym() or info.isdir()):
+        raise _refused(name, info.name, "is a device or a pipe")
+    _check_mode(info.mode, info.name, name)
+
+    def content() -> IO[bytes]:
+        try:
+            stream = tar.extractfile(info)
+        except KeyError:
+            stream = None
+        if stream is None:
+            raise _refused(name, info.name, f"is a link to {info.linkname!r}, which is no file of the archive")
+        return stream
+
+    return Member(
+        path=path,
+        kind=kind,
+        executable=bool(info.mode & stat.S_IXUSR),
+        mtime=int(info.mtime),
+        target=info.linkname if info.issym() else "",
+        open=content,
+    )
+
+
+def _of_zip(opened: zipfile.ZipFile, info: zipfile.ZipInfo, name: str) -> Member:
+    path = _inside(info.filename, name)
+    mode = info.external_attr >> 16
+    if stat.S_IFMT(mode) not in (0, stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK):
+        raise _refused(name, info.filename, "is a device or a pipe")
+    _check_mode(mode, info.filename, name)
+    link = stat.S_ISLNK(mode)
+    return Member(
+        path=path,
+        kind=Kind.SYMLINK if link else Kind.DIRECTORY if info.is_dir() else Kind.FILE,
+        executable=bool(mode & stat.S_IXUSR),
+        mtime=_seconds(info),
+        target=os.fsdecode(opened.read(info)) if link else "",
+        open=lambda: opened.open(info),
+    )
+
+
+def _seconds(info: zipfile.ZipInfo) -> int:
+    # Local time of nobody knows where: read as UTC, which is the same everywhere. Some write month 0.
+    year, month, *rest = info.date_time
+    return calendar.timegm((year, min(max(month, 1), 12), *rest))
+
+
+def _inside(path: str, name: str) -> PurePosixPath:
+    found = PurePosixPath(path)
+    if found.is_absolute() or ".." in found.parts or "\0" in path:
+        raise _refused(name, path, "leaves the tree")
+    return found
+
+
+def _check_mode(mode: int, path: str, name: str) -> None:
+    if mode & (stat.S_ISUID | stat.S_ISGID) and not stat.S_ISDIR(mode):
+        raise _refused(name, path, "is set-user-id or set-group-id")
+
+
+def _stripped(members: list[Member]) -> list[Member]:
+    """Without the one top folder, when there is one that holds everything."""
+    tops = {member.path.parts[0] for member in members if member.path.parts}
+    flat = any(len(member.path.parts) == 1 and member.kind is not Kind.DIRECTORY for member in members)
+    if len(tops) != 1 or flat:
+        return members
+    return [replace(member, path=PurePosixPath(*member.path.parts[1:])) for member in members if len(member.path.parts) > 1]
+
+
+def _write(member: Member, into: Path, written: set[Path], name: str) -> None:
+    place = into / member.path
+    make_parents(place, into, name)
+    if member.kind is Kind.DIRECTORY:
+        if place.is_symlink() or (place.exists() and not place.is_dir()):
+            raise _refused(name, str(member.path), "overwrites a file")
+        place.mkdir(exist_ok=True)
+        return
+    if place in written:
+        # A tar that was appended to: the last one counts, as with tar itself.
+        place.unlink()
+    elif place.is_symlink() or place.exists():
+        raise _refused(name, str(member.path), "overwrites what is there already")
+    written.add(place)
+    if member.kind is Kind.SYMLINK:
+        place.symlink_to(member.target)
+        return
+    with member.open() as source, place.open("xb") as target:
+        shutil.copyfileobj(source, target, 1 << 20)
+    place.chmod(0o755 if member.executable else 0o644)
+
+
+def make_parents(place: Path, tree: Path, name: str) -> None:
+    """Create the folders above `place` inside `tree`, none of which may be a link: who writes through one may leave the tree.
+
+    Raises:
+        SourceError: one is a link or a file.
+    """
+    folder = tree
+    for part in place.parent.relative_to(tree).parts:
+        folder /= part
+        if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+            raise _refused(
+                name, str(place.relative_to(tree)), f"goes through {str(folder.relative_to(tree))!r}, which is no folder"
+            )
+        folder.mkdir(exist_ok=True)
+
+
+def _check_links(tree: Path, written: set[Path], name: str) -> None:
+    """Only when all is there can one know where a chain of links ends."""
+    root = tree.resolve()
+    for path in written:
+        if path.is_symlink():
+            target = path.readlink()
+            if target.is_absolute() or not path.resolve().is_relative_to(root):
+                raise _refused(name, str(path.relative_to(tree)), f"is a link to {str(target)!r}, outside the tree")
+
+
+def _refused(name: str, member: str, reason: str) -> SourceError:
+    return SourceError(
+        f"{name}: {member!r} {reason}", remedy="nothing was unpacked; do not trust this archive, or pin its git commit"
+    )
