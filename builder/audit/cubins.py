@@ -17,6 +17,10 @@ _ELF = re.compile(r"^ELF file\s+\d+:.*\.sm_(\d+[af]?)\.cubin\s*$", re.MULTILINE)
 _PTX = re.compile(r"^PTX file\s+\d+:.*\.sm_(\d+[af]?)\.ptx\s*$", re.MULTILINE)
 
 
+class UnreadableError(ValueError):
+    """cuobjdump cannot read the device code of an object."""
+
+
 def judge(contents: Contents, policy: Policy) -> Verdict:
     """Every object with a fatbin section, through NVIDIA's cuobjdump."""
     objects = {name: found.path for name, found in contents.loadable(policy.target).items() if found.fatbin}
@@ -28,7 +32,11 @@ def judge(contents: Contents, policy: Policy) -> Verdict:
         return refused(GATE, [f"{name} holds CUDA device code, and the recipe says that there is none" for name in objects])
     if policy.cuobjdump is None:
         return refused(GATE, ["there is CUDA device code and no cuobjdump to read it with"])
-    return _compare({name: _cubins(policy.cuobjdump, path) for name, path in objects.items()}, policy)
+    try:
+        found = {name: _cubins(policy.cuobjdump, path) for name, path in objects.items()}
+    except UnreadableError as error:
+        return refused(GATE, [str(error)])
+    return _compare(found, policy)
 
 
 def _compare(found: dict[str, tuple[list[str], list[str]]], policy: Policy) -> Verdict:
@@ -72,5 +80,8 @@ def _run(cuobjdump: Path, option: str, path: Path) -> str:
         raise HostError(
             f"{cuobjdump} does not run: {error}", remedy="`builder doctor` says what this machine lacks"
         ) from error
-    # cuobjdump also ends with an error where there is merely none of the kind asked for.
+    # It also ends with 255 where there is merely none of the kind asked for.
+    if done.returncode and "does not contain device code" not in done.stdout + done.stderr:
+        said = (done.stdout + done.stderr).strip().splitlines() or ["no output"]
+        raise UnreadableError(f"cuobjdump cannot read {path.name}: {said[-1].removeprefix('cuobjdump fatal   : ')}")
     return done.stdout

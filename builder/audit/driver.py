@@ -45,7 +45,8 @@ def declared(include: Path, compiler: str = "cc") -> list[str]:
         found.update(_DECLARATION.findall(text), _RENAME.findall(text))
     # cudaProfiler.h comes in a wheel of its own; the types of its three functions are here.
     found.update(_PROFILER.findall(_text(include / "cudaProfilerTypedefs.h")))
-    return sorted(found)
+    # Windows' driver has these, and the text of cudaGL.h does not tell.
+    return sorted(name for name in found if not name.startswith("cuWGL"))
 
 
 def _text(path: Path) -> str:
@@ -54,11 +55,12 @@ def _text(path: Path) -> str:
 
 def render(cuda: str, source: str, names: Sequence[str]) -> str:
     """The committed list of a CUDA release; `source` says where the headers came from."""
+    call = f'd.render("{cuda}", "{source}", d.declared(Path(sys.argv[1])))'
+    script = f'import sys; from pathlib import Path; from builder.audit import driver as d; print({call}, end="")'
     head = (
         f"# Functions that NVIDIA's driver library libcuda.so.1 exports, as the driver API of CUDA {cuda} declares them.",
         f"# Source: the headers of {source}.",
         "# Regenerate (INCLUDE is that wheel's folder of headers, cc any C preprocessor):",
-        "#   python -c 'import sys; from pathlib import Path; from builder.audit import driver as d; "
-        f'print(d.render("{cuda}", "{source}", d.declared(Path(sys.argv[1]))), end="")\' INCLUDE',
+        f"#   python -c '{script}' INCLUDE",
     )
     return "\n".join([*head, *names]) + "\n"

@@ -23,13 +23,10 @@ def judge(contents: Contents, policy: Policy) -> Verdict:
         return refused(GATE, complaints)
     if not loadable:
         return not_applicable(GATE, "the wheel holds no ELF object")
-    return passed(GATE, f"{_count(len(loadable))} for {policy.target}", sorted(loadable))
+    objects = "the one ELF object is" if len(loadable) == 1 else f"all {len(loadable)} ELF objects are"
+    return passed(GATE, f"{objects} for {policy.target}", sorted(loadable))
 
 
 def _machine(found: elf.Object) -> str:
     order = "" if found.little_endian else ", big-endian"
     return f"{found.machine.removeprefix('EM_').lower()} ({found.bits} bit{order})"
-
-
-def _count(number: int) -> str:
-    return f"{number} ELF object{'' if number == 1 else 's'}, each"

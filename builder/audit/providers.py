@@ -137,9 +137,9 @@ class Providers:
         root = self._policy.root
         if root is None:
             return None
-        base = f"python{self._policy.python}"
-        for folder in ("usr/bin", "usr/lib", "usr/libexec", "opt", "usr/local/bin"):
-            for path in sorted((root / folder).glob(f"**/{base}*" if folder == "opt" else f"{base}*")):
+        for folder in ("usr/bin", "usr/local/bin", "usr/libexec", "opt"):
+            depth = "" if folder.endswith("bin") else "**/"
+            for path in sorted((root / folder).glob(f"{depth}python{self._policy.python}*")):
                 library = self._library(inside(root, path.relative_to(root).as_posix()), path.name, "interpreter")
                 if library is not None and library.found.exports.meet("PyModule_Create2", None):
                     return library

@@ -57,14 +57,14 @@ def _verdict(findings: _Findings) -> Verdict:
     details = [
         f"{name}: {', '.join(f'{count} in {label}' for label, count in counts.most_common())}"
         for name, counts in sorted(findings.resolved.items())
+        if counts
     ]
     details += [*findings.notes, *findings.weak]
     if findings.complaints:
         return refused(GATE, list(findings.complaints), details)
     weak = f"; {len(findings.weak)} weak ones are not" if findings.weak else ""
-    return passed(
-        GATE, f"{total} undefined symbols of {len(findings.resolved)} objects are defined in the stack{weak}", details
-    )
+    objects = f"{len(findings.resolved)} object{'' if len(findings.resolved) == 1 else 's'}"
+    return passed(GATE, f"{total} undefined symbols of {objects} are defined in the stack{weak}", details)
 
 
 def _python_scope(providers: Providers, policy: Policy, findings: _Findings) -> list[Library]:

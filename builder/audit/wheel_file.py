@@ -83,16 +83,16 @@ def judge(wheel: Path, policy: Policy) -> Verdict:
         complaints.append(f"the archive cannot be read: {error}")
     if complaints:
         return refused(GATE, complaints)
-    return passed(GATE, f"{name} {version}, {_mib(wheel.stat().st_size)}; WHEEL, METADATA and RECORD agree with the content")
+    return passed(GATE, f"{name} {version}, {_sized(wheel.stat().st_size)}; WHEEL, METADATA and RECORD agree with the content")
 
 
-def _mib(size: int) -> str:
-    return f"{size / (1 << 20):.1f} MiB"
+def _sized(size: int) -> str:
+    return f"{size / (1 << 20):.1f} MiB" if size >= 1 << 20 else f"{size / (1 << 10):.1f} KiB"
 
 
 def _size(wheel: Path, policy: Policy) -> list[str]:
     size = wheel.stat().st_size
-    return [f"{_mib(size)} is more than the {_mib(policy.max_size)} allowed"] if size > policy.max_size else []
+    return [f"{_sized(size)} is more than the {_sized(policy.max_size)} allowed"] if size > policy.max_size else []
 
 
 def _promise(name: str, version: Version, policy: Policy) -> list[str]:
