@@ -267,7 +267,7 @@ def _unpack(archive: Path, folder: Path, one: Deb, wanted: tuple[str, ...]) -> N
         with subprocess.Popen(
             ["dpkg-deb", "--fsys-tarfile", archive], stdout=subprocess.PIPE, stderr=subprocess.PIPE
         ) as source:
-            unpacked = subprocess.run([*command, *wanted], stdin=source.stdout, capture_output=True, check=False)
+            unpacked = subprocess.run(die_with_us([*command, *wanted]), stdin=source.stdout, capture_output=True, check=False)
             assert source.stdout is not None
             assert source.stderr is not None
             source.stdout.close()
@@ -278,6 +278,11 @@ def _unpack(archive: Path, folder: Path, one: Deb, wanted: tuple[str, ...]) -> N
         raise OSError(errno.ENOSPC, message)
     if source.returncode or unpacked.returncode:
         raise RootError(f"{one.title} cannot be unpacked: {message}", remedy=f"remove {archive} and try again")
+
+
+def die_with_us(command: Sequence[str | Path]) -> list[str | Path]:
+    """The command, so started that it does not outlive a killed builder and write on where the next run begins anew."""
+    return ["setpriv", "--pdeathsig", "KILL", "--", *command] if shutil.which("setpriv") else list(command)
 
 
 def _lay_out(folder: Path, stack: LoadedStack, host: Arch, target: Arch) -> None:

@@ -1,0 +1,556 @@
+"""Environments: the target's site-packages from requirements.lock, as the virtual environment /env of the sandbox.
+
+uv unpacks the wheels (hard links from its cache); the root's native Python byte-compiles them, once per wheel. An environment
+is read-only and shared by all builds; `fresh` makes a copy of links for one wheel more.
+"""
+
+from __future__ import annotations
+
+import ast
+import base64
+import csv
+import errno
+import hashlib
+import io
+import json
+import os
+import re
+import stat
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from urllib.parse import unquote, urlsplit
+
+import uv
+from packaging.markers import InvalidMarker
+from packaging.requirements import InvalidRequirement, Requirement
+from packaging.tags import Tag, compatible_tags, cpython_tags
+from packaging.utils import canonicalize_name, parse_wheel_filename
+
+from builder.fetch.urls import shown
+from builder.root import compile_files, die_with_us
+from builder.stack import Arch, LoadedStack
+from gracefarm.console import Tick, no_tick
+from gracefarm.errors import ConfigError, DigestError, FetchError, GracefarmError, HostError, InstallError, RootError
+from gracefarm.files import atomic_directory, atomic_write, lock
+from gracefarm.settings import Settings
+
+LAYOUT = 1
+"Raised when the same wheels are laid out in another way; enters the digests."
+
+INSIDE = "/env"
+SHEBANG = f"#!{INSIDE}/bin/python3\n".encode()
+_GLIBC_FIRST = {Arch.AARCH64: 17, Arch.X86_64: 5}
+"glibc 2.N: the oldest manylinux level of the architecture."
+_KEPT = frozenset(
+    {
+        *("PATH", "HOME", "TMPDIR", "NETRC", "SSL_CERT_FILE", "SSL_CERT_DIR", "XDG_DATA_HOME", "XDG_CONFIG_HOME"),
+        *("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "all_proxy", "no_proxy"),
+        *("UV_HTTP_TIMEOUT", "UV_NATIVE_TLS", "UV_SYSTEM_CERTS", "UV_INSECURE_HOST", "UV_KEYRING_PROVIDER", "UV_OFFLINE"),
+    }
+)
+"What says how to reach the index. All else that uv reads could change what is installed."
+
+
+@dataclass(frozen=True, kw_only=True, order=True)
+class LockedWheel:
+    """One line of requirements.lock."""
+
+    name: str
+    "Canonical."
+    version: str
+    sha256: str
+
+
+# --- what is pinned ----------------------------------------------------------------------------------------------------------
+
+
+def wheels(stack: LoadedStack, arch: Arch) -> tuple[LockedWheel, ...]:
+    """The wheels that requirements.lock pins for that architecture, sorted.
+
+    Raises:
+        ConfigError: the lock is absent or damaged, or is older than stack.toml.
+    """
+    try:
+        text = stack.requirements_lock.read_text()
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"{stack.requirements_lock}: no such file", remedy="make it", repeat=f"builder lock-stack {stack.data.name}"
+        ) from error
+    found: dict[str, LockedWheel] = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        one = _parse_line(line.strip(), arch, f"{stack.requirements_lock}:{number}")
+        if one is not None and found.setdefault(one.name, one) != one:
+            raise ConfigError(f"{stack.requirements_lock}:{number}: {one.name} is pinned twice", remedy="remove one line")
+    _check_fresh(stack, found)
+    return tuple(sorted(found.values()))
+
+
+def _parse_line(line: str, arch: Arch, place: str) -> LockedWheel | None:
+    """`NAME==VERSION [; MARKER] --hash=sha256:DIGEST`; None where the marker says that it is for another architecture."""
+    match = re.fullmatch(r"(?P<requirement>.+?)\s+--hash=sha256:(?P<sha256>[0-9a-f]{64})", line)
+    try:
+        if match is None:
+            raise InvalidRequirement("it has no --hash=sha256:...")
+        requirement = Requirement(match["requirement"])
+        (pin,) = requirement.specifier
+        if pin.operator != "==" or requirement.url:
+            raise InvalidRequirement("it pins no version with ==")
+        applies = requirement.marker is None or requirement.marker.evaluate({"platform_machine": arch.value})
+    except (InvalidRequirement, InvalidMarker, ValueError) as error:
+        raise ConfigError(f"{place}: not a pinned wheel: {error}", remedy="make the lock again: builder lock-stack") from error
+    return (
+        LockedWheel(name=canonicalize_name(requirement.name), version=pin.version, sha256=match["sha256"]) if applies else None
+    )
+
+
+def _check_fresh(stack: LoadedStack, found: Mapping[str, LockedWheel]) -> None:
+    """What stack.toml asks for is what the lock pins."""
+    for text in _requirements(stack):
+        requirement = Requirement(text)
+        one = found.get(canonicalize_name(requirement.name))
+        if one is None or not requirement.specifier.contains(one.version, prereleases=True):
+            have = f"pins {one.name} {one.version}" if one else f"has no {requirement.name}"
+            raise ConfigError(
+                f"{stack.requirements_lock} {have}; stack.toml wants {text}",
+                remedy="make the lock again",
+                repeat=f"builder lock-stack {stack.data.name}",
+            )
+
+
+def _requirements(stack: LoadedStack) -> tuple[str, ...]:
+    """One resolution for both: the target's environment needs the headers of the compiler's own release."""
+    return (*stack.data.environment.requirements, *stack.data.toolchain.requirements)
+
+
+def _toolchain_wheels(stack: LoadedStack, host: Arch) -> tuple[LockedWheel, ...]:
+    names = {canonicalize_name(Requirement(text).name) for text in stack.data.toolchain.requirements}
+    return tuple(one for one in wheels(stack, host) if one.name in names)
+
+
+def digest(stack: LoadedStack, target: Arch) -> str:
+    """Hex sha256 of everything that decides the environment's bytes: wheels, Python, layout.
+
+    Raises:
+        ConfigError: see `wheels`.
+    """
+    return _digest("environment", stack, target, wheels(stack, target))
+
+
+def toolchain_digest(stack: LoadedStack, host: Arch) -> str:
+    """Hex sha256 of everything that decides the compilers' bytes.
+
+    Raises:
+        ConfigError: see `wheels`.
+    """
+    return _digest("toolchain", stack, host, _toolchain_wheels(stack, host))
+
+
+def _digest(kind: str, stack: LoadedStack, arch: Arch, found: Sequence[LockedWheel]) -> str:
+    content = [kind, LAYOUT, arch.value, stack.data.python, [(one.name, one.version, one.sha256) for one in sorted(found)]]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+# --- resolving ---------------------------------------------------------------------------------------------------------------
+
+
+def resolve(stack: LoadedStack, settings: Settings, tick: Tick = no_tick) -> str:
+    """The text of a new requirements.lock: one resolution per architecture, one wheel per distribution and architecture.
+
+    Raises:
+        ConfigError: the requirements contradict each other, or a distribution has no wheel that fits.
+        FetchError: the index cannot be reached.
+    """
+    archs = sorted({*stack.data.root.hosts, *stack.data.glibc})
+    files: dict[tuple[str, str, str, str], set[Arch]] = {}
+    for number, arch in enumerate(archs):
+        tick(number, len(archs), f"wheels for {arch}")
+        for one in _resolve_arch(stack, arch, settings):
+            files.setdefault(one, set()).add(arch)
+    tick(len(archs), len(archs), "")
+    lines = [
+        f"# Every wheel of stack {stack.data.name}: the target's environment and the CUDA compiler of the host.",
+        f"# Written by `builder lock-stack {stack.data.name}`, not by hand. pip and uv read it with --require-hashes.",
+    ]
+    for (name, version, filename, sha256), where in sorted(files.items()):
+        marker = "" if len(where) == len(archs) else f' ; platform_machine == "{min(where)}"'
+        lines += [f"# {filename}", f"{name}=={version}{marker} --hash=sha256:{sha256}"]
+    return "\n".join(lines) + "\n"
+
+
+def _resolve_arch(stack: LoadedStack, arch: Arch, settings: Settings) -> Iterator[tuple[str, str, str, str]]:
+    """Name, version, file name and sha256 of each wheel: uv reads the index, the tags choose the file."""
+    supported = {tag: rank for rank, tag in enumerate(tags(stack, arch))}
+    with TemporaryDirectory(prefix="gracefarm-lock-") as name:
+        wanted, answer = Path(name, "requirements.in"), Path(name, "pylock.toml")
+        wanted.write_text("\n".join(_requirements(stack)) + "\n")
+        command = ["pip", "compile", "--quiet", "--format=pylock.toml", "--only-binary=:all:", "--no-header", "--no-annotate"]
+        command += [*_platform(stack, arch), f"--output-file={answer}", str(wanted)]
+        if stack.data.environment.resolved_before:
+            command.append(f"--exclude-newer={stack.data.environment.resolved_before}")
+        _uv(command, settings, lambda message: ConfigError(f"no resolution for {arch}: {message}", remedy="mend stack.toml"))
+        packages = tomllib.loads(answer.read_text())["packages"]
+    for package in packages:
+        fitting = []
+        for wheel in package.get("wheels", []):
+            filename = unquote(Path(urlsplit(wheel.get("url") or wheel.get("path") or wheel["name"]).path).name)
+            _, _, build, wheel_tags = parse_wheel_filename(filename)
+            ranks = [supported[tag] for tag in wheel_tags if tag in supported]
+            if ranks:
+                # As pip chooses: the best tag, then the highest build number.
+                fitting.append((min(ranks), tuple(-part if isinstance(part, int) else 0 for part in build), filename, wheel))
+        if not fitting:
+            raise ConfigError(
+                f"{package['name']} {package['version']} has no wheel for {arch} with glibc {stack.data.glibc[arch]}",
+                remedy="pin a version in stack.toml that has one",
+            )
+        _, _, filename, wheel = min(fitting, key=lambda one: one[:3])
+        yield canonicalize_name(package["name"]), str(package["version"]), filename, wheel["hashes"]["sha256"]
+
+
+def tags(stack: LoadedStack, arch: Arch) -> list[Tag]:
+    """The wheel tags that the stack's Python takes on that architecture, best first, up to the stack's glibc floor."""
+    major, minor = (int(part) for part in stack.data.glibc[arch].split("_"))
+    levels = [f"manylinux_{major}_{level}_{arch}" for level in range(minor, _GLIBC_FIRST[arch] - 1, -1)]
+    aliases = {17: "manylinux2014", 12: "manylinux2010", 5: "manylinux1"}
+    platforms = []
+    for level in levels:
+        platforms.append(level)
+        alias = aliases.get(int(level.split("_")[2]))
+        if alias and (arch is Arch.X86_64 or alias == "manylinux2014"):
+            platforms.append(f"{alias}_{arch}")
+    platforms.append(f"linux_{arch}")
+    version = tuple(int(part) for part in stack.data.python.split("."))
+    own = cpython_tags(version, platforms=platforms)
+    return [*own, *compatible_tags(version, interpreter=f"cp{version[0]}{version[1]}", platforms=platforms)]
+
+
+def _platform(stack: LoadedStack, arch: Arch) -> list[str]:
+    return [f"--python-platform={arch}-manylinux_{stack.data.glibc[arch]}", f"--python-version={stack.data.python}"]
+
+
+# --- assembling --------------------------------------------------------------------------------------------------------------
+
+
+def ensure(stack: LoadedStack, target: Arch, root: Path, settings: Settings, tick: Tick = no_tick) -> Path:
+    """The environment's folder, assembled if it is not there; any number of processes may ask, one assembles.
+
+    Raises:
+        ConfigError: see `wheels`.
+        FetchError, DigestError: a wheel cannot be had, or is not the pinned one.
+        RootError: a wheel cannot be unpacked, or torch is not the build that the stack names.
+        HostError, DiskFullError.
+    """
+    found = wheels(stack, target)
+    name = _digest("environment", stack, target, found)
+    final = settings.home / "environments" / name
+    if final.is_dir():
+        return final
+    with lock(settings.home / "locks" / f"environment-{name}", lambda: tick(0, None, "another process assembles this")):
+        if not final.is_dir():
+            with atomic_directory(final) as folder:
+                site = folder / "lib" / f"python{stack.data.python}" / "site-packages"
+                _install(stack, target, found, site, settings, tick)
+                _check_torch(stack, site)
+                _lay_out(folder, stack, target)
+                _relocate_scripts(folder, site)
+                _bytecode(folder, site, found, root, stack, settings, tick)
+                _make_read_only(folder)
+    return final
+
+
+def ensure_toolchain(stack: LoadedStack, host: Arch, settings: Settings, tick: Tick = no_tick) -> Path:
+    """The folder with the CUDA compiler of the host: nvidia/cu13/bin/nvcc and what it needs.
+
+    Raises:
+        ConfigError: see `wheels`; or the stack names no compiler.
+        FetchError, DigestError, RootError, HostError, DiskFullError: see `ensure`.
+    """
+    found = _toolchain_wheels(stack, host)
+    if not found:
+        raise ConfigError(
+            f"stack {stack.data.name} has no CUDA compiler", remedy="list its wheels in [toolchain] requirements"
+        )
+    name = _digest("toolchain", stack, host, found)
+    final = settings.home / "toolchains" / name
+    if final.is_dir():
+        return final
+    with lock(settings.home / "locks" / f"toolchain-{name}", lambda: tick(0, None, "another process assembles this")):
+        if not final.is_dir():
+            with atomic_directory(final) as folder:
+                _install(stack, host, found, folder, settings, tick)
+                if not any(os.access(nvcc, os.X_OK) for nvcc in folder.glob("nvidia/cu*/bin/nvcc")):
+                    raise RootError(
+                        "the toolchain's wheels hold no nvcc", remedy="mend [toolchain] requirements in stack.toml"
+                    )
+                _make_read_only(folder)
+    return final
+
+
+def fresh(environment: Path, into: Path, wheel: Path | None) -> Path:
+    """A copy of an environment with `wheel` installed in it (without what it depends on); None: the copy alone.
+
+    The copy is of hard links, so `into` must be on the environment's file system; installing replaces files and never writes
+    through a link.
+
+    Raises:
+        InstallError: the wheel does not fit the environment's Python or architecture, or is damaged.
+        RootError: the copy cannot be made.
+    """
+    into.parent.mkdir(parents=True, exist_ok=True)
+    copied = subprocess.run(
+        ["cp", "--archive", "--link", "--no-target-directory", environment, into], capture_output=True, text=True, check=False
+    )
+    if copied.returncode:
+        if os.strerror(errno.ENOSPC) in copied.stderr:
+            raise OSError(errno.ENOSPC, copied.stderr)
+        raise RootError(
+            f"{environment} cannot be copied to {into}: {copied.stderr.strip()[:500]}", remedy="run `builder doctor`"
+        )
+    if wheel is not None:
+        facts = dict(line.split(" = ", 1) for line in (into / "pyvenv.cfg").read_text().splitlines())
+        site = into / "lib" / f"python{facts['gracefarm-python']}" / "site-packages"
+        command = ["pip", "install", "--quiet", "--python", sys.executable, f"--target={site}", "--no-deps", "--no-index"]
+        command += ["--reinstall", "--no-cache", f"--python-version={facts['gracefarm-python']}"]
+        command += [f"--python-platform={facts['gracefarm-platform']}", str(wheel)]
+        _uv(
+            command,
+            None,
+            lambda message: InstallError(f"{wheel.name} cannot be installed: {message}", remedy="audit the wheel"),
+        )
+        _relocate_scripts(into, site)
+    return into
+
+
+def _install(stack: LoadedStack, arch: Arch, found: Sequence[LockedWheel], site: Path, settings: Settings, tick: Tick) -> None:
+    """Unpack the wheels into `site`, their digests checked."""
+    with TemporaryDirectory(prefix="gracefarm-install-") as name:
+        listing = Path(name, "requirements.txt")
+        listing.write_text("".join(f"{one.name}=={one.version} --hash=sha256:{one.sha256}\n" for one in found))
+        command = [
+            "pip",
+            "install",
+            "--python",
+            sys.executable,
+            f"--target={site}",
+            "--require-hashes",
+            "--no-deps",
+            "--no-build",
+        ]
+        command += ["--link-mode=hardlink", *_platform(stack, arch), f"--requirements={listing}"]
+        started: list[str] = []
+
+        def show(line: str) -> None:
+            if match := re.match(r"\s*(Downloading|Downloaded|Building) (.+)", line):
+                started.extend([match[2]] if match[1] == "Downloaded" else [])
+                tick(len(started), None, f"{match[1].lower()} {match[2]}")
+
+        tick(0, None, f"{len(found)} wheels")
+        _uv(
+            command,
+            settings,
+            lambda message: RootError(
+                f"the wheels of {stack.data.name} cannot be unpacked: {message}", remedy="run `builder doctor`"
+            ),
+            show,
+        )
+        tick(len(found), len(found), "wheels unpacked")
+
+
+def _uv(
+    arguments: Sequence[str],
+    settings: Settings | None,
+    failure: Callable[[str], GracefarmError],
+    on_line: Callable[[str], None] = lambda _line: None,
+) -> None:
+    """Run uv with nothing of the user's configuration but how to reach the index.
+
+    Raises:
+        FetchError: the index or a file of it cannot be reached.
+        DigestError: a wheel is not the pinned one.
+        GracefarmError: what `failure` makes of uv's message.
+    """
+    environment = {name: os.environ[name] for name in sorted(_KEPT) if name in os.environ}
+    environment |= {"UV_NO_CONFIG": "1", "UV_NO_PROGRESS": "1", "NO_COLOR": "1", "UV_PYTHON_DOWNLOADS": "never"}
+    if settings is not None:
+        environment["UV_CACHE_DIR"] = str(settings.home / "uv")
+        if settings.index_url:
+            # Not an argument: the URL may carry a password.
+            environment["UV_DEFAULT_INDEX"] = settings.index_url
+    try:
+        program = uv.find_uv_bin()
+    except FileNotFoundError as error:
+        raise HostError("uv is not installed beside this program", remedy="pip install 'gracefarm[builder]'") from error
+    lines: list[str] = []
+    with subprocess.Popen(
+        die_with_us([program, *arguments]), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            lines.append(line.rstrip())
+            on_line(line)
+    if process.returncode:
+        raise _explain(lines, failure)
+
+
+def _explain(lines: Sequence[str], failure: Callable[[str], GracefarmError]) -> Exception:
+    """uv's own words, without progress and credentials, as the failure class that they mean."""
+    words = [
+        re.sub(r"^\W+", "", line)
+        for line in lines
+        if not re.match(r"\s*(Downloading|Downloaded|Resolved|Using|Prepared) ", line)
+    ]
+    message = shown(" ".join(" ".join(words).split())).removeprefix("error: ")[:1500]
+    low = message.lower()
+    if os.strerror(errno.ENOSPC).lower() in low:
+        return OSError(errno.ENOSPC, message)
+    if "hash mismatch" in low:
+        return DigestError(f"a wheel is not the one that was pinned: {message}", remedy="see that your index is honest")
+    if any(
+        word in low
+        for word in (
+            "failed to fetch",
+            "error sending request",
+            "connect error",
+            "timed out",
+            "dns error",
+            "not found in the package registry",
+        )
+    ):
+        return FetchError(
+            f"the Python index failed: {message}", remedy="see that the index has it: GRACEFARM_PYTHON_INDEX=URL"
+        )
+    return failure(message)
+
+
+def _check_torch(stack: LoadedStack, site: Path) -> None:
+    """The version number does not tell a CUDA build from a CPU build; torch/version.py does, without an import."""
+    wanted = stack.data.torch
+    if wanted is None:
+        return
+    place = site / "torch" / "version.py"
+    values: dict[str, object] = {}
+    if place.is_file():
+        for node in ast.parse(place.read_text()).body:
+            targets = (
+                node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+            )
+            if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(node.value, ast.Constant):
+                values |= {target.id: node.value.value for target in targets if isinstance(target, ast.Name)}
+    if values.get("cuda") != wanted.cuda:
+        raise RootError(
+            f"the locked torch {wanted.version} is built for CUDA {values.get('cuda')}, the stack wants {wanted.cuda}",
+            remedy="lock a wheel of torch with that CUDA: its file name does not tell, torch/version.py does",
+        )
+
+
+def _lay_out(folder: Path, stack: LoadedStack, target: Arch) -> None:
+    """What makes it a virtual environment; the keys of ours are for `fresh` and mean nothing to Python."""
+    (folder / "bin").mkdir()
+    (folder / "pyvenv.cfg").write_text(
+        "home = /usr/bin\n"
+        "include-system-site-packages = false\n"
+        f"version = {stack.data.python}\n"
+        f"gracefarm-python = {stack.data.python}\n"
+        f"gracefarm-platform = {target}-manylinux_{stack.data.glibc[target]}\n"
+    )
+    (folder / "bin" / "python3").symlink_to(f"/usr/bin/python{stack.data.python}")
+    for name in ("python", f"python{stack.data.python}"):
+        (folder / "bin" / name).symlink_to("python3")
+
+
+def _relocate_scripts(folder: Path, site: Path) -> None:
+    """Scripts go from where `uv pip install --target` puts them to bin/, name /env's Python, and RECORD says so."""
+    if not (site / "bin").is_dir():
+        return
+    moved: dict[str, list[str]] = {}
+    for script in sorted((site / "bin").iterdir()):
+        data = script.read_bytes()
+        # uv wrote the Python that runs this program; with a long path, as a shell script of two lines.
+        text = re.sub(rb"\A#!(?:[^\n]*python[^\n]*\n|/bin/sh\n'''exec' [^\n]*\n' '''\n)", SHEBANG, data, count=1)
+        place = folder / "bin" / script.name
+        place.unlink(missing_ok=True)
+        place.write_bytes(text)
+        place.chmod(script.stat().st_mode)
+        script.unlink()
+        secure = base64.urlsafe_b64encode(hashlib.sha256(text).digest()).rstrip(b"=").decode()
+        moved[f"bin/{script.name}"] = [f"../../../bin/{script.name}", f"sha256={secure}", str(len(text))]
+    (site / "bin").rmdir()
+    for record in site.glob("*.dist-info/RECORD"):
+        rows = list(csv.reader(io.StringIO(record.read_text())))
+        if any(row and row[0] in moved for row in rows):
+            output = io.StringIO()
+            csv.writer(output, lineterminator="\n").writerows(moved.get(row[0], row) for row in rows if row)
+            atomic_write(record, output.getvalue())
+
+
+def _bytecode(
+    folder: Path,
+    site: Path,
+    found: Sequence[LockedWheel],
+    root: Path,
+    stack: LoadedStack,
+    settings: Settings,
+    tick: Tick,
+) -> None:
+    """Give every module its .pyc: from the store where its wheel was compiled before, else made and put there."""
+    modules = dict(_modules(site))
+    stores = {
+        one: settings.home / "bytecode" / hashlib.sha256(f"{LAYOUT} {stack.data.python} {one.sha256}".encode()).hexdigest()
+        for one in found
+    }
+    missing = [one for one in found if not stores[one].is_dir()]
+    tick(0, None, f"byte-compiling {len(missing)} wheels" if missing else "linking byte code")
+    prefix = site.relative_to(folder)
+    compile_files(root, INSIDE, folder, [str(prefix / name) for one in missing for name in modules.get(one.name, ())])
+    with lock(settings.home / "locks" / "bytecode"):
+        for one in found:
+            if one in missing:
+                _store(site, modules.get(one.name, []), stores[one])
+            else:
+                _link_tree(stores[one], site)
+
+
+def _modules(site: Path) -> Iterator[tuple[str, list[str]]]:
+    """Canonical name and Python files (relative to `site`) of each distribution, by its RECORD."""
+    for record in site.glob("*.dist-info/RECORD"):
+        names = [row[0] for row in csv.reader(io.StringIO(record.read_text())) if row and row[0].endswith(".py")]
+        name = canonicalize_name(record.parent.name.split("-")[0])
+        yield name, [one for one in names if ".." not in Path(one).parts and (site / one).is_file()]
+
+
+def _store(site: Path, names: Sequence[str], store: Path) -> None:
+    if store.is_dir():
+        return
+    tag = f"cpython-{site.parent.name.removeprefix('python').replace('.', '')}"
+    with atomic_directory(store) as folder:
+        for name in names:
+            compiled = Path(name).parent / "__pycache__" / f"{Path(name).stem}.{tag}.pyc"
+            if (site / compiled).is_file():
+                (folder / compiled.parent).mkdir(parents=True, exist_ok=True)
+                (folder / compiled).hardlink_to(site / compiled)
+
+
+def _link_tree(store: Path, site: Path) -> None:
+    for parent, _, names in os.walk(store):
+        into = site / Path(parent).relative_to(store)
+        if names:
+            into.mkdir(parents=True, exist_ok=True)
+        for name in names:
+            os.link(os.path.join(parent, name), into / name)  # noqa: PTH118 tens of thousands of files
+
+
+def _make_read_only(folder: Path) -> None:
+    """No stray write reaches what all builds share; folders stay writable, so that it can be removed."""
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            path = os.path.join(parent, name)  # noqa: PTH118 tens of thousands of files
+            mode = os.lstat(path).st_mode
+            if stat.S_ISREG(mode) and mode & 0o222:
+                os.chmod(path, stat.S_IMODE(mode) & ~0o222)  # noqa: PTH101
