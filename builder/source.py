@@ -116,7 +116,7 @@ def _place_files(recipe: Recipe, fetched: Fetched, tree: Path) -> None:
 def _apply(patch: Path, tree: Path, recipe: LoadedRecipe) -> None:
     """`git apply`: exact context, all of a patch or nothing, never through a link.
 
-    Without a repository: one around the tree would make git skip every file in silence, the attributes of one in it would count.
+    Without a repository: one around the tree would make git skip every file silently, and attributes of one in it would count.
     """
     try:
         run_git(["apply", "--whitespace=nowarn", "--", str(patch.resolve())], cwd=tree, environment={"GIT_DIR": os.devnull})

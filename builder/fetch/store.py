@@ -238,7 +238,8 @@ def _request(transfer: _Transfer, client: httpx.Client) -> None:
             transfer.resumed, transfer.done = resumed, have
             length = response.headers.get("Content-Length", "")
             transfer.total = have + int(length) if length.isdigit() else transfer.total
-            _append(transfer, response.iter_raw(CHUNK))
+            # As they come: gathered to larger chunks, the last ones before a break would be lost.
+            _append(transfer, response.iter_raw())
     except (httpx.InvalidURL, httpx.UnsupportedProtocol, httpx.TooManyRedirects) as error:
         raise FetchError(
             f"{transfer.download.what}: {shown(transfer.url)}: {shown(str(error))}", remedy="mend the URL"
