@@ -54,6 +54,10 @@ class Store:
         with disk_errors(self.root):
             for folder in (self.files, self.staging, self.catalogue.parent):
                 folder.mkdir(parents=True, exist_ok=True)
+            if not (self.files / "ff").is_dir():  # all at once, so that an upload need not flush a new folder
+                for number in range(256):
+                    (self.files / f"{number:02x}").mkdir(exist_ok=True)
+                sync_directory(self.files)
 
     def new_staging(self) -> Path:
         """A fresh name in the staging folder."""
