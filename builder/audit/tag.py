@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from fnmatch import fnmatch
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,17 +56,19 @@ def judge(contents: Contents, policy: Policy) -> Verdict:
         return not_applicable(GATE, "the file name has no tag to hold the measurement against; the wheel gate refuses it")
     claims = sorted({tag.platform for tag in tags})
     measured, reasons = measure(contents, policy)
-    complaints = [*reasons, *_false(claims, measured, policy, contents)]
+    forced = forcing(measured, policy, contents) if measured is not None else []
+    because = f" for {forced[0]}" if forced else ""
+    complaints = [*reasons, *_false(claims, measured, policy.target, because)]
     ceiling = _level(policy.glibc)
     if measured is not None and measured > ceiling:
-        complaints.append(f"needs {_name(measured)}, the stack allows {_name(ceiling)}{_because(measured, policy, contents)}")
+        complaints.append(f"needs {_name(measured)}{because}, the stack allows {_name(ceiling)}")
     claimed = [level for claim in claims if (level := claimed_level(claim, policy.target)) is not None]
     if claimed and min(claimed) > ceiling:
         complaints.append(f"claims {_name(min(claimed))}, the stack allows {_name(ceiling)}")
     if complaints:
-        return refused(GATE, complaints)
+        return refused(GATE, complaints, forced)
     assert measured is not None
-    return passed(GATE, f"measured {_name(measured)}_{policy.target}{_because(measured, policy, contents)}", claims)
+    return passed(GATE, f"measured {_name(measured)}_{policy.target}{because}", forced)
 
 
 def _level(text: str) -> tuple[int, int]:
@@ -88,14 +89,14 @@ def claimed_level(claim: str, target: Arch) -> tuple[int, int] | None:
     return LEGACY.get(name) if arch == target else None
 
 
-def _false(claims: list[str], measured: tuple[int, int] | None, policy: Policy, contents: Contents) -> list[str]:
+def _false(claims: list[str], measured: tuple[int, int] | None, target: Arch, because: str) -> list[str]:
     complaints = []
     for claim in claims:
-        level = claimed_level(claim, policy.target)
+        level = claimed_level(claim, target)
         if level is None:
-            complaints.append(f"the tag {claim} promises no glibc level of {policy.target}")
+            complaints.append(f"the tag {claim} promises no glibc level of {target}")
         elif measured is not None and level < measured:
-            complaints.append(f"the tag {claim} is false: it needs {_name(measured)}{_because(measured, policy, contents)}")
+            complaints.append(f"the tag {claim} is false: it needs {_name(measured)}{because}")
     return complaints
 
 
@@ -136,20 +137,19 @@ def _own_names(contents: Contents) -> set[str]:
     return names | {found.soname for found in contents.objects.values() if found.soname}
 
 
-def _because(measured: tuple[int, int], policy: Policy, contents: Contents) -> str:
-    """A symbol that forces the level, where one does."""
+def forcing(measured: tuple[int, int], policy: Policy, contents: Contents) -> list[str]:
+    """A symbol for each version that demands the level, as `pthread_create@GLIBC_2.34 of demo/_core.so`."""
     policies = WheelPolicies(libc=Libc.GLIBC, arch=Architecture(policy.target.value))
-    forces = partial(_forces, policies, _name(measured), policy.target)
+    lines = []
     for name, found in contents.loadable(policy.target).items():
         for need in found.needs:
-            if not forces(need.version):
-                continue
-            symbol = next((ref.name for ref in found.references if ref.version == need.version), None)
-            return f" for {symbol or need.file}@{need.version} of {name}"
-    return ""
+            if _forces(policies, f"{_name(measured)}_{policy.target}", need.version):
+                symbol = next((ref.name for ref in found.references if ref.version == need.version), need.file)
+                lines.append(f"{symbol}@{need.version} of {name}")
+    return sorted(lines)
 
 
-def _forces(policies: WheelPolicies, level: str, target: Arch, version: str) -> bool:
-    """Whether this version alone already demands the level (and not the lowest level, which nothing forces)."""
+def _forces(policies: WheelPolicies, level: str, version: str) -> bool:
+    """Whether this version alone already demands the level (and not the oldest level, which nothing forces)."""
     found = policies.versioned_symbols_policy({"": {version}})
-    return bool(found.name == f"{level}_{target}" and found != policies.highest)
+    return bool(found.name == level and found != policies.highest)

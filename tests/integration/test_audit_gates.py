@@ -223,7 +223,7 @@ REFUSED: dict[Callable[[Bench], Draft], tuple[str, str]] = {
     foreign_object: ("elf-machine", "demo/helper.so is for x86_64 (64 bit), not aarch64"),
     old_python: ("python-abi", "is for CPython 310"),
     false_tag: ("platform-tag", "manylinux_2_17_aarch64 is false: it needs manylinux_2_34 for pthread_create@GLIBC_2.34"),
-    young_glibc: ("platform-tag", "needs manylinux_2_36, the stack allows manylinux_2_34 for arc4random@GLIBC_2.36"),
+    young_glibc: ("platform-tag", "needs manylinux_2_36 for arc4random@GLIBC_2.36 of"),
     linux_tag: ("platform-tag", "linux_aarch64 promises no glibc level"),
     copied_library: ("grafted", "the stack's environment has libfoo.so.1"),
     disguised_library: ("grafted", "libcudart.so.13 is a library of torch or CUDA"),
