@@ -60,8 +60,8 @@ def check_requirements(plan: Plan, source: Path) -> None:
         if version is None or not one.specifier.contains(version, prereleases=True):
             raise CompileError(
                 f"{plan.recipe.data.name} needs {text!r} to build, stack {plan.stack.data.name} has {version or 'none'}",
-                remedy=f"add it to stacks/{plan.stack.data.name}/stack.toml and run `builder lock-stack {plan.stack.data.name}`, "
-                "or patch the requirement in the recipe",
+                remedy="add it to the stack's requirements and lock it anew, or patch the requirement in the recipe",
+                repeat=f"builder lock-stack {plan.stack.data.name}",
             )
 
 
@@ -105,7 +105,7 @@ def judge(outcome: Outcome, log: Path, plan: Plan) -> None:
     repeat = f"builder build {name} --stack {plan.stack.data.name} --target {plan.target.value}"
     if outcome.killed_by_memory:
         raise MemoryBoundError(
-            f"the build of {name} was killed at its memory bound of {outcome.memory_bound / 2**30:.1f} GiB ({outcome.memory_by})",
+            f"the build of {name} was killed at its bound of {outcome.memory_bound / 2**30:.1f} GiB ({outcome.memory_by})",
             remedy="raise memory_per_job in the recipe, use fewer --jobs, or a machine with more memory",
             repeat=f"{repeat} --jobs 1",
         )

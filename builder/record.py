@@ -178,6 +178,6 @@ def embed(wheel: Path, plan: Plan, into: Path) -> Path:
     into.mkdir(parents=True, exist_ok=True)
     final = into / wheel.name
     with InWheel(wheel, final) as opened:
-        inner = next(Path(str(opened.path)).glob("*.dist-info"))
+        inner = next(Path(opened).glob("*.dist-info"))
         (inner / "gracefarm.json").write_text(text)
     return final

@@ -77,7 +77,8 @@ def read(path: Path, schema: type[T]) -> T:
     try:
         return schema.model_validate(values)
     except ValidationError as error:
-        details = error.errors()[0]
+        # A misspelt key is two errors, one unknown and one missing; the unknown one has the line.
+        details = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
         location = tuple(part for part in details["loc"] if not _is_union_tag(part, values, details["loc"]))
         line = find_line(text, location)
         raise ConfigError(

@@ -25,7 +25,7 @@ class Farm:
     settings: Settings
     environment: dict[str, str] = field(default_factory=dict)
 
-    def recipe(self, name: str, files: dict[str, str | bytes], **tables: object) -> Path:
+    def recipe(self, name: str, files: dict[str, str | bytes], /, **tables: object) -> Path:
         """Write a source archive and recipes/NAME for it; `tables` are merged over the recipe's defaults."""
         return projects.write_recipe(self.settings.project, name, files, tables)
 

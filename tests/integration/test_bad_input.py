@@ -136,7 +136,7 @@ def test_out_of_memory_is_retried_once_with_fewer_jobs_and_named(farm: Farm) -> 
     body = "import os\nprint('JOBS', os.environ['MAX_JOBS'])\nkept = bytearray(2_000_000_000)\nreturn wheel(wheel_directory)"
     folder = farm.recipe("tiny", projects.backend(body), build={"cuda": False, "memory_per_job": "128MiB"})
     done = build(farm, "--jobs", "2", GRACEFARM_MEMORY="400MiB")
-    refused(done, ExitCode.MEMORY, "memory bound of 0.4 GiB")
+    refused(done, ExitCode.MEMORY, "killed at its bound of 0.4 GiB")
     if len(os.sched_getaffinity(0)) > 1:
         assert "trying once more with 1 jobs" in done.said
     assert folder.is_dir()
