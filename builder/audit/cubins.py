@@ -36,10 +36,10 @@ def judge(contents: Contents, policy: Policy) -> Verdict:
         found = {name: _cubins(policy.cuobjdump, path) for name, path in objects.items()}
     except UnreadableError as error:
         return refused(GATE, [str(error)])
-    return _compare(found, policy)
+    return compare(found, policy)
 
 
-def _compare(found: dict[str, tuple[list[str], list[str]]], policy: Policy) -> Verdict:
+def compare(found: dict[str, tuple[list[str], list[str]]], policy: Policy) -> Verdict:
     wanted = set(policy.sm or ())
     extra = {sm for values in policy.sm_extra.values() for sm in values} - wanted
     complaints = []

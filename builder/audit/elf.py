@@ -6,6 +6,8 @@ has some 10^5 dynamic symbols, and an object per symbol would cost minutes where
 
 from __future__ import annotations
 
+import errno
+import os
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,6 +28,13 @@ _BOUND = (1, 2, 10)  # STB_GLOBAL, STB_WEAK, STB_GNU_UNIQUE
 _HIDDEN_BIT = 0x8000
 _FLAG_WEAK = 2  # VER_FLG_WEAK
 _FLAG_BASE = 1  # VER_FLG_BASE
+
+
+_DAMAGE = (
+    ELFError, ConstructError, struct.error, ValueError, KeyError, IndexError, OverflowError, AssertionError, TypeError,
+    AttributeError,
+)  # fmt: skip
+"What pyelftools and struct raise on objects whose headers lie; found by the fuzz test."
 
 
 class NotElfError(ValueError):
@@ -133,11 +142,15 @@ def read(path: Path) -> Object:
     Raises:
         NotElfError: not an ELF object, or a damaged one.
     """
-    try:
-        with path.open("rb") as stream:
+    with path.open("rb") as stream:
+        try:
             return _read(path, stream)
-    except (ELFError, ConstructError, struct.error, ValueError, KeyError, IndexError, OverflowError, AssertionError) as error:
-        raise NotElfError(f"not a readable ELF object ({error or type(error).__name__})") from error
+        except _DAMAGE as error:
+            raise NotElfError(f"not a readable ELF object ({error or type(error).__name__})") from error
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # a table at an offset that no file reaches
+                raise
+            raise NotElfError("not a readable ELF object (a table lies outside the file)") from error
 
 
 def _read(path: Path, stream: BinaryIO) -> Object:
@@ -177,6 +190,11 @@ def _paths(entries: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(part for entry in entries for part in entry.split(":"))
 
 
+def _next(at: int, step: int, data: bytes) -> int:
+    """The next entry of a chain; the last one has a step of 0, and a damaged chain must not be walked forever."""
+    return at + step if step else len(data)
+
+
 class _Tables:
     """The tables behind the dynamic table's addresses."""
 
@@ -184,6 +202,7 @@ class _Tables:
         self._elf = elf
         self._stream = stream
         self._tags = tags
+        self._size = os.fstat(stream.fileno()).st_size
         plain = elf.elfclass == 64 and elf.little_endian
         self._strings = self._bytes("DT_STRTAB", tags.get("DT_STRSZ", 0)) if plain else b""
 
@@ -194,7 +213,7 @@ class _Tables:
         if offset is None:
             raise NotElfError(f"{tag} points outside the file")
         self._stream.seek(offset)
-        return self._stream.read(size)
+        return self._stream.read(min(size, self._size))
 
     def _text(self, offset: int) -> str:
         return self._strings[offset : self._strings.index(b"\0", offset)].decode("utf-8", "surrogateescape")
@@ -210,8 +229,8 @@ class _Tables:
                 _hash, flags, other, name, next_entry = struct.unpack_from("<IHHII", data, entry)
                 need = Need(file=self._text(file), version=self._text(name), weak=bool(flags & _FLAG_WEAK))
                 yield other & ~_HIDDEN_BIT, need
-                entry += next_entry
-            at += following
+                entry = _next(entry, next_entry, data)
+            at = _next(at, following, data)
 
     def definitions(self) -> dict[int, str]:
         """Versions defined, by index."""
@@ -221,7 +240,7 @@ class _Tables:
             _version, flags, index, _count, _hash, first, following = struct.unpack_from("<HHHHIII", data, at)
             if not flags & _FLAG_BASE:
                 found[index & ~_HIDDEN_BIT] = self._text(struct.unpack_from("<I", data, at + first)[0])
-            at += following
+            at = _next(at, following, data)
         return found
 
     def _rest(self, tag: str) -> bytes:

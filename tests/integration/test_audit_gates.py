@@ -40,8 +40,17 @@ class Bench:
     toolchain: Path
 
     def core(self, name: str, source: str, *options: str) -> bytes:
-        """An extension module."""
-        return self.compiler.link(name, source, *options).read_bytes()
+        """An extension module; one name always stands for the same source and options, and is compiled once."""
+        path = self.compiler.folder / name
+        return (path if path.is_file() else self.compiler.link(name, source, *options)).read_bytes()
+
+    def kernels(self, *sms: str) -> bytes:
+        """A library with device code for those sm values, compiled once."""
+        path = self.compiler.folder / f"gpu_{'_'.join(sms)}.so"
+        if not path.is_file():
+            options = ("-Xlinker", "libcudart.so.13")
+            audit_kit.nvcc(self.toolchain, self.compiler.root, TARGET, audit_kit.KERNEL, path, sms, *options)
+        return path.read_bytes()
 
 
 @pytest.fixture(scope="module")
@@ -180,15 +189,15 @@ def patched_alignment(bench: Bench) -> Draft:
 
 
 def extra_cubin(bench: Bench) -> Draft:
-    return cuda_draft(bench, "extra", "90", "100")
+    return cuda_draft(bench, "90", "100")
 
 
 def missing_cubin(bench: Bench) -> Draft:
-    return cuda_draft(bench, "missing", "100")
+    return cuda_draft(bench, "100")
 
 
 def ptx(bench: Bench) -> Draft:
-    return cuda_draft(bench, "ptx", "90", "90+ptx")
+    return cuda_draft(bench, "90", "90+ptx")
 
 
 def missing_symbol(bench: Bench) -> Draft:
@@ -205,13 +214,10 @@ def unknown_driver_symbol(bench: Bench) -> Draft:
     return draft(bench.core("driven.so", source, "driver.so"))
 
 
-def cuda_draft(bench: Bench, name: str, *sms: str) -> Draft:
+def cuda_draft(bench: Bench, *sms: str) -> Draft:
     """A module beside a library with device code."""
     one = draft(bench.core("plain.so", module()))
-    out = bench.compiler.folder / f"{name}_gpu.so"
-    one.files["demo/kernels.so"] = audit_kit.nvcc(
-        bench.toolchain, bench.compiler.root, TARGET, audit_kit.KERNEL, out, sms, "-Xlinker", "libcudart.so.13"
-    ).read_bytes()
+    one.files["demo/kernels.so"] = bench.kernels(*sms)
     return one
 
 
@@ -265,15 +271,15 @@ def test_the_size_gate_counts_bytes(bench: Bench, tmp_path: Path) -> None:
 
 
 def test_cubins_as_asked_pass_and_are_counted(bench: Bench, tmp_path: Path) -> None:
-    wheel = cuda_draft(bench, "right", "90").pack(tmp_path)
+    wheel = cuda_draft(bench, "90").pack(tmp_path)
     verdict = by_gate(audit.audit(wheel, bench.policy))["cubins"]
     assert verdict.status == "passed"
     assert verdict.details == ("demo/kernels.so: 1 for sm_90",)
 
 
 def test_an_extra_sm_counts_when_the_recipe_declares_it_and_must_then_be_there(bench: Bench, tmp_path: Path) -> None:
-    both = cuda_draft(bench, "declared", "90", "100").pack(tmp_path / "both")
-    plain = cuda_draft(bench, "undeclared", "90").pack(tmp_path / "plain")
+    both = cuda_draft(bench, "90", "100").pack(tmp_path / "both")
+    plain = cuda_draft(bench, "90").pack(tmp_path / "plain")
     policy = dataclasses.replace(bench.policy, sm_extra={"hopper/*.cu": ("100",)})
     assert failed(audit.audit(both, policy)) == []
     verdicts = audit.audit(plain, policy)
@@ -283,13 +289,13 @@ def test_an_extra_sm_counts_when_the_recipe_declares_it_and_must_then_be_there(b
 
 def test_a_cuda_recipe_without_device_code_and_a_plain_one_with_it_are_refused(bench: Bench, tmp_path: Path) -> None:
     without = draft(bench.core("plain.so", module())).pack(tmp_path / "without")
-    with_code = cuda_draft(bench, "unasked", "90").pack(tmp_path / "with")
+    with_code = cuda_draft(bench, "90").pack(tmp_path / "with")
     assert failed(audit.audit(without, dataclasses.replace(bench.policy, needs_cubins=True))) == ["cubins"]
     assert failed(audit.audit(with_code, dataclasses.replace(bench.policy, sm=None))) == ["cubins"]
 
 
 def test_device_code_that_cuobjdump_cannot_read_is_refused(bench: Bench, tmp_path: Path) -> None:
-    one = cuda_draft(bench, "damaged", "90")
+    one = cuda_draft(bench, "90")
     data = bytearray(one.files["demo/kernels.so"])
     at = data.index(bytes.fromhex("50ed55ba"))  # the fatbin's magic
     data[at : at + 64] = b"\xff" * 64
