@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import zipfile
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 from builder.audit import alignment, cubins, grafted, machine, python_abi, rpath, symbols, tag, wheel_file
-from builder.audit.contents import Contents, opened
+from builder.audit.contents import UNREADABLE, Contents, opened
 from builder.audit.policy import Policy
 from builder.audit.repair import repair
 from builder.audit.verdict import Verdict, not_applicable, refused, require
@@ -48,7 +46,7 @@ def audit(wheel: Path, policy: Policy, tick: Tick = no_tick) -> tuple[Verdict, .
             for name, judge in _CONTENT_GATES:
                 tick(len(verdicts), len(GATES), name)
                 verdicts.append(judge(contents, policy))
-    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+    except UNREADABLE as error:
         if first.status == "passed":
             first = refused(wheel_file.GATE, [f"the archive cannot be read: {error}"])
         verdicts = [first, *(not_applicable(name, "the wheel cannot be read") for name, _judge in _CONTENT_GATES)]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import lzma
 import shutil
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +14,9 @@ from tempfile import TemporaryDirectory
 
 from builder.audit import elf
 from builder.stack import Arch
+
+UNREADABLE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError)
+"What zipfile raises on damaged, encrypted and unknown archives."
 
 MACHINES = {"EM_AARCH64": Arch.AARCH64, "EM_X86_64": Arch.X86_64}
 
@@ -48,14 +53,14 @@ def opened(wheel: Path) -> Iterator[Contents]:
     """The contents of a wheel; the unpacked objects vanish with the block.
 
     Raises:
-        zipfile.BadZipFile, OSError: the file is no wheel at all.
+        one of UNREADABLE, OSError: the file is no wheel at all.
     """
     with TemporaryDirectory(prefix="gracefarm-audit-") as folder, zipfile.ZipFile(wheel) as archive:
         names = tuple(info.filename for info in archive.infolist() if not info.is_dir())
         objects: dict[str, elf.Object] = {}
         damaged: dict[str, str] = {}
         for number, name in enumerate(names):
-            path = _unpack_elf(archive, name, Path(folder) / str(number))
+            path = _unpack_elf(archive, name, Path(folder) / f"{number}.so")
             if path is None:
                 continue
             try:
@@ -65,14 +70,12 @@ def opened(wheel: Path) -> Iterator[Contents]:
         yield Contents(wheel=wheel, names=names, objects=objects, damaged=damaged)
 
 
-def _unpack_elf(archive: zipfile.ZipFile, name: str, folder: Path) -> Path | None:
-    """The file on disk when it is an ELF object; its own name is kept because cuobjdump prints it."""
+def _unpack_elf(archive: zipfile.ZipFile, name: str, path: Path) -> Path | None:
+    """The file on disk when it is an ELF object; not under its own name, which is the wheel's maker's choice."""
     with archive.open(name) as stream:
         head = stream.read(4)
         if not elf.is_elf(head):
             return None
-        folder.mkdir()
-        path = folder / name.rsplit("/", 1)[-1]
         with path.open("wb") as out:
             out.write(head)
             shutil.copyfileobj(stream, out, 1 << 20)

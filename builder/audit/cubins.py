@@ -33,7 +33,7 @@ def judge(contents: Contents, policy: Policy) -> Verdict:
     if policy.cuobjdump is None:
         return refused(GATE, ["there is CUDA device code and no cuobjdump to read it with"])
     try:
-        found = {name: _cubins(policy.cuobjdump, path) for name, path in objects.items()}
+        found = {name: _cubins(policy.cuobjdump, name, path) for name, path in objects.items()}
     except UnreadableError as error:
         return refused(GATE, [str(error)])
     return compare(found, policy)
@@ -68,9 +68,12 @@ def _listed(cubins: list[str]) -> str:
     return ", ".join(f"{count} for sm_{sm}" for sm, count in sorted(Counter(cubins).items())) or "no cubin"
 
 
-def _cubins(cuobjdump: Path, path: Path) -> tuple[list[str], list[str]]:
+def _cubins(cuobjdump: Path, name: str, path: Path) -> tuple[list[str], list[str]]:
     """The sm values of the cubins and of the PTX in an object."""
-    return _ELF.findall(_run(cuobjdump, "--list-elf", path)), _PTX.findall(_run(cuobjdump, "--list-ptx", path))
+    try:
+        return _ELF.findall(_run(cuobjdump, "--list-elf", path)), _PTX.findall(_run(cuobjdump, "--list-ptx", path))
+    except UnreadableError as error:
+        raise UnreadableError(f"{name}: cuobjdump cannot read its device code ({error})") from error
 
 
 def _run(cuobjdump: Path, option: str, path: Path) -> str:
@@ -83,5 +86,5 @@ def _run(cuobjdump: Path, option: str, path: Path) -> str:
     # It also ends with 255 where there is merely none of the kind asked for.
     if done.returncode and "does not contain device code" not in done.stdout + done.stderr:
         said = (done.stdout + done.stderr).strip().splitlines() or ["no output"]
-        raise UnreadableError(f"cuobjdump cannot read {path.name}: {said[-1].removeprefix('cuobjdump fatal   : ')}")
+        raise UnreadableError(said[-1].removeprefix("cuobjdump fatal   : "))
     return done.stdout

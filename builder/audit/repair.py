@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-import zipfile
 from datetime import UTC, datetime
 from os import environ
 from pathlib import Path
@@ -15,7 +14,7 @@ from auditwheel.tools import dir2zip, zip2dir
 from auditwheel.wheeltools import rewrite_record
 
 from builder.audit import rpath, tag
-from builder.audit.contents import Contents, opened
+from builder.audit.contents import UNREADABLE, Contents, opened
 from builder.audit.policy import Policy
 from builder.audit.providers import system_folders
 from builder.audit.wheel_file import only_wheel
@@ -42,7 +41,7 @@ def repair(wheel: Path, policy: Policy, into: Path) -> Path:
             if not contents.loadable(policy.target):
                 return Path(shutil.copy2(wheel, into))
             dirty = _dirty(contents, policy)
-    except (zipfile.BadZipFile, OSError) as error:
+    except (*UNREADABLE, OSError) as error:
         raise WheelError(f"{wheel.name} cannot be read: {error}", remedy="build it again") from error
     with TemporaryDirectory(prefix="gracefarm-repair-") as folder:
         clean = _clean(wheel, dirty, Path(folder) / "clean") if dirty else wheel

@@ -20,6 +20,7 @@ from packaging.tags import Tag, parse_tag
 from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
 from packaging.version import InvalidVersion, Version
 
+from builder.audit.contents import UNREADABLE
 from builder.audit.policy import Policy
 from builder.audit.verdict import Verdict, passed, refused
 from builder.stack import Arch
@@ -79,8 +80,10 @@ def judge(wheel: Path, policy: Policy) -> Verdict:
     try:
         with zipfile.ZipFile(wheel) as archive:
             complaints += _inside(archive, name, version, tags)
-    except (zipfile.BadZipFile, OSError, EOFError) as error:
+    except UNREADABLE as error:
         complaints.append(f"the archive cannot be read: {error}")
+    except (UnicodeDecodeError, csv.Error) as error:
+        complaints.append(f"RECORD cannot be read: {error}")
     if complaints:
         return refused(GATE, complaints)
     return passed(GATE, f"{name} {version}, {_sized(wheel.stat().st_size)}; WHEEL, METADATA and RECORD agree with the content")
@@ -106,7 +109,7 @@ def _promise(name: str, version: Version, policy: Policy) -> list[str]:
 
 def _inside(archive: zipfile.ZipFile, name: str, version: Version, tags: frozenset[Tag]) -> list[str]:
     names = [info.filename for info in archive.infolist() if not info.is_dir()]
-    folders = sorted({part for part in (PurePosixPath(entry).parts[0] for entry in names) if part.endswith(".dist-info")})
+    folders = sorted({top for top in (entry.partition("/")[0] for entry in names) if top.endswith(".dist-info")})
     complaints = [f"{entry} stands {count} times in the archive" for entry, count in Counter(names).items() if count > 1]
     complaints += [f"{entry} leaves the wheel" for entry in names if _leaves(entry)]
     if len(folders) != 1:
@@ -193,7 +196,7 @@ def _digest_fits(archive: zipfile.ZipFile, row: list[str]) -> bool:
     algorithm, _, value = digest.partition("=")
     if algorithm not in ("sha256", "sha384", "sha512"):
         return False
-    if size and int(size) != archive.getinfo(entry).file_size:
+    if size and size != str(archive.getinfo(entry).file_size):
         return False
     with archive.open(entry) as stream:
         return _hash(stream, algorithm) == value

@@ -33,6 +33,8 @@ from builder.stack import Arch
 from gracefarm.errors import AuditError, ExitCode, WheelError
 from tests.audit_kit import Draft
 
+EMPTY = "47DEQpj8HBSa-_TImW-5JCeuQeRkm5NMpJWZG3hSuFU"
+"RECORD's sha256 of an empty file."
 POLICY = Policy(target=Arch.AARCH64, glibc="2_34", sm=("90",))
 NATIVE = Path(extension.__file__)
 "An extension module of this machine that is certainly there."
@@ -246,11 +248,33 @@ def test_a_damaged_object_is_the_machine_gates(tmp_path: Path) -> None:
     assert "demo/x.so: not a readable ELF object" in verdicts["elf-machine"].summary
 
 
+def test_an_encrypted_archive_gets_verdicts(tmp_path: Path) -> None:
+    path = Draft(files={"demo/data.bin": b"1234"}).pack(tmp_path)
+    data = bytearray(path.read_bytes())
+    central = data.index(b"PK\x01\x02")
+    data[6] |= 1
+    data[central + 8] |= 1
+    path.write_bytes(data)
+    assert [verdict.gate for verdict in audit.audit(path, POLICY) if verdict.status == "failed"] == ["wheel"]
+
+
+@pytest.mark.parametrize("name", ["demo/..", "demo/" + "x" * 300, "demo/\u00e4\n.so", "x"])
+def test_an_object_under_any_name_gets_a_verdict(name: str, tmp_path: Path) -> None:
+    path = Draft(files={name: b"\x7fELF" + b"\xff" * 200}).pack(tmp_path)
+    assert "elf-machine" in [verdict.gate for verdict in audit.audit(path, POLICY) if verdict.status == "failed"]
+
+
+def test_a_record_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    one = Draft(files={"demo/__init__.py": b""}, record=b"\xff\xfe,sha256=x,1\n")
+    assert "RECORD cannot be read" in wheel_file.judge(one.pack(tmp_path), POLICY).summary
+
+
 @pytest.mark.parametrize(
     ("row", "words"),
     [
         ("demo/__init__.py,md5=abc,0", "not what RECORD says"),
         ("demo/gone.py,,", "demo/gone.py is in RECORD"),
+        (f"demo/__init__.py,sha256={EMPTY},x", "not what RECORD"),
         ("junk,,\njunk,,", "twice"),
     ],
 )
