@@ -208,7 +208,7 @@ def show(name: str, as_json: bool) -> None:
     console.result(last.model_dump(mode="json"), "\n".join(lines))
 
 
-@cli.command()
+@cli.command("doctor")
 @click.option("--fix", is_flag=True, help="Mend what can be mended, as root or with sudo.")
 @_common
 def doctor_(fix: bool, as_json: bool) -> None:
@@ -226,9 +226,6 @@ def doctor_(fix: bool, as_json: bool) -> None:
     console.result(rows, "\n".join(lines))
     if not all(one.ok for one in found):
         sys.exit(ExitCode.HOST)
-
-
-doctor_.name = "doctor"
 
 
 @cli.command()

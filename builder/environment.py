@@ -252,7 +252,7 @@ def ensure(stack: LoadedStack, target: Arch, root: Path, settings: Settings, tic
     final = settings.home / "environments" / name
     if final.is_dir():
         return final
-    with lock(settings.home / "locks" / f"environment-{name}", lambda: tick(0, None, "another process assembles this")):
+    with lock(final.with_name(f"{name}.lock"), lambda: tick(0, None, "another process assembles this")):
         if not final.is_dir():
             with atomic_directory(final) as folder:
                 site = folder / "lib" / f"python{stack.data.python}" / "site-packages"
@@ -281,7 +281,7 @@ def ensure_toolchain(stack: LoadedStack, host: Arch, settings: Settings, tick: T
     final = settings.home / "toolchains" / name
     if final.is_dir():
         return final
-    with lock(settings.home / "locks" / f"toolchain-{name}", lambda: tick(0, None, "another process assembles this")):
+    with lock(final.with_name(f"{name}.lock"), lambda: tick(0, None, "another process assembles this")):
         if not final.is_dir():
             with atomic_directory(final) as folder:
                 _install(stack, host, found, folder, settings, tick)
@@ -502,14 +502,17 @@ def _bytecode(
     """Give every module its .pyc: from the store where its wheel was compiled before, else made and put there."""
     modules = dict(_modules(site))
     stores = {
-        one: settings.home / "bytecode" / hashlib.sha256(f"{LAYOUT} {stack.data.python} {one.sha256}".encode()).hexdigest()
+        one: settings.home
+        / "environments"
+        / "bytecode"
+        / hashlib.sha256(f"{LAYOUT} {stack.data.python} {one.sha256}".encode()).hexdigest()
         for one in found
     }
     missing = [one for one in found if not stores[one].is_dir()]
     tick(0, None, f"byte-compiling {len(missing)} wheels" if missing else "linking byte code")
     prefix = site.relative_to(folder)
     compile_files(root, INSIDE, folder, [str(prefix / name) for one in missing for name in modules.get(one.name, ())])
-    with lock(settings.home / "locks" / "bytecode"):
+    with lock(settings.home / "environments" / "bytecode.lock"):
         for one in found:
             if one in missing:
                 _store(site, modules.get(one.name, []), stores[one])

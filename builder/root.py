@@ -188,7 +188,7 @@ def ensure(stack: LoadedStack, host: Arch, target: Arch, settings: Settings, tic
     final = settings.home / "roots" / name
     if final.is_dir():
         return final
-    with lock(settings.home / "locks" / f"root-{name}", lambda: tick(0, None, "another process assembles this root")):
+    with lock(final.with_name(f"{name}.lock"), lambda: tick(0, None, "another process assembles this root")):
         if not final.is_dir():
             pinned = packages(stack, host, target)
             places = _download(stack, pinned, settings, tick)
