@@ -100,9 +100,8 @@ def _export(repository: Path, commit: str, into: Path, config: Path) -> None:
 def _place_files(recipe: Recipe, fetched: Fetched, tree: Path) -> None:
     for file in recipe.files:
         place, name = tree / file.path, f"file {file.path} of {recipe.name}"
-        archive.make_parents(place, tree, name)
+        archive.make_parents(place / "member" if file.unpack else place, tree, name)
         if file.unpack:
-            archive.make_parents(place / "member", tree, name)
             archive.extract(fetched.files[file.sha256], place, name, strip=False)
             continue
         if place.is_symlink() or place.exists():
