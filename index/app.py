@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -26,6 +27,8 @@ MAX_AGE = 60
 
 _READY = 8192
 "Answers kept: one for each page and combination of headers."
+
+_LOG = logging.getLogger("index")
 
 _SAFE = re.compile(r"[A-Za-z0-9/+%~:@!$&'()*,;=._-]+")
 
@@ -87,6 +90,9 @@ class Application:
 
         try:
             await self.rest(scope, receive, counted)
+        except Exception:  # noqa: BLE001 - the last place that can tell
+            # Starlette has sent the 500; what it raises again is ours to mend, so it goes where the operator looks.
+            _LOG.exception("%s %r failed", scope["method"], scope["path"])
         finally:
             self._account(scope, status, 0 if scope["method"] == "HEAD" else size, started)
 

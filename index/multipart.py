@@ -183,9 +183,7 @@ class _Assembler:
             case "name" | "value":
                 self._header[kind] += data
             case "header-end":
-                self._headers[self._header["name"].decode("latin-1").lower()] = self._header["value"].decode(
-                    "utf-8", "replace"
-                )
+                self._headers[self._header["name"].decode("latin-1").lower()] = self._header["value"].decode("latin-1")
                 self._header = {"name": b"", "value": b""}
             case "begin":
                 self._headers, self._text = {}, None
@@ -198,7 +196,10 @@ class _Assembler:
         self._parts += 1
         if self._parts > MAX_PARTS:
             raise TooLargeError(f"the form has more than {MAX_PARTS} fields", remedy="send fewer")
-        disposition, options = parse_options_header(self._headers.get("content-disposition", ""))
+        try:
+            disposition, options = parse_options_header(self._headers.get("content-disposition", ""))
+        except (UnicodeError, LookupError, ValueError):  # from a filename* in a coding that nobody knows
+            raise RefusedError("a part of the form has an unreadable name", remedy="send names as UTF-8") from None
         if disposition != b"form-data" or b"name" not in options:
             raise RefusedError("a part of the form has no name", remedy="send multipart/form-data as twine and uv do")
         self._name = options[b"name"].decode("utf-8", "replace")
@@ -249,7 +250,10 @@ async def receive_form(
         RefusedError: not a form, or a malformed one, or one that ends before its last boundary.
         TooLargeError, StalledError, DisconnectedError, StoreFullError: what their names say.
     """
-    kind, options = parse_options_header(content_type)
+    try:
+        kind, options = parse_options_header(content_type)
+    except (UnicodeError, LookupError, ValueError):
+        raise RefusedError("the Content-Type cannot be read", remedy="use twine, uv publish or curl -F") from None
     if kind != b"multipart/form-data" or not options.get(b"boundary"):
         raise RefusedError("the upload is not multipart/form-data", remedy="use twine, uv publish or curl -F")
     if len(options[b"boundary"]) > 70:

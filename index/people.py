@@ -68,10 +68,15 @@ class Row:
 def people_routes(service: Service) -> list[Route]:
     """Everything a browser shows."""
     pages = Pages(service)
-    style = resources("index").joinpath("pages/style.css").read_bytes()
+    folder = resources("index").joinpath("pages")
+    kinds = {"style.css": "text/css", "icon.svg": "image/svg+xml"}
+    kept = {name: folder.joinpath(name).read_bytes() for name in kinds}
 
-    async def stylesheet(_request: Request) -> Response:
-        return Response(style, media_type="text/css", headers={"Cache-Control": "public, max-age=86400"})
+    async def static(request: Request) -> Response:
+        name = request.path_params["name"]
+        if name not in kept:
+            raise NotFoundError(f"there is no {name!r} here", remedy="see /")
+        return Response(kept[name], media_type=kinds[name], headers={"Cache-Control": "public, max-age=86400"})
 
     def page(make: Callable[[Request], Response]) -> Callable[[Request], Awaitable[Response]]:
         async def endpoint(request: Request) -> Response:
@@ -87,7 +92,7 @@ def people_routes(service: Service) -> list[Route]:
         Route("/board/", page(pages.board)),
         Route("/board/{id}/", page(pages.build)),
         Route("/sets/", page(pages.sets)),
-        Route("/static/style.css", stylesheet),
+        Route("/static/{name}", static),
     ]
 
 

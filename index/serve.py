@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
 import socket
 from collections.abc import Callable
@@ -64,6 +65,8 @@ def run(store: Store, options: Options, listen: Listen, on_listen: Callable[[str
     with store.serving() as ours:
         if not ours:
             raise HostError(f"another server already serves {store.root}", remedy="stop it, or give another --root")
+        # It warns of every malformed body; the client is told, and a hostile one must not fill the log.
+        logging.getLogger("python_multipart").setLevel(logging.ERROR)
         store.sweep()
         application = build(store, options)
         heal(store, application.service.catalogue, "start")

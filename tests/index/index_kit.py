@@ -15,11 +15,14 @@ import tarfile
 import time
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
+from unittest import mock
 
 import httpx
+
+from index.cli import main
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 JSON = "application/vnd.pypi.simple.v1+json"
@@ -87,20 +90,31 @@ def sdist(name: str = "demo_pkg", version: str = "1.0", *, extra: dict[str, byte
     return f"{name}-{version}.tar.gz", buffer.getvalue()
 
 
-def run_index(
-    root: Path, *arguments: str, check: bool = True, env: dict[str, str] | None = None
-) -> subprocess.CompletedProcess[str]:
-    """`python -m index …` on that root."""
-    done = subprocess.run(
-        [sys.executable, "-m", "index", *arguments, "--root", str(root)],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, **(env or {})},
-        check=False,
-    )
-    assert not check or done.returncode == 0, done.stdout + done.stderr
+@dataclass(frozen=True, kw_only=True)
+class Done:
+    """How a command ended."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def run_index(root: Path, *arguments: str, check: bool = True, env: dict[str, str] | None = None) -> Done:
+    """`index …` on that root, in this process: the tests run it a hundred times."""
+    out, err = io.StringIO(), io.StringIO()
+    code = 0
+    with (
+        mock.patch.object(sys, "argv", ["index", *arguments, "--root", str(root)]),
+        mock.patch.dict(os.environ, env or {}),
+        redirect_stdout(out),
+        redirect_stderr(err),
+    ):
+        try:
+            main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+    done = Done(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
+    assert not check or code == 0, done.stdout + done.stderr
     return done
 
 
@@ -207,17 +221,25 @@ def serving(root: Path, *arguments: str, token: str | None = None) -> Iterator[S
             yield Server(url=url, root=root, token=secret, access_log=access_log, process=process, client=client)
     finally:
         stop(process)
+    said = error_log(root).read_text()
+    assert "Traceback" not in said, said[-4000:]
 
 
 def start(root: Path, *arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "index", "serve", "--root", str(root), "--port", "0", "--json", *arguments],
-        cwd=REPOSITORY,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    with error_log(root).open("a") as errors:  # a file: nobody reads a pipe while the tests run
+        return subprocess.Popen(
+            [sys.executable, "-m", "index", "serve", "--root", str(root), "--port", "0", "--json", *arguments],
+            cwd=REPOSITORY,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            start_new_session=True,
+        )
+
+
+def error_log(root: Path) -> Path:
+    """What the server of that root says on stderr."""
+    return root.parent / f"{root.name}.errors.log"
 
 
 def await_url(process: subprocess.Popen[str]) -> str:

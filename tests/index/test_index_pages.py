@@ -13,7 +13,9 @@ from axe_playwright_python.sync_playwright import Axe
 from index_kit import Server, run_index, wheel
 from playwright.sync_api import Browser, sync_playwright
 
-pytestmark = pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed: see system-packages-test.txt")
+pytestmark = pytest.mark.skipif(
+    shutil.which("chromium") is None, reason="chromium is not installed: see system-packages-test.txt"
+)
 
 LONG = "causal_conv1d"
 FILENAME = "causal_conv1d-1.7.0+cu130-cp311-cp311-manylinux_2_34_aarch64.whl"
@@ -28,7 +30,10 @@ def site(shared: Server) -> Server:
             tag = "cu" + cuda.replace(".", "")
             build = hashlib.sha256((cuda + python).encode()).hexdigest()
             inputs = {
-                "recipe": {"name": "causal-conv1d", "source": {"kind": "git", "commit": "6a3f8d0c2b1e4f5a9c7d8e0f1a2b3c4d5e6f7a8b"}},
+                "recipe": {
+                    "name": "causal-conv1d",
+                    "source": {"kind": "git", "commit": "6a3f8d0c2b1e4f5a9c7d8e0f1a2b3c4d5e6f7a8b"},
+                },
                 "stack": {"cuda": cuda, "torch": "2.11.0", "sm": ["90"]},
                 "target": "aarch64",
             }
@@ -62,7 +67,12 @@ def site(shared: Server) -> Server:
         "recipe": "vllm",
         "stack": "cu130",
         "outcome": "failed",
-        "failure": {"kind": "compile", "exit_code": 21, "cause": "gemm.cu(12): error: <evil> is undefined", "remedy": "see the log"},
+        "failure": {
+            "kind": "compile",
+            "exit_code": 21,
+            "cause": "gemm.cu(12): error: <evil> is undefined",
+            "remedy": "see the log",
+        },
         "stages": [{"name": "compile", "wall_s": 5400}],
     }
     assert shared.client.put("/records/failed-1", json=failed, auth=auth).status_code == 200
@@ -154,7 +164,16 @@ def test_every_link_of_every_page_leads_somewhere(site: Server, browser: Browser
 
 def test_what_the_pages_say(site: Server) -> None:
     text = site.client.get(PAGES["wheel"]).text
-    for word in ("13.0", "2.11.0", "exactly sm_90", "1832 symbols", "6a3f8d0c2b1e4f5a9c7d8e0f1a2b3c4d5e6f7a8b", "gh200", "sha256", "/log"):
+    for word in (
+        "13.0",
+        "2.11.0",
+        "exactly sm_90",
+        "1832 symbols",
+        "6a3f8d0c2b1e4f5a9c7d8e0f1a2b3c4d5e6f7a8b",
+        "gh200",
+        "sha256",
+        "/log",
+    ):
         assert word in text, word
     board = site.client.get("/board/").text
     assert "error: &lt;evil&gt; is undefined" in board

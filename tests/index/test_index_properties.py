@@ -20,7 +20,9 @@ VERSIONS = st.builds(
     st.sampled_from(["", "a1", "b2", "rc3", ".post1", ".dev20261123"]),
     st.sampled_from(["", "+cu130", "+cu.12.8.torch.2.11"]),
 )
-TAGS = st.sampled_from(["py3-none-any", "cp311-cp311-manylinux_2_34_aarch64", "cp39-abi3-manylinux2014_x86_64.manylinux_2_17_x86_64"])
+TAGS = st.sampled_from(
+    ["py3-none-any", "cp311-cp311-manylinux_2_34_aarch64", "cp39-abi3-manylinux2014_x86_64.manylinux_2_17_x86_64"]
+)
 
 
 @given(name=NAMES, version=VERSIONS, tags=TAGS)
@@ -100,7 +102,9 @@ def test_no_address_is_an_error_of_ours(shared: Server, place: str, path: str, a
 )
 def test_no_form_is_an_error_of_ours(shared: Server, fields: dict[str, str], filename: str, content: bytes) -> None:
     fields = {":action": "file_upload", **fields}
-    answer = shared.client.post("/legacy/", data=fields, files={"content": (filename, content)}, auth=("__token__", shared.token))
+    answer = shared.client.post(
+        "/legacy/", data=fields, files={"content": (filename, content)}, auth=("__token__", shared.token)
+    )
     assert answer.status_code in (400, 429), answer.text
     assert answer.text.strip()
 
@@ -109,6 +113,10 @@ def test_no_form_is_an_error_of_ours(shared: Server, fields: dict[str, str], fil
 @given(body=st.binary(max_size=400))
 def test_no_body_is_an_error_of_ours(shared: Server, body: bytes) -> None:
     headers = {"Content-Type": "multipart/form-data; boundary=b"}
-    for content in (body, b"--b\r\n" + body, b'--b\r\nContent-Disposition: form-data; name="content"; filename="x"\r\n\r\n' + body):
+    for content in (
+        body,
+        b"--b\r\n" + body,
+        b'--b\r\nContent-Disposition: form-data; name="content"; filename="x"\r\n\r\n' + body,
+    ):
         answer = shared.client.post("/legacy/", content=content, headers=headers, auth=("__token__", shared.token))
         assert answer.status_code in (400, 429), answer.text

@@ -214,7 +214,9 @@ def test_the_farms_record_inside_a_wheel_gives_its_facts(shared: Server) -> None
     answer = shared.upload(*wheel("fact_pkg", "1.0", AARCH64, files={f"{folder}/gracefarm.json": json.dumps(inside).encode()}))
     assert answer.status_code == 200
     item = shared.page("fact-pkg").json()["files"][0]
-    assert (item["_cuda"], item["_torch"], item["_sm"], item["_glibc"]) == ("13.0", "2.11.0", ["90"], "2.34"), "the tag is measured, the stack a bound"
+    assert (item["_cuda"], item["_torch"], item["_sm"], item["_glibc"]) == ("13.0", "2.11.0", ["90"], "2.34"), (
+        "the tag is measured, the stack a bound"
+    )
     assert shared.filenames("fact-pkg", prefix="/cu130")
     assert shared.client.get("/simple/fact-pkg/" + item["_record"]).json() == inside
 
