@@ -1,6 +1,6 @@
 """The index beside pypiserver, devpi and nginx over its own export, started here, on this machine, in one run.
 
-`GRACEFARM_BENCH_SCALE=0.01 python -m bench index` tries every measurement on a hundredth of the size; its figures mean nothing.
+`GRACEFARM_BENCH_SCALE=0.01 python -m bench index` tries everything on a hundredth of the size; such figures mean nothing.
 """
 
 from __future__ import annotations
@@ -222,7 +222,7 @@ def pages(work: Path) -> None:
         rates["devpi", 10] = devpi
     names = [name for name in ("gracefarm", "nginx", "pypiserver", "devpi") if (name, 10) in rates]
     rows = [
-        [name, *(f"{rates[name, count]:.0f}" if (name, count) in rates else "–" for count in (10, MANY))] for name in names
+        [name, *(f"{rates[name, count]:.0f}" if (name, count) in rates else "-" for count in (10, MANY))] for name in names
     ]
     table("A page, requests per second (access log on)", ["server", "10 wheels", f"{MANY} wheels"], rows)
     mine = {count: rates["gracefarm", count] for count in (10, MANY)}
@@ -360,7 +360,7 @@ def download(server: Running, work: Path, path: Path) -> None:
         for _ in range(3):
             begin = time.monotonic()
             children = [subprocess.Popen(["curl", "-sS", "--fail", "-o", os.devnull, url]) for _ in range(streams)]
-            if any([child.wait() for child in children]):
+            if sum(child.wait() for child in children):  # waits for all
                 raise SystemExit(f"{url} failed")
             best = max(best, streams * size / (time.monotonic() - begin))
         return best
@@ -413,7 +413,7 @@ def resolving(work: Path) -> None:
         clients: dict[str, list[object]] = {
             "pip": [sys.executable, "-m", "pip", "--isolated", "install", "--dry-run", "--ignore-installed", "--no-cache-dir",
                     "--disable-pip-version-check", "--index-url", server.url + "/simple/", *wanted],
-            "uv": [sys.executable, "-m", "uv", "pip", "install", "--dry-run", "--no-config", "--target", work / "t", "--no-cache",
+            "uv": [sys.executable, "-m", "uv", "pip", "install", "--dry-run", "--no-config", "--no-cache", "--target", work / "t",
                    "--default-index", server.url + "/simple/", *wanted],
         }  # fmt: skip
         assert server.log

@@ -126,7 +126,8 @@ def test_resolving_over_variants_costs_kilobytes(filled: Server, tmp_path: Path,
     filled.forget()
     wanted = ["variant_pkg==2.8.3", "torch==2.0.*"]
     if client == "pip":
-        call([sys.executable, "-m", "pip", "install", "--dry-run", "--no-cache-dir", "--ignore-installed", "--target", tmp_path,
+        call([sys.executable, "-m", "pip", "install", "--dry-run", "--no-cache-dir", "--ignore-installed",
+              "--target", tmp_path,
               "--report", tmp_path / "r", "--index-url", filled.url + "/simple/", *wanted])  # fmt: skip
         assert json.loads((tmp_path / "r").read_text())["install"]
     else:
@@ -295,7 +296,8 @@ def test_simple_repository_can_consume_us(filled: Server) -> None:
 @pytest.mark.slow
 def test_poetry_locks_by_metadata(filled: Server, tmp_path: Path) -> None:
     (tmp_path / "pyproject.toml").write_text(
-        '[project]\nname = "x"\nversion = "1"\nrequires-python = ">=3.11,<3.13"\ndependencies = ["app-pkg (==2.0)", "torch (==2.3.0)"]\n'
+        '[project]\nname = "x"\nversion = "1"\nrequires-python = ">=3.11,<3.13"\n'
+        'dependencies = ["app-pkg (==2.0)", "torch (==2.3.0)"]\n'
         f'[[tool.poetry.source]]\nname = "farm"\nurl = "{filled.url}/simple/"\npriority = "primary"\n'
     )
     filled.forget()

@@ -79,7 +79,7 @@ def test_json_page_holds_what_the_standards_ask(hosted: Server) -> None:
         assert set(item["hashes"]) == {"sha256"}, "several hashes make uv lock one that it then misses"
         assert "#" not in item["url"]
         assert item["size"] > 0
-        datetime.strptime(item["upload-time"], "%Y-%m-%dT%H:%M:%S.%fZ")
+        datetime.strptime(item["upload-time"], "%Y-%m-%dT%H:%M:%S.%f%z")
         assert item["requires-python"] == ">=3.8"
         content = hosted.client.get("/simple/http-pkg/" + item["url"]).content
         assert hashlib.sha256(content).hexdigest() == item["hashes"]["sha256"]

@@ -36,12 +36,11 @@ def test_any_file_name_is_read_or_refused(text: str) -> None:
     for name in (text, text + ".whl", text + "-1.0-py3-none-any.whl", text + ".tar.gz"):
         try:
             found = parse_filename(name)
-        except RefusalError as error:
-            assert str(error)
-        else:
-            assert "/" not in found.filename
-            assert not found.filename.startswith(".")
-            assert len(found.filename.encode()) <= 255
+        except RefusalError:
+            continue
+        assert "/" not in found.filename
+        assert not found.filename.startswith(".")
+        assert len(found.filename.encode()) <= 255
 
 
 @given(st.text(max_size=80))

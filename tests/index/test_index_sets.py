@@ -164,7 +164,8 @@ def test_a_sets_view_is_closed_and_complete(shared: Server, upstream: Server, tm
     upstream.forget()
     target = tmp_path / "environment"
     subprocess.run(
-        [sys.executable, "-m", "pip", "--isolated", "install", "--no-cache-dir", "--target", str(target), "--disable-pip-version-check",
+        [sys.executable, "-m", "pip", "--isolated", "install", "--no-cache-dir", "--target", str(target),
+         "--disable-pip-version-check",
          "--index-url", f"{shared.url}/{name}/simple/", f"our_{how}"],
         check=True, capture_output=True, text=True,
     )  # fmt: skip
