@@ -1,0 +1,123 @@
+"""What a failed build's log really says, how many jobs run, and what the nvcc in front keeps."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from builder import compile, jobs
+from builder.record import Jobs
+from gracefarm.errors import CompileError, MemoryBoundError
+
+REPOSITORY = Path(__file__).parent.parent.parent
+
+TORCH_LOG = """running build_ext
+[1/2] /cuda/bin/nvcc -c a.cu
+FAILED: [code=1] /build/a.o
+/cuda/bin/nvcc -c a.cu
+a.cu(12): error: identifier "foo" is undefined
+ninja: build stopped: subcommand failed.
+Traceback (most recent call last):
+  File "cpp_extension.py", line 2000, in _run_ninja_build
+subprocess.CalledProcessError: Command '['ninja', '-v']' returned non-zero exit status 1.
+
+The above exception was the direct cause of the following exception:
+
+RuntimeError: Error compiling objects for extension
+ERROR Backend subprocess exited when trying to invoke build_wheel
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (TORCH_LOG, 'a.cu(12): error: identifier "foo" is undefined'),
+        ("x.c:1:10: fatal error: no.h: No such file or directory\nerror: command failed\n", "x.c:1:10: fatal error: no.h"),
+        ("ld: a.o: undefined reference to `f'\ncollect2: error: ld returned 1 exit status\n", "undefined reference to `f'"),
+        ("Traceback (most recent call last):\nModuleNotFoundError: No module named 'psutil'\nERROR Backend\n", "psutil"),
+        ("CMake Error at CMakeLists.txt:3 (find_package):\n  could not find X\n", "CMake Error at CMakeLists.txt:3"),
+        ("a.c:1: error: x\ncc1: fatal error: error writing to /tmp/x.s: No space left on device\n", "No space left on device"),
+        ("something odd\n", "something odd"),
+        ("", "the log is empty"),
+    ],
+)
+def test_the_first_real_error_is_shown(tmp_path: Path, text: str, expected: str) -> None:
+    log = tmp_path / "log.txt"
+    log.write_text(text)
+    assert expected in compile.first_error(log)
+
+
+def test_jobs_are_bounded_by_memory_and_say_so() -> None:
+    found = jobs.plan(memory=3 << 30, memory_per_job="2GiB", wanted=None)
+    assert found.count == 1
+    assert "3.0 GiB" in found.reason
+    assert "2GiB a job" in found.reason
+
+
+def test_jobs_are_never_more_than_cores_or_than_asked_for() -> None:
+    assert jobs.plan(memory=1 << 50, memory_per_job="1GiB", wanted=None).count == jobs.cores()
+    assert jobs.plan(memory=1 << 50, memory_per_job="1GiB", wanted=1) == Jobs(
+        count=1, reason=f"{jobs.cores()} cores, 1048576.0 GiB of memory at 1GiB a job allow 1048576, 1 asked for"
+    )
+
+
+def test_only_a_kill_by_memory_with_several_jobs_is_retried() -> None:
+    assert compile.fewer_jobs(MemoryBoundError("x"), 4) == 2
+    assert compile.fewer_jobs(MemoryBoundError("x"), 1) is None
+    assert compile.fewer_jobs(CompileError("x"), 4) is None
+
+
+def nvcc(tmp_path: Path, *arguments: str, **variables: str) -> tuple[list[str], str]:
+    """What the wrapper passes on, and what it says."""
+    real = tmp_path / "nvcc"
+    real.write_text('#!/bin/sh\nfor one in "$@"; do echo "$one"; done\n')
+    real.chmod(0o755)
+    done = subprocess.run(
+        [REPOSITORY / "builder" / "data" / "toolchain" / "nvcc", *arguments],
+        env={**os.environ, "GRACEFARM_NVCC": str(real), "GRACEFARM_SM": "90", "CUDA_HOME": "/cuda", **variables},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout.splitlines(), done.stderr
+
+
+HARD_CODED = [
+    "-gencode",
+    "arch=compute_80,code=sm_80",
+    "-gencode=arch=compute_90,code=sm_90",
+    "-arch=sm_75",
+    "--gpu-architecture",
+    "sm_100",
+]
+
+
+def test_nvcc_keeps_exactly_the_stacks_list(tmp_path: Path) -> None:
+    passed, said = nvcc(tmp_path, "-c", "a b.cu", *HARD_CODED, "-DX=a b", "-o", "a.o")
+    assert [one for one in passed if "arch" in one or "sm_" in one] == ["-gencode=arch=compute_90,code=sm_90"]
+    assert passed[:5] == ["-c", "a b.cu", "-DX=a b", "-o", "a.o"]
+    assert "-I/cuda/include" in passed
+    for sm in ("sm_80", "sm_75", "sm_100"):
+        assert f"dropped {sm}" in said or sm in said
+    assert "sm_90" not in said
+
+
+def test_nvcc_names_the_cross_compiler_last_so_that_it_wins(tmp_path: Path) -> None:
+    passed, _ = nvcc(tmp_path, "-ccbin", "gcc", "-c", "a.cu", GRACEFARM_CCBIN="aarch64-linux-gnu-g++")
+    positions = [index for index, one in enumerate(passed) if one == "-ccbin"]
+    assert passed[positions[-1] + 1] == "aarch64-linux-gnu-g++"
+
+
+def test_sm_extra_is_for_its_sources_alone(tmp_path: Path) -> None:
+    extra = {"GRACEFARM_SM_EXTRA": "hopper/*.cu=90a"}
+    passed, _ = nvcc(tmp_path, "-c", "/build/source/hopper/x.cu", **extra)
+    assert "-gencode=arch=compute_90a,code=sm_90a" in passed
+    passed, _ = nvcc(tmp_path, "-c", "/build/source/other.cu", **extra)
+    assert "-gencode=arch=compute_90a,code=sm_90a" not in passed
+
+
+def test_questions_pass_unchanged(tmp_path: Path) -> None:
+    assert nvcc(tmp_path, "--version")[0] == ["--version"]
