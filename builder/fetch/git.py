@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from builder.fetch.store import ATTEMPTS, MIRROR_REMEDY, pause
+from builder.fetch.transfer import ATTEMPTS, MIRROR_REMEDY, pause
 from builder.fetch.urls import shown, split_credentials
 from builder.recipe import GitSource
 from gracefarm.console import Tick, no_tick

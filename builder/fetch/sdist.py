@@ -5,36 +5,22 @@ Never `pip download`: it runs the sdist's setup.py to learn its name. Here the p
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from urllib.parse import urlsplit
-from urllib.request import url2pathname
+from typing import TYPE_CHECKING
 
-import requests
-from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
-from pypi_simple import (
-    PYPI_SIMPLE_ENDPOINT,
-    DistributionPackage,
-    NoSuchProjectError,
-    ProjectPage,
-    PyPISimple,
-    UnexpectedRepoVersionWarning,
-    UnsupportedContentTypeError,
-    UnsupportedRepoVersionError,
-)
 
-from builder.fetch.store import ATTEMPTS, TRANSIENT, Download, download, pause, store_path
+from builder.fetch.store import download, store_path
+from builder.fetch.transfer import Download
 from builder.fetch.urls import same_host, shown, split_credentials, with_credentials
 from builder.recipe import SdistSource
 from gracefarm.console import Tick, no_tick
 from gracefarm.errors import DigestError, FetchError
 from gracefarm.settings import Settings
 
-INDEX_REMEDY = "see that this machine reaches the index, or name another one: GRACEFARM_PYTHON_INDEX=URL of its simple API"
-TIMEOUT = (15.0, 30.0)
-"Seconds to connect and between two answers."
+if TYPE_CHECKING:
+    from pypi_simple import DistributionPackage
 
 
 def fetch_sdist(source: SdistSource, settings: Settings, tick: Tick = no_tick) -> Path:
@@ -48,8 +34,11 @@ def fetch_sdist(source: SdistSource, settings: Settings, tick: Tick = no_tick) -
     place = store_path(settings, source.sha256)
     if place.exists():
         return place
-    index, credentials = split_credentials(settings.index_url or PYPI_SIMPLE_ENDPOINT)
-    page = _page(source, index, credentials)
+    # Its clients and parsers take longer to import than `builder build` takes to find that a build exists.
+    from builder.fetch import simple
+
+    index, credentials = split_credentials(settings.index_url or simple.DEFAULT_INDEX)
+    page = simple.project_page(source.name, index, credentials)
     found = choose(source, page.packages, shown(index))
     url = with_credentials(found.url, credentials) if same_host(index, found.url) else found.url
     wanted = Download(url=url, sha256=source.sha256, what=found.filename, size=found.size)
@@ -100,59 +89,3 @@ def _version(text: str | None) -> Version | None:
         return Version(text) if text else None
     except InvalidVersion:
         return None
-
-
-def _page(source: SdistSource, index: str, credentials: tuple[str, str] | None) -> ProjectPage:
-    """The project's page, with bounded retries.
-
-    Raises:
-        FetchError: the project is absent, or the index cannot be reached or is none.
-    """
-    if urlsplit(index).scheme == "file":
-        return _local_page(source, index)
-    reason = ""
-    with warnings.catch_warnings(), PyPISimple(index, auth=credentials) as client:
-        # A newer minor version of the API only adds things (PEP 629).
-        warnings.simplefilter("ignore", UnexpectedRepoVersionWarning)
-        for attempt in range(ATTEMPTS):
-            pause(attempt)
-            try:
-                return client.get_project_page(source.name, timeout=TIMEOUT)
-            except NoSuchProjectError as error:
-                raise _no_project(source, index) from error
-            except (UnsupportedContentTypeError, UnsupportedRepoVersionError, requests.JSONDecodeError) as error:
-                raise FetchError(f"{shown(index)} does not answer as a simple API", remedy=INDEX_REMEDY) from error
-            except requests.HTTPError as error:
-                status = error.response.status_code if error.response is not None else 0
-                reason = f"it says {status}"
-                if status not in TRANSIENT:
-                    break
-            except requests.RequestException as error:
-                reason = _reason(error)
-    raise FetchError(f"{source.name}: the index {shown(index)} cannot be used: {reason}", remedy=INDEX_REMEDY)
-
-
-def _reason(error: requests.RequestException) -> str:
-    """The innermost sentence: requests wraps the system's in three layers of its own."""
-    inner: BaseException = error
-    while (following := inner.__cause__ or inner.__context__) is not None:
-        inner = following
-    return shown(str(inner) or type(inner).__name__)
-
-
-def _local_page(source: SdistSource, index: str) -> ProjectPage:
-    """A page of a static index in a folder."""
-    folder = f"{index.rstrip('/')}/{canonicalize_name(source.name)}/"
-    place = Path(url2pathname(urlsplit(folder).path)) / "index.html"
-    try:
-        text = place.read_text()
-    except OSError as error:
-        raise _no_project(source, index) from error
-    return ProjectPage.from_html(source.name, text, base_url=folder)
-
-
-def _no_project(source: SdistSource, index: str) -> FetchError:
-    return FetchError(
-        f"{source.name}: the index {shown(index)} has no such project",
-        remedy="mend [source] name in the recipe, or name the index that has it: GRACEFARM_PYTHON_INDEX",
-    )
