@@ -309,7 +309,6 @@ def _foreign_policy(wheel: Path, stack_name: str, settings: Settings, console: C
         version=None,
         glibc=loaded.data.glibc[target],
         cuda=loaded.data.cuda,
-        cuda=loaded.data.cuda,
         sm=loaded.data.sm,
         sm_extra={},
         bundled=(),
