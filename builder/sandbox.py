@@ -433,8 +433,10 @@ _FORBIDDEN = (
 
 
 def _explain(complaint: str) -> str:
-    """Bubblewrap's message, and the setting behind it when user namespaces are forbidden."""
+    """Bubblewrap's message, and what is behind it: forbidden user namespaces, or a folder that root may not enter in one."""
     text = complaint.strip().removeprefix("bwrap: ") or "it ended without a word"
+    if "source path" in text and text.endswith("Permission denied") and os.getuid() == 0:
+        return f"{text}; in a sandbox root enters only folders open to it, so build as their owner or set GRACEFARM_HOME"
     if not re.search(r"namespace|uid map|RTM_NEWADDR|unshare|clone", text):
         return text
     for name, value, reason in _FORBIDDEN:

@@ -18,6 +18,7 @@ import textwrap
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -874,6 +875,29 @@ def test_forbidden_user_namespaces_are_said(me: User) -> None:
 def test_a_missing_mount_is_named(me: User) -> None:
     with pytest.raises(HostError, match="/no/such/folder"):
         me.run("/bin/true", box=me.box(mounts=(Mount(source=Path("/no/such/folder"), target="/build"),)))
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="about root")
+def test_a_folder_that_root_may_not_enter_is_said(me: User) -> None:
+    """As /home/SOMEBODY with sudo: in a user namespace root has no rights over the files of others."""
+    closed = me.folder / "home"
+    (closed / "build").mkdir(parents=True)
+    closed.chmod(0o700)
+    os.chown(closed, 65534, 65534)
+    with pytest.raises(HostError, match="build as their owner or set GRACEFARM_HOME"):
+        me.run("/bin/true", box=me.box(mounts=(Mount(source=closed / "build", target="/build"),)))
+
+
+def test_sandboxes_side_by_side_do_not_mix(me: User) -> None:
+    def one(number: int) -> Outcome:
+        script = f"echo {number}; getent hosts {number}.example; exit {number}"
+        return sandbox.run(me.box(), ["/bin/sh", "-c", script], log=me.folder / f"log{number}")
+
+    with ThreadPoolExecutor(4) as pool:
+        outcomes = list(pool.map(one, range(8)))
+    assert [outcome.returncode for outcome in outcomes] == list(range(8))
+    assert [outcome.reached for outcome in outcomes] == [(f"{number}.example",) for number in range(8)]
+    assert [(me.folder / f"log{number}").read_text() for number in range(8)] == [f"{number}\n" for number in range(8)]
 
 
 def test_a_missing_command_is_named(me: User) -> None:

@@ -1,0 +1,69 @@
+"""The promises of the sandbox hold for the target's programs too, which run under qemu where the host is another machine."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from builder import root, sandbox, stack
+from builder.sandbox import Mount, Outcome, Sandbox
+from builder.stack import Arch, host_arch
+from tests.conftest import Farm
+
+MIB = 1 << 20
+
+Run = Callable[..., Outcome]
+
+
+@pytest.fixture
+def python(farm: Farm, tmp_path: Path) -> Run:
+    """Runs a script with the target's own Python in the project's own root; the log is tmp_path/log."""
+    tree = root.ensure(stack.load(farm.settings.project / "stacks", "cu130"), host_arch(), Arch.AARCH64, farm.settings)
+    (tmp_path / "build").mkdir()
+
+    def run(script: str, memory: int = 1024 * MIB) -> Outcome:
+        box = Sandbox(
+            root=tree,
+            mounts=(Mount(source=tmp_path / "build", target="/build", writable=True),),
+            environment={"PATH": "/usr/bin:/bin", "HOME": sandbox.HOME, "LANG": "C.UTF-8"},
+            workdir="/build",
+            memory=memory,
+        )
+        return sandbox.run(box, ["/usr/bin/python3", "-c", textwrap.dedent(script)], log=tmp_path / "log")
+
+    return run
+
+
+def test_it_is_the_targets_python_with_our_user_and_host_name(python: Run, tmp_path: Path) -> None:
+    outcome = python("""
+        import os, platform, pwd, socket
+        print(platform.machine(), os.getuid(), pwd.getpwuid(1000).pw_name, socket.gethostname(), socket.gethostbyname("build"))
+        open("/build/made", "w").close()
+        try: open("/usr/made", "w")
+        except OSError as error: print(error.strerror)
+    """)
+    assert outcome.returncode == 0
+    assert (tmp_path / "log").read_text() == "aarch64 1000 build build 127.0.0.1\nRead-only file system\n"
+    assert outcome.reached == ()
+
+
+def test_what_it_reaches_for_is_recorded(python: Run) -> None:
+    outcome = python("""
+        import socket, urllib.request
+        for attempt in (
+            lambda: urllib.request.urlopen("http://example.org"),
+            lambda: socket.create_connection(("93.184.216.34", 443)),
+        ):
+            try: attempt()
+            except OSError as error: print(error)
+    """)
+    assert outcome.reached == ("example.org", "93.184.216.34:443")
+
+
+def test_its_memory_is_bounded(python: Run, tmp_path: Path) -> None:
+    outcome = python("block = b'x' * (600 << 20); import time; time.sleep(2); print('survived')", memory=300 * MIB)
+    assert outcome.killed_by_memory
+    assert "survived" not in (tmp_path / "log").read_text()
