@@ -413,7 +413,7 @@ def resolving(work: Path) -> None:
         clients: dict[str, list[object]] = {
             "pip": [sys.executable, "-m", "pip", "--isolated", "install", "--dry-run", "--ignore-installed", "--no-cache-dir",
                     "--disable-pip-version-check", "--index-url", server.url + "/simple/", *wanted],
-            "uv": [sys.executable, "-m", "uv", "pip", "install", "--dry-run", "--no-config", "--no-cache", "--target", work / "t",
+            "uv": [sys.executable, "-m", "uv", "pip", "install", "--dry-run", "--no-config", "--no-cache", "--target", work,
                    "--default-index", server.url + "/simple/", *wanted],
         }  # fmt: skip
         assert server.log

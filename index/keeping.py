@@ -169,7 +169,7 @@ def heal(store: Store, catalogue: Catalogue, actor: str) -> list[str]:
     Raises:
         ConfigError: nothing at all is there: a disk that is not mounted, not a loss.
     """
-    sizes = {path.name: path.stat().st_size for path in store.stored()}
+    sizes = store.sizes()
     rows = catalogue.rows("SELECT id, filename, project, sha256, size, metadata_sha256, lost FROM file WHERE deleted IS NULL")
     lost = {
         row["id"]: sizes.get(row["sha256"]) != row["size"] or (row["metadata_sha256"] or row["sha256"]) not in sizes

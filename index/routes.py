@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from contextlib import asynccontextmanager
 from typing import Any
 
+from packaging.utils import canonicalize_name
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -197,8 +198,8 @@ def record(service: Service) -> Endpoint:
                 service, request, digest, "text/plain; charset=utf-8" if is_log else "application/json", cache="no-cache"
             )
         token = identify(service, request)
-        auth.allow(token, project=token.project, set_name=token.set_name)
         raw = await _body(service, request)
+        auth.allow(token, project=_recipe(service, identifier, None if is_log else raw), set_name=token.set_name)
         keep = records.put_log if is_log else records.put
         await asyncio.get_running_loop().run_in_executor(
             service.writer, keep, service.store, service.catalogue, token.actor, identifier, raw
@@ -207,6 +208,15 @@ def record(service: Service) -> Endpoint:
         return PlainTextResponse(f"{'log' if is_log else 'record'} {identifier} is kept\n")
 
     return endpoint
+
+
+def _recipe(service: Service, identifier: str, raw: bytes | None) -> str:
+    """The project that a record is about: a new record's own recipe, a log's from the record before it."""
+    row = service.catalogue.row("SELECT recipe FROM record WHERE id = ?", (identifier,))
+    known = str(row["recipe"]) if row is not None else ""
+    recipe = records.summarise(records.parse(raw))[0] if raw is not None else known
+    # A record that is there already keeps its project: nobody takes another's build over.
+    return str(canonicalize_name(recipe if not known or recipe == known else ""))
 
 
 async def _body(service: Service, request: Request) -> bytes:

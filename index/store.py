@@ -104,6 +104,14 @@ class Store:
             if folder.is_dir():
                 yield from sorted(folder.iterdir())
 
+    def sizes(self) -> dict[str, int]:
+        """Digest to bytes of every stored file: the quick look that a start takes."""
+        found: dict[str, int] = {}
+        for folder in os.scandir(self.files):
+            if folder.is_dir():
+                found.update((entry.name, entry.stat().st_size) for entry in os.scandir(folder.path))
+        return found
+
     def sweep(self) -> int:
         """Remove what killed uploads left; returns how many files. Only the server, which holds `serving`, calls it."""
         count = 0

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from index_kit import JSON, Server, run_index, run_json, serving, wheel
+from index_kit import JSON, Server, make_token, run_index, run_json, serving, wheel
 
 AARCH64 = "cp311-cp311-manylinux_2_34_aarch64"
 
@@ -259,3 +259,15 @@ def test_records_of_failed_builds_are_kept(shared: Server) -> None:
     for identifier, body in (("failed-1", b"not json"), ("other", json.dumps(record).encode()), ("failed-1", b"[]")):
         assert shared.client.put(f"/records/{identifier}", content=body, auth=auth).status_code in (400, 404), identifier
     assert shared.client.get("/records/none").status_code == 404
+
+
+def test_a_token_for_a_project_puts_no_other_projects_record(shared: Server) -> None:
+    token = make_token(shared.root, "--project", "mine-pkg")
+    auth = ("__token__", token)
+    assert shared.client.put("/records/mine-1", json={"recipe": "mine_pkg"}, auth=auth).status_code == 200
+    assert shared.client.put("/records/mine-1/log", content=b"log", auth=auth).status_code == 200
+    assert (
+        shared.client.put("/records/theirs-1", json={"recipe": "theirs"}, auth=("__token__", shared.token)).status_code == 200
+    )
+    for path, content in (("theirs-1", b'{"recipe": "mine_pkg"}'), ("theirs-1/log", b"x"), ("new-1", b'{"recipe": "theirs"}')):
+        assert shared.client.put(f"/records/{path}", content=content, auth=auth).status_code == 403, path
