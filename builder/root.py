@@ -21,7 +21,7 @@ from pathlib import Path
 
 from builder import debian, sandbox, tables
 from builder.debian import Deb
-from builder.fetch.store import Download, download
+from builder.fetch import Download, download
 from builder.sandbox import Mount, Sandbox
 from builder.stack import Arch, LoadedStack
 from builder.tables import Table
@@ -39,7 +39,8 @@ NATIVE_PYTHON = "/usr/libexec/gracefarm/python-native"
 "The host's own Python inside every root: what it byte-compiles, the target's Python takes."
 
 _MERGED = ("bin", "sbin", "lib", "lib64")
-_MOUNT_POINTS = ("dev", "proc", "sys", "tmp", "run", "home", "env", "build")
+_FOLDERS = ("etc", "dev", "proc", "sys", "tmp", "run", "home", "env", "build")
+"etc and mount points."
 _LEFT_OUT = ("doc", "man", "info", "locale", "lintian", "bug", "doc-base", "icons", "applications", "bash-completion", "zsh")
 "Folders of usr/share that no build reads."
 _ETC = {
@@ -287,7 +288,7 @@ def die_with_us(command: Sequence[str | Path]) -> list[str | Path]:
 
 def _lay_out(folder: Path, stack: LoadedStack, host: Arch, target: Arch) -> None:
     """What maintainer scripts would have done, where a build needs it, and what is ours."""
-    for name in _MOUNT_POINTS:
+    for name in _FOLDERS:
         (folder / name).mkdir(exist_ok=True)
     for name, text in _ETC.items():
         (folder / "etc" / name).write_text(text)
