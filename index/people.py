@@ -7,10 +7,10 @@ import json
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.resources import files as resources
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from packaging.utils import parse_wheel_filename
 from packaging.version import Version
 from starlette.requests import Request
@@ -24,6 +24,9 @@ from index.records import Summary
 from index.service import Service
 from index.simple import file_path
 from index.views import ALL, NIGHTLY, Listed
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 FINDER = ("cuda", "torch", "python", "sm", "platform")
 "What the wheel finder asks for, in this order."
@@ -101,14 +104,21 @@ class Pages:
 
     def __init__(self, service: Service) -> None:
         self.service = service
-        self.templates = Environment(
+
+    @cached_property
+    def templates(self) -> Environment:
+        """Made for the first page that is asked for: an index that only installers read starts without."""
+        from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+
+        found = Environment(
             loader=PackageLoader("index", "pages"),
             autoescape=select_autoescape(default=True),
             undefined=StrictUndefined,
             trim_blocks=True,
             lstrip_blocks=True,
         )
-        self.templates.filters.update(size=size, duration=duration, day=lambda text: text[:10])
+        found.filters.update(size=size, duration=duration, day=lambda text: text[:10])
+        return found
 
     def _answer(self, request: Request, template: str, **values: Any) -> Response:
         # Relative addresses work under any mount point: `up` leads from this page to the first one.

@@ -235,7 +235,10 @@ def test_killed_with_a_full_disk(small_disk: Path) -> None:
         one.start()
     process, seen, chance = start(root, "--allow-new"), set[str](), random.Random(7)
     try:
-        for _ in range(max(3, KILLS // 8)):
+        (small_disk / "ballast").write_bytes(bytes(26 << 20))
+        rounds = 0
+        while rounds < max(3, KILLS // 8) or (rounds < 100 and not any(one.refusals for one in uploaders)):
+            rounds += 1
             url = await_url(process)
             for one in uploaders:
                 one.url = url
