@@ -29,7 +29,7 @@ import uv
 from packaging.markers import InvalidMarker
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.tags import Tag, compatible_tags, cpython_tags
-from packaging.utils import canonicalize_name, parse_wheel_filename
+from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
 
 from builder.fetch.urls import shown
 from builder.root import compile_files, die_with_us
@@ -216,7 +216,11 @@ def _resolve_arch(stack: LoadedStack, arch: Arch, settings: Settings) -> Iterato
 
 def tags(stack: LoadedStack, arch: Arch) -> list[Tag]:
     """The wheel tags that the stack's Python takes on that architecture, best first, up to the stack's glibc floor."""
-    major, minor = (int(part) for part in stack.data.glibc[arch].split("_"))
+    return _tags(stack.data.python, stack.data.glibc[arch], arch)
+
+
+def _tags(python: str, glibc: str, arch: Arch) -> list[Tag]:
+    major, minor = (int(part) for part in glibc.split("_"))
     levels = [f"manylinux_{major}_{level}_{arch}" for level in range(minor, _GLIBC_FIRST[arch] - 1, -1)]
     aliases = {17: "manylinux2014", 12: "manylinux2010", 5: "manylinux1"}
     platforms = []
@@ -226,7 +230,7 @@ def tags(stack: LoadedStack, arch: Arch) -> list[Tag]:
         if alias and (arch is Arch.X86_64 or alias == "manylinux2014"):
             platforms.append(f"{alias}_{arch}")
     platforms.append(f"linux_{arch}")
-    version = tuple(int(part) for part in stack.data.python.split("."))
+    version = tuple(int(part) for part in python.split("."))
     own = cpython_tags(version, platforms=platforms)
     return [*own, *compatible_tags(version, interpreter=f"cp{version[0]}{version[1]}", platforms=platforms)]
 
@@ -315,17 +319,36 @@ def fresh(environment: Path, into: Path, wheel: Path | None) -> Path:
         )
     if wheel is not None:
         facts = dict(line.split(" = ", 1) for line in (into / "pyvenv.cfg").read_text().splitlines())
-        site = into / "lib" / f"python{facts['gracefarm-python']}" / "site-packages"
+        python, platform = facts["gracefarm-python"], facts["gracefarm-platform"]
+        target, _, glibc = platform.partition("-manylinux_")
+        _check_tags(wheel, python, glibc, Arch(target))
+        site = into / "lib" / f"python{python}" / "site-packages"
         command = ["pip", "install", "--quiet", "--python", sys.executable, f"--target={site}", "--no-deps", "--no-index"]
-        command += ["--reinstall", "--no-cache", f"--python-version={facts['gracefarm-python']}"]
-        command += [f"--python-platform={facts['gracefarm-platform']}", str(wheel)]
+        command += ["--reinstall", "--no-cache", f"--python-version={python}", f"--python-platform={platform}"]
         _uv(
-            command,
+            [*command, str(wheel)],
             None,
-            lambda message: InstallError(f"{wheel.name} cannot be installed: {message}", remedy="audit the wheel"),
+            lambda message: InstallError(
+                f"{wheel.name} cannot be installed: {message}", remedy="run `builder audit` on the wheel"
+            ),
         )
         _relocate_scripts(into, site)
     return into
+
+
+def _check_tags(wheel: Path, python: str, glibc: str, arch: Arch) -> None:
+    """uv takes a wheel that it is given by path, whatever its tags say."""
+    try:
+        _, _, _, has = parse_wheel_filename(wheel.name)
+    except InvalidWheelFilename as error:
+        raise InstallError(
+            f"{wheel.name} is not a wheel's file name: {error}", remedy="name it as the standard says"
+        ) from error
+    if has.isdisjoint(_tags(python, glibc, arch)):
+        raise InstallError(
+            f"{wheel.name} is not for Python {python} on {arch} with glibc {glibc.replace('_', '.')}",
+            remedy="take the wheel, stack and --target that belong together",
+        )
 
 
 def _install(stack: LoadedStack, arch: Arch, found: Sequence[LockedWheel], site: Path, settings: Settings, tick: Tick) -> None:
