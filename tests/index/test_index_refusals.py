@@ -443,3 +443,15 @@ def test_another_content_type_is_refused(shared: Server) -> None:
         "/legacy/", content=b"{}", headers={"Content-Type": "application/json"}, auth=("__token__", shared.token)
     )
     refused(answer, "multipart/form-data")
+
+
+@pytest.mark.parametrize(
+    ("tags", "kind"), [("py3-none-notatag", "platform"), ("zz9-none-any", "Python"), ("py3-what-any", "ABI")]
+)
+def test_a_wheel_that_no_installer_would_choose_is_refused(shared: Server, tags: str, kind: str) -> None:
+    refused(shared.upload(*wheel("tagged_pkg", tags=tags)), f"not a known {kind} tag")
+
+
+@pytest.mark.parametrize("name", [".hidden", "a b", "\u00e4"])
+def test_odd_names_are_refused_for_their_name(shared: Server, name: str) -> None:
+    refused(shared.upload(*wheel(name)), "not a plain file name")
