@@ -96,11 +96,9 @@ def chroot(base: Path, mounts: Sequence[Mount], variables: dict[str, str], comma
             lines.append(f"ln -s {entry.readlink()} {where}/{entry.name}")
         elif entry.is_dir():
             lines.append(f"mkdir -p {where}/{entry.name} && mount --rbind {entry} {where}/{entry.name}")
-    for folder in ("proc", "dev", "tmp"):
-        lines.append(f"mkdir -p {where}/{folder}")
+    lines += [f"mkdir -p {where}/{folder}" for folder in ("proc", "dev", "tmp")]
     lines.append(f"mount -t proc proc {where}/proc && mount --rbind /dev {where}/dev")
-    for mount in mounts:
-        lines.append(f"mkdir -p {where}{mount.target} && mount --rbind {mount.source} {where}{mount.target}")
+    lines += [f"mkdir -p {where}{one.target} && mount --rbind {one.source} {where}{one.target}" for one in mounts]
     words = " ".join(f"{key}='{value}'" for key, value in variables.items())
     lines.append(f"exec chroot {where} /usr/bin/env -i {words} {' '.join(command)}")
     where.mkdir(exist_ok=True)
@@ -133,7 +131,7 @@ def union(intervals: list[tuple[float, float]]) -> float:
 
 
 def whole_build(bed: Bed) -> tuple[float, float]:
-    """Wall seconds of `builder build causal_conv1d` from warm caches, and those of them in which a compiler ran (ninja's log)."""
+    """Wall seconds of `builder build causal_conv1d` with warm caches, and those in which a compiler ran, by ninja's log."""
     remove_tree(record.folder(bed.settings, bed.plan.build_id))
     wall = timed(lambda: builder("build", "causal_conv1d", "--keep"))
     logs = list((record.folder(bed.settings, bed.plan.build_id) / "work").rglob(".ninja_log"))
@@ -174,10 +172,8 @@ def main() -> None:
     bed = make_bed()
     rows: list[tuple[str, str]] = []
     if os.geteuid() == 0:
-        pairs = []
         outside(bed)
-        for _ in range(ROUNDS):
-            pairs.append((timed(lambda: inside(bed)), timed(lambda: outside(bed))))
+        pairs = [(timed(lambda: inside(bed)), timed(lambda: outside(bed))) for _ in range(ROUNDS)]
         ours, theirs = (statistics.median(one) for one in zip(*pairs, strict=True))
         rows.append(("translation unit, in the sandbox / outside it", f"{ours:.1f} s / {theirs:.1f} s = {ours / theirs:.3f}"))
         if Path("/proc/sys/fs/binfmt_misc/qemu-aarch64").exists():

@@ -126,6 +126,6 @@ def _install_back(plan: Plan, index_url: str, settings: Settings, console: Conso
     )
     console.step(
         "install",
-        f"pip installed {data.name} from {index_url} alone; {len(data.smoke.imports)} modules imported in {outcome.wall_s:.0f} s",
+        f"pip installed {data.name} from {index_url} alone; it imports (in {outcome.wall_s:.0f} s)",
     )
     shutil.rmtree(folder / "install")

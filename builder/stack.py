@@ -61,7 +61,8 @@ class Environment(Table):
 
     requirements: tuple[str, ...] = Field(description="What the lock is resolved from")
     resolved_before: str | None = Field(
-        default=None, description="The lock takes no file that was uploaded later (RFC 3339 date), so that it can be made again"
+        default=None,
+        description="The lock takes no file that was uploaded later (RFC 3339 date), so that it can be made again",
     )
 
 
@@ -94,7 +95,7 @@ class Stack(Table):
     name: str
     summary: str = ""
     python: Annotated[str, StringConstraints(pattern=r"^3\.\d+$")]
-    torch: Torch | None = Field(default=None, description="None: a stack for packages that do not link against torch")
+    torch: Torch | None = Field(default=None, description="None: for packages that do not link torch")
     cuda: str = Field(description="CUDA toolkit, as 13.0")
     sm: tuple[Sm, ...] = Field(min_length=1, description="Real architectures compiled for, exactly")
     glibc: dict[Arch, str] = Field(description="Highest manylinux level accepted per target, as '2_34'")

@@ -1,4 +1,4 @@
-"""Failure classes. Each has an exit code (docs/errors.md), one sentence of cause, one of remedy, and the command that repeats it."""
+"""Failure classes: exit code (docs/errors.md), one sentence of cause, one of remedy, and the command that repeats it."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ class Settings(BaseModel):
     debian_mirror: str | None = None
     "Debian mirror for the root's packages; unset: apt's sources on Debian, mmdebstrap's default elsewhere."
     mirrors: dict[str, str] = Field(default_factory=dict)
-    "URL prefix to replacement, for git repositories and files: the longest prefix wins. In the environment: OLD=NEW, separated by spaces."
+    "URL prefix to replacement, for git repositories and files; the longest wins. In the environment: OLD=NEW OLD=NEW …"
     memory: str | None = None
     "Bound on a build's memory, as 20GiB; unset: what this machine or its cgroup has free."
     jobs: int | None = None

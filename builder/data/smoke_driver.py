@@ -14,7 +14,7 @@ wanted, script = sys.argv[1].split(","), sys.argv[2]
 files = {}
 for name in wanted:
     module = importlib.import_module(name)
-    place = getattr(module, "__file__", None) or str(list(module.__path__)[0])
+    place = getattr(module, "__file__", None) or next(iter(module.__path__))
     if not place.startswith(sys.prefix + "/lib/"):
         sys.exit(f"ImportError: {name} was imported from {place}, not from the installed wheel under {sys.prefix}/lib")
     files[name] = place

@@ -114,7 +114,9 @@ def write_stacks(source: Path, into: Path) -> None:
     text = re.sub(r"^name = .*$", 'name = "bare"', text, count=1, flags=re.M)
     text = re.sub(r"^\[torch\]\n(?:(?!\[).*\n)*", "", text, flags=re.MULTILINE)
     wanted = iter((["build", "packaging", "pip", "setuptools", "wheel"], []))
-    text = re.sub(r"^requirements = \[\n(?:(?!\]).*\n)*\]", lambda _: f"requirements = {_toml(next(wanted))}", text, flags=re.MULTILINE)
+    text = re.sub(
+        r"^requirements = \[\n(?:(?!\]).*\n)*\]", lambda _: f"requirements = {_toml(next(wanted))}", text, flags=re.MULTILINE
+    )
     (bare / "stack.toml").write_text(text)
     lock = (bare / "requirements.lock").read_text()
     blocks = re.findall(r"^(?!#)\S[^\n]*(?:\\\n[^\n]*)*", lock, flags=re.M)

@@ -59,17 +59,14 @@ RECIPE, STACK, LOCK, ROOT = (
         add_patch,
         replace(STACK, 'sm = ["90"]', 'sm = ["90", "100"]'),
         replace(LOCK, "sha256:ecd351a4", "sha256:ecd351a5"),
-        replace(ROOT, 'sha256 = "', 'sha256 = "0'),
+        replace(ROOT, 'version = "', 'version = "0:'),
     ],
     ids=["source", "version", "variable", "patch", "sm", "wheel", "deb"],
 )
 def test_a_changed_input_gives_another_id(project: Path, change: Callable[[Path], None]) -> None:
     before = build_id(project)
     change(project)
-    try:
-        assert build_id(project) != before
-    except ConfigError as error:  # a digest of 65 digits is refused before it can be hashed
-        assert "sha256" in error.cause
+    assert build_id(project) != before
 
 
 @pytest.mark.parametrize(
