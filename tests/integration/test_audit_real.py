@@ -17,7 +17,7 @@ from builder.fetch.urls import same_host, split_credentials, with_credentials
 from builder.stack import Arch
 from gracefarm import settings as settings_module
 from gracefarm.errors import ExitCode
-from tests import audit_kit
+from tests import projects
 from tests.audit_kit import Compiler, Draft, failed, module
 from tests.conftest import REPOSITORY, Farm
 
@@ -60,8 +60,8 @@ def extension(compiler: Compiler, wanted: Mapping[str, tuple[str, ...]]) -> Draf
         mapped = ["-Wl,--version-script,stub.map"] if version != "PLAIN" else []
         source = "".join(f"int {name}(void) {{ return 0; }}\n" for name in names)
         stubs.append(compiler.link(f"stub{number}.so", source, f"-Wl,-soname,{soname}", *mapped).name)
-    names = [name for group in wanted.values() for name in group]
-    source = module("+".join(f"{name}()" for name in names), before="".join(f"int {name}(void);\n" for name in names))
+    called = [name for group in wanted.values() for name in group]
+    source = module("+".join(f"{name}()" for name in called), before="".join(f"int {name}(void);\n" for name in called))
     core = compiler.link("core.so", source, "-fno-builtin", *stubs)
     return Draft(files={CORE: core.read_bytes()})
 
@@ -81,12 +81,8 @@ def test_a_torch_extension_closes_over_the_real_torch(policy: Policy, compiler: 
 
     assert failed(verdicts) == []
     found = verdicts[-1].details[0]
-    for place in (
-        "libc10.so (environment)",
-        "libtorch_python.so (environment)",
-        "2 in libcudart.so.13",
-        "libcuda.so.1 (driver)",
-    ):
+    places = ("libc10.so (environment)", "libtorch_python.so (environment)", "2 in libcudart.so.13", "libcuda.so.1 (driver)")
+    for place in places:
         assert place in found
 
 
@@ -131,6 +127,7 @@ def published(project: str, name: str, sha256: str) -> Download:
     return Download(url=with_credentials(url, credentials) if same_host(index, url) else url, sha256=sha256, what=name)
 
 
+@pytest.mark.timeout(1800)  # the x86_64 environment, cold, is 4 GB
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="stack cu130 builds its x86_64 root on x86_64 hosts alone")
 def test_aphrodites_published_wheel_fails_as_found(farm: Farm, tmp_path: Path) -> None:
     """0.6.4.post1 as its makers uploaded it: built on Ubuntu 22.04 for CUDA 12.4 and torch 2.4, renamed to manylinux1."""
@@ -138,9 +135,10 @@ def test_aphrodites_published_wheel_fails_as_found(farm: Farm, tmp_path: Path) -
     stored = download([published(project, name, APHRODITE_SHA256)], farm.settings)[APHRODITE_SHA256]
     (tmp_path / name).symlink_to(stored)
 
-    done = farm.run("audit", str(tmp_path / name), "--stack", "cu130", "--json", timeout=1800)
+    arguments = ["audit", str(tmp_path / name), "--stack", "cu130", "--json"]
+    done = projects.run_builder(arguments, farm.environment, timeout=1800)
 
-    assert done.code == ExitCode.AUDIT
+    assert done.code == ExitCode.AUDIT, done.said
     verdicts = next(answer for line in done.out.splitlines() if isinstance(answer := json.loads(line), list))
     status = {one["gate"]: one["status"] for one in verdicts}
     said = {one["gate"]: "\n".join((one["summary"], *one["details"])) for one in verdicts}
@@ -157,9 +155,7 @@ def test_aphrodites_published_wheel_fails_as_found(farm: Farm, tmp_path: Path) -
         assert f"aphrodite/_C.abi3.so has cubins for sm_{sm}, which nobody asked for" in said["cubins"]
     for soname in ("libcudart.so.12", "libcublas.so.12"):
         assert f"aphrodite/_C.abi3.so needs {soname}, which neither the wheel nor the stack has" in said["symbols"]
-    assert "undefined symbol cudaMalloc" in said["symbols"] or "@libcudart.so.12" in said["symbols"]
+    assert re.search(r"undefined symbol cuda\w+@libcudart.so.12", said["symbols"])
     # Its driver calls are fine: libcuda's promises outlive releases.
-    assert "undefined symbol cu" not in said["symbols"].replace("undefined symbol cuda", "").replace(
-        "undefined symbol cublas", ""
-    )
-    assert re.search(r"undefined symbol _ZN(K)?(3c10|2at|5torch)", said["symbols"])
+    assert not re.search(r"undefined symbol cu[A-Z]", said["symbols"])
+    assert re.search(r"undefined symbol _ZNK?(3c10|2at|5torch)", said["symbols"])
