@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -153,7 +154,7 @@ def _stages(plan: Plan, options: Options, settings: Settings, console: Console, 
         ground = lay_ground(plan, settings, console)
     raw = _compiled(plan, options, settings, console, folder, progress, fetched, ground)
     with _timed(progress, "audit"):
-        wheel = _audited(plan, raw, folder, ground, progress, console)
+        wheel = _audited(plan, raw, source.source_date_epoch(data, fetched), folder, ground, progress, console)
     result, outcome, command = smoke.run(
         wheel,
         imports=data.smoke.imports,
@@ -331,11 +332,12 @@ def policy(plan: Plan, ground: Ground) -> Policy:
     )
 
 
-def _audited(plan: Plan, raw: Path, folder: Path, ground: Ground, progress: Progress, console: Console) -> Path:
+def _audited(plan: Plan, raw: Path, epoch: int, folder: Path, ground: Ground, progress: Progress, console: Console) -> Path:
     rules = policy(plan, ground)
-    embedded = record.embed(raw, plan, folder / "embedded")
+    embedded = record.embed(raw, plan, epoch, folder / "embedded")
     remove_tree(folder / "repaired")
     (folder / "repaired").mkdir()
+    os.environ["SOURCE_DATE_EPOCH"] = str(epoch)  # which auditwheel writes into the archive
     wheel = audit.repair(embedded, rules, folder / "repaired")
     progress.verdicts = audit.audit(wheel, rules)
     for verdict in progress.verdicts:

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import zlib
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
-from auditwheel.wheeltools import InWheel
+from auditwheel.tools import dir2zip, zip2dir
+from auditwheel.wheeltools import rewrite_record
 from pydantic import BaseModel, ConfigDict, Field
 
 from builder.audit import Verdict
 from builder.plan import Plan
 from builder.sandbox import Outcome
 from gracefarm.errors import ConfigError, GracefarmError
-from gracefarm.files import atomic_write, sha256_file
+from gracefarm.files import atomic_write, remove_tree, sha256_file
 from gracefarm.settings import Settings
+
+EARLIEST = 315532800
+"1980-01-01, the earliest time of a zip archive."
 
 
 class Part(BaseModel):
@@ -172,12 +177,16 @@ def latest(settings: Settings, recipe: str) -> Record:
     return found[0]
 
 
-def embed(wheel: Path, plan: Plan, into: Path) -> Path:
-    """The wheel with the deterministic part of the record as .dist-info/gracefarm.json, RECORD renewed."""
+def embed(wheel: Path, plan: Plan, epoch: int, into: Path) -> Path:
+    """The wheel with the deterministic part of the record as .dist-info/gracefarm.json; RECORD renewed, times are `epoch`."""
     text = json.dumps({"build_id": plan.build_id, "inputs": plan.inputs}, indent=2, sort_keys=True) + "\n"
-    into.mkdir(parents=True, exist_ok=True)
+    remove_tree(into)
+    tree = into / "tree"
+    tree.mkdir(parents=True)
+    zip2dir(wheel, tree)
+    (next(tree.glob("*.dist-info")) / "gracefarm.json").write_text(text)
+    rewrite_record(tree)
     final = into / wheel.name
-    with InWheel(wheel, final) as opened:
-        inner = next(Path(opened).glob("*.dist-info"))
-        (inner / "gracefarm.json").write_text(text)
+    dir2zip(tree, final, zlib.Z_DEFAULT_COMPRESSION, datetime.fromtimestamp(max(epoch, EARLIEST), tz=UTC))
+    remove_tree(tree)
     return final
