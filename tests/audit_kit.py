@@ -91,12 +91,13 @@ class Draft:
     tag: str = "cp311-cp311-manylinux_2_17_aarch64"
     metadata: str = ""
     wheel: str = ""
+    folder: str = ""
     record: bytes | None = None
     unrecorded: dict[str, bytes] = field(default_factory=dict)
 
     def pack(self, folder: Path) -> Path:
         """Write the wheel."""
-        info = f"{self.name}-{self.version}.dist-info"
+        info = self.folder or f"{self.name}-{self.version}.dist-info"
         interpreter, abi, platforms = self.tag.split("-")
         tags = "".join(f"Tag: {interpreter}-{abi}-{platform}\n" for platform in platforms.split("."))
         files = {

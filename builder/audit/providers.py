@@ -18,6 +18,8 @@ from builder.stack import Arch
 Place = Literal["wheel", "environment", "system", "driver", "interpreter"]
 ORIGIN = ("$ORIGIN", "${ORIGIN}")
 LIBRARY_FOLDERS = ("lib", "lib64")
+MAX_LINKS = 40
+"As the kernel counts them before it says ELOOP."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,25 +70,23 @@ def _is_shared_place(path: str) -> bool:
 
 def inside(root: Path, path: str) -> Path | None:
     """A file of the root with links followed as they would be in it, or None."""
-    for _ in range(40):
-        place = _below(root, path)
-        if place is None or not place.is_symlink():
-            return place if place is not None and place.is_file() else None
-        path = posixpath.join(posixpath.dirname(path), place.readlink().as_posix())
-    return None
-
-
-def _below(root: Path, path: str) -> Path | None:
-    """`path` with linked folders on the way followed inside the root."""
-    place = root
-    for part in posixpath.normpath("/" + path).strip("/").split("/")[:-1]:
-        place /= part
-        if place.is_symlink():
+    pending, current, links = path.split("/")[::-1], list[str](), 0
+    while pending:
+        part = pending.pop()
+        place = root.joinpath(*current, part)
+        if part == "..":
+            current = current[:-1]
+        elif place.is_symlink():
+            links += 1
+            if links > MAX_LINKS:
+                return None
             target = place.readlink().as_posix()
-            rest = posixpath.relpath(path.strip("/"), place.relative_to(root).as_posix())
-            base = "/" if target.startswith("/") else place.parent.relative_to(root).as_posix()
-            return _below(root, posixpath.join(base, target.lstrip("/"), rest))
-    return place / posixpath.basename(path)
+            current = [] if target.startswith("/") else current
+            pending += target.split("/")[::-1]
+        elif part not in ("", "."):
+            current.append(part)
+    place = root.joinpath(*current)
+    return place if place.is_file() else None
 
 
 def system_folders(target: Arch) -> tuple[str, ...]:

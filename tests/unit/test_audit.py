@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import zipfile
+from base64 import urlsafe_b64encode
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +101,18 @@ def test_a_damaged_object_is_refused_and_nothing_worse(
         elf.read(path)
 
 
+def test_a_chain_without_end_is_not_walked_forever(tmp_path: Path) -> None:
+    data = bytearray(NATIVE.read_bytes())
+    with NATIVE.open("rb") as stream:
+        section: Any = ELFFile(stream).get_section_by_name(".dynamic")
+        number = next(at for at, entry in enumerate(section.iter_tags()) if entry.entry.d_tag == "DT_VERNEEDNUM")
+        at = section["sh_offset"] + 16 * number + 8
+    data[at : at + 8] = (1 << 40).to_bytes(8, "little")
+    (tmp_path / "endless.so").write_bytes(data)
+    with pytest.raises(elf.NotElfError):
+        elf.read(tmp_path / "endless.so")
+
+
 HIDDEN = 0x8000
 
 
@@ -155,6 +169,7 @@ def test_objects_of_another_machine_are_named(changes: dict[str, Any], words: st
 
 def test_object_files_that_nothing_loads_are_let_be() -> None:
     assert machine.judge(contents({"x.o": an_object(machine="EM_X86_64", kind="ET_REL")}), POLICY).status == "not applicable"
+    assert contents({"x.o": an_object(kind="ET_REL")}).loadable(Arch.AARCH64) == {}
 
 
 @pytest.mark.parametrize(
@@ -284,6 +299,39 @@ def test_record_is_held_against_the_content(row: str, words: str, tmp_path: Path
     assert words in " ".join(wheel_file.judge(one.pack(tmp_path), POLICY).details)
 
 
+def test_a_weak_algorithm_is_refused_though_its_digest_fits(tmp_path: Path) -> None:
+    digest = urlsafe_b64encode(hashlib.md5(b"", usedforsecurity=False).digest()).rstrip(b"=").decode()
+    one = Draft(files={"demo/__init__.py": b""})
+    one.record = f"demo/__init__.py,md5={digest},0\n".encode()
+    assert "demo/__init__.py is not what RECORD says" in wheel_file.judge(one.pack(tmp_path), POLICY).details
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"wheel": "Wheel-Version: 1.0\nTag: cp311-cp311-linux_aarch64\n"}, "WHEEL has the tags cp311-cp311-linux_aarch64"),
+        ({"wheel": "Wheel-Version: 2.0\nTag: cp311-cp311-manylinux_2_17_aarch64\n"}, "Wheel-Version: 2.0"),
+        ({"metadata": "Metadata-Version: 2.1\nName: other\nVersion: 1.0\n"}, "METADATA says Name: other"),
+        ({"metadata": "Metadata-Version: 2.1\nName: demo\n"}, "METADATA says Version: None"),
+        ({"folder": "other-1.0.dist-info"}, "the folder other-1.0.dist-info does not fit"),
+        ({"folder": "demo-1.1.dist-info"}, "the folder demo-1.1.dist-info does not fit"),
+    ],
+)
+def test_what_the_wheel_says_of_itself_agrees(changes: dict[str, str], words: str, tmp_path: Path) -> None:
+    path = Draft(files={"demo/__init__.py": b""}, **changes).pack(tmp_path)  # type: ignore[arg-type]
+    [complaint] = wheel_file.judge(path, POLICY).details
+    assert words in complaint
+
+
+def test_a_wheel_needs_its_three_files_in_one_folder(tmp_path: Path) -> None:
+    name = "demo-1.0-cp311-cp311-manylinux_2_17_aarch64.whl"
+    with zipfile.ZipFile(tmp_path / name, "w") as archive:
+        archive.writestr("demo-1.0.dist-info/WHEEL", "")
+    assert "lacks METADATA and RECORD" in wheel_file.judge(tmp_path / name, POLICY).summary
+    two = Draft(files={"demo-0.9.dist-info/METADATA": b""}).pack(tmp_path / "two")
+    assert "2 .dist-info folders" in wheel_file.judge(two, POLICY).summary
+
+
 def test_a_file_that_leaves_the_wheel_is_refused(tmp_path: Path) -> None:
     assert "../up.py leaves the wheel" in wheel_file.judge(Draft(files={"../up.py": b""}).pack(tmp_path), POLICY).details
 
@@ -330,11 +378,17 @@ def test_links_of_a_root_are_followed_inside_it(tmp_path: Path) -> None:
     (tmp_path / "usr/lib/t/libx.so.1.2").write_bytes(b"x")
     (tmp_path / "usr/lib/t/libx.so.1").symlink_to("/usr/lib/t/libx.so.1.2")
     (tmp_path / "lib").symlink_to("usr/lib")
+    (tmp_path / "usr/lib64").symlink_to("/lib")
     (tmp_path / "usr/lib/t/circle").symlink_to("circle")
     (tmp_path / "usr/lib/t/passwd").symlink_to("/etc/passwd")
+    (tmp_path / "usr/lib/t/up").symlink_to("../../../../../../etc/passwd")
+    (tmp_path / "round").symlink_to("round")
     assert providers.inside(tmp_path, "lib/t/libx.so.1") == tmp_path / "usr/lib/t/libx.so.1.2"
+    assert providers.inside(tmp_path, "usr/lib64/t/libx.so.1") == tmp_path / "usr/lib/t/libx.so.1.2"
     assert providers.inside(tmp_path, "lib/t/circle") is None
+    assert providers.inside(tmp_path, "round/x") is None
     assert providers.inside(tmp_path, "lib/t/passwd") is None
+    assert providers.inside(tmp_path, "lib/t/up") is None
 
 
 def test_torchs_and_nvidias_copies_come_before_those_of_other_packages(tmp_path: Path) -> None:
