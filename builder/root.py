@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import shutil
-import stat
 import subprocess
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -263,6 +262,7 @@ def _unpack(archive: Path, folder: Path, one: Deb, wanted: tuple[str, ...]) -> N
         into = folder / OWN / "native-python"
         into.mkdir(parents=True)
     command = ["tar", "--extract", "--file=-", f"--directory={into}", "--keep-directory-symlink", "--no-same-owner"]
+    # No set-user-id bits either, which come with the permissions.
     command += ["--no-same-permissions", "--warning=no-timestamp", *(f"--exclude=./usr/share/{name}" for name in _LEFT_OUT)]
     try:
         with subprocess.Popen(
@@ -301,9 +301,6 @@ def _lay_out(folder: Path, stack: LoadedStack, host: Arch, target: Arch) -> None
     _lay_out_python(folder, stack.data.python, host, target)
     if host is not target:
         _pretend(folder, host, target)
-    for path in (Path(parent, name) for parent, _, names in os.walk(folder) for name in names):
-        if not path.is_symlink() and path.stat().st_mode & (stat.S_ISUID | stat.S_ISGID):
-            path.chmod(stat.S_IMODE(path.stat().st_mode) & 0o755)
 
 
 def _link_compilers(folder: Path, gcc: int, target: Arch) -> None:

@@ -149,6 +149,27 @@ def test_fix_registers_the_roots_qemu_for_programs_inside_the_sandbox(farm: Farm
     assert done.stdout.split() == ["True", "aarch64", "0"]
 
 
+@pytest.mark.parametrize(
+    ("state", "says"),
+    [
+        ("enabled\ninterpreter /usr/bin/qemu-aarch64\nflags: F\noffset 0\n", None),
+        ("enabled\ninterpreter /usr/bin/qemu-aarch64\nflags: OC\noffset 0\n", "without flag F"),
+        ("disabled\ninterpreter /usr/bin/qemu-aarch64\nflags: F\noffset 0\n", "disabled"),
+        ("", "not registered"),
+    ],
+)
+def test_only_a_registration_that_works_in_a_sandbox_counts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, state: str, says: str | None
+) -> None:
+    monkeypatch.setattr(doctor, "BINFMT", tmp_path)
+    assert doctor.registration(Arch.AARCH64) == "binfmt_misc is not mounted"
+    (tmp_path / "register").touch()
+    if state:
+        (tmp_path / "qemu-aarch64").write_text(state)
+    found = doctor.registration(Arch.AARCH64)
+    assert found is None if says is None else says in (found or "")
+
+
 @needs_cross
 def test_the_registration_is_debians_with_our_interpreter(shared_home: Path) -> None:
     one = stack.load(REPOSITORY / "stacks", "cu130")

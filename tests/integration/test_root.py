@@ -246,7 +246,7 @@ print(made, "packages unpacked" in texts)
 
 def test_killed_and_concurrent_assemblies_leave_one_whole_root(own: Settings, shared_home: Path) -> None:
     """Three ask at once; the one that assembles is killed half-way; another goes on, the third takes what that one made."""
-    target = TARGETS[-1]
+    target = TARGETS[0]
     whole = root.ensure(CU130, HOST, target, settings_module.load().model_copy(update={"home": shared_home}))
     command = [sys.executable, "-c", ASSEMBLE, str(STACKS), HOST, target]
     environment = {**os.environ, "GRACEFARM_HOME": str(own.home)}
@@ -268,6 +268,42 @@ def test_killed_and_concurrent_assemblies_leave_one_whole_root(own: Settings, sh
     assert sorted(assembled for _, assembled in said) == ["False", "True"]
     assert not partial.exists()
     assert listing(own.home / "roots" / whole.name) == listing(whole)
+
+
+ORPHAN = """
+import subprocess, sys, time
+from builder.root import die_with_us
+one = subprocess.Popen(die_with_us(["sleep", "300"]))
+print(one.pid, flush=True)
+time.sleep(300)
+"""
+
+
+def test_what_we_start_dies_with_us() -> None:
+    """A killed builder leaves no tar behind that writes on where the next one has begun anew."""
+    builder = subprocess.Popen([sys.executable, "-c", ORPHAN], stdout=subprocess.PIPE, text=True)
+    assert builder.stdout is not None
+    pid = int(builder.stdout.readline())
+    while Path(f"/proc/{pid}/comm").read_text().strip() != "sleep":
+        time.sleep(0.02)
+    builder.kill()
+    builder.wait()
+    builder.stdout.close()
+    deadline = time.monotonic() + 10
+    while alive(pid) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    survived = alive(pid)
+    if survived:
+        os.kill(pid, signal.SIGKILL)
+    assert not survived
+
+
+def alive(pid: int) -> bool:
+    """It runs: neither gone nor waiting to be reaped by whoever took it over."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def listing(folder: Path) -> dict[str, tuple[int, int | str]]:
