@@ -229,9 +229,10 @@ def test_patch_is_exact_and_never_guesses(tmp_path: Path) -> None:
 
 
 def test_patch_applies_inside_somebody_elses_repository(tmp_path: Path) -> None:
-    """There, git apply leaves every file alone and reports success."""
+    """There, git apply leaves every file of a patch that git made alone, and reports success."""
     subprocess.run(["git", "init", "--quiet", tmp_path], check=True)
-    tree = unpack(tmp_path, tarball({"thing-1/text": LINES, "thing-1/b": ""}), patches=(GOOD,))
+    patch = "diff --git a/text b/text\n" + GOOD
+    tree = unpack(tmp_path, tarball({"thing-1/text": LINES, "thing-1/b": ""}), patches=(patch,))
     assert (tree / "text").read_text().startswith("first\n")
 
 
