@@ -11,12 +11,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from builder import audit, compile, environment, fetch, jobs, meter, publish, record, root, smoke, source, toolchain
-from builder.audit import Policy, Verdict
+from builder import audit, compile, embed, environment, fetch, jobs, meter, publish, record, root, smoke, source, toolchain
+from builder.audit import Policy
 from builder.plan import Plan
 from builder.record import Jobs, Publication, Record, SmokeResult, Stage
 from builder.sandbox import Mount, Outcome, Sandbox
 from builder.tables import parse_size
+from builder.verdict import Verdict
 from gracefarm.console import Console
 from gracefarm.errors import GracefarmError
 from gracefarm.files import atomic_write, full_disk, lock, remove_tree, sha256_file
@@ -62,21 +63,13 @@ def build(plan: Plan, options: Options, settings: Settings, console: Console) ->
     folder = record.folder(settings, plan.build_id)
     waiting = lambda: console.step("wait", f"another process builds {plan.build_id[:16]}; waiting for it")  # noqa: E731
     with lock(settings.home / "locks" / f"build-{plan.build_id}", waiting):
-        found = existing(plan, settings)
+        found = record.existing(plan, settings)
         if found is not None:
             console.step("done", f"{data.name} {data.version} exists already with this id; nothing to build")
         else:
             found = _attempt(plan, options, settings, console, folder)
         if options.publish:
             found = publish_record(found, options.publish, settings, console)
-    return found
-
-
-def existing(plan: Plan, settings: Settings) -> Record | None:
-    """The record of a build of exactly this plan that succeeded, its wheel present."""
-    found = record.read(settings, plan.build_id)
-    if found is None or found.outcome != "built" or record.wheel_path(settings, found) is None:
-        return None
     return found
 
 
@@ -334,7 +327,7 @@ def policy(plan: Plan, ground: Ground) -> Policy:
 
 def _audited(plan: Plan, raw: Path, epoch: int, folder: Path, ground: Ground, progress: Progress, console: Console) -> Path:
     rules = policy(plan, ground)
-    embedded = record.embed(raw, plan, epoch, folder / "embedded")
+    embedded = embed.embed(raw, plan, epoch, folder / "embedded")
     remove_tree(folder / "repaired")
     (folder / "repaired").mkdir()
     os.environ["SOURCE_DATE_EPOCH"] = str(epoch)  # which auditwheel writes into the archive

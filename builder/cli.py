@@ -1,4 +1,7 @@
-"""`builder`: the command line. Parses, calls, prints; nothing else."""
+"""`builder`: the command line. Parses, calls, prints; nothing else.
+
+What takes long to import is imported by the commands that need it: an existing build is found in less time than httpx loads.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,11 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from builder import audit as gates
-from builder import build as flow
-from builder import compile, demo, doctor, environment, meter, record, root, sandbox, schema, smoke, stack
+from builder import compile, environment, meter, record, root, sandbox, schema, smoke, stack
 from builder import plan as planning
 from builder import recipe as recipes
 from builder.plan import Plan
@@ -25,6 +26,9 @@ from gracefarm.console import Console
 from gracefarm.errors import ConfigError, ExitCode, GracefarmError, SeveralError, UsageError
 from gracefarm.files import atomic_write, lock, remove_tree
 from gracefarm.settings import Settings
+
+if TYPE_CHECKING:
+    from builder.audit import Policy
 
 Function = Any  # click's decorators are untyped about what they wrap
 
@@ -99,12 +103,12 @@ def build(
         raise UsageError("name the recipes to build, or say --changed", remedy=f"recipes: {', '.join(_all(settings))}")
     plans = [plan_of(name, stack_name, target, settings) for name in names or _all(settings)]
     if changed:
-        plans = [one for one in plans if flow.existing(one, settings) is None]
+        plans = [one for one in plans if record.existing(one, settings) is None]
         console.step("plan", f"changed since the last success: {', '.join(one.recipe.key for one in plans) or 'nothing'}")
     failures: list[GracefarmError] = []
     for one in plans:
         try:
-            done = flow.build(one, flow.Options(jobs=jobs, publish=url, keep=keep), settings, console)
+            done = _build(one, jobs, url, keep, settings, console)
         except GracefarmError as error:
             if len(plans) == 1:
                 raise
@@ -115,6 +119,16 @@ def build(
             console.result(done.model_dump(mode="json") | {"path": str(wheel)}, str(wheel))
     if failures:
         raise SeveralError(f"{len(failures)} of {len(plans)} builds failed; each is described above")
+
+
+def _build(one: Plan, jobs: int | None, url: str | None, keep: bool, settings: Settings, console: Console) -> record.Record:
+    found = record.existing(one, settings)
+    if found is not None and not url:
+        console.step("done", f"{one.title}: built already, build id {one.build_id[:16]}; nothing to build")
+        return found
+    from builder import build as flow
+
+    return flow.build(one, flow.Options(jobs=jobs, publish=url, keep=keep), settings, console)
 
 
 def _all(settings: Settings) -> list[str]:
@@ -158,7 +172,7 @@ def plan(name: str, stack_name: str | None, target: str, as_json: bool) -> None:
     """
     settings, console = settings_module.load(), Console(as_json=as_json)
     made = plan_of(name, stack_name, target, settings)
-    found = flow.existing(made, settings)
+    found = record.existing(made, settings)
     value = {
         "build_id": made.build_id,
         "title": made.title,
@@ -213,6 +227,8 @@ def show(name: str, as_json: bool) -> None:
 @_common
 def doctor_(fix: bool, as_json: bool) -> None:
     """What this machine lacks for building, and how to mend it."""
+    from builder import doctor
+
     settings, console = settings_module.load(), Console(as_json=as_json)
     found = doctor.checks(settings)
     if fix:
@@ -255,6 +271,8 @@ def clean(everything: bool, as_json: bool) -> None:
 @_aimed
 def shell(name: str, stack_name: str | None, target: str) -> None:
     """A shell inside the sandbox of NAME's last build, failed or not; /build is its working folder."""
+    from builder import build as flow
+
     settings, console = settings_module.load(), Console()
     made = plan_of(name, stack_name, target, settings)
     folder = record.folder(settings, made.build_id) / "work"
@@ -287,6 +305,8 @@ def audit(wheel: Path, stack_name: str, as_json: bool) -> None:
     \b
     builder audit dist/thing-1.0-cp311-cp311-manylinux_2_34_aarch64.whl --stack cu130
     """
+    from builder import audit as gates
+
     settings, console = settings_module.load(), Console(as_json=as_json)
     verdicts = gates.audit(wheel, _foreign_policy(wheel, stack_name, settings, console))
     lines = []
@@ -296,7 +316,9 @@ def audit(wheel: Path, stack_name: str, as_json: bool) -> None:
     gates.require(verdicts)
 
 
-def _foreign_policy(wheel: Path, stack_name: str, settings: Settings, console: Console) -> gates.Policy:
+def _foreign_policy(wheel: Path, stack_name: str, settings: Settings, console: Console) -> Policy:
+    from builder import audit as gates
+
     loaded, target = stack.load(settings.project / "stacks", stack_name), gates.target_of(wheel)
     base = root.ensure(loaded, stack.host_arch(), target, settings)
     site = environment.ensure(loaded, target, base, settings)
@@ -334,6 +356,8 @@ def smoke_(wheel: Path, stack_name: str, imports: tuple[str, ...], script: Path 
     \b
     builder smoke thing.whl --stack cu130 --import thing --import thing_cuda
     """
+    from builder import audit as gates
+
     settings, console = settings_module.load(), Console(as_json=as_json)
     loaded, target = stack.load(settings.project / "stacks", stack_name), gates.target_of(wheel)
     base = root.ensure(loaded, stack.host_arch(), target, settings)
@@ -366,6 +390,8 @@ def smoke_(wheel: Path, stack_name: str, imports: tuple[str, ...], script: Path 
 @_common
 def run(name: str, stack_name: str | None, target: str, as_json: bool) -> None:
     """The main job: build NAME, publish it to an index on this machine, install it back with pip, import it."""
+    from builder import demo
+
     settings, console = settings_module.load(), Console(as_json=as_json)
     result = demo.run(plan_of(name, stack_name, target, settings), settings, console)
     console.result(result.__dict__, f"wheel   {result.wheel}\nrecord  {result.record}\nlog     {result.log}")

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import zlib
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
-from auditwheel.tools import dir2zip, zip2dir
-from auditwheel.wheeltools import rewrite_record
 from pydantic import BaseModel, ConfigDict, Field
 
-from builder.audit import Verdict
 from builder.plan import Plan
 from builder.sandbox import Outcome
+from builder.verdict import Verdict
 from gracefarm.errors import ConfigError, GracefarmError
-from gracefarm.files import atomic_write, remove_tree, sha256_file
+from gracefarm.files import atomic_write, sha256_file
 from gracefarm.settings import Settings
-
-EARLIEST = 315532800
-"1980-01-01, the earliest time of a zip archive."
 
 
 class Part(BaseModel):
@@ -177,16 +170,9 @@ def latest(settings: Settings, recipe: str) -> Record:
     return found[0]
 
 
-def embed(wheel: Path, plan: Plan, epoch: int, into: Path) -> Path:
-    """The wheel with the deterministic part of the record as .dist-info/gracefarm.json; RECORD renewed, times are `epoch`."""
-    text = json.dumps({"build_id": plan.build_id, "inputs": plan.inputs}, indent=2, sort_keys=True) + "\n"
-    remove_tree(into)
-    tree = into / "tree"
-    tree.mkdir(parents=True)
-    zip2dir(wheel, tree)
-    (next(tree.glob("*.dist-info")) / "gracefarm.json").write_text(text)
-    rewrite_record(tree)
-    final = into / wheel.name
-    dir2zip(tree, final, zlib.Z_DEFAULT_COMPRESSION, datetime.fromtimestamp(max(epoch, EARLIEST), tz=UTC))
-    remove_tree(tree)
-    return final
+def existing(plan: Plan, settings: Settings) -> Record | None:
+    """The record of a build of exactly this plan that succeeded, its wheel present."""
+    found = read(settings, plan.build_id)
+    if found is None or found.outcome != "built" or wheel_path(settings, found) is None:
+        return None
+    return found

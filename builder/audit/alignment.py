@@ -9,8 +9,8 @@ from __future__ import annotations
 from builder.audit import elf
 from builder.audit.contents import Contents
 from builder.audit.policy import Policy
-from builder.audit.verdict import Verdict, not_applicable, passed, refused
 from builder.stack import Arch
+from builder.verdict import Verdict, not_applicable, passed, refused
 
 GATE = "alignment"
 PAGE = 64 << 10

@@ -11,7 +11,7 @@ from packaging.utils import InvalidWheelFilename, parse_wheel_filename
 from builder.audit import elf
 from builder.audit.contents import Contents
 from builder.audit.policy import Policy
-from builder.audit.verdict import Verdict, not_applicable, passed, refused
+from builder.verdict import Verdict, not_applicable, passed, refused
 
 GATE = "python-abi"
 _SUFFIX = re.compile(r"\.cpython-(\d+)[a-z]*-(.+)\.so$")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from builder.audit import elf
 from builder.audit.contents import Contents
 from builder.audit.policy import Policy
-from builder.audit.verdict import Verdict, not_applicable, passed, refused
+from builder.verdict import Verdict, not_applicable, passed, refused
 
 GATE = "rpath"
 ORIGINS = ("$ORIGIN", "${ORIGIN}")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import base64
 import os
+import shutil
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -148,19 +149,18 @@ def run_git(
         GitError: git failed.
         DiskFullError: git found no space.
     """
-    try:
-        done = subprocess.run(
-            ["git", *arguments],
-            cwd=cwd,
-            env=_environment(config) | dict(environment or {}),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            check=False,
-        )
-    except FileNotFoundError as error:
-        raise HostError(
-            "there is no git on this machine", remedy="install Debian's package git, as `builder doctor` says"
-        ) from error
+    if shutil.which("git") is None:
+        raise HostError("there is no git on this machine", remedy="install Debian's package git, as `builder doctor` says")
+    # A builder that is killed takes its git along; else that would go on writing where the next run sweeps.
+    with_us = ["setpriv", "--pdeathsig", "KILL", "--"] if shutil.which("setpriv") else []
+    done = subprocess.run(
+        [*with_us, "git", *arguments],
+        cwd=cwd,
+        env=_environment(config) | dict(environment or {}),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        check=False,
+    )
     if done.returncode == 0:
         return done.stdout.decode(errors="surrogateescape")
     said = done.stderr.decode(errors="replace")

@@ -62,7 +62,8 @@ class Server(ThreadingHTTPServer):
         self.repositories: Path | None = None
         self.git_protocol = True
         self.git_password = ""
-        self.git_asked: list[str] = []
+        self.git_asked = threading.Event()
+        self.git_gate: threading.Event | None = None
 
     @property
     def url(self) -> str:
@@ -133,7 +134,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _git(self) -> None:
         """CGI to git's own http-backend."""
         path, _, query = self.path.partition("?")
-        self.server.git_asked.append(self.path)
+        self.server.git_asked.set()
+        if self.server.git_gate is not None:
+            self.server.git_gate.wait(60)
         if self.server.git_password and self.headers.get("Authorization") != _basic(self.server.git_password):
             self.send_response(401)
             self.send_header("WWW-Authenticate", 'Basic realm="git"')

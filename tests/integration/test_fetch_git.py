@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
+import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -260,6 +264,45 @@ def test_killed_fetch_leaves_nothing_that_counts(upstream: Repository, settings:
     (partial / "shallow.lock").touch()
     assert fetch_git(upstream.source(commit), settings).exists()
     assert not partial.exists()
+
+
+def fetching_in(folder: Path) -> set[int]:
+    """Processes `git fetch` that work there."""
+    found = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            arguments = (process / "cmdline").read_bytes().split(b"\0")
+            if arguments[:2] == [b"git", b"fetch"] and (process / "cwd").readlink().is_relative_to(folder):
+                found.add(int(process.name))
+    return found
+
+
+def test_killed_while_fetching_takes_git_along_and_the_next_run_succeeds(
+    upstream: Repository, settings: Settings, server: Server
+) -> None:
+    """git's helper still waits for the server then; the next run does not mind."""
+    held = server.git_gate = threading.Event()
+    pinned = upstream.source(upstream.git("rev-parse", "HEAD"), url="https://far.invalid/upstream/.git")
+    near = mirrored(settings, f"{server.url}/git/")
+    code = (
+        "import sys; from builder.fetch import fetch_git; from builder.recipe import GitSource\n"
+        "from gracefarm.settings import Settings\n"
+        "fetch_git(GitSource.model_validate_json(sys.argv[1]), Settings.model_validate_json(sys.argv[2]))"
+    )
+    try:
+        with subprocess.Popen([sys.executable, "-c", code, pinned.model_dump_json(), near.model_dump_json()]) as process:
+            assert server.git_asked.wait(60)
+            assert fetching_in(settings.home)
+            process.kill()
+        for _ in range(50):
+            if not fetching_in(settings.home):
+                break
+            time.sleep(0.1)
+        assert not fetching_in(settings.home)
+        server.git_gate = None
+        assert fetch_git(pinned, near).exists()
+    finally:
+        held.set()
 
 
 @pytest.fixture
