@@ -103,7 +103,7 @@ def build(
         raise UsageError("name the recipes to build, or say --changed", remedy=f"recipes: {', '.join(_all(settings))}")
     plans = [plan_of(name, stack_name, target, settings) for name in names or _all(settings)]
     if changed:
-        plans = [one for one in plans if record.existing(one, settings) is None]
+        plans = [one for one in plans if not _settled(one, url, settings)]
         console.step("plan", f"changed since the last success: {', '.join(one.recipe.key for one in plans) or 'nothing'}")
     failures: list[GracefarmError] = []
     for one in plans:
@@ -119,6 +119,12 @@ def build(
             console.result(done.model_dump(mode="json") | {"path": str(wheel)}, str(wheel))
     if failures:
         raise SeveralError(f"{len(failures)} of {len(plans)} builds failed; each is described above")
+
+
+def _settled(one: Plan, url: str | None, settings: Settings) -> bool:
+    """The plan's wheel was built and, where one is to publish, published there: a night whose upload failed is made good."""
+    found = record.existing(one, settings)
+    return found is not None and (url is None or url in [publication.url for publication in found.published])
 
 
 def _build(one: Plan, jobs: int | None, url: str | None, keep: bool, settings: Settings, console: Console) -> record.Record:

@@ -18,6 +18,7 @@ from tests import projects
 from tests.conftest import Farm
 
 NATIVE = host_arch().value
+CREDENTIALS = {"TWINE_USERNAME": "a", "TWINE_PASSWORD": "b"}
 SLOW_BACKEND = "import time\ntime.sleep(2)\nreturn wheel(wheel_directory)"
 
 
@@ -205,6 +206,9 @@ def test_changed_builds_only_what_has_no_success_yet(farm: Farm) -> None:
     assert farm.run("build", "--changed", "--target", NATIVE).code == 0
     done = farm.run("build", "--changed", "--target", NATIVE)
     assert "changed since the last success: nothing" in done.said
+    unpublished = farm.run("build", "--changed", "--target", NATIVE, "--publish", "http://127.0.0.1:9/legacy/", **CREDENTIALS)
+    assert unpublished.code == 40
+    assert "changed since the last success: tiny" in unpublished.said
     farm.recipe("tiny", projects.backend("return wheel(wheel_directory)"), version="2.0")
     assert "changed since the last success: tiny" in farm.run("build", "--changed", "--target", NATIVE).said
 
