@@ -19,7 +19,7 @@ from builder.sandbox import Mount, Outcome, Sandbox
 from builder.tables import parse_size
 from builder.verdict import Verdict
 from gracefarm.console import Console
-from gracefarm.errors import GracefarmError
+from gracefarm.errors import GracefarmError, HostError
 from gracefarm.files import atomic_write, full_disk, lock, remove_tree, sha256_file
 from gracefarm.settings import Settings
 
@@ -140,6 +140,7 @@ def _timed(progress: Progress, name: str) -> Iterator[None]:
 
 def _stages(plan: Plan, options: Options, settings: Settings, console: Console, folder: Path, progress: Progress) -> Path:
     data = plan.recipe.data
+    _check_binfmt(plan)
     with _timed(progress, "fetch"), console.progress("fetch") as tick:
         fetched = fetch.fetch(data, settings, tick)
     console.step("fetch", f"sources of {data.name} {data.version} are in the store")
@@ -166,6 +167,21 @@ def _stages(plan: Plan, options: Options, settings: Settings, console: Console, 
     final.parent.mkdir()
     shutil.move(wheel, final)
     return final
+
+
+def _check_binfmt(plan: Plan) -> None:
+    """A recipe that executes programs of the target other than Python needs a kernel that starts them."""
+    if not plan.recipe.data.build.binfmt or plan.host is plan.target:
+        return
+    from builder import doctor  # which loads an HTTP client
+
+    problem = doctor.registration(plan.target)
+    if problem is not None:
+        raise HostError(
+            f"{plan.recipe.key} executes programs of {plan.target.value} while it builds, and binfmt_misc has no qemu for them: {problem}",
+            remedy="run `builder doctor --fix` as root",
+            repeat=f"builder build {plan.recipe.key}",
+        )
 
 
 def lay_ground(plan: Plan, settings: Settings, console: Console) -> Ground:

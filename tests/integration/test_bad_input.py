@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from builder.stack import host_arch
+from builder import doctor
+from builder.stack import Arch, host_arch
 from gracefarm.errors import ExitCode
 from tests import projects
 from tests.conftest import Farm
@@ -187,3 +188,14 @@ def test_unreachable_index_keeps_the_wheel(farm: Farm) -> None:
     farm.recipe("tiny", projects.backend("return wheel(wheel_directory)"))
     refused(build(farm, "--publish", "http://127.0.0.1:9/legacy/", TWINE_USERNAME="a", TWINE_PASSWORD="b"), ExitCode.PUBLISH)
     assert "exists" in farm.run("plan", "tiny", "--target", NATIVE).out
+
+
+@pytest.mark.skipif(NATIVE == "aarch64", reason="the target's programs are this machine's own")
+def test_programs_of_the_target_need_binfmt(farm: Farm) -> None:
+    body = "subprocess.run(['/usr/libexec/gracefarm/python3.11-aarch64', '-c', ''], check=True)\nreturn wheel(wheel_directory)"
+    farm.recipe("tiny", projects.backend(body), build={"cuda": False, "binfmt": True})
+    done = farm.run("build", "tiny", "--target", "aarch64")
+    if doctor.registration(Arch.AARCH64) is None:
+        assert done.code == 0, done.said
+    else:
+        refused(done, ExitCode.HOST, "binfmt_misc", "builder doctor --fix")
