@@ -43,11 +43,6 @@ def is_for(found: elf.Object, target: Arch) -> bool:
     return found.kind in elf.LOADABLE and found.bits == 64 and found.little_endian and MACHINES.get(found.machine) == target
 
 
-def is_extension(found: elf.Object) -> bool:
-    """A Python extension module: it exports an init function."""
-    return any(symbol.startswith("PyInit_") for symbol in found.exports.symbols)
-
-
 @contextmanager
 def opened(wheel: Path) -> Iterator[Contents]:
     """The contents of a wheel; the unpacked objects vanish with the block.
