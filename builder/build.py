@@ -178,7 +178,7 @@ def _check_binfmt(plan: Plan) -> None:
     problem = doctor.registration(plan.target)
     if problem is not None:
         raise HostError(
-            f"{plan.recipe.key} executes programs of {plan.target.value} while it builds, and binfmt_misc has no qemu for them: {problem}",
+            f"{plan.recipe.key} executes programs of {plan.target.value}, which this kernel does not start: {problem}",
             remedy="run `builder doctor --fix` as root",
             repeat=f"builder build {plan.recipe.key}",
         )

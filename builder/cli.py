@@ -328,7 +328,8 @@ def _foreign_policy(wheel: Path, stack_name: str, settings: Settings, console: C
     loaded, target = stack.load(settings.project / "stacks", stack_name), gates.target_of(wheel)
     base = root.ensure(loaded, stack.host_arch(), target, settings)
     site = environment.ensure(loaded, target, base, settings)
-    compiler = environment.ensure_toolchain(loaded, stack.host_arch(), settings)
+    cuda = bool(loaded.data.toolchain.requirements)
+    compiler = environment.ensure_toolchain(loaded, stack.host_arch(), settings) if cuda else None
     console.step("audit", f"{wheel.name} against stack {stack_name} for {target.value}")
     return gates.Policy(
         target=target,
@@ -337,14 +338,14 @@ def _foreign_policy(wheel: Path, stack_name: str, settings: Settings, console: C
         version=None,
         glibc=loaded.data.glibc[target],
         cuda=loaded.data.cuda,
-        sm=loaded.data.sm,
+        sm=loaded.data.sm if cuda else None,
         sm_extra={},
         bundled=(),
         max_size=parse_size("4GiB"),
         build_paths=(),
         site_packages=site / "lib" / f"python{loaded.data.python}" / "site-packages",
         root=base,
-        cuobjdump=next(iter(sorted(compiler.glob("nvidia/*/bin/cuobjdump"))), None),
+        cuobjdump=next(iter(sorted(compiler.glob("nvidia/*/bin/cuobjdump"))), None) if compiler else None,
     )
 
 
