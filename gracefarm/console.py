@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -14,7 +15,7 @@ from rich.console import Console as RichConsole
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from gracefarm.errors import ExitCode, GracefarmError
+from gracefarm.errors import DiskFullError, ExitCode, GracefarmError, HostError
 
 Tick = Callable[[int, int | None, str], None]
 "Progress of long work: done, total (None: unknown), and a short text such as the file or the time left."
@@ -123,6 +124,18 @@ class Console:
         return tick
 
 
+def _machine_error(error: OSError) -> GracefarmError | None:
+    """The sentence for what the machine refuses anywhere: a full disk, a folder that is not ours; None for all else."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DiskFullError(f"no space left on the device: {error.filename}", remedy="free space, then repeat the command")
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and error.filename:
+        return HostError(
+            f"{error.filename}: {os.strerror(error.errno).lower()}",
+            remedy="run as the user who owns it, or name another folder (GRACEFARM_HOME)",
+        )
+    return None
+
+
 def run(program: Callable[[], None], *, as_json: bool) -> None:
     """Run a click program to its exit code: one clear sentence for what a user did, never a traceback for it.
 
@@ -134,6 +147,12 @@ def run(program: Callable[[], None], *, as_json: bool) -> None:
     except GracefarmError as error:
         console.error(error)
         sys.exit(error.exit_code)
+    except OSError as error:
+        known = _machine_error(error)
+        if known is None:
+            raise
+        console.error(known)
+        sys.exit(known.exit_code)
     except click.ClickException as error:
         if as_json:
             console.event("error", error.format_message(), exit_code=int(ExitCode.USAGE), failure="usage")

@@ -199,3 +199,8 @@ def test_programs_of_the_target_need_binfmt(farm: Farm) -> None:
         assert done.code == 0, done.said
     else:
         refused(done, ExitCode.HOST, "this kernel does not start", "builder doctor --fix")
+
+
+def test_a_home_that_cannot_be_written_is_one_sentence(farm: Farm) -> None:
+    farm.recipe("tiny", projects.backend("return wheel(wheel_directory)"))
+    refused(build(farm, GRACEFARM_HOME="/sys/nowhere"), ExitCode.HOST, "/sys/nowhere", "GRACEFARM_HOME")
