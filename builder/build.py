@@ -15,7 +15,7 @@ from builder import audit, compile, embed, environment, fetch, jobs, meter, publ
 from builder.audit import Policy
 from builder.plan import Plan
 from builder.record import Jobs, Publication, Record, SmokeResult, Stage
-from builder.sandbox import Mount, Outcome, Sandbox
+from builder.sandbox import Mount, Sandbox
 from builder.tables import parse_size
 from builder.verdict import Verdict
 from gracefarm.console import Console
@@ -43,13 +43,54 @@ class Ground:
 
 
 @dataclass(kw_only=True)
-class Progress:
-    """The record as far as it has come."""
+class Run:
+    """One build under way: what it was asked for, and the record as far as it has come."""
 
+    plan: Plan
+    options: Options
+    settings: Settings
+    console: Console
+    folder: Path
     stages: list[Stage] = field(default_factory=list)
     jobs: Jobs | None = None
     verdicts: tuple[Verdict, ...] = ()
     smoke: SmokeResult | None = None
+
+    @property
+    def log(self) -> Path:
+        """The whole output of compile and smoke test."""
+        return self.folder / "log.txt"
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """A stage that runs in this process."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self.stages.append(Stage(name=name, wall_s=round(time.monotonic() - start, 2)))
+
+    def record(self, wheel: Path | None, error: GracefarmError | None) -> Record:
+        """The record of the finished build."""
+        data = self.plan.recipe.data
+        return Record(
+            build_id=self.plan.build_id,
+            recipe=self.plan.recipe.key,
+            name=data.name,
+            version=data.version,
+            stack=self.plan.stack.data.name,
+            inputs=self.plan.inputs,
+            outcome="built" if wheel else "failed",
+            failure=record.failure(error) if error else None,
+            wheel=record.WheelFile(filename=wheel.name, sha256=sha256_file(wheel), size=wheel.stat().st_size)
+            if wheel
+            else None,
+            jobs=self.jobs,
+            stages=tuple(self.stages),
+            verdicts=self.verdicts,
+            smoke=self.smoke,
+            finished=record.now(),
+        )
 
 
 def build(plan: Plan, options: Options, settings: Settings, console: Console) -> Record:
@@ -67,7 +108,7 @@ def build(plan: Plan, options: Options, settings: Settings, console: Console) ->
         if found is not None:
             console.step("done", f"{data.name} {data.version} exists already with this id; nothing to build")
         else:
-            found = _attempt(plan, options, settings, console, folder)
+            found = _attempt(Run(plan=plan, options=options, settings=settings, console=console, folder=folder))
         if options.publish:
             found = publish_record(found, options.publish, settings, console)
     return found
@@ -87,86 +128,58 @@ def publish_record(found: Record, url: str, settings: Settings, console: Console
     return updated
 
 
-def _attempt(plan: Plan, options: Options, settings: Settings, console: Console, folder: Path) -> Record:
-    progress = Progress()
-    with full_disk(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        log = folder / "log.txt"
+def _attempt(run: Run) -> Record:
+    with full_disk(run.folder):
+        run.folder.mkdir(parents=True, exist_ok=True)
         try:
-            wheel = _stages(plan, options, settings, console, folder, progress)
+            wheel = _stages(run)
         except GracefarmError as error:
-            record.write(_record(plan, progress, None, error), settings)
+            record.write(run.record(None, error), run.settings)
             raise
-        done = _record(plan, progress, wheel, None)
-        record.write(done, settings)
-    if not options.keep:
+        done = run.record(wheel, None)
+        place = record.write(done, run.settings)
+    if not run.options.keep:
         for name in ("work", "smoke", "raw", "embedded", "repaired", "compiled.json"):
-            remove_tree(folder / name)
-    console.step(
-        "record",
-        f"{wheel.name}, {wheel.stat().st_size / 1e6:.1f} MB; record {record.path(settings, plan.build_id)}; log {log}",
-    )
+            remove_tree(run.folder / name)
+    run.console.step("record", f"{wheel.name}, {wheel.stat().st_size / 1e6:.1f} MB; record {place}; log {run.log}")
     return done
 
 
-def _record(plan: Plan, progress: Progress, wheel: Path | None, error: GracefarmError | None) -> Record:
-    data = plan.recipe.data
-    return Record(
-        build_id=plan.build_id,
-        recipe=plan.recipe.key,
-        name=data.name,
-        version=data.version,
-        stack=plan.stack.data.name,
-        inputs=plan.inputs,
-        outcome="built" if wheel else "failed",
-        failure=record.failure(error) if error else None,
-        wheel=record.WheelFile(filename=wheel.name, sha256=sha256_file(wheel), size=wheel.stat().st_size) if wheel else None,
-        jobs=progress.jobs,
-        stages=tuple(progress.stages),
-        verdicts=progress.verdicts,
-        smoke=progress.smoke,
-        finished=record.now(),
-    )
-
-
-@contextmanager
-def _timed(progress: Progress, name: str) -> Iterator[None]:
-    start = time.monotonic()
-    try:
-        yield
-    finally:
-        progress.stages.append(Stage(name=name, wall_s=round(time.monotonic() - start, 2)))
-
-
-def _stages(plan: Plan, options: Options, settings: Settings, console: Console, folder: Path, progress: Progress) -> Path:
-    data = plan.recipe.data
-    _check_binfmt(plan)
-    with _timed(progress, "fetch"), console.progress("fetch") as tick:
-        fetched = fetch.fetch(data, settings, tick)
-    console.step("fetch", f"sources of {data.name} {data.version} are in the store")
-    with _timed(progress, "root"):
-        ground = lay_ground(plan, settings, console)
-    raw = _compiled(plan, options, settings, console, folder, progress, fetched, ground)
-    with _timed(progress, "audit"):
-        wheel = _audited(plan, raw, source.source_date_epoch(data, fetched), folder, ground, progress, console)
-    result, outcome, command = smoke.run(
-        wheel,
-        imports=data.smoke.imports,
-        script=plan.recipe.smoke_script,
-        environment=ground.environment,
-        root=ground.root,
-        folder=folder / "smoke",
-        memory=compile.bound(settings, meter.available_memory()),
-        log=folder / "log.txt",
-    )
-    progress.smoke = result
-    progress.stages.append(record.stage("smoke", outcome, command))
-    console.step("smoke", f"imported {', '.join(result.modules)} in a clean environment in {outcome.wall_s:.0f} s")
-    final = folder / "dist" / wheel.name
+def _stages(run: Run) -> Path:
+    """All stages up to the record; the finished wheel."""
+    data = run.plan.recipe.data
+    _check_binfmt(run.plan)
+    with run.timed("fetch"), run.console.progress("fetch") as tick:
+        fetched = fetch.fetch(data, run.settings, tick)
+    run.console.step("fetch", f"sources of {data.name} {data.version} are in the store")
+    epoch = source.source_date_epoch(data, fetched)
+    with run.timed("root"):
+        ground = lay_ground(run.plan, run.settings, run.console)
+    raw = _saved(run) or _compiled(run, fetched, ground, epoch)
+    with run.timed("audit"):
+        wheel = _audited(run, raw, ground, epoch)
+    _smoked(run, wheel, ground)
+    final = run.folder / "dist" / wheel.name
     remove_tree(final.parent)
     final.parent.mkdir()
     shutil.move(wheel, final)
     return final
+
+
+def _smoked(run: Run, wheel: Path, ground: Ground) -> None:
+    result, outcome, command = smoke.run(
+        wheel,
+        imports=run.plan.recipe.data.smoke.imports,
+        script=run.plan.recipe.smoke_script,
+        environment=ground.environment,
+        root=ground.root,
+        folder=run.folder / "smoke",
+        memory=compile.bound(run.settings, meter.available_memory()),
+        log=run.log,
+    )
+    run.smoke = result
+    run.stages.append(record.stage("smoke", outcome, command))
+    run.console.step("smoke", f"imported {', '.join(result.modules)} in a clean environment in {outcome.wall_s:.0f} s")
 
 
 def _check_binfmt(plan: Plan) -> None:
@@ -215,91 +228,75 @@ def build_sandbox(
     )
 
 
-def _compiled(
-    plan: Plan,
-    options: Options,
-    settings: Settings,
-    console: Console,
-    folder: Path,
-    progress: Progress,
-    fetched: fetch.Fetched,
-    ground: Ground,
-) -> Path:
-    """The raw wheel: of a run that was killed after its compile, or compiled now, with one retry after a kill by memory."""
-    checkpoint = folder / "compiled.json"
-    if checkpoint.is_file():
-        saved = json.loads(checkpoint.read_text())
-        raw = folder / "raw" / str(saved["wheel"])
-        if raw.is_file() and sha256_file(raw) == saved["sha256"]:
-            progress.jobs = Jobs.model_validate(saved["jobs"])
-            progress.stages.append(Stage.model_validate(saved["stage"]))
-            console.step("compile", "compiled before this run was cut off; going on from there")
-            return raw
-    memory = compile.bound(settings, meter.available_memory())
-    wanted = options.jobs or settings.jobs
-    count = jobs.plan(memory=memory, memory_per_job=plan.recipe.data.build.memory_per_job, wanted=wanted)
+def _saved(run: Run) -> Path | None:
+    """The raw wheel of a run that was cut off after its compile."""
+    checkpoint = run.folder / "compiled.json"
+    if not checkpoint.is_file():
+        return None
+    saved = json.loads(checkpoint.read_text())
+    raw = run.folder / "raw" / str(saved["wheel"])
+    if not raw.is_file() or sha256_file(raw) != saved["sha256"]:
+        return None
+    run.jobs = Jobs.model_validate(saved["jobs"])
+    run.stages.append(Stage.model_validate(saved["stage"]))
+    run.console.step("compile", "compiled before this run was cut off; going on from there")
+    return raw
+
+
+def _compiled(run: Run, fetched: fetch.Fetched, ground: Ground, epoch: int) -> Path:
+    """The raw wheel, compiled now, with one retry after a kill by memory."""
+    memory = compile.bound(run.settings, meter.available_memory())
+    per_job = run.plan.recipe.data.build.memory_per_job
+    count = jobs.plan(memory=memory, memory_per_job=per_job, wanted=run.options.jobs or run.settings.jobs)
+    run.log.write_text(f"# {run.plan.title}\n# build id {run.plan.build_id}\n")
     try:
-        return _compile_once(plan, settings, console, folder, progress, fetched, ground, count, memory)
+        return _compile_once(run, fetched, ground, epoch, count, memory)
     except GracefarmError as error:
         fewer = compile.fewer_jobs(error, count.count)
         if fewer is None:
             raise
-        console.warn(f"{error.cause}; trying once more with {fewer} jobs")
+        run.console.warn(f"{error.cause}; trying once more with {fewer} jobs")
         retry = Jobs(count=fewer, reason=f"after a kill by memory with {count.count} jobs ({count.reason})")
-        return _compile_once(plan, settings, console, folder, progress, fetched, ground, retry, memory)
+        return _compile_once(run, fetched, ground, epoch, retry, memory)
 
 
-def _compile_once(
-    plan: Plan,
-    settings: Settings,
-    console: Console,
-    folder: Path,
-    progress: Progress,
-    fetched: fetch.Fetched,
-    ground: Ground,
-    count: Jobs,
-    memory: int,
-) -> Path:
-    progress.jobs = count
-    work = folder / "work"
+def _compile_once(run: Run, fetched: fetch.Fetched, ground: Ground, epoch: int, count: Jobs, memory: int) -> Path:
+    run.jobs = count
+    work = run.folder / "work"
     remove_tree(work)
     for name in ("out", "tmp"):
         (work / name).mkdir(parents=True)
-    epoch = source.source_date_epoch(plan.recipe.data, fetched)
-    tree = source.unpack(plan.recipe, fetched, work / "source", epoch)
-    compile.check_requirements(plan, tree)
-    box = build_sandbox(plan, ground, settings, work, count=count.count, epoch=epoch, memory=memory)
-    command = compile.command(plan)
-    log = folder / "log.txt"
-    log.write_text(
-        f"# {plan.title}\n# build id {plan.build_id}\n# jobs {count.count}: {count.reason}\n# {' '.join(command)}\n"
-    )
-    console.step("compile", f"{count.count} jobs ({count.reason}); log {log}")
-    with console.progress("compile") as tick:
-        outcome = compile.run(compile.Job(sandbox=box, command=command, log=log), _time_left(plan, settings, tick))
-    progress.stages.append(record.stage("compile", outcome, command))
-    compile.judge(outcome, log, plan)
-    return _checkpoint(audit.only_wheel(work / "out"), folder, progress, console, outcome)
+    tree = source.unpack(run.plan.recipe, fetched, work / "source", epoch)
+    compile.check_requirements(run.plan, tree)
+    box = build_sandbox(run.plan, ground, run.settings, work, count=count.count, epoch=epoch, memory=memory)
+    command = compile.command(run.plan)
+    with run.log.open("a") as stream:
+        stream.write(f"# jobs {count.count}: {count.reason}\n# {' '.join(command)}\n")
+    run.console.step("compile", f"{count.count} jobs ({count.reason}); log {run.log}")
+    with run.console.progress("compile") as tick:
+        job = compile.Job(sandbox=box, command=command, log=run.log)
+        outcome = compile.run(job, _time_left(run.plan, run.settings, tick))
+    run.stages.append(record.stage("compile", outcome, command))
+    compile.judge(outcome, run.log, run.plan)
+    raw = _checkpoint(run, audit.only_wheel(work / "out"), count)
+    peak = outcome.peak_memory / 2**30
+    run.console.step("compile", f"{raw.name} in {outcome.wall_s:.0f} s, {outcome.cpu_s:.0f} CPU s, peak {peak:.1f} GiB")
+    return raw
 
 
-def _checkpoint(wheel: Path, folder: Path, progress: Progress, console: Console, outcome: Outcome) -> Path:
+def _checkpoint(run: Run, wheel: Path, count: Jobs) -> Path:
     """Keep the raw wheel, so that a run cut off later need not compile again."""
-    raw = folder / "raw" / wheel.name
+    raw = run.folder / "raw" / wheel.name
     remove_tree(raw.parent)
     raw.parent.mkdir()
     shutil.copy(wheel, raw)
-    assert progress.jobs is not None
     saved = {
         "wheel": raw.name,
         "sha256": sha256_file(raw),
-        "jobs": progress.jobs.model_dump(),
-        "stage": progress.stages[-1].model_dump(mode="json"),
+        "jobs": count.model_dump(),
+        "stage": run.stages[-1].model_dump(mode="json"),
     }
-    atomic_write(folder / "compiled.json", json.dumps(saved))
-    console.step(
-        "compile",
-        f"{raw.name} in {outcome.wall_s:.0f} s, {outcome.cpu_s:.0f} CPU s, peak {outcome.peak_memory / 2**30:.1f} GiB",
-    )
+    atomic_write(run.folder / "compiled.json", json.dumps(saved))
     return raw
 
 
@@ -341,15 +338,15 @@ def policy(plan: Plan, ground: Ground) -> Policy:
     )
 
 
-def _audited(plan: Plan, raw: Path, epoch: int, folder: Path, ground: Ground, progress: Progress, console: Console) -> Path:
-    rules = policy(plan, ground)
-    embedded = embed.embed(raw, plan, epoch, folder / "embedded")
-    remove_tree(folder / "repaired")
-    (folder / "repaired").mkdir()
+def _audited(run: Run, raw: Path, ground: Ground, epoch: int) -> Path:
+    """The wheel with the build's inputs inside, repaired to its measured tag, with every gate passed."""
+    rules = policy(run.plan, ground)
+    embedded = embed.embed(raw, run.plan, epoch, run.folder / "embedded")
+    remove_tree(run.folder / "repaired")
     os.environ["SOURCE_DATE_EPOCH"] = str(epoch)  # which auditwheel writes into the archive
-    wheel = audit.repair(embedded, rules, folder / "repaired")
-    progress.verdicts = audit.audit(wheel, rules)
-    for verdict in progress.verdicts:
-        console.step("audit", f"{verdict.status:14} {verdict.gate}: {verdict.summary}")
-    audit.require(progress.verdicts)
+    wheel = audit.repair(embedded, rules, run.folder / "repaired")
+    run.verdicts = audit.audit(wheel, rules)
+    for verdict in run.verdicts:
+        run.console.step("audit", f"{verdict.status:14} {verdict.gate}: {verdict.summary}")
+    audit.require(run.verdicts)
     return wheel
