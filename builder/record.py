@@ -118,6 +118,11 @@ def failure(error: GracefarmError) -> Failure:
     return Failure(kind=error.exit_code.name.lower(), exit_code=int(error.exit_code), cause=error.cause, remedy=error.remedy)
 
 
+def product(wheel: Path) -> WheelFile:
+    """The finished wheel's part of the record."""
+    return WheelFile(filename=wheel.name, sha256=sha256_file(wheel), size=wheel.stat().st_size)
+
+
 def folder(settings: Settings, build_id: str) -> Path:
     """Everything about one build: record.json, log.txt, dist/, source/."""
     return settings.home / "builds" / build_id
