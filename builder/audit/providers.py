@@ -121,7 +121,7 @@ class Providers:
         (its siblings; torch's and CUDA's libraries), then the system's, then the driver's.
         """
         return (
-            self._by_search(soname, requester)
+            self.led_to(soname, requester)
             or (self.own(self._by_soname[soname]) if soname in self._by_soname else None)
             or self._in_environment(soname)
             or self._in_system(soname)
@@ -145,7 +145,8 @@ class Providers:
                     return library
         return None
 
-    def _by_search(self, soname: str, requester: Library) -> Library | None:
+    def led_to(self, soname: str, requester: Library) -> Library | None:
+        """The library where the requester's own RUNPATH or RPATH finds it, whatever is loaded already."""
         if requester.place not in ("wheel", "environment"):
             return None
         for entry in requester.found.search:

@@ -98,7 +98,11 @@ def _closure(root: Library, providers: Providers, findings: _Findings) -> list[L
             found = providers.find(soname, library)
             if found is None:
                 _report_absent(soname, library, findings)
-            elif (identity := _identity(found)) not in known:
+                continue
+            if found.place == "wheel" and providers.led_to(soname, library) is None:
+                note = f"{library.name} names no folder for {soname}: the wheel must load its own before"
+                findings.notes[note] = None
+            if (identity := _identity(found)) not in known:
                 known.add(identity)
                 scope.append(found)
     return scope

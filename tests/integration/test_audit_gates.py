@@ -291,7 +291,9 @@ def test_a_cuda_recipe_without_device_code_and_a_plain_one_with_it_are_refused(b
     without = draft(bench.core("plain.so", module())).pack(tmp_path / "without")
     with_code = cuda_draft(bench, "90").pack(tmp_path / "with")
     assert failed(audit.audit(without, dataclasses.replace(bench.policy, needs_cubins=True))) == ["cubins"]
-    assert failed(audit.audit(with_code, dataclasses.replace(bench.policy, sm=None))) == ["cubins"]
+    verdicts = audit.audit(with_code, dataclasses.replace(bench.policy, sm=None))
+    assert failed(verdicts) == ["cubins"]
+    assert "the recipe says that there is none" in by_gate(verdicts)["cubins"].summary
 
 
 def test_device_code_that_cuobjdump_cannot_read_is_refused(bench: Bench, tmp_path: Path) -> None:
@@ -374,7 +376,14 @@ def test_a_module_sees_what_it_needs_and_the_interpreter_but_no_other_module(ben
     needing.files["demo/libhelper.so"] = helper
     hoping = draft(bench.core("hoping.so", source))
     hoping.files["demo/libhelper.so"] = helper
-    assert failed(audit.audit(needing.pack(tmp_path / "needing"), bench.policy)) == []
+    lost = draft(bench.core("pathless.so", source, "libhelper.so"))
+    lost.files["demo/libhelper.so"] = helper
+    noted = audit.audit(lost.pack(tmp_path / "lost"), bench.policy)
+    assert failed(noted) == []
+    assert f"{CORE} names no folder for libhelper.so: the wheel must load its own before" in by_gate(noted)["symbols"].details
+    found = audit.audit(needing.pack(tmp_path / "needing"), bench.policy)
+    assert failed(found) == []
+    assert "names no folder" not in " ".join(by_gate(found)["symbols"].details)
     assert failed(audit.audit(hoping.pack(tmp_path / "hoping"), bench.policy)) == ["symbols"]
 
 
