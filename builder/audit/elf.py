@@ -7,7 +7,7 @@ has some 10^5 dynamic symbols, and an object per symbol would cost minutes where
 from __future__ import annotations
 
 import errno
-import os
+import mmap
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -190,7 +190,7 @@ def _paths(entries: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(part for entry in entries for part in entry.split(":"))
 
 
-def _next(at: int, step: int, data: bytes) -> int:
+def _next(at: int, step: int, data: memoryview) -> int:
     """The next entry of a chain; the last one has a step of 0, and a damaged chain must not be walked forever."""
     return at + step if step else len(data)
 
@@ -200,20 +200,23 @@ class _Tables:
 
     def __init__(self, elf: ELFFile, stream: BinaryIO, tags: dict[str, int]) -> None:
         self._elf = elf
-        self._stream = stream
         self._tags = tags
-        self._size = os.fstat(stream.fileno()).st_size
+        # Mapped, not read: the segment that holds the tables of a CUDA library also holds its hundreds of MB of kernels.
+        self._map = memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
         plain = elf.elfclass == 64 and elf.little_endian
         self._strings = self._bytes("DT_STRTAB", tags.get("DT_STRSZ", 0)) if plain else b""
 
     def _bytes(self, tag: str, size: int) -> bytes:
         if tag not in self._tags or size == 0:
             return b""
+        offset = self._offset(tag)
+        return bytes(self._map[offset : offset + size])
+
+    def _offset(self, tag: str) -> int:
         offset = next(iter(self._elf.address_offsets(self._tags[tag])), None)
         if offset is None:
             raise NotElfError(f"{tag} points outside the file")
-        self._stream.seek(offset)
-        return self._stream.read(min(size, self._size))
+        return int(offset)
 
     def _text(self, offset: int) -> str:
         return self._strings[offset : self._strings.index(b"\0", offset)].decode("utf-8", "surrogateescape")
@@ -243,16 +246,9 @@ class _Tables:
             at = _next(at, following, data)
         return found
 
-    def _rest(self, tag: str) -> bytes:
-        """From a table's start to the end of its segment: version tables do not say their size in the dynamic table."""
-        address = self._tags.get(tag)
-        if address is None or not self._strings:
-            return b""
-        for segment in self._elf.iter_segments("PT_LOAD"):
-            start = segment["p_vaddr"]
-            if start <= address < start + segment["p_filesz"]:
-                return self._bytes(tag, start + segment["p_filesz"] - address)
-        raise NotElfError(f"{tag} points outside the file")
+    def _rest(self, tag: str) -> memoryview:
+        """From a table's start to the end of the file: version tables do not say their size in the dynamic table."""
+        return self._map[self._offset(tag) :] if tag in self._tags and self._strings else self._map[:0]
 
     def symbols(self) -> tuple[tuple[Reference, ...], Exports]:
         """References and definitions of .dynsym."""
