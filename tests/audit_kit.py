@@ -37,7 +37,7 @@ def module(value: str = "42", *, before: str = "", name: str = "_core") -> str:
 
 
 def in_root(root: Path, folder: Path, *more: str) -> list[str]:
-    """A bwrap command line that sees the root's files and, writable at /work, the folder."""
+    """A bwrap command line that sees the root's files and, writable at /objects, the folder."""
     parts = []
     for path in sorted(root.iterdir()):
         if path.name in ("dev", "proc", "tmp"):
@@ -46,7 +46,7 @@ def in_root(root: Path, folder: Path, *more: str) -> list[str]:
         parts += ["--ro-bind", str(path), f"/{path.name}"] if path.is_dir() and not path.is_symlink() else []
     return [
         "bwrap", "--unshare-all", "--die-with-parent", *parts, "--dev", "/dev", "--proc", "/proc", "--tmpfs", "/tmp",
-        "--bind", str(folder), "/work", "--chdir", "/work", *more,
+        "--bind", str(folder), "/objects", "--chdir", "/objects", *more,
     ]  # fmt: skip
 
 
