@@ -66,6 +66,7 @@ def supervise(bwrap: list[str], control: int, send: Send, hostname: str | None) 
         send({"init": init, "unwatched": unwatched})
         follow(selector, monitor, control, gate)
         cpu_s = end_tree()
+        os.close(gate)  # only now: bubblewrap takes the end of this pipe for leave to start the command
         while ready := selector.select(0):  # what the sockets still hold
             call(ready)
         status_code = next((json.loads(line)["exit-code"] for line in lines if "exit-code" in line), None)
@@ -112,7 +113,6 @@ def follow(selector: selectors.BaseSelector, monitor: int, control: int, gate: i
     selector.unregister(descriptor)
     selector.unregister(control)
     os.close(descriptor)
-    os.close(gate)
 
 
 def call(ready: list[tuple[selectors.SelectorKey, int]]) -> None:
