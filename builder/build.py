@@ -102,7 +102,10 @@ def build(plan: Plan, options: Options, settings: Settings, console: Console) ->
     data = plan.recipe.data
     console.step("plan", f"{plan.title}: build id {plan.build_id[:16]}")
     folder = record.folder(settings, plan.build_id)
-    waiting = lambda: console.step("wait", f"another process builds {plan.build_id[:16]}; waiting for it")  # noqa: E731
+
+    def waiting() -> None:
+        console.step("wait", f"another process builds {plan.build_id[:16]}; waiting for it")
+
     with lock(settings.home / "locks" / f"build-{plan.build_id}", waiting):
         found = record.existing(plan, settings)
         if found is not None:
@@ -274,10 +277,10 @@ def _compile_once(run: Run, fetched: fetch.Fetched, ground: Ground, epoch: int, 
         stream.write(f"# jobs {count.count}: {count.reason}\n# {' '.join(command)}\n")
     run.console.step("compile", f"{count.count} jobs ({count.reason}); log {run.log}")
     with run.console.progress("compile") as tick:
-        job = compile.Job(sandbox=box, command=command, log=run.log)
+        job = compile.Job(sandbox=box, command=command, log=run.log, log_start=run.log.stat().st_size)
         outcome = compile.run(job, _time_left(run.plan, run.settings, tick))
     run.stages.append(record.stage("compile", outcome, command))
-    compile.judge(outcome, run.log, run.plan)
+    compile.judge(outcome, job, run.plan)
     raw = _checkpoint(run, audit.only_wheel(work / "out"), count)
     peak = outcome.peak_memory / 2**30
     run.console.step("compile", f"{raw.name} in {outcome.wall_s:.0f} s, {outcome.cpu_s:.0f} CPU s, peak {peak:.1f} GiB")

@@ -35,6 +35,8 @@ class Job:
     sandbox: Sandbox
     command: tuple[str, ...]
     log: Path
+    log_start: int = 0
+    "Bytes of the log that an earlier attempt wrote."
 
 
 def check_requirements(plan: Plan, source: Path) -> None:
@@ -95,7 +97,7 @@ def run(job: Job, on_progress: Callable[[int, int], None]) -> Outcome:
     return sandbox.run(job.sandbox, job.command, log=job.log, on_line=on_line)
 
 
-def judge(outcome: Outcome, log: Path, plan: Plan) -> None:
+def judge(outcome: Outcome, job: Job, plan: Plan) -> None:
     """Raise what a finished compile deserves; a build that reached for the network fails even when it went on.
 
     Raises:
@@ -117,7 +119,7 @@ def judge(outcome: Outcome, log: Path, plan: Plan) -> None:
         )
     if outcome.returncode == 0:
         return
-    error = first_error(log)
+    error = first_error(job.log, job.log_start)
     if DISK_FULL.search(error):
         raise DiskFullError(
             f"the build of {name} filled the disk: {error}",
@@ -131,9 +133,10 @@ def judge(outcome: Outcome, log: Path, plan: Plan) -> None:
     )
 
 
-def first_error(log: Path) -> str:
-    """The line of a build log that names the cause: the first of the strongest kind, not the last traceback's."""
-    lines = log.read_text(errors="replace").splitlines()
+def first_error(log: Path, start: int = 0) -> str:
+    """The line of a build log, from byte `start` on, that names the cause: the first of the strongest kind, not the last
+    traceback's."""
+    lines = log.read_bytes()[start:].decode(errors="replace").splitlines()
     full = next((line for line in lines if DISK_FULL.search(line)), None)
     if full is not None:
         return full.strip()

@@ -50,6 +50,16 @@ def test_the_first_real_error_is_shown(tmp_path: Path, text: str, expected: str)
     assert expected in compile.first_error(log)
 
 
+def test_a_second_attempts_error_is_not_the_first_attempts(tmp_path: Path) -> None:
+    log = tmp_path / "log.txt"
+    log.write_text("a.cu(1): error: killed half-way\n")
+    start = log.stat().st_size
+    with log.open("a") as stream:
+        stream.write("b.cu(2): error: the real one\n")
+    assert "b.cu(2)" in compile.first_error(log, start)
+    assert "a.cu(1)" in compile.first_error(log)
+
+
 def test_jobs_are_bounded_by_memory_and_say_so() -> None:
     found = jobs.plan(memory=3 << 30, memory_per_job="2GiB", wanted=None)
     assert found.count == 1
@@ -105,10 +115,17 @@ def test_nvcc_keeps_exactly_the_stacks_list(tmp_path: Path) -> None:
     assert "sm_90" not in said
 
 
-def test_nvcc_names_the_cross_compiler_last_so_that_it_wins(tmp_path: Path) -> None:
-    passed, _ = nvcc(tmp_path, "-ccbin", "gcc", "-c", "a.cu", GRACEFARM_CCBIN="aarch64-linux-gnu-g++")
-    positions = [index for index, one in enumerate(passed) if one == "-ccbin"]
-    assert passed[positions[-1] + 1] == "aarch64-linux-gnu-g++"
+@pytest.mark.parametrize("named", [("-ccbin", "gcc"), ("-ccbin=gcc",), ("--compiler-bindir", "gcc"), ()])
+def test_nvcc_names_the_cross_compiler_alone(tmp_path: Path, named: tuple[str, ...]) -> None:
+    passed, _ = nvcc(tmp_path, *named, "-c", "a.cu", GRACEFARM_CCBIN="aarch64-linux-gnu-g++")
+    assert "gcc" not in " ".join(passed).replace("aarch64-linux-gnu-g++", "")
+    assert passed[passed.index("-ccbin") + 1] == "aarch64-linux-gnu-g++"
+    assert passed.count("-ccbin") == 1
+
+
+def test_a_native_build_keeps_the_compiler_it_names(tmp_path: Path) -> None:
+    passed, _ = nvcc(tmp_path, "-ccbin", "gcc", "-c", "a.cu")
+    assert passed[passed.index("-ccbin") + 1] == "gcc"
 
 
 def test_sm_extra_is_for_its_sources_alone(tmp_path: Path) -> None:
