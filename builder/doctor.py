@@ -102,7 +102,7 @@ def fix(found: Sequence[Check], settings: Settings) -> None:
         _allow_namespaces(problem)
     for name in bad:
         if match := re.fullmatch(r"binfmt (\w+)", name):
-            _register(Arch(match[1]), settings)
+            register(Arch(match[1]), settings)
 
 
 # --- what is looked at -------------------------------------------------------------------------------------------------------
@@ -334,7 +334,7 @@ def _allow_namespaces(problem: str) -> None:
         raise HostError(problem, remedy="in a container: allow user namespaces and mounts in it")
 
 
-def _register(target: Arch, settings: Settings) -> None:
+def register(target: Arch, settings: Settings) -> None:
     """Register the qemu that stands in the root, with flag F: the kernel keeps it open, whatever the sandbox sees."""
     host = stack.host_arch()
     place = next(
