@@ -27,6 +27,7 @@ from builder import debian, environment, recipe, root, sandbox, stack
 from builder.fetch.urls import shown, split_credentials
 from builder.stack import Arch, LoadedStack
 from gracefarm.errors import GracefarmError, HostError
+from gracefarm.files import remove_tree
 from gracefarm.settings import Settings, config_path
 
 PYTHON = Version("3.11")
@@ -88,7 +89,8 @@ def checks(settings: Settings) -> list[Check]:
 
 
 def fix(found: Sequence[Check], settings: Settings) -> None:
-    """Mend what root can mend: install packages, allow bubblewrap its namespaces, register binfmt where a recipe needs it.
+    """Mend what root can mend: install packages, allow bubblewrap its namespaces, register binfmt where a recipe needs it;
+    and remove roots that were damaged.
 
     Raises:
         HostError: neither root nor sudo without a password, or a command failed; names the command.
@@ -101,6 +103,8 @@ def fix(found: Sequence[Check], settings: Settings) -> None:
     if "sandbox" in bad and (problem := sandbox.check()):
         _allow_namespaces(problem)
     for name in bad:
+        if match := re.fullmatch(r"root ([0-9a-f]{64})", name):
+            remove_tree(settings.home / "roots" / match[1])
         if match := re.fullmatch(r"binfmt (\w+)", name):
             register(Arch(match[1]), settings)
 
@@ -235,7 +239,17 @@ def _stacks(settings: Settings) -> list[Check]:
             continue
         suites.add(one.data.root.suite)
         found.append(Check(name=f"stack {one.data.name}", ok=True, found=f"locks whole; {ready}"))
+        for place, program in _damaged(one, settings):
+            remedy = "`builder doctor --fix` removes that root; the next build assembles it anew from the store"
+            found.append(Check(name=f"root {place.name}", ok=False, found=f"has lost {program}", remedy=remedy))
     return [*(_mirror(suite, settings) for suite in sorted(suites)), *found]
+
+
+def _damaged(one: LoadedStack, settings: Settings) -> list[tuple[Path, str]]:
+    """Roots of a stack that lost qemu, Python or compiler, with what they lost."""
+    host = stack.host_arch()
+    places = ((settings.home / "roots" / root.digest(one, host, to), to) for to in one.data.root.hosts.get(host, ()))
+    return [(place, program) for place, to in places if place.is_dir() and (program := root.lost(place, one, host, to))]
 
 
 def _mirror(suite: str, settings: Settings) -> Check:

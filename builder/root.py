@@ -180,13 +180,19 @@ def ensure(stack: LoadedStack, host: Arch, target: Arch, settings: Settings, tic
         ConfigError: see `packages`.
         FetchError: a package cannot be had from the mirror.
         DigestError: the mirror has other bytes than were pinned.
-        RootError: a package cannot be unpacked.
+        RootError: a package cannot be unpacked, or a root that was whole has lost qemu, its Python or its compiler.
         HostError: dpkg-deb, tar or the sandbox is missing.
         DiskFullError: no space.
     """
     name = digest(stack, host, target)
     final = settings.home / "roots" / name
     if final.is_dir():
+        if (program := lost(final, stack, host, target)) is not None:
+            raise RootError(
+                f"the root {final} has lost {program}",
+                remedy="`builder doctor --fix` removes that root; the next build assembles it anew from the store",
+                repeat="builder doctor --fix",
+            )
         return final
     with lock(final.with_name(f"{name}.lock"), lambda: tick(0, None, "another process assembles this root")):
         if not final.is_dir():
@@ -197,6 +203,15 @@ def ensure(stack: LoadedStack, host: Arch, target: Arch, settings: Settings, tic
                 _lay_out(folder, stack, host, target)
                 compile_files(folder, f"/usr/lib/python{stack.data.python}", folder / "usr/lib" / f"python{stack.data.python}")
     return final
+
+
+def lost(folder: Path, stack: LoadedStack, host: Arch, target: Arch) -> str | None:
+    """The first program without which an assembled root is of no use and which is not there any more; None when whole."""
+    gcc = f"{target.triplet}-gcc-{stack.data.toolchain.gcc}"
+    programs = [f"/usr/bin/python{stack.data.python}", NATIVE_PYTHON, f"/usr/bin/{gcc}"]
+    if host is not target:
+        programs.insert(0, f"/usr/bin/qemu-{target}-static")
+    return next((one for one in programs if not os.path.lexists(folder / one[1:])), None)
 
 
 def _download(stack: LoadedStack, pinned: Sequence[Deb], settings: Settings, tick: Tick) -> dict[str, Path]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from builder import doctor
+from builder import doctor, root, stack
 from builder.stack import Arch, host_arch
 from gracefarm.errors import ExitCode
 from tests import projects
@@ -188,6 +188,26 @@ def test_unreachable_index_keeps_the_wheel(farm: Farm) -> None:
     farm.recipe("tiny", projects.backend("return wheel(wheel_directory)"))
     refused(build(farm, "--publish", "http://127.0.0.1:9/legacy/", TWINE_USERNAME="a", TWINE_PASSWORD="b"), ExitCode.PUBLISH)
     assert "exists" in farm.run("plan", "tiny", "--target", NATIVE).out
+
+
+@pytest.mark.skipif(NATIVE == "aarch64", reason="an aarch64 host emulates nothing")
+def test_qemu_missing_is_found_and_mended(farm: Farm, shared_home: Path) -> None:
+    """qemu is one of the root's packages; a root that lost it is what can be missing."""
+    farm.recipe("tiny", projects.backend("return wheel(wheel_directory)"))
+    one = stack.load(farm.settings.project / "stacks", "bare")
+    whole = root.ensure(one, host_arch(), Arch.AARCH64, farm.settings)
+    roots = farm.settings.home / "roots"
+    roots.unlink()  # a link to the machine's own
+    roots.mkdir()
+    subprocess.run(["cp", "-al", whole, roots], check=True)
+    (roots / whole.name / "usr/bin/qemu-aarch64-static").unlink()
+    refused(farm.run("build", "tiny", "--target", "aarch64"), ExitCode.ROOT, "has lost /usr/bin/qemu-aarch64-static", "--fix")
+    found = farm.run("doctor")
+    assert found.code == ExitCode.HOST
+    assert "has lost /usr/bin/qemu-aarch64-static" in found.said
+    assert farm.run("doctor", "--fix").code == 0
+    done = farm.run("build", "tiny", "--target", "aarch64")
+    assert done.code == 0, done.said
 
 
 @pytest.mark.skipif(NATIVE == "aarch64", reason="the target's programs are this machine's own")
