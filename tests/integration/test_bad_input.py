@@ -195,7 +195,7 @@ def test_qemu_missing_is_found_and_mended(farm: Farm, shared_home: Path) -> None
     """qemu is one of the root's packages; a root that lost it is what can be missing."""
     farm.recipe("tiny", projects.backend("return wheel(wheel_directory)"))
     one = stack.load(farm.settings.project / "stacks", "bare")
-    whole = root.ensure(one, host_arch(), Arch.AARCH64, farm.settings)
+    whole = root.ensure(one, host_arch(), Arch.AARCH64, farm.settings).resolve()
     roots = farm.settings.home / "roots"
     roots.unlink()  # a link to the machine's own
     roots.mkdir()
