@@ -1,0 +1,30 @@
+"""Read one request from stdin, `{"call": "module.function", "arguments": {…}}`, and answer it."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+
+from deploy.remote import wire
+
+
+def main() -> int:
+    """The exit code is 0 for a result, 1 for a Failure; a defect of ours keeps its traceback on stderr."""
+    request = json.loads(sys.stdin.buffer.read().decode())
+    module, function = request["call"].split(".")
+    try:
+        result = getattr(importlib.import_module("deploy.remote." + module), function)(request["arguments"])
+    except wire.Failure as failure:
+        wire.say(failed={"kind": failure.kind, "cause": failure.cause, "remedy": failure.remedy})
+        return 1
+    except OSError as error:
+        failure = wire.of_os(error, str(error.filename or function))
+        wire.say(failed={"kind": failure.kind, "cause": failure.cause, "remedy": failure.remedy})
+        return 1
+    wire.say(result=result)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

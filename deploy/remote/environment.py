@@ -1,0 +1,374 @@
+"""Environments on the shared file system: built once under their content's name, switched by a symbolic link, rolled back.
+
+    ROOT/envs/ID/              finished: it has environment.json; never changed afterwards
+    ROOT/generations/000007    a symbolic link to ../envs/ID: what was active, in order
+    ROOT/env                   a symbolic link to generations/000007: what is active now
+    ROOT/python/ID/            an interpreter that uv or conda brought
+    ROOT/locks/                deploy.remote.sharedlock
+
+Downloads have an environment of their own: the same under ROOT/envs, active as ROOT/download.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+from deploy.remote.preflight import cuda, highest_glibcxx
+from deploy.remote.sharedlock import SharedLock
+from deploy.remote.wire import Failure, event
+
+Json = dict[str, Any]
+KEEP = 2
+DESCRIPTION = "environment.json"
+
+
+def build(request: Json) -> Json:
+    """Make ROOT/envs/ID unless it is there, by whoever comes first; the others wait for it.
+
+    `root`, `id`, `lock` (text of the requirements), `index` (simple API), `python` ({source, version}), `uv` (path of uv on
+    this node), `engine` and `set` (words for people), `scratch` (a node-local folder or None).
+    """
+    root = Path(request["root"])
+    final = root / "envs" / request["id"]
+    if (final / DESCRIPTION).is_file():
+        return {"built": False, **_described(final)}
+    with SharedLock(root / "locks" / f"env-{request['id']}", on_wait=lambda who: event("wait", owner=who)) as held:
+        if (final / DESCRIPTION).is_file():
+            return {"built": False, **_described(final)}
+        for left in (root / "envs").glob(f".{request['id']}.*"):
+            _remove(left)
+        partial = root / "envs" / f".{request['id']}.{uuid.uuid4().hex[:8]}"
+        try:
+            described = _make(request, partial)
+            if not held.still_mine():
+                raise Failure("busy", "another node took this build over while we were away", "repeat the command")
+            partial.rename(final)
+        except BaseException:
+            _remove(partial)
+            raise
+    return {"built": True, **described}
+
+
+def _make(request: Json, partial: Path) -> Json:
+    started = time.monotonic()
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    base = interpreter(request)
+    scratch = Path(tempfile.mkdtemp(prefix="gracefarm-env-", dir=request.get("scratch")))
+    try:
+        lock = scratch / "requirements.lock"
+        lock.write_text(request["lock"])
+        event("step", text=f"virtual environment of {base}")
+        _uv(request, "venv", "--quiet", "--relocatable", "--no-project", "--python", base, str(partial), scratch=scratch)
+        event("step", text=f"installing {len(_pins(request['lock']))} pinned packages")
+        _uv(
+            request,
+            *("pip", "install", "--quiet", "--python", str(partial / "bin" / "python"), "--require-hashes", "--no-deps"),
+            *("--only-binary", ":all:", "--link-mode", "copy", "--compile-bytecode", "--requirements", str(lock)),
+            *(("--default-index", request["index"]) if request["index"] else ()),
+            scratch=scratch,
+        )
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    libraries = _libraries(partial)
+    described = {
+        "id": request["id"],
+        "engine": request.get("engine"),
+        "set": request.get("set"),
+        "interpreter": base,
+        "packages": _pins(request["lock"]),
+        "machine": os.uname().machine,
+        "created": time.time(),
+        "build_s": round(time.monotonic() - started, 2),
+        **libraries,
+    }
+    with (partial / DESCRIPTION).open("w") as stream:
+        json.dump(described, stream, indent=1)
+        stream.flush()
+        os.fsync(stream.fileno())
+    return described
+
+
+def interpreter(request: Json) -> str:
+    """The base Python of an environment: the node's own, one that uv brings, or conda's; the latter two on the shared folder."""
+    wanted, source = request["python"]["version"], request["python"]["source"]
+    home = Path(request["root"]) / "python"
+    if source == "system":
+        found = shutil.which(f"python{'.'.join(wanted.split('.')[:2])}")
+        if found is None:
+            raise Failure("python", f"no python{wanted} on this node", 'set `python = "managed"` in deploy.toml, or install it')
+        return os.path.realpath(found)
+    place = home / f"{source}-{wanted}-{os.uname().machine}"
+    with SharedLock(Path(request["root"]) / "locks" / place.name, on_wait=lambda who: event("wait", owner=who)):
+        if not (place / ".complete").is_file():
+            _remove(place)
+            place.mkdir(parents=True)
+            event("step", text=f"Python {wanted} from {'uv' if source == 'managed' else 'conda'}")
+            _bring(request, source, wanted, place)
+            (place / ".complete").touch()
+    pattern = "bin/python3" if source == "conda" else "*/bin/python3"
+    return os.path.realpath(next(iter(sorted(place.glob(pattern)))))
+
+
+def _bring(request: Json, source: str, wanted: str, place: Path) -> None:
+    if source == "managed":
+        with tempfile.TemporaryDirectory() as scratch:
+            _uv(request, "python", "install", "--quiet", "--no-bin", "--install-dir", str(place), wanted, scratch=Path(scratch))
+        return
+    tool = next((one for one in ("micromamba", "mamba", "conda") if shutil.which(one)), None)
+    if tool is None:
+        raise Failure("python", "no conda, mamba or micromamba on this node", 'install one, or set `python = "managed"`')
+    done = subprocess.run([tool, "create", "--yes", "--prefix", str(place), f"python={wanted}"], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise Failure("python", f"{tool}: {_last(done.stderr or done.stdout)}", "look at the channels that conda is configured for")
+
+
+def _uv(request: Json, *arguments: str, scratch: Path) -> None:
+    """uv without anybody's configuration, and with a cache on this node's own disk."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("UV_", "PIP_"))}
+    for kept in ("UV_PYTHON_INSTALL_MIRROR",):
+        if kept in os.environ:
+            environment[kept] = os.environ[kept]
+    done = subprocess.run(
+        [request["uv"], *arguments, "--no-config", "--cache-dir", str(scratch / "cache")],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+    )
+    if done.returncode == 0:
+        return
+    text = done.stderr.strip()
+    if "No space left" in text or "ENOSPC" in text:
+        raise Failure("disk", f"no space left while installing into {request['root']}", "free space there: `deploy env gc`")
+    if "ash mismatch" in text:
+        raise Failure("digest", f"the index gave another file than the lock names: {_hash_line(text)}", "do not use that index")
+    if "not found in the package registry" in text or "no version of" in text or "no wheels" in text:
+        raise Failure("install", f"the index lacks a package of the lock: {_sentence(text)}", "mirror the lock into the set")
+    raise Failure("install", f"uv {arguments[0]}: {_sentence(text)}", "the index must serve every file of the lock")
+
+
+def _hash_line(text: str) -> str:
+    return next((line.strip(" ×╰─▶") for line in text.splitlines() if "ash mismatch" in line), _last(text))
+
+
+def _sentence(text: str) -> str:
+    return " ".join(line.strip(" ×╰─▶│├") for line in text.splitlines() if line.strip())[:400] or "no reason given"
+
+
+def _last(text: str) -> str:
+    return (text.strip().splitlines() or ["no reason given"])[-1]
+
+
+def _pins(lock: str) -> list[str]:
+    return re.findall(r"^([A-Za-z0-9][^\s;=]*==[^\s;\\]+)", lock, flags=re.MULTILINE)
+
+
+def _libraries(folder: Path) -> Json:
+    """What the compiled parts ask of a node: page size they are aligned to, and the newest libstdc++ symbol they use."""
+    alignment, needed, count = 1 << 20, (0,), 0
+    for path in folder.rglob("*.so*"):
+        if path.is_symlink() or not path.is_file():
+            continue
+        with path.open("rb") as stream:
+            found = _alignment(stream.read(1 << 12))
+        if found is None:
+            continue
+        count += 1
+        alignment = min(alignment, found)
+        if b"libstdc++" not in path.name.encode() and path.stat().st_size < 1 << 30:
+            wanted = highest_glibcxx(path.read_bytes())
+            needed = max(needed, tuple(map(int, wanted.split(".")))) if wanted else needed
+    return {
+        "libraries": count,
+        "alignment": alignment if count else None,
+        "glibcxx": ".".join(map(str, needed)) if needed != (0,) else None,
+    }
+
+
+def _alignment(head: bytes) -> int | None:
+    """The smallest p_align of the PT_LOAD segments of a 64-bit little-endian ELF file; None for anything else."""
+    if head[:6] != b"\x7fELF\x02\x01" or len(head) < 64:
+        return None
+    offset, size, count = struct.unpack_from("<Q", head, 32)[0], *struct.unpack_from("<HH", head, 54)
+    found = [
+        struct.unpack_from("<Q", head, offset + index * size + 48)[0]
+        for index in range(count)
+        if offset + (index + 1) * size <= len(head) and struct.unpack_from("<I", head, offset + index * size)[0] == 1
+    ]
+    return min(found) if found else None
+
+
+def matrix(request: Json) -> Json:
+    """Import each module of the active (or named) environment in a process of its own; run each command.
+
+    `environment` (folder), `modules` ([{module, gpu}]), `commands` ([[program, argument…]]), `seconds` for each.
+    """
+    folder = Path(request["environment"])
+    gpu = "gpus" in cuda()
+    rows = [_row(one["module"], folder, one, gpu, request["seconds"]) for one in request["modules"]]
+    rows += [
+        _try(" ".join(command), [str(folder / "bin" / command[0]), *command[1:]], folder, request["seconds"])
+        for command in request["commands"]
+    ]
+    return {"rows": rows, "gpu": gpu, "target": os.path.realpath(folder)}
+
+
+def _row(name: str, folder: Path, one: Json, gpu: bool, seconds: float) -> Json:
+    if one.get("gpu") and not gpu:
+        return {"name": name, "skipped": "no usable GPU on this node"}
+    code = one.get("code") or f"import {one['module']}"
+    return _try(name, [str(folder / "bin" / "python"), "-c", code], folder, seconds)
+
+
+def _try(name: str, command: list[str], folder: Path, seconds: float) -> Json:
+    started = time.monotonic()
+    environment = {**os.environ, "PATH": f"{folder / 'bin'}:{os.environ.get('PATH', '')}", "PYTHONNOUSERSITE": "1"}
+    environment.pop("PYTHONPATH", None)
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=seconds, check=False, env=environment, cwd=tempfile.gettempdir()
+        )
+    except subprocess.TimeoutExpired:
+        return {"name": name, "error": f"not done after {seconds:.0f} s"}
+    except OSError as error:
+        return {"name": name, "error": f"{command[0]}: {os.strerror(error.errno or 0).lower()}"}
+    if done.returncode:
+        return {"name": name, "error": _last(done.stderr) if done.stderr.strip() else f"exit code {done.returncode}"}
+    return {"name": name, "seconds": round(time.monotonic() - started, 2)}
+
+
+def switch(request: Json) -> Json:
+    """Make ROOT/envs/ID the active one (`link`: env or download) by one rename; a generation more unless it is active already."""
+    root, link = Path(request["root"]), request["link"]
+    if not (root / "envs" / request["id"] / DESCRIPTION).is_file():
+        raise Failure("node", f"there is no finished environment {request['id']}", "`deploy env list` says what there is")
+    with SharedLock(root / "locks" / f"switch-{link}"):
+        if active(root, link) == request["id"]:
+            return {"switched": False, "active": request["id"]}
+        return _switch(root, link, request["id"])
+
+
+def _switch(root: Path, link: str, identifier: str) -> Json:
+    generations = root / f"generations-{link}"
+    generations.mkdir(parents=True, exist_ok=True)
+    number = max((int(one.name) for one in generations.iterdir() if one.name.isdigit()), default=0) + 1
+    (generations / f"{number:06}").symlink_to(Path("..") / "envs" / identifier)
+    _point(root / link, Path(generations.name) / f"{number:06}")
+    return {"switched": True, "active": identifier, "generation": number}
+
+
+def _point(link: Path, target: Path) -> None:
+    temporary = link.with_name(f".{link.name}.{uuid.uuid4().hex[:8]}")
+    temporary.symlink_to(target)
+    temporary.rename(link)
+
+
+def active(root: Path, link: str) -> str | None:
+    """The id of the active environment, or None."""
+    path = root / link
+    return Path(os.path.realpath(path)).name if path.is_symlink() else None
+
+
+def rollback(request: Json) -> Json:
+    """Back to the generation before the active one that was another environment and still exists."""
+    root, link = Path(request["root"]), request["link"]
+    with SharedLock(root / "locks" / f"switch-{link}"):
+        now = active(root, link)
+        current = Path(os.readlink(root / link)).name if (root / link).is_symlink() else "000000"
+        for one in sorted((root / f"generations-{link}").glob("[0-9]*"), reverse=True):
+            target = Path(os.path.realpath(one))
+            if one.name < current and target.name != now and (target / DESCRIPTION).is_file():
+                _point(root / link, Path(f"generations-{link}") / one.name)
+                return {"from": now, "active": target.name, "generation": int(one.name)}
+    raise Failure("nothing", "there is no earlier environment to go back to", "`deploy env list` says what there is")
+
+
+def listing(request: Json) -> Json:
+    """Every finished environment, newest first, what is active, and what is half-built."""
+    root = Path(request["root"])
+    rows = []
+    for folder in (root / "envs").glob("*"):
+        if not folder.name.startswith(".") and (folder / DESCRIPTION).is_file():
+            one = _described(folder)
+            links = [link for link in ("env", "download") if active(root, link) == folder.name]
+            rows.append({**{key: one.get(key) for key in ("id", "engine", "set", "created", "build_s", "machine")}, "active": links})
+    rows.sort(key=lambda one: -float(one["created"] or 0))
+    return {"environments": rows, "partial": sorted(one.name for one in (root / "envs").glob(".*"))}
+
+
+def collect(request: Json) -> Json:
+    """Remove environments that are neither active, nor among the last `keep` generations, nor in use (`used`, ids)."""
+    root = Path(request["root"])
+    removed, freed, kept_by_use = [], 0, []
+    kept: set[str] = set()
+    for link in ("env", "download"):
+        generations = sorted((root / f"generations-{link}").glob("[0-9]*"), reverse=True)
+        names = list(dict.fromkeys(Path(os.path.realpath(one)).name for one in generations))
+        kept |= {*names[: int(request["keep"])], active(root, link) or ""}
+    for folder in sorted((root / "envs").glob("*")) if (root / "envs").is_dir() else []:
+        identifier = folder.name.split(".")[1] if folder.name.startswith(".") else folder.name
+        if not folder.name.startswith(".") and folder.name in kept:
+            continue
+        if folder.name in request["used"]:
+            kept_by_use.append(folder.name)
+            continue
+        try:
+            with SharedLock(root / "locks" / f"env-{identifier}", give_up=0):
+                size = sum(one.lstat().st_size for one in folder.rglob("*"))
+                gone = folder.with_name(f".{identifier}.gone-{uuid.uuid4().hex[:8]}")
+                folder.rename(gone)
+                _remove(gone)
+        except Failure as failure:
+            if failure.kind != "busy":
+                raise
+            continue
+        removed.append(folder.name)
+        freed += size
+    for link in ("env", "download"):
+        for one in (root / f"generations-{link}").glob("[0-9]*"):
+            if not one.exists():
+                one.unlink()
+    return {"removed": removed, "freed": freed, "in_use": kept_by_use}
+
+
+def users(request: Json) -> Json:
+    """The ids of environments under `root` that a process of this node runs from, executes or has mapped."""
+    pattern = re.compile(re.escape(os.path.realpath(Path(request["root"]) / "envs")).encode() + rb"/([0-9a-f]+)/")
+    found: set[str] = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        if process.name == str(os.getpid()):
+            continue
+        for name in ("maps", "cmdline"):
+            try:
+                found |= {one.decode() for one in pattern.findall((process / name).read_bytes())}
+            except OSError:
+                continue
+    return {"used": sorted(found)}
+
+
+def _described(folder: Path) -> Json:
+    value: Json = json.loads((folder / DESCRIPTION).read_text())
+    return value
+
+
+def _remove(path: Path) -> None:
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.is_dir():
+        shutil.rmtree(path)
+
+
+def system_python() -> str:
+    """What runs this worker."""
+    return sys.executable

@@ -1,0 +1,387 @@
+"""A node's part of fetching weights: download its own files into its staging folder, verify a neighbour's, rename what is right.
+
+    SHARE/…/COMMIT/                    verified files, each renamed into place: what is there is right
+    SHARE/…/COMMIT.staging/NODE/part/  being downloaded by NODE
+    SHARE/…/COMMIT.staging/NODE/ready/ downloaded by NODE, not yet verified by another
+
+Nodes speak over the shared folder alone, so that a cut connection to the one who asked stops nothing.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import errno
+import hashlib
+import os
+import shutil
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from deploy.remote.sharedlock import SharedLock
+from deploy.remote.wire import Failure, event
+
+Json = dict[str, Any]
+CHUNK = 1 << 22
+POLL = 0.2
+PULSE = 2.0
+PATIENCE = 120.0
+"Seconds without a sign of the neighbour after which its verifier stops waiting for it."
+
+
+def manifest(request: Json) -> Json:
+    """The repository at a revision: commit, and path, size and digest of each file. Run by the download environment's Python.
+
+    `repo`, `revision`, `endpoint`, `token_file`. Asks for access to the content too, before anything is downloaded.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+
+    api = HfApi(endpoint=request["endpoint"], token=_token(request), library_name="gracefarm")
+    try:
+        info = api.model_info(request["repo"], revision=request["revision"], files_metadata=True)
+        try:
+            api.auth_check(request["repo"])
+        except (GatedRepoError, RepositoryNotFoundError):
+            raise
+        except HfHubHTTPError as error:  # a mirror may not know this question; the first download will tell
+            event("note", text=f"{request['endpoint'] or 'the Hub'} does not answer whether access is granted: {_short(error)}")
+    except Exception as error:
+        raise explain(error, request) from error
+    files = [
+        {
+            "path": one.rfilename,
+            "size": one.size,
+            "sha256": one.lfs.sha256 if one.lfs else None,
+            "git": None if one.lfs else one.blob_id,
+        }
+        for one in info.siblings or []
+    ]
+    return {"repo": request["repo"], "commit": info.sha, "files": files}
+
+
+def explain(error: Exception, request: Json) -> Failure:
+    """The Hub's refusals in a sentence: which licence to accept and where, which token is missing."""
+    from huggingface_hub import errors
+
+    repo = request["repo"]
+    place = f"{(request['endpoint'] or 'https://huggingface.co').rstrip('/')}/{repo}"
+    has_token = bool(request.get("token_file"))
+    if isinstance(error, errors.GatedRepoError):
+        if not has_token:
+            return Failure(
+                "gated",
+                f"{repo} is gated: its owner wants an account that accepted the licence, and no token was given",
+                f"accept the licence at {place}, then set HF_TOKEN to a read token of that account and repeat",
+            )
+        return Failure(
+            "gated",
+            f"{repo} is gated, and the account of this token has no access (yet)",
+            f"sign in as that account and accept the licence at {place}; a fine-grained token also needs the right "
+            '"read access to contents of all public gated repos you can access"',
+        )
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return Failure(
+            "gated",
+            f"the Hub shows no repository {repo}" + ("" if has_token else " to somebody without a token"),
+            "check its name" + ("; the token may be wrong or expired" if has_token else ", or set HF_TOKEN if it is private"),
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return Failure("fetch", f"{repo} has no revision {request.get('revision') or request.get('commit')}", "check the revision")
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status == 401:
+        return Failure("gated", f"the Hub refuses the token for {repo} (401)", "make a new read token; HF_TOKEN may be expired")
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return Failure("disk", "no space left on the shared folder while downloading", "free space there, then repeat")
+    return Failure("fetch", f"{repo}: {_short(error)}", "check that the node reaches the Hub (HF_ENDPOINT), then repeat")
+
+
+def state(request: Json) -> Json:
+    """What is verified (`final`: path to size), what waits to be verified (`ready`: node to {path: size}), and free bytes."""
+    final, staging = Path(request["final"]), Path(request["staging"])
+    ready = {one.name: _sizes(one / "ready") for one in staging.iterdir()} if staging.is_dir() else {}
+    base = next(one for one in (final, *final.parents) if one.is_dir())
+    space = os.statvfs(base)
+    return {"final": _sizes(final), "ready": ready, "free": space.f_bavail * space.f_frsize}
+
+
+def prepare(request: Json) -> Json:
+    """Make the folders, and leave the nonce by which every other node proves that it sees the same ones."""
+    staging = Path(request["staging"])
+    Path(request["final"]).mkdir(parents=True, exist_ok=True)
+    staging.mkdir(parents=True, exist_ok=True)
+    _write(staging / "share", request["nonce"])
+    return {}
+
+
+def fetch(request: Json) -> Json:
+    """Download `files`, verify `verify` (files of others); run by the download environment's Python.
+
+    `me`, `final`, `staging`, `nonce`, `repo`, `commit`, `endpoint`, `token_file`, `workers`;
+    `files`: [{path, size, sha256, git}], `verify`: the same with `node`, who stages it.
+    """
+    final, staging = Path(request["final"]), Path(request["staging"])
+    _same_share(staging, request["nonce"])
+    mine = staging / request["me"]
+    with SharedLock(mine / "lock", on_wait=lambda who: event("wait", owner=who)) as held:
+        stop = threading.Event()
+        pulse = threading.Thread(target=_pulse, args=(mine, stop), daemon=True)
+        pulse.start()
+        _write(mine / "round", request["nonce"])
+        checker = _Verifier(request, final, staging)
+        checker.start()
+        problem: Failure | None = None
+        try:
+            _download_all(request, final, mine)
+        except Failure as failure:
+            problem = failure
+            shutil.rmtree(mine / "part", ignore_errors=True)  # on a full disk the next line needs room
+        _write(mine / "end", request["nonce"])
+        checker.join()
+        stop.set()
+        pulse.join()
+        if problem:
+            raise problem
+        return {"corrupt": checker.corrupt, "missing": checker.missing, "verified": checker.verified, "held": held.number}
+
+
+def _same_share(staging: Path, nonce: str) -> None:
+    deadline = time.monotonic() + 10
+    while True:
+        try:
+            if (staging / "share").read_text() == nonce:
+                return
+        except OSError:
+            pass
+        if time.monotonic() > deadline:
+            raise Failure(
+                "share",
+                f"this node does not see the shared folder: {staging} is not what the others see",
+                "mount the shared file system at the same path on every node (`deploy preflight` shows which have it)",
+            )
+        time.sleep(POLL)
+
+
+def _download_all(request: Json, final: Path, mine: Path) -> None:
+    """All files, several at a time, largest first; the first refusal ends the round (a gated file stays gated)."""
+    part, ready = mine / "part", mine / "ready"
+    shutil.rmtree(part, ignore_errors=True)  # huggingface_hub >= 1 resumes no partial file, and ours are whole or nothing
+    part.mkdir(parents=True)
+    failed = threading.Event()
+
+    def one(file: Json) -> None:
+        if failed.is_set() or _has(final / file["path"], file) or _has(ready / file["path"], file):
+            return
+        try:
+            _download(request, file, part, ready)
+        except Exception:
+            failed.set()
+            raise
+
+    with concurrent.futures.ThreadPoolExecutor(request["workers"]) as pool:
+        futures = [pool.submit(one, file) for file in sorted(request["files"], key=lambda file: -int(file["size"]))]
+        for future in concurrent.futures.as_completed(futures):
+            error = future.exception()
+            if isinstance(error, Failure):
+                raise error
+            if isinstance(error, Exception):
+                raise explain(error, request) from error
+    shutil.rmtree(part, ignore_errors=True)
+
+
+def _download(request: Json, file: Json, part: Path, ready: Path) -> None:
+    from huggingface_hub import hf_hub_download
+
+    started = time.monotonic()
+    got = Path(
+        hf_hub_download(
+            request["repo"],
+            file["path"],
+            revision=request["commit"],
+            local_dir=part,
+            endpoint=request["endpoint"],
+            token=_token(request),
+            library_name="gracefarm",
+            user_agent={"node": request["me"]},
+        )
+    )
+    target = ready / file["path"]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    got.rename(target)
+    event("staged", path=file["path"], size=file["size"], seconds=round(time.monotonic() - started, 3))
+
+
+class _Verifier(threading.Thread):
+    """Hashes what other nodes stage as it comes. Reads through this node's own client: what the stager cached proves nothing."""
+
+    def __init__(self, request: Json, final: Path, staging: Path) -> None:
+        super().__init__(daemon=True)
+        self.corrupt: list[str] = []
+        self.missing: list[str] = []
+        self.verified: list[str] = []
+        self._final, self._staging, self._nonce = final, staging, request["nonce"]
+        self._waiting: list[Json] = list(request["verify"])
+        self._seen: dict[str, tuple[object, float]] = {}
+
+    def run(self) -> None:
+        while self._waiting:
+            over = {node: self._is_over(node) for node in {one["node"] for one in self._waiting}}
+            before = len(self._waiting)
+            self._waiting = [one for one in self._waiting if not self._settle(one, over[one["node"]])]
+            if len(self._waiting) == before:
+                time.sleep(POLL)
+
+    def _settle(self, file: Json, over: bool) -> bool:
+        """True when there is nothing left to wait for. `over` was asked before we looked, so that no late file is missed."""
+        path = self._staging / file["node"] / "ready" / file["path"]
+        if not path.is_file():
+            if _has(self._final / file["path"], file):
+                return True
+            if over:
+                self.missing.append(file["path"])
+            return over
+        try:
+            right = _digest(path, file)
+        except OSError as error:
+            event("unread", path=file["path"], cause=str(error))
+            self.missing.append(file["path"])
+            return True
+        if right:
+            target = self._final / file["path"]
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.rename(target)
+            self.verified.append(file["path"])
+            event("verified", path=file["path"], size=file["size"], staged_by=file["node"])
+        else:
+            path.unlink()
+            self.corrupt.append(file["path"])
+            event("corrupt", path=file["path"], staged_by=file["node"])
+        return True
+
+    def _is_over(self, node: str) -> bool:
+        """The node said that it ended this round, or has given no sign for PATIENCE by our own clock."""
+        folder = self._staging / node
+        if _read(folder / "end") == self._nonce:
+            return True
+        sign = (_read(folder / "round"), _read(folder / "pulse"))
+        last = self._seen.get(node)
+        if last is None or last[0] != sign:
+            self._seen[node] = (sign, time.monotonic())
+            return False
+        return time.monotonic() - last[1] > PATIENCE
+
+
+def _digest(path: Path, file: Json) -> bool:
+    if path.stat().st_size != file["size"]:
+        return False
+    digest = hashlib.sha256() if file["sha256"] else hashlib.sha1(usedforsecurity=False)
+    if not file["sha256"]:
+        digest.update(b"blob %d\0" % file["size"])
+    with path.open("rb") as stream:
+        _forget(stream.fileno())
+        while block := stream.read(CHUNK):
+            digest.update(block)
+    return digest.hexdigest() == (file["sha256"] or file["git"])
+
+
+def _forget(descriptor: int) -> None:
+    """Ask the kernel for the bytes that are stored, not those it still holds in memory."""
+    os.fsync(descriptor)
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def rehash(request: Json) -> Json:
+    """Hash finished files again (`deploy weights verify`): the paths that are wrong or missing."""
+    final = Path(request["final"])
+    wrong = []
+    for file in request["files"]:
+        try:
+            right = _digest(final / file["path"], file)
+        except OSError:
+            right = False
+        event("hashed", path=file["path"], size=file["size"], right=right)
+        if not right:
+            wrong.append(file["path"])
+            if request.get("remove"):
+                (final / file["path"]).unlink(missing_ok=True)
+    return {"wrong": wrong}
+
+
+def finish(request: Json) -> Json:
+    """All is verified: write the manifest beside the files and take the staging folders away."""
+    _write(Path(request["final"] + ".manifest.json"), request["manifest"])
+    shutil.rmtree(request["staging"], ignore_errors=True)
+    return {}
+
+
+def keep_token(request: Json) -> Json:
+    """Write a secret into a file that only this user reads, on this node's own disk or memory; returns its path."""
+    from deploy.remote import mounts
+
+    table = mounts.parse_mounts(Path("/proc/mounts").read_text())
+    for place in (os.environ.get("XDG_RUNTIME_DIR", ""), f"/run/user/{os.getuid()}", "/dev/shm", "/tmp"):  # noqa: S108
+        if not place or not os.access(place, os.W_OK):
+            continue
+        mount = mounts.mount_of(os.path.realpath(place), table)
+        if mount is None or mount.network:
+            continue
+        path = Path(place) / f"gracefarm-{os.getuid()}-{request['name']}"
+        path.unlink(missing_ok=True)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w") as stream:
+            stream.write(request["secret"])
+        return {"path": str(path)}
+    raise Failure("node", "no node-local folder for the token (/run/user, /dev/shm, /tmp)", "make /tmp a local file system")
+
+
+def drop_token(request: Json) -> Json:
+    """Remove it again."""
+    Path(request["path"]).unlink(missing_ok=True)
+    return {}
+
+
+def _token(request: Json) -> str | bool:
+    """False says: send none, also not one that a person left in ~/.cache/huggingface."""
+    return Path(request["token_file"]).read_text().strip() if request.get("token_file") else False
+
+
+def _pulse(mine: Path, stop: threading.Event) -> None:
+    count = 0
+    while True:
+        count += 1
+        try:
+            _write(mine / "pulse", str(count))
+            event("part", bytes=sum(one.stat().st_size for one in (mine / "part").rglob("*.incomplete")))
+        except OSError:
+            pass  # a full disk is told by the download itself
+        if stop.wait(PULSE):
+            return
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    return {str(one.relative_to(folder)): one.stat().st_size for one in folder.rglob("*") if one.is_file()}
+
+
+def _has(path: Path, file: Json) -> bool:
+    try:
+        return path.stat().st_size == int(file["size"])
+    except OSError:
+        return False
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
+    temporary.write_text(text)
+    temporary.rename(path)
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_text()
+    except OSError:
+        return None
+
+
+def _short(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -1,0 +1,121 @@
+"""Which files of a repository are weights to serve, and which node fetches and which verifies each: pure arithmetic."""
+
+from __future__ import annotations
+
+import fnmatch
+import heapq
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from gracefarm.errors import DigestError
+
+SKIP = ("original/*", "*.pth", "*.pt", "*.gguf", ".gitattributes")
+"What an engine that reads safetensors never opens; Llama 3.1 405B has its weights a second time in original/."
+
+
+class File(BaseModel):
+    """A file of a repository at a commit. Large files (LFS, Xet) have a sha256, small ones git's blob id (sha1)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    path: str
+    size: int = Field(ge=0)
+    sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
+    git: str | None = Field(default=None, pattern=r"^[0-9a-f]{40}$")
+
+
+class Manifest(BaseModel):
+    """What is to be there in the end: the pinned content of a model's folder."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: Literal[1] = 1
+    repo: str
+    commit: str = Field(pattern=r"^[0-9a-f]{40}$")
+    files: tuple[File, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(one.size for one in self.files)
+
+
+def manifest(repo: str, commit: str, files: Iterable[Mapping[str, object]], *, skip: Sequence[str] = SKIP) -> Manifest:
+    """The manifest of a repository, without what `skip` (shell patterns over whole paths) names.
+
+    Raises:
+        DigestError: a file has no digest or a path that leaves its folder, so it cannot be verified.
+    """
+    kept = [File.model_validate(one) for one in files if not skipped(str(one["path"]), skip)]
+    for one in kept:
+        if not (one.sha256 or one.git):
+            raise DigestError(f"{repo}: the Hub gives no digest for {one.path}", remedy="use a Hub that serves files_metadata")
+        if one.path.startswith("/") or ".." in one.path.split("/"):
+            raise DigestError(f"{repo}: the path {one.path!r} leaves its folder", remedy="do not use this repository")
+    return Manifest(repo=repo, commit=commit, files=tuple(sorted(kept, key=lambda one: one.path)))
+
+
+def skipped(path: str, patterns: Sequence[str]) -> bool:
+    """`*.pth` is meant at any depth, `original/*` from the top."""
+    return any(fnmatch.fnmatch(path, pattern) for pattern in patterns)
+
+
+def deal(files: Iterable[File], nodes: Sequence[str], load: Mapping[str, int] | None = None) -> dict[str, list[File]]:
+    """Largest file first, each to the node with the fewest bytes so far (LPT: at most 4/3 of the best, here within 5 %).
+
+    `load` is what nodes have to do already, in bytes. Ties go by the order of `nodes`, so equal input gives an equal deal.
+    """
+    heap = [((load or {}).get(node, 0), index) for index, node in enumerate(nodes)]
+    heapq.heapify(heap)
+    shares: dict[str, list[File]] = {node: [] for node in nodes}
+    for one in sorted(files, key=lambda file: (-file.size, file.path)):
+        bytes_, index = heapq.heappop(heap)
+        shares[nodes[index]].append(one)
+        heapq.heappush(heap, (bytes_ + one.size, index))
+    return shares
+
+
+def lower_bound(files: Sequence[File], nodes: int) -> float:
+    """Bytes that the busiest node has in any split at least: the mean, or the largest file."""
+    return max(sum(one.size for one in files) / nodes, max((one.size for one in files), default=0))
+
+
+class Share(BaseModel):
+    """One node's work in a round."""
+
+    fetch: list[File]
+    verify: list[tuple[str, File]]
+    "Who stages it, and what."
+
+
+def rounds(
+    wanted: Manifest,
+    final: Mapping[str, int],
+    ready: Mapping[str, Mapping[str, int]],
+    nodes: Sequence[str],
+) -> dict[str, Share]:
+    """Who does what next: files that are verified need nothing, staged ones a verifier, all others a node that fetches them.
+
+    A file is verified by the node after its stager in the ring, so never by the stager itself unless there is one node alone.
+    What an absent node has staged is verified by the others.
+    """
+    missing = {one.path: one for one in wanted.files if final.get(one.path) != one.size}
+    shares = {node: Share(fetch=[], verify=[]) for node in nodes}
+    for stager, found in sorted(ready.items()):
+        for path in sorted(found):
+            file = missing.get(path)
+            if file is not None and found[path] == file.size:
+                del missing[path]
+                shares[_after(stager, nodes, path)].verify.append((stager, file))
+    for node, files in deal(missing.values(), nodes).items():
+        shares[node].fetch.extend(files)
+        shares[_after(node, nodes, "")].verify.extend((node, one) for one in files)
+    return shares
+
+
+def _after(stager: str, nodes: Sequence[str], path: str) -> str:
+    if stager not in nodes:
+        return nodes[len(path) % len(nodes)]
+    return nodes[(nodes.index(stager) + 1) % len(nodes)]
