@@ -10,20 +10,22 @@ from deploy.remote import wire
 
 
 def main() -> int:
-    """The exit code is 0 for a result, 1 for a Failure; a defect of ours keeps its traceback on stderr."""
+    """The exit code is 0 for a result, 1 for a WorkerError; a defect of ours keeps its traceback on stderr."""
     request = json.loads(sys.stdin.buffer.read().decode())
     module, function = request["call"].split(".")
     try:
         result = getattr(importlib.import_module("deploy.remote." + module), function)(request["arguments"])
-    except wire.Failure as failure:
-        wire.say(failed={"kind": failure.kind, "cause": failure.cause, "remedy": failure.remedy})
-        return 1
+    except wire.WorkerError as error:
+        return _refuse(error)
     except OSError as error:
-        failure = wire.of_os(error, str(error.filename or function))
-        wire.say(failed={"kind": failure.kind, "cause": failure.cause, "remedy": failure.remedy})
-        return 1
+        return _refuse(wire.of_os(error, str(error.filename or function)))
     wire.say(result=result)
     return 0
+
+
+def _refuse(error: wire.WorkerError) -> int:
+    wire.say(failed={"kind": error.kind, "cause": error.cause, "remedy": error.remedy})
+    return 1
 
 
 if __name__ == "__main__":

@@ -26,10 +26,11 @@ from typing import Any
 
 from deploy.remote.preflight import cuda, highest_glibcxx
 from deploy.remote.sharedlock import SharedLock
-from deploy.remote.wire import Failure, event
+from deploy.remote.wire import WorkerError, event
 
 Json = dict[str, Any]
-KEEP = 2
+_FRAME = " \u00d7╰─▶│├"
+"What uv draws around its sentences."
 DESCRIPTION = "environment.json"
 
 
@@ -52,7 +53,7 @@ def build(request: Json) -> Json:
         try:
             described = _make(request, partial)
             if not held.still_mine():
-                raise Failure("busy", "another node took this build over while we were away", "repeat the command")
+                raise WorkerError("busy", "another node took this build over while we were away", "repeat the command")
             partial.rename(final)
         except BaseException:
             _remove(partial)
@@ -100,13 +101,15 @@ def _make(request: Json, partial: Path) -> Json:
 
 
 def interpreter(request: Json) -> str:
-    """The base Python of an environment: the node's own, one that uv brings, or conda's; the latter two on the shared folder."""
+    """The base Python of an environment: the node's own, uv's, or conda's; the latter two on the shared folder."""
     wanted, source = request["python"]["version"], request["python"]["source"]
     home = Path(request["root"]) / "python"
     if source == "system":
         found = shutil.which(f"python{'.'.join(wanted.split('.')[:2])}")
         if found is None:
-            raise Failure("python", f"no python{wanted} on this node", 'set `python = "managed"` in deploy.toml, or install it')
+            raise WorkerError(
+                "python", f"no python{wanted} on this node", 'set `python = "managed"` in deploy.toml, or install it'
+            )
         return os.path.realpath(found)
     place = home / f"{source}-{wanted}-{os.uname().machine}"
     with SharedLock(Path(request["root"]) / "locks" / place.name, on_wait=lambda who: event("wait", owner=who)):
@@ -123,14 +126,20 @@ def interpreter(request: Json) -> str:
 def _bring(request: Json, source: str, wanted: str, place: Path) -> None:
     if source == "managed":
         with tempfile.TemporaryDirectory() as scratch:
-            _uv(request, "python", "install", "--quiet", "--no-bin", "--install-dir", str(place), wanted, scratch=Path(scratch))
+            _uv(
+                request, "python", "install", "--quiet", "--no-bin", "--install-dir", str(place), wanted, scratch=Path(scratch)
+            )
         return
     tool = next((one for one in ("micromamba", "mamba", "conda") if shutil.which(one)), None)
     if tool is None:
-        raise Failure("python", "no conda, mamba or micromamba on this node", 'install one, or set `python = "managed"`')
-    done = subprocess.run([tool, "create", "--yes", "--prefix", str(place), f"python={wanted}"], capture_output=True, text=True, check=False)
+        raise WorkerError("python", "no conda, mamba or micromamba on this node", 'install one, or set `python = "managed"`')
+    done = subprocess.run(
+        [tool, "create", "--yes", "--prefix", str(place), f"python={wanted}"], capture_output=True, text=True, check=False
+    )
     if done.returncode:
-        raise Failure("python", f"{tool}: {_last(done.stderr or done.stdout)}", "look at the channels that conda is configured for")
+        raise WorkerError(
+            "python", f"{tool}: {_last(done.stderr or done.stdout)}", "look at the channels that conda is configured for"
+        )
 
 
 def _uv(request: Json, *arguments: str, scratch: Path) -> None:
@@ -150,20 +159,26 @@ def _uv(request: Json, *arguments: str, scratch: Path) -> None:
         return
     text = done.stderr.strip()
     if "No space left" in text or "ENOSPC" in text:
-        raise Failure("disk", f"no space left while installing into {request['root']}", "free space there: `deploy env gc`")
+        raise WorkerError(
+            "disk", f"no space left while installing into {request['root']}", "free space there: `deploy env gc`"
+        )
     if "ash mismatch" in text:
-        raise Failure("digest", f"the index gave another file than the lock names: {_hash_line(text)}", "do not use that index")
+        raise WorkerError(
+            "digest", f"the index gave another file than the lock names: {_hash_line(text)}", "do not use that index"
+        )
     if "not found in the package registry" in text or "no version of" in text or "no wheels" in text:
-        raise Failure("install", f"the index lacks a package of the lock: {_sentence(text)}", "mirror the lock into the set")
-    raise Failure("install", f"uv {arguments[0]}: {_sentence(text)}", "the index must serve every file of the lock")
+        raise WorkerError(
+            "install", f"the index lacks a package of the lock: {_sentence(text)}", "mirror the lock into the set"
+        )
+    raise WorkerError("install", f"uv {arguments[0]}: {_sentence(text)}", "the index must serve every file of the lock")
 
 
 def _hash_line(text: str) -> str:
-    return next((line.strip(" ×╰─▶") for line in text.splitlines() if "ash mismatch" in line), _last(text))
+    return next((line.strip(_FRAME) for line in text.splitlines() if "ash mismatch" in line), _last(text))
 
 
 def _sentence(text: str) -> str:
-    return " ".join(line.strip(" ×╰─▶│├") for line in text.splitlines() if line.strip())[:400] or "no reason given"
+    return " ".join(line.strip(_FRAME) for line in text.splitlines() if line.strip())[:400] or "no reason given"
 
 
 def _last(text: str) -> str:
@@ -176,7 +191,8 @@ def _pins(lock: str) -> list[str]:
 
 def _libraries(folder: Path) -> Json:
     """What the compiled parts ask of a node: page size they are aligned to, and the newest libstdc++ symbol they use."""
-    alignment, needed, count = 1 << 20, (0,), 0
+    alignment, count = 1 << 20, 0
+    needed: tuple[int, ...] = (0,)
     for path in folder.rglob("*.so*"):
         if path.is_symlink() or not path.is_file():
             continue
@@ -249,10 +265,10 @@ def _try(name: str, command: list[str], folder: Path, seconds: float) -> Json:
 
 
 def switch(request: Json) -> Json:
-    """Make ROOT/envs/ID the active one (`link`: env or download) by one rename; a generation more unless it is active already."""
+    """Make ROOT/envs/ID the active one (`link`: env or download) by one rename: a generation more, unless it is active."""
     root, link = Path(request["root"]), request["link"]
     if not (root / "envs" / request["id"] / DESCRIPTION).is_file():
-        raise Failure("node", f"there is no finished environment {request['id']}", "`deploy env list` says what there is")
+        raise WorkerError("node", f"there is no finished environment {request['id']}", "`deploy env list` says what there is")
     with SharedLock(root / "locks" / f"switch-{link}"):
         if active(root, link) == request["id"]:
             return {"switched": False, "active": request["id"]}
@@ -285,24 +301,26 @@ def rollback(request: Json) -> Json:
     root, link = Path(request["root"]), request["link"]
     with SharedLock(root / "locks" / f"switch-{link}"):
         now = active(root, link)
-        current = Path(os.readlink(root / link)).name if (root / link).is_symlink() else "000000"
+        current = (root / link).readlink().name if (root / link).is_symlink() else "000000"
         for one in sorted((root / f"generations-{link}").glob("[0-9]*"), reverse=True):
             target = Path(os.path.realpath(one))
             if one.name < current and target.name != now and (target / DESCRIPTION).is_file():
                 _point(root / link, Path(f"generations-{link}") / one.name)
                 return {"from": now, "active": target.name, "generation": int(one.name)}
-    raise Failure("nothing", "there is no earlier environment to go back to", "`deploy env list` says what there is")
+    raise WorkerError("nothing", "there is no earlier environment to go back to", "`deploy env list` says what there is")
 
 
 def listing(request: Json) -> Json:
     """Every finished environment, newest first, what is active, and what is half-built."""
     root = Path(request["root"])
-    rows = []
+    rows: list[Json] = []
     for folder in (root / "envs").glob("*"):
         if not folder.name.startswith(".") and (folder / DESCRIPTION).is_file():
             one = _described(folder)
             links = [link for link in ("env", "download") if active(root, link) == folder.name]
-            rows.append({**{key: one.get(key) for key in ("id", "engine", "set", "created", "build_s", "machine")}, "active": links})
+            rows.append(
+                {**{key: one.get(key) for key in ("id", "engine", "set", "created", "build_s", "machine")}, "active": links}
+            )
     rows.sort(key=lambda one: -float(one["created"] or 0))
     return {"environments": rows, "partial": sorted(one.name for one in (root / "envs").glob(".*"))}
 
@@ -329,7 +347,7 @@ def collect(request: Json) -> Json:
                 gone = folder.with_name(f".{identifier}.gone-{uuid.uuid4().hex[:8]}")
                 folder.rename(gone)
                 _remove(gone)
-        except Failure as failure:
+        except WorkerError as failure:
             if failure.kind != "busy":
                 raise
             continue

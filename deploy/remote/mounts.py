@@ -44,9 +44,7 @@ def unescape(text: str) -> str:
 def parse_mounts(text: str) -> list[Mount]:
     """/proc/mounts, in its order: a later line covers an earlier one with the same target."""
     rows = [line.split() for line in text.splitlines()]
-    return [
-        Mount(unescape(row[0]), unescape(row[1]), row[2], tuple(row[3].split(","))) for row in rows if len(row) >= 4
-    ]
+    return [Mount(unescape(row[0]), unescape(row[1]), row[2], tuple(row[3].split(","))) for row in rows if len(row) >= 4]
 
 
 def mount_of(path: str, mounts: list[Mount]) -> Mount | None:

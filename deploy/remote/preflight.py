@@ -1,4 +1,4 @@
-"""What one node can say about itself, and what it finds when it talks to the others. Facts only: deploy.steps.preflight judges."""
+"""What one node can say about itself, and what it finds when it talks to the others. Facts only; the asker judges."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.remote import mounts
-from deploy.remote.wire import Failure
+from deploy.remote.wire import WorkerError
 
 Json = dict[str, Any]
 
@@ -50,11 +50,11 @@ for index in range(count.value):
     gpus.append({"name": name.value.decode(), "free": free.value, "total": total.value})
 print(json.dumps({"version": version.value, "gpus": gpus}))
 """
-"In a process of its own, for a sick driver hangs in cuInit; a context and an allocation table prove more than nvidia-smi does."
+"In a process of its own, for a sick driver hangs in cuInit; a context proves more than nvidia-smi does."
 
 
 def survey(request: Json) -> Json:
-    """`share`: the shared folder or None; `run`: this preflight's name; `me`: the node's; `python`: the environment's or None."""
+    """`share`: the shared folder or None; `run`: this preflight's name; `me`: the node's; `environment`: the active link."""
     share = request["share"]
     return {
         "hostname": socket.gethostname(),
@@ -64,7 +64,7 @@ def survey(request: Json) -> Json:
         "environment": _environment(Path(request["environment"])) if request["environment"] else None,
         "page": resource.getpagesize(),
         "glibcxx": _glibcxx(),
-        "shm": _space("/dev/shm"),
+        "shm": _space("/dev/shm"),  # noqa: S108 - asked about, not used
         "limits": {
             name: resource.getrlimit(getattr(resource, "RLIMIT_" + name.upper())) for name in ("nofile", "memlock", "nproc")
         },
@@ -120,7 +120,10 @@ def _share(share: Path, run: str, me: str, nonce: str) -> Json:
 
 
 def _python(executable: str) -> Json:
-    code = "import sys, json, sysconfig; print(json.dumps([sys.version.split()[0], sys.implementation.name, sysconfig.get_platform()]))"
+    code = (
+        "import sys, json, sysconfig\n"
+        "print(json.dumps([sys.version.split()[0], sys.implementation.name, sysconfig.get_platform()]))"
+    )
     try:
         done = subprocess.run([executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
         version, implementation, platform = json.loads(done.stdout)
@@ -228,7 +231,9 @@ def _listen(address: str, ports: list[int]) -> tuple[list[socket.socket], dict[s
         except OSError as error:
             one.close()
             if error.errno == 99:  # EADDRNOTAVAIL
-                raise Failure("node", f"{address} is no address of this node", "correct `private` in deploy.toml") from error
+                raise WorkerError(
+                    "node", f"{address} is no address of this node", "correct `private` in deploy.toml"
+                ) from error
             taken[str(port)] = holder(port)
         else:
             one.listen(64)
@@ -247,7 +252,7 @@ def holder(port: int) -> str:
                 inodes.add(f"socket:[{row[9]}]")
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            if any(os.readlink(one) in inodes for one in (process / "fd").iterdir()):
+            if any(str(one.readlink()) in inodes for one in (process / "fd").iterdir()):
                 command = (process / "cmdline").read_bytes().split(b"\0")
                 return f"{b' '.join(command[:2]).decode(errors='replace')} (process {process.name})"
         except OSError:
@@ -258,7 +263,7 @@ def holder(port: int) -> str:
 def _answer(listeners: list[socket.socket], heard: set[str], done: threading.Event) -> None:
     """A greeting is a line with the peer's name; the answer is this node's clock. Peers without a word only test the port."""
     while not done.is_set():
-        ready, _, _ = select.select(listeners, [], [], 0.1) if listeners else ([], [], time.sleep(0.1))
+        ready, _, _ = select.select(listeners, [], [], 0.1)
         for one in ready:
             connection, _ = one.accept()
             with connection:
@@ -330,7 +335,7 @@ def collective(request: Json) -> Json:
     """
     interface = interface_of(request["address"])
     if interface is None:
-        raise Failure("node", f"{request['address']} is no address of this node", "correct `private` in deploy.toml")
+        raise WorkerError("node", f"{request['address']} is no address of this node", "correct `private` in deploy.toml")
     os.environ.update({"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface})
     import datetime
 
@@ -338,7 +343,7 @@ def collective(request: Json) -> Json:
         import torch
         import torch.distributed as distributed
     except ImportError as error:
-        raise Failure("import", f"torch does not import: {error}") from error
+        raise WorkerError("import", f"torch does not import: {error}") from error
     started = time.monotonic()
     device = torch.device("cpu" if request["device"] is None else f"cuda:{request['device']}")
     try:
@@ -356,10 +361,12 @@ def collective(request: Json) -> Json:
         taken = time.monotonic() - begun
         distributed.destroy_process_group()
     except RuntimeError as error:
-        raise Failure("node", f"all-reduce over {interface}: {str(error).splitlines()[0]}") from error
+        raise WorkerError("node", f"all-reduce over {interface}: {str(error).splitlines()[0]}") from error
     expected = request["world"] * (request["world"] + 1) / 2
     if total != expected:
-        raise Failure("node", f"all-reduce gave {total}, not {expected}", "a GPU or a link computes wrongly: replace the node")
+        raise WorkerError(
+            "node", f"all-reduce gave {total}, not {expected}", "a GPU or a link computes wrongly: replace the node"
+        )
     return {"interface": interface, "all_reduce_s": taken, "total_s": time.monotonic() - started, "torch": torch.__version__}
 
 

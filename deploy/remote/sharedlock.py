@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from deploy.remote.wire import Failure
+from deploy.remote.wire import WorkerError
 
 BEAT = 5.0
 "Seconds between an owner's signs of life."
@@ -47,7 +47,7 @@ class SharedLock:
         self._heart = threading.Thread(target=self._live, daemon=True)
 
     def __enter__(self) -> SharedLock:
-        """Raises Failure("busy") after `give_up` seconds of somebody else's work."""
+        """Raises WorkerError("busy") after `give_up` seconds of somebody else's work."""
         self.folder.mkdir(parents=True, exist_ok=True)
         started, told = time.monotonic(), False
         seen: tuple[int, object, float] = (-1, None, 0.0)
@@ -64,14 +64,14 @@ class SharedLock:
                 told = True
                 self._on_wait(self.owner(highest))
             if self._give_up is not None and time.monotonic() - started > self._give_up:
-                raise Failure("busy", f"{self.owner(highest)} is at work on {self.folder.name}", "wait for it, then repeat")
+                raise WorkerError(
+                    "busy", f"{self.owner(highest)} is at work on {self.folder.name}", "wait for it, then repeat"
+                )
             time.sleep(0.2)
         self._heart.start()
         return self
 
-    def __exit__(
-        self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None) -> None:
         self._stop.set()
         self._heart.join()
         (self.folder / f"{self.number:08}.released").touch()
@@ -143,7 +143,7 @@ def _identity() -> dict[str, object]:
     return {
         "host": socket.gethostname(),
         "boot": Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
-        "pids": os.readlink("/proc/self/ns/pid"),
+        "pids": str(Path("/proc/self/ns/pid").readlink()),
         "pid": os.getpid(),
         "started": _started(os.getpid()),
     }

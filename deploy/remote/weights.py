@@ -1,4 +1,4 @@
-"""A node's part of fetching weights: download its own files into its staging folder, verify a neighbour's, rename what is right.
+"""A node's part of fetching weights: download its own files, verify a neighbour's, rename what is right.
 
     SHARE/…/COMMIT/                    verified files, each renamed into place: what is there is right
     SHARE/…/COMMIT.staging/NODE/part/  being downloaded by NODE
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.remote.sharedlock import SharedLock
-from deploy.remote.wire import Failure, event
+from deploy.remote.wire import WorkerError, event
 
 Json = dict[str, Any]
 CHUNK = 1 << 22
@@ -46,7 +46,9 @@ def manifest(request: Json) -> Json:
         except (GatedRepoError, RepositoryNotFoundError):
             raise
         except HfHubHTTPError as error:  # a mirror may not know this question; the first download will tell
-            event("note", text=f"{request['endpoint'] or 'the Hub'} does not answer whether access is granted: {_short(error)}")
+            event(
+                "note", text=f"{request['endpoint'] or 'the Hub'} does not answer whether access is granted: {_short(error)}"
+            )
     except Exception as error:
         raise explain(error, request) from error
     files = [
@@ -61,7 +63,7 @@ def manifest(request: Json) -> Json:
     return {"repo": request["repo"], "commit": info.sha, "files": files}
 
 
-def explain(error: Exception, request: Json) -> Failure:
+def explain(error: Exception, request: Json) -> WorkerError:
     """The Hub's refusals in a sentence: which licence to accept and where, which token is missing."""
     from huggingface_hub import errors
 
@@ -70,31 +72,35 @@ def explain(error: Exception, request: Json) -> Failure:
     has_token = bool(request.get("token_file"))
     if isinstance(error, errors.GatedRepoError):
         if not has_token:
-            return Failure(
+            return WorkerError(
                 "gated",
                 f"{repo} is gated: its owner wants an account that accepted the licence, and no token was given",
                 f"accept the licence at {place}, then set HF_TOKEN to a read token of that account and repeat",
             )
-        return Failure(
+        return WorkerError(
             "gated",
             f"{repo} is gated, and the account of this token has no access (yet)",
             f"sign in as that account and accept the licence at {place}; a fine-grained token also needs the right "
             '"read access to contents of all public gated repos you can access"',
         )
     if isinstance(error, errors.RepositoryNotFoundError):
-        return Failure(
+        return WorkerError(
             "gated",
             f"the Hub shows no repository {repo}" + ("" if has_token else " to somebody without a token"),
             "check its name" + ("; the token may be wrong or expired" if has_token else ", or set HF_TOKEN if it is private"),
         )
     if isinstance(error, errors.RevisionNotFoundError):
-        return Failure("fetch", f"{repo} has no revision {request.get('revision') or request.get('commit')}", "check the revision")
+        return WorkerError(
+            "fetch", f"{repo} has no revision {request.get('revision') or request.get('commit')}", "check the revision"
+        )
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status == 401:
-        return Failure("gated", f"the Hub refuses the token for {repo} (401)", "make a new read token; HF_TOKEN may be expired")
+        return WorkerError(
+            "gated", f"the Hub refuses the token for {repo} (401)", "make a new read token; HF_TOKEN may be expired"
+        )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return Failure("disk", "no space left on the shared folder while downloading", "free space there, then repeat")
-    return Failure("fetch", f"{repo}: {_short(error)}", "check that the node reaches the Hub (HF_ENDPOINT), then repeat")
+        return WorkerError("disk", "no space left on the shared folder while downloading", "free space there, then repeat")
+    return WorkerError("fetch", f"{repo}: {_short(error)}", "check that the node reaches the Hub (HF_ENDPOINT), then repeat")
 
 
 def state(request: Json) -> Json:
@@ -131,10 +137,10 @@ def fetch(request: Json) -> Json:
         _write(mine / "round", request["nonce"])
         checker = _Verifier(request, final, staging)
         checker.start()
-        problem: Failure | None = None
+        problem: WorkerError | None = None
         try:
             _download_all(request, final, mine)
-        except Failure as failure:
+        except WorkerError as failure:
             problem = failure
             shutil.rmtree(mine / "part", ignore_errors=True)  # on a full disk the next line needs room
         _write(mine / "end", request["nonce"])
@@ -155,7 +161,7 @@ def _same_share(staging: Path, nonce: str) -> None:
         except OSError:
             pass
         if time.monotonic() > deadline:
-            raise Failure(
+            raise WorkerError(
                 "share",
                 f"this node does not see the shared folder: {staging} is not what the others see",
                 "mount the shared file system at the same path on every node (`deploy preflight` shows which have it)",
@@ -183,7 +189,7 @@ def _download_all(request: Json, final: Path, mine: Path) -> None:
         futures = [pool.submit(one, file) for file in sorted(request["files"], key=lambda file: -int(file["size"]))]
         for future in concurrent.futures.as_completed(futures):
             error = future.exception()
-            if isinstance(error, Failure):
+            if isinstance(error, WorkerError):
                 raise error
             if isinstance(error, Exception):
                 raise explain(error, request) from error
@@ -213,7 +219,7 @@ def _download(request: Json, file: Json, part: Path, ready: Path) -> None:
 
 
 class _Verifier(threading.Thread):
-    """Hashes what other nodes stage as it comes. Reads through this node's own client: what the stager cached proves nothing."""
+    """Hashes what other nodes stage, as it comes, through this node's own client: the stager's cache would prove nothing."""
 
     def __init__(self, request: Json, final: Path, staging: Path) -> None:
         super().__init__(daemon=True)
@@ -282,7 +288,7 @@ def _digest(path: Path, file: Json) -> bool:
         _forget(stream.fileno())
         while block := stream.read(CHUNK):
             digest.update(block)
-    return digest.hexdigest() == (file["sha256"] or file["git"])
+    return bool(digest.hexdigest() == (file["sha256"] or file["git"]))
 
 
 def _forget(descriptor: int) -> None:
@@ -332,7 +338,9 @@ def keep_token(request: Json) -> Json:
         with os.fdopen(descriptor, "w") as stream:
             stream.write(request["secret"])
         return {"path": str(path)}
-    raise Failure("node", "no node-local folder for the token (/run/user, /dev/shm, /tmp)", "make /tmp a local file system")
+    raise WorkerError(
+        "node", "no node-local folder for the token (/run/user, /dev/shm, /tmp)", "make /tmp a local file system"
+    )
 
 
 def drop_token(request: Json) -> Json:

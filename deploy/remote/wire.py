@@ -14,7 +14,7 @@ Json = dict[str, Any]
 _speaking = threading.Lock()
 
 
-class Failure(Exception):
+class WorkerError(Exception):
     """Something a person can act on; becomes the error of the command that asked. `kind` picks its class and exit code."""
 
     def __init__(self, kind: str, cause: str, remedy: str = "") -> None:
@@ -34,19 +34,21 @@ def say(**fields: Any) -> None:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123
 
 
-def event(name: str, **fields: Any) -> None:
+def event(kind: str, /, **fields: Any) -> None:
     """Something that happened on the way."""
-    say(event=name, **fields)
+    say(event=kind, **fields)
 
 
-def of_os(error: OSError, where: str) -> Failure:
+def of_os(error: OSError, where: str) -> WorkerError:
     """The sentence for what an operating system refuses anywhere."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return Failure(
+        return WorkerError(
             "disk", "no space left on the file system that holds " + where, "free space there, then repeat the command"
         )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return Failure("node", where + ": " + os.strerror(error.errno).lower(), "make it writable for the user that deploys")
+        return WorkerError(
+            "node", where + ": " + os.strerror(error.errno).lower(), "make it writable for the user that deploys"
+        )
     if error.errno == errno.ESTALE:
-        return Failure("node", where + ": the shared folder went away (stale file handle)", "mount it again on this node")
-    return Failure("node", "{}: {}".format(where, error), "")
+        return WorkerError("node", where + ": the shared folder went away (stale file handle)", "mount it again on this node")
+    return WorkerError("node", f"{where}: {error}", "")

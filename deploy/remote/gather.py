@@ -1,0 +1,85 @@
+"""What a node has to say after something went wrong: logs, the kernel's words on the GPU, the GPUs' state."""
+
+from __future__ import annotations
+
+import base64
+import glob
+import os
+import shutil
+import subprocess
+import time
+import zlib
+from pathlib import Path
+from typing import Any
+
+from deploy.remote.wire import event
+
+Json = dict[str, Any]
+TAIL = 4 << 20
+"Bytes kept of the end of each log; of its beginning HEAD."
+HEAD = 256 << 10
+
+COMMANDS = {
+    "nvidia-smi.txt": ["nvidia-smi", "-q"],
+    "processes.txt": ["ps", "-eo", "pid,ppid,user,stat,etime,rss,args", "--sort=-rss"],
+    "disk.txt": ["df", "-hT"],
+    "memory.txt": ["free", "-m"],
+    "sockets.txt": ["ss", "-ltnp"],
+    "environment-limits.txt": ["sh", "-c", "ulimit -a"],
+}
+
+
+def gather(request: Json) -> Json:
+    """Say the content of `files` ([{name, pattern}], shell patterns) and what COMMANDS print, one event each, compressed."""
+    count = 0
+    for one in request["files"]:
+        for path in sorted(glob.glob(one["pattern"], recursive=True)):  # noqa: PTH207 - the pattern may be absolute
+            if Path(path).is_file():
+                name = Path(path).name if "*" not in one["pattern"] else _below(path, one["pattern"])
+                try:
+                    _say(f"{one['name']}/{name}", _ends(Path(path)), Path(path).stat().st_mtime)
+                    count += 1
+                except OSError as error:
+                    event("unread", name=path, cause=os.strerror(error.errno or 0).lower())
+    for name, command in COMMANDS.items():
+        _say(name, _output(command), time.time())
+    _say("dmesg-gpu.txt", kernel().encode(), time.time())
+    return {"files": count}
+
+
+def _say(name: str, content: bytes, modified: float) -> None:
+    event("file", name=name, modified=modified, data=base64.b64encode(zlib.compress(content)).decode())
+
+
+def kernel() -> str:
+    """The kernel's lines about GPUs (NVRM, Xid), killed processes and machine checks."""
+    prefix = ["sudo", "-n"] if os.geteuid() and shutil.which("sudo") else []
+    for command in (["dmesg", "--time-format", "iso"], ["journalctl", "-k", "-o", "short-iso", "--no-pager", "-n", "20000"]):
+        done = _output([*prefix, *command]).decode(errors="replace")
+        words = ("NVRM", "Xid", "Out of memory", "oom-kill", "Killed process", "Machine check", "nvidia", "NFS", "nfs:")
+        if "\n" in done and not done.startswith("("):
+            return "\n".join(line for line in done.splitlines() if any(word in line for word in words)) + "\n"
+    return "(the kernel's log cannot be read by this user)\n"
+
+
+def _below(path: str, pattern: str) -> str:
+    fixed = pattern.split("*")[0]
+    return path[len(fixed[: fixed.rfind("/") + 1]) :]
+
+
+def _ends(path: Path) -> bytes:
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        if size <= HEAD + TAIL:
+            return stream.read()
+        start = stream.read(HEAD)
+        stream.seek(size - TAIL)
+        return start + b"\n[... %d bytes left out ...]\n" % (size - HEAD - TAIL) + stream.read()
+
+
+def _output(command: list[str]) -> bytes:
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=60, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"({command[0]}: {error})\n".encode()
+    return done.stdout + done.stderr if done.returncode == 0 else b"(" + done.stderr.strip() + b")\n"

@@ -1,0 +1,181 @@
+"""A Hub on loopback that the real huggingface_hub speaks to: a repository of files with real digests, and faults to order.
+
+Stands in for huggingface.co, which these tests cannot reach; the answers have the headers that its client reads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import re
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote, urlsplit
+
+COMMIT = "5e" * 20
+BLOCK = 1 << 14
+
+
+def git_id(content: bytes) -> str:
+    """git's name of a blob."""
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def shards(count: int, size: int, *, seed: int = 1) -> dict[str, bytes]:
+    """A repository like Llama's: `count` shards of about `size` bytes, small files, and what nobody wants."""
+    source = random.Random(seed)
+    files = {
+        f"model-{number:05}-of-{count:05}.safetensors": source.randbytes(round(size * source.uniform(0.8, 1.2)))
+        for number in range(1, count + 1)
+    }
+    return {
+        **files,
+        "config.json": b'{"architectures": ["LlamaForCausalLM"]}\n',
+        "tokenizer.json": source.randbytes(2000),
+        "original/consolidated.00.pth": b"not wanted",
+        "original/params.json": b"{}",
+        ".gitattributes": b"*.safetensors filter=lfs\n",
+    }
+
+
+@dataclass
+class Hub:
+    """One repository, `org/model`, and how it behaves."""
+
+    files: dict[str, bytes]
+    url: str = ""
+    token: str | None = None
+    "Needed for everything, when set."
+    gated: bool = False
+    "Content is refused with 403, as to an account that has not accepted the licence (401 without a token)."
+    corrupt: dict[str, int] = field(default_factory=dict)
+    "Path to how many downloads of it are to come wrong."
+    rate: float | None = None
+    "Bytes per second for each node (told by its User-Agent)."
+    served: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    "Node to the paths that it downloaded whole."
+    tokens: set[str] = field(default_factory=set)
+    _next: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def wait_turn(self, node: str, count: int) -> None:
+        """Sleep until `node` may have `count` more bytes: one line per node, however many connections it has."""
+        if self.rate is None:
+            return
+        with self._lock:
+            start = max(time.monotonic(), self._next[node])
+            self._next[node] = start + count / self.rate
+        time.sleep(max(0.0, start + count / self.rate - time.monotonic()))
+
+
+def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:  # noqa: C901 - one class, many answers
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_HEAD(self) -> None:
+            self.answer(body=False)
+
+        def do_GET(self) -> None:
+            self.answer(body=True)
+
+        def answer(self, *, body: bool) -> None:
+            path = unquote(urlsplit(self.path).path)
+            given = self.headers.get("Authorization", "").removeprefix("Bearer ")
+            if given:
+                hub.tokens.add(given)
+            if hub.token and given != hub.token:
+                return self.refuse(401, "RepoNotFound", "Repository Not Found")
+            if found := re.fullmatch(r"/api/models/org/model(/revision/[^/]+)?", path):
+                if found.group(1) not in (None, "/revision/main", f"/revision/{COMMIT}"):
+                    return self.refuse(404, "RevisionNotFound", "Invalid rev id")
+                return self.send(json.dumps(self.info()).encode(), {"Content-Type": "application/json"}, body=body)
+            if path == "/api/models/org/model/auth-check":
+                return self.forbid() if hub.gated else self.send(b"{}", {}, body=body)
+            if found := re.fullmatch(r"/org/model/resolve/[^/]+/(.+)", path):
+                if hub.gated:
+                    return self.forbid()
+                return self.file(found.group(1), body=body)
+            return self.refuse(404, "RepoNotFound", "Repository Not Found")
+
+        def forbid(self) -> None:
+            given = "Authorization" in self.headers
+            self.refuse(403 if given else 401, "GatedRepo", "Access to model org/model is restricted")
+
+        def info(self) -> object:
+            def row(path: str, content: bytes) -> object:
+                lfs = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 130}
+                large = path.endswith((".safetensors", ".pth", "tokenizer.json"))
+                return {"rfilename": path, "size": len(content), "blobId": git_id(content), **({"lfs": lfs} if large else {})}
+
+            return {"id": "org/model", "sha": COMMIT, "siblings": [row(*one) for one in hub.files.items()]}
+
+        def file(self, path: str, *, body: bool) -> None:
+            content = hub.files.get(path)
+            if content is None:
+                self.refuse(404, "EntryNotFound", "Entry not found")
+                return
+            digest = hashlib.sha256(content).hexdigest()
+            headers = {"ETag": f'"{digest}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+            if body and hub.corrupt.get(path, 0) > 0:
+                hub.corrupt[path] -= 1
+                content = content[:-1] + bytes([content[-1] ^ 1])
+            self.send(content, headers, body=body, path=path)
+
+        def send(self, content: bytes, headers: dict[str, str], *, body: bool, path: str | None = None) -> None:
+            self.send_response(200)
+            for name, value in {**headers, "Content-Length": str(len(content))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            if not body:
+                return
+            found = re.search(r"node/([^;\s]+)", self.headers.get("User-Agent", ""))
+            node = found.group(1) if found else "?"
+            try:
+                for start in range(0, len(content), BLOCK):
+                    block = content[start : start + BLOCK]
+                    if path:
+                        hub.wait_turn(node, len(block))
+                    self.wfile.write(block)
+            except OSError:
+                self.close_connection = True
+                return
+            if path:
+                hub.served[node].append(path)
+
+        def refuse(self, status: int, code: str, message: str) -> None:
+            text = json.dumps({"error": message}).encode()
+            self.send_response(status)
+            self.send_header("X-Error-Code", code)
+            self.send_header("X-Error-Message", message)
+            self.send_header("Content-Length", str(len(text)))
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(text)
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    return Handler
+
+
+@contextmanager
+def serving(files: dict[str, bytes], **behaviour: object) -> Iterator[Hub]:
+    """A Hub with `files` until the block ends."""
+    hub = Hub(files=files, **behaviour)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(hub))
+    server.daemon_threads = True
+    hub.url = f"http://127.0.0.1:{server.server_address[1]}"
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+    thread.start()
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
