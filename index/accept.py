@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sqlite3
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -230,8 +229,3 @@ def _check_release(rows: Callable[..., list[sqlite3.Row]], distribution: Distrib
 def describe(outcome: Outcome, filename: str) -> str:
     """One line for the client."""
     return f"{filename} is published" if outcome == "created" else f"{filename} was here already, with the same bytes"
-
-
-def as_json(outcome: Outcome, filename: str, sha256: str) -> str:
-    """The same for machines."""
-    return json.dumps({"filename": filename, "sha256": sha256, "outcome": outcome})

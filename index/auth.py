@@ -8,10 +8,12 @@ import hashlib
 import hmac
 import re
 import secrets
+import sqlite3
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 from gracefarm.errors import UsageError
+from index import htpasswd
 from index.catalogue import Catalogue
 from index.errors import ForbiddenError, UnauthenticatedError
 
@@ -73,6 +75,30 @@ def revoke(catalogue: Catalogue, actor: str, name: str) -> int:
     return count
 
 
+def import_users(
+    catalogue: Catalogue, actor: str, users: dict[str, str], *, project: str | None = None, set_name: str | None = None
+) -> tuple[int, int]:
+    """Let the users of an htpasswd file upload by name and password; those who left the file are revoked.
+
+    Returns how many were added (or have a new password) and how many were revoked.
+    """
+    with catalogue.change(actor) as change:
+        rows = change.execute("SELECT id, name, hashed FROM token WHERE hashed NOT NULL AND revoked IS NULL").fetchall()
+        gone = [row for row in rows if users.get(row["name"]) != row["hashed"]]
+        known = {row["name"] for row in rows} - {row["name"] for row in gone}
+        added = {name: hashed for name, hashed in users.items() if name not in known}
+        for row in gone:
+            change.execute("UPDATE token SET revoked = ? WHERE id = ?", (change.time, row["id"]))
+            change.note("token.revoke", row["name"], user=True)
+        for name, hashed in added.items():
+            change.execute(
+                "INSERT INTO token (name, sha256, project, set_name, created, hashed) VALUES (?, ?, ?, ?, ?, ?)",
+                (name, _digest(secrets.token_hex(32)), project, set_name, change.time, hashed),  # no secret has that digest
+            )
+            change.note("token.create", name, project_scope=project, set_scope=set_name, user=True)
+    return len(added), len([row for row in gone if row["name"] not in users])
+
+
 def duration(text: str) -> timedelta:
     """90d, 12h, 30m, 45s, 2w.
 
@@ -91,12 +117,42 @@ def identify(catalogue: Catalogue, authorization: str | None) -> Token:
     Raises:
         UnauthenticatedError: no token, or an unknown, expired or revoked one; the sentence does not say which.
     """
-    secret = _secret(authorization)
-    wanted = _digest(secret)
-    row = catalogue.row("SELECT * FROM token WHERE sha256 = ?", (wanted,))
+    wanted = _digest(_credentials(authorization)[1])
+    row = catalogue.row("SELECT * FROM token WHERE sha256 = ? AND hashed IS NULL", (wanted,))
     stored = row["sha256"] if row else _digest("")
-    good = hmac.compare_digest(stored, wanted) and row is not None
-    if not good or row is None or row["revoked"] or (row["expires"] and row["expires"] <= _now()):
+    return _living(row, hmac.compare_digest(stored, wanted))
+
+
+def is_user(authorization: str | None) -> bool:
+    """Do these credentials name a user rather than hold a token? Their hash is slow on purpose: see `identify_user`."""
+    try:
+        name, secret = _credentials(authorization)
+    except UnauthenticatedError:
+        return False
+    return name not in ("", "__token__") and not secret.startswith(PREFIX)
+
+
+def identify_user(catalogue: Catalogue, authorization: str | None, memory: htpasswd.Memory) -> Token:
+    """The user behind name and password, from `import_users`. Call it off the event loop.
+
+    An unknown name costs as much time as a wrong password, so that names cannot be told apart.
+
+    Raises:
+        UnauthenticatedError: no such user, or another password.
+    """
+    name, secret = _credentials(authorization)
+    row = catalogue.row(
+        "SELECT * FROM token WHERE hashed NOT NULL ORDER BY name = ? DESC, revoked IS NULL DESC, id DESC LIMIT 1", (name,)
+    )
+    if row is None:
+        return _living(None, False)
+    password = secret.encode()
+    good = memory.knows(row["hashed"], password) or memory.matches(row["hashed"], password)
+    return _living(row, good and row["name"] == name)
+
+
+def _living(row: sqlite3.Row | None, good: bool) -> Token:
+    if row is None or not good or row["revoked"] or (row["expires"] and row["expires"] <= _now()):
         raise UnauthenticatedError("this index does not know that token", remedy="make one with `index token create`")
     return Token(id=row["id"], name=row["name"], project=row["project"], set_name=row["set_name"], expires=row["expires"])
 
@@ -125,13 +181,15 @@ def _digest(secret: str) -> str:
     return hashlib.sha256(secret.encode()).hexdigest()
 
 
-def _secret(authorization: str | None) -> str:
+def _credentials(authorization: str | None) -> tuple[str, str]:
+    """User name and secret; a bearer has no name."""
     scheme, _, rest = (authorization or "").strip().partition(" ")
     if scheme.lower() == "bearer" and rest.strip():
-        return rest.strip()
+        return "", rest.strip()
     if scheme.lower() == "basic":
         try:
-            return base64.b64decode(rest.strip(), validate=True).decode().partition(":")[2]
+            name, _, secret = base64.b64decode(rest.strip(), validate=True).decode().partition(":")
+            return name, secret
         except (binascii.Error, UnicodeDecodeError):
             pass
     raise UnauthenticatedError("uploads need a token", remedy="send it as the password, with the user name __token__")

@@ -19,7 +19,10 @@ from pathlib import Path
 from gracefarm.errors import ConfigError
 from index.errors import StoreFullError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+
+_UPGRADES = {2: "ALTER TABLE token ADD COLUMN hashed TEXT"}
+"What brings a catalogue of the version before to this one."
 
 Parameters = tuple[object, ...] | Mapping[str, object]
 
@@ -115,7 +118,8 @@ CREATE TABLE token (
     set_name TEXT,
     created TEXT NOT NULL,
     expires TEXT,
-    revoked TEXT
+    revoked TEXT,
+    hashed TEXT
 );
 CREATE TABLE audit (
     serial INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -219,7 +223,7 @@ class Catalogue:
         return int(self.database.execute("SELECT coalesce(max(serial), 0) FROM audit").fetchone()[0])
 
     def tidy(self) -> None:
-        """Fold the WAL into the main file when it has outgrown its bound."""
+        """Fold the WAL into the main file when it has outgrown its bound. Writers call it after a commit."""
         wal = self.path.with_name(self.path.name + "-wal")
         if wal.exists() and wal.stat().st_size > WAL_BOUND:
             self.database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
@@ -276,12 +280,30 @@ def _ensure_schema(catalogue: Catalogue) -> None:
         except BaseException:
             database.execute("ROLLBACK")
             raise
-    found = int(database.execute("SELECT value FROM meta WHERE key = 'schema'").fetchone()[0])
+    found = _schema(database)
+    if found < SCHEMA_VERSION:
+        _upgrade(database)
     if found > SCHEMA_VERSION:
         raise ConfigError(
             f"{catalogue.path} was written by a newer index (schema {found}, this one knows {SCHEMA_VERSION})",
             remedy="upgrade gracefarm on this machine",
         )
+
+
+def _schema(database: sqlite3.Connection) -> int:
+    return int(database.execute("SELECT value FROM meta WHERE key = 'schema'").fetchone()[0])
+
+
+def _upgrade(database: sqlite3.Connection) -> None:
+    database.execute("BEGIN IMMEDIATE")
+    try:
+        for version in range(_schema(database) + 1, SCHEMA_VERSION + 1):
+            database.execute(_UPGRADES[version])
+        database.execute("UPDATE meta SET value = ? WHERE key = 'schema'", (str(SCHEMA_VERSION),))
+        database.execute("COMMIT")
+    except BaseException:
+        database.execute("ROLLBACK")
+        raise
 
 
 def _statements(script: str) -> Iterator[str]:

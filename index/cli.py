@@ -13,9 +13,9 @@ import click
 
 from gracefarm import console
 from gracefarm.console import Console
-from gracefarm.errors import SeveralError
+from gracefarm.errors import ConfigError, SeveralError
 from gracefarm.files import atomic_write
-from index import auth, export, keeping, projects, stage
+from index import auth, export, htpasswd, keeping, projects, stage
 from index.catalogue import Catalogue, open_catalogue
 from index.errors import DamagedError
 from index.limits import Limits
@@ -96,11 +96,21 @@ def cli(context: click.Context, root: Path | None) -> None:
 @cli.command("serve")
 @json_option
 @root_option
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 for every network.")
-@click.option("--port", default=8080, show_default=True, type=click.IntRange(0, 65535), help="0: any free one, printed.")
+@click.option("--host", "-i", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 for every network.")
+@click.option("--port", "-p", default=8080, show_default=True, type=click.IntRange(0, 65535), help="0: any free one, printed.")
 @click.option(
     "--port-file", type=click.Path(dir_okay=False, path_type=Path), help="Write the port there once clients can connect."
 )
+@click.option(
+    "--passwords",
+    "-P",
+    type=click.Path(path_type=Path),
+    help="An htpasswd file, as pypiserver takes it: its users may upload as well; those who left it no longer.",
+)
+@click.option(
+    "--authenticate", "-a", default="update", show_default=True, help="As pypiserver's; update is what there is to say here."
+)
+@click.option("--disable-fallback", is_flag=True, hidden=True, expose_value=False, help="pypiserver's; there is none here.")
 @click.option("--allow-new", is_flag=True, help="Uploads may create projects that nobody named with `index host`.")
 @click.option("--server", type=click.Choice(["granian", "uvicorn"]), default="granian", show_default=True)
 @click.option("--access-log", help="A file, or - for stdout.")
@@ -119,6 +129,8 @@ def serve_command(
     host: str,
     port: int,
     port_file: Path | None,
+    passwords: Path | None,
+    authenticate: str,
     allow_new: bool,
     server: Literal["granian", "uvicorn"],
     access_log: str | None,
@@ -135,6 +147,13 @@ def serve_command(
     """Serve the index until interrupted."""
     from index import serve  # here, because the servers take longer to import than the other commands to run
 
+    if set(authenticate.replace(",", " ").split()) != {"update"}:
+        raise ConfigError(
+            f"-a {authenticate}: here uploads always need a token or a password, reads never do",
+            remedy="leave -a away; to close reads, put a proxy in front",
+        )
+    if passwords is not None:
+        auth.import_users(context.catalogue(), context.actor, htpasswd.read(passwords))
     limits = Limits(
         upload=max_upload,
         idle=idle,
@@ -185,15 +204,37 @@ def token_create(context: Context, name: str, project: str | None, set_name: str
     context.console.result({"name": name, "token": secret}, secret)
 
 
+@token_group.command("import")
+@json_option
+@root_option
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--project", help="Good for this project alone.")
+@click.option("--set", "set_name", help="Good for this set alone.")
+@pass_context
+def token_import(context: Context, file: Path, project: str | None, set_name: str | None) -> None:
+    """Let the users of an htpasswd file upload with their passwords; those of an earlier file who left it no longer."""
+    added, revoked = auth.import_users(
+        context.catalogue(),
+        context.actor,
+        htpasswd.read(file),
+        project=normalise(project) if project else None,
+        set_name=check_set_name(set_name) if set_name else None,
+    )
+    context.console.result({"added": added, "revoked": revoked}, f"{added} users added or changed, {revoked} revoked")
+
+
 @token_group.command("list")
 @json_option
 @root_option
 @pass_context
 def token_list(context: Context) -> None:
     """Tokens, without their secrets."""
-    rows = context.catalogue().rows("SELECT name, project, set_name, created, expires, revoked FROM token ORDER BY id")
+    rows = context.catalogue().rows(
+        "SELECT name, project, set_name, created, expires, revoked, hashed NOT NULL AS user FROM token ORDER BY id"
+    )
     lines = [
         f"{row['name']:<20} {row['project'] or 'any project':<20} {row['set_name'] or 'any set':<16}"
+        f" {'user' if row['user'] else 'token':<5}"
         f" {'revoked' if row['revoked'] else 'expires ' + row['expires'][:10] if row['expires'] else 'no end'}"
         for row in rows
     ]
@@ -423,17 +464,19 @@ def import_command(context: Context, folder: Path) -> None:
 @cli.command("fsck")
 @json_option
 @root_option
+@click.option("--set-aside", is_flag=True, help="Take what is damaged out of the lists, so that it can be uploaded again.")
 @pass_context
-def fsck_command(context: Context) -> None:
+def fsck_command(context: Context, set_aside: bool) -> None:
     """Rehash everything that is stored."""
     with context.console.progress("fsck") as tick:
-        found = keeping.fsck(context.store, context.catalogue(), tick)
+        found = keeping.fsck(context.store, context.catalogue(), tick, set_aside=context.actor if set_aside else None)
     context.console.result(
         asdict(found), f"{found.files} files, {found.bytes} bytes, {len(found.damaged)} damaged, {found.unnamed} unnamed"
     )
     if found.damaged:
         raise DamagedError(
-            f"damaged or absent: {', '.join(found.damaged[:20])}", remedy="copy the files from a backup, or upload them again"
+            f"damaged or absent: {', '.join(found.damaged[:20])}",
+            remedy="copy the files from a backup, or run `index fsck --set-aside` and upload them again",
         )
 
 

@@ -12,7 +12,7 @@ from packaging.version import Version
 
 from gracefarm.console import Tick, no_tick
 from gracefarm.errors import ConfigError
-from gracefarm.files import CHUNK, sha256_file
+from gracefarm.files import CHUNK
 from index import accept
 from index.accept import Destination
 from index.catalogue import Catalogue
@@ -42,8 +42,11 @@ class Check:
     "Stored files that nothing names; `index gc` removes them."
 
 
-def fsck(store: Store, catalogue: Catalogue, tick: Tick = no_tick) -> Check:
-    """Rehash every stored file and check the catalogue itself."""
+def fsck(store: Store, catalogue: Catalogue, tick: Tick = no_tick, *, set_aside: str | None = None) -> Check:
+    """Rehash every stored file and check the catalogue itself.
+
+    With `set_aside`, the actor's name, damaged files leave the store and the lists; the same bytes can then be uploaded again.
+    """
     damaged = [f"catalogue: {row[0]}" for row in catalogue.rows("PRAGMA integrity_check") if row[0] != "ok"]
     damaged += [f"catalogue: a row of {row[0]} points nowhere" for row in catalogue.rows("PRAGMA foreign_key_check")]
     names: dict[str, list[str]] = {}
@@ -52,12 +55,15 @@ def fsck(store: Store, catalogue: Catalogue, tick: Tick = no_tick) -> Check:
     total = 0
     for number, (digest, users) in enumerate(sorted(names.items())):
         tick(number, len(names), users[0])
-        path = store.path(digest)
-        if not path.is_file() or sha256_file(path) != digest:
-            damaged += users
-        else:
-            total += path.stat().st_size
+        if store.whole(digest):
+            total += store.path(digest).stat().st_size
+            continue
+        damaged += users
+        if set_aside is not None:
+            store.set_aside(digest)
     tick(len(names), len(names), "")
+    if damaged and set_aside is not None:
+        heal(store, catalogue, set_aside)
     unnamed = sum(path.name not in names for path in store.stored())
     return Check(files=len(names), bytes=total, damaged=tuple(sorted(damaged)), unnamed=unnamed)
 

@@ -96,6 +96,16 @@ class Gate:
         if not _bucket(self._writes, client, rate, max(2 * rate, 1)).take(time.monotonic()):
             raise TooManyError(f"more than {rate:g} writes a second", remedy="wait a second, then go on")
 
+    def guessing(self, client: str) -> None:
+        """Refuse to compute slow hashes for an address that has been wrong too often.
+
+        Raises:
+            TooManyError: its refused passwords are over the rate.
+        """
+        found = self._failures.get(client)
+        if found is not None and found.level + (time.monotonic() - found.moment) * found.rate < 1:
+            raise TooManyError("too many refused passwords from this address", remedy="wait a minute, then use the right one")
+
     def failure(self, client: str) -> None:
         """Count a refused token.
 

@@ -19,6 +19,7 @@ from index import auth, records
 from index.accept import Destination, describe
 from index.auth import Token
 from index.errors import (
+    DamagedError,
     DisconnectedError,
     ForbiddenError,
     GoneError,
@@ -46,16 +47,21 @@ def client_of(request: Request) -> str:
     return str(request.app.state.client(request.scope, request.headers.get("x-forwarded-for")))
 
 
-def identify(service: Service, request: Request) -> Token:
+async def identify(service: Service, request: Request) -> Token:
     """The request's token.
 
     Raises:
         UnauthenticatedError, TooManyError: none, or a bad one, or too many bad ones.
     """
-    client = client_of(request)
+    client, authorization = client_of(request), request.headers.get("authorization")
     service.gate.write(client)
     try:
-        return auth.identify(service.catalogue, request.headers.get("authorization"))
+        if not auth.is_user(authorization):
+            return auth.identify(service.catalogue, authorization)
+        service.gate.guessing(client)
+        return await asyncio.get_running_loop().run_in_executor(
+            service.hands, auth.identify_user, service.catalogue, authorization, service.passwords
+        )
     except UnauthenticatedError:
         service.gate.failure(client)
         raise
@@ -73,7 +79,7 @@ def legacy(service: Service) -> Endpoint:
             allow_new=service.options.allow_new,
         )
         try:
-            token = identify(service, request)
+            token = await identify(service, request)
             if token.project is None or token.set_name is not None:
                 auth.allow(token, project=token.project, set_name=set_name)
             with service.gate.upload(client_of(request)):
@@ -179,7 +185,7 @@ def _send(service: Service, request: Request, sha256: str, media: str, *, cache:
     try:
         found = path.stat()
     except FileNotFoundError:
-        raise RefusalError("the store has lost this file; `index fsck` tells more", remedy="upload it again") from None
+        raise DamagedError("the store has lost this file", remedy="`index fsck` tells more; upload it again") from None
     return FileResponse(path, media_type=media, headers=headers, stat_result=found)
 
 
@@ -197,8 +203,9 @@ def record(service: Service) -> Endpoint:
             return _send(
                 service, request, digest, "text/plain; charset=utf-8" if is_log else "application/json", cache="no-cache"
             )
-        token = identify(service, request)
-        raw = await _body(service, request)
+        token = await identify(service, request)
+        with service.gate.upload(client_of(request)):
+            raw = await _body(service, request)
         auth.allow(token, project=_recipe(service, identifier, None if is_log else raw), set_name=token.set_name)
         keep = records.put_log if is_log else records.put
         await asyncio.get_running_loop().run_in_executor(
@@ -220,19 +227,19 @@ def _recipe(service: Service, identifier: str, raw: bytes | None) -> str:
 
 
 async def _body(service: Service, request: Request) -> bytes:
-    parts: list[bytes] = []
+    found = bytearray()
     more = True
     while more:
         message = await next_message(request.receive, service.limits)
         if message["type"] == "http.disconnect":
             raise DisconnectedError("the client went away before the end", remedy="send it again")
-        parts.append(message.get("body", b""))
+        found += message.get("body", b"")
         more = message.get("more_body", False)
-        if sum(map(len, parts)) > records.MAX_RECORD:
+        if len(found) > records.MAX_RECORD:
             raise TooLargeError(
                 f"records and logs of more than {records.MAX_RECORD} bytes are refused", remedy="compress or cut the log"
             )
-    return b"".join(parts)
+    return bytes(found)
 
 
 def operation(service: Service) -> list[Route]:
@@ -265,8 +272,8 @@ def operation(service: Service) -> list[Route]:
         since = request.query_params.get("since", "0")
         rows = service.catalogue.rows(
             "SELECT serial, time, action, subject FROM audit WHERE serial > ? AND action NOT LIKE 'token.%'"
-            " AND action NOT LIKE 'set.%' AND NOT (action LIKE 'file.%' AND EXISTS (SELECT 1 FROM file"
-            " WHERE filename = subject AND hidden = 1)) ORDER BY serial LIMIT 1000",
+            " AND action NOT LIKE 'set.%' AND (action NOT LIKE 'file.%' OR EXISTS (SELECT 1 FROM file"
+            " WHERE filename = subject AND hidden = 0)) ORDER BY serial LIMIT 1000",
             (int(since) if since.isdecimal() and len(since) < 18 else 0,),
         )
         return JSONResponse({"serial": service.catalogue.serial(), "changes": [dict(row) for row in rows]})

@@ -6,6 +6,7 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+from index import htpasswd
 from index.catalogue import Catalogue
 from index.errors import StoreFullError
 from index.limits import Gate, Limits
@@ -40,6 +41,7 @@ class Service:
     options: Options
     gate: Gate
     metrics: Metrics = field(default_factory=Metrics)
+    passwords: htpasswd.Memory = field(default_factory=htpasswd.Memory)
     hands: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(4, thread_name_prefix="hands"))
     "Hash, write and read archives."
     writer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="writer"))

@@ -175,11 +175,14 @@ def publish(catalogue: Catalogue, actor: str, name: str) -> Set:
         if not found.files:
             raise RefusedError(f"the set {name} is empty", remedy=f"upload its wheels to /stage/{name}/legacy/ first")
         rows = change.execute(
-            "SELECT DISTINCT project FROM file JOIN member ON member.file_id = file.id WHERE set_name = ?", (name,)
+            "SELECT project, filename, hidden FROM file JOIN member ON member.file_id = file.id WHERE set_name = ?", (name,)
         ).fetchall()
         change.execute("UPDATE file SET hidden = 0 WHERE id IN (SELECT file_id FROM member WHERE set_name = ?)", (name,))
         change.execute("UPDATE release_set SET state = 'published', published = ? WHERE name = ?", (change.time, name))
-        change.note("set.publish", name, *(row["project"] for row in rows), files=list(found.files))
+        change.note("set.publish", name, *{row["project"] for row in rows}, files=list(found.files))
+        for row in rows:
+            if row["hidden"]:  # for mirrors, which could not see it when it was uploaded
+                change.note("file.show", row["filename"], row["project"], set=name)
     return find(catalogue, name)
 
 

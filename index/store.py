@@ -73,10 +73,10 @@ class Store:
             if not final.parent.is_dir():
                 final.parent.mkdir(parents=True, exist_ok=True)
                 sync_directory(final.parent.parent)
-            if final.exists() and final.stat().st_size == staged.stat().st_size:
-                return final
-            staged.chmod(0o444)
-            staged.replace(final)
+            if not final.exists() or final.stat().st_size != staged.stat().st_size:
+                staged.chmod(0o444)
+                staged.replace(final)
+            # Also for a file that was there: whoever renamed it may have been killed before its name was flushed.
             sync_directory(final.parent)
         return final
 
@@ -124,6 +124,14 @@ class Store:
         """Does the stored file still have its digest?"""
         path = self.path(sha256)
         return path.is_file() and sha256_file(path) == sha256
+
+    def set_aside(self, sha256: str) -> None:
+        """Take a damaged file out of the store, kept under ROOT/damaged for whoever wants to look at it."""
+        path = self.path(sha256)
+        if path.exists():
+            (self.root / "damaged").mkdir(exist_ok=True)
+            path.replace(self.root / "damaged" / sha256)
+            sync_directory(path.parent)
 
     @contextmanager
     def serving(self) -> Iterator[bool]:

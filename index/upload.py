@@ -41,7 +41,7 @@ async def take(
         RefusalError: why not, with its HTTP status. Nothing of the upload remains.
     """
     length = headers.get("content-length")
-    number = int(length) if length is not None and length.isdigit() else None
+    number = int(length) if length is not None and length.isascii() and length.isdigit() else None
     service.check_space(number or 0)
     form = await receive_form(headers.get("content-type", ""), number, receive, service.store, service.limits, service.hands)
     loop = asyncio.get_running_loop()
@@ -57,6 +57,7 @@ async def take(
         )
     finally:
         form.discard()
+    await loop.run_in_executor(service.writer, service.catalogue.tidy)
     service.shelf.refresh(now=True)
     return Upload(filename=distribution.filename, sha256=sha256, outcome=outcome)
 

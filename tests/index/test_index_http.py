@@ -416,6 +416,19 @@ def test_changes_feed(hosted: Server) -> None:
     assert [(item["action"], item["subject"]) for item in found] == [("file.upload", "feed_pkg-1.0-py3-none-any.whl")]
 
 
+def test_mirrors_learn_of_a_set_when_it_is_published_and_of_a_dropped_one_never(hosted: Server) -> None:
+    for name in ("feed-kept", "feed-dropped"):
+        run_index(hosted.root, "stage", "create", name)
+        assert hosted.upload(*wheel(name.replace("-", "_")), path=f"/stage/{name}/legacy/").status_code == 200
+    since = hosted.client.get("/changes").json()["serial"]
+    run_index(hosted.root, "stage", "drop", "feed-dropped")
+    assert "feed" not in hosted.client.get("/changes", params={"since": since}).text
+    run_index(hosted.root, "stage", "publish", "feed-kept")
+    found = hosted.client.get("/changes", params={"since": since}).json()["changes"]
+    assert [(item["action"], item["subject"]) for item in found] == [("file.show", "feed_kept-1.0-py3-none-any.whl")]
+    assert "feed_dropped" not in hosted.client.get("/changes").text
+
+
 def test_trusted_proxies_alone_say_who_asks(tmp_path_factory: pytest.TempPathFactory) -> None:
     root = tmp_path_factory.mktemp("proxy") / "root"
     with serving(root, "--trusted-proxy", "127.0.0.1") as server:

@@ -35,6 +35,22 @@ def test_fsck_finds_what_is_damaged(server: Server) -> None:
     assert good[0] not in done.stderr
 
 
+def test_what_fsck_sets_aside_can_be_uploaded_again(server: Server) -> None:
+    name, content = wheel("mend_pkg")
+    assert server.upload(name, content).status_code == 200
+    assert server.upload(*wheel("other_pkg")).status_code == 200
+    path = stored(server, content)
+    path.chmod(0o644)
+    path.write_bytes(bytes(len(content)))
+    assert run_index(server.root, "fsck", "--set-aside", check=False).returncode == 11
+    assert server.filenames("mend-pkg") == [], "what is known to be damaged is not offered"
+    assert server.filenames("other-pkg")
+    assert server.upload(name, content).status_code == 200
+    assert server.filenames("mend-pkg") == [name]
+    assert run_json(server.root, "fsck")["damaged"] == []
+    assert server.client.get(f"/packages/{name}").content == content
+
+
 def test_gc_frees_what_nothing_names(server: Server) -> None:
     kept, gone = wheel("kept_pkg"), wheel("gone_pkg")
     for item in (kept, gone):
