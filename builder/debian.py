@@ -56,6 +56,14 @@ class Deb(Table):
         return f"{self.name}:{self.arch} {self.version}"
 
 
+def line(one: Deb) -> str:
+    """A package as a line of a lock."""
+    return (
+        f'    {{ name = "{one.name}", arch = "{one.arch}", version = "{one.version}", size = {one.size}, '
+        f'sha256 = "{one.sha256}", path = "{one.path}" }},'
+    )
+
+
 def mirror(suite: str, settings: Settings) -> str:
     """Base URL of the archive: the setting, else what apt uses on Debian, else mmdebstrap's default.
 
@@ -174,7 +182,9 @@ class Solver:
 
 
 @contextmanager
-def solver(suite: str, architecture: Arch, foreign: Sequence[Arch], settings: Settings) -> Iterator[Solver]:
+def solver(
+    suite: str, architecture: Arch, foreign: Sequence[Arch], settings: Settings, component: str = "main"
+) -> Iterator[Solver]:
     """A Solver for one suite, its lists freshly fetched and checked by Debian's signature, in a folder that lasts as long.
 
     Raises:
@@ -192,8 +202,8 @@ def solver(suite: str, architecture: Arch, foreign: Sequence[Arch], settings: Se
         for needed in ("state/lists/partial", "cache/archives/partial", "etc/apt.conf.d", "etc/preferences.d"):
             (folder / needed).mkdir(parents=True)
         (folder / "status").touch()
-        # main of the stable suite alone: -updates and -security would move under a lock.
-        (folder / "etc" / "sources.list").write_text(f"deb [signed-by={KEYRING}] {url} {suite} main\n")
+        # The suite alone: -updates and -security would move under a lock.
+        (folder / "etc" / "sources.list").write_text(f"deb [signed-by={KEYRING}] {url} {suite} {component}\n")
         architectures = " ".join(f'"{one.debian}";' for one in (architecture, *foreign))
         (folder / "apt.conf").write_text(
             _CONFIGURATION.format(folder=folder, architecture=architecture.debian, architectures=architectures)

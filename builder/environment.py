@@ -31,6 +31,7 @@ from packaging.requirements import InvalidRequirement, Requirement
 from packaging.tags import Tag, compatible_tags, cpython_tags
 from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
 
+from builder import toolkit
 from builder.fetch.urls import shown
 from builder.root import compile_files, die_with_us
 from builder.stack import Arch, LoadedStack
@@ -64,6 +65,9 @@ class LockedWheel:
     "Canonical."
     version: str
     sha256: str
+    "Empty where it is not known yet, which `require_digests` refuses."
+    index: str = ""
+    "The index of its own that has it; empty: the Python index."
 
 
 # --- what is pinned ----------------------------------------------------------------------------------------------------------
@@ -88,8 +92,27 @@ def wheels(stack: LoadedStack, arch: Arch) -> tuple[LockedWheel, ...]:
         one = _parse_line(line.strip(), arch, f"{stack.requirements_lock}:{number}")
         if one is not None and found.setdefault(one.name, one) != one:
             raise ConfigError(f"{stack.requirements_lock}:{number}: {one.name} is pinned twice", remedy="remove one line")
-    _check_fresh(stack, found)
+    for own in stack.data.environment.wheels:
+        if own.arch is arch:
+            name = canonicalize_name(own.name)
+            found[name] = LockedWheel(name=name, version=own.version, sha256=own.sha256 or "", index=own.index)
+    _check_fresh(stack, arch, found)
     return tuple(sorted(found.values()))
+
+
+def require_digests(stack: LoadedStack, found: Sequence[LockedWheel]) -> None:
+    """Refuse wheels whose digest is a gap.
+
+    Raises:
+        ConfigError: one is; names its index and the command that fills it in.
+    """
+    for one in found:
+        if not one.sha256:
+            raise ConfigError(
+                f"{one.name} {one.version} of stack {stack.data.name} has no digest yet; it is on {shown(one.index)}",
+                remedy=f"fill it in where that index is reached, or by a mirror: GRACEFARM_MIRRORS='{one.index}=REPLACEMENT'",
+                repeat=f"builder lock {stack.data.name}",
+            )
 
 
 def _parse_line(line: str, arch: Arch, place: str) -> LockedWheel | None:
@@ -110,9 +133,9 @@ def _parse_line(line: str, arch: Arch, place: str) -> LockedWheel | None:
     )
 
 
-def _check_fresh(stack: LoadedStack, found: Mapping[str, LockedWheel]) -> None:
+def _check_fresh(stack: LoadedStack, arch: Arch, found: Mapping[str, LockedWheel]) -> None:
     """What stack.toml asks for is what the lock pins."""
-    for text in _requirements(stack):
+    for text in _requirements(stack, arch):
         requirement = Requirement(text)
         one = found.get(canonicalize_name(requirement.name))
         if one is None or not requirement.specifier.contains(one.version, prereleases=True):
@@ -124,9 +147,10 @@ def _check_fresh(stack: LoadedStack, found: Mapping[str, LockedWheel]) -> None:
             )
 
 
-def _requirements(stack: LoadedStack) -> tuple[str, ...]:
+def _requirements(stack: LoadedStack, arch: Arch) -> tuple[str, ...]:
     """One resolution for both: the target's environment needs the headers of the compiler's own release."""
-    return (*stack.data.environment.requirements, *stack.data.toolchain.requirements)
+    environment = stack.data.environment.requirements if arch in stack.data.glibc else ()
+    return (*environment, *stack.data.toolchain.requirements)
 
 
 def _toolchain_wheels(stack: LoadedStack, host: Arch) -> tuple[LockedWheel, ...]:
@@ -149,11 +173,12 @@ def toolchain_digest(stack: LoadedStack, host: Arch) -> str:
     Raises:
         ConfigError: see `wheels`.
     """
-    return _digest("toolchain", stack, host, _toolchain_wheels(stack, host))
+    return _digest("toolchain", stack, host, _toolchain_wheels(stack, host), toolkit.digest(stack, host))
 
 
-def _digest(kind: str, stack: LoadedStack, arch: Arch, found: Sequence[LockedWheel]) -> str:
-    content = [kind, LAYOUT, arch.value, stack.data.python, [(one.name, one.version, one.sha256) for one in sorted(found)]]
+def _digest(kind: str, stack: LoadedStack, arch: Arch, found: Sequence[LockedWheel], besides: str | None = None) -> str:
+    wheels = [(one.name, one.version, one.sha256) for one in sorted(found)]
+    content = [kind, LAYOUT, arch.value, stack.data.python, wheels, *([besides] if besides else [])]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
@@ -171,13 +196,22 @@ def resolve(stack: LoadedStack, settings: Settings, tick: Tick = no_tick) -> str
     files: dict[tuple[str, str, str, str], set[Arch]] = {}
     for number, arch in enumerate(archs):
         tick(number, len(archs), f"wheels for {arch}")
+        own = {canonicalize_name(one.name) for one in stack.data.environment.wheels if one.arch is arch}
         for one in _resolve_arch(stack, arch, settings):
-            files.setdefault(one, set()).add(arch)
+            if one[0] not in own:
+                files.setdefault(one, set()).add(arch)
     tick(len(archs), len(archs), "")
-    lines = [
-        f"# Every wheel of stack {stack.data.name}: the target's environment and the CUDA compiler of the host.",
-        f"# Written by `builder lock-stack {stack.data.name}`, not by hand. pip and uv read it with --require-hashes.",
-    ]
+    title = f"# Every wheel of stack {stack.data.name}: the target's environment and the CUDA compiler of the host."
+    return _render(title, stack, files, archs)
+
+
+def _render(
+    title: str, stack: LoadedStack, files: Mapping[tuple[str, str, str, str], set[Arch]], archs: Sequence[Arch]
+) -> str:
+    lines = [title]
+    lines += [f"# Written by `builder lock-stack {stack.data.name}`, not by hand. pip and uv read it with --require-hashes."]
+    for one in stack.data.environment.wheels:
+        lines += [f"# {one.name} {one.version} for {one.arch} is not here: stack.toml pins it on an index of its own."]
     for (name, version, filename, sha256), where in sorted(files.items()):
         marker = "" if len(where) == len(archs) else f' ; platform_machine == "{min(where)}"'
         lines += [f"# {filename}", f"{name}=={version}{marker} --hash=sha256:{sha256}"]
@@ -189,11 +223,16 @@ def _resolve_arch(stack: LoadedStack, arch: Arch, settings: Settings) -> Iterato
     supported = {tag: rank for rank, tag in enumerate(tags(stack, arch))}
     with TemporaryDirectory(prefix="gracefarm-lock-") as name:
         wanted, answer = Path(name, "requirements.in"), Path(name, "pylock.toml")
-        wanted.write_text("\n".join(_requirements(stack)) + "\n")
+        wanted.write_text("\n".join(_requirements(stack, arch)) + "\n")
         command = ["pip", "compile", "--quiet", "--format=pylock.toml", "--only-binary=:all:", "--no-header", "--no-annotate"]
         command += [*_platform(stack, arch), f"--output-file={answer}", str(wanted)]
         if stack.data.environment.resolved_before:
             command.append(f"--exclude-newer={stack.data.environment.resolved_before}")
+        if stack.data.environment.left_out:
+            # An override replaces what anybody requires; this one never applies.
+            overrides = Path(name, "overrides.txt")
+            overrides.write_text("".join(f"{one} ; python_version < '3'\n" for one in stack.data.environment.left_out))
+            command.append(f"--override={overrides}")
         _uv(command, settings, lambda message: ConfigError(f"no resolution for {arch}: {message}", remedy="mend stack.toml"))
         packages = tomllib.loads(answer.read_text())["packages"]
     for package in packages:
@@ -207,7 +246,7 @@ def _resolve_arch(stack: LoadedStack, arch: Arch, settings: Settings) -> Iterato
                 fitting.append((min(ranks), tuple(-part if isinstance(part, int) else 0 for part in build), filename, wheel))
         if not fitting:
             raise ConfigError(
-                f"{package['name']} {package['version']} has no wheel for {arch} with glibc {stack.data.glibc[arch]}",
+                f"{package['name']} {package['version']} has no wheel for {arch} with glibc {_glibc(stack, arch)}",
                 remedy="pin a version in stack.toml that has one",
             )
         _, _, filename, wheel = min(fitting, key=lambda one: one[:3])
@@ -216,7 +255,12 @@ def _resolve_arch(stack: LoadedStack, arch: Arch, settings: Settings) -> Iterato
 
 def tags(stack: LoadedStack, arch: Arch) -> list[Tag]:
     """The wheel tags that the stack's Python takes on that architecture, best first, up to the stack's glibc floor."""
-    return _tags(stack.data.python, stack.data.glibc[arch], arch)
+    return _tags(stack.data.python, _glibc(stack, arch), arch)
+
+
+def _glibc(stack: LoadedStack, arch: Arch) -> str:
+    """The level of a target, and for a mere host that of the root, which is the same Debian."""
+    return stack.data.glibc.get(arch) or max(stack.data.glibc.values())
 
 
 def _tags(python: str, glibc: str, arch: Arch) -> list[Tag]:
@@ -236,7 +280,7 @@ def _tags(python: str, glibc: str, arch: Arch) -> list[Tag]:
 
 
 def _platform(stack: LoadedStack, arch: Arch) -> list[str]:
-    return [f"--python-platform={arch}-manylinux_{stack.data.glibc[arch]}", f"--python-version={stack.data.python}"]
+    return [f"--python-platform={arch}-manylinux_{_glibc(stack, arch)}", f"--python-version={stack.data.python}"]
 
 
 # --- assembling --------------------------------------------------------------------------------------------------------------
@@ -252,6 +296,7 @@ def ensure(stack: LoadedStack, target: Arch, root: Path, settings: Settings, tic
         HostError, DiskFullError.
     """
     found = wheels(stack, target)
+    require_digests(stack, found)
     name = _digest("environment", stack, target, found)
     final = settings.home / "environments" / name
     if final.is_dir():
@@ -277,21 +322,23 @@ def ensure_toolchain(stack: LoadedStack, host: Arch, settings: Settings, tick: T
         FetchError, DigestError, RootError, HostError, DiskFullError: see `ensure`.
     """
     found = _toolchain_wheels(stack, host)
-    if not found:
+    if not found and stack.data.toolchain.debian is None:
         raise ConfigError(
             f"stack {stack.data.name} has no CUDA compiler", remedy="list its wheels in [toolchain] requirements"
         )
-    name = _digest("toolchain", stack, host, found)
+    name = toolchain_digest(stack, host)
     final = settings.home / "toolchains" / name
     if final.is_dir():
         return final
     with lock(final.with_name(f"{name}.lock"), lambda: tick(0, None, "another process assembles this")):
         if not final.is_dir():
             with atomic_directory(final) as folder:
-                _install(stack, host, found, folder, settings, tick)
+                if found:
+                    _install(stack, host, found, folder, settings, tick)
+                toolkit.unpack(stack, host, folder, settings, tick)
                 if not any(os.access(nvcc, os.X_OK) for nvcc in folder.glob("nvidia/cu*/bin/nvcc")):
                     raise RootError(
-                        "the toolchain's wheels hold no nvcc", remedy="mend [toolchain] requirements in stack.toml"
+                        "the toolchain's wheels and packages hold no nvcc", remedy="mend [toolchain] in stack.toml"
                     )
                 _make_read_only(folder)
     return final
@@ -355,7 +402,9 @@ def _install(stack: LoadedStack, arch: Arch, found: Sequence[LockedWheel], site:
     """Unpack the wheels into `site`, their digests checked."""
     with TemporaryDirectory(prefix="gracefarm-install-") as name:
         listing = Path(name, "requirements.txt")
-        listing.write_text("".join(f"{one.name}=={one.version} --hash=sha256:{one.sha256}\n" for one in found))
+        own = _own_wheels(found, Path(name), settings)
+        places = {one: f" @ {own[one.sha256].as_uri()}" if one.index else f"=={one.version}" for one in found}
+        listing.write_text("".join(f"{one.name}{places[one]} --hash=sha256:{one.sha256}\n" for one in found))
         command = [
             "pip",
             "install",
@@ -384,6 +433,21 @@ def _install(stack: LoadedStack, arch: Arch, found: Sequence[LockedWheel], site:
             show,
         )
         tick(len(found), len(found), "wheels unpacked")
+
+
+def _own_wheels(found: Sequence[LockedWheel], folder: Path, settings: Settings) -> dict[str, Path]:
+    """The wheels of indexes of their own, fetched and put into `folder` by their names; by sha256."""
+    places = {}
+    for one in found:
+        if one.index:
+            # Its clients take longer to import than `builder build` takes to find that a build exists.
+            from builder.fetch import own_index
+
+            file, filename = own_index.fetch_wheel(one.name, one.version, one.sha256, one.index, settings)
+            place = folder / filename
+            place.symlink_to(file)
+            places[one.sha256] = place
+    return places
 
 
 def _uv(

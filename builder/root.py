@@ -160,11 +160,7 @@ def resolve(stack: LoadedStack, settings: Settings, tick: Tick = no_tick) -> str
         tick(number, len(pairs), f"packages of {spec.suite} for {target} on {host}")
         with debian.solver(spec.suite, host, [target] if target is not host else [], settings) as apt:
             found = {*apt.solve(requests(stack, host, target)), *apt.alone(_alone(stack, host, target))}
-        lines = (
-            f'    {{ name = "{one.name}", arch = "{one.arch}", version = "{one.version}", size = {one.size}, '
-            f'sha256 = "{one.sha256}", path = "{one.path}" }},'
-            for one in sorted(found, key=lambda one: (one.name, one.arch))
-        )
+        lines = map(debian.line, sorted(found, key=lambda one: (one.name, one.arch)))
         text += ["", f"[roots.{host}-{target}]", "packages = [", *lines, "]"]
     tick(len(pairs), len(pairs), "")
     return "\n".join(text) + "\n"

@@ -9,10 +9,10 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field, StringConstraints
+from pydantic import Field, StringConstraints, model_validator
 
 from builder import tables
-from builder.tables import Table
+from builder.tables import InsidePath, Sha256, Table, one_digest
 from gracefarm.errors import ConfigError, HostError
 
 
@@ -53,7 +53,20 @@ class Torch(Table):
     """The torch that the wheels link against."""
 
     version: str
-    cuda: str = Field(description="What torch.version.cuda must say")
+    cuda: str | None = Field(description="What torch.version.cuda must say; the CPU build has the same version", default=None)
+
+
+class OwnWheel(Table):
+    """A wheel that is not on the Python index but on an index of its own; one file per architecture."""
+
+    name: str
+    version: str
+    arch: Arch
+    index: str = Field(description="Simple API that has it; GRACEFARM_MIRRORS redirects it")
+    sha256: Sha256 | None = None
+    sha256_unknown: str | None = Field(default=None, description="Why there is no digest yet; `builder lock` fills it in")
+
+    _one_digest = model_validator(mode="after")(one_digest)
 
 
 class Environment(Table):
@@ -64,12 +77,26 @@ class Environment(Table):
         default=None,
         description="The lock takes no file that was uploaded later (RFC 3339 date), so that it can be made again",
     )
+    left_out: tuple[str, ...] = Field(
+        default=(), description="Distributions that something requires and that the lock does without; NOTES.md says why"
+    )
+    wheels: tuple[OwnWheel, ...] = Field(default=(), description="Wheels of an index of their own, in place of the index's")
+
+
+class DebianToolkit(Table):
+    """CUDA's compiler out of Debian's packages, unpacked where the wheels of newer releases put it."""
+
+    suite: str
+    component: str = "non-free"
+    packages: tuple[str, ...] = Field(min_length=1, description="Taken without what they depend on; toolchain.lock pins them")
 
 
 class Toolchain(Table):
-    """Compilers. CUDA's come from wheels of the host's architecture, all else from the root."""
+    """Compilers. CUDA's come from wheels or Debian packages of the host's architecture, all else from the root."""
 
     requirements: tuple[str, ...] = Field(default=(), description="Wheels of the CUDA compiler, locked with the environment")
+    debian: DebianToolkit | None = Field(default=None, description="Where no wheels hold the compiler")
+    path: tuple[InsidePath, ...] = Field(default=(), description="Folders of the toolchain that come first on PATH")
     gcc: int = Field(description="Major version of Debian's gcc in the root")
 
 
@@ -102,6 +129,9 @@ class Stack(Table):
     environment: Environment
     toolchain: Toolchain
     root: RootSpec
+    objects_only: bool = Field(
+        default=False, description="Has headers to compile with and nothing to load: never published, never part of a set"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +150,11 @@ class LoadedStack:
     def root_lock(self) -> Path:
         """Every .deb by version and sha256."""
         return self.folder / "root.lock"
+
+    @property
+    def toolchain_lock(self) -> Path:
+        """The .deb files of the CUDA compiler, where it comes from Debian."""
+        return self.folder / "toolchain.lock"
 
 
 def load(stacks: Path, name: str) -> LoadedStack:

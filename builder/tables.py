@@ -6,7 +6,7 @@ import difflib
 import re
 import tomllib
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Protocol, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, StringConstraints, ValidationError
 from pydantic_core import ErrorDetails
@@ -33,6 +33,30 @@ def _inside(path: str) -> str:
 
 InsidePath = Annotated[str, AfterValidator(_inside)]
 "A relative path that stays inside the tree it is relative to."
+
+
+
+class Digested(Protocol):
+    """A table with a digest, or the reason why it has none yet."""
+
+    sha256: str | None
+    sha256_unknown: str | None
+
+
+D = TypeVar("D", bound=Digested)
+
+
+def one_digest(table: D) -> D:
+    """`table`, where exactly one of `sha256` and `sha256_unknown` is given.
+
+    Raises:
+        ValueError: both or none are.
+    """
+    if (table.sha256 is None) == (table.sha256_unknown is None):
+        msg = "give sha256, or in sha256_unknown the reason why it is not known yet, and not both"
+        raise ValueError(msg)
+    return table
+
 
 _UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
 

@@ -11,6 +11,9 @@ from builder.sandbox import Mount
 from gracefarm.files import atomic_directory, lock
 from gracefarm.settings import Settings
 
+LAYOUT = 2
+"Raised when CUDA_HOME is laid out in another way."
+
 CUDA = "/cuda"
 NVCC = "/toolchain"
 WRAPPERS = "/gracefarm"
@@ -45,7 +48,7 @@ def cuda_home(plan: Plan, environment: Path, settings: Settings) -> Path:
     """
     stack = plan.inputs["stack"]
     assert isinstance(stack, dict)
-    final = settings.home / "cuda" / f"{str(stack['toolchain'])[:12]}-{str(stack['environment'])[:12]}"
+    final = settings.home / "cuda" / f"{LAYOUT}-{str(stack['toolchain'])[:12]}-{str(stack['environment'])[:12]}"
     with lock(settings.home / "locks" / f"cuda-{final.name}"):
         if final.is_dir():
             return final
@@ -54,18 +57,29 @@ def cuda_home(plan: Plan, environment: Path, settings: Settings) -> Path:
         with atomic_directory(final) as folder:
             (folder / "bin").mkdir()
             (folder / "bin" / "nvcc").symlink_to(f"{WRAPPERS}/bin/nvcc")
-            for major in sorted(packages.glob("nvidia/cu[0-9]*")):
-                (folder / "include").symlink_to(inside / "nvidia" / major.name / "include")
-                (folder / "lib64").mkdir()
-                for library in sorted((major / "lib").glob("lib*")):
-                    place = inside / "nvidia" / major.name / "lib" / library.name
-                    (folder / "lib64" / library.name).symlink_to(place)
-                    short = library.name.split(".so")[0] + ".so"
-                    if ".so." in library.name and not (folder / "lib64" / short).is_symlink():
-                        (folder / "lib64" / short).symlink_to(place)
-                (folder / "lib").symlink_to("lib64")
-                (folder / "nvvm").symlink_to(f"{NVCC}/nvidia/{major.name}/nvvm")
+            (folder / "include").mkdir()
+            (folder / "lib64").mkdir()
+            # One folder of the 13 series, nvidia/cu13; one per library, nvidia/cublas and so on, before it.
+            for part in sorted(packages.glob("nvidia/*/")):
+                _link_part(folder, part, inside / "nvidia" / part.name)
+            (folder / "lib").symlink_to("lib64")
+            (folder / "nvvm").symlink_to(f"{NVCC}/nvidia/cu{plan.stack.data.cuda.split('.')[0]}/nvvm")
     return final
+
+
+def _link_part(folder: Path, part: Path, inside: Path) -> None:
+    """Headers and libraries of one NVIDIA wheel, by links to where the sandbox has them."""
+    for header in sorted((part / "include").glob("*")):
+        place = folder / "include" / header.name
+        if header.name not in ("__init__.py", "__pycache__") and not place.is_symlink():
+            place.symlink_to(inside / "include" / header.name)
+    for library in sorted((part / "lib").glob("lib*")):
+        place = inside / "lib" / library.name
+        if not (folder / "lib64" / library.name).is_symlink():
+            (folder / "lib64" / library.name).symlink_to(place)
+        short = library.name.split(".so")[0] + ".so"
+        if ".so." in library.name and not (folder / "lib64" / short).is_symlink():
+            (folder / "lib64" / short).symlink_to(place)
 
 
 def mounts(plan: Plan, environment: Path, compiler: Path | None, settings: Settings) -> tuple[Mount, ...]:
@@ -83,7 +97,7 @@ def variables(plan: Plan, *, jobs: int, epoch: int) -> dict[str, str]:
     cross = plan.host is not plan.target
     gcc, gxx = (f"{plan.target.triplet}-gcc", f"{plan.target.triplet}-g++") if cross else ("gcc", "g++")
     found = {
-        "PATH": PATH,
+        "PATH": ":".join([*(f"{NVCC}/{folder}" for folder in data.toolchain.path if recipe.build.cuda), PATH]),
         "HOME": "/home/build",
         "USER": "build",
         "LANG": "C.UTF-8",

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from builder import compile, environment, meter, record, root, sandbox, schema, smoke, stack
+from builder import compile, environment, meter, record, root, sandbox, schema, smoke, stack, toolkit
 from builder import plan as planning
 from builder import recipe as recipes
 from builder.plan import Plan
@@ -408,15 +408,17 @@ def run(name: str, stack_name: str | None, target: str, as_json: bool) -> None:
 @click.argument("name")
 @_common
 def lock_stack(name: str, as_json: bool) -> None:
-    """Resolve a stack anew and write its requirements.lock and root.lock."""
+    """Resolve a stack anew and write its requirements.lock and root.lock, and toolchain.lock where Debian has its compiler."""
     settings, console = settings_module.load(), Console(as_json=as_json)
     loaded = stack.load(settings.project / "stacks", name)
     with console.progress("lock") as tick:
         atomic_write(loaded.requirements_lock, environment.resolve(loaded, settings, tick))
         atomic_write(loaded.root_lock, root.resolve(loaded, settings, tick))
-    console.result(
-        {"written": [str(loaded.requirements_lock), str(loaded.root_lock)]}, f"{loaded.requirements_lock}\n{loaded.root_lock}"
-    )
+        written = [loaded.requirements_lock, loaded.root_lock]
+        if (text := toolkit.resolve(loaded, settings, tick)) is not None:
+            atomic_write(loaded.toolchain_lock, text)
+            written.append(loaded.toolchain_lock)
+    console.result({"written": list(map(str, written))}, "\n".join(map(str, written)))
 
 
 @cli.command("schema")

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from builder.fetch.transfer import ATTEMPTS, MIRROR_REMEDY, pause
+from builder.fetch.transfer import ATTEMPTS, mirror_remedy, pause
 from builder.fetch.urls import shown, split_credentials
 from builder.recipe import GitSource
 from gracefarm.console import Tick, no_tick
@@ -309,4 +309,4 @@ def _failure(pin: Pin, url: str, said: str) -> FetchError:
             f"{shown(url)} is absent or not open to us: {reason}",
             remedy="mend the address, give credentials in ~/.netrc or by an ssh key, or name a mirror in GRACEFARM_MIRRORS",
         )
-    return FetchError(f"{shown(url)} cannot be had: {reason}", remedy=MIRROR_REMEDY)
+    return FetchError(f"{shown(url)} cannot be had: {reason}", remedy=mirror_remedy(pin.url))

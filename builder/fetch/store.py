@@ -18,7 +18,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-from builder.fetch.transfer import ATTEMPTS, MIRROR_REMEDY, Download, Transfer, TransientError, absent, append, delay, size_of
+from builder.fetch.transfer import ATTEMPTS, Download, Transfer, TransientError, absent, append, delay, mirror_remedy, size_of
 from builder.fetch.urls import shown
 from gracefarm.console import Tick, no_tick
 from gracefarm.errors import DigestError, FetchError
@@ -119,7 +119,7 @@ def _receive(transfer: Transfer, request: Request) -> None:
                 raise FetchError(
                     f"{transfer.download.what}: {shown(transfer.url)} cannot be had: {shown(str(error))} "
                     f"({ATTEMPTS} attempts without a new byte)",
-                    remedy=MIRROR_REMEDY,
+                    remedy=mirror_remedy(transfer.download.url),
                 ) from error
             transfer.cancelled.wait(delay(failures, error.delay))
         else:

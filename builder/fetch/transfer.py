@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from builder.fetch.urls import shown
 from gracefarm.errors import FetchError
@@ -20,6 +21,15 @@ TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
 MIRROR_REMEDY = (
     "see that this machine reaches that host, or name a mirror that it reaches: GRACEFARM_MIRRORS='PREFIX=REPLACEMENT'"
 )
+
+
+def mirror_remedy(url: str) -> str:
+    """MIRROR_REMEDY with the prefix that a mirror of `url` replaces."""
+    parts = urlsplit(url)
+    prefix = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}/"
+    return (
+        f"see that this machine reaches {prefix}, or name a mirror that it reaches: GRACEFARM_MIRRORS='{prefix}=REPLACEMENT'"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
