@@ -14,7 +14,7 @@ import stat
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import Enum, auto
@@ -72,6 +72,24 @@ def extract(archive: Path, into: Path, name: str, *, strip: bool) -> None:
         written: set[Path] = set()
         for member in _stripped(members) if strip else members:
             _write(member, into, written, name)
+    _check_links(into, written, name)
+
+
+def extract_members(archive: Path, into: Path, name: str, places: Mapping[str, str]) -> None:
+    """Unpack single files and folders of an archive, each to its place below `into`.
+
+    Raises:
+        SourceError: as `extract`; or the archive has no such member.
+    """
+    with _members(archive, name) as members:
+        written: set[Path] = set()
+        for wanted, place in sorted(places.items()):
+            start = PurePosixPath(wanted)
+            found = [one for one in members if one.path == start or start in one.path.parents]
+            if not any(one.kind is not Kind.DIRECTORY for one in found):
+                raise SourceError(f"{name} has no {wanted!r}", remedy="mend [[files]] members in the recipe")
+            for one in found:
+                _write(replace(one, path=PurePosixPath(place) / one.path.relative_to(start)), into, written, name)
     _check_links(into, written, name)
 
 

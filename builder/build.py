@@ -11,15 +11,31 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from builder import audit, compile, embed, environment, fetch, jobs, meter, publish, record, root, smoke, source, toolchain
+from builder import (
+    audit,
+    compile,
+    embed,
+    environment,
+    fetch,
+    gaps,
+    jobs,
+    meter,
+    publish,
+    record,
+    root,
+    smoke,
+    source,
+    toolchain,
+)
 from builder.audit import Policy
 from builder.plan import Plan
 from builder.record import Jobs, Publication, Record, SmokeResult, Stage
 from builder.sandbox import Mount, Sandbox
+from builder.stack import Stack
 from builder.tables import parse_size
 from builder.verdict import Verdict
 from gracefarm.console import Console
-from gracefarm.errors import GracefarmError, HostError
+from gracefarm.errors import GracefarmError, HostError, PublishError
 from gracefarm.files import atomic_write, full_disk, lock, remove_tree, sha256_file
 from gracefarm.settings import Settings
 
@@ -101,6 +117,9 @@ def build(plan: Plan, options: Options, settings: Settings, console: Console) ->
     """
     data = plan.recipe.data
     console.step("plan", f"{plan.title}: build id {plan.build_id[:16]}")
+    gaps.require_none(plan.recipe, plan.stack)
+    if options.publish:
+        refuse_objects(plan.stack.data)
     folder = record.folder(settings, plan.build_id)
 
     def waiting() -> None:
@@ -117,6 +136,19 @@ def build(plan: Plan, options: Options, settings: Settings, console: Console) ->
     return found
 
 
+def refuse_objects(stack: Stack) -> None:
+    """A stack of headers makes objects to look at, not wheels to give away.
+
+    Raises:
+        PublishError: the stack is such a one.
+    """
+    if stack.objects_only:
+        raise PublishError(
+            f"stack {stack.name} has headers alone: what it builds cannot be loaded and is not published",
+            remedy="build against a stack that has the libraries",
+        )
+
+
 def publish_record(found: Record, url: str, settings: Settings, console: Console) -> Record:
     """Upload the record's wheel unless the record says that it was; a wheel that failed a gate has no path to here."""
     if any(one.url == url for one in found.published):
@@ -124,6 +156,10 @@ def publish_record(found: Record, url: str, settings: Settings, console: Console
         return found
     wheel = record.wheel_path(settings, found)
     assert wheel is not None
+    for archive in sorted(wheel.parent.glob("*.tar.gz")):
+        # The source goes first: no moment in which the wheel is offered without it.
+        publish.upload(archive, url)
+        console.step("publish", f"{archive.name} to {url}")
     publication: Publication = publish.upload(wheel, url)
     console.step("publish", f"{wheel.name} to {url}")
     updated = found.model_copy(update={"published": (*found.published, publication)})
@@ -142,7 +178,7 @@ def _attempt(run: Run) -> Record:
         done = run.record(wheel, None)
         place = record.write(done, run.settings)
     if not run.options.keep:
-        for name in ("work", "smoke", "raw", "embedded", "repaired", "compiled.json"):
+        for name in ("work", "smoke", "raw", "raw-source", "embedded", "repaired", "compiled.json"):
             remove_tree(run.folder / name)
     run.console.step("record", f"{wheel.name}, {wheel.stat().st_size / 1e6:.1f} MB; record {place}; log {run.log}")
     return done
@@ -161,11 +197,16 @@ def _stages(run: Run) -> Path:
     raw = _saved(run) or _compiled(run, fetched, ground, epoch)
     with run.timed("audit"):
         wheel = _audited(run, raw, ground, epoch)
-    _smoked(run, wheel, ground)
+    if run.plan.stack.data.objects_only:
+        run.console.step("smoke", f"not run: stack {run.plan.stack.data.name} has headers alone, nothing can be loaded")
+    else:
+        _smoked(run, wheel, ground)
     final = run.folder / "dist" / wheel.name
     remove_tree(final.parent)
     final.parent.mkdir()
     shutil.move(wheel, final)
+    if run.plan.recipe.data.wheel.source_archive:
+        source.finish(run.folder / "raw-source", final, run.folder / "dist", epoch)
     return final
 
 
@@ -270,6 +311,8 @@ def _compile_once(run: Run, fetched: fetch.Fetched, ground: Ground, epoch: int, 
     for name in ("out", "tmp"):
         (work / name).mkdir(parents=True)
     tree = source.unpack(run.plan.recipe, fetched, work / "source", epoch)
+    if run.plan.recipe.data.wheel.source_archive:
+        source.pack(tree, run.plan.recipe.data, run.folder / "raw-source", epoch)
     compile.check_requirements(run.plan, tree)
     box = build_sandbox(run.plan, ground, run.settings, work, count=count.count, epoch=epoch, memory=memory)
     command = compile.command(run.plan)
@@ -347,8 +390,11 @@ def _audited(run: Run, raw: Path, ground: Ground, epoch: int) -> Path:
     embedded = embed.embed(raw, run.plan, epoch, run.folder / "embedded")
     remove_tree(run.folder / "repaired")
     os.environ["SOURCE_DATE_EPOCH"] = str(epoch)  # which auditwheel writes into the archive
-    wheel = audit.repair(embedded, rules, run.folder / "repaired")
+    objects_only = run.plan.stack.data.objects_only
+    wheel = embedded if objects_only else audit.repair(embedded, rules, run.folder / "repaired")
     run.verdicts = audit.audit(wheel, rules)
+    if objects_only:
+        run.verdicts = tuple(one for one in run.verdicts if one.gate in audit.OBJECT_GATES)
     for verdict in run.verdicts:
         run.console.step("audit", f"{verdict.status:14} {verdict.gate}: {verdict.summary}")
     audit.require(run.verdicts)

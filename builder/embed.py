@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import zlib
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
 from auditwheel.tools import dir2zip, zip2dir
 from auditwheel.wheeltools import rewrite_record
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from builder.plan import Plan
 from gracefarm.files import remove_tree
@@ -24,9 +27,35 @@ def embed(wheel: Path, plan: Plan, epoch: int, into: Path) -> Path:
     tree = into / "tree"
     tree.mkdir(parents=True)
     zip2dir(wheel, tree)
-    (next(tree.glob("*.dist-info")) / "gracefarm.json").write_text(text)
+    information = next(tree.glob("*.dist-info"))
+    (information / "gracefarm.json").write_text(text)
+    metadata = information / "METADATA"
+    metadata.write_text(require(metadata.read_text(), plan.recipe.data.wheel.requires))
     rewrite_record(tree)
     final = into / wheel.name
     dir2zip(tree, final, zlib.Z_DEFAULT_COMPRESSION, datetime.fromtimestamp(max(epoch, EARLIEST), tz=UTC))
     remove_tree(tree)
     return final
+
+
+def require(metadata: str, requires: Mapping[str, str]) -> str:
+    """METADATA with the recipe's own Requires-Dist in place of what the package says of these distributions, extras apart.
+
+    A package that requires something on x86_64 alone, or any newer version, is thereby made to require what the set has.
+    """
+    if not requires:
+        return metadata
+    headers, separator, body = metadata.partition("\n\n")
+    wanted = {canonicalize_name(name) for name in requires}
+    kept = [line for line in headers.splitlines() if _required(line) not in wanted]
+    last = max((number for number, line in enumerate(kept) if line.startswith("Requires-Dist:")), default=len(kept) - 1)
+    kept[last + 1 : last + 1] = [f"Requires-Dist: {text}" for _, text in sorted(requires.items())]
+    return "\n".join(kept) + separator + body
+
+
+def _required(line: str) -> str | None:
+    """The distribution that a header requires; None for every other header and for extras."""
+    if not line.startswith("Requires-Dist:"):
+        return None
+    found = Requirement(line.partition(":")[2].strip())
+    return None if found.marker and "extra" in str(found.marker) else canonicalize_name(found.name)

@@ -42,9 +42,12 @@ class Plan:
                 "name": data.name,
                 "version": data.version,
                 "source": data.source.model_dump(mode="json"),
-                "files": [one.model_dump(mode="json") for one in data.files],
+                "repositories": [one.model_dump(mode="json") for one in data.repositories],
+                "files": [one.model_dump(mode="json", exclude={"sha256_unknown"}) for one in data.files],
+                "substitutions": [one.model_dump(mode="json") for one in data.substitutions],
                 "patches": [sha256_file(patch) for patch in self.recipe.patches],
                 "build": build,
+                "requires": dict(sorted(data.wheel.requires.items())),
                 "sm_extra": {glob: sorted(values) for glob, values in data.wheel.sm_extra.items()},
             },
             "stack": {

@@ -5,14 +5,14 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from packaging.utils import canonicalize_name
 from packaging.version import Version
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from builder import tables
-from builder.tables import Commit, InsidePath, Sha256, Size, Table
+from builder.tables import Commit, InsidePath, Sha256, Size, Table, one_digest
 from gracefarm.errors import ConfigError
 
 
@@ -38,7 +38,16 @@ class Submodule(Table):
 
     url: str
     commit: Commit
-    tree: Commit
+    tree: Commit | None = Field(default=None, description="Checked where given; the commit's id covers it already")
+
+
+class Repository(Table):
+    """A further git repository at a place of the source tree, as CMake's FetchContent would bring it."""
+
+    url: str
+    commit: Commit = Field(description="Full commit id; never a branch or a tag")
+    tree: Commit | None = None
+    path: InsidePath = Field(description="Where it is checked out, relative to the source tree")
 
 
 class GitSource(Table):
@@ -60,12 +69,39 @@ class FileSource(Table):
 
 
 class File(Table):
-    """A further download that the build expects at a place of the source tree."""
+    """A further download, or a text, that the build expects at a place of the source tree."""
 
-    url: str
-    sha256: Sha256
+    url: str | None = None
+    sha256: Sha256 | None = None
+    sha256_unknown: str | None = Field(default=None, description="Why there is no digest yet; `builder lock` fills it in")
+    text: str | None = Field(default=None, description="The file's whole content, instead of a download")
     path: InsidePath = Field(description="Where it is put, relative to the source tree")
     unpack: bool = Field(default=False, description="Unpack the archive into `path` instead of copying it")
+    members: dict[str, InsidePath] = Field(
+        default_factory=dict,
+        description="Unpack these files and folders of the archive alone, each to its place below `path`",
+    )
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        if (self.url is None) == (self.text is None):
+            msg = "give url or text, and not both"
+            raise ValueError(msg)
+        if self.url is not None:
+            one_digest(self)
+        elif self.sha256 or self.sha256_unknown or self.unpack or self.members:
+            msg = "a text has no digest and is no archive"
+            raise ValueError(msg)
+        return self
+
+
+class Substitution(Table):
+    """A change of the source by its text: where a patch would need context that may move, and must not be missed silently."""
+
+    path: InsidePath
+    find: str = Field(min_length=1)
+    replace: str
+    count: int = Field(default=1, ge=1, description="How often the text stands there; another number is an error")
 
 
 class Build(Table):
@@ -74,6 +110,9 @@ class Build(Table):
     subdirectory: InsidePath = Field(default=".", description="Folder of pyproject.toml or setup.py in the source")
     environment: dict[str, str] = Field(default_factory=dict, description="Variables for the build; they enter the build id")
     config_settings: dict[str, str] = Field(default_factory=dict, description="PEP 517 config settings")
+    cmake: dict[str, str] = Field(
+        default_factory=dict, description="CMake cache variables, for packages that pass none on; set by our toolchain file"
+    )
     cuda: bool = Field(default=True, description="Needs the CUDA compiler and torch; false for a plain C extension")
     memory_per_job: Size = Field(default="4GiB", description="Peak memory of one compile job; bounds the number of jobs")
     binfmt: bool = Field(default=False, description="The build executes programs of the target other than Python")
@@ -82,9 +121,17 @@ class Build(Table):
 class Bundled(Table):
     """A third-party file that the wheel carries on purpose."""
 
-    path: InsidePath
-    sha256: Sha256
+    path: InsidePath = Field(description="In the wheel; with `origin` a glob")
+    sha256: Sha256 | None = None
+    origin: str | None = Field(default=None, description="URL of the [[files]] entry that it comes out of, or 'source'")
     license: str
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        if (self.sha256 is None) == (self.origin is None):
+            msg = "give sha256 or origin, and not both"
+            raise ValueError(msg)
+        return self
 
 
 class Wheel(Table):
@@ -93,6 +140,13 @@ class Wheel(Table):
     sm_extra: dict[str, tuple[str, ...]] = Field(
         default_factory=dict,
         description="Further sm values for named source files (glob), as {'hopper/*.cu' = ['90a']}",
+    )
+    requires: dict[str, str] = Field(
+        default_factory=dict,
+        description="Requires-Dist by distribution, in place of what the package says of it, as {'triton' = 'triton==3.2.0'}",
+    )
+    source_archive: bool = Field(
+        default=False, description="Publish the exact patched source beside the wheel, as licences of the AGPL's kind ask"
     )
     bundled: tuple[Bundled, ...] = Field(default=(), description="Third-party files inside; any other is refused")
     max_size: Size = Field(default="500MiB", description="Largest wheel accepted")
@@ -113,10 +167,21 @@ class Recipe(Table):
     license: str = Field(description="SPDX expression")
     stack: str = Field(default="cu130", description="Stack used when none is asked for")
     source: Annotated[SdistSource | GitSource | FileSource, Field(discriminator="kind")]
+    repositories: tuple[Repository, ...] = ()
     files: tuple[File, ...] = ()
+    substitutions: tuple[Substitution, ...] = Field(default=(), description="After the patches, in this order")
     build: Build = Build()
     wheel: Wheel = Wheel()
     smoke: Smoke
+
+    @model_validator(mode="after")
+    def _bundled_origins(self) -> Self:
+        known = {"source", *(one.url for one in self.files if one.url)}
+        for one in self.wheel.bundled:
+            if one.origin is not None and one.origin not in known:
+                msg = f"wheel.bundled {one.path!r} names the origin {one.origin!r}, which is no [[files]] entry"
+                raise ValueError(msg)
+        return self
 
 
 @dataclass(frozen=True, kw_only=True)

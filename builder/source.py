@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import gzip
+import io
 import os
 import re
 import shutil
 import stat
+import tarfile
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+
+from packaging.utils import canonicalize_name
 
 from builder import archive
 from builder.fetch import Fetched
@@ -35,10 +41,51 @@ def unpack(recipe: LoadedRecipe, fetched: Fetched, into: Path, source_date_epoch
         _place_files(recipe.data, fetched, tree)
         for patch in recipe.patches:
             _apply(patch, tree, recipe)
+        _substitute(recipe.data, tree)
         _settle(tree, source_date_epoch, [place / ".git" for place in repositories])
         for place in repositories:
             _refresh(place)
     return into
+
+
+def pack(tree: Path, recipe: Recipe, into: Path, moment: int) -> None:
+    """Keep the exact patched source, as it is before the build touches it, without git's own folders."""
+    remove_tree(into)
+    into.mkdir(parents=True)
+    with (into / "source.tar").open("wb") as stream, tarfile.open(fileobj=stream, mode="w") as tar:
+        top = f"{canonicalize_name(recipe.name).replace('-', '_')}-{recipe.version}"
+        for path in sorted(tree.rglob("*")):
+            inside = path.relative_to(tree)
+            if ".git" not in inside.parts:
+                tar.add(path, f"{top}/{inside}", recursive=False, filter=lambda info: _anonymous(info, moment))
+
+
+def finish(packed: Path, wheel: Path, into: Path, moment: int) -> Path:
+    """The kept source as an sdist beside the wheel, with the wheel's METADATA as its PKG-INFO."""
+    with zipfile.ZipFile(wheel) as archive:
+        metadata = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        text = archive.read(metadata)
+    with tarfile.open(packed / "source.tar", "a") as tar:
+        top = tar.getnames()[0].split("/")[0]
+        info = _anonymous(tarfile.TarInfo(f"{top}/PKG-INFO"), moment)
+        info.size = len(text)
+        tar.addfile(info, io.BytesIO(text))
+    final = into / f"{top}.tar.gz"
+    with (
+        (packed / "source.tar").open("rb") as plain,
+        final.open("wb") as raw,
+        gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=moment) as stream,
+    ):
+        shutil.copyfileobj(plain, stream)
+    return final
+
+
+def _anonymous(info: tarfile.TarInfo, moment: int) -> tarfile.TarInfo:
+    info.uid = info.gid = 0
+    info.uname = info.gname = ""
+    info.mtime = moment
+    info.mode = 0o755 if info.isdir() or info.mode & stat.S_IXUSR else 0o644
+    return info
 
 
 def source_date_epoch(recipe: Recipe, fetched: Fetched) -> int:
@@ -51,7 +98,7 @@ def source_date_epoch(recipe: Recipe, fetched: Fetched) -> int:
     """
     if isinstance(recipe.source, GitSource):
         said = run_git(
-            ["show", "--no-patch", "--format=%ct", recipe.source.commit], cwd=fetched.source, config=_config(fetched)
+            ["show", "--no-patch", "--format=%ct", recipe.source.commit], cwd=fetched.source, config=_config(fetched.source)
         )
         return archive.clamp(int(said))
     return archive.newest_mtime(fetched.source, _title(recipe))
@@ -61,24 +108,30 @@ def _title(recipe: Recipe) -> str:
     return f"source of {recipe.name} {recipe.version}"
 
 
-def _config(fetched: Fetched) -> Path:
+def _config(repository: Path) -> Path:
     """The configuration that fetch wrote beside its repositories."""
-    return fetched.source.parent / "config"
+    return repository.parent / "config"
 
 
 def _populate(recipe: Recipe, fetched: Fetched, tree: Path) -> list[Path]:
     """Fill the tree; returns the folders that are git work trees."""
-    if not isinstance(recipe.source, GitSource):
+    places = []
+    if isinstance(recipe.source, GitSource):
+        _export(fetched.source, recipe.source.commit, tree, _config(fetched.source))
+        places.append(tree)
+        for path, module in sorted(recipe.source.submodules.items()):
+            # A parent sorts before what lies in it.
+            _, inner = enclosing(path, recipe.source.submodules)
+            archive.make_parents(tree / path, tree, f"submodule {inner}")
+            _export(fetched.submodules[path], module.commit, tree / path, _config(fetched.source))
+            places.append(tree / path)
+    else:
         archive.extract(fetched.source, tree, _title(recipe), strip=True)
-        return []
-    _export(fetched.source, recipe.source.commit, tree, _config(fetched))
-    places = [tree]
-    for path, module in sorted(recipe.source.submodules.items()):
-        # A parent sorts before what lies in it.
-        _, inner = enclosing(path, recipe.source.submodules)
-        archive.make_parents(tree / path, tree, f"submodule {inner}")
-        _export(fetched.submodules[path], module.commit, tree / path, _config(fetched))
-        places.append(tree / path)
+    for one in recipe.repositories:
+        archive.make_parents(tree / one.path, tree, f"repository {one.path}")
+        repository = fetched.repositories[one.path]
+        _export(repository, one.commit, tree / one.path, _config(repository))
+        places.append(tree / one.path)
     return places
 
 
@@ -100,16 +153,41 @@ def _export(repository: Path, commit: str, into: Path, config: Path) -> None:
 def _place_files(recipe: Recipe, fetched: Fetched, tree: Path) -> None:
     for file in recipe.files:
         place, name = tree / file.path, f"file {file.path} of {recipe.name}"
-        archive.make_parents(place / "member" if file.unpack else place, tree, name)
-        if file.unpack:
-            archive.extract(fetched.files[file.sha256], place, name, strip=False)
+        archived = file.unpack or bool(file.members)
+        archive.make_parents(place / "member" if archived else place, tree, name)
+        origin = fetched.files[file.sha256] if file.sha256 else None
+        if file.members and origin:
+            archive.extract_members(origin, place, name, file.members)
+            continue
+        if file.unpack and origin:
+            archive.extract(origin, place, name, strip=False)
             continue
         if place.is_symlink() or place.exists():
             raise SourceError(
                 f"{name}: the source has something at that place already",
                 remedy="give it another path, or change it by a patch",
             )
-        shutil.copyfile(fetched.files[file.sha256], place)
+        if origin:
+            shutil.copyfile(origin, place)
+        else:
+            place.write_text(file.text or "")
+
+
+def _substitute(recipe: Recipe, tree: Path) -> None:
+    for one in recipe.substitutions:
+        place = tree / one.path
+        if place.is_symlink() or not place.is_file() or not place.resolve().is_relative_to(tree.resolve()):
+            raise SourceError(
+                f"substitution in {one.path} of {recipe.name}: no such file in the source",
+                remedy="mend [[substitutions]] in the recipe against the source as pinned",
+            )
+        text = place.read_text()
+        if (found := text.count(one.find)) != one.count:
+            raise SourceError(
+                f"substitution in {one.path} of {recipe.name}: {one.find.strip()!r} is there {found} times, not {one.count}",
+                remedy="mend [[substitutions]] in the recipe against the source as pinned",
+            )
+        place.write_text(text.replace(one.find, one.replace))
 
 
 def _apply(patch: Path, tree: Path, recipe: LoadedRecipe) -> None:

@@ -157,6 +157,11 @@ class LoadedStack:
         return self.folder / "toolchain.lock"
 
 
+def names(stacks: Path) -> list[str]:
+    """Stacks in a folder, sorted."""
+    return sorted(path.parent.name for path in stacks.glob("*/stack.toml"))
+
+
 def load(stacks: Path, name: str) -> LoadedStack:
     """The stack called `name`.
 
@@ -165,7 +170,7 @@ def load(stacks: Path, name: str) -> LoadedStack:
     """
     folder = stacks / name
     if not (folder / "stack.toml").is_file():
-        known = sorted(path.parent.name for path in stacks.glob("*/stack.toml"))
+        known = names(stacks)
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
         raise ConfigError(
             f"unknown stack {name!r} in {stacks}",

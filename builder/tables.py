@@ -35,12 +35,14 @@ InsidePath = Annotated[str, AfterValidator(_inside)]
 "A relative path that stays inside the tree it is relative to."
 
 
-
 class Digested(Protocol):
     """A table with a digest, or the reason why it has none yet."""
 
-    sha256: str | None
-    sha256_unknown: str | None
+    @property
+    def sha256(self) -> str | None: ...
+
+    @property
+    def sha256_unknown(self) -> str | None: ...
 
 
 D = TypeVar("D", bound=Digested)

@@ -119,6 +119,7 @@ def variables(plan: Plan, *, jobs: int, epoch: int) -> dict[str, str]:
         "MAX_JOBS": str(jobs),
         "CMAKE_BUILD_PARALLEL_LEVEL": str(jobs),
         "MAKEFLAGS": f"-j{jobs}",
+        "GRACEFARM_CMAKE": "\n".join(f"{name}={value}" for name, value in sorted(recipe.build.cmake.items())),
     }
     if recipe.build.cuda:
         major = data.cuda.split(".")[0]

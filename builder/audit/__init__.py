@@ -13,7 +13,7 @@ from builder.audit.wheel_file import only_wheel, target_of
 from builder.verdict import Verdict, not_applicable, refused, require
 from gracefarm.console import Tick, no_tick
 
-__all__ = ["GATES", "Policy", "Verdict", "audit", "only_wheel", "repair", "require", "target_of"]
+__all__ = ["GATES", "OBJECT_GATES", "Policy", "Verdict", "audit", "only_wheel", "repair", "require", "target_of"]
 
 Gate = Callable[[Contents, Policy], Verdict]
 
@@ -30,6 +30,9 @@ _CONTENT_GATES: tuple[tuple[str, Gate], ...] = (
 
 GATES: tuple[str, ...] = (wheel_file.GATE, *(name for name, _judge in _CONTENT_GATES))
 "Every gate, in the order of the verdicts."
+
+OBJECT_GATES = (wheel_file.GATE, machine.GATE, python_abi.GATE, alignment.GATE, cubins.GATE)
+"What can be judged of a wheel built against headers alone: nothing that asks what its libraries define."
 
 
 def audit(wheel: Path, policy: Policy, tick: Tick = no_tick) -> tuple[Verdict, ...]:

@@ -33,12 +33,15 @@ _HASHED = re.compile(r"-[0-9a-f]{8}(?=\.so)")
 
 def judge(contents: Contents, policy: Policy) -> Verdict:
     """Undeclared third-party files, and declarations that nothing in the wheel answers to."""
-    declared = {entry.path: entry for entry in policy.bundled}
+    declared = {entry.path: entry for entry in policy.bundled if entry.sha256}
+    from_sources = [entry for entry in policy.bundled if not entry.sha256]
     sonames = environment_sonames(policy.site_packages)
     complaints = [
         f"{name} is third-party ({why}) and not declared by the recipe"
         for name in contents.names
-        if name not in declared and (why := _third_party(name, contents, sonames))
+        if name not in declared
+        and not any(fnmatch(name, entry.path) for entry in from_sources)
+        and (why := _third_party(name, contents, sonames))
     ]
     details = []
     for path, entry in declared.items():
@@ -48,6 +51,11 @@ def judge(contents: Contents, policy: Policy) -> Verdict:
             complaints.append(f"{path} has sha256 {found}, the recipe declares {entry.sha256}")
         else:
             details.append(f"{path} ({entry.license})")
+    for entry in from_sources:
+        # Its bytes are those of a download that the recipe pins, or of the source.
+        found_names = [name for name in contents.names if fnmatch(name, entry.path)]
+        complaints += [] if found_names else [f"{entry.path} is declared and not in the wheel"]
+        details += [f"{name} ({entry.license}, from {entry.origin})" for name in found_names]
     if complaints:
         return refused(GATE, complaints, details)
     said = f"{len(details)} declared third-party files and no other" if details else "no third-party file inside"

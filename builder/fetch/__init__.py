@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from builder.fetch.git import fetch_git, repository_path
+from builder.fetch.git import Pin, fetch_commit, fetch_git, repository_path
 from builder.fetch.sdist import fetch_sdist
 from builder.fetch.store import Download, download, store_path
 from builder.recipe import FileSource, GitSource, Recipe, SdistSource
@@ -26,6 +26,8 @@ class Fetched:
     "Bare repositories by the submodule's path in the tree."
     files: Mapping[str, Path] = field(default_factory=dict)
     "The recipe's further files in the store, by sha256."
+    repositories: Mapping[str, Path] = field(default_factory=dict)
+    "Bare repositories of the recipe's further checkouts, by their path in the tree."
 
 
 def fetch(recipe: Recipe, settings: Settings, tick: Tick = no_tick) -> Fetched:
@@ -38,7 +40,7 @@ def fetch(recipe: Recipe, settings: Settings, tick: Tick = no_tick) -> Fetched:
         DiskFullError: no space in the store.
     """
     source = recipe.source
-    wanted = [Download(url=one.url, sha256=one.sha256, what=one.path) for one in recipe.files]
+    wanted = [Download(url=one.url, sha256=one.sha256, what=one.path) for one in recipe.files if one.url and one.sha256]
     submodules: dict[str, Path] = {}
     match source:
         case SdistSource():
@@ -49,5 +51,12 @@ def fetch(recipe: Recipe, settings: Settings, tick: Tick = no_tick) -> Fetched:
         case FileSource():
             place = store_path(settings, source.sha256)
             wanted.insert(0, Download(url=source.url, sha256=source.sha256, what=f"source of {recipe.name} {recipe.version}"))
+    for one in recipe.repositories:
+        fetch_commit(Pin(url=one.url, commit=one.commit, tree=one.tree, what=one.url), settings)
     places = download(wanted, settings, tick)
-    return Fetched(source=place, submodules=submodules, files={one.sha256: places[one.sha256] for one in recipe.files})
+    return Fetched(
+        source=place,
+        submodules=submodules,
+        repositories={one.path: repository_path(settings, one.commit) for one in recipe.repositories},
+        files={one.sha256: places[one.sha256] for one in wanted},
+    )

@@ -69,7 +69,7 @@ class Pin:
 
     url: str
     commit: str
-    tree: str
+    tree: str | None
     what: str
 
 
@@ -102,7 +102,7 @@ def fetch_git(source: GitSource, settings: Settings, tick: Tick = no_tick) -> Pa
     ]
     for number, pin in enumerate(pins):
         tick(number, len(pins), shown(pin.what))
-        _fetch_pin(pin, settings)
+        fetch_commit(pin, settings)
     tick(len(pins), len(pins), "")
     check_submodules(source, settings)
     return repository_path(settings, source.commit)
@@ -196,7 +196,12 @@ def _environment(config: Path | None) -> dict[str, str]:
     }
 
 
-def _fetch_pin(pin: Pin, settings: Settings) -> None:
+def fetch_commit(pin: Pin, settings: Settings) -> None:
+    """One repository at one commit; there already: no network.
+
+    Raises:
+        FetchError, DigestError, HostError, DiskFullError: as `fetch_git`.
+    """
     place = repository_path(settings, pin.commit)
     if not place.exists():
         url = _checked_url(pin, settings)
@@ -205,7 +210,7 @@ def _fetch_pin(pin: Pin, settings: Settings) -> None:
                 with atomic_directory(place) as partial:
                     _bring(pin, url, partial, settings)
     tree = run_git(["rev-parse", f"{pin.commit}^{{tree}}"], cwd=place, config=git_config(settings.home)).strip()
-    if tree != pin.tree:
+    if pin.tree is not None and tree != pin.tree:
         raise DigestError(
             f"{shown(pin.what)}: commit {pin.commit} has tree {tree}, pinned is {pin.tree}",
             remedy="find out which of the two is meant, then pin a commit and its own tree",

@@ -1,0 +1,127 @@
+"""Digests that were not known where a recipe or stack was written: named there, refused by a build, filled in by a lock."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from builder import environment
+from builder.recipe import LoadedRecipe
+from builder.stack import LoadedStack
+from gracefarm.console import Tick, no_tick
+from gracefarm.errors import ConfigError
+from gracefarm.files import atomic_write
+from gracefarm.settings import Settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gap:
+    """One digest that is not known yet."""
+
+    file: Path
+    "The TOML file that says so."
+    table: tuple[str, ...]
+    "The array of tables in it."
+    number: int
+    "Which of the tables, from 0."
+    what: str
+    url: str
+    reason: str
+
+
+def of_recipe(recipe: LoadedRecipe) -> list[Gap]:
+    """The recipe's own gaps."""
+    return [
+        Gap(
+            file=recipe.folder / "recipe.toml",
+            table=("files",),
+            number=number,
+            what=one.path,
+            url=one.url or "",
+            reason=one.sha256_unknown,
+        )
+        for number, one in enumerate(recipe.data.files)
+        if one.sha256_unknown is not None
+    ]
+
+
+def of_stack(stack: LoadedStack) -> list[Gap]:
+    """The stack's gaps."""
+    return [
+        Gap(
+            file=stack.folder / "stack.toml",
+            table=("environment", "wheels"),
+            number=number,
+            what=f"{one.name} {one.version} for {one.arch}",
+            url=one.index,
+            reason=one.sha256_unknown,
+        )
+        for number, one in enumerate(stack.data.environment.wheels)
+        if one.sha256_unknown is not None
+    ]
+
+
+def require_none(recipe: LoadedRecipe, stack: LoadedStack) -> None:
+    """Refuse to build while a digest is missing.
+
+    Raises:
+        ConfigError: one is; names the address, the hosts, the command that fills it in and the setting for a mirror.
+    """
+    found = [*of_recipe(recipe), *of_stack(stack)]
+    if not found:
+        return
+    prefixes = sorted({f"{urlsplit(one.url).scheme}://{urlsplit(one.url).netloc}/" for one in found})
+    count = "1 digest is" if len(found) == 1 else f"{len(found)} digests are"
+    raise ConfigError(
+        f"{recipe.key} on stack {stack.data.name} cannot be built: {count} not known yet, the first that of {found[0].url}",
+        remedy=f"run `builder lock {recipe.key}` on a machine that reaches {', '.join(prefixes)}, or name mirrors that this "
+        f"one reaches: GRACEFARM_MIRRORS='{' '.join(f'{one}=REPLACEMENT' for one in prefixes)}'",
+        repeat=f"builder lock {recipe.key}",
+    )
+
+
+def fill(recipe: LoadedRecipe | None, stack: LoadedStack, settings: Settings, tick: Tick = no_tick) -> list[tuple[Gap, str]]:
+    """Read each missing digest and write it into its file, comments and layout kept; what was read stays after a failure.
+
+    Raises:
+        FetchError: a file cannot be had; names its address and the setting of a mirror.
+    """
+    done = []
+    found = [*(of_recipe(recipe) if recipe else ()), *of_stack(stack)]
+    for number, gap in enumerate(found):
+        tick(number, len(found), gap.url)
+        sha256 = _digest(gap, stack, settings)
+        write(gap, sha256)
+        done.append((gap, sha256))
+    return done
+
+
+def _digest(gap: Gap, stack: LoadedStack, settings: Settings) -> str:
+    from builder.fetch import unpinned  # which loads an HTTP client
+
+    if gap.table == ("files",):
+        return unpinned.bring(gap.url, gap.what, settings)
+    from builder.fetch import own_index
+
+    one = stack.data.environment.wheels[gap.number]
+    filename, url, sha256 = own_index.find_wheel(one.name, one.version, environment.tags(stack, one.arch), one.index, settings)
+    return sha256 or unpinned.bring(url, filename, settings)
+
+
+def write(gap: Gap, sha256: str) -> None:
+    """Put the digest where the gap was named."""
+    import tomlkit  # which an existing build need not wait for
+
+    document = tomlkit.parse(gap.file.read_text())
+    found: Any = document
+    for name in gap.table:
+        found = found[name]
+    body = found[gap.number].value.body
+    for index, (key, value) in enumerate(body):
+        if key is not None and key.key == "sha256_unknown":
+            item = tomlkit.string(sha256)
+            item.trivia.comment_ws, item.trivia.comment = value.trivia.comment_ws, value.trivia.comment
+            body[index] = (tomlkit.key("sha256"), item)
+    atomic_write(gap.file, document.as_string())
