@@ -32,6 +32,8 @@ _LOG = logging.getLogger("index")
 
 _SAFE = re.compile(r"[A-Za-z0-9/+%~:@!$&'()*,;=._-]+")
 
+_PAGE = re.compile(r"/simple/([^/]+/)?\Z")
+
 _COMMON = [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer")]
 
 
@@ -67,7 +69,7 @@ class Application:
         path: str = scope["path"]
         method: str = scope["method"]
         # Installers' pages end in /simple/ or /simple/NAME/; a missing slash is redirected below.
-        if (method in ("GET", "HEAD")) and "/simple" in path and (answer := self._simple(scope, path)) is not None:
+        if "/simple" in path and (answer := self._simple(scope, method, path)) is not None:
             await send(answer.start)
             await send(answer.head if method == "HEAD" else answer.body)
             self._account(scope, answer.status, 0 if method == "HEAD" else answer.size, started)
@@ -119,7 +121,9 @@ class Application:
                     return hop[:64]
         return str(peer)
 
-    def _simple(self, scope: Scope, path: str) -> Answer | None:
+    def _simple(self, scope: Scope, method: str, path: str) -> Answer | None:
+        if method not in ("GET", "HEAD"):
+            return _NO_METHOD if _PAGE.search(path) else None
         generation = self.service.shelf.refresh()
         if generation != self._generation or len(self._ready) > _READY:
             self._ready.clear()
@@ -195,15 +199,19 @@ def _moved(location: str) -> Answer:
     return Answer(301, headers, b"")
 
 
-def _plain(status: int, text: str) -> Answer:
+def _plain(status: int, text: str, *more: tuple[bytes, bytes]) -> Answer:
     body = text.encode()
     headers = [
         (b"content-type", b"text/plain; charset=utf-8"),
         (b"content-length", str(len(body)).encode()),
         (b"vary", b"Accept, Accept-Encoding"),
         (b"cache-control", b"no-cache"),
+        *more,
     ]
     return Answer(status, headers, body)
+
+
+_NO_METHOD = _plain(405, "Method Not Allowed\n", (b"allow", b"GET, HEAD"))
 
 
 def _pick(headers: list[tuple[bytes, bytes]], wanted: tuple[bytes, bytes, bytes]) -> list[str | None]:

@@ -19,8 +19,9 @@ from starlette.routing import Route
 
 from index import records, stage, views
 from index.errors import NotFoundError
-from index.names import normalise, view_of_cuda
+from index.names import view_of_cuda
 from index.records import Summary
+from index.routes import known_name
 from index.service import Service
 from index.simple import file_path
 from index.views import ALL, NIGHTLY, Listed
@@ -160,7 +161,7 @@ class Pages:
 
     def project(self, request: Request) -> Response:
         """A project with its wheel finder."""
-        name = normalise(request.path_params["name"])
+        name = known_name(request)
         if request.path_params["name"] != name or not request.url.path.endswith("/"):
             back = "../" if request.url.path.endswith("/") else ""
             return RedirectResponse(f"{back}{name}/", status_code=301)

@@ -6,16 +6,26 @@ import asyncio
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from contextlib import asynccontextmanager
+from html import escape
+from importlib import metadata
 from typing import Any
+from urllib.parse import quote
 
 from packaging.utils import canonicalize_name
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
+from starlette.responses import (
+    FileResponse,
+    HTMLResponse,
+    JSONResponse,
+    PlainTextResponse,
+    RedirectResponse,
+    Response,
+)
 from starlette.routing import Route
 
-from index import auth, records
+from index import auth, records, views
 from index.accept import Destination, describe
 from index.auth import Token
 from index.errors import (
@@ -25,10 +35,12 @@ from index.errors import (
     GoneError,
     NotFoundError,
     RefusalError,
+    RefusedError,
     TooLargeError,
     UnauthenticatedError,
 )
 from index.multipart import Receive, next_message
+from index.names import normalise
 from index.service import Service
 from index.upload import take
 
@@ -45,6 +57,18 @@ _SHA256 = re.compile(r"[0-9a-f]{64}\Z")
 def client_of(request: Request) -> str:
     """The client's address, as the access log has it."""
     return str(request.app.state.client(request.scope, request.headers.get("x-forwarded-for")))
+
+
+def known_name(request: Request) -> str:
+    """The project's normalised name in the address.
+
+    Raises:
+        NotFoundError: no project can be called so.
+    """
+    try:
+        return normalise(request.path_params["name"])
+    except RefusedError as error:
+        raise NotFoundError(error.cause, remedy="see / for the projects that are here") from None
 
 
 async def identify(service: Service, request: Request) -> Token:
@@ -140,6 +164,37 @@ def package(service: Service) -> Endpoint:
         if row is None:
             raise NotFoundError(f"there is no {filename} here", remedy="see the project's page")
         return _send(service, request, *_locate(service, row["sha256"], filename))
+
+    return endpoint
+
+
+def packages(service: Service) -> Endpoint:
+    """GET /packages/: every file in one list, as pypiserver has it."""
+
+    async def endpoint(_request: Request) -> Response:
+        rows = service.catalogue.rows(
+            "SELECT filename, sha256 FROM file JOIN project ON project.name = project WHERE deleted IS NULL AND hidden = 0"
+            " AND lost = 0 AND channel = 'release' AND project.status <> 'quarantined' ORDER BY filename"
+        )
+        links = "".join(
+            f'<a href="{quote(row["filename"], safe="")}#sha256={row["sha256"]}">{escape(row["filename"])}</a><br>\n'
+            for row in rows
+        )
+        text = f"<!DOCTYPE html>\n<html><head><title>Packages</title></head><body>\n{links}</body></html>\n"
+        return HTMLResponse(text, headers={"Cache-Control": "no-cache"})
+
+    return endpoint
+
+
+def bare_name(service: Service) -> Endpoint:
+    """GET /NAME and /NAME/: to the project's page, as pypiserver does."""
+
+    async def endpoint(request: Request) -> Response:
+        name = known_name(request)
+        if not views.files(service.catalogue, views.ALL, name):
+            raise NotFoundError(f"there is nothing at /{name}", remedy="see / and /simple/")
+        up = "../" if request.url.path.endswith("/") else ""
+        return RedirectResponse(f"{up}simple/{name}/", status_code=303)
 
     return endpoint
 
@@ -278,7 +333,13 @@ def operation(service: Service) -> list[Route]:
         )
         return JSONResponse({"serial": service.catalogue.serial(), "changes": [dict(row) for row in rows]})
 
+    async def openapi(_request: Request) -> Response:
+        from index.openapi import describe  # here, as above
+
+        return JSONResponse(describe(metadata.version("gracefarm")))
+
     return [
+        Route("/openapi.json", openapi),
         Route("/health", health),
         Route("/ready", ready),
         Route("/metrics", prometheus),
@@ -319,12 +380,15 @@ def starlette(service: Service, more: list[Route], on_end: Callable[[], None]) -
         Route("/nightly/legacy/", upload, methods=["POST"]),
         Route("/stage/{set_name}/legacy/", upload, methods=["POST"]),
         Route("/files/{sha256}/{filename}", stored_file(service)),
+        Route("/packages/", packages(service)),
         Route("/packages/{filename}", package(service)),
         Route("/records/{id}", record(service), methods=["GET", "HEAD", "PUT"]),
         Route("/records/{id}/log", record(service), methods=["GET", "HEAD", "PUT"]),
         *operation(service),
         *more,
         Route("/", upload, methods=["POST"]),
+        Route("/{name}", bare_name(service)),
+        Route("/{name}/", bare_name(service)),
     ]
     app = Starlette(
         routes=routes,
