@@ -15,7 +15,7 @@ from gracefarm import console
 from gracefarm.console import Console
 from gracefarm.errors import ConfigError, SeveralError
 from gracefarm.files import atomic_write
-from index import auth, export, htpasswd, keeping, projects, stage
+from index import auth, htpasswd, keeping, projects, stage
 from index.catalogue import Catalogue, open_catalogue
 from index.errors import DamagedError
 from index.limits import Limits
@@ -433,11 +433,14 @@ def mirror_command(context: Context, lock: Path, set_name: str, link: bool) -> N
 @json_option
 @root_option
 @click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
+@click.option("--url", help="Address of the tree, as the pages for people print it.")
 @pass_context
-def export_command(context: Context, folder: Path) -> None:
+def export_command(context: Context, folder: Path, url: str | None) -> None:
     """Write (or update) a static tree for nginx or an object store."""
+    from index import export  # the pages' templates, as above
+
     with context.console.progress("export") as tick:
-        done = export.export(context.store, context.catalogue(), folder, tick)
+        done = export.export(context.store, context.catalogue(), folder, tick, url=url)
     context.console.result(
         {"written": done.written, "kept": done.kept, "removed": done.removed},
         f"{folder}: {done.written} written, {done.kept} kept, {done.removed} removed",

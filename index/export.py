@@ -12,7 +12,7 @@ from pathlib import Path
 from gracefarm.console import Tick, no_tick
 from gracefarm.errors import ConfigError
 from gracefarm.files import atomic_write, sync_directory
-from index import views
+from index import people, views
 from index.catalogue import Catalogue
 from index.negotiate import Encoding, Form
 from index.shelf import Page, render
@@ -32,15 +32,48 @@ server {
     listen      __LISTEN__;
     root        __ROOT__;
     gzip_static on;
-    types { application/vnd.pypi.simple.v1+json json; text/html html; application/octet-stream whl; }
+    charset_types text/plain text/css;
+    types {
+        application/vnd.pypi.simple.v1+json json;
+        text/html html;
+        text/css css;
+        image/svg+xml svg;
+        application/octet-stream whl;
+        application/x-tar gz;
+        text/plain metadata;
+    }
     location /files/ {
         add_header Cache-Control "public, max-age=31536000, immutable";
+        charset     utf-8;
         gzip_static off;
+    }
+    location /static/ {
+        charset    utf-8;
+        add_header Cache-Control "public, max-age=86400";
+    }
+    location / {
+        index      index.html;
+        charset    utf-8;
+        add_header Content-Security-Policy "__POLICY__";
+        add_header X-Content-Type-Options nosniff;
+        add_header Cache-Control no-cache;
+    }
+    location ~ ^/records/[^/]+$ {
+        types { }
+        default_type application/json;
+        add_header   Cache-Control no-cache;
+        try_files    $uri/index.json =404;
+    }
+    location ~ ^/records/[^/]+/log$ {
+        types { }
+        default_type text/plain;
+        charset      utf-8;
+        add_header   X-Content-Type-Options nosniff;
+        add_header   Cache-Control no-cache;
     }
     location ~ /simple/ {
         index      $gracefarm_page;
         charset    utf-8;
-        charset_types text/html;
         add_header Vary "Accept, Accept-Encoding";
         add_header Cache-Control "max-age=60, public";
     }
@@ -58,8 +91,10 @@ class Exported:
     _paths: dict[str, str] = field(default_factory=dict)
 
 
-def export(store: Store, catalogue: Catalogue, target: Path, tick: Tick = no_tick) -> Exported:
+def export(store: Store, catalogue: Catalogue, target: Path, tick: Tick = no_tick, *, url: str | None = None) -> Exported:
     """Bring `target` up to date. Files come before the pages that name them, removals last, so a reader never meets a hole.
+
+    `url` is what the pages for people print as the address.
 
     Raises:
         ConfigError: the folder holds something that is not an export.
@@ -77,9 +112,14 @@ def export(store: Store, catalogue: Catalogue, target: Path, tick: Tick = no_tic
         for view in views.public(catalogue):
             for name in [*views.projects(catalogue, view), ""]:
                 _export_page(catalogue, target, view, name, before, done)
-        _put(target, "nginx.conf", NGINX.encode(), before, done)
+        _export_records(store, catalogue, target, before, done)
+        for path, body in people.static_pages(store, catalogue, url):
+            _put(target, path, body, before, done)
+            if path.endswith(".html"):
+                _put(target, path + ".gz", Page(body).body("gzip"), before, done)
+        _put(target, "nginx.conf", NGINX.replace("__POLICY__", people.POLICY).encode(), before, done)
         for path in sorted(before.keys() - done._paths.keys()):
-            (target / path).unlink(missing_ok=True)
+            _remove(target, path)
             done.removed += 1
         atomic_write(target / MANIFEST, json.dumps(done._paths, indent=0, sort_keys=True))
     tick(len(listed), len(listed), "")
@@ -135,6 +175,24 @@ def _export_page(catalogue: Catalogue, target: Path, view: View, name: str, befo
         for suffix, encoding in _SUFFIXES:
             if encoding == "" or page.coding(encoding):
                 _put(target, f"{folder}/index.{form}{suffix}", page.body(encoding), before, done)
+
+
+def _export_records(store: Store, catalogue: Catalogue, target: Path, before: dict[str, str], done: Exported) -> None:
+    """Records and logs: /records/ID is a file and a folder at once on the live server, so the tree has ID/index.json."""
+    for row in catalogue.rows("SELECT id, document_sha256, log_sha256 FROM record"):
+        for digest, name in ((row["document_sha256"], "index.json"), (row["log_sha256"], "log")):
+            if digest is not None:
+                _link(store.path(digest), target, f"records/{row['id']}/{name}", digest, before, done)
+
+
+def _remove(target: Path, path: str) -> None:
+    """The file, and the folders that it leaves empty: nginx would answer 403 for them, not 404."""
+    (target / path).unlink(missing_ok=True)
+    for folder in list((target / path).parents)[: path.count("/")]:
+        try:
+            folder.rmdir()
+        except OSError:
+            return
 
 
 def _put(target: Path, path: str, content: bytes, before: dict[str, str], done: Exported) -> None:

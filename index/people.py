@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.resources import files as resources
@@ -18,12 +18,16 @@ from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
 from index import records, stage, views
+from index.catalogue import Catalogue
 from index.errors import NotFoundError
+from index.limits import Gate
 from index.names import view_of_cuda
 from index.records import Summary
 from index.routes import known_name
-from index.service import Service
+from index.service import Options, Service
+from index.shelf import Shelf
 from index.simple import file_path
+from index.store import Store
 from index.views import ALL, NIGHTLY, Listed
 
 if TYPE_CHECKING:
@@ -33,7 +37,7 @@ FINDER = ("cuda", "torch", "python", "sm", "platform")
 "What the wheel finder asks for, in this order."
 
 _HOST = re.compile(r"[A-Za-z0-9.:\[\]-]{1,255}\Z")
-_POLICY = "default-src 'none'; style-src 'self'; img-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+POLICY = "default-src 'none'; style-src 'self'; img-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,18 +73,47 @@ class Row:
     updated: str
 
 
+_STATIC = {"style.css": "text/css", "icon.svg": "image/svg+xml"}
+
+
+def _static_files() -> dict[str, bytes]:
+    folder = resources("index").joinpath("pages")
+    return {name: folder.joinpath(name).read_bytes() for name in _STATIC}
+
+
+def static_pages(store: Store, catalogue: Catalogue, url: str | None) -> Iterator[tuple[str, bytes]]:
+    """Path and bytes of every page for an export: those of the live server, less the forms that need one."""
+    options = Options(base_url=url, static=True)
+    service = Service(
+        store=store, catalogue=catalogue, shelf=Shelf(catalogue), options=options, gate=Gate(limits=options.limits)
+    )
+    pages = Pages(service)
+
+    def make(page: Callable[[Request], Response], path: str, **params: str) -> tuple[str, bytes]:
+        scope = {"type": "http", "method": "GET", "path": path, "headers": [], "query_string": b"", "path_params": params}
+        return f"{path[1:]}index.html", bytes(page(Request(scope)).body)
+
+    yield from ((f"static/{name}", content) for name, content in _static_files().items())
+    for row in catalogue.rows("SELECT filename FROM file WHERE hidden = 0 AND deleted IS NULL AND lost = 0 ORDER BY filename"):
+        yield make(pages.wheel, f"/wheel/{row['filename']}/", filename=row["filename"])
+    for name in pages.names():
+        yield make(pages.project, f"/project/{name}/", name=name)
+    for row in catalogue.rows("SELECT id FROM record ORDER BY id"):
+        yield make(pages.build, f"/board/{row['id']}/", id=row["id"])
+    for page, path in ((pages.board, "/board/"), (pages.sets, "/sets/"), (pages.projects, "/")):
+        yield make(page, path)
+
+
 def people_routes(service: Service) -> list[Route]:
     """Everything a browser shows."""
     pages = Pages(service)
-    folder = resources("index").joinpath("pages")
-    kinds = {"style.css": "text/css", "icon.svg": "image/svg+xml"}
-    kept = {name: folder.joinpath(name).read_bytes() for name in kinds}
+    kept = _static_files()
 
     async def static(request: Request) -> Response:
         name = request.path_params["name"]
         if name not in kept:
             raise NotFoundError(f"there is no {name!r} here", remedy="see /")
-        return Response(kept[name], media_type=kinds[name], headers={"Cache-Control": "public, max-age=86400"})
+        return Response(kept[name], media_type=_STATIC[name], headers={"Cache-Control": "public, max-age=86400"})
 
     def page(make: Callable[[Request], Response]) -> Callable[[Request], Awaitable[Response]]:
         async def endpoint(request: Request) -> Response:
@@ -125,10 +158,12 @@ class Pages:
         # Relative addresses work under any mount point: `up` leads from this page to the first one.
         depth = request.url.path.rstrip("/").count("/") if request.url.path != "/" else 0
         up = "../" * depth if request.url.path.endswith("/") else "../" * (depth - 1)
-        text = self.templates.get_template(template).render(up=up or "./", base=self._base(request), **values)
+        text = self.templates.get_template(template).render(
+            up=up or "./", base=self._base(request), static=self.service.options.static, **values
+        )
         body = text.encode()
         etag = f'"{hashlib.sha256(body).hexdigest()[:32]}"'
-        headers = {"ETag": etag, "Cache-Control": "no-cache", "Content-Security-Policy": _POLICY}
+        headers = {"ETag": etag, "Cache-Control": "no-cache", "Content-Security-Policy": POLICY}
         if request.headers.get("if-none-match") == etag:
             return Response(status_code=304, headers=headers)
         return Response(body, media_type="text/html; charset=utf-8", headers=headers)
@@ -146,15 +181,24 @@ class Pages:
     def projects(self, request: Request) -> Response:
         """The first page."""
         wanted = request.query_params.get("q", "").strip()[:100]
-        rows = [row for row in self._rows() if wanted.lower() in row.name]
-        return self._answer(request, "projects.html", rows=rows, wanted=wanted, total=len(self._rows()))
+        known = self._rows()
+        rows = [row for row in known if wanted.lower() in row.name]
+        return self._answer(request, "projects.html", rows=rows, wanted=wanted, total=len(known))
 
-    def _rows(self) -> list[Row]:
+    def names(self) -> list[str]:
+        """Every project that has a page."""
+        rows = self.service.catalogue.rows(
+            "SELECT DISTINCT project FROM file WHERE deleted IS NULL AND hidden = 0 AND lost = 0 ORDER BY project"
+        )
+        return [row["project"] for row in rows]
+
+    def _rows(self, project: str | None = None) -> list[Row]:
         found: dict[str, list[Any]] = {}
         for item in self.service.catalogue.rows(
             "SELECT file.project, file.version, file.summary, file.cuda, file.uploaded, project.status FROM file"
             " JOIN project ON project.name = file.project WHERE deleted IS NULL AND hidden = 0 AND lost = 0"
-            " ORDER BY file.project"
+            " AND (:project IS NULL OR file.project = :project) ORDER BY file.project",
+            {"project": project},
         ):
             found.setdefault(item["project"], []).append(item)
         return [_row(name, items) for name, items in found.items()]
@@ -181,7 +225,7 @@ class Pages:
             "project.html",
             name=name,
             status=status,
-            summary=next((row.summary for row in self._rows() if row.name == name), ""),
+            summary=next((row.summary for row in self._rows(name)), ""),
             finder=[(key, options(choices, key), asked[key]) for key in FINDER],
             shown=[] if status.status == "quarantined" else shown,
             total=len(choices),

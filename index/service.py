@@ -27,6 +27,8 @@ class Options:
     trusted_proxies: frozenset[str] = frozenset()
     base_url: str | None = None
     "What the pages for people print as the address; None: what the browser asked for."
+    static: bool = False
+    "Pages for an export: without the forms that only a running server can answer."
     access_log: str | None = None
     "A path, `-` for stdout, None for none."
 

@@ -146,6 +146,17 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
         stop(process)
     assert sum(one.cut for one in uploaders) >= 1, "no upload was under way at any kill: the test has proven nothing"
     assert run_json(root, "fsck")["damaged"] == []
+    report("random moments", 2 * -(-KILLS // UPLOADERS), uploaders, seen)
+
+
+def report(what: str, kills: int, uploaders: list[Uploader], seen: set[str]) -> None:
+    """What the run was, for docs/index-operation.md: pytest -rP shows it."""
+    cut, refused = sum(one.cut for one in uploaders), sum(len(one.refusals) for one in uploaders)
+    confirmed = sum(len(one.confirmed) for one in uploaders)
+    print(
+        f"{what}: {kills} kills, {cut} uploads cut off, {refused} refused for want of space, {confirmed} confirmed,"
+        f" {len(seen)} listed and rehashed after a kill, 0 with another hash, 0 confirmed lost"
+    )
 
 
 @pytest.fixture
@@ -259,6 +270,7 @@ def test_killed_with_a_full_disk(small_disk: Path) -> None:
             one.join()
         stop(process)
     assert any(one.refusals for one in uploaders), "the disk was never full: the test has proven nothing"
+    report("full disk", 2 * rounds, uploaders, seen)
 
 
 def test_a_killed_server_does_not_keep_the_next_from_starting(tmp_path: Path) -> None:

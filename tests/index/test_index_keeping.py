@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 import shutil
 import subprocess
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from html import unescape
 from pathlib import Path
+from urllib.parse import unquote
 
 import httpx
 import pytest
@@ -127,7 +133,7 @@ def test_the_export_is_incremental(server: Server, tmp_path: Path) -> None:
     run_index(server.root, "delete", "one-pkg", "1.0", "--yes")
     done = run_json(server.root, "export", str(target))
     assert done["written"] > 0
-    assert done["removed"] == 2
+    assert done["removed"] == 4, "the wheel, its metadata, its page and that page's gzip"
     assert (target / "simple" / "two-pkg" / "index.json").stat().st_mtime_ns == untouched
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "precious").write_text("x")
@@ -141,43 +147,133 @@ def test_staged_sets_are_not_exported(server: Server, tmp_path: Path) -> None:
     assert not [path for path in (tmp_path / "static").rglob("*") if "secret" in path.name]
 
 
-@pytest.mark.skipif(shutil.which("nginx") is None, reason="nginx is not installed; builder doctor lists it")
-def test_nginx_serves_the_export(server: Server, tmp_path: Path) -> None:
-    filled(server)
-    target = tmp_path / "static"
-    run_index(server.root, "export", str(target))
-    target.chmod(0o755)
-    for parent in (tmp_path, *tmp_path.parents):
+@contextmanager
+def nginx(tree: Path, folder: Path) -> Iterator[httpx.Client]:
+    """nginx over an export, on a socket in the folder."""
+    for parent in (tree, tree.parent, *tree.parent.parents):
         if parent.stat().st_uid == 0 and parent != Path("/"):
             parent.chmod(parent.stat().st_mode | 0o011)
-    with httpx.Client(transport=httpx.HTTPTransport(uds=str(tmp_path / "n.sock")), base_url="http://nginx") as client:
-        part = (target / "nginx.conf").read_text()
-        part = part.replace("__LISTEN__", f"unix:{tmp_path}/n.sock").replace("__ROOT__", str(target))
-        config = tmp_path / "nginx.conf"
-        config.write_text(
-            f"daemon off; user root; pid {tmp_path}/pid; error_log {tmp_path}/error.log; worker_processes 1;"
-            f" events {{}} http {{ access_log off; client_body_temp_path {tmp_path}/b; {part} }}"
-        )
-        process = subprocess.Popen(["nginx", "-c", str(config), "-e", str(tmp_path / "error.log")])
-        try:
-            for _ in range(100):
-                if (tmp_path / "n.sock").exists():
-                    break
-                threading.Event().wait(0.05)
-            for accept, kind in ((JSON, JSON), ("text/html", "text/html; charset=utf-8")):
-                answer = client.get("/simple/one-pkg/", headers={"Accept": accept})
-                live = server.page("one-pkg", accept=accept)
-                assert (answer.status_code, answer.headers["content-type"]) == (200, kind)
-                assert answer.content == live.content
-                assert answer.headers["etag"]
+    part = (tree / "nginx.conf").read_text()
+    part = part.replace("__LISTEN__", f"unix:{folder}/n.sock").replace("__ROOT__", str(tree))
+    config = folder / "nginx.conf"
+    user = "user root;" if os.geteuid() == 0 else ""
+    config.write_text(
+        f"daemon off; {user} pid {folder}/pid; error_log {folder}/error.log; worker_processes 1;"
+        f" events {{}} http {{ access_log off; client_body_temp_path {folder}/b; {part} }}"
+    )
+    process = subprocess.Popen(["nginx", "-c", str(config), "-e", str(folder / "error.log")])
+    try:
+        for _ in range(200):
+            if (folder / "n.sock").exists():
+                break
+            threading.Event().wait(0.05)
+        with httpx.Client(transport=httpx.HTTPTransport(uds=f"{folder}/n.sock"), base_url="http://nginx") as client:
+            yield client
+    finally:
+        process.terminate()
+        process.wait(10)
+
+
+PUBLIC = "https://wheels.example"
+FORMS = re.compile(r"(<section aria-labelledby=\"finder\">.*?</section>|<form class=\"search\".*?</form>)\n", re.DOTALL)
+"What only a running server can answer; an export leaves it out."
+
+
+def follow(client: httpx.Client, start: list[str], accept: str) -> dict[str, httpx.Response]:
+    """Every address that the pages lead to, with the answer."""
+    found: dict[str, httpx.Response] = {}
+    todo = list(start)
+    while todo:
+        path = todo.pop()
+        if path in found:
+            continue
+        answer = found[path] = client.get(path, headers={"Accept": accept, "Accept-Encoding": "identity"})
+        assert answer.status_code == 200, (path, answer.status_code)
+        links: list[str] = []
+        if answer.headers["content-type"].startswith("text/html"):
+            links = [unescape(link) for link in re.findall(r'<(?:a|link)[^>]* href="([^"#]+)', answer.text)]
+        elif answer.headers["content-type"] == JSON:
+            for item in answer.json().get("files", []):
+                links += [item["url"], item["url"] + ".metadata", *([item["_record"]] if "_record" in item else [])]
+            links += [f"{item['name']}/" for item in answer.json().get("projects", [])]
+        todo += [str(httpx.URL("http://x" + path).join(link).raw_path, "ascii") for link in links if "://" not in link]
+    return found
+
+
+def same(live: httpx.Client, static: httpx.Client, tree: Path) -> int:
+    """Every page, file, record and log is the same on both; the tree holds nothing else. Returns how many there are."""
+    count = 0
+    reached: set[str] = set()
+    for first, accept in (
+        (["/", "/sets/", "/board/"], "text/html"),
+        (["/simple/", "/cu130/simple/", "/spring/simple/"], JSON),
+    ):
+        there = follow(static, first, accept)
+        here = follow(live, first, accept)
+        # The finder's own link back to all wheels is the page itself.
+        assert set(there) == set(here)
+        for path, answer in there.items():
+            assert (
+                FORMS.sub("", here[path].text) == answer.text
+                if "text/html" in answer.headers["content-type"]
+                else (here[path].content == answer.content)
+            ), path
+            assert here[path].headers["content-type"] == answer.headers["content-type"], path
+            assert here[path].headers["cache-control"].split(",")[0] in answer.headers["cache-control"] or "/files/" in path
+            assert answer.headers["etag"]
+        reached |= {unquote(path) for path in there}
+        count += len(there)
+    ends = re.compile(r"(index\.(json|html))?(\.gz|\.zst)?\Z")
+    held = {"/" + str(path.relative_to(tree)) for path in tree.rglob("*") if path.is_file()}
+    unknown = {path for path in held if path not in reached and ends.sub("", path) not in reached}
+    unknown = {path for path in unknown if not path.startswith("/records/")} - {"/nginx.conf", "/.gracefarm-export.json"}
+    assert unknown == set(), "nothing leads there"
+    return count
+
+
+@pytest.mark.skipif(shutil.which("nginx") is None, reason="nginx is not installed: see system-packages-test.txt")
+def test_nginx_serves_the_export_as_the_live_server_does(tmp_path: Path) -> None:
+    tree, folder = tmp_path / "static", tmp_path / "nginx"
+    folder.mkdir()
+    with serving(tmp_path / "root", "--allow-new", "--url", PUBLIC) as server:
+        auth = ("__token__", server.token)
+        filled(server)
+        inside = {"build_id": "b1", "inputs": {"stack": {"cuda": "13.0", "sm": ["90"]}, "target": "aarch64"}}
+        built = wheel("built_pkg", "1.0+cu130", LOCAL, files={
+            "built_pkg-1.0+cu130.dist-info/gracefarm.json": json.dumps(inside).encode()})  # fmt: skip
+        assert server.upload(*built).status_code == 200
+        assert server.client.put("/records/b1/log", content=b"the log\n", auth=auth).status_code == 200
+        run_index(server.root, "stage", "create", "spring")
+        run_index(server.root, "stage", "add", "spring", built[0])
+        run_index(server.root, "stage", "publish", "spring")
+        run_index(server.root, "export", str(tree), "--url", PUBLIC)
+        with nginx(tree, folder) as static:
+            first = same(server.client, static, tree)
+            assert first > 30
+            page = static.get("/simple/built-pkg/", headers={"Accept": JSON}).json()
+            record = httpx.URL("http://nginx/simple/built-pkg/").join(page["files"][0]["_record"])
+            assert static.get(record).json() == inside
+            assert static.get(f"{record}/log").text == "the log\n"
             item = server.page("one-pkg").json()["files"][-1]
-            whole = client.get("/simple/one-pkg/" + item["url"])
-            assert hashlib.sha256(whole.content).hexdigest() == item["hashes"]["sha256"]
-            assert "immutable" in whole.headers["cache-control"]
-            assert client.get("/simple/one-pkg/" + item["url"], headers={"Range": "bytes=0-9"}).status_code == 206
-        finally:
-            process.terminate()
-            process.wait(10)
+            span = static.get("/simple/one-pkg/" + item["url"], headers={"Range": "bytes=0-9"})
+            assert (span.status_code, "immutable" in span.headers["cache-control"]) == (206, True)
+            assert "default-src 'none'" in static.get("/").headers["content-security-policy"]
+            assert PUBLIC in static.get("/project/built-pkg/").text
+            assert static.get("/", headers={"Accept-Encoding": "gzip"}).headers["content-encoding"] == "gzip"
+
+            gone = "/simple/one-pkg/" + server.page("one-pkg").json()["files"][0]["url"]
+            assert server.upload(*wheel("new_pkg", "1.0")).status_code == 200
+            run_index(server.root, "delete", "one-pkg", "1.0", "--yes")
+            run_index(server.root, "delete", "two-pkg", "1.0", "--yes")
+            failed = {"recipe": "broken", "stack": "cu130", "outcome": "failed", "failure": {"cause": "no memory"}}
+            assert server.client.put("/records/b2", json=failed, auth=auth).status_code == 200
+            done = run_json(server.root, "export", str(tree), "--url", PUBLIC)
+            assert done["kept"] > done["written"] > 0, "only what changed is written"
+            assert done["removed"] > 0
+            same(server.client, static, tree)
+            assert "no memory" in static.get("/board/").text
+            for path in (gone, "/project/two-pkg/", "/simple/two-pkg/", "/wheel/two_pkg-1.0-py3-none-any.whl/", "/records/no"):
+                assert static.get(path).status_code == 404, path
 
 
 # --- backup -----------------------------------------------------------------------------------------------------------------
