@@ -263,7 +263,7 @@ def build_sandbox(
     return Sandbox(
         root=ground.root,
         mounts=(
-            *toolchain.mounts(plan, ground.environment, ground.compiler, settings),
+            *toolchain.mounts(plan, ground.environment, ground.compiler, ground.root, settings),
             Mount(source=folder, target="/build", writable=True),
         ),
         environment=toolchain.variables(plan, jobs=count, epoch=epoch),

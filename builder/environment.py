@@ -300,6 +300,8 @@ def ensure(stack: LoadedStack, target: Arch, root: Path, settings: Settings, tic
     name = _digest("environment", stack, target, found)
     final = settings.home / "environments" / name
     if final.is_dir():
+        # The digest does not say what the stack expects of its torch: another stack may have assembled the same wheels.
+        _check_torch(stack, final / "lib" / f"python{stack.data.python}" / "site-packages")
         return final
     with lock(final.with_name(f"{name}.lock"), lambda: tick(0, None, "another process assembles this")):
         if not final.is_dir():

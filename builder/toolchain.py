@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 from importlib.resources import as_file, files
 from pathlib import Path
 
+from builder import sandbox
 from builder.plan import Plan, wrappers_digest
-from builder.sandbox import Mount
+from builder.sandbox import Mount, Sandbox
+from gracefarm.errors import RootError
 from gracefarm.files import atomic_directory, lock
 from gracefarm.settings import Settings
 
-LAYOUT = 2
+LAYOUT = 3
 "Raised when CUDA_HOME is laid out in another way."
 
 CUDA = "/cuda"
@@ -32,7 +35,7 @@ def wrappers(settings: Settings) -> Path:
         if not final.is_dir():
             with atomic_directory(final) as folder, as_file(files("builder") / "data" / "toolchain") as source:
                 (folder / "bin").mkdir()
-                for name in ("nvcc", "python"):
+                for name in ("emulate", "nvcc", "python"):
                     shutil.copy(source / name, folder / "bin" / name)
                     (folder / "bin" / name).chmod(0o755)
                 for name in ("python3", "python3.11"):
@@ -41,7 +44,7 @@ def wrappers(settings: Settings) -> Path:
     return final
 
 
-def cuda_home(plan: Plan, environment: Path, settings: Settings) -> Path:
+def cuda_home(plan: Plan, environment: Path, root: Path, settings: Settings) -> Path:
     """A CUDA_HOME for the target: our nvcc in front, headers and libraries of the target's wheels under their usual names.
 
     Links point to places inside the sandbox (/env, /toolchain), so the folder is small and depends on digests alone.
@@ -63,8 +66,39 @@ def cuda_home(plan: Plan, environment: Path, settings: Settings) -> Path:
             for part in sorted(packages.glob("nvidia/*/")):
                 _link_part(folder, part, inside / "nvidia" / part.name)
             (folder / "lib").symlink_to("lib64")
+            (folder / "lib64" / "stubs").mkdir()
+            _driver_stub(folder / "lib64" / "stubs", root, plan.stack.data.cuda)
             (folder / "nvvm").symlink_to(f"{NVCC}/nvidia/cu{plan.stack.data.cuda.split('.')[0]}/nvvm")
     return final
+
+
+def _driver_stub(folder: Path, root: Path, cuda: str) -> None:
+    """A libcuda.so to link with, as the toolkit has one: the driver's names and nothing behind them.
+
+    Raises:
+        RootError: the root's compiler failed.
+    """
+    listing = files("builder") / "data" / f"driver-symbols-{cuda}.txt"
+    if not listing.is_file():
+        return
+    names = [line.split()[0] for line in listing.read_text().splitlines() if line.strip() and not line.startswith("#")]
+    (folder / "stub.c").write_text(
+        "".join(f"int {name}(void) {{ return 34; }}\n" for name in names)
+    )  # CUDA_ERROR_STUB_LIBRARY
+    box = Sandbox(
+        root=root,
+        mounts=(Mount(source=folder, target="/build", writable=True),),
+        environment={"PATH": "/opt/gracefarm/bin:/usr/bin", "LC_ALL": "C.UTF-8", "SOURCE_DATE_EPOCH": "0"},
+        workdir="/build",
+        memory=0,
+    )
+    command = ["gcc", "-shared", "-fPIC", "-O1", "-nostdlib", "-Wl,-soname,libcuda.so.1", "-o", "libcuda.so", "stub.c"]
+    done = subprocess.run(sandbox.command(box, command), capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RootError(
+            f"the driver's stand-in cannot be compiled: {done.stderr.strip()[-500:]}", remedy="run `builder doctor`"
+        )
+    (folder / "stub.c").unlink()
 
 
 def _link_part(folder: Path, part: Path, inside: Path) -> None:
@@ -82,12 +116,12 @@ def _link_part(folder: Path, part: Path, inside: Path) -> None:
             (folder / "lib64" / short).symlink_to(place)
 
 
-def mounts(plan: Plan, environment: Path, compiler: Path | None, settings: Settings) -> tuple[Mount, ...]:
+def mounts(plan: Plan, environment: Path, compiler: Path | None, root: Path, settings: Settings) -> tuple[Mount, ...]:
     """What a build's sandbox sees beside its root and its own folder."""
     found = [Mount(source=environment, target="/env"), Mount(source=wrappers(settings), target=WRAPPERS)]
     if compiler is not None:
         found.append(Mount(source=compiler, target=NVCC))
-        found.append(Mount(source=cuda_home(plan, environment, settings), target=CUDA))
+        found.append(Mount(source=cuda_home(plan, environment, root, settings), target=CUDA))
     return tuple(found)
 
 
@@ -119,6 +153,7 @@ def variables(plan: Plan, *, jobs: int, epoch: int) -> dict[str, str]:
         "MAX_JOBS": str(jobs),
         "CMAKE_BUILD_PARALLEL_LEVEL": str(jobs),
         "MAKEFLAGS": f"-j{jobs}",
+        "GRACEFARM_PYTHON_INCLUDE": f"/usr/include/python{data.python}",
         "GRACEFARM_CMAKE": "\n".join(f"{name}={value}" for name, value in sorted(recipe.build.cmake.items())),
     }
     if recipe.build.cuda:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -52,6 +53,8 @@ def farm(shared_home: Path) -> Iterator[Farm]:
     for name in SHARED:
         (home / name).symlink_to(shared_home / name)
     projects.write_stacks(REPOSITORY / "stacks", project / "stacks")
+    for own in (REPOSITORY / "tests" / "stacks").iterdir():
+        shutil.copytree(own, project / "stacks" / own.name)
     (project / "recipes").mkdir()
     settings = settings_module.load().model_copy(update={"home": home, "project": project})
     yield Farm(settings=settings, environment={"GRACEFARM_HOME": str(home), "GRACEFARM_PROJECT": str(project)})

@@ -1,0 +1,445 @@
+"""Projects of the shapes of triton, aphrodite_flash_attn and aphrodite-engine, out of git repositories by mirrors, through the
+real pipeline; and the traps of their builds, each reproduced and shown closed.
+"""
+
+from __future__ import annotations
+
+import io
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from builder import recipe, root, stack
+from builder.stack import Arch, host_arch
+from tests import projects
+from tests.conftest import REPOSITORY, Farm
+from tests.integration.fetch_kit import Repository, sha256
+
+NATIVE = host_arch().value
+UPSTREAM = "https://git.example/"
+URL = "https://blobs.example/tool.tar.gz"
+PYPROJECT = '[build-system]\nrequires = ["setuptools"]\nbuild-backend = "setuptools.build_meta"\n'
+
+# Downloads on import unless it finds what it wants, swallows git's errors, has an extension without CPython's suffix.
+TRITON = """
+import os, shutil, subprocess, sys, urllib.request
+from pathlib import Path
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+def suffix():
+    try:
+        done = subprocess.check_output(["git", "rev-parse", "--short=8", "HEAD"], stderr=subprocess.DEVNULL)
+        return "+git" + done.decode().strip()
+    except Exception:
+        return ""
+
+cache = Path(os.environ.get("TRITON_HOME", os.environ["HOME"])) / ".triton"
+tool = cache / "nvidia" / "ptxas" / "bin" / "ptxas"
+into = Path("trinity/backends/bin")
+if not os.environ.get("TRITON_OFFLINE_BUILD"):
+    if not tool.is_file():
+        urllib.request.urlopen("URL")
+    into.mkdir(parents=True, exist_ok=True)
+    shutil.copy(tool, into / "ptxas")
+version = cache / "llvm" / "llvm-1" / "version.txt"
+if not os.environ.get("TRITON_OFFLINE_BUILD") and not (version.is_file() and version.read_text() == "URL"):
+    urllib.request.urlopen("URL")
+
+class Build(build_ext):
+    def get_ext_filename(self, name):
+        return name.replace(".", "/") + ".so"
+
+setup(name="trinity", version="3.2.0" + suffix(), packages=["trinity"], package_data={"trinity": ["backends/bin/*"]},
+      ext_modules=[Extension("trinity._C.libtrinity", ["core.c"])], cmdclass={"build_ext": Build})
+""".replace("URL", URL)
+CORE = """
+#include <Python.h>
+#include <stdlib.h>
+static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "NAME", 0, -1, 0};
+PyMODINIT_FUNC PyInit_NAME(void) { if (getenv("NEVER_SET")) abort(); return PyModule_Create(&module); }
+"""
+
+
+def archive(files: dict[str, str]) -> bytes:
+    raw = io.BytesIO()
+    with tarfile.open(fileobj=raw, mode="w:bz2") as tar:
+        for name, text in files.items():
+            info = tarfile.TarInfo(name)
+            info.size, info.mode = len(text), 0o755
+            tar.addfile(info, io.BytesIO(text.encode()))
+    return raw.getvalue()
+
+
+def git_recipe(farm: Farm, name: str, repository: Repository, commit: str, **tables: object) -> None:
+    """A recipe whose source is a repository that a mirror stands for."""
+    url = UPSTREAM + repository.folder.name
+    source = {"kind": "git", "url": url, "commit": commit, "tree": repository.tree(commit), **tables.pop("source", {})}  # type: ignore[dict-item]
+    farm.recipe(name, {}, source=source, **tables)
+
+
+def mirrors(tmp_path: Path) -> dict[str, str]:
+    return {"GRACEFARM_MIRRORS": f"{UPSTREAM}={tmp_path.as_uri()}/ https://blobs.example/={tmp_path.as_uri()}/"}
+
+
+def trinity(farm: Farm, tmp_path: Path, **tables: object) -> str:
+    """The repository, the seed and the recipe of a project of triton's shape; the commit's first eight digits."""
+    (tmp_path / "tool.tar.gz").write_bytes(tool := archive({"bin/ptxas": "#!/bin/sh\necho release 12.4\n", "bin/other": ""}))
+    repository = Repository(tmp_path / "triton")
+    commit = repository.commit(
+        {
+            "python/setup.py": TRITON,
+            "python/pyproject.toml": PYPROJECT,
+            "python/core.c": CORE.replace("NAME", "libtrinity"),
+            "python/trinity/__init__.py": "",
+        }
+    )
+    (farm.settings.project / "seed").mkdir(exist_ok=True)
+    files = [
+        {"url": URL, "sha256": sha256(tool), "path": "seed/.triton/nvidia", "members": {"bin/ptxas": "ptxas/bin/ptxas"}},
+        {"text": URL, "path": "seed/.triton/llvm/llvm-1/version.txt"},
+    ]
+    values: dict[str, object] = {
+        "version": f"3.2.0+git{commit[:8]}",
+        "files": files,
+        "build": {"cuda": False, "subdirectory": "python", "environment": {"TRITON_HOME": "/build/source/seed"}},
+        "wheel": {"bundled": [{"path": "trinity/backends/bin/ptxas", "origin": URL, "license": "MIT"}]},
+        "smoke": {"imports": ["trinity", "trinity._C.libtrinity"]},
+    }
+    git_recipe(farm, "trinity", repository, commit, **(values | tables))
+    return commit[:8]
+
+
+def names(wheel: str) -> list[str]:
+    with zipfile.ZipFile(wheel.strip()) as opened:
+        return opened.namelist()
+
+
+def test_preseeded_downloads_need_no_network_and_still_end_up_in_the_wheel(farm: Farm, tmp_path: Path) -> None:
+    commit = trinity(farm, tmp_path)
+    done = farm.run("build", "trinity", "--target", "aarch64", **mirrors(tmp_path))
+    assert done.code == 0, done.said
+    assert f"trinity-3.2.0+git{commit}-cp311" in done.out
+    assert {"trinity/backends/bin/ptxas", "trinity/_C/libtrinity.so"} <= set(names(done.out))
+    assert "trinity/backends/bin/other" not in names(done.out)
+
+
+def test_trap_a_download_that_is_not_preseeded_ends_the_build_by_name(farm: Farm, tmp_path: Path) -> None:
+    trinity(farm, tmp_path, files=[], wheel={})
+    done = farm.run("build", "trinity", "--target", NATIVE, **mirrors(tmp_path))
+    assert done.code == 20, done.said
+    assert "blobs.example" in done.said
+
+
+def test_trap_an_offline_build_that_loses_the_tools_is_refused(farm: Farm, tmp_path: Path) -> None:
+    build = {"cuda": False, "subdirectory": "python", "environment": {"TRITON_OFFLINE_BUILD": "1"}}
+    trinity(farm, tmp_path, build=build)
+    done = farm.run("build", "trinity", "--target", NATIVE, **mirrors(tmp_path))
+    assert done.code == 30, done.said
+    assert "trinity/backends/bin/ptxas is declared and not in the wheel" in done.said
+
+
+def test_trap_1_a_commit_that_loses_its_suffix_is_not_taken_for_the_release(farm: Farm, tmp_path: Path) -> None:
+    commit = trinity(farm, tmp_path)
+    exported = {
+        "pyproject.toml": PYPROJECT,
+        "setup.py": TRITON,
+        "core.c": CORE.replace("NAME", "libtrinity"),
+        "trinity/__init__.py": "",
+    }
+    farm.recipe(
+        "exported",
+        exported,
+        name="trinity",
+        version=f"3.2.0+git{commit}",
+        build={"cuda": False, "environment": {"TRITON_OFFLINE_BUILD": "1"}},
+        smoke={"imports": ["trinity"]},
+    )
+    done = farm.run("build", "exported", "--target", NATIVE)
+    assert done.code == 30, done.said
+    assert "3.2.0" in done.said
+    assert f"3.2.0+git{commit}" in done.said
+
+
+def test_trap_2_a_branch_and_a_tag_of_one_name_do_not_matter_to_a_pinned_commit(farm: Farm, tmp_path: Path) -> None:
+    repository = Repository(tmp_path / "engine")
+    body = "commit = subprocess.check_output(['git', 'rev-parse', 'HEAD'], text=True).strip()\n"
+    body += "return wheel(wheel_directory, files={'tiny/commit_id.py': commit.encode()})"
+    tagged = repository.commit({name: str(text) for name, text in projects.backend(body).items()})
+    repository.git("tag", "v0.6.4.post1")
+    repository.git("checkout", "--quiet", "-b", "v0.6.4.post1")
+    repository.git("commit", "--quiet", "--allow-empty", "--message", "the branch's own")
+    branch = repository.git("rev-parse", "HEAD")
+    assert branch != tagged
+    assert repository.tree(branch) == repository.tree(tagged)
+    git_recipe(farm, "tiny", repository, tagged)
+    done = farm.run("build", "tiny", "--target", NATIVE, **mirrors(tmp_path))
+    assert done.code == 0, done.said
+    with zipfile.ZipFile(done.out.strip()) as opened:
+        assert opened.read("tiny/commit_id.py").decode() == tagged
+    git_recipe(farm, "named", repository, tagged, source={"commit": "v0.6.4.post1"})
+    assert farm.run("plan", "named").code == 3
+
+
+def test_trap_3_the_cpu_torch_of_the_same_version_is_refused(farm: Farm) -> None:
+    place = farm.settings.project / "stacks" / "cu124-headers" / "stack.toml"
+    place.write_text(place.read_text().replace('version = "2.4.0"\n', 'version = "2.4.0"\ncuda = "12.4"\n', 1))
+    farm.recipe("tiny", projects.backend("return wheel(wheel_directory)"), stack="cu124-headers")
+    done = farm.run("build", "tiny")
+    assert done.code == 12, done.said
+    assert "the locked torch 2.4.0 is built for CUDA None, the stack wants 12.4" in done.said
+
+
+def test_trap_4_a_build_requirement_that_the_tutorial_forgets_is_named_before_anything_compiles(farm: Farm) -> None:
+    files = {
+        "pyproject.toml": PYPROJECT.replace('"setuptools"', '"setuptools", "pybind11>=2.13.1"'),
+        "setup.py": "import pybind11",
+    }
+    farm.recipe("tiny", files)
+    done = farm.run("build", "tiny", "--target", NATIVE)
+    assert done.code == 21, done.said
+    assert "needs 'pybind11>=2.13.1' to build" in done.said
+    assert "pybind11" in (REPOSITORY / "stacks/cu124/requirements.lock").read_text()
+
+
+def test_trap_5_an_extension_whose_import_error_is_swallowed_is_imported_by_name(farm: Farm) -> None:
+    broken = CORE.replace("NAME", "_C").replace(
+        "return PyModule_Create(&module);", 'PyErr_SetString(PyExc_ImportError, "broken"); return 0;'
+    )
+    files = {
+        "pyproject.toml": PYPROJECT,
+        "setup.py": "from setuptools import Extension, setup\n"
+        "setup(name='engine', version='1.0', packages=['engine'], ext_modules=[Extension('engine._C', ['core.c'])])\n",
+        "core.c": broken,
+        "engine/__init__.py": "try:\n    import engine._C\nexcept ImportError:\n    pass\n",
+    }
+    farm.recipe("engine", files, smoke={"imports": ["engine"]})
+    assert farm.run("build", "engine", "--target", NATIVE).code == 0
+    farm.recipe("strict", files, name="engine", smoke={"imports": ["engine", "engine._C"]}, summary="by name")
+    done = farm.run(
+        "smoke", farm.run("build", "engine", "--target", NATIVE).out.strip(), "--stack", "bare", "--import", "engine._C"
+    )
+    assert done.code == 31, done.said
+    assert "broken" in done.said
+
+
+def test_trap_6_the_roots_headers_are_older_than_what_cuda_12_4_cannot_read() -> None:
+    loaded = stack.load(REPOSITORY / "stacks", "cu124")
+    for host in (Arch.X86_64, Arch.AARCH64):
+        (version,) = {one.version for one in root.packages(loaded, host, Arch.AARCH64) if one.name == "libc6-dev"}
+        assert tuple(map(int, version.partition("-")[0].split("+")[0].split("."))) < (2, 38), version
+
+
+def test_trap_7_the_roots_cpp_library_is_new_enough_for_the_prebuilt_llvm(farm: Farm) -> None:
+    base = root.ensure(stack.load(REPOSITORY / "stacks", "cu124"), host_arch(), Arch.AARCH64, farm.settings)
+    library = (base / "usr/lib/aarch64-linux-gnu/libstdc++.so.6").read_bytes()
+    assert b"GLIBCXX_3.4.26\0" in library
+    assert b"GLIBCXX_3.4.99\0" not in library
+
+
+FLASH = """
+import subprocess
+from setuptools import Extension, setup
+subprocess.run(["git", "submodule", "update", "--init", "csrc/cutlass"])
+flags = []
+flags.append("-DSM80")
+flags.append("-DSM90")
+setup(name="flashy", version="2.6.1.post2", packages=["flashy"], ext_modules=[
+    Extension("flashy_2_cuda", ["csrc/api.c"], include_dirs=["csrc/cutlass/include"], extra_compile_args=flags)])
+"""
+
+
+def flashy(tmp_path: Path) -> tuple[Repository, str, Repository, str]:
+    cutlass = Repository(tmp_path / "cutlass")
+    inner = cutlass.commit({"include/cute.h": "#define CUTE 1\n"})
+    outer = Repository(tmp_path / "flash")
+    api = '#include "cute.h"\n#ifdef SM80\n#error "compiled for sm_80"\n#endif\n' + CORE.replace("NAME", "flashy_2_cuda")
+    outer.commit({"setup.py": FLASH, "pyproject.toml": PYPROJECT, "csrc/api.c": api, "flashy/__init__.py": ""})
+    outer.git("submodule", "add", "--quiet", cutlass.url, "csrc/cutlass")
+    outer.git("commit", "--quiet", "--message", "a submodule")
+    return outer, outer.git("rev-parse", "HEAD"), cutlass, inner
+
+
+SUBSTITUTION = {"path": "setup.py", "find": 'flags.append("-DSM80")\n', "replace": ""}
+
+
+def test_a_submodule_by_commit_and_an_architecture_taken_out_by_a_checked_substitution(farm: Farm, tmp_path: Path) -> None:
+    outer, commit, _, inner = flashy(tmp_path)
+    source = {"submodules": {"csrc/cutlass": {"url": f"{UPSTREAM}cutlass", "commit": inner}}}
+    tables = {"source": source, "version": "2.6.1.post2", "smoke": {"imports": ["flashy", "flashy_2_cuda"]}}
+    git_recipe(farm, "flashy", outer, commit, substitutions=[SUBSTITUTION], **tables)
+    done = farm.run("build", "flashy", "--target", NATIVE, **mirrors(tmp_path))
+    assert done.code == 0, done.said
+    git_recipe(farm, "flashy", outer, commit, substitutions=[SUBSTITUTION | {"count": 2}], **tables)
+    done = farm.run("build", "flashy", "--target", NATIVE, **mirrors(tmp_path))
+    assert done.code == 13, done.said
+    assert "is there 1 times, not 2" in done.said
+    git_recipe(farm, "flashy", outer, commit, **tables)
+    assert "compiled for sm_80" in farm.run("build", "flashy", "--target", NATIVE, **mirrors(tmp_path)).said
+
+
+CMAKE = """
+cmake_minimum_required(VERSION 3.25)
+project(engine C)
+include(FetchContent)
+FetchContent_Declare(cutlass GIT_REPOSITORY https://git.example/cutlass.git GIT_TAG v1)
+FetchContent_MakeAvailable(cutlass)
+find_package(Python3 REQUIRED COMPONENTS Development.Module)
+file(WRITE ${CMAKE_BINARY_DIR}/stub.c "int cuPointerGetAttribute(void) { return 0; }")
+add_library(cuda SHARED ${CMAKE_BINARY_DIR}/stub.c)
+set_target_properties(cuda PROPERTIES SOVERSION 1)
+Python3_add_library(_C MODULE core.c)
+target_include_directories(_C PRIVATE ${cutlass_SOURCE_DIR}/include)
+target_link_libraries(_C PRIVATE cuda)
+set_target_properties(_C PROPERTIES PREFIX "" SUFFIX .abi3.so SKIP_BUILD_RPATH ON LIBRARY_OUTPUT_DIRECTORY ${CMAKE_BINARY_DIR})
+"""
+ENGINE = """
+import shutil, subprocess
+from pathlib import Path
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+class Build(build_ext):
+    def run(self):
+        subprocess.run(["cmake", "-S", ".", "-B", "build/cmake"], check=True)
+        subprocess.run(["cmake", "--build", "build/cmake"], check=True)
+        into = Path(self.build_lib) / "engine"
+        into.mkdir(parents=True, exist_ok=True)
+        shutil.copy("build/cmake/_C.abi3.so", into)
+
+requires = ["triton>=2.2.1", "torch==2.4.0", 'flashy==2.6.1.post2; platform_machine == "x86_64"']
+setup(name="engine", version="0.6.4.post1", packages=["engine"], install_requires=requires,
+      ext_modules=[Extension("engine._C", [])], cmdclass={"build_ext": Build})
+"""
+SMOKE = """
+import ctypes, glob, os, subprocess, sys
+open("/tmp/cuda.c", "w").write("int cuPointerGetAttribute(void) { return 0; }")
+subprocess.run(["gcc", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", "/tmp/libcuda.so.1", "/tmp/cuda.c"], check=True)
+ctypes.CDLL("/tmp/libcuda.so.1", mode=ctypes.RTLD_GLOBAL)
+import engine._C
+print(engine._C.__file__.rpartition("/")[2])
+"""
+
+
+def test_fetch_content_abi3_a_stub_driver_metadata_of_our_own_and_the_source_beside_the_wheel(
+    farm: Farm, tmp_path: Path
+) -> None:
+    cutlass = Repository(tmp_path / "cutlass")
+    inner = cutlass.commit({"include/cute.h": "#define CUTE 1\n", "CMakeLists.txt": "cmake_minimum_required(VERSION 3.25)\n"})
+    repository = Repository(tmp_path / "engine")
+    core = '#define Py_LIMITED_API 0x03080000\n#include "cute.h"\nint cuPointerGetAttribute(void);\n' + CORE.replace(
+        "NAME", "_C"
+    )
+    core = core.replace("return Py", "cuPointerGetAttribute(); return Py")
+    commit = repository.commit(
+        {"setup.py": ENGINE, "pyproject.toml": PYPROJECT, "CMakeLists.txt": CMAKE, "core.c": core, "engine/__init__.py": ""}
+    )
+    git_recipe(
+        farm,
+        "engine",
+        repository,
+        commit,
+        version="0.6.4.post1",
+        repositories=[{"url": f"{UPSTREAM}cutlass", "commit": inner, "path": ".deps/cutlass"}],
+        build={"cuda": False, "cmake": {"FETCHCONTENT_SOURCE_DIR_CUTLASS": "/build/source/.deps/cutlass"}},
+        wheel={"source_archive": True, "requires": {"flashy": "flashy==2.6.1.post2", "triton": "triton==3.2.0+git755d4164"}},
+        smoke={"imports": ["engine"]},
+    )
+    (farm.settings.project / "recipes/engine/smoke.py").write_text(SMOKE)
+    done = farm.run("build", "engine", "--target", "aarch64", **mirrors(tmp_path))
+    assert done.code == 0, done.said
+    with zipfile.ZipFile(done.out.strip()) as opened:
+        metadata = opened.read("engine-0.6.4.post1.dist-info/METADATA").decode()
+    assert sorted(line for line in metadata.splitlines() if line.startswith("Requires-Dist")) == [
+        "Requires-Dist: flashy==2.6.1.post2",
+        "Requires-Dist: torch==2.4.0",
+        "Requires-Dist: triton==3.2.0+git755d4164",
+    ]
+    source = Path(done.out.strip()).with_name("engine-0.6.4.post1.tar.gz")
+    with tarfile.open(source) as tar:
+        inside = tar.getnames()
+    assert {
+        "engine-0.6.4.post1/PKG-INFO",
+        "engine-0.6.4.post1/core.c",
+        "engine-0.6.4.post1/.deps/cutlass/include/cute.h",
+    } <= set(inside)
+    assert not any(".git/" in name for name in inside)
+
+
+GAPS = {
+    "triton": [
+        "llvm-86b69c31-ubuntu-arm64.tar.gz",
+        "include.zip",
+        "cuda-nvcc-12.4.99-0.tar.bz2",
+        "cuda-cuobjdump-12.4.99-0.tar.bz2",
+        "cuda-nvdisasm-12.4.99-0.tar.bz2",
+        "cuda-cudart-dev-12.4.99-0.tar.bz2",
+        "cuda-cupti-12.4.99-0.tar.bz2",
+    ],
+    "cu124": ["https://download.pytorch.org/whl/cu124"],
+}
+
+
+def test_the_digests_that_are_not_known_are_exactly_these() -> None:
+    from builder import gaps
+
+    found: dict[str, list[str]] = {}
+    for name in recipe.names(REPOSITORY / "recipes"):
+        for one in gaps.of_recipe(recipe.load(REPOSITORY / "recipes", name)):
+            found.setdefault(name, []).append(one.url.rpartition("/")[2])
+    for name in stack.names(REPOSITORY / "stacks"):
+        for one in gaps.of_stack(stack.load(REPOSITORY / "stacks", name)):
+            found.setdefault(name, []).append(one.url)
+    assert found == GAPS
+
+
+def test_a_gap_is_planned_refused_filled_in_by_a_lock_and_then_built(farm: Farm, tmp_path: Path) -> None:
+    trinity(farm, tmp_path)
+    place = farm.settings.project / "recipes/trinity/recipe.toml"
+    known = sha256((tmp_path / "tool.tar.gz").read_bytes())
+    gap = f'[[files]]\n# why it is here\nurl = "{URL}"\nsha256_unknown = "not reached"  # yet\n'
+    gap += 'path = "seed/.triton/nvidia"\nmembers = { "bin/ptxas" = "ptxas/bin/ptxas" }\n\n[[files]]\n'
+    gap += f'text = "{URL}"\npath = "seed/.triton/llvm/llvm-1/version.txt"\n'
+    lines = [line for line in place.read_text().splitlines() if not line.startswith("files =")]
+    place.write_text("\n".join(lines) + "\n" + gap)
+    planned = farm.run("plan", "trinity")
+    assert planned.code == 0, planned.said
+    assert f"no digest seed/.triton/nvidia {URL}: not reached" in planned.said
+    refused = farm.run("build", "trinity", "--target", NATIVE)
+    assert refused.code == 3
+    assert "builder lock trinity" in refused.said
+    assert f"{URL}" in refused.said
+    assert "GRACEFARM_MIRRORS='https://blobs.example/=REPLACEMENT'" in refused.said
+    unreachable = farm.run("lock", "trinity")
+    assert unreachable.code == 10, unreachable.said
+    assert "GRACEFARM_MIRRORS='https://blobs.example/=REPLACEMENT'" in unreachable.said
+    assert farm.run("lock", "trinity", **mirrors(tmp_path)).code == 0
+    assert f'# why it is here\nurl = "{URL}"\nsha256 = "{known}"  # yet\npath' in place.read_text()
+    done = farm.run("build", "trinity", "--target", NATIVE, **mirrors(tmp_path))
+    assert done.code == 0, done.said
+
+
+@pytest.mark.parametrize("name", ["flash_attn", "aphrodite", "triton"])
+def test_a_pinned_recipe_is_refused_with_its_address_and_the_setting_for_a_mirror(name: str) -> None:
+    done = projects.run_builder(["build", name], {"GRACEFARM_PROJECT": str(REPOSITORY)})
+    assert done.code == 3, done.said
+    assert f"builder lock {name}" in done.said
+    assert "https://download.pytorch.org/=REPLACEMENT" in done.said
+
+
+def test_what_a_stack_of_headers_builds_is_not_published(farm: Farm) -> None:
+    farm.recipe("tiny", projects.backend("return wheel(wheel_directory)"), stack="cu124-headers")
+    done = farm.run("build", "tiny", "--publish", "http://127.0.0.1:9/legacy/", TWINE_USERNAME="a", TWINE_PASSWORD="b")
+    assert done.code == 40, done.said
+    assert "headers alone" in done.said
+
+
+def test_cuda_12_4_from_debians_packages_compiles_for_aarch64(farm: Farm) -> None:
+    build = {"cuda": True, "memory_per_job": "1GiB"}
+    farm.recipe("tiny_cuda", projects.tree("tiny_cuda"), name="tiny-cuda", stack="cu124-headers", build=build)
+    done = farm.run("build", "tiny_cuda")
+    assert done.code == 0, done.said
+    assert "cubins for exactly sm_90, and no PTX" in done.said
+    assert "smoke not run: stack cu124-headers has headers alone" in done.said
