@@ -1,0 +1,83 @@
+"""The pinned CUDA 12.4 builds: one translation unit of flash-attn for sm_90 alone and for sm_80 and sm_90, in CPU seconds.
+
+python -m bench pinned
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from builder import build, fetch, recipe, sandbox, source, stack
+from builder import plan as planning
+from builder.stack import Arch
+from gracefarm import settings as settings_module
+from gracefarm.console import Console
+from gracefarm.files import remove_tree
+
+UNIT = "csrc/flash_attn/src/flash_fwd_hdim64_bf16_causal_sm80.cu"
+BOUND = 0.6
+MEMORY = 16 << 30
+TESTS = Path(__file__).parent.parent / "tests"
+FLAGS = (
+    "-O3",
+    "-std=c++17",
+    "--use_fast_math",
+    "--expt-relaxed-constexpr",
+    "--expt-extended-lambda",
+    "-U__CUDA_NO_HALF_OPERATORS__",
+    "-U__CUDA_NO_HALF_CONVERSIONS__",
+    "-U__CUDA_NO_HALF2_OPERATORS__",
+    "-U__CUDA_NO_BFLOAT16_CONVERSIONS__",
+    "-D_GLIBCXX_USE_CXX11_ABI=0",
+    "-Xcompiler=-fPIC",
+)
+"As setup.py and torch give them."
+
+
+def measure() -> dict[str, float]:
+    """CPU seconds of the unit by sm list, with CUDA 12.4's nvcc as the pipeline starts it."""
+    settings = settings_module.load()
+    loaded = recipe.load(TESTS / "recipes", "flash_attn_objects")
+    base = stack.load(TESTS / "stacks", "cu124-headers")
+    made = planning.make(loaded, base, stack.host_arch(), Arch.AARCH64)
+    ground = build.lay_ground(made, settings, Console())
+    work = settings.home / "bench"
+    remove_tree(work)
+    for name in ("tmp", "out"):
+        (work / name).mkdir(parents=True)
+    fetched = fetch.fetch(loaded.data, settings)
+    source.unpack(loaded, fetched, work / "source", source.source_date_epoch(loaded.data, fetched))
+    site = f"/env/lib/python{base.data.python}/site-packages/torch/include"
+    places = (site, f"{site}/torch/csrc/api/include", f"/usr/include/python{base.data.python}")
+    own = ("csrc/flash_attn", "csrc/flash_attn/src", "csrc/cutlass/include")
+    includes = [f"-I{place}" for place in (*places, *(f"/build/source/{place}" for place in own))]
+    found = {}
+    for sm in ("90", "80 90"):
+        box = build.build_sandbox(made, ground, settings, work, count=1, epoch=1, memory=MEMORY)
+        command = [
+            "/usr/bin/env",
+            f"GRACEFARM_SM={sm}",
+            "/cuda/bin/nvcc",
+            "-c",
+            f"/build/source/{UNIT}",
+            "-o",
+            "/build/unit.o",
+        ]
+        done = sandbox.run(box, [*command, *FLAGS, *includes], log=work / "log.txt")
+        if done.returncode:
+            sys.exit((work / "log.txt").read_text())
+        found[sm] = done.cpu_s
+    remove_tree(work)
+    return found
+
+
+def main() -> None:
+    """Print the table; exit code 1 where the bound is missed."""
+    found = measure()
+    ratio = found["90"] / found["80 90"]
+    for sm, seconds in found.items():
+        print(f"{Path(UNIT).stem}, sm {sm}: {seconds:.0f} CPU s")
+    print(f"sm_90 alone against sm_80 and sm_90: {ratio:.2f} (bound {BOUND})")
+    if ratio > BOUND:
+        sys.exit(1)

@@ -1,0 +1,68 @@
+"""CUDA 12.4 and the pinned kernels for real: what takes minutes."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from builder import build, debian, plan, recipe, sandbox, stack
+from builder.fetch import Download, download
+from builder.sandbox import Mount
+from builder.stack import Arch, host_arch
+from gracefarm.console import Console
+from tests import projects
+from tests.conftest import REPOSITORY, Farm
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.timeout(3600)
+def test_the_pinned_kernels_of_flash_attn_compile_into_objects(farm: Farm) -> None:
+    shutil.copytree(REPOSITORY / "tests/recipes/flash_attn_objects", farm.settings.project / "recipes/flash_attn_objects")
+    variables = {**farm.environment, "MAKEFLAGS": ""}
+    done = projects.run_builder(["build", "flash_attn_objects", "--jobs", "1"], variables, timeout=3600)
+    assert done.code == 0, done.said
+    assert "cubins for exactly sm_90, and no PTX" in done.said
+    wheel = Path(done.out.strip())
+    needed = subprocess.run(["unzip", "-p", wheel, "flash_attn_2_cuda*.so"], capture_output=True, check=True).stdout
+    for name in (b"libcudart.so.12", b"libc10_cuda.so", b"libtorch_cuda.so"):
+        assert name in needed
+
+
+def headers_of_trixie(farm: Farm, into: Path) -> None:
+    """glibc 2.41's headers for aarch64."""
+    with debian.solver("trixie", Arch.AARCH64, [], farm.settings) as apt:
+        found = apt.alone(["libc6-dev:arm64", "linux-libc-dev"])
+        url = apt.url
+    wanted = [Download(url=f"{url}/{one.path}", sha256=one.sha256, what=one.title) for one in found]
+    for place in download(wanted, farm.settings).values():
+        subprocess.run(["dpkg-deb", "--extract", place, into], check=True)
+
+
+def test_trap_6_cuda_12_4_cannot_compile_against_glibc_2_41(farm: Farm, tmp_path: Path) -> None:
+    farm.recipe("tiny", projects.backend("pass"), stack="cu124-headers", build={"cuda": True})
+    loaded = recipe.load(farm.settings.project / "recipes", "tiny")
+    made = plan.make(loaded, stack.load(farm.settings.project / "stacks", "cu124-headers"), host_arch(), Arch.AARCH64)
+    ground = build.lay_ground(made, farm.settings, Console())
+    new = tmp_path / "trixie"
+    headers_of_trixie(farm, new)
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work/unit.cu").write_text("#include <cmath>\n__global__ void k(float *x) { *x = sinf(*x); }\n")
+    box = build.build_sandbox(made, ground, farm.settings, tmp_path / "work", count=1, epoch=1, memory=4 << 30)
+    log = tmp_path / "log.txt"
+    command = ["/cuda/bin/nvcc", "-c", "unit.cu", "-o", "unit.o"]
+    assert sandbox.run(box, command, log=log).returncode == 0, log.read_text()
+    newer = sandbox.Sandbox(
+        root=box.root,
+        mounts=(*box.mounts, Mount(source=new / "usr/include", target="/run/include")),
+        environment=box.environment,
+        workdir=box.workdir,
+        memory=box.memory,
+    )
+    places = ["-isystem", "/run/include/aarch64-linux-gnu", "-isystem", "/run/include"]
+    log.unlink()
+    assert sandbox.run(newer, [*command, *places], log=log).returncode != 0
+    assert "__Float32x4_t" in log.read_text() or "__SVFloat32_t" in log.read_text()
