@@ -225,7 +225,10 @@ def _record(path: str, what: str, media: str, schema: Spec) -> Spec:
 
 
 def _page(path: str, summary: str, *, codes: tuple[int, ...] = (200, 304), **more: Any) -> Spec:
-    return {"get": _operation(path, summary, codes, {PLAIN: _STRING}, parameters=(_MATCH, *more.pop("parameters", ())))}
+    found = {"get": _operation(path, summary, codes, {PLAIN: _STRING}, parameters=(_MATCH, *more.pop("parameters", ())))}
+    if 404 in codes:
+        found["get"]["responses"]["404"]["content"] = {PLAIN: {"schema": _STRING}}
+    return found
 
 
 def _plain(path: str, summary: str, media: str = TEXT, schema: Spec = _STRING, **more: Any) -> Spec:

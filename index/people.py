@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
 
 FINDER = ("cuda", "torch", "python", "sm", "platform")
 "What the wheel finder asks for, in this order."
+
+TAIL = 25
+"Lines of a failed build's log that its page shows."
 
 _HOST = re.compile(r"[A-Za-z0-9.:\[\]-]{1,255}\Z")
 POLICY = "default-src 'none'; style-src 'self'; img-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
@@ -117,7 +121,10 @@ def people_routes(service: Service) -> list[Route]:
 
     def page(make: Callable[[Request], Response]) -> Callable[[Request], Awaitable[Response]]:
         async def endpoint(request: Request) -> Response:
-            return make(request)
+            try:
+                return make(request)
+            except NotFoundError as error:
+                return pages.missing(request, error)
 
         return endpoint
 
@@ -154,7 +161,11 @@ class Pages:
         found.filters.update(size=size, duration=duration, day=lambda text: text[:10])
         return found
 
-    def _answer(self, request: Request, template: str, **values: Any) -> Response:
+    def missing(self, request: Request, error: NotFoundError) -> Response:
+        """What is not here, as a page: whoever follows an old link is told where to go."""
+        return self._answer(request, "missing.html", status=404, cause=error.cause[:1].upper() + error.cause[1:])
+
+    def _answer(self, request: Request, template: str, *, status: int = 200, **values: Any) -> Response:
         # Relative addresses work under any mount point: `up` leads from this page to the first one.
         depth = request.url.path.rstrip("/").count("/") if request.url.path != "/" else 0
         up = "../" * depth if request.url.path.endswith("/") else "../" * (depth - 1)
@@ -164,9 +175,9 @@ class Pages:
         body = text.encode()
         etag = f'"{hashlib.sha256(body).hexdigest()[:32]}"'
         headers = {"ETag": etag, "Cache-Control": "no-cache", "Content-Security-Policy": POLICY}
-        if request.headers.get("if-none-match") == etag:
+        if status == 200 and request.headers.get("if-none-match") == etag:
             return Response(status_code=304, headers=headers)
-        return Response(body, media_type="text/html; charset=utf-8", headers=headers)
+        return Response(body, status_code=status, media_type="text/html; charset=utf-8", headers=headers)
 
     def _base(self, request: Request) -> str:
         """The address that people copy."""
@@ -219,29 +230,40 @@ class Pages:
         asked = {key: request.query_params.get(key, "") for key in FINDER}
         shown = [one for one in choices if all(not value or value in one.value(key) for key, value in asked.items())]
         best = next((one for one in shown if one.file.yanked is None and one.file.kind == "bdist_wheel"), None)
-        status = views.status(catalogue, name)
+        state = views.status(catalogue, name)
         return self._answer(
             request,
             "project.html",
             name=name,
-            status=status,
+            state=state,
+            filtered=any(asked.values()),
             summary=next((row.summary for row in self._rows(name)), ""),
             finder=[(key, options(choices, key), asked[key]) for key in FINDER],
-            shown=[] if status.status == "quarantined" else shown,
+            shown=[] if state.status == "quarantined" else shown,
             total=len(choices),
-            best=best if status.status != "quarantined" else None,
-            view=self._view_of(best),
+            best=best if state.status != "quarantined" else None,
+            view=self._view_of(best.file) if best else "",
             file_path=file_path,
         )
 
-    def _view_of(self, best: Choice | None) -> str:
+    def _view_of(self, file: Listed) -> str:
         """Path of the narrowest view that shows the wheel."""
-        if best is None:
-            return ""
-        row = self.service.catalogue.row("SELECT channel FROM file WHERE filename = ?", (best.file.filename,))
+        row = self.service.catalogue.row("SELECT channel FROM file WHERE filename = ?", (file.filename,))
         if row and row["channel"] == "nightly":
             return "nightly/"
-        return f"{view_of_cuda(best.file.facts.cuda)}/" if best.file.facts.cuda else ""
+        return f"{view_of_cuda(file.facts.cuda)}/" if file.facts.cuda else ""
+
+    def _tail(self, record: Summary) -> str:
+        """The last lines of a failed build's log."""
+        if record.outcome != "failed" or record.log is None:
+            return ""
+        try:
+            with self.service.store.path(record.log).open("rb") as stream:
+                stream.seek(max(0, stream.seek(0, os.SEEK_END) - (1 << 14)))
+                lines = stream.read().decode("utf-8", "replace").splitlines()
+        except OSError:
+            return ""
+        return "\n".join(lines[-TAIL:])
 
     def wheel(self, request: Request) -> Response:
         """One file: what it is, what the gates said, where it came from."""
@@ -269,6 +291,7 @@ class Pages:
                 )
             ],
             path=file_path(item),
+            view=self._view_of(item),
         )
 
     def _document(self, record: Summary | None) -> Document:
@@ -304,7 +327,12 @@ class Pages:
             "SELECT filename FROM file WHERE build = ? AND hidden = 0 AND deleted IS NULL", (record.id,)
         )
         return self._answer(
-            request, "build.html", record=record, document=self._document(record), wheels=[one["filename"] for one in names]
+            request,
+            "build.html",
+            record=record,
+            document=self._document(record),
+            wheels=[one["filename"] for one in names],
+            tail=self._tail(record),
         )
 
     def sets(self, request: Request) -> Response:

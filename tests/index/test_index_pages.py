@@ -76,6 +76,8 @@ def site(shared: Server) -> Server:
         "stages": [{"name": "compile", "wall_s": 5400}],
     }
     assert shared.client.put("/records/failed-1", json=failed, auth=auth).status_code == 200
+    log = "".join(f"line {number} of the log\n" for number in range(100))
+    assert shared.client.put("/records/failed-1/log", content=log.encode(), auth=auth).status_code == 200
     run_index(shared.root, "stage", "create", "gh200")
     run_index(shared.root, "stage", "add", "gh200", FILENAME)
     run_index(shared.root, "stage", "publish", "gh200")
@@ -141,6 +143,17 @@ def test_the_finder_works_without_javascript_and_by_keyboard(site: Server, brows
     context.close()
 
 
+def test_what_is_not_here_is_told_as_a_page(site: Server, browser: Browser) -> None:
+    page = browser.new_page()
+    answer = page.goto(site.url + "/project/no-such/")
+    assert answer is not None
+    assert answer.status == 404
+    assert Axe().run(page).violations_count == 0
+    page.get_by_role("link", name="See all projects").click()
+    assert page.url == site.url + "/"
+    page.close()
+
+
 def test_the_first_key_skips_to_the_content(site: Server, browser: Browser) -> None:
     page = browser.new_page()
     page.goto(site.url + "/")
@@ -178,6 +191,10 @@ def test_what_the_pages_say(site: Server) -> None:
     board = site.client.get("/board/").text
     assert "error: &lt;evil&gt; is undefined" in board
     assert "<evil>" not in board
+    failed = site.client.get("/board/failed-1/").text
+    assert "see the log" in failed, "the remedy"
+    assert "line 99 of the log" in failed
+    assert "line 1 of the log" not in failed, "only its end"
     assert "24 min" in board
     assert "90 min" in board
     project = site.client.get("/project/causal-conv1d/").text
