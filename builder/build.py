@@ -32,12 +32,12 @@ from builder.plan import Plan
 from builder.record import Jobs, Publication, Record, SmokeResult, Stage
 from builder.sandbox import Mount, Sandbox
 from builder.stack import Stack
-from builder.tables import parse_size
 from builder.verdict import Verdict
 from gracefarm.console import Console
 from gracefarm.errors import GracefarmError, HostError, PublishError
 from gracefarm.files import atomic_write, full_disk, lock, remove_tree, sha256_file
 from gracefarm.settings import Settings
+from gracefarm.tables import parse_size
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,9 +14,9 @@ from packaging.utils import canonicalize_name
 from builder import environment, sandbox
 from builder.plan import Plan
 from builder.sandbox import Outcome, Sandbox
-from builder.tables import parse_size
 from gracefarm.errors import CompileError, DiskFullError, GracefarmError, MemoryBoundError, NetworkError
 from gracefarm.settings import Settings
+from gracefarm.tables import parse_size
 
 NINJA = re.compile(r"^\[(\d+)/(\d+)\] ")
 FIRST_ERROR = (

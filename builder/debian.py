@@ -13,9 +13,9 @@ from tempfile import TemporaryDirectory
 from urllib.parse import unquote
 
 from builder.stack import Arch
-from builder.tables import InsidePath, Sha256, Table
 from gracefarm.errors import FetchError, HostError, RootError
 from gracefarm.settings import Settings
+from gracefarm.tables import InsidePath, Sha256, Table
 
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 MIRROR_REMEDY = "name a Debian mirror that this machine reaches: GRACEFARM_DEBIAN_MIRROR=URL"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from builder.record import Jobs
-from builder.tables import parse_size
+from gracefarm.tables import parse_size
 
 
 def cores() -> int:

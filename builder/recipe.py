@@ -11,9 +11,9 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 from pydantic import AfterValidator, Field, model_validator
 
-from builder import tables
-from builder.tables import Commit, InsidePath, Sha256, Size, Table, one_digest
+from gracefarm import tables
 from gracefarm.errors import ConfigError
+from gracefarm.tables import Commit, InsidePath, Sha256, Size, Table, one_digest
 
 
 def _canonical_version(text: str) -> str:

@@ -18,16 +18,17 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from importlib.resources import files
 from pathlib import Path
 
-from builder import debian, sandbox, tables
+from builder import debian, sandbox
 from builder.debian import Deb
 from builder.fetch import Download, download
 from builder.sandbox import Mount, Sandbox
 from builder.stack import Arch, LoadedStack
-from builder.tables import Table
+from gracefarm import tables
 from gracefarm.console import Tick, no_tick
 from gracefarm.errors import ConfigError, FetchError, HostError, RootError
 from gracefarm.files import atomic_directory, lock
 from gracefarm.settings import Settings
+from gracefarm.tables import Table
 
 LAYOUT = 1
 "Raised when the same packages are laid out in another way; enters the digest, as the texts of our scripts do."

@@ -11,9 +11,9 @@ from typing import Annotated
 
 from pydantic import Field, StringConstraints, model_validator
 
-from builder import tables
-from builder.tables import InsidePath, Sha256, Table, one_digest
+from gracefarm import tables
 from gracefarm.errors import ConfigError, HostError
+from gracefarm.tables import InsidePath, Sha256, Table, one_digest
 
 
 class Arch(StrEnum):

@@ -13,10 +13,10 @@ from builder import debian, tables
 from builder.debian import Deb
 from builder.fetch import Download, download
 from builder.stack import Arch, LoadedStack
-from builder.tables import Table
 from gracefarm.console import Tick, no_tick
 from gracefarm.errors import ConfigError, HostError, RootError
 from gracefarm.settings import Settings
+from gracefarm.tables import Table
 
 LAYOUT = 1
 "Raised when the same packages are laid out in another way; enters the digest."

@@ -28,6 +28,11 @@ class ExitCode(IntEnum):
     PUBLISH = 40
     INSTALL = 41
     SEVERAL = 50
+    SSH = 60
+    NODE = 61
+    PREFLIGHT = 62
+    ENGINE = 63
+    LAYOUT = 64
     INTERRUPTED = 130
 
 
@@ -146,3 +151,33 @@ class SeveralError(GracefarmError):
     """More than one of the asked-for builds failed; each was reported on its own."""
 
     exit_code = ExitCode.SEVERAL
+
+
+class SshError(GracefarmError):
+    """A node cannot be entered: unreachable, a host key that is not the pinned one, a refused key."""
+
+    exit_code = ExitCode.SSH
+
+
+class NodeError(GracefarmError):
+    """A command on a node failed, did not end in time, or its outcome is unknown."""
+
+    exit_code = ExitCode.NODE
+
+
+class PreflightError(GracefarmError):
+    """The nodes, or a pair of them, are not fit for what is asked."""
+
+    exit_code = ExitCode.PREFLIGHT
+
+
+class EngineError(GracefarmError):
+    """Ray or the engine did not start, died, or does not answer."""
+
+    exit_code = ExitCode.ENGINE
+
+
+class LayoutError(GracefarmError):
+    """The model does not fit these nodes in the layout that is asked for."""
+
+    exit_code = ExitCode.LAYOUT

@@ -20,13 +20,13 @@ from builder import recipe as recipes
 from builder.cli.lock import lock as lock_command
 from builder.plan import Plan
 from builder.stack import Arch
-from builder.tables import parse_size
 from gracefarm import console as consoles
 from gracefarm import settings as settings_module
 from gracefarm.console import Console
 from gracefarm.errors import ConfigError, ExitCode, GracefarmError, SeveralError, UsageError
 from gracefarm.files import atomic_write, lock, remove_tree
 from gracefarm.settings import Settings
+from gracefarm.tables import parse_size
 
 if TYPE_CHECKING:
     from builder.audit import Policy

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from builder import source, tables
+from builder import source
 from builder.fetch import fetch, fetch_git
 from builder.fetch.git import repository_path
 from builder.recipe import GitSource, Recipe
+from gracefarm import tables
 from gracefarm.errors import ConfigError, DigestError, FetchError, HostError
 from gracefarm.settings import Settings
 from tests.integration import fetch_kit

@@ -14,11 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from builder import root, sandbox, stack, tables
+from builder import root, sandbox, stack
 from builder.debian import Deb
 from builder.sandbox import Mount, Sandbox
 from builder.stack import Arch, LoadedStack
 from gracefarm import settings as settings_module
+from gracefarm import tables
 from gracefarm.errors import DigestError, FetchError, RootError
 from gracefarm.files import remove_tree, sha256_file
 from gracefarm.settings import Settings

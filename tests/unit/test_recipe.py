@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from builder import recipe, schema, stack, tables
+from builder import recipe, schema, stack
+from gracefarm import tables
 from gracefarm.errors import ConfigError
 
 REPOSITORY = Path(__file__).parent.parent.parent

@@ -15,7 +15,7 @@ from gracefarm.errors import ConfigError
 
 
 class Table(BaseModel):
-    """A frozen table of a recipe or stack; unknown keys are an error."""
+    """A frozen table of a TOML file; unknown keys are an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -86,8 +86,8 @@ Size = Annotated[str, AfterValidator(_size)]
 T = TypeVar("T", bound=Table)
 
 
-def read(path: Path, schema: type[T]) -> T:
-    """The table in `path`.
+def read(path: Path, schema: type[T], *, docs: str = "docs/recipes.md") -> T:
+    """The table in `path`; `docs` is the page that describes its keys.
 
     Raises:
         ConfigError: the file is absent, not TOML, or does not fit the schema; the sentence starts with `file:line:`.
@@ -108,7 +108,7 @@ def read(path: Path, schema: type[T]) -> T:
         location = tuple(part for part in details["loc"] if not _is_union_tag(part, values, details["loc"]))
         line = find_line(text, location)
         raise ConfigError(
-            f"{path}:{line}: {_sentence(details, location)}", remedy=_remedy(schema, details, location)
+            f"{path}:{line}: {_sentence(details, location)}", remedy=_remedy(schema, details, location, docs)
         ) from error
 
 
@@ -126,9 +126,9 @@ def _sentence(details: ErrorDetails, location: tuple[int | str, ...]) -> str:
     return f"key {key!r}: {details['msg']}"
 
 
-def _remedy(schema: type[Table], details: ErrorDetails, location: tuple[int | str, ...]) -> str:
+def _remedy(schema: type[Table], details: ErrorDetails, location: tuple[int | str, ...], docs: str) -> str:
     if details["type"] != "extra_forbidden":
-        return "docs/recipes.md describes every key"
+        return f"{docs} describes every key"
     known = _known_keys(schema, location[:-1])
     near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
     return f"did you mean {near[0]!r}?" if near else f"known keys here: {', '.join(known)}"
