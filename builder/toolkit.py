@@ -9,10 +9,11 @@ import subprocess
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from builder import debian, tables
+from builder import debian
 from builder.debian import Deb
 from builder.fetch import Download, download
 from builder.stack import Arch, LoadedStack
+from gracefarm import tables
 from gracefarm.console import Tick, no_tick
 from gracefarm.errors import ConfigError, HostError, RootError
 from gracefarm.settings import Settings

@@ -49,7 +49,7 @@ def test_trap_6_cuda_12_4_cannot_compile_against_glibc_2_41(farm: Farm, tmp_path
     ground = build.lay_ground(made, farm.settings, Console())
     new = tmp_path / "trixie"
     headers_of_trixie(farm, new)
-    (tmp_path / "work").mkdir()
+    (tmp_path / "work/tmp").mkdir(parents=True)
     (tmp_path / "work/unit.cu").write_text("#include <cmath>\n__global__ void k(float *x) { *x = sinf(*x); }\n")
     box = build.build_sandbox(made, ground, farm.settings, tmp_path / "work", count=1, epoch=1, memory=4 << 30)
     log = tmp_path / "log.txt"

@@ -1,0 +1,175 @@
+"""What the pinned recipes say as data: gaps, seeds, checked substitutions, requirements of our own, the gates of the stack."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from builder import archive, environment, gaps, recipe, source, stack, toolkit
+from builder import plan as planning
+from builder.embed import require
+from builder.recipe import File, Recipe, Smoke, Substitution
+from builder.stack import Arch
+from gracefarm.errors import ConfigError, SourceError
+from tests.conftest import REPOSITORY
+
+DIGEST = "0" * 64
+METADATA = """\
+Metadata-Version: 2.1
+Name: engine
+Requires-Dist: torch==2.4.0
+Requires-Dist: triton>=2.2.1; platform_system == "Linux"
+Requires-Dist: aphrodite-flash-attn==2.6.1.post2; platform_machine == "x86_64"
+Requires-Dist: Triton==1; extra == "old"
+Provides-Extra: old
+
+Requires-Dist: triton, says the text.
+"""
+
+
+def test_requirements_of_our_own_replace_the_packages_and_leave_extras_and_text_alone() -> None:
+    said = require(METADATA, {"triton": "triton==3.2.0+git1", "aphrodite-flash-attn": "aphrodite-flash-attn==2.6.1.post2"})
+    head, _, body = said.partition("\n\n")
+    assert [line for line in head.splitlines() if line.startswith("Requires-Dist")] == [
+        "Requires-Dist: torch==2.4.0",
+        'Requires-Dist: Triton==1; extra == "old"',
+        "Requires-Dist: aphrodite-flash-attn==2.6.1.post2",
+        "Requires-Dist: triton==3.2.0+git1",
+    ]
+    assert body == "Requires-Dist: triton, says the text.\n"
+    assert require(METADATA, {}) == METADATA
+
+
+def test_a_requirement_is_added_where_the_package_has_none() -> None:
+    assert require("Name: a\n\ntext\n", {"b": "b==1"}) == "Name: a\nRequires-Dist: b==1\n\ntext\n"
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        {"url": "https://a/b"},
+        {"url": "https://a/b", "sha256": DIGEST, "sha256_unknown": "why"},
+        {"url": "https://a/b", "text": "c", "sha256": DIGEST},
+        {"text": "c", "sha256": DIGEST},
+        {"text": "c", "unpack": True},
+        {},
+    ],
+)
+def test_a_file_has_one_origin_and_a_download_one_digest(table: dict[str, object]) -> None:
+    with pytest.raises(ValidationError):
+        File.model_validate({"path": "a", **table})
+
+
+def test_the_reason_for_a_gap_does_not_enter_the_build_id() -> None:
+    ids = []
+    for reason in ("one", "another"):
+        loaded = recipe.load(REPOSITORY / "recipes", "triton")
+        files = tuple(
+            one.model_copy(update={"sha256_unknown": reason}) if one.sha256_unknown else one for one in loaded.data.files
+        )
+        changed = recipe.LoadedRecipe(
+            folder=loaded.folder, data=loaded.data.model_copy(update={"files": files}), patches=(), smoke_script=None
+        )
+        base = stack.load(REPOSITORY / "stacks", "cu124")
+        ids.append(planning.make(changed, base, Arch.AARCH64, Arch.AARCH64).build_id)
+    assert ids[0] == ids[1]
+
+
+def test_a_filled_gap_keeps_what_stands_around_it(tmp_path: Path) -> None:
+    place = tmp_path / "recipe.toml"
+    place.write_text('# head\nname = "a"\n\n[[files]]\nurl = "https://a/b" # far\nsha256_unknown = "no" # later\npath = "c"\n')
+    gap = gaps.Gap(file=place, table=("files",), number=0, what="c", url="https://a/b", reason="no")
+    gaps.write(gap, DIGEST)
+    wanted = f'# head\nname = "a"\n\n[[files]]\nurl = "https://a/b" # far\nsha256 = "{DIGEST}" # later\npath = "c"\n'
+    assert place.read_text() == wanted
+
+
+def substituted(tmp_path: Path, text: str, *wanted: Substitution) -> str:
+    (tmp_path / "setup.py").write_text(text)
+    table = {"kind": "sdist", "name": "a", "version": "1", "sha256": DIGEST}
+    data = Recipe.model_validate(
+        {
+            "name": "a",
+            "version": "1",
+            "license": "MIT",
+            "source": table,
+            "substitutions": wanted,
+            "smoke": Smoke(imports=("a",)),
+        }
+    )
+    source._substitute(data, tmp_path)
+    return (tmp_path / "setup.py").read_text()
+
+
+def test_a_substitution_that_does_not_find_its_text_as_often_as_it_says_is_an_error(tmp_path: Path) -> None:
+    one = Substitution(path="setup.py", find="b", replace="c")
+    assert substituted(tmp_path, "abd", one) == "acd"
+    for text in ("ad", "abbd"):
+        with pytest.raises(SourceError, match="times, not 1"):
+            substituted(tmp_path, text, one)
+    with pytest.raises(SourceError, match="no such file"):
+        substituted(tmp_path, "abd", Substitution(path="other.py", find="b", replace="c"))
+
+
+def test_a_substitution_does_not_follow_a_link_out_of_the_tree(tmp_path: Path) -> None:
+    (tmp_path / "outside").write_text("b")
+    (tmp_path / "tree").mkdir()
+    (tmp_path / "tree/link").symlink_to(tmp_path / "outside")
+    with pytest.raises(SourceError):
+        substituted(tmp_path / "tree", "", Substitution(path="link", find="b", replace="c"))
+    assert (tmp_path / "outside").read_text() == "b"
+
+
+def test_single_members_of_an_archive_go_to_places_of_their_own(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar.bz2", "w:bz2") as tar:
+        for name in ("bin/ptxas", "bin/other", "include/crt/a.h", "include-not/b.h"):
+            member = tarfile.TarInfo(name)
+            member.mode = 0o755
+            tar.addfile(member, io.BytesIO())
+    into = tmp_path / "into"
+    into.mkdir()
+    archive.extract_members(tmp_path / "a.tar.bz2", into, "tools", {"bin/ptxas": "p/bin/ptxas", "include": "c/include"})
+    assert sorted(str(one.relative_to(into)) for one in into.rglob("*") if one.is_file()) == [
+        "c/include/crt/a.h",
+        "p/bin/ptxas",
+    ]
+    assert (into / "p/bin/ptxas").stat().st_mode & 0o111
+    with pytest.raises(SourceError, match="has no 'lib'"):
+        archive.extract_members(tmp_path / "a.tar.bz2", into, "tools", {"lib": "lib"})
+
+
+def test_a_stack_with_a_gap_says_so_before_anything_is_fetched() -> None:
+    loaded = stack.load(REPOSITORY / "stacks", "cu124")
+    found = environment.wheels(loaded, Arch.AARCH64)
+    (torch,) = [one for one in found if one.name == "torch"]
+    if torch.sha256:
+        pytest.skip("the gap was filled in")
+    with pytest.raises(ConfigError, match="has no digest yet") as caught:
+        environment.require_digests(loaded, found)
+    assert caught.value.repeat == "builder lock cu124"
+
+
+def test_the_compiler_from_debian_is_pinned_for_both_hosts() -> None:
+    loaded = stack.load(REPOSITORY / "stacks", "cu124")
+    for host in Arch:
+        (one,) = toolkit.packages(loaded, host)
+        assert one.version.startswith("12.4.131")
+        assert one.arch == host.debian
+    assert toolkit.digest(loaded, Arch.X86_64) != toolkit.digest(loaded, Arch.AARCH64)
+    assert toolkit.digest(stack.load(REPOSITORY / "stacks", "cu130"), Arch.X86_64) is None
+
+
+def test_the_pinned_recipes_name_commits_and_digests_alone() -> None:
+    commits = {"triton": "755d4164", "flash_attn": "49b45ed4", "aphrodite": "8b8d2ce7"}
+    for name, commit in commits.items():
+        data = recipe.load(REPOSITORY / "recipes", name).data
+        assert data.source.kind == "git"
+        assert data.source.commit.startswith(commit)
+        assert all(one.sha256 or one.sha256_unknown or one.text for one in data.files)
+    assert data.wheel.requires["triton"] == f"triton=={recipe.load(REPOSITORY / 'recipes', 'triton').data.version}"
+    flash = recipe.load(REPOSITORY / "recipes", "flash_attn").data
+    assert data.wheel.requires["aphrodite-flash-attn"] == f"aphrodite-flash-attn=={flash.version}"
