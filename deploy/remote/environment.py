@@ -11,13 +11,13 @@ Downloads have an environment of their own: the same under ROOT/envs, active as 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import shutil
 import struct
 import subprocess
-import sys
 import tempfile
 import time
 import uuid
@@ -98,6 +98,23 @@ def _make(request: Json, partial: Path) -> Json:
         stream.flush()
         os.fsync(stream.fileno())
     return described
+
+
+def about(request: Json) -> Json:
+    """Machine, home, and the exact version of the Python that an environment would be built from."""
+    version = request["python"]
+    if request["source"] == "system":
+        found = shutil.which(f"python{'.'.join(version.split('.')[:2])}")
+        if found is not None:
+            code = "import platform; print(platform.python_version())"
+            version = subprocess.run([found, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    return {"machine": os.uname().machine, "home": str(Path.home()), "python": version}
+
+
+def digest(request: Json) -> Json:
+    """sha256 of a file on this node, None when it is not there."""
+    path = Path(request["path"])
+    return {"sha256": hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None}
 
 
 def interpreter(request: Json) -> str:
@@ -326,7 +343,7 @@ def listing(request: Json) -> Json:
 
 
 def collect(request: Json) -> Json:
-    """Remove environments that are neither active, nor among the last `keep` generations, nor in use (`used`, ids)."""
+    """Remove environments that are neither active, nor among the last `keep` generations, nor in use (`used`, ids), nor young."""
     root = Path(request["root"])
     removed, freed, kept_by_use = [], 0, []
     kept: set[str] = set()
@@ -337,6 +354,8 @@ def collect(request: Json) -> Json:
     for folder in sorted((root / "envs").glob("*")) if (root / "envs").is_dir() else []:
         identifier = folder.name.split(".")[1] if folder.name.startswith(".") else folder.name
         if not folder.name.startswith(".") and folder.name in kept:
+            continue
+        if time.time() - folder.stat().st_mtime < float(request["grace"]) and not folder.name.startswith("."):
             continue
         if folder.name in request["used"]:
             kept_by_use.append(folder.name)
@@ -385,8 +404,3 @@ def _remove(path: Path) -> None:
         path.unlink()
     elif path.is_dir():
         shutil.rmtree(path)
-
-
-def system_python() -> str:
-    """What runs this worker."""
-    return sys.executable

@@ -314,6 +314,14 @@ def rehash(request: Json) -> Json:
     return {"wrong": wrong}
 
 
+def read_manifest(request: Json) -> Json:
+    """The manifest that `finish` left."""
+    path = Path(request["final"] + ".manifest.json")
+    if not path.is_file():
+        raise WorkerError("fetch", f"{request['final']} is not complete", "`deploy weights` completes it")
+    return {"manifest": path.read_text()}
+
+
 def finish(request: Json) -> Json:
     """All is verified: write the manifest beside the files and take the staging folders away."""
     _write(Path(request["final"] + ".manifest.json"), request["manifest"])

@@ -1,0 +1,149 @@
+"""Ask every node, let every pair talk, judge: nothing is changed on a node but a nonce, which is removed again."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from deploy.steps.preflight_checks import Cell, Expected, Pairs, Survey, judge
+from deploy.worker import Json, Target, call, try_all
+from gracefarm.errors import GracefarmError, HostError
+
+ORDER = (
+    *("reach", "names", "share", "route", "ports", "clock", "python"),
+    *("cuda", "memory", "pages", "libstdc++", "shm", "limits", "gloo", "nccl"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spec:
+    """What is asked."""
+
+    share: str | None
+    root: str | None
+    "Where our folders are on the shared folder; its `env` is the active environment."
+    ports: Sequence[int]
+    "TCP ports that every node must have free and every other node must reach."
+    collective_port: int
+    ours: Sequence[str] = ()
+    rehearsal: bool = False
+    seconds: float = 15
+    "How long pairs wait for each other."
+
+
+async def run(targets: Sequence[Target], spec: Spec) -> list[Cell]:
+    """Every check on every node, in the order of ORDER and the inventory."""
+    name = secrets.token_hex(8)
+    nonces = {one.name: secrets.token_hex(16) for one in targets}
+
+    async def survey(node: Target) -> Survey:
+        request = {
+            "share": spec.share,
+            "run": name,
+            "me": node.name,
+            "nonce": nonces[node.name],
+            "environment": f"{spec.root}/env" if spec.root else None,
+        }
+        return Survey.model_validate(await call(node, "preflight.survey", request))
+
+    surveys, deaf = await try_all(targets, survey)
+    there = [one for one in targets if one.name in surveys]
+
+    async def pairs(node: Target) -> Pairs:
+        request = {
+            "me": node.name,
+            "address": node.address,
+            "ports": list(spec.ports),
+            "peers": [{"name": one.name, "address": one.address} for one in there if one is not node],
+            "share": spec.share,
+            "run": name,
+            "seconds": spec.seconds,
+        }
+        return Pairs.model_validate(await call(node, "preflight.pairs", request))
+
+    found, silent = await try_all(there, pairs)
+    cells = [_unreached(node, error) for node, error in {**deaf, **silent}.items()]
+    expected = Expected(
+        addresses={one.name: one.address for one in targets},
+        share=spec.share,
+        gpus={one.name: one.gpus for one in targets},
+        nonces={one.name: nonces[one.name] for one in there},
+        ours=spec.ours,
+        rehearsal=spec.rehearsal,
+    )
+    cells += judge(surveys, found, expected)
+    answering = [one for one in there if one.name in found]
+    cells += await collectives(answering, spec, {node: one for node, one in surveys.items() if node in found})
+    if spec.share and there:
+        await try_all(there[:1], lambda node: call(node, "preflight.clean", {"share": spec.share, "run": name}))
+    place = {one.name: index for index, one in enumerate(targets)}
+    return sorted(cells, key=lambda one: (ORDER.index(one.check), place[one.node]))
+
+
+def _unreached(node: str, error: GracefarmError) -> Cell:
+    return Cell(check="reach", node=node, status="bad", text=error.cause.removeprefix(f"{node}: "), remedy=error.remedy)
+
+
+async def collectives(targets: Sequence[Target], spec: Spec, surveys: dict[str, Survey]) -> list[Cell]:
+    """An all-reduce over all nodes at once, in the environment that will serve: gloo on the hosts, NCCL on the GPUs."""
+    cells = []
+    bare = [one.name for one in targets if surveys[one.name].environment is None]
+    gpus = [one for one in targets if surveys[one.name].cuda.gpus]
+    for backend in ("gloo", "nccl"):
+        reason = None
+        if bare:
+            reason = "no environment is active yet: `deploy env up` brings torch"
+        elif len(targets) < 2:
+            reason = "there is one node alone"
+        elif backend == "nccl" and len(gpus) < len(targets):
+            reason = "not every node has a usable GPU"
+        if reason:
+            cells += [Cell(check=backend, node=one.name, status="skipped", text=reason) for one in targets]
+        else:
+            cells += await _collective(targets, spec, backend)
+    return cells
+
+
+async def _collective(targets: Sequence[Target], spec: Spec, backend: str) -> list[Cell]:
+    async def rank(node: Target) -> Json:
+        request = {
+            "backend": backend,
+            "rank": [one.name for one in targets].index(node.name),
+            "world": len(targets),
+            "master": targets[0].address,
+            "port": spec.collective_port,
+            "address": node.address,
+            "device": 0 if backend == "nccl" else None,
+            "seconds": 60,
+        }
+        return await call(node, "preflight.collective", request, python=f"{spec.root}/env/bin/python")
+
+    good, bad = await try_all(targets, rank)
+    cells = [
+        Cell(
+            check=backend, node=node, status="ok", text=f"{one['all_reduce_s'] * 1e3:.0f} ms for 4 MiB over {one['interface']}"
+        )
+        for node, one in good.items()
+    ]
+    for node, error in bad.items():
+        without = "torch does not import" in error.cause
+        cells.append(
+            Cell(
+                check=backend,
+                node=node,
+                status="skipped" if without else "bad",
+                text=error.cause.removeprefix(f"{node}: "),
+                remedy="" if without else error.remedy or "the cause is mostly on another row: names, route or ports",
+            )
+        )
+    return cells
+
+
+def require(cells: Sequence[Cell]) -> None:
+    """Raises HostError with the first red cell, where there is one."""
+    bad = [one for one in cells if one.status == "bad"]
+    if bad:
+        first = bad[0]
+        more = f"; {len(bad) - 1} more cells are red" if len(bad) > 1 else ""
+        raise HostError(f"preflight: {first.node}: {first.check}: {first.text}{more}", remedy=first.remedy)

@@ -1,0 +1,239 @@
+"""Weights onto the shared folder: pinned, dealt over all nodes, each file verified by another node, resumed file by file."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import posixpath
+import secrets
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+from deploy import weights
+from deploy.weights import File, Manifest, Share
+from deploy.worker import Json, Target, call, try_all
+from gracefarm.console import Console, Tick
+from gracefarm.errors import DigestError, DiskFullError, GracefarmError, HostError
+
+ROUNDS = 4
+"Deals before we give up: a corrupted file or a lost node costs one more each."
+ROOM = 1 << 30
+"Bytes that stay free on the shared folder."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spec:
+    """What is wanted, and where."""
+
+    root: str
+    "Our folder on the shared file system."
+    repo: str
+    revision: str = "main"
+    "A commit pins it; a branch or tag is resolved to one, which is printed."
+    endpoint: str | None = None
+    "HF_ENDPOINT: a mirror of the Hub."
+    token: str | None = field(default=None, repr=False)
+    skip: Sequence[str] = weights.SKIP
+    workers: int = 8
+    "Files at a time on each node."
+    python: str | None = None
+    "Python that has huggingface_hub; default: the download environment's."
+
+    @property
+    def worker_python(self) -> str:
+        """What runs the parts that speak to the Hub."""
+        return self.python or f"{self.root}/download/bin/python"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What is there now."""
+
+    manifest: Manifest
+    folder: str
+    "Path on every node: what the engine is given."
+    fetched: int
+    "Bytes that this run brought."
+    rounds: int
+    busiest: int
+    "Bytes of the node with the most to fetch in the first deal."
+    bound: float
+    "The least that any deal could have given it."
+
+
+def folder(spec: Spec, commit: str) -> str:
+    """Where a commit's files are."""
+    return posixpath.join(spec.root, "weights", spec.repo.replace("/", "--"), commit)
+
+
+async def up(targets: Sequence[Target], spec: Spec, console: Console) -> Outcome:
+    """Bring every file of the pinned commit, or say in one sentence why not; what is verified stays for the next run.
+
+    Raises:
+        FetchError: the Hub refuses (gated, no such revision) or cannot be reached.
+        DigestError: a file came wrong in every round.
+        DiskFullError: the shared folder has no room for what is missing.
+        HostError: a node does not see the shared folder, or all nodes were lost.
+    """
+    async with tokens(targets, spec.token) as files:
+        pinned = await _manifest(targets[0], spec, files.get(targets[0].name))
+        place = folder(spec, pinned.commit)
+        console.step("weights", f"{spec.repo} at {pinned.commit[:12]}: {len(pinned.files)} files, {pinned.size / 1e9:.1f} GB")
+        with console.progress("weights") as tick:
+            run = _Run(spec=spec, manifest=pinned, place=place, tokens=files, console=console, tick=tick)
+            return await run.go(list(targets))
+
+
+@asynccontextmanager
+async def tokens(targets: Sequence[Target], token: str | None) -> AsyncIterator[dict[str, str]]:
+    """The token in a 0600 file on every node's own disk while the block runs: node to path. It travels on stdin alone."""
+    paths: dict[str, str] = {}
+    if not token:
+        yield paths
+        return
+
+    async def keep(node: Target) -> Json:
+        return await call(node, "weights.keep_token", {"secret": token, "name": f"hf-{node.name}-{secrets.token_hex(4)}"})
+
+    good, bad = await try_all(targets, keep)
+    paths.update({node: one["path"] for node, one in good.items()})
+    try:
+        if targets[0].name in bad:
+            raise bad[targets[0].name]
+        yield paths
+    finally:
+        left = [one for one in targets if one.name in paths]
+        await asyncio.shield(try_all(left, lambda node: call(node, "weights.drop_token", {"path": paths[node.name]})))
+
+
+async def _manifest(head: Target, spec: Spec, token_file: str | None) -> Manifest:
+    request = {"repo": spec.repo, "revision": spec.revision, "endpoint": spec.endpoint, "token_file": token_file}
+    found = await call(head, "weights.manifest", request, python=spec.worker_python)
+    return weights.manifest(found["repo"], found["commit"], found["files"], skip=spec.skip)
+
+
+@dataclass(kw_only=True)
+class _Run:
+    """The rounds of one command."""
+
+    spec: Spec
+    manifest: Manifest
+    place: str
+    tokens: Mapping[str, str]
+    console: Console
+    tick: Tick
+    fetched: int = 0
+    busiest: int = 0
+    bound: float = 0.0
+    bad: dict[str, GracefarmError] = field(default_factory=dict)
+    corrupt: list[str] = field(default_factory=list)
+    _done: int = 0
+
+    async def go(self, nodes: list[Target]) -> Outcome:
+        for number in range(1, ROUNDS + 1):
+            head = nodes[0]
+            state = await call(head, "weights.state", {"final": self.place, "staging": self._staging})
+            shares = weights.rounds(self.manifest, state["final"], state["ready"], [one.name for one in nodes])
+            if not any(one.fetch or one.verify for one in shares.values()):
+                return await self._finish(head, number - 1)
+            self._measure(shares, state)
+            lost = await self._round(nodes, shares)
+            nodes = [one for one in nodes if one.name not in lost]
+            if not nodes:
+                raise next(iter(self.bad.values()))
+        raise DigestError(
+            f"{', '.join(sorted(set(self.corrupt))[:3]) or 'some files'} came wrong in {ROUNDS} rounds",
+            remedy="what the Hub serves is not what it declares: try another HF_ENDPOINT, or a later commit",
+        )
+
+    @property
+    def _staging(self) -> str:
+        return f"{self.place}.staging"
+
+    def _measure(self, shares: Mapping[str, Share], state: Json) -> None:
+        """What the deal is worth, and whether it fits on the shared folder before anything is downloaded."""
+        sums = [sum(file.size for file in one.fetch) for one in shares.values()]
+        missing = [file for one in shares.values() for file in one.fetch]
+        if not self.busiest:
+            self.busiest, self.bound = max(sums), weights.lower_bound(missing, len(sums))
+        self._done = self.manifest.size - sum(sums)
+        if sum(sums) and state["free"] < sum(sums) + min(ROOM, sum(sums)):
+            raise DiskFullError(
+                f"{sum(sums) / 1e9:.1f} GB are missing, and the shared folder has {state['free'] / 1e9:.1f} GB free",
+                remedy="free space there: `deploy env gc`, other models below weights/",
+            )
+
+    async def _round(self, nodes: Sequence[Target], shares: Mapping[str, Share]) -> list[str]:
+        """One deal carried out. Returns the nodes that are lost for the next one; raises what no other node could mend."""
+        nonce = secrets.token_hex(16)
+        await call(nodes[0], "weights.prepare", {"final": self.place, "staging": self._staging, "nonce": nonce})
+        busy = [one for one in nodes if shares[one.name].fetch or shares[one.name].verify]
+        good, bad = await try_all(busy, lambda node: self._fetch(node, shares[node.name], nonce))
+        self.bad.update(bad)
+        for found in good.values():
+            self.corrupt += found["corrupt"]
+            if found["corrupt"]:
+                self.console.warn(f"came wrong, fetched again by another node: {', '.join(found['corrupt'])}")
+        for error in bad.values():
+            if not isinstance(error, HostError) or "shared folder" in error.cause:
+                raise error
+            self.console.warn(f"{error.cause}; its files go to the others")
+        return list(bad)
+
+    async def _fetch(self, node: Target, share: Share, nonce: str) -> Json:
+        request = {
+            "me": node.name,
+            "final": self.place,
+            "staging": self._staging,
+            "nonce": nonce,
+            "repo": self.spec.repo,
+            "commit": self.manifest.commit,
+            "endpoint": self.spec.endpoint,
+            "token_file": self.tokens.get(node.name),
+            "workers": self.spec.workers,
+            "files": [one.model_dump() for one in share.fetch],
+            "verify": [{**one.model_dump(), "node": stager} for stager, one in share.verify],
+        }
+        return await call(
+            node, "weights.fetch", request, python=self.spec.worker_python, on_event=lambda one: self._told(node.name, one)
+        )
+
+    def _told(self, node: str, event: Json) -> None:
+        if event["event"] == "staged":
+            self.fetched += event["size"]
+            self._done += event["size"]
+            self.tick(self._done, self.manifest.size, f"{node}: {event['path']}")
+        elif event["event"] == "corrupt":
+            self._done -= next((one.size for one in self.manifest.files if one.path == event["path"]), 0)
+        elif event["event"] == "wait":
+            self.console.step("wait", f"{node}: an earlier run is still at work there ({event['owner']}); waiting for it")
+
+    async def _finish(self, head: Target, rounds: int) -> Outcome:
+        text = self.manifest.model_dump_json(indent=1)
+        await call(head, "weights.finish", {"final": self.place, "staging": self._staging, "manifest": text})
+        return Outcome(
+            manifest=self.manifest,
+            folder=self.place,
+            fetched=self.fetched,
+            rounds=rounds,
+            busiest=self.busiest,
+            bound=self.bound,
+        )
+
+
+async def verify(targets: Sequence[Target], spec: Spec, commit: str, *, remove: bool = False) -> list[str]:
+    """Hash every finished file again, dealt over all nodes: the paths that are wrong or missing; `remove` takes them away."""
+    place = folder(spec, commit)
+    text = (await call(targets[0], "weights.read_manifest", {"final": place}))["manifest"]
+    pinned = Manifest.model_validate(json.loads(text))
+    shares: dict[str, list[File]] = weights.deal(pinned.files, [one.name for one in targets])
+
+    async def one(node: Target) -> Json:
+        files = [file.model_dump() for file in shares[node.name]]
+        return await call(node, "weights.rehash", {"final": place, "files": files, "remove": remove})
+
+    found, bad = await try_all(targets, one)
+    if bad:
+        raise next(iter(bad.values()))
+    return sorted(path for each in found.values() for path in each["wrong"])

@@ -1,0 +1,162 @@
+"""Calls into `deploy.remote` on a node: the package goes along as an archive on stdin, runs, and leaves nothing there."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import shlex
+import zipfile
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import Any, Protocol, TypeVar
+
+from gracefarm.errors import DigestError, DiskFullError, FetchError, GracefarmError, HostError, InstallError
+
+Json = dict[str, Any]
+OnEvent = Callable[[Json], None]
+T = TypeVar("T")
+
+_BOOT = (
+    "import sys,tempfile,runpy,atexit,os;r=sys.stdin.buffer;n=int(r.readline());"
+    "f=tempfile.NamedTemporaryFile(suffix='.pyz',prefix='gracefarm-',delete=False);atexit.register(os.unlink,f.name);"
+    "f.write(r.read(n));f.close();sys.path.insert(0,f.name);runpy.run_module('deploy.remote',run_name='__main__')"
+)
+"Length, archive, request: all on stdin, so that no argument list shows anything, and a home that is full does not matter."
+
+_CLASSES: Mapping[str, type[GracefarmError]] = {
+    "disk": DiskFullError,
+    "digest": DigestError,
+    "install": InstallError,
+    "fetch": FetchError,
+    "gated": FetchError,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Done:
+    """How a remote command ended."""
+
+    code: int
+    stderr: str
+
+
+class Shell(Protocol):
+    """A way to run commands on one node. Implementations hold the connection; they raise HostError when there is none."""
+
+    async def stream(self, command: str, *, stdin: bytes, on_line: Callable[[str], None]) -> Done:
+        """Run `command` with `stdin`, hand each line of its stdout to `on_line`."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """A node as the steps see it."""
+
+    name: str
+    address: str
+    "Private address: what the other nodes use."
+    gpus: int
+    shell: Shell
+
+
+@cache
+def archive() -> bytes:
+    """deploy.remote as a zip, the same bytes every time."""
+    target = io.BytesIO()
+    with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as zipped:
+        zipped.writestr(zipfile.ZipInfo("deploy/__init__.py"), "")
+        for one in sorted(resources.files("deploy.remote").iterdir(), key=lambda one: one.name):
+            if one.name.endswith(".py"):
+                zipped.writestr(zipfile.ZipInfo(f"deploy/remote/{one.name}"), one.read_bytes())
+    return target.getvalue()
+
+
+async def call(
+    node: Target,
+    function: str,
+    arguments: Json,
+    *,
+    python: str = "python3",
+    on_event: OnEvent = lambda _event: None,
+) -> Json:
+    """`module.function` of deploy.remote on `node`, run by its `python`; events come as they are said.
+
+    Raises:
+        GracefarmError: what the worker refused, named by its class; HostError when it ended without an answer.
+    """
+    answer: Json = {}
+
+    def line(text: str) -> None:
+        try:
+            said = json.loads(text)
+        except ValueError:
+            return  # a library that prints
+        if not isinstance(said, dict):
+            return
+        if "event" in said:
+            on_event(said)
+        else:
+            answer.update(said)
+
+    packed = archive()
+    request = json.dumps({"call": function, "arguments": arguments}).encode()
+    done = await node.shell.stream(
+        f"{shlex.quote(python)} -c {shlex.quote(_BOOT)}", stdin=b"%d\n" % len(packed) + packed + request, on_line=line
+    )
+    if "result" in answer:
+        return dict(answer["result"])
+    if "failed" in answer:
+        raise refusal(node.name, answer["failed"])
+    last = (done.stderr.strip().splitlines() or [f"exit code {done.code}"])[-1]
+    if done.code == 127 or "not found" in last:
+        raise HostError(f"{node.name}: {last}", remedy=f"install {python} on this node")
+    raise HostError(
+        f"{node.name}: {function} ended without an answer: {last}", remedy="repeat the command; it goes on from what is done"
+    )
+
+
+def refusal(node: str, failed: Mapping[str, str]) -> GracefarmError:
+    """A worker's words as an error of ours."""
+    return _CLASSES.get(failed["kind"], HostError)(f"{node}: {failed['cause']}", remedy=failed["remedy"])
+
+
+async def on_all(nodes: Sequence[Target], work: Callable[[Target], Awaitable[T]]) -> dict[str, T]:
+    """`work` on every node at once.
+
+    Raises:
+        GracefarmError: after all have ended; one sentence that names every node that failed and why.
+    """
+    good, bad = await try_all(nodes, work)
+    if bad:
+        raise joined(bad, len(nodes))
+    return good
+
+
+async def try_all(
+    nodes: Sequence[Target], work: Callable[[Target], Awaitable[T]]
+) -> tuple[dict[str, T], dict[str, GracefarmError]]:
+    """Like `on_all`, with the failures beside the results. A defect of ours is raised."""
+    outcomes = await asyncio.gather(*(work(one) for one in nodes), return_exceptions=True)
+    good: dict[str, T] = {}
+    bad: dict[str, GracefarmError] = {}
+    for node, outcome in zip(nodes, outcomes, strict=True):
+        if isinstance(outcome, GracefarmError):
+            bad[node.name] = outcome
+        elif isinstance(outcome, BaseException):
+            raise outcome
+        else:
+            good[node.name] = outcome
+    return good, bad
+
+
+def joined(bad: Mapping[str, GracefarmError], of: int) -> GracefarmError:
+    """Several nodes' failures as one error, of the first one's class."""
+    first = next(iter(bad.values()))
+    if len(bad) == 1:
+        return first
+    return type(first)(
+        f"{len(bad)} of {of} nodes failed: " + "; ".join(one.cause for one in bad.values()), remedy=first.remedy
+    )
