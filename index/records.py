@@ -6,10 +6,9 @@ import hashlib
 import json
 import re
 import sqlite3
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from gracefarm.errors import UsageError
 from index import facts
 from index.catalogue import Catalogue, Change
 from index.errors import RefusedError
@@ -184,32 +183,19 @@ def _name(document: Mapping[str, object], key: str) -> str:
 
 
 def _seconds(document: Mapping[str, object]) -> float | None:
-    for key in ("seconds", "duration", "wall_seconds"):
-        value = document.get(key)
-        if isinstance(value, int | float):
-            return float(value)
-    stages = document.get("stages")
-    if isinstance(stages, list):
-        walls = [stage.get("wall_s") for stage in stages if isinstance(stage, Mapping)]
-        numbers = [value for value in walls if isinstance(value, int | float)]
-        return float(sum(numbers)) if numbers else None
-    timings = document.get("timings")
-    if isinstance(timings, Mapping):
-        numbers = [value for value in timings.values() if isinstance(value, int | float)]
-        return float(sum(numbers)) if numbers else None
+    """How long the build took: as it says, or its steps together."""
+    stages, timings = document.get("stages"), document.get("timings")
+    whole = [document.get(key) for key in ("seconds", "duration", "wall_seconds")]
+    steps = [stage.get("wall_s") for stage in stages if isinstance(stage, Mapping)] if isinstance(stages, list) else []
+    named = list(timings.values()) if isinstance(timings, Mapping) else []
+    for numbers in (_numbers(whole)[:1], _numbers(steps), _numbers(named)):
+        if numbers:
+            return sum(numbers)
     return None
 
 
-def find(catalogue: Catalogue, identifier: str) -> Summary:
-    """One record.
-
-    Raises:
-        UsageError: there is none of that id.
-    """
-    row = catalogue.row("SELECT * FROM record WHERE id = ?", (identifier,))
-    if row is None:
-        raise UsageError(f"there is no record {identifier!r}", remedy="see /board/ for the builds that are known")
-    return summary(row)
+def _numbers(values: Iterable[object]) -> list[float]:
+    return [float(value) for value in values if isinstance(value, int | float)]
 
 
 def all_records(catalogue: Catalogue) -> list[Summary]:
@@ -220,15 +206,9 @@ def all_records(catalogue: Catalogue) -> list[Summary]:
 
 def summary(row: sqlite3.Row) -> Summary:
     """A row of the table `record`."""
+    same = ("id", "recipe", "version", "stack", "target", "outcome", "seconds", "cause")
     return Summary(
-        id=row["id"],
-        recipe=row["recipe"],
-        version=row["version"],
-        stack=row["stack"],
-        target=row["target"],
-        outcome=row["outcome"],
-        seconds=row["seconds"],
-        cause=row["cause"],
+        **{key: row[key] for key in same},
         finished=row["finished"] or row["updated"],
         document=row["document_sha256"],
         log=row["log_sha256"],

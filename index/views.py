@@ -12,7 +12,7 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from index import facts
 from index.catalogue import Catalogue
@@ -66,26 +66,20 @@ class Status:
 ALL = View(kind="all")
 NIGHTLY = View(kind="nightly", prefix=("nightly",))
 
-_SHOWN_PROJECTS = """
-SELECT DISTINCT project FROM file WHERE deleted IS NULL AND lost = 0 AND CASE :kind
+_SHOWN = """deleted IS NULL AND lost = 0 AND CASE :kind
     WHEN 'all' THEN hidden = 0 AND channel = 'release'
     WHEN 'cuda' THEN hidden = 0 AND channel = 'release' AND cuda = :argument
     WHEN 'nightly' THEN hidden = 0 AND channel = 'nightly'
     WHEN 'set' THEN id IN (SELECT file_id FROM member WHERE set_name = :argument)
-END
+END"""
+
+_SHOWN_PROJECTS = f"""
+SELECT DISTINCT project FROM file WHERE {_SHOWN}
 UNION SELECT project FROM mirrored WHERE :kind = 'set' AND set_name = :argument
 ORDER BY project
-"""
+"""  # noqa: S608 - constants
 
-_SHOWN_FILES = """
-SELECT * FROM file WHERE project = :project AND deleted IS NULL AND lost = 0 AND CASE :kind
-    WHEN 'all' THEN hidden = 0 AND channel = 'release'
-    WHEN 'cuda' THEN hidden = 0 AND channel = 'release' AND cuda = :argument
-    WHEN 'nightly' THEN hidden = 0 AND channel = 'nightly'
-    WHEN 'set' THEN id IN (SELECT file_id FROM member WHERE set_name = :argument)
-END
-ORDER BY uploaded, filename
-"""
+_SHOWN_FILES = f"SELECT * FROM file WHERE project = :project AND {_SHOWN} ORDER BY uploaded, filename"  # noqa: S608 - constants
 
 
 def find(catalogue: Catalogue, prefix: Sequence[str]) -> View | None:
@@ -143,38 +137,14 @@ def files(catalogue: Catalogue, view: View, project: str) -> list[Listed]:
 
 def listed(row: sqlite3.Row) -> Listed:
     """A row of the table `file`."""
-    return Listed(
-        filename=row["filename"],
-        project=row["project"],
-        version=row["version"],
-        kind=row["kind"],
-        sha256=row["sha256"],
-        size=row["size"],
-        metadata_sha256=row["metadata_sha256"],
-        requires_python=row["requires_python"],
-        uploaded=row["uploaded"],
-        yanked=row["yanked"],
-        facts=facts.from_json(row["facts"]),
-        build=row["build"],
-        url=None,
-        own=True,
-    )
+    known = facts.from_json(row["facts"])
+    return _listed(row, yanked=row["yanked"], facts=known, build=row["build"], url=None, own=True)
 
 
 def _mirrored(row: sqlite3.Row) -> Listed:
-    return Listed(
-        filename=row["filename"],
-        project=row["project"],
-        version=row["version"],
-        kind=row["kind"],
-        sha256=row["sha256"],
-        size=row["size"],
-        metadata_sha256=row["metadata_sha256"],
-        requires_python=row["requires_python"],
-        uploaded=row["uploaded"],
-        yanked=None,
-        facts=Facts(),
-        build=None,
-        url=row["url"],
-        own=False,
-    )
+    return _listed(row, yanked=None, facts=Facts(), build=None, url=row["url"], own=False)
+
+
+def _listed(row: sqlite3.Row, **more: Any) -> Listed:
+    same = ("filename", "project", "version", "kind", "sha256", "size", "metadata_sha256", "requires_python", "uploaded")
+    return Listed(**{key: row[key] for key in same}, **more)

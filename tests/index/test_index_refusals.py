@@ -348,6 +348,24 @@ def test_a_stalled_upload_stops_nobody_and_ends(tmp_path_factory: pytest.TempPat
         _eventually_empty(server)
 
 
+def test_clients_that_stop_reading_or_never_ask_stop_nobody(shared: Server) -> None:
+    name, content = wheel("slow_pkg", files={"slow_pkg/data": bytes(8 << 20)}, compress=zipfile.ZIP_STORED)
+    assert shared.upload(name, content).status_code == 200
+    request = f"GET /packages/{name} HTTP/1.1\r\nHost: x\r\n\r\n".encode()
+    held = [socket.create_connection(("127.0.0.1", shared.port)) for _ in range(120)]
+    try:
+        for number, connection in enumerate(held):
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            if number % 3:
+                connection.sendall(request if number % 3 == 1 else request[:20])  # never read, or half a request
+        assert shared.filenames("slow-pkg") == [name]
+        assert shared.upload(*wheel("quick_pkg")).status_code == 200
+        assert shared.client.get(f"/packages/{name}").content == content
+    finally:
+        for connection in held:
+            connection.close()
+
+
 def test_open_uploads_of_one_client_are_bounded(tmp_path_factory: pytest.TempPathFactory) -> None:
     with serving(tmp_path_factory.mktemp("bound") / "root", "--allow-new", "--open-uploads-per-client", "2") as server:
         name, content = wheel("bound_pkg")
