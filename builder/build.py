@@ -101,6 +101,7 @@ class Run:
             wheel=record.WheelFile(filename=wheel.name, sha256=sha256_file(wheel), size=wheel.stat().st_size)
             if wheel
             else None,
+            source=next(map(record.product, sorted(wheel.parent.glob("*.tar.gz"))), None) if wheel else None,
             jobs=self.jobs,
             stages=tuple(self.stages),
             verdicts=self.verdicts,

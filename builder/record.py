@@ -86,6 +86,9 @@ class Record(Part):
     outcome: Literal["built", "failed"]
     failure: Failure | None = None
     wheel: WheelFile | None = None
+    source: WheelFile | None = Field(
+        default=None, description="The patched source, where the recipe publishes it beside the wheel"
+    )
     jobs: Jobs | None = None
     stages: tuple[Stage, ...] = ()
     verdicts: tuple[Verdict, ...] = ()

@@ -5,14 +5,18 @@ real pipeline; and the traps of their builds, each reproduced and shown closed.
 from __future__ import annotations
 
 import io
+import json
+import shutil
 import tarfile
 import zipfile
 from pathlib import Path
 
+import httpx
 import pytest
 
-from builder import recipe, root, stack
+from builder import demo, recipe, root, stack
 from builder.stack import Arch, host_arch
+from gracefarm.files import remove_tree
 from tests import projects
 from tests.conftest import REPOSITORY, Farm
 from tests.integration.fetch_kit import Repository, sha256
@@ -217,10 +221,8 @@ def test_trap_5_an_extension_whose_import_error_is_swallowed_is_imported_by_name
     }
     farm.recipe("engine", files, smoke={"imports": ["engine"]})
     assert farm.run("build", "engine", "--target", NATIVE).code == 0
-    farm.recipe("strict", files, name="engine", smoke={"imports": ["engine", "engine._C"]}, summary="by name")
-    done = farm.run(
-        "smoke", farm.run("build", "engine", "--target", NATIVE).out.strip(), "--stack", "bare", "--import", "engine._C"
-    )
+    wheel = farm.run("build", "engine", "--target", NATIVE).out.strip()
+    done = farm.run("smoke", wheel, "--stack", "bare", "--import", "engine._C")
     assert done.code == 31, done.said
     assert "broken" in done.said
 
@@ -443,3 +445,76 @@ def test_cuda_12_4_from_debians_packages_compiles_for_aarch64(farm: Farm) -> Non
     assert done.code == 0, done.said
     assert "cubins for exactly sm_90, and no PTX" in done.said
     assert "smoke not run: stack cu124-headers has headers alone" in done.said
+
+
+def own_wheel(folder: Path) -> bytes:
+    """A wheel on a simple index in a folder, as torch has one for each CUDA release; the Python index knows nothing of it."""
+    raw = io.BytesIO()
+    content = {
+        "own_thing/__init__.py": "answer = 42\n",
+        "own_thing-1.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: own-thing\nVersion: 1.0\n",
+        "own_thing-1.0.dist-info/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    with zipfile.ZipFile(raw, "w") as opened:
+        for name, text in content.items():
+            opened.writestr(name, text)
+        rows = "".join(f"{name},,\n" for name in [*content, "own_thing-1.0.dist-info/RECORD"])
+        opened.writestr("own_thing-1.0.dist-info/RECORD", rows)
+    page = folder / "own-thing"
+    page.mkdir(parents=True)
+    (page / "own_thing-1.0-py3-none-any.whl").write_bytes(raw.getvalue())
+    (page / "index.html").write_text('<a href="own_thing-1.0-py3-none-any.whl">own_thing-1.0-py3-none-any.whl</a>')
+    return raw.getvalue()
+
+
+def test_a_wheel_of_an_index_of_its_own_is_a_gap_then_locked_then_installed(farm: Farm, tmp_path: Path) -> None:
+    data = own_wheel(tmp_path / "index")
+    stacks = farm.settings.project / "stacks"
+    shutil.copytree(stacks / "bare", stacks / "own")
+    place = stacks / "own" / "stack.toml"
+    text = (
+        place.read_text()
+        .replace('name = "bare"', 'name = "own"', 1)
+        .replace('requirements = ["build"', 'requirements = ["own-thing==1.0", "build"', 1)
+    )
+    own = f'[[environment.wheels]]\nname = "own-thing"\nversion = "1.0"\narch = "{NATIVE}"\n'
+    own += 'index = "https://torch.example/whl/cu124"\nsha256_unknown = "not reached"\n\n'
+    place.write_text(text.replace("[toolchain]\n", f"{own}[toolchain]\n", 1))
+    farm.recipe(
+        "tiny", projects.backend("import own_thing\nassert own_thing.answer == 42\nreturn wheel(wheel_directory)"), stack="own"
+    )
+    refused = farm.run("build", "tiny", "--target", NATIVE)
+    assert refused.code == 3, refused.said
+    assert "GRACEFARM_MIRRORS='https://torch.example/=REPLACEMENT'" in refused.said
+    unreachable = farm.run("lock", "own")
+    assert unreachable.code == 10, unreachable.said
+    assert "GRACEFARM_MIRRORS='https://torch.example/=REPLACEMENT'" in unreachable.said
+    mirror = {"GRACEFARM_MIRRORS": f"https://torch.example/whl/cu124={(tmp_path / 'index').as_uri()}"}
+    locked = farm.run("lock", "own", **mirror)
+    assert locked.code == 0, locked.said
+    assert f'sha256 = "{sha256(data)}"' in place.read_text()
+    done = farm.run("build", "tiny", "--target", NATIVE, **mirror)
+    assert done.code == 0, done.said
+    (tmp_path / "index/own-thing/own_thing-1.0-py3-none-any.whl").write_bytes(data + b"changed")
+    remove_tree(farm.settings.home / "builds")
+    place.write_text(place.read_text().replace(sha256(data), sha256(data + b"another")))
+    changed = farm.run("build", "tiny", "--target", NATIVE, **mirror)
+    assert changed.code == 11, changed.said
+
+
+def test_a_source_archive_is_published_before_its_wheel(farm: Farm) -> None:
+    farm.recipe("tiny", projects.backend("return wheel(wheel_directory)"), wheel={"source_archive": True})
+    with demo.local_index(farm.settings) as (url, token):
+        credentials = {"TWINE_USERNAME": "__token__", "TWINE_PASSWORD": token}
+        done = farm.run("build", "tiny", "--target", NATIVE, "--publish", f"{url}/legacy/", **credentials)
+        assert done.code == 0, done.said
+        page = httpx.get(f"{url}/simple/tiny/", headers={"Accept": "application/vnd.pypi.simple.v1+json"}).json()
+        source = next(one for one in page["files"] if one["filename"].endswith(".tar.gz"))
+        address = httpx.URL(f"{url}/simple/tiny/").join(source["url"])
+        archived = httpx.get(address).content
+    assert sorted(one["filename"] for one in page["files"]) == ["tiny-1.0-py3-none-any.whl", "tiny-1.0.tar.gz"]
+    assert done.said.index("tiny-1.0.tar.gz to") < done.said.index("tiny-1.0-py3-none-any.whl to")
+    with tarfile.open(fileobj=io.BytesIO(archived)) as tar:
+        assert {"tiny-1.0/backend.py", "tiny-1.0/PKG-INFO"} <= set(tar.getnames())
+    shown = json.loads(farm.run("show", "tiny", "--json").out)
+    assert shown["source"]["sha256"] == sha256(archived)
