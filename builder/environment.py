@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import base64
+import contextlib
 import csv
 import errno
 import hashlib
@@ -635,6 +636,8 @@ def _link_tree(store: Path, site: Path) -> None:
         if names:
             into.mkdir(parents=True, exist_ok=True)
         for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                (into / name).unlink()  # numpy 1.26 has .pyc files of its own in its wheel
             os.link(os.path.join(parent, name), into / name)  # noqa: PTH118 tens of thousands of files
 
 

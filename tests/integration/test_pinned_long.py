@@ -66,3 +66,28 @@ def test_trap_6_cuda_12_4_cannot_compile_against_glibc_2_41(farm: Farm, tmp_path
     log.unlink()
     assert sandbox.run(newer, [*command, *places], log=log).returncode != 0
     assert "__Float32x4_t" in log.read_text() or "__SVFloat32_t" in log.read_text()
+
+
+@pytest.mark.timeout(1800)
+def test_the_run_time_environment_of_the_three_installs_by_hash_and_imports(farm: Farm) -> None:
+    """All of cu124's lock but torch, whose CPU wheel stands in: the engine's requirements fit together and load on aarch64."""
+    stacks = farm.settings.project / "stacks"
+    place = stacks / "cu124" / "stack.toml"
+    text = place.read_text()
+    start, end = text.index("[[environment.wheels]]"), text.index("[toolchain]")
+    place.write_text((text[:start] + text[end:]).replace('\ncuda = "12.4"\n\n[environment]', "\n\n[environment]"))
+    (line,) = [
+        one for one in (stacks / "cu124-headers/requirements.lock").read_text().splitlines() if one.startswith("torch==")
+    ]
+    with (stacks / "cu124/requirements.lock").open("a") as lock:
+        lock.write(f"{line}\n")
+    modules = ["torch", "transformers", "torchvision", "fastapi", "uvicorn", "tokenizers", "sentencepiece", "gguf", "ray"]
+    modules += ["lmformatenforcer", "mistral_common", "librosa", "msgspec", "numba", "openai", "pandas", "prometheus_client"]
+    farm.recipe(
+        "tiny",
+        projects.backend("return wheel(wheel_directory)"),
+        stack="cu124",
+        smoke={"imports": ["tiny", *modules]},
+    )
+    done = farm.run("build", "tiny")
+    assert done.code == 0, done.said
