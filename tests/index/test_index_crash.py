@@ -21,17 +21,20 @@ import pytest
 from index_kit import JSON, Server, await_url, make_token, run_json, serving, start, stop, wheel
 
 KILLS = int(os.environ.get("GRACEFARM_KILLS", "24"))
-UPLOADERS = 4
+UPLOADERS = 8
 "Uploads in flight at each kill."
 
 
 class Uploader(threading.Thread):
     """Uploads files of its own one after the other; knows which were confirmed. Repeats what was not."""
 
-    def __init__(self, number: int, token: str, seed: int) -> None:
+    def __init__(self, number: int, token: str, seed: int, sizes: tuple[int, ...] = (100, 20_000, 400_000, 3_000_000)) -> None:
         super().__init__()
+        self.sizes = sizes
         self.number, self.token = number, token
         self.random = random.Random(seed)
+        # A connection of its own for each upload: a kept one that a kill cut off would be taken for an upload under way.
+        self.client = httpx.Client(timeout=20, limits=httpx.Limits(max_keepalive_connections=0))
         self.confirmed: dict[str, str] = {}
         self.pending: tuple[str, bytes] | None = None
         self.count = 0
@@ -43,27 +46,27 @@ class Uploader(threading.Thread):
 
     def run(self) -> None:
         while not self.end.is_set():
-            if not self.go.wait(0.05):
-                continue
-            if self.pending is None:
+            if self.pending is None:  # made before the next round begins, so that the server is busy when it is killed
                 self.count += 1
-                data = self.random.randbytes(self.random.choice([100, 20_000, 400_000, 3_000_000]))
-                files = {"crash/data": data}
+                files = {"crash/data": os.urandom(self.random.choice(self.sizes))}
                 self.pending = wheel(f"crash{self.number}", f"1.{self.count}", files=files, compress=zipfile.ZIP_STORED)
-            self._send(*self.pending)
+            if self.go.wait(0.05):
+                self._send(*self.pending)
+        self.client.close()
 
     def _send(self, name: str, content: bytes) -> None:
         try:
-            answer = httpx.post(
+            answer = self.client.post(
                 self.url + "/legacy/",
                 data={":action": "file_upload", "sha256_digest": hashlib.sha256(content).hexdigest()},
                 files={"content": (name, content)},
                 auth=("__token__", self.token),
-                timeout=20,
             )
-        except httpx.HTTPError:
-            self.cut += 1
+        except httpx.ConnectError:
             time.sleep(0.02)
+            return
+        except httpx.HTTPError:
+            self.cut += 1  # it was under way: the server took the connection and never answered
             return
         if answer.status_code == 200:
             self.confirmed[name] = hashlib.sha256(content).hexdigest()
@@ -112,12 +115,15 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
         one.start()
     process, seen = start(root, "--allow-new"), set[str]()
     try:
-        for _ in range(-(-KILLS // UPLOADERS)):
+        kills = 0
+        while sum(one.cut for one in uploaders) < KILLS:
+            kills += 2
+            assert kills < KILLS + 100, "hardly any upload is under way at a kill: the test proves nothing"
             url = await_url(process)
             for one in uploaders:
                 one.url = url
                 one.go.set()
-            time.sleep(chance.uniform(0.01, 0.6))
+            time.sleep(chance.uniform(0.01, 0.2))
             kill(process)
             for one in uploaders:
                 one.go.clear()
@@ -144,9 +150,8 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
         for one in uploaders:
             one.join()
         stop(process)
-    assert sum(one.cut for one in uploaders) >= 1, "no upload was under way at any kill: the test has proven nothing"
     assert run_json(root, "fsck")["damaged"] == []
-    report("random moments", 2 * -(-KILLS // UPLOADERS), uploaders, seen)
+    report("random moments", kills, uploaders, seen)
 
 
 def report(what: str, kills: int, uploaders: list[Uploader], seen: set[str]) -> None:
@@ -161,11 +166,11 @@ def report(what: str, kills: int, uploaders: list[Uploader], seen: set[str]) -> 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A tmpfs of 40 MiB."""
+    """A tmpfs of 64 MiB."""
     folder = tmp_path / "small"
     folder.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", str(folder)], capture_output=True, check=False
+        ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)], capture_output=True, check=False
     )
     if mounted.returncode != 0:
         pytest.skip("mounting a tmpfs needs root")
@@ -236,30 +241,58 @@ def test_a_disk_that_fills_up_under_an_upload(small_disk: Path) -> None:
         assert server.upload(name, content).status_code == 200
 
 
+class Ballast(threading.Thread):
+    """Somebody else on the same disk, who fills it to the last byte under uploads that were let in, and gives it back."""
+
+    def __init__(self, path: Path, chance: random.Random) -> None:
+        super().__init__()
+        self.path, self.chance = path, chance
+        self.end = threading.Event()
+        self.times_full = 0
+
+    def run(self) -> None:
+        while not self.end.wait(self.chance.uniform(0.01, 0.1)):
+            try:
+                with self.path.open("ab", buffering=0) as stream:
+                    while True:
+                        stream.write(bytes(1 << 18))
+            except OSError:
+                self.times_full += 1
+            self.end.wait(self.chance.uniform(0.01, 0.2))
+            os.truncate(self.path, 0)
+
+
 @pytest.mark.root
 def test_killed_with_a_full_disk(small_disk: Path) -> None:
     root = small_disk / "root"
     root.mkdir()
     token = make_token(root)
-    uploaders = [Uploader(number, token, 100 + number) for number in range(UPLOADERS)]
+    uploaders = [Uploader(number, token, 100 + number, sizes=(100, 5_000, 60_000)) for number in range(UPLOADERS)]
     for one in uploaders:
         one.start()
     process, seen, chance = start(root, "--allow-new"), set[str](), random.Random(7)
+    times_full = kills = 0
     try:
-        (small_disk / "ballast").write_bytes(bytes(26 << 20))
-        rounds = 0
-        while rounds < max(3, KILLS // 8) or (rounds < 100 and not any(one.refusals for one in uploaders)):
-            rounds += 1
+        while sum(one.cut for one in uploaders) < KILLS // 4 or not any(one.refusals for one in uploaders):
+            kills += 2
+            assert kills < KILLS + 100, "hardly any upload is under way at a kill: the test proves nothing"
             url = await_url(process)
+            ballast = Ballast(small_disk / "ballast", chance)
+            ballast.start()
             for one in uploaders:
                 one.url = url
                 one.go.set()
-            time.sleep(chance.uniform(0.3, 1.0))
+            time.sleep(chance.uniform(0.02, 0.5))
             kill(process)
             for one in uploaders:
                 one.go.clear()
+            ballast.end.set()
+            ballast.join()
+            times_full += ballast.times_full
             process = start(root, "--allow-new")
-            check(root, await_url(process), {k: v for one in uploaders for k, v in one.confirmed.items()}, seen)
+            url = await_url(process)
+            confirmed = {k: v for one in uploaders for k, v in one.confirmed.items()}
+            check(root, url, confirmed, seen)
             kill(process)
             process = start(root, "--allow-new")
         await_url(process)
@@ -269,8 +302,11 @@ def test_killed_with_a_full_disk(small_disk: Path) -> None:
         for one in uploaders:
             one.join()
         stop(process)
-    assert any(one.refusals for one in uploaders), "the disk was never full: the test has proven nothing"
-    report("full disk", 2 * rounds, uploaders, seen)
+    assert times_full
+    assert any(one.confirmed for one in uploaders), "nothing was ever confirmed: the test has proven nothing"
+    assert run_json(root, "fsck")["damaged"] == []
+    report("full disk", kills, uploaders, seen)
+    print(f"the disk was filled {times_full} times")
 
 
 def test_a_killed_server_does_not_keep_the_next_from_starting(tmp_path: Path) -> None:
