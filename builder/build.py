@@ -69,6 +69,7 @@ class Run:
     folder: Path
     stages: list[Stage] = field(default_factory=list)
     jobs: Jobs | None = None
+    torch_cxx11_abi: bool | None = None
     verdicts: tuple[Verdict, ...] = ()
     smoke: SmokeResult | None = None
 
@@ -102,6 +103,7 @@ class Run:
             if wheel
             else None,
             source=next(map(record.product, sorted(wheel.parent.glob("*.tar.gz"))), None) if wheel else None,
+            torch_cxx11_abi=self.torch_cxx11_abi,
             jobs=self.jobs,
             stages=tuple(self.stages),
             verdicts=self.verdicts,
@@ -195,6 +197,7 @@ def _stages(run: Run) -> Path:
     epoch = source.source_date_epoch(data, fetched)
     with run.timed("root"):
         ground = lay_ground(run.plan, run.settings, run.console)
+    run.torch_cxx11_abi = environment.torch_abi(toolchain.site_packages(ground.environment, run.plan.stack.data.python))
     raw = _saved(run) or _compiled(run, fetched, ground, epoch)
     with run.timed("audit"):
         wheel = _audited(run, raw, ground, epoch)

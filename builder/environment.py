@@ -540,6 +540,18 @@ def _check_torch(stack: LoadedStack, site: Path) -> None:
         )
 
 
+def torch_abi(site: Path) -> bool | None:
+    """_GLIBCXX_USE_CXX11_ABI of the environment's torch, from its CMake files; None without torch.
+
+    The CPU wheel of 2.4.0 for aarch64 has the old one; what links with torch must have the same.
+    """
+    place = site / "torch" / "share" / "cmake" / "Torch" / "TorchConfig.cmake"
+    if not place.is_file():
+        return None
+    found = re.search(r"_GLIBCXX_USE_CXX11_ABI=([01])", place.read_text())
+    return found[1] == "1" if found else None
+
+
 def _lay_out(folder: Path, stack: LoadedStack, target: Arch) -> None:
     """What makes it a virtual environment; the keys of ours are for `fresh` and mean nothing to Python."""
     (folder / "bin").mkdir()

@@ -89,6 +89,7 @@ class Record(Part):
     source: WheelFile | None = Field(
         default=None, description="The patched source, where the recipe publishes it beside the wheel"
     )
+    torch_cxx11_abi: bool | None = Field(default=None, description="C++ ABI of the torch that was compiled against")
     jobs: Jobs | None = None
     stages: tuple[Stage, ...] = ()
     verdicts: tuple[Verdict, ...] = ()
