@@ -14,7 +14,7 @@ from gracefarm.errors import RootError
 from gracefarm.files import atomic_directory, lock
 from gracefarm.settings import Settings
 
-LAYOUT = 3
+LAYOUT = 4
 "Raised when CUDA_HOME is laid out in another way."
 
 CUDA = "/cuda"
@@ -67,9 +67,24 @@ def cuda_home(plan: Plan, environment: Path, root: Path, settings: Settings) -> 
                 _link_part(folder, part, inside / "nvidia" / part.name)
             (folder / "lib").symlink_to("lib64")
             (folder / "lib64" / "stubs").mkdir()
+            _static_runtime(folder / "lib64")
             _driver_stub(folder / "lib64" / "stubs", root, plan.stack.data.cuda)
             (folder / "nvvm").symlink_to(f"{NVCC}/nvidia/cu{plan.stack.data.cuda.split('.')[0]}/nvvm")
     return final
+
+
+def _static_runtime(libraries: Path) -> None:
+    """nvcc links programs with these two, and CMake tries that before anything else; the wheels of the 12 series lack them.
+
+    The static runtime then is the shared one, by a linker script, and the device runtime is empty: who really launches
+    kernels from kernels gets an undefined symbol.
+    """
+    static, device = libraries / "libcudart_static.a", libraries / "libcudadevrt.a"
+    shared = next(iter(sorted(libraries.glob("libcudart.so.*"))), None)
+    if shared is not None and not static.is_symlink():
+        static.write_text(f"INPUT({CUDA}/lib64/{shared.name})\n")
+    if not device.is_symlink():
+        device.write_bytes(b"!<arch>\n")
 
 
 def _driver_stub(folder: Path, root: Path, cuda: str) -> None:

@@ -27,8 +27,10 @@ TOP = $(_HERE_)/..
 CICC_PATH = $(TOP)/nvvm/bin
 NVVMIR_LIBRARY_DIR = $(TOP)/nvvm/libdevice
 PATH += $(TOP)/nvvm/bin:$(_HERE_):
+LIBRARIES =+ $(_SPACE_) -L/cuda/lib64/stubs
 """
-"Debian's own names places of an installed system; this one finds all beside nvcc. Headers are our wrapper's business."
+"""Debian's own names places of an installed system; this one finds all beside nvcc. Headers are our wrapper's business.
+LIBRARIES, the sandbox's own place, because CMake knows nvcc's link line by it."""
 _OWN = "usr/lib/nvidia-cuda-toolkit"
 _PLACES = {
     f"{_OWN}/bin/nvcc": "bin/nvcc",

@@ -523,3 +523,52 @@ def test_a_source_archive_is_published_before_its_wheel(farm: Farm) -> None:
         assert {"tiny-1.0/backend.py", "tiny-1.0/PKG-INFO"} <= set(tar.getnames())
     shown = json.loads(farm.run("show", "tiny", "--json").out)
     assert shown["source"]["sha256"] == sha256(archived)
+
+
+TORCH_CMAKE = """
+cmake_minimum_required(VERSION 3.26)
+project(engine LANGUAGES CXX)
+set(USE_CUDA ON)
+set(caffe2 /env/lib/python3.11/site-packages/torch/share/cmake/Caffe2)
+include(${caffe2}/public/utils.cmake)
+include(${caffe2}/public/cuda.cmake)
+enable_language(CUDA)
+find_package(CUDAToolkit REQUIRED)
+find_package(Python REQUIRED COMPONENTS Interpreter Development.Module Development.SABIModule)
+Python_add_library(_C MODULE USE_SABI 3.8 core.cu)
+target_link_libraries(_C PRIVATE CUDA::cudart CUDA::cublas CUDA::cuda_driver)
+set_target_properties(_C PROPERTIES PREFIX "" SUFFIX .abi3.so)
+"""
+CORE_CUDA = """
+#define Py_LIMITED_API 0x03080000
+#include <Python.h>
+#include <cuda.h>
+#include <cublas_v2.h>
+__global__ void kernel() {}
+static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", 0, -1, 0};
+PyMODINIT_FUNC PyInit__C(void) {
+    CUcontext context;
+    kernel<<<1, 1>>>();
+    if (cuCtxGetCurrent(&context) != CUDA_SUCCESS) cublasCreate_v2(nullptr);
+    return PyModule_Create(&module);
+}
+"""
+
+
+def test_torchs_own_cmake_files_find_cuda_12_4_for_the_target(farm: Farm) -> None:
+    """What aphrodite's CMake does first: torch's cuda.cmake (FindCUDA), CUDA as a language, abi3, the driver to link with."""
+    lines = (
+        "for command in (['cmake', '-S', '.', '-B', 'b'], ['cmake', '--build', 'b']):",
+        "    subprocess.run(command, check=True)",
+        "content = open('b/_C.abi3.so', 'rb').read()",
+        "return wheel(wheel_directory, tag='cp38-abi3-linux_aarch64', files={'tiny/_C.abi3.so': content})",
+    )
+    body = "\n".join(lines)
+    files = projects.backend(body) | {"CMakeLists.txt": TORCH_CMAKE, "core.cu": CORE_CUDA}
+    farm.recipe("tiny", files, stack="cu124-headers", build={"cuda": True, "memory_per_job": "1GiB"})
+    done = farm.run("build", "tiny")
+    assert done.code == 0, done.said + farm.run("log", "tiny").out
+    assert "cubins for exactly sm_90, and no PTX" in done.said
+    with zipfile.ZipFile(done.out.strip()) as opened:
+        library = opened.read("tiny/_C.abi3.so")
+    assert all(name in library for name in (b"libcudart.so.12", b"libcublas.so.12", b"libcuda.so.1"))

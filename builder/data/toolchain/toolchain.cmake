@@ -10,6 +10,8 @@ if(DEFINED ENV{CUDA_HOME})
     set(CMAKE_CUDA_COMPILER $ENV{CUDA_HOME}/bin/nvcc)
     set(CMAKE_CUDA_HOST_COMPILER $ENV{CXX})
     set(CUDAToolkit_ROOT $ENV{CUDA_HOME})
+    # FindCUDA, which torch still carries, looks for it nowhere while it cross-compiles.
+    set(CUDA_TOOLKIT_ROOT_DIR $ENV{CUDA_HOME} CACHE PATH "the target's toolkit")
     string(REPLACE " " "-real;" GRACEFARM_ARCHITECTURES "$ENV{GRACEFARM_SM}")
     set(CMAKE_CUDA_ARCHITECTURES ${GRACEFARM_ARCHITECTURES}-real)
 endif()
