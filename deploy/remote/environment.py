@@ -342,8 +342,8 @@ def listing(request: Json) -> Json:
     return {"environments": rows, "partial": sorted(one.name for one in (root / "envs").glob(".*"))}
 
 
-def collect(request: Json) -> Json:
-    """Remove environments that are neither active, nor among the last `keep` generations, nor in use (`used`, ids), nor young."""
+def collect(request: Json) -> Json:  # noqa: C901 - one rule a line
+    """Remove what is not active, not among the last `keep` generations, not in use (`used`, ids) and older than `grace` seconds."""
     root = Path(request["root"])
     removed, freed, kept_by_use = [], 0, []
     kept: set[str] = set()

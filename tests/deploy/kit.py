@@ -115,5 +115,5 @@ async def nodes(
 class _Open(asyncssh.SSHServer):
     """Lets everybody in: these tests are about what comes after."""
 
-    def begin_auth(self, username: str) -> bool:
+    def begin_auth(self, _username: str) -> bool:
         return False

@@ -164,7 +164,7 @@ def test_killed_in_the_middle_the_same_command_fetches_only_the_rest(homes: Path
     async def cut(served: hub.Hub) -> None:
         async with kit.nodes(homes, 2) as targets:
             running = asyncio.ensure_future(step.up(targets, spec(homes, served, hub_python, workers=1), Console()))
-            while sum(map(len, served.served.values())) < 4:
+            while sum(map(len, served.served.values())) < 4:  # noqa: ASYNC110 - another thread serves
                 await asyncio.sleep(0.05)
             for pid in workers_below(homes):
                 os.kill(pid, signal.SIGKILL)
@@ -202,20 +202,22 @@ def test_gated_repositories_are_explained(homes: Path, hub_python: str) -> None:
             bring(homes, served, hub_python, count=1, token=TOKEN)
 
 
-def test_the_token_is_in_no_argument_and_no_file_but_one_of_0600(homes: Path, hub_python: str) -> None:
+def test_the_token_is_in_no_argument_and_no_file_but_one_of_0600(  # noqa: C901
+    homes: Path, hub_python: str
+) -> None:
     seen: dict[str, list[str]] = {"arguments": [], "files": []}
 
     async def go(served: hub.Hub) -> None:
         async with kit.nodes(homes, 2) as targets:
             running = asyncio.ensure_future(step.up(targets, spec(homes, served, hub_python, token=TOKEN), Console()))
             while not running.done():
-                for one in Path("/proc").glob("[0-9]*/cmdline"):
+                for one in Path("/proc").glob("[0-9]*/cmdline"):  # noqa: ASYNC240
                     try:
                         if TOKEN.encode() in one.read_bytes():
                             seen["arguments"].append(str(one))
                     except OSError:
                         continue
-                for path in Path("/dev/shm").glob(f"gracefarm-{os.getuid()}-hf-k*"):
+                for path in Path("/dev/shm").glob(f"gracefarm-{os.getuid()}-hf-k*"):  # noqa: ASYNC240
                     try:
                         if path.read_text() == TOKEN:
                             seen["files"].append(stat.filemode(path.stat().st_mode))
