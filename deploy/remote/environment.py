@@ -343,7 +343,7 @@ def listing(request: Json) -> Json:
 
 
 def collect(request: Json) -> Json:  # noqa: C901 - one rule a line
-    """Remove what is not active, not among the last `keep` generations, not in use (`used`, ids) and old enough (`grace`, s)."""
+    """Remove what is not active, not among the last `keep` generations, not in use (`used`, ids) and old (`grace`, s)."""
     root = Path(request["root"])
     removed, freed, kept_by_use = [], 0, []
     kept: set[str] = set()
