@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import threading
@@ -61,7 +60,7 @@ from pathlib import Path; import os
 from deploy.remote.sharedlock import SharedLock
 with SharedLock(Path({str(tmp_path)!r})): os.kill(os.getpid(), 9)
 """
-    subprocess.run([sys.executable, "-c", code], check=False, cwd=os.getcwd())
+    subprocess.run([sys.executable, "-c", code], check=False, cwd=Path.cwd())
     with SharedLock(tmp_path, give_up=5) as held:
         assert held.number == 2
         assert held.still_mine()
