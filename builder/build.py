@@ -133,9 +133,15 @@ def build(plan: Plan, options: Options, settings: Settings, console: Console) ->
         if found is not None:
             console.step("done", f"{data.name} {data.version} exists already with this id; nothing to build")
         else:
-            found = _attempt(Run(plan=plan, options=options, settings=settings, console=console, folder=folder))
+            try:
+                found = _attempt(Run(plan=plan, options=options, settings=settings, console=console, folder=folder))
+            except GracefarmError:
+                if options.publish and record.path(settings, plan.build_id).is_file():
+                    tell_index(plan.build_id, options.publish, settings, console)
+                raise
         if options.publish:
             found = publish_record(found, options.publish, settings, console)
+            tell_index(found.build_id, options.publish, settings, console)
     return found
 
 
@@ -168,6 +174,13 @@ def publish_record(found: Record, url: str, settings: Settings, console: Console
     updated = found.model_copy(update={"published": (*found.published, publication)})
     record.write(updated, settings)
     return updated
+
+
+def tell_index(build_id: str, url: str, settings: Settings, console: Console) -> None:
+    """Record and log to an index that keeps them: the only way in which it learns of a build that left no wheel."""
+    folder = record.folder(settings, build_id)
+    refused = publish.send_record(record.path(settings, build_id), folder / "log.txt", build_id, url)
+    console.step("publish", f"record and log to {url}" if refused is None else f"the index keeps no record: {refused}")
 
 
 def _attempt(run: Run) -> Record:

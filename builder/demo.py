@@ -102,6 +102,7 @@ def run(plan: Plan, settings: Settings, console: Console) -> Result:
         done = done.model_copy(update={"published": (*done.published, publish.upload(wheel, f"{url}/legacy/"))})
         record.write(done, settings)
         console.step("publish", f"{wheel.name} to {url}/legacy/")
+        build.tell_index(done.build_id, f"{url}/legacy/", settings, console)
         _install_back(plan, f"{url}/simple/", settings, console, folder)
     return Result(
         wheel=str(wheel), record=str(record.path(settings, done.build_id)), log=str(folder / "log.txt"), build_id=done.build_id

@@ -1,11 +1,15 @@
-"""Upload a finished wheel with twine; install it back with the target's own pip."""
+"""Upload a finished wheel with twine and tell the index about its build; install it back with the target's own pip."""
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
+
+import httpx
 
 from builder import sandbox, smoke
 from builder.compile import first_error
@@ -58,9 +62,51 @@ def upload(wheel: Path, url: str) -> Publication:
     return Publication(url=url, at=now())
 
 
-def _environment() -> dict[str, str]:
-    import os
+MAX_LOG = 32 << 20
+"Bytes of a log that an index takes (docs/index-records.md)."
 
+
+def send_record(document: Path, log: Path, build_id: str, url: str) -> str | None:
+    """PUT a build's record and log to the index behind the upload address `url`; None when it has both, else why not.
+
+    An addition of this farm's index, so a refusal is an answer and no error: any other index still works. The record goes
+    first, since the index learns from it whose log may come.
+    """
+    base = re.sub(r"(?:(?:stage/[^/]+/|nightly/)?legacy/?)?$", "", url)
+    name = os.environ.get("TWINE_USERNAME", "__token__")
+    password = os.environ.get("TWINE_PASSWORD") or _from_keyring(url, name)
+    bodies = [(f"{base}records/{build_id}", document.read_bytes())]
+    if log.is_file():
+        bodies.append((f"{base}records/{build_id}/log", _end_of(log)))
+    try:
+        with httpx.Client(auth=(name, password) if password else None, timeout=60) as client:
+            for place, body in bodies:
+                answer = client.put(place, content=body)
+                if answer.status_code >= 300:
+                    words = answer.text.strip().splitlines()
+                    return f"{place}: {answer.status_code} {words[0][:200] if words else answer.reason_phrase}"
+    except httpx.HTTPError as error:
+        return f"{base}: {error or type(error).__name__}"
+    return None
+
+
+def _from_keyring(url: str, name: str) -> str | None:
+    """The password that twine would take."""
+    from twine.auth import CredentialInput, Resolver
+
+    return Resolver({"repository": url}, CredentialInput(name)).get_password_from_keyring()
+
+
+def _end_of(log: Path) -> bytes:
+    """A log as the index takes it: of one that is too long, its end."""
+    with log.open("rb") as stream:
+        size = stream.seek(0, os.SEEK_END)
+        note = b"" if size <= MAX_LOG else b"# cut: the first part of this log was left out\n"
+        stream.seek(max(0, size - MAX_LOG + len(note)) if note else 0)
+        return note + stream.read()
+
+
+def _environment() -> dict[str, str]:
     return {**os.environ, "NO_COLOR": "1", "TERM": "dumb", "PYTHONWARNINGS": "ignore"}
 
 

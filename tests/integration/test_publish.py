@@ -1,0 +1,145 @@
+"""What an index learns of a build beside its wheel: record and log, of failed builds too; other indexes work as before."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from builder import demo, publish
+from builder.stack import host_arch
+from tests import projects
+from tests.conftest import Farm
+
+NATIVE = host_arch().value
+
+
+def credentials(token: str) -> dict[str, str]:
+    return {"TWINE_USERNAME": "__token__", "TWINE_PASSWORD": token}
+
+
+def build_id(farm: Farm) -> str:
+    return str(json.loads(farm.run("show", "tiny", "--json").out)["build_id"])
+
+
+def test_the_index_gets_record_and_log_of_a_published_build_and_of_a_failed_one(farm: Farm) -> None:
+    farm.recipe("tiny", projects.backend("print('hello from the build')\nreturn wheel(wheel_directory)"))
+    with demo.local_index(farm.settings) as (url, token):
+        command = ("build", "tiny", "--target", NATIVE, "--publish", f"{url}/legacy/")
+        done = farm.run(*command, **credentials(token))
+        assert done.code == 0, done.said
+        assert "record and log to" in done.said
+        first = build_id(farm)
+        kept = httpx.get(f"{url}/records/{first}").json()
+        assert (kept["outcome"], kept["build_id"]) == ("built", first)
+        assert "hello from the build" in httpx.get(f"{url}/records/{first}/log").text
+
+        farm.recipe("tiny", projects.backend("raise RuntimeError('on purpose')"), version="2.0")
+        assert farm.run(*command, **credentials(token)).code == 21
+        second = build_id(farm)
+        assert second != first
+        assert httpx.get(f"{url}/records/{second}").json()["outcome"] == "failed"
+        assert "RuntimeError: on purpose" in httpx.get(f"{url}/board/").text
+
+
+def test_a_record_that_did_not_arrive_is_sent_with_the_next_build(farm: Farm) -> None:
+    farm.recipe("tiny", projects.backend("return wheel(wheel_directory)"))
+    with demo.local_index(farm.settings) as (url, token):
+        command = ("build", "tiny", "--target", NATIVE, "--publish", f"{url}/legacy/")
+        assert farm.run(*command, **credentials(token)).code == 0
+        again = farm.run(*command, **credentials("wrong"))
+        assert again.code == 0, again.said
+        assert "the index keeps no record: " in again.said
+        assert "401" in again.said
+        assert "wrong" not in again.said
+        assert "record and log to" in farm.run(*command, **credentials(token)).said
+
+
+@contextmanager
+def pypiserver(folder: Path) -> Iterator[str]:
+    """Another index, which knows nothing of records."""
+    with closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [
+        sys.executable,
+        "-m",
+        "pypiserver",
+        "run",
+        "-i",
+        "127.0.0.1",
+        "-p",
+        str(port),
+        "-P",
+        ".",
+        "-a",
+        ".",
+        str(folder),
+    ]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+        try:
+            deadline = time.monotonic() + 30
+            while True:
+                try:
+                    httpx.get(f"http://127.0.0.1:{port}/")
+                    break
+                except httpx.TransportError:
+                    assert time.monotonic() < deadline
+                    time.sleep(0.1)
+            yield f"http://127.0.0.1:{port}/"
+        finally:
+            server.terminate()
+
+
+def test_another_index_takes_the_wheel_and_no_record(farm: Farm, tmp_path: Path) -> None:
+    farm.recipe("tiny", projects.backend("return wheel(wheel_directory)"))
+    with pypiserver(tmp_path) as url:
+        done = farm.run("build", "tiny", "--target", NATIVE, "--publish", url, **credentials("any"))
+    assert done.code == 0, done.said
+    assert "the index keeps no record" in done.said
+    assert [path.name for path in tmp_path.glob("*.whl")] == ["tiny-1.0-py3-none-any.whl"]
+
+
+@pytest.mark.parametrize(
+    ("upload", "record"),
+    [
+        ("legacy/", "records/7"),
+        ("nightly/legacy/", "records/7"),
+        ("stage/gh200/legacy/", "records/7"),
+        ("", "records/7"),
+        ("team/legacy/", "team/records/7"),
+    ],
+)
+def test_records_go_beside_the_upload_address(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, upload: str, record: str
+) -> None:
+    asked: list[str] = []
+
+    def put(_client: httpx.Client, url: str, **_more: object) -> httpx.Response:
+        asked.append(url)
+        return httpx.Response(201)
+
+    monkeypatch.setattr(httpx.Client, "put", put)
+    monkeypatch.setenv("TWINE_PASSWORD", "x")
+    (tmp_path / "record.json").write_text("{}")
+    assert publish.send_record(tmp_path / "record.json", tmp_path / "log.txt", "7", f"http://index.test/{upload}") is None
+    assert asked == [f"http://index.test/{record}"]
+
+
+def test_of_a_log_that_is_too_long_the_index_gets_the_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    log = tmp_path / "log.txt"
+    log.write_text("begin\n" + "x" * 200 + "\nend\n")
+    assert publish._end_of(log) == log.read_bytes()
+    monkeypatch.setattr(publish, "MAX_LOG", 100)
+    kept = publish._end_of(log)
+    assert len(kept) == 100
+    assert kept.startswith(b"# cut:")
+    assert kept.endswith(b"end\n")
