@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ipaddress
 import re
+import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal, Protocol
 
@@ -13,6 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, 
 
 from gracefarm import tables
 from gracefarm.errors import ConfigError, UsageError
+from gracefarm.files import atomic_write, lock
 from gracefarm.tables import Table
 
 DOCS = "docs/deploy.md"
@@ -243,7 +245,7 @@ class IpsInventory:
     """The tutorial's ips.txt; every node is entered the same way."""
 
     path: Path
-    access: Access = Access()
+    access: Access = field(default_factory=Access)
 
     def nodes(self) -> tuple[Node, ...]:
         """In the order of the file."""
@@ -276,8 +278,8 @@ def _numbered(singles: Sequence[Single], defaults: Access, base: Path, where: st
     nodes: list[Node] = []
     for rank, one in enumerate(singles):
         access = {
-            field: getattr(one, field) if getattr(one, field) is not None else getattr(defaults, field)
-            for field in Access.model_fields
+            name: getattr(one, name) if getattr(one, name) is not None else getattr(defaults, name)
+            for name in Access.model_fields
         }
         key = access.pop("key")
         port = access.pop("port")
@@ -329,11 +331,22 @@ class Folder(BaseModel):
         """deploy.facts."""
         return self.path / "facts.json"
 
+    @property
+    def id(self) -> str:
+        """Tells this deployment's processes and folders on the nodes from all others'. Raises ConfigError before `make`."""
+        try:
+            return (self.path / "id").read_text().strip()
+        except FileNotFoundError as error:
+            raise ConfigError(f"{self.path}: not prepared", remedy="`deploy init` pins the nodes' host keys first") from error
+
     def make(self) -> None:
-        """Create it, 0700."""
+        """Create it, 0700, with an id that stays."""
         self.path.mkdir(mode=0o700, exist_ok=True)
         self.path.chmod(0o700)
         self.logs.mkdir(mode=0o700, exist_ok=True)
+        with lock(self.path / "lock"):
+            if not (self.path / "id").exists():
+                atomic_write(self.path / "id", secrets.token_hex(6) + "\n")
 
 
 class Deployment(BaseModel):
@@ -375,7 +388,7 @@ class Deployment(BaseModel):
         raise UsageError(f"no node {name!r}", remedy=f"there are: {known}")
 
     def select(self, words: Sequence[str]) -> tuple[Node, ...]:
-        """Nodes by name, rank, address, group, `head`, `rest`, or a range of ranks as 2-5; in order, each once. Raises UsageError."""
+        """Nodes by name, rank, address, group, `head`, `rest`, `all` or ranks as 2-5; in order, each once. Raises UsageError."""
         chosen: set[str] = set()
         groups: Mapping[str, list[str]] = {
             **{group: [one.name for one in self.nodes if one.group == group] for group in {one.group for one in self.nodes}},
@@ -395,10 +408,6 @@ class Deployment(BaseModel):
         if not found:
             raise UsageError(f"{','.join(words) or 'nothing'} names no node", remedy="`deploy facts` lists them")
         return found
-
-    def local(self, node: Node, user: str) -> str:
-        """This deployment's folder on the node's own disk, when `user` is the user there."""
-        return self.data.local.format(user=user, node=node.name)
 
 
 def find() -> Path:

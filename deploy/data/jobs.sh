@@ -1,0 +1,129 @@
+# What deploy.ssh runs on a node around a detached job. POSIX sh, and util-linux, coreutils, grep as every Debian and Ubuntu has.
+# $1 start|status|follow|stop, $2 the job's folder, $3 its mark; the rest as each function says.
+set -u
+umask 077
+d=$2 mark=$3
+boot=$(cat /proc/sys/kernel/random/boot_id)
+
+# State, parent, group, session, …, start time (20th) of a process; the name in brackets may hold anything.
+stat_of() {
+    IFS= read -r line 2>/dev/null <"/proc/$1/stat" || return 1
+    printf '%s\n' "${line##*) }"
+}
+
+# The job's leader lives: same process id, same start time, same boot. A zombie is dead.
+alive() {
+    read -r pid start of 2>/dev/null <"$d/pid" || return 1
+    [ "$of" = "$boot" ] || return 1
+    # shellcheck disable=SC2046 # fields on purpose
+    set -- $(stat_of "$pid") && [ $# -ge 20 ] && [ "$1" != Z ] && [ "${20}" = "$start" ]
+}
+
+# Process ids of the job: all that carry its mark, and its leader's session. Zombies do not count.
+members() {
+    leader=none
+    alive && leader=$pid
+    {
+        grep -lsxzF "GRACEFARM_MARK=$mark" /proc/[0-9]*/environ | cut -d/ -f3
+        for one in /proc/[0-9]*; do
+            IFS= read -r line 2>/dev/null <"$one/stat" || continue
+            # shellcheck disable=SC2086
+            set -- ${line##*) }
+            [ "$4" = "$leader" ] && echo "${one#/proc/}"
+        done
+    } 2>/dev/null | sort -un | while read -r one; do
+        case $(stat_of "$one") in '' | Z*) ;; *) echo "$one" ;; esac
+    done
+}
+
+# $4 command, $5 this deployment's folder on the node. stdin: lines NAME=VALUE, a line with a dot, the job's stdin.
+start() {
+    mkdir -p "$d" || exit 73
+    if [ ! -O "$5" ] || [ -L "$5" ]; then
+        echo "$5 belongs to somebody else" >&2
+        exit 73
+    fi
+    exec 9>"$d/lock"
+    flock -w 20 9 || exit 75
+    if alive; then
+        cat >/dev/null
+        echo "running $pid $start"
+        return
+    fi
+    while IFS= read -r line && [ "$line" != . ]; do export "${line?}"; done
+    cat >"$d/input"
+    rm -f "$d/exit" "$d/pid"
+    [ ! -f "$d/log" ] || mv -f "$d/log" "$d/log.old"
+    : >"$d/log"
+    # shellcheck disable=SC2016 # expanded by the inner shell
+    GRACEFARM_MARK=$mark setsid sh -c '
+        d=$1 command=$2 boot=$3
+        exec 3<"$d/input"
+        rm -f "$d/input"
+        IFS= read -r line </proc/$$/stat
+        set -- ${line##*) }
+        echo "$$ ${20} $boot" >"$d/pid.new"
+        mv "$d/pid.new" "$d/pid"
+        sh -c "$command" <&3 3<&-
+        echo $? >"$d/exit.new"
+        mv "$d/exit.new" "$d/exit"
+    ' gracefarm-job "$d" "$4" "$boot" </dev/null >>"$d/log" 2>&1 9>&- &
+    tries=0
+    while [ ! -s "$d/pid" ] && [ $tries -lt 400 ]; do
+        sleep 0.05
+        tries=$((tries + 1))
+    done
+    read -r pid start of <"$d/pid" || exit 71
+    echo "started $pid $start"
+}
+
+# running PID | exited CODE | stopped | lost | absent; then the bytes of the log.
+status() {
+    if [ ! -f "$d/pid" ]; then
+        echo "absent - 0"
+        return
+    fi
+    size=$(wc -c <"$d/log")
+    if alive; then
+        echo "running $pid $size"
+    elif [ -f "$d/exit" ]; then
+        read -r code <"$d/exit"
+        case $code in stopped) echo "stopped - $size" ;; *) echo "exited $code $size" ;; esac
+    else
+        echo "lost - $size"
+    fi
+}
+
+# $4: bytes of the log that the caller has already. Ends when the job has ended and all is said.
+follow() {
+    [ -f "$d/log" ] || return 0
+    if alive; then
+        exec tail -c "+$(($4 + 1))" -f -s 0.2 --pid="$pid" "$d/log"
+    fi
+    exec tail -c "+$(($4 + 1))" "$d/log"
+}
+
+# $4: seconds between TERM and KILL. Says which processes are left; none in the end is the only success.
+stop() {
+    left=$(members)
+    # shellcheck disable=SC2086 # words on purpose
+    [ -z "$left" ] || kill -TERM $left 2>/dev/null
+    ticks=0
+    while left=$(members) && [ -n "$left" ] && [ $ticks -lt $(($4 * 5)) ]; do
+        sleep 0.2
+        ticks=$((ticks + 1))
+    done
+    ticks=0
+    while left=$(members) && [ -n "$left" ] && [ $ticks -lt 25 ]; do
+        # shellcheck disable=SC2086
+        kill -KILL $left 2>/dev/null
+        sleep 0.2
+        ticks=$((ticks + 1))
+    done
+    [ ! -f "$d/pid" ] || [ -f "$d/exit" ] || echo stopped >"$d/exit"
+    # shellcheck disable=SC2086
+    [ -z "$left" ] || echo $left
+    [ -z "$left" ]
+}
+
+"$1" "$@"
