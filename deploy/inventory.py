@@ -388,7 +388,7 @@ class Deployment(BaseModel):
         raise UsageError(f"no node {name!r}", remedy=f"there are: {known}")
 
     def select(self, words: Sequence[str]) -> tuple[Node, ...]:
-        """Nodes by name, rank, address, group, `head`, `rest`, `all` or ranks as 2-5; in order, each once. Raises UsageError."""
+        """Nodes by name, rank, address, group, `head`, `rest`, `all` or ranks as 2-5; in order, once. Raises UsageError."""
         chosen: set[str] = set()
         groups: Mapping[str, list[str]] = {
             **{group: [one.name for one in self.nodes if one.group == group] for group in {one.group for one in self.nodes}},

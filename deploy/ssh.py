@@ -1,4 +1,4 @@
-"""All nodes at once over SSH: commands, files, detached jobs, tunnels. Host keys come from the deployment's known_hosts, never blind."""
+"""All nodes at once over SSH: commands, files, detached jobs, tunnels; host keys from the deployment's known_hosts alone."""
 
 from __future__ import annotations
 
@@ -186,13 +186,13 @@ class Fleet:
         )
 
     async def jump(self, text: str, key: Path | None) -> asyncssh.SSHClientConnection:
-        """The connection to a jump host, one for all nodes behind it; its key is pinned as a node's is, or by ~/.ssh/known_hosts."""
+        """The connection to a jump host, one for all behind it; its key is pinned as a node's is, or by ~/.ssh/known_hosts."""
         async with self._locks.setdefault("jump " + text, asyncio.Lock()):
             kept = self._jumps.get(text)
             if kept is not None and not kept.is_closed():
                 return kept
             user, host, port = parse_jump(text)
-            own = Path("~/.ssh/known_hosts").expanduser()
+            own = Path.home() / ".ssh" / "known_hosts"
             try:
                 self._jumps[text] = made = await asyncssh.connect(
                     host,
@@ -303,7 +303,7 @@ class Fleet:
         place = PurePosixPath(remote)
         partial = str(place.with_name(f".{place.name}.{secrets.token_hex(6)}.part"))
 
-        async def one(node: Node, sftp: asyncssh.SFTPClient) -> None:
+        async def one(_node: Node, sftp: asyncssh.SFTPClient) -> None:
             await sftp.makedirs(str(place.parent), asyncssh.SFTPAttrs(permissions=0o700), exist_ok=True)
             try:
                 async with sftp.open(partial, "xb", asyncssh.SFTPAttrs(permissions=mode)) as stream:
