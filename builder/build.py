@@ -308,7 +308,11 @@ def _compiled(run: Run, fetched: fetch.Fetched, ground: Ground, epoch: int) -> P
     """The raw wheel, compiled now, with one retry after a kill by memory."""
     memory = compile.bound(run.settings, meter.available_memory())
     per_job = run.plan.recipe.data.build.memory_per_job
-    count = jobs.plan(memory=memory, memory_per_job=per_job, wanted=run.options.jobs or run.settings.jobs)
+    past = jobs.learned(
+        record.all_of(run.settings, run.plan.recipe.key), stack=run.plan.stack.data.name, target=run.plan.target.value
+    )
+    wanted = run.options.jobs or run.settings.jobs
+    count = jobs.plan(memory=memory, memory_per_job=per_job, wanted=wanted, past=past)
     run.log.write_text(f"# {run.plan.title}\n# build id {run.plan.build_id}\n")
     try:
         return _compile_once(run, fetched, ground, epoch, count, memory)

@@ -1,11 +1,25 @@
-"""How many compilations run beside each other."""
+"""How many compilations run beside each other: from cores, memory, and what earlier builds of the recipe needed."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
+from dataclasses import dataclass
 
-from builder.record import Jobs
+from builder.record import Jobs, Record
 from gracefarm.tables import parse_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learned:
+    """What the last success of a recipe showed."""
+
+    count: int
+    "Jobs that it ran."
+    peak: int
+    "Bytes, of the whole tree."
+    killed_at: int | None
+    "Bytes: the bound at which more jobs than `count` were killed before, or None."
 
 
 def cores() -> int:
@@ -13,12 +27,43 @@ def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def plan(*, memory: int, memory_per_job: str, wanted: int | None) -> Jobs:
-    """The smaller of cores and what fits in `memory` bytes, at least one; `wanted` is an upper bound of the user's."""
+def learned(records: Iterable[Record], *, stack: str, target: str) -> Learned | None:
+    """From records of one recipe, newest first: the last success against the stack for the target, or None."""
+    for one in records:
+        if one.outcome != "built" or one.stack != stack or one.inputs.get("target") != target or one.jobs is None:
+            continue
+        compiles = [stage for stage in one.stages if stage.name == "compile" and stage.peak_memory]
+        if compiles:
+            # More than one: the earlier ones were killed by memory, and the last ran with the fewer jobs of the record.
+            killed = compiles[-2].memory_bound if len(compiles) > 1 else None
+            return Learned(count=one.jobs.count, peak=compiles[-1].peak_memory or 0, killed_at=killed)
+    return None
+
+
+def plan(*, memory: int, memory_per_job: str, wanted: int | None, past: Learned | None = None) -> Jobs:
+    """The smaller of cores and what fits in `memory` bytes, at least one; `wanted` is an upper bound of the user's.
+
+    What was seen corrects the recipe's `memory_per_job` in both directions, by no more than was seen: a job count whose
+    peak fits is allowed, more of them than were killed in no less memory are not.
+    """
     per_job = parse_size(memory_per_job)
     by_memory = max(1, memory // per_job)
-    count = min(cores(), by_memory, wanted or cores())
     reason = f"{cores()} cores, {memory / 2**30:.1f} GiB of memory at {memory_per_job} a job allow {by_memory}"
+    if past is not None:
+        seen = _corrected(by_memory, memory, past)
+        if seen != by_memory:
+            by_memory = seen
+            reason += f"; {past.count} jobs of the last build peaked at {past.peak / 2**30:.1f} GiB, so {by_memory}"
+    count = min(cores(), by_memory, wanted or cores())
     if wanted is not None:
         reason += f", {wanted} asked for"
     return Jobs(count=count, reason=reason)
+
+
+def _corrected(by_memory: int, memory: int, past: Learned) -> int:
+    if past.killed_at is not None and memory <= past.killed_at:
+        return min(by_memory, past.count)
+    if past.peak <= memory:
+        return max(by_memory, past.count)
+    # The last peak does not fit: as many jobs as do at its mean, though the declaration allows more.
+    return max(1, min(by_memory, memory * past.count // past.peak))

@@ -18,6 +18,7 @@ from builder import compile, environment, gaps, meter, record, root, sandbox, sc
 from builder import plan as planning
 from builder import recipe as recipes
 from builder.cli.lock import lock as lock_command
+from builder.cli.why import why as why_command
 from builder.plan import Plan
 from builder.stack import Arch
 from gracefarm import console as consoles
@@ -449,6 +450,7 @@ def schema_(write: Path | None) -> None:
 
 
 cli.add_command(lock_command)
+cli.add_command(why_command)
 
 
 def main() -> None:

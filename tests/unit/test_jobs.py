@@ -1,0 +1,66 @@
+"""Job counts: what an earlier build needed corrects what the recipe declares."""
+
+from __future__ import annotations
+
+import pytest
+
+from builder import jobs
+from builder.jobs import Learned
+from builder.record import Jobs, Record, Stage
+
+GIB = 2**30
+
+
+@pytest.fixture(autouse=True)
+def eight_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _pid: set(range(8)))
+
+
+def count(memory: int, past: Learned | None, wanted: int | None = None) -> int:
+    return jobs.plan(memory=memory * GIB, memory_per_job="4GiB", wanted=wanted, past=past).count
+
+
+def built(*stages: Stage, count: int, target: str = "aarch64") -> Record:
+    return Record(
+        build_id="1" * 64,
+        recipe="thing",
+        name="thing",
+        version="1",
+        stack="cu130",
+        inputs={"target": target},
+        outcome="built",
+        jobs=Jobs(count=count, reason=""),
+        stages=stages,
+        finished="2026-11-24T00:00:00+00:00",
+    )
+
+
+def compiled(peak: int, bound: int) -> Stage:
+    return Stage(name="compile", wall_s=1, peak_memory=peak * GIB, memory_bound=bound * GIB)
+
+
+def test_without_an_earlier_build_the_recipe_is_believed() -> None:
+    assert count(16, None) == 4
+
+
+def test_a_job_count_that_was_seen_to_fit_is_allowed() -> None:
+    assert count(16, Learned(count=8, peak=10 * GIB, killed_at=None)) == 8
+
+
+def test_units_of_9_gib_are_not_run_beside_each_other_on_a_small_machine() -> None:
+    assert count(16, Learned(count=2, peak=18 * GIB, killed_at=None)) == 1
+
+
+def test_more_jobs_than_were_killed_are_not_tried_again_in_no_more_memory() -> None:
+    past = jobs.learned([built(compiled(16, 16), compiled(12, 16), count=2)], stack="cu130", target="aarch64")
+    assert past == Learned(count=2, peak=12 * GIB, killed_at=16 * GIB)
+    assert count(16, past) == 2
+    assert count(32, past) == 8
+
+
+def test_the_user_bounds_what_was_learned() -> None:
+    assert count(16, Learned(count=8, peak=10 * GIB, killed_at=None), wanted=3) == 3
+
+
+def test_another_target_teaches_nothing() -> None:
+    assert jobs.learned([built(compiled(1, 16), count=8, target="x86_64")], stack="cu130", target="aarch64") is None

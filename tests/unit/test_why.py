@@ -1,0 +1,124 @@
+"""`builder why`: the input that changed, what else stands on it, and the time of the last build."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from builder import plan, recipe, record, stack
+from builder.cli import cli
+from builder.record import Record, Stage
+from builder.stack import Arch
+from builder.why import Change, changes
+from gracefarm import settings as settings_module
+from gracefarm.errors import ConfigError, UsageError
+
+REPOSITORY = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two recipes on one stack, both built by records alone: no compiler is needed to compare inputs."""
+    for name in ("causal_conv1d", "torch_scatter"):
+        shutil.copytree(REPOSITORY / "recipes" / name, tmp_path / "recipes" / name)
+    shutil.copytree(REPOSITORY / "stacks", tmp_path / "stacks")
+    monkeypatch.setenv("GRACEFARM_PROJECT", str(tmp_path))
+    monkeypatch.setenv("GRACEFARM_HOME", str(tmp_path / "home"))
+    for name, seconds in (("causal_conv1d", 400.0), ("torch_scatter", 90.0)):
+        save(tmp_path, name, seconds)
+    return tmp_path
+
+
+def save(project: Path, name: str, seconds: float) -> Record:
+    loaded = recipe.load(project / "recipes", name)
+    made = plan.make(loaded, stack.load(project / "stacks", "cu130"), stack.host_arch(), Arch.AARCH64)
+    saved = Record(
+        build_id=made.build_id,
+        recipe=name,
+        name=loaded.data.name,
+        version=loaded.data.version,
+        stack="cu130",
+        inputs=json.loads(json.dumps(made.inputs)),
+        outcome="built",
+        stages=(Stage(name="compile", wall_s=seconds),),
+        finished=record.now(),
+    )
+    record.write(saved, settings_module.load())
+    return saved
+
+
+def edit(project: Path, path: str, old: str, new: str) -> None:
+    text = (project / path).read_text()
+    assert old in text
+    (project / path).write_text(text.replace(old, new, 1))
+
+
+def why(*arguments: str) -> dict[str, object]:
+    done = CliRunner().invoke(cli, ["why", *arguments, "--json"], catch_exceptions=False, standalone_mode=False)
+    value = json.loads(done.stdout.splitlines()[-1])
+    assert isinstance(value, dict)
+    return value.get("result", value)  # type: ignore[no-any-return]
+
+
+def paths(value: dict[str, object]) -> list[str]:
+    found = value["changes"]
+    assert isinstance(found, list)
+    return [one["path"] for one in found]
+
+
+def test_nothing_changed(project: Path) -> None:
+    value = why("causal_conv1d")
+    assert value["changes"] == value["rebuilds"] == []
+    assert value["before"] == value["after"]
+
+
+def test_a_change_of_the_recipe_rebuilds_it_alone(project: Path) -> None:
+    edit(project, "recipes/causal_conv1d/recipe.toml", '"TRUE"', '"FALSE"')
+    value = why("causal_conv1d")
+    (path,) = paths(value)
+    assert path.startswith("recipe.build.")
+    assert value["rebuilds"] == []
+    assert value["seconds"] == 400.0
+
+
+def test_a_change_of_the_stack_names_what_else_it_rebuilds_and_the_time(project: Path) -> None:
+    edit(project, "stacks/cu130/stack.toml", 'sm = ["90"]', 'sm = ["90", "100"]')
+    value = why("causal_conv1d")
+    assert paths(value) == ["stack.sm"]
+    rebuilds = value["rebuilds"]
+    assert isinstance(rebuilds, list)
+    assert [(one["recipe"], one["seconds"]) for one in rebuilds] == [("torch_scatter", 90.0)]
+
+
+def test_two_ids_by_their_first_digits(project: Path) -> None:
+    before = record.latest(settings_module.load(), "causal_conv1d").build_id
+    edit(project, "recipes/causal_conv1d/recipe.toml", 'version = "1.7.0"', 'version = "1.7.1"')
+    after = save(project, "causal_conv1d", 500.0).build_id
+    value = why("causal_conv1d", before[:12], after[:12])
+    assert "recipe.version" in paths(value)
+    assert (value["before"], value["after"]) == (before, after)
+
+
+def test_an_unknown_id_is_told_with_those_that_are_known(project: Path) -> None:
+    known = record.latest(settings_module.load(), "causal_conv1d").build_id
+    with pytest.raises(ConfigError, match="starts with") as caught:
+        why("causal_conv1d", "zzzz", known)
+    assert known[:16] in caught.value.remedy
+
+
+def test_one_id_is_too_few(project: Path) -> None:
+    with pytest.raises(UsageError, match="two build ids"):
+        why("causal_conv1d", "abc")
+
+
+def test_named_tables_are_compared_by_name_not_by_place() -> None:
+    before = {"files": [{"name": "a", "sha256": "1"}, {"name": "b", "sha256": "2"}]}
+    after = {"files": [{"name": "b", "sha256": "3"}]}
+    assert list(changes(before, after)) == [
+        Change(path="files.a", before={"name": "a", "sha256": "1"}, after=None),
+        Change(path="files.b.sha256", before="2", after="3"),
+    ]
