@@ -28,8 +28,10 @@ def check(settings: Settings, name: str) -> Check:
 
 
 def test_a_machine_set_up_by_bootstrap_lacks_nothing() -> None:
-    bad = [one for one in doctor.checks(settings_module.load()) if not one.ok and one.name != "disk"]
-    assert bad == []
+    """But for the size of its disk, and what recipes/triton wants of the kernel: that is for `doctor --fix`."""
+    bad = [one for one in doctor.checks(settings_module.load()) if not one.ok]
+    assert [one for one in bad if one.name != "disk" and not one.name.startswith("binfmt")] == []
+    assert all("needed by" in one.found for one in bad if one.name.startswith("binfmt"))
 
 
 def test_the_package_list_is_debians(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def test_a_job_count_that_was_seen_to_fit_is_allowed() -> None:
     assert count(16, Learned(count=8, peak=10 * GIB, killed_at=None)) == 8
 
 
-def test_units_of_9_gib_are_not_run_beside_each_other_on_a_small_machine() -> None:
+def test_a_peak_that_does_not_fit_lowers_the_count_by_the_mean_of_a_job() -> None:
     assert count(16, Learned(count=2, peak=18 * GIB, killed_at=None)) == 1
 
 
