@@ -310,7 +310,8 @@ class _Tree:
                 if message["init"] is not None and self.control >= 0:
                     with contextlib.suppress(ProcessLookupError):  # bubblewrap has failed; the report of it comes next
                         self.meter.attach(message["init"])
-                    os.write(self.control, b"g")
+                    with contextlib.suppress(BrokenPipeError):  # the same, and the supervisor is gone already
+                        os.write(self.control, b"g")
             elif "reached" in message:
                 self.reached[message["reached"]] = None
             else:
