@@ -26,6 +26,8 @@ CHANNELS = 8
 "Sessions on one connection at a time; sshd's MaxSessions is 10."
 KEEPALIVE = 15
 "Seconds without a sign until we ask; after three unanswered questions the connection counts as lost."
+ALGORITHMS = ("ssh-ed25519", "ecdsa-sha2-nistp256", "rsa-sha2-512")
+"Kinds of host keys that are pinned, best first."
 LIMIT = 64 << 20
 "Bytes of output that are kept of one command."
 OnLine = Callable[[Node, str, str], None]
@@ -171,7 +173,8 @@ class Fleet:
         try:
             async with asyncio.timeout(self._timeout):
                 tunnel = await self.jump(node.jump, node.key) if node.jump else ()
-                return await asyncssh.connect(options=self._options(node), tunnel=tunnel)
+                options = self._options(node)
+                return await asyncssh.connect(options.host, options.port, options=options, tunnel=tunnel)
         except (OSError, asyncssh.Error, ValueError) as error:
             raise explain(node, error) from error
 
@@ -186,7 +189,7 @@ class Fleet:
         )
 
     async def jump(self, text: str, key: Path | None) -> asyncssh.SSHClientConnection:
-        """The connection to a jump host, one for all behind it; its key is pinned as a node's is, or by ~/.ssh/known_hosts."""
+        """The connection to a jump host, one for all behind it; its key is pinned here or in ~/.ssh/known_hosts."""
         async with self._locks.setdefault("jump " + text, asyncio.Lock()):
             kept = self._jumps.get(text)
             if kept is not None and not kept.is_closed():
@@ -704,7 +707,7 @@ async def scan(fleet_: Fleet, node: Node) -> list[tuple[str, asyncssh.SSHKey]]:
                 options.host,
                 options.port,
                 tunnel=tunnel,
-                server_host_key_algs=["ssh-ed25519", "ecdsa-sha2-nistp256", "rsa-sha2-512"],
+                server_host_key_algs=list(ALGORITHMS),
             )
     except (OSError, asyncssh.Error) as error:
         raise explain(node, error) from error
