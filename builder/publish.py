@@ -131,9 +131,9 @@ def install_back(
     smoke.prepare(files, imports, None)
     box = Sandbox(
         root=root,
-        mounts=(Mount(source=environment, target="/env", writable=True), Mount(source=files, target="/smoke")),
+        mounts=(Mount(source=environment, target="/env", writable=True), Mount(source=files, target=smoke.WORKDIR)),
         environment=smoke.variables(),
-        workdir="/smoke/work",
+        workdir=smoke.WORKDIR,
         memory=memory,
         network=True,
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+import zipfile
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -17,14 +19,16 @@ from gracefarm.files import remove_tree
 
 MARK = "GRACEFARM"
 TRAP = "raise ImportError('imported from the working directory: the import did not reach the installed wheel')\n"
+WORKDIR = "/smoke"
+"Also the driver's folder, so that a Python that looks in either finds the decoys first."
 
 
 def prepare(folder: Path, imports: Sequence[str], script: Path | None) -> None:
-    """Lay out the working directory: the driver, smoke.py and, under each import's name, a trap that must not be found."""
+    """Lay out the working directory: the driver, smoke.py and, under each import's name, a decoy that must not be found."""
     remove_tree(folder)
-    (folder / "work").mkdir(parents=True)
+    folder.mkdir(parents=True)
     for top in {name.split(".")[0] for name in imports}:
-        (folder / "work" / f"{top}.py").write_text(TRAP)
+        (folder / f"{top}.py").write_text(TRAP)
     (folder / "driver.py").write_bytes((files("builder") / "data" / "smoke_driver.py").read_bytes())
     if script is not None:
         shutil.copy(script, folder / "smoke.py")
@@ -32,7 +36,7 @@ def prepare(folder: Path, imports: Sequence[str], script: Path | None) -> None:
 
 def driver(imports: Sequence[str], script: Path | None) -> tuple[str, ...]:
     """The command inside the sandbox."""
-    return ("/env/bin/python3", "-P", "/smoke/driver.py", ",".join(imports), "/smoke/smoke.py" if script else "-")
+    return ("/env/bin/python3", "-P", f"{WORKDIR}/driver.py", ",".join(imports), f"{WORKDIR}/smoke.py" if script else "-")
 
 
 def variables() -> dict[str, str]:
@@ -62,7 +66,7 @@ def run(
     """Import the wheel in a fresh copy of the environment; `folder` is scratch space on the environment's file system.
 
     Raises:
-        SmokeError: an import or smoke.py failed; carries the first error of its output.
+        SmokeError: an import or smoke.py failed; carries the first error of its output. Or nothing imported is the wheel's.
     """
     clean = folder / "env"
     remove_tree(clean)
@@ -70,9 +74,9 @@ def run(
     prepare(folder / "files", imports, script)
     box = Sandbox(
         root=root,
-        mounts=(Mount(source=clean, target="/env"), Mount(source=folder / "files", target="/smoke")),
+        mounts=(Mount(source=clean, target="/env"), Mount(source=folder / "files", target=WORKDIR)),
         environment=variables(),
-        workdir="/smoke/work",
+        workdir=WORKDIR,
         memory=memory,
     )
     command = driver(imports, script)
@@ -91,4 +95,21 @@ def run(
             remedy=f"the whole output is in {log}",
             repeat=f"builder smoke {wheel} --import {' --import '.join(imports)}",
         )
-    return SmokeResult.model_validate_json(found[-1].removeprefix(MARK).strip()), outcome, command
+    result = SmokeResult.model_validate_json(found[-1].removeprefix(MARK).strip())
+    _require_own(wheel, result)
+    return result, outcome, command
+
+
+def _require_own(wheel: Path, result: SmokeResult) -> None:
+    """The environment has many modules: one that imports proves nothing of a wheel that does not bring it."""
+    with zipfile.ZipFile(wheel) as archive:
+        brought = [re.sub(r"^[^/]+\.data/(?:purelib|platlib)/", "", name) for name in archive.namelist()]
+    for place in result.modules.values():
+        inside = place.partition("/site-packages/")[2]
+        # A namespace package has no file of its own; its place is a folder.
+        if any(name == inside or name.startswith(f"{inside}/") for name in brought):
+            return
+    raise SmokeError(
+        f"none of {', '.join(result.modules)} comes from {wheel.name}: they are the environment's own",
+        remedy="name the wheel's own modules in [smoke] imports",
+    )

@@ -224,8 +224,15 @@ def test_json_events_are_lines_that_a_machine_can_read(farm: Farm) -> None:
     }
 
 
-def test_smoke_refuses_an_import_from_anywhere_but_the_wheel(farm: Farm) -> None:
+def test_smoke_refuses_a_module_that_is_nowhere(farm: Farm) -> None:
     farm.recipe("tiny", projects.backend("return wheel(wheel_directory)"), smoke={"imports": ["tiny", "absent_module"]})
     done = farm.run("build", "tiny", "--target", NATIVE)
     assert done.code == 31
-    assert "absent_module" in done.said
+    assert "No module named 'absent_module'" in done.said
+
+
+def test_smoke_refuses_modules_that_the_environment_has_and_the_wheel_lacks(farm: Farm) -> None:
+    farm.recipe("tiny", projects.backend("return wheel(wheel_directory)"), smoke={"imports": ["setuptools", "packaging.tags"]})
+    done = farm.run("build", "tiny", "--target", NATIVE)
+    assert done.code == 31
+    assert "none of setuptools, packaging.tags comes from tiny-1.0-py3-none-any.whl" in done.said
