@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import asyncssh
 
@@ -30,6 +30,7 @@ ALGORITHMS = ("ssh-ed25519", "ecdsa-sha2-nistp256", "rsa-sha2-512")
 "Kinds of host keys that are pinned, best first."
 LIMIT = 64 << 20
 "Bytes of output that are kept of one command."
+C = TypeVar("C")
 OnLine = Callable[[Node, str, str], None]
 "Node, `stdout` or `stderr`, one line without its end."
 
@@ -284,16 +285,18 @@ class Fleet:
         )
 
     async def _process(self, node: Node, command: str) -> asyncssh.SSHClientProcess[bytes]:
-        """Start it. A connection that died unnoticed is made again once: nothing has run yet."""
+        """Start it. Raises SshError: not reached, or no further session is allowed there."""
+        return await self._channel(node, lambda connection: connection.create_process(command, encoding=None))
+
+    async def _channel(self, node: Node, opens: Callable[[asyncssh.SSHClientConnection], Awaitable[C]]) -> C:
+        """A channel. A connection that had died unnoticed is made again once: nothing has run over this one yet."""
         for attempt in (1, 2):
             connection = await self.connection(node)
             try:
-                return await connection.create_process(command, encoding=None)
-            except asyncssh.ChannelOpenError as error:
-                if attempt == 2:
+                return await opens(connection)
+            except (asyncssh.ChannelOpenError, asyncssh.ConnectionLost) as error:
+                if attempt == 2 or not connection.is_closed():
                     raise explain(node, error) from error
-                connection.abort()
-                self._connections.pop(node.name, None)
         raise AssertionError
 
     # files
@@ -340,10 +343,11 @@ class Fleet:
             begin = time.monotonic()
             problem: GracefarmError | None = None
             try:
-                async with self._slots.setdefault(node.name, asyncio.Semaphore(CHANNELS)):
-                    connection = await self.connection(node)
-                    async with connection.start_sftp_client() as sftp:
-                        await work(node, sftp)
+                async with (
+                    self._slots.setdefault(node.name, asyncio.Semaphore(CHANNELS)),
+                    await self._channel(node, lambda connection: connection.start_sftp_client()) as sftp,
+                ):
+                    await work(node, sftp)
             except GracefarmError as error:
                 problem = error
             except (OSError, asyncssh.Error) as error:
@@ -426,6 +430,11 @@ class Fleet:
                         log.end()
                         return status
                 problem: GracefarmError | None = done.error
+                if problem is None and not done.ok:
+                    problem = NodeError(
+                        f"{node}: the log of {name} cannot be read: {done.stderr.strip() or done.returncode}",
+                        remedy=f"look there: `deploy ssh {node.name}`",
+                    )
             except GracefarmError as error:
                 problem = error
             if log.size > before or problem is None:
@@ -484,8 +493,8 @@ class Fleet:
             assert task
             tasks.add(task)
             try:
-                far_reader, far_writer = await (await self.connection(node)).open_connection(
-                    remote_host, remote_port, encoding=None
+                far_reader, far_writer = await self._channel(
+                    node, lambda connection: connection.open_connection(remote_host, remote_port, encoding=None)
                 )
                 await asyncio.gather(_pump(reader, far_writer), _pump(far_reader, writer))
             except (GracefarmError, OSError, asyncssh.Error):

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import asyncssh
 
+from deploy import ssh
+from deploy.inventory import Node
 from deploy.worker import Done, Target
 from gracefarm.errors import HostError
 
@@ -44,7 +48,9 @@ class Connection:
         )
 
 
-def _server(home: Path, extra: dict[str, str]) -> Callable[[asyncssh.SSHServerProcess[bytes]], object]:
+def _server(
+    home: Path, extra: dict[str, str], running: list[asyncio.subprocess.Process] | None = None
+) -> Callable[[asyncssh.SSHServerProcess[bytes]], object]:
     async def handle(process: asyncssh.SSHServerProcess[bytes]) -> None:
         environment = {**os.environ, **extra, "HOME": str(home), "TMPDIR": str(home)}
         child = await asyncio.create_subprocess_shell(
@@ -59,13 +65,28 @@ def _server(home: Path, extra: dict[str, str]) -> Callable[[asyncssh.SSHServerPr
         assert child.stdin
         assert child.stdout
         assert child.stderr
+        _hand_on_signals(process, child)
+        if running is not None:
+            running.append(child)
         reading = asyncio.ensure_future(_copy(process.stdin, child.stdin))
         await asyncio.gather(_copy(child.stdout, process.stdout), _copy(child.stderr, process.stderr))
         code = await child.wait()
         reading.cancel()
+        if running is not None:
+            running.remove(child)
         process.exit(code if code >= 0 else 128 - code)
 
     return handle
+
+
+def _hand_on_signals(process: asyncssh.SSHServerProcess[bytes], child: asyncio.subprocess.Process) -> None:
+    """As sshd does: to the command's process group. asyncssh would raise them where stdin is read, which has ended."""
+
+    def received(name: str) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(child.pid, getattr(signal, "SIG" + name))
+
+    process.signal_received = received  # type: ignore[method-assign]
 
 
 async def _copy(source: Any, target: Any) -> None:
@@ -117,3 +138,81 @@ class _Open(asyncssh.SSHServer):
 
     def begin_auth(self, _username: str) -> bool:
         return False
+
+
+@dataclass
+class Machine:
+    """A node as the Fleet enters it, and what a test may do to it."""
+
+    node: Node
+    home: Path
+    key: asyncssh.SSHKey
+    server: asyncssh.SSHAcceptor
+    connections: list[asyncssh.SSHServerConnection] = field(default_factory=list)
+    running: list[asyncio.subprocess.Process] = field(default_factory=list)
+    entered: int = 0
+    "Connections that were made so far."
+
+    def cut(self) -> None:
+        """Every connection to it ends at once, as when a cable is pulled and the other side gave up; the commands go on."""
+        for one in self.connections:
+            one.abort()
+        self.connections.clear()
+
+
+@asynccontextmanager
+async def machines(folder: Path, count: int) -> AsyncIterator[list[Machine]]:
+    """`count` nodes with host keys of their own, pinned in `folder`/known_hosts; commands run on this machine."""
+    made: list[Machine] = []
+    try:
+        for index in range(count):
+            home = folder / f"home-k{index}"
+            home.mkdir(exist_ok=True)
+            made.append(await _machine(index, home))
+        ssh.pin(folder / "known_hosts", [(ssh.entry_name(one.node.address, one.node.port), one.key) for one in made])
+        yield made
+    finally:
+        for one in made:
+            one.cut()
+            for child in one.running:
+                with suppress(ProcessLookupError):
+                    os.killpg(child.pid, signal.SIGKILL)
+            while one.running:  # noqa: ASYNC110 - their handlers take them out
+                await asyncio.sleep(0.01)
+            one.server.close()
+            await one.server.wait_closed()
+
+
+async def _machine(index: int, home: Path) -> Machine:
+    key = asyncssh.generate_private_key("ssh-ed25519")
+    address = f"127.0.0.{11 + index}"
+    kept: list[asyncssh.SSHServerConnection] = []
+    running: list[asyncio.subprocess.Process] = []
+
+    class Server(_Open):
+        def connection_made(self, conn: asyncssh.SSHServerConnection) -> None:
+            kept.append(conn)
+            machine.entered += 1
+
+        def connection_requested(self, *_where: object) -> bool:
+            return True
+
+    server = await asyncssh.create_server(
+        Server,
+        address,
+        0,
+        server_host_keys=[key],
+        process_factory=_server(home, {}, running),
+        sftp_factory=True,
+        allow_scp=False,
+        encoding=None,
+    )
+    node = Node(name=f"k{index}", rank=index, address=address, port=server.sockets[0].getsockname()[1], user="tester")
+    machine = Machine(node=node, home=home, key=key, server=server, connections=kept, running=running)
+    return machine
+
+
+def fleet(folder: Path, made: list[Machine], **more: Any) -> Any:
+    """deploy.ssh.fleet over `made`, with nobody's ~/.ssh/config."""
+    options = {"known_hosts": folder / "known_hosts", "local": f"{folder}/local", "config": (), **more}
+    return ssh.fleet([one.node for one in made], **options)

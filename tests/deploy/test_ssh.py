@@ -1,0 +1,318 @@
+"""deploy.ssh.Fleet over real SSH servers: keys, exit codes, time-outs, files, jobs that outlive a cut, tunnels."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import socket
+import stat
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import asyncssh
+import pytest
+
+from deploy import ssh
+from deploy.inventory import Node
+from deploy.ssh import Fleet
+from gracefarm.errors import NodeError, SshError, UsageError
+from tests.deploy import kit
+
+Work = Callable[[Fleet, list[kit.Machine]], Awaitable[None]]
+
+
+def with_fleet(folder: Path, count: int, work: Work, **more: object) -> None:
+    async def go() -> None:
+        async with kit.machines(folder, count) as made, kit.fleet(folder, made, **more) as fleet:
+            await work(fleet, made)
+
+    asyncio.run(go())
+
+
+def test_a_command_runs_on_all_nodes_at_once_and_every_exit_code_is_kept(tmp_path: Path) -> None:
+    async def work(fleet: Fleet, made: list[kit.Machine]) -> None:
+        said: list[tuple[str, str, str]] = []
+        begin = time.monotonic()
+        done = await fleet.run(
+            'sleep 0.5; echo "at $HOME"; echo oops >&2; exit ${HOME##*-k}',
+            on_line=lambda node, stream, line: said.append((node.name, stream, line)),
+        )
+        assert time.monotonic() - begin < 1.4  # one after the other would be 2 s
+        assert [one.returncode for one in done.values()] == [0, 1, 2, 3]
+        assert list(done) == ["k0", "k1", "k2", "k3"]
+        assert done["k2"].stdout == f"at {made[2].home}\n"
+        assert ("k3", "stderr", "oops") in said
+        assert all(one.entered == 1 for one in made)
+        with pytest.raises(NodeError, match=r"trying: k1 127\.0\.0\.12 ended with 1: oops \(and on 2 more: k2, k3\)"):
+            ssh.require(done, "trying")
+
+    with_fleet(tmp_path, 4, work)
+
+
+def test_a_signal_is_an_exit_code_and_stdin_is_closed(tmp_path: Path) -> None:
+    async def work(fleet: Fleet, _made: list[kit.Machine]) -> None:
+        assert (await fleet.run("kill -KILL $$"))["k0"].returncode == 137
+        assert (await fleet.run("cat; echo end", timeout=20))["k0"].stdout == "end\n"
+        assert (await fleet.run(["cat"], input=b"word\0"))["k0"].raw == b"word\0"
+
+    with_fleet(tmp_path, 1, work)
+
+
+def test_a_command_that_takes_too_long_is_ended_there(tmp_path: Path) -> None:
+    async def work(fleet: Fleet, made: list[kit.Machine]) -> None:
+        done = (await fleet.run("echo $$; sleep 300; true", timeout=1))["k0"]
+        assert done.returncode is None
+        assert done.error
+        assert "no end within 1 s" in done.error.cause
+        await gone(int(done.stdout))
+
+    with_fleet(tmp_path, 1, work)
+
+
+async def gone(pid: int, seconds: float = 5) -> None:
+    end = time.monotonic() + seconds
+    while Path(f"/proc/{pid}").exists():  # noqa: ASYNC240
+        assert time.monotonic() < end, f"process {pid} still runs"
+        await asyncio.sleep(0.05)
+
+
+def test_the_environment_and_input_are_in_no_argument_list(tmp_path: Path) -> None:
+    async def work(fleet: Fleet, _made: list[kit.Machine]) -> None:
+        script = 'echo "$WORD"; cat; grep -alr S3CR3T /proc/[0-9]*/cmdline 2>/dev/null; true'
+        done = (await fleet.run(script, env={"WORD": "S3CR3T-word with blanks"}, input=b"S3CR3T-input"))["k0"]
+        # the grep's own argument holds the first part alone
+        assert done.stdout.startswith("S3CR3T-word with blanks\nS3CR3T-input")
+        seen = (await fleet.run("cat /proc/[0-9]*/cmdline", env={"WORD": "QX-secret"}))["k0"]
+        assert b"QX-secret" not in seen.raw
+        with pytest.raises(UsageError):
+            await fleet.run("true", env={"A": "two\nlines"})
+
+    with_fleet(tmp_path, 1, work)
+
+
+def test_another_host_key_is_refused_by_name_and_nothing_runs(tmp_path: Path) -> None:
+    async def work(fleet: Fleet, made: list[kit.Machine]) -> None:
+        other = asyncssh.generate_private_key("ssh-ed25519")
+        ssh.pin(tmp_path / "known_hosts", [(ssh.entry_name(made[1].node.address, made[1].node.port), other)])
+        done = await fleet.run("touch $HOME/was-here")
+        assert done["k0"].ok
+        assert isinstance(done["k1"].error, SshError)
+        assert "does not show the pinned host key" in done["k1"].error.cause
+        assert "deploy init --repin" in done["k1"].error.remedy
+        assert not (made[1].home / "was-here").exists()
+
+    with_fleet(tmp_path, 2, work)
+
+
+def test_without_pinned_keys_nobody_is_entered(tmp_path: Path) -> None:
+    async def work(fleet: Fleet, made: list[kit.Machine]) -> None:
+        (tmp_path / "known_hosts").unlink()
+        done = (await fleet.run("true"))["k0"]
+        assert done.error
+        assert "no host keys are pinned" in done.error.cause
+        assert made[0].entered == 0
+
+    with_fleet(tmp_path, 1, work)
+
+
+def test_a_node_that_is_away_does_not_hold_the_others_up(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with kit.machines(tmp_path, 2) as made:
+            silent = socket.create_server(("127.0.0.99", 0))  # takes the connection and says nothing
+            nodes = [
+                made[0].node,
+                Node(name="gone", rank=1, address="127.0.0.98", port=1),
+                Node(name="mute", rank=2, address="127.0.0.99", port=silent.getsockname()[1]),
+                made[1].node,
+            ]
+            async with ssh.fleet(nodes, known_hosts=tmp_path / "known_hosts", config=(), connect_timeout=1.5) as fleet:
+                begin = time.monotonic()
+                done = await fleet.run("echo hi")
+                assert time.monotonic() - begin < 4
+            silent.close()
+        assert [one.ok for one in done.values()] == [True, False, False, True]
+        assert done["gone"].error
+        assert "gone 127.0.0.98:1 cannot be reached" in done["gone"].error.cause
+        assert done["mute"].error
+        assert "no answer" in done["mute"].error.cause
+
+    asyncio.run(go())
+
+
+def test_a_connection_that_died_is_made_again(tmp_path: Path) -> None:
+    async def work(fleet: Fleet, made: list[kit.Machine]) -> None:
+        assert (await fleet.run("true"))["k0"].ok
+        made[0].cut()
+        assert (await fleet.run("true"))["k0"].ok
+        assert made[0].entered == 2
+
+    with_fleet(tmp_path, 1, work)
+
+
+def test_a_cut_in_the_middle_of_a_command_is_told_as_an_unknown_outcome(tmp_path: Path) -> None:
+    async def work(fleet: Fleet, made: list[kit.Machine]) -> None:
+        running = asyncio.ensure_future(fleet.run("sleep 5"))
+        await asyncio.sleep(0.7)
+        made[0].cut()
+        done = (await asyncio.wait_for(running, 4))["k0"]
+        assert done.returncode is None
+        assert done.error
+
+    with_fleet(tmp_path, 1, work)
+
+
+def test_files_are_placed_whole_with_their_mode_and_fetched_by_node(tmp_path: Path) -> None:
+    async def work(fleet: Fleet, made: list[kit.Machine]) -> None:
+        remote = f"{tmp_path}/there/deep/secret"
+        ssh.require(await fleet.put(b"x" * 100_000, remote, nodes=["k0"]), "put")
+        assert look(Path(remote)) == ("-rw-------", "drwx------", ["secret"])
+        ssh.require(await fleet.get(remote, tmp_path / "here"), "get")
+        assert (tmp_path / "here" / "k1" / "secret").read_bytes() == b"x" * 100_000
+        missing = (await fleet.get(remote + "-not", tmp_path / "here"))["k0"]
+        assert isinstance(missing.error, NodeError)
+
+    with_fleet(tmp_path, 2, work)
+
+
+def look(place: Path) -> tuple[str, str, list[str]]:
+    return (
+        stat.filemode(place.stat().st_mode),
+        stat.filemode(place.parent.stat().st_mode),
+        [one.name for one in place.parent.iterdir()],
+    )
+
+
+def test_a_job_outlives_the_connection_and_is_followed_without_loss_or_repetition(tmp_path: Path) -> None:
+    lines: list[str] = []
+
+    async def work(fleet: Fleet, made: list[kit.Machine]) -> None:
+        node = made[0].node
+        command = (
+            'read word; i=0; while [ $i -lt 60 ]; do echo "$word $i $EXTRA"; i=$((i+1)); sleep 0.05; done; printf last; exit 7'
+        )
+        assert await fleet.start_job(node, "count", command, env={"EXTRA": "e"}, input=b"line\n")
+        assert not await fleet.start_job(node, "count", "echo other")  # runs already: left alone
+        assert (await fleet.job_status(node, "count")).state == "running"
+        following = asyncio.ensure_future(fleet.follow_job(node, "count", lines.append))
+        for _ in range(4):
+            await asyncio.sleep(0.5)
+            made[0].cut()
+        status = await asyncio.wait_for(following, 15)
+        assert status.state == "exited"
+        assert status.returncode == 7
+        assert lines == [*(f"line {n} e" for n in range(60)), "last"]
+        assert made[0].entered >= 3
+
+    with_fleet(tmp_path, 1, work)
+
+
+def test_a_job_is_found_again_by_the_next_fleet_and_stopped_with_all_its_children(tmp_path: Path) -> None:
+    async def first(fleet: Fleet, made: list[kit.Machine]) -> None:
+        # one child in a session of its own that ignores TERM: found by its mark, ended by KILL
+        stubborn = "setsid sh -c 'trap \"\" TERM; echo stubborn $$; while :; do sleep 0.2; done' & echo leader $$; wait"
+        await fleet.start_job(made[0].node, "many", stubborn)
+        while (await fleet.job_status(made[0].node, "many")).size < 20:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+
+    async def second(fleet: Fleet, made: list[kit.Machine]) -> None:
+        node = made[0].node
+        assert (await fleet.job_status(node, "many")).state == "running"
+        log = Path(await fleet.folder(node)) / "jobs" / "many" / "log"
+        pids = [int(line.split()[1]) for line in log.read_text().splitlines()]
+        assert len(pids) == 2
+        await fleet.stop_job(node, "many", grace=1)
+        for pid in pids:
+            await gone(pid)
+        assert (await fleet.job_status(node, "many")).state == "stopped"
+        await fleet.stop_job(node, "many")
+        assert (await fleet.job_status(node, "never")).state == "absent"
+
+    with_fleet(tmp_path, 1, first)
+    with_fleet(tmp_path, 1, second)
+
+
+def test_a_job_that_was_killed_is_lost_and_its_log_remains(tmp_path: Path) -> None:
+    async def work(fleet: Fleet, made: list[kit.Machine]) -> None:
+        node = made[0].node
+        await fleet.start_job(node, "victim", "echo here; sleep 100")
+        status = await fleet.job_status(node, "victim")
+        assert status.pid
+        os.killpg(status.pid, 9)
+        await gone(status.pid)
+        lines: list[str] = []
+        assert (await fleet.follow_job(node, "victim", lines.append)).state == "lost"
+        assert lines == ["here"]
+
+    with_fleet(tmp_path, 1, work)
+
+
+def test_a_folder_of_somebody_else_is_refused(tmp_path: Path) -> None:
+    async def work(fleet: Fleet, made: list[kit.Machine]) -> None:
+        (tmp_path / "elsewhere").mkdir()
+        (tmp_path / "local").symlink_to(tmp_path / "elsewhere")
+        with pytest.raises(NodeError, match="belongs to somebody else"):
+            await fleet.start_job(made[0].node, "x", "true")
+
+    with_fleet(tmp_path, 1, work)
+
+
+def test_a_tunnel_survives_a_cut_and_closes_what_nobody_answers(tmp_path: Path) -> None:
+    async def work(fleet: Fleet, made: list[kit.Machine]) -> None:
+        async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            writer.write(b"> " + await reader.readline())
+            await writer.drain()
+            writer.close()
+
+        server = await asyncio.start_server(echo, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        async with fleet.forward_local(made[0].node, 0, "127.0.0.1", port) as local:
+            assert await ask(local) == b"> hello\n"
+            made[0].cut()
+            assert await ask(local) == b"> hello\n"
+            server.close()
+            await server.wait_closed()
+            assert await ask(local) == b""
+            assert made[0].entered == 2  # a refused port is no reason to enter the node again
+        with pytest.raises(OSError):
+            await ask(local)
+
+    with_fleet(tmp_path, 1, work)
+
+
+async def ask(port: int) -> bytes:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(b"hello\n")
+    try:
+        return await asyncio.wait_for(reader.read(), 5)
+    except ConnectionError:
+        return b""
+    finally:
+        writer.close()
+
+
+def test_a_jump_host_is_one_connection_for_all_behind_it(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with kit.machines(tmp_path, 3) as made:
+            door = made[0].node
+            behind = [one.node.model_copy(update={"jump": f"tester@{door.address}:{door.port}"}) for one in made[1:]]
+            async with ssh.fleet(behind, known_hosts=tmp_path / "known_hosts", config=()) as fleet:
+                done = await fleet.run("echo ${HOME##*-}")
+        assert [one.stdout for one in done.values()] == ["k1\n", "k2\n"]
+        assert made[0].entered == 1
+
+    asyncio.run(go())
+
+
+def test_what_a_person_sees_of_a_host_key_is_what_gets_pinned(tmp_path: Path) -> None:
+    async def work(fleet: Fleet, made: list[kit.Machine]) -> None:
+        ((name, key),) = await ssh.scan(fleet, made[0].node)
+        assert key.public_data == made[0].key.public_data
+        assert ssh.matches(tmp_path / "known_hosts", name, key)
+        shutil.copy(tmp_path / "known_hosts", tmp_path / "other")
+        ssh.pin(tmp_path / "other", [(name, made[1].key)])
+        assert not ssh.matches(tmp_path / "other", name, key)
+        assert stat.filemode((tmp_path / "other").stat().st_mode) == "-rw-------"
+
+    with_fleet(tmp_path, 2, work)
