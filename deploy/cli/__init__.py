@@ -1,19 +1,62 @@
-"""`deploy`: the command line."""
+"""`deploy`: the command line. Parses, calls, prints; nothing else. A command's module is imported when it is called."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from types import MappingProxyType
 
 import click
 
+from deploy.cli.common import Context, json_option
 from gracefarm import console
-from gracefarm.errors import UsageError
+from gracefarm.console import Console
+
+COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
+    {
+        # name: (module:function, what --help says of it), in the order in which they are used
+    }
+)
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
-def cli() -> None:
-    """Nodes to a served model. Not built yet."""
-    raise UsageError("deploy is not built yet", remedy="`builder` and `index` are")
+class Lazy(click.Group):
+    """Lists its commands without importing them."""
+
+    def list_commands(self, _context: click.Context) -> list[str]:
+        """In the table's order."""
+        return list(COMMANDS)
+
+    def get_command(self, _context: click.Context, name: str) -> click.Command | None:
+        """Import it."""
+        if name not in COMMANDS:
+            return None
+        module, _, function = COMMANDS[name][0].partition(":")
+        command: click.Command = getattr(import_module(module), function)
+        return command
+
+    def format_commands(self, _context: click.Context, formatter: click.HelpFormatter) -> None:
+        """From the table."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+
+@click.group(cls=Lazy, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="gracefarm")
+@click.option(
+    "--file", type=click.Path(path_type=Path), metavar="PATH", help="deploy.toml; default: here, or the nearest above."
+)
+@json_option
+@click.pass_context
+def cli(context: click.Context, file: Path | None) -> None:
+    """From a list of nodes to a served model.
+
+    \b
+    deploy init ips.txt
+    deploy plan
+    """
+    context.obj = Context(file=file, console=Console(as_json="--json" in sys.argv))
 
 
 def main() -> None:
