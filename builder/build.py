@@ -81,11 +81,13 @@ class Run:
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
         """A stage that runs in this process."""
-        start = time.monotonic()
+        start, usage = time.monotonic(), meter.Usage()
         try:
-            yield
+            with meter.watch() as usage:
+                yield
         finally:
-            self.stages.append(Stage(name=name, wall_s=round(time.monotonic() - start, 2)))
+            wall, cpu = round(time.monotonic() - start, 2), round(usage.cpu_s, 2)
+            self.stages.append(Stage(name=name, wall_s=wall, cpu_s=cpu, peak_memory=usage.peak_memory))
 
     def record(self, wheel: Path | None, error: GracefarmError | None) -> Record:
         """The record of the finished build."""

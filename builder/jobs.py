@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from builder import meter
 from builder.record import Jobs, Record
 from gracefarm.tables import parse_size
 
@@ -23,8 +25,9 @@ class Learned:
 
 
 def cores() -> int:
-    """Processors this process may use; a cgroup's CPU quota is not an affinity and is left to the scheduler."""
-    return len(os.sched_getaffinity(0))
+    """Processors this process may use: its affinity, or a cgroup's CPU quota where that is less, rounded up."""
+    affinity, quota = len(os.sched_getaffinity(0)), meter.cpu_quota()
+    return affinity if quota is None else max(1, min(affinity, math.ceil(quota)))
 
 
 def learned(records: Iterable[Record], *, stack: str, target: str) -> Learned | None:

@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -75,6 +76,69 @@ def open_meter(bound: int, kinds: Sequence[MemoryBy] = KINDS) -> Meter:
 def available_memory() -> int:
     """Bytes that a build may use: the least of the kernel's MemAvailable and what each memory cgroup above us has left."""
     return min(psutil.virtual_memory().available, *_cgroup_rooms(), _NO_LIMIT)
+
+
+def cpu_quota() -> float | None:
+    """Processors' worth of time that the cgroups above us allow, as a container's --cpus; None: no limit."""
+    quotas = []
+    for kind in ("cgroup2", "cgroup1"):
+        own = _own_cgroup("cpu" if kind == "cgroup1" else None)
+        if own is not None:
+            folder, mount = own
+            levels = [level for level in (folder, *folder.parents) if level.is_relative_to(mount)]
+            quotas += [quota for level in levels if (quota := _quota(kind, level)) is not None]
+    return min(quotas, default=None)
+
+
+def _quota(kind: MemoryBy, folder: Path) -> float | None:
+    """The CPU limit of one cgroup: microseconds per period of microseconds, `max` or -1 without one."""
+    if kind == "cgroup2":
+        words = _read(folder / "cpu.max", "max").split()
+    else:
+        words = [_read(folder / f"cpu.cfs_{name}_us", "-1") for name in ("quota", "period")]
+    return None if words[0] in ("max", "-1") else int(words[0]) / int(words[1])
+
+
+@dataclass(kw_only=True)
+class Usage:
+    """What this process and its children used between two moments; complete after `watch`."""
+
+    cpu_s: float = 0.0
+    peak_memory: int = 0
+    "Bytes, sampled."
+
+
+@contextlib.contextmanager
+def watch() -> Iterator[Usage]:
+    """Measure what runs in this process, children included, while the block runs."""
+    usage, done, before = Usage(), threading.Event(), _cpu_of_us()
+
+    def look() -> None:
+        usage.peak_memory = max(usage.peak_memory, sum(map(_memory_of, _tree(os.getpid()))))
+
+    def sample() -> None:
+        while not done.wait(_SAMPLE):
+            look()
+
+    look()
+    sampler = threading.Thread(target=sample, daemon=True)
+    sampler.start()
+    try:
+        yield usage
+    finally:
+        done.set()
+        sampler.join()
+        look()
+        usage.cpu_s = _cpu_of_us() - before
+
+
+_SAMPLE = 0.2
+"Seconds, as the sandbox's."
+
+
+def _cpu_of_us() -> float:
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
 
 
 # --- cgroups -----------------------------------------------------------------------------------------------------------------

@@ -56,6 +56,9 @@ def test_c_extension_for_aarch64_from_recipe_to_import(farm: Farm) -> None:
     assert verdicts["symbols"] == verdicts["alignment"] == "passed"
     assert verdicts["cubins"] == "not applicable"
     assert found["smoke"]["script"] == "five\n"  # type: ignore[index]
+    for stage in found["stages"]:  # type: ignore[attr-defined]
+        assert stage["cpu_s"] is not None, stage["name"]
+        assert stage["peak_memory"] > 0, stage["name"]
     again = farm.run("build", "tiny_c", "--target", "aarch64")
     assert again.code == 0
     assert "nothing to build" in again.said

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from builder import jobs
+from builder import jobs, meter
 from builder.jobs import Learned
 from builder.record import Jobs, Record, Stage
 
@@ -14,6 +14,7 @@ GIB = 2**30
 @pytest.fixture(autouse=True)
 def eight_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda _pid: set(range(8)))
+    monkeypatch.setattr(meter, "cpu_quota", lambda: None)
 
 
 def count(memory: int, past: Learned | None, wanted: int | None = None) -> int:
@@ -64,3 +65,12 @@ def test_the_user_bounds_what_was_learned() -> None:
 
 def test_another_target_teaches_nothing() -> None:
     assert jobs.learned([built(compiled(1, 16), count=8, target="x86_64")], stack="cu130", target="aarch64") is None
+
+
+def test_a_containers_cpu_quota_bounds_the_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meter, "cpu_quota", lambda: 2.5)
+    assert count(64, None) == 3
+    monkeypatch.setattr(meter, "cpu_quota", lambda: 0.2)
+    assert count(64, None) == 1
+    monkeypatch.setattr(meter, "cpu_quota", lambda: 64.0)
+    assert count(64, None) == 8

@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -91,3 +94,53 @@ def test_no_way_to_bound_memory_is_an_error(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(HostError, match="no way to bound memory here by cgroup2 or cgroup1"):
         meter.open_meter(1 << 30, ("cgroup2", "cgroup1"))
     assert meter.open_meter(1 << 30).by == "watchdog"
+
+
+def test_the_least_cpu_quota_on_the_way_up_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = tmp_path / "top" / "middle" / "own"
+    own.mkdir(parents=True)
+    (tmp_path / "cpu.max").write_text("1000 100000\n")  # above the mount: not ours to see
+    (tmp_path / "top" / "cpu.max").write_text("400000 100000\n")
+    (own.parent / "cpu.max").write_text("150000 100000\n")
+    (own / "cpu.max").write_text("max 100000\n")
+    monkeypatch.setattr(meter, "_own_cgroup", lambda controller: None if controller else (own, tmp_path / "top"))
+    assert meter.cpu_quota() == 1.5
+    (own.parent / "cpu.max").unlink()
+    assert meter.cpu_quota() == 4.0
+    (tmp_path / "top" / "cpu.max").write_text("max 100000\n")
+    assert meter.cpu_quota() is None
+
+
+@pytest.fixture
+def half_a_processor() -> Iterator[Path]:
+    """A real cgroup with a CPU quota of one half."""
+    own = meter._own_cgroup("cpu")
+    folder = meter._new_cgroup(own[0]) if own else None
+    if folder is None:
+        pytest.skip("no CPU cgroup of version 1 can be made here")
+    (folder / "cpu.cfs_quota_us").write_text("50000")
+    yield folder
+    meter._remove_cgroup(folder)
+
+
+@pytest.mark.root
+def test_a_real_cpu_quota_is_seen(half_a_processor: Path) -> None:
+    code = "import sys; sys.stdin.readline(); from builder import jobs, meter; print(meter.cpu_quota(), jobs.cores())"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        (half_a_processor / "cgroup.procs").write_text(str(process.pid))
+        said, _ = process.communicate("go\n", timeout=60)
+    assert said.split() == ["0.5", "1"]
+
+
+def test_what_runs_in_this_process_and_below_it_is_measured() -> None:
+    eater = (
+        "held = bytearray(150_000_000)\nimport time\nend = time.process_time() + 0.5\nwhile time.process_time() < end: pass"
+    )
+    with meter.watch() as usage:
+        subprocess.run([sys.executable, "-c", eater], check=True)
+    assert usage.cpu_s > 0.4
+    assert usage.peak_memory > 150_000_000
+    with meter.watch() as idle:
+        time.sleep(0.3)
+    assert idle.cpu_s < 0.2
+    assert 0 < idle.peak_memory < usage.peak_memory - 100_000_000
