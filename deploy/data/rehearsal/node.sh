@@ -1,0 +1,40 @@
+#!/bin/sh
+# A node: run as the first process of namespaces of its own (network, mounts, processes, names, shared memory), it makes the
+# machine that `deploy` meets and becomes its sshd. Nothing of the machine around it can be written from here but the share.
+# Environment: RIG_NAME RIG_FOLDER RIG_SHARE (empty: none) RIG_MOUNT RIG_USER RIG_UID RIG_ADDRESS RIG_GATEWAY RIG_SSHD RIG_LIBRARIES
+set -eu
+echo unshared # the room moves the cable in when it reads this
+read -r _go
+
+hostname "$RIG_NAME"
+ip link set lo up
+ip link set eth0 up
+ip addr add "$RIG_ADDRESS/24" dev eth0
+ip route add default via "$RIG_GATEWAY" # nothing forwards; the engine asks the kernel for the way to 8.8.8.8
+
+# What lies in the homes or in /tmp of this machine is bound before they are covered.
+mount -t tmpfs -o mode=755,size=64m rig /run
+mkdir /run/rig /run/rig-sshd /run/sshd
+mount --bind "$RIG_FOLDER" /run/rig
+[ -z "$RIG_LIBRARIES" ] || mount --bind "$RIG_LIBRARIES" /run/rig-sshd
+mount -t tmpfs -o mode=755,size=1m rig /mnt
+if [ -n "$RIG_SHARE" ]; then
+    mkdir "$RIG_MOUNT"
+    mount --bind "$RIG_SHARE" "$RIG_MOUNT"
+fi
+for file in passwd group shadow hosts hostname nsswitch.conf; do
+    [ ! -e "/etc/$file" ] || mount --bind "/run/rig/etc/$file" "/etc/$file"
+done
+mount -t tmpfs -o mode=755,size=1m rig /home
+mount -t tmpfs -o mode=700,size=1m rig /root
+mkdir "/home/$RIG_USER"
+mount --bind /run/rig/home "/home/$RIG_USER"
+mount --bind /run/rig/tmp /tmp
+mount --bind /run/rig/tmp /var/tmp
+mount -t tmpfs -o mode=1777,size=2g rig /dev/shm
+mount -t devpts -o newinstance,ptmxmode=0666,mode=620 rig /dev/pts
+mount -o remount,bind,ro /
+
+case $RIG_SSHD in /run/rig-sshd/*) export LD_LIBRARY_PATH=/run/rig-sshd ;; esac
+cd /
+exec "$RIG_SSHD" -D -e -f /run/rig/etc/sshd_config >>/run/rig/sshd.log 2>&1 </dev/null

@@ -1,0 +1,421 @@
+"""Nodes of one machine: namespaces joined by a switch, each with a real sshd, and everything that can go wrong with a node.
+
+    with rig(folder, count=3) as room:
+        room.ips                      # ips.txt
+        room.command(["deploy", …])   # an argument list that runs where the nodes can be reached
+        with room.inside(): …         # this thread's sockets and child processes are where the nodes can be reached
+        room["k1"].unplug()
+
+Whatever ends the owner ends the nodes: see deploy.rehearsal.room.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from deploy.rehearsal import sshd
+from gracefarm import settings
+from gracefarm.errors import HostError
+
+Json = dict[str, Any]
+GATEWAY = "10.77.0.1"
+"Where this machine's own servers (index, Hub) listen for the nodes."
+USER, UID = "ubuntu", 1000
+MOUNT = "/mnt/share"
+"The shared folder, on every node."
+CLONE_NEWNET = 0x40000000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spec:
+    """How a node differs from the others, for the whole rehearsal or from `boot` on."""
+
+    share: bool = True
+    "It has the shared folder."
+    loopback: bool = False
+    "Its own name is 127.0.1.1, as Debian's installer writes it."
+    python: bool = False
+    "Its Python says that it is another patch release (`OTHER_PYTHON`)."
+    env: Mapping[str, str] = field(default_factory=dict)
+    "Environment of every login, as the machine's image might set it."
+
+
+OTHER_PYTHON = "3.11.99"
+_SHIM = """#!/bin/sh
+PYTHONPATH=/run/rig/python exec /usr/bin/{name} "$@"
+"""
+_SITE = f"""import sys
+sys.version = "{OTHER_PYTHON} " + sys.version.split(" ", 1)[1]
+sys.version_info = type("version_info", (tuple,), {{"major": 3, "minor": 11, "micro": 99}})((3, 11, 99, "final", 0))
+"""
+
+
+class RigNode:
+    """One node and its faults."""
+
+    def __init__(self, room: Rig, rank: int, spec: Spec) -> None:
+        self._room = room
+        self.rank = rank
+        self.name = f"k{rank}"
+        self.address = f"10.77.0.{11 + rank}"
+        self.folder = room.folder / "nodes" / self.name
+        self.spec = spec
+
+    @property
+    def home(self) -> Path:
+        """Its user's home, seen from outside."""
+        return self.folder / "home"
+
+    @property
+    def tmp(self) -> Path:
+        """Its /tmp, seen from outside."""
+        return self.folder / "tmp"
+
+    def execute(self, argv: Sequence[str], *, input: str = "", timeout: float = 60) -> subprocess.CompletedProcess[str]:  # noqa: A002
+        """A command on the node as root, not by SSH: how a test looks behind the curtain."""
+        done = self._room.ask({"do": "execute", "node": self.name, "argv": list(argv), "input": input, "timeout": timeout})
+        return subprocess.CompletedProcess(list(argv), done["code"], done["out"], done["err"])
+
+    def processes(self) -> list[Json]:
+        """Every process on it: pid, argv, environ, rss."""
+        found: list[Json] = self._room.ask({"do": "processes", "node": self.name})["processes"]
+        return found
+
+    # faults
+
+    def unplug(self) -> None:
+        """Unreachable from now on; connections that are open hang, as they do."""
+        self._room.ask({"do": "link", "node": self.name, "up": False})
+
+    def plug(self) -> None:
+        """Reachable again."""
+        self._room.ask({"do": "link", "node": self.name, "up": True, "address": self.address})
+
+    def off(self) -> None:
+        """Power off: every process gone at once, nothing said to anybody."""
+        self._room.ask({"do": "stop", "node": self.name})
+
+    def boot(self, spec: Spec | None = None) -> None:
+        """Power on again, perhaps as another kind of node."""
+        self.spec = spec or self.spec
+        self._room.boot([self])
+
+    def lose_share(self) -> None:
+        """The shared folder goes away under whoever uses it."""
+        self._must(["umount", "--lazy", MOUNT])
+
+    def new_host_key(self) -> None:
+        """Another host key from the next connection on, as of a machine that was replaced."""
+        self._room.make_host_key(self)
+        self._must(["kill", "-HUP", "1"])
+        self._room.wait_ready([self])
+
+    def take_port(self, port: int, address: str = "0.0.0.0") -> int:  # noqa: S104 - taking it is the fault
+        """Somebody else listens there; the pid on the node, for `kill`."""
+        code = (
+            "import os, socket, time\n"
+            f"s = socket.create_server(({address!r}, {port}))\n"
+            "child = os.fork()\n"
+            "print(child, flush=True) if child else (os.close(1), os.close(2), time.sleep(86400))\n"
+        )
+        return int(self._must(["python3", "-c", code]).strip())
+
+    def kill(self, pid: int, signal: str = "KILL") -> None:
+        """A signal to a process, by the number that it has on the node."""
+        self._must(["kill", f"-{signal}", str(pid)])
+
+    def kill_matching(self, word: str, signal: str = "KILL") -> list[int]:
+        """A signal to every process of the node with `word` in its argument list; their numbers."""
+        hit = [one["pid"] for one in self.processes() if any(word in part for part in one["argv"]) and one["pid"] != 1]
+        for pid in hit:
+            self.execute(["kill", f"-{signal}", str(pid)])
+        return hit
+
+    def _must(self, argv: list[str]) -> str:
+        done = self.execute(argv)
+        if done.returncode:
+            raise HostError(f"{self.name}: {' '.join(argv)}: {done.stderr.strip()}")
+        return done.stdout
+
+
+class Rig:
+    """The room with its nodes. Use it by `rig()`."""
+
+    def __init__(self, folder: Path, room: subprocess.Popen[str], daemon: sshd.Sshd) -> None:
+        self.folder = folder
+        self._process = room
+        self._daemon = daemon
+        self._lock = threading.Lock()
+        self.nodes: list[RigNode] = []
+
+    @property
+    def share(self) -> Path:
+        """The shared folder, seen from outside, however it is mounted."""
+        return Path(f"/proc/{self._process.pid}/root{self.folder / 'share'}")
+
+    @property
+    def key(self) -> Path:
+        """The private key that the nodes' user is entered with."""
+        return self.folder / "key"
+
+    @property
+    def ips(self) -> Path:
+        """ips.txt, the head first."""
+        return self.folder / "ips.txt"
+
+    @property
+    def known_hosts(self) -> Path:
+        """The keys that the nodes had when they were made, for what does not go through `deploy init`."""
+        return self.folder / "known_hosts"
+
+    def __getitem__(self, name: str) -> RigNode:
+        return next(one for one in self.nodes if name in (one.name, one.address))
+
+    def ask(self, request: Json) -> Json:
+        """One request to the room. Raises HostError."""
+        with self._lock:
+            assert self._process.stdin
+            assert self._process.stdout
+            try:
+                self._process.stdin.write(json.dumps(request) + "\n")
+                self._process.stdin.flush()
+                line = self._process.stdout.readline()
+            except BrokenPipeError:
+                line = ""
+            if not line:
+                assert self._process.stderr
+                said = (self._process.stderr.read().strip().splitlines() or ["it ended"])[-1]
+                raise HostError(f"the rehearsal's namespaces: {said}", remedy=_REMEDY)
+        answer: Json = json.loads(line)
+        if "error" in answer:
+            raise HostError(f"the rehearsal's namespaces: {answer['error']}", remedy=_REMEDY)
+        found: Json = answer["ok"]
+        return found
+
+    def command(self, argv: Sequence[str]) -> list[str]:
+        """`argv`, where the nodes can be reached; it ends with the room, and with whoever started it."""
+        inner = ["setpriv", "--pdeathsig", "TERM", "--", "env", "--chdir", str(Path.cwd()), *argv]
+        return ["nsenter", "-t", str(self._first()), "--net", "--pid", "--mount", *inner]
+
+    def _first(self) -> int:
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            with suppress(OSError):
+                if int(stat.read_text().rpartition(")")[2].split()[1]) == self._process.pid:
+                    return int(stat.parent.name)
+        raise HostError("the rehearsal's namespaces have ended")
+
+    @contextmanager
+    def inside(self) -> Iterator[None]:
+        """Sockets that this thread makes, and processes that it starts, are where the nodes can be reached."""
+        libc = ctypes.CDLL(None, use_errno=True)
+        own = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        there = os.open(f"/proc/{self._process.pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            if libc.setns(there, CLONE_NEWNET):
+                raise HostError(f"entering the rehearsal's network: {os.strerror(ctypes.get_errno())}", remedy=_REMEDY)
+            try:
+                yield
+            finally:
+                libc.setns(own, CLONE_NEWNET)
+        finally:
+            os.close(own)
+            os.close(there)
+
+    # making nodes
+
+    def boot(self, nodes: Sequence[RigNode]) -> None:
+        """Start nodes, all at once, and wait for their sshd."""
+        for one in nodes:
+            self._prepare(one)
+        script = str(resources.files("deploy") / "data" / "rehearsal" / "node.sh")
+        self.ask({"do": "start", "script": script, "nodes": {one.name: self._environment(one) for one in nodes}})
+        self.wait_ready(nodes)
+
+    def _environment(self, node: RigNode) -> dict[str, str]:
+        return {
+            "RIG_NAME": self.hostname(node),
+            "RIG_FOLDER": str(node.folder),
+            "RIG_SHARE": str(self.folder / "share") if node.spec.share else "",
+            "RIG_MOUNT": MOUNT,
+            "RIG_USER": USER,
+            "RIG_ADDRESS": node.address,
+            "RIG_GATEWAY": GATEWAY,
+            "RIG_SSHD": self._daemon.program,
+            "RIG_LIBRARIES": str(self._daemon.libraries or ""),
+        }
+
+    def hostname(self, node: RigNode) -> str:
+        """As clouds name them."""
+        return f"node-{node.address.replace('.', '-')}"
+
+    def wait_ready(self, nodes: Sequence[RigNode], seconds: float = 30) -> None:
+        """Until each node's sshd says who it is. Raises HostError with its log."""
+        deadline = time.monotonic() + seconds
+        for one in nodes:
+            log = one.folder / "sshd.log"
+            while "Server listening" not in (log.read_text() if log.exists() else ""):
+                if time.monotonic() > deadline:
+                    said = (log.read_text().strip().splitlines() or ["nothing"])[-1] if log.exists() else "nothing"
+                    raise HostError(f"{one.name}: sshd does not start: {said}", remedy=_REMEDY)
+                time.sleep(0.02)
+
+    def _prepare(self, node: RigNode) -> None:
+        """The files of a node: its /etc, its home, its keys."""
+        for name, mode in (("etc", 0o755), ("home", 0o750), ("tmp", 0o1777), ("python", 0o755)):
+            folder = node.folder / name
+            folder.mkdir(parents=True, exist_ok=True)
+            folder.chmod(mode)
+        os.chown(node.home, UID, UID)
+        name = self.hostname(node)
+        own = f"127.0.1.1 {name}\n" if node.spec.loopback else ""
+        everybody = "".join(f"{one.address} {self.hostname(one)}\n" for one in self.nodes)
+        etc = {
+            "passwd": f"root:x:0:0:root:/root:/bin/bash\nsshd:x:101:65534::/run/sshd:/usr/sbin/nologin\n"
+            f"nobody:x:65534:65534:nobody:/nonexistent:/usr/sbin/nologin\n{USER}:x:{UID}:{UID}::/home/{USER}:/bin/bash\n",
+            "group": f"root:x:0:\ntty:x:5:\nutmp:x:43:\nnogroup:x:65534:\n{USER}:x:{UID}:\n",
+            "shadow": f"root:*:19000::::::\nsshd:*:19000::::::\n{USER}:*:19000::::::\n",
+            "hosts": f"127.0.0.1 localhost\n{own}{everybody}",
+            "hostname": f"{name}\n",
+            "nsswitch.conf": "passwd: files\ngroup: files\nshadow: files\nhosts: files\n",
+            "sshd_config": self._sshd_config(node),
+            "authorized_keys": (self.folder / "key.pub").read_text(),
+        }
+        for file, text in etc.items():
+            (node.folder / "etc" / file).write_text(text)
+        (node.folder / "sshd.log").write_text("")
+        if not (node.folder / "etc" / "host_key").exists():
+            self.make_host_key(node)
+        if node.spec.python:
+            for program in ("python3", "python3.11"):
+                (node.folder / "python" / program).write_text(_SHIM.format(name=program))
+                (node.folder / "python" / program).chmod(0o755)
+            (node.folder / "python" / "sitecustomize.py").write_text(_SITE)
+
+    def _sshd_config(self, node: RigNode) -> str:
+        env = dict(node.spec.env)
+        if node.spec.python:
+            env["PATH"] = "/run/rig/python:/usr/local/bin:/usr/bin:/bin"
+        lines = [
+            f"ListenAddress {node.address}",
+            "HostKey /run/rig/etc/host_key",
+            "AuthorizedKeysFile /run/rig/etc/authorized_keys",
+            "PidFile none",
+            "UsePAM no",
+            "PasswordAuthentication no",
+            "KbdInteractiveAuthentication no",
+            "PrintMotd no",
+            "Subsystem sftp internal-sftp",
+            *([f"SshdSessionPath {self._daemon.session}"] if self._daemon.session else []),
+            *(["SetEnv " + " ".join(f'"{key}={value}"' for key, value in env.items())] if env else []),
+        ]
+        return "\n".join(lines) + "\n"
+
+    def make_host_key(self, node: RigNode) -> None:
+        """A new host key in the node's folder."""
+        key = node.folder / "etc" / "host_key"
+        for one in (key, key.with_suffix(".pub")):
+            one.unlink(missing_ok=True)
+        (node.folder / "sshd.log").write_text("")
+        _keygen(key)
+
+    def write_lists(self) -> None:
+        """ips.txt and known_hosts."""
+        self.ips.write_text("".join(f"{one.address}\n" for one in self.nodes))
+        keys = [(one, (one.folder / "etc" / "host_key.pub").read_text().split()[:2]) for one in self.nodes]
+        self.known_hosts.write_text("".join(f"{one.address} {' '.join(key)}\n" for one, key in keys))
+
+    def close(self) -> None:
+        """Everything ends: the room's stdin does."""
+        assert self._process.stdin
+        with suppress(BrokenPipeError):
+            self._process.stdin.close()
+        try:
+            self._process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            self._process.kill()  # its child dies with it
+            self._process.wait()
+        for stream in (self._process.stdout, self._process.stderr):
+            if stream:
+                stream.close()
+
+
+_REMEDY = "the rehearsal needs namespaces: run it as root, on a machine or in a container that lets root make them"
+
+
+def check() -> None:
+    """What the rig needs of this machine. Raises HostError with the one thing that is missing."""
+    if sys.platform != "linux":
+        raise HostError("the rehearsal needs Linux's namespaces", remedy="run it on Linux, in a virtual machine perhaps")
+    for program, package in (
+        ("ip", "iproute2"),
+        ("unshare", "util-linux"),
+        ("nsenter", "util-linux"),
+        ("ssh-keygen", "openssh-client"),
+    ):
+        if shutil.which(program) is None:
+            raise HostError(f"the rehearsal needs {program}", remedy=f"as root: apt-get install {package}")
+    if os.geteuid() != 0:
+        raise HostError("the rehearsal makes network namespaces, which only root may", remedy="sudo, or a root shell")
+
+
+def _keygen(path: Path) -> None:
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "rehearsal", "-f", str(path)], check=True)
+
+
+@contextmanager
+def rig(folder: Path, *, count: int, specs: Mapping[str, Spec] | None = None, share_size: str | None = None) -> Iterator[Rig]:
+    """`count` nodes k0, k1, … with the shared folder `MOUNT`; everything is gone when the block ends, or its process.
+
+    `folder` (created) keeps what the nodes wrote, for whoever wants to look; it is the caller's to remove.
+    `share_size`: the share is a tmpfs of this size (as mount's `size=`), which can be filled.
+    Raises:
+        HostError: not root, a program is missing, or the kernel refuses.
+    """
+    check()
+    daemon = sshd.find(settings.load().home)
+    folder = folder.resolve()
+    (folder / "share").mkdir(parents=True, exist_ok=True)
+    os.chown(folder / "share", UID, UID)
+    if not (folder / "key").exists():
+        _keygen(folder / "key")
+    process = subprocess.Popen(
+        [
+            "unshare",
+            "--net",
+            "--mount",
+            "--pid",
+            "--fork",
+            "--kill-child=KILL",
+            "--mount-proc",
+            sys.executable,
+            "-m",
+            "deploy.rehearsal.room",
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    made = Rig(folder, process, daemon)
+    try:
+        made.ask({"do": "open", "gateway": f"{GATEWAY}/24", "share": str(folder / "share"), "size": share_size})
+        made.nodes = [RigNode(made, rank, (specs or {}).get(f"k{rank}", Spec())) for rank in range(count)]
+        made.boot(made.nodes)
+        made.write_lists()
+        yield made
+    finally:
+        made.close()

@@ -1,0 +1,208 @@
+"""The room that the nodes stand in: first process of namespaces of its own, it holds the switch and starts nodes.
+
+Run by deploy.rehearsal.nodes as `unshare … python -m deploy.rehearsal.room FOLDER`. Requests are JSON lines on stdin, answers
+JSON lines on stdout. When its owner is gone, however it went, stdin ends, this process ends, and with the first process of a
+process namespace the kernel ends all others, on every node; network and mounts go with the last of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+Json = dict[str, Any]
+BRIDGE = "room"
+NODE = ("unshare", "--net", "--mount", "--pid", "--uts", "--ipc", "--fork", "--kill-child=KILL", "--mount-proc")
+
+
+class Room:
+    """The nodes by name: the process that holds each."""
+
+    def __init__(self) -> None:
+        self.holders: dict[str, subprocess.Popen[str]] = {}
+
+    def open(self, request: Json) -> Json:
+        """Plug the switch in: `gateway`, an address with its prefix length; `share` and `size` for a share of a fixed size."""
+        ip("link", "set", "lo", "up")
+        ip("link", "add", BRIDGE, "type", "bridge")
+        ip("addr", "add", request["gateway"], "dev", BRIDGE)
+        ip("link", "set", BRIDGE, "up")
+        if request.get("size"):
+            options = f"size={request['size']},mode=1777"
+            run(["mount", "-t", "tmpfs", "-o", options, "rig-share", request["share"]])
+        return {}
+
+    def start(self, request: Json) -> Json:
+        """Start `nodes`: name to the environment of its node.sh, all at once."""
+        script = request["script"]
+        for name, environment in request["nodes"].items():
+            if self.alive(name):
+                raise ValueError(f"{name} runs already")
+            self.holders[name] = subprocess.Popen(
+                [*NODE, "sh", script],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                env={**os.environ, **environment},
+                start_new_session=True,
+            )
+        for name in request["nodes"]:
+            self._plug_in(name)
+        return {}
+
+    def _plug_in(self, name: str) -> None:
+        holder = self.holders[name]
+        assert holder.stdin
+        assert holder.stdout
+        if holder.stdout.readline().strip() != "unshared":
+            assert holder.stderr
+            raise ValueError(f"{name}: {holder.stderr.read().strip() or 'unshare failed'}")
+        port = f"port-{name}"
+        with suppress(subprocess.CalledProcessError):
+            ip("link", "del", port)
+        card = "02:4d:" + ":".join(f"{ord(letter):02x}" for letter in name.rjust(4, "-")[-4:])  # the same after a boot
+        ip("link", "add", port, "type", "veth", "peer", "name", "eth0", "address", card, "netns", str(holder.pid))
+        ip("link", "set", port, "master", BRIDGE)
+        ip("link", "set", port, "up")
+        holder.stdin.write("go\n")
+        holder.stdin.flush()
+
+    def alive(self, name: str) -> bool:
+        """Its first process runs."""
+        return name in self.holders and self.holders[name].poll() is None
+
+    def stop(self, request: Json) -> Json:
+        """Power off: every process of the node is gone at once."""
+        first = self.first(request["node"])
+        holder = self.holders.pop(request["node"])
+        holder.kill()
+        holder.wait()
+        deadline = time.monotonic() + 10
+        while first and Path(f"/proc/{first}").exists() and time.monotonic() < deadline:
+            reap()
+            time.sleep(0.02)
+        with suppress(subprocess.CalledProcessError):  # the kernel may have removed it with its other end
+            ip("link", "del", f"port-{request['node']}")
+        return {}
+
+    def link(self, request: Json) -> Json:
+        """The cable, in or out; when it is in, until the node answers at `address` again."""
+        ip("link", "set", f"port-{request['node']}", "up" if request["up"] else "down")
+        if request["up"]:
+            ip("neigh", "flush", "dev", BRIDGE)
+            _answering(request["address"])
+        return {}
+
+    def execute(self, request: Json) -> Json:
+        """`argv` on a node as root, from outside: its sshd knows nothing of it."""
+        first = self.first(request["node"])
+        done = subprocess.run(
+            ["nsenter", "-t", str(first), "-m", "-u", "-i", "-n", "-p", *request["argv"]],
+            input=request.get("input", ""),
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=request.get("timeout", 60),
+        )
+        return {"code": done.returncode, "out": done.stdout, "err": done.stderr}
+
+    def processes(self, request: Json) -> Json:
+        """Every process of a node: number as the node sees it, argument list, environment."""
+        first = self.first(request["node"])
+        space = os.readlink(f"/proc/{first}/ns/pid")  # noqa: PTH115 - no path
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):
+                if os.readlink(folder / "ns/pid") == space:  # noqa: PTH115
+                    found.append(_process(folder))
+        return {"processes": sorted(found, key=lambda one: one["pid"])}
+
+    def first(self, name: str) -> int:
+        """The node's first process, as this room's /proc numbers it; it is the only child of `unshare`."""
+        holder = self.holders.get(name)
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            with suppress(OSError):
+                words = stat.read_text().rpartition(")")[2].split()
+                if holder is not None and int(words[1]) == holder.pid:
+                    return int(stat.parent.name)
+        raise ValueError(f"{name} is off")
+
+
+def _answering(address: str, seconds: float = 10) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        with suppress(OSError), socket.create_connection((address, 22), timeout=1):
+            return
+        time.sleep(0.05)
+    raise ValueError(f"{address} does not answer")
+
+
+def _process(folder: Path) -> Json:
+    status = (folder / "status").read_text()
+    inner = next(line.split()[-1] for line in status.splitlines() if line.startswith("NSpid"))
+    environ = (folder / "environ").read_bytes().decode(errors="replace")
+    return {
+        "pid": int(inner),
+        "argv": [part.decode(errors="replace") for part in (folder / "cmdline").read_bytes().split(b"\0") if part],
+        "environ": dict(word.split("=", 1) for word in environ.split("\0") if "=" in word),
+        "rss": int(next((line.split()[1] for line in status.splitlines() if line.startswith("VmRSS")), "0")) << 10,
+    }
+
+
+def ip(*words: str) -> None:
+    """iproute2's ip."""
+    run(["ip", *words])
+
+
+def run(argv: list[str]) -> None:
+    """A command that must work; its own words are the error."""
+    subprocess.run(argv, check=True, capture_output=True, text=True)
+
+
+def reap() -> None:
+    """Children of nodes that were switched off come to us, the first process; holders are asked for by their own numbers."""
+    with suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+
+
+def answer(room: Room, request: Json) -> Json:
+    """One request; what went wrong as `error`, in words."""
+    try:
+        operation: Mapping[str, Any] = {
+            "open": room.open,
+            "start": room.start,
+            "stop": room.stop,
+            "link": room.link,
+            "execute": room.execute,
+            "processes": room.processes,
+        }
+        return {"ok": operation[request["do"]](request)}
+    except subprocess.CalledProcessError as error:
+        return {"error": f"{' '.join(error.cmd)}: {error.stderr.strip()}"}
+    except (OSError, ValueError, KeyError, subprocess.TimeoutExpired) as error:
+        return {"error": str(error) or type(error).__name__}
+
+
+def main() -> None:
+    """Serve until stdin ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    room = Room()
+    for line in sys.stdin:
+        sys.stdout.write(json.dumps(answer(room, json.loads(line))) + "\n")
+        sys.stdout.flush()
+        reap()
+
+
+if __name__ == "__main__":
+    main()
