@@ -23,6 +23,7 @@ from builder import (
     publish,
     record,
     root,
+    sandbox,
     smoke,
     source,
     toolchain,
@@ -205,6 +206,7 @@ def _attempt(run: Run) -> Record:
 def _stages(run: Run) -> Path:
     """All stages up to the record; the finished wheel."""
     data = run.plan.recipe.data
+    _check_sandbox()
     _check_binfmt(run.plan)
     with run.timed("fetch"), run.console.progress("fetch") as tick:
         fetched = fetch.fetch(data, run.settings, tick)
@@ -243,6 +245,13 @@ def _smoked(run: Run, wheel: Path, ground: Ground) -> None:
     run.smoke = result
     run.stages.append(record.stage("smoke", outcome, command))
     run.console.step("smoke", f"imported {', '.join(result.modules)} in a clean environment in {outcome.wall_s:.0f} s")
+
+
+def _check_sandbox() -> None:
+    """Before anything is downloaded for it."""
+    problem = sandbox.check()
+    if problem is not None:
+        raise HostError(f"the sandbox cannot be started: {problem}", remedy="run `builder doctor --fix`, as root or with sudo")
 
 
 def _check_binfmt(plan: Plan) -> None:

@@ -30,7 +30,7 @@ from gracefarm.errors import GracefarmError, HostError
 from gracefarm.files import remove_tree
 from gracefarm.settings import Settings, config_path
 
-PYTHON = Version("3.11")
+PYTHON = (3, 11)
 GIT = Version("2.25")
 BWRAP = Version("0.5")
 DISK = 25 << 30
@@ -113,8 +113,13 @@ def fix(found: Sequence[Check], settings: Settings) -> None:
 
 
 def _python() -> Check:
-    have = Version(platform.python_version())
-    return Check(name="python", ok=have >= PYTHON, found=f"{have} ({sys.executable})", remedy=f"use Python {PYTHON} or later")
+    # Not by Version: Ubuntu 22.04's python3.11 is a release candidate, which Version puts before 3.11.
+    return Check(
+        name="python",
+        ok=sys.version_info >= PYTHON,
+        found=f"{platform.python_version()} ({sys.executable})",
+        remedy=f"use Python {'.'.join(map(str, PYTHON))} or later",
+    )
 
 
 def _venv() -> Check:

@@ -177,6 +177,16 @@ def test_bubblewrap_missing(farm: Farm, tmp_path: Path) -> None:
     refused(build(farm, PATH=str(tools)), ExitCode.HOST, "bwrap", "builder doctor")
 
 
+def test_forbidden_user_namespaces_are_known_before_anything_is_fetched(farm: Farm, tmp_path: Path) -> None:
+    """bubblewrap as it fails where AppArmor forbids them, which this kernel does not."""
+    farm.recipe("tiny", projects.backend("return wheel(wheel_directory)"))
+    (tmp_path / "bwrap").write_text("#!/bin/sh\necho 'bwrap: setting up uid map: Permission denied' >&2\nexit 1\n")
+    (tmp_path / "bwrap").chmod(0o755)
+    done = build(farm, PATH=f"{tmp_path}:{os.environ['PATH']}")
+    refused(done, ExitCode.HOST, "setting up uid map", "builder doctor --fix")
+    assert "in the store" not in done.said
+
+
 def test_credentials_in_the_upload_url_are_refused_and_not_shown(farm: Farm) -> None:
     farm.recipe("tiny", projects.backend("return wheel(wheel_directory)"))
     done = build(farm, "--publish", "http://me:hunter2@127.0.0.1:9/legacy/")

@@ -55,6 +55,15 @@ def test_missing_programs_are_named_with_their_package(monkeypatch: pytest.Monke
     assert "not installed" in found["sandbox"].found
 
 
+def test_a_release_candidate_of_python_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ubuntu 22.04's python3.11 calls itself 3.11.0rc1."""
+    monkeypatch.setattr("platform.python_version", lambda: "3.11.0rc1")
+    monkeypatch.setattr("sys.version_info", (3, 11, 0, "candidate", 1))
+    assert doctor._python().ok
+    monkeypatch.setattr("sys.version_info", (3, 10, 12, "final", 0))
+    assert not doctor._python().ok
+
+
 def test_an_old_version_is_not_enough(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "git").write_text("#!/bin/sh\necho git version 2.17.1\n")
     (tmp_path / "git").chmod(0o755)
