@@ -6,27 +6,35 @@ import logging
 import re
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import parse_qs, quote, unquote
 
 from starlette.applications import Starlette
 
 from index import negotiate, views
 from index.accesslog import AccessLog
-from index.errors import NotFoundError, RefusalError
+from index.errors import RefusalError
 from index.names import normalise
+from index.negotiate import Encoding
 from index.service import Service
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
+T = TypeVar("T")
 
 MAX_AGE = 60
 "Seconds a page may be used without asking; then the ETag makes it a 304."
 
 _READY = 8192
-"Answers kept: one for each page and combination of headers."
+"Answers kept: one for each page, media type and coding; whatever else a client sends makes no entry."
+
+_HEADERS = 256
+"Spellings of Accept and Accept-Encoding remembered with what they mean; installers have a dozen."
+
+_LONGEST = 512
+"Characters of a header that is remembered."
 
 _LOG = logging.getLogger("index")
 
@@ -40,14 +48,26 @@ _COMMON = [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-re
 class Answer:
     """A finished response to a GET or HEAD of a page."""
 
-    __slots__ = ("body", "head", "size", "start", "status")
+    __slots__ = ("body", "etag", "head", "size", "start", "status", "unchanged")
 
-    def __init__(self, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> None:
+    def __init__(
+        self, status: int, headers: list[tuple[bytes, bytes]], body: bytes, etag: str = "", unchanged: Answer | None = None
+    ) -> None:
         self.status = status
+        self.etag = etag
+        self.unchanged = unchanged
         self.start: Message = {"type": "http.response.start", "status": status, "headers": [*headers, *_COMMON]}
         self.body: Message = {"type": "http.response.body", "body": body}
         self.head: Message = {"type": "http.response.body", "body": b""}
         self.size = len(body)
+
+    def unless(self, match: str) -> Answer:
+        """This answer, or its 304 when If-None-Match names what the client has."""
+        if self.unchanged is None:
+            return self
+        if match.strip() == "*" or self.etag in [item.strip().removeprefix("W/") for item in match.split(",")]:
+            return self.unchanged
+        return self
 
 
 class Application:
@@ -57,7 +77,9 @@ class Application:
         self.service = service
         self.rest = rest
         self.log = AccessLog(service.options.access_log)
-        self._ready: dict[tuple[object, ...], Answer] = {}
+        self._ready: dict[tuple[str, str, Encoding], Answer] = {}
+        self._media: dict[str | None, str | None] = {}
+        self._codings: dict[str | None, Encoding] = {}
         self._generation = -1
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -129,15 +151,19 @@ class Application:
             self._ready.clear()
             self._generation = generation
         accept, coding, match = _pick(scope["headers"], (b"accept", b"accept-encoding", b"if-none-match"))
-        key = (path, scope["query_string"], accept, coding, match)
-        found = self._ready.get(key)
-        if found is None:
-            found = self._make(path, scope["query_string"], accept, coding, match)
-            if found is not None and found.status in (200, 304):
-                self._ready[key] = found
-        return found
+        query: bytes = scope["query_string"]
+        media = _remembered(self._media, accept, negotiate.content_type) if not query else _media_of(query, accept)
+        encoding = _remembered(self._codings, coding, negotiate.encoding)
+        if media is None:
+            found = self._make(path, query, media, encoding)
+        elif (found := self._ready.get((path, media, encoding))) is None:
+            found = self._make(path, query, media, encoding)
+            # Another spelling of the path, or a query, would be another entry for the same page.
+            if found is not None and found.status == 200 and not query and "%" not in path:
+                self._ready[path, media, encoding] = found
+        return found.unless(match) if match and found is not None else found
 
-    def _make(self, path: str, query: bytes, accept: str | None, coding: str | None, match: str | None) -> Answer | None:
+    def _make(self, path: str, query: bytes, media: str | None, encoding: Encoding) -> Answer | None:
         """The answer for a page; None when the path is not one of the simple API after all."""
         parts = unquote(path).split("/")[1:] if "%" in path else path.split("/")[1:]
         try:
@@ -148,22 +174,17 @@ class Application:
         if view is None or len(parts) - at > 3 or (len(parts) - at == 3 and parts[-1]):
             return _plain(404, "there is no such view here\n")
         name = parts[at + 1] if len(parts) - at > 1 else ""
-        # A media type holds a plus and never a space, so a bare one is meant as it stands.
-        wanted = parse_qs(query.decode("latin-1").replace("+", "%2B")).get("format", [None])[-1] if query else None
         try:
             if (away := _redirect(parts, at, name)) is not None:
                 return _moved(away + ("?" + query.decode("latin-1") if query else ""))
-            return self._page(view, name, negotiate.content_type(accept, wanted), coding, match)
-        except NotFoundError as error:
-            return _plain(404, f"{error}\n")
+            return self._page(view, name, media, encoding)
         except RefusalError as error:
             return _plain(404, f"{error}\n")
 
-    def _page(self, view: views.View, name: str, media: str | None, coding: str | None, match: str | None) -> Answer:
+    def _page(self, view: views.View, name: str, media: str | None, encoding: Encoding) -> Answer:
         if media is None:
             return _plain(406, f"this page exists as {negotiate.JSON}, {negotiate.HTML} and text/html\n")
         page = self.service.shelf.page(view, name, negotiate.form(media))
-        encoding = negotiate.encoding(coding)
         etag = page.etag(encoding)
         headers = [
             (b"etag", etag.encode()),
@@ -173,14 +194,32 @@ class Application:
                 f"max-age={MAX_AGE}, public".encode() if view.prefix[:1] != ("preview",) else b"private, no-cache",
             ),
         ]
-        if match and (match.strip() == "*" or etag in [item.strip().removeprefix("W/") for item in match.split(",")]):
-            return Answer(304, headers, b"")
+        unchanged = Answer(304, list(headers), b"")
         body = page.body(encoding)
         if used := page.coding(encoding):
             headers.append((b"content-encoding", used.encode()))
         headers.append((b"content-type", (media + (negotiate.CHARSET if media == negotiate.PLAIN else "")).encode()))
         headers.append((b"content-length", str(len(body)).encode()))
-        return Answer(200, headers, body)
+        return Answer(200, headers, body, etag, unchanged)
+
+
+def _media_of(query: bytes, accept: str | None) -> str | None:
+    # A media type holds a plus and never a space, so a bare one is meant as it stands.
+    wanted = parse_qs(query.decode("latin-1").replace("+", "%2B")).get("format", [None])[-1]
+    return negotiate.content_type(accept, wanted)
+
+
+def _remembered(known: dict[str | None, T], header: str | None, read: Callable[[str | None], T]) -> T:
+    """What `read` makes of a header, from memory where it was sent before."""
+    try:
+        return known[header]
+    except KeyError:
+        found = read(header)
+        if header is None or len(header) <= _LONGEST:
+            if len(known) >= _HEADERS:
+                known.clear()
+            known[header] = found
+        return found
 
 
 def _redirect(parts: list[str], at: int, name: str) -> str | None:

@@ -119,7 +119,14 @@ def cli(context: click.Context, root: Path | None) -> None:
 @click.option("--trusted-proxy", multiple=True, metavar="ADDRESS", help="Believe X-Forwarded-* from there.")
 @click.option("--url", help="Address to print on the pages; default: what the browser asked for.")
 @click.option("--max-upload", default=Limits.upload, show_default=True, type=click.IntRange(1), help="Bytes.")
-@click.option("--idle", default=Limits.idle, show_default=True, type=float, help="Seconds an upload may stand still.")
+@click.option("--idle", default=Limits.idle, show_default=True, type=float, help="Seconds a client may stand still.")
+@click.option(
+    "--connections-per-client",
+    default=Limits.connections_per_client,
+    show_default=True,
+    type=click.IntRange(1),
+    help="By one address; of more, the quietest are closed.",
+)
 @click.option("--open-uploads", default=Limits.open_uploads, show_default=True, type=click.IntRange(1))
 @click.option("--open-uploads-per-client", default=Limits.open_uploads_per_client, show_default=True, type=click.IntRange(1))
 @click.option("--writes-per-second", default=Limits.writes_per_second, show_default=True, type=float, help="By one address.")
@@ -140,6 +147,7 @@ def serve_command(
     url: str | None,
     max_upload: int,
     idle: float,
+    connections_per_client: int,
     open_uploads: int,
     open_uploads_per_client: int,
     writes_per_second: float,
@@ -157,6 +165,7 @@ def serve_command(
     limits = Limits(
         upload=max_upload,
         idle=idle,
+        connections_per_client=connections_per_client,
         open_uploads=open_uploads,
         open_uploads_per_client=open_uploads_per_client,
         writes_per_second=writes_per_second,

@@ -23,9 +23,11 @@ class Limits:
     fields: int = 4 << 20
     "Bytes of the form's text fields together."
     idle: float = 60.0
-    "Seconds without a byte from an uploading client."
+    "Seconds without a byte from an uploading client, or without one taken by a downloading client."
     slowest: int = 1 << 10
     "Bytes per second an upload must keep up on average, after the first `idle` seconds."
+    connections_per_client: int = 256
+    "Connections at once from one address; of those beyond, the quietest are closed."
     open_uploads: int = 32
     "Uploads at once."
     open_uploads_per_client: int = 8

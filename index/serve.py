@@ -14,8 +14,10 @@ from typing import Literal
 import uvloop
 
 from gracefarm.errors import ConfigError, HostError
+from index import connections
 from index.app import Application
 from index.catalogue import open_catalogue
+from index.connections import Bounds
 from index.keeping import heal
 from index.limits import Gate
 from index.people import people_routes
@@ -75,9 +77,23 @@ def run(store: Store, options: Options, listen: Listen, on_listen: Callable[[str
         listener = _bind(listen)
         scheme = "https" if listen.certificate else "http"
         host = f"[{listen.host}]" if ":" in listen.host else listen.host
-        url = f"{scheme}://{host}:{listener.getsockname()[1]}"
+        port = listener.getsockname()[1]
+        url = f"{scheme}://{host}:{port}"
         start = _granian if listen.server == "granian" else _uvicorn
-        uvloop.run(start(application, listener, listen, lambda: on_listen(url)))
+        bounds = connections.bounds(options.limits.connections_per_client)
+
+        async def serve() -> None:
+            watching = asyncio.ensure_future(connections.watch(port, bounds, options.trusted_proxies))
+            try:
+                await start(application, listener, listen, bounds, ready)
+            finally:
+                watching.cancel()
+
+        def ready() -> None:
+            connections.set_deadline(port, options.limits.idle)
+            on_listen(url)
+
+        uvloop.run(serve())
 
 
 def _bind(listen: Listen) -> socket.socket:
@@ -95,7 +111,9 @@ def _bind(listen: Listen) -> socket.socket:
     return listener
 
 
-async def _granian(application: Application, listener: socket.socket, listen: Listen, ready: Callable[[], None]) -> None:
+async def _granian(
+    application: Application, listener: socket.socket, listen: Listen, bounds: Bounds, ready: Callable[[], None]
+) -> None:
     from granian.constants import Interfaces
     from granian.http import HTTP1Settings
     from granian.log import LogLevels
@@ -111,7 +129,7 @@ async def _granian(application: Application, listener: socket.socket, listen: Li
         interface=Interfaces.ASGI,
         websockets=False,
         backlog=1024,
-        backpressure=1024,
+        backpressure=bounds.total,  # counts connections; beyond it granian accepts nobody
         http1_settings=HTTP1Settings(header_read_timeout=15_000),
         log_level=LogLevels.error,
         ssl_cert=listen.certificate,
@@ -124,7 +142,9 @@ async def _granian(application: Application, listener: socket.socket, listen: Li
     await serving
 
 
-async def _uvicorn(application: Application, listener: socket.socket, listen: Listen, ready: Callable[[], None]) -> None:
+async def _uvicorn(
+    application: Application, listener: socket.socket, listen: Listen, _bounds: Bounds, ready: Callable[[], None]
+) -> None:
     import uvicorn
 
     config = uvicorn.Config(

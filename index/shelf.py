@@ -134,6 +134,7 @@ class Shelf:
         while weight > self.bound and self._pages:
             _, dropped = self._pages.popitem(last=False)
             weight -= dropped.weight
+            self.generation += 1  # answers made from it would keep its bytes
 
 
 def render(catalogue: Catalogue, view: View, project: str, form: Form) -> bytes:

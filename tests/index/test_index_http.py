@@ -10,6 +10,7 @@ import re
 import subprocess
 import zipfile
 from datetime import datetime
+from pathlib import Path
 
 import httpx
 import pytest
@@ -488,3 +489,28 @@ def test_bind_is_loopback_unless_told(hosted: Server) -> None:
     assert hosted.url.startswith("http://127.0.0.1:")
     header = base64.b64encode(b"x:y").decode()
     assert hosted.client.post("/legacy/", headers={"Authorization": f"Basic {header}"}).status_code == 401
+
+
+def test_what_clients_send_does_not_fill_the_memory(shared: Server) -> None:
+    """Answers are kept by page, media type and coding: headers and queries that differ make no entry and hold no bytes."""
+    name = wheel("memory_pkg")
+    assert shared.upload(*name).status_code == 200
+
+    def ask(count: int) -> None:
+        for number in range(count):
+            junk = f"{number:06}" + "x" * 30_000
+            headers = {"Accept": f"{JSON}, x/{number}", "Accept-Encoding": f"gzip, x{number}", "If-None-Match": f'"{junk}"'}
+            assert shared.client.get(f"/simple/memory-pkg/?x={number}", headers=headers).status_code == 200
+            assert shared.client.get("/simple/memory-pkg/", headers=headers).status_code == 200
+
+    ask(50)
+    before = resident(shared)
+    ask(1500)
+    assert resident(shared) - before < 12 << 20
+
+
+def resident(server: Server) -> int:
+    """Bytes that the server holds in memory."""
+    found = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{server.process.pid}/status").read_text())
+    assert found
+    return int(found[1]) << 10

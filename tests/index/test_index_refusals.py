@@ -10,6 +10,7 @@ import threading
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import pytest
@@ -348,22 +349,67 @@ def test_a_stalled_upload_stops_nobody_and_ends(tmp_path_factory: pytest.TempPat
         _eventually_empty(server)
 
 
-def test_clients_that_stop_reading_or_never_ask_stop_nobody(shared: Server) -> None:
-    name, content = wheel("slow_pkg", files={"slow_pkg/data": bytes(8 << 20)}, compress=zipfile.ZIP_STORED)
-    assert shared.upload(name, content).status_code == 200
-    request = f"GET /packages/{name} HTTP/1.1\r\nHost: x\r\n\r\n".encode()
-    held = [socket.create_connection(("127.0.0.1", shared.port)) for _ in range(120)]
-    try:
-        for number, connection in enumerate(held):
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            if number % 3:
-                connection.sendall(request if number % 3 == 1 else request[:20])  # never read, or half a request
-        assert shared.filenames("slow-pkg") == [name]
-        assert shared.upload(*wheel("quick_pkg")).status_code == 200
-        assert shared.client.get(f"/packages/{name}").content == content
-    finally:
-        for connection in held:
-            connection.close()
+@pytest.mark.parametrize("kind", ["granian", "uvicorn"])
+def test_clients_that_stop_reading_or_never_ask_stop_nobody(tmp_path: Path, kind: str) -> None:
+    """1,100 sockets of one address: more than granian's own bound on connections, which would accept nobody else."""
+    with serving(tmp_path / "root", "--allow-new", "--server", kind) as server:
+        name, content = wheel("slow_pkg", files={"slow_pkg/data": bytes(8 << 20)}, compress=zipfile.ZIP_STORED)
+        assert server.upload(name, content).status_code == 200
+        request = f"GET /packages/{name} HTTP/1.1\r\nHost: x\r\n\r\n".encode()
+        held: list[socket.socket] = []
+        try:
+            # Most never read, some send half a request.
+            held.extend(_slow_reader(server, request if number % 3 else request[:20]) for number in range(1100))
+            seconds = 5 if kind == "granian" else 30  # uvicorn first copies what fits into 1,100 buffers, in Python
+            for source in ("127.0.0.1", "127.0.0.2"):
+                with httpx.Client(
+                    base_url=server.url, timeout=seconds, transport=httpx.HTTPTransport(local_address=source)
+                ) as other:
+                    assert other.get("/health").text == "ok\n"
+                    assert other.get("/simple/slow-pkg/").status_code == 200
+                    assert other.get(f"/packages/{name}").content == content
+            deadline = time.monotonic() + 15
+            while _connections(server) > 256 + 10 and time.monotonic() < deadline:
+                time.sleep(0.2)
+            assert _connections(server) <= 256 + 10, "one address holds no more"
+            with httpx.Client(base_url=server.url, timeout=seconds) as other:  # the old one was as quiet as the others
+                assert other.get("/health").status_code == 200
+                server.client = other
+                assert server.upload(*wheel("quick_pkg")).status_code == 200
+        finally:
+            for connection in held:
+                connection.close()
+
+
+def _slow_reader(server: Server, request: bytes) -> socket.socket:
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    connection.connect(("127.0.0.1", server.port))
+    connection.sendall(request)
+    return connection
+
+
+def _connections(server: Server) -> int:
+    """Clients that the server holds a connection of."""
+    folder = Path(f"/proc/{server.process.pid}/fd")
+    inodes = {str(one.readlink()) for one in folder.iterdir() if one.is_symlink()}
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    mine = [row for row in rows if int(row[1].partition(":")[2], 16) == server.port and row[3] != "0A"]
+    return sum(f"socket:[{row[9]}]" in inodes for row in mine)
+
+
+@pytest.mark.parametrize("kind", ["granian", "uvicorn"])
+def test_who_takes_nothing_of_an_answer_is_cut_off(tmp_path: Path, kind: str) -> None:
+    with serving(tmp_path / "root", "--allow-new", "--server", kind, "--idle", "1.5") as server:
+        name, content = wheel("slow_pkg", files={"slow_pkg/data": bytes(16 << 20)}, compress=zipfile.ZIP_STORED)
+        assert server.upload(name, content).status_code == 200
+        with _slow_reader(server, f"GET /packages/{name} HTTP/1.1\r\nHost: x\r\n\r\n".encode()):
+            deadline = time.monotonic() + 15
+            while not _connections(server) > 1 and time.monotonic() < deadline:
+                time.sleep(0.05)
+            while _connections(server) > 1 and time.monotonic() < deadline:  # the other one is the client of this test
+                time.sleep(0.1)
+            assert _connections(server) <= 1
 
 
 def test_open_uploads_of_one_client_are_bounded(tmp_path_factory: pytest.TempPathFactory) -> None:
