@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,6 +18,12 @@ from tests import projects
 
 SHARED = ("roots", "environments", "toolchains", "cuda", "wrappers", "store", "uv")
 REPOSITORY = Path(__file__).parent.parent
+
+
+def pytest_configure() -> None:
+    """A suite that was started in a shell's background ignores Ctrl-C, and so would the programs whose Ctrl-C it tests."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @dataclass(frozen=True, kw_only=True)
