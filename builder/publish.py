@@ -18,6 +18,21 @@ from builder.sandbox import Mount, Outcome, Sandbox
 from gracefarm.errors import InstallError, PublishError, UsageError
 
 
+def refuse_credentials(url: str) -> None:
+    """An upload URL is printed, recorded and an argument of twine's: no place for a password.
+
+    Raises:
+        UsageError: it carries one, or a user's name.
+    """
+    parts = urlsplit(url)
+    if parts.password or parts.username:
+        bare = urlunsplit(parts._replace(netloc=parts.netloc.rsplit("@", 1)[-1]))
+        raise UsageError(
+            "the upload URL carries credentials",
+            remedy=f"use --publish {bare} with TWINE_USERNAME and TWINE_PASSWORD in the environment",
+        )
+
+
 def upload(wheel: Path, url: str) -> Publication:
     """Upload `wheel` by the legacy upload API.
 
@@ -27,13 +42,7 @@ def upload(wheel: Path, url: str) -> Publication:
         UsageError: the URL carries a password.
         PublishError: the index refused it or cannot be reached, in twine's words.
     """
-    parts = urlsplit(url)
-    if parts.password or parts.username:
-        bare = urlunsplit(parts._replace(netloc=parts.netloc.rsplit("@", 1)[-1]))
-        raise UsageError(
-            "the upload URL carries credentials",
-            remedy=f"use --publish {bare} with TWINE_USERNAME and TWINE_PASSWORD in the environment",
-        )
+    refuse_credentials(url)
     done = subprocess.run(
         [
             sys.executable,
@@ -72,12 +81,12 @@ def send_record(document: Path, log: Path, build_id: str, url: str) -> str | Non
     An addition of this farm's index, so a refusal is an answer and no error: any other index still works. The record goes
     first, since the index learns from it whose log may come.
     """
-    base = re.sub(r"(?:(?:stage/[^/]+/|nightly/)?legacy/?)?$", "", url)
+    base = re.sub(r"(?:(?:stage/[^/]+/|nightly/)?legacy/?)?$", "", url).rstrip("/")
     name = os.environ.get("TWINE_USERNAME", "__token__")
     password = os.environ.get("TWINE_PASSWORD") or _from_keyring(url, name)
-    bodies = [(f"{base}records/{build_id}", document.read_bytes())]
+    bodies = [(f"{base}/records/{build_id}", document.read_bytes())]
     if log.is_file():
-        bodies.append((f"{base}records/{build_id}/log", _end_of(log)))
+        bodies.append((f"{base}/records/{build_id}/log", _end_of(log)))
     try:
         with httpx.Client(auth=(name, password) if password else None, timeout=60) as client:
             for place, body in bodies:
@@ -85,7 +94,7 @@ def send_record(document: Path, log: Path, build_id: str, url: str) -> str | Non
                 if answer.status_code >= 300:
                     words = answer.text.strip().splitlines()
                     return f"{place}: {answer.status_code} {words[0][:200] if words else answer.reason_phrase}"
-    except httpx.HTTPError as error:
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
         return f"{base}: {error or type(error).__name__}"
     return None
 

@@ -103,6 +103,10 @@ def build(
     settings, console = settings_module.load(), Console(as_json=as_json)
     if bool(names) == changed:
         raise UsageError("name the recipes to build, or say --changed", remedy=f"recipes: {', '.join(_all(settings))}")
+    if url:
+        from builder import publish
+
+        publish.refuse_credentials(url)  # before anything prints it
     plans = [plan_of(name, stack_name, target, settings) for name in names or _all(settings)]
     if changed:
         plans = [one for one in plans if not _settled(one, url, settings) and _complete(one, console)]

@@ -187,17 +187,26 @@ def test_forbidden_user_namespaces_are_known_before_anything_is_fetched(farm: Fa
     assert "in the store" not in done.said
 
 
-def test_credentials_in_the_upload_url_are_refused_and_not_shown(farm: Farm) -> None:
-    farm.recipe("tiny", projects.backend("return wheel(wheel_directory)"))
+@pytest.mark.parametrize("body", ["return wheel(wheel_directory)", "raise RuntimeError('on purpose')"])
+def test_credentials_in_the_upload_url_are_refused_and_not_shown(farm: Farm, body: str) -> None:
+    """Also where the build would fail: a failed build tells the index too."""
+    farm.recipe("tiny", projects.backend(body))
     done = build(farm, "--publish", "http://me:hunter2@127.0.0.1:9/legacy/")
     refused(done, ExitCode.USAGE, "TWINE_PASSWORD")
     assert "hunter2" not in done.said
+    assert "build id" not in done.said, "refused before anything is planned"
 
 
 def test_unreachable_index_keeps_the_wheel(farm: Farm) -> None:
     farm.recipe("tiny", projects.backend("return wheel(wheel_directory)"))
     refused(build(farm, "--publish", "http://127.0.0.1:9/legacy/", TWINE_USERNAME="a", TWINE_PASSWORD="b"), ExitCode.PUBLISH)
     assert "exists" in farm.run("plan", "tiny", "--target", NATIVE).out
+
+
+def test_an_address_without_a_path_does_not_hide_why_a_build_failed(farm: Farm) -> None:
+    farm.recipe("tiny", projects.backend("raise RuntimeError('on purpose')"))
+    done = build(farm, "--publish", "http://127.0.0.1:9", TWINE_USERNAME="a", TWINE_PASSWORD="b")
+    refused(done, ExitCode.COMPILE, "RuntimeError: on purpose", "the index keeps no record: http://127.0.0.1:9: ")
 
 
 @pytest.mark.skipif(NATIVE == "aarch64", reason="an aarch64 host emulates nothing")

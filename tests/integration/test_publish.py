@@ -111,11 +111,12 @@ def test_another_index_takes_the_wheel_and_no_record(farm: Farm, tmp_path: Path)
 @pytest.mark.parametrize(
     ("upload", "record"),
     [
-        ("legacy/", "records/7"),
-        ("nightly/legacy/", "records/7"),
-        ("stage/gh200/legacy/", "records/7"),
-        ("", "records/7"),
-        ("team/legacy/", "team/records/7"),
+        ("/legacy/", "/records/7"),
+        ("/nightly/legacy/", "/records/7"),
+        ("/stage/gh200/legacy/", "/records/7"),
+        ("/", "/records/7"),
+        ("", "/records/7"),
+        ("/team/legacy/", "/team/records/7"),
     ],
 )
 def test_records_go_beside_the_upload_address(
@@ -130,8 +131,15 @@ def test_records_go_beside_the_upload_address(
     monkeypatch.setattr(httpx.Client, "put", put)
     monkeypatch.setenv("TWINE_PASSWORD", "x")
     (tmp_path / "record.json").write_text("{}")
-    assert publish.send_record(tmp_path / "record.json", tmp_path / "log.txt", "7", f"http://index.test/{upload}") is None
-    assert asked == [f"http://index.test/{record}"]
+    assert publish.send_record(tmp_path / "record.json", tmp_path / "log.txt", "7", f"http://index.test:80{upload}") is None
+    assert asked == [f"http://index.test:80{record}"]
+
+
+def test_an_address_that_is_none_is_an_answer_and_no_exception(tmp_path: Path) -> None:
+    (tmp_path / "record.json").write_text("{}")
+    said = publish.send_record(tmp_path / "record.json", tmp_path / "log.txt", "7", "http://127.0.0.1:port/legacy/")
+    assert said is not None
+    assert "port" in said
 
 
 def test_of_a_log_that_is_too_long_the_index_gets_the_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
