@@ -14,6 +14,7 @@ from pathlib import Path
 
 from builder import build, compile, environment, meter, publish, record
 from builder.plan import Plan
+from builder.root import die_with_us
 from gracefarm.console import Console
 from gracefarm.errors import HostError
 from gracefarm.files import lock, remove_tree
@@ -38,11 +39,12 @@ def local_index(settings: Settings) -> Iterator[tuple[str, str]]:
         HostError: it did not start, with its last words.
     """
     folder = settings.home / "index"
+    # A server that outlived a killed run would keep the store from the next one.
     serve = [sys.executable, "-m", "index", "serve", "--root", str(folder), "--port", "0", "--allow-new", "--json"]
     folder.parent.mkdir(parents=True, exist_ok=True)
     with (
         (settings.home / "index.log").open("w") as errors,
-        subprocess.Popen(serve, stdout=subprocess.PIPE, stderr=errors, text=True) as server,
+        subprocess.Popen(die_with_us(serve), stdout=subprocess.PIPE, stderr=errors, text=True) as server,
     ):
         try:
             assert server.stdout is not None
@@ -99,8 +101,8 @@ def run(plan: Plan, settings: Settings, console: Console) -> Result:
         os.environ.update(TWINE_USERNAME="__token__", TWINE_PASSWORD=token)
         wheel = record.wheel_path(settings, done)
         assert wheel is not None
-        done = done.model_copy(update={"published": (*done.published, publish.upload(wheel, f"{url}/legacy/"))})
-        record.write(done, settings)
+        # Not noted in the record: the address ends with this run.
+        publish.upload(wheel, f"{url}/legacy/")
         console.step("publish", f"{wheel.name} to {url}/legacy/")
         build.tell_index(done.build_id, f"{url}/legacy/", settings, console)
         _install_back(plan, f"{url}/simple/", settings, console, folder)

@@ -10,12 +10,15 @@ from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
 import httpx
+import requests
+from pypi_simple import NoSuchProjectError, PyPISimple, UnsupportedContentTypeError, UnsupportedRepoVersionError
 
 from builder import sandbox, smoke
 from builder.compile import first_error
 from builder.record import Publication, now
 from builder.sandbox import Mount, Outcome, Sandbox
 from gracefarm.errors import InstallError, PublishError, UsageError
+from gracefarm.files import sha256_file
 
 
 def refuse_credentials(url: str) -> None:
@@ -40,7 +43,8 @@ def upload(wheel: Path, url: str) -> Publication:
 
     Raises:
         UsageError: the URL carries a password.
-        PublishError: the index refused it or cannot be reached, in twine's words.
+        PublishError: the index refused it or cannot be reached, in twine's words. One that offers these very bytes already has
+            them from a run that was cut off before it could say so, and not every index takes them twice.
     """
     refuse_credentials(url)
     done = subprocess.run(
@@ -60,7 +64,7 @@ def upload(wheel: Path, url: str) -> Publication:
         check=False,
         env=_environment(),
     )
-    if done.returncode != 0:
+    if done.returncode != 0 and not _offered(wheel, url):
         said = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()]
         words = next((line for line in said if line.startswith(("ERROR", "HTTPError"))), said[-1] if said else "no output")
         raise PublishError(
@@ -69,6 +73,26 @@ def upload(wheel: Path, url: str) -> Publication:
             repeat=f"twine upload --repository-url {url} {wheel}",
         )
     return Publication(url=url, at=now())
+
+
+def _offered(wheel: Path, url: str) -> bool:
+    """Whether the index of an upload address offers a file of that name and sha256; legacy/ and simple/ stand together."""
+    name = wheel.name.split("-")[0]
+    index = re.sub(r"legacy/?$", "", url).rstrip("/") + "/simple/"
+    with PyPISimple(index, auth=_credentials(url)) as client:
+        try:
+            offered = client.get_project_page(name, timeout=60).packages
+        except (requests.RequestException, NoSuchProjectError, UnsupportedContentTypeError, UnsupportedRepoVersionError):
+            return False
+    sha256 = sha256_file(wheel)
+    return any(one.filename == wheel.name and one.digests.get("sha256") == sha256 for one in offered)
+
+
+def _credentials(url: str) -> tuple[str, str] | None:
+    """What twine would log in with."""
+    name = os.environ.get("TWINE_USERNAME", "__token__")
+    password = os.environ.get("TWINE_PASSWORD") or _from_keyring(url, name)
+    return (name, password) if password else None
 
 
 MAX_LOG = 32 << 20
@@ -82,13 +106,11 @@ def send_record(document: Path, log: Path, build_id: str, url: str) -> str | Non
     first, since the index learns from it whose log may come.
     """
     base = re.sub(r"(?:(?:stage/[^/]+/|nightly/)?legacy/?)?$", "", url).rstrip("/")
-    name = os.environ.get("TWINE_USERNAME", "__token__")
-    password = os.environ.get("TWINE_PASSWORD") or _from_keyring(url, name)
     bodies = [(f"{base}/records/{build_id}", document.read_bytes())]
     if log.is_file():
         bodies.append((f"{base}/records/{build_id}/log", _end_of(log)))
     try:
-        with httpx.Client(auth=(name, password) if password else None, timeout=60) as client:
+        with httpx.Client(auth=_credentials(url), timeout=60) as client:
             for place, body in bodies:
                 answer = client.put(place, content=body)
                 if answer.status_code >= 300:

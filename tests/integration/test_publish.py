@@ -108,6 +108,43 @@ def test_another_index_takes_the_wheel_and_no_record(farm: Farm, tmp_path: Path)
     assert [path.name for path in tmp_path.glob("*.whl")] == ["tiny-1.0-py3-none-any.whl"]
 
 
+def forget_publications(farm: Farm) -> None:
+    (place,) = (farm.settings.home / "builds").glob("*/record.json")
+    place.write_text(json.dumps(json.loads(place.read_text()) | {"published": []}))
+
+
+def test_killed_after_the_upload_the_same_command_finds_it_published(farm: Farm, tmp_path: Path) -> None:
+    """pypiserver, like the Python index, takes no file twice."""
+    farm.recipe("tiny", projects.backend("return wheel(wheel_directory)"))
+    with pypiserver(tmp_path) as url:
+        command = ("build", "tiny", "--target", NATIVE, "--publish", url, "--json")
+        killed = subprocess.Popen(
+            [sys.executable, "-m", "builder", *command],
+            env=projects.environment({**farm.environment, **credentials("any")}),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        while not list(tmp_path.glob("*.whl")):
+            assert killed.poll() is None
+            time.sleep(0.01)
+        killed.kill()
+        killed.communicate(timeout=30)
+        forget_publications(farm)  # where the record was quicker than the kill
+        again = farm.run(*command, **credentials("any"))
+        assert again.code == 0, again.said
+        assert [one["url"] for one in json.loads(farm.run("show", "tiny", "--json").out)["published"]] == [url]
+
+
+def test_other_bytes_under_a_published_name_stay_refused(farm: Farm, tmp_path: Path) -> None:
+    farm.recipe("tiny", projects.backend("return wheel(wheel_directory)"))
+    (tmp_path / "tiny-1.0-py3-none-any.whl").write_bytes(b"another wheel")
+    with pypiserver(tmp_path) as url:
+        done = farm.run("build", "tiny", "--target", NATIVE, "--publish", url, **credentials("any"))
+    assert done.code == 40
+    assert "did not take tiny-1.0-py3-none-any.whl" in done.said
+
+
 @pytest.mark.parametrize(
     ("upload", "record"),
     [

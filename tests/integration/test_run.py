@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from builder.stack import host_arch
 from tests import projects
 from tests.conftest import Farm
 
@@ -19,12 +23,47 @@ def test_a_wheel_goes_through_the_index_into_a_clean_environment(farm: Farm) -> 
     result = lines[-1]
     assert Path(result["wheel"]).name.endswith("_aarch64.whl")
     record = json.loads(Path(result["record"]).read_text())
-    assert record["published"][0]["url"].startswith("http://127.0.0.1:")
+    assert record["published"] == [], "the index ends with the run, and so does its address"
     installed = (Path(result["record"]).parent / "install.txt").read_text()
     assert "Successfully installed tiny-c-1.0" in installed
     assert '"tiny_c._core": "/env/lib/python3.11/site-packages/tiny_c/_core.cpython-311-aarch64-linux-gnu.so"' in installed
     password = [one for one in installed.split() if "pypi-" in one or "token" in one.lower()]
     assert not password
+
+
+RUN_KILL_AT = {
+    "while publishing": ("index", "serving"),
+    "before the index has the record": ("publish", ".whl to"),
+    "while installing": ("publish", "record and log to"),
+}
+"Moments of a run after its build, each named by the line that it has just printed."
+
+
+@pytest.mark.parametrize(
+    ("moment", "number"), [*((moment, signal.SIGKILL) for moment in RUN_KILL_AT), ("while publishing", signal.SIGTERM)]
+)
+def test_a_run_killed_after_its_build_does_not_stand_in_the_way_of_the_next(
+    farm: Farm, moment: str, number: signal.Signals
+) -> None:
+    farm.recipe("tiny", projects.backend("return wheel(wheel_directory)"))
+    command = ["run", "tiny", "--target", host_arch().value, "--json"]
+    killed = subprocess.Popen(
+        [sys.executable, "-m", "builder", *command],
+        env=projects.environment(farm.environment),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert killed.stdout is not None
+    step, text = RUN_KILL_AT[moment]
+    events = map(json.loads, killed.stdout)
+    assert any(one.get("step") == step and text in one["text"] for one in events)
+    killed.send_signal(number)
+    killed.communicate(timeout=30)
+    assert killed.returncode == -number
+    again = farm.run(*command)
+    assert again.code == 0, again.said
+    assert "it imports" in again.said
 
 
 @pytest.mark.slow
