@@ -68,6 +68,8 @@ class Node(BaseModel):
     "Private key; None: ~/.ssh/config, the agent, the usual files."
     jump: str | None = None
     "[user@]host[:port] of a jump host."
+    private: str | None = None
+    "Address between the nodes; None: found by asking the node."
     nic: str | None = None
     "Network interface between the nodes; None: the one that holds the private address."
     gpus: int | None = None
@@ -122,6 +124,7 @@ class Single(Access):
 
     address: Address
     name: Name | None = None
+    private: Address | None = None
     group: Name = "nodes"
 
 
@@ -146,6 +149,7 @@ class Ports(Table):
     agent: Port = 52365
     metrics: Port = 52366
     runtime_env: Port = 52367
+    agent_grpc: Port = 52368
     workers_from: Port = 20000
     workers_to: Port = 20999
     store: Port = 29500
@@ -287,6 +291,7 @@ def _numbered(singles: Sequence[Single], defaults: Access, base: Path, where: st
             name=one.name or f"k{rank}",
             rank=rank,
             address=one.address,
+            private=one.private,
             key=base / Path(key).expanduser() if key else None,
             port=port or 22,
             group=one.group,

@@ -63,8 +63,8 @@ def survey(request: Json) -> Json:
         "python": _python(sys.executable),
         "environment": _environment(Path(request["environment"])) if request["environment"] else None,
         "page": resource.getpagesize(),
-        "glibcxx": _glibcxx(),
-        "shm": _space("/dev/shm"),  # noqa: S108 - asked about, not used
+        "glibcxx": glibcxx(),
+        "shm": space("/dev/shm"),  # noqa: S108 - asked about, not used
         "limits": {
             name: resource.getrlimit(getattr(resource, "RLIMIT_" + name.upper())) for name in ("nofile", "memlock", "nproc")
         },
@@ -141,7 +141,7 @@ def _environment(link: Path) -> Json | None:
     return {**described, "python": _python(str(link / "bin" / "python"))}
 
 
-def _glibcxx() -> str | None:
+def glibcxx() -> str | None:
     """The highest GLIBCXX symbol version of the libstdc++ that the loader finds here."""
     try:
         library = ctypes.CDLL("libstdc++.so.6")
@@ -159,12 +159,13 @@ def highest_glibcxx(content: bytes) -> str | None:
     return ".".join(map(str, max(found))) if found else None
 
 
-def _space(path: str) -> Json | None:
+def space(path: str) -> Json | None:
+    """Bytes of the file system that holds `path`, all and free for this user."""
     try:
-        space = os.statvfs(path)
+        found = os.statvfs(path)
     except OSError:
         return None
-    return {"total": space.f_blocks * space.f_frsize, "free": space.f_bavail * space.f_frsize}
+    return {"total": found.f_blocks * found.f_frsize, "free": found.f_bavail * found.f_frsize}
 
 
 def pairs(request: Json) -> Json:

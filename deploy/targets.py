@@ -1,0 +1,47 @@
+"""A fleet's nodes as the steps see them: deploy.worker's Shell over deploy.ssh's connections."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from deploy.facts import Facts
+from deploy.inventory import Node
+from deploy.ssh import Fleet
+from deploy.worker import Done, Target
+from gracefarm.errors import HostError, SshError
+
+
+@dataclass(frozen=True)
+class FleetShell:
+    """Commands on one node of a fleet."""
+
+    fleet: Fleet
+    node: Node
+
+    async def stream(self, command: str, *, stdin: bytes, on_line: Callable[[str], None]) -> Done:
+        """Run it; a node that cannot be entered is an SshError, a connection that was cut a HostError."""
+
+        def line(_node: Node, stream: str, text: str) -> None:
+            if stream == "stdout":
+                on_line(text)
+
+        result = (await self.fleet.run(command, nodes=[self.node], input=stdin, on_line=line))[self.node.name]
+        if result.returncode is None:
+            if isinstance(result.error, SshError):
+                raise result.error
+            cause = result.error.cause if result.error else f"{self.node}: no answer"
+            raise HostError(cause, remedy="repeat the command")
+        return Done(code=result.returncode, stderr=result.stderr)
+
+
+def targets(fleet: Fleet, facts: Facts | None = None, nodes: Sequence[Node] | None = None) -> list[Target]:
+    """Nodes to call into; without facts their private address is the one that ssh reaches, and GPUs are deploy.toml's."""
+    known: Mapping[str, tuple[str, int]] = {
+        one.name: (one.private, len(one.cuda.gpus)) for one in (facts.nodes if facts else ())
+    }
+    made = []
+    for one in fleet.nodes if nodes is None else nodes:
+        address, gpus = known.get(one.name, (one.address, 0))
+        made.append(Target(name=one.name, address=address, gpus=one.gpus or gpus, shell=FleetShell(fleet, one)))
+    return made

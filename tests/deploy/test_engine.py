@@ -1,0 +1,137 @@
+"""The engines' rules: which tp, which options, and where a model's numbers come from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from deploy import engine as engines
+from deploy import inventory, model
+from deploy.engine import APHRODITE, VLLM
+from gracefarm.errors import ConfigError, FetchError, LayoutError
+from tests.deploy import hub as hubs
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "num_hidden_layers": 4,
+    "hidden_size": 64,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "intermediate_size": 96,
+    "vocab_size": 1000,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": True,
+}
+
+
+def big() -> model.Model:
+    found = model.built_in("meta-llama/Llama-3.1-405B", "main")
+    assert found
+    return found
+
+
+def test_aphrodite_takes_one_to_eight_and_says_why_no_more() -> None:
+    assert engines.legal(APHRODITE, big(), 64) == tuple(range(1, 9))
+    for tp in range(9, 16):
+        assert "asserts that tp divides by the 8 KV heads" in str(engines.refusal(APHRODITE, big(), tp))
+    assert "no query heads" in str(engines.refusal(APHRODITE, big(), 16))
+
+
+def test_uneven_shares_as_the_engine_deals_them() -> None:
+    assert engines.kv_heads(APHRODITE, big(), 5) == (2, 2, 2, 1, 1)
+    assert [engines.part(53248, rank, 5)[1] for rank in range(5)] == [10650, 10650, 10650, 10649, 10649]
+    assert [engines.part(53248, rank, 5)[0] for rank in range(5)] == [0, 10650, 21300, 31950, 42599]
+    assert engines.vocab(APHRODITE, big(), 5) == 128260
+    assert engines.vocab(VLLM, big(), 8) == 128256
+
+
+def test_the_engines_own_split_leaves_the_remainder_to_the_last_stage() -> None:
+    assert engines.default_partition(126, 10) == (12,) * 9 + (18,)
+    assert engines.default_partition(126, 4) == (31, 31, 31, 33)
+
+
+@pytest.mark.parametrize(
+    ("engine", "options", "arch", "words"),
+    [
+        (APHRODITE, {"max-parallel-loading-workers": 2}, "x86_64", "NotImplementedError"),
+        (APHRODITE, {"api-keys": "x"}, "x86_64", "readable by everybody"),
+        (VLLM, {"api_key": "x"}, "x86_64", "readable by everybody"),
+        (APHRODITE, {"tensor-parallel-size": 2}, "x86_64", r"\[layout\] tensor_parallel"),
+        (APHRODITE, {"tp": 2}, "x86_64", r"\[layout\] tensor_parallel"),
+        (APHRODITE, {"host": "0.0.0.0"}, "x86_64", "127.0.0.1"),
+        (APHRODITE, {"kv-cache-dtype": "fp8"}, "aarch64", "xformers"),
+        (APHRODITE, {"kv_cache_dtype": "fp8_e5m2"}, "aarch64", "xformers"),
+        (APHRODITE, {"block-size": 8}, "aarch64", "xformers"),
+        (APHRODITE, {"quantization": "fp8"}, "x86_64", "16-bit weights"),
+    ],
+)
+def test_options_that_are_ours_secret_or_broken_are_refused(
+    engine: engines.Engine, options: dict[str, engines.Value], arch: str, words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        engines.check(engine, options, arch)
+
+
+def test_fp8_cache_is_for_machines_that_have_xformers() -> None:
+    engines.check(APHRODITE, {"kv-cache-dtype": "fp8", "max-log-len": 0}, "x86_64")
+    engines.check(APHRODITE, {"kv-cache-dtype": "auto", "block-size": 32}, "aarch64")
+
+
+def test_options_become_arguments_as_each_engine_spells_them() -> None:
+    given: dict[str, engines.Value] = {"uvloop": True, "disable-log-requests": False, "enforce_eager": True, "seed": 7}
+    assert engines.arguments(APHRODITE, given) == ["--uvloop", "--enforce-eager", "true", "--seed", "7"]
+    assert engines.arguments(APHRODITE, {"middleware": ["a", "b"]}) == ["--middleware", "a", "--middleware", "b"]
+    assert engines.arguments(VLLM, {"enforce-eager": False, "x": ["a", "b"]}) == ["--no-enforce-eager", "--x", "a", "b"]
+    with pytest.raises(ConfigError, match="no option --max-log-length"):
+        engines.validate(APHRODITE, engines.arguments(APHRODITE, {"max-log-length": 0}))
+
+
+def test_a_config_of_another_shape_or_quantised_is_no_plan() -> None:
+    for changes, words in (
+        ({"architectures": ["MixtralForCausalLM"]}, "not MixtralForCausalLM"),
+        ({"quantization_config": {"quant_method": "fp8"}}, r"quantised \(fp8\)"),
+    ):
+        with pytest.raises(LayoutError, match=words):
+            model.from_config({**CONFIG, **changes}, repo="a/b", revision="main", source="test")
+    with pytest.raises(ConfigError, match="no intermediate_size"):
+        model.from_config(
+            {key: value for key, value in CONFIG.items() if key != "intermediate_size"}, repo="a/b", revision="m", source="t"
+        )
+    with pytest.raises(ConfigError, match="wrong"):
+        model.from_config({**CONFIG, "hidden_size": "x"}, repo="a/b", revision="main", source="test")
+
+
+def test_a_local_config_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    found, note = model.find(inventory.Model(repo="a/b", config="config.json"), tmp_path)
+    assert (found.kv_heads, found.tied, found.head_dim, note) == (4, True, 8, "")
+    with pytest.raises(ConfigError, match="no such file"):
+        model.find(inventory.Model(repo="a/b", config="other.json"), tmp_path)
+
+
+def test_the_hub_resolves_the_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with hubs.serving({"config.json": json.dumps(CONFIG).encode()}) as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        found, note = model.find(inventory.Model(repo="org/model"), tmp_path)
+        assert (found.revision, found.layers, note) == (hubs.COMMIT, 4, "")
+        with pytest.raises(FetchError, match="no org/other at main"):
+            model.find(inventory.Model(repo="org/other"), tmp_path)
+
+
+def test_a_gated_model_is_planned_with_the_built_in_numbers_and_an_unknown_one_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    with hubs.serving({"config.json": b"{}"}, gated=True) as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        with pytest.raises(FetchError, match="gated or private") as caught:
+            model.find(inventory.Model(repo="org/model"), tmp_path)
+        assert "HF_TOKEN" in caught.value.remedy
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    found, note = model.find(inventory.Model(), tmp_path)
+    assert found.layers == 126
+    assert "cannot be reached" in note
+    assert not found.pinned

@@ -1,0 +1,301 @@
+"""The plan: it is whole, checked against the engine's own options, named by its content, and a script that bash runs."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from deploy import engine as engines
+from deploy import inventory, model, options, paths, plan, suppose
+from deploy.facts import Facts, NodeFacts
+from deploy.inventory import Deployment, File, Node
+from deploy.model import Model
+from deploy.plan import Plan
+from gracefarm.errors import ConfigError, LayoutError
+
+COMMIT = "be673f326cab4cd22ccfef76109faf68e41aa5f1"
+
+
+def llama() -> Model:
+    found = model.built_in("meta-llama/Llama-3.1-405B-Instruct", COMMIT)
+    assert found
+    return found
+
+
+def supposed(count: int = 10, kind: str = "gh200-96", **data: object) -> tuple[Deployment, Facts]:
+    base = Deployment(path=Path("/nowhere/deploy.toml"), data=File.model_validate(data), nodes=())
+    return suppose.suppose(suppose.kind(kind), count, base)
+
+
+def made(count: int = 10, kind: str = "gh200-96", **data: object) -> Plan:
+    return plan.make(*supposed(count, kind, **data), llama())
+
+
+def option(arguments: tuple[str, ...], name: str) -> str | None:
+    return arguments[arguments.index(name) + 1] if name in arguments else None
+
+
+def test_ray_is_told_of_exactly_the_gpus_of_the_layout() -> None:
+    """One more, and the engine's placement group may miss its driver."""
+    found = made(10, layout={"tensor_parallel": 3, "pipeline_parallel": 3})
+    assert sum(int(option(one.ray, "--num-gpus") or 0) for one in found.nodes) == found.layout.world == 9
+    assert found.spares == ("k9",)
+    assert [one.name for one in found.nodes] == ["k0", "k1", "k2", "k3", "k4", "k5", "k6", "k7", "k8"]
+
+
+def test_nodes_are_in_the_engines_rank_order() -> None:
+    found = made(10)
+    assert [one.private for one in found.nodes] == ["10.0.0.1", "10.0.0.10", *(f"10.0.0.{one}" for one in range(2, 10))]
+    assert plan.ranks(found)[0] == ("k0", "k9")
+    two = made(2, "h100-80x8")
+    assert [one.gpus for one in two.nodes] == [8, 8]
+    assert plan.ranks(two) == (("k0",) * 8, ("k1",) * 8)
+
+
+def test_a_node_gives_part_of_its_gpus_where_more_would_be_too_many() -> None:
+    found = made(2, "h100-80x8", layout={"tensor_parallel": 6, "pipeline_parallel": 2})
+    assert [int(option(one.ray, "--num-gpus") or 0) for one in found.nodes] == [8, 4]
+
+
+def test_what_ray_workers_need_stands_at_ray_start_of_every_node() -> None:
+    found = made(3)
+    for one in found.nodes:
+        assert one.env["HOST_IP"] == one.private == option(one.ray, "--node-ip-address")
+        assert one.env["NCCL_SOCKET_IFNAME"] == one.env["GLOO_SOCKET_IFNAME"] == one.interface
+        assert one.env["RAY_AUTH_MODE"] == "token"
+        assert one.env["RAY_AUTH_TOKEN_PATH"].endswith(f"/{one.name}/ray-token")
+        assert int(one.env["APHRODITE_ENGINE_ITERATION_TIMEOUT_S"]) > 60  # weights come from host memory
+    assert "APHRODITE_PP_LAYER_PARTITION" not in found.head.env
+    ten = made(10)
+    assert {one.env["APHRODITE_PP_LAYER_PARTITION"] for one in ten.nodes} == {"25,26,25,25,25"}
+    assert "APHRODITE_ENGINE_ITERATION_TIMEOUT_S" not in ten.head.env
+    tutorial = made(10, layout={"tensor_parallel": 5, "pipeline_parallel": 2})
+    assert "APHRODITE_PP_LAYER_PARTITION" not in tutorial.head.env  # 63,63 is the engine's own
+
+
+def test_the_engine_is_on_the_head_and_on_loopback() -> None:
+    found = made(10, ports={"engine": 4242})
+    assert found.serve[0] == "/shared/gracefarm/llama-405b/env/bin/aphrodite"
+    assert found.serve[1:3] == ("run", f"/shared/gracefarm/weights/meta-llama--Llama-3.1-405B-Instruct/{COMMIT}")
+    assert option(found.serve, "--host") == "127.0.0.1"
+    assert option(found.serve, "--port") == "4242"
+    assert (option(found.serve, "--tensor-parallel-size"), option(found.serve, "--pipeline-parallel-size")) == ("2", "5")
+    assert found.serve_env["RAY_ADDRESS"] == "10.0.0.1:6379"
+    assert found.head.env.items() <= found.serve_env.items()
+    assert found.nodes[1].ray[2:4] == ("--address", "10.0.0.1:6379")
+
+
+def test_long_requests_come_in_chunks_or_their_activations_would_take_the_cache() -> None:
+    assert option(made(10).serve, "--max-num-batched-tokens") == "2048"
+    assert option(made(10).serve, "--enable-chunked-prefill") == "true"
+    short = made(10, layout={"max_model_len": 2000})
+    assert "--enable-chunked-prefill" not in short.serve
+
+
+@pytest.mark.parametrize("count", [3, 8, 10, 16])
+def test_every_option_that_is_emitted_exists_in_the_engine(count: int) -> None:
+    found = made(count, engine_options={"max-log-len": 0, "uvloop": True})
+    options.table("aphrodite-0.6.4.post1").check(found.serve[3:])
+    with pytest.raises(ConfigError, match="no option --max-loglen"):
+        made(count, engine_options={"max-loglen": 0})
+
+
+def test_secrets_are_names_only_and_cannot_come_by_deploy_toml() -> None:
+    found = made(10)
+    assert found.secret_env == ("APHRODITE_API_KEY",)
+    for name in ("APHRODITE_API_KEY", "HF_TOKEN", "RAY_AUTH_TOKEN"):
+        assert name not in found.serve_env
+        with pytest.raises(ConfigError, match="is a secret"):
+            made(10, env={name: "x"})
+    with pytest.raises(ConfigError, match="the plan's own"):
+        made(10, env={"HOST_IP": "10.0.0.9"})
+    assert made(10, env={"NCCL_DEBUG": "INFO"}).nodes[3].env["NCCL_DEBUG"] == "INFO"
+
+
+def test_vllm_has_its_own_words() -> None:
+    found = made(8, engine="vllm")
+    assert found.serve[0].endswith("/env/bin/vllm")
+    assert found.serve[1] == "serve"
+    assert found.secret_env == ("VLLM_API_KEY",)
+    assert found.head.env["VLLM_HOST_IP"] == found.head.private
+    assert 128 % found.layout.tp == 0
+    partition = made(10, engine="vllm", layout={"tensor_parallel": 2}).head.env["VLLM_PP_LAYER_PARTITION"]
+    assert sum(map(int, partition.split(","))) == 126
+
+
+def change(node: str, **update: object) -> Callable[[Facts], Facts]:
+    def changed(facts: Facts) -> Facts:
+        return Facts(nodes=tuple(one.model_copy(update=update) if one.name == node else one for one in facts.nodes))
+
+    return changed
+
+
+def test_equal_input_gives_an_equal_id_and_any_other_another() -> None:
+    deployment, facts = supposed(10)
+    first = plan.make(deployment, facts, llama())
+    assert first.id == plan.make(deployment, facts, llama()).id
+    assert Plan.model_validate_json(first.model_dump_json()) == first
+    others = {
+        "revision": plan.make(deployment, facts, llama().at("0" * 40)).id,
+        "address": plan.make(deployment, change("k4", private="10.0.0.77")(facts), llama()).id,
+        "interface": plan.make(deployment, change("k4", interface="eth1")(facts), llama()).id,
+        "user": plan.make(deployment, change("k4", user="other")(facts), llama()).id,
+        "nodes": made(9).id,
+        "share": made(10, share="/other").id,
+        "name": made(10, name="other").id,
+        "port": made(10, ports={"ray": 6380}).id,
+        "layout": made(10, layout={"max_num_seqs": 3}).id,
+        "option": made(10, engine_options={"uvloop": True}).id,
+        "env": made(10, env={"A": "b"}).id,
+        "local": made(10, local="/tmp/x").id,
+        "price": made(10, options={"price_per_node_hour": 3}).id,
+    }
+    assert len({first.id, *others.values()}) == len(others) + 1
+
+
+def test_the_id_is_of_everything_in_it() -> None:
+    found = made(10)
+    forged = found.model_copy(update={"serve": (*found.serve, "--uvloop")})
+    assert plan.identified(forged).id != found.id
+    assert plan.identified(found).id == found.id
+
+
+def no_gpu(one: NodeFacts) -> NodeFacts:
+    return one.model_copy(
+        update={"cuda": one.cuda.model_copy(update={"gpus": (), "error": "cuInit: system not yet initialized (802)"})}
+    )
+
+
+def test_a_node_without_a_gpu_is_left_out_and_named_and_a_head_without_one_is_refused() -> None:
+    deployment, facts = supposed(10)
+    broken = Facts(nodes=tuple(no_gpu(one) if one.name == "k3" else one for one in facts.nodes))
+    found = plan.make(deployment, broken, llama())
+    assert "k3" not in [one.name for one in found.nodes]
+    assert any("k3" in one and "802" in one for one in found.notes)
+    headless = Facts(nodes=(no_gpu(facts.nodes[0]), *facts.nodes[1:]))
+    with pytest.raises(LayoutError, match=r"head has no usable GPU \(cuInit: system not yet initialized \(802\)\)"):
+        plan.make(deployment, headless, llama())
+
+
+def test_a_node_that_was_never_asked_is_no_guess() -> None:
+    deployment, facts = supposed(10)
+    with pytest.raises(ConfigError, match="nothing is known of node k9"):
+        plan.make(deployment, Facts(nodes=facts.nodes[:-1]), llama())
+
+
+def test_more_gpus_than_the_node_has_are_refused() -> None:
+    deployment, facts = supposed(10)
+    greedy = deployment.model_copy(
+        update={"nodes": tuple(one.model_copy(update={"gpus": 2}) if one.rank == 2 else one for one in deployment.nodes)}
+    )
+    with pytest.raises(LayoutError, match="says 2 GPUs, and it has 1"):
+        plan.make(greedy, facts, llama())
+
+
+def test_a_rehearsal_supposes_the_gpus_that_it_does_not_have() -> None:
+    deployment, facts = supposed(10)
+    bare = Facts(nodes=tuple(no_gpu(one) for one in facts.nodes))
+    rehearsal = deployment.model_copy(
+        update={"data": deployment.data.model_copy(update={"options": inventory.Options(rehearsal=True)})}
+    )
+    found = plan.make(rehearsal, bare, llama())
+    assert found.layout == made(10).layout
+    assert int(option(found.head.ray, "--object-store-memory") or 0) < 1 << 30  # ten of them on one machine
+
+
+def test_rays_folder_is_short_enough_for_its_sockets() -> None:
+    deployment, _ = supposed(1)
+    node = deployment.head
+    session = "session_2026-11-24_22-00-12_123456_1234567/sockets/plasma_store.12"
+    assert len(f"{paths.ray_temp(deployment, node, 'ubuntu')}/{session}") <= 107
+    assert len("x" * paths.RAY_TEMP_BYTES + "/" + session) <= 107
+    long, _ = supposed(1, local="/home/{user}/some/folder/that/is/long/{node}")
+    with pytest.raises(ConfigError, match="sockets fit"):
+        paths.ray_temp(long, node, "ubuntu")
+
+
+def test_no_share_no_plan() -> None:
+    deployment, facts = supposed(10)
+    without = deployment.model_copy(update={"data": deployment.data.model_copy(update={"share": None})})
+    with pytest.raises(ConfigError, match="no shared folder"):
+        plan.make(without, facts, llama())
+
+
+# the script
+
+
+def test_bash_reads_the_script_and_it_says_what_the_plan_says() -> None:
+    found = made(10, env={"AWKWARD": 'it\'s "quoted" $HOME `id` \\ end'}, engine_options={"chat-template": "a 'b' $c"})
+    text = plan.shell(found, [Node(name="k0", rank=0, address="10.0.0.1", user="ubuntu", port=2222, jump="me@gate")])
+    done = subprocess.run(["bash", "-n"], input=text, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert found.id in text
+    assert "k0) set -- -p 2222 -J me@gate ubuntu@10.0.0.1" in text
+    assert "StrictHostKeyChecking=yes" in text
+
+
+def test_the_script_runs_what_the_plan_says_with_the_environment_of_the_plan(
+    tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """Every command, by real bash; stand-ins for ssh (runs it here), curl, ray and the engine (say what they were given)."""
+    local = Path(tempfile.mkdtemp(prefix="gf"))  # short, as Ray's folder must be
+    request.addfinalizer(lambda: shutil.rmtree(local))
+    found = made(3, share=str(tmp_path / "share"), local=str(local), env={"AWKWARD": 'it\'s "quoted" $HOME \\ end'})
+    programs = Path(found.serve[0]).parent
+    programs.mkdir(parents=True)
+    log = tmp_path / "log"
+    for name in ("ray", "aphrodite"):
+        (programs / name).write_text(f'#!/bin/sh\n{{ echo "== {name}"; env; printf "arg %s\\n" "$@"; }} >>{log}\n')
+        (programs / name).chmod(0o755)
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    (tools / "ssh").write_text(
+        '#!/bin/bash\nfor last; do :; done\nprintf "%s\\n" "$*" >>' + str(tmp_path / "argv") + '\nexec bash -c "$last"\n'
+    )
+    (tools / "curl").write_text(
+        "#!/bin/sh\ncat >" + str(tmp_path / "curl-stdin") + '\nprintf "%s\\n" "$*" >>' + str(tmp_path / "argv") + "\n"
+    )
+    for one in tools.iterdir():
+        one.chmod(0o755)
+    script = tmp_path / "plan.sh"
+    script.write_text(plan.shell(found))
+    subprocess.run(
+        ["bash", str(script)],
+        check=True,
+        cwd=tmp_path,
+        env={"PATH": f"{tools}:/usr/bin:/bin", "HOME": str(tmp_path)},
+        timeout=60,
+    )
+    for _ in range(100):  # the engine was started in the background
+        if "== aphrodite" in log.read_text() and "--max-num-seqs" in log.read_text():
+            break
+        subprocess.run(["sleep", "0.05"], check=True)
+    said = log.read_text()
+    key = (tmp_path / ".deploy/script/api-key").read_text()
+    assert len(key) == 64
+    assert said.count("== ray\n") == 3
+    assert f"APHRODITE_API_KEY={key}" in said.split("== aphrodite")[1]
+    assert 'AWKWARD=it\'s "quoted" $HOME \\ end\n' in said
+    for one in found.nodes:
+        assert "".join(f"arg {word}\n" for word in one.ray[1:]) in said
+    assert "".join(f"arg {word}\n" for word in found.serve[1:]) in said
+    token = (tmp_path / ".deploy/script/ray-token").read_text()
+    assert (local / suppose.MARK / "k1" / "ray-token").read_text() == token
+    assert (local / suppose.MARK / "k1" / "ray-token").stat().st_mode & 0o077 == 0
+    shown = (tmp_path / "argv").read_text()
+    assert key not in shown
+    assert token not in shown
+    assert key in (tmp_path / "curl-stdin").read_text()
+
+
+def test_paths_are_where_the_steps_put_things(tmp_path: Path) -> None:
+    deployment, _ = supposed(1)
+    assert paths.environment(deployment) == "/shared/gracefarm/llama-405b/env"
+    assert paths.weights(deployment, "a/b", COMMIT) == f"/shared/gracefarm/weights/a--b/{COMMIT}"
+    assert paths.job_log(deployment, deployment.head, "u", paths.ENGINE_JOB).endswith("/k0/jobs/engine/log")
+    assert engines.APHRODITE.table == "aphrodite-0.6.4.post1"
