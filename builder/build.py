@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from builder import (
@@ -18,6 +18,7 @@ from builder import (
     environment,
     fetch,
     gaps,
+    hosted,
     jobs,
     meter,
     publish,
@@ -29,8 +30,10 @@ from builder import (
     toolchain,
 )
 from builder.audit import Policy
+from builder.machine import library_folders
+from builder.plain import Plain
 from builder.plan import Plan
-from builder.record import Jobs, Publication, Record, SmokeResult, Stage
+from builder.record import GpuResult, Jobs, Publication, Record, SmokeResult, Stage
 from builder.sandbox import Mount, Sandbox
 from builder.stack import Stack
 from builder.verdict import Verdict
@@ -58,6 +61,12 @@ class Ground:
     environment: Path
     compiler: Path | None
 
+    def packages(self, plan: Plan) -> Path:
+        """The folder that has torch."""
+        if plan.machine is not None and not plan.machine.locked:
+            return plan.machine.site_packages
+        return toolchain.site_packages(self.environment, plan.stack.data.python)
+
 
 @dataclass(kw_only=True)
 class Run:
@@ -73,6 +82,7 @@ class Run:
     torch_cxx11_abi: bool | None = None
     verdicts: tuple[Verdict, ...] = ()
     smoke: SmokeResult | None = None
+    gpu: GpuResult | None = None
 
     @property
     def log(self) -> Path:
@@ -100,6 +110,7 @@ class Run:
             version=data.version,
             stack=self.plan.stack.data.name,
             inputs=self.plan.inputs,
+            toolchain="host" if self.plan.machine else "sandbox",
             outcome="built" if wheel else "failed",
             failure=record.failure(error) if error else None,
             wheel=record.WheelFile(filename=wheel.name, sha256=sha256_file(wheel), size=wheel.stat().st_size)
@@ -111,6 +122,7 @@ class Run:
             stages=tuple(self.stages),
             verdicts=self.verdicts,
             smoke=self.smoke,
+            gpu=self.gpu,
             finished=record.now(),
         )
 
@@ -208,13 +220,15 @@ def _stages(run: Run) -> Path:
     data = run.plan.recipe.data
     _check_sandbox()
     _check_binfmt(run.plan)
+    for difference in run.plan.machine.differences if run.plan.machine else ():
+        run.console.step("host", difference)
     with run.timed("fetch"), run.console.progress("fetch") as tick:
         fetched = fetch.fetch(data, run.settings, tick)
     run.console.step("fetch", f"sources of {data.name} {data.version} are in the store")
     epoch = source.source_date_epoch(data, fetched)
     with run.timed("root"):
         ground = lay_ground(run.plan, run.settings, run.console)
-    run.torch_cxx11_abi = environment.torch_abi(toolchain.site_packages(ground.environment, run.plan.stack.data.python))
+    run.torch_cxx11_abi = environment.torch_abi(ground.packages(run.plan))
     raw = _saved(run) or _compiled(run, fetched, ground, epoch)
     with run.timed("audit"):
         wheel = _audited(run, raw, ground, epoch)
@@ -232,19 +246,30 @@ def _stages(run: Run) -> Path:
 
 
 def _smoked(run: Run, wheel: Path, ground: Ground) -> None:
-    result, outcome, command = smoke.run(
-        wheel,
-        imports=run.plan.recipe.data.smoke.imports,
-        script=run.plan.recipe.smoke_script,
+    recipe = run.plan.recipe
+    bed = smoke.Bed(
         environment=ground.environment,
         root=ground.root,
+        machine=run.plan.machine,
+        emulated=run.plan.host is not run.plan.target,
+    )
+    trial = smoke.Trial(
+        wheel=wheel,
+        imports=recipe.data.smoke.imports,
+        script=recipe.smoke_script,
+        bed=bed,
         folder=run.folder / "smoke",
         memory=compile.bound(run.settings, meter.available_memory()),
         log=run.log,
     )
+    result, outcome, command = smoke.run(trial)
     run.smoke = result
     run.stages.append(record.stage("smoke", outcome, command))
     run.console.step("smoke", f"imported {', '.join(result.modules)} in a clean environment in {outcome.wall_s:.0f} s")
+    if recipe.smoke_gpu_script is not None:
+        with run.timed("smoke-gpu"):
+            run.gpu = smoke.run_gpu(replace(trial, script=recipe.smoke_gpu_script), run.plan.stack.data.sm)
+        run.console.step("smoke-gpu", smoke.sentence(run.gpu))
 
 
 def _check_sandbox() -> None:
@@ -272,6 +297,11 @@ def _check_binfmt(plan: Plan) -> None:
 def lay_ground(plan: Plan, settings: Settings, console: Console) -> Ground:
     """Root, environment and compilers of a plan, assembled where they are not there yet."""
     start = time.monotonic()
+    if plan.machine is not None:
+        with console.progress("root") as tick:
+            site = hosted.ensure(plan.machine, settings, tick)
+        console.step("root", f"no root: this machine's files, with a clean environment in {site}")
+        return Ground(root=Path("/"), environment=site, compiler=plan.machine.cuda_home)
     with console.progress("root") as tick:
         base = root.ensure(plan.stack, plan.host, plan.target, settings, tick)
     with console.progress("root") as tick:
@@ -286,8 +316,10 @@ def lay_ground(plan: Plan, settings: Settings, console: Console) -> Ground:
 
 def build_sandbox(
     plan: Plan, ground: Ground, settings: Settings, folder: Path, *, count: int, epoch: int, memory: int
-) -> Sandbox:
-    """The sandbox of a compile; `builder shell` opens the same."""
+) -> Sandbox | Plain:
+    """Where a compile runs; `builder shell` opens the same."""
+    if plan.machine is not None:
+        return hosted.place(plan, ground.environment, settings, folder, jobs=count, epoch=epoch, memory=memory)
     return Sandbox(
         root=ground.root,
         mounts=(
@@ -298,6 +330,13 @@ def build_sandbox(
         workdir="/build",
         memory=memory,
     )
+
+
+def build_command(plan: Plan, ground: Ground, folder: Path) -> tuple[str, ...]:
+    """What runs there."""
+    if plan.machine is not None:
+        return compile.command(plan, str(ground.environment), str(folder))
+    return compile.command(plan)
 
 
 def _saved(run: Run) -> Path | None:
@@ -339,27 +378,48 @@ def _compiled(run: Run, fetched: fetch.Fetched, ground: Ground, epoch: int) -> P
 def _compile_once(run: Run, fetched: fetch.Fetched, ground: Ground, epoch: int, count: Jobs, memory: int) -> Path:
     run.jobs = count
     work = run.folder / "work"
-    remove_tree(work)
-    for name in ("out", "tmp"):
-        (work / name).mkdir(parents=True)
-    tree = source.unpack(run.plan.recipe, fetched, work / "source", epoch)
-    if run.plan.recipe.data.wheel.source_archive:
-        source.pack(tree, run.plan.recipe.data, run.folder / "raw-source", epoch)
+    tree = _source_tree(run, fetched, work, epoch)
     compile.check_requirements(run.plan, tree)
     box = build_sandbox(run.plan, ground, run.settings, work, count=count.count, epoch=epoch, memory=memory)
-    command = compile.command(run.plan)
+    command = build_command(run.plan, ground, work)
     with run.log.open("a") as stream:
         stream.write(f"# jobs {count.count}: {count.reason}\n# {' '.join(command)}\n")
     run.console.step("compile", f"{count.count} jobs ({count.reason}); log {run.log}")
     with run.console.progress("compile") as tick:
         job = compile.Job(sandbox=box, command=command, log=run.log, log_start=run.log.stat().st_size)
         outcome = compile.run(job, _time_left(run.plan, run.settings, tick))
-    run.stages.append(record.stage("compile", outcome, command))
+    run.stages.append(record.stage("compile", outcome, command, _network(run.plan)))
     compile.judge(outcome, job, run.plan)
     raw = _checkpoint(run, audit.only_wheel(work / "out"), count)
     peak = outcome.peak_memory / 2**30
     run.console.step("compile", f"{raw.name} in {outcome.wall_s:.0f} s, {outcome.cpu_s:.0f} CPU s, peak {peak:.1f} GiB")
     return raw
+
+
+def _source_tree(run: Run, fetched: fetch.Fetched, work: Path, epoch: int) -> Path:
+    """The source, unpacked fresh; in a host build that was cut off, as far as that one came: ninja goes on from there."""
+    tree = work / "source"
+    if run.plan.machine is not None and tree.is_dir():
+        hosted.clear_products(tree, epoch)
+        run.console.step("compile", f"going on from {tree}, where an earlier run of this build id ended")
+        remove_tree(work / "out")
+    else:
+        remove_tree(work)
+        work.mkdir(parents=True)
+        source.unpack(run.plan.recipe, fetched, tree, epoch)
+        if run.plan.recipe.data.wheel.source_archive:
+            source.pack(tree, run.plan.recipe.data, run.folder / "raw-source", epoch)
+    remove_tree(work / "tmp")
+    for name in ("out", "tmp"):
+        (work / name).mkdir()
+    return tree
+
+
+def _network(plan: Plan) -> str:
+    """What the record says about the network of a compile."""
+    if plan.machine is None or plan.machine.uncut is None:
+        return "without network"
+    return f"the network was not cut off: {plan.machine.uncut}"
 
 
 def _checkpoint(run: Run, wheel: Path, count: Jobs) -> Path:
@@ -393,9 +453,9 @@ def _time_left(plan: Plan, settings: Settings, tick: Callable[[int, int | None, 
     return progress
 
 
-def policy(plan: Plan, ground: Ground) -> Policy:
-    """The gates' expectations of a plan's wheel."""
-    data, stack = plan.recipe.data, plan.stack.data
+def policy(plan: Plan, ground: Ground, folder: Path) -> Policy:
+    """The gates' expectations of a plan's wheel, built in `folder`."""
+    data, stack, machine = plan.recipe.data, plan.stack.data, plan.machine
     found = ground.compiler and next(iter(sorted(ground.compiler.glob("nvidia/*/bin/cuobjdump"))), None)
     return Policy(
         target=plan.target,
@@ -409,16 +469,18 @@ def policy(plan: Plan, ground: Ground) -> Policy:
         sm_extra=data.wheel.sm_extra,
         bundled=data.wheel.bundled,
         max_size=parse_size(data.wheel.max_size),
-        build_paths=("/build", "/tmp"),  # noqa: S108 prefixes to look for, not a place to write
-        site_packages=toolchain.site_packages(ground.environment, stack.python),
+        build_paths=("/build", "/tmp", *([str(folder)] if machine else [])),  # noqa: S108 prefixes to look for, not to write
+        site_packages=ground.packages(plan),
         root=ground.root,
-        cuobjdump=found,
+        folders=library_folders(machine) if machine else (),
+        interpreter=machine.interpreter.real if machine else None,
+        cuobjdump=hosted.cuobjdump(machine, ground.packages(plan)) if machine else found,
     )
 
 
 def _audited(run: Run, raw: Path, ground: Ground, epoch: int) -> Path:
     """The wheel with the build's inputs inside, repaired to its measured tag, with every gate passed."""
-    rules = policy(run.plan, ground)
+    rules = policy(run.plan, ground, run.folder / "work")
     embedded = embed.embed(raw, run.plan, epoch, run.folder / "embedded")
     remove_tree(run.folder / "repaired")
     os.environ["SOURCE_DATE_EPOCH"] = str(epoch)  # which auditwheel writes into the archive

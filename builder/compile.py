@@ -11,7 +11,8 @@ from pathlib import Path, PurePosixPath
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from builder import environment, sandbox
+from builder import sandbox
+from builder.plain import Plain
 from builder.plan import Plan
 from builder.sandbox import Outcome, Sandbox
 from gracefarm.errors import CompileError, DiskFullError, GracefarmError, MemoryBoundError, NetworkError
@@ -32,7 +33,7 @@ DISK_FULL = re.compile(r"No space left on device|Disk quota exceeded")
 class Job:
     """One compile: where it runs and what it is called."""
 
-    sandbox: Sandbox
+    sandbox: Sandbox | Plain
     command: tuple[str, ...]
     log: Path
     log_start: int = 0
@@ -52,7 +53,7 @@ def check_requirements(plan: Plan, source: Path) -> None:
         requires = tomllib.loads(pyproject.read_text()).get("build-system", {}).get("requires", [])
     except tomllib.TOMLDecodeError as error:
         raise CompileError(f"pyproject.toml of {plan.recipe.data.name}: {error}", remedy="patch it in the recipe") from error
-    locked = {canonicalize_name(one.name): one.version for one in environment.wheels(plan.stack, plan.target)}
+    locked = plan.installed
     marker = {"python_version": plan.stack.data.python, "platform_machine": plan.target.value}
     for text in requires:
         one = Requirement(text)
@@ -67,14 +68,14 @@ def check_requirements(plan: Plan, source: Path) -> None:
             )
 
 
-def command(plan: Plan) -> tuple[str, ...]:
+def command(plan: Plan, environment: str = "/env", folder: str = "/build") -> tuple[str, ...]:
     """What runs in the sandbox; a person can type it in `builder shell`."""
     build = plan.recipe.data.build
     settings = tuple(f"-C{key}={value}" for key, value in sorted(build.config_settings.items()))
-    place = str(PurePosixPath("/build/source") / build.subdirectory)
+    place = str(PurePosixPath(folder) / "source" / build.subdirectory)
     # --skip-dependency-check: check_requirements did it; build would start the emulated setup.py, and torch, once more.
     return (
-        "/env/bin/python3",
+        f"{environment}/bin/python3",
         "-m",
         "build",
         "--wheel",
@@ -82,7 +83,7 @@ def command(plan: Plan) -> tuple[str, ...]:
         "--skip-dependency-check",
         *settings,
         "--outdir",
-        "/build/out",
+        f"{folder}/out",
         place,
     )
 
@@ -104,7 +105,7 @@ def judge(outcome: Outcome, job: Job, plan: Plan) -> None:
         MemoryBoundError, NetworkError, DiskFullError, CompileError: each with the log's own words.
     """
     name = plan.recipe.key
-    repeat = f"builder build {name} --stack {plan.stack.data.name} --target {plan.target.value}"
+    repeat = plan.repeat
     if outcome.killed_by_memory:
         raise MemoryBoundError(
             f"the build of {name} was killed at its bound of {outcome.memory_bound / 2**30:.1f} GiB ({outcome.memory_by})",

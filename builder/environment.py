@@ -302,14 +302,14 @@ def ensure(stack: LoadedStack, target: Arch, root: Path, settings: Settings, tic
     final = settings.home / "environments" / name
     if final.is_dir():
         # The digest does not say what the stack expects of its torch: another stack may have assembled the same wheels.
-        _check_torch(stack, final / "lib" / f"python{stack.data.python}" / "site-packages")
+        check_torch(stack, final / "lib" / f"python{stack.data.python}" / "site-packages")
         return final
     with lock(final.with_name(f"{name}.lock"), lambda: tick(0, None, "another process assembles this")):
         if not final.is_dir():
             with atomic_directory(final) as folder:
                 site = folder / "lib" / f"python{stack.data.python}" / "site-packages"
-                _install(stack, target, found, site, settings, tick)
-                _check_torch(stack, site)
+                install(found, _target(stack, target, site), stack.data.name, settings, tick)
+                check_torch(stack, site)
                 _lay_out(folder, stack, target)
                 _relocate_scripts(folder, site)
                 _bytecode(folder, site, found, root, stack, settings, tick)
@@ -337,7 +337,7 @@ def ensure_toolchain(stack: LoadedStack, host: Arch, settings: Settings, tick: T
         if not final.is_dir():
             with atomic_directory(final) as folder:
                 if found:
-                    _install(stack, host, found, folder, settings, tick)
+                    install(found, _target(stack, host, folder), stack.data.name, settings, tick)
                 toolkit.unpack(stack, host, folder, settings, tick)
                 if not any(os.access(nvcc, os.X_OK) for nvcc in folder.glob("nvidia/cu*/bin/nvcc")):
                     raise RootError(
@@ -373,11 +373,10 @@ def fresh(environment: Path, into: Path, wheel: Path | None) -> Path:
         target, _, glibc = platform.partition("-manylinux_")
         _check_tags(wheel, python, glibc, Arch(target))
         site = into / "lib" / f"python{python}" / "site-packages"
-        command = ["pip", "install", "--quiet", "--python", sys.executable, f"--target={site}", "--no-deps", "--no-index"]
-        command += ["--reinstall", "--no-cache", f"--python-version={python}", f"--python-platform={platform}"]
-        _uv(
-            [*command, str(wheel)],
-            None,
+        where = ["--python", sys.executable, f"--target={site}"]
+        install_wheel(
+            wheel,
+            [*where, f"--python-version={python}", f"--python-platform={platform}"],
             lambda message: InstallError(
                 f"{wheel.name} cannot be installed: {message}", remedy="run `builder audit` on the wheel"
             ),
@@ -401,24 +400,20 @@ def _check_tags(wheel: Path, python: str, glibc: str, arch: Arch) -> None:
         )
 
 
-def _install(stack: LoadedStack, arch: Arch, found: Sequence[LockedWheel], site: Path, settings: Settings, tick: Tick) -> None:
-    """Unpack the wheels into `site`, their digests checked."""
+def install(found: Sequence[LockedWheel], where: Sequence[str], title: str, settings: Settings, tick: Tick = no_tick) -> None:
+    """Unpack locked wheels, their digests checked, to `where` as uv's options name it (--python, --target); no requirement is
+    followed.
+
+    Raises:
+        FetchError, DigestError, RootError, HostError.
+    """
     with TemporaryDirectory(prefix="gracefarm-install-") as name:
         listing = Path(name, "requirements.txt")
         own = _own_wheels(found, Path(name), settings)
         places = {one: f" @ {own[one.sha256].as_uri()}" if one.index else f"=={one.version}" for one in found}
         listing.write_text("".join(f"{one.name}{places[one]} --hash=sha256:{one.sha256}\n" for one in found))
-        command = [
-            "pip",
-            "install",
-            "--python",
-            sys.executable,
-            f"--target={site}",
-            "--require-hashes",
-            "--no-deps",
-            "--no-build",
-        ]
-        command += ["--link-mode=hardlink", *_platform(stack, arch), f"--requirements={listing}"]
+        command = ["pip", "install", *where, "--require-hashes", "--no-deps", "--no-build", "--link-mode=hardlink"]
+        command.append(f"--requirements={listing}")
         started: list[str] = []
 
         def show(line: str) -> None:
@@ -430,12 +425,27 @@ def _install(stack: LoadedStack, arch: Arch, found: Sequence[LockedWheel], site:
         _uv(
             command,
             settings,
-            lambda message: RootError(
-                f"the wheels of {stack.data.name} cannot be unpacked: {message}", remedy="run `builder doctor`"
-            ),
+            lambda message: RootError(f"the wheels of {title} cannot be unpacked: {message}", remedy="run `builder doctor`"),
             show,
         )
         tick(len(found), len(found), "wheels unpacked")
+
+
+def install_wheel(wheel: Path, where: Sequence[str], failure: Callable[[str], GracefarmError]) -> None:
+    """Install one wheel file, and nothing that it requires, to `where` as uv's options name it.
+
+    Raises:
+        GracefarmError: what `failure` makes of uv's message.
+    """
+    _uv(
+        ["pip", "install", "--quiet", *where, "--no-deps", "--no-index", "--reinstall", "--no-cache", str(wheel)],
+        None,
+        failure,
+    )
+
+
+def _target(stack: LoadedStack, arch: Arch, site: Path) -> list[str]:
+    return ["--python", sys.executable, f"--target={site}", *_platform(stack, arch)]
 
 
 def _own_wheels(found: Sequence[LockedWheel], folder: Path, settings: Settings) -> dict[str, Path]:
@@ -519,11 +529,8 @@ def _explain(lines: Sequence[str], failure: Callable[[str], GracefarmError]) -> 
     return failure(message)
 
 
-def _check_torch(stack: LoadedStack, site: Path) -> None:
-    """The version number does not tell a CUDA build from a CPU build; torch/version.py does, without an import."""
-    wanted = stack.data.torch
-    if wanted is None:
-        return
+def torch_facts(site: Path) -> dict[str, object]:
+    """The constants of torch/version.py, read and not imported; empty without torch."""
     place = site / "torch" / "version.py"
     values: dict[str, object] = {}
     if place.is_file():
@@ -533,9 +540,22 @@ def _check_torch(stack: LoadedStack, site: Path) -> None:
             )
             if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(node.value, ast.Constant):
                 values |= {target.id: node.value.value for target in targets if isinstance(target, ast.Name)}
-    if values.get("cuda") != wanted.cuda:
+    return values
+
+
+def check_torch(stack: LoadedStack, site: Path) -> None:
+    """The version number does not tell a CUDA build from a CPU build; torch/version.py does, without an import.
+
+    Raises:
+        RootError: it is for another CUDA than the stack says.
+    """
+    wanted = stack.data.torch
+    if wanted is None:
+        return
+    cuda = torch_facts(site).get("cuda")
+    if cuda != wanted.cuda:
         raise RootError(
-            f"the locked torch {wanted.version} is built for CUDA {values.get('cuda')}, the stack wants {wanted.cuda}",
+            f"the locked torch {wanted.version} is built for CUDA {cuda}, the stack wants {wanted.cuda}",
             remedy="lock a wheel of torch with that CUDA: its file name does not tell, torch/version.py does",
         )
 

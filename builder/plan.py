@@ -9,7 +9,10 @@ from functools import cached_property
 from importlib.metadata import version
 from importlib.resources import files
 
+from packaging.utils import canonicalize_name
+
 from builder import environment, root
+from builder.machine import SUFFIX, Machine
 from builder.recipe import LoadedRecipe
 from builder.stack import Arch, LoadedStack
 from gracefarm.errors import ConfigError
@@ -37,6 +40,8 @@ class Plan:
     stack: LoadedStack
     host: Arch
     target: Arch
+    machine: Machine | None = None
+    "This machine's own toolchain, in place of root, sandbox and locked compilers; `stack` then is the one derived from it."
 
     @cached_property
     def inputs(self) -> Inputs:
@@ -64,18 +69,45 @@ class Plan:
                 "cuda": self.stack.data.cuda,
                 "sm": sorted(self.stack.data.sm),
                 "glibc": self.stack.data.glibc[self.target],
-                "environment": environment.digest(self.stack, self.target),
-                "toolchain": environment.toolchain_digest(self.stack, self.host) if build["cuda"] else None,
+                **self._ground(cuda=build["cuda"]),
                 "toolchain_path": list(self.stack.data.toolchain.path) if build["cuda"] else [],
                 "cuda_layout": CUDA_LAYOUT if build["cuda"] else None,
-                "root": root.digest(self.stack, self.host, self.target),
                 "objects_only": self.stack.data.objects_only,
             },
             "host": self.host.value,
             "target": self.target.value,
             "wrappers": wrappers_digest(),
             "rewriters": {name: version(name) for name in REWRITERS},
+            **({"toolchain": self.machine.inputs()} if self.machine else {}),
         }
+
+    def _ground(self, *, cuda: bool) -> Inputs:
+        """Digests of what the build stands on."""
+        if self.machine is not None:
+            locked = environment.digest(self.machine.base, self.target) if self.machine.locked else None
+            return {"environment": locked, "toolchain": self.machine.digest(), "root": None}
+        return {
+            "environment": environment.digest(self.stack, self.target),
+            "toolchain": environment.toolchain_digest(self.stack, self.host) if cuda else None,
+            "root": root.digest(self.stack, self.host, self.target),
+        }
+
+    @property
+    def installed(self) -> dict[str, str]:
+        """Version by canonical name of what the build's environment holds."""
+        if self.machine is not None and not self.machine.locked:
+            return dict(self.machine.interpreter.distributions)
+        stack = self.machine.base if self.machine else self.stack
+        return {canonicalize_name(one.name): one.version for one in environment.wheels(stack, self.target)}
+
+    @property
+    def repeat(self) -> str:
+        """The command that builds this."""
+        said = f"builder build {self.recipe.key} --stack {self.stack.data.name.removesuffix(SUFFIX)}"
+        if self.machine is None:
+            return f"{said} --target {self.target.value}"
+        own = self.machine.wanted.environment
+        return f"{said} --toolchain host" + (f" --environment {own}" if own else "")
 
     @cached_property
     def build_id(self) -> str:
@@ -102,6 +134,11 @@ def make(recipe: LoadedRecipe, stack: LoadedStack, host: Arch, target: Arch) -> 
     if host is Arch.AARCH64 and target is Arch.X86_64:
         raise ConfigError("an aarch64 host builds for aarch64 alone", remedy="build x86_64 wheels on an x86_64 machine")
     return Plan(recipe=recipe, stack=stack, host=host, target=target)
+
+
+def make_here(recipe: LoadedRecipe, machine: Machine) -> Plan:
+    """The plan of a build with this machine's own toolchain, for its own architecture."""
+    return Plan(recipe=recipe, stack=machine.stack, host=machine.arch, target=machine.arch, machine=machine)
 
 
 def wrappers_digest() -> str:

@@ -193,6 +193,8 @@ class LoadedRecipe:
     patches: tuple[Path, ...]
     "In the order of their numbers."
     smoke_script: Path | None
+    smoke_gpu_script: Path | None = None
+    "Run where torch sees a GPU."
 
     @property
     def key(self) -> str:
@@ -221,10 +223,11 @@ def load(recipes: Path, name: str) -> LoadedRecipe:
             remedy=f"did you mean {near[0]!r}?" if near else f"recipes: {', '.join(known) or 'none'}",
         )
     folder = recipes / match
-    smoke = folder / "smoke.py"
+    smoke, smoke_gpu = folder / "smoke.py", folder / "smoke_gpu.py"
     return LoadedRecipe(
         folder=folder,
         data=tables.read(folder / "recipe.toml", Recipe),
         patches=tuple(sorted((folder / "patches").glob("[0-9][0-9][0-9][0-9]-*.patch"))),
         smoke_script=smoke if smoke.is_file() else None,
+        smoke_gpu_script=smoke_gpu if smoke_gpu.is_file() else None,
     )

@@ -66,6 +66,16 @@ class SmokeResult(Part):
     script: str | None = Field(default=None, description="Output of smoke.py")
 
 
+class GpuResult(Part):
+    """What became of smoke_gpu.py; a failure is the build's."""
+
+    status: Literal["passed", "not run"]
+    reason: str = Field(default="", description="Why it was not run")
+    device: str | None = Field(default=None, description="The GPU that it ran on")
+    script: str | None = Field(default=None, description="Output of smoke_gpu.py")
+    wall_s: float | None = None
+
+
 class Publication(Part):
     """Where the wheel was published."""
 
@@ -83,6 +93,7 @@ class Record(Part):
     version: str
     stack: str
     inputs: dict[str, object] = Field(description="Deterministic; also in the wheel's .dist-info/gracefarm.json")
+    toolchain: Literal["sandbox", "host"] = Field(default="sandbox", description="Where compilers and Python came from")
     outcome: Literal["built", "failed"]
     failure: Failure | None = None
     wheel: WheelFile | None = None
@@ -94,6 +105,7 @@ class Record(Part):
     stages: tuple[Stage, ...] = ()
     verdicts: tuple[Verdict, ...] = ()
     smoke: SmokeResult | None = None
+    gpu: GpuResult | None = Field(default=None, description="None: the recipe has no smoke_gpu.py")
     published: tuple[Publication, ...] = ()
     finished: str = Field(description="UTC, ISO 8601")
 

@@ -22,8 +22,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from builder import meter
+from builder import meter, plain
 from builder.meter import KINDS, MemoryBy, Meter
+from builder.plain import Plain
 from gracefarm.errors import HostError
 from gracefarm.files import full_disk
 
@@ -72,6 +73,13 @@ class Sandbox:
     "Bytes that the whole tree of processes may use."
     network: bool = False
     "Share the host's network: only for installing back from an index."
+    devices: tuple[str, ...] = ()
+    "Device files of the host, for a smoke test on a GPU."
+
+    @property
+    def hostname(self) -> str:
+        """The name that the sandbox gives the machine."""
+        return HOSTNAME
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,13 +102,15 @@ class Outcome:
     timed_out: bool = False
 
 
-def command(sandbox: Sandbox, argv: Sequence[str]) -> list[str]:
+def command(sandbox: Sandbox | Plain, argv: Sequence[str]) -> list[str]:
     """The complete bubblewrap command line that runs `argv`. By hand it does the same, but for the memory bound."""
+    if isinstance(sandbox, Plain):
+        return plain.command(sandbox, argv)
     return ["bwrap", "--new-session", *_options(sandbox), "--", *argv]
 
 
 def run(
-    sandbox: Sandbox,
+    sandbox: Sandbox | Plain,
     argv: Sequence[str],
     *,
     log: Path,
@@ -131,14 +141,15 @@ def run(
     return tree.outcome(lines)
 
 
-def shell(sandbox: Sandbox, argv: Sequence[str] = ("/bin/bash",)) -> int:
+def shell(sandbox: Sandbox | Plain, argv: Sequence[str] = ("/bin/bash",)) -> int:
     """Run `argv` inside on this terminal, and return its exit code.
 
     Raises:
         HostError: the sandbox cannot be started on this machine (bubblewrap's message is on the terminal), or was killed.
     """
     # No --new-session: it would take the terminal away, and job control with it.
-    with _tree(sandbox, ["bwrap", *_options(sandbox), "--", *argv], write=None) as tree:
+    line = command(sandbox, argv) if isinstance(sandbox, Plain) else ["bwrap", *_options(sandbox), "--", *argv]
+    with _tree(sandbox, line, write=None) as tree:
         while True:
             try:
                 tree.follow(None)
@@ -185,7 +196,10 @@ def _file_system(sandbox: Sandbox) -> Iterator[str]:
             yield from ("--symlink", str(entry.readlink()), f"/{entry.name}")
         elif entry.is_dir():
             yield from ("--ro-bind", str(entry), f"/{entry.name}")
-    yield from ("--proc", "/proc", "--dev", "/dev", "--perms", "1777", "--tmpfs", TMP, "--tmpfs", HOME, "--dir", "/run")
+    yield from ("--proc", "/proc", "--dev", "/dev")
+    for device in sandbox.devices:
+        yield from ("--dev-bind", device, device)
+    yield from ("--perms", "1777", "--tmpfs", TMP, "--tmpfs", HOME, "--dir", "/run")
     yield from _etc(sandbox)
     for mount in sandbox.mounts:
         yield from ("--bind" if mount.writable else "--ro-bind", str(mount.source), mount.target)
@@ -219,6 +233,7 @@ class _Tree:
     meter: Meter
     memory: int
     network: bool
+    plain: bool
     write: Callable[[bytes], None] | None
     started: float = field(default_factory=time.monotonic)
     peak: int = 0
@@ -270,7 +285,8 @@ class _Tree:
         """
         if self.exit is None and lines.complaint:
             raise HostError(f"the sandbox could not be started: {_explain(lines.complaint)}", remedy="run `builder doctor`")
-        by_log = self.unwatched is not None
+        # On the machine itself a resolver may ask a server on loopback, which the recorder does not hear.
+        by_log = self.unwatched is not None or (self.plain and not self.reached)
         return Outcome(
             returncode=KILLED if self.exit is None else self.exit,
             wall_s=time.monotonic() - self.started,
@@ -321,7 +337,7 @@ class _Tree:
 
 @contextlib.contextmanager
 def _tree(
-    sandbox: Sandbox,
+    sandbox: Sandbox | Plain,
     line: Sequence[str],
     *,
     write: Callable[[bytes], None] | None,
@@ -333,8 +349,8 @@ def _tree(
     Raises:
         HostError: bubblewrap is missing.
     """
-    bwrap = shutil.which("bwrap")
-    if bwrap is None:
+    program = shutil.which(line[0])
+    if program is None:
         raise HostError("bubblewrap (the program bwrap) is not installed", remedy="run `builder doctor`")
     bound = meter.open_meter(sandbox.memory, memory_by)
     with contextlib.closing(bound):
@@ -345,7 +361,7 @@ def _tree(
                 [
                     *(sys.executable, "-I", "-S", "-c", _START, str(Path(__file__).parents[1])),
                     *(str(control_read), str(report_write), "record" if record and not sandbox.network else "plain"),
-                    *(HOSTNAME, bwrap, *line[1:]),
+                    *(sandbox.hostname, program, *line[1:]),
                 ],
                 stdin=None if write is None else subprocess.DEVNULL,
                 stdout=None if write is None else subprocess.PIPE,
@@ -365,6 +381,7 @@ def _tree(
             meter=bound,
             memory=sandbox.memory,
             network=sandbox.network,
+            plain=isinstance(sandbox, Plain),
             write=write,
         )
         try:
@@ -403,7 +420,7 @@ class _Lines:
 
     def _line(self, line: str) -> None:
         line = line.removesuffix("\r")
-        if line.startswith("bwrap: "):
+        if line.startswith(("bwrap: ", "launcher: ")):
             self.complaint = line
         if wanted := reached_in(line):
             self.reached[wanted] = None
@@ -435,7 +452,7 @@ _FORBIDDEN = (
 
 def _explain(complaint: str) -> str:
     """Bubblewrap's message, and what is behind it: forbidden user namespaces, or a folder that root may not enter in one."""
-    text = complaint.strip().removeprefix("bwrap: ") or "it ended without a word"
+    text = complaint.strip().removeprefix("bwrap: ").removeprefix("launcher: ") or "it ended without a word"
     if "source path" in text and text.endswith("Permission denied") and os.getuid() == 0:
         return f"{text}; in a sandbox root enters only folders open to it, so build as their owner or set GRACEFARM_HOME"
     if not re.search(r"namespace|uid map|RTM_NEWADDR|unshare|clone", text):

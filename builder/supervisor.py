@@ -28,6 +28,8 @@ from pathlib import Path
 from builder import netwatch
 
 PR_SET_CHILD_SUBREAPER = 36
+OPTIONS = "@options"
+"Where a launcher that is not bubblewrap takes the descriptors of status and gate; bubblewrap takes them first."
 
 Send = Callable[[dict[str, object]], None]
 
@@ -79,9 +81,11 @@ def start(bwrap: list[str]) -> tuple[int, int, int]:
     gate_read, gate_write = os.pipe()
     os.set_inheritable(status_write, True)
     os.set_inheritable(gate_read, True)
+    options = ["--json-status-fd", str(status_write), "--block-fd", str(gate_read)]
+    at = bwrap.index(OPTIONS) if OPTIONS in bwrap else None
     monitor = os.posix_spawn(
         bwrap[0],
-        ["bwrap", "--json-status-fd", str(status_write), "--block-fd", str(gate_read), *bwrap[1:]],
+        ["bwrap", *options, *bwrap[1:]] if at is None else [*bwrap[:at], *options, *bwrap[at + 1 :]],
         {},  # bubblewrap's own environment can be read inside, in /proc/1/environ
         setsigdef=[signal.SIGPIPE, signal.SIGXFSZ],  # Python ignores them, and children inherit that
     )

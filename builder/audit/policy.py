@@ -41,5 +41,9 @@ class Policy:
     "The stack's environment: torch/lib, nvidia/*/lib and whatever else the lock installs."
     root: Path | None = None
     "The Debian root: libc, libstdc++, loader and the target's Python."
+    folders: tuple[str, ...] = ()
+    "Further folders of the root that its loader searches."
+    interpreter: Path | None = None
+    "The Python that exports the C API, where it is known; else it is looked for in the root."
     cuobjdump: Path | None = None
     "NVIDIA's cuobjdump for this host."

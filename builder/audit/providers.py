@@ -134,7 +134,9 @@ class Providers:
         In the sandbox a launcher of the host's may stand at /usr/bin; the real one is the object of the target that
         exports the C API.
         """
-        root = self._policy.root
+        root, known = self._policy.root, self._policy.interpreter
+        if known is not None:
+            return self._library(known, known.name, "interpreter")
         if root is None:
             return None
         for folder in ("usr/bin", "usr/local/bin", "usr/libexec", "opt"):
@@ -174,7 +176,7 @@ class Providers:
         root = self._policy.root
         if root is None:
             return None
-        for folder in system_folders(self._policy.target):
+        for folder in (*system_folders(self._policy.target), *self._policy.folders):
             library = self._library(inside(root, f"{folder}/{soname}"), f"{folder}/{soname}", "system")
             if library is not None:
                 return library

@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from builder import compile, environment, gaps, meter, record, root, sandbox, schema, smoke, stack, toolkit
+from builder import compile, environment, gaps, hosted, meter, record, root, sandbox, schema, smoke, stack, toolkit
 from builder import plan as planning
 from builder import recipe as recipes
+from builder.cli.aim import plan_of, target_here, toolchained, wanted
 from builder.cli.lock import lock as lock_command
 from builder.cli.why import why as why_command
+from builder.machine import Wanted, find
 from builder.plan import Plan
 from builder.stack import Arch
 from gracefarm import console as consoles
@@ -53,13 +55,6 @@ def _aimed(function: Function) -> Function:
     return target(function)
 
 
-def plan_of(name: str, stack_name: str | None, target: str, settings: Settings) -> Plan:
-    """The plan that a command line means."""
-    loaded = recipes.load(settings.project / "recipes", name)
-    base = stack.load(settings.project / "stacks", stack_name or loaded.data.stack)
-    return planning.make(loaded, base, stack.host_arch(), Arch(target))
-
-
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="gracefarm")
 def cli() -> None:
@@ -76,6 +71,7 @@ def cli() -> None:
 @cli.command()
 @click.argument("names", nargs=-1)
 @_aimed
+@toolchained
 @click.option("--changed", is_flag=True, help="Every recipe whose plan has no successful build yet.")
 @click.option("--jobs", type=click.IntRange(1), help="Upper bound of parallel compilations; default: from cores and memory.")
 @click.option(
@@ -83,10 +79,16 @@ def cli() -> None:
 )
 @click.option("--keep", is_flag=True, help="Keep the working folder of a success too.")
 @_common
+@click.pass_context
 def build(
+    context: click.Context,
     names: tuple[str, ...],
     stack_name: str | None,
     target: str,
+    toolchain: str,
+    own: Path | None,
+    python: Path | None,
+    cuda: Path | None,
     changed: bool,
     jobs: int | None,
     url: str | None,
@@ -99,6 +101,8 @@ def build(
     builder build causal_conv1d
     builder build causal_conv1d --target x86_64 --jobs 2 --keep
     builder build --changed --publish http://127.0.0.1:8080/legacy/
+    builder build causal_conv1d --toolchain host
+    builder build causal_conv1d --toolchain host --environment /usr/bin/python3 --cuda /usr/local/cuda
     """
     settings, console = settings_module.load(), Console(as_json=as_json)
     if bool(names) == changed:
@@ -107,7 +111,9 @@ def build(
         from builder import publish
 
         publish.refuse_credentials(url)  # before anything prints it
-    plans = [plan_of(name, stack_name, target, settings) for name in names or _all(settings)]
+    on = wanted(toolchain, own, python, cuda)
+    target = target_here(context, target, on)
+    plans = [plan_of(name, stack_name, target, settings, on) for name in names or _all(settings)]
     if changed:
         plans = [one for one in plans if not _settled(one, url, settings) and _complete(one, console)]
         console.step("plan", f"changed since the last success: {', '.join(one.recipe.key for one in plans) or 'nothing'}")
@@ -185,15 +191,29 @@ def list_(as_json: bool) -> None:
 @cli.command()
 @click.argument("name")
 @_aimed
+@toolchained
 @_common
-def plan(name: str, stack_name: str | None, target: str, as_json: bool) -> None:
+@click.pass_context
+def plan(
+    context: click.Context,
+    name: str,
+    stack_name: str | None,
+    target: str,
+    toolchain: str,
+    own: Path | None,
+    python: Path | None,
+    cuda: Path | None,
+    as_json: bool,
+) -> None:
     """Inputs, build id, steps and commands of a build, and whether its result exists.
 
     \b
     builder plan causal_conv1d --json
+    builder plan causal_conv1d --toolchain host
     """
     settings, console = settings_module.load(), Console(as_json=as_json)
-    made = plan_of(name, stack_name, target, settings)
+    on = wanted(toolchain, own, python, cuda)
+    made = plan_of(name, stack_name, target_here(context, target, on), settings, on)
     found = record.existing(made, settings)
     missing = [*gaps.of_recipe(made.recipe), *gaps.of_stack(made.stack)]
     value = {
@@ -242,6 +262,7 @@ def show(name: str, as_json: bool) -> None:
         peak = f", peak {one.peak_memory / 2**30:.2f} GiB" if one.peak_memory is not None else ""
         lines.append(f"{one.name:9} {one.wall_s:.1f} s" + (f", {one.cpu_s:.1f} CPU s" if one.cpu_s is not None else "") + peak)
     lines += [f"gate      {one.status:14} {one.gate}: {one.summary}" for one in last.verdicts]
+    lines += [f"gpu       {smoke.sentence(last.gpu)}"] if last.gpu else []
     lines += [f"wheel     {wheel}"] if wheel else []
     lines += [f"record    {record.path(settings, last.build_id)}"]
     console.result(last.model_dump(mode="json"), "\n".join(lines))
@@ -371,36 +392,58 @@ def _foreign_policy(wheel: Path, stack_name: str, settings: Settings, console: C
 @cli.command("smoke")
 @click.argument("wheel", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--stack", "stack_name", required=True, metavar="NAME", help="Stack whose environment it is imported in.")
-@click.option("--import", "imports", multiple=True, required=True, metavar="MODULE", help="Module to import; repeatable.")
+@click.option("--import", "imports", multiple=True, metavar="MODULE", help="Module to import; repeatable.")
 @click.option(
     "--script", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="A smoke.py to run after the imports."
 )
+@click.option("--recipe", "recipe_name", metavar="NAME", help="Take modules and script from this recipe.")
+@click.option("--gpu", is_flag=True, help="Run the script (the recipe's smoke_gpu.py) on a GPU; without one, say so.")
+@toolchained
 @_common
-def smoke_(wheel: Path, stack_name: str, imports: tuple[str, ...], script: Path | None, as_json: bool) -> None:
-    """Import a wheel by name in a fresh environment of the stack.
+def smoke_(
+    wheel: Path,
+    stack_name: str,
+    imports: tuple[str, ...],
+    script: Path | None,
+    recipe_name: str | None,
+    gpu: bool,
+    toolchain: str,
+    own: Path | None,
+    python: Path | None,
+    cuda: Path | None,
+    as_json: bool,
+) -> None:
+    """Import a wheel by name in a fresh environment of the stack, and with --gpu try it on a GPU.
 
     \b
     builder smoke thing.whl --stack cu130 --import thing --import thing_cuda
+    builder smoke causal_conv1d.whl --stack cu130 --recipe causal_conv1d --gpu --toolchain host
     """
-    from builder import audit as gates
-
     settings, console = settings_module.load(), Console(as_json=as_json)
-    loaded, target = stack.load(settings.project / "stacks", stack_name), gates.target_of(wheel)
-    base = root.ensure(loaded, stack.host_arch(), target, settings)
-    site = environment.ensure(loaded, target, base, settings)
+    if recipe_name is not None:
+        loaded = recipes.load(settings.project / "recipes", recipe_name)
+        imports = imports or loaded.data.smoke.imports
+        script = script or (loaded.smoke_gpu_script if gpu else loaded.smoke_script)
+    if not imports or (gpu and script is None):
+        raise UsageError("nothing to try", remedy="say --import MODULE, with --gpu also --script FILE, or --recipe NAME")
+    bed, sm = _bed(wheel, stack_name, wanted(toolchain, own, python, cuda), settings)
     scratch = settings.home / "smoke" / str(os.getpid())
     scratch.mkdir(parents=True)
+    trial = smoke.Trial(
+        wheel=wheel.resolve(),
+        imports=imports,
+        script=script,
+        bed=bed,
+        folder=scratch,
+        memory=compile.bound(settings, meter.available_memory()),
+        log=settings.home / "smoke" / "log.txt",
+    )
     try:
-        result, outcome, _ = smoke.run(
-            wheel.resolve(),
-            imports=imports,
-            script=script,
-            environment=site,
-            root=base,
-            folder=scratch,
-            memory=compile.bound(settings, meter.available_memory()),
-            log=settings.home / "smoke" / "log.txt",
-        )
+        if gpu:
+            answer = smoke.run_gpu(trial, sm)
+            console.result(answer.model_dump(), smoke.sentence(answer))
+            return
+        result, outcome, _ = smoke.run(trial)
     finally:
         remove_tree(scratch)
     lines = [f"{module:30} {place}" for module, place in result.modules.items()]
@@ -408,6 +451,21 @@ def smoke_(wheel: Path, stack_name: str, imports: tuple[str, ...], script: Path 
         result.model_dump() | {"wall_s": outcome.wall_s},
         "\n".join([*lines, *([result.script.strip()] if result.script else [])]),
     )
+
+
+def _bed(wheel: Path, stack_name: str, on: Wanted | None, settings: Settings) -> tuple[smoke.Bed, tuple[str, ...]]:
+    """Where a wheel is tried, and the architectures that it must have."""
+    from builder import audit as gates
+
+    loaded, target = stack.load(settings.project / "stacks", stack_name), gates.target_of(wheel)
+    host = stack.host_arch()
+    if on is not None:
+        machine = find(loaded, on, cuda=False)
+        site = hosted.ensure(machine, settings)
+        return smoke.Bed(environment=site, root=Path("/"), machine=machine, emulated=host is not target), loaded.data.sm
+    base = root.ensure(loaded, host, target, settings)
+    site = environment.ensure(loaded, target, base, settings)
+    return smoke.Bed(environment=site, root=base, emulated=host is not target), loaded.data.sm
 
 
 @cli.command()

@@ -1,6 +1,7 @@
 """Runs inside the clean environment: import each module by name, see that it came from there, then run smoke.py.
 
-argv: modules, comma separated; path of smoke.py or '-'. Prints one JSON line that starts with GRACEFARM.
+argv: modules, comma separated; path of smoke.py or '-'; those of the modules that may come from elsewhere, or '-'. Prints one
+JSON line that starts with GRACEFARM.
 """
 
 import contextlib
@@ -10,12 +11,12 @@ import json
 import runpy
 import sys
 
-wanted, script = sys.argv[1].split(","), sys.argv[2]
+wanted, script, elsewhere = sys.argv[1].split(","), sys.argv[2], sys.argv[3].split(",")
 files = {}
 for name in wanted:
     module = importlib.import_module(name)
     place = getattr(module, "__file__", None) or next(iter(module.__path__))
-    if not place.startswith(sys.prefix + "/lib/"):
+    if not place.startswith(sys.prefix + "/lib/") and name not in elsewhere:
         sys.exit(f"ImportError: {name} was imported from {place}, not from the installed wheel under {sys.prefix}/lib")
     files[name] = place
 said = io.StringIO()
