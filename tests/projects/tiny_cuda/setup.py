@@ -35,7 +35,9 @@ class BuildCuda(build_ext):
 setup(
     packages=["tiny_cuda"],
     ext_modules=[
-        Extension("tiny_cuda._core", ["core.cu"], libraries=["cudart"], library_dirs=[os.environ["CUDA_HOME"] + "/lib64"]),
+        Extension(
+            "tiny_cuda._core", ["core.cu"], libraries=["cudart", "stdc++"], library_dirs=[os.environ["CUDA_HOME"] + "/lib64"]
+        ),
     ],
     cmdclass={"build_ext": BuildCuda},
 )

@@ -1,0 +1,368 @@
+"""`--toolchain host`: this machine's own compilers in a clean environment, and from there on the same flow."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import uv
+
+from builder import environment, hosted, machine, plain, sandbox, smoke, stack
+from builder.stack import host_arch
+from gracefarm.errors import SmokeError
+from tests import projects
+from tests.conftest import Farm
+from tests.integration.test_build import record_of, start
+
+NATIVE = host_arch().value
+OTHER = "x86_64" if NATIVE == "aarch64" else "aarch64"
+FAKE_TORCH = """
+from types import SimpleNamespace
+cuda = SimpleNamespace(
+    is_available=lambda: {seen}, get_device_name=lambda: "a fake GPU", get_device_capability=lambda: {capability}
+)
+"""
+
+
+def python311() -> str:
+    """The interpreter that the stacks' locks are for."""
+    for candidate in ("/usr/bin/python3.11", shutil.which("python3.11") or sys.executable):
+        if Path(candidate).exists() and machine.probe(Path(candidate)).minor == "3.11":
+            return candidate
+    pytest.skip("no Python 3.11 on this machine")
+
+
+@pytest.fixture(scope="session")
+def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Python with packages of its own, as a person has made it: no lock, only what builds a C extension."""
+    folder = tmp_path_factory.mktemp("own") / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    command = [
+        uv.find_uv_bin(),
+        "pip",
+        "install",
+        "--quiet",
+        "--python",
+        folder / "bin/python3",
+        "build",
+        "setuptools",
+        "wheel",
+    ]
+    subprocess.run(command, check=True)
+    return folder
+
+
+def tiny_c(farm: Farm, **tables: object) -> None:
+    farm.recipe("tiny_c", projects.tree("tiny_c"), name="tiny-c", smoke={"imports": ["tiny_c", "tiny_c._core"]}, **tables)
+
+
+def statuses(found: dict[str, object]) -> dict[str, str]:
+    return {one["gate"]: one["status"] for one in found["verdicts"]}  # type: ignore[index,attr-defined]
+
+
+def test_a_c_extension_in_a_clean_environment_from_the_stacks_lock(farm: Farm) -> None:
+    tiny_c(farm)
+    done = farm.run("build", "tiny_c", "--toolchain", "host", "--python", python311())
+    assert done.code == 0, done.said
+    assert "compilers are this machine's, not those of bookworm that the stack locks" in done.said
+    assert Path(done.out.strip()).name.endswith(f"_{NATIVE}.whl")
+    found = record_of(farm, "tiny_c")
+    assert found["toolchain"] == "host"
+    assert found["stack"] == "bare@host"
+    inputs = found["inputs"]
+    assert isinstance(inputs, dict)
+    assert inputs["toolchain"]["kind"] == "host"
+    assert "sha256:" in inputs["toolchain"]["compilers"]["gcc"]
+    assert inputs["stack"]["root"] is None
+    assert "failed" not in statuses(found).values()
+    assert statuses(found)["symbols"] == "passed"
+    (compiled,) = [one for one in found["stages"] if one["name"] == "compile"]  # type: ignore[attr-defined]
+    assert compiled["note"] == "without network"
+    place = found["smoke"]["modules"]["tiny_c._core"]  # type: ignore[index]
+    assert "/smoke/env/lib/" in place
+    assert farm.run("build", "tiny_c", "--toolchain", "host", "--python", python311()).said.count("nothing to build") == 1
+
+
+def test_an_environment_of_ones_own_is_taken_as_it_is_and_enters_the_build_id(farm: Farm, own: Path) -> None:
+    tiny_c(farm)
+    done = farm.run("build", "tiny_c", "--toolchain", "host", "--environment", str(own))
+    assert done.code == 0, done.said
+    assert "packages are those installed in the environment that was named" in done.said
+    found = record_of(farm, "tiny_c")
+    assert found["inputs"]["toolchain"]["distributions"].keys() >= {"build", "setuptools"}  # type: ignore[index]
+    assert statuses(found)["symbols"] == "passed"
+    before = planned(farm, "--environment", str(own))
+    shutil.copytree(own, other := own.with_name("other"), symlinks=True)
+    assert planned(farm, "--environment", str(other))["build_id"] == before["build_id"], "a path entered the id"
+    (site,) = other.glob("lib/*/site-packages")
+    (site / "extra-1.0.dist-info").mkdir()
+    (site / "extra-1.0.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: extra\nVersion: 1.0\n")
+    after = planned(farm, "--environment", str(other))
+    shutil.rmtree(other)
+    assert after["build_id"] != before["build_id"]
+
+
+def planned(farm: Farm, *arguments: str, **variables: str) -> dict[str, object]:
+    done = farm.run("plan", "tiny_c", "--toolchain", "host", *arguments, "--json", **variables)
+    assert done.code == 0, done.said
+    found = json.loads(done.out)
+    assert isinstance(found, dict)
+    return found
+
+
+def test_another_compiler_is_another_build_id_and_so_is_the_sandbox(farm: Farm, own: Path, tmp_path: Path) -> None:
+    tiny_c(farm)
+    compiler = tmp_path / "gcc"
+    compiler.write_text('#!/bin/sh\nexec gcc "$@"\n')
+    compiler.chmod(0o755)
+    ids = {str(planned(farm, "--environment", str(own))["build_id"])}
+    ids.add(str(planned(farm, "--environment", str(own), CC=str(compiler))["build_id"]))
+    ids.add(str(json.loads(farm.run("plan", "tiny_c", "--target", NATIVE, "--json").out)["build_id"]))
+    assert len(ids) == 3
+
+
+def test_cuda_with_the_machines_toolkit_for_the_stacks_architectures_alone(farm: Farm, own: Path) -> None:
+    loaded = stack.load(farm.settings.project / "stacks", "cu130")
+    (toolkit,) = environment.ensure_toolchain(loaded, host_arch(), farm.settings).glob("nvidia/cu*")
+    wheels = [
+        one for one in environment.wheels(loaded, host_arch()) if one.name.startswith(("nvidia-cuda-r", "nvidia-cuda-cuo"))
+    ]
+    shutil.copytree(own, cuda := own.with_name("cuda"), symlinks=True)
+    environment.install(wheels, ["--python", str(cuda / "bin/python3")], "test", farm.settings)
+    build = {"cuda": True, "memory_per_job": "1GiB"}
+    files = projects.tree("tiny_cuda") | {"tiny_cuda/__init__.py": PRELOAD}
+    farm.recipe("tiny_cuda", files, name="tiny-cuda", build=build, smoke={"imports": ["tiny_cuda._core"]})
+    done = farm.run("build", "tiny_cuda", "--toolchain", "host", "--environment", str(cuda), "--cuda", str(toolkit))
+    shutil.rmtree(cuda)
+    assert done.code == 0, done.said
+    found = record_of(farm, "tiny_cuda")
+    assert statuses(found)["cubins"] == statuses(found)["symbols"] == statuses(found)["rpath"] == "passed"
+    assert "release 13.0" in found["inputs"]["toolchain"]["compilers"]["cuda"]  # type: ignore[index]
+    assert "dropped -gencode arch=compute_100,code=sm_100" in farm.run("log", "tiny_cuda").out
+
+
+PRELOAD = """
+import ctypes, nvidia
+from pathlib import Path
+(library,) = Path(next(iter(nvidia.__path__))).glob("*/lib/libcudart.so.*")
+ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+"""
+"What `import torch` does for its CUDA, without its gigabytes."
+
+REACH = """
+import socket
+try:
+    socket.create_connection(("example.org", 443), timeout=5)
+except OSError:
+    pass
+return wheel(wheel_directory)
+"""
+
+
+def test_a_build_that_reaches_for_the_network_fails_by_name_even_when_it_goes_on(farm: Farm, own: Path) -> None:
+    farm.recipe("tiny", projects.backend(REACH))
+    done = farm.run("build", "tiny", "--toolchain", "host", "--environment", str(own))
+    assert done.code == 20, done.said
+    assert "example.org" in done.said
+
+
+def test_where_the_network_cannot_be_cut_the_record_says_so(farm: Farm, own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that forbids namespaces, by a launcher that is refused them."""
+    monkeypatch.setattr(plain, "uncut", lambda: "Operation not permitted")
+    tiny_c(farm)
+    loaded = stack.load(farm.settings.project / "stacks", "bare")
+    found = machine.find(loaded, machine.Wanted(environment=own), cuda=False)
+    assert found.uncut == "Operation not permitted"
+    box = plain.Plain(environment={"PATH": os.defpath}, workdir="/", memory=1 << 30, network=True)
+    log = farm.settings.home / "log.txt"
+    assert sandbox.run(box, ["ls", "/sys/class/net"], log=log).network_by == "host"
+    assert len(log.read_text().split()) >= len(os.listdir("/sys/class/net"))  # noqa: PTH208
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "code", "words"),
+    [
+        (("--cuda", "{empty}"), {}, 4, "there is no CUDA compiler (nvcc): looked in {empty}"),
+        (("--cuda", "{old}"), {}, 4, "stack bare compiles with CUDA 13.0: {old} has 12.4"),
+        ((), {"CC": "no-such-gcc"}, 4, "there is no no-such-gcc on PATH"),
+        (("--target", OTHER), {}, 2, f"this machine's own toolchain builds for {NATIVE}, not for {OTHER}"),
+        (("--python", "{old}/bin/python3"), {}, 2, "--environment names a Python already"),
+    ],
+)
+def test_what_is_missing_is_said_before_anything_is_built(
+    farm: Farm, own: Path, tmp_path: Path, arguments: tuple[str, ...], variables: dict[str, str], code: int, words: str
+) -> None:
+    places = {"empty": str(tmp_path / "empty"), "old": str(tmp_path / "old")}
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "old/bin").mkdir(parents=True)
+    for name, text in (("nvcc", "Cuda compilation tools, release 12.4, V12.4.131"), ("python3", "")):
+        (tmp_path / "old/bin" / name).write_text(f"#!/bin/sh\necho '{text}'\n")
+        (tmp_path / "old/bin" / name).chmod(0o755)
+    tiny_c(farm, build={"cuda": True})
+    said = [one.format_map(places) for one in arguments]
+    done = farm.run("build", "tiny_c", "--toolchain", "host", "--environment", str(own), *said, **variables)
+    assert done.code == code, done.said
+    assert words.format_map(places) in done.said
+    assert not (farm.settings.home / "builds").exists()
+
+
+def fake_torch(
+    own: Path, into: Path, *, version: str, cuda: str | None, seen: bool = True, capability: str = "(9, 0)"
+) -> Path:
+    """An environment with a torch that is none: what it says of itself and of a GPU."""
+    shutil.copytree(own, into, symlinks=True)
+    (site,) = into.glob("lib/*/site-packages")
+    (site / "torch").mkdir()
+    (site / "torch/__init__.py").write_text(FAKE_TORCH.format(seen=seen, capability=capability))
+    (site / "torch/version.py").write_text(f"__version__ = {version!r}\ncuda = {cuda!r}\n")
+    (site / "torch-1.dist-info").mkdir()
+    (site / "torch-1.dist-info/METADATA").write_text(f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\n")
+    return into
+
+
+@pytest.mark.parametrize(("version", "cuda"), [("2.11.0", None), ("2.10.0+cu130", "13.0")])
+def test_another_torch_than_the_stacks_is_refused(
+    farm: Farm, own: Path, tmp_path: Path, version: str, cuda: str | None
+) -> None:
+    tiny_c(farm, stack="cu130", build={"cuda": True})
+    toolkit = tmp_path / "cuda/bin"
+    toolkit.mkdir(parents=True)
+    (tmp_path / "cuda/include").mkdir()
+    (toolkit / "nvcc").write_text("#!/bin/sh\necho 'Cuda compilation tools, release 13.0, V13.0.88'\n")
+    (toolkit / "nvcc").chmod(0o755)
+    place = fake_torch(own, tmp_path / "venv", version=version, cuda=cuda)
+    aim = ("--toolchain", "host", "--environment", str(place), "--cuda", str(toolkit.parent))
+    done = farm.run("build", "tiny_c", *aim)
+    assert done.code == 4, done.said
+    assert f"torch there is {version} for CUDA {cuda}, stack cu130 has 2.11.0 for 13.0" in done.said
+
+
+CUT_OFF = """
+import pathlib, time
+first = not pathlib.Path("done").exists()
+pathlib.Path("done").touch()
+pathlib.Path("half.so").write_bytes(b"half")
+print("first" if first else "second", flush=True)
+if first:
+    time.sleep(60)
+return wheel(wheel_directory)
+"""
+
+
+def test_a_build_that_was_cut_off_goes_on_in_its_own_folder(farm: Farm, own: Path) -> None:
+    """As ninja does: what the first run had finished is found by the second."""
+    farm.recipe("tiny", projects.backend(CUT_OFF))
+    aim = ("--toolchain", "host", "--environment", str(own))
+    running = start(farm, "build", "tiny", *aim)
+    watch = threading.Timer(60, running.kill)
+    watch.start()
+    while not list((farm.settings.home / "builds").glob("*/work/source/half.so")):
+        assert running.poll() is None, running.communicate()
+    running.kill()
+    watch.cancel()
+    running.communicate(timeout=30)
+    (half,) = (farm.settings.home / "builds").glob("*/work/source/half.so")
+    assert hosted.clear_products(half.parent, int(half.stat().st_mtime)) == []
+    done = farm.run("build", "tiny", *aim)
+    assert done.code == 0, done.said
+    assert "going on from" in done.said
+    assert "second" in farm.run("log", "tiny").out
+
+
+def test_a_half_written_library_of_a_cut_off_build_is_not_taken_for_whole(tmp_path: Path) -> None:
+    for name, moment in (("source.so", 1000), ("build/made.so", 2000), ("build/made.o", 2000)):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+        os.utime(tmp_path / name, (moment, moment))
+    assert hosted.clear_products(tmp_path, 1000) == [tmp_path / "build/made.so"]
+    assert sorted(one.name for one in tmp_path.rglob("*.*o")) == ["made.o", "source.so"]
+
+
+# --- GPU ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_without_a_gpu_the_gpu_test_is_reported_as_not_run(farm: Farm, own: Path) -> None:
+    if smoke.devices():
+        pytest.skip("this machine has a GPU")
+    tiny_c(farm)
+    (farm.settings.project / "recipes/tiny_c/smoke_gpu.py").write_text("raise SystemExit('it ran')\n")
+    done = farm.run("build", "tiny_c", "--toolchain", "host", "--environment", str(own))
+    assert done.code == 0, done.said
+    assert "smoke-gpu not run: no GPU" in done.said
+    assert record_of(farm, "tiny_c")["gpu"] == {
+        "status": "not run",
+        "reason": "no GPU",
+        "device": None,
+        "script": None,
+        "wall_s": None,
+    }
+    assert "gpu not run: no GPU" in farm.run("show", "tiny_c").said
+    wheel = done.out.strip()
+    again = farm.run(
+        "smoke", wheel, "--stack", "bare", "--recipe", "tiny_c", "--gpu", "--toolchain", "host", "--python", python311()
+    )
+    assert again.code == 0, again.said
+    assert again.out.strip() == "not run: no GPU"
+
+
+def gpu_trial(farm: Farm, place: Path, script: str) -> smoke.Trial:
+    """The tiny C wheel over an environment, and a smoke_gpu.py of a text."""
+    done = farm.run("build", "tiny_c", "--toolchain", "host", "--environment", str(place))
+    assert done.code == 0, done.said
+    loaded = stack.load(farm.settings.project / "stacks", "bare")
+    here = machine.find(loaded, machine.Wanted(environment=place), cuda=False)
+    folder = farm.settings.home / "trial"
+    folder.mkdir()
+    (folder / "script.py").write_text(script)
+    return smoke.Trial(
+        wheel=Path(done.out.strip()),
+        imports=("torch", "tiny_c"),
+        script=folder / "script.py",
+        bed=smoke.Bed(environment=hosted.ensure(here, farm.settings), root=Path("/"), machine=here),
+        folder=folder,
+        memory=1 << 30,
+        log=folder / "log.txt",
+    )
+
+
+@pytest.mark.parametrize(
+    ("seen", "capability", "status", "reason"),
+    [
+        (True, "(9, 0)", "passed", ""),
+        (True, "(8, 0)", "not run", "a fake GPU is sm_80, the wheel is for sm_90"),
+        (False, "(9, 0)", "not run", "no GPU"),
+    ],
+)
+def test_the_gpu_test_runs_where_torch_sees_a_gpu_of_the_wheels_architecture(
+    farm: Farm,
+    own: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    seen: bool,
+    capability: str,
+    status: str,
+    reason: str,
+) -> None:
+    """With a fake GPU: device files that are none, and a torch that claims one."""
+    monkeypatch.setattr(smoke, "devices", lambda: [Path("/dev/null")])
+    tiny_c(farm)
+    place = fake_torch(own, tmp_path / "venv", version="2.11.0", cuda="13.0", seen=seen, capability=capability)
+    found = smoke.run_gpu(gpu_trial(farm, place, "import tiny_c\nprint(tiny_c.add(20, 22))\n"), ("90",))
+    assert (found.status, found.reason) == (status, reason)
+    assert found.script == ("42\n" if status == "passed" else None)
+
+
+def test_a_wrong_result_on_the_gpu_fails_the_build(
+    farm: Farm, own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(smoke, "devices", lambda: [Path("/dev/null")])
+    tiny_c(farm)
+    place = fake_torch(own, tmp_path / "venv", version="2.11.0", cuda="13.0")
+    with pytest.raises(SmokeError, match="is wrong on a fake GPU: AssertionError: off by one"):
+        smoke.run_gpu(gpu_trial(farm, place, "assert False, 'off by one'\n"), ("90",))
