@@ -389,12 +389,13 @@ def _slow_reader(server: Server, request: bytes) -> socket.socket:
     return connection
 
 
-def _connections(server: Server) -> int:
-    """Clients that the server holds a connection of."""
+def _connections(server: Server, port: int | None = None) -> int:
+    """Connections of clients that the server holds; with `port`, of the client on that port."""
     folder = Path(f"/proc/{server.process.pid}/fd")
     inodes = {str(one.readlink()) for one in folder.iterdir() if one.is_symlink()}
     rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
     mine = [row for row in rows if int(row[1].partition(":")[2], 16) == server.port and row[3] != "0A"]
+    mine = [row for row in mine if port is None or int(row[2].partition(":")[2], 16) == port]
     return sum(f"socket:[{row[9]}]" in inodes for row in mine)
 
 
@@ -403,13 +404,15 @@ def test_who_takes_nothing_of_an_answer_is_cut_off(tmp_path: Path, kind: str) ->
     with serving(tmp_path / "root", "--allow-new", "--server", kind, "--idle", "1.5") as server:
         name, content = wheel("slow_pkg", files={"slow_pkg/data": bytes(16 << 20)}, compress=zipfile.ZIP_STORED)
         assert server.upload(name, content).status_code == 200
-        with _slow_reader(server, f"GET /packages/{name} HTTP/1.1\r\nHost: x\r\n\r\n".encode()):
-            deadline = time.monotonic() + 15
-            while not _connections(server) > 1 and time.monotonic() < deadline:
-                time.sleep(0.05)
-            while _connections(server) > 1 and time.monotonic() < deadline:  # the other one is the client of this test
+        request = f"GET /packages/{name} HTTP/1.1\r\nHost: x\r\n\r\n".encode()
+        with _slow_reader(server, request) as reader:
+            port = reader.getsockname()[1]
+            assert reader.recv(8) == b"HTTP/1.1"
+            assert _connections(server, port) == 1
+            deadline = time.monotonic() + 12  # before granian's own bound on idle connections, which is 15 s
+            while _connections(server, port) and time.monotonic() < deadline:
                 time.sleep(0.1)
-            assert _connections(server) <= 1
+            assert _connections(server, port) == 0
 
 
 def test_open_uploads_of_one_client_are_bounded(tmp_path_factory: pytest.TempPathFactory) -> None:
