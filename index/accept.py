@@ -102,16 +102,18 @@ def admit(store: Store, catalogue: Catalogue, actor: str, candidate: Candidate, 
             _check_same(distribution.filename, row["sha256"], row["deleted"], candidate.sha256)
             if row["lost"]:
                 _restore(store, change, row["id"], candidate)
-            _join(change, row["id"], bool(row["hidden"]), distribution, destination)
+            _join(change, row["id"], distribution, destination)
             return "same"
         _check_release(lambda sql, values: change.execute(sql, values).fetchall(), distribution)
         # Inside the transaction, so that `gc`, which holds the same lock, never sees the file between its name and its row.
         store.adopt(candidate.path, candidate.sha256)
         metadata_sha256 = _keep_metadata(store, candidate)
         change.execute("INSERT OR IGNORE INTO project (name) VALUES (?)", (distribution.project,))
-        if candidate.record is not None and candidate.build is not None:
-            records.keep(store, change, candidate.build, candidate.record, inside_wheel=True)
-        _insert(change, candidate, destination, metadata_sha256)
+        build = candidate.build
+        if candidate.record is not None and build is not None:
+            own = records.keep_inside(store, change, build, candidate.record, distribution.project, candidate.sha256)
+            build = build if own else None
+        _insert(change, candidate, destination, metadata_sha256, build)
     return "created"
 
 
@@ -136,14 +138,16 @@ def _one(change: Change) -> Callable[..., sqlite3.Row | None]:
     return lambda sql, values: change.execute(sql, values).fetchone()
 
 
-def _insert(change: Change, candidate: Candidate, destination: Destination, metadata_sha256: str | None) -> None:
+def _insert(
+    change: Change, candidate: Candidate, destination: Destination, metadata_sha256: str | None, build: str | None
+) -> None:
     distribution = candidate.distribution
     known, channel = candidate.facts, destination.channel
     if destination.set_name is not None:
         row = change.execute("SELECT channel FROM release_set WHERE name = ?", (destination.set_name,)).fetchone()
         channel = row["channel"] if row is not None else channel
-    if candidate.build is not None:
-        known = records.facts_of(change, candidate.build).over(known)
+    if build is not None:
+        known = records.facts_of(change, build).over(known)
     inserted = change.execute(
         "INSERT INTO file (filename, project, version, release, kind, sha256, size, metadata_sha256, requires_python, summary,"
         " uploaded, actor, channel, hidden, cuda, facts, build) VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?) RETURNING id",
@@ -152,7 +156,7 @@ def _insert(change: Change, candidate: Candidate, destination: Destination, meta
             *(canonicalize_version(distribution.version), distribution.kind, candidate.sha256, candidate.size),
             *(metadata_sha256, candidate.metadata.requires_python, candidate.metadata.summary),
             *(candidate.uploaded or change.time, change.actor, channel, destination.set_name is not None),
-            *(known.cuda, known.as_json(), candidate.build),
+            *(known.cuda, known.as_json(), build),
         ),
     ).fetchone()
     if destination.set_name is not None:
@@ -168,14 +172,20 @@ def _insert(change: Change, candidate: Candidate, destination: Destination, meta
     )
 
 
-def _join(change: Change, file_id: int, hidden: bool, distribution: Distribution, destination: Destination) -> None:
-    """The same bytes once more: they join the set, or leave hiding when they are now uploaded for everybody."""
+def _join(change: Change, file_id: int, distribution: Distribution, destination: Destination) -> None:
+    """The same bytes once more: they join the set, or are shown where they are now uploaded to."""
     if destination.set_name is not None:
         if _add_member(change, destination.set_name, file_id):
             change.note("file.join", distribution.filename, distribution.project, set=destination.set_name)
-    elif hidden:
-        change.execute("UPDATE file SET hidden = 0 WHERE id = ?", (file_id,))
-        change.note("file.upload", distribution.filename, distribution.project, shown=True)
+        return
+    if destination.channel == "release":  # what was a nightly, or hidden in a set, is now for everybody
+        shown = change.execute(
+            "UPDATE file SET hidden = 0, channel = 'release' WHERE id = ? AND (hidden = 1 OR channel <> 'release')", (file_id,)
+        )
+    else:
+        shown = change.execute("UPDATE file SET hidden = 0 WHERE id = ? AND hidden = 1", (file_id,))
+    if shown.rowcount:
+        change.note("file.upload", distribution.filename, distribution.project, shown=True, channel=destination.channel)
 
 
 def _add_member(change: Change, set_name: str, file_id: int) -> bool:

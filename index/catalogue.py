@@ -19,9 +19,37 @@ from pathlib import Path
 from gracefarm.errors import ConfigError
 from index.errors import StoreFullError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
-_UPGRADES = {2: "ALTER TABLE token ADD COLUMN hashed TEXT"}
+_PIN = """CREATE TABLE pin (
+    set_name TEXT NOT NULL REFERENCES release_set (name),
+    project TEXT NOT NULL,
+    version TEXT NOT NULL,
+    sha256 TEXT NOT NULL,
+    link INTEGER NOT NULL DEFAULT 0,
+    done INTEGER NOT NULL DEFAULT 0,
+    PRIMARY KEY (set_name, project)
+) WITHOUT ROWID;
+"""
+
+# A build is as visible as its wheels: one of which only hidden wheels of staged sets are here is nobody's business.
+_PUBLIC_RECORD = """CREATE VIEW public_record AS SELECT * FROM record
+    WHERE NOT EXISTS (SELECT 1 FROM file WHERE file.build = record.id)
+    OR EXISTS (SELECT 1 FROM file WHERE file.build = record.id AND file.hidden = 0);
+"""
+
+_UPGRADES = {
+    2: ("ALTER TABLE token ADD COLUMN hashed TEXT",),
+    3: (
+        "ALTER TABLE record ADD COLUMN project TEXT NOT NULL DEFAULT ''",
+        "ALTER TABLE record ADD COLUMN wheels TEXT NOT NULL DEFAULT ''",
+        "UPDATE record SET project = lower(replace(replace(recipe, '_', '-'), '.', '-'))",
+        "ALTER TABLE mirrored ADD COLUMN lost INTEGER NOT NULL DEFAULT 0",
+        "ALTER TABLE mirrored ADD COLUMN withdrawn TEXT",
+        _PIN,
+        _PUBLIC_RECORD,
+    ),
+}
 "What brings a catalogue of the version before to this one."
 
 Parameters = tuple[object, ...] | Mapping[str, object]
@@ -91,11 +119,15 @@ CREATE TABLE mirrored (
     requires_python TEXT,
     uploaded TEXT NOT NULL,
     url TEXT,
+    lost INTEGER NOT NULL DEFAULT 0,
+    withdrawn TEXT,
     PRIMARY KEY (set_name, filename)
 ) WITHOUT ROWID;
 CREATE INDEX mirrored_sha256 ON mirrored (sha256);
 CREATE TABLE record (
     id TEXT PRIMARY KEY,
+    project TEXT NOT NULL DEFAULT '',
+    wheels TEXT NOT NULL DEFAULT '',
     recipe TEXT NOT NULL DEFAULT '',
     version TEXT NOT NULL DEFAULT '',
     stack TEXT NOT NULL DEFAULT '',
@@ -273,7 +305,7 @@ def _ensure_schema(catalogue: Catalogue) -> None:
         database.execute("BEGIN IMMEDIATE")
         try:
             if database.execute("SELECT 1 FROM sqlite_master WHERE name = 'meta'").fetchone() is None:
-                for statement in _statements(_SCHEMA):
+                for statement in _statements(_SCHEMA + _PIN + _PUBLIC_RECORD):
                     database.execute(statement)
                 database.execute("INSERT INTO meta VALUES ('schema', ?)", (str(SCHEMA_VERSION),))
             database.execute("COMMIT")
@@ -298,7 +330,8 @@ def _upgrade(database: sqlite3.Connection) -> None:
     database.execute("BEGIN IMMEDIATE")
     try:
         for version in range(_schema(database) + 1, SCHEMA_VERSION + 1):
-            database.execute(_UPGRADES[version])
+            for statement in _UPGRADES[version]:
+                database.execute(statement)
         database.execute("UPDATE meta SET value = ? WHERE key = 'schema'", (str(SCHEMA_VERSION),))
         database.execute("COMMIT")
     except BaseException:

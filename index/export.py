@@ -107,6 +107,8 @@ def export(store: Store, catalogue: Catalogue, target: Path, tick: Tick = no_tic
         listed = [(view, name) for view in views.public(catalogue) for name in views.projects(catalogue, view)]
         for number, (view, name) in enumerate(listed):
             tick(number, len(listed), name)
+            if views.status(catalogue, name).status == "quarantined":
+                continue
             for item in views.files(catalogue, view, name):
                 _export_file(store, target, item, before, done)
         for view in views.public(catalogue):
@@ -179,7 +181,7 @@ def _export_page(catalogue: Catalogue, target: Path, view: View, name: str, befo
 
 def _export_records(store: Store, catalogue: Catalogue, target: Path, before: dict[str, str], done: Exported) -> None:
     """Records and logs: /records/ID is a file and a folder at once on the live server, so the tree has ID/index.json."""
-    for row in catalogue.rows("SELECT id, document_sha256, log_sha256 FROM record"):
+    for row in catalogue.rows("SELECT id, document_sha256, log_sha256 FROM public_record"):
         for digest, name in ((row["document_sha256"], "index.json"), (row["log_sha256"], "log")):
             if digest is not None:
                 _link(store.path(digest), target, f"records/{row['id']}/{name}", digest, before, done)

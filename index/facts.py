@@ -13,6 +13,10 @@ from packaging.version import Version
 from index.names import Distribution
 
 _CUDA_LOCAL = re.compile(r"(?:^|\.)cu(?:(\d{2})(\d)|\.?(\d+)\.(\d+))(?=\D|$)")
+_CUDA = re.compile(r"(\d{1,2}\.\d{1,2})(\.\d{1,3})?")
+_TORCH = re.compile(r"\d{1,3}(\.[a-z0-9]{1,12}){0,4}(\+[a-z0-9.]{1,40})?")
+_SM = re.compile(r"\d{2,3}[a-z]?")
+_GLIBC = re.compile(r"\d{1,2}\.\d{1,3}")
 _TORCH_LOCAL = re.compile(r"torch\.?(\d+\.\d+)")
 _MANYLINUX = re.compile(r"manylinux_(\d+)_(\d+)_")
 _LEGACY_GLIBC = {"manylinux1": "2.5", "manylinux2010": "2.12", "manylinux2014": "2.17"}
@@ -97,10 +101,10 @@ def from_record(record: Mapping[str, object]) -> Facts:
     places = list(_places(record))
     sm = next((value for place in places if (value := place.get("sm"))), ())
     return Facts(
-        cuda=_text(places, "cuda"),
-        torch=_text(places, "torch"),
-        sm=tuple(str(item).removeprefix("sm_") for item in sm) if isinstance(sm, list | tuple) else (),
-        glibc=_text([own], "glibc") if isinstance(own := record.get("facts"), Mapping) else None,
+        cuda=cuda[1] if (cuda := _CUDA.fullmatch(_text(places, "cuda", _CUDA) or "")) else None,
+        torch=_text(places, "torch", _TORCH),
+        sm=tuple(_sm(sm)) if isinstance(sm, list) else (),
+        glibc=_text([own], "glibc", _GLIBC) if isinstance(own := record.get("facts"), Mapping) else None,
     )
 
 
@@ -112,9 +116,17 @@ def _places(record: Mapping[str, object], depth: int = 0) -> Iterable[Mapping[st
             yield from _places(value, depth + 1)
 
 
-def _text(places: Iterable[Mapping[str, object]], key: str) -> str | None:
+def _text(places: Iterable[Mapping[str, object]], key: str, form: re.Pattern[str]) -> str | None:
+    """The first value of that form: pages, addresses and exports are made of it, so nothing else is believed."""
     for place in places:
         value = place.get(key)
-        if isinstance(value, str) and re.match(r"\d+(\.\d+)*", value):
+        if isinstance(value, str) and form.fullmatch(value):
             return value
     return None
+
+
+def _sm(values: list[object]) -> Iterable[str]:
+    for item in values[:64]:
+        value = str(item).removeprefix("sm_") if isinstance(item, str | int) else ""
+        if _SM.fullmatch(value):
+            yield value

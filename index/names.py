@@ -26,7 +26,7 @@ MAX_FILENAME = 255
 
 _FILENAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+!-]*\Z")
 _SET_NAME = re.compile(r"[a-z0-9]([a-z0-9._-]{0,62}[a-z0-9])?\Z")
-_CUDA_VIEW = re.compile(r"cu(\d{2})(\d)\Z")
+_CUDA_VIEW = re.compile(r"cu(?:([1-9])(\d)|(\d{2})(\d{1,2}))\Z")
 _RESERVED = frozenset(
     (
         *("simple", "legacy", "files", "packages", "records", "nightly", "preview", "stage"),
@@ -185,9 +185,9 @@ def check_set_name(name: str) -> str:
 
 
 def cuda_of_view(name: str) -> str | None:
-    """cu130 → 13.0; None when the name is not of that form."""
+    """cu130 → 13.0, cu92 → 9.2; None when the name is not of that form."""
     found = _CUDA_VIEW.match(name)
-    return f"{found[1]}.{found[2]}" if found else None
+    return f"{found[1] or found[3]}.{found[2] or found[4]}" if found else None
 
 
 def view_of_cuda(cuda: str) -> str:

@@ -253,6 +253,10 @@ def describe(version: str) -> Spec:
         "/packages/{filename}": _file("/packages/{filename}", "The same by name alone, as pypiserver has it."),
         "/packages/": _plain("/packages/", "Every file, as pypiserver lists them.", PLAIN),
         "/records/{id}": _record("/records/{id}", "record of a build", "application/json", _ref("Record")),
+        **{
+            f"/preview/{{token}}/records/{{id}}{end}": {"get": _record(f"/records/{{id}}{end}", "", kind, schema)["get"]}
+            for end, kind, schema in (("", "application/json", _ref("Record")), ("/log", TEXT, _STRING))
+        },
         "/records/{id}/log": _record("/records/{id}/log", "log of a build", TEXT, _STRING),
         "/health": _plain("/health", "The process lives."),
         "/ready": _plain("/ready", "The catalogue can be read and the disk has room.", codes=(200, 507)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
@@ -102,7 +103,7 @@ def static_pages(store: Store, catalogue: Catalogue, url: str | None) -> Iterato
         yield make(pages.wheel, f"/wheel/{row['filename']}/", filename=row["filename"])
     for name in pages.names():
         yield make(pages.project, f"/project/{name}/", name=name)
-    for row in catalogue.rows("SELECT id FROM record ORDER BY id"):
+    for row in catalogue.rows("SELECT id FROM public_record ORDER BY id"):
         yield make(pages.build, f"/board/{row['id']}/", id=row["id"])
     for page, path in ((pages.board, "/board/"), (pages.sets, "/sets/"), (pages.projects, "/")):
         yield make(page, path)
@@ -172,7 +173,7 @@ class Pages:
         text = self.templates.get_template(template).render(
             up=up or "./", base=self._base(request), static=self.service.options.static, **values
         )
-        body = text.encode()
+        body = text.encode("utf-8", "replace")
         etag = f'"{hashlib.sha256(body).hexdigest()[:32]}"'
         headers = {"ETag": etag, "Cache-Control": "no-cache", "Content-Security-Policy": POLICY}
         if status == 200 and request.headers.get("if-none-match") == etag:
@@ -292,6 +293,7 @@ class Pages:
             ],
             path=file_path(item),
             view=self._view_of(item),
+            state=views.status(catalogue, item.project),
         )
 
     def _document(self, record: Summary | None) -> Document:
@@ -319,7 +321,7 @@ class Pages:
 
     def build(self, request: Request) -> Response:
         """One build, failed or not."""
-        row = self.service.catalogue.row("SELECT * FROM record WHERE id = ?", (request.path_params["id"],))
+        row = self.service.catalogue.row("SELECT * FROM public_record WHERE id = ?", (request.path_params["id"],))
         record = _record(row)
         if record is None:
             raise NotFoundError("there is no such build here", remedy="see /board/")
@@ -343,11 +345,31 @@ class Pages:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """One verdict."""
+
+    gate: str
+    status: str
+    summary: str
+    details: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One stage of the build."""
+
+    name: str
+    seconds: float | None
+    peak_memory: int | None
+    note: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Document:
     """The parts of a record that pages show."""
 
-    verdicts: tuple[Mapping[str, Any], ...]
-    stages: tuple[Mapping[str, Any], ...]
+    verdicts: tuple[Verdict, ...]
+    stages: tuple[Step, ...]
     source: Mapping[str, Any]
     remedy: str
 
@@ -357,11 +379,36 @@ class Document:
         inputs = _mapping(document.get("inputs"))
         recipe = _mapping(inputs.get("recipe"))
         return Document(
-            verdicts=_mappings(document.get("verdicts"), "gate"),
-            stages=_mappings(document.get("stages"), "name"),
+            verdicts=tuple(_verdict(item) for item in _mappings(document.get("verdicts"), "gate")),
+            stages=tuple(_step(item) for item in _mappings(document.get("stages"), "name")),
             source=_mapping(recipe.get("source")),
-            remedy=str(_mapping(document.get("failure")).get("remedy", "")),
+            remedy=_text(_mapping(document.get("failure")), "remedy"),
         )
+
+
+def _verdict(item: Mapping[str, Any]) -> Verdict:
+    details = item.get("details")
+    return Verdict(
+        gate=_text(item, "gate"),
+        status=_text(item, "status"),
+        summary=_text(item, "summary"),
+        details=tuple(one for one in details if isinstance(one, str)) if isinstance(details, list) else (),
+    )
+
+
+def _step(item: Mapping[str, Any]) -> Step:
+    peak = records.number(item.get("peak_memory"))
+    return Step(
+        name=_text(item, "name"),
+        seconds=records.number(item.get("wall_s")),
+        peak_memory=int(peak) if peak else None,
+        note=_text(item, "note"),
+    )
+
+
+def _text(item: Mapping[str, Any], key: str) -> str:
+    value = item.get(key)
+    return value if isinstance(value, str) else ""
 
 
 def _mapping(value: object) -> Mapping[str, Any]:
@@ -383,7 +430,7 @@ def _row(name: str, items: Sequence[Any]) -> Row:
         name=name,
         version=Version(newest["version"]).public,
         summary=newest["summary"],
-        cudas=tuple(sorted({item["cuda"] for item in items if item["cuda"]}, key=Version)),
+        cudas=tuple(sorted({item["cuda"] for item in items if item["cuda"]}, key=_natural)),
         status=newest["status"],
         updated=max(item["uploaded"] for item in items),
     )
@@ -407,7 +454,11 @@ def _choice(item: Listed) -> Choice:
 def options(choices: Sequence[Choice], key: str) -> list[str]:
     """What can be chosen, in a natural order."""
     found = {value for one in choices for value in one.value(key)}
-    return sorted(found, key=lambda text: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", text)])
+    return sorted(found, key=_natural)
+
+
+def _natural(text: str) -> list[object]:
+    return [int(part) if number % 2 else part for number, part in enumerate(re.split(r"([0-9]+)", text))]
 
 
 def size(count: int) -> str:
@@ -422,7 +473,7 @@ def size(count: int) -> str:
 
 def duration(seconds: float | None) -> str:
     """Seconds for people."""
-    if seconds is None:
+    if seconds is None or not math.isfinite(seconds):
         return ""
     if seconds < 100:
         return f"{seconds:.0f} s"

@@ -31,14 +31,15 @@ def yank(catalogue: Catalogue, actor: str, project: str, version: str, reason: s
         UsageError: there is no such release.
     """
     with catalogue.change(actor) as change:
-        count = change.execute(
-            "UPDATE file SET yanked = ? WHERE project = ? AND release = ? AND deleted IS NULL",
+        rows = change.execute(
+            "UPDATE file SET yanked = ? WHERE project = ? AND release = ? AND deleted IS NULL RETURNING filename",
             (reason, project, canonicalize_version(version)),
-        ).rowcount
-        if not count:
+        ).fetchall()
+        if not rows:
             raise _no_release(project, version)
-        change.note("file.unyank" if reason is None else "file.yank", f"{project} {version}", project, reason=reason)
-    return count
+        for row in rows:  # one entry for each, since a mirror follows files
+            change.note("file.unyank" if reason is None else "file.yank", row["filename"], project, reason=reason)
+    return len(rows)
 
 
 def set_status(catalogue: Catalogue, actor: str, project: str, status: str, reason: str) -> None:
@@ -61,14 +62,15 @@ def delete(catalogue: Catalogue, actor: str, project: str, version: str) -> int:
         UsageError: there is no such release.
     """
     with catalogue.change(actor) as change:
-        count = change.execute(
-            "UPDATE file SET deleted = ? WHERE project = ? AND release = ? AND deleted IS NULL",
+        rows = change.execute(
+            "UPDATE file SET deleted = ? WHERE project = ? AND release = ? AND deleted IS NULL RETURNING filename",
             (change.time, project, canonicalize_version(version)),
-        ).rowcount
-        if not count:
+        ).fetchall()
+        if not rows:
             raise _no_release(project, version)
-        change.note("file.delete", f"{project} {version}", project, files=count)
-    return count
+        for row in rows:
+            change.note("file.delete", row["filename"], project)
+    return len(rows)
 
 
 def _no_release(project: str, version: str) -> UsageError:

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import sqlite3
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from packaging.utils import canonicalize_name
+
 from index import facts
+from index.auth import Token, allow
 from index.catalogue import Catalogue, Change
-from index.errors import RefusedError
+from index.errors import ForbiddenError, RefusedError
 from index.facts import Facts
 from index.store import Store
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z")
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 MAX_RECORD = 32 << 20
 "Bytes of one record's JSON."
@@ -61,6 +67,11 @@ def parse(raw: bytes) -> dict[str, object]:
         raise RefusedError(f"the record is not JSON: {error}", remedy="send the record as the builder wrote it") from None
     if not isinstance(found, dict):
         raise RefusedError("the record is not a JSON object", remedy="send the record as the builder wrote it")
+    if b"\\ud" in raw.lower():
+        try:
+            json.dumps(found, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise RefusedError("the record holds half a surrogate pair", remedy="write its text as UTF-8") from None
     return found
 
 
@@ -73,25 +84,37 @@ def identity(record: Mapping[str, object]) -> str | None:
     return None
 
 
-def put(store: Store, catalogue: Catalogue, actor: str, identifier: str, raw: bytes) -> None:
+def project_of(document: Mapping[str, object]) -> str:
+    """The normalised project that a record is about: its `name`, else its recipe's."""
+    return str(canonicalize_name(_name(document, "name") or _name(document, "recipe")))
+
+
+def put(store: Store, catalogue: Catalogue, token: Token, identifier: str, raw: bytes, document: Mapping[str, object]) -> None:
     """Keep a record under its id; a later one replaces an earlier one, the audit log keeps both digests.
 
     Raises:
-        RefusedError: it is not JSON, or is the record of another build.
+        RefusedError: it is the record of another build.
+        ForbiddenError: the token does not reach it.
     """
-    document = parse(raw)
     own = identity(document)
     if own is not None and own != identifier:
         raise RefusedError(f"the record is of build {own!r}", remedy=f"put it to /records/{own}")
-    with catalogue.change(actor) as change:
-        keep(store, change, identifier, raw, inside_wheel=False)
-        link(change, identifier, document)
+    project, digests = project_of(document), _wheel_digests(document)
+    with catalogue.change(token.actor) as change:
+        _check_reach(change, token, identifier, project, digests)
+        keep(store, change, identifier, raw, document)
+        link(change, identifier, document, token)
 
 
-def put_log(store: Store, catalogue: Catalogue, actor: str, identifier: str, raw: bytes) -> None:
-    """Keep the build's log."""
+def put_log(store: Store, catalogue: Catalogue, token: Token, identifier: str, raw: bytes) -> None:
+    """Keep the build's log.
+
+    Raises:
+        ForbiddenError: the token does not reach the build.
+    """
     digest = hashlib.sha256(raw).hexdigest()
-    with catalogue.change(actor) as change:
+    with catalogue.change(token.actor) as change:
+        _check_reach(change, token, identifier, None, set())
         store.add_bytes(raw, digest)
         change.execute(
             "INSERT INTO record (id, log_sha256, log_size, updated) VALUES (?, ?, ?, ?) ON CONFLICT (id) DO UPDATE"
@@ -101,33 +124,86 @@ def put_log(store: Store, catalogue: Catalogue, actor: str, identifier: str, raw
         change.note("record.log", identifier, sha256=digest, size=len(raw))
 
 
-def keep(store: Store, change: Change, identifier: str, raw: bytes, *, inside_wheel: bool) -> None:
-    """Store the document; the part inside a wheel never replaces the full record that was put."""
-    if (
-        inside_wheel
-        and change.execute("SELECT 1 FROM record WHERE id = ? AND document_sha256 NOT NULL", (identifier,)).fetchone()
-    ):
+def _check_reach(change: Change, token: Token, identifier: str, project: str | None, digests: set[str]) -> None:
+    """A record that is there already keeps its project: nobody takes another's build over.
+
+    Raises:
+        ForbiddenError: the build is of another project, or none of its wheels is in the set that the token is for.
+    """
+    row = change.execute("SELECT project FROM record WHERE id = ?", (identifier,)).fetchone()
+    known = str(row["project"]) if row is not None else ""
+    if project is None:  # a log
+        project = known
+    allow(token, project=project if known in ("", project) else "", set_name=token.set_name)
+    if token.set_name is None:
         return
+    rows = change.execute(
+        "SELECT sha256, build FROM file JOIN member ON member.file_id = file.id WHERE set_name = ?", (token.set_name,)
+    ).fetchall()
+    if not any(row["build"] == identifier or row["sha256"] in digests for row in rows):
+        raise ForbiddenError(
+            f"no wheel of the set {token.set_name} is of this build", remedy="upload the wheel first, or use another token"
+        )
+
+
+def keep_inside(store: Store, change: Change, identifier: str, raw: bytes, project: str, sha256: str) -> bool:
+    """The part of a record that a wheel carries; it never replaces the full record that was put.
+
+    Returns whether the wheel may call itself of this build: not when the record is of another project, or of another wheel.
+    """
+    row = change.execute("SELECT project, wheels, document_sha256 FROM record WHERE id = ?", (identifier,)).fetchone()
+    if row is not None and ((row["project"] or project) != project or (row["wheels"] and sha256 not in row["wheels"].split())):
+        return False
+    if row is None or row["document_sha256"] is None:
+        keep(store, change, identifier, raw, parse(raw), inside=project)
+    return True
+
+
+def keep(
+    store: Store, change: Change, identifier: str, raw: bytes, document: Mapping[str, object], *, inside: str | None = None
+) -> None:
+    """Store the document. `inside` is the project of the wheel that carried it, which then is the record's."""
     digest = hashlib.sha256(raw).hexdigest()
     store.add_bytes(raw, digest)
-    row = summarise(parse(raw))
+    project = project_of(document) if inside is None else inside
+    wheels = "" if inside is not None else " ".join(sorted(_wheel_digests(document)))
     change.execute(
-        "INSERT INTO record (id, recipe, version, stack, target, outcome, seconds, cause, finished, document_sha256,"
-        " document_size, updated) VALUES (?,?,?,?,?,?,?,?,?,?,?,?) ON CONFLICT (id) DO UPDATE SET recipe = excluded.recipe,"
+        "INSERT INTO record (id, project, wheels, recipe, version, stack, target, outcome, seconds, cause, finished,"
+        " document_sha256, document_size, updated) VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?) ON CONFLICT (id) DO UPDATE SET"
+        " project = excluded.project, wheels = excluded.wheels, recipe = excluded.recipe,"
         " version = excluded.version, stack = excluded.stack, target = excluded.target, outcome = excluded.outcome,"
         " seconds = excluded.seconds, cause = excluded.cause, finished = excluded.finished,"
         " document_sha256 = excluded.document_sha256, document_size = excluded.document_size, updated = excluded.updated",
-        (identifier, *row, digest, len(raw), change.time),
+        (identifier, project, wheels, *summarise(document), digest, len(raw), change.time),
     )
-    change.note("record.put", identifier, sha256=digest, inside_wheel=inside_wheel)
+    change.note("record.put", identifier, sha256=digest, inside_wheel=inside is not None)
 
 
-def link(change: Change, identifier: str, document: Mapping[str, object]) -> None:
-    """Give the wheels of this build what the record knows: those that carry its id, and those that it names by sha256."""
-    known = facts.from_record(document)
-    for digest in _wheel_digests(document):
-        change.execute("UPDATE file SET build = ? WHERE sha256 = ? AND build IS NULL", (identifier, digest))
-    rows = change.execute("SELECT id, filename, project, facts FROM file WHERE build = ?", (identifier,)).fetchall()
+def link(change: Change, identifier: str, document: Mapping[str, object], token: Token) -> None:
+    """Give the wheels of this build what the record knows: those that carry its id, and those that it names by sha256.
+
+    Only wheels of the record's own project, and of the set that the token is for.
+    """
+    known, digests = facts.from_record(document), _wheel_digests(document)
+    scope = "project = ? AND (? IS NULL OR id IN (SELECT file_id FROM member WHERE set_name = ?))"
+    values = (project_of(document), token.set_name, token.set_name)
+    for digest in digests:
+        change.execute(
+            f"UPDATE file SET build = ? WHERE sha256 = ? AND build IS NULL AND {scope}",  # noqa: S608 - constants
+            (identifier, digest, *values),
+        )
+    if digests:  # a wheel that carries the id of a build that made another one is not of that build
+        marks = ", ".join("?" * len(digests))
+        strangers = change.execute(
+            f"UPDATE file SET build = NULL WHERE build = ? AND sha256 NOT IN ({marks}) RETURNING project",  # noqa: S608
+            (identifier, *digests),
+        ).fetchall()
+        if strangers:
+            change.note("record.unlink", identifier, *{row["project"] for row in strangers})
+    rows = change.execute(
+        f"SELECT id, filename, project, facts FROM file WHERE build = ? AND {scope}",  # noqa: S608 - constants
+        (identifier, *values),
+    ).fetchall()
     for row in rows:
         merged = known.over(facts.from_json(row["facts"]))
         change.execute("UPDATE file SET cuda = ?, facts = ? WHERE id = ?", (merged.cuda, merged.as_json(), row["id"]))
@@ -136,7 +212,7 @@ def link(change: Change, identifier: str, document: Mapping[str, object]) -> Non
 
 
 def _wheel_digests(document: Mapping[str, object]) -> set[str]:
-    """Every `sha256` of a wheel among the outputs."""
+    """Every `sha256` of a wheel among the outputs; a build makes few."""
     found: set[str] = set()
     places = [document, document.get("outputs"), document.get("wheel")]
     outputs = document.get("outputs")
@@ -144,7 +220,8 @@ def _wheel_digests(document: Mapping[str, object]) -> set[str]:
         places.append(outputs.get("wheel"))
     for place in places:
         if isinstance(place, Mapping):
-            found.update(value for key in ("sha256", "wheel_sha256") if isinstance(value := place.get(key), str))
+            values = [place.get(key) for key in ("sha256", "wheel_sha256")]
+            found.update(value for value in values if isinstance(value, str) and _SHA256.fullmatch(value))
     return found
 
 
@@ -195,12 +272,19 @@ def _seconds(document: Mapping[str, object]) -> float | None:
 
 
 def _numbers(values: Iterable[object]) -> list[float]:
-    return [float(value) for value in values if isinstance(value, int | float)]
+    return [float(found) for value in values if (found := number(value)) is not None]
+
+
+def number(value: object) -> float | int | None:
+    """A quantity that pages can show: a finite number below 1e15; JSON also knows infinity, truth and a thousand digits."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return value if 0 <= value < 1e15 and math.isfinite(value) else None
 
 
 def all_records(catalogue: Catalogue) -> list[Summary]:
-    """Every record, the newest first."""
-    rows = catalogue.rows("SELECT * FROM record ORDER BY CASE finished WHEN '' THEN updated ELSE finished END DESC")
+    """Every record that is public, the newest first."""
+    rows = catalogue.rows("SELECT * FROM public_record ORDER BY CASE finished WHEN '' THEN updated ELSE finished END DESC")
     return [summary(row) for row in rows]
 
 

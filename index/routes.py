@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import sqlite3
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from contextlib import asynccontextmanager
 from html import escape
@@ -11,7 +12,6 @@ from importlib import metadata
 from typing import Any
 from urllib.parse import quote
 
-from packaging.utils import canonicalize_name
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -251,34 +251,46 @@ def record(service: Service) -> Endpoint:
         identifier = records.check_id(request.path_params["id"])
         is_log = request.url.path.endswith("/log")
         if request.method in ("GET", "HEAD"):
-            row = service.catalogue.row("SELECT * FROM record WHERE id = ?", (identifier,))
-            digest = row["log_sha256" if is_log else "document_sha256"] if row else None
-            if digest is None:
-                raise NotFoundError(f"there is no {'log' if is_log else 'record'} of {identifier} here", remedy="see /board/")
-            return _send(
-                service, request, digest, "text/plain; charset=utf-8" if is_log else "application/json", cache="no-cache"
-            )
+            row = service.catalogue.row("SELECT * FROM public_record WHERE id = ?", (identifier,))
+            return _send_record(service, request, row, identifier)
         token = await identify(service, request)
         with service.gate.upload(client_of(request)):
             raw = await _body(service, request)
-        auth.allow(token, project=_recipe(service, identifier, None if is_log else raw), set_name=token.set_name)
-        keep = records.put_log if is_log else records.put
-        await asyncio.get_running_loop().run_in_executor(
-            service.writer, keep, service.store, service.catalogue, token.actor, identifier, raw
-        )
+            loop = asyncio.get_running_loop()
+            common = (service.store, service.catalogue, token, identifier, raw)
+            if is_log:
+                await loop.run_in_executor(service.writer, records.put_log, *common)
+            else:  # read in a thread: 32 MiB of JSON take a second
+                document = await loop.run_in_executor(service.hands, records.parse, raw)
+                await loop.run_in_executor(service.writer, records.put, *common, document)
         service.shelf.refresh(now=True)
         return PlainTextResponse(f"{'log' if is_log else 'record'} {identifier} is kept\n")
 
     return endpoint
 
 
-def _recipe(service: Service, identifier: str, raw: bytes | None) -> str:
-    """The project that a record is about: a new record's own recipe, a log's from the record before it."""
-    row = service.catalogue.row("SELECT recipe FROM record WHERE id = ?", (identifier,))
-    known = str(row["recipe"]) if row is not None else ""
-    recipe = records.summarise(records.parse(raw))[0] if raw is not None else known
-    # A record that is there already keeps its project: nobody takes another's build over.
-    return str(canonicalize_name(recipe if not known or recipe == known else ""))
+def staged_record(service: Service) -> Endpoint:
+    """GET /preview/TOKEN/records/ID and …/log: of builds whose wheels are in that staged set."""
+
+    async def endpoint(request: Request) -> Response:
+        identifier = records.check_id(request.path_params["id"])
+        view = views.find(service.catalogue, ("preview", request.path_params["token"]))
+        row = service.catalogue.row(
+            "SELECT * FROM record WHERE id = ? AND EXISTS (SELECT 1 FROM file JOIN member ON member.file_id = file.id"
+            " WHERE file.build = record.id AND set_name = ?)",
+            (identifier, view.argument if view is not None else None),
+        )
+        return _send_record(service, request, row, identifier)
+
+    return endpoint
+
+
+def _send_record(service: Service, request: Request, row: sqlite3.Row | None, identifier: str) -> Response:
+    is_log = request.url.path.endswith("/log")
+    digest = row["log_sha256" if is_log else "document_sha256"] if row is not None else None
+    if digest is None:
+        raise NotFoundError(f"there is no {'log' if is_log else 'record'} of {identifier} here", remedy="see /board/")
+    return _send(service, request, digest, "text/plain; charset=utf-8" if is_log else "application/json", cache="no-cache")
 
 
 async def _body(service: Service, request: Request) -> bytes:
@@ -295,6 +307,18 @@ async def _body(service: Service, request: Request) -> bytes:
                 f"records and logs of more than {records.MAX_RECORD} bytes are refused", remedy="compress or cut the log"
             )
     return bytes(found)
+
+
+CHANGES = 1000
+"Rows of one answer of /changes; its serial is where the next one goes on."
+
+_CHANGES = """
+SELECT serial, time, action, subject FROM audit WHERE serial > ? AND serial <= ?
+    AND action NOT LIKE 'token.%' AND action NOT LIKE 'set.%'
+    AND (action NOT LIKE 'file.%' OR EXISTS (SELECT 1 FROM file WHERE filename = subject AND hidden = 0))
+    AND (action NOT LIKE 'record.%' OR EXISTS (SELECT 1 FROM public_record WHERE id = subject))
+    ORDER BY serial LIMIT ?
+"""
 
 
 def operation(service: Service) -> list[Route]:
@@ -325,13 +349,10 @@ def operation(service: Service) -> list[Route]:
 
     async def changes(request: Request) -> Response:
         since = request.query_params.get("since", "0")
-        rows = service.catalogue.rows(
-            "SELECT serial, time, action, subject FROM audit WHERE serial > ? AND action NOT LIKE 'token.%'"
-            " AND action NOT LIKE 'set.%' AND (action NOT LIKE 'file.%' OR EXISTS (SELECT 1 FROM file"
-            " WHERE filename = subject AND hidden = 0)) ORDER BY serial LIMIT 1000",
-            (int(since) if since.isdecimal() and len(since) < 18 else 0,),
-        )
-        return JSONResponse({"serial": service.catalogue.serial(), "changes": [dict(row) for row in rows]})
+        newest = service.catalogue.serial()  # before the rows: what is committed between must come with the next request
+        rows = service.catalogue.rows(_CHANGES, (int(since) if since.isdecimal() and len(since) < 18 else 0, newest, CHANGES))
+        serial = rows[-1]["serial"] if len(rows) == CHANGES else newest
+        return JSONResponse({"serial": serial, "changes": [dict(row) for row in rows]})
 
     async def openapi(_request: Request) -> Response:
         from index.openapi import describe  # here, as above
@@ -384,6 +405,8 @@ def starlette(service: Service, more: list[Route], on_end: Callable[[], None]) -
         Route("/packages/{filename}", package(service)),
         Route("/records/{id}", record(service), methods=["GET", "HEAD", "PUT"]),
         Route("/records/{id}/log", record(service), methods=["GET", "HEAD", "PUT"]),
+        Route("/preview/{token}/records/{id}", staged_record(service)),
+        Route("/preview/{token}/records/{id}/log", staged_record(service)),
         *operation(service),
         *more,
         Route("/", upload, methods=["POST"]),

@@ -83,7 +83,9 @@ def _file(view: View, item: Listed) -> dict[str, object]:
         found["requires-python"] = item.requires_python
     found.update(item.facts.keys())
     if item.build:
-        found["_record"] = "../" * (len(view.prefix) + 2) + f"records/{quote(item.build, safe='')}"
+        # A staged build's record is where the preview is, and nowhere else.
+        up = 2 if view.prefix[:1] == ("preview",) else len(view.prefix) + 2
+        found["_record"] = "../" * up + f"records/{quote(item.build, safe='')}"
     return found
 
 

@@ -196,6 +196,7 @@ def drop(catalogue: Catalogue, actor: str, name: str) -> None:
         _staged(change, name)
         rows = change.execute(
             "SELECT id, filename FROM file JOIN member ON member.file_id = file.id WHERE set_name = ? AND hidden = 1"
+            " AND deleted IS NULL"  # a deleted name is never free again
             " AND NOT EXISTS (SELECT 1 FROM member AS other WHERE other.file_id = file.id AND other.set_name <> ?)",
             (name, name),
         ).fetchall()

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from index import facts
 from index.catalogue import Catalogue
 from index.facts import Facts
-from index.names import cuda_of_view
+from index.names import cuda_of_view, view_of_cuda
 
 ViewKind = Literal["all", "cuda", "nightly", "set"]
 
@@ -107,7 +107,11 @@ def public(catalogue: Catalogue) -> list[View]:
         " WHERE deleted IS NULL AND hidden = 0 AND channel = 'release' AND cuda IS NOT NULL ORDER BY cuda"
     )
     sets = catalogue.rows("SELECT name FROM release_set WHERE state = 'published' ORDER BY name")
-    per_cuda = [View(kind="cuda", prefix=("cu" + row["cuda"].replace(".", ""),), argument=row["cuda"]) for row in cudas]
+    per_cuda = [
+        View(kind="cuda", prefix=(name,), argument=row["cuda"])
+        for row in cudas
+        if cuda_of_view(name := view_of_cuda(row["cuda"])) == row["cuda"]
+    ]
     return [ALL, *per_cuda, NIGHTLY, *(View(kind="set", prefix=(row["name"],), argument=row["name"]) for row in sets)]
 
 

@@ -417,6 +417,37 @@ def test_changes_feed(hosted: Server) -> None:
     assert [(item["action"], item["subject"]) for item in found] == [("file.upload", "feed_pkg-1.0-py3-none-any.whl")]
 
 
+def test_changes_name_every_file_that_changed(hosted: Server) -> None:
+    names = [f"feeds_pkg-{version}-py3-none-any.whl" for version in ("1.0", "1.1")]
+    local = wheel("feeds_pkg", "1.0", "cp311-cp311-manylinux_2_34_aarch64")
+    for item in (wheel("feeds_pkg", "1.0"), wheel("feeds_pkg", "1.1"), local):
+        assert hosted.upload(*item).status_code == 200
+    since = hosted.client.get("/changes").json()["serial"]
+    run_index(hosted.root, "yank", "feeds-pkg", "1.0", "--reason", "bad")
+    run_index(hosted.root, "unyank", "feeds-pkg", "1.0")
+    run_index(hosted.root, "delete", "feeds-pkg", "1.1", "--yes")
+    found = hosted.client.get("/changes", params={"since": since}).json()["changes"]
+    expected = [(f"file.{action}", name) for action in ("yank", "unyank") for name in (names[0], local[0])]
+    assert sorted((item["action"], item["subject"]) for item in found) == sorted([*expected, ("file.delete", names[1])])
+
+
+def test_who_follows_the_changes_misses_none(tmp_path_factory: pytest.TempPathFactory) -> None:
+    with serving(tmp_path_factory.mktemp("feed") / "root", "--allow-new") as server:
+        projects = [f"p{number:04}" for number in range(1203)]
+        run_index(server.root, "host", *projects)
+        seen: list[str] = []
+        since, answers = 0, 0
+        while True:
+            answer = server.client.get("/changes", params={"since": since}).json()
+            answers += 1
+            seen += [item["subject"] for item in answer["changes"]]
+            if answer["serial"] == since:
+                break
+            since = answer["serial"]
+        assert answers == 3
+        assert seen == projects
+
+
 def test_mirrors_learn_of_a_set_when_it_is_published_and_of_a_dropped_one_never(hosted: Server) -> None:
     for name in ("feed-kept", "feed-dropped"):
         run_index(hosted.root, "stage", "create", name)

@@ -147,6 +147,22 @@ def test_staged_sets_are_not_exported(server: Server, tmp_path: Path) -> None:
     assert not [path for path in (tmp_path / "static").rglob("*") if "secret" in path.name]
 
 
+def test_what_is_quarantined_leaves_the_export_and_its_page_offers_nothing(server: Server, tmp_path: Path) -> None:
+    filled(server)
+    target = tmp_path / "static"
+    run_index(server.root, "export", str(target))
+    assert list(target.glob("files/*/two_pkg*"))
+    run_index(server.root, "status", "two-pkg", "quarantined", "--reason", "it mines")
+    run_index(server.root, "export", str(target))
+    assert not list(target.glob("files/*/two_pkg*"))
+    assert list(target.glob("files/*/one_pkg*"))
+    page = server.client.get(f"/wheel/{wheel('two_pkg')[0]}/").text
+    assert "it mines" in page
+    for word in ("Download", "pip install", ".metadata"):
+        assert word not in page
+    assert (target / "wheel" / wheel("two_pkg")[0] / "index.html").read_text().count("Download") == 0
+
+
 @contextmanager
 def nginx(tree: Path, folder: Path) -> Iterator[httpx.Client]:
     """nginx over an export, on a socket in the folder."""
