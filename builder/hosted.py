@@ -179,7 +179,8 @@ def place(plan: Plan, site: Path, settings: Settings, folder: Path, *, jobs: int
 def cuobjdump(machine: Machine, packages: Path) -> Path | None:
     """NVIDIA's reader of device code: the toolkit's, one of the environment's wheels, or one on PATH."""
     own = [machine.cuda_home / "bin" / "cuobjdump"] if machine.cuda_home else []
-    for place in (*own, *sorted(packages.glob("nvidia/*/bin/cuobjdump"))):
+    sites = [packages] if machine.locked else machine.interpreter.sites
+    for place in (*own, *(one for site in sites for one in sorted(site.glob("nvidia/*/bin/cuobjdump")))):
         if os.access(place, os.X_OK):
             return place
     found = shutil.which("cuobjdump")
