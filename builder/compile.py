@@ -50,22 +50,35 @@ def check_requirements(plan: Plan, source: Path) -> None:
     if not pyproject.is_file():
         return
     try:
-        requires = tomllib.loads(pyproject.read_text()).get("build-system", {}).get("requires", [])
-    except tomllib.TOMLDecodeError as error:
+        wanted = _requires(pyproject.read_bytes())
+    except ValueError as error:
         raise CompileError(f"pyproject.toml of {plan.recipe.data.name}: {error}", remedy="patch it in the recipe") from error
     locked = plan.installed
     marker = {"python_version": plan.stack.data.python, "platform_machine": plan.target.value}
-    for text in requires:
-        one = Requirement(text)
+    for one in wanted:
         if one.marker is not None and not one.marker.evaluate(marker):
             continue
         version = locked.get(canonicalize_name(one.name))
         if version is None or not one.specifier.contains(version, prereleases=True):
             raise CompileError(
-                f"{plan.recipe.data.name} needs {text!r} to build, stack {plan.stack.data.name} has {version or 'none'}",
+                f"{plan.recipe.data.name} needs {str(one)!r} to build, stack {plan.stack.data.name} has {version or 'none'}",
                 remedy="add it to the stack's requirements and lock it anew, or patch the requirement in the recipe",
                 repeat=f"builder lock-stack {plan.stack.data.name}",
             )
+
+
+def _requires(pyproject: bytes) -> list[Requirement]:
+    """build-system.requires.
+
+    Raises:
+        ValueError: not TOML, or not a list of requirements.
+    """
+    system = tomllib.loads(pyproject.decode()).get("build-system", {})
+    requires = system.get("requires", []) if isinstance(system, dict) else None
+    if not isinstance(requires, list) or not all(isinstance(one, str) for one in requires):
+        msg = "build-system.requires is no list of requirements"
+        raise ValueError(msg)
+    return [Requirement(text) for text in requires]
 
 
 def command(plan: Plan, environment: str = "/env", folder: str = "/build") -> tuple[str, ...]:

@@ -10,27 +10,40 @@ from pathlib import Path
 
 from auditwheel.tools import dir2zip, zip2dir
 from auditwheel.wheeltools import rewrite_record
-from packaging.requirements import Requirement
+from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 
+from builder.audit.contents import UNREADABLE
 from builder.plan import Plan
+from gracefarm.errors import WheelError
 from gracefarm.files import remove_tree
 
+REMEDY = "the package's own build made it: see its log, and patch it in the recipe"
 EARLIEST = 315532800
 "1980-01-01, the earliest time of a zip archive."
 
 
 def embed(wheel: Path, plan: Plan, epoch: int, into: Path) -> Path:
-    """The wheel with the deterministic part of the record as .dist-info/gracefarm.json; RECORD renewed, times are `epoch`."""
+    """The wheel with the deterministic part of the record as .dist-info/gracefarm.json; RECORD renewed, times are `epoch`.
+
+    Raises:
+        WheelError: what the build calls a wheel is none.
+    """
     text = json.dumps({"build_id": plan.build_id, "inputs": plan.inputs}, indent=2, sort_keys=True) + "\n"
     remove_tree(into)
     tree = into / "tree"
     tree.mkdir(parents=True)
-    zip2dir(wheel, tree)
-    information = next(tree.glob("*.dist-info"))
+    try:
+        zip2dir(wheel, tree)
+    except UNREADABLE as error:
+        raise WheelError(f"{wheel.name} of the build cannot be unpacked: {error}", remedy=REMEDY) from error
+    information = next(tree.glob("*.dist-info"), tree)
+    if not (information / "METADATA").is_file():
+        raise WheelError(f"{wheel.name} of the build has no .dist-info with METADATA", remedy=REMEDY)
     (information / "gracefarm.json").write_text(text)
     metadata = information / "METADATA"
-    metadata.write_text(require(metadata.read_text(), plan.recipe.data.wheel.requires))
+    text = require(metadata.read_text("utf-8", "surrogateescape"), plan.recipe.data.wheel.requires)
+    metadata.write_text(text, "utf-8", "surrogateescape")
     rewrite_record(tree)
     final = into / wheel.name
     dir2zip(tree, final, zlib.Z_DEFAULT_COMPRESSION, datetime.fromtimestamp(max(epoch, EARLIEST), tz=UTC))
@@ -54,8 +67,11 @@ def require(metadata: str, requires: Mapping[str, str]) -> str:
 
 
 def _required(line: str) -> str | None:
-    """The distribution that a header requires; None for every other header and for extras."""
+    """The distribution that a header requires; None for every other header for extras, and for what is no requirement."""
     if not line.startswith("Requires-Dist:"):
         return None
-    found = Requirement(line.partition(":")[2].strip())
+    try:
+        found = Requirement(line.partition(":")[2].strip())
+    except InvalidRequirement:
+        return None
     return None if found.marker and "extra" in str(found.marker) else canonicalize_name(found.name)

@@ -8,13 +8,19 @@ import sys
 import tomllib
 from functools import cached_property
 from pathlib import Path
+from typing import Annotated
 
 from platformdirs import user_cache_path, user_config_path
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from gracefarm.errors import ConfigError
+from gracefarm.tables import Size
 
 PREFIX = "GRACEFARM_"
+
+
+# A relative one would be another place for each program that is started elsewhere.
+AbsolutePath = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
 
 
 class Settings(BaseModel):
@@ -25,9 +31,9 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    home: Path = Field(default_factory=lambda: user_cache_path("gracefarm"))
+    home: AbsolutePath = Field(default_factory=lambda: user_cache_path("gracefarm"))
     "Where sources, roots, environments, builds and records are kept."
-    project: Path = Field(default_factory=lambda: find_project())
+    project: AbsolutePath = Field(default_factory=lambda: find_project())
     "The folder that holds recipes/ and stacks/."
     python_index: str | None = None
     "Simple API to fetch sdists and wheels from; unset: uv's, then pip's configuration, then their default."
@@ -35,7 +41,7 @@ class Settings(BaseModel):
     "Debian mirror for the root's packages; unset: apt's sources on Debian, mmdebstrap's default elsewhere."
     mirrors: dict[str, str] = Field(default_factory=dict)
     "URL prefix to replacement, for git repositories and files; the longest wins. In the environment: OLD=NEW OLD=NEW …"
-    memory: str | None = None
+    memory: Size | None = None
     "Bound on a build's memory, as 20GiB; unset: what this machine or its cgroup has free."
     jobs: int | None = None
     "Bound on parallel compilations; unset: from cores and memory."
@@ -83,7 +89,7 @@ def load() -> Settings:
     for name in Settings.model_fields:
         text = os.environ.get(PREFIX + name.upper())
         if text:
-            values[name] = dict(pair.split("=", 1) for pair in text.split() if "=" in pair) if name == "mirrors" else text
+            values[name] = _mirrors(text) if name == "mirrors" else text
     try:
         return Settings.model_validate(values)
     except ValidationError as error:
@@ -93,6 +99,23 @@ def load() -> Settings:
             f"setting {key!r}: {first['msg']}",
             remedy=f"known settings: {', '.join(Settings.model_fields)} (in {path} or as {PREFIX}NAME)",
         ) from error
+
+
+def _mirrors(text: str) -> dict[str, str]:
+    """OLD=NEW pairs.
+
+    Raises:
+        ConfigError: one is no pair.
+    """
+    found = {}
+    for pair in text.split():
+        old, equals, new = pair.partition("=")
+        if not (old and equals and new):
+            raise ConfigError(
+                f"{PREFIX}MIRRORS: {pair!r} is not OLD=NEW", remedy="give pairs of URL prefixes: OLD=NEW OLD=NEW"
+            )
+        found[old] = new
+    return found
 
 
 def _uv_index() -> str | None:

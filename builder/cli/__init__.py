@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -241,6 +242,8 @@ def log(name: str) -> None:
     path = record.folder(settings, last.build_id) / "log.txt"
     if not path.is_file():
         raise ConfigError(f"the last build of {name} ended before it had a log", remedy=f"`builder show {name}` says why")
+    # `builder log NAME | head`: who reads may stop before the end.
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     with path.open("rb") as stream:
         shutil.copyfileobj(stream, sys.stdout.buffer)
 
@@ -517,4 +520,7 @@ cli.add_command(why_command)
 
 def main() -> None:
     """The console script."""
+    # Modes go into wheels, and what other programs say is searched: neither may differ with the person who builds.
+    os.umask(0o022)
+    os.environ["LC_ALL"] = "C"
     consoles.run(lambda: cli.main(standalone_mode=False, prog_name="builder"), as_json="--json" in sys.argv)

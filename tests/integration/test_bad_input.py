@@ -11,6 +11,7 @@ import pytest
 
 from builder import doctor, root, stack
 from builder.stack import Arch, host_arch
+from gracefarm import settings as settings_module
 from gracefarm.errors import ExitCode
 from tests import projects
 from tests.conftest import Farm
@@ -111,6 +112,20 @@ def test_no_wheel(farm: Farm) -> None:
     refused(build(farm), ExitCode.WHEEL, "no wheel")
 
 
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("b'PK no archive'", "cannot be unpacked: File is not a zip file"),
+        ("b'PK\\x05\\x06' + bytes(18)", "no .dist-info with METADATA"),
+    ],
+    ids=["no zip", "nothing in it"],
+)
+def test_a_wheel_that_is_none(farm: Farm, content: str, words: str) -> None:
+    body = f"name = 'tiny-1.0-py3-none-any.whl'\nopen(os.path.join(wheel_directory, name), 'wb').write({content})\nreturn name"
+    farm.recipe("tiny", projects.backend(body))
+    refused(build(farm), ExitCode.WHEEL, "tiny-1.0-py3-none-any.whl", words)
+
+
 def test_wrong_version(farm: Farm) -> None:
     farm.recipe("tiny", projects.backend("return wheel(wheel_directory, version='1.0+lost')"))
     refused(build(farm), ExitCode.AUDIT, "1.0+lost")
@@ -150,6 +165,44 @@ def test_missing_build_requirement_is_named_before_anything_is_compiled(farm: Fa
     files["pyproject.toml"] = str(files["pyproject.toml"]).replace("requires = []", 'requires = ["meson>=1"]')
     farm.recipe("tiny", files)
     refused(build(farm), ExitCode.COMPILE, "needs 'meson>=1' to build", "stack bare has none")
+
+
+@pytest.mark.parametrize("requires", ['["meson>>1"]', '"meson"', "[1]"])
+def test_build_requirements_that_are_none(farm: Farm, requires: str) -> None:
+    files = projects.backend("return wheel(wheel_directory)")
+    files["pyproject.toml"] = str(files["pyproject.toml"]).replace("requires = []", f"requires = {requires}")
+    farm.recipe("tiny", files)
+    refused(build(farm), ExitCode.COMPILE, "pyproject.toml of tiny: ")
+
+
+def test_a_full_disk_is_recognised_in_any_language(farm: Farm, tmp_path: Path) -> None:
+    """cp as it speaks where German is installed: English, if it is told so."""
+    farm.recipe("tiny", projects.backend("return wheel(wheel_directory)"))
+    (tmp_path / "cp").write_text(
+        "#!/bin/sh\n[ $LC_ALL = C ] && said='No space left on device' || said='Kein Speicherplatz mehr auf dem Gerät'\n"
+        'echo "cp: $said" >&2\nexit 1\n'
+    )
+    (tmp_path / "cp").chmod(0o755)
+    refused(build(farm, PATH=f"{tmp_path}:{os.environ['PATH']}", LC_ALL="de_DE.UTF-8"), ExitCode.DISK, "no space left")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("GRACEFARM_MEMORY", "20GB", "'20GB' is not a size such as 3.5GiB"),
+        ("GRACEFARM_MIRRORS", "https://a.example=file:///a https://b.example", "'https://b.example' is not OLD=NEW"),
+    ],
+)
+def test_a_setting_that_is_none(farm: Farm, name: str, value: str, words: str) -> None:
+    farm.recipe("tiny", projects.backend("return wheel(wheel_directory)"))
+    refused(build(farm, **{name: value}), ExitCode.CONFIG, words)
+
+
+def test_a_relative_home_is_the_working_directorys(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """git, uv and the sandbox start elsewhere."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GRACEFARM_HOME", "here/home")
+    assert settings_module.load().home == tmp_path / "here" / "home"
 
 
 @pytest.mark.root

@@ -64,11 +64,11 @@ def test_c_extension_for_aarch64_from_recipe_to_import(farm: Farm) -> None:
     assert "nothing to build" in again.said
 
 
-def test_same_recipe_builds_the_same_wheel_in_another_home(farm: Farm) -> None:
+def test_same_recipe_builds_the_same_wheel_in_another_home_and_under_another_umask(farm: Farm) -> None:
     farm.recipe("tiny_c", projects.tree("tiny_c"), name="tiny-c", smoke={"imports": ["tiny_c"]})
     digests = []
-    for _ in range(2):
-        assert farm.run("build", "tiny_c", "--target", NATIVE).code == 0
+    for umask in (0o022, 0o077):
+        assert projects.run_builder(["build", "tiny_c", "--target", NATIVE], farm.environment, umask=umask).code == 0
         digests.append(record_of(farm, "tiny_c")["wheel"])
         remove_tree(farm.settings.home / "builds")
     assert digests[0] == digests[1]
@@ -193,6 +193,22 @@ def test_failed_build_leaves_a_record_a_log_and_a_sandbox_to_look_around_in(farm
     assert inside.returncode == 7, inside.stderr
     assert "backend.py" in inside.stdout
     assert "Read-only file system" in inside.stderr
+
+
+def test_a_reader_of_the_log_may_stop_before_its_end(farm: Farm) -> None:
+    farm.recipe("tiny", projects.backend("print('a line of a long log\\n' * 100_000)\nraise RuntimeError"))
+    assert farm.run("build", "tiny", "--target", NATIVE).code == 21
+    with subprocess.Popen(
+        [sys.executable, "-m", "builder", "log", "tiny"],
+        env=projects.environment(farm.environment),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as reading:
+        assert reading.stdout is not None
+        assert reading.stderr is not None
+        reading.stdout.read(10)
+        reading.stdout.close()
+        assert reading.stderr.read() == b""
 
 
 def test_one_failing_build_does_not_hide_another(farm: Farm) -> None:

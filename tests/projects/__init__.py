@@ -143,8 +143,8 @@ def environment(variables: Mapping[str, str]) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(HERE.parent.parent), "COLUMNS": "200", "CI": "true", **variables}
 
 
-def run_builder(arguments: Sequence[str], variables: Mapping[str, str], timeout: float = 300) -> Done:
-    """`python -m builder ARGUMENTS` to its end."""
+def run_builder(arguments: Sequence[str], variables: Mapping[str, str], timeout: float = 300, umask: int = -1) -> Done:
+    """`python -m builder ARGUMENTS` to its end; -1: with this process's umask."""
     done = subprocess.run(
         [sys.executable, "-m", "builder", *arguments],
         env=environment(variables),
@@ -152,5 +152,6 @@ def run_builder(arguments: Sequence[str], variables: Mapping[str, str], timeout:
         text=True,
         timeout=timeout,
         check=False,
+        umask=umask,
     )
     return Done(code=done.returncode, out=done.stdout, err=done.stderr)
