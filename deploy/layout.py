@@ -330,8 +330,8 @@ def evaluate(question: Question, tp: int, pp: int, partition: Sequence[int] | No
     layout = _sized(question, tp, pp, stages, offload, request)
     weights = [one.weights / GIB for one in held]
     memory = Memory(
-        weights_gib=round(max(weights), 2),
-        by_stage_gib=tuple(tuple(round(one, 2) for one in weights[stage * tp : (stage + 1) * tp]) for stage in range(pp)),
+        weights_gib=round(max(weights), 3),
+        by_stage_gib=tuple(tuple(round(one, 3) for one in weights[stage * tp : (stage + 1) * tp]) for stage in range(pp)),
         budget_gib=round(min(budgets) / GIB, 2),
         reserve_gib=RESERVE / GIB,
         cache_gib=round(rooms[limiting] / GIB, 2),
@@ -529,8 +529,8 @@ def _own_splits(question: Question, found: Sequence[Candidate]) -> Iterator[Reje
         return
     for one in found:
         own = engines.default_partition(question.model.layers, one.layout.pp)
-        if own == one.layout.partition:
-            continue
+        if own == one.layout.partition or (one.layout.offload_gib and one is not found[0]):
+            continue  # nobody would take what is slow with our split already
         name = f"{one.layout.name}, the engine's own split {short(own)}"
         try:
             usual = evaluate(question, one.layout.tp, one.layout.pp, own)

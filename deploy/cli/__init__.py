@@ -17,6 +17,9 @@ from gracefarm.console import Console
 COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
         # name: (module:function, what --help says of it), in the order in which they are used
+        "init": ("deploy.cli.init:init", "Write deploy.toml, pin host keys, ask every node what it is."),
+        "facts": ("deploy.cli.init:facts", "What the nodes are; asked now, or as kept."),
+        "plan": ("deploy.cli.plan:plan", "Layout, memory, speed, cost, and the exact commands."),
     }
 )
 

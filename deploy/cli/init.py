@@ -1,0 +1,202 @@
+"""`deploy init` and `deploy facts`: which nodes, that they are the right ones, and what they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import click
+
+from deploy import facts as facts_of
+from deploy import hostkeys, inventory, start
+from deploy.cli.common import Context, json_option, pass_context, wait
+from deploy.facts import Facts, NodeFacts
+from deploy.hostkeys import Shown
+from deploy.inventory import Access, Deployment
+from deploy.ssh import fleet
+from deploy.targets import targets
+from deploy.worker import joined
+from gracefarm.console import Console
+from gracefarm.errors import GracefarmError, SshError
+
+GIB = 1 << 30
+
+
+@click.command()
+@click.argument("file", type=click.Path(path_type=Path), required=False)
+@click.option("--user", help="Login on the nodes; default: ~/.ssh/config's, else yours.")
+@click.option("--key", metavar="PATH", help="Private key; default: ~/.ssh/config's, the agent's, the usual ones.")
+@click.option("--port", type=click.IntRange(1, 65535), help="Port of ssh; default: 22.")
+@click.option("--jump", metavar="[USER@]HOST[:PORT]", help="Jump host.")
+@click.option(
+    "--share", metavar="PATH", help="Shared folder on the nodes; default: the one network file system that all have."
+)
+@click.option("--accept", is_flag=True, help="Pin the host keys without asking; compare the fingerprints with the consoles'.")
+@click.option("--repin", is_flag=True, help="Ask about host keys that differ from the pinned ones too.")
+@json_option
+@pass_context
+def init(
+    context: Context,
+    file: Path | None,
+    user: str | None,
+    key: str | None,
+    port: int | None,
+    jump: str | None,
+    share: str | None,
+    accept: bool,
+    repin: bool,
+) -> None:
+    """Write deploy.toml for an ips.txt (one address a line, the head first), pin host keys, ask every node what it is.
+
+    \b
+    deploy init ips.txt --user ubuntu
+    deploy init deploy.toml --accept
+    """
+    console = context.console
+    path = _write(context, file, Access(user=user, key=key, port=port, jump=jump), share)
+    deployment = inventory.load(path)
+    deployment.folder.make()
+    lost = _pin(deployment, console, accept=accept, repin=repin)
+    there = [one.name for one in deployment.nodes if one.name not in lost]
+    if not there:
+        raise joined(lost, len(deployment.nodes))
+    found, silent = _ask(deployment, console, there)
+    if len(found.nodes) == len(deployment.nodes):
+        _propose(deployment, found, console)
+    console.result(_document(found), table(found))
+    if bad := {**lost, **silent}:
+        raise joined(bad, len(deployment.nodes))
+
+
+def _write(context: Context, file: Path | None, access: Access, share: str | None) -> Path | None:
+    """deploy.toml's path."""
+    if file is None or file.suffix == ".toml":
+        return file or context.file
+    path = context.file or Path.cwd() / inventory.FILE
+    if start.write(file, path, access=access, share=share):
+        context.console.step("init", f"{path} written")
+    else:
+        context.console.step("init", f"{path} is there, and stays as it is")
+    return path
+
+
+def _pin(deployment: Deployment, console: Console, *, accept: bool, repin: bool) -> Mapping[str, GracefarmError]:
+    """Pin what is accepted; the nodes that could not be reached, and why."""
+
+    async def look() -> tuple[list[Shown], dict[str, GracefarmError]]:
+        async with fleet(deployment) as nodes:
+            return await hostkeys.look(nodes, deployment.nodes, Path.home() / ".ssh" / "known_hosts")
+
+    shown, lost = wait(look())
+    if not repin:
+        hostkeys.refuse_changed(shown)
+    known = [one for one in shown if one.status == "known"]
+    asked = [one for one in shown if one.status in ("new", "changed")]
+    for one in asked:
+        console.event("host_key", f"{one.name:<24} {one.kind} {one.fingerprint}", name=one.name, status=one.status)
+    if asked and not accept:
+        _confirm(console, asked)
+    hostkeys.pin(deployment.folder.known_hosts, [*known, *asked])
+    counts = {word: sum(one.status == word for one in shown) for word in ("pinned", "known", "new", "changed")}
+    told = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
+    console.step("keys", f"{told or 'none'}; in {deployment.folder.known_hosts}")
+    return lost
+
+
+def _confirm(console: Console, asked: Sequence[Shown]) -> None:
+    if console.interactive:
+        if click.confirm("Are these the keys that the nodes' consoles show?", err=True):
+            return
+        raise SshError("the host keys were not accepted", remedy="nothing was changed on any node; `deploy init` asks again")
+    raise SshError(
+        f"{len(asked)} host keys are new: " + "; ".join(f"{one.name} {one.fingerprint}" for one in asked),
+        remedy="compare them with the nodes' consoles (ssh-keygen -lf /etc/ssh/ssh_host_ed25519_key.pub), then say --accept",
+        repeat="deploy init --accept",
+    )
+
+
+def _ask(deployment: Deployment, console: Console, names: Sequence[str]) -> tuple[Facts, dict[str, GracefarmError]]:
+    async def probe() -> tuple[Facts, dict[str, GracefarmError]]:
+        async with fleet(deployment) as nodes:
+            return await facts_of.probe(deployment, targets(nodes, nodes=[deployment.node(one) for one in names]))
+
+    console.step("facts", f"asking {len(names)} nodes")
+    found, bad = wait(probe())
+    facts_of.keep(deployment, found)
+    return found, bad
+
+
+def _propose(deployment: Deployment, found: Facts, console: Console) -> None:
+    if deployment.data.share is not None:
+        return
+    if len(found.shares) == 1 and start.propose_share(deployment, found.shares[0]):
+        console.step(
+            "share", f"{found.shares[0]}: all nodes have it from the same source; written into {deployment.path.name}"
+        )
+    elif found.shares:
+        console.warn(f"set share in {deployment.path}: the nodes have {', '.join(found.shares)} in common")
+    else:
+        console.warn(f"the nodes have no network file system in common: mount one and set share in {deployment.path}")
+
+
+@click.command()
+@click.option("--kept", is_flag=True, help="What is kept, without asking again.")
+@json_option
+@pass_context
+def facts(context: Context, kept: bool) -> None:
+    """What the nodes are: asked now, all at once, and kept for `deploy plan`."""
+    deployment = context.deployment
+    if kept:
+        found = facts_of.load(deployment)
+        context.console.result(_document(found), table(found))
+        return
+    found, bad = _ask(deployment, context.console, [one.name for one in deployment.nodes])
+    context.console.result(_document(found), table(found))
+    if bad:
+        raise joined(bad, len(deployment.nodes))
+
+
+def _document(found: Facts) -> object:
+    return found.model_dump(mode="json")
+
+
+def table(found: Facts) -> str:
+    """One node a line; what is equal on all of them is told once."""
+    head = ("node", "address", "private", "GPU", "free", "host memory", "disk", "clock")
+    rows: list[tuple[str, ...]] = [head, *(_row(one) for one in found.nodes)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([*lines, *_common(found)])
+
+
+def _row(one: NodeFacts) -> tuple[str, ...]:
+    gpus = one.cuda.gpus
+    disk = f"{one.disk.free / GIB:.0f} GiB free" if one.disk else "?"
+    return (
+        one.name,
+        one.address,
+        f"{one.private} {one.interface}",
+        f"{len(gpus)} x {gpus[0].name}" if gpus else one.cuda.text,
+        f"{min(each.free for each in gpus) / GIB:.1f} of {gpus[0].total / GIB:.1f} GiB" if gpus else "",
+        f"{one.memory.available / GIB:.0f} of {one.memory.total / GIB:.0f} GiB",
+        disk,
+        f"{one.clock_s:+.1f} s",
+    )
+
+
+def _common(found: Facts) -> list[str]:
+    """arch, cores, system, driver: told once where equal, else for each value the nodes that have it."""
+    told: dict[str, Callable[[NodeFacts], str]] = {
+        "machine": lambda one: f"{one.arch}, {one.cores} cores, {one.page >> 10} KiB pages",
+        "system": lambda one: f"kernel {one.kernel}, glibc {one.glibc}, GLIBCXX_{one.glibcxx or '?'}, Python {one.python}",
+        "driver": lambda one: f"{one.driver or 'none'}, CUDA {one.cuda.version_text}" if one.cuda.version else one.cuda.text,
+    }
+    lines = []
+    for name, text in told.items():
+        values: dict[str, list[str]] = {}
+        for one in found.nodes:
+            values.setdefault(text(one), []).append(one.name)
+        lines += [
+            f"{name:<8} {value}" + ("" if len(values) == 1 else f"  ({', '.join(who)})") for value, who in values.items()
+        ]
+    return lines

@@ -1,0 +1,221 @@
+"""`deploy plan`: what would run, what it would hold, how fast it would be, and why not otherwise."""
+
+from __future__ import annotations
+
+import io
+import shlex
+import shutil
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import click
+from rich import box
+from rich.console import Console as RichConsole
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from deploy import engine as engines
+from deploy import facts as facts_of
+from deploy import inventory, layout, speed, suppose
+from deploy import model as models
+from deploy import plan as planning
+from deploy.cli.common import Context, json_option, pass_context
+from deploy.facts import Facts
+from deploy.inventory import Deployment
+from deploy.plan import Plan
+from gracefarm.errors import ConfigError, UsageError
+
+
+@click.command()
+@click.option("--shell", is_flag=True, help="As a bash script, on stdout.")
+@click.option(
+    "--nodes", "count", type=click.IntRange(1), metavar="N", help="Suppose N nodes; none is asked, none needs to exist."
+)
+@click.option("--gpu", "kind", metavar="KIND", help="What the supposed nodes are; default: gh200-96.")
+@click.option("--engine", "engine_name", type=click.Choice(["aphrodite", "vllm"]), help="With --nodes: this engine.")
+@click.option("--model", "repo", metavar="REPO", help="With --nodes: this model.")
+@click.option("--tp", type=click.IntRange(1), help="With --nodes: this many GPUs share every layer.")
+@click.option("--pp", type=click.IntRange(1), help="With --nodes: this many stages.")
+@json_option
+@pass_context
+def plan(
+    context: Context,
+    shell: bool,
+    count: int | None,
+    kind: str | None,
+    engine_name: str | None,
+    repo: str | None,
+    tp: int | None,
+    pp: int | None,
+) -> None:
+    """Layout, memory, predicted speed and cost, rejected layouts, and the exact commands; nothing is started or asked.
+
+    \b
+    deploy plan
+    deploy plan --shell > serve.sh
+    deploy plan --nodes 10 --gpu gh200-96
+    deploy plan --nodes 10 --tp 5 --pp 2
+    """
+    if count is None and any((kind, engine_name, repo, tp, pp)):
+        raise UsageError(
+            "--gpu, --engine, --model, --tp and --pp suppose nodes",
+            remedy="say --nodes N, or set it in deploy.toml ([layout])",
+        )
+    if count is None:
+        deployment: Deployment = context.deployment
+        facts = facts_of.load(deployment)
+    else:
+        base = _changed(_base(context), engine_name, repo, tp, pp)
+        deployment, facts = suppose.suppose(suppose.kind(kind or planning.REHEARSED), count, base)
+    made, note = make(deployment, facts, offline=count is not None)
+    if note:
+        context.console.warn(note)
+    if shell:
+        sys.stdout.write(planning.shell(made, () if count else deployment.nodes))
+        return
+    engine = engines.engine(made.engine)
+    context.console.result(document(made), text(made, engine))
+
+
+def make(deployment: Deployment, facts: Facts, *, offline: bool) -> tuple[Plan, str]:
+    """The plan, and what a person should know about where the model's numbers are from."""
+    model, note = models.find(deployment.data.model, deployment.path.parent, offline=offline)
+    return planning.make(deployment, facts, model), note
+
+
+def _base(context: Context) -> Deployment | None:
+    """deploy.toml, where there is one: it says the model, the engine and the paths."""
+    if context.file is None:
+        try:
+            inventory.find()
+        except ConfigError:
+            return None
+    return context.deployment
+
+
+def _changed(base: Deployment | None, engine: str | None, repo: str | None, tp: int | None, pp: int | None) -> Deployment:
+    found = base or Deployment(path=Path.cwd() / inventory.FILE, data=inventory.File(), nodes=())
+    data = found.data
+    forced = data.layout.model_copy(
+        update={name: value for name, value in (("tensor_parallel", tp), ("pipeline_parallel", pp)) if value}
+    )
+    model = inventory.Model(repo=repo) if repo else data.model
+    return found.model_copy(
+        update={"data": data.model_copy(update={"engine": engine or data.engine, "model": model, "layout": forced})}
+    )
+
+
+def document(made: Plan) -> object:
+    """For --json: the plan, and the speed model's error on the figure that it was not fitted to."""
+    engine = engines.engine(made.engine)
+    return made.model_dump(mode="json") | {"speed_model": _second(engine)}
+
+
+def _second(engine: engines.Engine) -> dict[str, float]:
+    model = models.built_in("meta-llama/Llama-3.1-405B-Instruct", "main")
+    assert model
+    predicted = layout.second_figure(engine, model).tokens_per_s
+    return {
+        "fitted_to": speed.MEASURED,
+        "second_measured": speed.SECOND,
+        "second_predicted": predicted,
+        "error_percent": round((predicted / speed.SECOND - 1) * 100),
+    }
+
+
+def text(made: Plan, engine: engines.Engine) -> str:
+    """For people."""
+    out = io.StringIO()
+    width = max(100, shutil.get_terminal_size((120, 24)).columns)
+    rich = RichConsole(file=out, width=width, force_terminal=sys.stdout.isatty(), highlight=False, soft_wrap=True)
+    for block in (_head(made), _memory(made), _speed(made, engine), *_others(made), *_commands(made)):
+        rich.print(block)
+        rich.print()
+    return out.getvalue().rstrip() + "\n"
+
+
+def _table(*columns: str, title: str = "") -> Table:
+    made = Table(box=box.SIMPLE_HEAD, title=title or None, title_justify="left", pad_edge=False, show_edge=False)
+    for one in columns:
+        numeric = one.endswith(("GiB", "tokens/s", "tokens", "$/Mtok", "layers"))
+        made.add_column(one, justify="right" if numeric else "left", overflow="fold")
+    return made
+
+
+def _head(made: Plan) -> str:
+    one = made.layout
+    lines = [
+        f"[bold]{escape(made.deployment)}[/]  {escape(made.model)} at {escape(made.revision[:12])}, {made.engine}",
+        f"[bold]layout[/]   {one.name} on {len(made.nodes)} nodes, layers {layout.short(one.partition)}"
+        + (f", {one.offload_gib:g} GiB per GPU in host memory" if one.offload_gib else ""),
+        f"[bold]requests[/] up to {one.max_model_len} tokens, {one.max_num_seqs} at once ({made.memory.full_length} so long)",
+        f"[bold]plan[/]     {made.id[:16]}",
+    ]
+    if made.spares:
+        lines.append(f"[bold]spares[/]   {', '.join(made.spares)}")
+    lines += [f"[yellow]{escape(note)}[/]" for note in made.notes]
+    return "\n".join(lines)
+
+
+def _memory(made: Plan) -> Table:
+    memory = made.memory
+    table = _table("stage", "layers", "nodes", "weights GiB", "offloaded GiB", "beside GiB", "cache GiB", "of GiB")
+    ranks = planning.ranks(made)
+    for stage, weights in enumerate(memory.by_stage_gib):
+        names = ", ".join(dict.fromkeys(ranks[stage]))
+        fullest = max(weights)
+        offloaded = made.layout.offload_gib
+        left = memory.budget_gib - fullest + offloaded - memory.reserve_gib
+        shown = f"{fullest:.1f}" if min(weights) > fullest - 0.05 else f"{min(weights):.1f} to {fullest:.1f}"
+        row = (str(stage), str(made.layout.partition[stage]), names, shown, f"{offloaded:g}", f"{memory.reserve_gib:g}")
+        table.add_row(*row, f"{left:.1f}", f"{memory.budget_gib:.1f}")
+    table.caption = f"KV cache: {memory.cache_tokens:,} tokens in all, {memory.request_tokens:,} for one request" + (
+        f"; {memory.host_gib:g} GiB of host memory pinned" if made.layout.offload_gib else ""
+    )
+    table.caption_justify = "left"
+    return table
+
+
+def _speed(made: Plan, engine: engines.Engine) -> str:
+    one = made.prediction
+    error = _second(engine)
+    parts = f"weights {one.weights_ms:g} ms, host memory {one.offload_ms:g} ms, all-reduces {one.collectives_ms:g} ms"
+    lines = [f"[bold]speed[/]    {one.tokens_per_s:.1f} tokens/s for one stream ({parts} a token)"]
+    if one.usd_per_hour is not None and one.usd_per_mtok is not None:
+        streams = [count for count in (1, 4, 16, 64) if count <= made.layout.max_num_seqs]
+        costs = ", ".join(f"{count}: ${one.usd_per_mtok / count:,.0f}" for count in streams)
+        lines.append(f"[bold]cost[/]     ${one.usd_per_hour:.2f}/h; $/Mtok by streams at once, at best: {costs}")
+    predicted, measured, percent = error["second_predicted"], error["second_measured"], error["error_percent"]
+    lines += [
+        f"[dim]A model, no measurement: fitted to {error['fitted_to']} tokens/s (ten GH200, tp5 pp2) alone.",
+        f"Of 2x8 H100 it says {predicted:.1f}, where about {measured:g} was measured: {percent:+g} %.[/]",
+    ]
+    return "\n".join(lines)
+
+
+def _others(made: Plan) -> Iterable[Table]:
+    if made.alternatives:
+        table = _table("also fits", "split", "weights GiB", "offloaded GiB", "request tokens", "tokens/s", "$/Mtok")
+        for one in made.alternatives:
+            cost = f"{one.usd_per_mtok:,.0f}" if one.usd_per_mtok is not None else "-"
+            row = (one.layout, layout.short(one.partition), f"{one.weights_gib:.1f}", f"{one.offload_gib:g}")
+            table.add_row(*row, f"{one.request_tokens:,}", f"{one.tokens_per_s:.1f}", cost)
+        yield table
+    if made.rejected:
+        table = _table("rejected", "because")
+        for each in made.rejected:
+            table.add_row(escape(each.layout), escape(each.reason))
+        yield table
+
+
+def _commands(made: Plan) -> Iterable[Text]:
+    for one in made.nodes:
+        yield Text(f"{one.name}  {one.private}  {one.gpus} GPU\n{_env(one.env)}\n{shlex.join(one.ray)}")
+    secret = " ".join(f"{name}=…" for name in made.secret_env)
+    yield Text(f"{made.head.name}  the engine; {secret} comes through stdin\n{_env(made.serve_env)}\n{shlex.join(made.serve)}")
+
+
+def _env(env: Mapping[str, str]) -> str:
+    return " ".join(f"{name}={shlex.quote(value)}" for name, value in env.items())

@@ -1,0 +1,65 @@
+"""SSH servers in a thread of their own, for commands that bring their own event loop; they run real commands here."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import asyncssh
+
+from tests.deploy import kit
+
+
+@dataclass
+class Servers:
+    """`addresses` all listen on `port`, with a host key each."""
+
+    addresses: list[str]
+    port: int = 0
+    keys: dict[str, asyncssh.SSHKey] = field(default_factory=dict)
+    running: dict[str, Any] = field(default_factory=dict)
+    loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.new_event_loop)
+    folder: Path = Path()
+
+    async def start(self, address: str) -> None:
+        """Listen there, with a new host key."""
+        key = self.keys[address] = asyncssh.generate_private_key("ssh-ed25519")
+        home = self.folder / address
+        home.mkdir(exist_ok=True)
+        options: Any = {"server_host_keys": [key], "process_factory": kit._server(home, {}), "encoding": None}
+        server = await asyncssh.create_server(kit._Open, address, self.port, **options)
+        self.port = server.sockets[0].getsockname()[1]
+        self.running[address] = server
+
+    async def stop(self, address: str) -> None:
+        """Listen there no more."""
+        server = self.running.pop(address)
+        server.close()
+        await server.wait_closed()
+
+    def do(self, work: Any) -> None:
+        """Run `start` or `stop` in the servers' thread."""
+        asyncio.run_coroutine_threadsafe(work, self.loop).result(30)
+
+
+@contextmanager
+def servers(folder: Path, count: int) -> Iterator[Servers]:
+    """`count` nodes on 127.0.0.21 and on."""
+    made = Servers(addresses=[f"127.0.0.{21 + index}" for index in range(count)], folder=folder)
+    thread = threading.Thread(target=made.loop.run_forever)
+    thread.start()
+    try:
+        for one in made.addresses:
+            made.do(made.start(one))
+        yield made
+    finally:
+        for one in list(made.running):
+            made.do(made.stop(one))
+        made.loop.call_soon_threadsafe(made.loop.stop)
+        thread.join()
+        made.loop.close()

@@ -1,0 +1,209 @@
+"""`deploy init`, `facts` and `plan` as a person calls them, over real SSH to nodes that run real commands."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from deploy import inventory
+from tests.deploy import servers as kit
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture
+def nodes(tmp_path: Path) -> Iterator[kit.Servers]:
+    (tmp_path / "nodes").mkdir()
+    with kit.servers(tmp_path / "nodes", 2) as running:
+        (tmp_path / "ips.txt").write_text("# the head first\n" + "\n".join(running.addresses) + "\n")
+        yield running
+
+
+def deploy(folder: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    home = folder / "home"
+    home.mkdir(exist_ok=True)
+    variables = {
+        **os.environ,
+        "HOME": str(home),
+        "PYTHONPATH": str(ROOT),
+        "HF_ENDPOINT": "http://127.0.0.1:9",
+        "COLUMNS": "160",
+        **env,
+    }
+    return subprocess.run(
+        [sys.executable, "-m", "deploy", *arguments],
+        cwd=folder,
+        env=variables,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+def init(folder: Path, nodes: kit.Servers, *more: str) -> subprocess.CompletedProcess[str]:
+    return deploy(folder, "init", "ips.txt", "--user", "tester", "--port", str(nodes.port), *more)
+
+
+def test_without_a_terminal_keys_are_shown_and_nothing_is_trusted(tmp_path: Path, nodes: kit.Servers) -> None:
+    done = init(tmp_path, nodes)
+    assert done.returncode == 60
+    for key in nodes.keys.values():
+        assert key.get_fingerprint() in done.stderr
+    assert "--accept" in done.stderr
+    assert not (tmp_path / ".deploy" / "known_hosts").exists()
+
+
+def test_accepted_keys_are_pinned_facts_are_kept_and_a_second_time_changes_nothing(tmp_path: Path, nodes: kit.Servers) -> None:
+    done = init(tmp_path, nodes, "--accept")
+    assert done.returncode == 0, done.stderr
+    deployment = inventory.load(tmp_path / "deploy.toml")
+    assert [one.address for one in deployment.nodes] == nodes.addresses
+    assert (tmp_path / ".deploy").stat().st_mode & 0o077 == 0
+    kept = json.loads((tmp_path / ".deploy" / "facts.json").read_text())
+    head = kept["nodes"][0]
+    assert (head["private"], head["interface"], head["arch"]) == (nodes.addresses[0], "lo", os.uname().machine)
+    assert head["memory"]["total"] > head["memory"]["available"] > 1 << 28
+    assert head["page"] == os.sysconf("SC_PAGE_SIZE")
+    assert head["glibc"] == os.confstr("CS_GNU_LIBC_VERSION").split()[1]  # type: ignore[union-attr]
+    assert abs(head["clock_s"]) < 2
+    before = (tmp_path / "deploy.toml").read_bytes(), (tmp_path / ".deploy" / "known_hosts").read_bytes()
+    again = init(tmp_path, nodes)
+    assert again.returncode == 0, again.stderr
+    assert "2 pinned" in again.stderr
+    assert before == ((tmp_path / "deploy.toml").read_bytes(), (tmp_path / ".deploy" / "known_hosts").read_bytes())
+
+
+def test_another_host_key_is_refused_until_a_person_says_repin(tmp_path: Path, nodes: kit.Servers) -> None:
+    assert init(tmp_path, nodes, "--accept").returncode == 0
+    nodes.do(nodes.stop(nodes.addresses[1]))
+    nodes.do(nodes.start(nodes.addresses[1]))
+    for command in (("init", "deploy.toml", "--accept"), ("facts",)):
+        done = deploy(tmp_path, *command)
+        assert done.returncode == 60
+        assert "--repin" in done.stderr
+    asked = deploy(tmp_path, "init", "deploy.toml", "--repin")
+    assert asked.returncode == 60
+    assert nodes.keys[nodes.addresses[1]].get_fingerprint() in asked.stderr
+    assert deploy(tmp_path, "init", "deploy.toml", "--repin", "--accept").returncode == 0
+    assert deploy(tmp_path, "facts").returncode == 0
+
+
+def test_a_key_that_the_user_trusts_already_needs_no_question(tmp_path: Path, nodes: kit.Servers) -> None:
+    own = tmp_path / "home" / ".ssh"
+    own.mkdir(parents=True)
+    lines = [f"[{name}]:{nodes.port} {key.export_public_key().decode().strip()}" for name, key in nodes.keys.items()]
+    (own / "known_hosts").write_text("\n".join(lines) + "\n")
+    done = init(tmp_path, nodes)
+    assert done.returncode == 0, done.stderr
+    assert "2 known" in done.stderr
+
+
+def test_a_node_that_is_down_is_named_and_the_others_are_kept(tmp_path: Path, nodes: kit.Servers) -> None:
+    nodes.do(nodes.stop(nodes.addresses[1]))
+    done = init(tmp_path, nodes, "--accept")
+    assert done.returncode == 60
+    assert f"k1 {nodes.addresses[1]}:{nodes.port} cannot be reached" in done.stderr
+    assert [one["name"] for one in json.loads((tmp_path / ".deploy" / "facts.json").read_text())["nodes"]] == ["k0"]
+    planned = deploy(tmp_path, "plan")
+    assert planned.returncode == 3
+    assert "nothing is known of node k1" in planned.stderr
+
+
+def test_facts_can_be_read_again_without_asking(tmp_path: Path, nodes: kit.Servers) -> None:
+    assert init(tmp_path, nodes, "--accept").returncode == 0
+    for one in list(nodes.running):
+        nodes.do(nodes.stop(one))
+    kept = deploy(tmp_path, "facts", "--kept", "--json")
+    assert [one["name"] for one in json.loads(kept.stdout)["nodes"]] == ["k0", "k1"]
+    lost = deploy(tmp_path, "facts")
+    assert lost.returncode == 60
+    assert len(json.loads((tmp_path / ".deploy" / "facts.json").read_text())["nodes"]) == 2  # what was known stays
+
+
+def test_another_deploy_toml_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "ips.txt").write_text("127.0.0.1\n")
+    (tmp_path / "deploy.toml").write_text('[nodes]\nhosts = ["127.0.0.9"]\n')
+    done = deploy(tmp_path, "init", "ips.txt", "--accept")
+    assert done.returncode == 3
+    assert "is there already" in done.stderr
+    assert "127.0.0.9" in (tmp_path / "deploy.toml").read_text()
+
+
+def test_a_head_without_a_gpu_is_a_sentence(tmp_path: Path, nodes: kit.Servers) -> None:
+    assert init(tmp_path, nodes, "--accept", "--share", "/srv/share").returncode == 0
+    done = deploy(tmp_path, "plan")
+    if done.returncode == 0:  # a machine with a GPU that holds the model
+        return
+    assert done.returncode == 64
+    assert "head has no usable GPU" in done.stderr or "no layout fits" in done.stderr
+
+
+# plan, without any node
+
+
+def test_supposed_nodes_need_nothing(tmp_path: Path) -> None:
+    done = deploy(tmp_path, "plan", "--nodes", "10", "--gpu", "gh200-96")
+    assert done.returncode == 0, done.stderr
+    for words in (
+        "tp2 pp5 on 10 nodes",
+        "25,26,25x3",
+        "tp5 pp2",
+        "HOST_IP=10.0.0.1",
+        "ray start --head",
+        "no measurement",
+        "+67 %",
+    ):
+        assert words in done.stdout
+    assert "APHRODITE_PP_LAYER_PARTITION=25,26,25,25,25" in done.stdout
+    assert "asserts that tp divides" in done.stdout
+    assert list(tmp_path.iterdir()) == [tmp_path / "home"]  # nothing is written
+
+
+def test_json_is_the_plan_and_equal_each_time(tmp_path: Path) -> None:
+    first, second = (deploy(tmp_path, "plan", "--nodes", "3", "--json") for _ in range(2))
+    plan = json.loads(first.stdout)
+    assert first.stdout == second.stdout
+    assert (plan["layout"]["tp"], plan["layout"]["offload_gib"]) == (3, 176.6)
+    assert plan["speed_model"]["fitted_to"] == 5.2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (("--nodes", "2"), 64, "60% is the most"),
+        (("--nodes", "12", "--tp", "11"), 64, "asserts that tp divides by the 8 KV heads"),
+        (("--nodes", "10", "--engine", "vllm", "--tp", "5"), 64, "do not divide by 5"),
+        (("--nodes", "10", "--gpu", "b300"), 2, "no kind of node 'b300'"),
+        (("--tp", "5"), 2, "say --nodes N"),
+        ((), 3, "no deploy.toml"),
+    ],
+)
+def test_what_cannot_be_is_one_sentence_and_a_code(tmp_path: Path, arguments: tuple[str, ...], code: int, words: str) -> None:
+    done = deploy(tmp_path, "plan", *arguments)
+    assert done.returncode == code
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_script_is_all_that_shell_prints(tmp_path: Path) -> None:
+    done = deploy(tmp_path, "plan", "--nodes", "10", "--shell")
+    assert done.stdout.startswith("#!/usr/bin/env bash\n")
+    assert subprocess.run(["bash", "-n"], input=done.stdout, text=True, check=False).returncode == 0
+
+
+def test_help_imports_no_command(tmp_path: Path) -> None:
+    code = (
+        "import sys; from click.testing import CliRunner; from deploy.cli import cli\n"
+        "done = CliRunner().invoke(cli, ['--help']); assert 'plan' in done.output, done.output\n"
+        "heavy = [one for one in ('asyncssh', 'httpx', 'deploy.cli.plan', 'deploy.cli.init') if one in sys.modules]\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=60)
