@@ -28,7 +28,7 @@ _PIN = """CREATE TABLE pin (
     sha256 TEXT NOT NULL,
     link INTEGER NOT NULL DEFAULT 0,
     done INTEGER NOT NULL DEFAULT 0,
-    PRIMARY KEY (set_name, project)
+    PRIMARY KEY (set_name, project, version)
 ) WITHOUT ROWID;
 """
 

@@ -438,6 +438,22 @@ def mirror_command(context: Context, lock: Path, set_name: str, link: bool) -> N
     context.console.result([asdict(item) for item in done], f"{set_name}: {len(done)} files{hint}")
 
 
+@cli.command("withdraw")
+@json_option
+@root_option
+@click.argument("filename")
+@click.option("--reason", default="", help="For the audit log.")
+@click.option("--undo", is_flag=True, help="Take the withdrawal back.")
+@pass_context
+def withdraw_command(context: Context, filename: str, reason: str, undo: bool) -> None:
+    """Take a mirrored file out of every set, published ones too; a set lacks it then (410)."""
+    from index import mirror  # as above
+
+    sets = mirror.withdraw(context.catalogue(), context.actor, filename, reason, undo=undo)
+    what = "is back in" if undo else "is withdrawn from"
+    context.console.result({"filename": filename, "sets": sets}, f"{filename} {what} {', '.join(sets)}")
+
+
 @cli.command("export")
 @json_option
 @root_option

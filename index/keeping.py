@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sqlite3
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,8 +24,9 @@ from index.store import Store, disk_errors, flush
 _REFERENCES = """
 SELECT sha256 AS digest, filename AS name, size FROM file WHERE deleted IS NULL
 UNION SELECT metadata_sha256, filename || '.metadata', NULL FROM file WHERE deleted IS NULL AND metadata_sha256 IS NOT NULL
-UNION SELECT sha256, filename, size FROM mirrored WHERE url IS NULL
-UNION SELECT metadata_sha256, filename || '.metadata', NULL FROM mirrored WHERE url IS NULL AND metadata_sha256 IS NOT NULL
+UNION SELECT sha256, filename, size FROM mirrored WHERE url IS NULL AND withdrawn IS NULL
+UNION SELECT metadata_sha256, filename || '.metadata', NULL FROM mirrored
+    WHERE url IS NULL AND withdrawn IS NULL AND metadata_sha256 IS NOT NULL
 UNION SELECT document_sha256, 'record ' || id, document_size FROM record WHERE document_sha256 IS NOT NULL
 UNION SELECT log_sha256, 'log ' || id, log_size FROM record WHERE log_sha256 IS NOT NULL
 """
@@ -176,19 +178,25 @@ def heal(store: Store, catalogue: Catalogue, actor: str) -> list[str]:
         ConfigError: nothing at all is there: a disk that is not mounted, not a loss.
     """
     sizes = store.sizes()
+
+    def lost(row: sqlite3.Row) -> bool:
+        return sizes.get(row["sha256"]) != row["size"] or (row["metadata_sha256"] or row["sha256"]) not in sizes
+
     rows = catalogue.rows("SELECT id, filename, project, sha256, size, metadata_sha256, lost FROM file WHERE deleted IS NULL")
-    lost = {
-        row["id"]: sizes.get(row["sha256"]) != row["size"] or (row["metadata_sha256"] or row["sha256"]) not in sizes
-        for row in rows
-    }
-    if rows and not sizes:
+    copies = catalogue.rows("SELECT * FROM mirrored WHERE url IS NULL AND withdrawn IS NULL")
+    if (rows or copies) and not sizes:
         raise ConfigError(
             f"{store.files} is empty, the catalogue is not", remedy="mount or restore the files, then start again"
         )
-    changed = [row for row in rows if lost[row["id"]] != bool(row["lost"])]
-    if changed:
+    changed = [row for row in rows if lost(row) != bool(row["lost"])]
+    changed_copies = [row for row in copies if lost(row) != bool(row["lost"])]
+    if changed or changed_copies:
         with catalogue.change(actor) as change:
             for row in changed:
-                change.execute("UPDATE file SET lost = ? WHERE id = ?", (lost[row["id"]], row["id"]))
-                change.note("file.lost" if lost[row["id"]] else "file.found", row["filename"], row["project"])
-    return sorted(row["filename"] for row in rows if lost[row["id"]])
+                change.execute("UPDATE file SET lost = ? WHERE id = ?", (lost(row), row["id"]))
+                change.note("file.lost" if lost(row) else "file.found", row["filename"], row["project"])
+            for row in changed_copies:
+                where = (lost(row), row["set_name"], row["filename"])
+                change.execute("UPDATE mirrored SET lost = ? WHERE set_name = ? AND filename = ?", where)
+                change.note("set.lost" if lost(row) else "set.found", f"{row['set_name']} {row['filename']}")
+    return sorted({row["filename"] for row in (*rows, *copies) if lost(row)})

@@ -86,6 +86,23 @@ def parse_filename(filename: str) -> Distribution:
     Raises:
         RefusedError: anything else, with the canonical spelling where there is one.
     """
+    check_plain(filename)
+    if filename.endswith(".whl"):
+        return _wheel(filename)
+    if filename.endswith(".tar.gz"):
+        return _sdist(filename)
+    raise RefusedError(
+        f"{filename} is neither a wheel nor an sdist",
+        remedy="upload NAME-VERSION-TAGS.whl (PEP 427) or NAME-VERSION.tar.gz (PEP 625)",
+    )
+
+
+def check_plain(filename: str) -> None:
+    """A file name becomes a path of an export and an address, so it is one plain segment.
+
+    Raises:
+        RefusedError: it is not.
+    """
     if not filename:
         raise RefusedError("the content field has no file name", remedy="send the distribution's own file name")
     if len(filename.encode("utf-8", "surrogatepass")) > MAX_FILENAME:
@@ -97,14 +114,6 @@ def parse_filename(filename: str) -> Distribution:
             f"{filename!r} is not a plain file name",
             remedy="a file name starts with a letter or digit and holds only letters, digits and . _ + ! -",
         )
-    if filename.endswith(".whl"):
-        return _wheel(filename)
-    if filename.endswith(".tar.gz"):
-        return _sdist(filename)
-    raise RefusedError(
-        f"{filename} is neither a wheel nor an sdist",
-        remedy="upload NAME-VERSION-TAGS.whl (PEP 427) or NAME-VERSION.tar.gz (PEP 625)",
-    )
 
 
 def _wheel(filename: str) -> Distribution:

@@ -203,7 +203,7 @@ _LOCATE = """
 SELECT file.sha256, metadata_sha256, kind, deleted, project.status FROM file LEFT JOIN project ON project.name = file.project
     WHERE file.sha256 = :sha256 AND filename = :filename
 UNION ALL
-SELECT sha256, metadata_sha256, kind, NULL, 'active' FROM mirrored
+SELECT sha256, metadata_sha256, kind, withdrawn, 'active' FROM mirrored
     WHERE sha256 = :sha256 AND filename = :filename AND url IS NULL
 LIMIT 1
 """
@@ -220,7 +220,7 @@ def _locate(service: Service, sha256: str, filename: str) -> tuple[str, str]:
     if row is None:
         raise NotFoundError(f"there is no {filename} here", remedy="follow the links of the project's page")
     if row["deleted"] is not None:
-        raise GoneError(f"{filename} was deleted on {row['deleted'][:10]}", remedy="choose another version")
+        raise GoneError(f"{filename} was taken away on {row['deleted'][:10]}", remedy="choose another version")
     if row["status"] == "quarantined":
         raise ForbiddenError(f"the project of {filename} is in quarantine", remedy="ask who runs this index")
     if wanted == filename:

@@ -59,6 +59,8 @@ class Set:
     matrix: tuple[Expected, ...]
     files: tuple[str, ...]
     missing: tuple[str, ...]
+    wanted: int = 0
+    "How many the matrix and the lock name."
 
 
 def parse_matrix(lines: list[str]) -> list[Expected]:
@@ -115,8 +117,8 @@ def find(catalogue: Catalogue, name: str) -> Set:
         raise UsageError(f"there is no set {name!r}", remedy="`index stage list` shows them")
     members = catalogue.rows(
         "SELECT project, version, filename FROM file JOIN member ON member.file_id = file.id"
-        " WHERE set_name = ? AND deleted IS NULL UNION SELECT project, version, filename FROM mirrored WHERE set_name = ?"
-        " ORDER BY filename",
+        " WHERE set_name = ? AND deleted IS NULL UNION SELECT project, version, filename FROM mirrored"
+        " WHERE set_name = ? AND withdrawn IS NULL ORDER BY filename",
         (name, name),
     )
     matrix = tuple(Expected(**item) for item in json.loads(row["matrix"]))
@@ -132,8 +134,32 @@ def find(catalogue: Catalogue, name: str) -> Set:
         published=row["published"],
         matrix=matrix,
         files=tuple(one["filename"] for one in members),
-        missing=tuple(str(item) for item in missing),
+        wanted=len(matrix) + _count(catalogue, name),
+        missing=(*(str(item) for item in missing), *_unfulfilled(catalogue, name)),
     )
+
+
+def _count(catalogue: Catalogue, name: str) -> int:
+    row = catalogue.row("SELECT count(*) AS pins FROM pin WHERE set_name = ?", (name,))
+    return int(row["pins"]) if row is not None else 0
+
+
+def _unfulfilled(catalogue: Catalogue, name: str) -> list[str]:
+    """Pins of the set's lock of which not every file was brought in, or none is here any more."""
+    live = {
+        row["sha256"]
+        for row in catalogue.rows(
+            "SELECT sha256 FROM file JOIN member ON member.file_id = file.id WHERE set_name = ? AND deleted IS NULL"
+            " AND lost = 0 UNION SELECT sha256 FROM mirrored WHERE set_name = ? AND lost = 0 AND withdrawn IS NULL",
+            (name, name),
+        )
+    }
+    pins = catalogue.rows("SELECT * FROM pin WHERE set_name = ? ORDER BY project, version", (name,))
+    return [
+        f"{row['project']}=={row['version']} of its lock"
+        for row in pins
+        if not row["done"] or live.isdisjoint(row["sha256"].split())
+    ]
 
 
 def all_sets(catalogue: Catalogue) -> list[Set]:
@@ -148,7 +174,7 @@ def add(catalogue: Catalogue, actor: str, name: str, filenames: list[str]) -> No
         UsageError: there is no such file, or the set is not staged.
     """
     with catalogue.change(actor) as change:
-        _staged(change, name)
+        check_staged(change, name)
         for filename in filenames:
             row = change.execute("SELECT id, project FROM file WHERE filename = ? AND deleted IS NULL", (filename,)).fetchone()
             if row is None:
@@ -165,12 +191,12 @@ def publish(catalogue: Catalogue, actor: str, name: str) -> Set:
         UsageError: the set is not staged.
     """
     with catalogue.change(actor) as change:
-        _staged(change, name)
+        check_staged(change, name)
         found = find(catalogue, name)
         if found.missing:
             raise RefusedError(
-                f"the set {name} lacks {len(found.missing)} of {len(found.matrix)}: {'; '.join(found.missing)}",
-                remedy=f"upload them to /stage/{name}/legacy/, then publish again",
+                f"the set {name} lacks {len(found.missing)} of {found.wanted}: {'; '.join(found.missing)}",
+                remedy=f"upload them to /stage/{name}/legacy/ (or mirror the lock again), then publish again",
             )
         if not found.files:
             raise RefusedError(f"the set {name} is empty", remedy=f"upload its wheels to /stage/{name}/legacy/ first")
@@ -193,7 +219,7 @@ def drop(catalogue: Catalogue, actor: str, name: str) -> None:
         UsageError: the set is not staged; what was published never disappears silently.
     """
     with catalogue.change(actor) as change:
-        _staged(change, name)
+        check_staged(change, name)
         rows = change.execute(
             "SELECT id, filename FROM file JOIN member ON member.file_id = file.id WHERE set_name = ? AND hidden = 1"
             " AND deleted IS NULL"  # a deleted name is never free again
@@ -202,13 +228,19 @@ def drop(catalogue: Catalogue, actor: str, name: str) -> None:
         ).fetchall()
         change.execute("DELETE FROM member WHERE set_name = ?", (name,))
         change.execute("DELETE FROM mirrored WHERE set_name = ?", (name,))
+        change.execute("DELETE FROM pin WHERE set_name = ?", (name,))
         for row in rows:
             change.execute("DELETE FROM file WHERE id = ?", (row["id"],))
         change.execute("UPDATE release_set SET state = 'dropped' WHERE name = ?", (name,))
         change.note("set.drop", name, files=[row["filename"] for row in rows])
 
 
-def _staged(change: Change, name: str) -> None:
+def check_staged(change: Change, name: str) -> None:
+    """Nothing changes a set that is published.
+
+    Raises:
+        UsageError: there is none of that name, or it is published or dropped.
+    """
     row = change.execute("SELECT state FROM release_set WHERE name = ?", (name,)).fetchone()
     if row is None:
         raise UsageError(f"there is no set {name!r}", remedy="`index stage create` makes one")

@@ -75,7 +75,7 @@ END"""
 
 _SHOWN_PROJECTS = f"""
 SELECT DISTINCT project FROM file WHERE {_SHOWN}
-UNION SELECT project FROM mirrored WHERE :kind = 'set' AND set_name = :argument
+UNION SELECT project FROM mirrored WHERE :kind = 'set' AND set_name = :argument AND lost = 0 AND withdrawn IS NULL
 ORDER BY project
 """  # noqa: S608 - constants
 
@@ -133,7 +133,8 @@ def files(catalogue: Catalogue, view: View, project: str) -> list[Listed]:
     if view.kind == "set":
         known = {item.filename for item in found}
         rows = catalogue.rows(
-            "SELECT * FROM mirrored WHERE set_name = ? AND project = ? ORDER BY filename", (view.argument, project)
+            "SELECT * FROM mirrored WHERE set_name = ? AND project = ? AND lost = 0 AND withdrawn IS NULL ORDER BY filename",
+            (view.argument, project),
         )
         found += [_mirrored(row) for row in rows if row["filename"] not in known]
     return found

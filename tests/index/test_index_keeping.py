@@ -19,6 +19,8 @@ import httpx
 import pytest
 from index_kit import JSON, Server, run_index, run_json, serving, start, stop, wheel
 
+from index.catalogue import open_catalogue
+
 LOCAL = "cp311-cp311-manylinux_2_34_aarch64"
 
 
@@ -364,3 +366,29 @@ def test_a_ruined_catalogue_is_told_in_one_sentence(tmp_path: Path) -> None:
     assert done.returncode == 3
     assert "cannot be read as a catalogue" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_catalogue_of_the_first_index_becomes_one_of_this(tmp_path: Path) -> None:
+    """What the upgrades make of schema 1 has every table, column and view of a new one."""
+    shapes = []
+    for name in ("new", "old"):
+        path = tmp_path / name / "catalogue.db"
+        catalogue = open_catalogue(path)
+        if name == "old":
+            for statement in (
+                "DROP VIEW public_record", "DROP TABLE pin", "ALTER TABLE mirrored DROP COLUMN lost",
+                "ALTER TABLE mirrored DROP COLUMN withdrawn", "ALTER TABLE record DROP COLUMN project",
+                "ALTER TABLE record DROP COLUMN wheels", "ALTER TABLE token DROP COLUMN hashed",
+                "UPDATE meta SET value = '1' WHERE key = 'schema'",
+                "INSERT INTO record (id, recipe, updated) VALUES ('a', 'Flash_Attn', '')",
+            ):  # fmt: skip
+                catalogue.database.execute(statement)
+            catalogue.close()
+            catalogue = open_catalogue(path)
+            row = catalogue.row("SELECT project FROM public_record")
+            assert row is not None
+            assert row["project"] == "flash-attn"
+        tables = [row["name"] for row in catalogue.rows("SELECT name FROM sqlite_master WHERE type IN ('table', 'view')")]
+        shapes.append({one: {row["name"] for row in catalogue.rows(f"PRAGMA table_info({one})")} for one in tables})
+        catalogue.close()
+    assert shapes[0] == shapes[1]
