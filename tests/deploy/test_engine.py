@@ -10,8 +10,8 @@ import pytest
 from deploy import engine as engines
 from deploy import inventory, model
 from deploy.engine import APHRODITE, VLLM
+from deploy.rehearsal import hub as hubs
 from gracefarm.errors import ConfigError, FetchError, LayoutError
-from tests.deploy import hub as hubs
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],

@@ -19,12 +19,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deploy import weights
+from deploy.rehearsal import hub
 from deploy.steps import weights as step
 from deploy.weights import File
 from deploy.worker import Target
 from gracefarm.console import Console
 from gracefarm.errors import DigestError, DiskFullError, FetchError, GracefarmError, HostError
-from tests.deploy import hub, kit
+from tests.deploy import kit
 
 TOKEN = "hf_" + "planted" * 5
 

@@ -1,14 +1,18 @@
-"""A Hub on loopback that the real huggingface_hub speaks to: a repository of files with real digests, and faults to order.
+"""A Hub that the real huggingface_hub speaks to: a repository of files with real digests, and faults to order.
 
-Stands in for huggingface.co, which these tests cannot reach; the answers have the headers that its client reads.
+Stands in for huggingface.co; the answers have the headers that its client reads.
+
+    python -m deploy.rehearsal.hub --port 8091      # a small Llama of 191 weight files; its address is for HF_ENDPOINT
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import random
 import re
+import sys
 import threading
 import time
 from collections import defaultdict
@@ -16,6 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 COMMIT = "5e" * 20
@@ -24,12 +29,12 @@ BLOCK = 1 << 14
 
 def git_id(content: bytes) -> str:
     """git's name of a blob."""
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
 
 def shards(count: int, size: int, *, seed: int = 1) -> dict[str, bytes]:
     """A repository like Llama's: `count` shards of about `size` bytes, small files, and what nobody wants."""
-    source = random.Random(seed)
+    source = random.Random(seed)  # noqa: S311 - content that is the same every time
     files = {
         f"model-{number:05}-of-{count:05}.safetensors": source.randbytes(round(size * source.uniform(0.8, 1.2)))
         for number in range(1, count + 1)
@@ -44,11 +49,62 @@ def shards(count: int, size: int, *, seed: int = 1) -> dict[str, bytes]:
     }
 
 
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "torch_dtype": "bfloat16",
+    "hidden_size": 1024,
+    "intermediate_size": 3328,
+    "num_hidden_layers": 126,
+    "num_attention_heads": 128,
+    "num_key_value_heads": 8,
+    "head_dim": 8,
+    "vocab_size": 16032,
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": False,
+}
+"Llama 3.1 405B at an eighth and a sixteenth of its widths: the same 126 layers and 8 KV heads, so the same layouts are legal."
+
+
+def llama(count: int = 191, size: int = 20_000, *, seed: int = 405) -> dict[str, bytes]:
+    """A small Llama as its repository looks: `count` files of safetensors with their index, and what comes with them."""
+    source = random.Random(seed)  # noqa: S311 - as above
+    files: dict[str, bytes] = {}
+    weight_map = {}
+    for number in range(1, count + 1):
+        name = f"model-{number:05}-of-{count:05}.safetensors"
+        tensor = f"model.part.{number}.weight"
+        files[name] = safetensors(tensor, source.randbytes(round(size * source.uniform(0.8, 1.2))))
+        weight_map[tensor] = name
+    total = sum(len(one) for one in files.values())
+    return {
+        **files,
+        "model.safetensors.index.json": json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}).encode(),
+        "config.json": json.dumps(LLAMA, indent=1).encode(),
+        "generation_config.json": b'{"bos_token_id": 1, "eos_token_id": 2}',
+        "tokenizer.json": source.randbytes(2000),
+        "tokenizer_config.json": b"{}",
+        "original/consolidated.00.pth": b"not wanted",
+        ".gitattributes": b"*.safetensors filter=lfs\n",
+    }
+
+
+def safetensors(tensor: str, data: bytes) -> bytes:
+    """A file of one tensor; its header holds the sha256 of its numbers, which the stand-in engine looks at."""
+    about = {
+        "__metadata__": {"format": "pt", "sha256": hashlib.sha256(data).hexdigest()},
+        tensor: {"dtype": "U8", "shape": [len(data)], "data_offsets": [0, len(data)]},
+    }
+    header = json.dumps(about).encode()
+    return len(header).to_bytes(8, "little") + header + data
+
+
 @dataclass
 class Hub:
-    """One repository, `org/model`, and how it behaves."""
+    """One repository and how it behaves."""
 
     files: dict[str, bytes]
+    repo: str = "org/model"
     url: str = ""
     token: str | None = None
     "Needed for everything, when set."
@@ -91,13 +147,13 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:  # noqa: C901 - one clas
                 hub.tokens.add(given)
             if hub.token and given != hub.token:
                 return self.refuse(401, "RepoNotFound", "Repository Not Found")
-            if found := re.fullmatch(r"/api/models/org/model(/revision/[^/]+)?", path):
+            if found := re.fullmatch(rf"/api/models/{hub.repo}(/revision/[^/]+)?", path):
                 if found.group(1) not in (None, "/revision/main", f"/revision/{COMMIT}"):
                     return self.refuse(404, "RevisionNotFound", "Invalid rev id")
                 return self.send(json.dumps(self.info()).encode(), {"Content-Type": "application/json"}, body=body)
-            if path == "/api/models/org/model/auth-check":
+            if path == f"/api/models/{hub.repo}/auth-check":
                 return self.forbid() if hub.gated else self.send(b"{}", {}, body=body)
-            if found := re.fullmatch(r"/org/model/resolve/[^/]+/(.+)", path):
+            if found := re.fullmatch(rf"/{hub.repo}/resolve/[^/]+/(.+)", path):
                 if hub.gated:
                     return self.forbid()
                 return self.file(found.group(1), body=body)
@@ -105,7 +161,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:  # noqa: C901 - one clas
 
         def forbid(self) -> None:
             given = "Authorization" in self.headers
-            self.refuse(403 if given else 401, "GatedRepo", "Access to model org/model is restricted")
+            self.refuse(403 if given else 401, "GatedRepo", f"Access to model {hub.repo} is restricted")
 
         def info(self) -> object:
             def row(path: str, content: bytes) -> object:
@@ -113,7 +169,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:  # noqa: C901 - one clas
                 large = path.endswith((".safetensors", ".pth", "tokenizer.json"))
                 return {"rfilename": path, "size": len(content), "blobId": git_id(content), **({"lfs": lfs} if large else {})}
 
-            return {"id": "org/model", "sha": COMMIT, "siblings": [row(*one) for one in hub.files.items()]}
+            return {"id": hub.repo, "sha": COMMIT, "siblings": [row(*one) for one in hub.files.items()]}
 
         def file(self, path: str, *, body: bool) -> None:
             content = hub.files.get(path)
@@ -165,12 +221,12 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:  # noqa: C901 - one clas
 
 
 @contextmanager
-def serving(files: dict[str, bytes], **behaviour: object) -> Iterator[Hub]:
+def serving(files: dict[str, bytes], *, host: str = "127.0.0.1", port: int = 0, **behaviour: Any) -> Iterator[Hub]:
     """A Hub with `files` until the block ends."""
     hub = Hub(files=files, **behaviour)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(hub))
+    server = ThreadingHTTPServer((host, port), _handler(hub))
     server.daemon_threads = True
-    hub.url = f"http://127.0.0.1:{server.server_address[1]}"
+    hub.url = f"http://{host}:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, args=(0.05,))
     thread.start()
     try:
@@ -179,3 +235,22 @@ def serving(files: dict[str, bytes], **behaviour: object) -> Iterator[Hub]:
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+def main() -> None:
+    """Serve until stdin ends."""
+    parser = argparse.ArgumentParser(prog="python -m deploy.rehearsal.hub", description="A Hub with one small Llama.")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--repo", default="rehearsal/Llama-405B-in-small")
+    parser.add_argument("--files", type=int, default=191)
+    parser.add_argument("--gated", action="store_true")
+    given = parser.parse_args()
+    with serving(llama(given.files), host=given.host, port=given.port, repo=given.repo, gated=given.gated) as hub:
+        sys.stdout.write(f"{hub.url}\n")
+        sys.stdout.flush()
+        sys.stdin.read()
+
+
+if __name__ == "__main__":
+    main()

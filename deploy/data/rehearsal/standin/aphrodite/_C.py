@@ -1,0 +1,1 @@
+"""The engine's kernels have this name; here are none."""

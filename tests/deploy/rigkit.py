@@ -1,0 +1,179 @@
+"""What tests need around the rehearsal's nodes: an environment with real Ray and the stand-in, small models, a Ray cluster."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+
+from deploy.inventory import Node
+from deploy.rehearsal import standin
+from deploy.rehearsal.hub import safetensors
+from deploy.rehearsal.nodes import MOUNT, USER, Rig, RigNode
+from deploy.ssh import Result, fleet
+
+LOCK = Path(standin.__file__).parent.parent / "data" / "rehearsal.lock"
+
+
+def inventory(room: Rig) -> list[Node]:
+    """The nodes as the product knows them."""
+    return [Node(name=one.name, rank=one.rank, address=one.address, user=USER, key=room.key) for one in room.nodes]
+
+
+def run(
+    room: Rig,
+    command: Sequence[str] | str,
+    *,
+    names: Sequence[str] | None = None,
+    timeout: float = 20,
+    env: Mapping[str, str] | None = None,
+) -> dict[str, Result]:
+    """A command on nodes by the product's own SSH."""
+
+    async def go() -> dict[str, Result]:
+        async with fleet(inventory(room), known_hosts=room.known_hosts, config=[], connect_timeout=3) as made:
+            return await made.run(command, nodes=names, timeout=timeout, env=env)
+
+    with room.inside():
+        return asyncio.run(go())
+
+
+def said(results: dict[str, Result]) -> dict[str, str]:
+    """What each wrote to stdout; all must have ended well."""
+    bad = {name: (one.returncode, one.stderr, one.error) for name, one in results.items() if not one.ok}
+    assert not bad, bad
+    return {name: one.stdout.strip() for name, one in results.items()}
+
+
+def install(folder: Path) -> Path:
+    """An environment with the committed lock and the stand-in's wheel, by uv, which keeps what it once downloaded."""
+    wheel = standin.build(folder.parent)
+    lock = folder.with_suffix(".lock")
+    lock.write_text(LOCK.read_text() + f"{wheel.path} --hash=sha256:{wheel.sha256}\n")
+    uv = [sys.executable, "-m", "uv"]
+    subprocess.run(
+        [*uv, "venv", "--quiet", "--relocatable", "--no-project", "--python", "/usr/bin/python3.11", str(folder)], check=True
+    )
+    subprocess.run(
+        [*uv, "pip", "install", "--quiet", "--python", str(folder / "bin" / "python"), "--require-hashes", "-r", str(lock)],
+        check=True,
+    )
+    return folder
+
+
+def small_model(folder: Path, *, shards: int = 3, layers: int = 6, **config: object) -> Path:
+    """A Llama in shape: config.json, an index, shards of safetensors whose headers hold the sha256 of their numbers."""
+    folder.mkdir(parents=True)
+    shape = {
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": 64,
+        "intermediate_size": 208,
+        "max_position_embeddings": 4096,
+        "num_attention_heads": 16,
+        "num_hidden_layers": layers,
+        "num_key_value_heads": 8,
+        "vocab_size": 1000,
+        **config,
+    }
+    (folder / "config.json").write_text(json.dumps(shape))
+    weight_map = {}
+    for number in range(1, shards + 1):
+        name = f"model-{number:05}-of-{shards:05}.safetensors"
+        (folder / name).write_bytes(safetensors(f"layer.{number}", bytes([number]) * 4096))
+        weight_map[f"layer.{number}"] = name
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return folder
+
+
+RAY_ENV = {"RAY_USAGE_STATS_ENABLED": "0"}
+
+
+@contextmanager
+def ray_cluster(room: Rig, env: Mapping[str, Mapping[str, str]], *, gpus: Mapping[str, int] | None = None) -> Iterator[str]:
+    """Real Ray on all nodes, started one after the other; the head's address. `env`: of each node's `ray start`."""
+    ray = f"{MOUNT}/env/bin/ray"
+    said(run(room, [f"{MOUNT}/env/bin/python", "-c", "import ray"], timeout=120))
+    head = room.nodes[0]
+    try:
+        for one in room.nodes:
+            place = ["--head", "--port=6379"] if one is head else [f"--address={head.address}:6379"]
+            count = (gpus or {}).get(one.name, 1)
+            command = [ray, "start", *place, f"--node-ip-address={one.address}", f"--num-gpus={count}", "--temp-dir=/tmp/ray"]
+            command = command if one is head else [each for each in command if not each.startswith("--temp-dir")]
+            more = {**RAY_ENV, **env.get(one.name, {}), "HOST_IP": one.address}
+            said(run(room, command, names=[one.name], timeout=120, env=more))
+        yield f"{head.address}:6379"
+    finally:
+        run(room, [ray, "stop", "--force"], timeout=60)
+
+
+class Engine:
+    """The stand-in, started on the head as a user would."""
+
+    def __init__(self, room: Rig, address: str, arguments: Sequence[str], env: Mapping[str, str]) -> None:
+        self.node: RigNode = room.nodes[0]
+        self.room = room
+        self.log = self.node.tmp / "engine.log"
+        self.log.unlink(missing_ok=True)
+        words = " ".join(arguments)
+        line = f"setsid {MOUNT}/env/bin/aphrodite run {words} < /dev/null; echo ended $?"
+        full = {**RAY_ENV, "RAY_ADDRESS": address, "HOST_IP": self.node.address, **env}
+        said(run(room, f"({line}) > /tmp/engine.log 2>&1 &", names=[self.node.name], env=full))
+
+    def text(self) -> str:
+        """Its log so far."""
+        return self.log.read_text() if self.log.exists() else ""
+
+    def wait(self, word: str, seconds: float = 60) -> str:
+        """Until its log has a word, or it ended; the log."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            text = self.text()
+            if word in text or "\nended " in text:
+                return text
+            time.sleep(0.1)
+        status = run(self.room, [f"{MOUNT}/env/bin/ray", "status", "-v"], names=[self.node.name], timeout=30)[self.node.name]
+        raise AssertionError(f"no {word!r} within {seconds:g} s:\n{self.text()}\n{status.stdout}{status.stderr}")
+
+    def stop(self) -> None:
+        """SIGTERM, and wait."""
+        for pid in self.pids():
+            self.node.kill(pid, "TERM")
+        self.wait("\nended ")
+
+    def pids(self) -> list[int]:
+        """Of the server on the head."""
+        program = f"{MOUNT}/env/bin/aphrodite"
+        return [one["pid"] for one in self.node.processes() if program in one["argv"] and one["argv"][0] != "setsid"]
+
+    def get(self, path: str, *, key: str | None = None) -> httpx.Response:
+        """A GET on the head's loopback, where the engine listens."""
+        return self._curl(path, key, None)
+
+    def post(self, path: str, body: dict[str, object], *, key: str | None = None) -> httpx.Response:
+        """A POST there."""
+        return self._curl(path, key, body)
+
+    def _curl(self, path: str, key: str | None, body: dict[str, object] | None) -> httpx.Response:
+        script = (
+            "import json, sys, urllib.request, urllib.error\n"
+            "url, headers, body = json.load(sys.stdin)\n"
+            "data = json.dumps(body).encode() if body is not None else None\n"
+            "try:\n    got = urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=30)\n"
+            "except urllib.error.HTTPError as error:\n    got = error\n"
+            "print(json.dumps([got.status, got.read().decode()]))\n"
+        )
+        headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
+        request = json.dumps([f"http://127.0.0.1:2242{path}", headers, body])
+        done = self.node.execute(["python3", "-c", script], input=request)
+        if done.returncode:
+            raise ConnectionError(done.stderr.strip().splitlines()[-1])
+        status, text = json.loads(done.stdout)
+        return httpx.Response(status, text=text)
