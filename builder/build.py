@@ -218,7 +218,7 @@ def _attempt(run: Run) -> Record:
 def _stages(run: Run) -> Path:
     """All stages up to the record; the finished wheel."""
     data = run.plan.recipe.data
-    _check_sandbox()
+    _check_sandbox(run.plan)
     _check_binfmt(run.plan)
     for difference in run.plan.machine.differences if run.plan.machine else ():
         run.console.step("host", difference)
@@ -272,9 +272,9 @@ def _smoked(run: Run, wheel: Path, ground: Ground) -> None:
         run.console.step("smoke-gpu", smoke.sentence(run.gpu))
 
 
-def _check_sandbox() -> None:
+def _check_sandbox(plan: Plan) -> None:
     """Before anything is downloaded for it."""
-    problem = sandbox.check()
+    problem = sandbox.check() if plan.machine is None else None
     if problem is not None:
         raise HostError(f"the sandbox cannot be started: {problem}", remedy="run `builder doctor --fix`, as root or with sudo")
 

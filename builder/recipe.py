@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 from dataclasses import dataclass
 from pathlib import Path
@@ -208,14 +209,14 @@ def names(recipes: Path) -> list[str]:
 
 
 def load(recipes: Path, name: str) -> LoadedRecipe:
-    """The recipe called `name`; its folder's name and its distribution's name both count, in any spelling.
+    """The recipe called `name`: by its folder, else by its distribution, in any spelling.
 
     Raises:
         ConfigError: there is none (names the nearest), or its file does not fit the schema.
     """
     known = names(recipes)
     wanted = canonicalize_name(name)
-    match = next((key for key in known if canonicalize_name(key) == wanted), None)
+    match = next((key for key in known if canonicalize_name(key) == wanted), None) or _of_distribution(recipes, wanted)
     if match is None:
         near = difflib.get_close_matches(wanted, known, n=1, cutoff=0.5)
         raise ConfigError(
@@ -231,3 +232,13 @@ def load(recipes: Path, name: str) -> LoadedRecipe:
         smoke_script=smoke if smoke.is_file() else None,
         smoke_gpu_script=smoke_gpu if smoke_gpu.is_file() else None,
     )
+
+
+def _of_distribution(recipes: Path, wanted: str) -> str | None:
+    """The folder of the one recipe whose distribution has that canonical name; None: there is none, or more than one."""
+    found = []
+    for key in names(recipes):
+        with contextlib.suppress(ConfigError):  # a broken one is told about when it is asked for
+            if canonicalize_name(tables.read(recipes / key / "recipe.toml", Recipe).name) == wanted:
+                found.append(key)
+    return found[0] if len(found) == 1 else None

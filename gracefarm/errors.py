@@ -13,7 +13,6 @@ class ExitCode(IntEnum):
     USAGE = 2
     CONFIG = 3
     HOST = 4
-    NOTHING_TO_DO = 5
     FETCH = 10
     DIGEST = 11
     ROOT = 12
@@ -148,7 +147,7 @@ class InstallError(GracefarmError):
 
 
 class SeveralError(GracefarmError):
-    """More than one of the asked-for builds failed; each was reported on its own."""
+    """Of several recipes that were asked for, one or more failed; each was reported on its own."""
 
     exit_code = ExitCode.SEVERAL
 

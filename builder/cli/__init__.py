@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -114,24 +115,58 @@ def build(
         publish.refuse_credentials(url)  # before anything prints it
     on = wanted(toolchain, own, python, cuda)
     target = target_here(context, target, on)
-    plans = [plan_of(name, stack_name, target, settings, on) for name in names or _all(settings)]
-    if changed:
-        plans = [one for one in plans if not _settled(one, url, settings) and _complete(one, console)]
-        console.step("plan", f"changed since the last success: {', '.join(one.recipe.key for one in plans) or 'nothing'}")
+    asked = names or _all(settings)
     failures: list[GracefarmError] = []
+
+    def planned(name: str) -> Plan | None:
+        if changed and not _has_target(name, stack_name, target, settings, console):
+            return None
+        one = plan_of(name, stack_name, target, settings, on)
+        return one if not changed or (not _settled(one, url, settings) and _complete(one, console)) else None
+
+    plans = _plans(asked, planned, failures, console)
+    if changed:
+        console.step("plan", f"changed since the last success: {', '.join(one.recipe.key for one in plans) or 'nothing'}")
     for one in plans:
         try:
             done = _build(one, jobs, url, keep, settings, console)
         except GracefarmError as error:
-            if len(plans) == 1:
-                raise
-            console.error(error)
-            failures.append(error)
+            _survive(error, failures, plans, console)
         else:
             wheel = record.wheel_path(settings, done)
             console.result(done.model_dump(mode="json") | {"path": str(wheel)}, str(wheel))
     if failures:
-        raise SeveralError(f"{len(failures)} of {len(plans)} builds failed; each is described above")
+        raise SeveralError(f"{len(failures)} of {len(asked)} recipes failed; each is described above")
+
+
+def _plans(
+    asked: Sequence[str], planned: Callable[[str], Plan | None], failures: list[GracefarmError], console: Console
+) -> list[Plan]:
+    plans = []
+    for name in asked:
+        try:
+            plans.append(planned(name))
+        except GracefarmError as error:
+            _survive(error, failures, asked, console)
+    return [one for one in plans if one is not None]
+
+
+def _survive(error: GracefarmError, failures: list[GracefarmError], asked: Sequence[object], console: Console) -> None:
+    """Say what failed and go on: one broken recipe or build does not end the others'. An only one is the command's own."""
+    if len(asked) == 1 and not failures:
+        raise error
+    console.error(error)
+    failures.append(error)
+
+
+def _has_target(name: str, stack_name: str | None, target: str, settings: Settings, console: Console) -> bool:
+    """The recipe's stack builds for the target at all; a night for x86_64 passes over what is for aarch64 alone."""
+    loaded = recipes.load(settings.project / "recipes", name)
+    base = stack.load(settings.project / "stacks", stack_name or loaded.data.stack)
+    if Arch(target) in base.data.glibc:
+        return True
+    console.warn(f"left out: {name}: stack {base.data.name} has no target {target}")
+    return False
 
 
 def _complete(one: Plan, console: Console) -> bool:
@@ -169,23 +204,18 @@ def _all(settings: Settings) -> list[str]:
 def list_(as_json: bool) -> None:
     """Recipes, and the last build of each on this machine."""
     settings, console = settings_module.load(), Console(as_json=as_json)
-    rows = []
+    rows, lines = [], []
     for key in _all(settings):
-        data = recipes.load(settings.project / "recipes", key).data
+        try:
+            data = recipes.load(settings.project / "recipes", key).data
+        except ConfigError as error:
+            rows.append({"recipe": key, "error": error.cause})
+            lines.append(f"{key:20} {error.cause}")
+            continue
         last = next(iter(record.all_of(settings, key)), None)
-        rows.append(
-            {
-                "recipe": key,
-                "name": data.name,
-                "version": data.version,
-                "stack": data.stack,
-                "last": last.outcome if last else None,
-                "summary": data.summary,
-            }
-        )
-    lines = [
-        f"{row['recipe']:20} {row['version']:12} {row['stack']:8} {row['last'] or '-':8} {row['summary']}" for row in rows
-    ]
+        outcome = last.outcome if last else None
+        rows.append(data.model_dump(include={"name", "version", "stack", "summary"}) | {"recipe": key, "last": outcome})
+        lines.append(f"{key:20} {data.version:12} {data.stack:8} {outcome or '-':8} {data.summary}")
     console.result(rows, "\n".join(lines) or "no recipes")
 
 

@@ -232,6 +232,32 @@ def test_changed_builds_only_what_has_no_success_yet(farm: Farm) -> None:
     assert "changed since the last success: tiny" in farm.run("build", "--changed", "--target", NATIVE).said
 
 
+def test_a_broken_recipe_ends_neither_the_night_nor_the_list(farm: Farm) -> None:
+    farm.recipe("tiny", projects.backend("return wheel(wheel_directory)"))
+    broken = farm.recipe("broken", {}) / "recipe.toml"
+    broken.write_text(broken.read_text().replace("license", "licence"))
+    listed = farm.run("list")
+    assert listed.code == 0, listed.said
+    assert "unknown key 'licence'" in listed.out
+    assert "tiny" in listed.out
+    for command in (["--changed"], ["broken", "tiny"]):
+        done = farm.run("build", *command, "--target", NATIVE)
+        assert done.code == 50
+        assert "unknown key 'licence'" in done.said
+        assert "Traceback" not in done.said
+    assert farm.run("show", "tiny").code == 0
+
+
+@pytest.mark.skipif(NATIVE == "aarch64", reason="this host builds for aarch64 alone")
+def test_a_night_passes_over_recipes_without_that_target(farm: Farm) -> None:
+    farm.recipe("tiny", projects.backend("return wheel(wheel_directory)"))
+    farm.recipe("arm", projects.backend("return wheel(wheel_directory)"), stack="cu124")
+    done = farm.run("build", "--changed", "--target", "x86_64")
+    assert done.code == 0, done.said
+    assert "left out: arm: stack cu124 has no target x86_64" in done.said
+    assert "tiny-1.0-py3-none-any.whl" in done.out
+
+
 def test_json_events_are_lines_that_a_machine_can_read(farm: Farm) -> None:
     farm.recipe("tiny", projects.backend("return wheel(wheel_directory)"))
     done = farm.run("build", "tiny", "--target", NATIVE, "--json")

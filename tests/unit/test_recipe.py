@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from builder import recipe, schema, stack
 from gracefarm import tables
-from gracefarm.errors import ConfigError
+from gracefarm.errors import ConfigError, ExitCode
 
 REPOSITORY = Path(__file__).parent.parent.parent
 GOOD = """name = "thing"
@@ -73,6 +74,25 @@ def test_an_error_names_file_and_line(tmp_path: Path, old: str, new: str, line: 
         recipe.load(tmp_path, "thing")
     assert words in caught.value.cause
     assert f":{line}:" in caught.value.cause or f"line {line}" in caught.value.cause
+
+
+def test_a_recipe_answers_to_its_distributions_name(tmp_path: Path) -> None:
+    write(tmp_path, GOOD)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "recipe.toml").write_text(GOOD.replace('name = "thing"', 'name = "Some.Thing"', 1))
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "recipe.toml").write_text("name =")
+    assert recipe.load(tmp_path, "some_thing").key == "other"
+    (tmp_path / "twice").mkdir()
+    (tmp_path / "twice" / "recipe.toml").write_text((tmp_path / "other" / "recipe.toml").read_text())
+    with pytest.raises(ConfigError, match="unknown recipe 'some_thing'"):
+        recipe.load(tmp_path, "some_thing")
+
+
+def test_the_page_of_errors_lists_the_exit_codes() -> None:
+    text = (REPOSITORY / "docs" / "errors.md").read_text()
+    listed = {int(code): name for code, name in re.findall(r"^\| (\d+) \| (\w+) \|", text, re.MULTILINE)}
+    assert listed == {int(one): one.name.lower() for one in ExitCode}
 
 
 def test_the_nearest_key_is_offered(tmp_path: Path) -> None:
