@@ -83,9 +83,7 @@ def wheels(stack: LoadedStack, arch: Arch) -> tuple[LockedWheel, ...]:
     try:
         text = stack.requirements_lock.read_text()
     except FileNotFoundError as error:
-        raise ConfigError(
-            f"{stack.requirements_lock}: no such file", remedy="make it", repeat=f"builder lock-stack {stack.data.name}"
-        ) from error
+        raise ConfigError(f"{stack.requirements_lock}: no such file", remedy="make it", repeat=stack.lock_command) from error
     found: dict[str, LockedWheel] = {}
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip() or line.lstrip().startswith("#"):
@@ -128,7 +126,7 @@ def _parse_line(line: str, arch: Arch, place: str) -> LockedWheel | None:
             raise InvalidRequirement("it pins no version with ==")
         applies = requirement.marker is None or requirement.marker.evaluate({"platform_machine": arch.value})
     except (InvalidRequirement, InvalidMarker, ValueError) as error:
-        raise ConfigError(f"{place}: not a pinned wheel: {error}", remedy="make the lock again: builder lock-stack") from error
+        raise ConfigError(f"{place}: not a pinned wheel: {error}", remedy="make the lock again") from error
     return (
         LockedWheel(name=canonicalize_name(requirement.name), version=pin.version, sha256=match["sha256"]) if applies else None
     )
@@ -144,7 +142,7 @@ def _check_fresh(stack: LoadedStack, arch: Arch, found: Mapping[str, LockedWheel
             raise ConfigError(
                 f"{stack.requirements_lock} {have}; stack.toml wants {text}",
                 remedy="make the lock again",
-                repeat=f"builder lock-stack {stack.data.name}",
+                repeat=stack.lock_command,
             )
 
 
@@ -202,7 +200,11 @@ def resolve(stack: LoadedStack, settings: Settings, tick: Tick = no_tick) -> str
             if one[0] not in own:
                 files.setdefault(one, set()).add(arch)
     tick(len(archs), len(archs), "")
-    title = f"# Every wheel of stack {stack.data.name}: the target's environment and the CUDA compiler of the host."
+    title = (
+        f"# Every wheel of stack {stack.data.name}: the target's environment and the CUDA compiler of the host."
+        if stack.kind == "stack"
+        else f"# What set {stack.data.name} runs with, beside the farm's own wheels."
+    )
     return _render(title, stack, files, archs)
 
 
@@ -210,7 +212,7 @@ def _render(
     title: str, stack: LoadedStack, files: Mapping[tuple[str, str, str, str], set[Arch]], archs: Sequence[Arch]
 ) -> str:
     lines = [title]
-    lines += [f"# Written by `builder lock-stack {stack.data.name}`, not by hand. pip and uv read it with --require-hashes."]
+    lines += [f"# Written by `{stack.lock_command}`, not by hand. pip and uv read it with --require-hashes."]
     for one in stack.data.environment.wheels:
         lines += [f"# {one.name} {one.version} for {one.arch} is not here: stack.toml pins it on an index of its own."]
     for (name, version, filename, sha256), where in sorted(files.items()):
@@ -368,21 +370,29 @@ def fresh(environment: Path, into: Path, wheel: Path | None) -> Path:
             f"{environment} cannot be copied to {into}: {copied.stderr.strip()[:500]}", remedy="run `builder doctor`"
         )
     if wheel is not None:
-        facts = dict(line.split(" = ", 1) for line in (into / "pyvenv.cfg").read_text().splitlines())
-        python, platform = facts["gracefarm-python"], facts["gracefarm-platform"]
-        target, _, glibc = platform.partition("-manylinux_")
-        _check_tags(wheel, python, glibc, Arch(target))
-        site = into / "lib" / f"python{python}" / "site-packages"
-        where = ["--python", sys.executable, f"--target={site}"]
-        install_wheel(
-            wheel,
-            [*where, f"--python-version={python}", f"--python-platform={platform}"],
-            lambda message: InstallError(
-                f"{wheel.name} cannot be installed: {message}", remedy="run `builder audit` on the wheel"
-            ),
-        )
-        _relocate_scripts(into, site)
+        add(into, wheel)
     return into
+
+
+def add(into: Path, wheel: Path) -> None:
+    """Install one wheel more in a copy that `fresh` made, without what it depends on.
+
+    Raises:
+        InstallError: see `fresh`.
+    """
+    facts = dict(line.split(" = ", 1) for line in (into / "pyvenv.cfg").read_text().splitlines())
+    python, platform = facts["gracefarm-python"], facts["gracefarm-platform"]
+    target, _, glibc = platform.partition("-manylinux_")
+    _check_tags(wheel, python, glibc, Arch(target))
+    site = into / "lib" / f"python{python}" / "site-packages"
+    install_wheel(
+        wheel,
+        ["--python", sys.executable, f"--target={site}", f"--python-version={python}", f"--python-platform={platform}"],
+        lambda message: InstallError(
+            f"{wheel.name} cannot be installed: {message}", remedy="run `builder audit` on the wheel"
+        ),
+    )
+    _relocate_scripts(into, site)
 
 
 def _check_tags(wheel: Path, python: str, glibc: str, arch: Arch) -> None:

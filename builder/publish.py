@@ -21,7 +21,7 @@ from gracefarm.errors import InstallError, PublishError, UsageError
 from gracefarm.files import sha256_file
 
 
-def refuse_credentials(url: str) -> None:
+def refuse_credentials(url: str, option: str = "--publish") -> None:
     """An upload URL is printed, recorded and an argument of twine's: no place for a password.
 
     Raises:
@@ -32,7 +32,7 @@ def refuse_credentials(url: str) -> None:
         bare = urlunsplit(parts._replace(netloc=parts.netloc.rsplit("@", 1)[-1]))
         raise UsageError(
             "the upload URL carries credentials",
-            remedy=f"use --publish {bare} with TWINE_USERNAME and TWINE_PASSWORD in the environment",
+            remedy=f"use {option} {bare} with TWINE_USERNAME and TWINE_PASSWORD in the environment",
         )
 
 
@@ -79,7 +79,7 @@ def _offered(wheel: Path, url: str) -> bool:
     """Whether the index of an upload address offers a file of that name and sha256; legacy/ and simple/ stand together."""
     name = wheel.name.split("-")[0]
     index = re.sub(r"legacy/?$", "", url).rstrip("/") + "/simple/"
-    with PyPISimple(index, auth=_credentials(url)) as client:
+    with PyPISimple(index, auth=credentials(url)) as client:
         try:
             offered = client.get_project_page(name, timeout=60).packages
         except (requests.RequestException, NoSuchProjectError, UnsupportedContentTypeError, UnsupportedRepoVersionError):
@@ -110,7 +110,7 @@ def send_record(document: Path, log: Path, build_id: str, url: str) -> str | Non
     if log.is_file():
         bodies.append((f"{base}/records/{build_id}/log", _end_of(log)))
     try:
-        with httpx.Client(auth=_credentials(url), timeout=60) as client:
+        with httpx.Client(auth=credentials(url), timeout=60) as client:
             for place, body in bodies:
                 answer = client.put(place, content=body)
                 if answer.status_code >= 300:

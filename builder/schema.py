@@ -8,10 +8,18 @@ from pydantic import BaseModel
 
 from builder.recipe import Recipe
 from builder.record import Record
+from builder.sets.data import WheelSet
+from builder.sets.record import SetRecord
 from builder.stack import Stack
 
 
 def documents() -> dict[str, str]:
     """Name to JSON schema, as committed under docs/schema (a test compares them)."""
-    models: dict[str, type[BaseModel]] = {"recipe": Recipe, "stack": Stack, "record": Record}
+    models: dict[str, type[BaseModel]] = {
+        "recipe": Recipe,
+        "stack": Stack,
+        "set": WheelSet,
+        "record": Record,
+        "set-record": SetRecord,
+    }
     return {name: json.dumps(model.model_json_schema(), indent=2) + "\n" for name, model in models.items()}

@@ -149,6 +149,13 @@ class LoadedStack:
 
     folder: Path
     data: Stack
+    kind: str = "stack"
+    "`set`, where a set's own lock stands in for the stack's."
+
+    @property
+    def lock_command(self) -> str:
+        """What writes its requirements.lock."""
+        return f"builder lock-stack {self.data.name}" if self.kind == "stack" else f"builder set lock {self.data.name}"
 
     @property
     def requirements_lock(self) -> Path:

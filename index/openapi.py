@@ -99,6 +99,26 @@ _SCHEMAS: Spec = {
             },
         },
     },
+    "Matrix": {
+        "type": "object",
+        "required": ["expect"],
+        "properties": {"expect": {"type": "array", "items": {"type": "string"}}},
+    },
+    "Set": {
+        "type": "object",
+        "required": ["name", "state", "expect", "files", "missing", "upload", "preview", "simple"],
+        "properties": {
+            "name": {"type": "string"},
+            "state": {"enum": ["staged", "published", "dropped"]},
+            "expect": {"type": "array", "items": {"type": "string"}},
+            "files": {"type": "array", "items": {"type": "string"}},
+            "missing": {"type": "array", "items": {"type": "string"}},
+            "upload": {"type": ["string", "null"]},
+            "preview": {"type": ["string", "null"]},
+            "simple": {"type": ["string", "null"]},
+        },
+        "additionalProperties": False,
+    },
     "Record": {"type": "object", "description": "docs/index-records.md says what is read of it."},
     "Upload": {
         "type": "object",
@@ -224,6 +244,27 @@ def _record(path: str, what: str, media: str, schema: Spec) -> Spec:
     }
 
 
+def _stages() -> Spec:
+    """A staged set: all with a token."""
+    place, shown = "/stage/{set_name}", "/stage/{set_name}/publish"
+    media, codes = {"application/json": _ref("Set")}, (200, *_REFUSED[:3], 404, 429)
+    body = {"required": True, "content": {"application/json": {"schema": _ref("Matrix")}}}
+    return {
+        place: {
+            "get": _operation(place, "A set's state and what it lacks.", codes, media, **_SECURED),
+            "put": _operation(
+                place,
+                "Open a set, with the wheels that it must hold before it can be published.",
+                (200, *_REFUSED),
+                media,
+                requestBody=body,
+                **_SECURED,
+            ),
+        },
+        shown: {"post": _operation(shown, "Show the whole set at once.", codes, media, **_SECURED)},
+    }
+
+
 def _page(path: str, summary: str, *, codes: tuple[int, ...] = (200, 304), **more: Any) -> Spec:
     found = {"get": _operation(path, summary, codes, {PLAIN: _STRING}, parameters=(_MATCH, *more.pop("parameters", ())))}
     if 404 in codes:
@@ -247,6 +288,7 @@ def describe(version: str) -> Spec:
             "/stage/{set_name}/legacy/": "Upload into a staged set.",
         }.items()
     }
+    paths |= _stages()
     finder = tuple(_query(name, _STRING) for name in ("cuda", "torch", "python", "sm", "platform"))
     paths |= {
         "/files/{sha256}/{filename}": _file("/files/{sha256}/{filename}", "A file, or its metadata: immutable."),

@@ -255,7 +255,7 @@ def record(service: Service) -> Endpoint:
             return _send_record(service, request, row, identifier)
         token = await identify(service, request)
         with service.gate.upload(client_of(request)):
-            raw = await _body(service, request)
+            raw = await body_of(service, request)
             loop = asyncio.get_running_loop()
             common = (service.store, service.catalogue, token, identifier, raw)
             if is_log:
@@ -293,7 +293,8 @@ def _send_record(service: Service, request: Request, row: sqlite3.Row | None, id
     return _send(service, request, digest, "text/plain; charset=utf-8" if is_log else "application/json", cache="no-cache")
 
 
-async def _body(service: Service, request: Request) -> bytes:
+async def body_of(service: Service, request: Request) -> bytes:
+    """A request's whole body, bounded as records are."""
     found = bytearray()
     more = True
     while more:

@@ -14,7 +14,7 @@ from typing import Literal
 import uvloop
 
 from gracefarm.errors import ConfigError, HostError
-from index import connections
+from index import connections, staging
 from index.app import Application
 from index.catalogue import open_catalogue
 from index.connections import Bounds
@@ -51,7 +51,7 @@ def build(store: Store, options: Options) -> Application:
         application.log.close()
         service.close()
 
-    application = Application(service, starlette(service, people_routes(service), end))
+    application = Application(service, starlette(service, [*staging.routes(service), *people_routes(service)], end))
     application.rest.state.client = application.client
     return application
 

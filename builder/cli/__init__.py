@@ -21,6 +21,7 @@ from builder import plan as planning
 from builder import recipe as recipes
 from builder.cli.aim import plan_of, target_here, toolchained, wanted
 from builder.cli.lock import lock as lock_command
+from builder.cli.sets import set_ as set_command
 from builder.cli.why import why as why_command
 from builder.machine import Wanted, find
 from builder.plan import Plan
@@ -545,6 +546,7 @@ def schema_(write: Path | None) -> None:
 
 
 cli.add_command(lock_command)
+cli.add_command(set_command)
 cli.add_command(why_command)
 
 

@@ -591,3 +591,58 @@ def test_a_deleted_name_is_not_freed_by_dropping_its_set(shared: Server) -> None
     answer = shared.upload(name, content)
     assert answer.status_code == 400
     assert "never used again" in answer.text
+
+
+# --- over HTTP --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_set_is_opened_filled_and_published_over_http(shared: Server) -> None:
+    auth = ("__token__", shared.token)
+    matrix = {"expect": ["far_pkg==1.0 cp311 aarch64", "far_dep==2.0"]}
+    opened = shared.client.put("/stage/autumn", json=matrix, auth=auth)
+    assert opened.status_code == 200, opened.text
+    assert opened.json()["missing"] == matrix["expect"]
+    assert shared.client.put("/stage/autumn", json=matrix, auth=auth).status_code == 200, "the same again goes on"
+    other = shared.client.put("/stage/autumn", json={"expect": ["far_pkg==1.0"]}, auth=auth)
+    assert (other.status_code, "with another matrix" in other.text) == (400, True)
+
+    assert shared.upload(*wheel("far_pkg", "1.0", AARCH64), path=opened.json()["upload"]).status_code == 200
+    refused = shared.client.post("/stage/autumn/publish", auth=auth)
+    assert (refused.status_code, "lacks 1 of 2: far_dep==2.0" in refused.text) == (400, True)
+    assert shared.filenames("far-pkg") == []
+
+    assert shared.upload(*wheel("far_dep", "2.0"), path=opened.json()["upload"]).status_code == 200
+    assert shared.client.get("/stage/autumn", auth=auth).json()["missing"] == []
+    shown = shared.client.post("/stage/autumn/publish", auth=auth)
+    assert (shown.status_code, shown.json()["state"], shown.json()["simple"]) == (200, "published", "/autumn/simple/")
+    assert shared.filenames("far-pkg", prefix="/autumn") == [f"far_pkg-1.0-{AARCH64}.whl"]
+    assert "is published" in shared.client.post("/stage/autumn/publish", auth=auth).text
+
+
+def test_a_dropped_set_is_not_opened_again_over_http(shared: Server) -> None:
+    auth = ("__token__", shared.token)
+    run_index(shared.root, "stage", "create", "fallen")
+    run_index(shared.root, "stage", "drop", "fallen")
+    answer = shared.client.put("/stage/fallen", json={"expect": []}, auth=auth)
+    assert (answer.status_code, "which was dropped" in answer.text) == (400, True)
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"[]", b'{"expect": "a"}', b'{"expect": [1]}', b'{"expect": ["a b c d"]}', b"[" * 100_000]
+)
+def test_a_matrix_that_cannot_be_read_is_refused(shared: Server, body: bytes) -> None:
+    answer = shared.client.put("/stage/unread", content=body, auth=("__token__", shared.token))
+    assert answer.status_code == 400, answer.text
+    assert shared.client.get("/stage/unread", auth=("__token__", shared.token)).status_code == 404
+
+
+def test_who_may_stage_over_http(shared: Server) -> None:
+    def put(name: str, *auth: str) -> int:
+        return shared.client.put(f"/stage/{name}", json={"expect": []}, auth=tuple(auth) or None).status_code  # type: ignore[arg-type]
+
+    assert put("guarded") == 401
+    assert put("guarded", "__token__", make_token(shared.root, "--project", "far-pkg")) == 403
+    scoped = make_token(shared.root, "--set", "guarded")
+    assert put("other-set", "__token__", scoped) == 403
+    assert put("guarded", "__token__", scoped) == 200
+    assert shared.client.get("/stage/guarded").status_code == 401, "its preview address is for whoever was given it"

@@ -119,8 +119,8 @@ def write_stacks(source: Path, into: Path) -> None:
     )
     (bare / "stack.toml").write_text(text)
     lock = (bare / "requirements.lock").read_text()
-    blocks = re.findall(r"^(?!#)\S[^\n]*(?:\\\n[^\n]*)*", lock, flags=re.M)
-    (bare / "requirements.lock").write_text("".join(f"{one}\n" for one in blocks if re.split(r"[=\s]", one)[0] in keep))
+    blocks = re.findall(r"^(# \S+\.whl\n)((?!#)\S[^\n]*)", lock, flags=re.M)
+    (bare / "requirements.lock").write_text("".join(f"{file}{pin}\n" for file, pin in blocks if pin.split("==")[0] in keep))
     tomllib.loads((bare / "stack.toml").read_text())
 
 

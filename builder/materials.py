@@ -1,0 +1,59 @@
+"""What a wheel is made of, read out of a build's inputs: for the SBOM, for provenance, for the plan of a set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from packaging.utils import canonicalize_name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Material:
+    """One thing that was fetched."""
+
+    what: str
+    "For people: a name, or the place in the source tree."
+    version: str | None
+    uri: str
+    algorithm: str
+    "`sha256`, or `gitCommit` as in-toto calls it."
+    digest: str | None
+    "None where it is a gap."
+
+
+def of(inputs: Mapping[str, Any]) -> list[Material]:
+    """Source, submodules, repositories, files and patches of a build, in the recipe's order."""
+    recipe = inputs["recipe"]
+    return [
+        *_source(recipe["source"], recipe),
+        *(_git(one["path"], one["url"], one["commit"]) for one in recipe["repositories"]),
+        *(_file(one["path"], one["url"], one["sha256"]) for one in recipe["files"] if one["url"]),
+        *(_file(f"patch {number}", f"urn:sha256:{one}", one) for number, one in enumerate(recipe["patches"], 1)),
+    ]
+
+
+def _source(source: Mapping[str, Any], recipe: Mapping[str, Any]) -> Iterator[Material]:
+    if source["kind"] == "git":
+        yield _git(recipe["name"], source["url"], source["commit"])
+        for path, one in sorted(source["submodules"].items()):
+            yield _git(path, one["url"], one["commit"])
+    elif source["kind"] == "sdist":
+        yield wheel(source["name"], source["version"], source["sha256"])
+    else:
+        yield _file(recipe["name"], source["url"], source["sha256"])
+
+
+def wheel(name: str, version: str, sha256: str | None) -> Material:
+    """A file of the Python index."""
+    uri = f"pkg:pypi/{canonicalize_name(name)}@{version}"
+    return Material(what=name, version=version, uri=uri, algorithm="sha256", digest=sha256 or None)
+
+
+def _git(what: str, url: str, commit: str) -> Material:
+    return Material(what=what, version=commit, uri=f"git+{url}@{commit}", algorithm="gitCommit", digest=commit)
+
+
+def _file(what: str, url: str, sha256: str | None) -> Material:
+    return Material(what=what, version=None, uri=url, algorithm="sha256", digest=sha256)

@@ -1,0 +1,1 @@
+"""Sets: wheels that are tested together and published together, with their lock."""

@@ -1,0 +1,153 @@
+"""A set as data: sets/NAME/set.toml, with requirements.lock where what it runs with is not just the stack's environment."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+from typing import Annotated, Self
+
+from packaging.requirements import InvalidRequirement, Requirement
+from packaging.utils import canonicalize_name
+from pydantic import AfterValidator, Field, model_validator
+
+from builder import recipe as recipes
+from builder import stack as stacks
+from builder.recipe import LoadedRecipe
+from builder.stack import Arch, Environment, LoadedStack
+from gracefarm import tables
+from gracefarm.errors import ConfigError
+from gracefarm.settings import Settings
+from gracefarm.tables import Table
+
+
+def _requirement(text: str) -> str:
+    try:
+        Requirement(text)
+    except InvalidRequirement as error:
+        msg = f"{text!r} is no requirement"
+        raise ValueError(msg) from error
+    return text
+
+
+class Together(Table):
+    """What must work with all wheels of the set in one clean environment; smoke.py beside set.toml runs after the imports."""
+
+    imports: tuple[str, ...] = Field(min_length=1, description="Modules imported by name, extensions included")
+    commands: tuple[tuple[str, ...], ...] = Field(
+        default=(), description="Programs of the environment that must end well, as [['aphrodite', 'run', '--help']]"
+    )
+
+
+class WheelSet(Table):
+    """set.toml."""
+
+    name: str = Field(description="The folder's name, and the set's at the index")
+    summary: str = ""
+    stack: str = Field(description="Stack that the recipes are built against")
+    target: Arch = Arch.AARCH64
+    recipes: tuple[str, ...] = Field(min_length=1, description="Our own wheels; a wheel that another requires is built first")
+    requirements: tuple[Annotated[str, AfterValidator(_requirement)], ...] = Field(
+        default=(), description="What the set's own lock is resolved from; none: the set runs in the stack's environment"
+    )
+    resolved_before: str | None = Field(
+        default=None, description="The lock takes no file that was uploaded later (RFC 3339 date)"
+    )
+    left_out: tuple[str, ...] = Field(default=(), description="Distributions that the lock does without")
+    together: Together
+
+    @model_validator(mode="after")
+    def _dated(self) -> Self:
+        if bool(self.requirements) != bool(self.resolved_before):
+            msg = "requirements need the date resolved_before, so that the lock can be made again, and the date needs them"
+            raise ValueError(msg)
+        return self
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedSet:
+    """A set with its stack and its recipes, these in the order in which they are built."""
+
+    folder: Path
+    data: WheelSet
+    stack: LoadedStack
+    recipes: tuple[LoadedRecipe, ...]
+
+    @cached_property
+    def runtime(self) -> LoadedStack:
+        """What the set runs with, in the form of a stack: the stack's own environment, or the set's lock in its place."""
+        if not self.data.requirements:
+            return self.stack
+        of = self.stack.data
+        environment = Environment(
+            requirements=self.data.requirements,
+            resolved_before=self.data.resolved_before,
+            left_out=self.data.left_out,
+            wheels=of.environment.wheels,
+        )
+        changes = {
+            "name": self.data.name,
+            "glibc": {self.data.target: of.glibc[self.data.target]},
+            "environment": environment,
+            "toolchain": of.toolchain.model_copy(update={"requirements": (), "debian": None}),
+            "root": of.root.model_copy(update={"hosts": {}}),
+        }
+        return replace(self.stack, folder=self.folder, data=of.model_copy(update=changes), kind="set")
+
+    @property
+    def smoke_script(self) -> Path | None:
+        """smoke.py, where the set has one."""
+        place = self.folder / "smoke.py"
+        return place if place.is_file() else None
+
+
+def folder(settings: Settings) -> Path:
+    """Where sets are."""
+    return settings.project / "sets"
+
+
+def names(settings: Settings) -> list[str]:
+    """Sets of this project, sorted."""
+    return sorted(path.parent.name for path in folder(settings).glob("*/set.toml"))
+
+
+def load(name: str, settings: Settings) -> LoadedSet:
+    """The set called `name`.
+
+    Raises:
+        ConfigError: there is none (names the nearest), its file does not fit the schema, it names a recipe or stack that is
+            not there, or its recipes require each other.
+    """
+    place = folder(settings) / name
+    if not (place / "set.toml").is_file():
+        known = names(settings)
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        raise ConfigError(
+            f"unknown set {name!r} in {folder(settings)}",
+            remedy=f"did you mean {near[0]!r}?" if near else f"sets: {', '.join(known) or 'none'}",
+        )
+    data = tables.read(place / "set.toml", WheelSet, docs="docs/sets.md")
+    if data.name != name:
+        raise ConfigError(f"{place / 'set.toml'}:1: the set calls itself {data.name!r}", remedy="name it as its folder")
+    base = stacks.load(settings.project / "stacks", data.stack)
+    if data.target not in base.data.glibc:
+        raise ConfigError(f"stack {data.stack} has no target {data.target.value}", remedy="mend target in set.toml")
+    own = [recipes.load(settings.project / "recipes", key) for key in data.recipes]
+    return LoadedSet(folder=place, data=data, stack=base, recipes=tuple(_in_order(own, name)))
+
+
+def _in_order(own: Iterable[LoadedRecipe], name: str) -> list[LoadedRecipe]:
+    """What another one requires comes first; else as the set lists them."""
+    by_name = {canonicalize_name(one.data.name): one for one in own}
+    graph = {
+        key: [wanted for text in one.data.wheel.requires if (wanted := canonicalize_name(text)) in by_name and wanted != key]
+        for key, one in by_name.items()
+    }
+    try:
+        return [by_name[key] for key in TopologicalSorter(graph).static_order()]
+    except CycleError as error:
+        circle = " > ".join(map(str, error.args[1]))
+        raise ConfigError(f"recipes of set {name} require each other: {circle}", remedy="mend [wheel] requires") from error

@@ -1,0 +1,183 @@
+"""A set from its recipes to its locks, and to an index: what is there already is not done again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from builder import build as builds
+from builder import compile, environment, meter, publish, record, root, stack
+from builder.build import Options
+from builder.plan import Plan
+from builder.record import Record
+from builder.sets import locks, staging, together
+from builder.sets import record as set_records
+from builder.sets.locks import Served
+from builder.sets.plan import SetPlan
+from builder.sets.record import SetRecord
+from gracefarm.console import Console
+from gracefarm.errors import GracefarmError, PublishError, SeveralError
+from gracefarm.files import atomic_write, lock, remove_tree
+from gracefarm.settings import Settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Built:
+    """A set that was built and tested, and where its files are."""
+
+    plan: SetPlan
+    record: SetRecord
+    folder: Path
+    wheels: tuple[Path, ...]
+    "Ours."
+
+    @property
+    def lock(self) -> Path:
+        """Every wheel by sha256, for pip, uv and `index mirror`."""
+        return self.folder / "requirements.lock"
+
+    @property
+    def own_locks(self) -> dict[str, Path]:
+        """Locks of what is on an index of its own, as torch for one CUDA is: `index mirror` is told one index at a time."""
+        indexes = sorted({one.index for one in self.record.wheels if one.index})
+        return {index: self.folder / f"own-index-{number}.lock" for number, index in enumerate(indexes, 1)}
+
+
+def build(plan: SetPlan, jobs: int | None, settings: Settings, console: Console) -> Built:
+    """Build what is not built, try all of it together, write the lock.
+
+    Raises:
+        SeveralError: wheels that could not be built, each reported on its own; all of them were tried.
+        SmokeError, InstallError: they do not work together.
+        ConfigError, FetchError, ...: see `locks.collect` and `environment.ensure`.
+    """
+    name, place = plan.set.data.name, set_records.folder(settings, plan.set_id)
+    console.step(
+        "set", f"{name}: set id {plan.set_id[:16]}, {len(plan.builds)} wheels of ours, {len(plan.wheels)} beside them"
+    )
+    records = _build_all(plan, jobs, settings, console)
+    with lock(settings.home / "locks" / f"set-{plan.set_id}", lambda: console.step("wait", f"another process tests {name}")):
+        wheels = tuple(path for one in records if (path := record.wheel_path(settings, one)) is not None)
+        found = set_records.read(settings, plan.set_id)
+        ours = {one.wheel.sha256 for one in records if one.wheel}
+        if found is None or {one.sha256 for one in found.wheels if one.own} != ours:
+            found = _tested(plan, records, wheels, place, settings, console)
+        else:
+            console.step("together", f"tested already, {found.finished}")
+    title = f"Set {name}, id {plan.set_id}: our wheels and what they were tested with."
+    atomic_write(place / "requirements.lock", locks.requirements(title, found.wheels))
+    done = Built(plan=plan, record=found, folder=place, wheels=wheels)
+    for index, own in done.own_locks.items():
+        of_it = [one for one in found.wheels if one.index == index]
+        atomic_write(own, locks.requirements(f"Of set {name}, what is on {index}", of_it))
+    return done
+
+
+def _build_all(plan: SetPlan, jobs: int | None, settings: Settings, console: Console) -> list[Record]:
+    """The records of our wheels; a failure is reported and the next one is tried."""
+    done: list[Record] = []
+    failed = 0
+    for one in plan.builds:
+        try:
+            done.append(_build(one, jobs, settings, console))
+        except GracefarmError as error:
+            console.error(error)
+            failed += 1
+    if failed:
+        raise SeveralError(
+            f"{failed} of {len(plan.builds)} wheels of set {plan.set.data.name} could not be built; each is described above",
+            remedy="mend them; what was built is kept",
+            repeat=f"builder set build {plan.set.data.name}",
+        )
+    return done
+
+
+def _build(plan: Plan, jobs: int | None, settings: Settings, console: Console) -> Record:
+    found = record.existing(plan, settings)
+    if found is not None:
+        console.step("done", f"{plan.title}: built already, build id {plan.build_id[:16]}")
+        return found
+    return builds.build(plan, Options(jobs=jobs), settings, console)
+
+
+def _tested(
+    plan: SetPlan, records: Sequence[Record], wheels: Sequence[Path], place: Path, settings: Settings, console: Console
+) -> SetRecord:
+    of, target = plan.set, plan.set.data.target
+    with console.progress("root") as tick:
+        base = root.ensure(of.stack, stack.host_arch(), target, settings, tick)
+        site = environment.ensure(of.runtime, target, base, settings, tick)
+    place.mkdir(parents=True, exist_ok=True)
+    scratch = place / "together"
+    scratch.mkdir(exist_ok=True)
+    console.step("together", f"{', '.join(of.data.together.imports)} in one environment; log {scratch / 'log.txt'}")
+    done = together.test(plan, wheels, site, base, scratch, compile.bound(settings, meter.available_memory()))
+    console.step("together", f"imported {', '.join(done.smoke.modules)} in {done.wall_s:.0f} s")
+    for one in done.commands:
+        console.step("together", f"`{' '.join(one.command)}` ended well in {one.wall_s:.0f} s")
+    remove_tree(scratch / "files")
+    found = SetRecord(
+        set_id=plan.set_id,
+        name=of.data.name,
+        stack=of.data.stack,
+        target=target.value,
+        builds={one.recipe: one.build_id for one in records},
+        wheels=tuple(locks.collect(of, wheels, settings)),
+        tested=done,
+        finished=record.now(),
+    )
+    atomic_write(place / "set.json", found.model_dump_json(indent=2) + "\n")
+    return found
+
+
+def render(built: Built, at: Served) -> Path:
+    """pylock.toml for the index that will serve the set."""
+    place = built.folder / "pylock.toml"
+    atomic_write(place, locks.pylock(built.plan.set, built.record.wheels, at))
+    return place
+
+
+def stage(built: Built, at: Served, settings: Settings, console: Console) -> None:
+    """Stage the set and publish it, as soon as the index has all of it.
+
+    Raises:
+        PublishError: the index refuses, or the set lacks third-party wheels, which its own machine has to mirror.
+    """
+    name = built.plan.set.data.name
+    state = staging.open_(at, staging.matrix(built.record.wheels))
+    if state["state"] != "published":
+        have = set(state["files"])
+        for wheel in built.wheels:
+            beside = [wheel] if wheel.name in have else [*sorted(wheel.parent.glob("*.tar.gz")), wheel]
+            staging.upload(at, [one for one in beside if one.name not in have])
+            console.step("stage", f"{wheel.name} to {at.base}/stage/{at.name}/legacy/")
+        _tell(built, at, settings, console)
+        state = staging.state(at)
+        if state["missing"]:
+            raise _incomplete(built, at, state["missing"])
+        state = staging.show(at)
+    console.step("publish", f"{name}: {len(state['files'])} files are visible at {at.simple}")
+
+
+def _tell(built: Built, at: Served, settings: Settings, console: Console) -> None:
+    for build_id in built.record.builds.values():
+        builds.tell_index(build_id, f"{at.base}/stage/{at.name}/legacy/", settings, console)
+
+
+def _incomplete(built: Built, at: Served, missing: Sequence[str]) -> PublishError:
+    commands = [f"GRACEFARM_PYTHON_INDEX={index} index mirror {own} --set {at.name}" for index, own in built.own_locks.items()]
+    commands.append(f"index mirror {built.lock} --set {at.name}")
+    shown = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
+    return PublishError(
+        f"{at.name} is staged at {at.base} and not published yet: it lacks {len(missing)} wheels ({shown})",
+        remedy=f"on the index's machine: {'; '.join(commands)}; then the same command publishes it",
+        repeat=f"builder set build {built.plan.set.data.name} --stage {at.base}",
+    )
+
+
+def refuse_credentials(*urls: str | None) -> None:
+    """See `publish.refuse_credentials`."""
+    for url in urls:
+        if url is not None:
+            publish.refuse_credentials(url, "--stage")

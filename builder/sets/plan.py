@@ -1,0 +1,100 @@
+"""What a set will be, as one hash: the build ids of its own wheels, what they run with, and what must work together."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+
+from packaging.utils import canonicalize_name
+
+from builder import environment, gaps
+from builder import plan as plans
+from builder.environment import LockedWheel
+from builder.gaps import Gap
+from builder.plan import Plan
+from builder.sets.data import LoadedSet
+from builder.stack import Arch
+from gracefarm.errors import ConfigError, PublishError
+from gracefarm.files import sha256_file
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetPlan:
+    """A set, with the plans of its own wheels in the order in which they are built."""
+
+    set: LoadedSet
+    builds: tuple[Plan, ...]
+    wheels: tuple[LockedWheel, ...]
+    "What they run with."
+
+    @cached_property
+    def set_id(self) -> str:
+        """Hex sha256 of everything that can change the set's locks or what is tested."""
+        data = self.set.data
+        content = {
+            "format": FORMAT,
+            "builds": [one.build_id for one in self.builds],
+            "wheels": [(one.name, one.version, one.sha256) for one in self.wheels],
+            "target": data.target.value,
+            "together": data.together.model_dump(mode="json"),
+            "smoke": sha256_file(self.set.smoke_script) if self.set.smoke_script else None,
+        }
+        return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+    def gaps(self) -> list[Gap]:
+        """Digests that are not known yet, of recipes and stack, each once."""
+        return [*(gap for one in self.builds for gap in gaps.of_recipe(one.recipe)), *gaps.of_stack(self.set.stack)]
+
+
+def make(found: LoadedSet, host: Arch) -> SetPlan:
+    """The plan of a set.
+
+    Raises:
+        PublishError: its stack has headers alone.
+        ConfigError: a lock is absent or older than its TOML file, or what the set runs with has another torch than the one
+            that its wheels are built against.
+    """
+    refuse_objects(found)
+    wheels = environment.wheels(found.runtime, found.data.target)
+    _check_torch(found, wheels)
+    builds = tuple(plans.make(one, found.stack, host, found.data.target) for one in found.recipes)
+    own = {canonicalize_name(one.recipe.data.name) for one in builds}
+    for wheel in wheels:
+        if wheel.name in own:
+            raise ConfigError(
+                f"set {found.data.name} builds {wheel.name} and its lock has {wheel.name} {wheel.version} too",
+                remedy="name it in left_out of set.toml, then lock again",
+                repeat=found.runtime.lock_command,
+            )
+    return SetPlan(set=found, builds=builds, wheels=wheels)
+
+
+def refuse_objects(found: LoadedSet) -> None:
+    """A stack of headers makes objects to look at: nothing of it can be loaded together.
+
+    Raises:
+        PublishError: the set's stack is such a one.
+    """
+    if found.stack.data.objects_only:
+        raise PublishError(
+            f"stack {found.stack.data.name} has headers alone: what it builds cannot be loaded and is part of no set",
+            remedy="build against a stack that has the libraries",
+        )
+
+
+def _check_torch(found: LoadedSet, wheels: tuple[LockedWheel, ...]) -> None:
+    """Extensions are bound to the very torch that they were compiled against."""
+    mine = next((one for one in wheels if one.name == "torch"), None)
+    against = next((one for one in environment.wheels(found.stack, found.data.target) if one.name == "torch"), None)
+    if against is not None and mine != against:
+        have = f"{mine.version} (sha256 {mine.sha256[:16]}…)" if mine else "none"
+        raise ConfigError(
+            f"set {found.data.name} runs with torch {have}, its wheels are built against {against.version} "
+            f"(sha256 {against.sha256[:16]}…) of stack {found.stack.data.name}",
+            remedy="pin the stack's torch in requirements of set.toml, and lock both before the same date",
+            repeat=found.runtime.lock_command,
+        )

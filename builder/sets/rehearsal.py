@@ -1,0 +1,171 @@
+"""`builder set run`: the whole way of a set on one machine, to an import of what was installed by hash from an index alone."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import mkdtemp
+
+import uv
+
+from builder import compile, demo, environment, meter, root, stack
+from builder.sets import flow, locks, staging, together
+from builder.sets.flow import Built
+from builder.sets.locks import Served
+from builder.sets.plan import SetPlan
+from builder.sets.record import Tested
+from gracefarm.console import Console
+from gracefarm.errors import InstallError, PublishError
+from gracefarm.files import lock, remove_tree
+from gracefarm.settings import Settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """Where everything is, and how long it took."""
+
+    lock: str
+    pylock: str
+    files: int
+    "Files of the set at the index."
+    size: int
+    "Their bytes."
+    mirror_s: float
+    install_s: float
+    tested: Tested
+
+
+def run(plan: SetPlan, jobs: int | None, settings: Settings, console: Console) -> Result:
+    """Build and test the set, stage it, mirror what is not ours, publish; install by hash from the set's view alone; import.
+
+    Each run shows the set under a name of its own, since a published one never changes; the index keeps files once.
+
+    Raises:
+        GracefarmError: of the step that failed.
+    """
+    built = flow.build(plan, jobs, settings, console)
+    with lock(settings.home / "locks" / "run"), demo.local_index(settings) as (url, token):
+        os.environ.update(TWINE_USERNAME="__token__", TWINE_PASSWORD=token)
+        at = locks.served(url, f"{plan.set.data.name}-{time.strftime('%Y%m%d-%H%M%S')}")
+        console.step("index", f"serving {url} from {settings.home / 'index'}")
+        pylock = flow.render(built, at)
+        mirror_s = _published(built, at, settings, console)
+        files, size = _holds(at)
+        console.step("mirror", f"{files} files, {size / 1e9:.2f} GB, in {mirror_s:.0f} s")
+        start = time.monotonic()
+        with _scratch(settings) as home:
+            clean, base = _installed(built, _only(at, home, settings), console)
+            install_s = time.monotonic() - start
+            console.step("install", f"{len(built.record.wheels)} wheels by hash from {at.simple} alone in {install_s:.0f} s")
+            _dry_run(plan, pylock, home, console)
+            tested = together.tried(plan.set, clean, base, home, compile.bound(settings, meter.available_memory()))
+        console.step("import", f"imported {', '.join(tested.smoke.modules)} in {tested.wall_s:.0f} s")
+    return Result(
+        lock=str(built.lock),
+        pylock=str(pylock),
+        files=files,
+        size=size,
+        mirror_s=round(mirror_s, 1),
+        install_s=round(install_s, 1),
+        tested=tested,
+    )
+
+
+def _published(built: Built, at: Served, settings: Settings, console: Console) -> float:
+    """Stage, mirror on the index's side as its owner would, stage again; seconds that the mirror took."""
+    try:
+        flow.stage(built, at, settings, console)
+    except PublishError as error:
+        if not staging.state(at)["missing"]:
+            raise
+        console.step("stage", error.cause)
+    start = time.monotonic()
+    for index, own in [*built.own_locks.items(), (None, built.lock)]:
+        command = [sys.executable, "-m", "index", "mirror", str(own), "--set", at.name, "--root", str(settings.home / "index")]
+        index_url = index or settings.index_url
+        variables = {"GRACEFARM_PYTHON_INDEX": index_url} if index_url else {}
+        done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, check=False)
+        if done.returncode:
+            words = (done.stderr.strip().splitlines() or ["no output"])[0]
+            raise PublishError(f"the index cannot mirror {own}: {words}", repeat=" ".join(command[2:]))
+    took = time.monotonic() - start
+    flow.stage(built, at, settings, console)
+    return took
+
+
+def _holds(at: Served) -> tuple[int, int]:
+    """Files and bytes of the published set, as its own pages say."""
+    import httpx
+
+    kind = {"Accept": "application/vnd.pypi.simple.v1+json"}
+    with httpx.Client(base_url=at.simple, headers=kind, timeout=60) as client:
+        names = [one["name"] for one in client.get("").raise_for_status().json()["projects"]]
+        pages = [client.get(f"{name}/").raise_for_status().json() for name in names]
+    sizes = [one["size"] for page in pages for one in page["files"]]
+    return len(sizes), sum(sizes)
+
+
+@contextmanager
+def _scratch(settings: Settings) -> Iterator[Path]:
+    """A home without any cache, on the file system of the real one: what is installed there can only be from the index."""
+    home = Path(mkdtemp(prefix="set-run-", dir=settings.home))
+    try:
+        (home / "roots").symlink_to(settings.home / "roots")
+        yield home
+    finally:
+        remove_tree(home)
+
+
+def _only(at: Served, home: Path, settings: Settings) -> Settings:
+    """Settings of a machine that has nothing yet and knows no other index."""
+    # No copy: that would keep the index that was asked for before.
+    return Settings.model_validate(settings.model_dump() | {"home": home, "python_index": at.simple})
+
+
+def _installed(built: Built, settings: Settings, console: Console) -> tuple[Path, Path]:
+    """An environment of every wheel of the set's lock, and the root to run it in."""
+    plan, target = built.plan, built.plan.set.data.target
+    base = root.ensure(plan.set.stack, stack.host_arch(), target, settings)
+    data = plan.set.runtime.data
+    whole = replace(
+        plan.set.runtime,
+        folder=built.folder,
+        kind="set",
+        data=data.model_copy(
+            update={
+                "environment": data.environment.model_copy(update={"requirements": (), "wheels": ()}),
+                "toolchain": data.toolchain.model_copy(update={"requirements": ()}),
+            }
+        ),
+    )
+    with console.progress("install") as tick:
+        return environment.ensure(whole, target, base, settings, tick), base
+
+
+def _dry_run(plan: SetPlan, pylock: Path, home: Path, console: Console) -> None:
+    """pylock.toml is read by uv, and what it names is there."""
+    of = plan.set
+    platform = f"{of.data.target.value}-manylinux_{of.stack.data.glibc[of.data.target]}"
+    command = [
+        uv.find_uv_bin(),
+        "pip",
+        "install",
+        "--dry-run",
+        "--preview-features",
+        "pylock",
+        "--no-config",
+        "--requirements",
+    ]
+    command += [str(pylock), f"--target={home / 'pylock'}", f"--python-version={of.stack.data.python}"]
+    command += [f"--python-platform={platform}", f"--python={sys.executable}", f"--cache-dir={home / 'uv'}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise InstallError(f"uv does not install from {pylock}: {done.stderr.strip()[-500:]}", repeat=" ".join(command))
+    line = next((one for one in done.stderr.splitlines() if one.startswith("Would install")), "nothing to install")
+    console.step("pylock", f"{pylock}, as uv reads it: {line.lower()}")

@@ -1,0 +1,99 @@
+"""Stage a built set at the farm's index: open it with its matrix, upload our wheels, show it when nothing is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+from packaging.utils import parse_wheel_filename
+
+from builder import publish
+from builder.sets.locks import Served
+from builder.sets.record import Locked
+from builder.stack import Arch
+from gracefarm.errors import PublishError
+
+_TIMEOUT = 120
+
+
+def matrix(wheels: Sequence[Locked]) -> list[str]:
+    """What the index waits for, a line each: our wheels by Python and architecture too, those of others by version."""
+    return [" ".join((f"{one.name}=={one.version}", *(_tags(one.filename) if one.own else ()))) for one in wheels]
+
+
+def _tags(filename: str) -> tuple[str, ...]:
+    """Interpreter and architecture of a wheel, as a matrix says them; nothing where any will do or where the ABI is stable."""
+    tag = min(parse_wheel_filename(filename)[3], key=str)
+    if tag.abi in ("none", "abi3") or tag.platform == "any":
+        return ()
+    return (tag.interpreter, next((arch.value for arch in Arch if tag.platform.endswith(f"_{arch.value}")), ""))
+
+
+@contextmanager
+def _client(at: Served) -> Iterator[httpx.Client]:
+    with httpx.Client(auth=publish.credentials(f"{at.base}/legacy/"), timeout=_TIMEOUT) as client:
+        yield client
+
+
+def _ask(client: httpx.Client, method: str, url: str, **more: Any) -> dict[str, Any]:
+    """The set's state, as the index answers.
+
+    Raises:
+        PublishError: it does not answer, refuses, or is an index that knows no staged sets.
+    """
+    try:
+        answer = client.request(method, url, **more)
+        value = answer.json() if answer.is_success else {}
+    except (httpx.HTTPError, ValueError) as error:
+        raise PublishError(f"{url}: {error or type(error).__name__}", remedy="check the address") from error
+    if not answer.is_success or not isinstance(value, dict) or "missing" not in value:
+        words = (answer.text.strip().splitlines() or [answer.reason_phrase])[0][:500]
+        raise PublishError(
+            f"{url} answers {answer.status_code}: {words}",
+            remedy="stage at an index of this project, with a token that reaches the set: TWINE_USERNAME=__token__, "
+            "TWINE_PASSWORD",
+        )
+    return value
+
+
+def open_(at: Served, expect: Sequence[str]) -> dict[str, Any]:
+    """Open the set, or find it open with this matrix.
+
+    Raises:
+        PublishError: see `_ask`; also where there was a set of the name with another matrix.
+    """
+    with _client(at) as client:
+        return _ask(client, "PUT", f"{at.base}/stage/{at.name}", json={"expect": list(expect)})
+
+
+def state(at: Served) -> dict[str, Any]:
+    """What the set holds and lacks.
+
+    Raises:
+        PublishError: see `_ask`.
+    """
+    with _client(at) as client:
+        return _ask(client, "GET", f"{at.base}/stage/{at.name}")
+
+
+def show(at: Served) -> dict[str, Any]:
+    """Publish the set, all of it at once.
+
+    Raises:
+        PublishError: see `_ask`; the index refuses a set that lacks anything.
+    """
+    with _client(at) as client:
+        return _ask(client, "POST", f"{at.base}/stage/{at.name}/publish")
+
+
+def upload(at: Served, files: Sequence[Path]) -> None:
+    """Upload wheels (and sources that belong beside them) into the stage.
+
+    Raises:
+        PublishError: the index refused one.
+    """
+    for one in files:
+        publish.upload(one, f"{at.base}/stage/{at.name}/legacy/")

@@ -1,0 +1,139 @@
+"""Do the set's wheels work together? One clean environment with all of them: requirements, imports by name, programs."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Iterable, Mapping, Sequence
+from email.parser import BytesParser
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name, parse_wheel_filename
+
+from builder import environment, sandbox, smoke
+from builder.compile import first_error
+from builder.record import SmokeResult
+from builder.sandbox import Mount, Sandbox
+from builder.sets.data import LoadedSet
+from builder.sets.plan import SetPlan
+from builder.sets.record import Command, Tested
+from builder.stack import Arch
+from gracefarm.errors import SmokeError
+from gracefarm.files import remove_tree
+
+MAX_OUTPUT = 1 << 20
+"Bytes of a program's output that are kept."
+
+
+def test(plan: SetPlan, wheels: Sequence[Path], site: Path, root: Path, folder: Path, memory: int) -> Tested:
+    """Install `wheels` into a copy of the environment `site` and try it; `folder` is scratch space on its file system.
+
+    Raises:
+        SmokeError: a requirement of one of the wheels is not met in the set, an import or a program fails; with its words.
+        InstallError: a wheel does not fit the environment.
+    """
+    require(plan, wheels)
+    clean = folder / "env"
+    remove_tree(clean)
+    environment.fresh(site, clean, None)
+    for wheel in wheels:
+        environment.add(clean, wheel)
+    try:
+        return tried(plan.set, clean, root, folder, memory)
+    finally:
+        remove_tree(clean)
+
+
+def tried(of: LoadedSet, clean: Path, root: Path, folder: Path, memory: int) -> Tested:
+    """Import and run what the set names in an environment that has all of it; the output is in `folder`/log.txt.
+
+    Raises:
+        SmokeError: see `test`.
+    """
+    log, name = folder / "log.txt", of.data.name
+    log.unlink(missing_ok=True)
+    imports = of.data.together.imports
+    smoke.prepare(folder / "files", imports, of.smoke_script)
+    mounts = (Mount(source=clean, target="/env"), Mount(source=folder / "files", target=smoke.WORKDIR))
+    box = Sandbox(root=root, mounts=mounts, environment=smoke.variables(), workdir=smoke.WORKDIR, memory=memory)
+    found: list[str] = []
+    outcome = sandbox.run(
+        box,
+        smoke.driver(imports, of.smoke_script),
+        log=log,
+        on_line=lambda line: found.append(line) if line.startswith(smoke.MARK) else None,
+    )
+    if outcome.returncode != 0 or not found:
+        raise SmokeError(
+            f"the wheels of {name} do not work together: {first_error(log)}",
+            remedy=f"the whole output is in {log}",
+            repeat=f"builder set build {name}",
+        )
+    result = SmokeResult.model_validate_json(found[-1].removeprefix(smoke.MARK).strip())
+    commands = tuple(_run(box, command, log, name) for command in of.data.together.commands)
+    return Tested(smoke=result, wall_s=round(outcome.wall_s, 1), commands=commands)
+
+
+def _run(box: Sandbox, command: tuple[str, ...], log: Path, name: str) -> Command:
+    start = log.stat().st_size
+    # A script's first line names the environment's Python; through it, no kernel has to start a program of the target.
+    outcome = sandbox.run(box, ("/env/bin/python3", f"/env/bin/{command[0]}", *command[1:]), log=log)
+    if outcome.returncode != 0:
+        raise SmokeError(
+            f"`{' '.join(command)}` ends with {outcome.returncode} in the environment of {name}: {first_error(log, start)}",
+            remedy=f"the whole output is in {log}",
+            repeat=f"builder set build {name}",
+        )
+    with log.open("rb") as stream:
+        stream.seek(start)
+        output = stream.read(MAX_OUTPUT).decode(errors="replace")
+    return Command(command=command, wall_s=round(outcome.wall_s, 1), output=output)
+
+
+def require(plan: SetPlan, wheels: Iterable[Path]) -> None:
+    """What our wheels require is in the set, in a version that fits: nothing resolves anything where it is installed by hash.
+
+    Raises:
+        SmokeError: it is not; names all of it.
+    """
+    has = {one.name: one.version for one in plan.wheels}
+    found = {wheel: parse_wheel_filename(wheel.name) for wheel in wheels}
+    has |= {name: str(version) for name, version, _, _ in found.values()}
+    left_out = {canonicalize_name(name) for name in plan.set.runtime.data.environment.left_out}
+    complaints = [
+        f"{name} requires {wanted}" + (f", the set has {has[key]}" if (key := canonicalize_name(wanted.name)) in has else "")
+        for wheel, (name, _, _, _) in found.items()
+        for wanted in requirements(wheel, plan.set.stack.data.python, plan.set.data.target)
+        if canonicalize_name(wanted.name) not in left_out and not _met(wanted, has)
+    ]
+    if complaints:
+        raise SmokeError(
+            f"the set {plan.set.data.name} lacks what its wheels require: {'; '.join(complaints)}",
+            remedy="name it in requirements of set.toml",
+            repeat=plan.set.runtime.lock_command,
+        )
+
+
+def _met(wanted: Requirement, has: Mapping[str, str]) -> bool:
+    version = has.get(canonicalize_name(wanted.name))
+    return version is not None and wanted.specifier.contains(version, prereleases=True)
+
+
+def requirements(wheel: Path, python: str, target: Arch) -> list[Requirement]:
+    """What a wheel requires there, extras apart."""
+    with zipfile.ZipFile(wheel) as archive:
+        name = next(one for one in archive.namelist() if one.endswith(".dist-info/METADATA"))
+        message = BytesParser().parsebytes(archive.read(name), headersonly=True)
+    machine = {
+        "platform_machine": target.value,
+        "python_version": python,
+        "python_full_version": f"{python}.0",
+        "sys_platform": "linux",
+        "platform_system": "Linux",
+        "os_name": "posix",
+        "implementation_name": "cpython",
+        "platform_python_implementation": "CPython",
+        "extra": "",
+    }
+    found = [Requirement(str(text)) for text in message.get_all("Requires-Dist", [])]
+    return [one for one in found if one.marker is None or one.marker.evaluate(machine)]

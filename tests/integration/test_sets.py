@@ -1,0 +1,217 @@
+"""Sets: built in order, tested together, locked, staged at a real index, installed from it alone by pip and uv."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+import uv
+from packaging.pylock import Pylock
+from packaging.utils import parse_wheel_filename
+
+from builder import demo, publish
+from builder.stack import host_arch
+from tests import projects
+from tests.conftest import Farm
+from tests.integration.test_environment import make_wheel
+
+NATIVE = host_arch().value
+GLIBC = "2_34"
+
+
+def write_set(farm: Farm, name: str, recipes: list[str], imports: list[str], **more: object) -> None:
+    folder = farm.settings.project / "sets" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    values: dict[str, object] = {"name": name, "stack": "bare", "target": NATIVE, "recipes": recipes, **more}
+    values.setdefault("together", {"imports": imports})
+    lines = [f"{key} = {projects._toml(value)}\n" for key, value in values.items()]
+    (folder / "set.toml").write_text("".join(lines))
+
+
+def tiny_c(farm: Farm) -> None:
+    farm.recipe("tiny_c", projects.tree("tiny_c"), name="tiny-c", smoke={"imports": ["tiny_c"]})
+
+
+@pytest.fixture(scope="module")
+def third_party(tmp_path_factory: pytest.TempPathFactory, shared_home: Path) -> Iterator[str]:
+    """The simple API of somebody else's index: third_lib 3.0 and its dependency, in two versions."""
+    from gracefarm import settings
+
+    folder = tmp_path_factory.mktemp("third-party")
+    with demo.local_index(settings.load().model_copy(update={"home": folder / "home"})) as (url, token):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("TWINE_USERNAME", "__token__")
+            patch.setenv("TWINE_PASSWORD", token)
+            body = {"third_lib/__init__.py": "import third_dep\nanswer = 42\n"}
+            wheels = [make_wheel(folder, "third_lib", "3.0", body)]
+            wheels += [make_wheel(folder, "third_dep", one, {"third_dep.py": f"v = {one}\n"}) for one in ("1.5", "1.6")]
+            for wheel in wheels:
+                publish.upload(wheel, f"{url}/legacy/")
+        yield f"{url}/simple/"
+
+
+def closed_set(farm: Farm, third_party: str, **more: object) -> None:
+    """tiny_c and third_lib, locked from that index."""
+    tiny_c(farm)
+    write_set(
+        farm,
+        "tiny",
+        ["tiny_c"],
+        ["tiny_c._core", "third_lib"],
+        requirements=["third_lib", "third_dep<1.6"],
+        resolved_before="2099-01-01",
+        **more,
+    )
+    done = farm.run("set", "lock", "tiny", GRACEFARM_PYTHON_INDEX=third_party)
+    assert done.code == 0, done.said
+
+
+def test_a_set_from_recipes_to_what_pip_and_uv_install(farm: Farm, third_party: str, tmp_path: Path) -> None:
+    closed_set(farm, third_party)
+    lock = (farm.settings.project / "sets" / "tiny" / "requirements.lock").read_text()
+    assert re.findall(r"^(\S+==\S+) --hash=sha256:[0-9a-f]{64}$", lock, flags=re.M) == ["third-dep==1.5", "third-lib==3.0"]
+    assert "://" not in lock
+    assert farm.run("build", "tiny_c", "--target", NATIVE).code == 0  # with the index of this machine, for the stack's wheels
+
+    with demo.local_index(farm.settings) as (url, token):
+        credentials = {"TWINE_USERNAME": "__token__", "TWINE_PASSWORD": token, "GRACEFARM_PYTHON_INDEX": third_party}
+        staged = farm.run("set", "build", "tiny", "--stage", f"{url}/simple/", **credentials)
+        assert staged.code == 40, staged.said
+        assert "built already" in staged.said
+        assert "is staged at" in staged.said
+        assert "lacks 2 wheels (third-dep==1.5, third-lib==3.0)" in staged.said
+        assert httpx.get(f"{url}/tiny/simple/").status_code == 404, "nothing of it is seen before all of it is there"
+        assert httpx.get(f"{url}/simple/tiny-c/").status_code == 404
+
+        command = re.search(r"index mirror (\S+requirements\.lock) --set tiny", staged.said)
+        assert command
+        lock_file = Path(command[1])
+        subprocess.run(
+            [sys.executable, "-m", "index", "mirror", lock_file, "--set", "tiny", "--root", farm.settings.home / "index"],
+            env=projects.environment(credentials),
+            check=True,
+            capture_output=True,
+        )
+        shown = farm.run("set", "build", "tiny", "--stage", url, **credentials)
+        assert shown.code == 0, shown.said
+        assert "tested already" in shown.said
+        assert "3 files are visible at" in shown.said
+        again = farm.run("set", "build", "tiny", "--stage", url, **credentials)
+        assert again.code == 0, again.said
+
+        view = f"{url}/tiny/simple/"
+        pylock = lock_file.with_name("pylock.toml")
+        document = tomllib.loads(pylock.read_text())
+        Pylock.from_dict(document)
+        assert [one["name"] for one in document["packages"]] == ["third-dep", "third-lib", "tiny-c"]
+        assert {wheel["url"].rsplit("/files/")[0] for one in document["packages"] for wheel in one["wheels"]} == {url}
+
+        by_pip, by_uv, by_pylock = (tmp_path / name for name in ("pip", "uv", "pylock"))
+        pip = [sys.executable, "-m", "pip", "--isolated", "install", "--require-hashes", "--no-deps", "--only-binary=:all:"]
+        # One for each level that a wheel may name: pip takes no "this one and below".
+        own = next(one["wheels"][0]["name"] for one in document["packages"] if one["name"] == "tiny-c")
+        pip += [f"--platform={tag.platform}" for tag in parse_wheel_filename(own)[3]]
+        pip += ["--python-version=3.11", "--index-url", view, "--target", str(by_pip), "-r", str(lock_file)]
+        subprocess.run(pip, check=True)
+        platform = ["--python-version=3.11", f"--python-platform={NATIVE}-manylinux_{GLIBC}", "--no-config", "--no-cache"]
+        base = [uv.find_uv_bin(), "pip", "install", "--python", sys.executable, *platform]
+        subprocess.run(
+            [*base, "--require-hashes", "--no-deps", "--default-index", view, "--target", by_uv, "-r", lock_file], check=True
+        )
+        subprocess.run([*base, "--preview-features=pylock", "--target", by_pylock, "-r", pylock], check=True)
+    for place in (by_pip, by_uv, by_pylock):
+        assert list(place.glob("tiny_c/_core*.so"))
+        assert (place / "third_dep.py").read_text() == "v = 1.5\n"
+        assert (place / "third_lib" / "__init__.py").is_file()
+
+
+def test_the_whole_way_for_aarch64_by_one_command(farm: Farm, third_party: str) -> None:
+    """What `builder set run gh200-cu130` does with gigabytes, with a farm's wheel and a tiny one of somebody else."""
+    closed_set(farm, third_party)
+    text = (farm.settings.project / "sets" / "tiny" / "set.toml").read_text()
+    (farm.settings.project / "sets" / "tiny" / "set.toml").write_text(
+        text.replace(f'target = "{NATIVE}"', 'target = "aarch64"')
+    )
+    assert farm.run("set", "lock", "tiny", GRACEFARM_PYTHON_INDEX=third_party).code == 0
+    (farm.settings.project / "sets" / "tiny" / "smoke.py").write_text("import tiny_c\nprint(tiny_c.add(2, 3))\n")
+    assert farm.run("build", "tiny_c", "--target", "aarch64").code == 0
+    done = farm.run("set", "run", "tiny", "--json", GRACEFARM_PYTHON_INDEX=third_party)
+    assert done.code == 0, done.said
+    value = json.loads(done.out.splitlines()[-1])
+    assert value["files"] == 3
+    assert value["tested"]["smoke"]["script"] == "5\n"
+    assert not list(farm.settings.home.glob("set-run-*"))
+
+
+def test_a_failing_wheel_hides_no_other_and_no_set_comes_of_it(farm: Farm) -> None:
+    for name in ("first", "last"):
+        farm.recipe(name, projects.backend("raise RuntimeError('on purpose')"))
+    farm.recipe("middle", projects.backend("return wheel(wheel_directory, name='middle')"))
+    write_set(farm, "tiny", ["first", "middle", "last"], ["middle"])
+    done = farm.run("set", "build", "tiny")
+    assert done.code == 50, done.said
+    assert "2 of 3 wheels of set tiny could not be built" in done.said
+    assert farm.run("set", "plan", "tiny").said.count(": built") == 1
+    assert not list((farm.settings.home / "sets").glob("*/set.json"))
+
+
+def test_wheels_that_do_not_work_together_make_no_set(farm: Farm) -> None:
+    """Each imports alone; together one replaces a module that the other needs."""
+    for name, body in (("one", "value = 1"), ("two", "import sys; sys.modules['one'] = None")):
+        content = f"return wheel(wheel_directory, name={name!r}, files={{'{name}/__init__.py': {body.encode()!r} + b'\\n'}})"
+        farm.recipe(name, projects.backend(content))
+    write_set(farm, "tiny", ["one", "two"], ["two", "one"])
+    done = farm.run("set", "build", "tiny")
+    assert done.code == 31, done.said
+    assert "the wheels of tiny do not work together" in done.said
+    assert not list((farm.settings.home / "sets").glob("*/set.json"))
+
+
+def test_a_requirement_that_the_set_lacks_is_named_before_anything_is_tried(farm: Farm) -> None:
+    metadata = b"Metadata-Version: 2.1\\nName: tiny\\nVersion: 1.0\\nRequires-Dist: pip>=99\\nRequires-Dist: absent\\n"
+    content = f"return wheel(wheel_directory, files={{'tiny-1.0.dist-info/METADATA': b'''{metadata.decode()}'''}})"
+    farm.recipe("tiny", projects.backend(content))
+    write_set(farm, "tiny", ["tiny"], ["tiny"])
+    done = farm.run("set", "build", "tiny")
+    assert done.code == 31, done.said
+    assert re.search(r"tiny requires pip>=99, the set has \d", done.said)
+    assert "tiny requires absent" in done.said
+
+
+def test_a_program_that_fails_stops_the_set(farm: Farm) -> None:
+    farm.recipe("tiny", projects.backend("return wheel(wheel_directory)"))
+    write_set(farm, "tiny", ["tiny"], ["tiny"], together={"imports": ["tiny"], "commands": [["pip", "no-such-command"]]})
+    done = farm.run("set", "build", "tiny")
+    assert done.code == 31, done.said
+    assert "`pip no-such-command` ends with" in done.said
+    write_set(farm, "tiny", ["tiny"], ["tiny"], together={"imports": ["tiny"], "commands": [["pip", "--version"]]})
+    done = farm.run("set", "build", "tiny", "--json")
+    assert done.code == 0, done.said
+    assert "pip " in json.loads(done.out.splitlines()[-1])["tested"]["commands"][0]["output"]
+
+
+def test_no_set_of_a_stack_that_has_headers_alone(farm: Farm) -> None:
+    tiny_c(farm)
+    write_set(farm, "tiny", ["tiny_c"], ["tiny_c"], stack="cu124-headers", target="aarch64")
+    for command in ("plan", "build"):
+        done = farm.run("set", command, "tiny")
+        assert done.code == 40, done.said
+        assert "is part of no set" in done.said
+
+
+def test_an_index_without_stages_says_so(farm: Farm, third_party: str) -> None:
+    farm.recipe("tiny", projects.backend("return wheel(wheel_directory)"))
+    write_set(farm, "tiny", ["tiny"], ["tiny"])
+    done = farm.run("set", "build", "tiny", "--stage", f"{third_party.removesuffix('/simple/')}/no-index-here")
+    assert done.code == 40, done.said
+    assert "stage at an index of this project" in done.said
+    done = farm.run("set", "build", "tiny", "--stage", "http://user:secret@localhost:1/")
+    assert done.code == 2
+    assert "secret" not in done.said
