@@ -88,7 +88,7 @@ def _offered(wheel: Path, url: str) -> bool:
     return any(one.filename == wheel.name and one.digests.get("sha256") == sha256 for one in offered)
 
 
-def _credentials(url: str) -> tuple[str, str] | None:
+def credentials(url: str) -> tuple[str, str] | None:
     """What twine would log in with."""
     name = os.environ.get("TWINE_USERNAME", "__token__")
     password = os.environ.get("TWINE_PASSWORD") or _from_keyring(url, name)

@@ -8,29 +8,19 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Self
 
-from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from builder import recipe as recipes
 from builder import stack as stacks
 from builder.recipe import LoadedRecipe
-from builder.stack import Arch, Environment, LoadedStack
+from builder.stack import Arch, Environment, LoadedStack, RequirementText
 from gracefarm import tables
 from gracefarm.errors import ConfigError
 from gracefarm.settings import Settings
 from gracefarm.tables import Table
-
-
-def _requirement(text: str) -> str:
-    try:
-        Requirement(text)
-    except InvalidRequirement as error:
-        msg = f"{text!r} is no requirement"
-        raise ValueError(msg) from error
-    return text
 
 
 class Together(Table):
@@ -50,7 +40,7 @@ class WheelSet(Table):
     stack: str = Field(description="Stack that the recipes are built against")
     target: Arch = Arch.AARCH64
     recipes: tuple[str, ...] = Field(min_length=1, description="Our own wheels; a wheel that another requires is built first")
-    requirements: tuple[Annotated[str, AfterValidator(_requirement)], ...] = Field(
+    requirements: tuple[RequirementText, ...] = Field(
         default=(), description="What the set's own lock is resolved from; none: the set runs in the stack's environment"
     )
     resolved_before: str | None = Field(
