@@ -1,14 +1,26 @@
-"""Forward and backward on the GPU against plain torch, on random inputs."""
+"""Every reduction, forward and backward, on the GPU against torch's scatter_reduce on random inputs and random gradients."""
 
 import torch
-from torch_scatter import scatter_add
+from torch_scatter import gather_csr, scatter, segment_csr
 
 torch.manual_seed(0)
-source = torch.randn(4096, 64, device="cuda", requires_grad=True)
-index = torch.randint(0, 100, (4096,), device="cuda")
-result = scatter_add(source, index, dim=0, dim_size=100)
-expected = torch.zeros(100, 64, device="cuda").index_add_(0, index, source.detach())
-torch.testing.assert_close(result.detach(), expected, rtol=1e-4, atol=1e-4)
-result.sum().backward()
-torch.testing.assert_close(source.grad, torch.ones_like(source))
-print("scatter_add on", torch.cuda.get_device_name(), "agrees with torch, forward and backward")
+index = torch.randint(0, 100, (4096,), device="cuda").sort().values
+bounds = torch.searchsorted(index, torch.arange(101, device="cuda"))
+wide = index[:, None].expand(-1, 64)
+for mine, theirs in (("sum", "sum"), ("mean", "mean"), ("min", "amin"), ("max", "amax")):
+    # Doubles: the order of atomic additions differs between runs.
+    source = torch.randn(4096, 64, device="cuda", dtype=torch.float64, requires_grad=True)
+    empty = torch.zeros(100, 64, device="cuda", dtype=torch.float64)
+    expected = empty.scatter_reduce(0, wide, source, theirs, include_self=False)
+    gradient = torch.randn_like(expected)
+    (reference,) = torch.autograd.grad(expected, source, gradient)
+    for name, found in (
+        ("scatter", scatter(source, index, dim=0, dim_size=100, reduce=mine)),
+        ("segment_csr", segment_csr(source, bounds, reduce=mine)),
+    ):
+        torch.testing.assert_close(found, expected, msg=lambda said, name=name, mine=mine: f"{name} {mine}: {said}")
+        (grad,) = torch.autograd.grad(found, source, gradient)
+        torch.testing.assert_close(grad, reference, msg=lambda said, name=name, mine=mine: f"{name} {mine} backward: {said}")
+    assert not torch.allclose(expected, scatter(source, index.flip(0), dim=0, dim_size=100, reduce=mine)), "any order would do"
+assert torch.equal(gather_csr(empty + torch.arange(100.0, device="cuda")[:, None], bounds)[:, 0], index.double())
+print("scatter and segment_csr on", torch.cuda.get_device_name(), "agree with torch, forward and backward")
