@@ -13,18 +13,20 @@ from functools import cache
 from importlib import resources
 from typing import Any, Protocol, TypeVar
 
-from gracefarm.errors import DigestError, DiskFullError, FetchError, GracefarmError, HostError, InstallError
+from gracefarm.errors import DigestError, DiskFullError, EngineError, FetchError, GracefarmError, HostError, InstallError
 
 Json = dict[str, Any]
 OnEvent = Callable[[Json], None]
 T = TypeVar("T")
 
 _BOOT = (
-    "import sys,tempfile,runpy,atexit,os;r=sys.stdin.buffer;n=int(r.readline());"
+    "import sys,tempfile,runpy,atexit,os,signal;signal.signal(15,lambda *_:sys.exit(143));"
+    "r=sys.stdin.buffer;n=int(r.readline());"
     "f=tempfile.NamedTemporaryFile(suffix='.pyz',prefix='gracefarm-',delete=False);atexit.register(os.unlink,f.name);"
     "f.write(r.read(n));f.close();sys.path.insert(0,f.name);runpy.run_module('deploy.remote',run_name='__main__')"
 )
-"Length, archive, request: all on stdin, so that no argument list shows anything, and a home that is full does not matter."
+"""Length, archive, request: all on stdin, so that no argument list shows anything, and a home that is full does not matter.
+TERM is what a command that is left gets (deploy.ssh): the worker takes away what it has half made."""
 
 _CLASSES: Mapping[str, type[GracefarmError]] = {
     "disk": DiskFullError,
@@ -32,6 +34,7 @@ _CLASSES: Mapping[str, type[GracefarmError]] = {
     "install": InstallError,
     "fetch": FetchError,
     "gated": FetchError,
+    "engine": EngineError,
 }
 
 

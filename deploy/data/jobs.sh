@@ -19,17 +19,31 @@ alive() {
     set -- $(stat_of "$pid") && [ $# -ge 20 ] && [ "$1" != Z ] && [ "${20}" = "$start" ]
 }
 
-# Process ids of the job: all that carry its mark, and its leader's session. Zombies do not count.
+# Process ids that carry the job's mark.
+marked() {
+    grep -lsxzF "GRACEFARM_MARK=$mark" /proc/[0-9]*/environ 2>/dev/null | cut -d/ -f3
+}
+
+# Sessions of the job: its leader's, and those of all that carry its mark.
+sessions() {
+    ! alive || echo "$pid"
+    marked | while read -r one; do
+        # shellcheck disable=SC2046
+        set -- $(stat_of "$one") && [ $# -ge 4 ] && echo "$4"
+    done
+}
+
+# Process ids of the job: all that carry its mark, and all of the sessions in $1: a program that sets its title (Ray's do)
+# writes over its environment, as the kernel shows it, and so loses the mark. Zombies do not count.
 members() {
-    leader=none
-    alive && leader=$pid
     {
-        grep -lsxzF "GRACEFARM_MARK=$mark" /proc/[0-9]*/environ | cut -d/ -f3
+        marked
         for one in /proc/[0-9]*; do
             IFS= read -r line 2>/dev/null <"$one/stat" || continue
+            number=${one#/proc/}
             # shellcheck disable=SC2086
-            set -- ${line##*) }
-            [ "$4" = "$leader" ] && echo "${one#/proc/}"
+            set -- "$1" ${line##*) }
+            case " $1 " in *" $5 "*) echo "$number" ;; esac
         done
     } 2>/dev/null | sort -un | while read -r one; do
         case $(stat_of "$one") in '' | Z*) ;; *) echo "$one" ;; esac
@@ -105,16 +119,17 @@ follow() {
 
 # $4: seconds between TERM and KILL. Says which processes are left; none in the end is the only success.
 stop() {
-    left=$(members)
+    known=$(sessions | sort -un | tr '\n' ' ')
+    left=$(members "$known")
     # shellcheck disable=SC2086 # words on purpose
     [ -z "$left" ] || kill -TERM $left 2>/dev/null
     ticks=0
-    while left=$(members) && [ -n "$left" ] && [ $ticks -lt $(($4 * 5)) ]; do
+    while left=$(members "$known") && [ -n "$left" ] && [ $ticks -lt $(($4 * 5)) ]; do
         sleep 0.2
         ticks=$((ticks + 1))
     done
     ticks=0
-    while left=$(members) && [ -n "$left" ] && [ $ticks -lt 25 ]; do
+    while left=$(members "$known") && [ -n "$left" ] && [ $ticks -lt 25 ]; do
         # shellcheck disable=SC2086
         kill -KILL $left 2>/dev/null
         sleep 0.2

@@ -1,0 +1,110 @@
+"""Ray as the node sees it; `warm`, `nodes` are run by the environment's Python, `cause` by any."""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from deploy.remote import wire
+from deploy.remote.wire import WorkerError
+
+Json = dict[str, Any]
+
+
+def warm(request: Json) -> Json:
+    """Import Ray once: from a network file system the first import takes longer than `ray start` waits for its children."""
+    del request
+    started = time.monotonic()
+    try:
+        import ray
+    except ImportError as error:
+        raise WorkerError("install", f"ray does not import: {error}", "`deploy env matrix` shows every import") from error
+    return {"version": ray.__version__, "seconds": round(time.monotonic() - started, 2)}
+
+
+def nodes(request: Json) -> Json:
+    """All nodes that this cluster ever had: address, alive, gpus.
+
+    `address` (host:port), `ip` (of this node), `env` (of the client), `seconds`.
+
+    Without a head Ray's own time-outs add up to minutes: whoever asks says how long to wait.
+    """
+    os.environ.update(request["env"])
+    watchdog = threading.Timer(float(request["seconds"]), _give_up, (request["address"], request["seconds"]))
+    watchdog.daemon = True
+    watchdog.start()
+    import ray
+
+    try:
+        ray.init(
+            address=request["address"],
+            _node_ip_address=request["ip"],
+            namespace="gracefarm",
+            log_to_driver=False,
+            logging_level="error",
+            configure_logging=False,
+        )
+    except Exception as error:
+        raise WorkerError("engine", f"Ray at {request['address']} does not answer: {_first_line(error)}") from error
+    found = [
+        {
+            "address": one["NodeManagerAddress"],
+            "alive": bool(one["Alive"]),
+            "gpus": one["Resources"].get("GPU", 0.0) if one["Alive"] else 0.0,
+            "id": one["NodeID"],
+            "reason": one.get("DeathReasonMessage") or "",
+        }
+        for one in ray.nodes()
+    ]
+    free = ray.available_resources().get("GPU", 0.0)
+    ray.shutdown()
+    watchdog.cancel()
+    return {"nodes": found, "free": free}
+
+
+def _give_up(address: str, seconds: float) -> None:
+    wire.say(failed={"kind": "engine", "cause": f"Ray at {address} does not answer within {seconds:g} s", "remedy": ""})
+    os._exit(1)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+_FATAL = re.compile(
+    r"\bC \d+ \d+\]|Check failed|\[fatal|Traceback|Timed out waiting|Address already in use|No space left|"
+    r"cannot allocate|Fatal|\bE \d+ \d+\]|Error:|Authentication",
+    re.IGNORECASE,
+)
+_FILES = (
+    "raylet.out",
+    "raylet.err",
+    "gcs_server.out",
+    "gcs_server.err",
+    "dashboard_agent.log",
+    "dashboard.log",
+    "monitor.log",
+)
+"In the order in which a cause is found first."
+
+
+def cause(request: Json) -> Json:
+    """The first line of each of Ray's own logs that looks like a cause; `temp`: Ray's temporary folder, `since`: seconds."""
+    folder = Path(request["temp"]) / "session_latest" / "logs"
+    lines = []
+    for name in _FILES:
+        path = folder / name
+        try:
+            if path.stat().st_mtime < request["since"]:
+                continue
+            text = path.read_text(errors="replace")
+        except OSError:
+            continue
+        found = next((line.strip() for line in text.splitlines() if _FATAL.search(line)), None)
+        if found:
+            lines.append(f"{name}: {found[:300]}")
+    return {"lines": lines, "folder": str(folder)}

@@ -1,0 +1,393 @@
+"""The engine: a detached job on the head, bound to loopback; ready when a real completion came back through SSH.
+
+The port does not listen before the model is loaded, so a refused connection is the normal state of loading. /health of the
+engine says 200 for dead workers, so it is never asked: a completion of one token is (vllm#16259, #11996, #39863, #53157).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import secrets
+import shlex
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Literal
+
+import httpx
+
+from deploy import paths
+from deploy.enginelog import Progress, first_cause
+from deploy.inventory import Folder, Node
+from deploy.plan import Plan
+from deploy.ssh import Fleet, JobStatus
+from deploy.steps.ray import PLAN, look, option, ours
+from deploy.worker import Json, Target
+from gracefarm.console import Console
+from gracefarm.errors import EngineError, GracefarmError
+from gracefarm.files import atomic_write
+
+Nodes = Mapping[str, bool]
+"Node name to whether Ray says that it is alive."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spec:
+    """What is to run, and how long to wait."""
+
+    plan: Plan
+    secrets: Mapping[str, str] = field(repr=False)
+    "Values of the plan's secret_env."
+    nodes: Callable[[], Awaitable[Nodes]]
+    "Ray's nodes, asked again now and then while it loads."
+    load: float = 7200
+    "Seconds from the start to the first completion."
+    canary: float = 120
+    "Seconds that one completion of one token may take."
+    poll: float = 2.0
+    check: float = 30.0
+    "Seconds between two questions to Ray."
+    last: Mapping[str, float] = field(default_factory=dict)
+    "Seconds of each phase, last time."
+
+    @property
+    def key(self) -> str | None:
+        """What the engine wants as bearer."""
+        return next((value for name, value in self.secrets.items() if name.endswith("API_KEY")), None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """It answers."""
+
+    how: Literal["running", "attached", "started"]
+    seconds: float
+    phases: Mapping[str, float]
+    model: str
+
+
+def api_key(folder: Folder) -> str:
+    """The deployment's key, generated once, 0600."""
+    with suppress(FileNotFoundError):
+        return folder.api_key.read_text().strip()
+    key = "gf-" + secrets.token_urlsafe(32)
+    atomic_write(folder.api_key, key + "\n")
+    folder.api_key.chmod(0o600)
+    return key
+
+
+def port(plan: Plan) -> int:
+    """Where it listens, on the head's loopback."""
+    return int(option(plan.serve, "--port") or 2242)
+
+
+async def up(fleet: Fleet, head: Target, spec: Spec, console: Console) -> Outcome:
+    """Start it unless it runs with this very plan, and wait for a real completion; attach to a start that somebody left.
+
+    Raises:
+        EngineError: it ended, with the first cause in its log; Ray lost a node; not ready within `spec.load` seconds.
+    """
+    (place,) = fleet.pick([head.name])
+    begun = time.monotonic()
+    status = await fleet.job_status(place, paths.ENGINE_JOB)
+    found = (await look([head], fleet.mark, {head.name: [port(spec.plan)]}))[head.name]
+    left = ours(found, paths.ENGINE_JOB)
+    same = status.state == "running" and all(one["plan"] == spec.plan.id for one in left)
+    if same:
+        async with fleet.forward_local(place, 0, "127.0.0.1", port(spec.plan)) as local:
+            answer = await complete(local, spec.key, spec.canary)
+        if answer.kind == "ok":
+            return Outcome(how="running", seconds=answer.seconds, phases=spec.last, model=answer.model)
+        console.step("engine", "it is loading already: following it")
+    else:
+        if left:
+            console.step("engine", "stopping the one that runs with another plan")
+            await fleet.stop_job(place, paths.ENGINE_JOB, grace=30)
+        elif found["holders"]:
+            who = next(iter(found["holders"].values()))
+            raise EngineError(
+                f"{head.name}: port {port(spec.plan)} is held by {who}, which is not of this deployment",
+                remedy="end it there, or choose another `engine` in [ports] of deploy.toml",
+            )
+        env = {**spec.plan.serve_env, PLAN: spec.plan.id, **spec.secrets}
+        await fleet.start_job(place, paths.ENGINE_JOB, shlex.join(spec.plan.serve), env)
+    return await _watch(fleet, place, spec, console, begun=begun, how="attached" if same else "started")
+
+
+async def _watch(
+    fleet: Fleet, place: Node, spec: Spec, console: Console, *, begun: float, how: Literal["attached", "started"]
+) -> Outcome:
+    progress = Progress()
+    following = asyncio.create_task(fleet.follow_job(place, paths.ENGINE_JOB, progress.feed))
+    checking: asyncio.Task[Nodes] | None = None
+    checked, told = time.monotonic(), ""
+    try:
+        async with fleet.forward_local(place, 0, "127.0.0.1", port(spec.plan)) as local:
+            with console.progress("engine") as tick:
+                while True:
+                    asking = asyncio.create_task(complete(local, spec.key, spec.canary))
+                    await asyncio.wait({asking, following}, return_when=asyncio.FIRST_COMPLETED)
+                    if following.done():
+                        asking.cancel()
+                        raise _ended(spec.plan, following.result(), progress)
+                    answer = await asking
+                    if answer.kind == "ok":
+                        phases = progress.durations()
+                        return Outcome(how=how, seconds=time.monotonic() - begun, phases=phases, model=answer.model)
+                    if answer.kind == "denied":
+                        raise EngineError(
+                            "the engine refuses this deployment's key", remedy="`deploy down`, then `deploy serve`"
+                        )
+                    told = _tell(console, progress, spec, told)
+                    tick(round(100 * (progress.fraction or 0)), 100 if progress.fraction else None, _text(progress, spec))
+                    if time.monotonic() - begun > spec.load:
+                        await _give_up(fleet, place, spec, progress)
+                    if checking is None and time.monotonic() - checked > spec.check:
+                        checking, checked = asyncio.create_task(_alive(spec)), time.monotonic()
+                    if checking is not None and checking.done():
+                        await _lost(fleet, place, checking.result(), progress)
+                        checking = None
+                    await asyncio.wait({following}, timeout=spec.poll)
+    finally:
+        for task in (following, checking):
+            if task is not None:
+                task.cancel()
+                with suppress(asyncio.CancelledError, GracefarmError):
+                    await task
+
+
+async def _alive(spec: Spec) -> Nodes:
+    """Ray's nodes; nothing where it does not answer just now, which is for the engine to notice."""
+    try:
+        return await spec.nodes()
+    except GracefarmError:
+        return {}
+
+
+def _text(progress: Progress, spec: Spec) -> str:
+    left = progress.left(spec.last)
+    percent = f" {progress.fraction:.0%}" if progress.fraction is not None else ""
+    return f"{progress.phase}{percent}, {progress.elapsed():.0f} s" + (
+        f", about {left:.0f} s left" if left is not None else ""
+    )
+
+
+def _tell(console: Console, progress: Progress, spec: Spec, told: str) -> str:
+    """One line when a phase begins."""
+    if progress.phase != told:
+        left = progress.left(spec.last)
+        console.step("engine", progress.phase + (f", about {left:.0f} s left" if left is not None else ""))
+    return progress.phase
+
+
+async def _give_up(fleet: Fleet, place: Node, spec: Spec, progress: Progress) -> None:
+    await fleet.stop_job(place, paths.ENGINE_JOB)
+    raise EngineError(
+        f"no completion after {spec.load:g} s; it was {progress.phase} for {progress.elapsed():.0f} s and was stopped",
+        remedy="`deploy logs` shows how far it came; load_timeout in [options] where it only needs longer",
+    )
+
+
+async def _lost(fleet: Fleet, place: Node, nodes: Nodes, progress: Progress) -> None:
+    dead = [name for name, alive in nodes.items() if not alive]
+    if dead:
+        await fleet.stop_job(place, paths.ENGINE_JOB)
+        raise EngineError(
+            f"Ray lost {', '.join(dead)} while the engine was {progress.phase}; the engine was stopped",
+            remedy="`deploy preflight` says what that node lacks; `deploy serve` starts Ray there again",
+        )
+
+
+def _ended(plan: Plan, status: JobStatus, progress: Progress) -> EngineError:
+    """Its end as an error with the first cause."""
+    names = {one.private: one.name for one in plan.nodes}
+    cause = first_cause(progress.lines, names, returncode=status.returncode)
+    how = {"exited": f"ended with {status.returncode}", "stopped": "was stopped by another command"}.get(
+        status.state, "was killed"
+    )
+    if status.state != "exited" and cause.kind == "unknown":
+        return EngineError(
+            f"the engine {how} while {progress.phase}", remedy="repeat the command; `deploy logs` shows its log"
+        )
+    return EngineError(f"the engine {how} while {progress.phase}: {cause.text}", remedy=cause.remedy)
+
+
+# a real completion, and what it says
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What became of a completion of one token."""
+
+    kind: Literal["ok", "refused", "timeout", "denied", "error"]
+    text: str = ""
+    seconds: float = 0.0
+    model: str = ""
+
+
+async def complete(local: int, key: str | None, seconds: float) -> Answer:
+    """One token from 127.0.0.1:`local`. Never raises for what the other side does."""
+    begun = time.monotonic()
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    try:
+        async with (
+            asyncio.timeout(seconds),
+            _client(local, headers, seconds) as client,
+        ):
+            models = await client.get("/v1/models")
+            if models.status_code in (401, 403):
+                return Answer(kind="denied", text=f"HTTP {models.status_code}")
+            models.raise_for_status()
+            model = str(models.json()["data"][0]["id"])
+            body = {"model": model, "prompt": "Hello", "max_tokens": 1, "temperature": 0}
+            made = await client.post("/v1/completions", json=body)
+            made.raise_for_status()
+            if not made.json()["choices"]:
+                return Answer(kind="error", text="an answer without a choice", model=model)
+            return Answer(kind="ok", seconds=time.monotonic() - begun, model=model)
+    except (TimeoutError, httpx.TimeoutException):
+        return Answer(kind="timeout", text=f"no token within {seconds:g} s", seconds=seconds)
+    except httpx.HTTPStatusError as error:
+        return Answer(kind="error", text=f"HTTP {error.response.status_code}: {error.response.text[:200]}")
+    except httpx.TransportError as error:
+        return Answer(kind="refused", text=str(error) or type(error).__name__)
+    except (ValueError, KeyError, IndexError, TypeError) as error:
+        return Answer(kind="error", text=f"not the answer of an OpenAI server: {error}")
+
+
+def _client(local: int, headers: Mapping[str, str], seconds: float) -> httpx.AsyncClient:
+    return httpx.AsyncClient(base_url=f"http://127.0.0.1:{local}", headers=headers, timeout=seconds, trust_env=False)
+
+
+_METRIC = re.compile(r"^(?:aphrodite|vllm):(generation_tokens_total|num_requests_running)(?:\{[^}]*\})?\s+([0-9.eE+]+)", re.M)
+
+
+async def metrics(local: int, seconds: float = 10) -> dict[str, float] | None:
+    """generation_tokens_total and num_requests_running, summed over models; None: not to be had."""
+    try:
+        async with _client(local, {}, seconds) as client:
+            text = (await client.get("/metrics")).text
+    except httpx.HTTPError:
+        return None
+    found: dict[str, float] = {}
+    for name, value in _METRIC.findall(text):
+        found[name] = found.get(name, 0.0) + float(value)
+    return found or None
+
+
+# the canary's verdict
+
+
+Kind = Literal["ready", "degraded", "busy", "loading", "dead-engine", "dead-node", "wedged", "stopped", "unreachable"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Signs:
+    """What was seen of a deployment at one moment."""
+
+    job: JobStatus | None
+    "The engine's; None: the head was not reached, see `error`."
+    answer: Answer | None = None
+    before: Mapping[str, float] | None = None
+    "Metrics before the completion was asked for."
+    after: Mapping[str, float] | None = None
+    nodes: Nodes | None = None
+    "None: Ray did not answer."
+    phase: str = ""
+    "Of loading; empty: it has listened before, or nothing is known."
+    cause: str = ""
+    "The first one in its log, where it ended."
+    error: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What it is, and what to do."""
+
+    kind: Kind
+    text: str
+    remedy: str = ""
+
+
+_AGAIN = "`deploy serve` stops what is left and starts everything again; `deploy collect` first keeps the evidence"
+
+
+def diagnose(signs: Signs) -> Verdict:
+    """Tell a dead engine, a dead node and a wedge apart."""
+    if signs.job is None:
+        return Verdict(kind="unreachable", text=signs.error or "the head cannot be reached", remedy="`deploy preflight`")
+    dead = [name for name, alive in (signs.nodes or {}).items() if not alive]
+    if signs.job.state in ("absent", "stopped"):
+        return Verdict(kind="stopped", text="the engine does not run", remedy="`deploy serve` starts it")
+    if signs.job.state != "running":
+        if dead:
+            return Verdict(kind="dead-node", text=f"the engine ended after Ray lost {', '.join(dead)}", remedy=_AGAIN)
+        how = f"ended with {signs.job.returncode}" if signs.job.state == "exited" else "was killed"
+        return Verdict(
+            kind="dead-engine", text=f"the engine {how}" + (f": {signs.cause}" if signs.cause else ""), remedy=_AGAIN
+        )
+    return _of_running(signs, dead)
+
+
+def _of_running(signs: Signs, dead: list[str]) -> Verdict:
+    answer = signs.answer
+    if answer and answer.kind == "ok":
+        if dead:
+            return Verdict(kind="degraded", text=f"it answers, and Ray lost {', '.join(dead)}", remedy=_AGAIN)
+        return Verdict(kind="ready", text=f"a completion came back in {answer.seconds:.2f} s")
+    if dead:
+        return Verdict(kind="dead-node", text=f"Ray lost {', '.join(dead)}; the engine waits for it in vain", remedy=_AGAIN)
+    if answer is None or answer.kind == "refused":
+        return Verdict(kind="loading", text=f"it does not listen yet{': ' + signs.phase if signs.phase else ''}")
+    if _moved(signs):
+        return Verdict(kind="busy", text=f"tokens are made for others; the canary waited in vain ({answer.text})")
+    ray = "Ray does not answer" if signs.nodes is None else "all nodes are alive"
+    return Verdict(kind="wedged", text=f"{answer.text}, no token was made meanwhile, and {ray}: it hangs", remedy=_AGAIN)
+
+
+def _moved(signs: Signs) -> bool:
+    name = "generation_tokens_total"
+    return bool(signs.before and signs.after and signs.after.get(name, 0) > signs.before.get(name, 0))
+
+
+async def probe(fleet: Fleet, head: Target, spec: Spec, *, seconds: float = 30) -> Signs:
+    """Look at everything that `diagnose` needs, within about `seconds`."""
+    (place,) = fleet.pick([head.name])
+    try:
+        job = await fleet.job_status(place, paths.ENGINE_JOB)
+    except GracefarmError as error:
+        return Signs(job=None, error=error.cause)
+    nodes: Nodes | None
+    try:
+        nodes = await spec.nodes()
+    except GracefarmError:
+        nodes = None
+    if job.state == "absent":
+        return Signs(job=job, nodes=nodes)
+    progress = await _read_log(fleet, place)
+    if job.state != "running":
+        names = {one.private: one.name for one in spec.plan.nodes}
+        cause = first_cause(progress.lines, names, returncode=job.returncode).text
+        return Signs(job=job, nodes=nodes, cause=cause, phase=progress.phase)
+    async with fleet.forward_local(place, 0, "127.0.0.1", port(spec.plan)) as local:
+        before = await metrics(local)
+        answer = await complete(local, spec.key, seconds)
+        after = await metrics(local)
+    return Signs(job=job, answer=answer, before=before, after=after, nodes=nodes, phase=progress.phase)
+
+
+async def _read_log(fleet: Fleet, place: Node) -> Progress:
+    log = f"{await fleet.folder(place)}/jobs/{paths.ENGINE_JOB}/log"
+    command = f"head -c 4000000 {shlex.quote(log)}"
+    progress = Progress()
+    for line in (await fleet.run(command, nodes=[place], timeout=60))[place.name].stdout.splitlines():
+        progress.feed(line)
+    return progress
+
+
+def by_name(plan: Plan, found: Json) -> dict[str, bool]:
+    """deploy.remote.cluster.nodes as `Nodes`: a node that was started again counts by its living part."""
+    alive = {one["address"] for one in found["nodes"] if one["alive"]}
+    return {one.name: one.private in alive for one in plan.nodes}
