@@ -44,7 +44,7 @@ def processes(prefix: str, sessions: Collection[int] = ()) -> list[Json]:
     """Ours: processes whose mark starts with `prefix`, and all others of their sessions; pid, mark, plan, name, session.
 
     A program that sets its title writes over its environment as the kernel shows it, so that Ray's agents lose their marks;
-    a session, though, is made by us (jobs.sh) and has nobody else in it. `sessions`: known from an earlier look. Zombies do not
+    a session, though, is made by us (jobs.sh) and has nobody else in it. `sessions`: from an earlier look. Zombies do not
     count; arguments are never told.
     """
     table = _table()

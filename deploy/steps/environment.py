@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import io
 import json
@@ -208,7 +209,7 @@ async def ensure_uv(node: Target, about: Json, settings: Settings) -> str:
     if wheel is None:
         raise HostError(f"{node.name}: no uv is pinned for {about['machine']}", remedy="aarch64 and x86_64 are supported")
     path = f"{about['home']}/.cache/gracefarm/uv-{pinned['version']}"
-    binary = fetch_uv(pinned["version"], wheel["tag"], wheel["sha256"], settings)
+    binary = await asyncio.to_thread(fetch_uv, pinned["version"], wheel["tag"], wheel["sha256"], settings)
     wanted = hashlib.sha256(binary).hexdigest()
     if (await call(node, "environment.digest", {"path": path}))["sha256"] != wanted:
         quoted = shlex.quote(path)

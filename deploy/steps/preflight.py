@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from deploy.steps.preflight_checks import Cell, Expected, Pairs, Survey, judge
 from deploy.worker import Json, Target, call, try_all
-from gracefarm.errors import GracefarmError, HostError
+from gracefarm.errors import GracefarmError, PreflightError
 
 ORDER = (
     *("reach", "names", "share", "route", "ports", "clock", "python"),
@@ -141,9 +141,9 @@ async def _collective(targets: Sequence[Target], spec: Spec, backend: str) -> li
 
 
 def require(cells: Sequence[Cell]) -> None:
-    """Raises HostError with the first red cell, where there is one."""
+    """Raises PreflightError with the first red cell, where there is one."""
     bad = [one for one in cells if one.status == "bad"]
     if bad:
         first = bad[0]
         more = f"; {len(bad) - 1} more cells are red" if len(bad) > 1 else ""
-        raise HostError(f"preflight: {first.node}: {first.check}: {first.text}{more}", remedy=first.remedy)
+        raise PreflightError(f"{first.node}: {first.check}: {first.text}{more}", remedy=first.remedy)

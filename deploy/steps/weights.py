@@ -14,7 +14,7 @@ from deploy import weights
 from deploy.weights import File, Manifest, Share
 from deploy.worker import Json, Target, call, try_all
 from gracefarm.console import Console, Tick
-from gracefarm.errors import DigestError, DiskFullError, GracefarmError, HostError
+from gracefarm.errors import DigestError, DiskFullError, GracefarmError, HostError, NodeError, SshError
 
 ROUNDS = 4
 "Deals before we give up: a corrupted file or a lost node costs one more each."
@@ -176,7 +176,7 @@ class _Run:
             if found["corrupt"]:
                 self.console.warn(f"came wrong, fetched again by another node: {', '.join(found['corrupt'])}")
         for error in bad.values():
-            if not isinstance(error, HostError) or "shared folder" in error.cause:
+            if not isinstance(error, (HostError, SshError, NodeError)) or "shared folder" in error.cause:
                 raise error
             self.console.warn(f"{error.cause}; its files go to the others")
         return list(bad)

@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from deploy.inventory import Node
-from deploy.layout import Layout
-from deploy.plan import NodePlan, Plan, identified
+from deploy import facts as facts_of
+from deploy import inventory, model, paths, plan, ssh
+from deploy.inventory import Deployment
+from deploy.plan import Plan
 from deploy.rehearsal.nodes import MOUNT, USER, Rig
+from deploy.targets import targets
 from gracefarm import settings
 from gracefarm.files import atomic_directory, lock
 
 RAY = "ray[default]==2.60.0"
-PYTHON = f"{MOUNT}/rayenv/bin/python"
 TOKEN = "c0ffee" * 8
-BASE = f"/tmp/gracefarm-{USER}"
+COMMIT = "ab" * 20
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "num_hidden_layers": 4,
+    "hidden_size": 64,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "intermediate_size": 128,
+    "vocab_size": 256,
+    "max_position_embeddings": 2048,
+}
 
 
 def ray_environment() -> Path:
@@ -46,65 +59,51 @@ def bring_ray(room: Rig) -> None:
         subprocess.run(["cp", "-a", source, target], check=True)
 
 
-def inventory(room: Rig) -> list[Node]:
-    return [Node(name=one.name, rank=one.rank, address=one.address, user=USER, key=room.key) for one in room.nodes]
+def deployment(
+    room: Rig, folder: Path, *, layout: tuple[int, int] = (1, 2), env: Mapping[str, str] | None = None
+) -> Deployment:
+    """deploy.toml for the rig's nodes in `folder`, prepared as `deploy init` does; Ray's environment is the active one."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    lines = [
+        'name = "t"',
+        f'share = "{MOUNT}"',
+        "[nodes]",
+        f"hosts = {json.dumps([one.address for one in room.nodes])}",
+        f'user = "{USER}"',
+        f'key = "{room.key}"',
+        "[model]",
+        'repo = "org/model"',
+        f'revision = "{COMMIT}"',
+        'config = "config.json"',
+        "[layout]",
+        f"tensor_parallel = {layout[0]}",
+        f"pipeline_parallel = {layout[1]}",
+        "[options]",
+        "rehearsal = true",
+        "[env]",
+        *(f"{name} = {json.dumps(value)}" for name, value in (env or {}).items()),
+    ]
+    (folder / "deploy.toml").write_text("\n".join(lines) + "\n")
+    made = inventory.load(folder / "deploy.toml")
+    made.folder.make()
+    shutil.copy(room.known_hosts, made.folder.known_hosts)
+    link = room.folder / "share" / Path(paths.environment(made)).relative_to(MOUNT)
+    link.parent.mkdir(parents=True, exist_ok=True)
+    if not link.is_symlink():
+        link.symlink_to(f"{MOUNT}/rayenv")
+    return made
 
 
-def temp(mark: str) -> str:
-    return f"{BASE}/{mark[:8]}"
+def planned(room: Rig, made: Deployment) -> Plan:
+    """As `deploy plan` makes it, from facts that the nodes are asked for now."""
 
+    async def go() -> facts_of.Facts:
+        async with ssh.fleet(made, config=[]) as fleet:
+            found, bad = await facts_of.probe(made, targets(fleet))
+            assert not bad, bad
+            return facts_of.keep(made, found)
 
-def plan(
-    room: Rig, count: int, mark: str, *, serve: tuple[str, ...] = ("true",), env: Mapping[str, str] | None = None
-) -> Plan:
-    """The first `count` nodes, one GPU each, as deploy.plan would have them."""
-    head = room.nodes[0].address
-    nodes = []
-    for one in room.nodes[:count]:
-        where = (
-            ("--head", "--port=6379", f"--temp-dir={temp(mark)}", "--include-dashboard=false")
-            if one is room.nodes[0]
-            else (f"--address={head}:6379",)
-        )
-        arguments = (f"--node-ip-address={one.address}", "--num-gpus=1", "--num-cpus=2", "--disable-usage-stats")
-        arguments += ("--object-manager-port=8076", "--node-manager-port=8077", "--dashboard-agent-listen-port=52365")
-        arguments += ("--min-worker-port=20000", "--max-worker-port=20099", "--object-store-memory=100000000")
-        nodes.append(
-            NodePlan(
-                name=one.name,
-                address=one.address,
-                private=one.address,
-                interface="eth0",
-                gpus=1,
-                env={
-                    "RAY_AUTH_MODE": "token",
-                    "RAY_AUTH_TOKEN_PATH": f"{BASE}/{mark}/{one.name}/ray-token",
-                    "HOST_IP": one.address,
-                    **(env or {}),
-                },
-                ray=(f"{MOUNT}/rayenv/bin/ray", "start", *where, *arguments),
-            )
-        )
-    layout = Layout(
-        tp=1,
-        pp=count,
-        partition=(1,) * count,
-        max_model_len=128,
-        max_num_seqs=4,
-        max_num_batched_tokens=128,
-        gmu=0.9,
-    )
-    return identified(
-        Plan(
-            deployment="test",
-            engine="aphrodite",
-            model="org/model",
-            revision="0" * 40,
-            layout=layout,
-            nodes=tuple(nodes),
-            spares=tuple(one.name for one in room.nodes[count:]),
-            serve=serve,
-            serve_env={"RAY_ADDRESS": f"{head}:6379", **nodes[0].env},
-            secret_env=("APHRODITE_API_KEY",),
-        )
-    )
+    with room.inside():
+        facts = asyncio.run(go())
+    return plan.make(made, facts, model.find(made.data.model, made.path.parent)[0])

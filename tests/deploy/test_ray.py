@@ -8,6 +8,10 @@ from typing import TypeVar
 
 import pytest
 
+from deploy import facts, paths
+from deploy import plan as planning
+from deploy.inventory import Deployment
+from deploy.plan import Plan
 from deploy.rehearsal.nodes import Rig, rig
 from deploy.ssh import Fleet, fleet
 from deploy.steps import ray
@@ -17,7 +21,6 @@ from gracefarm.console import Console
 from tests.deploy import ray_kit
 
 pytestmark = pytest.mark.root
-MARK = "a1b2c3d4e5f6"
 T = TypeVar("T")
 
 
@@ -28,26 +31,33 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
         yield made
 
 
-def with_nodes(room: Rig, work: Callable[[Fleet, list[Target]], Awaitable[T]]) -> T:
+@pytest.fixture(scope="module")
+def deployment(room: Rig, tmp_path_factory: pytest.TempPathFactory) -> Deployment:
+    return ray_kit.deployment(room, tmp_path_factory.mktemp("deployment"))
+
+
+@pytest.fixture(scope="module")
+def plan(room: Rig, deployment: Deployment) -> Plan:
+    return ray_kit.planned(room, deployment)
+
+
+def with_nodes(room: Rig, deployment: Deployment, work: Callable[[Fleet, list[Target]], Awaitable[T]]) -> T:
     async def go() -> T:
-        nodes = ray_kit.inventory(room)
-        async with fleet(
-            nodes, known_hosts=room.known_hosts, config=[], connect_timeout=5, mark=MARK, local=ray_kit.BASE
-        ) as made:
-            return await work(made, targets(made))
+        async with fleet(deployment, config=[], connect_timeout=5) as made:
+            return await work(made, targets(made, facts.load(deployment)))
 
     with room.inside():
         return asyncio.run(go())
 
 
-def up(room: Rig, count: int = 2, **more: object) -> ray.Outcome:
-    plan = ray_kit.plan(room, count, MARK, env=more.pop("env", None))  # type: ignore[arg-type]
-    spec = ray.Spec(plan=plan, python=ray_kit.PYTHON, token=ray_kit.TOKEN, **more)  # type: ignore[arg-type]
-    return with_nodes(room, lambda made, nodes: ray.up(made, nodes, spec, Console()))
+def up(room: Rig, deployment: Deployment, plan: Plan, **more: object) -> ray.Outcome:
+    python = paths.program(deployment, "python")
+    spec = ray.Spec(plan=plan, python=python, token=ray_kit.TOKEN, **more)  # type: ignore[arg-type]
+    return with_nodes(room, deployment, lambda made, nodes: ray.up(made, nodes, spec, Console()))
 
 
-def down(room: Rig) -> dict[str, int]:
-    return with_nodes(room, lambda _made, nodes: ray.stop(nodes, MARK))
+def down(room: Rig, deployment: Deployment) -> dict[str, int]:
+    return with_nodes(room, deployment, lambda made, nodes: ray.stop(nodes, made.mark))
 
 
 def raylets(room: Rig) -> dict[str, list[int]]:
@@ -66,8 +76,14 @@ def anything_of_ray(room: Rig) -> list[str]:
     ]
 
 
-def test_a_cluster_comes_up_is_left_alone_repaired_changed_and_stopped(room: Rig) -> None:
-    first = up(room)
+def changed(plan: Plan) -> Plan:
+    nodes = tuple(one.model_copy(update={"env": {**one.env, "NCCL_DEBUG": "INFO"}}) for one in plan.nodes)
+    return planning.identified(plan.model_copy(update={"nodes": nodes, "id": ""}))
+
+
+def test_a_cluster_comes_up_is_left_alone_repaired_changed_and_stopped(room: Rig, deployment: Deployment, plan: Plan) -> None:
+    assert plan.spares == ("k2",)
+    first = up(room, deployment, plan)
     assert first.started == ("k0", "k1")
     assert first.gpus == 2
     running = raylets(room)
@@ -76,20 +92,20 @@ def test_a_cluster_comes_up_is_left_alone_repaired_changed_and_stopped(room: Rig
     assert not any(ray_kit.TOKEN in part for one in everybody for part in one["argv"])
     assert not any(ray_kit.TOKEN in value for one in everybody for value in one["environ"].values())
 
-    again = up(room)
+    again = up(room, deployment, plan)
     assert again.started == ()
     assert raylets(room) == running
 
     room["k1"].kill(running["k1"][0])
-    repaired = up(room)
+    repaired = up(room, deployment, plan)
     assert repaired.started == ("k1",)
     assert raylets(room)["k0"] == running["k0"]
 
-    other = up(room, env={"NCCL_DEBUG": "INFO"})  # another plan: everything is stopped first
+    other = up(room, deployment, changed(plan))  # another plan: everything is stopped first
     assert set(other.stopped) == {"k0", "k1"}
     assert other.started == ("k0", "k1")
     assert raylets(room)["k0"] != running["k0"]
 
-    assert down(room)["k0"] > 3
+    assert down(room, deployment)["k0"] > 3
     assert anything_of_ray(room) == []
-    assert down(room) == {"k0": 0, "k1": 0, "k2": 0}
+    assert down(room, deployment) == {"k0": 0, "k1": 0, "k2": 0}

@@ -1,0 +1,118 @@
+"""`deploy run` and `deploy ssh`: the tutorial's run_ip, run_k, runhead, runall, runrest and ssh_k.
+
+run_ip ADDRESS CMD      deploy run -k ADDRESS -- CMD
+run_k K CMD             deploy run -k K -- CMD
+runhead CMD             deploy run -k head -- CMD
+runrest CMD             deploy run -k rest -- CMD
+runall CMD              deploy run -- CMD
+ssh_k K                 deploy ssh K
+killall                 deploy down
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import click
+from rich.console import Console as RichConsole
+from rich.markup import escape
+
+from deploy.cli.common import Context, json_option, pass_context, wait
+from deploy.inventory import Deployment, Node
+from deploy.ssh import Result, fleet, parse_jump
+from gracefarm.errors import HostError, NodeError
+
+COLOURS = ("cyan", "green", "yellow", "magenta", "blue", "red")
+
+
+@click.command(context_settings={"ignore_unknown_options": True})
+@click.option("-k", "words", multiple=True, metavar="WORDS", help="Nodes: k1, 2-5, an address, head, rest, a group; commas.")
+@click.option("--timeout", type=click.FloatRange(min=0, min_open=True), help="Seconds; what takes longer is ended.")
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+@json_option
+@pass_context
+def run(context: Context, words: tuple[str, ...], timeout: float | None, command: tuple[str, ...]) -> None:
+    """A command on all nodes at once, or on those of -k; each line with its node before it.
+
+    \b
+    deploy run -- nvidia-smi -L
+    deploy run -k head,2-5 -- 'df -h | grep share'
+
+    One word is the nodes' shell's to read, several are an argument list. The exit code is 0 when it was 0 everywhere.
+    """
+    deployment = context.deployment
+    nodes = deployment.select([one for word in words for one in word.split(",") if one]) if words else deployment.nodes
+    width = max(len(one.name) for one in nodes)
+    out, err = RichConsole(highlight=False, soft_wrap=True), RichConsole(stderr=True, highlight=False, soft_wrap=True)
+
+    def line(node: Node, stream: str, text: str) -> None:
+        if context.console.as_json:
+            context.console.event("line", text, node=node.name, stream=stream)
+            return
+        colour = COLOURS[node.rank % len(COLOURS)]
+        (out if stream == "stdout" else err).print(f"[{colour}]{escape(node.name):>{width}}[/] {escape(text)}")
+
+    async def go() -> dict[str, Result]:
+        async with fleet(deployment) as made:
+            text = command[0] if len(command) == 1 else list(command)
+            return await made.run(text, nodes=nodes, timeout=timeout, on_line=line)
+
+    results = wait(go())
+    if context.console.as_json:
+        rows = {
+            name: {
+                "returncode": one.returncode,
+                "error": one.error.cause if one.error else None,
+                "seconds": round(one.seconds, 3),
+            }
+            for name, one in results.items()
+        }
+        context.console.result(rows)
+    _matrix(results)
+
+
+def _matrix(results: dict[str, Result]) -> None:
+    """Raises NodeError with every node's exit code, where one is not 0."""
+    bad = [one for one in results.values() if not one.ok]
+    if not bad:
+        return
+    good = [name for name, one in results.items() if one.ok]
+    parts = [one.error.cause if one.error else f"{one.node.name} ended with {one.returncode}" for one in bad]
+    first = next((one.error for one in bad if one.error), None)
+    kind = type(first) if first else NodeError
+    rest = f"; 0 on {', '.join(good)}" if good else ""
+    raise kind("; ".join(parts) + rest, remedy=first.remedy if first else "the lines above say why")
+
+
+@click.command(context_settings={"ignore_unknown_options": True})
+@click.argument("node")
+@click.argument("command", nargs=-1, type=click.UNPROCESSED)
+@pass_context
+def ssh(context: Context, node: str, command: tuple[str, ...]) -> None:
+    """The system's ssh into a node, with this deployment's pinned host keys, user, key and jump host."""
+    deployment = context.deployment
+    program = shutil.which("ssh")
+    if program is None:
+        raise HostError("there is no ssh on this machine", remedy="install openssh-client; `deploy run` needs none")
+    argv = [program, *arguments(deployment, deployment.node(node)), *command]
+    sys.stdout.flush()
+    os.execv(argv[0], argv)  # noqa: S606 - it becomes ssh
+
+
+def arguments(deployment: Deployment, node: Node) -> list[str]:
+    """Of ssh, up to the host."""
+    known = deployment.folder.known_hosts
+    made = ["-o", f"UserKnownHostsFile={known}", "-o", "GlobalKnownHostsFile=/dev/null", "-o", "StrictHostKeyChecking=yes"]
+    access = [*(["-i", str(node.key)] if node.key else [])]
+    if node.port != 22:
+        made += ["-p", str(node.port)]
+    if node.jump:
+        user, host, port = parse_jump(node.jump)
+        own = Path.home() / ".ssh" / "known_hosts"
+        inner = ["ssh", "-o", f'UserKnownHostsFile="{known} {own}"', "-o", "StrictHostKeyChecking=yes", *access]
+        inner += ["-p", str(port), "-W", "[%h]:%p", f"{user}@{host}" if user else host]
+        made += ["-o", f"ProxyCommand={' '.join(inner)}"]
+    return [*made, *access, f"{node.user}@{node.address}" if node.user else node.address]

@@ -1,0 +1,290 @@
+"""`deploy up`, `serve`, `down`, `preflight`, `env`, `weights`: what changes the nodes."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import click
+from rich.console import Console as RichConsole
+from rich.markup import escape
+from rich.table import Table
+
+from deploy import facts as facts_of
+from deploy import flow, paths, state
+from deploy.cli.common import Context, json_option, pass_context, wait
+from deploy.flow import Choice, Served, Work
+from deploy.ssh import fleet
+from deploy.state import Keeper
+from deploy.steps import environment, preflight, weights
+from deploy.steps.preflight_checks import Cell
+from gracefarm import settings
+from gracefarm.errors import ConfigError, ExitCode, InstallError
+
+T = TypeVar("T")
+_GOES_ON = "interrupted; what is under way on the nodes goes on, and the same command attaches to it: `deploy down` ends it"
+
+
+@contextmanager
+def held(context: Context, *, no_wait: bool = False) -> Iterator[Keeper]:
+    """The state, for this command alone."""
+    command = shlex.join(["deploy", *sys.argv[1:]])
+
+    def waiting(who: str) -> None:
+        context.console.step("wait", f"{who} is at work on this deployment; waiting for it")
+
+    with state.hold(context.deployment.folder, command, wait=not no_wait, on_wait=waiting) as keeper:
+        yield keeper
+
+
+def at_work(context: Context, keeper: Keeper, do: Callable[[Work], Awaitable[T]]) -> T:
+    """`do` with connections to the nodes; Ctrl-C tells that what is detached goes on."""
+    deployment = context.deployment
+    facts = facts_of.load(deployment)
+    for one in deployment.nodes:
+        facts.node(one.name)
+
+    async def go() -> T:
+        async with fleet(deployment) as made:
+            return await do(
+                Work(
+                    deployment=deployment,
+                    fleet=made,
+                    facts=facts,
+                    keeper=keeper,
+                    console=context.console,
+                    settings=settings.load(),
+                )
+            )
+
+    try:
+        return wait(go())
+    except KeyboardInterrupt:
+        context.console.event("error", _GOES_ON)
+        sys.exit(ExitCode.INTERRUPTED)
+
+
+no_wait_option = click.option("--no-wait", is_flag=True, help="Fail at once where another command is at work.")
+
+
+@click.command()
+@click.option("--from", "start", metavar="STEP", type=click.Choice(flow.UP), help="Do this step and the later ones again.")
+@click.option("--skip", multiple=True, metavar="STEP", type=click.Choice(flow.UP), help="Leave a step out.")
+@no_wait_option
+@json_option
+@pass_context
+def up(context: Context, start: str | None, skip: tuple[str, ...], no_wait: bool) -> None:
+    """Preflight, NFS cache, environment, weights, proof: what is missing on the nodes, and no more.
+
+    \b
+    deploy up
+    deploy up --from weights
+    deploy up --skip cache
+
+    Ctrl-C or kill -9 at any moment: the same command goes on from there.
+    """
+    with held(context, no_wait=no_wait) as keeper:
+        changed = at_work(context, keeper, lambda work: flow.up(work, Choice(start=start, skip=skip)))
+    context.console.result({"changed": changed}, "up to date" if not changed else "done: `deploy serve` starts the engine")
+
+
+@click.command()
+@click.option("--skip-up", is_flag=True, help="Do not look whether `deploy up` has something to do.")
+@no_wait_option
+@json_option
+@pass_context
+def serve(context: Context, skip_up: bool, no_wait: bool) -> None:
+    """Start Ray and the engine; READY when a real completion came back. Does `deploy up` first where it is needed.
+
+    Repeated, it finds what runs already, or attaches to a load that goes on. Ctrl-C leaves the load going.
+    """
+
+    async def go(work: Work) -> Served:
+        if not skip_up:
+            await flow.up(work)
+        return await flow.serve(work)
+
+    with held(context, no_wait=no_wait) as keeper:
+        made = at_work(context, keeper, go)
+    deployment = context.deployment
+    head, port = deployment.head, deployment.data.ports.engine
+    key = deployment.folder.api_key
+    document = {
+        "ready": True,
+        "plan": made.plan.id,
+        "node": head.name,
+        "port": port,
+        "model": made.engine.model,
+        "api_key_file": str(key),
+        "how": made.engine.how,
+        "seconds": round(made.engine.seconds, 2),
+    }
+    lines = [
+        f"READY  {made.engine.model} on {head.name}, port {port} of its loopback",
+        f"       deploy tunnel                          # http://127.0.0.1:{port} on this machine",
+        f'       curl -H "Authorization: Bearer $(cat {shlex.quote(str(key))})" http://127.0.0.1:{port}/v1/models',
+    ]
+    context.console.result(document, "\n".join(lines))
+
+
+@click.command()
+@click.option("--keep-ray", is_flag=True, help="End the engine alone.")
+@no_wait_option
+@json_option
+@pass_context
+def down(context: Context, keep_ray: bool, no_wait: bool) -> None:
+    """End the engine and Ray on every node, and look that nothing of ours is left running."""
+    with held(context, no_wait=no_wait) as keeper:
+        ended = at_work(context, keeper, lambda work: flow.down(work, keep_ray=keep_ray))
+    what = "the engine is down, Ray runs on" if keep_ray else "nothing of this deployment runs any more"
+    text = ", ".join(f"{node} {count}" for node, count in ended.items() if count)
+    context.console.result({"ended": ended}, f"{what}" + (f"; processes ended: {text}" if text else "; nothing ran"))
+
+
+@click.command("preflight")
+@json_option
+@pass_context
+def preflight_command(context: Context) -> None:
+    """Every check on every node and pair, as a table; red cells with their remedy. Changes nothing."""
+
+    async def go(work: Work) -> list[Cell]:
+        return await flow.cells_of(work, await flow.look(work))
+
+    with held(context) as keeper:
+        cells = at_work(context, keeper, go)
+    if context.console.as_json:
+        context.console.result([one.__dict__ for one in cells])
+    else:
+        _print_cells(cells, [one.name for one in context.deployment.nodes])
+    preflight.require(cells)
+
+
+_COLOUR = {"ok": "green", "bad": "bold red", "warn": "yellow", "skipped": "dim"}
+
+
+def _print_cells(cells: list[Cell], names: list[str]) -> None:
+    """One row per check; a row whose nodes all say the same is one cell."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("check")
+    table.add_column("nodes")
+    table.add_column("what was found", overflow="fold")
+    for check in preflight.ORDER:
+        groups: dict[tuple[str, str], list[str]] = {}
+        for one in cells:
+            if one.check == check:
+                groups.setdefault((one.status, one.text), []).append(one.node)
+        for (status, text), nodes in groups.items():
+            who = "all" if len(nodes) == len(names) else ",".join(nodes)
+            table.add_row(check, who, f"[{_COLOUR[status]}]{status}[/] {escape(text)}")
+    RichConsole(highlight=False, width=127 if not sys.stdout.isatty() else None).print(table)
+
+
+# environments
+
+
+@click.group()
+def env() -> None:
+    """Environments on the shared folder: build, list, import everywhere, roll back, collect."""
+
+
+@env.command("up")
+@no_wait_option
+@json_option
+@pass_context
+def env_up(context: Context, no_wait: bool) -> None:
+    """Build the environment of the set's lock unless it is there, import it on all nodes, make it active."""
+    others = [one for one in flow.UP if one not in ("environment", "proof")]
+    with held(context, no_wait=no_wait) as keeper:
+        changed = at_work(context, keeper, lambda work: flow.up(work, Choice(skip=others)))
+    context.console.result({"changed": changed}, "active" if changed else "nothing to do")
+
+
+@env.command("list")
+@json_option
+@pass_context
+def env_list(context: Context) -> None:
+    """Finished environments, newest first, and which are active."""
+    root = paths.environment_root(context.deployment)
+    with held(context) as keeper:
+        found = at_work(context, keeper, lambda work: environment.listing(work.nodes[:1], root))
+    lines = [
+        f"{one['id'][:12]}  {one['set'] or '-':24}  {' '.join(one['active']) or '-'}" for one in found["environments"]
+    ] or ["no environment yet: `deploy env up`"]
+    context.console.result(found, "\n".join(lines))
+
+
+@env.command("matrix")
+@json_option
+@pass_context
+def env_matrix(context: Context) -> None:
+    """Import every module of the active environment on every node again."""
+    deployment = context.deployment
+    wanted = environment.matrix(deployment.data.engine)
+    with held(context) as keeper:
+        rows = at_work(context, keeper, lambda work: environment.prove(work.nodes, paths.environment(deployment), wanted, 600))
+    lines = [
+        f"{node}  {one['name']}: {one.get('skipped') or str(one['seconds']) + ' s'}"
+        for node, each in rows.items()
+        for one in each
+    ]
+    context.console.result(rows, "\n".join(lines))
+
+
+@env.command("rollback")
+@json_option
+@pass_context
+def env_rollback(context: Context) -> None:
+    """Make the environment active that was active before; a running engine keeps the one that it started with."""
+    root = paths.environment_root(context.deployment)
+    with held(context) as keeper:
+        done = at_work(context, keeper, lambda work: environment.rollback(work.nodes, root))
+        keeper.forget("environment", "proof")
+    text = f"{done['active'][:12]} is active (was {(done['from'] or 'none')[:12]}); `deploy serve` starts with it"
+    context.console.result(done, text + "; `deploy env up` goes forward again")
+
+
+@env.command("gc")
+@click.option("--keep", default=2, show_default=True, type=click.IntRange(1), help="Generations that stay for a roll-back.")
+@json_option
+@pass_context
+def env_gc(context: Context, keep: int) -> None:
+    """Remove old environments that no process on any node runs from."""
+    root = paths.environment_root(context.deployment)
+    with held(context) as keeper:
+        done = at_work(context, keeper, lambda work: environment.collect(work.nodes, root, keep=keep))
+    text = f"{len(done['removed'])} removed, {done['freed'] / 1e9:.1f} GB freed"
+    context.console.result(done, text + (f"; in use: {', '.join(done['in_use'])}" if done["in_use"] else ""))
+
+
+# weights
+
+
+@click.group("weights")
+def weights_group() -> None:
+    """The model's files on the shared folder."""
+
+
+@weights_group.command("verify")
+@click.option("--remove", is_flag=True, help="Take away what is wrong, so that `deploy up` brings it again.")
+@json_option
+@pass_context
+def weights_verify(context: Context, remove: bool) -> None:
+    """Hash every file again, dealt over all nodes."""
+    deployment = context.deployment
+    with held(context) as keeper:
+        brought = keeper.state.data("weights")
+        if not brought:
+            raise ConfigError("there are no weights yet", remedy="`deploy up` brings them")
+        spec = weights.Spec(root=paths.root(deployment), repo=deployment.data.model.repo)
+        wrong = at_work(context, keeper, lambda work: weights.verify(work.nodes, spec, str(brought["commit"]), remove=remove))
+        if wrong and remove:
+            keeper.forget("weights")
+    if wrong:
+        raise InstallError(
+            f"{len(wrong)} files are wrong or missing: {', '.join(wrong[:3])}",
+            remedy="`deploy up` brings them again" if remove else "`deploy weights verify --remove`, then `deploy up`",
+        )
+    context.console.result({"wrong": wrong}, "every file is what the Hub declares")

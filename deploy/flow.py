@@ -1,0 +1,531 @@
+"""What `deploy up`, `serve` and `down` do, in order: look at every node once, do what is missing, remember what was done.
+
+A step that the state calls done is done again only when what it depends on has changed, or when the look denies it.
+What runs on the nodes while a step is at work survives this process: environments and weights go on behind a lock on the
+shared folder, Ray and the engine are detached jobs; the same command finds them again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import secrets
+import shlex
+import time
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from deploy import engine as engines
+from deploy import model as models
+from deploy import paths
+from deploy import plan as planning
+from deploy.facts import Facts
+from deploy.inventory import Deployment
+from deploy.model import Model
+from deploy.plan import Plan
+from deploy.ssh import Fleet
+from deploy.state import Keeper, Record, digest
+from deploy.steps import cache, engine, environment, preflight, ray, weights
+from deploy.steps.preflight_checks import Cell
+from deploy.targets import targets
+from deploy.worker import Json, Target, call, joined, try_all
+from gracefarm.console import Console
+from gracefarm.errors import ConfigError, GracefarmError, HostError, UsageError
+from gracefarm.files import atomic_write
+from gracefarm.settings import Settings
+
+UP = ("preflight", "cache", "environment", "weights", "proof")
+"Steps of `up`, in their order; environment and weights go side by side."
+SERVE = ("ray", "engine")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What a person wants done otherwise."""
+
+    start: str | None = None
+    "Steps from this one on are done again, whatever the state says."
+    skip: Collection[str] = ()
+
+    def check(self, known: Sequence[str] = UP) -> None:
+        """Raises UsageError: no such step."""
+        for one in (*([self.start] if self.start else []), *self.skip):
+            if one not in known:
+                raise UsageError(f"no step {one!r}", remedy=f"there are: {', '.join(known)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What every step has."""
+
+    deployment: Deployment
+    fleet: Fleet
+    facts: Facts
+    keeper: Keeper
+    console: Console
+    settings: Settings
+    environ: Mapping[str, str] = field(default_factory=lambda: os.environ, repr=False)
+    "HF_TOKEN and HF_ENDPOINT of whoever calls."
+
+    @property
+    def nodes(self) -> list[Target]:
+        """All nodes, the head first."""
+        return targets(self.fleet, self.facts, self.deployment.nodes)
+
+    @property
+    def pairs(self) -> list[tuple[str, str, int]]:
+        """What most steps depend on."""
+        return [(one.name, one.address, one.gpus) for one in self.nodes]
+
+
+Looks = Mapping[str, Json]
+Check = Callable[[Record], str | None]
+"None: what was done is still there; else why it must be done again."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Done:
+    """What a step did, for people and for the state."""
+
+    text: str
+    data: dict[str, Any] = field(default_factory=dict)
+    skipped: bool = False
+
+
+async def look(work: Work) -> Looks:
+    """One short call to every node at once: all that `up` needs to know whether there is anything to do.
+
+    Raises:
+        SshError, HostError: a node was not reached; all that were not are named.
+    """
+    data, root = work.deployment.data, _root(work)
+    folder = work.keeper.state.data("weights").get("folder")
+
+    async def one(node: Target) -> Json:
+        request = {
+            "prefix": f"{work.fleet.mark}/{node.name}/",
+            "root": root,
+            "weights": folder,
+            "count": node.name == work.deployment.head.name,
+            "share": data.share,
+        }
+        return await call(node, "look.look", request)
+
+    found, bad = await try_all(work.nodes, one)
+    if bad:
+        raise joined(bad, len(work.nodes))
+    return found
+
+
+def _root(work: Work) -> str:
+    return paths.environment_root(work.deployment)
+
+
+async def perform(work: Work, name: str, inputs: str, check: Check, apply: Callable[[], Awaitable[Done]]) -> bool:
+    """One step: nothing, where it is done and still so; else do it. Returns whether anything was done."""
+    record = work.keeper.state.steps.get(name)
+    if record and record.outcome in ("done", "skipped") and record.digest == inputs:
+        why = check(record)
+        if why is None:
+            work.console.step(name, f"nothing to do: {record.text}")
+            return False
+        work.console.step(name, f"again: {why}")
+    work.keeper.begin(name, inputs)
+    try:
+        done = await apply()
+    except GracefarmError as error:
+        work.keeper.end(name, "failed", error.cause)
+        raise
+    work.keeper.end(name, "skipped" if done.skipped else "done", done.text, done.data)
+    work.console.step(name, done.text)
+    return True
+
+
+async def up(work: Work, choice: Choice | None = None) -> bool:
+    """Everything that serving needs, on every node; returns whether anything was done.
+
+    Raises:
+        GracefarmError: the first step that failed; what was done before it stays done.
+    """
+    chosen = choice or Choice()
+    chosen.check()
+    if chosen.start:
+        work.keeper.forget(*UP[UP.index(chosen.start) :])
+    looks = await look(work)
+    changed = False
+    for name, step in (("preflight", _preflight), ("cache", _cache)):
+        if name not in chosen.skip:
+            changed = await step(work, looks) or changed
+    together = (("environment", _environment), ("weights", _weights))
+    side_by_side = [step(work, looks) for name, step in together if name not in chosen.skip]
+    outcomes = await asyncio.gather(*side_by_side, return_exceptions=True)
+    for one in outcomes:
+        if isinstance(one, BaseException):
+            raise one
+        changed = one or changed
+    if "proof" not in chosen.skip:
+        changed = await _proof(work, looks) or changed
+    return changed
+
+
+# preflight, before and after there is an environment
+
+
+def _boots(looks: Looks) -> dict[str, str]:
+    return {node: str(one["boot"]) for node, one in looks.items()}
+
+
+async def _preflight(work: Work, looks: Looks) -> bool:
+    data = work.deployment.data
+    inputs = digest("preflight", work.pairs, data.share, data.ports.model_dump(), data.options.rehearsal)
+
+    def check(record: Record) -> str | None:
+        for node, one in looks.items():
+            if data.share and one["share"] is None:
+                return f"{node} has lost {data.share}"
+            if record.data["boots"].get(node) != one["boot"]:
+                return f"{node} was started again"
+        return None
+
+    async def apply() -> Done:
+        cells = await cells_of(work, looks)
+        preflight.require(cells)
+        return Done(text=summary(cells), data={"boots": _boots(looks)})
+
+    return await perform(work, "preflight", inputs, check, apply)
+
+
+async def cells_of(work: Work, looks: Looks) -> list[Cell]:
+    """Every check on every node and pair; what is not green is printed."""
+    cells = await preflight.run(work.nodes, _preflight_spec(work, looks))
+    for one in cells:
+        if one.status in ("bad", "warn"):
+            work.console.warn(f"{one.node}: {one.check}: {one.text}" + (f"; {one.remedy}" if one.remedy else ""))
+    return cells
+
+
+def _preflight_spec(work: Work, looks: Looks) -> preflight.Spec:
+    data, ports = work.deployment.data, work.deployment.data.ports
+    running = any(ray.raylet(one) for one in looks.values())
+    wanted = (ports.ray, ports.object_manager, ports.node_manager, ports.agent, ports.metrics, ports.store, ports.engine_store)
+    return preflight.Spec(
+        share=data.share,
+        root=_root(work),
+        ports=wanted,
+        collective_port=ports.store,
+        ours=(f"{paths.root(work.deployment)}/", *(("ray::",) if running else ())),
+        rehearsal=data.options.rehearsal,
+    )
+
+
+def summary(cells: Sequence[Cell]) -> str:
+    """How many checks, and what became of them."""
+    count = {status: sum(one.status == status for one in cells) for status in ("ok", "warn", "bad", "skipped")}
+    nodes = len({one.node for one in cells})
+    parts = [f"{count['ok']} green", *(f"{count[name]} {word}" for name, word in _WORDS if count[name])]
+    return f"{len({one.check for one in cells})} checks on {nodes} nodes: {', '.join(parts)}"
+
+
+_WORDS = (("warn", "to look at"), ("bad", "red"), ("skipped", "skipped"))
+
+
+async def _proof(work: Work, looks: Looks) -> bool:
+    """Preflight once more in the environment that will serve: pages, libstdc++, all-reduce."""
+    identifier = work.keeper.state.data("environment").get("id")
+    if not identifier:
+        return False
+    inputs = digest("proof", work.pairs, identifier, _boots(looks))
+    running = any(ray.raylet(one) for one in looks.values())
+
+    async def apply() -> Done:
+        cells = await cells_of(work, looks)
+        preflight.require([one for one in cells if not (running and one.check in ("memory", "ports"))])
+        reduced = next((one.text for one in cells if one.check == "gloo" and one.status == "ok"), None)
+        return Done(text=f"with the environment: {summary(cells)}" + (f"; all-reduce {reduced}" if reduced else ""))
+
+    return await perform(work, "proof", inputs, lambda _record: None, apply)
+
+
+# cache
+
+
+async def _cache(work: Work, looks: Looks) -> bool:
+    share = paths.share(work.deployment)
+
+    def check(record: Record) -> str | None:
+        for node, one in looks.items():
+            if record.data["fsc"].get(node) and not (one["share"] or {}).get("fsc"):
+                return f"{node} has mounted {share} without it"
+        return None
+
+    async def apply() -> Done:
+        rows = await cache.up(work.nodes, share, work.console)
+        reasons = dict.fromkeys(one.text for one in rows if one.outcome == "skipped")
+        on = [one for one in rows if one.outcome != "skipped"]
+        parts = [f"{len(on)} of {len(rows)} nodes: {on[0].text}"] if on else []
+        parts += [f"skipped: {reason}" for reason in reasons]
+        return Done(text="; ".join(parts), data={"fsc": {one.node: one.outcome != "skipped" for one in rows}}, skipped=not on)
+
+    return await perform(work, "cache", digest("cache", share, work.pairs), check, apply)
+
+
+# environment
+
+
+def lock_text(deployment: Deployment) -> str:
+    """The lock of what serves: deploy.toml's `lock`, else SET.lock beside it.
+
+    Raises:
+        ConfigError: neither is there.
+    """
+    base = deployment.path.parent
+    name = deployment.data.lock or f"{deployment.data.set}.lock"
+    try:
+        return (base / Path(name).expanduser()).read_text()
+    except OSError as error:
+        raise ConfigError(
+            f"{base / name}: no lock of the set {deployment.data.set}",
+            remedy=f"`builder set build {deployment.data.set}` writes requirements.lock: name it by lock = in deploy.toml",
+        ) from error
+
+
+def _environment_spec(work: Work) -> environment.Spec:
+    data = work.deployment.data
+    return environment.Spec(
+        root=_root(work), lock=lock_text(work.deployment), index=data.index, engine=data.engine, set_name=data.set
+    )
+
+
+async def _environment(work: Work, looks: Looks) -> bool:
+    spec = _environment_spec(work)
+    inputs = digest("environment", spec.root, spec.lock, spec.index, spec.python, spec.source, spec.engine, work.pairs)
+
+    def check(record: Record) -> str | None:
+        for node, one in looks.items():
+            if one["environments"].get("env") != record.data["id"]:
+                return f"{node} does not see it, or another one is active"
+        return None
+
+    async def apply() -> Done:
+        made = await environment.up(work.nodes, spec, work.settings, work.console)
+        count = sum("error" not in row and "skipped" not in row for rows in made.rows.values() for row in rows)
+        how = "built, " if made.built else ""
+        text = f"{made.id[:12]} {how}imported on {len(made.rows)} nodes ({count} imports), active"
+        return Done(text=text, data={"id": made.id})
+
+    return await perform(work, "environment", inputs, check, apply)
+
+
+# weights
+
+
+async def _weights(work: Work, looks: Looks) -> bool:
+    await _download(work, looks)
+    data = work.deployment.data
+    spec = weights.Spec(
+        root=paths.root(work.deployment),
+        repo=data.model.repo,
+        revision=data.model.revision,
+        endpoint=work.environ.get("HF_ENDPOINT"),
+        token=work.environ.get("HF_TOKEN"),
+        python=paths.download_python(work.deployment),
+    )
+    # A branch is resolved once; `--from weights` resolves it again.
+    inputs = digest("weights", spec.root, spec.repo, spec.revision)
+
+    def check(record: Record) -> str | None:
+        for node, one in looks.items():
+            if one["weights"] is None or one["weights"]["manifest"] != record.data["manifest"]:
+                return f"{node} does not see them"
+            if one["weights"]["wrong"]:
+                return f"{', '.join(one['weights']['wrong'][:3])} is not what was brought"
+        return None
+
+    async def apply() -> Done:
+        made = await weights.up(work.nodes, spec, work.console)
+        request = {"prefix": "-", "weights": made.folder, "count": False}
+        seen = await call(work.nodes[0], "look.look", request)
+        size, count = made.manifest.size / 1e9, len(made.manifest.files)
+        brought = f"{made.fetched / 1e9:.1f} GB brought now" if made.fetched else "all there"
+        text = f"{spec.repo} at {made.manifest.commit[:12]}: {count} files, {size:.1f} GB, {brought}"
+        manifest = (seen["weights"] or {}).get("manifest")
+        return Done(text=text, data={"folder": made.folder, "commit": made.manifest.commit, "manifest": manifest})
+
+    return await perform(work, "weights", inputs, check, apply)
+
+
+async def _download(work: Work, looks: Looks) -> bool:
+    """The environment that speaks with the Hub: huggingface_hub >= 1 and an engine's transformers exclude each other."""
+    root = _root(work)
+    lock = environment.download_lock()
+    inputs = digest("download", root, lock, work.deployment.data.index, work.pairs)
+
+    def check(record: Record) -> str | None:
+        bad = [node for node, one in looks.items() if one["environments"].get("download") != record.data["id"]]
+        return f"{bad[0]} does not see it" if bad else None
+
+    async def apply() -> Done:
+        spec = environment.Spec(
+            root=root,
+            lock=lock,
+            index=work.deployment.data.index,
+            engine="download",
+            link="download",
+            set_name="download",
+        )
+        made = await environment.up(work.nodes, spec, work.settings, work.console)
+        return Done(text=f"environment for downloads {made.id[:12]} on {len(made.rows)} nodes", data={"id": made.id})
+
+    return await perform(work, "download", inputs, check, apply)
+
+
+# serving
+
+
+@dataclass(frozen=True, kw_only=True)
+class Served:
+    """What answers, and how it was reached."""
+
+    plan: Plan
+    ray: ray.Outcome
+    engine: engine.Outcome
+
+
+async def plan_of(work: Work) -> Plan:
+    """The plan of what was brought: the numbers of the model's own config.json on the share, at its commit.
+
+    Raises:
+        ConfigError, LayoutError: as deploy.plan.make; HostError: config.json cannot be read on the head.
+    """
+    data, brought = work.deployment.data.model, work.keeper.state.data("weights")
+    if not brought:
+        raise ConfigError("the weights are not there yet", remedy="`deploy up` brings them")
+    commit = str(brought["commit"])
+    if data.config:
+        model = models.from_file(_local(work, data.config), repo=data.repo, revision=commit)
+    else:
+        model = await _model(work, f"{brought['folder']}/config.json", commit)
+    made = planning.make(work.deployment, work.facts, model)
+    atomic_write(work.deployment.folder.path / "plan.json", made.model_dump_json(indent=1) + "\n")
+    return made
+
+
+def _local(work: Work, name: str) -> Path:
+    return work.deployment.path.parent / Path(name).expanduser()
+
+
+async def _model(work: Work, path: str, commit: str) -> Model:
+    head = work.deployment.head
+    done = (await work.fleet.run(f"cat {shlex.quote(path)}", nodes=[head], timeout=60))[head.name]
+    if not done.ok:
+        raise HostError(f"{head}: {path} cannot be read: {done.stderr.strip()}", remedy="`deploy up --from weights`")
+    return models.from_config(
+        json.loads(done.stdout), repo=work.deployment.data.model.repo, revision=commit, source=f"{head.name}:{path}"
+    )
+
+
+async def serve(work: Work) -> Served:
+    """Ray and the engine by the plan; nothing is started twice.
+
+    Raises:
+        EngineError: with the first cause. Ray stays as it is when the engine fails; `down` ends both.
+    """
+    plan = await plan_of(work)
+    ray_spec = ray_spec_of(work, plan)
+    started = await _ray(work, plan, ray_spec)
+    answering = await _engine(work, plan, ray_spec)
+    return Served(plan=plan, ray=started, engine=answering)
+
+
+def ray_spec_of(work: Work, plan: Plan) -> ray.Spec:
+    """How Ray is started and asked."""
+    return ray.Spec(
+        plan=plan,
+        python=paths.program(work.deployment, "python"),
+        token=ray_token(work.deployment),
+        wave=work.deployment.data.options.ray_wave,
+    )
+
+
+def ray_token(deployment: Deployment) -> str:
+    """Ray's token, generated once, 0600."""
+    path = deployment.folder.path / "ray-token"
+    with suppress(FileNotFoundError):
+        return path.read_text().strip()
+    token = secrets.token_hex(32)
+    atomic_write(path, token + "\n")
+    path.chmod(0o600)
+    return token
+
+
+def engine_spec_of(work: Work, plan: Plan, spec: ray.Spec) -> engine.Spec:
+    """How the engine is started and asked."""
+    key = engine.api_key(work.deployment.folder)
+    head = work.nodes[0]
+
+    async def nodes() -> engine.Nodes:
+        return engine.by_name(plan, await ray.ask(head, spec))
+
+    return engine.Spec(
+        plan=plan,
+        secrets=dict.fromkeys(plan.secret_env, key),
+        nodes=nodes,
+        load=work.deployment.data.options.load_timeout,
+        last=work.keeper.state.data("load"),
+    )
+
+
+async def _ray(work: Work, plan: Plan, spec: ray.Spec) -> ray.Outcome:
+    work.keeper.begin("ray", plan.id)
+    try:
+        made = await ray.up(work.fleet, work.nodes, spec, work.console)
+    except GracefarmError as error:
+        work.keeper.end("ray", "failed", error.cause)
+        raise
+    text = f"{len(plan.nodes)} nodes, {made.gpus:g} GPUs at {ray.address(plan)}"
+    work.keeper.end("ray", "done", text, {"plan": plan.id, "nodes": [one.name for one in plan.nodes]})
+    work.console.step("ray", text if made.started else f"nothing to do: {text}")
+    return made
+
+
+async def _engine(work: Work, plan: Plan, ray_spec: ray.Spec) -> engine.Outcome:
+    last = work.keeper.state.data("engine")
+    spec = engine_spec_of(work, plan, ray_spec)
+    work.keeper.begin("engine", plan.id)
+    try:
+        made = await engine.up(work.fleet, work.nodes[0], spec, work.console)
+    except GracefarmError as error:
+        work.keeper.end("engine", "failed", error.cause)
+        raise
+    if made.how == "started":  # kept when the engine is stopped: the next start is measured by it
+        work.keeper.begin("load", plan.id)
+        work.keeper.end("load", "done", "seconds of each phase of the last start", dict(made.phases))
+    since = last.get("ready", time.time()) if made.how == "running" else time.time()
+    text = f"{made.model} answers after {made.seconds:.0f} s" if made.how != "running" else f"{made.model} answers"
+    port = engine.port(plan)
+    work.keeper.end("engine", "done", text, {"plan": plan.id, "port": port, "model": made.model, "ready": since})
+    work.console.step("engine", text if made.how != "running" else f"nothing to do: {text}")
+    return made
+
+
+async def down(work: Work, *, keep_ray: bool = False) -> dict[str, int]:
+    """End the engine, then Ray, and look that nothing of ours is left; node to how many processes were ended.
+
+    Raises:
+        NodeError: something is left; SshError, HostError: a node was not reached, after all others were stopped.
+    """
+    ended: dict[str, int] = {}
+    for job, grace in ((paths.ENGINE_JOB, 15.0), *(() if keep_ray else ((None, 5.0),))):
+        found = await ray.stop(work.nodes, work.fleet.mark, job=job, grace=grace)
+        ended = {node: ended.get(node, 0) + count for node, count in found.items()}
+    work.keeper.forget("engine", *(() if keep_ray else ("ray",)))
+    return ended
+
+
+def key_variable(deployment: Deployment) -> str:
+    """The engine's name for its key."""
+    return engines.engine(deployment.data.engine).key_variable
