@@ -20,6 +20,14 @@ COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "init": ("deploy.cli.init:init", "Write deploy.toml, pin host keys, ask every node what it is."),
         "facts": ("deploy.cli.init:facts", "What the nodes are; asked now, or as kept."),
         "plan": ("deploy.cli.plan:plan", "Layout, memory, speed, cost, and the exact commands."),
+        "preflight": ("deploy.cli.serve:preflight_command", "Every check on every node and pair."),
+        "up": ("deploy.cli.serve:up", "Preflight, NFS cache, environment, weights: what is missing."),
+        "serve": ("deploy.cli.serve:serve", "Ray and the engine, until a real completion comes back."),
+        "run": ("deploy.cli.nodes:run", "A command on all nodes at once, or on some."),
+        "ssh": ("deploy.cli.nodes:ssh", "Into one node."),
+        "env": ("deploy.cli.serve:env", "Environments: build, list, roll back, collect."),
+        "weights": ("deploy.cli.serve:weights_group", "The model's files: verify."),
+        "down": ("deploy.cli.serve:down", "End the engine and Ray, and look that nothing is left."),
     }
 )
 
