@@ -1,0 +1,257 @@
+"""The engine's step over real SSH with a pretend engine: started, attached to, refused, dead, wedged; the key seen nowhere."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import stat
+import sys
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+
+import pytest
+
+from deploy import plan as planning
+from deploy import suppose
+from deploy.inventory import Deployment, File, Folder
+from deploy.plan import Plan
+from deploy.ssh import Fleet, JobStatus
+from deploy.steps import engine
+from deploy.steps.engine import Answer, Signs, diagnose
+from deploy.targets import targets
+from deploy.worker import Target
+from gracefarm.console import Console
+from gracefarm.errors import EngineError
+from tests.deploy import kit
+from tests.deploy.test_plan import llama
+
+KEY = "gf-planted-key-0123456789"
+Work = Callable[[Fleet, Target, list[kit.Machine]], Awaitable[None]]
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as one:
+        return int(one.getsockname()[1])
+
+
+def a_plan(port: int, *more: str) -> Plan:
+    base = Deployment(path=Path("/nowhere/deploy.toml"), data=File(), nodes=())
+    found = planning.make(*suppose.suppose(suppose.kind("gh200-96"), 10, base), llama())
+    program = Path(__file__).with_name("pretend_engine.py")
+    serve = (sys.executable, str(program), "--port", str(port), *more)
+    return planning.identified(found.model_copy(update={"serve": serve, "serve_env": {"MINE": "yes"}, "id": ""}))
+
+
+async def all_alive() -> Mapping[str, bool]:
+    return {"k0": True, "k1": True}
+
+
+def spec(plan: Plan, **more: object) -> engine.Spec:
+    values = {"plan": plan, "secrets": {"APHRODITE_API_KEY": KEY}, "nodes": all_alive, "poll": 0.2, "load": 30.0}
+    return engine.Spec(**{**values, **more})  # type: ignore[arg-type]
+
+
+def on_a_node(folder: Path, work: Work) -> None:
+    async def go() -> None:
+        async with kit.machines(folder, 1) as made, kit.fleet(folder, made, mark="m4rk") as fleet:
+            try:
+                await work(fleet, targets(fleet)[0], made)
+            finally:
+                await fleet.stop_job(made[0].node, "engine", grace=1)
+
+    asyncio.run(go())
+
+
+def test_ready_is_a_real_completion_and_nothing_is_started_twice(tmp_path: Path) -> None:
+    async def work(fleet: Fleet, head: Target, made: list[kit.Machine]) -> None:
+        plan = a_plan(free_port())
+        first = await engine.up(fleet, head, spec(plan), Console())
+        assert first.how == "started"
+        assert first.model == "org/model"
+        assert first.phases["loading"] > 0
+        status = await fleet.job_status(made[0].node, "engine")
+        environ = Path(f"/proc/{status.pid}/environ").read_bytes()  # noqa: ASYNC240
+        assert b"MINE=yes" in environ
+        assert f"GRACEFARM_PLAN={plan.id}".encode() in environ
+        assert not any(KEY.encode() in one.read_bytes() for one in cmdlines())
+        assert KEY not in (Path(await fleet.folder(made[0].node)) / "jobs" / "engine" / "log").read_text()
+        again = await engine.up(fleet, head, spec(plan), Console())
+        assert again.how == "running"
+        assert (await fleet.job_status(made[0].node, "engine")).pid == status.pid
+        signs = await engine.probe(fleet, head, spec(plan))
+        assert diagnose(signs).kind == "ready"
+        other = spec(plan, secrets={"APHRODITE_API_KEY": "another"})
+        with pytest.raises(EngineError, match="refuses this deployment's key"):
+            await engine.up(fleet, head, other, Console())
+
+    on_a_node(tmp_path, work)
+
+
+def cmdlines() -> list[Path]:
+    return [one for one in Path("/proc").glob("[0-9]*/cmdline") if one.exists()]
+
+
+def test_another_plan_stops_the_engine_that_runs(tmp_path: Path) -> None:
+    async def work(fleet: Fleet, head: Target, made: list[kit.Machine]) -> None:
+        port = free_port()
+        await engine.up(fleet, head, spec(a_plan(port)), Console())
+        before = (await fleet.job_status(made[0].node, "engine")).pid
+        assert (await engine.up(fleet, head, spec(a_plan(port, "--load", "0.3")), Console())).how == "started"
+        assert (await fleet.job_status(made[0].node, "engine")).pid != before
+
+    on_a_node(tmp_path, work)
+
+
+def test_a_load_that_was_left_is_attached_to(tmp_path: Path) -> None:
+    async def work(fleet: Fleet, head: Target, made: list[kit.Machine]) -> None:
+        plan = a_plan(free_port(), "--load", "4")
+        first = asyncio.ensure_future(engine.up(fleet, head, spec(plan), Console()))
+        await asyncio.sleep(1.5)
+        pid = (await fleet.job_status(made[0].node, "engine")).pid
+        first.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await first
+        made[0].cut()
+        outcome = await engine.up(fleet, head, spec(plan), Console())
+        assert outcome.how == "attached"
+        assert (await fleet.job_status(made[0].node, "engine")).pid == pid
+
+    on_a_node(tmp_path, work)
+
+
+def test_a_death_while_loading_is_told_by_its_first_cause(tmp_path: Path) -> None:
+    words = tmp_path / "words"
+    words.write_text("torch.OutOfMemoryError: CUDA out of memory.\nTraceback:\nRuntimeError: the last and least of it\n")
+
+    async def work(fleet: Fleet, head: Target, made: list[kit.Machine]) -> None:
+        plan = a_plan(free_port(), "--die", "1", "--say", str(words))
+        with pytest.raises(EngineError, match="ended with 1 while loading: GPU memory ran out") as error:
+            await engine.up(fleet, head, spec(plan), Console())
+        assert "deploy plan" in error.value.remedy
+        verdict = diagnose(await engine.probe(fleet, head, spec(plan)))
+        assert verdict.kind == "dead-engine"
+        assert "GPU memory ran out" in verdict.text
+
+    on_a_node(tmp_path, work)
+
+
+def test_a_node_that_ray_loses_while_loading_ends_it(tmp_path: Path) -> None:
+    async def lost() -> Mapping[str, bool]:
+        return {"k0": True, "k1": False}
+
+    async def work(fleet: Fleet, head: Target, made: list[kit.Machine]) -> None:
+        plan = a_plan(free_port(), "--load", "60")
+        with pytest.raises(EngineError, match="Ray lost k1 while the engine was loading"):
+            await engine.up(fleet, head, spec(plan, nodes=lost, check=0.5), Console())
+        assert (await fleet.job_status(made[0].node, "engine")).state == "stopped"
+
+    on_a_node(tmp_path, work)
+
+
+def test_too_long_a_load_is_stopped(tmp_path: Path) -> None:
+    async def work(fleet: Fleet, head: Target, made: list[kit.Machine]) -> None:
+        with pytest.raises(EngineError, match="no completion after 2 s; it was loading"):
+            await engine.up(fleet, head, spec(a_plan(free_port(), "--load", "60"), load=2.0), Console())
+        assert (await fleet.job_status(made[0].node, "engine")).state == "stopped"
+
+    on_a_node(tmp_path, work)
+
+
+def test_a_port_that_somebody_holds_is_refused_by_name(tmp_path: Path) -> None:
+    async def work(fleet: Fleet, head: Target, made: list[kit.Machine]) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as other:
+            plan = a_plan(int(other.getsockname()[1]))
+            with pytest.raises(EngineError, match=r"port \d+ is held by .*process \d+.*not of this deployment"):
+                await engine.up(fleet, head, spec(plan), Console())
+        assert (await fleet.job_status(made[0].node, "engine")).state == "absent"
+
+    on_a_node(tmp_path, work)
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_a_wedge_is_told_from_others_work(tmp_path: Path, busy: bool) -> None:
+    """Both times /health says 200 and the canary gets no token; with others' tokens being made it only waits its turn."""
+
+    async def work(fleet: Fleet, head: Target, made: list[kit.Machine]) -> None:
+        hang = tmp_path / "hang"
+        plan = a_plan(free_port(), "--wedge", str(hang), *(["--busy"] if busy else []))
+        await engine.up(fleet, head, spec(plan), Console())
+        hang.touch()
+        try:
+            begun = time.monotonic()
+            verdict = diagnose(await engine.probe(fleet, head, spec(plan), seconds=1.5))
+            assert time.monotonic() - begun < 6
+        finally:
+            hang.unlink()
+        assert verdict.kind == ("busy" if busy else "wedged")
+
+    on_a_node(tmp_path, work)
+
+
+def test_the_key_is_made_once_and_nobody_else_reads_it(tmp_path: Path) -> None:
+    folder = Folder(path=tmp_path)
+    folder.make()
+    key = engine.api_key(folder)
+    assert len(key) > 40
+    assert engine.api_key(folder) == key
+    assert stat.filemode(folder.api_key.stat().st_mode) == "-rw-------"
+    assert key not in repr(spec(a_plan(1)))
+
+
+RUNNING = JobStatus(state="running", pid=1)
+OK = Answer(kind="ok", seconds=0.5)
+MUTE = Answer(kind="timeout", text="no token within 30 s")
+
+
+def tokens(count: float) -> dict[str, float]:
+    return {"generation_tokens_total": count}
+
+
+ALIVE, LOST = {"k0": True, "k1": True}, {"k0": True, "k1": False}
+
+
+@pytest.mark.parametrize(
+    ("signs", "kind", "word"),
+    [
+        (Signs(job=None, error="k0 cannot be reached"), "unreachable", "k0 cannot be reached"),
+        (Signs(job=JobStatus(state="absent")), "stopped", "does not run"),
+        (Signs(job=JobStatus(state="stopped")), "stopped", "does not run"),
+        (Signs(job=JobStatus(state="exited", returncode=1), cause="why", nodes=ALIVE), "dead-engine", "ended with 1: why"),
+        (Signs(job=JobStatus(state="lost"), nodes=ALIVE), "dead-engine", "was killed"),
+        (Signs(job=JobStatus(state="exited", returncode=1), nodes=LOST), "dead-node", "after Ray lost k1"),
+        (Signs(job=RUNNING, answer=OK, nodes=ALIVE), "ready", "0.50 s"),
+        (Signs(job=RUNNING, answer=OK, nodes=LOST), "degraded", "Ray lost k1"),
+        (Signs(job=RUNNING, answer=Answer(kind="refused"), nodes=ALIVE, phase="loading"), "loading", "loading"),
+        (Signs(job=RUNNING, answer=MUTE, nodes=LOST), "dead-node", "Ray lost k1"),
+        (
+            Signs(
+                job=RUNNING,
+                answer=MUTE,
+                nodes=ALIVE,
+                before={"generation_tokens_total": 1},
+                after={"generation_tokens_total": 9},
+            ),
+            "busy",
+            "tokens are made",
+        ),
+        (
+            Signs(
+                job=RUNNING,
+                answer=MUTE,
+                nodes=ALIVE,
+                before={"generation_tokens_total": 9},
+                after={"generation_tokens_total": 9},
+            ),
+            "wedged",
+            "all nodes are alive",
+        ),
+        (Signs(job=RUNNING, answer=MUTE, nodes=None), "wedged", "Ray does not answer"),
+        (Signs(job=RUNNING, answer=Answer(kind="error", text="HTTP 500: x"), nodes=ALIVE), "wedged", "HTTP 500"),
+    ],
+)
+def test_dead_engine_dead_node_and_wedge_are_told_apart(signs: Signs, kind: str, word: str) -> None:
+    found = diagnose(signs)
+    assert found.kind == kind
+    assert word in found.text
+    assert found.remedy or kind in ("ready", "loading", "busy")
