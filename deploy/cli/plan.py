@@ -18,7 +18,7 @@ from rich.text import Text
 
 from deploy import engine as engines
 from deploy import facts as facts_of
-from deploy import inventory, layout, speed, suppose
+from deploy import inventory, layout, speed, state, suppose
 from deploy import model as models
 from deploy import plan as planning
 from deploy.cli.common import Context, json_option, pass_context
@@ -81,7 +81,10 @@ def plan(
 
 def make(deployment: Deployment, facts: Facts, *, offline: bool) -> tuple[Plan, str]:
     """The plan, and what a person should know about where the model's numbers are from."""
-    model, note = models.find(deployment.data.model, deployment.path.parent, offline=offline)
+    wanted = deployment.data.model
+    if not offline and (commit := state.read(deployment.folder).data("weights").get("commit")):
+        wanted = wanted.model_copy(update={"revision": commit})  # what was brought is what will be served
+    model, note = models.find(wanted, deployment.path.parent, offline=offline)
     return planning.make(deployment, facts, model), note
 
 

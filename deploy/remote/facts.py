@@ -18,6 +18,7 @@ from deploy.remote import mounts, preflight
 from deploy.remote.wire import WorkerError, event
 
 Json = dict[str, Any]
+DRIVER = Path("/proc/driver/nvidia/version")
 
 
 def probe(request: Json) -> Json:
@@ -56,7 +57,7 @@ def memory(meminfo: str) -> Json:
 def driver() -> str | None:
     """The version of NVIDIA's kernel module."""
     try:
-        text = Path("/proc/driver/nvidia/version").read_text()
+        text = DRIVER.read_text()
     except OSError:
         return None
     found = re.search(r"\b(\d{3,}\.\d+(?:\.\d+)*)\b", text)

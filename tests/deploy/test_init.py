@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from deploy import inventory
+from deploy import facts, inventory, plan, state
+from deploy import model as models
 from tests.deploy import servers as kit
 
 ROOT = Path(__file__).parent.parent.parent
@@ -139,11 +140,35 @@ def test_another_deploy_toml_is_not_overwritten(tmp_path: Path) -> None:
 
 def test_a_head_without_a_gpu_is_a_sentence(tmp_path: Path, nodes: kit.Servers) -> None:
     assert init(tmp_path, nodes, "--accept", "--share", "/srv/share").returncode == 0
+    kept = tmp_path / ".deploy" / "facts.json"
+    found = json.loads(kept.read_text())
+    for one in found["nodes"]:
+        one["cuda"] = {"absent": True}
+    kept.write_text(json.dumps(found))
     done = deploy(tmp_path, "plan")
-    if done.returncode == 0:  # a machine with a GPU that holds the model
-        return
     assert done.returncode == 64
-    assert "head has no usable GPU" in done.stderr or "no layout fits" in done.stderr
+    assert "head has no usable GPU (no NVIDIA driver)" in done.stderr
+
+
+def test_the_commit_whose_weights_were_brought_is_the_one_that_is_planned(tmp_path: Path, nodes: kit.Servers) -> None:
+    """And `deploy serve`, which plans with the config.json of those weights, comes to the same plan."""
+    assert init(tmp_path, nodes, "--accept", "--share", "/srv/share").returncode == 0
+    with (tmp_path / "deploy.toml").open("a") as stream:
+        stream.write("rehearsal = true\n[layout]\n")
+    text = (tmp_path / "deploy.toml").read_text().replace("Llama-3.1-405B-Instruct", "Llama-3.1-8B-Instruct")
+    (tmp_path / "deploy.toml").write_text(text)
+    folder = inventory.Folder(path=tmp_path / ".deploy")
+    data = {"commit": "ab" * 20, "folder": "/srv/share/x"}
+    record = state.Record(digest="x", outcome="done", begun=0, data=data)
+    folder.state.write_text(state.State(steps={"weights": record}).model_dump_json())
+    done = deploy(tmp_path, "plan", "--json")
+    assert done.returncode == 0, done.stderr
+    shown = json.loads(done.stdout.splitlines()[-1])
+    assert shown["revision"] == "ab" * 20
+    deployment = inventory.load(tmp_path / "deploy.toml")
+    model = models.built_in("meta-llama/Llama-3.1-8B-Instruct", "ab" * 20)
+    assert model
+    assert plan.make(deployment, facts.load(deployment), model.model_copy(update={"source": "the share"})).id == shown["id"]
 
 
 # plan, without any node
@@ -169,10 +194,10 @@ def test_supposed_nodes_need_nothing(tmp_path: Path) -> None:
 
 def test_json_is_the_plan_and_equal_each_time(tmp_path: Path) -> None:
     first, second = (deploy(tmp_path, "plan", "--nodes", "3", "--json") for _ in range(2))
-    plan = json.loads(first.stdout)
+    shown = json.loads(first.stdout)
     assert first.stdout == second.stdout
-    assert (plan["layout"]["tp"], plan["layout"]["offload_gib"]) == (3, 176.6)
-    assert plan["speed_model"]["fitted_to"] == 5.2
+    assert (shown["layout"]["tp"], shown["layout"]["offload_gib"]) == (3, 176.6)
+    assert shown["speed_model"]["fitted_to"] == 5.2
 
 
 @pytest.mark.parametrize(
