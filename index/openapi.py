@@ -296,7 +296,9 @@ def describe(version: str) -> Spec:
         "/packages/": _plain("/packages/", "Every file, as pypiserver lists them.", PLAIN),
         "/records/{id}": _record("/records/{id}", "record of a build", "application/json", _ref("Record")),
         **{
-            f"/preview/{{token}}/records/{{id}}{end}": {"get": _record(f"/records/{{id}}{end}", "", kind, schema)["get"]}
+            (path := f"/preview/{{token}}/records/{{id}}{end}"): {
+                "get": _record(path, "same of a staged build", kind, schema)["get"]
+            }
             for end, kind, schema in (("", "application/json", _ref("Record")), ("/log", TEXT, _STRING))
         },
         "/records/{id}/log": _record("/records/{id}/log", "log of a build", TEXT, _STRING),
