@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -33,12 +34,12 @@ from builder.audit import Policy
 from builder.machine import library_folders
 from builder.plain import Plain
 from builder.plan import Plan
-from builder.record import GpuResult, Jobs, Publication, Record, SmokeResult, Stage
+from builder.record import Failure, GpuResult, Jobs, Publication, Record, SmokeResult, Stage
 from builder.sandbox import Mount, Sandbox
 from builder.stack import Stack
 from builder.verdict import Verdict
 from gracefarm.console import Console
-from gracefarm.errors import GracefarmError, HostError, PublishError
+from gracefarm.errors import ExitCode, GracefarmError, HostError, PublishError
 from gracefarm.files import atomic_write, full_disk, lock, remove_tree, sha256_file
 from gracefarm.settings import Settings
 from gracefarm.tables import parse_size
@@ -198,9 +199,21 @@ def tell_index(build_id: str, url: str, settings: Settings, console: Console) ->
     console.step("publish", f"record and log to {url}" if refused is None else f"the index keeps no record: {refused}")
 
 
+CUT_OFF = Failure(
+    kind=ExitCode.INTERRUPTED.name.lower(),
+    exit_code=ExitCode.INTERRUPTED,
+    cause="this build has not come to its end: it is running, or it was cut off",
+    remedy="the same command goes on from there",
+)
+
+
 def _attempt(run: Run) -> Record:
     with full_disk(run.folder):
         run.folder.mkdir(parents=True, exist_ok=True)
+        # First, so that the last build is this one, whatever ends it: `log`, `show` and `shell` are about that.
+        record.write(run.record(None, None).model_copy(update={"failure": CUT_OFF}), run.settings)
+        if not _checkpoint_place(run).is_file():
+            run.log.write_text(f"# {run.plan.title}\n# build id {run.plan.build_id}\n")
         try:
             wheel = _stages(run)
         except GracefarmError as error:
@@ -332,6 +345,22 @@ def build_sandbox(
     )
 
 
+def reopen(plan: Plan, folder: Path, settings: Settings, console: Console) -> Sandbox | Plain:
+    """The sandbox of a compile once more, its source unpacked where a success has removed it.
+
+    Raises:
+        GracefarmError: the source or the ground cannot be had.
+    """
+    fetched = fetch.fetch(plan.recipe.data, settings)
+    epoch = source.source_date_epoch(plan.recipe.data, fetched)
+    if not (folder / "source").is_dir():
+        for name in ("out", "tmp"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        source.unpack(plan.recipe, fetched, folder / "source", epoch)
+    memory = compile.bound(settings, meter.available_memory())
+    return build_sandbox(plan, lay_ground(plan, settings, console), settings, folder, count=1, epoch=epoch, memory=memory)
+
+
 def build_command(plan: Plan, ground: Ground, folder: Path) -> tuple[str, ...]:
     """What runs there."""
     if plan.machine is not None:
@@ -339,9 +368,13 @@ def build_command(plan: Plan, ground: Ground, folder: Path) -> tuple[str, ...]:
     return compile.command(plan)
 
 
+def _checkpoint_place(run: Run) -> Path:
+    return run.folder / "compiled.json"
+
+
 def _saved(run: Run) -> Path | None:
     """The raw wheel of a run that was cut off after its compile."""
-    checkpoint = run.folder / "compiled.json"
+    checkpoint = _checkpoint_place(run)
     if not checkpoint.is_file():
         return None
     saved = json.loads(checkpoint.read_text())
@@ -363,7 +396,6 @@ def _compiled(run: Run, fetched: fetch.Fetched, ground: Ground, epoch: int) -> P
     )
     wanted = run.options.jobs or run.settings.jobs
     count = jobs.plan(memory=memory, memory_per_job=per_job, wanted=wanted, past=past)
-    run.log.write_text(f"# {run.plan.title}\n# build id {run.plan.build_id}\n")
     try:
         return _compile_once(run, fetched, ground, epoch, count, memory)
     except GracefarmError as error:
@@ -384,6 +416,7 @@ def _compile_once(run: Run, fetched: fetch.Fetched, ground: Ground, epoch: int, 
     command = build_command(run.plan, ground, work)
     with run.log.open("a") as stream:
         stream.write(f"# jobs {count.count}: {count.reason}\n# {' '.join(command)}\n")
+        stream.write(f"# {shlex.join(sandbox.command(box, command))}\n")
     run.console.step("compile", f"{count.count} jobs ({count.reason}); log {run.log}")
     with run.console.progress("compile") as tick:
         job = compile.Job(sandbox=box, command=command, log=run.log, log_start=run.log.stat().st_size)
@@ -434,7 +467,7 @@ def _checkpoint(run: Run, wheel: Path, count: Jobs) -> Path:
         "jobs": count.model_dump(),
         "stage": run.stages[-1].model_dump(mode="json"),
     }
-    atomic_write(run.folder / "compiled.json", json.dumps(saved))
+    atomic_write(_checkpoint_place(run), json.dumps(saved))
     return raw
 
 

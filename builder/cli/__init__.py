@@ -348,29 +348,27 @@ def clean(everything: bool, as_json: bool) -> None:
 
 @cli.command()
 @click.argument("name")
-@_aimed
-def shell(name: str, stack_name: str | None, target: str) -> None:
+def shell(name: str) -> None:
     """A shell inside the sandbox of NAME's last build, failed or not; /build is its working folder."""
     from builder import build as flow
 
     settings, console = settings_module.load(), Console()
-    made = plan_of(name, stack_name, target, settings)
-    folder = record.folder(settings, made.build_id) / "work"
-    if not (folder / "source").is_dir():
+    last = record.latest(settings, recipes.load(settings.project / "recipes", name).key)
+    folder = record.folder(settings, last.build_id) / "work"
+    if last.toolchain == "host":
         raise ConfigError(
-            f"no working folder of {name} is left", remedy=f"run `builder build {name} --keep` (a failed build keeps it)"
+            f"the last build of {name} had this machine's own tools and no sandbox", remedy=f"look around in {folder}"
         )
-    box = flow.build_sandbox(
-        made,
-        flow.lay_ground(made, settings, console),
-        settings,
-        folder,
-        count=1,
-        epoch=0,
-        memory=compile.bound(settings, meter.available_memory()),
-    )
-    console.step("shell", f"the build's command was: {' '.join(compile.command(made))}")
-    sys.exit(sandbox.shell(box))
+    made = plan_of(name, last.stack, str(last.inputs["target"]), settings)
+    if made.build_id != last.build_id:
+        console.warn(f"changed since that build (`builder why {name}`): files are that build's, tools and variables today's")
+    with lock(
+        settings.home / "locks" / f"build-{last.build_id}", lambda: console.step("wait", "this build is running; waiting")
+    ):
+        box = flow.reopen(made, folder, settings, console)
+        console.step("shell", f"the build's command was: {' '.join(compile.command(made))}")
+        code = sandbox.shell(box)
+    sys.exit(code)
 
 
 @cli.command()
