@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 import unicodedata
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,11 +18,17 @@ MAX_UNPACKED = 16 << 30
 "Bytes: several times the largest CUDA wheel known."
 MAX_RATIO = 200
 "Text compresses twentyfold, cubins tenfold at best; a bomb starts at a thousand."
+MAX_DIRECTORY = 64 << 20
+"Bytes of a zip's central directory; zipfile reads it whole, and makes an object of each entry, before anybody can count."
 RATIO_FLOOR = 64 << 20
 "Bytes unpacked below which a ratio proves nothing: an empty cubin section compresses without end."
 
 _LOCAL_HEADER = struct.Struct("<4s5H3L2H")
 _END_OF_DIRECTORY = 22
+_ZIP64_LOCATOR = struct.Struct("<4sLQL")
+_ZIP64_END = struct.Struct("<4sQ2H2L4Q")
+_ENTRY = 46
+"Bytes of a directory entry before its name, extra field and comment, whose lengths stand at 28."
 _KNOWN_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
 
@@ -33,17 +40,56 @@ def open_zip(path: Path, filename: str) -> Iterator[zipfile.ZipFile]:
         RefusedError: it is no zip, two readers could see different content, a name leaves the tree, or it unpacks to too much.
     """
     try:
+        _check_directory(filename, path)
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
             _check_sizes(filename, members, path.stat().st_size)
             _check_names(filename, members)
             _check_framing(filename, archive, path)
             yield archive
-    except (zipfile.BadZipFile, EOFError, struct.error, NotImplementedError, UnicodeDecodeError) as error:
+    except (zipfile.BadZipFile, EOFError, zlib.error, struct.error, NotImplementedError, UnicodeDecodeError) as error:
         raise RefusedError(
             f"{filename} is not a zip archive: {error}",
             remedy="the file was cut off or is something else; build or fetch it again",
         ) from error
+
+
+def _check_directory(filename: str, path: Path) -> None:
+    """Count the entries from the directory's bytes, before zipfile makes objects of them."""
+    with path.open("rb") as stream:
+        start, size = _directory(filename, stream, path.stat().st_size)
+        if size > MAX_DIRECTORY:
+            raise RefusedError(f"{filename} has a directory of {size} bytes", remedy="split the distribution")
+        stream.seek(max(0, start))
+        directory = stream.read(size)
+    count = position = 0
+    while position + _ENTRY <= len(directory):
+        position += _ENTRY + sum(struct.unpack_from("<3H", directory, position + 28))
+        count += 1
+    if count > MAX_MEMBERS:
+        raise RefusedError(f"{filename} holds {count} files, more than {MAX_MEMBERS}", remedy="split the distribution")
+
+
+def _directory(filename: str, stream: IO[bytes], length: int) -> tuple[int, int]:
+    """Start and size of the central directory, as zipfile will find it: it ends where the end records begin."""
+    at = length - _END_OF_DIRECTORY
+    stream.seek(max(0, at))
+    end = stream.read(_END_OF_DIRECTORY)
+    if at < 0 or end[:4] != b"PK\x05\x06" or end[-2:] != b"\0\0":
+        stream.seek(max(0, at - 0xFFFF))
+        if b"PK\x05\x06" not in stream.read():
+            raise RefusedError(f"{filename} is not a zip archive", remedy="build or fetch it again")
+        raise RefusedError(
+            f"{filename}: something follows the archive's end", remedy="write the archive anew, without a comment"
+        )
+    size = int.from_bytes(end[12:16], "little")
+    if at >= _ZIP64_LOCATOR.size + _ZIP64_END.size:
+        stream.seek(at - _ZIP64_LOCATOR.size - _ZIP64_END.size)
+        record, locator = stream.read(_ZIP64_END.size), stream.read(4)
+        if locator == b"PK\x06\x07" and record[:4] == b"PK\x06\x06":
+            size = _ZIP64_END.unpack(record)[8]
+            at -= _ZIP64_LOCATOR.size + _ZIP64_END.size
+    return at - size, size
 
 
 def _check_sizes(filename: str, members: list[zipfile.ZipInfo], packed: int) -> None:
@@ -101,12 +147,6 @@ def _check_framing(filename: str, archive: zipfile.ZipFile, path: Path) -> None:
             position = _end_of_member(filename, stream, member)
         if position != start:
             raise RefusedError(f"{filename}: bytes outside any file before the directory", remedy="write the archive anew")
-        size = path.stat().st_size
-        stream.seek(max(0, size - _END_OF_DIRECTORY))
-        if stream.read(4) != b"PK\x05\x06":
-            raise RefusedError(
-                f"{filename}: something follows the archive's end", remedy="write the archive anew, without a comment"
-            )
 
 
 def _end_of_member(filename: str, stream: IO[bytes], member: zipfile.ZipInfo) -> int:

@@ -2,15 +2,48 @@
 
 from __future__ import annotations
 
+import gzip
 import tarfile
 import zlib
 from pathlib import Path
+from typing import IO, cast
 
+from gracefarm.files import CHUNK
 from index import metadata
 from index.archive import MAX_MEMBERS, MAX_RATIO, MAX_UNPACKED, RATIO_FLOOR
 from index.errors import RefusedError
 from index.metadata import Metadata
 from index.names import Distribution
+
+MAX_HEADER = 1 << 20
+"Bytes of one extended header, which tarfile reads whole; paths and dates take a few hundred."
+
+_MAX_GLOBAL = 1000
+"Keywords of global headers; git writes one."
+
+
+class _Bounded:
+    """The unpacked archive, of which nobody reads much at once, or past a bound."""
+
+    def __init__(self, stream: gzip.GzipFile, bound: int, filename: str) -> None:
+        self._stream, self._bound, self._filename = stream, bound, filename
+
+    def read(self, size: int) -> bytes:
+        if size > MAX_HEADER:
+            raise RefusedError(f"{self._filename} has a header of {size} bytes", remedy="build the sdist again")
+        self._check(self._stream.tell() + size)
+        return self._stream.read(size)
+
+    def seek(self, position: int) -> int:
+        self._check(position)
+        return self._stream.seek(position)
+
+    def tell(self) -> int:
+        return self._stream.tell()
+
+    def _check(self, position: int) -> None:
+        if position > self._bound:
+            raise RefusedError(f"{self._filename} unpacks to too much", remedy="build it without the padding")
 
 
 def inspect(path: Path, distribution: Distribution) -> tuple[Metadata, bytes | None]:
@@ -19,18 +52,13 @@ def inspect(path: Path, distribution: Distribution) -> tuple[Metadata, bytes | N
     Raises:
         RefusedError: what is wrong, in one sentence.
     """
-    raw: bytes | None = None
-    unpacked, bound = 0, max(RATIO_FLOOR, min(MAX_UNPACKED, path.stat().st_size * MAX_RATIO))
+    bound = max(RATIO_FLOOR, min(MAX_UNPACKED, path.stat().st_size * MAX_RATIO))
     try:
-        with tarfile.open(path, "r|gz") as archive:
-            for number, member in enumerate(archive):
-                unpacked += member.size
-                if number >= MAX_MEMBERS or unpacked > bound:
-                    raise RefusedError(f"{distribution.filename} unpacks to too much", remedy="build it without the padding")
-                _check_member(member, distribution)
-                if member.name.rstrip("/") == f"{distribution.stem}/PKG-INFO":
-                    raw = _read(archive, member, distribution)
-    except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
+        with gzip.open(path) as stream:
+            bounded = cast("IO[bytes]", _Bounded(stream, bound, distribution.filename))
+            with tarfile.open(fileobj=bounded, mode="r:") as archive:
+                raw = _walk(archive, distribution)
+    except (tarfile.TarError, EOFError, zlib.error, OSError, RecursionError, ValueError) as error:
         raise RefusedError(
             f"{distribution.filename} is not a gzipped tar archive: {error}", remedy="build the sdist again"
         ) from error
@@ -41,13 +69,31 @@ def inspect(path: Path, distribution: Distribution) -> tuple[Metadata, bytes | N
     return metadata.read(raw, distribution), None
 
 
+def _walk(archive: tarfile.TarFile, distribution: Distribution) -> bytes | None:
+    """Check every member; returns PKG-INFO."""
+    raw: bytes | None = None
+    count = 0
+    while (member := archive.next()) is not None:
+        archive.members.clear()  # type: ignore[attr-defined]  # tarfile keeps them for random access, which nobody wants
+        count += 1
+        if count > MAX_MEMBERS or len(archive.pax_headers) > _MAX_GLOBAL:
+            raise RefusedError(f"{distribution.filename} unpacks to too much", remedy="build it without the padding")
+        _check_member(member, distribution)
+        if member.name.rstrip("/") == f"{distribution.stem}/PKG-INFO":
+            raw = _read(archive, member, distribution)
+    return raw
+
+
 def _read(archive: tarfile.TarFile, member: tarfile.TarInfo, distribution: Distribution) -> bytes:
-    stream = archive.extractfile(member)
+    stream = archive.extractfile(member) if member.isreg() else None
     if stream is None or member.size > metadata.MAX_METADATA:
         raise RefusedError(
             f"{distribution.filename}: PKG-INFO is not a plain file of a sane size", remedy="build the sdist again"
         )
-    return stream.read()
+    found = bytearray()
+    while chunk := stream.read(min(CHUNK, MAX_HEADER)):
+        found += chunk
+    return bytes(found)
 
 
 def _check_member(member: tarfile.TarInfo, distribution: Distribution) -> None:

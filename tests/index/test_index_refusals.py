@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import hashlib
 import io
 import socket
+import struct
+import tarfile
 import threading
 import time
+import tracemalloc
 import zipfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import pytest
 from index_kit import Server, metadata, run_index, sdist, serving, wheel
+
+import index.sdist
+import index.wheel
+from index.errors import RefusedError
+from index.names import Distribution, parse_filename
 
 
 def refused(answer: httpx.Response, *words: str, status: int = 400) -> None:
@@ -264,6 +274,69 @@ def test_a_local_header_that_names_another_file_is_refused(shared: Server) -> No
     name, content = wheel("header_pkg")
     changed = content.replace(b"header_pkg/__init__.py", b"header_pkg/__evil__.py", 1)
     refused(shared.upload(name, changed), "names another file")
+
+
+@pytest.mark.parametrize("part", ["WHEEL", "RECORD", "METADATA"])
+def test_damaged_data_of_a_small_file_is_refused(shared: Server, part: str) -> None:
+    """A stream that zlib itself cannot read, where the digest of the upload says that these are the bytes meant."""
+    name, content = wheel("torn_pkg")
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        member = archive.getinfo(f"torn_pkg-1.0.dist-info/{part}")
+    start = member.header_offset + 30 + len(member.filename)
+    changed = content[:start] + b"\xff" * member.compress_size + content[start + member.compress_size :]
+    refused(shared.upload(name, changed), "torn_pkg-1.0")
+    nothing_stored(shared, "torn-pkg")
+
+
+def peak_of(inspect: Callable[[Path, Distribution], object], path: Path) -> tuple[int, str]:
+    """Bytes that a refusal took at its peak, and its sentence."""
+    tracemalloc.start()
+    try:
+        with pytest.raises(RefusedError) as refusal:
+            inspect(path, parse_filename(path.name))
+        return tracemalloc.get_traced_memory()[1], str(refusal.value)
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("kind", [b"x", b"g", b"L", b"K"])
+def test_a_bomb_in_the_headers_of_an_sdist_is_refused(tmp_path: Path, kind: bytes) -> None:
+    """tarfile reads an extended header whole before anybody sees a member."""
+    header = tarfile.TarInfo("bomb_pkg-1.0/PaxHeaders")
+    header.type, header.size = kind, 300 << 20
+    path = tmp_path / "bomb_pkg-1.0.tar.gz"
+    with gzip.open(path, "wb", compresslevel=1) as stream:
+        stream.write(header.tobuf(tarfile.USTAR_FORMAT))
+        for _ in range(300):
+            stream.write(bytes(1 << 20))
+        stream.write(sdist("bomb_pkg")[1])
+    assert path.stat().st_size < 3 << 20
+    peak, sentence = peak_of(index.sdist.inspect, path)
+    assert peak < 16 << 20
+    assert "has a header of 314572800 bytes" in sentence
+
+
+def test_headers_upon_headers_are_refused(tmp_path: Path) -> None:
+    header = tarfile.TarInfo("chain_pkg-1.0/PaxHeaders")
+    header.type, header.size = b"g", 8
+    path = tmp_path / "chain_pkg-1.0.tar.gz"
+    with gzip.open(path, "wb", compresslevel=1) as stream:
+        stream.write((header.tobuf(tarfile.USTAR_FORMAT) + b"8 a=bcd\n".ljust(512, b"\0")) * 20_000)
+    peak, _ = peak_of(index.sdist.inspect, path)
+    assert peak < 64 << 20
+
+
+@pytest.mark.parametrize("comment", [b"", b"so that the end record is not at the end"])
+def test_a_zip_of_too_many_files_is_refused_before_it_is_read(tmp_path: Path, comment: bytes) -> None:
+    """A directory of half a million entries: zipfile makes an object of each before anybody can count."""
+    entry = struct.pack("<4s4B4HL2L5H2L", b"PK\x01\x02", 20, 0, 20, 0, 0, 0, 0, 0x21, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
+    directory = entry * 500_000
+    end = struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, 1, 1, len(directory), 0, len(comment)) + comment
+    path = tmp_path / "many_pkg-1.0-py3-none-any.whl"
+    path.write_bytes(directory + end)
+    peak, sentence = peak_of(index.wheel.inspect, path)
+    assert peak < 40 << 20
+    assert ("something follows" if comment else "holds 500000 files") in sentence
 
 
 def test_a_local_version_is_welcome(shared: Server) -> None:
