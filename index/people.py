@@ -109,6 +109,15 @@ def static_pages(store: Store, catalogue: Catalogue, url: str | None) -> Iterato
         yield make(page, path)
 
 
+def unless_known(request: Request, answer: Response) -> Response:
+    """The answer, or its 304."""
+    etag = answer.headers.get("etag")
+    if answer.status_code != 200 or etag is None or request.headers.get("if-none-match") != etag:
+        return answer
+    same = ("etag", "cache-control", "content-security-policy")
+    return Response(status_code=304, headers={name: answer.headers[name] for name in same if name in answer.headers})
+
+
 def people_routes(service: Service) -> list[Route]:
     """Everything a browser shows."""
     pages = Pages(service)
@@ -122,10 +131,14 @@ def people_routes(service: Service) -> list[Route]:
 
     def page(make: Callable[[Request], Response]) -> Callable[[Request], Awaitable[Response]]:
         async def endpoint(request: Request) -> Response:
-            try:
-                return make(request)
-            except NotFoundError as error:
-                return pages.missing(request, error)
+            def answer() -> Response:
+                try:
+                    return make(request)
+                except NotFoundError as error:
+                    return pages.missing(request, error)
+
+            key = (request.url.path, pages.base(request)) if not request.url.query else None
+            return unless_known(request, await service.painted(key, answer))
 
         return endpoint
 
@@ -146,6 +159,8 @@ class Pages:
 
     def __init__(self, service: Service) -> None:
         self.service = service
+        self._known: dict[str, Row] = {}
+        self._serial = -1
 
     @cached_property
     def templates(self) -> Environment:
@@ -171,16 +186,14 @@ class Pages:
         depth = request.url.path.rstrip("/").count("/") if request.url.path != "/" else 0
         up = "../" * depth if request.url.path.endswith("/") else "../" * (depth - 1)
         text = self.templates.get_template(template).render(
-            up=up or "./", base=self._base(request), static=self.service.options.static, **values
+            up=up or "./", base=self.base(request), static=self.service.options.static, **values
         )
         body = text.encode("utf-8", "replace")
         etag = f'"{hashlib.sha256(body).hexdigest()[:32]}"'
         headers = {"ETag": etag, "Cache-Control": "no-cache", "Content-Security-Policy": POLICY}
-        if status == 200 and request.headers.get("if-none-match") == etag:
-            return Response(status_code=304, headers=headers)
         return Response(body, status_code=status, media_type="text/html; charset=utf-8", headers=headers)
 
-    def _base(self, request: Request) -> str:
+    def base(self, request: Request) -> str:
         """The address that people copy."""
         if self.service.options.base_url:
             return self.service.options.base_url.rstrip("/")
@@ -193,7 +206,7 @@ class Pages:
     def projects(self, request: Request) -> Response:
         """The first page."""
         wanted = request.query_params.get("q", "").strip()[:100]
-        known = self._rows()
+        known = self._all_rows()
         rows = [row for row in known if wanted.lower() in row.name]
         return self._answer(request, "projects.html", rows=rows, wanted=wanted, total=len(known))
 
@@ -203,6 +216,19 @@ class Pages:
             "SELECT DISTINCT project FROM file WHERE deleted IS NULL AND hidden = 0 AND lost = 0 ORDER BY project"
         )
         return [row["project"] for row in rows]
+
+    def _all_rows(self) -> list[Row]:
+        """Every project's row; only those that have changed are read again. Called by one thread, the painter's."""
+        catalogue = self.service.catalogue
+        serial = catalogue.serial()
+        if serial != self._serial:
+            changed = [row["name"] for row in catalogue.rows("SELECT name FROM project WHERE serial > ?", (self._serial,))]
+            found = self._rows() if len(changed) > 20 else [row for name in changed for row in self._rows(name)]
+            for name in changed:
+                self._known.pop(name, None)
+            self._known.update((row.name, row) for row in found)
+            self._serial = serial
+        return sorted(self._known.values(), key=lambda row: row.name)
 
     def _rows(self, project: str | None = None) -> list[Row]:
         found: dict[str, list[Any]] = {}

@@ -171,7 +171,7 @@ def package(service: Service) -> Endpoint:
 def packages(service: Service) -> Endpoint:
     """GET /packages/: every file in one list, as pypiserver has it."""
 
-    async def endpoint(_request: Request) -> Response:
+    def answer() -> Response:
         rows = service.catalogue.rows(
             "SELECT filename, sha256 FROM file JOIN project ON project.name = project WHERE deleted IS NULL AND hidden = 0"
             " AND lost = 0 AND channel = 'release' AND project.status <> 'quarantined' ORDER BY filename"
@@ -182,6 +182,9 @@ def packages(service: Service) -> Endpoint:
         )
         text = f"<!DOCTYPE html>\n<html><head><title>Packages</title></head><body>\n{links}</body></html>\n"
         return HTMLResponse(text, headers={"Cache-Control": "no-cache"})
+
+    async def endpoint(_request: Request) -> Response:
+        return await service.painted(("/packages/", ""), answer)
 
     return endpoint
 
