@@ -14,6 +14,7 @@ from pathlib import Path
 
 from builder import (
     audit,
+    ccache,
     compile,
     embed,
     environment,
@@ -29,12 +30,13 @@ from builder import (
     smoke,
     source,
     toolchain,
+    units,
 )
 from builder.audit import Policy
 from builder.machine import library_folders
 from builder.plain import Plain
 from builder.plan import Plan
-from builder.record import Failure, GpuResult, Jobs, Publication, Record, SmokeResult, Stage
+from builder.record import CompilerCache, Failure, GpuResult, Jobs, Publication, Record, SmokeResult, Stage, Unit
 from builder.sandbox import Mount, Sandbox
 from builder.stack import Stack
 from builder.verdict import Verdict
@@ -52,6 +54,8 @@ class Options:
     jobs: int | None = None
     publish: str | None = None
     keep: bool = False
+    compiler_cache: bool = True
+    "Where the settings allow it."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +84,10 @@ class Run:
     folder: Path
     stages: list[Stage] = field(default_factory=list)
     jobs: Jobs | None = None
+    known: dict[str, Unit] = field(default_factory=dict)
+    "What translation units cost before this run."
+    units: dict[str, Unit] = field(default_factory=dict)
+    compiler_cache: CompilerCache | None = None
     torch_cxx11_abi: bool | None = None
     verdicts: tuple[Verdict, ...] = ()
     smoke: SmokeResult | None = None
@@ -121,6 +129,8 @@ class Run:
             torch_cxx11_abi=self.torch_cxx11_abi,
             jobs=self.jobs,
             stages=tuple(self.stages),
+            units=self.units,
+            compiler_cache=self.compiler_cache,
             verdicts=self.verdicts,
             smoke=self.smoke,
             gpu=self.gpu,
@@ -328,9 +338,17 @@ def lay_ground(plan: Plan, settings: Settings, console: Console) -> Ground:
 
 
 def build_sandbox(
-    plan: Plan, ground: Ground, settings: Settings, folder: Path, *, count: int, epoch: int, memory: int
+    plan: Plan,
+    ground: Ground,
+    settings: Settings,
+    folder: Path,
+    *,
+    count: int,
+    epoch: int,
+    memory: int,
+    cached: bool = False,
 ) -> Sandbox | Plain:
-    """Where a compile runs; `builder shell` opens the same."""
+    """Where a compile runs; `builder shell` opens the same, without the compiler cache."""
     if plan.machine is not None:
         return hosted.place(plan, ground.environment, settings, folder, jobs=count, epoch=epoch, memory=memory)
     return Sandbox(
@@ -338,8 +356,9 @@ def build_sandbox(
         mounts=(
             *toolchain.mounts(plan, ground.environment, ground.compiler, ground.root, settings),
             Mount(source=folder, target="/build", writable=True),
+            *(ccache.mounts(plan, settings) if cached else ()),
         ),
-        environment=toolchain.variables(plan, jobs=count, epoch=epoch),
+        environment=toolchain.variables(plan, jobs=count, epoch=epoch) | (ccache.variables(plan, settings) if cached else {}),
         workdir="/build",
         memory=memory,
     )
@@ -382,6 +401,8 @@ def _saved(run: Run) -> Path | None:
     if not raw.is_file() or sha256_file(raw) != saved["sha256"]:
         return None
     run.jobs = Jobs.model_validate(saved["jobs"])
+    run.units = {name: Unit.model_validate(one) for name, one in saved["units"].items()}
+    run.compiler_cache = saved["compiler_cache"] and CompilerCache.model_validate(saved["compiler_cache"])
     run.stages.append(Stage.model_validate(saved["stage"]))
     run.console.step("compile", "compiled before this run was cut off; going on from there")
     return raw
@@ -391,9 +412,10 @@ def _compiled(run: Run, fetched: fetch.Fetched, ground: Ground, epoch: int) -> P
     """The raw wheel, compiled now, with one retry after a kill by memory."""
     memory = compile.bound(run.settings, meter.available_memory())
     per_job = run.plan.recipe.data.build.memory_per_job
-    past = jobs.learned(
-        record.all_of(run.settings, run.plan.recipe.key), stack=run.plan.stack.data.name, target=run.plan.target.value
-    )
+    records = record.all_of(run.settings, run.plan.recipe.key)
+    like = {"stack": run.plan.stack.data.name, "target": run.plan.target.value}
+    past = jobs.learned(records, **like)
+    run.known = units.learned(records, **like)
     wanted = run.options.jobs or run.settings.jobs
     count = jobs.plan(memory=memory, memory_per_job=per_job, wanted=wanted, past=past)
     try:
@@ -410,9 +432,12 @@ def _compiled(run: Run, fetched: fetch.Fetched, ground: Ground, epoch: int) -> P
 def _compile_once(run: Run, fetched: fetch.Fetched, ground: Ground, epoch: int, count: Jobs, memory: int) -> Path:
     run.jobs = count
     work = run.folder / "work"
+    # Of a build that was cut off there is no record, and its units come from the cache now.
+    run.known |= units.costs(units.read(work), run.known)
     tree = _source_tree(run, fetched, work, epoch)
     compile.check_requirements(run.plan, tree)
-    box = build_sandbox(run.plan, ground, run.settings, work, count=count.count, epoch=epoch, memory=memory)
+    cached = run.options.compiler_cache and run.plan.machine is None and ccache.enabled(run.settings)
+    box = build_sandbox(run.plan, ground, run.settings, work, count=count.count, epoch=epoch, memory=memory, cached=cached)
     command = build_command(run.plan, ground, work)
     with run.log.open("a") as stream:
         stream.write(f"# jobs {count.count}: {count.reason}\n# {' '.join(command)}\n")
@@ -422,6 +447,7 @@ def _compile_once(run: Run, fetched: fetch.Fetched, ground: Ground, epoch: int, 
         job = compile.Job(sandbox=box, command=command, log=run.log, log_start=run.log.stat().st_size)
         outcome = compile.run(job, _time_left(run.plan, run.settings, tick))
     run.stages.append(record.stage("compile", outcome, command, _network(run.plan)))
+    _count_units(run, units.read(work))
     compile.judge(outcome, job, run.plan)
     raw = _checkpoint(run, audit.only_wheel(work / "out"), count)
     peak = outcome.peak_memory / 2**30
@@ -455,6 +481,17 @@ def _network(plan: Plan) -> str:
     return f"the network was not cut off: {plan.machine.uncut}"
 
 
+def _count_units(run: Run, notes: list[units.Note]) -> None:
+    """Into the record, the log and onto the console: what the units cost, and what the cache did."""
+    run.units = run.units | units.costs(notes, run.known)
+    run.compiler_cache = units.statistics(notes, run.known)
+    if run.compiler_cache is not None:
+        title = units.title(run.compiler_cache)
+        with run.log.open("a") as stream:
+            stream.write(f"# {title}\n")
+        run.console.step("compile", title)
+
+
 def _checkpoint(run: Run, wheel: Path, count: Jobs) -> Path:
     """Keep the raw wheel, so that a run cut off later need not compile again."""
     raw = run.folder / "raw" / wheel.name
@@ -466,6 +503,8 @@ def _checkpoint(run: Run, wheel: Path, count: Jobs) -> Path:
         "sha256": sha256_file(raw),
         "jobs": count.model_dump(),
         "stage": run.stages[-1].model_dump(mode="json"),
+        "units": {name: one.model_dump() for name, one in run.units.items()},
+        "compiler_cache": run.compiler_cache and run.compiler_cache.model_dump(),
     }
     atomic_write(_checkpoint_place(run), json.dumps(saved))
     return raw

@@ -145,5 +145,6 @@ def wrappers_digest() -> str:
     """Digest of the scripts that stand between the build and its compilers."""
     digest = hashlib.sha256()
     for entry in sorted(files("builder").joinpath("data/toolchain").iterdir(), key=lambda one: one.name):
-        digest.update(entry.name.encode() + b"\0" + entry.read_bytes() + b"\0")
+        if entry.is_file():
+            digest.update(entry.name.encode() + b"\0" + entry.read_bytes() + b"\0")
     return digest.hexdigest()

@@ -59,6 +59,26 @@ class Jobs(Part):
     reason: str
 
 
+class Unit(Part):
+    """What one translation unit costs when it is compiled."""
+
+    wall_s: float
+    cpu_s: float
+    peak_memory: int = Field(description="Bytes")
+
+
+class CompilerCache(Part):
+    """What the compiler cache did; counts are compilations."""
+
+    hits: int
+    misses: int
+    uncacheable: int
+    reasons: dict[str, int] = Field(default_factory=dict, description="Of the uncacheable, in ccache's words")
+    saved_cpu_s: float = Field(
+        description="CPU seconds that the hits took when they were compiled; unknown ones count nothing"
+    )
+
+
 class SmokeResult(Part):
     """What was imported in the clean environment."""
 
@@ -103,6 +123,8 @@ class Record(Part):
     torch_cxx11_abi: bool | None = Field(default=None, description="C++ ABI of the torch that was compiled against")
     jobs: Jobs | None = None
     stages: tuple[Stage, ...] = ()
+    units: dict[str, Unit] = Field(default_factory=dict, description="By source file, relative to the source tree")
+    compiler_cache: CompilerCache | None = Field(default=None, description="None: it was off, or nothing was compiled")
     verdicts: tuple[Verdict, ...] = ()
     smoke: SmokeResult | None = None
     gpu: GpuResult | None = Field(default=None, description="None: the recipe has no smoke_gpu.py")

@@ -7,9 +7,11 @@ import subprocess
 from importlib.resources import as_file, files
 from pathlib import Path
 
-from builder import sandbox
+from builder import sandbox, units
 from builder.plan import CUDA_LAYOUT, Plan, wrappers_digest
+from builder.root import NATIVE_PYTHON
 from builder.sandbox import Mount, Sandbox
+from builder.stack import Arch
 from gracefarm.errors import RootError
 from gracefarm.files import atomic_directory, lock
 from gracefarm.settings import Settings
@@ -17,6 +19,9 @@ from gracefarm.settings import Settings
 CUDA = "/cuda"
 NVCC = "/toolchain"
 WRAPPERS = "/gracefarm"
+FRONT = f"{NATIVE_PYTHON} -I -S {WRAPPERS}/lib/front.py"
+"How the wrappers start a compilation that is cached and measured."
+_COMPILERS = [prefix + name for prefix in ("", *(f"{arch.triplet}-" for arch in Arch)) for name in ("gcc", "g++", "cc", "c++")]
 PATH = f"{WRAPPERS}/bin:/opt/gracefarm/bin:{CUDA}/bin:/usr/bin:/bin:/env/bin"
 
 
@@ -32,9 +37,13 @@ def wrappers(settings: Settings) -> Path:
         if not final.is_dir():
             with atomic_directory(final) as folder, as_file(files("builder") / "data" / "toolchain") as source:
                 (folder / "bin").mkdir()
-                for name in ("emulate", "nvcc", "python"):
-                    shutil.copy(source / name, folder / "bin" / name)
+                (folder / "lib").mkdir()
+                # Copies: torch believes that a compiler is GNU's when the file that the name leads to says so.
+                names = dict.fromkeys(_COMPILERS, "compiler") | {name: name for name in ("emulate", "nvcc", "python")}
+                for name, script in names.items():
+                    shutil.copy(source / script, folder / "bin" / name)
                     (folder / "bin" / name).chmod(0o755)
+                shutil.copy(source / "front.py", folder / "lib" / "front.py")
                 for name in ("python3", "python3.11"):
                     (folder / "bin" / name).symlink_to("python")
                 shutil.copy(source / "toolchain.cmake", folder / "toolchain.cmake")
@@ -158,6 +167,8 @@ def variables(plan: Plan, *, jobs: int, epoch: int) -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",
         "PIP_NO_INDEX": "1",
         "GRACEFARM_TARGET": plan.target.value,
+        "GRACEFARM_FRONT": FRONT,
+        "GRACEFARM_UNITS": f"/build/{units.NAME}",
         "CC": gcc,
         "CXX": gxx,
         "CMAKE_TOOLCHAIN_FILE": f"{WRAPPERS}/toolchain.cmake",

@@ -45,6 +45,8 @@ class Settings(BaseModel):
     "Bound on a build's memory, as 20GiB; unset: what this machine or its cgroup has free."
     jobs: int | None = None
     "Bound on parallel compilations; unset: from cores and memory."
+    compiler_cache: str = "5GiB"
+    "Size of each recipe's compiler cache, or `off`."
 
     @cached_property
     def index_url(self) -> str | None:

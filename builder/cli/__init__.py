@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from builder import compile, environment, gaps, hosted, meter, record, root, sandbox, schema, smoke, stack, toolkit
+from builder import compile, environment, gaps, hosted, meter, record, root, sandbox, schema, smoke, stack, toolkit, units
 from builder import plan as planning
 from builder import recipe as recipes
 from builder.cli.aim import plan_of, target_here, toolchained, wanted
@@ -81,6 +81,7 @@ def cli() -> None:
     "--publish", "url", metavar="URL", help="Upload to this legacy upload API; TWINE_USERNAME, TWINE_PASSWORD or keyring."
 )
 @click.option("--keep", is_flag=True, help="Keep the working folder of a success too.")
+@click.option("--no-compiler-cache", is_flag=True, help="Compile everything anew.")
 @_common
 @click.pass_context
 def build(
@@ -96,6 +97,7 @@ def build(
     jobs: int | None,
     url: str | None,
     keep: bool,
+    no_compiler_cache: bool,
     as_json: bool,
 ) -> None:
     """Build wheels: fetch, compile in a sandbox, audit, smoke-test, record, publish.
@@ -130,7 +132,7 @@ def build(
         console.step("plan", f"changed since the last success: {', '.join(one.recipe.key for one in plans) or 'nothing'}")
     for one in plans:
         try:
-            done = _build(one, jobs, url, keep, settings, console)
+            done = _build(one, jobs, url, keep, not no_compiler_cache, settings, console)
         except GracefarmError as error:
             _survive(error, failures, plans, console)
         else:
@@ -186,14 +188,22 @@ def _settled(one: Plan, url: str | None, settings: Settings) -> bool:
     return found is not None and (url is None or url in [publication.url for publication in found.published])
 
 
-def _build(one: Plan, jobs: int | None, url: str | None, keep: bool, settings: Settings, console: Console) -> record.Record:
+def _build(
+    one: Plan,
+    jobs: int | None,
+    url: str | None,
+    keep: bool,
+    compiler_cache: bool,
+    settings: Settings,
+    console: Console,
+) -> record.Record:
     found = record.existing(one, settings)
     if found is not None and not url:
         console.step("done", f"{one.title}: built already, build id {one.build_id[:16]}; nothing to build")
         return found
     from builder import build as flow
 
-    return flow.build(one, flow.Options(jobs=jobs, publish=url, keep=keep), settings, console)
+    return flow.build(one, flow.Options(jobs=jobs, publish=url, keep=keep, compiler_cache=compiler_cache), settings, console)
 
 
 def _all(settings: Settings) -> list[str]:
@@ -292,6 +302,8 @@ def show(name: str, as_json: bool) -> None:
         lines += [f"cause     {last.failure.cause}", f"remedy    {last.failure.remedy}"]
     if last.jobs:
         lines.append(f"jobs      {last.jobs.count}: {last.jobs.reason}")
+    if last.compiler_cache:
+        lines.append(units.title(last.compiler_cache))
     for one in last.stages:
         peak = f", peak {one.peak_memory / 2**30:.2f} GiB" if one.peak_memory is not None else ""
         lines.append(f"{one.name:9} {one.wall_s:.1f} s" + (f", {one.cpu_s:.1f} CPU s" if one.cpu_s is not None else "") + peak)
@@ -340,7 +352,7 @@ def clean(everything: bool, as_json: bool) -> None:
             if everything:
                 remove_tree(folder)
     if everything:
-        for name in ("roots", "environments", "toolchains", "cuda", "wrappers", "store", "git", "uv"):
+        for name in ("roots", "environments", "toolchains", "cuda", "wrappers", "store", "git", "uv", "ccache"):
             remove_tree(settings.home / name)
     freed = (shutil.disk_usage(settings.home).free - before) if settings.home.is_dir() else 0
     console.result({"freed": max(freed, 0)}, f"freed {max(freed, 0) / 1e6:.0f} MB")
