@@ -6,6 +6,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Sequence
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -135,6 +136,9 @@ def variables(plan: Plan, site: Path, settings: Settings, folder: Path, *, jobs:
     with as_file(files("builder") / "data" / "host" / "host.cmake") as place:
         cmake = settings.home / "host" / "host.cmake"
         atomic_write(cmake, place.read_bytes())
+    front = settings.home / "host" / "front.py"
+    with as_file(files("builder") / "data" / "toolchain" / "front.py") as place:
+        atomic_write(front, place.read_bytes())
     found |= {
         "PATH": search_path(machine, site, home),
         "HOME": str(folder / "home"),
@@ -142,6 +146,7 @@ def variables(plan: Plan, site: Path, settings: Settings, folder: Path, *, jobs:
         "CC": os.environ.get("CC") or "gcc",
         "CXX": os.environ.get("CXX") or "g++",
         "CMAKE_TOOLCHAIN_FILE": str(cmake),
+        "GRACEFARM_FRONT": f"{sys.executable} -I -S {front}",
         "GRACEFARM_PYTHON": str(site / "bin" / "python3"),
         "GRACEFARM_PYTHON_INCLUDE": str(machine.interpreter.header.parent),
     }

@@ -2,7 +2,7 @@
 
     python -I -S front.py COMPILER ARGUMENT...
 
-Run by the root's native Python; standard library only. GRACEFARM_UNITS names the file that gets a line of JSON for each
+Run by the root's native Python, in a host build by ours; standard library only. GRACEFARM_UNITS names the file that gets a line of JSON for each
 translation unit that was compiled. GRACEFARM_CCACHE names ccache; its own variables (CCACHE_*) say where it keeps things.
 
 ccache 4.14 takes `nvcc -E` for what nvcc compiles, which is one pass of several: a header that only the host code reads, or
@@ -25,7 +25,6 @@ SOURCE = re.compile(r"\.(?:cu|cpp|cc|cxx|c\+\+|C|c)$")
 HIT = frozenset({"direct_cache_hit", "preprocessed_cache_hit"})
 QUIET = re.compile(r"^(?:local_storage|remote_storage|direct_cache_miss|preprocessed_cache_miss|cleanups|files_in|cache_size)")
 "Counters of ccache's that do not say what became of the call."
-PLACE = "/build/source"
 
 
 def main() -> int:
@@ -50,7 +49,7 @@ def main() -> int:
     if code == 0:
         note(
             {
-                "unit": os.path.relpath(os.path.abspath(sources[0]), PLACE),  # noqa: PTH100
+                "unit": unit(sources[0]),
                 "outcome": why,
                 "wall_s": round(time.monotonic() - started, 3),
                 "cpu_s": round(usage.ru_utime + usage.ru_stime, 3),
@@ -59,6 +58,12 @@ def main() -> int:
             }
         )
     return code if code >= 0 else 128 - code
+
+
+def unit(source: str) -> str:
+    """The name of a unit: its source relative to the source tree, which lies beside the notes."""
+    tree = os.path.join(os.path.dirname(os.environ["GRACEFARM_UNITS"]), "source")  # noqa: PTH118, PTH120
+    return os.path.relpath(os.path.abspath(source), tree)  # noqa: PTH100
 
 
 def ccache(command: list[str]) -> tuple[str, list[str]]:
