@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from builder.units import NAME
 from gracefarm.files import remove_tree
 from tests import projects
 from tests.conftest import Farm
-from tests.integration.test_build import start
+from tests.integration.test_build import NATIVE, start
 
 BUILD = {"cuda": True, "memory_per_job": "1GiB"}
 UNITS = ["src/core.cpp", "src/unit_a.cu", "src/unit_b.cu", "src/unit_c.cu"]
@@ -26,6 +25,21 @@ import many_cuda._core as core
 assert core.answer() == int({answer!r}), core.answer()
 assert core.launch() == 3 * int({answer!r}), core.launch()
 """
+
+
+OBJECTS = """
+units = sorted(name for name in os.listdir('.') if name.endswith('.c'))
+for name in units:
+    subprocess.run(['gcc', '-O2', '-c', name, '-o', name[:-2] + '.o'], check=True)
+content = b''.join(open(name[:-2] + '.o', 'rb').read() for name in units)
+return wheel(wheel_directory, files={'tiny/objects.bin': b'objects' + content})
+"""
+C_UNITS = {f"{name}.c": f"int {name}(int x) {{ return x * {number}; }}\n" for number, name in enumerate("abcd")}
+
+
+def tiny(farm: Farm, **more: str) -> None:
+    """The same for C, whose units take a moment: a wheel that holds their objects."""
+    farm.recipe("tiny", projects.backend(OBJECTS) | C_UNITS | more)
 
 
 def many(farm: Farm, changes: Mapping[str, str | bytes] | None = None, answer: int | None = None) -> None:
@@ -38,11 +52,12 @@ def many(farm: Farm, changes: Mapping[str, str | bytes] | None = None, answer: i
     (folder / "smoke.py").write_text(SMOKE.format(answer=answer or said))
 
 
-def built(farm: Farm, *options: str, **variables: str) -> tuple[dict[str, Any], str]:
+def built(farm: Farm, name: str, *options: str, **variables: str) -> tuple[dict[str, Any], str]:
     """Build; the record, and what was said."""
-    done = farm.run("build", "many_cuda", *options, **variables)
-    assert done.code == 0, done.said + farm.run("log", "many_cuda").out
-    found = json.loads(farm.run("show", "many_cuda", "--json").out)
+    target = NATIVE if name == "tiny" else "aarch64"
+    done = farm.run("build", name, "--target", target, *options, **variables)
+    assert done.code == 0, done.said + farm.run("log", name).out
+    found = json.loads(farm.run("show", name, "--json").out)
     assert isinstance(found, dict)
     return found, done.said
 
@@ -58,150 +73,43 @@ def forget(farm: Farm) -> None:
 
 
 def store(farm: Farm) -> Path:
-    return farm.settings.home / "ccache" / "many_cuda"
+    return farm.settings.home / "ccache" / "tiny"
 
 
 def library(farm: Farm, found: dict[str, Any]) -> bytes:
     wheel = farm.settings.home / "builds" / found["build_id"] / "dist" / found["wheel"]["filename"]
     with zipfile.ZipFile(wheel) as opened:
-        return opened.read(next(name for name in opened.namelist() if name.endswith(".so")))
+        return opened.read(next(name for name in opened.namelist() if name.endswith((".so", ".bin"))))
 
 
 def test_objects_come_back_whole_and_a_change_is_seen_in_every_pass(farm: Farm) -> None:
     many(farm)
-    first, said = built(farm)
+    first, said = built(farm, "many_cuda")
     assert counts(first) == (0, 4, 0)
     assert sorted(first["units"]) == UNITS
     assert all(one["cpu_s"] > 0 and one["peak_memory"] > 1 << 20 for one in first["units"].values())
     assert "compiler cache: 0 hits, 4 misses, 0 not cacheable" in said
     assert "# compiler cache: 0 hits, 4 misses" in farm.run("log", "many_cuda").out
-    forget(farm)
-    second, _ = built(farm)
-    assert counts(second) == (4, 0, 0)
-    assert library(farm, second) == library(farm, first)
-    assert second["build_id"] == first["build_id"]
     # Read by host code alone, which `nvcc -E` does not show: ccache by itself gives the old objects back.
     many(farm, {"include/host_only.h": "#define HOST_ANSWER 43\n"})
-    assert counts(built(farm)[0]) == (0, 4, 0)
+    assert counts(built(farm, "many_cuda")[0]) == (0, 4, 0)
     # The first content again but for one unit: its own compilation is all that is left.
     one = projects.tree("many_cuda")["src/unit_b.cu"]
     assert isinstance(one, bytes)
     many(farm, {"src/unit_b.cu": one.replace(b"1>>>", b"2>>>")})
-    changed, _ = built(farm)
+    changed, _ = built(farm, "many_cuda")
     assert counts(changed) == (3, 1, 0)
     assert changed["compiler_cache"]["saved_cpu_s"] > 0
 
 
-def test_a_header_that_moves_in_front_of_another_is_seen(farm: Farm) -> None:
-    """ccache's look-up by the names of the headers that it saw does not see it."""
-    files = projects.tree("many_cuda")
-    quoted = {
-        name: text.replace(b'"host_only.h"', b"<host_only.h>") for name, text in files.items() if isinstance(text, bytes)
-    }
-    setup = quoted["setup.py"].replace(b"{cuda}/include -I", b"{cuda}/include -I{os.path.abspath('first')} -I")
-    many(farm, quoted | {"setup.py": setup, "first/readme": ""})
-    assert counts(built(farm)[0]) == (0, 4, 0)
-    many(farm, quoted | {"setup.py": setup, "first/readme": "", "first/host_only.h": "#define HOST_ANSWER 7\n"}, answer=7)
-    assert counts(built(farm)[0]) == (0, 4, 0)
-
-
-def test_the_cache_changes_no_bytes_and_no_id_and_can_be_switched_off(farm: Farm) -> None:
+def test_objects_from_the_cache_bring_their_header_edges_along(farm: Farm) -> None:
+    """Then ninja goes on in the same folder, and knows the headers of each."""
     many(farm)
-    cached, _ = built(farm)
+    first, _ = built(farm, "many_cuda")
     forget(farm)
-    without, said = built(farm, "--no-compiler-cache")
-    assert without["compiler_cache"] is None
-    assert "compiler cache" not in said
-    assert sorted(without["units"]) == UNITS
-    assert without["build_id"] == cached["build_id"]
-    assert without["inputs"] == cached["inputs"]
-    assert library(farm, without) == library(farm, cached)
-    forget(farm)
-    assert built(farm, GRACEFARM_COMPILER_CACHE="off")[0]["compiler_cache"] is None
-
-
-def test_a_build_that_was_killed_goes_on_from_the_cache_in_a_fresh_folder(farm: Farm) -> None:
-    many(farm)
-    running = start(farm, "build", "many_cuda", "--jobs", "1")
-    deadline = time.monotonic() + 120
-    notes: list[str] = []
-    while len(notes) < 2:
-        assert time.monotonic() < deadline
-        assert running.poll() is None, running.communicate()
-        time.sleep(0.05)
-        notes = [
-            line for one in (farm.settings.home / "builds").glob(f"*/work/{NAME}") for line in one.read_text().splitlines()
-        ]
-    running.kill()
-    running.communicate(timeout=30)
-    assert running.returncode == -signal.SIGKILL
-    forget(farm)
-    found, _ = built(farm)
-    hits, misses, uncacheable = counts(found)
-    assert hits >= len(notes)
-    assert (hits + misses, uncacheable) == (4, 0)
-    assert misses > 0
-
-
-def test_what_is_damaged_in_the_cache_is_compiled_again(farm: Farm) -> None:
-    many(farm)
-    first, _ = built(farm)
-    damaged = 0
-    for path in store(farm).rglob("*"):
-        if path.is_file() and path.stat().st_size > 500:
-            content = bytearray(path.read_bytes())
-            content[len(content) // 2] ^= 0xFF
-            path.write_bytes(content)
-            damaged += 1
-    assert damaged >= 4
-    forget(farm)
-    second, _ = built(farm)
-    assert counts(second)[0] == 0
+    second, _ = built(farm, "many_cuda", "--keep")
+    assert counts(second) == (4, 0, 0)
     assert library(farm, second) == library(farm, first)
-    for path in store(farm).rglob("*"):
-        if path.is_file():
-            os.truncate(path, path.stat().st_size // 2)
-    forget(farm)
-    third, _ = built(farm)
-    assert counts(third)[0] == 0
-    assert library(farm, third) == library(farm, first)
-
-
-def test_two_builds_share_a_cache_at_the_same_time(farm: Farm) -> None:
-    """Two ids of one recipe, all units equal."""
-    many(farm)
-    running = [start(farm, "build", "many_cuda", "--jobs", "1")]
-    deadline = time.monotonic() + 120
-    while not list((farm.settings.home / "builds").glob("*/work/source/setup.py")):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    many(farm, {"README": "another id"})
-    running.append(start(farm, "build", "many_cuda", "--jobs", "1"))
-    said = [one.communicate(timeout=240) for one in running]
-    assert [one.returncode for one in running] == [0, 0], said
-    records = [json.loads(path.read_text()) for path in (farm.settings.home / "builds").glob("*/record.json")]
-    assert len(records) == 2
-    assert library(farm, records[0]) == library(farm, records[1])
-    forget(farm)
-    assert counts(built(farm)[0]) == (4, 0, 0)
-
-
-def test_a_cache_that_cannot_be_written_makes_a_build_slower_and_not_red(farm: Farm) -> None:
-    many(farm)
-    store(farm).mkdir(parents=True)
-    (store(farm) / "tmp").write_text("in the way of ccache's folder")
-    found, _ = built(farm)
-    assert counts(found)[0] == 0
-    assert sorted(found["units"]) == UNITS
-
-
-def test_header_edges_are_kept_for_a_tree_that_is_built_on(farm: Farm) -> None:
-    """Objects and dependency files from the cache, then ninja again in the same folder: it knows the headers of each."""
-    many(farm)
-    built(farm)
-    forget(farm)
-    found, _ = built(farm, "--keep")
-    assert counts(found) == (4, 0, 0)
     lines = [
         "cd /build/source/build/temp*",
         "ninja -n -v | tail -1",
@@ -222,3 +130,106 @@ def test_header_edges_are_kept_for_a_tree_that_is_built_on(farm: Farm) -> None:
     device, host = after.split("STEP")
     assert not before.strip()
     assert (device.count(" -c "), host.count(" -c ")) == (3, 4)
+
+
+def test_a_header_that_moves_in_front_of_another_is_seen(farm: Farm) -> None:
+    """ccache's look-up by the names of the headers that it saw does not see it."""
+    body = OBJECTS.replace("'-O2',", "'-O2', '-Ifirst', '-Isecond',")
+    files = projects.backend(body) | {"a.c": "#include <answer.h>\nint a(void) { return ANSWER; }\n", "first/readme": ""}
+    farm.recipe("tiny", files | {"second/answer.h": "#define ANSWER 1\n"})
+    before, _ = built(farm, "tiny")
+    farm.recipe("tiny", files | {"second/answer.h": "#define ANSWER 1\n", "first/answer.h": "#define ANSWER 2\n"})
+    after, _ = built(farm, "tiny")
+    assert counts(after) == (0, 1, 0)
+    assert library(farm, before) != library(farm, after)
+
+
+def test_the_cache_changes_no_bytes_and_no_id_and_can_be_switched_off(farm: Farm) -> None:
+    tiny(farm)
+    cached, _ = built(farm, "tiny")
+    forget(farm)
+    without, said = built(farm, "tiny", "--no-compiler-cache")
+    assert without["compiler_cache"] is None
+    assert "compiler cache" not in said
+    assert sorted(without["units"]) == sorted(C_UNITS)
+    assert without["build_id"] == cached["build_id"]
+    assert without["inputs"] == cached["inputs"]
+    assert library(farm, without) == library(farm, cached)
+    forget(farm)
+    assert built(farm, "tiny", GRACEFARM_COMPILER_CACHE="off")[0]["compiler_cache"] is None
+    forget(farm)
+    assert farm.run("build", "tiny", "--target", NATIVE, GRACEFARM_COMPILER_CACHE="some").code == 3
+
+
+def test_a_build_that_was_killed_goes_on_from_the_cache_in_a_fresh_folder(farm: Farm) -> None:
+    tiny(farm, **{"z.c": "".join(f"int z{number}(int x) {{ return x / {number + 1}; }}\n" for number in range(4_000))})
+    running = start(farm, "build", "tiny", "--target", NATIVE)
+    deadline = time.monotonic() + 120
+    notes: list[str] = []
+    while len(notes) < 4:
+        assert time.monotonic() < deadline
+        assert running.poll() is None, running.communicate()
+        time.sleep(0.02)
+        notes = [
+            line for one in (farm.settings.home / "builds").glob(f"*/work/{NAME}") for line in one.read_text().splitlines()
+        ]
+    running.kill()
+    running.communicate(timeout=30)
+    assert running.returncode == -signal.SIGKILL
+    found, _ = built(farm, "tiny")
+    assert counts(found) == (4, 1, 0)
+    assert found["compiler_cache"]["saved_cpu_s"] > 0
+    forget(farm)
+    assert counts(built(farm, "tiny")[0]) == (5, 0, 0)
+
+
+def test_what_is_damaged_in_the_cache_is_compiled_again(farm: Farm) -> None:
+    tiny(farm)
+    first, _ = built(farm, "tiny")
+    for harm in (flip, halve):
+        harmed = [path for path in store(farm).glob("[0-9a-f]/**/*") if path.is_file() and path.stat().st_size > 200]
+        assert len(harmed) >= len(C_UNITS), list(store(farm).rglob("*"))
+        for path in harmed:
+            path.write_bytes(harm(path.read_bytes()))
+        forget(farm)
+        again, _ = built(farm, "tiny")
+        assert counts(again)[0] == 0
+        assert library(farm, again) == library(farm, first)
+
+
+def flip(content: bytes) -> bytes:
+    """One bit of a byte in the middle, which is the object's."""
+    half = len(content) // 2
+    return content[:half] + bytes([content[half] ^ 1]) + content[half + 1 :]
+
+
+def halve(content: bytes) -> bytes:
+    return content[: len(content) // 2]
+
+
+def test_two_builds_share_a_cache_at_the_same_time(farm: Farm) -> None:
+    """Two ids of one recipe, all units equal."""
+    tiny(farm)
+    running = [start(farm, "build", "tiny", "--target", NATIVE)]
+    deadline = time.monotonic() + 120
+    while not list((farm.settings.home / "builds").glob("*/work/source/a.c")):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    tiny(farm, README="another id")
+    running.append(start(farm, "build", "tiny", "--target", NATIVE))
+    said = [one.communicate(timeout=240) for one in running]
+    assert [one.returncode for one in running] == [0, 0], said
+    records = [json.loads(path.read_text()) for path in (farm.settings.home / "builds").glob("*/record.json")]
+    assert len(records) == 2
+    assert library(farm, records[0]) == library(farm, records[1])
+    forget(farm)
+    assert counts(built(farm, "tiny")[0]) == (4, 0, 0)
+
+
+def test_a_cache_that_cannot_be_written_makes_a_build_slower_and_not_red(farm: Farm) -> None:
+    tiny(farm)
+    store(farm).mkdir(parents=True)
+    (store(farm) / "tmp").write_text("in the way of ccache's folder")
+    found, _ = built(farm, "tiny")
+    assert counts(found)[0] == 0
+    assert sorted(found["units"]) == sorted(C_UNITS)

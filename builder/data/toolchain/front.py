@@ -2,8 +2,9 @@
 
     python -I -S front.py COMPILER ARGUMENT...
 
-Run by the root's native Python, in a host build by ours; standard library only. GRACEFARM_UNITS names the file that gets a line of JSON for each
-translation unit that was compiled. GRACEFARM_CCACHE names ccache; its own variables (CCACHE_*) say where it keeps things.
+Run by the root's native Python, in a host build by ours; standard library only. GRACEFARM_UNITS names the file that gets a
+line of JSON for each translation unit that was compiled. GRACEFARM_CCACHE names ccache; its own variables (CCACHE_*) say where
+it keeps things.
 
 ccache 4.14 takes `nvcc -E` for what nvcc compiles, which is one pass of several: a header that only the host code reads, or
 only the second architecture, may change unseen, and the old object comes back. So every pass that `nvcc --dryrun` names is
@@ -23,6 +24,8 @@ import time
 
 SOURCE = re.compile(r"\.(?:cu|cpp|cc|cxx|c\+\+|C|c)$")
 HIT = frozenset({"direct_cache_hit", "preprocessed_cache_hit"})
+REFUSED = frozenset({"compile failed", "preprocessor error"})
+"What ccache says when the compiler says no."
 QUIET = re.compile(r"^(?:local_storage|remote_storage|direct_cache_miss|preprocessed_cache_miss|cleanups|files_in|cache_size)")
 "Counters of ccache's that do not say what became of the call."
 
@@ -38,11 +41,11 @@ def main() -> int:
     why = prepare(command, scratch) if os.environ.get("GRACEFARM_CCACHE") else "off"
     cached = not why
     started = time.monotonic()
-    pid = os.posix_spawn(*(ccache(command) if cached else (command[0], command)), os.environ)
-    _, status, usage = os.wait4(pid, 0)
-    code = os.waitstatus_to_exitcode(status)
+    code, cpu, peak = run([os.environ["GRACEFARM_CCACHE"], *command] if cached else command)
     if cached:
         why = outcome(f"{scratch}.log")
+        if code != 0 and why not in REFUSED:  # ccache's own trouble
+            code, cpu, peak = run(command)
     for name in ("log", "passes"):
         if os.path.exists(f"{scratch}.{name}"):  # noqa: PTH110
             os.unlink(f"{scratch}.{name}")  # noqa: PTH108
@@ -52,9 +55,9 @@ def main() -> int:
                 "unit": unit(sources[0]),
                 "outcome": why,
                 "wall_s": round(time.monotonic() - started, 3),
-                "cpu_s": round(usage.ru_utime + usage.ru_stime, 3),
+                "cpu_s": round(cpu, 3),
                 # The largest process; nvcc with --threads runs as many of them at once as it has architectures.
-                "peak_memory": 1024 * usage.ru_maxrss * beside(command),
+                "peak_memory": peak * beside(command),
             }
         )
     return code if code >= 0 else 128 - code
@@ -66,10 +69,11 @@ def unit(source: str) -> str:
     return os.path.relpath(os.path.abspath(source), tree)  # noqa: PTH100
 
 
-def ccache(command: list[str]) -> tuple[str, list[str]]:
-    """The program and the arguments of a cached compilation."""
-    program = os.environ["GRACEFARM_CCACHE"]
-    return program, [program, *command]
+def run(command: list[str]) -> tuple[int, float, int]:
+    """Run a command to its end: exit code, CPU seconds, and bytes of the largest process below it."""
+    pid = os.posix_spawn(command[0], command, os.environ)
+    _, status, usage = os.wait4(pid, 0)
+    return os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime, 1024 * usage.ru_maxrss
 
 
 def prepare(command: list[str], scratch: str) -> str:
