@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import gzip
 import hashlib
 import json
 import re
 import subprocess
+import threading
 import zipfile
 from datetime import datetime
 from pathlib import Path
@@ -16,6 +18,13 @@ import httpx
 import pytest
 import zstandard
 from index_kit import JSON, Server, make_token, run_index, serving, stop, wheel
+from starlette.requests import Request
+from starlette.responses import Response
+
+from index.people import Pages
+from index.serve import build
+from index.service import Options
+from index.store import Store
 
 HTML = "application/vnd.pypi.simple.v1+html"
 
@@ -545,3 +554,38 @@ def resident(server: Server) -> int:
     found = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{server.process.pid}/status").read_text())
     assert found
     return int(found[1]) << 10
+
+
+def test_pages_of_the_whole_store_are_made_once_per_change_and_off_the_loop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+    real = Pages.projects
+
+    def counted(self: Pages, request: Request) -> Response:
+        made.append(threading.current_thread().name)
+        return real(self, request)
+
+    monkeypatch.setattr(Pages, "projects", counted)
+    application = build(Store(root=tmp_path / "root"), Options())
+
+    async def ask() -> None:
+        transport = httpx.ASGITransport(application)
+        async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+            first = await client.get("/")
+            for _ in range(3):
+                assert (await client.get("/")).content == first.content
+            assert (await client.get("/", headers={"If-None-Match": first.headers["etag"]})).status_code == 304
+            assert len(made) == 1
+            assert "http://y" in (await client.get("/", headers={"Host": "y"})).text, "the address is the asker's"
+            run_index(tmp_path / "root", "import", str(tmp_path / "wheels"))
+            await asyncio.sleep(0.01)
+            assert "fresh-pkg" in (await client.get("/")).text
+            assert len(made) == 3
+
+    (tmp_path / "wheels").mkdir()
+    name, content = wheel("fresh_pkg")
+    (tmp_path / "wheels" / name).write_bytes(content)
+    asyncio.run(ask())
+    application.service.close()
+    assert all(name.startswith("painter") for name in made)

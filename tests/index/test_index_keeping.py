@@ -388,6 +388,7 @@ def test_a_catalogue_of_the_first_index_becomes_one_of_this(tmp_path: Path) -> N
             row = catalogue.row("SELECT project FROM public_record")
             assert row is not None
             assert row["project"] == "flash-attn"
+            assert catalogue.row("SELECT hashed FROM token") is None
         tables = [row["name"] for row in catalogue.rows("SELECT name FROM sqlite_master WHERE type IN ('table', 'view')")]
         shapes.append({one: {row["name"] for row in catalogue.rows(f"PRAGMA table_info({one})")} for one in tables})
         catalogue.close()

@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import json
 import shutil
-import threading
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 
-import httpx
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from index_kit import Server, run_index, wheel
 from playwright.sync_api import Browser, sync_playwright
-from starlette.requests import Request
-from starlette.responses import Response
-
-from index.people import Pages
-from index.serve import build
-from index.service import Options
-from index.store import Store
 
 pytestmark = pytest.mark.skipif(
     shutil.which("chromium") is None, reason="chromium is not installed: see system-packages-test.txt"
@@ -230,38 +219,3 @@ def test_pages_forbid_what_they_do_not_use(site: Server) -> None:
 
 def test_a_forged_host_is_not_printed(site: Server) -> None:
     assert "evil" not in site.client.get("/", headers={"Host": 'evil"><script>'}).text
-
-
-def test_pages_of_the_whole_store_are_made_once_per_change_and_off_the_loop(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made: list[str] = []
-    real = Pages.projects
-
-    def counted(self: Pages, request: Request) -> Response:
-        made.append(threading.current_thread().name)
-        return real(self, request)
-
-    monkeypatch.setattr(Pages, "projects", counted)
-    application = build(Store(root=tmp_path / "root"), Options())
-
-    async def ask() -> None:
-        transport = httpx.ASGITransport(application)
-        async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
-            first = await client.get("/")
-            for _ in range(3):
-                assert (await client.get("/")).content == first.content
-            assert (await client.get("/", headers={"If-None-Match": first.headers["etag"]})).status_code == 304
-            assert len(made) == 1
-            assert "http://y" in (await client.get("/", headers={"Host": "y"})).text, "the address is the asker's"
-            run_index(tmp_path / "root", "import", str(tmp_path / "wheels"))
-            await asyncio.sleep(0.01)
-            assert "fresh-pkg" in (await client.get("/")).text
-            assert len(made) == 3
-
-    (tmp_path / "wheels").mkdir()
-    name, content = wheel("fresh_pkg")
-    (tmp_path / "wheels" / name).write_bytes(content)
-    asyncio.run(ask())
-    application.service.close()
-    assert all(name.startswith("painter") for name in made)

@@ -95,15 +95,3 @@ def test_guessing_passwords_ends(tmp_path: Path, htpasswd: Path) -> None:
         assert statuses[-1] == 429
         assert post(server, "ann", "ann's", "1.0") == 429, "not even the right one is computed for who guesses"
         assert server.upload(*wheel("user_pkg", "1.0")).status_code == 200, "a token costs nothing to check"
-
-
-def test_a_catalogue_of_the_first_schema_is_brought_up_to_date(tmp_path: Path, htpasswd: Path) -> None:
-    import sqlite3
-
-    root = tmp_path / "root"
-    run_index(root, "token", "create", "--name", "old")
-    database = sqlite3.connect(root / "catalogue" / "catalogue.db")
-    database.executescript("ALTER TABLE token DROP COLUMN hashed; UPDATE meta SET value = '1' WHERE key = 'schema';")
-    database.close()
-    assert run_json(root, "token", "import", str(htpasswd)) == {"added": 4, "revoked": 0}
-    assert "old" in run_index(root, "token", "list").stdout
