@@ -232,7 +232,7 @@ def _attempt(run: Run) -> Record:
         done = run.record(wheel, None)
         place = record.write(done, run.settings)
     if not run.options.keep:
-        for name in ("work", "smoke", "raw", "raw-source", "embedded", "repaired", "compiled.json"):
+        for name in record.SCRATCH:
             remove_tree(run.folder / name)
     run.console.step("record", f"{wheel.name}, {wheel.stat().st_size / 1e6:.1f} MB; record {place}; log {run.log}")
     return done

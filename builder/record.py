@@ -161,6 +161,10 @@ def product(wheel: Path) -> WheelFile:
     return WheelFile(filename=wheel.name, sha256=sha256_file(wheel), size=wheel.stat().st_size)
 
 
+SCRATCH = ("work", "smoke", "raw", "raw-source", "embedded", "repaired", "install", "compiled.json")
+"In a build's folder: what a finished build needs no more."
+
+
 def folder(settings: Settings, build_id: str) -> Path:
     """Everything about one build: record.json, log.txt, dist/, source/."""
     return settings.home / "builds" / build_id

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from builder import clean as cleaning
 from builder import compile, environment, gaps, hosted, meter, record, root, sandbox, schema, smoke, stack, toolkit, units
 from builder import plan as planning
 from builder import recipe as recipes
@@ -343,17 +344,8 @@ def clean(everything: bool, as_json: bool) -> None:
     """Remove working folders of builds; wheels, records, logs and caches stay, unless --all."""
     settings, console = settings_module.load(), Console(as_json=as_json)
     before = shutil.disk_usage(settings.home).free if settings.home.is_dir() else 0
-    for folder in sorted((settings.home / "builds").glob("*")):
-        with lock(
-            settings.home / "locks" / f"build-{folder.name}", lambda: console.step("wait", "a build is running; waiting")
-        ):
-            for name in ("work", "smoke", "raw", "embedded", "repaired", "compiled.json"):
-                remove_tree(folder / name)
-            if everything:
-                remove_tree(folder)
-    if everything:
-        for name in ("roots", "environments", "toolchains", "cuda", "wrappers", "store", "git", "uv", "ccache"):
-            remove_tree(settings.home / name)
+    clear = cleaning.everything if everything else cleaning.working_folders
+    clear(settings, lambda: console.step("wait", "a build is running; waiting"))
     freed = (shutil.disk_usage(settings.home).free - before) if settings.home.is_dir() else 0
     console.result({"freed": max(freed, 0)}, f"freed {max(freed, 0) / 1e6:.0f} MB")
 

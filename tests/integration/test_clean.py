@@ -1,0 +1,75 @@
+"""`builder clean`: what can be made again goes, and nothing goes under the hands of those who use it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gracefarm.files import lock
+from tests import projects
+from tests.conftest import REPOSITORY, Farm
+
+
+def make(home: Path, *names: str) -> None:
+    for name in names:
+        (home / name).mkdir(parents=True)
+        (home / name / "file").write_text("bytes")
+
+
+def start(home: Path, *arguments: str) -> subprocess.Popen[str]:
+    variables = {"GRACEFARM_HOME": str(home), "GRACEFARM_PROJECT": str(REPOSITORY)}
+    return subprocess.Popen(
+        [sys.executable, "-m", "builder", "clean", *arguments],
+        env=projects.environment(variables),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+LOCKS = {
+    "builds/1": "locks/build-1",
+    "roots/a": "roots/a.lock",
+    "environments/bytecode": "environments/bytecode.lock",
+    "toolchains/.c.partial": "toolchains/c.lock",
+    "cuda/d": "locks/cuda-d",
+    "git/e.git": "git/e.lock",
+    "store/sha256/aa": "store/locks/file",
+}
+"By what lies in the home: the lock of those who make or use it."
+
+
+@pytest.mark.parametrize("name", LOCKS)
+def test_all_waits_for_whom_it_would_take_the_ground_from_and_leaves_the_locks(tmp_path: Path, name: str) -> None:
+    make(tmp_path, *LOCKS, "uv/f", "builds/2/dist")
+    place = tmp_path / LOCKS[name]
+    with lock(place):
+        number = place.stat().st_ino
+        running = start(tmp_path, "--all")
+        with pytest.raises(subprocess.TimeoutExpired):
+            running.communicate(timeout=3)
+        assert (tmp_path / name / "file").exists()
+    running.communicate(timeout=60)
+    assert running.returncode == 0
+    assert not [one for one in (*LOCKS, "uv/f", "builds/2") if (tmp_path / one / "file").exists()]
+    assert place.stat().st_ino == number, "the lock is still the one that others may wait for"
+
+
+def test_all_takes_a_link_away_and_not_what_it_points_to(tmp_path: Path) -> None:
+    make(tmp_path, "other/roots/a", "home/builds")
+    (tmp_path / "home" / "roots").symlink_to(tmp_path / "other" / "roots")
+    running = start(tmp_path / "home", "--all")
+    running.communicate(timeout=60)
+    assert running.returncode == 0
+    assert not (tmp_path / "home" / "roots").is_symlink()
+    assert (tmp_path / "other" / "roots" / "a" / "file").is_file()
+
+
+def test_working_folders_go_and_products_stay(farm: Farm) -> None:
+    build = farm.settings.home / "builds" / "1"
+    make(build, "work", "raw", "raw-source", "install", "dist")
+    (build / "log.txt").write_text("words")
+    assert farm.run("clean").code == 0
+    assert sorted(one.name for one in build.iterdir()) == ["dist", "log.txt"]
