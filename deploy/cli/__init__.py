@@ -27,6 +27,8 @@ COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "ssh": ("deploy.cli.nodes:ssh", "Into one node."),
         "env": ("deploy.cli.serve:env", "Environments: build, list, roll back, collect."),
         "weights": ("deploy.cli.serve:weights_group", "The model's files: verify."),
+        "tunnel": ("deploy.cli.watch:tunnel", "The engine and Ray's dashboard on this machine's loopback."),
+        "bench": ("deploy.cli.watch:bench", "A query with its tokens/s; a sweep beside the prediction."),
         "down": ("deploy.cli.serve:down", "End the engine and Ray, and look that nothing is left."),
     }
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
@@ -13,8 +14,8 @@ from typing import Any
 
 import asyncssh
 
-from deploy import ssh
-from deploy.inventory import Node
+from deploy import inventory, ssh
+from deploy.inventory import Deployment, Node
 from deploy.worker import Done, Target
 from gracefarm.errors import HostError
 
@@ -139,6 +140,9 @@ class _Open(asyncssh.SSHServer):
     def begin_auth(self, _username: str) -> bool:
         return False
 
+    def connection_requested(self, *_where: object) -> bool:
+        return True
+
 
 @dataclass
 class Machine:
@@ -147,11 +151,37 @@ class Machine:
     node: Node
     home: Path
     key: asyncssh.SSHKey
-    server: asyncssh.SSHAcceptor
+    server: asyncssh.SSHAcceptor = field(init=False)
     connections: list[asyncssh.SSHServerConnection] = field(default_factory=list)
     running: list[asyncio.subprocess.Process] = field(default_factory=list)
     entered: int = 0
     "Connections that were made so far."
+
+    async def listen(self, port: int | None = None) -> None:
+        """Let the Fleet in; None: at the port where it was before."""
+        machine = self
+
+        class Server(_Open):
+            def connection_made(self, conn: asyncssh.SSHServerConnection) -> None:
+                machine.connections.append(conn)
+                machine.entered += 1
+
+        self.server = await asyncssh.create_server(
+            Server,
+            self.node.address,
+            self.node.port if port is None else port,
+            server_host_keys=[self.key],
+            process_factory=_server(self.home, {}, self.running),
+            sftp_factory=True,
+            allow_scp=False,
+            encoding=None,
+        )
+
+    async def switch_off(self) -> None:
+        """Nobody gets in any more, and whoever was in is out; its commands go on."""
+        self.server.close()
+        await self.server.wait_closed()
+        self.cut()
 
     def cut(self) -> None:
         """Every connection to it ends at once, as when a cable is pulled and the other side gave up; the commands go on."""
@@ -184,31 +214,10 @@ async def machines(folder: Path, count: int) -> AsyncIterator[list[Machine]]:
 
 
 async def _machine(index: int, home: Path) -> Machine:
-    key = asyncssh.generate_private_key("ssh-ed25519")
-    address = f"127.0.0.{11 + index}"
-    kept: list[asyncssh.SSHServerConnection] = []
-    running: list[asyncio.subprocess.Process] = []
-
-    class Server(_Open):
-        def connection_made(self, conn: asyncssh.SSHServerConnection) -> None:
-            kept.append(conn)
-            machine.entered += 1
-
-        def connection_requested(self, *_where: object) -> bool:
-            return True
-
-    server = await asyncssh.create_server(
-        Server,
-        address,
-        0,
-        server_host_keys=[key],
-        process_factory=_server(home, {}, running),
-        sftp_factory=True,
-        allow_scp=False,
-        encoding=None,
-    )
-    node = Node(name=f"k{index}", rank=index, address=address, port=server.sockets[0].getsockname()[1], user="tester")
-    machine = Machine(node=node, home=home, key=key, server=server, connections=kept, running=running)
+    node = Node(name=f"k{index}", rank=index, address=f"127.0.0.{11 + index}", user="tester")
+    machine = Machine(node=node, home=home, key=asyncssh.generate_private_key("ssh-ed25519"))
+    await machine.listen(0)
+    machine.node = node.model_copy(update={"port": machine.server.sockets[0].getsockname()[1]})
     return machine
 
 
@@ -216,3 +225,16 @@ def fleet(folder: Path, made: list[Machine], **more: Any) -> Any:
     """deploy.ssh.fleet over `made`, with nobody's ~/.ssh/config."""
     options = {"known_hosts": folder / "known_hosts", "local": f"{folder}/local", "config": (), **more}
     return ssh.fleet([one.node for one in made], **options)
+
+
+def deployment(folder: Path, made: list[Machine], *, ports: dict[str, int] | None = None, more: str = "") -> Deployment:
+    """deploy.toml in `folder` for `made`, prepared as `deploy init` does, for commands that a test runs there."""
+    text = [f'name = "t"\nlocal = "{folder}/local"\n{more}', "[ports]"]
+    text += [f"{name} = {port}" for name, port in (ports or {}).items()]
+    for one in made:
+        text += ["[[node]]", f'address = "{one.node.address}"', f"port = {one.node.port}", 'user = "tester"']
+    (folder / "deploy.toml").write_text("\n".join(text) + "\n")
+    found = inventory.load(folder / "deploy.toml")
+    found.folder.make()
+    shutil.copy(folder / "known_hosts", found.folder.known_hosts)
+    return found

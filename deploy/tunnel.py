@@ -1,0 +1,84 @@
+"""The engine and Ray's dashboard on this machine's loopback, through SSH to the head; connected again after a cut."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+
+from deploy.inventory import Deployment, Node
+from deploy.ssh import Fleet
+from gracefarm.errors import GracefarmError, SshError
+
+LOOK = 5.0
+"Seconds between two looks at the connection, and between two tries to make it again."
+OnChange = Callable[[GracefarmError | None], None]
+"None: connected (again); else why not."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """A port of the head's loopback, and which one it should be here (0: any)."""
+
+    name: str
+    remote: int
+    local: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forward:
+    """A port here that leads there."""
+
+    name: str
+    remote: int
+    local: int
+    moved: bool
+    "The wanted one was taken here."
+
+
+def ports(deployment: Deployment, *, engine: int | None = None, dashboard: int | None = None) -> tuple[Wanted, ...]:
+    """The tutorial's two, the same numbers here unless others are wanted."""
+    there = deployment.data.ports
+    return (
+        Wanted(name="engine", remote=there.engine, local=there.engine if engine is None else engine),
+        Wanted(name="dashboard", remote=there.dashboard, local=there.dashboard if dashboard is None else dashboard),
+    )
+
+
+@asynccontextmanager
+async def opened(fleet: Fleet, node: Node, wanted: Sequence[Wanted]) -> AsyncIterator[tuple[Forward, ...]]:
+    """Every port of `wanted`, for as long as the context lasts. One that is taken here gets a free one instead.
+
+    Raises:
+        SshError: the node cannot be entered.
+    """
+    await fleet.connection(node)
+    async with AsyncExitStack() as stack:
+        made = []
+        for one in wanted:
+            try:
+                local = await stack.enter_async_context(fleet.forward_local(node, one.local, "127.0.0.1", one.remote))
+            except SshError:  # the node was entered above: it is the port
+                local = await stack.enter_async_context(fleet.forward_local(node, 0, "127.0.0.1", one.remote))
+            moved = one.local not in (0, local)
+            made.append(Forward(name=one.name, remote=one.remote, local=local, moved=moved))
+        yield tuple(made)
+
+
+async def attend(fleet: Fleet, node: Node, on_change: OnChange, *, every: float = LOOK) -> None:
+    """Keep the connection up for ever, and say when it is lost and when it is back. Cancel it to end."""
+    up = True
+    before = await fleet.connection(node)
+    while True:
+        await asyncio.sleep(every)
+        try:
+            now = await fleet.connection(node)
+        except GracefarmError as error:
+            if up:
+                on_change(error)
+            up = False
+            continue
+        if now is not before:
+            on_change(None)
+        before, up = now, True
