@@ -13,6 +13,7 @@ from typing import Literal
 from packaging.utils import canonicalize_version
 
 from index import facts, records, sdist, wheel
+from index.auth import NIGHTLY
 from index.catalogue import Catalogue, Change
 from index.errors import AlreadyExistsError, ForbiddenError, RefusedError
 from index.facts import Facts
@@ -32,6 +33,11 @@ class Destination:
     channel: Literal["release", "nightly"] = "release"
     allow_new: bool = False
     "Host the project even when nobody has told the catalogue to."
+
+    @property
+    def scope(self) -> str | None:
+        """What a token must be for, if it is for one view alone."""
+        return NIGHTLY if self.set_name is None and self.channel == "nightly" else self.set_name
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from typing import TextIO
 FLUSH = 0.1
 "Seconds a line may wait in memory."
 
-_CONTROL = {number: f"\\x{number:02x}" for number in (*range(32), 127)}
+_CONTROL = {number: f"\\x{number:02x}" for number in (*range(32), *range(127, 160))}
 
 
 class AccessLog:
@@ -36,7 +36,7 @@ class AccessLog:
         if now != self._second:
             self._second = now
             self._stamp = time.strftime("%d/%b/%Y:%H:%M:%S +0000", time.gmtime(now))
-        agent = agent.replace('"', "'")
+        agent, span = agent.replace('"', "'"), span.replace('"', "'")
         line = f'{client} - - [{self._stamp}] "{method} {target} HTTP" {status} {size} "{span}" "{agent}" {seconds:.6f}\n'
         if not line[:-1].isprintable():
             line = line[:-1].translate(_CONTROL) + "\n"

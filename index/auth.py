@@ -17,6 +17,9 @@ from index import htpasswd
 from index.catalogue import Catalogue
 from index.errors import ForbiddenError, UnauthenticatedError
 
+NIGHTLY = "nightly"
+"The scope of a token for the nightly channel; no set can be called so."
+
 PREFIX = "gf_"
 "Lets secret scanners recognise a leaked token."
 
@@ -158,7 +161,7 @@ def _living(row: sqlite3.Row | None, good: bool) -> Token:
 
 
 def allow(token: Token, *, project: str | None = None, set_name: str | None = None) -> None:
-    """Does the token reach this project, and this set ("" for the index outside any set)?
+    """Does the token reach this project, and this set (NIGHTLY for the nightly channel)?
 
     Raises:
         ForbiddenError: it does not.
@@ -167,8 +170,9 @@ def allow(token: Token, *, project: str | None = None, set_name: str | None = No
         raise ForbiddenError(f"the token {token.name!r} is for the project {token.project} alone", remedy="use another token")
     if token.set_name is not None and token.set_name != set_name:
         raise ForbiddenError(
-            f"the token {token.name!r} is for the set {token.set_name} alone",
-            remedy=f"upload to /stage/{token.set_name}/legacy/",
+            f"the token {token.name!r} is for the "
+            + ("nightly channel alone" if token.set_name == NIGHTLY else f"set {token.set_name} alone"),
+            remedy=f"upload to {'' if token.set_name == NIGHTLY else '/stage'}/{token.set_name}/legacy/",
         )
 
 

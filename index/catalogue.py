@@ -246,6 +246,15 @@ class Catalogue:
                 remedy="free space there; nothing was changed",
             ) from error
 
+    @contextmanager
+    def moment(self) -> Iterator[None]:
+        """Everything this thread reads in the block is of one moment, whatever is committed meanwhile."""
+        self.database.execute("BEGIN")
+        try:
+            yield
+        finally:
+            self.database.execute("ROLLBACK")
+
     def version(self) -> int:
         """A number that changes whenever another connection, of any process, has committed."""
         return int(self.database.execute("PRAGMA data_version").fetchone()[0])

@@ -13,9 +13,9 @@ import click
 
 from gracefarm import console
 from gracefarm.console import Console
-from gracefarm.errors import ConfigError, SeveralError
+from gracefarm.errors import ConfigError, SeveralError, UsageError
 from gracefarm.files import atomic_write
-from index import auth, htpasswd, keeping, projects, stage
+from index import auth, htpasswd, keeping, projects, proxies, stage
 from index.catalogue import Catalogue, open_catalogue
 from index.errors import DamagedError
 from index.limits import Limits
@@ -116,7 +116,7 @@ def cli(context: click.Context, root: Path | None) -> None:
 @click.option("--access-log", help="A file, or - for stdout.")
 @click.option("--tls-cert", type=click.Path(exists=True, path_type=Path))
 @click.option("--tls-key", type=click.Path(exists=True, path_type=Path))
-@click.option("--trusted-proxy", multiple=True, metavar="ADDRESS", help="Believe X-Forwarded-* from there.")
+@click.option("--trusted-proxy", multiple=True, metavar="ADDRESS|NETWORK", help="Believe X-Forwarded-* from there.")
 @click.option("--url", help="Address to print on the pages; default: what the browser asked for.")
 @click.option("--max-upload", default=Limits.upload, show_default=True, type=click.IntRange(1), help="Bytes.")
 @click.option("--idle", default=Limits.idle, show_default=True, type=float, help="Seconds a client may stand still.")
@@ -171,7 +171,7 @@ def serve_command(
         writes_per_second=writes_per_second,
     )
     options = Options(
-        allow_new=allow_new, limits=limits, trusted_proxies=frozenset(trusted_proxy), base_url=url, access_log=access_log
+        allow_new=allow_new, limits=limits, trusted_proxies=proxies.parse(trusted_proxy), base_url=url, access_log=access_log
     )
 
     def announce(address: str) -> None:
@@ -198,16 +198,21 @@ def token_group() -> None:
 @click.option("--name", required=True, help="What the audit log will call its holder.")
 @click.option("--project", help="Good for this project alone.")
 @click.option("--set", "set_name", help="Good for this set alone.")
+@click.option("--nightly", is_flag=True, help="Good for the nightly channel alone.")
 @click.option("--expires", help="90d, 12h …; default: never.")
 @pass_context
-def token_create(context: Context, name: str, project: str | None, set_name: str | None, expires: str | None) -> None:
+def token_create(
+    context: Context, name: str, project: str | None, set_name: str | None, nightly: bool, expires: str | None
+) -> None:
     """Make a token and print it, once."""
+    if nightly and set_name:
+        raise UsageError("a token is for the nightly channel or for a set", remedy="give --nightly or --set, not both")
     secret = auth.create(
         context.catalogue(),
         context.actor,
         name,
         project=normalise(project) if project else None,
-        set_name=check_set_name(set_name) if set_name else None,
+        set_name=auth.NIGHTLY if nightly else check_set_name(set_name) if set_name else None,
         expires=auth.duration(expires) if expires else None,
     )
     context.console.result({"name": name, "token": secret}, secret)
@@ -422,7 +427,7 @@ def mirror_command(context: Context, lock: Path, set_name: str, link: bool) -> N
     catalogue = context.catalogue()
     if catalogue.row("SELECT 1 FROM release_set WHERE name = ?", (set_name,)) is None:
         stage.create(catalogue, context.actor, set_name, [])
-    with context.console.progress("mirror") as tick:
+    with context.store.using_staging(), context.console.progress("mirror") as tick:
         done = mirror.mirror(
             context.store,
             catalogue,
@@ -479,7 +484,7 @@ def export_command(context: Context, folder: Path, url: str | None) -> None:
 @pass_context
 def import_command(context: Context, folder: Path) -> None:
     """Take in every wheel and sdist of a folder, as pypiserver keeps them."""
-    with context.console.progress("import") as tick:
+    with context.store.using_staging(), context.console.progress("import") as tick:
         done = keeping.import_folder(context.store, context.catalogue(), context.actor, folder, tick)
     context.console.result(
         asdict(done),

@@ -14,12 +14,15 @@ from gracefarm.errors import ConfigError
 from gracefarm.files import atomic_write, sync_directory
 from index import people, views
 from index.catalogue import Catalogue
+from index.errors import DamagedError
 from index.negotiate import Encoding, Form
 from index.shelf import Page, render
 from index.store import Store, disk_errors
 from index.views import Listed, View
 
 MANIFEST = ".gracefarm-export.json"
+_STATE = ""
+"Key of the manifest that is no path: what the export was made from."
 
 _SUFFIXES: tuple[tuple[str, Encoding], ...] = (("", ""), (".gz", "gzip"), (".zst", "zstd"))
 
@@ -101,7 +104,14 @@ def export(store: Store, catalogue: Catalogue, target: Path, tick: Tick = no_tic
         StoreFullError: no space.
     """
     before = _manifest(target)
+    # One moment of the catalogue for all of it: a publish in between would give pages that name files which are not there.
+    with catalogue.moment():
+        return _export(store, catalogue, target, tick, before, url)
+
+
+def _export(store: Store, catalogue: Catalogue, target: Path, tick: Tick, before: dict[str, str], url: str | None) -> Exported:
     done = Exported()
+    fresh = _Fresh(catalogue, target, before, done, _state(catalogue, url))
     with disk_errors(target):
         target.mkdir(parents=True, exist_ok=True)
         listed = [(view, name) for view in views.public(catalogue) for name in views.projects(catalogue, view)]
@@ -113,19 +123,55 @@ def export(store: Store, catalogue: Catalogue, target: Path, tick: Tick = no_tic
                 _export_file(store, target, item, before, done)
         for view in views.public(catalogue):
             for name in [*views.projects(catalogue, view), ""]:
-                _export_page(catalogue, target, view, name, before, done)
+                _export_page(catalogue, target, view, name, before, done, fresh)
         _export_records(store, catalogue, target, before, done)
-        for path, body in people.static_pages(store, catalogue, url):
+        for path, body in people.static_pages(store, catalogue, url, fresh.keeps):
             _put(target, path, body, before, done)
             if path.endswith(".html"):
                 _put(target, path + ".gz", Page(body).body("gzip"), before, done)
         _put(target, "nginx.conf", NGINX.replace("__POLICY__", people.POLICY).encode(), before, done)
-        for path in sorted(before.keys() - done._paths.keys()):
+        for path in sorted(before.keys() - done._paths.keys() - {_STATE}):
             _remove(target, path)
             done.removed += 1
-        atomic_write(target / MANIFEST, json.dumps(done._paths, indent=0, sort_keys=True))
+        manifest = {**done._paths, _STATE: json.dumps(fresh.state)}
+        atomic_write(target / MANIFEST, json.dumps(manifest, indent=0, sort_keys=True))
     tick(len(listed), len(listed), "")
     return done
+
+
+def _state(catalogue: Catalogue, url: str | None) -> dict[str, object]:
+    """What pages are made of, besides their project's files."""
+    return {"serial": catalogue.serial(), "url": url, "made by": people.making()}
+
+
+class _Fresh:
+    """Which pages of the last export are still right: those of projects that have not changed since, made by the same code."""
+
+    def __init__(
+        self, catalogue: Catalogue, target: Path, before: dict[str, str], done: Exported, state: dict[str, object]
+    ) -> None:
+        self.state = state
+        self._target, self._before, self._done = target, before, done
+        old = json.loads(before.get(_STATE, "{}"))
+        since = old.get("serial", -1)
+        sets = catalogue.row("SELECT 1 FROM audit WHERE serial > ? AND action LIKE 'set.%' LIMIT 1", (since,))
+        known = sets is None and {**old, "serial": 0} == {**state, "serial": 0}
+        rows = catalogue.rows("SELECT name FROM project WHERE serial <= ?", (since if known else -1,))
+        self._projects = {row["name"] for row in rows}
+
+    def keeps(self, project: str, *paths: str) -> bool:
+        """Keep these pages of the project as they are, if they are right and there; the first one must be."""
+        if project not in self._projects or not all((self._target / path).exists() for path in self._there(paths)):
+            return False
+        if paths[0] not in self._before:
+            return False
+        for path in self._there(paths):
+            self._done._paths[path] = self._before[path]
+            self._done.kept += 1
+        return True
+
+    def _there(self, paths: tuple[str, ...]) -> list[str]:
+        return [path for path in paths if path in self._before]
 
 
 def _manifest(target: Path) -> dict[str, str]:
@@ -161,6 +207,8 @@ def _link(source: Path, target: Path, path: str, digest: str, before: dict[str, 
     partial.unlink(missing_ok=True)
     try:
         os.link(source, partial)
+    except FileNotFoundError:
+        raise DamagedError(f"the store has lost the file of {path}", remedy="export again; `index fsck` tells more") from None
     except OSError:
         shutil.copyfile(source, partial)
     partial.chmod(0o644) if not partial.samefile(source) else None
@@ -169,9 +217,14 @@ def _link(source: Path, target: Path, path: str, digest: str, before: dict[str, 
     done.written += 1
 
 
-def _export_page(catalogue: Catalogue, target: Path, view: View, name: str, before: dict[str, str], done: Exported) -> None:
+def _export_page(
+    catalogue: Catalogue, target: Path, view: View, name: str, before: dict[str, str], done: Exported, fresh: _Fresh
+) -> None:
     folder = "/".join([*view.prefix, "simple", *([name] if name else [])])
     forms: tuple[Form, ...] = ("json", "html")
+    paths = [f"{folder}/index.{form}{suffix}" for form in forms for suffix, _ in _SUFFIXES]
+    if name and fresh.keeps(name, *paths):
+        return
     for form in forms:
         page = Page(render(catalogue, view, name, form))
         for suffix, encoding in _SUFFIXES:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sqlite3
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,9 @@ from index.catalogue import Catalogue
 from index.errors import RefusalError
 from index.names import parse_filename
 from index.store import Store, disk_errors, flush
+
+GC_MOMENT = 0.2
+"Seconds that `gc` keeps uploads waiting at most, but for the time that one file takes."
 
 _REFERENCES = """
 SELECT sha256 AS digest, filename AS name, size FROM file WHERE deleted IS NULL
@@ -73,16 +77,24 @@ def fsck(store: Store, catalogue: Catalogue, tick: Tick = no_tick, *, set_aside:
 def gc(store: Store, catalogue: Catalogue, actor: str) -> tuple[int, int]:
     """Remove stored files that nothing names. Returns how many, and their bytes.
 
-    Holds the catalogue's write lock: an upload gives a file its name and its row under the same lock.
+    Holds the catalogue's write lock, since an upload gives a file its name and its row under the same lock; but only for
+    moments, since uploads wait for it meanwhile.
     """
     count = size = 0
+    named = {row["digest"] for row in catalogue.rows(_REFERENCES)}
+    todo = [path for path in store.stored() if path.name not in named]
+    while todo:
+        with catalogue.change(actor) as change:
+            named = {row["digest"] for row in change.execute(_REFERENCES)}  # again: uploads went on
+            end = time.monotonic() + GC_MOMENT
+            while todo and time.monotonic() < end:
+                path = todo.pop()
+                if path.name not in named:
+                    size += path.stat().st_size
+                    path.unlink()
+                    count += 1
+        time.sleep(GC_MOMENT / 2)  # whoever waits for the lock polls for it
     with catalogue.change(actor) as change:
-        named = {row["digest"] for row in change.execute(_REFERENCES)}
-        for path in list(store.stored()):
-            if path.name not in named:
-                size += path.stat().st_size
-                path.unlink()
-                count += 1
         change.note("store.gc", "files", count=count, bytes=size)
     return count, size
 

@@ -10,6 +10,7 @@ import re
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from importlib import metadata
 from importlib.resources import files as resources
 from typing import TYPE_CHECKING, Any
 
@@ -86,8 +87,23 @@ def _static_files() -> dict[str, bytes]:
     return {name: folder.joinpath(name).read_bytes() for name in _STATIC}
 
 
-def static_pages(store: Store, catalogue: Catalogue, url: str | None) -> Iterator[tuple[str, bytes]]:
-    """Path and bytes of every page for an export: those of the live server, less the forms that need one."""
+def making() -> str:
+    """A digest of what turns the catalogue into pages: after an upgrade each is made anew."""
+    digest = hashlib.sha256(metadata.version("gracefarm").encode())
+    folder = resources("index")
+    for one in sorted((*folder.iterdir(), *folder.joinpath("pages").iterdir()), key=lambda item: item.name):
+        if one.is_file() and one.name.endswith((".py", ".html", ".css", ".svg")):
+            digest.update(one.read_bytes())
+    return digest.hexdigest()
+
+
+def static_pages(
+    store: Store, catalogue: Catalogue, url: str | None, keeps: Callable[..., bool]
+) -> Iterator[tuple[str, bytes]]:
+    """Path and bytes of every page for an export: those of the live server, less the forms that need one.
+
+    Pages of which `keeps(project, *paths)` is true are left out: they are there already.
+    """
     options = Options(base_url=url, static=True)
     service = Service(
         store=store, catalogue=catalogue, shelf=Shelf(catalogue), options=options, gate=Gate(limits=options.limits)
@@ -99,9 +115,16 @@ def static_pages(store: Store, catalogue: Catalogue, url: str | None) -> Iterato
         return f"{path[1:]}index.html", bytes(page(Request(scope)).body)
 
     yield from ((f"static/{name}", content) for name, content in _static_files().items())
-    for row in catalogue.rows("SELECT filename FROM file WHERE hidden = 0 AND deleted IS NULL AND lost = 0 ORDER BY filename"):
+    for row in catalogue.rows(
+        "SELECT filename, project FROM file WHERE hidden = 0 AND deleted IS NULL AND lost = 0 ORDER BY filename"
+    ):
+        path = f"wheel/{row['filename']}/index.html"
+        if keeps(row["project"], path, f"{path}.gz"):
+            continue
         yield make(pages.wheel, f"/wheel/{row['filename']}/", filename=row["filename"])
     for name in pages.names():
+        if keeps(name, f"project/{name}/index.html", f"project/{name}/index.html.gz"):
+            continue
         yield make(pages.project, f"/project/{name}/", name=name)
     for row in catalogue.rows("SELECT id FROM public_record ORDER BY id"):
         yield make(pages.build, f"/board/{row['id']}/", id=row["id"])

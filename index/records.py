@@ -23,6 +23,14 @@ _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z")
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
+_IN_SCOPE = """CASE WHEN :scope IS NULL THEN 1 WHEN :scope = 'nightly' THEN channel = 'nightly'
+    ELSE id IN (SELECT file_id FROM member WHERE set_name = :scope) END"""
+"SQL: files that a token for one view reaches."
+
+_REACHED = f"SELECT sha256, build FROM file WHERE {_IN_SCOPE}"  # noqa: S608 - constants, these three
+_CLAIM = f"UPDATE file SET build = :build WHERE sha256 = :sha256 AND build IS NULL AND project = :project AND {_IN_SCOPE}"  # noqa: S608
+_LINKED = f"SELECT id, filename, project, facts FROM file WHERE build = :build AND project = :project AND {_IN_SCOPE}"  # noqa: S608
+
 MAX_RECORD = 32 << 20
 "Bytes of one record's JSON."
 
@@ -121,7 +129,8 @@ def put_log(store: Store, catalogue: Catalogue, token: Token, identifier: str, r
             " SET log_sha256 = excluded.log_sha256, log_size = excluded.log_size, updated = excluded.updated",
             (identifier, digest, len(raw), change.time),
         )
-        change.note("record.log", identifier, sha256=digest, size=len(raw))
+        projects = {row["project"] for row in change.execute("SELECT project FROM file WHERE build = ?", (identifier,))}
+        change.note("record.log", identifier, *projects, sha256=digest, size=len(raw))
 
 
 def _check_reach(change: Change, token: Token, identifier: str, project: str | None, digests: set[str]) -> None:
@@ -137,12 +146,10 @@ def _check_reach(change: Change, token: Token, identifier: str, project: str | N
     allow(token, project=project if known in ("", project) else "", set_name=token.set_name)
     if token.set_name is None:
         return
-    rows = change.execute(
-        "SELECT sha256, build FROM file JOIN member ON member.file_id = file.id WHERE set_name = ?", (token.set_name,)
-    ).fetchall()
+    rows = change.execute(_REACHED, {"scope": token.set_name}).fetchall()
     if not any(row["build"] == identifier or row["sha256"] in digests for row in rows):
         raise ForbiddenError(
-            f"no wheel of the set {token.set_name} is of this build", remedy="upload the wheel first, or use another token"
+            f"no wheel of {token.set_name} is of this build", remedy="upload the wheel first, or use another token"
         )
 
 
@@ -185,13 +192,9 @@ def link(change: Change, identifier: str, document: Mapping[str, object], token:
     Only wheels of the record's own project, and of the set that the token is for.
     """
     known, digests = facts.from_record(document), _wheel_digests(document)
-    scope = "project = ? AND (? IS NULL OR id IN (SELECT file_id FROM member WHERE set_name = ?))"
-    values = (project_of(document), token.set_name, token.set_name)
+    values = {"project": project_of(document), "scope": token.set_name, "build": identifier}
     for digest in digests:
-        change.execute(
-            f"UPDATE file SET build = ? WHERE sha256 = ? AND build IS NULL AND {scope}",  # noqa: S608 - constants
-            (identifier, digest, *values),
-        )
+        change.execute(_CLAIM, {**values, "sha256": digest})
     if digests:  # a wheel that carries the id of a build that made another one is not of that build
         marks = ", ".join("?" * len(digests))
         strangers = change.execute(
@@ -200,10 +203,7 @@ def link(change: Change, identifier: str, document: Mapping[str, object], token:
         ).fetchall()
         if strangers:
             change.note("record.unlink", identifier, *{row["project"] for row in strangers})
-    rows = change.execute(
-        f"SELECT id, filename, project, facts FROM file WHERE build = ? AND {scope}",  # noqa: S608 - constants
-        (identifier, *values),
-    ).fetchall()
+    rows = change.execute(_LINKED, values).fetchall()
     for row in rows:
         merged = known.over(facts.from_json(row["facts"]))
         change.execute("UPDATE file SET cuda = ?, facts = ? WHERE id = ?", (merged.cuda, merged.as_json(), row["id"]))

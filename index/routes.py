@@ -105,7 +105,7 @@ def legacy(service: Service) -> Endpoint:
         try:
             token = await identify(service, request)
             if token.project is None or token.set_name is not None:
-                auth.allow(token, project=token.project, set_name=set_name)
+                auth.allow(token, project=token.project, set_name=destination.scope)
             with service.gate.upload(client_of(request)):
                 upload = await take(service, token, destination, request.headers, body)
         except RefusalError as error:

@@ -15,6 +15,7 @@ from index.catalogue import Catalogue
 from index.errors import StoreFullError
 from index.limits import Gate, Limits
 from index.metrics import Metrics
+from index.proxies import Proxies
 from index.shelf import Shelf
 from index.store import Store
 
@@ -28,7 +29,7 @@ class Options:
 
     allow_new: bool = False
     limits: Limits = field(default_factory=Limits)
-    trusted_proxies: frozenset[str] = frozenset()
+    trusted_proxies: Proxies = field(default_factory=Proxies)
     base_url: str | None = None
     "What the pages for people print as the address; None: what the browser asked for."
     static: bool = False

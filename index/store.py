@@ -10,14 +10,18 @@ import errno
 import fcntl
 import os
 import secrets
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 from gracefarm.files import sha256_file, sync_directory
 from index.errors import StoreFullError
+
+_ABANDONED = 24 * 3600
+"Seconds since its last byte after which a staging file is nobody's."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,12 +117,31 @@ class Store:
         return found
 
     def sweep(self) -> int:
-        """Remove what killed uploads left; returns how many files. Only the server, which holds `serving`, calls it."""
+        """Remove what killed uploads left; returns how many files. Only the server, which holds `serving`, calls it.
+
+        While a command uses the staging folder (`using_staging`), only what no living command can be writing is removed.
+        """
         count = 0
-        for left in self.staging.iterdir():
-            left.unlink(missing_ok=True)
-            count += 1
+        with (self.root / "staging.lock").open("a") as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                oldest = float("inf")
+            except BlockingIOError:
+                oldest = time.time() - _ABANDONED
+            for left in self.staging.iterdir():
+                with suppress(FileNotFoundError):
+                    if left.stat().st_mtime < oldest:
+                        left.unlink()
+                        count += 1
         return count
+
+    @contextmanager
+    def using_staging(self) -> Iterator[None]:
+        """For commands that write staging files beside a server (import, mirror), whose start would sweep them."""
+        self.prepare()
+        with (self.root / "staging.lock").open("a") as stream:
+            fcntl.flock(stream, fcntl.LOCK_SH)
+            yield
 
     def whole(self, sha256: str) -> bool:
         """Does the stored file still have its digest?"""

@@ -47,7 +47,7 @@ async def take(
     loop = asyncio.get_running_loop()
     try:
         received, distribution = _check_form(form)
-        auth.allow(token, project=distribution.project, set_name=destination.set_name)
+        auth.allow(token, project=distribution.project, set_name=destination.scope)
         await loop.run_in_executor(service.hands, _check_digests, form, received)
         sha256 = received.digests["sha256_digest"]
         accept.check_wanted(service.catalogue, distribution, sha256, destination)

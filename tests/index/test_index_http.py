@@ -369,6 +369,18 @@ def test_a_token_reaches_as_far_as_its_scope(hosted: Server) -> None:
     assert hosted.upload(*wheel("set_pkg"), token=staged, path="/stage/scope-set/legacy/").status_code == 200
 
 
+def test_a_token_for_the_nightly_channel(hosted: Server) -> None:
+    token = make_token(hosted.root, "--nightly")
+    assert hosted.upload(*wheel("night_scope"), token=token).status_code == 403
+    assert hosted.upload(*wheel("night_scope"), token=token, path="/nightly/legacy/").status_code == 200
+    run_index(hosted.root, "stage", "create", "night-scope")
+    assert hosted.upload(*wheel("night_scope"), token=token, path="/stage/night-scope/legacy/").status_code == 403
+    other = make_token(hosted.root, "--set", "night-scope")
+    assert hosted.upload(*wheel("night_scope", "2.0"), token=other, path="/nightly/legacy/").status_code == 403
+    both = run_index(hosted.root, "token", "create", "--name", "x", "--nightly", "--set", "night-scope", check=False)
+    assert both.returncode == 2
+
+
 def test_tokens_end(hosted: Server) -> None:
     short = make_token(hosted.root, "--expires", "1s")
     __import__("time").sleep(1.2)
@@ -483,9 +495,25 @@ def test_trusted_proxies_alone_say_who_asks(tmp_path_factory: pytest.TempPathFac
         assert server.access_log.read_text().startswith("127.0.0.1 ")
 
 
+def test_a_network_of_proxies_is_trusted_too(tmp_path_factory: pytest.TempPathFactory) -> None:
+    root = tmp_path_factory.mktemp("network") / "root"
+    with serving(root, "--trusted-proxy", "127.0.0.0/8", "--trusted-proxy", "10.1.0.0/16") as server:
+        server.client.get("/health", headers={"X-Forwarded-For": "6.6.6.6, 203.0.113.7, 10.1.2.3"})
+        server.requests()
+        assert server.access_log.read_text().startswith("203.0.113.7 ")
+    for wrong in ("localhost", "10.1.2.3/16", "10.0.0.0/40"):
+        done = run_index(root, "serve", "--port", "0", "--trusted-proxy", wrong, check=False)
+        assert done.returncode == 2
+        assert wrong in done.stderr
+
+
 def test_log_lines_cannot_be_forged(hosted: Server) -> None:
-    hosted.client.get("/simple/x%0a127.0.0.1 - - forged/", headers={"User-Agent": 'a" 200 "b'})
-    assert hosted.requests()[-1].status == 404
+    headers = {"User-Agent": 'a" 200 "b', "Range": 'bytes=0-" 200 1 "x'}
+    hosted.client.get("/simple/x%0a127.0.0.1 - - forged/", headers=headers)
+    hosted.client.get("/health", headers={"User-Agent": "a\x85127.0.0.1 - - forged".encode("latin-1")})
+    first, second = hosted.requests()[-2:]
+    assert (first.status, first.span) == (404, "bytes=0-' 200 1 'x")
+    assert (second.target, second.status) == ("/health", 200)
 
 
 def test_uvicorn_serves_the_same(tmp_path_factory: pytest.TempPathFactory) -> None:

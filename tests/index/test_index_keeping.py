@@ -9,17 +9,24 @@ import re
 import shutil
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from html import unescape
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
 import httpx
 import pytest
 from index_kit import JSON, Server, run_index, run_json, serving, start, stop, wheel
 
-from index.catalogue import open_catalogue
+import index.export
+from index import keeping
+from index.catalogue import Catalogue, open_catalogue
+from index.negotiate import Form
+from index.store import Store
+from index.views import View
 
 LOCAL = "cp311-cp311-manylinux_2_34_aarch64"
 
@@ -147,6 +154,98 @@ def test_staged_sets_are_not_exported(server: Server, tmp_path: Path) -> None:
     assert server.upload(*wheel("secret_pkg"), path="/stage/secret/legacy/").status_code == 200
     run_index(server.root, "export", str(tmp_path / "static"))
     assert not [path for path in (tmp_path / "static").rglob("*") if "secret" in path.name]
+
+
+def test_an_export_renders_only_what_changed(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    filled(server)
+    target = tmp_path / "static"
+    run_index(server.root, "export", str(target))
+    made: list[str] = []
+    real = index.export.render
+
+    def counted(catalogue: Catalogue, view: View, project: str, form: Form) -> bytes:
+        made.append(project)
+        return real(catalogue, view, project, form)
+
+    monkeypatch.setattr(index.export, "render", counted)
+    assert server.upload(*wheel("two_pkg", "2.0")).status_code == 200
+    run_index(server.root, "export", str(target))
+    assert set(made) == {"two-pkg", ""}
+    (target / "simple" / "one-pkg" / "index.json").unlink()
+    run_index(server.root, "export", str(target))
+    assert (target / "simple" / "one-pkg" / "index.json").exists(), "what somebody removed is made again"
+    for change in (("yank", "one-pkg", "1.0"), ("status", "one-pkg", "deprecated"), ("delete", "one-pkg", "1.0", "--yes")):
+        run_index(server.root, *change)
+        run_index(server.root, "export", str(target))
+        fresh = tmp_path / f"fresh-{change[0]}"
+        run_index(server.root, "export", str(fresh))
+        assert tree_of(target) == tree_of(fresh), change
+
+
+def tree_of(folder: Path) -> dict[str, bytes]:
+    found = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {path: content for path, content in found.items() if not path.startswith(".gracefarm")}
+
+
+def test_an_export_is_of_one_moment(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wheel published between the files and the pages is in neither."""
+    filled(server)
+    real = index.export._export_records
+
+    def slow(*arguments: Any) -> None:
+        assert server.upload(*wheel("late_pkg")).status_code == 200
+        real(*arguments)
+
+    monkeypatch.setattr(index.export, "_export_records", slow)
+    run_index(server.root, "export", str(tmp_path / "static"))
+    held = [str(path) for path in (tmp_path / "static").rglob("*") if "late" in path.name]
+    assert held == []
+    assert "late" not in (tmp_path / "static" / "index.html").read_text()
+
+
+def test_gc_keeps_nobody_waiting(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Uploads go on while many files are removed slowly, and none of theirs is taken."""
+    names = [wheel("kept_pkg", f"1.{number}") for number in range(8)]
+    catalogue, store = open_catalogue(server.root / "catalogue" / "catalogue.db"), Store(root=server.root)
+    for number in range(60):
+        content = f"nobody's {number}".encode()
+        store.add_bytes(content, hashlib.sha256(content).hexdigest())
+    real = Path.unlink
+
+    def slow(path: Path, missing_ok: bool = False) -> None:
+        if path.parent.parent == store.files:
+            threading.Event().wait(0.05)
+        real(path, missing_ok=missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", slow)
+    result: list[tuple[int, int]] = []
+    worker = threading.Thread(target=lambda: result.append(keeping.gc(store, catalogue, "test")))
+    worker.start()
+    begin = time.monotonic()
+    for item in names:
+        assert server.upload(*item).status_code == 200
+    waited, going = time.monotonic() - begin, worker.is_alive()
+    worker.join()
+    catalogue.close()
+    assert going, "the uploads were done before it was"
+    assert waited < 3
+    assert result[0][0] == 60
+    assert len(server.filenames("kept-pkg")) == 8
+    assert run_json(server.root, "fsck")["damaged"] == []
+
+
+def test_a_start_leaves_what_a_running_command_writes(server: Server) -> None:
+    store = Store(root=server.root)
+    stop(server.process)
+    with store.using_staging():
+        young, old = store.new_staging(), store.new_staging()
+        for path in (young, old):
+            path.write_bytes(b"half")
+        os.utime(old, (0, 0))
+        assert store.sweep() == 1
+        assert (young.exists(), old.exists()) == (True, False)
+    assert store.sweep() == 1
+    assert not young.exists()
 
 
 def test_what_is_quarantined_leaves_the_export_and_its_page_offers_nothing(server: Server, tmp_path: Path) -> None:
