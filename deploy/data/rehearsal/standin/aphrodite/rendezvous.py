@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import threading
+import time
 from urllib.parse import urlsplit
 
 SECONDS = 60
@@ -21,7 +22,7 @@ def meet(rank: int, world: int, method: str, address: str) -> None:
             store = socket.create_server(("", port), reuse_port=True)
             threading.Thread(target=_store, args=(store, world), daemon=True).start()
         try:
-            with socket.create_connection((host, port), timeout=SECONDS) as line:
+            with _reach(host, port) as line:
                 line.settimeout(SECONDS)
                 mine = {"rank": rank, "address": [address, listener.getsockname()[1]]}
                 line.sendall(json.dumps(mine).encode() + b"\n")
@@ -44,6 +45,18 @@ def meet(rank: int, world: int, method: str, address: str) -> None:
             raise RuntimeError(
                 "Gloo connectFullMesh failed with [../third_party/gloo/gloo/transport/tcp/pair.cc:144] no error"
             )
+
+
+def _reach(host: str, port: int) -> socket.socket:
+    """Rank 0 may come later than we do."""
+    deadline = time.monotonic() + SECONDS
+    while True:
+        try:
+            return socket.create_connection((host, port), timeout=SECONDS)
+        except ConnectionRefusedError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
 
 
 def _store(store: socket.socket, world: int) -> None:
