@@ -1,0 +1,155 @@
+"""Where the nodes' environments come from: our own index, with Ray from the Python index and the stand-in for the engine.
+
+The index is a program of its own and is used as one. What it mirrored once stays in the user's cache, so that a second
+rehearsal fetches nothing; the set is named by its content, for a published set never changes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deploy.rehearsal import lock as locks
+from deploy.rehearsal import standin
+from gracefarm.console import Console
+from gracefarm.errors import FetchError, GracefarmError, HostError
+from gracefarm.files import lock
+
+SECONDS = 60
+"For a server of ours to listen."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A set that is ready to be served."""
+
+    root: Path
+    "The index's folder."
+    set_name: str
+    lock: str
+    "Text of the nodes' requirements.lock: Ray and the stand-in, every wheel by its sha256."
+
+    def path(self) -> str:
+        """Of the set's simple API."""
+        return f"/{self.set_name}/simple/"
+
+
+def prepare(home: Path, console: Console) -> Source:
+    """Bring the set's wheels into the index in `home`, unless they are there.
+
+    Raises:
+        FetchError: the Python index does not give a wheel of the lock. HostError: our own index does not start.
+    """
+    wheel = standin.build(home / "rehearsal" / "wheels")
+    machine = os.uname().machine
+    text = locks.on(locks.committed("rehearsal"), machine) + wheel.pin
+    every = _merged(text, locks.on(locks.committed("rehearsal-download"), machine))
+    name = f"rehearsal-{hashlib.sha256(every.encode()).hexdigest()[:12]}"
+    found = Source(root=home / "rehearsal" / "index", set_name=name, lock=text)
+    with lock(home / "rehearsal" / "index.lock", lambda: console.step("wait", "another rehearsal fills the index")):
+        if any(one["name"] == name and one["state"] == "published" for one in _index(found.root, "stage", "list")):
+            return found
+        console.step("wheels", f"{every.count('==')} wheels of Ray and huggingface_hub into our index, once")
+        _upload(found.root, wheel)
+        path = home / "rehearsal" / "set.lock"
+        path.write_text(every)
+        _index(found.root, "mirror", str(path), "--set", name)
+        _index(found.root, "stage", "publish", name)
+    return found
+
+
+def _merged(*texts: str) -> str:
+    """One lock: what two have in common stands there once."""
+    pins: dict[str, str] = {}
+    for text in texts:
+        for one in text.replace(" \\\n", " ").splitlines():
+            pin, _, digest = one.partition(" ")
+            pins[f"{pin} {digest.strip()}"] = f"{pin} \\\n    {digest.strip()}\n"
+    return "".join(sorted(pins.values()))
+
+
+def _index(root: Path, *arguments: str) -> Any:
+    """A command of the index; its answer."""
+    done = subprocess.run(
+        [sys.executable, "-m", "index", "--root", str(root), "--json", *arguments], capture_output=True, text=True, check=False
+    )
+    answers = [json.loads(line) for line in done.stdout.splitlines() if line.startswith(("{", "["))]
+    if done.returncode:
+        last: dict[str, str] = next((one for one in reversed(answers) if isinstance(one, dict) and "text" in one), {})
+        said = last.get("text") or (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        kind: type[GracefarmError] = FetchError if arguments[0] == "mirror" else HostError
+        raise kind(
+            f"index {arguments[0]}: {said}", remedy=last.get("remedy") or "is the Python index reachable: `pip config list`"
+        )
+    return answers[-1]
+
+
+def _upload(root: Path, wheel: standin.Wheel) -> None:
+    """As anybody would: a hosted name, a token, `uv publish`."""
+    _index(root, "host", standin.NAME)
+    token = _index(root, "token", "create", "--name", "rehearsal", "--expires", "1h")["token"]
+    argv = [sys.executable, "-m", "index", "--root", str(root), "--json", "serve", "--port", "0"]
+    with listening(argv) as url:
+        publish = [
+            sys.executable,
+            "-m",
+            "uv",
+            "publish",
+            "--quiet",
+            "--no-config",
+            "--publish-url",
+            f"{url}/legacy/",
+            str(wheel.path),
+        ]
+        done = subprocess.run(
+            publish, env={**os.environ, "UV_PUBLISH_TOKEN": token}, capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            raise HostError(f"uploading the stand-in: {done.stderr.strip()}", remedy=f"remove {root} and repeat the command")
+
+
+@contextmanager
+def listening(argv: Sequence[str]) -> Iterator[str]:
+    """A server of ours that says `{"event": "listening", "url": …}` or its bare address on stdout, until the block ends.
+
+    Raises:
+        HostError: it does not; with its last words.
+    """
+    process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        yield _address(process)
+    finally:
+        process.terminate()
+        try:
+            process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        for stream in (process.stdin, process.stdout, process.stderr):
+            if stream:
+                stream.close()
+
+
+def _address(process: subprocess.Popen[str]) -> str:
+    assert process.stdout
+    assert process.stderr
+    deadline = time.monotonic() + SECONDS
+    while time.monotonic() < deadline:
+        line = process.stdout.readline().strip()
+        if line.startswith("http"):
+            return line
+        if '"listening"' in line:
+            return str(json.loads(line)["url"]).rstrip("/")
+        if not line and process.poll() is not None:
+            break
+    said = (process.stderr.read().strip().splitlines() or ["it ended"])[-1] if process.poll() is not None else "no answer"
+    raise HostError(f"a server of the rehearsal does not start: {said}", remedy="repeat the command")
