@@ -296,7 +296,11 @@ def lock_text(deployment: Deployment) -> str:
 def _environment_spec(work: Work) -> environment.Spec:
     data = work.deployment.data
     return environment.Spec(
-        root=_root(work), lock=lock_text(work.deployment), index=data.index, engine=data.engine, set_name=data.set
+        root=_root(work),
+        lock=lock_text(work.deployment),
+        index=data.index,
+        engine=work.deployment.matrix,
+        set_name=data.set,
     )
 
 

@@ -370,6 +370,11 @@ class Deployment(BaseModel):
         return self.data.name
 
     @property
+    def matrix(self) -> str:
+        """The import matrix (deploy/data/imports.toml) that its environment must pass."""
+        return f"{self.data.engine}-rehearsal" if self.data.options.rehearsal else self.data.engine
+
+    @property
     def head(self) -> Node:
         """Rank 0."""
         return self.nodes[0]

@@ -30,6 +30,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "tunnel": ("deploy.cli.watch:tunnel", "The engine and Ray's dashboard on this machine's loopback."),
         "bench": ("deploy.cli.watch:bench", "A query with its tokens/s; a sweep beside the prediction."),
         "down": ("deploy.cli.serve:down", "End the engine and Ray, and look that nothing is left."),
+        "rehearse": ("deploy.cli.rehearse:rehearse", "The whole way on this machine: real sshd, real Ray, no GPU."),
     }
 )
 

@@ -222,7 +222,7 @@ def env_list(context: Context) -> None:
 def env_matrix(context: Context) -> None:
     """Import every module of the active environment on every node again."""
     deployment = context.deployment
-    wanted = environment.matrix(deployment.data.engine)
+    wanted = environment.matrix(deployment.matrix)
     with held(context) as keeper:
         rows = at_work(context, keeper, lambda work: environment.prove(work.nodes, paths.environment(deployment), wanted, 600))
     lines = [

@@ -1,0 +1,71 @@
+"""`deploy rehearse`: the whole way on this machine, with real sshd, real Ray and a stand-in for the engine."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import click
+
+from deploy.cli.common import Context, json_option, pass_context
+from deploy.rehearsal import flow
+from deploy.rehearsal.flow import Rehearsal
+from gracefarm import settings
+
+
+@click.command()
+@click.option("--nodes", "count", default=3, show_default=True, type=click.IntRange(1, 89), help="Each has one GPU in name.")
+@click.option("--keep", is_flag=True, help="Stay READY until Ctrl-C, and say how to look around.")
+@json_option
+@pass_context
+def rehearse(context: Context, count: int, keep: bool) -> None:
+    """From ips.txt to streamed tokens on nodes that are namespaces of this machine: no GPU, no rent.
+
+    \b
+    deploy rehearse
+    deploy rehearse --nodes 10
+
+    Every node has a real OpenSSH server; Ray is real, and its environment comes from our own index by hash. The engine is a
+    stand-in that takes the engine's options and refuses, dies and lies as it does. Needs root. Nothing stays running.
+    """
+    console, here = context.console, settings.load()
+    begin = time.monotonic()
+    with flow.rehearsal(count, here.home, here, console) as made:
+        flow.start(made)
+        made.command("up")
+        made.command("serve")
+        ready = time.monotonic() - begin
+        answer = _ask(made)
+        if keep:
+            _wait(context, made)
+        made.command("down")
+        flow.nothing_left(made)
+    rows = [{"step": one.name, "argv": one.argv, "seconds": round(one.seconds, 2)} for one in made.steps]
+    document = {"nodes": count, "ready_s": round(ready, 2), "steps": rows, **answer}
+    lines = [f"{one.name:>9}  {one.seconds:6.1f} s" for one in made.steps]
+    lines.append(f"READY after {ready:.0f} s on {count} nodes; {answer['tokens']} tokens streamed; nothing is left running")
+    console.result(document, "\n".join(lines))
+
+
+def _ask(made: Rehearsal) -> dict[str, object]:
+    """Through the tunnel, as a person would."""
+    text: list[str] = []
+    key = (made.folder / ".deploy" / "api-key").read_text().strip()
+    with made.beside("tunnel", "--json") as tunnel:
+        url = flow.tunnelled(tunnel)
+        begin = time.monotonic()
+        tokens = flow.ask(made, url, key, on_text=text.append)
+        seconds = time.monotonic() - begin
+    said = "".join(text)
+    made.console.step("answer", f"{said}  ({tokens} tokens in {seconds:.2f} s through {url})")
+    return {"tokens": tokens, "text": said, "answer_s": round(seconds, 2)}
+
+
+def _wait(context: Context, made: Rehearsal) -> None:
+    prefix = " ".join(made.room.command([]))
+    context.console.step("keep", f"READY; look around with: {prefix} bash   (deploy.toml is in {made.folder}); Ctrl-C ends it")
+    try:
+        while sys.stdin is not None:
+            time.sleep(3600)
+    except KeyboardInterrupt:
+        context.console.step("keep", "taking it down")

@@ -1,0 +1,285 @@
+"""A deployment from ips.txt to streamed tokens, on nodes of this machine, by the commands that a person would type."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import secrets
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+
+from deploy.rehearsal import source
+from deploy.rehearsal.nodes import GATEWAY, MOUNT, USER, Rig, rig
+from deploy.steps import environment
+from gracefarm.console import Console
+from gracefarm.errors import EngineError, NodeError
+from gracefarm.files import remove_tree
+from gracefarm.settings import Settings
+
+REPO = "rehearsal/Llama-405B-in-small"
+INDEX_PORT, HUB_PORT = 8090, 8091
+ENGINE_PORT = 2242
+PROMPT = "Write a sentence about wheels."
+LARGEST_TP = 8
+OUTPUT_SECONDS = 600
+"For one command; the engine's own time-outs are shorter."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One command and what became of it."""
+
+    name: str
+    argv: tuple[str, ...]
+    seconds: float
+    output: str = field(repr=False)
+
+
+@dataclass(kw_only=True)
+class Rehearsal:
+    """Nodes, servers and the deployment's folder."""
+
+    room: Rig
+    folder: Path
+    "Where deploy.toml is."
+    console: Console
+    index: str
+    "Simple API of the set."
+    environ: Mapping[str, str] = field(default_factory=dict)
+    steps: list[Step] = field(default_factory=list)
+
+    def command(self, *arguments: str, name: str | None = None) -> Step:
+        """`deploy …`, printed, run where the nodes can be reached, its output shown and its time taken.
+
+        Raises:
+            NodeError: it failed.
+        """
+        argv = ("deploy", *arguments)
+        self.console.step("run", " ".join(argv))
+        begin = time.monotonic()
+        code, output = self._run([sys.executable, "-m", "deploy", *arguments])
+        seconds = time.monotonic() - begin
+        self.console.event("command", f"{'':9}  {seconds:.1f} s", argv=argv, seconds=round(seconds, 2), returncode=code)
+        if code:
+            raise NodeError(
+                f"{' '.join(argv)} ended with {code}",
+                remedy="its own words are above",
+                repeat=f"deploy rehearse --nodes {len(self.room.nodes)}",
+            )
+        step = Step(name=name or arguments[0], argv=argv, seconds=seconds, output=output)
+        self.steps.append(step)
+        return step
+
+    def _run(self, argv: Sequence[str]) -> tuple[int, str]:
+        process = subprocess.Popen(
+            self.room.command(["env", "--chdir", str(self.folder), *argv]),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, **self.environ},
+        )
+        assert process.stdout
+        kept = []
+        with process.stdout:
+            for line in process.stdout:
+                kept.append(line)
+                self.console.event("output", f"{'':9}  {line.rstrip()}")
+        return process.wait(timeout=OUTPUT_SECONDS), "".join(kept)
+
+    @contextmanager
+    def beside(self, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+        """`deploy …` that runs until the block ends, as `deploy tunnel`."""
+        self.console.step("run", f"deploy {' '.join(arguments)} &")
+        process = subprocess.Popen(
+            self.room.command(["env", "--chdir", str(self.folder), sys.executable, "-m", "deploy", *arguments]),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, **self.environ},
+        )
+        try:
+            yield process
+        finally:
+            process.terminate()
+            process.wait(timeout=30)
+            if process.stdout:
+                process.stdout.close()
+
+
+def layout(count: int) -> tuple[int, int]:
+    """tp and pp for so many nodes of one GPU: as the tutorial has tp 5, pp 2 for ten."""
+    tp = max(one for one in range(1, LARGEST_TP + 1) if count % one == 0 and (one < LARGEST_TP or count == LARGEST_TP))
+    return tp, count // tp
+
+
+@contextmanager
+def rehearsal(count: int, home: Path, settings: Settings, console: Console) -> Iterator[Rehearsal]:
+    """Nodes, index, Hub, and a folder with ips.txt; all of it is gone when the block ends, or its process.
+
+    Raises:
+        HostError, FetchError: what this machine lacks, or the Python index.
+    """
+    begin = time.monotonic()
+    wheels = source.prepare(home, console)
+    for pinned in _uv(settings):
+        environment.fetch_uv(*pinned, settings)
+    console.step("index", f"{wheels.lock.count('==')} wheels ready in {time.monotonic() - begin:.1f} s")
+    with _folder(home) as folder, ExitStack() as stack:
+        begin = time.monotonic()
+        room = stack.enter_context(rig(folder, count=count))
+        console.step(
+            "nodes", f"{count} with sshd and {MOUNT} in {time.monotonic() - begin:.1f} s: {room.ips.read_text().split()}"
+        )
+        root, port = str(wheels.root), str(INDEX_PORT)
+        serve = [sys.executable, "-m", "index", "--root", root, "--json", "serve", "--host", GATEWAY, "--port", port]
+        index = stack.enter_context(source.listening(room.command(serve)))
+        hub = [sys.executable, "-m", "deploy.rehearsal.hub", "--host", GATEWAY, "--port", str(HUB_PORT), "--repo", REPO]
+        endpoint = stack.enter_context(source.listening(room.command(hub)))
+        console.step("servers", f"index {index}{wheels.path()}, Hub {endpoint} with {REPO}")
+        place = folder / "deployment"
+        place.mkdir()
+        (place / "ips.txt").write_text(room.ips.read_text())
+        (place / "requirements.lock").write_text(wheels.lock)
+        yield Rehearsal(
+            room=room, folder=place, console=console, index=f"{index}{wheels.path()}", environ={"HF_ENDPOINT": endpoint}
+        )
+
+
+def _uv(settings: Settings) -> list[tuple[str, str, str]]:
+    """uv for this machine, fetched while the Python index can be reached."""
+    from importlib import resources
+
+    pinned = json.loads((resources.files("deploy") / "data" / "uv.json").read_text())
+    wheel = pinned["wheels"][os.uname().machine]
+    return [(pinned["version"], wheel["tag"], wheel["sha256"])]
+
+
+@contextmanager
+def _folder(home: Path) -> Iterator[Path]:
+    """A folder for one rehearsal; what killed ones left is removed: only files, their processes ended with them."""
+    runs = home / "rehearsal" / "runs"
+    runs.mkdir(parents=True, exist_ok=True)
+    for left in runs.glob("*.lock"):
+        with left.open("a") as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue  # somebody rehearses there
+            remove_tree(left.with_suffix(""))
+            left.unlink(missing_ok=True)
+    folder = runs / secrets.token_hex(4)
+    with folder.with_suffix(".lock").open("a") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        folder.mkdir()
+        try:
+            yield folder
+        finally:
+            remove_tree(folder)
+            folder.with_suffix(".lock").unlink(missing_ok=True)
+
+
+def configure(made: Rehearsal) -> None:
+    """What a person edits in the deploy.toml that `deploy init` wrote."""
+    path = made.folder / "deploy.toml"
+    tp, pp = layout(len(made.room.nodes))
+    text = path.read_text()
+    changes = {
+        'name = "llama-405b"': 'name = "rehearsal"',
+        'set = "gh200-cu124"': 'set = "rehearsal"',
+        '# index = "http://HOST:8080/simple/"': f'index = "{made.index}"\nlock = "requirements.lock"',
+        'repo = "meta-llama/Llama-3.1-405B-Instruct"': f'repo = "{REPO}"',
+        "[options]": f"[layout]\ntensor_parallel = {tp}\npipeline_parallel = {pp}\n\n[options]\nrehearsal = true",
+    }
+    for old, new in changes.items():
+        if old not in text:
+            raise NodeError(f"deploy init wrote no {old!r}", remedy="deploy/start.py and deploy/rehearsal/flow.py disagree")
+        text = text.replace(old, new)
+    path.write_text(text)
+    made.console.step("edit", f"deploy.toml: index, lock, repo, tp {tp} pp {pp}, rehearsal = true")
+
+
+def start(made: Rehearsal) -> None:
+    """From ips.txt to a deployment that can be planned."""
+    made.command(*("init", "ips.txt", "--user", USER, "--key", str(made.room.key), "--share", MOUNT, "--accept"), name="init")
+    configure(made)
+    made.command("plan")
+
+
+def tunnelled(process: subprocess.Popen[str]) -> str:
+    """The address that `deploy tunnel` says. Raises EngineError with its last words."""
+    assert process.stdout
+    last = ""
+    for line in process.stdout:
+        last = line.strip() or last
+        found = re.search(r"http://(127\.0\.0\.1|localhost):\d+", line)
+        if found:
+            return found[0]
+    raise EngineError(f"deploy tunnel: {last}")
+
+
+def ask(made: Rehearsal, url: str, key: str, *, tokens: int = 32, on_text: Callable[[str], None]) -> int:
+    """One streamed answer; how many tokens it had by the engine's own count.
+
+    Raises:
+        EngineError: no answer, or one that breaks off.
+    """
+    body = {
+        "model": REPO,
+        "messages": [{"role": "user", "content": PROMPT}],
+        "max_tokens": tokens,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    counted = 0
+    try:
+        with (
+            made.room.inside(),
+            httpx.Client(timeout=60, trust_env=False, headers={"Authorization": f"Bearer {key}"}) as client,
+            client.stream("POST", f"{url}/v1/chat/completions", json=body) as answer,
+        ):
+            if answer.status_code != httpx.codes.OK:
+                raise EngineError(f"{url}: {answer.status_code} {answer.read().decode()[:200]}")
+            for line in answer.iter_lines():
+                if line.startswith("data: {"):
+                    chunk = json.loads(line[6:])
+                    counted = (chunk.get("usage") or {}).get("completion_tokens", counted)
+                    for choice in chunk["choices"]:
+                        on_text(choice["delta"].get("content", ""))
+    except httpx.HTTPError as error:
+        raise EngineError(f"{url}: {error or type(error).__name__}", remedy="`deploy status` says what it is") from error
+    if not counted:
+        raise EngineError(f"{url}: the stream ended without a count of its tokens")
+    return counted
+
+
+def left(made: Rehearsal) -> dict[str, list[str]]:
+    """Looked at from outside: what runs on the nodes beside their sshd."""
+    found = {}
+    for node in made.room.nodes:
+        others = [
+            " ".join(one["argv"])[:80] for one in node.processes() if one["argv"] and not one["argv"][0].startswith("sshd")
+        ]
+        if others:
+            found[node.name] = others
+    return found
+
+
+def nothing_left(made: Rehearsal) -> None:
+    """Raises NodeError where `deploy down` forgot something."""
+    found = left(made)
+    if found:
+        node, others = next(iter(found.items()))
+        raise NodeError(
+            f"after `deploy down` {node} still runs {others[0]} ({sum(map(len, found.values()))} processes in all)"
+        )
