@@ -499,6 +499,8 @@ class Fleet:
                 await asyncio.gather(_pump(reader, far_writer), _pump(far_reader, writer))
             except (GracefarmError, OSError, asyncssh.Error):
                 pass  # nobody listens there now; the client sees its connection closed
+            except asyncio.CancelledError:
+                pass  # the tunnel is taken down; Python 3.11's server prints a traceback for a handler that ends cancelled
             finally:
                 tasks.discard(task)
                 writer.close()

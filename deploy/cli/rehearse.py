@@ -7,10 +7,14 @@ import time
 
 import click
 
+from deploy.cli import COMMANDS
 from deploy.cli.common import Context, json_option, pass_context
 from deploy.rehearsal import flow
 from deploy.rehearsal.flow import Rehearsal
 from gracefarm import settings
+
+LOOKS = (("bench", "--concurrency", "1,4", "--requests", "8", "--max-tokens", "32"), ("status",))
+"What a person does with an engine that is READY."
 
 
 @click.command()
@@ -36,6 +40,9 @@ def rehearse(context: Context, count: int, keep: bool) -> None:
         made.command("serve")
         ready = time.monotonic() - begin
         answer = _ask(made)
+        for name, *more in LOOKS:
+            if name in COMMANDS:
+                made.command(name, *more)
         if keep:
             _wait(context, made)
         made.command("down")

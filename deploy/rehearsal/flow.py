@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from importlib import resources
 from pathlib import Path
 
 import httpx
@@ -27,7 +28,6 @@ from gracefarm.settings import Settings
 
 REPO = "rehearsal/Llama-405B-in-small"
 INDEX_PORT, HUB_PORT = 8090, 8091
-ENGINE_PORT = 2242
 PROMPT = "Write a sentence about wheels."
 LARGEST_TP = 8
 OUTPUT_SECONDS = 600
@@ -119,7 +119,7 @@ class Rehearsal:
 
 def layout(count: int) -> tuple[int, int]:
     """tp and pp for so many nodes of one GPU: as the tutorial has tp 5, pp 2 for ten."""
-    tp = max(one for one in range(1, LARGEST_TP + 1) if count % one == 0 and (one < LARGEST_TP or count == LARGEST_TP))
+    tp = max(one for one in range(1, LARGEST_TP + 1) if count % one == 0)
     return tp, count // tp
 
 
@@ -132,8 +132,7 @@ def rehearsal(count: int, home: Path, settings: Settings, console: Console) -> I
     """
     begin = time.monotonic()
     wheels = source.prepare(home, console)
-    for pinned in _uv(settings):
-        environment.fetch_uv(*pinned, settings)
+    _fetch_uv(settings)
     console.step("index", f"{wheels.lock.count('==')} wheels ready in {time.monotonic() - begin:.1f} s")
     with _folder(home) as folder, ExitStack() as stack:
         begin = time.monotonic()
@@ -156,13 +155,11 @@ def rehearsal(count: int, home: Path, settings: Settings, console: Console) -> I
         )
 
 
-def _uv(settings: Settings) -> list[tuple[str, str, str]]:
-    """uv for this machine, fetched while the Python index can be reached."""
-    from importlib import resources
-
+def _fetch_uv(settings: Settings) -> None:
+    """uv for the nodes, while the Python index can be reached."""
     pinned = json.loads((resources.files("deploy") / "data" / "uv.json").read_text())
     wheel = pinned["wheels"][os.uname().machine]
-    return [(pinned["version"], wheel["tag"], wheel["sha256"])]
+    environment.fetch_uv(pinned["version"], wheel["tag"], wheel["sha256"], settings)
 
 
 @contextmanager

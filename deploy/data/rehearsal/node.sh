@@ -31,10 +31,11 @@ mkdir "/home/$RIG_USER"
 mount --bind /run/rig/home "/home/$RIG_USER"
 mount --bind /run/rig/tmp /tmp
 mount --bind /run/rig/tmp /var/tmp
-mount -t tmpfs -o mode=1777,size=2g rig /dev/shm
+mount -t tmpfs -o mode=1777,size=8g rig /dev/shm
 mount -t devpts -o newinstance,ptmxmode=0666,mode=620 rig /dev/pts
 mount -o remount,bind,ro /
 
+ulimit -n 65536 2>/dev/null || true # as machines for this work have it
 case $RIG_SSHD in /run/rig-sshd/*) export LD_LIBRARY_PATH=/run/rig-sshd ;; esac
 cd /
 exec "$RIG_SSHD" -D -e -f /run/rig/etc/sshd_config >>/run/rig/sshd.log 2>&1 </dev/null

@@ -61,18 +61,18 @@ def main() -> None:
     async def run() -> None:
         metrics = Metrics(served[0], executor.blocks)
         engine = Engine(executor, options, metrics)
-        await serve(Server(engine, served, length, key, metrics), arguments.host, arguments.port)
+        try:
+            await serve(Server(engine, served, length, key, metrics), arguments.host, arguments.port)
+        except OSError as problem:
+            error(str(problem))
+            leave(executor, 1)
+        leave(executor, 0)
 
-    try:
-        asyncio.run(run())
-    except OSError as problem:
-        error(str(problem))
-        leave(executor, 1)
-    leave(executor, 0)
+    asyncio.run(run())
 
 
 def leave(executor: Executor, code: int) -> None:
-    """End, though a thread may hang in a step for ever, as in NCCL: the engine's own process would be killed here."""
+    """End, though a thread may hang in a step for ever, as in NCCL; asyncio would wait for it."""
     goodbye = threading.Thread(target=executor.stop, daemon=True)
     goodbye.start()
     goodbye.join(10)

@@ -1,0 +1,102 @@
+"""The rehearsal itself: from ips.txt to streamed tokens, and nothing left."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from deploy.cli import COMMANDS
+from deploy.rehearsal import flow, lock
+from deploy.rehearsal.source import _merged
+from gracefarm import settings
+
+tunnel = pytest.mark.skipif("tunnel" not in COMMANDS, reason="deploy tunnel is being built")
+
+
+def rehearse(*arguments: str) -> list[dict[str, Any]]:
+    """The events of `deploy rehearse --json`; the result is the last."""
+    argv = [sys.executable, "-m", "deploy", "rehearse", "--json", *arguments]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=550, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def check(events: list[dict[str, Any]], count: int) -> None:
+    result = events[-1]
+    assert (result["nodes"], result["tokens"]) == (count, 32)
+    assert result["text"].startswith("The rehearsal answers")
+    steps = [one["step"] for one in result["steps"]]
+    assert steps[:4] == ["init", "plan", "up", "serve"]
+    assert steps[-1] == "down"
+    output = "\n".join(one["text"] for one in events if one.get("event") == "output")
+    tp, pp = flow.layout(count)
+    assert f"--tensor-parallel-size {tp} --pipeline-parallel-size {pp}" in output
+    assert f"imported on {count} nodes" in output
+    assert f"{count} GPUs at 10.77.0.11:6379" in output
+
+
+@pytest.mark.root
+@tunnel
+def test_two_nodes_from_ips_txt_to_tokens_through_the_tunnel() -> None:
+    check(rehearse("--nodes", "2"), 2)
+
+
+@pytest.mark.root
+@pytest.mark.slow
+@tunnel
+def test_ten_nodes_as_the_tutorial_has_them() -> None:
+    check(rehearse("--nodes", "10"), 10)
+
+
+@pytest.mark.root
+def test_killed_it_leaves_nothing_and_the_next_one_sweeps(tmp_path: Path) -> None:
+    runs = settings.load().home / "rehearsal" / "runs"
+    before = set(runs.glob("*")) if runs.exists() else set()
+    owner = subprocess.Popen(
+        [sys.executable, "-m", "deploy", "rehearse", "--nodes", "2"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert owner.stdout
+    for line in owner.stdout:
+        if "deploy plan" in line:
+            break
+    family = psutil.Process(owner.pid).children(recursive=True)
+    assert len(family) > 6
+    owner.send_signal(signal.SIGKILL)
+    owner.wait()
+    owner.stdout.close()
+    _gone, left = psutil.wait_procs(family, timeout=10)
+    assert left == []
+    assert set(runs.glob("*")) - before
+    time.sleep(0.2)
+    with flow._folder(settings.load().home) as folder:
+        assert set(runs.glob("*")) - before == {folder, folder.with_suffix(".lock")}
+
+
+@pytest.mark.parametrize(
+    ("count", "expected"), [(1, (1, 1)), (2, (2, 1)), (3, (3, 1)), (8, (8, 1)), (10, (5, 2)), (16, (8, 2))]
+)
+def test_layouts_are_legal(count: int, expected: tuple[int, int]) -> None:
+    assert flow.layout(count) == expected
+
+
+def test_locks_hold_one_wheel_for_each_machine() -> None:
+    for name in ("rehearsal", "rehearsal-download"):
+        for machine in lock.MACHINES:
+            text = lock.on(lock.committed(name), machine)
+            pins = [line for line in text.splitlines() if "==" in line]
+            assert len(pins) == len(set(pins)) == text.count("--hash=sha256:")
+            assert "http" not in text.replace("httpcore", "").replace("httpx", "")
+    same, other = "a==1 \\\n    --hash=sha256:0\n", "a==1 \\\n    --hash=sha256:1\n"
+    assert _merged(same, same) == same
+    assert _merged(same, other) == same + other
