@@ -255,7 +255,7 @@ def test_the_script_runs_what_the_plan_says_with_the_environment_of_the_plan(
     tools = tmp_path / "bin"
     tools.mkdir()
     (tools / "ssh").write_text(
-        '#!/bin/bash\nfor last; do :; done\nprintf "%s\\n" "$*" >>' + str(tmp_path / "argv") + '\nexec bash -c "$last"\n'
+        '#!/bin/bash\nfor last; do :; done\nprintf "%s\\n" "$*" >>' + str(tmp_path / "argv") + '\numask 022\nexec bash -c "$last"\n'
     )
     (tools / "curl").write_text(
         "#!/bin/sh\ncat >" + str(tmp_path / "curl-stdin") + '\nprintf "%s\\n" "$*" >>' + str(tmp_path / "argv") + "\n"
