@@ -167,7 +167,7 @@ async def probe(deployment: Deployment, targets: Sequence[Target]) -> tuple[Fact
         address, interface, network = private_address(node, said)
         return NodeFacts.model_validate(
             said
-            | {"name": node.name, "address": node.address, "taken": time.time(), "clock_s": round(ahead, 1)}
+            | {"name": node.name, "address": node.address, "taken": time.time(), "clock_s": round(ahead, 1) + 0.0}
             | {"private": address, "interface": interface, "network": network}
         )
 

@@ -28,7 +28,6 @@ OBJECT_STORE_REHEARSED = 128 << 20
 OFFLOAD_TIMEOUT = 600
 "Seconds for one step: the engine's 60 s are too few where weights come from host memory."
 SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "RAY_AUTH_TOKEN", "APHRODITE_API_KEY", "APHRODITE_ADMIN_KEY", "VLLM_API_KEY")
-ALTERNATIVES = 8
 
 
 class NodePlan(BaseModel):
@@ -51,7 +50,7 @@ class NodePlan(BaseModel):
 
 
 class Alternative(BaseModel):
-    """Another layout that fits these nodes."""
+    """Another layout that fits these nodes: the best one with its tp."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -202,6 +201,11 @@ def _notes(question: Question, best: Candidate, model: Model, facts: Facts) -> l
 
 
 def _alternatives(choice: Choice) -> tuple[Alternative, ...]:
+    """The best layout of every other tp."""
+    best: dict[int, Candidate] = {}
+    for one in choice.others:
+        best.setdefault(one.layout.tp, one)
+    best.pop(choice.best.layout.tp, None)
     return tuple(
         Alternative(
             layout=one.layout.name,
@@ -212,7 +216,7 @@ def _alternatives(choice: Choice) -> tuple[Alternative, ...]:
             tokens_per_s=one.prediction.tokens_per_s,
             usd_per_mtok=one.prediction.usd_per_mtok,
         )
-        for one in choice.others[:ALTERNATIVES]
+        for one in best.values()
     )
 
 

@@ -31,6 +31,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "bench": ("deploy.cli.watch:bench", "A query with its tokens/s; a sweep beside the prediction."),
         "down": ("deploy.cli.serve:down", "End the engine and Ray, and look that nothing is left."),
         "rehearse": ("deploy.cli.rehearse:rehearse", "The whole way on this machine: real sshd, real Ray, no GPU."),
+        "schema": ("deploy.cli.plan:schema_command", "JSON schemas of deploy.toml and of the plan."),
     }
 )
 

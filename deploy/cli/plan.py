@@ -18,7 +18,7 @@ from rich.text import Text
 
 from deploy import engine as engines
 from deploy import facts as facts_of
-from deploy import inventory, layout, speed, state, suppose
+from deploy import inventory, layout, schema, speed, state, suppose
 from deploy import model as models
 from deploy import plan as planning
 from deploy.cli.common import Context, json_option, pass_context
@@ -26,6 +26,7 @@ from deploy.facts import Facts
 from deploy.inventory import Deployment
 from deploy.plan import Plan
 from gracefarm.errors import ConfigError, UsageError
+from gracefarm.files import atomic_write
 
 
 @click.command()
@@ -77,6 +78,17 @@ def plan(
         return
     engine = engines.engine(made.engine)
     context.console.result(document(made), text(made, engine))
+
+
+@click.command("schema")
+@click.option("--write", type=click.Path(file_okay=False, path_type=Path), help="Write both into this folder (docs/schema).")
+def schema_command(write: Path | None) -> None:
+    """JSON schemas of deploy.toml and of the plan, for editors and programs."""
+    for name, document_ in schema.documents().items():
+        if write is not None:
+            atomic_write(write / f"{name}.json", document_)
+        else:
+            sys.stdout.write(document_)
 
 
 def make(deployment: Deployment, facts: Facts, *, offline: bool) -> tuple[Plan, str]:
@@ -149,11 +161,12 @@ def _table(*columns: str, title: str = "") -> Table:
 
 def _head(made: Plan) -> str:
     one = made.layout
+    requests = f"up to {one.max_model_len} tokens each; {one.max_num_seqs} at once, {made.memory.full_length} at full length"
     lines = [
         f"[bold]{escape(made.deployment)}[/]  {escape(made.model)} at {escape(made.revision[:12])}, {made.engine}",
         f"[bold]layout[/]   {one.name} on {len(made.nodes)} nodes, layers {layout.short(one.partition)}"
         + (f", {one.offload_gib:g} GiB per GPU in host memory" if one.offload_gib else ""),
-        f"[bold]requests[/] up to {one.max_model_len} tokens, {one.max_num_seqs} at once ({made.memory.full_length} so long)",
+        f"[bold]requests[/] {requests}",
         f"[bold]plan[/]     {made.id[:16]}",
     ]
     if made.spares:
@@ -208,9 +221,16 @@ def _others(made: Plan) -> Iterable[Table]:
         yield table
     if made.rejected:
         table = _table("rejected", "because")
-        for each in made.rejected:
-            table.add_row(escape(each.layout), escape(each.reason))
+        for reason, names in _by_reason(made).items():
+            table.add_row(escape(", ".join(names)), escape(reason))
         yield table
+
+
+def _by_reason(made: Plan) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for one in made.rejected:
+        found.setdefault(one.reason, []).append(one.layout)
+    return found
 
 
 def _commands(made: Plan) -> Iterable[Text]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy import facts, inventory, plan, state
+from deploy import facts, inventory, plan, schema, state
 from deploy import model as models
 from tests.deploy import servers as kit
 
@@ -222,6 +224,36 @@ def test_the_script_is_all_that_shell_prints(tmp_path: Path) -> None:
     done = deploy(tmp_path, "plan", "--nodes", "10", "--shell")
     assert done.stdout.startswith("#!/usr/bin/env bash\n")
     assert subprocess.run(["bash", "-n"], input=done.stdout, text=True, check=False).returncode == 0
+
+
+def test_committed_schemas_are_those_of_the_code() -> None:
+    for name, text in schema.documents().items():
+        committed = (ROOT / "docs" / "schema" / f"{name}.json").read_text()
+        assert json.loads(committed) == json.loads(text), f"run `deploy schema --write docs/schema` for {name}"
+
+
+def test_ctrl_c_ends_it_with_130_and_no_traceback(tmp_path: Path) -> None:
+    """While it waits for a node that accepts and never speaks."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        (tmp_path / "deploy.toml").write_text(
+            f'[[node]]\naddress = "127.0.0.1"\nport = {silent.getsockname()[1]}\n[options]\nconnect_timeout = 60\n'
+        )
+        running = subprocess.Popen(
+            [sys.executable, "-m", "deploy", "init", "deploy.toml"],
+            cwd=tmp_path,
+            env={**os.environ, "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        silent.settimeout(60)
+        connection, _ = silent.accept()
+        with connection:
+            running.send_signal(signal.SIGINT)
+            _out, err = running.communicate(timeout=30)
+    assert running.returncode == 130
+    assert "Traceback" not in err
+    assert "interrupted" in err
 
 
 def test_help_imports_no_command(tmp_path: Path) -> None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
+import zipfile
 from importlib import resources
 from pathlib import Path
+from typing import Any, Optional
 
 import pytest
 
-from deploy import options
+from deploy import engine as engines
+from deploy import layout, model, options
+from deploy.model import Model
 from gracefarm.errors import ConfigError
 
 NAME = "aphrodite-0.6.4.post1"
@@ -52,15 +57,65 @@ def test_the_table_knows_what_the_plan_rests_on() -> None:
     assert len(table.options) == len({flag for one in table.options for flag in one.flags if flag.startswith("--")}) - 1 == 108
 
 
-@pytest.mark.slow
-def test_the_committed_table_is_what_the_wheel_has(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """200 MB from the Python index; pinned, so it is the same wheel for ever."""
-    table = options.table(NAME)
+    table, tmp_path = options.table(NAME), tmp_path_factory.mktemp("wheel")
     lock = tmp_path / "lock"
     lock.write_text(f"{table.distribution}=={table.version} --hash=sha256:{table.sha256}\n")
     arguments = ["--no-deps", "--only-binary", ":all:", "--platform", "manylinux1_x86_64", "--python-version", "3.8"]
     command = [sys.executable, "-m", "pip", "download", "--quiet", *arguments, "--require-hashes", "-r", str(lock)]
     subprocess.run([*command, "--dest", str(tmp_path)], check=True, timeout=500)
-    (wheel,) = tmp_path.glob("*.whl")
+    (found,) = tmp_path.glob("*.whl")
+    return found
+
+
+@pytest.mark.slow
+def test_the_committed_table_is_what_the_wheel_has(wheel: Path) -> None:
     committed = (resources.files("deploy") / "data" / f"{NAME}-options.json").read_text()
     assert options.render(options.read_wheel(wheel)) == committed
+
+
+def function(wheel: Path, member: str, name: str, **names: object) -> Any:
+    """One function of the wheel, alone: its module needs torch and a GPU."""
+    with zipfile.ZipFile(wheel) as opened:
+        text = opened.read(member).decode()
+    (node,) = [one for one in ast.parse(text).body if isinstance(one, ast.FunctionDef) and one.name == name]
+    space: dict[str, Any] = {"Optional": Optional, "Tuple": tuple, **names}
+    exec(compile(ast.Module(body=[node], type_ignores=[]), member, "exec"), space)
+    return space[name]
+
+
+@pytest.mark.slow
+def test_the_engines_own_functions_split_as_we_do(wheel: Path) -> None:
+    state, utils = "aphrodite/distributed/parallel_state.py", "aphrodite/distributed/utils.py"
+    size = function(wheel, state, "get_current_tp_rank_partition_size")
+    offset = function(wheel, state, "get_current_tp_rank_partition_offset")
+    for total, multiple in ((8, 1), (53248, 1), (16384, 2048), (28672, 1), (7, 1), (12, 4)):
+        for tp in range(1, 9):
+            theirs = [(offset(total, rank, tp, multiple), size(total, rank, tp, multiple)) for rank in range(tp)]
+            assert theirs == [engines.part(total, rank, tp, multiple) for rank in range(tp)]
+    for layers in (126, 80, 32, 7):
+        for pp in range(1, min(layers, 16) + 1):
+            stages = function(wheel, utils, "get_pp_indices", APHRODITE_PP_LAYER_PARTITION=None)
+            own = [stages(layers, rank, pp) for rank in range(pp)]
+            assert tuple(end - start for start, end in own) == engines.default_partition(layers, pp)
+            ours = layout.balance(engines.APHRODITE, llama(layers), 1, pp)
+            stages = function(wheel, utils, "get_pp_indices", APHRODITE_PP_LAYER_PARTITION=",".join(map(str, ours)))
+            assert tuple(stages(layers, rank, pp)[1] - stages(layers, rank, pp)[0] for rank in range(pp)) == ours
+
+
+def llama(layers: int) -> Model:
+    found = model.built_in("meta-llama/Llama-3.1-405B", "main")
+    assert found
+    return found.model_copy(update={"layers": layers})
+
+
+@pytest.mark.slow
+def test_the_engine_reads_the_variables_that_the_plan_sets(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as opened:
+        text = "\n".join(opened.read(one).decode() for one in opened.namelist() if one.endswith(".py"))
+    one = engines.APHRODITE
+    named = (one.host_variable, one.partition_variable, one.port_variable, one.timeout_variable, one.key_variable, *one.env)
+    for name in named:
+        assert f'"{name}"' in text or f"'{name}'" in text, name

@@ -40,6 +40,25 @@ def option(arguments: tuple[str, ...], name: str) -> str | None:
     return arguments[arguments.index(name) + 1] if name in arguments else None
 
 
+@pytest.mark.parametrize(
+    ("count", "best", "others"),
+    [
+        (3, "tp3 pp1", {"tp1 pp3": 253.3}),
+        (4, "tp4 pp1", {}),
+        (8, "tp4 pp2", {"tp2 pp4": 95.0}),
+        (9, "tp3 pp3", {"tp4 pp2": 94.5}),
+        (10, "tp2 pp5", {"tp5 pp2": 78.9, "tp1 pp10": 77.2}),
+        (12, "tp2 pp6", {"tp4 pp3": 63.3}),
+        (16, "tp2 pp8", {"tp8 pp2": 47.3, "tp4 pp4": 47.5}),
+    ],
+)
+def test_the_plan_shows_the_layouts_that_people_know(count: int, best: str, others: dict[str, float]) -> None:
+    found = made(count)
+    shown = {one.layout: one.weights_gib for one in found.alternatives}
+    assert found.layout.name == best
+    assert {name: shown.get(name) for name in others} == {name: pytest.approx(gib, abs=0.06) for name, gib in others.items()}
+
+
 def test_ray_is_told_of_exactly_the_gpus_of_the_layout() -> None:
     """One more, and the engine's placement group may miss its driver."""
     found = made(10, layout={"tensor_parallel": 3, "pipeline_parallel": 3})
@@ -255,7 +274,9 @@ def test_the_script_runs_what_the_plan_says_with_the_environment_of_the_plan(
     tools = tmp_path / "bin"
     tools.mkdir()
     (tools / "ssh").write_text(
-        '#!/bin/bash\nfor last; do :; done\nprintf "%s\\n" "$*" >>' + str(tmp_path / "argv") + '\numask 022\nexec bash -c "$last"\n'
+        '#!/bin/bash\nfor last; do :; done\nprintf "%s\\n" "$*" >>'
+        + str(tmp_path / "argv")
+        + '\numask 022\nexec bash -c "$last"\n'
     )
     (tools / "curl").write_text(
         "#!/bin/sh\ncat >" + str(tmp_path / "curl-stdin") + '\nprintf "%s\\n" "$*" >>' + str(tmp_path / "argv") + "\n"
