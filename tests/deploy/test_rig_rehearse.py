@@ -96,7 +96,7 @@ def test_locks_hold_one_wheel_for_each_machine() -> None:
             text = lock.on(lock.committed(name), machine)
             pins = [line for line in text.splitlines() if "==" in line]
             assert len(pins) == len(set(pins)) == text.count("--hash=sha256:")
-            assert "http" not in text.replace("httpcore", "").replace("httpx", "")
+            assert "://" not in text
     same, other = "a==1 \\\n    --hash=sha256:0\n", "a==1 \\\n    --hash=sha256:1\n"
     assert _merged(same, same) == same
     assert _merged(same, other) == same + other
