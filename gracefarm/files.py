@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import hashlib
@@ -31,6 +32,20 @@ def sync_directory(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def flush(path: Path) -> None:
+    """Write all that is pending for the file system of the directory `path`; fsync of a directory writes its names alone.
+
+    Raises:
+        OSError: the disk refused some of it.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        if ctypes.CDLL(None, use_errno=True).syncfs(descriptor):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(path))
     finally:
         os.close(descriptor)
 
@@ -90,11 +105,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     try:
         with full_disk(path.parent):
             yield partial
-            descriptor = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            flush(partial)
             partial.rename(path)
     except BaseException:
         remove_tree(partial)
