@@ -132,6 +132,7 @@ class Run:
             units=self.units,
             compiler_cache=self.compiler_cache,
             verdicts=self.verdicts,
+            judged_by=self.plan.judged_by,
             smoke=self.smoke,
             gpu=self.gpu,
             finished=record.now(),
@@ -156,11 +157,13 @@ def build(plan: Plan, options: Options, settings: Settings, console: Console) ->
 
     with lock(settings.home / "locks" / f"build-{plan.build_id}", waiting):
         found = record.existing(plan, settings)
+        run = Run(plan=plan, options=options, settings=settings, console=console, folder=folder)
         if found is not None:
             console.step("done", f"{data.name} {data.version} exists already with this id; nothing to build")
+            found = found if found.judged_by == plan.judged_by else _judged_again(run, found)
         else:
             try:
-                found = _attempt(Run(plan=plan, options=options, settings=settings, console=console, folder=folder))
+                found = _attempt(run)
             except GracefarmError:
                 if options.publish and record.path(settings, plan.build_id).is_file():
                     tell_index(plan.build_id, options.publish, settings, console)
@@ -238,6 +241,25 @@ def _attempt(run: Run) -> Record:
     return done
 
 
+def _judged_again(run: Run, found: Record) -> Record:
+    """A finished wheel before the gates and smoke tests of today, since they are not those that it passed.
+
+    Raises:
+        AuditError, SmokeError: it does not pass; the record stays as it was, and nothing is published.
+    """
+    wheel = record.wheel_path(run.settings, found)
+    assert wheel is not None
+    run.console.step("audit", "the gates or the smoke test changed since this wheel passed them: it is judged again")
+    ground = lay_ground(run.plan, run.settings, run.console)
+    _pass_gates(run, wheel, policy(run.plan, ground, run.folder / "work"))
+    _smoked(run, wheel, ground)
+    remove_tree(run.folder / "smoke")
+    judgement = {"verdicts": run.verdicts, "smoke": run.smoke, "gpu": run.gpu, "judged_by": run.plan.judged_by}
+    updated = found.model_copy(update=judgement)
+    record.write(updated, run.settings)
+    return updated
+
+
 def _stages(run: Run) -> Path:
     """All stages up to the record; the finished wheel."""
     data = run.plan.recipe.data
@@ -255,10 +277,7 @@ def _stages(run: Run) -> Path:
     raw = _saved(run) or _compiled(run, fetched, ground, epoch)
     with run.timed("audit"):
         wheel = _audited(run, raw, ground, epoch)
-    if run.plan.stack.data.objects_only:
-        run.console.step("smoke", f"not run: stack {run.plan.stack.data.name} has headers alone, nothing can be loaded")
-    else:
-        _smoked(run, wheel, ground)
+    _smoked(run, wheel, ground)
     final = run.folder / "dist" / wheel.name
     remove_tree(final.parent)
     final.parent.mkdir()
@@ -269,6 +288,9 @@ def _stages(run: Run) -> Path:
 
 
 def _smoked(run: Run, wheel: Path, ground: Ground) -> None:
+    if run.plan.stack.data.objects_only:
+        run.console.step("smoke", f"not run: stack {run.plan.stack.data.name} has headers alone, nothing can be loaded")
+        return
     recipe = run.plan.recipe
     bed = smoke.Bed(
         environment=ground.environment,
@@ -556,12 +578,15 @@ def _audited(run: Run, raw: Path, ground: Ground, epoch: int) -> Path:
     embedded = embed.embed(raw, run.plan, epoch, run.folder / "embedded")
     remove_tree(run.folder / "repaired")
     os.environ["SOURCE_DATE_EPOCH"] = str(epoch)  # which auditwheel writes into the archive
-    objects_only = run.plan.stack.data.objects_only
-    wheel = embedded if objects_only else audit.repair(embedded, rules, run.folder / "repaired")
+    wheel = embedded if run.plan.stack.data.objects_only else audit.repair(embedded, rules, run.folder / "repaired")
+    _pass_gates(run, wheel, rules)
+    return wheel
+
+
+def _pass_gates(run: Run, wheel: Path, rules: Policy) -> None:
     run.verdicts = audit.audit(wheel, rules)
-    if objects_only:
+    if run.plan.stack.data.objects_only:
         run.verdicts = tuple(one for one in run.verdicts if one.gate in audit.OBJECT_GATES)
     for verdict in run.verdicts:
         run.console.step("audit", f"{verdict.status:14} {verdict.gate}: {verdict.summary}")
     audit.require(run.verdicts)
-    return wheel

@@ -115,6 +115,20 @@ class Plan:
         text = json.dumps(self.inputs, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
+    @cached_property
+    def judged_by(self) -> str:
+        """Hex sha256 of what judges a finished wheel without entering its bytes: gates, smoke tests, the recipe's expectations."""
+        digest, code = hashlib.sha256(), files("builder")
+        parts = [*code.joinpath("audit").iterdir(), *code.joinpath("data").iterdir(), code.joinpath("smoke.py")]
+        for one in sorted(parts, key=lambda one: one.name):
+            if one.name.endswith(".py") or one.name.startswith("driver-symbols"):
+                digest.update(one.name.encode() + b"\0" + one.read_bytes() + b"\0")
+        for script in (self.recipe.smoke_script, self.recipe.smoke_gpu_script):
+            digest.update((script.read_bytes() if script else b"") + b"\0")
+        wheel = self.recipe.data.wheel.model_dump(mode="json", include={"bundled", "max_size"})
+        digest.update(json.dumps([wheel, self.recipe.data.smoke.imports], sort_keys=True).encode())
+        return digest.hexdigest()
+
     @property
     def title(self) -> str:
         """One line for people."""

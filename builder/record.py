@@ -126,6 +126,9 @@ class Record(Part):
     units: dict[str, Unit] = Field(default_factory=dict, description="By source file, relative to the source tree")
     compiler_cache: CompilerCache | None = Field(default=None, description="None: it was off, or nothing was compiled")
     verdicts: tuple[Verdict, ...] = ()
+    judged_by: str = Field(
+        default="", description="Digest of the gates and smoke tests that passed the wheel; docs/building.md"
+    )
     smoke: SmokeResult | None = None
     gpu: GpuResult | None = Field(default=None, description="None: the recipe has no smoke_gpu.py")
     published: tuple[Publication, ...] = ()
@@ -215,6 +218,12 @@ def latest(settings: Settings, recipe: str) -> Record:
     if not found:
         raise ConfigError(f"{recipe} was never built on this machine", remedy=f"run `builder build {recipe}`")
     return found[0]
+
+
+def settled(plan: Plan, settings: Settings) -> Record | None:
+    """The record of such a build whose wheel was judged by the gates and smoke tests of today."""
+    found = existing(plan, settings)
+    return found if found is not None and found.judged_by == plan.judged_by else None
 
 
 def existing(plan: Plan, settings: Settings) -> Record | None:

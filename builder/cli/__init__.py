@@ -184,8 +184,8 @@ def _complete(one: Plan, console: Console) -> bool:
 
 
 def _settled(one: Plan, url: str | None, settings: Settings) -> bool:
-    """The plan's wheel was built and, where one is to publish, published there: a night whose upload failed is made good."""
-    found = record.existing(one, settings)
+    """The wheel was built, judged by today's gates and, if a URL is given, published there: a failed upload is made good."""
+    found = record.settled(one, settings)
     return found is not None and (url is None or url in [publication.url for publication in found.published])
 
 
@@ -198,7 +198,7 @@ def _build(
     settings: Settings,
     console: Console,
 ) -> record.Record:
-    found = record.existing(one, settings)
+    found = record.settled(one, settings)
     if found is not None and not url:
         console.step("done", f"{one.title}: built already, build id {one.build_id[:16]}; nothing to build")
         return found

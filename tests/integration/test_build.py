@@ -301,6 +301,27 @@ def test_a_night_passes_over_recipes_without_that_target(farm: Farm) -> None:
     assert "tiny-1.0-py3-none-any.whl" in done.out
 
 
+def test_a_wheel_is_judged_again_when_its_judges_change(farm: Farm) -> None:
+    folder = farm.recipe("tiny", projects.backend("return wheel(wheel_directory)"))
+    command = ("build", "tiny", "--target", NATIVE)
+    assert farm.run(*command).code == 0
+    (folder / "smoke.py").write_text("import tiny\nassert tiny.answer == 43, 'another answer'\n")
+    changed = ("build", "--changed", "--target", NATIVE, "--publish", "http://127.0.0.1:9/legacy/")
+    for again in (command, changed):
+        refused = farm.run(*again, **CREDENTIALS)
+        assert refused.code == 31, refused.said
+        assert "another answer" in refused.said
+        assert "jobs (" not in refused.said, "nothing was compiled"
+    (folder / "smoke.py").write_text("import tiny\nassert tiny.answer == 42\n")
+    assert "it is judged again" in farm.run(*command).said
+    assert "judged again" not in farm.run(*command).said
+    path = folder / "recipe.toml"
+    path.write_text(path.read_text() + 'wheel = { max_size = "0.1KiB" }\n')
+    refused = farm.run(*command)
+    assert refused.code == 30
+    assert "more than the 0.1 KiB allowed" in refused.said
+
+
 def test_json_events_are_lines_that_a_machine_can_read(farm: Farm) -> None:
     farm.recipe("tiny", projects.backend("return wheel(wheel_directory)"))
     done = farm.run("build", "tiny", "--target", NATIVE, "--json")
