@@ -117,7 +117,7 @@ class Plan:
 
     @cached_property
     def judged_by(self) -> str:
-        """Hex sha256 of what judges a finished wheel without entering its bytes: gates, smoke tests, the recipe's expectations."""
+        """Hex sha256 of what judges a finished wheel and changes no byte: gates, smoke tests, the recipe's wishes."""
         digest, code = hashlib.sha256(), files("builder")
         parts = [*code.joinpath("audit").iterdir(), *code.joinpath("data").iterdir(), code.joinpath("smoke.py")]
         for one in sorted(parts, key=lambda one: one.name):
