@@ -8,7 +8,7 @@ import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -41,7 +41,7 @@ from builder.sandbox import Mount, Sandbox
 from builder.stack import Stack
 from builder.verdict import Verdict
 from gracefarm.console import Console
-from gracefarm.errors import ExitCode, GracefarmError, HostError, PublishError
+from gracefarm.errors import DiskFullError, ExitCode, GracefarmError, HostError, PublishError
 from gracefarm.files import atomic_write, full_disk, lock, remove_tree, sha256_file
 from gracefarm.settings import Settings
 from gracefarm.tables import parse_size
@@ -230,7 +230,8 @@ def _attempt(run: Run) -> Record:
         try:
             wheel = _stages(run)
         except GracefarmError as error:
-            record.write(run.record(None, error), run.settings)
+            with suppress(DiskFullError):  # which may be the very error that is to be told
+                record.write(run.record(None, error), run.settings)
             raise
         done = run.record(wheel, None)
         place = record.write(done, run.settings)

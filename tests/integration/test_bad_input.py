@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
+import sys
 import uuid
 from pathlib import Path
 
 import pytest
 
-from builder import doctor, root, stack
+from builder import build as flow
+from builder import doctor, jobs, root, stack
+from builder.cli.aim import plan_of
 from builder.stack import Arch, host_arch
 from gracefarm import settings as settings_module
-from gracefarm.errors import ExitCode
+from gracefarm.console import Console
+from gracefarm.errors import ExitCode, MemoryBoundError
 from tests import projects
 from tests.conftest import Farm
+from tests.integration import fetch_kit
 
 NATIVE = host_arch().value
 
@@ -72,6 +78,24 @@ def test_wrong_sha256(farm: Farm) -> None:
     folder = farm.recipe("tiny", projects.backend(f"# {uuid.uuid4()}\nreturn wheel(wheel_directory)"))
     (folder / "source.tar.gz").write_bytes(projects.archive(projects.backend("return wheel(wheel_directory, version='6.6')")))
     refused(build(farm), ExitCode.DIGEST, "source.tar.gz")
+
+
+@pytest.mark.parametrize(
+    ("attribute", "version", "words"),
+    [
+        ("", "1.1", "has the project, not this version"),
+        ('data-yanked="broken headers"', "1.0", "was yanked from the index"),
+    ],
+    ids=["absent", "yanked"],
+)
+def test_sdist_that_the_index_does_not_offer(farm: Farm, attribute: str, version: str, words: str) -> None:
+    digest = hashlib.sha256(uuid.uuid4().bytes).hexdigest()  # the store has none such
+    link = f'<a href="thing-1.0.tar.gz#sha256={digest}" {attribute}>thing-1.0.tar.gz</a>'
+    with fetch_kit.running() as server:
+        server.served["/simple/thing/"] = fetch_kit.Served(f"<!DOCTYPE html>{link}".encode(), "text/html")
+        farm.recipe("tiny", {}, source={"kind": "sdist", "name": "thing", "version": version, "sha256": digest})
+        done = build(farm, GRACEFARM_PYTHON_INDEX=f"{server.url}/simple/")
+    refused(done, ExitCode.FETCH, f"thing {version}", words)
 
 
 def test_patch_that_does_not_apply(farm: Farm) -> None:
@@ -150,14 +174,19 @@ def test_compile_error_shows_the_first_real_error(farm: Farm) -> None:
     refused(build(farm), ExitCode.COMPILE, "core.c:1:10: fatal error: no_such_header.h", "builder log tiny")
 
 
-def test_out_of_memory_is_retried_once_with_fewer_jobs_and_named(farm: Farm) -> None:
-    body = "import os\nprint('JOBS', os.environ['MAX_JOBS'])\nkept = bytearray(2_000_000_000)\nreturn wheel(wheel_directory)"
-    folder = farm.recipe("tiny", projects.backend(body), build={"cuda": False, "memory_per_job": "128MiB"})
-    done = build(farm, "--jobs", "2", GRACEFARM_MEMORY="400MiB")
-    refused(done, ExitCode.MEMORY, "killed at its bound of 0.4 GiB")
-    if len(os.sched_getaffinity(0)) > 1:
-        assert "trying once more with 1 jobs" in done.said
-    assert folder.is_dir()
+def test_out_of_memory_is_retried_once_with_fewer_jobs_and_named(
+    farm: Farm, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In this process, so that a machine with one core has two for it."""
+    monkeypatch.setattr(jobs, "cores", lambda: 2)
+    body = "print('JOBS', os.environ['MAX_JOBS'], flush=True)\nkept = bytearray(2_000_000_000)\nreturn wheel(wheel_directory)"
+    farm.recipe("tiny", projects.backend(body), build={"cuda": False, "memory_per_job": "128MiB"})
+    settings = farm.settings.model_copy(update={"memory": "400MiB"})
+    with pytest.raises(MemoryBoundError, match=r"killed at its bound of 0\.4 GiB"):
+        flow.build(plan_of("tiny", None, NATIVE, settings), flow.Options(), settings, Console(as_json=True))
+    assert "trying once more with 1 jobs" in capsys.readouterr().out
+    (log,) = (settings.home / "builds").glob("*/log.txt")
+    assert [line for line in log.read_text().splitlines() if line.startswith("JOBS")] == ["JOBS 2", "JOBS 1"]
 
 
 def test_missing_build_requirement_is_named_before_anything_is_compiled(farm: Farm) -> None:
@@ -205,18 +234,25 @@ def test_a_relative_home_is_the_working_directorys(monkeypatch: pytest.MonkeyPat
     assert settings_module.load().home == tmp_path / "here" / "home"
 
 
-@pytest.mark.root
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small tmpfs needs root")
+UNSHARE = ("unshare", "--map-root-user", "--mount")
+"A mount of one's own without root, where sandboxes can be started at all."
+
+
 def test_full_disk(farm: Farm) -> None:
     body = "open('/build/tmp/fill', 'wb').write(bytes(64_000_000))\nreturn wheel(wheel_directory)"
     farm.recipe("tiny", projects.backend(body))
     small = farm.settings.home / "builds"
     small.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(small)], check=True)
-    try:
-        refused(build(farm), ExitCode.DISK, "No space left on device")
-    finally:
-        subprocess.run(["umount", str(small)], check=True)
+    command = [sys.executable, "-m", "builder", "build", "tiny", "--target", NATIVE]
+    done = subprocess.run(
+        [*UNSHARE, "sh", "-c", 'mount -t tmpfs -o size=16m tmpfs "$0" && exec "$@"', small, *command],
+        env=projects.environment(farm.environment),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    refused(projects.Done(code=done.returncode, out=done.stdout, err=done.stderr), ExitCode.DISK, "No space left on device")
 
 
 def test_bubblewrap_missing(farm: Farm, tmp_path: Path) -> None:
