@@ -32,7 +32,7 @@ class Limits:
     "Uploads at once."
     open_uploads_per_client: int = 8
     "Uploads at once from one address."
-    writes_per_second: float = 200.0
+    writes_per_second: float = 500.0
     "Write requests per address, with a burst of two seconds' worth."
     failures_per_minute: float = 30.0
     "Refused tokens per address."

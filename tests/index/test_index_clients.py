@@ -121,6 +121,20 @@ def test_uv_installs_and_asks_again_politely(filled: Server, tmp_path: Path) -> 
     assert sum(line.size for line in again) == 0, "everything was still good"
 
 
+def test_uv_takes_the_wheel_of_its_cuda_from_that_view(filled: Server, tmp_path: Path) -> None:
+    """The line of the quick start: the view first, what it lacks from the default index (ours here, for want of another)."""
+    for cuda in ("cu124", "cu130"):
+        assert filled.upload(*wheel("conv_pkg", f"1.7.0+{cuda}", requires=("libdep",))).status_code == 200
+    venv.create(tmp_path / "v")
+    for cuda in ("cu130", "cu124"):
+        filled.forget()
+        call([*UV, "pip", "install", "--python", tmp_path / "v/bin/python", "--no-cache", "--reinstall",
+              "--default-index", filled.url + "/simple/", "--index", f"{filled.url}/{cuda}/simple/", "conv_pkg"])  # fmt: skip
+        found = sorted(path.name for path in (tmp_path / "v").rglob("conv_pkg*.dist-info"))
+        assert found == [f"conv_pkg-1.7.0+{cuda}.dist-info"]
+        assert f"/{cuda}/simple/conv-pkg/" in [line.target for line in read_by(filled, "uv/")]
+
+
 @pytest.mark.parametrize("client", ["pip", "uv"])
 def test_resolving_over_variants_costs_kilobytes(filled: Server, tmp_path: Path, client: str) -> None:
     filled.forget()
