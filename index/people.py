@@ -13,6 +13,7 @@ from functools import cached_property
 from importlib import metadata
 from importlib.resources import files as resources
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from packaging.utils import parse_wheel_filename
 from packaging.version import Version
@@ -208,8 +209,9 @@ class Pages:
         # Relative addresses work under any mount point: `up` leads from this page to the first one.
         depth = request.url.path.rstrip("/").count("/") if request.url.path != "/" else 0
         up = "../" * depth if request.url.path.endswith("/") else "../" * (depth - 1)
+        base = self.base(request)
         text = self.templates.get_template(template).render(
-            up=up or "./", base=self.base(request), static=self.service.options.static, **values
+            up=up or "./", base=base, trusted=_trusted(base), static=self.service.options.static, **values
         )
         body = text.encode("utf-8", "replace")
         etag = f'"{hashlib.sha256(body).hexdigest()[:32]}"'
@@ -483,6 +485,17 @@ def _row(name: str, items: Sequence[Any]) -> Row:
         status=newest["status"],
         updated=max(item["uploaded"] for item in items),
     )
+
+
+def _trusted(base: str) -> str:
+    """The option without which pip ignores an index that speaks plain http from another machine; "" where it needs none."""
+    try:
+        host = urlsplit(base).hostname or ""
+    except ValueError:  # a Host header with half a bracket
+        return ""
+    if base.startswith("https:") or host == "localhost" or host.startswith("127.") or host == "::1":
+        return ""
+    return f" --trusted-host {host}"
 
 
 def column(record: Summary) -> str:

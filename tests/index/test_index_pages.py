@@ -109,7 +109,8 @@ PAGES = {
 
 
 @pytest.mark.parametrize("path", PAGES.values(), ids=PAGES.keys())
-@pytest.mark.parametrize(("scheme", "width"), [("light", 1200), ("dark", 390)])
+@pytest.mark.parametrize("width", [1200, 390])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_axe_finds_nothing_and_nothing_sticks_out(site: Server, browser: Browser, path: str, scheme: str, width: int) -> None:
     context = browser.new_context(color_scheme=scheme, viewport={"width": width, "height": 900}, bypass_csp=True)
     page = context.new_page()
@@ -217,5 +218,14 @@ def test_pages_forbid_what_they_do_not_use(site: Server) -> None:
     assert headers["x-content-type-options"] == "nosniff"
 
 
+def test_pip_is_told_to_trust_plain_http_from_elsewhere(site: Server) -> None:
+    """pip ignores it otherwise; loopback it believes."""
+    for path in (PAGES["project"], PAGES["wheel"], PAGES["sets"]):
+        text = site.client.get(path, headers={"Host": "wheels.example:8080"}).text
+        assert "pip install --trusted-host wheels.example --index-url http://wheels.example:8080/" in text
+        assert "--trusted-host" not in site.client.get(path).text
+
+
 def test_a_forged_host_is_not_printed(site: Server) -> None:
+    assert site.client.get("/sets/", headers={"Host": "[:"}).status_code == 200
     assert "evil" not in site.client.get("/", headers={"Host": 'evil"><script>'}).text
