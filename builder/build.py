@@ -23,6 +23,7 @@ from builder import (
     hosted,
     jobs,
     meter,
+    provenance,
     publish,
     record,
     root,
@@ -233,11 +234,13 @@ def _attempt(run: Run) -> Record:
             with suppress(DiskFullError):  # which may be the very error that is to be told
                 record.write(run.record(None, error), run.settings)
             raise
-        done = run.record(wheel, None)
+        done = provenance.signed(run.record(wheel, None), run.settings)
         place = record.write(done, run.settings)
     if not run.options.keep:
         for name in record.SCRATCH:
             remove_tree(run.folder / name)
+    signature = f"signed by key {done.provenance['signatures'][0]['keyid'][:16]}" if done.provenance else "not signed"
+    run.console.step("provenance", signature if done.provenance else f"{signature}: `builder key create` makes the farm's key")
     run.console.step("record", f"{wheel.name}, {wheel.stat().st_size / 1e6:.1f} MB; record {place}; log {run.log}")
     return done
 

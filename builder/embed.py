@@ -13,6 +13,7 @@ from auditwheel.wheeltools import rewrite_record
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 
+from builder import sbom
 from builder.audit.contents import UNREADABLE
 from builder.plan import Plan
 from gracefarm.errors import WheelError
@@ -41,6 +42,8 @@ def embed(wheel: Path, plan: Plan, epoch: int, into: Path) -> Path:
     if not (information / "METADATA").is_file():
         raise WheelError(f"{wheel.name} of the build has no .dist-info with METADATA", remedy=REMEDY)
     (information / "gracefarm.json").write_text(text)
+    (information / "sboms").mkdir(exist_ok=True)
+    (information / "sboms" / sbom.FILENAME).write_text(sbom.of(plan, epoch))
     metadata = information / "METADATA"
     text = require(metadata.read_text("utf-8", "surrogateescape"), plan.recipe.data.wheel.requires)
     metadata.write_text(text, "utf-8", "surrogateescape")

@@ -166,6 +166,11 @@ def digest(stack: LoadedStack, target: Arch) -> str:
     return _digest("environment", stack, target, wheels(stack, target))
 
 
+def digest_of(python: str, target: Arch, found: Sequence[LockedWheel]) -> str:
+    """The digest of an environment of these wheels; `digest` for whoever has no stack."""
+    return _hashed("environment", python, target, found)
+
+
 def toolchain_digest(stack: LoadedStack, host: Arch) -> str:
     """Hex sha256 of everything that decides the compilers' bytes.
 
@@ -176,8 +181,12 @@ def toolchain_digest(stack: LoadedStack, host: Arch) -> str:
 
 
 def _digest(kind: str, stack: LoadedStack, arch: Arch, found: Sequence[LockedWheel], besides: str | None = None) -> str:
+    return _hashed(kind, stack.data.python, arch, found, besides)
+
+
+def _hashed(kind: str, python: str, arch: Arch, found: Sequence[LockedWheel], besides: str | None = None) -> str:
     wheels = [(one.name, one.version, one.sha256) for one in sorted(found)]
-    content = [kind, LAYOUT, arch.value, stack.data.python, wheels, *([besides] if besides else [])]
+    content = [kind, LAYOUT, arch.value, python, wheels, *([besides] if besides else [])]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 

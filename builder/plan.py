@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -18,7 +19,7 @@ from builder.stack import Arch, LoadedStack
 from gracefarm.errors import ConfigError
 from gracefarm.files import sha256_file
 
-FORMAT = 2
+FORMAT = 3
 "Raised when this program builds other bytes from the same inputs."
 
 CUDA_LAYOUT = 4
@@ -111,9 +112,8 @@ class Plan:
 
     @cached_property
     def build_id(self) -> str:
-        """Hex sha256 of the inputs in canonical JSON."""
-        text = json.dumps(self.inputs, sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()
+        """See `id_of`."""
+        return id_of(self.inputs)
 
     @cached_property
     def judged_by(self) -> str:
@@ -134,6 +134,12 @@ class Plan:
         """One line for people."""
         data = self.recipe.data
         return f"{data.name} {data.version} for {self.target.value}, stack {self.stack.data.name}"
+
+
+def id_of(inputs: Mapping[str, object]) -> str:
+    """Hex sha256 of a build's inputs in canonical JSON."""
+    text = json.dumps(inputs, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def make(recipe: LoadedRecipe, stack: LoadedStack, host: Arch, target: Arch) -> Plan:

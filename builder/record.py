@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -132,6 +132,10 @@ class Record(Part):
     smoke: SmokeResult | None = None
     gpu: GpuResult | None = Field(default=None, description="None: the recipe has no smoke_gpu.py")
     published: tuple[Publication, ...] = ()
+    provenance: dict[str, Any] | None = Field(
+        default=None,
+        description="DSSE envelope of the in-toto statement, as it lies beside the wheel",
+    )
     finished: str = Field(description="UTC, ISO 8601")
 
 

@@ -24,6 +24,7 @@ class ExitCode(IntEnum):
     WHEEL = 24
     AUDIT = 30
     SMOKE = 31
+    VERIFY = 32
     PUBLISH = 40
     INSTALL = 41
     SEVERAL = 50
@@ -132,6 +133,12 @@ class SmokeError(GracefarmError):
     """The wheel does not import or its smoke test fails in a clean environment."""
 
     exit_code = ExitCode.SMOKE
+
+
+class VerifyError(GracefarmError):
+    """A wheel is not what its record, SBOM or provenance says, or was not signed by the key that it is held against."""
+
+    exit_code = ExitCode.VERIFY
 
 
 class PublishError(GracefarmError):

@@ -71,22 +71,30 @@ def target_of(wheel: Path) -> Arch:
 
 def judge(wheel: Path, policy: Policy) -> Verdict:
     """Name, version, size, WHEEL, METADATA and RECORD."""
-    complaints = _size(wheel, policy)
+    found = _size(wheel, policy)
+    try:
+        name, version, _build, _tags = parse_wheel_filename(wheel.name)
+        found += _promise(name, version, policy)
+    except InvalidWheelFilename:
+        pass  # `complaints` says so
+    found += complaints(wheel)
+    if found:
+        return refused(GATE, found)
+    return passed(GATE, f"{name} {version}, {_sized(wheel.stat().st_size)}; WHEEL, METADATA and RECORD agree with the content")
+
+
+def complaints(wheel: Path) -> list[str]:
+    """What is wrong between the file name, WHEEL, METADATA, RECORD and the content; empty where they agree."""
     try:
         name, version, _build, tags = parse_wheel_filename(wheel.name)
-    except InvalidWheelFilename as error:
-        return refused(GATE, [*complaints, f"the file name does not parse: {error}"])
-    complaints += _promise(name, version, policy)
-    try:
         with zipfile.ZipFile(wheel) as archive:
-            complaints += _inside(archive, name, version, tags)
+            return _inside(archive, name, version, tags)
+    except InvalidWheelFilename as error:
+        return [f"the file name does not parse: {error}"]
     except UNREADABLE as error:
-        complaints.append(f"the archive cannot be read: {error}")
+        return [f"the archive cannot be read: {error}"]
     except (UnicodeDecodeError, csv.Error) as error:
-        complaints.append(f"RECORD cannot be read: {error}")
-    if complaints:
-        return refused(GATE, complaints)
-    return passed(GATE, f"{name} {version}, {_sized(wheel.stat().st_size)}; WHEEL, METADATA and RECORD agree with the content")
+        return [f"RECORD cannot be read: {error}"]
 
 
 def _sized(size: int) -> str:

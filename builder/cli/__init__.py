@@ -21,8 +21,11 @@ from builder import compile, environment, gaps, hosted, meter, record, root, san
 from builder import plan as planning
 from builder import recipe as recipes
 from builder.cli.aim import plan_of, target_here, toolchained, wanted
+from builder.cli.key import key as key_command
+from builder.cli.key import sign as sign_command
 from builder.cli.lock import lock as lock_command
 from builder.cli.sets import set_ as set_command
+from builder.cli.verify import verify as verify_command
 from builder.cli.why import why as why_command
 from builder.machine import Wanted, find
 from builder.plan import Plan
@@ -547,8 +550,11 @@ def schema_(write: Path | None) -> None:
             sys.stdout.write(text)
 
 
+cli.add_command(key_command)
 cli.add_command(lock_command)
 cli.add_command(set_command)
+cli.add_command(sign_command)
+cli.add_command(verify_command)
 cli.add_command(why_command)
 
 

@@ -1,0 +1,100 @@
+"""`builder verify`: is a wheel what it says, and does it build the same again?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from builder import plan, recipe, record, stack
+from builder.plan import Plan
+from builder.stack import Arch
+from gracefarm import settings as settings_module
+from gracefarm.console import Console
+from gracefarm.errors import ConfigError, UsageError, VerifyError
+from gracefarm.settings import Settings
+
+
+@click.command("verify")
+@click.argument("what", metavar="NAME|FILE.whl")
+@click.option("--key", "key_file", metavar="PUB", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+              help="Public key that must have signed it; default: this farm's own.")  # fmt: skip
+@click.option("--provenance", "envelope", type=click.Path(dir_okay=False, path_type=Path),
+              help="Its DSSE envelope; default: FILE.whl.intoto.jsonl beside it.")  # fmt: skip
+@click.option("--rebuild", "again", is_flag=True, help="Build it once more in another folder and compare instead.")
+@click.option("--jobs", type=click.IntRange(1), help="Upper bound of parallel compilations.")
+@click.option("--json", "as_json", is_flag=True, help="JSON lines for machines.")
+def verify(what: str, key_file: Path | None, envelope: Path | None, again: bool, jobs: int | None, as_json: bool) -> None:
+    """Hold a wheel, or the last build of NAME, against its RECORD, its build id, its SBOM and its signed provenance.
+
+    With --rebuild: build it again and say `identical`, `device code only`, or which file and section differ.
+    Exit code 32 when it is not what it says.
+
+    \b
+    builder verify causal_conv1d
+    builder verify dist/causal_conv1d-1.7.0-cp311-cp311-manylinux_2_34_aarch64.whl --key farm.pub
+    builder verify causal_conv1d --rebuild
+    """
+    from builder import signing
+    from builder import verify as verifying
+
+    settings, console = settings_module.load(), Console(as_json=as_json)
+    wheel = _wheel(what, settings)
+    if again:
+        _rebuild(wheel, jobs, settings, console)
+        return
+    key = signing.public(key_file) if key_file else own.public_key() if (own := signing.private()) else None
+    found = verifying.verify(wheel, envelope, key)
+    lines = [f"{'ok' if one.ok else 'WRONG':6} {one.name:10} {one.summary}" for one in found]
+    console.result([one.model_dump() for one in found], "\n".join(lines))
+    verifying.require(wheel, found)
+
+
+def _wheel(what: str, settings: Settings) -> Path:
+    """A file, or the wheel of a recipe's last build."""
+    if what.endswith(".whl"):
+        if not Path(what).is_file():
+            raise UsageError(f"{what}: no such file")
+        return Path(what)
+    last = record.latest(settings, recipe.load(settings.project / "recipes", what).key)
+    found = record.wheel_path(settings, last)
+    if found is None:
+        raise ConfigError(f"the last build of {what} left no wheel", remedy=f"run `builder build {what}`")
+    return found
+
+
+def _rebuild(wheel: Path, jobs: int | None, settings: Settings, console: Console) -> None:
+    from builder import rebuild
+    from builder import verify as verifying
+
+    made = _plan_of(verifying.read(wheel), wheel, settings)
+    console.step("verify", f"{wheel.name}: building it once more")
+    with rebuild.again(made, settings, console, jobs) as second:
+        done = rebuild.compare(wheel, second)
+    console.result(done.model_dump(mode="json"), done.sentence)
+    if done.verdict == "differs":
+        raise VerifyError(
+            f"{wheel.name} builds differently again: {done.sentence.partition(': ')[2]}",
+            remedy="find what the build takes from the clock, its folder or chance (docs/provenance.md)",
+            repeat=f"builder verify {wheel} --rebuild",
+        )
+
+
+def _plan_of(inside: object, wheel: Path, settings: Settings) -> Plan:
+    """The plan of a wheel, which this project must still have as it was."""
+    from builder.verify import Inside
+
+    assert isinstance(inside, Inside)
+    loaded = recipe.load(settings.project / "recipes", inside.inputs["recipe"]["name"])
+    for name in stack.names(settings.project / "stacks"):
+        base = stack.load(settings.project / "stacks", name)
+        target = Arch(inside.inputs["target"])
+        if target in base.data.glibc:
+            made = plan.make(loaded, base, stack.host_arch(), target)
+            if made.build_id == inside.build_id:
+                return made
+    raise ConfigError(
+        f"{wheel.name} is of build {inside.build_id[:16]}, which this project's recipe and stacks do not make here",
+        remedy="go to the commit and the kind of machine that it was built with; `builder why` names the input that changed",
+        repeat=f"builder why {loaded.key}",
+    )

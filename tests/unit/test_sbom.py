@@ -1,0 +1,51 @@
+"""The SBOM of every committed recipe is SPDX, names each pinned source, and can be made again from what it says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from spdx_tools.spdx.parser.parse_anything import parse_file
+from spdx_tools.spdx.validation.document_validator import validate_full_spdx_document
+
+from builder import materials, plan, recipe, sbom, stack
+from builder.plan import Plan
+from builder.stack import Arch
+
+REPOSITORY = Path(__file__).parent.parent.parent
+EPOCH = 1_700_000_000
+
+
+def planned(name: str) -> Plan:
+    loaded = recipe.load(REPOSITORY / "recipes", name)
+    return plan.make(loaded, stack.load(REPOSITORY / "stacks", loaded.data.stack), stack.host_arch(), Arch.AARCH64)
+
+
+@pytest.mark.parametrize("name", recipe.names(REPOSITORY / "recipes"))
+def test_every_recipes_sbom_is_valid_and_complete(name: str, tmp_path: Path) -> None:
+    made = planned(name)
+    text = sbom.of(made, EPOCH)
+    place = tmp_path / "sbom.spdx.json"
+    place.write_text(text)
+    document = parse_file(str(place))
+    assert [one.validation_message for one in validate_full_spdx_document(document)] == []
+    for one in materials.of(made.inputs):
+        if one.digest:
+            assert one.digest in text, one
+    for bundled in made.recipe.data.wheel.bundled:
+        assert bundled.path in {package.name for package in document.packages}
+    inputs = json.loads(json.dumps(made.inputs))
+    build_id, besides = sbom.read(text)
+    assert build_id == made.build_id
+    assert sbom.render(inputs, besides) == text
+
+
+def test_the_time_of_the_document_is_the_sources() -> None:
+    assert '"created": "2023-11-14T22:13:20Z"' in sbom.of(planned("causal_conv1d"), EPOCH)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"packages": [{}]}', '{"packages": 1}'])
+def test_what_is_no_sbom_of_ours_is_said_to_be_none(text: str) -> None:
+    with pytest.raises(ValueError, match=r"SBOM|JSON|Expecting"):
+        sbom.read(text)
