@@ -29,6 +29,14 @@ def working_folders(settings: Settings, on_wait: Callable[[], None]) -> None:
         with lock(_of_build(settings, folder), on_wait):
             for name in record.SCRATCH:
                 remove_tree(folder / name)
+        with lock(settings.home / "locks" / f"rebuild-{folder.name}", on_wait):
+            remove_tree(folder / "rebuild")
+    for folder in sorted((settings.home / "sets").glob("*")):
+        with lock(settings.home / "locks" / f"set-{folder.name}", on_wait):
+            remove_tree(folder / "together")
+    with lock(settings.home / "locks" / "run", on_wait):
+        for folder in sorted((settings.home / "sets").glob("*")):
+            remove_tree(folder / "run")
 
 
 def everything(settings: Settings, on_wait: Callable[[], None]) -> None:
@@ -36,10 +44,12 @@ def everything(settings: Settings, on_wait: Callable[[], None]) -> None:
     with ExitStack() as held:
         for folder in sorted((settings.home / "builds").glob("*")):
             held.enter_context(lock(_of_build(settings, folder), on_wait))
+            held.enter_context(lock(settings.home / "locks" / f"rebuild-{folder.name}", on_wait))
             remove_tree(folder)
         for place, made_under in _grounds(settings):
             with lock(made_under):
                 remove_tree(place)
+        remove_tree(settings.home / "sets")
         remove_tree(settings.home / "ccache")
         _uv_cache(settings.home / "uv")
 

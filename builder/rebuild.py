@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Literal
 
 from elftools.common.exceptions import ELFError
@@ -24,7 +23,7 @@ from builder.plan import Plan
 from builder.record import Part
 from gracefarm.console import Console
 from gracefarm.errors import VerifyError
-from gracefarm.files import remove_tree
+from gracefarm.files import lock, remove_tree
 from gracefarm.settings import Settings
 
 SHARED = ("roots", "environments", "toolchains", "cuda", "wrappers", "store", "git", "uv")
@@ -162,16 +161,20 @@ def again(plan: Plan, settings: Settings, console: Console, jobs: int | None = N
     Raises:
         GracefarmError: of the stage that failed.
     """
-    settings.home.mkdir(parents=True, exist_ok=True)
-    home = Path(mkdtemp(prefix="rebuild-", dir=settings.home))
-    try:
-        for name in SHARED:
-            (settings.home / name).mkdir(exist_ok=True)
-            (home / name).symlink_to((settings.home / name).resolve())
-        elsewhere = Settings.model_validate(settings.model_dump() | {"home": home})
-        done = build.build(plan, Options(jobs=jobs), elsewhere, console)
-        wheel = record.wheel_path(elsewhere, done)
-        assert wheel is not None
-        yield wheel
-    finally:
-        remove_tree(home)
+    home = record.folder(settings, plan.build_id) / "rebuild"
+    with lock(
+        settings.home / "locks" / f"rebuild-{plan.build_id}", lambda: console.step("wait", "another process rebuilds this")
+    ):
+        remove_tree(home)  # of a run that was killed
+        try:
+            home.mkdir(parents=True)
+            for name in SHARED:
+                (settings.home / name).mkdir(exist_ok=True)
+                (home / name).symlink_to((settings.home / name).resolve())
+            elsewhere = Settings.model_validate(settings.model_dump() | {"home": home})
+            done = build.build(plan, Options(jobs=jobs), elsewhere, console)
+            wheel = record.wheel_path(elsewhere, done)
+            assert wheel is not None
+            yield wheel
+        finally:
+            remove_tree(home)

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import mkdtemp
 
 import uv
 
@@ -59,7 +58,7 @@ def run(plan: SetPlan, jobs: int | None, settings: Settings, console: Console) -
         files, size = _holds(at)
         console.step("mirror", f"{files} files, {size / 1e9:.2f} GB, in {mirror_s:.0f} s")
         start = time.monotonic()
-        with _scratch(settings) as home:
+        with _scratch(built, settings) as home:
             clean, base = _installed(built, _only(at, home, settings), console)
             install_s = time.monotonic() - start
             console.step("install", f"{len(built.record.wheels)} wheels by hash from {at.simple} alone in {install_s:.0f} s")
@@ -112,11 +111,13 @@ def _holds(at: Served) -> tuple[int, int]:
 
 
 @contextmanager
-def _scratch(settings: Settings) -> Iterator[Path]:
+def _scratch(built: Built, settings: Settings) -> Iterator[Path]:
     """A home without any cache, on the file system of the real one: what is installed there can only be from the index."""
-    home = Path(mkdtemp(prefix="set-run-", dir=settings.home))
+    home = built.folder / "run"
+    remove_tree(home)  # of a run that was killed
     try:
-        (home / "roots").symlink_to(settings.home / "roots")
+        home.mkdir()
+        (home / "roots").symlink_to((settings.home / "roots").resolve())
         yield home
     finally:
         remove_tree(home)

@@ -147,7 +147,7 @@ def test_the_whole_way_for_aarch64_by_one_command(farm: Farm, third_party: str) 
     value = json.loads(done.out.splitlines()[-1])
     assert value["files"] == 3
     assert value["tested"]["smoke"]["script"] == "5\n"
-    assert not list(farm.settings.home.glob("set-run-*"))
+    assert not list(farm.settings.home.glob("sets/*/run"))
 
 
 def test_a_failing_wheel_hides_no_other_and_no_set_comes_of_it(farm: Farm) -> None:
