@@ -1,7 +1,9 @@
 # Thin: each target is a line that a person could type.
 PYTHON = .venv/bin/python
 
-.PHONY: run test test-all lint bench setup setup-test
+NODES = 3
+
+.PHONY: run test test-all lint bench rehearse setup setup-test setup-rehearse
 
 run: setup
 	$(PYTHON) -m builder run causal_conv1d
@@ -20,8 +22,15 @@ lint: setup-test
 bench: setup-test
 	$(PYTHON) -m bench
 
+# Needs root, for the nodes are namespaces.
+rehearse: setup-rehearse
+	$(PYTHON) -m deploy rehearse --nodes $(NODES)
+
 setup:
 	./bootstrap
+
+setup-rehearse:
+	./bootstrap rehearse
 
 setup-test:
 	./bootstrap test

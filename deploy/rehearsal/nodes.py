@@ -36,6 +36,7 @@ GATEWAY = "10.77.0.1"
 USER, UID = "ubuntu", 1000
 MOUNT = "/mnt/share"
 "The shared folder, on every node."
+NODE_PATH = "/usr/local/bin:/usr/bin:/bin"
 CLONE_NEWNET = 0x40000000
 
 
@@ -307,7 +308,7 @@ class Rig:
     def _sshd_config(self, node: RigNode) -> str:
         env = dict(node.spec.env)
         if node.spec.python:
-            env["PATH"] = "/run/rig/python:/usr/local/bin:/usr/bin:/bin"
+            env["PATH"] = f"/run/rig/python:{NODE_PATH}"
         lines = [
             f"ListenAddress {node.address}",
             "HostKey /run/rig/etc/host_key",
@@ -367,6 +368,11 @@ def check() -> None:
     ):
         if shutil.which(program) is None:
             raise HostError(f"the rehearsal needs {program}", remedy=f"as root: apt-get install {package}")
+    if shutil.which("python3.11", path=NODE_PATH) is None:
+        raise HostError(
+            "the rehearsal's nodes need Python 3.11, which is not on this machine",
+            remedy="as root: apt-get install python3.11 (Debian 12 and Ubuntu 22.04 have it)",
+        )
     if os.geteuid() != 0:
         raise HostError("the rehearsal makes network namespaces, which only root may", remedy="sudo, or a root shell")
 

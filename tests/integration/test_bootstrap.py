@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parent.parent.parent
-LISTS = ("system-packages.txt", "system-packages-test.txt")
+LISTS = ("system-packages.txt", "system-packages-rehearse.txt", "system-packages-test.txt")
 
 STAND_INS = {
     "dpkg": "echo amd64",
