@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.rehearsal import sshd
+from deploy.rehearsal.userland import Userland
 from gracefarm import settings
 from gracefarm.errors import HostError
 
@@ -50,6 +51,8 @@ class Spec:
     "Its own name is 127.0.1.1, as Debian's installer writes it."
     python: bool = False
     "Its Python says that it is another patch release (`OTHER_PYTHON`)."
+    userland: Userland | None = None
+    "Another architecture than this machine's."
     env: Mapping[str, str] = field(default_factory=dict)
     "Environment of every login, as the machine's image might set it."
 
@@ -254,6 +257,9 @@ class Rig:
             "RIG_USER": USER,
             "RIG_ADDRESS": node.address,
             "RIG_GATEWAY": GATEWAY,
+            "RIG_ROOT": str(node.spec.userland.root) if node.spec.userland else "",
+            "RIG_QEMU": str(node.spec.userland.qemu) if node.spec.userland else "",
+            "RIG_BINFMT": node.spec.userland.binfmt if node.spec.userland else "",
             "RIG_SSHD": self._daemon.program,
             "RIG_LIBRARIES": str(self._daemon.libraries or ""),
         }
@@ -266,11 +272,12 @@ class Rig:
         """Until each node's sshd says who it is. Raises HostError with its log."""
         deadline = time.monotonic() + seconds
         for one in nodes:
-            log = one.folder / "sshd.log"
-            while "Server listening" not in (log.read_text() if log.exists() else ""):
-                if time.monotonic() > deadline:
-                    said = (log.read_text().strip().splitlines() or ["nothing"])[-1] if log.exists() else "nothing"
-                    raise HostError(f"{one.name}: sshd does not start: {said}", remedy=_REMEDY)
+            log, boot = one.folder / "sshd.log", one.folder / "boot.log"
+            while "Server listening" not in log.read_text():
+                said = boot.read_text() + log.read_text()
+                if said.strip() or time.monotonic() > deadline:
+                    last = (said.strip().splitlines() or ["nothing is said"])[-1]
+                    raise HostError(f"{one.name} does not start: {last}", remedy=_REMEDY)
                 time.sleep(0.02)
 
     def _prepare(self, node: RigNode) -> None:
@@ -296,7 +303,8 @@ class Rig:
         }
         for file, text in etc.items():
             (node.folder / "etc" / file).write_text(text)
-        (node.folder / "sshd.log").write_text("")
+        for log in ("sshd.log", "boot.log"):
+            (node.folder / log).write_text("")
         if not (node.folder / "etc" / "host_key").exists():
             self.make_host_key(node)
         if node.spec.python:
@@ -320,6 +328,7 @@ class Rig:
             "PrintMotd no",
             "Subsystem sftp internal-sftp",
             *([f"SshdSessionPath {self._daemon.session}"] if self._daemon.session else []),
+            *(["ChrootDirectory /run/rig-root"] if node.spec.userland else []),
             *(["SetEnv " + " ".join(f'"{key}={value}"' for key, value in env.items())] if env else []),
         ]
         return "\n".join(lines) + "\n"

@@ -47,8 +47,10 @@ class Room:
         for name, environment in request["nodes"].items():
             if self.alive(name):
                 raise ValueError(f"{name} runs already")
+            # qemu is made known in a user namespace; the node is in it, with all ids that it has elsewhere.
+            own = ["--user"] if environment["RIG_ROOT"] else []
             self.holders[name] = subprocess.Popen(
-                [*NODE, "sh", script],
+                [*NODE, *own, "sh", script],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -56,17 +58,19 @@ class Room:
                 env={**os.environ, **environment},
                 start_new_session=True,
             )
-        for name in request["nodes"]:
-            self._plug_in(name)
+        for name, environment in request["nodes"].items():
+            self._plug_in(name, mapped=bool(environment["RIG_ROOT"]))
         return {}
 
-    def _plug_in(self, name: str) -> None:
+    def _plug_in(self, name: str, *, mapped: bool) -> None:
         holder = self.holders[name]
         assert holder.stdin
         assert holder.stdout
         if holder.stdout.readline().strip() != "unshared":
             assert holder.stderr
             raise ValueError(f"{name}: {holder.stderr.read().strip() or 'unshare failed'}")
+        for kind in ("uid_map", "gid_map") if mapped else ():
+            Path(f"/proc/{holder.pid}/{kind}").write_text("0 0 65536")
         port = f"port-{name}"
         with suppress(subprocess.CalledProcessError):
             ip("link", "del", port)

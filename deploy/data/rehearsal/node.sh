@@ -1,6 +1,7 @@
 #!/bin/sh
 # A node: run as the first process of namespaces of its own (network, mounts, processes, names, shared memory), it makes the
 # machine that `deploy` meets and becomes its sshd. Nothing of the machine around it can be written from here but the share.
+# With RIG_ROOT it has another userland: sessions are in there, and qemu runs it (RIG_QEMU, RIG_BINFMT; for this node alone).
 # Environment: RIG_NAME RIG_FOLDER RIG_SHARE (empty: none) RIG_MOUNT RIG_USER RIG_UID RIG_ADDRESS RIG_GATEWAY RIG_SSHD RIG_LIBRARIES
 set -eu
 echo unshared # the room moves the cable in when it reads this
@@ -16,7 +17,14 @@ ip route add default via "$RIG_GATEWAY" # nothing forwards; the engine asks the 
 mount -t tmpfs -o mode=755,size=64m rig /run
 mkdir /run/rig /run/rig-sshd /run/sshd
 mount --bind "$RIG_FOLDER" /run/rig
+exec 2>/run/rig/boot.log
 [ -z "$RIG_LIBRARIES" ] || mount --bind "$RIG_LIBRARIES" /run/rig-sshd
+if [ -n "$RIG_ROOT" ]; then
+    mkdir /run/rig-lower
+    mount --bind "$RIG_ROOT" /run/rig-lower
+    : >/run/rig-qemu
+    mount --bind "$RIG_QEMU" /run/rig-qemu
+fi
 mount -t tmpfs -o mode=755,size=1m rig /mnt
 if [ -n "$RIG_SHARE" ]; then
     mkdir "$RIG_MOUNT"
@@ -35,6 +43,18 @@ mount -t tmpfs -o mode=1777,size=8g rig /dev/shm
 mount -t devpts -o newinstance,ptmxmode=0666,mode=620 rig /dev/pts
 mount -o remount,bind,ro /
 
+if [ -n "$RIG_ROOT" ]; then
+    mount -t binfmt_misc rig /proc/sys/fs/binfmt_misc
+    printf '%s' "$RIG_BINFMT" >/proc/sys/fs/binfmt_misc/register
+    mkdir /run/rig-root /run/rig-over
+    mount -t tmpfs -o mode=755 rig /run/rig-over
+    mkdir /run/rig-over/upper /run/rig-over/work
+    mount -t overlay -o "lowerdir=/run/rig-lower,upperdir=/run/rig-over/upper,workdir=/run/rig-over/work" rig /run/rig-root
+    for folder in proc dev tmp mnt home; do mount --rbind "/$folder" "/run/rig-root/$folder"; done
+    for file in passwd group shadow hosts hostname nsswitch.conf; do
+        mount --bind "/run/rig/etc/$file" "/run/rig-root/etc/$file"
+    done
+fi
 ulimit -n 65536 2>/dev/null || true # as machines for this work have it
 case $RIG_SSHD in /run/rig-sshd/*) export LD_LIBRARY_PATH=/run/rig-sshd ;; esac
 cd /

@@ -1,0 +1,124 @@
+"""The rehearsal of ten nodes to READY, step by step beside the same by hand: one `ssh … ray start` after the other.
+
+python -m bench rehearsal         # NODES=3 for fewer
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from deploy.rehearsal import flow
+from deploy.rehearsal.flow import Rehearsal
+from deploy.rehearsal.nodes import MOUNT, USER
+from gracefarm import settings
+from gracefarm.console import Console
+
+COMPLETION = """
+import json, sys, urllib.request
+body = json.dumps({"model": sys.argv[1], "prompt": "x", "max_tokens": 1}).encode()
+request = urllib.request.Request("http://127.0.0.1:2242/v1/completions", body, {"Content-Type": "application/json"})
+print(urllib.request.urlopen(request, timeout=30).status)
+"""
+LIMIT, UP_LIMIT = 1.3, 5.0
+"Of issue 5: serve against by hand; seconds of an `up` that finds nothing to do."
+
+
+@dataclass
+class Times:
+    """Seconds by name, in order."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def take(self, name: str, work: Callable[[], Any]) -> Any:
+        """Do it and keep how long it took."""
+        begin = time.monotonic()
+        found = work()
+        self.seconds[name] = time.monotonic() - begin
+        return found
+
+
+def ssh(made: Rehearsal, address: str, command: str) -> None:
+    """As a person types it, with the pinned host keys."""
+    known = made.folder / ".deploy" / "known_hosts"
+    line = ["ssh", "-F", "none", "-i", str(made.room.key), "-o", f"UserKnownHostsFile={known}", f"{USER}@{address}", command]
+    subprocess.run(made.room.command(line), check=True, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=180)
+
+
+def by_hand(made: Rehearsal, plan: dict[str, Any], times: Times) -> None:
+    """The plan's own commands, one node after the other; no token, no mark, no look at anything."""
+
+    def typed(env: dict[str, str], argv: list[str]) -> str:
+        mine = {key: value for key, value in env.items() if not key.startswith("RAY_AUTH")}
+        return " ".join([f"{key}={shlex.quote(value)}" for key, value in mine.items()] + [shlex.join(argv)])
+
+    def ray() -> None:
+        for node in plan["nodes"]:
+            ssh(made, node["address"], typed(node["env"], node["ray"]))
+
+    def engine() -> None:
+        head = made.room.nodes[0]
+        line = typed(plan["serve_env"], plan["serve"])
+        ssh(
+            made,
+            head.address,
+            f"(setsid {line} > /tmp/by-hand.log 2>&1 < /dev/null &) > /dev/null 2>&1".replace("setsid ", "setsid env "),
+        )
+        deadline = time.monotonic() + 300
+        while head.execute(["python3", "-c", COMPLETION, plan["model"]]).returncode:
+            if time.monotonic() > deadline:
+                raise SystemExit((head.tmp / "by-hand.log").read_text()[-2000:])
+            time.sleep(0.5)
+
+    times.take("ray", ray)
+    times.take("engine", engine)
+    for node in made.room.nodes:
+        ssh(
+            made,
+            node.address,
+            f"pkill -f {MOUNT}/gracefarm/rehearsal/env/bin/aphrodite; {plan['nodes'][0]['ray'][0]} stop --force",
+        )
+
+
+def served(output: str) -> dict[str, float]:
+    """Seconds of `deploy serve`'s steps, from what it says with --json."""
+    for line in reversed(output.splitlines()):
+        if line.startswith('{"ready"'):
+            return {"engine": float(json.loads(line)["seconds"])}
+    return {}
+
+
+def main() -> None:
+    """Print the table."""
+    count = int(os.environ.get("NODES", "10"))
+    here, console = settings.load(), Console()
+    tool, hand = Times(), Times()
+    with flow.rehearsal(count, here.home, here, console) as made:
+        tool.take("init, plan", lambda: flow.start(made))
+        tool.take("up", lambda: made.command("up"))
+        tool.take("up again", lambda: made.command("up"))
+        plan = json.loads(made.command("plan", "--json").output.splitlines()[-1])
+        by_hand(made, plan.get("plan", plan), hand)
+        step = tool.take("serve", lambda: made.command("serve", "--skip-up", "--json"))
+        made.command("down")
+    engine = served(step.output).get("engine", 0.0)
+    whole, hands = tool.seconds["serve"], hand.seconds["ray"] + hand.seconds["engine"]
+    print(f"\n{count} nodes of this machine ({os.cpu_count()} cores)\n")
+    print("| step | by hand, s | deploy, s |")
+    print("|---|---|---|")
+    print(f"| init, plan | | {tool.seconds['init, plan']:.1f} |")
+    print(f"| up: preflight, environments, weights, proof | | {tool.seconds['up']:.1f} |")
+    print(f"| up again, nothing to do (at most {UP_LIMIT:g}) | | {tool.seconds['up again']:.1f} |")
+    print(f"| Ray on all nodes | {hand.seconds['ray']:.1f} | {whole - engine:.1f} |")
+    print(f"| engine, to a completion | {hand.seconds['engine']:.1f} | {engine:.1f} |")
+    print(f"| Ray and engine (at most {LIMIT:g} times) | {hands:.1f} | {whole:.1f}: {whole / hands:.2f} times |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""Another architecture for a node: Debian's arm64 userland, run by qemu-user, entered over the node's own sshd.
+
+The kernel is told of qemu in a user namespace of the node's own (Linux 6.7 and newer), not in this machine's binfmt_misc.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from gracefarm.errors import HostError
+from gracefarm.files import atomic_directory, lock
+
+PACKAGES = (
+    *("bash", "coreutils", "dash", "findutils", "grep", "gzip", "hostname", "libc-bin", "procps", "sed", "tar", "util-linux"),
+    *("libpython3.11-stdlib", "python3", "python3-minimal", "python3.11"),
+)
+SUITE = "bookworm"
+MAGIC = r"\x7fELF\x02\x01\x01\x00\x00\x00\x00\x00\x00\x00\x00\x00\x02\x00\xb7\x00"
+MASK = r"\xff\xff\xff\xff\xff\xff\xff\x00\xff\xff\xff\xff\xff\xff\xff\xff\xfe\xff\xff\xff"
+"An ELF file of aarch64, executable or position-independent."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Userland:
+    """A root folder of another architecture, and what runs its programs."""
+
+    root: Path
+    qemu: Path
+
+    @property
+    def binfmt(self) -> str:
+        """The line for binfmt_misc. F: the kernel opens qemu now, for the root does not have it."""
+        return f":rig-aarch64:M::{MAGIC}:{MASK}:/run/rig-qemu:F"
+
+
+def arm64(home: Path) -> Userland:
+    """Debian's arm64 userland with Python 3.11; made once, kept in gracefarm's folder.
+
+    Raises:
+        HostError: mmdebstrap or apt fail; with their last words.
+    """
+    folder = home / "rehearsal" / f"arm64-{SUITE}"
+    with lock(folder.with_name(folder.name + ".lock")):
+        if not folder.is_dir():
+            with atomic_directory(folder) as made:
+                _fill(made)
+    return Userland(root=folder / "root", qemu=folder / "qemu-aarch64-static")
+
+
+def _fill(folder: Path) -> None:
+    root = folder / "root"
+    # Unpacked, not configured: nothing of another architecture runs while it is made.
+    _run(["mmdebstrap", "--quiet", "--arch=arm64", "--variant=extract", f"--include={','.join(PACKAGES)}", SUITE, str(root)])
+    (root / "bin" / "sh").unlink(missing_ok=True)
+    (root / "bin" / "sh").symlink_to("dash")
+    for name in ("passwd", "group", "shadow", "hosts", "hostname", "nsswitch.conf"):
+        (root / "etc" / name).touch()
+    for name in ("proc", "dev", "tmp", "mnt", "home", "run"):
+        (root / name).mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory() as name:
+        _run(["apt-get", "download", "-q", "qemu-user-static"], cwd=name)
+        for package in Path(name).glob("*.deb"):
+            _run(["dpkg-deb", "-x", package.name, "unpacked"], cwd=name)
+        (Path(name) / "unpacked/usr/bin/qemu-aarch64-static").replace(folder / "qemu-aarch64-static")
+
+
+def _run(argv: list[str], cwd: str | None = None) -> None:
+    try:
+        done = subprocess.run(argv, cwd=cwd, capture_output=True, text=True, check=False)
+    except FileNotFoundError as error:
+        raise HostError(f"there is no {argv[0]}", remedy=f"as root: apt-get install {argv[0]}") from error
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise HostError(f"{argv[0]}: {last}", remedy="as root: apt-get update, then repeat")
