@@ -36,6 +36,8 @@ class Engine:
     timeout_variable: str
     "Seconds for one step; weights in host memory make steps long."
     key_variable: str
+    swap_share: float | None = None
+    "Share of the head's memory that tp times the swap space may be; None: it does not check."
     env: Mapping[str, str] = field(default_factory=dict)
     table: str | None = None
     "Of deploy.options; None: options are not checked."
@@ -78,6 +80,7 @@ APHRODITE = Engine(
     port_variable="APHRODITE_PORT",
     timeout_variable="APHRODITE_ENGINE_ITERATION_TIMEOUT_S",
     key_variable="APHRODITE_API_KEY",
+    swap_share=0.7,
     env={"SERVE_KOBOLD_LITE_UI": "0"},
     table="aphrodite-0.6.4.post1",
     refused={

@@ -301,8 +301,9 @@ def place(machines: Sequence[Machine], world: int) -> tuple[Slot, ...]:
 
 
 def budget(slot: Slot, gmu: float) -> int:
-    """Bytes that the engine may fill on a GPU: its share of all, and no more than is free."""
-    return min(int(slot.gpu.total * gmu), slot.gpu.free)
+    """Bytes that the engine fills on a GPU: its share of all. What is free now is preflight's matter, not the plan's, which
+    must not change when nodes are asked while they serve."""
+    return int(slot.gpu.total * gmu)
 
 
 def evaluate(question: Question, tp: int, pp: int, partition: Sequence[int] | None = None) -> Candidate:
@@ -323,6 +324,7 @@ def evaluate(question: Question, tp: int, pp: int, partition: Sequence[int] | No
     budgets = [budget(slot, forced.gpu_memory_utilization) for slot in slots]
     offload = _offload(question, f"tp{tp} pp{pp}", held, budgets)
     host = _host(f"tp{tp} pp{pp}", slots, offload)
+    _swap(engine, tp, slots[0].machine)
     rooms = [room - one.weights + one.away(offload) - RESERVE for one, room in zip(held, budgets, strict=True)]
     limiting = min(range(len(held)), key=lambda index: rooms[index] // held[index].token)
     cache = rooms[limiting] // held[limiting].token // BLOCK * BLOCK
@@ -391,6 +393,16 @@ def _host(name: str, slots: Sequence[Slot], offload: float) -> int:
             )
         most = max(most, used)
     return most
+
+
+def _swap(engine: Engine, tp: int, head: Machine) -> None:
+    """The engine's own check, on the head: it takes all ranks of a stage to be there."""
+    if engine.swap_share and tp * SWAP > engine.swap_share * head.host:
+        raise LayoutError(
+            f"tp {tp}: {engine.name} wants {tp * SWAP / GIB:.0f} GiB of swap space in {head.name}'s {head.host / GIB:.0f} GiB "
+            f"of host memory, and {engine.swap_share:.0%} is the most that it allows",
+            remedy="a smaller tp, or more host memory",
+        )
 
 
 def _sized(question: Question, tp: int, pp: int, stages: tuple[int, ...], offload: float, request: int) -> Layout:

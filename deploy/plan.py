@@ -25,6 +25,8 @@ REHEARSED = "gh200-96"
 OBJECT_STORE = 1 << 30
 "Bytes; Ray would take 30 % of the host memory that weights may need, and the engine keeps nothing there."
 OBJECT_STORE_REHEARSED = 128 << 20
+FREE = 0.95
+"Of a GPU's memory: with less, somebody uses it."
 OFFLOAD_TIMEOUT = 600
 "Seconds for one step: the engine's 60 s are too few where weights come from host memory."
 SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "RAY_AUTH_TOKEN", "APHRODITE_API_KEY", "APHRODITE_ADMIN_KEY", "VLLM_API_KEY")
@@ -147,7 +149,7 @@ def make(deployment: Deployment, facts: Facts, model: Model) -> Plan:
             prediction=choice.best.prediction,
             alternatives=_alternatives(choice),
             rejected=choice.rejected,
-            notes=(*notes, *_notes(question, choice.best, model, facts)),
+            notes=(*notes, *_notes(choice.best, model, facts)),
         )
     )
 
@@ -181,7 +183,7 @@ def _machines(deployment: Deployment, known: Mapping[str, NodeFacts]) -> tuple[t
     return tuple(machines), notes
 
 
-def _notes(question: Question, best: Candidate, model: Model, facts: Facts) -> list[str]:
+def _notes(best: Candidate, model: Model, facts: Facts) -> list[str]:
     notes = []
     if not model.pinned:
         notes.append(
@@ -192,12 +194,18 @@ def _notes(question: Question, best: Candidate, model: Model, facts: Facts) -> l
     networks = sorted({facts.node(slot.machine.name).network for slot in best.slots})
     if len(networks) > 1:
         notes.append(f"the private addresses are in {len(networks)} networks ({', '.join(networks)}): set private or nic")
-    small = [one for one in question.machines if one.gpus and one.gpus[0].free < 0.95 * one.gpus[0].total]
-    notes += [
-        f"{one.name}: only {one.gpus[0].free / GIB:.1f} of {one.gpus[0].total / GIB:.1f} GiB of its GPU are free"
-        for one in small
-    ]
     return notes
+
+
+def cautions(facts: Facts) -> tuple[str, ...]:
+    """GPUs that were in use when the nodes were asked. Not part of a plan: it must not change while it runs."""
+    said = []
+    for one in facts.nodes:
+        fullest = min(one.cuda.gpus, key=lambda each: each.free / each.total, default=None)
+        if fullest and fullest.free < FREE * fullest.total:
+            free = f"{fullest.free / GIB:.1f} of {fullest.total / GIB:.1f} GiB"
+            said.append(f"{one.name}: {free} of GPU memory were free when it was asked; `deploy preflight` looks again")
+    return tuple(said)
 
 
 def _alternatives(choice: Choice) -> tuple[Alternative, ...]:

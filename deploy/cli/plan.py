@@ -71,8 +71,8 @@ def plan(
         base = _changed(_base(context), engine_name, repo, tp, pp)
         deployment, facts = suppose.suppose(suppose.kind(kind or planning.REHEARSED), count, base)
     made, note = make(deployment, facts, offline=count is not None)
-    if note:
-        context.console.warn(note)
+    for caution in (*([note] if note else ()), *planning.cautions(facts)):
+        context.console.warn(caution)
     if shell:
         sys.stdout.write(planning.shell(made, () if count else deployment.nodes))
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import random
@@ -387,13 +388,23 @@ def test_ranks_follow_the_engines_order_and_spares_stay_out() -> None:
     assert [slot.machine.name for slot in layout.place(mixed, 7)] == ["k0"] * 2 + ["k2"] + ["k1"] * 4
 
 
-def test_a_gpu_that_is_in_use_counts_with_what_is_free() -> None:
+def test_the_smallest_gpu_is_what_counts() -> None:
     asked = question(10)
-    busy = Machine(name="k4", private="10.0.0.5", gpus=(Gpu(name="GH200", total=97871 << 20, free=60 << 30),), host=432 * GIB)
-    machines = (*asked.machines[:4], busy, *asked.machines[5:])
+    small = Machine(name="k4", private="10.0.0.5", gpus=(Gpu(name="GH200", total=80 << 30, free=0),), host=432 * GIB)
+    machines = (*asked.machines[:4], small, *asked.machines[5:])
     found = layout.evaluate(Question(engine=APHRODITE, model=llama(), machines=machines), 5, 2)
-    assert found.memory.budget_gib == 60.0
-    assert found.layout.offload_gib > 20
+    assert found.memory.budget_gib == 72.0
+    assert found.layout.offload_gib > 10
+
+
+def test_the_engines_check_of_its_swap_space_is_made_before_it_is() -> None:
+    machines = tuple(dataclasses.replace(one, host=40 * GIB) for one in question(16, size="8B").machines)
+    asked = Question(engine=APHRODITE, model=llama("8B"), machines=machines)
+    with pytest.raises(
+        LayoutError, match=r"tp 8: aphrodite wants 32 GiB of swap space in k0's 40 GiB of host memory, and 70%"
+    ):
+        layout.evaluate(asked, 8, 1)
+    assert layout.evaluate(asked, 7, 1).layout.tp == 7
 
 
 def test_the_fitted_constant_is_what_the_fit_gives() -> None:

@@ -177,6 +177,17 @@ def test_equal_input_gives_an_equal_id_and_any_other_another() -> None:
     assert len({first.id, *others.values()}) == len(others) + 1
 
 
+def test_nodes_that_are_asked_while_they_serve_give_the_same_plan() -> None:
+    """Or asking would end what runs: the plan would be another one."""
+    deployment, facts = supposed(10)
+    busy = facts.node("k4").cuda.gpus[0].model_copy(update={"free": 3 << 30})
+    cuda = facts.node("k4").cuda.model_copy(update={"gpus": (busy,)})
+    serving = change("k4", cuda=cuda, clock_s=1.0, taken=5.0)(facts)
+    assert plan.make(deployment, serving, llama()).id == plan.make(deployment, facts, llama()).id
+    assert [one for one in plan.cautions(serving) if one.startswith("k4: 3.0 of 95.6 GiB")]
+    assert not plan.cautions(facts)
+
+
 def test_the_id_is_of_everything_in_it() -> None:
     found = made(10)
     forged = found.model_copy(update={"serve": (*found.serve, "--uvloop")})
