@@ -443,7 +443,15 @@ def _compiled(run: Run, fetched: fetch.Fetched, ground: Ground, epoch: int) -> P
     past = jobs.learned(records, **like)
     run.known = units.learned(records, **like)
     wanted = run.options.jobs or run.settings.jobs
-    count = jobs.plan(memory=memory, memory_per_job=per_job, wanted=wanted, past=past)
+    whole = units.learned([one for one in records if one.outcome == "built"], **like)
+    count = jobs.plan(
+        memory=memory,
+        memory_per_job=per_job,
+        wanted=wanted,
+        past=past,
+        declared=[parse_size(size) for size in run.plan.recipe.data.build.unit_memory.values()],
+        peaks=[one.peak_memory for one in whole.values()],
+    )
     try:
         return _compile_once(run, fetched, ground, epoch, count, memory)
     except GracefarmError as error:
@@ -462,6 +470,8 @@ def _compile_once(run: Run, fetched: fetch.Fetched, ground: Ground, epoch: int, 
     run.known |= units.costs(units.read(work), run.known)
     tree = _source_tree(run, fetched, work, epoch)
     compile.check_requirements(run.plan, tree)
+    plan = units.schedule(run.known, run.plan.recipe.data.build, memory=memory - jobs.OTHERS, jobs=count.count)
+    (work / units.SCHEDULE).write_text(plan)
     cached = run.options.compiler_cache and run.plan.machine is None and ccache.enabled(run.settings)
     box = build_sandbox(run.plan, ground, run.settings, work, count=count.count, epoch=epoch, memory=memory, cached=cached)
     command = build_command(run.plan, ground, work)

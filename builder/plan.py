@@ -48,7 +48,7 @@ class Plan:
     def inputs(self) -> Inputs:
         """Everything that can change the bytes; job count, paths, time, comments and white space are not among it."""
         data = self.recipe.data
-        build = data.build.model_dump(mode="json", exclude={"memory_per_job"})
+        build = data.build.model_dump(mode="json", exclude={"memory_per_job", "unit_memory"})
         return {
             "format": FORMAT,
             "recipe": {

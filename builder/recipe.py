@@ -116,6 +116,10 @@ class Build(Table):
     )
     cuda: bool = Field(default=True, description="Needs the CUDA compiler and torch; false for a plain C extension")
     memory_per_job: Size = Field(default="4GiB", description="Peak memory of one compile job; bounds the number of jobs")
+    unit_memory: dict[str, Size] = Field(
+        default_factory=dict,
+        description="Peak memory of source files (glob) that need more than memory_per_job, until a build has measured them",
+    )
     binfmt: bool = Field(default=False, description="The build executes programs of the target other than Python")
 
 

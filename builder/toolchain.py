@@ -19,8 +19,8 @@ from gracefarm.settings import Settings
 CUDA = "/cuda"
 NVCC = "/toolchain"
 WRAPPERS = "/gracefarm"
-FRONT = f"{NATIVE_PYTHON} -I -S {WRAPPERS}/lib/front.py"
-"How the wrappers start a compilation that is cached and measured."
+FRONT, SCHEDULER = (f"{NATIVE_PYTHON} -I -S {WRAPPERS}/lib/{name}.py" for name in ("front", "schedule"))
+"How the wrappers start a compilation that is cached and measured, and ninja with a schedule."
 _COMPILERS = [prefix + name for prefix in ("", *(f"{arch.triplet}-" for arch in Arch)) for name in ("gcc", "g++", "cc", "c++")]
 PATH = f"{WRAPPERS}/bin:/opt/gracefarm/bin:{CUDA}/bin:/usr/bin:/bin:/env/bin"
 
@@ -39,11 +39,12 @@ def wrappers(settings: Settings) -> Path:
                 (folder / "bin").mkdir()
                 (folder / "lib").mkdir()
                 # Copies: torch believes that a compiler is GNU's when the file that the name leads to says so.
-                names = dict.fromkeys(_COMPILERS, "compiler") | {name: name for name in ("emulate", "nvcc", "python")}
+                names = dict.fromkeys(_COMPILERS, "compiler") | {name: name for name in ("emulate", "ninja", "nvcc", "python")}
                 for name, script in names.items():
                     shutil.copy(source / script, folder / "bin" / name)
                     (folder / "bin" / name).chmod(0o755)
-                shutil.copy(source / "front.py", folder / "lib" / "front.py")
+                for name in ("front.py", "schedule.py"):
+                    shutil.copy(source / name, folder / "lib" / name)
                 for name in ("python3", "python3.11"):
                     (folder / "bin" / name).symlink_to("python")
                 shutil.copy(source / "toolchain.cmake", folder / "toolchain.cmake")
@@ -169,6 +170,8 @@ def variables(plan: Plan, *, jobs: int, epoch: int) -> dict[str, str]:
         "GRACEFARM_TARGET": plan.target.value,
         "GRACEFARM_FRONT": FRONT,
         "GRACEFARM_UNITS": f"/build/{units.NAME}",
+        "GRACEFARM_SCHEDULER": SCHEDULER,
+        "GRACEFARM_SCHEDULE": f"/build/{units.SCHEDULE}",
         "CC": gcc,
         "CXX": gxx,
         "CMAKE_TOOLCHAIN_FILE": f"{WRAPPERS}/toolchain.cmake",

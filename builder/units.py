@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,10 +10,12 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from builder.recipe import Build
 from builder.record import CompilerCache, Record, Unit
+from gracefarm.tables import parse_size
 
-NAME = "units.jsonl"
-"In a build's working folder."
+NAME, SCHEDULE = "units.jsonl", "schedule.json"
+"In a build's working folder: what front.py writes, what schedule.py reads."
 _NO_UNIT = re.compile(r"^\.\./|(?:^|/)CMakeFiles/")
 "What configure steps compile to find something out: outside the source, or in CMake's own folders."
 
@@ -93,4 +96,18 @@ def title(found: CompilerCache) -> str:
     return (
         f"compiler cache: {found.hits} hits, {found.misses} misses, {found.uncacheable} not cacheable{reasons}; "
         f"about {found.saved_cpu_s:.0f} CPU s saved"
+    )
+
+
+def schedule(known: Mapping[str, Unit], build: Build, *, memory: int, jobs: int) -> str:
+    """What schedule.py goes by, as JSON."""
+    return json.dumps(
+        {
+            "jobs": jobs,
+            "memory": memory,
+            "per_job": parse_size(build.memory_per_job),
+            "declared": {glob: parse_size(size) for glob, size in build.unit_memory.items()},
+            "peaks": {name: one.peak_memory for name, one in known.items()},
+            "seconds": {name: one.wall_s for name, one in known.items()},
+        }
     )

@@ -1,0 +1,130 @@
+"""The compiler cache: the compile stage of a first build, of a second one, and after one line has changed in one unit.
+
+python -m bench cache          both projects; python -c 'from bench import cache; cache.many()' the first alone
+
+The first project has six CUDA units of equal weight and no torch; the second is causal-conv1d, whose compile stage pays for an
+import of torch under emulation (about 20 s on the machine of docs/benchmarks.md), which no cache saves.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from gracefarm import settings as settings_module
+from gracefarm.files import remove_tree
+from tests import projects
+
+CAUSAL = "csrc/causal_conv1d_bwd.cu"
+SHARED = ("roots", "environments", "toolchains", "cuda", "wrappers", "store", "uv")
+SECOND, CHANGED = 0.15, 1.3
+"Bounds, as ratios."
+UNITS = "abcdef"
+WEIGHT = 16
+UNIT = """
+template <int N> __device__ float step(float x) {
+#pragma unroll
+    for (int i = 0; i < 48; i++) x = sinf(x * (N + i)) + expf(x) * cosf(x + i);
+    return x;
+}
+template <int N> __global__ void kernel_NAME(float *values) { values[threadIdx.x] = step<N>(values[threadIdx.x]); }
+template <int N> void all(float *values) {
+    kernel_NAME<N><<<1, 32>>>(values);
+    if constexpr (N > 0) all<N - 1>(values);
+}
+int launch_NAME() { all<WEIGHT>(nullptr); return 0; }
+"""
+
+
+class Farm:
+    """A home of its own over the machine's roots and environments, so that its compiler cache starts empty."""
+
+    def __init__(self, folder: Path) -> None:
+        home = settings_module.load().home
+        self.home, self.project = folder / "home", folder / "project"
+        self.home.mkdir()
+        for name in SHARED:
+            (self.home / name).symlink_to(home / name)
+
+    def compile(self, recipe: str) -> tuple[float, dict[str, object]]:
+        """Seconds of the compile stage of a build from nothing but the cache, and its record."""
+        remove_tree(self.home / "builds")
+        variables = {"GRACEFARM_HOME": str(self.home), "GRACEFARM_PROJECT": str(self.project)}
+        subprocess.run(
+            [sys.executable, "-m", "builder", "build", recipe], check=True, env=os.environ | variables, stdout=sys.stderr
+        )
+        [place] = (self.home / "builds").glob("*/record.json")
+        found = json.loads(place.read_text())
+        return next(stage["wall_s"] for stage in found["stages"] if stage["name"] == "compile"), found
+
+
+def measure(farm: Farm, recipe: str, unit: str, change: Path, before: str, after: str) -> None:
+    """Three builds, and a table of them; `change` is the file in which `before` becomes `after`."""
+    first, record = farm.compile(recipe)
+    print(f"{recipe}: {len(record['units'])} units, load {os.getloadavg()[0]:.1f}")  # type: ignore[arg-type]
+    print(f"  first build          {first:.1f} s")
+    second, record = farm.compile(recipe)
+    show("second, from the cache", second, first, SECOND, record)
+    text = change.read_text()
+    assert before in text
+    change.write_text(text.replace(before, after, 1))
+    third, record = farm.compile(recipe)
+    units = record["units"]
+    assert isinstance(units, dict)
+    show(f"one line of {unit}", third, units[unit]["wall_s"], CHANGED, record)
+
+
+def show(what: str, seconds: float, of: float, bound: float, record: Mapping[str, object]) -> None:
+    """One row."""
+    cache = record["compiler_cache"]
+    assert isinstance(cache, dict)
+    said = f"{cache['hits']} hits, {cache['misses']} misses"
+    print(f"  {what:20} {seconds:.1f} s / {of:.1f} s = {seconds / of:.3f} (at most {bound}); {said}", flush=True)
+
+
+def many() -> None:
+    """Six CUDA units without torch."""
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(TemporaryDirectory(dir=settings_module.load().home)))
+        farm = Farm(folder)
+        shutil.copytree(settings_module.load().project / "stacks", farm.project / "stacks")
+        files = {name: text for name, text in projects.tree("many_cuda").items() if not name.startswith("src/unit_")}
+        units = {f"src/unit_{name}.cu": UNIT.replace("NAME", name).replace("WEIGHT", str(WEIGHT)) for name in UNITS}
+        tables = {
+            "name": "many-cuda",
+            "stack": "cu130",
+            "build": {"cuda": True, "memory_per_job": "1GiB"},
+            "smoke": {"imports": ["many_cuda"]},
+        }
+        place = projects.write_recipe(farm.project, "many_cuda", {**files, **units}, tables) / "recipe.toml"
+        with place.open("a") as recipe:
+            recipe.write('\n[[substitutions]]\npath = "src/unit_c.cu"\nfind = "(N + i)"\nreplace = "(N + i)"\n')
+        measure(farm, "many_cuda", "src/unit_c.cu", place, 'replace = "(N + i)"', 'replace = "(N - i)"')
+
+
+def causal_conv1d() -> None:
+    """The recipe causal_conv1d; the changed unit is its longest."""
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(TemporaryDirectory(dir=settings_module.load().home)))
+        farm = Farm(folder)
+        for name in ("stacks", "recipes"):
+            shutil.copytree(settings_module.load().project / name, farm.project / name)
+        place = farm.project / "recipes" / "causal_conv1d" / "recipe.toml"
+        include = "#include <c10/util/BFloat16.h>"
+        with place.open("a") as recipe:
+            recipe.write(f'\n[[substitutions]]\npath = "{CAUSAL}"\nfind = "{include}"\nreplace = "{include}"\n')
+        changed = f'replace = "{include}\\nstatic const int changed = 1;"'
+        measure(farm, "causal_conv1d", CAUSAL, place, f'replace = "{include}"', changed)
+
+
+def main() -> None:
+    """Measure and print."""
+    many()
+    causal_conv1d()

@@ -1,0 +1,124 @@
+"""Units that take memory for real, on a machine too small for two of them: through the whole flow, with the real ninja."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from itertools import combinations
+from typing import Any
+
+from gracefarm.files import remove_tree
+from tests import projects
+from tests.conftest import Farm
+from tests.integration.test_build import NATIVE
+
+# `gcc -wrapper ./hold,MIB` starts cc1 through it: it takes so much memory, keeps it for a while, and then becomes cc1.
+HOLD = """
+#define _GNU_SOURCE
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+#include <sys/wait.h>
+static double now(void) { struct timespec t; clock_gettime(CLOCK_MONOTONIC, &t); return t.tv_sec + t.tv_nsec / 1e9; }
+int main(int count, char **words) {
+    if (!strstr(words[3], "cc1")) return execvp(words[3], words + 3);
+    double started = now();
+    size_t size = (size_t)atoi(words[1]) << 20;
+    memset(malloc(size), 1, size);
+    usleep(atoi(words[2]) * 1000);
+    pid_t child = fork();
+    if (child == 0) { execvp(words[3], words + 3); _exit(1); }
+    int status; waitpid(child, &status, 0);
+    char line[4096]; const char *source = "";
+    for (int i = 4; i < count; i++) if (strstr(words[i], ".c") && words[i][0] != '-') { source = words[i]; break; }
+    FILE *log = fopen("held.txt", "a");
+    fprintf(log, "%s %f %f\\n", source, started, now()); fclose(log);
+    return WEXITSTATUS(status);
+}
+"""
+BODY = """
+import json
+os.makedirs('csrc', exist_ok=True)
+subprocess.run(['gcc', '-O1', 'hold.c', '-o', 'hold'], check=True)
+text = 'rule cc' + chr(10) + '  command = gcc -wrapper ./hold,$mib,$ms -c $in -o $out' + chr(10)
+for name, (mib, ms) in sorted(json.load(open('units.json')).items()):
+    text += f'build {name}.o: cc {name}' + chr(10) + f'  mib = {mib}' + chr(10) + f'  ms = {ms}' + chr(10)
+open('build.ninja', 'w').write(text)
+subprocess.run(['ninja', '-v', '-j', os.environ['MAX_JOBS']], check=True)
+return wheel(wheel_directory, files={'tiny/held.txt': open('held.txt', 'rb').read()})
+"""
+LARGE, SMALL = 700, 30
+UNITS = {"a_small.c": (SMALL, 50), "b_large.c": (LARGE, 900), "c_small.c": (SMALL, 300), "d_large.c": (LARGE, 900)}
+UNITS |= {"e_small.c": (SMALL, 300), "z_long.c": (SMALL, 1600)}
+MEMORY = {"GRACEFARM_MEMORY": "1380MiB", "GRACEFARM_COMPILER_CACHE": "off"}
+"Room for one large unit beside a small one and Python, and not for two."
+
+
+def held(farm: Farm, *options: str, **build: object) -> tuple[dict[str, tuple[float, float]], str]:
+    """When each unit had its memory, and what was said."""
+    files: dict[str, str | bytes] = dict.fromkeys(UNITS, "int x;\n")
+    files |= projects.backend(BODY) | {"hold.c": HOLD, "units.json": json.dumps(UNITS), "options": " ".join(options)}
+    farm.recipe("tiny", files, build={"cuda": False, "memory_per_job": "100MiB", **build})
+    done = farm.run("build", "tiny", "--target", NATIVE, *options, **MEMORY)
+    assert done.code == 0, done.said + farm.run("log", "tiny").out
+    with zipfile.ZipFile(done.out.strip()) as opened:
+        lines = opened.read("tiny/held.txt").decode().splitlines()
+    found = {name: (float(start), float(end)) for name, start, end in (line.split() for line in lines)}
+    assert sorted(found) == sorted(UNITS)
+    return found, done.said
+
+
+def overlap(one: tuple[float, float], other: tuple[float, float]) -> bool:
+    return one[0] < other[1] and other[0] < one[1]
+
+
+def pairs(found: dict[str, tuple[float, float]], kinds: tuple[str, str]) -> list[bool]:
+    """For each pair of units of these kinds, whether they ran beside each other."""
+    return [
+        overlap(found[one], found[other])
+        for one, other in combinations(sorted(found), 2)
+        if sorted(("large" if "large" in name else "small") for name in (one, other)) == sorted(kinds)
+    ]
+
+
+def record(farm: Farm) -> dict[str, Any]:
+    found = json.loads(farm.run("show", "tiny", "--json").out)
+    assert isinstance(found, dict)
+    return found
+
+
+def test_large_units_that_are_declared_never_run_beside_each_other_and_small_ones_do(farm: Farm) -> None:
+    found, _ = held(farm, "--jobs", "2", unit_memory={"*_large.c": "750MiB"})
+    assert record(farm)["jobs"]["count"] == 2
+    assert not any(pairs(found, ("large", "large")))
+    assert any(pairs(found, ("large", "small")))
+    assert len([stage for stage in record(farm)["stages"] if stage["name"] == "compile"]) == 1
+
+
+def test_what_one_build_measured_keeps_large_units_apart_in_the_next_and_starts_the_longest_first(farm: Farm) -> None:
+    held(farm, "--jobs", "1")
+    first = record(farm)
+    assert {name for name, one in first["units"].items() if one["peak_memory"] > LARGE << 20} == {"b_large.c", "d_large.c"}
+    assert first["units"]["z_long.c"]["wall_s"] > 1.6
+    found, said = held(farm, "--jobs", "2")
+    assert "the 6 translation units of the last build leave room for 2" in said
+    assert not any(pairs(found, ("large", "large")))
+    assert any(pairs(found, ("large", "small")))
+    begun = sorted(found, key=lambda name: found[name][0])
+    assert begun[:2] in (
+        ["b_large.c", "z_long.c"],
+        ["d_large.c", "z_long.c"],
+        ["z_long.c", "b_large.c"],
+        ["z_long.c", "d_large.c"],
+    )
+    remove_tree(farm.settings.home / "builds")
+
+
+def test_without_either_they_meet_and_the_build_is_killed_once(farm: Farm) -> None:
+    """The trap itself: the same project when nothing is declared and nothing known."""
+    held(farm, "--jobs", "2")
+    kinds = [stage["name"] for stage in record(farm)["stages"]]
+    assert kinds.count("compile") == 2
+    assert record(farm)["jobs"]["count"] == 1

@@ -1,0 +1,158 @@
+"""What becomes of a build.ninja: longest first, large units apart; and the same rule when jobs are planned."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+
+from builder import jobs, meter, units
+from builder.data.toolchain import schedule
+from builder.record import CompilerCache, Unit
+from tests.unit.test_jobs import GIB, built, compiled
+
+TORCH = """\
+ninja_required_version = 1.3
+nvcc = /cuda/bin/nvcc
+rule cuda_compile
+  depfile = $out.d
+  command = $nvcc -c $in -o $out
+
+build /build/source/build/temp/a.o: cuda_compile /build/source/csrc/a.cu
+build /build/source/build/temp/b.o: cuda_compile /build/source/csrc/b.cu
+build /build/source/build/temp/c.o: cuda_compile /build/source/csrc/c.cu
+
+default /build/source/build/temp/a.o
+"""
+CMAKE = """\
+include CMakeFiles/rules.ninja
+cmake_ninja_workdir = /build/source/cmake/
+build cmake_object_order_depends_target__C: phony || csrc
+build CMakeFiles/_C.dir/csrc/a$ b.cu.o: CUDA_COMPILER___C_unscanned_Release $
+    /build/source/csrc/a$ b.cu || cmake_object_order_depends_target__C
+  DEFINES = -DX
+  pool = compile
+build CMakeFiles/_C.dir/csrc/c.cu.o: CUDA_COMPILER___C_unscanned_Release ../csrc/c.cu | other.h || x
+  DEFINES = -DX
+build _C.so: LINK CMakeFiles/_C.dir/csrc/a$ b.cu.o
+  pool = console
+"""
+
+
+@pytest.fixture(autouse=True)
+def eight_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _pid: set(range(8)))
+    monkeypatch.setattr(meter, "cpu_quota", lambda: None)
+    monkeypatch.setenv("GRACEFARM_UNITS", "/build/units.jsonl")
+
+
+def plan(**values: Any) -> dict[str, Any]:
+    return {"jobs": 2, "memory": 16, "per_job": 4, "declared": {}, "peaks": {}, "seconds": {}, **values}
+
+
+def sources(text: str) -> list[str]:
+    return [line.rpartition("/")[2] for line in text.splitlines() if line.startswith("build ") and ".cu" in line]
+
+
+def test_the_longest_unit_starts_first_and_an_unknown_one_is_taken_for_long() -> None:
+    seconds = {"csrc/a.cu": 1.0, "csrc/c.cu": 100.0}
+    assert sources(schedule.scheduled(TORCH, plan(seconds=seconds), "/build/source")) == ["b.cu", "c.cu", "a.cu"]
+    assert sources(schedule.scheduled(TORCH, plan(), "/build/source")) == ["a.cu", "b.cu", "c.cu"]
+
+
+def test_large_units_share_a_pool_and_start_first() -> None:
+    text = schedule.scheduled(TORCH, plan(declared={"b.cu": 9}, peaks={"csrc/c.cu": 10}), "/build/source")
+    assert sources(text) == ["b.cu", "c.cu", "a.cu"]
+    assert text.startswith(
+        "# gracefarm: 2 of 3 units need more than their share, 1 of them at once\npool gracefarm_large\n  depth = 1\n"
+    )
+    assert text.count("  pool = gracefarm_large\n") == 2
+    assert "csrc/a.cu\n  pool" not in text
+    # A measured peak is believed before a declared one.
+    text = schedule.scheduled(TORCH, plan(declared={"csrc/*.cu": 9}, peaks={"csrc/b.cu": 1}), "/build/source")
+    assert "csrc/b.cu\n  pool" not in text
+    assert text.count("  pool = gracefarm_large\n") == 2
+
+
+def test_one_job_needs_no_pool() -> None:
+    assert "pool = " not in schedule.scheduled(TORCH, plan(jobs=1, declared={"*": 100}), "/build/source")
+
+
+def test_cmakes_edges_keep_their_lines_and_lose_a_pool_of_their_own_to_ours() -> None:
+    text = schedule.scheduled(
+        CMAKE, plan(declared={"*.cu": 9}, seconds={"csrc/a b.cu": 1, "csrc/c.cu": 2}), "/build/source/cmake"
+    )
+    assert sorted(text.splitlines()[3:]) == sorted(
+        CMAKE.replace("pool = compile", "pool = gracefarm_large")
+        .replace("other.h || x\n", "other.h || x\n  pool = gracefarm_large\n")
+        .splitlines()
+    )
+    assert text.index("csrc/c.cu.o:") < text.index("csrc/a$ b.cu.o:")
+    assert "    /build/source/csrc/a$ b.cu || cmake_object_order_depends_target__C\n  pool = gracefarm_large\n" in text
+
+
+@pytest.mark.parametrize("between", ["flags = -O1\n", "rule other\n  command = x\n", "subninja x.ninja\n"])
+def test_what_stands_between_edges_keeps_them_where_they_are(between: str) -> None:
+    text = TORCH.replace("build /build/source/build/temp/c.o", between + "build /build/source/build/temp/c.o")
+    seconds = {"csrc/a.cu": 1.0, "csrc/b.cu": 2.0, "csrc/c.cu": 3.0}
+    found = schedule.scheduled(text, plan(seconds=seconds, declared={"c.cu": 9}), "/build/source")
+    assert sources(found) == ["a.cu", "b.cu", "c.cu"]
+    assert "csrc/c.cu\n  pool = gracefarm_large\n" in found
+
+
+def test_whatever_runs_at_once_fits() -> None:
+    """Any choice of jobs that the pool allows, for thousands of random sets of units."""
+    chance = random.Random(4)
+    for _ in range(3000):
+        count, memory = chance.randint(2, 8), chance.randint(8, 64)
+        peaks = [chance.randint(1, min(memory, 24)) for _ in range(chance.randint(1, 12))]
+        depth = schedule.large_at_once(memory, peaks, count)
+        large = sorted((peak for peak in peaks if peak * count > memory), reverse=True)
+        rest = sorted((peak for peak in peaks if peak * count <= memory), reverse=True)
+        if depth is None:
+            assert large[0] + (count - 1) * (rest or [0])[0] > memory
+            continue
+        for beside in range(min(depth, len(large)) + 1):
+            assert sum(large[:beside]) + sum(rest[: count - beside]) <= memory
+
+
+def test_known_units_allow_more_jobs_than_a_declaration_for_the_largest_of_them() -> None:
+    peaks = [int(8.7 * GIB), int(7.7 * GIB), *[int(2.5 * GIB)] * 60]
+    assert jobs.plan(memory=24 * GIB, memory_per_job="9GiB", wanted=None).count == 2
+    found = jobs.plan(memory=24 * GIB, memory_per_job="9GiB", wanted=None, peaks=peaks)
+    assert found.count == 6
+    assert "the 62 translation units of the last build leave room for 6" in found.reason
+
+
+def test_declared_large_units_lower_the_jobs_beside_which_one_of_them_fits() -> None:
+    found = jobs.plan(memory=24 * GIB, memory_per_job="4GiB", wanted=None, declared=[9 * GIB, 8 * GIB])
+    assert found.count == 4
+    assert "larger units kept apart" in found.reason
+    assert jobs.plan(memory=24 * GIB, memory_per_job="4GiB", wanted=None).count == 6
+    assert jobs.plan(memory=8 * GIB, memory_per_job="4GiB", wanted=None, declared=[9 * GIB]).count == 1
+
+
+def test_a_build_from_the_cache_teaches_nothing_about_memory() -> None:
+    warm = CompilerCache(hits=1, misses=0, uncacheable=0, saved_cpu_s=1)
+    one = built(compiled(1, 16), count=8).model_copy(update={"compiler_cache": warm})
+    assert jobs.learned([one], stack="cu130", target="aarch64") is None
+
+
+def test_the_newest_word_on_a_unit_counts_and_a_hit_changes_nothing() -> None:
+    old = built(compiled(1, 16), count=1).model_copy(
+        update={"units": {name: Unit(wall_s=9, cpu_s=9, peak_memory=9) for name in ("a.cu", "b.cu")}}
+    )
+    new = old.model_copy(update={"units": {"a.cu": Unit(wall_s=1, cpu_s=1, peak_memory=1)}})
+    known = units.learned([new, old], stack="cu130", target="aarch64")
+    assert {name: one.cpu_s for name, one in known.items()} == {"a.cu": 1, "b.cu": 9}
+    notes = [
+        units.Note(unit="a.cu", outcome="hit", wall_s=0.1, cpu_s=0.1, peak_memory=1),
+        units.Note(unit="b.cu", outcome="unsupported compiler option", wall_s=3, cpu_s=3, peak_memory=3),
+    ]
+    assert {name: one.cpu_s for name, one in units.costs(notes, known).items()} == {"a.cu": 1, "b.cu": 3}
+    found = units.statistics(notes, known)
+    assert found is not None
+    assert units.title(found) == (
+        "compiler cache: 1 hits, 0 misses, 1 not cacheable; 1 x unsupported compiler option; about 1 CPU s saved"
+    )
