@@ -153,6 +153,11 @@ def variables(plan: Plan, site: Path, settings: Settings, folder: Path, *, jobs:
     if home is not None and machine.cuda_home is not None:
         found |= {"CUDA_HOME": str(home), "CUDA_PATH": str(home), "CUDACXX": str(home / "bin" / "nvcc")}
         found |= {"GRACEFARM_NVCC": str(machine.cuda_home / "bin" / "nvcc"), "GRACEFARM_CCBIN": ""}
+    if machine.cxx_runtime is not None:
+        # Before the objects: what is found in it is not looked for in libstdc++.a, which the compiler adds at the end.
+        found["LDFLAGS"] = (
+            f"{found.get('LDFLAGS', '')} -Wl,--push-state,--no-as-needed,{machine.cxx_runtime},--pop-state".strip()
+        )
     return found | library_path()
 
 

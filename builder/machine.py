@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,6 +21,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from builder import environment, plain
+from builder.audit import elf
 from builder.stack import Arch, LoadedStack, Torch, host_arch
 from gracefarm.errors import HostError
 from gracefarm.files import sha256_file
@@ -99,6 +101,8 @@ class Machine:
     "Sentences about what is not as the stack has it."
     uncut: str | None = None
     "Why a build has this machine's network; None: it has none."
+    cxx_runtime: Path | None = None
+    "The shared libstdc++ to link with by name, where the compiler would link a static one; None: it takes the shared one."
 
     @property
     def locked(self) -> bool:
@@ -153,6 +157,7 @@ def find(base: LoadedStack, wanted: Wanted, *, cuda: bool) -> Machine:
         _check_torch(base, wanted, interpreter)
     glibc = "_".join(os.confstr("CS_GNU_LIBC_VERSION").split()[-1].split(".")[:2])  # type: ignore[union-attr]
     compilers["glibc"] = glibc.replace("_", ".")
+    cxx_runtime = _shared_cxx_runtime(interpreter) if _links_cxx_statically() else None
     return Machine(
         base=base,
         wanted=wanted,
@@ -162,12 +167,15 @@ def find(base: LoadedStack, wanted: Wanted, *, cuda: bool) -> Machine:
         compilers=compilers,
         cuda_home=cuda_home,
         cuda=release,
-        differences=tuple(_differences(base, wanted, arch, interpreter, glibc)),
+        differences=tuple(_differences(base, wanted, arch, interpreter, glibc, cxx_runtime)),
         uncut=plain.uncut(),
+        cxx_runtime=cxx_runtime,
     )
 
 
-def _differences(base: LoadedStack, wanted: Wanted, arch: Arch, interpreter: Interpreter, glibc: str) -> Iterator[str]:
+def _differences(
+    base: LoadedStack, wanted: Wanted, arch: Arch, interpreter: Interpreter, glibc: str, cxx_runtime: Path | None
+) -> Iterator[str]:
     data = base.data
     yield f"compilers are this machine's, not those of {data.root.suite} that the stack locks"
     if interpreter.minor != data.python:
@@ -178,6 +186,8 @@ def _differences(base: LoadedStack, wanted: Wanted, arch: Arch, interpreter: Int
         yield f"glibc is {glibc.replace('_', '.')}, the stack allows {allowed} on {arch.value}: the wheel may need this one"
     if wanted.environment is not None:
         yield "packages are those installed in the environment that was named, not those of the stack's lock"
+    if cxx_runtime is not None:
+        yield "g++ links libstdc++ statically here; it is told to take the shared one, as torch does"
 
 
 # --- Python ------------------------------------------------------------------------------------------------------------------
@@ -282,6 +292,33 @@ def _gcc() -> Iterator[tuple[str, str]]:
             place = shutil.which(_said([program, f"-print-prog-name={part}"]))
             if place is not None:
                 yield part, f"sha256:{sha256_file(Path(place))}"
+
+
+def _links_cxx_statically() -> bool:
+    """Whether a shared object that throws gets a C++ runtime of its own: then no exception could pass from it to torch."""
+    with tempfile.TemporaryDirectory() as folder:
+        source, made = Path(folder, "throws.cpp"), Path(folder, "throws.so")
+        source.write_text('#include <stdexcept>\nvoid fail() { throw std::runtime_error(""); }\n')
+        compiler = os.environ.get("CXX") or "g++"
+        done = subprocess.run(
+            [compiler, "-shared", "-fPIC", "-o", made, source], capture_output=True, text=True, check=False, timeout=60
+        )
+        if done.returncode:
+            raise HostError(
+                f"{compiler} does not compile C++: {done.stderr.strip()[-300:]}",
+                remedy="install g++ and its libstdc++ (Debian: build-essential)",
+            )
+        return "libstdc++.so.6" not in elf.read(made).needed
+
+
+def _shared_cxx_runtime(interpreter: Interpreter) -> Path:
+    """The libstdc++ that this Python loads: the one that its torch uses."""
+    program = "import ctypes; ctypes.CDLL('libstdc++.so.6'); print(open('/proc/self/maps').read())"
+    done = subprocess.run([interpreter.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60)
+    found = next((line.split()[-1] for line in done.stdout.splitlines() if "/libstdc++.so.6" in line), None)
+    if found is None:
+        raise HostError("g++ links libstdc++ statically, and there is no shared one", remedy="install libstdc++6")
+    return Path(found)
 
 
 def _toolkit(base: LoadedStack, wanted: Wanted) -> tuple[Path, str]:

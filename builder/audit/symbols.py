@@ -7,6 +7,8 @@ This follows glibc's loader over ELF tables alone; nothing is executed, so it wo
   closure, which are global; they do not see other extension modules, which Python loads with RTLD_LOCAL.
 - A version demanded of a library (.gnu.version_r) must be defined by that library, as the loader checks before it binds
   anything (_dl_check_map_versions), and a versioned reference must find a definition of that version in the scope.
+- A C++ runtime that is linked in (-static-libstdc++) beside the shared one of torch resolves everything, and the first
+  exception that crosses from one to the other ends the process: seen on a GPU, where a refusal was a segmentation fault.
 """
 
 from __future__ import annotations
@@ -22,6 +24,8 @@ from builder.audit.providers import Library, Providers
 from builder.verdict import Verdict, not_applicable, passed, refused
 
 GATE = "symbols"
+
+_CXX_RUNTIME, _CXX_THROW = "libstdc++.so.6", "__cxa_throw"
 
 
 @dataclass(kw_only=True)
@@ -123,7 +127,7 @@ def _report_absent(soname: str, library: Library, findings: _Findings) -> None:
 
 def _check(library: Library, scope: list[Library], findings: _Findings) -> None:
     """One object of the wheel in one scope."""
-    for complaint in _unmet_versions(library, scope):
+    for complaint in (*_unmet_versions(library, scope), *_second_runtime(library, scope)):
         findings.complaints[complaint] = None
     counts = findings.resolved.setdefault(library.name, Counter())
     counts.clear()
@@ -146,6 +150,14 @@ def _unmet_versions(library: Library, scope: list[Library]) -> Iterator[str]:
         if need.version not in defined:
             newest = _newest(need.version, list(defined)) or "none of that kind"
             yield f"{library.name} needs version {need.version} of {need.file}; the stack's has {newest}"
+
+
+def _second_runtime(library: Library, scope: list[Library]) -> Iterator[str]:
+    if _CXX_THROW in library.found.exports.symbols and any(one.found.soname == _CXX_RUNTIME for one in scope):
+        yield (
+            f"{library.name} has a C++ runtime of its own beside {_CXX_RUNTIME}, which it is loaded with: an exception that "
+            f"crosses between them crashes; link with the shared one, without -static-libstdc++"
+        )
 
 
 def _newest(version: str, defined: list[str]) -> str | None:

@@ -214,6 +214,12 @@ def unknown_driver_symbol(bench: Bench) -> Draft:
     return draft(bench.core("driven.so", source, "driver.so"))
 
 
+def second_cxx_runtime(bench: Bench) -> Draft:
+    """What -static-libstdc++ leaves in an extension of torch: everything is resolved, and exceptions crash."""
+    source = module(before="void __cxa_throw(void *a, void *b, void (*c)(void *)) { (void)a, (void)b, (void)c; }")
+    return draft(bench.core("runtime.so", source, "-Wl,--no-as-needed", "-l:libstdc++.so.6"))
+
+
 def cuda_draft(bench: Bench, *sms: str) -> Draft:
     """A module beside a library with device code."""
     one = draft(bench.core("plain.so", module()))
@@ -243,6 +249,7 @@ REFUSED: dict[Callable[[Bench], Draft], tuple[str, str]] = {
     missing_symbol: ("symbols", "undefined symbol nobody_defines_me"),
     too_new_symbol: ("symbols", "needs version FOO_2 of libfoo.so.1; the stack's has up to FOO_1"),
     unknown_driver_symbol: ("symbols", "undefined symbol cuReadMind"),
+    second_cxx_runtime: ("symbols", "has a C++ runtime of its own beside libstdc++.so.6"),
 }
 
 

@@ -8,12 +8,14 @@ import shutil
 import subprocess
 import sys
 import threading
+import zipfile
 from pathlib import Path
 
 import pytest
 import uv
 
 from builder import environment, hosted, machine, plain, sandbox, smoke, stack
+from builder.audit import elf
 from builder.stack import host_arch
 from gracefarm.errors import SmokeError
 from tests import projects
@@ -125,6 +127,45 @@ def test_another_compiler_is_another_build_id_and_so_is_the_sandbox(farm: Farm, 
     ids.add(str(planned(farm, "--environment", str(own), CC=str(compiler))["build_id"]))
     ids.add(str(json.loads(farm.run("plan", "tiny_c", "--target", NATIVE, "--json").out)["build_id"]))
     assert len(ids) == 3
+
+
+THROWER = """
+#include <Python.h>
+#include <stdexcept>
+static PyObject *fail(PyObject *, PyObject *) {
+    try { throw std::runtime_error("thrown"); }
+    catch (const std::exception &error) { return PyUnicode_FromString(error.what()); }
+}
+static PyMethodDef methods[] = {{"fail", fail, METH_NOARGS, ""}, {nullptr}};
+static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_thrower", nullptr, -1, methods};
+PyMODINIT_FUNC PyInit__thrower() { return PyModule_Create(&module); }
+"""
+THROWER_SETUP = """
+from setuptools import Extension, setup
+setup(name="thrower", version="1.0", ext_modules=[Extension("_thrower", ["thrower.cpp"], language="c++")])
+"""
+
+
+def test_a_compiler_that_links_its_cxx_runtime_statically_is_told_to_take_the_shared_one(
+    farm: Farm, own: Path, tmp_path: Path
+) -> None:
+    """With two C++ runtimes in one process an exception of the extension that torch is to catch is a segmentation fault."""
+    compiler = tmp_path / "g++"
+    compiler.write_text('#!/bin/sh\nexec g++ "$@" -static-libstdc++\n')
+    compiler.chmod(0o755)
+    files = {
+        "setup.py": THROWER_SETUP,
+        "thrower.cpp": THROWER,
+        "pyproject.toml": "[build-system]\nrequires = ['setuptools']\n",
+    }
+    farm.recipe("thrower", files, name="thrower", smoke={"imports": ["_thrower"]})
+    done = farm.run("build", "thrower", "--toolchain", "host", "--environment", str(own), CXX=str(compiler))
+    assert done.code == 0, done.said
+    assert "g++ links libstdc++ statically here" in done.said
+    (member,) = [name for name in zipfile.ZipFile(done.out.strip()).namelist() if name.endswith(".so")]
+    found = elf.read(Path(zipfile.ZipFile(done.out.strip()).extract(member, tmp_path)))
+    assert "libstdc++.so.6" in found.needed
+    assert "__cxa_throw" not in found.exports.symbols
 
 
 def test_cuda_with_the_machines_toolkit_for_the_stacks_architectures_alone(farm: Farm, own: Path) -> None:
