@@ -226,6 +226,20 @@ def test_pip_is_told_to_trust_plain_http_from_elsewhere(site: Server) -> None:
         assert "--trusted-host" not in site.client.get(path).text
 
 
+def test_what_is_asked_for_in_vain_is_said(site: Server) -> None:
+    text = site.client.get("/project/causal-conv1d/?cuda=9.9&python=cp311").text
+    assert "No wheel is for CUDA 9.9 and Python cp311." in text
+    assert "<option selected>9.9</option>" in text, "the form shows what it was asked"
+
+
+def test_a_quarantined_project_has_no_finder(site: Server) -> None:
+    assert site.upload(*wheel("kept_away")).status_code == 200
+    run_index(site.root, "status", "kept-away", "quarantined", "--reason", "it mines")
+    text = site.client.get("/project/kept-away/").text
+    assert "None is offered while the project is quarantined" in text
+    assert "<select" not in text
+
+
 def test_a_forged_host_is_not_printed(site: Server) -> None:
     assert site.client.get("/sets/", headers={"Host": "[:"}).status_code == 200
     assert "evil" not in site.client.get("/", headers={"Host": 'evil"><script>'}).text
