@@ -32,6 +32,10 @@ OFFLOAD_TIMEOUT = 600
 SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "RAY_AUTH_TOKEN", "APHRODITE_API_KEY", "APHRODITE_ADMIN_KEY", "VLLM_API_KEY")
 
 
+RUNS = {"deployment", "engine", "model", "revision", "layout", "nodes", "serve", "serve_env", "secret_env"}
+"Fields of a plan that are executed; the others say what to expect of it: a price, a better prediction, a spare."
+
+
 class NodePlan(BaseModel):
     """One node's part. The command of its Ray, exactly; it ends when Ray runs."""
 
@@ -66,12 +70,12 @@ class Alternative(BaseModel):
 
 
 class Plan(BaseModel):
-    """A deployment, planned. Equal input gives an equal id, any other input another."""
+    """A deployment, planned. Whatever runs otherwise has another id; what is only told about it has not."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     id: str = ""
-    "sha256 over all the rest as canonical JSON."
+    "sha256 over what runs (RUNS) as canonical JSON. What runs carries it: another id would load the model anew."
     deployment: str
     engine: Literal["aphrodite", "vllm"]
     model: str
@@ -104,8 +108,7 @@ class Plan(BaseModel):
 
 def identified(plan: Plan) -> Plan:
     """The plan with its id."""
-    rest = plan.model_dump(mode="json", exclude={"id"})
-    text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
+    text = json.dumps(plan.model_dump(mode="json", include=RUNS), sort_keys=True, separators=(",", ":"))
     return plan.model_copy(update={"id": hashlib.sha256(text.encode()).hexdigest()})
 
 

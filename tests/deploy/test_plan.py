@@ -154,7 +154,7 @@ def change(node: str, **update: object) -> Callable[[Facts], Facts]:
     return changed
 
 
-def test_equal_input_gives_an_equal_id_and_any_other_another() -> None:
+def test_equal_input_gives_an_equal_id_and_whatever_runs_otherwise_another() -> None:
     deployment, facts = supposed(10)
     first = plan.make(deployment, facts, llama())
     assert first.id == plan.make(deployment, facts, llama()).id
@@ -172,7 +172,6 @@ def test_equal_input_gives_an_equal_id_and_any_other_another() -> None:
         "option": made(10, engine_options={"uvloop": True}).id,
         "env": made(10, env={"A": "b"}).id,
         "local": made(10, local="/tmp/x").id,
-        "price": made(10, options={"price_per_node_hour": 3}).id,
     }
     assert len({first.id, *others.values()}) == len(others) + 1
 
@@ -188,11 +187,27 @@ def test_nodes_that_are_asked_while_they_serve_give_the_same_plan() -> None:
     assert not plan.cautions(facts)
 
 
-def test_the_id_is_of_everything_in_it() -> None:
+def test_the_id_is_of_what_runs_and_a_price_loads_nothing_anew() -> None:
     found = made(10)
-    forged = found.model_copy(update={"serve": (*found.serve, "--uvloop")})
-    assert plan.identified(forged).id != found.id
     assert plan.identified(found).id == found.id
+    longer = found.layout.model_copy(update={"max_model_len": 17000})
+    others: dict[str, object] = {
+        **dict.fromkeys(("deployment", "model", "revision"), "other"),
+        "engine": "vllm",
+        "layout": longer,
+        "nodes": found.nodes[:-1],
+        "serve": (*found.serve, "--uvloop"),
+        "serve_env": {**found.serve_env, "A": "b"},
+        "secret_env": ("OTHER",),
+    }
+    assert set(others) == plan.RUNS
+    for name, other in others.items():
+        assert plan.identified(found.model_copy(update={name: other})).id != found.id, name
+    dearer = made(10, options={"price_per_node_hour": 3})
+    assert dearer.prediction != found.prediction
+    assert dearer.id == found.id
+    told = {"id", "memory", "prediction", "alternatives", "rejected", "notes", "spares"}
+    assert set(Plan.model_fields) == plan.RUNS | told  # a new field belongs to one of them
 
 
 def no_gpu(one: NodeFacts) -> NodeFacts:
