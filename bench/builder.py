@@ -79,7 +79,9 @@ def timed(work: Callable[[], object]) -> float:
 
 def box(bed: Bed) -> Sandbox:
     """The sandbox of a build."""
-    return build.build_sandbox(bed.plan, bed.ground, bed.settings, bed.work, count=1, epoch=1, memory=MEMORY)
+    found = build.build_sandbox(bed.plan, bed.ground, bed.settings, bed.work, count=1, epoch=1, memory=MEMORY)
+    assert isinstance(found, Sandbox)
+    return found
 
 
 def inside(bed: Bed) -> None:
@@ -89,8 +91,11 @@ def inside(bed: Bed) -> None:
         sys.exit((bed.work / "log.txt").read_text())
 
 
-def chroot(base: Path, mounts: Sequence[Mount], variables: dict[str, str], command: Sequence[str], where: Path) -> None:
-    """The same files by mount and chroot alone: no namespaces but the mounts', no bound, no recorder. Needs root."""
+def chroot(base: Path, mounts: Sequence[Mount], variables: dict[str, str], command: Sequence[str], where: Path) -> float:
+    """Seconds of the command on the same files by chroot alone: no namespaces but the mounts', no bound, no recorder.
+
+    Making the mounts is not in it: outside a sandbox nobody would make any. Needs root.
+    """
     lines = [f"mount -t tmpfs none {where}"]
     for entry in sorted(base.iterdir()):
         if entry.is_symlink():
@@ -101,24 +106,30 @@ def chroot(base: Path, mounts: Sequence[Mount], variables: dict[str, str], comma
     lines.append(f"mount -t proc proc {where}/proc && mount --rbind /dev {where}/dev")
     lines += [f"mkdir -p {where}{one.target} && mount --rbind {one.source} {where}{one.target}" for one in mounts]
     words = " ".join(f"{key}='{value}'" for key, value in variables.items())
-    lines.append(f"exec chroot {where} /usr/bin/env -i {words} {' '.join(command)}")
+    lines.append("start=$(date +%s%N)")
+    lines.append(f"chroot {where} /usr/bin/env -i {words} {' '.join(command)}")
+    lines.append("echo $(($(date +%s%N) - start))")
     where.mkdir(exist_ok=True)
-    subprocess.run(["unshare", "--mount", "--propagation", "private", "/bin/sh", "-ec", "\n".join(lines)], check=True)
+    script = ["unshare", "--mount", "--propagation", "private", "/bin/sh", "-ec", "\n".join(lines)]
+    said = subprocess.run(script, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return int(said.splitlines()[-1]) / 1e9
 
 
-def outside(bed: Bed) -> None:
-    """The unit with the same command and files, outside any sandbox."""
+def outside(bed: Bed) -> float:
+    """Seconds of the unit with the same command and files, outside any sandbox."""
     one = box(bed)
-    chroot(bed.ground.root, one.mounts, dict(one.environment), nvcc_line(bed.plan.stack.data.python), bed.work / "chroot")
+    return chroot(
+        bed.ground.root, one.mounts, dict(one.environment), nvcc_line(bed.plan.stack.data.python), bed.work / "chroot"
+    )
 
 
-def emulated(bed: Bed) -> Callable[[], None]:
-    """The unit as cibuildwheel would compile it on this host: the target's own nvcc and g++, all under qemu by binfmt_misc."""
+def emulated(bed: Bed) -> Callable[[], float]:
+    """Seconds of the unit as cibuildwheel would compile it here: the target's own nvcc and g++, all under qemu by binfmt."""
     native = planning.make(bed.plan.recipe, bed.plan.stack, Arch.AARCH64, Arch.AARCH64)
     base = root.ensure(native.stack, Arch.AARCH64, Arch.AARCH64, bed.settings)
     compiler = environment.ensure_toolchain(native.stack, Arch.AARCH64, bed.settings)
     ground = replace(bed.ground, root=base, compiler=compiler)
-    one = build.build_sandbox(native, ground, bed.settings, bed.work, count=1, epoch=1, memory=MEMORY)
+    one = box(replace(bed, plan=native, ground=ground))
     return lambda: chroot(base, one.mounts, dict(one.environment), nvcc_line(native.stack.data.python), bed.work / "chroot")
 
 
@@ -152,15 +163,17 @@ def cold_root(bed: Bed) -> float:
 
 
 def warm_environment(bed: Bed) -> float:
-    """Seconds to assemble the environment anew when all wheels are in the cache."""
-    place = bed.ground.environment
-    kept = place.with_name(f"{place.name}.bench")
-    place.rename(kept)
+    """Seconds to assemble the environment in a home of its own that shares the caches of wheels and byte code."""
+    home = bed.settings.home / "bench-home"
+    remove_tree(home)
+    (home / "environments").mkdir(parents=True)
+    for name in ("uv", "environments/bytecode"):
+        (home / name).symlink_to(bed.settings.home / name)
+    fresh = bed.settings.model_copy(update={"home": home})
     try:
-        return timed(lambda: environment.ensure(bed.plan.stack, bed.plan.target, bed.ground.root, bed.settings))
+        return timed(lambda: environment.ensure(bed.plan.stack, bed.plan.target, bed.ground.root, fresh))
     finally:
-        remove_tree(place)
-        kept.rename(place)
+        remove_tree(home)
 
 
 def main() -> None:
@@ -169,11 +182,11 @@ def main() -> None:
     rows: list[tuple[str, str]] = []
     if os.geteuid() == 0:
         outside(bed)
-        pairs = [(timed(lambda: inside(bed)), timed(lambda: outside(bed))) for _ in range(ROUNDS)]
+        pairs = [(timed(lambda: inside(bed)), outside(bed)) for _ in range(ROUNDS)]
         ours, theirs = (statistics.median(one) for one in zip(*pairs, strict=True))
         rows.append(("translation unit, in the sandbox / outside it", f"{ours:.1f} s / {theirs:.1f} s = {ours / theirs:.3f}"))
         with registered(bed):
-            slow = timed(emulated(bed))
+            slow = emulated(bed)()
         rows.append(("translation unit, under full emulation / ours", f"{slow:.1f} s / {ours:.1f} s = {slow / ours:.1f}"))
     else:
         rows.append(("translation unit, in the sandbox / outside it", "not run: needs root"))

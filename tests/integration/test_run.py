@@ -12,7 +12,7 @@ import pytest
 
 from builder.stack import host_arch
 from tests import projects
-from tests.conftest import Farm
+from tests.conftest import REPOSITORY, Farm
 
 
 def test_a_wheel_goes_through_the_index_into_a_clean_environment(farm: Farm) -> None:
@@ -68,16 +68,17 @@ def test_a_run_killed_after_its_build_does_not_stand_in_the_way_of_the_next(
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_the_main_job(farm: Farm) -> None:
-    """causal-conv1d, whole: about ten minutes on two cores."""
-    repository = Path(__file__).parent.parent.parent
-    (farm.settings.project / "recipes" / "causal_conv1d").symlink_to(repository / "recipes" / "causal_conv1d")
-    done = projects.run_builder(["run", "causal_conv1d", "--json"], farm.environment, timeout=3000)
+@pytest.mark.parametrize("name", ["causal_conv1d", "torch_scatter"])
+def test_a_real_cuda_wheel_for_aarch64(farm: Farm, name: str) -> None:
+    """The main job, and a second recipe of another upstream: minutes each on two cores."""
+    (farm.settings.project / "recipes" / name).symlink_to(REPOSITORY / "recipes" / name)
+    done = projects.run_builder(["run", name, "--json"], farm.environment, timeout=3000)
     assert done.code == 0, done.said
     result = json.loads(done.out.splitlines()[-1])
     record = json.loads(Path(result["record"]).read_text())
     assert {one["gate"]: one["status"] for one in record["verdicts"]} == dict.fromkeys(
         [one["gate"] for one in record["verdicts"]], "passed"
     )
+    assert record["smoke"]["script"]
     level = Path(result["wheel"]).name.split("manylinux_2_")[1].split("_")[0]
     assert int(level) <= 34
