@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 PHASES = ("starting", "placing", "loading", "profiling", "capturing", "listening")
 _SIGNS: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("placing", re.compile(r"Connecting to existing Ray cluster|Connected to Ray cluster|use_ray_spmd_worker|driver_ip:")),
-    ("loading", re.compile(r"Loading model weights|Loading safetensors checkpoint|Starting to load model|Loading weights")),
-    ("profiling", re.compile(r"Model weights loaded in|Total model weights memory|Profiling peak memory|oading .* took")),
+    ("loading", re.compile(r"Loading model|Loading safetensors checkpoint|Starting to load model|Loading weights")),
+    ("profiling", re.compile(r"Model (weights )?loaded in|Total model weights memory|Profiling peak memory|oading .* took")),
     ("capturing", re.compile(r"# GPU blocks:|GPU KV cache size|Capturing .*CUDA graph")),
     ("listening", re.compile(r"Completions API:|Application startup complete|Uvicorn running on|Started server process")),
 )
@@ -134,13 +134,13 @@ RULES: tuple[_Rule, ...] = (
     _rule(
         "shard",
         r"(No such file or directory|FileNotFoundError).*(safetensors|\.bin\b|index\.json|config\.json)"
-        r"|Cannot find any model weights|No model weights found",
+        r"|Cannot find any model weights|No model weights found|does not appear to have a file named",
         "a file of the weights is missing{where}: {line}",
         "`deploy up --from weights` brings what is missing",
     ),
     _rule(
         "shard",
-        r"SafetensorError|deserializing header|MetadataIncompleteBuffer|invalid header",
+        r"SafetensorError|deserializing header|MetadataIncompleteBuffer|InvalidHeader|invalid header",
         "a file of the weights is damaged{where}: {line}",
         "`deploy weights verify --remove`, then `deploy up`",
     ),
@@ -164,26 +164,26 @@ RULES: tuple[_Rule, ...] = (
     ),
     _rule(
         "layout",
-        r"is not divisible by|must be divisible by tensor parallel|AssertionError.*divisible|uneven .*not supported",
+        r"is not divisible by|must be divisible by tensor parallel|does not match (pp_size|num_hidden_layers)",
         "the engine refuses this layout: {line}",
         "tensor_parallel of 1 to 8 for Llama; `deploy plan` says what fits",
     ),
     _rule(
         "driver",
         r"driver version is insufficient|no CUDA-capable device|CUDA driver initialization failed|system not yet initialized"
-        r"|No CUDA GPUs are available|uncorrectable ECC|Xid",
+        r"|No CUDA GPUs are available|uncorrectable ECC|Xid|CUDA error: ",
         "a GPU cannot be used{where}: {line}",
         "`deploy preflight` names the node; reboot or replace it",
     ),
     _rule(
         "nccl",
-        r"NCCL error|ncclSystemError|ncclInternalError|ncclUnhandledCudaError|ncclRemoteError|NCCL WARN .*(failed|timed out)",
+        r"NCCL error|ncclSystemError|ncclInternalError|ncclUnhandledCudaError|ncclRemoteError|no socket interface found",
         "NCCL could not connect the GPUs{where}: {line}",
         "`deploy preflight` tries it node by node; set `nic` in [nodes] where a node has several networks",
     ),
     _rule(
         "gloo",
-        r"[Gg]loo.*(connectFullMesh|refused|timed out|no route|unreachable)|connectFullMesh failed",
+        r"[Gg]loo.*(connectFullMesh|refused|timed out|no route|unreachable)|connectFullMesh failed|third_party/gloo",
         "gloo could not connect the nodes{where}: {line}",
         "a host name that resolves to loopback does this: `deploy preflight`, row names",
     ),
@@ -231,8 +231,8 @@ def first_cause(lines: list[str], names: Mapping[str, str], *, returncode: int |
     only where no rule knows a cause.
     """
     best: Cause | None = None
-    for line in lines:
-        found = _match(clean(line), names)
+    for index in range(len(lines)):
+        found = _match_wrapped([clean(line) for line in lines[index : index + WRAPPED]], names)
         if found and not found.consequence:
             return found
         best = best or found
@@ -249,6 +249,20 @@ def first_cause(lines: list[str], names: Mapping[str, str], *, returncode: int |
         )
     said = next((text for text in map(_bare, reversed(lines)) if text), "it said nothing")
     return Cause(kind="unknown", text=said, remedy="`deploy logs` shows all of it", line=said)
+
+
+WRAPPED = 3
+"Lines that one message may take: rich breaks them at 80 columns where there is no terminal."
+
+
+def _match_wrapped(texts: Sequence[str], names: Mapping[str, str]) -> Cause | None:
+    """A cause that begins in the first of these lines."""
+    for count in range(1, len(texts) + 1):
+        found = _match(" ".join([texts[0], *(one.strip() for one in texts[1:count])]), names)
+        if found:
+            later = any(_match(" ".join(one.strip() for one in texts[start:count]), names) for start in range(1, count))
+            return None if later else found
+    return None
 
 
 def _bare(line: str) -> str:

@@ -129,6 +129,20 @@ def test_a_consequence_counts_only_where_there_is_no_cause() -> None:
     assert first_cause(["nothing", died], NAMES).kind == "node"
 
 
+def test_a_message_that_was_broken_at_80_columns_is_known_and_told_whole() -> None:
+    lines = [
+        "INFO:     driver_ip: 10.0.0.11",
+        "ValueError: The number of",
+        "required GPUs exceeds the total number of available GPUs in the placement group.",
+        "RuntimeError: the last and least",
+    ]
+    found = first_cause(lines, NAMES)
+    assert found.kind == "gpus"
+    assert found.line.startswith("ValueError: The number of required GPUs exceeds")
+    whole = first_cause(["INFO: something", "torch.OutOfMemoryError: CUDA out of memory. Tried"], NAMES)
+    assert whole.line.startswith("torch.OutOfMemoryError")
+
+
 def test_what_no_rule_knows_is_the_first_error_not_the_last() -> None:
     lines = ["Traceback (most recent call last):", "  File x", "KeyError: 'rope'", "Traceback:", "RuntimeError: engine died"]
     assert first_cause(lines, NAMES).text == "KeyError: 'rope'"

@@ -1,0 +1,213 @@
+"""The NFS cache: what a node says decides, fstab is edited as data with a backup, and nothing is claimed that was not seen."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deploy.remote import cache as remote
+from deploy.remote.wire import WorkerError
+from deploy.steps import cache
+from deploy.worker import Done, Target
+from gracefarm.console import Console
+from gracefarm.errors import SshError
+
+Json = dict[str, Any]
+FSTAB = """\
+# /etc/fstab: static file system information.
+LABEL=cloudimg-rootfs\t/\t ext4\tdiscard,errors=remount-ro\t0 1
+
+10.1.1.1:/vol-1  /home/ubuntu/share  nfs  rw,nconnect=16,_netdev  0  0
+10.1.1.1:/vol-2  /home/ubuntu/other  nfs  rw  0  0
+"""
+NFS: Json = {
+    "target": "/home/ubuntu/share",
+    "kind": "nfs4",
+    "source": "10.1.1.1:/vol-1",
+    "options": ["rw"],
+    "fstab": FSTAB,
+    "fsc": False,
+    "cachefilesd": None,
+    "running": False,
+    "fscache": True,
+    "root": True,
+}
+
+
+class Pretend:
+    """Stands in for a node with NFS, which this machine's kernel lacks; answers as deploy.remote.cache does."""
+
+    def __init__(self, found: Json, *, fsc_after: bool = True, busy: str | None = None) -> None:
+        self.found, self.fsc_after, self.busy = found, fsc_after, busy
+        self.calls: list[str] = []
+        self.written: Json = {}
+
+    async def stream(self, _command: str, *, stdin: bytes, on_line: Any) -> Done:
+        import json
+
+        request = json.loads(stdin[stdin.rindex(b'{"call"') :])
+        name = request["call"].split(".")[1]
+        self.calls.append(name)
+        on_line(json.dumps({"result": getattr(self, name)(request["arguments"])}))
+        return Done(code=0, stderr="")
+
+    def inspect(self, _request: Json) -> Json:
+        return self.found
+
+    def install(self, _request: Json) -> Json:
+        return {"changed": True}
+
+    def write_fstab(self, request: Json) -> Json:
+        self.written = request
+        return {"backup": "/etc/fstab.gracefarm-0123"}
+
+    def remount(self, _request: Json) -> Json:
+        return {"fsc": self.fsc_after, "busy": self.busy}
+
+    def measure(self, _request: Json) -> Json:
+        return {"path": "/x", "bytes": 1, "cold": 100e6, "warm": 2000e6, "memory": 9e9}
+
+
+def up(*nodes: Pretend) -> list[cache.Row]:
+    targets = [Target(name=f"k{n}", address="", gpus=1, shell=one) for n, one in enumerate(nodes)]
+    return asyncio.run(cache.up(targets, "/home/ubuntu/share", Console()))
+
+
+def test_a_node_with_nfs_gets_it_with_a_backup_a_diff_and_a_measurement() -> None:
+    node = Pretend(NFS)
+    (row,) = up(node)
+    assert node.calls == ["inspect", "install", "write_fstab", "remount", "measure"]
+    assert row.outcome == "done"
+    assert row.text == "10.1.1.1:/vol-1 is cached now; 100 MB/s cold, 2000 MB/s from the cache on disk"
+    assert row.backup == "/etc/fstab.gracefarm-0123"
+    assert [line for line in row.diff.splitlines() if line[:1] in "+-" and line[:3] not in ("+++", "---")] == [
+        "-10.1.1.1:/vol-1  /home/ubuntu/share  nfs  rw,nconnect=16,_netdev  0  0",
+        "+10.1.1.1:/vol-1  /home/ubuntu/share  nfs  rw,nconnect=16,_netdev,fsc  0  0",
+    ]
+    assert node.written["text"] == FSTAB.replace("_netdev  0", "_netdev,fsc  0")
+
+
+def test_where_it_is_on_nothing_is_done() -> None:
+    node = Pretend({**NFS, "fsc": True})
+    assert up(node)[0].outcome == "on"
+    assert node.calls == ["inspect"]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"kind": "virtiofs", "fsc": None}, "virtiofs: the host caches it"),
+        ({"kind": "ext4", "fsc": None}, "ext4: `fsc` is an option of NFS alone"),
+        ({"root": False}, "sudo asks for a password"),
+        ({"fstab": "# nothing\n"}, "is not in /etc/fstab"),
+    ],
+)
+def test_where_it_cannot_be_had_the_reason_is_told_and_nothing_is_touched(change: Json, reason: str) -> None:
+    node = Pretend({**NFS, **change})
+    (row,) = up(node)
+    assert row.outcome == "skipped"
+    assert reason in row.text
+    assert node.calls == ["inspect"]
+
+
+def test_an_option_that_the_kernel_ignores_is_not_called_done() -> None:
+    (row,) = up(Pretend(NFS, fsc_after=False))
+    assert row.outcome == "skipped"
+    assert "does not cache" in row.text
+    (row,) = up(Pretend(NFS, fsc_after=False, busy="umount: target is busy."))
+    assert row.text == "umount: target is busy.; the next mount has it"
+
+
+def test_one_nodes_trouble_is_its_own_and_a_lost_node_is_an_error() -> None:
+    class Broken(Pretend):
+        def install(self, _request: Json) -> Json:
+            raise AssertionError
+
+        async def stream(self, command: str, *, stdin: bytes, on_line: Any) -> Done:
+            if b'"cache.install"' in stdin:
+                on_line('{"failed": {"kind": "node", "cause": "apt-get: no such package", "remedy": ""}}')
+                return Done(code=1, stderr="")
+            return await super().stream(command, stdin=stdin, on_line=on_line)
+
+    class Lost(Pretend):
+        async def stream(self, *_words: object, **_more: object) -> Done:
+            raise SshError("k1: cannot be reached")
+
+    assert [one.outcome for one in up(Pretend(NFS), Broken(NFS))] == ["done", "skipped"]
+    assert up(Broken(NFS))[0].text == "apt-get: no such package"
+    with pytest.raises(SshError):
+        up(Pretend(NFS), Lost(NFS))
+
+
+# the node's own part, on files of the test
+
+
+@pytest.fixture
+def etc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(remote, "FSTAB", tmp_path / "fstab")
+    monkeypatch.setattr(remote, "root", list)
+    (tmp_path / "fstab").write_text(FSTAB)
+    (tmp_path / "fstab").chmod(0o644)
+    return tmp_path
+
+
+def test_fstab_is_replaced_whole_and_the_old_one_stays_beside_it(etc: Path) -> None:
+    before = remote._digest(FSTAB.encode())
+    done = remote.write_fstab({"text": FSTAB + "# more\n", "before": before})
+    assert (etc / "fstab").read_text() == FSTAB + "# more\n"
+    assert Path(done["backup"]).read_text() == FSTAB
+    assert oct((etc / "fstab").stat().st_mode & 0o777) == "0o644"
+    assert sorted(one.name for one in etc.iterdir()) == ["fstab", Path(done["backup"]).name]
+
+
+def test_an_fstab_that_changed_meanwhile_is_left_alone(etc: Path) -> None:
+    with pytest.raises(WorkerError, match="changed while it was being edited"):
+        remote.write_fstab({"text": "lost", "before": "0" * 64})
+    assert (etc / "fstab").read_text() == FSTAB
+
+
+def test_killed_while_writing_the_old_fstab_or_the_new_one_is_there(etc: Path) -> None:
+    code = f"""
+import os, sys
+from pathlib import Path
+from deploy.remote import cache
+cache.FSTAB = Path({str(etc / "fstab")!r})
+cache.root = lambda: []
+real = cache._sudo
+count = 0
+def sudo(*command, check=True):
+    global count
+    count += 1
+    if count == int(sys.argv[1]):
+        os.kill(os.getpid(), 9)
+    return real(*command, check=check)
+cache._sudo = sudo
+cache.write_fstab({{"text": "NEW" * 99, "before": cache._digest(cache.FSTAB.read_bytes())}})
+"""
+    for moment in range(1, 6):
+        subprocess.run([sys.executable, "-c", code, str(moment)], check=False, cwd=Path.cwd())
+        assert (etc / "fstab").read_text() in (FSTAB, "NEW" * 99)
+    assert (etc / "fstab").read_text() == "NEW" * 99
+
+
+def test_the_share_of_this_machine_is_looked_at_and_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "_drop_caches", lambda: False)  # other tests are measured meanwhile
+    found = remote.inspect({"share": str(tmp_path)})
+    assert found["fsc"] is None or isinstance(found["fsc"], bool)
+    assert cache.why_not(found)
+    (tmp_path / "small").write_bytes(b"x")
+    (tmp_path / "big").write_bytes(os.urandom(300_000))
+    speed = remote.measure({"share": str(tmp_path), "bytes": 1 << 20})
+    assert speed["path"] == str(tmp_path / "big")
+    assert speed["bytes"] == 300_000
+    assert speed["memory"] > 0
+    assert cache.told(speed) == "; not measured: dropping the page cache needs root"
+    (tmp_path / "empty").mkdir()
+    none = remote.measure({"share": str(tmp_path / "empty"), "bytes": 1})
+    assert cache.told(none) == "; nothing is there yet to measure with"

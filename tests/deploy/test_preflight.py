@@ -1,0 +1,204 @@
+"""Preflight's rules: each red cell has one test that makes it red, with its remedy; and the step over real nodes."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deploy.steps import preflight
+from deploy.steps.preflight_checks import GIB, Cell, Expected, Pairs, Survey, judge
+from deploy.worker import Target
+from gracefarm.errors import PreflightError
+from tests.deploy import kit
+
+Json = dict[str, Any]
+PYTHON = {"version": "3.11.9", "implementation": "cpython", "platform": "linux-aarch64"}
+GPU = {"name": "NVIDIA GH200 480GB", "free": 95 * GIB, "total": 96 * GIB}
+ENVIRONMENT = {"id": "e1", "interpreter": "/usr/bin/python3.11", "alignment": 65536, "glibcxx": "3.4.29", "python": PYTHON}
+NODES = ("k0", "k1", "k2")
+
+
+def survey(**changes: object) -> Json:
+    good: Json = {
+        "hostname": "node",
+        "resolves": ["10.0.0.1"],
+        "share": {"kind": "nfs4", "source": "10.1.1.1:/v", "network": True, "free": 900 * GIB},
+        "python": PYTHON,
+        "environment": ENVIRONMENT,
+        "page": 65536,
+        "glibcxx": "3.4.30",
+        "shm": {"total": 200 * GIB, "free": 190 * GIB},
+        "limits": {"nofile": [1024, 1048576], "memlock": [-1, -1], "nproc": [-1, -1]},
+        "cuda": {"version": 12040, "gpus": [GPU]},
+    }
+    return {**good, **changes}
+
+
+def pairs(me: str, **changes: object) -> Json:
+    port = {"rtt": 0.0002, "offset": 0.001}
+    reached = {one: {"ports": {"6379": {"rtt": 0.0002}}, **port} for one in NODES if one != me}
+    return {"taken": {}, "reached": reached, "nonces": {one: f"nonce-{one}" for one in NODES}, **changes}
+
+
+def judged(
+    surveys: Mapping[str, Json] | None = None, found: Mapping[str, Json] | None = None, **expected: object
+) -> dict[tuple[str, str], Cell]:
+    values: Json = {
+        "addresses": {one: f"10.0.0.{index}" for index, one in enumerate(NODES)},
+        "share": "/share",
+        "gpus": dict.fromkeys(NODES, 1),
+        "nonces": {one: f"nonce-{one}" for one in NODES},
+    }
+    cells = judge(
+        {one: Survey.model_validate((surveys or {}).get(one, survey())) for one in NODES},
+        {one: Pairs.model_validate((found or {}).get(one, pairs(one))) for one in NODES},
+        Expected(**{**values, **expected}),
+    )
+    return {(one.check, one.node): one for one in cells}
+
+
+def test_good_nodes_have_no_red_cell_and_no_yellow_one() -> None:
+    cells = judged()
+    assert {one.status for one in cells.values()} == {"ok"}
+    assert {check for check, _ in cells} == set(preflight.ORDER) - {"reach", "gloo", "nccl"}
+
+
+@pytest.mark.parametrize(
+    ("check", "change", "status", "word"),
+    [
+        ("names", {"resolves": ["127.0.1.1"]}, "bad", "resolves to 127.0.1.1"),
+        ("names", {"resolves": ["::1", "10.0.0.1"]}, "bad", "resolves to ::1"),
+        ("names", {"resolves": []}, "warn", "does not resolve"),
+        ("share", {"share": {"error": "/share is no folder on this node"}}, "bad", "no folder"),
+        ("python", {"environment": {**ENVIRONMENT, "python": {**PYTHON, "version": "3.11.2"}}}, "bad", "3.11.2"),
+        ("cuda", {"cuda": {"absent": True}}, "bad", "libcuda"),
+        ("cuda", {"cuda": {"error": "cuInit: system not yet initialized (802)"}}, "bad", "802"),
+        ("cuda", {"cuda": {"version": 12040, "gpus": []}}, "bad", "0 GPUs, not 1"),
+        ("memory", {"cuda": {"version": 12040, "gpus": [{**GPU, "free": 60 * GIB}]}}, "bad", "60.0 of 96.0 GiB"),
+        ("pages", {"environment": {**ENVIRONMENT, "alignment": 4096}}, "bad", "aligned to 4 KiB"),
+        ("libstdc++", {"glibcxx": "3.4.28"}, "bad", "needs GLIBCXX_3.4.29"),
+        ("libstdc++", {"glibcxx": None}, "bad", "no libstdc++.so.6"),
+        ("shm", {"shm": None}, "bad", "no /dev/shm"),
+        ("shm", {"shm": {"total": 64 << 20, "free": 64 << 20}}, "bad", "0.1 GiB free"),
+        ("shm", {"shm": {"total": 8 * GIB, "free": 1 * GIB}}, "bad", "1.0 GiB free"),
+        ("shm", {"shm": {"total": 2 * GIB, "free": 2 * GIB}}, "warn", "2.0 GiB free"),
+        ("limits", {"limits": {"nofile": [1024, 4096]}}, "warn", "nofile 4096"),
+    ],
+)
+def test_a_node_that_differs_is_the_one_that_is_told(check: str, change: Json, status: str, word: str) -> None:
+    cells = judged({"k1": survey(**change)})
+    cell = cells[check, "k1"]
+    assert cell.status == status
+    assert word in cell.text
+    assert cell.remedy
+    assert cells[check, "k0"].status == "ok"
+
+
+@pytest.mark.parametrize(
+    ("check", "change", "word"),
+    [
+        ("ports", {"taken": {"6379": "redis-server *:6379 (process 7)"}}, "port 6379 is held by redis-server"),
+        (
+            "ports",
+            {"reached": {"k0": {"ports": {"6379": {"rtt": 0.1}, "8076": {"error": "timed out"}}, "rtt": 0.1, "offset": 0.0}}},
+            "cannot connect to k0:8076",
+        ),
+        (
+            "route",
+            {"reached": {"k0": {"ports": {"6379": {"error": "no route to host"}}, "rtt": None, "offset": None}}},
+            "no way to k0 (10.0.0.0): no route to host",
+        ),
+        ("share", {"nonces": {"k1": "nonce-k1"}}, "this node's own"),
+        ("share", {"nonces": {"k0": "nonce-k0", "k1": "nonce-k1"}}, "what k2 wrote is not there"),
+    ],
+)
+def test_a_pair_that_does_not_meet_is_told_with_both_its_ends(check: str, change: Json, word: str) -> None:
+    cell = judged(found={"k1": pairs("k1", **change)})[check, "k1"]
+    assert cell.status == "bad"
+    assert word in cell.text
+    assert cell.remedy
+
+
+def test_the_clock_that_is_wrong_is_told_and_not_those_who_notice() -> None:
+    def seen(me: str) -> Json:
+        base = pairs(me)
+        for peer, one in base["reached"].items():
+            one["offset"] = 30.0 if peer == "k2" else -30.0 if me == "k2" else 0.0
+        return base
+
+    cells = judged(found={one: seen(one) for one in NODES})
+    assert cells["clock", "k2"].status == "bad"
+    assert "30.0 s" in cells["clock", "k2"].text
+    assert cells["clock", "k0"].status == cells["clock", "k1"].status == "ok"
+
+
+def test_a_port_that_a_cluster_of_ours_holds_is_no_foreign_one() -> None:
+    taken = {"6379": "/share/gracefarm/t/envs/e1/lib/gcs_server (process 7)"}
+    assert judged(found={"k1": pairs("k1", taken=taken)}, ours=("/share/gracefarm/",))["ports", "k1"].status == "ok"
+    assert judged(found={"k1": pairs("k1", taken=taken)})["ports", "k1"].status == "bad"
+
+
+def test_a_rehearsal_declares_its_gpus() -> None:
+    cells = judged({"k1": survey(cuda={"absent": True})}, rehearsal=True)
+    assert cells["cuda", "k1"].status == "skipped"
+
+
+def test_the_first_red_cell_is_the_error_and_the_others_are_counted() -> None:
+    cells = [
+        Cell(check="names", node="k0", status="ok", text="fine"),
+        Cell(check="share", node="k1", status="bad", text="not there", remedy="mount it"),
+        Cell(check="cuda", node="k2", status="bad", text="broken", remedy="reboot"),
+    ]
+    with pytest.raises(PreflightError, match="k1: share: not there; 1 more cells are red") as error:
+        preflight.require(cells)
+    assert error.value.remedy == "mount it"
+    preflight.require(cells[:1])
+
+
+def test_real_nodes_are_asked_and_pairs_meet(tmp_path: Path) -> None:
+    """Three nodes of this machine: they share a folder and reach each other; a port that somebody holds is told by name."""
+    share = tmp_path / "share"
+    share.mkdir()
+    with socket.create_server(("127.0.0.12", 0)) as other, socket.create_server(("127.0.0.11", 0)) as probe:
+        taken, port = int(other.getsockname()[1]), int(probe.getsockname()[1])
+        probe.close()
+
+        async def go() -> list[Cell]:
+            async with kit.nodes(tmp_path, 3) as targets:
+                spec = preflight.Spec(
+                    share=str(share), root=None, ports=[port, taken], collective_port=port + 1, rehearsal=True, seconds=6
+                )
+                return await preflight.run(targets, spec)
+
+        cells = {(one.check, one.node): one for one in asyncio.run(go())}
+    assert cells["share", "k2"].status == "ok"
+    assert cells["route", "k0"].status == "ok"
+    assert cells["ports", "k1"].status == "bad"
+    assert f"port {taken} is held by" in cells["ports", "k1"].text
+    assert cells["ports", "k0"].status == "ok"
+    assert not list((share / ".gracefarm" / "preflight").iterdir())
+
+
+def test_a_node_that_does_not_answer_is_one_red_cell_and_the_others_are_judged(tmp_path: Path) -> None:
+    class Dead:
+        async def stream(self, *_words: object, **_more: object) -> object:
+            raise PreflightError("k1: cannot be reached", remedy="is it up?")
+
+    async def go() -> list[Cell]:
+        async with kit.nodes(tmp_path, 1) as targets:
+            dead = Target(name="k1", address="127.0.0.12", gpus=1, shell=Dead())  # type: ignore[arg-type]
+            with socket.create_server(("127.0.0.11", 0)) as probe:
+                port = int(probe.getsockname()[1])
+            spec = preflight.Spec(share=None, root=None, ports=[port], collective_port=port + 1, rehearsal=True, seconds=2)
+            return await preflight.run([*targets, dead], spec)
+
+    cells = asyncio.run(go())
+    assert [(one.node, one.text, one.remedy) for one in cells if one.check == "reach"] == [
+        ("k1", "cannot be reached", "is it up?")
+    ]
+    assert any(one.node == "k0" and one.check == "shm" for one in cells)
