@@ -1,0 +1,132 @@
+"""deploy: a command on 50 nodes beside one, `up` with nothing to do on 10 nodes, 191 files over four rate-limited nodes.
+
+The nodes are SSH servers of this process on addresses of its loopback, so both sides of every handshake are on one core.
+`python -m bench.deploy fan-out` runs one row.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from deploy import ssh
+from deploy.rehearsal import hub
+from deploy.steps import weights
+from deploy.targets import targets
+from gracefarm.console import Console
+from tests.deploy import kit
+
+FAN = 50
+COMMAND = "sleep 1; uname -r"
+FILES, NODES = 191, 4
+SIZE, RATE = 400_000, 1_200_000
+"Bytes of a file; bytes per second of a node."
+
+
+def main() -> None:
+    """Every row, or those that are named."""
+    rows: dict[str, Callable[[Path], str]] = {"fan-out": fan_out, "up": nothing_to_do, "download": download}
+    chosen = [one for one in sys.argv[1:] if one in rows] or list(rows)
+    for name in chosen:
+        folder = Path(tempfile.mkdtemp(prefix="gracefarm-bench-"))
+        try:
+            print(f"{name:9} {rows[name](folder)}", flush=True)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+# a command on many nodes
+
+
+def fan_out(folder: Path) -> str:
+    """Cold: connections are made first. Warm: they are there."""
+
+    async def go(count: int) -> tuple[list[float], list[float]]:
+        cold, warm = [], []
+        place = folder / str(count)
+        place.mkdir()
+        async with kit.machines(place, count) as made:
+            for _ in range(3):
+                async with kit.fleet(place, made) as fleet:
+                    cold.append(await timed(fleet))
+                    warm.append(await timed(fleet))
+        return cold, warm
+
+    async def timed(fleet: ssh.Fleet) -> float:
+        begun = time.monotonic()
+        ssh.require(await fleet.run(COMMAND), COMMAND)
+        return time.monotonic() - begun
+
+    (one_cold, one_warm), (all_cold, all_warm) = asyncio.run(go(1)), asyncio.run(go(FAN))
+    parts = []
+    for name, one, many in (("cold", one_cold, all_cold), ("warm", one_warm, all_warm)):
+        single, fanned = statistics.median(one), statistics.median(many)
+        bound = 1.5 * single + 0.5
+        parts.append(f"{name}: 1 node {single:.2f} s, {FAN} nodes {fanned:.2f} s (bound {bound:.2f} s: {verdict(fanned <= bound)})")
+    return f"`{COMMAND}`, median of 3; " + "; ".join(parts)
+
+
+def verdict(good: bool) -> str:
+    """For the table."""
+    return "kept" if good else "MISSED"
+
+
+# up with nothing to do
+
+
+def nothing_to_do(folder: Path) -> str:
+    """Not measured yet."""
+    return "see tests/deploy/test_flow.py"
+
+
+# weights
+
+
+def download(folder: Path) -> str:
+    """Each node's line carries RATE bytes a second, however many connections it opens."""
+    python = hub_python(folder)
+    files = hub.shards(FILES, SIZE, seed=405)
+    one, _ = bring(folder / "one", files, 1, python)
+    four, outcome = bring(folder / "four", files, NODES, python)
+    speedup, deal = one / four, outcome.busiest / outcome.bound
+    return (
+        f"{FILES} files, {sum(map(len, files.values())) / 1e6:.0f} MB at {RATE / 1e6:g} MB/s a node: 1 node {one:.1f} s, "
+        f"{NODES} nodes {four:.1f} s, {speedup:.2f} times (bound 3.6: {verdict(speedup >= 3.6)}); "
+        f"the busiest node has {deal:.3f} of the best possible split (bound 1.05: {verdict(deal <= 1.05)})"
+    )
+
+
+def bring(folder: Path, files: dict[str, bytes], count: int, python: str) -> tuple[float, weights.Outcome]:
+    """Seconds from the command to the finished folder, every file hashed by another node among them."""
+    folder.mkdir()
+
+    async def go(url: str) -> tuple[float, weights.Outcome]:
+        async with kit.machines(folder, count) as made, kit.fleet(folder, made) as fleet:
+            spec = weights.Spec(root=str(folder / "share"), repo="org/model", endpoint=url, python=python)
+            begun = time.monotonic()
+            outcome = await weights.up(targets(fleet), spec, Console())
+            return time.monotonic() - begun, outcome
+
+    with hub.serving(files, rate=RATE) as served:
+        return asyncio.run(go(served.url))
+
+
+def hub_python(folder: Path) -> str:
+    """The download environment's Python, from the index that pip is told of."""
+    uv, place = Path(sys.executable).with_name("uv"), folder / "env"
+    subprocess.run([uv, "venv", "-q", "--no-project", "--python", sys.executable, place], check=True)
+    lock = Path(weights.__file__).parent.parent / "data" / "download.lock"
+    options = ["--require-hashes", "--no-deps", "--only-binary", ":all:", "-r", lock]
+    subprocess.run([uv, "pip", "install", "-q", "--python", place / "bin" / "python", *options], check=True)
+    return str(place / "bin" / "python")
+
+
+if __name__ == "__main__":
+    main()
