@@ -170,6 +170,7 @@ def test_an_fstab_that_changed_meanwhile_is_left_alone(etc: Path) -> None:
     with pytest.raises(WorkerError, match="changed while it was being edited"):
         remote.write_fstab({"text": "lost", "before": "0" * 64})
     assert (etc / "fstab").read_text() == FSTAB
+    assert [one.name for one in etc.iterdir()] == ["fstab"]
 
 
 def test_killed_while_writing_the_old_fstab_or_the_new_one_is_there(etc: Path) -> None:
