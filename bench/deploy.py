@@ -69,7 +69,8 @@ def fan_out(folder: Path) -> str:
     for name, one, many in (("cold", one_cold, all_cold), ("warm", one_warm, all_warm)):
         single, fanned = statistics.median(one), statistics.median(many)
         bound = 1.5 * single + 0.5
-        parts.append(f"{name}: 1 node {single:.2f} s, {FAN} nodes {fanned:.2f} s (bound {bound:.2f} s: {verdict(fanned <= bound)})")
+        kept = verdict(fanned <= bound)
+        parts.append(f"{name}: 1 node {single:.2f} s, {FAN} nodes {fanned:.2f} s (bound {bound:.2f} s: {kept})")
     return f"`{COMMAND}`, median of 3; " + "; ".join(parts)
 
 
