@@ -41,6 +41,8 @@ from gracefarm.settings import Settings
 UP = ("preflight", "cache", "environment", "weights", "proof")
 "Steps of `up`, in their order; environment and weights go side by side."
 SERVE = ("ray", "engine")
+OF_THE_NODE = ("names", "share", "route", "ports", "clock", "cuda", "memory", "shm", "limits")
+"Checks that an environment does not change."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +94,9 @@ class Done:
     """What a step did, for people and for the state."""
 
     text: str
+    "How it is now."
+    now: str = ""
+    "What was done for it just now."
     data: dict[str, Any] = field(default_factory=dict)
     skipped: bool = False
 
@@ -141,7 +146,7 @@ async def perform(work: Work, name: str, inputs: str, check: Check, apply: Calla
         work.keeper.end(name, "failed", error.cause)
         raise
     work.keeper.end(name, "skipped" if done.skipped else "done", done.text, done.data)
-    work.console.step(name, done.text)
+    work.console.step(name, done.text + (f"; {done.now}" if done.now else ""))
     return True
 
 
@@ -199,11 +204,11 @@ async def _preflight(work: Work, looks: Looks) -> bool:
     return await perform(work, "preflight", inputs, check, apply)
 
 
-async def cells_of(work: Work, looks: Looks) -> list[Cell]:
-    """Every check on every node and pair; what is not green is printed."""
+async def cells_of(work: Work, looks: Looks, told: Collection[str] = ()) -> list[Cell]:
+    """Every check on every node and pair; what is not green is printed, but yellow cells of the checks in `told`."""
     cells = await preflight.run(work.nodes, _preflight_spec(work, looks))
     for one in cells:
-        if one.status in ("bad", "warn"):
+        if one.status == "bad" or (one.status == "warn" and one.check not in told):
             work.console.warn(f"{one.node}: {one.check}: {one.text}" + (f"; {one.remedy}" if one.remedy else ""))
     return cells
 
@@ -242,7 +247,7 @@ async def _proof(work: Work, looks: Looks) -> bool:
     running = any(ray.raylet(one) for one in looks.values())
 
     async def apply() -> Done:
-        cells = await cells_of(work, looks)
+        cells = await cells_of(work, looks, told=OF_THE_NODE)
         preflight.require([one for one in cells if not (running and one.check in ("memory", "ports"))])
         reduced = next((one.text for one in cells if one.check == "gloo" and one.status == "ok"), None)
         return Done(text=f"with the environment: {summary(cells)}" + (f"; all-reduce {reduced}" if reduced else ""))
@@ -317,9 +322,8 @@ async def _environment(work: Work, looks: Looks) -> bool:
     async def apply() -> Done:
         made = await environment.up(work.nodes, spec, work.settings, work.console)
         count = sum("error" not in row and "skipped" not in row for rows in made.rows.values() for row in rows)
-        how = "built, " if made.built else ""
-        text = f"{made.id[:12]} {how}imported on {len(made.rows)} nodes ({count} imports), active"
-        return Done(text=text, data={"id": made.id})
+        text = f"{made.id[:12]} is active, {count} imports on {len(made.rows)} nodes"
+        return Done(text=text, now="built now" if made.built else "", data={"id": made.id})
 
     return await perform(work, "environment", inputs, check, apply)
 
@@ -353,13 +357,21 @@ async def _weights(work: Work, looks: Looks) -> bool:
         made = await weights.up(work.nodes, spec, work.console)
         request = {"prefix": "-", "weights": made.folder, "count": False}
         seen = await call(work.nodes[0], "look.look", request)
-        size, count = made.manifest.size / 1e9, len(made.manifest.files)
-        brought = f"{made.fetched / 1e9:.1f} GB brought now" if made.fetched else "all there"
-        text = f"{spec.repo} at {made.manifest.commit[:12]}: {count} files, {size:.1f} GB, {brought}"
+        pinned = made.manifest
+        text = f"{spec.repo} at {pinned.commit[:12]}: {len(pinned.files)} files, {size(pinned.size)}"
+        now = f"{size(made.fetched)} brought now, by {len(work.nodes)} nodes" if made.fetched else ""
         manifest = (seen["weights"] or {}).get("manifest")
-        return Done(text=text, data={"folder": made.folder, "commit": made.manifest.commit, "manifest": manifest})
+        return Done(text=text, now=now, data={"folder": made.folder, "commit": pinned.commit, "manifest": manifest})
 
     return await perform(work, "weights", inputs, check, apply)
+
+
+def size(count: int) -> str:
+    """Bytes for people, as hubs and disks count them."""
+    for unit, name in ((10**9, "GB"), (10**6, "MB")):
+        if count >= unit:
+            return f"{count / unit:.1f} {name}"
+    return f"{count} bytes"
 
 
 async def _download(work: Work, looks: Looks) -> bool:

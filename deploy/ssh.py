@@ -24,8 +24,8 @@ from gracefarm.files import atomic_write
 LOCAL = "/tmp/gracefarm-{user}"  # noqa: S108 - jobs.sh refuses it when somebody else owns it
 CHANNELS = 8
 "Sessions on one connection at a time; sshd's MaxSessions is 10."
-KEEPALIVE = 15
-"Seconds without a sign until we ask; after three unanswered questions the connection counts as lost."
+UNANSWERED = 3
+"Questions without an answer, `connect_timeout` apart, until a connection counts as lost."
 ALGORITHMS = ("ssh-ed25519", "ecdsa-sha2-nistp256", "rsa-sha2-512")
 "Kinds of host keys that are pinned, best first."
 LIMIT = 64 << 20
@@ -185,7 +185,8 @@ class Fleet:
             host_key_alias=node.address,
             known_hosts=str(self.known_hosts),
             config=self._config,
-            keepalive_interval=KEEPALIVE,
+            keepalive_interval=self._timeout,
+            keepalive_count_max=UNANSWERED,
             **_access(node.port, node.user, node.key),
         )
 
@@ -202,7 +203,8 @@ class Fleet:
                     host,
                     known_hosts=[str(one) for one in (self.known_hosts, own) if one.is_file()],
                     config=self._config,
-                    keepalive_interval=KEEPALIVE,
+                    keepalive_interval=self._timeout,
+                    keepalive_count_max=UNANSWERED,
                     **_access(port, user, key),
                 )
             except (OSError, asyncssh.Error) as error:
@@ -517,6 +519,7 @@ class Fleet:
             server.close()
             for task in list(tasks):
                 task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
 
 @dataclass
