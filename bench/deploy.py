@@ -1,6 +1,7 @@
 """deploy: a command on 50 nodes beside one, `up` with nothing to do on 10 nodes, 191 files over four rate-limited nodes.
 
-The nodes are SSH servers of this process on addresses of its loopback, so both sides of every handshake are on one core.
+But for `up`, the nodes are SSH servers of this process on addresses of its loopback: both sides of every handshake are on one
+core. `up` needs root: its nodes are the rehearsal's.
 `python -m bench.deploy fan-out` runs one row.
 """
 
@@ -17,14 +18,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 from deploy import ssh
+from deploy.rehearsal import flow as rehearsal
 from deploy.rehearsal import hub
 from deploy.steps import weights
 from deploy.targets import targets
+from gracefarm import settings
 from gracefarm.console import Console
 from tests.deploy import kit
 
 FAN = 50
 COMMAND = "sleep 1; uname -r"
+UP_NODES, UP_BOUND = 10, 5.0
 FILES, NODES = 191, 4
 SIZE, RATE = 400_000, 1_200_000
 "Bytes of a file; bytes per second of a node."
@@ -82,9 +86,21 @@ def verdict(good: bool) -> str:
 # up with nothing to do
 
 
-def nothing_to_do(folder: Path) -> str:
-    """Not measured yet."""
-    return "see tests/deploy/test_flow.py"
+def nothing_to_do(_folder: Path) -> str:
+    """The whole command, from the shell to its end, on nodes of the rehearsal: real sshd, namespaces of this machine."""
+    here, seconds = settings.load(), []
+    with rehearsal.rehearsal(UP_NODES, here.home, here, Console()) as made:
+        rehearsal.start(made)
+        first = made.command("up").seconds
+        for _ in range(3):
+            step = made.command("up")
+            if "up to date" not in step.output:
+                raise RuntimeError(f"there was something to do: {step.output}")
+            seconds.append(step.seconds)
+    again = statistics.median(seconds)
+    kept = verdict(again <= UP_BOUND)
+    what = f"`deploy up` on {UP_NODES} nodes: first {first:.1f} s, with nothing to do"
+    return f"{what} {again:.2f} s, median of 3 (bound {UP_BOUND:g} s: {kept})"
 
 
 # weights

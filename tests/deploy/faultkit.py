@@ -1,0 +1,208 @@
+"""For the tests of faults: a rehearsal ready to be deployed, commands that may fail or be killed, and the canary."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from deploy import facts, flow, inventory, state
+from deploy.plan import Plan
+from deploy.rehearsal import flow as rehearsal
+from deploy.rehearsal.flow import Rehearsal
+from deploy.ssh import fleet
+from deploy.steps import engine
+from deploy.steps.engine import Verdict
+from gracefarm import settings
+from gracefarm.console import Console
+
+HF_TOKEN = "hf_" + "planted" * 5
+
+
+@dataclass(frozen=True)
+class Done:
+    """A command that ended."""
+
+    code: int
+    output: str
+
+
+@contextmanager
+def ready(count: int, *, options: str = "", more: Mapping[str, str] | None = None) -> Iterator[Rehearsal]:
+    """A rehearsal after `init` and `plan`; `options`: lines for [options] of deploy.toml; `more`: replaced in its text."""
+    here = settings.load()
+    with rehearsal.rehearsal(count, here.home, here, Console()) as made:
+        made.environ = {**made.environ, "HF_TOKEN": HF_TOKEN}
+        rehearsal.start(made)
+        path = made.folder / "deploy.toml"
+        text = path.read_text().replace("rehearsal = true", f"rehearsal = true\n{options}")
+        for old, new in (more or {}).items():
+            assert old in text
+            text = text.replace(old, new)
+        path.write_text(text)
+        yield made
+
+
+def begin(made: Rehearsal, *arguments: str) -> subprocess.Popen[str]:
+    """`deploy …` where the nodes can be reached."""
+    argv = ["env", "--chdir", str(made.folder), sys.executable, "-m", "deploy", *arguments]
+    return subprocess.Popen(
+        made.room.command(argv),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, **made.environ},
+    )
+
+
+def end(process: subprocess.Popen[str], seconds: float = 240) -> Done:
+    """Its end."""
+    try:
+        output, _ = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        kill(process)
+        output, _ = process.communicate()
+        raise AssertionError(f"not ended after {seconds} s: {output}") from None
+    sys.stdout.write(output)
+    return Done(process.returncode, output)
+
+
+def deploy(made: Rehearsal, *arguments: str, seconds: float = 240) -> Done:
+    """`deploy …` to its end, however it ends."""
+    return end(begin(made, *arguments), seconds)
+
+
+def well(made: Rehearsal, *arguments: str, seconds: float = 240) -> str:
+    """`deploy …`, which must end with 0; its output."""
+    done = deploy(made, *arguments, seconds=seconds)
+    assert done.code == 0, done.output
+    return done.output
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """kill -9 of the command itself, not of what started it for us; nothing of it is left when this returns."""
+    with suppress(psutil.NoSuchProcess):
+        for one in psutil.Process(process.pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                one.send_signal(signal.SIGKILL)
+    process.wait(timeout=20)
+
+
+def steps(made: Rehearsal) -> dict[str, Any]:
+    """The state as it is on disk."""
+    return state.read(inventory.load(made.folder / "deploy.toml").folder).model_dump()["steps"]
+
+
+def until_running(made: Rehearsal, step: str, process: subprocess.Popen[str], seconds: float = 120) -> None:
+    """Until the state says that a step is at work."""
+    since, deadline = time.time() - 0.5, time.monotonic() + seconds
+    while True:
+        found = steps(made).get(step, {})
+        if found.get("outcome") == "running" and found["begun"] > since - seconds and _newer(found, process):
+            return
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, f"{step} has not begun"
+        time.sleep(0.02)
+
+
+def _newer(found: Mapping[str, Any], process: subprocess.Popen[str]) -> bool:
+    return bool(found["begun"] >= psutil.Process(process.pid).create_time() - 1)
+
+
+def verdict(made: Rehearsal, seconds: float = 5) -> Verdict:
+    """What the canary says."""
+    deployment = inventory.load(made.folder / "deploy.toml")
+
+    async def go(keeper: state.Keeper) -> Verdict:
+        async with fleet(deployment) as nodes:
+            work = flow.Work(
+                deployment=deployment,
+                fleet=nodes,
+                facts=facts.load(deployment),
+                keeper=keeper,
+                console=Console(),
+                settings=settings.load(),
+            )
+            plan = Plan.model_validate_json((deployment.folder.path / "plan.json").read_text())
+            spec = flow.engine_spec_of(work, plan, flow.ray_spec_of(work, plan))
+            return engine.diagnose(await engine.probe(nodes, work.nodes[0], spec, seconds=seconds))
+
+    with made.room.inside(), state.hold(deployment.folder, "canary", on_wait=print) as keeper:
+        return asyncio.run(go(keeper))
+
+
+def health(made: Rehearsal) -> int:
+    """HTTP status of the engine's /health, asked on the head."""
+    code = "import urllib.request as u; print(u.urlopen('http://127.0.0.1:2242/health', timeout=5).status)"
+    return int(made.room.nodes[0].execute(["python3", "-c", code]).stdout)
+
+
+def order(made: Rehearsal, node: str, text: str) -> None:
+    """Trouble that the stand-in makes on a node from now on; empty: none."""
+    (made.room[node].home / ".gracefarm-standin").write_text(text)
+
+
+def raylet(made: Rehearsal, node: str) -> int:
+    """The pid of a node's raylet, as the node has it."""
+    return next(one["pid"] for one in made.room[node].processes() if one["argv"] and one["argv"][0].endswith("raylet/raylet"))
+
+
+def engine_pid(made: Rehearsal) -> int:
+    """Of the stand-in on the head."""
+    found = [one for one in made.room.nodes[0].processes() if len(one["argv"]) > 1]
+    return next(one["pid"] for one in found if one["argv"][1].endswith("bin/aphrodite"))
+
+
+def secrets(made: Rehearsal) -> list[bytes]:
+    """Every secret that this deployment has by now."""
+    found = [HF_TOKEN]
+    for name in ("api-key", "ray-token"):
+        with suppress(FileNotFoundError):
+            found.append((made.folder / ".deploy" / name).read_text().strip())
+    return [one.encode() for one in found]
+
+
+def in_arguments(made: Rehearsal) -> list[str]:
+    """Processes of this machine, so of every node, with a secret in their argument list."""
+    found = []
+    wanted = secrets(made)
+    for one in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            words = one.read_bytes()
+            found += [str(words) for secret in wanted if secret in words]
+    return found
+
+
+ALLOWED = ("api-key", "ray-token")
+
+
+def in_files(made: Rehearsal) -> list[str]:
+    """Files of the deployment, of every node and of the share that hold a secret and are not its own place."""
+    wanted = secrets(made)
+    folders = [made.folder, made.room.share, *(one.tmp for one in made.room.nodes), *(one.home for one in made.room.nodes)]
+    found = []
+    for folder in folders:
+        for path in folder.rglob("*"):
+            if path.name in ALLOWED or path.is_symlink() or not path.is_file() or "/site-packages/" in str(path):
+                continue
+            with suppress(OSError):
+                content = path.read_bytes()
+                found += [str(path) for secret in wanted if secret in content]
+    return found
+
+
+def dump(value: object) -> str:
+    """For messages."""
+    return json.dumps(value, indent=1, default=str)
