@@ -201,7 +201,7 @@ async def _start_once(fleet: Fleet, node: NodePlan, spec: Spec) -> None:
     lines: list[str] = []
     try:
         async with asyncio.timeout(spec.seconds):
-            status = await fleet.follow_job(place, paths.RAY_JOB, lines.append)
+            status = await fleet.follow_job(place, paths.RAY_JOB, lines.append, patience=30)
     except TimeoutError as error:
         raise EngineError(f"{node.name}: `ray start` has not ended after {spec.seconds:g} s") from error
     if status.returncode != 0:

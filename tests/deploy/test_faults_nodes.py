@@ -1,0 +1,223 @@
+"""What goes wrong with a node, on three nodes of the rehearsal: told by its name, mended, and the same command goes on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from deploy.rehearsal import flow as rehearsal
+from deploy.rehearsal.flow import Rehearsal
+from deploy.rehearsal.nodes import Spec
+from tests.deploy import faultkit
+from tests.deploy.faultkit import begin, deploy, end, until_running, verdict, well
+
+pytestmark = [pytest.mark.root, pytest.mark.slow, pytest.mark.timeout(1500)]
+SSH, NODE, PREFLIGHT, ENGINE, INSTALL = 60, 61, 62, 63, 41
+
+
+@pytest.fixture(scope="module")
+def made() -> Iterator[Rehearsal]:
+    """Two workers start at once: on few cores one of them may die of Ray's own time-out, and is started again."""
+    with faultkit.ready(3, options="connect_timeout = 2\nray_wave = 2") as ready:
+        yield ready
+
+
+def test_two_workers_at_once_come_up(made: Rehearsal) -> None:
+    assert "READY" in well(made, "serve", seconds=400)
+    well(made, "down")
+
+
+def test_another_host_key(made: Rehearsal) -> None:
+    made.room["k1"].new_host_key()
+    done = deploy(made, "up")
+    assert done.code == SSH
+    assert "k1 10.77.0.12:22 does not show the pinned host key" in done.output
+    well(made, "init", "deploy.toml", "--accept", "--repin")
+    well(made, "up")
+
+
+@pytest.mark.parametrize("command", [("up",), ("serve",), ("preflight",), ("run", "--", "true"), ("down",)])
+def test_a_node_that_is_away_is_named_at_once(made: Rehearsal, command: tuple[str, ...]) -> None:
+    made.room["k2"].unplug()
+    try:
+        since = time.monotonic()
+        done = deploy(made, *command)
+        assert time.monotonic() - since < 30
+        assert done.code == SSH
+        assert "k2 10.77.0.13:22 cannot be reached" in done.output
+    finally:
+        made.room["k2"].plug()
+
+
+@pytest.mark.parametrize("step", ["preflight", "environment", "proof"])
+def test_a_node_that_goes_away_in_a_step(made: Rehearsal, step: str) -> None:
+    process = begin(made, "up", "--from", step)
+    until_running(made, step, process)
+    made.room["k2"].unplug()
+    try:
+        done = end(process, 120)
+    finally:
+        made.room["k2"].plug()
+    assert done.code in (4, SSH, NODE, PREFLIGHT), done.output
+    assert "k2" in done.output
+    well(made, "up")
+
+
+def test_a_node_that_goes_away_while_ray_starts(made: Rehearsal) -> None:
+    well(made, "up")
+    well(made, "down")
+    process = begin(made, "serve")
+    until_running(made, "ray", process)
+    made.room["k2"].unplug()
+    try:
+        done = end(process, 300)
+    finally:
+        made.room["k2"].plug()
+    assert done.code in (4, SSH, NODE, ENGINE), done.output
+    assert "k2" in done.output
+    assert "READY" in well(made, "serve", seconds=400)
+
+
+def test_a_node_that_goes_away_while_the_engine_loads(made: Rehearsal) -> None:
+    well(made, "serve", seconds=400)
+    well(made, "down", "--keep-ray")
+    faultkit.order(made, "k2", "load=slow:600")
+    process = begin(made, "serve")
+    until_running(made, "engine", process)
+    time.sleep(4)
+    made.room["k2"].off()
+    try:
+        done = end(process, 300)
+    finally:
+        made.room["k2"].boot()
+        faultkit.order(made, "k2", "")
+    assert done.code == ENGINE, done.output
+    assert "k2" in done.output
+    assert "READY" in well(made, "serve", seconds=400)
+
+
+def test_a_worker_that_dies_before_loading_is_started_again(made: Rehearsal) -> None:
+    well(made, "serve", seconds=400)
+    well(made, "down", "--keep-ray")
+    made.room["k1"].kill(faultkit.raylet(made, "k1"))
+    assert "READY" in well(made, "serve", seconds=400)
+
+
+def test_a_worker_that_dies_while_loading_is_told(made: Rehearsal) -> None:
+    well(made, "serve", seconds=400)
+    well(made, "down", "--keep-ray")
+    faultkit.order(made, "k1", "load=slow:600")
+    try:
+        process = begin(made, "serve")
+        until_running(made, "engine", process)
+        time.sleep(4)
+        made.room["k1"].kill(faultkit.raylet(made, "k1"))
+        done = end(process, 300)
+    finally:
+        faultkit.order(made, "k1", "")
+    assert done.code == ENGINE
+    assert "k1" in done.output or "a worker died" in done.output
+    assert verdict(made).kind in ("dead-engine", "dead-node", "stopped")
+    assert "READY" in well(made, "serve", seconds=400)
+
+
+def test_out_of_memory_on_one_node_is_the_cause_that_is_told(made: Rehearsal) -> None:
+    well(made, "serve", seconds=400)
+    well(made, "down", "--keep-ray")
+    faultkit.order(made, "k1", "load=oom")
+    try:
+        done = deploy(made, "serve", seconds=400)
+    finally:
+        faultkit.order(made, "k1", "")
+    assert done.code == ENGINE
+    assert "GPU memory ran out" in done.output
+
+
+def test_a_port_that_is_taken(made: Rehearsal) -> None:
+    well(made, "up")
+    well(made, "down")
+    pid = made.room["k1"].take_port(8077)
+    try:
+        done = deploy(made, "up", "--from", "preflight")
+        assert done.code == PREFLIGHT
+        assert "k1: ports: port 8077 is held by python3" in done.output
+        done = deploy(made, "serve", "--skip-up")
+        assert done.code == ENGINE
+        assert "k1: port 8077 is held by python3" in done.output
+        assert rehearsal.left(made) == {
+            "k1": ["python3 -c import os, socket, time\ns = socket.create_server(('0.0.0.0', 8077))\nc"]
+        }
+    finally:
+        made.room["k1"].kill(pid)
+    pid = made.room["k0"].take_port(2242, "127.0.0.1")
+    try:
+        done = deploy(made, "serve", seconds=400)
+        assert done.code == ENGINE
+        assert "k0: port 2242 is held by python3" in done.output
+    finally:
+        made.room["k0"].kill(pid)
+    assert "READY" in well(made, "serve", seconds=400)
+    well(made, "down")
+
+
+def test_a_shard_that_rotted_or_was_cut_short_is_brought_again(made: Rehearsal) -> None:
+    well(made, "up")
+    folder = next((made.room.share / "gracefarm" / "weights").glob("*/*[!g]"))
+    rotten, short = (next(folder.glob(f"model-0000{number}-*")) for number in (1, 2))
+    content = bytearray(rotten.read_bytes())
+    content[-1] ^= 1
+    rotten.write_bytes(content)
+    done = deploy(made, "weights", "verify", "--remove")
+    assert done.code == INSTALL
+    assert rotten.name in done.output
+    assert "brought now" in well(made, "up")
+    short.write_bytes(short.read_bytes()[:100])
+    output = well(made, "up", "--skip", "proof")
+    assert f"{short.name} is not what was brought" in output
+    assert "every file is what the Hub declares" in well(made, "weights", "verify")
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        (Spec(share=False), "k1: share: "),
+        (Spec(loopback=True), "k1: names: node-10-77-0-12 resolves to 127.0.1.1"),
+        (Spec(python=True), "k1: python: "),
+    ],
+)
+def test_a_node_of_another_kind_is_told_by_preflight(made: Rehearsal, spec: Spec, words: str) -> None:
+    well(made, "up")
+    made.room["k1"].off()
+    made.room["k1"].boot(spec)
+    try:
+        done = deploy(made, "up", "--from", "preflight")
+        assert done.code == PREFLIGHT, done.output
+        assert words in done.output
+        assert "remedy:" in done.output
+    finally:
+        made.room["k1"].off()
+        made.room["k1"].boot(Spec())
+    well(made, "up")
+
+
+def test_a_share_that_goes_away_is_noticed_without_being_asked(made: Rehearsal) -> None:
+    well(made, "up")
+    made.room["k2"].lose_share()
+    try:
+        done = deploy(made, "up")
+        assert done.code == PREFLIGHT
+        assert "k2 has lost /mnt/share" in done.output
+    finally:
+        made.room["k2"].off()
+        made.room["k2"].boot()
+    well(made, "up")
+
+
+def test_nothing_of_all_this_is_left(made: Rehearsal) -> None:
+    well(made, "down")
+    assert rehearsal.left(made) == {}
+    assert faultkit.in_files(made) == []
+    assert Path(made.folder / ".deploy" / "state.json").stat().st_size > 0
