@@ -8,6 +8,7 @@ core. `up` needs root: its nodes are the rehearsal's.
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 import statistics
 import subprocess
@@ -97,10 +98,10 @@ def nothing_to_do(_folder: Path) -> str:
             if "up to date" not in step.output:
                 raise RuntimeError(f"there was something to do: {step.output}")
             seconds.append(step.seconds)
-    again = statistics.median(seconds)
+    again, load = statistics.median(seconds), os.getloadavg()[0]
     kept = verdict(again <= UP_BOUND)
     what = f"`deploy up` on {UP_NODES} nodes: first {first:.1f} s, with nothing to do"
-    return f"{what} {again:.2f} s, median of 3 (bound {UP_BOUND:g} s: {kept})"
+    return f"{what} {again:.2f} s, median of 3 (bound {UP_BOUND:g} s: {kept}; load average {load:.1f})"
 
 
 # weights

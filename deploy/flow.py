@@ -198,7 +198,7 @@ async def _preflight(work: Work, looks: Looks) -> bool:
 
     async def apply() -> Done:
         cells = await cells_of(work, looks)
-        preflight.require(cells)
+        preflight.require(_without_ours(cells, looks))
         return Done(text=summary(cells), data={"boots": _boots(looks)})
 
     return await perform(work, "preflight", inputs, check, apply)
@@ -211,6 +211,12 @@ async def cells_of(work: Work, looks: Looks, told: Collection[str] = ()) -> list
         if one.status == "bad" or (one.status == "warn" and one.check not in told):
             work.console.warn(f"{one.node}: {one.check}: {one.text}" + (f"; {one.remedy}" if one.remedy else ""))
     return cells
+
+
+def _without_ours(cells: Sequence[Cell], looks: Looks) -> list[Cell]:
+    """Where our own cluster runs it may hold the GPUs' memory."""
+    running = any(ray.raylet(one) for one in looks.values())
+    return [one for one in cells if not (running and one.check in ("memory", "nccl"))]
 
 
 def _preflight_spec(work: Work, looks: Looks) -> preflight.Spec:
@@ -244,11 +250,10 @@ async def _proof(work: Work, looks: Looks) -> bool:
     if not identifier:
         return False
     inputs = digest("proof", work.pairs, identifier, _boots(looks))
-    running = any(ray.raylet(one) for one in looks.values())
 
     async def apply() -> Done:
         cells = await cells_of(work, looks, told=OF_THE_NODE)
-        preflight.require([one for one in cells if not (running and one.check in ("memory", "ports"))])
+        preflight.require(_without_ours(cells, looks))
         reduced = next((one.text for one in cells if one.check == "gloo" and one.status == "ok"), None)
         return Done(text=f"with the environment: {summary(cells)}" + (f"; all-reduce {reduced}" if reduced else ""))
 

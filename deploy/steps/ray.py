@@ -112,6 +112,7 @@ async def up(fleet: Fleet, targets: Sequence[Target], spec: Spec, console: Conso
     _refuse_foreign(looks, plan)
     missing = [one for one in plan.nodes if not raylet(looks[one.name], plan.id)]
     if missing:
+        await _end_engine(targets, looks, fleet.mark, console)
         await on_all([by_name[one.name] for one in missing], lambda node: call(node, "cluster.warm", {}, python=spec.python))
         await _start_all(fleet, by_name, missing, spec, console, cores=looks[plan.head.name]["cores"])
     gpus = await verify(by_name, spec)
@@ -133,10 +134,16 @@ async def _make_room(
     ]
     if unfit:
         console.step("ray", f"stopping what runs with another plan or half: {', '.join(one.name for one in unfit)}")
-        if any(ours(looks[one.name], paths.ENGINE_JOB) for one in targets):  # it cannot live without any of its nodes
-            await stop(targets, mark, job=paths.ENGINE_JOB)
+        await _end_engine(targets, looks, mark, console)
         await stop(unfit, mark)
     return tuple(one.name for one in unfit)
+
+
+async def _end_engine(targets: Sequence[Target], looks: Mapping[str, Json], mark: str, console: Console) -> None:
+    """An engine that is there already cannot go on without one of its nodes, and does not notice that it came back."""
+    if any(ours(looks[one.name], paths.ENGINE_JOB) for one in targets):
+        console.step("ray", "stopping the engine, which has lost a node")
+        await stop(targets, mark, job=paths.ENGINE_JOB)
 
 
 def _others(found: Json, plan: str) -> bool:

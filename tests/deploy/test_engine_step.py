@@ -105,10 +105,10 @@ def test_another_plan_stops_the_engine_that_runs(tmp_path: Path) -> None:
 
 def test_a_load_that_was_left_is_attached_to(tmp_path: Path) -> None:
     async def work(fleet: Fleet, head: Target, made: list[kit.Machine]) -> None:
-        plan = a_plan(free_port(), "--load", "4")
+        plan = a_plan(free_port(), "--load", "8")
         first = asyncio.ensure_future(engine.up(fleet, head, spec(plan), Console()))
-        await asyncio.sleep(1.5)
-        pid = (await fleet.job_status(made[0].node, "engine")).pid
+        while (pid := (await fleet.job_status(made[0].node, "engine")).pid) is None:  # noqa: ASYNC110
+            await asyncio.sleep(0.1)
         first.cancel()
         with pytest.raises(asyncio.CancelledError):
             await first
@@ -185,6 +185,22 @@ def test_a_wedge_is_told_from_others_work(tmp_path: Path, busy: bool) -> None:
         finally:
             hang.unlink()
         assert verdict.kind == ("busy" if busy else "wedged")
+
+    on_a_node(tmp_path, work)
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_a_wedged_engine_is_started_anew_and_one_that_works_for_others_is_not(tmp_path: Path, busy: bool) -> None:
+    async def work(fleet: Fleet, head: Target, made: list[kit.Machine]) -> None:
+        hang = tmp_path / "hang"
+        plan = a_plan(free_port(), "--wedge", str(hang), *(["--busy"] if busy else []))
+        await engine.up(fleet, head, spec(plan), Console())
+        pid = (await fleet.job_status(made[0].node, "engine")).pid
+        hang.touch()
+        asyncio.get_running_loop().call_later(4, hang.unlink)
+        outcome = await engine.up(fleet, head, spec(plan, canary=1.0), Console())
+        assert outcome.how == ("running" if busy else "started")
+        assert ((await fleet.job_status(made[0].node, "engine")).pid == pid) is busy
 
     on_a_node(tmp_path, work)
 

@@ -147,9 +147,9 @@ def test_a_port_that_is_taken(made: Rehearsal) -> None:
         done = deploy(made, "serve", "--skip-up")
         assert done.code == ENGINE
         assert "k1: port 8077 is held by python3" in done.output
-        assert rehearsal.left(made) == {
-            "k1": ["python3 -c import os, socket, time\ns = socket.create_server(('0.0.0.0', 8077))\nc"]
-        }
+        left = rehearsal.left(made)
+        assert list(left) == ["k1"]
+        assert len(left["k1"]) == 1  # the one that has the port
     finally:
         made.room["k1"].kill(pid)
     pid = made.room["k0"].take_port(2242, "127.0.0.1")
