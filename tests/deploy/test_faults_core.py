@@ -17,7 +17,7 @@ from deploy.rehearsal.flow import Rehearsal
 from tests.deploy import faultkit
 from tests.deploy.faultkit import begin, deploy, end, kill, steps, until_running, verdict, well
 
-pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.root, pytest.mark.slow, pytest.mark.timeout(900)]
 SEEN: list[str] = []
 
 
