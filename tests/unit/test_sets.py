@@ -1,0 +1,182 @@
+"""Sets as data: what is refused, in which order they are built, what enters their id, how their locks are rendered."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.pylock import Pylock
+
+from builder.sets import data, locks, plan, staging
+from builder.sets.record import Locked
+from builder.stack import Arch
+from gracefarm import settings as settings_module
+from gracefarm.errors import ConfigError, PublishError
+from gracefarm.settings import Settings
+
+REPOSITORY = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Settings:
+    """A copy of the committed recipes, stacks and sets that a test may damage."""
+    for name in ("recipes", "stacks", "sets"):
+        shutil.copytree(REPOSITORY / name, tmp_path / name)
+    return settings_module.load().model_copy(update={"project": tmp_path})
+
+
+def edit(project: Settings, name: str, old: str, new: str) -> None:
+    place = project.project / name
+    text = place.read_text()
+    assert old in text
+    place.write_text(text.replace(old, new, 1))
+
+
+def planned(project: Settings, name: str) -> plan.SetPlan:
+    return plan.make(data.load(name, project), Arch.X86_64)
+
+
+@pytest.mark.parametrize("name", ["gh200-cu124", "gh200-cu130"])
+def test_every_digest_of_the_committed_sets_is_there_or_named_as_a_gap(project: Settings, name: str) -> None:
+    made = planned(project, name)
+    missing = [one for one in made.wheels if not re.fullmatch(r"[0-9a-f]{64}", one.sha256)]
+    named = {one.what for one in made.gaps()}
+    assert [
+        f"{one.name} {one.version} for aarch64" for one in missing if f"{one.name} {one.version} for aarch64" not in named
+    ] == []
+    assert len(missing) == (1 if name == "gh200-cu124" else 0)
+    assert len(named) == (8 if name == "gh200-cu124" else 0)
+
+
+def test_the_lock_of_cu130_has_the_versions_that_were_asked_for_and_no_address(project: Settings) -> None:
+    made = planned(project, "gh200-cu130")
+    versions = {one.name: one.version for one in made.wheels}
+    assert (versions["torch"], versions["triton"], versions["vllm"]) == ("2.11.0", "3.6.0", "0.26.0")
+    assert "://" not in (REPOSITORY / "sets" / "gh200-cu130" / "requirements.lock").read_text()
+
+
+def test_what_another_wheel_requires_is_built_first(project: Settings) -> None:
+    edit(
+        project, "sets/gh200-cu124/set.toml", '["triton", "flash_attn", "aphrodite"]', '["aphrodite", "flash_attn", "triton"]'
+    )
+    assert [one.key for one in data.load("gh200-cu124", project).recipes] == ["flash_attn", "triton", "aphrodite"]
+
+
+def test_recipes_that_require_each_other_are_refused(project: Settings) -> None:
+    place = project.project / "recipes" / "triton" / "recipe.toml"
+    place.write_text(
+        place.read_text().replace("[smoke]", '[wheel.requires]\naphrodite-engine = "aphrodite-engine"\n\n[smoke]')
+    )
+    with pytest.raises(ConfigError, match=r"require each other: .*triton.* > .*aphrodite"):
+        data.load("gh200-cu124", project)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("summary =", "sumary =", "unknown key 'sumary'"),
+        ('resolved_before = "2026-11-23"\n', "", "need the date resolved_before"),
+        ('name = "gh200-cu130"', 'name = "other"', "calls itself 'other'"),
+        ('"torch==2.11.0"', '"torch=2.11.0"', "requirements"),
+        ('stack = "cu130"', 'stack = "cu13"', "unknown stack 'cu13'"),
+        ('recipes = ["causal_conv1d"', 'recipes = ["causal_conv"', "unknown recipe 'causal_conv'"),
+        ('stack = "cu130"', 'stack = "cu124"\ntarget = "x86_64"', "has no target x86_64"),
+    ],
+)
+def test_a_set_that_cannot_be_meant_is_refused_with_a_sentence(project: Settings, old: str, new: str, words: str) -> None:
+    edit(project, "sets/gh200-cu130/set.toml", old, new)
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        data.load("gh200-cu130", project)
+
+
+def test_an_unknown_set_is_told_the_nearest(project: Settings) -> None:
+    with pytest.raises(ConfigError) as error:
+        data.load("gh200-cu13", project)
+    assert "gh200-cu130" in error.value.remedy
+
+
+def test_another_torch_than_the_stacks_is_refused_though_its_version_is_the_same(project: Settings) -> None:
+    place = project.project / "sets" / "gh200-cu130" / "requirements.lock"
+    text, count = re.subn(r"^(torch==2\.11\.0 --hash=sha256:).{4}", r"\g<1>0000", place.read_text(), flags=re.MULTILINE)
+    assert count == 1
+    place.write_text(text)
+    with pytest.raises(ConfigError, match=r"runs with torch 2\.11\.0 \(sha256 0000"):
+        planned(project, "gh200-cu130")
+
+
+def test_a_lock_that_has_our_own_wheel_too_is_refused(project: Settings) -> None:
+    place = project.project / "sets" / "gh200-cu130" / "requirements.lock"
+    place.write_text(place.read_text() + f"causal-conv1d==1.7.0 --hash=sha256:{'0' * 64}\n")
+    with pytest.raises(ConfigError, match=r"builds causal-conv1d and its lock has causal-conv1d 1\.7\.0 too"):
+        planned(project, "gh200-cu130")
+
+
+def test_a_lock_older_than_its_set_is_refused(project: Settings) -> None:
+    edit(project, "sets/gh200-cu130/set.toml", "vllm==0.26.0", "vllm==0.27.0")
+    with pytest.raises(ConfigError) as error:
+        planned(project, "gh200-cu130")
+    assert error.value.repeat == "builder set lock gh200-cu130"
+
+
+def test_no_set_of_a_stack_of_headers(project: Settings) -> None:
+    shutil.copytree(REPOSITORY / "tests" / "stacks" / "cu124-headers", project.project / "stacks" / "cu124-headers")
+    edit(project, "sets/gh200-cu124/set.toml", 'stack = "cu124"', 'stack = "cu124-headers"')
+    with pytest.raises(PublishError, match="is part of no set"):
+        planned(project, "gh200-cu124")
+
+
+def test_the_id_changes_with_a_build_a_wheel_and_a_test_and_with_nothing_else(project: Settings) -> None:
+    seen = [planned(project, "gh200-cu130").set_id]
+    for name, old, new in (
+        ("sets/gh200-cu130/set.toml", '"vllm",', '"vllm", "einops",'),
+        ("sets/gh200-cu130/smoke.py", "import json", "import json  # more"),
+        ("recipes/causal_conv1d/recipe.toml", 'FORCE_BUILD = "TRUE"', 'FORCE_BUILD = "true"'),
+    ):
+        edit(project, name, old, new)
+        seen.append(planned(project, "gh200-cu130").set_id)
+    place = project.project / "sets" / "gh200-cu130" / "requirements.lock"
+    place.write_text(re.sub(r"^(einops\S+ --hash=sha256:).{4}", r"\g<1>0000", place.read_text(), flags=re.MULTILINE))
+    seen.append(planned(project, "gh200-cu130").set_id)
+    assert len(set(seen)) == 5
+    edit(project, "sets/gh200-cu130/set.toml", "summary = ", "# a comment\nsummary = ")
+    assert planned(project, "gh200-cu130").set_id == seen[-1]
+
+
+WHEELS = [
+    Locked(name="causal-conv1d", version="1.7.0", filename="causal_conv1d-1.7.0-cp311-cp311-manylinux_2_34_aarch64.whl",
+           sha256="1" * 64, own=True),
+    Locked(name="engine", version="1.0", filename="engine-1.0-cp38-abi3-manylinux_2_28_aarch64.whl",
+           sha256="2" * 64, own=True),
+    Locked(name="pure", version="1.0+cu130", filename="pure-1.0+cu130-py3-none-any.whl", sha256="3" * 64),
+]  # fmt: skip
+
+
+def test_the_matrix_asks_for_our_wheels_by_python_and_architecture() -> None:
+    assert staging.matrix(WHEELS) == ["causal-conv1d==1.7.0 cp311 aarch64", "engine==1.0", "pure==1.0+cu130"]
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["", "/", "/simple/", "/simple", "/gh200-cu130/simple/", "/legacy/", "/legacy", "/stage/gh200-cu130/legacy/"],
+)
+def test_any_address_of_the_index_will_do(url: str) -> None:
+    at = locks.served(f"http://farm.test:8080/pypi{url}", "gh200-cu130")
+    assert at.simple == "http://farm.test:8080/pypi/gh200-cu130/simple/"
+
+
+def test_pylock_is_as_the_standard_has_it(project: Settings) -> None:
+    at = locks.served("http://farm.test", "gh200-cu130")
+    document = tomllib.loads(locks.pylock(data.load("gh200-cu130", project), WHEELS, at))
+    Pylock.from_dict(document).validate()
+    assert document["packages"][2]["wheels"] == [
+        {
+            "name": "pure-1.0+cu130-py3-none-any.whl",
+            "url": f"http://farm.test/files/{'3' * 64}/pure-1.0%2Bcu130-py3-none-any.whl",
+            "hashes": {"sha256": "3" * 64},
+        }
+    ]
+    assert json.dumps(document["environments"]) == json.dumps(['sys_platform == "linux" and platform_machine == "aarch64"'])
