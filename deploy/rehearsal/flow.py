@@ -140,7 +140,7 @@ def rehearsal(count: int, home: Path, settings: Settings, console: Console) -> I
         console.step(
             "nodes", f"{count} with sshd and {MOUNT} in {time.monotonic() - begin:.1f} s: {room.ips.read_text().split()}"
         )
-        root, port = str(wheels.root), str(INDEX_PORT)
+        root, port = str(source.private(home, wheels, folder / "index").root), str(INDEX_PORT)
         serve = [sys.executable, "-m", "index", "--root", root, "--json", "serve", "--host", GATEWAY, "--port", port]
         index = stack.enter_context(source.listening(room.command(serve)))
         hub = [sys.executable, "-m", "deploy.rehearsal.hub", "--host", GATEWAY, "--port", str(HUB_PORT), "--repo", REPO]

@@ -9,12 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,24 @@ def prepare(home: Path, console: Console) -> Source:
         _index(found.root, "mirror", str(path), "--set", name)
         _index(found.root, "stage", "publish", name)
     return found
+
+
+def private(home: Path, found: Source, folder: Path) -> Source:
+    """The index once more in `folder`, for one rehearsal: a root has one server, and two people may rehearse at once.
+
+    Its wheels are hard links: they never change.
+    """
+    with lock(home / "rehearsal" / "index.lock"):
+        folder.mkdir(parents=True)
+        for path in sorted(found.root.rglob("*")):
+            place = folder / path.relative_to(found.root)
+            if path.is_dir():
+                place.mkdir()
+            elif path.suffix == ".whl" or found.root / "files" in path.parents:
+                place.hardlink_to(path)
+            else:
+                shutil.copy2(path, place)
+    return replace(found, root=folder)
 
 
 def _merged(*texts: str) -> str:

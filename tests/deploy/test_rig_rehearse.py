@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 import pytest
 
 from deploy.cli import COMMANDS
-from deploy.rehearsal import flow, lock
+from deploy.rehearsal import flow, lock, source
 from deploy.rehearsal.source import _merged
 from gracefarm import settings
+from gracefarm.console import Console
+from gracefarm.files import remove_tree
 
 tunnel = pytest.mark.skipif("tunnel" not in COMMANDS, reason="deploy tunnel is being built")
 
@@ -88,6 +95,26 @@ def test_killed_it_leaves_nothing_and_the_next_one_sweeps(tmp_path: Path) -> Non
 )
 def test_layouts_are_legal(count: int, expected: tuple[int, int]) -> None:
     assert flow.layout(count) == expected
+
+
+def test_two_may_rehearse_at_once(tmp_path: Path) -> None:
+    home = settings.load().home
+    found = source.prepare(home, Console())
+    copies = home / "tests" / f"rehearsal-{tmp_path.name}-{os.getpid()}"  # hard links: on the same file system
+    pages = []
+    try:
+        with ExitStack() as stack:
+            for name in ("one", "two"):
+                mine = source.private(home, found, copies / name)
+                argv = [sys.executable, "-m", "index", "--root", str(mine.root), "--json", "serve", "--port", "0"]
+                page = f"{stack.enter_context(source.listening(argv))}{mine.path()}aphrodite-engine/"
+                (wheel,) = re.findall(r'href="([^"#]+\.whl)', httpx.get(page, headers={"Accept": "text/html"}).text)
+                content = httpx.get(httpx.URL(page).join(wheel)).content
+                pages.append(hashlib.sha256(content).hexdigest())
+    finally:
+        remove_tree(copies)
+    assert pages[0] == pages[1]
+    assert pages[0] in found.lock
 
 
 def test_locks_hold_one_wheel_for_each_machine() -> None:
