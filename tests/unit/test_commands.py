@@ -1,0 +1,94 @@
+"""Every command that the workflows and the pages of the pinned builds name is one that the programs have."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import shlex
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from tests.conftest import REPOSITORY
+
+WORKFLOWS = sorted((REPOSITORY / ".github" / "workflows").glob("*.yml"))
+PAGES = [REPOSITORY / "docs" / name for name in ("pinned.md", "building.md")]
+BLOCK = re.compile(r" {4}\s*\.venv/bin/python -m (builder|index|deploy) ")
+OURS = re.compile(r"(?:^|\s)(?:\.venv/bin/python -m )?(builder|index|deploy) (.*)")
+
+
+def steps(path: Path) -> list[str]:
+    """Lines of the `run` of each step of a workflow."""
+    jobs = yaml.safe_load(path.read_text())["jobs"]
+    runs = [step["run"] for job in jobs.values() for step in job["steps"] if "run" in step]
+    return [line for run in runs for line in re.sub(r"\$\{\{.*?\}\}", "triton", run).splitlines()]
+
+
+def blocks(path: Path) -> list[str]:
+    """Lines of a page's code blocks that call a program of ours with the Python of .venv."""
+    return [line.strip() for line in path.read_text().splitlines() if BLOCK.match(line)]
+
+
+def commands(lines: list[str]) -> Iterator[tuple[str, list[str]]]:
+    """Program and arguments of each call of ours."""
+    for line in lines:
+        if match := OURS.search(line):
+            words = shlex.split(match[2], comments=True)
+            end = next((i for i, word in enumerate(words) if word in ("&", "|", ";", "&&", ">")), len(words))
+            yield match[1], words[:end]
+
+
+def check(program: str, words: list[str]) -> None:
+    """The subcommand answers --help, has each option, and takes as many arguments."""
+    command: click.Command = importlib.import_module(f"{program}.cli").cli
+    path = []
+    while isinstance(command, click.Group):
+        context = click.Context(command, info_name=program)
+        name = words[len(path)]
+        found = command.get_command(context, name)
+        assert found is not None, f"{program} {' '.join(path)} has no command {name!r}"
+        path.append(name)
+        command = found
+    assert CliRunner().invoke(importlib.import_module(f"{program}.cli").cli, [*path, "--help"]).exit_code == 0
+    # click's own parser: an option that is not there, or an argument too many, is a UsageError.
+    command.make_parser(click.Context(command)).parse_args(args=list(words[len(path) :]))
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
+def test_each_step_of_a_workflow_is_a_command_that_exists(path: Path) -> None:
+    lines = steps(path)
+    assert lines
+    for program, words in commands(lines):
+        check(program, words)
+    for line in lines:
+        first = shlex.split(line)[0] if line.strip() else ""
+        if first == "make":
+            subprocess.run(["make", "--dry-run", *shlex.split(line)[1:]], cwd=REPOSITORY, check=True, capture_output=True)
+        elif first.startswith("."):
+            assert (REPOSITORY / first).exists() or first.startswith(".venv/"), first
+
+
+def test_the_pinned_workflow_locks_plans_builds_and_publishes_the_three() -> None:
+    path = REPOSITORY / ".github" / "workflows" / "pinned.yml"
+    said = [" ".join([program, *words[:1]]) for program, words in commands(steps(path))]
+    assert [one for one in said if one.startswith("builder ")][:3] == ["builder lock", "builder plan", "builder build"]
+    matrix = yaml.safe_load(path.read_text())["jobs"]["build"]["strategy"]["matrix"]
+    assert matrix["recipe"] == ["triton", "flash_attn", "aphrodite"]
+    assert any("--publish" in words for _, words in commands(steps(path)))
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_each_command_of_a_page_exists(path: Path) -> None:
+    for program, words in commands(blocks(path)):
+        check(program, words)
+
+
+def test_a_command_that_is_not_there_is_found() -> None:
+    for program, words in (("builder", ["bild", "triton"]), ("builder", ["build", "triton", "--no-such-option"])):
+        with pytest.raises((AssertionError, click.UsageError)):
+            check(program, words)
