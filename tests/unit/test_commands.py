@@ -92,3 +92,11 @@ def test_a_command_that_is_not_there_is_found() -> None:
     for program, words in (("builder", ["bild", "triton"]), ("builder", ["build", "triton", "--no-such-option"])):
         with pytest.raises((AssertionError, click.UsageError)):
             check(program, words)
+
+
+def test_each_test_that_a_page_names_exists() -> None:
+    text = "".join(path.read_text() for path in (REPOSITORY / "tests").rglob("test_*.py"))
+    pages = sorted((REPOSITORY / "docs").glob("*.md"))
+    named = [(path.name, name) for path in pages for name in re.findall(r"`(test_\w+)`", path.read_text())]
+    assert ("pinned.md", "test_trap_3_the_cpu_torch_of_the_same_version_is_refused") in named
+    assert [one for one in named if f"def {one[1]}(" not in text] == []
