@@ -122,7 +122,7 @@ def judge(outcome: Outcome, job: Job, plan: Plan) -> None:
     if outcome.killed_by_memory:
         raise MemoryBoundError(
             f"the build of {name} was killed at its bound of {outcome.memory_bound / 2**30:.1f} GiB ({outcome.memory_by})",
-            remedy="raise memory_per_job in the recipe, name its large sources in unit_memory, use fewer --jobs, or more memory",
+            remedy="raise memory_per_job in the recipe, name large sources in unit_memory, use fewer --jobs, or more memory",
             repeat=f"{repeat} --jobs 1",
         )
     if outcome.reached:
