@@ -15,6 +15,7 @@ from deploy.inventory import Node
 from deploy.ssh import Fleet
 from gracefarm.errors import GracefarmError, SshError
 
+SECONDS = 30
 Status = Literal["pinned", "known", "new", "changed"]
 
 
@@ -38,6 +39,27 @@ class Shown:
     def kind(self) -> str:
         """ssh-ed25519, …"""
         return self.key.get_algorithm()
+
+
+async def look_jumps(
+    fleet: Fleet, nodes: Sequence[Node], own: Path | None = None
+) -> tuple[list[Shown], dict[str, GracefarmError]]:
+    """The host keys of the jump hosts: before any node behind them can be looked at, theirs must be trusted."""
+    shown: list[Shown] = []
+    bad: dict[str, GracefarmError] = {}
+    for text in dict.fromkeys(one.jump for one in nodes if one.jump):
+        _user, host, port = ssh.parse_jump(text)
+        node = Node(name="jump host", rank=-1, address=host, port=port)
+        try:
+            async with asyncio.timeout(SECONDS):
+                key = await asyncssh.get_server_host_key(host, port, server_host_key_algs=list(ssh.ALGORITHMS))
+        except (OSError, asyncssh.Error) as error:
+            bad |= {one.name: ssh.explain(node, error) for one in nodes if one.jump == text}
+            continue
+        if key is not None:
+            name = ssh.entry_name(host, port)
+            shown.append(Shown(node=node, name=name, key=key, status=_status(fleet.known_hosts, own, name, key)))
+    return shown, bad
 
 
 async def look(fleet: Fleet, nodes: Sequence[Node], own: Path | None = None) -> tuple[list[Shown], dict[str, GracefarmError]]:

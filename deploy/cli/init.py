@@ -83,11 +83,28 @@ def _write(context: Context, file: Path | None, access: Access, share: str | Non
 def _pin(deployment: Deployment, console: Console, *, accept: bool, repin: bool) -> Mapping[str, GracefarmError]:
     """Pin what is accepted; the nodes that could not be reached, and why."""
 
-    async def look() -> tuple[list[Shown], dict[str, GracefarmError]]:
-        async with fleet(deployment) as nodes:
-            return await hostkeys.look(nodes, deployment.nodes, Path.home() / ".ssh" / "known_hosts")
+    own = Path.home() / ".ssh" / "known_hosts"
 
-    shown, lost = wait(look())
+    async def look(jumps: bool) -> tuple[list[Shown], dict[str, GracefarmError]]:
+        async with fleet(deployment) as nodes:
+            chosen = [one for one in deployment.nodes if one.name not in lost]
+            return await (hostkeys.look_jumps if jumps else hostkeys.look)(nodes, chosen, own)
+
+    lost: dict[str, GracefarmError] = {}
+    told: list[Shown] = []
+    for jumps in (True, False):  # nodes behind a jump host can be asked when its key is trusted
+        shown, bad = wait(look(jumps))
+        lost |= bad
+        _judge(deployment, console, shown, accept=accept, repin=repin)
+        told += [one for one in shown if one.name not in [each.name for each in told]]
+    counts = {word: sum(one.status == word for one in told) for word in ("pinned", "known", "new", "changed")}
+    text = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
+    console.step("keys", f"{text or 'none'}; in {deployment.folder.known_hosts}")
+    return lost
+
+
+def _judge(deployment: Deployment, console: Console, shown: Sequence[Shown], *, accept: bool, repin: bool) -> None:
+    """Pin what is known and what is accepted. Raises SshError: changed, or not accepted."""
     if not repin:
         hostkeys.refuse_changed(shown)
     known = [one for one in shown if one.status == "known"]
@@ -96,11 +113,8 @@ def _pin(deployment: Deployment, console: Console, *, accept: bool, repin: bool)
         console.event("host_key", f"{one.name:<24} {one.kind} {one.fingerprint}", name=one.name, status=one.status)
     if asked and not accept:
         _confirm(console, asked)
-    hostkeys.pin(deployment.folder.known_hosts, [*known, *asked])
-    counts = {word: sum(one.status == word for one in shown) for word in ("pinned", "known", "new", "changed")}
-    told = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
-    console.step("keys", f"{told or 'none'}; in {deployment.folder.known_hosts}")
-    return lost
+    if trusted := [*known, *asked]:
+        hostkeys.pin(deployment.folder.known_hosts, trusted)
 
 
 def _confirm(console: Console, asked: Sequence[Shown]) -> None:

@@ -15,6 +15,17 @@ import asyncssh
 from tests.deploy import kit
 
 
+class _Way(kit._Open):
+    """Also a jump host."""
+
+    def __init__(self, tunnels: list[tuple[str, int]]) -> None:
+        self.tunnels = tunnels
+
+    def connection_requested(self, dest_host: str, dest_port: int, _orig_host: str, _orig_port: int) -> bool:
+        self.tunnels.append((dest_host, dest_port))
+        return True
+
+
 @dataclass
 class Servers:
     """`addresses` all listen on `port`, with a host key each."""
@@ -25,6 +36,8 @@ class Servers:
     running: dict[str, Any] = field(default_factory=dict)
     loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.new_event_loop)
     folder: Path = Path()
+    tunnels: list[tuple[str, int]] = field(default_factory=list)
+    "Where clients went through one of them."
 
     async def start(self, address: str) -> None:
         """Listen there, with a new host key."""
@@ -32,7 +45,7 @@ class Servers:
         home = self.folder / address
         home.mkdir(exist_ok=True)
         options: Any = {"server_host_keys": [key], "process_factory": kit._server(home, {}), "encoding": None}
-        server = await asyncssh.create_server(kit._Open, address, self.port, **options)
+        server = await asyncssh.create_server(lambda: _Way(self.tunnels), address, self.port, **options)
         self.port = server.sockets[0].getsockname()[1]
         self.running[address] = server
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
+import pty
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
-from deploy import facts, inventory, plan, schema, state
+from deploy import cli, facts, inventory, plan, schema, state
 from deploy import model as models
 from tests.deploy import servers as kit
 
@@ -28,27 +32,24 @@ def nodes(tmp_path: Path) -> Iterator[kit.Servers]:
         yield running
 
 
-def deploy(folder: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+def deploy(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command line in this process, for a new one takes a second or two to import what it needs."""
     home = folder / "home"
     home.mkdir(exist_ok=True)
-    variables = {
-        **os.environ,
-        "HOME": str(home),
-        "PYTHONPATH": str(ROOT),
-        "HF_ENDPOINT": "http://127.0.0.1:9",
-        "COLUMNS": "160",
-        **env,
-    }
-    return subprocess.run(
-        [sys.executable, "-m", "deploy", *arguments],
-        cwd=folder,
-        env=variables,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-        stdin=subprocess.DEVNULL,
-    )
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    variables = {"HOME": str(home), "HF_ENDPOINT": "http://127.0.0.1:9", "COLUMNS": "160", "CI": "1"}
+    with (
+        contextlib.chdir(folder),
+        mock.patch.dict(os.environ, variables),
+        mock.patch.object(sys, "argv", ["deploy", *arguments]),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        try:
+            cli.main()
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
 
 
 def init(folder: Path, nodes: kit.Servers, *more: str) -> subprocess.CompletedProcess[str]:
@@ -82,6 +83,47 @@ def test_accepted_keys_are_pinned_facts_are_kept_and_a_second_time_changes_nothi
     assert again.returncode == 0, again.stderr
     assert "2 pinned" in again.stderr
     assert before == ((tmp_path / "deploy.toml").read_bytes(), (tmp_path / ".deploy" / "known_hosts").read_bytes())
+
+
+def test_on_a_terminal_it_asks(tmp_path: Path, nodes: kit.Servers) -> None:
+    for answer, code in (("n\n", 60), ("y\n", 0)):
+        master, slave = pty.openpty()
+        command = ["init", "ips.txt", "--user", "tester", "--port", str(nodes.port)]
+        env = {**os.environ, "HOME": str(tmp_path), "PYTHONPATH": str(ROOT), "TERM": "xterm"}
+        env.pop("CI", None)
+        with subprocess.Popen(
+            [sys.executable, "-m", "deploy", *command], cwd=tmp_path, env=env, stdin=slave, stdout=slave, stderr=slave
+        ) as running:
+            os.close(slave)
+            said = b""
+            while b"consoles show" not in said:
+                said += os.read(master, 4096)
+            assert all(key.get_fingerprint().encode() in said for key in nodes.keys.values())
+            os.write(master, answer.encode())
+            with contextlib.suppress(OSError):  # EIO: the other side is closed
+                while os.read(master, 4096):
+                    pass
+            assert running.wait(60) == code
+        os.close(master)
+        assert bool((tmp_path / ".deploy" / "known_hosts").exists()) == (code == 0)
+
+
+def test_a_jump_host_is_trusted_first_and_then_what_is_behind_it(tmp_path: Path, nodes: kit.Servers) -> None:
+    """The second server is the way to the first; its key is asked about, pinned, and refused when it changes."""
+    first, way = nodes.addresses
+    (tmp_path / "ips.txt").write_text(first + "\n")
+    jump = ["--jump", f"tester@{way}:{nodes.port}"]
+    done = init(tmp_path, nodes, *jump)
+    assert done.returncode == 60
+    assert nodes.keys[way].get_fingerprint() in done.stderr
+    assert nodes.keys[first].get_fingerprint() not in done.stderr
+    done = init(tmp_path, nodes, *jump, "--accept")
+    assert done.returncode == 0, done.stderr
+    assert "2 new" in done.stderr
+    assert nodes.tunnels == [(first, nodes.port)] * len(nodes.tunnels) != []
+    nodes.do(nodes.stop(way))
+    nodes.do(nodes.start(way))
+    assert init(tmp_path, nodes, *jump, "--accept").returncode == 60
 
 
 def test_another_host_key_is_refused_until_a_person_says_repin(tmp_path: Path, nodes: kit.Servers) -> None:

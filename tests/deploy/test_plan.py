@@ -279,6 +279,8 @@ def test_bash_reads_the_script_and_it_says_what_the_plan_says() -> None:
     text = plan.shell(found, [Node(name="k0", rank=0, address="10.0.0.1", user="ubuntu", port=2222, jump="me@gate")])
     done = subprocess.run(["bash", "-n"], input=text, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+    if shellcheck := shutil.which("shellcheck"):
+        subprocess.run([shellcheck, "-"], input=text, text=True, check=True)
     assert found.id in text
     assert "k0) set -- -p 2222 -J me@gate ubuntu@10.0.0.1" in text
     assert "StrictHostKeyChecking=yes" in text
