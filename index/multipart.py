@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import re
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from concurrent.futures import Executor
@@ -61,6 +62,9 @@ class Form:
         """Remove what is in staging."""
         for received in self.files.values():
             received.path.unlink(missing_ok=True)
+
+
+_FOLDER = re.compile(r'filename="?(.:\\|\\\\)', re.IGNORECASE)
 
 
 class _FileWriter:
@@ -200,6 +204,9 @@ class _Assembler:
             disposition, options = parse_options_header(self._headers.get("content-disposition", ""))
         except (UnicodeError, LookupError, ValueError):  # from a filename* in a coding that nobody knows
             raise RefusedError("a part of the form has an unreadable name", remedy="send names as UTF-8") from None
+        if _FOLDER.search(self._headers.get("content-disposition", "")):
+            # The parser would quietly take what follows the last backslash, as for browsers of long ago.
+            raise RefusedError("the file's name is not a plain file name: it has a folder", remedy="send the name alone")
         if disposition != b"form-data" or b"name" not in options:
             raise RefusedError("a part of the form has no name", remedy="send multipart/form-data as twine and uv do")
         self._name = options[b"name"].decode("utf-8", "replace")
