@@ -15,8 +15,9 @@ from deploy import paths, speed
 from deploy.engine import Engine
 from deploy.facts import Facts, NodeFacts
 from deploy.inventory import Deployment, Node
-from deploy.layout import GIB, Candidate, Choice, Gpu, Layout, Machine, Memory, Question, Rejected
+from deploy.layout import Candidate, Choice, Gpu, Layout, Machine, Memory, Question, Rejected
 from deploy.model import Model
+from deploy.shards import GIB
 from deploy.speed import Prediction
 from gracefarm.errors import ConfigError, LayoutError
 

@@ -14,10 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deploy import engine as engines
-from deploy import inventory, layout, model, speed
+from deploy import inventory, layout, model, shards, speed
 from deploy.engine import APHRODITE, VLLM, Engine
-from deploy.layout import GIB, Candidate, Gpu, Machine, Question
+from deploy.layout import Candidate, Gpu, Machine, Question
 from deploy.model import Model
+from deploy.shards import GIB
 from gracefarm.errors import LayoutError
 
 
@@ -113,7 +114,7 @@ def test_our_partition_is_the_least_that_any_partition_can_be() -> None:
     """Against all splits of a small model, one by one."""
     small = small_model(layers=7)
     for tp, pp in ((1, 3), (2, 3), (2, 4), (1, 7)):
-        ours = layout.balance(APHRODITE, small, tp, pp)
+        ours = shards.balance(APHRODITE, small, tp, pp)
         assert sum(ours) == 7
         assert fullest(small, tp, ours) == min(fullest(small, tp, one) for one in splits(7, pp))
 
@@ -125,7 +126,7 @@ def splits(layers: int, stages: int) -> list[tuple[int, ...]]:
 
 
 def fullest(of: Model, tp: int, partition: tuple[int, ...]) -> int:
-    return max(one.weights for stage in layout.shares(APHRODITE, of, tp, partition) for one in stage)
+    return max(one.weights for stage in shards.shares(APHRODITE, of, tp, partition) for one in stage)
 
 
 def small_model(**changes: object) -> Model:
@@ -234,14 +235,14 @@ def test_bytes_per_rank_are_what_a_real_checkpoint_gives_when_it_is_sliced(
 ) -> None:
     of = small_model(**changes)
     tensors = checkpoint(of, tmp_path / "model.safetensors")
-    predicted = [[one.weights for one in stage] for stage in layout.shares(APHRODITE, of, tp, partition)]
+    predicted = [[one.weights for one in stage] for stage in shards.shares(APHRODITE, of, tp, partition)]
     assert predicted == loaded(of, tensors, tp, partition)
 
 
 def test_the_slices_of_all_ranks_put_together_are_the_tensor(tmp_path: Path) -> None:
     of = small_model()
     tensors = checkpoint(of, tmp_path / "model.safetensors")
-    parts = [layout.slices(APHRODITE, of, 5, rank) for rank in range(5)]
+    parts = [shards.slices(APHRODITE, of, 5, rank) for rank in range(5)]
     for name in parts[0]:
         shape, data = tensors[f"model.layers.1.{name}"]
         pieces = [cut(shape, data, *one[name]) for one in parts]
@@ -279,16 +280,16 @@ def test_ranks_sum_to_the_model_and_what_is_held_twice(of: Model, data: st.DataO
     engine = data.draw(st.sampled_from([APHRODITE, VLLM]))
     tp = data.draw(st.sampled_from([one for one in engines.legal(engine, of, 16) if one <= of.kv_heads]))
     pp = data.draw(st.integers(1, min(of.layers, 12)))
-    partition = layout.balance(engine, of, tp, pp)
+    partition = shards.balance(engine, of, tp, pp)
     assert sum(partition) == of.layers
     assert min(partition) >= 1
-    total = sum(one.weights for stage in layout.shares(engine, of, tp, partition) for one in stage)
+    total = sum(one.weights for stage in shards.shares(engine, of, tp, partition) for one in stage)
     whole = 2 * of.hidden + (of.hidden if of.attention_bias else 0) + (of.hidden if of.mlp_bias else 0)
     copies = (tp - 1) * (of.layers * whole + of.hidden)
     padding = (engines.vocab(engine, of, tp) - of.vocab) * of.hidden * (1 if of.tied and pp == 1 else 2)
     tied_twice = of.vocab * of.hidden if of.tied and pp > 1 else 0
     assert total == of.bytes + model.BYTES * (copies + padding + tied_twice)
-    cache = sum(one.token for stage in layout.shares(engine, of, tp, partition) for one in stage)
+    cache = sum(one.token for stage in shards.shares(engine, of, tp, partition) for one in stage)
     assert cache == model.BYTES * 2 * of.layers * of.kv_heads * of.head_dim
 
 
@@ -308,7 +309,7 @@ def assert_fits(engine: Engine, of: Model, one: Candidate) -> None:
     """Every GPU holds its weights, what is beside them, and the cache for every token that is promised."""
     chosen, memory = one.layout, one.memory
     assert len(one.slots) == chosen.world
-    held = [share for stage in layout.shares(engine, of, chosen.tp, chosen.partition) for share in stage]
+    held = [share for stage in shards.shares(engine, of, chosen.tp, chosen.partition) for share in stage]
     for share, slot in zip(held, one.slots, strict=True):
         used = share.weights - share.away(chosen.offload_gib) + layout.RESERVE + memory.cache_tokens * share.token
         assert used <= 0.9 * slot.gpu.total

@@ -13,7 +13,7 @@ from typing import Any, Optional
 import pytest
 
 from deploy import engine as engines
-from deploy import layout, model, options
+from deploy import model, options, shards
 from deploy.model import Model
 from gracefarm.errors import ConfigError
 
@@ -100,7 +100,7 @@ def test_the_engines_own_functions_split_as_we_do(wheel: Path) -> None:
             stages = function(wheel, utils, "get_pp_indices", APHRODITE_PP_LAYER_PARTITION=None)
             own = [stages(layers, rank, pp) for rank in range(pp)]
             assert tuple(end - start for start, end in own) == engines.default_partition(layers, pp)
-            ours = layout.balance(engines.APHRODITE, llama(layers), 1, pp)
+            ours = shards.balance(engines.APHRODITE, llama(layers), 1, pp)
             stages = function(wheel, utils, "get_pp_indices", APHRODITE_PP_LAYER_PARTITION=",".join(map(str, ours)))
             assert tuple(stages(layers, rank, pp)[1] - stages(layers, rank, pp)[0] for rank in range(pp)) == ours
 
