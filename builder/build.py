@@ -521,10 +521,10 @@ def _count_units(run: Run, notes: list[units.Note]) -> None:
     """Into the record, the log and onto the console: what the units cost, and what the cache did."""
     run.units = run.units | units.costs(notes, run.known)
     run.compiler_cache = units.statistics(notes, run.known)
-    if run.compiler_cache is not None:
-        title = units.title(run.compiler_cache)
-        with run.log.open("a") as stream:
-            stream.write(f"# {title}\n")
+    title = units.title(run.compiler_cache) if run.compiler_cache else "compiler cache: off, or nothing to compile"
+    with run.log.open("a") as stream:
+        stream.write(f"# {title}\n")
+    if run.compiler_cache:
         run.console.step("compile", title)
 
 

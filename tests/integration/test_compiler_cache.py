@@ -151,6 +151,7 @@ def test_the_cache_changes_no_bytes_and_no_id_and_can_be_switched_off(farm: Farm
     without, said = built(farm, "tiny", "--no-compiler-cache")
     assert without["compiler_cache"] is None
     assert "compiler cache" not in said
+    assert "# compiler cache: off" in farm.run("log", "tiny").out
     assert sorted(without["units"]) == sorted(C_UNITS)
     assert without["build_id"] == cached["build_id"]
     assert without["inputs"] == cached["inputs"]

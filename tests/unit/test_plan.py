@@ -45,8 +45,8 @@ def replace(path: str, old: str, new: str) -> Callable[[Path], None]:
 
 
 def add_patch(project: Path) -> None:
-    (project / "recipes" / NAME / "patches").mkdir()
-    (project / "recipes" / NAME / "patches" / "0001-x.patch").write_text("--- a\n+++ b\n")
+    (project / "recipes" / NAME / "patches").mkdir(exist_ok=True)
+    (project / "recipes" / NAME / "patches" / "0099-x.patch").write_text("--- a\n+++ b\n")
 
 
 RECIPE, STACK, LOCK, ROOT = (
@@ -81,11 +81,12 @@ def test_a_changed_input_gives_another_id(project: Path, change: Callable[[Path]
     [
         replace(RECIPE, "# Without it", "# without  it"),
         replace(RECIPE, 'memory_per_job = "3GiB"', 'memory_per_job   =   "2GiB"'),
+        replace(RECIPE, "[build]\n", '[build]\nunit_memory = { "*_bwd.cu" = "4GiB" }\n'),
         replace(RECIPE, "summary =", "\n\nsummary   ="),
         replace(STACK, "summary = ", "# a comment\nsummary = "),
         replace(LOCK, "# Every wheel", "# All wheels"),
     ],
-    ids=["comment", "jobs", "space", "stack comment", "lock comment"],
+    ids=["comment", "jobs", "large units", "space", "stack comment", "lock comment"],
 )
 def test_what_cannot_change_the_bytes_does_not_change_the_id(project: Path, change: Callable[[Path], None]) -> None:
     before = build_id(project)
@@ -166,6 +167,7 @@ WHOLE: dict[str, Any] = {
         "cmake": {"NAME": "value"},
         "cuda": True,
         "memory_per_job": "4GiB",
+        "unit_memory": {"large.cu": "9GiB"},
         "binfmt": True,
     },
     "wheel": {
@@ -188,6 +190,7 @@ RECIPE_EXEMPT = {
     "stack": "a default of the command line; the stack itself is an input",
     "files.sha256_unknown": "the reason of a gap, which no build gets past",
     "build.memory_per_job": "the number of jobs",
+    "build.unit_memory": "which units run beside each other",
     "wheel.bundled": "the audit's expectations, and",
     "wheel.max_size": "its bound: the flow audits again what was judged by others",
     "smoke.imports": "what is tried; the flow tries again what was judged by others",
