@@ -33,6 +33,7 @@ class ExitCode(IntEnum):
     PREFLIGHT = 62
     ENGINE = 63
     LAYOUT = 64
+    NOT_SERVING = 65
     INTERRUPTED = 130
 
 

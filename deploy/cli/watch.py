@@ -1,305 +1,318 @@
-"""`deploy tunnel` and `deploy bench`: the engine from this machine."""
+"""`deploy status`, `top`, `logs`, `collect`: what a deployment is about. They change nothing and wait for nobody."""
 
 from __future__ import annotations
 
-import os
+import asyncio
 import sys
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
-from dataclasses import asdict, dataclass
+from collections.abc import AsyncIterator, Awaitable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import click
 from rich.console import Console as RichConsole
+from rich.console import Group, RenderableType
+from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from deploy import bench as benches
-from deploy import plot
-from deploy import tunnel as tunnels
-from deploy.bench import Level, Report, Spread, Sweep
+from deploy import collect as collecting
+from deploy import facts as facts_of
+from deploy import logs as logging
+from deploy import redact
+from deploy import status as statuses
+from deploy import top as tops
 from deploy.cli.common import Context, json_option, pass_context, wait
-from deploy.completion import Answer, Api, Prompt, Server
-from deploy.inventory import Folder
-from deploy.plan import Plan
-from deploy.ssh import fleet
-from deploy.tunnel import Forward, Wanted
-from gracefarm.errors import ConfigError, GracefarmError, UsageError
-from gracefarm.files import atomic_write
+from deploy.cli.nodes import COLOURS
+from deploy.inventory import Node
+from deploy.logs import Wish
+from deploy.ssh import JobStatus, fleet
+from deploy.status import SERVING, WAITING, NodeStatus, Service, Status
+from deploy.targets import targets
+from deploy.top import Moment
+from gracefarm.errors import ExitCode, GracefarmError, SeveralError
 
-QUESTION = "Explain in one paragraph why the sky is blue."
-
-
-def plan_of(folder: Folder) -> Plan | None:
-    """The plan that `deploy serve` ran last, if any. Raises ConfigError: it cannot be read."""
-    try:
-        return Plan.model_validate_json((folder.path / "plan.json").read_bytes())
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise ConfigError(
-            f"{folder.path / 'plan.json'}: another version's, or damaged", remedy="`deploy serve` writes it anew"
-        ) from error
+_COLOUR = {"READY": "bold green", "BUSY": "green", "LOADING": "cyan", "PLANNED": "dim", "STOPPED": "dim", "DEGRADED": "yellow"}
+_BAD = "bold red"
 
 
-def key_of(folder: Folder) -> str | None:
-    """The engine's key, if one was made."""
-    with suppress(FileNotFoundError):
-        return folder.api_key.read_text().strip()
-    return None
-
-
-# tunnel
+# status
 
 
 @click.command()
-@click.option("--port", type=click.IntRange(0, 65535), help="Of the engine, here; default: the same as there (2242).")
-@click.option("--dashboard-port", type=click.IntRange(0, 65535), help="Of Ray's dashboard, here; default: as there (8265).")
+@click.option("--canary", default=30.0, show_default=True, type=click.FloatRange(min=0.1), help="Seconds for one token.")
 @json_option
 @pass_context
-def tunnel(context: Context, port: int | None, dashboard_port: int | None) -> None:
-    """The engine (2242) and Ray's dashboard (8265) on this machine's loopback, until Ctrl-C.
+def status(context: Context, canary: float) -> None:
+    """Every node, and the service by a real completion of one token: /health says 200 of a dead engine too.
 
-    A port that is taken here gets a free one instead. After a cut it connects again by itself.
+    \b
+    exit code  0  READY, BUSY (others' tokens are being made)
+              65  PLANNED, LOADING, STOPPED: nothing is wrong
+              63  DEGRADED, WEDGED, DEAD(node), DEAD(engine), FAILED(phase)
+              60  UNREACHABLE: the head cannot be entered
     """
-    deployment = context.deployment
-    wanted = tunnels.ports(deployment, engine=port, dashboard=dashboard_port)
 
-    def changed(error: GracefarmError | None) -> None:
-        if error is None:
-            context.console.event("connected", "connected again")
-        else:
-            context.console.warn(f"{error.cause}; trying again")
+    async def go() -> Status:
+        async with fleet(context.deployment) as made:
+            return await statuses.look(statuses.watch(context.deployment, made), canary=canary)
+
+    seen = wait(go())
+    if context.console.as_json:
+        context.console.result(seen.model_dump())
+    else:
+        _out().print(render(seen))
+    sys.exit(code_of(seen.service))
+
+
+def code_of(service: Service) -> ExitCode:
+    """What `deploy status` returns."""
+    if service.word in SERVING:
+        return ExitCode.OK
+    if service.word in WAITING:
+        return ExitCode.NOT_SERVING
+    return ExitCode.SSH if service.word == "UNREACHABLE" else ExitCode.ENGINE
+
+
+def _out() -> RichConsole:
+    return RichConsole(highlight=False, width=None if sys.stdout.isatty() else 127)
+
+
+def render(seen: Status, moment: Moment | None = None) -> RenderableType:
+    """For people."""
+    service = seen.service
+    colour = _COLOUR.get(service.word, _BAD)
+    model = f"{seen.model}{', ' + seen.layout if seen.layout else ''}"
+    lines = [f"[{colour}]{escape(service.label)}[/]  {escape(model)}", f"  {escape(service.text)}"]
+    if service.remedy:
+        lines.append(f"  [bold]what to do:[/] {escape(service.remedy)}")
+    if moment:
+        lines.append(f"  {escape(speed_of(moment))}")
+    if seen.usd_per_hour is not None:
+        lines.append(f"  ${seen.usd_per_hour:.2f}/h, ${seen.usd_since_boot:.2f} since the nodes' boot")
+    return Group(*lines, "", _nodes(seen.nodes))
+
+
+def _nodes(nodes: Sequence[NodeStatus]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for head in ("node", "address", "Ray", "ours", "GPU memory", "busy", "°C", "host memory", "disk free", "load", "up"):
+        table.add_column(head)
+    for one in nodes:
+        if one.error:
+            table.add_row(one.name, one.address, f"[{_BAD}]{escape(one.error)}[/]")
+            continue
+        ray = {True: "[green]alive[/]", False: f"[{_BAD}]lost[/]", None: "runs" if one.raylet else "[dim]-[/]"}[one.ray]
+        table.add_row(
+            one.name,
+            one.address,
+            ray,
+            " ".join(one.jobs) or "[dim]-[/]",
+            "\n".join(_gpu_memory(each.used_mib, each.total_mib) for each in one.gpus) or f"[dim]{escape(one.gpu_error)}[/]",
+            "\n".join(_number(each.busy, " %") for each in one.gpus),
+            "\n".join(_number(each.celsius, "") for each in one.gpus),
+            f"{(one.memory.total - one.memory.available) / (1 << 30):.0f} of {one.memory.total / (1 << 30):.0f} GiB"
+            if one.memory
+            else "",
+            "\n".join(f"{one.free / 1e9:.0f} GB {escape(one.path)}" for one in one.disks),
+            f"{one.load:.1f}/{one.cores}",
+            f"{one.uptime / 3600:.1f} h",
+        )
+    return table
+
+
+def _gpu_memory(used: float | None, total: float | None) -> str:
+    return f"{used / 1024:.1f} of {total / 1024:.1f} GiB" if used is not None and total else "?"
+
+
+def _number(value: float | None, unit: str) -> str:
+    return "-" if value is None else f"{value:.0f}{unit}"
+
+
+# top
+
+
+def speed_of(moment: Moment) -> str:
+    """The engine's own numbers, in a line."""
+    if moment.metrics is None:
+        return "no metrics: the engine does not listen"
+    rate = f"{moment.tokens_per_s:.1f} tokens/s" if moment.tokens_per_s is not None else "tokens/s: one moment"
+    parts = [rate]
+    if moment.metrics.num_requests_running is not None:
+        parts.append(
+            f"{moment.metrics.num_requests_running:.0f} running, {moment.metrics.num_requests_waiting or 0:.0f} waiting"
+        )
+    if moment.first_s is not None:
+        parts.append(f"first token after {moment.first_s:.2f} s")
+    if moment.metrics.cache is not None:
+        parts.append(f"KV cache {moment.metrics.cache:.0%}")
+    if moment.metrics.generation_tokens_total is not None:
+        parts.append(f"{moment.metrics.generation_tokens_total:,.0f} tokens since its start")
+    if moment.usd_per_mtok is not None:
+        parts.append(f"${moment.usd_per_mtok:,.2f}/Mtok")
+    return "; ".join(parts)
+
+
+@click.command()
+@click.option("--every", default=2.0, show_default=True, type=click.FloatRange(min=0.2), help="Seconds between two looks.")
+@click.option("--canary-every", default=30.0, show_default=True, type=click.FloatRange(min=1), help="Between completions.")
+@click.option("--count", type=click.IntRange(1), help="So many looks, then the end; default: until Ctrl-C.")
+@json_option
+@pass_context
+def top(context: Context, every: float, canary_every: float, count: int | None) -> None:
+    """`deploy status`, live, with tokens/s, requests and cost by the engine's own counters. Ctrl-C ends it.
+
+    The canary's completions cost a token each; between them the engine's counters and the nodes are looked at.
+    """
+    console = context.console
 
     async def go() -> None:
-        async with fleet(deployment) as made, tunnels.opened(made, deployment.head, wanted) as forwards:
-            _tell(context, forwards)
-            await tunnels.attend(made, deployment.head, changed)
+        async with fleet(context.deployment) as made:
+            watch = statuses.watch(context.deployment, made)
+            moments = tops.watching(watch, every=every, canary_every=canary_every, count=count)
+            if console.interactive and sys.stdout.isatty():
+                await _live(moments)
+                return
+            async for moment in moments:
+                if console.as_json:
+                    console.result({**moment.status.model_dump(), **moment.numbers()})
+                else:
+                    _out().print(time.strftime("%H:%M:%S"), render(moment.status, moment))
 
     with suppress(KeyboardInterrupt):
         wait(go())
-    context.console.event("closed", "the tunnel is closed; the engine runs on")
 
 
-def _tell(context: Context, forwards: tuple[Forward, ...]) -> None:
-    rows = {one.name: {"url": f"http://127.0.0.1:{one.local}", "remote": one.remote} for one in forwards}
-    lines = []
-    for one in forwards:
-        path = "/v1" if one.name == "engine" else ""
-        moved = f"   (port {one.remote} is taken here)" if one.moved else ""
-        lines.append(f"{one.name:<10} http://127.0.0.1:{one.local}{path}{moved}")
-    key = context.deployment.folder.api_key
-    lines.append(f"key        {key}" if key.exists() else "key        none yet: `deploy serve` makes it")
-    context.console.result({"forwards": rows, "api_key_file": str(key)}, "\n".join(lines))
+async def _live(moments: AsyncIterator[Moment]) -> None:
+    with Live(console=RichConsole(highlight=False), auto_refresh=False, screen=True) as live:
+        async for moment in moments:
+            live.update(
+                Group(render(moment.status, moment), "", "[dim]Ctrl-C ends this view, and nothing else[/]"), refresh=True
+            )
 
 
-# bench
-
-
-class _Numbers(click.ParamType[tuple[int, ...]]):
-    """1,2,4,8"""
-
-    name = "numbers"
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
-        words = str(value).split(",")
-        if not all(one.strip().isdigit() and int(one) > 0 for one in words):
-            self.fail(f"{value!r}: numbers with commas between, as 1,2,4,8", param, ctx)
-        return tuple(int(one) for one in words)
+# logs
 
 
 @click.command()
-@click.option("--concurrency", type=_Numbers(), metavar="N,N,…", help="Sweep: requests at once, as 1,2,4,8,16.")
-@click.option("--requests", type=click.IntRange(1), help="Sweep: of each level; default: 4 x concurrency, at least 8.")
-@click.option("--prompt-tokens", type=click.IntRange(1), default=128, show_default=True, help="Sweep: about so many.")
-@click.option("--max-tokens", type=click.IntRange(1), default=128, show_default=True, help="Of each answer.")
-@click.option("--prompt", default=QUESTION, help="Without a sweep: what is asked.")
-@click.option("--api", type=click.Choice(["completions", "chat"]), default="completions", show_default=True)
-@click.option("--patience", type=click.FloatRange(min=1), default=120.0, show_default=True, help="Seconds without any text.")
-@click.option("--url", metavar="URL", help="Any OpenAI-compatible server, without a deployment; its key in OPENAI_API_KEY.")
-@click.option("--key-file", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="Of --url: its key.")
-@click.option("--model", help="Of several that are served; default: the first.")
-@click.option("--svg", type=click.Path(path_type=Path), metavar="FILE", help="Sweep: the plot also here.")
+@click.argument("names", nargs=-1, metavar="[NODE]…")
+@click.option("-k", "words", multiple=True, metavar="WORDS", help="Nodes, as of `deploy run`: k1, 2-5, head, rest; commas.")
+@click.option("-f", "--follow", is_flag=True, help="And what is written from now on, until Ctrl-C or the engine's end.")
+@click.option("--ray", "only_ray", is_flag=True, help="Ray's logs, of all nodes unless some are named.")
+@click.option("-n", "--lines", default=50, show_default=True, type=click.IntRange(0), help="Of each log, the last so many.")
 @json_option
 @pass_context
-def bench(
-    context: Context,
-    concurrency: tuple[int, ...] | None,
-    requests: int | None,
-    prompt_tokens: int,
-    max_tokens: int,
-    prompt: str,
-    api: Api,
-    patience: float,
-    url: str | None,
-    key_file: Path | None,
-    model: str | None,
-    svg: Path | None,
-) -> None:
-    """One streamed query with its tokens/s; with --concurrency a sweep, beside what the plan predicted.
+def logs(context: Context, names: tuple[str, ...], words: tuple[str, ...], follow: bool, only_ray: bool, lines: int) -> None:
+    """The engine's log; of nodes that are named, Ray's logs (and the engine's, of the head).
 
     \b
-    deploy bench
-    deploy bench --concurrency 1,2,4,8,16,32
-    deploy bench --url http://127.0.0.1:8000/v1 --concurrency 1,4
+    deploy logs -f
+    deploy logs --ray
+    deploy logs k3
 
-    Tokens are counted by the server (usage), for a chunk of the stream may hold several. A sweep is kept, with its plot, in
-    .deploy/bench; $/Mtok needs price_per_node_hour in deploy.toml.
+    After a cut, following goes on where it was. Keys and tokens are not shown.
     """
-    if svg and not concurrency:
-        raise UsageError("--svg is of a sweep", remedy="add --concurrency 1,2,4,8")
-    plan = None if url else plan_of(context.deployment.folder)
-    key = key_file.read_text().strip() if key_file else os.environ.get("OPENAI_API_KEY")
+    deployment = context.deployment
+    chosen = [one for word in (*names, *words) for one in word.split(",") if one]
+    nodes = deployment.select(chosen) if chosen else deployment.nodes
+    ray = bool(chosen) or only_ray
+    engine = deployment.head in nodes and not only_ray
+    show = _Shower(context, nodes)
+    wish = Wish(lines=lines, follow=follow)
 
     async def go() -> None:
-        async with _server(context, url, key) as server:
-            if concurrency is None:
-                await _query(context, server, Asked(prompt, max_tokens, api, model, patience))
-                return
-            sweep = Sweep(
-                concurrency=concurrency,
-                requests=requests,
-                prompt_tokens=prompt_tokens,
-                max_tokens=max_tokens,
-                api=api,
-                patience=patience,
-                seed=int(time.time()),
-            )
-            report = await _sweep(context, server, sweep, plan, model)
-            _keep(context, report, svg, stay=url is None)
+        async with fleet(deployment) as made:
+            tasks = []
+            if ray:
+                facts = facts_of.load(deployment)
+                tasks += [
+                    asyncio.create_task(_count(logging.ray(deployment, facts, one, wish, show.line, show.cut)))
+                    for one in targets(made, facts, nodes)
+                ]
+            if engine:
+                tasks.append(asyncio.create_task(_engine(logging.engine(made, deployment.head, wish, show.line), show)))
+            await _all(tasks)
 
-    wait(go())
+    with suppress(KeyboardInterrupt):
+        wait(go())
 
 
-@asynccontextmanager
-async def _server(context: Context, url: str | None, key: str | None) -> AsyncIterator[Server]:
-    """Of --url, else the deployment's through SSH."""
-    if url:
-        local = any(f"//{one}" in url for one in ("127.", "localhost", "[::1]"))
-        yield Server(url=url, key=key, direct=local)
-        return
-    deployment = context.deployment
-    wanted = [Wanted(name="engine", remote=deployment.data.ports.engine, local=0)]
-    async with fleet(deployment) as made, tunnels.opened(made, deployment.head, wanted) as (forward,):
-        yield Server(url=f"http://127.0.0.1:{forward.local}", key=key_of(deployment.folder))
+class _Shower:
+    """Lines with their node before them, redacted."""
+
+    def __init__(self, context: Context, nodes: Sequence[Node]) -> None:
+        self.context = context
+        self.ranks = {one.name: one.rank for one in nodes}
+        self.width = max(len(one.name) for one in nodes)
+        self.redactor = redact.of(context.deployment.folder)
+        self.out = RichConsole(highlight=False, soft_wrap=True)
+
+    def line(self, node: str, log: str, text: str) -> None:
+        """One, of a log."""
+        clean = self.redactor.line(text)
+        if self.context.console.as_json:
+            self.context.console.event("line", clean, node=node, log=log)
+            return
+        colour = COLOURS[self.ranks.get(node, 0) % len(COLOURS)]
+        self.out.print(f"[{colour}]{escape(node):>{self.width}}[/] [dim]{escape(log)}[/] {escape(clean)}")
+
+    def cut(self, node: str, error: GracefarmError) -> None:
+        """A node is away just now."""
+        self.context.console.warn(f"{node}: {error.cause}; trying again")
 
 
-@dataclass(frozen=True)
-class Asked:
-    """The one query."""
-
-    prompt: str
-    max_tokens: int
-    api: Api
-    model: str | None
-    patience: float
+async def _count(reading: Awaitable[int]) -> None:
+    await reading
 
 
-async def _query(context: Context, server: Server, asked: Asked) -> None:
-    async with server.client() as client:
-        name = await benches.find_model(client, asked.model)
-    prompt = Prompt(model=name, text=asked.prompt, max_tokens=asked.max_tokens, api=asked.api)
-
-    def show(text: str) -> None:
-        if not context.console.as_json:
-            sys.stdout.write(text)
-            sys.stdout.flush()
-
-    answer = await benches.query(server, prompt, patience=asked.patience, on_text=show)
-    if context.console.as_json:
-        context.console.result({"model": name, **asdict(answer), "chunks": answer.chunks, "tokens_per_s": _rate(answer)})
-        return
-    show("\n")
-    first = f", the first after {answer.first:.2f} s" if answer.first is not None else ""
-    if answer.tokens:
-        later = f"; after the first {1 / answer.per_token:.1f} tokens/s" if answer.per_token else ""
-        text = f"{answer.tokens} tokens in {answer.seconds:.2f} s{first}: {_rate(answer):.1f} tokens/s{later}"
-        context.console.step("bench", f"{text} ({answer.chunks} chunks)")
-    else:
-        context.console.warn(f"{answer.chunks} chunks in {answer.seconds:.2f} s{first}; {answer.cause}")
+async def _engine(reading: Awaitable[JobStatus], show: _Shower) -> None:
+    status = await reading
+    if status.state != "running":
+        code = f" with {status.returncode}" if status.returncode is not None else ""
+        show.context.console.event("ended", f"the engine has ended ({status.state}{code})")
 
 
-def _rate(answer: Answer) -> float | None:
-    return round(answer.tokens / answer.seconds, 3) if answer.tokens else None
+async def _all(tasks: Sequence[asyncio.Task[None]]) -> None:
+    """Every log to its end; then the first failure, if any."""
+    try:
+        outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+    finally:
+        for one in tasks:
+            one.cancel()
+    bad = [one for one in outcomes if isinstance(one, BaseException)]
+    if len(bad) > 1 and all(isinstance(one, GracefarmError) for one in bad):
+        raise SeveralError("; ".join(str(one) for one in bad), remedy="`deploy status` tells which nodes are there")
+    if bad:
+        raise bad[0]
 
 
-async def _sweep(context: Context, server: Server, sweep: Sweep, plan: Plan | None, model: str | None) -> Report:
-    with context.console.progress("bench") as tick:
-
-        def answered(concurrency: int, done: int, count: int) -> None:
-            tick(done, count, f"{concurrency} at once")
-
-        def summed(one: Level) -> None:
-            wrong = f", {sum(one.errors.values())} failed ({one.first_error})" if one.errors else ""
-            context.console.step("bench", f"{one.concurrency} at once: {one.tokens_per_s:.1f} tokens/s{wrong}")
-
-        return await benches.run(server, sweep, model=model, plan=plan, on_answer=answered, on_level=summed)
+# collect
 
 
-def _keep(context: Context, report: Report, svg: Path | None, *, stay: bool) -> None:
-    """Print it; `stay`: keep it in the deployment's folder too."""
-    picture = plot.svg(report)
-    if svg:
-        atomic_write(svg, picture)
-    kept = None
-    if stay:
-        folder = context.deployment.folder.path / "bench"
-        folder.mkdir(mode=0o700, exist_ok=True)
-        kept = folder / time.strftime("%Y-%m-%dT%H-%M-%S.json", time.localtime(report.taken))
-        atomic_write(kept, report.model_dump_json(indent=1) + "\n")
-        atomic_write(kept.with_suffix(".svg"), picture)
-    if context.console.as_json:
-        context.console.result(report.model_dump() | {"kept": str(kept) if kept else None})
-        return
-    _table(report)
-    places = [str(one) for one in (kept, kept.with_suffix(".svg") if kept else None, svg) if one]
-    if places:
-        context.console.step("bench", "kept: " + ", ".join(places))
+@click.command()
+@click.option(
+    "--into", type=click.Path(path_type=Path, file_okay=False, exists=True), default=".", help="Folder; default: here."
+)
+@json_option
+@pass_context
+def collect(context: Context, into: Path) -> None:
+    """One archive with every log of every node, plan, state and facts; redacted; summary.md has the first cause on top.
 
+    Also while everything is broken: a node that is not reached is noted in it.
+    """
+    deployment, folder = context.deployment, into.absolute()
 
-def _table(report: Report) -> None:
-    out = RichConsole(highlight=False, width=None if sys.stdout.isatty() else 127)
-    ended = "" if report.to_the_end else "at most "
-    out.print(
-        f"[bold]{escape(report.model)}[/]{', ' + report.layout if report.layout else ''}; about {report.prompt_tokens} tokens"
-        f" in, {ended}{report.max_tokens} out"
-    )
-    table = Table(box=None, pad_edge=False)
-    heads = (
-        "at once",
-        "answered",
-        "tokens/s",
-        "predicted",
-        "a stream",
-        "first ms p50/p90/p99",
-        "token ms p50/p90/p99",
-        "$/Mtok",
-    )
-    for head in heads:
-        table.add_column(head, justify="right")
-    for one in report.levels:
-        wrong = " ".join(f"[red]{count} {escape(kind)}[/]" for kind, count in one.errors.items())
-        table.add_row(
-            str(one.concurrency),
-            f"{one.answered}/{one.requests}{' ' + wrong if wrong else ''}",
-            f"{one.tokens_per_s:.1f}",
-            _number(one.predicted_tokens_per_s, ".1f"),
-            _number(one.stream_tokens_per_s, ".1f"),
-            _spread(one.first_ms),
-            _spread(one.token_ms),
-            _number(one.usd_per_mtok, ",.2f"),
-        )
-    out.print(table)
-    measured = report.levels[0]
-    if measured.concurrency == 1 and measured.predicted_tokens_per_s and measured.tokens_per_s:
-        off = 100 * (measured.predicted_tokens_per_s / measured.tokens_per_s - 1)
-        out.print(f"[dim]one stream: predicted {measured.predicted_tokens_per_s:.1f}, {off:+.0f} % of what was measured[/]")
+    async def go() -> collecting.Bundle:
+        async with fleet(deployment) as made:
+            return await collecting.collect(deployment, made, folder)
 
-
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
-
-
-def _spread(one: Spread | None) -> str:
-    return "-" if one is None else f"{one.p50:.0f}/{one.p90:.0f}/{one.p99:.0f}"
+    with context.console.progress("collect"):
+        made = wait(go())
+    for node, why in made.missing.items():
+        context.console.warn(f"{node} is not in it: {why}")
+    first = made.findings[0] if made.findings else None
+    lines = [f"{made.status.service.label}  {made.status.service.text}"]
+    lines.append(f"first cause  {first.text}" if first else "first cause  nothing that looks like one was found")
+    if first and first.remedy:
+        lines.append(f"what to do   {first.remedy}")
+    lines.append(f"bundle       {made.path}  ({made.files} files, {made.size / 1e6:.1f} MB, redacted)")
+    context.console.result(collecting.as_json(made), "\n".join(lines))

@@ -74,7 +74,11 @@ def _ends(path: Path) -> bytes:
             return stream.read()
         start = stream.read(HEAD)
         stream.seek(size - TAIL)
-        return start + b"\n[... %d bytes left out ...]\n" % (size - HEAD - TAIL) + stream.read()
+        end = stream.read()
+    # Whole lines only: half of a secret would not be known for one.
+    start = start[: start.rfind(b"\n") + 1]
+    end = end[end.find(b"\n") + 1 :]
+    return start + b"[... %d bytes left out ...]\n" % (size - len(start) - len(end)) + end
 
 
 def _output(command: list[str]) -> bytes:

@@ -7,7 +7,6 @@ engine says 200 for dead workers, so it is never asked: a completion of one toke
 from __future__ import annotations
 
 import asyncio
-import re
 import secrets
 import shlex
 import time
@@ -18,6 +17,7 @@ from typing import Literal
 
 import httpx
 
+from deploy import metrics as engine_metrics
 from deploy import paths
 from deploy.enginelog import Progress, first_cause
 from deploy.inventory import Folder, Node
@@ -276,20 +276,10 @@ def _client(local: int, headers: Mapping[str, str], seconds: float) -> httpx.Asy
     return httpx.AsyncClient(base_url=f"http://127.0.0.1:{local}", headers=headers, timeout=seconds, trust_env=False)
 
 
-_METRIC = re.compile(r"^(?:aphrodite|vllm):(generation_tokens_total|num_requests_running)(?:\{[^}]*\})?\s+([0-9.eE+]+)", re.M)
-
-
 async def metrics(local: int, seconds: float = 10) -> dict[str, float] | None:
-    """generation_tokens_total and num_requests_running, summed over models; None: not to be had."""
-    try:
-        async with _client(local, {}, seconds) as client:
-            text = (await client.get("/metrics")).text
-    except httpx.HTTPError:
-        return None
-    found: dict[str, float] = {}
-    for name, value in _METRIC.findall(text):
-        found[name] = found.get(name, 0.0) + float(value)
-    return found or None
+    """What it counts, as deploy.metrics has it; None: not to be had."""
+    found = await engine_metrics.scrape(f"http://127.0.0.1:{local}", seconds)
+    return found.model_dump(exclude_none=True) if found else None
 
 
 # the canary's verdict
@@ -311,7 +301,9 @@ class Signs:
     nodes: Nodes | None = None
     "None: Ray did not answer."
     phase: str = ""
-    "Of loading; empty: it has listened before, or nothing is known."
+    "Of loading, as far as its log tells; empty: nothing is known."
+    fraction: float | None = None
+    "Of the weights, while loading."
     cause: str = ""
     "The first one in its log, where it ended."
     error: str = ""
@@ -391,7 +383,9 @@ async def probe(fleet: Fleet, head: Target, spec: Spec, *, seconds: float = 30) 
         before = await metrics(local)
         answer = await complete(local, spec.key, seconds)
         after = await metrics(local)
-    return Signs(job=job, answer=answer, before=before, after=after, nodes=nodes, phase=progress.phase)
+    return Signs(
+        job=job, answer=answer, before=before, after=after, nodes=nodes, phase=progress.phase, fraction=progress.fraction
+    )
 
 
 async def _read_log(fleet: Fleet, place: Node) -> Progress:

@@ -227,9 +227,11 @@ def fleet(folder: Path, made: list[Machine], **more: Any) -> Any:
     return ssh.fleet([one.node for one in made], **options)
 
 
-def deployment(folder: Path, made: list[Machine], *, ports: dict[str, int] | None = None, more: str = "") -> Deployment:
+def deployment(
+    folder: Path, made: list[Machine], *, ports: dict[str, int] | None = None, more: str = "", local: str | None = None
+) -> Deployment:
     """deploy.toml in `folder` for `made`, prepared as `deploy init` does, for commands that a test runs there."""
-    text = [f'name = "t"\nlocal = "{folder}/local"\n{more}', "[ports]"]
+    text = [f'name = "t"\nlocal = "{local or folder / "local"}"\n{more}', "[ports]"]
     text += [f"{name} = {port}" for name, port in (ports or {}).items()]
     for one in made:
         text += ["[[node]]", f'address = "{one.node.address}"', f"port = {one.node.port}", 'user = "tester"']

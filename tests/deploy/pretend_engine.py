@@ -1,6 +1,6 @@
 """A pretend engine for the tests of the step alone: the log lines and the port of the real one, no Ray and no model.
 
-    python pretend_engine.py --port N [--load S] [--die CODE] [--wedge FILE] [--say FILE]
+    python pretend_engine.py --port N [--load S] [--stay FILE] [--die CODE] [--wedge FILE] [--say FILE]
 
 Nasty as the original: refuses connections while it loads; /health says 200 whatever happens; with --wedge FILE completions
 hang while FILE exists; it wants the key of APHRODITE_API_KEY.
@@ -70,6 +70,7 @@ def main() -> None:
     parser.add_argument("--load", type=float, default=0.5)
     parser.add_argument("--die", type=int)
     parser.add_argument("--say")
+    parser.add_argument("--stay", help="at 25 %% while this file exists")
     parser.add_argument("--wedge")
     parser.add_argument("--busy", action="store_true")
     options = parser.parse_args()
@@ -78,6 +79,8 @@ def main() -> None:
     for percent in range(0, 101, 25):
         say(f"\x1b[36mLoading model weights...\x1b[0m ━━━━ {percent}% {percent * 7.56:.2f}/756.00 GiB 0:00:01")
         time.sleep(options.load / 5)
+        while percent == 25 and options.stay and Path(options.stay).exists():
+            time.sleep(0.05)
     if options.die is not None:
         say(Path(options.say).read_text() if options.say else "it ends")
         sys.exit(options.die)

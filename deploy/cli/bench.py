@@ -1,0 +1,294 @@
+"""`deploy tunnel` and `deploy bench`: the engine from this machine."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import click
+from rich.console import Console as RichConsole
+from rich.markup import escape
+from rich.table import Table
+
+from deploy import bench as benches
+from deploy import plot
+from deploy import tunnel as tunnels
+from deploy.bench import Level, Report, Spread, Sweep
+from deploy.cli.common import Context, json_option, pass_context, wait
+from deploy.completion import Answer, Api, Prompt, Server
+from deploy.inventory import Folder
+from deploy.plan import Plan
+from deploy.ssh import fleet
+from deploy.status import plan_of
+from deploy.tunnel import Forward, Wanted
+from gracefarm.errors import GracefarmError, UsageError
+from gracefarm.files import atomic_write
+
+QUESTION = "Explain in one paragraph why the sky is blue."
+
+
+def key_of(folder: Folder) -> str | None:
+    """The engine's key, if one was made."""
+    with suppress(FileNotFoundError):
+        return folder.api_key.read_text().strip()
+    return None
+
+
+# tunnel
+
+
+@click.command()
+@click.option("--port", type=click.IntRange(0, 65535), help="Of the engine, here; default: the same as there (2242).")
+@click.option("--dashboard-port", type=click.IntRange(0, 65535), help="Of Ray's dashboard, here; default: as there (8265).")
+@json_option
+@pass_context
+def tunnel(context: Context, port: int | None, dashboard_port: int | None) -> None:
+    """The engine (2242) and Ray's dashboard (8265) on this machine's loopback, until Ctrl-C.
+
+    A port that is taken here gets a free one instead. After a cut it connects again by itself.
+    """
+    deployment = context.deployment
+    wanted = tunnels.ports(deployment, engine=port, dashboard=dashboard_port)
+
+    def changed(error: GracefarmError | None) -> None:
+        if error is None:
+            context.console.event("connected", "connected again")
+        else:
+            context.console.warn(f"{error.cause}; trying again")
+
+    async def go() -> None:
+        async with fleet(deployment) as made, tunnels.opened(made, deployment.head, wanted) as forwards:
+            _tell(context, forwards)
+            await tunnels.attend(made, deployment.head, changed)
+
+    with suppress(KeyboardInterrupt):
+        wait(go())
+    context.console.event("closed", "the tunnel is closed; the engine runs on")
+
+
+def _tell(context: Context, forwards: tuple[Forward, ...]) -> None:
+    rows = {one.name: {"url": f"http://127.0.0.1:{one.local}", "remote": one.remote} for one in forwards}
+    lines = []
+    for one in forwards:
+        path = "/v1" if one.name == "engine" else ""
+        moved = f"   (port {one.remote} is taken here)" if one.moved else ""
+        lines.append(f"{one.name:<10} http://127.0.0.1:{one.local}{path}{moved}")
+    key = context.deployment.folder.api_key
+    lines.append(f"key        {key}" if key.exists() else "key        none yet: `deploy serve` makes it")
+    context.console.result({"forwards": rows, "api_key_file": str(key)}, "\n".join(lines))
+
+
+# bench
+
+
+class _Numbers(click.ParamType[tuple[int, ...]]):
+    """1,2,4,8"""
+
+    name = "numbers"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        words = str(value).split(",")
+        if not all(one.strip().isdigit() and int(one) > 0 for one in words):
+            self.fail(f"{value!r}: numbers with commas between, as 1,2,4,8", param, ctx)
+        return tuple(int(one) for one in words)
+
+
+@click.command()
+@click.option("--concurrency", type=_Numbers(), metavar="N,N,…", help="Sweep: requests at once, as 1,2,4,8,16.")
+@click.option("--requests", type=click.IntRange(1), help="Sweep: of each level; default: 4 x concurrency, at least 8.")
+@click.option("--prompt-tokens", type=click.IntRange(1), default=128, show_default=True, help="Sweep: about so many.")
+@click.option("--max-tokens", type=click.IntRange(1), default=128, show_default=True, help="Of each answer.")
+@click.option("--prompt", default=QUESTION, help="Without a sweep: what is asked.")
+@click.option("--api", type=click.Choice(["completions", "chat"]), default="completions", show_default=True)
+@click.option("--patience", type=click.FloatRange(min=1), default=120.0, show_default=True, help="Seconds without any text.")
+@click.option("--url", metavar="URL", help="Any OpenAI-compatible server, without a deployment; its key in OPENAI_API_KEY.")
+@click.option("--key-file", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="Of --url: its key.")
+@click.option("--model", help="Of several that are served; default: the first.")
+@click.option("--svg", type=click.Path(path_type=Path), metavar="FILE", help="Sweep: the plot also here.")
+@json_option
+@pass_context
+def bench(
+    context: Context,
+    concurrency: tuple[int, ...] | None,
+    requests: int | None,
+    prompt_tokens: int,
+    max_tokens: int,
+    prompt: str,
+    api: Api,
+    patience: float,
+    url: str | None,
+    key_file: Path | None,
+    model: str | None,
+    svg: Path | None,
+) -> None:
+    """One streamed query with its tokens/s; with --concurrency a sweep, beside what the plan predicted.
+
+    \b
+    deploy bench
+    deploy bench --concurrency 1,2,4,8,16,32
+    deploy bench --url http://127.0.0.1:8000/v1 --concurrency 1,4
+
+    Tokens are counted by the server (usage), for a chunk of the stream may hold several. A sweep is kept, with its plot, in
+    .deploy/bench; $/Mtok needs price_per_node_hour in deploy.toml.
+    """
+    if svg and not concurrency:
+        raise UsageError("--svg is of a sweep", remedy="add --concurrency 1,2,4,8")
+    plan = None if url else plan_of(context.deployment.folder)
+    key = key_file.read_text().strip() if key_file else os.environ.get("OPENAI_API_KEY")
+
+    async def go() -> None:
+        async with _server(context, url, key) as server:
+            if concurrency is None:
+                await _query(context, server, Asked(prompt, max_tokens, api, model, patience))
+                return
+            sweep = Sweep(
+                concurrency=concurrency,
+                requests=requests,
+                prompt_tokens=prompt_tokens,
+                max_tokens=max_tokens,
+                api=api,
+                patience=patience,
+                seed=int(time.time()),
+            )
+            report = await _sweep(context, server, sweep, plan, model)
+            _keep(context, report, svg, stay=url is None)
+
+    wait(go())
+
+
+@asynccontextmanager
+async def _server(context: Context, url: str | None, key: str | None) -> AsyncIterator[Server]:
+    """Of --url, else the deployment's through SSH."""
+    if url:
+        local = any(f"//{one}" in url for one in ("127.", "localhost", "[::1]"))
+        yield Server(url=url, key=key, direct=local)
+        return
+    deployment = context.deployment
+    wanted = [Wanted(name="engine", remote=deployment.data.ports.engine, local=0)]
+    async with fleet(deployment) as made, tunnels.opened(made, deployment.head, wanted) as (forward,):
+        yield Server(url=f"http://127.0.0.1:{forward.local}", key=key_of(deployment.folder))
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The one query."""
+
+    prompt: str
+    max_tokens: int
+    api: Api
+    model: str | None
+    patience: float
+
+
+async def _query(context: Context, server: Server, asked: Asked) -> None:
+    async with server.client() as client:
+        name = await benches.find_model(client, asked.model)
+    prompt = Prompt(model=name, text=asked.prompt, max_tokens=asked.max_tokens, api=asked.api)
+
+    def show(text: str) -> None:
+        if not context.console.as_json:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+
+    answer = await benches.query(server, prompt, patience=asked.patience, on_text=show)
+    if context.console.as_json:
+        context.console.result({"model": name, **asdict(answer), "chunks": answer.chunks, "tokens_per_s": _rate(answer)})
+        return
+    show("\n")
+    first = f", the first after {answer.first:.2f} s" if answer.first is not None else ""
+    if answer.tokens:
+        later = f"; after the first {1 / answer.per_token:.1f} tokens/s" if answer.per_token else ""
+        text = f"{answer.tokens} tokens in {answer.seconds:.2f} s{first}: {_rate(answer):.1f} tokens/s{later}"
+        context.console.step("bench", f"{text} ({answer.chunks} chunks)")
+    else:
+        context.console.warn(f"{answer.chunks} chunks in {answer.seconds:.2f} s{first}; {answer.cause}")
+
+
+def _rate(answer: Answer) -> float | None:
+    return round(answer.tokens / answer.seconds, 3) if answer.tokens else None
+
+
+async def _sweep(context: Context, server: Server, sweep: Sweep, plan: Plan | None, model: str | None) -> Report:
+    with context.console.progress("bench") as tick:
+
+        def answered(concurrency: int, done: int, count: int) -> None:
+            tick(done, count, f"{concurrency} at once")
+
+        def summed(one: Level) -> None:
+            wrong = f", {sum(one.errors.values())} failed ({one.first_error})" if one.errors else ""
+            context.console.step("bench", f"{one.concurrency} at once: {one.tokens_per_s:.1f} tokens/s{wrong}")
+
+        return await benches.run(server, sweep, model=model, plan=plan, on_answer=answered, on_level=summed)
+
+
+def _keep(context: Context, report: Report, svg: Path | None, *, stay: bool) -> None:
+    """Print it; `stay`: keep it in the deployment's folder too."""
+    picture = plot.svg(report)
+    if svg:
+        atomic_write(svg, picture)
+    kept = None
+    if stay:
+        folder = context.deployment.folder.path / "bench"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        kept = folder / time.strftime("%Y-%m-%dT%H-%M-%S.json", time.localtime(report.taken))
+        atomic_write(kept, report.model_dump_json(indent=1) + "\n")
+        atomic_write(kept.with_suffix(".svg"), picture)
+    if context.console.as_json:
+        context.console.result(report.model_dump() | {"kept": str(kept) if kept else None})
+        return
+    _table(report)
+    places = [str(one) for one in (kept, kept.with_suffix(".svg") if kept else None, svg) if one]
+    if places:
+        context.console.step("bench", "kept: " + ", ".join(places))
+
+
+def _table(report: Report) -> None:
+    out = RichConsole(highlight=False, width=None if sys.stdout.isatty() else 127)
+    ended = "" if report.to_the_end else "at most "
+    out.print(
+        f"[bold]{escape(report.model)}[/]{', ' + report.layout if report.layout else ''}; about {report.prompt_tokens} tokens"
+        f" in, {ended}{report.max_tokens} out"
+    )
+    table = Table(box=None, pad_edge=False)
+    heads = (
+        "at once",
+        "answered",
+        "tokens/s",
+        "predicted",
+        "a stream",
+        "first ms p50/p90/p99",
+        "token ms p50/p90/p99",
+        "$/Mtok",
+    )
+    for head in heads:
+        table.add_column(head, justify="right")
+    for one in report.levels:
+        wrong = " ".join(f"[red]{count} {escape(kind)}[/]" for kind, count in one.errors.items())
+        table.add_row(
+            str(one.concurrency),
+            f"{one.answered}/{one.requests}{' ' + wrong if wrong else ''}",
+            f"{one.tokens_per_s:.1f}",
+            _number(one.predicted_tokens_per_s, ".1f"),
+            _number(one.stream_tokens_per_s, ".1f"),
+            _spread(one.first_ms),
+            _spread(one.token_ms),
+            _number(one.usd_per_mtok, ",.2f"),
+        )
+    out.print(table)
+    measured = report.levels[0]
+    if measured.concurrency == 1 and measured.predicted_tokens_per_s and measured.tokens_per_s:
+        off = 100 * (measured.predicted_tokens_per_s / measured.tokens_per_s - 1)
+        out.print(f"[dim]one stream: predicted {measured.predicted_tokens_per_s:.1f}, {off:+.0f} % of what was measured[/]")
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _spread(one: Spread | None) -> str:
+    return "-" if one is None else f"{one.p50:.0f}/{one.p90:.0f}/{one.p99:.0f}"

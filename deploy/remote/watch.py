@@ -1,0 +1,156 @@
+"""How a node is now, for `status` and `top`; and the ends of its logs, for `logs`."""
+
+from __future__ import annotations
+
+import csv
+import glob
+import os
+import select
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from deploy.remote import look
+from deploy.remote.wire import event
+
+Json = dict[str, Any]
+BLOCK = 1 << 18
+POLL = 0.3
+BEAT = 5.0
+QUERY = ("name", "memory.used", "memory.total", "utilization.gpu", "temperature.gpu", "power.draw")
+
+
+def vitals(request: Json) -> Json:
+    """`prefix`: of the marks of our processes here; `paths`: folders whose file systems count."""
+    processes = look.processes(request["prefix"])
+    return {
+        "time": time.time(),
+        "uptime": float(Path("/proc/uptime").read_text().split()[0]),
+        "cores": len(os.sched_getaffinity(0)),
+        "load": os.getloadavg()[0],
+        "memory": _memory(),
+        "disks": [one for path in request["paths"] if (one := _disk(path))],
+        "raylet": any(one["name"] == "raylet" for one in processes),
+        "jobs": sorted({str(one["mark"]).rpartition("/")[2] for one in processes}),
+        "processes": len(processes),
+        **gpus(),
+    }
+
+
+def _memory() -> Json:
+    rows = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
+    found = {row[0].rstrip(":"): int(row[1]) << 10 for row in rows}
+    return {"total": found["MemTotal"], "available": found["MemAvailable"]}
+
+
+def _disk(path: str) -> Json | None:
+    """Of the file system that holds `path`, or will."""
+    place = Path(path)
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    try:
+        used = shutil.disk_usage(place)
+    except OSError:
+        return None
+    return {"path": path, "total": used.total, "free": used.free}
+
+
+def gpus() -> Json:
+    """What nvidia-smi says in 10 s: it needs no context on the GPU, and a sick driver does not hang us."""
+    command = ["nvidia-smi", f"--query-gpu={','.join(QUERY)}", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except FileNotFoundError:
+        return {"gpus": [], "gpu_error": "no nvidia-smi"}
+    except subprocess.TimeoutExpired:
+        return {"gpus": [], "gpu_error": "nvidia-smi does not answer"}
+    if done.returncode:
+        return {"gpus": [], "gpu_error": (done.stdout + done.stderr).strip().splitlines()[0][:200]}
+    rows = csv.reader(done.stdout.splitlines(), skipinitialspace=True)
+    return {"gpus": [_gpu(row) for row in rows if len(row) == len(QUERY)], "gpu_error": ""}
+
+
+def _gpu(row: list[str]) -> Json:
+    used, total, busy, heat, power = (_number(one) for one in row[1:])
+    return {"name": row[0], "used_mib": used, "total_mib": total, "busy": busy, "celsius": heat, "watts": power}
+
+
+def _number(text: str) -> float | None:
+    """`[N/A]` stands where a GPU shares the host's memory, or has no such sensor."""
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def tail(request: Json) -> Json:
+    """The last `lines` of each file of `patterns` ([{name, pattern}]), as events; with `follow` what is added, for ever.
+
+    `offsets`: path to bytes that the caller has had already. A file that comes later is said from its beginning. It ends when
+    whoever listens has gone.
+    """
+    offsets: dict[str, int] = dict(request["offsets"])
+    resumed, beat = bool(offsets), time.monotonic()
+    for path, name in _files(request["patterns"]):
+        if path not in offsets:
+            offsets[path] = 0 if resumed else _start(Path(path), int(request["lines"]))
+        offsets[path] = _say(path, name, offsets[path], whole=not request["follow"])
+    while request["follow"] and not _left():
+        time.sleep(POLL)
+        for path, name in _files(request["patterns"]):
+            offsets[path] = _say(path, name, offsets.get(path, 0), whole=False)
+        if time.monotonic() - beat > BEAT:
+            event("beat")
+            beat = time.monotonic()
+    return {"offsets": offsets}
+
+
+def _files(patterns: list[Json]) -> Iterator[tuple[str, str]]:
+    """Real paths, so that Ray's `session_latest` of a new start counts as new files."""
+    for one in patterns:
+        for path in sorted(glob.glob(one["pattern"])):  # noqa: PTH207 - the pattern is absolute
+            real = os.path.realpath(path)
+            if Path(real).is_file():
+                yield real, f"{one['name']}{Path(path).name}"
+
+
+def _start(path: Path, lines: int) -> int:
+    """Where the last `lines` begin, or the last BLOCK bytes."""
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        stream.seek(max(0, size - BLOCK))
+        block = stream.read(BLOCK)
+    ends = [index for index, one in enumerate(block.rstrip(b"\n")) if one == 10]
+    begin = ends[-lines] + 1 if 0 < lines <= len(ends) else 0 if lines else len(block)
+    return size - len(block) + begin
+
+
+def _say(path: str, name: str, offset: int, *, whole: bool) -> int:
+    """Whole lines from `offset` on (`whole`: the last one may lack its end); the offset after them."""
+    try:
+        if Path(path).stat().st_size < offset:  # it was begun again
+            offset = 0
+        with Path(path).open("rb") as stream:
+            stream.seek(offset)
+            while block := stream.read(BLOCK):
+                end = len(block) if whole or (len(block) == BLOCK and b"\n" not in block) else block.rfind(b"\n") + 1
+                if not end:
+                    break
+                lines = block[:end].decode(errors="replace").split("\n")
+                offset += end
+                event("lines", path=path, name=name, offset=offset, lines=lines[: -1 if lines[-1] == "" else None])
+                stream.seek(offset)
+    except OSError:
+        pass
+    return offset
+
+
+def _left() -> bool:
+    """Nobody reads what we say any more."""
+    poll = select.poll()
+    poll.register(sys.__stdout__.fileno(), select.POLLERR | select.POLLHUP) if sys.__stdout__ else None
+    return bool(poll.poll(0))

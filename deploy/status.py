@@ -1,0 +1,307 @@
+"""What a deployment is about, seen now: every node, and the service by a real completion. Changes nothing, locks nothing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from deploy import facts as facts_of
+from deploy import flow, state
+from deploy.facts import Facts
+from deploy.inventory import Deployment, Folder
+from deploy.plan import Plan
+from deploy.ssh import Fleet
+from deploy.state import State
+from deploy.steps import engine, ray
+from deploy.steps.engine import Signs, Verdict
+from deploy.targets import targets
+from deploy.worker import Json, Target, call, try_all
+from gracefarm import settings
+from gracefarm.console import Console
+from gracefarm.errors import ConfigError, EngineError, GracefarmError
+
+Word = Literal["PLANNED", "LOADING", "READY", "BUSY", "DEGRADED", "WEDGED", "DEAD", "STOPPED", "FAILED", "UNREACHABLE"]
+SERVING: tuple[Word, ...] = ("READY", "BUSY")
+WAITING: tuple[Word, ...] = ("PLANNED", "LOADING", "STOPPED")
+
+
+class Seen(BaseModel):
+    """Immutable; what a newer node says more is no error."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class Gpu(Seen):
+    """As nvidia-smi has it; None: it does not say."""
+
+    name: str
+    used_mib: float | None = None
+    total_mib: float | None = None
+    busy: float | None = None
+    "Percent of the time."
+    celsius: float | None = None
+    watts: float | None = None
+
+
+class Disk(Seen):
+    """Bytes of the file system that holds `path`."""
+
+    path: str
+    total: int
+    free: int
+
+
+class Memory(Seen):
+    """Bytes of the host."""
+
+    total: int
+    available: int
+
+
+class NodeStatus(Seen):
+    """One node. With `error` nothing else is known."""
+
+    name: str
+    address: str
+    error: str = ""
+    "Why it could not be asked; empty: it answered."
+    ray: bool | None = None
+    "Ray says that it is alive; None: Ray was not asked or does not answer."
+    raylet: bool = False
+    "A raylet of ours runs there."
+    jobs: tuple[str, ...] = ()
+    "Of ours, that have processes there."
+    gpus: tuple[Gpu, ...] = ()
+    gpu_error: str = ""
+    disks: tuple[Disk, ...] = ()
+    memory: Memory | None = None
+    cores: int = 0
+    load: float = 0.0
+    uptime: float = 0.0
+    "Seconds since its boot."
+
+
+class Service(Seen):
+    """What is served. `word` decides the exit code of `deploy status`."""
+
+    word: Word
+    detail: str = ""
+    "node or engine of DEAD, the phase of LOADING and FAILED."
+    text: str
+    remedy: str = ""
+    fraction: float | None = None
+    "Of the weights, while loading."
+    left_s: float | None = None
+    "Seconds of loading that are left, by the last start's time."
+    canary_s: float | None = None
+    "Seconds of a completion of one token."
+
+    @property
+    def label(self) -> str:
+        """As LOADING(loading 40%) or DEAD(node)."""
+        percent = f"{self.fraction:.0%}" if self.fraction is not None else ""
+        inner = " ".join(one for one in (self.detail, percent) if one)
+        return f"{self.word}({inner})" if inner else self.word
+
+
+class Status(Seen):
+    """All of it, at `taken`."""
+
+    taken: float
+    deployment: str
+    model: str
+    plan: str | None = None
+    layout: str | None = None
+    service: Service
+    nodes: tuple[NodeStatus, ...]
+    usd_per_hour: float | None = None
+    usd_since_boot: float | None = None
+    "Of all nodes since each one's boot: what they have cost at least, where they are paid by the hour."
+
+
+def plan_of(folder: Folder) -> Plan | None:
+    """The plan that `deploy serve` ran last, if any. Raises ConfigError: it cannot be read."""
+    path = folder.path / "plan.json"
+    try:
+        return Plan.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValidationError as error:
+        raise ConfigError(f"{path}: another version's, or damaged", remedy="`deploy serve` writes it anew") from error
+
+
+def facts_or_none(deployment: Deployment) -> Facts | None:
+    """What is known of the nodes, if anything is."""
+    try:
+        return facts_of.load(deployment)
+    except ConfigError:
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Watch:
+    """What is needed to look, again and again."""
+
+    deployment: Deployment
+    fleet: Fleet
+    facts: Facts | None
+    plan: Plan | None
+
+    @property
+    def nodes(self) -> list[Target]:
+        """All, the head first."""
+        return targets(self.fleet, self.facts, self.deployment.nodes)
+
+    def specs(self) -> tuple[ray.Spec, engine.Spec] | None:
+        """How Ray and the engine are asked; None: nothing was ever started."""
+        if self.plan is None or self.facts is None:
+            return None
+        work = flow.Work(
+            deployment=self.deployment,
+            fleet=self.fleet,
+            facts=self.facts,
+            keeper=state.Keeper(self.deployment.folder),  # read only: nothing here holds the lock
+            console=Console(),
+            settings=settings.load(),
+        )
+        spec = flow.ray_spec_of(work, self.plan)
+        return spec, flow.engine_spec_of(work, self.plan, spec)
+
+
+def watch(deployment: Deployment, fleet: Fleet) -> Watch:
+    """Of a deployment as it is kept. Raises ConfigError: its plan is damaged."""
+    return Watch(deployment=deployment, fleet=fleet, facts=facts_or_none(deployment), plan=plan_of(deployment.folder))
+
+
+async def look(one: Watch, *, canary: float = 30) -> Status:
+    """Every node and the service. A node that is not reached is part of the answer. `canary`: seconds for one token."""
+    vitals, bad = await try_all(one.nodes, lambda node: call(node, "watch.vitals", request(one, node)))
+    kept = state.read(one.deployment.folder)
+    signs = await signs_of(one, vitals, canary)
+    service = judge(signs, kept, planned=one.plan is not None, now=time.time())
+    return assemble(one, vitals, bad, service, signs.nodes if signs else None)
+
+
+def request(one: Watch, node: Target) -> Json:
+    """Of deploy.remote.watch.vitals."""
+    data = one.deployment.data
+    local = data.local.replace("{node}", node.name).partition("{")[0]
+    return {"prefix": f"{one.fleet.mark}/{node.name}/", "paths": [*([data.share] if data.share else []), local]}
+
+
+async def signs_of(one: Watch, vitals: Mapping[str, Json], canary: float) -> Signs | None:
+    """What the canary and Ray say; None: nothing was ever started. Ray is not asked where it does not run."""
+    specs = one.specs()
+    if specs is None:
+        return None
+    ray_spec, spec = specs
+    head = one.nodes[0]
+
+    async def nodes() -> engine.Nodes:
+        if not vitals.get(head.name, {}).get("raylet"):
+            raise EngineError("Ray does not run on the head")
+        assert one.plan
+        return engine.by_name(one.plan, await ray.ask(head, ray_spec))
+
+    return await engine.probe(one.fleet, head, replace(spec, nodes=nodes), seconds=canary)
+
+
+def assemble(
+    one: Watch,
+    vitals: Mapping[str, Json],
+    bad: Mapping[str, GracefarmError],
+    service: Service,
+    alive: engine.Nodes | None,
+) -> Status:
+    """Everything in one value."""
+    nodes = tuple(
+        NodeStatus.model_validate(
+            {
+                "name": node.name,
+                "address": node.address,
+                "error": bad[node.name].cause if node.name in bad else "",
+                "ray": alive.get(node.name) if alive else None,
+                **vitals.get(node.name, {}),
+            }
+        )
+        for node in one.deployment.nodes
+    )
+    price = one.deployment.data.options.price_per_node_hour
+    return Status(
+        taken=time.time(),
+        deployment=one.deployment.name,
+        model=one.deployment.data.model.repo,
+        plan=one.plan.id if one.plan else None,
+        layout=one.plan.layout.name if one.plan else None,
+        service=service,
+        nodes=nodes,
+        usd_per_hour=round(price * len(nodes), 2) if price is not None else None,
+        usd_since_boot=round(price * sum(each.uptime for each in nodes) / 3600, 2) if price is not None else None,
+    )
+
+
+def judge(signs: Signs | None, kept: State, *, planned: bool, now: float) -> Service:
+    """The canary's verdict and what the state remembers as one word."""
+    if signs is None:
+        return _at_rest(kept, planned=planned)
+    verdict = engine.diagnose(signs)
+    if verdict.kind == "stopped":
+        return _at_rest(kept, planned=planned)
+    if verdict.kind == "loading":
+        return _loading(signs, kept, now)
+    if verdict.kind == "dead-engine" and signs.phase and signs.phase != "listening":
+        return Service(word="FAILED", detail=signs.phase, text=verdict.text, remedy=verdict.remedy)
+    return _of(verdict, signs)
+
+
+_WORDS: Mapping[str, tuple[Word, str]] = {
+    "ready": ("READY", ""),
+    "busy": ("BUSY", ""),
+    "degraded": ("DEGRADED", ""),
+    "wedged": ("WEDGED", ""),
+    "dead-engine": ("DEAD", "engine"),
+    "dead-node": ("DEAD", "node"),
+    "unreachable": ("UNREACHABLE", ""),
+}
+
+
+def _of(verdict: Verdict, signs: Signs) -> Service:
+    word, detail = _WORDS[verdict.kind]
+    seconds = signs.answer.seconds if signs.answer and signs.answer.kind == "ok" else None
+    return Service(word=word, detail=detail, text=verdict.text, remedy=verdict.remedy, canary_s=seconds)
+
+
+def _at_rest(kept: State, *, planned: bool) -> Service:
+    """No engine: never started, on the way, failed before it, or ended."""
+    for name, one in kept.steps.items():
+        if one.outcome == "failed":
+            again = "serve" if name in flow.SERVE else "up"
+            return Service(word="FAILED", detail=name, text=one.text, remedy=f"`deploy {again}` tries it again")
+    under_way = next((name for name, one in kept.steps.items() if one.outcome == "running"), None)
+    if under_way:
+        text = f"step {under_way} was begun and has not ended"
+        return Service(
+            word="LOADING", detail=under_way, text=text, remedy="`deploy serve` waits for it, or goes on from there"
+        )
+    if "engine" in kept.steps or (planned and "load" in kept.steps):
+        return Service(word="STOPPED", text="the engine does not run", remedy="`deploy serve` starts it")
+    return Service(word="PLANNED", text="nothing was started yet", remedy="`deploy serve` starts it")
+
+
+def _loading(signs: Signs, kept: State, now: float) -> Service:
+    last: dict[str, Any] = kept.data("load")
+    record = kept.steps.get("engine")
+    left = None
+    if record and last:
+        left = max(0.0, sum(float(one) for one in last.values()) - (now - record.begun))
+    return Service(
+        word="LOADING",
+        detail=signs.phase or "starting",
+        text="it does not listen yet" + (f", about {left:.0f} s left" if left else ""),
+        fraction=signs.fraction,
+        left_s=round(left, 1) if left is not None else None,
+    )

@@ -1,0 +1,423 @@
+"""status, top and logs over real SSH servers and a pretend engine, as a person calls them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from deploy import facts as facts_of
+from deploy import logs as logging
+from deploy import metrics, ssh, state, status
+from deploy.inventory import Deployment
+from deploy.logs import Wish
+from deploy.plan import Plan
+from deploy.ssh import Fleet, JobStatus
+from deploy.state import Record, State
+from deploy.steps import engine
+from deploy.steps.engine import Answer, Signs
+from deploy.targets import targets
+from gracefarm.console import Console
+from gracefarm.errors import EngineError
+from tests.deploy import kit
+from tests.deploy.test_engine_step import a_plan, free_port, spec
+from tests.deploy.test_tunnel import deploy, until
+
+
+@dataclass
+class Scene:
+    """A deployment of in-process nodes."""
+
+    folder: Path
+    made: list[kit.Machine]
+    deployment: Deployment
+    fleet: Fleet
+    plan: Plan
+
+    async def serve(self) -> None:
+        """What `deploy serve` leaves: plan, key, state, and a pretend engine that runs."""
+        self.keep("running")
+        try:
+            await engine.up(self.fleet, targets(self.fleet)[0], self.spec(), Console())
+        except EngineError as error:
+            self.keep("failed", error.cause)
+            raise
+        self.keep("done")
+
+    def spec(self) -> engine.Spec:
+        key = engine.api_key(self.deployment.folder)
+        return spec(self.plan, secrets={"APHRODITE_API_KEY": key}, load=60.0)
+
+    def keep(self, outcome: Any, text: str = "") -> None:
+        folder = self.deployment.folder
+        (folder.path / "plan.json").write_text(self.plan.model_dump_json())
+        steps = {"engine": Record(digest="x", outcome=outcome, text=text, begun=time.time())}
+        if outcome == "done":
+            steps["load"] = Record(digest="x", outcome="done", begun=time.time(), data={"loading": 4.0, "capturing": 2.0})
+        folder.state.write_text(State(steps=steps).model_dump_json())
+
+    async def status(self, *words: str) -> tuple[int, dict[str, Any]]:
+        """`deploy status --json`: exit code and what it says."""
+        async with deploy(self.folder, "status", "--json", *words) as process:
+            out, err = await asyncio.wait_for(process.communicate(), 60)
+            assert process.returncode is not None
+            assert out, err.decode()
+            return process.returncode, json.loads(out)
+
+
+@asynccontextmanager
+async def scene(folder: Path, *more: str, nodes: int = 1) -> AsyncIterator[Scene]:
+    (folder / "share").mkdir()
+    # Ray's sockets need a short path.
+    with tempfile.TemporaryDirectory(prefix="gf", dir="/tmp") as local:
+        async with kit.machines(folder, nodes) as made, _scene(folder, local, made, *more) as found:
+            yield found
+
+
+@asynccontextmanager
+async def _scene(folder: Path, local: str, made: list[kit.Machine], *more: str) -> AsyncIterator[Scene]:
+    port = free_port()
+    text = f'share = "{folder}/share"\n[options]\nprice_per_node_hour = 2.29\nconnect_timeout = 3.0\n'
+    deployment = kit.deployment(folder, made, ports={"engine": port}, more=text, local=local)
+    async with ssh.fleet(deployment, config=[]) as fleet:
+        facts, bad = await facts_of.probe(deployment, targets(fleet))
+        assert not bad
+        facts_of.keep(deployment, facts)
+        found = Scene(folder=folder, made=made, deployment=deployment, fleet=fleet, plan=a_plan(port, *more))
+        try:
+            yield found
+        finally:
+            if made[0].server.sockets:
+                await fleet.stop_job(deployment.head, "engine", grace=1)
+
+
+def play(folder: Path, work: Callable[[Scene], Awaitable[None]], *more: str, nodes: int = 1) -> None:
+    async def go() -> None:
+        async with scene(folder, *more, nodes=nodes) as made:
+            await work(made)
+
+    asyncio.run(go())
+
+
+def test_status_by_a_real_completion_and_its_exit_code(tmp_path: Path) -> None:
+    hang = tmp_path / "hang"
+
+    async def work(made: Scene) -> None:
+        code, said = await made.status()
+        assert (code, said["service"]["word"]) == (65, "PLANNED")
+        await made.serve()
+        code, said = await made.status()
+        assert (code, said["service"]["word"]) == (0, "READY")
+        assert said["service"]["canary_s"] < 5
+        node = said["nodes"][0]
+        assert node["jobs"] == ["engine"]
+        assert node["memory"]["total"] > node["memory"]["available"] > 0
+        assert {one["path"] for one in node["disks"]} == {str(tmp_path / "share"), made.deployment.data.local}
+        assert node["disks"][0]["total"] == shutil.disk_usage(tmp_path).total
+        assert said["usd_per_hour"] == 2.29
+        assert said["usd_since_boot"] == pytest.approx(2.29 * node["uptime"] / 3600, abs=0.02)
+        hang.touch()  # /health goes on saying 200
+        code, said = await made.status("--canary", "1.5")
+        hang.unlink()
+        assert (code, said["service"]["word"]) == (63, "WEDGED")
+        await made.fleet.stop_job(made.deployment.head, "engine")
+        code, said = await made.status()
+        assert (code, said["service"]["word"]) == (65, "STOPPED")
+
+    play(tmp_path, work, "--wedge", str(hang))
+
+
+def test_status_of_a_load_and_of_one_that_failed(tmp_path: Path) -> None:
+    stay, words = tmp_path / "stay", tmp_path / "words"
+    stay.touch()
+    words.write_text("torch.OutOfMemoryError: CUDA out of memory.\nRuntimeError: the last and least of it\n")
+
+    async def work(made: Scene) -> None:
+        made.keep("running")
+        kept = state.read(made.deployment.folder)
+        steps = {**kept.steps, "load": Record(digest="x", outcome="done", begun=0.0, data={"loading": 600.0})}
+        made.deployment.folder.state.write_text(State(steps=steps).model_dump_json())
+        starting = asyncio.create_task(engine.up(made.fleet, targets(made.fleet)[0], made.spec(), Console()))
+        log = Path(await made.fleet.folder(made.deployment.head)) / "jobs" / "engine" / "log"
+        await until(lambda: log.exists() and " 25%" in log.read_text())
+        code, said = await made.status()
+        assert (code, said["service"]["word"], said["service"]["detail"]) == (65, "LOADING", "loading")
+        assert said["service"]["fraction"] == 0.25
+        assert 500 < said["service"]["left_s"] <= 600
+        stay.unlink()
+        with pytest.raises(EngineError):
+            await starting
+        made.keep("failed", "the engine ended")
+        code, said = await made.status()
+        assert (code, said["service"]["word"], said["service"]["detail"]) == (63, "FAILED", "loading")
+        assert "GPU memory ran out" in said["service"]["text"]
+        async with deploy(made.folder, "status") as process:
+            out, _ = await process.communicate()
+        assert "FAILED(loading)" in out.decode()
+        assert "what to do:" in out.decode()
+
+    play(tmp_path, work, "--stay", str(stay), "--die", "1", "--say", str(words))
+
+
+def test_a_node_that_is_away_is_told_and_the_head_decides(tmp_path: Path) -> None:
+    async def work(made: Scene) -> None:
+        await made.made[1].switch_off()
+        code, said = await made.status()
+        assert code == 65
+        assert [bool(one["error"]) for one in said["nodes"]] == [False, True]
+        assert "cannot be reached" in said["nodes"][1]["error"]
+        made.keep("done")
+        await made.made[0].switch_off()
+        code, said = await made.status()
+        assert (code, said["service"]["word"]) == (60, "UNREACHABLE")
+
+    play(tmp_path, work, nodes=2)
+
+
+RUNS = JobStatus(state="running", pid=1)
+
+
+def steps(**outcomes: Any) -> State:
+    made = {}
+    for name, outcome in outcomes.items():
+        data = {"loading": 60.0, "capturing": 40.0} if name == "load" else {}
+        made[name] = Record(digest="x", outcome=outcome, text="why", begun=1000.0, data=data)
+    return State(steps=made)
+
+
+@pytest.mark.parametrize(
+    ("signs", "kept", "label", "word"),
+    [
+        (None, steps(), "PLANNED", "nothing was started"),
+        (None, steps(weights="failed"), "FAILED(weights)", "why"),
+        (None, steps(weights="running"), "LOADING(weights)", "begun"),
+        (Signs(job=JobStatus(state="absent")), steps(ray="failed"), "FAILED(ray)", "why"),
+        (Signs(job=JobStatus(state="stopped")), steps(load="done"), "STOPPED", "does not run"),
+        (Signs(job=RUNS, answer=Answer(kind="ok", seconds=0.4)), steps(), "READY", "0.40 s"),
+        (Signs(job=RUNS, answer=Answer(kind="ok"), nodes={"k1": False}), steps(), "DEGRADED", "Ray lost k1"),
+        (
+            Signs(job=RUNS, answer=Answer(kind="refused"), phase="loading", fraction=0.4),
+            steps(engine="running", load="done"),
+            "LOADING(loading 40%)",
+            "about 70 s left",
+        ),
+        (Signs(job=JobStatus(state="exited", returncode=1), phase="placing", cause="x"), steps(), "FAILED(placing)", "x"),
+        (Signs(job=JobStatus(state="lost"), phase="listening"), steps(), "DEAD(engine)", "was killed"),
+        (Signs(job=JobStatus(state="lost"), nodes={"k1": False}, phase="listening"), steps(), "DEAD(node)", "Ray lost k1"),
+        (Signs(job=None, error="k0 is away"), steps(), "UNREACHABLE", "k0 is away"),
+    ],
+)
+def test_one_word_for_what_is_seen(signs: Signs | None, kept: State, label: str, word: str) -> None:
+    found = status.judge(signs, kept, planned=True, now=1030.0)
+    assert found.label == label
+    assert word in found.text
+    assert found.remedy or found.word in ("READY", "LOADING")
+
+
+def test_top_has_tokens_per_second_by_the_engines_own_counter(tmp_path: Path) -> None:
+    async def work(made: Scene) -> None:
+        await made.serve()
+        key = engine.api_key(made.deployment.folder)
+        url = f"http://127.0.0.1:{made.deployment.data.ports.engine}"
+        asked = 0
+
+        async def load() -> None:
+            nonlocal asked
+            headers = {"Authorization": f"Bearer {key}"}
+            async with httpx.AsyncClient(headers=headers, trust_env=False) as client:
+                while True:
+                    await client.post(f"{url}/v1/completions", json={"model": "org/model", "prompt": "x"})
+                    asked += 1
+                    await asyncio.sleep(0.05)
+
+        loading = asyncio.create_task(load())
+        async with deploy(tmp_path, "top", "--json", "--every", "1", "--count", "3") as process:
+            out, err = await asyncio.wait_for(process.communicate(), 60)
+            assert process.returncode == 0, err.decode()
+        loading.cancel()
+        moments = [json.loads(line) for line in out.decode().splitlines()]
+        assert len(moments) == 3
+        assert moments[0]["tokens_per_s"] is None
+        assert all(one["service"]["word"] == "READY" for one in moments)
+        for one in moments[1:]:
+            assert 3 < one["tokens_per_s"] < 25
+            assert one["usd_per_mtok"] == pytest.approx(2.29 / (one["tokens_per_s"] * 3600) * 1e6, rel=0.01)
+        async with deploy(tmp_path, "top", "--every", "0.5") as process:
+            assert process.stdout
+            async with asyncio.timeout(30):
+                while b"tokens/s" not in await process.stdout.readline():
+                    pass
+                process.send_signal(signal.SIGINT)
+                await process.communicate()
+            assert process.returncode == 0
+
+    play(tmp_path, work)
+
+
+def test_metrics_of_both_engines_and_of_neither() -> None:
+    aphrodite = (
+        "# TYPE aphrodite:generation_tokens_total counter\n"
+        'aphrodite:generation_tokens_total{model_name="a"} 70.0\naphrodite:generation_tokens_total{model_name="b"} 30.0\n'
+        "# TYPE aphrodite:time_to_first_token_seconds histogram\n"
+        'aphrodite:time_to_first_token_seconds_bucket{le="+Inf",model_name="a"} 4.0\n'
+        'aphrodite:time_to_first_token_seconds_count{model_name="a"} 4.0\n'
+        'aphrodite:time_to_first_token_seconds_sum{model_name="a"} 6.0\n'
+        'aphrodite:gpu_cache_usage_perc{model_name="a"} 0.25\nother 3\n'
+    )
+    one = metrics.parse(aphrodite)
+    assert one
+    assert (one.generation_tokens_total, one.cache, one.first_sum, one.num_requests_running) == (100.0, 0.25, 6.0, None)
+    two = metrics.parse("vllm:generation_tokens_total 160\nvllm:kv_cache_usage_perc 0.5\n")
+    assert two
+    assert (two.generation_tokens_total, two.cache) == (160.0, 0.5)
+    assert metrics.rate(one, two, 3.0) == 20.0
+    assert metrics.rate(two, one, 3.0) is None  # a counter that falls: the engine was started in between
+    assert metrics.parse("process_cpu_seconds_total 3\n") is None
+    assert metrics.parse("<html>it works</html>") is None
+
+
+# logs
+
+
+def test_the_engines_log_from_the_last_lines_on_and_after_a_cut(tmp_path: Path) -> None:
+    async def work(made: Scene) -> None:
+        loop = "i=0; while [ $i -lt 40 ]; do echo line $i; i=$((i+1)); [ $i -lt 20 ] || sleep 0.1; done"
+        head = made.deployment.head
+        await made.fleet.start_job(head, "engine", loop)
+        log = Path(await made.fleet.folder(head)) / "jobs" / "engine" / "log"
+        await until(lambda: "line 19" in log.read_text())
+        said: list[str] = []
+        wish = Wish(lines=3, follow=True, pause=0.1)
+        following = asyncio.create_task(logging.engine(made.fleet, head, wish, lambda _n, _l, text: said.append(text)))
+        await until(lambda: "line 24" in said)
+        made.made[0].cut()
+        done = await asyncio.wait_for(following, 30)
+        assert done.state == "exited"
+        numbers = [int(one.split()[1]) for one in said]
+        assert numbers == list(range(numbers[0], 40))
+        assert 16 <= numbers[0] <= 20
+        once: list[str] = []
+        await logging.engine(made.fleet, head, Wish(lines=2), lambda _n, _l, text: once.append(text))
+        assert once == ["line 38", "line 39"]
+
+    play(tmp_path, work)
+
+
+def ray_logs(made: Scene, session: str) -> Path:
+    folder = Path(logging.patterns(made.deployment, facts_of.load(made.deployment), "k0")[0]).parent
+    real = folder.parent.parent / session / "logs"
+    real.mkdir(parents=True)
+    link = folder.parent
+    link.unlink(missing_ok=True)
+    link.symlink_to(real.parent)
+    return real
+
+
+def test_rays_logs_are_followed_over_a_cut_and_into_a_new_session(tmp_path: Path) -> None:
+    async def work(made: Scene) -> None:
+        first = ray_logs(made, "session_2026-11-24_1")
+        (first / "raylet.out").write_text("".join(f"old {one}\n" for one in range(9)))
+        facts, said, cuts = facts_of.load(made.deployment), [], []
+        (node,) = targets(made.fleet, facts)
+        wish = Wish(lines=2, follow=True, pause=0.2)
+        following = asyncio.create_task(
+            logging.ray(
+                made.deployment,
+                facts,
+                node,
+                wish,
+                lambda _node, log, text: said.append(f"{log}: {text}"),
+                lambda name, _error: cuts.append(name),
+            )
+        )
+        await until(lambda: len(said) == 2)
+        assert said == ["raylet.out: old 7", "raylet.out: old 8"]
+        with (first / "raylet.out").open("a") as stream:
+            stream.write("new 0\nhalf of")
+        await until(lambda: len(said) == 3)
+        await made.made[0].switch_off()
+        with (first / "raylet.out").open("a") as stream:
+            stream.write(" a line\n")
+        (first / "gcs_server.out").write_text("came meanwhile\n")
+        await until(lambda: bool(cuts))
+        await made.made[0].listen()
+        await until(lambda: len(said) == 5)
+        assert sorted(said[2:]) == ["gcs_server.out: came meanwhile", "raylet.out: half of a line", "raylet.out: new 0"]
+        second = ray_logs(made, "session_2026-11-24_2")
+        (second / "raylet.out").write_text("from the start\n")
+        await until(lambda: said[-1] == "raylet.out: from the start")
+        following.cancel()
+        await asyncio.gather(following, return_exceptions=True)
+        assert cuts == ["k0"]
+
+    play(tmp_path, work)
+
+
+def test_a_follower_that_a_cut_has_left_behind_ends(tmp_path: Path) -> None:
+    """sshd closes the pipe of a session that has gone; nothing else tells the process."""
+    (tmp_path / "a.log").write_text("line\n")
+    patterns = [{"name": "", "pattern": str(tmp_path / "*.log")}]
+    arguments = {"patterns": patterns, "lines": 5, "follow": True, "offsets": {}}
+    child = subprocess.Popen([sys.executable, "-m", "deploy.remote"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        assert child.stdin
+        assert child.stdout
+        child.stdin.write(json.dumps({"call": "watch.tail", "arguments": arguments}).encode())
+        child.stdin.close()
+        assert b"line" in child.stdout.readline()
+        child.stdout.close()
+        child.wait(20)
+    finally:
+        child.kill()
+        child.wait()
+
+
+def test_the_command_shows_no_secret_and_names_node_and_log(tmp_path: Path) -> None:
+    async def work(made: Scene) -> None:
+        key = engine.api_key(made.deployment.folder)
+        head = made.deployment.head
+        await made.fleet.start_job(head, "engine", f"echo started with {key}; echo and hf_{'a' * 34}")
+        log = ray_logs(made, "session_2026-11-24_1") / "raylet.err"
+        log.write_text(f"Authorization: Bearer {key}\n")
+        async with deploy(tmp_path, "logs", "k0") as process:
+            out, err = await asyncio.wait_for(process.communicate(), 30)
+            assert process.returncode == 0, err.decode()
+        text = out.decode()
+        assert "k0 engine started with [redacted]" in text
+        assert "k0 raylet.err Authorization: Bearer [redacted]" in text
+        assert key not in text
+        assert "hf_aaa" not in text
+
+    play(tmp_path, work)
+
+
+def test_gpus_as_nvidia_smi_has_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pretend nvidia-smi: there is no GPU here."""
+    from deploy.remote import watch
+
+    program = tmp_path / "nvidia-smi"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert watch.gpus() == {"gpus": [], "gpu_error": "no nvidia-smi"}
+    program.write_text(
+        f"#!{sys.executable}\nimport sys\nassert sys.argv[1].startswith('--query-gpu=name,memory.used')\n"
+        "print('NVIDIA GH200 480GB, 1234, 97871, 7, 41, 120.50\\nNVIDIA GB10, [N/A], [N/A], 0, 40, [N/A]')\n"
+    )
+    program.chmod(0o755)
+    one, two = watch.gpus()["gpus"]
+    assert (one["name"], one["used_mib"], one["total_mib"], one["celsius"]) == ("NVIDIA GH200 480GB", 1234, 97871, 41)
+    assert two["total_mib"] is None
+    program.write_text(f"#!{sys.executable}\nprint('No devices were found')\nraise SystemExit(6)\n")
+    assert watch.gpus() == {"gpus": [], "gpu_error": "No devices were found"}
