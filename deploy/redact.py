@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -15,7 +16,7 @@ from deploy.inventory import Folder
 SHORTEST = 6
 "Bytes; anything shorter that is called a secret would take harmless text along."
 VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "OPENAI_API_KEY", "APHRODITE_API_KEY", "VLLM_API_KEY", "RAY_AUTH_TOKEN")
-_NAME = rb"[A-Za-z0-9_.-]{0,60}(?:TOKEN|SECRET|PASSWORD|PASSWD|API[_-]?KEYS?|ADMIN[_-]?KEY|ACCESS[_-]?KEY)"
+_NAME = rb"(?:TOKEN|SECRET|PASSWORD|PASSWD|API[_-]?KEYS?|ADMIN[_-]?KEY|ACCESS[_-]?KEY)"
 _QUOTES = rb"[\"'\\]{0,4}"
 "As JSON and shells put them."
 _VALUE = rb"(?!\[redacted)[^\s\"'\\,}&;\0]"
@@ -42,9 +43,9 @@ _PATTERNS: tuple[tuple[re.Pattern[bytes], bytes], ...] = (
     (re.compile(rb"\b(?:gf|sk)-[A-Za-z0-9_-]{16,}"), b"[redacted API key]"),
     (re.compile(rb"(\bbearer(?:\s|%20)+)(?!\[redacted)[A-Za-z0-9._~+/=-]{6,}", re.I), rb"\1[redacted]"),
     (re.compile(rb"(\b[a-z][a-z0-9+.-]{0,20}://[^\s/:@\"']{0,100}:)[^\s/@\"']{1,300}(@)", re.I), rb"\1[redacted]\2"),
-    # NAME=value, "NAME": "value", NAME = 'value'; a path to a secret (RAY_AUTH_TOKEN_PATH) is none.
+    # NAME=value, "NAME": 'value', whatever stands before these words; a path to a secret (RAY_AUTH_TOKEN_PATH) is none.
     (
-        re.compile(rb"(\b" + _NAME + _QUOTES + rb"\s{0,4}[=:]\s{0,4}" + _QUOTES + rb")" + _VALUE + rb"{6,}", re.I),
+        re.compile(rb"(" + _NAME + _QUOTES + rb"\s{0,4}[=:]\s{0,4}" + _QUOTES + rb")" + _VALUE + rb"{6,}", re.I),
         rb"\1[redacted]",
     ),
     (
@@ -58,7 +59,8 @@ def forms(secret: str) -> set[bytes]:
     """As it is, and as it may stand in addresses and headers."""
     raw = secret.encode()
     encoded = {base64.b64encode(prefix + raw).rstrip(b"=") for prefix in (b"", b":")}
-    return {raw, quote(secret, safe="").encode(), raw.hex().encode(), *(one for one in encoded if len(one) >= 8)}
+    quoted = {quote(secret, safe=safe).encode() for safe in ("", "/")} | {json.dumps(secret)[1:-1].encode()}
+    return {raw, raw.hex().encode(), *quoted, *(one for one in encoded if len(one) >= 8)}
 
 
 @dataclass(frozen=True)

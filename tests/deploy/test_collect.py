@@ -1,0 +1,260 @@
+"""The bundle: whole, without a secret wherever one was planted, with the first cause on top; also while nodes are away."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import tarfile
+import time
+from pathlib import Path
+from urllib.parse import quote
+
+import pytest
+
+from deploy import collect as collecting
+from deploy import ssh
+from deploy.collect import Finding, findings
+from deploy.redact import Redactor
+from deploy.remote import gather
+from deploy.state import Record, State
+from deploy.status import NodeStatus, Service, Status
+from deploy.steps import engine
+from gracefarm.errors import EngineError
+from tests.deploy.test_engine_step import a_plan
+from tests.deploy.test_tunnel import deploy
+from tests.deploy.test_watch import Scene, play, ray_logs
+
+HF = "hf_" + "AbCdEfGhIj" * 3 + "KLMN"
+RAY = "c0ffee" * 10
+OTHER = "sk-somebody-elses-key-0123456789"
+PRIVATE = "-----BEGIN OPENSSH PRIVATE KEY-----\nb3BlbnNzaC1rZXktdjEAAAAA\n-----END OPENSSH PRIVATE KEY-----\n"
+
+
+def unpacked(path: Path, into: Path) -> dict[str, bytes]:
+    """Members below the archive's only folder."""
+    with tarfile.open(path) as tar:
+        tar.extractall(into, filter="data")
+    (root,) = into.iterdir()
+    return {str(one.relative_to(root)): one.read_bytes() for one in root.rglob("*") if one.is_file()}
+
+
+def forms(secret: str) -> list[bytes]:
+    """As it may stand anywhere."""
+    return [secret.encode(), quote(secret).encode(), base64.b64encode(secret.encode()).rstrip(b"=")[:-1]]
+
+
+def planted(key: str) -> str:
+    """Lines as programs write them."""
+    return "\n".join(
+        [
+            f"INFO args: Namespace(api_keys='{key}', host='127.0.0.1')",
+            f"Authorization: Bearer {key}",
+            f'{{"authorization": "Bearer {OTHER}", "x-api-key": "{key}"}}',
+            f"curl -H 'Authorization: Basic {base64.b64encode(key.encode()).decode()}' http://127.0.0.1:2242",
+            f"HF_TOKEN={HF} hf download; token {HF}",
+            f'env: {{"HUGGING_FACE_HUB_TOKEN": "{HF}", "RAY_AUTH_TOKEN": "{RAY}"}}',
+            f"GET https://user:{RAY}@hub.example/model?token={quote(key)}",
+            f"aphrodite run m --api-keys {OTHER} --port 2242",
+            PRIVATE,
+            "RAY_AUTH_TOKEN_PATH=/tmp/gf/ray-token tokens: 70 prompt_tokens=12 generation_tokens_total 99",
+        ]
+    )
+
+
+def test_no_secret_of_any_log_is_in_the_bundle_and_the_first_cause_is_on_top(tmp_path: Path) -> None:
+    words = tmp_path / "words"
+
+    async def work(made: Scene) -> None:
+        key = engine.api_key(made.deployment.folder)
+        folder = made.deployment.folder
+        (folder.path / "ray-token").write_text(RAY + "\n")
+        words.write_text(
+            planted(key) + "\ntorch.OutOfMemoryError: CUDA out of memory.\nTraceback:\nActorDiedError: a worker died\n"
+        )
+        with pytest.raises(EngineError):
+            await made.serve()
+        logs = ray_logs(made, "session_2026-11-24_1")
+        (logs / "raylet.out").write_text(planted(key))
+        (logs / "worker-1.err").write_text(planted(key))
+        (logs / "old").mkdir()
+        (logs / "old" / f"job-{key}.log").write_text(planted(key))
+        # A long log, with a secret in each of its lines: also where its middle is cut out.
+        (logs / "gcs_server.out").write_text(f"Bearer {key} {'x' * 200}\n" * 25_000)
+        (folder.logs / "engine.log").write_text(planted(key))
+        state = json.loads(folder.state.read_text())
+        state["steps"]["engine"]["text"] += f" {HF} {key}"
+        folder.state.write_text(json.dumps(state))
+        with made.deployment.path.open("a") as stream:
+            stream.write(f'\n# token = "{HF}"\n')
+        (tmp_path / "here").mkdir()
+        async with deploy(tmp_path, "collect", "--into", "here") as process:
+            out, err = await asyncio.wait_for(process.communicate(), 90)
+            assert process.returncode == 0, err.decode()
+        text = out.decode() + err.decode()
+        assert "first cause  GPU memory ran out" in text
+        (path,) = (tmp_path / "here").iterdir()
+        assert path.stat().st_mode & 0o077 == 0
+        files = unpacked(path, tmp_path / "out")
+        names = set(files)
+        assert {"summary.md", "status.json", "local/deploy.toml", "local/deploy/state.json", "local/deploy/plan.json"} <= names
+        assert {"local/deploy/logs/engine.log", "nodes/k0/jobs/engine/log", "nodes/k0/dmesg-gpu.txt"} <= names
+        assert {"nodes/k0/processes.txt", "nodes/k0/nvidia-smi.txt"} <= names
+        session = "nodes/k0/ray/session_2026-11-24_1/logs"
+        assert {f"{session}/raylet.out", f"{session}/worker-1.err", f"{session}/old/job-[redacted].log"} <= names
+        assert b"bytes left out" in files[f"{session}/gcs_server.out"]
+        assert b"prompt_tokens=12 generation_tokens_total 99" in files[f"{session}/raylet.out"]
+        for secret in (key, HF, RAY, OTHER, "b3BlbnNzaC1rZXktdjE"):
+            for form in forms(secret):
+                found = [name for name, content in files.items() if form in content or form in name.encode()]
+                assert not found, (secret, form, found)
+                assert form.decode() not in text
+        page = files["summary.md"].decode()
+        assert page.startswith("# t: FAILED(loading)")
+        assert page.index("GPU memory ran out") < page.index("## ")
+        assert "Read from nodes/k0/jobs/engine/log" in page
+
+    play(tmp_path, work, "--die", "1", "--say", str(words))
+
+
+def test_half_a_secret_is_not_left_at_a_cut(tmp_path: Path) -> None:
+    """A long log's middle is left out at the ends of lines: half of a key looks like nothing."""
+    log = tmp_path / "log"
+    line = b"Bearer gf-" + b"k" * 90 + b"\n"
+    log.write_bytes(line * ((gather.HEAD + gather.TAIL) // len(line) + 500))
+    kept = gather._ends(log)
+    assert {len(one) for one in kept.splitlines() if not one.startswith(b"[... ")} == {len(line) - 1}
+    left = int(kept.split(b"[... ")[1].split()[0])
+    marker = len(b"[... %d bytes left out ...]\n" % left)
+    assert len(kept) - marker + left == log.stat().st_size
+
+
+def test_a_bundle_is_made_while_nodes_are_away(tmp_path: Path) -> None:
+    async def work(made: Scene) -> None:
+        made.keep("failed", "Ray lost k1")
+        await made.made[1].switch_off()
+        async with ssh.fleet(made.deployment, config=[]) as fleet:
+            bundle = await collecting.collect(made.deployment, fleet, tmp_path, environ={})
+        assert list(bundle.missing) == ["k1"]
+        assert bundle.findings[0].where == "k1"
+        files = unpacked(bundle.path, tmp_path / "out")
+        assert "nodes/k0/processes.txt" in files
+        assert b"## Not in here" in files["summary.md"]
+        assert [one.name for one in tmp_path.iterdir() if one.name.startswith(".")] == [".deploy"]  # noqa: ASYNC240
+
+    play(tmp_path, work, nodes=2)
+
+
+# causes
+
+OOM = b"torch.OutOfMemoryError: CUDA out of memory. Tried\nActorDiedError: died\n"
+DIED = b"ray.exceptions.ActorDiedError: The actor died\nRuntimeError: Engine is gone\n"
+NOW = time.time()
+
+
+def kernel(seconds: float) -> bytes:
+    when = time.strftime("%Y-%m-%dT%H:%M:%S,123456+00:00", time.gmtime(NOW + seconds))
+    return f"{when} NVRM: Xid (PCI:0009:01:00): 79, pid=1, GPU has fallen off the bus.\n".encode()
+
+
+def first(texts: dict[str, bytes], *, word: str = "DEAD", lost: bool = False, **failed: str) -> tuple[Finding, ...]:
+    nodes = tuple(NodeStatus(name=name, address=name, ray=name != "k1" if lost else None) for name in ("k0", "k1"))
+    service = Service(word=word, text="")  # type: ignore[arg-type]
+    seen = Status(taken=NOW, deployment="t", model="m", service=service, nodes=nodes)
+    steps = {"engine": Record(digest="", outcome="failed", text="the last and least", begun=NOW - 60)}
+    steps |= {name: Record(digest="", outcome="failed", text=text, begun=NOW) for name, text in failed.items()}
+    return findings({f"nodes/{name}": text for name, text in texts.items()}, seen, State(steps=steps), a_plan(1), {})
+
+
+EARLIER, SESSION = "k1/ray/session_2026-11-24_1/logs", "k1/ray/session_2026-11-24_2/logs"
+
+
+@pytest.mark.parametrize(
+    ("texts", "more", "words"),
+    [
+        ({"k0/jobs/engine/log": OOM, "k1/dmesg-gpu.txt": kernel(0)}, {}, "GPU memory ran out"),
+        ({"k0/jobs/engine/log": DIED, "k1/dmesg-gpu.txt": kernel(0)}, {}, "k1: GPU error Xid 79"),
+        ({"k0/jobs/engine/log": DIED, "k1/dmesg-gpu.txt": kernel(-86400)}, {}, "a worker died"),
+        ({"k0/jobs/engine/log": DIED, f"{SESSION}/worker-7.err": OOM}, {}, "k1: GPU memory ran out"),
+        (
+            {"k0/jobs/engine/log": DIED, f"{EARLIER}/worker-7.err": OOM, f"{SESSION}/worker-9.err": b""},
+            {},
+            "a worker died",
+        ),
+        ({"k0/jobs/engine/log": DIED}, {"lost": True}, "Ray lost k1"),
+        ({"k0/jobs/engine/log": b"x\n", "k0/jobs/engine/exit": b"137\n"}, {}, "SIGKILL"),
+        ({"k0/jobs/engine/log": b"NCCL error: unhandled\n", "k1/dmesg-gpu.txt": kernel(5)}, {}, "Xid 79"),
+        ({"k0/jobs/engine/log": b"NCCL error: unhandled\n"}, {}, "NCCL could not"),
+        ({}, {"word": "FAILED"}, "step engine failed: the last and least"),
+    ],
+)
+def test_the_first_cause_and_not_the_last_word(texts: dict[str, bytes], more: dict[str, object], words: str) -> None:
+    found = first(texts, **more)  # type: ignore[arg-type]
+    assert words in found[0].text, found
+
+
+def test_an_engine_that_answers_has_no_cause_of_death() -> None:
+    found = first({"k0/jobs/engine/log": OOM, f"{SESSION}/worker-7.err": OOM}, word="READY")
+    assert not [one for one in found if "memory" in one.text]
+
+
+# redaction
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        f"token={HF}",
+        f"Authorization: Bearer {OTHER}",
+        f"authorization='Token {RAY}'",
+        f'"Authorization":"Basic {RAY}"',
+        f'{{\\"x-api-key\\": \\"{RAY}\\"}}',
+        f"headers: {{b'authorization': b'Bearer {RAY}'}}",
+        f"MY_SECRET={RAY}",
+        f"export APHRODITE_ADMIN_KEY='{RAY}'",
+        f"admin_key: {RAY}",
+        f"aws_secret_access_key = {RAY}",
+        f"--api-keys\0{RAY}\0",
+        f"--hf-token={RAY}",
+        f"['--api-keys', '{RAY}']",
+        f"https://me:{RAY}@host/x",
+        f"/x?token={RAY}&y=1",
+        PRIVATE,
+    ],
+)
+def test_what_looks_like_a_secret_goes(line: str) -> None:
+    cleaned = Redactor.of([]).line(f"before {line} after")
+    assert RAY not in cleaned
+    assert HF not in cleaned
+    assert OTHER not in cleaned
+    assert "b3Blb" not in cleaned
+    assert cleaned.startswith("before ")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "prompt_tokens=128 completion_tokens: 77, total_tokens",
+        "RAY_AUTH_TOKEN_PATH=/tmp/gf/0123/k0/ray-token",
+        "RAY_AUTH_MODE=token",
+        "tokenizer=/share/model, max_tokens=512, num_kv_tokens: 34000",
+        "GET http://127.0.0.1:2242/v1/models",
+        "avg generation throughput: 5.2 tokens/s",
+        "bearer of bad news",
+    ],
+)
+def test_what_is_none_stays(line: str) -> None:
+    assert Redactor.of(["abc"]).line(line) == line  # a secret that is too short is none
+
+
+def test_known_values_go_in_every_form_and_quickly() -> None:
+    secret = "p@ss/word with+signs"
+    redactor = Redactor.of([secret])
+    basic = base64.b64encode(b":" + secret.encode())
+    for form in (secret.encode(), quote(secret, safe="").encode(), base64.b64encode(secret.encode()), basic):
+        assert form[:-1] not in redactor.clean(b"x " + form + b" y")
+    log = b"2026-11-24 INFO worker.py:12 some-name.with-dots_and=signs: 17 of 20\n" * 60_000
+    begun = time.monotonic()
+    assert redactor.clean(log) == log
+    assert redactor.clean(b"a.b-" * 500_000)
+    assert time.monotonic() - begun < 20
