@@ -130,6 +130,11 @@ def test_a_gated_model_is_planned_with_the_built_in_numbers_and_an_unknown_one_i
         with pytest.raises(FetchError, match="gated or private") as caught:
             model.find(inventory.Model(repo="org/model"), tmp_path)
         assert "HF_TOKEN" in caught.value.remedy
+        monkeypatch.setattr(model, "_table", lambda: [{**CONFIG, "names": ["org/model"]}])
+        found, note = model.find(inventory.Model(repo="org/model"), tmp_path)
+        assert (found.layers, found.revision) == (4, hubs.COMMIT)  # the commit is no secret
+        assert "gated or private" in note
+    monkeypatch.undo()
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     found, note = model.find(inventory.Model(), tmp_path)
     assert found.layers == 126
