@@ -148,6 +148,8 @@ def _provenance(wheel: Path, inside: Inside, place: Path, key: Ed25519PublicKey 
         raise VerifyError(f"there is no provenance at {place}: {error.strerror}") from error
     except ValueError as error:
         raise VerifyError(f"{place} is no JSON: {error}") from error
+    if isinstance(envelope, dict) and isinstance(envelope.get("provenance"), dict):
+        envelope = envelope["provenance"]  # a whole record, as an index has it
     said = signing.opened(envelope, provenance.PAYLOAD, key)
     sha256 = sha256_file(wheel)
     subjects = {one["name"]: one["digest"].get("sha256") for one in said["subject"]}

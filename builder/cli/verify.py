@@ -20,7 +20,7 @@ from gracefarm.settings import Settings
 @click.option("--key", "key_file", metavar="PUB", type=click.Path(exists=True, dir_okay=False, path_type=Path),
               help="Public key that must have signed it; default: this farm's own.")  # fmt: skip
 @click.option("--provenance", "envelope", type=click.Path(dir_okay=False, path_type=Path),
-              help="Its DSSE envelope; default: FILE.whl.intoto.jsonl beside it.")  # fmt: skip
+              help="Its DSSE envelope, or its record with that in it; default: FILE.whl.intoto.jsonl beside it.")  # fmt: skip
 @click.option("--rebuild", "again", is_flag=True, help="Build it once more in another folder and compare instead.")
 @click.option("--jobs", type=click.IntRange(1), help="Upper bound of parallel compilations.")
 @click.option("--json", "as_json", is_flag=True, help="JSON lines for machines.")

@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from securesystemslib.dsse import Envelope
 from securesystemslib.signer import SSlibKey
 from spdx_tools.spdx.parser.parse_anything import parse_file
 from spdx_tools.spdx.validation.document_validator import validate_full_spdx_document
 
-from builder import provenance, sbom, signing, verify
+from builder import demo, provenance, sbom, signing, verify
 from builder.stack import host_arch
 from gracefarm.errors import ConfigError, UsageError, VerifyError
 from gracefarm.files import remove_tree
@@ -324,12 +325,23 @@ def test_the_key_may_come_by_the_environment_and_is_never_printed(
     assert "holds no ed25519 key" in broken.said
 
 
-def test_builds_from_before_the_key_are_signed_by_name(farm: Farm, own_settings: Path) -> None:
+def test_builds_from_before_the_key_are_signed_by_name_and_the_index_gets_it(
+    farm: Farm, own_settings: Path, tmp_path: Path
+) -> None:
     farm.recipe("tiny", projects.backend("return wheel(wheel_directory)"))
-    assert farm.run("build", "tiny", "--target", NATIVE).code == 0
+    built = farm.run("build", "tiny", "--target", NATIVE)
+    assert built.code == 0, built.said
     assert "this farm has no key" in farm.run("sign", "tiny").said
     assert farm.run("key", "create").code == 0
     assert farm.run("verify", "tiny").code == 32
     done = farm.run("sign", "tiny")
     assert done.code == 0, done.said
-    assert farm.run("verify", "tiny").code == 0
+    with demo.local_index(farm.settings) as (url, token):
+        credentials = {"TWINE_USERNAME": "__token__", "TWINE_PASSWORD": token}
+        assert farm.run("build", "tiny", "--target", NATIVE, "--publish", f"{url}/legacy/", **credentials).code == 0
+        wheel = shutil.copy(built.out.strip(), tmp_path)
+        record = tmp_path / "record.json"
+        record.write_text(httpx.get(f"{url}/records/{verify.read(Path(wheel)).build_id}").raise_for_status().text)
+    assert "there is no provenance at" in farm.run("verify", str(wheel)).said
+    done = farm.run("verify", str(wheel), "--provenance", str(record))
+    assert done.code == 0, done.said
