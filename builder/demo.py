@@ -94,6 +94,7 @@ def run(plan: Plan, settings: Settings, console: Console) -> Result:
     Raises:
         GracefarmError: of the step that failed.
     """
+    build.refuse_objects(plan.stack.data)
     done = build.build(plan, build.Options(), settings, console)
     folder = record.folder(settings, done.build_id)
     with lock(settings.home / "locks" / "run"), local_index(settings) as (url, token):

@@ -149,9 +149,11 @@ def stage(built: Built, at: Served, settings: Settings, console: Console) -> Non
     if state["state"] != "published":
         have = set(state["files"])
         for wheel in built.wheels:
-            beside = [wheel] if wheel.name in have else [*sorted(wheel.parent.glob("*.tar.gz")), wheel]
-            staging.upload(at, [one for one in beside if one.name not in have])
-            console.step("stage", f"{wheel.name} to {at.base}/stage/{at.name}/legacy/")
+            # The source goes first: no moment in which the wheel is there without it.
+            wanted = [one for one in (*sorted(wheel.parent.glob("*.tar.gz")), wheel) if one.name not in have]
+            staging.upload(at, wanted)
+            for one in wanted:
+                console.step("stage", f"{one.name} to {at.base}/stage/{at.name}/legacy/")
         _tell(built, at, settings, console)
         state = staging.state(at)
         if state["missing"]:

@@ -515,6 +515,8 @@ def test_what_a_stack_of_headers_builds_is_not_published(farm: Farm) -> None:
     done = farm.run("build", "tiny", "--publish", "http://127.0.0.1:9/legacy/", TWINE_USERNAME="a", TWINE_PASSWORD="b")
     assert done.code == 40, done.said
     assert "headers alone" in done.said
+    done = farm.run("run", "tiny")
+    assert (done.code, "headers alone" in done.said) == (40, True), done.said
 
 
 def test_cuda_12_4_from_debians_packages_compiles_for_aarch64(farm: Farm) -> None:
