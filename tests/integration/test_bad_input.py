@@ -238,8 +238,18 @@ UNSHARE = ("unshare", "--map-root-user", "--mount")
 "A mount of one's own without root, where sandboxes can be started at all."
 
 
-def test_full_disk(farm: Farm) -> None:
-    body = "open('/build/tmp/fill', 'wb').write(bytes(64_000_000))\nreturn wheel(wheel_directory)"
+@pytest.mark.parametrize(("room", "words"), [(1 << 18, "No space left on device"), (0, "o space left on")])
+def test_full_disk(farm: Farm, room: int, words: str) -> None:
+    """With room for a log the build's own words; without, those of who writes first: the log, the record."""
+    body = f"""
+file = open('/build/tmp/fill', 'wb', buffering=0)
+try:
+    while True:
+        file.write(bytes(4096))
+except OSError:
+    file.truncate(file.tell() - {room})
+    raise
+"""
     farm.recipe("tiny", projects.backend(body))
     small = farm.settings.home / "builds"
     small.mkdir()
@@ -252,7 +262,7 @@ def test_full_disk(farm: Farm) -> None:
         timeout=300,
         check=False,
     )
-    refused(projects.Done(code=done.returncode, out=done.stdout, err=done.stderr), ExitCode.DISK, "No space left on device")
+    refused(projects.Done(code=done.returncode, out=done.stdout, err=done.stderr), ExitCode.DISK, words)
 
 
 def test_bubblewrap_missing(farm: Farm, tmp_path: Path) -> None:
