@@ -314,9 +314,26 @@ def _environment_spec(work: Work) -> environment.Spec:
     )
 
 
+def _environment_inputs(work: Work, spec: environment.Spec) -> str:
+    return digest("environment", spec.root, spec.lock, spec.index, spec.python, spec.source, spec.engine, work.pairs)
+
+
+async def rollback(work: Work) -> Json:
+    """The environment that was active before; `up` leaves it active until its inputs change or `env up` is said.
+
+    Raises:
+        HostError: there is none.
+    """
+    done = await environment.rollback(work.nodes, _root(work))
+    work.keeper.begin("environment", _environment_inputs(work, _environment_spec(work)))
+    text = f"{done['active'][:12]} is active, rolled back to"
+    work.keeper.end("environment", "done", text, {"id": done["active"]})
+    return done
+
+
 async def _environment(work: Work, looks: Looks) -> bool:
     spec = _environment_spec(work)
-    inputs = digest("environment", spec.root, spec.lock, spec.index, spec.python, spec.source, spec.engine, work.pairs)
+    inputs = _environment_inputs(work, spec)
 
     def check(record: Record) -> str | None:
         for node, one in looks.items():

@@ -198,6 +198,7 @@ def env_up(context: Context, no_wait: bool) -> None:
     """Build the environment of the set's lock unless it is there, import it on all nodes, make it active."""
     others = [one for one in flow.UP if one not in ("environment", "proof")]
     with held(context, no_wait=no_wait) as keeper:
+        keeper.forget("environment")  # a roll-back counts no longer
         changed = at_work(context, keeper, lambda work: flow.up(work, Choice(skip=others)))
     context.console.result({"changed": changed}, "active" if changed else "nothing to do")
 
@@ -238,10 +239,8 @@ def env_matrix(context: Context) -> None:
 @pass_context
 def env_rollback(context: Context) -> None:
     """Make the environment active that was active before; a running engine keeps the one that it started with."""
-    root = paths.environment_root(context.deployment)
     with held(context) as keeper:
-        done = at_work(context, keeper, lambda work: environment.rollback(work.nodes, root))
-        keeper.forget("environment", "proof")
+        done = at_work(context, keeper, flow.rollback)
     text = f"{done['active'][:12]} is active (was {(done['from'] or 'none')[:12]}); `deploy serve` starts with it"
     context.console.result(done, text + "; `deploy env up` goes forward again")
 

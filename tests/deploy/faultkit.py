@@ -101,6 +101,13 @@ def kill(process: subprocess.Popen[str]) -> None:
         process.stdout.close()
 
 
+def interrupt(process: subprocess.Popen[str]) -> None:
+    """Ctrl-C, as the terminal gives it to the command."""
+    for one in psutil.Process(process.pid).children(recursive=True):
+        if "deploy" in one.cmdline():
+            one.send_signal(signal.SIGINT)
+
+
 def steps(made: Rehearsal) -> dict[str, Any]:
     """The state as it is on disk."""
     return state.read(inventory.load(made.folder / "deploy.toml").folder).model_dump()["steps"]

@@ -37,6 +37,23 @@ def made() -> Iterator[Rehearsal]:
         watching.join()
 
 
+def test_interrupted_in_the_first_build_nothing_half_made_is_left(made: Rehearsal) -> None:
+    process = begin(made, "up")
+    until_running(made, "environment", process)
+    time.sleep(4)
+    faultkit.interrupt(process)
+    done = end(process, 60)
+    assert done.code == 130
+    assert "the same command" in done.output
+    deadline = time.monotonic() + 20
+    while rehearsal.left(made) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert rehearsal.left(made) == {}
+    root = made.room.share / "gracefarm" / "rehearsal"
+    assert not [one.name for one in (root / "envs").glob(".*")]
+    assert not list(made.room["k0"].tmp.glob("gracefarm-*.pyz"))
+
+
 def test_killed_in_the_first_build_the_same_command_goes_on(made: Rehearsal) -> None:
     """What the killed command had started on the nodes is not started a second time: the next one waits for it."""
     process = begin(made, "up")

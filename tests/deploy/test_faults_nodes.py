@@ -216,6 +216,27 @@ def test_a_share_that_goes_away_is_noticed_without_being_asked(made: Rehearsal) 
     well(made, "up")
 
 
+def test_a_rolled_back_environment_stays_active_until_somebody_goes_forward(made: Rehearsal) -> None:
+    well(made, "up")
+    lock = made.folder / "requirements.lock"
+    before = lock.read_text()
+    first = faultkit.steps(made)["environment"]["data"]["id"]
+    lines = before.split("\n")
+    at = next(index for index, line in enumerate(lines) if line.startswith(("py-spy==", "pyasn1-modules==")))
+    lock.write_text("\n".join([*lines[:at], *lines[at + 2 :]]))
+    try:
+        assert "built now" in well(made, "up", seconds=400)
+        second = faultkit.steps(made)["environment"]["data"]["id"]
+        assert second != first
+        well(made, "env", "rollback")
+        assert f"{first[:12]} is active, rolled back to" in well(made, "up")
+        assert f"{second[:12]} is active" in well(made, "env", "up")
+    finally:
+        lock.write_text(before)
+    well(made, "up")
+    assert faultkit.steps(made)["environment"]["data"]["id"] == first
+
+
 def test_nothing_of_all_this_is_left(made: Rehearsal) -> None:
     well(made, "down")
     assert rehearsal.left(made) == {}
