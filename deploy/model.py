@@ -11,13 +11,15 @@ from contextlib import suppress
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import httpx
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 
 from deploy import inventory
 from gracefarm.errors import ConfigError, FetchError, LayoutError
+
+if TYPE_CHECKING:
+    import httpx
 
 ENDPOINT = "https://huggingface.co"
 LLAMA = ("LlamaForCausalLM", "MistralForCausalLM")
@@ -191,6 +193,8 @@ def resolve(repo: str, revision: str, *, token: str | None = None) -> str:
 
 
 def _ask(path: str, repo: str, revision: str, token: str | None) -> dict[str, Any]:
+    import httpx  # a fifth of what a command's start costs, and few need it
+
     base = endpoint()
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     try:

@@ -13,9 +13,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Literal
-
-import httpx
+from typing import TYPE_CHECKING, Literal
 
 from deploy import metrics as engine_metrics
 from deploy import paths
@@ -28,6 +26,9 @@ from deploy.worker import Json, Target
 from gracefarm.console import Console
 from gracefarm.errors import EngineError, GracefarmError
 from gracefarm.files import atomic_write
+
+if TYPE_CHECKING:
+    import httpx
 
 Nodes = Mapping[str, bool]
 "Node name to whether Ray says that it is alive."
@@ -244,6 +245,8 @@ class Answer:
 
 async def complete(local: int, key: str | None, seconds: float) -> Answer:
     """One token from 127.0.0.1:`local`. Never raises for what the other side does."""
+    import httpx  # here: `up` starts without it
+
     begun, model = time.monotonic(), ""
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:
@@ -273,6 +276,8 @@ async def complete(local: int, key: str | None, seconds: float) -> Answer:
 
 
 def _client(local: int, headers: Mapping[str, str], seconds: float) -> httpx.AsyncClient:
+    import httpx
+
     return httpx.AsyncClient(base_url=f"http://127.0.0.1:{local}", headers=headers, timeout=seconds, trust_env=False)
 
 
