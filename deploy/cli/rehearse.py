@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import threading
 import time
 
 import click
@@ -72,7 +72,6 @@ def _wait(context: Context, made: Rehearsal) -> None:
     prefix = " ".join(made.room.command([]))
     context.console.step("keep", f"READY; look around with: {prefix} bash   (deploy.toml is in {made.folder}); Ctrl-C ends it")
     try:
-        while sys.stdin is not None:
-            time.sleep(3600)
+        threading.Event().wait()
     except KeyboardInterrupt:
         context.console.step("keep", "taking it down")

@@ -9,6 +9,7 @@ import re
 import secrets
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -90,11 +91,16 @@ class Rehearsal:
         )
         assert process.stdout
         kept = []
-        with process.stdout:
-            for line in process.stdout:
-                kept.append(line)
-                self.console.event("output", f"{'':9}  {line.rstrip()}")
-        return process.wait(timeout=OUTPUT_SECONDS), "".join(kept)
+        late = threading.Timer(OUTPUT_SECONDS, process.kill)
+        late.start()
+        try:
+            with process.stdout:
+                for line in process.stdout:
+                    kept.append(line)
+                    self.console.event("output", f"{'':9}  {line.rstrip()}")
+            return process.wait(), "".join(kept)
+        finally:
+            late.cancel()
 
     @contextmanager
     def beside(self, *arguments: str) -> Iterator[subprocess.Popen[str]]:

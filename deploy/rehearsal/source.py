@@ -143,7 +143,14 @@ def listening(argv: Sequence[str]) -> Iterator[str]:
     Raises:
         HostError: it does not; with its last words.
     """
-    process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        argv,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # Ctrl-C is for whoever started us, and what follows it may still need the server
+    )
     try:
         yield _address(process)
     finally:
