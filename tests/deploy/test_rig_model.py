@@ -85,7 +85,8 @@ def deploy(room: Rig, folder: Path, *arguments: str) -> list[str]:
 def test_a_real_model_behind_tunnel_and_bench(room: Rig, tmp_path: Path) -> None:
     head = room.nodes[0]
     (head.home / "hf" / "hub").mkdir(parents=True)
-    serve = f"{MOUNT}/env/bin/python {MOUNT}/env/bin/transformers serve {MOUNT}/model --host 127.0.0.1 --port 2242 --device cpu"
+    program = f"{MOUNT}/env/bin/python {MOUNT}/env/bin/transformers"  # pip's shebang is the path of outside
+    serve = f"{program} serve {MOUNT}/model --host 127.0.0.1 --port 2242 --device cpu"
     env = {"HF_HOME": f"/home/{USER}/hf", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = f"(chmod -R a+rwX ~/hf 2>/dev/null; setsid {serve} < /dev/null) > /tmp/serve.log 2>&1 &"
     (head.home / "hf").chmod(0o777)
