@@ -560,6 +560,9 @@ async def down(work: Work, *, keep_ray: bool = False) -> dict[str, int]:
     for job, grace in ((paths.ENGINE_JOB, 15.0), *(() if keep_ray else ((None, 5.0),))):
         found = await ray.stop(work.nodes, work.fleet.mark, job=job, grace=grace)
         ended = {node: ended.get(node, 0) + count for node, count in found.items()}
+    jobs = [(work.deployment.head, paths.ENGINE_JOB)]
+    jobs += [] if keep_ray else [(node, paths.RAY_JOB) for node in work.deployment.nodes]
+    await asyncio.gather(*(work.fleet.stop_job(node, job, grace=1) for node, job in jobs))  # so that they count as stopped
     work.keeper.forget("engine", *(() if keep_ray else ("ray",)))
     return ended
 

@@ -135,7 +135,7 @@ stop() {
         sleep 0.2
         ticks=$((ticks + 1))
     done
-    [ ! -f "$d/pid" ] || [ -f "$d/exit" ] || echo stopped >"$d/exit"
+    [ ! -f "$d/pid" ] || echo stopped >"$d/exit"
     # shellcheck disable=SC2086
     [ -z "$left" ] || echo $left
     [ -z "$left" ]

@@ -11,13 +11,14 @@ from collections.abc import Iterator
 
 import pytest
 
+from deploy import inventory, state
 from deploy.flow import UP
 from deploy.rehearsal import flow as rehearsal
 from deploy.rehearsal.flow import Rehearsal
 from tests.deploy import faultkit
 from tests.deploy.faultkit import begin, deploy, end, kill, steps, until_running, verdict, well
 
-pytestmark = [pytest.mark.root, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
 SEEN: list[str] = []
 
 
@@ -37,6 +38,7 @@ def made() -> Iterator[Rehearsal]:
         watching.join()
 
 
+@pytest.mark.slow
 def test_interrupted_in_the_first_build_nothing_half_made_is_left(made: Rehearsal) -> None:
     process = begin(made, "up")
     until_running(made, "environment", process)
@@ -68,6 +70,7 @@ def test_killed_in_the_first_build_the_same_command_goes_on(made: Rehearsal) -> 
     assert len(builds) == 2  # the engine's and the one for downloads; nothing half-made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", UP)
 def test_killed_in_every_step_of_up(made: Rehearsal, step: str) -> None:
     well(made, "up")
@@ -104,16 +107,16 @@ def test_killed_while_ray_starts_and_while_the_engine_loads(made: Rehearsal) -> 
     assert faultkit.engine_pid(made) == loading
 
 
+@pytest.mark.slow
 def test_two_commands_at_once_take_turns(made: Rehearsal) -> None:
     first, second = begin(made, "serve"), begin(made, "serve")
     done = [end(first), end(second)]
     assert [one.code for one in done] == [0, 0]
-    refused = begin(made, "up", "--from", "proof")
-    until_running(made, "proof", refused)
-    other = deploy(made, "down", "--no-wait")
+    folder = inventory.load(made.folder / "deploy.toml").folder
+    with state.hold(folder, "deploy up", on_wait=pytest.fail):
+        other = deploy(made, "down", "--no-wait")
     assert other.code == 4
-    assert "`deploy up --from proof` of" in other.output
-    assert end(refused).code == 0
+    assert "`deploy up` of" in other.output
 
 
 def test_a_wedge_is_told_though_health_says_200(made: Rehearsal) -> None:
@@ -129,6 +132,7 @@ def test_a_wedge_is_told_though_health_says_200(made: Rehearsal) -> None:
     assert verdict(made, seconds=30).kind == "ready"
 
 
+@pytest.mark.slow
 def test_a_node_that_dies_after_loading_is_told_by_name_and_the_same_command_starts_again(made: Rehearsal) -> None:
     well(made, "serve")
     made.room["k1"].kill(faultkit.raylet(made, "k1"))
