@@ -113,20 +113,25 @@ def test_a_set_from_recipes_to_what_pip_and_uv_install(farm: Farm, third_party: 
         assert [one["name"] for one in document["packages"]] == ["third-dep", "third-lib", "tiny-c"]
         assert {wheel["url"].rsplit("/files/")[0] for one in document["packages"] for wheel in one["wheels"]} == {url}
 
-        by_pip, by_uv, by_pylock = (tmp_path / name for name in ("pip", "uv", "pylock"))
+        by_pip, by_uv, by_pylock, by_pip_pylock = (tmp_path / name for name in ("pip", "uv", "pylock", "pip-pylock"))
         pip = [sys.executable, "-m", "pip", "--isolated", "install", "--require-hashes", "--no-deps", "--only-binary=:all:"]
         # One for each level that a wheel may name: pip takes no "this one and below".
-        own = next(one["wheels"][0]["name"] for one in document["packages"] if one["name"] == "tiny-c")
-        pip += [f"--platform={tag.platform}" for tag in parse_wheel_filename(own)[3]]
-        pip += ["--python-version=3.11", "--index-url", view, "--target", str(by_pip), "-r", str(lock_file)]
-        subprocess.run(pip, check=True)
+        tiny = next(one["wheels"][0]["name"] for one in document["packages"] if one["name"] == "tiny-c")
+        pip += [f"--platform={tag.platform}" for tag in parse_wheel_filename(tiny)[3]]
+        pip += ["--python-version=3.11"]
+        subprocess.run([*pip, "--index-url", view, "--target", str(by_pip), "-r", str(lock_file)], check=True)
+        places = [by_pip]
+        if sys.version_info[:2] == (3, 11):  # pip reads pylock.toml for the Python that it runs in alone
+            own = [sys.executable, "-m", "pip", "--isolated", "install", "--no-index", "--no-cache-dir"]
+            subprocess.run([*own, "--target", by_pip_pylock, "-r", pylock], check=True)
+            places.append(by_pip_pylock)
         platform = ["--python-version=3.11", f"--python-platform={NATIVE}-manylinux_{GLIBC}", "--no-config", "--no-cache"]
         base = [uv.find_uv_bin(), "pip", "install", "--python", sys.executable, *platform]
         subprocess.run(
             [*base, "--require-hashes", "--no-deps", "--default-index", view, "--target", by_uv, "-r", lock_file], check=True
         )
         subprocess.run([*base, "--preview-features=pylock", "--target", by_pylock, "-r", pylock], check=True)
-    for place in (by_pip, by_uv, by_pylock):
+    for place in (*places, by_uv, by_pylock):
         assert list(place.glob("tiny_c/_core*.so"))
         assert (place / "third_dep.py").read_text() == "v = 1.5\n"
         assert (place / "third_lib" / "__init__.py").is_file()
