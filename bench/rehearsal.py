@@ -16,7 +16,7 @@ from typing import Any
 
 from deploy.rehearsal import flow
 from deploy.rehearsal.flow import Rehearsal
-from deploy.rehearsal.nodes import MOUNT, USER
+from deploy.rehearsal.nodes import USER
 from gracefarm import settings
 from gracefarm.console import Console
 
@@ -65,11 +65,7 @@ def by_hand(made: Rehearsal, plan: dict[str, Any], times: Times) -> None:
     def engine() -> None:
         head = made.room.nodes[0]
         line = typed(plan["serve_env"], plan["serve"])
-        ssh(
-            made,
-            head.address,
-            f"(setsid {line} > /tmp/by-hand.log 2>&1 < /dev/null &) > /dev/null 2>&1".replace("setsid ", "setsid env "),
-        )
+        ssh(made, head.address, f"(setsid env {line} > /tmp/by-hand.log 2>&1 < /dev/null &) > /dev/null 2>&1")
         deadline = time.monotonic() + 300
         while head.execute(["python3", "-c", COMPLETION, plan["model"]]).returncode:
             if time.monotonic() > deadline:
@@ -78,12 +74,10 @@ def by_hand(made: Rehearsal, plan: dict[str, Any], times: Times) -> None:
 
     times.take("ray", ray)
     times.take("engine", engine)
+    ray_program = plan["nodes"][0]["ray"][0]
     for node in made.room.nodes:
-        ssh(
-            made,
-            node.address,
-            f"pkill -f {MOUNT}/gracefarm/rehearsal/env/bin/aphrodite; {plan['nodes'][0]['ray'][0]} stop --force",
-        )
+        # The brackets keep the pattern from matching the shell that has it in its own arguments.
+        ssh(made, node.address, f"pkill -f 'env/bin/[a]phrodite run'; {ray_program} stop --force")
 
 
 def served(output: str) -> dict[str, float]:

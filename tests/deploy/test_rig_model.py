@@ -63,6 +63,8 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
             pytest.skip(f"this machine's Python index has no {TORCH}")
         assert done.returncode == 0, done.stderr
         subprocess.run([str(env / "bin" / "python"), "-c", MODEL, str(made.share / "model")], check=True, capture_output=True)
+        for one in (made.share / "model").iterdir():
+            one.chmod(0o644)  # safetensors are written for their owner alone, and the node's user is another
         yield made
 
 
