@@ -34,7 +34,7 @@ from deploy.steps.preflight_checks import Cell
 from deploy.targets import targets
 from deploy.worker import Json, Target, call, joined, try_all
 from gracefarm.console import Console
-from gracefarm.errors import ConfigError, GracefarmError, HostError, UsageError
+from gracefarm.errors import ConfigError, GracefarmError, HostError, NodeError, UsageError
 from gracefarm.files import atomic_write
 from gracefarm.settings import Settings
 
@@ -118,12 +118,28 @@ async def look(work: Work) -> Looks:
             "count": node.name == work.deployment.head.name,
             "share": data.share,
         }
-        return await call(node, "look.look", request)
+        return await glance(node, request)
 
     found, bad = await try_all(work.nodes, one)
     if bad:
         raise joined(bad, len(work.nodes))
     return found
+
+
+async def glance(node: Target, request: Json, seconds: float = 60) -> Json:
+    """deploy.remote.look on one node. A file system whose server is gone would hold it for ever.
+
+    Raises:
+        NodeError: no answer within `seconds`.
+    """
+    try:
+        async with asyncio.timeout(seconds):
+            return await call(node, "look.look", request)
+    except TimeoutError as error:
+        raise NodeError(
+            f"{node.name}: no answer to a short question within {seconds:g} s",
+            remedy=f"does a file system hang there? `deploy run -k {node.name} --timeout 10 -- df -h`",
+        ) from error
 
 
 def _root(work: Work) -> str:

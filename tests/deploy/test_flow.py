@@ -1,0 +1,200 @@
+"""The order of the steps: nothing twice, again where a look denies it, and what a failure leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deploy import flow, state
+from deploy.facts import Facts
+from deploy.flow import Choice, Done, Work
+from deploy.inventory import Deployment, File
+from deploy.remote import look as remote
+from deploy.state import Record
+from deploy.steps import ray
+from deploy.worker import Target
+from gracefarm import settings
+from gracefarm.console import Console
+from gracefarm.errors import ConfigError, HostError, NodeError, UsageError
+
+
+def with_work(folder: Path, do: Callable[[Work], Awaitable[None]], **data: Any) -> state.State:
+    """`do` with a deployment that has no nodes; the state afterwards."""
+    deployment = Deployment(path=folder / "deploy.toml", data=File.model_validate(data), nodes=())
+    deployment.folder.make()
+    with state.hold(deployment.folder, "test", on_wait=pytest.fail) as keeper:
+        fleet: Any = None
+        work = Work(
+            deployment=deployment,
+            fleet=fleet,
+            facts=Facts(nodes=()),
+            keeper=keeper,
+            console=Console(),
+            settings=settings.Settings(),
+        )
+        asyncio.run(do(work))  # type: ignore[arg-type]
+    return state.read(deployment.folder)
+
+
+def test_a_step_is_done_once_and_again_when_its_inputs_change_or_a_look_denies_it(tmp_path: Path) -> None:
+    done: list[str] = []
+
+    async def go(work: Work) -> None:
+        async def step(inputs: str, why: str | None = None) -> bool:
+            async def apply() -> Done:
+                done.append(inputs)
+                return Done(text="made", now="just now", data={"of": inputs})
+
+            return await flow.perform(work, "weights", inputs, lambda _record: why, apply)
+
+        assert await step("a")
+        assert not await step("a")
+        assert await step("b")
+        assert await step("b", "k1 does not see it")
+        assert not await step("b")
+
+    found = with_work(tmp_path, go)
+    assert done == ["a", "b", "b"]
+    assert found.steps["weights"].outcome == "done"
+    assert found.data("weights") == {"of": "b"}
+    assert "just now" not in found.steps["weights"].text
+
+
+def test_a_failure_is_kept_and_tried_again(tmp_path: Path) -> None:
+    async def go(work: Work) -> None:
+        async def fails() -> Done:
+            raise HostError("no room", remedy="make some")
+
+        async def works() -> Done:
+            return Done(text="made", skipped=True)
+
+        with pytest.raises(HostError):
+            await flow.perform(work, "cache", "a", lambda _record: None, fails)
+        assert work.keeper.state.steps["cache"].outcome == "failed"
+        assert await flow.perform(work, "cache", "a", lambda _record: None, works)
+        assert work.keeper.state.steps["cache"].outcome == "skipped"
+
+    with_work(tmp_path, go)
+
+
+def test_what_was_killed_in_the_middle_is_never_taken_for_done(tmp_path: Path) -> None:
+    async def go(work: Work) -> None:
+        work.keeper.begin("weights", "a")
+
+        def check(_record: Record) -> str | None:
+            raise AssertionError("a step that did not end is not looked at, it is done")
+
+        async def apply() -> Done:
+            return Done(text="made")
+
+        assert await flow.perform(work, "weights", "a", check, apply)
+
+    with_work(tmp_path, go)
+
+
+def test_steps_that_do_not_exist_are_told() -> None:
+    with pytest.raises(UsageError, match="no step 'weight'"):
+        Choice(skip=("weight",)).check()
+    with pytest.raises(UsageError, match="no step 'ray'"):
+        Choice(start="ray").check()
+
+
+def test_without_a_lock_nothing_is_built(tmp_path: Path) -> None:
+    deployment = Deployment(path=tmp_path / "deploy.toml", data=File(), nodes=())
+    with pytest.raises(ConfigError, match="no lock of the set gh200-cu124") as error:
+        flow.lock_text(deployment)
+    assert "builder set build gh200-cu124" in error.value.remedy
+    (tmp_path / "gh200-cu124.lock").write_text("a")
+    assert flow.lock_text(deployment) == "a"
+
+
+def test_a_node_that_hangs_does_not_hold_the_command_for_ever() -> None:
+    class Hangs:
+        async def stream(self, *_words: object, **_more: object) -> object:
+            await asyncio.sleep(600)
+            raise AssertionError
+
+    node = Target(name="k1", address="", gpus=1, shell=Hangs())  # type: ignore[arg-type]
+    begun = time.monotonic()
+    with pytest.raises(NodeError, match=r"k1: no answer to a short question within 0\.3 s"):
+        asyncio.run(flow.glance(node, {}, seconds=0.3))
+    assert time.monotonic() - begun < 3
+
+
+@pytest.mark.parametrize(("count", "text"), [(12, "12 bytes"), (3_932_469, "3.9 MB"), (811_706_777_600, "811.7 GB")])
+def test_sizes_are_told_as_hubs_tell_them(count: int, text: str) -> None:
+    assert flow.size(count) == text
+
+
+# what runs on a node
+
+
+def started(mark: str, code: str) -> subprocess.Popen[bytes]:
+    env = {**os.environ, "GRACEFARM_MARK": mark, "GRACEFARM_PLAN": "p1"}
+    return subprocess.Popen([sys.executable, "-c", code], env=env, start_new_session=True, stdout=subprocess.PIPE)
+
+
+def test_ours_is_told_by_mark_and_session_and_ended_with_all_of_it() -> None:
+    """A child that lost its mark, as Ray's agents do, is found by its session; one that ignores TERM gets KILL."""
+    stubborn = "import signal; signal.signal(15, signal.SIG_IGN); print('up', flush=True); signal.pause()"
+    code = f"""
+import os, signal, subprocess, sys
+env = {{key: value for key, value in os.environ.items() if not key.startswith("GRACEFARM_")}}
+child = subprocess.Popen([sys.executable, "-c", {stubborn!r}], env=env)
+print(child.pid, flush=True)
+signal.pause()
+"""
+    mark = f"t{os.getpid()}"
+    other = started(f"{mark}0/k1/ray", "import signal; print(flush=True); signal.pause()")
+    with started(f"{mark}/k1/ray", code) as mine:
+        try:
+            assert mine.stdout
+            assert other.stdout
+            lines = sorted(mine.stdout.readline().strip() for _ in range(2))
+            child = int(lines[0])
+            other.stdout.readline()
+            found = remote.processes(f"{mark}/k1/")
+            assert {one["pid"] for one in found} == {mine.pid, child}
+            assert {one["plan"] for one in found} == {"p1"}
+            assert {one["mark"] for one in found} == {f"{mark}/k1/ray"}
+            assert remote.processes(f"{mark}/k1/engine") == []
+            done = remote.stop({"prefix": f"{mark}/k1/", "grace": 1})
+            assert done["ended"] == 2
+            assert done["left"] == []
+            assert other.poll() is None
+        finally:
+            other.kill()
+            other.communicate()
+            mine.kill()
+
+
+def test_a_port_has_its_holder_and_a_free_one_none() -> None:
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as one:
+        port = int(one.getsockname()[1])
+        found = remote.look({"prefix": "-", "ports": [port]})
+        assert f"process {os.getpid()}" in found["holders"][str(port)]
+    assert remote.look({"prefix": "-", "ports": [port]})["holders"] == {}
+
+
+def test_ports_and_options_are_read_from_the_plans_own_command() -> None:
+    argv = ("ray", "start", "--head", "--port", "6379", "--node-manager-port=8077", "--min-worker-port", "20000")
+    assert ray.ports(argv) == [6379, 8077]
+    assert ray.option(argv, "--node-manager-port") == "8077"
+    assert ray.option(argv, "--temp-dir") is None
+
+
+def test_another_plans_raylet_is_not_this_plans() -> None:
+    found = {"processes": [{"name": "raylet", "plan": "p1"}, {"name": "gcs_server", "plan": "p1"}]}
+    assert ray.raylet(found, "p1")
+    assert not ray.raylet(found, "p2")
+    assert not ray.raylet({"processes": [{"name": "gcs_server", "plan": "p1"}]})
