@@ -12,7 +12,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from builder import build, plan, recipe, sandbox, stack, units
+from builder.stack import Arch, host_arch
 from builder.units import NAME
+from gracefarm.console import Console
 from gracefarm.files import remove_tree
 from tests import projects
 from tests.conftest import Farm
@@ -234,3 +239,53 @@ def test_a_cache_that_cannot_be_written_makes_a_build_slower_and_not_red(farm: F
     found, _ = built(farm, "tiny")
     assert counts(found)[0] == 0
     assert sorted(found["units"]) == sorted(C_UNITS)
+
+
+PASSES = """
+#include <cuda_runtime.h>
+__global__ void kernel(float *x) {
+#ifdef __CUDA_ARCH__
+#include "device.h"
+#if __CUDA_ARCH__ == 800
+#include "second.h"
+#endif
+#endif
+}
+#ifndef __CUDA_ARCH__
+#include "host.h"
+#endif
+"""
+HEADERS = {"device.h": "*x = 1;\n", "second.h": "*x += 2;\n", "host.h": "int host() { return 3; }\n"}
+
+
+@pytest.mark.parametrize("stack_name", ["cu130", "cu124-headers"])
+def test_each_pass_of_each_compiler_counts(farm: Farm, tmp_path: Path, stack_name: str) -> None:
+    """Two architectures; a header for each, and one for the host, changes by turns. Then the first state again."""
+    farm.recipe("tiny", projects.backend("pass"), stack=stack_name, build={"cuda": True})
+    loaded = stack.load(farm.settings.project / "stacks", stack_name)
+    made = plan.make(recipe.load(farm.settings.project / "recipes", "tiny"), loaded, host_arch(), Arch.AARCH64)
+    ground = build.lay_ground(made, farm.settings, Console())
+    work = tmp_path / "work"
+    for name in ("tmp", "source"):
+        (work / name).mkdir(parents=True)
+    box = build.build_sandbox(made, ground, farm.settings, work, count=1, epoch=1, memory=4 << 30, cached=True)
+    flags = ["-O2", "-Xcompiler", "-fPIC", "--generate-dependencies-with-compile", "--dependency-output", "unit.o.d"]
+    command = ["/cuda/bin/nvcc", *flags, "-c", "/build/source/unit.cu", "-o", "unit.o"]
+
+    def compiled(**changed: str) -> str:
+        for name, text in {"unit.cu": PASSES, **HEADERS, **changed}.items():
+            (work / "source" / name).write_text(text)
+        done = sandbox.run(box, ["/usr/bin/env", "GRACEFARM_SM=90 80", *command], log=tmp_path / "log.txt")
+        assert done.returncode == 0, (tmp_path / "log.txt").read_text()
+        return units.read(work)[-1].outcome
+
+    assert compiled() == "miss"
+    dependencies = (work / "unit.o.d").read_text()
+    assert all(name in dependencies for name in HEADERS)
+    for name, text in HEADERS.items():
+        assert compiled(**{name: text.replace(";", "+1;", 1)}) == "miss", name
+    (work / "unit.o").unlink()
+    (work / "unit.o.d").unlink()
+    assert compiled() == "hit"
+    assert (work / "unit.o").is_file()
+    assert (work / "unit.o.d").read_text().replace(":", " ").split() == dependencies.replace(":", " ").split()
