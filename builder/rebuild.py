@@ -172,7 +172,7 @@ def again(plan: Plan, settings: Settings, console: Console, jobs: int | None = N
                 (settings.home / name).mkdir(exist_ok=True)
                 (home / name).symlink_to((settings.home / name).resolve())
             elsewhere = Settings.model_validate(settings.model_dump() | {"home": home})
-            done = build.build(plan, Options(jobs=jobs), elsewhere, console)
+            done = build.build(plan, Options(jobs=jobs, compiler_cache=False), elsewhere, console)
             wheel = record.wheel_path(elsewhere, done)
             assert wheel is not None
             yield wheel

@@ -269,7 +269,16 @@ def test_each_pass_of_each_compiler_counts(farm: Farm, tmp_path: Path, stack_nam
     for name in ("tmp", "source"):
         (work / name).mkdir(parents=True)
     box = build.build_sandbox(made, ground, farm.settings, work, count=1, epoch=1, memory=4 << 30, cached=True)
-    flags = ["-O2", "-Xcompiler", "-fPIC", "--generate-dependencies-with-compile", "--dependency-output", "unit.o.d"]
+    flags = [
+        "-O2",
+        "--threads",
+        "2",
+        "-Xcompiler",
+        "-fPIC",
+        "--generate-dependencies-with-compile",
+        "--dependency-output",
+        "unit.o.d",
+    ]
     command = ["/cuda/bin/nvcc", *flags, "-c", "/build/source/unit.cu", "-o", "unit.o"]
 
     def compiled(**changed: str) -> str:

@@ -24,6 +24,7 @@ import time
 
 SOURCE = re.compile(r"\.(?:cu|cpp|cc|cxx|c\+\+|C|c)$")
 HIT = frozenset({"direct_cache_hit", "preprocessed_cache_hit"})
+THREADS = re.compile(r"(?:--threads|-t)(?:=(\d+))?")
 REFUSED = frozenset({"compile failed", "preprocessor error"})
 "What ccache says when the compiler says no."
 QUIET = re.compile(r"^(?:local_storage|remote_storage|direct_cache_miss|preprocessed_cache_miss|cleanups|files_in|cache_size)")
@@ -93,7 +94,7 @@ def prepare(command: list[str], scratch: str) -> str:
 
 def passes(command: list[str]) -> str | None:
     """Digest of nvcc's plan for this unit and of the preprocessed text of each of its passes; None where there is none."""
-    dry = subprocess.run([command[0], "--dryrun", *command[1:]], capture_output=True, check=False)
+    dry = subprocess.run([command[0], "--dryrun", *unthreaded(command[1:])], capture_output=True, check=False)
     if dry.returncode:
         return None
     # Scratch files have the process id in their names.
@@ -117,6 +118,18 @@ def passes(command: list[str]) -> str | None:
     return digest.hexdigest() if found else None
 
 
+def unthreaded(arguments: list[str]) -> list[str]:
+    """The arguments without --threads, with which nvcc 12.4's --dryrun ends half-way. It changes no text."""
+    kept, words = [], iter(arguments)
+    for word in words:
+        if THREADS.fullmatch(word):
+            if "=" not in word:
+                next(words, None)
+        else:
+            kept.append(word)
+    return kept
+
+
 def outcome(log: str) -> str:
     """`hit`, `miss`, or what ccache says of a call that it only passed on."""
     try:
@@ -135,7 +148,7 @@ def beside(command: list[str]) -> int:
     """How many compilers nvcc runs at once."""
     threads, architectures = 1, 0
     for word, following in zip(command, [*command[1:], ""], strict=True):
-        if match := re.fullmatch(r"(?:--threads|-t)(?:=(\d+))?", word):
+        if match := THREADS.fullmatch(word):
             text = match[1] or following
             threads = int(text) if text.isdecimal() else 1
         architectures += word.startswith(("-gencode", "--generate-code"))
