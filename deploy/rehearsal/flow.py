@@ -19,7 +19,7 @@ from pathlib import Path
 
 import httpx
 
-from deploy.rehearsal import source
+from deploy.rehearsal import nodes, source
 from deploy.rehearsal.nodes import GATEWAY, MOUNT, USER, Rig, rig
 from deploy.steps import environment
 from gracefarm.console import Console
@@ -136,6 +136,7 @@ def rehearsal(count: int, home: Path, settings: Settings, console: Console) -> I
     Raises:
         HostError, FetchError: what this machine lacks, or the Python index.
     """
+    nodes.check()
     begin = time.monotonic()
     wheels = source.prepare(home, console)
     _fetch_uv(settings)

@@ -23,6 +23,7 @@ from deploy.rehearsal import flow, lock, source
 from deploy.rehearsal.source import _merged
 from gracefarm import settings
 from gracefarm.console import Console
+from gracefarm.errors import ExitCode
 from gracefarm.files import remove_tree
 
 tunnel = pytest.mark.skipif("tunnel" not in COMMANDS, reason="deploy tunnel is being built")
@@ -127,3 +128,18 @@ def test_locks_hold_one_wheel_for_each_machine() -> None:
     same, other = "a==1 \\\n    --hash=sha256:0\n", "a==1 \\\n    --hash=sha256:1\n"
     assert _merged(same, same) == same
     assert _merged(same, other) == same + other
+
+
+@pytest.mark.root
+def test_an_ordinary_user_is_told_in_one_sentence_before_anything_is_fetched(tmp_path: Path) -> None:
+    code = (  # imported as root, whose Python another user may not read
+        "import os, sys, encodings.idna, deploy.cli.rehearse; from deploy.cli import main\n"
+        "os.setuid(65534); sys.argv[1:] = ['rehearse', '--json']; main()"
+    )
+    env = {**os.environ, "GRACEFARM_HOME": str(tmp_path / "home"), "GRACEFARM_SETTINGS": "/no-such-file", "HOME": "/"}
+    tmp_path.chmod(0o777)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=False)
+    assert done.returncode == ExitCode.HOST
+    (said,) = [json.loads(line) for line in done.stdout.splitlines()]
+    assert said["text"] == "the rehearsal makes network namespaces, which only root may"
+    assert not (tmp_path / "home").exists()
