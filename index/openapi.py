@@ -111,7 +111,7 @@ _SCHEMAS: Spec = {
             "name": {"type": "string"},
             "state": {"enum": ["staged", "published", "dropped"]},
             "expect": {"type": "array", "items": {"type": "string"}},
-            "files": {"type": "array", "items": {"type": "string"}},
+            "files": {"type": "object", "additionalProperties": {"type": "string", "pattern": "^[0-9a-f]{64}$"}},
             "missing": {"type": "array", "items": {"type": "string"}},
             "upload": {"type": ["string", "null"]},
             "preview": {"type": ["string", "null"]},

@@ -58,6 +58,8 @@ class Set:
     published: str | None
     matrix: tuple[Expected, ...]
     files: tuple[str, ...]
+    digests: tuple[str, ...]
+    "sha256 of each file."
     missing: tuple[str, ...]
     wanted: int = 0
     "How many the matrix and the lock name."
@@ -116,8 +118,8 @@ def find(catalogue: Catalogue, name: str) -> Set:
     if row is None:
         raise UsageError(f"there is no set {name!r}", remedy="`index stage list` shows them")
     members = catalogue.rows(
-        "SELECT project, version, filename FROM file JOIN member ON member.file_id = file.id"
-        " WHERE set_name = ? AND deleted IS NULL UNION SELECT project, version, filename FROM mirrored"
+        "SELECT project, version, filename, sha256 FROM file JOIN member ON member.file_id = file.id"
+        " WHERE set_name = ? AND deleted IS NULL UNION SELECT project, version, filename, sha256 FROM mirrored"
         " WHERE set_name = ? AND withdrawn IS NULL ORDER BY filename",
         (name, name),
     )
@@ -134,6 +136,7 @@ def find(catalogue: Catalogue, name: str) -> Set:
         published=row["published"],
         matrix=matrix,
         files=tuple(one["filename"] for one in members),
+        digests=tuple(one["sha256"] for one in members),
         wanted=len(matrix) + _count(catalogue, name),
         missing=(*(str(item) for item in missing), *_unfulfilled(catalogue, name)),
     )

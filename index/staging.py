@@ -113,7 +113,7 @@ def _answer(found: Set) -> Response:
         "name": found.name,
         "state": found.state,
         "expect": [str(one) for one in found.matrix],
-        "files": list(found.files),
+        "files": dict(zip(found.files, found.digests, strict=True)),
         "missing": list(found.missing),
         "upload": f"/stage/{found.name}/legacy/" if found.state == "staged" else None,
         "preview": f"/preview/{found.preview}/simple/" if found.state == "staged" else None,

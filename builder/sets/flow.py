@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -156,10 +156,29 @@ def stage(built: Built, at: Served, settings: Settings, console: Console) -> Non
                 console.step("stage", f"{one.name} to {at.base}/stage/{at.name}/legacy/")
         _tell(built, at, settings, console)
         state = staging.state(at)
+        _require_same(built, at, state["files"])
         if state["missing"]:
             raise _incomplete(built, at, state["missing"])
         state = staging.show(at)
+    _require_same(built, at, state["files"])
     console.step("publish", f"{name}: {len(state['files'])} files are visible at {at.simple}")
+
+
+def _require_same(built: Built, at: Served, files: Mapping[str, str]) -> None:
+    """A matrix speaks of versions; what was tested are bytes.
+
+    Raises:
+        PublishError: the set at the index holds a file of the lock with other bytes, or one that is not of the lock.
+    """
+    wanted = {one.filename: one.sha256 for one in built.record.wheels}
+    beside = {archive.name for wheel in built.wheels for archive in wheel.parent.glob("*.tar.gz")}
+    wrong = sorted(name for name, sha256 in files.items() if name not in beside and wanted.get(name) != sha256)
+    if wrong:
+        raise PublishError(
+            f"{at.name} at {at.base} holds what was not tested: {', '.join(wrong[:3])}{', …' if len(wrong) > 3 else ''}",
+            remedy="stage the set under another name (--as); what was published never changes",
+            repeat=f"builder set build {built.plan.set.data.name} --stage {at.base} --as NAME",
+        )
 
 
 def _tell(built: Built, at: Served, settings: Settings, console: Console) -> None:

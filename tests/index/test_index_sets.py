@@ -612,7 +612,9 @@ def test_a_set_is_opened_filled_and_published_over_http(shared: Server) -> None:
     assert shared.filenames("far-pkg") == []
 
     assert shared.upload(*wheel("far_dep", "2.0"), path=opened.json()["upload"]).status_code == 200
-    assert shared.client.get("/stage/autumn", auth=auth).json()["missing"] == []
+    state = shared.client.get("/stage/autumn", auth=auth).json()
+    digest = hashlib.sha256(wheel("far_dep", "2.0")[1]).hexdigest()
+    assert (state["missing"], state["files"]["far_dep-2.0-py3-none-any.whl"]) == ([], digest)
     shown = shared.client.post("/stage/autumn/publish", auth=auth)
     assert (shown.status_code, shown.json()["state"], shown.json()["simple"]) == (200, "published", "/autumn/simple/")
     assert shared.filenames("far-pkg", prefix="/autumn") == [f"far_pkg-1.0-{AARCH64}.whl"]

@@ -106,6 +106,13 @@ def test_a_set_from_recipes_to_what_pip_and_uv_install(farm: Farm, third_party: 
         again = farm.run("set", "build", "tiny", "--stage", url, **credentials)
         assert again.code == 0, again.said
 
+        # Built of another source, with the same version: the matrix would not tell.
+        source = projects.tree("tiny_c") | {"README": "changed"}
+        farm.recipe("tiny_c", source, name="tiny-c", smoke={"imports": ["tiny_c"]})
+        changed = farm.run("set", "build", "tiny", "--stage", url, **credentials)
+        assert changed.code == 40, changed.said
+        assert "holds what was not tested: tiny_c-1.0" in changed.said
+
         view = f"{url}/tiny/simple/"
         pylock = lock_file.with_name("pylock.toml")
         document = tomllib.loads(pylock.read_text())
