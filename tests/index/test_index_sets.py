@@ -547,20 +547,32 @@ ODD = {
 }
 
 
-@pytest.mark.parametrize("odd", ODD.values(), ids=ODD.keys())
-def test_an_odd_record_breaks_no_page(shared: Server, tmp_path: Path, odd: dict[str, object]) -> None:
+def put_odd(server: Server, odd: dict[str, object]) -> tuple[str, str]:
+    """A wheel, and a failed build's record with that oddity; its name and the file's."""
     tag = hashlib.sha256(repr(odd).encode()).hexdigest()[:8]
     name, content = wheel(f"odd_{tag}", "1.0", AARCH64)
-    assert shared.upload(name, content).status_code == 200
-    record = record_of(f"odd-{tag}", content, outcome="failed", **odd)
+    assert server.upload(name, content).status_code == 200
+    record = record_of(f"odd-{tag}", content, **{"outcome": "failed", **odd})
     body = json.dumps(record).replace("Infinity", "1e999")
-    auth = ("__token__", shared.token)
-    assert shared.client.put(f"/records/odd-{tag}", content=body.encode(), auth=auth).status_code == 200
-    for path in ("/", "/board/", f"/board/odd-{tag}/", f"/wheel/{name}/", f"/project/odd-{tag}/", "/sets/"):
+    auth = ("__token__", server.token)
+    assert server.client.put(f"/records/odd-{tag}", content=body.encode(), auth=auth).status_code == 200
+    return f"odd-{tag}", name
+
+
+@pytest.mark.parametrize("odd", ODD.values(), ids=ODD.keys())
+def test_an_odd_record_breaks_no_page(shared: Server, odd: dict[str, object]) -> None:
+    project, name = put_odd(shared, odd)
+    for path in ("/", "/board/", f"/board/{project}/", f"/wheel/{name}/", f"/project/{project}/", "/sets/"):
         assert shared.client.get(path).status_code == 200, path
-    run_index(shared.root, "export", str(tmp_path / "static"))
     if odd == ODD["cuda with a patch"]:
-        assert shared.filenames(f"odd-{tag}", prefix="/cu130") == [name], "a patch release is of its CUDA version"
+        assert shared.filenames(project, prefix="/cu130") == [name], "a patch release is of its CUDA version"
+
+
+def test_odd_records_break_no_export(server: Server, tmp_path: Path) -> None:
+    for odd in ODD.values():
+        put_odd(server, odd)
+    run_index(server.root, "export", str(tmp_path / "static"))
+    assert len(list((tmp_path / "static" / "board").iterdir())) > len(ODD)
 
 
 def test_half_a_surrogate_pair_is_refused(shared: Server) -> None:
