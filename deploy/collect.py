@@ -35,7 +35,10 @@ LOCAL = ("deploy.toml", ".deploy/state.json", ".deploy/plan.json", ".deploy/fact
 ENGINE_LOG, ENGINE_EXIT = "jobs/engine/log", "jobs/engine/exit"
 OWN = ("memory", "kv-cache", "shard", "driver-gpu", "gpus", "port", "layout", "usage", "import", "ray")
 "Kinds of causes that nothing on a machine stands behind: they are first wherever they are found."
-_KERNEL = re.compile(r"\bXid\b|Out of memory: Killed|oom-kill|Machine check|fallen off the bus", re.I)
+_KERNEL = re.compile(r"\bXid\b|Killed process|Machine check|fallen off the bus", re.I)
+_KILLED = re.compile(r"Killed process \d+ \(([^)]*)\)", re.I)
+OURS = ("python", "ray", "gcs_server", "aphrodite", "vllm", "pt_main")
+"How names of processes begin whose end the engine does not survive."
 _XID = re.compile(r"Xid \(([^)]*)\): (\d+)")
 EARLY = 120.0
 "Seconds before the engine's start from which the kernel's words may have to do with it."
@@ -243,20 +246,21 @@ def _worker(content: bytes, names: Mapping[str, str], node: str, file: str) -> l
 
 
 def _kernel(content: bytes, node: str, file: str, begun: float) -> list[Finding]:
-    """The first word of the kernel on a GPU, a kill or a machine check, since shortly before the engine was started."""
+    """The kernel's words on GPUs, kills and machine checks since shortly before the engine's start: the first that counts."""
+    found = []
     for line in content.decode(errors="replace").splitlines():
-        if not _KERNEL.search(line):
-            continue
         when = _when(line)
-        if when is not None and begun and when < begun - EARLY:
+        if not _KERNEL.search(line) or (when is not None and begun and when < begun - EARLY):
             continue
-        xid = _XID.search(line)
-        what = f"GPU error Xid {xid[2]} ({xid[1]})" if xid else "the kernel reports"
+        xid, killed = _XID.search(line), _KILLED.search(line)
+        what = f"GPU error Xid {xid[2]} ({xid[1]})" if xid else "the kernel"
         remedy = "drain and reboot the node, or replace it; NVIDIA's list of Xid errors tells which"
-        if not xid and re.search(r"memory|oom", line, re.I):
-            remedy = "the host's memory ran out: less cpu_offload_gib in [layout], or nothing else on that node"
-        return [Finding(rank=1, where=node, text=f"{node}: {what}: {line.strip()[:300]}", remedy=remedy, file=file)]
-    return []
+        if killed:
+            remedy = "its memory ran out: less cpu_offload_gib in [layout], or nothing else on that node"
+        stranger = killed is not None and not killed[1].lower().startswith(OURS)
+        text = f"{node}: {what}: {line.strip()[:300]}"
+        found.append(Finding(rank=7 if stranger else 1, where=node, text=text, remedy=remedy, file=file))
+    return sorted(found, key=lambda one: one.rank)[:1]
 
 
 def _when(line: str) -> float | None:

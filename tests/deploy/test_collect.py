@@ -136,7 +136,8 @@ def test_a_bundle_is_made_while_nodes_are_away(tmp_path: Path) -> None:
         async with ssh.fleet(made.deployment, config=[]) as fleet:
             bundle = await collecting.collect(made.deployment, fleet, tmp_path, environ={})
         assert list(bundle.missing) == ["k1"]
-        assert bundle.findings[0].where == "k1"
+        (away,) = [one for one in bundle.findings if one.rank == 2]
+        assert away.where == "k1"
         files = unpacked(bundle.path, tmp_path / "out")
         assert "nodes/k0/processes.txt" in files
         assert b"## Not in here" in files["summary.md"]
@@ -155,6 +156,10 @@ NOW = time.time()
 def kernel(seconds: float) -> bytes:
     when = time.strftime("%Y-%m-%dT%H:%M:%S,123456+00:00", time.gmtime(NOW + seconds))
     return f"{when} NVRM: Xid (PCI:0009:01:00): 79, pid=1, GPU has fallen off the bus.\n".encode()
+
+
+def killed(name: str) -> bytes:
+    return f"Out of memory: Killed process 77 ({name}) total-vm:1kB\n".encode()
 
 
 def first(texts: dict[str, bytes], *, word: str = "DEAD", lost: bool = False, **failed: str) -> tuple[Finding, ...]:
@@ -185,6 +190,8 @@ EARLIER, SESSION = "k1/ray/session_2026-11-24_1/logs", "k1/ray/session_2026-11-2
         ({"k0/jobs/engine/log": b"x\n", "k0/jobs/engine/exit": b"137\n"}, {}, "SIGKILL"),
         ({"k0/jobs/engine/log": b"NCCL error: unhandled\n", "k1/dmesg-gpu.txt": kernel(5)}, {}, "Xid 79"),
         ({"k0/jobs/engine/log": b"NCCL error: unhandled\n"}, {}, "NCCL could not"),
+        ({"k0/jobs/engine/log": DIED, "k1/dmesg-gpu.txt": killed("ray::RayWorker")}, {}, "k1: the kernel"),
+        ({"k0/jobs/engine/log": DIED, "k1/dmesg-gpu.txt": killed("cc1plus")}, {}, "a worker died"),
         ({}, {"word": "FAILED"}, "step engine failed: the last and least"),
     ],
 )
