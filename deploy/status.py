@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import posixpath
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -189,7 +190,8 @@ async def look(one: Watch, *, canary: float = 30) -> Status:
 def request(one: Watch, node: Target) -> Json:
     """Of deploy.remote.watch.vitals."""
     data = one.deployment.data
-    local = data.local.replace("{node}", node.name).partition("{")[0]
+    fixed, _, user = data.local.replace("{node}", node.name).partition("{")
+    local = posixpath.dirname(fixed) if user else fixed
     return {"prefix": f"{one.fleet.mark}/{node.name}/", "paths": [*([data.share] if data.share else []), local]}
 
 
@@ -249,7 +251,8 @@ def judge(signs: Signs | None, kept: State, *, planned: bool, now: float) -> Ser
     if signs is None:
         return _at_rest(kept, planned=planned)
     verdict = engine.diagnose(signs)
-    if verdict.kind == "stopped":
+    ended = verdict.kind in ("dead-engine", "dead-node") and signs.job is not None and signs.job.state != "running"
+    if verdict.kind == "stopped" or (ended and "engine" not in kept.steps):  # `deploy down` forgets the engine, dead or not
         return _at_rest(kept, planned=planned)
     if verdict.kind == "loading":
         return _loading(signs, kept, now)

@@ -65,6 +65,13 @@ def test_what_goes_wrong_in_a_stream_is_told(fault: str, failure: str, words: st
     assert (answer.failure, words in answer.cause) == (failure, True), answer.cause
 
 
+def test_patience_is_for_each_chunk_and_not_for_the_answer() -> None:
+    with openai_server.server(delay=0.1) as (url, _):
+        answer, _text = ask(url, patience=1.0)
+    assert answer.failure is None, answer.cause
+    assert answer.seconds > 1.5
+
+
 def test_nobody_there_a_wrong_key_and_no_count_are_told_apart() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         free = taken.getsockname()[1]

@@ -187,7 +187,7 @@ def test_a_node_that_is_away_is_told_and_the_head_decides(tmp_path: Path) -> Non
     play(tmp_path, work, nodes=2)
 
 
-RUNS = JobStatus(state="running", pid=1)
+RUNS, GONE = JobStatus(state="running", pid=1), JobStatus(state="exited", returncode=1)
 
 
 def steps(**outcomes: Any) -> State:
@@ -214,9 +214,10 @@ def steps(**outcomes: Any) -> State:
             "LOADING(loading 40%)",
             "about 70 s left",
         ),
-        (Signs(job=JobStatus(state="exited", returncode=1), phase="placing", cause="x"), steps(), "FAILED(placing)", "x"),
-        (Signs(job=JobStatus(state="lost"), phase="listening"), steps(), "DEAD(engine)", "was killed"),
-        (Signs(job=JobStatus(state="lost"), nodes={"k1": False}, phase="listening"), steps(), "DEAD(node)", "Ray lost k1"),
+        (Signs(job=GONE, phase="placing", cause="x"), steps(engine="running"), "FAILED(placing)", "x"),
+        (Signs(job=GONE, phase="listening"), steps(engine="done"), "DEAD(engine)", "ended with 1"),
+        (Signs(job=GONE, nodes={"k1": False}, phase="listening"), steps(engine="done"), "DEAD(node)", "Ray lost k1"),
+        (Signs(job=GONE, phase="listening"), steps(load="done"), "STOPPED", "does not run"),
         (Signs(job=None, error="k0 is away"), steps(), "UNREACHABLE", "k0 is away"),
     ],
 )
