@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+import fcntl
+import os
+import signal
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
-from deploy.inventory import Deployment, Node
+from deploy.inventory import Deployment, Folder, Node
 from deploy.ssh import Fleet
-from gracefarm.errors import GracefarmError, SshError
+from gracefarm.errors import GracefarmError, HostError, SshError
+from gracefarm.files import lock
 
 LOOK = 5.0
 "Seconds between two looks at the connection, and between two tries to make it again."
@@ -82,3 +88,52 @@ async def attend(fleet: Fleet, node: Node, on_change: OnChange, *, every: float 
         if now is not before:
             on_change(None)
         before, up = now, True
+
+
+@contextmanager
+def registered(folder: Folder) -> Iterator[None]:
+    """Known to `end_all` while it lasts: a locked file with this process's number, unlocked by the kernel when it dies."""
+    path = folder.path / "tunnels" / str(os.getpid())
+    with lock(path):
+        path.write_text(_place())
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def end_all(folder: Folder, *, seconds: float = 10) -> int:
+    """End every tunnel of this deployment on this machine; how many there were.
+
+    Raises:
+        HostError: one does not end.
+    """
+    ended = 0
+    for path in sorted((folder.path / "tunnels").glob("[0-9]*")):
+        with path.open("a") as stream:
+            if not _free(stream.fileno()):
+                if path.read_text() != _place():
+                    continue  # its number means another process here
+                os.kill(int(path.name), signal.SIGTERM)
+                ended += 1
+                deadline = time.monotonic() + seconds
+                while not _free(stream.fileno()):
+                    if time.monotonic() > deadline:
+                        raise HostError(f"the tunnel, process {path.name}, does not end", remedy=f"kill -9 {path.name}")
+                    time.sleep(0.05)
+        path.unlink(missing_ok=True)
+    return ended
+
+
+def _free(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _place() -> str:
+    """Where a process's number means what it means here: this boot of this machine, this process namespace."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot} {Path('/proc/self/ns/pid').stat().st_ino}\n"

@@ -305,8 +305,8 @@ def collect(context: Context, into: Path) -> None:
         async with fleet(deployment) as made:
             return await collecting.collect(deployment, made, folder)
 
-    with context.console.progress("collect"):
-        made = wait(go())
+    context.console.step("collect", f"asking {len(deployment.nodes)} nodes for their logs")
+    made = wait(go())
     for node, why in made.missing.items():
         context.console.warn(f"{node} is not in it: {why}")
     first = made.findings[0] if made.findings else None

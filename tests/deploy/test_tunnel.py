@@ -18,6 +18,7 @@ import pytest
 
 from deploy import tunnel
 from deploy.completion import Prompt, Server, stream
+from deploy.inventory import Folder
 from deploy.ssh import Fleet
 from deploy.tunnel import Wanted
 from gracefarm.errors import GracefarmError, SshError
@@ -127,6 +128,46 @@ def test_the_command_forwards_until_ctrl_c_and_ends_with_0(tmp_path: Path) -> No
                 assert b"closed" in out
 
     on_a_node(tmp_path, work)
+
+
+def test_in_the_background_until_it_is_ended_and_a_killed_one_is_no_trouble(tmp_path: Path) -> None:
+    async def work(fleet: Fleet, machine: kit.Machine) -> None:
+        with openai_server.server() as (url, _):
+            made = kit.deployment(tmp_path, [machine], ports={"engine": int(url.rpartition(":")[2])})
+            words = ("tunnel", "--background", "--json", "--port", "0", "--dashboard-port", "0")
+            ports = []
+            for _ in range(2):
+                async with deploy(tmp_path, *words) as process:
+                    out, err = await asyncio.wait_for(process.communicate(), 30)
+                    assert process.returncode == 0, out + err
+                ports.append(int(json.loads(out)["forwards"]["engine"]["local"]))
+                assert await models(ports[-1]) == "org/tiny"
+            first, _second = sorted((made.folder.path / "tunnels").iterdir(), key=lambda one: one.stat().st_mtime)
+            os.kill(int(first.name), signal.SIGKILL)
+            async with deploy(tmp_path, "tunnel", "--end") as process:
+                out, err = await asyncio.wait_for(process.communicate(), 30)
+                assert (process.returncode, out) == (0, b"1 ended\n"), err
+            for port in ports:
+                with pytest.raises(httpx.TransportError):
+                    await models(port)
+            assert list((made.folder.path / "tunnels").iterdir()) == []
+            await machine.switch_off()
+            async with deploy(tmp_path, *words) as process:
+                out, err = await asyncio.wait_for(process.communicate(), 30)
+                assert process.returncode == 60
+                assert b"cannot be reached" in out
+
+    on_a_node(tmp_path, work)
+
+
+def test_a_number_of_another_place_is_not_ended(tmp_path: Path) -> None:
+    """The folder may be on a file system that several machines share."""
+    folder = Folder(path=tmp_path)
+    with tunnel.registered(folder):
+        (mine,) = (tmp_path / "tunnels").iterdir()
+        mine.write_text("another-boot 4026531836\n")
+        assert tunnel.end_all(folder) == 0  # else this very process would get the signal
+    assert not mine.exists()
 
 
 def test_the_bench_finds_engine_and_key_by_itself_and_keeps_what_it_found(tmp_path: Path) -> None:
