@@ -75,6 +75,7 @@ def test_a_node_writes_nothing_but_its_own_and_the_share(room: Rig, tmp_path: Pa
     assert (room.share / "nonce").read_text() == "seen\n"
     assert said(run(room, f"cat {MOUNT}/nonce", names=["k2"])) == {"k2": "seen"}
     room["k0"].execute(["touch", "/tmp/of-k0"])
+    assert (room["k0"].tmp / "of-k0").exists()
     assert not Path("/tmp/of-k0").exists()
 
 
