@@ -6,6 +6,7 @@ import shutil
 import signal
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -51,8 +52,8 @@ def shared_home() -> Path:
     return home
 
 
-@pytest.fixture
-def farm(shared_home: Path) -> Iterator[Farm]:
+@contextmanager
+def new_farm(shared_home: Path) -> Iterator[Farm]:
     """An empty farm: no builds yet, stacks `bare` (no torch) and `cu130`, no recipes."""
     folder = shared_home / "tests" / uuid.uuid4().hex[:12]
     home, project = folder / "home", folder / "project"
@@ -66,3 +67,10 @@ def farm(shared_home: Path) -> Iterator[Farm]:
     settings = settings_module.load().model_copy(update={"home": home, "project": project})
     yield Farm(settings=settings, environment={"GRACEFARM_HOME": str(home), "GRACEFARM_PROJECT": str(project)})
     remove_tree(folder)
+
+
+@pytest.fixture
+def farm(shared_home: Path) -> Iterator[Farm]:
+    """A farm of the test's own."""
+    with new_farm(shared_home) as made:
+        yield made

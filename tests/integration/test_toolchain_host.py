@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
 import sys
 import threading
+import time
 import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -16,10 +18,12 @@ import uv
 
 from builder import environment, hosted, machine, plain, sandbox, smoke, stack
 from builder.audit import elf
+from builder.cli import cli
+from builder.cli.aim import plan_of
 from builder.stack import host_arch
-from gracefarm.errors import SmokeError
+from gracefarm.errors import GracefarmError, SmokeError
 from tests import projects
-from tests.conftest import Farm
+from tests.conftest import Farm, new_farm
 from tests.integration.test_build import record_of, start
 
 NATIVE = host_arch().value
@@ -45,19 +49,45 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Python with packages of its own, as a person has made it: no lock, only what builds a C extension."""
     folder = tmp_path_factory.mktemp("own") / "venv"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
-    command = [
-        uv.find_uv_bin(),
-        "pip",
-        "install",
-        "--quiet",
-        "--python",
-        folder / "bin/python3",
-        "build",
-        "setuptools",
-        "wheel",
-    ]
-    subprocess.run(command, check=True)
+    install = [uv.find_uv_bin(), "pip", "install", "--quiet", "--python", folder / "bin/python3"]
+    subprocess.run([*install, "build", "ninja", "setuptools", "wheel"], check=True)
     return folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Built:
+    """The tiny C extension, built once over an environment of one's own; the recipe has a GPU test that must not run."""
+
+    farm: Farm
+    done: projects.Done
+    wheel: Path
+
+
+@pytest.fixture(scope="module")
+def built(shared_home: Path, own: Path) -> Iterator[Built]:
+    with new_farm(shared_home) as farm:
+        tiny_c(farm)
+        (farm.settings.project / "recipes/tiny_c/smoke_gpu.py").write_text("raise SystemExit('it ran')\n")
+        done = farm.run("build", "tiny_c", "--toolchain", "host", "--environment", str(own))
+        assert done.code == 0, done.said
+        yield Built(farm=farm, done=done, wheel=Path(done.out.strip()))
+
+
+def called(farm: Farm, patch: pytest.MonkeyPatch, *arguments: str, **variables: str) -> tuple[int, str]:
+    """The command line in this process, which has everything imported: exit code and the sentence of its error."""
+    for name, value in {**farm.environment, **variables}.items():
+        patch.setenv(name, value)
+    try:
+        cli.main(args=list(arguments), standalone_mode=False, prog_name="builder")
+    except GracefarmError as error:
+        return int(error.exit_code), error.cause
+    return 0, ""
+
+
+def planned(farm: Farm, own: Path | None) -> str:
+    """The build id of tiny_c with this machine's tools over an environment, or in the sandbox."""
+    on = machine.Wanted(environment=own) if own else None
+    return plan_of("tiny_c", None, NATIVE, farm.settings, on).build_id
 
 
 def tiny_c(farm: Farm, **tables: object) -> None:
@@ -68,7 +98,9 @@ def statuses(found: dict[str, object]) -> dict[str, str]:
     return {one["gate"]: one["status"] for one in found["verdicts"]}  # type: ignore[index,attr-defined]
 
 
-def test_a_c_extension_in_a_clean_environment_from_the_stacks_lock(farm: Farm) -> None:
+def test_a_c_extension_in_a_clean_environment_from_the_stacks_lock(
+    farm: Farm, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     tiny_c(farm)
     done = farm.run("build", "tiny_c", "--toolchain", "host", "--python", python311())
     assert done.code == 0, done.said
@@ -88,44 +120,37 @@ def test_a_c_extension_in_a_clean_environment_from_the_stacks_lock(farm: Farm) -
     assert compiled["note"] == "without network"
     place = found["smoke"]["modules"]["tiny_c._core"]  # type: ignore[index]
     assert "/smoke/env/lib/" in place
-    assert farm.run("build", "tiny_c", "--toolchain", "host", "--python", python311()).said.count("nothing to build") == 1
+    again = called(farm, monkeypatch, "build", "tiny_c", "--toolchain", "host", "--python", python311())
+    assert again == (0, "")
+    assert "nothing to build" in capsys.readouterr().err
 
 
-def test_an_environment_of_ones_own_is_taken_as_it_is_and_enters_the_build_id(farm: Farm, own: Path) -> None:
-    tiny_c(farm)
-    done = farm.run("build", "tiny_c", "--toolchain", "host", "--environment", str(own))
-    assert done.code == 0, done.said
-    assert "packages are those installed in the environment that was named" in done.said
-    found = record_of(farm, "tiny_c")
+def test_an_environment_of_ones_own_is_taken_as_it_is_and_enters_the_build_id(built: Built, own: Path) -> None:
+    assert "packages are those installed in the environment that was named" in built.done.said
+    found = record_of(built.farm, "tiny_c")
     assert found["inputs"]["toolchain"]["distributions"].keys() >= {"build", "setuptools"}  # type: ignore[index]
     assert statuses(found)["symbols"] == "passed"
-    before = planned(farm, "--environment", str(own))
+    before = planned(built.farm, own)
+    assert before == found["build_id"]
     shutil.copytree(own, other := own.with_name("other"), symlinks=True)
-    assert planned(farm, "--environment", str(other))["build_id"] == before["build_id"], "a path entered the id"
+    assert planned(built.farm, other) == before, "a path entered the id"
     (site,) = other.glob("lib/*/site-packages")
     (site / "extra-1.0.dist-info").mkdir()
     (site / "extra-1.0.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: extra\nVersion: 1.0\n")
-    after = planned(farm, "--environment", str(other))
+    after = planned(built.farm, other)
     shutil.rmtree(other)
-    assert after["build_id"] != before["build_id"]
+    assert after != before
 
 
-def planned(farm: Farm, *arguments: str, **variables: str) -> dict[str, object]:
-    done = farm.run("plan", "tiny_c", "--toolchain", "host", *arguments, "--json", **variables)
-    assert done.code == 0, done.said
-    found = json.loads(done.out)
-    assert isinstance(found, dict)
-    return found
-
-
-def test_another_compiler_is_another_build_id_and_so_is_the_sandbox(farm: Farm, own: Path, tmp_path: Path) -> None:
-    tiny_c(farm)
+def test_another_compiler_is_another_build_id_and_so_is_the_sandbox(
+    built: Built, own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     compiler = tmp_path / "gcc"
     compiler.write_text('#!/bin/sh\nexec gcc "$@"\n')
     compiler.chmod(0o755)
-    ids = {str(planned(farm, "--environment", str(own))["build_id"])}
-    ids.add(str(planned(farm, "--environment", str(own), CC=str(compiler))["build_id"]))
-    ids.add(str(json.loads(farm.run("plan", "tiny_c", "--target", NATIVE, "--json").out)["build_id"]))
+    ids = {planned(built.farm, own), planned(built.farm, None)}
+    monkeypatch.setenv("CC", str(compiler))
+    ids.add(planned(built.farm, own))
     assert len(ids) == 3
 
 
@@ -146,6 +171,7 @@ setup(name="thrower", version="1.0", ext_modules=[Extension("_thrower", ["throwe
 """
 
 
+@pytest.mark.slow
 def test_a_compiler_that_links_its_cxx_runtime_statically_is_told_to_take_the_shared_one(
     farm: Farm, own: Path, tmp_path: Path
 ) -> None:
@@ -168,6 +194,7 @@ def test_a_compiler_that_links_its_cxx_runtime_statically_is_told_to_take_the_sh
     assert "__cxa_throw" not in found.exports.symbols
 
 
+@pytest.mark.slow
 def test_cuda_with_the_machines_toolkit_for_the_stacks_architectures_alone(farm: Farm, own: Path) -> None:
     loaded = stack.load(farm.settings.project / "stacks", "cu130")
     (toolkit,) = environment.ensure_toolchain(loaded, host_arch(), farm.settings).glob("nvidia/cu*")
@@ -237,7 +264,14 @@ def test_where_the_network_cannot_be_cut_the_record_says_so(farm: Farm, own: Pat
     ],
 )
 def test_what_is_missing_is_said_before_anything_is_built(
-    farm: Farm, own: Path, tmp_path: Path, arguments: tuple[str, ...], variables: dict[str, str], code: int, words: str
+    farm: Farm,
+    own: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: tuple[str, ...],
+    variables: dict[str, str],
+    code: int,
+    words: str,
 ) -> None:
     places = {"empty": str(tmp_path / "empty"), "old": str(tmp_path / "old")}
     (tmp_path / "empty").mkdir()
@@ -247,9 +281,10 @@ def test_what_is_missing_is_said_before_anything_is_built(
         (tmp_path / "old/bin" / name).chmod(0o755)
     tiny_c(farm, build={"cuda": True})
     said = [one.format_map(places) for one in arguments]
-    done = farm.run("build", "tiny_c", "--toolchain", "host", "--environment", str(own), *said, **variables)
-    assert done.code == code, done.said
-    assert words.format_map(places) in done.said
+    aim = ("--toolchain", "host", "--environment", str(own), *said)
+    ended, cause = called(farm, monkeypatch, "build", "tiny_c", *aim, **variables)
+    assert ended == code, cause
+    assert words.format_map(places) in cause
     assert not (farm.settings.home / "builds").exists()
 
 
@@ -269,7 +304,7 @@ def fake_torch(
 
 @pytest.mark.parametrize(("version", "cuda"), [("2.11.0", None), ("2.10.0+cu130", "13.0")])
 def test_another_torch_than_the_stacks_is_refused(
-    farm: Farm, own: Path, tmp_path: Path, version: str, cuda: str | None
+    farm: Farm, own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str, cuda: str | None
 ) -> None:
     tiny_c(farm, stack="cu130", build={"cuda": True})
     toolkit = tmp_path / "cuda/bin"
@@ -279,41 +314,61 @@ def test_another_torch_than_the_stacks_is_refused(
     (toolkit / "nvcc").chmod(0o755)
     place = fake_torch(own, tmp_path / "venv", version=version, cuda=cuda)
     aim = ("--toolchain", "host", "--environment", str(place), "--cuda", str(toolkit.parent))
-    done = farm.run("build", "tiny_c", *aim)
-    assert done.code == 4, done.said
-    assert f"torch there is {version} for CUDA {cuda}, stack cu130 has 2.11.0 for 13.0" in done.said
+    code, cause = called(farm, monkeypatch, "build", "tiny_c", *aim)
+    assert code == 4, cause
+    assert f"torch there is {version} for CUDA {cuda}, stack cu130 has 2.11.0 for 13.0" in cause
 
 
 CUT_OFF = """
-import pathlib, time
-first = not pathlib.Path("done").exists()
-pathlib.Path("done").touch()
-pathlib.Path("half.so").write_bytes(b"half")
-print("first" if first else "second", flush=True)
-if first:
-    time.sleep(60)
+subprocess.run(["ninja", "-v"], check=True)
 return wheel(wheel_directory)
+"""
+STEP = """
+echo half > $2
+if [ $1 = second.c ] && ! [ -e cut ]; then
+    touch cut
+    sleep 60
+fi
+exec gcc -c $1 -o $2
+"""
+NINJA = """
+rule step
+  command = sh step.sh $in $out
+rule link
+  command = gcc -shared $in -o $out
+build first.o: step first.c
+build second.o: step second.c || first.o
+build both.so: link first.o second.o
 """
 
 
 def test_a_build_that_was_cut_off_goes_on_in_its_own_folder(farm: Farm, own: Path) -> None:
-    """As ninja does: what the first run had finished is found by the second."""
-    farm.recipe("tiny", projects.backend(CUT_OFF))
+    """By a real ninja: an object that is whole stays, the half one that the kill left is made anew."""
+    sources = {"build.ninja": NINJA, "step.sh": STEP, "first.c": "int first;\n", "second.c": "int second;\n"}
+    farm.recipe("tiny", projects.backend(CUT_OFF) | sources)
     aim = ("--toolchain", "host", "--environment", str(own))
     running = start(farm, "build", "tiny", *aim)
-    watch = threading.Timer(60, running.kill)
+    watch = threading.Timer(120, running.kill)
     watch.start()
-    while not list((farm.settings.home / "builds").glob("*/work/source/half.so")):
+    while not (cut := list((farm.settings.home / "builds").glob("*/work/source/cut"))):
         assert running.poll() is None, running.communicate()
+        time.sleep(0.1)
     running.kill()
     watch.cancel()
     running.communicate(timeout=30)
-    (half,) = (farm.settings.home / "builds").glob("*/work/source/half.so")
-    assert hosted.clear_products(half.parent, int(half.stat().st_mtime)) == []
-    done = farm.run("build", "tiny", *aim)
+    tree = cut[0].parent
+    assert (tree / "second.o").read_text() == "half\n"
+    first = (tree / "first.o").stat().st_mtime_ns
+    (tree / "both.so").write_text("half")
+    done = farm.run("build", "tiny", *aim, "--keep")
     assert done.code == 0, done.said
     assert "going on from" in done.said
-    assert "second" in farm.run("log", "tiny").out
+    assert (tree / "first.o").stat().st_mtime_ns == first
+    for name in ("second.o", "both.so"):
+        assert elf.read(tree / name).bits == 64
+    log = farm.run("log", "tiny").out
+    assert "[1/2] sh step.sh second.c second.o" in log
+    assert "[2/2] gcc -shared" in log
 
 
 def test_a_half_written_library_of_a_cut_off_build_is_not_taken_for_whole(tmp_path: Path) -> None:
@@ -328,44 +383,34 @@ def test_a_half_written_library_of_a_cut_off_build_is_not_taken_for_whole(tmp_pa
 # --- GPU ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_without_a_gpu_the_gpu_test_is_reported_as_not_run(farm: Farm, own: Path) -> None:
+def test_without_a_gpu_the_gpu_test_is_reported_as_not_run(
+    built: Built, own: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     if smoke.devices():
         pytest.skip("this machine has a GPU")
-    tiny_c(farm)
-    (farm.settings.project / "recipes/tiny_c/smoke_gpu.py").write_text("raise SystemExit('it ran')\n")
-    done = farm.run("build", "tiny_c", "--toolchain", "host", "--environment", str(own))
-    assert done.code == 0, done.said
-    assert "smoke-gpu not run: no GPU" in done.said
-    assert record_of(farm, "tiny_c")["gpu"] == {
-        "status": "not run",
-        "reason": "no GPU",
-        "device": None,
-        "script": None,
-        "wall_s": None,
-    }
-    assert "gpu not run: no GPU" in farm.run("show", "tiny_c").said
-    wheel = done.out.strip()
-    again = farm.run(
-        "smoke", wheel, "--stack", "bare", "--recipe", "tiny_c", "--gpu", "--toolchain", "host", "--python", python311()
-    )
-    assert again.code == 0, again.said
-    assert again.out.strip() == "not run: no GPU"
+    assert "smoke-gpu not run: no GPU" in built.done.said
+    missing = {"status": "not run", "reason": "no GPU", "device": None, "script": None, "wall_s": None}
+    assert record_of(built.farm, "tiny_c")["gpu"] == missing
+    assert called(built.farm, monkeypatch, "show", "tiny_c") == (0, "")
+    assert "gpu       not run: no GPU" in capsys.readouterr().out
+    again = ("smoke", str(built.wheel), "--stack", "bare", "--recipe", "tiny_c", "--gpu", "--toolchain", "host")
+    assert called(built.farm, monkeypatch, *again, "--environment", str(own)) == (0, "")
+    assert capsys.readouterr().out.strip() == "not run: no GPU"
 
 
-def gpu_trial(farm: Farm, place: Path, script: str) -> smoke.Trial:
+def gpu_trial(built: Built, place: Path, script: str) -> smoke.Trial:
     """The tiny C wheel over an environment, and a smoke_gpu.py of a text."""
-    done = farm.run("build", "tiny_c", "--toolchain", "host", "--environment", str(place))
-    assert done.code == 0, done.said
-    loaded = stack.load(farm.settings.project / "stacks", "bare")
+    settings = built.farm.settings
+    loaded = stack.load(settings.project / "stacks", "bare")
     here = machine.find(loaded, machine.Wanted(environment=place), cuda=False)
-    folder = farm.settings.home / "trial"
+    folder = place.with_name("trial")
     folder.mkdir()
     (folder / "script.py").write_text(script)
     return smoke.Trial(
-        wheel=Path(done.out.strip()),
+        wheel=built.wheel,
         imports=("torch", "tiny_c"),
         script=folder / "script.py",
-        bed=smoke.Bed(environment=hosted.ensure(here, farm.settings), root=Path("/"), machine=here),
+        bed=smoke.Bed(environment=hosted.ensure(here, settings), root=Path("/"), machine=here),
         folder=folder,
         memory=1 << 30,
         log=folder / "log.txt",
@@ -381,7 +426,7 @@ def gpu_trial(farm: Farm, place: Path, script: str) -> smoke.Trial:
     ],
 )
 def test_the_gpu_test_runs_where_torch_sees_a_gpu_of_the_wheels_architecture(
-    farm: Farm,
+    built: Built,
     own: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -392,18 +437,16 @@ def test_the_gpu_test_runs_where_torch_sees_a_gpu_of_the_wheels_architecture(
 ) -> None:
     """With a fake GPU: device files that are none, and a torch that claims one."""
     monkeypatch.setattr(smoke, "devices", lambda: [Path("/dev/null")])
-    tiny_c(farm)
     place = fake_torch(own, tmp_path / "venv", version="2.11.0", cuda="13.0", seen=seen, capability=capability)
-    found = smoke.run_gpu(gpu_trial(farm, place, "import tiny_c\nprint(tiny_c.add(20, 22))\n"), ("90",))
+    found = smoke.run_gpu(gpu_trial(built, place, "import tiny_c\nprint(tiny_c.add(20, 22))\n"), ("90",))
     assert (found.status, found.reason) == (status, reason)
     assert found.script == ("42\n" if status == "passed" else None)
 
 
 def test_a_wrong_result_on_the_gpu_fails_the_build(
-    farm: Farm, own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    built: Built, own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(smoke, "devices", lambda: [Path("/dev/null")])
-    tiny_c(farm)
     place = fake_torch(own, tmp_path / "venv", version="2.11.0", cuda="13.0")
     with pytest.raises(SmokeError, match="is wrong on a fake GPU: AssertionError: off by one"):
-        smoke.run_gpu(gpu_trial(farm, place, "assert False, 'off by one'\n"), ("90",))
+        smoke.run_gpu(gpu_trial(built, place, "assert False, 'off by one'\n"), ("90",))
