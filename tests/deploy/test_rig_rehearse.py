@@ -47,7 +47,7 @@ def check(events: list[dict[str, Any]], count: int) -> None:
     output = "\n".join(one["text"] for one in events if one.get("event") == "output")
     tp, pp = flow.layout(count)
     assert f"--tensor-parallel-size {tp} --pipeline-parallel-size {pp}" in output
-    assert f"imported on {count} nodes" in output
+    assert f"imports on {count} nodes" in output
     assert f"{count} GPUs at 10.77.0.11:6379" in output
 
 
