@@ -280,16 +280,15 @@ def _of(verdict: Verdict, signs: Signs) -> Service:
 
 def _at_rest(kept: State, *, planned: bool) -> Service:
     """No engine: never started, on the way, failed before it, or ended."""
-    for name, one in kept.steps.items():
-        if one.outcome == "failed":
+    open_ = {name: one for name, one in kept.steps.items() if one.outcome in ("failed", "running")}
+    if open_:
+        name = max(open_, key=lambda one: open_[one].begun)
+        if open_[name].outcome == "failed":
             again = "serve" if name in flow.SERVE else "up"
-            return Service(word="FAILED", detail=name, text=one.text, remedy=f"`deploy {again}` tries it again")
-    under_way = next((name for name, one in kept.steps.items() if one.outcome == "running"), None)
-    if under_way:
-        text = f"step {under_way} was begun and has not ended"
-        return Service(
-            word="LOADING", detail=under_way, text=text, remedy="`deploy serve` waits for it, or goes on from there"
-        )
+            return Service(word="FAILED", detail=name, text=open_[name].text, remedy=f"`deploy {again}` tries it again")
+        text = f"step {name} was begun and has not ended"
+        again = "`deploy serve` waits for it, or goes on from there"
+        return Service(word="LOADING", detail=name, text=text, remedy=again)
     if "engine" in kept.steps or (planned and "load" in kept.steps):
         return Service(word="STOPPED", text="the engine does not run", remedy="`deploy serve` starts it")
     return Service(word="PLANNED", text="nothing was started yet", remedy="`deploy serve` starts it")

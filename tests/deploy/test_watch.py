@@ -191,10 +191,11 @@ RUNS, GONE = JobStatus(state="running", pid=1), JobStatus(state="exited", return
 
 
 def steps(**outcomes: Any) -> State:
+    """One begun after the other."""
     made = {}
-    for name, outcome in outcomes.items():
+    for number, (name, outcome) in enumerate(outcomes.items()):
         data = {"loading": 60.0, "capturing": 40.0} if name == "load" else {}
-        made[name] = Record(digest="x", outcome=outcome, text="why", begun=1000.0, data=data)
+        made[name] = Record(digest="x", outcome=outcome, text="why", begun=1000.0 + number, data=data)
     return State(steps=made)
 
 
@@ -205,6 +206,7 @@ def steps(**outcomes: Any) -> State:
         (None, steps(weights="failed"), "FAILED(weights)", "why"),
         (None, steps(weights="running"), "LOADING(weights)", "begun"),
         (Signs(job=JobStatus(state="absent")), steps(ray="failed"), "FAILED(ray)", "why"),
+        (Signs(job=JobStatus(state="stopped")), steps(engine="failed", ray="running"), "LOADING(ray)", "begun"),
         (Signs(job=JobStatus(state="stopped")), steps(load="done"), "STOPPED", "does not run"),
         (Signs(job=RUNS, answer=Answer(kind="ok", seconds=0.4)), steps(), "READY", "0.40 s"),
         (Signs(job=RUNS, answer=Answer(kind="ok"), nodes={"k1": False}), steps(), "DEGRADED", "Ray lost k1"),
@@ -388,6 +390,10 @@ def test_a_follower_that_a_cut_has_left_behind_ends(tmp_path: Path) -> None:
 
 def test_the_command_shows_no_secret_and_names_node_and_log(tmp_path: Path) -> None:
     async def work(made: Scene) -> None:
+        for words, code, said in (("logs",), 63, "no engine was started"), (("logs", "k0"), 0, "Ray has written no log there"):
+            async with deploy(tmp_path, *words) as process:
+                _, err = await asyncio.wait_for(process.communicate(), 30)
+                assert (process.returncode, said in err.decode()) == (code, True), err.decode()
         key = engine.api_key(made.deployment.folder)
         head = made.deployment.head
         await made.fleet.start_job(head, "engine", f"echo started with {key}; echo and hf_{'a' * 34}")
