@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from deploy import facts as facts_of
-from deploy import flow, state
+from deploy import flow, redact, state
 from deploy.facts import Facts
 from deploy.inventory import Deployment, Folder
 from deploy.plan import Plan
@@ -233,13 +233,14 @@ def assemble(
         for node in one.deployment.nodes
     )
     price = one.deployment.data.options.price_per_node_hour
+    said = redact.of(one.deployment.folder).line(service.text)  # a line of the engine's log may stand in it
     return Status(
         taken=time.time(),
         deployment=one.deployment.name,
         model=one.deployment.data.model.repo,
         plan=one.plan.id if one.plan else None,
         layout=one.plan.layout.name if one.plan else None,
-        service=service,
+        service=service.model_copy(update={"text": said}),
         nodes=nodes,
         usd_per_hour=round(price * len(nodes), 2) if price is not None else None,
         usd_since_boot=round(price * sum(each.uptime for each in nodes) / 3600, 2) if price is not None else None,

@@ -36,6 +36,8 @@ from tests.deploy import kit
 from tests.deploy.test_engine_step import a_plan, free_port, spec
 from tests.deploy.test_tunnel import deploy, until
 
+SECRET = "hf_" + "a1B2" * 9
+
 
 @dataclass
 class Scene:
@@ -143,7 +145,7 @@ def test_status_by_a_real_completion_and_its_exit_code(tmp_path: Path) -> None:
 def test_status_of_a_load_and_of_one_that_failed(tmp_path: Path) -> None:
     stay, words = tmp_path / "stay", tmp_path / "words"
     stay.touch()
-    words.write_text("torch.OutOfMemoryError: CUDA out of memory.\nRuntimeError: the last and least of it\n")
+    words.write_text(f"torch.OutOfMemoryError: CUDA out of memory, {SECRET}\nRuntimeError: the last and least of it\n")
 
     async def work(made: Scene) -> None:
         made.keep("running")
@@ -167,6 +169,7 @@ def test_status_of_a_load_and_of_one_that_failed(tmp_path: Path) -> None:
         async with deploy(made.folder, "status") as process:
             out, _ = await process.communicate()
         assert "FAILED(loading)" in out.decode()
+        assert SECRET not in out.decode() + json.dumps(said)
         assert "what to do:" in out.decode()
 
     play(tmp_path, work, "--stay", str(stay), "--die", "1", "--say", str(words))
