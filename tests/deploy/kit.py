@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+import shutil
 import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
@@ -14,8 +15,8 @@ from typing import Any
 
 import asyncssh
 
-from deploy import ssh
-from deploy.inventory import Node
+from deploy import inventory, ssh
+from deploy.inventory import Deployment, Node
 from deploy.worker import Done, Target
 from gracefarm.errors import HostError
 
@@ -230,3 +231,19 @@ def fleet(folder: Path, made: list[Machine], **more: Any) -> Any:
     """deploy.ssh.fleet over `made`, with nobody's ~/.ssh/config."""
     local = {"known_hosts": folder / "known_hosts", "local": f"{folder}/local", "mark": mark(folder), "config": ()}
     return ssh.fleet([one.node for one in made], **{**local, **more})
+
+
+def deployment(
+    folder: Path, made: list[Machine], *, ports: dict[str, int] | None = None, more: str = "", local: str | None = None
+) -> Deployment:
+    """deploy.toml in `folder` for `made`, prepared as `deploy init` does, for commands that a test runs there."""
+    place = local or folder / "local"
+    text = ['name = "t"', f'local = "{place}"', more, "[ports]"]
+    text += [f"{name} = {port}" for name, port in (ports or {}).items()]
+    for one in made:
+        text += ["[[node]]", f'address = "{one.node.address}"', f"port = {one.node.port}", 'user = "tester"']
+    (folder / "deploy.toml").write_text("\n".join(text) + "\n")
+    found = inventory.load(folder / "deploy.toml")
+    found.folder.make()
+    shutil.copy(folder / "known_hosts", found.folder.known_hosts)
+    return found
