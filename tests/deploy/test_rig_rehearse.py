@@ -118,6 +118,15 @@ def test_two_may_rehearse_at_once(tmp_path: Path) -> None:
     assert pages[0] in found.lock
 
 
+def test_a_kept_index_that_this_version_cannot_read_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = tmp_path / "rehearsal" / "index" / "catalogue"
+    kept.mkdir(parents=True)
+    (kept / "catalogue.db").write_bytes(b"SQLite format 3\0" + b"of another version" * 400)
+    monkeypatch.setattr(lock, "committed", lambda _name: "")  # the stand-in alone: nothing is fetched
+    found = source.prepare(tmp_path, Console())
+    assert source._index(found.root, "stage", "list")[0]["state"] == "published"
+
+
 def test_locks_hold_one_wheel_for_each_machine() -> None:
     for name in ("rehearsal", "rehearsal-download"):
         for machine in lock.MACHINES:
