@@ -143,10 +143,10 @@ def test_a_port_that_is_taken(made: Rehearsal) -> None:
     try:
         done = deploy(made, "up", "--from", "preflight")
         assert done.code == PREFLIGHT
-        assert "k1: ports: port 8077 is held by python3" in done.output
+        assert "k1: ports: port 8077 is held by a process of another user" in done.output
         done = deploy(made, "serve", "--skip-up")
         assert done.code == ENGINE
-        assert "k1: port 8077 is held by python3" in done.output
+        assert "k1: port 8077 is held by a process of another user, which is not of this deployment" in done.output
         left = rehearsal.left(made)
         assert list(left) == ["k1"]
         assert len(left["k1"]) == 1  # the one that has the port
@@ -156,7 +156,7 @@ def test_a_port_that_is_taken(made: Rehearsal) -> None:
     try:
         done = deploy(made, "serve", seconds=400)
         assert done.code == ENGINE
-        assert "k0: port 2242 is held by python3" in done.output
+        assert "k0: port 2242 is held by a process of another user" in done.output
     finally:
         made.room["k0"].kill(pid)
     assert "READY" in well(made, "serve", seconds=400)
