@@ -233,6 +233,12 @@ def test_one_word_for_what_is_seen(signs: Signs | None, kept: State, label: str,
     assert found.remedy or found.word in ("READY", "LOADING")
 
 
+def test_a_node_without_its_raylet_is_lost_before_ray_knows_it() -> None:
+    nodes = {"k0": True, "k1": True, "k2": False, "k3": True}
+    vitals = {"k0": {"raylet": True}, "k1": {"raylet": False}, "k2": {"raylet": True}}  # k3 was not reached: Ray's word
+    assert status.seen_alive(nodes, vitals) == {"k0": True, "k1": False, "k2": False, "k3": True}
+
+
 def test_top_has_tokens_per_second_by_the_engines_own_counter(tmp_path: Path) -> None:
     async def work(made: Scene) -> None:
         await made.serve()
