@@ -39,6 +39,33 @@ def test_another_host_key(made: Rehearsal) -> None:
     well(made, "up")
 
 
+def test_every_check_is_told_and_environments_are_listed_and_imported(made: Rehearsal) -> None:
+    well(made, "up")
+    table = well(made, "preflight")
+    for check in (
+        "names",
+        "share",
+        "route",
+        "ports",
+        "clock",
+        "python",
+        "cuda",
+        "pages",
+        "libstdc++",
+        "shm",
+        "limits",
+        "gloo",
+    ):
+        assert f"\n{check}" in table
+    assert " all " in table
+    identifier = faultkit.steps(made)["environment"]["data"]["id"][:12]
+    listed = well(made, "env", "list").splitlines()
+    assert any(line.startswith(identifier) and line.rstrip().endswith("env") for line in listed)
+    rows = well(made, "env", "matrix")
+    assert all(f"k{rank}  aphrodite._C: " in rows for rank in range(3))
+    assert well(made, "env", "gc").startswith("0 removed")
+
+
 @pytest.mark.parametrize("command", [("up",), ("serve",), ("preflight",), ("run", "--", "true"), ("down",)])
 def test_a_node_that_is_away_is_named_at_once(made: Rehearsal, command: tuple[str, ...]) -> None:
     made.room["k2"].unplug()
