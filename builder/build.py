@@ -8,7 +8,7 @@ import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from builder import (
     audit,
     ccache,
     compile,
+    container,
     embed,
     environment,
     fetch,
@@ -120,7 +121,7 @@ class Run:
             version=data.version,
             stack=self.plan.stack.data.name,
             inputs=self.plan.inputs,
-            toolchain="host" if self.plan.machine else "sandbox",
+            toolchain="host" if self.plan.machine else "container" if self.plan.contained else "sandbox",
             outcome="built" if wheel else "failed",
             failure=record.failure(error) if error else None,
             wheel=record.WheelFile(filename=wheel.name, sha256=sha256_file(wheel), size=wheel.stat().st_size)
@@ -148,7 +149,7 @@ def build(plan: Plan, options: Options, settings: Settings, console: Console) ->
     """
     data = plan.recipe.data
     console.step("plan", f"{plan.title}: build id {plan.build_id[:16]}")
-    gaps.require_none(plan.recipe, plan.stack)
+    gaps.require_none(plan)
     if options.publish:
         refuse_objects(plan.stack.data)
     folder = record.folder(settings, plan.build_id)
@@ -273,6 +274,8 @@ def _stages(run: Run) -> Path:
         run.console.step("host", difference)
     with run.timed("fetch"), run.console.progress("fetch") as tick:
         fetched = fetch.fetch(data, run.settings, tick)
+        if run.plan.contained is not None:
+            container.pull(run.plan, run.plan.contained.engine)
     run.console.step("fetch", f"sources of {data.name} {data.version} are in the store")
     epoch = source.source_date_epoch(data, fetched)
     with run.timed("root"):
@@ -377,6 +380,8 @@ def build_sandbox(
     """Where a compile runs; `builder shell` opens the same, without the compiler cache."""
     if plan.machine is not None:
         return hosted.place(plan, ground.environment, settings, folder, jobs=count, epoch=epoch, memory=memory)
+    if plan.contained is not None:
+        return container.place(plan, ground.environment, ground.compiler, folder, jobs=count, epoch=epoch, memory=memory)
     return Sandbox(
         root=ground.root,
         mounts=(
@@ -410,6 +415,8 @@ def build_command(plan: Plan, ground: Ground, folder: Path) -> tuple[str, ...]:
     """What runs there."""
     if plan.machine is not None:
         return compile.command(plan, str(ground.environment), str(folder))
+    if plan.contained is not None:
+        return container.command(plan, folder)
     return compile.command(plan)
 
 
@@ -438,7 +445,9 @@ def _compiled(run: Run, fetched: fetch.Fetched, ground: Ground, epoch: int) -> P
     """The raw wheel, compiled now, with one retry after a kill by memory."""
     memory = compile.bound(run.settings, meter.available_memory())
     per_job = run.plan.recipe.data.build.memory_per_job
-    records = record.all_of(run.settings, run.plan.recipe.key)
+    # What a container build took is not known: its record has cibuildwheel's own figures, and teaches nothing.
+    records = [] if run.plan.contained else record.all_of(run.settings, run.plan.recipe.key)
+    records = [one for one in records if one.toolchain != "container"]
     like = {"stack": run.plan.stack.data.name, "target": run.plan.target.value}
     past = jobs.learned(records, **like)
     run.known = units.learned(records, **like)
@@ -472,7 +481,8 @@ def _compile_once(run: Run, fetched: fetch.Fetched, ground: Ground, epoch: int, 
     compile.check_requirements(run.plan, tree)
     plan = units.schedule(run.known, run.plan.recipe.data.build, memory=memory - jobs.OTHERS, jobs=count.count)
     (work / units.SCHEDULE).write_text(plan)
-    cached = run.options.compiler_cache and run.plan.machine is None and ccache.enabled(run.settings)
+    sandboxed = run.plan.machine is None and run.plan.contained is None
+    cached = run.options.compiler_cache and sandboxed and ccache.enabled(run.settings)
     box = build_sandbox(run.plan, ground, run.settings, work, count=count.count, epoch=epoch, memory=memory, cached=cached)
     command = build_command(run.plan, ground, work)
     with run.log.open("a") as stream:
@@ -481,7 +491,10 @@ def _compile_once(run: Run, fetched: fetch.Fetched, ground: Ground, epoch: int, 
     run.console.step("compile", f"{count.count} jobs ({count.reason}); log {run.log}")
     with run.console.progress("compile") as tick:
         job = compile.Job(sandbox=box, command=command, log=run.log, log_start=run.log.stat().st_size)
-        outcome = compile.run(job, _time_left(run.plan, run.settings, tick))
+        with container.removed(run.plan) if run.plan.contained else nullcontext():
+            outcome = compile.run(job, _time_left(run.plan, run.settings, tick))
+    if run.plan.contained is not None:
+        outcome = container.heard(outcome, run.log, job.log_start)
     run.stages.append(record.stage("compile", outcome, command, _network(run.plan)))
     _count_units(run, units.read(work))
     compile.judge(outcome, job, run.plan)
@@ -512,6 +525,8 @@ def _source_tree(run: Run, fetched: fetch.Fetched, work: Path, epoch: int) -> Pa
 
 def _network(plan: Plan) -> str:
     """What the record says about the network of a compile."""
+    if plan.contained is not None:
+        return container.network_note(plan)
     if plan.machine is None or plan.machine.uncut is None:
         return "without network"
     return f"the network was not cut off: {plan.machine.uncut}"
@@ -577,7 +592,7 @@ def policy(plan: Plan, ground: Ground, folder: Path) -> Policy:
         sm_extra=data.wheel.sm_extra,
         bundled=data.wheel.bundled,
         max_size=parse_size(data.wheel.max_size),
-        build_paths=("/build", "/tmp", *([str(folder)] if machine else [])),  # noqa: S108 prefixes to look for, not to write
+        build_paths=("/build", "/tmp", *([str(folder)] if machine else []), *([container.PROJECT] if plan.contained else [])),  # noqa: S108 prefixes to look for, not to write
         site_packages=ground.packages(plan),
         root=ground.root,
         folders=library_folders(machine) if machine else (),

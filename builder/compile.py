@@ -151,6 +151,8 @@ def first_error(log: Path, start: int = 0) -> str:
     """The line of a build log, from byte `start` on, that names the cause: the first of the strongest kind, not the last
     traceback's."""
     lines = log.read_bytes()[start:].decode(errors="replace").splitlines()
+    # cibuildwheel's last word names its own command and no cause.
+    lines = [line for line in lines if not line.startswith("cibuildwheel: error: Command [")]
     full = next((line for line in lines if DISK_FULL.search(line)), None)
     if full is not None:
         return full.strip()

@@ -8,8 +8,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from builder import environment
+from builder.plan import Plan
 from builder.recipe import LoadedRecipe
-from builder.stack import LoadedStack
+from builder.stack import Arch, LoadedStack
 from gracefarm.console import Tick, no_tick
 from gracefarm.errors import ConfigError
 from gracefarm.files import atomic_write
@@ -24,8 +25,8 @@ class Gap:
     "The TOML file that says so."
     table: tuple[str, ...]
     "The array of tables in it."
-    number: int
-    "Which of the tables, from 0."
+    number: int | None
+    "Which of the tables, from 0; None: it is one table."
     what: str
     url: str
     reason: str
@@ -63,13 +64,36 @@ def of_stack(stack: LoadedStack) -> list[Gap]:
     ]
 
 
-def require_none(recipe: LoadedRecipe, stack: LoadedStack) -> None:
+def of_images(stack: LoadedStack) -> list[Gap]:
+    """The gaps of the stack's container images, which builds in a container alone stand on."""
+    return [
+        Gap(
+            file=stack.folder / "stack.toml",
+            table=("container", arch.value),
+            number=None,
+            what=f"image {one.name}:{one.tag}",
+            url=f"https://{one.name}:{one.tag}",
+            reason=one.sha256_unknown,
+        )
+        for arch, one in stack.data.container.items()
+        if one.sha256_unknown is not None
+    ]
+
+
+def of_plan(plan: Plan) -> list[Gap]:
+    """What a build of the plan lacks."""
+    wanted = f"container.{plan.target.value}"
+    images = [one for one in of_images(plan.stack) if plan.contained and ".".join(one.table) == wanted]
+    return [*of_recipe(plan.recipe), *of_stack(plan.stack), *images]
+
+
+def require_none(plan: Plan) -> None:
     """Refuse to build while a digest is missing.
 
     Raises:
         ConfigError: one is; names the address, the hosts, the command that fills it in and the setting for a mirror.
     """
-    found = [*of_recipe(recipe), *of_stack(stack)]
+    recipe, stack, found = plan.recipe, plan.stack, of_plan(plan)
     if not found:
         return
     prefixes = sorted({f"{urlsplit(one.url).scheme}://{urlsplit(one.url).netloc}/" for one in found})
@@ -89,7 +113,7 @@ def fill(recipe: LoadedRecipe | None, stack: LoadedStack, settings: Settings, ti
         FetchError: a file cannot be had; names its address and the setting of a mirror.
     """
     done = []
-    found = [*(of_recipe(recipe) if recipe else ()), *of_stack(stack)]
+    found = [*(of_recipe(recipe) if recipe else ()), *of_stack(stack), *of_images(stack)]
     for number, gap in enumerate(found):
         tick(number, len(found), gap.url)
         sha256 = _digest(gap, stack, settings)
@@ -103,6 +127,11 @@ def _digest(gap: Gap, stack: LoadedStack, settings: Settings) -> str:
 
     if gap.table == ("files",):
         return unpinned.bring(gap.url, gap.what, settings)
+    if gap.number is None:
+        from builder.fetch import registry
+
+        image = stack.data.container[Arch(gap.table[-1])]
+        return registry.digest(image.name, image.tag, settings)
     from builder.fetch import own_index
 
     one = stack.data.environment.wheels[gap.number]
@@ -118,7 +147,7 @@ def write(gap: Gap, sha256: str) -> None:
     found: Any = document
     for name in gap.table:
         found = found[name]
-    body = found[gap.number].value.body
+    body = (found if gap.number is None else found[gap.number]).value.body
     for index, (key, value) in enumerate(body):
         if key is not None and key.key == "sha256_unknown":
             item = tomlkit.string(sha256)

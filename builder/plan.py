@@ -34,6 +34,16 @@ Inputs = dict[str, object]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Contained:
+    """What builds in a container."""
+
+    engine: str
+    "podman or docker; no byte depends on it."
+    cibuildwheel: str
+    "Its version."
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """A recipe against a stack, for a target, on a host."""
 
@@ -43,6 +53,9 @@ class Plan:
     target: Arch
     machine: Machine | None = None
     "This machine's own toolchain, in place of root, sandbox and locked compilers; `stack` then is the one derived from it."
+
+    contained: Contained | None = None
+    "cibuildwheel and the stack's image, in place of sandbox and locked compilers; root and environment judge what comes out."
 
     @cached_property
     def inputs(self) -> Inputs:
@@ -79,8 +92,16 @@ class Plan:
             "target": self.target.value,
             "wrappers": wrappers_digest(),
             "rewriters": {name: version(name) for name in REWRITERS},
-            **({"toolchain": self.machine.inputs()} if self.machine else {}),
+            **self._toolchain(),
         }
+
+    def _toolchain(self) -> Inputs:
+        """What compiles, where that is not the sandbox."""
+        if self.contained is not None:
+            image = self.stack.data.container[self.target]
+            own = {"kind": "container", "image": image.reference, "cuda": image.cuda}
+            return {"toolchain": {**own, "cibuildwheel": self.contained.cibuildwheel}}
+        return {"toolchain": self.machine.inputs()} if self.machine else {}
 
     def _ground(self, *, cuda: bool) -> Inputs:
         """Digests of what the build stands on."""
@@ -106,7 +127,7 @@ class Plan:
         """The command that builds this."""
         said = f"builder build {self.recipe.key} --stack {self.stack.data.name.removesuffix(SUFFIX)}"
         if self.machine is None:
-            return f"{said} --target {self.target.value}"
+            return f"{said} --target {self.target.value}" + (" --toolchain container" if self.contained else "")
         own = self.machine.wanted.environment
         return f"{said} --toolchain host" + (f" --environment {own}" if own else "")
 
@@ -142,18 +163,25 @@ def id_of(inputs: Mapping[str, object]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def make(recipe: LoadedRecipe, stack: LoadedStack, host: Arch, target: Arch) -> Plan:
+def make(recipe: LoadedRecipe, stack: LoadedStack, host: Arch, target: Arch, contained: Contained | None = None) -> Plan:
     """The plan of a build.
 
     Raises:
-        ConfigError: the stack has no such target, or this host cannot build for it.
+        ConfigError: the stack has no such target, this host cannot build for it, or the stack names no image to build in.
     """
     if target not in stack.data.glibc:
         known = ", ".join(arch.value for arch in stack.data.glibc)
         raise ConfigError(f"stack {stack.data.name} has no target {target.value}", remedy=f"targets: {known}")
     if host is Arch.AARCH64 and target is Arch.X86_64:
         raise ConfigError("an aarch64 host builds for aarch64 alone", remedy="build x86_64 wheels on an x86_64 machine")
-    return Plan(recipe=recipe, stack=stack, host=host, target=target)
+    image = stack.data.container.get(target)
+    if contained is not None and (image is None or (recipe.data.build.cuda and image.cuda is None)):
+        lacks = "names no container image" if image is None else "names no CUDA in its container image"
+        raise ConfigError(
+            f"stack {stack.data.name} {lacks} for {target.value}",
+            remedy=f"complete [container.{target.value}] in its stack.toml, or leave --toolchain container out",
+        )
+    return Plan(recipe=recipe, stack=stack, host=host, target=target, contained=contained)
 
 
 def make_here(recipe: LoadedRecipe, machine: Machine) -> Plan:

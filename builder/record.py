@@ -113,7 +113,9 @@ class Record(Part):
     version: str
     stack: str
     inputs: dict[str, object] = Field(description="Deterministic; also in the wheel's .dist-info/gracefarm.json")
-    toolchain: Literal["sandbox", "host"] = Field(default="sandbox", description="Where compilers and Python came from")
+    toolchain: Literal["sandbox", "host", "container"] = Field(
+        default="sandbox", description="Where compilers and Python came from"
+    )
     outcome: Literal["built", "failed"]
     failure: Failure | None = None
     wheel: WheelFile | None = None

@@ -109,6 +109,23 @@ class Toolchain(Table):
     gcc: int = Field(description="Major version of Debian's gcc in the root")
 
 
+class Image(Table):
+    """A container image that is laid out as manylinux is, for `--toolchain container`."""
+
+    name: str = Field(description="With its registry, as quay.io/pypa/manylinux_2_28_aarch64")
+    tag: str = Field(description="What `builder lock` reads the digest of; a build goes by the digest alone")
+    sha256: Sha256 | None = Field(default=None, description="Of the manifest")
+    sha256_unknown: str | None = Field(default=None, description="Why there is no digest yet; `builder lock` fills it in")
+    cuda: str | None = Field(default=None, description="CUDA's folder in the image; None: it has none")
+
+    _one_digest = model_validator(mode="after")(one_digest)
+
+    @property
+    def reference(self) -> str:
+        """By digest, or, while that is not known, by its tag: of which no build comes."""
+        return f"{self.name}@sha256:{self.sha256}" if self.sha256 else f"{self.name}:{self.tag}"
+
+
 class RootSpec(Table):
     """The Debian suite and packages of the root file system."""
 
@@ -138,6 +155,7 @@ class Stack(Table):
     environment: Environment
     toolchain: Toolchain
     root: RootSpec
+    container: dict[Arch, Image] = Field(default_factory=dict, description="Image per target for builds in a container")
     objects_only: bool = Field(
         default=False, description="Has headers to compile with and nothing to load: never published, never part of a set"
     )

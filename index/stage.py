@@ -143,7 +143,8 @@ def find(catalogue: Catalogue, name: str) -> Set:
 
 
 def _count(catalogue: Catalogue, name: str) -> int:
-    return len(catalogue.rows("SELECT DISTINCT project, version FROM pin WHERE set_name = ?", (name,)))
+    row = catalogue.row("SELECT count(*) AS pins FROM pin WHERE set_name = ?", (name,))
+    return int(row["pins"]) if row is not None else 0
 
 
 def _unfulfilled(catalogue: Catalogue, name: str) -> list[str]:
@@ -157,12 +158,11 @@ def _unfulfilled(catalogue: Catalogue, name: str) -> list[str]:
         )
     }
     pins = catalogue.rows("SELECT * FROM pin WHERE set_name = ? ORDER BY project, version", (name,))
-    lacking = [
+    return [
         f"{row['project']}=={row['version']} of its lock"
         for row in pins
         if not row["done"] or live.isdisjoint(row["sha256"].split())
     ]
-    return list(dict.fromkeys(lacking))  # several locks may name it
 
 
 def all_sets(catalogue: Catalogue) -> list[Set]:

@@ -17,7 +17,22 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from builder import clean as cleaning
-from builder import compile, environment, gaps, hosted, meter, record, root, sandbox, schema, smoke, stack, toolkit, units
+from builder import (
+    compile,
+    container,
+    environment,
+    gaps,
+    hosted,
+    meter,
+    record,
+    root,
+    sandbox,
+    schema,
+    smoke,
+    stack,
+    toolkit,
+    units,
+)
 from builder import plan as planning
 from builder import recipe as recipes
 from builder.cli.aim import plan_of, target_here, toolchained, wanted
@@ -28,7 +43,7 @@ from builder.cli.sets import set_ as set_command
 from builder.cli.verify import verify as verify_command
 from builder.cli.why import why as why_command
 from builder.machine import Wanted, find
-from builder.plan import Plan
+from builder.plan import Contained, Plan
 from builder.stack import Arch
 from gracefarm import console as consoles
 from gracefarm import settings as settings_module
@@ -112,6 +127,7 @@ def build(
     builder build --changed --publish http://127.0.0.1:8080/legacy/
     builder build causal_conv1d --toolchain host
     builder build causal_conv1d --toolchain host --environment /usr/bin/python3 --cuda /usr/local/cuda
+    builder build flash_attn --toolchain container
     """
     settings, console = settings_module.load(), Console(as_json=as_json)
     if bool(names) == changed:
@@ -179,7 +195,7 @@ def _has_target(name: str, stack_name: str | None, target: str, settings: Settin
 def _complete(one: Plan, console: Console) -> bool:
     """Every digest is known; a night does not fail for a recipe that waits for one."""
     try:
-        gaps.require_none(one.recipe, one.stack)
+        gaps.require_none(one)
     except ConfigError as error:
         console.warn(f"left out: {error.cause} (`{error.repeat}`)")
         return False
@@ -261,19 +277,21 @@ def plan(
     on = wanted(toolchain, own, python, cuda)
     made = plan_of(name, stack_name, target_here(context, target, on), settings, on)
     found = record.existing(made, settings)
-    missing = [*gaps.of_recipe(made.recipe), *gaps.of_stack(made.stack)]
+    missing = gaps.of_plan(made)
+    work = record.folder(settings, made.build_id) / "work"
+    command = container.command(made, work) if made.contained else compile.command(made)
     value = {
         "build_id": made.build_id,
         "title": made.title,
         "inputs": made.inputs,
         "steps": planning.STEPS,
-        "command": compile.command(made),
+        "command": command,
         "gaps": [{"what": one.what, "url": one.url, "reason": one.reason} for one in missing],
         "exists": found is not None,
         "wheel": str(record.wheel_path(settings, found)) if found else None,
     }
     text = f"{made.title}\nbuild id  {made.build_id}\n\n{json.dumps(made.inputs, indent=2)}\n\n"
-    text += f"steps     {' > '.join(planning.STEPS)}\ncommand   {' '.join(compile.command(made))}\n"
+    text += f"steps     {' > '.join(planning.STEPS)}\ncommand   {' '.join(command)}\n"
     text += "".join(f"no digest {one.what}  {one.url}: {one.reason}\n" for one in missing)
     console.result(value, text + (f"exists    {value['wheel']}" if found else "exists    no; `builder build` makes it"))
 
@@ -362,10 +380,11 @@ def shell(name: str) -> None:
     settings, console = settings_module.load(), Console()
     last = record.latest(settings, recipes.load(settings.project / "recipes", name).key)
     folder = record.folder(settings, last.build_id) / "work"
-    if last.toolchain == "host":
-        raise ConfigError(
-            f"the last build of {name} had this machine's own tools and no sandbox", remedy=f"look around in {folder}"
+    if last.toolchain != "sandbox":
+        where = (
+            "had this machine's own tools and no sandbox" if last.toolchain == "host" else "ran in a container, which is gone"
         )
+        raise ConfigError(f"the last build of {name} {where}", remedy=f"look around in {folder}")
     made = plan_of(name, last.stack, str(last.inputs["target"]), settings)
     if made.build_id != last.build_id:
         console.warn(f"changed since that build (`builder why {name}`): files are that build's, tools and variables today's")
@@ -492,13 +511,13 @@ def smoke_(
     )
 
 
-def _bed(wheel: Path, stack_name: str, on: Wanted | None, settings: Settings) -> tuple[smoke.Bed, tuple[str, ...]]:
+def _bed(wheel: Path, stack_name: str, on: Wanted | Contained | None, settings: Settings) -> tuple[smoke.Bed, tuple[str, ...]]:
     """Where a wheel is tried, and the architectures that it must have."""
     from builder import audit as gates
 
     loaded, target = stack.load(settings.project / "stacks", stack_name), gates.target_of(wheel)
     host = stack.host_arch()
-    if on is not None:
+    if isinstance(on, Wanted):
         machine = find(loaded, on, cuda=False)
         site = hosted.ensure(machine, settings)
         return smoke.Bed(environment=site, root=Path("/"), machine=machine, emulated=host is not target), loaded.data.sm

@@ -7,10 +7,10 @@ from typing import Any
 
 import click
 
+from builder import container, recipe, stack
 from builder import plan as planning
-from builder import recipe, stack
 from builder.machine import Wanted, find
-from builder.plan import Plan
+from builder.plan import Contained, Plan
 from builder.stack import Arch
 from gracefarm.errors import UsageError
 from gracefarm.settings import Settings
@@ -25,10 +25,11 @@ def toolchained(function: Function) -> Function:
     options = (
         click.option(
             "--toolchain",
-            type=click.Choice(["sandbox", "host"]),
+            type=click.Choice(["sandbox", "host", "container"]),
             default="sandbox",
             show_default=True,
-            help="The stack's locked compilers in a sandbox, or this machine's own gcc and CUDA in a clean environment.",
+            help="The stack's locked compilers in a sandbox, this machine's own gcc and CUDA in a clean environment, or "
+            "cibuildwheel in the stack's container image.",
         ),
         click.option(
             "--environment",
@@ -44,38 +45,38 @@ def toolchained(function: Function) -> Function:
     return function
 
 
-def wanted(toolchain: str, own: Path | None, python: Path | None, cuda: Path | None) -> Wanted | None:
-    """What is wanted of this machine; None: a sandbox.
+def wanted(toolchain: str, own: Path | None, python: Path | None, cuda: Path | None) -> Wanted | Contained | None:
+    """What is wanted of this machine, or a container; None: a sandbox.
 
     Raises:
         UsageError: options that do not go together.
     """
-    if toolchain == "sandbox":
+    if toolchain != "host":
         for name, value in (("--environment", own), ("--python", python), ("--cuda", cuda)):
             if value is not None:
                 raise UsageError(f"{name} is about this machine's tools", remedy=f"say --toolchain host {name} {value}")
-        return None
+        return container.find() if toolchain == "container" else None
     if own is not None and python is not None:
         raise UsageError("--environment names a Python already", remedy="leave --python out")
     return Wanted(environment=own, python=python, cuda=cuda)
 
 
-def plan_of(name: str, stack_name: str | None, target: str, settings: Settings, on: Wanted | None = None) -> Plan:
+def plan_of(name: str, stack_name: str | None, target: str, settings: Settings, on: Wanted | Contained | None = None) -> Plan:
     """The plan that a command line means."""
     loaded = recipe.load(settings.project / "recipes", name)
     base = stack.load(settings.project / "stacks", stack_name or loaded.data.stack)
-    if on is None:
-        return planning.make(loaded, base, stack.host_arch(), Arch(target))
+    if not isinstance(on, Wanted):
+        return planning.make(loaded, base, stack.host_arch(), Arch(target), on)
     return planning.make_here(loaded, find(base, on, cuda=loaded.data.build.cuda))
 
 
-def target_here(context: click.Context, target: str, on: Wanted | None) -> str:
+def target_here(context: click.Context, target: str, on: Wanted | Contained | None) -> str:
     """The target of a host build is this machine; another one asked for is an error, the default is not.
 
     Raises:
         UsageError: another one was asked for.
     """
-    if on is None:
+    if not isinstance(on, Wanted):
         return target
     here = stack.host_arch().value
     asked = context.get_parameter_source("target") is click.core.ParameterSource.COMMANDLINE

@@ -209,6 +209,7 @@ STACK_EXEMPT = {
     "toolchain.debian.suite": "where packages are found; toolchain.lock says what they are",
     "toolchain.debian.component": "how the lock is made",
     "toolchain.debian.packages": "how the lock is made; one that it lacks is refused",
+    "container": "the sandbox reads none of it; what counts in a container is a test of its own",
     "root.suite": "where packages are found; root.lock says what they are",
     "root.hosts": "how the lock is made; a pair that it lacks is refused",
     "root.host": "how the lock is made; a package that it lacks is refused",
@@ -292,6 +293,8 @@ def whole(project: Path) -> tuple[LoadedRecipe, LoadedStack]:
     own = table["environment"]["wheels"][0] | {"sha256": SHA, "sha256_unknown": None}
     table["environment"]["wheels"] = [own, own | {"name": "gap", "sha256": None, "sha256_unknown": "out of reach"}]
     table["environment"]["left_out"] = ["nothing"]
+    image = table["container"]["aarch64"]
+    table["container"] = {"aarch64": image | {"sha256": SHA, "sha256_unknown": None}, "x86_64": image}
     table["toolchain"]["path"] = ["cmake/bin"]
     folder = project / "recipes" / "thing"
     return (
@@ -359,3 +362,21 @@ def test_each_field_of_a_stack_changes_the_id_unless_it_is_listed_as_exempt(whol
         except ConfigError:
             continue  # refused: the locks do not have it
         assert differs is not exempt(path, STACK_EXEMPT), field(path)
+
+
+def test_in_a_container_the_image_by_digest_its_cuda_and_cibuildwheel_change_the_id_and_the_engine_does_not(
+    whole: tuple[LoadedRecipe, LoadedStack],
+) -> None:
+    one, base = whole
+
+    def contained(base: LoadedStack, engine: str = "podman", cibuildwheel: str = "4.3.5") -> str:
+        on = plan.Contained(engine=engine, cibuildwheel=cibuildwheel)
+        return plan.make(one, base, Arch.X86_64, Arch.AARCH64, on).build_id
+
+    before = contained(base)
+    assert before not in (id_of(one, base), contained(base, cibuildwheel="4.4"))
+    assert contained(base, engine="docker") == before
+    table = base.data.model_dump(mode="json")
+    for name, counts in (("name", True), ("sha256", True), ("cuda", True), ("tag", False)):
+        after = changed(table, ("container", "aarch64", name))
+        assert (contained(replaced(base, data=Stack.model_validate(after))) != before) is counts, name

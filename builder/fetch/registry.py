@@ -1,0 +1,54 @@
+"""The digest of a container image's tag, from its registry (OCI distribution specification)."""
+
+from __future__ import annotations
+
+import re
+from urllib.parse import urlencode
+
+import httpx
+
+from builder.fetch.transfer import mirror_remedy
+from gracefarm.errors import FetchError
+from gracefarm.settings import Settings
+
+_MANIFESTS = (
+    "application/vnd.oci.image.index.v1+json, application/vnd.docker.distribution.manifest.list.v2+json, "
+    "application/vnd.oci.image.manifest.v1+json, application/vnd.docker.distribution.manifest.v2+json"
+)
+_HUB = {"docker.io": "registry-1.docker.io"}
+"Docker's hub serves from another host than the one that names begin with."
+
+
+def digest(name: str, tag: str, settings: Settings) -> str:
+    """Hex sha256 of the manifest (or index of manifests) that `tag` leads to now; anonymous, as for public images.
+
+    Raises:
+        FetchError: the registry does not answer, or has no such tag.
+    """
+    host, _, repository = name.partition("/")
+    plain = f"https://{_HUB.get(host, host)}/v2/{repository}/manifests/{tag}"
+    url = settings.redirect(plain)
+    try:
+        with httpx.Client(timeout=30, follow_redirects=True, headers={"Accept": _MANIFESTS}) as client:
+            answer = client.head(url)
+            if answer.status_code == httpx.codes.UNAUTHORIZED:
+                answer = client.head(url, headers=_token(client, answer.headers.get("www-authenticate", "")))
+            answer.raise_for_status()
+    except httpx.HTTPError as error:
+        raise FetchError(f"the digest of {name}:{tag} cannot be read: {error}", remedy=mirror_remedy(plain)) from error
+    found = re.fullmatch(r"sha256:([0-9a-f]{64})", answer.headers.get("docker-content-digest", ""))
+    if found is None:
+        raise FetchError(f"{url} says no digest", remedy="write it into stack.toml by hand")
+    return found[1]
+
+
+def _token(client: httpx.Client, challenge: str) -> dict[str, str]:
+    """An anonymous token, as the challenge says where."""
+    said = dict(re.findall(r'(\w+)="([^"]*)"', challenge))
+    if "realm" not in said:
+        return {}
+    asked = {key: value for key, value in said.items() if key in ("service", "scope")}
+    answer = client.get(f"{said['realm']}?{urlencode(asked)}")
+    answer.raise_for_status()
+    body = answer.json()
+    return {"Authorization": f"Bearer {body.get('token') or body.get('access_token')}"}
