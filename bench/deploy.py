@@ -31,7 +31,7 @@ FAN = 50
 COMMAND = "sleep 1; uname -r"
 UP_NODES, UP_BOUND = 10, 5.0
 FILES, NODES = 191, 4
-SIZE, RATE = 400_000, 500_000
+SIZE, RATE = 400_000, 400_000
 "Bytes of a file; bytes per second of a node."
 
 

@@ -6,6 +6,7 @@ nvcc promises no equal bytes for equal input; everything else here does.
 from __future__ import annotations
 
 import io
+import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -32,6 +33,8 @@ SHARED = ("roots", "environments", "toolchains", "cuda", "wrappers", "store", "g
 DEVICE_SECTIONS = (".nv_fatbin", "__nv_relfatbin", ".nvFatBinSegment", ".nv_module_id", "__nv_module_id")
 "Where nvcc puts cubins and PTX, and the id that it draws for each translation unit."
 DEVICE_FILES = (".cubin", ".fatbin", ".ptx")
+NVCC_NAMES = re.compile(rb"tmpxft_[0-9a-f]{8}_[0-9a-f]{8}")
+"Names of nvcc's temporary files, which hold its process id and stay in the object's table of symbols."
 DERIVED_SECTIONS = (".note.gnu.build-id", ".gnu_debuglink")
 "Hashes of the object's own content: they differ because something else does."
 
@@ -127,8 +130,15 @@ def _sections(name: str, one: _Object, other: _Object) -> Iterator[Difference]:
     if one.header != other.header:
         yield Difference(file=name, where="ELF header")
     for section in dict.fromkeys([*one.sections, *other.sections]):
-        if one.sections.get(section) != other.sections.get(section):
-            yield Difference(file=name, where=section, device=section in DEVICE_SECTIONS)
+        first, second = one.sections.get(section), other.sections.get(section)
+        if first != second:
+            by_name = first is not None and second is not None and _unnamed(first) == _unnamed(second)
+            where = f"{section}: names of nvcc's temporary files" if by_name else section
+            yield Difference(file=name, where=where, device=by_name or section in DEVICE_SECTIONS)
+
+
+def _unnamed(section: bytes) -> bytes:
+    return NVCC_NAMES.sub(b"tmpxft", section)
 
 
 def _object(content: bytes) -> _Object | None:

@@ -27,7 +27,7 @@ from deploy.redact import Redactor
 from deploy.ssh import Fleet
 from deploy.state import State
 from deploy.state import read as read_state
-from deploy.status import Status, Watch
+from deploy.status import NodeStatus, Status, Watch
 from deploy.worker import Json, Target, call, try_all
 from gracefarm.errors import GracefarmError
 
@@ -217,7 +217,7 @@ def findings(
             found += _worker(content, names, node, name)
     found += [Finding(rank=2, where=node, text=why, remedy="`deploy preflight`") for node, why in missing.items()]
     found += [
-        Finding(rank=2, where=one.name, text=f"Ray lost {one.name}", remedy=seen.service.remedy)
+        Finding(rank=2, where=one.name, text=_lost(one), remedy=seen.service.remedy)
         for one in seen.nodes
         if one.ray is False and one.name not in missing
     ]
@@ -227,6 +227,10 @@ def findings(
         if one.outcome == "failed"
     ]
     return tuple(sorted(found, key=lambda one: one.rank))
+
+
+def _lost(node: NodeStatus) -> str:
+    return f"Ray lost {node.name}: " + ("it runs there and is not heard" if node.raylet else "its raylet has ended")
 
 
 def _engine(log: bytes, names: Mapping[str, str], head: str, exited: bytes) -> list[Finding]:
@@ -318,7 +322,7 @@ def summary(seen: Status, found: Sequence[Finding], kept: State, missing: Mappin
     return "\n".join(parts) + "\n"
 
 
-def _row(one: status.NodeStatus) -> str:
+def _row(one: NodeStatus) -> str:
     reached = "yes" if not one.error else f"no: {one.error}"
     ray = {True: "alive", False: "lost", None: "runs" if one.raylet else "-"}[one.ray]
     gpus = ", ".join(f"{_mib(each.used_mib)}/{_mib(each.total_mib)}" for each in one.gpus) or one.gpu_error or "-"

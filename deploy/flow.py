@@ -32,6 +32,7 @@ from deploy.state import Keeper, Record, digest
 from deploy.steps import cache, engine, environment, preflight, ray, weights
 from deploy.steps.preflight_checks import Cell
 from deploy.targets import targets
+from deploy.weights import told
 from deploy.worker import Json, Target, call, joined, try_all
 from gracefarm.console import Console
 from gracefarm.errors import ConfigError, GracefarmError, HostError, NodeError, UsageError
@@ -396,20 +397,12 @@ async def _weights(work: Work, looks: Looks) -> bool:
         request = {"prefix": "-", "weights": made.folder, "count": False}
         seen = await call(work.nodes[0], "look.look", request)
         pinned = made.manifest
-        text = f"{spec.repo} at {pinned.commit[:12]}: {len(pinned.files)} files, {size(pinned.size)}"
-        now = f"{size(made.fetched)} brought now, by {len(work.nodes)} nodes" if made.fetched else ""
+        text = f"{spec.repo} at {pinned.commit[:12]}: {len(pinned.files)} files, {told(pinned.size)}"
+        now = f"{told(made.fetched)} brought now, by {len(work.nodes)} nodes" if made.fetched else ""
         manifest = (seen["weights"] or {}).get("manifest")
         return Done(text=text, now=now, data={"folder": made.folder, "commit": pinned.commit, "manifest": manifest})
 
     return await perform(work, "weights", inputs, check, apply)
-
-
-def size(count: int) -> str:
-    """Bytes for people, as hubs and disks count them."""
-    for unit, name in ((10**9, "GB"), (10**6, "MB")):
-        if count >= unit:
-            return f"{count / unit:.1f} {name}"
-    return f"{count} bytes"
 
 
 async def _download(work: Work, looks: Looks) -> bool:

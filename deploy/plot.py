@@ -9,8 +9,8 @@ from html import escape
 
 from deploy.bench import Report
 
-WIDTH, HEIGHT = 960, 330
-PANEL, LEFT, TOP, BOTTOM, GAP = 250, 54, 74, 48, 60
+WIDTH, HEIGHT = 960, 350
+PANEL, LEFT, TOP, BOTTOM, GAP = 250, 54, 100, 48, 60
 STYLE = """
 text{font:12px system-ui,sans-serif;fill:#374151}.title{font-size:15px;font-weight:600;fill:#111827}.head{font-weight:600}
 .small{font-size:11px}.grid{stroke:#e5e7eb}.a{stroke:#2563eb;fill:#2563eb}.b{stroke:#d97706;fill:#d97706}
@@ -69,7 +69,7 @@ def svg(report: Report) -> str:
 def _panel(left: float, head: str, names: Sequence[str], lines: Sequence[Line]) -> str:
     top, bottom = TOP, HEIGHT - BOTTOM
     highest = ceiling(max((value for line in lines for value in line.values if value), default=1.0))
-    parts = [f'<text class="head" x="{left}" y="{top - 12}">{escape(head)}</text>']
+    parts = [f'<text class="head" x="{left}" y="{top - 32}">{escape(head)}</text>']
     for step in range(5):
         y = bottom - (bottom - top) * step / 4
         parts.append(f'<path class="grid" d="M{left} {y:.1f}h{PANEL}"/>')
@@ -87,9 +87,9 @@ def _panel(left: float, head: str, names: Sequence[str], lines: Sequence[Line]) 
         dash = " dash" if line.dashed else ""
         parts.append(f'<path class="line {line.css}{dash}" d="M{" L".join(f"{x:.1f} {y:.1f}" for x, y in at)}"/>')
         parts += [f'<circle class="{line.css}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>' for x, y in at]
-        y = top + 10 + 16 * index
-        parts.append(f'<path class="line {line.css}{dash}" d="M{left + 8} {y - 4}h18"/>')
-        parts.append(f'<text class="small" x="{left + 32}" y="{y}">{escape(line.label)}</text>')
+        x, y = left + 110 * index, top - 12
+        parts.append(f'<path class="line {line.css}{dash}" d="M{x} {y - 4}h18"/>')
+        parts.append(f'<text class="small" x="{x + 24}" y="{y}">{escape(line.label)}</text>')
     return "".join(parts)
 
 

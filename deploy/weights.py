@@ -119,3 +119,11 @@ def _after(stager: str, nodes: Sequence[str], path: str) -> str:
     if stager not in nodes:
         return nodes[len(path) % len(nodes)]
     return nodes[(nodes.index(stager) + 1) % len(nodes)]
+
+
+def told(count: int) -> str:
+    """Bytes for people, as hubs and disks count them."""
+    for unit, name in ((10**9, "GB"), (10**6, "MB")):
+        if count >= unit:
+            return f"{count / unit:.1f} {name}"
+    return f"{count} bytes"

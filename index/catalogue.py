@@ -19,16 +19,17 @@ from pathlib import Path
 from gracefarm.errors import ConfigError
 from index.errors import StoreFullError
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 _PIN = """CREATE TABLE pin (
     set_name TEXT NOT NULL REFERENCES release_set (name),
+    lock TEXT NOT NULL,
     project TEXT NOT NULL,
     version TEXT NOT NULL,
     sha256 TEXT NOT NULL,
     link INTEGER NOT NULL DEFAULT 0,
     done INTEGER NOT NULL DEFAULT 0,
-    PRIMARY KEY (set_name, project, version)
+    PRIMARY KEY (set_name, lock, project, version)
 ) WITHOUT ROWID;
 """
 
@@ -46,9 +47,9 @@ _UPGRADES = {
         "UPDATE record SET project = lower(replace(replace(recipe, '_', '-'), '.', '-'))",
         "ALTER TABLE mirrored ADD COLUMN lost INTEGER NOT NULL DEFAULT 0",
         "ALTER TABLE mirrored ADD COLUMN withdrawn TEXT",
-        _PIN,
         _PUBLIC_RECORD,
     ),
+    4: ("DROP TABLE IF EXISTS pin", _PIN),  # 3 had one for an hour, which knew one lock for each set
 }
 "What brings a catalogue of the version before to this one."
 

@@ -433,6 +433,7 @@ def mirror_command(context: Context, lock: Path, set_name: str, link: bool) -> N
             catalogue,
             context.actor,
             set_name,
+            lock.name,
             pins,
             index_url=settings.load().index_url,
             link=link,

@@ -67,6 +67,7 @@ def mirror(
     catalogue: Catalogue,
     actor: str,
     set_name: str,
+    lock_name: str,
     pins: list[Pin],
     *,
     index_url: str | None,
@@ -81,7 +82,7 @@ def mirror(
         UsageError: the set is published, with another lock.
         StoreFullError: no space.
     """
-    _begin(catalogue, actor, set_name, pins, link=link)
+    _begin(catalogue, actor, set_name, lock_name, pins, link=link)
     done: list[Mirrored] = []
     # Requests' own user agent would hide who asks.
     with PyPISimple(index_url or PYPI_SIMPLE_ENDPOINT) as upstream, httpx.Client(follow_redirects=True, timeout=60) as client:
@@ -95,25 +96,26 @@ def mirror(
     return done
 
 
-def _begin(catalogue: Catalogue, actor: str, set_name: str, pins: list[Pin], *, link: bool) -> None:
-    """Make this lock the set's, before its first file: until each pin is fulfilled, the set is not published.
+def _begin(catalogue: Catalogue, actor: str, set_name: str, lock_name: str, pins: list[Pin], *, link: bool) -> None:
+    """Make this lock one of the set's, before its first file: until each pin is fulfilled, the set is not published.
 
-    What an earlier lock brought and this one does not name leaves the set.
+    A set may have several locks, one for each index that its wheels come from; they are told apart by their files' names.
+    A lock takes the place of the one of its name, and what that one brought and no lock of the set names leaves.
 
     Raises:
         UsageError: the set is published (with another lock; the same one may be mirrored again to mend what was lost).
     """
     with catalogue.change(actor) as change:
-        old = {
-            (row["project"], row["version"], row["sha256"], bool(row["link"])): bool(row["done"])
-            for row in change.execute("SELECT * FROM pin WHERE set_name = ?", (set_name,))
-        }
+        rows = change.execute("SELECT * FROM pin WHERE set_name = ?", (set_name,)).fetchall()
+        known = {_key(row): bool(row["done"]) for row in rows}
+        old = {_key(row) for row in rows if row["lock"] == lock_name}
         new = {(pin.name, pin.version, " ".join(sorted(pin.sha256)), link) for pin in pins}
         state = change.execute("SELECT state FROM release_set WHERE name = ?", (set_name,)).fetchone()
-        if old.keys() == new and state is not None and state["state"] == "published":
+        if old == new and state is not None and state["state"] == "published":
             return
         stage.check_staged(change, set_name)
-        wanted = {digest for pin in pins for digest in pin.sha256}
+        others = {digest for row in rows if row["lock"] != lock_name for digest in row["sha256"].split()}
+        wanted = {digest for pin in pins for digest in pin.sha256} | others
         brought = {digest for _, _, digests, _ in old for digest in digests.split()}
         for row in change.execute("SELECT filename, sha256 FROM mirrored WHERE set_name = ?", (set_name,)).fetchall():
             if row["sha256"] not in wanted:
@@ -123,13 +125,17 @@ def _begin(catalogue: Catalogue, actor: str, set_name: str, pins: list[Pin], *, 
                 "DELETE FROM member WHERE set_name = ? AND file_id IN (SELECT id FROM file WHERE sha256 = ? AND hidden = 0)",
                 (set_name, digest),
             )
-        change.execute("DELETE FROM pin WHERE set_name = ?", (set_name,))
+        change.execute("DELETE FROM pin WHERE set_name = ? AND lock = ?", (set_name, lock_name))
         for key in new:
             change.execute(
-                "INSERT OR REPLACE INTO pin (set_name, project, version, sha256, link, done) VALUES (?,?,?,?,?,?)",
-                (set_name, *key, old.get(key, False)),
+                "INSERT OR REPLACE INTO pin (set_name, lock, project, version, sha256, link, done) VALUES (?,?,?,?,?,?,?)",
+                (set_name, lock_name, *key, known.get(key, False)),
             )
-        change.note("set.lock", set_name, pins=len(pins))
+        change.note("set.lock", set_name, lock=lock_name, pins=len(pins))
+
+
+def _key(row: sqlite3.Row) -> tuple[str, str, str, bool]:
+    return row["project"], row["version"], row["sha256"], bool(row["link"])
 
 
 def _finish(change: Change, set_name: str, pin: Pin) -> None:
@@ -155,7 +161,8 @@ def _ours(catalogue: Catalogue, actor: str, set_name: str, pin: Pin) -> list[Mir
 
 def _is_done(catalogue: Catalogue, set_name: str, pin: Pin) -> bool:
     row = catalogue.row(
-        "SELECT done FROM pin WHERE set_name = ? AND project = ? AND version = ?", (set_name, pin.name, pin.version)
+        "SELECT min(done) AS done FROM pin WHERE set_name = ? AND project = ? AND version = ?",
+        (set_name, pin.name, pin.version),
     )
     return row is not None and bool(row["done"])
 

@@ -143,8 +143,7 @@ def find(catalogue: Catalogue, name: str) -> Set:
 
 
 def _count(catalogue: Catalogue, name: str) -> int:
-    row = catalogue.row("SELECT count(*) AS pins FROM pin WHERE set_name = ?", (name,))
-    return int(row["pins"]) if row is not None else 0
+    return len(catalogue.rows("SELECT DISTINCT project, version FROM pin WHERE set_name = ?", (name,)))
 
 
 def _unfulfilled(catalogue: Catalogue, name: str) -> list[str]:
@@ -158,11 +157,12 @@ def _unfulfilled(catalogue: Catalogue, name: str) -> list[str]:
         )
     }
     pins = catalogue.rows("SELECT * FROM pin WHERE set_name = ? ORDER BY project, version", (name,))
-    return [
+    lacking = [
         f"{row['project']}=={row['version']} of its lock"
         for row in pins
         if not row["done"] or live.isdisjoint(row["sha256"].split())
     ]
+    return list(dict.fromkeys(lacking))  # several locks may name it
 
 
 def all_sets(catalogue: Catalogue) -> list[Set]:

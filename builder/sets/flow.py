@@ -95,7 +95,7 @@ def _build_all(plan: SetPlan, jobs: int | None, settings: Settings, console: Con
 
 def _build(plan: Plan, jobs: int | None, settings: Settings, console: Console) -> Record:
     found = record.existing(plan, settings)
-    if found is not None:
+    if found is not None and found.judged_by == plan.judged_by:
         console.step("done", f"{plan.title}: built already, build id {plan.build_id[:16]}")
         return found
     return builds.build(plan, Options(jobs=jobs), settings, console)

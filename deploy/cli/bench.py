@@ -325,7 +325,8 @@ def _table(report: Report) -> None:
     measured = report.levels[0]
     if measured.concurrency == 1 and measured.predicted_tokens_per_s and measured.tokens_per_s:
         off = 100 * (measured.predicted_tokens_per_s / measured.tokens_per_s - 1)
-        out.print(f"[dim]one stream: predicted {measured.predicted_tokens_per_s:.1f}, {off:+.0f} % of what was measured[/]")
+        words = f"{abs(off):.0f} % {'more' if off > 0 else 'less'} than measured"
+        out.print(f"[dim]one stream: predicted {measured.predicted_tokens_per_s:.1f}, {words}[/]")
 
 
 def _number(value: float | None, form: str) -> str:

@@ -30,7 +30,7 @@ from deploy.ssh import JobStatus, fleet
 from deploy.status import SERVING, WAITING, NodeStatus, Service, Status
 from deploy.targets import targets
 from deploy.top import Moment
-from gracefarm.errors import ExitCode, GracefarmError, SeveralError
+from gracefarm.errors import EngineError, ExitCode, GracefarmError, SeveralError
 
 _COLOUR = {"READY": "bold green", "BUSY": "green", "LOADING": "cyan", "PLANNED": "dim", "STOPPED": "dim", "DEGRADED": "yellow"}
 _BAD = "bold red"
@@ -183,11 +183,17 @@ def top(context: Context, every: float, canary_every: float, count: int | None) 
 
 
 async def _live(moments: AsyncIterator[Moment]) -> None:
-    with Live(console=RichConsole(highlight=False), auto_refresh=False, screen=True) as live:
-        async for moment in moments:
-            live.update(
-                Group(render(moment.status, moment), "", "[dim]Ctrl-C ends this view, and nothing else[/]"), refresh=True
-            )
+    """On the whole terminal; what was seen last stays when it ends."""
+    last: Moment | None = None
+    try:
+        with Live(console=RichConsole(highlight=False), auto_refresh=False, screen=True) as live:
+            async for moment in moments:
+                last = moment
+                end = "[dim]Ctrl-C ends this view, and nothing else[/]"
+                live.update(Group(render(moment.status, moment), "", end), refresh=True)
+    finally:
+        if last:
+            _out().print(render(last.status, last))
 
 
 # logs
@@ -225,11 +231,12 @@ def logs(context: Context, names: tuple[str, ...], words: tuple[str, ...], follo
             if ray:
                 facts = facts_of.load(deployment)
                 tasks += [
-                    asyncio.create_task(_count(logging.ray(deployment, facts, one, wish, show.line, show.cut)))
+                    asyncio.create_task(_ray(logging.ray(deployment, facts, one, wish, show.line, show.cut), one.name, show))
                     for one in targets(made, facts, nodes)
                 ]
             if engine:
-                tasks.append(asyncio.create_task(_engine(logging.engine(made, deployment.head, wish, show.line), show)))
+                reading = logging.engine(made, deployment.head, wish, show.line)
+                tasks.append(asyncio.create_task(_engine(reading, show, alone=not ray)))
             await _all(tasks)
 
     with suppress(KeyboardInterrupt):
@@ -260,12 +267,20 @@ class _Shower:
         self.context.console.warn(f"{node}: {error.cause}; trying again")
 
 
-async def _count(reading: Awaitable[int]) -> None:
-    await reading
+async def _ray(reading: Awaitable[int], name: str, show: _Shower) -> None:
+    if not await reading:
+        show.context.console.warn(f"{name}: Ray has written no log there")
 
 
-async def _engine(reading: Awaitable[JobStatus], show: _Shower) -> None:
-    status = await reading
+async def _engine(reading: Awaitable[JobStatus], show: _Shower, *, alone: bool) -> None:
+    """`alone`: nothing else was asked for, so that no engine is an error."""
+    try:
+        status = await reading
+    except EngineError as error:
+        if alone:
+            raise
+        show.context.console.warn(error.cause)
+        return
     if status.state != "running":
         code = f" with {status.returncode}" if status.returncode is not None else ""
         show.context.console.event("ended", f"the engine has ended ({status.state}{code})")

@@ -142,10 +142,13 @@ class RigNode:
         self._must(["kill", f"-{signal}", str(pid)])
 
     def kill_matching(self, word: str, signal: str = "KILL") -> list[int]:
-        """A signal to every process of the node with `word` in its argument list; their numbers."""
+        """A signal to every process of the node with `word` in its argument list; their numbers. KILL: they are gone then."""
         hit = [one["pid"] for one in self.processes() if any(word in part for part in one["argv"]) and one["pid"] != 1]
         for pid in hit:
             self.execute(["kill", f"-{signal}", str(pid)])
+        deadline = time.monotonic() + 5
+        while signal == "KILL" and {one["pid"] for one in self.processes()} & set(hit) and time.monotonic() < deadline:
+            time.sleep(0.02)
         return hit
 
     def _must(self, argv: list[str]) -> str:
@@ -274,9 +277,9 @@ class Rig:
         for one in nodes:
             log, boot = one.folder / "sshd.log", one.folder / "boot.log"
             while "Server listening" not in log.read_text():
-                said = boot.read_text() + log.read_text()
+                said = boot.read_text()  # what a command of node.sh had to complain of
                 if said.strip() or time.monotonic() > deadline:
-                    last = (said.strip().splitlines() or ["nothing is said"])[-1]
+                    last = ((said or log.read_text()).strip().splitlines() or ["nothing is said"])[-1]
                     raise HostError(f"{one.name} does not start: {last}", remedy=_REMEDY)
                 time.sleep(0.02)
 

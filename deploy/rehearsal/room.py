@@ -129,7 +129,8 @@ class Room:
             with suppress(OSError):
                 if os.readlink(folder / "ns/pid") == space:  # noqa: PTH115
                     found.append(_process(folder))
-        return {"processes": sorted(found, key=lambda one: one["pid"])}
+        # One that has ended and is not collected yet has no arguments any more.
+        return {"processes": sorted((one for one in found if one["argv"]), key=lambda one: one["pid"])}
 
     def first(self, name: str) -> int:
         """The node's first process, as this room's /proc numbers it; it is the only child of `unshare`."""

@@ -23,7 +23,7 @@ from deploy.rehearsal import lock as locks
 from deploy.rehearsal import standin
 from gracefarm.console import Console
 from gracefarm.errors import FetchError, GracefarmError, HostError
-from gracefarm.files import lock
+from gracefarm.files import lock, remove_tree
 
 SECONDS = 60
 "For a server of ours to listen."
@@ -57,7 +57,13 @@ def prepare(home: Path, console: Console) -> Source:
     name = f"rehearsal-{hashlib.sha256(every.encode()).hexdigest()[:12]}"
     found = Source(root=home / "rehearsal" / "index", set_name=name, lock=text)
     with lock(home / "rehearsal" / "index.lock", lambda: console.step("wait", "another rehearsal fills the index")):
-        if any(one["name"] == name and one["state"] == "published" for one in _index(found.root, "stage", "list")):
+        try:
+            sets = _index(found.root, "stage", "list")
+        except HostError as error:  # another version's catalogue, or a damaged one; there is nothing in it but a cache
+            console.step("wheels", f"{error.cause}: made anew")
+            remove_tree(found.root)
+            sets = []
+        if any(one["name"] == name and one["state"] == "published" for one in sets):
             return found
         console.step("wheels", f"{every.count('==')} wheels of Ray and huggingface_hub into our index, once")
         _upload(found.root, wheel)

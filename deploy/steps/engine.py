@@ -268,7 +268,7 @@ async def complete(local: int, key: str | None, seconds: float) -> Answer:
     except (TimeoutError, httpx.TimeoutException):
         return Answer(kind="timeout", text=f"no token within {seconds:g} s", seconds=seconds, model=model)
     except httpx.HTTPStatusError as error:
-        return Answer(kind="error", text=f"HTTP {error.response.status_code}: {error.response.text[:200]}")
+        return Answer(kind="error", text=f"HTTP {error.response.status_code}: {error.response.text[:200]}".rstrip(": "))
     except httpx.TransportError as error:
         return Answer(kind="refused", text=str(error) or type(error).__name__)
     except (ValueError, KeyError, IndexError, TypeError) as error:

@@ -79,7 +79,7 @@ async def up(targets: Sequence[Target], spec: Spec, console: Console) -> Outcome
     async with tokens(targets, spec.token) as files:
         pinned = await _manifest(targets[0], spec, files.get(targets[0].name))
         place = folder(spec, pinned.commit)
-        console.step("weights", f"{spec.repo} at {pinned.commit[:12]}: {len(pinned.files)} files, {pinned.size / 1e9:.1f} GB")
+        console.step("weights", f"{spec.repo} at {pinned.commit[:12]}: {len(pinned.files)} files, {weights.told(pinned.size)}")
         with console.progress("weights") as tick:
             run = _Run(spec=spec, manifest=pinned, place=place, tokens=files, console=console, tick=tick)
             return await run.go(list(targets))
@@ -160,7 +160,7 @@ class _Run:
         self._done = self.manifest.size - sum(sums)
         if sum(sums) and state["free"] < sum(sums) + min(ROOM, sum(sums)):
             raise DiskFullError(
-                f"{sum(sums) / 1e9:.1f} GB are missing, and the shared folder has {state['free'] / 1e9:.1f} GB free",
+                f"{weights.told(sum(sums))} are missing, and the shared folder has {weights.told(state['free'])} free",
                 remedy="free space there: `deploy env gc`, other models below weights/",
             )
 

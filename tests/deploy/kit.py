@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 import shutil
 import signal
@@ -221,17 +222,23 @@ async def _machine(index: int, home: Path) -> Machine:
     return machine
 
 
+def mark(folder: Path) -> str:
+    """A deployment's id of this test alone: two runs on one machine would end each other's jobs."""
+    return "t" + hashlib.sha256(str(folder).encode()).hexdigest()[:11]
+
+
 def fleet(folder: Path, made: list[Machine], **more: Any) -> Any:
     """deploy.ssh.fleet over `made`, with nobody's ~/.ssh/config."""
-    options = {"known_hosts": folder / "known_hosts", "local": f"{folder}/local", "config": (), **more}
-    return ssh.fleet([one.node for one in made], **options)
+    local = {"known_hosts": folder / "known_hosts", "local": f"{folder}/local", "mark": mark(folder), "config": ()}
+    return ssh.fleet([one.node for one in made], **{**local, **more})
 
 
 def deployment(
     folder: Path, made: list[Machine], *, ports: dict[str, int] | None = None, more: str = "", local: str | None = None
 ) -> Deployment:
     """deploy.toml in `folder` for `made`, prepared as `deploy init` does, for commands that a test runs there."""
-    text = [f'name = "t"\nlocal = "{local or folder / "local"}"\n{more}', "[ports]"]
+    place = local or folder / "local"
+    text = ['name = "t"', f'local = "{place}"', more, "[ports]"]
     text += [f"{name} = {port}" for name, port in (ports or {}).items()]
     for one in made:
         text += ["[[node]]", f'address = "{one.node.address}"', f"port = {one.node.port}", 'user = "tester"']

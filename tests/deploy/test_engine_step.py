@@ -54,7 +54,7 @@ def spec(plan: Plan, **more: object) -> engine.Spec:
 
 def on_a_node(folder: Path, work: Work) -> None:
     async def go() -> None:
-        async with kit.machines(folder, 1) as made, kit.fleet(folder, made, mark="m4rk") as fleet:
+        async with kit.machines(folder, 1) as made, kit.fleet(folder, made) as fleet:
             try:
                 await work(fleet, targets(fleet)[0], made)
             finally:

@@ -5,9 +5,11 @@ The tests share one rehearsal; each brings it first to where it needs it, which 
 
 from __future__ import annotations
 
+import tarfile
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -150,6 +152,18 @@ def test_a_secret_was_in_no_argument_list_at_any_moment_and_is_in_no_file_but_it
     assert len(faultkit.secrets(made)) == 3
     assert SEEN == []
     assert faultkit.in_files(made) == []
+
+
+@pytest.mark.slow
+def test_no_secret_is_in_the_bundle_of_collect(made: Rehearsal, tmp_path: Path) -> None:
+    well(made, "serve")
+    well(made, "collect", "--into", str(tmp_path))
+    (bundle,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(bundle) as archive:
+        members = [(one.name, archive.extractfile(one)) for one in archive.getmembers() if one.isfile()]
+        content = {name: stream.read() for name, stream in members if stream}
+    assert any("engine" in name for name in content)
+    assert [name for name, text in content.items() for secret in faultkit.secrets(made) if secret in text] == []
 
 
 def test_down_leaves_nothing_and_says_so(made: Rehearsal) -> None:

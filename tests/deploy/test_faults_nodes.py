@@ -39,6 +39,33 @@ def test_another_host_key(made: Rehearsal) -> None:
     well(made, "up")
 
 
+def test_every_check_is_told_and_environments_are_listed_and_imported(made: Rehearsal) -> None:
+    well(made, "up")
+    table = well(made, "preflight")
+    for check in (
+        "names",
+        "share",
+        "route",
+        "ports",
+        "clock",
+        "python",
+        "cuda",
+        "pages",
+        "libstdc++",
+        "shm",
+        "limits",
+        "gloo",
+    ):
+        assert f"\n{check}" in table
+    assert " all " in table
+    identifier = faultkit.steps(made)["environment"]["data"]["id"][:12]
+    listed = well(made, "env", "list").splitlines()
+    assert any(line.startswith(identifier) and line.rstrip().endswith("env") for line in listed)
+    rows = well(made, "env", "matrix")
+    assert all(f"k{rank}  aphrodite._C: " in rows for rank in range(3))
+    assert well(made, "env", "gc").startswith("0 removed")
+
+
 @pytest.mark.parametrize("command", [("up",), ("serve",), ("preflight",), ("run", "--", "true"), ("down",)])
 def test_a_node_that_is_away_is_named_at_once(made: Rehearsal, command: tuple[str, ...]) -> None:
     made.room["k2"].unplug()
@@ -143,10 +170,10 @@ def test_a_port_that_is_taken(made: Rehearsal) -> None:
     try:
         done = deploy(made, "up", "--from", "preflight")
         assert done.code == PREFLIGHT
-        assert "k1: ports: port 8077 is held by python3" in done.output
+        assert "k1: ports: port 8077 is held by a process of another user" in done.output
         done = deploy(made, "serve", "--skip-up")
         assert done.code == ENGINE
-        assert "k1: port 8077 is held by python3" in done.output
+        assert "k1: port 8077 is held by a process of another user, which is not of this deployment" in done.output
         left = rehearsal.left(made)
         assert list(left) == ["k1"]
         assert len(left["k1"]) == 1  # the one that has the port
@@ -156,7 +183,7 @@ def test_a_port_that_is_taken(made: Rehearsal) -> None:
     try:
         done = deploy(made, "serve", seconds=400)
         assert done.code == ENGINE
-        assert "k0: port 2242 is held by python3" in done.output
+        assert "k0: port 2242 is held by a process of another user" in done.output
     finally:
         made.room["k0"].kill(pid)
     assert "READY" in well(made, "serve", seconds=400)

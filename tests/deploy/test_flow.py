@@ -20,6 +20,7 @@ from deploy.inventory import Deployment, File
 from deploy.remote import look as remote
 from deploy.state import Record
 from deploy.steps import ray
+from deploy.weights import told
 from deploy.worker import Target
 from gracefarm import settings
 from gracefarm.console import Console
@@ -131,7 +132,7 @@ def test_a_node_that_hangs_does_not_hold_the_command_for_ever() -> None:
 
 @pytest.mark.parametrize(("count", "text"), [(12, "12 bytes"), (3_932_469, "3.9 MB"), (811_706_777_600, "811.7 GB")])
 def test_sizes_are_told_as_hubs_tell_them(count: int, text: str) -> None:
-    assert flow.size(count) == text
+    assert told(count) == text
 
 
 # what runs on a node

@@ -47,7 +47,7 @@ def check(events: list[dict[str, Any]], count: int) -> None:
     output = "\n".join(one["text"] for one in events if one.get("event") == "output")
     tp, pp = flow.layout(count)
     assert f"--tensor-parallel-size {tp} --pipeline-parallel-size {pp}" in output
-    assert f"imported on {count} nodes" in output
+    assert f"imports on {count} nodes" in output
     assert f"{count} GPUs at 10.77.0.11:6379" in output
 
 
@@ -116,6 +116,15 @@ def test_two_may_rehearse_at_once(tmp_path: Path) -> None:
         remove_tree(copies)
     assert pages[0] == pages[1]
     assert pages[0] in found.lock
+
+
+def test_a_kept_index_that_this_version_cannot_read_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = tmp_path / "rehearsal" / "index" / "catalogue"
+    kept.mkdir(parents=True)
+    (kept / "catalogue.db").write_bytes(b"SQLite format 3\0" + b"of another version" * 400)
+    monkeypatch.setattr(lock, "committed", lambda _name: "")  # the stand-in alone: nothing is fetched
+    found = source.prepare(tmp_path, Console())
+    assert source._index(found.root, "stage", "list")[0]["state"] == "published"
 
 
 def test_locks_hold_one_wheel_for_each_machine() -> None:

@@ -36,6 +36,8 @@ from tests.deploy import kit
 from tests.deploy.test_engine_step import a_plan, free_port, spec
 from tests.deploy.test_tunnel import deploy, until
 
+SECRET = "hf_" + "a1B2" * 9
+
 
 @dataclass
 class Scene:
@@ -143,7 +145,7 @@ def test_status_by_a_real_completion_and_its_exit_code(tmp_path: Path) -> None:
 def test_status_of_a_load_and_of_one_that_failed(tmp_path: Path) -> None:
     stay, words = tmp_path / "stay", tmp_path / "words"
     stay.touch()
-    words.write_text("torch.OutOfMemoryError: CUDA out of memory.\nRuntimeError: the last and least of it\n")
+    words.write_text(f"torch.OutOfMemoryError: CUDA out of memory, {SECRET}\nRuntimeError: the last and least of it\n")
 
     async def work(made: Scene) -> None:
         made.keep("running")
@@ -167,6 +169,7 @@ def test_status_of_a_load_and_of_one_that_failed(tmp_path: Path) -> None:
         async with deploy(made.folder, "status") as process:
             out, _ = await process.communicate()
         assert "FAILED(loading)" in out.decode()
+        assert SECRET not in out.decode() + json.dumps(said)
         assert "what to do:" in out.decode()
 
     play(tmp_path, work, "--stay", str(stay), "--die", "1", "--say", str(words))
@@ -191,10 +194,11 @@ RUNS, GONE = JobStatus(state="running", pid=1), JobStatus(state="exited", return
 
 
 def steps(**outcomes: Any) -> State:
+    """One begun after the other."""
     made = {}
-    for name, outcome in outcomes.items():
+    for number, (name, outcome) in enumerate(outcomes.items()):
         data = {"loading": 60.0, "capturing": 40.0} if name == "load" else {}
-        made[name] = Record(digest="x", outcome=outcome, text="why", begun=1000.0, data=data)
+        made[name] = Record(digest="x", outcome=outcome, text="why", begun=1000.0 + number, data=data)
     return State(steps=made)
 
 
@@ -205,6 +209,7 @@ def steps(**outcomes: Any) -> State:
         (None, steps(weights="failed"), "FAILED(weights)", "why"),
         (None, steps(weights="running"), "LOADING(weights)", "begun"),
         (Signs(job=JobStatus(state="absent")), steps(ray="failed"), "FAILED(ray)", "why"),
+        (Signs(job=JobStatus(state="stopped")), steps(engine="failed", ray="running"), "LOADING(ray)", "begun"),
         (Signs(job=JobStatus(state="stopped")), steps(load="done"), "STOPPED", "does not run"),
         (Signs(job=RUNS, answer=Answer(kind="ok", seconds=0.4)), steps(), "READY", "0.40 s"),
         (Signs(job=RUNS, answer=Answer(kind="ok"), nodes={"k1": False}), steps(), "DEGRADED", "Ray lost k1"),
@@ -226,6 +231,12 @@ def test_one_word_for_what_is_seen(signs: Signs | None, kept: State, label: str,
     assert found.label == label
     assert word in found.text
     assert found.remedy or found.word in ("READY", "LOADING")
+
+
+def test_a_node_without_its_raylet_is_lost_before_ray_knows_it() -> None:
+    nodes = {"k0": True, "k1": True, "k2": False, "k3": True}
+    vitals = {"k0": {"raylet": True}, "k1": {"raylet": False}, "k2": {"raylet": True}}  # k3 was not reached: Ray's word
+    assert status.seen_alive(nodes, vitals) == {"k0": True, "k1": False, "k2": False, "k3": True}
 
 
 def test_top_has_tokens_per_second_by_the_engines_own_counter(tmp_path: Path) -> None:
@@ -388,6 +399,10 @@ def test_a_follower_that_a_cut_has_left_behind_ends(tmp_path: Path) -> None:
 
 def test_the_command_shows_no_secret_and_names_node_and_log(tmp_path: Path) -> None:
     async def work(made: Scene) -> None:
+        for words, code, said in (("logs",), 63, "no engine was started"), (("logs", "k0"), 0, "Ray has written no log there"):
+            async with deploy(tmp_path, *words) as process:
+                _, err = await asyncio.wait_for(process.communicate(), 30)
+                assert (process.returncode, said in err.decode()) == (code, True), err.decode()
         key = engine.api_key(made.deployment.folder)
         head = made.deployment.head
         await made.fleet.start_job(head, "engine", f"echo started with {key}; echo and hf_{'a' * 34}")

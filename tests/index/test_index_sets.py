@@ -251,6 +251,29 @@ def test_a_new_lock_takes_the_place_of_the_old_one(shared: Server, upstream: Ser
     assert shared.filenames("replaced-pkg", prefix=preview) == []
 
 
+def test_a_set_takes_several_locks_each_from_its_index(shared: Server, upstream: Server, tmp_path: Path) -> None:
+    """As `builder set` mirrors: what is on an index of its own first, then the lock of everything; again after publishing."""
+    with serving(tmp_path / "elsewhere", "--allow-new") as elsewhere:
+        own = {name: wheel(name, "1.0") for name in ("own_a", "own_b")}
+        for item in own.values():
+            assert elsewhere.upload(*item).status_code == 200
+        lines = {name: lock_line(name.replace("_", "-"), "1.0", content) for name, (_, content) in own.items()}
+        locks = {f"{name}.lock": (line, elsewhere) for name, line in lines.items()}
+        locks["requirements.lock"] = ("".join(lines.values()) + lock_line("third-dep", "1.5", DEP), upstream)
+        for state in ("staged", "published"):
+            for name, (text, index) in locks.items():
+                (tmp_path / name).write_text(text)
+                env = {"GRACEFARM_PYTHON_INDEX": index.url + "/simple/"}
+                run_index(shared.root, "mirror", str(tmp_path / name), "--set", "several", env=env)
+            if state == "staged":
+                run_index(shared.root, "stage", "publish", "several")
+    assert [shared.filenames(name, prefix="/several") for name in ("own-a", "own-b", "third-dep")] == [
+        ["own_a-1.0-py3-none-any.whl"],
+        ["own_b-1.0-py3-none-any.whl"],
+        ["third_dep-1.5-py3-none-any.whl"],
+    ]
+
+
 def test_mirroring_changes_no_published_set(shared: Server, upstream: Server, tmp_path: Path) -> None:
     first = lock_line("third-dep", "1.5", DEP)
     mirrored(shared, upstream, tmp_path, "fixed-set", first)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +90,7 @@ def library(farm: Farm, found: dict[str, Any]) -> bytes:
         return opened.read(next(name for name in opened.namelist() if name.endswith((".so", ".bin"))))
 
 
-def test_objects_come_back_whole_and_a_change_is_seen_in_every_pass(farm: Farm) -> None:
+def test_a_change_of_one_unit_compiles_that_unit_alone(farm: Farm) -> None:
     many(farm)
     first, said = built(farm, "many_cuda")
     assert counts(first) == (0, 4, 0)
@@ -95,10 +98,7 @@ def test_objects_come_back_whole_and_a_change_is_seen_in_every_pass(farm: Farm) 
     assert all(one["cpu_s"] > 0 and one["peak_memory"] > 1 << 20 for one in first["units"].values())
     assert "compiler cache: 0 hits, 4 misses, 0 not cacheable" in said
     assert "# compiler cache: 0 hits, 4 misses" in farm.run("log", "many_cuda").out
-    # Read by host code alone, which `nvcc -E` does not show: ccache by itself gives the old objects back.
-    many(farm, {"include/host_only.h": "#define HOST_ANSWER 43\n"})
-    assert counts(built(farm, "many_cuda")[0]) == (0, 4, 0)
-    # The first content again but for one unit: its own compilation is all that is left.
+    # One unit changes: its own compilation is all that is left.
     one = projects.tree("many_cuda")["src/unit_b.cu"]
     assert isinstance(one, bytes)
     many(farm, {"src/unit_b.cu": one.replace(b"1>>>", b"2>>>")})
@@ -298,3 +298,40 @@ def test_each_pass_of_each_compiler_counts(farm: Farm, tmp_path: Path, stack_nam
     assert compiled() == "hit"
     assert (work / "unit.o").is_file()
     assert (work / "unit.o.d").read_text().replace(":", " ").split() == dependencies.replace(":", " ").split()
+
+
+def test_a_smoke_test_beside_it_which_links_the_headers_makes_no_unit_uncacheable(farm: Farm, tmp_path: Path) -> None:
+    """Hard links change a file's ctime: ccache by itself takes that for a change of the file while it compiles."""
+    farm.recipe("tiny", projects.backend("pass"), stack="cu130", build={"cuda": True})
+    loaded = stack.load(farm.settings.project / "stacks", "cu130")
+    made = plan.make(recipe.load(farm.settings.project / "recipes", "tiny"), loaded, host_arch(), Arch.AARCH64)
+    ground = build.lay_ground(made, farm.settings, Console())
+    work, headers = tmp_path / "work", tmp_path / "headers"
+    for folder in (work / "tmp", work / "source", headers):
+        folder.mkdir(parents=True)
+    (headers / "answer.h").write_text("#define ANSWER 42\n")
+    os.utime(headers / "answer.h", (0, 0))
+    (work / "source/a.cu").write_text("#include <answer.h>\nint a(void) { return ANSWER; }\n")
+    box = build.build_sandbox(made, ground, farm.settings, work, count=1, epoch=1, memory=4 << 30, cached=True)
+    assert isinstance(box, sandbox.Sandbox)
+    box = replace(box, mounts=(*box.mounts, sandbox.Mount(source=headers, target="/headers")))
+    ended = threading.Event()
+
+    def link() -> None:
+        while not ended.is_set():
+            (headers / "linked").hardlink_to(headers / "answer.h")
+            (headers / "linked").unlink()
+
+    linking = threading.Thread(target=link)
+    linking.start()
+    try:
+        assert (
+            sandbox.run(
+                box, ["/cuda/bin/nvcc", "-I/headers", "-c", "/build/source/a.cu", "-o", "a.o"], log=tmp_path / "log.txt"
+            ).returncode
+            == 0
+        )
+    finally:
+        ended.set()
+        linking.join()
+    assert [note.outcome for note in units.read(work)] == ["miss"]

@@ -122,6 +122,16 @@ def test_host_code_is_never_taken_for_device_code(tmp_path: Path) -> None:
     assert "x.so (.text)" in found.sentence
 
 
+def test_the_process_id_of_nvcc_in_a_symbols_name_is_not_host_code(tmp_path: Path) -> None:
+    text = device("one", "int f(void) { return 1; }")
+    objects = [compiled(tmp_path, f"tmpxft_0000001{number}_00000000-6_kernel.cudafe1", text) for number in (1, 2)]
+    found = compared(tmp_path, {"x.so": objects[0]}, {"x.so": objects[1]})
+    assert found.verdict == "device code only"
+    assert found.differences == (Difference(file="x.so", where=".strtab: names of nvcc's temporary files", device=True),)
+    renamed = compiled(tmp_path, "tmpxft_00000011_00000000-6_kermel.cudafe1", text)
+    assert compared(tmp_path, {"x.so": objects[0]}, {"x.so": renamed}).verdict == "differs"
+
+
 @pytest.mark.parametrize(
     ("first", "second", "where"),
     [
