@@ -15,7 +15,7 @@ import shlex
 import time
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,8 @@ class Work:
     settings: Settings
     environ: Mapping[str, str] = field(default_factory=lambda: os.environ, repr=False)
     "HF_TOKEN and HF_ENDPOINT of whoever calls."
+    again: Collection[str] = ()
+    "Steps that are done whatever the state says."
 
     @property
     def nodes(self) -> list[Target]:
@@ -150,7 +152,7 @@ def _root(work: Work) -> str:
 async def perform(work: Work, name: str, inputs: str, check: Check, apply: Callable[[], Awaitable[Done]]) -> bool:
     """One step: nothing, where it is done and still so; else do it. Returns whether anything was done."""
     record = work.keeper.state.steps.get(name)
-    if record and record.outcome in ("done", "skipped") and record.digest == inputs:
+    if record and record.outcome in ("done", "skipped") and record.digest == inputs and name not in work.again:
         why = check(record)
         if why is None:
             work.console.step(name, f"nothing to do: {record.text}")
@@ -176,7 +178,7 @@ async def up(work: Work, choice: Choice | None = None) -> bool:
     chosen = choice or Choice()
     chosen.check()
     if chosen.start:
-        work.keeper.forget(*UP[UP.index(chosen.start) :])
+        work = replace(work, again=UP[UP.index(chosen.start) :])
     looks = await look(work)
     changed = False
     for name, step in (("preflight", _preflight), ("cache", _cache)):
@@ -201,14 +203,19 @@ def _boots(looks: Looks) -> dict[str, str]:
     return {node: str(one["boot"]) for node, one in looks.items()}
 
 
+def _mounted(one: Json) -> str | None:
+    """What the share lies on; an empty mount point stays when a mount goes."""
+    return f"{one['share']['kind']} {one['share']['source']}" if one["share"] else None
+
+
 async def _preflight(work: Work, looks: Looks) -> bool:
     data = work.deployment.data
     inputs = digest("preflight", work.pairs, data.share, data.ports.model_dump(), data.options.rehearsal)
 
     def check(record: Record) -> str | None:
         for node, one in looks.items():
-            if data.share and one["share"] is None:
-                return f"{node} has lost {data.share}"
+            if data.share and _mounted(one) != record.data.get("shares", {}).get(node):
+                return f"{node} has lost {data.share}, or has another one there"
             if record.data["boots"].get(node) != one["boot"]:
                 return f"{node} was started again"
         return None
@@ -216,7 +223,9 @@ async def _preflight(work: Work, looks: Looks) -> bool:
     async def apply() -> Done:
         cells = await cells_of(work, looks)
         preflight.require(_without_ours(cells, looks))
-        return Done(text=summary(cells), data={"boots": _boots(looks)})
+        return Done(
+            text=summary(cells), data={"boots": _boots(looks), "shares": {node: _mounted(one) for node, one in looks.items()}}
+        )
 
     return await perform(work, "preflight", inputs, check, apply)
 
