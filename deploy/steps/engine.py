@@ -147,7 +147,7 @@ async def _watch(
                     await asyncio.wait({asking, following}, return_when=asyncio.FIRST_COMPLETED)
                     if following.done():
                         asking.cancel()
-                        raise _ended(spec.plan, following.result(), progress)
+                        raise await _ended(spec, following.result(), progress)
                     answer = await asking
                     if answer.kind == "ok":
                         phases = progress.durations()
@@ -216,18 +216,18 @@ async def _lost(fleet: Fleet, place: Node, nodes: Nodes, progress: Progress) -> 
         )
 
 
-def _ended(plan: Plan, status: JobStatus, progress: Progress) -> EngineError:
-    """Its end as an error with the first cause."""
-    names = {one.private: one.name for one in plan.nodes}
+async def _ended(spec: Spec, status: JobStatus, progress: Progress) -> EngineError:
+    """Its end as an error with the first cause; where that is no more than a dead worker, with the node that Ray lost."""
+    names = {one.private: one.name for one in spec.plan.nodes}
     cause = first_cause(progress.lines, names, returncode=status.returncode)
     how = {"exited": f"ended with {status.returncode}", "stopped": "was stopped by another command"}.get(
         status.state, "was killed"
     )
     if status.state != "exited" and cause.kind == "unknown":
-        return EngineError(
-            f"the engine {how} while {progress.phase}", remedy="repeat the command; `deploy logs` shows its log"
-        )
-    return EngineError(f"the engine {how} while {progress.phase}: {cause.text}", remedy=cause.remedy)
+        return EngineError(f"the engine {how} while {progress.phase}", remedy="repeat the command; `deploy logs` shows more")
+    dead = [name for name, alive in (await _alive(spec)).items() if not alive] if cause.consequence else []
+    lost = f"Ray lost {', '.join(dead)}; " if dead else ""
+    return EngineError(f"the engine {how} while {progress.phase}: {lost}{cause.text}", remedy=cause.remedy)
 
 
 # a real completion, and what it says

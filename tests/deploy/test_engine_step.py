@@ -136,6 +136,21 @@ def test_a_death_while_loading_is_told_by_its_first_cause(tmp_path: Path) -> Non
     on_a_node(tmp_path, work)
 
 
+def test_a_worker_that_died_is_told_with_the_node_that_ray_lost(tmp_path: Path) -> None:
+    words = tmp_path / "words"
+    words.write_text("ray.exceptions.ActorDiedError: The actor died unexpectedly before finishing this task.\n")
+
+    async def lost() -> Mapping[str, bool]:
+        return {"k0": True, "k1": False}
+
+    async def work(fleet: Fleet, head: Target, made: list[kit.Machine]) -> None:
+        plan = a_plan(free_port(), "--die", "1", "--say", str(words))
+        with pytest.raises(EngineError, match="while loading: Ray lost k1; a worker died"):
+            await engine.up(fleet, head, spec(plan, nodes=lost), Console())
+
+    on_a_node(tmp_path, work)
+
+
 def test_a_node_that_ray_loses_while_loading_ends_it(tmp_path: Path) -> None:
     async def lost() -> Mapping[str, bool]:
         return {"k0": True, "k1": False}
