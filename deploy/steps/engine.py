@@ -50,6 +50,8 @@ class Spec:
     poll: float = 2.0
     check: float = 30.0
     "Seconds between two questions to Ray."
+    settle: float = 30.0
+    "Seconds that Ray may take to find a node dead: 15 s after a raylet was killed."
     last: Mapping[str, float] = field(default_factory=dict)
     "Seconds of each phase, last time."
 
@@ -225,9 +227,19 @@ async def _ended(spec: Spec, status: JobStatus, progress: Progress) -> EngineErr
     )
     if status.state != "exited" and cause.kind == "unknown":
         return EngineError(f"the engine {how} while {progress.phase}", remedy="repeat the command; `deploy logs` shows more")
-    dead = [name for name, alive in (await _alive(spec)).items() if not alive] if cause.consequence else []
+    dead = await _dead(spec) if cause.consequence else []
     lost = f"Ray lost {', '.join(dead)}; " if dead else ""
     return EngineError(f"the engine {how} while {progress.phase}: {lost}{cause.text}", remedy=cause.remedy)
+
+
+async def _dead(spec: Spec) -> list[str]:
+    """Nodes that Ray has lost; it may take a while to find that out after the engine did."""
+    deadline = time.monotonic() + spec.settle
+    while True:
+        dead = [name for name, alive in (await _alive(spec)).items() if not alive]
+        if dead or time.monotonic() > deadline:
+            return dead
+        await asyncio.sleep(spec.poll)
 
 
 # a real completion, and what it says
