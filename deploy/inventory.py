@@ -146,10 +146,12 @@ class Ports(Table):
     dashboard: Port = 8265
     object_manager: Port = 8076
     node_manager: Port = 8077
-    agent: Port = 52365
-    metrics: Port = 52366
-    runtime_env: Port = 52367
-    agent_grpc: Port = 52368
+    # Ray's own defaults for the next four lie among the ports that the kernel gives to outgoing connections (32768 and up):
+    # one of those then holds, by chance, what Ray is to listen on.
+    agent: Port = 19365
+    metrics: Port = 19366
+    runtime_env: Port = 19367
+    agent_grpc: Port = 19368
     workers_from: Port = 20000
     workers_to: Port = 20999
     store: Port = 29500

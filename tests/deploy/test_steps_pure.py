@@ -1,4 +1,4 @@
-"""fstab as data, FSC from the kernel's table, and the lock that needs no flock."""
+"""fstab as data, FSC from the kernel's table, the lock that needs no flock, and the ports of deploy.toml."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import threading
 import time
 from pathlib import Path
 
+from deploy.inventory import Ports
 from deploy.remote import mounts
 from deploy.remote.sharedlock import SharedLock
 
@@ -64,3 +65,8 @@ with SharedLock(Path({str(tmp_path)!r})): os.kill(os.getpid(), 9)
     with SharedLock(tmp_path, give_up=5) as held:
         assert held.number == 2
         assert held.still_mine()
+
+
+def test_no_port_is_one_that_the_kernel_gives_to_outgoing_connections() -> None:
+    """Seen in a rehearsal: a connection that had ended a minute ago held Ray's metrics port."""
+    assert max(Ports().model_dump().values()) < 32768
