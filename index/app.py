@@ -106,9 +106,7 @@ class Application:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message["headers"], *_COMMON]
-                if "http.response.pathsend" in scope.get("extensions", {}):
-                    size = int(dict(message["headers"]).get(b"content-length", 0))
-            elif message["type"] == "http.response.body" and "http.response.pathsend" not in scope.get("extensions", {}):
+            elif message["type"] == "http.response.body":
                 size += len(message.get("body", b""))
             await send(message)
 

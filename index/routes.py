@@ -15,19 +15,13 @@ from urllib.parse import quote
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import (
-    FileResponse,
-    HTMLResponse,
-    JSONResponse,
-    PlainTextResponse,
-    RedirectResponse,
-    Response,
-)
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Route
 
 from index import auth, records, views
 from index.accept import Destination, describe
 from index.auth import Token
+from index.download import Download
 from index.errors import (
     DamagedError,
     DisconnectedError,
@@ -244,7 +238,7 @@ def _send(service: Service, request: Request, sha256: str, media: str, *, cache:
         found = path.stat()
     except FileNotFoundError:
         raise DamagedError("the store has lost this file", remedy="`index fsck` tells more; upload it again") from None
-    return FileResponse(path, media_type=media, headers=headers, stat_result=found)
+    return Download(path, media_type=media, headers=headers, stat_result=found)
 
 
 def record(service: Service) -> Endpoint:

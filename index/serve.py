@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import signal
 import socket
 from collections.abc import Callable
@@ -130,8 +129,6 @@ async def _granian(
         interface=Interfaces.ASGI,
         websockets=False,
         backlog=1024,
-        # One writes one stream at a time: four downloads are a fifth faster with two, pages are not slower.
-        runtime_threads=min(2, os.cpu_count() or 1),
         backpressure=bounds.total,  # counts connections; beyond it granian accepts nobody
         http1_settings=HTTP1Settings(header_read_timeout=15_000),
         log_level=LogLevels.error,

@@ -1,0 +1,119 @@
+"""Whole files as answers: every byte, from memory and from a disk that takes its time; who leaves is not read for."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import socket
+import time
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from starlette.types import Message
+
+from index import download
+from index.download import PIECE, WINDOW, Download
+from tests.index.index_kit import Server, serving, wheel
+
+LARGE = os.urandom(WINDOW) * 5  # more than all buffers between a server and a client hold
+
+
+@pytest.fixture(scope="module", params=["granian", "uvicorn"])
+def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, str, str]]:
+    """A server, the path of its large file and the file's digest."""
+    name, content = wheel("large", files={"large/data.bin": LARGE}, compress=zipfile.ZIP_STORED)
+    with serving(tmp_path_factory.mktemp(request.param) / "root", "--server", request.param, "--allow-new") as server:
+        assert server.upload(name, content).status_code == 200
+        item = server.page("large").json()["files"][0]
+        digest = hashlib.sha256(content).hexdigest()
+        assert item["hashes"]["sha256"] == digest
+        yield server, f"/files/{digest}/{name}", digest
+
+
+def test_a_large_file_arrives_whole_and_the_log_has_its_size(loaded: tuple[Server, str, str]) -> None:
+    server, path, digest = loaded
+    server.forget()
+    answer = server.client.get(path)
+    assert hashlib.sha256(answer.content).hexdigest() == digest
+    assert answer.headers["content-length"] == str(len(answer.content))
+    assert [(line.status, line.size) for line in server.requests()] == [(200, len(answer.content))]
+    parts = [server.client.get(path, headers={"Range": f"bytes={at}"}) for at in ("0-999999", "1000000-")]
+    assert [part.status_code for part in parts] == [206, 206]
+    assert b"".join(part.content for part in parts) == answer.content
+
+
+def test_who_leaves_is_not_read_for(loaded: tuple[Server, str, str]) -> None:
+    server, path, _ = loaded
+    server.forget()
+    with socket.create_connection(("127.0.0.1", server.port)) as one:
+        one.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        assert one.recv(1000).startswith(b"HTTP/1.1 200")
+    deadline = time.monotonic() + 20
+    while not (lines := server.requests()):
+        assert time.monotonic() < deadline
+    assert 0 < lines[0].size < len(LARGE) - WINDOW
+    assert str(server.root / "files") not in "".join(_open_files(server.process.pid))
+
+
+def _open_files(pid: int) -> list[str]:
+    return [str(item.readlink()) for item in Path(f"/proc/{pid}/fd").iterdir() if item.is_symlink()]
+
+
+def _ask(path: Path, *, cut_to: int | None = None) -> tuple[list[int], bytes]:
+    """Sizes of the pieces and all bytes of a GET without a server; `cut_to`: how short the file gets after the first piece."""
+    pieces: list[bytes] = []
+
+    async def receive() -> Message:
+        await asyncio.sleep(3600)
+        raise AssertionError
+
+    async def send(message: Message) -> None:
+        if message["type"] == "http.response.body":
+            pieces.append(message["body"])
+            if cut_to is not None and len(pieces) == 1:
+                os.truncate(path, cut_to)
+
+    answer = Download(path, stat_result=path.stat())
+    asyncio.run(answer({"type": "http", "method": "GET", "headers": []}, receive, send))
+    return [len(piece) for piece in pieces], b"".join(pieces)
+
+
+@pytest.mark.parametrize("size", [0, 1, PIECE, PIECE + 1, WINDOW + PIECE + 7])
+@pytest.mark.parametrize("cached", [True, False])
+def test_every_size_from_memory_and_from_a_slow_disk(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, size: int, cached: bool
+) -> None:
+    path = tmp_path / "file"
+    content = os.urandom(size)
+    path.write_bytes(content)
+    in_thread = []
+    real = asyncio.BaseEventLoop.run_in_executor
+    monkeypatch.setattr(asyncio.BaseEventLoop, "run_in_executor", lambda *given: in_thread.append(given[2]) or real(*given))
+    if not cached:
+        monkeypatch.setattr(download, "_is_cached", lambda *_: False)
+    sizes, got = _ask(path)
+    assert got == content
+    assert max(sizes) <= PIECE
+    # Just written, so the kernel has it; an empty file has no byte to ask for.
+    assert bool(in_thread) == (not cached or size == 0)
+
+
+def test_a_file_that_becomes_shorter_ends_the_answer_with_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(3 * PIECE))
+    with pytest.raises(OSError, match="shorter"):
+        _ask(path, cut_to=PIECE + 5)
+
+
+def test_the_kernel_says_what_it_has_in_memory(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(WINDOW))
+    file = os.open(path, os.O_RDONLY)
+    try:
+        assert download._is_cached(file, WINDOW - 1)
+        assert not download._is_cached(file, WINDOW)
+    finally:
+        os.close(file)
