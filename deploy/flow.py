@@ -35,7 +35,7 @@ from deploy.targets import targets
 from deploy.weights import told
 from deploy.worker import Json, Target, call, joined, try_all
 from gracefarm.console import Console
-from gracefarm.errors import ConfigError, GracefarmError, HostError, NodeError, UsageError
+from gracefarm.errors import ConfigError, FetchError, GracefarmError, HostError, NodeError, UsageError
 from gracefarm.files import atomic_write
 from gracefarm.settings import Settings
 
@@ -312,28 +312,55 @@ async def _cache(work: Work, looks: Looks) -> bool:
 # environment
 
 
-def lock_text(deployment: Deployment) -> str:
-    """The lock of what serves: deploy.toml's `lock`, else SET.lock beside it.
+def lock_text(deployment: Deployment, console: Console) -> str:
+    """The lock of what serves: deploy.toml's `lock`, else SET.lock beside it, which the index is asked for once and then kept.
 
     Raises:
-        ConfigError: neither is there.
+        ConfigError: neither is there, and no index is named.
+        FetchError: the index has no lock of the set, or cannot be asked from here.
     """
-    base = deployment.path.parent
-    name = deployment.data.lock or f"{deployment.data.set}.lock"
+    data = deployment.data
+    path = deployment.path.parent / Path(data.lock or f"{data.set}.lock").expanduser()
     try:
-        return (base / Path(name).expanduser()).read_text()
-    except OSError as error:
+        return path.read_text()
+    except FileNotFoundError as error:
+        if data.lock is None and data.index is not None:
+            return _fetch_lock(data.index, data.set, path, console)
         raise ConfigError(
-            f"{base / name}: no lock of the set {deployment.data.set}",
-            remedy=f"`builder set build {deployment.data.set}` writes requirements.lock: name it by lock = in deploy.toml",
+            f"{path}: no lock of the set {data.set}",
+            remedy=f"`builder set build {data.set}` writes requirements.lock: name it by lock = in deploy.toml",
         ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: the lock cannot be read: {error}", remedy="write it anew") from error
+
+
+def _fetch_lock(index: str, name: str, path: Path, console: Console) -> str:
+    import httpx  # only where it is needed
+
+    # The index of a set, …/SET/simple/, has its lock at …/SET/requirements.lock.
+    try:
+        whole = httpx.URL(index.rstrip("/") + "/").join("../requirements.lock")
+    except httpx.InvalidURL as error:
+        raise ConfigError(f"index = in deploy.toml is no address: {error}", remedy="http://HOST:PORT/SET/simple/") from error
+    address = str(whole.copy_with(userinfo=b""))  # to be shown: a password stays out of it
+    remedy = f"`builder set build {name}` writes one too: copy it to {path}, or name it by lock = in deploy.toml"
+    try:
+        answer = httpx.get(whole, timeout=30, follow_redirects=True)
+    except httpx.HTTPError as error:
+        raise FetchError(f"no lock of the set {name}: {address}: {error or type(error).__name__}", remedy=remedy) from error
+    if answer.status_code != 200 or "--hash=sha256:" not in answer.text:
+        said = f"answered {answer.status_code}" if answer.status_code != 200 else "is no lock with sha256"
+        raise FetchError(f"no lock of the set {name}: {address} {said}", remedy=remedy)
+    atomic_write(path, answer.text)
+    console.step("environment", f"{address} is kept as {path}: what it names is what is installed from now on")
+    return answer.text
 
 
 def _environment_spec(work: Work) -> environment.Spec:
     data = work.deployment.data
     return environment.Spec(
         root=_root(work),
-        lock=lock_text(work.deployment),
+        lock=lock_text(work.deployment, work.console),
         index=data.index,
         engine=work.deployment.matrix,
         set_name=data.set,

@@ -197,7 +197,7 @@ class File(Table):
     index: str | None = None
     "Simple API of the farm's index; None: what the nodes' own configuration says."
     lock: str | None = None
-    "A requirements.lock of your own instead of the set's, relative to deploy.toml."
+    "A requirements.lock instead of SET.lock, relative to deploy.toml; SET.lock is fetched from the index where it is absent."
     share: RemotePath | None = None
     "The shared folder on the nodes, the same path on all; environments and weights live there."
     local: str = "/tmp/gracefarm-{user}"  # noqa: S108 - checked for its owner by whoever writes there

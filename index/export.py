@@ -12,9 +12,9 @@ from pathlib import Path
 from gracefarm.console import Tick, no_tick
 from gracefarm.errors import ConfigError
 from gracefarm.files import atomic_write, sync_directory
-from index import people, views
+from index import people, setlock, views
 from index.catalogue import Catalogue
-from index.errors import DamagedError
+from index.errors import DamagedError, NotFoundError
 from index.negotiate import Encoding, Form
 from index.shelf import Page, render
 from index.store import Store, disk_errors
@@ -124,6 +124,8 @@ def _export(store: Store, catalogue: Catalogue, target: Path, tick: Tick, before
         for view in views.public(catalogue):
             for name in [*views.projects(catalogue, view), ""]:
                 _export_page(catalogue, target, view, name, before, done, fresh)
+            if view.kind == "set":
+                _export_lock(catalogue, target, view, before, done)
         _export_records(store, catalogue, target, before, done)
         for path, body in people.static_pages(store, catalogue, url, fresh.keeps):
             _put(target, path, body, before, done)
@@ -230,6 +232,14 @@ def _export_page(
         for suffix, encoding in _SUFFIXES:
             if encoding == "" or page.coding(encoding):
                 _put(target, f"{folder}/index.{form}{suffix}", page.body(encoding), before, done)
+
+
+def _export_lock(catalogue: Catalogue, target: Path, view: View, before: dict[str, str], done: Exported) -> None:
+    try:
+        text = setlock.render(catalogue, view)
+    except NotFoundError:  # several versions of one project: the live server has none either
+        return
+    _put(target, f"{view.argument}/{setlock.FILENAME}", text.encode(), before, done)
 
 
 def _export_records(store: Store, catalogue: Catalogue, target: Path, before: dict[str, str], done: Exported) -> None:

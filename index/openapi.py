@@ -302,6 +302,10 @@ def describe(version: str) -> Spec:
             for end, kind, schema in (("", "application/json", _ref("Record")), ("/log", TEXT, _STRING))
         },
         "/records/{id}/log": _record("/records/{id}/log", "log of a build", TEXT, _STRING),
+        **{
+            path: _plain(path, "The lock of a set, by sha256.", codes=(200, 404))
+            for path in ("/{set_name}/requirements.lock", "/preview/{token}/requirements.lock")
+        },
         "/health": _plain("/health", "The process lives."),
         "/ready": _plain("/ready", "The catalogue can be read and the disk has room.", codes=(200, 507)),
         "/metrics": _plain("/metrics", "For Prometheus."),

@@ -18,7 +18,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Route
 
-from index import auth, records, views
+from index import auth, records, setlock, views
 from index.accept import Destination, describe
 from index.auth import Token
 from index.download import Download
@@ -282,6 +282,20 @@ def staged_record(service: Service) -> Endpoint:
     return endpoint
 
 
+def set_lock(service: Service) -> Endpoint:
+    """GET /SET/requirements.lock, /preview/TOKEN/requirements.lock."""
+
+    async def endpoint(request: Request) -> Response:
+        prefix = request.url.path.strip("/").split("/")[:-1]
+        view = views.find(service.catalogue, prefix)
+        if view is None or view.kind != "set":
+            raise NotFoundError(f"there is no set {prefix[-1]!r} here", remedy="see /sets/")
+        text = await asyncio.get_running_loop().run_in_executor(service.hands, setlock.render, service.catalogue, view)
+        return PlainTextResponse(text, headers={"Cache-Control": "no-cache"})
+
+    return endpoint
+
+
 def _send_record(service: Service, request: Request, row: sqlite3.Row | None, identifier: str) -> Response:
     is_log = request.url.path.endswith("/log")
     digest = row["log_sha256" if is_log else "document_sha256"] if row is not None else None
@@ -405,6 +419,8 @@ def starlette(service: Service, more: list[Route], on_end: Callable[[], None]) -
         Route("/records/{id}/log", record(service), methods=["GET", "HEAD", "PUT"]),
         Route("/preview/{token}/records/{id}", staged_record(service)),
         Route("/preview/{token}/records/{id}/log", staged_record(service)),
+        Route(f"/{{set_name}}/{setlock.FILENAME}", set_lock(service)),
+        Route(f"/preview/{{token}}/{setlock.FILENAME}", set_lock(service)),
         *operation(service),
         *more,
         Route("/", upload, methods=["POST"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 import subprocess
 import sys
@@ -12,12 +13,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from deploy import flow, state
 from deploy.facts import Facts
 from deploy.flow import Choice, Done, Work
 from deploy.inventory import Deployment, File
+from deploy.rehearsal import source, standin
 from deploy.remote import look as remote
 from deploy.state import Record
 from deploy.steps import ray
@@ -25,7 +28,7 @@ from deploy.weights import told
 from deploy.worker import Target
 from gracefarm import settings
 from gracefarm.console import Console
-from gracefarm.errors import ConfigError, HostError, NodeError, UsageError
+from gracefarm.errors import ConfigError, FetchError, HostError, NodeError, UsageError
 
 
 def with_work(folder: Path, do: Callable[[Work], Awaitable[None]], **data: Any) -> state.State:
@@ -118,10 +121,43 @@ def test_steps_that_do_not_exist_are_told() -> None:
 def test_without_a_lock_nothing_is_built(tmp_path: Path) -> None:
     deployment = Deployment(path=tmp_path / "deploy.toml", data=File(), nodes=())
     with pytest.raises(ConfigError, match="no lock of the set gh200-cu124") as error:
-        flow.lock_text(deployment)
+        flow.lock_text(deployment, Console())
     assert "builder set build gh200-cu124" in error.value.remedy
     (tmp_path / "gh200-cu124.lock").write_text("a")
-    assert flow.lock_text(deployment) == "a"
+    assert flow.lock_text(deployment, Console()) == "a"
+
+
+def test_the_sets_lock_comes_from_its_index_once(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    source._index(root, "host", "aphrodite-engine")
+    source._index(root, "stage", "create", "spring")
+    token = source._index(root, "token", "create", "--name", "farm")["token"]
+    path = tmp_path / "spring.lock"
+    with source.listening([sys.executable, "-m", "index", "--root", str(root), "--json", "serve", "--port", "0"]) as url:
+        data = File.model_validate({"set": "spring", "index": url.replace("//", "//me:s3cret@") + "/spring/simple/"})
+        deployment = Deployment(path=tmp_path / "deploy.toml", data=data, nodes=())
+        with pytest.raises(FetchError, match=r"/spring/requirements\.lock answered 404") as error:  # not published yet
+            flow.lock_text(deployment, Console())
+        assert "s3cret" not in str(error.value)
+        assert not path.exists()
+        made = standin.build(tmp_path / "wheels").path
+        name, content = made.name, made.read_bytes()
+        with httpx.Client(base_url=url, auth=("__token__", token)) as client:
+            form = {":action": "file_upload", "sha256_digest": hashlib.sha256(content).hexdigest()}
+            client.post("/stage/spring/legacy/", data=form, files={"content": (name, content)}).raise_for_status()
+            client.post("/stage/spring/publish").raise_for_status()
+        text = flow.lock_text(deployment, Console())
+        digest = hashlib.sha256(content).hexdigest()
+        assert text.splitlines()[1:] == [f"aphrodite-engine=={name.split('-')[1]} \\", f"    --hash=sha256:{digest}"]
+        assert path.read_text() == text
+    assert flow.lock_text(deployment, Console()) == text  # the index is gone
+    path.unlink()
+    with pytest.raises(FetchError, match=r"requirements\.lock: ") as error:
+        flow.lock_text(deployment, Console())
+    assert str(path) in error.value.remedy
+    named = deployment.model_copy(update={"data": data.model_copy(update={"lock": "mine.lock"})})
+    with pytest.raises(ConfigError, match=r"mine\.lock"):  # a lock that a person named is not replaced by another
+        flow.lock_text(named, Console())
 
 
 def test_a_node_that_hangs_does_not_hold_the_command_for_ever() -> None:

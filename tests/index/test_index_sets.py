@@ -53,6 +53,8 @@ def test_a_set_appears_at_once_and_only_when_complete(shared: Server) -> None:
     assert "no-cache" in shared.page("one-pkg", prefix=preview).headers["cache-control"]
     assert shared.filenames("one-pkg") == []
     assert shared.page("one-pkg", prefix="/spring").status_code == 404
+    assert shared.client.get("/spring/requirements.lock").status_code == 404
+    assert "one-pkg==1.0+cu130" in shared.client.get(f"{preview}/requirements.lock").text
     assert shared.page("one-pkg", prefix="/preview/guess").status_code == 404
     assert shared.client.get(f"/packages/one_pkg-1.0+cu130-{AARCH64}.whl").status_code == 404
     assert "one_pkg" not in shared.client.get("/changes").text
@@ -71,6 +73,7 @@ def test_a_set_appears_at_once_and_only_when_complete(shared: Server) -> None:
         {"name": "two-pkg"},
     ]
     assert shared.page("one-pkg", prefix=preview).status_code == 404, "the preview ends with the stage"
+    assert shared.client.get(f"{preview}/requirements.lock").status_code == 404
     late = shared.upload(*wheel("two_pkg", "1.1"), path=upload)
     assert late.status_code == 400
     assert "not a staged set" in late.text
@@ -179,6 +182,41 @@ def test_a_sets_view_is_closed_and_complete(shared: Server, upstream: Server, tm
         "third_lib-3.0.dist-info",
     ]
     assert bool(upstream.requests()) == (how == "link"), "copies need nobody else"
+
+
+def test_a_sets_lock_is_installed_from_its_index(server: Server, tmp_path: Path) -> None:
+    run_index(server.root, "stage", "create", "whole")
+    for name, content in (wheel("part_one"), wheel("part_two", "2.0", requires=("part-one",))):
+        assert server.upload(name, content, path="/stage/whole/legacy/").status_code == 200
+    run_index(server.root, "stage", "publish", "whole")
+    answer = server.client.get("/whole/requirements.lock")
+    assert answer.headers["content-type"] == "text/plain; charset=utf-8"
+    options = [
+        "--require-hashes",
+        "--no-deps",
+        "--index-url",
+        f"{server.url}/whole/simple/",
+        "--target",
+        str(tmp_path / "here"),
+    ]
+    pip = [sys.executable, "-m", "pip", "install", "--no-cache-dir", *options, "-r", f"{server.url}/whole/requirements.lock"]
+    done = subprocess.run(pip, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in (tmp_path / "here").glob("part_*")} >= {"part_one", "part_two"}
+    run_index(server.root, "export", str(tmp_path / "tree"))
+    assert (tmp_path / "tree" / "whole" / "requirements.lock").read_text() == answer.text
+
+    run_index(server.root, "stage", "create", "twice")
+    for version in ("1.0", "1.1"):
+        assert server.upload(*wheel("part_twice", version), path="/stage/twice/legacy/").status_code == 200
+    run_index(server.root, "stage", "publish", "twice")
+    answer = server.client.get("/twice/requirements.lock")
+    assert answer.status_code == 404
+    assert "part-twice in several versions (1.0, 1.1)" in answer.text
+    run_index(server.root, "export", str(tmp_path / "tree"))
+    assert not (tmp_path / "tree" / "twice" / "requirements.lock").exists()
+    for prefix in ("", "cu130/", "absent/"):
+        assert server.client.get(f"/{prefix}requirements.lock").status_code == 404
 
 
 def test_a_lock_that_upstream_cannot_fulfil(shared: Server, upstream: Server, tmp_path: Path) -> None:

@@ -1,0 +1,35 @@
+"""The lock of a set, from what the set shows: every project in its one version, each file by sha256, without a URL.
+
+pip and uv read it from the index itself: `pip install --require-hashes --no-deps -r http://…/NAME/requirements.lock`.
+"""
+
+from __future__ import annotations
+
+from index import views
+from index.catalogue import Catalogue
+from index.errors import NotFoundError
+from index.views import View
+
+FILENAME = "requirements.lock"
+
+
+def render(catalogue: Catalogue, view: View) -> str:
+    """The lock's text.
+
+    Raises:
+        NotFoundError: the set has a project in several versions, one for each architecture say, which no one lock can name.
+    """
+    lines = [f"# The set {view.argument}, as this index shows it.\n"]
+    for project in views.projects(catalogue, view):
+        files = views.files(catalogue, view, project)
+        versions = sorted({item.version for item in files})
+        if len(versions) > 1:
+            raise NotFoundError(
+                f"the set {view.argument} has {project} in several versions ({', '.join(versions)}): no one lock names them",
+                remedy="install from the lock that was made with the set",
+            )
+        digests = sorted({item.sha256 for item in files})
+        lines.append(
+            " \\\n".join([f"{project}=={versions[0]}", *(f"    --hash=sha256:{digest}" for digest in digests)]) + "\n"
+        )
+    return "".join(lines)
