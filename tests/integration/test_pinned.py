@@ -193,7 +193,8 @@ def test_trap_2_a_branch_and_a_tag_of_one_name_do_not_matter_to_a_pinned_commit(
 
 def test_trap_3_the_cpu_torch_of_the_same_version_is_refused(farm: Farm) -> None:
     place = farm.settings.project / "stacks" / "cu124-headers" / "stack.toml"
-    place.write_text(place.read_text().replace('version = "2.4.0"\n', 'version = "2.4.0"\ncuda = "12.4"\n', 1))
+    gate = f'cuda = "{stack.load(REPOSITORY / "stacks", "cu124").data.torch.cuda}"'  # type: ignore[union-attr]
+    place.write_text(place.read_text().replace('version = "2.4.0"\n', f'version = "2.4.0"\n{gate}\n', 1))
     farm.recipe("tiny", projects.backend("return wheel(wheel_directory)"), stack="cu124-headers")
     done = farm.run("build", "tiny")
     assert done.code == 12, done.said

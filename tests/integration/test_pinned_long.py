@@ -78,7 +78,9 @@ def test_the_run_time_environment_of_the_three_installs_by_hash_and_imports(farm
     place = stacks / "cu124" / "stack.toml"
     text = place.read_text()
     start, end = text.index("[[environment.wheels]]"), text.index("[toolchain]")
-    place.write_text((text[:start] + text[end:]).replace('\ncuda = "12.4"\n\n[environment]', "\n\n[environment]"))
+    gate = '\ncuda = "12.4"\n\n[environment]'
+    assert gate in text
+    place.write_text((text[:start] + text[end:]).replace(gate, "\n\n[environment]"))
     (line,) = [
         one for one in (stacks / "cu124-headers/requirements.lock").read_text().splitlines() if one.startswith("torch==")
     ]

@@ -14,7 +14,7 @@ from builder import plan as planning
 from builder.embed import require
 from builder.recipe import File, Recipe, Smoke, Substitution
 from builder.stack import Arch
-from gracefarm.errors import ConfigError, SourceError
+from gracefarm.errors import ConfigError, RootError, SourceError
 from tests.conftest import REPOSITORY
 
 DIGEST = "0" * 64
@@ -151,6 +151,19 @@ def test_a_stack_with_a_gap_says_so_before_anything_is_fetched() -> None:
     with pytest.raises(ConfigError, match="has no digest yet") as caught:
         environment.require_digests(loaded, found)
     assert caught.value.repeat == "builder lock cu124"
+
+
+@pytest.mark.parametrize(("cuda", "right"), [("'12.4'", True), ("None", False), ("'12.1'", False)])
+def test_the_stack_of_the_pinned_builds_takes_torch_for_cuda_12_4_alone(tmp_path: Path, cuda: str, right: bool) -> None:
+    """Trap 3 for the stack itself: the Python index's wheel has the same version and is the CPU build."""
+    loaded = stack.load(REPOSITORY / "stacks", "cu124")
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "version.py").write_text(f"__version__ = '2.4.0'\ndebug = False\ncuda = {cuda}\n")
+    if right:
+        environment.check_torch(loaded, tmp_path)
+        return
+    with pytest.raises(RootError, match=r"the stack wants 12\.4"):
+        environment.check_torch(loaded, tmp_path)
 
 
 def test_the_compiler_from_debian_is_pinned_for_both_hosts() -> None:
