@@ -53,7 +53,7 @@ async def look_jumps(
         try:
             async with asyncio.timeout(SECONDS):
                 key = await asyncssh.get_server_host_key(host, port, server_host_key_algs=list(ssh.ALGORITHMS))
-        except (OSError, asyncssh.Error) as error:
+        except (OSError, asyncssh.Error, ValueError) as error:
             bad |= {one.name: ssh.explain(node, error) for one in nodes if one.jump == text}
             continue
         if key is not None:

@@ -44,7 +44,28 @@ def _absolute(text: str) -> str:
     return text.rstrip("/") or "/"
 
 
+def split_jump(text: str) -> tuple[str | None, str, int]:
+    """User, host and port of [user@]host[:port].
+
+    Raises:
+        ValueError: it is something else.
+    """
+    user, _, place = text.rpartition("@")
+    host, colon, port = place.partition(":")
+    number = int(port) if port.isascii() and port.isdigit() else 0
+    if not re.fullmatch(r"[^\s:-][^\s:]*", host) or (colon and not 1 <= number <= 65535):
+        msg = f"{text!r} is no jump host: [user@]host[:port], a port from 1 to 65535"
+        raise ValueError(msg)
+    return user or None, host, number or 22
+
+
+def _jump(text: str) -> str:
+    split_jump(text)
+    return text
+
+
 Address = Annotated[str, AfterValidator(check_address)]
+Jump = Annotated[str, AfterValidator(_jump)]
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]{0,62})$")]
 Port = Annotated[int, Field(ge=1, le=65535)]
 RemotePath = Annotated[str, AfterValidator(_absolute)]
@@ -99,7 +120,7 @@ class Access(Table):
     user: str | None = None
     key: str | None = None
     port: Port | None = None
-    jump: str | None = None
+    jump: Jump | None = None
     nic: str | None = None
     gpus: PositiveInt | None = None
 

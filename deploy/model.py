@@ -100,21 +100,25 @@ class Model(BaseModel):
         return self.model_copy(update={"revision": revision})
 
 
-def from_config(config: Mapping[str, Any], *, repo: str, revision: str, source: str) -> Model:
+def from_config(config: object, *, repo: str, revision: str, source: str) -> Model:
     """The model of a config.json.
 
     Raises:
         LayoutError: not Llama-shaped, or quantised: its bytes would be guessed.
         ConfigError: a number is missing or no number.
     """
-    architectures = config.get("architectures") or ["none named"]
+    if not isinstance(config, Mapping):
+        raise ConfigError(f"{source}: config.json is a {type(config).__name__}, not a table", remedy="is it the model's own?")
+    named = config.get("architectures")
+    architectures = named if isinstance(named, list) and named else ["none named"]
     if architectures[0] not in LLAMA:
         raise LayoutError(
             f"{repo}: the planner knows {' and '.join(LLAMA)}, not {architectures[0]}",
             remedy="a model of another shape is served by hand",
         )
     if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "unknown")
+        said = config["quantization_config"]
+        method = said.get("quant_method", "unknown") if isinstance(said, Mapping) else said
         raise LayoutError(
             f"{repo}: its weights are quantised ({method}), and the planner knows the bytes of 16-bit weights alone",
             remedy="plan the repository with 16-bit weights",

@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar
 
 import asyncssh
 
-from deploy.inventory import Deployment, Node
+from deploy.inventory import Deployment, Node, split_jump
 from gracefarm.errors import GracefarmError, NodeError, SshError, UsageError
 from gracefarm.files import atomic_write
 
@@ -207,8 +207,8 @@ class Fleet:
                     keepalive_count_max=UNANSWERED,
                     **_access(port, user, key),
                 )
-            except (OSError, asyncssh.Error) as error:
-                raise explain(Node(name="jump host", rank=-1, address=host, port=port), error) from error
+            except (OSError, asyncssh.Error, ValueError) as error:
+                raise explain(Node(name="jump host", rank=-1, address=host, port=port, key=key), error) from error
             return made
 
     async def close(self) -> None:
@@ -624,11 +624,10 @@ def _access(port: int, user: str | None, key: Path | None) -> dict[str, Any]:
 
 def parse_jump(text: str) -> tuple[str | None, str, int]:
     """[user@]host[:port]. Raises UsageError."""
-    user, _, place = text.rpartition("@")
-    host, _, port = place.partition(":")
-    if not host or host.startswith("-") or (port and not port.isdigit()):
-        raise UsageError(f"jump host {text!r}", remedy="[user@]host[:port]")
-    return user or None, host, int(port or 22)
+    try:
+        return split_jump(text)
+    except ValueError as error:
+        raise UsageError(str(error), remedy="jump = in deploy.toml, or --jump") from error
 
 
 def explain(node: Node, error: BaseException) -> GracefarmError:
@@ -647,7 +646,12 @@ def explain(node: Node, error: BaseException) -> GracefarmError:
             remedy="set user and key in deploy.toml ([nodes]), or load the key: ssh-add",
         )
     if isinstance(error, (asyncssh.KeyImportError, asyncssh.KeyEncryptionError)):
-        return SshError(f"{node.key}: {error}", remedy="a private key in OpenSSH's format; with a passphrase: ssh-add")
+        key = node.key or f"{where}: a key that ssh's configuration names"
+        return SshError(f"{key}: {error}", remedy="a private key in OpenSSH's format; with a passphrase: ssh-add")
+    if isinstance(error, asyncssh.ConfigParseError):
+        return SshError(
+            f"the configuration of ssh cannot be read: {error}", remedy="mend that line: `ssh -G HOST` reads it too"
+        )
     if isinstance(error, FileNotFoundError):
         return SshError(f"{where}: no such file: {error.filename}", remedy="set key in deploy.toml")
     text = (
@@ -723,7 +727,7 @@ async def scan(fleet_: Fleet, node: Node) -> list[tuple[str, asyncssh.SSHKey]]:
                 tunnel=tunnel,
                 server_host_key_algs=list(ALGORITHMS),
             )
-    except (OSError, asyncssh.Error) as error:
+    except (OSError, asyncssh.Error, ValueError) as error:  # ValueError: a key or a configuration that cannot be read
         raise explain(node, error) from error
     if key is None:
         raise SshError(f"{node} shows no host key", remedy="is that an SSH server?")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import httpx
 from rich.console import Console as RichConsole
 from rich.markup import escape
 from rich.table import Table
@@ -44,6 +45,12 @@ def key_of(folder: Folder) -> str | None:
     return None
 
 
+def _prepared(folder: Folder) -> None:
+    """Its folder is there, and for its owner alone. Raises ConfigError before `deploy init`."""
+    _ = folder.id
+    folder.make()
+
+
 # tunnel
 
 
@@ -68,6 +75,7 @@ def tunnel(context: Context, port: int | None, dashboard_port: int | None, backg
         _in_background(context, port, dashboard_port)
         return
     wanted = tunnels.ports(deployment, engine=port, dashboard=dashboard_port)
+    _prepared(deployment.folder)
 
     def changed(error: GracefarmError | None) -> None:
         if error is None:
@@ -103,6 +111,7 @@ def _tell(context: Context, forwards: Mapping[str, dict[str, Any]]) -> None:
 def _in_background(context: Context, port: int | None, dashboard_port: int | None) -> None:
     """The same command in a session of its own; its first line is ours. Raises SshError: it ended instead."""
     deployment = context.deployment
+    _prepared(deployment.folder)
     argv = [sys.executable, "-m", "deploy", "--file", str(deployment.path), "tunnel", "--json"]
     argv += ["--port", str(port)] if port is not None else []
     argv += ["--dashboard-port", str(dashboard_port)] if dashboard_port is not None else []
@@ -207,6 +216,7 @@ def bench(
 async def _server(context: Context, url: str | None, key: str | None) -> AsyncIterator[Server]:
     """Of --url, else the deployment's through SSH."""
     if url:
+        _check(url)
         local = any(f"//{one}" in url for one in ("127.", "localhost", "[::1]"))
         yield Server(url=url, key=key, direct=local)
         return
@@ -214,6 +224,16 @@ async def _server(context: Context, url: str | None, key: str | None) -> AsyncIt
     wanted = [Wanted(name="engine", remote=deployment.data.ports.engine, local=0)]
     async with fleet(deployment) as made, tunnels.opened(made, deployment.head, wanted) as (forward,):
         yield Server(url=f"http://127.0.0.1:{forward.local}", key=key_of(deployment.folder))
+
+
+def _check(url: str) -> None:
+    """Raises UsageError: no address of a server."""
+    try:
+        found = httpx.URL(url)
+    except httpx.InvalidURL as error:
+        raise UsageError(f"--url {url}: {error}", remedy="http://HOST:PORT/v1") from error
+    if found.scheme not in ("http", "https") or not found.host:
+        raise UsageError(f"--url {url} is no address of a server", remedy="http://HOST:PORT/v1")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from deploy.cli.common import Context, json_option, pass_context, wait
 from deploy.facts import Facts, NodeFacts
 from deploy.hostkeys import Shown
 from deploy.inventory import Access, Deployment
-from deploy.ssh import fleet
+from deploy.ssh import fleet, parse_jump
 from deploy.targets import targets
 from deploy.worker import joined
 from gracefarm.console import Console
@@ -53,6 +53,8 @@ def init(
     deploy init deploy.toml --accept
     """
     console = context.console
+    if jump is not None:
+        parse_jump(jump)
     path = _write(context, file, Access(user=user, key=key, port=port, jump=jump), share)
     deployment = inventory.load(path)
     deployment.folder.make()
