@@ -93,7 +93,7 @@ APHRODITE = Engine(
 )
 VLLM = Engine(
     name="vllm",
-    version="0.33.0",
+    version="0.26.0",
     command=("vllm", "serve"),
     uneven=False,
     replicates=True,

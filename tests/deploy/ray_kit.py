@@ -7,7 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from deploy import facts as facts_of
@@ -34,9 +34,9 @@ CONFIG = {
 }
 
 
-def ray_environment() -> Path:
+def ray_environment(wanted: Sequence[str] = (RAY,), name: str = f"ray-{RAY.rpartition('=')[2]}") -> Path:
     """A relocatable environment of the nodes' Python with Ray, made once on this machine; from the index pip is told of."""
-    folder = settings.load().home / "tests" / f"ray-{RAY.rpartition('=')[2]}"
+    folder = settings.load().home / "tests" / name
     uv = Path(sys.executable).with_name("uv")
     with lock(folder.with_name(folder.name + ".lock")):
         if not folder.is_dir():
@@ -46,13 +46,15 @@ def ray_environment() -> Path:
                 options = ["--relocatable", "--no-project", "--python", "/usr/bin/python3", "--allow-existing"]
                 subprocess.run([uv, "venv", "-q", *options, made], check=True)
                 where = ["--default-index", index] if index else []
-                subprocess.run([uv, "pip", "install", "-q", "--python", python, "--compile-bytecode", *where, RAY], check=True)
+                subprocess.run(
+                    [uv, "pip", "install", "-q", "--python", python, "--compile-bytecode", *where, *wanted], check=True
+                )
     return folder
 
 
-def bring_ray(room: Rig) -> None:
+def bring_ray(room: Rig, source: Path | None = None) -> None:
     """Onto the share, as hard links where that is possible."""
-    source = ray_environment()
+    source = source or ray_environment()
     target = room.folder / "share" / "rayenv"
     if subprocess.run(["cp", "-al", source, target], check=False, capture_output=True).returncode:
         shutil.rmtree(target, ignore_errors=True)

@@ -1,0 +1,88 @@
+"""What deploy starts an engine with is in the set that brings it: lock, import matrix and the engine's table agree."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from packaging.utils import canonicalize_name
+
+from builder import environment as wheels_of
+from builder.sets import data as sets
+from deploy import engine as engines
+from deploy.remote import environment as remote
+from deploy.steps import environment
+from gracefarm import settings
+from tests.conftest import REPOSITORY
+
+SETS = {"aphrodite": "gh200-cu124", "vllm": "gh200-cu130"}
+DISTRIBUTION = {"aphrodite": "aphrodite-engine", "vllm": "vllm"}
+DASHBOARD = {
+    "aiohttp",
+    "aiohttp-cors",
+    "colorful",
+    "grpcio",
+    "opencensus",
+    "prometheus-client",
+    "pydantic",
+    "py-spy",
+    "virtualenv",
+}
+"What `ray[default]` adds, of which `ray start --include-dashboard true` asks."
+NEEDS = {
+    "torch": {"torch"},
+    "torch.cuda": {"torch"},
+    "triton": {"triton"},
+    "aphrodite_flash_attn_2_cuda": {"aphrodite-flash-attn"},
+    "aphrodite._C": {"aphrodite-engine"},
+    "vllm._C_stable_libtorch": {"vllm"},
+    "vllm._moe_C_stable_libtorch": {"vllm"},
+    "ray": {"ray"},
+    "ray.dashboard.optional_deps": {"ray"} | DASHBOARD,
+    "aphrodite run": {"aphrodite-engine"},
+    "vllm serve": {"vllm"},
+    "ray --version": {"ray"},
+}
+"A row of a matrix to the distributions that it needs. A row that is not here fails below."
+
+
+def versions(name: str) -> dict[str, str]:
+    """Distribution to version: of the set's lock and of our own wheels."""
+    found = sets.load(name, settings.load().model_copy(update={"project": REPOSITORY}))
+    locked = {one.name: one.version for one in wheels_of.wheels(found.runtime, found.data.target)}
+    return locked | {canonicalize_name(one.data.name): one.data.version for one in found.recipes}
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_the_sets_lock_has_everything_that_its_import_matrix_asks_for(name: str) -> None:
+    wanted = environment.matrix(name)
+    rows = [*(one.module for one in wanted.modules), *(" ".join(one[:2]) for one in wanted.commands)]
+    assert {"ray", "ray.dashboard.optional_deps"} <= set(rows)  # the plan says --include-dashboard true
+    have = versions(SETS[name])
+    assert {row: NEEDS[row] - set(have) for row in rows if NEEDS[row] - set(have)} == {}
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_the_engine_is_planned_for_at_the_version_that_its_set_has(name: str) -> None:
+    assert versions(SETS[name])[DISTRIBUTION[name]] == engines.engine(name).version
+
+
+def test_a_minimal_ray_fails_its_row_of_the_matrix(tmp_path: Path) -> None:
+    """`import ray` and `ray --version` pass with it; `ray start --include-dashboard true` would end after the weights came."""
+    site = tmp_path / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
+    dashboard = site / "ray" / "dashboard"
+    dashboard.mkdir(parents=True)
+    for folder in (site / "ray", dashboard):
+        (folder / "__init__.py").touch()
+    (dashboard / "optional_deps.py").write_text("import aiohttp_cors\n")
+    assert importlib.util.find_spec("aiohttp_cors") is None
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path], check=True)
+    wanted = [one for one in environment.matrix("aphrodite").modules if one.module.startswith("ray")]
+    done = remote.matrix(
+        {"environment": str(tmp_path), "modules": [one.model_dump() for one in wanted], "commands": [], "seconds": 60}
+    )
+    assert [(row["name"], "error" in row) for row in done["rows"]] == [("ray", False), ("ray.dashboard.optional_deps", True)]
+    assert "aiohttp_cors" in done["rows"][1]["error"]
