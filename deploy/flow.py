@@ -24,7 +24,7 @@ from deploy import model as models
 from deploy import paths
 from deploy import plan as planning
 from deploy.facts import Facts
-from deploy.inventory import Deployment
+from deploy.inventory import Deployment, Node
 from deploy.model import Model
 from deploy.plan import Plan
 from deploy.ssh import Fleet
@@ -599,16 +599,29 @@ async def down(work: Work, *, keep_ray: bool = False) -> dict[str, int]:
     """End the engine, then Ray, and look that nothing of ours is left; node to how many processes were ended.
 
     Raises:
-        NodeError: something is left; SshError, HostError: a node was not reached, after all others were stopped.
+        NodeError: something is left; SshError, HostError: a node was not reached. After everything on all others was stopped.
     """
     ended: dict[str, int] = {}
-    for job, grace in ((paths.ENGINE_JOB, 15.0), *(() if keep_ray else ((None, 5.0),))):
-        found = await ray.stop(work.nodes, work.fleet.mark, job=job, grace=grace)
-        ended = {node: ended.get(node, 0) + count for node, count in found.items()}
+    bad: dict[str, GracefarmError] = {}
+    passes: tuple[tuple[str | None, float], ...] = ((paths.ENGINE_JOB, 15.0), *(() if keep_ray else ((None, 5.0),)))
+    for job, grace in passes:
+        found, failed = await ray.try_stop(work.nodes, work.fleet.mark, job=job, grace=grace)
+        ended = {node: ended.get(node, 0) + found.get(node, 0) for node in {**ended, **found}}
+        bad |= failed
+
+    async def note(node: Node, job: str) -> None:
+        """So that it counts as stopped."""
+        try:
+            await work.fleet.stop_job(node, job, grace=1)
+        except GracefarmError as error:
+            bad.setdefault(node.name, error)
+
     jobs = [(work.deployment.head, paths.ENGINE_JOB)]
     jobs += [] if keep_ray else [(node, paths.RAY_JOB) for node in work.deployment.nodes]
-    await asyncio.gather(*(work.fleet.stop_job(node, job, grace=1) for node, job in jobs))  # so that they count as stopped
+    await asyncio.gather(*(note(node, job) for node, job in jobs if node.name not in bad))
     work.keeper.forget("engine", *(() if keep_ray else ("ray",)))
+    if bad:
+        raise joined(bad, len(work.nodes))
     return ended
 
 

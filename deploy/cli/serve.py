@@ -138,8 +138,10 @@ def serve(context: Context, skip_up: bool, no_wait: bool) -> None:
 def down(context: Context, keep_ray: bool, no_wait: bool) -> None:
     """End the engine and Ray on every node, and look that nothing of ours is left running; tunnels on this machine too."""
     with held(context, no_wait=no_wait) as keeper:
-        ended = at_work(context, keeper, lambda work: flow.down(work, keep_ray=keep_ray))
-    tunnel.end_all(context.deployment.folder)
+        try:
+            ended = at_work(context, keeper, lambda work: flow.down(work, keep_ray=keep_ray))
+        finally:
+            tunnel.end_all(context.deployment.folder)  # also where a node is away
     what = "the engine is down, Ray runs on" if keep_ray else "nothing of this deployment runs any more"
     text = ", ".join(f"{node} {count}" for node, count in ended.items() if count)
     context.console.result({"ended": ended}, f"{what}" + (f"; processes ended: {text}" if text else "; nothing ran"))

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from deploy import paths
 from deploy.plan import NodePlan, Plan
 from deploy.ssh import Fleet, require
-from deploy.worker import Json, Target, call, on_all, try_all
+from deploy.worker import Json, Target, call, joined, on_all, try_all
 from gracefarm.console import Console
 from gracefarm.errors import EngineError, GracefarmError, NodeError
 
@@ -267,21 +267,30 @@ async def verify(by_name: Mapping[str, Target], spec: Spec) -> float:
     )
 
 
+async def try_stop(
+    targets: Sequence[Target], mark: str, *, job: str | None = None, grace: float = 10
+) -> tuple[dict[str, int], dict[str, GracefarmError]]:
+    """End our processes (of one job, or all) and look that none is left: node to how many were ended; node to why not."""
+
+    async def one(node: Target) -> int:
+        found = await call(node, "look.stop", {"prefix": f"{mark}/{node.name}/{job or ''}", "grace": grace})
+        if found["left"]:
+            pids = ", ".join(str(each["pid"]) for each in found["left"])
+            raise NodeError(
+                f"{node.name}: processes cannot be ended: {pids}", remedy="end them as their owner, then repeat `deploy down`"
+            )
+        return int(found["ended"])
+
+    return await try_all(targets, one)
+
+
 async def stop(targets: Sequence[Target], mark: str, *, job: str | None = None, grace: float = 10) -> dict[str, int]:
-    """End our processes (of one job, or all) and look that none is left; node to how many were ended.
+    """Like `try_stop`.
 
     Raises:
         NodeError: one is left; SshError: a node was not reached. After all others were stopped.
     """
-
-    async def one(node: Target) -> Json:
-        return await call(node, "look.stop", {"prefix": f"{mark}/{node.name}/{job or ''}", "grace": grace})
-
-    found, bad = await try_all(targets, one)
-    left = {node: each["left"] for node, each in found.items() if each["left"]}
-    if left:
-        text = "; ".join(f"{node}: {', '.join(str(one['pid']) for one in each)}" for node, each in left.items())
-        raise NodeError(f"processes cannot be ended: {text}", remedy="end them as their owner, then repeat `deploy down`")
+    ended, bad = await try_stop(targets, mark, job=job, grace=grace)
     if bad:
-        raise next(iter(bad.values()))
-    return {node: each["ended"] for node, each in found.items()}
+        raise joined(bad, len(targets))
+    return ended
