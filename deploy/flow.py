@@ -75,11 +75,13 @@ class Work:
     "HF_TOKEN and HF_ENDPOINT of whoever calls."
     again: Collection[str] = ()
     "Steps that are done whatever the state says."
+    away: Collection[str] = ()
+    "Spares that are left out because they cannot be reached."
 
     @property
     def nodes(self) -> list[Target]:
-        """All nodes, the head first."""
-        return targets(self.fleet, self.facts, self.deployment.nodes)
+        """All nodes but those that are left out, the head first."""
+        return targets(self.fleet, self.facts, [one for one in self.deployment.nodes if one.name not in self.away])
 
     @property
     def pairs(self) -> list[tuple[str, str, int]]:
@@ -143,6 +145,38 @@ async def glance(node: Target, request: Json, seconds: float = 60) -> Json:
             f"{node.name}: no answer to a short question within {seconds:g} s",
             remedy=f"does a file system hang there? `deploy run -k {node.name} --timeout 10 -- df -h`",
         ) from error
+
+
+async def without_lost_spares(work: Work) -> Work:
+    """Without the nodes that no plan needs and that cannot be reached: nothing is to run there, so nothing waits for them.
+
+    What is done meanwhile is done for them too, once they are back: every step depends on which nodes there are.
+    """
+    found = await work.fleet.connect(sorted(_spares(work)))
+    lost = {name: error for name, error in found.items() if error}
+    for error in lost.values():
+        work.console.warn(f"{error.cause}; it is a spare: going on without it")
+    return replace(work, away=tuple(lost))
+
+
+def _spares(work: Work) -> Collection[str]:
+    """By the plan that was served last, else by the one that would be made without asking anybody for the model."""
+    try:
+        plan: Plan | None = Plan.model_validate_json((work.deployment.folder.path / "plan.json").read_bytes())
+    except (OSError, ValueError):
+        try:
+            model = _model_at_hand(work)
+            plan = planning.make(work.deployment, work.facts, model) if model else None
+        except GracefarmError:
+            return ()  # whoever needs the plan tells it
+    return {one.name for one in work.deployment.nodes} & set(plan.spares) if plan else ()
+
+
+def _model_at_hand(work: Work) -> Model | None:
+    data = work.deployment.data.model
+    if data.config:
+        return models.from_file(_local(work, data.config), repo=data.repo, revision=data.revision)
+    return models.built_in(data.repo, data.revision)
 
 
 def _root(work: Work) -> str:

@@ -87,8 +87,12 @@ def up(context: Context, start: str | None, skip: tuple[str, ...], no_wait: bool
     Ctrl-C or kill -9 at any moment: the same command goes on from there.
     """
     with held(context, no_wait=no_wait) as keeper:
-        changed = at_work(context, keeper, lambda work: flow.up(work, Choice(start=start, skip=skip)))
+        changed = at_work(context, keeper, lambda work: _up(work, Choice(start=start, skip=skip)))
     context.console.result({"changed": changed}, "up to date" if not changed else "done: `deploy serve` starts the engine")
+
+
+async def _up(work: Work, choice: Choice) -> bool:
+    return await flow.up(await flow.without_lost_spares(work), choice)
 
 
 @click.command()
@@ -103,6 +107,7 @@ def serve(context: Context, skip_up: bool, no_wait: bool) -> None:
     """
 
     async def go(work: Work) -> Served:
+        work = await flow.without_lost_spares(work)
         if not skip_up:
             await flow.up(work)
         return await flow.serve(work)
@@ -202,7 +207,7 @@ def env_up(context: Context, no_wait: bool) -> None:
     others = [one for one in flow.UP if one not in ("environment", "proof")]
     with held(context, no_wait=no_wait) as keeper:
         keeper.forget("environment")  # a roll-back counts no longer
-        changed = at_work(context, keeper, lambda work: flow.up(work, Choice(skip=others)))
+        changed = at_work(context, keeper, lambda work: _up(work, Choice(skip=others)))
     context.console.result({"changed": changed}, "active" if changed else "nothing to do")
 
 

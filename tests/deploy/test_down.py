@@ -1,4 +1,4 @@
-"""`deploy down` as a process, on nodes that are SSH servers of this test: what it ends, and what it tells of nodes that are away."""
+"""Nodes that are away, on SSH servers of this test: `deploy down` as a process, and spares that nobody waits for."""
 
 from __future__ import annotations
 
@@ -7,9 +7,15 @@ import time
 from pathlib import Path
 
 import psutil
+import pytest
 
-from deploy import state
+from deploy import facts as facts_of
+from deploy import flow, state
+from deploy.flow import Work
 from deploy.state import Record, State
+from gracefarm import settings
+from gracefarm.console import Console
+from gracefarm.errors import SshError
 from tests.deploy.test_tunnel import deploy
 from tests.deploy.test_watch import Scene, play
 
@@ -32,7 +38,7 @@ def alive(pid: int) -> bool:
         return False
 
 
-async def running(made: Scene) -> list[tuple[str, str]]:
+def running(made: Scene) -> list[tuple[str, str]]:
     """Node and job of all that run, also where nobody is let in."""
     found = []
     for one in made.made:
@@ -59,7 +65,7 @@ def test_with_a_node_away_everything_ends_on_all_others_and_then_it_is_told(tmp_
             assert code == 60, said
             assert "k2 127.0.0.13" in said
             assert "cannot be reached" in said
-            assert await running(made) == [("k2", "ray")]
+            assert running(made) == [("k2", "ray")]
             assert (await made.fleet.job_status(head, "engine")).state == "stopped"
             assert await asyncio.wait_for(tunnel.wait(), 10) is not None
         assert set(state.read(made.deployment.folder).steps) == {"weights"}
@@ -68,6 +74,39 @@ def test_with_a_node_away_everything_ends_on_all_others_and_then_it_is_told(tmp_
         assert code == 0, said
         assert "nothing of this deployment runs any more" in said
         assert (await made.fleet.job_status(last, "ray")).state == "stopped"
-        assert await running(made) == []
+        assert running(made) == []
 
     play(tmp_path, work, nodes=3)
+
+
+def test_a_spare_that_is_away_is_left_out_and_a_node_that_serves_is_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def work(made: Scene) -> None:
+        nothing = made.plan.model_copy(update={"spares": ("k1", "gone")})
+        (made.deployment.folder.path / "plan.json").write_text(nothing.model_dump_json())
+        with state.hold(made.deployment.folder, "test", on_wait=pytest.fail) as keeper:
+            whole = Work(
+                deployment=made.deployment,
+                fleet=made.fleet,
+                facts=facts_of.load(made.deployment),
+                keeper=keeper,
+                console=Console(),
+                settings=settings.load(),
+            )
+            assert await flow.without_lost_spares(whole) == whole
+            await made.made[1].switch_off()
+            with pytest.raises(SshError, match="k1 "):
+                await flow.look(whole)
+            less = await flow.without_lost_spares(whole)
+            assert [one.name for one in less.nodes] == ["k0", "k2"]
+            assert less.pairs != whole.pairs  # what is done without it is done for it when it is back
+            assert set(await flow.look(less)) == {"k0", "k2"}
+            await made.made[2].switch_off()
+            again = await flow.without_lost_spares(whole)
+            assert [one.name for one in again.nodes] == ["k0", "k2"]
+            with pytest.raises(SshError, match="k2 "):
+                await flow.look(again)
+
+    play(tmp_path, work, nodes=3)
+    assert "it is a spare: going on without it" in capsys.readouterr().err
