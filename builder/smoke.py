@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
@@ -30,6 +30,11 @@ WORKDIR = "/smoke"
 "Also the driver's folder, so that a Python that looks in either finds the decoys first."
 DRIVER_FOLDER = "/run/driver"
 "Of the sandbox: NVIDIA's user-space driver, which comes with the kernel's and is in no lock."
+GPU_VARIABLES: Mapping[str, str] = {
+    "LD_LIBRARY_PATH": DRIVER_FOLDER,
+    # triton else asks `ldconfig -p`, which fails in a root: no maintainer script has run, so there is no /etc/ld.so.cache.
+    "TRITON_LIBCUDA_PATH": DRIVER_FOLDER,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,8 +196,8 @@ def _clean(trial: Trial, *, gpu: bool = False) -> Iterator[Clean]:
             mounts = (Mount(source=prefix, target="/env"), Mount(source=folder, target=WORKDIR))
             box = Sandbox(
                 root=trial.bed.root,
-                mounts=(*mounts, *(_driver_libraries() if gpu else ())),
-                environment=variables() | ({"LD_LIBRARY_PATH": DRIVER_FOLDER} if gpu else {}),
+                mounts=(*mounts, *(driver_libraries(_loaders_cache()) if gpu else ())),
+                environment=variables() | (GPU_VARIABLES if gpu else {}),
                 workdir=WORKDIR,
                 memory=trial.memory,
                 devices=tuple(map(str, devices())) if gpu else (),
@@ -219,12 +224,26 @@ def _on_machine(trial: Trial, machine: Machine, prefix: Path, folder: Path) -> P
     )
 
 
-def _driver_libraries() -> Iterator[Mount]:
-    """The driver's libraries, each to a folder of its own in the sandbox, from the loader's cache."""
+def _loaders_cache() -> str:
+    """What this machine's loader finds by name, as `ldconfig -p` lists it."""
     done = subprocess.run(
         ["ldconfig", "-p"], capture_output=True, text=True, check=False, env={"PATH": "/usr/sbin:/sbin:/usr/bin"}
     )
-    for name, place in re.findall(r"^\s*(lib(?:cuda|nvidia-[\w-]+)\.so\.\S+) .* => (\S+)$", done.stdout, re.MULTILINE):
+    return done.stdout
+
+
+def driver_libraries(listing: str) -> Iterator[Mount]:
+    """The driver's libraries of a loader's cache, each to a folder of its own in the sandbox; and libcuda.so, to link with.
+
+    That name is of a package for developers which a driver need not have brought, and a JIT compiler links with `-lcuda`.
+    """
+    library = r"^\s*(lib(?:cuda|nvidia-[\w-]+)\.so\.\S+) \(libc6,(?:x86-64|AArch64)\b.* => (\S+)$"  # else: for 32 bits
+    found: dict[str, str] = {}
+    for name, place in re.findall(library, listing, re.MULTILINE):
+        found.setdefault(name, place)
+    if "libcuda.so.1" in found:
+        found["libcuda.so"] = found["libcuda.so.1"]
+    for name, place in found.items():
         yield Mount(source=Path(os.path.realpath(place)), target=f"{DRIVER_FOLDER}/{name}")
 
 
