@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -127,7 +128,7 @@ def configuration(plan: Plan, environment: Path, compiler: Path | None, folder: 
         "before-all": before_all(plan),
         "repair-wheel-command": "",
         "audit-command": "",
-        "config-settings": dict(build.config_settings),
+        "config-settings": {name: _inside(value) for name, value in build.config_settings.items()},
         "environment": dict(variables(plan, jobs=jobs, epoch=epoch)),
     }
     return "[tool.cibuildwheel]\n" + "".join(f"{name} = {_toml(value)}\n" for name, value in options.items())
@@ -157,7 +158,7 @@ def variables(plan: Plan, *, jobs: int, epoch: int) -> Iterator[tuple[str, str]]
         "GRACEFARM_PYTHON_INCLUDE",
     }
     python = f"cp{plan.stack.data.python.replace('.', '')}"
-    ours = {name: value for name, value in ours.items() if name not in left_out} | {
+    ours = {name: _inside(value) for name, value in ours.items() if name not in left_out} | {
         "PYTHONPATH": str(toolchain.site_packages(Path("/env"), plan.stack.data.python)),
         "CC": "gcc",
         "CXX": "g++",
@@ -170,6 +171,11 @@ def variables(plan: Plan, *, jobs: int, epoch: int) -> Iterator[tuple[str, str]]
         ours |= {"CUDA_HOME": CUDA, "CUDA_PATH": CUDA, "CUDACXX": f"{CUDA}/bin/nvcc"}
         ours |= {"GRACEFARM_NVCC": f"{image(plan).cuda}/bin/nvcc"}
     yield from sorted((ours | {"PATH": ":".join(_search_path(plan))}).items())
+
+
+def _inside(value: str) -> str:
+    """A recipe's value, with the container's place for the source where it names the sandbox's."""
+    return re.sub(r"/build/source(?![^/;:\s])", PROJECT, value)
 
 
 def _search_path(plan: Plan) -> Iterator[str]:

@@ -396,9 +396,8 @@ print(engine._C.__file__.rpartition("/")[2])
 """
 
 
-def test_fetch_content_abi3_a_stub_driver_metadata_of_our_own_and_the_source_beside_the_wheel(
-    farm: Farm, tmp_path: Path
-) -> None:
+def engine(farm: Farm, tmp_path: Path) -> None:
+    """The repositories and the recipe of a project of aphrodite-engine's shape."""
     cutlass = Repository(tmp_path / "cutlass")
     inner = cutlass.commit({"include/cute.h": "#define CUTE 1\n", "CMakeLists.txt": "cmake_minimum_required(VERSION 3.25)\n"})
     repository = Repository(tmp_path / "engine")
@@ -421,6 +420,12 @@ def test_fetch_content_abi3_a_stub_driver_metadata_of_our_own_and_the_source_bes
         smoke={"imports": ["engine"]},
     )
     (farm.settings.project / "recipes/engine/smoke.py").write_text(SMOKE)
+
+
+def test_fetch_content_abi3_a_stub_driver_metadata_of_our_own_and_the_source_beside_the_wheel(
+    farm: Farm, tmp_path: Path
+) -> None:
+    engine(farm, tmp_path)
     done = farm.run("build", "engine", "--target", "aarch64", **mirrors(tmp_path))
     assert done.code == 0, done.said
     with zipfile.ZipFile(done.out.strip()) as opened:

@@ -1,4 +1,4 @@
-"""The sandbox's GPU test, before a folder that plays NVIDIA's driver: what a JIT compiler needs of it beside the device files."""
+"""The sandbox's GPU test, before a folder that plays NVIDIA's driver: what a JIT compiler needs beside the device files."""
 
 from __future__ import annotations
 
@@ -51,12 +51,9 @@ def fake_driver(folder: Path) -> str:
     (folder / "32").mkdir()
     (folder / "32/libcuda.so.1").write_text("for programs of 32 bits")
     kind = {"aarch64": "AArch64", "x86_64": "x86-64"}[host_arch().value]
-    names = (
-        *("libcuda.so.1 (libc6) => 32/libcuda.so.1", f"libcuda.so.1 (libc6,{kind}) => libcuda.so.1"),
-        *(f"libnvidia-ptxjitcompiler.so.1 (libc6,{kind}) => libnvidia-ptxjitcompiler.so.1", f"libz.so.1 (libc6,{kind}) => none"),
-        "libcuda.so.1 (libc6) => 32/libcuda.so.1",
-    )
-    return "567 libs found in cache `/etc/ld.so.cache'\n" + "".join(f"\t{one.replace('=> ', f'=> {folder}/')}\n" for one in names)
+    old, own = "libcuda.so.1 (libc6) => 32/libcuda.so.1", ("libcuda.so.1", "libz.so.1", "libnvidia-ptxjitcompiler.so.1")
+    lines = [old, *(f"{name} (libc6,{kind}) => {name}" for name in own), old]
+    return "567 libs found in cache\n" + "".join(f"\t{one.replace('=> ', f'=> {folder}/')}\n" for one in lines)
 
 
 def trial(farm: Farm, folder: Path, script: str) -> smoke.Trial:

@@ -14,7 +14,7 @@ import subprocess
 import threading
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
@@ -35,6 +35,7 @@ from gracefarm.settings import Settings
 from tests import projects
 from tests.conftest import REPOSITORY, Farm, new_farm
 from tests.integration.test_build import record_of, start
+from tests.integration.test_pinned import engine, mirrors, trinity
 from tests.integration.test_toolchain_host import PRELOAD
 
 HERE = host_arch()
@@ -194,6 +195,18 @@ def test_cuda_of_the_image_for_the_stacks_architectures_alone(farm: Farm, depot:
     assert statuses["cubins"] == statuses["symbols"] == statuses["rpath"] == "passed"
     assert found["inputs"]["toolchain"]["cuda"] == CUDA  # type: ignore[index]
     assert "dropped -gencode arch=compute_100,code=sm_100" in log
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [engine, trinity])
+def test_a_recipes_places_in_the_sandbox_are_the_containers(
+    farm: Farm, depot: Depot, tmp_path: Path, shape: Callable[[Farm, Path], object]
+) -> None:
+    """FetchContent's source by CMake variable, and pre-seeded downloads in a subdirectory's build by environment."""
+    shape(farm, tmp_path)
+    with_image(farm, depot.sha256)
+    done = farm.run("build", shape.__name__, *AIM, **mirrors(tmp_path), **depot.variables)
+    assert done.code == 0, f"{done.said}\n{farm.run('log', shape.__name__).out[-3000:]}"
 
 
 def text_of(content: str | bytes) -> str:
