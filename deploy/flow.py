@@ -8,10 +8,12 @@ shared folder, Ray and the engine are detached jobs; the same command finds them
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import json
 import os
 import secrets
 import shlex
+import socket
 import time
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import suppress
@@ -267,9 +269,13 @@ async def _preflight(work: Work, looks: Looks) -> bool:
 async def cells_of(work: Work, looks: Looks, told: Collection[str] = ()) -> list[Cell]:
     """Every check on every node and pair; what is not green is printed, but yellow cells of the checks in `told`."""
     cells = await preflight.run(work.nodes, _preflight_spec(work, looks))
+    said: dict[str, list[str]] = {}
     for one in cells:
         if one.status == "bad" or (one.status == "warn" and one.check not in told):
-            work.console.warn(f"{one.node}: {one.check}: {one.text}" + (f"; {one.remedy}" if one.remedy else ""))
+            text = f"{one.check}: {one.text}" + (f"; {one.remedy}" if one.remedy else "")
+            said.setdefault(text, []).append(one.node)
+    for text, nodes in said.items():
+        work.console.warn(f"{', '.join(nodes)}: {text}")
     return cells
 
 
@@ -290,7 +296,20 @@ def _preflight_spec(work: Work, looks: Looks) -> preflight.Spec:
         collective_port=ports.store,
         ours=(f"{paths.root(work.deployment)}/", *(("ray::",) if running else ())),
         rehearsal=data.options.rehearsal,
+        public=_public(work.deployment),
+        ray_ports=(ports.ray, ports.object_manager, ports.node_manager),
     )
+
+
+def _public(deployment: Deployment) -> dict[str, str]:
+    """Nodes that ssh reaches directly by an address of the internet, a host name's among them."""
+    found = {}
+    for one in deployment.nodes:
+        with suppress(OSError):
+            places = [] if one.jump else socket.getaddrinfo(one.address, one.port, proto=socket.IPPROTO_TCP)
+            if any(ipaddress.ip_address(str(each[4][0]).partition("%")[0]).is_global for each in places):
+                found[one.name] = one.address
+    return found
 
 
 def summary(cells: Sequence[Cell]) -> str:

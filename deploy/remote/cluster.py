@@ -63,7 +63,7 @@ def nodes(request: Json) -> Json:
     free = ray.available_resources().get("GPU", 0.0)
     ray.shutdown()
     watchdog.cancel()
-    return {"nodes": found, "free": free}
+    return {"nodes": found, "free": free, "version": ray.__version__}
 
 
 def _give_up(address: str, seconds: float) -> None:

@@ -13,11 +13,12 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from deploy.remote import mounts
-from deploy.remote.wire import WorkerError
+from deploy.remote.wire import WorkerError, event
 
 Json = dict[str, Any]
 
@@ -138,7 +139,16 @@ def _environment(link: Path) -> Json | None:
         described: Json = json.loads((link / "environment.json").read_text())
     except (OSError, ValueError):
         return None
-    return {**described, "python": _python(str(link / "bin" / "python"))}
+    return {**described, "python": _python(str(link / "bin" / "python")), "ray": _ray(link)}
+
+
+def _ray(link: Path) -> str | None:
+    """Ray's version there, by its metadata: importing it takes seconds."""
+    found = [
+        one.name.removeprefix("ray-").removesuffix(".dist-info")
+        for one in link.glob("lib/python3*/site-packages/ray-*.dist-info")
+    ]
+    return found[0] if found else None
 
 
 def glibcxx() -> str | None:
@@ -199,6 +209,29 @@ def pairs(request: Json) -> Json:
     }
 
 
+def outside(request: Json) -> Json:
+    """Listen on every address on `ports` for `seconds`, as Ray does, and answer with `nonce`; the ports that are in use.
+
+    It ends early when each port was asked. Whoever asks does so from outside of the nodes' network.
+    """
+    deadline = time.monotonic() + float(request["seconds"])
+    listeners, taken = _listen("::" if socket.has_dualstack_ipv6() else "0.0.0.0", request["ports"])  # noqa: S104 - the point
+    event("listening", taken=sorted(taken))
+    left = set(listeners)
+    while left and time.monotonic() < deadline:
+        ready, _, _ = select.select(listeners, [], [], 0.1)
+        for one in ready:
+            connection, _ = one.accept()
+            with connection, suppress(OSError):
+                connection.settimeout(2)
+                if connection.recv(200) == b"gracefarm outside\n":
+                    connection.sendall(request["nonce"].encode())
+                    left.discard(one)
+    for one in listeners:
+        one.close()
+    return {"taken": sorted(taken)}
+
+
 def _part(me: str, address: str, ports: dict[str, Json]) -> None:
     """Tell a peer that it need not listen for us any longer."""
     for port, found in ports.items():
@@ -227,6 +260,8 @@ def _listen(address: str, ports: list[int]) -> tuple[list[socket.socket], dict[s
     for port in ports:
         one = socket.socket(family)
         one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if address == "::":
+            one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         try:
             one.bind((address, port))
         except OSError as error:

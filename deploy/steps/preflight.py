@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
-from deploy.steps.preflight_checks import Cell, Expected, Pairs, Survey, judge
+from deploy.steps.preflight_checks import Cell, Expected, Pairs, Survey, judge, tokenless
 from deploy.worker import Json, Target, call, try_all
 from gracefarm.errors import GracefarmError, PreflightError
 
 ORDER = (
-    *("reach", "names", "share", "route", "ports", "clock", "python"),
+    *("reach", "names", "share", "route", "ports", "clock", "python", "token"),
     *("cuda", "memory", "pages", "libstdc++", "shm", "limits", "gloo", "nccl"),
 )
+KNOCK = 3.0
+"Seconds in which a port that is open to everybody answers."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +31,9 @@ class Spec:
     collective_port: int
     ours: Sequence[str] = ()
     rehearsal: bool = False
+    public: Mapping[str, str] = field(default_factory=dict)
+    "Node to the public address that ssh reaches it by: Ray's ports are tried there from here, where Ray asks for no token."
+    ray_ports: Sequence[int] = ()
     seconds: float = 15
     "How long pairs wait for each other."
 
@@ -71,6 +77,7 @@ async def run(targets: Sequence[Target], spec: Spec) -> list[Cell]:
         nonces={one.name: nonces[one.name] for one in there},
         ours=spec.ours,
         rehearsal=spec.rehearsal,
+        open=await reached([one for one in there if _tokenless(surveys[one.name])], spec),
     )
     cells += judge(surveys, found, expected)
     answering = [one for one in there if one.name in found]
@@ -79,6 +86,45 @@ async def run(targets: Sequence[Target], spec: Spec) -> list[Cell]:
         await try_all(there[:1], lambda node: call(node, "preflight.clean", {"share": spec.share, "run": name}))
     place = {one.name: index for index, one in enumerate(targets)}
     return sorted(cells, key=lambda one: (ORDER.index(one.check), place[one.node]))
+
+
+def _tokenless(one: Survey) -> bool:
+    return bool(one.environment and one.environment.ray and tokenless(one.environment.ray))
+
+
+async def reached(targets: Sequence[Target], spec: Spec) -> dict[str, str]:
+    """Nodes that let this machine in at a port of Ray's over their public address, and where. A port in use is not asked."""
+
+    async def one(node: Target) -> str | None:
+        nonce = secrets.token_hex(16)
+        tries: list[asyncio.Future[int | None]] = []
+
+        def listening(event: Json) -> None:
+            free = [port for port in spec.ray_ports if str(port) not in event["taken"]]
+            tries.extend(asyncio.ensure_future(_knock(spec.public[node.name], port, nonce)) for port in free)
+
+        request = {"ports": list(spec.ray_ports), "nonce": nonce, "seconds": KNOCK + 1}
+        await call(node, "preflight.outside", request, on_event=listening)
+        found = await asyncio.gather(*tries)
+        return next((f"{spec.public[node.name]}:{port}" for port in found if port), None)
+
+    asked = [one for one in targets if one.name in spec.public]
+    good, _bad = await try_all(asked, one)  # a node that does not answer has its own red cell
+    return {node: place for node, place in good.items() if place}
+
+
+async def _knock(address: str, port: int, nonce: str) -> int | None:
+    """The port, where this very node answers; else None: what takes any connection is no proof."""
+    try:
+        async with asyncio.timeout(KNOCK):
+            reader, writer = await asyncio.open_connection(address, port)
+            try:
+                writer.write(b"gracefarm outside\n")
+                return port if await reader.readexactly(len(nonce)) == nonce.encode() else None
+            finally:
+                writer.close()
+    except (OSError, TimeoutError, asyncio.IncompleteReadError):
+        return None
 
 
 def _unreached(node: str, error: GracefarmError) -> Cell:

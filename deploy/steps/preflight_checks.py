@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -15,6 +16,9 @@ SHM = 4 * GIB
 "Ray's object store and NCCL live in /dev/shm."
 NOFILE = 65536
 "Ray's own recommendation for the number of open files."
+TOKENS = (2, 52)
+"The first Ray that asks for a token (RAY_AUTH_MODE). It listens on every address, whatever --node-ip-address says."
+SHUT = "let ssh alone in at the provider's firewall: `deploy tunnel` needs no more; or a set with a later Ray"
 
 Status = Literal["ok", "bad", "warn", "skipped"]
 
@@ -60,6 +64,7 @@ class Environment(Answer):
     alignment: int | None = None
     glibcxx: str | None = None
     python: Python
+    ray: str | None = None
 
 
 class Share(Answer):
@@ -132,6 +137,8 @@ class Expected:
     "Words in the command line of a process that may hold a needed port: a cluster of ours that runs already."
     rehearsal: bool = False
     "Nodes are namespaces of one machine, with GPUs in name alone."
+    open: Mapping[str, str] = field(default_factory=dict)
+    "Node to a place of Ray's that was reached there over a public address."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +164,13 @@ def judge(surveys: Mapping[str, Survey], pairs: Mapping[str, Pairs], expected: E
     for node, one in surveys.items():
         gpus = expected.gpus.get(node, 0)
         cells += [_cuda(node, one.cuda, gpus, expected.rehearsal), _memory(node, one.cuda)]
-        cells += [_pages(node, one), _symbols(node, one), _shm(node, one.shm), _limits(node, one.limits)]
+        cells += [
+            _token(node, one, expected),
+            _pages(node, one),
+            _symbols(node, one),
+            _shm(node, one.shm),
+            _limits(node, one.limits),
+        ]
     return cells
 
 
@@ -338,6 +351,31 @@ def _pages(node: str, one: Survey) -> Cell:
             "it cannot be loaded here: use wheels that passed `builder audit` (gate alignment), or smaller pages",
         )
     return _cell("pages", node, "ok", f"{page}, libraries aligned to {one.environment.alignment >> 10} KiB")
+
+
+def tokenless(version: str) -> bool:
+    """This Ray knows no token: it ignores RAY_AUTH_MODE and lets everybody in who reaches its ports."""
+    return tuple(int(one) for one in re.findall(r"\d+", version)[:2]) < TOKENS
+
+
+def open_door(version: str) -> str:
+    """What a Ray without tokens means."""
+    return (
+        f"Ray {version} knows no token ({'.'.join(map(str, TOKENS))} is the first): whoever reaches its ports runs code there"
+    )
+
+
+def _token(node: str, one: Survey, expected: Expected) -> Cell:
+    if one.environment is None:
+        return _cell("token", node, "skipped", "no environment is active yet")
+    version = one.environment.ray
+    if version is None:
+        return _cell("token", node, "skipped", "there is no Ray in the environment")
+    if not tokenless(version):
+        return _cell("token", node, "ok", f"Ray {version} asks for one")
+    place = expected.open.get(node)
+    text = open_door(version) + (f"; {place} was reached from this machine, over a public address" if place else "")
+    return _cell("token", node, "warn", text, SHUT)
 
 
 def _symbols(node: str, one: Survey) -> Cell:

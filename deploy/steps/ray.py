@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from deploy import paths
 from deploy.plan import NodePlan, Plan
 from deploy.ssh import Fleet, require
+from deploy.steps.preflight_checks import SHUT, open_door, tokenless
 from deploy.worker import Json, Target, call, joined, on_all, try_all
 from gracefarm.console import Console
 from gracefarm.errors import EngineError, GracefarmError, NodeError
@@ -115,7 +116,9 @@ async def up(fleet: Fleet, targets: Sequence[Target], spec: Spec, console: Conso
         await _end_engine(targets, looks, fleet.mark, console)
         await on_all([by_name[one.name] for one in missing], lambda node: call(node, "cluster.warm", {}, python=spec.python))
         await _start_all(fleet, by_name, missing, spec, console, cores=looks[plan.head.name]["cores"])
-    gpus = await verify(by_name, spec)
+    gpus, version = await verify(by_name, spec)
+    if tokenless(version):
+        console.warn(f"{open_door(version)}; {SHUT}")
     return Outcome(started=tuple(one.name for one in missing), stopped=stopped, gpus=gpus)
 
 
@@ -235,8 +238,8 @@ async def ask(head: Target, spec: Spec) -> Json:
     return await call(head, "cluster.nodes", request, python=spec.python)
 
 
-async def verify(by_name: Mapping[str, Target], spec: Spec) -> float:
-    """All of the plan's nodes are alive, no other is, and there are exactly its GPUs; the number of GPUs.
+async def verify(by_name: Mapping[str, Target], spec: Spec) -> tuple[float, str]:
+    """All of the plan's nodes are alive, no other is, and there are exactly its GPUs; their number, and Ray's version.
 
     Raises:
         EngineError: not within `spec.seconds`; names the nodes and the cause in their logs.
@@ -250,7 +253,7 @@ async def verify(by_name: Mapping[str, Target], spec: Spec) -> float:
         foreign = [one for one in alive if one not in names]
         gpus = sum(alive.values())
         if not away and not foreign and gpus == plan.layout.world:
-            return float(gpus)
+            return float(gpus), str(found["version"])
         if foreign:
             raise EngineError(
                 f"Ray has nodes that are not in the plan: {', '.join(foreign)}", remedy="`ray stop` there, then repeat"

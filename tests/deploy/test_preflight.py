@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import Any
 
 import pytest
 
+from deploy import flow, inventory
 from deploy.steps import preflight
-from deploy.steps.preflight_checks import GIB, Cell, Expected, Pairs, Survey, judge
+from deploy.steps.preflight_checks import GIB, Cell, Expected, Pairs, Survey, judge, open_door
 from deploy.worker import Target
 from gracefarm.errors import PreflightError
 from tests.deploy import kit
@@ -19,7 +21,14 @@ from tests.deploy import kit
 Json = dict[str, Any]
 PYTHON = {"version": "3.11.9", "implementation": "cpython", "platform": "linux-aarch64"}
 GPU = {"name": "NVIDIA GH200 480GB", "free": 95 * GIB, "total": 96 * GIB}
-ENVIRONMENT = {"id": "e1", "interpreter": "/usr/bin/python3.11", "alignment": 65536, "glibcxx": "3.4.29", "python": PYTHON}
+ENVIRONMENT = {
+    "id": "e1",
+    "interpreter": "/usr/bin/python3.11",
+    "alignment": 65536,
+    "glibcxx": "3.4.29",
+    "python": PYTHON,
+    "ray": "2.60.0",
+}
 NODES = ("k0", "k1", "k2")
 
 
@@ -88,6 +97,7 @@ def test_good_nodes_have_no_red_cell_and_no_yellow_one() -> None:
         ("shm", {"shm": {"total": 8 * GIB, "free": 1 * GIB}}, "bad", "1.0 GiB free"),
         ("shm", {"shm": {"total": 2 * GIB, "free": 2 * GIB}}, "warn", "2.0 GiB free"),
         ("limits", {"limits": {"nofile": [1024, 4096]}}, "warn", "nofile 4096"),
+        ("token", {"environment": {**ENVIRONMENT, "ray": "2.41.0"}}, "warn", "Ray 2.41.0 knows no token"),
     ],
 )
 def test_a_node_that_differs_is_the_one_that_is_told(check: str, change: Json, status: str, word: str) -> None:
@@ -202,3 +212,68 @@ def test_a_node_that_does_not_answer_is_one_red_cell_and_the_others_are_judged(t
         ("k1", "cannot be reached", "is it up?")
     ]
     assert any(one.node == "k0" and one.check == "shm" for one in cells)
+
+
+@pytest.mark.parametrize(("version", "without"), [("2.41.0", True), ("2.51.2", True), ("2.52.0", False), ("3.0.0rc1", False)])
+def test_rays_before_2_52_know_no_token(version: str, without: bool) -> None:
+    cell = judged({"k1": survey(environment={**ENVIRONMENT, "ray": version})}, open={"k1": "192.0.2.7:6379"})["token", "k1"]
+    assert (cell.status == "warn") is without
+    assert ("192.0.2.7:6379 was reached" in cell.text) is without
+
+
+def test_a_port_of_rays_that_is_open_to_this_machine_is_told_and_one_that_is_in_use_is_not_asked(tmp_path: Path) -> None:
+    made = tmp_path / "root" / "env" / "lib" / "python3.11" / "site-packages" / "ray-2.41.0.dist-info"
+    made.mkdir(parents=True)
+    described = {key: value for key, value in ENVIRONMENT.items() if key not in ("python", "ray")}
+    (tmp_path / "root" / "env" / "environment.json").write_text(json.dumps(described))
+    with socket.create_server(("127.0.0.11", 0)) as used, socket.create_server(("127.0.0.11", 0)) as probe:
+        held, port = (int(one.getsockname()[1]) for one in (used, probe))
+        probe.close()
+
+        async def go() -> list[Cell]:
+            async with kit.nodes(tmp_path, 1) as (node,):
+                return [
+                    next(one for one in await preflight.run([node], spec) if one.check == "token")
+                    for spec in (
+                        preflight.Spec(
+                            share=None,
+                            root=str(tmp_path / "root"),
+                            ports=[],
+                            collective_port=port,
+                            rehearsal=True,
+                            public=public,
+                            ray_ports=ports,
+                        )
+                        for public, ports in (
+                            ({"k0": "127.0.0.11"}, [held, port]),
+                            ({"k0": "127.0.0.11"}, [held]),
+                            ({}, [port]),
+                        )
+                    )
+                ]
+
+        reached, in_use, private = asyncio.run(go())
+    assert {one.status for one in (reached, in_use, private)} == {"warn"}
+    assert reached.text == f"{open_door('2.41.0')}; 127.0.0.11:{port} was reached from this machine, over a public address"
+    assert in_use.text == private.text == open_door("2.41.0")
+    assert "ssh alone" in reached.remedy
+
+
+def test_whatever_takes_a_connection_and_is_not_the_node_proves_nothing() -> None:
+    async def go() -> int | None:
+        async def other(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.readline()
+            writer.write(b"HTTP/1.1 400 Bad Request, says a proxy\r\n\r\n")
+            writer.close()
+
+        async with await asyncio.start_server(other, "127.0.0.11", 0) as server:
+            return await preflight._knock("127.0.0.11", server.sockets[0].getsockname()[1], "ab" * 16)
+
+    assert asyncio.run(go()) is None
+
+
+def test_only_an_address_of_the_internet_that_ssh_reaches_directly_is_public(tmp_path: Path) -> None:
+    rows = [("8.8.8.8", ""), ("10.0.0.1", ""), ("8.8.4.4", 'jump = "gate"'), ("2001:4860:4860::8888", ""), ("localhost", "")]
+    text = "".join(f'[[node]]\naddress = "{address}"\n{more}\n' for address, more in rows)
+    (tmp_path / "deploy.toml").write_text(text)
+    assert flow._public(inventory.load(tmp_path / "deploy.toml")) == {"k0": "8.8.8.8", "k3": "2001:4860:4860::8888"}
