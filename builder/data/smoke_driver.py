@@ -1,7 +1,8 @@
 """Runs inside the clean environment: import each module by name, see that it came from there, then run smoke.py.
 
-argv: modules, comma separated; path of smoke.py or '-'; those of the modules that may come from elsewhere, or '-'. Prints one
-JSON line that starts with GRACEFARM.
+argv: modules, comma separated; path of smoke.py or '-'; those of the modules that may come from elsewhere, or '-'. A smoke.py
+that loads modules in a way of its own leaves them in sys.modules and names them in LOADED: the same is asked of them. Prints
+one JSON line that starts with GRACEFARM.
 """
 
 import contextlib
@@ -12,15 +13,24 @@ import runpy
 import sys
 
 wanted, script, elsewhere = sys.argv[1].split(","), sys.argv[2], sys.argv[3].split(",")
-files = {}
-for name in wanted:
-    module = importlib.import_module(name)
+files: dict[str, str] = {}
+
+
+def note(name: str) -> None:
+    module = sys.modules[name]
     place = getattr(module, "__file__", None) or next(iter(module.__path__))
     if not place.startswith(sys.prefix + "/lib/") and name not in elsewhere:
         sys.exit(f"ImportError: {name} was imported from {place}, not from the installed wheel under {sys.prefix}/lib")
     files[name] = place
+
+
+for name in wanted:
+    importlib.import_module(name)
+    note(name)
 said = io.StringIO()
 if script != "-":
     with contextlib.redirect_stdout(said):
-        runpy.run_path(script, run_name="__main__")
+        left = runpy.run_path(script, run_name="__main__")
+    for name in left.get("LOADED", ()):
+        note(name)
 print("GRACEFARM" + json.dumps({"modules": files, "script": said.getvalue() if script != "-" else None}))

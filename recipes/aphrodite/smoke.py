@@ -1,14 +1,16 @@
-"""The three extensions, loaded by name: `import aphrodite` succeeds without them.
+"""The engine's three extensions, loaded by name, since `import aphrodite` succeeds without them; and the commit that it says.
 
-They are loaded from their files, since the package itself needs triton and flash-attn, which the set's test has and this one
-has not. _C is linked with libcuda.so.1, the driver's: where there is no driver, an empty stand-in is compiled that has the
-names which _C asks for, so that the loader resolves all other ones for real.
+They are loaded from their files: the package's own import also wants what the set has beside it (triton, flash-attn). _C is
+linked with libcuda.so.1, the driver's: where there is no driver, an empty stand-in is compiled that has the names which _C
+asks for, so that the loader resolves all other ones for real.
 """
 
 import ctypes
 import importlib.util
+import re
 import site
 import subprocess
+import sys
 import tempfile
 from importlib.machinery import ExtensionFileLoader
 from pathlib import Path
@@ -16,7 +18,11 @@ from pathlib import Path
 import torch  # noqa: F401 whose libraries the extensions need
 
 PACKAGE = Path(site.getsitepackages()[0]) / "aphrodite"
+COMMIT = "8b8d2ce7e24f3ef3d949f497032b0e6a43cbd7e2"
+"The tag's. A branch has the same name and another commit, and setup.py writes a placeholder where git does not answer."
+
 NAMES = ("cuTensorMapEncodeTiled", "cuPointerGetAttribute", "cuGetErrorString", "cuGetErrorName", "cuDriverGetVersion")
+LOADED = ["aphrodite._core_C", "aphrodite._moe_C", "aphrodite._C"]
 
 
 def stand_in(folder: Path) -> Path:
@@ -27,14 +33,16 @@ def stand_in(folder: Path) -> Path:
     return library
 
 
+commits = re.findall(r"\b[0-9a-f]{40}\b", (PACKAGE / "commit_id.py").read_text())
+if set(commits) != {COMMIT}:
+    sys.exit(f"aphrodite/commit_id.py says {', '.join(commits) or 'no commit'}, not {COMMIT}")
 try:
     ctypes.CDLL("libcuda.so.1", mode=ctypes.RTLD_GLOBAL)
 except OSError:
     with tempfile.TemporaryDirectory() as name:
         ctypes.CDLL(str(stand_in(Path(name))), mode=ctypes.RTLD_GLOBAL)
-for name in ("_core_C", "_moe_C", "_C"):
-    (place,) = PACKAGE.glob(f"{name}.*so")
-    loader = ExtensionFileLoader(f"aphrodite.{name}", str(place))
-    spec = importlib.util.spec_from_file_location(f"aphrodite.{name}", place, loader=loader)
-    importlib.util.module_from_spec(spec)
-    print(f"{name} loaded")
+for name in LOADED:
+    (place,) = PACKAGE.glob(f"{name.rpartition('.')[2]}.*so")
+    spec = importlib.util.spec_from_file_location(name, place, loader=ExtensionFileLoader(name, str(place)))
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    print(f"{place.name} loaded")

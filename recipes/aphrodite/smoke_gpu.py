@@ -1,7 +1,17 @@
-"""Two of the engine's own kernels against plain torch in float32, on random input; it only serves: nothing goes backward."""
+"""Two of the engine's own kernels against plain torch in float32, on random input; it only serves: nothing goes backward.
+
+The libraries are loaded from their files, as in smoke.py: the package's own import also wants what the set has beside it.
+"""
+
+import site
+from pathlib import Path
 
 import torch
-from aphrodite import _custom_ops as ops
+
+for name in ("_core_C", "_C"):  # the second names types of the first
+    (place,) = Path(site.getsitepackages()[0], "aphrodite").glob(f"{name}.*so")
+    torch.ops.load_library(place)
+ops = torch.ops._C
 
 torch.manual_seed(0)
 for dtype, tolerance in ((torch.float16, 5e-3), (torch.bfloat16, 3e-2)):
