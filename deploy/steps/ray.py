@@ -165,17 +165,20 @@ def _refuse_foreign(looks: Mapping[str, Json], plan: Plan) -> None:
             )
 
 
-async def _start_all(
-    fleet: Fleet, by_name: Mapping[str, Target], missing: Sequence[NodePlan], spec: Spec, console: Console, *, cores: int
-) -> None:
+def waves(missing: Sequence[NodePlan], spec: Spec, cores: int) -> list[list[NodePlan]]:
+    """Who is started together: the head by itself, then workers, by `spec.wave` or the head's cores."""
     head = [one for one in missing if one.name == spec.plan.head.name]
     rest = [one for one in missing if one.name != spec.plan.head.name]
     size = spec.wave or max(1, cores // CORES_PER_START)
-    waves = [head] if head else []
-    waves += [rest[at : at + size] for at in range(0, len(rest), size)]
+    return ([head] if head else []) + [rest[at : at + size] for at in range(0, len(rest), size)]
+
+
+async def _start_all(
+    fleet: Fleet, by_name: Mapping[str, Target], missing: Sequence[NodePlan], spec: Spec, console: Console, *, cores: int
+) -> None:
     done = 0
     with console.progress("ray") as tick:
-        for wave in waves:
+        for wave in waves(missing, spec, cores):
             await asyncio.gather(*(_start(fleet, by_name[one.name], one, spec, console) for one in wave))
             done += len(wave)
             tick(done, len(missing), ", ".join(one.name for one in wave))

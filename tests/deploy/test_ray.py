@@ -12,12 +12,13 @@ from deploy import facts, paths
 from deploy import plan as planning
 from deploy.inventory import Deployment
 from deploy.plan import Plan
-from deploy.rehearsal.nodes import Rig, rig
+from deploy.rehearsal.nodes import MOUNT, Rig, rig
 from deploy.ssh import Fleet, fleet
 from deploy.steps import ray
 from deploy.targets import targets
 from deploy.worker import Target
 from gracefarm.console import Console
+from gracefarm.errors import EngineError
 from tests.deploy import ray_kit
 
 pytestmark = pytest.mark.root
@@ -36,9 +37,39 @@ def deployment(room: Rig, tmp_path_factory: pytest.TempPathFactory) -> Deploymen
     return ray_kit.deployment(room, tmp_path_factory.mktemp("deployment"))
 
 
+DEATH = "[2026-11-25 01:02:03,456 C 812 812] (raylet) main.cc:701: Timed out waiting for file metrics_agent_port"
+"What nine workers at once on two cores said, and eight died of (ray#65983)."
+MORTAL = f"""#!/bin/sh
+# The real ray; but on k1, as often as $0.deaths says, it ends as it does where the machine is too slow for it.
+case "$GRACEFARM_MARK" in */k1/*) left=$(cat "$0.deaths") ;; *) left=0 ;; esac
+[ "$left" -gt 0 ] || exec {MOUNT}/rayenv/bin/ray "$@"
+echo $((left - 1)) > "$0.deaths"
+while [ "$1" != --temp-dir ]; do shift; done
+mkdir -p "$2/session_1/logs"
+ln -sfn session_1 "$2/session_latest"
+printf '%s\\n' 'all is well' '{DEATH}' 'and more' > "$2/session_1/logs/raylet.out"
+echo 'Ray runtime could not be started.'
+exit 1
+"""
+
+
+def let_die(room: Rig, times: int) -> None:
+    """The next starts of Ray on k1."""
+    deaths = room.share / "mortal-ray.deaths"
+    deaths.write_text(f"{times}\n")
+    deaths.chmod(0o666)
+
+
 @pytest.fixture(scope="module")
 def plan(room: Rig, deployment: Deployment) -> Plan:
-    return ray_kit.planned(room, deployment)
+    """With a ray that can be told to die."""
+    program = room.share / "mortal-ray"
+    program.write_text(MORTAL)
+    program.chmod(0o755)
+    let_die(room, 0)
+    made = ray_kit.planned(room, deployment)
+    nodes = tuple(one.model_copy(update={"ray": (f"{MOUNT}/mortal-ray", *one.ray[1:])}) for one in made.nodes)
+    return planning.identified(made.model_copy(update={"nodes": nodes, "id": ""}))
 
 
 def with_nodes(room: Rig, deployment: Deployment, work: Callable[[Fleet, list[Target]], Awaitable[T]]) -> T:
@@ -81,9 +112,13 @@ def changed(plan: Plan) -> Plan:
     return planning.identified(plan.model_copy(update={"nodes": nodes, "id": ""}))
 
 
-def test_a_cluster_comes_up_is_left_alone_repaired_changed_and_stopped(room: Rig, deployment: Deployment, plan: Plan) -> None:
+def test_a_cluster_comes_up_is_left_alone_repaired_changed_and_stopped(
+    room: Rig, deployment: Deployment, plan: Plan, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert plan.spares == ("k2",)
+    let_die(room, 1)
     first = up(room, deployment, plan)
+    assert f"k1: Ray did not start (raylet.out: {DEATH}); once more\n" in capsys.readouterr().err
     assert first.started == ("k0", "k1")
     assert first.gpus == 2
     running = raylets(room)
@@ -109,3 +144,16 @@ def test_a_cluster_comes_up_is_left_alone_repaired_changed_and_stopped(room: Rig
     assert down(room, deployment)["k0"] > 3
     assert anything_of_ray(room) == []
     assert down(room, deployment) == {"k0": 0, "k1": 0, "k2": 0}
+
+
+def test_a_second_death_is_the_error_with_node_and_cause_and_leaves_nothing_there(
+    room: Rig, deployment: Deployment, plan: Plan
+) -> None:
+    let_die(room, 2)
+    with pytest.raises(EngineError) as told:
+        up(room, deployment, plan)
+    cause = f"k1: `ray start` ended with 1: Ray runtime could not be started.: raylet.out: {DEATH}"
+    assert (told.value.cause, "`deploy logs k1`" in told.value.remedy) == (cause, True)
+    assert (room.share / "mortal-ray.deaths").read_text() == "0\n"
+    assert [len(one) for one in raylets(room).values()] == [1, 0, 0]  # the head's stays: the next start goes on from it
+    assert down(room, deployment)["k1"] == 0
