@@ -8,11 +8,12 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from builder import environment
+from builder.fetch.urls import manifest
 from builder.plan import Plan
 from builder.recipe import LoadedRecipe
 from builder.stack import Arch, LoadedStack
 from gracefarm.console import Tick, no_tick
-from gracefarm.errors import ConfigError
+from gracefarm.errors import ConfigError, GracefarmError
 from gracefarm.files import atomic_write
 from gracefarm.settings import Settings
 
@@ -72,7 +73,7 @@ def of_images(stack: LoadedStack) -> list[Gap]:
             table=("container", arch.value),
             number=None,
             what=f"image {one.name}:{one.tag}",
-            url=f"https://{one.name}:{one.tag}",
+            url=manifest(one.name, one.tag),
             reason=one.sha256_unknown,
         )
         for arch, one in stack.data.container.items()
@@ -97,29 +98,49 @@ def require_none(plan: Plan) -> None:
     if not found:
         return
     prefixes = sorted({f"{urlsplit(one.url).scheme}://{urlsplit(one.url).netloc}/" for one in found})
+    lock = f"builder lock {recipe.key}"
+    if stack.folder.name != recipe.data.stack:
+        lock += f" --stack {stack.folder.name}"
+    if plan.contained:
+        lock += " --toolchain container"
     count = "1 digest is" if len(found) == 1 else f"{len(found)} digests are"
     raise ConfigError(
         f"{recipe.key} on stack {stack.data.name} cannot be built: {count} not known yet, the first that of {found[0].url}",
-        remedy=f"run `builder lock {recipe.key}` on a machine that reaches {', '.join(prefixes)}, or name mirrors that this "
+        remedy=f"run `{lock}` on a machine that reaches {', '.join(prefixes)}, or name mirrors that this "
         f"one reaches: GRACEFARM_MIRRORS='{' '.join(f'{one}=REPLACEMENT' for one in prefixes)}'",
-        repeat=f"builder lock {recipe.key}",
+        repeat=lock,
     )
 
 
-def fill(recipe: LoadedRecipe | None, stack: LoadedStack, settings: Settings, tick: Tick = no_tick) -> list[tuple[Gap, str]]:
-    """Read each missing digest and write it into its file, comments and layout kept; what was read stays after a failure.
+@dataclass(frozen=True, kw_only=True)
+class Filled:
+    """What became of each gap."""
 
-    Raises:
-        FetchError: a file cannot be had; names its address and the setting of a mirror.
+    done: tuple[tuple[Gap, str], ...]
+    "With the digest that was read."
+    failed: tuple[GracefarmError, ...]
+    "One for each gap that is still there; names its address and the setting of a mirror."
+
+
+def fill(
+    recipe: LoadedRecipe | None, stack: LoadedStack, settings: Settings, tick: Tick = no_tick, *, images: bool = False
+) -> Filled:
+    """Read each missing digest and write it into its file, comments and layout kept; one that cannot be had stops no other.
+
+    Those of container images are read last, and where `images` asks for it: no other toolchain needs them.
     """
-    done = []
-    found = [*(of_recipe(recipe) if recipe else ()), *of_stack(stack), *of_images(stack)]
+    done, failed = [], []
+    found = [*(of_recipe(recipe) if recipe else ()), *of_stack(stack), *(of_images(stack) if images else ())]
     for number, gap in enumerate(found):
         tick(number, len(found), gap.url)
-        sha256 = _digest(gap, stack, settings)
+        try:
+            sha256 = _digest(gap, stack, settings)
+        except GracefarmError as error:
+            failed.append(error)
+            continue
         write(gap, sha256)
         done.append((gap, sha256))
-    return done
+    return Filled(done=tuple(done), failed=tuple(failed))
 
 
 def _digest(gap: Gap, stack: LoadedStack, settings: Settings) -> str:

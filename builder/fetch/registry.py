@@ -8,6 +8,7 @@ from urllib.parse import urlencode
 import httpx
 
 from builder.fetch.transfer import mirror_remedy
+from builder.fetch.urls import manifest
 from gracefarm.errors import FetchError
 from gracefarm.settings import Settings
 
@@ -15,8 +16,6 @@ _MANIFESTS = (
     "application/vnd.oci.image.index.v1+json, application/vnd.docker.distribution.manifest.list.v2+json, "
     "application/vnd.oci.image.manifest.v1+json, application/vnd.docker.distribution.manifest.v2+json"
 )
-_HUB = {"docker.io": "registry-1.docker.io"}
-"Docker's hub serves from another host than the one that names begin with."
 
 
 def digest(name: str, tag: str, settings: Settings) -> str:
@@ -25,8 +24,7 @@ def digest(name: str, tag: str, settings: Settings) -> str:
     Raises:
         FetchError: the registry does not answer, or has no such tag.
     """
-    host, _, repository = name.partition("/")
-    plain = f"https://{_HUB.get(host, host)}/v2/{repository}/manifests/{tag}"
+    plain = manifest(name, tag)
     url = settings.redirect(plain)
     try:
         with httpx.Client(timeout=30, follow_redirects=True, headers={"Accept": _MANIFESTS}) as client:

@@ -34,6 +34,7 @@ from gracefarm.files import remove_tree
 from gracefarm.settings import Settings
 from tests import projects
 from tests.conftest import REPOSITORY, Farm, new_farm
+from tests.gaps_kit import put_back
 from tests.integration.test_build import record_of, start
 from tests.integration.test_pinned import engine, mirrors, trinity
 from tests.integration.test_toolchain_host import PRELOAD
@@ -312,12 +313,18 @@ def test_an_image_without_cuda_is_none_for_cuda(farm: Farm) -> None:
 
 
 def test_the_image_of_cu124_is_a_gap_of_container_builds_alone(farm: Farm) -> None:
+    put_back(farm.settings.project)
     farm.recipe("tiny", projects.backend("return wheel(wheel_directory)"), stack="cu124")
     whats = [one.what for one in gaps.of_plan(plan_in(farm, "cu124", "tiny"))]
     assert whats[-1] == "image docker.io/pytorch/manylinuxaarch64-builder:cuda12.4"
-    base = stack.load(REPOSITORY / "stacks", "cu124")
+    base = stack.load(farm.settings.project / "stacks", "cu124")
     sandboxed = planning.make(recipes.load(farm.settings.project / "recipes", "tiny"), base, HERE, Arch.AARCH64)
     assert [one.what for one in gaps.of_plan(sandboxed)] == whats[:-1]
+    with pytest.raises(ConfigError) as refused:
+        gaps.require_none(plan_in(farm, "cu124", "tiny"))
+    assert refused.value.repeat == "builder lock tiny --toolchain container"
+    # What the fetch redirects, not what the image's name begins with.
+    assert "https://registry-1.docker.io/=REPLACEMENT" in str(refused.value.remedy)
 
 
 def test_no_engine_is_said_before_anything_else(farm: Farm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -381,7 +388,9 @@ def test_lock_reads_the_digest_of_an_image_from_its_registry_and_writes_it_into_
     place = farm.settings.project / "stacks/bare/stack.toml"
     own = f'name = "{name}"\ntag = "cuda12.4"\nsha256_unknown = "not reached" # compare\ncuda = "/usr/local/cuda-12.4"\n'
     place.write_text(f"{place.read_text()}\n[container.aarch64]\n{own}")
-    ((gap, found),) = gaps.fill(None, stack.load(farm.settings.project / "stacks", "bare"), hub)
+    loaded = stack.load(farm.settings.project / "stacks", "bare")
+    assert gaps.fill(None, loaded, hub).done == ()
+    ((gap, found),) = gaps.fill(None, loaded, hub, images=True).done
     assert (gap.what, found) == (f"image {name}:cuda12.4", "ab" * 32)
     again = stack.load(farm.settings.project / "stacks", "bare")
     assert again.data.container[Arch.AARCH64].reference == f"{name}@sha256:{'ab' * 32}"

@@ -294,7 +294,10 @@ def whole(project: Path) -> tuple[LoadedRecipe, LoadedStack]:
     table["environment"]["wheels"] = [own, own | {"name": "gap", "sha256": None, "sha256_unknown": "out of reach"}]
     table["environment"]["left_out"] = ["nothing"]
     image = table["container"]["aarch64"]
-    table["container"] = {"aarch64": image | {"sha256": SHA, "sha256_unknown": None}, "x86_64": image}
+    table["container"] = {
+        "aarch64": image | {"sha256": SHA, "sha256_unknown": None},
+        "x86_64": image | {"sha256": None, "sha256_unknown": "no"},
+    }
     table["toolchain"]["path"] = ["cmake/bin"]
     folder = project / "recipes" / "thing"
     return (

@@ -17,6 +17,7 @@ from builder.stack import Arch
 from gracefarm import settings as settings_module
 from gracefarm.errors import ConfigError, PublishError
 from gracefarm.settings import Settings
+from tests.gaps_kit import put_back
 
 REPOSITORY = Path(__file__).parent.parent.parent
 
@@ -26,6 +27,7 @@ def project(tmp_path: Path) -> Settings:
     """A copy of the committed recipes, stacks and sets that a test may damage."""
     for name in ("recipes", "stacks", "sets"):
         shutil.copytree(REPOSITORY / name, tmp_path / name)
+    put_back(tmp_path)
     return settings_module.load().model_copy(update={"project": tmp_path})
 
 

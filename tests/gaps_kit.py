@@ -1,0 +1,37 @@
+"""The digests that nobody could read where the recipes were written, and how a test has them unread once more."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import tomlkit
+
+GAPS = {
+    "recipes/triton/recipe.toml": [
+        "https://oaitriton.blob.core.windows.net/public/llvm-builds/llvm-86b69c31-ubuntu-arm64.tar.gz",
+        "https://github.com/nlohmann/json/releases/download/v3.11.3/include.zip",
+        *(
+            f"https://anaconda.org/nvidia/{name}/12.4.99/download/linux-aarch64/{name}-12.4.99-0.tar.bz2"
+            for name in ("cuda-nvcc", "cuda-cuobjdump", "cuda-nvdisasm", "cuda-cudart-dev", "cuda-cupti")
+        ),
+    ],
+    "stacks/cu124/stack.toml": ["https://download.pytorch.org/whl/cu124", "docker.io/pytorch/manylinuxaarch64-builder"],
+}
+"By file: the URL of a [[files]] entry, the index of a wheel, the name of a container image."
+
+
+def put_back(project: Path) -> None:
+    """In a test's own copy: what a person has filled in and committed since then is a gap again."""
+    for name, addresses in GAPS.items():
+        place = project / name
+        if not place.is_file():
+            continue
+        document = tomlkit.parse(place.read_text())
+        places = (document.get("files", []), document.get("environment", {}).get("wheels", []))
+        tables = [*(one for array in places for one in array), *document.get("container", {}).values()]
+        for address in addresses:
+            (table,) = [one for one in tables if address in (one.get("url"), one.get("index"), one.get("name"))]
+            if "sha256" in table:
+                del table["sha256"]
+                table["sha256_unknown"] = "put back by a test"
+        place.write_text(document.as_string())
