@@ -36,6 +36,7 @@ from builder import toolkit
 from builder.fetch.urls import shown
 from builder.root import compile_files, die_with_us
 from builder.stack import Arch, LoadedStack
+from gracefarm import tables
 from gracefarm.console import Tick, no_tick
 from gracefarm.errors import ConfigError, DigestError, FetchError, GracefarmError, HostError, InstallError, RootError
 from gracefarm.files import atomic_directory, atomic_write, lock
@@ -81,9 +82,9 @@ def wheels(stack: LoadedStack, arch: Arch) -> tuple[LockedWheel, ...]:
         ConfigError: the lock is absent or damaged, or is older than stack.toml.
     """
     try:
-        text = stack.requirements_lock.read_text()
-    except FileNotFoundError as error:
-        raise ConfigError(f"{stack.requirements_lock}: no such file", remedy="make it", repeat=stack.lock_command) from error
+        text = tables.read_text(stack.requirements_lock)
+    except ConfigError as error:
+        raise ConfigError(error.cause, remedy="make it", repeat=stack.lock_command) from error
     found: dict[str, LockedWheel] = {}
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip() or line.lstrip().startswith("#"):

@@ -242,7 +242,10 @@ def probe(executable: Path) -> Interpreter:
     if done.returncode:
         said = (done.stderr.strip().splitlines() or ["it ended without a word"])[-1]
         raise HostError(f"{executable} is no Python that can build: {said}", remedy="name one that does")
-    said = json.loads(done.stdout)
+    try:
+        said = json.loads(done.stdout)
+    except ValueError as error:
+        raise HostError(f"{executable} is no Python: it does not answer as one", remedy="name one that does") from error
     if said["implementation"] != "cpython":
         raise HostError(f"{executable} is {said['implementation']}", remedy="name a CPython")
     return Interpreter(

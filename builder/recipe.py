@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
+from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 from pydantic import AfterValidator, Field, model_validator
 
+from builder.stack import RequirementText, Sm
 from gracefarm import tables
 from gracefarm.errors import ConfigError
-from gracefarm.tables import Commit, InsidePath, Sha256, Size, Table, one_digest
+from gracefarm.tables import Commit, InsidePath, Sha256, Size, Table, Url, one_digest
 
 
 def _canonical_version(text: str) -> str:
@@ -37,7 +39,7 @@ class SdistSource(Table):
 class Submodule(Table):
     """A git submodule, pinned like its parent."""
 
-    url: str
+    url: Url
     commit: Commit
     tree: Commit | None = Field(default=None, description="Checked where given; the commit's id covers it already")
 
@@ -45,7 +47,7 @@ class Submodule(Table):
 class Repository(Table):
     """A further git repository at a place of the source tree, as CMake's FetchContent would bring it."""
 
-    url: str
+    url: Url
     commit: Commit = Field(description="Full commit id; never a branch or a tag")
     tree: Commit | None = None
     path: InsidePath = Field(description="Where it is checked out, relative to the source tree")
@@ -55,7 +57,7 @@ class GitSource(Table):
     """A git repository at one commit, checked by its tree; a branch or tag name is refused."""
 
     kind: Literal["git"]
-    url: str
+    url: Url
     commit: Commit = Field(description="Full commit id; never a branch or a tag")
     tree: Commit = Field(description="Tree id of that commit")
     submodules: dict[str, Submodule] = Field(default_factory=dict, description="By path inside the tree; others stay empty")
@@ -65,14 +67,14 @@ class FileSource(Table):
     """A source archive (.tar.gz, .tar.xz, .zip) by URL and digest."""
 
     kind: Literal["file"]
-    url: str
+    url: Url
     sha256: Sha256
 
 
 class File(Table):
     """A further download, or a text, that the build expects at a place of the source tree."""
 
-    url: str | None = None
+    url: Url | None = None
     sha256: Sha256 | None = None
     sha256_unknown: str | None = Field(default=None, description="Why there is no digest yet; `builder lock` fills it in")
     text: str | None = Field(default=None, description="The file's whole content, instead of a download")
@@ -142,11 +144,11 @@ class Bundled(Table):
 class Wheel(Table):
     """What the finished wheel must look like."""
 
-    sm_extra: dict[str, tuple[str, ...]] = Field(
+    sm_extra: dict[str, tuple[Sm, ...]] = Field(
         default_factory=dict,
         description="Further sm values for named source files (glob), as {'hopper/*.cu' = ['90a']}",
     )
-    requires: dict[str, str] = Field(
+    requires: dict[str, RequirementText] = Field(
         default_factory=dict,
         description="Requires-Dist by distribution, in place of what the package says of it, as {'triton' = 'triton==3.2.0'}",
     )
@@ -155,6 +157,14 @@ class Wheel(Table):
     )
     bundled: tuple[Bundled, ...] = Field(default=(), description="Third-party files inside; any other is refused")
     max_size: Size = Field(default="500MiB", description="Largest wheel accepted")
+
+    @model_validator(mode="after")
+    def _requires_by_its_own_name(self) -> Self:
+        for name, text in self.requires.items():
+            if canonicalize_name(Requirement(text).name) != canonicalize_name(name):
+                msg = f"requires {name!r} is given {text!r}, a requirement of another distribution"
+                raise ValueError(msg)
+        return self
 
 
 class Smoke(Table):

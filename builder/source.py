@@ -181,7 +181,12 @@ def _substitute(recipe: Recipe, tree: Path) -> None:
                 f"substitution in {one.path} of {recipe.name}: no such file in the source",
                 remedy="mend [[substitutions]] in the recipe against the source as pinned",
             )
-        text = place.read_text()
+        try:
+            text = place.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise SourceError(
+                f"substitution in {one.path} of {recipe.name}: the file is not UTF-8", remedy="write a patch instead"
+            ) from error
         if (found := text.count(one.find)) != one.count:
             raise SourceError(
                 f"substitution in {one.path} of {recipe.name}: {one.find.strip()!r} is there {found} times, not {one.count}",

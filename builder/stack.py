@@ -14,7 +14,7 @@ from pydantic import AfterValidator, Field, StringConstraints, model_validator
 
 from gracefarm import tables
 from gracefarm.errors import ConfigError, HostError
-from gracefarm.tables import InsidePath, Sha256, Table, one_digest
+from gracefarm.tables import InsidePath, Sha256, Table, Url, one_digest
 
 
 class Arch(StrEnum):
@@ -53,6 +53,7 @@ def _requirement(text: str) -> str:
 
 
 RequirementText = Annotated[str, AfterValidator(_requirement)]
+Glibc = Annotated[str, StringConstraints(pattern=r"^2_\d+$")]
 Sm = Annotated[str, StringConstraints(pattern=r"^\d{2,3}[af]?$")]
 
 
@@ -69,7 +70,7 @@ class OwnWheel(Table):
     name: str
     version: str
     arch: Arch
-    index: str = Field(description="Simple API that has it; GRACEFARM_MIRRORS redirects it")
+    index: Url = Field(description="Simple API that has it; GRACEFARM_MIRRORS redirects it")
     sha256: Sha256 | None = None
     sha256_unknown: str | None = Field(default=None, description="Why there is no digest yet; `builder lock` fills it in")
 
@@ -151,7 +152,7 @@ class Stack(Table):
     torch: Torch | None = Field(default=None, description="None: for packages that do not link torch")
     cuda: str = Field(description="CUDA toolkit, as 13.0")
     sm: tuple[Sm, ...] = Field(min_length=1, description="Real architectures compiled for, exactly")
-    glibc: dict[Arch, str] = Field(description="Highest manylinux level accepted per target, as '2_34'")
+    glibc: dict[Arch, Glibc] = Field(description="Highest manylinux level accepted per target, as '2_34'")
     environment: Environment
     toolchain: Toolchain
     root: RootSpec

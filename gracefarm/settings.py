@@ -13,6 +13,7 @@ from typing import Annotated
 from platformdirs import user_cache_path, user_config_path
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from gracefarm import tables
 from gracefarm.errors import ConfigError
 from gracefarm.tables import Size
 
@@ -85,7 +86,7 @@ def load() -> Settings:
     values: dict[str, object] = {}
     if path.is_file():
         try:
-            values = tomllib.loads(path.read_text())
+            values = tomllib.loads(tables.read_text(path))
         except tomllib.TOMLDecodeError as error:
             raise ConfigError(f"{path}: {error}", remedy="mend or remove the file") from error
     for name in Settings.model_fields:

@@ -7,6 +7,7 @@ import re
 import tomllib
 from pathlib import Path
 from typing import Annotated, Protocol, TypeVar
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, StringConstraints, ValidationError
 from pydantic_core import ErrorDetails
@@ -33,6 +34,18 @@ def _inside(path: str) -> str:
 
 InsidePath = Annotated[str, AfterValidator(_inside)]
 "A relative path that stays inside the tree it is relative to."
+
+
+def _url(text: str) -> str:
+    urlsplit(text).port  # noqa: B018 whose errors are ValueErrors, and so name file and line
+    if not text.isprintable() or " " in text:
+        msg = "an address has no white space"
+        raise ValueError(msg)
+    return text
+
+
+Url = Annotated[str, AfterValidator(_url)]
+"An address that can be taken apart: of what is fetched, long after the table was read."
 
 
 class Digested(Protocol):
@@ -86,16 +99,32 @@ Size = Annotated[str, AfterValidator(_size)]
 T = TypeVar("T", bound=Table)
 
 
+def read_text(path: Path) -> str:
+    """The text of a file that belongs to the project.
+
+    Raises:
+        ConfigError: it is absent, no file, not readable, or not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: no such file") from error
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}", remedy="put the file there again") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{path} is not UTF-8: {error.reason} at byte {error.start}", remedy="save it as UTF-8, as TOML and pip want it"
+        ) from error
+
+
 def read(path: Path, schema: type[T], *, docs: str = "docs/recipes.md") -> T:
     """The table in `path`; `docs` is the page that describes its keys.
 
     Raises:
-        ConfigError: the file is absent, not TOML, or does not fit the schema; the sentence starts with `file:line:`.
+        ConfigError: the file cannot be read, is not TOML, or does not fit the schema; of the last, the sentence starts with
+            `file:line:`.
     """
-    try:
-        text = path.read_text()
-    except FileNotFoundError as error:
-        raise ConfigError(f"{path}: no such file") from error
+    text = read_text(path)
     try:
         values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:

@@ -48,5 +48,10 @@ def _token(client: httpx.Client, challenge: str) -> dict[str, str]:
     asked = {key: value for key, value in said.items() if key in ("service", "scope")}
     answer = client.get(f"{said['realm']}?{urlencode(asked)}")
     answer.raise_for_status()
-    body = answer.json()
+    try:
+        body = dict(answer.json())
+    except (TypeError, ValueError) as error:
+        raise FetchError(
+            f"{said['realm']} gives no token: its answer is no JSON object", remedy="see what answers there, or name a mirror"
+        ) from error
     return {"Authorization": f"Bearer {body.get('token') or body.get('access_token')}"}

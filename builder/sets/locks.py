@@ -17,6 +17,7 @@ from packaging.version import Version
 
 from builder.sets.data import LoadedSet
 from builder.sets.record import Locked
+from gracefarm import tables
 from gracefarm.errors import ConfigError
 from gracefarm.files import sha256_file
 from gracefarm.settings import Settings
@@ -59,7 +60,7 @@ def collect(of: LoadedSet, own: Sequence[Path], settings: Settings) -> list[Lock
         reversed(pair)
         for pair in re.findall(
             r"^# (\S+\.whl)\n\S+==.*--hash=sha256:([0-9a-f]{64})$",
-            of.runtime.requirements_lock.read_text(),
+            tables.read_text(of.runtime.requirements_lock),
             flags=re.MULTILINE,
         )
     )

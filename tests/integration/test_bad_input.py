@@ -58,6 +58,73 @@ def test_unknown_key_names_file_line_and_the_nearest(farm: Farm) -> None:
     )
 
 
+def damage(farm: Farm, name: str, old: str, new: str) -> None:
+    place = farm.settings.project / name
+    assert old in place.read_text()
+    place.write_text(place.read_text().replace(old, new, 1))
+
+
+@pytest.mark.parametrize("name", ["recipes/tiny/recipe.toml", "stacks/bare/stack.toml", "stacks/bare/requirements.lock"])
+def test_a_file_that_is_not_utf_8(farm: Farm, name: str) -> None:
+    farm.recipe("tiny", projects.backend("return wheel(wheel_directory)"))
+    place = farm.settings.project / name
+    place.write_bytes("# größer\n".encode("latin-1") + place.read_bytes())
+    refused(farm.run("plan", "tiny"), ExitCode.CONFIG, f"{place} is not UTF-8", "at byte 4")
+
+
+def test_one_bad_recipe_does_not_hide_the_others_from_a_list(farm: Farm) -> None:
+    for name in ("tiny", "other"):
+        farm.recipe(name, projects.backend("return wheel(wheel_directory)"))
+    (farm.settings.project / "recipes/tiny/recipe.toml").write_bytes(b"\xff")
+    done = farm.run("list")
+    assert done.code == 0, done.said
+    assert "other 1.0 bare" in done.said
+    assert "tiny/recipe.toml is not UTF-8" in done.said
+
+
+def test_a_lock_that_is_a_folder(farm: Farm) -> None:
+    farm.recipe("tiny", projects.backend("return wheel(wheel_directory)"))
+    place = farm.settings.project / "stacks/bare/root.lock"
+    place.unlink()
+    place.mkdir()
+    refused(farm.run("plan", "tiny"), ExitCode.CONFIG, f"{place} cannot be read: Is a directory")
+
+
+@pytest.mark.parametrize(
+    ("tables", "words"),
+    [
+        ({"files": [{"url": "https://[bad/x", "sha256": "0" * 64, "path": "a"}]}, ("'files.0.url'", "Invalid IPv6 URL")),
+        ({"files": [{"url": "https://a:b/x", "sha256": "0" * 64, "path": "a"}]}, ("'files.0.url'", "Port could not be cast")),
+        ({"files": [{"url": "https://a/b c", "sha256": "0" * 64, "path": "a"}]}, ("'files.0.url'", "no white space")),
+        ({"wheel": {"requires": {"triton": "triton => rubbish"}}}, ("'wheel.requires.triton'", "triton => rubbish")),
+        ({"wheel": {"requires": {"triton": "torch==2.4.0"}}}, ("'wheel'", "a requirement of another distribution")),
+        ({"wheel": {"sm_extra": {"*.cu": ["90x"]}}}, ("'wheel.sm_extra.*.cu.0'",)),
+    ],
+)
+def test_a_value_that_would_fail_hours_later(farm: Farm, tables: dict[str, object], words: tuple[str, ...]) -> None:
+    farm.recipe("tiny", projects.backend("return wheel(wheel_directory)"), **tables)
+    refused(farm.run("plan", "tiny"), ExitCode.CONFIG, "tiny/recipe.toml:", *words)
+
+
+def test_a_glibc_that_is_written_in_another_way(farm: Farm) -> None:
+    farm.recipe("tiny", projects.backend("return wheel(wheel_directory)"))
+    damage(farm, "stacks/bare/stack.toml", '"2_34"', '"2.34"')
+    refused(farm.run("plan", "tiny"), ExitCode.CONFIG, "bare/stack.toml:", "'glibc.")
+
+
+@pytest.mark.parametrize("program", ["true", "echo"])
+def test_a_python_that_is_none(farm: Farm, program: str) -> None:
+    farm.recipe("tiny", projects.backend("return wheel(wheel_directory)"))
+    done = farm.run("plan", "tiny", "--toolchain", "host", "--python", f"/bin/{program}")
+    refused(done, ExitCode.HOST, f"/bin/{program} is no Python")
+
+
+def test_a_substitution_in_a_file_that_is_not_utf_8(farm: Farm) -> None:
+    files = projects.backend("return wheel(wheel_directory)") | {"latin.c": "/* größer */".encode("latin-1")}
+    farm.recipe("tiny", files, substitutions=[{"path": "latin.c", "find": "a", "replace": "b"}])
+    refused(build(farm), ExitCode.SOURCE, "latin.c", "not UTF-8")
+
+
 def test_branch_where_a_commit_belongs(farm: Farm) -> None:
     source = {"kind": "git", "url": "https://example.org/a.git", "commit": "main", "tree": "0" * 40}
     farm.recipe("tiny", {}, source=source)
