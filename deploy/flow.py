@@ -246,7 +246,7 @@ def _mounted(one: Json) -> str | None:
 
 async def _preflight(work: Work, looks: Looks) -> bool:
     data = work.deployment.data
-    inputs = digest("preflight", work.pairs, data.share, data.ports.model_dump(), data.options.rehearsal)
+    inputs = digest("preflight", work.pairs, data.share, data.ports.model_dump(), data.options.rehearsal, data.python)
 
     def check(record: Record) -> str | None:
         for node, one in looks.items():
@@ -298,6 +298,7 @@ def _preflight_spec(work: Work, looks: Looks) -> preflight.Spec:
         rehearsal=data.options.rehearsal,
         public=_public(work.deployment),
         ray_ports=(ports.ray, ports.object_manager, ports.node_manager),
+        python=data.python,
     )
 
 
@@ -415,6 +416,8 @@ def _environment_spec(work: Work) -> environment.Spec:
         root=_root(work),
         lock=lock_text(work.deployment, work.console),
         index=data.index,
+        source=data.python,
+        mirror=data.python_mirror,
         engine=work.deployment.matrix,
         set_name=data.set,
     )
@@ -498,7 +501,7 @@ async def _download(work: Work, looks: Looks) -> bool:
     """The environment that speaks with the Hub: huggingface_hub >= 1 and an engine's transformers exclude each other."""
     root = _root(work)
     lock = environment.download_lock()
-    inputs = digest("download", root, lock, work.deployment.data.index, work.pairs)
+    inputs = digest("download", root, lock, work.deployment.data.index, work.deployment.data.python, work.pairs)
 
     def check(record: Record) -> str | None:
         bad = [node for node, one in looks.items() if one["environments"].get("download") != record.data["id"]]
@@ -509,6 +512,8 @@ async def _download(work: Work, looks: Looks) -> bool:
             root=root,
             lock=lock,
             index=work.deployment.data.index,
+            source=work.deployment.data.python,
+            mirror=work.deployment.data.python_mirror,
             engine="download",
             link="download",
             set_name="download",

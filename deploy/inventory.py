@@ -219,6 +219,10 @@ class File(Table):
     "Simple API of the farm's index; None: what the nodes' own configuration says."
     lock: str | None = None
     "A requirements.lock instead of SET.lock, relative to deploy.toml; SET.lock is fetched from the index where it is absent."
+    python: Literal["managed", "system", "conda"] = "managed"
+    "Whose Python 3.11 environments stand on: one that uv brings onto the shared folder, python3.11 of every node, or conda's."
+    python_mirror: Annotated[str, StringConstraints(pattern=r"^(https?|file)://[^@]+$")] | None = None
+    "Where uv takes the managed Python from instead of python-build-standalone's releases; it checks the same sha256."
     share: RemotePath | None = None
     "The shared folder on the nodes, the same path on all; environments and weights live there."
     local: str = "/tmp/gracefarm-{user}"  # noqa: S108 - checked for its owner by whoever writes there

@@ -45,6 +45,7 @@ def render(ips: str, *, access: Access, share: str | None) -> str:
         'engine = "aphrodite"     # or vllm, with set = "gh200-cu130"',
         'set = "gh200-cu124"      # the wheels: tested and published together',
         '# index = "http://HOST:8080/simple/"',
+        '# python = "system"      # python3.11 of the nodes, instead of one that uv brings onto the share',
         f"share = {quoted(share)}" if share else NO_SHARE,
         "",
         "[nodes]",

@@ -201,7 +201,7 @@ def configure(made: Rehearsal) -> None:
     changes = {
         'name = "llama-405b"': 'name = "rehearsal"',
         'set = "gh200-cu124"': 'set = "rehearsal"',
-        '# index = "http://HOST:8080/simple/"': f'index = "{made.index}"\nlock = "requirements.lock"',
+        '# index = "http://HOST:8080/simple/"': f'index = "{made.index}"\nlock = "requirements.lock"\npython = "system"',
         'repo = "meta-llama/Llama-3.1-405B-Instruct"': f'repo = "{REPO}"',
         "[options]": f"[layout]\ntensor_parallel = {tp}\npipeline_parallel = {pp}\n\n[options]\nrehearsal = true",
     }

@@ -29,6 +29,11 @@ from deploy.remote.sharedlock import SharedLock
 from deploy.remote.wire import WorkerError, event
 
 Json = dict[str, Any]
+_MANAGED = '`python = "managed"` in deploy.toml brings one onto the shared folder'
+_BRING = (
+    "the head must reach the releases of python-build-standalone: else name a mirror of them by `python_mirror` in "
+    'deploy.toml, or install Python 3.11 on every node and set `python = "system"`'
+)
 _FRAME = " \u00d7╰─▶│├"
 "What uv draws around its sentences."
 DESCRIPTION = "environment.json"
@@ -37,8 +42,8 @@ DESCRIPTION = "environment.json"
 def build(request: Json) -> Json:
     """Make ROOT/envs/ID unless it is there, by whoever comes first; the others wait for it.
 
-    `root`, `id`, `lock` (text of the requirements), `index` (simple API), `python` ({source, version}), `uv` (path of uv on
-    this node), `engine` and `set` (words for people), `scratch` (a node-local folder or None).
+    `root`, `id`, `lock` (text of the requirements), `index` (simple API), `python` ({source, version, mirror}), `uv` (path of
+    uv on this node), `engine` and `set` (words for people), `scratch` (a node-local folder or None).
     """
     root = Path(request["root"])
     final = root / "envs" / request["id"]
@@ -124,9 +129,7 @@ def interpreter(request: Json) -> str:
     if source == "system":
         found = shutil.which(f"python{'.'.join(wanted.split('.')[:2])}")
         if found is None:
-            raise WorkerError(
-                "python", f"no python{wanted} on this node", 'set `python = "managed"` in deploy.toml, or install it'
-            )
+            raise WorkerError("python", f"no python{wanted} on this node", f"{_MANAGED}; or install it on every node")
         return os.path.realpath(found)
     place = home / f"{source}-{wanted}-{os.uname().machine}"
     with SharedLock(Path(request["root"]) / "locks" / place.name, on_wait=lambda who: event("wait", owner=who)):
@@ -142,14 +145,15 @@ def interpreter(request: Json) -> str:
 
 def _bring(request: Json, source: str, wanted: str, place: Path) -> None:
     if source == "managed":
+        mirror = request["python"].get("mirror")
+        where = ("--install-dir", str(place), *(("--mirror", mirror) if mirror else ()))
         with tempfile.TemporaryDirectory() as scratch:
-            _uv(
-                request, "python", "install", "--quiet", "--no-bin", "--install-dir", str(place), wanted, scratch=Path(scratch)
-            )
+            # Not --quiet: it hides the reason of a failure.
+            _uv(request, "python", "install", "--no-progress", "--no-bin", *where, wanted, scratch=Path(scratch))
         return
-    tool = next((one for one in ("micromamba", "mamba", "conda") if shutil.which(one)), None)
+    tool = next((one for one in _conda() if shutil.which(one)), None)
     if tool is None:
-        raise WorkerError("python", "no conda, mamba or micromamba on this node", 'install one, or set `python = "managed"`')
+        raise WorkerError("python", "no conda, mamba or micromamba on this node", f"install one; or {_MANAGED}")
     done = subprocess.run(
         [tool, "create", "--yes", "--prefix", str(place), f"python={wanted}"], capture_output=True, text=True, check=False
     )
@@ -159,10 +163,16 @@ def _bring(request: Json, source: str, wanted: str, place: Path) -> None:
         )
 
 
+def _conda() -> list[str]:
+    """By name, and where its installers put it: a login without a terminal does not read the profile that names it."""
+    folders = [Path.home() / one / "bin" for one in ("miniforge3", "miniconda3", "anaconda3", "micromamba")]
+    return ["micromamba", "mamba", "conda", *(str(one / "conda") for one in [*folders, Path("/opt/conda/bin")])]
+
+
 def _uv(request: Json, *arguments: str, scratch: Path) -> None:
     """uv without anybody's configuration, and with a cache on this node's own disk."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("UV_", "PIP_"))}
-    for kept in ("UV_PYTHON_INSTALL_MIRROR",):
+    for kept in ("UV_PYTHON_INSTALL_MIRROR", "UV_PYTHON_DOWNLOADS_JSON_URL"):
         if kept in os.environ:
             environment[kept] = os.environ[kept]
     done = subprocess.run(
@@ -172,22 +182,28 @@ def _uv(request: Json, *arguments: str, scratch: Path) -> None:
         check=False,
         env=environment,
     )
-    if done.returncode == 0:
-        return
-    text = done.stderr.strip()
+    if done.returncode:
+        raise _failure(arguments[0], request["root"], done.stderr.strip())
+
+
+def _failure(command: str, root: str, text: str) -> WorkerError:
+    """What uv said, as the kind of error that it is."""
     if "No space left" in text or "ENOSPC" in text:
-        raise WorkerError(
-            "disk", f"no space left while installing into {request['root']}", "free space there: `deploy env gc`"
-        )
+        return WorkerError("disk", f"no space left while installing into {root}", "free space there: `deploy env gc`")
+    if command == "python":
+        said = _sentence(text[max(0, text.find("error:")) :])
+        if "ash mismatch" in text:
+            return WorkerError("digest", f"another Python came than uv knows: {said}", "do not use that mirror")
+        return WorkerError("python", f"uv could not bring Python: {said}", _BRING)
     if "ash mismatch" in text:
-        raise WorkerError(
+        return WorkerError(
             "digest", f"the index gave another file than the lock names: {_hash_line(text)}", "do not use that index"
         )
     if "not found in the package registry" in text or "no version of" in text or "no wheels" in text:
-        raise WorkerError(
+        return WorkerError(
             "install", f"the index lacks a package of the lock: {_sentence(text)}", "mirror the lock into the set"
         )
-    raise WorkerError("install", f"uv {arguments[0]}: {_sentence(text)}", "the index must serve every file of the lock")
+    return WorkerError("install", f"uv {command}: {_sentence(text)}", "the index must serve every file of the lock")
 
 
 def _hash_line(text: str) -> str:

@@ -64,6 +64,8 @@ class Spec:
     "Simple API that serves them; None: what uv on the node takes by itself."
     python: str = "3.11"
     source: PythonSource = "system"
+    mirror: str | None = None
+    "Of managed Pythons; None: where uv takes them from by itself."
     engine: str = "aphrodite"
     link: Literal["env", "download"] = "env"
     set_name: str = ""
@@ -119,7 +121,8 @@ async def up(targets: Sequence[Target], spec: Spec, settings: Settings, console:
         HostError: a node does not see the environment, or has no such Python.
     """
     head = targets[0]
-    about = await call(head, "environment.about", {"python": spec.python, "source": spec.source})
+    wanted = str(pinned()["python"]) if spec.source == "managed" else spec.python
+    about = await call(head, "environment.about", {"python": wanted, "source": spec.source})
     identifier = identity(spec.lock, python=about["python"], source=spec.source, machine=about["machine"])
     folder = f"{spec.root}/envs/{identifier}"
     listed = await call(head, "environment.listing", {"root": spec.root})
@@ -130,7 +133,7 @@ async def up(targets: Sequence[Target], spec: Spec, settings: Settings, console:
             "id": identifier,
             "lock": spec.lock,
             "index": spec.index,
-            "python": {"source": spec.source, "version": spec.python},
+            "python": {"source": spec.source, "version": wanted, "mirror": spec.mirror},
             "uv": await ensure_uv(head, about, settings),
             "engine": spec.engine,
             "set": spec.set_name,
@@ -202,14 +205,19 @@ def _tell(console: Console, node: str, event: Json) -> None:
         console.step("wait", f"{node}: {event['owner']} builds it already; waiting")
 
 
+def pinned() -> Json:
+    """uv by version and sha256, and the Python that it brings, whose sha256 stands in uv."""
+    value: Json = json.loads((resources.files("deploy") / "data" / "uv.json").read_text())
+    return value
+
+
 async def ensure_uv(node: Target, about: Json, settings: Settings) -> str:
     """uv at the pinned version on a node's own disk; sent there when it is missing. Its path."""
-    pinned = json.loads((resources.files("deploy") / "data" / "uv.json").read_text())
-    wheel = pinned["wheels"].get(about["machine"])
+    version, wheel = pinned()["version"], pinned()["wheels"].get(about["machine"])
     if wheel is None:
         raise HostError(f"{node.name}: no uv is pinned for {about['machine']}", remedy="aarch64 and x86_64 are supported")
-    path = f"{about['home']}/.cache/gracefarm/uv-{pinned['version']}"
-    binary = await asyncio.to_thread(fetch_uv, pinned["version"], wheel["tag"], wheel["sha256"], settings)
+    path = f"{about['home']}/.cache/gracefarm/uv-{version}"
+    binary = await asyncio.to_thread(fetch_uv, version, wheel["tag"], wheel["sha256"], settings)
     wanted = hashlib.sha256(binary).hexdigest()
     if (await call(node, "environment.digest", {"path": path}))["sha256"] != wanted:
         quoted = shlex.quote(path)

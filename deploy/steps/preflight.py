@@ -34,6 +34,8 @@ class Spec:
     public: Mapping[str, str] = field(default_factory=dict)
     "Node to the public address that ssh reaches it by: Ray's ports are tried there from here, where Ray asks for no token."
     ray_ports: Sequence[int] = ()
+    python: str = "system"
+    "What environments are to stand on, as deploy.toml says."
     seconds: float = 15
     "How long pairs wait for each other."
 
@@ -78,6 +80,7 @@ async def run(targets: Sequence[Target], spec: Spec) -> list[Cell]:
         ours=spec.ours,
         rehearsal=spec.rehearsal,
         open=await reached([one for one in there if _tokenless(surveys[one.name])], spec),
+        python=spec.python,
     )
     cells += judge(surveys, found, expected)
     answering = [one for one in there if one.name in found]

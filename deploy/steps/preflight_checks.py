@@ -139,6 +139,8 @@ class Expected:
     "Nodes are namespaces of one machine, with GPUs in name alone."
     open: Mapping[str, str] = field(default_factory=dict)
     "Node to a place of Ray's that was reached there over a public address."
+    python: str = "system"
+    "What environments are to stand on: the nodes' own Python, or one that uv (managed) or conda brings onto the share."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +162,7 @@ def judge(surveys: Mapping[str, Survey], pairs: Mapping[str, Pairs], expected: E
     for node, found in pairs.items():
         cells += [_route(node, found, expected), _ports(node, found, expected), _clock(node, found)]
         cells.append(_share(node, surveys[node], found, expected))
-    cells += _pythons(surveys)
+    cells += _pythons(surveys, expected.python)
     for node, one in surveys.items():
         gpus = expected.gpus.get(node, 0)
         cells += [_cuda(node, one.cuda, gpus, expected.rehearsal), _memory(node, one.cuda)]
@@ -270,20 +272,31 @@ def _share(node: str, survey: Survey, found: Pairs, expected: Expected) -> Cell:
     return _cell("share", node, "ok", f"{share.kind}, {share.free / GIB:.0f} GiB free")
 
 
-def _pythons(surveys: Mapping[str, Survey]) -> list[Cell]:
-    """Ray refuses a worker whose Python differs in the patch release (ray#44063)."""
+def _pythons(surveys: Mapping[str, Survey], source: str) -> list[Cell]:
+    """Ray refuses a worker whose Python differs in the patch release (ray#44063). The nodes' own do not matter where the
+    environment is to bring its own, and one that stands on theirs is about to be replaced."""
     cells = []
+    passing = {
+        node
+        for node, one in surveys.items()
+        if source != "system" and not (one.environment and f"/python/{source}-" in one.environment.interpreter)
+    }
     shown = {node: one.environment.python if one.environment is not None else one.python for node, one in surveys.items()}
     versions = [one.version for one in shown.values() if one.version]
     common = max(sorted(set(versions)), key=versions.count) if versions else ""
     for node, one in shown.items():
         environment = surveys[node].environment
-        if one.error:
+        if node in passing and (environment or not one.error):
+            text = f"{one.version or one.error} of the system; the environment will bring its own ({source})"
+            cells.append(_cell("python", node, "ok", text))
+        elif one.error:
             remedy = (
-                f"its interpreter {environment.interpreter} is missing on this node: install it, or set "
+                "install python3"
+                if environment is None
+                else f"its interpreter {environment.interpreter} is missing on this node: install it, or set "
                 '`python = "managed"` so that the environment brings its own'
-                if environment
-                else "install python3"
+                if source == "system"
+                else f"{environment.interpreter} lies on the shared folder: is that there, and the same?"
             )
             cells.append(_cell("python", node, "bad", one.error, remedy))
         elif one.version != common:
@@ -293,7 +306,9 @@ def _pythons(surveys: Mapping[str, Survey]) -> list[Cell]:
                     node,
                     "bad",
                     f"{one.version}, the others have {common}",
-                    'the patch release must be one: set `python = "managed"` so that all use the one on the shared folder',
+                    'the patch release must be one: set `python = "managed"` so that all use the one on the shared folder'
+                    if source == "system"
+                    else "the shared folder is not the same there",
                 )
             )
         else:
@@ -390,7 +405,7 @@ def _symbols(node: str, one: Survey) -> Cell:
             node,
             "bad",
             f"GLIBCXX_{one.glibcxx}, and the environment needs GLIBCXX_{needed}",
-            'take a newer image, or set `python = "conda"`, whose interpreter brings its own libstdc++',
+            "take a newer image on this node (Ubuntu 22.04 has 3.4.30), or a set that was built on an older libstdc++",
         )
     return _cell("libstdc++", node, "ok", f"GLIBCXX_{one.glibcxx}, {needed} needed")
 

@@ -7,6 +7,11 @@ import base64
 import functools
 import hashlib
 import io
+import json
+import os
+import shutil
+import sysconfig
+import tarfile
 import threading
 import zipfile
 from collections.abc import Iterator
@@ -15,6 +20,8 @@ from pathlib import Path
 
 import pytest
 
+from deploy.remote import environment as remote
+from deploy.remote.wire import WorkerError
 from deploy.steps import environment as step
 from deploy.steps.environment import Matrix, Module
 from gracefarm import settings
@@ -100,3 +107,134 @@ def test_built_once_proven_switched_rolled_back_collected(
             assert {each["id"] for each in (await step.listing(nodes, str(root)))["environments"]} == {made[0].id, second.id}
 
     asyncio.run(go())
+
+
+RELEASES = "https://github.com/astral-sh/python-build-standalone/releases/download"
+
+
+def standalone(folder: Path, monkeypatch: pytest.MonkeyPatch, *, sha256: str | None = None) -> str:
+    """A mirror of Python's releases with one archive: this machine's Python under the name and version that uv is asked for.
+
+    The real archive cannot be had where GitHub is not reached, and uv knows its digest: uv's list of downloads is replaced.
+    """
+    machine, version = os.uname().machine, str(step.pinned()["python"])
+    name = f"cpython-{version}+20260101-{machine}-unknown-linux-gnu-install_only_stripped.tar.gz"
+    archive = folder / "20260101" / name
+    archive.parent.mkdir(parents=True)
+
+    def kept(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
+        skipped = ("/__pycache__", "/test", "/site-packages", "/dist-packages", "/config-")
+        bad = any(one in member.name for one in skipped) or member.linkname.startswith("/")
+        return None if bad else member
+
+    base = Path(os.path.realpath("/usr/bin/python3.11"))
+    with tarfile.open(archive, "w:gz", compresslevel=1) as tar:
+        tar.add(base, "python/bin/python3.11")
+        for link in ("python", "python3"):
+            member = tarfile.TarInfo(f"python/bin/{link}")
+            member.type, member.linkname = tarfile.SYMTYPE, "python3.11"
+            tar.addfile(member)
+        tar.add("/usr/lib/python3.11", "python/lib/python3.11", filter=kept)
+    digest = sha256 or hashlib.sha256(archive.read_bytes()).hexdigest()
+    major, minor, patch = map(int, version.split("."))
+    listed = {
+        "name": "cpython",
+        "arch": {"family": machine, "variant": None},
+        "os": "linux",
+        "libc": "gnu",
+        "variant": None,
+        "major": major,
+        "minor": minor,
+        "patch": patch,
+        "prerelease": "",
+        "build": "20260101",
+        "sha256": digest,
+        "url": f"{RELEASES}/20260101/{name.replace('+', '%2B')}",
+    }
+    (folder / "downloads.json").write_text(json.dumps({f"cpython-{version}-linux-{machine}-gnu": listed}))
+    monkeypatch.setenv("UV_PYTHON_DOWNLOADS_JSON_URL", str(folder / "downloads.json"))
+    return f"file://{folder}"
+
+
+stock = pytest.mark.skipif(
+    not Path("/usr/lib/python3.11/os.py").is_file(), reason="no Python 3.11 of the distribution to pack"
+)
+
+
+@stock
+def test_a_managed_python_comes_onto_the_share_and_serves_every_environment(
+    tmp_path: Path, index: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stock Ubuntu 22.04 or 24.04 has no python3.11: uv brings one, whose digest it knows, by way of a mirror."""
+    folder, url = index
+    mirror = standalone(tmp_path / "mirror", monkeypatch)
+    monkeypatch.setattr(step, "matrix", lambda _engine: Matrix(modules=(Module(module="tiny"), Module(module="ssl"))))
+    root, here = tmp_path / "share", settings.load()
+
+    def spec(lock: str, **more: object) -> step.Spec:
+        values = {"root": str(root), "lock": lock, "index": url, "engine": "tiny", "source": "managed", "mirror": mirror}
+        return step.Spec(**{**values, **more})  # type: ignore[arg-type]
+
+    async def go() -> None:
+        async with kit.nodes(tmp_path, 2) as nodes:
+            lock = publish(folder, "1.0", "x = 1\n")
+            made = await step.up(nodes, spec(lock), here, Console())
+            assert made.switched
+            base = (root / "env" / "bin" / "python").resolve()
+            (place,) = (root / "python").iterdir()
+            assert place.name == f"managed-{step.pinned()['python']}-{os.uname().machine}"
+            assert base.is_relative_to(place)
+            described = json.loads((root / "env" / "environment.json").read_text())
+            assert Path(described["interpreter"]) == base
+            shutil.rmtree(tmp_path / "mirror" / "20260101")  # it is not asked again
+            other = await step.up(nodes, spec(publish(folder, "2.0", "x = 2\n")), here, Console())
+            assert other.built
+            own = await step.up(nodes, spec(lock, source="system", mirror=None), here, Console())
+            assert own.id != made.id  # the node's own Python makes another environment
+
+    asyncio.run(go())
+
+
+@stock
+def test_a_python_that_is_another_than_uv_knows_or_cannot_be_had_is_told_with_a_way_out(
+    tmp_path: Path, index: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, url = index
+    lock, root, here = publish(folder, "1.0", "x = 1\n"), tmp_path / "share", settings.load()
+    mirror = standalone(tmp_path / "mirror", monkeypatch, sha256="0" * 64)
+
+    async def go() -> None:
+        async with kit.nodes(tmp_path, 1) as nodes:
+            spec = step.Spec(root=str(root), lock=lock, index=url, engine="tiny", source="managed", mirror=mirror)
+            with pytest.raises(DigestError, match=r"k0: another Python came than uv knows: .*Hash mismatch"):
+                await step.up(nodes, spec, here, Console())
+            shutil.rmtree(tmp_path / "mirror" / "20260101")
+            with pytest.raises(HostError, match=r"uv could not bring Python: .*No such file") as error:
+                await step.up(nodes, spec, here, Console())
+            assert "`python_mirror` in deploy.toml" in error.value.remedy
+            assert '`python = "system"`' in error.value.remedy
+            assert not (root / "env").exists()
+
+    asyncio.run(go())
+
+
+def test_a_node_without_python_is_told_of_the_managed_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for source in ("system", "conda"):
+        with pytest.raises(WorkerError) as error:
+            remote.interpreter({"root": str(tmp_path), "python": {"source": source, "version": "3.11"}})
+        assert '`python = "managed"` in deploy.toml' in error.value.remedy
+
+
+def test_condas_python_is_made_by_conda_on_the_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for conda that makes what `conda create --prefix` makes, where its installer puts it, on no PATH."""
+    conda = tmp_path / "home" / "miniforge3" / "bin" / "conda"
+    conda.parent.mkdir(parents=True)
+    python = os.path.realpath(sysconfig.get_config_var("BINDIR") + "/python3")
+    text = '#!/bin/sh\n[ "$1 $2 $3" = "create --yes --prefix" ] && [ "$5" = python=3.11 ] || exit 9\n'
+    conda.write_text(text + f'mkdir -p "$4/bin" && ln -s {python} "$4/bin/python3"\n')
+    conda.chmod(0o755)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    request = {"root": str(tmp_path / "share"), "python": {"source": "conda", "version": "3.11"}}
+    assert remote.interpreter(request) == python
+    assert (tmp_path / "share" / "python" / f"conda-3.11-{os.uname().machine}" / ".complete").is_file()

@@ -23,7 +23,7 @@ from deploy.inventory import Deployment, File
 from deploy.rehearsal import source, standin
 from deploy.remote import look as remote
 from deploy.state import Record
-from deploy.steps import ray
+from deploy.steps import environment, ray
 from deploy.weights import told
 from deploy.worker import Target
 from gracefarm import settings
@@ -125,6 +125,29 @@ def test_without_a_lock_nothing_is_built(tmp_path: Path) -> None:
     assert "builder set build gh200-cu124" in error.value.remedy
     (tmp_path / "gh200-cu124.lock").write_text("a")
     assert flow.lock_text(deployment, Console()) == "a"
+
+
+@pytest.mark.parametrize("data", [{}, {"python": "system"}, {"python": "conda"}, {"python_mirror": "file:///srv/mirror"}])
+def test_both_environments_stand_on_the_python_that_deploy_toml_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: dict[str, str]
+) -> None:
+    """By default on one that they bring: Ubuntu 22.04 and 24.04 have no Python 3.11."""
+    (tmp_path / "gh200-cu124.lock").write_text("a==1 --hash=sha256:" + "0" * 64)
+    asked: list[tuple[str, str, str | None]] = []
+
+    async def up(_nodes: object, spec: environment.Spec, *_more: object) -> environment.Outcome:
+        asked.append((spec.link, spec.source, spec.mirror))
+        return environment.Outcome(id=spec.link * 8, built=True, switched=True, rows={})
+
+    monkeypatch.setattr(environment, "up", up)
+
+    async def go(work: Work) -> None:
+        await flow._environment(work, {})
+        await flow._download(work, {})
+
+    with_work(tmp_path, go, share="/srv/share", **data)
+    source, mirror = data.get("python", "managed"), data.get("python_mirror")
+    assert asked == [("env", source, mirror), ("download", source, mirror)]
 
 
 def test_the_sets_lock_comes_from_its_index_once(tmp_path: Path) -> None:

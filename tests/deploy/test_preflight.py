@@ -109,6 +109,26 @@ def test_a_node_that_differs_is_the_one_that_is_told(check: str, change: Json, s
     assert cells[check, "k0"].status == "ok"
 
 
+@pytest.mark.parametrize("environment", [None, ENVIRONMENT])
+def test_the_nodes_own_pythons_do_not_matter_where_the_environment_brings_one(environment: Json | None) -> None:
+    other = {**PYTHON, "version": "3.12.3"}
+    there = environment and {**environment, "python": {"error": "no such file"}}
+    nodes = {one: survey(environment=environment) for one in NODES} | {"k1": survey(environment=there, python=other)}
+    assert judged(nodes)["python", "k1"].status == "bad"
+    cell = judged(nodes, python="managed")["python", "k1"]
+    assert cell.status == "ok"
+    assert "the environment will bring its own (managed)" in cell.text
+
+
+def test_a_managed_python_that_a_node_does_not_see_is_told() -> None:
+    own = {**ENVIRONMENT, "interpreter": "/share/gracefarm/python/managed-3.11.18-aarch64/cpython-3.11/bin/python3.11"}
+    lost = {**own, "python": {"error": "no such file"}}
+    nodes = {one: survey(environment=own) for one in NODES} | {"k1": survey(environment=lost)}
+    cells = judged(nodes, python="managed")
+    assert (cells["python", "k0"].status, cells["python", "k1"].status) == ("ok", "bad")
+    assert "lies on the shared folder" in cells["python", "k1"].remedy
+
+
 @pytest.mark.parametrize(
     ("check", "change", "word"),
     [
