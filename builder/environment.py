@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from urllib.parse import unquote, urlsplit
@@ -70,6 +70,8 @@ class LockedWheel:
     "Empty where it is not known yet, which `require_digests` refuses."
     index: str = ""
     "The index of its own that has it; empty: the Python index."
+    tags: frozenset[Tag] = field(default=frozenset(), compare=False, repr=False)
+    "Where it has an index of its own: what the file's tags must be among."
 
 
 # --- what is pinned ----------------------------------------------------------------------------------------------------------
@@ -95,7 +97,9 @@ def wheels(stack: LoadedStack, arch: Arch) -> tuple[LockedWheel, ...]:
     for own in stack.data.environment.wheels:
         if own.arch is arch:
             name = canonicalize_name(own.name)
-            found[name] = LockedWheel(name=name, version=own.version, sha256=own.sha256 or "", index=own.index)
+            found[name] = LockedWheel(
+                name=name, version=own.version, sha256=own.sha256 or "", index=own.index, tags=frozenset(tags(stack, arch))
+            )
     _check_fresh(stack, arch, found)
     return tuple(sorted(found.values()))
 
@@ -476,7 +480,7 @@ def _own_wheels(found: Sequence[LockedWheel], folder: Path, settings: Settings) 
             # Its clients take longer to import than `builder build` takes to find that a build exists.
             from builder.fetch import own_index
 
-            file, filename = own_index.fetch_wheel(one.name, one.version, one.sha256, one.index, settings)
+            file, filename = own_index.fetch_wheel(one.name, one.version, one.sha256, one.tags, one.index, settings)
             place = folder / filename
             place.symlink_to(file)
             places[one.sha256] = place

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -18,19 +18,23 @@ from gracefarm.errors import DigestError, FetchError
 from gracefarm.settings import Settings
 
 
-def fetch_wheel(name: str, version: str, sha256: str, index: str, settings: Settings) -> tuple[Path, str]:
+def fetch_wheel(
+    name: str, version: str, sha256: str, tags: Collection[Tag], index: str, settings: Settings
+) -> tuple[Path, str]:
     """The wheel of that digest in the store, and its file name, which the index says.
 
     Raises:
-        FetchError: the index cannot be reached or has no such file; names the setting of a mirror.
+        FetchError: the index cannot be reached, has no such file, or does not tell which of several it is.
         DigestError: it has the version, with other digests only.
     """
-    found = [one for one in _files(name, version, index, settings) if one[2] in (sha256, None)]
+    fitting = _fitting(name, version, tags, index, settings)
+    found = [one for one in fitting if one[2] == sha256] or [one for one in fitting if one[2] is None]
     if not found:
         raise DigestError(
             f"{name} {version}: {shown(index)} has no file with sha256 {sha256}",
             remedy="nothing was fetched; find out why it differs before you pin another digest",
         )
+    _require_told(name, version, index, found)
     filename, url, _ = found[0]
     wanted = Download(url=url, sha256=sha256, what=filename)
     return download([wanted], settings)[sha256], filename
@@ -40,12 +44,32 @@ def find_wheel(name: str, version: str, tags: Collection[Tag], index: str, setti
     """File name, URL and, where the index says it, sha256 of the one wheel of that version that fits the tags.
 
     Raises:
-        FetchError: there is none, or the index cannot be reached.
+        FetchError: there is none, there are several without digests, or the index cannot be reached.
     """
-    for filename, url, sha256 in _files(name, version, index, settings):
-        if not parse_wheel_filename(filename)[3].isdisjoint(tags):
-            return filename, url, sha256
-    raise FetchError(f"{name} {version}: {shown(index)} has no wheel that fits the stack", remedy=mirror_remedy(index))
+    fitting = _fitting(name, version, tags, index, settings)
+    _require_told(name, version, index, fitting)
+    return fitting[0]
+
+
+def _fitting(
+    name: str, version: str, tags: Collection[Tag], index: str, settings: Settings
+) -> list[tuple[str, str, str | None]]:
+    """The files of that version that this Python and architecture take: other ones have the version too."""
+    files = _files(name, version, index, settings)
+    found = [one for one in files if not parse_wheel_filename(one[0])[3].isdisjoint(tags)]
+    if not found:
+        raise FetchError(f"{name} {version}: {shown(index)} has no wheel that fits the stack", remedy=mirror_remedy(index))
+    return found
+
+
+def _require_told(name: str, version: str, index: str, found: Sequence[tuple[str, str, str | None]]) -> None:
+    """Which of several files is meant must be said by their digests: the bytes of one never go by the name of another."""
+    if len(found) > 1 and any(sha256 is None for _, _, sha256 in found):
+        names = ", ".join(filename for filename, _, _ in found)
+        raise FetchError(
+            f"{name} {version}: {shown(index)} says no sha256 and has several wheels that fit: {names}",
+            remedy="take an index whose links end in #sha256=DIGEST (PEP 503), as the original's do, or leave one file in it",
+        )
 
 
 def _files(name: str, version: str, index: str, settings: Settings) -> list[tuple[str, str, str | None]]:

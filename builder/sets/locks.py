@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 import tomlkit
@@ -21,6 +22,9 @@ from gracefarm import tables
 from gracefarm.errors import ConfigError
 from gracefarm.files import sha256_file
 from gracefarm.settings import Settings
+
+if TYPE_CHECKING:
+    from builder.environment import LockedWheel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +70,7 @@ def collect(of: LoadedSet, own: Sequence[Path], settings: Settings) -> list[Lock
     )
     found = []
     for one in environment.wheels(of.runtime, of.data.target):
-        filename = _own_index(one.name, one.version, one.sha256, one.index, settings) if one.index else named.get(one.sha256)
+        filename = _own_index(one, settings) if one.index else named.get(one.sha256)
         if filename is None:
             raise ConfigError(
                 f"{of.runtime.requirements_lock} does not say the file name of {one.name} {one.version}",
@@ -84,10 +88,10 @@ def collect(of: LoadedSet, own: Sequence[Path], settings: Settings) -> list[Lock
     return sorted(found, key=lambda one: one.name)
 
 
-def _own_index(name: str, version: str, sha256: str, index: str, settings: Settings) -> str:
+def _own_index(one: LockedWheel, settings: Settings) -> str:
     from builder.fetch import own_index
 
-    return own_index.fetch_wheel(name, version, sha256, index, settings)[1]
+    return own_index.fetch_wheel(one.name, one.version, one.sha256, one.tags, one.index, settings)[1]
 
 
 def requirements(title: str, wheels: Sequence[Locked]) -> str:
