@@ -411,10 +411,10 @@ def reopen(plan: Plan, folder: Path, settings: Settings, console: Console) -> Sa
     return build_sandbox(plan, lay_ground(plan, settings, console), settings, folder, count=1, epoch=epoch, memory=memory)
 
 
-def build_command(plan: Plan, ground: Ground, folder: Path) -> tuple[str, ...]:
-    """What runs there."""
+def build_command(plan: Plan, settings: Settings, folder: Path) -> tuple[str, ...]:
+    """What runs there; `builder plan` prints it."""
     if plan.machine is not None:
-        return compile.command(plan, str(ground.environment), str(folder))
+        return compile.command(plan, str(hosted.environment_place(plan.machine, settings)), str(folder))
     if plan.contained is not None:
         return container.command(plan, folder)
     return compile.command(plan)
@@ -484,7 +484,7 @@ def _compile_once(run: Run, fetched: fetch.Fetched, ground: Ground, epoch: int, 
     sandboxed = run.plan.machine is None and run.plan.contained is None
     cached = run.options.compiler_cache and sandboxed and ccache.enabled(run.settings)
     box = build_sandbox(run.plan, ground, run.settings, work, count=count.count, epoch=epoch, memory=memory, cached=cached)
-    command = build_command(run.plan, ground, work)
+    command = build_command(run.plan, run.settings, work)
     with run.log.open("a") as stream:
         stream.write(f"# jobs {count.count}: {count.reason}\n# {' '.join(command)}\n")
         stream.write(f"# {shlex.join(sandbox.command(box, command))}\n")

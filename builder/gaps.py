@@ -85,7 +85,9 @@ def of_plan(plan: Plan) -> list[Gap]:
     """What a build of the plan lacks."""
     wanted = f"container.{plan.target.value}"
     images = [one for one in of_images(plan.stack) if plan.contained and ".".join(one.table) == wanted]
-    return [*of_recipe(plan.recipe), *of_stack(plan.stack), *images]
+    # An environment of somebody's own is taken as it is: nothing of the stack's lock is fetched.
+    locked = of_stack(plan.stack) if plan.machine is None or plan.machine.locked else []
+    return [*of_recipe(plan.recipe), *locked, *images]
 
 
 def require_none(plan: Plan) -> None:

@@ -31,10 +31,7 @@ def ensure(machine: Machine, settings: Settings, tick: Tick = no_tick) -> Path:
         HostError: the interpreter cannot make one.
         ConfigError, FetchError, DigestError, RootError, DiskFullError: as `environment.ensure`.
     """
-    name = hashlib.sha256(
-        f"{_kind(machine)} {machine.interpreter.executable} {machine.interpreter.version}".encode()
-    ).hexdigest()
-    final = settings.home / "host" / "environments" / name[:32]
+    final = environment_place(machine, settings)
     with lock(final.with_name(f"{final.name}.lock"), lambda: tick(0, None, "another process assembles this")):
         if (final / _WHOLE).is_file():
             return final
@@ -49,6 +46,14 @@ def ensure(machine: Machine, settings: Settings, tick: Tick = no_tick) -> Path:
             environment.check_torch(machine.base, toolchain.site_packages(final, machine.interpreter.minor))
         atomic_write(final / _WHOLE, "")
     return final
+
+
+def environment_place(machine: Machine, settings: Settings) -> Path:
+    """Where `ensure` puts it."""
+    name = hashlib.sha256(
+        f"{_kind(machine)} {machine.interpreter.executable} {machine.interpreter.version}".encode()
+    ).hexdigest()
+    return settings.home / "host" / "environments" / name[:32]
 
 
 def _kind(machine: Machine) -> str:

@@ -19,7 +19,6 @@ import click
 from builder import clean as cleaning
 from builder import (
     compile,
-    container,
     environment,
     gaps,
     hosted,
@@ -273,13 +272,15 @@ def plan(
     builder plan causal_conv1d --json
     builder plan causal_conv1d --toolchain host
     """
+    from builder import build as flow
+
     settings, console = settings_module.load(), Console(as_json=as_json)
     on = wanted(toolchain, own, python, cuda)
     made = plan_of(name, stack_name, target_here(context, target, on), settings, on)
     found = record.existing(made, settings)
     missing = gaps.of_plan(made)
     work = record.folder(settings, made.build_id) / "work"
-    command = container.command(made, work) if made.contained else compile.command(made)
+    command = flow.build_command(made, settings, work)
     value = {
         "build_id": made.build_id,
         "title": made.title,

@@ -11,6 +11,7 @@ from builder import container, recipe, stack
 from builder import plan as planning
 from builder.machine import Wanted, find
 from builder.plan import Contained, Plan
+from builder.record import Record
 from builder.stack import Arch
 from gracefarm.errors import UsageError
 from gracefarm.settings import Settings
@@ -21,16 +22,21 @@ _PLACE = click.Path(exists=True, path_type=Path)
 
 
 def toolchained(function: Function) -> Function:
-    """The options of a build with this machine's own tools."""
+    """The options of a build with this machine's own tools, or in a container."""
+    toolchain = click.option(
+        "--toolchain",
+        type=click.Choice(["sandbox", "host", "container"]),
+        default="sandbox",
+        show_default=True,
+        help="The stack's locked compilers in a sandbox, this machine's own gcc and CUDA in a clean environment, or "
+        "cibuildwheel in the stack's container image.",
+    )
+    return toolchain(placed(function))
+
+
+def placed(function: Function) -> Function:
+    """The options that name this machine's own tools."""
     options = (
-        click.option(
-            "--toolchain",
-            type=click.Choice(["sandbox", "host", "container"]),
-            default="sandbox",
-            show_default=True,
-            help="The stack's locked compilers in a sandbox, this machine's own gcc and CUDA in a clean environment, or "
-            "cibuildwheel in the stack's container image.",
-        ),
         click.option(
             "--environment",
             "own",
@@ -68,6 +74,21 @@ def plan_of(name: str, stack_name: str | None, target: str, settings: Settings, 
     if not isinstance(on, Wanted):
         return planning.make(loaded, base, stack.host_arch(), Arch(target), on)
     return planning.make_here(loaded, find(base, on, cuda=loaded.data.build.cuda))
+
+
+def as_built(built: Record, own: Path | None, python: Path | None, cuda: Path | None) -> Wanted | Contained | None:
+    """The toolchain of an earlier build, as `wanted` has it.
+
+    Raises:
+        UsageError: it stood on an environment of somebody's own, whose place no record holds, or options do not go together.
+    """
+    said = built.inputs.get("toolchain")
+    if own is None and isinstance(said, dict) and "distributions" in said:
+        raise UsageError(
+            f"the last build of {built.recipe} stood on an environment of your own, and no record holds where that is",
+            remedy="say it: --environment PATH",
+        )
+    return wanted(built.toolchain, own, python, cuda)
 
 
 def target_here(context: click.Context, target: str, on: Wanted | Contained | None) -> str:

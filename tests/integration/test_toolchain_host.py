@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -16,7 +17,7 @@ from pathlib import Path
 import pytest
 import uv
 
-from builder import environment, hosted, machine, plain, sandbox, smoke, stack
+from builder import environment, gaps, hosted, machine, plain, sandbox, smoke, stack
 from builder.audit import elf
 from builder.cli import cli
 from builder.cli.aim import plan_of
@@ -123,6 +124,42 @@ def test_a_c_extension_in_a_clean_environment_from_the_stacks_lock(
     again = called(farm, monkeypatch, "build", "tiny_c", "--toolchain", "host", "--python", python311())
     assert again == (0, "")
     assert "nothing to build" in capsys.readouterr().err
+
+
+def test_plan_prints_the_command_that_ran(built: Built, own: Path) -> None:
+    asked = ("tiny_c", "--toolchain", "host", "--environment", str(own), "--json")
+    said = json.loads(built.farm.run("plan", *asked).out.strip().splitlines()[-1])
+    (compiled,) = [one for one in record_of(built.farm, "tiny_c")["stages"] if one["name"] == "compile"]  # type: ignore[attr-defined]
+    assert said["command"] == compiled["command"]
+    assert "/env/bin/python3" not in said["command"]
+
+
+def test_why_plans_with_the_tools_that_the_last_build_had(built: Built, own: Path) -> None:
+    unknown = built.farm.run("why", "tiny_c")
+    assert (unknown.code, "say it: --environment PATH" in unknown.said) == (2, True), unknown.said
+    same = built.farm.run("why", "tiny_c", "--environment", str(own))
+    assert same.code == 0, same.said
+    assert "nothing changed" in same.said
+    place = built.farm.settings.project / "recipes/tiny_c/recipe.toml"
+    text = place.read_text()
+    place.write_text(text + '[wheel]\nrequires = { numpy = "numpy<2" }\n')
+    changed = built.farm.run("why", "tiny_c", "--environment", str(own))
+    place.write_text(text)
+    assert "changed recipe.requires.numpy: nothing > numpy<2" in changed.said, changed.said
+    assert changed.said.count("changed ") == 1, changed.said
+
+
+def test_a_digest_that_an_environment_of_ones_own_does_not_need_is_no_gap(farm: Farm, own: Path) -> None:
+    tiny_c(farm, stack="own")
+    stacks = farm.settings.project / "stacks"
+    shutil.copytree(stacks / "bare", stacks / "own")
+    gap = f'[[environment.wheels]]\nname = "wheel"\nversion = "0.45.1"\narch = "{NATIVE}"\n'
+    gap += 'index = "https://index.example/simple"\nsha256_unknown = "not reached"\n\n[toolchain]\n'
+    text = (stacks / "own/stack.toml").read_text().replace('name = "bare"', 'name = "own"', 1)
+    (stacks / "own/stack.toml").write_text(text.replace("[toolchain]\n", gap, 1))
+    locked = plan_of("tiny_c", None, NATIVE, farm.settings, machine.Wanted(python=Path(python311())))
+    assert [one.what for one in gaps.of_plan(locked)] == [f"wheel 0.45.1 for {NATIVE}"]
+    assert gaps.of_plan(plan_of("tiny_c", None, NATIVE, farm.settings, machine.Wanted(environment=own))) == []
 
 
 def test_an_environment_of_ones_own_is_taken_as_it_is_and_enters_the_build_id(built: Built, own: Path) -> None:
