@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
@@ -26,10 +27,9 @@ from deploy.plan import Plan
 from deploy.redact import Redactor
 from deploy.ssh import Fleet
 from deploy.state import State
-from deploy.state import read as read_state
 from deploy.status import NodeStatus, Status, Watch
 from deploy.worker import Json, Target, call, try_all
-from gracefarm.errors import GracefarmError
+from gracefarm.errors import GracefarmError, NodeError
 
 LOCAL = ("deploy.toml", ".deploy/state.json", ".deploy/plan.json", ".deploy/facts.json")
 ENGINE_LOG, ENGINE_EXIT = "jobs/engine/log", "jobs/engine/exit"
@@ -40,8 +40,11 @@ _KILLED = re.compile(r"Killed process \d+ \(([^)]*)\)", re.I)
 OURS = ("python", "ray", "gcs_server", "aphrodite", "vllm", "pt_main")
 "How names of processes begin whose end the engine does not survive."
 _XID = re.compile(r"Xid \(([^)]*)\): (\d+)")
+GATHER = 600.0
+"Seconds for all that a node has to say."
 EARLY = 120.0
 "Seconds before the engine's start from which the kernel's words may have to do with it."
+STUCK = "is the server of that file system there? `deploy run --timeout 10 -- df -h`"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,10 +145,7 @@ def _local(archive: _Archive, deployment: Deployment) -> State:
         with suppress(OSError):
             inside = path.relative_to(base) if path.is_relative_to(base) else Path(path.name)
             archive.add(f"local/{inside.as_posix().removeprefix('.')}", path.read_bytes(), path.stat().st_mtime)
-    try:
-        return read_state(deployment.folder)
-    except GracefarmError:
-        return State()
+    return status.kept_or_empty(deployment.folder)
 
 
 async def _nodes(archive: _Archive, watch: Watch) -> dict[str, str]:
@@ -160,7 +160,11 @@ async def _nodes(archive: _Archive, watch: Watch) -> dict[str, str]:
             elif event["event"] == "unread":
                 archive.add(f"nodes/{node.name}/unread.txt", f"{event['name']}: {event['cause']}\n".encode(), time.time())
 
-        return await call(node, "gather.gather", {"files": await _wanted(watch, node)}, on_event=said)
+        try:
+            async with asyncio.timeout(GATHER):
+                return await call(node, "gather.gather", {"files": await _wanted(watch, node)}, on_event=said)
+        except TimeoutError as error:
+            raise NodeError(f"{node.name}: not all it has to say came within {GATHER:g} s", remedy="`deploy ssh`") from error
 
     _good, bad = await try_all(watch.nodes, one)
     return {node: error.cause for node, error in bad.items()}
@@ -216,6 +220,11 @@ def findings(
         elif not running and base.startswith("worker-") and _latest(name, texts):
             found += _worker(content, names, node, name)
     found += [Finding(rank=2, where=node, text=why, remedy="`deploy preflight`") for node, why in missing.items()]
+    found += [
+        Finding(rank=2, where=one.name, text=f"{one.name}: the file system at {path} does not answer", remedy=STUCK)
+        for one in seen.nodes
+        for path in one.stuck
+    ]
     found += [
         Finding(rank=2, where=one.name, text=_lost(one), remedy=seen.service.remedy)
         for one in seen.nodes
@@ -301,6 +310,7 @@ def summary(seen: Status, found: Sequence[Finding], kept: State, missing: Mappin
     else:
         rest = []
         line("Nothing that looks like a cause was found.\n")
+    parts += [f"Not read: {one}\n" for one in seen.notes]
     line(f"Seen at {time.strftime('%Y-%m-%d %H:%M:%S %Z', time.localtime(seen.taken))}: {seen.service.text}\n")
     if rest:
         line("## Also found\n")

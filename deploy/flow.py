@@ -133,15 +133,15 @@ async def look(work: Work) -> Looks:
     return found
 
 
-async def glance(node: Target, request: Json, seconds: float = 60) -> Json:
-    """deploy.remote.look on one node. A file system whose server is gone would hold it for ever.
+async def glance(node: Target, request: Json, seconds: float = 60, *, function: str = "look.look") -> Json:
+    """A short question to one node. A file system whose server is gone would hold it for ever.
 
     Raises:
         NodeError: no answer within `seconds`.
     """
     try:
         async with asyncio.timeout(seconds):
-            return await call(node, "look.look", request)
+            return await call(node, function, request)
     except TimeoutError as error:
         raise NodeError(
             f"{node.name}: no answer to a short question within {seconds:g} s",

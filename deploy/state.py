@@ -65,7 +65,7 @@ def read(folder: Folder) -> State:
         ConfigError: the file is damaged or of a newer version.
     """
     try:
-        text = folder.state.read_text()
+        text = folder.state.read_bytes()
     except FileNotFoundError:
         return State()
     try:
@@ -83,9 +83,9 @@ def read(folder: Folder) -> State:
 class Keeper:
     """The state while its lock is held; each change is on disk when the call returns."""
 
-    def __init__(self, folder: Folder) -> None:
+    def __init__(self, folder: Folder, kept: State | None = None) -> None:
         self.folder = folder
-        self.state = read(folder)
+        self.state = read(folder) if kept is None else kept
 
     def begin(self, step: str, digest_: str) -> None:
         """A step starts to change something."""

@@ -20,7 +20,7 @@ from deploy.state import State
 from deploy.steps import engine, ray
 from deploy.steps.engine import Signs, Verdict
 from deploy.targets import targets
-from deploy.worker import Json, Target, call, try_all
+from deploy.worker import Json, Target, try_all
 from gracefarm import settings
 from gracefarm.console import Console
 from gracefarm.errors import ConfigError, EngineError, GracefarmError
@@ -28,6 +28,8 @@ from gracefarm.errors import ConfigError, EngineError, GracefarmError
 Word = Literal["PLANNED", "LOADING", "READY", "BUSY", "DEGRADED", "WEDGED", "DEAD", "STOPPED", "FAILED", "UNREACHABLE"]
 SERVING: tuple[Word, ...] = ("READY", "BUSY")
 WAITING: tuple[Word, ...] = ("PLANNED", "LOADING", "STOPPED")
+SILENCE = 30.0
+"Seconds until a node that was entered counts as one that does not answer."
 
 
 class Seen(BaseModel):
@@ -79,6 +81,8 @@ class NodeStatus(Seen):
     gpus: tuple[Gpu, ...] = ()
     gpu_error: str = ""
     disks: tuple[Disk, ...] = ()
+    stuck: tuple[str, ...] = ()
+    "Folders whose file system does not answer."
     memory: Memory | None = None
     cores: int = 0
     load: float = 0.0
@@ -120,6 +124,8 @@ class Status(Seen):
     service: Service
     nodes: tuple[NodeStatus, ...]
     usd_per_hour: float | None = None
+    notes: tuple[str, ...] = ()
+    "What this machine keeps of the deployment and cannot be read."
     usd_since_boot: float | None = None
     "Of all nodes since each one's boot: what they have cost at least, where they are paid by the hour."
 
@@ -151,6 +157,8 @@ class Watch:
     fleet: Fleet
     facts: Facts | None
     plan: Plan | None
+    notes: tuple[str, ...] = ()
+    "What is kept and cannot be read."
 
     @property
     def nodes(self) -> list[Target]:
@@ -165,7 +173,9 @@ class Watch:
             deployment=self.deployment,
             fleet=self.fleet,
             facts=self.facts,
-            keeper=state.Keeper(self.deployment.folder),  # read only: nothing here holds the lock
+            keeper=state.Keeper(
+                self.deployment.folder, kept_or_empty(self.deployment.folder)
+            ),  # read only: nothing here holds the lock
             console=Console(),
             settings=settings.load(),
         )
@@ -174,17 +184,53 @@ class Watch:
 
 
 def watch(deployment: Deployment, fleet: Fleet) -> Watch:
-    """Of a deployment as it is kept. Raises ConfigError: its plan is damaged."""
-    return Watch(deployment=deployment, fleet=fleet, facts=facts_or_none(deployment), plan=plan_of(deployment.folder))
+    """Of a deployment as it is kept; what is damaged is told, and is no reason not to look."""
+    notes: list[str] = []
+    plan, facts = None, facts_or_none(deployment)
+    try:
+        state.read(deployment.folder)
+    except ConfigError as error:
+        notes.append(f"{error.cause}; {error.remedy}")
+    try:
+        plan = plan_of(deployment.folder)
+    except ConfigError as error:
+        notes.append(f"{error.cause}; {error.remedy}")
+    if facts is None and deployment.folder.facts.exists():
+        notes.append(f"{deployment.folder.facts}: another version's, or damaged; ask again: `deploy facts`")
+    return Watch(deployment=deployment, fleet=fleet, facts=facts, plan=plan, notes=tuple(notes))
 
 
 async def look(one: Watch, *, canary: float = 30) -> Status:
     """Every node and the service. A node that is not reached is part of the answer. `canary`: seconds for one token."""
-    vitals, bad = await try_all(one.nodes, lambda node: call(node, "watch.vitals", request(one, node)))
-    kept = state.read(one.deployment.folder)
+    vitals, bad = await vitals_of(one)
+    service, alive = await service_of(one, vitals, canary)
+    return assemble(one, vitals, bad, service, alive)
+
+
+async def vitals_of(one: Watch) -> tuple[dict[str, Json], dict[str, GracefarmError]]:
+    """How each node is, and why some did not say."""
+
+    async def ask(node: Target) -> Json:
+        return await flow.glance(node, request(one, node), SILENCE, function="watch.vitals")
+
+    return await try_all(one.nodes, ask)
+
+
+async def service_of(one: Watch, vitals: Mapping[str, Json], canary: float) -> tuple[Service, engine.Nodes | None]:
+    """What is served, and the nodes as Ray sees them."""
     signs = await signs_of(one, vitals, canary)
-    service = judge(signs, kept, planned=one.plan is not None, now=time.time())
-    return assemble(one, vitals, bad, service, signs.nodes if signs else None)
+    service = judge(signs, kept_or_empty(one.deployment.folder), planned=one.plan is not None, now=time.time())
+    if one.notes and service.word in WAITING:  # who knows what was started
+        service = Service(word="FAILED", detail="files", text="what this machine keeps of it cannot be read")
+    return service, signs.nodes if signs else None
+
+
+def kept_or_empty(folder: Folder) -> State:
+    """The state, or an empty one where it is damaged."""
+    try:
+        return state.read(folder)
+    except ConfigError:
+        return State()
 
 
 def request(one: Watch, node: Target) -> Json:
@@ -247,6 +293,7 @@ def assemble(
         layout=one.plan.layout.name if one.plan else None,
         service=service.model_copy(update={"text": said}),
         nodes=nodes,
+        notes=one.notes,
         usd_per_hour=round(price * len(nodes), 2) if price is not None else None,
         usd_since_boot=round(price * sum(each.uptime for each in nodes) / 3600, 2) if price is not None else None,
     )

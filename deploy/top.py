@@ -9,12 +9,12 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 
-from deploy import metrics, state, status
+from deploy import metrics, status
 from deploy.metrics import Metrics
 from deploy.status import Service, Status, Watch
 from deploy.steps.engine import Nodes
 from deploy.tunnel import Forward, Wanted, opened
-from deploy.worker import Json, call, try_all
+from deploy.worker import Json
 from gracefarm.errors import GracefarmError
 
 CANARY = 30.0
@@ -69,10 +69,7 @@ class _Canary:
             await asyncio.wait({self.task}, timeout=seconds)
 
     async def _ask(self, vitals: Mapping[str, Json]) -> None:
-        kept = state.read(self.watch.deployment.folder)
-        signs = await status.signs_of(self.watch, vitals, CANARY)
-        self.service = status.judge(signs, kept, planned=self.watch.plan is not None, now=time.time())
-        self.alive = signs.nodes if signs else None
+        self.service, self.alive = await status.service_of(self.watch, vitals, CANARY)
 
     async def end(self) -> None:
         """Ask no more."""
@@ -113,7 +110,7 @@ async def watching(one: Watch, *, every: float, canary_every: float, count: int 
         looked = time.monotonic()
         for number in itertools.count():
             begun = time.monotonic()
-            vitals, bad = await try_all(one.nodes, lambda node: call(node, "watch.vitals", status.request(one, node)))
+            vitals, bad = await status.vitals_of(one)
             canary.look(vitals)
             if number == 0:
                 await canary.first(FIRST)

@@ -84,6 +84,7 @@ def render(seen: Status, moment: Moment | None = None) -> RenderableType:
     colour = _COLOUR.get(service.word, _BAD)
     model = f"{seen.model}{', ' + seen.layout if seen.layout else ''}"
     lines = [f"[{colour}]{escape(service.label)}[/]  {escape(model)}", f"  {escape(service.text)}"]
+    lines += [f"  [{_BAD}]{escape(one)}[/]" for one in seen.notes]
     if service.remedy:
         lines.append(f"  [bold]what to do:[/] {escape(service.remedy)}")
     if moment:
@@ -113,7 +114,10 @@ def _nodes(nodes: Sequence[NodeStatus]) -> Table:
             f"{(one.memory.total - one.memory.available) / (1 << 30):.0f} of {one.memory.total / (1 << 30):.0f} GiB"
             if one.memory
             else "",
-            "\n".join(f"{one.free / 1e9:.0f} GB {escape(one.path)}" for one in one.disks),
+            "\n".join(
+                [f"{each.free / 1e9:.0f} GB {escape(each.path)}" for each in one.disks]
+                + [f"[{_BAD}]no answer {escape(each)}[/]" for each in one.stuck]
+            ),
             f"{one.load:.1f}/{one.cores}",
             f"{one.uptime / 3600:.1f} h",
         )

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import csv
 import glob
+import json
 import os
 import select
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +24,23 @@ Json = dict[str, Any]
 BLOCK = 1 << 18
 POLL = 0.3
 BEAT = 5.0
+PATIENCE = 5.0
+"Seconds for a file system's answer."
 QUERY = ("name", "memory.used", "memory.total", "utilization.gpu", "temperature.gpu", "power.draw")
 
 
 def vitals(request: Json) -> Json:
     """`prefix`: of the marks of our processes here; `paths`: folders whose file systems count."""
     processes = look.processes(request["prefix"])
+    disks = {path: _disk(path) for path in request["paths"]}
     return {
         "time": time.time(),
         "uptime": float(Path("/proc/uptime").read_text().split()[0]),
         "cores": len(os.sched_getaffinity(0)),
         "load": os.getloadavg()[0],
         "memory": _memory(),
-        "disks": [one for path in request["paths"] if (one := _disk(path))],
+        "disks": [one for one in disks.values() if one],
+        "stuck": [path for path, one in disks.items() if one is None],
         "raylet": any(one["name"] == "raylet" for one in processes),
         "jobs": sorted({str(one["mark"]).rpartition("/")[2] for one in processes}),
         "processes": len(processes),
@@ -48,15 +55,29 @@ def _memory() -> Json:
 
 
 def _disk(path: str) -> Json | None:
-    """Of the file system that holds `path`, or will."""
-    place = Path(path)
-    while not place.exists() and place != place.parent:
-        place = place.parent
-    try:
-        used = shutil.disk_usage(place)
-    except OSError:
-        return None
-    return {"path": path, "total": used.total, "free": used.free}
+    """Of the file system that holds `path`, or will. None: it does not answer, as NFS without its server.
+
+    A child asks, for only a process can be killed out of such a wait.
+    """
+    ours, theirs = os.pipe()
+    child = os.fork()
+    if child == 0:
+        with suppress(OSError):
+            place = Path(path)
+            while not place.exists() and place != place.parent:
+                place = place.parent
+            used = shutil.disk_usage(place)
+            os.write(theirs, json.dumps({"path": path, "total": used.total, "free": used.free}).encode())
+        os._exit(0)
+    os.close(theirs)
+    with open(ours, "rb") as stream:  # noqa: PTH123 - a descriptor
+        ready, _, _ = select.select([stream], [], [], PATIENCE)
+        said = stream.read() if ready else b""
+    if not ready:
+        os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0 if ready else os.WNOHANG)
+    found: Json | None = json.loads(said) if said else None
+    return found
 
 
 def gpus() -> Json:

@@ -117,6 +117,26 @@ def test_no_secret_of_any_log_is_in_the_bundle_and_the_first_cause_is_on_top(tmp
     play(tmp_path, work, "--die", "1", "--say", str(words))
 
 
+@pytest.mark.parametrize("name", ["state.json", "plan.json", "facts.json"])
+@pytest.mark.parametrize("content", [b'{"steps": ', b"\xff\xfe", b"[]"])
+def test_a_bundle_is_made_where_what_is_kept_here_is_damaged(tmp_path: Path, name: str, content: bytes) -> None:
+    async def work(made: Scene) -> None:
+        made.keep("failed", "Ray lost k1")
+        (made.deployment.folder.path / name).write_bytes(content)
+        async with ssh.fleet(made.deployment, config=[]) as fleet:
+            bundle = await collecting.collect(made.deployment, fleet, tmp_path, environ={})
+        files = unpacked(bundle.path, tmp_path / "out")
+        assert files[f"local/deploy/{name}"] == content
+        assert {"nodes/k0/processes.txt", "local/deploy.toml"} <= set(files)
+        page = files["summary.md"].decode()
+        assert page.startswith("# t: FAILED(")
+        assert f"Not read: {made.deployment.folder.path / name}: " in page
+        (note,) = bundle.status.notes
+        assert "; " in note  # what to do
+
+    play(tmp_path, work)
+
+
 def test_half_a_secret_is_not_left_at_a_cut(tmp_path: Path) -> None:
     """A long log's middle is left out at the ends of lines: half of a key looks like nothing."""
     log = tmp_path / "log"

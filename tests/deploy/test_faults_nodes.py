@@ -146,8 +146,9 @@ def test_a_worker_that_dies_while_loading_is_told(made: Rehearsal) -> None:
     finally:
         faultkit.order(made, "k1", "")
     assert done.code == ENGINE
-    assert "k1" in done.output or "a worker died" in done.output
-    assert verdict(made).kind in ("dead-engine", "dead-node", "stopped")
+    assert "Ray lost k1; a worker died: " in done.output
+    found = verdict(made)
+    assert (found.kind, found.text) == ("dead-node", "the engine ended after Ray lost k1")
     assert "READY" in well(made, "serve", seconds=400)
 
 

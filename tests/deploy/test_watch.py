@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +21,10 @@ from typing import Any
 import httpx
 import pytest
 
+from deploy import collect as collecting
 from deploy import facts as facts_of
+from deploy import flow, metrics, ssh, state, status
 from deploy import logs as logging
-from deploy import metrics, ssh, state, status
 from deploy.inventory import Deployment
 from deploy.logs import Wish
 from deploy.plan import Plan
@@ -30,6 +33,7 @@ from deploy.state import Record, State
 from deploy.steps import engine
 from deploy.steps.engine import Answer, Signs
 from deploy.targets import targets
+from deploy.worker import Json, Target
 from gracefarm.console import Console
 from gracefarm.errors import EngineError
 from tests.deploy import kit
@@ -112,6 +116,58 @@ def play(folder: Path, work: Callable[[Scene], Awaitable[None]], *more: str, nod
             await work(made)
 
     asyncio.run(go())
+
+
+@contextmanager
+def hanging(folder: Path) -> Iterator[None]:
+    """A file system whose server never answers, as NFS when its server is gone: FUSE, and nobody reads what it asks."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    descriptor = os.open("/dev/fuse", os.O_RDWR)
+    try:
+        options = f"fd={descriptor},rootmode=40000,user_id=0,group_id=0".encode()
+        assert libc.mount(b"hangs", bytes(folder), b"fuse", 0, options) == 0, os.strerror(ctypes.get_errno())
+        try:
+            yield
+        finally:
+            libc.umount2(bytes(folder), 3)  # MNT_FORCE | MNT_DETACH
+    finally:
+        os.close(descriptor)
+
+
+@pytest.mark.root
+@pytest.mark.skipif(not os.access("/dev/fuse", os.W_OK), reason="no FUSE")
+def test_a_share_whose_server_is_gone_holds_status_up_no_longer_than_it_must_and_is_a_finding(tmp_path: Path) -> None:
+    async def work(made: Scene) -> None:
+        await made.serve()
+        begun = time.monotonic()
+        with hanging(tmp_path / "share"):
+            code, said = await made.status()
+            assert time.monotonic() - begun < 30
+            assert (code, said["service"]["word"]) == (0, "READY")
+            node = said["nodes"][0]
+            assert (node["stuck"], node["error"]) == ([str(tmp_path / "share")], "")
+            assert [one["path"] for one in node["disks"]] == [made.deployment.data.local]
+            found = await status.look(status.watch(made.deployment, made.fleet))
+            texts = [one.text for one in collecting.findings({}, found, State(), made.plan, {})]
+            assert f"k0: the file system at {tmp_path / 'share'} does not answer" in texts
+
+    play(tmp_path, work)
+
+
+def test_a_node_that_does_not_answer_is_part_of_the_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(status, "SILENCE", 1.0)
+
+    async def never(_node: Target, _function: str, _request: object) -> Json:
+        await asyncio.sleep(600)
+        raise AssertionError
+
+    monkeypatch.setattr(flow, "call", never)
+
+    async def work(made: Scene) -> None:
+        seen = await status.look(status.watch(made.deployment, made.fleet))
+        assert "k0: no answer to a short question within 1 s" in seen.nodes[0].error
+
+    play(tmp_path, work)
 
 
 def test_status_by_a_real_completion_and_its_exit_code(tmp_path: Path) -> None:
