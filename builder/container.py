@@ -19,7 +19,7 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from pathlib import Path
 
-from builder import sandbox, toolchain
+from builder import sandbox, toolchain, units
 from builder.plain import Plain
 from builder.plan import Contained, Plan
 from builder.sandbox import Outcome
@@ -99,9 +99,13 @@ def place(plan: Plan, environment: Path, compiler: Path | None, folder: Path, *,
     """Where cibuildwheel itself runs: this machine, which has its network; the container has none."""
     remove_tree(folder / "gracefarm")
     (folder / "gracefarm").mkdir()
-    for source, name in (("toolchain/nvcc", "nvcc"), ("host/host.cmake", "host.cmake")):
+    (folder / "gracefarm" / "bin").mkdir()
+    places = {"toolchain/nvcc": "nvcc", "host/host.cmake": "host.cmake", "toolchain/ninja": "bin/ninja"}
+    for source, name in (places | {"toolchain/schedule.py": "schedule.py"}).items():
         (folder / "gracefarm" / name).write_bytes((files("builder") / "data" / source).read_bytes())
         (folder / "gracefarm" / name).chmod(0o755)
+    if (folder / units.SCHEDULE).is_file():
+        shutil.copy(folder / units.SCHEDULE, folder / "gracefarm" / units.SCHEDULE)
     atomic_write(folder / "cibuildwheel.toml", configuration(plan, environment, compiler, folder, jobs=jobs, epoch=epoch))
     kept = {name: os.environ[name] for name in _KEPT if name in os.environ}
     scratch = folder / "tmp"
@@ -152,19 +156,21 @@ def variables(plan: Plan, *, jobs: int, epoch: int) -> Iterator[tuple[str, str]]
         "HOME",
         "USER",
         "TMPDIR",
-        "GRACEFARM_SCHEDULER",
-        "GRACEFARM_SCHEDULE",
-        "GRACEFARM_UNITS",
         "GRACEFARM_PYTHON_INCLUDE",
     }
     python = f"cp{plan.stack.data.python.replace('.', '')}"
+    interpreter = f"/opt/python/{python}-{python}/bin/python"
     ours = {name: _inside(value) for name, value in ours.items() if name not in left_out} | {
         "PYTHONPATH": str(toolchain.site_packages(Path("/env"), plan.stack.data.python)),
         "CC": "gcc",
         "CXX": "g++",
         "GRACEFARM_FRONT": "",
+        # Nothing is measured, but it says where the source is: schedule.py names units by that.
+        "GRACEFARM_UNITS": f"{PROJECT}/{units.NAME}",
+        "GRACEFARM_SCHEDULER": f"{interpreter} -I -S {_FILES}/schedule.py",
+        "GRACEFARM_SCHEDULE": f"{_FILES}/{units.SCHEDULE}",
         "GRACEFARM_CCBIN": "",
-        "GRACEFARM_PYTHON": f"/opt/python/{python}-{python}/bin/python",
+        "GRACEFARM_PYTHON": interpreter,
         "CMAKE_TOOLCHAIN_FILE": f"{_FILES}/host.cmake",
     }
     if plan.recipe.data.build.cuda:
@@ -179,7 +185,8 @@ def _inside(value: str) -> str:
 
 
 def _search_path(plan: Plan) -> Iterator[str]:
-    """The stack's own tools, the image's with its Python first, our nvcc, and the environment's ninja."""
+    """Our ninja, the stack's own tools, the image's with its Python first, our nvcc, and the environment's ninja."""
+    yield f"{_FILES}/bin"
     if plan.recipe.data.build.cuda:
         yield from (f"{toolchain.NVCC}/{folder}" for folder in plan.stack.data.toolchain.path)
     yield from ("$PATH", f"{CUDA}/bin", "/env/bin")

@@ -145,13 +145,14 @@ def variables(plan: Plan, site: Path, settings: Settings, folder: Path, *, jobs:
     with as_file(files("builder") / "data" / "toolchain" / "front.py") as place:
         atomic_write(front, place.read_bytes())
     found |= {
-        "PATH": search_path(machine, site, home),
+        "PATH": f"{folder / 'bin'}:{search_path(machine, site, home)}",
         "HOME": str(folder / "home"),
         "TMPDIR": str(folder / "tmp"),
         "CC": os.environ.get("CC") or "gcc",
         "CXX": os.environ.get("CXX") or "g++",
         "CMAKE_TOOLCHAIN_FILE": str(cmake),
         "GRACEFARM_FRONT": f"{sys.executable} -I -S {front}",
+        "GRACEFARM_SCHEDULER": f"{sys.executable} -I -S {toolchain.wrappers(settings)}/lib/schedule.py",
         "GRACEFARM_PYTHON": str(site / "bin" / "python3"),
         "GRACEFARM_PYTHON_INCLUDE": str(machine.interpreter.header.parent),
     }
@@ -183,12 +184,21 @@ def place(plan: Plan, site: Path, settings: Settings, folder: Path, *, jobs: int
     machine = plan.machine
     assert machine is not None
     (folder / "home").mkdir(parents=True, exist_ok=True)
+    _ninja(folder / "bin", settings)
     return Plain(
         environment=variables(plan, site, settings, folder, jobs=jobs, epoch=epoch),
         workdir=str(folder),
         memory=memory,
         network=machine.uncut is not None,
     )
+
+
+def _ninja(folder: Path, settings: Settings) -> None:
+    """A folder for the front of PATH with our ninja alone, under each name that CMake finds the machine's by."""
+    remove_tree(folder)
+    folder.mkdir()
+    for name in ("ninja", *(["ninja-build"] if shutil.which("ninja-build") else [])):
+        (folder / name).symlink_to(toolchain.wrappers(settings) / "bin" / "ninja")
 
 
 def cuobjdump(machine: Machine, packages: Path) -> Path | None:

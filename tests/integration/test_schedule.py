@@ -7,10 +7,13 @@ import zipfile
 from itertools import combinations
 from typing import Any
 
+import pytest
+
 from gracefarm.files import remove_tree
 from tests import projects
 from tests.conftest import Farm
 from tests.integration.test_build import NATIVE
+from tests.integration.test_toolchain_host import python311
 
 # `gcc -wrapper ./hold,MIB` starts cc1 through it: it takes so much memory, keeps it for a while, and then becomes cc1.
 HOLD = """
@@ -89,8 +92,11 @@ def record(farm: Farm) -> dict[str, Any]:
     return found
 
 
-def test_large_units_that_are_declared_never_run_beside_each_other_and_small_ones_do(farm: Farm) -> None:
-    found, _ = held(farm, "--jobs", "2", unit_memory={"*_large.c": "750MiB"})
+@pytest.mark.parametrize("toolchain", ["sandbox", "host"])
+def test_large_units_that_are_declared_never_run_beside_each_other_and_small_ones_do(farm: Farm, toolchain: str) -> None:
+    """What the job count promises is kept whose compilers they may be."""
+    own = () if toolchain == "sandbox" else ("--toolchain", "host", "--python", python311())
+    found, _ = held(farm, "--jobs", "2", *own, unit_memory={"*_large.c": "750MiB"})
     assert record(farm)["jobs"]["count"] == 2
     assert not any(pairs(found, ("large", "large")))
     assert any(pairs(found, ("large", "small")))

@@ -37,6 +37,7 @@ from tests.conftest import REPOSITORY, Farm, new_farm
 from tests.gaps_kit import put_back
 from tests.integration.test_build import record_of, start
 from tests.integration.test_pinned import engine, mirrors, trinity
+from tests.integration.test_schedule import held, pairs
 from tests.integration.test_toolchain_host import PRELOAD
 
 HERE = host_arch()
@@ -208,6 +209,16 @@ def test_a_recipes_places_in_the_sandbox_are_the_containers(
     with_image(farm, depot.sha256)
     done = farm.run("build", shape.__name__, *AIM, **mirrors(tmp_path), **depot.variables)
     assert done.code == 0, f"{done.said}\n{farm.run('log', shape.__name__).out[-3000:]}"
+
+
+@pytest.mark.slow
+def test_large_units_are_kept_apart_in_the_container_too(farm: Farm, depot: Depot) -> None:
+    """A container bounds no memory, so it is to be seen: two that are declared large do not run beside each other."""
+    own = replace(farm, environment={**farm.environment, **depot.variables})
+    with_image(farm, depot.sha256)
+    found, _ = held(own, "--jobs", "2", *AIM, unit_memory={"*_large.c": "750MiB"})
+    assert not any(pairs(found, ("large", "large")))
+    assert any(pairs(found, ("large", "small")))
 
 
 def text_of(content: str | bytes) -> str:
