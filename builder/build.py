@@ -479,7 +479,7 @@ def _compile_once(run: Run, fetched: fetch.Fetched, ground: Ground, epoch: int, 
     run.known |= units.costs(units.read(work), run.known)
     tree = _source_tree(run, fetched, work, epoch)
     compile.check_requirements(run.plan, tree)
-    plan = units.schedule(run.known, run.plan.recipe.data.build, memory=memory - jobs.OTHERS, jobs=count.count)
+    plan = units.schedule(run.known, run.plan.recipe.data.build, tree, memory=memory - jobs.OTHERS, jobs=count.count)
     (work / units.SCHEDULE).write_text(plan)
     sandboxed = run.plan.machine is None and run.plan.contained is None
     cached = run.options.compiler_cache and sandboxed and ccache.enabled(run.settings)

@@ -61,7 +61,7 @@ class Plan:
     def inputs(self) -> Inputs:
         """Everything that can change the bytes; job count, paths, time, comments and white space are not among it."""
         data = self.recipe.data
-        build = data.build.model_dump(mode="json", exclude={"memory_per_job", "unit_memory"})
+        build = data.build.model_dump(mode="json", exclude={"memory_per_job", "unit_memory", "unit_seconds"})
         return {
             "format": FORMAT,
             "recipe": {

@@ -122,6 +122,10 @@ class Build(Table):
         default_factory=dict,
         description="Peak memory of source files (glob) that need more than memory_per_job, until a build has measured them",
     )
+    unit_seconds: dict[str, int] = Field(
+        default_factory=dict,
+        description="Seconds of source files (glob) that take far longer than the rest, until a build has measured them",
+    )
     binfmt: bool = Field(default=False, description="The build executes programs of the target other than Python")
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -99,8 +100,14 @@ def title(found: CompilerCache) -> str:
     )
 
 
-def schedule(known: Mapping[str, Unit], build: Build, *, memory: int, jobs: int) -> str:
-    """What schedule.py goes by, as JSON."""
+_UNKNOWN_S = 1e9
+"What schedule.py takes a unit for of which it knows no seconds: for longer than any that it knows."
+
+
+def schedule(known: Mapping[str, Unit], build: Build, tree: Path, *, memory: int, jobs: int) -> str:
+    """What schedule.py goes by, as JSON; `tree` is the source."""
+    # Before all of which nothing is known, whatever that takes: a long pole is declared because it is the longest.
+    declared = {name: _UNKNOWN_S + seconds for name, seconds in _declared_seconds(build, tree) if name not in known}
     return json.dumps(
         {
             "jobs": jobs,
@@ -108,6 +115,15 @@ def schedule(known: Mapping[str, Unit], build: Build, *, memory: int, jobs: int)
             "per_job": parse_size(build.memory_per_job),
             "declared": {glob: parse_size(size) for glob, size in build.unit_memory.items()},
             "peaks": {name: one.peak_memory for name, one in known.items()},
-            "seconds": {name: one.wall_s for name, one in known.items()},
+            "seconds": {name: one.wall_s for name, one in known.items()} | declared,
         }
     )
+
+
+def _declared_seconds(build: Build, tree: Path) -> Iterator[tuple[str, float]]:
+    """Seconds of the sources that the recipe's globs name, by the unit's name."""
+    for glob, seconds in build.unit_seconds.items():
+        for place in tree.rglob("*"):
+            name = str(place.relative_to(tree))
+            if fnmatch.fnmatchcase(f"/{name}", f"*/{glob}"):  # as schedule.py matches unit_memory
+                yield name, seconds

@@ -98,8 +98,10 @@ def record(farm: Farm) -> dict[str, Any]:
 def test_large_units_that_are_declared_never_run_beside_each_other_and_small_ones_do(farm: Farm, toolchain: str) -> None:
     """What the job count promises is kept whose compilers they may be."""
     own = () if toolchain == "sandbox" else ("--toolchain", "host", "--python", python311())
-    found, _ = held(farm, "--jobs", "2", *own, unit_memory={"*_large.c": "750MiB"})
+    found, _ = held(farm, "--jobs", "2", *own, unit_memory={"*_large.c": "750MiB"}, unit_seconds={"z_*.c": 2})
     assert record(farm)["jobs"]["count"] == 2
+    begun = sorted(found, key=lambda name: found[name][0])
+    assert {name.partition("_")[2] for name in begun[:2]} == {"large.c", "long.c"}, "the long pole that was declared is late"
     assert not any(pairs(found, ("large", "large")))
     assert any(pairs(found, ("large", "small")))
     assert len([stage for stage in record(farm)["stages"] if stage["name"] == "compile"]) == 1

@@ -177,6 +177,11 @@ def test_the_compiler_from_debian_is_pinned_for_both_hosts() -> None:
     assert toolkit.digest(stack.load(REPOSITORY / "stacks", "cu130"), Arch.X86_64) is None
 
 
+def test_the_engines_long_pole_is_declared() -> None:
+    build = recipe.load(REPOSITORY / "recipes", "aphrodite").data.build
+    assert max(build.unit_seconds, key=build.unit_seconds.__getitem__) == "gptq_marlin.cu"
+
+
 def test_the_pinned_recipes_name_commits_and_digests_alone() -> None:
     commits = {"triton": "755d4164", "flash_attn": "49b45ed4", "aphrodite": "8b8d2ce7"}
     for name, commit in commits.items():

@@ -82,11 +82,12 @@ def test_a_changed_input_gives_another_id(project: Path, change: Callable[[Path]
         replace(RECIPE, "# Without it", "# without  it"),
         replace(RECIPE, 'memory_per_job = "3GiB"', 'memory_per_job   =   "2GiB"'),
         replace(RECIPE, "[build]\n", '[build]\nunit_memory = { "*_bwd.cu" = "4GiB" }\n'),
+        replace(RECIPE, "[build]\n", '[build]\nunit_seconds = { "*_bwd.cu" = 100 }\n'),
         replace(RECIPE, "summary =", "\n\nsummary   ="),
         replace(STACK, "summary = ", "# a comment\nsummary = "),
         replace(LOCK, "# Every wheel", "# All wheels"),
     ],
-    ids=["comment", "jobs", "large units", "space", "stack comment", "lock comment"],
+    ids=["comment", "jobs", "large units", "long units", "space", "stack comment", "lock comment"],
 )
 def test_what_cannot_change_the_bytes_does_not_change_the_id(project: Path, change: Callable[[Path], None]) -> None:
     before = build_id(project)
@@ -168,6 +169,7 @@ WHOLE: dict[str, Any] = {
         "cuda": True,
         "memory_per_job": "4GiB",
         "unit_memory": {"large.cu": "9GiB"},
+        "unit_seconds": {"long.cu": 100},
         "binfmt": True,
     },
     "wheel": {
@@ -191,6 +193,7 @@ RECIPE_EXEMPT = {
     "files.sha256_unknown": "the reason of a gap, which no build gets past",
     "build.memory_per_job": "the number of jobs",
     "build.unit_memory": "which units run beside each other",
+    "build.unit_seconds": "which unit starts first",
     "wheel.bundled": "the audit's expectations, and",
     "wheel.max_size": "its bound: the flow audits again what was judged by others",
     "smoke.imports": "what is tried; the flow tries again what was judged by others",

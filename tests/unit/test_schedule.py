@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from builder import jobs, meter, units
 from builder.data.toolchain import schedule
+from builder.recipe import Build
 from builder.record import CompilerCache, Unit
 from tests.unit.test_jobs import GIB, built, compiled
 
@@ -59,6 +62,20 @@ def test_the_longest_unit_starts_first_and_an_unknown_one_is_taken_for_long() ->
     seconds = {"csrc/a.cu": 1.0, "csrc/c.cu": 100.0}
     assert sources(schedule.scheduled(TORCH, plan(seconds=seconds), "/build/source")) == ["b.cu", "c.cu", "a.cu"]
     assert sources(schedule.scheduled(TORCH, plan(), "/build/source")) == ["a.cu", "b.cu", "c.cu"]
+
+
+def test_a_unit_that_is_declared_long_starts_before_all_of_which_nothing_is_known(tmp_path: Path) -> None:
+    for name in ("csrc/a.cu", "csrc/b.cu", "csrc/c.cu"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    build = Build(unit_seconds={"c.cu": 1284, "csrc/a.cu": 3})
+    first = json.loads(units.schedule({}, build, tmp_path, memory=16, jobs=2))
+    assert sources(schedule.scheduled(TORCH, first, "/build/source")) == ["c.cu", "a.cu", "b.cu"]
+    measured = {
+        name: Unit(wall_s=seconds, cpu_s=1.0, peak_memory=1) for name, seconds in (("csrc/c.cu", 1.0), ("csrc/b.cu", 9.0))
+    }
+    then = json.loads(units.schedule(measured, build, tmp_path, memory=16, jobs=2))
+    assert sources(schedule.scheduled(TORCH, then, "/build/source")) == ["a.cu", "b.cu", "c.cu"]
 
 
 def test_large_units_share_a_pool_and_start_first() -> None:
