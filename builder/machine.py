@@ -29,6 +29,10 @@ from gracefarm.files import sha256_file
 SUFFIX = "@host"
 "Of the name of a stack that this machine's own facts stand in."
 
+_BARE_VECTORS = Version("2.38")
+"The first glibc whose headers have vector types of gcc's in them on aarch64, which CUDA's front end has to know."
+_LAST_WITHOUT_VECTORS = Version("12.4")
+"Of CUDA: does not know them (__Float32x4_t; tried: 12.4.131 fails with glibc 2.41, 13.0.88 does not)."
 _CUDA_PROGRAMS = ("bin/nvcc", "nvvm/bin/cicc", "bin/cudafe++", "bin/ptxas", "bin/fatbinary", "bin/nvlink")
 _GCC_PROGRAMS = ("cc1", "cc1plus", "as", "ld", "collect2")
 _PROBE = """
@@ -157,6 +161,8 @@ def find(base: LoadedStack, wanted: Wanted, *, cuda: bool) -> Machine:
         _check_torch(base, wanted, interpreter)
     glibc = "_".join(os.confstr("CS_GNU_LIBC_VERSION").split()[-1].split(".")[:2])  # type: ignore[union-attr]
     compilers["glibc"] = glibc.replace("_", ".")
+    if release is not None:
+        check_headers(arch, release, compilers["glibc"])
     cxx_runtime = _shared_cxx_runtime(interpreter) if _links_cxx_statically() else None
     return Machine(
         base=base,
@@ -345,6 +351,19 @@ def _toolkit(base: LoadedStack, wanted: Wanted) -> tuple[Path, str]:
     raise HostError(
         f"there is no CUDA compiler (nvcc): looked in {where}", remedy=f"install CUDA {release}, or say --cuda PATH"
     )
+
+
+def check_headers(arch: Arch, cuda: str, glibc: str) -> None:
+    """CUDA's compiler reads the C library's headers of this machine, or fails in each unit.
+
+    Raises:
+        HostError: it is known not to.
+    """
+    if arch is Arch.AARCH64 and Version(cuda) <= _LAST_WITHOUT_VECTORS and Version(glibc) >= _BARE_VECTORS:
+        raise HostError(
+            f"CUDA {cuda} cannot read the headers of glibc {glibc} on aarch64, only those before {_BARE_VECTORS}",
+            remedy="leave --toolchain host out: the sandbox has older ones; or build on Ubuntu 22.04, Debian 12 or Rocky 9",
+        )
 
 
 def _usual_places(release: str) -> Iterator[Path | None]:

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
 from importlib.resources import files
+from typing import get_args
 
 from packaging.utils import canonicalize_name
 
 from builder import environment, root
 from builder.machine import SUFFIX, Machine
-from builder.recipe import LoadedRecipe
+from builder.recipe import LoadedRecipe, Toolchain
 from builder.stack import Arch, LoadedStack
 from gracefarm.errors import ConfigError
 from gracefarm.files import sha256_file
@@ -167,8 +168,10 @@ def make(recipe: LoadedRecipe, stack: LoadedStack, host: Arch, target: Arch, con
     """The plan of a build.
 
     Raises:
-        ConfigError: the stack has no such target, this host cannot build for it, or the stack names no image to build in.
+        ConfigError: the stack has no such target, this host cannot build for it, the stack names no image to build in, or
+            the recipe refuses the toolchain.
     """
+    _check_toolchain(recipe, "container" if contained else "sandbox")
     if target not in stack.data.glibc:
         known = ", ".join(arch.value for arch in stack.data.glibc)
         raise ConfigError(f"stack {stack.data.name} has no target {target.value}", remedy=f"targets: {known}")
@@ -185,8 +188,22 @@ def make(recipe: LoadedRecipe, stack: LoadedStack, host: Arch, target: Arch, con
 
 
 def make_here(recipe: LoadedRecipe, machine: Machine) -> Plan:
-    """The plan of a build with this machine's own toolchain, for its own architecture."""
+    """The plan of a build with this machine's own toolchain, for its own architecture.
+
+    Raises:
+        ConfigError: the recipe refuses that.
+    """
+    _check_toolchain(recipe, "host")
     return Plan(recipe=recipe, stack=machine.stack, host=machine.arch, target=machine.arch, machine=machine)
+
+
+def _check_toolchain(recipe: LoadedRecipe, toolchain: Toolchain) -> None:
+    reason = recipe.data.refuses.get(toolchain)
+    if reason is not None:
+        raise ConfigError(
+            f"{recipe.key} is not built with --toolchain {toolchain}: {reason}",
+            remedy=f"take another: {', '.join(one for one in get_args(Toolchain) if one not in recipe.data.refuses)}",
+        )
 
 
 def wrappers_digest() -> str:

@@ -24,6 +24,7 @@ def _canonical_version(text: str) -> str:
     return text
 
 
+Toolchain = Literal["sandbox", "host", "container"]
 VersionText = Annotated[str, AfterValidator(_canonical_version)]
 
 
@@ -185,6 +186,9 @@ class Recipe(Table):
     summary: str = ""
     license: str = Field(description="SPDX expression")
     stack: str = Field(default="cu130", description="Stack used when none is asked for")
+    refuses: dict[Toolchain, str] = Field(
+        default_factory=dict, description="Toolchains that cannot build it, each with the reason, as {'container' = 'why'}"
+    )
     source: Annotated[SdistSource | GitSource | FileSource, Field(discriminator="kind")]
     repositories: tuple[Repository, ...] = ()
     files: tuple[File, ...] = ()

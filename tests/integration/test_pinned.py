@@ -11,20 +11,23 @@ import re
 import shutil
 import tarfile
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
 import pytest
 
-from builder import build, demo, environment, gaps, plan, recipe, root, sandbox, stack
+from builder import build, demo, environment, gaps, machine, plan, recipe, root, sandbox, stack
 from builder.sandbox import Sandbox
 from builder.stack import Arch, host_arch
 from gracefarm.console import Console
+from gracefarm.errors import ConfigError, HostError
 from gracefarm.files import remove_tree
 from tests import projects
 from tests.conftest import REPOSITORY, Farm
 from tests.gaps_kit import GAPS, put_back
 from tests.integration.fetch_kit import Repository, sha256
+from tests.integration.test_toolchain_host import python311
 
 NATIVE = host_arch().value
 UPSTREAM = "https://git.example/"
@@ -301,6 +304,55 @@ def test_trap_7_the_roots_cpp_library_is_new_enough_for_the_prebuilt_llvm(farm: 
     sandbox.run(box, ["/bin/bash", "-c", OLD_LIBRARY], log=log)
     assert "the root's library has it" in log.read_text()
     assert "version `GLIBCXX_3.4.26' not found" in log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("arch", "cuda", "glibc", "reads"),
+    [
+        *((Arch.AARCH64, "12.4", glibc, glibc < "2.38") for glibc in ("2.28", "2.35", "2.37", "2.38", "2.39", "2.41")),
+        (Arch.AARCH64, "13.0", "2.41", True),
+        (Arch.X86_64, "12.4", "2.39", True),
+    ],
+)
+def test_trap_6_is_said_before_a_host_build_begins(arch: Arch, cuda: str, glibc: str, reads: bool) -> None:
+    if reads:
+        machine.check_headers(arch, cuda, glibc)
+        return
+    with pytest.raises(HostError, match=rf"CUDA 12\.4 cannot read the headers of glibc {glibc} on aarch64"):
+        machine.check_headers(arch, cuda, glibc)
+
+
+def test_trap_6_is_asked_of_the_machine_itself(farm: Farm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a fake nvcc and an architecture and a glibc that are not this machine's."""
+    nvcc = tmp_path / "cuda/bin/nvcc"
+    (tmp_path / "cuda/include").mkdir(parents=True)
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 12.4, V12.4.131'\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setattr(machine, "host_arch", lambda: Arch.AARCH64)
+    monkeypatch.setattr(os, "confstr", lambda _: "glibc 2.39")
+    wanted = machine.Wanted(python=Path(python311()), cuda=tmp_path / "cuda")
+    with pytest.raises(HostError, match=r"headers of glibc 2\.39"):
+        machine.find(stack.load(farm.settings.project / "stacks", "cu124"), wanted, cuda=True)
+    assert machine.find(stack.load(farm.settings.project / "stacks", "cu124"), wanted, cuda=False).glibc == "2_39"
+
+
+def test_trap_7_triton_is_refused_in_a_container(farm: Farm) -> None:
+    triton = recipe.load(REPOSITORY / "recipes", "triton")
+    base = stack.load(REPOSITORY / "stacks", "cu124")
+    contained = plan.Contained(engine="podman", cibuildwheel="4")
+    with pytest.raises(ConfigError, match=r"triton is not built with --toolchain container: .*GLIBCXX_3\.4\.26") as refused:
+        plan.make(triton, base, Arch.AARCH64, Arch.AARCH64, contained)
+    assert refused.value.remedy == "take another: sandbox, host"
+    plan.make(triton, base, Arch.AARCH64, Arch.AARCH64)
+    plan.make(recipe.load(REPOSITORY / "recipes", "flash_attn"), base, Arch.AARCH64, Arch.AARCH64, contained)
+    here = machine.find(
+        stack.load(farm.settings.project / "stacks", "bare"), machine.Wanted(python=Path(python311())), cuda=False
+    )
+    changed = replace(triton, data=triton.data.model_copy(update={"refuses": {"host": "why"}}))
+    assert plan.make_here(triton, here).machine is here
+    with pytest.raises(ConfigError, match="not built with --toolchain host: why"):
+        plan.make_here(changed, here)
 
 
 @pytest.mark.parametrize("name", ["triton", "flash_attn", "aphrodite"])

@@ -154,6 +154,7 @@ WHOLE: dict[str, Any] = {
     "summary": "text",
     "license": "MIT",
     "stack": "cu124",
+    "refuses": {"host": "its tools are too new"},
     "repositories": [{"url": "https://example.org/more.git", "commit": COMMIT, "tree": COMMIT, "path": "more"}],
     "files": [
         {"url": "https://example.org/a.zip", "sha256": SHA, "path": "a", "unpack": True, "members": {"x": "y"}},
@@ -190,6 +191,7 @@ RECIPE_EXEMPT = {
     "summary": "for people",
     "license": "for people and set manifests",
     "stack": "a default of the command line; the stack itself is an input",
+    "refuses": "such a build does not begin",
     "files.sha256_unknown": "the reason of a gap, which no build gets past",
     "build.memory_per_job": "the number of jobs",
     "build.unit_memory": "which units run beside each other",
