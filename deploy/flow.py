@@ -221,15 +221,32 @@ async def up(work: Work, choice: Choice | None = None) -> bool:
         if name not in chosen.skip:
             changed = await step(work, looks) or changed
     together = (("environment", _environment), ("weights", _weights))
-    side_by_side = [step(work, looks) for name, step in together if name not in chosen.skip]
-    outcomes = await asyncio.gather(*side_by_side, return_exceptions=True)
-    for one in outcomes:
-        if isinstance(one, BaseException):
-            raise one
-        changed = one or changed
+    changed = (
+        await _side_by_side(work, {name: step(work, looks) for name, step in together if name not in chosen.skip}) or changed
+    )
     if "proof" not in chosen.skip:
         changed = await _proof(work, looks) or changed
     return changed
+
+
+async def _side_by_side(work: Work, steps: Mapping[str, Awaitable[bool]]) -> bool:
+    """All of them to their end. A failure is told at once: another step may go on for hours."""
+    going = {asyncio.ensure_future(one): name for name, one in steps.items()}
+    left = set(going)
+    try:
+        while left:
+            done, left = await asyncio.wait(left, return_when=asyncio.FIRST_COMPLETED)
+            for one in done:
+                error = one.exception()
+                if left and isinstance(error, GracefarmError):
+                    rest = " and ".join(going[each] for each in left)
+                    work.console.warn(f"{going[one]} failed: {error.cause}; {error.remedy}. Meanwhile {rest} goes on")
+    finally:
+        for one in left:
+            one.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
+    outcomes = [one.result() for one in going]  # each one raises, whatever the others say
+    return any(outcomes)
 
 
 # preflight, before and after there is an environment
@@ -570,23 +587,25 @@ async def _model(work: Work, path: str, commit: str) -> Model:
 
 
 async def serve(work: Work) -> Served:
-    """Ray and the engine by the plan; nothing is started twice.
+    """Ray and the engine by the plan, from the environment that is active now; nothing is started twice.
 
     Raises:
         EngineError: with the first cause. Ray stays as it is when the engine fails; `down` ends both.
     """
     plan = await plan_of(work)
-    ray_spec = ray_spec_of(work, plan)
+    seen = await glance(work.nodes[0], {"prefix": "-", "root": _root(work)})
+    ray_spec = ray_spec_of(work, plan, seen["environments"].get("env") or "")
     started = await _ray(work, plan, ray_spec)
     answering = await _engine(work, plan, ray_spec)
     return Served(plan=plan, ray=started, engine=answering)
 
 
-def ray_spec_of(work: Work, plan: Plan) -> ray.Spec:
+def ray_spec_of(work: Work, plan: Plan, environment_: str = "") -> ray.Spec:
     """How Ray is started and asked."""
     return ray.Spec(
         plan=plan,
         python=paths.program(work.deployment, "python"),
+        environment=environment_,
         token=ray_token(work.deployment),
         wave=work.deployment.data.options.ray_wave,
     )
@@ -615,6 +634,7 @@ def engine_spec_of(work: Work, plan: Plan, spec: ray.Spec) -> engine.Spec:
         plan=plan,
         secrets=dict.fromkeys(plan.secret_env, key),
         nodes=nodes,
+        environment=spec.environment,
         load=work.deployment.data.options.load_timeout,
         last=work.keeper.state.data("load"),
     )

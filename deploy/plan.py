@@ -76,7 +76,7 @@ class Plan(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     id: str = ""
-    "sha256 over what runs (RUNS) as canonical JSON. What runs carries it: another id would load the model anew."
+    "sha256 over what runs (RUNS) as canonical JSON. What runs carries it (carried): another id would load the model anew."
     deployment: str
     engine: Literal["aphrodite", "vllm"]
     model: str
@@ -111,6 +111,11 @@ def identified(plan: Plan) -> Plan:
     """The plan with its id."""
     text = json.dumps(plan.model_dump(mode="json", include=RUNS), sort_keys=True, separators=(",", ":"))
     return plan.model_copy(update={"id": hashlib.sha256(text.encode()).hexdigest()})
+
+
+def carried(plan: Plan, environment: str) -> str:
+    """What every process of a plan carries: the plan's id and the environment's, which arguments name by a link that moves."""
+    return hashlib.sha256(f"{plan.id} {environment}".encode()).hexdigest() if environment else plan.id
 
 
 def make(deployment: Deployment, facts: Facts, model: Model) -> Plan:

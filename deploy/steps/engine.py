@@ -19,7 +19,7 @@ from deploy import metrics as engine_metrics
 from deploy import paths
 from deploy.enginelog import Progress, first_cause
 from deploy.inventory import Folder, Node
-from deploy.plan import Plan
+from deploy.plan import Plan, carried
 from deploy.ssh import Fleet, JobStatus
 from deploy.steps.ray import PLAN, look, option, ours
 from deploy.worker import Json, Target
@@ -43,6 +43,8 @@ class Spec:
     "Values of the plan's secret_env."
     nodes: Callable[[], Awaitable[Nodes]]
     "Ray's nodes, asked again now and then while it loads."
+    environment: str = ""
+    "The active environment's id; empty: not known, and not compared."
     load: float = 7200
     "Seconds from the start to the first completion."
     canary: float = 120
@@ -54,6 +56,11 @@ class Spec:
     "Seconds that Ray may take to find a node dead: 15 s after a raylet was killed."
     last: Mapping[str, float] = field(default_factory=dict)
     "Seconds of each phase, last time."
+
+    @property
+    def carries(self) -> str:
+        """What the engine carries, and by which it is known again."""
+        return carried(self.plan, self.environment)
 
     @property
     def key(self) -> str | None:
@@ -87,7 +94,8 @@ def port(plan: Plan) -> int:
 
 
 async def up(fleet: Fleet, head: Target, spec: Spec, console: Console) -> Outcome:
-    """Start it unless it runs with this very plan, and wait for a real completion; attach to a start that somebody left.
+    """Start it unless it runs with this very plan and environment, and wait for a real completion; attach to a start that
+    somebody left.
 
     Raises:
         EngineError: it ended, with the first cause in its log; Ray lost a node; not ready within `spec.load` seconds.
@@ -97,7 +105,7 @@ async def up(fleet: Fleet, head: Target, spec: Spec, console: Console) -> Outcom
     status = await fleet.job_status(place, paths.ENGINE_JOB)
     found = (await look([head], fleet.mark, {head.name: [port(spec.plan)]}))[head.name]
     left = ours(found, paths.ENGINE_JOB)
-    same = status.state == "running" and all(one["plan"] == spec.plan.id for one in left)
+    same = status.state == "running" and all(one["plan"] == spec.carries for one in left)
     if same:
         answer = await _ask_running(fleet, place, spec)
         if answer.kind == "ok":
@@ -114,10 +122,10 @@ async def up(fleet: Fleet, head: Target, spec: Spec, console: Console) -> Outcom
             remedy="end it there, or choose another `engine` in [ports] of deploy.toml",
         )
     elif left:
-        console.step("engine", "stopping the one that runs with another plan")
+        console.step("engine", "stopping the one that runs with another plan or environment")
     if not same:
         await fleet.stop_job(place, paths.ENGINE_JOB, grace=30)
-        env = {**spec.plan.serve_env, PLAN: spec.plan.id, **spec.secrets}
+        env = {**spec.plan.serve_env, PLAN: spec.carries, **spec.secrets}
         await fleet.start_job(place, paths.ENGINE_JOB, shlex.join(spec.plan.serve), env)
     return await _watch(fleet, place, spec, console, begun=begun, how="attached" if same else "started")
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from deploy import paths
-from deploy.plan import NodePlan, Plan
+from deploy.plan import NodePlan, Plan, carried
 from deploy.ssh import Fleet, require
 from deploy.steps.preflight_checks import SHUT, open_door, tokenless
 from deploy.worker import Json, Target, call, joined, on_all, try_all
@@ -21,7 +21,7 @@ from gracefarm.console import Console
 from gracefarm.errors import EngineError, GracefarmError, NodeError
 
 PLAN = "GRACEFARM_PLAN"
-"In the environment of every process: with which plan it was started."
+"In the environment of every process: with which plan and environment it was started (deploy.plan.carried)."
 TOKEN_PATH = "RAY_AUTH_TOKEN_PATH"  # noqa: S105 - the name of a variable
 CORES_PER_START = 2
 "Cores that one `ray start` keeps busy; nine at once on two cores: eight died of Ray's own 15 s limit (ray#65983)."
@@ -34,6 +34,8 @@ class Spec:
     plan: Plan
     python: str
     "Of the active environment: the one that imports ray."
+    environment: str = ""
+    "The active environment's id; empty: not known, and not compared."
     token: str | None = field(default=None, repr=False)
     "Ray's token, where the plan's environment names a file for it."
     wave: int | None = None
@@ -42,6 +44,11 @@ class Spec:
     "For `ray start` on a node, and again until all nodes are alive."
     ask: float = 60
     "For one question to Ray."
+
+    @property
+    def carries(self) -> str:
+        """What everything that is started here carries, and by which it is known again."""
+        return carried(self.plan, self.environment)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +94,7 @@ async def look(targets: Sequence[Target], mark: str, wanted: Mapping[str, Sequen
 
 
 def raylet(found: Json, plan: str | None = None) -> bool:
-    """A raylet of ours runs there; `plan`: started with this very plan."""
+    """A raylet of ours runs there; `plan`: started with this very plan and environment (Spec.carries)."""
     ours = [one for one in found["processes"] if one["name"] == "raylet"]
     return bool(ours) and all(plan in (None, one["plan"]) for one in ours)
 
@@ -110,8 +117,8 @@ async def up(fleet: Fleet, targets: Sequence[Target], spec: Spec, console: Conso
     stopped = await _make_room(targets, looks, spec, fleet.mark, console)
     if stopped:
         looks = await look(targets, fleet.mark, wanted)
-    _refuse_foreign(looks, plan)
-    missing = [one for one in plan.nodes if not raylet(looks[one.name], plan.id)]
+    _refuse_foreign(looks, spec)
+    missing = [one for one in plan.nodes if not raylet(looks[one.name], spec.carries)]
     if missing:
         await _end_engine(targets, looks, fleet.mark, console)
         await on_all([by_name[one.name] for one in missing], lambda node: call(node, "cluster.warm", {}, python=spec.python))
@@ -125,18 +132,26 @@ async def up(fleet: Fleet, targets: Sequence[Target], spec: Spec, console: Conso
 async def _make_room(
     targets: Sequence[Target], looks: Mapping[str, Json], spec: Spec, mark: str, console: Console
 ) -> tuple[str, ...]:
-    """Stop what is ours and does not fit: another plan, a spare, anything without its raylet, all of it without a head."""
+    """Stop what is ours and does not fit: another plan or environment, a spare, anything without its raylet, all of it without
+    a head."""
     plan = spec.plan
     wanted = {one.name for one in plan.nodes}
-    headless = not raylet(looks[plan.head.name], plan.id)
+    headless = not raylet(looks[plan.head.name], spec.carries)
     unfit = [
         one
         for one in targets
         if looks[one.name]["processes"]
-        and (headless or one.name not in wanted or not raylet(looks[one.name], plan.id) or _others(looks[one.name], plan.id))
+        and (
+            headless
+            or one.name not in wanted
+            or not raylet(looks[one.name], spec.carries)
+            or _others(looks[one.name], spec.carries)
+        )
     ]
     if unfit:
-        console.step("ray", f"stopping what runs with another plan or half: {', '.join(one.name for one in unfit)}")
+        console.step(
+            "ray", f"stopping what runs with another plan or environment, or half: {', '.join(one.name for one in unfit)}"
+        )
         await _end_engine(targets, looks, mark, console)
         await stop(unfit, mark)
     return tuple(one.name for one in unfit)
@@ -153,10 +168,10 @@ def _others(found: Json, plan: str) -> bool:
     return any(one["plan"] not in ("", plan) for one in found["processes"])
 
 
-def _refuse_foreign(looks: Mapping[str, Json], plan: Plan) -> None:
-    for node in plan.nodes:
+def _refuse_foreign(looks: Mapping[str, Json], spec: Spec) -> None:
+    for node in spec.plan.nodes:
         found = looks[node.name]
-        if raylet(found, plan.id):
+        if raylet(found, spec.carries):
             continue
         for port, who in found["holders"].items():
             raise EngineError(
@@ -209,7 +224,7 @@ def _remedy(target: Target) -> str:
 
 async def _start_once(fleet: Fleet, node: NodePlan, spec: Spec) -> None:
     (place,) = fleet.pick([node.name])
-    env = {**node.env, PLAN: spec.plan.id}
+    env = {**node.env, PLAN: spec.carries}
     await fleet.start_job(place, paths.RAY_JOB, shlex.join(node.ray), env)
     lines: list[str] = []
     try:

@@ -103,6 +103,20 @@ def test_another_plan_stops_the_engine_that_runs(tmp_path: Path) -> None:
     on_a_node(tmp_path, work)
 
 
+def test_the_same_plan_in_another_environment_stops_the_engine_that_runs(tmp_path: Path) -> None:
+    """Its arguments are the same: they name the environment by a link that `env rollback` moves."""
+
+    async def work(fleet: Fleet, head: Target, made: list[kit.Machine]) -> None:
+        plan = a_plan(free_port())
+        pids = []
+        for environment, how in (("a" * 32, "started"), ("a" * 32, "running"), ("b" * 32, "started")):
+            assert (await engine.up(fleet, head, spec(plan, environment=environment), Console())).how == how
+            pids.append((await fleet.job_status(made[0].node, "engine")).pid)
+        assert pids[0] == pids[1] != pids[2]
+
+    on_a_node(tmp_path, work)
+
+
 def test_a_load_that_was_left_is_attached_to(tmp_path: Path) -> None:
     async def work(fleet: Fleet, head: Target, made: list[kit.Machine]) -> None:
         plan = a_plan(free_port(), "--load", "8")

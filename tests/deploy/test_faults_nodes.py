@@ -265,6 +265,45 @@ def test_a_rolled_back_environment_stays_active_until_somebody_goes_forward(made
     assert faultkit.steps(made)["environment"]["data"]["id"] == first
 
 
+def serving(made: Rehearsal) -> dict[str, list[int]]:
+    """Process ids of each node's raylet, and of the engine on the head."""
+    found = {
+        one.name: [each["pid"] for each in one.processes() if each["argv"] and each["argv"][0].endswith("/raylet/raylet")]
+        for one in made.room.nodes
+    }
+    marks = [(each["pid"], each["environ"].get("GRACEFARM_MARK", "")) for each in made.room.nodes[0].processes()]
+    return {**found, "engine": sorted(pid for pid, mark in marks if mark.endswith("/engine"))[:1]}
+
+
+def test_another_environment_starts_ray_and_the_engine_anew(made: Rehearsal) -> None:
+    """By a new lock and by a roll-back; the plan is the same, for it names the environment by a link."""
+    well(made, "serve", seconds=400)
+    first = serving(made)
+    assert all(first.values())
+    lock = made.folder / "requirements.lock"
+    before = lock.read_text()
+    lines = before.split("\n")
+    at = next(index for index, line in enumerate(lines) if line.startswith("pyasn1-modules=="))
+    lock.write_text("\n".join([*lines[:at], *lines[at + 2 :]]))
+    try:
+        plan = (made.folder / ".deploy" / "plan.json").read_text()
+        said = well(made, "serve", seconds=400)
+        assert "stopping what runs with another plan or environment" in said
+        assert (made.folder / ".deploy" / "plan.json").read_text() == plan
+        second = serving(made)
+        assert all(second[name] and second[name] != first[name] for name in first), (first, second)
+        well(made, "env", "rollback")
+        well(made, "serve", seconds=400)
+        third = serving(made)
+        assert all(third[name] and third[name] != second[name] for name in first), (second, third)
+        assert "nothing to do" in well(made, "serve")
+        assert serving(made) == third
+    finally:
+        lock.write_text(before)
+        well(made, "env", "up")
+        well(made, "down")
+
+
 def test_nothing_of_all_this_is_left(made: Rehearsal) -> None:
     well(made, "down")
     assert rehearsal.left(made) == {}

@@ -28,7 +28,7 @@ from deploy.weights import told
 from deploy.worker import Target
 from gracefarm import settings
 from gracefarm.console import Console
-from gracefarm.errors import ConfigError, FetchError, HostError, NodeError, UsageError
+from gracefarm.errors import ConfigError, FetchError, HostError, InstallError, NodeError, UsageError
 
 
 def with_work(folder: Path, do: Callable[[Work], Awaitable[None]], **data: Any) -> state.State:
@@ -94,6 +94,40 @@ def test_a_failure_is_kept_and_tried_again(tmp_path: Path) -> None:
         assert work.keeper.state.steps["cache"].outcome == "skipped"
 
     with_work(tmp_path, go)
+
+
+def test_an_environment_that_fails_is_told_while_the_weights_still_come(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told_then: list[str] = []
+
+    async def nothing(_work: Work, _looks: flow.Looks) -> bool:
+        return False
+
+    async def fails(_work: Work, _looks: flow.Looks) -> bool:
+        raise InstallError("the index lacks tiny", remedy="mirror it")
+
+    async def takes_hours(_work: Work, _looks: flow.Looks) -> bool:
+        for _ in range(3):
+            await asyncio.sleep(0.05)
+        told_then.append(capsys.readouterr().err)
+        return True
+
+    async def looked(_work: Work) -> flow.Looks:
+        return {}
+
+    for name, step in (("_preflight", nothing), ("_cache", nothing), ("_environment", fails), ("_weights", takes_hours)):
+        monkeypatch.setattr(flow, name, step)
+    monkeypatch.setattr(flow, "look", looked)
+
+    async def go(work: Work) -> None:
+        with pytest.raises(InstallError):
+            await flow.up(work)
+
+    with_work(tmp_path, go)
+    assert len(told_then) == 1  # the weights came to their end
+    said = " ".join(told_then[0].split())
+    assert "environment failed: the index lacks tiny; mirror it. Meanwhile weights goes on" in said
 
 
 def test_what_was_killed_in_the_middle_is_never_taken_for_done(tmp_path: Path) -> None:
