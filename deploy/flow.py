@@ -416,7 +416,8 @@ def _fetch_lock(index: str, name: str, path: Path, console: Console) -> str:
     address = str(whole.copy_with(userinfo=b""))  # to be shown: a password stays out of it
     remedy = f"`builder set build {name}` writes one too: copy it to {path}, or name it by lock = in deploy.toml"
     try:
-        answer = httpx.get(whole, timeout=30, follow_redirects=True)
+        auth = httpx.NetRCAuth() if (Path.home() / ".netrc").is_file() else None
+        answer = httpx.get(whole, timeout=30, follow_redirects=True, auth=auth)
     except httpx.HTTPError as error:
         raise FetchError(f"no lock of the set {name}: {address}: {error or type(error).__name__}", remedy=remedy) from error
     if answer.status_code != 200 or "--hash=sha256:" not in answer.text:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal, Protocol
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, StringConstraints
 
@@ -64,7 +65,15 @@ def _jump(text: str) -> str:
     return text
 
 
+def _index(url: str) -> str:
+    if urlsplit(url).netloc.rpartition("@")[0]:
+        msg = "names a user or a password, and it can be read by many: put them into ~/.netrc, here and on the nodes"
+        raise ValueError(msg)
+    return url
+
+
 Address = Annotated[str, AfterValidator(check_address)]
+Index = Annotated[str, AfterValidator(_index)]
 Jump = Annotated[str, AfterValidator(_jump)]
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]{0,62})$")]
 Port = Annotated[int, Field(ge=1, le=65535)]
@@ -215,7 +224,7 @@ class File(Table):
     engine: Literal["aphrodite", "vllm"] = "aphrodite"
     set: Name = "gh200-cu124"
     "The set of wheels that was tested and published together."
-    index: str | None = None
+    index: Index | None = None
     "Simple API of the farm's index; None: what the nodes' own configuration says."
     lock: str | None = None
     "A requirements.lock instead of SET.lock, relative to deploy.toml; SET.lock is fetched from the index where it is absent."

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, PositiveInt
 
 from deploy import engine as engines
 from deploy import layout as layouts
-from deploy import paths, speed
+from deploy import paths, redact, speed
 from deploy.engine import Engine
 from deploy.facts import Facts, NodeFacts
 from deploy.inventory import Deployment, Node
@@ -30,7 +30,6 @@ FREE = 0.95
 "Of a GPU's memory: with less, somebody uses it."
 OFFLOAD_TIMEOUT = 600
 "Seconds for one step: the engine's 60 s are too few where weights come from host memory."
-SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "RAY_AUTH_TOKEN", "APHRODITE_API_KEY", "APHRODITE_ADMIN_KEY", "VLLM_API_KEY")
 
 
 RUNS = {"deployment", "engine", "model", "revision", "layout", "nodes", "serve", "serve_env", "secret_env"}
@@ -271,7 +270,7 @@ def _env(deployment: Deployment, engine: Engine, layout: Layout, facts: NodeFact
     if layout.offload_gib:
         env[engine.timeout_variable] = str(OFFLOAD_TIMEOUT)
     for name, value in deployment.data.env.items():
-        if name in SECRETS:
+        if redact.called_secret(name) or redact.Redactor().line(value) != value:
             raise ConfigError(
                 f"[env] {name} is a secret, and deploy.toml and plans are read by many",
                 remedy="remove it: keys are made by `deploy serve`, the Hub's token comes from HF_TOKEN of your own shell",

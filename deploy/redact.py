@@ -91,6 +91,16 @@ class Redactor:
         return self.clean(text.encode(errors="surrogateescape")).decode(errors="replace")
 
 
+_CALLED = re.compile(
+    r"(?:^|_)(?:TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?|(?:API|ADMIN|ACCESS|PRIVATE)_?KEYS?)(?:_|$)", re.I
+)
+
+
+def called_secret(name: str) -> bool:
+    """A variable of this name holds a secret; the path of one is none, and TOKENIZERS_PARALLELISM is neither."""
+    return bool(_CALLED.search(name)) and not name.upper().endswith(("_PATH", "_FILE", "_DIR"))
+
+
 def of(folder: Folder, environ: Mapping[str, str] = os.environ) -> Redactor:
     """For all that this deployment and whoever calls know to be secret."""
     values = [environ.get(name, "") for name in VARIABLES]

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from deploy import redact
 from deploy.inventory import Folder
 from gracefarm.errors import ConfigError, HostError
 from gracefarm.files import atomic_write, lock
@@ -94,6 +95,7 @@ class Keeper:
     def end(self, step: str, outcome: Outcome, text: str, data: dict[str, Any] | None = None) -> Record:
         """How it ended. The step has begun."""
         begun = self.state.steps[step]
+        text = redact.of(self.folder).line(text)  # a line of the engine's log may stand in it
         ended = begun.model_copy(update={"outcome": outcome, "text": text, "ended": time.time(), "data": data or {}})
         self._put(step, ended)
         return ended

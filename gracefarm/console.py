@@ -30,8 +30,10 @@ def no_tick(_done: int, _total: int | None, _text: str) -> None:
 class Console:
     """Where a cli prints. Texts go to stderr, results to stdout, so that a pipe receives results alone."""
 
-    def __init__(self, *, as_json: bool = False) -> None:
+    def __init__(self, *, as_json: bool = False, clean: Callable[[str], str] = str) -> None:
         self.as_json = as_json
+        self.clean = clean
+        "What every text goes through: takes secrets out where lines of other programs are shown."
         self._rich = RichConsole(stderr=True, highlight=False, soft_wrap=True)
 
     @property
@@ -41,6 +43,7 @@ class Console:
 
     def event(self, kind: str, text: str, **fields: object) -> None:
         """One thing that happened: a line for people, a JSON object (`event`, `text`, fields) for machines."""
+        text = self.clean(text)
         if self.as_json:
             sys.stdout.write(json.dumps({"event": kind, "text": text, **fields}, default=str) + "\n")
             sys.stdout.flush()
@@ -52,14 +55,14 @@ class Console:
         if self.as_json:
             self.event("step", text, step=name)
         else:
-            self._rich.print(f"[bold cyan]{escape(name):>9}[/]  {escape(text)}")
+            self._rich.print(f"[bold cyan]{escape(name):>9}[/]  {escape(self.clean(text))}")
 
     def warn(self, text: str) -> None:
         """Something the user should know and need not act on now."""
         if self.as_json:
             self.event("warning", text)
         else:
-            self._rich.print(f"[yellow]{escape(text)}[/]")
+            self._rich.print(f"[yellow]{escape(self.clean(text))}[/]")
 
     def result(self, value: object, text: str = "") -> None:
         """The answer itself, on stdout: `value` as JSON with --json, else `text`."""

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from deploy import facts as facts_of
-from deploy import flow, paths, state, tunnel
+from deploy import flow, paths, redact, state, tunnel
 from deploy.cli.common import Context, json_option, pass_context, wait
 from deploy.flow import Choice, Served, Work
 from deploy.ssh import fleet
@@ -22,7 +22,8 @@ from deploy.state import Keeper
 from deploy.steps import environment, preflight, weights
 from deploy.steps.preflight_checks import Cell
 from gracefarm import settings
-from gracefarm.errors import ConfigError, ExitCode, InstallError
+from gracefarm.console import Console
+from gracefarm.errors import ConfigError, ExitCode, GracefarmError, InstallError
 
 T = TypeVar("T")
 _GOES_ON = "interrupted; what is under way on the nodes goes on, and the same command attaches to it: `deploy down` ends it"
@@ -46,6 +47,7 @@ def at_work(context: Context, keeper: Keeper, do: Callable[[Work], Awaitable[T]]
     facts = facts_of.load(deployment)
     for one in deployment.nodes:
         facts.node(one.name)
+    clean = redact.of(deployment.folder).line  # causes are lines of other programs' logs
 
     async def go() -> T:
         async with fleet(deployment) as made:
@@ -55,13 +57,15 @@ def at_work(context: Context, keeper: Keeper, do: Callable[[Work], Awaitable[T]]
                     fleet=made,
                     facts=facts,
                     keeper=keeper,
-                    console=context.console,
+                    console=Console(as_json=context.console.as_json, clean=clean),
                     settings=settings.load(),
                 )
             )
 
     try:
         return wait(go())
+    except GracefarmError as error:
+        raise type(error)(clean(error.cause), remedy=clean(error.remedy), repeat=error.repeat) from error
     except KeyboardInterrupt:
         context.console.event("error", _GOES_ON)
         sys.exit(ExitCode.INTERRUPTED)

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from deploy import flow, inventory
+from deploy import flow, inventory, suppose
+from deploy.cli.common import Context
+from deploy.cli.serve import at_work, held
+from deploy.flow import Work
 from gracefarm.console import Console
-from gracefarm.errors import ConfigError
+from gracefarm.errors import ConfigError, EngineError
 from tests.deploy.test_init import deploy
 
 TOML = '[[node]]\naddress = "127.0.0.1"\nport = 9\n'
@@ -81,3 +84,37 @@ def test_a_lock_that_is_no_text(tmp_path: Path) -> None:
     (tmp_path / "x.lock").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="the lock cannot be read"):
         flow.lock_text(inventory.load(tmp_path / "deploy.toml"), Console())
+
+
+@pytest.mark.parametrize("index", ["https://me:geheim7@host/simple/", "https://geheim7@host/simple/"])
+def test_an_index_with_a_password_is_refused_and_the_password_not_shown(tmp_path: Path, index: str) -> None:
+    (tmp_path / "deploy.toml").write_text(f'index = "{index}"\n' + TOML)
+    told(tmp_path, 3, "deploy.toml:1: key 'index'", "plan")
+    assert "geheim7" not in deploy(tmp_path, "plan").stderr
+    (tmp_path / "deploy.toml").write_text('index = "https://host:8080/@set/simple/"\n' + TOML)
+    told(tmp_path, 3, "were not asked yet", "plan")
+
+
+def test_no_line_of_another_programs_log_brings_a_secret_onto_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepared(tmp_path)
+    deployment = inventory.load(tmp_path / "deploy.toml")
+    deployment.folder.api_key.write_text("the-engines-own-key\n")
+    supposed = suppose.suppose(suppose.kind("gh200-96"), 1, deployment)[1]
+    deployment.folder.facts.write_text(supposed.model_dump_json())
+    said = "Namespace(api_keys='the-engines-own-key', token='hf_" + "AbCd" * 8 + "')"
+
+    async def fails(work: Work) -> None:
+        work.console.warn(f"once more: {said}")
+        work.console.step("engine", said)
+        work.console.event("line", said)
+        raise EngineError(f"the engine ended: {said}", remedy=f"look: {said}")
+
+    context = Context(file=deployment.path, console=Console())
+    with held(context) as keeper, pytest.raises(EngineError) as error:
+        at_work(context, keeper, fails)
+    shown = capsys.readouterr().err + error.value.cause + error.value.remedy
+    assert shown.count("Namespace") == 5
+    assert "the-engines-own-key" not in shown
+    assert "AbCd" not in shown

@@ -131,6 +131,22 @@ def test_secrets_are_names_only_and_cannot_come_by_deploy_toml() -> None:
         assert name not in found.serve_env
         with pytest.raises(ConfigError, match="is a secret"):
             made(10, env={name: "x"})
+    for name, value in (
+        ("AWS_SECRET_ACCESS_KEY", "x"),
+        ("aws_session_token", "x"),
+        ("MY_PASSWORD", "x"),
+        ("NOTE", "hf_" + "AbCd" * 8),
+        ("HTTPS_PROXY", "http://user:pw@proxy:3128"),
+    ):
+        with pytest.raises(ConfigError, match=rf"\[env\] {name} is a secret"):
+            made(10, env={name: value})
+    for name, value in (
+        ("TOKENIZERS_PARALLELISM", "false"),
+        ("HF_TOKEN_PATH", "/x"),
+        ("VLLM_KEYS", "1"),
+        ("MAX_TOKENS", "12"),
+    ):
+        assert made(10, env={name: value}).nodes[3].env[name] == value
     with pytest.raises(ConfigError, match="the plan's own"):
         made(10, env={"HOST_IP": "10.0.0.9"})
     assert made(10, env={"NCCL_DEBUG": "INFO"}).nodes[3].env["NCCL_DEBUG"] == "INFO"

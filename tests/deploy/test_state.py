@@ -47,6 +47,17 @@ def first_line(process: subprocess.Popen[str]) -> str:
     return process.stdout.readline().strip()
 
 
+def test_a_secret_in_a_cause_is_not_kept(folder: Folder) -> None:
+    folder.api_key.write_text("the-engines-own-key\n")
+    with state.hold(folder, "deploy serve", on_wait=pytest.fail) as kept:
+        kept.begin("engine", "d0")
+        kept.end("engine", "failed", "while loading: Namespace(api_keys='the-engines-own-key'); token hf_" + "AbCd" * 8)
+    text = folder.state.read_text()
+    assert "while loading" in text
+    assert "the-engines-own-key" not in text
+    assert "AbCdAbCd" not in text
+
+
 def test_what_a_step_did_is_read_back(folder: Folder) -> None:
     with state.hold(folder, "deploy up", on_wait=pytest.fail) as kept:
         kept.begin("environment", "d0")
