@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import json
+import netrc
 import os
 import secrets
 import shlex
@@ -418,6 +419,8 @@ def _fetch_lock(index: str, name: str, path: Path, console: Console) -> str:
     try:
         auth = httpx.NetRCAuth() if (Path.home() / ".netrc").is_file() else None
         answer = httpx.get(whole, timeout=30, follow_redirects=True, auth=auth)
+    except (netrc.NetrcParseError, UnicodeDecodeError) as error:
+        raise ConfigError(f"~/.netrc cannot be read: {error}", remedy="mend it, for you alone: chmod 600 ~/.netrc") from error
     except httpx.HTTPError as error:
         raise FetchError(f"no lock of the set {name}: {address}: {error or type(error).__name__}", remedy=remedy) from error
     if answer.status_code != 200 or "--hash=sha256:" not in answer.text:

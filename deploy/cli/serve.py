@@ -6,6 +6,7 @@ import shlex
 import sys
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TypeVar
 
 import click
@@ -134,9 +135,15 @@ def serve(context: Context, skip_up: bool, no_wait: bool) -> None:
     lines = [
         f"READY  {made.engine.model} on {head.name}, port {port} of its loopback",
         f"       deploy tunnel                          # http://127.0.0.1:{port} on this machine",
-        f'       curl -H "Authorization: Bearer $(cat {shlex.quote(str(key))})" http://127.0.0.1:{port}/v1/models',
+        f"       {ask(key, port)}",
     ]
     context.console.result(document, "\n".join(lines))
+
+
+def ask(key: Path, port: int) -> str:
+    """How a shell asks what is served: the key goes through a pipe, for argument lists are everybody's to read."""
+    header = f'printf "Authorization: Bearer %s" "$(cat {shlex.quote(str(key))})"'  # printf is the shell's own: no process
+    return f"{header} | curl -H @- http://127.0.0.1:{port}/v1/models"
 
 
 @click.command()

@@ -241,6 +241,10 @@ def test_an_index_that_asks_who_it_is_is_told_by_netrc(tmp_path: Path, monkeypat
             with pytest.raises(FetchError, match="answered 401"):
                 flow.lock_text(deployment, Console())
             (tmp_path / ".netrc").write_text("machine 127.0.0.1 login me password s3cret\n")
+            (tmp_path / ".netrc").chmod(0o644)
+            with pytest.raises(ConfigError, match="too permissive"):
+                flow.lock_text(deployment, Console())
+            (tmp_path / ".netrc").chmod(0o600)
             assert flow.lock_text(deployment, Console()).startswith("x==1")
         finally:
             server.shutdown()
