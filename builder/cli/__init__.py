@@ -11,6 +11,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +44,7 @@ from builder.cli.verify import verify as verify_command
 from builder.cli.why import why as why_command
 from builder.machine import Wanted, find
 from builder.plan import Contained, Plan
+from builder.recipe import Recipe
 from builder.stack import Arch
 from gracefarm import console as consoles
 from gracefarm import settings as settings_module
@@ -403,22 +405,40 @@ def shell(name: str) -> None:
 @click.option(
     "--stack", "stack_name", required=True, metavar="NAME", help="Stack whose torch, CUDA and libc it is held against."
 )
+@click.option("--recipe", "recipe_name", metavar="NAME", help="Ask for what this recipe declares: name, version, files, sm.")
 @_common
-def audit(wheel: Path, stack_name: str, as_json: bool) -> None:
+def audit(wheel: Path, stack_name: str, recipe_name: str | None, as_json: bool) -> None:
     """The gates, on anybody's wheel. Exit code 30 when one refuses it.
 
     \b
     builder audit dist/thing-1.0-cp311-cp311-manylinux_2_34_aarch64.whl --stack cu130
+    builder audit dist/triton-3.2.0+git755d4164-cp311-cp311-manylinux_2_34_aarch64.whl --stack cu124 --recipe triton
     """
     from builder import audit as gates
 
     settings, console = settings_module.load(), Console(as_json=as_json)
-    verdicts = gates.audit(wheel, _foreign_policy(wheel, stack_name, settings, console))
+    asked = recipes.load(settings.project / "recipes", recipe_name).data if recipe_name else None
+    policy = _foreign_policy(wheel, stack_name, settings, console)
+    verdicts = gates.audit(wheel, _asked_by(asked, policy) if asked else policy)
     lines = []
     for one in verdicts:
         lines += [f"{one.status:14} {one.gate}: {one.summary}", *(f"                 {detail}" for detail in one.details[:20])]
     console.result([one.model_dump(mode="json") for one in verdicts], "\n".join(lines))
     gates.require(verdicts)
+
+
+def _asked_by(recipe: Recipe, policy: Policy) -> Policy:
+    """What a recipe declares of its wheel, on top of what the stack asks of anybody's."""
+    return replace(
+        policy,
+        name=recipe.name,
+        version=recipe.version,
+        sm=policy.sm if recipe.build.cuda else None,
+        needs_cubins=recipe.build.cuda,
+        sm_extra=recipe.wheel.sm_extra,
+        bundled=recipe.wheel.bundled,
+        max_size=parse_size(recipe.wheel.max_size),
+    )
 
 
 def _foreign_policy(wheel: Path, stack_name: str, settings: Settings, console: Console) -> Policy:

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
+import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from builder import recipe
+from builder.audit import Policy
+from builder.cli import _asked_by
+from builder.stack import Arch
 from tests import projects
-from tests.conftest import Farm
+from tests.conftest import REPOSITORY, Farm, new_farm
 
 CMAKE = """
 import platform
@@ -28,7 +36,14 @@ add_library(core SHARED core.c)
 """
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
+def farm(shared_home: Path) -> Iterator[Farm]:
+    """One for the module: nothing here changes what another test sees."""
+    with new_farm(shared_home) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
 def wheel(farm: Farm) -> Path:
     """A good wheel for aarch64 whose one library CMake has built."""
     files = projects.backend(CMAKE) | {"CMakeLists.txt": CMAKELISTS, "core.c": "int core(void) { return 7; }\n"}
@@ -57,6 +72,40 @@ def test_audit_takes_anybodys_wheel_and_says_no_by_exit_code(farm: Farm, wheel: 
     refused = farm.run("audit", str(false), "--stack", "bare")
     assert refused.code == 30
     assert "elf-machine" in refused.said
+
+
+def test_audit_asks_for_what_a_recipe_declares(farm: Farm, wheel: Path, tmp_path: Path) -> None:
+    """A tool that the recipe declares is a graft in anybody else's wheel; another version is no fault of anybody else's."""
+    other = tmp_path / wheel.name
+    info = "tiny-1.0.dist-info/RECORD"
+    with zipfile.ZipFile(wheel) as old, zipfile.ZipFile(other, "w") as new:
+        for name in old.namelist():
+            data = old.read(name)
+            new.writestr(name, data + (b"tiny/bin/ptxas,sha256=" + _digest(b"tool") + b",4\n" if name == info else b""))
+        new.writestr("tiny/bin/ptxas", b"tool")
+    bundled = {"bundled": [{"path": "tiny/bin/ptxas", "origin": "source", "license": "MIT"}]}
+    farm.recipe("declares", {}, name="tiny", wheel=bundled)
+    farm.recipe("newer", {}, name="tiny", version="1.1", wheel=bundled)
+    alone = farm.run("audit", str(other), "--stack", "bare")
+    assert (alone.code, "tiny/bin/ptxas is third-party" in alone.said) == (30, True), alone.said
+    declared = farm.run("audit", str(other), "--stack", "bare", "--recipe", "declares")
+    assert (declared.code, "1 declared third-party files and no other" in declared.said) == (0, True), declared.said
+    newer = farm.run("audit", str(other), "--stack", "bare", "--recipe", "newer")
+    assert (newer.code, "1.1" in newer.said) == (30, True), newer.said
+
+
+def _digest(data: bytes) -> bytes:
+    return base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=")
+
+
+def test_what_a_recipe_declares_of_device_code_is_asked_for_too() -> None:
+    anybodys = Policy(target=Arch.AARCH64, glibc="2_34", sm=("90",))
+    engine = _asked_by(recipe.load(REPOSITORY / "recipes", "aphrodite").data, anybodys)
+    assert engine.needs_cubins
+    assert ("90a",) in engine.sm_extra.values()
+    triton = _asked_by(recipe.load(REPOSITORY / "recipes", "triton").data, anybodys)
+    assert (triton.sm, triton.needs_cubins) == (None, False)
+    assert any(one.path.endswith("/ptxas") for one in triton.bundled)
 
 
 def test_smoke_imports_a_wheel_or_says_why_not(farm: Farm, wheel: Path) -> None:
