@@ -1,12 +1,15 @@
 """The smoke tests of recipes/aphrodite and of its set as they are, on a tiny `aphrodite` whose import swallows what is broken.
 
-Traps 5 and 2 of the pinned builds for the engine itself. torch is a tiny one of the test: it has what the scripts use of it
+Traps 5, 3 and 2 of the pinned builds for the engine itself. torch is a tiny one of the test: it has what the scripts use of it
 before the first kernel.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 import tomllib
 import zipfile
 from collections.abc import Callable, Iterator
@@ -16,6 +19,7 @@ import pytest
 
 from builder import recipe
 from builder.stack import host_arch
+from tests import projects
 from tests.conftest import REPOSITORY, Farm, new_farm
 from tests.integration.fetch_kit import sha256
 from tests.integration.test_environment import make_wheel
@@ -26,6 +30,9 @@ INDEX = "https://torch.example/whl/cu124"
 NAMES = ("_core_C", "_moe_C", "_C")
 TORCH = """
 import ctypes
+
+class version:
+    cuda = "12.4"
 
 class ops:
     @staticmethod
@@ -143,6 +150,32 @@ def edited(wheel: Path, into: Path, change: Callable[[str, bytes], bytes]) -> Pa
         for name in old.namelist():
             new.writestr(name, change(name, old.read(name)))
     return into / wheel.name
+
+
+def test_trap_3_a_build_never_gets_the_torch_of_the_same_version_that_an_index_offers(engine: Farm, tmp_path: Path) -> None:
+    """pyproject.toml asks for torch==2.4.0, and for an isolated build pip takes the index's, which is the CPU build."""
+    make_wheel(tmp_path / "offered", "torch", "2.4.0", {"torch.py": "class version:\n    cuda = None\n"})
+    body = "import torch\nreturn wheel(wheel_directory, files={'tiny/cuda.txt': str(torch.version.cuda).encode()})"
+    files = projects.backend(body)
+    files["pyproject.toml"] = str(files["pyproject.toml"]).replace("requires = []", 'requires = ["torch==2.4.0"]')
+    offered = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path / "offered"), "PIP_CONFIG_FILE": os.devnull}
+
+    def linked(wheel: Path) -> str:
+        with zipfile.ZipFile(wheel) as opened:
+            return opened.read("tiny/cuda.txt").decode()
+
+    (tmp_path / "source").mkdir()
+    for name, text in files.items():
+        (tmp_path / "source" / name).write_text(str(text))
+    isolated = [sys.executable, "-m", "build", "--wheel", "--outdir", tmp_path, tmp_path / "source"]
+    subprocess.run(isolated, check=True, capture_output=True, timeout=120, env=os.environ | offered)
+    (found,) = tmp_path.glob("*.whl")
+    assert linked(found) == "None", "the trap"
+
+    engine.recipe("tiny", files, stack="own")
+    done = engine.run("build", "tiny", "--target", NATIVE, **offered)
+    assert done.code == 0, done.said
+    assert linked(Path(done.out.strip())) == "12.4"
 
 
 @pytest.fixture(scope="module")
