@@ -221,6 +221,8 @@ async def up(work: Work, choice: Choice | None = None) -> bool:
     for name, step in (("preflight", _preflight), ("cache", _cache)):
         if name not in chosen.skip:
             changed = await step(work, looks) or changed
+    if any(one.get("owner") != work.fleet.mark for one in looks.values()):
+        await claim(work)
     together = (("environment", _environment), ("weights", _weights))
     changed = (
         await _side_by_side(work, {name: step(work, looks) for name, step in together if name not in chosen.skip}) or changed
@@ -228,6 +230,22 @@ async def up(work: Work, choice: Choice | None = None) -> bool:
     if "proof" not in chosen.skip:
         changed = await _proof(work, looks) or changed
     return changed
+
+
+async def claim(work: Work) -> None:
+    """The environments below this deployment's name are its own: another of the same name would switch them under it.
+
+    Raises:
+        ConfigError: another deployment on this share has the name.
+    """
+    root = _root(work)
+    found = await call(work.nodes[0], "environment.claim", {"root": root, "owner": work.fleet.mark})
+    if found["owner"] != work.fleet.mark:
+        share, name = paths.share(work.deployment), work.deployment.name
+        raise ConfigError(
+            f"another deployment on {share} is called {name}: {root} is of {found['owner']}, this one is {work.fleet.mark}",
+            remedy=f'name = "…" in deploy.toml; or, where that one is gone for good: `deploy run -k head -- rm {root}/owner`',
+        )
 
 
 async def _side_by_side(work: Work, steps: Mapping[str, Awaitable[bool]]) -> bool:
@@ -454,6 +472,7 @@ async def rollback(work: Work) -> Json:
     Raises:
         HostError: there is none.
     """
+    await claim(work)
     done = await environment.rollback(work.nodes, _root(work))
     work.keeper.begin("environment", _environment_inputs(work, _environment_spec(work)))
     text = f"{done['active'][:12]} is active, rolled back to"

@@ -21,6 +21,7 @@ import subprocess
 import tempfile
 import time
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ _BRING = (
 _FRAME = " \u00d7╰─▶│├"
 "What uv draws around its sentences."
 DESCRIPTION = "environment.json"
+OWNER = "owner"
 
 
 def build(request: Json) -> Json:
@@ -321,6 +323,26 @@ def _point(link: Path, target: Path) -> None:
     temporary = link.with_name(f".{link.name}.{uuid.uuid4().hex[:8]}")
     temporary.symlink_to(target)
     temporary.rename(link)
+
+
+def claim(request: Json) -> Json:
+    """`owner` (a deployment's id) owns `root` from now on, unless another does; whoever owns it."""
+    root = Path(request["root"])
+    root.mkdir(parents=True, exist_ok=True)
+    mine = root / f".owner.{uuid.uuid4().hex[:8]}"
+    mine.write_text(request["owner"])
+    with suppress(FileExistsError):
+        os.link(mine, root / OWNER)  # one of two who come at once
+    mine.unlink()
+    return {"owner": owner(root)}
+
+
+def owner(root: Path) -> str | None:
+    """The id of the deployment whose environments are here, if it was said."""
+    try:
+        return (root / OWNER).read_text().strip()
+    except OSError:
+        return None
 
 
 def active(root: Path, link: str) -> str | None:

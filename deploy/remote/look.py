@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.remote import cache, mounts
-from deploy.remote.environment import active
+from deploy.remote.environment import active, owner
 from deploy.remote.preflight import holder
 
 Json = dict[str, Any]
@@ -34,6 +34,7 @@ def look(request: Json) -> Json:
         "cores": len(os.sched_getaffinity(0)),
         "processes": processes(request["prefix"]),
         "environments": {link: _finished(root, link) for link in ("env", "download")} if root else {},
+        "owner": owner(root) if root else None,
         "weights": _weights(weights, count=bool(request.get("count"))) if weights else None,
         "share": _share(request["share"]) if request.get("share") else None,
         "holders": {str(port): who for port in request.get("ports", []) if (who := _holder(port))},

@@ -7,6 +7,7 @@ import base64
 import hashlib
 import http.server
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -19,7 +20,7 @@ from typing import Any
 import httpx
 import pytest
 
-from deploy import flow, state
+from deploy import flow, ssh, state
 from deploy.facts import Facts
 from deploy.flow import Choice, Done, Work
 from deploy.inventory import Deployment, File
@@ -32,6 +33,7 @@ from deploy.worker import Target
 from gracefarm import settings
 from gracefarm.console import Console
 from gracefarm.errors import ConfigError, FetchError, HostError, InstallError, NodeError, UsageError
+from tests.deploy import kit
 
 
 def with_work(folder: Path, do: Callable[[Work], Awaitable[None]], **data: Any) -> state.State:
@@ -333,3 +335,41 @@ def test_another_plans_raylet_is_not_this_plans() -> None:
     assert ray.raylet(found, "p1")
     assert not ray.raylet(found, "p2")
     assert not ray.raylet({"processes": [{"name": "gcs_server", "plan": "p1"}]})
+
+
+def test_two_deployments_of_one_name_on_one_share_do_not_switch_each_others_environment(tmp_path: Path) -> None:
+    more = f'share = "{tmp_path}/share"'
+    (tmp_path / "share").mkdir()
+
+    async def go() -> None:
+        async with kit.machines(tmp_path, 1) as made:
+            works = []
+            for one in ("first", "second"):
+                (tmp_path / one).mkdir()
+                shutil.copy(tmp_path / "known_hosts", tmp_path / one)
+                works.append(kit.deployment(tmp_path / one, made, more=more))
+            async with ssh.fleet(works[0], config=[]) as fleet, ssh.fleet(works[1], config=[]) as other:
+                first, second = (
+                    Work(
+                        deployment=deployment,
+                        fleet=each,
+                        facts=Facts(nodes=()),
+                        keeper=state.Keeper(deployment.folder),
+                        console=Console(),
+                        settings=settings.Settings(),
+                    )
+                    for deployment, each in zip(works, (fleet, other), strict=True)
+                )
+                await asyncio.gather(*(flow.claim(first) for _ in range(4)))
+                assert (await flow.look(first))["k0"]["owner"] == works[0].folder.id
+                only = Choice(skip=("preflight", "cache", "weights", "proof"))
+                for refused in (flow.up(second, only), flow.rollback(second)):
+                    with pytest.raises(ConfigError, match=r"another deployment on .*/share is called t: ") as error:
+                        await refused
+                    assert "rm " + str(tmp_path / "share" / "gracefarm" / "t" / "owner") in error.value.remedy
+                assert second.keeper.state.steps == {}
+                (tmp_path / "share" / "gracefarm" / "t" / "owner").unlink()
+                await flow.claim(second)
+        assert sorted(one.name for one in (tmp_path / "share" / "gracefarm" / "t").iterdir()) == ["owner"]
+
+    asyncio.run(go())
