@@ -1,0 +1,159 @@
+"""What the workflows promise of a night: what it had is kept, what it made is in its artifacts, a set can be published."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import pytest
+import yaml
+
+from builder import ccache, recipe, record
+from builder.fetch.git import repository_path
+from builder.fetch.store import store_path
+from gracefarm import settings as settings_module
+from tests.conftest import REPOSITORY
+
+FOLDER = REPOSITORY / ".github" / "workflows"
+WORKFLOWS = {path.stem: yaml.safe_load(path.read_text()) for path in sorted(FOLDER.glob("*.yml"))}
+JOBS = {(name, job): one for name, whole in WORKFLOWS.items() for job, one in whole["jobs"].items()}
+PINNED = WORKFLOWS["pinned"]["jobs"]
+CACHED = [key for key, one in JOBS.items() if any("actions/cache" in step.get("uses", "") for step in one["steps"])]
+ALWAYS = ["always()", "${{ always() }}"]
+
+
+def uses(job: dict[str, Any], action: str) -> list[tuple[int, dict[str, Any]]]:
+    """Steps of an action, whatever its version, with their places."""
+    return [(at, step) for at, step in enumerate(job["steps"]) if step.get("uses", "").split("@")[0] == action]
+
+
+def runs(job: dict[str, Any]) -> str:
+    return "\n".join(step["run"] for step in job["steps"] if "run" in step)
+
+
+def test_the_nights_that_build_have_a_cache() -> None:
+    assert set(CACHED) >= {("pinned", "build"), ("nightly", "build")}
+
+
+@pytest.mark.parametrize("key", CACHED, ids="-".join)
+def test_a_cache_is_saved_after_a_failure_too(key: tuple[str, str]) -> None:
+    """actions/cache itself saves after a success alone, and it is the night that was cut off that has hours to lose."""
+    job = JOBS[key]
+    assert uses(job, "actions/cache") == []
+    ((before, restore),) = uses(job, "actions/cache/restore")
+    ((after, save),) = uses(job, "actions/cache/save")
+    (build,) = [at for at, step in enumerate(job["steps"]) if "builder build" in step.get("run", "")]
+    assert before < build < after
+    assert save["if"] in ALWAYS
+    assert save["with"]["path"] == restore["with"]["path"], "another list of paths is another cache"
+    # A key that is there already is not written again; the lock changes what hashFiles would say.
+    assert save["with"]["key"] == f"${{{{ steps.{restore['id']}.outputs.cache-primary-key }}}}"
+    assert {"github.run_id", "github.run_attempt"} <= set(re.findall(r"github\.\w+", restore["with"]["key"]))
+    assert restore["with"]["key"].startswith(restore["with"]["restore-keys"].strip())
+    # The job's own end would take the step that saves with it.
+    assert job["steps"][build]["timeout-minutes"] + 20 <= job["timeout-minutes"]
+
+
+@pytest.mark.parametrize("key", CACHED, ids="-".join)
+def test_what_is_cached_is_where_the_builder_has_it(key: tuple[str, str], tmp_path: Path) -> None:
+    """Objects, and the records from which the next night learns memory, the long pole, and what is built already."""
+    settings = settings_module.load().model_copy(update={"home": tmp_path})
+    whole = WORKFLOWS[key[0]] | JOBS[key]
+    home = whole["env"]["GRACEFARM_HOME"].rpartition("/")[2] if "env" in whole else "~/.cache/gracefarm"
+    ((_, restore),) = uses(JOBS[key], "actions/cache/restore")
+    paths = restore["with"]["path"].split()
+    wanted = [ccache.folder(settings, "triton"), record.path(settings, "1234"), record.folder(settings, "1234") / "dist"]
+    if key[0] == "pinned":
+        wanted += [store_path(settings, "ab" * 32), repository_path(settings, "cd" * 20)]
+    for place in wanted:
+        inside = PurePosixPath(home) / place.relative_to(tmp_path)
+        assert any(one.match(path) for path in paths for one in (inside, *inside.parents)), inside
+
+
+UPLOADS = [(key, step) for key, one in JOBS.items() for _, step in uses(one, "actions/upload-artifact")]
+
+
+@pytest.mark.parametrize(("key", "step"), UPLOADS, ids=["-".join(key) for key, _ in UPLOADS])
+def test_an_artifact_has_its_hidden_files_and_can_be_made_again(key: tuple[str, str], step: dict[str, Any]) -> None:
+    """.farm is hidden, and since v4.4 hidden files are left out unless the step asks for them."""
+    if any(part.startswith(".") for path in step["with"]["path"].split() for part in path.split("/")):
+        assert step["with"]["include-hidden-files"] is True
+    assert step["with"]["overwrite"] is True, "a job that is run again finds its artifact there"
+    assert step["if"] in ALWAYS
+
+
+def test_the_set_alone_is_published_by_a_job_of_its_own_that_can_be_run_again() -> None:
+    publish = PINNED["publish"]
+    assert [name for name, job in PINNED.items() if "--stage" in runs(job) or "--publish" in runs(job)] == ["publish"]
+    assert publish["needs"] == "set"
+    assert "builder build" not in runs(publish)
+    # A night has no inputs.
+    assert publish["if"] == "inputs.index != '' || vars.INDEX_URL != ''"
+    (step,) = [one for one in publish["steps"] if "--stage" in one.get("run", "")]
+    assert step["env"]["STAGE_AT"] == "${{ inputs.index || vars.INDEX_URL }}"
+    assert "schedule" in WORKFLOWS["pinned"][True], "YAML 1.1 takes `on` for a truth"
+
+
+def test_the_stages_name_says_what_is_in_it(tmp_path: Path) -> None:
+    """The step's own shell, up to the upload: another set gets another name, the same one the same."""
+    (step,) = [one for one in PINNED["publish"]["steps"] if "--stage" in one.get("run", "")]
+    line = step["run"].splitlines()[0].replace(".venv/bin/python", sys.executable)
+    assert line.startswith("id=$(")
+    done = subprocess.run(
+        ["bash", "-euc", f'{line}\necho "$id"'],
+        cwd=REPOSITORY,
+        env={"PATH": "/usr/bin:/bin", "GRACEFARM_HOME": str(tmp_path), "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert re.fullmatch(r"[0-9a-f]{12}\n", done.stdout)
+
+
+def test_an_image_is_locked_where_a_container_builds_and_nowhere_else() -> None:
+    for name, job in PINNED.items():
+        asked = [line for line in runs(job).splitlines() if "builder lock" in line]
+        assert all(("--toolchain container" in line) == (name == "container") for line in asked)
+    for name, toolchain in (("build", "sandbox"), ("container", "container")):
+        for one in PINNED[name]["strategy"]["matrix"]["recipe"]:
+            assert toolchain not in recipe.load(REPOSITORY / "recipes", one).data.refuses
+
+
+@pytest.mark.parametrize("key", JOBS, ids="-".join)
+def test_each_step_is_a_script_that_a_shell_reads(key: tuple[str, str]) -> None:
+    script = re.sub(r"\$\{\{.*?\}\}", "triton", runs(JOBS[key]))
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True, timeout=30)
+
+
+def test_gather_puts_what_the_jobs_made_into_one_checkout(tmp_path: Path) -> None:
+    """Three jobs that filled the same gap of the stack, and triton's one of its recipe too."""
+    names = ("recipes/triton/recipe.toml", "recipes/flash_attn/recipe.toml", "stacks/cu124/stack.toml")
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text(f"name = '{name}'\nsha256_unknown = 'why'\n")
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "gaps"]):
+        subprocess.run([*git, *words], cwd=tmp_path, check=True)
+    filled = {"triton": (names[0], names[2]), "flash_attn": (names[2],), "aphrodite": ()}
+    for one, changed in filled.items():
+        for name in changed:
+            (tmp_path / name).write_text(f"name = '{name}'\nsha256 = '{'ab' * 32}'\n")
+        patch = subprocess.run(["git", "diff"], cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+        subprocess.run(["git", "checkout", "-q", "."], cwd=tmp_path, check=True)
+        artifact = tmp_path / "built" / one
+        (artifact / ".farm/builds" / one).mkdir(parents=True)
+        (artifact / ".farm/builds" / one / "record.json").write_text(one)
+        (artifact / "locked.patch").write_text(patch)
+    (tmp_path / "built/gh200-cu124/5e7").mkdir(parents=True)
+    (tmp_path / "built/gh200-cu124/5e7/set.json").write_text("tested")
+    (tmp_path / ".ci").mkdir()
+    shutil.copy(REPOSITORY / ".ci/gather", tmp_path / ".ci")
+    subprocess.run([".ci/gather", "built"], cwd=tmp_path, check=True, timeout=60)
+    assert sorted(one.read_text() for one in tmp_path.glob(".farm/builds/*/record.json")) == sorted(filled)
+    assert (tmp_path / ".farm/sets/5e7/set.json").read_text() == "tested"
+    assert ["sha256 =" in (tmp_path / name).read_text() for name in names] == [True, False, True]
