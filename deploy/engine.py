@@ -36,11 +36,11 @@ class Engine:
     timeout_variable: str
     "Seconds for one step; weights in host memory make steps long."
     key_variable: str
+    table: str
+    "Of its options, in deploy/data."
     swap_share: float | None = None
     "Share of the head's memory that tp times the swap space may be; None: it does not check."
     env: Mapping[str, str] = field(default_factory=dict)
-    table: str | None = None
-    "Of deploy.options; None: options are not checked."
     refused: Mapping[str, str] = field(default_factory=dict)
     "Options that must not be given, and why."
 
@@ -62,6 +62,7 @@ OURS = {
     "model": "it is [model] repo",
     "config": "what runs is what the plan prints",
 }
+ONE_ENGINE = "the planner knows tensor and pipeline parallelism alone"
 SECRETS = (
     "a key in an argument list is readable by everybody on the node; `deploy serve` makes one and passes it by environment"
 )
@@ -105,7 +106,19 @@ VLLM = Engine(
     port_variable="VLLM_PORT",
     timeout_variable="VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS",
     key_variable="VLLM_API_KEY",
-    refused={**OURS, "api-key": SECRETS},
+    table="vllm-0.26.0",
+    refused={
+        **OURS,
+        "api-key": SECRETS,
+        "hf-token": SECRETS,
+        "uds": "it would listen there instead of on the port that is asked",
+        "grpc": "deploy asks for completions over HTTP",
+        "headless": "the engine would not listen at all",
+        "data-parallel-size": ONE_ENGINE,
+        "decode-context-parallel-size": ONE_ENGINE,
+        "prefill-context-parallel-size": ONE_ENGINE,
+        "nnodes": "Ray brings the nodes together",
+    },
 )
 
 
@@ -188,7 +201,7 @@ def check(engine_: Engine, given: Mapping[str, Value], arch: str) -> None:
     """
     for key in given:
         name = key.replace("_", "-").lstrip("-")
-        option = options.table(engine_.table).find(f"--{name}") if engine_.table else None
+        option = options.table(engine_.table).find(f"--{name}")
         name = option.name if option else {"tp": "tensor-parallel-size", "pp": "pipeline-parallel-size"}.get(name, name)
         if name in engine_.refused:
             raise ConfigError(f"[engine_options] {key}: {engine_.refused[name]}", remedy="remove it from deploy.toml")
@@ -221,13 +234,13 @@ def arguments(engine_: Engine, given: Mapping[str, Value]) -> list[str]:
 
 
 def _argument(engine_: Engine, flag: str, value: Value) -> Sequence[str]:
-    option = options.table(engine_.table).find(flag) if engine_.table else None
+    option = options.table(engine_.table).find(flag)
     if isinstance(value, bool):
         if option and option.action == "boolean":
             return [flag, str(value).lower()]
-        if option or value:
-            return [flag] if value else []
-        return [f"--no-{flag[2:]}"]  # vllm's spelling
+        if option and option.action == "switch":
+            return [flag if value else f"--no-{flag[2:]}"]
+        return [flag] if value else []
     if isinstance(value, list):
         if option and option.action == "append":
             return [word for one in value for word in (flag, one)]
@@ -237,5 +250,4 @@ def _argument(engine_: Engine, flag: str, value: Value) -> Sequence[str]:
 
 def validate(engine_: Engine, made: Sequence[str]) -> None:
     """Every option of a command line exists in the engine and has an allowed value. Raises ConfigError."""
-    if engine_.table:
-        options.table(engine_.table).check(made)
+    options.table(engine_.table).check(made)

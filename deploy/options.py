@@ -2,6 +2,7 @@
 
     pip download --no-deps --platform manylinux1_x86_64 --python-version 3.8 aphrodite-engine==0.6.4.post1
     python -m deploy.options aphrodite_engine-*.whl > deploy/data/aphrodite-0.6.4.post1-options.json
+    python -m deploy.options vllm-*.whl > deploy/data/vllm-0.26.0-options.json       # the wheel of set gh200-cu130
 
 writes the table from a wheel, whose Python is read as syntax (ast) and never run: names, types, defaults and choices, no help
 text and no code.
@@ -35,7 +36,8 @@ Kind = Literal["str", "int", "float", "bool", "json", "pairs"]
 
 
 class Option(BaseModel):
-    """One option. `kind` pairs: KEY=INT, comma-separated; action: argparse's, or `boolean` for `true`/`false` as a word."""
+    """One option. `kind` pairs: KEY=INT, comma-separated; action: argparse's, `boolean` for `true`/`false` as a word, or
+    `switch` for --x and --no-x."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -44,7 +46,9 @@ class Option(BaseModel):
     default: Value = None
     choices: tuple[Value, ...] | None = None
     nargs: str | int | None = None
-    action: Literal["store", "store_true", "append", "boolean", "pairs"] = "store"
+    action: Literal["store", "store_true", "append", "boolean", "pairs", "switch"] = "store"
+    nullable: bool = False
+    "`None` is a value too."
 
     @property
     def name(self) -> str:
@@ -63,12 +67,19 @@ class Table(BaseModel):
     sha256: str
     requires_python: str
     requires: tuple[str, ...]
+    dotted: bool = False
+    "--x.key sets one entry of a JSON option."
     options: tuple[Option, ...]
 
     def find(self, flag: str) -> Option | None:
         """By any of its spellings; underscores are dashes, as the engine's parser has it."""
-        wanted = "--" + flag[2:].replace("_", "-") if flag.startswith("--") else flag
-        return next((one for one in self.options if wanted in one.flags), None)
+        whole, dot, _ = flag.partition(".") if self.dotted else (flag, "", "")
+        wanted = "--" + whole[2:].replace("_", "-") if flag.startswith("--") else flag
+        found = next((one for one in self.options if wanted in one.flags), None)
+        if found and dot:
+            json_ = found.kind in ("str", "json") and not found.choices
+            return found.model_copy(update={"kind": "str", "nargs": None}) if json_ else None
+        return found
 
     def check(self, arguments: Sequence[str]) -> None:
         """Every option is there and takes its value.
@@ -93,7 +104,7 @@ class Table(BaseModel):
 
 
 def _values(option: Option, rest: Sequence[str]) -> Iterator[str]:
-    if option.action == "store_true":
+    if option.action in ("store_true", "switch"):
         return
     most = {None: 1, "?": 1}.get(option.nargs, len(rest)) if not isinstance(option.nargs, int) else option.nargs
     for one in rest[:most]:
@@ -111,13 +122,16 @@ def _number(text: str) -> bool:
 
 
 def _check_count(option: Option, values: Sequence[str]) -> None:
-    if option.action == "store_true" and values:
+    bare = option.action in ("store_true", "switch")
+    if bare and values:
         raise ConfigError(f"--{option.name} takes no value", remedy="say true or leave it out")
-    if option.action != "store_true" and not values and option.nargs not in ("?", "*"):
+    if not bare and not values and option.nargs not in ("?", "*"):
         raise ConfigError(f"--{option.name} needs a value", remedy="give one")
 
 
 def _check_value(option: Option, text: str) -> None:
+    if option.nullable and text in ("", "None"):
+        return
     try:
         value = _parse(option, text)
     except ValueError as error:
@@ -166,12 +180,16 @@ def read_wheel(path: Path) -> Table:
         ConfigError: the wheel's code has another shape than the one that this was written for.
     """
     with zipfile.ZipFile(path) as wheel:
-        trees = {name: ast.parse(wheel.read(name)) for name in (*SOURCES, *ENUMS, "aphrodite/quantization/__init__.py")}
         metadata = Parser().parsestr(
             wheel.read(next(one for one in wheel.namelist() if one.endswith(".dist-info/METADATA"))).decode()
         )
-    names = _known_names(trees)
-    options = [one for source, function in SOURCES.items() for one in _options(trees[source], function, names)]
+        vllm = metadata["Name"] == "vllm"
+        if vllm:
+            from deploy import vllm_options  # which needs Option
+
+            options = list(vllm_options.read(wheel))
+        else:
+            options = _of_aphrodite(wheel)
     with path.open("rb") as stream:
         sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
     return Table(
@@ -181,8 +199,15 @@ def read_wheel(path: Path) -> Table:
         sha256=sha256,
         requires_python=metadata["Requires-Python"],
         requires=tuple(metadata.get_all("Requires-Dist", [])),
+        dotted=vllm,
         options=tuple(options),
     )
+
+
+def _of_aphrodite(wheel: zipfile.ZipFile) -> list[Option]:
+    trees = {name: ast.parse(wheel.read(name)) for name in (*SOURCES, *ENUMS, "aphrodite/quantization/__init__.py")}
+    names = _known_names(trees)
+    return [one for source, function in SOURCES.items() for one in _options(trees[source], function, names)]
 
 
 def _known_names(trees: Mapping[str, ast.Module]) -> dict[str, Value]:
@@ -282,10 +307,12 @@ def _choices(node: ast.expr, names: Mapping[str, Value]) -> Iterator[Value]:
 
 def render(table_: Table) -> str:
     """As it is committed: one option a line."""
-    head = table_.model_dump(mode="json", exclude={"options"})
+    head = table_.model_dump(mode="json", exclude={"options"}, exclude_defaults=True)
     rows = [json.dumps(one.model_dump(mode="json", exclude_defaults=True)) for one in table_.options]
     return json.dumps(head, indent=1)[:-2] + ',\n "options": [\n  ' + ",\n  ".join(rows) + "\n ]\n}\n"
 
 
 if __name__ == "__main__":
-    sys.stdout.write(render(read_wheel(Path(sys.argv[1]))))
+    from deploy import options as own  # vllm_options makes Options of that module, not of __main__
+
+    sys.stdout.write(own.render(own.read_wheel(Path(sys.argv[1]))))

@@ -15,7 +15,9 @@ import pytest
 from deploy import engine as engines
 from deploy import model, options, shards
 from deploy.model import Model
+from deploy.steps import environment
 from gracefarm.errors import ConfigError
+from tests.conftest import REPOSITORY
 
 NAME = "aphrodite-0.6.4.post1"
 
@@ -57,17 +59,104 @@ def test_the_table_knows_what_the_plan_rests_on() -> None:
     assert len(table.options) == len({flag for one in table.options for flag in one.flags if flag.startswith("--")}) - 1 == 108
 
 
+VLLM = "vllm-0.26.0"
+
+
+def test_real_command_lines_of_vllm_pass() -> None:
+    options.table(VLLM).check(
+        [
+            *("--tensor-parallel-size", "4", "-pp", "2", "--enable-chunked-prefill", "--no-enable-prefix-caching"),
+            *("--max_model_len", "8k", "--seed", "1", "--cpu-offload-gb", "3.5", "--distributed-executor-backend", "ray"),
+            *("--compilation-config", '{"level": 3}', "--compilation-config.level", "3", "--hf-overrides.rope_theta", "1"),
+            *("--max-log-len", "None", "--served-model-name", "a", "b", "--allowed-origins", '["*"]', "--quantization", "fp8"),
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--swap-space", "4"], "vllm 0.26.0 has no option --swap-space"),
+        (["--engine-use-ray"], "has no option"),
+        (["--enforce-eager", "true"], "has no option true"),
+        (["--no-seed"], "has no option --no-seed"),
+        (["--seed.a", "1"], "has no option --seed.a"),
+        (["--port", "x"], "not an integer"),
+        (["--max-num-seqs", "None"], "not an integer"),
+        (["--kv-cache-dtype", "fp9"], "none of its values"),
+        (["--override-generation-config", "{"], "not JSON"),
+        (["--seed"], "needs a value"),
+    ],
+)
+def test_what_vllm_would_refuse_is_refused(arguments: list[str], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        options.table(VLLM).check(arguments)
+
+
+def test_all_options_of_vllms_engine_are_in_its_table() -> None:
+    """Where vllm itself ran (docs/sets.md), its engine's parser had 270 long names, --help among them."""
+    made = options.table(VLLM).options
+    at = next(index for index, one in enumerate(made) if one.name == "model")
+    names = [flag for one in made[at:] for flag in one.flags if flag.startswith("--")]
+    assert len(names) == len(set(names)) == 269
+
+
+@pytest.mark.parametrize(("engine", "absent"), [(engines.APHRODITE, ["config"]), (engines.VLLM, [])])
+def test_every_option_that_is_refused_is_one_of_the_engine(engine: engines.Engine, absent: list[str]) -> None:
+    table = options.table(engine.table)
+    assert [one for one in engine.refused if table.find(f"--{one}") is None] == absent
+
+
+def test_vllms_table_is_of_the_wheel_that_its_set_has() -> None:
+    lock = (REPOSITORY / "sets/gh200-cu130/requirements.lock").read_text()
+    table = options.table(VLLM)
+    assert f"vllm=={table.version} --hash=sha256:{table.sha256}" in lock
+    assert f"# {table.wheel}\n" in lock
+
+
+@pytest.fixture(scope="module")
+def vllm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """300 MB from the Python index: the wheel of set gh200-cu130."""
+    return fetched(VLLM, "manylinux_2_28_aarch64", "3.11", tmp_path_factory.mktemp("vllm"))
+
+
+@pytest.mark.slow
+def test_vllms_committed_table_is_what_the_wheel_has(vllm: Path) -> None:
+    committed = (resources.files("deploy") / "data" / f"{VLLM}-options.json").read_text()
+    assert options.render(options.read_wheel(vllm)) == committed
+
+
+@pytest.mark.slow
+def test_vllms_wheel_has_the_modules_and_variables_that_deploy_names(vllm: Path) -> None:
+    with zipfile.ZipFile(vllm) as opened:
+        members = opened.namelist()
+        text = "\n".join(opened.read(one).decode() for one in ("vllm/envs.py", "vllm/distributed/utils.py"))
+        padding = opened.read("vllm/model_executor/layers/vocab_parallel_embedding.py").decode()
+    wanted = [one.module for one in environment.matrix("vllm").modules if one.module.startswith("vllm.")]
+    assert len(wanted) == 2
+    for module in wanted:
+        assert any(one.startswith(module.replace(".", "/") + ".") for one in members), module
+    one = engines.VLLM
+    for name in (one.host_variable, one.partition_variable, one.port_variable, one.timeout_variable, one.key_variable):
+        assert f'"{name}"' in text, name
+    assert f"DEFAULT_VOCAB_PADDING_SIZE = {one.vocab_multiple}\n" in padding
+
+
+def fetched(name: str, platform: str, python: str, folder: Path) -> Path:
+    """The wheel of a table, by its sha256."""
+    table, lock = options.table(name), folder / "lock"
+    lock.write_text(f"{table.distribution}=={table.version} --hash=sha256:{table.sha256}\n")
+    arguments = ["--no-deps", "--only-binary", ":all:", "--platform", platform, "--python-version", python]
+    command = [sys.executable, "-m", "pip", "download", "--quiet", *arguments, "--require-hashes", "-r", str(lock)]
+    subprocess.run([*command, "--dest", str(folder)], check=True, timeout=500)
+    (found,) = folder.glob("*.whl")
+    return found
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """200 MB from the Python index; pinned, so it is the same wheel for ever."""
-    table, tmp_path = options.table(NAME), tmp_path_factory.mktemp("wheel")
-    lock = tmp_path / "lock"
-    lock.write_text(f"{table.distribution}=={table.version} --hash=sha256:{table.sha256}\n")
-    arguments = ["--no-deps", "--only-binary", ":all:", "--platform", "manylinux1_x86_64", "--python-version", "3.8"]
-    command = [sys.executable, "-m", "pip", "download", "--quiet", *arguments, "--require-hashes", "-r", str(lock)]
-    subprocess.run([*command, "--dest", str(tmp_path)], check=True, timeout=500)
-    (found,) = tmp_path.glob("*.whl")
-    return found
+    return fetched(NAME, "manylinux1_x86_64", "3.8", tmp_path_factory.mktemp("wheel"))
 
 
 @pytest.mark.slow

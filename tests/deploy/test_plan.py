@@ -163,6 +163,27 @@ def test_vllm_has_its_own_words() -> None:
     assert sum(map(int, partition.split(","))) == 126
 
 
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ({"swap-space": 4}, "vllm 0.26.0 has no option --swap-space"),
+        ({"kv-cache-dtype": "fp9"}, "none of its values"),
+        ({"no-enable-chunked-prefill": True}, "the memory model rests on it"),
+        ({"uds": "/tmp/x"}, "instead of on the port"),
+        ({"data_parallel_size": 2}, "tensor and pipeline parallelism alone"),
+        ({"hf-token": "x"}, "a key in an argument list"),
+    ],
+)
+def test_an_option_that_vllm_does_not_have_or_must_not_be_given_is_refused(option: dict[str, object], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        made(8, engine="vllm", engine_options=option)
+
+
+def test_a_switch_of_vllm_is_said_both_ways() -> None:
+    serve = made(8, engine="vllm", engine_options={"enforce-eager": True, "enable-prefix-caching": False}).serve
+    assert serve[-2:] == ("--enforce-eager", "--no-enable-prefix-caching")
+
+
 def change(node: str, **update: object) -> Callable[[Facts], Facts]:
     def changed(facts: Facts) -> Facts:
         return Facts(nodes=tuple(one.model_copy(update=update) if one.name == node else one for one in facts.nodes))
