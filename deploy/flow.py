@@ -324,11 +324,15 @@ def _without_ours(cells: Sequence[Cell], looks: Looks) -> list[Cell]:
 def _preflight_spec(work: Work, looks: Looks) -> preflight.Spec:
     data, ports = work.deployment.data, work.deployment.data.ports
     running = any(ray.raylet(one) for one in looks.values())
-    wanted = (ports.ray, ports.object_manager, ports.node_manager, ports.agent, ports.metrics, ports.store, ports.engine_store)
+    of_ray = (ports.ray, ports.object_manager, ports.node_manager, ports.agent, ports.agent_grpc, ports.metrics)
+    # Workers take a thousand ports: what lets the ends and the middle through lets the others through.
+    workers = (ports.workers_from, (ports.workers_from + ports.workers_to) // 2, ports.workers_to)
+    wanted = tuple(dict.fromkeys((*of_ray, ports.runtime_env, *workers, ports.store, ports.engine_store)))
     return preflight.Spec(
         share=data.share,
         root=_root(work),
         ports=wanted,
+        loopback={work.deployment.head.name: (ports.dashboard,)},
         collective_port=ports.store,
         ours=(f"{paths.root(work.deployment)}/", *(("ray::",) if running else ())),
         rehearsal=data.options.rehearsal,

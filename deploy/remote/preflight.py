@@ -181,11 +181,15 @@ def space(path: str) -> Json | None:
 def pairs(request: Json) -> Json:
     """Listen on every needed port of the private address, connect to every peer's, read every peer's nonce.
 
-    `me`, `address`, `ports`, `peers` ([{name, address}]), `share`, `run`, `seconds` (how long to wait for the slowest peer).
+    `me`, `address`, `ports`, `loopback` (ports that must be free there alone), `peers` ([{name, address}]), `share`, `run`,
+    `seconds` (how long to wait for the slowest peer).
     All nodes run this at the same time; it ends when all peers have been heard and reached, or after `seconds`.
     """
     deadline = time.monotonic() + float(request["seconds"])
     listeners, taken = _listen(request["address"], request["ports"])
+    own, held = _listen("127.0.0.1", request["loopback"])
+    for one in own:
+        one.close()
     heard: set[str] = set()
     done = threading.Event()
     server = threading.Thread(target=_answer, args=(listeners, heard, done), daemon=True)
@@ -202,7 +206,7 @@ def pairs(request: Json) -> Json:
     for one in listeners:
         one.close()
     return {
-        "taken": taken,
+        "taken": taken | held,
         "reached": reached,
         "heard": sorted(heard),
         "nonces": _nonces(request, expected | {request["me"]}, deadline),

@@ -29,6 +29,8 @@ class Spec:
     ports: Sequence[int]
     "TCP ports that every node must have free and every other node must reach."
     collective_port: int
+    loopback: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    "Node to ports that it must have free on its loopback."
     ours: Sequence[str] = ()
     rehearsal: bool = False
     public: Mapping[str, str] = field(default_factory=dict)
@@ -63,6 +65,7 @@ async def run(targets: Sequence[Target], spec: Spec) -> list[Cell]:
             "me": node.name,
             "address": node.address,
             "ports": list(spec.ports),
+            "loopback": list(spec.loopback.get(node.name, ())),
             "peers": [{"name": one.name, "address": one.address} for one in there if one is not node],
             "share": spec.share,
             "run": name,

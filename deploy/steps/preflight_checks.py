@@ -16,6 +16,13 @@ SHM = 4 * GIB
 "Ray's object store and NCCL live in /dev/shm."
 NOFILE = 65536
 "Ray's own recommendation for the number of open files."
+NOFILE_LEAST = 2048
+"With fewer a raylet and its workers cannot hold their connections."
+NPROC = 8192
+"Threads of the user: a raylet starts a worker for each core, of some thirty threads each."
+NPROC_LEAST = 1024
+MEMLOCK = 1 << 30
+"Bytes that NCCL may pin, where it goes over InfiniBand: less, and the first all-reduce fails to register its memory."
 TOKENS = (2, 52)
 "The first Ray that asks for a token (RAY_AUTH_MODE). It listens on every address, whatever --node-ip-address says."
 SHUT = "let ssh alone in at the provider's firewall: `deploy tunnel` needs no more; or a set with a later Ray"
@@ -171,7 +178,7 @@ def judge(surveys: Mapping[str, Survey], pairs: Mapping[str, Pairs], expected: E
             _pages(node, one),
             _symbols(node, one),
             _shm(node, one.shm),
-            _limits(node, one.limits),
+            _limits(node, one.limits, one.cuda),
         ]
     return cells
 
@@ -427,11 +434,23 @@ def _shm(node: str, space: Space | None) -> Cell:
     return _cell("shm", node, "ok", text)
 
 
-def _limits(node: str, limits: Mapping[str, tuple[int, int]]) -> Cell:
-    """Ray raises its soft limit of open files to the hard one by itself."""
-    soft, hard = limits["nofile"]
-    best = max(soft, hard) if hard != -1 else -1
-    text = f"nofile {'unlimited' if best == -1 else best}"
-    if best != -1 and best < NOFILE:
-        return _cell("limits", node, "warn", text, f"raise it to {NOFILE} in /etc/security/limits.conf and log in again")
-    return _cell("limits", node, "ok", text)
+def _limits(node: str, limits: Mapping[str, tuple[int, int]], cuda: Cuda) -> Cell:
+    """The worst of open files, threads and locked memory. What Ray and the engine raise to the hard limit counts by that."""
+    rows = [("nofile", _most(limits["nofile"]), NOFILE_LEAST, NOFILE), ("nproc", _most(limits["nproc"]), NPROC_LEAST, NPROC)]
+    if cuda.gpus:
+        rows.append(("memlock", _most(limits["memlock"]), 0, MEMLOCK))
+    texts = [f"{name} {'unlimited' if have is None else have}" for name, have, _, _ in rows]
+    few = [(name, have, wanted) for name, have, least, wanted in rows if have is not None and have < least]
+    low = [(name, have, wanted) for name, have, _, wanted in rows if have is not None and have < wanted]
+    if few or low:
+        shown = few or low
+        text = ", ".join(f"{name} {have}" for name, have, _ in shown)
+        mend = " and ".join(f"{name} to {wanted}" for name, _, wanted in shown)
+        remedy = f"raise {mend} in /etc/security/limits.conf and log in again"
+        return _cell("limits", node, "bad" if few else "warn", text, remedy)
+    return _cell("limits", node, "ok", ", ".join(texts))
+
+
+def _most(limit: tuple[int, int]) -> int | None:
+    """What a process may raise it to; None: unlimited."""
+    return None if -1 in limit else max(limit)

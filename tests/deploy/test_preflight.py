@@ -8,10 +8,13 @@ import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
-from deploy import flow, inventory
+from deploy import flow, inventory, suppose
+from deploy import plan as planning
+from deploy.facts import NodeFacts
 from deploy.steps import preflight
 from deploy.steps.preflight_checks import GIB, Cell, Expected, Pairs, Survey, judge, open_door
 from deploy.worker import Target
@@ -32,6 +35,10 @@ ENVIRONMENT = {
 NODES = ("k0", "k1", "k2")
 
 
+def limits(**changes: list[int]) -> Json:
+    return {"nofile": [1024, 1048576], "memlock": [-1, -1], "nproc": [-1, -1], **changes}
+
+
 def survey(**changes: object) -> Json:
     good: Json = {
         "hostname": "node",
@@ -42,7 +49,7 @@ def survey(**changes: object) -> Json:
         "page": 65536,
         "glibcxx": "3.4.30",
         "shm": {"total": 200 * GIB, "free": 190 * GIB},
-        "limits": {"nofile": [1024, 1048576], "memlock": [-1, -1], "nproc": [-1, -1]},
+        "limits": limits(),
         "cuda": {"version": 12040, "gpus": [GPU]},
     }
     return {**good, **changes}
@@ -96,7 +103,12 @@ def test_good_nodes_have_no_red_cell_and_no_yellow_one() -> None:
         ("shm", {"shm": {"total": 64 << 20, "free": 64 << 20}}, "bad", "0.1 GiB free"),
         ("shm", {"shm": {"total": 8 * GIB, "free": 1 * GIB}}, "bad", "1.0 GiB free"),
         ("shm", {"shm": {"total": 2 * GIB, "free": 2 * GIB}}, "warn", "2.0 GiB free"),
-        ("limits", {"limits": {"nofile": [1024, 4096]}}, "warn", "nofile 4096"),
+        ("limits", {"limits": limits(nofile=[1024, 4096])}, "warn", "nofile 4096"),
+        ("limits", {"limits": limits(nofile=[512, 1024])}, "bad", "nofile 1024"),
+        ("limits", {"limits": limits(nproc=[500, 500])}, "bad", "nproc 500"),
+        ("limits", {"limits": limits(nproc=[4096, 4096])}, "warn", "nproc 4096"),
+        ("limits", {"limits": limits(memlock=[65536, 65536])}, "warn", "memlock 65536"),
+        ("limits", {"limits": limits(memlock=[65536, 65536], nproc=[500, 500])}, "bad", "nproc 500"),
         ("token", {"environment": {**ENVIRONMENT, "ray": "2.41.0"}}, "warn", "Ray 2.41.0 knows no token"),
     ],
 )
@@ -176,6 +188,45 @@ def test_a_port_that_a_cluster_of_ours_holds_is_no_foreign_one() -> None:
 def test_a_rehearsal_declares_its_gpus() -> None:
     cells = judged({"k1": survey(cuda={"absent": True})}, rehearsal=True)
     assert cells["cuda", "k1"].status == "skipped"
+
+
+def test_locked_memory_counts_only_where_nccl_is() -> None:
+    bare = survey(limits=limits(memlock=[65536, 65536]), cuda={"absent": True})
+    assert judged({"k1": bare}, rehearsal=True)["limits", "k1"].status == "ok"
+
+
+def test_every_port_of_rays_is_asked_and_the_ends_and_the_middle_of_its_workers(tmp_path: Path) -> None:
+    (tmp_path / "deploy.toml").write_text('share = "/s"\n[[node]]\naddress = "10.0.0.1"\n')
+    deployment = inventory.load(tmp_path / "deploy.toml")
+    spec = flow._preflight_spec(mock.Mock(deployment=deployment), {})
+    ports = deployment.data.ports.model_dump()
+    (argv,) = (planning._ray(deployment, one, deployment.head, 1, one) for one in [suppose_node(deployment)])
+    told = {int(argv[index + 1]) for index, word in enumerate(argv) if word.endswith("-port") or word == "--port"}
+    assert told - {ports["dashboard"]} <= set(spec.ports)
+    assert 20499 in spec.ports
+    assert spec.loopback == {"k0": (ports["dashboard"],)}
+    assert {ports["store"], ports["engine_store"]} <= set(spec.ports)
+
+
+def suppose_node(deployment: inventory.Deployment) -> NodeFacts:
+    deployment.folder.make()
+    return suppose.suppose(suppose.kind("gh200-96"), 1, deployment)[1].node("k0")
+
+
+def test_a_port_of_the_loopback_is_seen_too(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as dashboard:
+        port = int(dashboard.getsockname()[1])
+
+        async def go() -> list[Cell]:
+            async with kit.nodes(tmp_path, 1) as targets:
+                spec = preflight.Spec(
+                    share=None, root=None, ports=[], collective_port=1, rehearsal=True, loopback={"k0": [port]}, seconds=1
+                )
+                return await preflight.run(targets, spec)
+
+        cells = {one.check: one for one in asyncio.run(go())}
+    assert cells["ports"].status == "bad"
+    assert f"port {port} is held by" in cells["ports"].text
 
 
 def test_the_first_red_cell_is_the_error_and_the_others_are_counted() -> None:
