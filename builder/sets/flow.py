@@ -189,11 +189,12 @@ def _tell(built: Built, at: Served, settings: Settings, console: Console) -> Non
 def _incomplete(built: Built, at: Served, missing: Sequence[str]) -> PublishError:
     commands = [f"GRACEFARM_PYTHON_INDEX={index} index mirror {own} --set {at.name}" for index, own in built.own_locks.items()]
     commands.append(f"index mirror {built.lock} --set {at.name}")
+    name = built.plan.set.data.name
     shown = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
     return PublishError(
         f"{at.name} is staged at {at.base} and not published yet: it lacks {len(missing)} wheels ({shown})",
         remedy=f"on the index's machine: {'; '.join(commands)}; then the same command publishes it",
-        repeat=f"builder set build {built.plan.set.data.name} --stage {at.base}",
+        repeat=f"builder set build {name} --stage {at.base}" + (f" --as {at.name}" if at.name != name else ""),
     )
 
 

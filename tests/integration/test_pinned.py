@@ -9,7 +9,10 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 import tarfile
+import time
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -739,3 +742,34 @@ def test_torchs_own_cmake_files_find_cuda_12_4_for_the_target(farm: Farm) -> Non
     with zipfile.ZipFile(done.out.strip()) as opened:
         library = opened.read("tiny/_C.abi3.so")
     assert all(name in library for name in (b"libcudart.so.12", b"libcublas.so.12", b"libcuda.so.1"))
+
+
+def test_the_pages_lines_serve_an_index_that_takes_the_set_with_the_token_that_they_make(tmp_path: Path) -> None:
+    """docs/pinned.md as it is written, in a home of its own: host, token, serve; then the first step of a stage."""
+    page = (REPOSITORY / "docs/pinned.md").read_text().splitlines()
+    lines = [line.strip() for line in page if line.startswith("    .venv/bin/python -m index ")]
+    host, token, serve = (re.sub(r"^\.venv/bin/python", sys.executable, line) for line in lines)
+    environment = projects.environment({"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache")})
+    environment.pop("GRACEFARM_HOME", None)
+    ask = {"cwd": REPOSITORY, "env": environment, "capture_output": True, "text": True, "timeout": 120, "check": True}
+    subprocess.run(["bash", "-euc", host], **ask)  # type: ignore[call-overload]
+    secret = subprocess.run(["bash", "-euc", token], **ask).stdout.split()[-1]  # type: ignore[call-overload]
+    port = tmp_path / "port"
+    line = serve.partition(" &")[0].replace("--port 8080", f"--port 0 --port-file {port}")
+    assert line != serve
+    server = subprocess.Popen(["bash", "-euc", f"exec {line}"], cwd=REPOSITORY, env=environment, stdout=subprocess.DEVNULL)
+    try:
+        for _ in range(600):
+            if port.exists():
+                break
+            assert server.poll() is None
+            time.sleep(0.1)
+        url = f"http://127.0.0.1:{port.read_text().strip()}/stage/gh200-cu124"
+        expect = {"expect": ["triton==3.2.0+git755d4164 cp311 aarch64"]}
+        assert httpx.put(url, json=expect, auth=("__token__", "gf_wrong"), timeout=60).status_code in (401, 403)
+        answer = httpx.put(url, json=expect, auth=("__token__", secret), timeout=60)
+        assert answer.is_success, answer.text
+        assert answer.json()["missing"] == ["triton==3.2.0+git755d4164 cp311 aarch64"]
+    finally:
+        server.terminate()
+        server.wait(30)
