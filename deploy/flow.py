@@ -227,6 +227,8 @@ async def up(work: Work, choice: Choice | None = None) -> bool:
     changed = (
         await _side_by_side(work, {name: step(work, looks) for name, step in together if name not in chosen.skip}) or changed
     )
+    if "cache" not in chosen.skip:
+        changed = await _measure(work) or changed
     if "proof" not in chosen.skip:
         changed = await _proof(work, looks) or changed
     return changed
@@ -398,9 +400,29 @@ async def _cache(work: Work, looks: Looks) -> bool:
         on = [one for one in rows if one.outcome != "skipped"]
         parts = [f"{len(on)} of {len(rows)} nodes: {on[0].text}"] if on else []
         parts += [f"skipped: {reason}" for reason in reasons]
-        return Done(text="; ".join(parts), data={"fsc": {one.node: one.outcome != "skipped" for one in rows}}, skipped=not on)
+        speeds = {one.node: {"cold": one.cold, "warm": one.warm} for one in on if one.cold is not None}
+        data = {"fsc": {one.node: one.outcome != "skipped" for one in rows}, "measured": speeds}
+        return Done(text="; ".join(parts), data=data, skipped=not on)
 
     return await perform(work, "cache", digest("cache", share, work.pairs), check, apply)
+
+
+async def _measure(work: Work) -> bool:
+    """The cache, once there are weights to measure it with: it is switched on while the share is empty."""
+    record = work.keeper.state.steps.get("cache")
+    if record is None or record.outcome != "done" or not work.keeper.state.data("weights"):
+        return False
+    known = record.data.get("measured", {})
+    left = [one for one in work.nodes if record.data["fsc"].get(one.name) and one.name not in known]
+    found = await cache.measure(left, paths.share(work.deployment)) if left else {}
+    found = {node: one for node, one in found.items() if one["path"]}
+    if not found:
+        return False
+    work.keeper.begin("cache", record.digest)
+    work.keeper.end("cache", "done", record.text, {**record.data, "measured": {**known, **found}})
+    for node, one in found.items():
+        work.console.step("cache", f"{node}: measured{cache.told(one).replace(';', ':', 1)}")
+    return True
 
 
 # environment

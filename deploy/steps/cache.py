@@ -88,6 +88,12 @@ async def _node(node: Target, share: str, console: Console, sample: int) -> Row:
     )
 
 
+async def measure(targets: Sequence[Target], share: str, *, sample: int = SAMPLE) -> dict[str, Json]:
+    """One cold and one warm read on every node at once, of the largest file that is there; a node that fails is left out."""
+    good, _bad = await try_all(targets, lambda node: call(node, "cache.measure", {"share": share, "bytes": sample}))
+    return {node: {key: one.get(key) for key in ("path", "cold", "warm")} for node, one in good.items()}
+
+
 def why_not(found: Json) -> str | None:
     """Why a node cannot have the cache, from `cache.inspect`; None: it can, or has it."""
     kind = found["kind"]
@@ -114,7 +120,7 @@ def difference(old: str, new: str) -> str:
 def told(speed: Json) -> str:
     """The measurement for people."""
     if not speed.get("path"):
-        return "; nothing is there yet to measure with"
+        return "; it is measured when the weights are there"
     if speed.get("cold") is None or speed.get("warm") is None:
         return "; not measured: dropping the page cache needs root"
     return f"; {speed['cold'] / 1e6:.0f} MB/s cold, {speed['warm'] / 1e6:.0f} MB/s from the cache on disk"

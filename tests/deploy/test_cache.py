@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 
+from deploy import flow, state
 from deploy.remote import cache as remote
 from deploy.remote.wire import WorkerError
 from deploy.steps import cache
 from deploy.worker import Done, Target
 from gracefarm.console import Console
 from gracefarm.errors import SshError
+from tests.deploy.test_flow import with_work
 
 Json = dict[str, Any]
 FSTAB = """\
@@ -211,4 +213,41 @@ def test_the_share_of_this_machine_is_looked_at_and_measured(tmp_path: Path, mon
     assert cache.told(speed) == "; not measured: dropping the page cache needs root"
     (tmp_path / "empty").mkdir()
     none = remote.measure({"share": str(tmp_path / "empty"), "bytes": 1})
-    assert cache.told(none) == "; nothing is there yet to measure with"
+    assert cache.told(none) == "; it is measured when the weights are there"
+
+
+def test_it_is_measured_once_when_the_weights_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The share is empty when the cache is switched on; on a share that is full, or cached since before, too."""
+
+    class Empty(Pretend):
+        full = False
+
+        def measure(self, request: Json) -> Json:
+            return super().measure(request) if self.full else {"path": None}
+
+    new, before, never = Empty(NFS), Empty({**NFS, "fsc": True}), Empty({**NFS, "kind": "ext4", "fsc": None})
+    nodes = [Target(name=f"k{n}", address="", gpus=1, shell=one) for n, one in enumerate((new, before, never))]
+    monkeypatch.setattr(flow, "targets", lambda *_: nodes)
+
+    async def go(work: flow.Work) -> None:
+        await flow._cache(work, {})
+        assert not await flow._measure(work)
+        work.keeper.begin("weights", "w")
+        work.keeper.end("weights", "done", "", {"folder": "/x"})
+        assert not await flow._measure(work)  # nothing was found to read; it is tried again
+        for one in (new, before, never):
+            one.full = True
+            one.calls.clear()
+        assert await flow._measure(work)
+        assert not await flow._measure(work)
+        assert [one.calls for one in (new, before, never)] == [["measure"], ["measure"], []]
+        speed = {"path": "/x", "cold": 100e6, "warm": 2000e6}
+        assert work.keeper.state.data("cache")["measured"] == {"k0": speed, "k1": speed}
+        assert work.keeper.state.steps["cache"].digest == inputs
+
+        again = work.keeper.state.steps["cache"]
+        assert not await flow._cache(work, {"k0": {"share": {"fsc": True}}})
+        assert work.keeper.state.steps["cache"] == again
+
+    inputs = state.digest("cache", "/srv/share", [(one.name, one.address, one.gpus) for one in nodes])
+    with_work(tmp_path, go, share="/srv/share")
