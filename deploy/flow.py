@@ -12,6 +12,7 @@ import ipaddress
 import json
 import netrc
 import os
+import re
 import secrets
 import shlex
 import socket
@@ -24,7 +25,7 @@ from typing import Any
 
 from deploy import engine as engines
 from deploy import model as models
-from deploy import paths
+from deploy import options, paths
 from deploy import plan as planning
 from deploy.facts import Facts
 from deploy.inventory import Deployment, Node
@@ -477,15 +478,32 @@ def _fetch_lock(index: str, name: str, path: Path, console: Console) -> str:
 
 def _environment_spec(work: Work) -> environment.Spec:
     data = work.deployment.data
+    lock = lock_text(work.deployment, work.console)
+    _require_engine(work.deployment, lock)
     return environment.Spec(
         root=_root(work),
-        lock=lock_text(work.deployment, work.console),
+        lock=lock,
         index=data.index,
         source=data.python,
         mirror=data.python_mirror,
         engine=work.deployment.matrix,
         set_name=data.set,
     )
+
+
+def _require_engine(deployment: Deployment, lock: str) -> None:
+    """The lock has the engine and Ray; a rehearsal's has a stand-in under another name. Raises ConfigError."""
+    data = deployment.data
+    if data.options.rehearsal:
+        return
+    names = {re.sub(r"[-_.]+", "-", one).lower() for one in re.findall(r"^([A-Za-z0-9][A-Za-z0-9._-]*)==", lock, re.MULTILINE)}
+    wanted = (options.table(engines.engine(data.engine).table).distribution, "ray")
+    missing = [one for one in wanted if one not in names]
+    if missing:
+        raise ConfigError(
+            f"the lock of the set {data.set} has no {' and no '.join(missing)}, and the engine is to be {data.engine}",
+            remedy='engine and set go together: aphrodite with set = "gh200-cu124", vllm with set = "gh200-cu130"',
+        )
 
 
 def _environment_inputs(work: Work, spec: environment.Spec) -> str:

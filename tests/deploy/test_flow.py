@@ -33,6 +33,7 @@ from deploy.worker import Target
 from gracefarm import settings
 from gracefarm.console import Console
 from gracefarm.errors import ConfigError, FetchError, HostError, InstallError, NodeError, UsageError
+from tests.conftest import REPOSITORY
 from tests.deploy import kit
 
 
@@ -171,7 +172,8 @@ def test_both_environments_stand_on_the_python_that_deploy_toml_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: dict[str, str]
 ) -> None:
     """By default on one that they bring: Ubuntu 22.04 and 24.04 have no Python 3.11."""
-    (tmp_path / "gh200-cu124.lock").write_text("a==1 --hash=sha256:" + "0" * 64)
+    lock = (REPOSITORY / "stacks/cu124/requirements.lock").read_text()
+    (tmp_path / "gh200-cu124.lock").write_text(f"{lock}aphrodite-engine==1 --hash=sha256:{'0' * 64}\n")
     asked: list[tuple[str, str, str | None]] = []
 
     async def up(_nodes: object, spec: environment.Spec, *_more: object) -> environment.Outcome:
@@ -187,6 +189,24 @@ def test_both_environments_stand_on_the_python_that_deploy_toml_names(
     with_work(tmp_path, go, share="/srv/share", **data)
     source, mirror = data.get("python", "managed"), data.get("python_mirror")
     assert asked == [("env", source, mirror), ("download", source, mirror)]
+
+
+def test_a_set_without_the_engine_is_refused_before_anything_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`engine = "vllm"` with the other engine's set would be found out by an import, when the environment is built."""
+    (tmp_path / "gh200-cu124.lock").write_text((REPOSITORY / "stacks/cu124/requirements.lock").read_text())
+    (tmp_path / "gh200-cu130.lock").write_text((REPOSITORY / "sets/gh200-cu130/requirements.lock").read_text())
+    monkeypatch.setattr(environment, "up", pytest.fail)
+
+    async def refused(work: Work) -> None:
+        with pytest.raises(ConfigError, match="gh200-cu124 has no vllm, and the engine is to be vllm") as error:
+            await flow._environment(work, {})
+        assert 'set = "gh200-cu130"' in error.value.remedy
+
+    async def taken(work: Work) -> None:
+        assert flow._environment_spec(work).engine == "vllm"
+
+    with_work(tmp_path, refused, engine="vllm", share="/srv/share")
+    with_work(tmp_path, taken, engine="vllm", set="gh200-cu130", share="/srv/share")
 
 
 def test_the_sets_lock_comes_from_its_index_once(tmp_path: Path) -> None:

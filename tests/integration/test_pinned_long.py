@@ -88,6 +88,7 @@ def test_the_run_time_environment_of_the_three_installs_by_hash_and_imports(farm
         lock.write(f"{line}\n")
     modules = ["torch", "transformers", "torchvision", "fastapi", "uvicorn", "tokenizers", "sentencepiece", "gguf", "ray"]
     modules += ["lmformatenforcer", "mistral_common", "librosa", "msgspec", "numba", "openai", "pandas", "prometheus_client"]
+    modules += ["ray.dashboard.optional_deps"]  # which `ray start --include-dashboard true` asks for
     farm.recipe(
         "tiny",
         projects.backend("return wheel(wheel_directory)"),
