@@ -34,6 +34,8 @@ def ensure(machine: Machine, settings: Settings, tick: Tick = no_tick) -> Path:
     final = environment_place(machine, settings)
     with lock(final.with_name(f"{final.name}.lock"), lambda: tick(0, None, "another process assembles this")):
         if (final / _WHOLE).is_file():
+            if machine.locked:  # as environment.ensure does: another stack may have assembled the same wheels
+                environment.check_torch(machine.base, toolchain.site_packages(final, machine.interpreter.minor))
             return final
         remove_tree(final)
         final.parent.mkdir(parents=True, exist_ok=True)

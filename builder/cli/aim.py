@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ from builder import container, recipe, stack
 from builder import plan as planning
 from builder.machine import Wanted, find
 from builder.plan import Contained, Plan
-from builder.record import Record
 from builder.stack import Arch
 from gracefarm.errors import UsageError
 from gracefarm.settings import Settings
@@ -76,19 +76,22 @@ def plan_of(name: str, stack_name: str | None, target: str, settings: Settings, 
     return planning.make_here(loaded, find(base, on, cuda=loaded.data.build.cuda))
 
 
-def as_built(built: Record, own: Path | None, python: Path | None, cuda: Path | None) -> Wanted | Contained | None:
-    """The toolchain of an earlier build, as `wanted` has it.
+def as_built(
+    inputs: Mapping[str, object], own: Path | None, python: Path | None, cuda: Path | None
+) -> Wanted | Contained | None:
+    """The toolchain of an earlier build with these inputs, as `wanted` has it.
 
     Raises:
-        UsageError: it stood on an environment of somebody's own, whose place no record holds, or options do not go together.
+        UsageError: it stood on an environment of somebody's own, whose place no input is, or options do not go together.
     """
-    said = built.inputs.get("toolchain")
+    said = inputs.get("toolchain")
+    kind = str(said["kind"]) if isinstance(said, dict) else "sandbox"
     if own is None and isinstance(said, dict) and "distributions" in said:
         raise UsageError(
-            f"the last build of {built.recipe} stood on an environment of your own, and no record holds where that is",
+            "that build stood on an environment of somebody's own, and nothing says where that is",
             remedy="say it: --environment PATH",
         )
-    return wanted(built.toolchain, own, python, cuda)
+    return wanted(kind, own, python, cuda)
 
 
 def target_here(context: click.Context, target: str, on: Wanted | Contained | None) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -80,11 +82,30 @@ def _rebuild(wheel: Path, jobs: int | None, settings: Settings, console: Console
         )
 
 
+def _refuse_unsealed(inputs: Mapping[str, Any], wheel: Path) -> None:
+    """In the sandbox every build has the folder /build. Elsewhere the folder's own path stands in the objects.
+
+    Raises:
+        UsageError: the wheel was built elsewhere, and in another folder it would differ without anything to find out.
+    """
+    kind = inputs.get("toolchain", {}).get("kind")
+    why = {
+        "host": "with a machine's own tools: the path of its build folder stands in its objects (debug lines, __FILE__)",
+        "container": "in a container, whose compilers are the image's and whose network was not watched",
+    }
+    if kind in why:
+        raise UsageError(
+            f"{wheel.name} was built {why[kind]}, so that a build in another folder shows nothing",
+            remedy="build it in the sandbox, whose wheels `--rebuild` compares; the other checks hold for this one too",
+        )
+
+
 def _plan_of(inside: object, wheel: Path, settings: Settings) -> Plan:
     """The plan of a wheel, which this project must still have as it was."""
     from builder.verify import Inside
 
     assert isinstance(inside, Inside)
+    _refuse_unsealed(inside.inputs, wheel)
     loaded = recipe.load(settings.project / "recipes", inside.inputs["recipe"]["name"])
     for name in stack.names(settings.project / "stacks"):
         base = stack.load(settings.project / "stacks", name)

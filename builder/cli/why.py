@@ -45,7 +45,7 @@ def why(name: str, ids: tuple[str, ...], own: Path | None, python: Path | None, 
             old.stack.removesuffix(SUFFIX),
             str(old.inputs["target"]),
             settings,
-            as_built(old, own, python, cuda),
+            as_built(old.inputs, own, python, cuda),
         )
         new_id, inputs = made.build_id, json.loads(json.dumps(made.inputs))  # as a record has them: no tuples
     found = list(explaining.changes(old.inputs, inputs))

@@ -17,12 +17,12 @@ from pathlib import Path
 import pytest
 import uv
 
-from builder import environment, gaps, hosted, machine, plain, sandbox, smoke, stack
+from builder import environment, gaps, hosted, machine, plain, sandbox, smoke, stack, toolchain
 from builder.audit import elf
 from builder.cli import cli
 from builder.cli.aim import plan_of
 from builder.stack import host_arch
-from gracefarm.errors import GracefarmError, SmokeError
+from gracefarm.errors import GracefarmError, RootError, SmokeError
 from tests import projects
 from tests.conftest import Farm, new_farm
 from tests.integration.test_build import record_of, start
@@ -147,6 +147,23 @@ def test_why_plans_with_the_tools_that_the_last_build_had(built: Built, own: Pat
     place.write_text(text)
     assert "changed recipe.requires.numpy: nothing > numpy<2" in changed.said, changed.said
     assert changed.said.count("changed ") == 1, changed.said
+
+
+def test_trap_3_a_clean_environment_that_is_there_already_is_asked_about_its_torch_again(farm: Farm) -> None:
+    base = stack.load(farm.settings.project / "stacks", "cu130")
+    here = machine.find(base, machine.Wanted(python=Path(python311())), cuda=False)
+    place = hosted.environment_place(here, farm.settings)
+    (torch := toolchain.site_packages(place, "3.11") / "torch").mkdir(parents=True)
+    (torch / "version.py").write_text("cuda = None\n")
+    (place / "complete").touch()
+    with pytest.raises(RootError, match=r"built for CUDA None, the stack wants 13\.0"):
+        hosted.ensure(here, farm.settings)
+
+
+def test_a_rebuild_is_refused_with_the_reason_before_anything_is_built(built: Built) -> None:
+    done = built.farm.run("verify", "tiny_c", "--rebuild")
+    assert (done.code, "the path of its build folder stands in its objects" in done.said) == (2, True), done.said
+    assert "building it once more" not in done.said
 
 
 def test_a_digest_that_an_environment_of_ones_own_does_not_need_is_no_gap(farm: Farm, own: Path) -> None:
