@@ -721,10 +721,12 @@ async def scan(fleet_: Fleet, node: Node) -> list[tuple[str, asyncssh.SSHKey]]:
                 if key:
                     found.append((entry_name(host, port), key))
             options = fleet_._options(node)
+            tunnel = tunnel or options.tunnel or ()  # ProxyJump of ~/.ssh/config stands under the name, not the address
             key = await asyncssh.get_server_host_key(
                 options.host,
                 options.port,
                 tunnel=tunnel,
+                config=fleet_._config,
                 server_host_key_algs=list(ALGORITHMS),
             )
     except (OSError, asyncssh.Error, ValueError) as error:  # ValueError: a key or a configuration that cannot be read
