@@ -1,8 +1,8 @@
 """What `deploy up`, `serve` and `down` do, in order: look at every node once, do what is missing, remember what was done.
 
 A step that the state calls done is done again only when what it depends on has changed, or when the look denies it.
-What runs on the nodes while a step is at work survives this process: environments and weights go on behind a lock on the
-shared folder, Ray and the engine are detached jobs; the same command finds them again.
+What runs long on the nodes survives this process and every cut: builds of environments, downloads, Ray and the engine are
+detached jobs with the deployment's mark; the same command finds them again, and `down` ends them.
 """
 
 from __future__ import annotations
@@ -755,14 +755,14 @@ async def down(work: Work, *, keep_ray: bool = False) -> dict[str, int]:
         bad |= failed
 
     async def note(node: Node, job: str) -> None:
-        """So that it counts as stopped."""
+        """So that it counts as stopped, and that no stdin of a start that was cut off is left there."""
         try:
             await work.fleet.stop_job(node, job, grace=1)
         except GracefarmError as error:
             bad.setdefault(node.name, error)
 
     jobs = [(work.deployment.head, paths.ENGINE_JOB)]
-    jobs += [] if keep_ray else [(node, paths.RAY_JOB) for node in work.deployment.nodes]
+    jobs += [] if keep_ray else [(node, job) for node in work.deployment.nodes for job in (paths.RAY_JOB, weights.JOB)]
     await asyncio.gather(*(note(node, job) for node, job in jobs if node.name not in bad))
     work.keeper.forget("engine", *(() if keep_ray else ("ray",)))
     if bad:

@@ -144,6 +144,11 @@ class Fleet:
         self._slots: dict[str, asyncio.Semaphore] = {}
         self._users: dict[str, str] = {}
 
+    @property
+    def patience(self) -> float:
+        """Seconds for which a node may be out of reach until what it does for us counts as lost."""
+        return 30 * self._timeout
+
     # connections
 
     async def connect(self, nodes: Sequence[Node | str] | None = None) -> dict[str, GracefarmError | None]:

@@ -34,6 +34,21 @@ class FleetShell:
             raise HostError(cause, remedy="repeat the command")
         return Done(code=result.returncode, stderr=result.stderr)
 
+    async def start(self, job: str, command: str, *, stdin: bytes) -> bool:
+        """Detached, in the node's folder, with this deployment's mark."""
+        return await self.fleet.start_job(self.node, job, command, input=stdin)
+
+    async def follow(self, job: str, on_line: Callable[[str], None]) -> Done:
+        """Its log to the end. What was killed has no exit code of its own: -1."""
+        status = await self.fleet.follow_job(self.node, job, on_line, patience=self.fleet.patience)
+        if status.returncode is None:
+            return Done(code=-1, stderr="it was stopped" if status.state == "stopped" else "it was killed")
+        return Done(code=status.returncode, stderr="")
+
+    async def at_work(self, job: str) -> bool:
+        """A look at its process."""
+        return (await self.fleet.job_status(self.node, job)).state == "running"
+
 
 def targets(fleet: Fleet, facts: Facts | None = None, nodes: Sequence[Node] | None = None) -> list[Target]:
     """Nodes to call into; without facts their private address is the one that ssh reaches, and GPUs are deploy.toml's."""

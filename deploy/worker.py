@@ -8,7 +8,7 @@ import json
 import shlex
 import zipfile
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
 from typing import Any, Protocol, TypeVar
@@ -50,7 +50,19 @@ class Shell(Protocol):
     """A way to run commands on one node. Implementations hold the connection; they raise HostError when there is none."""
 
     async def stream(self, command: str, *, stdin: bytes, on_line: Callable[[str], None]) -> Done:
-        """Run `command` with `stdin`, hand each line of its stdout to `on_line`."""
+        """Run `command` with `stdin`, hand each line of its stdout to `on_line`; it ends with the connection."""
+        ...
+
+    async def start(self, job: str, command: str, *, stdin: bytes) -> bool:
+        """Start `command` so that it outlives the connection and this process; False: a job of this name is at work."""
+        ...
+
+    async def follow(self, job: str, on_line: Callable[[str], None]) -> Done:
+        """Hand on each line that a job says, from its first one, until it ends; a cut is mended."""
+        ...
+
+    async def at_work(self, job: str) -> bool:
+        """A job of this name runs there."""
         ...
 
 
@@ -84,41 +96,65 @@ async def call(
     *,
     python: str = "python3",
     on_event: OnEvent = lambda _event: None,
+    job: str | None = None,
 ) -> Json:
     """`module.function` of deploy.remote on `node`, run by its `python`; events come as they are said.
 
+    `job`: its name there, where it is long and must not end with the connection; what an earlier command left at work under
+    this name comes first.
     Raises:
         GracefarmError: what the worker refused, named by its class; HostError when it ended without an answer.
     """
-    answer: Json = {}
-
-    def line(text: str) -> None:
-        try:
-            said = json.loads(text)
-        except ValueError:
-            return  # a library that prints
-        if not isinstance(said, dict):
-            return
-        if "event" in said:
-            on_event(said)
-        else:
-            answer.update(said)
-
+    heard = _Heard(on_event)
     packed = archive()
     request = json.dumps({"call": function, "arguments": arguments}).encode()
-    done = await node.shell.stream(
-        f"{shlex.quote(python)} -c {shlex.quote(_BOOT)}", stdin=b"%d\n" % len(packed) + packed + request, on_line=line
-    )
-    if "result" in answer:
-        return dict(answer["result"])
-    if "failed" in answer:
-        raise refusal(node.name, answer["failed"])
-    last = (done.stderr.strip().splitlines() or [f"exit code {done.code}"])[-1]
+    command, stdin = f"{shlex.quote(python)} -c {shlex.quote(_BOOT)}", b"%d\n" % len(packed) + packed + request
+    if job is None:
+        done = await node.shell.stream(command, stdin=stdin, on_line=heard)
+    else:
+        while not await node.shell.start(job, command, stdin=stdin):
+            await settle(node, job, on_event)
+        done = await node.shell.follow(job, heard)
+    if "result" in heard.answer:
+        return dict(heard.answer["result"])
+    if "failed" in heard.answer:
+        raise refusal(node.name, heard.answer["failed"])
+    last = (done.stderr.strip().splitlines() or [heard.last or f"exit code {done.code}"])[-1]
     if done.code == 127 or "not found" in last:
         raise HostError(f"{node.name}: {last}", remedy=f"install {python} on this node")
     raise HostError(
         f"{node.name}: {function} ended without an answer: {last}", remedy="repeat the command; it goes on from what is done"
     )
+
+
+async def settle(node: Target, job: str, on_event: OnEvent = lambda _event: None) -> None:
+    """Follow to its end what an earlier command, which was killed or cut off, has left at work; its answer is nobody's."""
+    if await node.shell.at_work(job):
+        on_event({"event": "wait", "owner": "of an earlier command"})
+        await node.shell.follow(job, _Heard(on_event))
+
+
+@dataclass
+class _Heard:
+    """The lines of a worker."""
+
+    on_event: OnEvent
+    answer: Json = field(default_factory=dict)
+    last: str = ""
+    "What was said beside it, by a library that prints or by Python when it gave up."
+
+    def __call__(self, text: str) -> None:
+        try:
+            said = json.loads(text)
+        except ValueError:
+            self.last = text.strip() or self.last
+            return
+        if not isinstance(said, dict):
+            return
+        if "event" in said:
+            self.on_event(said)
+        else:
+            self.answer.update(said)
 
 
 def refusal(node: str, failed: Mapping[str, str]) -> GracefarmError:

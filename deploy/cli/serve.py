@@ -152,7 +152,10 @@ def ask(key: Path, port: int) -> str:
 @json_option
 @pass_context
 def down(context: Context, keep_ray: bool, no_wait: bool) -> None:
-    """End the engine and Ray on every node, and look that nothing of ours is left running; tunnels on this machine too."""
+    """End the engine, Ray, builds and downloads on every node, and look that nothing of ours is left; tunnels here too.
+
+    A node that is away keeps nothing running on the others; it is told at the end.
+    """
     with held(context, no_wait=no_wait) as keeper:
         try:
             ended = at_work(context, keeper, lambda work: flow.down(work, keep_ray=keep_ray))

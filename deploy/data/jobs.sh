@@ -135,6 +135,7 @@ stop() {
         sleep 0.2
         ticks=$((ticks + 1))
     done
+    rm -f "$d/input" # a start that was cut off may have left it
     [ ! -f "$d/pid" ] || echo stopped >"$d/exit"
     # shellcheck disable=SC2086
     [ -z "$left" ] || echo $left

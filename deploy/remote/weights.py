@@ -9,13 +9,13 @@ Nodes speak over the shared folder alone, so that a cut connection to the one wh
 
 from __future__ import annotations
 
-import concurrent.futures
 import errno
 import hashlib
 import os
 import shutil
 import threading
 import time
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +26,12 @@ Json = dict[str, Any]
 CHUNK = 1 << 22
 POLL = 0.2
 PULSE = 2.0
-PATIENCE = 120.0
-"Seconds without a sign of the neighbour after which its verifier stops waiting for it."
 
 
 def manifest(request: Json) -> Json:
     """The repository at a revision: commit, and path, size and digest of each file. Run by the download environment's Python.
 
-    `repo`, `revision`, `endpoint`, `token_file`. Asks for access to the content too, before anything is downloaded.
+    `repo`, `revision`, `endpoint`, `token`. Asks for access to the content too, before anything is downloaded.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
@@ -69,7 +67,7 @@ def explain(error: Exception, request: Json) -> WorkerError:
 
     repo = request["repo"]
     place = f"{(request['endpoint'] or 'https://huggingface.co').rstrip('/')}/{repo}"
-    has_token = bool(request.get("token_file"))
+    has_token = bool(request.get("token"))
     if isinstance(error, errors.GatedRepoError):
         if not has_token:
             return WorkerError(
@@ -124,7 +122,8 @@ def prepare(request: Json) -> Json:
 def fetch(request: Json) -> Json:
     """Download `files`, verify `verify` (files of others); run by the download environment's Python.
 
-    `me`, `final`, `staging`, `nonce`, `repo`, `commit`, `endpoint`, `token_file`, `workers`;
+    `me`, `final`, `staging`, `nonce`, `repo`, `commit`, `endpoint`, `token`, `workers`, `patience` (seconds without a sign of
+    a neighbour after which its verifier stops waiting for it);
     `files`: [{path, size, sha256, git}], `verify`: the same with `node`, who stages it.
     """
     final, staging = Path(request["final"]), Path(request["staging"])
@@ -170,29 +169,36 @@ def _same_share(staging: Path, nonce: str) -> None:
 
 
 def _download_all(request: Json, final: Path, mine: Path) -> None:
-    """All files, several at a time, largest first; the first refusal ends the round (a gated file stays gated)."""
+    """All files, several at a time, largest first; the first refusal ends the round (a gated file stays gated).
+
+    The threads are daemons: when this process is told to end, it waits for none of them and begins no further file.
+    """
     part, ready = mine / "part", mine / "ready"
     shutil.rmtree(part, ignore_errors=True)  # huggingface_hub >= 1 resumes no partial file, and ours are whole or nothing
     part.mkdir(parents=True)
-    failed = threading.Event()
+    waiting = deque(sorted(request["files"], key=lambda file: -int(file["size"])))
+    problems: list[Exception] = []
 
-    def one(file: Json) -> None:
-        if failed.is_set() or _has(final / file["path"], file) or _has(ready / file["path"], file):
-            return
-        try:
-            _download(request, file, part, ready)
-        except Exception:
-            failed.set()
-            raise
+    def work() -> None:
+        while not problems:
+            try:
+                file = waiting.popleft()
+            except IndexError:
+                return
+            if _has(final / file["path"], file) or _has(ready / file["path"], file):
+                continue
+            try:
+                _download(request, file, part, ready)
+            except Exception as error:  # noqa: BLE001 - told below, in the thread that answers
+                problems.append(error)
 
-    with concurrent.futures.ThreadPoolExecutor(request["workers"]) as pool:
-        futures = [pool.submit(one, file) for file in sorted(request["files"], key=lambda file: -int(file["size"]))]
-        for future in concurrent.futures.as_completed(futures):
-            error = future.exception()
-            if isinstance(error, WorkerError):
-                raise error
-            if isinstance(error, Exception):
-                raise explain(error, request) from error
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(request["workers"])]
+    for one in threads:
+        one.start()
+    for one in threads:
+        one.join()
+    if problems:
+        raise explain(problems[0], request) from problems[0]
     shutil.rmtree(part, ignore_errors=True)
 
 
@@ -227,6 +233,7 @@ class _Verifier(threading.Thread):
         self.missing: list[str] = []
         self.verified: list[str] = []
         self._final, self._staging, self._nonce = final, staging, request["nonce"]
+        self._patience = float(request["patience"])
         self._waiting: list[Json] = list(request["verify"])
         self._seen: dict[str, tuple[object, float]] = {}
 
@@ -266,7 +273,7 @@ class _Verifier(threading.Thread):
         return True
 
     def _is_over(self, node: str) -> bool:
-        """The node said that it ended this round, or has given no sign for PATIENCE by our own clock."""
+        """The node said that it ended this round, or has given no sign for `patience` by our own clock."""
         folder = self._staging / node
         if _read(folder / "end") == self._nonce:
             return True
@@ -275,7 +282,7 @@ class _Verifier(threading.Thread):
         if last is None or last[0] != sign:
             self._seen[node] = (sign, time.monotonic())
             return False
-        return time.monotonic() - last[1] > PATIENCE
+        return time.monotonic() - last[1] > self._patience
 
 
 def _digest(path: Path, file: Json) -> bool:
@@ -329,37 +336,9 @@ def finish(request: Json) -> Json:
     return {}
 
 
-def keep_token(request: Json) -> Json:
-    """Write a secret into a file that only this user reads, on this node's own disk or memory; returns its path."""
-    from deploy.remote import mounts
-
-    table = mounts.parse_mounts(Path("/proc/mounts").read_text())
-    for place in (os.environ.get("XDG_RUNTIME_DIR", ""), f"/run/user/{os.getuid()}", "/dev/shm", "/tmp"):  # noqa: S108
-        if not place or not os.access(place, os.W_OK):
-            continue
-        mount = mounts.mount_of(os.path.realpath(place), table)
-        if mount is None or mount.network:
-            continue
-        path = Path(place) / f"gracefarm-{os.getuid()}-{request['name']}"
-        path.unlink(missing_ok=True)
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w") as stream:
-            stream.write(request["secret"])
-        return {"path": str(path)}
-    raise WorkerError(
-        "node", "no node-local folder for the token (/run/user, /dev/shm, /tmp)", "make /tmp a local file system"
-    )
-
-
-def drop_token(request: Json) -> Json:
-    """Remove it again."""
-    Path(request["path"]).unlink(missing_ok=True)
-    return {}
-
-
 def _token(request: Json) -> str | bool:
     """False says: send none, also not one that a person left in ~/.cache/huggingface."""
-    return Path(request["token_file"]).read_text().strip() if request.get("token_file") else False
+    return request.get("token") or False
 
 
 def _pulse(mine: Path, stop: threading.Event) -> None:

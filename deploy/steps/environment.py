@@ -138,7 +138,9 @@ async def up(targets: Sequence[Target], spec: Spec, settings: Settings, console:
             "engine": spec.engine,
             "set": spec.set_name,
         }
-        made = await call(head, "environment.build", request, on_event=lambda one: _tell(console, head.name, one))
+        made = await call(
+            head, "environment.build", request, job=f"build-{spec.link}", on_event=lambda one: _tell(console, head.name, one)
+        )
         built = bool(made["built"])
         if built:
             console.step(spec.link, f"{identifier[:12]} built on {head.name} in {made['build_s']:.0f} s")
@@ -202,7 +204,7 @@ def _tell(console: Console, node: str, event: Json) -> None:
     if event["event"] == "step":
         console.step("env", f"{node}: {event['text']}")
     elif event["event"] == "wait":
-        console.step("wait", f"{node}: {event['owner']} builds it already; waiting")
+        console.step("wait", f"{node}: it is being built already ({event['owner']}); waiting for it")
 
 
 def pinned() -> Json:

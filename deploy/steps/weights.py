@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import posixpath
 import secrets
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from deploy import weights
 from deploy.weights import File, Manifest, Share
-from deploy.worker import Json, Target, call, try_all
+from deploy.worker import Json, Target, call, joined, settle, try_all
 from gracefarm.console import Console, Tick
 from gracefarm.errors import DigestError, DiskFullError, GracefarmError, HostError, NodeError, SshError
 
+JOB = "weights"
+"Name of the detached job on each node."
 ROUNDS = 4
 "Deals before we give up: a corrupted file or a lost node costs one more each."
 ROOM = 1 << 30
@@ -34,9 +35,12 @@ class Spec:
     endpoint: str | None = None
     "HF_ENDPOINT: a mirror of the Hub."
     token: str | None = field(default=None, repr=False)
+    "On stdin alone; the worker keeps it in memory and no file has it."
     skip: Sequence[str] = weights.SKIP
     workers: int = 8
     "Files at a time on each node."
+    patience: float = 120.0
+    "Seconds without a sign of a node on the shared folder after which the others stop waiting for its files."
     python: str | None = None
     "Python that has huggingface_hub; default: the download environment's."
 
@@ -76,39 +80,15 @@ async def up(targets: Sequence[Target], spec: Spec, console: Console) -> Outcome
         DiskFullError: the shared folder has no room for what is missing.
         HostError: a node does not see the shared folder, or all nodes were lost.
     """
-    async with tokens(targets, spec.token) as files:
-        pinned = await _manifest(targets[0], spec, files.get(targets[0].name))
-        place = folder(spec, pinned.commit)
-        console.step("weights", f"{spec.repo} at {pinned.commit[:12]}: {len(pinned.files)} files, {weights.told(pinned.size)}")
-        with console.progress("weights") as tick:
-            run = _Run(spec=spec, manifest=pinned, place=place, tokens=files, console=console, tick=tick)
-            return await run.go(list(targets))
+    pinned = await _manifest(targets[0], spec)
+    place = folder(spec, pinned.commit)
+    console.step("weights", f"{spec.repo} at {pinned.commit[:12]}: {len(pinned.files)} files, {weights.told(pinned.size)}")
+    with console.progress("weights") as tick:
+        return await _Run(spec=spec, manifest=pinned, place=place, console=console, tick=tick).go(list(targets))
 
 
-@asynccontextmanager
-async def tokens(targets: Sequence[Target], token: str | None) -> AsyncIterator[dict[str, str]]:
-    """The token in a 0600 file on every node's own disk while the block runs: node to path. It travels on stdin alone."""
-    paths: dict[str, str] = {}
-    if not token:
-        yield paths
-        return
-
-    async def keep(node: Target) -> Json:
-        return await call(node, "weights.keep_token", {"secret": token, "name": f"hf-{node.name}-{secrets.token_hex(4)}"})
-
-    good, bad = await try_all(targets, keep)
-    paths.update({node: one["path"] for node, one in good.items()})
-    try:
-        if targets[0].name in bad:
-            raise bad[targets[0].name]
-        yield paths
-    finally:
-        left = [one for one in targets if one.name in paths]
-        await asyncio.shield(try_all(left, lambda node: call(node, "weights.drop_token", {"path": paths[node.name]})))
-
-
-async def _manifest(head: Target, spec: Spec, token_file: str | None) -> Manifest:
-    request = {"repo": spec.repo, "revision": spec.revision, "endpoint": spec.endpoint, "token_file": token_file}
+async def _manifest(head: Target, spec: Spec) -> Manifest:
+    request = {"repo": spec.repo, "revision": spec.revision, "endpoint": spec.endpoint, "token": spec.token}
     found = await call(head, "weights.manifest", request, python=spec.worker_python)
     return weights.manifest(found["repo"], found["commit"], found["files"], skip=spec.skip)
 
@@ -120,17 +100,18 @@ class _Run:
     spec: Spec
     manifest: Manifest
     place: str
-    tokens: Mapping[str, str]
     console: Console
     tick: Tick
     fetched: int = 0
     busiest: int = 0
     bound: float = 0.0
-    bad: dict[str, GracefarmError] = field(default_factory=dict)
     corrupt: list[str] = field(default_factory=list)
     _done: int = 0
 
     async def go(self, nodes: list[Target]) -> Outcome:
+        # What a killed command has left at work comes to its end first, so that nothing is fetched twice.
+        _, bad = await try_all(nodes, lambda node: settle(node, JOB, partial(self._told, node.name)))
+        nodes = self._without(nodes, bad)
         for number in range(1, ROUNDS + 1):
             head = nodes[0]
             state = await call(head, "weights.state", {"final": self.place, "staging": self._staging})
@@ -138,10 +119,7 @@ class _Run:
             if not any(one.fetch or one.verify for one in shares.values()):
                 return await self._finish(head, number - 1)
             self._measure(shares, state)
-            lost = await self._round(nodes, shares)
-            nodes = [one for one in nodes if one.name not in lost]
-            if not nodes:
-                raise next(iter(self.bad.values()))
+            nodes = self._without(nodes, await self._round(nodes, shares))
         raise DigestError(
             f"{', '.join(sorted(set(self.corrupt))[:3]) or 'some files'} came wrong in {ROUNDS} rounds",
             remedy="what the Hub serves is not what it declares: try another HF_ENDPOINT, or a later commit",
@@ -164,22 +142,29 @@ class _Run:
                 remedy="free space there: `deploy env gc`, other models below weights/",
             )
 
-    async def _round(self, nodes: Sequence[Target], shares: Mapping[str, Share]) -> list[str]:
-        """One deal carried out. Returns the nodes that are lost for the next one; raises what no other node could mend."""
+    async def _round(self, nodes: Sequence[Target], shares: Mapping[str, Share]) -> dict[str, GracefarmError]:
+        """One deal carried out. Returns why nodes are lost for the next one; raises what no other node could mend."""
         nonce = secrets.token_hex(16)
         await call(nodes[0], "weights.prepare", {"final": self.place, "staging": self._staging, "nonce": nonce})
         busy = [one for one in nodes if shares[one.name].fetch or shares[one.name].verify]
         good, bad = await try_all(busy, lambda node: self._fetch(node, shares[node.name], nonce))
-        self.bad.update(bad)
         for found in good.values():
             self.corrupt += found["corrupt"]
             if found["corrupt"]:
                 self.console.warn(f"came wrong, fetched again by another node: {', '.join(found['corrupt'])}")
+        return bad
+
+    def _without(self, nodes: list[Target], bad: Mapping[str, GracefarmError]) -> list[Target]:
+        """The nodes that are left. Raises what no other node could mend, and the loss of the last one."""
         for error in bad.values():
             if not isinstance(error, (HostError, SshError, NodeError)) or "shared folder" in error.cause:
                 raise error
+        left = [one for one in nodes if one.name not in bad]
+        if not left:
+            raise joined(bad, len(nodes))
+        for error in bad.values():
             self.console.warn(f"{error.cause}; its files go to the others")
-        return list(bad)
+        return left
 
     async def _fetch(self, node: Target, share: Share, nonce: str) -> Json:
         request = {
@@ -190,14 +175,14 @@ class _Run:
             "repo": self.spec.repo,
             "commit": self.manifest.commit,
             "endpoint": self.spec.endpoint,
-            "token_file": self.tokens.get(node.name),
+            "token": self.spec.token,
             "workers": self.spec.workers,
+            "patience": self.spec.patience,
             "files": [one.model_dump() for one in share.fetch],
             "verify": [{**one.model_dump(), "node": stager} for stager, one in share.verify],
         }
-        return await call(
-            node, "weights.fetch", request, python=self.spec.worker_python, on_event=lambda one: self._told(node.name, one)
-        )
+        on_event = partial(self._told, node.name)
+        return await call(node, "weights.fetch", request, python=self.spec.worker_python, on_event=on_event, job=JOB)
 
     def _told(self, node: str, event: Json) -> None:
         if event["event"] == "staged":
@@ -207,7 +192,7 @@ class _Run:
         elif event["event"] == "corrupt":
             self._done -= next((one.size for one in self.manifest.files if one.path == event["path"]), 0)
         elif event["event"] == "wait":
-            self.console.step("wait", f"{node}: an earlier run is still at work there ({event['owner']}); waiting for it")
+            self.console.step("wait", f"{node}: a download is still at work there ({event['owner']}); waiting for it")
 
     async def _finish(self, head: Target, rounds: int) -> Outcome:
         text = self.manifest.model_dump_json(indent=1)

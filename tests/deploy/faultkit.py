@@ -197,7 +197,7 @@ ALLOWED = ("api-key", "ray-token")
 
 
 def in_files(made: Rehearsal) -> list[str]:
-    """Files of the deployment, of every node and of the share that hold a secret and are not its own place."""
+    """Files of the deployment, of the share and of every node (its memory too) with a secret that are not its own place."""
     wanted = secrets(made)
     folders = [made.folder, made.room.share, *(one.tmp for one in made.room.nodes), *(one.home for one in made.room.nodes)]
     found = []
@@ -208,6 +208,12 @@ def in_files(made: Rehearsal) -> list[str]:
             with suppress(OSError):
                 content = path.read_bytes()
                 found += [str(path) for secret in wanted if secret in content]
+    text = "".join(f"{one.decode()}\n" for one in wanted)
+    for node in made.room.nodes:
+        look = ["grep", "-rlaF", "-D", "skip", "--exclude-dir=rig*", "-f", "-", "/dev/shm", "/run"]
+        done = node.execute(look, input=text)
+        assert "shm" not in done.stderr
+        found += [f"{node.name}:{path}" for path in done.stdout.splitlines()]
     return found
 
 

@@ -9,7 +9,7 @@ import shutil
 import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,37 +17,9 @@ import asyncssh
 
 from deploy import inventory, ssh
 from deploy.inventory import Deployment, Node
-from deploy.worker import Done, Target
-from gracefarm.errors import HostError
-
-
-class Connection:
-    """deploy.worker.Shell over asyncssh."""
-
-    def __init__(self, name: str, connection: asyncssh.SSHClientConnection) -> None:
-        self.name = name
-        self.connection = connection
-        self.commands: list[str] = []
-
-    async def stream(self, command: str, *, stdin: bytes, on_line: Callable[[str], None]) -> Done:
-        self.commands.append(command)
-        try:
-            async with self.connection.create_process(command, encoding=None) as process:
-                process.stdin.write(stdin)
-                process.stdin.write_eof()
-                errors = asyncio.ensure_future(process.stderr.read())
-                rest = b""
-                while block := await process.stdout.read(1 << 16):
-                    *lines, rest = (rest + block).split(b"\n")
-                    for line in lines:
-                        on_line(line.decode(errors="replace"))
-                stderr = await errors
-                done = await process.wait()
-        except (OSError, asyncssh.Error) as error:
-            raise HostError(f"{self.name}: {error}", remedy="repeat the command") from error
-        return Done(
-            code=done.exit_status if done.exit_status is not None else -1, stderr=bytes(stderr).decode(errors="replace")
-        )
+from deploy.remote import look
+from deploy.targets import targets
+from deploy.worker import Target
 
 
 def _server(
@@ -103,36 +75,12 @@ async def _copy(source: Any, target: Any) -> None:
 async def nodes(
     folder: Path, count: int, *, environment: dict[str, dict[str, str]] | None = None
 ) -> AsyncIterator[list[Target]]:
-    """`count` nodes k0, k1, … on 127.0.0.11 and on, each with a home of its own, reached with a pinned host key."""
-    key = asyncssh.generate_private_key("ssh-ed25519")
-    servers, targets = [], []
-    try:
-        for index in range(count):
-            name, address, home = f"k{index}", f"127.0.0.{11 + index}", folder / f"home-k{index}"
-            home.mkdir()
-            server = await asyncssh.create_server(
-                _Open,
-                address,
-                0,
-                server_host_keys=[key],
-                process_factory=_server(home, (environment or {}).get(name, {})),
-                encoding=None,
-            )
-            servers.append(server)
-            port = server.sockets[0].getsockname()[1]
-            known = asyncssh.import_known_hosts(f"[{address}]:{port} {key.export_public_key().decode()}")
-            connection = await asyncssh.connect(
-                address, port, known_hosts=known, username="tester", client_keys=None, config=None, agent_path=None
-            )
-            targets.append(Target(name=name, address=address, gpus=1, shell=Connection(name, connection)))
-        yield targets
-    finally:
-        for one in targets:
-            one.shell.connection.close()  # type: ignore[attr-defined]
-            await one.shell.connection.wait_closed()  # type: ignore[attr-defined]
-        for server in servers:
-            server.close()
-            await server.wait_closed()
+    """`count` nodes k0, k1, … on 127.0.0.11 and on, each with a home of its own, as the steps see them."""
+    async with machines(folder, count, environment=environment) as made, fleet(folder, made) as entered:
+        try:
+            yield [replace(one, gpus=1) for one in targets(entered)]
+        finally:
+            look.stop({"prefix": f"{mark(folder)}/", "grace": 1})  # what outlives connections does not outlive the nodes
 
 
 class _Open(asyncssh.SSHServer):
@@ -152,6 +100,7 @@ class Machine:
     node: Node
     home: Path
     key: asyncssh.SSHKey
+    environment: dict[str, str] = field(default_factory=dict)
     server: asyncssh.SSHAcceptor = field(init=False)
     connections: list[asyncssh.SSHServerConnection] = field(default_factory=list)
     running: list[asyncio.subprocess.Process] = field(default_factory=list)
@@ -172,7 +121,7 @@ class Machine:
             self.node.address,
             self.node.port if port is None else port,
             server_host_keys=[self.key],
-            process_factory=_server(self.home, {}, self.running),
+            process_factory=_server(self.home, self.environment, self.running),
             sftp_factory=True,
             allow_scp=False,
             encoding=None,
@@ -192,14 +141,16 @@ class Machine:
 
 
 @asynccontextmanager
-async def machines(folder: Path, count: int) -> AsyncIterator[list[Machine]]:
+async def machines(
+    folder: Path, count: int, *, environment: dict[str, dict[str, str]] | None = None
+) -> AsyncIterator[list[Machine]]:
     """`count` nodes with host keys of their own, pinned in `folder`/known_hosts; commands run on this machine."""
     made: list[Machine] = []
     try:
         for index in range(count):
             home = folder / f"home-k{index}"
             home.mkdir(exist_ok=True)
-            made.append(await _machine(index, home))
+            made.append(await _machine(index, home, (environment or {}).get(f"k{index}", {})))
         ssh.pin(folder / "known_hosts", [(ssh.entry_name(one.node.address, one.node.port), one.key) for one in made])
         yield made
     finally:
@@ -214,9 +165,9 @@ async def machines(folder: Path, count: int) -> AsyncIterator[list[Machine]]:
             await one.server.wait_closed()
 
 
-async def _machine(index: int, home: Path) -> Machine:
+async def _machine(index: int, home: Path, environment: dict[str, str]) -> Machine:
     node = Node(name=f"k{index}", rank=index, address=f"127.0.0.{11 + index}", user="tester")
-    machine = Machine(node=node, home=home, key=asyncssh.generate_private_key("ssh-ed25519"))
+    machine = Machine(node=node, home=home, key=asyncssh.generate_private_key("ssh-ed25519"), environment=environment)
     await machine.listen(0)
     machine.node = node.model_copy(update={"port": machine.server.sockets[0].getsockname()[1]})
     return machine

@@ -15,6 +15,7 @@ import tarfile
 import threading
 import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from deploy.remote import environment as remote
 from deploy.remote.wire import WorkerError
 from deploy.steps import environment as step
 from deploy.steps.environment import Matrix, Module
+from deploy.targets import targets
 from gracefarm import settings
 from gracefarm.console import Console
 from gracefarm.errors import DigestError, HostError, InstallError
@@ -35,18 +37,25 @@ class Quiet(SimpleHTTPRequestHandler):
         pass
 
 
+@contextmanager
+def served(folder: Path, handler: type[SimpleHTTPRequestHandler]) -> Iterator[str]:
+    """A folder as a simple index."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(handler, directory=str(folder)))
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_address[1]}/"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
 @pytest.fixture
 def index(tmp_path: Path) -> Iterator[tuple[Path, str]]:
     """A simple index: a folder with a page, served."""
     folder = tmp_path / "index" / "tiny"
     folder.mkdir(parents=True)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder.parent)))
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-    thread.start()
-    yield folder, f"http://127.0.0.1:{server.server_address[1]}/"
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with served(folder.parent, Quiet) as url:
+        yield folder, url
 
 
 def publish(folder: Path, version: str, body: str) -> str:
@@ -238,3 +247,32 @@ def test_condas_python_is_made_by_conda_on_the_share(tmp_path: Path, monkeypatch
     request = {"root": str(tmp_path / "share"), "python": {"source": "conda", "version": "3.11"}}
     assert remote.interpreter(request) == python
     assert (tmp_path / "share" / "python" / f"conda-3.11-{os.uname().machine}" / ".complete").is_file()
+
+
+def test_a_cut_while_it_is_built_stops_no_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step, "matrix", lambda _engine: Matrix(modules=(Module(module="tiny"),)))
+    folder = tmp_path / "index" / "tiny"
+    folder.mkdir(parents=True)
+    asked, cut = threading.Event(), threading.Event()
+
+    class Waits(Quiet):
+        def do_GET(self) -> None:
+            if self.path.endswith(".whl"):
+                asked.set()
+                cut.wait(60)
+            super().do_GET()
+
+    async def go(url: str) -> step.Outcome:
+        async with kit.machines(tmp_path, 1) as made, kit.fleet(tmp_path, made) as fleet:
+            spec = step.Spec(root=str(tmp_path / "share"), lock=publish(folder, "1.0", "x = 1\n"), index=url, engine="tiny")
+            running = asyncio.ensure_future(step.up(targets(fleet), spec, settings.load(), Console()))
+            assert await asyncio.to_thread(asked.wait, 60)
+            before = made[0].entered
+            made[0].cut()
+            while made[0].entered == before:  # noqa: ASYNC110 - it is followed again
+                await asyncio.sleep(0.05)
+            cut.set()
+            return await running
+
+    with served(folder.parent, Waits) as url:
+        assert asyncio.run(go(url)).built

@@ -6,12 +6,15 @@ import asyncio
 import hashlib
 import os
 import random
+import shlex
 import shutil
 import signal
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -20,9 +23,11 @@ from hypothesis import strategies as st
 
 from deploy import weights
 from deploy.rehearsal import hub
+from deploy.remote import look
+from deploy.steps import ray
 from deploy.steps import weights as step
+from deploy.targets import FleetShell, targets
 from deploy.weights import File
-from deploy.worker import Target
 from gracefarm.console import Console
 from gracefarm.errors import DigestError, DiskFullError, FetchError, GracefarmError, HostError
 from tests.deploy import kit
@@ -48,8 +53,8 @@ def bring(folder: Path, served: hub.Hub, python: str, *, count: int = 3, **more:
 
 
 async def bringing(folder: Path, served: hub.Hub, python: str, *, count: int = 3, **more: object) -> step.Outcome:
-    async with kit.nodes(folder, count) as targets:
-        return await step.up(targets, spec(folder, served, python, **more), Console(as_json=False))
+    async with kit.nodes(folder, count) as nodes:
+        return await step.up(nodes, spec(folder, served, python, **more), Console(as_json=False))
 
 
 def spec(folder: Path, served: hub.Hub, python: str, **more: object) -> step.Spec:
@@ -113,20 +118,17 @@ def test_a_shard_that_is_always_wrong_never_gets_into_the_folder(homes: Path, hu
 def test_a_node_without_the_shared_folder_is_named(homes: Path, hub_python: str) -> None:
     """k1's own view of the path is another folder: what a mount namespace or a missing mount looks like."""
 
-    class Elsewhere:
-        def __init__(self, inner: kit.Connection) -> None:
-            self.inner = inner
-
-        async def stream(self, command: str, **more: object) -> object:
+    @dataclass(frozen=True)
+    class Elsewhere(FleetShell):
+        async def start(self, job: str, command: str, *, stdin: bytes) -> bool:
             box = f"mkdir -p $HOME/own {homes}/share; mount --bind $HOME/own {homes}/share; exec {command}"
-            return await self.inner.stream(
-                f"unshare --mount sh -c '{box.replace(chr(39), chr(39) + chr(92) + chr(39) * 2)}'", **more
-            )  # type: ignore[arg-type]
+            return await super().start(job, shlex.join(["unshare", "--mount", "sh", "-c", box]), stdin=stdin)
 
     async def go(served: hub.Hub) -> None:
         async with kit.nodes(homes, 2) as (first, second):
-            blind = Target(name="k1", address=second.address, gpus=1, shell=Elsewhere(second.shell))  # type: ignore[arg-type]
-            await step.up([first, blind], spec(homes, served, hub_python), Console())
+            assert isinstance(second.shell, FleetShell)
+            blind = replace(second, shell=Elsewhere(second.shell.fleet, second.shell.node))
+            await step.up([first, blind], spec(homes, served, hub_python, patience=2.0), Console())
 
     with hub.serving(hub.shards(4, 5_000)) as served, pytest.raises(HostError, match="k1: this node does not see the shared"):
         asyncio.run(go(served))
@@ -163,8 +165,8 @@ def test_killed_in_the_middle_the_same_command_fetches_only_the_rest(homes: Path
     """All workers die by SIGKILL once some files are through; nothing half-written is taken for a file afterwards."""
 
     async def cut(served: hub.Hub) -> None:
-        async with kit.nodes(homes, 2) as targets:
-            running = asyncio.ensure_future(step.up(targets, spec(homes, served, hub_python, workers=1), Console()))
+        async with kit.nodes(homes, 2) as nodes:
+            running = asyncio.ensure_future(step.up(nodes, spec(homes, served, hub_python, workers=1), Console()))
             while sum(map(len, served.served.values())) < 4:  # noqa: ASYNC110 - another thread serves
                 await asyncio.sleep(0.05)
             for pid in workers_below(homes):
@@ -203,46 +205,161 @@ def test_gated_repositories_are_explained(homes: Path, hub_python: str) -> None:
             bring(homes, served, hub_python, count=1, token=TOKEN)
 
 
-def test_the_token_is_in_no_argument_and_no_file_but_one_of_0600(  # noqa: C901
+def test_the_token_is_in_no_argument_no_environment_and_no_file_but_the_jobs_stdin_for_a_moment(
     homes: Path, hub_python: str
 ) -> None:
-    seen: dict[str, list[str]] = {"arguments": [], "files": []}
+    seen: dict[str, set[str]] = {"processes": set(), "files": set()}
+
+    def look() -> None:
+        for name in ("cmdline", "environ"):
+            seen["processes"] |= {str(one) for one in Path("/proc").glob(f"[0-9]*/{name}") if TOKEN in text(one)}
+        for folder in (homes, *LOCAL):
+            for path in folder.rglob("*"):
+                if path.is_file() and TOKEN in text(path):
+                    seen["files"].add(f"{stat.filemode(path.stat().st_mode) if path.exists() else '?'} {path.name}")
 
     async def go(served: hub.Hub) -> None:
-        async with kit.nodes(homes, 2) as targets:
-            running = asyncio.ensure_future(step.up(targets, spec(homes, served, hub_python, token=TOKEN), Console()))
+        async with kit.nodes(homes, 2) as nodes:
+            running = asyncio.ensure_future(step.up(nodes, spec(homes, served, hub_python, token=TOKEN), Console()))
             while not running.done():
-                for one in Path("/proc").glob("[0-9]*/cmdline"):  # noqa: ASYNC240
-                    try:
-                        if TOKEN.encode() in one.read_bytes():
-                            seen["arguments"].append(str(one))
-                    except OSError:
-                        continue
-                for path in Path("/dev/shm").glob(f"gracefarm-{os.getuid()}-hf-k*"):  # noqa: ASYNC240
-                    try:
-                        if path.read_text() == TOKEN:
-                            seen["files"].append(stat.filemode(path.stat().st_mode))
-                    except OSError:
-                        continue
+                await asyncio.to_thread(look)
                 await asyncio.sleep(0.02)
             await running
-            assert not any(TOKEN in command for one in targets for command in one.shell.commands)  # type: ignore[attr-defined]
 
-    with hub.serving(hub.shards(4, 100_000), token=TOKEN, rate=400_000) as served:
+    with hub.serving(hub.shards(4, 100_000), token=TOKEN, rate=200_000) as served:
         asyncio.run(go(served))
         assert served.tokens == {TOKEN}
-    assert not seen["arguments"]
-    if os.environ.get("XDG_RUNTIME_DIR") is None and not os.access(f"/run/user/{os.getuid()}", os.W_OK):
-        assert set(seen["files"]) == {"-rw-------"}
-        assert not list(Path("/dev/shm").glob(f"gracefarm-{os.getuid()}-hf-k*"))
-    for path in homes.rglob("*"):
-        assert not path.is_file() or TOKEN.encode() not in path.read_bytes()
+    assert not seen["processes"]
+    assert seen["files"] <= {"-rw------- input", "? input"}
+    seen["files"].clear()
+    look()
+    assert not seen["files"]
+
+
+LOCAL = (Path("/dev/shm"), Path("/run/user"))
+"Where a node may keep what only lives as long as it runs."
+
+
+def text(path: Path) -> str:
+    """Of a file, empty where it is gone or not to be read."""
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""
+
+
+# cut off, killed, ended
+
+
+async def served_count(served: hub.Hub, count: int, seconds: float = 60) -> None:
+    """Until so many files were downloaded whole."""
+    deadline = time.monotonic() + seconds
+    while sum(map(len, served.served.values())) < count:
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.02)
+
+
+def each_once(served: hub.Hub) -> bool:
+    """Every wanted file was downloaded whole exactly once, by whichever node."""
+    return sorted(path for paths in served.served.values() for path in paths) == sorted(wanted(served.files))
+
+
+def test_a_cut_of_every_connection_stops_no_download(homes: Path, hub_python: str) -> None:
+    async def go(served: hub.Hub) -> step.Outcome:
+        async with kit.machines(homes, 2) as made, kit.fleet(homes, made) as fleet:
+            running = asyncio.ensure_future(step.up(targets(fleet), spec(homes, served, hub_python, token=TOKEN), Console()))
+            await served_count(served, 3)
+            before = [one.entered for one in made]
+            for one in made:
+                one.cut()
+            outcome = await running
+            assert all(one.entered > count for one, count in zip(made, before, strict=True))
+            return outcome
+
+    with hub.serving(hub.shards(10, 200_000), rate=400_000, token=TOKEN) as served:
+        outcome = asyncio.run(go(served))
+        assert content(outcome) == wanted(served.files)
+        assert each_once(served)
+    assert outcome.rounds == 1
+
+
+def test_an_interrupted_commands_download_goes_on_and_the_next_one_waits_for_it(
+    homes: Path, hub_python: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def interrupted(served: hub.Hub) -> None:
+        async with kit.machines(homes, 2) as made:
+            async with kit.fleet(homes, made) as fleet:
+                wish = spec(homes, served, hub_python, token=TOKEN)
+                running = asyncio.ensure_future(step.up(targets(fleet), wish, Console()))
+                await served_count(served, 3)
+                running.cancel()
+                await asyncio.wait({running})
+            async with kit.fleet(homes, made) as fleet:
+                outcome = await step.up(targets(fleet), wish, Console())
+            assert outcome.rounds == 0
+            assert content(outcome) == wanted(served.files)
+
+    with hub.serving(hub.shards(10, 200_000), rate=100_000, token=TOKEN) as served:
+        asyncio.run(interrupted(served))
+        assert each_once(served)
+    said = capsys.readouterr().err
+    assert "k0: a download is still at work there (of an earlier command); waiting for it" in said
+    assert "k1: a download is still at work there" in said
+
+
+def test_down_ends_downloads_at_once_and_none_that_waits_begins(homes: Path, hub_python: str) -> None:
+    async def go(served: hub.Hub) -> None:
+        async with kit.nodes(homes, 2) as nodes:
+            running = asyncio.ensure_future(step.up(nodes, spec(homes, served, hub_python), Console()))
+            await served_count(served, 3)
+            since = time.monotonic()
+            ended = await ray.stop(nodes, kit.mark(homes), grace=30)
+            assert time.monotonic() - since < 20  # told to end, not killed
+            assert min(ended.values()) > 0
+            count = sum(map(len, served.served.values()))
+            with pytest.raises(HostError, match="ended without an answer"):
+                await running
+            await asyncio.sleep(1)
+            assert sum(map(len, served.served.values())) <= count + 2 * 4  # what was on its way in the socket's buffers
+            assert workers_below(homes) == []
+
+    with hub.serving(hub.shards(60, 100_000), rate=200_000) as served:
+        asyncio.run(go(served))
+        assert not list(homes.rglob("gracefarm-*.pyz"))
+        served.rate = None
+        outcome = bring_again(homes, served, hub_python, count=2)
+        assert content(outcome) == wanted(served.files)
+
+
+@pytest.mark.parametrize("dies", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_a_node_that_is_lost_leaves_its_files_to_the_others(
+    homes: Path, hub_python: str, dies: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Dead, or only cut off for good from the one who asked: then it goes on by itself, and nobody repeats what it does."""
+
+    async def go(served: hub.Hub) -> step.Outcome:
+        async with kit.machines(homes, 3) as made, kit.fleet(homes, made, connect_timeout=0.1) as fleet:
+            wish = spec(homes, served, hub_python, patience=2.0)
+            running = asyncio.ensure_future(step.up(targets(fleet), wish, Console()))
+            await served_count(served, 4)
+            if dies:
+                look.stop({"prefix": f"{fleet.mark}/k2/", "grace": 0})
+            await made[2].switch_off()
+            return await running
+
+    with hub.serving(hub.shards(12, 200_000), rate=100_000) as served:
+        outcome = asyncio.run(go(served))
+        assert content(outcome) == wanted(served.files)
+        assert dies or each_once(served)
+    assert "k2" in (said := capsys.readouterr().err)
+    assert "its files go to the others" in said
+    assert outcome.rounds == (2 if dies else 1)
 
 
 def test_verify_finds_a_file_that_rotted(homes: Path, hub_python: str) -> None:
     async def check(served: hub.Hub) -> list[str]:
-        async with kit.nodes(homes, 2) as targets:
-            return await step.verify(targets, spec(homes, served, hub_python), hub.COMMIT)
+        async with kit.nodes(homes, 2) as nodes:
+            return await step.verify(nodes, spec(homes, served, hub_python), hub.COMMIT)
 
     with hub.serving(hub.shards(3, 5_000)) as served:
         outcome = bring(homes, served, hub_python, count=1)
