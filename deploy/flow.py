@@ -748,9 +748,9 @@ async def down(work: Work, *, keep_ray: bool = False) -> dict[str, int]:
     """
     ended: dict[str, int] = {}
     bad: dict[str, GracefarmError] = {}
-    passes: tuple[tuple[str | None, float], ...] = ((paths.ENGINE_JOB, 15.0), *(() if keep_ray else ((None, 5.0),)))
-    for job, grace in passes:
-        found, failed = await ray.try_stop(work.nodes, work.fleet.mark, job=job, grace=grace)
+    works = [paths.ENGINE_JOB, *([] if keep_ray else [environment.JOBS, weights.JOB])]  # they clean up behind themselves
+    for jobs, grace in ((works, 20.0), *(() if keep_ray else (([""], 5.0),))):
+        found, failed = await ray.try_stop(work.nodes, work.fleet.mark, jobs=jobs, grace=grace)
         ended = {node: ended.get(node, 0) + found.get(node, 0) for node in {**ended, **found}}
         bad |= failed
 
@@ -761,9 +761,9 @@ async def down(work: Work, *, keep_ray: bool = False) -> dict[str, int]:
         except GracefarmError as error:
             bad.setdefault(node.name, error)
 
-    jobs = [(work.deployment.head, paths.ENGINE_JOB)]
-    jobs += [] if keep_ray else [(node, job) for node in work.deployment.nodes for job in (paths.RAY_JOB, weights.JOB)]
-    await asyncio.gather(*(note(node, job) for node, job in jobs if node.name not in bad))
+    kept = [(work.deployment.head, paths.ENGINE_JOB)]
+    kept += [] if keep_ray else [(node, job) for node in work.deployment.nodes for job in (paths.RAY_JOB, weights.JOB)]
+    await asyncio.gather(*(note(node, job) for node, job in kept if node.name not in bad))
     work.keeper.forget("engine", *(() if keep_ray else ("ray",)))
     if bad:
         raise joined(bad, len(work.nodes))

@@ -41,7 +41,7 @@ def look(request: Json) -> Json:
     }
 
 
-def processes(prefix: str, sessions: Collection[int] = ()) -> list[Json]:
+def processes(prefix: str | tuple[str, ...], sessions: Collection[int] = ()) -> list[Json]:
     """Ours: processes whose mark starts with `prefix`, and all others of their sessions; pid, mark, plan, name, session.
 
     A program that sets its title writes over its environment as the kernel shows it, so that Ray's agents lose their marks;
@@ -56,7 +56,7 @@ def processes(prefix: str, sessions: Collection[int] = ()) -> list[Json]:
         number = int(one["session"])
         if pid not in found and not one["mark"] and (number in of or number in sessions):
             known = of.get(number, {})
-            found[pid] = {**one, "mark": known.get("mark", prefix), "plan": known.get("plan", "")}
+            found[pid] = {**one, "mark": known.get("mark", ""), "plan": known.get("plan", "")}
     return [found[pid] for pid in sorted(found)]
 
 
@@ -80,12 +80,13 @@ def _value(words: list[bytes], name: bytes) -> str:
 
 
 def stop(request: Json) -> Json:
-    """TERM to every process whose mark starts with `prefix`, KILL after `grace` seconds, and a look what is left."""
-    first = processes(request["prefix"])
+    """TERM to every process whose mark starts with one of `prefixes`, KILL after `grace` seconds, and a look what is left."""
+    prefixes = tuple(request["prefixes"])
+    first = processes(prefixes)
     sessions = {int(one["session"]) for one in first}
 
     def left() -> list[Json]:
-        found = processes(request["prefix"], sessions)
+        found = processes(prefixes, sessions)
         sessions.update(int(one["session"]) for one in found)
         return found
 

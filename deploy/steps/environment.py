@@ -29,6 +29,8 @@ from gracefarm.settings import Settings
 
 SCHEMA = 1
 "Part of every id: another way of building is another environment."
+JOBS = "build-"
+"How the names of the detached jobs begin, one for each link."
 PythonSource = Literal["system", "managed", "conda"]
 
 
@@ -139,7 +141,7 @@ async def up(targets: Sequence[Target], spec: Spec, settings: Settings, console:
             "set": spec.set_name,
         }
         made = await call(
-            head, "environment.build", request, job=f"build-{spec.link}", on_event=lambda one: _tell(console, head.name, one)
+            head, "environment.build", request, job=f"{JOBS}{spec.link}", on_event=lambda one: _tell(console, head.name, one)
         )
         built = bool(made["built"])
         if built:

@@ -289,12 +289,12 @@ async def verify(by_name: Mapping[str, Target], spec: Spec) -> tuple[float, str]
 
 
 async def try_stop(
-    targets: Sequence[Target], mark: str, *, job: str | None = None, grace: float = 10
+    targets: Sequence[Target], mark: str, *, jobs: Sequence[str] = ("",), grace: float = 10
 ) -> tuple[dict[str, int], dict[str, GracefarmError]]:
-    """End our processes (of one job, or all) and look that none is left: node to how many were ended; node to why not."""
+    """End our processes and look that none is left: node to how many were ended; node to why not. `jobs`: as names begin."""
 
     async def one(node: Target) -> int:
-        found = await call(node, "look.stop", {"prefix": f"{mark}/{node.name}/{job or ''}", "grace": grace})
+        found = await call(node, "look.stop", {"prefixes": [f"{mark}/{node.name}/{job}" for job in jobs], "grace": grace})
         if found["left"]:
             pids = ", ".join(str(each["pid"]) for each in found["left"])
             raise NodeError(
@@ -306,12 +306,12 @@ async def try_stop(
 
 
 async def stop(targets: Sequence[Target], mark: str, *, job: str | None = None, grace: float = 10) -> dict[str, int]:
-    """Like `try_stop`.
+    """End our processes (of one job, or all) and look that none is left; node to how many were ended.
 
     Raises:
         NodeError: one is left; SshError: a node was not reached. After all others were stopped.
     """
-    ended, bad = await try_stop(targets, mark, job=job, grace=grace)
+    ended, bad = await try_stop(targets, mark, jobs=[job or ""], grace=grace)
     if bad:
         raise joined(bad, len(targets))
     return ended

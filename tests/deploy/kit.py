@@ -80,7 +80,7 @@ async def nodes(
         try:
             yield [replace(one, gpus=1) for one in targets(entered)]
         finally:
-            look.stop({"prefix": f"{mark(folder)}/", "grace": 1})  # what outlives connections does not outlive the nodes
+            look.stop({"prefixes": [f"{mark(folder)}/"], "grace": 1})  # what outlives connections does not outlive the nodes
 
 
 class _Open(asyncssh.SSHServer):

@@ -323,7 +323,7 @@ signal.pause()
             assert {one["plan"] for one in found} == {"p1"}
             assert {one["mark"] for one in found} == {f"{mark}/k1/ray"}
             assert remote.processes(f"{mark}/k1/engine") == []
-            done = remote.stop({"prefix": f"{mark}/k1/", "grace": 1})
+            done = remote.stop({"prefixes": [f"{mark}/k1/"], "grace": 1})
             assert done["ended"] == 2
             assert done["left"] == []
             assert other.poll() is None

@@ -343,7 +343,7 @@ def test_a_node_that_is_lost_leaves_its_files_to_the_others(
             running = asyncio.ensure_future(step.up(targets(fleet), wish, Console()))
             await served_count(served, 4)
             if dies:
-                look.stop({"prefix": f"{fleet.mark}/k2/", "grace": 0})
+                look.stop({"prefixes": [f"{fleet.mark}/k2/"], "grace": 0})
             await made[2].switch_off()
             return await running
 
