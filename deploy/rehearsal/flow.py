@@ -130,9 +130,12 @@ def layout(count: int) -> tuple[int, int]:
 
 
 @contextmanager
-def rehearsal(count: int, home: Path, settings: Settings, console: Console) -> Iterator[Rehearsal]:
+def rehearsal(
+    count: int, home: Path, settings: Settings, console: Console, *, share_size: str | None = None
+) -> Iterator[Rehearsal]:
     """Nodes, index, Hub, and a folder with ips.txt; all of it is gone when the block ends, or its process.
 
+    `share_size`: as `rig` has it.
     Raises:
         HostError, FetchError: what this machine lacks, or the Python index.
     """
@@ -143,7 +146,7 @@ def rehearsal(count: int, home: Path, settings: Settings, console: Console) -> I
     console.step("index", f"{wheels.lock.count('==')} wheels ready in {time.monotonic() - begin:.1f} s")
     with _folder(home) as folder, ExitStack() as stack:
         begin = time.monotonic()
-        room = stack.enter_context(rig(folder, count=count))
+        room = stack.enter_context(rig(folder, count=count, share_size=share_size))
         console.step(
             "nodes", f"{count} with sshd and {MOUNT} in {time.monotonic() - begin:.1f} s: {room.ips.read_text().split()}"
         )

@@ -25,12 +25,12 @@ class WorkerError(Exception):
 
 
 def say(**fields: Any) -> None:
-    """Write one line; whole lines, also from several threads. A reader that has gone is no reason to stop the work."""
+    """Write one line; whole lines, also from several threads. A reader that has gone, or a log that is full, stops no work."""
     with _speaking:
         try:
             sys.stdout.write(json.dumps(fields) + "\n")
             sys.stdout.flush()
-        except BrokenPipeError:
+        except OSError:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123
 
 

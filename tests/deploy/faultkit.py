@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,10 +39,12 @@ class Done:
 
 
 @contextmanager
-def ready(count: int, *, options: str = "", more: Mapping[str, str] | None = None) -> Iterator[Rehearsal]:
+def ready(
+    count: int, *, options: str = "", more: Mapping[str, str] | None = None, share_size: str | None = None
+) -> Iterator[Rehearsal]:
     """A rehearsal after `init` and `plan`; `options`: lines for [options] of deploy.toml; `more`: replaced in its text."""
     here = settings.load()
-    with rehearsal.rehearsal(count, here.home, here, Console()) as made:
+    with rehearsal.rehearsal(count, here.home, here, Console(), share_size=share_size) as made:
         made.environ = {**made.environ, "HF_TOKEN": HF_TOKEN}
         rehearsal.start(made)
         path = made.folder / "deploy.toml"
@@ -111,6 +113,14 @@ def interrupt(process: subprocess.Popen[str]) -> None:
 def steps(made: Rehearsal) -> dict[str, Any]:
     """The state as it is on disk."""
     return state.read(inventory.load(made.folder / "deploy.toml").folder).model_dump()["steps"]
+
+
+def until(said: Callable[[], bool], seconds: float = 60) -> None:
+    """Wait for it."""
+    deadline = time.monotonic() + seconds
+    while not said():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def until_running(made: Rehearsal, step: str, process: subprocess.Popen[str], seconds: float = 120) -> None:

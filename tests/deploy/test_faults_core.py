@@ -43,8 +43,8 @@ def made() -> Iterator[Rehearsal]:
 @pytest.mark.slow
 def test_interrupted_in_the_first_build_it_goes_on_until_down_ends_it_and_nothing_half_made_is_left(made: Rehearsal) -> None:
     process = begin(made, "up")
-    until_running(made, "environment", process)
-    time.sleep(4)
+    root = made.room.share / "gracefarm" / "rehearsal"
+    faultkit.until(lambda: any((root / "envs").glob(".*/bin")))
     faultkit.interrupt(process)
     done = end(process, 60)
     assert done.code == 130
@@ -52,7 +52,6 @@ def test_interrupted_in_the_first_build_it_goes_on_until_down_ends_it_and_nothin
     assert rehearsal.left(made)
     assert "processes ended: k0" in well(made, "down")
     assert rehearsal.left(made) == {}
-    root = made.room.share / "gracefarm" / "rehearsal"
     assert not [one.name for one in (root / "envs").glob(".*")]
     assert not list(made.room["k0"].tmp.glob("gracefarm-*.pyz"))
 

@@ -1,0 +1,231 @@
+"""Downloads that are killed, cut off or out of room, and nodes that go away while something runs: three nodes, k2 a spare.
+
+A Hub in this process counts what each node downloads, and is as slow as a test wants it.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from deploy import weights
+from deploy.flow import UP
+from deploy.rehearsal import flow as rehearsal
+from deploy.rehearsal import hub
+from deploy.rehearsal.flow import REPO, Rehearsal
+from deploy.rehearsal.nodes import GATEWAY
+from tests.deploy import faultkit
+from tests.deploy.faultkit import begin, deploy, end, kill, steps, until, until_running, well
+
+pytestmark = [pytest.mark.root, pytest.mark.slow, pytest.mark.timeout(1500)]
+SSH, DISK = 60, 23
+SLOW = 60_000.0
+"Bytes a second for each node."
+
+
+@dataclass
+class Scene:
+    """The rehearsal and its Hub."""
+
+    made: Rehearsal
+    served: hub.Hub
+
+    @property
+    def root(self) -> Path:
+        """Of the share."""
+        return self.made.room.share / "gracefarm"
+
+    def forget_weights(self) -> None:
+        """As if no file had ever been brought."""
+        shutil.rmtree(self.root / "weights", ignore_errors=True)
+        self.served.served.clear()
+
+    def count(self) -> int:
+        """Files that were downloaded whole."""
+        return sum(map(len, self.served.served.values()))
+
+    def downloaded(self) -> list[str]:
+        """Each of them."""
+        return sorted(path for paths in self.served.served.values() for path in paths)
+
+    @property
+    def wanted(self) -> list[str]:
+        """What is to be there in the end."""
+        return sorted(path for path in self.served.files if not weights.skipped(path, weights.SKIP))
+
+    def whole(self) -> bool:
+        """Every file is there as the Hub has it."""
+        (folder,) = (self.root / "weights").glob(f"*/{hub.COMMIT}")
+        return all((folder / path).read_bytes() == self.served.files[path] for path in self.wanted)
+
+
+def fill(path: Path) -> None:
+    """Until nothing more goes in."""
+    with path.open("wb", buffering=0) as stream, suppress(OSError):
+        while stream.write(bytes(1 << 12)):
+            pass
+
+
+@pytest.fixture(scope="module")
+def scene() -> Iterator[Scene]:
+    spare = {"tensor_parallel = 3": "tensor_parallel = 2"}
+    with faultkit.ready(3, options="connect_timeout = 2", more=spare, share_size="2g") as made:
+        with made.room.inside():
+            serving = hub.serving(hub.llama(30, 60_000), host=GATEWAY, repo=REPO, token=faultkit.HF_TOKEN)
+            served = serving.__enter__()
+        try:
+            made.environ = {**made.environ, "HF_ENDPOINT": served.url}
+            yield Scene(made=made, served=served)
+        finally:
+            serving.__exit__(None, None, None)
+
+
+def test_killed_in_a_download_the_same_command_goes_on_and_nothing_is_fetched_twice(scene: Scene) -> None:
+    made = scene.made
+    well(made, "up")
+    scene.forget_weights()
+    scene.served.rate = SLOW
+    process = begin(made, "up")
+    until(lambda: scene.count() >= 5)
+    kill(process)
+    assert steps(made)["weights"]["outcome"] == "running"
+    assert set(rehearsal.left(made)) == {"k0", "k1", "k2"}  # it goes on
+    assert faultkit.in_arguments(made) == []
+    assert faultkit.in_files(made) == []
+    output = well(made, "up")
+    for name in ("k0", "k1", "k2"):
+        assert f"{name}: a download is still at work there (of an earlier command); waiting for it" in output
+    assert scene.downloaded() == scene.wanted
+    assert scene.whole()
+    assert rehearsal.left(made) == {}
+    assert faultkit.in_files(made) == []
+
+
+def test_down_ends_what_a_killed_command_left_at_work(scene: Scene) -> None:
+    made = scene.made
+    well(made, "up")
+    scene.forget_weights()
+    scene.served.rate = SLOW
+    process = begin(made, "up")
+    until(lambda: scene.count() >= 5)
+    kill(process)
+    output = well(made, "down")
+    assert all(f"{name} " in output.partition("processes ended: ")[2] for name in ("k0", "k1", "k2"))
+    assert rehearsal.left(made) == {}
+    assert faultkit.in_files(made) == []
+    scene.served.rate = None
+    well(made, "up")
+    assert scene.whole()
+
+
+def test_a_node_that_goes_away_in_a_download_leaves_its_files_to_the_others(scene: Scene) -> None:
+    made = scene.made
+    well(made, "up")
+    scene.forget_weights()
+    scene.served.rate = SLOW
+    process = begin(made, "up")
+    until(lambda: scene.count() >= 5)
+    made.room["k1"].unplug()
+    scene.served.rate = None
+    try:
+        done = end(process, 300)
+        assert done.code == SSH, done.output  # the proof needs every node
+        assert "its files go to the others" in done.output
+        assert "k1 10.77.0.12:22 cannot be reached" in done.output
+        assert steps(made)["weights"]["outcome"] == "done"
+        assert scene.whole()
+    finally:
+        made.room["k1"].plug()
+    well(made, "up")
+    assert set(scene.served.served) <= {"k0", "k1", "k2"}
+
+
+def test_a_disk_that_fills_up_while_downloading_is_told_and_the_same_command_completes(scene: Scene) -> None:
+    made = scene.made
+    well(made, "up")
+    scene.forget_weights()
+    scene.served.rate = SLOW
+    process = begin(made, "up")
+    until(lambda: scene.count() >= 5)
+    ballast = made.room.share / "ballast"
+    fill(ballast)
+    try:
+        done = end(process, 200)
+        assert done.code == DISK, done.output
+        assert "no space left on the shared folder while downloading" in done.output
+        assert "remedy: free space there" in done.output
+    finally:
+        ballast.unlink()
+        scene.served.rate = None
+    before = set(scene.downloaded())
+    assert before
+    well(made, "up")
+    assert scene.whole()
+    assert rehearsal.left(made) == {}
+
+
+@pytest.mark.parametrize("step", ["cache", "download"])
+def test_a_node_that_goes_away_in_a_step(scene: Scene, step: str) -> None:
+    made = scene.made
+    well(made, "up")
+    if step == "download":
+        (made.room.share / "gracefarm" / "rehearsal" / "download").unlink()
+    process = begin(made, "up", "--from", "cache")
+    until_running(made, step, process)
+    made.room["k1"].unplug()
+    try:
+        done = end(process, 200)
+        assert done.code in (4, SSH, 61), done.output
+        assert "k1" in done.output
+    finally:
+        made.room["k1"].plug()
+    well(made, "up")
+    assert {steps(made)[one]["outcome"] for one in (*UP, "download")} <= {"done", "skipped"}
+
+
+def test_a_spare_that_is_away_holds_nobody_up(scene: Scene) -> None:
+    made = scene.made
+    well(made, "up")
+    made.room["k2"].unplug()
+    try:
+        output = well(made, "serve", seconds=400)
+        assert "k2 10.77.0.13:22 cannot be reached: no answer; it is a spare: going on without it" in output
+        assert "READY" in output
+        assert "up to date" in well(made, "up")
+    finally:
+        made.room["k2"].plug()
+    assert "going on without it" not in well(made, "serve", seconds=400)
+
+
+def test_down_with_a_node_away_ends_everything_on_the_others(scene: Scene) -> None:
+    made = scene.made
+    well(made, "serve", seconds=400)
+    made.room["k1"].unplug()
+    try:
+        done = deploy(made, "down")
+        assert done.code == SSH, done.output
+        assert "k1 10.77.0.12:22 cannot be reached" in done.output
+        assert set(rehearsal.left(made)) == {"k1"}
+    finally:
+        made.room["k1"].plug()
+    assert "nothing of this deployment runs any more" in well(made, "down")
+    assert rehearsal.left(made) == {}
+
+
+def test_an_engines_worker_that_is_killed_after_loading_is_told_by_status(scene: Scene) -> None:
+    """Ray and all nodes are alive: it is the engine that is dead, as its next completion finds out."""
+    made = scene.made
+    well(made, "serve", seconds=400)
+    assert made.room["k1"].kill_matching("RayWorkerWrapper")
+    done = deploy(made, "status", "--json")
+    found = json.loads(done.output.strip().splitlines()[-1])
+    assert (found["service"]["word"], found["service"]["detail"]) == ("DEAD", "engine"), found["service"]
+    assert "READY" in well(made, "serve", seconds=400)
+    well(made, "down")
+    assert rehearsal.left(made) == {}
