@@ -242,10 +242,12 @@ class Fleet:
         timeout: float | None = None,  # noqa: ASYNC109 - a time for each node, told in its Result
         env: Mapping[str, str] | None = None,
         on_line: OnLine | None = None,
+        keep: bool = True,
     ) -> dict[str, Result]:
         """A command on all nodes at once: node name to Result, in the nodes' order. Never raises for a node; `require` does.
 
-        stdin is closed unless there is `input`. Secrets go in `input` or `env` (which travels on stdin), never in `command`.
+        stdin is closed unless there is `input`. `keep` false: `on_line` alone has stdout, however much it is. Secrets go in
+        `input` or `env` (which travels on stdin), never in `command`.
         """
         chosen = self.pick(nodes)
         text = command_line(command)
@@ -253,12 +255,14 @@ class Fleet:
         if env:
             text, block = _with_env(text, env)
             data = block + data
-        results = await asyncio.gather(*(self._run(one, text, data, timeout, on_line) for one in chosen))
+        results = await asyncio.gather(*(self._run(one, text, data, timeout, on_line, keep) for one in chosen))
         return {one.node.name: one for one in results}
 
-    async def _run(self, node: Node, command: str, data: bytes, seconds: float | None, on_line: OnLine | None) -> Result:
+    async def _run(
+        self, node: Node, command: str, data: bytes, seconds: float | None, on_line: OnLine | None, keep: bool
+    ) -> Result:
         begin = time.monotonic()
-        running = _Running(node, on_line)
+        running = _Running(node, on_line, keep=keep)
         error: GracefarmError | None = None
         code: int | None = None
         try:
@@ -554,6 +558,8 @@ class _Running:
     node: Node
     on_line: OnLine | None
     on_bytes: Callable[[bytes], None] | None = None
+    keep: bool = True
+    "stdout too, where `on_line` has had its lines."
     out: bytearray = field(default_factory=bytearray)
     err: bytearray = field(default_factory=bytearray)
 
@@ -575,11 +581,12 @@ class _Running:
             if self.on_bytes and name == "stdout":
                 self.on_bytes(block)
                 continue
-            kept += block
-            if len(kept) > LIMIT:
-                raise NodeError(f"{self.node}: more than {LIMIT >> 20} MiB of {name}", remedy="write it to a file there")
             if self.on_line:
                 lines.feed(block)
+            if self.keep or not self.on_line or name == "stderr":
+                kept += block
+            if max(len(kept), len(lines.rest)) > LIMIT:
+                raise NodeError(f"{self.node}: more than {LIMIT >> 20} MiB of {name}", remedy="write it to a file there")
         lines.end()
 
 

@@ -26,7 +26,7 @@ class FleetShell:
             if stream == "stdout":
                 on_line(text)
 
-        result = (await self.fleet.run(command, nodes=[self.node], input=stdin, on_line=line))[self.node.name]
+        result = (await self.fleet.run(command, nodes=[self.node], input=stdin, on_line=line, keep=False))[self.node.name]
         if result.returncode is None:
             if isinstance(result.error, SshError):
                 raise result.error

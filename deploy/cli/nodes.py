@@ -58,7 +58,7 @@ def run(context: Context, words: tuple[str, ...], timeout: float | None, command
     async def go() -> dict[str, Result]:
         async with fleet(deployment) as made:
             text = command[0] if len(command) == 1 else list(command)
-            return await made.run(text, nodes=nodes, timeout=timeout, on_line=line)
+            return await made.run(text, nodes=nodes, timeout=timeout, on_line=line, keep=False)
 
     results = wait(go())
     if context.console.as_json:

@@ -21,6 +21,8 @@ from deploy.remote import mounts
 from deploy.remote.wire import WorkerError, event
 
 Json = dict[str, Any]
+STALE = 86400.0
+"Seconds after which nobody is at work with a preflight's nonces any more."
 
 _DRIVER = """
 import ctypes, json
@@ -249,12 +251,14 @@ def _part(me: str, address: str, ports: dict[str, Json]) -> None:
 
 
 def clean(request: Json) -> Json:
-    """Remove this preflight's nonces."""
-    folder = Path(request["share"]) / ".gracefarm" / "preflight" / request["run"]
-    for one in folder.glob("*"):
-        one.unlink(missing_ok=True)
-    if folder.is_dir():
-        folder.rmdir()
+    """Remove this preflight's nonces, and those of runs that were killed more than a day ago."""
+    folder = Path(request["share"]) / ".gracefarm" / "preflight"
+    for run in folder.glob("*"):
+        with suppress(OSError):  # another preflight sweeps too
+            if run.name == request["run"] or time.time() - run.stat().st_mtime > STALE:
+                for one in run.glob("*"):
+                    one.unlink(missing_ok=True)
+                run.rmdir()
     return {}
 
 

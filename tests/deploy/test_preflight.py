@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import socket
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import pytest
 from deploy import flow, inventory, suppose
 from deploy import plan as planning
 from deploy.facts import NodeFacts
+from deploy.remote import preflight as remote
 from deploy.steps import preflight
 from deploy.steps.preflight_checks import GIB, Cell, Expected, Pairs, Survey, judge, open_door
 from deploy.worker import Target
@@ -211,6 +214,19 @@ def test_every_port_of_rays_is_asked_and_the_ends_and_the_middle_of_its_workers(
 def suppose_node(deployment: inventory.Deployment) -> NodeFacts:
     deployment.folder.make()
     return suppose.suppose(suppose.kind("gh200-96"), 1, deployment)[1].node("k0")
+
+
+def test_nonces_of_a_run_that_was_killed_are_swept_a_day_later_and_those_of_one_at_work_are_not(tmp_path: Path) -> None:
+    folder = tmp_path / ".gracefarm" / "preflight"
+    for name in ("mine", "killed", "at-work"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "k0").write_text("nonce")
+    (folder / "killed" / "k1").write_text("nonce")
+    before = time.time() - 90_000
+    os.utime(folder / "killed", (before, before))
+    remote.clean({"share": str(tmp_path), "run": "mine"})
+    assert [one.name for one in folder.iterdir()] == ["at-work"]
+    assert (folder / "at-work" / "k0").read_text() == "nonce"
 
 
 def test_a_port_of_the_loopback_is_seen_too(tmp_path: Path) -> None:

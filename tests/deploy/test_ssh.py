@@ -17,6 +17,7 @@ import pytest
 from deploy import ssh
 from deploy.inventory import Node
 from deploy.ssh import Fleet
+from deploy.targets import targets
 from gracefarm.errors import NodeError, SshError, UsageError
 from tests.deploy import kit
 
@@ -49,6 +50,32 @@ def test_a_command_runs_on_all_nodes_at_once_and_every_exit_code_is_kept(tmp_pat
             ssh.require(done, "trying")
 
     with_fleet(tmp_path, 4, work)
+
+
+def test_output_that_is_read_line_by_line_may_be_any_amount_and_what_is_kept_may_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ssh, "LIMIT", 1 << 20)
+    much = "yes 0123456789abcde | head -n 200000; echo end >&2; exit 3"  # 3.2 MB
+
+    async def work(fleet: Fleet, _made: list[kit.Machine]) -> None:
+        lines: list[str] = []
+        (done,) = (await fleet.run(much, on_line=lambda _node, _stream, line: lines.append(line), keep=False)).values()
+        assert (done.returncode, done.error, done.raw, done.stderr) == (3, None, b"", "end\n")
+        assert sorted(lines) == ["0123456789abcde"] * 200_000 + ["end"]
+        lines.clear()
+        node = targets(fleet)[0]
+        assert (await node.shell.stream(much, stdin=b"", on_line=lines.append)).code == 3
+        assert len(lines) == 200_000
+        (kept,) = (await fleet.run(much)).values()
+        assert kept.error
+        assert "more than 1 MiB of stdout" in kept.error.cause
+        endless = "yes | head -c 3000000 | tr -d '\\n'"
+        (line,) = (await fleet.run(endless, on_line=lambda *_: None, keep=False)).values()
+        assert line.error
+        assert "more than 1 MiB of stdout" in line.error.cause
+
+    with_fleet(tmp_path, 1, work)
 
 
 def test_a_signal_is_an_exit_code_and_stdin_is_closed(tmp_path: Path) -> None:
