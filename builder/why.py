@@ -82,8 +82,13 @@ def value_at(inputs: Mapping[str, object], path: str) -> object:
 
 def seconds(records: Sequence[Record], like: Record) -> float | None:
     """Wall seconds of the last success of a recipe, against the same stack for the same target; None: there was none."""
+    return last_seconds(records, like.recipe, like.stack, str(like.inputs.get("target")))
+
+
+def last_seconds(records: Sequence[Record], recipe: str, stack: str, target: str) -> float | None:
+    """As `seconds`, of what was not built yet; `records` newest first."""
     for one in records:
-        if one.recipe == like.recipe and one.outcome == "built" and _beside(one, like):
+        if (one.recipe, one.stack, one.inputs.get("target"), one.outcome) == (recipe, stack, target, "built"):
             return round(sum(stage.wall_s for stage in one.stages), 1)
     return None
 

@@ -35,6 +35,7 @@ from builder import (
 )
 from builder import plan as planning
 from builder import recipe as recipes
+from builder import why as explaining
 from builder.cli.aim import plan_of, target_here, toolchained, wanted
 from builder.cli.key import key as key_command
 from builder.cli.key import sign as sign_command
@@ -151,7 +152,7 @@ def build(
     plans = _plans(asked, planned, failures, console)
     if changed:
         console.step("plan", f"changed since the last success: {', '.join(one.recipe.key for one in plans) or 'nothing'}")
-    for one in plans:
+    for one in _longest_first(plans, settings):
         try:
             done = _build(one, jobs, url, keep, not no_compiler_cache, settings, console)
         except GracefarmError as error:
@@ -173,6 +174,19 @@ def _plans(
         except GracefarmError as error:
             _survive(error, failures, asked, console)
     return [one for one in plans if one is not None]
+
+
+def _longest_first(plans: list[Plan], settings: Settings) -> list[Plan]:
+    """What took longest the last time starts first, and what no record knows before it: that may take long as well."""
+    if len(plans) < 2:
+        return plans
+    records = record.all_of(settings)
+
+    def took(one: Plan) -> float:
+        found = explaining.last_seconds(records, one.recipe.key, one.stack.data.name, one.target.value)
+        return float("inf") if found is None else found
+
+    return sorted(plans, key=took, reverse=True)
 
 
 def _survive(error: GracefarmError, failures: list[GracefarmError], asked: Sequence[object], console: Console) -> None:

@@ -205,7 +205,11 @@ def test_trap_5_a_broken_extension_of_the_engine_fails_the_recipes_own_smoke_tes
 def test_trap_2_an_engine_that_does_not_say_its_commit_fails_the_recipes_own_smoke_test(
     engine: Farm, wheel: Path, tmp_path: Path
 ) -> None:
-    other = edited(wheel, tmp_path, lambda _, data: data.replace(commit().encode(), b"COMMIT_HASH_PLACEHOLDER"))
+    other = edited(
+        wheel,
+        tmp_path,
+        lambda _, data: data.replace(commit().encode(), b"PLACE_HOLDER").replace(commit()[:7].encode(), b"SHORT"),
+    )
     done = engine.run("smoke", "--stack", "own", "--recipe", "aphrodite", str(other))
     assert done.code == 31, done.said
     assert f"says no commit, not {commit()}" in done.said

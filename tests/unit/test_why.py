@@ -15,7 +15,7 @@ from builder.record import Record, Stage
 from builder.stack import Arch
 from builder.why import Change, changes
 from gracefarm import settings as settings_module
-from gracefarm.errors import ConfigError, UsageError
+from gracefarm.errors import ConfigError, SeveralError, UsageError
 
 REPOSITORY = Path(__file__).parent.parent.parent
 
@@ -49,6 +49,25 @@ def save(project: Path, name: str, seconds: float) -> Record:
     )
     record.write(saved, settings_module.load())
     return saved
+
+
+def test_of_several_what_took_longest_is_built_first_and_what_nothing_is_known_of_before_it(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(REPOSITORY / "recipes" / "flash_attn_cu130", project / "recipes" / "flash_attn_cu130")
+    begun: list[str] = []
+
+    def begin(one: plan.Plan, *_: object) -> Record:
+        begun.append(one.recipe.key)
+        raise ConfigError("nothing is built here")
+
+    monkeypatch.setattr("builder.cli._build", begin)
+    names = ["torch_scatter", "causal_conv1d", "flash_attn_cu130"]
+    for expected in (names[::-1], ["flash_attn_cu130", "torch_scatter", "causal_conv1d"]):
+        begun.clear()
+        assert isinstance(CliRunner().invoke(cli, ["build", *names]).exception, SeveralError)
+        assert begun == expected
+        save(project, "torch_scatter", 500.0)
 
 
 def edit(project: Path, path: str, old: str, new: str) -> None:
