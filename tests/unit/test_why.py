@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
-from builder import plan, recipe, record, stack
+from builder import container, plan, recipe, record, stack
 from builder.cli import cli
 from builder.record import Record, Stage
 from builder.stack import Arch
@@ -93,6 +94,33 @@ def test_nothing_changed(project: Path) -> None:
     value = why("causal_conv1d")
     assert value["changes"] == value["rebuilds"] == []
     assert value["before"] == value["after"]
+
+
+def test_a_build_in_a_container_is_planned_as_one_again(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An engine that answers is all that planning asks of it."""
+    shutil.copytree(REPOSITORY / "recipes" / "flash_attn", project / "recipes" / "flash_attn")
+    engine = tmp_path / "bin" / "podman"
+    engine.parent.mkdir()
+    engine.write_text("#!/bin/sh\n")
+    engine.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{engine.parent}:{os.environ['PATH']}")
+    loaded, base = recipe.load(project / "recipes", "flash_attn"), stack.load(project / "stacks", "cu124")
+    made = plan.make(loaded, base, stack.host_arch(), Arch.AARCH64, container.find())
+    last = save(project, "causal_conv1d", 1.0).model_copy(
+        update={
+            "build_id": made.build_id,
+            "recipe": "flash_attn",
+            "stack": "cu124",
+            "inputs": json.loads(json.dumps(made.inputs)),
+            "toolchain": "container",
+        }
+    )
+    record.write(last, settings_module.load())
+    assert why("flash_attn")["changes"] == []
+    edit(project, "recipes/flash_attn/recipe.toml", 'NVCC_THREADS = "1"', 'NVCC_THREADS = "2"')
+    assert paths(why("flash_attn")) == ["recipe.build.environment.NVCC_THREADS"]
 
 
 def test_a_change_of_the_recipe_rebuilds_it_alone(project: Path) -> None:
