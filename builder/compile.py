@@ -84,7 +84,8 @@ def _requires(pyproject: bytes) -> list[Requirement]:
 def command(plan: Plan, environment: str = "/env", folder: str = "/build") -> tuple[str, ...]:
     """What runs in the sandbox; a person can type it in `builder shell`."""
     build = plan.recipe.data.build
-    settings = tuple(f"-C{key}={value}" for key, value in sorted(build.config_settings.items()))
+    found = {key: value.replace("/build/", f"{folder}/") for key, value in build.config_settings.items()}
+    settings = tuple(f"-C{key}={value}" for key, value in sorted(found.items()))
     place = str(PurePosixPath(folder) / "source" / build.subdirectory)
     # --skip-dependency-check: check_requirements did it; build would start the emulated setup.py, and torch, once more.
     return (

@@ -23,7 +23,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from builder import container, environment, gaps, root, stack
+from builder import compile, container, environment, gaps, root, stack
 from builder import plan as planning
 from builder import recipe as recipes
 from builder.fetch import registry
@@ -336,6 +336,18 @@ def test_the_image_of_cu124_is_a_gap_of_container_builds_alone(farm: Farm) -> No
     assert refused.value.repeat == "builder lock tiny --toolchain container"
     # What the fetch redirects, not what the image's name begins with.
     assert "https://registry-1.docker.io/=REPLACEMENT" in str(refused.value.remedy)
+
+
+def test_config_settings_name_the_source_where_it_is(farm: Farm, tmp_path: Path) -> None:
+    """In a sandbox, in a folder of the machine's own, and in the container."""
+    settings = {"cmake.args": "-DSEED=/build/source/seed;-DOTHER=/build/sources"}
+    farm.recipe("tiny", projects.backend("return wheel(wheel_directory)"), build={"cuda": False, "config_settings": settings})
+    with_image(farm, "0" * 64)
+    made = plan_in(farm, "bare", "tiny", HERE)
+    assert "-Ccmake.args=-DSEED=/build/source/seed;-DOTHER=/build/sources" in compile.command(made)
+    assert "-Ccmake.args=-DSEED=/work/source/seed;-DOTHER=/work/sources" in compile.command(made, "/site", "/work")
+    text = container.configuration(made, tmp_path, None, tmp_path, jobs=1, epoch=0)
+    assert "-DSEED=/project/seed;-DOTHER=/build/sources" in text
 
 
 def test_no_engine_is_said_before_anything_else(farm: Farm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
