@@ -551,6 +551,7 @@ async def _weights(work: Work, looks: Looks) -> bool:
     data = work.deployment.data
     spec = weights.Spec(
         root=paths.root(work.deployment),
+        owner=work.fleet.mark,
         repo=data.model.repo,
         revision=data.model.revision,
         endpoint=work.environ.get("HF_ENDPOINT"),

@@ -16,6 +16,7 @@ import shutil
 import threading
 import time
 from collections import deque
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from deploy.remote.wire import WorkerError, event
 Json = dict[str, Any]
 CHUNK = 1 << 22
 POLL = 0.2
+STALE = 86400.0
 PULSE = 2.0
 
 
@@ -102,12 +104,25 @@ def explain(error: Exception, request: Json) -> WorkerError:
 
 
 def state(request: Json) -> Json:
-    """What is verified (`final`: path to size), what waits to be verified (`ready`: node to {path: size}), and free bytes."""
+    """What is verified (`final`: path to size), what waits to be verified (`ready`: node to {path: size}), and free bytes.
+
+    `others`: other deployments' staging folders for the same files, and the last sign of life in each.
+    """
     final, staging = Path(request["final"]), Path(request["staging"])
     ready = {one.name: _sizes(one / "ready") for one in staging.iterdir()} if staging.is_dir() else {}
     base = next(one for one in (final, *final.parents) if one.is_dir())
     space = os.statvfs(base)
-    return {"final": _sizes(final), "ready": ready, "free": space.f_bavail * space.f_frsize}
+    others = {one.name: _sign(one) for one in _stagings(final) if one != staging}
+    return {"final": _sizes(final), "ready": ready, "free": space.f_bavail * space.f_frsize, "others": others}
+
+
+def _stagings(final: Path) -> list[Path]:
+    return sorted(final.parent.glob(f"{final.name}*.staging"))
+
+
+def _sign(staging: Path) -> list[str]:
+    """What its nodes last said of themselves."""
+    return [_read(one) or "" for one in sorted(staging.glob("*/pulse"))]
 
 
 def prepare(request: Json) -> Json:
@@ -262,8 +277,13 @@ class _Verifier(threading.Thread):
             return True
         if right:
             target = self._final / file["path"]
-            target.parent.mkdir(parents=True, exist_ok=True)
-            path.rename(target)
+            try:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                path.rename(target)
+            except OSError as error:  # somebody took it away, or the disk is full: the next round sees what is there
+                event("unread", path=file["path"], cause=str(error))
+                self.missing.append(file["path"])
+                return True
             self.verified.append(file["path"])
             event("verified", path=file["path"], size=file["size"], staged_by=file["node"])
         else:
@@ -330,9 +350,14 @@ def read_manifest(request: Json) -> Json:
 
 
 def finish(request: Json) -> Json:
-    """All is verified: write the manifest beside the files and take the staging folders away."""
+    """All is verified: write the manifest, take our staging folders away, and others' that nobody has worked in for a day."""
     _write(Path(request["final"] + ".manifest.json"), request["manifest"])
     shutil.rmtree(request["staging"], ignore_errors=True)
+    for one in _stagings(Path(request["final"])):
+        with suppress(OSError):
+            last = max(each.stat().st_mtime for each in (one, *one.glob("*/pulse")))
+            if time.time() - last > STALE:
+                shutil.rmtree(one, ignore_errors=True)
     return {}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import posixpath
 import secrets
@@ -19,6 +20,8 @@ JOB = "weights"
 "Name of the detached job on each node."
 ROUNDS = 4
 "Deals before we give up: a corrupted file or a lost node costs one more each."
+SIGN = 5.0
+"Seconds within which whoever is at work on the shared folder gives a sign."
 ROOM = 1 << 30
 "Bytes that stay free on the shared folder."
 
@@ -30,6 +33,8 @@ class Spec:
     root: str
     "Our folder on the shared file system."
     repo: str
+    owner: str = ""
+    "The deployment's id: several on one share, whose nodes have the same names, stage their files apart."
     revision: str = "main"
     "A commit pins it; a branch or tag is resolved to one, which is printed."
     endpoint: str | None = None
@@ -114,7 +119,7 @@ class _Run:
         nodes = self._without(nodes, bad)
         for number in range(1, ROUNDS + 1):
             head = nodes[0]
-            state = await call(head, "weights.state", {"final": self.place, "staging": self._staging})
+            state = await self._alone(head)
             shares = weights.rounds(self.manifest, state["final"], state["ready"], [one.name for one in nodes])
             if not any(one.fetch or one.verify for one in shares.values()):
                 return await self._finish(head, number - 1)
@@ -127,7 +132,23 @@ class _Run:
 
     @property
     def _staging(self) -> str:
-        return f"{self.place}.staging"
+        return f"{self.place}{'.' + self.spec.owner if self.spec.owner else ''}.staging"
+
+    async def _alone(self, head: Target) -> Json:
+        """What is there, once no other deployment on this share is bringing the same files: twice would be for nothing."""
+        before: Mapping[str, object] = {}
+        said = False
+        while True:
+            state: Json = await call(head, "weights.state", {"final": self.place, "staging": self._staging})
+            now = state["others"]
+            alive = [name for name in now if name not in before or before[name] != now[name]]
+            if not alive:
+                return state
+            if before and not said:
+                said = True
+                self.console.step("wait", f"another deployment on this share brings these files ({alive[0]}); waiting for it")
+            before = now
+            await asyncio.sleep(SIGN)
 
     def _measure(self, shares: Mapping[str, Share], state: Json) -> None:
         """What the deal is worth, and whether it fits on the shared folder before anything is downloaded."""

@@ -307,6 +307,41 @@ def test_an_interrupted_commands_download_goes_on_and_the_next_one_waits_for_it(
     assert "k1: a download is still at work there" in said
 
 
+def test_two_deployments_on_one_share_bring_the_same_files_once_and_apart(
+    tmp_path: Path, hub_python: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their nodes have the same names. The second one waits for the first; what one left that died is swept a day later."""
+    monkeypatch.setattr(step, "SIGN", 2.5)  # more than the nodes' own two seconds
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+
+    async def bring(name: str, served: hub.Hub) -> step.Outcome:
+        async with kit.nodes(tmp_path / name, 2) as nodes:
+            return await step.up(nodes, spec(tmp_path, served, hub_python, owner=name), Console())
+
+    async def go(served: hub.Hub) -> list[step.Outcome]:
+        first = asyncio.ensure_future(bring("first", served))
+        await served_count(served, 1)
+        old, (commit,) = time.time() - 90_000, (tmp_path / "share" / "weights" / "org--model").glob("*[!g]")
+        for dead in ("dead", "dying"):
+            pulse = commit.with_name(f"{commit.name}.{dead}.staging") / "k0" / "pulse"
+            pulse.parent.mkdir(parents=True)
+            pulse.write_text("7")
+            if dead == "dead":
+                os.utime(pulse, (old, old))
+                os.utime(pulse.parent.parent, (old, old))
+        return await asyncio.gather(first, bring("second", served))
+
+    with hub.serving(hub.shards(10, 200_000), rate=70_000) as served:
+        first, second = asyncio.run(go(served))
+        assert each_once(served)
+        assert content(first) == content(second) == wanted(served.files)
+    assert (first.rounds, second.rounds, second.fetched) == (1, 0, 0)
+    assert "another deployment on this share brings these files" in capsys.readouterr().err
+    left = [one.name for one in Path(first.folder).parent.iterdir() if one.name.endswith(".staging")]
+    assert left == [f"{Path(first.folder).name}.dying.staging"]
+
+
 def test_down_ends_downloads_at_once_and_none_that_waits_begins(homes: Path, hub_python: str) -> None:
     async def go(served: hub.Hub) -> None:
         async with kit.nodes(homes, 2) as nodes:
