@@ -307,11 +307,8 @@ def test_an_interrupted_commands_download_goes_on_and_the_next_one_waits_for_it(
     assert "k1: a download is still at work there" in said
 
 
-def test_two_deployments_on_one_share_bring_the_same_files_once_and_apart(
-    tmp_path: Path, hub_python: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Their nodes have the same names. The second one waits for the first; what one left that died is swept a day later."""
-    monkeypatch.setattr(step, "SIGN", 2.5)  # more than the nodes' own two seconds
+def test_two_deployments_on_one_share_bring_the_same_files_once_and_apart(tmp_path: Path, hub_python: str) -> None:
+    """Their nodes have the same names. What one left that died is swept a day later."""
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
 
@@ -332,14 +329,46 @@ def test_two_deployments_on_one_share_bring_the_same_files_once_and_apart(
                 os.utime(pulse.parent.parent, (old, old))
         return await asyncio.gather(first, bring("second", served))
 
-    with hub.serving(hub.shards(10, 200_000), rate=70_000) as served:
+    with hub.serving(hub.shards(10, 200_000), rate=100_000) as served:
         first, second = asyncio.run(go(served))
         assert each_once(served)
         assert content(first) == content(second) == wanted(served.files)
     assert (first.rounds, second.rounds, second.fetched) == (1, 0, 0)
-    assert "another deployment on this share brings these files" in capsys.readouterr().err
     left = [one.name for one in Path(first.folder).parent.iterdir() if one.name.endswith(".staging")]
     assert left == [f"{Path(first.folder).name}.dying.staging"]
+
+
+def test_while_another_deployment_gives_signs_of_life_this_one_waits_and_says_so(
+    homes: Path, hub_python: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step, "SIGN", 1.0)
+    said: list[tuple[str, int]] = []
+    with hub.serving(hub.shards(3, 2_000)) as served:
+
+        class Hears(Console):
+            def step(self, name: str, text: str) -> None:
+                if name == "wait":
+                    said.append((text, sum(map(len, served.served.values()))))
+
+        async def go() -> step.Outcome:
+            wish = spec(homes, served, hub_python, owner="mine")
+            pulse = Path(step.folder(wish, hub.COMMIT) + ".other.staging") / "k0" / "pulse"
+            pulse.parent.mkdir(parents=True)
+            async with kit.nodes(homes, 1) as nodes:
+                running = asyncio.ensure_future(step.up(nodes, wish, Hears()))
+                count = 0
+                while not said:
+                    count += 1
+                    pulse.write_text(str(count))
+                    await asyncio.sleep(0.1)
+                return await running  # no sign any more: that one died
+
+        outcome = asyncio.run(go())
+        assert content(outcome) == wanted(served.files)
+        ((text, downloads),) = said
+    name = Path(outcome.folder).name
+    assert text == f"another deployment on this share brings these files ({name}.other.staging); waiting for it"
+    assert downloads == 0
 
 
 def test_down_ends_downloads_at_once_and_none_that_waits_begins(homes: Path, hub_python: str) -> None:
