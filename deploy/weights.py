@@ -78,8 +78,12 @@ def deal(files: Iterable[File], nodes: Sequence[str], load: Mapping[str, int] | 
 
 
 def lower_bound(files: Sequence[File], nodes: int) -> float:
-    """Bytes that the busiest node has in any split at least: the mean, or the largest file."""
-    return max(sum(one.size for one in files) / nodes, max((one.size for one in files), default=0))
+    """Bytes that the busiest node has in any split at least.
+
+    The mean; the largest file; and since some node has ceil(files/nodes) files, the smallest so many.
+    """
+    sizes = sorted(one.size for one in files)
+    return max(sum(sizes) / nodes, sizes[-1] if sizes else 0, sum(sizes[: -(-len(sizes) // nodes)]))
 
 
 class Share(BaseModel):

@@ -7,7 +7,6 @@ import time
 
 import click
 
-from deploy.cli import COMMANDS
 from deploy.cli.common import Context, json_option, pass_context
 from deploy.rehearsal import flow
 from deploy.rehearsal.flow import Rehearsal
@@ -41,8 +40,7 @@ def rehearse(context: Context, count: int, keep: bool) -> None:
         ready = time.monotonic() - begin
         answer = _ask(made)
         for name, *more in LOOKS:
-            if name in COMMANDS:
-                made.command(name, *more)
+            made.command(name, *more)
         if keep:
             _wait(context, made)
         made.command("down")

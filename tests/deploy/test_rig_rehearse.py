@@ -18,15 +18,12 @@ import httpx
 import psutil
 import pytest
 
-from deploy.cli import COMMANDS
 from deploy.rehearsal import flow, lock, source
 from deploy.rehearsal.source import _merged
 from gracefarm import settings
 from gracefarm.console import Console
 from gracefarm.errors import ExitCode
 from gracefarm.files import remove_tree
-
-tunnel = pytest.mark.skipif("tunnel" not in COMMANDS, reason="deploy tunnel is being built")
 
 
 def rehearse(*arguments: str) -> list[dict[str, Any]]:
@@ -52,14 +49,12 @@ def check(events: list[dict[str, Any]], count: int) -> None:
 
 
 @pytest.mark.root
-@tunnel
 def test_two_nodes_from_ips_txt_to_tokens_through_the_tunnel() -> None:
     check(rehearse("--nodes", "2"), 2)
 
 
 @pytest.mark.root
 @pytest.mark.slow
-@tunnel
 def test_ten_nodes_as_the_tutorial_has_them() -> None:
     check(rehearse("--nodes", "10"), 10)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import itertools
 import os
 import random
 import shlex
@@ -441,13 +442,17 @@ def test_the_deal_of_the_real_shape_is_within_five_percent_of_the_best() -> None
     files = [File(path=f"{n}", size=source.randrange(4_200_000_000, 4_900_000_000), sha256="0" * 64) for n in range(191)]
     for count in range(2, 17):
         shares = weights.deal(files, [f"k{n}" for n in range(count)])
-        assert max(sum(one.size for one in share) for share in shares.values()) <= 1.05 * _best(files, count)
+        assert max(sum(one.size for one in share) for share in shares.values()) <= 1.05 * weights.lower_bound(files, count)
 
 
-def _best(files: list[File], count: int) -> float:
-    """No split is better than the mean, nor than the smallest files that some node must have ceil(191/count) of."""
-    least = sorted(one.size for one in files)[: -(-len(files) // count)]
-    return max(weights.lower_bound(files, count), sum(least))
+@given(sizes=st.lists(st.integers(0, 100), max_size=7), count=st.integers(1, 3))
+def test_no_split_at_all_is_better_than_the_bound(sizes: list[int], count: int) -> None:
+    files = [File(path=str(n), size=size, sha256="0" * 64) for n, size in enumerate(sizes)]
+    splits = itertools.product(range(count), repeat=len(sizes))
+    best = min(
+        max(sum(size for size, node in zip(sizes, one, strict=True) if node == n) for n in range(count)) for one in splits
+    )
+    assert weights.lower_bound(files, count) <= best
 
 
 @given(
