@@ -225,7 +225,7 @@ class File(Table):
     set: Name = "gh200-cu124"
     "The set of wheels that was tested and published together."
     index: Index | None = None
-    "Simple API of the farm's index; None: what the nodes' own configuration says."
+    "Simple API of the farm's index; None: PyPI. How pip and uv are configured on a node counts for nothing."
     lock: str | None = None
     "A requirements.lock instead of SET.lock, relative to deploy.toml; SET.lock is fetched from the index where it is absent."
     python: Literal["managed", "system", "conda"] = "managed"

@@ -79,6 +79,11 @@ def _write(context: Context, file: Path | None, access: Access, share: str | Non
         context.console.step("init", f"{path} written")
     else:
         context.console.step("init", f"{path} is there, and stays as it is")
+        data = inventory.load(path).data
+        there = {**data.nodes.model_dump(), "share": data.share}
+        given = {**access.model_dump(exclude_none=True), **({"share": share} if share else {})}
+        if other := [f"--{name}" for name, value in given.items() if there[name] != value]:
+            context.console.warn(f"{', '.join(other)}: not what it says, and not written into it; set it in {path}")
     return path
 
 

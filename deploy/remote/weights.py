@@ -345,7 +345,7 @@ def read_manifest(request: Json) -> Json:
     """The manifest that `finish` left."""
     path = Path(request["final"] + ".manifest.json")
     if not path.is_file():
-        raise WorkerError("fetch", f"{request['final']} is not complete", "`deploy weights` completes it")
+        raise WorkerError("fetch", f"{request['final']} is not complete", "`deploy up` completes it")
     return {"manifest": path.read_text()}
 
 

@@ -82,6 +82,9 @@ def test_accepted_keys_are_pinned_facts_are_kept_and_a_second_time_changes_nothi
     again = init(tmp_path, nodes)
     assert again.returncode == 0, again.stderr
     assert "2 pinned" in again.stderr
+    assert "not written" not in again.stderr  # the same words as in deploy.toml
+    other = init(tmp_path, nodes, "--key", "k", "--share", "/srv")
+    assert "--key, --share: not what it says, and not written into it; set it in " in other.stderr
     assert before == ((tmp_path / "deploy.toml").read_bytes(), (tmp_path / ".deploy" / "known_hosts").read_bytes())
 
 
