@@ -156,20 +156,21 @@ async def without_lost_spares(work: Work) -> Work:
 
     What is done meanwhile is done for them too, once they are back: every step depends on which nodes there are.
     """
-    found = await work.fleet.connect(sorted(_spares(work)))
+    found = await work.fleet.connect(sorted(await _spares(work)))
     lost = {name: error for name, error in found.items() if error}
     for error in lost.values():
         work.console.warn(f"{error.cause}; it is a spare: going on without it")
     return replace(work, away=tuple(lost))
 
 
-def _spares(work: Work) -> Collection[str]:
-    """By the plan that was served last, else by the one that would be made without asking anybody for the model."""
+async def _spares(work: Work) -> Collection[str]:
+    """By the plan that was served last, else by the one that would be made without asking the Hub."""
+    brought = work.keeper.state.data("weights")
     try:
         plan: Plan | None = Plan.model_validate_json((work.deployment.folder.path / "plan.json").read_bytes())
     except (OSError, ValueError):
         try:
-            model = _model_at_hand(work)
+            model = await _model_brought(work, brought) if brought else _model_at_hand(work)
             plan = planning.make(work.deployment, work.facts, model) if model else None
         except GracefarmError:
             return ()  # whoever needs the plan tells it
@@ -627,17 +628,19 @@ async def plan_of(work: Work) -> Plan:
     Raises:
         ConfigError, LayoutError: as deploy.plan.make; HostError: config.json cannot be read on the head.
     """
-    data, brought = work.deployment.data.model, work.keeper.state.data("weights")
+    brought = work.keeper.state.data("weights")
     if not brought:
         raise ConfigError("the weights are not there yet", remedy="`deploy up` brings them")
-    commit = str(brought["commit"])
-    if data.config:
-        model = models.from_file(_local(work, data.config), repo=data.repo, revision=commit)
-    else:
-        model = await _model(work, f"{brought['folder']}/config.json", commit)
-    made = planning.make(work.deployment, work.facts, model)
+    made = planning.make(work.deployment, work.facts, await _model_brought(work, brought))
     atomic_write(work.deployment.folder.path / "plan.json", made.model_dump_json(indent=1) + "\n")
     return made
+
+
+async def _model_brought(work: Work, brought: Mapping[str, Any]) -> Model:
+    data, commit = work.deployment.data.model, str(brought["commit"])
+    if data.config:
+        return models.from_file(_local(work, data.config), repo=data.repo, revision=commit)
+    return await _model(work, f"{brought['folder']}/config.json", commit)
 
 
 def _local(work: Work, name: str) -> Path:

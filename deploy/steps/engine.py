@@ -376,6 +376,9 @@ def _of_running(signs: Signs, dead: list[str]) -> Verdict:
     if moved(signs.before, signs.after):
         return Verdict(kind="busy", text=f"tokens are made for others; the canary waited in vain ({answer.text})")
     ray = "Ray does not answer" if signs.nodes is None else "all nodes are alive"
+    if answer.text.startswith("HTTP 5"):  # a worker has died: the next request ends the server, or not even that
+        text = f"no completion: {answer.text}; {ray}, and the engine has not ended"
+        return Verdict(kind="dead-engine", text=text, remedy=_AGAIN)
     return Verdict(kind="wedged", text=f"{answer.text}, no token was made meanwhile, and {ray}: it hangs", remedy=_AGAIN)
 
 

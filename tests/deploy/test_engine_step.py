@@ -292,7 +292,12 @@ ALIVE, LOST = {"k0": True, "k1": True}, {"k0": True, "k1": False}
             "all nodes are alive",
         ),
         (Signs(job=RUNNING, answer=MUTE, nodes=None), "wedged", "Ray does not answer"),
-        (Signs(job=RUNNING, answer=Answer(kind="error", text="HTTP 500: x"), nodes=ALIVE), "wedged", "HTTP 500"),
+        (
+            Signs(job=RUNNING, answer=Answer(kind="error", text="HTTP 500: x"), nodes=ALIVE),
+            "dead-engine",
+            "HTTP 500: x; all nodes",
+        ),
+        (Signs(job=RUNNING, answer=Answer(kind="error", text="not the answer"), nodes=ALIVE), "wedged", "not the answer"),
     ],
 )
 def test_dead_engine_dead_node_and_wedge_are_told_apart(signs: Signs, kind: str, word: str) -> None:

@@ -6,7 +6,9 @@ A Hub in this process counts what each node downloads, and is as slow as a test 
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,7 +27,7 @@ from tests.deploy.faultkit import begin, deploy, end, kill, steps, until, until_
 
 pytestmark = [pytest.mark.root, pytest.mark.slow, pytest.mark.timeout(1500)]
 SSH, DISK = 60, 23
-SLOW = 60_000.0
+SLOW = 15_000.0
 "Bytes a second for each node."
 
 
@@ -67,7 +69,10 @@ class Scene:
 
 def fill(path: Path) -> None:
     """Until nothing more goes in."""
+    space = os.statvfs(path.parent)
     with path.open("wb", buffering=0) as stream, suppress(OSError):
+        os.posix_fallocate(stream.fileno(), 0, space.f_bavail * space.f_frsize - (1 << 20))
+        stream.seek(0, os.SEEK_END)
         while stream.write(bytes(1 << 12)):
             pass
 
@@ -77,7 +82,7 @@ def scene() -> Iterator[Scene]:
     spare = {"tensor_parallel = 3": "tensor_parallel = 2"}
     with faultkit.ready(3, options="connect_timeout = 2", more=spare, share_size="2g") as made:
         with made.room.inside():
-            serving = hub.serving(hub.llama(30, 60_000), host=GATEWAY, repo=REPO, token=faultkit.HF_TOKEN)
+            serving = hub.serving(hub.llama(120, 15_000), host=GATEWAY, repo=REPO, token=faultkit.HF_TOKEN)
             served = serving.__enter__()
         try:
             made.environ = {**made.environ, "HF_ENDPOINT": served.url}
@@ -98,7 +103,11 @@ def test_killed_in_a_download_the_same_command_goes_on_and_nothing_is_fetched_tw
     assert set(rehearsal.left(made)) == {"k0", "k1", "k2"}  # it goes on
     assert faultkit.in_arguments(made) == []
     assert faultkit.in_files(made) == []
-    output = well(made, "up")
+    process = begin(made, "up")
+    until_running(made, "weights", process)
+    time.sleep(6)  # it has found what is at work
+    scene.served.rate = None
+    output = end(process).output
     for name in ("k0", "k1", "k2"):
         assert f"{name}: a download is still at work there (of an earlier command); waiting for it" in output
     assert scene.downloaded() == scene.wanted
@@ -135,7 +144,7 @@ def test_a_node_that_goes_away_in_a_download_leaves_its_files_to_the_others(scen
     scene.served.rate = None
     try:
         done = end(process, 300)
-        assert done.code == SSH, done.output  # the proof needs every node
+        assert done.code == 0, done.output  # all that was missing is there
         assert "its files go to the others" in done.output
         assert "k1 10.77.0.12:22 cannot be reached" in done.output
         assert steps(made)["weights"]["outcome"] == "done"
@@ -191,6 +200,7 @@ def test_a_node_that_goes_away_in_a_step(scene: Scene, step: str) -> None:
 
 def test_a_spare_that_is_away_holds_nobody_up(scene: Scene) -> None:
     made = scene.made
+    scene.served.rate = None
     well(made, "up")
     made.room["k2"].unplug()
     try:
@@ -225,7 +235,9 @@ def test_an_engines_worker_that_is_killed_after_loading_is_told_by_status(scene:
     assert made.room["k1"].kill_matching("RayWorkerWrapper")
     done = deploy(made, "status", "--json")
     found = json.loads(done.output.strip().splitlines()[-1])
-    assert (found["service"]["word"], found["service"]["detail"]) == ("DEAD", "engine"), found["service"]
+    service = found["service"]
+    assert (service["word"], service["detail"]) == ("DEAD", "engine"), service
+    assert service["text"].startswith("no completion: HTTP 500; all nodes are alive")
     assert "READY" in well(made, "serve", seconds=400)
     well(made, "down")
     assert rehearsal.left(made) == {}
