@@ -388,18 +388,17 @@ def test_down_ends_downloads_at_once_and_none_that_waits_begins(homes: Path, hub
         async with kit.nodes(homes, 2) as nodes:
             running = asyncio.ensure_future(step.up(nodes, spec(homes, served, hub_python), Console()))
             await served_count(served, 3)
-            since = time.monotonic()
+            since, count = time.monotonic(), sum(map(len, served.served.values()))
             ended = await ray.stop(nodes, kit.mark(homes), grace=30)
             assert time.monotonic() - since < 20  # told to end, not killed
             assert min(ended.values()) > 0
-            count = sum(map(len, served.served.values()))
             with pytest.raises(HostError, match="ended without an answer"):
                 await running
             await asyncio.sleep(1)
-            assert sum(map(len, served.served.values())) <= count + 2 * 4  # what was on its way in the socket's buffers
+            assert sum(map(len, served.served.values())) <= count + 2 * 4  # what was on its way
             assert workers_below(homes) == []
 
-    with hub.serving(hub.shards(60, 100_000), rate=200_000) as served:
+    with hub.serving(hub.shards(60, 100_000), rate=60_000) as served:
         asyncio.run(go(served))
         assert not list(homes.rglob("gracefarm-*.pyz"))
         served.rate = None
