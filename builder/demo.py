@@ -16,7 +16,7 @@ from builder import build, compile, environment, meter, publish, record
 from builder.plan import Plan
 from builder.root import die_with_us
 from gracefarm.console import Console
-from gracefarm.errors import HostError
+from gracefarm.errors import HostError, PublishError
 from gracefarm.files import lock, remove_tree
 from gracefarm.settings import Settings
 
@@ -37,6 +37,7 @@ def local_index(settings: Settings) -> Iterator[tuple[str, str]]:
 
     Raises:
         HostError: it did not start, with its last words.
+        PublishError: what is raised inside, with the way out that this index alone has.
     """
     folder = settings.home / "index"
     # A server that outlived a killed run would keep the store from the next one.
@@ -53,6 +54,9 @@ def local_index(settings: Settings) -> Iterator[tuple[str, str]]:
                 words = (settings.home / "index.log").read_text().strip().splitlines()
                 raise HostError(f"index serve did not start: {words[-1] if words else 'no output'}", repeat=" ".join(serve))
             yield url, _token(folder)
+        except PublishError as error:
+            remedy = f"if it holds another build of the same file, which no index replaces: mv {folder} {folder}.old"
+            raise PublishError(error.cause, remedy=remedy, repeat=error.repeat) from error
         finally:
             server.terminate()
 

@@ -55,6 +55,7 @@ def upload(wheel: Path, url: str) -> Publication:
             "upload",
             "--non-interactive",
             "--disable-progress-bar",
+            "--verbose",  # else the index's own sentence is not shown
             "--repository-url",
             url,
             str(wheel),
@@ -65,14 +66,23 @@ def upload(wheel: Path, url: str) -> Publication:
         env=_environment(),
     )
     if done.returncode != 0 and not _offered(wheel, url):
-        said = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()]
-        words = next((line for line in said if line.startswith(("ERROR", "HTTPError"))), said[-1] if said else "no output")
+        words = _reason(done.stdout + done.stderr)
         raise PublishError(
             f"{url} did not take {wheel.name}: {words}",
             remedy="check the address and the token (TWINE_USERNAME=__token__, TWINE_PASSWORD); the wheel is kept",
             repeat=f"twine upload --repository-url {url} {wheel}",
         )
     return Publication(url=url, at=now())
+
+
+def _reason(text: str) -> str:
+    """Why twine gave up: what the index answered, else twine's last error; its lines are broken at 80 columns."""
+    lines = [line.strip() for line in re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines() if line.strip()]
+    errors = [at for at, line in enumerate(lines) if line.startswith(("ERROR", "HTTPError"))]
+    answers = [at for at, line in enumerate(lines) if "Response from " in line]
+    if answers and errors and answers[-1] + 1 < errors[-1]:
+        return " ".join(line.removeprefix("INFO").strip() for line in lines[answers[-1] + 1 : errors[-1]])[:500]
+    return lines[errors[0] if errors else -1] if lines else "no output"
 
 
 def _offered(wheel: Path, url: str) -> bool:

@@ -142,7 +142,8 @@ def stage(built: Built, at: Served, settings: Settings, console: Console) -> Non
     """Stage the set and publish it, as soon as the index has all of it.
 
     Raises:
-        PublishError: the index refuses, or the set lacks third-party wheels, which its own machine has to mirror.
+        PublishError: the index refuses.
+        IncompleteError: the set lacks third-party wheels, which the index's own machine has to mirror.
     """
     name = built.plan.set.data.name
     state = staging.open_(at, staging.matrix(built.record.wheels))
@@ -186,12 +187,16 @@ def _tell(built: Built, at: Served, settings: Settings, console: Console) -> Non
         builds.tell_index(build_id, f"{at.base}/stage/{at.name}/legacy/", settings, console)
 
 
-def _incomplete(built: Built, at: Served, missing: Sequence[str]) -> PublishError:
+class IncompleteError(PublishError):
+    """The index lacks wheels that are not ours."""
+
+
+def _incomplete(built: Built, at: Served, missing: Sequence[str]) -> IncompleteError:
     commands = [f"GRACEFARM_PYTHON_INDEX={index} index mirror {own} --set {at.name}" for index, own in built.own_locks.items()]
     commands.append(f"index mirror {built.lock} --set {at.name}")
     name = built.plan.set.data.name
     shown = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
-    return PublishError(
+    return IncompleteError(
         f"{at.name} is staged at {at.base} and not published yet: it lacks {len(missing)} wheels ({shown})",
         remedy=f"on the index's machine: {'; '.join(commands)}; then the same command publishes it",
         repeat=f"builder set build {name} --stage {at.base}" + (f" --as {at.name}" if at.name != name else ""),

@@ -14,7 +14,7 @@ from pathlib import Path
 import uv
 
 from builder import compile, demo, environment, meter, root, stack
-from builder.sets import flow, locks, staging, together
+from builder.sets import flow, locks, together
 from builder.sets.flow import Built
 from builder.sets.locks import Served
 from builder.sets.plan import SetPlan
@@ -80,9 +80,7 @@ def _published(built: Built, at: Served, settings: Settings, console: Console) -
     """Stage, mirror on the index's side as its owner would, stage again; seconds that the mirror took."""
     try:
         flow.stage(built, at, settings, console)
-    except PublishError as error:
-        if not staging.state(at)["missing"]:
-            raise
+    except flow.IncompleteError as error:
         console.step("stage", error.cause)
     start = time.monotonic()
     for index, own in [*built.own_locks.items(), (None, built.lock)]:
