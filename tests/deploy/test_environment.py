@@ -171,6 +171,7 @@ stock = pytest.mark.skipif(
 
 
 @stock
+@pytest.mark.slow
 def test_a_managed_python_comes_onto_the_share_and_serves_every_environment(
     tmp_path: Path, index: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

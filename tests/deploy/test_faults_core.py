@@ -82,6 +82,7 @@ def test_killed_in_every_step_of_up(made: Rehearsal, step: str) -> None:
     assert {steps(made)[one]["outcome"] for one in UP} == {"done", "skipped"}
 
 
+@pytest.mark.slow
 def test_killed_while_ray_starts_and_while_the_engine_loads(made: Rehearsal) -> None:
     well(made, "up")
     faultkit.order(made, "k1", "load=slow:8")

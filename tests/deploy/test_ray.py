@@ -112,6 +112,7 @@ def changed(plan: Plan) -> Plan:
     return planning.identified(plan.model_copy(update={"nodes": nodes, "id": ""}))
 
 
+@pytest.mark.slow
 def test_a_cluster_comes_up_is_left_alone_repaired_changed_and_stopped(
     room: Rig, deployment: Deployment, plan: Plan, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -146,6 +147,7 @@ def test_a_cluster_comes_up_is_left_alone_repaired_changed_and_stopped(
     assert down(room, deployment) == {"k0": 0, "k1": 0, "k2": 0}
 
 
+@pytest.mark.slow
 def test_a_second_death_is_the_error_with_node_and_cause_and_leaves_nothing_there(
     room: Rig, deployment: Deployment, plan: Plan
 ) -> None:

@@ -319,6 +319,7 @@ def test_an_interrupted_commands_download_goes_on_and_the_next_one_waits_for_it(
     assert "k1: a download is still at work there" in said
 
 
+@pytest.mark.slow
 def test_two_deployments_on_one_share_bring_the_same_files_once_and_apart(tmp_path: Path, hub_python: str) -> None:
     """Their nodes have the same names. What one left that died is swept a day later."""
     for name in ("first", "second"):
@@ -406,7 +407,8 @@ def test_down_ends_downloads_at_once_and_none_that_waits_begins(homes: Path, hub
         assert content(outcome) == wanted(served.files)
 
 
-@pytest.mark.parametrize("dies", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dies", [True, False])
 def test_a_node_that_is_lost_leaves_its_files_to_the_others(
     homes: Path, hub_python: str, dies: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:

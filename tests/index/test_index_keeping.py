@@ -322,7 +322,7 @@ def same(live: httpx.Client, static: httpx.Client, tree: Path) -> int:
     count = 0
     reached: set[str] = set()
     for first, accept in (
-        (["/", "/sets/", "/board/"], "text/html"),
+        (["/", "/sets/", "/board/", "/spring/requirements.lock"], "text/html"),
         (["/simple/", "/cu130/simple/", "/spring/simple/"], JSON),
     ):
         there = follow(static, first, accept)

@@ -258,7 +258,7 @@ __global__ void kernel(float *x) {
 HEADERS = {"device.h": "*x = 1;\n", "second.h": "*x += 2;\n", "host.h": "int host() { return 3; }\n"}
 
 
-@pytest.mark.parametrize("stack_name", ["cu130", "cu124-headers"])
+@pytest.mark.parametrize("stack_name", ["cu130", pytest.param("cu124-headers", marks=pytest.mark.slow)])
 def test_each_pass_of_each_compiler_counts(farm: Farm, tmp_path: Path, stack_name: str) -> None:
     """Two architectures; a header for each, and one for the host, changes by turns. Then the first state again."""
     farm.recipe("tiny", projects.backend("pass"), stack=stack_name, build={"cuda": True})
