@@ -29,7 +29,8 @@ class Download(FileResponse):
             OSError: the file cannot be read, or has become shorter than it was.
         """
         if scope["method"] != "GET" or any(name == b"range" for name, _ in scope["headers"]):
-            await super().__call__(scope, receive, send)
+            # Without granian's sending by path, which would go past the access log's count.
+            await super().__call__({**scope, "extensions": {}}, receive, send)
             return
         # Opened before the answer starts, so that a failure is still an answer of its own.
         file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)

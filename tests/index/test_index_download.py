@@ -18,7 +18,7 @@ from index import download
 from index.download import PIECE, WINDOW, Download
 from tests.index.index_kit import Server, serving, wheel
 
-LARGE = os.urandom(WINDOW) * 5  # more than all buffers between a server and a client hold
+LARGE = os.urandom(WINDOW) * 25  # what is read before the server learns that nobody is there is a small part of it
 
 
 @pytest.fixture(scope="module", params=["granian", "uvicorn"])
@@ -43,6 +43,10 @@ def test_a_large_file_arrives_whole_and_the_log_has_its_size(loaded: tuple[Serve
     parts = [server.client.get(path, headers={"Range": f"bytes={at}"}) for at in ("0-999999", "1000000-")]
     assert [part.status_code for part in parts] == [206, 206]
     assert b"".join(part.content for part in parts) == answer.content
+    server.forget()
+    other = server.client.get(path, headers={"Range": "bytes=0-9", "If-Range": '"another"'})
+    assert (other.status_code, other.content) == (200, answer.content)
+    assert [(line.status, line.size) for line in server.requests()] == [(200, len(answer.content))]
 
 
 def test_who_leaves_is_not_read_for(loaded: tuple[Server, str, str]) -> None:
