@@ -114,7 +114,7 @@ def _bind(listen: Listen) -> socket.socket:
 async def _granian(
     application: Application, listener: socket.socket, listen: Listen, bounds: Bounds, ready: Callable[[], None]
 ) -> None:
-    from granian.constants import Interfaces
+    from granian.constants import HTTPModes, Interfaces
     from granian.http import HTTP1Settings
     from granian.log import LogLevels
     from granian.server.embed import Server
@@ -128,6 +128,7 @@ async def _granian(
         port=port,
         interface=Interfaces.ASGI,
         websockets=False,
+        http=HTTPModes.http1,  # in HTTP/2 one connection holds 200 answers, and every bound here is on connections
         backlog=1024,
         backpressure=bounds.total,  # counts connections; beyond it granian accepts nobody
         http1_settings=HTTP1Settings(header_read_timeout=15_000),

@@ -523,6 +523,19 @@ def test_who_takes_nothing_of_an_answer_is_cut_off(tmp_path: Path, kind: str) ->
             assert _connections(server, port) == 0
 
 
+@pytest.mark.parametrize("kind", ["granian", "uvicorn"])
+def test_one_connection_is_one_answer_at_a_time(tmp_path: Path, kind: str) -> None:
+    """HTTP/2 would let each connection hold 200 unread answers, which no bound here counts."""
+    with (
+        serving(tmp_path / "root", "--server", kind) as server,
+        socket.create_connection(("127.0.0.1", server.port), timeout=20) as one,
+    ):
+        settings = b"\0\0\0\4\0\0\0\0\0"
+        one.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + settings)
+        answer = one.recv(1000)
+        assert answer == b"" or answer.startswith(b"HTTP/1.1 4")
+
+
 def test_open_uploads_of_one_client_are_bounded(tmp_path_factory: pytest.TempPathFactory) -> None:
     with serving(tmp_path_factory.mktemp("bound") / "root", "--allow-new", "--open-uploads-per-client", "2") as server:
         name, content = wheel("bound_pkg")
