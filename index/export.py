@@ -237,7 +237,7 @@ def _export_page(
 def _export_lock(catalogue: Catalogue, target: Path, view: View, before: dict[str, str], done: Exported) -> None:
     try:
         text = setlock.render(catalogue, view)
-    except NotFoundError:  # several versions of one project: the live server has none either
+    except NotFoundError:  # several versions of one project, or none of it any more: the live server has no lock either
         return
     _put(target, f"{view.argument}/{setlock.FILENAME}", text.encode(), before, done)
 

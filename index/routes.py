@@ -287,10 +287,15 @@ def set_lock(service: Service) -> Endpoint:
 
     async def endpoint(request: Request) -> Response:
         prefix = request.url.path.strip("/").split("/")[:-1]
-        view = views.find(service.catalogue, prefix)
-        if view is None or view.kind != "set":
-            raise NotFoundError(f"there is no set {prefix[-1]!r} here", remedy="see /sets/")
-        text = await asyncio.get_running_loop().run_in_executor(service.hands, setlock.render, service.catalogue, view)
+
+        def render() -> str:
+            with service.catalogue.moment():
+                view = views.find(service.catalogue, prefix)
+                if view is None or view.kind != "set":
+                    raise NotFoundError(f"there is no set {prefix[-1]!r} here", remedy="see /sets/")
+                return setlock.render(service.catalogue, view)
+
+        text = await asyncio.get_running_loop().run_in_executor(service.hands, render)
         return PlainTextResponse(text, headers={"Cache-Control": "no-cache"})
 
     return endpoint

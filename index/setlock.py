@@ -12,15 +12,33 @@ from index.views import View
 
 FILENAME = "requirements.lock"
 
+_EVER = """
+SELECT project FROM file JOIN member ON member.file_id = file.id JOIN release_set ON name = set_name
+    WHERE name = :name AND (deleted IS NULL OR deleted > published)
+UNION SELECT project FROM mirrored JOIN release_set ON name = set_name
+    WHERE name = :name AND (withdrawn IS NULL OR withdrawn > published)
+"""
+"What the set has, or had when it was published."
+
 
 def render(catalogue: Catalogue, view: View) -> str:
     """The lock's text.
 
+    Call it within one moment of the catalogue.
+
     Raises:
-        NotFoundError: the set has a project in several versions, one for each architecture say, which no one lock can name.
+        NotFoundError: the set has a project in several versions, one for each architecture say, which no one lock can name;
+            or every file of a project was lost, withdrawn or deleted: nothing is resolved, so nobody would miss it.
     """
+    names = views.projects(catalogue, view)
+    gone = {row["project"] for row in catalogue.rows(_EVER, {"name": view.argument})}.difference(names)
+    if gone:
+        raise NotFoundError(
+            f"the set {view.argument} no longer shows {', '.join(sorted(gone))}: its lock would leave that out in silence",
+            remedy="whoever runs this index sees why: `index log`, `index fsck`",
+        )
     lines = [f"# The set {view.argument}, as this index shows it.\n"]
-    for project in views.projects(catalogue, view):
+    for project in names:
         files = views.files(catalogue, view, project)
         versions = sorted({item.version for item in files})
         if len(versions) > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import subprocess
@@ -12,8 +13,16 @@ from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import httpx
 import pytest
 from index_kit import JSON, Server, make_token, run_index, run_json, serving, wheel
+
+from index import views
+from index.catalogue import Catalogue
+from index.serve import build
+from index.service import Options
+from index.store import Store
+from index.views import Listed, View
 
 AARCH64 = "cp311-cp311-manylinux_2_34_aarch64"
 
@@ -219,6 +228,54 @@ def test_a_sets_lock_is_installed_from_its_index(server: Server, tmp_path: Path)
         assert server.client.get(f"/{prefix}requirements.lock").status_code == 404
 
 
+def no_lock(server: Server, name: str, gone: str) -> None:
+    """A lock without that project would install less than the set, and with --no-deps nobody would say so."""
+    answer = server.client.get(f"/{name}/requirements.lock")
+    assert answer.status_code == 404
+    assert f"no longer shows {gone}:" in answer.text
+
+
+def test_a_set_that_lost_a_project_has_no_lock(shared: Server) -> None:
+    run_index(shared.root, "stage", "create", "shrunk")
+    for name in ("shrunk_a", "shrunk_b", "shrunk_c"):
+        assert shared.upload(*wheel(name), path="/stage/shrunk/legacy/").status_code == 200
+    run_index(shared.root, "delete", "shrunk-c", "1.0", "--yes")
+    run_index(shared.root, "stage", "publish", "shrunk")
+    lock = shared.client.get("/shrunk/requirements.lock").text
+    assert [line.split("==")[0] for line in lock.splitlines() if "==" in line] == ["shrunk-a", "shrunk-b"], "as published"
+    run_index(shared.root, "delete", "shrunk-b", "1.0", "--yes")
+    no_lock(shared, "shrunk", "shrunk-b")
+
+
+def test_a_lock_is_of_one_moment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    (tmp_path / "wheels").mkdir()
+    for name, content in (wheel("moment_a"), wheel("moment_b")):
+        (tmp_path / "wheels" / name).write_bytes(content)
+    run_index(root, "import", str(tmp_path / "wheels"))
+    run_index(root, "stage", "create", "now")
+    run_index(root, "stage", "add", "now", *sorted(path.name for path in (tmp_path / "wheels").iterdir()))
+    run_index(root, "stage", "publish", "now")
+    real = views.files
+
+    def meanwhile(catalogue: Catalogue, view: View, project: str) -> list[Listed]:
+        if project == "moment-a":
+            run_index(root, "delete", "moment-b", "1.0", "--yes")
+        return real(catalogue, view, project)
+
+    monkeypatch.setattr(views, "files", meanwhile)
+    application = build(Store(root=root), Options())
+
+    async def ask() -> str:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(application), base_url="http://x") as client:
+            return (await client.get("/now/requirements.lock")).text
+
+    lock = asyncio.run(ask())
+    application.service.close()
+    assert "moment-a==1.0" in lock
+    assert "moment-b==1.0" in lock
+
+
 def test_a_lock_that_upstream_cannot_fulfil(shared: Server, upstream: Server, tmp_path: Path) -> None:
     env = {"GRACEFARM_PYTHON_INDEX": upstream.url + "/simple/"}
     lock = tmp_path / "requirements.lock"
@@ -341,6 +398,7 @@ def test_a_damaged_copy_is_unlisted_and_mirroring_again_mends_it(shared: Server,
     stored.write_bytes(bytes(len(LIB)))
     assert run_index(shared.root, "fsck", "--set-aside", check=False).returncode == 11
     assert shared.filenames("third-lib", prefix="/mended-set") == [], "what is known to be damaged is not offered"
+    no_lock(shared, "mended-set", "third-lib")
     assert [item["how"] for item in mirrored(shared, upstream, tmp_path, "mended-set", line)] == ["copied"]
     assert shared.page("third-lib", prefix="/mended-set").json() == page
     assert shared.client.get(url).content == LIB
@@ -359,6 +417,7 @@ def test_a_mirrored_file_can_be_withdrawn(shared: Server, upstream: Server, tmp_
     assert "third-dep" not in shared.client.get("/withdrawn-1/simple/").text
     assert shared.client.get(url).status_code == 410
     assert shared.filenames("third-lib", prefix="/withdrawn-1"), "the others stay"
+    no_lock(shared, "withdrawn-1", "third-dep")
     assert "third-dep==1.6 of its lock" in run_index(shared.root, "stage", "publish", "withdrawn-2", check=False).stderr
     lock = tmp_path / "requirements.lock"
     lock.write_text(line)
@@ -368,6 +427,7 @@ def test_a_mirrored_file_can_be_withdrawn(shared: Server, upstream: Server, tmp_
     assert "was withdrawn here" in again.stderr
     run_index(shared.root, "withdraw", name, "--undo")
     assert shared.page("third-dep", prefix="/withdrawn-1").json() == page
+    assert "third-dep==1.6" in shared.client.get("/withdrawn-1/requirements.lock").text
     assert shared.client.get(url).content == DEP_16
 
 
