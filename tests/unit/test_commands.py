@@ -1,4 +1,4 @@
-"""Every command that the workflows and the pages of the pinned builds name is one that the programs have."""
+"""Every command that the workflows, the pages and the programs' own help name is one that the programs have."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ from click.testing import CliRunner
 from tests.conftest import REPOSITORY
 
 WORKFLOWS = sorted((REPOSITORY / ".github" / "workflows").glob("*.yml"))
-PAGES = [REPOSITORY / "docs" / name for name in ("pinned.md", "building.md")]
-BLOCK = re.compile(r" {4}\s*\.venv/bin/python -m (builder|index|deploy) ")
-OURS = re.compile(r"(?:^|\s)(?:\.venv/bin/python -m )?(builder|index|deploy) (.*)")
+PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+BLOCK = re.compile(r" {4}\s*(?:\.venv/bin/)?python -m (builder|index|deploy) ")
+OURS = re.compile(r"(?:^|\s)(?:(?:\.venv/bin/)?python -m )?(builder|index|deploy) (.*)")
+EXAMPLE = re.compile(r"\s*(builder|index|deploy) ")
+LINK = re.compile(r"\]\(([^)\s:]+)\)")
 
 
 def steps(path: Path) -> list[str]:
@@ -30,7 +32,7 @@ def steps(path: Path) -> list[str]:
 
 
 def blocks(path: Path) -> list[str]:
-    """Lines of a page's code blocks that call a program of ours with the Python of .venv."""
+    """Lines of a page's code blocks that call a program of ours."""
     return [line.strip() for line in path.read_text().splitlines() if BLOCK.match(line)]
 
 
@@ -47,7 +49,7 @@ def check(program: str, words: list[str]) -> None:
     """The subcommand answers --help, has each option, and takes as many arguments."""
     command: click.Command = importlib.import_module(f"{program}.cli").cli
     path = []
-    while isinstance(command, click.Group):
+    while isinstance(command, click.Group) and words[len(path)] != "--help":
         context = click.Context(command, info_name=program)
         name = words[len(path)]
         found = command.get_command(context, name)
@@ -88,6 +90,32 @@ def test_the_pinned_workflow_locks_plans_builds_and_publishes_the_three() -> Non
 def test_each_command_of_a_page_exists(path: Path) -> None:
     for program, words in commands(blocks(path)):
         check(program, words)
+
+
+def helps(command: click.Command) -> Iterator[str]:
+    """The help of a command and of all below it."""
+    yield command.help or ""
+    if isinstance(command, click.Group):
+        for one in command.commands.values():
+            yield from helps(one)
+
+
+def test_each_example_of_a_help_exists() -> None:
+    texts = [text for name in ("builder", "index", "deploy") for text in helps(importlib.import_module(f"{name}.cli").cli)]
+    examples = [line for text in texts for line in text.splitlines() if EXAMPLE.match(line)]
+    assert examples
+    for name, words in commands(examples):
+        check(name, words)
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_each_link_of_a_page_leads_somewhere(path: Path) -> None:
+    for target in LINK.findall(path.read_text()):
+        name, _, heading = target.partition("#")
+        page = path.parent / name if name else path
+        assert page.exists(), target
+        headings = re.findall(r"^#+ (.*)", page.read_text(), re.MULTILINE) if heading else []
+        assert not heading or heading in [re.sub(r"[^\w -]", "", one.lower()).replace(" ", "-") for one in headings], target
 
 
 def test_a_command_that_is_not_there_is_found() -> None:
