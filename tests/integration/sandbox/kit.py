@@ -1,0 +1,163 @@
+"""Who uses the sandbox in its tests: whoever runs them, and nobody; on the host's own files as the root."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import textwrap
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from builder import sandbox
+from builder.sandbox import Mount, Outcome, Sandbox
+
+PROJECT = Path(sandbox.__file__).parents[1]
+PYTHON = f"/python/bin/python{sys.version_info.major}.{sys.version_info.minor}"
+MIB = 1 << 20
+
+DRIVER = """
+import dataclasses, json, sys
+from pathlib import Path
+from builder import sandbox
+spec = json.loads(sys.argv[1])
+mounts = tuple(sandbox.Mount(source=Path(s), target=t, writable=w) for s, t, w in spec["mounts"])
+box = sandbox.Sandbox(root=Path("/"), mounts=mounts, environment=spec["environment"], workdir=spec["workdir"],
+                      memory=spec["memory"], network=spec["network"])
+{prologue}
+outcome = sandbox.run(box, spec["argv"], log=Path(spec["log"]), **spec["options"])
+print(json.dumps(dataclasses.asdict(outcome)))
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class User:
+    """Somebody who uses the sandbox, with a folder of his own."""
+
+    uid: int
+    folder: Path
+    python: str
+    prefix: tuple[str, ...]
+    "Command that becomes this user."
+
+    @property
+    def build(self) -> Path:
+        return self.folder / "build"
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "log"
+
+    def box(self, **changes: object) -> Sandbox:
+        """A sandbox with a Python at PYTHON and a writable /build."""
+        mounts = (
+            Mount(source=Path(sys.base_prefix if not self.prefix else "/usr"), target="/python"),
+            Mount(source=self.build, target="/build", writable=True),
+        )
+        plain = Sandbox(
+            root=Path("/"),
+            mounts=mounts,
+            environment={"PATH": "/usr/bin:/bin", "HOME": sandbox.HOME, "LANG": "C.UTF-8"},
+            workdir="/build",
+            memory=1024 * MIB,
+        )
+        return dataclasses.replace(plain, **changes)  # type: ignore[arg-type]
+
+    def driver(self, box: Sandbox, argv: Sequence[str], *, prologue: str = "", **options: object) -> list[str]:
+        """The command line of a builder of this user that runs one sandbox."""
+        spec = {
+            "mounts": [(str(mount.source), mount.target, mount.writable) for mount in box.mounts],
+            "environment": dict(box.environment),
+            "workdir": box.workdir,
+            "memory": box.memory,
+            "network": box.network,
+            "argv": list(argv),
+            "log": str(self.log),
+            "options": options,
+        }
+        return [*self.prefix, self.python, "-c", DRIVER.replace("{prologue}", prologue), json.dumps(spec)]
+
+    def run(self, *argv: str, box: Sandbox | None = None, **options: object) -> Outcome:
+        box = box or self.box()
+        if not self.prefix:
+            return sandbox.run(box, argv, log=self.log, **options)  # type: ignore[arg-type]
+        done = subprocess.run(self.driver(box, argv, **options), env=driver_environment(), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        fields = json.loads(done.stdout)
+        return Outcome(**{**fields, "reached": tuple(fields["reached"])})
+
+    def python_run(self, script: str, *, box: Sandbox | None = None, **options: object) -> Outcome:
+        return self.run(PYTHON, "-c", textwrap.dedent(script), box=box, **options)
+
+    @property
+    def text(self) -> str:
+        return self.log.read_text()
+
+
+def driver_environment() -> dict[str, str]:
+    """What a builder in a process of its own needs to find the project; the secret is what must not get in."""
+    packages = f"{PROJECT}:{sysconfig.get_path('purelib')}"
+    return {"PATH": os.environ["PATH"], "PYTHONPATH": packages, "TWINE_PASSWORD": "hunter2"}
+
+
+def nobody() -> tuple[str, tuple[str, ...]] | None:
+    """An interpreter that nobody may use, with the command that becomes nobody; None when there is no such interpreter."""
+    become = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
+    probe = "import subprocess, sys, builder.sandbox; subprocess.run([sys.executable, '-c', ''], check=True)"
+    for python in (sys.executable, "/usr/bin/python3"):
+        tried = subprocess.run([*become, python, "-c", probe], env=driver_environment(), capture_output=True, cwd="/")
+        if tried.returncode == 0:
+            return python, become
+    return None
+
+
+@contextlib.contextmanager
+def acting_as(name: str) -> Iterator[User]:
+    """The user of the tests (`self`), or `nobody`."""
+    uid, python, prefix = os.getuid(), sys.executable, ()
+    if name == "nobody":
+        found = nobody()
+        if found is None:
+            pytest.skip("no interpreter that nobody may use can read this checkout")
+        uid, (python, prefix) = 65534, found
+    folder = Path(tempfile.mkdtemp(prefix="gracefarm-test-"))
+    someone = User(uid=uid, folder=folder, python=python, prefix=prefix)
+    someone.build.mkdir()
+    for path in (folder, someone.build):
+        os.chown(path, uid, uid if prefix else -1)
+    try:
+        yield someone
+    finally:
+        shutil.rmtree(folder)
+
+
+USERS = ["self", "nobody"] if os.getuid() == 0 else ["self"]
+
+
+def processes(word: str) -> list[int]:
+    """Processes with `word` in their command line."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if word.encode() in path.read_bytes() and path.parent.name != str(os.getpid()):
+                found.append(int(path.parent.name))
+        except OSError:
+            continue
+    return found
+
+
+def wait_for(condition: Callable[[], object], what: str) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, f"waited in vain: {what}"
+        time.sleep(0.02)
