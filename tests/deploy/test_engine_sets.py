@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -86,3 +88,52 @@ def test_a_minimal_ray_fails_its_row_of_the_matrix(tmp_path: Path) -> None:
     )
     assert [(row["name"], "error" in row) for row in done["rows"]] == [("ray", False), ("ray.dashboard.optional_deps", True)]
     assert "aiohttp_cors" in done["rows"][1]["error"]
+
+
+@pytest.mark.skipif(
+    not (shutil.which("cc") and Path(sysconfig.get_path("include"), "Python.h").is_file()),
+    reason="no C compiler or no Python.h",
+)
+@pytest.mark.parametrize("name", SETS)
+def test_extensions_are_imported_as_they_are_linked_by_name_with_libraries_that_torch_has_loaded(
+    name: str, tmp_path: Path
+) -> None:
+    """A wheel of flash-attn or of an engine's kernels needs libc10.so and has no RUNPATH: without torch it never imports.
+
+    The libraries are a stand-in's, the linking is real.
+    """
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "env"], check=True)
+    (site,) = (tmp_path / "env").glob("lib/python3*/site-packages")
+    (site / "torch").mkdir()
+    library = site / "torch" / "libc10.so"
+    compiled(library, "int of_torch(void) { return 0; }", "-Wl,-soname,libc10.so")
+    (site / "torch" / "__init__.py").write_text(f"import ctypes\nctypes.CDLL({str(library)!r})\n")
+    extensions = [one for one in environment.matrix(name).modules if one.module.endswith(("_cuda", "_C", "_libtorch"))]
+    assert extensions
+    for one in extensions:
+        *parents, last = one.module.split(".")
+        for parent in parents:
+            (site / parent).mkdir(exist_ok=True)
+            (site / parent / "__init__.py").touch()
+        # Multi-phase initialisation without a slot: the least that is a module.
+        code = (
+            "#include <Python.h>\nint of_torch(void);\n"
+            f'static struct PyModuleDef module = {{PyModuleDef_HEAD_INIT, "{last}"}};\n'
+            f"PyMODINIT_FUNC PyInit_{last}(void) {{ of_torch(); return PyModuleDef_Init(&module); }}\n"
+        )
+        place = site.joinpath(*parents, f"{last}.so")
+        compiled(place, code, f"-I{sysconfig.get_path('include')}", f"-L{library.parent}", "-l:libc10.so")
+    done = remote.matrix(
+        {
+            "environment": str(tmp_path / "env"),
+            "modules": [one.model_dump() for one in extensions],
+            "commands": [],
+            "seconds": 60,
+        }
+    )
+    assert [row.get("error") for row in done["rows"]] == [None] * len(extensions)
+
+
+def compiled(place: Path, code: str, *arguments: str) -> None:
+    argv = ["cc", "-shared", "-fPIC", "-x", "c", "-", "-x", "none", "-o", str(place), *arguments]
+    subprocess.run(argv, input=code, text=True, check=True)
