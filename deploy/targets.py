@@ -58,5 +58,6 @@ def targets(fleet: Fleet, facts: Facts | None = None, nodes: Sequence[Node] | No
     made = []
     for one in fleet.nodes if nodes is None else nodes:
         address, gpus = known.get(one.name, (one.address, 0))
-        made.append(Target(name=one.name, address=address, gpus=one.gpus or gpus, shell=FleetShell(fleet, one)))
+        shell, mark = FleetShell(fleet, one), f"{fleet.mark}/{one.name}"
+        made.append(Target(name=one.name, address=address, gpus=one.gpus or gpus, shell=shell, mark=mark))
     return made

@@ -28,6 +28,14 @@ _BOOT = (
 """Length, archive, request: all on stdin, so that no argument list shows anything, and a home that is full does not matter.
 TERM is what a command that is left gets (deploy.ssh): the worker takes away what it has half made."""
 
+CHECK = "check"
+"Job of what lasts and is not detached."
+_LASTING = (
+    *("environment.matrix", "cluster.warm", "cache.measure", "weights.manifest", "weights.rehash"),
+    *("preflight.survey", "preflight.pairs", "preflight.collective"),
+)
+"Minutes, perhaps, and on a node no longer than whoever asked: what a killed command left of these, `down` finds by its mark."
+
 _CLASSES: Mapping[str, type[GracefarmError]] = {
     "disk": DiskFullError,
     "digest": DigestError,
@@ -75,6 +83,8 @@ class Target:
     "Private address: what the other nodes use."
     gpus: int
     shell: Shell
+    mark: str = ""
+    "DEPLOYMENT/NODE: how the marks of our processes there begin."
 
 
 @cache
@@ -110,6 +120,8 @@ async def call(
     request = json.dumps({"call": function, "arguments": arguments}).encode()
     command, stdin = f"{shlex.quote(python)} -c {shlex.quote(_BOOT)}", b"%d\n" % len(packed) + packed + request
     if job is None:
+        if function in _LASTING and node.mark:
+            command = f"env GRACEFARM_MARK={shlex.quote(f'{node.mark}/{CHECK}')} {command}"
         done = await node.shell.stream(command, stdin=stdin, on_line=heard)
     else:
         while not await node.shell.start(job, command, stdin=stdin):

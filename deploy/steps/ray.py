@@ -23,6 +23,8 @@ from gracefarm.errors import EngineError, GracefarmError, NodeError
 PLAN = "GRACEFARM_PLAN"
 "In the environment of every process: with which plan and environment it was started (deploy.plan.carried)."
 TOKEN_PATH = "RAY_AUTH_TOKEN_PATH"  # noqa: S105 - the name of a variable
+SERVING = (paths.ENGINE_JOB, paths.RAY_JOB)
+"Jobs that serve. Others (builds, downloads, checks) may be at work beside them and are in nobody's way."
 CORES_PER_START = 2
 "Cores that one `ray start` keeps busy; nine at once on two cores: eight died of Ray's own 15 s limit (ray#65983)."
 
@@ -104,6 +106,11 @@ def ours(found: Json, job: str) -> list[Json]:
     return [one for one in found["processes"] if one["mark"].rpartition("/")[2] == job]
 
 
+def serving(found: Json) -> list[Json]:
+    """Processes of Ray and of the engine there."""
+    return [one for job in SERVING for one in ours(found, job)]
+
+
 async def up(fleet: Fleet, targets: Sequence[Target], spec: Spec, console: Console) -> Outcome:
     """Bring exactly the plan's cluster up; nothing is touched where it runs already.
 
@@ -140,7 +147,7 @@ async def _make_room(
     unfit = [
         one
         for one in targets
-        if looks[one.name]["processes"]
+        if serving(looks[one.name])
         and (
             headless
             or one.name not in wanted
@@ -153,7 +160,7 @@ async def _make_room(
             "ray", f"stopping what runs with another plan or environment, or half: {', '.join(one.name for one in unfit)}"
         )
         await _end_engine(targets, looks, mark, console)
-        await stop(unfit, mark)
+        await stop(unfit, mark, jobs=SERVING)
     return tuple(one.name for one in unfit)
 
 
@@ -161,7 +168,7 @@ async def _end_engine(targets: Sequence[Target], looks: Mapping[str, Json], mark
     """An engine that is there already cannot go on without one of its nodes, and does not notice that it came back."""
     if any(ours(looks[one.name], paths.ENGINE_JOB) for one in targets):
         console.step("ray", "stopping the engine, which has lost a node")
-        await stop(targets, mark, job=paths.ENGINE_JOB)
+        await stop(targets, mark, jobs=[paths.ENGINE_JOB])
 
 
 def _others(found: Json, plan: str) -> bool:
@@ -210,7 +217,7 @@ async def _start(fleet: Fleet, target: Target, node: NodePlan, spec: Spec, conso
             await _start_once(fleet, node, spec)
         except GracefarmError as error:
             why = await explain(target, node, spec, since=begun - 5)
-            await stop([target], fleet.mark, job=paths.RAY_JOB)
+            await stop([target], fleet.mark, jobs=[paths.RAY_JOB])
             if attempt == 2 or not isinstance(error, EngineError):
                 raise EngineError(f"{error.cause}{': ' + why if why else ''}", remedy=_remedy(target)) from error
             console.warn(f"{node.name}: Ray did not start{' (' + why + ')' if why else ''}; once more")
@@ -305,13 +312,13 @@ async def try_stop(
     return await try_all(targets, one)
 
 
-async def stop(targets: Sequence[Target], mark: str, *, job: str | None = None, grace: float = 10) -> dict[str, int]:
-    """End our processes (of one job, or all) and look that none is left; node to how many were ended.
+async def stop(targets: Sequence[Target], mark: str, *, jobs: Sequence[str] = ("",), grace: float = 10) -> dict[str, int]:
+    """End our processes and look that none is left; node to how many were ended. `jobs`: as names begin.
 
     Raises:
         NodeError: one is left; SshError: a node was not reached. After all others were stopped.
     """
-    ended, bad = await try_stop(targets, mark, jobs=[job or ""], grace=grace)
+    ended, bad = await try_stop(targets, mark, jobs=jobs, grace=grace)
     if bad:
         raise joined(bad, len(targets))
     return ended

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from pathlib import Path
 
@@ -12,10 +13,14 @@ import pytest
 from deploy import facts as facts_of
 from deploy import flow, state
 from deploy.flow import Work
+from deploy.remote import look
 from deploy.state import Record, State
+from deploy.steps import environment, ray
+from deploy.steps.environment import Matrix, Module
+from deploy.targets import targets
 from gracefarm import settings
 from gracefarm.console import Console
-from gracefarm.errors import SshError
+from gracefarm.errors import HostError, InstallError, SshError
 from tests.deploy.test_tunnel import deploy
 from tests.deploy.test_watch import Scene, play
 
@@ -110,3 +115,40 @@ def test_a_spare_that_is_away_is_left_out_and_a_node_that_serves_is_not(
 
     play(tmp_path, work, nodes=3)
     assert "it is a spare: going on without it" in capsys.readouterr().err
+
+
+def test_ray_makes_room_for_itself_and_not_of_a_build_or_a_download_that_is_at_work(tmp_path: Path) -> None:
+    """As after `deploy up --from environment`, killed, and then `deploy serve --skip-up`."""
+
+    async def work(made: Scene) -> None:
+        head = made.fleet.nodes[0]
+        for job, env in (("build-env", {}), ("weights", {}), ("ray", {ray.PLAN: "another"})):
+            await made.fleet.start_job(head, job, SLEEPS, env)
+        spec = ray.Spec(plan=made.plan.model_copy(update={"nodes": made.plan.nodes[:1]}), python="python3")
+        with pytest.raises(InstallError, match="ray does not import"):
+            await ray.up(made.fleet, targets(made.fleet), spec, Console())
+        states = {job: (await made.fleet.job_status(head, job)).state for job in ("build-env", "weights", "ray")}
+        assert states == {"build-env": "running", "weights": "running", "ray": "lost"}
+        await ray.stop(targets(made.fleet), made.fleet.mark)
+
+    play(tmp_path, work)
+
+
+def test_what_a_killed_command_left_of_its_import_matrix_is_ended(tmp_path: Path) -> None:
+    async def work(made: Scene) -> None:
+        (tmp_path / "env" / "bin").mkdir(parents=True)
+        (tmp_path / "env" / "bin" / "python").symlink_to(sys.executable)
+        slow = Matrix(modules=(Module(module="slow", code="import time; time.sleep(300)"),))
+        proof = asyncio.create_task(environment.prove(targets(made.fleet), str(tmp_path / "env"), slow, 300))
+        prefix = f"{made.fleet.mark}/k0/"
+        while len(left := look.processes(prefix)) < 2:  # noqa: ASYNC110 - the worker, and Python that imports
+            await asyncio.sleep(0.05)
+        made.made[0].cut()
+        with pytest.raises(HostError):
+            await proof
+        assert all(alive(one["pid"]) for one in left)
+        code, said = await down(made)
+        assert code == 0, said
+        assert not any(alive(one["pid"]) for one in left)
+
+    play(tmp_path, work)
