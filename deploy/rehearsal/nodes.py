@@ -26,7 +26,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from deploy.rehearsal import sshd
+from deploy.rehearsal import interpreter, sshd
+from deploy.rehearsal.interpreter import NODE_PATH
 from deploy.rehearsal.userland import Userland
 from gracefarm import settings
 from gracefarm.errors import HostError
@@ -37,7 +38,6 @@ GATEWAY = "10.77.0.1"
 USER, UID = "ubuntu", 1000
 MOUNT = "/mnt/share"
 "The shared folder, on every node."
-NODE_PATH = "/usr/local/bin:/usr/bin:/bin"
 CLONE_NEWNET = 0x40000000
 
 
@@ -58,8 +58,10 @@ class Spec:
 
 
 OTHER_PYTHON = "3.11.99"
+_BROUGHT = f"/run/rig-python/bin:{NODE_PATH}"
+"PATH of a node whose Python 3.11 is none of the machine's."
 _SHIM = """#!/bin/sh
-PYTHONPATH=/run/rig/python exec /usr/bin/{name} "$@"
+PYTHONPATH=/run/rig/python exec "$(PATH={path} command -v {name})" "$@"
 """
 _SITE = f"""import sys
 sys.version = "{OTHER_PYTHON} " + sys.version.split(" ", 1)[1]
@@ -161,10 +163,11 @@ class RigNode:
 class Rig:
     """The room with its nodes. Use it by `rig()`."""
 
-    def __init__(self, folder: Path, room: subprocess.Popen[str], daemon: sshd.Sshd) -> None:
+    def __init__(self, folder: Path, room: subprocess.Popen[str], daemon: sshd.Sshd, python: Path | None) -> None:
         self.folder = folder
         self._process = room
         self._daemon = daemon
+        self._python = python
         self._lock = threading.Lock()
         self.nodes: list[RigNode] = []
 
@@ -265,6 +268,7 @@ class Rig:
             "RIG_BINFMT": node.spec.userland.binfmt if node.spec.userland else "",
             "RIG_SSHD": self._daemon.program,
             "RIG_LIBRARIES": str(self._daemon.libraries or ""),
+            "RIG_PYTHON": str(self._python or ""),
         }
 
     def hostname(self, node: RigNode) -> str:
@@ -312,14 +316,18 @@ class Rig:
             self.make_host_key(node)
         if node.spec.python:
             for program in ("python3", "python3.11"):
-                (node.folder / "python" / program).write_text(_SHIM.format(name=program))
+                (node.folder / "python" / program).write_text(_SHIM.format(name=program, path=self._path))
                 (node.folder / "python" / program).chmod(0o755)
             (node.folder / "python" / "sitecustomize.py").write_text(_SITE)
 
+    @property
+    def _path(self) -> str:
+        return _BROUGHT if self._python else NODE_PATH
+
     def _sshd_config(self, node: RigNode) -> str:
-        env = dict(node.spec.env)
+        env = {**({"PATH": self._path} if self._python else {}), **node.spec.env}
         if node.spec.python:
-            env["PATH"] = f"/run/rig/python:{NODE_PATH}"
+            env["PATH"] = f"/run/rig/python:{self._path}"
         lines = [
             f"ListenAddress {node.address}",
             "HostKey /run/rig/etc/host_key",
@@ -380,13 +388,9 @@ def check() -> None:
     ):
         if shutil.which(program) is None:
             raise HostError(f"the rehearsal needs {program}", remedy=f"as root: apt-get install {package}")
-    if shutil.which("python3.11", path=NODE_PATH) is None:
-        raise HostError(
-            "the rehearsal's nodes need Python 3.11, which is not on this machine",
-            remedy="as root: apt-get install python3.11 (Debian 12 and Ubuntu 22.04 have it)",
-        )
     if os.geteuid() != 0:
         raise HostError("the rehearsal makes network namespaces, which only root may", remedy="sudo, or a root shell")
+    interpreter.find(settings.load().home)
 
 
 def _keygen(path: Path) -> None:
@@ -403,7 +407,8 @@ def rig(folder: Path, *, count: int, specs: Mapping[str, Spec] | None = None, sh
         HostError: not root, a program is missing, or the kernel refuses.
     """
     check()
-    daemon = sshd.find(settings.load().home)
+    home = settings.load().home
+    daemon, python = sshd.find(home), interpreter.find(home)
     folder = folder.resolve()
     (folder / "share").mkdir(parents=True, exist_ok=True)
     os.chown(folder / "share", UID, UID)
@@ -428,7 +433,7 @@ def rig(folder: Path, *, count: int, specs: Mapping[str, Spec] | None = None, sh
         text=True,
         start_new_session=True,
     )
-    made = Rig(folder, process, daemon)
+    made = Rig(folder, process, daemon, python)
     try:
         made.ask({"do": "open", "gateway": f"{GATEWAY}/24", "share": str(folder / "share"), "size": share_size})
         made.nodes = [RigNode(made, rank, (specs or {}).get(f"k{rank}", Spec())) for rank in range(count)]

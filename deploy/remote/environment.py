@@ -193,7 +193,7 @@ def _failure(command: str, root: str, text: str) -> WorkerError:
     if "No space left" in text or "ENOSPC" in text:
         return WorkerError("disk", f"no space left while installing into {root}", "free space there: `deploy env gc`")
     if command == "python":
-        said = _sentence(text[max(0, text.find("error:")) :])
+        said = sentence(text[max(0, text.find("error:")) :])
         if "ash mismatch" in text:
             return WorkerError("digest", f"another Python came than uv knows: {said}", "do not use that mirror")
         return WorkerError("python", f"uv could not bring Python: {said}", _BRING)
@@ -203,16 +203,17 @@ def _failure(command: str, root: str, text: str) -> WorkerError:
         )
     if "not found in the package registry" in text or "no version of" in text or "no wheels" in text:
         return WorkerError(
-            "install", f"the index lacks a package of the lock: {_sentence(text)}", "mirror the lock into the set"
+            "install", f"the index lacks a package of the lock: {sentence(text)}", "mirror the lock into the set"
         )
-    return WorkerError("install", f"uv {command}: {_sentence(text)}", "the index must serve every file of the lock")
+    return WorkerError("install", f"uv {command}: {sentence(text)}", "the index must serve every file of the lock")
 
 
 def _hash_line(text: str) -> str:
     return next((line.strip(_FRAME) for line in text.splitlines() if "ash mismatch" in line), _last(text))
 
 
-def _sentence(text: str) -> str:
+def sentence(text: str) -> str:
+    """What uv wrote on stderr, without its frame."""
     return " ".join(line.strip(_FRAME) for line in text.splitlines() if line.strip())[:400] or "no reason given"
 
 

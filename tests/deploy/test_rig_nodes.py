@@ -16,10 +16,12 @@ import psutil
 import pytest
 
 from deploy.inventory import Node
+from deploy.rehearsal import interpreter
 from deploy.rehearsal import nodes as rehearsal
 from deploy.rehearsal.nodes import MOUNT, OTHER_PYTHON, USER, Rig, RigNode, Spec, rig
 from deploy.ssh import Result, fleet
 from gracefarm.errors import HostError, SshError
+from tests.deploy.test_environment import standalone, stock
 
 pytestmark = pytest.mark.root
 
@@ -219,3 +221,22 @@ def test_a_missing_program_is_named_with_its_package(monkeypatch: pytest.MonkeyP
     with pytest.raises(HostError, match="needs ip") as caught:
         rehearsal.check()
     assert "iproute2" in caught.value.remedy
+
+
+@stock
+def test_a_machine_without_python_3_11_has_uv_bring_one_for_the_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Ubuntu 24.04: `deploy` runs on 3.12 there. Once, or it is said at once."""
+    monkeypatch.setenv("UV_PYTHON_INSTALL_MIRROR", standalone(tmp_path / "mirror", monkeypatch))
+    monkeypatch.setattr(interpreter, "NODE_PATH", str(tmp_path))
+    found = interpreter.find(tmp_path / "home")
+    assert found is not None
+    (tmp_path / "mirror").rename(tmp_path / "away")
+    assert interpreter.find(tmp_path / "home") == found
+    with pytest.raises(HostError, match=r"need Python 3\.11, .* and uv cannot bring it: .*No such") as no:
+        interpreter.find(tmp_path / "other")
+    assert "UV_PYTHON_INSTALL_MIRROR" in no.value.remedy
+    monkeypatch.setattr(interpreter, "find", lambda _home: found)
+    with rig(tmp_path / "rig", count=2, specs={"k1": Spec(python=True)}) as room:
+        where = said(run(room, "python3.11 -c 'import ssl, sys; print(sys.prefix, sys.version.split()[0])'"))
+        assert where["k0"].startswith("/run/rig-python 3.11.")
+        assert where["k1"] == f"/run/rig-python {OTHER_PYTHON}"

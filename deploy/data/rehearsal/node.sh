@@ -2,7 +2,7 @@
 # A node: run as the first process of namespaces of its own (network, mounts, processes, names, shared memory), it makes the
 # machine that `deploy` meets and becomes its sshd. Nothing of the machine around it can be written from here but the share.
 # With RIG_ROOT it has another userland: sessions are in there, and qemu runs it (RIG_QEMU, RIG_BINFMT; for this node alone).
-# Environment: RIG_NAME RIG_FOLDER RIG_SHARE (empty: none) RIG_MOUNT RIG_USER RIG_UID RIG_ADDRESS RIG_GATEWAY RIG_SSHD RIG_LIBRARIES
+# Environment: RIG_NAME RIG_FOLDER RIG_SHARE (empty: none) RIG_MOUNT RIG_USER RIG_UID RIG_ADDRESS RIG_GATEWAY RIG_SSHD RIG_LIBRARIES RIG_PYTHON
 set -eu
 echo unshared # the room moves the cable in when it reads this
 read -r _go
@@ -15,10 +15,11 @@ ip route add default via "$RIG_GATEWAY" # nothing forwards; the engine asks the 
 
 # What lies in the homes or in /tmp of this machine is bound before they are covered.
 mount -t tmpfs -o mode=755,size=64m rig /run
-mkdir /run/rig /run/rig-sshd /run/sshd
+mkdir /run/rig /run/rig-sshd /run/rig-python /run/sshd
 mount --bind "$RIG_FOLDER" /run/rig
 exec 2>/run/rig/boot.log
 [ -z "$RIG_LIBRARIES" ] || mount --bind "$RIG_LIBRARIES" /run/rig-sshd
+[ -z "$RIG_PYTHON" ] || mount --bind "$RIG_PYTHON" /run/rig-python
 if [ -n "$RIG_ROOT" ]; then
     mkdir /run/rig-lower
     mount --bind "$RIG_ROOT" /run/rig-lower

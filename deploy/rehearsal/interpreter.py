@@ -1,0 +1,46 @@
+"""Python 3.11 for the nodes, which the engine needs: the machine's own, else one that uv brings into gracefarm's folder."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from deploy.remote.environment import sentence
+from gracefarm.errors import HostError
+
+VERSION = "3.11"
+NODE_PATH = "/usr/local/bin:/usr/bin:/bin"
+"Where programs of this machine are found on a node."
+
+
+def find(home: Path) -> Path | None:
+    """The folder of the one that uv brought (its `bin` has python3.11); None: the nodes find the machine's own.
+
+    `home` is gracefarm's folder. uv checks the archive's sha256, and is told of a mirror by UV_PYTHON_INSTALL_MIRROR.
+    Raises:
+        HostError: neither is to be had.
+    """
+    if shutil.which(f"python{VERSION}", path=NODE_PATH):
+        return None
+    folder = home / "rehearsal" / "python"
+    found = _brought(folder)
+    if found is None:
+        command = [sys.executable, "-m", "uv", "--no-config", "python", "install", "--no-progress", "--no-bin"]
+        done = subprocess.run([*command, "--install-dir", str(folder), VERSION], capture_output=True, text=True, check=False)
+        found = _brought(folder)
+        if done.returncode or found is None:
+            raise HostError(
+                f"the rehearsal's nodes need Python {VERSION}, which is not on this machine, and uv cannot bring it: "
+                f"{sentence(done.stderr)}",
+                remedy=f"as root: apt-get install python{VERSION}, where the distribution has it; or let uv reach GitHub, or "
+                "name a mirror of python-build-standalone by UV_PYTHON_INSTALL_MIRROR",
+            )
+    return found
+
+
+def _brought(folder: Path) -> Path | None:
+    """uv unpacks beside it and renames; a folder without a patch release in its name is a link to one that has it."""
+    pythons = [one.parent.parent for one in folder.glob(f"cpython-{VERSION}.*/bin/python{VERSION}")]
+    return max(pythons, key=lambda one: one.stat().st_mtime, default=None)
