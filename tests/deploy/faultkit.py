@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,6 +79,19 @@ def end(process: subprocess.Popen[str], seconds: float = 240) -> Done:
         raise AssertionError(f"not ended after {seconds} s") from None
     sys.stdout.write(output)
     return Done(process.returncode, output)
+
+
+def heard(process: subprocess.Popen[str], words: Collection[str], seconds: float = 120) -> str:
+    """Its output up to where it has said all of this; `end` has the rest."""
+    assert process.stdout
+    text, deadline = b"", time.monotonic() + seconds
+    while not all(one.encode() in text for one in words):
+        ready, _, _ = select.select([process.stdout], [], [], max(0, deadline - time.monotonic()))
+        block = os.read(process.stdout.fileno(), 1 << 16) if ready else b""
+        assert block, text.decode(errors="replace")
+        text += block
+    sys.stdout.write(text.decode(errors="replace"))
+    return text.decode(errors="replace")
 
 
 def deploy(made: Rehearsal, *arguments: str, seconds: float = 240) -> Done:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import time
+import subprocess
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -43,10 +43,15 @@ class Scene:
         """Of the share."""
         return self.made.room.share / "gracefarm"
 
-    def forget_weights(self) -> None:
-        """As if no file had ever been brought."""
+    def downloading(self) -> subprocess.Popen[str]:
+        """`deploy up`, a few files of its slow download having come; as if none had ever been brought before."""
+        well(self.made, "up")
         shutil.rmtree(self.root / "weights", ignore_errors=True)
         self.served.served.clear()
+        self.served.rate = SLOW
+        process = begin(self.made, "up")
+        until(lambda: self.count() >= 5)
+        return process
 
     def count(self) -> int:
         """Files that were downloaded whole."""
@@ -93,23 +98,16 @@ def scene() -> Iterator[Scene]:
 
 def test_killed_in_a_download_the_same_command_goes_on_and_nothing_is_fetched_twice(scene: Scene) -> None:
     made = scene.made
-    well(made, "up")
-    scene.forget_weights()
-    scene.served.rate = SLOW
-    process = begin(made, "up")
-    until(lambda: scene.count() >= 5)
-    kill(process)
+    kill(scene.downloading())
     assert steps(made)["weights"]["outcome"] == "running"
     assert set(rehearsal.left(made)) == {"k0", "k1", "k2"}  # it goes on
     assert faultkit.in_arguments(made) == []
     assert faultkit.in_files(made) == []
     process = begin(made, "up")
-    until_running(made, "weights", process)
-    time.sleep(6)  # it has found what is at work
+    wait = "a download is still at work there (of an earlier command); waiting for it"
+    faultkit.heard(process, [f"{name}: {wait}" for name in ("k0", "k1", "k2")])
     scene.served.rate = None
-    output = end(process).output
-    for name in ("k0", "k1", "k2"):
-        assert f"{name}: a download is still at work there (of an earlier command); waiting for it" in output
+    assert end(process).code == 0
     assert scene.downloaded() == scene.wanted
     assert scene.whole()
     assert rehearsal.left(made) == {}
@@ -118,12 +116,7 @@ def test_killed_in_a_download_the_same_command_goes_on_and_nothing_is_fetched_tw
 
 def test_down_ends_what_a_killed_command_left_at_work(scene: Scene) -> None:
     made = scene.made
-    well(made, "up")
-    scene.forget_weights()
-    scene.served.rate = SLOW
-    process = begin(made, "up")
-    until(lambda: scene.count() >= 5)
-    kill(process)
+    kill(scene.downloading())
     output = well(made, "down")
     assert all(f"{name} " in output.partition("processes ended: ")[2] for name in ("k0", "k1", "k2"))
     assert rehearsal.left(made) == {}
@@ -135,11 +128,7 @@ def test_down_ends_what_a_killed_command_left_at_work(scene: Scene) -> None:
 
 def test_a_node_that_goes_away_in_a_download_leaves_its_files_to_the_others(scene: Scene) -> None:
     made = scene.made
-    well(made, "up")
-    scene.forget_weights()
-    scene.served.rate = SLOW
-    process = begin(made, "up")
-    until(lambda: scene.count() >= 5)
+    process = scene.downloading()
     made.room["k1"].unplug()
     scene.served.rate = None
     try:
@@ -157,11 +146,7 @@ def test_a_node_that_goes_away_in_a_download_leaves_its_files_to_the_others(scen
 
 def test_a_disk_that_fills_up_while_downloading_is_told_and_the_same_command_completes(scene: Scene) -> None:
     made = scene.made
-    well(made, "up")
-    scene.forget_weights()
-    scene.served.rate = SLOW
-    process = begin(made, "up")
-    until(lambda: scene.count() >= 5)
+    process = scene.downloading()
     ballast = made.room.share / "ballast"
     fill(ballast)
     try:

@@ -26,7 +26,9 @@ def made() -> Iterator[Rehearsal]:
 
 
 def test_two_workers_at_once_come_up(made: Rehearsal) -> None:
-    assert "READY" in well(made, "serve", seconds=400)
+    output = well(made, "serve", seconds=400)
+    assert "READY" in output
+    assert "3/3  k1, k2" in output  # nobody waited for the other
     well(made, "down")
 
 
