@@ -126,14 +126,13 @@ def _install_back(plan: Plan, index_url: str, settings: Settings, console: Conso
         f"{data.name}=={data.version}",
         index_url=index_url,
         imports=data.smoke.imports,
+        script=plan.recipe.smoke_script,
         environment=clean,
         root=ground.root,
         memory=compile.bound(settings, meter.available_memory()),
         log=folder / "install.txt",
         files=folder / "install" / "files",
     )
-    console.step(
-        "install",
-        f"pip installed {data.name} from {index_url} alone; it imports (in {outcome.wall_s:.0f} s)",
-    )
+    proven = "it imports" + (", smoke.py passes" if plan.recipe.smoke_script else "")
+    console.step("install", f"pip installed {data.name} from {index_url} alone; {proven} (in {outcome.wall_s:.0f} s)")
     shutil.rmtree(folder / "install")

@@ -156,20 +156,21 @@ def install_back(
     *,
     index_url: str,
     imports: tuple[str, ...],
+    script: Path | None,
     environment: Path,
     root: Path,
     memory: int,
     log: Path,
     files: Path,
 ) -> Outcome:
-    """Install `requirement` with the pip of the clean environment `environment`, from `index_url` alone, and import it.
+    """Install `requirement` with the pip of `environment`, from `index_url` alone; import it, then run `script`, a smoke.py.
 
     `environment` is written to: pass a fresh copy. `files` is scratch space for the driver.
 
     Raises:
-        InstallError: pip or the import failed, in its words.
+        InstallError: pip, an import or the script failed, in its words.
     """
-    smoke.prepare(files, imports, None)
+    smoke.prepare(files, imports, script)
     box = Sandbox(
         root=root,
         mounts=(Mount(source=environment, target="/env", writable=True), Mount(source=files, target=smoke.WORKDIR)),
@@ -189,7 +190,7 @@ def install_back(
         "--no-compile",
         "--root-user-action=ignore",
     )
-    for command in ((*pip, "--index-url", index_url, requirement), smoke.driver(imports, None)):
+    for command in ((*pip, "--index-url", index_url, requirement), smoke.driver(imports, script)):
         outcome = sandbox.run(box, command, log=log)
         if outcome.returncode != 0:
             raise InstallError(

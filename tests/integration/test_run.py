@@ -16,9 +16,11 @@ from tests.conftest import REPOSITORY, Farm
 
 
 def test_a_wheel_goes_through_the_index_into_a_clean_environment(farm: Farm) -> None:
-    farm.recipe("tiny_c", projects.tree("tiny_c"), name="tiny-c", smoke={"imports": ["tiny_c", "tiny_c._core"]})
+    folder = farm.recipe("tiny_c", projects.tree("tiny_c"), name="tiny-c", smoke={"imports": ["tiny_c", "tiny_c._core"]})
+    (folder / "smoke.py").write_text("import tiny_c\nprint('asked by smoke.py in', tiny_c.__file__)\n")
     done = farm.run("run", "tiny_c", "--json")
     assert done.code == 0, done.said
+    assert "it imports, smoke.py passes" in done.said
     lines = [json.loads(line) for line in done.out.splitlines()]
     result = lines[-1]
     assert Path(result["wheel"]).name.endswith("_aarch64.whl")
@@ -27,6 +29,8 @@ def test_a_wheel_goes_through_the_index_into_a_clean_environment(farm: Farm) -> 
     installed = (Path(result["record"]).parent / "install.txt").read_text()
     assert "Successfully installed tiny-c-1.0" in installed
     assert '"tiny_c._core": "/env/lib/python3.11/site-packages/tiny_c/_core.cpython-311-aarch64-linux-gnu.so"' in installed
+    # A recipe may leave all of its proof to its script, as aphrodite's does.
+    assert "asked by smoke.py in /env/lib/python3.11/site-packages/tiny_c/__init__.py" in installed
     password = [one for one in installed.split() if "pypi-" in one or "token" in one.lower()]
     assert not password
 
