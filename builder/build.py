@@ -494,8 +494,8 @@ def _compile_once(run: Run, fetched: fetch.Fetched, ground: Ground, epoch: int, 
         with container.removed(run.plan) if run.plan.contained else nullcontext():
             outcome = compile.run(job, _time_left(run.plan, run.settings, tick))
     if run.plan.contained is not None:
-        outcome = container.heard(outcome, run.log, job.log_start)
-    run.stages.append(record.stage("compile", outcome, command, _network(run.plan)))
+        outcome = container.heard(outcome, run.plan, run.log, job.log_start)
+    run.stages.append(record.stage("compile", outcome, command, _note(run.plan)))
     _count_units(run, units.read(work))
     compile.judge(outcome, job, run.plan)
     raw = _checkpoint(run, audit.only_wheel(work / "out"), count)
@@ -523,10 +523,10 @@ def _source_tree(run: Run, fetched: fetch.Fetched, work: Path, epoch: int) -> Pa
     return tree
 
 
-def _network(plan: Plan) -> str:
-    """What the record says about the network of a compile."""
+def _note(plan: Plan) -> str:
+    """What the record says about the network of a compile, and of a container's memory."""
     if plan.contained is not None:
-        return container.network_note(plan)
+        return container.note(plan)
     if plan.machine is None or plan.machine.uncut is None:
         return "without network"
     return f"the network was not cut off: {plan.machine.uncut}"

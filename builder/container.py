@@ -27,13 +27,16 @@ from builder.stack import Image
 from gracefarm.errors import FetchError, HostError
 from gracefarm.files import atomic_write, remove_tree
 
-ENGINES = ("podman", "docker")
+ENGINES = {"podman": "{{.Host.CgroupControllers}}", "docker": "{{.MemoryLimit}}"}
+"And what of `info` says whether memory can be bounded, which needs a controller that not every user is given."
 CUDA = "/cuda"
 "In the container: links to the image's CUDA, with our nvcc in front."
 PROJECT = "/project"
 "In the container: where cibuildwheel copies the source to."
 _LABEL = "gracefarm.build"
 _FILES = "/gracefarm"
+_KILLED = re.compile(r"\bsignal 9\b|\bSIGKILL\b|\bKilled(?: signal|$)|failed with code (?:137|-9)\b", re.MULTILINE)
+"As nvcc, Python, gcc and make, and cibuildwheel say of a command that the kernel killed."
 _KEPT = ("PATH", "XDG_RUNTIME_DIR", "CONTAINERS_CONF", "CONTAINERS_STORAGE_CONF", "DOCKER_HOST", "DOCKER_CONFIG", "HOME")
 "What an engine and its client need of this machine's environment."
 
@@ -44,19 +47,23 @@ def find() -> Contained:
     Raises:
         HostError: one of them is missing.
     """
-    engine = next((name for name in ENGINES if shutil.which(name) and _answers(name)), None)
+    answers = ((name, _answer(name)) for name in ENGINES if shutil.which(name))
+    engine, said = next(((name, said) for name, said in answers if said is not None), (None, ""))
     if engine is None:
         raise HostError("no container engine answers: neither podman nor docker", remedy="install podman, or start docker")
     try:
-        return Contained(engine=engine, cibuildwheel=version("cibuildwheel"))
+        bounds = re.search(r"\b(?:memory|true)\b", said) is not None
+        return Contained(engine=engine, cibuildwheel=version("cibuildwheel"), bounds_memory=bounds)
     except PackageNotFoundError:
         raise HostError(
             "cibuildwheel is not installed, which builds in containers", remedy="pip install 'gracefarm[container]'"
         ) from None
 
 
-def _answers(engine: str) -> bool:
-    return subprocess.run([engine, "info"], capture_output=True, check=False, timeout=60).returncode == 0
+def _answer(engine: str) -> str | None:
+    asked = [engine, "info", "--format", ENGINES[engine]]
+    done = subprocess.run(asked, capture_output=True, text=True, check=False, timeout=60)
+    return done.stdout if done.returncode == 0 else None
 
 
 def image(plan: Plan) -> Image:
@@ -106,7 +113,8 @@ def place(plan: Plan, environment: Path, compiler: Path | None, folder: Path, *,
         (folder / "gracefarm" / name).chmod(0o755)
     if (folder / units.SCHEDULE).is_file():
         shutil.copy(folder / units.SCHEDULE, folder / "gracefarm" / units.SCHEDULE)
-    atomic_write(folder / "cibuildwheel.toml", configuration(plan, environment, compiler, folder, jobs=jobs, epoch=epoch))
+    text = configuration(plan, environment, compiler, folder, jobs=jobs, epoch=epoch, memory=memory)
+    atomic_write(folder / "cibuildwheel.toml", text)
     kept = {name: os.environ[name] for name in _KEPT if name in os.environ}
     scratch = folder / "tmp"
     own = {"SOURCE_DATE_EPOCH": str(epoch), "TMPDIR": str(scratch), "CIBW_CACHE_PATH": str(scratch / "cache")}
@@ -118,12 +126,16 @@ def place(plan: Plan, environment: Path, compiler: Path | None, folder: Path, *,
     )
 
 
-def configuration(plan: Plan, environment: Path, compiler: Path | None, folder: Path, *, jobs: int, epoch: int) -> str:
+def configuration(
+    plan: Plan, environment: Path, compiler: Path | None, folder: Path, *, jobs: int, epoch: int, memory: int
+) -> str:
     """cibuildwheel's settings, in a file of our own: what the package says to cibuildwheel does not count."""
     assert plan.contained is not None
     volumes = {environment: "/env", folder / "gracefarm": _FILES} | ({compiler: toolchain.NVCC} if compiler else {})
     mounts = [f"--volume={source}:{target}:ro" for source, target in volumes.items()]
-    created = ["--network=none", f"--label={_LABEL}={plan.build_id}", *mounts]
+    # No swap either, as in a sandbox: a build that passes its bound would crawl through it.
+    bound = [f"--memory={memory}", f"--memory-swap={memory}"] if plan.contained.bounds_memory else []
+    created = ["--network=none", f"--label={_LABEL}={plan.build_id}", *bound, *mounts]
     build = plan.recipe.data.build
     options: dict[str, object] = {
         "build-frontend": {"name": "build", "args": ["--no-isolation", "--skip-dependency-check"]},
@@ -211,17 +223,28 @@ def _remove(plan: Plan) -> None:
         subprocess.run([engine, "rm", "--force", *found], capture_output=True, check=False)
 
 
-def heard(outcome: Outcome, log: Path, start: int) -> Outcome:
-    """The outcome with what the build could not reach, as far as its output says so, from byte `start` of the log."""
-    lines = log.read_bytes()[start:].decode(errors="replace").splitlines()
-    found = dict.fromkeys(wanted for line in lines if (wanted := sandbox.reached_in(line)))
-    return replace(outcome, reached=tuple(found), network_by="log")
+def heard(outcome: Outcome, plan: Plan, log: Path, start: int) -> Outcome:
+    """The outcome with what the build could not reach and whether its bound killed it, as far as its output says so, from byte
+    `start` of the log."""
+    assert plan.contained is not None
+    text = log.read_bytes()[start:].decode(errors="replace")
+    found = dict.fromkeys(wanted for line in text.splitlines() if (wanted := sandbox.reached_in(line)))
+    outcome = replace(outcome, reached=tuple(found), network_by="log")
+    if not plan.contained.bounds_memory:
+        return outcome
+    # Nobody else kills in there: the kernel takes the largest process, and who started that says so.
+    killed = outcome.killed_by_memory or (outcome.returncode != 0 and _KILLED.search(text) is not None)
+    return replace(outcome, memory_by=plan.contained.engine, killed_by_memory=killed)
 
 
-def network_note(plan: Plan) -> str:
+def note(plan: Plan) -> str:
     """What the record says of the network and of memory."""
     assert plan.contained is not None
-    return f"container without network; CPU and memory are those of cibuildwheel, not of {plan.contained.engine}'s container"
+    engine = plan.contained.engine
+    bound = (
+        f"{engine} holds its memory to the bound" if plan.contained.bounds_memory else f"{engine} cannot bound its memory here"
+    )
+    return f"container without network; {bound}; CPU and peak are those of cibuildwheel, not of the container"
 
 
 def _toml(value: object) -> str:

@@ -353,15 +353,22 @@ def _toolkit(base: LoadedStack, wanted: Wanted) -> tuple[Path, str]:
     )
 
 
+def unread_headers(arch: Arch, cuda: str, glibc: str) -> str | None:
+    """Why CUDA's compiler fails in each unit with the headers of that C library; None where it is not known to."""
+    if arch is Arch.AARCH64 and Version(cuda) <= _LAST_WITHOUT_VECTORS and Version(glibc) >= _BARE_VECTORS:
+        return f"CUDA {cuda} cannot read the headers of glibc {glibc} on aarch64, only those before {_BARE_VECTORS}"
+    return None
+
+
 def check_headers(arch: Arch, cuda: str, glibc: str) -> None:
-    """CUDA's compiler reads the C library's headers of this machine, or fails in each unit.
+    """CUDA's compiler reads the headers of this machine.
 
     Raises:
         HostError: it is known not to.
     """
-    if arch is Arch.AARCH64 and Version(cuda) <= _LAST_WITHOUT_VECTORS and Version(glibc) >= _BARE_VECTORS:
+    if problem := unread_headers(arch, cuda, glibc):
         raise HostError(
-            f"CUDA {cuda} cannot read the headers of glibc {glibc} on aarch64, only those before {_BARE_VECTORS}",
+            problem,
             remedy="leave --toolchain host out: the sandbox has older ones; or build on Ubuntu 22.04, Debian 12 or Rocky 9",
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +15,7 @@ from typing import get_args
 from packaging.utils import canonicalize_name
 
 from builder import environment, root
-from builder.machine import SUFFIX, Machine
+from builder.machine import SUFFIX, Machine, unread_headers
 from builder.recipe import LoadedRecipe, Toolchain
 from builder.stack import Arch, LoadedStack
 from gracefarm.errors import ConfigError
@@ -42,6 +43,8 @@ class Contained:
     "podman or docker; no byte depends on it."
     cibuildwheel: str
     "Its version."
+    bounds_memory: bool = False
+    "The engine can hold a container to a bound here; no byte depends on it."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,8 +171,8 @@ def make(recipe: LoadedRecipe, stack: LoadedStack, host: Arch, target: Arch, con
     """The plan of a build.
 
     Raises:
-        ConfigError: the stack has no such target, this host cannot build for it, the stack names no image to build in, or
-            the recipe refuses the toolchain.
+        ConfigError: the stack has no such target, this host cannot build for it, the stack names no image to build in or has
+            headers that its CUDA cannot read, or the recipe refuses the toolchain.
     """
     _check_toolchain(recipe, "container" if contained else "sandbox")
     if target not in stack.data.glibc:
@@ -184,7 +187,21 @@ def make(recipe: LoadedRecipe, stack: LoadedStack, host: Arch, target: Arch, con
             f"stack {stack.data.name} {lacks} for {target.value}",
             remedy=f"complete [container.{target.value}] in its stack.toml, or leave --toolchain container out",
         )
+    if contained is None and recipe.data.build.cuda:
+        _check_headers(stack, host, target)
     return Plan(recipe=recipe, stack=stack, host=host, target=target, contained=contained)
+
+
+def _check_headers(stack: LoadedStack, host: Arch, target: Arch) -> None:
+    names = ("libc6-dev", f"libc6-dev-{target.debian}-cross")
+    for one in root.packages(stack, host, target):
+        version = re.match(r"\d+\.\d+", one.version)
+        if one.name in names and version and (problem := unread_headers(target, stack.data.cuda, version[0])):
+            raise ConfigError(
+                f"stack {stack.data.name}: {problem}, and its root has {one.title}",
+                remedy="take an older suite under [root] in its stack.toml, as bookworm, and lock it",
+                repeat=f"builder lock-stack {stack.data.name}",
+            )
 
 
 def make_here(recipe: LoadedRecipe, machine: Machine) -> Plan:

@@ -31,7 +31,9 @@ class Stage(Part):
     cpu_s: float | None = Field(default=None, description="CPU seconds of the whole process tree")
     peak_memory: int | None = Field(default=None, description="Bytes, peak of the whole process tree")
     memory_bound: int | None = Field(default=None, description="Bytes")
-    memory_by: str | None = Field(default=None, description="What holds the bound: cgroup2, cgroup1 or watchdog")
+    memory_by: str | None = Field(
+        default=None, description="What holds the bound: cgroup2, cgroup1, watchdog, podman or docker"
+    )
     note: str = ""
 
 

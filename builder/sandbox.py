@@ -93,7 +93,8 @@ class Outcome:
     peak_memory: int
     "Bytes of anonymous and shared memory of the tree, sampled; the bound itself when it was passed."
     memory_bound: int
-    memory_by: MemoryBy
+    memory_by: str
+    "One of meter.KINDS; podman or docker, where that holds the bound of its container."
     killed_by_memory: bool
     reached: tuple[str, ...]
     "What the command tried to reach: host names, `address:port`; each once, in order."

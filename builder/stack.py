@@ -150,7 +150,7 @@ class Stack(Table):
     summary: str = ""
     python: Annotated[str, StringConstraints(pattern=r"^3\.\d+$")]
     torch: Torch | None = Field(default=None, description="None: for packages that do not link torch")
-    cuda: str = Field(description="CUDA toolkit, as 13.0")
+    cuda: Annotated[str, StringConstraints(pattern=r"^\d+\.\d+$")] = Field(description="CUDA toolkit, as 13.0")
     sm: tuple[Sm, ...] = Field(min_length=1, description="Real architectures compiled for, exactly")
     glibc: dict[Arch, Glibc] = Field(description="Highest manylinux level accepted per target, as '2_34'")
     environment: Environment

@@ -28,6 +28,7 @@ from builder import plan as planning
 from builder import recipe as recipes
 from builder.fetch import registry
 from builder.plan import Contained
+from builder.sandbox import Outcome
 from builder.stack import Arch, host_arch
 from gracefarm.errors import ConfigError, FetchError, HostError
 from gracefarm.files import remove_tree
@@ -213,7 +214,7 @@ def test_a_recipes_places_in_the_sandbox_are_the_containers(
 
 @pytest.mark.slow
 def test_large_units_are_kept_apart_in_the_container_too(farm: Farm, depot: Depot) -> None:
-    """A container bounds no memory, so it is to be seen: two that are declared large do not run beside each other."""
+    """Two that are declared large do not run beside each other, whether or not the engine bounds memory."""
     own = replace(farm, environment={**farm.environment, **depot.variables})
     with_image(farm, depot.sha256)
     found, _ = held(own, "--jobs", "2", *AIM, unit_memory={"*_large.c": "750MiB"})
@@ -239,6 +240,32 @@ def test_the_container_has_no_network_and_what_reaches_for_it_fails_by_name(farm
     done = farm.run("build", "tiny", *AIM, **depot.variables)
     assert done.code == 20, done.said
     assert "reached for the network, which a build has not: OSError: [Errno 101] Network is unreachable" in done.said
+    assert depot.podman("ps", "--all", "--quiet").stdout == ""
+
+
+LARGE = """
+taken = [b"x" * (64 << 20) for _ in range(24)]
+return wheel(wheel_directory)
+"""
+
+
+@pytest.mark.slow
+def test_a_container_is_held_to_the_bound_where_its_engine_can(
+    farm: Farm, depot: Depot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """1.5 GiB at a bound of 1; the kernel kills in the container, and the build is told as one in a sandbox is."""
+    for name, value in depot.variables.items():
+        monkeypatch.setenv(name, value)
+    if not container.find().bounds_memory:
+        pytest.skip("podman has no memory controller here")
+    farm.recipe("tiny", projects.backend(LARGE))
+    with_image(farm, depot.sha256)
+    done = farm.run("build", "tiny", *AIM, "--jobs", "1", GRACEFARM_MEMORY="1GiB", **depot.variables)
+    assert done.code == 22, done.said
+    assert "the build of tiny was killed at its bound of 1.0 GiB (podman)" in done.said
+    (compiled,) = [one for one in record_of(farm, "tiny")["stages"] if one["name"] == "compile"]  # type: ignore[attr-defined]
+    assert (compiled["memory_bound"], compiled["memory_by"]) == (1 << 30, "podman")
+    assert "podman holds its memory to the bound" in compiled["note"]
     assert depot.podman("ps", "--all", "--quiet").stdout == ""
 
 
@@ -346,7 +373,7 @@ def test_config_settings_name_the_source_where_it_is(farm: Farm, tmp_path: Path)
     made = plan_in(farm, "bare", "tiny", HERE)
     assert "-Ccmake.args=-DSEED=/build/source/seed;-DOTHER=/build/sources" in compile.command(made)
     assert "-Ccmake.args=-DSEED=/work/source/seed;-DOTHER=/work/sources" in compile.command(made, "/site", "/work")
-    text = container.configuration(made, tmp_path, None, tmp_path, jobs=1, epoch=0)
+    text = container.configuration(made, tmp_path, None, tmp_path, jobs=1, epoch=0, memory=1 << 30)
     assert "-DSEED=/project/seed;-DOTHER=/build/sources" in text
 
 
@@ -361,6 +388,54 @@ def test_no_engine_is_said_before_anything_else(farm: Farm, tmp_path: Path, monk
         container.find()
     broken.write_text("#!/bin/sh\nexit 0\n")
     assert container.find().engine == "docker"
+    for name, said, bounds in (
+        ("docker", "true", True),
+        ("docker", "false", False),
+        ("podman", "[cpuset cpu io memory pids]", True),
+        ("podman", "[cpu pids]", False),
+    ):
+        (tmp_path / name).write_text(f"#!/bin/sh\necho '{said}'\n")
+        (tmp_path / name).chmod(0o755)
+        found = container.find()
+        assert (found.engine, found.bounds_memory) == (name, bounds)
+
+
+@pytest.mark.parametrize(
+    ("line", "killed"),
+    [
+        ("nvcc error   : 'cicc' died due to signal 9 (Kill signal)", True),
+        ("g++: fatal error: Killed signal terminated program cc1plus", True),
+        ("make: *** [Makefile:2: a.o] Killed", True),
+        ("cibuildwheel: error: Command ['python', '-m', 'build'] failed with code 137.", True),
+        ("error: 'Killed_units' was not declared in this scope", False),
+    ],
+)
+def test_what_the_kernel_killed_in_a_bounded_container_is_known_by_the_log(
+    farm: Farm, tmp_path: Path, line: str, killed: bool
+) -> None:
+    farm.recipe("tiny", projects.backend("return wheel(wheel_directory)"))
+    with_image(farm, "0" * 64)
+    made = plan_in(farm, "bare", "tiny", HERE)
+    bounded = replace(made, contained=Contained(engine="podman", cibuildwheel="4.3", bounds_memory=True))
+    outcome = Outcome(
+        returncode=1,
+        wall_s=1,
+        cpu_s=1,
+        peak_memory=1,
+        memory_bound=1,
+        memory_by="cgroup2",
+        killed_by_memory=False,
+        reached=(),
+    )
+    (log := tmp_path / "log.txt").write_text(f"[1/2] a\n{line}\n")
+    found = container.heard(outcome, bounded, log, 0)
+    assert (found.killed_by_memory, found.memory_by) == (killed, "podman")
+    assert not container.heard(replace(outcome, returncode=0), bounded, log, 0).killed_by_memory
+    # Without a bound of the container's own, a kill there is somebody else's.
+    unbounded = container.heard(outcome, made, log, 0)
+    assert (unbounded.killed_by_memory, unbounded.memory_by) == (False, "cgroup2")
+    options = [container.configuration(one, tmp_path, None, tmp_path, jobs=1, epoch=0, memory=7) for one in (bounded, made)]
+    assert ["--memory=7" in text for text in options] == [True, False]
 
 
 class Registry(BaseHTTPRequestHandler):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import shutil
 import tarfile
 from pathlib import Path
@@ -175,6 +176,28 @@ def test_the_compiler_from_debian_is_pinned_for_both_hosts() -> None:
         assert one.arch == host.debian
     assert toolkit.digest(loaded, Arch.X86_64) != toolkit.digest(loaded, Arch.AARCH64)
     assert toolkit.digest(stack.load(REPOSITORY / "stacks", "cu130"), Arch.X86_64) is None
+
+
+@pytest.mark.parametrize("host", list(Arch))
+@pytest.mark.parametrize("package", ["libc6-dev", "libc6-dev-arm64-cross"])
+def test_trap_6_a_root_with_headers_that_cuda_12_4_cannot_read_is_refused_by_the_plan(
+    tmp_path: Path, host: Arch, package: str
+) -> None:
+    shutil.copytree(REPOSITORY / "stacks", tmp_path / "stacks")
+    loaded = recipe.load(REPOSITORY / "recipes", "aphrodite")
+    for name, reads in (("cu124", False), ("cu130", True)):
+        base = stack.load(tmp_path / "stacks", name)
+        planning.make(loaded, base, host, Arch.AARCH64)
+        text = base.root_lock.read_text()
+        base.root_lock.write_text(re.sub(rf'(name = "{package}", .*version = ")2\.36', r"\g<1>2.41", text))
+        if reads or (package != "libc6-dev" and host is Arch.AARCH64):  # which needs no cross compiler's
+            planning.make(loaded, base, host, Arch.AARCH64)
+            continue
+        with pytest.raises(ConfigError, match=rf"CUDA 12\.4 cannot read the headers of glibc 2\.41 .*root has {package}:"):
+            planning.make(loaded, base, host, Arch.AARCH64)
+        # triton compiles no CUDA; a container has headers of its own.
+        planning.make(recipe.load(REPOSITORY / "recipes", "triton"), base, host, Arch.AARCH64)
+        planning.make(loaded, base, host, Arch.AARCH64, planning.Contained(engine="podman", cibuildwheel="4"))
 
 
 def test_the_engines_long_pole_is_declared() -> None:
