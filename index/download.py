@@ -8,6 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from starlette.responses import FileResponse
 from starlette.types import Receive, Scope, Send
@@ -19,8 +24,41 @@ WINDOW = 8 << 20
 "Bytes that are taken to be cached when their last one is. To ask for each piece would cost a fifth of the rate."
 
 
+SMALLEST = 16 << 10
+"Bytes of a piece however many downloads there are."
+
+TOGETHER = 16 * PIECE
+"Bytes that all downloads together send at once: beyond that many of them their pieces get smaller."
+
+
+@dataclass
+class Downloads:
+    """How many are under way. A server queues pieces for who does not read (granian eight), so each costs memory. Used from
+    the event loop only."""
+
+    count: int = 0
+
+    @contextmanager
+    def one(self) -> Iterator[None]:
+        """One more, as long as the block lasts."""
+        self.count += 1
+        try:
+            yield
+        finally:
+            self.count -= 1
+
+    @property
+    def piece(self) -> int:
+        """Bytes to read and send at once."""
+        return max(SMALLEST, min(PIECE, TOGETHER // max(1, self.count) & -4096))
+
+
 class Download(FileResponse):
     """A file; parts of it (Range) as Starlette sends them."""
+
+    def __init__(self, path: Path, downloads: Downloads, *, stat_result: os.stat_result, **more: Any) -> None:
+        super().__init__(path, stat_result=stat_result, **more)
+        self._downloads = downloads
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI.
@@ -28,10 +66,15 @@ class Download(FileResponse):
         Raises:
             OSError: the file cannot be read, or has become shorter than it was.
         """
-        if scope["method"] != "GET" or any(name == b"range" for name, _ in scope["headers"]):
-            # Without granian's sending by path, which would go past the access log's count.
-            await super().__call__({**scope, "extensions": {}}, receive, send)
-            return
+        with self._downloads.one():
+            if scope["method"] != "GET" or any(name == b"range" for name, _ in scope["headers"]):
+                self.chunk_size = min(self.chunk_size, self._downloads.piece)
+                # Without granian's sending by path, which would go past the access log's count.
+                await super().__call__({**scope, "extensions": {}}, receive, send)
+            else:
+                await self._whole(receive, send)
+
+    async def _whole(self, receive: Receive, send: Send) -> None:
         # Opened before the answer starts, so that a failure is still an answer of its own.
         file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         leaving = asyncio.ensure_future(_leaving(receive))
@@ -45,7 +88,7 @@ class Download(FileResponse):
     async def _send(self, file: int, leaving: asyncio.Future[None], send: Send) -> None:
         size, at, cached = int(self.headers["content-length"]), 0, 0
         while True:
-            count = min(PIECE, size - at)
+            count = min(self._downloads.piece, size - at)
             if at >= cached:
                 # To send to who has left neither fails nor waits, under either server.
                 await asyncio.sleep(0)

@@ -238,7 +238,7 @@ def _send(service: Service, request: Request, sha256: str, media: str, *, cache:
         found = path.stat()
     except FileNotFoundError:
         raise DamagedError("the store has lost this file", remedy="`index fsck` tells more; upload it again") from None
-    return Download(path, media_type=media, headers=headers, stat_result=found)
+    return Download(path, service.downloads, stat_result=found, media_type=media, headers=headers)
 
 
 def record(service: Service) -> Endpoint:

@@ -12,6 +12,7 @@ from starlette.responses import Response
 
 from index import htpasswd
 from index.catalogue import Catalogue
+from index.download import Downloads
 from index.errors import StoreFullError
 from index.limits import Gate, Limits
 from index.metrics import Metrics
@@ -76,6 +77,7 @@ class Service:
     options: Options
     gate: Gate
     metrics: Metrics = field(default_factory=Metrics)
+    downloads: Downloads = field(default_factory=Downloads)
     passwords: htpasswd.Memory = field(default_factory=htpasswd.Memory)
     hands: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(4, thread_name_prefix="hands"))
     "Hash, write and read archives."

@@ -9,13 +9,14 @@ import socket
 import time
 import zipfile
 from collections.abc import Iterator
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
 from starlette.types import Message
 
 from index import download
-from index.download import PIECE, WINDOW, Download
+from index.download import PIECE, WINDOW, Download, Downloads
 from tests.index.index_kit import Server, serving, wheel
 
 LARGE = os.urandom(WINDOW) * 25  # what is read before the server learns that nobody is there is a small part of it
@@ -59,11 +60,45 @@ def test_who_leaves_is_not_read_for(loaded: tuple[Server, str, str]) -> None:
     while not (lines := server.requests()):
         assert time.monotonic() < deadline
     assert 0 < lines[0].size < len(LARGE) - WINDOW
-    assert str(server.root / "files") not in "".join(_open_files(server.process.pid))
+    assert not _sending(server)
+
+
+@pytest.mark.parametrize("span", ["", "Range: bytes=1-\r\n"], ids=["whole", "range"])
+def test_many_who_do_not_read_cost_little_memory(loaded: tuple[Server, str, str], span: str) -> None:
+    """Each would hold 3 MiB with pieces of full size: granian queues eight."""
+    server, path, _ = loaded
+    before = _resident(server.process.pid)
+    with ExitStack() as stack:
+        for _ in range(150):
+            one = stack.enter_context(socket.socket())
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            one.connect(("127.0.0.1", server.port))
+            one.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\n{span}\r\n".encode())
+        deadline, last = time.monotonic() + 30, 0
+        while (now := _resident(server.process.pid)) != last or len(_sending(server)) < 150:
+            assert time.monotonic() < deadline
+            last = now
+            time.sleep(0.5)
+        assert now - before < 200 << 20
+    while _sending(server):
+        assert time.monotonic() < deadline, "who has left holds nothing"
+        time.sleep(0.1)
+
+
+def _resident(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _sending(server: Server) -> list[str]:
+    return [name for name in _open_files(server.process.pid) if name.startswith(str(server.root / "files"))]
 
 
 def _open_files(pid: int) -> list[str]:
-    return [str(item.readlink()) for item in Path(f"/proc/{pid}/fd").iterdir() if item.is_symlink()]
+    found = []
+    for item in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # closed meanwhile
+            found.append(str(item.readlink()))
+    return found
 
 
 def _ask(path: Path, *, cut_to: int | None = None) -> tuple[list[int], bytes]:
@@ -80,9 +115,22 @@ def _ask(path: Path, *, cut_to: int | None = None) -> tuple[list[int], bytes]:
             if cut_to is not None and len(pieces) == 1:
                 os.truncate(path, cut_to)
 
-    answer = Download(path, stat_result=path.stat())
+    answer = Download(path, Downloads(), stat_result=path.stat())
     asyncio.run(answer({"type": "http", "method": "GET", "headers": []}, receive, send))
     return [len(piece) for piece in pieces], b"".join(pieces)
+
+
+def test_pieces_get_smaller_with_the_number_of_downloads() -> None:
+    downloads, pieces = Downloads(), []
+    with ExitStack() as stack:
+        for _ in range(10_000):
+            stack.enter_context(downloads.one())
+            pieces.append(downloads.piece)
+    assert pieces[:16] == [PIECE] * 16
+    assert sum(pieces) < 256 << 20
+    assert min(pieces) >= 16 << 10
+    assert all(size % 4096 == 0 for size in pieces)
+    assert downloads.piece == PIECE, "and back"
 
 
 @pytest.mark.parametrize("size", [0, 1, PIECE, PIECE + 1, WINDOW + PIECE + 7])
