@@ -114,7 +114,7 @@ async def look(work: Work) -> Looks:
     """One short call to every node at once: all that `up` needs to know whether there is anything to do.
 
     Raises:
-        SshError, HostError: a node was not reached; all that were not are named.
+        SshError, NodeError: a node was not reached; all that were not are named.
     """
     data, root = work.deployment.data, _root(work)
     folder = work.keeper.state.data("weights").get("folder")
@@ -748,7 +748,7 @@ async def down(work: Work, *, keep_ray: bool = False) -> dict[str, int]:
     """End the engine, then Ray, and look that nothing of ours is left; node to how many processes were ended.
 
     Raises:
-        NodeError: something is left; SshError, HostError: a node was not reached. After everything on all others was stopped.
+        NodeError: something is left; SshError: a node was not reached. After everything on all others was stopped.
     """
     ended: dict[str, int] = {}
     bad: dict[str, GracefarmError] = {}

@@ -15,7 +15,7 @@ from deploy.facts import Facts
 from deploy.inventory import Deployment, Node
 from deploy.ssh import Fleet, JobStatus, require
 from deploy.worker import Json, Target, call
-from gracefarm.errors import EngineError, GracefarmError, HostError, SshError
+from gracefarm.errors import EngineError, GracefarmError, HostError, NodeError, SshError
 
 OnLine = Callable[[str, str, str], None]
 "Node, log, line."
@@ -84,7 +84,7 @@ async def ray(deployment: Deployment, facts: Facts, node: Target, wish: Wish, on
         request = {"patterns": wanted, "lines": wish.lines, "follow": wish.follow, "offsets": offsets}
         try:
             done = await call(node, "watch.tail", request, on_event=said)
-        except (SshError, HostError) as error:
+        except (SshError, NodeError, HostError) as error:
             if not wish.follow or time.monotonic() - seen > wish.patience:
                 raise
             if not cut:

@@ -9,7 +9,6 @@ from deploy.facts import Facts
 from deploy.inventory import Node
 from deploy.ssh import Fleet
 from deploy.worker import Done, Target
-from gracefarm.errors import HostError, SshError
 
 
 @dataclass(frozen=True)
@@ -20,18 +19,16 @@ class FleetShell:
     node: Node
 
     async def stream(self, command: str, *, stdin: bytes, on_line: Callable[[str], None]) -> Done:
-        """Run it; a node that cannot be entered is an SshError, a connection that was cut a HostError."""
+        """Run it; a node that cannot be entered is an SshError, a connection that was cut a NodeError."""
 
         def line(_node: Node, stream: str, text: str) -> None:
             if stream == "stdout":
                 on_line(text)
 
         result = (await self.fleet.run(command, nodes=[self.node], input=stdin, on_line=line, keep=False))[self.node.name]
-        if result.returncode is None:
-            if isinstance(result.error, SshError):
-                raise result.error
-            cause = result.error.cause if result.error else f"{self.node}: no answer"
-            raise HostError(cause, remedy="repeat the command")
+        if result.error:
+            raise result.error
+        assert result.returncode is not None
         return Done(code=result.returncode, stderr=result.stderr)
 
     async def start(self, job: str, command: str, *, stdin: bytes) -> bool:

@@ -55,7 +55,7 @@ class Done:
 
 
 class Shell(Protocol):
-    """A way to run commands on one node. Implementations hold the connection; they raise HostError when there is none."""
+    """A way to run commands on one node. Implementations hold the connection; SshError, NodeError: it was lost."""
 
     async def stream(self, command: str, *, stdin: bytes, on_line: Callable[[str], None]) -> Done:
         """Run `command` with `stdin`, hand each line of its stdout to `on_line`; it ends with the connection."""
@@ -113,7 +113,8 @@ async def call(
     `job`: its name there, where it is long and must not end with the connection; what an earlier command left at work under
     this name comes first.
     Raises:
-        GracefarmError: what the worker refused, named by its class; HostError when it ended without an answer.
+        GracefarmError: what the worker refused, named by its class; HostError when it ended without an answer; SshError,
+        NodeError: the node was lost.
     """
     heard = _Heard(on_event)
     packed = archive()

@@ -20,7 +20,7 @@ from deploy.steps.environment import Matrix, Module
 from deploy.targets import targets
 from gracefarm import settings
 from gracefarm.console import Console
-from gracefarm.errors import HostError, InstallError, SshError
+from gracefarm.errors import InstallError, NodeError, SshError
 from tests.deploy.test_tunnel import deploy
 from tests.deploy.test_watch import Scene, play
 
@@ -144,7 +144,7 @@ def test_what_a_killed_command_left_of_its_import_matrix_is_ended(tmp_path: Path
         while len(left := look.processes(prefix)) < 2:  # noqa: ASYNC110 - the worker, and Python that imports
             await asyncio.sleep(0.05)
         made.made[0].cut()
-        with pytest.raises(HostError):
+        with pytest.raises(NodeError):
             await proof
         assert all(alive(one["pid"]) for one in left)
         code, said = await down(made)

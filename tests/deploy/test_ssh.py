@@ -186,6 +186,11 @@ def test_a_cut_in_the_middle_of_a_command_is_told_as_an_unknown_outcome(tmp_path
         done = (await asyncio.wait_for(running, 4))["k0"]
         assert done.returncode is None
         assert done.error
+        step = asyncio.ensure_future(targets(fleet)[0].shell.stream("sleep 5", stdin=b"", on_line=print))
+        await asyncio.sleep(0.7)
+        made[0].cut()
+        with pytest.raises(NodeError, match="outcome is unknown"):  # no refusal of the node's, as steps take HostError for
+            await asyncio.wait_for(step, 4)
 
     with_fleet(tmp_path, 1, work)
 
