@@ -88,6 +88,20 @@ def test_a_set_appears_at_once_and_only_when_complete(shared: Server) -> None:
     assert "not a staged set" in late.text
 
 
+def test_a_nightly_set_is_in_the_nightly_view_and_its_own(shared: Server, tmp_path: Path) -> None:
+    (tmp_path / "matrix").write_text("# what it must hold\ndusk_pkg==1.0.dev1\n\ndawn_pkg==1.0.dev1  # and this\n")
+    run_index(shared.root, "stage", "create", "dusk", "--nightly", "--matrix", str(tmp_path / "matrix"))
+    since = run_json(shared.root, "log")[-1]["serial"]  # type: ignore[index]
+    assert shared.upload(*wheel("dusk_pkg", "1.0.dev1"), path="/stage/dusk/legacy/").status_code == 200
+    assert "lacks 1 of 2: dawn_pkg==1.0.dev1" in run_index(shared.root, "stage", "publish", "dusk", check=False).stderr
+    assert shared.upload(*wheel("dawn_pkg", "1.0.dev1"), path="/stage/dusk/legacy/").status_code == 200
+    run_index(shared.root, "stage", "publish", "dusk")
+    for prefix, there in (("/nightly", True), ("/dusk", True), ("", False)):
+        assert bool(shared.filenames("dusk-pkg", prefix=prefix)) == there
+    later = [line.split()[3] for line in run_index(shared.root, "log", "--since", str(since)).stdout.splitlines()]
+    assert later == ["file.upload", "file.upload", "set.publish", "file.show", "file.show"]
+
+
 def test_a_wheel_of_the_wrong_python_does_not_complete_a_set(shared: Server) -> None:
     run_index(shared.root, "stage", "create", "wrong", "--expect", "wrong_pkg==1.0 cp312,cp311 aarch64")
     assert shared.upload(*wheel("wrong_pkg", "1.0", AARCH64), path="/stage/wrong/legacy/").status_code == 200
