@@ -141,8 +141,9 @@ def test_what_a_killed_command_left_of_its_import_matrix_is_ended(tmp_path: Path
         slow = Matrix(modules=(Module(module="slow", code="import time; time.sleep(300)"),))
         proof = asyncio.create_task(environment.prove(targets(made.fleet), str(tmp_path / "env"), slow, 300))
         prefix = f"{made.fleet.mark}/k0/"
-        while len(left := look.processes(prefix)) < 2:  # noqa: ASYNC110 - the worker, and Python that imports
-            await asyncio.sleep(0.05)
+        async with asyncio.timeout(20):
+            while len(left := look.processes(prefix)) < 2:  # noqa: ASYNC110 - the worker, and Python that imports
+                await asyncio.sleep(0.05)
         made.made[0].cut()
         with pytest.raises(NodeError):
             await proof
