@@ -142,18 +142,19 @@ async def collectives(targets: Sequence[Target], spec: Spec, surveys: dict[str, 
     cells = []
     bare = [one.name for one in targets if surveys[one.name].environment is None]
     gpus = [one for one in targets if surveys[one.name].cuda.gpus]
-    for backend in ("gloo", "nccl"):
+    for backend, ranks in (("gloo", targets), ("nccl", gpus)):
         reason = None
         if bare:
             reason = "no environment is active yet: `deploy env up` brings torch"
-        elif len(targets) < 2:
-            reason = "there is one node alone"
-        elif backend == "nccl" and len(gpus) < len(targets):
-            reason = "not every node has a usable GPU"
-        if reason:
-            cells += [Cell(check=backend, node=one.name, status="skipped", text=reason) for one in targets]
-        else:
-            cells += await _collective(targets, spec, backend)
+        elif len(ranks) < 2:
+            reason = "there is one node alone" if backend == "gloo" else "fewer than two nodes have a usable GPU"
+        left_out = [one for one in targets if reason or one not in ranks]
+        cells += [
+            Cell(check=backend, node=one.name, status="skipped", text=reason or "no usable GPU on this node")
+            for one in left_out
+        ]
+        if not reason:
+            cells += await _collective(ranks, spec, backend)
     return cells
 
 

@@ -327,8 +327,11 @@ def _pythons(surveys: Mapping[str, Survey], source: str) -> list[Cell]:
 def _cuda(node: str, found: Cuda, gpus: int, rehearsal: bool) -> Cell:
     if rehearsal:
         return _cell("cuda", node, "skipped", f"rehearsal: {gpus} GPU in name alone")
-    if gpus == 0:
-        return _cell("cuda", node, "skipped", "no GPU is expected on this node")
+    if gpus == 0:  # nor had it one when facts were asked: the plan leaves it out, and `up` of the others goes on
+        text = f"{found.error or 'no NVIDIA driver'}: the plan leaves this node out"
+        if found.gpus:
+            text = f"{len(found.gpus)} x {found.gpus[0].name}, which the kept facts do not know: the plan leaves this node out"
+        return _cell("cuda", node, "warn", text, "mend its driver or replace it, then `deploy facts`")
     if found.absent:
         return _cell(
             "cuda", node, "bad", "there is no libcuda.so.1", "install the NVIDIA driver, or choose an image that has it"

@@ -124,6 +124,22 @@ def test_a_node_that_differs_is_the_one_that_is_told(check: str, change: Json, s
     assert cells[check, "k0"].status == "ok"
 
 
+@pytest.mark.parametrize(
+    ("cuda", "word"),
+    [
+        ({"absent": True}, "no NVIDIA driver"),
+        ({"error": "cuInit: system not yet initialized (802)"}, "802"),
+        ({"version": 12040, "gpus": [GPU]}, "which the kept facts do not know"),
+    ],
+)
+def test_a_node_that_had_no_gpu_when_facts_were_asked_is_told_and_stops_nobody(cuda: Json, word: str) -> None:
+    cell = judged({"k1": survey(cuda=cuda)}, gpus={**dict.fromkeys(NODES, 1), "k1": 0})["cuda", "k1"]
+    assert cell.status == "warn"
+    assert word in cell.text
+    assert "the plan leaves this node out" in cell.text
+    assert "`deploy facts`" in cell.remedy
+
+
 @pytest.mark.parametrize("environment", [None, ENVIRONMENT])
 def test_the_nodes_own_pythons_do_not_matter_where_the_environment_brings_one(environment: Json | None) -> None:
     other = {**PYTHON, "version": "3.12.3"}
@@ -364,3 +380,29 @@ def test_only_an_address_of_the_internet_that_ssh_reaches_directly_is_public(tmp
     text = "".join(f'[[node]]\naddress = "{address}"\n{more}\n' for address, more in rows)
     (tmp_path / "deploy.toml").write_text(text)
     assert flow._public(inventory.load(tmp_path / "deploy.toml")) == {"k0": "8.8.8.8", "k3": "2001:4860:4860::8888"}
+
+
+def test_nccl_is_tried_among_the_nodes_that_have_gpus_whoever_else_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: dict[str, list[str]] = {}
+
+    async def collective(targets: list[Target], _spec: preflight.Spec, backend: str) -> list[Cell]:
+        tried[backend] = [one.name for one in targets]
+        return [Cell(check=backend, node=one.name, status="ok", text="", remedy="") for one in targets]
+
+    monkeypatch.setattr(preflight, "_collective", collective)
+    nodes = [Target(name=one, address="", gpus=1, shell=None) for one in NODES]  # type: ignore[arg-type]
+    spec = preflight.Spec(share=None, root=None, ports=[], collective_port=1)
+
+    def cells(without: set[str]) -> dict[tuple[str, str], Cell]:
+        surveys = {
+            one: Survey.model_validate(survey(**({"cuda": {"absent": True}} if one in without else {}))) for one in NODES
+        }
+        return {(one.check, one.node): one for one in asyncio.run(preflight.collectives(nodes, spec, surveys))}
+
+    made = cells({"k1"})
+    assert tried == {"gloo": list(NODES), "nccl": [one for one in NODES if one != "k1"]}
+    assert made["nccl", "k1"].text == "no usable GPU on this node"
+    tried.clear()
+    made = cells(set(NODES[1:]))
+    assert list(tried) == ["gloo"]
+    assert {made["nccl", one].text for one in NODES} == {"fewer than two nodes have a usable GPU"}
