@@ -326,7 +326,7 @@ def _pythons(surveys: Mapping[str, Survey], source: str) -> list[Cell]:
 
 def _cuda(node: str, found: Cuda, gpus: int, rehearsal: bool) -> Cell:
     if rehearsal:
-        return _cell("cuda", node, "skipped", f"rehearsal: {gpus} GPU in name alone")
+        return _cell("cuda", node, "skipped", "rehearsal: GPUs in name alone")
     if gpus == 0:  # nor had it one when facts were asked: the plan leaves it out, and `up` of the others goes on
         text = f"{found.error or 'no NVIDIA driver'}: the plan leaves this node out"
         if found.gpus:
