@@ -188,7 +188,7 @@ def _known_keys(schema: type[Table], parents: tuple[int | str, ...]) -> list[str
             if isinstance(child, dict):
                 following += resolve(child)
         nodes = following
-    return sorted({key for node in nodes if isinstance(node.get("properties"), dict) for key in node["properties"]})  # type: ignore[attr-defined]
+    return sorted({key for node in nodes if isinstance(known := node.get("properties"), dict) for key in known})
 
 
 def find_line(text: str, location: tuple[int | str, ...]) -> int:

@@ -198,7 +198,7 @@ def link(change: Change, identifier: str, document: Mapping[str, object], token:
     if digests:  # a wheel that carries the id of a build that made another one is not of that build
         marks = ", ".join("?" * len(digests))
         strangers = change.execute(
-            f"UPDATE file SET build = NULL WHERE build = ? AND sha256 NOT IN ({marks}) RETURNING project",  # noqa: S608
+            f"UPDATE file SET build = NULL WHERE build = ? AND sha256 NOT IN ({marks}) RETURNING project",  # noqa: S608 - question marks
             (identifier, *digests),
         ).fetchall()
         if strangers:

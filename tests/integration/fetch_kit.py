@@ -6,14 +6,19 @@ import base64
 import hashlib
 import io
 import os
+import socket
 import subprocess
+import sys
 import tarfile
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+
+import httpx
 
 from builder.recipe import File, FileSource, GitSource, LoadedRecipe, Recipe, SdistSource, Smoke
 
@@ -246,3 +251,25 @@ class Repository:
     def source(self, commit: str, **changes: object) -> GitSource:
         fields = {"kind": "git", "url": self.url, "commit": commit, "tree": self.tree(commit), **changes}
         return GitSource.model_validate(fields)
+
+
+@contextmanager
+def pypiserver(folder: Path, *options: str) -> Iterator[str]:
+    """Another index, which knows nothing of records and takes uploads without a password."""
+    with closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "pypiserver", "run", "-i", "127.0.0.1", "-p", str(port), "-P", ".", "-a", ".", *options]
+    with subprocess.Popen([*command, str(folder)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+        try:
+            deadline = time.monotonic() + 30
+            while True:
+                try:
+                    httpx.get(f"http://127.0.0.1:{port}/")
+                    break
+                except httpx.TransportError:
+                    assert time.monotonic() < deadline
+                    time.sleep(0.1)
+            yield f"http://127.0.0.1:{port}/"
+        finally:
+            server.terminate()

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import pytest
 
 from builder.fetch import fetch_sdist, store_path
@@ -196,41 +194,11 @@ def test_pypiserver(tmp_path: Path) -> None:
     packages = tmp_path / "packages"
     packages.mkdir()
     (packages / "thing-1.0.tar.gz").write_bytes(SDIST)
-    with fetch_kit.Server() as closed:
-        port = closed.server_address[1]
-    command = [
-        sys.executable,
-        "-m",
-        "pypiserver",
-        "run",
-        "-i",
-        "127.0.0.1",
-        "-p",
-        str(port),
-        "--disable-fallback",
-        str(packages),
-    ]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        try:
-            index = f"http://127.0.0.1:{port}/simple/"
-            wait_for(index)
-            settings = Settings(home=tmp_path / "home", project=tmp_path, python_index=index)
-            assert fetch_sdist(source(), settings).read_bytes() == SDIST
-            with pytest.raises(FetchError, match="no such project"):
-                fetch_sdist(source(name="other", digest="0" * 64), settings)
-        finally:
-            process.terminate()
-
-
-def wait_for(url: str) -> None:
-    for _ in range(300):
-        try:
-            httpx.get(url)
-        except httpx.TransportError:
-            time.sleep(0.1)
-        else:
-            return
-    pytest.fail(f"{url} did not come up")
+    with fetch_kit.pypiserver(packages, "--disable-fallback") as url:
+        settings = Settings(home=tmp_path / "home", project=tmp_path, python_index=f"{url}simple/")
+        assert fetch_sdist(source(), settings).read_bytes() == SDIST
+        with pytest.raises(FetchError, match="no such project"):
+            fetch_sdist(source(name="other", digest="0" * 64), settings)
 
 
 def test_causal_conv1d_from_the_configured_index(tmp_path: Path) -> None:

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
 from pathlib import Path
 
 import httpx
@@ -18,6 +15,7 @@ from builder import demo, publish
 from builder.stack import host_arch
 from tests import projects
 from tests.conftest import Farm
+from tests.integration.fetch_kit import pypiserver
 
 NATIVE = host_arch().value
 
@@ -61,42 +59,6 @@ def test_a_record_that_did_not_arrive_is_sent_with_the_next_build(farm: Farm) ->
         assert "401" in again.said
         assert "wrong" not in again.said
         assert "record and log to" in farm.run(*command, **credentials(token)).said
-
-
-@contextmanager
-def pypiserver(folder: Path) -> Iterator[str]:
-    """Another index, which knows nothing of records."""
-    with closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [
-        sys.executable,
-        "-m",
-        "pypiserver",
-        "run",
-        "-i",
-        "127.0.0.1",
-        "-p",
-        str(port),
-        "-P",
-        ".",
-        "-a",
-        ".",
-        str(folder),
-    ]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
-        try:
-            deadline = time.monotonic() + 30
-            while True:
-                try:
-                    httpx.get(f"http://127.0.0.1:{port}/")
-                    break
-                except httpx.TransportError:
-                    assert time.monotonic() < deadline
-                    time.sleep(0.1)
-            yield f"http://127.0.0.1:{port}/"
-        finally:
-            server.terminate()
 
 
 def test_another_index_takes_the_wheel_and_no_record(farm: Farm, tmp_path: Path) -> None:
