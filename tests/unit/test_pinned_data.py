@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 import shutil
 import tarfile
@@ -11,12 +12,12 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from builder import archive, environment, gaps, recipe, source, stack, toolkit
+from builder import archive, compile, environment, gaps, recipe, source, stack, toolkit
 from builder import plan as planning
 from builder.embed import require
 from builder.recipe import File, Recipe, Smoke, Substitution
 from builder.stack import Arch
-from gracefarm.errors import ConfigError, RootError, SourceError
+from gracefarm.errors import CompileError, ConfigError, RootError, SourceError
 from tests.conftest import REPOSITORY
 from tests.gaps_kit import put_back
 
@@ -166,6 +167,33 @@ def test_the_stack_of_the_pinned_builds_takes_torch_for_cuda_12_4_alone(tmp_path
         return
     with pytest.raises(RootError, match=r"the stack wants 12\.4"):
         environment.check_torch(loaded, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "requires", "forgotten"),
+    [
+        ("triton", ["setuptools>=40.8.0", "wheel", "cmake>=3.18", "ninja>=1.11.1", "pybind11>=2.13.1"], "pybind11"),
+        ("aphrodite", ["cmake>=3.26", "ninja", "packaging", "setuptools>=49.4.0", "torch==2.4.0", "wheel"], "wheel"),
+        ("flash_attn", ["packaging", "psutil", "ninja", "wheel"], "psutil"),
+    ],
+)
+def test_trap_4_the_stack_has_what_the_pinned_projects_ask_for(
+    tmp_path: Path, name: str, requires: list[str], forgotten: str
+) -> None:
+    """As their pyproject.toml says, and of flash_attn what its setup.py imports and names in setup_requires."""
+    shutil.copytree(REPOSITORY / "stacks", tmp_path / "stacks")
+    loaded, base = recipe.load(REPOSITORY / "recipes", name), stack.load(tmp_path / "stacks", "cu124")
+    place = tmp_path / loaded.data.build.subdirectory / "pyproject.toml"
+    place.parent.mkdir(exist_ok=True)
+    place.write_text(f"[build-system]\nrequires = {json.dumps(requires)}\n")
+    compile.check_requirements(planning.make(loaded, base, Arch.X86_64, Arch.AARCH64), tmp_path)
+    kept = [line for line in base.requirements_lock.read_text().splitlines() if not line.startswith(f"{forgotten}==")]
+    base.requirements_lock.write_text("\n".join(kept))
+    text = (base.folder / "stack.toml").read_text()
+    (base.folder / "stack.toml").write_text(re.sub(rf'^    "{forgotten}.*\n', "", text, flags=re.MULTILINE))
+    base = stack.load(tmp_path / "stacks", "cu124")
+    with pytest.raises(CompileError, match=rf"needs '{forgotten}.*' to build, stack cu124 has none"):
+        compile.check_requirements(planning.make(loaded, base, Arch.X86_64, Arch.AARCH64), tmp_path)
 
 
 def test_the_compiler_from_debian_is_pinned_for_both_hosts() -> None:
