@@ -21,7 +21,7 @@ from gracefarm.tables import parse_size
 
 NINJA = re.compile(r"^\[(\d+)/(\d+)\] ")
 FIRST_ERROR = (
-    re.compile(r"(?:fatal error|error): |error\s+: |\berror #\d+|undefined reference to|cannot find -l"),
+    re.compile(r"(?:fatal error|error): |(?:error|fatal)\s+: |\berror #\d+|undefined reference to|cannot find -l"),
     re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception)\b(?!.*returned non-zero exit status)(?::.*|$)"),
     re.compile(r"^(?:CMake Error|make(?:\[\d+\])?: \*\*\*|ninja: error|FAILED: )"),
 )

@@ -38,6 +38,7 @@ ERROR Backend subprocess exited when trying to invoke build_wheel
         ("x.c:1:10: fatal error: no.h: No such file or directory\nerror: command failed\n", "x.c:1:10: fatal error: no.h"),
         ("ld: a.o: undefined reference to `f'\ncollect2: error: ld returned 1 exit status\n", "undefined reference to `f'"),
         ("Traceback (most recent call last):\nModuleNotFoundError: No module named 'psutil'\nERROR Backend\n", "psutil"),
+        ("FAILED: a.cu.o\nnvcc fatal   : Unsupported gpu architecture 'compute_1'\n", "nvcc fatal   : Unsupported gpu"),
         ("CMake Error at CMakeLists.txt:3 (find_package):\n  could not find X\n", "CMake Error at CMakeLists.txt:3"),
         ("a.c:1: error: x\ncc1: fatal error: error writing to /tmp/x.s: No space left on device\n", "No space left on device"),
         ("something odd\n", "something odd"),

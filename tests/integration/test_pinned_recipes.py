@@ -1,7 +1,9 @@
-"""recipes/triton as it is written, to a wheel: its seed, its [wheel] table, its smoke.py and all gates.
+"""recipes/triton and recipes/aphrodite as they are written, to a wheel: the commits alone are those of projects of that shape.
 
-What stands in: a project of triton's shape for its sources, empty folders for LLVM and json. The programs of CUDA 12.4 for
-aarch64 are real, out of Debian's package (12.4.131) and NVIDIA's wheel (CUPTI 12.4.127); the recipe's are 12.4.99, of conda.
+triton: empty folders stand for LLVM and json. The programs of CUDA 12.4 for aarch64 are real, out of Debian's package
+(12.4.131) and NVIDIA's wheel (CUPTI 12.4.127); the recipe's are 12.4.99, of conda.
+aphrodite: compiled by CUDA 12.4.131 through torch's own CMake files, against the headers of torch's CPU wheel, so nothing is
+loaded (test_aphrodite_smoke.py does that).
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from tests import projects
 from tests.conftest import REPOSITORY, Farm
 from tests.integration.fetch_kit import Repository, sha256
 from tests.integration.test_build import record_of
-from tests.integration.test_pinned import CORE, PYPROJECT
+from tests.integration.test_pinned import CORE, CORE_CUDA, PYPROJECT, TORCH_CMAKE
 
 # What setup.py does with its downloads, as far as a recipe has to know: looks for each, reaches for it if need be, copies.
 SETUP = """
@@ -174,3 +176,113 @@ def test_triton_as_its_recipe_says_with_nvidias_own_programs_passes_every_gate(f
     # Each line of the recipe's table is needed: judged again, without compiling.
     assert "lib/cupti/libcupti.so" in without(lambda one: one["path"].endswith("cupti/*"))
     assert "bin/nvdisasm" in without(lambda one: one["path"].endswith("nvdisasm"))
+
+
+# The files that upstream compiles for sm_90a as well have its flag here too; the instruction is one of those that want it.
+ENGINE_CMAKE = (
+    TORCH_CMAKE.partition("Python_add_library")[0].replace(
+        "set(USE_CUDA ON)",
+        """include(FetchContent)
+FetchContent_Declare(cutlass GIT_REPOSITORY https://github.com/nvidia/cutlass.git GIT_TAG v3.5.1)
+FetchContent_MakeAvailable(cutlass)
+set(USE_CUDA ON)""",
+    )
+    + """
+set(special machete_mm_impl_part0.cu scaled_mm_c2x.cu scaled_mm_c3x.cu)
+set_source_files_properties(${special} PROPERTIES COMPILE_FLAGS "-gencode arch=compute_90a,code=sm_90a")
+set(_moe_C_parts softmax.cu)
+set(_C_parts gptq_marlin.cu ${special})
+foreach(name _core_C _moe_C _C)
+    Python_add_library(${name} MODULE USE_SABI 3.8 ${name}.cpp ${${name}_parts})
+    target_include_directories(${name} PRIVATE ${cutlass_SOURCE_DIR}/include)
+    set_target_properties(${name} PROPERTIES PREFIX "" SUFFIX .abi3.so)
+endforeach()
+target_link_libraries(_moe_C PRIVATE CUDA::cudart)
+target_link_libraries(_C PRIVATE CUDA::cudart CUDA::cublas CUDA::cuda_driver)
+"""
+)
+ENGINE_SETUP = """
+import os, shutil, subprocess
+from pathlib import Path
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+assert os.environ["APHRODITE_TARGET_DEVICE"] == "cuda"
+commit = subprocess.check_output(["git", "rev-parse", "HEAD"], text=True).strip()
+Path("aphrodite/commit_id.py").write_text(f"__commit__ = {commit!r}\\n")
+
+class Build(build_ext):
+    def run(self):
+        kind = "-DCMAKE_BUILD_TYPE=" + os.environ["CMAKE_BUILD_TYPE"]
+        subprocess.run(["cmake", "-G", "Ninja", kind, "-S", ".", "-B", "build/cmake"], check=True)
+        subprocess.run(["cmake", "--build", "build/cmake", "-j", os.environ["MAX_JOBS"]], check=True)
+        into = Path(self.build_lib) / "aphrodite"
+        into.mkdir(parents=True, exist_ok=True)
+        for name in ("_core_C", "_moe_C", "_C"):
+            shutil.copy(f"build/cmake/{name}.abi3.so", into)
+
+requires = ["torch==2.4.0", "triton>=2.2.1", 'aphrodite-flash-attn==2.6.1.post2; platform_machine == "x86_64"']
+setup(name="aphrodite-engine", version="0.6.4.post1", packages=["aphrodite"], install_requires=requires,
+      ext_modules=[Extension("aphrodite._C", [])], cmdclass={"build_ext": Build})
+"""
+KERNEL = """
+#include "cute.h"
+__global__ void NAME() {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 64;");
+#endif
+}
+void start_NAME() { NAME<<<1, 1>>>(); }
+"""
+
+
+@pytest.mark.slow
+def test_aphrodite_as_its_recipe_says_compiles_by_cuda_12_4_for_the_architectures_of_its_table(
+    farm: Farm, tmp_path: Path
+) -> None:
+    document = tomlkit.parse((REPOSITORY / "recipes/aphrodite/recipe.toml").read_text())
+    hub = tmp_path / "mirror/github.com"
+    cutlass = Repository(hub / "NVIDIA/cutlass")
+    header = {"include/cute.h": "#define CUTE 1\n", "CMakeLists.txt": "cmake_minimum_required(VERSION 3.25)\n"}
+    document["repositories"][0]["commit"] = cutlass.commit(header)
+    kernels = ("softmax", "gptq_marlin", "machete_mm_impl_part0", "scaled_mm_c2x", "scaled_mm_c3x")
+    bindings = {name: CORE.replace("NAME", name).replace("#include <Python", LIMITED) for name in ("_core_C", "_moe_C")}
+    bindings["_C"] = CORE_CUDA.replace("__global__ void kernel() {}", "").replace("kernel<<<1, 1>>>();", "")
+    repository = Repository(hub / "PygmalionAI/aphrodite-engine")
+    commit = repository.commit(
+        {
+            "setup.py": ENGINE_SETUP,
+            "pyproject.toml": PYPROJECT.replace('"setuptools"', '"setuptools", "cmake>=3.26", "torch==2.4.0"'),
+            "CMakeLists.txt": ENGINE_CMAKE,
+            "aphrodite/__init__.py": "",
+            **{f"{name}.cpp": text for name, text in bindings.items()},
+            **{f"{name}.cu": KERNEL.replace("NAME", name) for name in kernels},
+        }
+    )
+    document["source"].update({"commit": commit, "tree": repository.tree(commit)})
+    folder = farm.settings.project / "recipes/aphrodite"
+    shutil.copytree(REPOSITORY / "recipes/aphrodite", folder)
+    (folder / "recipe.toml").write_text(tomlkit.dumps(document))
+    mirrors = f"https://={(tmp_path / 'mirror').as_uri()}/"
+    done = farm.run("build", "aphrodite", "--stack", "cu124-headers", GRACEFARM_MIRRORS=mirrors)
+    assert done.code == 0, f"{done.said}\n{farm.run('log', 'aphrodite').out[-3000:]}"
+    verdicts = {one["gate"]: one for one in record_of(farm, "aphrodite")["verdicts"]}  # type: ignore[attr-defined]
+    assert verdicts["cubins"]["summary"] == "cubins for exactly sm_90, sm_90a, and no PTX"
+    assert verdicts["cubins"]["details"] == [
+        "aphrodite/_C.abi3.so: 4 for sm_90, 3 for sm_90a",
+        "aphrodite/_moe_C.abi3.so: 1 for sm_90",
+    ]
+    wheel = Path(done.out.strip())
+    with zipfile.ZipFile(wheel) as opened:
+        metadata = opened.read("aphrodite_engine-0.6.4.post1.dist-info/METADATA").decode()
+        assert commit in opened.read("aphrodite/commit_id.py").decode()
+    assert [line for line in metadata.splitlines() if line.startswith("Requires-Dist")] == [
+        "Requires-Dist: torch==2.4.0",
+        "Requires-Dist: aphrodite-flash-attn==2.6.1.post2",
+        "Requires-Dist: triton==3.2.0+git755d4164",
+    ]
+    with tarfile.open(next(wheel.parent.glob("*.tar.gz"))) as tar:
+        assert "aphrodite_engine-0.6.4.post1/.deps/cutlass/include/cute.h" in tar.getnames()
+
+
+LIMITED = "#define Py_LIMITED_API 0x03080000\n#include <Python"
