@@ -14,7 +14,7 @@ import resource
 import socket
 import struct
 import termios
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from ipaddress import ip_address
@@ -83,11 +83,16 @@ def trim(port: int, found: Bounds, excused: Container[str]) -> int:
     if over > 0:
         chosen = set(closing)
         closing += sorted((item for ones in held.values() for item in ones if item not in chosen), reverse=True)[:over]
-    for _, _, number in closing:
+    close(port, [number for _, _, number in closing])
+    return len(closing)
+
+
+def close(port: int, numbers: Iterable[int] | None = None) -> None:
+    """Close connections of clients: these, or every one."""
+    for number in _descriptors() if numbers is None else numbers:
         with _socket(number) as one:
             if one is not None and _peer(one, port) is not None:
                 one.shutdown(socket.SHUT_RDWR)
-    return len(closing)
 
 
 def _group(peer: str, excused: Container[str]) -> str:

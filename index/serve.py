@@ -26,6 +26,9 @@ from index.service import Options, Service
 from index.shelf import Shelf
 from index.store import Store
 
+GRACE = 30.0
+"Seconds that uploads and answers under way have to end after the first signal; the second one ends them at once."
+
 
 @dataclass(frozen=True, kw_only=True)
 class Listen:
@@ -57,7 +60,7 @@ def build(store: Store, options: Options) -> Application:
 
 
 def run(store: Store, options: Options, listen: Listen, on_listen: Callable[[str], None]) -> None:
-    """Serve until SIGINT or SIGTERM; `on_listen` is told the URL once clients can connect.
+    """Serve until SIGINT or SIGTERM and at most GRACE seconds longer; `on_listen` is told the URL once clients can connect.
 
     Raises:
         HostError: the address cannot be had, or another server already serves this root.
@@ -137,8 +140,7 @@ async def _granian(
         ssl_key=listen.key,
     )
     serving = asyncio.ensure_future(server.serve())
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, server.stop)
+    _on_signal(port, server.stop)
     await _announce(serving, host, port, ready)
     await serving
 
@@ -162,11 +164,23 @@ async def _uvicorn(
     server = uvicorn.Server(config)
     # serve() would raise the signal again after a clean end, and so end with its number instead of 0.
     serving = asyncio.ensure_future(server._serve(sockets=[listener]))
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, setattr, server, "should_exit", True)
     host, port = listener.getsockname()[:2]
+    _on_signal(port, lambda: setattr(server, "should_exit", True))
     await _announce(serving, host, port, ready)
     await serving
+
+
+def _on_signal(port: int, stop: Callable[[], None]) -> None:
+    """End at SIGINT and SIGTERM; both servers would wait for ever for a client that reads slowly."""
+    loop = asyncio.get_running_loop()
+    grace = iter((GRACE,))
+
+    def end() -> None:
+        stop()
+        loop.call_later(next(grace, 0), connections.close, port)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, end)
 
 
 async def _announce(serving: asyncio.Future[None], host: str, port: int, ready: Callable[[], None]) -> None:

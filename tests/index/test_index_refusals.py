@@ -6,6 +6,7 @@ import base64
 import gzip
 import hashlib
 import io
+import signal
 import socket
 import struct
 import tarfile
@@ -25,6 +26,7 @@ import index.sdist
 import index.wheel
 from index.errors import RefusedError
 from index.names import Distribution, parse_filename
+from index.serve import GRACE
 
 
 def refused(answer: httpx.Response, *words: str, status: int = 400) -> None:
@@ -521,6 +523,26 @@ def test_who_takes_nothing_of_an_answer_is_cut_off(tmp_path: Path, kind: str) ->
             while _connections(server, port) and time.monotonic() < deadline:
                 time.sleep(0.1)
             assert _connections(server, port) == 0
+
+
+@pytest.mark.parametrize("signals", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("kind", ["granian", "uvicorn"])
+def test_a_client_that_stalls_does_not_keep_the_server_from_ending(tmp_path: Path, kind: str, signals: int) -> None:
+    with serving(tmp_path / "root", "--allow-new", "--server", kind) as server:
+        name, content = wheel("ending_pkg", files={"ending_pkg/data": bytes(16 << 20)}, compress=zipfile.ZIP_STORED)
+        assert server.upload(name, content).status_code == 200
+        request = f"GET /packages/{name} HTTP/1.1\r\nHost: x\r\n\r\n".encode()
+        with _slow_reader(server, request) as stalled, _slow_reader(server, request) as reads:
+            assert stalled.recv(8) == reads.recv(8) == b"HTTP/1.1"
+            begun = time.monotonic()
+            server.process.send_signal(signal.SIGTERM)
+            with reads.makefile("rb") as stream:
+                assert stream.read().endswith(content), "what is under way may end"
+            assert server.process.poll() is None
+            if signals == 2:
+                server.process.send_signal(signal.SIGINT)
+            assert server.process.wait(GRACE + 10 if signals == 1 else GRACE / 2) == 0
+            assert (time.monotonic() - begun > GRACE - 1) == (signals == 1)
 
 
 @pytest.mark.parametrize("kind", ["granian", "uvicorn"])
