@@ -47,22 +47,21 @@ def find() -> Contained:
     Raises:
         HostError: one of them is missing.
     """
-    answers = ((name, _answer(name)) for name in ENGINES if shutil.which(name))
-    engine, said = next(((name, said) for name, said in answers if said is not None), (None, ""))
+    engine = next((name for name in ENGINES if shutil.which(name) and _info(name) is not None), None)
     if engine is None:
         raise HostError("no container engine answers: neither podman nor docker", remedy="install podman, or start docker")
     try:
-        bounds = re.search(r"\b(?:memory|true)\b", said) is not None
-        return Contained(engine=engine, cibuildwheel=version("cibuildwheel"), bounds_memory=bounds)
+        # An engine that is too old to be asked bounds nothing, and builds all the same.
+        bounds = re.search(r"\b(?:memory|true)\b", _info(engine, "--format", ENGINES[engine]) or "")
+        return Contained(engine=engine, cibuildwheel=version("cibuildwheel"), bounds_memory=bounds is not None)
     except PackageNotFoundError:
         raise HostError(
             "cibuildwheel is not installed, which builds in containers", remedy="pip install 'gracefarm[container]'"
         ) from None
 
 
-def _answer(engine: str) -> str | None:
-    asked = [engine, "info", "--format", ENGINES[engine]]
-    done = subprocess.run(asked, capture_output=True, text=True, check=False, timeout=60)
+def _info(engine: str, *options: str) -> str | None:
+    done = subprocess.run([engine, "info", *options], capture_output=True, text=True, check=False, timeout=60)
     return done.stdout if done.returncode == 0 else None
 
 

@@ -17,6 +17,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 
@@ -388,6 +389,8 @@ def test_no_engine_is_said_before_anything_else(farm: Farm, tmp_path: Path, monk
         container.find()
     broken.write_text("#!/bin/sh\nexit 0\n")
     assert container.find().engine == "docker"
+    broken.write_text("#!/bin/sh\n[ $# = 1 ]\n")  # which knows no such question
+    assert container.find() == Contained(engine="docker", cibuildwheel=version("cibuildwheel"))
     for name, said, bounds in (
         ("docker", "true", True),
         ("docker", "false", False),
