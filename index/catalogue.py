@@ -250,6 +250,9 @@ class Catalogue:
     @contextmanager
     def moment(self) -> Iterator[None]:
         """Everything this thread reads in the block is of one moment, whatever is committed meanwhile."""
+        if self.database.in_transaction:  # of the moment of the block around this one
+            yield
+            return
         self.database.execute("BEGIN")
         try:
             yield

@@ -21,7 +21,7 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
-from index import records, stage, views
+from index import records, setlock, stage, views
 from index.catalogue import Catalogue
 from index.errors import NotFoundError
 from index.limits import Gate
@@ -390,9 +390,22 @@ class Pages:
 
     def sets(self, request: Request) -> Response:
         """Published sets and views."""
+        with self.service.catalogue.moment():
+            return self._sets(request)
+
+    def _sets(self, request: Request) -> Response:
         published = [one for one in stage.all_sets(self.service.catalogue) if one.state == "published"]
         shown = [view for view in views.public(self.service.catalogue) if view.kind != "set"]
-        return self._answer(request, "sets.html", sets=published, views=shown)
+        lockless = {one.name: self._lockless(one.name) for one in published}
+        return self._answer(request, "sets.html", sets=published, views=shown, lockless=lockless)
+
+    def _lockless(self, name: str) -> str:
+        """Why the set has no lock; "" when it has."""
+        try:
+            setlock.render(self.service.catalogue, views.View(kind="set", prefix=(name,), argument=name))
+        except NotFoundError as error:
+            return error.cause
+        return ""
 
 
 @dataclass(frozen=True, kw_only=True)

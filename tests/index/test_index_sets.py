@@ -238,6 +238,10 @@ def test_a_sets_lock_is_installed_from_its_index(server: Server, tmp_path: Path)
     assert "part-twice in several versions (1.0, 1.1)" in answer.text
     run_index(server.root, "export", str(tmp_path / "tree"))
     assert not (tmp_path / "tree" / "twice" / "requirements.lock").exists()
+    for page in (server.client.get("/sets/").text, (tmp_path / "tree" / "sets" / "index.html").read_text()):
+        assert "/whole/requirements.lock" in page
+        assert "/twice/requirements.lock" not in page
+        assert "part-twice in several versions" in page
     for prefix in ("", "cu130/", "absent/"):
         assert server.client.get(f"/{prefix}requirements.lock").status_code == 404
 
