@@ -10,14 +10,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from packaging.utils import canonicalize_name
 
-from builder import debian, machine, sandbox, stack, toolkit
+from builder import debian, environment, machine, recipe, sandbox, stack, toolkit
+from builder.embed import require
 from builder.fetch import Download, download
 from builder.sandbox import Mount
+from builder.sets import together
 from builder.stack import Arch, host_arch
 from gracefarm.errors import HostError
 from tests import projects
 from tests.conftest import REPOSITORY, Farm
+from tests.integration.test_audit_real import APHRODITE, APHRODITE_SHA256, published
+from tests.integration.test_build import record_of
 from tests.integration.test_pinned import place
 
 pytestmark = pytest.mark.slow
@@ -88,9 +93,8 @@ def test_trap_6_cuda_12_4_cannot_compile_against_glibc_2_41(farm: Farm, tmp_path
     assert (refused.code, "cannot read the headers of glibc 2.41" in refused.said) == (3, True), refused.said
 
 
-@pytest.mark.timeout(1800)
-def test_the_run_time_environment_of_the_three_installs_by_hash_and_imports(farm: Farm) -> None:
-    """All of cu124's lock but torch, whose CPU wheel stands in: the engine's requirements fit together and load on aarch64."""
+def with_cpu_torch(farm: Farm) -> None:
+    """stacks/cu124 with torch's CPU wheel, of the same version, in place of the gap."""
     stacks = farm.settings.project / "stacks"
     description = stacks / "cu124" / "stack.toml"
     text = description.read_text()
@@ -103,6 +107,12 @@ def test_the_run_time_environment_of_the_three_installs_by_hash_and_imports(farm
     ]
     with (stacks / "cu124/requirements.lock").open("a") as lock:
         lock.write(f"{line}\n")
+
+
+@pytest.mark.timeout(1800)
+def test_the_run_time_environment_of_the_three_installs_by_hash_and_imports(farm: Farm) -> None:
+    """All of cu124's lock but torch, whose CPU wheel stands in: the engine's requirements fit together and load on aarch64."""
+    with_cpu_torch(farm)
     modules = ["torch", "transformers", "torchvision", "fastapi", "uvicorn", "tokenizers", "sentencepiece", "gguf", "ray"]
     modules += ["lmformatenforcer", "mistral_common", "librosa", "msgspec", "numba", "openai", "pandas", "prometheus_client"]
     modules += ["ray.dashboard.optional_deps"]  # which `ray start --include-dashboard true` asks for
@@ -114,3 +124,57 @@ def test_the_run_time_environment_of_the_three_installs_by_hash_and_imports(farm
     )
     done = farm.run("build", "tiny")
     assert done.code == 0, done.said
+
+
+PACKED = """
+files = {}
+for folder, _, names in os.walk("tree"):
+    for name in names:
+        place = os.path.join(folder, name)
+        files[os.path.relpath(place, "tree")] = open(place, "rb").read()
+return wheel(wheel_directory, name="aphrodite_engine", version="0.6.4.post1", files=files)
+"""
+HELP = """
+import subprocess
+said = subprocess.run([sys.executable, "/env/bin/aphrodite", "run", "--help"], check=True, capture_output=True, text=True)
+assert "--tensor-parallel-size" in said.stdout, said
+"""
+
+
+@pytest.mark.timeout(1800)
+def test_the_engines_own_python_code_runs_in_the_environment_of_the_set(farm: Farm, tmp_path: Path) -> None:
+    """PyPI's wheel of the pinned commit, for x86_64, without its extensions: requirements, import, options, command."""
+    project, name = APHRODITE
+    stored = download([published(project, name, APHRODITE_SHA256)], farm.settings)[APHRODITE_SHA256]
+    data = recipe.load(REPOSITORY / "recipes", "aphrodite").data
+    info = "aphrodite_engine-0.6.4.post1.dist-info"
+    with zipfile.ZipFile(stored) as opened:
+        kept = [one for one in opened.namelist() if one.startswith("aphrodite/") and not one.endswith((".so", "/"))]
+        files = {f"tree/{one}": opened.read(one) for one in (*kept, f"{info}/entry_points.txt")}
+        metadata = require(opened.read(f"{info}/METADATA").decode(), data.wheel.requires)
+    assert data.source.kind == "git"
+    assert data.source.commit in files["tree/aphrodite/commit_id.py"].decode()
+    # What the wheel of the recipe will ask for is in the set's lock, but for the set's own.
+    with zipfile.ZipFile(tmp_path / name.replace("manylinux1_x86_64", "manylinux_2_34_aarch64"), "w") as opened:
+        opened.writestr(f"{info}/METADATA", metadata)
+    asked = together.requirements(Path(str(opened.filename)), "3.11", Arch.AARCH64)
+    locked = {one.name: one.version for one in environment.wheels(stack.load(REPOSITORY / "stacks", "cu124"), Arch.AARCH64)}
+    ours = {str(one) for one in asked if canonicalize_name(one.name) not in locked}
+    assert ours == set(data.wheel.requires.values())
+    assert all(one.specifier.contains(locked[canonicalize_name(one.name)]) for one in asked if str(one) not in ours)
+    with_cpu_torch(farm)
+    folder = farm.recipe(
+        "engine",
+        projects.backend(PACKED) | files,
+        name="aphrodite-engine",
+        version="0.6.4.post1",
+        stack="cu124",
+        smoke={"imports": ["aphrodite"]},
+    )
+    own = (REPOSITORY / "sets/gh200-cu124/smoke.py").read_text()
+    _, found, table = own.partition("from aphrodite.engine.args_tools")
+    assert found
+    (folder / "smoke.py").write_text(f"import argparse, json, sys\n{found}{table}{HELP}")
+    done = farm.run("build", "engine")
+    assert done.code == 0, f"{done.said}\n{farm.run('log', 'engine').out[-3000:]}"
+    assert '"--pipeline-parallel-size"' in record_of(farm, "engine")["smoke"]["script"]  # type: ignore[index]

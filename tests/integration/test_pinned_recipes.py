@@ -9,6 +9,7 @@ loaded (test_aphrodite_smoke.py does that).
 from __future__ import annotations
 
 import io
+import json
 import shutil
 import subprocess
 import tarfile
@@ -26,6 +27,7 @@ from gracefarm.console import Console
 from tests import projects
 from tests.conftest import REPOSITORY, Farm
 from tests.integration.fetch_kit import Repository, sha256
+from tests.integration.test_audit_real import published
 from tests.integration.test_build import record_of
 from tests.integration.test_pinned import CORE, CORE_CUDA, PYPROJECT, TORCH_CMAKE
 
@@ -123,7 +125,7 @@ def programs(farm: Farm, folder: Path) -> dict[str, bytes]:
 @pytest.mark.slow
 def test_triton_as_its_recipe_says_with_nvidias_own_programs_passes_every_gate(farm: Farm, tmp_path: Path) -> None:
     document = tomlkit.parse((REPOSITORY / "recipes/triton/recipe.toml").read_text())
-    llvm, json = (next(one["url"] for one in document["files"] if word in one.get("url", "")) for word in ("llvm", "json"))
+    llvm, include = (next(one["url"] for one in document["files"] if word in one.get("url", "")) for word in ("llvm", "json"))
     content = programs(farm, tmp_path / "deb")
     content["llvm"] = packed({"llvm-86b69c31-ubuntu-arm64/include/a.h": None})
     with zipfile.ZipFile(raw := io.BytesIO(), "w") as opened:
@@ -141,7 +143,7 @@ def test_triton_as_its_recipe_says_with_nvidias_own_programs_passes_every_gate(f
     repository = Repository(tmp_path / "mirror/github.com/triton-lang/triton")
     modules = {f"python/{name}.c": CORE.replace("NAME", name) for name in ("libtriton", "libproton")}
     packages = {f"python/triton/{name}__init__.py": "" for name in ("", "language/")}
-    setup = SETUP.replace("LLVM", llvm).replace("JSON", json)
+    setup = SETUP.replace("LLVM", llvm).replace("JSON", include)
     commit = repository.commit({"python/setup.py": setup, "python/pyproject.toml": PYPROJECT, **modules, **packages})
     document["source"].update({"commit": commit, "tree": repository.tree(commit)})
     document["version"] = f"3.2.0+git{commit[:8]}"
@@ -176,6 +178,31 @@ def test_triton_as_its_recipe_says_with_nvidias_own_programs_passes_every_gate(f
     # Each line of the recipe's table is needed: judged again, without compiling.
     assert "lib/cupti/libcupti.so" in without(lambda one: one["path"].endswith("cupti/*"))
     assert "bin/nvdisasm" in without(lambda one: one["path"].endswith("nvdisasm"))
+
+
+PUBLISHED = ("triton", "triton-3.5.0-cp311-cp311-manylinux_2_27_aarch64.manylinux_2_28_aarch64.whl")
+PUBLISHED_SHA256 = "8457b22148defefdcb7fa8144b05ce211b9faefad650a1ce85b23df488d5549c"
+
+
+@pytest.mark.slow
+def test_the_first_wheel_of_triton_for_aarch64_that_others_published_passes_by_the_recipes_table(
+    farm: Farm, tmp_path: Path
+) -> None:
+    """libtriton, libproton, LLVM's plugins and NVIDIA's programs as triton's makers ship them: no gate refuses them."""
+    project, name = PUBLISHED
+    stored = download([published(project, name, PUBLISHED_SHA256)], farm.settings)[PUBLISHED_SHA256]
+    (tmp_path / name).symlink_to(stored)
+    document = tomlkit.parse((REPOSITORY / "recipes/triton/recipe.toml").read_text())
+    document["version"] = "3.5.0"
+    folder = farm.settings.project / "recipes/triton"
+    shutil.copytree(REPOSITORY / "recipes/triton", folder)
+    (folder / "recipe.toml").write_text(tomlkit.dumps(document))
+    done = farm.run("audit", str(tmp_path / name), "--stack", "cu130", "--recipe", "triton", "--json")
+    assert done.code == 0, done.said
+    verdicts = next(answer for line in done.out.splitlines() if isinstance(answer := json.loads(line), list))
+    details = {one["gate"]: "\n".join(one["details"]) for one in verdicts}
+    for name in ("_C/libtriton", "_C/libproton", "instrumentation/libPrintLoadStoreMemSpaces"):
+        assert f"triton/{name}.so: " in details["symbols"]
 
 
 # The files that upstream compiles for sm_90a as well have its flag here too; the instruction is one of those that want it.
