@@ -38,6 +38,13 @@ class Done:
     code: int
     output: str
 
+    @property
+    def error(self) -> str:
+        """The sentence that it ended with, and the remedy; a node's name may stand elsewhere for other reasons."""
+        _before, found, said = self.output.rpartition("error: ")
+        assert found, self.output
+        return said
+
 
 @contextmanager
 def ready(

@@ -178,7 +178,7 @@ def test_a_node_that_goes_away_in_a_step(scene: Scene, step: str) -> None:
         assert done.code in (SSH, NODE), done.output
         found = steps(made)[step]
         assert found["outcome"] == "failed" or "cut" not in found["text"]  # a cut is no reason to do without
-        assert "k1" in done.output
+        assert "k1" in done.error
     finally:
         made.room["k1"].plug()
     well(made, "up")
