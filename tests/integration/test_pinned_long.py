@@ -126,6 +126,27 @@ def test_the_run_time_environment_of_the_three_installs_by_hash_and_imports(farm
     assert done.code == 0, done.said
 
 
+TRITON = ("triton", "triton-3.2.0-cp311-cp311-manylinux_2_17_x86_64.manylinux2014_x86_64.whl")
+TRITON_SHA256 = "8009a1fb093ee8546495e96731336a33fb8856a38e45bb4ab6affd6dbc3ba220"
+LIBTRITON = """
+from unittest.mock import MagicMock
+
+def __getattr__(name):
+    if name.startswith("__"):
+        raise AttributeError(name)
+    return MagicMock()
+"""
+
+
+def python_of_triton(farm: Farm) -> dict[str, bytes]:
+    """Release 3.2.0's Python code, the nearest that was published; libtriton, which none has for aarch64, is a mock."""
+    project, name = TRITON
+    stored = download([published(project, name, TRITON_SHA256)], farm.settings)[TRITON_SHA256]
+    with zipfile.ZipFile(stored) as opened:
+        files = {f"tree/{one}": opened.read(one) for one in opened.namelist() if one.endswith(".py")}
+    return files | {"tree/triton/_C/libtriton.py": LIBTRITON.encode()}
+
+
 PACKED = """
 files = {}
 for folder, _, names in os.walk("tree"):
@@ -143,7 +164,10 @@ assert "--tensor-parallel-size" in said.stdout, said
 
 @pytest.mark.timeout(1800)
 def test_the_engines_own_python_code_runs_in_the_environment_of_the_set(farm: Farm, tmp_path: Path) -> None:
-    """PyPI's wheel of the pinned commit, for x86_64, without its extensions: requirements, import, options, command."""
+    """PyPI's wheel of the pinned commit, for x86_64, without its extensions: requirements, import, options, command.
+
+    With triton beside it, for then the engine imports outlines, and that a distribution which is gone from the index.
+    """
     project, name = APHRODITE
     stored = download([published(project, name, APHRODITE_SHA256)], farm.settings)[APHRODITE_SHA256]
     data = recipe.load(REPOSITORY / "recipes", "aphrodite").data
@@ -165,11 +189,12 @@ def test_the_engines_own_python_code_runs_in_the_environment_of_the_set(farm: Fa
     with_cpu_torch(farm)
     folder = farm.recipe(
         "engine",
-        projects.backend(PACKED) | files,
+        projects.backend(PACKED) | files | python_of_triton(farm),
         name="aphrodite-engine",
         version="0.6.4.post1",
         stack="cu124",
-        smoke={"imports": ["aphrodite"]},
+        substitutions=[one.model_dump() | {"path": f"tree/{one.path}"} for one in data.substitutions],
+        smoke={"imports": ["triton", "aphrodite", "outlines.fsm.guide"]},
     )
     own = (REPOSITORY / "sets/gh200-cu124/smoke.py").read_text()
     _, found, table = own.partition("from aphrodite.engine.args_tools")

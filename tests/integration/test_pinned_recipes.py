@@ -282,6 +282,7 @@ def test_aphrodite_as_its_recipe_says_compiles_by_cuda_12_4_for_the_architecture
             "pyproject.toml": PYPROJECT.replace('"setuptools"', '"setuptools", "cmake>=3.26", "torch==2.4.0"'),
             "CMakeLists.txt": ENGINE_CMAKE,
             "aphrodite/__init__.py": "",
+            document["substitutions"][0]["path"]: document["substitutions"][0]["find"],
             **{f"{name}.cpp": text for name, text in bindings.items()},
             **{f"{name}.cu": KERNEL.replace("NAME", name) for name in kernels},
         }
