@@ -255,7 +255,10 @@ def fetch_uv(version: str, tag: str, sha256: str, settings: Settings) -> bytes:
         wheels = list(Path(folder).glob("*.whl"))
         if done.returncode or not wheels:
             last = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-            raise FetchError(f"uv {version} for {tag}: {last}", remedy="pip must reach a Python index: `pip config list`")
+            remedy = "pip must reach a Python index: `pip config list`"
+            if last.endswith("No module named pip"):  # a virtual environment that uv made has none
+                remedy = f"`{sys.executable} -m ensurepip`"
+            raise FetchError(f"uv {version} for {tag}: {last}", remedy=remedy)
         with zipfile.ZipFile(io.BytesIO(wheels[0].read_bytes())) as zipped:
             binary = zipped.read(f"uv-{version}.data/scripts/uv")
     atomic_write(kept, binary)

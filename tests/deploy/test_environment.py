@@ -10,6 +10,8 @@ import io
 import json
 import os
 import shutil
+import subprocess
+import sys
 import sysconfig
 import tarfile
 import threading
@@ -28,7 +30,7 @@ from deploy.steps.environment import Matrix, Module
 from deploy.targets import targets
 from gracefarm import settings
 from gracefarm.console import Console
-from gracefarm.errors import DigestError, HostError, InstallError
+from gracefarm.errors import DigestError, FetchError, HostError, InstallError
 from tests.deploy import kit
 
 
@@ -277,3 +279,13 @@ def test_a_cut_while_it_is_built_stops_no_build(tmp_path: Path, monkeypatch: pyt
 
     with served(folder.parent, Waits) as url:
         assert asyncio.run(go(url)).built
+
+
+def test_a_python_without_pip_is_told_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A virtual environment that uv made has no pip, by which uv for the nodes is fetched."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "bare"], check=True)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "bare" / "bin" / "python"))
+    here = settings.load().model_copy(update={"home": tmp_path / "home"})
+    with pytest.raises(FetchError, match=r"No module named pip$") as error:
+        step.fetch_uv("0.0.1", "any", "0" * 64, here)
+    assert error.value.remedy == f"`{tmp_path}/bare/bin/python -m ensurepip`"
