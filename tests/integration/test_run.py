@@ -86,17 +86,20 @@ def test_a_run_killed_after_its_build_does_not_stand_in_the_way_of_the_next(
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("name", ["causal_conv1d", "torch_scatter"])
-def test_a_real_cuda_wheel_for_aarch64(farm: Farm, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "inapplicable"),
+    [("causal_conv1d", set()), ("torch_scatter", {"python-abi"})],  # its libraries are loaded by torch.ops
+)
+def test_a_real_cuda_wheel_for_aarch64(farm: Farm, name: str, inapplicable: set[str]) -> None:
     """The main job, and a second recipe of another upstream: minutes each on two cores."""
     (farm.settings.project / "recipes" / name).symlink_to(REPOSITORY / "recipes" / name)
     done = projects.run_builder(["run", name, "--json"], farm.environment, timeout=3000)
     assert done.code == 0, done.said
     result = json.loads(done.out.splitlines()[-1])
     record = json.loads(Path(result["record"]).read_text())
-    assert {one["gate"]: one["status"] for one in record["verdicts"]} == dict.fromkeys(
-        [one["gate"] for one in record["verdicts"]], "passed"
-    )
+    assert {one["gate"]: one["status"] for one in record["verdicts"]} == {
+        one["gate"]: "not applicable" if one["gate"] in inapplicable else "passed" for one in record["verdicts"]
+    }
     assert record["smoke"]["script"]
     level = Path(result["wheel"]).name.split("manylinux_2_")[1].split("_")[0]
     assert int(level) <= 34
