@@ -138,12 +138,16 @@ def test_what_a_killed_command_left_of_its_import_matrix_is_ended(tmp_path: Path
     async def work(made: Scene) -> None:
         (tmp_path / "env" / "bin").mkdir(parents=True)
         (tmp_path / "env" / "bin" / "python").symlink_to(sys.executable)
-        slow = Matrix(modules=(Module(module="slow", code="import time; time.sleep(300)"),))
+        begun = tmp_path / "begun"
+        code = f"import time; open({str(begun)!r}, 'w').close(); time.sleep(300)"
+        slow = Matrix(modules=(Module(module="slow", code=code),))
         proof = asyncio.create_task(environment.prove(targets(made.fleet), str(tmp_path / "env"), slow, 300))
         prefix = f"{made.fleet.mark}/k0/"
         async with asyncio.timeout(20):
-            while len(left := look.processes(prefix)) < 2:  # noqa: ASYNC110 - the worker, and Python that imports
+            while not begun.exists():  # noqa: ASYNC110 - what the worker starts before, to ask for GPUs, ends by itself
                 await asyncio.sleep(0.05)
+        left = [one for one in look.processes(prefix) if one["name"].startswith("python")]
+        assert len(left) == 2, "the worker, and Python that imports"
         made.made[0].cut()
         with pytest.raises(NodeError):
             await proof
