@@ -41,7 +41,8 @@ class Done:
     @property
     def error(self) -> str:
         """The sentence that it ended with, and the remedy; a node's name may stand elsewhere for other reasons."""
-        _before, found, said = self.output.rpartition("error: ")
+        # At the start of a line: gRPC says "RPC error: " within one.
+        _before, found, said = f"\n{self.output}".rpartition("\nerror: ")
         assert found, self.output
         return said
 
