@@ -8,7 +8,7 @@ import threading
 from pathlib import Path
 
 from bench.builder import Bed, builder, make_bed, timed
-from builder import record
+from builder.proof import record
 from gracefarm.files import remove_tree
 
 

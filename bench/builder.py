@@ -14,10 +14,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from builder import build, doctor, environment, fetch, recipe, record, root, sandbox, source, stack
-from builder import plan as planning
-from builder.sandbox import Mount, Sandbox
-from builder.stack import Arch
+from builder import fetch
+from builder.box import sandbox
+from builder.box.sandbox import Mount, Sandbox
+from builder.fetch import source
+from builder.flow import build
+from builder.ground import environment, root
+from builder.planning import plan as planning
+from builder.planning import recipe, stack
+from builder.planning.stack import Arch
+from builder.proof import record
+from builder.upkeep import doctor
 from gracefarm import settings as settings_module
 from gracefarm.console import Console
 from gracefarm.files import remove_tree

@@ -18,11 +18,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from deploy import ssh
+from deploy.fleet import ssh
+from deploy.fleet.targets import targets
 from deploy.rehearsal import flow as rehearsal
 from deploy.rehearsal import hub
 from deploy.steps import weights
-from deploy.targets import targets
 from gracefarm import settings
 from gracefarm.console import Console
 from tests.deploy import kit

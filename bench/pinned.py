@@ -8,9 +8,13 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from builder import build, fetch, recipe, sandbox, source, stack
-from builder import plan as planning
-from builder.stack import Arch
+from builder import fetch
+from builder.box import sandbox
+from builder.fetch import source
+from builder.flow import build
+from builder.planning import plan as planning
+from builder.planning import recipe, stack
+from builder.planning.stack import Arch
 from gracefarm import settings as settings_module
 from gracefarm.console import Console
 from gracefarm.files import remove_tree

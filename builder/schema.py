@@ -6,11 +6,11 @@ import json
 
 from pydantic import BaseModel
 
-from builder.recipe import Recipe
-from builder.record import Record
+from builder.planning.recipe import Recipe
+from builder.planning.stack import Stack
+from builder.proof.record import Record
 from builder.sets.data import WheelSet
 from builder.sets.record import SetRecord
-from builder.stack import Stack
 
 
 def documents() -> dict[str, str]:

@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
-from builder import environment as environments
-from builder import hosted, sandbox
-from builder.compile import first_error
-from builder.machine import Machine
-from builder.plain import Plain
-from builder.record import GpuResult, SmokeResult
-from builder.sandbox import Mount, Outcome, Sandbox
+from builder.box import sandbox
+from builder.box.plain import Plain
+from builder.box.sandbox import Mount, Outcome, Sandbox
+from builder.compiling.pep517 import first_error
+from builder.ground import environment as environments
+from builder.proof.record import GpuResult, SmokeResult
+from builder.toolchains import hosted
+from builder.toolchains.machine import Machine
 from gracefarm.errors import SmokeError
 from gracefarm.files import remove_tree
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from deploy.bench import Report
+from deploy.measure.bench import Report
 
 WIDTH, HEIGHT = 960, 350
 PANEL, LEFT, TOP, BOTTOM, GAP = 250, 54, 100, 48, 60

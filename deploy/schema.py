@@ -6,8 +6,8 @@ import json
 
 from pydantic import BaseModel
 
-from deploy.inventory import File
-from deploy.plan import Plan
+from deploy.nodes.inventory import File
+from deploy.planning.plan import Plan
 
 
 def documents() -> dict[str, str]:

@@ -15,14 +15,17 @@ from gracefarm import console
 from gracefarm.console import Console
 from gracefarm.errors import ConfigError, SeveralError, UsageError
 from gracefarm.files import atomic_write
-from index import auth, htpasswd, keeping, projects, proxies, stage
-from index.catalogue import Catalogue, open_catalogue
+from gracefarm.pins import read as read_lock
 from index.errors import DamagedError
+from index.intake import keeping
 from index.limits import Limits
-from index.lock import read as read_lock
 from index.names import check_set_name, normalise
-from index.service import Options
-from index.store import Store
+from index.serving import proxies
+from index.serving.service import Options
+from index.sets import stage
+from index.store import auth, htpasswd, projects
+from index.store.catalogue import Catalogue, open_catalogue
+from index.store.files import Store
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +156,7 @@ def serve_command(
     writes_per_second: float,
 ) -> None:
     """Serve the index until interrupted."""
-    from index import serve  # here, because the servers take longer to import than the other commands to run
+    from index.serving import serve  # here, because the servers take longer to import than the other commands to run
 
     if set(authenticate.replace(",", " ").split()) != {"update"}:
         raise ConfigError(
@@ -421,7 +424,7 @@ def stage_drop(context: Context, name: str) -> None:
 def mirror_command(context: Context, lock: Path, set_name: str, link: bool) -> None:
     """Bring the wheels of a lock into a set, by sha256, from the configured Python index."""
     from gracefarm import settings
-    from index import mirror  # as above: clients of HTTP and HTML
+    from index.sets import mirror  # as above: clients of HTTP and HTML
 
     pins = read_lock(lock)
     catalogue = context.catalogue()
@@ -453,7 +456,7 @@ def mirror_command(context: Context, lock: Path, set_name: str, link: bool) -> N
 @pass_context
 def withdraw_command(context: Context, filename: str, reason: str, undo: bool) -> None:
     """Take a mirrored file out of every set, published ones too; a set lacks it then (410)."""
-    from index import mirror  # as above
+    from index.sets import mirror  # as above
 
     sets = mirror.withdraw(context.catalogue(), context.actor, filename, reason, undo=undo)
     what = "is back in" if undo else "is withdrawn from"
@@ -468,7 +471,7 @@ def withdraw_command(context: Context, filename: str, reason: str, undo: bool) -
 @pass_context
 def export_command(context: Context, folder: Path, url: str | None) -> None:
     """Write (or update) a static tree for nginx or an object store."""
-    from index import export  # the pages' templates, as above
+    from index.people import export  # the pages' templates, as above
 
     with context.console.progress("export") as tick:
         done = export.export(context.store, context.catalogue(), folder, tick, url=url)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from elftools.elf.elffile import ELFFile
 
-from builder.stack import Arch
+from builder.planning.stack import Arch
 
 PAGE = 64 << 10
 

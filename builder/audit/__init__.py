@@ -9,8 +9,8 @@ from builder.audit import alignment, cubins, grafted, machine, python_abi, rpath
 from builder.audit.contents import UNREADABLE, Contents, opened
 from builder.audit.policy import Policy
 from builder.audit.repair import repair
+from builder.audit.verdict import Verdict, not_applicable, refused, require
 from builder.audit.wheel_file import only_wheel, target_of
-from builder.verdict import Verdict, not_applicable, refused, require
 from gracefarm.console import Tick, no_tick
 
 __all__ = ["GATES", "OBJECT_GATES", "Policy", "Verdict", "audit", "only_wheel", "repair", "require", "target_of"]

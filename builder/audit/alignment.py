@@ -6,11 +6,11 @@ GNU ld's default for aarch64 is 64 KiB; old patchelf and foreign linkers break i
 
 from __future__ import annotations
 
-from builder.audit import elf
+from builder import elf
 from builder.audit.contents import Contents
 from builder.audit.policy import Policy
-from builder.stack import Arch
-from builder.verdict import Verdict, not_applicable, passed, refused
+from builder.audit.verdict import Verdict, not_applicable, passed, refused
+from builder.planning.stack import Arch
 
 GATE = "alignment"
 PAGE = 64 << 10

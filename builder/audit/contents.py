@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from builder.audit import elf
-from builder.stack import Arch
+from builder import elf
+from builder.planning.stack import Arch
 
 UNREADABLE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError)
 "What zipfile raises on damaged, encrypted and unknown archives."

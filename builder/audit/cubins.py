@@ -9,7 +9,7 @@ from pathlib import Path
 
 from builder.audit.contents import Contents
 from builder.audit.policy import Policy
-from builder.verdict import Verdict, not_applicable, passed, refused
+from builder.audit.verdict import Verdict, not_applicable, passed, refused
 from gracefarm.errors import HostError
 
 GATE = "cubins"

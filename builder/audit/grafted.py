@@ -11,7 +11,7 @@ from pathlib import PurePosixPath
 from builder.audit.contents import Contents
 from builder.audit.policy import Policy
 from builder.audit.providers import environment_sonames
-from builder.verdict import Verdict, passed, refused
+from builder.audit.verdict import Verdict, passed, refused
 
 GATE = "grafted"
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from builder.audit import elf
+from builder import elf
 from builder.audit.contents import Contents, is_for
 from builder.audit.policy import Policy
-from builder.verdict import Verdict, not_applicable, passed, refused
+from builder.audit.verdict import Verdict, not_applicable, passed, refused
 
 GATE = "elf-machine"
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from builder.recipe import Bundled
-from builder.stack import Arch
+from builder.planning.recipe import Bundled
+from builder.planning.stack import Arch
 
 DEFAULT_MAX_SIZE = 500 << 20
 

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from builder.audit import driver, elf
+from builder import elf
+from builder.audit import driver
 from builder.audit.contents import Contents, is_for
 from builder.audit.policy import Policy
-from builder.stack import Arch
+from builder.planning.stack import Arch
 
 Place = Literal["wheel", "environment", "system", "driver", "interpreter"]
 ORIGIN = ("$ORIGIN", "${ORIGIN}")

@@ -8,10 +8,10 @@ from pathlib import PurePosixPath
 from packaging.tags import Tag
 from packaging.utils import InvalidWheelFilename, parse_wheel_filename
 
-from builder.audit import elf
+from builder import elf
 from builder.audit.contents import Contents
 from builder.audit.policy import Policy
-from builder.verdict import Verdict, not_applicable, passed, refused
+from builder.audit.verdict import Verdict, not_applicable, passed, refused
 
 GATE = "python-abi"
 _SUFFIX = re.compile(r"\.cpython-(\d+)[a-z]*-(.+)\.so$")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from builder.audit import elf
+from builder import elf
 from builder.audit.contents import Contents
 from builder.audit.policy import Policy
-from builder.verdict import Verdict, not_applicable, passed, refused
+from builder.audit.verdict import Verdict, not_applicable, passed, refused
 
 GATE = "rpath"
 ORIGINS = ("$ORIGIN", "${ORIGIN}")

@@ -21,7 +21,7 @@ from builder.audit import driver
 from builder.audit.contents import Contents
 from builder.audit.policy import Policy
 from builder.audit.providers import Library, Providers
-from builder.verdict import Verdict, not_applicable, passed, refused
+from builder.audit.verdict import Verdict, not_applicable, passed, refused
 
 GATE = "symbols"
 

@@ -21,8 +21,8 @@ from builder.audit.contents import Contents
 from builder.audit.grafted import LIBRARIES
 from builder.audit.policy import Policy
 from builder.audit.providers import environment_sonames
-from builder.stack import Arch
-from builder.verdict import Verdict, not_applicable, passed, refused
+from builder.audit.verdict import Verdict, not_applicable, passed, refused
+from builder.planning.stack import Arch
 
 GATE = "platform-tag"
 LEGACY = {"manylinux1": (2, 5), "manylinux2010": (2, 12), "manylinux2014": (2, 17)}

@@ -22,8 +22,8 @@ from packaging.version import InvalidVersion, Version
 
 from builder.audit.contents import UNREADABLE
 from builder.audit.policy import Policy
-from builder.stack import Arch
-from builder.verdict import Verdict, passed, refused
+from builder.audit.verdict import Verdict, passed, refused
+from builder.planning.stack import Arch
 from gracefarm.errors import WheelError
 
 GATE = "wheel"

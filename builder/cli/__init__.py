@@ -17,25 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from builder import clean as cleaning
-from builder import (
-    compile,
-    environment,
-    gaps,
-    hosted,
-    meter,
-    record,
-    root,
-    sandbox,
-    schema,
-    smoke,
-    stack,
-    toolkit,
-    units,
-)
-from builder import plan as planning
-from builder import recipe as recipes
-from builder import why as explaining
+from builder import schema, smoke
+from builder.box import meter, sandbox
 from builder.cli.aim import plan_of, target_here, toolchained, wanted
 from builder.cli.key import key as key_command
 from builder.cli.key import sign as sign_command
@@ -43,10 +26,19 @@ from builder.cli.lock import lock as lock_command
 from builder.cli.sets import set_ as set_command
 from builder.cli.verify import verify as verify_command
 from builder.cli.why import why as why_command
-from builder.machine import Wanted, find
-from builder.plan import Contained, Plan
-from builder.recipe import Recipe
-from builder.stack import Arch
+from builder.compiling import pep517, units
+from builder.ground import environment, root, toolkit
+from builder.planning import gaps, stack
+from builder.planning import plan as planning
+from builder.planning import recipe as recipes
+from builder.planning.plan import Contained, Plan
+from builder.planning.recipe import Recipe
+from builder.planning.stack import Arch
+from builder.proof import record
+from builder.proof import why as explaining
+from builder.toolchains import hosted
+from builder.toolchains.machine import Wanted, find
+from builder.upkeep import clean as cleaning
 from gracefarm import console as consoles
 from gracefarm import settings as settings_module
 from gracefarm.console import Console
@@ -135,7 +127,7 @@ def build(
     if bool(names) == changed:
         raise UsageError("name the recipes to build, or say --changed", remedy=f"recipes: {', '.join(_all(settings))}")
     if url:
-        from builder import publish
+        from builder.proof import publish
 
         publish.refuse_credentials(url)  # before anything prints it
     on = wanted(toolchain, own, python, cuda)
@@ -236,7 +228,7 @@ def _build(
     if found is not None and not url:
         console.step("done", f"{one.title}: built already, build id {one.build_id[:16]}; nothing to build")
         return found
-    from builder import build as flow
+    from builder.flow import build as flow
 
     return flow.build(one, flow.Options(jobs=jobs, publish=url, keep=keep, compiler_cache=compiler_cache), settings, console)
 
@@ -288,7 +280,7 @@ def plan(
     builder plan causal_conv1d --json
     builder plan causal_conv1d --toolchain host
     """
-    from builder import build as flow
+    from builder.flow import build as flow
 
     settings, console = settings_module.load(), Console(as_json=as_json)
     on = wanted(toolchain, own, python, cuda)
@@ -358,7 +350,7 @@ def show(name: str, as_json: bool) -> None:
 @_common
 def doctor_(fix: bool, as_json: bool) -> None:
     """What this machine lacks for building, and how to mend it."""
-    from builder import doctor
+    from builder.upkeep import doctor
 
     settings, console = settings_module.load(), Console(as_json=as_json)
     found = doctor.checks(settings)
@@ -392,7 +384,7 @@ def clean(everything: bool, as_json: bool) -> None:
 @click.argument("name")
 def shell(name: str) -> None:
     """A shell inside the sandbox of NAME's last build, failed or not; /build is its working folder."""
-    from builder import build as flow
+    from builder.flow import build as flow
 
     settings, console = settings_module.load(), Console()
     last = record.latest(settings, recipes.load(settings.project / "recipes", name).key)
@@ -409,7 +401,7 @@ def shell(name: str) -> None:
         settings.home / "locks" / f"build-{last.build_id}", lambda: console.step("wait", "this build is running; waiting")
     ):
         box = flow.reopen(made, folder, settings, console)
-        console.step("shell", f"the build's command was: {' '.join(compile.command(made))}")
+        console.step("shell", f"the build's command was: {' '.join(pep517.command(made))}")
         code = sandbox.shell(box)
     sys.exit(code)
 
@@ -528,7 +520,7 @@ def smoke_(
         script=script,
         bed=bed,
         folder=scratch,
-        memory=compile.bound(settings, meter.available_memory()),
+        memory=pep517.bound(settings, meter.available_memory()),
         log=settings.home / "smoke" / "log.txt",
     )
     try:
@@ -567,10 +559,10 @@ def _bed(wheel: Path, stack_name: str, on: Wanted | Contained | None, settings: 
 @_common
 def run(name: str, stack_name: str | None, target: str, as_json: bool) -> None:
     """The main job: build NAME, publish it to an index on this machine, install it back with pip, import it."""
-    from builder import demo
+    from builder.flow import run as run_flow
 
     settings, console = settings_module.load(), Console(as_json=as_json)
-    result = demo.run(plan_of(name, stack_name, target, settings), settings, console)
+    result = run_flow.run(plan_of(name, stack_name, target, settings), settings, console)
     console.result(result.__dict__, f"wheel   {result.wheel}\nrecord  {result.record}\nlog     {result.log}")
 
 

@@ -8,11 +8,12 @@ from typing import Any
 
 import click
 
-from builder import container, recipe, stack
-from builder import plan as planning
-from builder.machine import Wanted, find
-from builder.plan import Contained, Plan
-from builder.stack import Arch
+from builder.planning import plan as planning
+from builder.planning import recipe, stack
+from builder.planning.plan import Contained, Plan
+from builder.planning.stack import Arch
+from builder.toolchains import container
+from builder.toolchains.machine import Wanted, find
 from gracefarm.errors import UsageError
 from gracefarm.settings import Settings
 

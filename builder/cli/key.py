@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import click
 
-from builder import recipe, record
+from builder.planning import recipe
+from builder.proof import record
 from gracefarm import settings as settings_module
 from gracefarm.console import Console
 from gracefarm.errors import ConfigError
@@ -26,7 +27,7 @@ def key() -> None:
 @_as_json
 def create(as_json: bool) -> None:
     """Make the key, in a file that only its owner can read; prints the public half."""
-    from builder import signing
+    from builder.proof import signing
 
     console = Console(as_json=as_json)
     made = signing.create()
@@ -38,7 +39,7 @@ def create(as_json: bool) -> None:
 @_as_json
 def show(as_json: bool) -> None:
     """The public half, as `builder verify --key` reads it."""
-    from builder import signing
+    from builder.proof import signing
 
     found = signing.private()
     if found is None:
@@ -57,7 +58,7 @@ def sign(names: tuple[str, ...], as_json: bool) -> None:
     \b
     builder sign causal_conv1d
     """
-    from builder import provenance, signing
+    from builder.proof import provenance, signing
 
     settings, console = settings_module.load(), Console(as_json=as_json)
     if signing.private() is None:

@@ -7,7 +7,7 @@ from typing import NoReturn
 
 import click
 
-from builder import gaps, recipe, stack
+from builder.planning import gaps, recipe, stack
 from gracefarm import settings as settings_module
 from gracefarm.console import Console
 from gracefarm.errors import GracefarmError, SeveralError

@@ -6,7 +6,9 @@ from typing import Any
 
 import click
 
-from builder import environment, materials, record, stack
+from builder.ground import environment
+from builder.planning import stack
+from builder.proof import materials, record
 from builder.sets import data as sets
 from builder.sets import plan as planning
 from builder.sets.plan import SetPlan
@@ -175,6 +177,6 @@ def run(name: str, jobs: int | None, as_json: bool) -> None:
     from builder.sets import rehearsal  # clients of HTTP
 
     settings, console = settings_module.load(), Console(as_json=as_json)
-    done = rehearsal.run(planning.make(sets.load(name, settings), stack.host_arch()), jobs, settings, console)
+    done = rehearsal.rehearse(planning.make(sets.load(name, settings), stack.host_arch()), jobs, settings, console)
     value = done.__dict__ | {"tested": done.tested.model_dump(mode="json")}
     console.result(value, f"lock    {done.lock}\npylock  {done.pylock}")

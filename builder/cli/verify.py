@@ -8,9 +8,10 @@ from typing import Any
 
 import click
 
-from builder import plan, recipe, record, stack
-from builder.plan import Plan
-from builder.stack import Arch
+from builder.planning import plan, recipe, stack
+from builder.planning.plan import Plan
+from builder.planning.stack import Arch
+from builder.proof import record
 from gracefarm import settings as settings_module
 from gracefarm.console import Console
 from gracefarm.errors import ConfigError, UsageError, VerifyError
@@ -37,8 +38,8 @@ def verify(what: str, key_file: Path | None, envelope: Path | None, again: bool,
     builder verify dist/causal_conv1d-1.7.0-cp311-cp311-manylinux_2_34_aarch64.whl --key farm.pub
     builder verify causal_conv1d --rebuild
     """
-    from builder import signing
-    from builder import verify as verifying
+    from builder.proof import signing
+    from builder.proof import verify as verifying
 
     settings, console = settings_module.load(), Console(as_json=as_json)
     wheel = _wheel(what, settings)
@@ -66,8 +67,8 @@ def _wheel(what: str, settings: Settings) -> Path:
 
 
 def _rebuild(wheel: Path, jobs: int | None, settings: Settings, console: Console) -> None:
-    from builder import rebuild
-    from builder import verify as verifying
+    from builder.flow import rebuild
+    from builder.proof import verify as verifying
 
     made = _plan_of(verifying.read(wheel), wheel, settings)
     console.step("verify", f"{wheel.name}: building it once more")
@@ -102,7 +103,7 @@ def _refuse_unsealed(inputs: Mapping[str, Any], wheel: Path) -> None:
 
 def _plan_of(inside: object, wheel: Path, settings: Settings) -> Plan:
     """The plan of a wheel, which this project must still have as it was."""
-    from builder.verify import Inside
+    from builder.proof.verify import Inside
 
     assert isinstance(inside, Inside)
     _refuse_unsealed(inside.inputs, wheel)

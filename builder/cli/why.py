@@ -7,10 +7,11 @@ from pathlib import Path
 
 import click
 
-from builder import recipe, record
-from builder import why as explaining
 from builder.cli.aim import as_built, placed, plan_of
-from builder.machine import SUFFIX
+from builder.planning import recipe
+from builder.proof import record
+from builder.proof import why as explaining
+from builder.toolchains.machine import SUFFIX
 from gracefarm import settings as settings_module
 from gracefarm.console import Console
 from gracefarm.errors import UsageError

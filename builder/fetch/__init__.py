@@ -9,7 +9,7 @@ from pathlib import Path
 from builder.fetch.git import Pin, fetch_commit, fetch_git, repository_path
 from builder.fetch.sdist import fetch_sdist
 from builder.fetch.store import Download, download, store_path
-from builder.recipe import FileSource, GitSource, Recipe, SdistSource
+from builder.planning.recipe import FileSource, GitSource, Recipe, SdistSource
 from gracefarm.console import Tick, no_tick
 from gracefarm.settings import Settings
 

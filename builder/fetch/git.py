@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 
 from builder.fetch.transfer import ATTEMPTS, mirror_remedy, pause
 from builder.fetch.urls import shown, split_credentials
-from builder.recipe import GitSource
+from builder.planning.recipe import GitSource
 from gracefarm.console import Tick, no_tick
 from gracefarm.errors import DigestError, DiskFullError, FetchError, HostError
 from gracefarm.files import atomic_directory, atomic_write, full_disk, lock

@@ -14,7 +14,7 @@ from packaging.version import InvalidVersion, Version
 from builder.fetch.store import download, store_path
 from builder.fetch.transfer import Download
 from builder.fetch.urls import same_host, shown, split_credentials, with_credentials
-from builder.recipe import SdistSource
+from builder.planning.recipe import SdistSource
 from gracefarm.console import Tick, no_tick
 from gracefarm.errors import DigestError, FetchError
 from gracefarm.settings import Settings

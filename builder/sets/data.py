@@ -13,10 +13,10 @@ from typing import Self
 from packaging.utils import canonicalize_name
 from pydantic import Field, model_validator
 
-from builder import recipe as recipes
-from builder import stack as stacks
-from builder.recipe import LoadedRecipe
-from builder.stack import Arch, Environment, LoadedStack, RequirementText
+from builder.planning import recipe as recipes
+from builder.planning import stack as stacks
+from builder.planning.recipe import LoadedRecipe
+from builder.planning.stack import Arch, Environment, LoadedStack, RequirementText
 from gracefarm import tables
 from gracefarm.errors import ConfigError
 from gracefarm.settings import Settings

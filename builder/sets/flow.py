@@ -6,11 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from builder import build as builds
-from builder import compile, environment, meter, publish, record, root, stack
-from builder.build import Options
-from builder.plan import Plan
-from builder.record import Record
+from builder.box import meter
+from builder.compiling import pep517
+from builder.flow import build as builds
+from builder.flow.build import Options
+from builder.ground import environment, root
+from builder.planning import stack
+from builder.planning.plan import Plan
+from builder.proof import publish, record
+from builder.proof.record import Record
 from builder.sets import locks, staging, together
 from builder.sets import record as set_records
 from builder.sets.locks import Served
@@ -112,7 +116,7 @@ def _tested(
     scratch = place / "together"
     scratch.mkdir(exist_ok=True)
     console.step("together", f"{', '.join(of.data.together.imports)} in one environment; log {scratch / 'log.txt'}")
-    done = together.test(plan, wheels, site, base, scratch, compile.bound(settings, meter.available_memory()))
+    done = together.test(plan, wheels, site, base, scratch, pep517.bound(settings, meter.available_memory()))
     console.step("together", f"imported {', '.join(done.smoke.modules)} in {done.wall_s:.0f} s")
     for one in done.commands:
         console.step("together", f"`{' '.join(one.command)}` ended well in {one.wall_s:.0f} s")

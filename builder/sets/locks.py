@@ -24,7 +24,7 @@ from gracefarm.files import sha256_file
 from gracefarm.settings import Settings
 
 if TYPE_CHECKING:
-    from builder.environment import LockedWheel
+    from builder.ground.environment import LockedWheel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,7 @@ def collect(of: LoadedSet, own: Sequence[Path], settings: Settings) -> list[Lock
         ConfigError: the lock says no file name for one of them.
         FetchError, DigestError: a wheel of an index of its own cannot be had there.
     """
-    from builder import environment
+    from builder.ground import environment
 
     named = dict(
         reversed(pair)

@@ -9,13 +9,14 @@ from functools import cached_property
 
 from packaging.utils import canonicalize_name
 
-from builder import environment, gaps
-from builder import plan as plans
-from builder.environment import LockedWheel
-from builder.gaps import Gap
-from builder.plan import Plan
+from builder.ground import environment
+from builder.ground.environment import LockedWheel
+from builder.planning import gaps
+from builder.planning import plan as plans
+from builder.planning.gaps import Gap
+from builder.planning.plan import Plan
+from builder.planning.stack import Arch
 from builder.sets.data import LoadedSet
-from builder.stack import Arch
 from gracefarm.errors import ConfigError, PublishError
 from gracefarm.files import sha256_file
 

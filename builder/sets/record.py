@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, ValidationError
 
-from builder.record import Part, SmokeResult
+from builder.proof.record import Part, SmokeResult
 from gracefarm.settings import Settings
 
 

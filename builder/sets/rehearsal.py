@@ -13,7 +13,11 @@ from pathlib import Path
 
 import uv
 
-from builder import compile, demo, environment, meter, root, stack
+from builder.box import meter
+from builder.compiling import pep517
+from builder.flow import run
+from builder.ground import environment, root
+from builder.planning import stack
 from builder.sets import flow, locks, together
 from builder.sets.flow import Built
 from builder.sets.locks import Served
@@ -40,7 +44,7 @@ class Result:
     tested: Tested
 
 
-def run(plan: SetPlan, jobs: int | None, settings: Settings, console: Console) -> Result:
+def rehearse(plan: SetPlan, jobs: int | None, settings: Settings, console: Console) -> Result:
     """Build and test the set, stage it, mirror what is not ours, publish; install by hash from the set's view alone; import.
 
     Each run shows the set under a name of its own, since a published one never changes; the index keeps files once.
@@ -49,7 +53,7 @@ def run(plan: SetPlan, jobs: int | None, settings: Settings, console: Console) -
         GracefarmError: of the step that failed.
     """
     built = flow.build(plan, jobs, settings, console)
-    with lock(settings.home / "locks" / "run"), demo.local_index(settings) as (url, token):
+    with lock(settings.home / "locks" / "run"), run.local_index(settings) as (url, token):
         os.environ.update(TWINE_USERNAME="__token__", TWINE_PASSWORD=token)
         at = locks.served(url, f"{plan.set.data.name}-{time.strftime('%Y%m%d-%H%M%S')}")
         console.step("index", f"serving {url} from {settings.home / 'index'}")
@@ -63,7 +67,7 @@ def run(plan: SetPlan, jobs: int | None, settings: Settings, console: Console) -
             install_s = time.monotonic() - start
             console.step("install", f"{len(built.record.wheels)} wheels by hash from {at.simple} alone in {install_s:.0f} s")
             _dry_run(plan, pylock, home, console)
-            tested = together.tried(plan.set, clean, base, home, compile.bound(settings, meter.available_memory()))
+            tested = together.tried(plan.set, clean, base, home, pep517.bound(settings, meter.available_memory()))
         console.step("import", f"imported {', '.join(tested.smoke.modules)} in {tested.wall_s:.0f} s")
     return Result(
         lock=str(built.lock),

@@ -10,10 +10,10 @@ from typing import Any
 import httpx
 from packaging.utils import parse_wheel_filename
 
-from builder import publish
+from builder.planning.stack import Arch
+from builder.proof import publish
 from builder.sets.locks import Served
 from builder.sets.record import Locked
-from builder.stack import Arch
 from gracefarm.errors import PublishError
 
 _TIMEOUT = 120

@@ -10,14 +10,16 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name, parse_wheel_filename
 
-from builder import environment, sandbox, smoke
-from builder.compile import first_error
-from builder.record import SmokeResult
-from builder.sandbox import Mount, Sandbox
+from builder import smoke
+from builder.box import sandbox
+from builder.box.sandbox import Mount, Sandbox
+from builder.compiling.pep517 import first_error
+from builder.ground import environment
+from builder.planning.stack import Arch
+from builder.proof.record import SmokeResult
 from builder.sets.data import LoadedSet
 from builder.sets.plan import SetPlan
 from builder.sets.record import Command, Tested
-from builder.stack import Arch
 from gracefarm.errors import SmokeError
 from gracefarm.files import remove_tree
 

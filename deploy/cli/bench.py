@@ -21,17 +21,17 @@ from rich.console import Console as RichConsole
 from rich.markup import escape
 from rich.table import Table
 
-from deploy import bench as benches
 from deploy import plot
-from deploy import tunnel as tunnels
-from deploy.bench import Level, Report, Spread, Sweep
 from deploy.cli.common import Context, json_option, pass_context, wait
-from deploy.completion import Answer, Api, Prompt, Server
-from deploy.inventory import Folder
-from deploy.plan import Plan
-from deploy.ssh import fleet
-from deploy.status import plan_of
-from deploy.tunnel import Wanted
+from deploy.fleet import tunnel as tunnels
+from deploy.fleet.ssh import fleet
+from deploy.fleet.tunnel import Wanted
+from deploy.measure import bench as benches
+from deploy.measure.bench import Level, Report, Spread, Sweep
+from deploy.measure.completion import Answer, Api, Prompt, Server
+from deploy.nodes.inventory import Folder
+from deploy.planning.plan import Plan
+from deploy.watch.status import plan_of
 from gracefarm.errors import GracefarmError, SshError, UsageError
 from gracefarm.files import atomic_write
 

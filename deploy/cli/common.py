@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 
 import click
 
-from deploy import inventory
-from deploy.inventory import Deployment
+from deploy.nodes import inventory
+from deploy.nodes.inventory import Deployment
 from gracefarm.console import Console
 
 T = TypeVar("T")

@@ -7,15 +7,16 @@ from pathlib import Path
 
 import click
 
-from deploy import facts as facts_of
-from deploy import hostkeys, inventory, start
 from deploy.cli.common import Context, json_option, pass_context, wait
-from deploy.facts import Facts, NodeFacts
-from deploy.hostkeys import Shown
-from deploy.inventory import Access, Deployment
-from deploy.ssh import fleet, parse_jump
-from deploy.targets import targets
-from deploy.worker import joined
+from deploy.fleet import facts as facts_of
+from deploy.fleet import hostkeys
+from deploy.fleet.calls import joined
+from deploy.fleet.facts import Facts, NodeFacts
+from deploy.fleet.hostkeys import Shown
+from deploy.fleet.ssh import fleet, parse_jump
+from deploy.fleet.targets import targets
+from deploy.nodes import inventory, start
+from deploy.nodes.inventory import Access, Deployment
 from gracefarm.console import Console
 from gracefarm.errors import GracefarmError, SshError
 

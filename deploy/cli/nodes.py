@@ -21,8 +21,8 @@ from rich.console import Console as RichConsole
 from rich.markup import escape
 
 from deploy.cli.common import Context, json_option, pass_context, wait
-from deploy.inventory import Deployment, Node
-from deploy.ssh import Result, fleet, parse_jump
+from deploy.fleet.ssh import Result, fleet, parse_jump
+from deploy.nodes.inventory import Deployment, Node
 from gracefarm.errors import HostError, NodeError
 
 COLOURS = ("cyan", "green", "yellow", "magenta", "blue", "red")

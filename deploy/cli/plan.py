@@ -16,15 +16,17 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from deploy import engine as engines
-from deploy import facts as facts_of
-from deploy import inventory, layout, schema, speed, state, suppose
-from deploy import model as models
-from deploy import plan as planning
+from deploy import schema
 from deploy.cli.common import Context, json_option, pass_context
-from deploy.facts import Facts
-from deploy.inventory import Deployment
-from deploy.plan import Plan
+from deploy.fleet import facts as facts_of
+from deploy.fleet.facts import Facts
+from deploy.nodes import inventory, state
+from deploy.nodes.inventory import Deployment
+from deploy.planning import engine as engines
+from deploy.planning import layout, speed, suppose
+from deploy.planning import model as models
+from deploy.planning import plan as planning
+from deploy.planning.plan import Plan
 from gracefarm.errors import ConfigError, UsageError
 from gracefarm.files import atomic_write
 

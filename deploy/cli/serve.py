@@ -14,13 +14,14 @@ from rich.console import Console as RichConsole
 from rich.markup import escape
 from rich.table import Table
 
-from deploy import facts as facts_of
-from deploy import flow, paths, redact, state, tunnel
 from deploy.cli.common import Context, json_option, pass_context, wait
-from deploy.flow import Choice, Served, Work
-from deploy.ssh import fleet
-from deploy.state import Keeper
-from deploy.steps import environment, preflight, weights
+from deploy.fleet import facts as facts_of
+from deploy.fleet import tunnel
+from deploy.fleet.ssh import fleet
+from deploy.nodes import paths, redact, state
+from deploy.nodes.state import Keeper
+from deploy.steps import environment, flow, preflight, weights
+from deploy.steps.flow import Choice, Served, Work
 from deploy.steps.preflight_checks import Cell
 from gracefarm import settings
 from gracefarm.console import Console

@@ -16,20 +16,20 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from deploy import collect as collecting
-from deploy import facts as facts_of
-from deploy import logs as logging
-from deploy import redact
-from deploy import status as statuses
-from deploy import top as tops
 from deploy.cli.common import Context, json_option, pass_context, wait
 from deploy.cli.nodes import COLOURS
-from deploy.inventory import Node
-from deploy.logs import Wish
-from deploy.ssh import JobStatus, fleet
-from deploy.status import SERVING, WAITING, NodeStatus, Service, Status
-from deploy.targets import targets
-from deploy.top import Moment
+from deploy.fleet import facts as facts_of
+from deploy.fleet.ssh import JobStatus, fleet
+from deploy.fleet.targets import targets
+from deploy.nodes import redact
+from deploy.nodes.inventory import Node
+from deploy.watch import collect as collecting
+from deploy.watch import logs as logging
+from deploy.watch import status as statuses
+from deploy.watch import top as tops
+from deploy.watch.logs import Wish
+from deploy.watch.status import SERVING, WAITING, NodeStatus, Service, Status
+from deploy.watch.top import Moment
 from gracefarm.errors import EngineError, ExitCode, GracefarmError, SeveralError
 
 _COLOUR = {"READY": "bold green", "BUSY": "green", "LOADING": "cyan", "PLANNED": "dim", "STOPPED": "dim", "DEGRADED": "yellow"}

@@ -1,4 +1,4 @@
-# What deploy.ssh runs on a node around a detached job. POSIX sh, and util-linux, coreutils, grep as every Debian and Ubuntu has.
+# What deploy.fleet.ssh runs on a node around a detached job. POSIX sh, and util-linux, coreutils, grep as every Debian and Ubuntu has.
 # $1 start|status|follow|stop, $2 the job's folder, $3 its mark; the rest as each function says.
 set -u
 umask 077

@@ -210,7 +210,7 @@ def configure(made: Rehearsal) -> None:
     }
     for old, new in changes.items():
         if old not in text:
-            raise NodeError(f"deploy init wrote no {old!r}", remedy="deploy/start.py and deploy/rehearsal/flow.py disagree")
+            raise NodeError(f"deploy init wrote no {old!r}", remedy="nodes/start.py and rehearsal/flow.py disagree")
         text = text.replace(old, new)
     path.write_text(text)
     made.console.step("edit", f"deploy.toml: index, lock, repo, tp {tp} pp {pp}, rehearsal = true")

@@ -56,7 +56,7 @@ def prepare(home: Path, console: Console) -> Source:
     every = _merged(text, locks.on(locks.committed("rehearsal-download"), machine))
     name = f"rehearsal-{hashlib.sha256(every.encode()).hexdigest()[:12]}"
     found = Source(root=home / "rehearsal" / "index", set_name=name, lock=text)
-    with lock(home / "rehearsal" / "index.lock", lambda: console.step("wait", "another rehearsal fills the index")):
+    with lock(home / "rehearsal" / "gracefarm.pins", lambda: console.step("wait", "another rehearsal fills the index")):
         try:
             sets = _index(found.root, "stage", "list")
         except HostError as error:  # another version's catalogue, or a damaged one; there is nothing in it but a cache
@@ -79,7 +79,7 @@ def private(home: Path, found: Source, folder: Path) -> Source:
 
     Its wheels are hard links: they never change.
     """
-    with lock(home / "rehearsal" / "index.lock"):
+    with lock(home / "rehearsal" / "gracefarm.pins"):
         folder.mkdir(parents=True)
         for path in sorted(found.root.rglob("*")):
             place = folder / path.relative_to(found.root)

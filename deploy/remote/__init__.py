@@ -2,5 +2,5 @@
 
 Standard library alone and nothing newer than Python 3.10, for a fresh node has no more than that (Ubuntu 22.04). The one
 exception is a function that says which environment's Python runs it. Each public function of a module here takes one JSON
-object and returns one; `deploy.worker` calls them by name.
+object and returns one; `deploy.fleet.calls` calls them by name.
 """

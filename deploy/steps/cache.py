@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from deploy.fleet.calls import Json, Target, call, try_all
 from deploy.remote import mounts
-from deploy.worker import Json, Target, call, try_all
 from gracefarm.console import Console
 from gracefarm.errors import GracefarmError, NodeError, SshError
 

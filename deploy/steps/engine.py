@@ -15,14 +15,14 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from deploy import metrics as engine_metrics
-from deploy import paths
-from deploy.enginelog import Progress, first_cause
-from deploy.inventory import Folder, Node
-from deploy.plan import Plan, carried
-from deploy.ssh import Fleet, JobStatus
+from deploy.fleet.calls import Json, Target
+from deploy.fleet.ssh import Fleet, JobStatus
+from deploy.nodes import paths
+from deploy.nodes.inventory import Folder, Node
+from deploy.planning.plan import Plan, carried
+from deploy.steps import metrics as engine_metrics
+from deploy.steps.enginelog import Progress, first_cause
 from deploy.steps.ray import PLAN, look, option, ours
-from deploy.worker import Json, Target
 from gracefarm.console import Console
 from gracefarm.errors import EngineError, GracefarmError
 from gracefarm.files import atomic_write
@@ -302,7 +302,7 @@ def _client(local: int, headers: Mapping[str, str], seconds: float) -> httpx.Asy
 
 
 async def metrics(local: int, seconds: float = 10) -> dict[str, float] | None:
-    """What it counts, as deploy.metrics has it; None: not to be had."""
+    """What it counts, as deploy.steps.metrics has it; None: not to be had."""
     found = await engine_metrics.scrape(f"http://127.0.0.1:{local}", seconds)
     return found.model_dump(exclude_none=True) if found else None
 

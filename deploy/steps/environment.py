@@ -21,7 +21,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from deploy.worker import Json, Target, call, joined, on_all, try_all
+from deploy.fleet.calls import Json, Target, call, joined, on_all, try_all
 from gracefarm.console import Console
 from gracefarm.errors import ConfigError, FetchError, HostError, InstallError
 from gracefarm.files import atomic_write

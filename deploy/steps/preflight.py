@@ -7,8 +7,8 @@ import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from deploy.fleet.calls import Json, Target, call, try_all
 from deploy.steps.preflight_checks import Cell, Expected, Pairs, Survey, judge, tokenless
-from deploy.worker import Json, Target, call, try_all
 from gracefarm.errors import GracefarmError, PreflightError
 
 ORDER = (

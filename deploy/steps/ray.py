@@ -12,16 +12,16 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from deploy import paths
-from deploy.plan import NodePlan, Plan, carried
-from deploy.ssh import Fleet, require
+from deploy.fleet.calls import Json, Target, call, joined, on_all, try_all
+from deploy.fleet.ssh import Fleet, require
+from deploy.nodes import paths
+from deploy.planning.plan import NodePlan, Plan, carried
 from deploy.steps.preflight_checks import SHUT, open_door, tokenless
-from deploy.worker import Json, Target, call, joined, on_all, try_all
 from gracefarm.console import Console
 from gracefarm.errors import EngineError, GracefarmError, NodeError
 
 PLAN = "GRACEFARM_PLAN"
-"In the environment of every process: with which plan and environment it was started (deploy.plan.carried)."
+"In the environment of every process: with which plan and environment it was started (deploy.planning.plan.carried)."
 TOKEN_PATH = "RAY_AUTH_TOKEN_PATH"  # noqa: S105 - the name of a variable
 SERVING = (paths.ENGINE_JOB, paths.RAY_JOB)
 "Jobs that serve. Others (builds, downloads, checks) may be at work beside them and are in nobody's way."

@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from deploy import weights
-from deploy.weights import File, Manifest, Share
-from deploy.worker import Json, Target, call, joined, settle, try_all
+from deploy.fleet.calls import Json, Target, call, joined, settle, try_all
+from deploy.steps import dealing
+from deploy.steps.dealing import File, Manifest, Share
 from gracefarm.console import Console, Tick
 from gracefarm.errors import DigestError, DiskFullError, GracefarmError, HostError, NodeError, SshError
 
@@ -41,7 +41,7 @@ class Spec:
     "HF_ENDPOINT: a mirror of the Hub."
     token: str | None = field(default=None, repr=False)
     "On stdin alone; the worker keeps it in memory and no file has it."
-    skip: Sequence[str] = weights.SKIP
+    skip: Sequence[str] = dealing.SKIP
     workers: int = 8
     "Files at a time on each node."
     patience: float = 120.0
@@ -87,7 +87,7 @@ async def up(targets: Sequence[Target], spec: Spec, console: Console) -> Outcome
     """
     pinned = await _manifest(targets[0], spec)
     place = folder(spec, pinned.commit)
-    console.step("weights", f"{spec.repo} at {pinned.commit[:12]}: {len(pinned.files)} files, {weights.told(pinned.size)}")
+    console.step("weights", f"{spec.repo} at {pinned.commit[:12]}: {len(pinned.files)} files, {dealing.told(pinned.size)}")
     with console.progress("weights") as tick:
         return await _Run(spec=spec, manifest=pinned, place=place, console=console, tick=tick).go(list(targets))
 
@@ -95,7 +95,7 @@ async def up(targets: Sequence[Target], spec: Spec, console: Console) -> Outcome
 async def _manifest(head: Target, spec: Spec) -> Manifest:
     request = {"repo": spec.repo, "revision": spec.revision, "endpoint": spec.endpoint, "token": spec.token}
     found = await call(head, "weights.manifest", request, python=spec.worker_python)
-    return weights.manifest(found["repo"], found["commit"], found["files"], skip=spec.skip)
+    return dealing.manifest(found["repo"], found["commit"], found["files"], skip=spec.skip)
 
 
 @dataclass(kw_only=True)
@@ -120,7 +120,7 @@ class _Run:
         for number in range(1, ROUNDS + 1):
             head = nodes[0]
             state = await self._alone(head)
-            shares = weights.rounds(self.manifest, state["final"], state["ready"], [one.name for one in nodes])
+            shares = dealing.rounds(self.manifest, state["final"], state["ready"], [one.name for one in nodes])
             if not any(one.fetch or one.verify for one in shares.values()):
                 return await self._finish(head, number - 1)
             self._measure(shares, state)
@@ -155,11 +155,11 @@ class _Run:
         sums = [sum(file.size for file in one.fetch) for one in shares.values()]
         missing = [file for one in shares.values() for file in one.fetch]
         if not self.busiest:
-            self.busiest, self.bound = max(sums), weights.lower_bound(missing, len(sums))
+            self.busiest, self.bound = max(sums), dealing.lower_bound(missing, len(sums))
         self._done = self.manifest.size - sum(sums)
         if sum(sums) and state["free"] < sum(sums) + min(ROOM, sum(sums)):
             raise DiskFullError(
-                f"{weights.told(sum(sums))} are missing, and the shared folder has {weights.told(state['free'])} free",
+                f"{dealing.told(sum(sums))} are missing, and the shared folder has {dealing.told(state['free'])} free",
                 remedy="free space there: `deploy env gc`, other models below weights/",
             )
 
@@ -233,7 +233,7 @@ async def verify(targets: Sequence[Target], spec: Spec, commit: str, *, remove: 
     place = folder(spec, commit)
     text = (await call(targets[0], "weights.read_manifest", {"final": place}))["manifest"]
     pinned = Manifest.model_validate(json.loads(text))
-    shares: dict[str, list[File]] = weights.deal(pinned.files, [one.name for one in targets])
+    shares: dict[str, list[File]] = dealing.deal(pinned.files, [one.name for one in targets])
 
     async def one(node: Target) -> Json:
         files = [file.model_dump() for file in shares[node.name]]

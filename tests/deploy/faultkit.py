@@ -18,12 +18,13 @@ from typing import Any
 
 import psutil
 
-from deploy import facts, flow, inventory, state
-from deploy.plan import Plan
+from deploy.fleet import facts
+from deploy.fleet.ssh import fleet
+from deploy.nodes import inventory, state
+from deploy.planning.plan import Plan
 from deploy.rehearsal import flow as rehearsal
 from deploy.rehearsal.flow import Rehearsal
-from deploy.ssh import fleet
-from deploy.steps import engine
+from deploy.steps import engine, flow
 from deploy.steps.engine import Verdict
 from gracefarm import settings
 from gracefarm.console import Console

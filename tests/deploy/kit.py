@@ -15,11 +15,12 @@ from typing import Any
 
 import asyncssh
 
-from deploy import inventory, ssh
-from deploy.inventory import Deployment, Node
+from deploy.fleet import ssh
+from deploy.fleet.calls import Target
+from deploy.fleet.targets import targets
+from deploy.nodes import inventory
+from deploy.nodes.inventory import Deployment, Node
 from deploy.remote import look
-from deploy.targets import targets
-from deploy.worker import Target
 
 
 def _server(
@@ -179,7 +180,7 @@ def mark(folder: Path) -> str:
 
 
 def fleet(folder: Path, made: list[Machine], **more: Any) -> Any:
-    """deploy.ssh.fleet over `made`, with nobody's ~/.ssh/config."""
+    """deploy.fleet.ssh.fleet over `made`, with nobody's ~/.ssh/config."""
     local = {"known_hosts": folder / "known_hosts", "local": f"{folder}/local", "mark": mark(folder), "config": ()}
     return ssh.fleet([one.node for one in made], **{**local, **more})
 

@@ -10,12 +10,14 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from deploy import facts as facts_of
-from deploy import inventory, model, paths, plan, ssh
-from deploy.inventory import Deployment
-from deploy.plan import Plan
+from deploy.fleet import facts as facts_of
+from deploy.fleet import ssh
+from deploy.fleet.targets import targets
+from deploy.nodes import inventory, paths
+from deploy.nodes.inventory import Deployment
+from deploy.planning import model, plan
+from deploy.planning.plan import Plan
 from deploy.rehearsal.nodes import MOUNT, USER, Rig
-from deploy.targets import targets
 from gracefarm import settings
 from gracefarm.files import atomic_directory, lock
 

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import httpx
 
-from deploy.inventory import Node
+from deploy.fleet.ssh import Result, fleet
+from deploy.nodes.inventory import Node
 from deploy.rehearsal import standin
 from deploy.rehearsal.hub import safetensors
 from deploy.rehearsal.nodes import MOUNT, USER, Rig, RigNode
-from deploy.ssh import Result, fleet
 
 LOCK = Path(standin.__file__).parent.parent / "data" / "rehearsal.lock"
 

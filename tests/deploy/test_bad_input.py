@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from deploy import flow, inventory, suppose
 from deploy.cli.common import Context
 from deploy.cli.serve import at_work, held
-from deploy.flow import Work
+from deploy.nodes import inventory
+from deploy.planning import suppose
+from deploy.steps import flow
+from deploy.steps.flow import Work
 from gracefarm.console import Console
 from gracefarm.errors import ConfigError, EngineError
 from tests.deploy.test_init import deploy

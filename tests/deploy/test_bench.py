@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 
-from deploy import bench, completion, plot
-from deploy.bench import Report, Sweep
-from deploy.completion import Answer, Prompt, Server
-from deploy.plan import Plan
+from deploy import plot
+from deploy.measure import bench, completion
+from deploy.measure.bench import Report, Sweep
+from deploy.measure.completion import Answer, Prompt, Server
+from deploy.planning.plan import Plan
 from gracefarm.errors import EngineError
 from tests.deploy import openai_server
 from tests.deploy.test_engine_step import a_plan

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from deploy import flow, state
+from deploy.fleet.calls import Done, Target
+from deploy.nodes import state
 from deploy.remote import cache as remote
 from deploy.remote.wire import WorkerError
-from deploy.steps import cache
-from deploy.worker import Done, Target
+from deploy.steps import cache, flow
 from gracefarm.console import Console
 from gracefarm.errors import SshError
 from tests.deploy.test_flow import with_work

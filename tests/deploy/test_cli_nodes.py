@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from deploy import inventory
 from deploy.cli.nodes import arguments
-from deploy.inventory import Deployment, Node
+from deploy.nodes import inventory
+from deploy.nodes.inventory import Deployment, Node
 from tests.deploy import kit
 
 

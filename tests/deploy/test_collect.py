@@ -12,14 +12,14 @@ from urllib.parse import quote
 
 import pytest
 
-from deploy import collect as collecting
-from deploy import ssh
-from deploy.collect import Finding, findings
-from deploy.redact import Redactor
+from deploy.fleet import ssh
+from deploy.nodes.redact import Redactor
+from deploy.nodes.state import Record, State
 from deploy.remote import gather
-from deploy.state import Record, State
-from deploy.status import NodeStatus, Service, Status
 from deploy.steps import engine
+from deploy.watch import collect as collecting
+from deploy.watch.collect import Finding, findings
+from deploy.watch.status import NodeStatus, Service, Status
 from gracefarm.errors import EngineError
 from tests.deploy.test_engine_step import a_plan
 from tests.deploy.test_tunnel import deploy

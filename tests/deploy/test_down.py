@@ -10,14 +10,14 @@ from pathlib import Path
 import psutil
 import pytest
 
-from deploy import facts as facts_of
-from deploy import flow, state
-from deploy.flow import Work
+from deploy.fleet import facts as facts_of
+from deploy.fleet.targets import targets
+from deploy.nodes import state
+from deploy.nodes.state import Record, State
 from deploy.remote import look
-from deploy.state import Record, State
-from deploy.steps import environment, ray
+from deploy.steps import environment, flow, ray
 from deploy.steps.environment import Matrix, Module
-from deploy.targets import targets
+from deploy.steps.flow import Work
 from gracefarm import settings
 from gracefarm.console import Console
 from gracefarm.errors import InstallError, NodeError, SshError

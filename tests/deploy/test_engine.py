@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from deploy import engine as engines
-from deploy import inventory, model
-from deploy.engine import APHRODITE, VLLM
+from deploy.nodes import inventory
+from deploy.planning import engine as engines
+from deploy.planning import model
+from deploy.planning.engine import APHRODITE, VLLM
 from deploy.rehearsal import hub as hubs
 from gracefarm.errors import ConfigError, FetchError, LayoutError
 

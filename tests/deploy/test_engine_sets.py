@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from packaging.utils import canonicalize_name
 
-from builder import environment as wheels_of
+from builder.ground import environment as wheels_of
 from builder.sets import data as sets
-from deploy import engine as engines
+from deploy.planning import engine as engines
 from deploy.remote import environment as remote
 from deploy.steps import environment
 from gracefarm import settings

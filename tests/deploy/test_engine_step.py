@@ -12,15 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from deploy import plan as planning
-from deploy import suppose
-from deploy.inventory import Deployment, File, Folder
-from deploy.plan import Plan
-from deploy.ssh import Fleet, JobStatus
+from deploy.fleet.calls import Target
+from deploy.fleet.ssh import Fleet, JobStatus
+from deploy.fleet.targets import targets
+from deploy.nodes.inventory import Deployment, File, Folder
+from deploy.planning import plan as planning
+from deploy.planning import suppose
+from deploy.planning.plan import Plan
 from deploy.steps import engine
 from deploy.steps.engine import Answer, Signs, diagnose
-from deploy.targets import targets
-from deploy.worker import Target
 from gracefarm.console import Console
 from gracefarm.errors import EngineError
 from tests.deploy import kit

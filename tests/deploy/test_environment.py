@@ -23,11 +23,11 @@ from pathlib import Path
 
 import pytest
 
+from deploy.fleet.targets import targets
 from deploy.remote import environment as remote
 from deploy.remote.wire import WorkerError
 from deploy.steps import environment as step
 from deploy.steps.environment import Matrix, Module
-from deploy.targets import targets
 from gracefarm import settings
 from gracefarm.console import Console
 from gracefarm.errors import DigestError, FetchError, HostError, InstallError

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from deploy import facts, inventory
-from deploy.facts import Facts
-from deploy.inventory import Node
+from deploy.fleet import facts
+from deploy.fleet.facts import Facts
+from deploy.nodes import inventory
+from deploy.nodes.inventory import Node
 from deploy.remote import facts as remote
 from gracefarm.errors import ConfigError, NodeError
 from tests.deploy import kit

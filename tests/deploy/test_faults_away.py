@@ -16,12 +16,12 @@ from pathlib import Path
 
 import pytest
 
-from deploy import weights
-from deploy.flow import UP
 from deploy.rehearsal import flow as rehearsal
 from deploy.rehearsal import hub
 from deploy.rehearsal.flow import REPO, Rehearsal
 from deploy.rehearsal.nodes import GATEWAY
+from deploy.steps import dealing
+from deploy.steps.flow import UP
 from tests.deploy import faultkit
 from tests.deploy.faultkit import begin, deploy, end, kill, steps, until, until_running, well
 
@@ -64,7 +64,7 @@ class Scene:
     @property
     def wanted(self) -> list[str]:
         """What is to be there in the end."""
-        return sorted(path for path in self.served.files if not weights.skipped(path, weights.SKIP))
+        return sorted(path for path in self.served.files if not dealing.skipped(path, dealing.SKIP))
 
     def whole(self) -> bool:
         """Every file is there as the Hub has it."""

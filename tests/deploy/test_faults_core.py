@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from deploy import inventory, state
-from deploy.flow import UP
+from deploy.nodes import inventory, state
 from deploy.rehearsal import flow as rehearsal
 from deploy.rehearsal.flow import Rehearsal
+from deploy.steps.flow import UP
 from tests.deploy import faultkit
 from tests.deploy.faultkit import begin, deploy, end, kill, steps, until_running, verdict, well
 

@@ -20,16 +20,17 @@ from typing import Any
 import httpx
 import pytest
 
-from deploy import flow, ssh, state
-from deploy.facts import Facts
-from deploy.flow import Choice, Done, Work
-from deploy.inventory import Deployment, File
+from deploy.fleet import ssh
+from deploy.fleet.calls import Target
+from deploy.fleet.facts import Facts
+from deploy.nodes import state
+from deploy.nodes.inventory import Deployment, File
+from deploy.nodes.state import Record
 from deploy.rehearsal import source, standin
 from deploy.remote import look as remote
-from deploy.state import Record
-from deploy.steps import environment, ray
-from deploy.weights import told
-from deploy.worker import Target
+from deploy.steps import environment, flow, ray
+from deploy.steps.dealing import told
+from deploy.steps.flow import Choice, Done, Work
 from gracefarm import settings
 from gracefarm.console import Console
 from gracefarm.errors import ConfigError, FetchError, HostError, InstallError, NodeError, UsageError

@@ -17,8 +17,11 @@ from unittest import mock
 
 import pytest
 
-from deploy import cli, facts, inventory, plan, schema, state
-from deploy import model as models
+from deploy import cli, schema
+from deploy.fleet import facts
+from deploy.nodes import inventory, state
+from deploy.planning import model as models
+from deploy.planning import plan
 from tests.deploy import servers as kit
 
 ROOT = Path(__file__).parent.parent.parent

@@ -13,12 +13,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deploy import engine as engines
-from deploy import inventory, layout, model, shards, speed
-from deploy.engine import APHRODITE, VLLM, Engine
-from deploy.layout import Candidate, Gpu, Machine, Question
-from deploy.model import Model
-from deploy.shards import GIB
+from deploy.nodes import inventory
+from deploy.planning import engine as engines
+from deploy.planning import layout, model, shards, speed
+from deploy.planning.engine import APHRODITE, VLLM, Engine
+from deploy.planning.layout import Candidate, Gpu, Machine, Question
+from deploy.planning.model import Model
+from deploy.planning.shards import GIB
 from gracefarm.errors import LayoutError
 
 

@@ -12,9 +12,9 @@ from typing import Any, Optional
 
 import pytest
 
-from deploy import engine as engines
-from deploy import model, options, shards
-from deploy.model import Model
+from deploy.planning import engine as engines
+from deploy.planning import model, options, shards
+from deploy.planning.model import Model
 from deploy.steps import environment
 from gracefarm.errors import ConfigError
 from tests.conftest import REPOSITORY

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from deploy import engine as engines
-from deploy import inventory, model, options, paths, plan, suppose
-from deploy.facts import Facts, NodeFacts
-from deploy.inventory import Deployment, File, Node
-from deploy.model import Model
-from deploy.plan import Plan
+from deploy.fleet.facts import Facts, NodeFacts
+from deploy.nodes import inventory, paths
+from deploy.nodes.inventory import Deployment, File, Node
+from deploy.planning import engine as engines
+from deploy.planning import model, options, plan, suppose
+from deploy.planning.model import Model
+from deploy.planning.plan import Plan
 from gracefarm.errors import ConfigError, LayoutError
 
 COMMIT = "be673f326cab4cd22ccfef76109faf68e41aa5f1"

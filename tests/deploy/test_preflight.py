@@ -14,13 +14,14 @@ from unittest import mock
 
 import pytest
 
-from deploy import flow, inventory, suppose
-from deploy import plan as planning
-from deploy.facts import NodeFacts
+from deploy.fleet.calls import Target
+from deploy.fleet.facts import NodeFacts
+from deploy.nodes import inventory
+from deploy.planning import plan as planning
+from deploy.planning import suppose
 from deploy.remote import preflight as remote
-from deploy.steps import preflight
+from deploy.steps import flow, preflight
 from deploy.steps.preflight_checks import GIB, Cell, Expected, Pairs, Survey, judge, open_door
-from deploy.worker import Target
 from gracefarm.errors import PreflightError
 from tests.deploy import kit
 

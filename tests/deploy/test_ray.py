@@ -8,15 +8,16 @@ from typing import TypeVar
 
 import pytest
 
-from deploy import facts, paths
-from deploy import plan as planning
-from deploy.inventory import Deployment
-from deploy.plan import Plan
+from deploy.fleet import facts
+from deploy.fleet.calls import Target
+from deploy.fleet.ssh import Fleet, fleet
+from deploy.fleet.targets import targets
+from deploy.nodes import paths
+from deploy.nodes.inventory import Deployment
+from deploy.planning import plan as planning
+from deploy.planning.plan import Plan
 from deploy.rehearsal.nodes import MOUNT, Rig, rig
-from deploy.ssh import Fleet, fleet
 from deploy.steps import ray
-from deploy.targets import targets
-from deploy.worker import Target
 from gracefarm.console import Console
 from gracefarm.errors import EngineError
 from tests.deploy import ray_kit

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from builder import environment, stack
-from builder.stack import Arch
-from deploy import paths
+from builder.ground import environment
+from builder.planning import stack
+from builder.planning.stack import Arch
+from deploy.nodes import paths
 from deploy.rehearsal.nodes import Rig, rig
 from deploy.steps import environment as deployed
 from deploy.steps.environment import Matrix

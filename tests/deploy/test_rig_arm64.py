@@ -11,13 +11,13 @@ from pathlib import Path
 import httpx
 import pytest
 
+from deploy.fleet.ssh import fleet
+from deploy.fleet.targets import targets
 from deploy.rehearsal import source
 from deploy.rehearsal.nodes import GATEWAY, MOUNT, Spec, rig
 from deploy.rehearsal.userland import arm64
-from deploy.ssh import fleet
 from deploy.steps import environment
 from deploy.steps.environment import Matrix, Module
-from deploy.targets import targets
 from gracefarm import settings
 from gracefarm.console import Console
 from gracefarm.errors import InstallError

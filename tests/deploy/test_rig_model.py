@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy import inventory
+from deploy.nodes import inventory
 from deploy.rehearsal.nodes import MOUNT, USER, Rig, rig
 from tests.deploy import rigkit
 

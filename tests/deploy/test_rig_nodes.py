@@ -15,11 +15,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from deploy.inventory import Node
+from deploy.fleet.ssh import Result, fleet
+from deploy.nodes.inventory import Node
 from deploy.rehearsal import interpreter
 from deploy.rehearsal import nodes as rehearsal
 from deploy.rehearsal.nodes import MOUNT, OTHER_PYTHON, USER, Rig, RigNode, Spec, rig
-from deploy.ssh import Result, fleet
 from gracefarm.errors import HostError, SshError
 from tests.deploy.test_environment import standalone, stock
 

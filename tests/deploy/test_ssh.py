@@ -1,4 +1,4 @@
-"""deploy.ssh.Fleet over real SSH servers: keys, exit codes, time-outs, files, jobs that outlive a cut, tunnels."""
+"""deploy.fleet.ssh.Fleet over real SSH servers: keys, exit codes, time-outs, files, jobs that outlive a cut, tunnels."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from pathlib import Path
 import asyncssh
 import pytest
 
-from deploy import ssh
-from deploy.inventory import Node
-from deploy.ssh import Fleet
-from deploy.targets import targets
+from deploy.fleet import ssh
+from deploy.fleet.ssh import Fleet
+from deploy.fleet.targets import targets
+from deploy.nodes.inventory import Node
 from gracefarm.errors import NodeError, SshError, UsageError
 from tests.deploy import kit
 

@@ -12,7 +12,8 @@ from typing import Any
 import asyncssh
 import pytest
 
-from deploy import inventory, ssh
+from deploy.fleet import ssh
+from deploy.nodes import inventory
 from tests.deploy import kit
 from tests.deploy.test_init import deploy
 

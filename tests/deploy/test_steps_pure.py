@@ -8,7 +8,7 @@ import threading
 import time
 from pathlib import Path
 
-from deploy.inventory import Ports
+from deploy.nodes.inventory import Ports
 from deploy.remote import mounts
 from deploy.remote.sharedlock import SharedLock
 

@@ -16,11 +16,11 @@ from typing import Any
 import httpx
 import pytest
 
-from deploy import tunnel
-from deploy.completion import Prompt, Server, stream
-from deploy.inventory import Folder
-from deploy.ssh import Fleet
-from deploy.tunnel import Wanted
+from deploy.fleet import tunnel
+from deploy.fleet.ssh import Fleet
+from deploy.fleet.tunnel import Wanted
+from deploy.measure.completion import Prompt, Server, stream
+from deploy.nodes.inventory import Folder
 from gracefarm.errors import GracefarmError, SshError
 from tests.deploy import kit, openai_server
 

@@ -21,19 +21,21 @@ from typing import Any
 import httpx
 import pytest
 
-from deploy import collect as collecting
-from deploy import facts as facts_of
-from deploy import flow, metrics, ssh, state, status
-from deploy import logs as logging
-from deploy.inventory import Deployment
-from deploy.logs import Wish
-from deploy.plan import Plan
-from deploy.ssh import Fleet, JobStatus
-from deploy.state import Record, State
-from deploy.steps import engine
+from deploy.fleet import facts as facts_of
+from deploy.fleet import ssh
+from deploy.fleet.calls import Json, Target
+from deploy.fleet.ssh import Fleet, JobStatus
+from deploy.fleet.targets import targets
+from deploy.nodes import state
+from deploy.nodes.inventory import Deployment
+from deploy.nodes.state import Record, State
+from deploy.planning.plan import Plan
+from deploy.steps import engine, flow, metrics
 from deploy.steps.engine import Answer, Signs
-from deploy.targets import targets
-from deploy.worker import Json, Target
+from deploy.watch import collect as collecting
+from deploy.watch import logs as logging
+from deploy.watch import status
+from deploy.watch.logs import Wish
 from gracefarm.console import Console
 from gracefarm.errors import EngineError
 from tests.deploy import kit

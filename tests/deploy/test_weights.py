@@ -23,13 +23,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deploy import weights
+from deploy.fleet.targets import FleetShell, targets
 from deploy.rehearsal import hub
 from deploy.remote import look
-from deploy.steps import ray
+from deploy.steps import dealing, ray
 from deploy.steps import weights as step
-from deploy.targets import FleetShell, targets
-from deploy.weights import File
+from deploy.steps.dealing import File
 from gracefarm.console import Console
 from gracefarm.errors import DigestError, DiskFullError, FetchError, GracefarmError, HostError
 from tests.deploy import kit
@@ -71,7 +70,7 @@ def content(outcome: step.Outcome) -> dict[str, bytes]:
 
 
 def wanted(files: dict[str, bytes]) -> dict[str, bytes]:
-    return {path: data for path, data in files.items() if not weights.skipped(path, weights.SKIP)}
+    return {path: data for path, data in files.items() if not dealing.skipped(path, dealing.SKIP)}
 
 
 @pytest.fixture
@@ -460,8 +459,8 @@ def test_the_deal_of_the_real_shape_is_within_five_percent_of_the_best() -> None
     source = random.Random(405)
     files = [File(path=f"{n}", size=source.randrange(4_200_000_000, 4_900_000_000), sha256="0" * 64) for n in range(191)]
     for count in range(2, 17):
-        shares = weights.deal(files, [f"k{n}" for n in range(count)])
-        assert max(sum(one.size for one in share) for share in shares.values()) <= 1.05 * weights.lower_bound(files, count)
+        shares = dealing.deal(files, [f"k{n}" for n in range(count)])
+        assert max(sum(one.size for one in share) for share in shares.values()) <= 1.05 * dealing.lower_bound(files, count)
 
 
 @given(sizes=st.lists(st.integers(0, 100), max_size=7), count=st.integers(1, 3))
@@ -471,7 +470,7 @@ def test_no_split_at_all_is_better_than_the_bound(sizes: list[int], count: int) 
     best = min(
         max(sum(size for size, node in zip(sizes, one, strict=True) if node == n) for n in range(count)) for one in splits
     )
-    assert weights.lower_bound(files, count) <= best
+    assert dealing.lower_bound(files, count) <= best
 
 
 @given(
@@ -484,14 +483,14 @@ def test_every_missing_file_is_fetched_or_verified_exactly_once_and_not_by_its_s
     sizes: list[int], count: int, final: set[int], ready: dict[int, int]
 ) -> None:
     files = [File(path=f"f{n}", size=size, sha256=hashlib.sha256(b"%d" % n).hexdigest()) for n, size in enumerate(sizes)]
-    pinned = weights.Manifest(repo="org/model", commit=hub.COMMIT, files=tuple(files))
+    pinned = dealing.Manifest(repo="org/model", commit=hub.COMMIT, files=tuple(files))
     nodes = [f"k{n}" for n in range(count)]
     there = {f"f{n}": sizes[n] for n in final if n < len(sizes)}
     staged: dict[str, dict[str, int]] = {}
     for n, node in ready.items():
         if n < len(sizes):
             staged.setdefault(f"k{node}", {})[f"f{n}"] = sizes[n]
-    shares = weights.rounds(pinned, there, staged, nodes)
+    shares = dealing.rounds(pinned, there, staged, nodes)
     verified = sorted(file.path for one in shares.values() for _, file in one.verify)
     assert verified == sorted(file.path for file in files if file.path not in there)
     fetched = [file.path for one in shares.values() for file in one.fetch]
@@ -503,6 +502,6 @@ def test_every_missing_file_is_fetched_or_verified_exactly_once_and_not_by_its_s
 
 def test_a_path_that_leaves_its_folder_is_refused() -> None:
     with pytest.raises(DigestError, match="leaves its folder"):
-        weights.manifest("org/model", hub.COMMIT, [{"path": "a/../../x", "size": 1, "sha256": "0" * 64}])
+        dealing.manifest("org/model", hub.COMMIT, [{"path": "a/../../x", "size": 1, "sha256": "0" * 64}])
     with pytest.raises(DigestError, match="no digest"):
-        weights.manifest("org/model", hub.COMMIT, [{"path": "x", "size": 1}])
+        dealing.manifest("org/model", hub.COMMIT, [{"path": "x", "size": 1}])

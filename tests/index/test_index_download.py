@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from starlette.types import Message
 
-from index import download
-from index.download import PIECE, WINDOW, Download, Downloads
+from index.serving import download
+from index.serving.download import PIECE, WINDOW, Download, Downloads
 from tests.index.index_kit import Server, serving, wheel
 
 LARGE = os.urandom(WINDOW) * 25  # what is read before the server learns that nobody is there is a small part of it

@@ -21,10 +21,10 @@ from index_kit import JSON, Server, make_token, run_index, serving, stop, wheel
 from starlette.requests import Request
 from starlette.responses import Response
 
-from index.people import Pages
-from index.serve import build
-from index.service import Options
-from index.store import Store
+from index.people.web import Pages
+from index.serving.serve import build
+from index.serving.service import Options
+from index.store.files import Store
 
 HTML = "application/vnd.pypi.simple.v1+html"
 

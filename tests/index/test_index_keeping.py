@@ -21,12 +21,12 @@ import httpx
 import pytest
 from index_kit import JSON, Server, run_index, run_json, serving, start, stop, wheel
 
-import index.export
-from index import keeping
-from index.catalogue import Catalogue, open_catalogue
-from index.negotiate import Form
-from index.store import Store
-from index.views import View
+import index.people.export
+from index.intake import keeping
+from index.pages.negotiate import Form
+from index.pages.views import View
+from index.store.catalogue import Catalogue, open_catalogue
+from index.store.files import Store
 
 LOCAL = "cp311-cp311-manylinux_2_34_aarch64"
 
@@ -161,13 +161,13 @@ def test_an_export_renders_only_what_changed(server: Server, tmp_path: Path, mon
     target = tmp_path / "static"
     run_index(server.root, "export", str(target))
     made: list[str] = []
-    real = index.export.render
+    real = index.people.export.render
 
     def counted(catalogue: Catalogue, view: View, project: str, form: Form) -> bytes:
         made.append(project)
         return real(catalogue, view, project, form)
 
-    monkeypatch.setattr(index.export, "render", counted)
+    monkeypatch.setattr(index.people.export, "render", counted)
     assert server.upload(*wheel("two_pkg", "2.0")).status_code == 200
     run_index(server.root, "export", str(target))
     assert set(made) == {"two-pkg", ""}
@@ -190,13 +190,13 @@ def tree_of(folder: Path) -> dict[str, bytes]:
 def test_an_export_is_of_one_moment(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A wheel published between the files and the pages is in neither."""
     filled(server)
-    real = index.export._export_records
+    real = index.people.export._export_records
 
     def slow(*arguments: Any) -> None:
         assert server.upload(*wheel("late_pkg")).status_code == 200
         real(*arguments)
 
-    monkeypatch.setattr(index.export, "_export_records", slow)
+    monkeypatch.setattr(index.people.export, "_export_records", slow)
     run_index(server.root, "export", str(tmp_path / "static"))
     held = [str(path) for path in (tmp_path / "static").rglob("*") if "late" in path.name]
     assert held == []

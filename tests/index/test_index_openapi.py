@@ -15,9 +15,9 @@ import pytest
 from index_kit import JSON, Server, serving, wheel
 from starlette.routing import Route
 
-from index.serve import build
-from index.service import Options
-from index.store import Store
+from index.serving.serve import build
+from index.serving.service import Options
+from index.store.files import Store
 
 CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance,unsupported_method"
 

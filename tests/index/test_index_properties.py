@@ -9,9 +9,9 @@ from index_kit import JSON, Server
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from index import negotiate
 from index.errors import RefusalError
 from index.names import check_set_name, parse_filename
+from index.pages import negotiate
 
 NAMES = st.from_regex(r"[a-z0-9]([a-z0-9_]{0,20}[a-z0-9])?", fullmatch=True).filter(lambda text: "__" not in text)
 VERSIONS = st.builds(

@@ -22,11 +22,11 @@ import httpx
 import pytest
 from index_kit import Server, metadata, run_index, sdist, serving, wheel
 
-import index.sdist
-import index.wheel
+import index.intake.sdist
+import index.intake.wheel
 from index.errors import RefusedError
 from index.names import Distribution, parse_filename
-from index.serve import GRACE
+from index.serving.serve import GRACE
 
 
 def refused(answer: httpx.Response, *words: str, status: int = 400) -> None:
@@ -344,7 +344,7 @@ def test_a_bomb_in_the_headers_of_an_sdist_is_refused(tmp_path: Path, kind: byte
             stream.write(bytes(1 << 20))
         stream.write(sdist("bomb_pkg")[1])
     assert path.stat().st_size < 3 << 20
-    peak, sentence = peak_of(index.sdist.inspect, path)
+    peak, sentence = peak_of(index.intake.sdist.inspect, path)
     assert peak < 16 << 20
     assert "has a header of 314572800 bytes" in sentence
 
@@ -355,7 +355,7 @@ def test_headers_upon_headers_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "chain_pkg-1.0.tar.gz"
     with gzip.open(path, "wb", compresslevel=1) as stream:
         stream.write((header.tobuf(tarfile.USTAR_FORMAT) + b"8 a=bcd\n".ljust(512, b"\0")) * 20_000)
-    peak, _ = peak_of(index.sdist.inspect, path)
+    peak, _ = peak_of(index.intake.sdist.inspect, path)
     assert peak < 64 << 20
 
 
@@ -367,7 +367,7 @@ def test_a_zip_of_too_many_files_is_refused_before_it_is_read(tmp_path: Path, co
     end = struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, 1, 1, len(directory), 0, len(comment)) + comment
     path = tmp_path / "many_pkg-1.0-py3-none-any.whl"
     path.write_bytes(directory + end)
-    peak, sentence = peak_of(index.wheel.inspect, path)
+    peak, sentence = peak_of(index.intake.wheel.inspect, path)
     assert peak < 40 << 20
     assert ("something follows" if comment else "holds 500000 files") in sentence
 

@@ -17,12 +17,12 @@ import httpx
 import pytest
 from index_kit import JSON, Server, make_token, run_index, run_json, serving, wheel
 
-from index import views
-from index.catalogue import Catalogue
-from index.serve import build
-from index.service import Options
-from index.store import Store
-from index.views import Listed, View
+from index.pages import views
+from index.pages.views import Listed, View
+from index.serving.serve import build
+from index.serving.service import Options
+from index.store.catalogue import Catalogue
+from index.store.files import Store
 
 AARCH64 = "cp311-cp311-manylinux_2_34_aarch64"
 

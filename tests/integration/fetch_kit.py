@@ -20,7 +20,7 @@ from pathlib import Path
 
 import httpx
 
-from builder.recipe import File, FileSource, GitSource, LoadedRecipe, Recipe, SdistSource, Smoke
+from builder.planning.recipe import File, FileSource, GitSource, LoadedRecipe, Recipe, SdistSource, Smoke
 
 
 def sha256(data: bytes) -> str:

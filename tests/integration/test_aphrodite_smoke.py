@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from builder import recipe
-from builder.stack import host_arch
+from builder.planning import recipe
+from builder.planning.stack import host_arch
 from tests import projects
 from tests.conftest import REPOSITORY, Farm, new_farm
 from tests.integration.fetch_kit import sha256

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from builder import audit, environment, root, stack
-from builder.audit import Policy, Verdict, elf
-from builder.recipe import Bundled
-from builder.stack import Arch, LoadedStack
+from builder import audit, elf
+from builder.audit import Policy, Verdict
+from builder.ground import environment, root
+from builder.planning import stack
+from builder.planning.recipe import Bundled
+from builder.planning.stack import Arch, LoadedStack
 from gracefarm import settings as settings_module
 from gracefarm.errors import AuditError
 from tests import audit_kit

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from builder import audit, environment, root, stack
-from builder.audit import Policy, driver, elf
+from builder import audit, elf
+from builder.audit import Policy, driver
 from builder.fetch import Download, download, simple
 from builder.fetch.urls import same_host, split_credentials, with_credentials
-from builder.stack import Arch
+from builder.ground import environment, root
+from builder.planning import stack
+from builder.planning.stack import Arch
 from gracefarm import settings as settings_module
 from gracefarm.errors import ExitCode
 from tests import projects

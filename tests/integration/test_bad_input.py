@@ -11,10 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from builder import build as flow
-from builder import doctor, jobs, root, stack
 from builder.cli.aim import plan_of
-from builder.stack import Arch, host_arch
+from builder.compiling import jobs
+from builder.flow import build as flow
+from builder.ground import root
+from builder.planning import stack
+from builder.planning.stack import Arch, host_arch
+from builder.upkeep import doctor
 from gracefarm import settings as settings_module
 from gracefarm.console import Console
 from gracefarm.errors import ExitCode, MemoryBoundError

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from builder.stack import host_arch
+from builder.planning.stack import host_arch
 from gracefarm.files import remove_tree
 from tests import projects
 from tests.conftest import Farm

@@ -17,9 +17,12 @@ from typing import Any
 
 import pytest
 
-from builder import build, plan, recipe, sandbox, stack, units
-from builder.stack import Arch, host_arch
-from builder.units import NAME
+from builder.box import sandbox
+from builder.compiling import units
+from builder.compiling.units import NAME
+from builder.flow import build
+from builder.planning import plan, recipe, stack
+from builder.planning.stack import Arch, host_arch
 from gracefarm.console import Console
 from gracefarm.files import remove_tree
 from tests import projects

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from builder import doctor, root, stack
-from builder.doctor import Check
-from builder.stack import Arch
+from builder.ground import root
+from builder.planning import stack
+from builder.planning.stack import Arch
+from builder.upkeep import doctor
+from builder.upkeep.doctor import Check
 from gracefarm import settings as settings_module
 from gracefarm.errors import HostError
 from gracefarm.settings import Settings
@@ -126,7 +128,7 @@ def test_binfmt_matters_only_to_recipes_that_need_it(farm: Farm) -> None:
 IN_NAMESPACE = """
 import subprocess, sys
 from builder import doctor, root, sandbox, stack
-from builder.stack import Arch
+from builder.planning.stack import Arch
 from gracefarm import settings
 loaded = settings.load()
 one = stack.load(loaded.project / "stacks", "bare")

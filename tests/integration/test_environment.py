@@ -21,9 +21,11 @@ from pathlib import Path
 
 import pytest
 
-from builder import environment, root, sandbox, stack
-from builder.sandbox import Mount, Sandbox
-from builder.stack import Arch, LoadedStack
+from builder.box import sandbox
+from builder.box.sandbox import Mount, Sandbox
+from builder.ground import environment, root
+from builder.planning import stack
+from builder.planning.stack import Arch, LoadedStack
 from gracefarm import settings as settings_module
 from gracefarm.errors import ConfigError, DigestError, FetchError, InstallError, RootError
 from gracefarm.files import remove_tree
@@ -368,7 +370,7 @@ ENSURE = """
 import sys
 from pathlib import Path
 from builder import environment, stack
-from builder.stack import Arch, LoadedStack
+from builder.planning.stack import Arch, LoadedStack
 from gracefarm import settings
 cu130 = stack.load(Path(sys.argv[1]), "cu130").data
 data = cu130.model_copy(update={"torch": None, "toolchain": cu130.toolchain.model_copy(update={"requirements": ()}),

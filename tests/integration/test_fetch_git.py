@@ -14,10 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from builder import source
-from builder.fetch import fetch, fetch_git
+from builder.fetch import fetch, fetch_git, source
 from builder.fetch.git import repository_path
-from builder.recipe import GitSource, Recipe
+from builder.planning.recipe import GitSource, Recipe
 from gracefarm import tables
 from gracefarm.errors import ConfigError, DigestError, FetchError, HostError
 from gracefarm.settings import Settings
@@ -286,7 +285,7 @@ def test_killed_while_fetching_takes_git_along_and_the_next_run_succeeds(
     pinned = upstream.source(upstream.git("rev-parse", "HEAD"), url="https://far.invalid/upstream/.git")
     near = mirrored(settings, f"{server.url}/git/")
     code = (
-        "import sys; from builder.fetch import fetch_git; from builder.recipe import GitSource\n"
+        "import sys; from builder.fetch import fetch_git; from builder.planning.recipe import GitSource\n"
         "from gracefarm.settings import Settings\n"
         "fetch_git(GitSource.model_validate_json(sys.argv[1]), Settings.model_validate_json(sys.argv[2]))"
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from builder.fetch import fetch_sdist, store_path
-from builder.recipe import SdistSource
+from builder.planning.recipe import SdistSource
 from gracefarm import settings as settings_module
 from gracefarm.errors import DigestError, FetchError
 from gracefarm.settings import Settings

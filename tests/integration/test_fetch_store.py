@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from builder.fetch import Download, download, fetch, store_path
-from builder.recipe import File, FileSource
+from builder.planning.recipe import File, FileSource
 from gracefarm.errors import DigestError, DiskFullError, FetchError
 from gracefarm.settings import Settings
 from tests.integration import fetch_kit

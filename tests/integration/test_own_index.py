@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from builder import environment, stack
 from builder.fetch import own_index, unpinned
-from builder.stack import Arch
+from builder.ground import environment
+from builder.planning import stack
+from builder.planning.stack import Arch
 from gracefarm import settings as settings_module
 from gracefarm.errors import DigestError, FetchError
 from gracefarm.settings import Settings

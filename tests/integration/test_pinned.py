@@ -20,9 +20,13 @@ from pathlib import Path
 import httpx
 import pytest
 
-from builder import build, demo, environment, gaps, machine, plan, recipe, root, sandbox, stack
-from builder.sandbox import Sandbox
-from builder.stack import Arch, host_arch
+from builder.box import sandbox
+from builder.box.sandbox import Sandbox
+from builder.flow import build, run
+from builder.ground import environment, root
+from builder.planning import gaps, plan, recipe, stack
+from builder.planning.stack import Arch, host_arch
+from builder.toolchains import machine
 from gracefarm.console import Console
 from gracefarm.errors import ConfigError, HostError
 from gracefarm.files import remove_tree
@@ -679,7 +683,7 @@ def test_a_wheel_of_an_index_of_its_own_is_a_gap_then_locked_then_installed(farm
 
 def test_a_source_archive_is_published_before_its_wheel(farm: Farm) -> None:
     farm.recipe("tiny", projects.backend("return wheel(wheel_directory)"), wheel={"source_archive": True})
-    with demo.local_index(farm.settings) as (url, token):
+    with run.local_index(farm.settings) as (url, token):
         credentials = {"TWINE_USERNAME": "__token__", "TWINE_PASSWORD": token}
         done = farm.run("build", "tiny", "--target", NATIVE, "--publish", f"{url}/legacy/", **credentials)
         assert done.code == 0, done.said

@@ -12,12 +12,15 @@ from pathlib import Path
 import pytest
 from packaging.utils import canonicalize_name
 
-from builder import debian, environment, machine, recipe, sandbox, stack, toolkit
-from builder.embed import require
+from builder.box import sandbox
+from builder.box.sandbox import Mount
 from builder.fetch import Download, download
-from builder.sandbox import Mount
+from builder.ground import debian, environment, toolkit
+from builder.planning import recipe, stack
+from builder.planning.stack import Arch, host_arch
+from builder.proof.embed import require
 from builder.sets import together
-from builder.stack import Arch, host_arch
+from builder.toolchains import machine
 from gracefarm.errors import HostError
 from tests import projects
 from tests.conftest import REPOSITORY, Farm

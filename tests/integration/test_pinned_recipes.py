@@ -20,9 +20,11 @@ from pathlib import Path
 import pytest
 import tomlkit
 
-from builder import build, debian, plan, recipe, stack, toolkit
 from builder.fetch import Download, download
-from builder.stack import Arch, host_arch
+from builder.flow import build
+from builder.ground import debian, toolkit
+from builder.planning import plan, recipe, stack
+from builder.planning.stack import Arch, host_arch
 from gracefarm.console import Console
 from tests import projects
 from tests.conftest import REPOSITORY, Farm

@@ -21,8 +21,9 @@ from securesystemslib.signer import SSlibKey
 from spdx_tools.spdx.parser.parse_anything import parse_file
 from spdx_tools.spdx.validation.document_validator import validate_full_spdx_document
 
-from builder import demo, provenance, sbom, signing, verify
-from builder.stack import host_arch
+from builder.flow import run
+from builder.planning.stack import host_arch
+from builder.proof import provenance, sbom, signing, verify
 from gracefarm.errors import ConfigError, UsageError, VerifyError
 from gracefarm.files import remove_tree
 from tests import projects
@@ -336,7 +337,7 @@ def test_builds_from_before_the_key_are_signed_by_name_and_the_index_gets_it(
     assert farm.run("verify", "tiny").code == 32
     done = farm.run("sign", "tiny")
     assert done.code == 0, done.said
-    with demo.local_index(farm.settings) as (url, token):
+    with run.local_index(farm.settings) as (url, token):
         credentials = {"TWINE_USERNAME": "__token__", "TWINE_PASSWORD": token}
         assert farm.run("build", "tiny", "--target", NATIVE, "--publish", f"{url}/legacy/", **credentials).code == 0
         wheel = shutil.copy(built.out.strip(), tmp_path)

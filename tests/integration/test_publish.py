@@ -11,8 +11,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from builder import demo, publish
-from builder.stack import host_arch
+from builder.flow import run
+from builder.planning.stack import host_arch
+from builder.proof import publish
 from tests import projects
 from tests.conftest import Farm
 from tests.integration.fetch_kit import pypiserver
@@ -30,7 +31,7 @@ def build_id(farm: Farm) -> str:
 
 def test_the_index_gets_record_and_log_of_a_published_build_and_of_a_failed_one(farm: Farm) -> None:
     farm.recipe("tiny", projects.backend("print('hello from the build')\nreturn wheel(wheel_directory)"))
-    with demo.local_index(farm.settings) as (url, token):
+    with run.local_index(farm.settings) as (url, token):
         command = ("build", "tiny", "--target", NATIVE, "--publish", f"{url}/legacy/")
         done = farm.run(*command, **credentials(token))
         assert done.code == 0, done.said
@@ -50,7 +51,7 @@ def test_the_index_gets_record_and_log_of_a_published_build_and_of_a_failed_one(
 
 def test_a_record_that_did_not_arrive_is_sent_with_the_next_build(farm: Farm) -> None:
     farm.recipe("tiny", projects.backend("return wheel(wheel_directory)"))
-    with demo.local_index(farm.settings) as (url, token):
+    with run.local_index(farm.settings) as (url, token):
         command = ("build", "tiny", "--target", NATIVE, "--publish", f"{url}/legacy/")
         assert farm.run(*command, **credentials(token)).code == 0
         again = farm.run(*command, **credentials("wrong"))

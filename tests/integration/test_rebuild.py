@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from builder import rebuild
-from builder.rebuild import Difference
-from builder.stack import host_arch
+from builder.flow import rebuild
+from builder.flow.rebuild import Difference
+from builder.planning.stack import host_arch
 from tests import projects
 from tests.conftest import Farm
 

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from builder import fetch, recipe, source
+from builder import fetch
+from builder.fetch import source
+from builder.planning import recipe
 from gracefarm.errors import SourceError
 from gracefarm.settings import Settings
 from tests.conftest import REPOSITORY

@@ -14,10 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from builder import root, sandbox, stack
-from builder.debian import Deb
-from builder.sandbox import Mount, Sandbox
-from builder.stack import Arch, LoadedStack
+from builder.box import sandbox
+from builder.box.sandbox import Mount, Sandbox
+from builder.ground import root
+from builder.ground.debian import Deb
+from builder.planning import stack
+from builder.planning.stack import Arch, LoadedStack
 from gracefarm import settings as settings_module
 from gracefarm import tables
 from gracefarm.errors import DigestError, FetchError, RootError
@@ -236,7 +238,7 @@ ASSEMBLE = """
 import sys
 from pathlib import Path
 from builder import root, stack
-from builder.stack import Arch
+from builder.planning.stack import Arch
 from gracefarm import settings
 texts = []
 made = root.ensure(stack.load(Path(sys.argv[1]), "cu130"), Arch(sys.argv[2]), Arch(sys.argv[3]), settings.load(),
@@ -273,7 +275,7 @@ def test_killed_and_concurrent_assemblies_leave_one_whole_root(own: Settings, sh
 
 ORPHAN = """
 import subprocess, sys, time
-from builder.root import die_with_us
+from builder.ground.root import die_with_us
 one = subprocess.Popen(die_with_us(["sleep", "300"]))
 print(one.pid, flush=True)
 time.sleep(300)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from builder.stack import host_arch
+from builder.planning.stack import host_arch
 from tests import projects
 from tests.conftest import REPOSITORY, Farm
 

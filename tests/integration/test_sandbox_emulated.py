@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from builder import root, sandbox, stack
-from builder.sandbox import Mount, Outcome, Sandbox
-from builder.stack import Arch, host_arch
+from builder.box import sandbox
+from builder.box.sandbox import Mount, Outcome, Sandbox
+from builder.ground import root
+from builder.planning import stack
+from builder.planning.stack import Arch, host_arch
 from tests.conftest import Farm
 
 MIB = 1 << 20

@@ -18,8 +18,9 @@ import yaml
 from packaging.pylock import Pylock
 from packaging.utils import parse_wheel_filename
 
-from builder import demo, publish
-from builder.stack import host_arch
+from builder.flow import run
+from builder.planning.stack import host_arch
+from builder.proof import publish
 from tests import projects
 from tests.conftest import REPOSITORY, Farm
 from tests.integration.test_environment import make_wheel
@@ -62,7 +63,7 @@ def third_party(tmp_path_factory: pytest.TempPathFactory, shared_home: Path) -> 
     from gracefarm import settings
 
     folder = tmp_path_factory.mktemp("third-party")
-    with demo.local_index(settings.load().model_copy(update={"home": folder / "home"})) as (url, token):
+    with run.local_index(settings.load().model_copy(update={"home": folder / "home"})) as (url, token):
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("TWINE_USERNAME", "__token__")
             patch.setenv("TWINE_PASSWORD", token)
@@ -97,7 +98,7 @@ def test_a_set_from_recipes_to_what_pip_and_uv_install(farm: Farm, third_party: 
     assert "://" not in lock
     assert farm.run("build", "tiny_c", "--target", NATIVE).code == 0  # with the index of this machine, for the stack's wheels
 
-    with demo.local_index(farm.settings) as (url, token):
+    with run.local_index(farm.settings) as (url, token):
         credentials = {"TWINE_USERNAME": "__token__", "TWINE_PASSWORD": token, "GRACEFARM_PYTHON_INDEX": third_party}
         staged = farm.run("set", "build", "tiny", "--stage", f"{url}/simple/", **credentials)
         assert staged.code == 40, staged.said

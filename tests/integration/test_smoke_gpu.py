@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from builder import environment, root, smoke, stack
-from builder.stack import host_arch
+from builder import smoke
+from builder.ground import environment, root
+from builder.planning import stack
+from builder.planning.stack import host_arch
 from gracefarm.errors import SmokeError
 from tests.conftest import Farm
 from tests.integration.test_environment import make_wheel

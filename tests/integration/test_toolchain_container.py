@@ -24,13 +24,16 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from builder import compile, container, environment, gaps, root, stack
-from builder import plan as planning
-from builder import recipe as recipes
+from builder.box.sandbox import Outcome
+from builder.compiling import pep517
 from builder.fetch import registry
-from builder.plan import Contained
-from builder.sandbox import Outcome
-from builder.stack import Arch, host_arch
+from builder.ground import environment, root
+from builder.planning import gaps, stack
+from builder.planning import plan as planning
+from builder.planning import recipe as recipes
+from builder.planning.plan import Contained
+from builder.planning.stack import Arch, host_arch
+from builder.toolchains import container
 from gracefarm.errors import ConfigError, FetchError, HostError
 from gracefarm.files import remove_tree
 from gracefarm.settings import Settings
@@ -372,8 +375,8 @@ def test_config_settings_name_the_source_where_it_is(farm: Farm, tmp_path: Path)
     farm.recipe("tiny", projects.backend("return wheel(wheel_directory)"), build={"cuda": False, "config_settings": settings})
     with_image(farm, "0" * 64)
     made = plan_in(farm, "bare", "tiny", HERE)
-    assert "-Ccmake.args=-DSEED=/build/source/seed;-DOTHER=/build/sources" in compile.command(made)
-    assert "-Ccmake.args=-DSEED=/work/source/seed;-DOTHER=/work/sources" in compile.command(made, "/site", "/work")
+    assert "-Ccmake.args=-DSEED=/build/source/seed;-DOTHER=/build/sources" in pep517.command(made)
+    assert "-Ccmake.args=-DSEED=/work/source/seed;-DOTHER=/work/sources" in pep517.command(made, "/site", "/work")
     text = container.configuration(made, tmp_path, None, tmp_path, jobs=1, epoch=0, memory=1 << 30)
     assert "-DSEED=/project/seed;-DOTHER=/build/sources" in text
 

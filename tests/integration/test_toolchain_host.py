@@ -17,11 +17,14 @@ from pathlib import Path
 import pytest
 import uv
 
-from builder import environment, gaps, hosted, machine, plain, sandbox, smoke, stack, toolchain
-from builder.audit import elf
+from builder import elf, smoke
+from builder.box import plain, sandbox
 from builder.cli import cli
 from builder.cli.aim import plan_of
-from builder.stack import host_arch
+from builder.ground import environment
+from builder.planning import gaps, stack
+from builder.planning.stack import host_arch
+from builder.toolchains import hosted, locked, machine
 from gracefarm.errors import GracefarmError, RootError, SmokeError
 from tests import projects
 from tests.conftest import Farm, new_farm
@@ -153,7 +156,7 @@ def test_trap_3_a_clean_environment_that_is_there_already_is_asked_about_its_tor
     base = stack.load(farm.settings.project / "stacks", "cu130")
     here = machine.find(base, machine.Wanted(python=Path(python311())), cuda=False)
     place = hosted.environment_place(here, farm.settings)
-    (torch := toolchain.site_packages(place, "3.11") / "torch").mkdir(parents=True)
+    (torch := locked.site_packages(place, "3.11") / "torch").mkdir(parents=True)
     (torch / "version.py").write_text("cuda = None\n")
     (place / "complete").touch()
     with pytest.raises(RootError, match=r"built for CUDA None, the stack wants 13\.0"):

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from builder import recipe
 from builder.audit import Policy
 from builder.cli import _asked_by
-from builder.stack import Arch
+from builder.planning import recipe
+from builder.planning.stack import Arch
 from tests import projects
 from tests.conftest import REPOSITORY, Farm, new_farm
 

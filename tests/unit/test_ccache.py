@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from builder import ccache, plan, recipe, stack
-from builder.stack import Arch
+from builder.planning import plan, recipe, stack
+from builder.planning.stack import Arch
+from builder.toolchains import ccache
 from gracefarm.errors import ConfigError
 from gracefarm.settings import Settings
 from tests.unit.test_plan import LOCK, NAME, RECIPE, ROOT, STACK, project, replace

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from builder import compile, jobs
-from builder.record import Jobs
+from builder.compiling import jobs, pep517
+from builder.proof.record import Jobs
 from gracefarm.errors import CompileError, MemoryBoundError
 
 REPOSITORY = Path(__file__).parent.parent.parent
@@ -48,7 +48,7 @@ ERROR Backend subprocess exited when trying to invoke build_wheel
 def test_the_first_real_error_is_shown(tmp_path: Path, text: str, expected: str) -> None:
     log = tmp_path / "log.txt"
     log.write_text(text)
-    assert expected in compile.first_error(log)
+    assert expected in pep517.first_error(log)
 
 
 def test_a_second_attempts_error_is_not_the_first_attempts(tmp_path: Path) -> None:
@@ -57,8 +57,8 @@ def test_a_second_attempts_error_is_not_the_first_attempts(tmp_path: Path) -> No
     start = log.stat().st_size
     with log.open("a") as stream:
         stream.write("b.cu(2): error: the real one\n")
-    assert "b.cu(2)" in compile.first_error(log, start)
-    assert "a.cu(1)" in compile.first_error(log)
+    assert "b.cu(2)" in pep517.first_error(log, start)
+    assert "a.cu(1)" in pep517.first_error(log)
 
 
 def test_jobs_are_bounded_by_memory_and_say_so() -> None:
@@ -76,9 +76,9 @@ def test_jobs_are_never_more_than_cores_or_than_asked_for() -> None:
 
 
 def test_only_a_kill_by_memory_with_several_jobs_is_retried() -> None:
-    assert compile.fewer_jobs(MemoryBoundError("x"), 4) == 2
-    assert compile.fewer_jobs(MemoryBoundError("x"), 1) is None
-    assert compile.fewer_jobs(CompileError("x"), 4) is None
+    assert pep517.fewer_jobs(MemoryBoundError("x"), 4) == 2
+    assert pep517.fewer_jobs(MemoryBoundError("x"), 1) is None
+    assert pep517.fewer_jobs(CompileError("x"), 4) is None
 
 
 def nvcc(tmp_path: Path, *arguments: str, **variables: str) -> tuple[list[str], str]:

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from packaging.tags import Tag
 
-from builder import environment, stack
-from builder.stack import Arch, LoadedStack
+from builder.ground import environment
+from builder.planning import stack
+from builder.planning.stack import Arch, LoadedStack
 from gracefarm.errors import ConfigError
 
 STACKS = Path(__file__).parent.parent.parent / "stacks"

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from builder import jobs, meter
-from builder.jobs import Learned
-from builder.record import Jobs, Record, Stage
+from builder.box import meter
+from builder.compiling import jobs
+from builder.compiling.jobs import Learned
+from builder.proof.record import Jobs, Record, Stage
 
 GIB = 2**30
 

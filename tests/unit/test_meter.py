@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from builder import meter
+from builder.box import meter
 from gracefarm.errors import HostError
 
 # As Debian 12 with systemd shows them (version 2), and Docker without a cgroup namespace on a machine with version 1.
@@ -125,7 +125,7 @@ def half_a_processor() -> Iterator[Path]:
 
 @pytest.mark.root
 def test_a_real_cpu_quota_is_seen(half_a_processor: Path) -> None:
-    code = "import sys; sys.stdin.readline(); from builder import jobs, meter; print(meter.cpu_quota(), jobs.cores())"
+    code = "import sys; sys.stdin.readline(); from builder.box import meter; from builder.compiling import jobs; print(meter.cpu_quota(), jobs.cores())"
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         (half_a_processor / "cgroup.procs").write_text(str(process.pid))
         said, _ = process.communicate("go\n", timeout=60)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from builder import netwatch
+from builder.box import netwatch
 
 HEADER = struct.pack("!HHHHHH", 0x1234, 0x0100, 1, 0, 0, 0)
 A, AAAA, PTR = 1, 28, 12

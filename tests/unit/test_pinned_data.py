@@ -12,11 +12,14 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from builder import archive, compile, environment, gaps, recipe, source, stack, toolkit
-from builder import plan as planning
-from builder.embed import require
-from builder.recipe import File, Recipe, Smoke, Substitution
-from builder.stack import Arch
+from builder.compiling import pep517
+from builder.fetch import archive, source
+from builder.ground import environment, toolkit
+from builder.planning import gaps, recipe, stack
+from builder.planning import plan as planning
+from builder.planning.recipe import File, Recipe, Smoke, Substitution
+from builder.planning.stack import Arch
+from builder.proof.embed import require
 from gracefarm.errors import CompileError, ConfigError, RootError, SourceError
 from tests.conftest import REPOSITORY
 from tests.gaps_kit import put_back
@@ -186,14 +189,14 @@ def test_trap_4_the_stack_has_what_the_pinned_projects_ask_for(
     place = tmp_path / loaded.data.build.subdirectory / "pyproject.toml"
     place.parent.mkdir(exist_ok=True)
     place.write_text(f"[build-system]\nrequires = {json.dumps(requires)}\n")
-    compile.check_requirements(planning.make(loaded, base, Arch.X86_64, Arch.AARCH64), tmp_path)
+    pep517.check_requirements(planning.make(loaded, base, Arch.X86_64, Arch.AARCH64), tmp_path)
     kept = [line for line in base.requirements_lock.read_text().splitlines() if not line.startswith(f"{forgotten}==")]
     base.requirements_lock.write_text("\n".join(kept))
     text = (base.folder / "stack.toml").read_text()
     (base.folder / "stack.toml").write_text(re.sub(rf'^    "{forgotten}.*\n', "", text, flags=re.MULTILINE))
     base = stack.load(tmp_path / "stacks", "cu124")
     with pytest.raises(CompileError, match=rf"needs '{forgotten}.*' to build, stack cu124 has none"):
-        compile.check_requirements(planning.make(loaded, base, Arch.X86_64, Arch.AARCH64), tmp_path)
+        pep517.check_requirements(planning.make(loaded, base, Arch.X86_64, Arch.AARCH64), tmp_path)
 
 
 def test_the_compiler_from_debian_is_pinned_for_both_hosts() -> None:

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 from packaging.requirements import Requirement
 
-from builder import plan, recipe, stack
-from builder.recipe import LoadedRecipe, Recipe
-from builder.stack import Arch, LoadedStack, Stack
+from builder.planning import plan, recipe, stack
+from builder.planning.recipe import LoadedRecipe, Recipe
+from builder.planning.stack import Arch, LoadedStack, Stack
 from gracefarm.errors import ConfigError
 
 REPOSITORY = Path(__file__).parent.parent.parent

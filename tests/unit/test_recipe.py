@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from builder import recipe, schema, stack
+from builder import schema
+from builder.planning import recipe, stack
 from gracefarm import tables
 from gracefarm.errors import ConfigError, ExitCode
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from builder import debian, root, stack
-from builder.stack import Arch, LoadedStack
+from builder.ground import debian, root
+from builder.planning import stack
+from builder.planning.stack import Arch, LoadedStack
 from gracefarm.errors import ConfigError
 
 STACKS = Path(__file__).parent.parent.parent / "stacks"

@@ -9,9 +9,10 @@ import pytest
 from spdx_tools.spdx.parser.parse_anything import parse_file
 from spdx_tools.spdx.validation.document_validator import validate_full_spdx_document
 
-from builder import materials, plan, recipe, sbom, stack
-from builder.plan import Plan
-from builder.stack import Arch
+from builder.planning import plan, recipe, stack
+from builder.planning.plan import Plan
+from builder.planning.stack import Arch
+from builder.proof import materials, sbom
 
 REPOSITORY = Path(__file__).parent.parent.parent
 EPOCH = 1_700_000_000

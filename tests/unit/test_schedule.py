@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from builder import jobs, meter, units
+from builder.box import meter
+from builder.compiling import jobs, units
 from builder.data.toolchain import schedule
-from builder.recipe import Build
-from builder.record import CompilerCache, Unit
+from builder.planning.recipe import Build
+from builder.proof.record import CompilerCache, Unit
 from tests.unit.test_jobs import GIB, built, compiled
 
 TORCH = """\

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from packaging.pylock import Pylock
 
+from builder.planning.stack import Arch
 from builder.sets import data, locks, plan, staging
 from builder.sets.record import Locked
-from builder.stack import Arch
 from gracefarm import settings as settings_module
 from gracefarm.errors import ConfigError, PublishError
 from gracefarm.settings import Settings

@@ -12,9 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from builder import source
-from builder.fetch import Fetched
-from builder.recipe import File, FileSource
+from builder.fetch import Fetched, source
+from builder.planning.recipe import File, FileSource
 from gracefarm.errors import HostError, SourceError
 from tests.integration.fetch_kit import recipe, tarball
 

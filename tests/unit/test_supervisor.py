@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from builder import netwatch, supervisor
+from builder.box import netwatch, supervisor
 
 
 @pytest.fixture

@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from builder import container, plan, recipe, record, stack
 from builder.cli import cli
-from builder.record import Record, Stage
-from builder.stack import Arch
-from builder.why import Change, changes
+from builder.planning import plan, recipe, stack
+from builder.planning.stack import Arch
+from builder.proof import record
+from builder.proof.record import Record, Stage
+from builder.proof.why import Change, changes
+from builder.toolchains import container
 from gracefarm import settings as settings_module
 from gracefarm.errors import ConfigError, SeveralError, UsageError
 

@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 import yaml
 
-from builder import ccache, recipe, record
 from builder.fetch.git import repository_path
 from builder.fetch.store import store_path
+from builder.planning import recipe
+from builder.proof import record
+from builder.toolchains import ccache
 from gracefarm import settings as settings_module
 from tests.conftest import REPOSITORY
 

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import pytest
 
-from builder import sandbox
-from builder.sandbox import Mount, Outcome, Sandbox
+from builder.box import sandbox
+from builder.box.sandbox import Mount, Outcome, Sandbox
 
 PROJECT = Path(sandbox.__file__).parents[1]
 PYTHON = f"/python/bin/python{sys.version_info.major}.{sys.version_info.minor}"
@@ -113,7 +113,7 @@ def driver_environment() -> dict[str, str]:
 def nobody() -> tuple[str, tuple[str, ...]] | None:
     """An interpreter that nobody may use, with the command that becomes nobody; None when there is no such interpreter."""
     become = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
-    probe = "import subprocess, sys, builder.sandbox; subprocess.run([sys.executable, '-c', ''], check=True)"
+    probe = "import subprocess, sys, builder.box.sandbox; subprocess.run([sys.executable, '-c', ''], check=True)"
     for python in (sys.executable, "/usr/bin/python3"):
         tried = subprocess.run([*become, python, "-c", probe], env=driver_environment(), capture_output=True, cwd="/")
         if tried.returncode == 0:

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from builder import sandbox
-from builder.sandbox import Mount, Outcome
+from builder.box import sandbox
+from builder.box.sandbox import Mount, Outcome
 from gracefarm.errors import DiskFullError, HostError
 from tests.integration.sandbox.kit import User, driver_environment, processes, wait_for
 
@@ -248,7 +248,7 @@ def test_nothing_starts_when_the_builder_dies_before_the_command(user: User, mar
     assert not (user.build / "ran").exists()
 
 
-@pytest.mark.parametrize("victim", ["builder.supervisor", "bwrap"])
+@pytest.mark.parametrize("victim", ["builder.box.supervisor", "bwrap"])
 def test_nothing_outlives_a_killed_helper(me: User, marker: str, victim: str) -> None:
     killed: list[int] = []
 
@@ -256,7 +256,7 @@ def test_nothing_outlives_a_killed_helper(me: User, marker: str, victim: str) ->
         # The supervisor's command line holds bubblewrap's, so the outermost of each kind is the one with the least id.
         of_kind = [pid for pid in processes(marker) if victim.encode() in Path(f"/proc/{pid}/cmdline").read_bytes()]
         if victim == "bwrap":
-            of_kind = [pid for pid in of_kind if b"builder.supervisor" not in Path(f"/proc/{pid}/cmdline").read_bytes()]
+            of_kind = [pid for pid in of_kind if b"builder.box.supervisor" not in Path(f"/proc/{pid}/cmdline").read_bytes()]
         killed.append(min(of_kind))
         os.kill(killed[0], signal.SIGKILL)
 
@@ -341,7 +341,7 @@ def test_shell_is_interactive_with_job_control(me: User) -> None:
     script = f"""
 import sys
 from pathlib import Path
-from builder.sandbox import Mount, Sandbox, shell
+from builder.box.sandbox import Mount, Sandbox, shell
 mounts = tuple(Mount(source=Path(s), target=t, writable=w) for s, t, w in {mounts!r})
 environment = {{"PATH": "/usr/bin:/bin", "TERM": "dumb", "PS1": "ready> "}}
 sys.exit(shell(Sandbox(root=Path("/"), mounts=mounts, environment=environment, workdir="/build", memory=1 << 30),

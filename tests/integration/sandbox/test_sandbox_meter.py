@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from builder.meter import KINDS, MemoryBy, open_meter
+from builder.box.meter import KINDS, MemoryBy, open_meter
 from gracefarm.errors import HostError
 from tests.integration.sandbox.kit import MIB, USERS, User, acting_as, driver_environment, processes, wait_for
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from builder import sandbox
-from builder.sandbox import Mount, Outcome
+from builder.box import sandbox
+from builder.box.sandbox import Mount, Outcome
 from tests.integration.sandbox.kit import PYTHON, User
 
 TRY = """

@@ -1,0 +1,306 @@
+"""The recorder of network attempts: it sits in the sandbox's network namespace, answers "no", and reports what was asked.
+
+That namespace has nothing but `lo`. The recorder
+
+- answers DNS on 127.0.0.1:53 and [::1]:53 with NXDOMAIN at once, so that a build fails with a sentence instead of a time-out;
+- makes every address of the world local to `lo`, so that a connection to a literal address is refused at once, and reads the
+  first packet of each from a packet socket.
+
+It runs in `builder.box.supervisor`, which starts in hundredths of a second because both import the standard library alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import ipaddress
+import os
+import selectors
+import socket
+import struct
+import time
+from collections.abc import Callable, Iterator
+
+CLONE_NEWUSER, CLONE_NEWNET = 0x10000000, 0x40000000
+NS_GET_USERNS = 0xB701
+SO_ATTACH_FILTER, PACKET_OUTGOING, ETH_P_ALL = 26, 4, 3
+DNS_PORT = 53
+A, PTR = 1, 12
+NOERROR, NXDOMAIN = 0, 3
+SNAP = 512
+MOST = 1000
+
+Report = Callable[[str], None]
+
+
+def join(pid: int) -> None:
+    """Enter the network namespace of `pid` with full rights in it: those of the user namespace that owns it.
+
+    Raises:
+        OSError: the kernel refuses.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    def call(result: int) -> None:
+        if result != 0:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+    network = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY)
+    owner = fcntl.ioctl(network, NS_GET_USERNS)
+    # Root needs no user namespace for a network of its own, and nobody may enter the one that he is in.
+    if not os.path.samestat(os.fstat(owner), os.stat("/proc/self/ns/user")):  # noqa: PTH116 pathlib is slower to import
+        call(libc.setns(owner, CLONE_NEWUSER))
+    call(libc.setns(network, CLONE_NEWNET))
+    os.close(owner)
+    os.close(network)
+
+
+def wait_for_loopback() -> None:
+    """Wait until bubblewrap, which runs at the same time, has brought `lo` up.
+
+    Raises:
+        OSError: it has not within seconds.
+    """
+    siocgifflags, up = 0x8913, 0x1
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        for _ in range(1000):
+            (flags,) = struct.unpack_from("=H", fcntl.ioctl(sock, siocgifflags, struct.pack("=16s16x", b"lo")), 16)
+            if flags & up:
+                return
+            time.sleep(0.005)
+    raise TimeoutError("lo stays down")
+
+
+def claim_all_addresses(family: socket.AddressFamily) -> None:
+    """`ip route add local 0.0.0.0/0 dev lo src 127.0.0.1`, or the same for IPv6, by rtnetlink(7).
+
+    The preferred source keeps the usual trick to learn one's own address (connect a datagram socket, ask its name) at
+    loopback.
+
+    Raises:
+        OSError: the kernel refuses, as for IPv6 where it is switched off.
+    """
+    request, acknowledge, create, replace = 0x1, 0x4, 0x400, 0x100
+    rtm_newroute, table_local, protocol_boot, scope_host, type_local = 24, 255, 3, 254, 2
+    rta_oif, rta_prefsrc = 4, 7
+    source = socket.inet_pton(family, "127.0.0.1" if family == socket.AF_INET else "::1")
+    scope = scope_host if family == socket.AF_INET else 0
+    body = struct.pack("=BBBBBBBBI", family, 0, 0, 0, table_local, protocol_boot, scope, type_local, 0)
+    body += struct.pack("=HHI", 8, rta_oif, socket.if_nametoindex("lo"))
+    body += struct.pack("=HH", 4 + len(source), rta_prefsrc) + source
+    header = struct.pack("=IHHII", 16 + len(body), rtm_newroute, request | acknowledge | create | replace, 1, 0)
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as netlink:
+        netlink.send(header + body)
+        (error,) = struct.unpack_from("=i", netlink.recv(4096), 16)
+    if error:
+        raise OSError(-error, os.strerror(-error))
+
+
+def packet_socket() -> socket.socket:
+    """A packet socket on `lo` that receives the first packet of what leaves loopback's own addresses: TCP SYNs and UDP.
+
+    A filter in the kernel drops all else, so that a test server's gigabytes over loopback cost nothing.
+    """
+    watcher = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, 0)
+    code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *instruction) for instruction in _FILTER))
+    watcher.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("@HP", len(_FILTER), ctypes.addressof(code)))
+    watcher.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
+    watcher.bind(("lo", ETH_P_ALL))
+    return watcher
+
+
+# Classic BPF, as (code, jump if true, jump if false, constant). Offsets are into the IP header.
+_LOAD_BYTE, _LOAD_WORD, _LOAD_X_HEADER, _LOAD_BYTE_X, _AND = 0x30, 0x20, 0xB1, 0x50, 0x54
+_EQUAL, _RETURN = 0x15, 0x06
+_FILTER_IP = (
+    (_LOAD_BYTE, 0, 0, 16),  # first octet of the destination
+    (_EQUAL, 8, 0, 127),
+    (_LOAD_BYTE, 0, 0, 9),  # protocol
+    (_EQUAL, 5, 0, socket.IPPROTO_UDP),
+    (_EQUAL, 0, 5, socket.IPPROTO_TCP),
+    (_LOAD_X_HEADER, 0, 0, 0),
+    (_LOAD_BYTE_X, 0, 0, 13),  # TCP flags
+    (_AND, 0, 0, 0x12),
+    (_EQUAL, 0, 1, 0x02),  # SYN without ACK
+    (_RETURN, 0, 0, SNAP),
+    (_RETURN, 0, 0, 0),
+)
+_FILTER_IPV6 = (
+    (_LOAD_WORD, 0, 0, 24),  # the destination's four words: ::1 is loopback
+    (_EQUAL, 0, 6, 0),
+    (_LOAD_WORD, 0, 0, 28),
+    (_EQUAL, 0, 4, 0),
+    (_LOAD_WORD, 0, 0, 32),
+    (_EQUAL, 0, 2, 0),
+    (_LOAD_WORD, 0, 0, 36),
+    (_EQUAL, 7, 0, 1),
+    (_LOAD_BYTE, 0, 0, 6),  # next header
+    (_EQUAL, 4, 0, socket.IPPROTO_UDP),
+    (_EQUAL, 0, 4, socket.IPPROTO_TCP),
+    (_LOAD_BYTE, 0, 0, 53),
+    (_AND, 0, 0, 0x12),
+    (_EQUAL, 0, 1, 0x02),
+    (_RETURN, 0, 0, SNAP),
+    (_RETURN, 0, 0, 0),
+)
+_FILTER = (
+    (_LOAD_BYTE, 0, 0, 0),  # version
+    (_AND, 0, 0, 0xF0),
+    (_EQUAL, len(_FILTER_IP), 0, 0x60),
+    *_FILTER_IP,
+    *_FILTER_IPV6,
+)
+
+
+def describe(packet: bytes) -> Iterator[str]:
+    """What a filtered packet wanted: `address:port`, and the name asked for when it is a DNS question to another server."""
+    if packet[0] >> 4 == 4:
+        start, protocol, host = (packet[0] & 0xF) * 4, packet[9], str(ipaddress.ip_address(packet[16:20]))
+    else:
+        start, protocol, host = 40, packet[6], f"[{ipaddress.ip_address(packet[24:40])}]"
+    (port,) = struct.unpack_from("!H", packet, start + 2)
+    yield f"{host}:{port}"
+    if protocol == socket.IPPROTO_UDP and port == DNS_PORT:
+        with contextlib.suppress(ValueError):
+            yield question(packet[start + 8 :])[0]
+
+
+def question(message: bytes) -> tuple[str, int, int]:
+    """Name, type and end offset of the first question of a DNS message (RFC 1035, 4.1).
+
+    Raises:
+        ValueError: it is not a question.
+    """
+    labels: list[str] = []
+    try:
+        flags, count = struct.unpack_from("!HH", message, 2)
+        if flags & 0x8000 or count == 0:
+            raise ValueError("not a question")
+        offset = 12
+        while length := message[offset]:
+            if length > 63:  # RFC 1035: a pointer, which a question has no use for
+                raise ValueError("compressed name")
+            label = message[offset + 1 : offset + 1 + length]
+            labels.append("".join(chr(byte) if 0x21 <= byte < 0x7F else f"\\{byte:03}" for byte in label))
+            offset += 1 + length
+        (kind,) = struct.unpack_from("!H", message, offset + 1)
+    except (struct.error, IndexError) as error:
+        raise ValueError("truncated") from error
+    return ".".join(labels).lower(), kind, offset + 5
+
+
+def is_own(name: str, kind: int, hostname: str) -> bool:
+    """The name is this machine's own: its host name, localhost, or the reverse of a loopback address."""
+    if kind == PTR:
+        return name.endswith(".127.in-addr.arpa") or (name.endswith("0.0.0.ip6.arpa") and name.startswith("1.0.0."))
+    return name in ("", hostname, "localhost") or name.endswith(".localhost")
+
+
+def answer(message: bytes, hostname: str, report: Report) -> bytes:
+    """The reply to a DNS message: own names exist, all others do not and are reported.
+
+    Raises:
+        ValueError: it is not a question.
+    """
+    name, kind, end = question(message)
+    own = is_own(name, kind, hostname)
+    if not own:
+        report(name)
+    has_address = own and kind == A
+    header = message[:2] + struct.pack("!HHHHH", 0x8580 | (NOERROR if own else NXDOMAIN), 1, int(has_address), 0, 0)
+    record = struct.pack("!HHHIH4s", 0xC00C, A, 1, 0, 4, socket.inet_aton("127.0.0.1")) if has_address else b""
+    return header + message[12:end] + record
+
+
+class Recorder:
+    """The sockets of the recorder, and what becomes of what they receive.
+
+    Raises:
+        OSError: the kernel refuses packet sockets.
+    """
+
+    def __init__(self, selector: selectors.BaseSelector, hostname: str, report: Report) -> None:
+        self._selector = selector
+        self._hostname = hostname
+        self._seen: set[str] = set()
+        self._write = report
+        self._watcher = packet_socket()
+        self._serve(self._watcher, lambda _: self._packets())
+
+    def watch(self, family: socket.AddressFamily) -> None:
+        """Claim all addresses of one family and answer DNS by it, in the current network namespace.
+
+        Raises:
+            OSError: the kernel has no such family or refuses.
+        """
+        claim_all_addresses(family)
+        loopback = "127.0.0.1" if family == socket.AF_INET else "::1"
+        datagrams = socket.socket(family, socket.SOCK_DGRAM)
+        datagrams.bind((loopback, DNS_PORT))
+        self._serve(datagrams, self._datagram)
+        self._serve(socket.create_server((loopback, DNS_PORT), family=family), self._accept)
+
+    def _serve(self, sock: socket.socket, handle: Callable[[socket.socket], None]) -> None:
+        def ready() -> None:
+            # A build may send anything, or close at any moment: neither may end the recording.
+            with contextlib.suppress(OSError, ValueError, struct.error, IndexError):
+                handle(sock)
+
+        sock.setblocking(False)
+        self._selector.register(sock, selectors.EVENT_READ, ready)
+
+    def _report(self, text: str) -> None:
+        """Write each once; a build that walks through all addresses is told enough by the first thousand."""
+        if text not in self._seen and len(self._seen) < MOST:
+            self._seen.add(text)
+            self._write(text)
+
+    def _packets(self) -> None:
+        for _ in range(MOST):
+            try:
+                packet, address = self._watcher.recvfrom(SNAP)
+            except BlockingIOError:
+                return
+            # What crosses lo is seen twice, leaving and arriving; the arrival has passed the routes.
+            if address[2] != PACKET_OUTGOING:
+                with contextlib.suppress(ValueError, struct.error, IndexError):
+                    for text in describe(packet):
+                        self._report(text)
+
+    def _answer(self, message: bytes) -> bytes:
+        # Who asks has to wait for us, so what was tried before stands in the packet socket already: the order is kept.
+        self._packets()
+        return answer(message, self._hostname, self._report)
+
+    def _datagram(self, datagrams: socket.socket) -> None:
+        message, sender = datagrams.recvfrom(SNAP)
+        datagrams.sendto(self._answer(message), sender)
+
+    def _accept(self, listener: socket.socket) -> None:
+        connection, _ = listener.accept()
+        self._serve(connection, self._stream)
+
+    def _stream(self, connection: socket.socket) -> None:
+        """One question by TCP: length, message. Clients send it at once, so half a message ends the connection."""
+        self._selector.unregister(connection)
+        with connection:
+            message = connection.recv(2 + SNAP)
+            reply = self._answer(message[2:])
+            connection.send(struct.pack("!H", len(reply)) + reply)
+
+
+def start(pid: int, selector: selectors.BaseSelector, hostname: str, report: Report) -> None:
+    """Record what happens in the network namespace of `pid` whenever `selector`'s ready callbacks (its data) are called.
+
+    The calling process, which must have one thread, moves into that namespace for good.
+
+    Raises:
+        OSError: this kernel or its security module does not let us.
+    """
+    join(pid)
+    wait_for_loopback()
+    recorder = Recorder(selector, hostname, report)
+    recorder.watch(socket.AF_INET)
+    with contextlib.suppress(OSError):  # a kernel without IPv6
+        recorder.watch(socket.AF_INET6)

@@ -1,0 +1,470 @@
+"""Where the code of others runs: bubblewrap around a read-only root, without network, with a bound on memory.
+
+What a build sees is the same everywhere: the root's files, host name `build`, user `build` (1000), an empty /tmp and home, and
+the variables that it is given; nothing of the host's environment. What it leaves is what it wrote into the folders mounted
+writable. docs/sandbox.md says how each promise is kept.
+"""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import json
+import os
+import re
+import selectors
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from builder.box import meter, plain
+from builder.box.meter import KINDS, MemoryBy, Meter
+from builder.box.plain import Plain
+from gracefarm.errors import HostError
+from gracefarm.files import full_disk
+
+HOSTNAME = "build"
+HOME = "/home/build"
+TMP = str(Path("/", "tmp"))
+UID = GID = 1000
+"The one user and group inside; outside they are the builder's own."
+
+NetworkBy = Literal["recorder", "log", "host"]
+
+KILLED = 137
+"Return code of what the sandbox itself killed, as a shell's for SIGKILL."
+
+DATA = Path(__file__).parent.parent / "data" / "sandbox"
+"Files that stand in for the root's own in /etc, where it has them."
+
+_NOT_FROM_ROOT = frozenset({"proc", "sys", "dev", "tmp", "run", "home", "root", "boot", "media", "mnt", "srv", "lost+found"})
+_FIRST_TICK, _TICK = 0.02, 0.2
+"Seconds between two looks at the meter: short at first for short commands."
+_PATIENCE = 30.0
+"Seconds that the kernel may take to end all processes."
+_CHUNK = 1 << 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mount:
+    """A folder or file of the host that the sandbox sees."""
+
+    source: Path
+    target: str
+    writable: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sandbox:
+    """What a command inside sees."""
+
+    root: Path
+    "Read-only root file system: a Debian tree, merged /usr."
+    mounts: tuple[Mount, ...]
+    environment: Mapping[str, str]
+    "Complete: nothing is inherited from the host."
+    workdir: str
+    memory: int
+    "Bytes that the whole tree of processes may use."
+    network: bool = False
+    "Share the host's network: only for installing back from an index."
+    devices: tuple[str, ...] = ()
+    "Device files of the host, for a smoke test on a GPU."
+
+    @property
+    def hostname(self) -> str:
+        """The name that the sandbox gives the machine."""
+        return HOSTNAME
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What became of a command. The return code is the command's own, 128 + N after signal N."""
+
+    returncode: int
+    wall_s: float
+    cpu_s: float
+    "CPU seconds of the whole tree, daemons included."
+    peak_memory: int
+    "Bytes of anonymous and shared memory of the tree, sampled; the bound itself when it was passed."
+    memory_bound: int
+    memory_by: str
+    "One of meter.KINDS; podman or docker, where that holds the bound of its container."
+    killed_by_memory: bool
+    reached: tuple[str, ...]
+    "What the command tried to reach: host names, `address:port`; each once, in order."
+    network_by: NetworkBy = "recorder"
+    "Who saw that: the recorder, else (`log`) what the output says; `host`: nobody, the network was given."
+    timed_out: bool = False
+
+
+def command(sandbox: Sandbox | Plain, argv: Sequence[str]) -> list[str]:
+    """The complete bubblewrap command line that runs `argv`. By hand it does the same, but for the memory bound."""
+    if isinstance(sandbox, Plain):
+        return plain.command(sandbox, argv)
+    return ["bwrap", "--new-session", *_options(sandbox), "--", *argv]
+
+
+def run(
+    sandbox: Sandbox | Plain,
+    argv: Sequence[str],
+    *,
+    log: Path,
+    on_line: Callable[[str], None] | None = None,
+    timeout_s: float | None = None,
+    memory_by: Sequence[MemoryBy] = KINDS,
+    record: bool = True,
+) -> Outcome:
+    """Run `argv` inside; its output is appended to `log` as it comes, and each line given to `on_line`.
+
+    Whatever ends this function (the command's end, the bound, the time-out in seconds, an exception, Ctrl-C, SIGKILL), no
+    process of the sandbox outlives it. `memory_by` limits the ways to bound memory, `record` switches the recorder of network
+    attempts; both are for tests and odd machines.
+
+    Raises:
+        HostError: the sandbox cannot be started on this machine.
+        DiskFullError: the log cannot be written.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with full_disk(log.parent), log.open("ab", buffering=0) as stream, contextlib.closing(_Lines(on_line)) as lines:
+
+        def write(chunk: bytes) -> None:
+            _write_all(stream.fileno(), chunk)
+            lines.feed(chunk)
+
+        with _tree(sandbox, command(sandbox, argv), write=write, memory_by=memory_by, record=record) as tree:
+            tree.follow(timeout_s)
+    return tree.outcome(lines)
+
+
+def shell(sandbox: Sandbox | Plain, argv: Sequence[str] = ("/bin/bash",)) -> int:
+    """Run `argv` inside on this terminal, and return its exit code.
+
+    Raises:
+        HostError: the sandbox cannot be started on this machine (bubblewrap's message is on the terminal), or was killed.
+    """
+    # No --new-session: it would take the terminal away, and job control with it.
+    line = command(sandbox, argv) if isinstance(sandbox, Plain) else ["bwrap", *_options(sandbox), "--", *argv]
+    with _tree(sandbox, line, write=None) as tree:
+        while True:
+            try:
+                tree.follow(None)
+                break
+            except KeyboardInterrupt:  # meant for the program inside
+                continue
+    if tree.exit is None:
+        raise HostError("the sandbox was not started, or was killed", remedy="run `builder doctor`")
+    return tree.exit
+
+
+def check() -> str | None:
+    """Why no sandbox can be started on this machine, tried for real; None when one can."""
+    if shutil.which("bwrap") is None:
+        return "bubblewrap (the program bwrap) is not installed"
+    probe = Sandbox(root=Path("/"), mounts=(), environment={}, workdir="/", memory=meter.available_memory())
+    tried = subprocess.run(command(probe, ["/bin/true"]), capture_output=True, text=True, check=False)
+    return None if tried.returncode == 0 else _explain(tried.stderr)
+
+
+# --- the command line --------------------------------------------------------------------------------------------------------
+
+
+def _options(sandbox: Sandbox) -> list[str]:
+    return [
+        *("--unshare-all", "--unshare-user", "--die-with-parent", "--hostname", HOSTNAME),
+        *(("--share-net",) if sandbox.network else ()),
+        # Capabilities, which root would keep, could remount the root writable.
+        *("--uid", str(UID), "--gid", str(GID), "--cap-drop", "ALL"),
+        *_file_system(sandbox),
+        "--clearenv",
+        *(word for key in sorted(sandbox.environment) for word in ("--setenv", key, sandbox.environment[key])),
+        *("--chdir", sandbox.workdir),
+    ]
+
+
+def _file_system(sandbox: Sandbox) -> Iterator[str]:
+    """A tmpfs as /, so that the root need not have the mount points; its folders bound into it; then all made read-only."""
+    covered = _NOT_FROM_ROOT | {Path(mount.target).parts[1] for mount in sandbox.mounts if len(Path(mount.target).parts) == 2}
+    for entry in sorted(sandbox.root.iterdir()):
+        if entry.name in covered:
+            continue
+        if entry.is_symlink():
+            yield from ("--symlink", str(entry.readlink()), f"/{entry.name}")
+        elif entry.is_dir():
+            yield from ("--ro-bind", str(entry), f"/{entry.name}")
+    yield from ("--proc", "/proc", "--dev", "/dev")
+    for device in sandbox.devices:
+        yield from ("--dev-bind", device, device)
+    yield from ("--perms", "1777", "--tmpfs", TMP, "--tmpfs", HOME, "--dir", "/run")
+    yield from _etc(sandbox)
+    for mount in sandbox.mounts:
+        yield from ("--bind" if mount.writable else "--ro-bind", str(mount.source), mount.target)
+    # Where root builds, what is root's in /proc/sys is the build's as well: kernel.core_pattern would be its way out.
+    yield from ("--remount-ro", "/proc", "--remount-ro", "/")
+
+
+def _etc(sandbox: Sandbox) -> Iterator[str]:
+    """Our hosts, resolv.conf, passwd, group and nsswitch.conf over the root's; a file that the root lacks cannot be mounted.
+
+    Without them the C library's defaults are the same: DNS at 127.0.0.1, which is the recorder.
+    """
+    for source in sorted(DATA.iterdir()):
+        target = sandbox.root / "etc" / source.name
+        if source.name == "resolv.conf" and sandbox.network:
+            source = Path("/etc/resolv.conf").resolve()
+        if target.is_file() and not target.is_symlink() and source.is_file():
+            yield from ("--ro-bind", str(source), f"/etc/{target.name}")
+
+
+# --- the tree of processes ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(kw_only=True)
+class _Tree:
+    """A started sandbox, as seen from the builder."""
+
+    supervisor: subprocess.Popen[bytes]
+    report: int
+    control: int
+    meter: Meter
+    memory: int
+    network: bool
+    plain: bool
+    write: Callable[[bytes], None] | None
+    started: float = field(default_factory=time.monotonic)
+    peak: int = 0
+    cpu_s: float = 0.0
+    over: bool = False
+    timed_out: bool = False
+    exit: int | None = None
+    unwatched: str | None = None
+    reached: dict[str, None] = field(default_factory=dict)
+    _partial: bytes = b""
+
+    def follow(self, timeout_s: float | None) -> None:
+        """Pass on output and reports and keep to the bounds until all pipes are closed: then all processes have ended."""
+        tick = _FIRST_TICK
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.report, selectors.EVENT_READ, self._on_report)
+            if self.supervisor.stdout is not None:
+                selector.register(self.supervisor.stdout.fileno(), selectors.EVENT_READ, self.write)
+            due = time.monotonic() + tick
+            while selector.get_map():
+                for key, _ in selector.select(max(0.0, due - time.monotonic())):
+                    if chunk := os.read(key.fd, _CHUNK):
+                        key.data(chunk)
+                    else:
+                        selector.unregister(key.fd)
+                if time.monotonic() >= due:
+                    self._look(timeout_s)
+                    tick = min(2 * tick, _TICK)
+                    due = time.monotonic() + tick
+
+    def stop(self) -> None:
+        """End the tree, if it has not ended, and wait for it."""
+        self._end()
+        os.close(self.report)
+        if self.supervisor.stdout is not None:
+            self.supervisor.stdout.close()
+        try:
+            self.supervisor.wait(_PATIENCE)
+        except subprocess.TimeoutExpired:
+            self.supervisor.kill()
+            self.supervisor.wait()
+        self._measure()
+
+    def outcome(self, lines: _Lines) -> Outcome:
+        """The figures, after `stop`.
+
+        Raises:
+            HostError: the command never ran.
+        """
+        if self.exit is None and lines.complaint:
+            raise HostError(f"the sandbox could not be started: {_explain(lines.complaint)}", remedy="run `builder doctor`")
+        # On the machine itself a resolver may ask a server on loopback, which the recorder does not hear.
+        by_log = self.unwatched is not None or (self.plain and not self.reached)
+        return Outcome(
+            returncode=KILLED if self.exit is None else self.exit,
+            wall_s=time.monotonic() - self.started,
+            cpu_s=self.cpu_s,
+            peak_memory=max(self.peak, self.memory) if self.over else self.peak,
+            memory_bound=self.memory,
+            memory_by=self.meter.by,
+            killed_by_memory=self.over,
+            reached=() if self.network else tuple(lines.reached if by_log else self.reached),
+            network_by="host" if self.network else "log" if by_log else "recorder",
+            timed_out=self.timed_out,
+        )
+
+    def _look(self, timeout_s: float | None) -> None:
+        self._measure()
+        self.timed_out = timeout_s is not None and time.monotonic() - self.started > timeout_s
+        if self.over or self.timed_out:
+            self._end()
+
+    def _end(self) -> None:
+        """Tell the supervisor to kill the tree."""
+        if self.control >= 0:
+            os.close(self.control)
+            self.control = -1
+
+    def _measure(self) -> None:
+        reading = self.meter.read()
+        self.peak = max(self.peak, reading.memory)
+        self.cpu_s = max(self.cpu_s, reading.cpu_s)
+        self.over = self.over or reading.over
+
+    def _on_report(self, chunk: bytes) -> None:
+        *lines, self._partial = (self._partial + chunk).split(b"\n")
+        for message in map(json.loads, lines):
+            if "init" in message:
+                self.unwatched = message["unwatched"]
+                if message["init"] is not None and self.control >= 0:
+                    with contextlib.suppress(ProcessLookupError):  # bubblewrap has failed; the report of it comes next
+                        self.meter.attach(message["init"])
+                    with contextlib.suppress(BrokenPipeError):  # the same, and the supervisor is gone already
+                        os.write(self.control, b"g")
+            elif "reached" in message:
+                self.reached[message["reached"]] = None
+            else:
+                self.exit = message["exit"]
+                self.cpu_s = max(self.cpu_s, message["cpu_s"])
+
+
+@contextlib.contextmanager
+def _tree(
+    sandbox: Sandbox | Plain,
+    line: Sequence[str],
+    *,
+    write: Callable[[bytes], None] | None,
+    memory_by: Sequence[MemoryBy] = KINDS,
+    record: bool = True,
+) -> Iterator[_Tree]:
+    """Start a sandbox; whatever happens in the block, nothing of it is left after.
+
+    Raises:
+        HostError: bubblewrap is missing.
+    """
+    program = shutil.which(line[0])
+    if program is None:
+        raise HostError("bubblewrap (the program bwrap) is not installed", remedy="run `builder doctor`")
+    bound = meter.open_meter(sandbox.memory, memory_by)
+    with contextlib.closing(bound):
+        control_read, control_write = os.pipe()
+        report_read, report_write = os.pipe()
+        try:
+            supervisor = subprocess.Popen(
+                [
+                    *(sys.executable, "-I", "-S", "-c", _START, str(Path(__file__).parents[2])),
+                    *(str(control_read), str(report_write), "record" if record and not sandbox.network else "plain"),
+                    *(sandbox.hostname, program, *line[1:]),
+                ],
+                stdin=None if write is None else subprocess.DEVNULL,
+                stdout=None if write is None else subprocess.PIPE,
+                stderr=None if write is None else subprocess.STDOUT,
+                pass_fds=(control_read, report_write),
+                # Ctrl-C on the terminal is for the builder, which ends the tree in its own way.
+                start_new_session=write is not None,
+                env={},
+            )
+        finally:
+            os.close(control_read)
+            os.close(report_write)
+        tree = _Tree(
+            supervisor=supervisor,
+            report=report_read,
+            control=control_write,
+            meter=bound,
+            memory=sandbox.memory,
+            network=sandbox.network,
+            plain=isinstance(sandbox, Plain),
+            write=write,
+        )
+        try:
+            yield tree
+        finally:
+            tree.stop()
+
+
+_START = "import sys; sys.path.append(sys.argv.pop(1)); from builder.box.supervisor import main; main()"
+
+
+# --- what the output says ----------------------------------------------------------------------------------------------------
+
+
+class _Lines:
+    """Splits output into lines, and keeps what matters of them."""
+
+    def __init__(self, on_line: Callable[[str], None] | None) -> None:
+        self._on_line = on_line
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._partial = ""
+        self.complaint = ""
+        "Bubblewrap's last message."
+        self.reached: dict[str, None] = {}
+
+    def feed(self, chunk: bytes) -> None:
+        """Take in what came."""
+        *lines, self._partial = (self._partial + self._decoder.decode(chunk)).split("\n")
+        for line in lines:
+            self._line(line)
+
+    def close(self) -> None:
+        """Take in a last line that has no end."""
+        if self._partial:
+            self._line(self._partial)
+
+    def _line(self, line: str) -> None:
+        line = line.removesuffix("\r")
+        if line.startswith(("bwrap: ", "launcher: ")):
+            self.complaint = line
+        if wanted := reached_in(line):
+            self.reached[wanted] = None
+        if self._on_line is not None:
+            self._on_line(line)
+
+
+_UNREACHABLE = re.compile(r"Temporary failure in name resolution|Network is unreachable|Could not resolve host")
+_HOST = re.compile(r"host='([\w.-]+)'|resolve host: ([\w.-]+)|host address .([\w.-]+)")
+
+
+def reached_in(line: str) -> str | None:
+    """What a line of a build's output says it could not reach: a host, else the line itself; None when it says no such thing.
+
+    For machines where the recorder cannot be set up.
+    """
+    if not _UNREACHABLE.search(line):
+        return None
+    host = _HOST.search(line)
+    return host[host.lastindex or 0] if host else line.strip()[:200]
+
+
+_FORBIDDEN = (
+    ("kernel/apparmor_restrict_unprivileged_userns", "1", "AppArmor forbids it to ordinary programs"),
+    ("kernel/unprivileged_userns_clone", "0", "the kernel allows it to root alone"),
+    ("user/max_user_namespaces", "0", "their number is limited to none"),
+)
+
+
+def _explain(complaint: str) -> str:
+    """Bubblewrap's message, and what is behind it: forbidden user namespaces, or a folder that root may not enter in one."""
+    text = complaint.strip().removeprefix("bwrap: ").removeprefix("launcher: ") or "it ended without a word"
+    if "source path" in text and text.endswith("Permission denied") and os.getuid() == 0:
+        return f"{text}; in a sandbox root enters only folders open to it, so build as their owner or set GRACEFARM_HOME"
+    if not re.search(r"namespace|uid map|RTM_NEWADDR|unshare|clone", text):
+        return text
+    for name, value, reason in _FORBIDDEN:
+        with contextlib.suppress(OSError):
+            if (Path("/proc/sys") / name).read_text().strip() == value:
+                return f"no user namespace can be made: {reason} ({name.replace('/', '.')} = {value}; bwrap: {text})"
+    return text
+
+
+def _write_all(descriptor: int, chunk: bytes) -> None:
+    while chunk:
+        chunk = chunk[os.write(descriptor, chunk) :]

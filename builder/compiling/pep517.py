@@ -1,0 +1,174 @@
+"""From a source tree to a wheel, by PEP 517, in the sandbox; and what a failed build's log really says."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from builder.box import sandbox
+from builder.box.plain import Plain
+from builder.box.sandbox import Outcome, Sandbox
+from builder.planning.plan import Plan
+from gracefarm.errors import CompileError, DiskFullError, GracefarmError, MemoryBoundError, NetworkError
+from gracefarm.settings import Settings
+from gracefarm.tables import parse_size
+
+NINJA = re.compile(r"^\[(\d+)/(\d+)\] ")
+FIRST_ERROR = (
+    re.compile(r"(?:fatal error|error): |(?:error|fatal)\s+: |\berror #\d+|undefined reference to|cannot find -l"),
+    re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception)\b(?!.*returned non-zero exit status)(?::.*|$)"),
+    re.compile(r"^(?:CMake Error|make(?:\[\d+\])?: \*\*\*|ninja: error|FAILED: )"),
+)
+"In the order in which they name the cause: a compiler's word, a Python exception, a build tool's complaint."
+DISK_FULL = re.compile(r"No space left on device|Disk quota exceeded")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One compile: where it runs and what it is called."""
+
+    sandbox: Sandbox | Plain
+    command: tuple[str, ...]
+    log: Path
+    log_start: int = 0
+    "Bytes of the log that an earlier attempt wrote."
+
+
+def check_requirements(plan: Plan, source: Path) -> None:
+    """Compare the package's build requirements with the stack, on the host, so that no emulated Python starts for it.
+
+    Raises:
+        CompileError: one is missing from the stack's lock or has another version there.
+    """
+    pyproject = source / plan.recipe.data.build.subdirectory / "pyproject.toml"
+    if not pyproject.is_file():
+        return
+    try:
+        wanted = _requires(pyproject.read_bytes())
+    except ValueError as error:
+        raise CompileError(f"pyproject.toml of {plan.recipe.data.name}: {error}", remedy="patch it in the recipe") from error
+    locked = plan.installed
+    marker = {"python_version": plan.stack.data.python, "platform_machine": plan.target.value}
+    for one in wanted:
+        if one.marker is not None and not one.marker.evaluate(marker):
+            continue
+        version = locked.get(canonicalize_name(one.name))
+        if version is None or not one.specifier.contains(version, prereleases=True):
+            raise CompileError(
+                f"{plan.recipe.data.name} needs {str(one)!r} to build, stack {plan.stack.data.name} has {version or 'none'}",
+                remedy="add it to the stack's requirements and lock it anew, or patch the requirement in the recipe",
+                repeat=f"builder lock-stack {plan.stack.data.name}",
+            )
+
+
+def _requires(pyproject: bytes) -> list[Requirement]:
+    """build-system.requires.
+
+    Raises:
+        ValueError: not TOML, or not a list of requirements.
+    """
+    system = tomllib.loads(pyproject.decode()).get("build-system", {})
+    requires = system.get("requires", []) if isinstance(system, dict) else None
+    if not isinstance(requires, list) or not all(isinstance(one, str) for one in requires):
+        msg = "build-system.requires is no list of requirements"
+        raise ValueError(msg)
+    return [Requirement(text) for text in requires]
+
+
+def command(plan: Plan, environment: str = "/env", folder: str = "/build") -> tuple[str, ...]:
+    """What runs in the sandbox; a person can type it in `builder shell`."""
+    build = plan.recipe.data.build
+    found = {key: value.replace("/build/", f"{folder}/") for key, value in build.config_settings.items()}
+    settings = tuple(f"-C{key}={value}" for key, value in sorted(found.items()))
+    place = str(PurePosixPath(folder) / "source" / build.subdirectory)
+    # --skip-dependency-check: check_requirements did it; build would start the emulated setup.py, and torch, once more.
+    return (
+        f"{environment}/bin/python3",
+        "-m",
+        "build",
+        "--wheel",
+        "--no-isolation",
+        "--skip-dependency-check",
+        *settings,
+        "--outdir",
+        f"{folder}/out",
+        place,
+    )
+
+
+def run(job: Job, on_progress: Callable[[int, int], None]) -> Outcome:
+    """Compile; `on_progress` gets translation units done and in all as ninja counts them."""
+
+    def on_line(line: str) -> None:
+        if match := NINJA.match(line):
+            on_progress(int(match[1]), int(match[2]))
+
+    return sandbox.run(job.sandbox, job.command, log=job.log, on_line=on_line)
+
+
+def judge(outcome: Outcome, job: Job, plan: Plan) -> None:
+    """Raise what a finished compile deserves; a build that reached for the network fails even when it went on.
+
+    Raises:
+        MemoryBoundError, NetworkError, DiskFullError, CompileError: each with the log's own words.
+    """
+    name = plan.recipe.key
+    repeat = plan.repeat
+    if outcome.killed_by_memory:
+        raise MemoryBoundError(
+            f"the build of {name} was killed at its bound of {outcome.memory_bound / 2**30:.1f} GiB ({outcome.memory_by})",
+            remedy="raise memory_per_job in the recipe, name large sources in unit_memory, use fewer --jobs, or more memory",
+            repeat=f"{repeat} --jobs 1",
+        )
+    if outcome.reached:
+        raise NetworkError(
+            f"the build of {name} reached for the network, which a build has not: {', '.join(outcome.reached)}",
+            remedy="pin what it wants as a [[files]] entry of the recipe, or patch the download out",
+            repeat=repeat,
+        )
+    if outcome.returncode == 0:
+        return
+    error = first_error(job.log, job.log_start)
+    if DISK_FULL.search(error):
+        raise DiskFullError(
+            f"the build of {name} filled the disk: {error}",
+            remedy="free space (`builder clean`) or move GRACEFARM_HOME",
+            repeat=repeat,
+        )
+    raise CompileError(
+        f"the build of {name} failed: {error}",
+        remedy=f"read the log (`builder log {name}`) or look around in its sandbox (`builder shell {name}`)",
+        repeat=repeat,
+    )
+
+
+def first_error(log: Path, start: int = 0) -> str:
+    """The line of a build log, from byte `start` on, that names the cause: the first of the strongest kind, not the last
+    traceback's."""
+    lines = log.read_bytes()[start:].decode(errors="replace").splitlines()
+    # cibuildwheel's last word names its own command and no cause.
+    lines = [line for line in lines if not line.startswith("cibuildwheel: error: Command [")]
+    full = next((line for line in lines if DISK_FULL.search(line)), None)
+    if full is not None:
+        return full.strip()
+    for kind in FIRST_ERROR:
+        for line in lines:
+            if kind.search(line):
+                return line.strip()
+    return next((line.strip() for line in reversed(lines) if line.strip()), "the log is empty")
+
+
+def fewer_jobs(error: GracefarmError, jobs: int) -> int | None:
+    """The job count of the one retry after a kill by memory, or None where there is nothing to lower."""
+    return jobs // 2 if isinstance(error, MemoryBoundError) and jobs > 1 else None
+
+
+def bound(settings: Settings, available: int) -> int:
+    """Bytes that a build may use: the setting, else nine tenths of what is free, so that the machine stays usable."""
+    return parse_size(settings.memory) if settings.memory else available * 9 // 10

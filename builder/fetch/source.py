@@ -1,0 +1,264 @@
+"""The source tree of a build: what was fetched, unpacked fresh, with the recipe's files and patches, all times set alike."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import os
+import re
+import shutil
+import stat
+import tarfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from packaging.utils import canonicalize_name
+
+from builder.fetch import Fetched, archive
+from builder.fetch.git import GitError, enclosing, run_git
+from builder.planning.recipe import GitSource, LoadedRecipe, Recipe
+from gracefarm.errors import SourceError
+from gracefarm.files import atomic_directory, full_disk, remove_tree
+
+
+def unpack(recipe: LoadedRecipe, fetched: Fetched, into: Path, source_date_epoch: int) -> Path:
+    """Make the tree at `into` (what was there goes) and return it; it is there whole or not at all.
+
+    An archive loses its one top folder. A git tree gets a `.git` of one commit that answers `git rev-parse HEAD` and
+    `git describe --always`, and none of the tags, which can move. Then come the recipe's files, then its patches in order; at
+    last every time is set to `source_date_epoch` (seconds since 1970) and every mode to 644 or 755.
+
+    Raises:
+        SourceError: an archive that cannot be trusted or read, a file's place that is taken, a patch that does not apply.
+        HostError: git is needed (a git source, a patch) and not there.
+        DiskFullError: no space.
+    """
+    remove_tree(into)
+    with full_disk(into.parent), atomic_directory(into) as tree:
+        repositories = _populate(recipe.data, fetched, tree)
+        _place_files(recipe.data, fetched, tree)
+        for patch in recipe.patches:
+            _apply(patch, tree, recipe)
+        _substitute(recipe.data, tree)
+        _settle(tree, source_date_epoch, [place / ".git" for place in repositories])
+        for place in repositories:
+            _refresh(place)
+    return into
+
+
+def pack(tree: Path, recipe: Recipe, into: Path, moment: int) -> None:
+    """Keep the exact patched source, as it is before the build touches it, without git's own folders."""
+    remove_tree(into)
+    into.mkdir(parents=True)
+    with (into / "source.tar").open("wb") as stream, tarfile.open(fileobj=stream, mode="w") as tar:
+        top = f"{canonicalize_name(recipe.name).replace('-', '_')}-{recipe.version}"
+        for path in sorted(tree.rglob("*")):
+            inside = path.relative_to(tree)
+            if ".git" not in inside.parts:
+                tar.add(path, f"{top}/{inside}", recursive=False, filter=lambda info: _anonymous(info, moment))
+
+
+def finish(packed: Path, wheel: Path, into: Path, moment: int) -> Path:
+    """The kept source as an sdist beside the wheel, with the wheel's METADATA as its PKG-INFO."""
+    with zipfile.ZipFile(wheel) as archive:
+        metadata = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        text = archive.read(metadata)
+    with tarfile.open(packed / "source.tar", "a") as tar:
+        top = tar.getnames()[0].split("/")[0]
+        info = _anonymous(tarfile.TarInfo(f"{top}/PKG-INFO"), moment)
+        info.size = len(text)
+        tar.addfile(info, io.BytesIO(text))
+    final = into / f"{top}.tar.gz"
+    with (
+        (packed / "source.tar").open("rb") as plain,
+        final.open("wb") as raw,
+        gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=moment) as stream,
+    ):
+        shutil.copyfileobj(plain, stream)
+    return final
+
+
+def _anonymous(info: tarfile.TarInfo, moment: int) -> tarfile.TarInfo:
+    info.uid = info.gid = 0
+    info.uname = info.gname = ""
+    info.mtime = moment
+    info.mode = 0o755 if info.isdir() or info.mode & stat.S_IXUSR else 0o644
+    return info
+
+
+def source_date_epoch(recipe: Recipe, fetched: Fetched) -> int:
+    """The moment that the build calls now, in seconds since 1970: the commit's, or the newest in the archive.
+
+    Within 1980 and 2107, which is what a wheel can hold.
+
+    Raises:
+        SourceError: the archive cannot be read.
+    """
+    if isinstance(recipe.source, GitSource):
+        said = run_git(
+            ["show", "--no-patch", "--format=%ct", recipe.source.commit], cwd=fetched.source, config=_config(fetched.source)
+        )
+        return archive.clamp(int(said))
+    return archive.newest_mtime(fetched.source, _title(recipe))
+
+
+def _title(recipe: Recipe) -> str:
+    return f"source of {recipe.name} {recipe.version}"
+
+
+def _config(repository: Path) -> Path:
+    """The configuration that fetch wrote beside its repositories."""
+    return repository.parent / "config"
+
+
+def _populate(recipe: Recipe, fetched: Fetched, tree: Path) -> list[Path]:
+    """Fill the tree; returns the folders that are git work trees."""
+    places = []
+    if isinstance(recipe.source, GitSource):
+        _export(fetched.source, recipe.source.commit, tree, _config(fetched.source))
+        places.append(tree)
+        for path, module in sorted(recipe.source.submodules.items()):
+            # A parent sorts before what lies in it.
+            _, inner = enclosing(path, recipe.source.submodules)
+            archive.make_parents(tree / path, tree, f"submodule {inner}")
+            _export(fetched.submodules[path], module.commit, tree / path, _config(fetched.source))
+            places.append(tree / path)
+    else:
+        archive.extract(fetched.source, tree, _title(recipe), strip=True)
+    for one in recipe.repositories:
+        archive.make_parents(tree / one.path, tree, f"repository {one.path}")
+        repository = fetched.repositories[one.path]
+        _export(repository, one.commit, tree / one.path, _config(repository))
+        places.append(tree / one.path)
+    return places
+
+
+def _export(repository: Path, commit: str, into: Path, config: Path) -> None:
+    """Check a commit out of the store into a repository of its own, so that a build cannot reach the store's objects."""
+    into.mkdir(exist_ok=True)
+    try:
+        run_git(["init", "--quiet"], cwd=into, config=config)
+        address = str(repository.resolve())
+        fetch = ["fetch", "--quiet", "--no-tags", "--no-write-fetch-head", "--depth", "1", "--", address, commit]
+        run_git(fetch, cwd=into, config=config)
+        run_git(["checkout", "--quiet", "--detach", commit, "--"], cwd=into, config=config)
+    except GitError as error:
+        raise SourceError(
+            f"commit {commit} cannot be checked out: {str(error).strip()}", remedy=f"remove {repository} and fetch again"
+        ) from error
+
+
+def _place_files(recipe: Recipe, fetched: Fetched, tree: Path) -> None:
+    for file in recipe.files:
+        place, name = tree / file.path, f"file {file.path} of {recipe.name}"
+        archived = file.unpack or bool(file.members)
+        archive.make_parents(place / "member" if archived else place, tree, name)
+        origin = fetched.files[file.sha256] if file.sha256 else None
+        if file.members and origin:
+            archive.extract_members(origin, place, name, file.members)
+            continue
+        if file.unpack and origin:
+            archive.extract(origin, place, name, strip=False)
+            continue
+        if place.is_symlink() or place.exists():
+            raise SourceError(
+                f"{name}: the source has something at that place already",
+                remedy="give it another path, or change it by a patch",
+            )
+        if origin:
+            shutil.copyfile(origin, place)
+        else:
+            place.write_text(file.text or "")
+
+
+def _substitute(recipe: Recipe, tree: Path) -> None:
+    for one in recipe.substitutions:
+        place = tree / one.path
+        if place.is_symlink() or not place.is_file() or not place.resolve().is_relative_to(tree.resolve()):
+            raise SourceError(
+                f"substitution in {one.path} of {recipe.name}: no such file in the source",
+                remedy="mend [[substitutions]] in the recipe against the source as pinned",
+            )
+        try:
+            text = place.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise SourceError(
+                f"substitution in {one.path} of {recipe.name}: the file is not UTF-8", remedy="write a patch instead"
+            ) from error
+        if (found := text.count(one.find)) != one.count:
+            raise SourceError(
+                f"substitution in {one.path} of {recipe.name}: {one.find.strip()!r} is there {found} times, not {one.count}",
+                remedy="mend [[substitutions]] in the recipe against the source as pinned",
+            )
+        place.write_text(text.replace(one.find, one.replace))
+
+
+def _apply(patch: Path, tree: Path, recipe: LoadedRecipe) -> None:
+    """`git apply`: exact context, all of a patch or nothing, never through a link.
+
+    Without a repository: one around the tree would make git skip every file silently, and attributes of one in it would count.
+    """
+    try:
+        run_git(["apply", "--whitespace=nowarn", "--", str(patch.resolve())], cwd=tree, environment={"GIT_DIR": os.devnull})
+    except GitError as error:
+        raise SourceError(
+            f"patch {patch.name} of {recipe.key} does not apply: {_where(patch, str(error))}",
+            remedy=f"make the patch anew against {recipe.data.name} {recipe.data.version} as pinned, or remove it",
+        ) from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Hunk:
+    file: str
+    start: int
+    header: str
+
+
+def _where(patch: Path, said: str) -> str:
+    """File and hunk of a refusal, from git's `patch failed: FILE:LINE` and the patch itself; else git's own words."""
+    failed = re.search(r"^error: patch failed: (.*):(\d+)$", said, re.MULTILINE)
+    if failed is None:
+        return "; ".join(line.removeprefix("error: ") for line in said.splitlines() if line.startswith(("error:", "fatal:")))
+    file, line = failed[1], int(failed[2])
+    hunks = [hunk for hunk in _hunks(patch) if hunk.file == file]
+    for number, hunk in enumerate(hunks, 1):
+        if hunk.start == line:
+            return f"{file}, hunk {number} of {len(hunks)} ({hunk.header})"
+    return f"{file} at line {line}"
+
+
+def _hunks(patch: Path) -> list[_Hunk]:
+    found, file = [], ""
+    for line in patch.read_text(errors="replace").splitlines():
+        if line.startswith("--- "):
+            file = line[4:].split("\t")[0].partition("/")[2]
+        elif header := re.match(r"@@ -(\d+)(?:,\d+)? \+\d+(?:,\d+)? @@", line):
+            found.append(_Hunk(file=file, start=int(header[1]), header=header[0]))
+    return found
+
+
+def _settle(tree: Path, moment: int, besides: list[Path]) -> None:
+    """One time and one of two modes for everything but the folders `besides`; links are not followed."""
+    for folder, folders, files in os.walk(tree):
+        folders[:] = [name for name in folders if Path(folder, name) not in besides]
+        # Setting a time changes no other one, so the order does not matter.
+        for name in (*folders, *files):
+            _stamp(Path(folder, name), moment)
+    _stamp(tree, moment)
+
+
+def _stamp(path: Path, moment: int) -> None:
+    mode = path.lstat().st_mode
+    if not stat.S_ISLNK(mode):
+        path.chmod(0o755 if stat.S_ISDIR(mode) or mode & stat.S_IXUSR else 0o644)
+    os.utime(path, (moment, moment), follow_symlinks=False)
+
+
+def _refresh(place: Path) -> None:
+    """Tell git's index the times just set, or every `git describe --dirty` would read all files again."""
+    try:
+        run_git(["update-index", "-q", "--refresh"], cwd=place)
+    except GitError:
+        # A patched file is reported by the exit code; that it differs is true.
+        return

@@ -1,0 +1,191 @@
+"""Build a wheel again in another folder and say what is not the same: nothing, device code alone, or which file and section.
+
+nvcc promises no equal bytes for equal input; everything else here does.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from elftools.common.exceptions import ELFError
+from elftools.elf.elffile import ELFFile
+
+from builder.audit.contents import UNREADABLE
+from builder.flow import build
+from builder.flow.build import Options
+from builder.planning.plan import Plan
+from builder.proof import record
+from builder.proof.record import Part
+from gracefarm.console import Console
+from gracefarm.errors import VerifyError
+from gracefarm.files import lock, remove_tree
+from gracefarm.settings import Settings
+
+SHARED = ("roots", "environments", "toolchains", "cuda", "wrappers", "store", "git", "uv")
+"Folders of GRACEFARM_HOME whose content is pinned by digest; all else, compiler caches among it, is made anew."
+
+DEVICE_SECTIONS = (".nv_fatbin", "__nv_relfatbin", ".nvFatBinSegment", ".nv_module_id", "__nv_module_id")
+"Where nvcc puts cubins and PTX, and the id that it draws for each translation unit."
+DEVICE_FILES = (".cubin", ".fatbin", ".ptx")
+NVCC_NAMES = re.compile(rb"tmpxft_[0-9a-f]{8}_[0-9a-f]{8}")
+"Names of nvcc's temporary files, which hold its process id and stay in the object's table of symbols."
+DERIVED_SECTIONS = (".note.gnu.build-id", ".gnu_debuglink")
+"Hashes of the object's own content: they differ because something else does."
+
+
+class Difference(Part):
+    """One place where two wheels are not the same."""
+
+    file: str
+    where: str
+    "A section, `only in the first`, `only in the second`, or how the file differs as a whole."
+    device: bool = False
+    "Device code, or what follows from it."
+
+
+class Comparison(Part):
+    """What two builds have in common."""
+
+    verdict: Literal["identical", "device code only", "differs"]
+    differences: tuple[Difference, ...] = ()
+
+    @property
+    def sentence(self) -> str:
+        """One line for people."""
+        if self.verdict == "identical":
+            return "identical: every byte"
+        places = ", ".join(f"{one.file} ({one.where})" for one in self.differences[:6])
+        more = f", and {len(self.differences) - 6} more" if len(self.differences) > 6 else ""
+        return f"{self.verdict}: {places}{more}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Object:
+    """An ELF file by its parts."""
+
+    header: tuple[object, ...]
+    sections: Mapping[str, bytes]
+
+
+def compare(first: Path, second: Path) -> Comparison:
+    """Hold two wheels against each other, file by file, and ELF files section by section.
+
+    Raises:
+        VerifyError: one of them cannot be read.
+    """
+    try:
+        if first.read_bytes() == second.read_bytes():
+            return Comparison(verdict="identical")
+        with zipfile.ZipFile(first) as one, zipfile.ZipFile(second) as other:
+            found = tuple(_wheels(one, other))
+    except UNREADABLE as error:
+        raise VerifyError(f"{first.name} and {second.name} cannot be compared: {error}") from error
+    if first.name != second.name:
+        found = (Difference(file=second.name, where="another file name"), *found)
+    only_device = bool(found) and all(one.device for one in found)
+    return Comparison(verdict="device code only" if only_device else "differs", differences=found)
+
+
+def _wheels(one: zipfile.ZipFile, other: zipfile.ZipFile) -> Iterator[Difference]:
+    names, others = one.namelist(), other.namelist()
+    yield from (Difference(file=name, where="only in the first") for name in names if name not in others)
+    yield from (Difference(file=name, where="only in the second") for name in others if name not in names)
+    both = [name for name in names if name in others]
+    if both != [name for name in others if name in names]:
+        yield Difference(file="the archive", where="order of the files")
+    changed = [name for name in both if one.read(name) != other.read(name)]
+    records = [name for name in changed if name.endswith(".dist-info/RECORD")]
+    contents = [found for name in changed if name not in records for found in _files(name, one.read(name), other.read(name))]
+    yield from contents
+    if not contents and not records:
+        # The content is the same, the bytes of the archive are not.
+        yield Difference(file="the archive", where="times, modes or compression")
+    # RECORD has the digests of the others: it differs with them, and alone it is a difference of its own.
+    yield from (Difference(file=name, where="content") for name in records if not contents and names == others)
+
+
+def _files(name: str, first: bytes, second: bytes) -> Iterator[Difference]:
+    if name.endswith(DEVICE_FILES):
+        yield Difference(file=name, where="the whole file", device=True)
+        return
+    one, other = _object(first), _object(second)
+    if one is None or other is None:
+        yield Difference(file=name, where=f"content, from byte {_first_difference(first, second)}")
+        return
+    found = list(_sections(name, one, other))
+    hashes = [difference for difference in found if difference.where in DERIVED_SECTIONS]
+    rest = [difference for difference in found if difference not in hashes]
+    yield from rest
+    if not rest:
+        yield from hashes or [Difference(file=name, where="bytes between the sections")]
+
+
+def _sections(name: str, one: _Object, other: _Object) -> Iterator[Difference]:
+    if one.header != other.header:
+        yield Difference(file=name, where="ELF header")
+    for section in dict.fromkeys([*one.sections, *other.sections]):
+        first, second = one.sections.get(section), other.sections.get(section)
+        if first != second:
+            by_name = first is not None and second is not None and _unnamed(first) == _unnamed(second)
+            where = f"{section}: names of nvcc's temporary files" if by_name else section
+            yield Difference(file=name, where=where, device=by_name or section in DEVICE_SECTIONS)
+
+
+def _unnamed(section: bytes) -> bytes:
+    return NVCC_NAMES.sub(b"tmpxft", section)
+
+
+def _object(content: bytes) -> _Object | None:
+    """The parts of an ELF file; None for all else. Places in the file, which move with a section's size, do not count."""
+    if not content.startswith(b"\x7fELF"):
+        return None
+    try:
+        elf = ELFFile(io.BytesIO(content))
+        header = tuple(elf[name] for name in ("e_type", "e_machine", "e_flags", "e_shnum"))
+        sections: dict[str, bytes] = {}
+        for number, section in enumerate(elf.iter_sections()):
+            name = section.name or f"section {number}"
+            # Several may have one name.
+            key = name if name not in sections else f"{name} ({number})"
+            sections[key] = b"" if section["sh_type"] == "SHT_NOBITS" else section.data()
+    except (ELFError, ValueError, OSError, AttributeError):
+        return None
+    return _Object(header=header, sections=sections)
+
+
+def _first_difference(first: bytes, second: bytes) -> int:
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((place for place, (a, b) in pairs if a != b), min(len(first), len(second)))
+
+
+@contextmanager
+def again(plan: Plan, settings: Settings, console: Console, jobs: int | None = None) -> Iterator[Path]:
+    """The wheel of the plan, built once more below another folder; it vanishes with the block.
+
+    Raises:
+        GracefarmError: of the stage that failed.
+    """
+    home = record.folder(settings, plan.build_id) / "rebuild"
+    with lock(
+        settings.home / "locks" / f"rebuild-{plan.build_id}", lambda: console.step("wait", "another process rebuilds this")
+    ):
+        remove_tree(home)  # of a run that was killed
+        try:
+            home.mkdir(parents=True)
+            for name in SHARED:
+                (settings.home / name).mkdir(exist_ok=True)
+                (home / name).symlink_to((settings.home / name).resolve())
+            elsewhere = Settings.model_validate(settings.model_dump() | {"home": home})
+            done = build.build(plan, Options(jobs=jobs, compiler_cache=False), elsewhere, console)
+            wheel = record.wheel_path(elsewhere, done)
+            assert wheel is not None
+            yield wheel
+        finally:
+            remove_tree(home)

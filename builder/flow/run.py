@@ -1,0 +1,142 @@
+"""`builder run`: the whole way on one machine, from recipe to an import of what pip installed from an index."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from builder.box import meter
+from builder.compiling import pep517
+from builder.flow import build
+from builder.ground import environment
+from builder.ground.root import die_with_us
+from builder.planning.plan import Plan
+from builder.proof import publish, record
+from gracefarm.console import Console
+from gracefarm.errors import HostError, PublishError
+from gracefarm.files import lock, remove_tree
+from gracefarm.settings import Settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """Where everything is."""
+
+    wheel: str
+    record: str
+    log: str
+    build_id: str
+
+
+@contextmanager
+def local_index(settings: Settings) -> Iterator[tuple[str, str]]:
+    """The project's own `index serve` on a free loopback port, its store under home/index; yields its URL and an upload token.
+
+    Raises:
+        HostError: it did not start, with its last words.
+        PublishError: what is raised inside, with the way out that this index alone has.
+    """
+    folder = settings.home / "index"
+    # A server that outlived a killed run would keep the store from the next one.
+    serve = [sys.executable, "-m", "index", "serve", "--root", str(folder), "--port", "0", "--allow-new", "--json"]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        (settings.home / "index.log").open("w") as errors,
+        subprocess.Popen(die_with_us(serve), stdout=subprocess.PIPE, stderr=errors, text=True) as server,
+    ):
+        try:
+            assert server.stdout is not None
+            url = next((found for line in server.stdout if (found := _url(line))), None)
+            if url is None:
+                words = (settings.home / "index.log").read_text().strip().splitlines()
+                raise HostError(f"index serve did not start: {words[-1] if words else 'no output'}", repeat=" ".join(serve))
+            yield url, _token(folder)
+        except PublishError as error:
+            remedy = f"if it holds another build of the same file, which no index replaces: mv {folder} {folder}.old"
+            raise PublishError(error.cause, remedy=remedy, repeat=error.repeat) from error
+        finally:
+            server.terminate()
+
+
+def _url(line: str) -> str | None:
+    try:
+        found = json.loads(line).get("url")
+    except ValueError:
+        return None
+    return str(found).rstrip("/") if found else None
+
+
+def _token(folder: Path) -> str:
+    made = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "index",
+            "token",
+            "create",
+            "--root",
+            str(folder),
+            "--name",
+            "builder-run",
+            "--expires",
+            "1d",
+            "--json",
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return str(json.loads(made.stdout.splitlines()[-1])["token"])
+
+
+def run(plan: Plan, settings: Settings, console: Console) -> Result:
+    """Build, publish, install back, import.
+
+    Raises:
+        GracefarmError: of the step that failed.
+    """
+    build.refuse_objects(plan.stack.data)
+    done = build.build(plan, build.Options(), settings, console)
+    folder = record.folder(settings, done.build_id)
+    with lock(settings.home / "locks" / "run"), local_index(settings) as (url, token):
+        console.step("index", f"serving {url}/simple/ from {settings.home / 'index'}")
+        os.environ.update(TWINE_USERNAME="__token__", TWINE_PASSWORD=token)
+        wheel = record.wheel_path(settings, done)
+        assert wheel is not None
+        # Not noted in the record: the address ends with this run.
+        publish.upload(wheel, f"{url}/legacy/")
+        console.step("publish", f"{wheel.name} to {url}/legacy/")
+        build.tell_index(done.build_id, f"{url}/legacy/", settings, console)
+        _install_back(plan, f"{url}/simple/", settings, console, folder)
+    return Result(
+        wheel=str(wheel), record=str(record.path(settings, done.build_id)), log=str(folder / "log.txt"), build_id=done.build_id
+    )
+
+
+def _install_back(plan: Plan, index_url: str, settings: Settings, console: Console, folder: Path) -> None:
+    ground = build.lay_ground(plan, settings, console)
+    clean = folder / "install" / "env"
+    remove_tree(clean)
+    environment.fresh(ground.environment, clean, None)
+    data = plan.recipe.data
+    outcome = publish.install_back(
+        f"{data.name}=={data.version}",
+        index_url=index_url,
+        imports=data.smoke.imports,
+        script=plan.recipe.smoke_script,
+        environment=clean,
+        root=ground.root,
+        memory=pep517.bound(settings, meter.available_memory()),
+        log=folder / "install.txt",
+        files=folder / "install" / "files",
+    )
+    proven = "it imports" + (", smoke.py passes" if plan.recipe.smoke_script else "")
+    console.step("install", f"pip installed {data.name} from {index_url} alone; {proven} (in {outcome.wall_s:.0f} s)")
+    shutil.rmtree(folder / "install")

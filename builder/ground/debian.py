@@ -1,0 +1,216 @@
+"""Debian's archive: which mirror, which packages a request needs (apt decides), what a lock says about each."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from urllib.parse import unquote
+
+from builder.planning.stack import Arch
+from gracefarm.errors import FetchError, HostError, RootError
+from gracefarm.settings import Settings
+from gracefarm.tables import InsidePath, Sha256, Table
+
+KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
+MIRROR_REMEDY = "name a Debian mirror that this machine reaches: GRACEFARM_DEBIAN_MIRROR=URL"
+OS_RELEASE = Path("/etc/os-release")
+
+_CONFIGURATION = """\
+Dir "{folder}";
+Dir::State "{folder}/state";
+Dir::State::status "{folder}/status";
+Dir::Cache "{folder}/cache";
+Dir::Etc "{folder}/etc";
+APT::Architecture "{architecture}";
+APT::Architectures {{ {architectures} }};
+APT::Install-Recommends "false";
+APT::Sandbox::User "";
+Acquire::Languages "none";
+Acquire::ForceHash "SHA256";
+Acquire::Retries "3";
+"""
+
+
+class Deb(Table):
+    """One binary package of the archive."""
+
+    name: str
+    arch: str
+    "Debian's name: amd64, arm64 or all."
+    version: str
+    sha256: Sha256
+    size: int
+    "Bytes."
+    path: InsidePath
+    "In the archive, below the mirror's URL."
+
+    @property
+    def title(self) -> str:
+        """As apt writes it."""
+        return f"{self.name}:{self.arch} {self.version}"
+
+
+def line(one: Deb) -> str:
+    """A package as a line of a lock."""
+    return (
+        f'    {{ name = "{one.name}", arch = "{one.arch}", version = "{one.version}", size = {one.size}, '
+        f'sha256 = "{one.sha256}", path = "{one.path}" }},'
+    )
+
+
+def mirror(suite: str, settings: Settings) -> str:
+    """Base URL of the archive: the setting, else what apt uses on Debian, else mmdebstrap's default.
+
+    Raises:
+        HostError: none of the three says.
+    """
+    found = settings.debian_mirror or _apt_mirror(suite) or _mmdebstrap_mirror()
+    if found is None:
+        raise HostError(
+            "no Debian mirror is known: apt's sources name none and mmdebstrap, whose default would do, is not installed",
+            remedy="set GRACEFARM_DEBIAN_MIRROR to a mirror's URL, or install mmdebstrap",
+        )
+    return found.rstrip("/")
+
+
+def parse_sources(listing: str, suites: Sequence[str]) -> str | None:
+    """The Debian archive in the output of `apt-get update --print-uris`; suites in order of preference.
+
+    The listing names a Release file per configured suite, also where apt has never fetched one.
+    """
+    sources = re.findall(r"^'((?:https?|file):[^']+?)/dists/([^/']+)/(?:In)?Release'", listing, flags=re.MULTILINE)
+    for suite in suites:
+        found = [unquote(url) for url, name in sources if name == suite]
+        # Other archives have suites of that name too; Debian's own is by convention in a folder /debian.
+        found.sort(key=lambda url: not url.rstrip("/").endswith("/debian"))
+        if found:
+            return found[0]
+    return None
+
+
+def parse_manual(text: str) -> str | None:
+    """The default mirror that mmdebstrap's manual (in its own text, as POD) states."""
+    found = re.search(r"If no I<MIRROR> option is provided,\s+L<(https?://[^>\s]+)>\s+is\s+used", text)
+    return found[1] if found else None
+
+
+def _apt_mirror(suite: str) -> str | None:
+    """What this machine's apt is told, where this machine is Debian."""
+    release = (
+        dict(re.findall(r'^(\w+)="?([^"\n]*)', OS_RELEASE.read_text(), flags=re.MULTILINE)) if OS_RELEASE.exists() else {}
+    )
+    if release.get("ID") != "debian" or shutil.which("apt-get") is None:
+        return None
+    listing = subprocess.run(["apt-get", "update", "--print-uris"], capture_output=True, text=True, check=False).stdout
+    return parse_sources(listing, (suite, release.get("VERSION_CODENAME", ""), "stable", "oldstable", "testing", "sid"))
+
+
+def _mmdebstrap_mirror() -> str | None:
+    program = shutil.which("mmdebstrap")
+    return parse_manual(Path(program).read_text(errors="replace")) if program else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solver:
+    """An apt of our own: one suite, an empty system, nothing of this machine's configuration."""
+
+    folder: Path
+    url: str
+
+    def solve(self, requests: Sequence[str]) -> list[Deb]:
+        """What `requests` (NAME:ARCH) and all that they depend on come to.
+
+        Raises:
+            RootError: apt finds no solution.
+        """
+        listing = self.run_apt("install", "--print-uris", "--quiet=2", "--yes", *requests)
+        return [self._parse(line) for line in listing.splitlines() if line.startswith("'")]
+
+    def alone(self, requests: Sequence[str]) -> list[Deb]:
+        """`requests` without what they depend on.
+
+        Raises:
+            RootError: the suite does not have one of them.
+        """
+        if not requests:
+            return []
+        listing = self.run_apt("download", "--print-uris", "--quiet=2", *requests)
+        return [self._parse(line) for line in listing.splitlines() if line.startswith("'")]
+
+    def _parse(self, line: str) -> Deb:
+        """A line such as `'URL' NAME_VERSION_ARCH.deb SIZE SHA256:DIGEST`."""
+        found = re.fullmatch(r"'([^']+)' ([^_]+)_([^_]+)_([^_]+)\.deb (\d+) SHA256:([0-9a-f]{64})", line.strip())
+        if found is None or not found[1].startswith(f"{self.url}/"):
+            raise RootError(f"apt's answer is not understood: {line!r}", remedy="use Debian's or Ubuntu's own apt")
+        return Deb(
+            name=found[2],
+            arch=found[4],
+            version=unquote(found[3]),
+            sha256=found[6],
+            size=int(found[5]),
+            path=unquote(found[1][len(self.url) + 1 :]),
+        )
+
+    def run_apt(self, *arguments: str) -> str:
+        """What `apt-get ARGUMENTS` prints.
+
+        Raises:
+            RootError: it failed.
+        """
+        done = subprocess.run(
+            ["apt-get", *arguments],
+            env={"APT_CONFIG": str(self.folder / "apt.conf"), "PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8"},
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            errors = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith(("E:", " "))]
+            raise RootError(
+                f"apt-get {arguments[0]} failed: {' '.join(' '.join(errors).split())}",
+                remedy="mend [root] in stack.toml",
+                repeat=f"apt-get {' '.join(arguments)}",
+            )
+        return done.stdout
+
+
+@contextmanager
+def solver(
+    suite: str, architecture: Arch, foreign: Sequence[Arch], settings: Settings, component: str = "main"
+) -> Iterator[Solver]:
+    """A Solver for one suite, its lists freshly fetched and checked by Debian's signature, in a folder that lasts as long.
+
+    Raises:
+        HostError: there is no apt, or no keyring of Debian's.
+        FetchError: the lists cannot be fetched.
+    """
+    if shutil.which("apt-get") is None or not KEYRING.exists():
+        raise HostError(
+            "resolving a root needs apt and Debian's keyring",
+            remedy="on Debian or Ubuntu: apt-get install debian-archive-keyring",
+        )
+    url = mirror(suite, settings)
+    with TemporaryDirectory(prefix="gracefarm-apt-") as name:
+        folder = Path(name)
+        for needed in ("state/lists/partial", "cache/archives/partial", "etc/apt.conf.d", "etc/preferences.d"):
+            (folder / needed).mkdir(parents=True)
+        (folder / "status").touch()
+        # The suite alone: -updates and -security would move under a lock.
+        (folder / "etc" / "sources.list").write_text(f"deb [signed-by={KEYRING}] {url} {suite} {component}\n")
+        architectures = " ".join(f'"{one.debian}";' for one in (architecture, *foreign))
+        (folder / "apt.conf").write_text(
+            _CONFIGURATION.format(folder=folder, architecture=architecture.debian, architectures=architectures)
+        )
+        one = Solver(folder=folder, url=url)
+        try:
+            one.run_apt("update", "--error-on=any")
+        except RootError as error:
+            raise FetchError(f"the package lists of {suite} cannot be fetched: {error.cause}", remedy=MIRROR_REMEDY) from error
+        yield one

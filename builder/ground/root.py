@@ -1,0 +1,420 @@
+"""The root: the read-only Debian tree that the sandbox sees, assembled from root.lock without running maintainer scripts.
+
+Where host and target differ, the compilers are the host's and Python is the target's: /usr/bin/python3.11 is a native launcher
+that starts the real one under qemu-user. /opt/gracefarm/bin, first on PATH in a build, makes the stack's compilers answer to
+their plain names. docs/stacks.md describes the layout.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from importlib.resources import files
+from pathlib import Path
+
+from builder.box import sandbox
+from builder.box.sandbox import Mount, Sandbox
+from builder.fetch import Download, download
+from builder.ground import debian
+from builder.ground.debian import Deb
+from builder.planning.stack import Arch, LoadedStack
+from gracefarm import tables
+from gracefarm.console import Tick, no_tick
+from gracefarm.errors import ConfigError, FetchError, HostError, RootError
+from gracefarm.files import atomic_directory, lock
+from gracefarm.settings import Settings
+from gracefarm.tables import Table
+
+LAYOUT = 1
+"Raised when the same packages are laid out in another way; enters the digest, as the texts of our scripts do."
+
+OWN = Path("usr/libexec/gracefarm")
+BIN = Path("opt/gracefarm/bin")
+NATIVE_PYTHON = "/usr/libexec/gracefarm/python-native"
+"The host's own Python inside every root: what it byte-compiles, the target's Python takes."
+
+_MERGED = ("bin", "sbin", "lib", "lib64")
+_FOLDERS = ("etc", "dev", "proc", "sys", "tmp", "run", "home", "env", "build")
+"etc and mount points."
+_LEFT_OUT = ("doc", "man", "info", "locale", "lintian", "bug", "doc-base", "icons", "applications", "bash-completion", "zsh")
+"Folders of usr/share that no build reads."
+_ETC = {
+    "hosts": "127.0.0.1 localhost\n",
+    "passwd": "root:x:0:0:root:/root:/bin/sh\n",
+    "group": "root:x:0:\n",
+    "nsswitch.conf": "hosts: files\n",
+    "resolv.conf": "",
+}
+_PLAIN = {
+    "usr/bin/awk": "mawk",
+    "usr/bin/which": "which.debianutils",
+    "usr/bin/sh": "dash",
+}
+"What maintainer scripts would have linked."
+_COMPILERS = {"cc": "gcc", "gcc": "gcc", "c++": "g++", "g++": "g++", "cpp": "cpp", "gcov": "gcov"}
+_COMPILERS |= {f"gcc-{tool}": f"gcc-{tool}" for tool in ("ar", "nm", "ranlib")}
+
+
+class RootPackages(Table):
+    """The packages of one root."""
+
+    packages: tuple[Deb, ...]
+
+
+class RootLock(Table):
+    """root.lock."""
+
+    suite: str
+    roots: dict[str, RootPackages]
+    "By HOST-TARGET."
+
+
+# --- what is pinned ----------------------------------------------------------------------------------------------------------
+
+
+def packages(stack: LoadedStack, host: Arch, target: Arch) -> tuple[Deb, ...]:
+    """What root.lock pins for that host and target.
+
+    Raises:
+        ConfigError: the lock is absent or damaged, has no such root, or is older than stack.toml.
+    """
+    locked = tables.read(stack.root_lock, RootLock)
+    key = f"{host}-{target}"
+    again = f"builder lock-stack {stack.data.name}"
+    if key not in locked.roots:
+        raise ConfigError(
+            f"{stack.root_lock}: no root for target {target} on a host of {host}",
+            remedy=f"it has {', '.join(sorted(locked.roots))}; add the pair to [root] hosts in stack.toml and lock it",
+            repeat=again,
+        )
+    found = locked.roots[key].packages
+    have = {f"{one.name}:{one.arch}" for one in found} | {one.name for one in found if one.arch == "all"}
+    for request in (*requests(stack, host, target), *_alone(stack, host, target)):
+        if request not in have and request.partition(":")[0] not in have:
+            raise ConfigError(
+                f"{stack.root_lock}: {request} of stack.toml is not among its packages for {key}",
+                remedy="make the lock again",
+                repeat=again,
+            )
+    return found
+
+
+def requests(stack: LoadedStack, host: Arch, target: Arch) -> list[str]:
+    """What stack.toml asks apt for, as NAME:ARCH."""
+    spec = stack.data.root
+    extra = spec.native if host is target else spec.cross
+    # {triplet} in a package's name: Debian's names have no underscore.
+    triplet = target.triplet.replace("_", "-")
+    wanted = [f"{name.format(triplet=triplet)}:{host.debian}" for name in (*spec.host, *extra)]
+    return [*wanted, *(f"{name}:{target.debian}" for name in spec.target)]
+
+
+def _alone(stack: LoadedStack, host: Arch, target: Arch) -> list[str]:
+    """What is taken without what it depends on; the host's Python among it, which cannot be installed beside the target's."""
+    native = [] if host is target else [f"{_native_python(stack)}:{host.debian}"]
+    return [*stack.data.root.alone, *native]
+
+
+def _native_python(stack: LoadedStack) -> str:
+    return f"python{stack.data.python}-minimal"
+
+
+def digest(stack: LoadedStack, host: Arch, target: Arch) -> str:
+    """Hex sha256 of everything that decides the root's bytes: packages, our scripts, the layout.
+
+    Raises:
+        ConfigError: see `packages`.
+    """
+    scripts = files("builder") / "data" / "root"
+    content = {
+        "layout": LAYOUT,
+        "host": host.value,
+        "target": target.value,
+        "python": stack.data.python,
+        "gcc": stack.data.toolchain.gcc,
+        "packages": sorted((one.name, one.arch, one.version, one.sha256) for one in packages(stack, host, target)),
+        "scripts": {name: (scripts / name).read_text() for name in ("python", "machine", "pkg-config", "bytecode.py")},
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def resolve(stack: LoadedStack, settings: Settings, tick: Tick = no_tick) -> str:
+    """The text of a new root.lock: apt's answer, from the suite as it is today, for each pair that stack.toml names.
+
+    Raises:
+        HostError: no apt, keyring or mirror.
+        FetchError: the package lists cannot be fetched.
+        RootError: apt finds no solution.
+    """
+    spec = stack.data.root
+    pairs = [(host, target) for host, targets in spec.hosts.items() for target in targets]
+    text = [
+        f"# Every .deb of the roots of {stack.data.name}; written by `builder lock-stack {stack.data.name}`, not by hand.",
+        f'suite = "{spec.suite}"',
+    ]
+    for number, (host, target) in enumerate(pairs):
+        tick(number, len(pairs), f"packages of {spec.suite} for {target} on {host}")
+        with debian.solver(spec.suite, host, [target] if target is not host else [], settings) as apt:
+            found = {*apt.solve(requests(stack, host, target)), *apt.alone(_alone(stack, host, target))}
+        lines = map(debian.line, sorted(found, key=lambda one: (one.name, one.arch)))
+        text += ["", f"[roots.{host}-{target}]", "packages = [", *lines, "]"]
+    tick(len(pairs), len(pairs), "")
+    return "\n".join(text) + "\n"
+
+
+# --- assembling --------------------------------------------------------------------------------------------------------------
+
+
+def ensure(stack: LoadedStack, host: Arch, target: Arch, settings: Settings, tick: Tick = no_tick) -> Path:
+    """The root's folder, assembled if it is not there; any number of processes may ask, one assembles.
+
+    Raises:
+        ConfigError: see `packages`.
+        FetchError: a package cannot be had from the mirror.
+        DigestError: the mirror has other bytes than were pinned.
+        RootError: a package cannot be unpacked, or a root that was whole has lost qemu, its Python or its compiler.
+        HostError: dpkg-deb, tar or the sandbox is missing.
+        DiskFullError: no space.
+    """
+    name = digest(stack, host, target)
+    final = settings.home / "roots" / name
+    if final.is_dir():
+        if (program := lost(final, stack, host, target)) is not None:
+            raise RootError(
+                f"the root {final} has lost {program}",
+                remedy="`builder doctor --fix` removes that root; the next build assembles it anew from the store",
+                repeat="builder doctor --fix",
+            )
+        return final
+    with lock(final.with_name(f"{name}.lock"), lambda: tick(0, None, "another process assembles this root")):
+        if not final.is_dir():
+            pinned = packages(stack, host, target)
+            places = _download(stack, pinned, settings, tick)
+            with atomic_directory(final) as folder:
+                _unpack_all(folder, pinned, places, stack, host, target, tick)
+                _lay_out(folder, stack, host, target)
+                compile_files(folder, f"/usr/lib/python{stack.data.python}", folder / "usr/lib" / f"python{stack.data.python}")
+    return final
+
+
+def lost(folder: Path, stack: LoadedStack, host: Arch, target: Arch) -> str | None:
+    """The first program without which an assembled root is of no use and which is not there any more; None when whole."""
+    gcc = f"{target.triplet}-gcc-{stack.data.toolchain.gcc}"
+    programs = [f"/usr/bin/python{stack.data.python}", NATIVE_PYTHON, f"/usr/bin/{gcc}"]
+    if host is not target:
+        programs.insert(0, f"/usr/bin/qemu-{target}-static")
+    return next((one for one in programs if not os.path.lexists(folder / one[1:])), None)
+
+
+def _download(stack: LoadedStack, pinned: Sequence[Deb], settings: Settings, tick: Tick) -> dict[str, Path]:
+    url = debian.mirror(stack.data.root.suite, settings)
+    try:
+        return download(
+            [Download(url=f"{url}/{one.path}", sha256=one.sha256, what=one.title, size=one.size) for one in pinned],
+            settings,
+            tick,
+        )
+    except FetchError as error:
+        raise FetchError(
+            error.cause,
+            remedy=f"{debian.MIRROR_REMEDY}; a package that Debian has replaced since is on a snapshot mirror, "
+            f"or make the lock again: builder lock-stack {stack.data.name}",
+            repeat=error.repeat,
+        ) from error
+
+
+def _unpack_all(
+    folder: Path,
+    pinned: Sequence[Deb],
+    places: dict[str, Path],
+    stack: LoadedStack,
+    host: Arch,
+    target: Arch,
+    tick: Tick,
+) -> None:
+    """Unpack in parallel, biggest first; the target's packages last, for those of both architectures share files."""
+    for name in _MERGED:
+        (folder / "usr" / name).mkdir(parents=True)
+        (folder / name).symlink_to(f"usr/{name}")
+    foreign = [one for one in pinned if one.arch == target.debian and host is not target]
+    count = 0
+    for group in ([one for one in pinned if one not in foreign], foreign):
+        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+            futures = [
+                pool.submit(_unpack, places[one.sha256], folder, one, _wanted(one, stack, host, target))
+                for one in sorted(group, key=lambda one: -one.size)
+            ]
+            try:
+                for future in as_completed(futures):
+                    future.result()
+                    count += 1
+                    tick(count, len(pinned), "packages unpacked")
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+
+
+def _wanted(one: Deb, stack: LoadedStack, host: Arch, target: Arch) -> tuple[str, ...]:
+    """Files to take from a package of which we need few; () for all."""
+    if host is not target and one.name == "qemu-user-static":
+        return (f"./usr/bin/qemu-{target}-static", f"./usr/lib/binfmt.d/qemu-{target}.conf")
+    if host is not target and one.name == _native_python(stack) and one.arch == host.debian:
+        return (f"./usr/bin/python{stack.data.python}",)
+    return ()
+
+
+def _unpack(archive: Path, folder: Path, one: Deb, wanted: tuple[str, ...]) -> None:
+    into = folder
+    if wanted and one.name.startswith("python"):
+        into = folder / OWN / "native-python"
+        into.mkdir(parents=True)
+    command = ["tar", "--extract", "--file=-", f"--directory={into}", "--keep-directory-symlink", "--no-same-owner"]
+    # No set-user-id bits either, which come with the permissions.
+    command += ["--no-same-permissions", "--warning=no-timestamp", *(f"--exclude=./usr/share/{name}" for name in _LEFT_OUT)]
+    try:
+        with subprocess.Popen(
+            ["dpkg-deb", "--fsys-tarfile", archive], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        ) as source:
+            unpacked = subprocess.run(die_with_us([*command, *wanted]), stdin=source.stdout, capture_output=True, check=False)
+            assert source.stdout is not None
+            assert source.stderr is not None
+            source.stdout.close()
+            message = (source.stderr.read() + unpacked.stderr).decode(errors="replace").strip()
+    except FileNotFoundError as error:
+        raise HostError(f"the program {error.filename} is not installed", remedy="run `builder doctor --fix`") from error
+    if os.strerror(errno.ENOSPC) in message:
+        raise OSError(errno.ENOSPC, message)
+    if source.returncode or unpacked.returncode:
+        raise RootError(f"{one.title} cannot be unpacked: {message}", remedy=f"remove {archive} and try again")
+
+
+def die_with_us(command: Sequence[str | Path]) -> list[str | Path]:
+    """The command, so started that it does not outlive a killed builder and write on where the next run begins anew."""
+    return ["setpriv", "--pdeathsig", "KILL", "--", *command] if shutil.which("setpriv") else list(command)
+
+
+def _lay_out(folder: Path, stack: LoadedStack, host: Arch, target: Arch) -> None:
+    """What maintainer scripts would have done, where a build needs it, and what is ours."""
+    for name in _FOLDERS:
+        (folder / name).mkdir(exist_ok=True)
+    for name, text in _ETC.items():
+        (folder / "etc" / name).write_text(text)
+    for link, to in _PLAIN.items():
+        if not (folder / link).exists():
+            (folder / link).symlink_to(to)
+    (folder / OWN).mkdir(parents=True, exist_ok=True)
+    (folder / BIN).mkdir(parents=True, exist_ok=True)
+    _link_compilers(folder, stack.data.toolchain.gcc, target)
+    _lay_out_python(folder, stack.data.python, host, target)
+    if host is not target:
+        _pretend(folder, host, target)
+
+
+def _link_compilers(folder: Path, gcc: int, target: Arch) -> None:
+    """Plain names and names with the target's triplet for gcc of one version and binutils.
+
+    Links, not copies: gcc finds its parts from the place that the link leads to.
+    """
+    tools = folder / "usr/bin"
+    prefix = f"{target.triplet}-"
+    for path in sorted(tools.glob(f"{prefix}*")):
+        _link(folder, path.name.removeprefix(prefix), path.name)
+    for plain, versioned in _COMPILERS.items():
+        own = f"{prefix}{versioned}-{gcc}"
+        if not (tools / own).exists():
+            raise RootError(
+                f"the root has no /usr/bin/{own}", remedy="mend [root] or [toolchain] gcc in stack.toml, then lock"
+            )
+        _link(folder, plain, own)
+        _link(folder, f"{prefix}{plain}", own)
+
+
+def _link(folder: Path, name: str, program: str) -> None:
+    link = folder / BIN / name
+    link.unlink(missing_ok=True)
+    link.symlink_to(f"/usr/bin/{program}")
+
+
+def _lay_out_python(folder: Path, python: str, host: Arch, target: Arch) -> None:
+    interpreter = folder / f"usr/bin/python{python}"
+    native = folder / NATIVE_PYTHON[1:]
+    if not interpreter.is_file():
+        raise RootError(f"the root has no /usr/bin/python{python}", remedy="mend [root] in stack.toml, then lock")
+    if host is target:
+        native.symlink_to(f"/usr/bin/python{python}")
+    else:
+        interpreter.rename(folder / OWN / f"python{python}-{target}")
+        (folder / OWN / "native-python" / f"usr/bin/python{python}").rename(native)
+        shutil.rmtree(folder / OWN / "native-python")
+        _install(folder, "python", interpreter, host, target, python)
+    for name in ("python3", "python"):
+        link = folder / "usr/bin" / name
+        link.unlink(missing_ok=True)
+        link.symlink_to(f"python{python}")
+
+
+def _pretend(folder: Path, host: Arch, target: Arch) -> None:
+    """uname and arch speak of the target, pkg-config of its libraries."""
+    (folder / OWN / "native").mkdir()
+    for name in ("uname", "arch"):
+        program = folder / "usr/bin" / name
+        program.rename(folder / OWN / "native" / name)
+        _install(folder, "machine", program, host, target)
+    for name in ("pkg-config", f"{target.triplet}-pkg-config"):
+        _install(folder, "pkg-config", folder / BIN / name, host, target)
+
+
+def _install(folder: Path, script: str, place: Path, host: Arch, target: Arch, python: str = "") -> None:
+    """One of our scripts, its @WORDS@ filled in."""
+    text = (files("builder") / "data" / "root" / script).read_text()
+    for word, value in {"HOST": host, "TARGET": target, "PYTHON": python, "TRIPLET": target.triplet}.items():
+        text = text.replace(f"@{word}@", value)
+    assert folder in place.parents
+    place.write_text(text)
+    place.chmod(0o755)
+
+
+# --- byte-compiling ----------------------------------------------------------------------------------------------------------
+
+
+def compile_files(root: Path, inside: str, folder: Path, names: Iterable[str] | None = None) -> None:
+    """Byte-compile Python files (`names`, relative; None: all) of `folder`, which the sandbox sees as `inside`.
+
+    The root's native Python does it: a .pyc does not depend on the architecture, and emulated it takes ten times as long.
+    The paths in tracebacks are those inside.
+
+    Raises:
+        RootError: the compiler itself failed; a file that is no Python is no failure.
+        HostError: no sandbox can be started here.
+    """
+    wanted = [str(path.relative_to(folder)) for path in folder.rglob("*.py")] if names is None else list(names)
+    box = Sandbox(
+        root=root,
+        mounts=(Mount(source=folder, target=inside, writable=True),),
+        environment={"PATH": "/usr/bin", "LC_ALL": "C.UTF-8"},
+        workdir="/",
+        memory=0,
+    )
+    script = (files("builder") / "data" / "root" / "bytecode.py").read_text()
+    try:
+        done = subprocess.run(
+            sandbox.command(box, [NATIVE_PYTHON, "-I", "-S", "-c", script, inside]),
+            input="\0".join(wanted),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except FileNotFoundError as error:
+        raise HostError("bubblewrap is not installed", remedy="run `builder doctor --fix`") from error
+    if done.returncode:
+        if problem := sandbox.check():
+            raise HostError(problem, remedy="run `builder doctor --fix`")
+        if os.strerror(errno.ENOSPC) in done.stderr:
+            raise OSError(errno.ENOSPC, done.stderr)
+        raise RootError(f"byte-compiling {inside} failed: {done.stderr.strip()[-500:]}", remedy="run `builder doctor`")

@@ -1,0 +1,266 @@
+"""What to build, as data: recipes/NAME/recipe.toml, its patches and smoke scripts."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+from pydantic import AfterValidator, Field, model_validator
+
+from builder.planning.stack import RequirementText, Sm
+from gracefarm import tables
+from gracefarm.errors import ConfigError
+from gracefarm.tables import Commit, InsidePath, Sha256, Size, Table, Url, one_digest
+
+
+def _canonical_version(text: str) -> str:
+    Version(text)
+    return text
+
+
+Toolchain = Literal["sandbox", "host", "container"]
+VersionText = Annotated[str, AfterValidator(_canonical_version)]
+
+
+class SdistSource(Table):
+    """A source distribution from the Python index, taken by the simple API and never executed while fetching."""
+
+    kind: Literal["sdist"]
+    name: str = Field(description="Project on the Python index")
+    version: VersionText = Field(description="Exact version")
+    sha256: Sha256
+
+
+class Submodule(Table):
+    """A git submodule, pinned like its parent."""
+
+    url: Url
+    commit: Commit
+    tree: Commit | None = Field(default=None, description="Checked where given; the commit's id covers it already")
+
+
+class Repository(Table):
+    """A further git repository at a place of the source tree, as CMake's FetchContent would bring it."""
+
+    url: Url
+    commit: Commit = Field(description="Full commit id; never a branch or a tag")
+    tree: Commit | None = None
+    path: InsidePath = Field(description="Where it is checked out, relative to the source tree")
+
+
+class GitSource(Table):
+    """A git repository at one commit, checked by its tree; a branch or tag name is refused."""
+
+    kind: Literal["git"]
+    url: Url
+    commit: Commit = Field(description="Full commit id; never a branch or a tag")
+    tree: Commit = Field(description="Tree id of that commit")
+    submodules: dict[str, Submodule] = Field(default_factory=dict, description="By path inside the tree; others stay empty")
+
+
+class FileSource(Table):
+    """A source archive (.tar.gz, .tar.xz, .zip) by URL and digest."""
+
+    kind: Literal["file"]
+    url: Url
+    sha256: Sha256
+
+
+class File(Table):
+    """A further download, or a text, that the build expects at a place of the source tree."""
+
+    url: Url | None = None
+    sha256: Sha256 | None = None
+    sha256_unknown: str | None = Field(default=None, description="Why there is no digest yet; `builder lock` fills it in")
+    text: str | None = Field(default=None, description="The file's whole content, instead of a download")
+    path: InsidePath = Field(description="Where it is put, relative to the source tree")
+    unpack: bool = Field(default=False, description="Unpack the archive into `path` instead of copying it")
+    members: dict[str, InsidePath] = Field(
+        default_factory=dict,
+        description="Unpack these files and folders of the archive alone, each to its place below `path`",
+    )
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        if (self.url is None) == (self.text is None):
+            msg = "give url or text, and not both"
+            raise ValueError(msg)
+        if self.url is not None:
+            one_digest(self)
+        elif self.sha256 or self.sha256_unknown or self.unpack or self.members:
+            msg = "a text has no digest and is no archive"
+            raise ValueError(msg)
+        return self
+
+
+class Substitution(Table):
+    """A change of the source by its text: where a patch would need context that may move, and must not be missed silently."""
+
+    path: InsidePath
+    find: str = Field(min_length=1)
+    replace: str
+    count: int = Field(default=1, ge=1, description="How often the text stands there; another number is an error")
+
+
+class Build(Table):
+    """How the wheel is compiled."""
+
+    subdirectory: InsidePath = Field(default=".", description="Folder of pyproject.toml or setup.py in the source")
+    environment: dict[str, str] = Field(default_factory=dict, description="Variables for the build; they enter the build id")
+    config_settings: dict[str, str] = Field(default_factory=dict, description="PEP 517 config settings")
+    cmake: dict[str, str] = Field(
+        default_factory=dict, description="CMake cache variables, for packages that pass none on; set by our toolchain file"
+    )
+    cuda: bool = Field(default=True, description="Needs the CUDA compiler and torch; false for a plain C extension")
+    memory_per_job: Size = Field(default="4GiB", description="Peak memory of one compile job; bounds the number of jobs")
+    unit_memory: dict[str, Size] = Field(
+        default_factory=dict,
+        description="Peak memory of source files (glob) that need more than memory_per_job, until a build has measured them",
+    )
+    unit_seconds: dict[str, int] = Field(
+        default_factory=dict,
+        description="Seconds of source files (glob) that take far longer than the rest, until a build has measured them",
+    )
+    binfmt: bool = Field(default=False, description="The build executes programs of the target other than Python")
+
+
+class Bundled(Table):
+    """A third-party file that the wheel carries on purpose."""
+
+    path: InsidePath = Field(description="In the wheel; with `origin` a glob")
+    sha256: Sha256 | None = None
+    origin: str | None = Field(default=None, description="URL of the [[files]] entry that it comes out of, or 'source'")
+    license: str
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        if (self.sha256 is None) == (self.origin is None):
+            msg = "give sha256 or origin, and not both"
+            raise ValueError(msg)
+        return self
+
+
+class Wheel(Table):
+    """What the finished wheel must look like."""
+
+    sm_extra: dict[str, tuple[Sm, ...]] = Field(
+        default_factory=dict,
+        description="Further sm values for named source files (glob), as {'hopper/*.cu' = ['90a']}",
+    )
+    requires: dict[str, RequirementText] = Field(
+        default_factory=dict,
+        description="Requires-Dist by distribution, in place of what the package says of it, as {'triton' = 'triton==3.2.0'}",
+    )
+    source_archive: bool = Field(
+        default=False, description="Publish the exact patched source beside the wheel, as licences of the AGPL's kind ask"
+    )
+    bundled: tuple[Bundled, ...] = Field(default=(), description="Third-party files inside; any other is refused")
+    max_size: Size = Field(default="500MiB", description="Largest wheel accepted")
+
+    @model_validator(mode="after")
+    def _requires_by_its_own_name(self) -> Self:
+        for name, text in self.requires.items():
+            if canonicalize_name(Requirement(text).name) != canonicalize_name(name):
+                msg = f"requires {name!r} is given {text!r}, a requirement of another distribution"
+                raise ValueError(msg)
+        return self
+
+
+class Smoke(Table):
+    """What must work in a clean environment."""
+
+    imports: tuple[str, ...] = Field(min_length=1, description="Modules imported by name, extensions included")
+
+
+class Recipe(Table):
+    """recipe.toml."""
+
+    name: str = Field(description="Distribution name")
+    version: VersionText = Field(description="Version of the wheel; another one is an error")
+    summary: str = ""
+    license: str = Field(description="SPDX expression")
+    stack: str = Field(default="cu130", description="Stack used when none is asked for")
+    refuses: dict[Toolchain, str] = Field(
+        default_factory=dict, description="Toolchains that cannot build it, each with the reason, as {'container' = 'why'}"
+    )
+    source: Annotated[SdistSource | GitSource | FileSource, Field(discriminator="kind")]
+    repositories: tuple[Repository, ...] = ()
+    files: tuple[File, ...] = ()
+    substitutions: tuple[Substitution, ...] = Field(default=(), description="After the patches, in this order")
+    build: Build = Build()
+    wheel: Wheel = Wheel()
+    smoke: Smoke
+
+    @model_validator(mode="after")
+    def _bundled_origins(self) -> Self:
+        known = {"source", *(one.url for one in self.files if one.url)}
+        for one in self.wheel.bundled:
+            if one.origin is not None and one.origin not in known:
+                msg = f"wheel.bundled {one.path!r} names the origin {one.origin!r}, which is no [[files]] entry"
+                raise ValueError(msg)
+        return self
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedRecipe:
+    """A recipe with the files beside it."""
+
+    folder: Path
+    data: Recipe
+    patches: tuple[Path, ...]
+    "In the order of their numbers."
+    smoke_script: Path | None
+    smoke_gpu_script: Path | None = None
+    "Run where torch sees a GPU."
+
+    @property
+    def key(self) -> str:
+        """The folder's name: what the command line calls the recipe."""
+        return self.folder.name
+
+
+def names(recipes: Path) -> list[str]:
+    """Recipes in a folder, sorted."""
+    return sorted(path.parent.name for path in recipes.glob("*/recipe.toml"))
+
+
+def load(recipes: Path, name: str) -> LoadedRecipe:
+    """The recipe called `name`: by its folder, else by its distribution, in any spelling.
+
+    Raises:
+        ConfigError: there is none (names the nearest), or its file does not fit the schema.
+    """
+    known = names(recipes)
+    wanted = canonicalize_name(name)
+    match = next((key for key in known if canonicalize_name(key) == wanted), None) or _of_distribution(recipes, wanted)
+    if match is None:
+        near = difflib.get_close_matches(wanted, known, n=1, cutoff=0.5)
+        raise ConfigError(
+            f"unknown recipe {name!r} in {recipes}",
+            remedy=f"did you mean {near[0]!r}?" if near else f"recipes: {', '.join(known) or 'none'}",
+        )
+    folder = recipes / match
+    smoke, smoke_gpu = folder / "smoke.py", folder / "smoke_gpu.py"
+    return LoadedRecipe(
+        folder=folder,
+        data=tables.read(folder / "recipe.toml", Recipe),
+        patches=tuple(sorted((folder / "patches").glob("[0-9][0-9][0-9][0-9]-*.patch"))),
+        smoke_script=smoke if smoke.is_file() else None,
+        smoke_gpu_script=smoke_gpu if smoke_gpu.is_file() else None,
+    )
+
+
+def _of_distribution(recipes: Path, wanted: str) -> str | None:
+    """The folder of the one recipe whose distribution has that canonical name; None: there is none, or more than one."""
+    found = []
+    for key in names(recipes):
+        with contextlib.suppress(ConfigError):  # a broken one is told about when it is asked for
+            if canonicalize_name(tables.read(recipes / key / "recipe.toml", Recipe).name) == wanted:
+                found.append(key)
+    return found[0] if len(found) == 1 else None

@@ -1,0 +1,76 @@
+"""How a wheel came to be, signed: an in-toto statement with SLSA provenance, rendered from the build's record.
+
+https://in-toto.io/Statement/v1, https://slsa.dev/provenance/v1
+"""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from builder.proof import materials, record, signing
+from builder.proof.record import Record
+from gracefarm.files import atomic_write
+from gracefarm.settings import Settings
+
+PAYLOAD = "application/vnd.in-toto+json"
+STATEMENT = "https://in-toto.io/Statement/v1"
+PREDICATE = "https://slsa.dev/provenance/v1"
+BUILD_TYPE = "urn:gracefarm:build:1"
+"docs/provenance.md says what its parameters are."
+
+
+def statement(of: Record, builder_id: str) -> dict[str, Any]:
+    """The statement about a successful build."""
+    assert of.wheel is not None
+    products = [of.wheel, *([of.source] if of.source else [])]
+    inputs: Any = of.inputs
+    definition = {
+        "buildType": BUILD_TYPE,
+        "externalParameters": {"recipe": of.recipe, "stack": of.stack, "target": inputs["target"]},
+        "internalParameters": {"buildId": of.build_id, "inputs": inputs, "toolchain": of.toolchain},
+        "resolvedDependencies": _dependencies(inputs),
+    }
+    run = {
+        "builder": {"id": builder_id, "version": {"gracefarm": version("gracefarm")}},
+        "metadata": {"invocationId": of.build_id, "finishedOn": of.finished.replace("+00:00", "Z")},
+    }
+    return {
+        "_type": STATEMENT,
+        "subject": [{"name": one.filename, "digest": {"sha256": one.sha256}} for one in products],
+        "predicateType": PREDICATE,
+        "predicate": {"buildDefinition": definition, "runDetails": run},
+    }
+
+
+def _dependencies(inputs: Any) -> list[dict[str, Any]]:
+    """What was fetched, and what it was built with, by digest."""
+    found = [
+        {"name": one.what, "uri": one.uri, "digest": {one.algorithm: one.digest}} for one in materials.of(inputs) if one.digest
+    ]
+    ground = {name: inputs["stack"][name] for name in ("environment", "toolchain", "root")}
+    return [*found, *({"name": name, "digest": {"sha256": digest}} for name, digest in ground.items() if digest)]
+
+
+def path(wheel: Path) -> Path:
+    """Where a wheel's provenance is: beside it."""
+    return wheel.with_name(f"{wheel.name}.intoto.jsonl")
+
+
+def signed(of: Record, settings: Settings) -> Record:
+    """The record with its signed provenance in it, which also lies beside the wheel; unchanged where the farm has no key.
+
+    Raises:
+        ConfigError: the farm's key cannot be used.
+    """
+    key = signing.private()
+    if key is None or of.wheel is None:
+        return of
+    builder_id = f"urn:gracefarm:builder:ed25519:{signing.key_id(key.public_key())}"
+    body = json.dumps(statement(of, builder_id), sort_keys=True, separators=(",", ":")).encode()
+    envelope = signing.envelope(PAYLOAD, body, key)
+    wheel = record.folder(settings, of.build_id) / "dist" / of.wheel.filename
+    atomic_write(path(wheel), json.dumps(envelope) + "\n")
+    return of.model_copy(update={"provenance": envelope})

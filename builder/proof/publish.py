@@ -1,0 +1,202 @@
+"""Upload a finished wheel with twine and tell the index about its build; install it back with the target's own pip."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from urllib.parse import urlsplit, urlunsplit
+
+import httpx
+import requests
+from pypi_simple import NoSuchProjectError, PyPISimple, UnsupportedContentTypeError, UnsupportedRepoVersionError
+
+from builder import smoke
+from builder.box import sandbox
+from builder.box.sandbox import Mount, Outcome, Sandbox
+from builder.compiling.pep517 import first_error
+from builder.proof.record import Publication, now
+from gracefarm.errors import InstallError, PublishError, UsageError
+from gracefarm.files import sha256_file
+
+
+def refuse_credentials(url: str, option: str = "--publish") -> None:
+    """An upload URL is printed, recorded and an argument of twine's: no place for a password.
+
+    Raises:
+        UsageError: it carries one, or a user's name.
+    """
+    parts = urlsplit(url)
+    if parts.password or parts.username:
+        bare = urlunsplit(parts._replace(netloc=parts.netloc.rsplit("@", 1)[-1]))
+        raise UsageError(
+            "the upload URL carries credentials",
+            remedy=f"use {option} {bare} with TWINE_USERNAME and TWINE_PASSWORD in the environment",
+        )
+
+
+def upload(wheel: Path, url: str) -> Publication:
+    """Upload `wheel` by the legacy upload API.
+
+    Credentials come from TWINE_USERNAME and TWINE_PASSWORD or the keyring, never from `url` or an argument.
+
+    Raises:
+        UsageError: the URL carries a password.
+        PublishError: the index refused it or cannot be reached, in twine's words. One that offers these very bytes already has
+            them from a run that was cut off before it could say so, and not every index takes them twice.
+    """
+    refuse_credentials(url)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "twine",
+            "upload",
+            "--non-interactive",
+            "--disable-progress-bar",
+            "--verbose",  # else the index's own sentence is not shown
+            "--repository-url",
+            url,
+            str(wheel),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=_environment(),
+    )
+    if done.returncode != 0 and not _offered(wheel, url):
+        words = _reason(done.stdout + done.stderr)
+        raise PublishError(
+            f"{url} did not take {wheel.name}: {words}",
+            remedy="check the address and the token (TWINE_USERNAME=__token__, TWINE_PASSWORD); the wheel is kept",
+            repeat=f"twine upload --repository-url {url} {wheel}",
+        )
+    return Publication(url=url, at=now())
+
+
+def _reason(text: str) -> str:
+    """Why twine gave up: what the index answered, else twine's last error; its lines are broken at 80 columns."""
+    lines = [line.strip() for line in re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines() if line.strip()]
+    errors = [at for at, line in enumerate(lines) if line.startswith(("ERROR", "HTTPError"))]
+    answers = [at for at, line in enumerate(lines) if "Response from " in line]
+    if answers and errors and answers[-1] + 1 < errors[-1]:
+        return " ".join(line.removeprefix("INFO").strip() for line in lines[answers[-1] + 1 : errors[-1]])[:500]
+    return lines[errors[0] if errors else -1] if lines else "no output"
+
+
+def _offered(wheel: Path, url: str) -> bool:
+    """Whether the index of an upload address offers a file of that name and sha256; legacy/ and simple/ stand together."""
+    name = wheel.name.split("-")[0]
+    index = re.sub(r"legacy/?$", "", url).rstrip("/") + "/simple/"
+    with PyPISimple(index, auth=credentials(url)) as client:
+        try:
+            offered = client.get_project_page(name, timeout=60).packages
+        except (requests.RequestException, NoSuchProjectError, UnsupportedContentTypeError, UnsupportedRepoVersionError):
+            return False
+    sha256 = sha256_file(wheel)
+    return any(one.filename == wheel.name and one.digests.get("sha256") == sha256 for one in offered)
+
+
+def credentials(url: str) -> tuple[str, str] | None:
+    """What twine would log in with."""
+    name = os.environ.get("TWINE_USERNAME", "__token__")
+    password = os.environ.get("TWINE_PASSWORD") or _from_keyring(url, name)
+    return (name, password) if password else None
+
+
+MAX_LOG = 32 << 20
+"Bytes of a log that an index takes (docs/index-records.md)."
+
+
+def send_record(document: Path, log: Path, build_id: str, url: str) -> str | None:
+    """PUT a build's record and log to the index behind the upload address `url`; None when it has both, else why not.
+
+    An addition of this farm's index, so a refusal is an answer and no error: any other index still works. The record goes
+    first, since the index learns from it whose log may come.
+    """
+    base = re.sub(r"(?:(?:stage/[^/]+/|nightly/)?legacy/?)?$", "", url).rstrip("/")
+    bodies = [(f"{base}/records/{build_id}", document.read_bytes())]
+    if log.is_file():
+        bodies.append((f"{base}/records/{build_id}/log", _end_of(log)))
+    try:
+        with httpx.Client(auth=credentials(url), timeout=60) as client:
+            for place, body in bodies:
+                answer = client.put(place, content=body)
+                if answer.status_code >= 300:
+                    words = answer.text.strip().splitlines()
+                    return f"{place}: {answer.status_code} {words[0][:200] if words else answer.reason_phrase}"
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        return f"{base}: {error or type(error).__name__}"
+    return None
+
+
+def _from_keyring(url: str, name: str) -> str | None:
+    """The password that twine would take."""
+    from twine.auth import CredentialInput, Resolver
+
+    return Resolver({"repository": url}, CredentialInput(name)).get_password_from_keyring()
+
+
+def _end_of(log: Path) -> bytes:
+    """A log as the index takes it: of one that is too long, its end."""
+    with log.open("rb") as stream:
+        size = stream.seek(0, os.SEEK_END)
+        note = b"" if size <= MAX_LOG else b"# cut: the first part of this log was left out\n"
+        stream.seek(max(0, size - MAX_LOG + len(note)) if note else 0)
+        return note + stream.read()
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "NO_COLOR": "1", "TERM": "dumb", "PYTHONWARNINGS": "ignore"}
+
+
+def install_back(
+    requirement: str,
+    *,
+    index_url: str,
+    imports: tuple[str, ...],
+    script: Path | None,
+    environment: Path,
+    root: Path,
+    memory: int,
+    log: Path,
+    files: Path,
+) -> Outcome:
+    """Install `requirement` with the pip of `environment`, from `index_url` alone; import it, then run `script`, a smoke.py.
+
+    `environment` is written to: pass a fresh copy. `files` is scratch space for the driver.
+
+    Raises:
+        InstallError: pip, an import or the script failed, in its words.
+    """
+    smoke.prepare(files, imports, script)
+    box = Sandbox(
+        root=root,
+        mounts=(Mount(source=environment, target="/env", writable=True), Mount(source=files, target=smoke.WORKDIR)),
+        environment=smoke.variables(),
+        workdir=smoke.WORKDIR,
+        memory=memory,
+        network=True,
+    )
+    pip = (
+        "/env/bin/python3",
+        "-m",
+        "pip",
+        "install",
+        "--no-cache-dir",
+        "--disable-pip-version-check",
+        "--no-input",
+        "--no-compile",
+        "--root-user-action=ignore",
+    )
+    for command in ((*pip, "--index-url", index_url, requirement), smoke.driver(imports, script)):
+        outcome = sandbox.run(box, command, log=log)
+        if outcome.returncode != 0:
+            raise InstallError(
+                f"{requirement} from {index_url} does not install into a clean environment: {first_error(log)}",
+                remedy=f"the whole output is in {log}",
+                repeat=" ".join(command),
+            )
+    return outcome

@@ -1,0 +1,242 @@
+"""The one JSON document about a build: inputs, outputs, commands, timings, peak memory, verdicts."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from builder.audit.verdict import Verdict
+from builder.box.sandbox import Outcome
+from builder.planning.plan import Plan
+from gracefarm.errors import ConfigError, GracefarmError
+from gracefarm.files import atomic_write, sha256_file
+from gracefarm.settings import Settings
+
+
+class Part(BaseModel):
+    """A part of the record; unknown keys are an error, also for readers of older records."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Stage(Part):
+    """One step of the flow."""
+
+    name: str
+    command: tuple[str, ...] = Field(default=(), description="Command run in the sandbox, if any")
+    wall_s: float
+    cpu_s: float | None = Field(default=None, description="CPU seconds of the whole process tree")
+    peak_memory: int | None = Field(default=None, description="Bytes, peak of the whole process tree")
+    memory_bound: int | None = Field(default=None, description="Bytes")
+    memory_by: str | None = Field(
+        default=None, description="What holds the bound: cgroup2, cgroup1, watchdog, podman or docker"
+    )
+    note: str = ""
+
+
+class WheelFile(Part):
+    """The product."""
+
+    filename: str
+    sha256: str
+    size: int
+
+
+class Failure(Part):
+    """Why there is no wheel."""
+
+    kind: str = Field(description="Failure class, as in docs/errors.md")
+    exit_code: int
+    cause: str
+    remedy: str = ""
+
+
+class Jobs(Part):
+    """How many compilations ran beside each other, and why."""
+
+    count: int
+    reason: str
+
+
+class Unit(Part):
+    """What one translation unit costs when it is compiled."""
+
+    wall_s: float
+    cpu_s: float
+    peak_memory: int = Field(description="Bytes")
+
+
+class CompilerCache(Part):
+    """What the compiler cache did; counts are compilations."""
+
+    hits: int
+    misses: int
+    uncacheable: int
+    reasons: dict[str, int] = Field(default_factory=dict, description="Of the uncacheable, in ccache's words")
+    saved_cpu_s: float = Field(
+        description="CPU seconds that the hits took when they were compiled; unknown ones count nothing"
+    )
+
+
+class SmokeResult(Part):
+    """What was imported in the clean environment."""
+
+    modules: dict[str, str] = Field(description="Module to the file it came from")
+    script: str | None = Field(default=None, description="Output of smoke.py")
+
+
+class GpuResult(Part):
+    """What became of smoke_gpu.py; a failure is the build's."""
+
+    status: Literal["passed", "not run"]
+    reason: str = Field(default="", description="Why it was not run")
+    device: str | None = Field(default=None, description="The GPU that it ran on")
+    script: str | None = Field(default=None, description="Output of smoke_gpu.py")
+    wall_s: float | None = None
+
+
+class Publication(Part):
+    """Where the wheel was published."""
+
+    url: str
+    at: str
+
+
+class Record(Part):
+    """record.json; the schema stands in docs/schema/record.json."""
+
+    format: Literal[1] = 1
+    build_id: str
+    recipe: str
+    name: str
+    version: str
+    stack: str
+    inputs: dict[str, object] = Field(description="Deterministic; also in the wheel's .dist-info/gracefarm.json")
+    toolchain: Literal["sandbox", "host", "container"] = Field(
+        default="sandbox", description="Where compilers and Python came from"
+    )
+    outcome: Literal["built", "failed"]
+    failure: Failure | None = None
+    wheel: WheelFile | None = None
+    source: WheelFile | None = Field(
+        default=None, description="The patched source, where the recipe publishes it beside the wheel"
+    )
+    torch_cxx11_abi: bool | None = Field(default=None, description="C++ ABI of the torch that was compiled against")
+    jobs: Jobs | None = None
+    stages: tuple[Stage, ...] = ()
+    units: dict[str, Unit] = Field(default_factory=dict, description="By source file, relative to the source tree")
+    compiler_cache: CompilerCache | None = Field(default=None, description="None: it was off, or nothing was compiled")
+    verdicts: tuple[Verdict, ...] = ()
+    judged_by: str = Field(
+        default="", description="Digest of the gates and smoke tests that passed the wheel; docs/building.md"
+    )
+    smoke: SmokeResult | None = None
+    gpu: GpuResult | None = Field(default=None, description="None: the recipe has no smoke_gpu.py")
+    published: tuple[Publication, ...] = ()
+    provenance: dict[str, Any] | None = Field(
+        default=None,
+        description="DSSE envelope of the in-toto statement, as it lies beside the wheel",
+    )
+    finished: str = Field(description="UTC, ISO 8601")
+
+
+def now() -> str:
+    """UTC now, ISO 8601, whole seconds."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def stage(name: str, outcome: Outcome, command: tuple[str, ...], note: str = "") -> Stage:
+    """The stage that a sandboxed command was."""
+    return Stage(
+        name=name,
+        command=command,
+        wall_s=round(outcome.wall_s, 2),
+        cpu_s=round(outcome.cpu_s, 2),
+        peak_memory=outcome.peak_memory,
+        memory_bound=outcome.memory_bound,
+        memory_by=outcome.memory_by,
+        note=note,
+    )
+
+
+def failure(error: GracefarmError) -> Failure:
+    """The failure that an error was."""
+    return Failure(kind=error.exit_code.name.lower(), exit_code=int(error.exit_code), cause=error.cause, remedy=error.remedy)
+
+
+def product(wheel: Path) -> WheelFile:
+    """The finished wheel's part of the record."""
+    return WheelFile(filename=wheel.name, sha256=sha256_file(wheel), size=wheel.stat().st_size)
+
+
+SCRATCH = ("work", "smoke", "raw", "raw-source", "embedded", "repaired", "install", "compiled.json")
+"In a build's folder: what a finished build needs no more."
+
+
+def folder(settings: Settings, build_id: str) -> Path:
+    """Everything about one build: record.json, log.txt, dist/, source/."""
+    return settings.home / "builds" / build_id
+
+
+def path(settings: Settings, build_id: str) -> Path:
+    """Where the record of a build is."""
+    return folder(settings, build_id) / "record.json"
+
+
+def write(record: Record, settings: Settings) -> Path:
+    """Write the record, whole or not at all."""
+    place = path(settings, record.build_id)
+    atomic_write(place, record.model_dump_json(indent=2) + "\n")
+    return place
+
+
+def read(settings: Settings, build_id: str) -> Record | None:
+    """The record of a build, or None; one of another format counts as none."""
+    try:
+        return Record.model_validate_json(path(settings, build_id).read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def wheel_path(settings: Settings, record: Record) -> Path | None:
+    """The finished wheel, if it is still there with the recorded digest."""
+    if record.wheel is None:
+        return None
+    place = folder(settings, record.build_id) / "dist" / record.wheel.filename
+    return place if place.is_file() and sha256_file(place) == record.wheel.sha256 else None
+
+
+def all_of(settings: Settings, recipe: str | None = None) -> list[Record]:
+    """Records on this machine, newest first."""
+    found = [read(settings, one.parent.name) for one in (settings.home / "builds").glob("*/record.json")]
+    chosen = [one for one in found if one is not None and recipe in (None, one.recipe)]
+    return sorted(chosen, key=lambda one: one.finished, reverse=True)
+
+
+def latest(settings: Settings, recipe: str) -> Record:
+    """The newest record of a recipe.
+
+    Raises:
+        ConfigError: it was never built here.
+    """
+    found = all_of(settings, recipe)
+    if not found:
+        raise ConfigError(f"{recipe} was never built on this machine", remedy=f"run `builder build {recipe}`")
+    return found[0]
+
+
+def settled(plan: Plan, settings: Settings) -> Record | None:
+    """The record of such a build whose wheel was judged by the gates and smoke tests of today."""
+    found = existing(plan, settings)
+    return found if found is not None and found.judged_by == plan.judged_by else None
+
+
+def existing(plan: Plan, settings: Settings) -> Record | None:
+    """The record of a build of exactly this plan that succeeded, its wheel present."""
+    found = read(settings, plan.build_id)
+    if found is None or found.outcome != "built" or wheel_path(settings, found) is None:
+        return None
+    return found

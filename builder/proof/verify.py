@@ -1,0 +1,166 @@
+"""Is a wheel what it says? RECORD, build id, SBOM and signed provenance against its bytes, each on its own."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from packaging.utils import canonicalize_name, parse_wheel_filename
+
+from builder.audit import wheel_file
+from builder.audit.contents import UNREADABLE
+from builder.ground import environment
+from builder.ground.environment import LockedWheel
+from builder.planning.plan import id_of
+from builder.planning.stack import Arch
+from builder.proof import provenance, sbom, signing
+from builder.proof.record import Part
+from gracefarm.errors import VerifyError
+from gracefarm.files import sha256_file
+
+
+class Check(Part):
+    """One thing that was held against the wheel."""
+
+    name: str
+    ok: bool
+    summary: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inside:
+    """What a wheel says of itself."""
+
+    inputs: Mapping[str, Any]
+    build_id: str
+    sbom: str | None
+
+
+def verify(wheel: Path, envelope: Path | None, key: Ed25519PublicKey | None) -> list[Check]:
+    """Every check, whatever the others say; `envelope` is its provenance (None: what lies beside it).
+
+    Raises:
+        VerifyError: the file is no wheel, or not one of this farm: it carries no gracefarm.json.
+    """
+    inside = read(wheel)
+    place = envelope or provenance.path(wheel)
+    return [
+        _check("record", lambda: _record(wheel)),
+        _check("build-id", lambda: _build_id(wheel, inside)),
+        _check("sbom", lambda: _sbom(inside)),
+        _check("provenance", lambda: _provenance(wheel, inside, place, key)),
+    ]
+
+
+def require(wheel: Path, found: list[Check]) -> None:
+    """Raise where a check failed.
+
+    Raises:
+        VerifyError: one did; names all of them.
+    """
+    failed = [f"{one.name}: {one.summary}" for one in found if not one.ok]
+    if failed:
+        raise VerifyError(
+            f"{wheel.name} is not what it says. {'; '.join(failed)}",
+            remedy="do not install it; take it anew from where it was built",
+            repeat=f"builder verify {wheel}",
+        )
+
+
+def _check(name: str, judge: Callable[[], str]) -> Check:
+    try:
+        return Check(name=name, ok=True, summary=judge())
+    except VerifyError as error:
+        return Check(name=name, ok=False, summary=error.cause)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:  # of JSON that somebody else wrote
+        return Check(name=name, ok=False, summary=f"it cannot be read: {error!r}")
+
+
+def read(wheel: Path) -> Inside:
+    """The deterministic part of the record and the SBOM inside a wheel.
+
+    Raises:
+        VerifyError: it has none.
+    """
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            names = archive.namelist()
+            place = next((one for one in names if one.endswith(".dist-info/gracefarm.json")), None)
+            if place is None:
+                raise VerifyError(f"{wheel.name} was not built by a farm of this kind: it carries no gracefarm.json")
+            found = json.loads(archive.read(place))
+            document = f"{place.rpartition('/')[0]}/sboms/{sbom.FILENAME}"
+            text = archive.read(document).decode() if document in names else None
+            return Inside(inputs=found["inputs"], build_id=str(found["build_id"]), sbom=text)
+    except (*UNREADABLE, OSError, ValueError, KeyError, TypeError) as error:
+        raise VerifyError(f"{wheel.name} cannot be read: {error}") from error
+
+
+def _record(wheel: Path) -> str:
+    complaints = wheel_file.complaints(wheel)
+    if complaints:
+        raise VerifyError("; ".join(complaints[:5]))
+    return "every file is what RECORD says"
+
+
+def _build_id(wheel: Path, inside: Inside) -> str:
+    """The id is a hash of the inputs, and the inputs are those of this wheel."""
+    if id_of(inside.inputs) != inside.build_id:
+        raise VerifyError(f"the inputs in it hash to {id_of(inside.inputs)[:16]}, not to its build id {inside.build_id[:16]}")
+    name, version, _, _ = parse_wheel_filename(wheel.name)
+    recipe = inside.inputs["recipe"]
+    if canonicalize_name(recipe["name"]) != name or recipe["version"] != str(version):
+        raise VerifyError(f"its inputs are those of {recipe['name']} {recipe['version']}")
+    return inside.build_id
+
+
+def _sbom(inside: Inside) -> str:
+    """What the SBOM says follows from the inputs; what it adds to them, the environment, has the digest that they name."""
+    if inside.sbom is None:
+        raise VerifyError(f"it carries no SBOM (.dist-info/sboms/{sbom.FILENAME})")
+    try:
+        build_id, besides = sbom.read(inside.sbom)
+    except ValueError as error:
+        raise VerifyError(str(error)) from error
+    if build_id != inside.build_id:
+        raise VerifyError(f"the SBOM is of build {build_id[:16]}, the wheel of {inside.build_id[:16]}")
+    if sbom.render(inside.inputs, besides) != inside.sbom:
+        raise VerifyError("the SBOM says other sources than the wheel's inputs, or was changed")
+    wanted = inside.inputs["stack"]["environment"]
+    installed = [LockedWheel(name=one.what, version=one.version or "", sha256=one.digest or "") for one in besides.installed]
+    if wanted is not None:
+        found = environment.digest_of(inside.inputs["stack"]["python"], Arch(inside.inputs["target"]), installed)
+        if found != wanted:
+            raise VerifyError("the SBOM's list of the environment is not the one that the wheel's inputs name by digest")
+    return f"{len(besides.installed)} distributions of the environment, sources as in the inputs"
+
+
+def _provenance(wheel: Path, inside: Inside, place: Path, key: Ed25519PublicKey | None) -> str:
+    if key is None:
+        raise VerifyError("there is no key to hold it against: name one with --key, or have the farm's own")
+    try:
+        envelope = json.loads(place.read_text())
+    except OSError as error:
+        raise VerifyError(f"there is no provenance at {place}: {error.strerror}") from error
+    except ValueError as error:
+        raise VerifyError(f"{place} is no JSON: {error}") from error
+    if isinstance(envelope, dict) and isinstance(envelope.get("provenance"), dict):
+        envelope = envelope["provenance"]  # a whole record, as an index has it
+    said = signing.opened(envelope, provenance.PAYLOAD, key)
+    sha256 = sha256_file(wheel)
+    subjects = {one["name"]: one["digest"].get("sha256") for one in said["subject"]}
+    if subjects.get(wheel.name) != sha256:
+        raise VerifyError(
+            f"the wheel has sha256 {sha256[:16]}, signed was {str(subjects.get(wheel.name))[:16]}"
+            if wheel.name in subjects
+            else f"it is about {', '.join(subjects)}, not about {wheel.name}"
+        )
+    inner = said["predicate"]["buildDefinition"]["internalParameters"]
+    if inner["buildId"] != inside.build_id or inner["inputs"] != json.loads(json.dumps(inside.inputs)):
+        raise VerifyError(f"it is about build {str(inner['buildId'])[:16]}, the wheel says {inside.build_id[:16]}")
+    return f"signed by key {signing.key_id(key)[:16]}, sha256 {sha256[:16]}"

@@ -1,0 +1,256 @@
+"""A build by cibuildwheel in a container that is laid out as manylinux is: `--toolchain container`, for CI runners.
+
+The image, named by digest, brings compilers, CUDA and Python. Sources and the stack's packages come from the same store and
+lock as in a sandbox, and what comes out goes through the same gates, smoke test and record. The container has no network.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from importlib.resources import files
+from pathlib import Path
+
+from builder.box import sandbox
+from builder.box.plain import Plain
+from builder.box.sandbox import Outcome
+from builder.compiling import units
+from builder.planning.plan import Contained, Plan
+from builder.planning.stack import Image
+from builder.toolchains import locked
+from gracefarm.errors import FetchError, HostError
+from gracefarm.files import atomic_write, remove_tree
+
+ENGINES = {"podman": "{{.Host.CgroupControllers}}", "docker": "{{.MemoryLimit}}"}
+"And what of `info` says whether memory can be bounded, which needs a controller that not every user is given."
+CUDA = "/cuda"
+"In the container: links to the image's CUDA, with our nvcc in front."
+PROJECT = "/project"
+"In the container: where cibuildwheel copies the source to."
+_LABEL = "gracefarm.build"
+_FILES = "/gracefarm"
+_KILLED = re.compile(r"\bsignal 9\b|\bSIGKILL\b|\bKilled(?: signal|$)|failed with code (?:137|-9)\b", re.MULTILINE)
+"As nvcc, Python, gcc and make, and cibuildwheel say of a command that the kernel killed."
+_KEPT = ("PATH", "XDG_RUNTIME_DIR", "CONTAINERS_CONF", "CONTAINERS_STORAGE_CONF", "DOCKER_HOST", "DOCKER_CONFIG", "HOME")
+"What an engine and its client need of this machine's environment."
+
+
+def find() -> Contained:
+    """The engine and the cibuildwheel of this machine.
+
+    Raises:
+        HostError: one of them is missing.
+    """
+    engine = next((name for name in ENGINES if shutil.which(name) and _info(name) is not None), None)
+    if engine is None:
+        raise HostError("no container engine answers: neither podman nor docker", remedy="install podman, or start docker")
+    try:
+        # An engine that is too old to be asked bounds nothing, and builds all the same.
+        bounds = re.search(r"\b(?:memory|true)\b", _info(engine, "--format", ENGINES[engine]) or "")
+        return Contained(engine=engine, cibuildwheel=version("cibuildwheel"), bounds_memory=bounds is not None)
+    except PackageNotFoundError:
+        raise HostError(
+            "cibuildwheel is not installed, which builds in containers", remedy="pip install 'gracefarm[container]'"
+        ) from None
+
+
+def _info(engine: str, *options: str) -> str | None:
+    done = subprocess.run([engine, "info", *options], capture_output=True, text=True, check=False, timeout=60)
+    return done.stdout if done.returncode == 0 else None
+
+
+def image(plan: Plan) -> Image:
+    """The stack's image for the target, which `plan.make` has found."""
+    return plan.stack.data.container[plan.target]
+
+
+def pull(plan: Plan, engine: str) -> None:
+    """Have the image here; the only step of a container build that has the network beside the fetch of its sources.
+
+    Raises:
+        FetchError: the engine could not get it.
+    """
+    reference = image(plan).reference
+    if subprocess.run([engine, "image", "inspect", reference], capture_output=True, check=False).returncode == 0:
+        return
+    platform = {"aarch64": "linux/arm64", "x86_64": "linux/amd64"}[plan.target.value]
+    done = subprocess.run(
+        [engine, "pull", "--quiet", f"--platform={platform}", reference], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        said = (done.stderr.strip().splitlines() or ["it ended without a word"])[-1]
+        raise FetchError(
+            f"{engine} does not get {reference}: {said}", remedy=f"run `{engine} pull {reference}` by hand", repeat=plan.repeat
+        )
+
+
+def identifier(plan: Plan) -> str:
+    """cibuildwheel's name of the one wheel, as cp311-manylinux_aarch64."""
+    return f"cp{plan.stack.data.python.replace('.', '')}-manylinux_{plan.target.value}"
+
+
+def command(plan: Plan, folder: Path) -> tuple[str, ...]:
+    """What runs on this machine; the source folder is its working directory."""
+    options = ("--only", identifier(plan), "--config-file", f"{folder}/cibuildwheel.toml", "--output-dir", f"{folder}/out")
+    return (sys.executable, "-m", "cibuildwheel", *options, str(folder / "source" / plan.recipe.data.build.subdirectory))
+
+
+def place(plan: Plan, environment: Path, compiler: Path | None, folder: Path, *, jobs: int, epoch: int, memory: int) -> Plain:
+    """Where cibuildwheel itself runs: this machine, which has its network; the container has none."""
+    remove_tree(folder / "gracefarm")
+    (folder / "gracefarm").mkdir()
+    (folder / "gracefarm" / "bin").mkdir()
+    places = {"toolchain/nvcc": "nvcc", "host/host.cmake": "host.cmake", "toolchain/ninja": "bin/ninja"}
+    for source, name in (places | {"toolchain/schedule.py": "schedule.py"}).items():
+        (folder / "gracefarm" / name).write_bytes((files("builder") / "data" / source).read_bytes())
+        (folder / "gracefarm" / name).chmod(0o755)
+    if (folder / units.SCHEDULE).is_file():
+        shutil.copy(folder / units.SCHEDULE, folder / "gracefarm" / units.SCHEDULE)
+    text = configuration(plan, environment, compiler, folder, jobs=jobs, epoch=epoch, memory=memory)
+    atomic_write(folder / "cibuildwheel.toml", text)
+    kept = {name: os.environ[name] for name in _KEPT if name in os.environ}
+    scratch = folder / "tmp"
+    own = {"SOURCE_DATE_EPOCH": str(epoch), "TMPDIR": str(scratch), "CIBW_CACHE_PATH": str(scratch / "cache")}
+    return Plain(
+        environment=kept | own | {"LC_ALL": "C.UTF-8", "PYTHONUNBUFFERED": "1"},
+        workdir=str(folder / "source"),
+        memory=memory,
+        network=True,
+    )
+
+
+def configuration(
+    plan: Plan, environment: Path, compiler: Path | None, folder: Path, *, jobs: int, epoch: int, memory: int
+) -> str:
+    """cibuildwheel's settings, in a file of our own: what the package says to cibuildwheel does not count."""
+    assert plan.contained is not None
+    volumes = {environment: "/env", folder / "gracefarm": _FILES} | ({compiler: locked.NVCC} if compiler else {})
+    mounts = [f"--volume={source}:{target}:ro" for source, target in volumes.items()]
+    # No swap either, as in a sandbox: a build that passes its bound would crawl through it.
+    bound = [f"--memory={memory}", f"--memory-swap={memory}"] if plan.contained.bounds_memory else []
+    created = ["--network=none", f"--label={_LABEL}={plan.build_id}", *bound, *mounts]
+    build = plan.recipe.data.build
+    options: dict[str, object] = {
+        "build-frontend": {"name": "build", "args": ["--no-isolation", "--skip-dependency-check"]},
+        "container-engine": {"name": plan.contained.engine, "create-args": created, "disable-host-mount": True},
+        f"manylinux-{plan.target.value}-image": image(plan).reference,
+        "before-all": before_all(plan),
+        "repair-wheel-command": "",
+        "audit-command": "",
+        "config-settings": {name: _inside(value) for name, value in build.config_settings.items()},
+        "environment": dict(variables(plan, jobs=jobs, epoch=epoch)),
+    }
+    return "[tool.cibuildwheel]\n" + "".join(f"{name} = {_toml(value)}\n" for name, value in options.items())
+
+
+def before_all(plan: Plan) -> str:
+    """A CUDA_HOME over the image's own, with our nvcc in front; nothing without CUDA."""
+    top = image(plan).cuda
+    if not plan.recipe.data.build.cuda or top is None:
+        return ""
+    links = f"mkdir -p {CUDA}/bin && ln -s {top}/bin/* {CUDA}/bin/ && rm {CUDA}/bin/nvcc"
+    others = f'for one in {top}/*; do [ "${{one##*/}}" = bin ] || ln -s "$one" {CUDA}/; done'
+    return f"{links} && cp {_FILES}/nvcc {CUDA}/bin/nvcc && {others}"
+
+
+def variables(plan: Plan, *, jobs: int, epoch: int) -> Iterator[tuple[str, str]]:
+    """The build's environment, as in a sandbox, with the container's places in it; PATH and compilers are the image's."""
+    ours = locked.variables(plan, jobs=jobs, epoch=epoch)
+    left_out = {
+        "PATH",
+        "HOME",
+        "USER",
+        "TMPDIR",
+        "GRACEFARM_PYTHON_INCLUDE",
+    }
+    python = f"cp{plan.stack.data.python.replace('.', '')}"
+    interpreter = f"/opt/python/{python}-{python}/bin/python"
+    ours = {name: _inside(value) for name, value in ours.items() if name not in left_out} | {
+        "PYTHONPATH": str(locked.site_packages(Path("/env"), plan.stack.data.python)),
+        "CC": "gcc",
+        "CXX": "g++",
+        "GRACEFARM_FRONT": "",
+        # Nothing is measured, but it says where the source is: schedule.py names units by that.
+        "GRACEFARM_UNITS": f"{PROJECT}/{units.NAME}",
+        "GRACEFARM_SCHEDULER": f"{interpreter} -I -S {_FILES}/schedule.py",
+        "GRACEFARM_SCHEDULE": f"{_FILES}/{units.SCHEDULE}",
+        "GRACEFARM_CCBIN": "",
+        "GRACEFARM_PYTHON": interpreter,
+        "CMAKE_TOOLCHAIN_FILE": f"{_FILES}/host.cmake",
+    }
+    if plan.recipe.data.build.cuda:
+        ours |= {"CUDA_HOME": CUDA, "CUDA_PATH": CUDA, "CUDACXX": f"{CUDA}/bin/nvcc"}
+        ours |= {"GRACEFARM_NVCC": f"{image(plan).cuda}/bin/nvcc"}
+    yield from sorted((ours | {"PATH": ":".join(_search_path(plan))}).items())
+
+
+def _inside(value: str) -> str:
+    """A recipe's value, with the container's place for the source where it names the sandbox's."""
+    return re.sub(r"/build/source(?![^/;:\s])", PROJECT, value)
+
+
+def _search_path(plan: Plan) -> Iterator[str]:
+    """Our ninja, the stack's own tools, the image's with its Python first, our nvcc, and the environment's ninja."""
+    yield f"{_FILES}/bin"
+    if plan.recipe.data.build.cuda:
+        yield from (f"{locked.NVCC}/{folder}" for folder in plan.stack.data.toolchain.path)
+    yield from ("$PATH", f"{CUDA}/bin", "/env/bin")
+
+
+@contextmanager
+def removed(plan: Plan) -> Iterator[None]:
+    """No container of this build before and after: an engine keeps those whose client was killed, ours or an earlier run's."""
+    _remove(plan)
+    try:
+        yield
+    finally:
+        _remove(plan)
+
+
+def _remove(plan: Plan) -> None:
+    assert plan.contained is not None
+    engine = plan.contained.engine
+    asked = [engine, "ps", "--all", "--quiet", f"--filter=label={_LABEL}={plan.build_id}"]
+    found = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.split()
+    if found:
+        subprocess.run([engine, "rm", "--force", *found], capture_output=True, check=False)
+
+
+def heard(outcome: Outcome, plan: Plan, log: Path, start: int) -> Outcome:
+    """The outcome with what the build could not reach and whether its bound killed it, as far as its output says so, from byte
+    `start` of the log."""
+    assert plan.contained is not None
+    text = log.read_bytes()[start:].decode(errors="replace")
+    found = dict.fromkeys(wanted for line in text.splitlines() if (wanted := sandbox.reached_in(line)))
+    outcome = replace(outcome, reached=tuple(found), network_by="log")
+    if not plan.contained.bounds_memory:
+        return outcome
+    # Nobody else kills in there: the kernel takes the largest process, and who started that says so.
+    killed = outcome.killed_by_memory or (outcome.returncode != 0 and _KILLED.search(text) is not None)
+    return replace(outcome, memory_by=plan.contained.engine, killed_by_memory=killed)
+
+
+def note(plan: Plan) -> str:
+    """What the record says of the network and of memory."""
+    assert plan.contained is not None
+    engine = plan.contained.engine
+    bound = (
+        f"{engine} holds its memory to the bound" if plan.contained.bounds_memory else f"{engine} cannot bound its memory here"
+    )
+    return f"container without network; {bound}; CPU and peak are those of cibuildwheel, not of the container"
+
+
+def _toml(value: object) -> str:
+    if isinstance(value, Mapping):
+        return "{ " + ", ".join(f"{json.dumps(str(key))} = {_toml(one)}" for key, one in value.items()) + " }"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    return json.dumps(value)

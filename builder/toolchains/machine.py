@@ -1,0 +1,429 @@
+"""This machine's own compilers, CUDA and Python, for `--toolchain host`: what is there, named so that it can enter a build id.
+
+Nothing is taken silently: what differs from the stack is a fact of a stack of its own, `NAME@host`, which the build id and the
+record hold and the console says. What must not differ (torch and its CUDA, the compiler's CUDA) is an error.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+from builder import elf
+from builder.box import plain
+from builder.ground import environment
+from builder.planning.stack import Arch, LoadedStack, Torch, host_arch
+from gracefarm.errors import HostError
+from gracefarm.files import sha256_file
+
+SUFFIX = "@host"
+"Of the name of a stack that this machine's own facts stand in."
+
+_BARE_VECTORS = Version("2.38")
+"The first glibc whose headers have vector types of gcc's in them on aarch64, which CUDA's front end has to know."
+_LAST_WITHOUT_VECTORS = Version("12.4")
+"Of CUDA: does not know them (__Float32x4_t; tried: 12.4.131 fails with glibc 2.41, 13.0.88 does not)."
+_CUDA_PROGRAMS = ("bin/nvcc", "nvvm/bin/cicc", "bin/cudafe++", "bin/ptxas", "bin/fatbinary", "bin/nvlink")
+_GCC_PROGRAMS = ("cc1", "cc1plus", "as", "ld", "collect2")
+_PROBE = """
+import importlib.metadata, json, os, platform, sys, sysconfig
+sites = [one for one in dict.fromkeys(sys.path) if one.endswith("-packages") and os.path.isdir(one)]
+found = {}
+for one in importlib.metadata.distributions(path=sites):
+    found.setdefault(one.metadata["Name"], one.version)
+print(json.dumps({
+    "implementation": sys.implementation.name, "version": platform.python_version(), "machine": platform.machine(),
+    "interpreter": os.path.realpath(getattr(sys, "_base_executable", sys.executable)),
+    "scripts": sysconfig.get_path("scripts"),
+    "header": os.path.join(sysconfig.get_path("include"), "Python.h"), "library": sysconfig.get_config_var("LIBDIR") or "",
+    "sites": sites, "distributions": found,
+}))
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What a user says about the toolchain of the machine."""
+
+    environment: Path | None = None
+    "A Python, or the folder of a virtual environment, whose own packages are taken; None: a clean one from the stack's lock."
+    python: Path | None = None
+    "The interpreter under a clean environment; None: the stack's Python on PATH."
+    cuda: Path | None = None
+    "The CUDA toolkit; None: CUDA_HOME, the usual places, nvcc on PATH."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interpreter:
+    """A Python of this machine."""
+
+    executable: Path
+    version: str
+    "As 3.12.3."
+    real: Path
+    "The program that exports the C API."
+    scripts: Path
+    header: Path
+    library: str
+    sites: tuple[Path, ...]
+    distributions: Mapping[str, str]
+    "Version by canonical name."
+
+    @property
+    def minor(self) -> str:
+        """As 3.12."""
+        return ".".join(self.version.split(".")[:2])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What a host build stands on."""
+
+    base: LoadedStack
+    "The stack that was asked for."
+    wanted: Wanted
+    arch: Arch
+    interpreter: Interpreter
+    glibc: str
+    "As 2_39."
+    compilers: Mapping[str, str]
+    "What each program says of itself, and its sha256."
+    cuda_home: Path | None
+    cuda: str | None
+    "Release of the toolkit, as 13.0."
+    differences: tuple[str, ...] = field(default=())
+    "Sentences about what is not as the stack has it."
+    uncut: str | None = None
+    "Why a build has this machine's network; None: it has none."
+    cxx_runtime: Path | None = None
+    "The shared libstdc++ to link with by name, where the compiler would link a static one; None: it takes the shared one."
+
+    @property
+    def locked(self) -> bool:
+        """Packages come from the stack's lock, not from what is installed."""
+        return self.wanted.environment is None
+
+    @property
+    def site_packages(self) -> Path:
+        """The folder of the own environment that has torch, else its first."""
+        return next((one for one in self.interpreter.sites if (one / "torch").is_dir()), self.interpreter.sites[0])
+
+    @cached_property
+    def stack(self) -> LoadedStack:
+        """The stack with this machine's facts in place of its own."""
+        data = self.base.data
+        torch = data.torch
+        if torch is not None and not self.locked:
+            torch = Torch(version=self.interpreter.distributions["torch"], cuda=torch.cuda)
+        update: dict[str, object] = {"name": data.name + SUFFIX, "python": self.interpreter.minor, "torch": torch}
+        update |= {"glibc": {self.arch: self.glibc}, "cuda": self.cuda or data.cuda}
+        return LoadedStack(folder=self.base.folder, data=data.model_copy(update=update))
+
+    def inputs(self) -> dict[str, object]:
+        """What enters the build id beside the stack's own facts; no path among it."""
+        own = {} if self.locked else {"distributions": dict(sorted(self.interpreter.distributions.items()))}
+        return {
+            "kind": "host",
+            "python": self.interpreter.version,
+            "compilers": dict(sorted(self.compilers.items())),
+            "differs": list(self.differences),
+            **own,
+        }
+
+    def digest(self) -> str:
+        """Hex sha256 of the compilers."""
+        return hashlib.sha256(json.dumps(self.compilers, sort_keys=True).encode()).hexdigest()
+
+
+def find(base: LoadedStack, wanted: Wanted, *, cuda: bool) -> Machine:
+    """This machine's toolchain for a stack; `cuda`: the CUDA compiler and torch are needed.
+
+    Raises:
+        HostError: something is missing, or torch or CUDA is not what the stack has; says which and how to mend it.
+    """
+    arch = host_arch()
+    interpreter = _interpreter(base, wanted)
+    compilers = dict(_gcc())
+    cuda_home, release = None, None
+    if cuda:
+        cuda_home, release = _toolkit(base, wanted)
+        compilers |= dict(_nvcc(cuda_home))
+        _check_torch(base, wanted, interpreter)
+    glibc = "_".join(os.confstr("CS_GNU_LIBC_VERSION").split()[-1].split(".")[:2])  # type: ignore[union-attr]
+    compilers["glibc"] = glibc.replace("_", ".")
+    if release is not None:
+        check_headers(arch, release, compilers["glibc"])
+    cxx_runtime = _shared_cxx_runtime(interpreter) if _links_cxx_statically() else None
+    return Machine(
+        base=base,
+        wanted=wanted,
+        arch=arch,
+        interpreter=interpreter,
+        glibc=glibc,
+        compilers=compilers,
+        cuda_home=cuda_home,
+        cuda=release,
+        differences=tuple(_differences(base, wanted, arch, interpreter, glibc, cxx_runtime)),
+        uncut=plain.uncut(),
+        cxx_runtime=cxx_runtime,
+    )
+
+
+def _differences(
+    base: LoadedStack, wanted: Wanted, arch: Arch, interpreter: Interpreter, glibc: str, cxx_runtime: Path | None
+) -> Iterator[str]:
+    data = base.data
+    yield f"compilers are this machine's, not those of {data.root.suite} that the stack locks"
+    if interpreter.minor != data.python:
+        yield f"Python is {interpreter.minor}, the stack's is {data.python}"
+    floor = data.glibc.get(arch)
+    if floor != glibc:
+        allowed = f"{floor.replace('_', '.')} at most" if floor else "none"
+        yield f"glibc is {glibc.replace('_', '.')}, the stack allows {allowed} on {arch.value}: the wheel may need this one"
+    if wanted.environment is not None:
+        yield "packages are those installed in the environment that was named, not those of the stack's lock"
+    if cxx_runtime is not None:
+        yield "g++ links libstdc++ statically here; it is told to take the shared one, as torch does"
+
+
+# --- Python ------------------------------------------------------------------------------------------------------------------
+
+
+def _interpreter(base: LoadedStack, wanted: Wanted) -> Interpreter:
+    python = base.data.python
+    place = wanted.environment or wanted.python or _on_path(f"python{python}")
+    if place is None:
+        raise HostError(
+            f"there is no python{python} on PATH, which the lock of stack {base.data.name} is for",
+            remedy="install it, name it with --python PATH, or take a Python with its own torch: --environment PATH",
+        )
+    if place.is_dir():
+        place = place / "bin" / "python3"
+    found = probe(place)
+    if wanted.environment is None and found.minor != python:
+        raise HostError(
+            f"{place} is Python {found.minor}, the lock of stack {base.data.name} is for {python}",
+            remedy=f"name a Python {python} with --python PATH, or take one with its own torch: --environment PATH",
+        )
+    if not found.header.is_file():
+        raise HostError(f"{place} has no {found.header}", remedy=f"install python{found.minor}-dev")
+    if wanted.environment is not None:
+        missing = [name for name in ("build", "setuptools") if name not in found.distributions]
+        if missing:
+            raise HostError(
+                f"the environment of {place} lacks {' and '.join(missing)}",
+                remedy=f"{place} -m pip install {' '.join(missing)} wheel ninja packaging",
+            )
+    return found
+
+
+def _on_path(name: str) -> Path | None:
+    found = shutil.which(name)
+    return Path(found) if found else None
+
+
+def probe(executable: Path) -> Interpreter:
+    """Ask an interpreter about itself, with nothing of our own environment in its way.
+
+    Raises:
+        HostError: it does not run, or is no CPython.
+    """
+    kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    try:
+        done = subprocess.run(
+            [executable, "-c", _PROBE], capture_output=True, text=True, check=False, env=kept, cwd="/", timeout=120
+        )
+    except OSError as error:
+        raise HostError(f"{executable} does not run: {error.strerror}", remedy="name a Python that does") from error
+    if done.returncode:
+        said = (done.stderr.strip().splitlines() or ["it ended without a word"])[-1]
+        raise HostError(f"{executable} is no Python that can build: {said}", remedy="name one that does")
+    try:
+        said = json.loads(done.stdout)
+    except ValueError as error:
+        raise HostError(f"{executable} is no Python: it does not answer as one", remedy="name one that does") from error
+    if said["implementation"] != "cpython":
+        raise HostError(f"{executable} is {said['implementation']}", remedy="name a CPython")
+    return Interpreter(
+        executable=executable.absolute(),
+        version=said["version"],
+        real=Path(said["interpreter"]),
+        scripts=Path(said["scripts"]),
+        header=Path(said["header"]),
+        library=said["library"],
+        sites=tuple(map(Path, said["sites"])),
+        distributions={canonicalize_name(name): version for name, version in said["distributions"].items() if name},
+    )
+
+
+def _check_torch(base: LoadedStack, wanted: Wanted, interpreter: Interpreter) -> None:
+    """torch is what the wheel links with: another one would be another stack."""
+    stack = base.data
+    if wanted.environment is None or stack.torch is None:
+        return
+    version = interpreter.distributions.get("torch")
+    if version is None:
+        raise HostError(
+            f"the environment of {interpreter.executable} has no torch", remedy=f"install torch {stack.torch.version} in it"
+        )
+    site = next((one for one in interpreter.sites if (one / "torch" / "version.py").is_file()), None)
+    cuda = environment.torch_facts(site).get("cuda") if site else None
+    if Version(version).public != Version(stack.torch.version).public or cuda != stack.torch.cuda:
+        raise HostError(
+            f"torch there is {version} for CUDA {cuda}, stack {stack.name} has {stack.torch.version} for {stack.torch.cuda}",
+            remedy="name the stack that has this torch (--stack), or an environment that has that one",
+        )
+
+
+# --- compilers ---------------------------------------------------------------------------------------------------------------
+
+
+def _gcc() -> Iterator[tuple[str, str]]:
+    for name, variable in (("gcc", "CC"), ("g++", "CXX")):
+        program = shutil.which(os.environ.get(variable) or name)
+        if program is None:
+            raise HostError(
+                f"there is no {os.environ.get(variable) or name} on PATH",
+                remedy="install gcc and g++ (Debian: build-essential)",
+            )
+        yield name, _described(program)
+        for part in _GCC_PROGRAMS:
+            place = shutil.which(_said([program, f"-print-prog-name={part}"]))
+            if place is not None:
+                yield part, f"sha256:{sha256_file(Path(place))}"
+
+
+def _links_cxx_statically() -> bool:
+    """Whether a shared object that throws gets a C++ runtime of its own: then no exception could pass from it to torch."""
+    with tempfile.TemporaryDirectory() as folder:
+        source, made = Path(folder, "throws.cpp"), Path(folder, "throws.so")
+        source.write_text('#include <stdexcept>\nvoid fail() { throw std::runtime_error(""); }\n')
+        compiler = os.environ.get("CXX") or "g++"
+        done = subprocess.run(
+            [compiler, "-shared", "-fPIC", "-o", made, source], capture_output=True, text=True, check=False, timeout=60
+        )
+        if done.returncode:
+            raise HostError(
+                f"{compiler} does not compile C++: {done.stderr.strip()[-300:]}",
+                remedy="install g++ and its libstdc++ (Debian: build-essential)",
+            )
+        return "libstdc++.so.6" not in elf.read(made).needed
+
+
+def _shared_cxx_runtime(interpreter: Interpreter) -> Path:
+    """The libstdc++ that this Python loads: the one that its torch uses."""
+    program = "import ctypes; ctypes.CDLL('libstdc++.so.6'); print(open('/proc/self/maps').read())"
+    done = subprocess.run([interpreter.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60)
+    found = next((line.split()[-1] for line in done.stdout.splitlines() if "/libstdc++.so.6" in line), None)
+    if found is None:
+        raise HostError("g++ links libstdc++ statically, and there is no shared one", remedy="install libstdc++6")
+    return Path(found)
+
+
+def _toolkit(base: LoadedStack, wanted: Wanted) -> tuple[Path, str]:
+    """The CUDA toolkit and its release: the named one, else the first place that has the stack's release."""
+    release = base.data.cuda
+    places = [wanted.cuda] if wanted.cuda else [place for place in _usual_places(release) if place is not None]
+    seen = []
+    for place in dict.fromkeys(places):
+        if not os.access(place / "bin" / "nvcc", os.X_OK):
+            continue
+        found = _release(place)
+        if found == release:
+            return place, found
+        seen.append(f"{place} has {found}")
+    if seen:
+        raise HostError(
+            f"stack {base.data.name} compiles with CUDA {release}: {', '.join(seen)}",
+            remedy=f"name a toolkit {release} with --cuda PATH, or the stack of this one with --stack",
+        )
+    where = str(wanted.cuda) if wanted.cuda else "CUDA_HOME, /usr/local/cuda and the folders of PATH"
+    raise HostError(
+        f"there is no CUDA compiler (nvcc): looked in {where}", remedy=f"install CUDA {release}, or say --cuda PATH"
+    )
+
+
+def unread_headers(arch: Arch, cuda: str, glibc: str) -> str | None:
+    """Why CUDA's compiler fails in each unit with the headers of that C library; None where it is not known to."""
+    if arch is Arch.AARCH64 and Version(cuda) <= _LAST_WITHOUT_VECTORS and Version(glibc) >= _BARE_VECTORS:
+        return f"CUDA {cuda} cannot read the headers of glibc {glibc} on aarch64, only those before {_BARE_VECTORS}"
+    return None
+
+
+def check_headers(arch: Arch, cuda: str, glibc: str) -> None:
+    """CUDA's compiler reads the headers of this machine.
+
+    Raises:
+        HostError: it is known not to.
+    """
+    if problem := unread_headers(arch, cuda, glibc):
+        raise HostError(
+            problem,
+            remedy="leave --toolchain host out: the sandbox has older ones; or build on Ubuntu 22.04, Debian 12 or Rocky 9",
+        )
+
+
+def _usual_places(release: str) -> Iterator[Path | None]:
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        yield Path(os.environ[variable]) if os.environ.get(variable) else None
+    yield from (Path(f"/usr/local/cuda-{release}"), Path("/usr/local/cuda"))
+    program = shutil.which("nvcc")
+    yield Path(program).resolve().parents[1] if program else None
+
+
+def _release(cuda_home: Path) -> str | None:
+    words = _said([str(cuda_home / "bin" / "nvcc"), "--version"]).replace(",", " ").split()
+    return words[words.index("release") + 1] if "release" in words else None
+
+
+def _nvcc(cuda_home: Path) -> Iterator[tuple[str, str]]:
+    for name in _CUDA_PROGRAMS:
+        if (cuda_home / name).is_file():
+            place = cuda_home / name
+            yield place.name, f"sha256:{sha256_file(place)}"
+    version = next(
+        (line for line in _said([str(cuda_home / "bin" / "nvcc"), "--version"]).splitlines() if "release" in line), ""
+    )
+    yield "cuda", version.strip()
+    # By name and size: thousands of files, each build anew.
+    headers = hashlib.sha256()
+    top = (cuda_home / "include").resolve()
+    for folder, folders, files in os.walk(top):
+        folders.sort()
+        for name in sorted(files):
+            path = Path(folder, name)
+            headers.update(f"{path.relative_to(top)} {path.stat().st_size if path.exists() else 0}\n".encode())
+    yield "cuda headers", f"sha256:{headers.hexdigest()} of names and sizes"
+
+
+def _described(program: str) -> str:
+    return f"{_said([program, '--version']).splitlines()[0]} sha256:{sha256_file(Path(program).resolve())}"
+
+
+def _said(command: list[str]) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    except OSError as error:
+        raise HostError(f"{command[0]} does not run: {error.strerror}", remedy="mend or replace it") from error
+    if done.returncode or not done.stdout.strip():
+        raise HostError(f"{' '.join(command)} fails: {done.stderr.strip()[-300:]}", remedy="mend or replace it")
+    return done.stdout.strip()
+
+
+def library_folders(machine: Machine) -> tuple[str, ...]:
+    """Folders that this machine's loader searches beside Debian's own, relative to /: from its cache, and Python's."""
+    ldconfig = shutil.which("ldconfig", path=f"{os.environ.get('PATH', os.defpath)}:/sbin:/usr/sbin")
+    lines = subprocess.run([ldconfig, "-p"], capture_output=True, text=True, check=False).stdout if ldconfig else ""
+    places = [line.rpartition(" => ")[2].rpartition("/")[0] for line in lines.splitlines() if " => " in line]
+    return tuple(place.lstrip("/") for place in dict.fromkeys([*places, machine.interpreter.library]) if place)

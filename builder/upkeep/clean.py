@@ -1,0 +1,95 @@
+"""What `builder clean` removes: what can be made again, each under the lock of those who make and use it.
+
+Locks are never removed: who holds a lock file that is gone, and who makes it anew, would both be alone.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import uv
+
+from builder.proof import record
+from gracefarm.files import lock, remove_tree
+from gracefarm.settings import Settings
+
+BESIDE = ("roots", "environments", "toolchains", "git", "host/environments", "host/cuda")
+"Folders of the home whose entries have their lock beside them, as NAME.lock."
+IN_LOCKS = ("cuda", "wrappers")
+"Folders whose entries have it in locks/, as FOLDER-NAME."
+
+
+def working_folders(settings: Settings, on_wait: Callable[[], None]) -> None:
+    """Remove what finished builds need no more, and what failed ones left to look at."""
+    for folder in sorted((settings.home / "builds").glob("*")):
+        with lock(_of_build(settings, folder), on_wait):
+            for name in record.SCRATCH:
+                remove_tree(folder / name)
+        with lock(settings.home / "locks" / f"rebuild-{folder.name}", on_wait):
+            remove_tree(folder / "rebuild")
+    for folder in sorted((settings.home / "sets").glob("*")):
+        with lock(settings.home / "locks" / f"set-{folder.name}", on_wait):
+            remove_tree(folder / "together")
+    with lock(settings.home / "locks" / "run", on_wait):
+        for folder in sorted((settings.home / "sets").glob("*")):
+            remove_tree(folder / "run")
+
+
+def everything(settings: Settings, on_wait: Callable[[], None]) -> None:
+    """Remove the builds, and all that builds stand on: while all of them are held, so that none stands on it."""
+    with ExitStack() as held:
+        for folder in sorted((settings.home / "builds").glob("*")):
+            held.enter_context(lock(_of_build(settings, folder), on_wait))
+            held.enter_context(lock(settings.home / "locks" / f"rebuild-{folder.name}", on_wait))
+            remove_tree(folder)
+        for place, made_under in _grounds(settings):
+            with lock(made_under):
+                remove_tree(place)
+        remove_tree(settings.home / "sets")
+        remove_tree(settings.home / "ccache")
+        _uv_cache(settings.home / "uv")
+
+
+def _of_build(settings: Settings, folder: Path) -> Path:
+    return settings.home / "locks" / f"build-{folder.name}"
+
+
+def _grounds(settings: Settings) -> Iterator[tuple[Path, Path]]:
+    """Places to remove, each with its lock; of a folder that is a link to another home's, the link."""
+    home = settings.home
+    for name in (*BESIDE, *IN_LOCKS, "store"):
+        if (home / name).is_symlink():
+            yield home / name, home / "locks" / "links"
+    for name in BESIDE:
+        for one in _entries(home / name):
+            yield one, one.with_name(f"{_final(one).removesuffix('.git')}.lock")
+    for name in IN_LOCKS:
+        for one in _entries(home / name):
+            yield one, home / "locks" / f"{name}-{_final(one)}"
+    for folder in _entries(home / "store" / "sha256"):
+        for one in _entries(folder):
+            yield one, home / "store" / "locks" / one.name.partition(".")[0]
+
+
+def _entries(folder: Path) -> list[Path]:
+    if folder.is_symlink() or not folder.is_dir():
+        return []
+    return sorted(one for one in folder.iterdir() if one.suffix != ".lock")
+
+
+def _final(place: Path) -> str:
+    """The name that an entry has, or would have got (atomic_directory)."""
+    return place.name.removeprefix(".").removesuffix(".partial") if place.name.startswith(".") else place.name
+
+
+def _uv_cache(cache: Path) -> None:
+    """By uv itself, which knows its own locks."""
+    if cache.is_symlink():
+        cache.unlink()
+    elif cache.is_dir():
+        environment = {"PATH": os.defpath, "UV_CACHE_DIR": str(cache), "UV_NO_CONFIG": "1"}
+        subprocess.run([uv.find_uv_bin(), "cache", "clean", "--quiet"], env=environment, check=False)

@@ -1,0 +1,388 @@
+"""What this machine lacks for building, tried for real, and how to mend it.
+
+The list of system packages is builder/data/system-packages.txt, a plain file, so that bootstrap reads it before any Python
+package is there.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+import httpx
+import psutil
+from packaging.version import Version
+from pypi_simple import PYPI_SIMPLE_ENDPOINT
+
+from builder.box import sandbox
+from builder.fetch.urls import shown, split_credentials
+from builder.ground import debian, environment, root
+from builder.planning import recipe, stack
+from builder.planning.stack import Arch, LoadedStack
+from gracefarm.errors import GracefarmError, HostError
+from gracefarm.files import remove_tree
+from gracefarm.settings import Settings, config_path
+
+PYTHON = (3, 11)
+GIT = Version("2.25")
+BWRAP = Version("0.5")
+DISK = 25 << 30
+"Bytes: an environment (5 GB) with its cache, a root, a build."
+MEMORY = 4 << 30
+"Bytes: one compile job of a recipe that says nothing else."
+TIMEOUT = 10.0
+BINFMT = Path("/proc/sys/fs/binfmt_misc")
+APPARMOR = Path("/proc/sys/kernel/apparmor_restrict_unprivileged_userns")
+CLONE = Path("/proc/sys/kernel/unprivileged_userns_clone")
+PROFILE = Path("/etc/apparmor.d/gracefarm-bwrap")
+_PROFILE_TEXT = """\
+# Written by `builder doctor --fix`: bubblewrap may make user namespaces, as it could before Ubuntu 24.04.
+abi <abi/4.0>,
+include <tunables/global>
+profile gracefarm-bwrap /usr/bin/bwrap flags=(unconfined) {
+  userns,
+}
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One thing looked at."""
+
+    name: str
+    ok: bool
+    found: str
+    remedy: str = ""
+    packages: tuple[str, ...] = ()
+    "Debian packages that would mend it."
+
+
+def system_packages() -> tuple[str, ...]:
+    """The Debian packages that a machine needs."""
+    text = (files("builder") / "data" / "system-packages.txt").read_text()
+    return tuple(word for line in text.splitlines() if (word := line.partition("#")[0].strip()))
+
+
+def checks(settings: Settings) -> list[Check]:
+    """Everything a build needs, each tried; about a second, or as long as the network takes to fail."""
+    return [
+        _python(),
+        _venv(),
+        _packages(),
+        _version("git", ["git", "--version"], GIT, "sources by commit"),
+        _version("bubblewrap", ["bwrap", "--version"], BWRAP, "the sandbox"),
+        _sandbox(),
+        _memory(),
+        _disk(settings),
+        _settings(),
+        _index(settings),
+        *_stacks(settings),
+        *_binfmt(settings),
+    ]
+
+
+def fix(found: Sequence[Check], settings: Settings) -> None:
+    """Mend what root can mend: install packages, allow bubblewrap its namespaces, register binfmt where a recipe needs it;
+    and remove roots that were damaged.
+
+    Raises:
+        HostError: neither root nor sudo without a password, or a command failed; names the command.
+    """
+    bad = {one.name: one for one in found if not one.ok}
+    missing = sorted({package for one in bad.values() for package in one.packages})
+    if missing:
+        _as_root(["apt-get", "update", "--quiet"])
+        _as_root(["env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "install", "--yes", "--no-install-recommends", *missing])
+    if "sandbox" in bad and (problem := sandbox.check()):
+        _allow_namespaces(problem)
+    for name in bad:
+        if match := re.fullmatch(r"root ([0-9a-f]{64})", name):
+            remove_tree(settings.home / "roots" / match[1])
+        if match := re.fullmatch(r"binfmt (\w+)", name):
+            register(Arch(match[1]), settings)
+
+
+# --- what is looked at -------------------------------------------------------------------------------------------------------
+
+
+def _python() -> Check:
+    # Not by Version: Ubuntu 22.04's python3.11 is a release candidate, which Version puts before 3.11.
+    return Check(
+        name="python",
+        ok=sys.version_info >= PYTHON,
+        found=f"{platform.python_version()} ({sys.executable})",
+        remedy=f"use Python {'.'.join(map(str, PYTHON))} or later",
+    )
+
+
+def _venv() -> Check:
+    missing = [name for name in ("venv", "ensurepip") if importlib.util.find_spec(name) is None]
+    package = f"python{sys.version_info.major}.{sys.version_info.minor}-venv"
+    return Check(
+        name="venv",
+        ok=not missing,
+        found=f"no module {missing[0]}" if missing else "present",
+        remedy=f"apt-get install {package}",
+        packages=(package,) if missing else (),
+    )
+
+
+def _packages() -> Check:
+    wanted = system_packages()
+    if shutil.which("dpkg-query") is None:
+        return Check(
+            name="system packages",
+            ok=all(shutil.which(name) for name in ("bwrap", "dpkg-deb", "git", "tar")),
+            found="not Debian or Ubuntu",
+            remedy=f"install the counterparts of {', '.join(wanted)}",
+        )
+    missing = tuple(one for one in wanted if not _installed(one))
+    return Check(
+        name="system packages",
+        ok=not missing,
+        found=f"missing: {', '.join(missing)}" if missing else f"all {len(wanted)} installed",
+        remedy=f"apt-get install {' '.join(missing)} (as root, or `builder doctor --fix`)",
+        packages=missing,
+    )
+
+
+def _installed(package: str) -> bool:
+    command = ["dpkg-query", "--show", "--showformat=${db:Status-Status}", package]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout == "installed"
+
+
+def _version(package: str, command: list[str], least: Version, why: str) -> Check:
+    remedy = f"apt-get install {package} ({least} or later: {why})"
+    if shutil.which(command[0]) is None:
+        return Check(name=package, ok=False, found="not installed", remedy=remedy, packages=(package,))
+    said = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    match = re.search(r"\d+(\.\d+)+", said)
+    if match is None:
+        return Check(name=package, ok=False, found=f"no version in {said.strip()!r}", remedy=remedy)
+    return Check(name=package, ok=Version(match[0]) >= least, found=match[0], remedy=remedy)
+
+
+def _sandbox() -> Check:
+    problem = sandbox.check()
+    user = "root" if os.geteuid() == 0 else "an ordinary user"
+    remedy = (
+        "`builder doctor --fix` as root; in a container: allow user namespaces (docker: --privileged, or a seccomp profile)"
+    )
+    return Check(name="sandbox", ok=problem is None, found=problem or f"starts, as {user}", remedy=remedy)
+
+
+def _memory() -> Check:
+    have = psutil.virtual_memory().total
+    return Check(
+        name="memory",
+        ok=have >= MEMORY,
+        found=f"{have / 2**30:.1f} GiB, {os.cpu_count()} cores",
+        remedy=f"{MEMORY >> 30} GiB are needed for one compile job",
+    )
+
+
+def _disk(settings: Settings) -> Check:
+    place = settings.home
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    used = (settings.home / "environments").is_dir()
+    return Check(
+        name="disk",
+        ok=used or free >= DISK,
+        found=f"{free / 2**30:.0f} GiB free for {settings.home}",
+        remedy=f"free {DISK >> 30} GiB there, or set GRACEFARM_HOME to a larger disk",
+    )
+
+
+def _settings() -> Check:
+    path = config_path()
+    return Check(name="settings", ok=True, found=str(path) if path.is_file() else f"none ({path} would be read)")
+
+
+def _index(settings: Settings) -> Check:
+    url = (settings.index_url or PYPI_SIMPLE_ENDPOINT).rstrip("/")
+    return _reach("python index", f"{url}/pip/", "GRACEFARM_PYTHON_INDEX", url)
+
+
+def _reach(name: str, url: str, setting: str, base: str) -> Check:
+    """Ask for a page as the fetch does."""
+    remedy = f"see that this machine reaches it, or set {setting} to a mirror"
+    if url.startswith("file://"):
+        place = Path(base.removeprefix("file://"))
+        return Check(name=name, ok=place.is_dir(), found=shown(base), remedy=remedy)
+    address, credentials = split_credentials(url)
+    try:
+        answer = httpx.head(address, auth=credentials, timeout=TIMEOUT, follow_redirects=True)
+    except httpx.HTTPError as error:
+        return Check(name=name, ok=False, found=f"{shown(base)}: {shown(str(error)) or type(error).__name__}", remedy=remedy)
+    return Check(
+        name=name,
+        ok=answer.status_code < httpx.codes.BAD_REQUEST,
+        found=f"{shown(base)}" + ("" if answer.is_success else f" says {answer.status_code}"),
+        remedy=remedy,
+    )
+
+
+def _stacks(settings: Settings) -> list[Check]:
+    """Per stack: its locks are whole; then the mirror, and which roots and environments are there."""
+    found = []
+    suites = set()
+    for path in sorted((settings.project / "stacks").glob("*/stack.toml")):
+        try:
+            one = stack.load(path.parent.parent, path.parent.name)
+            ready = _ready(one, settings)
+        except GracefarmError as error:
+            found.append(Check(name=f"stack {path.parent.name}", ok=False, found=error.cause, remedy=error.remedy))
+            continue
+        suites.add(one.data.root.suite)
+        found.append(Check(name=f"stack {one.data.name}", ok=True, found=f"locks whole; {ready}"))
+        for place, program in _damaged(one, settings):
+            remedy = "`builder doctor --fix` removes that root; the next build assembles it anew from the store"
+            found.append(Check(name=f"root {place.name}", ok=False, found=f"has lost {program}", remedy=remedy))
+    return [*(_mirror(suite, settings) for suite in sorted(suites)), *found]
+
+
+def _damaged(one: LoadedStack, settings: Settings) -> list[tuple[Path, str]]:
+    """Roots of a stack that lost qemu, Python or compiler, with what they lost."""
+    host = stack.host_arch()
+    places = ((settings.home / "roots" / root.digest(one, host, to), to) for to in one.data.root.hosts.get(host, ()))
+    return [(place, program) for place, to in places if place.is_dir() and (program := root.lost(place, one, host, to))]
+
+
+def _mirror(suite: str, settings: Settings) -> Check:
+    try:
+        url = debian.mirror(suite, settings)
+    except HostError as error:
+        return Check(name="debian mirror", ok=False, found=error.cause, remedy=error.remedy, packages=("mmdebstrap",))
+    return _reach("debian mirror", f"{url}/dists/{suite}/Release", "GRACEFARM_DEBIAN_MIRROR", url)
+
+
+def _ready(one: LoadedStack, settings: Settings) -> str:
+    host = stack.host_arch()
+    words = []
+    for target in one.data.root.hosts.get(host, ()):
+        has_root = (settings.home / "roots" / root.digest(one, host, target)).is_dir()
+        has_environment = (settings.home / "environments" / environment.digest(one, target)).is_dir()
+        missing = " and ".join(name for name, has in (("root", has_root), ("environment", has_environment)) if not has)
+        words.append(f"{target}: " + (f"{missing} made at the first build" if missing else "root and environment ready"))
+    return "; ".join(words) or f"no root for a host of {host}"
+
+
+def _binfmt(settings: Settings) -> list[Check]:
+    """Only recipes that execute other programs of the target than Python need the kernel to know these."""
+    host = stack.host_arch()
+    needed: list[str] = []
+    for name in recipe.names(settings.project / "recipes"):
+        try:
+            needed += [name] if recipe.load(settings.project / "recipes", name).data.build.binfmt else []
+        except GracefarmError:
+            continue  # `builder plan NAME` says what is wrong with it
+    found = []
+    for target in Arch:
+        if target is host or (target is Arch.X86_64 and host is Arch.AARCH64):
+            continue
+        state = registration(target)
+        ok = state is None or not needed
+        who = f"needed by {', '.join(needed)}" if needed else "no recipe needs it"
+        found.append(
+            Check(
+                name=f"binfmt {target}",
+                ok=ok,
+                found=f"{state or 'registered'}; {who}",
+                remedy="`builder doctor --fix` as root registers qemu until the next start of the machine",
+            )
+        )
+    return found
+
+
+def registration(target: Arch) -> str | None:
+    """Why the kernel does not start the target's programs inside a sandbox; None when it does.
+
+    Without flag F the kernel would look for qemu inside the sandbox's root, at the path of another machine.
+    """
+    if not (BINFMT / "register").exists():
+        return "binfmt_misc is not mounted"
+    place = BINFMT / f"qemu-{target}"
+    if not place.exists():
+        return "not registered"
+    lines = place.read_text().splitlines()
+    if "enabled" not in lines:
+        return "registered, but disabled"
+    flags = next((line.partition(":")[2] for line in lines if line.startswith("flags")), "")
+    return None if "F" in flags else "registered without flag F, which a sandbox needs"
+
+
+# --- what root mends ---------------------------------------------------------------------------------------------------------
+
+
+def _as_root(command: Sequence[str], text: str | None = None) -> None:
+    """Run as root, by sudo where we are not; what it prints goes to the terminal.
+
+    Raises:
+        HostError: it failed, or nobody may.
+    """
+    line = list(command) if os.geteuid() == 0 else ["sudo", *command]
+    by_hand = f"as root: {' '.join(command)}"
+    if line[0] == "sudo" and shutil.which("sudo") is None:
+        raise HostError("this needs root, and there is no sudo", remedy=by_hand)
+    sys.stderr.write(f"+ {' '.join(line)}\n")
+    try:
+        done = subprocess.run(line, input=text, text=True, stdout=sys.stderr, check=False)
+    except FileNotFoundError as error:
+        raise HostError(f"the program {error.filename} is not installed", remedy=by_hand) from error
+    if done.returncode:
+        raise HostError(f"{' '.join(line)} failed with {done.returncode}", remedy=by_hand)
+
+
+def _allow_namespaces(problem: str) -> None:
+    """Ubuntu 24.04's AppArmor and hardened Debian kernels keep user namespaces from programs."""
+    if APPARMOR.exists() and APPARMOR.read_text().strip() == "1" and shutil.which("apparmor_parser"):
+        _as_root(["tee", str(PROFILE)], _PROFILE_TEXT)
+        _as_root(["apparmor_parser", "--replace", str(PROFILE)])
+    elif CLONE.exists() and CLONE.read_text().strip() == "0":
+        _as_root(["sysctl", "--write", "kernel.unprivileged_userns_clone=1"])
+    else:
+        raise HostError(problem, remedy="in a container: allow user namespaces and mounts in it")
+
+
+def register(target: Arch, settings: Settings) -> None:
+    """Register the qemu that stands in the root, with flag F: the kernel keeps it open, whatever the sandbox sees."""
+    host = stack.host_arch()
+    place = next(
+        (
+            folder
+            for path in sorted((settings.project / "stacks").glob("*/stack.toml"))
+            for one in [stack.load(path.parent.parent, path.parent.name)]
+            if (folder := settings.home / "roots" / root.digest(one, host, target)).is_dir()
+        ),
+        None,
+    )
+    if place is None:
+        raise HostError(
+            f"no root for {target} is there yet", remedy=f"run `builder build NAME --target {target}` once, then again"
+        )
+    if not (BINFMT / "register").exists():
+        _as_root(["mount", "-t", "binfmt_misc", "binfmt_misc", str(BINFMT)])
+    if (BINFMT / f"qemu-{target}").exists():
+        _as_root(["tee", str(BINFMT / f"qemu-{target}")], "-1")
+    _as_root(["tee", str(BINFMT / "register")], registration_line(place, target))
+
+
+def registration_line(place: Path, target: Arch) -> str:
+    """Debian's own line for qemu, its interpreter replaced by that of a root and its flags by F.
+
+    Flags O, P and C of Debian's are left out: P changes the arguments for the qemu of that path alone.
+    """
+    shipped = (place / f"usr/lib/binfmt.d/qemu-{target}.conf").read_text().strip()
+    fields = shipped.split(":")
+    return ":".join((*fields[:6], str(place / f"usr/bin/qemu-{target}-static"), "F"))

@@ -1,0 +1,60 @@
+"""A fleet's nodes as the steps see them: deploy.fleet.calls's Shell over deploy.fleet.ssh's connections."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from deploy.fleet.calls import Done, Target
+from deploy.fleet.facts import Facts
+from deploy.fleet.ssh import Fleet
+from deploy.nodes.inventory import Node
+
+
+@dataclass(frozen=True)
+class FleetShell:
+    """Commands on one node of a fleet."""
+
+    fleet: Fleet
+    node: Node
+
+    async def stream(self, command: str, *, stdin: bytes, on_line: Callable[[str], None]) -> Done:
+        """Run it; a node that cannot be entered is an SshError, a connection that was cut a NodeError."""
+
+        def line(_node: Node, stream: str, text: str) -> None:
+            if stream == "stdout":
+                on_line(text)
+
+        result = (await self.fleet.run(command, nodes=[self.node], input=stdin, on_line=line, keep=False))[self.node.name]
+        if result.error:
+            raise result.error
+        assert result.returncode is not None
+        return Done(code=result.returncode, stderr=result.stderr)
+
+    async def start(self, job: str, command: str, *, stdin: bytes) -> bool:
+        """Detached, in the node's folder, with this deployment's mark."""
+        return await self.fleet.start_job(self.node, job, command, input=stdin)
+
+    async def follow(self, job: str, on_line: Callable[[str], None]) -> Done:
+        """Its log to the end. What was killed has no exit code of its own: -1."""
+        status = await self.fleet.follow_job(self.node, job, on_line, patience=self.fleet.patience)
+        if status.returncode is None:
+            return Done(code=-1, stderr="it was stopped" if status.state == "stopped" else "it was killed")
+        return Done(code=status.returncode, stderr="")
+
+    async def at_work(self, job: str) -> bool:
+        """A look at its process."""
+        return (await self.fleet.job_status(self.node, job)).state == "running"
+
+
+def targets(fleet: Fleet, facts: Facts | None = None, nodes: Sequence[Node] | None = None) -> list[Target]:
+    """Nodes to call into; without facts their private address is the one that ssh reaches, and GPUs are deploy.toml's."""
+    known: Mapping[str, tuple[str, int]] = {
+        one.name: (one.private, len(one.cuda.gpus)) for one in (facts.nodes if facts else ())
+    }
+    made = []
+    for one in fleet.nodes if nodes is None else nodes:
+        address, gpus = known.get(one.name, (one.address, 0))
+        shell, mark = FleetShell(fleet, one), f"{fleet.mark}/{one.name}"
+        made.append(Target(name=one.name, address=address, gpus=one.gpus or gpus, shell=shell, mark=mark))
+    return made

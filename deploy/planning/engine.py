@@ -1,0 +1,253 @@
+"""What engines demand and how they split a model, as data; with the sentence for each thing that they refuse."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from deploy.planning import options
+from deploy.planning.model import Model
+from gracefarm.errors import ConfigError, LayoutError
+
+Value = str | int | float | bool | list[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engine:
+    """An engine at the version that the farm builds."""
+
+    name: str
+    version: str
+    command: tuple[str, ...]
+    "Program and sub-command; the model's folder follows."
+    uneven: bool
+    "KV heads and MLP columns need not divide by tp: the first ranks take one more."
+    replicates: bool
+    "More ranks than KV heads are allowed; several hold the same head."
+    vocab_multiple: int | None
+    "The vocabulary is padded to it; None: to tp."
+    shared_cache: bool
+    "One scheduler for all stages; else the cache is cut into one part per stage."
+    default_partition: bool
+    "Without the partition variable the last stage takes the remainder; else we do not know and always set it."
+    host_variable: str
+    partition_variable: str
+    port_variable: str
+    timeout_variable: str
+    "Seconds for one step; weights in host memory make steps long."
+    key_variable: str
+    table: str
+    "Of its options, in deploy/data."
+    swap_share: float | None = None
+    "Share of the head's memory that tp times the swap space may be; None: it does not check."
+    env: Mapping[str, str] = field(default_factory=dict)
+    refused: Mapping[str, str] = field(default_factory=dict)
+    "Options that must not be given, and why."
+
+
+OURS = {
+    "host": "the engine listens on 127.0.0.1 and is reached through `deploy tunnel`",
+    "port": "it is [ports] engine",
+    "tensor-parallel-size": "it is [layout] tensor_parallel",
+    "pipeline-parallel-size": "it is [layout] pipeline_parallel",
+    "cpu-offload-gb": "it is [layout] cpu_offload_gib",
+    "max-model-len": "it is [layout] max_model_len",
+    "max-num-seqs": "it is [layout] max_num_seqs",
+    "max-num-batched-tokens": "the memory model rests on it",
+    "enable-chunked-prefill": "the memory model rests on it",
+    "gpu-memory-utilization": "it is [layout] gpu_memory_utilization",
+    "distributed-executor-backend": "Ray brings the nodes together",
+    "quantization": "the planner knows the bytes of 16-bit weights alone",
+    "served-model-name": "it is the repository's name, which bench and tunnel use",
+    "model": "it is [model] repo",
+    "config": "what runs is what the plan prints",
+}
+ONE_ENGINE = "the planner knows tensor and pipeline parallelism alone"
+SECRETS = (
+    "a key in an argument list is readable by everybody on the node; `deploy serve` makes one and passes it by environment"
+)
+
+APHRODITE = Engine(
+    name="aphrodite",
+    version="0.6.4.post1",
+    command=("aphrodite", "run"),
+    uneven=True,
+    replicates=False,
+    vocab_multiple=None,
+    shared_cache=False,
+    default_partition=True,
+    host_variable="HOST_IP",
+    partition_variable="APHRODITE_PP_LAYER_PARTITION",
+    port_variable="APHRODITE_PORT",
+    timeout_variable="APHRODITE_ENGINE_ITERATION_TIMEOUT_S",
+    key_variable="APHRODITE_API_KEY",
+    swap_share=0.7,
+    env={"SERVE_KOBOLD_LITE_UI": "0"},
+    table="aphrodite-0.6.4.post1",
+    refused={
+        **OURS,
+        "api-keys": SECRETS,
+        "admin-key": SECRETS,
+        "max-parallel-loading-workers": "it raises NotImplementedError with Ray",
+        "engine-use-ray": "the engine itself would move to another process than the driver that has the GPU",
+    },
+)
+VLLM = Engine(
+    name="vllm",
+    version="0.26.0",
+    command=("vllm", "serve"),
+    uneven=False,
+    replicates=True,
+    vocab_multiple=64,
+    shared_cache=True,
+    default_partition=False,
+    host_variable="VLLM_HOST_IP",
+    partition_variable="VLLM_PP_LAYER_PARTITION",
+    port_variable="VLLM_PORT",
+    timeout_variable="VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS",
+    key_variable="VLLM_API_KEY",
+    table="vllm-0.26.0",
+    refused={
+        **OURS,
+        "api-key": SECRETS,
+        "hf-token": SECRETS,
+        "uds": "it would listen there instead of on the port that is asked",
+        "grpc": "deploy asks for completions over HTTP",
+        "headless": "the engine would not listen at all",
+        "data-parallel-size": ONE_ENGINE,
+        "decode-context-parallel-size": ONE_ENGINE,
+        "prefill-context-parallel-size": ONE_ENGINE,
+        "nnodes": "Ray brings the nodes together",
+    },
+)
+
+
+def engine(name: str) -> Engine:
+    """By name. Raises ConfigError."""
+    for one in (APHRODITE, VLLM):
+        if one.name == name:
+            return one
+    raise ConfigError(f"no engine {name!r}", remedy="there are aphrodite and vllm")
+
+
+def refusal(engine_: Engine, model: Model, tp: int) -> str | None:
+    """Why the engine does not split this model over `tp` GPUs; None: it does."""
+    if engine_.uneven:
+        if tp <= model.kv_heads:
+            return None
+        if tp % model.kv_heads:
+            return (
+                f"tp {tp}: {engine_.name} asserts that tp divides by the {model.kv_heads} KV heads where there are more ranks "
+                f"than heads; 1 to {model.kv_heads} work"
+            )
+        return (
+            f"tp {tp}: {engine_.name} gives ranks {model.kv_heads} to {tp - 1} no query heads without quantisation; "
+            f"1 to {model.kv_heads} work"
+        )
+    rows = vocab(engine_, model, tp)
+    for what, number in (
+        ("attention heads", model.heads),
+        ("MLP columns", model.mlp),
+        ("rows of the padded vocabulary", rows),
+    ):
+        if number % tp:
+            return f"tp {tp}: {engine_.name} splits evenly, and {number} {what} do not divide by {tp}"
+    if model.kv_heads % tp and tp % model.kv_heads:
+        return f"tp {tp}: {engine_.name} splits evenly, and {model.kv_heads} KV heads and {tp} ranks do not divide"
+    return None
+
+
+def require(engine_: Engine, model: Model, tp: int) -> None:
+    """Raises LayoutError with the engine's rule, where it refuses `tp`."""
+    reason = refusal(engine_, model, tp)
+    if reason:
+        raise LayoutError(reason, remedy=f"the others: tp {', '.join(map(str, legal(engine_, model)))}")
+
+
+def legal(engine_: Engine, model: Model, most: int = 64) -> tuple[int, ...]:
+    """Every tp up to `most` that the engine takes."""
+    return tuple(tp for tp in range(1, most + 1) if refusal(engine_, model, tp) is None)
+
+
+def part(total: int, rank: int, tp: int, multiple: int = 1) -> tuple[int, int]:
+    """Start and size of a rank's share: whole multiples, the first ranks take one more (Aphrodite's parallel_state, 0.6.4)."""
+    whole, rest = divmod(total // multiple, tp)
+    return (whole * rank + min(rest, rank)) * multiple, (whole + (rank < rest)) * multiple
+
+
+def kv_heads(engine_: Engine, model: Model, tp: int) -> tuple[int, ...]:
+    """KV heads of each rank; where the engine replicates, several ranks have the same one."""
+    if engine_.replicates and tp > model.kv_heads:
+        return (1,) * tp
+    return tuple(part(model.kv_heads, rank, tp)[1] for rank in range(tp))
+
+
+def vocab(engine_: Engine, model: Model, tp: int) -> int:
+    """Rows of the embedding with their padding."""
+    multiple = engine_.vocab_multiple or tp
+    return -(-model.vocab // multiple) * multiple
+
+
+def default_partition(layers: int, pp: int) -> tuple[int, ...]:
+    """Aphrodite's own split: equal stages, and the last one takes the remainder as well."""
+    return (layers // pp,) * (pp - 1) + (layers // pp + layers % pp,)
+
+
+def check(engine_: Engine, given: Mapping[str, Value], arch: str) -> None:
+    """[engine_options] holds nothing that is ours, secret, or known to fail.
+
+    Raises:
+        ConfigError: names the option and the reason.
+    """
+    for key in given:
+        name = key.replace("_", "-").lstrip("-")
+        option = options.table(engine_.table).find(f"--{name}")
+        name = option.name if option else {"tp": "tensor-parallel-size", "pp": "pipeline-parallel-size"}.get(name, name)
+        if name in engine_.refused:
+            raise ConfigError(f"[engine_options] {key}: {engine_.refused[name]}", remedy="remove it from deploy.toml")
+    _check_cache(engine_, given, arch)
+
+
+def _check_cache(engine_: Engine, given: Mapping[str, Value], arch: str) -> None:
+    """Aphrodite falls to xformers for these, and there is no xformers for aarch64 in its requirements nor in the farm."""
+    if engine_.name != "aphrodite" or arch != "aarch64":
+        return
+    options_ = {key.replace("_", "-"): value for key, value in given.items()}
+    if str(options_.get("kv-cache-dtype", "auto")).startswith("fp8"):
+        raise ConfigError(
+            "[engine_options] kv-cache-dtype: fp8 needs xformers in this version, which does not exist for aarch64",
+            remedy="leave it at auto",
+        )
+    if int(str(options_.get("block-size", 16))) % 16:
+        raise ConfigError(
+            "[engine_options] block-size: one that does not divide by 16 needs xformers, which does not exist for aarch64",
+            remedy="leave it at 16",
+        )
+
+
+def arguments(engine_: Engine, given: Mapping[str, Value]) -> list[str]:
+    """[engine_options] as arguments. Raises ConfigError: an option or value that the engine does not have."""
+    made: list[str] = []
+    for key, value in given.items():
+        made += _argument(engine_, "--" + key.replace("_", "-").lstrip("-"), value)
+    return made
+
+
+def _argument(engine_: Engine, flag: str, value: Value) -> Sequence[str]:
+    option = options.table(engine_.table).find(flag)
+    if isinstance(value, bool):
+        if option and option.action == "boolean":
+            return [flag, str(value).lower()]
+        if option and option.action == "switch":
+            return [flag if value else f"--no-{flag[2:]}"]
+        return [flag] if value else []
+    if isinstance(value, list):
+        if option and option.action == "append":
+            return [word for one in value for word in (flag, one)]
+        return [flag, *value]
+    return [flag, str(value)]
+
+
+def validate(engine_: Engine, made: Sequence[str]) -> None:
+    """Every option of a command line exists in the engine and has an allowed value. Raises ConfigError."""
+    options.table(engine_.table).check(made)

@@ -1,0 +1,152 @@
+"""A plan as a bash script: the same commands and environments, in the tutorial's style, for people without this program."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import PurePosixPath
+
+from deploy.nodes.inventory import Node
+from deploy.planning.plan import NodePlan, Plan
+
+TOKEN_FILE = "RAY_AUTH_TOKEN_PATH"  # noqa: S105 - the name of a variable
+
+
+def render(plan: Plan, nodes: Sequence[Node] = ()) -> str:
+    """The script. `nodes` say how each is entered (user, port, key, jump host); without them ~/.ssh/config does.
+
+    Secrets are read from files here and sent through ssh's stdin; no argument list has them.
+    """
+    access = {one.name: one for one in nodes}
+    head, *rest = plan.nodes
+    blocks = [
+        _preamble(plan),
+        _functions([(one, access.get(one.name)) for one in plan.nodes]),
+        "# Secrets: made once, kept here for you alone, sent through stdin into files that only the nodes' user can read.",
+        _secrets(plan),
+        f"# Ray: exactly {plan.layout.world} GPUs in all, or the engine's placement group may miss its driver.",
+        _ray(head),
+        *(_ray(one) for one in rest),
+        "# The engine. It outlives this connection; its log and its process id stay in the head's own folder.",
+        _engine(plan),
+        "# Its port opens when the model is loaded, which takes long; ready is what answers a real request.",
+        _wait(plan),
+    ]
+    return "\n\n".join(blocks) + "\n"
+
+
+def _preamble(plan: Plan) -> str:
+    spares = f"\n# Spare nodes, not started: {' '.join(plan.spares)}" if plan.spares else ""
+    return f"""#!/usr/bin/env bash
+# {plan.deployment}: {plan.model} at {plan.revision}, {plan.engine}, {plan.layout.name}
+# Plan {plan.id}, printed by `deploy plan --shell`.
+# Environment and weights must be there: {plan.serve[0]}, {_model_folder(plan)}{spares}
+set -euo pipefail
+umask 077
+
+# Host keys that `deploy init` pinned; a node that shows another one is refused.
+known_hosts=${{KNOWN_HOSTS:-.deploy/known_hosts}}
+secrets=${{SECRETS:-.deploy/script}}"""
+
+
+def _model_folder(plan: Plan) -> str:
+    return next(one for one in plan.serve[1:] if one.startswith("/"))
+
+
+def _functions(nodes: Iterable[tuple[NodePlan, Node | None]]) -> str:
+    cases = "\n".join(f"        {one.name}) set -- {shlex.join(_ssh(one, node))} ;;" for one, node in nodes)
+    return f"""# on NODE COMMAND: a command on a node, its stdin from here.
+on() {{
+    local node=$1 command=$2
+    case $node in
+{cases}
+    esac
+    ssh -o BatchMode=yes -o StrictHostKeyChecking=yes -o "UserKnownHostsFile=$known_hosts" "$@" "$command"
+}}
+
+# secret FILE: made unless it is there.
+secret() {{
+    mkdir -p "$secrets"
+    [ -s "$secrets/$1" ] || od -An -N32 -tx1 /dev/urandom | tr -d ' \\n' >"$secrets/$1"
+}}"""
+
+
+def _ssh(plan: NodePlan, node: Node | None) -> list[str]:
+    words: list[str] = []
+    if node and node.port != 22:
+        words += ["-p", str(node.port)]
+    if node and node.key:
+        words += ["-i", str(node.key)]
+    if node and node.jump:
+        words += ["-J", node.jump]
+    return [*words, f"{node.user}@{plan.address}" if node and node.user else plan.address]
+
+
+def _secrets(plan: Plan) -> str:
+    lines = ["secret ray-token", "secret api-key"]
+    lines += [_place(one.name, "ray-token", one.env[TOKEN_FILE]) for one in plan.nodes]
+    lines.append(_place(plan.head.name, "api-key", _beside(plan.head, "api-key")))
+    return "\n".join(lines)
+
+
+def _place(node: str, name: str, target: str) -> str:
+    folder = shlex.quote(str(PurePosixPath(target).parent))
+    command = f"umask 077 && mkdir -p {folder} && cat >{shlex.quote(target)}"
+    return f'on {node} {shlex.quote(command)} <"$secrets/{name}"'
+
+
+def _beside(node: NodePlan, name: str) -> str:
+    return str(PurePosixPath(node.env[TOKEN_FILE]).parent / name)
+
+
+def _script(node: str, lines: Sequence[str]) -> str:
+    return "\n".join([f"on {node} 'bash -s' <<'NODE'", "set -eu", *lines, "NODE"])
+
+
+def _exports(env: Mapping[str, str]) -> list[str]:
+    return [f"export {name}={shlex.quote(value)}" for name, value in env.items()]
+
+
+def _ray(node: NodePlan) -> str:
+    return _script(node.name, [*_exports(node.env), _folded(node.ray)])
+
+
+def _engine(plan: Plan) -> str:
+    folder = str(PurePosixPath(plan.head.env[TOKEN_FILE]).parent)
+    key, log, pid = (shlex.quote(f"{folder}/{one}") for one in ("api-key", "engine.log", "engine.pid"))
+    return _script(
+        plan.head.name,
+        [
+            *_exports(plan.serve_env),
+            *(f"{name}=$(cat {key})\nexport {name}" for name in plan.secret_env),
+            f"setsid nohup {_folded(plan.serve)} \\\n    </dev/null >{log} 2>&1 &",
+            f"echo $! >{pid}",
+        ],
+    )
+
+
+def _wait(plan: Plan) -> str:
+    port = plan.serve[plan.serve.index("--port") + 1]
+    request = f'{{"model": "{plan.model}", "prompt": "1 2 3", "max_tokens": 1}}'
+    folder = str(PurePosixPath(plan.head.env[TOKEN_FILE]).parent)
+    loop = [
+        f"pid=$(cat {shlex.quote(folder + '/engine.pid')})",
+        f'until {{ printf \'header = "Authorization: Bearer %s"\\n\' "$(cat {shlex.quote(folder + "/api-key")})"; }} |',
+        "    curl -fsS --config - -H 'Content-Type: application/json' \\",
+        f"        -d {shlex.quote(request)} http://127.0.0.1:{port}/v1/completions 2>/dev/null",
+        "do",
+        f'    kill -0 "$pid" || {{ tail -n 50 {shlex.quote(folder + "/engine.log")} >&2; exit 1; }}',
+        "    sleep 10",
+        "done",
+    ]
+    return _script(plan.head.name, loop)
+
+
+def _folded(words: Sequence[str]) -> str:
+    """One option a line."""
+    lines: list[list[str]] = [[]]
+    for word in words:
+        if word.startswith("--"):
+            lines.append([])
+        lines[-1].append(shlex.quote(word))
+    return " \\\n    ".join(" ".join(one) for one in lines)

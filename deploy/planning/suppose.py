@@ -1,0 +1,79 @@
+"""Nodes that nobody has: `deploy plan --nodes 10 --gpu gh200-96` before anything is rented."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from deploy.fleet.facts import Bytes, Cuda, Facts, Gpu, NodeFacts
+from deploy.nodes.inventory import Deployment, File, Folder, Node
+from deploy.planning import speed
+from deploy.planning.speed import Kind
+from gracefarm.errors import UsageError
+
+MARK = "0" * 12
+SHARE = "/shared"
+
+
+class SupposedFolder(Folder):
+    """Nothing is written for nodes that do not exist, and equal suppositions give equal plans."""
+
+    @property
+    def id(self) -> str:
+        """Stands for the one that `deploy init` will make."""
+        return MARK
+
+
+class Supposed(Deployment):
+    """deploy.toml, or its defaults, over supposed nodes."""
+
+    @property
+    def folder(self) -> SupposedFolder:
+        """Never written."""
+        return SupposedFolder(path=self.path.parent / ".deploy")
+
+
+def kind(name: str) -> Kind:
+    """A kind of node. Raises UsageError."""
+    try:
+        return speed.kinds()[name]
+    except KeyError as error:
+        raise UsageError(f"no kind of node {name!r}", remedy=f"there are: {', '.join(speed.kinds())}") from error
+
+
+def suppose(of: Kind, count: int, base: Deployment | None = None) -> tuple[Supposed, Facts]:
+    """`count` nodes of a kind, with `base`'s deploy.toml or its defaults, and the facts that they would have."""
+    data = base.data if base else File()
+    price = data.options.price_per_node_hour if data.options.price_per_node_hour is not None else of.price
+    options = data.options.model_copy(update={"price_per_node_hour": price, "rehearsal": False})
+    data = data.model_copy(update={"share": data.share or SHARE, "options": options})
+    nodes = tuple(Node(name=f"k{rank}", rank=rank, address=f"10.0.0.{rank + 1}") for rank in range(count))
+    path = base.path if base else Path.cwd() / "deploy.toml"
+    return Supposed(path=path, data=data, nodes=nodes), Facts(nodes=tuple(_facts(one, of) for one in nodes))
+
+
+def _facts(node: Node, of: Kind) -> NodeFacts:
+    memory = of.host_gib << 30
+    gpu = Gpu(name=of.match, total=of.mib << 20, free=of.mib << 20)
+    return NodeFacts(
+        name=node.name,
+        address=node.address,
+        taken=0,
+        user="ubuntu",
+        hostname=node.name,
+        arch=of.arch,
+        kernel="",
+        cores=64,
+        python="3.11",
+        glibc="2.35",
+        glibcxx="3.4.30",
+        page=of.page,
+        memory=Bytes(total=memory, available=memory),
+        cuda=Cuda(version=12040, gpus=(gpu,) * of.gpus),
+        driver=None,
+        private=node.address,
+        interface="eth0",
+        network="10.0.0.0/24",
+        mounts=(),
+        disk=None,
+        clock_s=0,
+    )

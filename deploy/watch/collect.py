@@ -1,0 +1,357 @@
+"""One archive of all that a deployment has to say after something went wrong: redacted, with the first cause on top."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import json
+import os
+import posixpath
+import re
+import tarfile
+import tempfile
+import time
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import IO
+
+from deploy.fleet.calls import Json, Target, call, try_all
+from deploy.fleet.ssh import Fleet
+from deploy.nodes import paths, redact
+from deploy.nodes.inventory import Deployment
+from deploy.nodes.redact import Redactor
+from deploy.nodes.state import State
+from deploy.planning.plan import Plan
+from deploy.steps.enginelog import Cause, first_cause
+from deploy.watch import status
+from deploy.watch.status import NodeStatus, Status, Watch
+from gracefarm.errors import GracefarmError, NodeError
+
+LOCAL = ("deploy.toml", ".deploy/state.json", ".deploy/plan.json", ".deploy/facts.json")
+ENGINE_LOG, ENGINE_EXIT = "jobs/engine/log", "jobs/engine/exit"
+OWN = ("memory", "kv-cache", "shard", "driver-gpu", "gpus", "port", "layout", "usage", "import", "ray")
+"Kinds of causes that nothing on a machine stands behind: they are first wherever they are found."
+_KERNEL = re.compile(r"\bXid\b|Killed process|Machine check|fallen off the bus", re.I)
+_KILLED = re.compile(r"Killed process \d+ \(([^)]*)\)", re.I)
+OURS = ("python", "ray", "gcs_server", "aphrodite", "vllm", "pt_main")
+"How names of processes begin whose end the engine does not survive."
+_XID = re.compile(r"Xid \(([^)]*)\): (\d+)")
+GATHER = 600.0
+"Seconds for all that a node has to say."
+EARLY = 120.0
+"Seconds before the engine's start from which the kernel's words may have to do with it."
+STUCK = "is the server of that file system there? `deploy run --timeout 10 -- df -h`"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """Something that may be the cause. The least `rank` is the first cause."""
+
+    rank: int
+    where: str
+    text: str
+    remedy: str = ""
+    file: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bundle:
+    """What was made."""
+
+    path: Path
+    findings: tuple[Finding, ...]
+    files: int
+    size: int
+    missing: Mapping[str, str]
+    "Node to why nothing of it is in there."
+    status: Status
+
+
+@dataclass
+class _Archive:
+    """A tar file whose every member is redacted."""
+
+    tar: tarfile.TarFile
+    root: str
+    redactor: Redactor
+    count: int = 0
+    texts: dict[str, bytes] = field(default_factory=dict)
+    "Members that causes are looked for in."
+
+    def add(self, name: str, content: bytes, modified: float, *, keep: bool = False) -> None:
+        """One member; its name may hold a secret too."""
+        clean = self.redactor.clean(content)
+        info = tarfile.TarInfo(posixpath.join(self.root, self.redactor.line(name)))
+        info.size, info.mtime, info.mode = len(clean), int(modified), 0o600
+        self.tar.addfile(info, io.BytesIO(clean))
+        self.count += 1
+        if keep:
+            self.texts[name] = clean
+
+
+async def collect(deployment: Deployment, fleet: Fleet, folder: Path, *, environ: Mapping[str, str] = os.environ) -> Bundle:
+    """The bundle in `folder`, 0600, whole or not at all. A node that is not reached is noted in it.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    watch = status.watch(deployment, fleet)
+    redactor = redact.of(deployment.folder, environ)
+    now = time.time()
+    name = f"{deployment.name}-{time.strftime('%Y%m%d-%H%M%S', time.localtime(now))}"
+    seen = await status.look(watch)
+    target = folder / f"{name}.tar.gz"
+    with _whole(target) as stream, tarfile.open(fileobj=stream, mode="w:gz", compresslevel=6) as tar:
+        archive = _Archive(tar, name, redactor)
+        kept = _local(archive, deployment)
+        archive.add("status.json", seen.model_dump_json(indent=1).encode(), now)
+        missing = await _nodes(archive, watch)
+        found = findings(archive.texts, seen, kept, watch.plan, missing)
+        archive.add("summary.md", summary(seen, found, kept, missing).encode(), now)
+    size = target.stat().st_size
+    cleaned = tuple(_clean(one, redactor) for one in found)
+    return Bundle(path=target, findings=cleaned, files=archive.count, size=size, missing=missing, status=seen)
+
+
+@contextmanager
+def _whole(target: Path) -> Iterator[IO[bytes]]:
+    """A file that takes its name when all is in it; 0600."""
+    descriptor, partial = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    try:
+        with os.fdopen(descriptor, "w+b") as stream:
+            yield stream
+        Path(partial).replace(target)
+    except BaseException:
+        Path(partial).unlink(missing_ok=True)
+        raise
+
+
+def _clean(one: Finding, redactor: Redactor) -> Finding:
+    return Finding(
+        rank=one.rank, where=one.where, text=redactor.line(one.text), remedy=one.remedy, file=redactor.line(one.file)
+    )
+
+
+def _local(archive: _Archive, deployment: Deployment) -> State:
+    """What this machine knows."""
+    base = deployment.path.parent
+    own = [deployment.path, *(base / one for one in LOCAL[1:])]
+    more = [*deployment.folder.logs.rglob("*"), *(deployment.folder.path / "bench").glob("*")]
+    for path in (*own, *(one for one in sorted(more) if one.is_file())):
+        with suppress(OSError):
+            inside = path.relative_to(base) if path.is_relative_to(base) else Path(path.name)
+            archive.add(f"local/{inside.as_posix().removeprefix('.')}", path.read_bytes(), path.stat().st_mtime)
+    return status.kept_or_empty(deployment.folder)
+
+
+async def _nodes(archive: _Archive, watch: Watch) -> dict[str, str]:
+    """Every node at once; node to why it could not be asked."""
+
+    async def one(node: Target) -> Json:
+        def said(event: Json) -> None:
+            name = f"nodes/{node.name}/{event['name']}"
+            if event["event"] == "file":
+                content = zlib.decompress(base64.b64decode(event["data"]))
+                archive.add(name, content, event["modified"], keep=_interesting(event["name"]))
+            elif event["event"] == "unread":
+                archive.add(f"nodes/{node.name}/unread.txt", f"{event['name']}: {event['cause']}\n".encode(), time.time())
+
+        try:
+            async with asyncio.timeout(GATHER):
+                return await call(node, "gather.gather", {"files": await _wanted(watch, node)}, on_event=said)
+        except TimeoutError as error:
+            raise NodeError(f"{node.name}: not all it has to say came within {GATHER:g} s", remedy="`deploy ssh`") from error
+
+    _good, bad = await try_all(watch.nodes, one)
+    return {node: error.cause for node, error in bad.items()}
+
+
+def _interesting(name: str) -> bool:
+    """A cause may stand in it."""
+    base = posixpath.basename(name)
+    return name in (ENGINE_LOG, ENGINE_EXIT, "dmesg-gpu.txt") or base.startswith("worker-")
+
+
+async def _wanted(watch: Watch, node: Target) -> list[Json]:
+    """Of deploy.remote.gather: our jobs' logs, and the logs of every session of Ray's."""
+    deployment, place = watch.deployment, watch.deployment.node(node.name)
+    folder = await watch.fleet.folder(place)
+    users = {one.name: one.user for one in watch.facts.nodes} if watch.facts else {}
+    temps: dict[str, None] = {}
+    with suppress(GracefarmError):  # where `local` is too long for Ray, no Ray was ever started
+        temps = dict.fromkeys(paths.ray_temp(deployment, one, users[one.name]) for one in (place, deployment.head) if users)
+    jobs = posixpath.join(folder, "jobs")
+    return [
+        {"name": "jobs", "pattern": f"{jobs}/*/log"},
+        {"name": "jobs", "pattern": f"{jobs}/*/log.old"},
+        {"name": "jobs", "pattern": f"{jobs}/*/exit"},
+        *({"name": "ray", "pattern": f"{one}/session_2*/logs/**"} for one in temps),
+    ]
+
+
+# the first cause
+
+
+def findings(
+    texts: Mapping[str, bytes], seen: Status, kept: State, plan: Plan | None, missing: Mapping[str, str]
+) -> tuple[Finding, ...]:
+    """Everything that may be the cause, the likeliest first.
+
+    An engine's own reason (memory, a damaged file, a refused layout) is first. Where it only tells that something else broke,
+    the machine's words come before it: a GPU's Xid, a kernel that killed, a node that is gone, an exception in a worker's own
+    log (aws-do-eks#69 hid one behind ActorHandleNotFoundError). A failed step counts where nothing of that is found.
+    """
+    names = {one.private: one.name for one in plan.nodes} if plan else {}
+    found: list[Finding] = []
+    running = seen.service.word in ("READY", "BUSY", "LOADING")
+    head = seen.nodes[0].name
+    log = texts.get(f"nodes/{head}/{ENGINE_LOG}")
+    if log is not None and not running:
+        found += _engine(log, names, head, texts.get(f"nodes/{head}/{ENGINE_EXIT}", b"").strip())
+    begun = kept.steps["engine"].begun if "engine" in kept.steps else 0.0
+    for name, content in texts.items():
+        node, base = name.split("/")[1], posixpath.basename(name)
+        if base == "dmesg-gpu.txt":
+            found += _kernel(content, node, name, begun)
+        elif not running and base.startswith("worker-") and _latest(name, texts):
+            found += _worker(content, names, node, name)
+    found += [Finding(rank=2, where=node, text=why, remedy="`deploy preflight`") for node, why in missing.items()]
+    found += [
+        Finding(rank=2, where=one.name, text=f"{one.name}: the file system at {path} does not answer", remedy=STUCK)
+        for one in seen.nodes
+        for path in one.stuck
+    ]
+    found += [
+        Finding(rank=2, where=one.name, text=_lost(one), remedy=seen.service.remedy)
+        for one in seen.nodes
+        if one.ray is False and one.name not in missing
+    ]
+    found += [
+        Finding(rank=6, where=name, text=f"step {name} failed: {one.text}", remedy=seen.service.remedy)
+        for name, one in kept.steps.items()
+        if one.outcome == "failed"
+    ]
+    return tuple(sorted(found, key=lambda one: one.rank))
+
+
+def _lost(node: NodeStatus) -> str:
+    return f"Ray lost {node.name}: " + ("it runs there and is not heard" if node.raylet else "its raylet has ended")
+
+
+def _engine(log: bytes, names: Mapping[str, str], head: str, exited: bytes) -> list[Finding]:
+    code = int(exited) if exited.isdigit() else None
+    cause = first_cause(log.decode(errors="replace").splitlines(), names, returncode=code)
+    rank = 0 if cause.kind in OWN else 5 if cause.consequence or cause.kind in ("unknown", "killed") else 3
+    return [Finding(rank=rank, where="engine", text=cause.text, remedy=cause.remedy, file=f"nodes/{head}/{ENGINE_LOG}")]
+
+
+def _worker(content: bytes, names: Mapping[str, str], node: str, file: str) -> list[Finding]:
+    """An exception in a worker's own log: only what a rule knows, for these logs hold much."""
+    cause: Cause = first_cause(content.decode(errors="replace").splitlines(), names)
+    if cause.kind in ("unknown", "killed") or cause.consequence:
+        return []
+    rank = 1 if cause.kind in OWN else 3
+    return [Finding(rank=rank, where=node, text=f"{node}: {cause.text}", remedy=cause.remedy, file=file)]
+
+
+def _kernel(content: bytes, node: str, file: str, begun: float) -> list[Finding]:
+    """The kernel's words on GPUs, kills and machine checks since shortly before the engine's start: the first that counts."""
+    found = []
+    for line in content.decode(errors="replace").splitlines():
+        when = _when(line)
+        if not _KERNEL.search(line) or (when is not None and begun and when < begun - EARLY):
+            continue
+        xid, killed = _XID.search(line), _KILLED.search(line)
+        what = f"GPU error Xid {xid[2]} ({xid[1]})" if xid else "the kernel"
+        remedy = "drain and reboot the node, or replace it; NVIDIA's list of Xid errors tells which"
+        if killed:
+            remedy = "its memory ran out: less cpu_offload_gib in [layout], or nothing else on that node"
+        stranger = killed is not None and not killed[1].lower().startswith(OURS)
+        text = f"{node}: {what}: {line.strip()[:300]}"
+        found.append(Finding(rank=7 if stranger else 1, where=node, text=text, remedy=remedy, file=file))
+    return sorted(found, key=lambda one: one.rank)[:1]
+
+
+def _when(line: str) -> float | None:
+    """Of dmesg's `2026-11-24T22:45:00,123456+00:00`."""
+    try:
+        return datetime.fromisoformat(line.split()[0].replace(",", ".")).timestamp()
+    except (ValueError, IndexError):
+        return None
+
+
+def _latest(name: str, names: Iterable[str]) -> bool:
+    """It is of the last session of its node."""
+    session = re.search(r"session_[^/]+", name)
+    prefix = name[: name.index("/ray/")] if "/ray/" in name else name
+    others = [found[0] for one in names if one.startswith(prefix) and (found := re.search(r"session_[^/]+", one))]
+    return bool(session) and session[0] == max(others) if session else True
+
+
+# the first page
+
+
+def summary(seen: Status, found: Sequence[Finding], kept: State, missing: Mapping[str, str]) -> str:
+    """The page that is read first."""
+    parts: list[str] = []
+    line: Callable[[str], None] = parts.append
+    line(f"# {seen.deployment}: {seen.service.label}\n")
+    if found:
+        first, *rest = found
+        line(f"**First cause:** {first.text}\n")
+        if first.remedy:
+            line(f"What to do: {first.remedy}\n")
+        if first.file:
+            line(f"Read from {first.file}\n")
+    else:
+        rest = []
+        line("Nothing that looks like a cause was found.\n")
+    parts += [f"Not read: {one}\n" for one in seen.notes]
+    line(f"Seen at {time.strftime('%Y-%m-%d %H:%M:%S %Z', time.localtime(seen.taken))}: {seen.service.text}\n")
+    if rest:
+        line("## Also found\n")
+        parts += [f"- {one.text}" + (f" ({one.file})" if one.file else "") for one in rest]
+        line("")
+    line("## Nodes\n")
+    line("| node | address | reached | Ray | GPUs (MiB used of) | disk free | up |\n|---|---|---|---|---|---|---|")
+    parts += [_row(one) for one in seen.nodes]
+    line("\n## Steps\n")
+    parts += [f"- {name}: {one.outcome}{': ' + one.text if one.text else ''}" for name, one in kept.steps.items()]
+    if missing:
+        line("\n## Not in here\n")
+        parts += [f"- {node}: {why}" for node, why in missing.items()]
+    line(
+        "\nlocal/ is what the deploying machine knows, nodes/ what each node said: jobs (the engine's log), ray (its logs), "
+        "dmesg-gpu.txt, nvidia-smi.txt and others. Long logs lack their middle. Keys and tokens are redacted; addresses, user "
+        "names and paths are not."
+    )
+    return "\n".join(parts) + "\n"
+
+
+def _row(one: NodeStatus) -> str:
+    reached = "yes" if not one.error else f"no: {one.error}"
+    ray = {True: "alive", False: "lost", None: "runs" if one.raylet else "-"}[one.ray]
+    gpus = ", ".join(f"{_mib(each.used_mib)}/{_mib(each.total_mib)}" for each in one.gpus) or one.gpu_error or "-"
+    disks = ", ".join(f"{each.path} {each.free / 1e9:.0f} GB" for each in one.disks) or "-"
+    return f"| {one.name} | {one.address} | {reached} | {ray} | {gpus} | {disks} | {one.uptime / 3600:.1f} h |"
+
+
+def _mib(value: float | None) -> str:
+    return "?" if value is None else f"{value:.0f}"
+
+
+def as_json(made: Bundle) -> Json:
+    """For machines."""
+    return {
+        "path": str(made.path),
+        "files": made.files,
+        "size": made.size,
+        "service": made.status.service.label,
+        "missing": dict(made.missing),
+        "findings": json.loads(json.dumps([one.__dict__ for one in made.findings])),
+    }

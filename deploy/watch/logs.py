@@ -1,0 +1,105 @@
+"""Logs of the nodes as they are written: the engine's, and Ray's of every node; after a cut they go on where they were."""
+
+from __future__ import annotations
+
+import asyncio
+import posixpath
+import shlex
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from deploy.fleet.calls import Json, Target, call
+from deploy.fleet.facts import Facts
+from deploy.fleet.ssh import Fleet, JobStatus, require
+from deploy.nodes import paths
+from deploy.nodes.inventory import Deployment, Node
+from deploy.steps.enginelog import clean
+from gracefarm.errors import EngineError, GracefarmError, HostError, NodeError, SshError
+
+OnLine = Callable[[str, str, str], None]
+"Node, log, line."
+OnCut = Callable[[str, GracefarmError], None]
+"Node, and why it cannot be read just now."
+PATIENCE = 300.0
+"Seconds without a node until following it is given up."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wish:
+    """How much."""
+
+    lines: int = 50
+    "Of what was written before: the last so many of each log."
+    follow: bool = False
+    patience: float = PATIENCE
+    pause: float = 1.0
+    "Seconds between two tries after a cut."
+
+
+async def engine(fleet: Fleet, head: Node, wish: Wish, on_line: OnLine) -> JobStatus:
+    """The engine's log; with `follow` until the engine ends.
+
+    Raises:
+        EngineError: none was ever started here; SshError, NodeError: the head is not reached.
+    """
+    status = await fleet.job_status(head, paths.ENGINE_JOB)
+    if status.state == "absent":
+        raise EngineError("no engine was started yet", remedy="`deploy serve` starts it; `deploy logs --ray` shows Ray's logs")
+
+    def say(line: str) -> None:
+        on_line(head.name, "engine", clean(line))
+
+    log = f"{await fleet.folder(head)}/jobs/{paths.ENGINE_JOB}/log"
+    before = f"head -c {status.size} {shlex.quote(log)} | tail -n {wish.lines}"
+    done = await fleet.run(before, nodes=[head], timeout=120)
+    require(done, "reading the engine's log")
+    said = done[head.name].raw
+    if not wish.follow:
+        for line in said.decode(errors="replace").splitlines():
+            say(line)
+        return status
+    return await fleet.follow_job(head, paths.ENGINE_JOB, say, offset=status.size - len(said), patience=wish.patience)
+
+
+async def ray(deployment: Deployment, facts: Facts, node: Target, wish: Wish, on_line: OnLine, on_cut: OnCut) -> int:
+    """Ray's logs of one node's last session; the number of files. With `follow` for ever.
+
+    Raises:
+        SshError, HostError: the node is not reached; with `follow` only after `wish.patience` seconds.
+    """
+    wanted = [{"name": "", "pattern": one} for one in patterns(deployment, facts, node.name)]
+    offsets: dict[str, int] = {}
+    seen, cut = time.monotonic(), False
+
+    def said(event: Json) -> None:
+        nonlocal seen, cut
+        seen, cut = time.monotonic(), False
+        if event["event"] == "lines":
+            offsets[event["path"]] = event["offset"]
+            for line in event["lines"]:
+                on_line(node.name, event["name"], clean(line))
+
+    while True:
+        request = {"patterns": wanted, "lines": wish.lines, "follow": wish.follow, "offsets": offsets}
+        try:
+            done = await call(node, "watch.tail", request, on_event=said)
+        except (SshError, NodeError, HostError) as error:
+            if not wish.follow or time.monotonic() - seen > wish.patience:
+                raise
+            if not cut:
+                on_cut(node.name, error)
+            cut = True
+        else:
+            if not wish.follow:
+                return len(done["offsets"])
+        await asyncio.sleep(wish.pause)
+
+
+def patterns(deployment: Deployment, facts: Facts, name: str) -> Sequence[str]:
+    """Where Ray writes on a node: its own folder; before Ray 2.5x a worker takes the head's path on its own disk."""
+    users = {one.name: one.user for one in facts.nodes}
+    nodes = (deployment.node(name), deployment.head)
+    folders = dict.fromkeys(paths.ray_temp(deployment, one, users[one.name]) for one in nodes if one.name in users)
+    ends = ("*.out", "*.err", "*.log")
+    return [posixpath.join(one, "session_latest", "logs", end) for one in folders for end in ends]

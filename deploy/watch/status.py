@@ -1,0 +1,362 @@
+"""What a deployment is about, seen now: every node, and the service by a real completion. Changes nothing, locks nothing."""
+
+from __future__ import annotations
+
+import posixpath
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from deploy.fleet import facts as facts_of
+from deploy.fleet.calls import Json, Target, try_all
+from deploy.fleet.facts import Facts
+from deploy.fleet.ssh import Fleet
+from deploy.fleet.targets import targets
+from deploy.nodes import redact, state
+from deploy.nodes.inventory import Deployment, Folder
+from deploy.nodes.state import State
+from deploy.planning.plan import Plan
+from deploy.steps import engine, flow, ray
+from deploy.steps.engine import Signs, Verdict
+from gracefarm import settings
+from gracefarm.console import Console
+from gracefarm.errors import ConfigError, EngineError, GracefarmError
+
+Word = Literal["PLANNED", "LOADING", "READY", "BUSY", "DEGRADED", "WEDGED", "DEAD", "STOPPED", "FAILED", "UNREACHABLE"]
+SERVING: tuple[Word, ...] = ("READY", "BUSY")
+WAITING: tuple[Word, ...] = ("PLANNED", "LOADING", "STOPPED")
+SILENCE = 30.0
+"Seconds until a node that was entered counts as one that does not answer."
+
+
+class Seen(BaseModel):
+    """Immutable; what a newer node says more is no error."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class Gpu(Seen):
+    """As nvidia-smi has it; None: it does not say."""
+
+    name: str
+    used_mib: float | None = None
+    total_mib: float | None = None
+    busy: float | None = None
+    "Percent of the time."
+    celsius: float | None = None
+    watts: float | None = None
+
+
+class Disk(Seen):
+    """Bytes of the file system that holds `path`."""
+
+    path: str
+    total: int
+    free: int
+
+
+class Memory(Seen):
+    """Bytes of the host."""
+
+    total: int
+    available: int
+
+
+class NodeStatus(Seen):
+    """One node. With `error` nothing else is known."""
+
+    name: str
+    address: str
+    error: str = ""
+    "Why it could not be asked; empty: it answered."
+    ray: bool | None = None
+    "Ray says that it is alive; None: Ray was not asked or does not answer."
+    raylet: bool = False
+    "A raylet of ours runs there."
+    jobs: tuple[str, ...] = ()
+    "Of ours, that have processes there."
+    gpus: tuple[Gpu, ...] = ()
+    gpu_error: str = ""
+    disks: tuple[Disk, ...] = ()
+    stuck: tuple[str, ...] = ()
+    "Folders whose file system does not answer."
+    memory: Memory | None = None
+    cores: int = 0
+    load: float = 0.0
+    uptime: float = 0.0
+    "Seconds since its boot."
+
+
+class Service(Seen):
+    """What is served. `word` decides the exit code of `deploy status`."""
+
+    word: Word
+    detail: str = ""
+    "node or engine of DEAD, the phase of LOADING and FAILED."
+    text: str
+    remedy: str = ""
+    fraction: float | None = None
+    "Of the weights, while loading."
+    left_s: float | None = None
+    "Seconds of loading that are left, by the last start's time."
+    canary_s: float | None = None
+    "Seconds of a completion of one token."
+
+    @property
+    def label(self) -> str:
+        """As LOADING(loading 40%) or DEAD(node)."""
+        percent = f"{self.fraction:.0%}" if self.fraction is not None else ""
+        inner = " ".join(one for one in (self.detail, percent) if one)
+        return f"{self.word}({inner})" if inner else self.word
+
+
+class Status(Seen):
+    """All of it, at `taken`."""
+
+    taken: float
+    deployment: str
+    model: str
+    plan: str | None = None
+    layout: str | None = None
+    service: Service
+    nodes: tuple[NodeStatus, ...]
+    usd_per_hour: float | None = None
+    notes: tuple[str, ...] = ()
+    "What this machine keeps of the deployment and cannot be read."
+    usd_since_boot: float | None = None
+    "Of all nodes since each one's boot: what they have cost at least, where they are paid by the hour."
+
+
+def plan_of(folder: Folder) -> Plan | None:
+    """The plan that `deploy serve` ran last, if any. Raises ConfigError: it cannot be read."""
+    path = folder.path / "plan.json"
+    try:
+        return Plan.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValidationError as error:
+        raise ConfigError(f"{path}: another version's, or damaged", remedy="`deploy serve` writes it anew") from error
+
+
+def facts_or_none(deployment: Deployment) -> Facts | None:
+    """What is known of the nodes, if anything is."""
+    try:
+        return facts_of.load(deployment)
+    except ConfigError:
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Watch:
+    """What is needed to look, again and again."""
+
+    deployment: Deployment
+    fleet: Fleet
+    facts: Facts | None
+    plan: Plan | None
+    notes: tuple[str, ...] = ()
+    "What is kept and cannot be read."
+
+    @property
+    def nodes(self) -> list[Target]:
+        """All, the head first."""
+        return targets(self.fleet, self.facts, self.deployment.nodes)
+
+    def specs(self) -> tuple[ray.Spec, engine.Spec] | None:
+        """How Ray and the engine are asked; None: nothing was ever started."""
+        if self.plan is None or self.facts is None:
+            return None
+        work = flow.Work(
+            deployment=self.deployment,
+            fleet=self.fleet,
+            facts=self.facts,
+            keeper=state.Keeper(
+                self.deployment.folder, kept_or_empty(self.deployment.folder)
+            ),  # read only: nothing here holds the lock
+            console=Console(),
+            settings=settings.load(),
+        )
+        spec = flow.ray_spec_of(work, self.plan)
+        return spec, flow.engine_spec_of(work, self.plan, spec)
+
+
+def watch(deployment: Deployment, fleet: Fleet) -> Watch:
+    """Of a deployment as it is kept; what is damaged is told, and is no reason not to look."""
+    notes: list[str] = []
+    plan, facts = None, facts_or_none(deployment)
+    try:
+        state.read(deployment.folder)
+    except ConfigError as error:
+        notes.append(f"{error.cause}; {error.remedy}")
+    try:
+        plan = plan_of(deployment.folder)
+    except ConfigError as error:
+        notes.append(f"{error.cause}; {error.remedy}")
+    if facts is None and deployment.folder.facts.exists():
+        notes.append(f"{deployment.folder.facts}: another version's, or damaged; ask again: `deploy facts`")
+    return Watch(deployment=deployment, fleet=fleet, facts=facts, plan=plan, notes=tuple(notes))
+
+
+async def look(one: Watch, *, canary: float = 30) -> Status:
+    """Every node and the service. A node that is not reached is part of the answer. `canary`: seconds for one token."""
+    vitals, bad = await vitals_of(one)
+    service, alive = await service_of(one, vitals, canary)
+    return assemble(one, vitals, bad, service, alive)
+
+
+async def vitals_of(one: Watch) -> tuple[dict[str, Json], dict[str, GracefarmError]]:
+    """How each node is, and why some did not say."""
+
+    async def ask(node: Target) -> Json:
+        return await flow.glance(node, request(one, node), SILENCE, function="watch.vitals")
+
+    return await try_all(one.nodes, ask)
+
+
+async def service_of(one: Watch, vitals: Mapping[str, Json], canary: float) -> tuple[Service, engine.Nodes | None]:
+    """What is served, and the nodes as Ray sees them."""
+    signs = await signs_of(one, vitals, canary)
+    service = judge(signs, kept_or_empty(one.deployment.folder), planned=one.plan is not None, now=time.time())
+    if one.notes and service.word in WAITING:  # who knows what was started
+        service = Service(word="FAILED", detail="files", text="what this machine keeps of it cannot be read")
+    return service, signs.nodes if signs else None
+
+
+def kept_or_empty(folder: Folder) -> State:
+    """The state, or an empty one where it is damaged."""
+    try:
+        return state.read(folder)
+    except ConfigError:
+        return State()
+
+
+def request(one: Watch, node: Target) -> Json:
+    """Of deploy.remote.watch.vitals."""
+    data = one.deployment.data
+    fixed, _, user = data.local.replace("{node}", node.name).partition("{")
+    local = posixpath.dirname(fixed) if user else fixed
+    return {"prefix": f"{one.fleet.mark}/{node.name}/", "paths": [*([data.share] if data.share else []), local]}
+
+
+async def signs_of(one: Watch, vitals: Mapping[str, Json], canary: float) -> Signs | None:
+    """What the canary and Ray say; None: nothing was ever started. Ray is not asked where it does not run."""
+    specs = one.specs()
+    if specs is None:
+        return None
+    ray_spec, spec = specs
+    head = one.nodes[0]
+
+    async def nodes() -> engine.Nodes:
+        if not vitals.get(head.name, {}).get("raylet"):
+            raise EngineError("Ray does not run on the head")
+        assert one.plan
+        return seen_alive(engine.by_name(one.plan, await ray.ask(head, ray_spec)), vitals)
+
+    return await engine.probe(one.fleet, head, replace(spec, nodes=nodes), seconds=canary)
+
+
+def seen_alive(nodes: engine.Nodes, vitals: Mapping[str, Json]) -> engine.Nodes:
+    """Ray's word, and ours: it misses a node only after 15 s, and where no raylet runs we have seen that at once."""
+    return {name: alive and bool(vitals.get(name, {}).get("raylet", True)) for name, alive in nodes.items()}
+
+
+def assemble(
+    one: Watch,
+    vitals: Mapping[str, Json],
+    bad: Mapping[str, GracefarmError],
+    service: Service,
+    alive: engine.Nodes | None,
+) -> Status:
+    """Everything in one value."""
+    nodes = tuple(
+        NodeStatus.model_validate(
+            {
+                "name": node.name,
+                "address": node.address,
+                "error": bad[node.name].cause if node.name in bad else "",
+                "ray": alive.get(node.name) if alive else None,
+                **vitals.get(node.name, {}),
+            }
+        )
+        for node in one.deployment.nodes
+    )
+    price = one.deployment.data.options.price_per_node_hour
+    said = redact.of(one.deployment.folder).line(service.text)  # a line of the engine's log may stand in it
+    return Status(
+        taken=time.time(),
+        deployment=one.deployment.name,
+        model=one.deployment.data.model.repo,
+        plan=one.plan.id if one.plan else None,
+        layout=one.plan.layout.name if one.plan else None,
+        service=service.model_copy(update={"text": said}),
+        nodes=nodes,
+        notes=one.notes,
+        usd_per_hour=round(price * len(nodes), 2) if price is not None else None,
+        usd_since_boot=round(price * sum(each.uptime for each in nodes) / 3600, 2) if price is not None else None,
+    )
+
+
+def judge(signs: Signs | None, kept: State, *, planned: bool, now: float) -> Service:
+    """The canary's verdict and what the state remembers as one word."""
+    if signs is None:
+        return _at_rest(kept, planned=planned)
+    verdict = engine.diagnose(signs)
+    ended = verdict.kind in ("dead-engine", "dead-node") and signs.job is not None and signs.job.state != "running"
+    if verdict.kind == "stopped" or (ended and "engine" not in kept.steps):  # `deploy down` forgets the engine, dead or not
+        return _at_rest(kept, planned=planned)
+    if verdict.kind == "loading":
+        return _loading(signs, kept, now)
+    if verdict.kind == "dead-engine" and signs.phase and signs.phase != "listening":
+        return Service(word="FAILED", detail=signs.phase, text=verdict.text, remedy=verdict.remedy)
+    return _of(verdict, signs)
+
+
+_WORDS: Mapping[str, tuple[Word, str]] = {
+    "ready": ("READY", ""),
+    "busy": ("BUSY", ""),
+    "degraded": ("DEGRADED", ""),
+    "wedged": ("WEDGED", ""),
+    "dead-engine": ("DEAD", "engine"),
+    "dead-node": ("DEAD", "node"),
+    "unreachable": ("UNREACHABLE", ""),
+}
+
+
+def _of(verdict: Verdict, signs: Signs) -> Service:
+    word, detail = _WORDS[verdict.kind]
+    seconds = signs.answer.seconds if signs.answer and signs.answer.kind == "ok" else None
+    return Service(word=word, detail=detail, text=verdict.text, remedy=verdict.remedy, canary_s=seconds)
+
+
+def _at_rest(kept: State, *, planned: bool) -> Service:
+    """No engine: never started, on the way, failed before it, or ended."""
+    open_ = {name: one for name, one in kept.steps.items() if one.outcome in ("failed", "running")}
+    if open_:
+        name = max(open_, key=lambda one: open_[one].begun)
+        if open_[name].outcome == "failed":
+            again = "serve" if name in flow.SERVE else "up"
+            return Service(word="FAILED", detail=name, text=open_[name].text, remedy=f"`deploy {again}` tries it again")
+        text = f"step {name} was begun and has not ended"
+        again = "`deploy serve` waits for it, or goes on from there"
+        return Service(word="LOADING", detail=name, text=text, remedy=again)
+    if "engine" in kept.steps or (planned and "load" in kept.steps):
+        return Service(word="STOPPED", text="the engine does not run", remedy="`deploy serve` starts it")
+    return Service(word="PLANNED", text="nothing was started yet", remedy="`deploy serve` starts it")
+
+
+def _loading(signs: Signs, kept: State, now: float) -> Service:
+    last: dict[str, Any] = kept.data("load")
+    record = kept.steps.get("engine")
+    left = None
+    if record and last:
+        left = max(0.0, sum(float(one) for one in last.values()) - (now - record.begun))
+    return Service(
+        word="LOADING",
+        detail=signs.phase or "starting",
+        text="it does not listen yet" + (f", about {left:.0f} s left" if left else ""),
+        fraction=signs.fraction,
+        left_s=round(left, 1) if left is not None else None,
+    )

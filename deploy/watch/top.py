@@ -1,0 +1,137 @@
+"""A deployment looked at again and again: nodes and counters often, the canary now and then."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack, suppress
+from dataclasses import dataclass
+
+from deploy.fleet.calls import Json
+from deploy.fleet.tunnel import Forward, Wanted, opened
+from deploy.steps import metrics
+from deploy.steps.engine import Nodes
+from deploy.steps.metrics import Metrics
+from deploy.watch import status
+from deploy.watch.status import Service, Status, Watch
+from gracefarm.errors import GracefarmError
+
+CANARY = 30.0
+"Seconds that a completion of one token may take."
+FIRST = 8.0
+"Seconds that the first moment waits for it."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moment:
+    """One look."""
+
+    status: Status
+    metrics: Metrics | None
+    "None: the engine does not listen."
+    tokens_per_s: float | None = None
+    "By its counter, since the look before; None: there was none."
+    first_s: float | None = None
+    "Mean until the first token, of the requests that got it since the look before."
+    usd_per_mtok: float | None = None
+
+    def numbers(self) -> Json:
+        """For machines."""
+        return {
+            "metrics": self.metrics.model_dump() if self.metrics else None,
+            "tokens_per_s": self.tokens_per_s,
+            "first_s": self.first_s,
+            "usd_per_mtok": self.usd_per_mtok,
+        }
+
+
+@dataclass
+class _Canary:
+    """Asks for a token in the background; what it said last."""
+
+    watch: Watch
+    every: float
+    service: Service
+    alive: Nodes | None = None
+    task: asyncio.Task[None] | None = None
+    asked: float = float("-inf")
+
+    def look(self, vitals: Mapping[str, Json]) -> None:
+        """Ask again, if it is time and nobody is asking."""
+        if (self.task is None or self.task.done()) and time.monotonic() - self.asked > self.every:
+            self.asked = time.monotonic()
+            self.task = asyncio.create_task(self._ask(vitals))
+
+    async def first(self, seconds: float) -> None:
+        """Wait for its first word, but not for long."""
+        if self.task:
+            await asyncio.wait({self.task}, timeout=seconds)
+
+    async def _ask(self, vitals: Mapping[str, Json]) -> None:
+        self.service, self.alive = await status.service_of(self.watch, vitals, CANARY)
+
+    async def end(self) -> None:
+        """Ask no more."""
+        if self.task:
+            self.task.cancel()
+            with suppress(asyncio.CancelledError, GracefarmError):
+                await self.task
+
+
+@dataclass
+class _Engine:
+    """The engine's counters, through one forward that is kept."""
+
+    watch: Watch
+    stack: AsyncExitStack
+    forward: Forward | None = None
+
+    async def scrape(self) -> Metrics | None:
+        """None: it does not listen, or the head is not reached."""
+        port = self.watch.deployment.data.ports.engine
+        try:
+            if self.forward is None:
+                wanted = [Wanted(name="engine", remote=port, local=0)]
+                head = self.watch.deployment.head
+                (self.forward,) = await self.stack.enter_async_context(opened(self.watch.fleet, head, wanted))
+        except GracefarmError:
+            return None
+        return await metrics.scrape(f"http://127.0.0.1:{self.forward.local}", seconds=5)
+
+
+async def watching(one: Watch, *, every: float, canary_every: float, count: int | None = None) -> AsyncIterator[Moment]:
+    """A moment every `every` seconds, `count` of them or for ever. The canary holds up the first alone, and briefly."""
+    canary = _Canary(watch=one, every=canary_every, service=Service(word="PLANNED", text="asking for a token"))
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(canary.end)
+        engine = _Engine(watch=one, stack=stack)
+        before: Metrics | None = None
+        looked = time.monotonic()
+        for number in itertools.count():
+            begun = time.monotonic()
+            vitals, bad = await status.vitals_of(one)
+            canary.look(vitals)
+            if number == 0:
+                await canary.first(FIRST)
+            now = await engine.scrape()
+            passed, looked = time.monotonic() - looked, time.monotonic()
+            seen = status.assemble(one, vitals, bad, canary.service, canary.alive)
+            yield _moment(seen, before, now, passed)
+            before = now
+            if number + 1 == count:
+                return
+            await asyncio.sleep(max(0.0, every - (time.monotonic() - begun)))
+
+
+def _moment(seen: Status, before: Metrics | None, now: Metrics | None, seconds: float) -> Moment:
+    rate = metrics.rate(before, now, seconds)
+    hour = seen.usd_per_hour
+    return Moment(
+        status=seen,
+        metrics=now,
+        tokens_per_s=round(rate, 3) if rate is not None else None,
+        first_s=metrics.first(before, now),
+        usd_per_mtok=round(hour / (rate * 3600) * 1e6, 2) if hour is not None and rate else None,
+    )

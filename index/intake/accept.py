@@ -1,0 +1,248 @@
+"""Taking a file in, from uploads and `index import`: every check, then one transaction. What it confirms is never lost."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from hashlib import sha256 as _sha256
+from pathlib import Path
+from typing import Literal
+
+from packaging.utils import canonicalize_version
+
+from index.errors import AlreadyExistsError, ForbiddenError, RefusedError
+from index.intake import sdist, wheel
+from index.intake.metadata import Metadata
+from index.names import Distribution
+from index.store import facts, records
+from index.store.auth import NIGHTLY
+from index.store.catalogue import Catalogue, Change
+from index.store.facts import Facts
+from index.store.files import Store
+
+Outcome = Literal["created", "same"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Destination:
+    """Where a file goes."""
+
+    set_name: str | None = None
+    "A staged set: hidden until it is published."
+    channel: Literal["release", "nightly"] = "release"
+    allow_new: bool = False
+    "Host the project even when nobody has told the catalogue to."
+
+    @property
+    def scope(self) -> str | None:
+        """What a token must be for, if it is for one view alone."""
+        return NIGHTLY if self.set_name is None and self.channel == "nightly" else self.set_name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A file in staging whose bytes were read and found good."""
+
+    distribution: Distribution
+    path: Path
+    sha256: str
+    size: int
+    metadata: Metadata
+    record: bytes | None
+    facts: Facts
+    build: str | None
+    uploaded: str | None = None
+    "Only for imports: the time of the original."
+
+
+def inspect(path: Path, distribution: Distribution, sha256: str, uploaded: float | None = None) -> Candidate:
+    """Read every byte of a staged file; returns what the catalogue needs to know.
+
+    Raises:
+        RefusedError: what is wrong with it.
+    """
+    read = wheel.inspect if distribution.kind == "bdist_wheel" else sdist.inspect
+    metadata, record = read(path, distribution)
+    document = records.parse(record) if record is not None else {}
+    return Candidate(
+        distribution=distribution,
+        path=path,
+        sha256=sha256,
+        size=path.stat().st_size,
+        metadata=metadata,
+        record=record,
+        facts=facts.from_record(document).over(facts.from_name(distribution, metadata.requires)),
+        build=records.identity(document),
+        uploaded=datetime.fromtimestamp(uploaded, UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ") if uploaded else None,
+    )
+
+
+def check_wanted(catalogue: Catalogue, distribution: Distribution, sha256: str, destination: Destination) -> None:
+    """What can be refused before the bytes are read. `admit` asks again inside its transaction.
+
+    Raises:
+        ForbiddenError, AlreadyExistsError, RefusedError: see there.
+    """
+    _check_hosted(catalogue.row, distribution, destination)
+    _check_release(catalogue.rows, distribution)
+    row = catalogue.row("SELECT sha256, deleted FROM file WHERE filename = ?", (distribution.filename,))
+    if row is not None:
+        _check_same(distribution.filename, row["sha256"], row["deleted"], sha256)
+
+
+def admit(store: Store, catalogue: Catalogue, actor: str, candidate: Candidate, destination: Destination) -> Outcome:
+    """Give the file its place in the store and its row in the catalogue: durable and visible when this returns.
+
+    Raises:
+        ForbiddenError: the project is not hosted here, or archived or quarantined.
+        AlreadyExistsError: other bytes have that name, or had it once.
+        RefusedError: the release exists in another spelling.
+        StoreFullError: no space; nothing was changed.
+    """
+    distribution = candidate.distribution
+    with catalogue.change(actor) as change:
+        _check_hosted(_one(change), distribution, destination)
+        row = change.execute("SELECT * FROM file WHERE filename = ?", (distribution.filename,)).fetchone()
+        if row is not None:
+            _check_same(distribution.filename, row["sha256"], row["deleted"], candidate.sha256)
+            if row["lost"]:
+                _restore(store, change, row["id"], candidate)
+            _join(change, row["id"], distribution, destination)
+            return "same"
+        _check_release(lambda sql, values: change.execute(sql, values).fetchall(), distribution)
+        # Inside the transaction, so that `gc`, which holds the same lock, never sees the file between its name and its row.
+        store.adopt(candidate.path, candidate.sha256)
+        metadata_sha256 = _keep_metadata(store, candidate)
+        change.execute("INSERT OR IGNORE INTO project (name) VALUES (?)", (distribution.project,))
+        build = candidate.build
+        if candidate.record is not None and build is not None:
+            own = records.keep_inside(store, change, build, candidate.record, distribution.project, candidate.sha256)
+            build = build if own else None
+        _insert(change, candidate, destination, metadata_sha256, build)
+    return "created"
+
+
+def _keep_metadata(store: Store, candidate: Candidate) -> str | None:
+    """PEP 658, for wheels alone: an sdist's PKG-INFO need not be what its build will say."""
+    if candidate.distribution.kind != "bdist_wheel":
+        return None
+    digest = _sha256(candidate.metadata.raw).hexdigest()
+    store.add_bytes(candidate.metadata.raw, digest)
+    return digest
+
+
+def _restore(store: Store, change: Change, file_id: int, candidate: Candidate) -> None:
+    """Bytes that the store had lost are back."""
+    store.adopt(candidate.path, candidate.sha256)
+    _keep_metadata(store, candidate)
+    change.execute("UPDATE file SET lost = 0 WHERE id = ?", (file_id,))
+    change.note("file.found", candidate.distribution.filename, candidate.distribution.project)
+
+
+def _one(change: Change) -> Callable[..., sqlite3.Row | None]:
+    return lambda sql, values: change.execute(sql, values).fetchone()
+
+
+def _insert(
+    change: Change, candidate: Candidate, destination: Destination, metadata_sha256: str | None, build: str | None
+) -> None:
+    distribution = candidate.distribution
+    known, channel = candidate.facts, destination.channel
+    if destination.set_name is not None:
+        row = change.execute("SELECT channel FROM release_set WHERE name = ?", (destination.set_name,)).fetchone()
+        channel = row["channel"] if row is not None else channel
+    if build is not None:
+        known = records.facts_of(change, build).over(known)
+    inserted = change.execute(
+        "INSERT INTO file (filename, project, version, release, kind, sha256, size, metadata_sha256, requires_python, summary,"
+        " uploaded, actor, channel, hidden, cuda, facts, build) VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?) RETURNING id",
+        (
+            *(distribution.filename, distribution.project, distribution.version),
+            *(canonicalize_version(distribution.version), distribution.kind, candidate.sha256, candidate.size),
+            *(metadata_sha256, candidate.metadata.requires_python, candidate.metadata.summary),
+            *(candidate.uploaded or change.time, change.actor, channel, destination.set_name is not None),
+            *(known.cuda, known.as_json(), build),
+        ),
+    ).fetchone()
+    if destination.set_name is not None:
+        _add_member(change, destination.set_name, inserted["id"])
+    change.note(
+        "file.upload",
+        distribution.filename,
+        distribution.project,
+        sha256=candidate.sha256,
+        size=candidate.size,
+        set=destination.set_name,
+        channel=channel,
+    )
+
+
+def _join(change: Change, file_id: int, distribution: Distribution, destination: Destination) -> None:
+    """The same bytes once more: they join the set, or are shown where they are now uploaded to."""
+    if destination.set_name is not None:
+        if _add_member(change, destination.set_name, file_id):
+            change.note("file.join", distribution.filename, distribution.project, set=destination.set_name)
+        return
+    if destination.channel == "release":  # what was a nightly, or hidden in a set, is now for everybody
+        shown = change.execute(
+            "UPDATE file SET hidden = 0, channel = 'release' WHERE id = ? AND (hidden = 1 OR channel <> 'release')", (file_id,)
+        )
+    else:
+        shown = change.execute("UPDATE file SET hidden = 0 WHERE id = ? AND hidden = 1", (file_id,))
+    if shown.rowcount:
+        change.note("file.upload", distribution.filename, distribution.project, shown=True, channel=destination.channel)
+
+
+def _add_member(change: Change, set_name: str, file_id: int) -> bool:
+    state = change.execute("SELECT state FROM release_set WHERE name = ?", (set_name,)).fetchone()
+    if state is None or state["state"] != "staged":
+        raise RefusedError(f"{set_name!r} is not a staged set", remedy="create one with `index stage create`")
+    added = change.execute("INSERT OR IGNORE INTO member (set_name, file_id) VALUES (?, ?)", (set_name, file_id))
+    return added.rowcount > 0
+
+
+def _check_hosted(row: Callable[..., sqlite3.Row | None], distribution: Distribution, destination: Destination) -> None:
+    found = row("SELECT status, hosted FROM project WHERE name = ?", (distribution.project,))
+    if (found is None or not found["hosted"]) and not destination.allow_new:
+        raise ForbiddenError(
+            f"this index was not told to host {distribution.project}",
+            remedy=f"run `index host {distribution.project}`, or serve with --allow-new",
+        )
+    if found is not None and found["status"] in ("archived", "quarantined"):
+        raise ForbiddenError(
+            f"the project {distribution.project} is {found['status']}",
+            remedy=f"run `index status {distribution.project} active` first",
+        )
+
+
+def _check_same(filename: str, known: str, deleted: str | None, sha256: str) -> None:
+    if deleted is not None:
+        raise AlreadyExistsError(
+            f"File already exists: {filename} was deleted, and a name is never used again", remedy="build a new version"
+        )
+    if known != sha256:
+        raise AlreadyExistsError(
+            f"File already exists: {filename} with other bytes (sha256 {known})",
+            remedy="a published file never changes; build a new version",
+        )
+
+
+def _check_release(rows: Callable[..., list[sqlite3.Row]], distribution: Distribution) -> None:
+    """1.0 and 1.0.0 are one release (PEP 440); it keeps the spelling it was first published with."""
+    found = rows(
+        "SELECT DISTINCT version FROM file WHERE project = ? AND release = ? AND deleted IS NULL",
+        (distribution.project, canonicalize_version(distribution.version)),
+    )
+    spellings = {str(row["version"]) for row in found}
+    if spellings and distribution.version not in spellings:
+        raise RefusedError(
+            f"{distribution.filename}: the release is already spelled {min(spellings)} here",
+            remedy=f"name the version {min(spellings)}, so that one release has one spelling",
+        )
+
+
+def describe(outcome: Outcome, filename: str) -> str:
+    """One line for the client."""
+    return f"{filename} is published" if outcome == "created" else f"{filename} was here already, with the same bytes"

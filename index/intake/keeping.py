@@ -1,0 +1,214 @@
+"""Keeping a store in order: check every byte, free what nothing names, let old nightlies go, take a folder of wheels in."""
+
+from __future__ import annotations
+
+import hashlib
+import sqlite3
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from packaging.utils import parse_wheel_filename
+from packaging.version import Version
+
+from gracefarm.console import Tick, no_tick
+from gracefarm.errors import ConfigError
+from gracefarm.files import CHUNK
+from index.errors import RefusalError
+from index.intake import accept
+from index.intake.accept import Destination
+from index.names import parse_filename
+from index.store.catalogue import Catalogue
+from index.store.files import Store, disk_errors, flush
+
+GC_MOMENT = 0.2
+"Seconds that `gc` keeps uploads waiting at most, but for the time that one file takes."
+
+_REFERENCES = """
+SELECT sha256 AS digest, filename AS name, size FROM file WHERE deleted IS NULL
+UNION SELECT metadata_sha256, filename || '.metadata', NULL FROM file WHERE deleted IS NULL AND metadata_sha256 IS NOT NULL
+UNION SELECT sha256, filename, size FROM mirrored WHERE url IS NULL AND withdrawn IS NULL
+UNION SELECT metadata_sha256, filename || '.metadata', NULL FROM mirrored
+    WHERE url IS NULL AND withdrawn IS NULL AND metadata_sha256 IS NOT NULL
+UNION SELECT document_sha256, 'record ' || id, document_size FROM record WHERE document_sha256 IS NOT NULL
+UNION SELECT log_sha256, 'log ' || id, log_size FROM record WHERE log_sha256 IS NOT NULL
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """What fsck found."""
+
+    files: int
+    bytes: int
+    damaged: tuple[str, ...]
+    "Names whose bytes are absent or have another digest."
+    unnamed: int
+    "Stored files that nothing names; `index gc` removes them."
+
+
+def fsck(store: Store, catalogue: Catalogue, tick: Tick = no_tick, *, set_aside: str | None = None) -> Check:
+    """Rehash every stored file and check the catalogue itself.
+
+    With `set_aside`, the actor's name, damaged files leave the store and the lists; the same bytes can then be uploaded again.
+    """
+    damaged = [f"catalogue: {row[0]}" for row in catalogue.rows("PRAGMA integrity_check") if row[0] != "ok"]
+    damaged += [f"catalogue: a row of {row[0]} points nowhere" for row in catalogue.rows("PRAGMA foreign_key_check")]
+    names: dict[str, list[str]] = {}
+    for row in catalogue.rows(_REFERENCES):
+        names.setdefault(row["digest"], []).append(row["name"])
+    total = 0
+    for number, (digest, users) in enumerate(sorted(names.items())):
+        tick(number, len(names), users[0])
+        if store.whole(digest):
+            total += store.path(digest).stat().st_size
+            continue
+        damaged += users
+        if set_aside is not None:
+            store.set_aside(digest)
+    tick(len(names), len(names), "")
+    if damaged and set_aside is not None:
+        heal(store, catalogue, set_aside)
+    unnamed = sum(path.name not in names for path in store.stored())
+    return Check(files=len(names), bytes=total, damaged=tuple(sorted(damaged)), unnamed=unnamed)
+
+
+def gc(store: Store, catalogue: Catalogue, actor: str) -> tuple[int, int]:
+    """Remove stored files that nothing names. Returns how many, and their bytes.
+
+    Holds the catalogue's write lock, since an upload gives a file its name and its row under the same lock; but only for
+    moments, since uploads wait for it meanwhile.
+    """
+    count = size = 0
+    named = {row["digest"] for row in catalogue.rows(_REFERENCES)}
+    todo = [path for path in store.stored() if path.name not in named]
+    while todo:
+        with catalogue.change(actor) as change:
+            named = {row["digest"] for row in change.execute(_REFERENCES)}  # again: uploads went on
+            end = time.monotonic() + GC_MOMENT
+            while todo and time.monotonic() < end:
+                path = todo.pop()
+                if path.name not in named:
+                    size += path.stat().st_size
+                    path.unlink()
+                    count += 1
+        time.sleep(GC_MOMENT / 2)  # whoever waits for the lock polls for it
+    with catalogue.change(actor) as change:
+        change.note("store.gc", "files", count=count, bytes=size)
+    return count, size
+
+
+def prune(catalogue: Catalogue, actor: str, keep: int, *, dry_run: bool = False) -> list[str]:
+    """Delete all but the `keep` newest nightlies of each project and variant (CUDA, Python, platform). Returns the names.
+
+    Files of a published set stay: a set is whole or gone.
+    """
+    variants: dict[tuple[object, ...], list[tuple[Version, str]]] = {}
+    rows = catalogue.rows(
+        "SELECT id, filename, project, version, cuda, kind FROM file"
+        " WHERE channel = 'nightly' AND deleted IS NULL AND hidden = 0"
+        " AND id NOT IN (SELECT file_id FROM member JOIN release_set ON name = set_name WHERE state <> 'dropped')"
+    )
+    for row in rows:
+        tags = parse_wheel_filename(row["filename"])[3] if row["kind"] == "bdist_wheel" else frozenset()
+        variants.setdefault((row["project"], row["cuda"], row["kind"], tags), []).append(
+            (Version(row["version"]), row["filename"])
+        )
+    old = [name for found in variants.values() for _, name in sorted(found, reverse=True)[keep:]]
+    if old and not dry_run:
+        with catalogue.change(actor) as change:
+            for name in old:
+                change.execute("UPDATE file SET deleted = ? WHERE filename = ?", (change.time, name))
+                project = str(change.execute("SELECT project FROM file WHERE filename = ?", (name,)).fetchone()[0])
+                change.note("file.prune", name, project, keep=keep)
+    return sorted(old)
+
+
+@dataclass
+class Imported:
+    """What an import did."""
+
+    created: int = 0
+    same: int = 0
+    refused: list[str] = field(default_factory=list)
+
+
+def import_folder(store: Store, catalogue: Catalogue, actor: str, folder: Path, tick: Tick = no_tick) -> Imported:
+    """Take in every wheel and sdist of a folder, as pypiserver keeps them; times are those of the files.
+
+    What the index would refuse from a client it refuses from a folder too; the sentences are in the result.
+    """
+    done = Imported()
+    found = sorted(_distributions(folder))
+    destination = Destination(allow_new=True)
+    for number, path in enumerate(found):
+        tick(number, len(found), path.name)
+        staged = store.new_staging()
+        try:
+            distribution = parse_filename(path.name)
+            sha256 = _copy(store, path, staged)
+            candidate = accept.inspect(staged, distribution, sha256, uploaded=path.stat().st_mtime)
+            outcome = accept.admit(store, catalogue, actor, candidate, destination)
+            if outcome == "created":
+                done.created += 1
+            else:
+                done.same += 1
+        except RefusalError as error:
+            if error.status == 507:
+                raise
+            done.refused.append(f"{path.name}: {error.cause}")
+        finally:
+            staged.unlink(missing_ok=True)
+    tick(len(found), len(found), "")
+    return done
+
+
+def _distributions(folder: Path) -> Iterator[Path]:
+    for path in folder.rglob("*"):
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if path.is_file() and not hidden and path.name.endswith((".whl", ".tar.gz", ".zip", ".egg", ".tgz", ".tar.bz2")):
+            yield path
+
+
+def _copy(store: Store, source: Path, staged: Path) -> str:
+    digest = hashlib.sha256()
+    with disk_errors(store.root), source.open("rb") as reading, staged.open("xb") as writing:
+        while chunk := reading.read(CHUNK):
+            digest.update(chunk)
+            writing.write(chunk)
+        flush(writing)
+    return digest.hexdigest()
+
+
+def heal(store: Store, catalogue: Catalogue, actor: str) -> list[str]:
+    """Unlist files whose bytes are absent or cut, as after restoring a copy made in the wrong order; list those that are back.
+
+    Looks at sizes only, so that a start stays quick; `fsck` reads the bytes. Returns the names that are lost now.
+
+    Raises:
+        ConfigError: nothing at all is there: a disk that is not mounted, not a loss.
+    """
+    sizes = store.sizes()
+
+    def lost(row: sqlite3.Row) -> bool:
+        return sizes.get(row["sha256"]) != row["size"] or (row["metadata_sha256"] or row["sha256"]) not in sizes
+
+    rows = catalogue.rows("SELECT id, filename, project, sha256, size, metadata_sha256, lost FROM file WHERE deleted IS NULL")
+    copies = catalogue.rows("SELECT * FROM mirrored WHERE url IS NULL AND withdrawn IS NULL")
+    if (rows or copies) and not sizes:
+        raise ConfigError(
+            f"{store.files} is empty, the catalogue is not", remedy="mount or restore the files, then start again"
+        )
+    changed = [row for row in rows if lost(row) != bool(row["lost"])]
+    changed_copies = [row for row in copies if lost(row) != bool(row["lost"])]
+    if changed or changed_copies:
+        with catalogue.change(actor) as change:
+            for row in changed:
+                change.execute("UPDATE file SET lost = ? WHERE id = ?", (lost(row), row["id"]))
+                change.note("file.lost" if lost(row) else "file.found", row["filename"], row["project"])
+            for row in changed_copies:
+                where = (lost(row), row["set_name"], row["filename"])
+                change.execute("UPDATE mirrored SET lost = ? WHERE set_name = ? AND filename = ?", where)
+                change.note("set.lost" if lost(row) else "set.found", f"{row['set_name']} {row['filename']}")
+    return sorted({row["filename"] for row in (*rows, *copies) if lost(row)})

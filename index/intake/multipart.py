@@ -1,0 +1,320 @@
+"""multipart/form-data as it comes: text fields into memory, the file straight into staging, hashed on the way."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import re
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from python_multipart.exceptions import MultipartParseError
+from python_multipart.multipart import MultipartParser, parse_options_header
+
+from index.errors import DisconnectedError, RefusedError, StalledError, TooLargeError
+from index.limits import Limits
+from index.store.files import Store, disk_errors, flush
+
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+
+BATCH = 1 << 20
+"Bytes handed to the disk thread at once."
+
+MAX_PARTS = 2000
+
+_DIGEST_FIELDS = {"sha256_digest": "sha256", "md5_digest": "md5", "blake2_256_digest": "blake2b"}
+
+
+@dataclass(kw_only=True)
+class Received:
+    """A file in staging, flushed to the disk. Whoever holds it removes it (or adopts it into the store)."""
+
+    filename: str
+    path: Path
+    size: int = 0
+    digests: dict[str, str] = field(default_factory=dict)
+    "By the form's own field names; sha256_digest always."
+
+
+@dataclass(kw_only=True)
+class Form:
+    """A form, received in full."""
+
+    fields: dict[str, list[str]] = field(default_factory=dict)
+    files: dict[str, Received] = field(default_factory=dict)
+
+    def value(self, name: str) -> str:
+        """The field's only value; empty when absent.
+
+        Raises:
+            RefusedError: it was sent twice.
+        """
+        found = self.fields.get(name, [])
+        if len(found) > 1:
+            raise RefusedError(f"the form says {name} {len(found)} times", remedy="send it once")
+        return found[0].strip() if found else ""
+
+    def discard(self) -> None:
+        """Remove what is in staging."""
+        for received in self.files.values():
+            received.path.unlink(missing_ok=True)
+
+
+_FOLDER = re.compile(r'filename="?(.:\\|\\\\)', re.IGNORECASE)
+
+
+class _FileWriter:
+    """Writes and hashes in a thread while the next bytes arrive."""
+
+    def __init__(self, received: Received, executor: Executor, algorithms: dict[str, str]) -> None:
+        self.received = received
+        self._executor = executor
+        self._stream: IO[bytes] = received.path.open("xb", buffering=0)
+        self._hashes = {name: _new_hash(algorithm) for name, algorithm in algorithms.items()}
+        self._parts: list[bytes] = []
+        self._held = 0
+        self._pending: asyncio.Future[None] | None = None
+
+    async def write(self, data: bytes) -> None:
+        self._parts.append(data)
+        self._held += len(data)
+        if self._held >= BATCH:
+            await self._hand_over(last=False)
+
+    async def finish(self) -> None:
+        """Everything is hashed, written and flushed when this returns."""
+        await self._hand_over(last=True)
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            await pending
+        self.received.digests = {name: value.hexdigest() for name, value in self._hashes.items()}
+
+    async def _hand_over(self, *, last: bool) -> None:
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            await pending
+        parts, self._parts, self._held = self._parts, [], 0
+        loop = asyncio.get_running_loop()
+        self._pending = loop.run_in_executor(self._executor, self._put, parts, last)
+
+    def _put(self, parts: list[bytes], last: bool) -> None:
+        with disk_errors(self.received.path.parent.parent):
+            data = b"".join(parts)
+            rest = memoryview(data)
+            while rest:
+                rest = rest[self._stream.write(rest) :]
+            self.received.size += len(data)
+            for value in self._hashes.values():
+                value.update(data)
+            if last:
+                flush(self._stream)
+                self._stream.close()
+
+    async def close(self) -> None:
+        """Stop, whatever the state."""
+        if self._pending is not None:
+            await asyncio.wait([self._pending])
+        self._stream.close()
+
+
+def _new_hash(algorithm: str) -> Any:
+    return hashlib.blake2b(digest_size=32) if algorithm == "blake2b" else hashlib.new(algorithm, usedforsecurity=False)
+
+
+class _Reader:
+    """Parser callbacks turned into events, in order."""
+
+    def __init__(self, boundary: bytes) -> None:
+        self.events: list[tuple[str, bytes]] = []
+        self.ended = False
+        self._header = b""
+        self.parser = MultipartParser(
+            boundary,
+            {
+                "on_part_begin": lambda: self.events.append(("begin", b"")),
+                "on_part_data": lambda data, start, end: self.events.append(("data", data[start:end])),
+                "on_part_end": lambda: self.events.append(("end", b"")),
+                "on_header_field": self._field,
+                "on_header_value": self._value,
+                "on_header_end": lambda: self.events.append(("header-end", b"")),
+                "on_headers_finished": lambda: self.events.append(("headers", b"")),
+                "on_end": self._end,
+            },
+        )
+
+    def _field(self, data: bytes, start: int, end: int) -> None:
+        self.events.append(("name", data[start:end]))
+
+    def _value(self, data: bytes, start: int, end: int) -> None:
+        self.events.append(("value", data[start:end]))
+
+    def _end(self) -> None:
+        self.ended = True
+
+    def feed(self, data: bytes) -> list[tuple[str, bytes]]:
+        try:
+            self.parser.write(data)
+        except MultipartParseError as error:
+            raise RefusedError(
+                f"the form cannot be read: {error}", remedy="send multipart/form-data as twine and uv do"
+            ) from None
+        events, self.events = self.events, []
+        return events
+
+
+class _Assembler:
+    """Builds the form from the events."""
+
+    def __init__(self, form: Form, store: Store, limits: Limits, executor: Executor) -> None:
+        self.form = form
+        self.writer: _FileWriter | None = None
+        self._store, self._limits, self._executor = store, limits, executor
+        self._header = {"name": b"", "value": b""}
+        self._headers: dict[str, str] = {}
+        self._name = ""
+        self._text: list[bytes] | None = None
+        self._held = 0
+        self._parts = 0
+
+    async def take(self, kind: str, data: bytes) -> None:
+        match kind:
+            case "data":
+                await self._data(data)
+            case "name" | "value":
+                self._header[kind] += data
+            case "header-end":
+                self._headers[self._header["name"].decode("latin-1").lower()] = self._header["value"].decode("latin-1")
+                self._header = {"name": b"", "value": b""}
+            case "begin":
+                self._headers, self._text = {}, None
+            case "headers":
+                self._open()
+            case "end":
+                await self._close()
+
+    def _open(self) -> None:
+        self._parts += 1
+        if self._parts > MAX_PARTS:
+            raise TooLargeError(f"the form has more than {MAX_PARTS} fields", remedy="send fewer")
+        try:
+            disposition, options = parse_options_header(self._headers.get("content-disposition", ""))
+        except (UnicodeError, LookupError, ValueError):  # from a filename* in a coding that nobody knows
+            raise RefusedError("a part of the form has an unreadable name", remedy="send names as UTF-8") from None
+        if _FOLDER.search(self._headers.get("content-disposition", "")):
+            # The parser would quietly take what follows the last backslash, as for browsers of long ago.
+            raise RefusedError("the file's name is not a plain file name: it has a folder", remedy="send the name alone")
+        if disposition != b"form-data" or b"name" not in options:
+            raise RefusedError("a part of the form has no name", remedy="send multipart/form-data as twine and uv do")
+        self._name = options[b"name"].decode("utf-8", "replace")
+        if b"filename" not in options:
+            self._text = []
+            return
+        if self.form.files:
+            raise RefusedError("the form holds more than one file", remedy="upload one file at a time, without signatures")
+        received = Received(filename=options[b"filename"].decode("utf-8", "replace"), path=self._store.new_staging())
+        self.form.files[self._name] = received
+        with disk_errors(self._store.root):
+            self.writer = _FileWriter(received, self._executor, self._algorithms())
+
+    def _algorithms(self) -> dict[str, str]:
+        """sha256 always; the others when the form, whose fields clients send first, asks to check them."""
+        announced = {name: algorithm for name, algorithm in _DIGEST_FIELDS.items() if self.form.fields.get(name)}
+        return {"sha256_digest": "sha256"} | announced
+
+    async def _data(self, data: bytes) -> None:
+        if self._text is None:
+            if self.writer is not None:
+                await self.writer.write(data)
+            return
+        self._held += len(data)
+        if self._held > self._limits.fields:
+            raise TooLargeError(
+                f"the form's text is longer than {self._limits.fields} bytes", remedy="shorten the description"
+            )
+        self._text.append(data)
+
+    async def _close(self) -> None:
+        if self._text is not None:
+            try:
+                text = b"".join(self._text).decode()
+            except UnicodeDecodeError:
+                raise RefusedError(f"the field {self._name} is not UTF-8", remedy="send text as UTF-8") from None
+            self.form.fields.setdefault(self._name, []).append(text)
+        elif self.writer is not None:
+            await self.writer.finish()
+
+
+async def receive_form(
+    content_type: str, length: int | None, receive: Receive, store: Store, limits: Limits, executor: Executor
+) -> Form:
+    """Receive a whole form; on any failure nothing is left in staging.
+
+    Raises:
+        RefusedError: not a form, or a malformed one, or one that ends before its last boundary.
+        TooLargeError, StalledError, DisconnectedError, StoreFullError: what their names say.
+    """
+    try:
+        kind, options = parse_options_header(content_type)
+    except (UnicodeError, LookupError, ValueError):
+        raise RefusedError("the Content-Type cannot be read", remedy="use twine, uv publish or curl -F") from None
+    if kind != b"multipart/form-data" or not options.get(b"boundary"):
+        raise RefusedError("the upload is not multipart/form-data", remedy="use twine, uv publish or curl -F")
+    if len(options[b"boundary"]) > 70:
+        raise RefusedError("the boundary is longer than 70 characters", remedy="see RFC 2046 5.1.1")
+    if length is not None and length > limits.upload:
+        raise TooLargeError(
+            f"uploads of more than {limits.upload} bytes are refused", remedy="raise --max-upload on the index"
+        )
+    form = Form()
+    reader = _Reader(options[b"boundary"])
+    assembler = _Assembler(form, store, limits, executor)
+    try:
+        await _pump(length, receive, limits, reader, assembler)
+    except BaseException:
+        if assembler.writer is not None:
+            await assembler.writer.close()
+        form.discard()
+        raise
+    return form
+
+
+async def _pump(length: int | None, receive: Receive, limits: Limits, reader: _Reader, assembler: _Assembler) -> None:
+    start, count = time.monotonic(), 0
+    more = True
+    while more:
+        message = await next_message(receive, limits)
+        if message["type"] == "http.disconnect":
+            raise DisconnectedError("the client went away before the end of the upload", remedy="upload it again")
+        body = message.get("body", b"")
+        more = message.get("more_body", False)
+        count += len(body)
+        if count > limits.upload:
+            raise TooLargeError(
+                f"uploads of more than {limits.upload} bytes are refused", remedy="raise --max-upload on the index"
+            )
+        elapsed = time.monotonic() - start
+        if elapsed > limits.idle and count < limits.slowest * elapsed:
+            raise StalledError(
+                f"the upload came at less than {limits.slowest} bytes a second", remedy="try a better connection"
+            )
+        for kind, data in reader.feed(body):
+            await assembler.take(kind, data)
+    if not reader.ended or (length is not None and count != length):
+        raise RefusedError("the upload ended before its last boundary", remedy="the connection was cut; upload it again")
+
+
+async def next_message(receive: Receive, limits: Limits) -> MutableMapping[str, Any]:
+    """The next ASGI message of the request.
+
+    Raises:
+        StalledError: none came in time.
+    """
+    try:
+        async with asyncio.timeout(limits.idle):
+            return await receive()
+    except TimeoutError:
+        raise StalledError(f"no byte came for {limits.idle:g} seconds", remedy="try a better connection") from None

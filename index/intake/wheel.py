@@ -1,0 +1,149 @@
+"""A wheel read as PEP 427 describes it: one .dist-info of its own name, a RECORD that matches every byte."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import hashlib
+import io
+import zipfile
+import zlib
+from pathlib import Path, PurePosixPath
+
+from packaging.tags import parse_tag
+from packaging.utils import canonicalize_name
+from packaging.version import InvalidVersion, Version
+
+from gracefarm.files import CHUNK
+from index.errors import RefusedError
+from index.intake import metadata
+from index.intake.archive import open_zip
+from index.intake.metadata import Metadata
+from index.names import Distribution
+
+RECORD_NAME = "gracefarm.json"
+"The farm's own record of inputs inside .dist-info (docs/index-records.md)."
+
+_UNRECORDED = ("RECORD", "RECORD.jws", "RECORD.p7s")
+_HASHES = ("sha256", "sha384", "sha512")
+
+
+def inspect(path: Path, distribution: Distribution) -> tuple[Metadata, bytes | None]:
+    """Check the wheel at `path` in full; returns its metadata and the farm's record, if it carries one.
+
+    Reads every byte: seconds for gigabytes, so call it off the event loop.
+
+    Raises:
+        RefusedError: what is wrong, in one sentence.
+    """
+    with open_zip(path, distribution.filename) as archive:
+        folder = _dist_info(archive, distribution)
+        _check_wheel(archive, folder, distribution)
+        _check_record(archive, folder, distribution)
+        found = metadata.read(_small(archive, f"{folder}/METADATA", distribution), distribution)
+        record = f"{folder}/{RECORD_NAME}"
+        return found, _small(archive, record, distribution) if record in archive.NameToInfo else None
+
+
+def _dist_info(archive: zipfile.ZipFile, distribution: Distribution) -> str:
+    folders = {name.split("/")[0] for name in archive.namelist() if name.split("/")[0].endswith(".dist-info")}
+    if len(folders) != 1:
+        raise RefusedError(
+            f"{distribution.filename} holds {len(folders)} .dist-info folders",
+            remedy="a wheel has exactly one (PEP 427); build it again",
+        )
+    folder = folders.pop()
+    name, _, version = folder.removesuffix(".dist-info").rpartition("-")
+    if canonicalize_name(name) != distribution.project or not _equal(version, distribution.version):
+        raise RefusedError(
+            f"{distribution.filename} holds {folder}, of another name or version",
+            remedy="the file was renamed; build it again",
+        )
+    return folder
+
+
+def _equal(one: str, other: str) -> bool:
+    try:
+        return Version(one.replace("_", "+", 1) if "+" not in one else one) == Version(other)
+    except InvalidVersion:
+        return False
+
+
+def _small(archive: zipfile.ZipFile, name: str, distribution: Distribution) -> bytes:
+    try:
+        member = archive.getinfo(name)
+    except KeyError:
+        raise RefusedError(f"{distribution.filename} lacks {name}", remedy="build it again with a PEP 517 backend") from None
+    if member.file_size > metadata.MAX_METADATA:
+        raise RefusedError(f"{distribution.filename}: {name} is {member.file_size} bytes long", remedy="shorten it")
+    return archive.read(member)
+
+
+def _check_wheel(archive: zipfile.ZipFile, folder: str, distribution: Distribution) -> None:
+    """WHEEL must say the same tags as the file name: an installer trusts the one, a resolver the other."""
+    text = _small(archive, f"{folder}/WHEEL", distribution).decode("utf-8", "replace")
+    tags = {tag for line in text.splitlines() if line.lower().startswith("tag:") for tag in parse_tag(line[4:].strip())}
+    if tags and tags != distribution.tags:
+        raise RefusedError(
+            f"{distribution.filename}: WHEEL inside says {', '.join(sorted(map(str, tags)))}",
+            remedy="retag it with `python -m wheel tags`, which changes both",
+        )
+
+
+def _check_record(archive: zipfile.ZipFile, folder: str, distribution: Distribution) -> None:
+    listed = _record(archive, folder, distribution)
+    present = {name for name in archive.namelist() if not name.endswith("/")}
+    excused = {f"{folder}/{name}" for name in _UNRECORDED}
+    if missing := sorted(present - listed.keys() - excused):
+        raise RefusedError(
+            f"{distribution.filename}: {missing[0]} is not in RECORD", remedy="build the wheel again; files were added to it"
+        )
+    if absent := sorted(listed.keys() - present):
+        raise RefusedError(
+            f"{distribution.filename}: RECORD lists {absent[0]}, which is not there", remedy="build the wheel again"
+        )
+    for name in sorted(present - excused):
+        digest, size = listed[name]
+        if _digest(archive, name, digest.partition("=")[0], distribution) != digest:
+            raise RefusedError(
+                f"{distribution.filename}: {name} is not what RECORD says", remedy="build the wheel again; it was changed"
+            )
+        if size and size != str(archive.getinfo(name).file_size):
+            raise RefusedError(f"{distribution.filename}: RECORD has a wrong size for {name}", remedy="build the wheel again")
+
+
+def _record(archive: zipfile.ZipFile, folder: str, distribution: Distribution) -> dict[str, tuple[str, str]]:
+    try:
+        rows = list(csv.reader(io.StringIO(_small(archive, f"{folder}/RECORD", distribution).decode("utf-8")), strict=True))
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise RefusedError(
+            f"{distribution.filename}: RECORD cannot be read: {error}", remedy="build the wheel again"
+        ) from None
+    listed: dict[str, tuple[str, str]] = {}
+    for row in rows:
+        if not row:
+            continue
+        if len(row) != 3 or row[0] in listed:
+            raise RefusedError(
+                f"{distribution.filename}: RECORD has a wrong line {','.join(row)!r}", remedy="build the wheel again"
+            )
+        listed[row[0]] = (row[1], row[2])
+    return listed
+
+
+def _digest(archive: zipfile.ZipFile, name: str, algorithm: str, distribution: Distribution) -> str:
+    if algorithm not in _HASHES:
+        raise RefusedError(
+            f"{distribution.filename}: RECORD has no sha256 (or longer) for {name}",
+            remedy="build the wheel again with a current tool",
+        )
+    digest = hashlib.new(algorithm)
+    try:
+        with archive.open(name) as stream:
+            while chunk := stream.read(CHUNK):
+                digest.update(chunk)
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise RefusedError(
+            f"{distribution.filename}: {PurePosixPath(name).name} cannot be unpacked: {error}", remedy="upload it again"
+        ) from None
+    return f"{algorithm}={base64.urlsafe_b64encode(digest.digest()).rstrip(b'=').decode()}"

@@ -1,0 +1,154 @@
+"""Pages ready to send: rendered once per change, compressed once per coding, kept in memory up to a bound.
+
+What a page costs does not depend on how much the index stores. A change anywhere (this process or another one on the same
+folder) is seen through SQLite's data_version; then only the pages of the projects that it touched are dropped.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import threading
+import time
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+import zstandard
+
+from index.errors import NotFoundError
+from index.pages import simple, views
+from index.pages.negotiate import Encoding, Form
+from index.pages.views import View
+from index.store.catalogue import Catalogue
+
+POLL = 0.002
+"Seconds between two looks at data_version: shorter than any other process needs to commit, exit and be believed."
+
+_SMALLEST = 200
+"Bytes below which a coding only adds."
+
+
+@dataclass
+class Page:
+    """One page in one form, with its codings made on demand."""
+
+    plain: bytes
+    digest: str = ""
+    _codings: dict[str, bytes] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.digest = hashlib.sha256(self.plain).hexdigest()[:32]
+
+    def body(self, encoding: Encoding) -> bytes:
+        """The bytes in that coding."""
+        if not encoding or len(self.plain) < _SMALLEST:
+            return self.plain
+        found = self._codings.get(encoding)
+        if found is None:
+            found = self._codings[encoding] = _encode(self.plain, encoding)
+        return found
+
+    def coding(self, encoding: Encoding) -> Encoding:
+        """The coding that `body` really uses."""
+        return encoding if len(self.plain) >= _SMALLEST else ""
+
+    def etag(self, encoding: Encoding) -> str:
+        """Strong, so each coding has its own (RFC 9110 8.8.3.3)."""
+        return f'"{self.digest}{"-" + encoding if self.coding(encoding) else ""}"'
+
+    @property
+    def weight(self) -> int:
+        """Bytes held."""
+        return len(self.plain) + sum(map(len, self._codings.values())) + 512
+
+
+def _encode(plain: bytes, encoding: Encoding) -> bytes:
+    if encoding == "zstd":
+        return zstandard.ZstdCompressor(level=9).compress(plain)
+    return gzip.compress(plain, compresslevel=6 if len(plain) > 1 << 20 else 9, mtime=0)
+
+
+class Shelf:
+    """The pages of one catalogue. Safe to use from several threads."""
+
+    def __init__(self, catalogue: Catalogue, *, bound: int = 256 << 20) -> None:
+        self.catalogue = catalogue
+        self.bound = bound
+        self.generation = 0
+        "Grows whenever pages were dropped: whoever keeps answers made from pages drops them then."
+        self._pages: OrderedDict[tuple[tuple[str, ...], str, Form], Page] = OrderedDict()
+        self._lock = threading.RLock()
+        self._version = -1
+        self._serial = catalogue.serial()
+        self._looked = 0.0
+
+    def refresh(self, *, now: bool = False) -> int:
+        """Drop what has changed; returns the generation. Without `now`, looks at most once in POLL seconds."""
+        moment = time.monotonic()
+        if not now and moment - self._looked < POLL:
+            return self.generation
+        self._looked = moment
+        with self._lock:
+            version = self.catalogue.version()
+            serial = self._serial
+            if now or version != self._version:
+                self._version = version
+                serial = self.catalogue.serial()
+            if serial != self._serial:
+                self._drop(serial)
+        return self.generation
+
+    def _drop(self, serial: int) -> None:
+        changed = {row["name"] for row in self.catalogue.rows("SELECT name FROM project WHERE serial > ?", (self._serial,))}
+        sets = self.catalogue.row(
+            "SELECT 1 FROM audit WHERE serial > ? AND action LIKE 'set.%' AND action <> 'set.create' LIMIT 1", (self._serial,)
+        )
+        for key in list(self._pages):
+            if sets or key[1] in changed or (key[1] == "" and changed):
+                del self._pages[key]
+        self._serial = serial
+        self.generation += 1
+
+    def page(self, view: View, project: str, form: Form) -> Page:
+        """The project's page in the view, or the list of projects for "".
+
+        Raises:
+            NotFoundError: the view shows nothing of that name.
+        """
+        key = (view.prefix, project, form)
+        with self._lock:
+            found = self._pages.get(key)
+            if found is not None:
+                self._pages.move_to_end(key)
+                return found
+            generation = self.generation
+        made = Page(render(self.catalogue, view, project, form))
+        with self._lock:
+            if generation == self.generation:
+                self._pages[key] = made
+                self._trim()
+        return made
+
+    def _trim(self) -> None:
+        weight = sum(page.weight for page in self._pages.values()) if len(self._pages) % 64 == 0 else 0
+        while weight > self.bound and self._pages:
+            _, dropped = self._pages.popitem(last=False)
+            weight -= dropped.weight
+            self.generation += 1  # answers made from it would keep its bytes
+
+
+def render(catalogue: Catalogue, view: View, project: str, form: Form) -> bytes:
+    """The bytes of one page, from the catalogue.
+
+    Raises:
+        NotFoundError: the view shows nothing of that name.
+    """
+    if not project:
+        names = views.projects(catalogue, view)
+        return simple.root_json(names) if form == "json" else simple.root_html(names)
+    files = views.files(catalogue, view, project)
+    if not files:
+        raise NotFoundError(f"there is no project {project!r} here", remedy="see the list of projects one level up")
+    status = views.status(catalogue, project)
+    make = simple.project_json if form == "json" else simple.project_html
+    return make(view, project, files, status)

@@ -1,0 +1,263 @@
+"""The ASGI application: pages of the simple API in front, finished bytes to the socket; the rest on Starlette."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any, TypeVar
+from urllib.parse import parse_qs, quote, unquote
+
+from starlette.applications import Starlette
+
+from index.errors import RefusalError
+from index.names import normalise
+from index.pages import negotiate, views
+from index.pages.negotiate import Encoding
+from index.serving.accesslog import AccessLog
+from index.serving.service import Service
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+T = TypeVar("T")
+
+MAX_AGE = 60
+"Seconds a page may be used without asking; then the ETag makes it a 304."
+
+_READY = 8192
+"Answers kept: one for each page, media type and coding; whatever else a client sends makes no entry."
+
+_HEADERS = 256
+"Spellings of Accept and Accept-Encoding remembered with what they mean; installers have a dozen."
+
+_LONGEST = 512
+"Characters of a header that is remembered."
+
+_LOG = logging.getLogger("index")
+
+_SAFE = re.compile(r"[A-Za-z0-9/+%~:@!$&'()*,;=._-]+")
+
+_PAGE = re.compile(r"/simple/([^/]+/)?\Z")
+
+_COMMON = [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer")]
+
+
+class Answer:
+    """A finished response to a GET or HEAD of a page."""
+
+    __slots__ = ("body", "etag", "head", "size", "start", "status", "unchanged")
+
+    def __init__(
+        self, status: int, headers: list[tuple[bytes, bytes]], body: bytes, etag: str = "", unchanged: Answer | None = None
+    ) -> None:
+        self.status = status
+        self.etag = etag
+        self.unchanged = unchanged
+        self.start: Message = {"type": "http.response.start", "status": status, "headers": [*headers, *_COMMON]}
+        self.body: Message = {"type": "http.response.body", "body": body}
+        self.head: Message = {"type": "http.response.body", "body": b""}
+        self.size = len(body)
+
+    def unless(self, match: str) -> Answer:
+        """This answer, or its 304 when If-None-Match names what the client has."""
+        if self.unchanged is None:
+            return self
+        if match.strip() == "*" or self.etag in [item.strip().removeprefix("W/") for item in match.split(",")]:
+            return self.unchanged
+        return self
+
+
+class Application:
+    """What granian or uvicorn run."""
+
+    def __init__(self, service: Service, rest: Starlette) -> None:
+        self.service = service
+        self.rest = rest
+        self.log = AccessLog(service.options.access_log)
+        self._ready: dict[tuple[str, str, Encoding], Answer] = {}
+        self._media: dict[str | None, str | None] = {}
+        self._codings: dict[str | None, Encoding] = {}
+        self._generation = -1
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        if scope["type"] != "http":
+            await self.rest(scope, receive, send)
+            return
+        started = time.perf_counter()
+        path: str = scope["path"]
+        method: str = scope["method"]
+        # Installers' pages end in /simple/ or /simple/NAME/; a missing slash is redirected below.
+        if "/simple" in path and (answer := self._simple(scope, method, path)) is not None:
+            await send(answer.start)
+            await send(answer.head if method == "HEAD" else answer.body)
+            self._account(scope, answer.status, 0 if method == "HEAD" else answer.size, started)
+            return
+        await self._through(scope, receive, send, started)
+
+    async def _through(self, scope: Scope, receive: Receive, send: Send, started: float) -> None:
+        status, size = 500, 0
+
+        async def counted(message: Message) -> None:
+            nonlocal status, size
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message["headers"], *_COMMON]
+            elif message["type"] == "http.response.body":
+                size += len(message.get("body", b""))
+            await send(message)
+
+        try:
+            await self.rest(scope, receive, counted)
+        except Exception:  # noqa: BLE001 - the last place that can tell
+            # Starlette has sent the 500; what it raises again is ours to mend, so it goes where the operator looks.
+            _LOG.exception("%s %r failed", scope["method"], scope["path"])
+        finally:
+            self._account(scope, status, 0 if scope["method"] == "HEAD" else size, started)
+
+    def _account(self, scope: Scope, status: int, size: int, started: float) -> None:
+        self.service.metrics.request(scope["method"], status, size)
+        if not self.log.enabled:
+            return
+        headers = _pick(scope["headers"], (b"user-agent", b"range", b"x-forwarded-for"))
+        client = self.client(scope, headers[2])
+        path, query = scope["path"], scope["query_string"]
+        target = path if _SAFE.fullmatch(path) else quote(path, safe="/+%~:@!$&'()*,;=-._")
+        if query:
+            target += "?" + query.decode("latin-1")
+        self.log.write(
+            client, scope["method"], target, status, size, headers[0] or "-", headers[1] or "-", time.perf_counter() - started
+        )
+
+    def client(self, scope: Scope, forwarded: str | None) -> str:
+        """The client's address: what a trusted proxy says, else the peer's."""
+        peer = scope["client"][0] if scope.get("client") else "-"
+        if forwarded and peer in self.service.options.trusted_proxies:
+            for hop in reversed([part.strip() for part in forwarded.split(",")]):
+                if hop not in self.service.options.trusted_proxies:
+                    return hop[:64]
+        return str(peer)
+
+    def _simple(self, scope: Scope, method: str, path: str) -> Answer | None:
+        if method not in ("GET", "HEAD"):
+            return _NO_METHOD if _PAGE.search(path) else None
+        generation = self.service.shelf.refresh()
+        if generation != self._generation or len(self._ready) > _READY:
+            self._ready.clear()
+            self._generation = generation
+        accept, coding, match = _pick(scope["headers"], (b"accept", b"accept-encoding", b"if-none-match"))
+        query: bytes = scope["query_string"]
+        media = _remembered(self._media, accept, negotiate.content_type) if not query else _media_of(query, accept)
+        encoding = _remembered(self._codings, coding, negotiate.encoding)
+        if media is None:
+            found = self._make(path, query, media, encoding)
+        elif (found := self._ready.get((path, media, encoding))) is None:
+            found = self._make(path, query, media, encoding)
+            # Another spelling of the path, or a query, would be another entry for the same page.
+            if found is not None and found.status == 200 and not query and "%" not in path:
+                self._ready[path, media, encoding] = found
+        return found.unless(match) if match and found is not None else found
+
+    def _make(self, path: str, query: bytes, media: str | None, encoding: Encoding) -> Answer | None:
+        """The answer for a page; None when the path is not one of the simple API after all."""
+        parts = unquote(path).split("/")[1:] if "%" in path else path.split("/")[1:]
+        try:
+            at = parts.index("simple")
+        except ValueError:
+            return None
+        view = views.find(self.service.catalogue, parts[:at])
+        if view is None or len(parts) - at > 3 or (len(parts) - at == 3 and parts[-1]):
+            return _plain(404, "there is no such view here\n")
+        name = parts[at + 1] if len(parts) - at > 1 else ""
+        try:
+            if (away := _redirect(parts, at, name)) is not None:
+                return _moved(away + ("?" + query.decode("latin-1") if query else ""))
+            return self._page(view, name, media, encoding)
+        except RefusalError as error:
+            return _plain(404, f"{error}\n")
+
+    def _page(self, view: views.View, name: str, media: str | None, encoding: Encoding) -> Answer:
+        if media is None:
+            return _plain(406, f"this page exists as {negotiate.JSON}, {negotiate.HTML} and text/html\n")
+        page = self.service.shelf.page(view, name, negotiate.form(media))
+        etag = page.etag(encoding)
+        headers = [
+            (b"etag", etag.encode()),
+            (b"vary", b"Accept, Accept-Encoding"),
+            (
+                b"cache-control",
+                f"max-age={MAX_AGE}, public".encode() if view.prefix[:1] != ("preview",) else b"private, no-cache",
+            ),
+        ]
+        unchanged = Answer(304, list(headers), b"")
+        body = page.body(encoding)
+        if used := page.coding(encoding):
+            headers.append((b"content-encoding", used.encode()))
+        headers.append((b"content-type", (media + (negotiate.CHARSET if media == negotiate.PLAIN else "")).encode()))
+        headers.append((b"content-length", str(len(body)).encode()))
+        return Answer(200, headers, body, etag, unchanged)
+
+
+def _media_of(query: bytes, accept: str | None) -> str | None:
+    # A media type holds a plus and never a space, so a bare one is meant as it stands.
+    wanted = parse_qs(query.decode("latin-1").replace("+", "%2B")).get("format", [None])[-1]
+    return negotiate.content_type(accept, wanted)
+
+
+def _remembered(known: dict[str | None, T], header: str | None, read: Callable[[str | None], T]) -> T:
+    """What `read` makes of a header, from memory where it was sent before."""
+    try:
+        return known[header]
+    except KeyError:
+        found = read(header)
+        if header is None or len(header) <= _LONGEST:
+            if len(known) >= _HEADERS:
+                known.clear()
+            known[header] = found
+        return found
+
+
+def _redirect(parts: list[str], at: int, name: str) -> str | None:
+    """Where the one address of the page is, relative to the one asked for; None when this is it."""
+    slash = parts[-1] == ""
+    if not name:
+        return None if slash and len(parts) - at == 2 else "simple/"
+    right = normalise(name)
+    if right == name and slash:
+        return None
+    return f"../{right}/" if slash else f"{right}/"
+
+
+def _moved(location: str) -> Answer:
+    headers = [(b"location", location.encode()), (b"content-length", b"0"), (b"cache-control", b"max-age=3600, public")]
+    return Answer(301, headers, b"")
+
+
+def _plain(status: int, text: str, *more: tuple[bytes, bytes]) -> Answer:
+    body = text.encode()
+    headers = [
+        (b"content-type", b"text/plain; charset=utf-8"),
+        (b"content-length", str(len(body)).encode()),
+        (b"vary", b"Accept, Accept-Encoding"),
+        (b"cache-control", b"no-cache"),
+        *more,
+    ]
+    return Answer(status, headers, body)
+
+
+_NO_METHOD = _plain(405, "Method Not Allowed\n", (b"allow", b"GET, HEAD"))
+
+
+def _pick(headers: list[tuple[bytes, bytes]], wanted: tuple[bytes, bytes, bytes]) -> list[str | None]:
+    """Three headers in one pass; repeated ones are joined, as RFC 9110 says."""
+    found: list[str | None] = [None, None, None]
+    for name, value in headers:
+        if name in wanted:
+            place = wanted.index(name)
+            text = value.decode("latin-1")
+            before = found[place]
+            found[place] = text if before is None else f"{before}, {text}"
+    return found

@@ -1,0 +1,443 @@
+"""Everything but the simple API's pages: uploads, files, records, operation."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import sqlite3
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from contextlib import asynccontextmanager
+from html import escape
+from importlib import metadata
+from typing import Any
+from urllib.parse import quote
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, RedirectResponse, Response
+from starlette.routing import Route
+
+from index.errors import (
+    DamagedError,
+    DisconnectedError,
+    ForbiddenError,
+    GoneError,
+    NotFoundError,
+    RefusalError,
+    RefusedError,
+    TooLargeError,
+    UnauthenticatedError,
+)
+from index.intake.accept import Destination, describe
+from index.intake.multipart import Receive, next_message
+from index.names import normalise
+from index.pages import views
+from index.serving.download import Download
+from index.serving.service import Service
+from index.serving.upload import take
+from index.sets import setlock
+from index.store import auth, records
+from index.store.auth import Token
+
+Endpoint = Callable[[Request], Awaitable[Response]]
+
+IMMUTABLE = "public, max-age=31536000, immutable"
+
+DRAIN = 32 << 20
+"Bytes of a refused upload that are still read, so that a client that does not listen while it sends gets the sentence."
+
+_SHA256 = re.compile(r"[0-9a-f]{64}\Z")
+
+
+def client_of(request: Request) -> str:
+    """The client's address, as the access log has it."""
+    return str(request.app.state.client(request.scope, request.headers.get("x-forwarded-for")))
+
+
+def known_name(request: Request) -> str:
+    """The project's normalised name in the address.
+
+    Raises:
+        NotFoundError: no project can be called so.
+    """
+    try:
+        return normalise(request.path_params["name"])
+    except RefusedError as error:
+        raise NotFoundError(error.cause, remedy="see / for the projects that are here") from None
+
+
+async def identify(service: Service, request: Request) -> Token:
+    """The request's token.
+
+    Raises:
+        UnauthenticatedError, TooManyError: none, or a bad one, or too many bad ones.
+    """
+    client, authorization = client_of(request), request.headers.get("authorization")
+    service.gate.write(client)
+    try:
+        if not auth.is_user(authorization):
+            return auth.identify(service.catalogue, authorization)
+        service.gate.guessing(client)
+        return await asyncio.get_running_loop().run_in_executor(
+            service.hands, auth.identify_user, service.catalogue, authorization, service.passwords
+        )
+    except UnauthenticatedError:
+        service.gate.failure(client)
+        raise
+
+
+def legacy(service: Service) -> Endpoint:
+    """POST /legacy/, /nightly/legacy/, /stage/SET/legacy/, and / as pypiserver has it."""
+
+    async def endpoint(request: Request) -> Response:
+        set_name = request.path_params.get("set_name")
+        body = _Body(request.receive)
+        destination = Destination(
+            set_name=set_name,
+            channel="nightly" if request.url.path.startswith("/nightly/") else "release",
+            allow_new=service.options.allow_new,
+        )
+        try:
+            token = await identify(service, request)
+            if token.project is None or token.set_name is not None:
+                auth.allow(token, project=token.project, set_name=destination.scope)
+            with service.gate.upload(client_of(request)):
+                upload = await take(service, token, destination, request.headers, body)
+        except RefusalError as error:
+            service.metrics.uploads[str(error.status)] += 1
+            await _drain(service, body)
+            raise
+        service.metrics.uploads[upload.outcome] += 1
+        return PlainTextResponse(describe(upload.outcome, upload.filename) + "\n", headers={"X-Sha256": upload.sha256})
+
+    return endpoint
+
+
+class _Body:
+    """A request's body that knows whether it has ended."""
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self.ended = False
+
+    async def __call__(self) -> MutableMapping[str, Any]:
+        message = await self._receive()
+        self.ended = message["type"] != "http.request" or not message.get("more_body", False)
+        return message
+
+
+async def _drain(service: Service, body: _Body) -> None:
+    """Read what still comes of a refused upload, within bounds of size and time."""
+    count = 0
+    try:
+        async with asyncio.timeout(min(5.0, service.limits.idle)):
+            while not body.ended and count < DRAIN:
+                count += len((await body()).get("body", b""))
+    except TimeoutError:
+        return
+
+
+def stored_file(service: Service) -> Endpoint:
+    """GET /files/SHA256/FILENAME and the same with .metadata: immutable, with ranges, never with a Content-Encoding."""
+
+    async def endpoint(request: Request) -> Response:
+        sha256, filename = request.path_params["sha256"], request.path_params["filename"]
+        if not _SHA256.match(sha256):
+            raise NotFoundError("there is no such file here", remedy="follow the links of the project's page")
+        return _send(service, request, *_locate(service, sha256, filename))
+
+    return endpoint
+
+
+def package(service: Service) -> Endpoint:
+    """GET /packages/FILENAME: where pypiserver has its files."""
+
+    async def endpoint(request: Request) -> Response:
+        filename = request.path_params["filename"]
+        wanted = filename.removesuffix(".metadata")
+        row = service.catalogue.row("SELECT sha256 FROM file WHERE filename = ? AND hidden = 0", (wanted,))
+        if row is None:
+            raise NotFoundError(f"there is no {filename} here", remedy="see the project's page")
+        return _send(service, request, *_locate(service, row["sha256"], filename))
+
+    return endpoint
+
+
+def packages(service: Service) -> Endpoint:
+    """GET /packages/: every file in one list, as pypiserver has it."""
+
+    def answer() -> Response:
+        rows = service.catalogue.rows(
+            "SELECT filename, sha256 FROM file JOIN project ON project.name = project WHERE deleted IS NULL AND hidden = 0"
+            " AND lost = 0 AND channel = 'release' AND project.status <> 'quarantined' ORDER BY filename"
+        )
+        links = "".join(
+            f'<a href="{quote(row["filename"], safe="")}#sha256={row["sha256"]}">{escape(row["filename"])}</a><br>\n'
+            for row in rows
+        )
+        text = f"<!DOCTYPE html>\n<html><head><title>Packages</title></head><body>\n{links}</body></html>\n"
+        return HTMLResponse(text, headers={"Cache-Control": "no-cache"})
+
+    async def endpoint(_request: Request) -> Response:
+        return await service.painted(("/packages/", ""), answer)
+
+    return endpoint
+
+
+def bare_name(service: Service) -> Endpoint:
+    """GET /NAME and /NAME/: to the project's page, as pypiserver does."""
+
+    async def endpoint(request: Request) -> Response:
+        name = known_name(request)
+        if not views.files(service.catalogue, views.ALL, name):
+            raise NotFoundError(f"there is nothing at /{name}", remedy="see / and /simple/")
+        up = "../" if request.url.path.endswith("/") else ""
+        return RedirectResponse(f"{up}simple/{name}/", status_code=303)
+
+    return endpoint
+
+
+_LOCATE = """
+SELECT file.sha256, metadata_sha256, kind, deleted, project.status FROM file LEFT JOIN project ON project.name = file.project
+    WHERE file.sha256 = :sha256 AND filename = :filename
+UNION ALL
+SELECT sha256, metadata_sha256, kind, withdrawn, 'active' FROM mirrored
+    WHERE sha256 = :sha256 AND filename = :filename AND url IS NULL
+LIMIT 1
+"""
+
+
+def _locate(service: Service, sha256: str, filename: str) -> tuple[str, str]:
+    """Digest and media type of what is to be sent.
+
+    Raises:
+        NotFoundError, GoneError, ForbiddenError: unknown, deleted, quarantined.
+    """
+    wanted = filename.removesuffix(".metadata")
+    row = service.catalogue.row(_LOCATE, {"sha256": sha256, "filename": wanted})
+    if row is None:
+        raise NotFoundError(f"there is no {filename} here", remedy="follow the links of the project's page")
+    if row["deleted"] is not None:
+        raise GoneError(f"{filename} was taken away on {row['deleted'][:10]}", remedy="choose another version")
+    if row["status"] == "quarantined":
+        raise ForbiddenError(f"the project of {filename} is in quarantine", remedy="ask who runs this index")
+    if wanted == filename:
+        return sha256, "application/octet-stream" if row["kind"] == "bdist_wheel" else "application/x-tar"
+    if row["metadata_sha256"] is None:
+        raise NotFoundError(f"there is no metadata of {wanted} here", remedy="read it from the file")
+    return row["metadata_sha256"], "text/plain; charset=utf-8"
+
+
+def _send(service: Service, request: Request, sha256: str, media: str, *, cache: str = IMMUTABLE) -> Response:
+    etag = f'"{sha256}"'
+    headers = {"ETag": etag, "Cache-Control": cache, "Accept-Ranges": "bytes"}
+    match = request.headers.get("if-none-match")
+    if match and (match.strip() == "*" or etag in [item.strip().removeprefix("W/") for item in match.split(",")]):
+        return Response(status_code=304, headers=headers)
+    path = service.store.path(sha256)
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        raise DamagedError("the store has lost this file", remedy="`index fsck` tells more; upload it again") from None
+    return Download(path, service.downloads, stat_result=found, media_type=media, headers=headers)
+
+
+def record(service: Service) -> Endpoint:
+    """/records/ID and /records/ID/log: GET for everybody, PUT with a token."""
+
+    async def endpoint(request: Request) -> Response:
+        identifier = records.check_id(request.path_params["id"])
+        is_log = request.url.path.endswith("/log")
+        if request.method in ("GET", "HEAD"):
+            row = service.catalogue.row("SELECT * FROM public_record WHERE id = ?", (identifier,))
+            return _send_record(service, request, row, identifier)
+        token = await identify(service, request)
+        with service.gate.upload(client_of(request)):
+            raw = await body_of(service, request)
+            loop = asyncio.get_running_loop()
+            common = (service.store, service.catalogue, token, identifier, raw)
+            if is_log:
+                await loop.run_in_executor(service.writer, records.put_log, *common)
+            else:  # read in a thread: 32 MiB of JSON take a second
+                document = await loop.run_in_executor(service.hands, records.parse, raw)
+                await loop.run_in_executor(service.writer, records.put, *common, document)
+        service.shelf.refresh(now=True)
+        return PlainTextResponse(f"{'log' if is_log else 'record'} {identifier} is kept\n")
+
+    return endpoint
+
+
+def staged_record(service: Service) -> Endpoint:
+    """GET /preview/TOKEN/records/ID and …/log: of builds whose wheels are in that staged set."""
+
+    async def endpoint(request: Request) -> Response:
+        identifier = records.check_id(request.path_params["id"])
+        view = views.find(service.catalogue, ("preview", request.path_params["token"]))
+        row = service.catalogue.row(
+            "SELECT * FROM record WHERE id = ? AND EXISTS (SELECT 1 FROM file JOIN member ON member.file_id = file.id"
+            " WHERE file.build = record.id AND set_name = ?)",
+            (identifier, view.argument if view is not None else None),
+        )
+        return _send_record(service, request, row, identifier)
+
+    return endpoint
+
+
+def set_lock(service: Service) -> Endpoint:
+    """GET /SET/requirements.lock, /preview/TOKEN/requirements.lock."""
+
+    async def endpoint(request: Request) -> Response:
+        prefix = request.url.path.strip("/").split("/")[:-1]
+
+        def render() -> str:
+            with service.catalogue.moment():
+                view = views.find(service.catalogue, prefix)
+                if view is None or view.kind != "set":
+                    raise NotFoundError(f"there is no set {prefix[-1]!r} here", remedy="see /sets/")
+                return setlock.render(service.catalogue, view)
+
+        text = await asyncio.get_running_loop().run_in_executor(service.hands, render)
+        return PlainTextResponse(text, headers={"Cache-Control": "no-cache"})
+
+    return endpoint
+
+
+def _send_record(service: Service, request: Request, row: sqlite3.Row | None, identifier: str) -> Response:
+    is_log = request.url.path.endswith("/log")
+    digest = row["log_sha256" if is_log else "document_sha256"] if row is not None else None
+    if digest is None:
+        raise NotFoundError(f"there is no {'log' if is_log else 'record'} of {identifier} here", remedy="see /board/")
+    return _send(service, request, digest, "text/plain; charset=utf-8" if is_log else "application/json", cache="no-cache")
+
+
+async def body_of(service: Service, request: Request) -> bytes:
+    """A request's whole body, bounded as records are."""
+    found = bytearray()
+    more = True
+    while more:
+        message = await next_message(request.receive, service.limits)
+        if message["type"] == "http.disconnect":
+            raise DisconnectedError("the client went away before the end", remedy="send it again")
+        found += message.get("body", b"")
+        more = message.get("more_body", False)
+        if len(found) > records.MAX_RECORD:
+            raise TooLargeError(
+                f"records and logs of more than {records.MAX_RECORD} bytes are refused", remedy="compress or cut the log"
+            )
+    return bytes(found)
+
+
+CHANGES = 1000
+"Rows of one answer of /changes; its serial is where the next one goes on."
+
+_CHANGES = """
+SELECT serial, time, action, subject FROM audit WHERE serial > ? AND serial <= ?
+    AND action NOT LIKE 'token.%' AND action NOT LIKE 'set.%'
+    AND (action NOT LIKE 'file.%' OR EXISTS (SELECT 1 FROM file WHERE filename = subject AND hidden = 0))
+    AND (action NOT LIKE 'record.%' OR EXISTS (SELECT 1 FROM public_record WHERE id = subject))
+    ORDER BY serial LIMIT ?
+"""
+
+
+def operation(service: Service) -> list[Route]:
+    """/health, /ready, /metrics, /changes."""
+
+    async def health(_request: Request) -> Response:
+        return PlainTextResponse("ok\n", headers={"Cache-Control": "no-store"})
+
+    async def ready(_request: Request) -> Response:
+        service.catalogue.serial()
+        service.check_space(0)
+        return PlainTextResponse("ready\n", headers={"Cache-Control": "no-store"})
+
+    async def prometheus(_request: Request) -> Response:
+        from index.serving import exposition  # here: its library takes long to import, and a start is to be quick
+
+        row = service.catalogue.row(
+            "SELECT count(*) AS files, coalesce(sum(size), 0) AS bytes FROM file WHERE deleted IS NULL"
+        )
+        gauges = {
+            "files": ("Files listed", float(row["files"]) if row else 0.0),
+            "stored_bytes": ("Bytes of the files listed", float(row["bytes"]) if row else 0.0),
+            "open_uploads": ("Uploads under way", float(service.gate.open_uploads)),
+            "serial": ("Serial of the last change", float(service.catalogue.serial())),
+        }
+        text = exposition.text(service.metrics, gauges)
+        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def changes(request: Request) -> Response:
+        since = request.query_params.get("since", "0")
+        newest = service.catalogue.serial()  # before the rows: what is committed between must come with the next request
+        rows = service.catalogue.rows(_CHANGES, (int(since) if since.isdecimal() and len(since) < 18 else 0, newest, CHANGES))
+        serial = rows[-1]["serial"] if len(rows) == CHANGES else newest
+        return JSONResponse({"serial": serial, "changes": [dict(row) for row in rows]})
+
+    async def openapi(_request: Request) -> Response:
+        from index.serving.openapi import describe  # here, as above
+
+        return JSONResponse(describe(metadata.version("gracefarm")))
+
+    return [
+        Route("/openapi.json", openapi),
+        Route("/health", health),
+        Route("/ready", ready),
+        Route("/metrics", prometheus),
+        Route("/changes", changes),
+    ]
+
+
+async def on_refusal(_request: Request, error: Exception) -> Response:
+    """Cause and remedy as text; installers and twine print it."""
+    assert isinstance(error, RefusalError)
+    headers = {"Cache-Control": "no-store"}
+    if error.status == 401:
+        headers["WWW-Authenticate"] = 'Basic realm="gracefarm index", charset="UTF-8"'
+    if error.status in (429, 507):
+        headers["Retry-After"] = "5"
+    text = error.cause + (f" ({error.remedy})" if error.remedy else "")
+    return PlainTextResponse(text + "\n", status_code=error.status, headers=headers)
+
+
+async def on_http(_request: Request, error: Exception) -> Response:
+    """What Starlette itself refuses: unknown paths and methods."""
+    assert isinstance(error, HTTPException)
+    return PlainTextResponse(f"{error.detail}\n", status_code=error.status_code, headers=error.headers)
+
+
+def starlette(service: Service, more: list[Route], on_end: Callable[[], None]) -> Starlette:
+    """The application behind the front."""
+
+    @asynccontextmanager
+    async def lifespan(_app: Starlette) -> AsyncIterator[None]:
+        yield
+        on_end()
+
+    upload = legacy(service)
+    routes = [
+        Route("/legacy/", upload, methods=["POST"]),
+        Route("/legacy", upload, methods=["POST"]),
+        Route("/nightly/legacy/", upload, methods=["POST"]),
+        Route("/stage/{set_name}/legacy/", upload, methods=["POST"]),
+        Route("/files/{sha256}/{filename}", stored_file(service)),
+        Route("/packages/", packages(service)),
+        Route("/packages/{filename}", package(service)),
+        Route("/records/{id}", record(service), methods=["GET", "HEAD", "PUT"]),
+        Route("/records/{id}/log", record(service), methods=["GET", "HEAD", "PUT"]),
+        Route("/preview/{token}/records/{id}", staged_record(service)),
+        Route("/preview/{token}/records/{id}/log", staged_record(service)),
+        Route(f"/{{set_name}}/{setlock.FILENAME}", set_lock(service)),
+        Route(f"/preview/{{token}}/{setlock.FILENAME}", set_lock(service)),
+        *operation(service),
+        *more,
+        Route("/", upload, methods=["POST"]),
+        Route("/{name}", bare_name(service)),
+        Route("/{name}/", bare_name(service)),
+    ]
+    app = Starlette(
+        routes=routes,
+        lifespan=lifespan,
+        exception_handlers={RefusalError: on_refusal, HTTPException: on_http},
+    )
+    app.router.redirect_slashes = False
+    return app

@@ -1,0 +1,196 @@
+"""Run the application on granian or uvicorn, one server for each root."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import uvloop
+
+from gracefarm.errors import ConfigError, HostError
+from index.intake.keeping import heal
+from index.limits import Gate
+from index.pages.shelf import Shelf
+from index.people.web import people_routes
+from index.serving import connections, staging
+from index.serving.app import Application
+from index.serving.connections import Bounds
+from index.serving.routes import starlette
+from index.serving.service import Options, Service
+from index.store.catalogue import open_catalogue
+from index.store.files import Store
+
+GRACE = 30.0
+"Seconds that uploads and answers under way have to end after the first signal; the second one ends them at once."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listen:
+    """Where to listen, and how."""
+
+    host: str = "127.0.0.1"
+    port: int = 8080
+    "0: any free one."
+    certificate: Path | None = None
+    key: Path | None = None
+    server: Literal["granian", "uvicorn"] = "granian"
+
+
+def build(store: Store, options: Options) -> Application:
+    """The application over a root, ready for any ASGI server."""
+    store.prepare()
+    catalogue = open_catalogue(store.catalogue)
+    service = Service(
+        store=store, catalogue=catalogue, shelf=Shelf(catalogue), options=options, gate=Gate(limits=options.limits)
+    )
+
+    def end() -> None:
+        application.log.close()
+        service.close()
+
+    application = Application(service, starlette(service, [*staging.routes(service), *people_routes(service)], end))
+    application.rest.state.client = application.client
+    return application
+
+
+def run(store: Store, options: Options, listen: Listen, on_listen: Callable[[str], None]) -> None:
+    """Serve until SIGINT or SIGTERM and at most GRACE seconds longer; `on_listen` is told the URL once clients can connect.
+
+    Raises:
+        HostError: the address cannot be had, or another server already serves this root.
+    """
+    if (listen.certificate is None) != (listen.key is None):
+        raise ConfigError("TLS needs both the certificate and the key", remedy="give --tls-cert and --tls-key")
+    with store.serving() as ours:
+        if not ours:
+            raise HostError(f"another server already serves {store.root}", remedy="stop it, or give another --root")
+        # It warns of every malformed body; the client is told, and a hostile one must not fill the log.
+        logging.getLogger("python_multipart").setLevel(logging.ERROR)
+        store.sweep()
+        application = build(store, options)
+        heal(store, application.service.catalogue, "start")
+        # Folded now, so that the main file stays as it is while we run (see catalogue).
+        application.service.catalogue.database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        listener = _bind(listen)
+        scheme = "https" if listen.certificate else "http"
+        host = f"[{listen.host}]" if ":" in listen.host else listen.host
+        port = listener.getsockname()[1]
+        url = f"{scheme}://{host}:{port}"
+        start = _granian if listen.server == "granian" else _uvicorn
+        bounds = connections.bounds(options.limits.connections_per_client)
+
+        async def serve() -> None:
+            watching = asyncio.ensure_future(connections.watch(port, bounds, options.trusted_proxies))
+            try:
+                await start(application, listener, listen, bounds, ready)
+            finally:
+                watching.cancel()
+
+        def ready() -> None:
+            connections.set_deadline(port, options.limits.idle)
+            on_listen(url)
+
+        uvloop.run(serve())
+
+
+def _bind(listen: Listen) -> socket.socket:
+    family = socket.AF_INET6 if ":" in listen.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((listen.host, listen.port))
+    except OSError as error:
+        listener.close()
+        raise HostError(
+            f"cannot listen on {listen.host} port {listen.port}: {error.strerror}",
+            remedy="stop what listens there, or give --port 0",
+        ) from error
+    return listener
+
+
+async def _granian(
+    application: Application, listener: socket.socket, listen: Listen, bounds: Bounds, ready: Callable[[], None]
+) -> None:
+    from granian.constants import HTTPModes, Interfaces
+    from granian.http import HTTP1Settings
+    from granian.log import LogLevels
+    from granian.server.embed import Server
+
+    # granian binds by itself and cannot be told "any port": ours holds the number until its own socket has it.
+    host, port = listener.getsockname()[:2]
+    listener.close()
+    server = Server(
+        application,
+        address=host,
+        port=port,
+        interface=Interfaces.ASGI,
+        websockets=False,
+        http=HTTPModes.http1,  # in HTTP/2 one connection holds 200 answers, and every bound here is on connections
+        backlog=1024,
+        backpressure=bounds.total,  # counts connections; beyond it granian accepts nobody
+        http1_settings=HTTP1Settings(header_read_timeout=15_000),
+        log_level=LogLevels.error,
+        ssl_cert=listen.certificate,
+        ssl_key=listen.key,
+    )
+    serving = asyncio.ensure_future(server.serve())
+    _on_signal(port, server.stop)
+    await _announce(serving, host, port, ready)
+    await serving
+
+
+async def _uvicorn(
+    application: Application, listener: socket.socket, listen: Listen, _bounds: Bounds, ready: Callable[[], None]
+) -> None:
+    import uvicorn
+
+    config = uvicorn.Config(
+        application,
+        log_level="error",
+        access_log=False,
+        ws="none",
+        timeout_keep_alive=30,
+        ssl_certfile=listen.certificate,
+        ssl_keyfile=listen.key,
+        proxy_headers=False,
+        server_header=False,
+    )
+    server = uvicorn.Server(config)
+    # serve() would raise the signal again after a clean end, and so end with its number instead of 0.
+    serving = asyncio.ensure_future(server._serve(sockets=[listener]))
+    host, port = listener.getsockname()[:2]
+    _on_signal(port, lambda: setattr(server, "should_exit", True))
+    await _announce(serving, host, port, ready)
+    await serving
+
+
+def _on_signal(port: int, stop: Callable[[], None]) -> None:
+    """End at SIGINT and SIGTERM; both servers would wait for ever for a client that reads slowly."""
+    loop = asyncio.get_running_loop()
+    grace = iter((GRACE,))
+
+    def end() -> None:
+        stop()
+        loop.call_later(next(grace, 0), connections.close, port)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, end)
+
+
+async def _announce(serving: asyncio.Future[None], host: str, port: int, ready: Callable[[], None]) -> None:
+    """Call `ready` once a connection is accepted."""
+    while not serving.done():
+        try:
+            _, writer = await asyncio.open_connection(host, port)
+        except OSError:
+            await asyncio.sleep(0.01)
+            continue
+        writer.close()
+        ready()
+        return

@@ -1,0 +1,121 @@
+"""What the handlers of one server share."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from starlette.responses import Response
+
+from index.errors import StoreFullError
+from index.limits import Gate, Limits
+from index.pages.shelf import Shelf
+from index.serving.download import Downloads
+from index.serving.metrics import Metrics
+from index.serving.proxies import Proxies
+from index.store import htpasswd
+from index.store.catalogue import Catalogue
+from index.store.files import Store
+
+HEADROOM = 16 << 20
+"Bytes that an upload must leave free, for the catalogue."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How `index serve` was asked to behave."""
+
+    allow_new: bool = False
+    limits: Limits = field(default_factory=Limits)
+    trusted_proxies: Proxies = field(default_factory=Proxies)
+    base_url: str | None = None
+    "What the pages for people print as the address; None: what the browser asked for."
+    static: bool = False
+    "Pages for an export: without the forms that only a running server can answer."
+    access_log: str | None = None
+    "A path, `-` for stdout, None for none."
+
+
+@dataclass
+class Kept:
+    """Answers made from the whole store, as long as it does not change. Used from the event loop only."""
+
+    bound: int = 32 << 20
+    _answers: dict[tuple[str, str], Response] = field(default_factory=dict)
+    _weight: int = 0
+    _generation: int = -1
+
+    def get(self, generation: int, key: tuple[str, str] | None) -> Response | None:
+        """The answer of this generation, if it is here."""
+        if generation != self._generation:
+            self._answers.clear()
+            self._weight, self._generation = 0, generation
+        return self._answers.get(key) if key is not None else None
+
+    def put(self, generation: int, key: tuple[str, str] | None, answer: Response) -> None:
+        """Keep a whole answer, unless the store has changed since it was asked for."""
+        weight = len(answer.body) + 1024
+        if key is None or answer.status_code != 200 or generation != self._generation or weight > self.bound:
+            return
+        if self._weight + weight > self.bound:
+            self._answers.clear()
+            self._weight = 0
+        self._answers[key] = answer
+        self._weight += weight
+
+
+@dataclass(kw_only=True)
+class Service:
+    """One index, being served."""
+
+    store: Store
+    catalogue: Catalogue
+    shelf: Shelf
+    options: Options
+    gate: Gate
+    metrics: Metrics = field(default_factory=Metrics)
+    downloads: Downloads = field(default_factory=Downloads)
+    passwords: htpasswd.Memory = field(default_factory=htpasswd.Memory)
+    hands: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(4, thread_name_prefix="hands"))
+    "Hash, write and read archives."
+    kept: Kept = field(default_factory=Kept)
+    painter: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="painter"))
+    "Renders the pages for people, one at a time."
+    writer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="writer"))
+    "Commits, one after the other."
+
+    @property
+    def limits(self) -> Limits:
+        """Bounds on what clients may take."""
+        return self.options.limits
+
+    def check_space(self, size: int) -> None:
+        """Refuse what cannot fit before it is sent.
+
+        Raises:
+            StoreFullError: fewer bytes are free than announced.
+        """
+        if shutil.disk_usage(self.store.root).free < size + HEADROOM:
+            raise StoreFullError("the index's disk is full", remedy="free space on it, then upload again")
+
+    async def painted(self, key: tuple[str, str] | None, make: Callable[[], Response]) -> Response:
+        """What `make` answers, made in a thread of its own: a page of the whole store must not hold up installers' pages.
+
+        With a `key`, the answer is kept until anything changes.
+        """
+        generation = self.shelf.refresh()
+        if (found := self.kept.get(generation, key)) is not None:
+            return found
+        made = await asyncio.get_running_loop().run_in_executor(self.painter, make)
+        self.kept.put(generation, key, made)
+        return made
+
+    def close(self) -> None:
+        """Let the threads end and the connections close."""
+        self.painter.shutdown()
+        self.hands.shutdown()
+        self.writer.shutdown()
+        self.catalogue.close()

@@ -1,0 +1,123 @@
+"""Staged sets over HTTP, for whoever publishes from another machine: open one, see what it lacks, show it at once."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from gracefarm.errors import UsageError
+from index.errors import NotFoundError, RefusedError
+from index.names import check_set_name
+from index.serving.routes import Endpoint, body_of, identify
+from index.serving.service import Service
+from index.sets import stage
+from index.sets.stage import Set
+from index.store import auth
+
+MAX_MATRIX = 20_000
+"Lines; of a set with third-party wheels each is one."
+
+
+def routes(service: Service) -> list[Route]:
+    """/stage/SET and /stage/SET/publish, both with a token that is for no single project."""
+    return [
+        Route("/stage/{set_name}", staged(service), methods=["GET", "PUT"]),
+        Route("/stage/{set_name}/publish", publish(service), methods=["POST"]),
+    ]
+
+
+def staged(service: Service) -> Endpoint:
+    """GET: the set's state. PUT: open it with a matrix; the same matrix again is fine while it is staged."""
+
+    async def endpoint(request: Request) -> Response:
+        name = check_set_name(request.path_params["set_name"])
+        token = await identify(service, request)
+        auth.allow(token, set_name=name)
+        if request.method != "PUT":
+            return _answer(_find(service, name))
+        matrix = stage.parse_matrix(_lines(await body_of(service, request)))
+        found = await asyncio.get_running_loop().run_in_executor(service.writer, _open, service, token.actor, name, matrix)
+        return _answer(found)
+
+    return _refusing(endpoint)
+
+
+def publish(service: Service) -> Endpoint:
+    """POST: everybody sees the whole set from now on, or it is refused with what it lacks."""
+
+    async def endpoint(request: Request) -> Response:
+        name = check_set_name(request.path_params["set_name"])
+        token = await identify(service, request)
+        auth.allow(token, set_name=name)
+        _find(service, name)
+        found = await asyncio.get_running_loop().run_in_executor(
+            service.writer, stage.publish, service.catalogue, token.actor, name
+        )
+        service.shelf.refresh(now=True)
+        return _answer(found)
+
+    return _refusing(endpoint)
+
+
+def _refusing(endpoint: Endpoint) -> Endpoint:
+    """What the command line calls wrong usage is a refused request here."""
+
+    async def refusing(request: Request) -> Response:
+        try:
+            return await endpoint(request)
+        except UsageError as error:
+            raise RefusedError(error.cause, remedy=error.remedy) from error
+
+    return refusing
+
+
+def _find(service: Service, name: str) -> Set:
+    try:
+        return stage.find(service.catalogue, name)
+    except UsageError as error:
+        raise NotFoundError(error.cause, remedy=f"PUT /stage/{name} opens it") from error
+
+
+def _open(service: Service, actor: str, name: str, matrix: list[stage.Expected]) -> Set:
+    known = service.catalogue.row("SELECT state FROM release_set WHERE name = ?", (name,))
+    if known is None:
+        return stage.create(service.catalogue, actor, name, matrix)
+    found = stage.find(service.catalogue, name)
+    if found.state == "dropped" or found.matrix != tuple(matrix):
+        raise RefusedError(
+            f"there was a set {name!r} already, {found.state} and with another matrix"
+            if found.state != "dropped"
+            else f"there was a set {name!r} already, which was dropped",
+            remedy="choose another name",
+        )
+    return found
+
+
+def _lines(raw: bytes) -> list[str]:
+    try:
+        lines = json.loads(raw)["expect"]
+    except (ValueError, RecursionError, TypeError, KeyError):
+        lines = None
+    if not isinstance(lines, list) or len(lines) > MAX_MATRIX or not all(isinstance(one, str) for one in lines):
+        raise RefusedError(
+            "the set's matrix cannot be read", remedy='send {"expect": ["causal-conv1d==1.7.0 cp311 aarch64", …]}'
+        )
+    return lines
+
+
+def _answer(found: Set) -> Response:
+    value = {
+        "name": found.name,
+        "state": found.state,
+        "expect": [str(one) for one in found.matrix],
+        "files": dict(zip(found.files, found.digests, strict=True)),
+        "missing": list(found.missing),
+        "upload": f"/stage/{found.name}/legacy/" if found.state == "staged" else None,
+        "preview": f"/preview/{found.preview}/simple/" if found.state == "staged" else None,
+        "simple": f"/{found.name}/simple/" if found.state == "published" else None,
+    }
+    return JSONResponse(value, headers={"Cache-Control": "no-store"})

@@ -1,0 +1,126 @@
+"""The legacy upload API as twine and `uv publish` speak it."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from packaging.utils import canonicalize_name
+from packaging.version import InvalidVersion, Version
+
+from gracefarm.files import CHUNK
+from index.errors import RefusedError
+from index.intake import accept
+from index.intake.accept import Destination, Outcome
+from index.intake.multipart import Form, Receive, Received, receive_form
+from index.names import Distribution, parse_filename
+from index.serving.service import Service
+from index.store import auth
+from index.store.auth import Token
+
+_LENGTHS = {"sha256_digest": 64, "md5_digest": 32, "blake2_256_digest": 64}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Upload:
+    """What was taken in."""
+
+    filename: str
+    sha256: str
+    outcome: Outcome
+
+
+async def take(
+    service: Service, token: Token, destination: Destination, headers: Mapping[str, str], receive: Receive
+) -> Upload:
+    """Receive, check and publish one file; what this returns is durable.
+
+    Raises:
+        RefusalError: why not, with its HTTP status. Nothing of the upload remains.
+    """
+    length = headers.get("content-length")
+    number = int(length) if length is not None and length.isascii() and length.isdigit() else None
+    service.check_space(number or 0)
+    form = await receive_form(headers.get("content-type", ""), number, receive, service.store, service.limits, service.hands)
+    loop = asyncio.get_running_loop()
+    try:
+        received, distribution = _check_form(form)
+        auth.allow(token, project=distribution.project, set_name=destination.scope)
+        await loop.run_in_executor(service.hands, _check_digests, form, received)
+        sha256 = received.digests["sha256_digest"]
+        accept.check_wanted(service.catalogue, distribution, sha256, destination)
+        candidate = await loop.run_in_executor(service.hands, accept.inspect, received.path, distribution, sha256)
+        outcome = await loop.run_in_executor(
+            service.writer, accept.admit, service.store, service.catalogue, token.actor, candidate, destination
+        )
+    finally:
+        form.discard()
+    await loop.run_in_executor(service.writer, service.catalogue.tidy)
+    service.shelf.refresh(now=True)
+    return Upload(filename=distribution.filename, sha256=sha256, outcome=outcome)
+
+
+def _check_form(form: Form) -> tuple[Received, Distribution]:
+    """The file and what its name says, when the form says the same.
+
+    Raises:
+        RefusedError: it does not.
+    """
+    if form.value(":action") != "file_upload":
+        raise RefusedError(
+            f"the action {form.value(':action')!r} is not known", remedy="send :action=file_upload, as twine and uv do"
+        )
+    if form.value("protocol_version") not in ("", "1"):
+        raise RefusedError("the protocol version is not 1", remedy="send protocol_version=1, as twine and uv do")
+    if form.value("attestations"):
+        raise RefusedError("attestations are not verified here, so they are not taken", remedy="upload without --attestations")
+    received = form.files.get("content")
+    if received is None:
+        raise RefusedError("the form holds no file named content", remedy="send the distribution as the field content")
+    distribution = parse_filename(received.filename)
+    name, version, filetype = form.value("name"), form.value("version"), form.value("filetype")
+    if name and canonicalize_name(name) != distribution.project:
+        raise RefusedError(
+            f"the form says project {name!r}, the file is {distribution.filename}", remedy="upload it under its own name"
+        )
+    if version and not _same(version, distribution.version):
+        raise RefusedError(
+            f"the form says version {version!r}, the file is {distribution.filename}", remedy="upload it under its own version"
+        )
+    if filetype and filetype != distribution.kind:
+        raise RefusedError(
+            f"the form says {filetype!r}, the file is {distribution.filename}", remedy=f"send filetype={distribution.kind}"
+        )
+    return received, distribution
+
+
+def _same(one: str, other: str) -> bool:
+    try:
+        return Version(one) == Version(other)
+    except InvalidVersion:
+        return False
+
+
+def _check_digests(form: Form, received: Received) -> None:
+    """Every digest that the form announces, in whatever order its parts came."""
+    for field, length in _LENGTHS.items():
+        announced = form.value(field).lower()
+        if not announced:
+            continue
+        found = received.digests.get(field) or _digest(received, field)
+        if len(announced) != length or announced != found:
+            raise RefusedError(
+                f"the {field} of the form is not that of the file received ({found})",
+                remedy="the upload was damaged; upload it again",
+            )
+
+
+def _digest(received: Received, field: str) -> str:
+    digest: Any = hashlib.md5(usedforsecurity=False) if field == "md5_digest" else hashlib.blake2b(digest_size=32)
+    with received.path.open("rb") as stream:
+        while chunk := stream.read(CHUNK):
+            digest.update(chunk)
+    return str(digest.hexdigest())

@@ -1,0 +1,386 @@
+"""Third-party wheels of a set's lock: copied or linked by their sha256, visible in that set's view alone."""
+
+from __future__ import annotations
+
+import hashlib
+import sqlite3
+import zipfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from datetime import UTC
+from pathlib import Path
+
+import httpx
+from packaging.utils import InvalidSdistFilename, InvalidWheelFilename, parse_sdist_filename, parse_wheel_filename
+from packaging.version import InvalidVersion, Version
+from pypi_simple import (
+    PYPI_SIMPLE_ENDPOINT,
+    DistributionPackage,
+    NoSuchProjectError,
+    PyPISimple,
+    UnsupportedContentTypeError,
+    UnsupportedRepoVersionError,
+)
+from requests import RequestException
+
+from gracefarm.console import Tick, no_tick
+from gracefarm.errors import DigestError, FetchError, UsageError
+from gracefarm.pins import Pin
+from index.errors import RefusedError
+from index.intake import metadata
+from index.limits import Limits
+from index.names import check_plain, normalise
+from index.sets import stage
+from index.store.catalogue import Catalogue, Change
+from index.store.files import Store, disk_errors, flush
+
+MAX_FILE = Limits.upload
+"Bytes of a file whose size upstream does not say."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mirrored:
+    """What one pin became."""
+
+    name: str
+    filename: str
+    how: str
+    "ours, copied, linked, kept."
+    size: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Found:
+    filename: str
+    version: str
+    kind: str
+    sha256: str
+    size: int
+    url: str
+    metadata_sha256: str | None
+    requires_python: str | None
+    uploaded: str | None
+
+
+def mirror(
+    store: Store,
+    catalogue: Catalogue,
+    actor: str,
+    set_name: str,
+    lock_name: str,
+    pins: list[Pin],
+    *,
+    index_url: str | None,
+    link: bool,
+    tick: Tick = no_tick,
+) -> list[Mirrored]:
+    """Bring every file of the lock into the set; can be repeated, and goes on where it was stopped.
+
+    Raises:
+        FetchError: a pin that the upstream index does not have, or an upstream that does not answer.
+        DigestError: an upstream that sends other bytes than were locked.
+        UsageError: the set is published, with another lock.
+        StoreFullError: no space.
+    """
+    _begin(catalogue, actor, set_name, lock_name, pins, link=link)
+    done: list[Mirrored] = []
+    # Requests' own user agent would hide who asks.
+    with PyPISimple(index_url or PYPI_SIMPLE_ENDPOINT) as upstream, httpx.Client(follow_redirects=True, timeout=60) as client:
+        for number, pin in enumerate(pins):
+            tick(number, len(pins), pin.name)
+            found = _ours(catalogue, actor, set_name, pin) or _kept(store, catalogue, set_name, pin, link=link)
+            done += found or _take(
+                store, catalogue, actor, set_name, pin, _upstream(catalogue, upstream, pin), client, link=link
+            )
+    tick(len(pins), len(pins), "")
+    return done
+
+
+def _begin(catalogue: Catalogue, actor: str, set_name: str, lock_name: str, pins: list[Pin], *, link: bool) -> None:
+    """Make this lock one of the set's, before its first file: until each pin is fulfilled, the set is not published.
+
+    A set may have several locks, one for each index that its wheels come from; they are told apart by their files' names.
+    A lock takes the place of the one of its name, and what that one brought and no lock of the set names leaves.
+
+    Raises:
+        UsageError: the set is published (with another lock; the same one may be mirrored again to mend what was lost).
+    """
+    with catalogue.change(actor) as change:
+        rows = change.execute("SELECT * FROM pin WHERE set_name = ?", (set_name,)).fetchall()
+        known = {_key(row): bool(row["done"]) for row in rows}
+        old = {_key(row) for row in rows if row["lock"] == lock_name}
+        new = {(pin.name, pin.version, " ".join(sorted(pin.sha256)), link) for pin in pins}
+        state = change.execute("SELECT state FROM release_set WHERE name = ?", (set_name,)).fetchone()
+        if old == new and state is not None and state["state"] == "published":
+            return
+        stage.check_staged(change, set_name)
+        others = {digest for row in rows if row["lock"] != lock_name for digest in row["sha256"].split()}
+        wanted = {digest for pin in pins for digest in pin.sha256} | others
+        brought = {digest for _, _, digests, _ in old for digest in digests.split()}
+        for row in change.execute("SELECT filename, sha256 FROM mirrored WHERE set_name = ?", (set_name,)).fetchall():
+            if row["sha256"] not in wanted:
+                change.execute("DELETE FROM mirrored WHERE set_name = ? AND filename = ?", (set_name, row["filename"]))
+        for digest in brought - wanted:
+            change.execute(
+                "DELETE FROM member WHERE set_name = ? AND file_id IN (SELECT id FROM file WHERE sha256 = ? AND hidden = 0)",
+                (set_name, digest),
+            )
+        change.execute("DELETE FROM pin WHERE set_name = ? AND lock = ?", (set_name, lock_name))
+        for key in new:
+            change.execute(
+                "INSERT OR REPLACE INTO pin (set_name, lock, project, version, sha256, link, done) VALUES (?,?,?,?,?,?,?)",
+                (set_name, lock_name, *key, known.get(key, False)),
+            )
+        change.note("set.lock", set_name, lock=lock_name, pins=len(pins))
+
+
+def _key(row: sqlite3.Row) -> tuple[str, str, str, bool]:
+    return row["project"], row["version"], row["sha256"], bool(row["link"])
+
+
+def _finish(change: Change, set_name: str, pin: Pin) -> None:
+    change.execute(
+        "UPDATE pin SET done = 1 WHERE set_name = ? AND project = ? AND version = ?", (set_name, pin.name, pin.version)
+    )
+
+
+def _ours(catalogue: Catalogue, actor: str, set_name: str, pin: Pin) -> list[Mirrored]:
+    """Files of ours with a locked digest join the set as they are."""
+    rows = catalogue.rows("SELECT id, filename, sha256, size FROM file WHERE project = ? AND deleted IS NULL", (pin.name,))
+    own = [row for row in rows if row["sha256"] in pin.sha256]
+    members = {row["file_id"] for row in catalogue.rows("SELECT file_id FROM member WHERE set_name = ?", (set_name,))}
+    if own and not (members.issuperset(row["id"] for row in own) and _is_done(catalogue, set_name, pin)):
+        with catalogue.change(actor) as change:
+            stage.check_staged(change, set_name)
+            for row in own:
+                change.execute("INSERT OR IGNORE INTO member (set_name, file_id) VALUES (?, ?)", (set_name, row["id"]))
+            _finish(change, set_name, pin)
+            change.note("set.add", f"{set_name} {pin.name}", pin.name)
+    return [Mirrored(name=pin.name, filename=row["filename"], how="ours", size=row["size"]) for row in own]
+
+
+def _is_done(catalogue: Catalogue, set_name: str, pin: Pin) -> bool:
+    row = catalogue.row(
+        "SELECT min(done) AS done FROM pin WHERE set_name = ? AND project = ? AND version = ?",
+        (set_name, pin.name, pin.version),
+    )
+    return row is not None and bool(row["done"])
+
+
+def _kept(store: Store, catalogue: Catalogue, set_name: str, pin: Pin, *, link: bool) -> list[Mirrored]:
+    """What an earlier run brought, when it was all of it and is still there: none of it, else, and it is fetched again."""
+    rows = [
+        row
+        for row in catalogue.rows("SELECT * FROM mirrored WHERE set_name = ? AND project = ?", (set_name, pin.name))
+        if row["sha256"] in pin.sha256 and row["withdrawn"] is None
+    ]
+    if not _is_done(catalogue, set_name, pin) or not all(_is_whole(store, row, link=link) for row in rows):
+        return []
+    return [Mirrored(name=pin.name, filename=row["filename"], how="kept", size=row["size"]) for row in rows]
+
+
+def _is_whole(store: Store, row: sqlite3.Row, *, link: bool) -> bool:
+    if link or row["url"] is not None:
+        return link and row["url"] is not None
+    path, meta = store.path(row["sha256"]), row["metadata_sha256"]
+    there = path.is_file() and path.stat().st_size == row["size"] and (meta is None or store.path(meta).is_file())
+    return there and not row["lost"]
+
+
+def _upstream(catalogue: Catalogue, upstream: PyPISimple, pin: Pin) -> list[_Found]:
+    try:
+        page = upstream.get_project_page(pin.name)
+    except NoSuchProjectError as error:
+        raise FetchError(
+            f"the upstream index has no project {pin.name}", remedy="set GRACEFARM_PYTHON_INDEX to one that has"
+        ) from error
+    except (RequestException, UnsupportedContentTypeError, UnsupportedRepoVersionError) as error:
+        raise FetchError(
+            f"the upstream index does not answer for {pin.name}: {type(error).__name__}", remedy="try again later"
+        ) from error
+    found = [
+        _found(package, digest, pin)
+        for package in page.packages
+        if (digest := package.digests.get("sha256", "")) in pin.sha256
+    ]
+    if not found:
+        raise FetchError(
+            f"the upstream index has no file of {pin.name} {pin.version} with a locked sha256",
+            remedy="lock again, or set GRACEFARM_PYTHON_INDEX to the index that the lock was made with",
+        )
+    gone = {row["sha256"] for row in catalogue.rows("SELECT sha256 FROM mirrored WHERE withdrawn IS NOT NULL")}
+    left = [item for item in found if item.sha256 not in gone]
+    if not left:
+        raise RefusedError(
+            f"every locked file of {pin.name} {pin.version} was withdrawn here",
+            remedy="lock another version; `index withdraw --undo` takes a withdrawal back",
+        )
+    return left
+
+
+def _found(package: DistributionPackage, digest: str, pin: Pin) -> _Found:
+    digests = package.metadata_digests or {}
+    return _Found(
+        filename=package.filename,
+        version=_version(package.filename, pin),
+        kind="bdist_wheel" if package.filename.endswith(".whl") else "sdist",
+        sha256=digest,
+        size=package.size or 0,
+        url=package.url,
+        metadata_sha256=digests.get("sha256") if package.has_metadata else None,
+        requires_python=package.requires_python,
+        uploaded=package.upload_time.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ") if package.upload_time else None,
+    )
+
+
+def _version(filename: str, pin: Pin) -> str:
+    """The version in a file name that upstream gave, when it is the pin's."""
+    try:
+        check_plain(filename)
+        name, version = parse_wheel_filename(filename)[:2] if filename.endswith(".whl") else parse_sdist_filename(filename)
+        same = name == pin.name and version == Version(pin.version)
+    except (RefusedError, InvalidWheelFilename, InvalidSdistFilename, InvalidVersion) as error:
+        raise FetchError(f"the upstream index calls a locked file {filename!r}", remedy="lock another file") from error
+    if not same:
+        raise FetchError(
+            f"the upstream index calls the locked file of {pin.name} {pin.version} {filename!r}", remedy="do not trust it"
+        )
+    return str(version)
+
+
+def _take(
+    store: Store,
+    catalogue: Catalogue,
+    actor: str,
+    set_name: str,
+    pin: Pin,
+    items: list[_Found],
+    client: httpx.Client,
+    *,
+    link: bool,
+) -> list[Mirrored]:
+    """Every file of a pin, in one transaction: a pin is fulfilled or it is not."""
+    rows: list[tuple[_Found, int, str | None]] = []
+    with ExitStack() as stack:
+        staged: list[tuple[Path, str, bytes | None]] = []
+        for item in items:
+            if link:
+                rows.append((item, item.size or _remote_size(client, item), item.metadata_sha256))
+                continue
+            path = stack.enter_context(_download(store, client, item))
+            raw = _metadata_of(path, item.filename)
+            staged.append((path, item.sha256, raw))
+            rows.append((item, path.stat().st_size, hashlib.sha256(raw).hexdigest() if raw is not None else None))
+        with catalogue.change(actor) as change:
+            for path, digest, raw in staged:
+                store.adopt(path, digest)
+                if raw is not None:
+                    store.add_bytes(raw, hashlib.sha256(raw).hexdigest())
+            for item, size, metadata_sha256 in rows:
+                _insert(change, set_name, pin.name, item, size, metadata_sha256, url=item.url if link else None)
+            _finish(change, set_name, pin)
+    how = "linked" if link else "copied"
+    return [Mirrored(name=pin.name, filename=item.filename, how=how, size=size) for item, size, _ in rows]
+
+
+def _insert(
+    change: Change, set_name: str, project: str, item: _Found, size: int, metadata_sha256: str | None, *, url: str | None
+) -> None:
+    mended = change.execute(
+        "UPDATE mirrored SET lost = 0, url = ?, size = ?, metadata_sha256 = ?"
+        " WHERE set_name = ? AND filename = ? AND sha256 = ?",
+        (url, size, metadata_sha256, set_name, item.filename, item.sha256),
+    )
+    if not mended.rowcount:
+        stage.check_staged(change, set_name)  # what is published is mended and never changed
+        change.execute(
+            "INSERT OR REPLACE INTO mirrored (set_name, filename, project, version, kind, sha256, size, metadata_sha256,"
+            " requires_python, uploaded, url) VALUES (?,?,?,?,?,?,?,?,?,?,?)",
+            (
+                *(set_name, item.filename, normalise(project), item.version, item.kind, item.sha256, size, metadata_sha256),
+                *(item.requires_python, item.uploaded or change.time, url),
+            ),
+        )
+    change.note("set.mirror", f"{set_name} {item.filename}", sha256=item.sha256, linked=url is not None)
+
+
+def withdraw(catalogue: Catalogue, actor: str, filename: str, reason: str, *, undo: bool = False) -> list[str]:
+    """Take a mirrored file out of every set, published ones too, and answer 410 for it; returns the sets.
+
+    Raises:
+        UsageError: no set has such a file.
+    """
+    with catalogue.change(actor) as change:
+        rows = change.execute(
+            "UPDATE mirrored SET withdrawn = ? WHERE filename = ? AND (withdrawn IS NULL) = ? RETURNING set_name",
+            (None if undo else change.time, filename, not undo),
+        ).fetchall()
+        if not rows:
+            raise UsageError(
+                f"no set has a {'withdrawn' if undo else 'mirrored'} file {filename!r}",
+                remedy="`index stage list --json` names the files of sets; ours are yanked or deleted by project and version",
+            )
+        names = sorted(row["set_name"] for row in rows)
+        change.note("set.unwithdraw" if undo else "set.withdraw", filename, sets=names, reason=reason)
+    return names
+
+
+def _remote_size(client: httpx.Client, item: _Found) -> int:
+    """PEP 700 wants sizes; an upstream without them is asked for the length."""
+    try:
+        answer = client.head(item.url)
+        return int(answer.raise_for_status().headers.get("content-length", 0))
+    except httpx.HTTPError as error:
+        raise FetchError(f"{item.filename} cannot be had from upstream: {error}", remedy="try again later") from error
+
+
+@contextmanager
+def _download(store: Store, client: httpx.Client, item: _Found) -> Iterator[Path]:
+    staged = store.new_staging()
+    try:
+        digest = hashlib.sha256()
+        bound, count = item.size or MAX_FILE, 0
+        # A coding would be of the file itself for us: what is hashed and stored is what was sent.
+        identity = {"Accept-Encoding": "identity"}
+        with (
+            disk_errors(store.root),
+            staged.open("xb") as stream,
+            client.stream("GET", item.url, headers=identity) as answer,
+        ):
+            answer.raise_for_status()
+            for chunk in answer.iter_raw():
+                count += len(chunk)
+                if count > bound:
+                    raise DigestError(
+                        f"upstream sends more than the {bound} bytes of {item.filename}", remedy="do not trust it"
+                    )
+                digest.update(chunk)
+                stream.write(chunk)
+            flush(stream)
+        if digest.hexdigest() != item.sha256:
+            raise DigestError(
+                f"upstream sent {item.filename} with sha256 {digest.hexdigest()}, not {item.sha256}", remedy="do not trust it"
+            )
+        yield staged
+    except httpx.HTTPError as error:
+        raise FetchError(
+            f"{item.filename} cannot be had from upstream: {error}", remedy="the same command goes on from here"
+        ) from error
+    finally:
+        staged.unlink(missing_ok=True)
+
+
+def _metadata_of(path: Path, filename: str) -> bytes | None:
+    """METADATA of a wheel whose digest was locked: it is trusted as far as the lock is."""
+    if not filename.endswith(".whl"):
+        return None
+    folder = "-".join(filename.split("-")[:2]).lower() + ".dist-info/metadata"
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [name for name in archive.namelist() if name.lower() == folder]
+            if len(names) == 1 and archive.getinfo(names[0]).file_size <= metadata.MAX_METADATA:
+                return archive.read(names[0])
+    except zipfile.BadZipFile:
+        return None
+    return None

@@ -1,0 +1,251 @@
+"""Sets of wheels that become visible at once: created staged and hidden, published whole, refused while incomplete."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+
+from packaging.requirements import InvalidRequirement, Requirement
+from packaging.utils import canonicalize_name, parse_wheel_filename
+
+from gracefarm.errors import UsageError
+from index.errors import RefusedError
+from index.names import check_set_name
+from index.store.catalogue import Catalogue, Change
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expected:
+    """One wheel that a set's matrix declares."""
+
+    requirement: str
+    "As causal-conv1d==1.7.0: a local version fits its public one."
+    python: str = ""
+    "As cp311; empty: any."
+    arch: str = ""
+    "As aarch64; empty: any."
+
+    def __str__(self) -> str:
+        return " ".join(part for part in (self.requirement, self.python, self.arch) if part)
+
+    def matches(self, project: str, version: str, filename: str) -> bool:
+        """Is this file the expected wheel?"""
+        wanted = Requirement(self.requirement)
+        if canonicalize_name(wanted.name) != project or not wanted.specifier.contains(version, prereleases=True):
+            return False
+        if not filename.endswith(".whl"):
+            return not self.python and not self.arch
+        tags = parse_wheel_filename(filename)[3]
+        return any(
+            (not self.python or tag.interpreter in (self.python, f"py{self.python[2]}"))
+            and (not self.arch or tag.platform == "any" or tag.platform.endswith("_" + self.arch))
+            for tag in tags
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Set:
+    """A set as `stage list` shows it."""
+
+    name: str
+    state: str
+    preview: str
+    channel: str
+    created: str
+    published: str | None
+    matrix: tuple[Expected, ...]
+    files: tuple[str, ...]
+    digests: tuple[str, ...]
+    "sha256 of each file."
+    missing: tuple[str, ...]
+    wanted: int = 0
+    "How many the matrix and the lock name."
+
+
+def parse_matrix(lines: list[str]) -> list[Expected]:
+    """Lines of REQUIREMENT [PYTHON[,PYTHON…]] [ARCH[,ARCH…]]; commas multiply; `#` starts a comment.
+
+    Raises:
+        UsageError: a line that is not of that form.
+    """
+    return [expected for line in lines if (text := line.partition("#")[0].strip()) for expected in _matrix_line(text)]
+
+
+def _matrix_line(text: str) -> Iterator[Expected]:
+    requirement, *rest = text.split()
+    try:
+        parsed = Requirement(requirement)
+    except InvalidRequirement:
+        parsed = None
+    if parsed is None or len(rest) > 2 or parsed.url:
+        raise UsageError(
+            f"the matrix line {text!r} cannot be read", remedy="write it as: causal-conv1d==1.7.0 cp311,cp312 aarch64"
+        )
+    pythons = rest[0].split(",") if rest else [""]
+    arches = rest[1].split(",") if len(rest) > 1 else [""]
+    for python, arch in product(pythons, arches):
+        yield Expected(requirement=requirement, python=python, arch=arch)
+
+
+def create(catalogue: Catalogue, actor: str, name: str, matrix: list[Expected], channel: str = "release") -> Set:
+    """A new staged set.
+
+    Raises:
+        UsageError: the name is taken, by a dropped set too: a preview address must never come to mean something else.
+    """
+    check_set_name(name)
+    with catalogue.change(actor) as change:
+        if change.execute("SELECT 1 FROM release_set WHERE name = ?", (name,)).fetchone():
+            raise UsageError(f"there was a set {name!r} already", remedy="choose another name")
+        change.execute(
+            "INSERT INTO release_set (name, state, preview, channel, matrix, created) VALUES (?, 'staged', ?, ?, ?, ?)",
+            (name, secrets.token_urlsafe(32), channel, json.dumps([vars(item) for item in matrix]), change.time),
+        )
+        change.note("set.create", name, channel=channel, matrix=[str(item) for item in matrix])
+    return find(catalogue, name)
+
+
+def find(catalogue: Catalogue, name: str) -> Set:
+    """One set.
+
+    Raises:
+        UsageError: there is none of that name.
+    """
+    row = catalogue.row("SELECT * FROM release_set WHERE name = ?", (name,))
+    if row is None:
+        raise UsageError(f"there is no set {name!r}", remedy="`index stage list` shows them")
+    members = catalogue.rows(
+        "SELECT project, version, filename, sha256 FROM file JOIN member ON member.file_id = file.id"
+        " WHERE set_name = ? AND deleted IS NULL UNION SELECT project, version, filename, sha256 FROM mirrored"
+        " WHERE set_name = ? AND withdrawn IS NULL ORDER BY filename",
+        (name, name),
+    )
+    matrix = tuple(Expected(**item) for item in json.loads(row["matrix"]))
+    missing = [
+        item for item in matrix if not any(item.matches(one["project"], one["version"], one["filename"]) for one in members)
+    ]
+    return Set(
+        name=name,
+        state=row["state"],
+        preview=row["preview"],
+        channel=row["channel"],
+        created=row["created"],
+        published=row["published"],
+        matrix=matrix,
+        files=tuple(one["filename"] for one in members),
+        digests=tuple(one["sha256"] for one in members),
+        wanted=len(matrix) + _count(catalogue, name),
+        missing=(*(str(item) for item in missing), *_unfulfilled(catalogue, name)),
+    )
+
+
+def _count(catalogue: Catalogue, name: str) -> int:
+    return len(catalogue.rows("SELECT DISTINCT project, version FROM pin WHERE set_name = ?", (name,)))
+
+
+def _unfulfilled(catalogue: Catalogue, name: str) -> list[str]:
+    """Pins of the set's lock of which not every file was brought in, or none is here any more."""
+    live = {
+        row["sha256"]
+        for row in catalogue.rows(
+            "SELECT sha256 FROM file JOIN member ON member.file_id = file.id WHERE set_name = ? AND deleted IS NULL"
+            " AND lost = 0 UNION SELECT sha256 FROM mirrored WHERE set_name = ? AND lost = 0 AND withdrawn IS NULL",
+            (name, name),
+        )
+    }
+    pins = catalogue.rows("SELECT * FROM pin WHERE set_name = ? ORDER BY project, version", (name,))
+    lacking = [
+        f"{row['project']}=={row['version']} of its lock"
+        for row in pins
+        if not row["done"] or live.isdisjoint(row["sha256"].split())
+    ]
+    return list(dict.fromkeys(lacking))  # several locks may name it
+
+
+def all_sets(catalogue: Catalogue) -> list[Set]:
+    """Every set, the newest first."""
+    return [find(catalogue, row["name"]) for row in catalogue.rows("SELECT name FROM release_set ORDER BY created DESC")]
+
+
+def add(catalogue: Catalogue, actor: str, name: str, filenames: list[str]) -> None:
+    """Put files that the index has into a staged set.
+
+    Raises:
+        UsageError: there is no such file, or the set is not staged.
+    """
+    with catalogue.change(actor) as change:
+        check_staged(change, name)
+        for filename in filenames:
+            row = change.execute("SELECT id, project FROM file WHERE filename = ? AND deleted IS NULL", (filename,)).fetchone()
+            if row is None:
+                raise UsageError(f"there is no file {filename!r}", remedy="give the file's full name")
+            change.execute("INSERT OR IGNORE INTO member (set_name, file_id) VALUES (?, ?)", (name, row["id"]))
+            change.note("set.add", f"{name} {filename}", row["project"])
+
+
+def publish(catalogue: Catalogue, actor: str, name: str) -> Set:
+    """Make every file of the set visible, in one transaction.
+
+    Raises:
+        RefusedError: the declared matrix is incomplete, or the set is empty; names what is missing.
+        UsageError: the set is not staged.
+    """
+    with catalogue.change(actor) as change:
+        check_staged(change, name)
+        found = find(catalogue, name)
+        if found.missing:
+            raise RefusedError(
+                f"the set {name} lacks {len(found.missing)} of {found.wanted}: {'; '.join(found.missing)}",
+                remedy=f"upload them to /stage/{name}/legacy/ (or mirror the lock again), then publish again",
+            )
+        if not found.files:
+            raise RefusedError(f"the set {name} is empty", remedy=f"upload its wheels to /stage/{name}/legacy/ first")
+        rows = change.execute(
+            "SELECT project, filename, hidden FROM file JOIN member ON member.file_id = file.id WHERE set_name = ?", (name,)
+        ).fetchall()
+        change.execute("UPDATE file SET hidden = 0 WHERE id IN (SELECT file_id FROM member WHERE set_name = ?)", (name,))
+        change.execute("UPDATE release_set SET state = 'published', published = ? WHERE name = ?", (change.time, name))
+        change.note("set.publish", name, *{row["project"] for row in rows}, files=list(found.files))
+        for row in rows:
+            if row["hidden"]:  # for mirrors, which could not see it when it was uploaded
+                change.note("file.show", row["filename"], row["project"], set=name)
+    return find(catalogue, name)
+
+
+def drop(catalogue: Catalogue, actor: str, name: str) -> None:
+    """Give a staged set up: files that nobody else has seen or holds vanish, and their names are free again.
+
+    Raises:
+        UsageError: the set is not staged; what was published never disappears silently.
+    """
+    with catalogue.change(actor) as change:
+        check_staged(change, name)
+        rows = change.execute(
+            "SELECT id, filename FROM file JOIN member ON member.file_id = file.id WHERE set_name = ? AND hidden = 1"
+            " AND deleted IS NULL"  # a deleted name is never free again
+            " AND NOT EXISTS (SELECT 1 FROM member AS other WHERE other.file_id = file.id AND other.set_name <> ?)",
+            (name, name),
+        ).fetchall()
+        change.execute("DELETE FROM member WHERE set_name = ?", (name,))
+        change.execute("DELETE FROM mirrored WHERE set_name = ?", (name,))
+        change.execute("DELETE FROM pin WHERE set_name = ?", (name,))
+        for row in rows:
+            change.execute("DELETE FROM file WHERE id = ?", (row["id"],))
+        change.execute("UPDATE release_set SET state = 'dropped' WHERE name = ?", (name,))
+        change.note("set.drop", name, files=[row["filename"] for row in rows])
+
+
+def check_staged(change: Change, name: str) -> None:
+    """Nothing changes a set that is published.
+
+    Raises:
+        UsageError: there is none of that name, or it is published or dropped.
+    """
+    row = change.execute("SELECT state FROM release_set WHERE name = ?", (name,)).fetchone()
+    if row is None:
+        raise UsageError(f"there is no set {name!r}", remedy="`index stage create` makes one")
+    if row["state"] != "staged":
+        raise UsageError(f"the set {name} is {row['state']}", remedy="a set changes only while it is staged; create a new one")

@@ -1,0 +1,77 @@
+"""What is done to projects and releases: host, yank, status, delete."""
+
+from __future__ import annotations
+
+from packaging.utils import canonicalize_version
+
+from gracefarm.errors import UsageError
+from index.store.catalogue import Catalogue
+
+
+def host(catalogue: Catalogue, actor: str, names: list[str], *, hosted: bool = True) -> None:
+    """Take (or no longer take) uploads for these normalised names."""
+    with catalogue.change(actor) as change:
+        for name in names:
+            change.execute(
+                "INSERT INTO project (name, hosted) VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET hosted = excluded.hosted",
+                (name, hosted),
+            )
+            change.note("project.host" if hosted else "project.unhost", name)
+
+
+def hosted(catalogue: Catalogue) -> list[str]:
+    """Names that uploads may use."""
+    return [row["name"] for row in catalogue.rows("SELECT name FROM project WHERE hosted = 1 ORDER BY name")]
+
+
+def yank(catalogue: Catalogue, actor: str, project: str, version: str, reason: str | None) -> int:
+    """Yank every file of a release with `reason` ("" for none); None takes the yank back. Returns how many files.
+
+    Raises:
+        UsageError: there is no such release.
+    """
+    with catalogue.change(actor) as change:
+        rows = change.execute(
+            "UPDATE file SET yanked = ? WHERE project = ? AND release = ? AND deleted IS NULL RETURNING filename",
+            (reason, project, canonicalize_version(version)),
+        ).fetchall()
+        if not rows:
+            raise _no_release(project, version)
+        for row in rows:  # one entry for each, since a mirror follows files
+            change.note("file.unyank" if reason is None else "file.yank", row["filename"], project, reason=reason)
+    return len(rows)
+
+
+def set_status(catalogue: Catalogue, actor: str, project: str, status: str, reason: str) -> None:
+    """PEP 792 status.
+
+    Raises:
+        UsageError: there is no such project.
+    """
+    with catalogue.change(actor) as change:
+        row = change.execute("UPDATE project SET status = ?, reason = ? WHERE name = ?", (status, reason, project))
+        if not row.rowcount:
+            raise UsageError(f"there is no project {project!r}", remedy="`index host` lists them")
+        change.note("project.status", project, project, status=status, reason=reason)
+
+
+def delete(catalogue: Catalogue, actor: str, project: str, version: str) -> int:
+    """Delete a release from every view; `index gc` frees the space. Returns how many files.
+
+    Raises:
+        UsageError: there is no such release.
+    """
+    with catalogue.change(actor) as change:
+        rows = change.execute(
+            "UPDATE file SET deleted = ? WHERE project = ? AND release = ? AND deleted IS NULL RETURNING filename",
+            (change.time, project, canonicalize_version(version)),
+        ).fetchall()
+        if not rows:
+            raise _no_release(project, version)
+        for row in rows:
+            change.note("file.delete", row["filename"], project)
+    return len(rows)
+
+
+def _no_release(project: str, version: str) -> UsageError:
+    return UsageError(f"there is no release {project} {version}", remedy="`index stats` lists what is here")
