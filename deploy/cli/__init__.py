@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType
 
 import click
 
-from deploy.cli.common import Context, json_option
+from deploy.cli.common import Context
 from gracefarm import console
+from gracefarm.cli import SETTINGS, LazyGroup, json_option
 from gracefarm.console import Console
 
 COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
@@ -40,28 +40,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
 )
 
 
-class Lazy(click.Group):
-    """Lists its commands without importing them."""
-
-    def list_commands(self, _context: click.Context) -> list[str]:
-        """In the table's order."""
-        return list(COMMANDS)
-
-    def get_command(self, _context: click.Context, name: str) -> click.Command | None:
-        """Import it."""
-        if name not in COMMANDS:
-            return None
-        module, _, function = COMMANDS[name][0].partition(":")
-        command: click.Command = getattr(import_module(module), function)
-        return command
-
-    def format_commands(self, _context: click.Context, formatter: click.HelpFormatter) -> None:
-        """From the table."""
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
-
-
-@click.group(cls=Lazy, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(cls=LazyGroup, table=COMMANDS, context_settings=SETTINGS)
 @click.version_option(package_name="gracefarm")
 @click.option(
     "--file", type=click.Path(path_type=Path), metavar="PATH", help="deploy.toml; default: here, or the nearest above."

@@ -22,7 +22,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from deploy import plot
-from deploy.cli.common import Context, json_option, pass_context, wait
+from deploy.cli.common import Context, pass_context, wait
 from deploy.fleet import tunnel as tunnels
 from deploy.fleet.ssh import fleet
 from deploy.fleet.tunnel import Wanted
@@ -32,6 +32,7 @@ from deploy.measure.completion import Answer, Api, Prompt, Server
 from deploy.nodes.inventory import Folder
 from deploy.planning.plan import Plan
 from deploy.watch.status import plan_of
+from gracefarm.cli import json_option
 from gracefarm.errors import GracefarmError, SshError, UsageError
 from gracefarm.files import atomic_write
 

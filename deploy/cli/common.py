@@ -34,11 +34,6 @@ class Context:
 pass_context = click.make_pass_decorator(Context)
 
 
-def json_option(command: click.decorators.FC) -> click.decorators.FC:
-    """`--json` is taken before and after the command's name (`main` looks for it)."""
-    return click.option("--json", "_json", is_flag=True, expose_value=False, help="JSON lines on stdout.")(command)
-
-
 def wait(work: Coroutine[Any, Any, T]) -> T:
     """Run a coroutine to its end. Ctrl-C cancels it, lets it clean up, and comes out as KeyboardInterrupt (exit code 130)."""
     return asyncio.run(work)

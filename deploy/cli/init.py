@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from deploy.cli.common import Context, json_option, pass_context, wait
+from deploy.cli.common import Context, pass_context, wait
 from deploy.fleet import facts as facts_of
 from deploy.fleet import hostkeys
 from deploy.fleet.calls import joined
@@ -17,6 +17,7 @@ from deploy.fleet.ssh import fleet, parse_jump
 from deploy.fleet.targets import targets
 from deploy.nodes import inventory, start
 from deploy.nodes.inventory import Access, Deployment
+from gracefarm.cli import json_option
 from gracefarm.console import Console
 from gracefarm.errors import GracefarmError, SshError
 

@@ -20,9 +20,10 @@ import click
 from rich.console import Console as RichConsole
 from rich.markup import escape
 
-from deploy.cli.common import Context, json_option, pass_context, wait
+from deploy.cli.common import Context, pass_context, wait
 from deploy.fleet.ssh import Result, fleet, parse_jump
 from deploy.nodes.inventory import Deployment, Node
+from gracefarm.cli import json_option
 from gracefarm.errors import HostError, NodeError
 
 COLOURS = ("cyan", "green", "yellow", "magenta", "blue", "red")

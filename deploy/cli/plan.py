@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from deploy import schema
-from deploy.cli.common import Context, json_option, pass_context
+from deploy.cli.common import Context, pass_context
 from deploy.fleet import facts as facts_of
 from deploy.fleet.facts import Facts
 from deploy.nodes import inventory, state
@@ -27,6 +27,7 @@ from deploy.planning import layout, speed, suppose
 from deploy.planning import model as models
 from deploy.planning import plan as planning
 from deploy.planning.plan import Plan
+from gracefarm.cli import json_option
 from gracefarm.errors import ConfigError, UsageError
 from gracefarm.files import atomic_write
 

@@ -7,10 +7,11 @@ import time
 
 import click
 
-from deploy.cli.common import Context, json_option, pass_context
+from deploy.cli.common import Context, pass_context
 from deploy.rehearsal import flow
 from deploy.rehearsal.flow import Rehearsal
 from gracefarm import settings
+from gracefarm.cli import json_option
 
 LOOKS = (("bench", "--concurrency", "1,4", "--requests", "8", "--max-tokens", "32"), ("status",))
 "What a person does with an engine that is READY."

@@ -14,7 +14,7 @@ from rich.console import Console as RichConsole
 from rich.markup import escape
 from rich.table import Table
 
-from deploy.cli.common import Context, json_option, pass_context, wait
+from deploy.cli.common import Context, pass_context, wait
 from deploy.fleet import facts as facts_of
 from deploy.fleet import tunnel
 from deploy.fleet.ssh import fleet
@@ -24,6 +24,7 @@ from deploy.steps import environment, flow, preflight, weights
 from deploy.steps.flow import Choice, Served, Work
 from deploy.steps.preflight_checks import Cell
 from gracefarm import settings
+from gracefarm.cli import json_option
 from gracefarm.console import Console
 from gracefarm.errors import ConfigError, ExitCode, GracefarmError, InstallError
 

@@ -16,7 +16,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from deploy.cli.common import Context, json_option, pass_context, wait
+from deploy.cli.common import Context, pass_context, wait
 from deploy.cli.nodes import COLOURS
 from deploy.fleet import facts as facts_of
 from deploy.fleet.ssh import JobStatus, fleet
@@ -30,6 +30,7 @@ from deploy.watch import top as tops
 from deploy.watch.logs import Wish
 from deploy.watch.status import SERVING, WAITING, NodeStatus, Service, Status
 from deploy.watch.top import Moment
+from gracefarm.cli import json_option
 from gracefarm.errors import EngineError, ExitCode, GracefarmError, SeveralError
 
 _COLOUR = {"READY": "bold green", "BUSY": "green", "LOADING": "cyan", "PLANNED": "dim", "STOPPED": "dim", "DEGRADED": "yellow"}
