@@ -18,6 +18,7 @@ from deploy.planning.model import Model
 from deploy.steps import environment
 from gracefarm.errors import ConfigError
 from tests.conftest import REPOSITORY
+from tools import engine_options
 
 NAME = "aphrodite-0.6.4.post1"
 
@@ -123,7 +124,7 @@ def vllm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_vllms_committed_table_is_what_the_wheel_has(vllm: Path) -> None:
     committed = (resources.files("deploy") / "data" / f"{VLLM}-options.json").read_text()
-    assert options.render(options.read_wheel(vllm)) == committed
+    assert engine_options.render(engine_options.read_wheel(vllm)) == committed
 
 
 @pytest.mark.slow
@@ -162,7 +163,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_the_committed_table_is_what_the_wheel_has(wheel: Path) -> None:
     committed = (resources.files("deploy") / "data" / f"{NAME}-options.json").read_text()
-    assert options.render(options.read_wheel(wheel)) == committed
+    assert engine_options.render(engine_options.read_wheel(wheel)) == committed
 
 
 def function(wheel: Path, member: str, name: str, **names: object) -> Any:
