@@ -19,10 +19,10 @@ import click
 
 from builder import schema, smoke
 from builder.box import meter, sandbox
-from builder.cli.aim import plan_of, target_here, toolchained, wanted
 from builder.cli.key import key as key_command
 from builder.cli.key import sign as sign_command
 from builder.cli.lock import lock as lock_command
+from builder.cli.options import plan_of, target_here, toolchained, wanted
 from builder.cli.sets import set_ as set_command
 from builder.cli.verify import verify as verify_command
 from builder.cli.why import why as why_command
@@ -36,8 +36,8 @@ from builder.planning.recipe import Recipe
 from builder.planning.stack import Arch
 from builder.proof import record
 from builder.proof import why as explaining
-from builder.toolchains import hosted
-from builder.toolchains.machine import Wanted, find
+from builder.toolchains import host
+from builder.toolchains.host_tools import Wanted, find
 from builder.upkeep import clean as cleaning
 from gracefarm import console as consoles
 from gracefarm import settings as settings_module
@@ -546,7 +546,7 @@ def _bed(wheel: Path, stack_name: str, on: Wanted | Contained | None, settings: 
     host = stack.host_arch()
     if isinstance(on, Wanted):
         machine = find(loaded, on, cuda=False)
-        site = hosted.ensure(machine, settings)
+        site = host.ensure(machine, settings)
         return smoke.Bed(environment=site, root=Path("/"), machine=machine, emulated=host is not target), loaded.data.sm
     base = root.ensure(loaded, host, target, settings)
     site = environment.ensure(loaded, target, base, settings)

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import click
 
-from builder.cli.aim import as_built, placed, plan_of
+from builder.cli.options import as_built, placed, plan_of
 from builder.planning import recipe
 from builder.proof import record
 from builder.proof import why as explaining
-from builder.toolchains.machine import SUFFIX
+from builder.toolchains.host_tools import SUFFIX
 from gracefarm import settings as settings_module
 from gracefarm.console import Console
 from gracefarm.errors import UsageError

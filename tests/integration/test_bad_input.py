@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from builder.cli.aim import plan_of
+from builder.cli.options import plan_of
 from builder.compiling import jobs
 from builder.flow import build as flow
 from builder.ground import root

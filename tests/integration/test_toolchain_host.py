@@ -18,13 +18,13 @@ import pytest
 import uv
 
 from builder import elf, smoke
-from builder.box import plain, sandbox
+from builder.box import gpu, host, sandbox
 from builder.cli import cli
-from builder.cli.aim import plan_of
+from builder.cli.options import plan_of
 from builder.ground import environment
 from builder.planning import gaps, stack
 from builder.planning.stack import host_arch
-from builder.toolchains import hosted, locked, machine
+from builder.toolchains import host, host_tools, sandbox
 from gracefarm.errors import GracefarmError, RootError, SmokeError
 from tests import projects
 from tests.conftest import Farm, new_farm
@@ -43,7 +43,7 @@ cuda = SimpleNamespace(
 def python311() -> str:
     """The interpreter that the stacks' locks are for."""
     for candidate in ("/usr/bin/python3.11", shutil.which("python3.11") or sys.executable):
-        if Path(candidate).exists() and machine.probe(Path(candidate)).minor == "3.11":
+        if Path(candidate).exists() and host_tools.probe(Path(candidate)).minor == "3.11":
             return candidate
     pytest.skip("no Python 3.11 on this machine")
 
@@ -90,7 +90,7 @@ def called(farm: Farm, patch: pytest.MonkeyPatch, *arguments: str, **variables: 
 
 def planned(farm: Farm, own: Path | None) -> str:
     """The build id of tiny_c with this machine's tools over an environment, or in the sandbox."""
-    on = machine.Wanted(environment=own) if own else None
+    on = host_tools.Wanted(environment=own) if own else None
     return plan_of("tiny_c", None, NATIVE, farm.settings, on).build_id
 
 
@@ -154,13 +154,13 @@ def test_why_plans_with_the_tools_that_the_last_build_had(built: Built, own: Pat
 
 def test_trap_3_a_clean_environment_that_is_there_already_is_asked_about_its_torch_again(farm: Farm) -> None:
     base = stack.load(farm.settings.project / "stacks", "cu130")
-    here = machine.find(base, machine.Wanted(python=Path(python311())), cuda=False)
-    place = hosted.environment_place(here, farm.settings)
-    (torch := locked.site_packages(place, "3.11") / "torch").mkdir(parents=True)
+    here = host_tools.find(base, host_tools.Wanted(python=Path(python311())), cuda=False)
+    place = host.environment_place(here, farm.settings)
+    (torch := sandbox.site_packages(place, "3.11") / "torch").mkdir(parents=True)
     (torch / "version.py").write_text("cuda = None\n")
     (place / "complete").touch()
     with pytest.raises(RootError, match=r"built for CUDA None, the stack wants 13\.0"):
-        hosted.ensure(here, farm.settings)
+        host.ensure(here, farm.settings)
 
 
 def test_a_rebuild_is_refused_with_the_reason_before_anything_is_built(built: Built) -> None:
@@ -177,9 +177,9 @@ def test_a_digest_that_an_environment_of_ones_own_does_not_need_is_no_gap(farm: 
     gap += 'index = "https://index.example/simple"\nsha256_unknown = "not reached"\n\n[toolchain]\n'
     text = (stacks / "own/stack.toml").read_text().replace('name = "bare"', 'name = "own"', 1)
     (stacks / "own/stack.toml").write_text(text.replace("[toolchain]\n", gap, 1))
-    locked = plan_of("tiny_c", None, NATIVE, farm.settings, machine.Wanted(python=Path(python311())))
+    locked = plan_of("tiny_c", None, NATIVE, farm.settings, host_tools.Wanted(python=Path(python311())))
     assert [one.what for one in gaps.of_plan(locked)] == [f"wheel 0.45.1 for {NATIVE}"]
-    assert gaps.of_plan(plan_of("tiny_c", None, NATIVE, farm.settings, machine.Wanted(environment=own))) == []
+    assert gaps.of_plan(plan_of("tiny_c", None, NATIVE, farm.settings, host_tools.Wanted(environment=own))) == []
 
 
 def test_an_environment_of_ones_own_is_taken_as_it_is_and_enters_the_build_id(built: Built, own: Path) -> None:
@@ -299,12 +299,12 @@ def test_a_build_that_reaches_for_the_network_fails_by_name_even_when_it_goes_on
 
 def test_where_the_network_cannot_be_cut_the_record_says_so(farm: Farm, own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel that forbids namespaces, by a launcher that is refused them."""
-    monkeypatch.setattr(plain, "uncut", lambda: "Operation not permitted")
+    monkeypatch.setattr(host, "uncut", lambda: "Operation not permitted")
     tiny_c(farm)
     loaded = stack.load(farm.settings.project / "stacks", "bare")
-    found = machine.find(loaded, machine.Wanted(environment=own), cuda=False)
+    found = host_tools.find(loaded, host_tools.Wanted(environment=own), cuda=False)
     assert found.uncut == "Operation not permitted"
-    box = plain.Plain(environment={"PATH": os.defpath}, workdir="/", memory=1 << 30, network=True)
+    box = host.Plain(environment={"PATH": os.defpath}, workdir="/", memory=1 << 30, network=True)
     log = farm.settings.home / "log.txt"
     assert sandbox.run(box, ["ls", "/sys/class/net"], log=log).network_by == "host"
     assert len(log.read_text().split()) >= len(os.listdir("/sys/class/net"))  # noqa: PTH208
@@ -433,7 +433,7 @@ def test_a_half_written_library_of_a_cut_off_build_is_not_taken_for_whole(tmp_pa
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
         os.utime(tmp_path / name, (moment, moment))
-    assert hosted.clear_products(tmp_path, 1000) == [tmp_path / "build/made.so"]
+    assert host.clear_products(tmp_path, 1000) == [tmp_path / "build/made.so"]
     assert sorted(one.name for one in tmp_path.rglob("*.*o")) == ["made.o", "source.so"]
 
 
@@ -443,7 +443,7 @@ def test_a_half_written_library_of_a_cut_off_build_is_not_taken_for_whole(tmp_pa
 def test_without_a_gpu_the_gpu_test_is_reported_as_not_run(
     built: Built, own: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if smoke.devices():
+    if gpu.devices():
         pytest.skip("this machine has a GPU")
     assert "smoke-gpu not run: no GPU" in built.done.said
     missing = {"status": "not run", "reason": "no GPU", "device": None, "script": None, "wall_s": None}
@@ -459,7 +459,7 @@ def gpu_trial(built: Built, place: Path, script: str) -> smoke.Trial:
     """The tiny C wheel over an environment, and a smoke_gpu.py of a text."""
     settings = built.farm.settings
     loaded = stack.load(settings.project / "stacks", "bare")
-    here = machine.find(loaded, machine.Wanted(environment=place), cuda=False)
+    here = host_tools.find(loaded, host_tools.Wanted(environment=place), cuda=False)
     folder = place.with_name("trial")
     folder.mkdir()
     (folder / "script.py").write_text(script)
@@ -467,7 +467,7 @@ def gpu_trial(built: Built, place: Path, script: str) -> smoke.Trial:
         wheel=built.wheel,
         imports=("torch", "tiny_c"),
         script=folder / "script.py",
-        bed=smoke.Bed(environment=hosted.ensure(here, settings), root=Path("/"), machine=here),
+        bed=smoke.Bed(environment=host.ensure(here, settings), root=Path("/"), machine=here),
         folder=folder,
         memory=1 << 30,
         log=folder / "log.txt",

@@ -13,7 +13,7 @@ from builder.planning import recipe, stack
 from builder.planning.plan import Contained, Plan
 from builder.planning.stack import Arch
 from builder.toolchains import container
-from builder.toolchains.machine import Wanted, find
+from builder.toolchains.host_tools import Wanted, find
 from gracefarm.errors import UsageError
 from gracefarm.settings import Settings
 
