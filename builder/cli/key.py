@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import click
 
-from builder.planning import recipe
+from builder.cli.options import json_option, last_wheel, start
 from builder.proof import record
-from gracefarm import settings as settings_module
-from gracefarm.console import Console
 from gracefarm.errors import ConfigError
-
-_as_json = click.option("--json", "as_json", is_flag=True, help="JSON lines for machines.")
 
 
 @click.group("key")
-def key() -> None:
+def key_command() -> None:
     """The farm's ed25519 key, which signs how each wheel came to be (docs/provenance.md).
 
     \b
@@ -23,36 +19,36 @@ def key() -> None:
     """
 
 
-@key.command("create")
-@_as_json
-def create(as_json: bool) -> None:
+@key_command.command("create")
+@json_option
+def create_command(as_json: bool) -> None:
     """Make the key, in a file that only its owner can read; prints the public half."""
     from builder.proof import signing
 
-    console = Console(as_json=as_json)
-    made = signing.create()
-    console.step("key", f"{signing.place()}, key id {signing.key_id(made)}")
-    console.result({"key_id": signing.key_id(made), "public": signing.pem(made)}, signing.pem(made).strip())
+    _, console = start(as_json=as_json)
+    public = signing.create()
+    console.step("key", f"{signing.place()}, key id {signing.key_id(public)}")
+    console.result({"key_id": signing.key_id(public), "public": signing.pem(public)}, signing.pem(public).strip())
 
 
-@key.command("show")
-@_as_json
-def show(as_json: bool) -> None:
+@key_command.command("show")
+@json_option
+def show_command(as_json: bool) -> None:
     """The public half, as `builder verify --key` reads it."""
     from builder.proof import signing
 
-    found = signing.private()
-    if found is None:
+    _, console = start(as_json=as_json)
+    private = signing.private()
+    if private is None:
         raise ConfigError("this farm has no key", remedy="make one", repeat="builder key create")
-    public = found.public_key()
-    value = {"key_id": signing.key_id(public), "public": signing.pem(public)}
-    Console(as_json=as_json).result(value, signing.pem(public).strip())
+    public = private.public_key()
+    console.result({"key_id": signing.key_id(public), "public": signing.pem(public)}, signing.pem(public).strip())
 
 
 @click.command("sign")
 @click.argument("names", nargs=-1, required=True)
-@_as_json
-def sign(names: tuple[str, ...], as_json: bool) -> None:
+@json_option
+def sign_command(names: tuple[str, ...], as_json: bool) -> None:
     """Sign the provenance of the last build of each NAME anew: for wheels that were built before there was a key.
 
     \b
@@ -60,13 +56,10 @@ def sign(names: tuple[str, ...], as_json: bool) -> None:
     """
     from builder.proof import provenance, signing
 
-    settings, console = settings_module.load(), Console(as_json=as_json)
+    settings, console = start(as_json=as_json)
     if signing.private() is None:
         raise ConfigError("this farm has no key", remedy="make one", repeat="builder key create")
     for name in names:
-        last = record.latest(settings, recipe.load(settings.project / "recipes", name).key)
-        wheel = record.wheel_path(settings, last)
-        if wheel is None:
-            raise ConfigError(f"the last build of {name} left no wheel", remedy=f"run `builder build {name}`")
+        last, wheel = last_wheel(name, settings)
         record.write(provenance.signed(last, settings), settings)
         console.result({"provenance": str(provenance.path(wheel))}, str(provenance.path(wheel)))

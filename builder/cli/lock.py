@@ -1,4 +1,4 @@
-"""`builder lock`: fill in the digests that were not known where a recipe or stack was written."""
+"""`builder lock` and `builder lock-stack`: digests that were not known, and the locks of a stack."""
 
 from __future__ import annotations
 
@@ -7,24 +7,19 @@ from typing import NoReturn
 
 import click
 
+from builder.cli.options import json_option, start, toolchain_option
 from builder.planning import gaps, recipe, stack
-from gracefarm import settings as settings_module
 from gracefarm.console import Console
 from gracefarm.errors import GracefarmError, SeveralError
+from gracefarm.files import atomic_write
 
 
 @click.command("lock")
 @click.argument("name")
 @click.option("--stack", "stack_name", metavar="NAME", help="Stack whose gaps are filled in too; default: the recipe's.")
-@click.option(
-    "--toolchain",
-    type=click.Choice(["sandbox", "host", "container"]),
-    default="sandbox",
-    show_default=True,
-    help="With container: the stack's container image too, which no other toolchain needs.",
-)
-@click.option("--json", "as_json", is_flag=True, help="JSON lines for machines.")
-def lock(name: str, stack_name: str | None, toolchain: str, as_json: bool) -> None:
+@toolchain_option(help="With container: the stack's container image too, which no other toolchain needs.")
+@json_option
+def lock_command(name: str, stack_name: str | None, toolchain: str, as_json: bool) -> None:
     """Fill in the digests of NAME, a recipe (with its stack) or a stack, that were not known where it was written.
 
     The file comes over the network once, unchecked; its digest is written into the TOML for a person to compare and commit.
@@ -35,7 +30,7 @@ def lock(name: str, stack_name: str | None, toolchain: str, as_json: bool) -> No
     builder lock cu124
     builder lock flash_attn --toolchain container
     """
-    settings, console = settings_module.load(), Console(as_json=as_json)
+    settings, console = start(as_json=as_json)
     if stack_name is None and name in stack.names(settings.project / "stacks"):
         loaded, base = None, stack.load(settings.project / "stacks", name)
     else:
@@ -61,3 +56,22 @@ def _fail(failed: Sequence[GracefarmError], done: int, console: Console) -> NoRe
     for error in failed:
         console.error(error)
     raise SeveralError(f"{len(failed)} of {len(failed) + done} digests cannot be had; each is described above")
+
+
+@click.command("lock-stack")
+@click.argument("name")
+@json_option
+def lock_stack_command(name: str, as_json: bool) -> None:
+    """Resolve a stack anew and write its requirements.lock and root.lock, and toolchain.lock where Debian has its compiler."""
+    from builder.ground import environment, root, toolkit
+
+    settings, console = start(as_json=as_json)
+    loaded = stack.load(settings.project / "stacks", name)
+    with console.progress("lock") as tick:
+        atomic_write(loaded.requirements_lock, environment.resolve(loaded, settings, tick))
+        atomic_write(loaded.root_lock, root.resolve(loaded, settings, tick))
+        written = [loaded.requirements_lock, loaded.root_lock]
+        if (text := toolkit.resolve(loaded, settings, tick)) is not None:
+            atomic_write(loaded.toolchain_lock, text)
+            written.append(loaded.toolchain_lock)
+    console.result({"written": list(map(str, written))}, "\n".join(map(str, written)))

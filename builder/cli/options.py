@@ -1,8 +1,10 @@
-"""What a command line builds: recipe, stack, target, and whose toolchain."""
+"""What commands share: their options, settings and console; recipe, stack, target and toolchain that a command line means."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,44 +14,121 @@ from builder.planning import plan as planning
 from builder.planning import recipe, stack
 from builder.planning.plan import Contained, Plan
 from builder.planning.stack import Arch
+from builder.proof import record
+from builder.proof.record import Record
 from builder.toolchains import container
 from builder.toolchains.host_tools import Wanted, find
-from gracefarm.errors import UsageError
+from gracefarm import settings as settings_module
+from gracefarm.console import Console
+from gracefarm.errors import ConfigError, UsageError
 from gracefarm.settings import Settings
 
 Function = Any  # click's decorators are untyped about what they wrap
 
 _PLACE = click.Path(exists=True, path_type=Path)
+FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+"The type of a file that must be there."
+
+json_option = click.option("--json", "as_json", is_flag=True, help="JSON lines for machines.")
+jobs_option = click.option("--jobs", type=click.IntRange(1), help="Upper bound of parallel compilations.")
+toolchain_option = functools.partial(
+    click.option,
+    "--toolchain",
+    type=click.Choice(["sandbox", "host", "container"]),
+    default="sandbox",
+    show_default=True,
+)
+_STACK_AND_TARGET = (
+    click.option("--stack", "stack_name", metavar="NAME", help="Stack to build against; default: the recipe's."),
+    click.option(
+        "--target",
+        type=click.Choice([arch.value for arch in Arch]),
+        default=Arch.AARCH64.value,
+        show_default=True,
+        help="The wheel's architecture.",
+    ),
+)
+_TOOLS = (
+    click.option(
+        "--environment",
+        "own",
+        type=_PLACE,
+        help="With host: a Python or virtual environment to build against as it is; default: the stack's lock.",
+    ),
+    click.option("--python", type=_PLACE, help="With host: the interpreter of the clean environment."),
+    click.option("--cuda", type=_PLACE, help="With host: the CUDA toolkit; default: CUDA_HOME, /usr/local/cuda, PATH."),
+)
+_TOOLCHAIN = (
+    toolchain_option(
+        help="The stack's locked compilers in a sandbox, this machine's own gcc and CUDA in a clean environment, or "
+        "cibuildwheel in the stack's container image.",
+    ),
+    *_TOOLS,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Aim:
+    """What a command line builds against."""
+
+    stack: str | None
+    "None: the recipe's own."
+    target: str
+    on: Wanted | Contained | None
+    "See `wanted`."
+
+
+def start(*, as_json: bool = False) -> tuple[Settings, Console]:
+    """What a command begins with."""
+    return settings_module.load(), Console(as_json=as_json)
+
+
+def _with(function: Function, *options: Function) -> Function:
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def aimed(function: Function) -> Function:
+    """--stack, --target and the toolchain's options, given to the command as `aim`."""
+
+    @functools.wraps(function)
+    def with_aim(
+        *arguments: Any,
+        stack_name: str | None,
+        target: str,
+        toolchain: str,
+        own: Path | None,
+        python: Path | None,
+        cuda: Path | None,
+        **options: Any,
+    ) -> Any:
+        on = wanted(toolchain, own, python, cuda)
+        return function(*arguments, aim=Aim(stack=stack_name, target=_target_here(target, on), on=on), **options)
+
+    return _with(with_aim, *_STACK_AND_TARGET, *_TOOLCHAIN)
+
+
+def aimed_at_sandbox(function: Function) -> Function:
+    """--stack and --target alone."""
+    return _with(function, *_STACK_AND_TARGET)
 
 
 def toolchained(function: Function) -> Function:
-    """The options of a build with this machine's own tools, or in a container."""
-    toolchain = click.option(
-        "--toolchain",
-        type=click.Choice(["sandbox", "host", "container"]),
-        default="sandbox",
-        show_default=True,
-        help="The stack's locked compilers in a sandbox, this machine's own gcc and CUDA in a clean environment, or "
-        "cibuildwheel in the stack's container image.",
-    )
-    return toolchain(placed(function))
+    """The options of a build with this machine's own tools, or in a container, given to the command as `on`."""
+
+    @functools.wraps(function)
+    def with_toolchain(
+        *arguments: Any, toolchain: str, own: Path | None, python: Path | None, cuda: Path | None, **options: Any
+    ) -> Any:
+        return function(*arguments, on=wanted(toolchain, own, python, cuda), **options)
+
+    return _with(with_toolchain, *_TOOLCHAIN)
 
 
 def placed(function: Function) -> Function:
     """The options that name this machine's own tools."""
-    options = (
-        click.option(
-            "--environment",
-            "own",
-            type=_PLACE,
-            help="With host: a Python or virtual environment to build against as it is; default: the stack's lock.",
-        ),
-        click.option("--python", type=_PLACE, help="With host: the interpreter of the clean environment."),
-        click.option("--cuda", type=_PLACE, help="With host: the CUDA toolkit; default: CUDA_HOME, /usr/local/cuda, PATH."),
-    )
-    for option in reversed(options):
-        function = option(function)
-    return function
+    return _with(function, *_TOOLS)
 
 
 def wanted(toolchain: str, own: Path | None, python: Path | None, cuda: Path | None) -> Wanted | Contained | None:
@@ -85,9 +164,9 @@ def as_built(
     Raises:
         UsageError: it stood on an environment of somebody's own, whose place no input is, or options do not go together.
     """
-    said = inputs.get("toolchain")
-    kind = str(said["kind"]) if isinstance(said, dict) else "sandbox"
-    if own is None and isinstance(said, dict) and "distributions" in said:
+    toolchain = inputs.get("toolchain")
+    kind = str(toolchain["kind"]) if isinstance(toolchain, dict) else "sandbox"
+    if own is None and isinstance(toolchain, dict) and "distributions" in toolchain:
         raise UsageError(
             "that build stood on an environment of somebody's own, and nothing says where that is",
             remedy="say it: --environment PATH",
@@ -95,7 +174,7 @@ def as_built(
     return wanted(kind, own, python, cuda)
 
 
-def target_here(context: click.Context, target: str, on: Wanted | Contained | None) -> str:
+def _target_here(target: str, on: Wanted | Contained | None) -> str:
     """The target of a host build is this machine; another one asked for is an error, the default is not.
 
     Raises:
@@ -104,10 +183,32 @@ def target_here(context: click.Context, target: str, on: Wanted | Contained | No
     if not isinstance(on, Wanted):
         return target
     here = stack.host_arch().value
-    asked = context.get_parameter_source("target") is click.core.ParameterSource.COMMANDLINE
+    asked = click.get_current_context().get_parameter_source("target") is click.core.ParameterSource.COMMANDLINE
     if asked and target != here:
         raise UsageError(
             f"this machine's own toolchain builds for {here}, not for {target}",
             remedy=f"leave --toolchain host out: the sandbox builds for {target} here",
         )
     return here
+
+
+def last_build(name: str, settings: Settings) -> Record:
+    """The record of the last build of the recipe that a command line names.
+
+    Raises:
+        ConfigError: there is no such recipe, or it was never built here.
+    """
+    return record.latest(settings, recipe.load(settings.project / "recipes", name).key)
+
+
+def last_wheel(name: str, settings: Settings) -> tuple[Record, Path]:
+    """The last build of a recipe, and its wheel.
+
+    Raises:
+        ConfigError: as `last_build`; or there is no wheel.
+    """
+    last = last_build(name, settings)
+    wheel = record.wheel_path(settings, last)
+    if wheel is None:
+        raise ConfigError(f"the last build of {name} left no wheel", remedy=f"run `builder build {name}`")
+    return last, wheel

@@ -8,11 +8,12 @@ from typing import Any
 
 import click
 
+from builder.cli.options import FILE, jobs_option, json_option, last_wheel, start
 from builder.planning import plan, recipe, stack
 from builder.planning.plan import Plan
 from builder.planning.stack import Arch
-from builder.proof import record
-from gracefarm import settings as settings_module
+from builder.proof import signing, verify
+from builder.proof.verify import Inside
 from gracefarm.console import Console
 from gracefarm.errors import ConfigError, UsageError, VerifyError
 from gracefarm.settings import Settings
@@ -20,14 +21,16 @@ from gracefarm.settings import Settings
 
 @click.command("verify")
 @click.argument("what", metavar="NAME|FILE.whl")
-@click.option("--key", "key_file", metavar="PUB", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+@click.option("--key", "key_file", metavar="PUB", type=FILE,
               help="Public key that must have signed it; default: this farm's own.")  # fmt: skip
 @click.option("--provenance", "envelope", type=click.Path(dir_okay=False, path_type=Path),
               help="Its DSSE envelope, or its record with that in it; default: FILE.whl.intoto.jsonl beside it.")  # fmt: skip
 @click.option("--rebuild", "again", is_flag=True, help="Build it once more in another folder and compare instead.")
-@click.option("--jobs", type=click.IntRange(1), help="Upper bound of parallel compilations.")
-@click.option("--json", "as_json", is_flag=True, help="JSON lines for machines.")
-def verify(what: str, key_file: Path | None, envelope: Path | None, again: bool, jobs: int | None, as_json: bool) -> None:
+@jobs_option
+@json_option
+def verify_command(
+    what: str, key_file: Path | None, envelope: Path | None, again: bool, jobs: int | None, as_json: bool
+) -> None:
     """Hold a wheel, or the last build of NAME, against its RECORD, its build id, its SBOM and its signed provenance.
 
     With --rebuild: build it again and say `identical`, `device code only`, or which file and section differ.
@@ -38,19 +41,16 @@ def verify(what: str, key_file: Path | None, envelope: Path | None, again: bool,
     builder verify dist/causal_conv1d-1.7.0-cp311-cp311-manylinux_2_34_aarch64.whl --key farm.pub
     builder verify causal_conv1d --rebuild
     """
-    from builder.proof import signing
-    from builder.proof import verify as verifying
-
-    settings, console = settings_module.load(), Console(as_json=as_json)
+    settings, console = start(as_json=as_json)
     wheel = _wheel(what, settings)
     if again:
         _rebuild(wheel, jobs, settings, console)
         return
     key = signing.public(key_file) if key_file else own.public_key() if (own := signing.private()) else None
-    found = verifying.verify(wheel, envelope, key)
-    lines = [f"{'ok' if one.ok else 'WRONG':6} {one.name:10} {one.summary}" for one in found]
-    console.result([one.model_dump() for one in found], "\n".join(lines))
-    verifying.require(wheel, found)
+    checks = verify.verify(wheel, envelope, key)
+    lines = [f"{'ok' if check.ok else 'WRONG':6} {check.name:10} {check.summary}" for check in checks]
+    console.result([check.model_dump() for check in checks], "\n".join(lines))
+    verify.require(wheel, checks)
 
 
 def _wheel(what: str, settings: Settings) -> Path:
@@ -59,25 +59,20 @@ def _wheel(what: str, settings: Settings) -> Path:
         if not Path(what).is_file():
             raise UsageError(f"{what}: no such file")
         return Path(what)
-    last = record.latest(settings, recipe.load(settings.project / "recipes", what).key)
-    found = record.wheel_path(settings, last)
-    if found is None:
-        raise ConfigError(f"the last build of {what} left no wheel", remedy=f"run `builder build {what}`")
-    return found
+    return last_wheel(what, settings)[1]
 
 
 def _rebuild(wheel: Path, jobs: int | None, settings: Settings, console: Console) -> None:
     from builder.flow import rebuild
-    from builder.proof import verify as verifying
 
-    made = _plan_of(verifying.read(wheel), wheel, settings)
+    plan_again = _plan_of(verify.read(wheel), wheel, settings)
     console.step("verify", f"{wheel.name}: building it once more")
-    with rebuild.again(made, settings, console, jobs) as second:
-        done = rebuild.compare(wheel, second)
-    console.result(done.model_dump(mode="json"), done.sentence)
-    if done.verdict == "differs":
+    with rebuild.again(plan_again, settings, console, jobs) as second:
+        comparison = rebuild.compare(wheel, second)
+    console.result(comparison.model_dump(mode="json"), comparison.sentence)
+    if comparison.verdict == "differs":
         raise VerifyError(
-            f"{wheel.name} builds differently again: {done.sentence.partition(': ')[2]}",
+            f"{wheel.name} builds differently again: {comparison.sentence.partition(': ')[2]}",
             remedy="find what the build takes from the clock, its folder or chance (docs/provenance.md)",
             repeat=f"builder verify {wheel} --rebuild",
         )
@@ -101,20 +96,17 @@ def _refuse_unsealed(inputs: Mapping[str, Any], wheel: Path) -> None:
         )
 
 
-def _plan_of(inside: object, wheel: Path, settings: Settings) -> Plan:
+def _plan_of(inside: Inside, wheel: Path, settings: Settings) -> Plan:
     """The plan of a wheel, which this project must still have as it was."""
-    from builder.proof.verify import Inside
-
-    assert isinstance(inside, Inside)
     _refuse_unsealed(inside.inputs, wheel)
     loaded = recipe.load(settings.project / "recipes", inside.inputs["recipe"]["name"])
     for name in stack.names(settings.project / "stacks"):
         base = stack.load(settings.project / "stacks", name)
         target = Arch(inside.inputs["target"])
         if target in base.data.glibc:
-            made = plan.make(loaded, base, stack.host_arch(), target)
-            if made.build_id == inside.build_id:
-                return made
+            candidate = plan.make(loaded, base, stack.host_arch(), target)
+            if candidate.build_id == inside.build_id:
+                return candidate
     raise ConfigError(
         f"{wheel.name} is of build {inside.build_id[:16]}, which this project's recipe and stacks do not make here",
         remedy="go to the commit and the kind of machine that it was built with; `builder why` names the input that changed",

@@ -7,13 +7,10 @@ from pathlib import Path
 
 import click
 
-from builder.cli.options import as_built, placed, plan_of
+from builder.cli.options import as_built, json_option, last_build, placed, plan_of, start
 from builder.planning import recipe
-from builder.proof import record
-from builder.proof import why as explaining
+from builder.proof import record, why
 from builder.toolchains.host_tools import SUFFIX
-from gracefarm import settings as settings_module
-from gracefarm.console import Console
 from gracefarm.errors import UsageError
 
 _WIDTH = 70
@@ -23,8 +20,10 @@ _WIDTH = 70
 @click.argument("name")
 @click.argument("ids", nargs=-1, metavar="[ID ID]")
 @placed
-@click.option("--json", "as_json", is_flag=True, help="JSON lines for machines.")
-def why(name: str, ids: tuple[str, ...], own: Path | None, python: Path | None, cuda: Path | None, as_json: bool) -> None:
+@json_option
+def why_command(
+    name: str, ids: tuple[str, ...], own: Path | None, python: Path | None, cuda: Path | None, as_json: bool
+) -> None:
     """Which input of NAME changed, from its last build here to what would be built now, or between two ids.
 
     \b
@@ -34,39 +33,39 @@ def why(name: str, ids: tuple[str, ...], own: Path | None, python: Path | None, 
     """
     if len(ids) not in (0, 2):
         raise UsageError("name two build ids, or none", remedy=f"builder why {name} ID ID")
-    settings, console = settings_module.load(), Console(as_json=as_json)
+    settings, console = start(as_json=as_json)
     loaded = recipe.load(settings.project / "recipes", name)
     if ids:
-        old, new = (explaining.by_id(settings, loaded.key, one) for one in ids)
+        old, new = (why.by_id(settings, loaded.key, prefix) for prefix in ids)
         new_id, inputs = new.build_id, new.inputs
     else:
-        old = record.latest(settings, loaded.key)
-        made = plan_of(
+        old = last_build(name, settings)
+        plan = plan_of(
             loaded.key,
             old.stack.removesuffix(SUFFIX),
             str(old.inputs["target"]),
             settings,
             as_built(old.inputs, own, python, cuda),
         )
-        new_id, inputs = made.build_id, json.loads(json.dumps(made.inputs))  # as a record has them: no tuples
-    found = list(explaining.changes(old.inputs, inputs))
+        new_id, inputs = plan.build_id, json.loads(json.dumps(plan.inputs))  # as a record has them: no tuples
+    changes = list(why.changes(old.inputs, inputs))
     records = record.all_of(settings)
-    rebuilt = explaining.others(records, loaded.key, old, found)
-    took = explaining.seconds(records, old)
+    rebuilt = why.others(records, loaded.key, old, changes)
+    took = why.seconds(records, old)
     value = {
         "before": old.build_id,
         "after": new_id,
-        "changes": [one.__dict__ for one in found],
+        "changes": [change.__dict__ for change in changes],
         "seconds": took,
-        "rebuilds": [one.__dict__ for one in rebuilt],
+        "rebuilds": [rebuild.__dict__ for rebuild in rebuilt],
     }
     lines = [f"{old.build_id[:16]} > {new_id[:16]}"]
-    if not found:
+    if not changes:
         lines.append("nothing changed: the same inputs, the same id")
-    lines += [f"changed   {one.path}: {_short(one.before)} > {_short(one.after)}" for one in found]
-    if found:
+    lines += [f"changed   {change.path}: {_short(change.before)} > {_short(change.after)}" for change in changes]
+    if changes:
         lines.append(f"rebuilds  {name}: {_time(took)}")
-    lines += [f"rebuilds  {one.recipe}: {_time(one.seconds)}" for one in rebuilt]
+    lines += [f"rebuilds  {rebuild.recipe}: {_time(rebuild.seconds)}" for rebuild in rebuilt]
     console.result(value, "\n".join(lines))
 
 

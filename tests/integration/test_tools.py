@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from builder.audit import Policy
-from builder.cli import _asked_by
+from builder.cli.check import asked_by
 from builder.planning import recipe
 from builder.planning.stack import Arch
 from tests import projects
@@ -100,10 +100,10 @@ def _digest(data: bytes) -> bytes:
 
 def test_what_a_recipe_declares_of_device_code_is_asked_for_too() -> None:
     anybodys = Policy(target=Arch.AARCH64, glibc="2_34", sm=("90",))
-    engine = _asked_by(recipe.load(REPOSITORY / "recipes", "aphrodite").data, anybodys)
+    engine = asked_by(recipe.load(REPOSITORY / "recipes", "aphrodite").data, anybodys)
     assert engine.needs_cubins
     assert ("90a",) in engine.sm_extra.values()
-    triton = _asked_by(recipe.load(REPOSITORY / "recipes", "triton").data, anybodys)
+    triton = asked_by(recipe.load(REPOSITORY / "recipes", "triton").data, anybodys)
     assert (triton.sm, triton.needs_cubins) == (None, False)
     assert any(one.path.endswith("/ptxas") for one in triton.bundled)
 

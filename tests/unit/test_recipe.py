@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from builder import schema
+from builder.cli.upkeep import schemas
 from builder.planning import recipe, stack
 from gracefarm import tables
 from gracefarm.errors import ConfigError, ExitCode
@@ -115,6 +115,6 @@ def test_what_is_not_a_size(text: str) -> None:
 
 
 def test_committed_schemas_are_those_of_the_code() -> None:
-    for name, text in schema.documents().items():
+    for name, text in schemas().items():
         committed = (REPOSITORY / "docs" / "schema" / f"{name}.json").read_text()
         assert json.loads(committed) == json.loads(text), f"run `builder schema --write docs/schema` for {name}"

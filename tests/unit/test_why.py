@@ -64,7 +64,7 @@ def test_of_several_what_took_longest_is_built_first_and_what_nothing_is_known_o
         begun.append(one.recipe.key)
         raise ConfigError("nothing is built here")
 
-    monkeypatch.setattr("builder.cli._build", begin)
+    monkeypatch.setattr("builder.cli.build.build_one", begin)
     names = ["torch_scatter", "causal_conv1d", "flash_attn_cu130"]
     for expected in (names[::-1], ["flash_attn_cu130", "torch_scatter", "causal_conv1d"]):
         begun.clear()

@@ -1,0 +1,173 @@
+"""`builder build` and `builder run`: recipes to wheels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import click
+
+from builder.cli.options import Aim, aimed, aimed_at_sandbox, json_option, plan_of, start
+from builder.planning import gaps, recipe, stack
+from builder.planning.plan import Plan
+from builder.planning.stack import Arch
+from builder.proof import record, why
+from builder.proof.record import Record
+from gracefarm.console import Console
+from gracefarm.errors import ConfigError, GracefarmError, SeveralError, UsageError
+from gracefarm.settings import Settings
+
+
+@click.command("build")
+@click.argument("names", nargs=-1)
+@aimed
+@click.option("--changed", is_flag=True, help="Every recipe whose plan has no successful build yet.")
+@click.option("--jobs", type=click.IntRange(1), help="Upper bound of parallel compilations; default: from cores and memory.")
+@click.option(
+    "--publish", "url", metavar="URL", help="Upload to this legacy upload API; TWINE_USERNAME, TWINE_PASSWORD or keyring."
+)
+@click.option("--keep", is_flag=True, help="Keep the working folder of a success too.")
+@click.option("--no-compiler-cache", is_flag=True, help="Compile everything anew.")
+@json_option
+def build_command(
+    names: tuple[str, ...],
+    aim: Aim,
+    changed: bool,
+    jobs: int | None,
+    url: str | None,
+    keep: bool,
+    no_compiler_cache: bool,
+    as_json: bool,
+) -> None:
+    """Build wheels: fetch, compile in a sandbox, audit, smoke-test, record, publish.
+
+    \b
+    builder build causal_conv1d
+    builder build causal_conv1d --target x86_64 --jobs 2 --keep
+    builder build --changed --publish http://127.0.0.1:8080/legacy/
+    builder build causal_conv1d --toolchain host
+    builder build causal_conv1d --toolchain host --environment /usr/bin/python3 --cuda /usr/local/cuda
+    builder build flash_attn --toolchain container
+    """
+    settings, console = start(as_json=as_json)
+    known = recipe.names(settings.project / "recipes")
+    if bool(names) == changed:
+        raise UsageError("name the recipes to build, or say --changed", remedy=f"recipes: {', '.join(known)}")
+    if url:
+        from builder.proof import publish
+
+        publish.refuse_credentials(url)  # before anything prints it
+    asked = names or known
+    failures: list[GracefarmError] = []
+
+    def planned(name: str) -> Plan | None:
+        if changed and not _has_target(name, aim, settings, console):
+            return None
+        plan = plan_of(name, aim.stack, aim.target, settings, aim.on)
+        return plan if not changed or (not _settled(plan, url, settings) and _complete(plan, console)) else None
+
+    plans = _plans(asked, planned, failures, console)
+    if changed:
+        console.step("plan", f"changed since the last success: {', '.join(plan.recipe.key for plan in plans) or 'nothing'}")
+    for plan in _longest_first(plans, settings):
+        try:
+            built = build_one(plan, jobs, url, keep, not no_compiler_cache, settings, console)
+        except GracefarmError as error:
+            _survive(error, failures, plans, console)
+        else:
+            wheel = record.wheel_path(settings, built)
+            console.result(built.model_dump(mode="json") | {"path": str(wheel)}, str(wheel))
+    if failures:
+        raise SeveralError(f"{len(failures)} of {len(asked)} recipes failed; each is described above")
+
+
+def _plans(
+    asked: Sequence[str], planned: Callable[[str], Plan | None], failures: list[GracefarmError], console: Console
+) -> list[Plan]:
+    plans = []
+    for name in asked:
+        try:
+            plans.append(planned(name))
+        except GracefarmError as error:
+            _survive(error, failures, asked, console)
+    return [plan for plan in plans if plan is not None]
+
+
+def _longest_first(plans: list[Plan], settings: Settings) -> list[Plan]:
+    """What took longest the last time starts first, and what no record knows before it: that may take long as well."""
+    if len(plans) < 2:
+        return plans
+    records = record.all_of(settings)
+
+    def took(plan: Plan) -> float:
+        seconds = why.last_seconds(records, plan.recipe.key, plan.stack.data.name, plan.target.value)
+        return float("inf") if seconds is None else seconds
+
+    return sorted(plans, key=took, reverse=True)
+
+
+def _survive(error: GracefarmError, failures: list[GracefarmError], asked: Sequence[object], console: Console) -> None:
+    """Say what failed and go on: one broken recipe or build does not end the others'. An only one is the command's own."""
+    if len(asked) == 1 and not failures:
+        raise error
+    console.error(error)
+    failures.append(error)
+
+
+def _has_target(name: str, aim: Aim, settings: Settings, console: Console) -> bool:
+    """The recipe's stack builds for the target at all; a night for x86_64 passes over what is for aarch64 alone."""
+    loaded = recipe.load(settings.project / "recipes", name)
+    base = stack.load(settings.project / "stacks", aim.stack or loaded.data.stack)
+    if Arch(aim.target) in base.data.glibc:
+        return True
+    console.warn(f"left out: {name}: stack {base.data.name} has no target {aim.target}")
+    return False
+
+
+def _complete(plan: Plan, console: Console) -> bool:
+    """Every digest is known; a night does not fail for a recipe that waits for one."""
+    try:
+        gaps.require_none(plan)
+    except ConfigError as error:
+        console.warn(f"left out: {error.cause} (`{error.repeat}`)")
+        return False
+    return True
+
+
+def _settled(plan: Plan, url: str | None, settings: Settings) -> bool:
+    """The wheel was built, judged by today's gates and, if a URL is given, published there: a failed upload is made good."""
+    last = record.settled(plan, settings)
+    return last is not None and (url is None or url in [publication.url for publication in last.published])
+
+
+def build_one(
+    plan: Plan,
+    jobs: int | None,
+    url: str | None,
+    keep: bool,
+    compiler_cache: bool,
+    settings: Settings,
+    console: Console,
+) -> Record:
+    """Build what is not built, and publish it if a URL is given; an existing build is found without loading the flow."""
+    last = record.settled(plan, settings)
+    if last is not None and not url:
+        console.step("done", f"{plan.title}: built already, build id {plan.build_id[:16]}; nothing to build")
+        return last
+    from builder.flow import build
+
+    return build.build(
+        plan, build.Options(jobs=jobs, publish=url, keep=keep, compiler_cache=compiler_cache), settings, console
+    )
+
+
+@click.command("run")
+@click.argument("name", default="causal_conv1d")
+@aimed_at_sandbox
+@json_option
+def run_command(name: str, stack_name: str | None, target: str, as_json: bool) -> None:
+    """The main job: build NAME, publish it to an index on this machine, install it back with pip, import it."""
+    from builder.flow import run
+
+    settings, console = start(as_json=as_json)
+    result = run.run(plan_of(name, stack_name, target, settings), settings, console)
+    console.result(result.__dict__, f"wheel   {result.wheel}\nrecord  {result.record}\nlog     {result.log}")

@@ -1,0 +1,161 @@
+"""`builder audit` and `builder smoke`: the gates and the smoke test, on anybody's wheel."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import click
+
+from builder import audit, smoke
+from builder.audit import Policy
+from builder.box import meter
+from builder.cli.options import FILE, json_option, start, toolchained
+from builder.compiling import pep517
+from builder.ground import environment, root
+from builder.planning import recipe, stack
+from builder.planning.plan import Contained
+from builder.planning.recipe import Recipe
+from builder.toolchains import host
+from builder.toolchains.host_tools import Wanted, find
+from gracefarm.console import Console
+from gracefarm.errors import UsageError
+from gracefarm.files import remove_tree
+from gracefarm.settings import Settings
+from gracefarm.tables import parse_size
+
+
+@click.command("audit")
+@click.argument("wheel", type=FILE)
+@click.option(
+    "--stack", "stack_name", required=True, metavar="NAME", help="Stack whose torch, CUDA and libc it is held against."
+)
+@click.option("--recipe", "recipe_name", metavar="NAME", help="Ask for what this recipe declares: name, version, files, sm.")
+@json_option
+def audit_command(wheel: Path, stack_name: str, recipe_name: str | None, as_json: bool) -> None:
+    """The gates, on anybody's wheel. Exit code 30 when one refuses it.
+
+    \b
+    builder audit dist/thing-1.0-cp311-cp311-manylinux_2_34_aarch64.whl --stack cu130
+    builder audit dist/triton-3.2.0+git755d4164-cp311-cp311-manylinux_2_34_aarch64.whl --stack cu124 --recipe triton
+    """
+    settings, console = start(as_json=as_json)
+    asked = recipe.load(settings.project / "recipes", recipe_name).data if recipe_name else None
+    policy = _foreign_policy(wheel, stack_name, settings, console)
+    verdicts = audit.audit(wheel, asked_by(asked, policy) if asked else policy)
+    lines = []
+    for verdict in verdicts:
+        lines.append(f"{verdict.status:14} {verdict.gate}: {verdict.summary}")
+        lines += [f"                 {detail}" for detail in verdict.details[:20]]
+    console.result([verdict.model_dump(mode="json") for verdict in verdicts], "\n".join(lines))
+    audit.require(verdicts)
+
+
+def asked_by(data: Recipe, policy: Policy) -> Policy:
+    """What a recipe declares of its wheel, on top of what the stack asks of anybody's."""
+    return replace(
+        policy,
+        name=data.name,
+        version=data.version,
+        sm=policy.sm if data.build.cuda else None,
+        needs_cubins=data.build.cuda,
+        sm_extra=data.wheel.sm_extra,
+        bundled=data.wheel.bundled,
+        max_size=parse_size(data.wheel.max_size),
+    )
+
+
+def _foreign_policy(wheel: Path, stack_name: str, settings: Settings, console: Console) -> Policy:
+    loaded, target = stack.load(settings.project / "stacks", stack_name), audit.target_of(wheel)
+    base = root.ensure(loaded, stack.host_arch(), target, settings)
+    site = environment.ensure(loaded, target, base, settings)
+    cuda = bool(loaded.data.toolchain.requirements)
+    compiler = environment.ensure_toolchain(loaded, stack.host_arch(), settings) if cuda else None
+    console.step("audit", f"{wheel.name} against stack {stack_name} for {target.value}")
+    return Policy(
+        target=target,
+        python=loaded.data.python,
+        name=None,
+        version=None,
+        glibc=loaded.data.glibc[target],
+        cuda=loaded.data.cuda,
+        sm=loaded.data.sm if cuda else None,
+        sm_extra={},
+        bundled=(),
+        max_size=parse_size("4GiB"),
+        build_paths=(),
+        site_packages=site / "lib" / f"python{loaded.data.python}" / "site-packages",
+        root=base,
+        cuobjdump=next(iter(sorted(compiler.glob("nvidia/*/bin/cuobjdump"))), None) if compiler else None,
+    )
+
+
+@click.command("smoke")
+@click.argument("wheel", type=FILE)
+@click.option("--stack", "stack_name", required=True, metavar="NAME", help="Stack whose environment it is imported in.")
+@click.option("--import", "imports", multiple=True, metavar="MODULE", help="Module to import; repeatable.")
+@click.option("--script", type=FILE, help="A smoke.py to run after the imports.")
+@click.option("--recipe", "recipe_name", metavar="NAME", help="Take modules and script from this recipe.")
+@click.option("--gpu", is_flag=True, help="Run the script (the recipe's smoke_gpu.py) on a GPU; without one, say so.")
+@toolchained
+@json_option
+def smoke_command(
+    wheel: Path,
+    stack_name: str,
+    imports: tuple[str, ...],
+    script: Path | None,
+    recipe_name: str | None,
+    gpu: bool,
+    on: Wanted | Contained | None,
+    as_json: bool,
+) -> None:
+    """Import a wheel by name in a fresh environment of the stack, and with --gpu try it on a GPU.
+
+    \b
+    builder smoke thing.whl --stack cu130 --import thing --import thing_cuda
+    builder smoke causal_conv1d.whl --stack cu130 --recipe causal_conv1d --gpu --toolchain host
+    """
+    settings, console = start(as_json=as_json)
+    if recipe_name is not None:
+        loaded = recipe.load(settings.project / "recipes", recipe_name)
+        imports = imports or loaded.data.smoke.imports
+        script = script or (loaded.smoke_gpu_script if gpu else loaded.smoke_script)
+    if not imports or (gpu and script is None):
+        raise UsageError("nothing to try", remedy="say --import MODULE, with --gpu also --script FILE, or --recipe NAME")
+    bed, sm = _bed(wheel, stack_name, on, settings)
+    scratch = settings.home / "smoke" / str(os.getpid())
+    scratch.mkdir(parents=True)
+    trial = smoke.Trial(
+        wheel=wheel.resolve(),
+        imports=imports,
+        script=script,
+        bed=bed,
+        folder=scratch,
+        memory=pep517.bound(settings, meter.available_memory()),
+        log=settings.home / "smoke" / "log.txt",
+    )
+    try:
+        if gpu:
+            answer = smoke.run_gpu(trial, sm)
+            console.result(answer.model_dump(), smoke.sentence(answer))
+            return
+        result, outcome, _ = smoke.run(trial)
+    finally:
+        remove_tree(scratch)
+    lines = [f"{module:30} {place}" for module, place in result.modules.items()]
+    lines += [result.script.strip()] if result.script else []
+    console.result(result.model_dump() | {"wall_s": outcome.wall_s}, "\n".join(lines))
+
+
+def _bed(wheel: Path, stack_name: str, on: Wanted | Contained | None, settings: Settings) -> tuple[smoke.Bed, tuple[str, ...]]:
+    """Where a wheel is tried, and the architectures that it must have."""
+    loaded, target = stack.load(settings.project / "stacks", stack_name), audit.target_of(wheel)
+    here = stack.host_arch()
+    if isinstance(on, Wanted):
+        machine = find(loaded, on, cuda=False)
+        site = host.ensure(machine, settings)
+        return smoke.Bed(environment=site, root=Path("/"), machine=machine, emulated=here is not target), loaded.data.sm
+    base = root.ensure(loaded, here, target, settings)
+    site = environment.ensure(loaded, target, base, settings)
+    return smoke.Bed(environment=site, root=base, emulated=here is not target), loaded.data.sm

@@ -1,0 +1,113 @@
+"""`builder list`, `plan`, `log` and `show`: what there is to build, what would be built, and how the last build went."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import sys
+
+import click
+
+from builder.cli.options import Aim, aimed, json_option, last_build, plan_of, start
+from builder.planning import gaps, recipe
+from builder.planning.plan import STEPS
+from builder.proof import record
+from gracefarm.errors import ConfigError
+
+
+@click.command("list")
+@json_option
+def list_command(as_json: bool) -> None:
+    """Recipes, and the last build of each on this machine."""
+    settings, console = start(as_json=as_json)
+    rows, lines = [], []
+    for key in recipe.names(settings.project / "recipes"):
+        try:
+            data = recipe.load(settings.project / "recipes", key).data
+        except ConfigError as error:
+            rows.append({"recipe": key, "error": error.cause})
+            lines.append(f"{key:20} {error.cause}")
+            continue
+        last = next(iter(record.all_of(settings, key)), None)
+        outcome = last.outcome if last else None
+        rows.append(data.model_dump(include={"name", "version", "stack", "summary"}) | {"recipe": key, "last": outcome})
+        lines.append(f"{key:20} {data.version:12} {data.stack:8} {outcome or '-':8} {data.summary}")
+    console.result(rows, "\n".join(lines) or "no recipes")
+
+
+@click.command("plan")
+@click.argument("name")
+@aimed
+@json_option
+def plan_command(name: str, aim: Aim, as_json: bool) -> None:
+    """Inputs, build id, steps and commands of a build, and whether its result exists.
+
+    \b
+    builder plan causal_conv1d --json
+    builder plan causal_conv1d --toolchain host
+    """
+    from builder.flow import build
+
+    settings, console = start(as_json=as_json)
+    plan = plan_of(name, aim.stack, aim.target, settings, aim.on)
+    existing = record.existing(plan, settings)
+    missing = gaps.of_plan(plan)
+    command = build.build_command(plan, settings, record.folder(settings, plan.build_id) / "work")
+    value = {
+        "build_id": plan.build_id,
+        "title": plan.title,
+        "inputs": plan.inputs,
+        "steps": STEPS,
+        "command": command,
+        "gaps": [{"what": gap.what, "url": gap.url, "reason": gap.reason} for gap in missing],
+        "exists": existing is not None,
+        "wheel": str(record.wheel_path(settings, existing)) if existing else None,
+    }
+    text = f"{plan.title}\nbuild id  {plan.build_id}\n\n{json.dumps(plan.inputs, indent=2)}\n\n"
+    text += f"steps     {' > '.join(STEPS)}\ncommand   {' '.join(command)}\n"
+    text += "".join(f"no digest {gap.what}  {gap.url}: {gap.reason}\n" for gap in missing)
+    console.result(value, text + (f"exists    {value['wheel']}" if existing else "exists    no; `builder build` makes it"))
+
+
+@click.command("log")
+@click.argument("name")
+def log_command(name: str) -> None:
+    """The whole log of a recipe's last build."""
+    settings, _ = start()
+    path = record.folder(settings, last_build(name, settings).build_id) / "log.txt"
+    if not path.is_file():
+        raise ConfigError(f"the last build of {name} ended before it had a log", remedy=f"`builder show {name}` says why")
+    # `builder log NAME | head`: who reads may stop before the end.
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    with path.open("rb") as stream:
+        shutil.copyfileobj(stream, sys.stdout.buffer)
+
+
+@click.command("show")
+@click.argument("name")
+@json_option
+def show_command(name: str, as_json: bool) -> None:
+    """The record of a recipe's last build: outcome, stages, verdicts."""
+    from builder import smoke
+    from builder.compiling import units
+
+    settings, console = start(as_json=as_json)
+    last = last_build(name, settings)
+    wheel = record.wheel_path(settings, last)
+    lines = [f"{last.name} {last.version}, stack {last.stack}: {last.outcome}, {last.finished}", f"build id  {last.build_id}"]
+    if last.failure:
+        lines += [f"cause     {last.failure.cause}", f"remedy    {last.failure.remedy}"]
+    if last.jobs:
+        lines.append(f"jobs      {last.jobs.count}: {last.jobs.reason}")
+    if last.compiler_cache:
+        lines.append(units.title(last.compiler_cache))
+    for stage in last.stages:
+        peak = f", peak {stage.peak_memory / 2**30:.2f} GiB" if stage.peak_memory is not None else ""
+        cpu = f", {stage.cpu_s:.1f} CPU s" if stage.cpu_s is not None else ""
+        lines.append(f"{stage.name:9} {stage.wall_s:.1f} s{cpu}{peak}")
+    lines += [f"gate      {verdict.status:14} {verdict.gate}: {verdict.summary}" for verdict in last.verdicts]
+    lines += [f"gpu       {smoke.sentence(last.gpu)}"] if last.gpu else []
+    lines += [f"wheel     {wheel}"] if wheel else []
+    lines += [f"record    {record.path(settings, last.build_id)}"]
+    console.result(last.model_dump(mode="json"), "\n".join(lines))

@@ -1,0 +1,111 @@
+"""`builder doctor`, `clean`, `shell` and `schema`: the machine, the builder's folders, and what editors read."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import click
+from pydantic import BaseModel
+
+from builder.cli.options import json_option, last_build, plan_of, start
+from builder.proof import record
+from gracefarm.errors import ConfigError, ExitCode
+from gracefarm.files import atomic_write, lock
+
+
+@click.command("doctor")
+@click.option("--fix", is_flag=True, help="Mend what can be mended, as root or with sudo.")
+@json_option
+def doctor_command(fix: bool, as_json: bool) -> None:
+    """What this machine lacks for building, and how to mend it."""
+    from builder.upkeep import doctor
+
+    settings, console = start(as_json=as_json)
+    checks = doctor.checks(settings)
+    if fix:
+        doctor.fix(checks, settings)
+        checks = doctor.checks(settings)
+    rows = [{"name": check.name, "ok": check.ok, "found": check.found, "remedy": check.remedy} for check in checks]
+    lines = []
+    for check in checks:
+        lines.append(f"{'ok ' if check.ok else 'NO '} {check.name:22} {check.found}")
+        lines += [] if check.ok else [f"      {check.remedy}"]
+    console.result(rows, "\n".join(lines))
+    if not all(check.ok for check in checks):
+        sys.exit(ExitCode.HOST)
+
+
+@click.command("clean")
+@click.option("--all", "everything", is_flag=True, help="Roots, environments, stores and finished builds as well.")
+@json_option
+def clean_command(everything: bool, as_json: bool) -> None:
+    """Remove working folders of builds; wheels, records, logs and caches stay, unless --all."""
+    from builder.upkeep import clean
+
+    settings, console = start(as_json=as_json)
+    before = shutil.disk_usage(settings.home).free if settings.home.is_dir() else 0
+    clear = clean.everything if everything else clean.working_folders
+    clear(settings, lambda: console.step("wait", "a build is running; waiting"))
+    freed = (shutil.disk_usage(settings.home).free - before) if settings.home.is_dir() else 0
+    console.result({"freed": max(freed, 0)}, f"freed {max(freed, 0) / 1e6:.0f} MB")
+
+
+@click.command("shell")
+@click.argument("name")
+def shell_command(name: str) -> None:
+    """A shell inside the sandbox of NAME's last build, failed or not; /build is its working folder."""
+    from builder.box import sandbox
+    from builder.compiling import pep517
+    from builder.flow import build
+
+    settings, console = start()
+    last = last_build(name, settings)
+    folder = record.folder(settings, last.build_id) / "work"
+    if last.toolchain != "sandbox":
+        where = (
+            "had this machine's own tools and no sandbox" if last.toolchain == "host" else "ran in a container, which is gone"
+        )
+        raise ConfigError(f"the last build of {name} {where}", remedy=f"look around in {folder}")
+    plan = plan_of(name, last.stack, str(last.inputs["target"]), settings)
+    if plan.build_id != last.build_id:
+        console.warn(f"changed since that build (`builder why {name}`): files are that build's, tools and variables today's")
+    with lock(
+        settings.home / "locks" / f"build-{last.build_id}", lambda: console.step("wait", "this build is running; waiting")
+    ):
+        box = build.reopen(plan, folder, settings, console)
+        console.step("shell", f"the build's command was: {' '.join(pep517.command(plan))}")
+        code = sandbox.shell(box)
+    sys.exit(code)
+
+
+def schemas() -> dict[str, str]:
+    """Name to JSON schema, as committed under docs/schema (a test compares them)."""
+    from builder.planning.recipe import Recipe
+    from builder.planning.stack import Stack
+    from builder.sets.data import WheelSet
+    from builder.sets.record import SetRecord
+
+    models: dict[str, type[BaseModel]] = {
+        "recipe": Recipe,
+        "stack": Stack,
+        "set": WheelSet,
+        "record": record.Record,
+        "set-record": SetRecord,
+    }
+    return {name: json.dumps(model.model_json_schema(), indent=2) + "\n" for name, model in models.items()}
+
+
+@click.command("schema")
+@click.option(
+    "--write", type=click.Path(file_okay=False, path_type=Path), help="Write all schemas into this folder (docs/schema)."
+)
+def schema_command(write: Path | None) -> None:
+    """JSON schemas of recipe.toml, stack.toml and record.json, for editors."""
+    for name, text in schemas().items():
+        if write is not None:
+            atomic_write(write / f"{name}.json", text)
+        else:
+            sys.stdout.write(text)
