@@ -20,8 +20,7 @@ from pathlib import Path
 
 from deploy.fleet import ssh
 from deploy.fleet.targets import targets
-from deploy.rehearsal import flow as rehearsal
-from deploy.rehearsal import hub
+from deploy.rehearsal import hub, walkthrough
 from deploy.steps import weights
 from gracefarm import settings
 from gracefarm.console import Console
@@ -90,8 +89,8 @@ def verdict(good: bool) -> str:
 def nothing_to_do(_folder: Path) -> str:
     """The whole command, from the shell to its end, on nodes of the rehearsal: real sshd, namespaces of this machine."""
     here, seconds = settings.load(), []
-    with rehearsal.rehearsal(UP_NODES, here.home, here, Console()) as made:
-        rehearsal.start(made)
+    with walkthrough.rehearsal(UP_NODES, here.home, here, Console()) as made:
+        walkthrough.start(made)
         first = made.command("up").seconds
         for _ in range(3):
             step = made.command("up")
@@ -121,13 +120,13 @@ def download(folder: Path) -> str:
     )
 
 
-def bring(folder: Path, files: dict[str, bytes], count: int, python: str) -> tuple[float, weights.Outcome]:
+def bring(folder: Path, files: dict[str, bytes], count: int, python: str) -> tuple[float, weights.Brought]:
     """Seconds from the command to the finished folder, every file hashed by another node among them."""
     folder.mkdir()
 
-    async def go(url: str) -> tuple[float, weights.Outcome]:
+    async def go(url: str) -> tuple[float, weights.Brought]:
         async with kit.machines(folder, count) as made, kit.fleet(folder, made) as fleet:
-            spec = weights.Spec(root=str(folder / "share"), repo="org/model", endpoint=url, python=python)
+            spec = weights.WeightsSpec(root=str(folder / "share"), repo="org/model", endpoint=url, python=python)
             begun = time.monotonic()
             outcome = await weights.up(targets(fleet), spec, Console())
             return time.monotonic() - begun, outcome

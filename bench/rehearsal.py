@@ -14,9 +14,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from deploy.rehearsal import flow
-from deploy.rehearsal.flow import Rehearsal
-from deploy.rehearsal.nodes import USER
+from deploy.rehearsal import walkthrough
+from deploy.rehearsal.rig import USER
+from deploy.rehearsal.walkthrough import Rehearsal
 from gracefarm import settings
 from gracefarm.console import Console
 
@@ -93,8 +93,8 @@ def main() -> None:
     count = int(os.environ.get("NODES", "10"))
     here, console = settings.load(), Console()
     tool, hand = Times(), Times()
-    with flow.rehearsal(count, here.home, here, console) as made:
-        tool.take("init, plan", lambda: flow.start(made))
+    with walkthrough.rehearsal(count, here.home, here, console) as made:
+        tool.take("init, plan", lambda: walkthrough.start(made))
         tool.take("up", lambda: made.command("up"))
         tool.take("up again", lambda: made.command("up"))
         plan = json.loads(made.command("plan", "--json").output.splitlines()[-1])

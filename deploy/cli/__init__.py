@@ -30,7 +30,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "status": ("deploy.cli.watch:status", "Every node, and the service by a real completion; the exit code tells."),
         "top": ("deploy.cli.watch:top", "The same, live, with tokens/s and cost."),
         "logs": ("deploy.cli.watch:logs", "The engine's log, and Ray's of every node; -f follows."),
-        "tunnel": ("deploy.cli.bench:tunnel", "The engine and Ray's dashboard on this machine's loopback."),
+        "tunnel": ("deploy.cli.tunnel:tunnel", "The engine and Ray's dashboard on this machine's loopback."),
         "bench": ("deploy.cli.bench:bench", "A query with its tokens/s; a sweep beside the prediction."),
         "collect": ("deploy.cli.watch:collect", "One redacted bundle, with the first cause on top."),
         "down": ("deploy.cli.serve:down", "End the engine and Ray, and look that nothing is left."),

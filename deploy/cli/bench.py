@@ -1,19 +1,14 @@
-"""`deploy tunnel` and `deploy bench`: the engine from this machine."""
+"""`deploy bench`: the engine's speed, asked for from this machine."""
 
 from __future__ import annotations
 
-import asyncio
-import json
 import os
-import signal
-import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import click
 import httpx
@@ -21,121 +16,27 @@ from rich.console import Console as RichConsole
 from rich.markup import escape
 from rich.table import Table
 
-from deploy import plot
 from deploy.cli.common import Context, pass_context, wait
-from deploy.fleet import tunnel as tunnels
+from deploy.fleet import tunnels
 from deploy.fleet.ssh import fleet
-from deploy.fleet.tunnel import Wanted
-from deploy.measure import bench as benches
-from deploy.measure.bench import Level, Report, Spread, Sweep
-from deploy.measure.completion import Answer, Api, Prompt, Server
+from deploy.fleet.tunnels import Wanted
+from deploy.measure.bench import Level, Report, Spread, Sweep, find_model, query, run_sweep
 from deploy.nodes.inventory import Folder
-from deploy.planning.plan import Plan
+from deploy.planning.plans import Plan
+from deploy.steps.completion import Answer, Api, Prompt, Server
 from deploy.watch.status import plan_of
 from gracefarm.cli import json_option
-from gracefarm.errors import GracefarmError, SshError, UsageError
+from gracefarm.errors import UsageError
 from gracefarm.files import atomic_write
 
 QUESTION = "Explain in one paragraph why the sky is blue."
 
 
-def key_of(folder: Folder) -> str | None:
+def _key(folder: Folder) -> str | None:
     """The engine's key, if one was made."""
     with suppress(FileNotFoundError):
         return folder.api_key.read_text().strip()
     return None
-
-
-def _prepared(folder: Folder) -> None:
-    """Its folder is there, and for its owner alone. Raises ConfigError before `deploy init`."""
-    _ = folder.id
-    folder.make()
-
-
-# tunnel
-
-
-@click.command()
-@click.option("--port", type=click.IntRange(0, 65535), help="Of the engine, here; default: the same as there (2242).")
-@click.option("--dashboard-port", type=click.IntRange(0, 65535), help="Of Ray's dashboard, here; default: as there (8265).")
-@click.option("--background", is_flag=True, help="Come back when it is open; `deploy down` ends it, or --end.")
-@click.option("--end", is_flag=True, help="End every tunnel of this deployment on this machine.")
-@json_option
-@pass_context
-def tunnel(context: Context, port: int | None, dashboard_port: int | None, background: bool, end: bool) -> None:
-    """The engine (2242) and Ray's dashboard (8265) on this machine's loopback, until Ctrl-C.
-
-    A port that is taken here gets a free one instead. After a cut it connects again by itself.
-    """
-    deployment = context.deployment
-    if end:
-        count = tunnels.end_all(deployment.folder)
-        context.console.result({"ended": count}, f"{count} ended" if count else "there was none")
-        return
-    if background:
-        _in_background(context, port, dashboard_port)
-        return
-    wanted = tunnels.ports(deployment, engine=port, dashboard=dashboard_port)
-    _prepared(deployment.folder)
-
-    def changed(error: GracefarmError | None) -> None:
-        if error is None:
-            context.console.event("connected", "connected again")
-        else:
-            context.console.warn(f"{error.cause}; trying again")
-
-    async def go() -> None:
-        task = asyncio.current_task()
-        assert task
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-        async with fleet(deployment) as made, tunnels.opened(made, deployment.head, wanted) as forwards:
-            _tell(context, {one.name: asdict(one) for one in forwards})
-            await tunnels.attend(made, deployment.head, changed)
-
-    with tunnels.registered(deployment.folder), suppress(KeyboardInterrupt, asyncio.CancelledError):
-        wait(go())
-    context.console.event("closed", "the tunnel is closed; the engine runs on")
-
-
-def _tell(context: Context, forwards: Mapping[str, dict[str, Any]]) -> None:
-    rows = {name: {**one, "url": f"http://127.0.0.1:{one['local']}"} for name, one in forwards.items()}
-    lines = []
-    for name, one in rows.items():
-        path = "/v1" if name == "engine" else ""
-        moved = f"   (port {one['remote']} is taken here)" if one["moved"] else ""
-        lines.append(f"{name:<10} {one['url']}{path}{moved}")
-    key = context.deployment.folder.api_key
-    lines.append(f"key        {key}" if key.exists() else "key        none yet: `deploy serve` makes it")
-    context.console.result({"forwards": rows, "api_key_file": str(key)}, "\n".join(lines))
-
-
-def _in_background(context: Context, port: int | None, dashboard_port: int | None) -> None:
-    """The same command in a session of its own; its first line is ours. Raises SshError: it ended instead."""
-    deployment = context.deployment
-    _prepared(deployment.folder)
-    argv = [sys.executable, "-m", "deploy", "--file", str(deployment.path), "tunnel", "--json"]
-    argv += ["--port", str(port)] if port is not None else []
-    argv += ["--dashboard-port", str(dashboard_port)] if dashboard_port is not None else []
-    log = deployment.folder.logs / "tunnel.log"
-    with log.open("wb") as stream:
-        process = subprocess.Popen(
-            argv, stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
-        )
-    while True:
-        first = log.read_text().partition("\n")
-        if first[1]:
-            said = json.loads(first[0])
-            break
-        if process.poll() is not None:
-            said = {}
-            break
-        time.sleep(0.05)
-    if "forwards" not in said:
-        raise SshError(said.get("text") or f"the tunnel ended with {process.returncode}", remedy=said.get("remedy", f"{log}"))
-    _tell(context, said["forwards"])
-
-
-# bench
 
 
 class _Numbers(click.ParamType[tuple[int, ...]]):
@@ -161,7 +62,6 @@ class _Numbers(click.ParamType[tuple[int, ...]]):
 @click.option("--url", metavar="URL", help="Any OpenAI-compatible server, without a deployment; its key in OPENAI_API_KEY.")
 @click.option("--key-file", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="Of --url: its key.")
 @click.option("--model", help="Of several that are served; default: the first.")
-@click.option("--svg", type=click.Path(path_type=Path), metavar="FILE", help="Sweep: the plot also here.")
 @json_option
 @pass_context
 def bench(
@@ -176,7 +76,6 @@ def bench(
     url: str | None,
     key_file: Path | None,
     model: str | None,
-    svg: Path | None,
 ) -> None:
     """One streamed query with its tokens/s; with --concurrency a sweep, beside what the plan predicted.
 
@@ -185,11 +84,9 @@ def bench(
     deploy bench --concurrency 1,2,4,8,16,32
     deploy bench --url http://127.0.0.1:8000/v1 --concurrency 1,4
 
-    Tokens are counted by the server (usage), for a chunk of the stream may hold several. A sweep is kept, with its plot, in
+    Tokens are counted by the server (usage), for a chunk of the stream may hold several. A sweep is kept in
     .deploy/bench; $/Mtok needs price_per_node_hour in deploy.toml.
     """
-    if svg and not concurrency:
-        raise UsageError("--svg is of a sweep", remedy="add --concurrency 1,2,4,8")
     plan = None if url else plan_of(context.deployment.folder)
     key = key_file.read_text().strip() if key_file else os.environ.get("OPENAI_API_KEY")
 
@@ -208,7 +105,7 @@ def bench(
                 seed=int(time.time()),
             )
             report = await _sweep(context, server, sweep, plan, model)
-            _keep(context, report, svg, stay=url is None)
+            _keep(context, report, stay=url is None)
 
     wait(go())
 
@@ -224,7 +121,7 @@ async def _server(context: Context, url: str | None, key: str | None) -> AsyncIt
     deployment = context.deployment
     wanted = [Wanted(name="engine", remote=deployment.data.ports.engine, local=0)]
     async with fleet(deployment) as made, tunnels.opened(made, deployment.head, wanted) as (forward,):
-        yield Server(url=f"http://127.0.0.1:{forward.local}", key=key_of(deployment.folder))
+        yield Server(url=f"http://127.0.0.1:{forward.local}", key=_key(deployment.folder))
 
 
 def _check(url: str) -> None:
@@ -250,7 +147,7 @@ class Asked:
 
 async def _query(context: Context, server: Server, asked: Asked) -> None:
     async with server.client() as client:
-        name = await benches.find_model(client, asked.model)
+        name = await find_model(client, asked.model)
     prompt = Prompt(model=name, text=asked.prompt, max_tokens=asked.max_tokens, api=asked.api)
 
     def show(text: str) -> None:
@@ -258,7 +155,7 @@ async def _query(context: Context, server: Server, asked: Asked) -> None:
             sys.stdout.write(text)
             sys.stdout.flush()
 
-    answer = await benches.query(server, prompt, patience=asked.patience, on_text=show)
+    answer = await query(server, prompt, patience=asked.patience, on_text=show)
     if context.console.as_json:
         context.console.result({"model": name, **asdict(answer), "chunks": answer.chunks, "tokens_per_s": _rate(answer)})
         return
@@ -286,28 +183,23 @@ async def _sweep(context: Context, server: Server, sweep: Sweep, plan: Plan | No
             wrong = f", {sum(one.errors.values())} failed ({one.first_error})" if one.errors else ""
             context.console.step("bench", f"{one.concurrency} at once: {one.tokens_per_s:.1f} tokens/s{wrong}")
 
-        return await benches.run(server, sweep, model=model, plan=plan, on_answer=answered, on_level=summed)
+        return await run_sweep(server, sweep, model=model, plan=plan, on_answer=answered, on_level=summed)
 
 
-def _keep(context: Context, report: Report, svg: Path | None, *, stay: bool) -> None:
+def _keep(context: Context, report: Report, *, stay: bool) -> None:
     """Print it; `stay`: keep it in the deployment's folder too."""
-    picture = plot.svg(report)
-    if svg:
-        atomic_write(svg, picture)
     kept = None
     if stay:
         folder = context.deployment.folder.path / "bench"
         folder.mkdir(mode=0o700, exist_ok=True)
         kept = folder / time.strftime("%Y-%m-%dT%H-%M-%S.json", time.localtime(report.taken))
         atomic_write(kept, report.model_dump_json(indent=1) + "\n")
-        atomic_write(kept.with_suffix(".svg"), picture)
     if context.console.as_json:
         context.console.result(report.model_dump() | {"kept": str(kept) if kept else None})
         return
     _table(report)
-    places = [str(one) for one in (kept, kept.with_suffix(".svg") if kept else None, svg) if one]
-    if places:
-        context.console.step("bench", "kept: " + ", ".join(places))
+    if kept:
+        context.console.step("bench", f"kept: {kept}")
 
 
 def _table(report: Report) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import shlex
 import shutil
 import sys
@@ -10,23 +11,20 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import click
+from pydantic import BaseModel
 from rich import box
 from rich.console import Console as RichConsole
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from deploy import schema
 from deploy.cli.common import Context, pass_context
 from deploy.fleet import facts as facts_of
 from deploy.fleet.facts import Facts
 from deploy.nodes import inventory, state
 from deploy.nodes.inventory import Deployment
-from deploy.planning import engine as engines
-from deploy.planning import layout, speed, suppose
-from deploy.planning import model as models
-from deploy.planning import plan as planning
-from deploy.planning.plan import Plan
+from deploy.planning import engines, layouts, models, plans, speed, suppose
+from deploy.planning.plans import Plan
 from gracefarm.cli import json_option
 from gracefarm.errors import ConfigError, UsageError
 from gracefarm.files import atomic_write
@@ -72,12 +70,12 @@ def plan(
         facts = facts_of.load(deployment)
     else:
         base = _changed(_base(context), engine_name, repo, tp, pp)
-        deployment, facts = suppose.suppose(suppose.kind(kind or planning.REHEARSED), count, base)
+        deployment, facts = suppose.suppose(suppose.kind(kind or plans.REHEARSED), count, base)
     made, note = make(deployment, facts, offline=count is not None)
-    for caution in (*([note] if note else ()), *planning.cautions(facts)):
+    for caution in (*([note] if note else ()), *plans.cautions(facts)):
         context.console.warn(caution)
     if shell:
-        sys.stdout.write(planning.shell(made, () if count else deployment.nodes))
+        sys.stdout.write(plans.shell(made, () if count else deployment.nodes))
         return
     engine = engines.engine(made.engine)
     context.console.result(document(made), text(made, engine))
@@ -87,11 +85,17 @@ def plan(
 @click.option("--write", type=click.Path(file_okay=False, path_type=Path), help="Write both into this folder (docs/schema).")
 def schema_command(write: Path | None) -> None:
     """JSON schemas of deploy.toml and of the plan, for editors and programs."""
-    for name, document_ in schema.documents().items():
+    for name, schema in schemas().items():
         if write is not None:
-            atomic_write(write / f"{name}.json", document_)
+            atomic_write(write / f"{name}.json", schema)
         else:
-            sys.stdout.write(document_)
+            sys.stdout.write(schema)
+
+
+def schemas() -> dict[str, str]:
+    """Name to JSON schema, as committed under docs/schema (a test compares them)."""
+    models: dict[str, type[BaseModel]] = {"deploy": inventory.File, "deploy-plan": Plan}
+    return {name: json.dumps(model.model_json_schema(), indent=2) + "\n" for name, model in models.items()}
 
 
 def make(deployment: Deployment, facts: Facts, *, offline: bool) -> tuple[Plan, str]:
@@ -100,7 +104,7 @@ def make(deployment: Deployment, facts: Facts, *, offline: bool) -> tuple[Plan, 
     if not offline and (commit := state.read(deployment.folder).data("weights").get("commit")):
         wanted = wanted.model_copy(update={"revision": commit})  # what was brought is what will be served
     model, note = models.find(wanted, deployment.path.parent, offline=offline)
-    return planning.make(deployment, facts, model), note
+    return plans.make(deployment, facts, model), note
 
 
 def _base(context: Context) -> Deployment | None:
@@ -134,7 +138,7 @@ def document(made: Plan) -> object:
 def _second(engine: engines.Engine) -> dict[str, float]:
     model = models.built_in("meta-llama/Llama-3.1-405B-Instruct", "main")
     assert model
-    predicted = layout.second_figure(engine, model).tokens_per_s
+    predicted = layouts.second_figure(engine, model).tokens_per_s
     return {
         "fitted_to": speed.MEASURED,
         "second_measured": speed.SECOND,
@@ -167,7 +171,7 @@ def _head(made: Plan) -> str:
     requests = f"up to {one.max_model_len} tokens each; {one.max_num_seqs} at once, {made.memory.full_length} at full length"
     lines = [
         f"[bold]{escape(made.deployment)}[/]  {escape(made.model)} at {escape(made.revision[:12])}, {made.engine}",
-        f"[bold]layout[/]   {one.name} on {len(made.nodes)} nodes, layers {layout.short(one.partition)}"
+        f"[bold]layout[/]   {one.name} on {len(made.nodes)} nodes, layers {layouts.short(one.partition)}"
         + (f", {one.offload_gib:g} GiB per GPU in host memory" if one.offload_gib else ""),
         f"[bold]requests[/] {requests}",
         f"[bold]plan[/]     {made.id[:16]}",
@@ -181,7 +185,7 @@ def _head(made: Plan) -> str:
 def _memory(made: Plan) -> Table:
     memory = made.memory
     table = _table("stage", "layers", "nodes", "weights GiB", "offloaded GiB", "beside GiB", "cache GiB", "of GiB")
-    ranks = planning.ranks(made)
+    ranks = plans.ranks(made)
     for stage, weights in enumerate(memory.by_stage_gib):
         names = ", ".join(dict.fromkeys(ranks[stage]))
         fullest = max(weights)
@@ -219,7 +223,7 @@ def _others(made: Plan) -> Iterable[Table]:
         table = _table("also fits", "split", "weights GiB", "offloaded GiB", "request tokens", "tokens/s", "$/Mtok")
         for one in made.alternatives:
             cost = f"{one.usd_per_mtok:,.0f}" if one.usd_per_mtok is not None else "-"
-            row = (one.layout, layout.short(one.partition), f"{one.weights_gib:.1f}", f"{one.offload_gib:g}")
+            row = (one.layout, layouts.short(one.partition), f"{one.weights_gib:.1f}", f"{one.offload_gib:g}")
             table.add_row(*row, f"{one.request_tokens:,}", f"{one.tokens_per_s:.1f}", cost)
         yield table
     if made.rejected:

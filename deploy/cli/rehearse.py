@@ -8,8 +8,8 @@ import time
 import click
 
 from deploy.cli.common import Context, pass_context
-from deploy.rehearsal import flow
-from deploy.rehearsal.flow import Rehearsal
+from deploy.rehearsal import walkthrough
+from deploy.rehearsal.walkthrough import Rehearsal
 from gracefarm import settings
 from gracefarm.cli import json_option
 
@@ -34,8 +34,8 @@ def rehearse(context: Context, count: int, keep: bool) -> None:
     """
     console, here = context.console, settings.load()
     begin = time.monotonic()
-    with flow.rehearsal(count, here.home, here, console) as made:
-        flow.start(made)
+    with walkthrough.rehearsal(count, here.home, here, console) as made:
+        walkthrough.start(made)
         made.command("up")
         made.command("serve")
         ready = time.monotonic() - begin
@@ -45,7 +45,7 @@ def rehearse(context: Context, count: int, keep: bool) -> None:
         if keep:
             _wait(context, made)
         made.command("down")
-        flow.nothing_left(made)
+        walkthrough.nothing_left(made)
     rows = [{"step": one.name, "argv": one.argv, "seconds": round(one.seconds, 2)} for one in made.steps]
     document = {"nodes": count, "ready_s": round(ready, 2), "steps": rows, **answer}
     lines = [f"{one.name:>9}  {one.seconds:6.1f} s" for one in made.steps]
@@ -58,9 +58,9 @@ def _ask(made: Rehearsal) -> dict[str, object]:
     text: list[str] = []
     key = (made.folder / ".deploy" / "api-key").read_text().strip()
     with made.beside("tunnel", "--json") as tunnel:
-        url = flow.tunnelled(tunnel)
+        url = walkthrough.tunnelled(tunnel)
         begin = time.monotonic()
-        tokens = flow.ask(made, url, key, on_text=text.append)
+        tokens = walkthrough.ask(made, url, key, on_text=text.append)
         seconds = time.monotonic() - begin
     said = "".join(text)
     made.console.step("answer", f"{said}  ({tokens} tokens in {seconds:.2f} s through {url})")

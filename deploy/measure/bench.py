@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import httpx
 from pydantic import BaseModel, ConfigDict
 
-from deploy.measure import completion
-from deploy.measure.completion import Answer, Api, Prompt, Server
-from deploy.planning.plan import Plan
+from deploy.planning.plans import Plan
+from deploy.steps import completion
+from deploy.steps.completion import Answer, Api, Prompt, Server
 from gracefarm.errors import EngineError
 
 OnAnswer = Callable[[int, int], None]
@@ -241,7 +241,7 @@ def level(answers: Sequence[Answer], seconds: float, concurrency: int, plan: Pla
 OnLevel = Callable[[Level], None]
 
 
-async def run(
+async def run_sweep(
     server: Server,
     sweep: Sweep,
     *,

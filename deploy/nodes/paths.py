@@ -53,7 +53,7 @@ def download_python(deployment: Deployment) -> str:
 
 def weights(deployment: Deployment, repo: str, commit: str) -> str:
     """The folder of a model's files at a commit: what the engine is given."""
-    return weights_step.folder(weights_step.Spec(root=root(deployment), repo=repo), commit)
+    return weights_step.folder(weights_step.WeightsSpec(root=root(deployment), repo=repo), commit)
 
 
 def base(deployment: Deployment, node: Node, user: str) -> str:

@@ -21,7 +21,7 @@ from gracefarm.errors import ConfigError, HostError
 from gracefarm.files import atomic_write, lock
 
 VERSION = 1
-Outcome = Literal["running", "done", "skipped", "failed"]
+StepOutcome = Literal["running", "done", "skipped", "failed"]
 
 
 class Record(BaseModel):
@@ -31,7 +31,7 @@ class Record(BaseModel):
 
     digest: str
     "Of everything that the step depends on: another digest, and it is done again."
-    outcome: Outcome
+    outcome: StepOutcome
     text: str = ""
     "What was done, or why not, in one line."
     begun: float
@@ -92,7 +92,7 @@ class Keeper:
         """A step starts to change something."""
         self._put(step, Record(digest=digest_, outcome="running", begun=time.time()))
 
-    def end(self, step: str, outcome: Outcome, text: str, data: dict[str, Any] | None = None) -> Record:
+    def end(self, step: str, outcome: StepOutcome, text: str, data: dict[str, Any] | None = None) -> Record:
         """How it ended. The step has begun."""
         begun = self.state.steps[step]
         text = redact.of(self.folder).line(text)  # a line of the engine's log may stand in it

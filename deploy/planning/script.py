@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePosixPath
 
 from deploy.nodes.inventory import Node
-from deploy.planning.plan import NodePlan, Plan
+from deploy.planning.plans import NodePlan, Plan
 
 TOKEN_FILE = "RAY_AUTH_TOKEN_PATH"  # noqa: S105 - the name of a variable
 

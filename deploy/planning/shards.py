@@ -6,9 +6,9 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from deploy.planning import engine as engines
-from deploy.planning.engine import Engine
-from deploy.planning.model import BYTES, Model
+from deploy.planning import engines
+from deploy.planning.engines import Engine
+from deploy.planning.models import BYTES, Model
 
 GIB = 1 << 30
 

@@ -9,7 +9,6 @@ resolve anew, with uv and the index that it is told. With every file of every pl
 from __future__ import annotations
 
 import argparse
-import re
 import subprocess
 import sys
 import tempfile
@@ -20,11 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from packaging.markers import Marker
-from packaging.requirements import Requirement
 from packaging.tags import Tag, compatible_tags, cpython_tags
 from packaging.utils import parse_wheel_filename
 
-from gracefarm import settings
+from gracefarm import pins, settings
 from gracefarm.errors import FetchError
 
 PYTHON = (3, 11)
@@ -63,7 +61,7 @@ def lines(package: Mapping[str, Any]) -> list[str]:
     name, version = package["name"], package["version"]
     hashes: dict[str, list[str]] = {}
     for machine in MACHINES:
-        if not applies(package.get("marker"), machine):
+        if (marker := package.get("marker")) and not Marker(marker).evaluate(environment(machine)):
             continue
         wheel = best(package.get("wheels", []), machine)
         if wheel is None:
@@ -76,12 +74,10 @@ def lines(package: Mapping[str, Any]) -> list[str]:
     return made
 
 
-def applies(marker: str | None, machine: str) -> bool:
-    """For a node with Linux and Python 3.11."""
-    if marker is None:
-        return True
+def environment(machine: str) -> dict[str, str]:
+    """What markers see on a node with Linux and Python 3.11."""
     version = ".".join(map(str, PYTHON))
-    node = {
+    return {
         "platform_machine": machine,
         "python_version": version,
         "python_full_version": f"{version}.0",
@@ -90,19 +86,18 @@ def applies(marker: str | None, machine: str) -> bool:
         "platform_system": "Linux",
         "os_name": "posix",
     }
-    return Marker(marker).evaluate(node)
 
 
 def on(text: str, machine: str) -> str:
-    """The lines of a lock that hold on one machine."""
-    kept = []
-    for line in re.sub(r" \\\n\s+", " ", text).splitlines():
-        if line.strip() and not line.startswith("#"):
-            pin, _, hashes = line.partition(" --hash")
-            requirement = Requirement(pin)
-            if requirement.marker is None or applies(str(requirement.marker), machine):
-                kept.append(f"{requirement.name}{requirement.specifier} \\\n    --hash{hashes}\n")
-    return "".join(kept)
+    """The pins of a lock that hold on one machine."""
+    applying = [pin for pin in pins.parse(text, "the rehearsal's lock") if pin.applies(environment(machine))]
+    return "".join(pins.render(pin.name, pin.version, pin.sha256) for pin in applying)
+
+
+def merged(*texts: str) -> str:
+    """One lock: what several have in common stands there once."""
+    every = [pin for text in texts for pin in pins.parse(text, "the rehearsal's lock")]
+    return "".join(sorted({pins.render(pin.name, pin.version, pin.sha256) for pin in every}))
 
 
 def committed(name: str) -> str:

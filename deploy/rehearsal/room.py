@@ -1,6 +1,6 @@
 """The room that the nodes stand in: first process of namespaces of its own, it holds the switch and starts nodes.
 
-Run by deploy.rehearsal.nodes as `unshare … python -m deploy.rehearsal.room FOLDER`. Requests are JSON lines on stdin, answers
+Run by deploy.rehearsal.rig as `unshare … python -m deploy.rehearsal.room FOLDER`. Requests are JSON lines on stdin, answers
 JSON lines on stdout. When its owner is gone, however it went, stdin ends, this process ends, and with the first process of a
 process namespace the kernel ends all others, on every node; network and mounts go with the last of them.
 """

@@ -53,10 +53,10 @@ def prepare(home: Path, console: Console) -> Source:
     wheel = standin.build(home / "rehearsal" / "wheels")
     machine = os.uname().machine
     text = locks.on(locks.committed("rehearsal"), machine) + wheel.pin
-    every = _merged(text, locks.on(locks.committed("rehearsal-download"), machine))
+    every = locks.merged(text, locks.on(locks.committed("rehearsal-download"), machine))
     name = f"rehearsal-{hashlib.sha256(every.encode()).hexdigest()[:12]}"
     found = Source(root=home / "rehearsal" / "index", set_name=name, lock=text)
-    with lock(home / "rehearsal" / "gracefarm.pins", lambda: console.step("wait", "another rehearsal fills the index")):
+    with lock(home / "rehearsal" / "index.lock", lambda: console.step("wait", "another rehearsal fills the index")):
         try:
             sets = _index(found.root, "stage", "list")
         except HostError as error:  # another version's catalogue, or a damaged one; there is nothing in it but a cache
@@ -79,7 +79,7 @@ def private(home: Path, found: Source, folder: Path) -> Source:
 
     Its wheels are hard links: they never change.
     """
-    with lock(home / "rehearsal" / "gracefarm.pins"):
+    with lock(home / "rehearsal" / "index.lock"):
         folder.mkdir(parents=True)
         for path in sorted(found.root.rglob("*")):
             place = folder / path.relative_to(found.root)
@@ -90,16 +90,6 @@ def private(home: Path, found: Source, folder: Path) -> Source:
             else:
                 shutil.copy2(path, place)
     return replace(found, root=folder)
-
-
-def _merged(*texts: str) -> str:
-    """One lock: what two have in common stands there once."""
-    pins: dict[str, str] = {}
-    for text in texts:
-        for one in text.replace(" \\\n", " ").splitlines():
-            pin, _, digest = one.partition(" ")
-            pins[f"{pin} {digest.strip()}"] = f"{pin} \\\n    {digest.strip()}\n"
-    return "".join(sorted(pins.values()))
 
 
 def _index(root: Path, *arguments: str) -> Any:

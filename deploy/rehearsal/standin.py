@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
+from gracefarm import pins
 from gracefarm.files import atomic_write
 
 NAME, VERSION = "aphrodite-engine", "0.6.4.post1"
@@ -34,7 +35,7 @@ class Wheel:
     @property
     def pin(self) -> str:
         """Its line of a lock."""
-        return f"{NAME}=={VERSION} \\\n    --hash=sha256:{self.sha256}\n"
+        return pins.render(NAME, VERSION, [self.sha256])
 
 
 def build(folder: Path) -> Wheel:

@@ -21,11 +21,12 @@ import psutil
 from deploy.fleet import facts
 from deploy.fleet.ssh import fleet
 from deploy.nodes import inventory, state
-from deploy.planning.plan import Plan
-from deploy.rehearsal import flow as rehearsal
-from deploy.rehearsal.flow import Rehearsal
-from deploy.steps import engine, flow
-from deploy.steps.engine import Verdict
+from deploy.planning.plans import Plan
+from deploy.rehearsal import walkthrough
+from deploy.rehearsal.walkthrough import Rehearsal
+from deploy.steps import flow, step
+from deploy.watch import verdict
+from deploy.watch.verdict import Verdict
 from gracefarm import settings
 from gracefarm.console import Console
 
@@ -54,9 +55,9 @@ def ready(
 ) -> Iterator[Rehearsal]:
     """A rehearsal after `init` and `plan`; `options`: lines for [options] of deploy.toml; `more`: replaced in its text."""
     here = settings.load()
-    with rehearsal.rehearsal(count, here.home, here, Console(), share_size=share_size) as made:
+    with walkthrough.rehearsal(count, here.home, here, Console(), share_size=share_size) as made:
         made.environ = {**made.environ, "HF_TOKEN": HF_TOKEN}
-        rehearsal.start(made)
+        walkthrough.start(made)
         path = made.folder / "deploy.toml"
         text = path.read_text().replace("rehearsal = true", f"rehearsal = true\n{options}")
         for old, new in (more or {}).items():
@@ -168,7 +169,7 @@ def verdict(made: Rehearsal, seconds: float = 5) -> Verdict:
 
     async def go(keeper: state.Keeper) -> Verdict:
         async with fleet(deployment) as nodes:
-            work = flow.Work(
+            work = step.Work(
                 deployment=deployment,
                 fleet=nodes,
                 facts=facts.load(deployment),
@@ -178,7 +179,7 @@ def verdict(made: Rehearsal, seconds: float = 5) -> Verdict:
             )
             plan = Plan.model_validate_json((deployment.folder.path / "plan.json").read_text())
             spec = flow.engine_spec_of(work, plan, flow.ray_spec_of(work, plan))
-            return engine.diagnose(await engine.probe(nodes, work.nodes[0], spec, seconds=seconds))
+            return verdict.diagnose(await verdict.probe(nodes, work.nodes[0], spec, seconds=seconds))
 
     with made.room.inside(), state.hold(deployment.folder, "canary", on_wait=print) as keeper:
         return asyncio.run(go(keeper))

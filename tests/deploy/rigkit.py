@@ -17,7 +17,7 @@ from deploy.fleet.ssh import Result, fleet
 from deploy.nodes.inventory import Node
 from deploy.rehearsal import standin
 from deploy.rehearsal.hub import safetensors
-from deploy.rehearsal.nodes import MOUNT, USER, Rig, RigNode
+from deploy.rehearsal.rig import MOUNT, USER, Rig, RigNode
 
 LOCK = Path(standin.__file__).parent.parent / "data" / "rehearsal.lock"
 

@@ -12,7 +12,7 @@ from deploy.cli.serve import at_work, held
 from deploy.nodes import inventory
 from deploy.planning import suppose
 from deploy.steps import flow
-from deploy.steps.flow import Work
+from deploy.steps.step import Work
 from gracefarm.console import Console
 from gracefarm.errors import ConfigError, EngineError
 from tests.deploy.test_init import deploy
@@ -85,7 +85,7 @@ def test_a_lock_that_is_no_text(tmp_path: Path) -> None:
     prepared(tmp_path, 'lock = "x.lock"\n' + TOML)
     (tmp_path / "x.lock").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="the lock cannot be read"):
-        flow.lock_text(inventory.load(tmp_path / "deploy.toml"), Console())
+        setlock.lock_text(inventory.load(tmp_path / "deploy.toml"), Console())
 
 
 @pytest.mark.parametrize("index", ["https://me:geheim7@host/simple/", "https://geheim7@host/simple/"])

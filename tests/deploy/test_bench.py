@@ -8,17 +8,15 @@ import socket
 import statistics
 import subprocess
 import sys
-import xml.etree.ElementTree as ET
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from deploy import plot
-from deploy.measure import bench, completion
+from deploy.measure import bench
 from deploy.measure.bench import Report, Sweep
-from deploy.measure.completion import Answer, Prompt, Server
-from deploy.planning.plan import Plan
+from deploy.planning.plans import Plan
+from deploy.steps import completion
+from deploy.steps.completion import Answer, Prompt, Server
 from gracefarm.errors import EngineError
 from tests.deploy import openai_server
 from tests.deploy.test_engine_step import a_plan
@@ -83,13 +81,13 @@ def test_nobody_there_a_wrong_key_and_no_count_are_told_apart() -> None:
         assert answer.failure == "usage"
         assert text.count("ken") == 20
         with pytest.raises(EngineError, match="HTTP 401") as error:
-            asyncio.run(bench.run(Server(url=url, key="wrong"), Sweep(concurrency=[1])))
+            asyncio.run(bench.run_sweep(Server(url=url, key="wrong"), Sweep(concurrency=[1])))
         assert "OPENAI_API_KEY" in error.value.remedy
 
 
 def sweep(url: str, plan: Plan | None = None, **more: Any) -> Report:
     values = {"concurrency": [1, 4], "requests": 8, "prompt_tokens": 30, "max_tokens": 20, "patience": 1.0, **more}
-    return asyncio.run(bench.run(Server(url=url), Sweep(**values), plan=plan))
+    return asyncio.run(bench.run_sweep(Server(url=url), Sweep(**values), plan=plan))
 
 
 def test_a_sweep_keeps_so_many_under_way_and_counts_what_the_server_counted() -> None:
@@ -141,38 +139,24 @@ def test_percentiles_are_those_of_the_statistics_module() -> None:
     assert bench.percentile([3.0], 99) == 3.0
 
 
-def test_the_plot_is_an_svg_of_its_own() -> None:
-    with openai_server.server(delay=0.0) as (url, _):
-        report = sweep(url, a_plan(1), requests=4)
-    picture = plot.svg(report.model_copy(update={"model": "a<b&c"}))
-    root = ET.fromstring(picture)
-    texts = [one.text for one in root.iter("{http://www.w3.org/2000/svg}text")]
-    assert any("a<b&c" in str(one) for one in texts)
-    assert {"predicted, at best", "ms until the first text", "4"} <= set(texts)
-    assert "http" not in picture.replace("http://www.w3.org/2000/svg", "")
-    assert [plot.ceiling(one) for one in (0.7, 1, 3, 47, 90, 300)] == [0.8, 1, 4, 80, 100, 400]
-
-
 def command(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "deploy", "bench", *arguments], capture_output=True, text=True, check=False, timeout=60, env=env
     )
 
 
-def test_the_command_without_a_deployment(tmp_path: Path) -> None:
+def test_the_command_without_a_deployment() -> None:
     with openai_server.server(key="sk-my-own-key") as (url, _):
         one = command("--url", url, "--max-tokens", "9", OPENAI_API_KEY="sk-my-own-key")
         assert one.returncode == 0, one.stderr
         assert one.stdout.count("ken") == 9
         assert "9 tokens in" in one.stderr
         assert "(4 chunks)" in one.stderr
-        picture = tmp_path / "plot.svg"
-        words = ("--concurrency", "1,2", "--requests", "4", "--max-tokens", "8", "--svg", str(picture))
+        words = ("--concurrency", "1,2", "--requests", "4", "--max-tokens", "8")
         many = command("--url", url, *words, "--json", OPENAI_API_KEY="sk-my-own-key")
         assert many.returncode == 0, many.stdout
         report = json.loads(many.stdout.splitlines()[-1])
         assert [each["tokens"] for each in report["levels"]] == [32, 32]
-        ET.parse(picture)
         refused = command("--url", url)
         assert refused.returncode == 63
         assert "OPENAI_API_KEY" in refused.stderr

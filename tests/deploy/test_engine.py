@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 
 from deploy.nodes import inventory
-from deploy.planning import engine as engines
-from deploy.planning import model
-from deploy.planning.engine import APHRODITE, VLLM
-from deploy.rehearsal import hub as hubs
+from deploy.planning import engines, models
+from deploy.planning.engines import APHRODITE, VLLM
+from deploy.rehearsal.hub import COMMIT, serving
 from gracefarm.errors import ConfigError, FetchError, LayoutError
 
 CONFIG = {
@@ -27,8 +26,8 @@ CONFIG = {
 }
 
 
-def big() -> model.Model:
-    found = model.built_in("meta-llama/Llama-3.1-405B", "main")
+def big() -> models.Model:
+    found = models.built_in("meta-llama/Llama-3.1-405B", "main")
     assert found
     return found
 
@@ -95,49 +94,49 @@ def test_a_config_of_another_shape_or_quantised_is_no_plan() -> None:
         ({"quantization_config": {"quant_method": "fp8"}}, r"quantised \(fp8\)"),
     ):
         with pytest.raises(LayoutError, match=words):
-            model.from_config({**CONFIG, **changes}, repo="a/b", revision="main", source="test")
+            models.from_config({**CONFIG, **changes}, repo="a/b", revision="main", source="test")
     with pytest.raises(ConfigError, match="no intermediate_size"):
-        model.from_config(
+        models.from_config(
             {key: value for key, value in CONFIG.items() if key != "intermediate_size"}, repo="a/b", revision="m", source="t"
         )
     with pytest.raises(ConfigError, match="wrong"):
-        model.from_config({**CONFIG, "hidden_size": "x"}, repo="a/b", revision="main", source="test")
+        models.from_config({**CONFIG, "hidden_size": "x"}, repo="a/b", revision="main", source="test")
 
 
 def test_a_local_config_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
-    found, note = model.find(inventory.Model(repo="a/b", config="config.json"), tmp_path)
+    found, note = models.find(inventory.Model(repo="a/b", config="config.json"), tmp_path)
     assert (found.kv_heads, found.tied, found.head_dim, note) == (4, True, 8, "")
     with pytest.raises(ConfigError, match="no such file"):
-        model.find(inventory.Model(repo="a/b", config="other.json"), tmp_path)
+        models.find(inventory.Model(repo="a/b", config="other.json"), tmp_path)
 
 
 def test_the_hub_resolves_the_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with hubs.serving({"config.json": json.dumps(CONFIG).encode()}) as hub:
+    with serving({"config.json": json.dumps(CONFIG).encode()}) as hub:
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
-        found, note = model.find(inventory.Model(repo="org/model"), tmp_path)
-        assert (found.revision, found.layers, note) == (hubs.COMMIT, 4, "")
+        found, note = models.find(inventory.Model(repo="org/model"), tmp_path)
+        assert (found.revision, found.layers, note) == (COMMIT, 4, "")
         with pytest.raises(FetchError, match="no org/other at main"):
-            model.find(inventory.Model(repo="org/other"), tmp_path)
+            models.find(inventory.Model(repo="org/other"), tmp_path)
 
 
 def test_a_gated_model_is_planned_with_the_built_in_numbers_and_an_unknown_one_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    with hubs.serving({"config.json": b"{}"}, gated=True) as hub:
+    with serving({"config.json": b"{}"}, gated=True) as hub:
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
         with pytest.raises(FetchError, match="gated or private") as caught:
-            model.find(inventory.Model(repo="org/model"), tmp_path)
+            models.find(inventory.Model(repo="org/model"), tmp_path)
         assert "HF_TOKEN" in caught.value.remedy
-        monkeypatch.setattr(model, "_table", lambda: [{**CONFIG, "names": ["org/model"]}])
-        found, note = model.find(inventory.Model(repo="org/model"), tmp_path)
-        assert (found.layers, found.revision) == (4, hubs.COMMIT)  # the commit is no secret
+        monkeypatch.setattr(models, "_table", lambda: [{**CONFIG, "names": ["org/model"]}])
+        found, note = models.find(inventory.Model(repo="org/model"), tmp_path)
+        assert (found.layers, found.revision) == (4, COMMIT)  # the commit is no secret
         assert "gated or private" in note
     monkeypatch.undo()
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    found, note = model.find(inventory.Model(), tmp_path)
+    found, note = models.find(inventory.Model(), tmp_path)
     assert found.layers == 126
     assert "cannot be reached" in note
     assert not found.pinned

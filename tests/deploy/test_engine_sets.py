@@ -13,8 +13,9 @@ import pytest
 from packaging.utils import canonicalize_name
 
 from builder.ground import environment as wheels_of
+from builder.planning import pins
 from builder.sets import data as sets
-from deploy.planning import engine as engines
+from deploy.planning import engines
 from deploy.remote import environment as remote
 from deploy.steps import environment
 from gracefarm import settings
@@ -54,7 +55,7 @@ NEEDS = {
 def versions(name: str) -> dict[str, str]:
     """Distribution to version: of the set's lock and of our own wheels."""
     found = sets.load(name, settings.load().model_copy(update={"project": REPOSITORY}))
-    locked = {one.name: one.version for one in wheels_of.wheels(found.runtime, found.data.target)}
+    locked = {one.name: one.version for one in pins.wheels(found.runtime, found.data.target)}
     return locked | {canonicalize_name(one.data.name): one.data.version for one in found.recipes}
 
 

@@ -17,11 +17,11 @@ from unittest import mock
 
 import pytest
 
-from deploy import cli, schema
+from deploy import cli
+from deploy.cli.plan import schemas
 from deploy.fleet import facts
 from deploy.nodes import inventory, state
-from deploy.planning import model as models
-from deploy.planning import plan
+from deploy.planning import models, plans
 from tests.deploy import servers as kit
 
 ROOT = Path(__file__).parent.parent.parent
@@ -218,7 +218,7 @@ def test_the_commit_whose_weights_were_brought_is_the_one_that_is_planned(tmp_pa
     deployment = inventory.load(tmp_path / "deploy.toml")
     model = models.built_in("meta-llama/Llama-3.1-8B-Instruct", "ab" * 20)
     assert model
-    assert plan.make(deployment, facts.load(deployment), model.model_copy(update={"source": "the share"})).id == shown["id"]
+    assert plans.make(deployment, facts.load(deployment), model.model_copy(update={"source": "the share"})).id == shown["id"]
 
 
 # plan, without any node
@@ -275,7 +275,7 @@ def test_the_script_is_all_that_shell_prints(tmp_path: Path) -> None:
 
 
 def test_committed_schemas_are_those_of_the_code() -> None:
-    for name, text in schema.documents().items():
+    for name, text in schemas().items():
         committed = (ROOT / "docs" / "schema" / f"{name}.json").read_text()
         assert json.loads(committed) == json.loads(text), f"run `deploy schema --write docs/schema` for {name}"
 

@@ -14,17 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deploy.nodes import inventory
-from deploy.planning import engine as engines
-from deploy.planning import layout, model, shards, speed
-from deploy.planning.engine import APHRODITE, VLLM, Engine
-from deploy.planning.layout import Candidate, Gpu, Machine, Question
-from deploy.planning.model import Model
+from deploy.planning import engines, layouts, models, shards, speed
+from deploy.planning.engines import APHRODITE, VLLM, Engine
+from deploy.planning.layouts import Candidate, Gpu, Machine, Question
+from deploy.planning.models import Model
 from deploy.planning.shards import GIB
 from gracefarm.errors import LayoutError
 
 
 def llama(size: str = "405B") -> Model:
-    found = model.built_in(f"meta-llama/Llama-3.1-{size}-Instruct", "main")
+    found = models.built_in(f"meta-llama/Llama-3.1-{size}-Instruct", "main")
     assert found
     return found
 
@@ -35,7 +34,7 @@ def question(
     return Question(
         engine=engine,
         model=llama(size),
-        machines=layout.machines_of(speed.kinds()[of], nodes),
+        machines=layouts.machines_of(speed.kinds()[of], nodes),
         forced=inventory.Layout.model_validate(forced),
     )
 
@@ -77,7 +76,7 @@ def test_the_table(
     tokens: int | None,
     request_tokens: int | None,
 ) -> None:
-    found = layout.evaluate(question(nodes), tp, pp, partition)
+    found = layouts.evaluate(question(nodes), tp, pp, partition)
     assert found.memory.weights_gib == pytest.approx(gib, abs=0.051)
     assert found.layout.offload_gib == pytest.approx(offload, abs=0.5 if offload >= 30 else 0.05)
     if tokens:
@@ -98,17 +97,17 @@ def test_the_table(
     ],
 )
 def test_the_planner_chooses_what_the_table_has(nodes: int, name: str, gib: float, offload: float) -> None:
-    best = layout.choose(question(nodes)).best
+    best = layouts.choose(question(nodes)).best
     assert (best.layout.name, best.layout.offload_gib) == (name, offload)
     assert best.memory.weights_gib == pytest.approx(gib, abs=0.05)
 
 
 def test_ten_is_the_fewest_without_host_memory_and_three_with_it() -> None:
-    assert layout.choose(question(9)).best.layout.offload_gib > 0
-    assert layout.choose(question(10)).best.layout.offload_gib == 0
-    assert layout.choose(question(3)).best.layout.offload_gib > 0
+    assert layouts.choose(question(9)).best.layout.offload_gib > 0
+    assert layouts.choose(question(10)).best.layout.offload_gib == 0
+    assert layouts.choose(question(3)).best.layout.offload_gib > 0
     with pytest.raises(LayoutError, match=r"pin 301 GiB of k0's 432 GiB, and 60% is the most"):
-        layout.choose(question(2))
+        layouts.choose(question(2))
 
 
 def test_our_partition_is_the_least_that_any_partition_can_be() -> None:
@@ -257,7 +256,7 @@ def test_the_slices_of_all_ranks_put_together_are_the_tensor(tmp_path: Path) -> 
             assert b"".join(rows) == data
 
 
-models = st.builds(
+any_model = st.builds(
     lambda kv, group, dim, **rest: Model(
         repo="a/b", revision="0" * 40, kv_heads=kv, heads=kv * group, head_dim=dim, max_len=4096, **rest
     ),
@@ -275,7 +274,7 @@ models = st.builds(
 
 
 @settings(deadline=None, max_examples=300)
-@given(models, st.data())
+@given(any_model, st.data())
 def test_ranks_sum_to_the_model_and_what_is_held_twice(of: Model, data: st.DataObject) -> None:
     """All ranks hold the model, whole copies of what is not cut, padding, and a tied table at both ends; nothing else."""
     engine = data.draw(st.sampled_from([APHRODITE, VLLM]))
@@ -289,9 +288,9 @@ def test_ranks_sum_to_the_model_and_what_is_held_twice(of: Model, data: st.DataO
     copies = (tp - 1) * (of.layers * whole + of.hidden)
     padding = (engines.vocab(engine, of, tp) - of.vocab) * of.hidden * (1 if of.tied and pp == 1 else 2)
     tied_twice = of.vocab * of.hidden if of.tied and pp > 1 else 0
-    assert total == of.bytes + model.BYTES * (copies + padding + tied_twice)
+    assert total == of.bytes + models.BYTES * (copies + padding + tied_twice)
     cache = sum(one.token for stage in shards.shares(engine, of, tp, partition) for one in stage)
-    assert cache == model.BYTES * 2 * of.layers * of.kv_heads * of.head_dim
+    assert cache == models.BYTES * 2 * of.layers * of.kv_heads * of.head_dim
 
 
 @settings(deadline=None, max_examples=60)
@@ -299,9 +298,9 @@ def test_ranks_sum_to_the_model_and_what_is_held_twice(of: Model, data: st.DataO
 def test_whatever_is_chosen_fits_every_gpu(nodes: int, size: str, engine: Engine) -> None:
     if size == "405B" and nodes < 3:
         with pytest.raises(LayoutError):
-            layout.choose(question(nodes, size=size, engine=engine))
+            layouts.choose(question(nodes, size=size, engine=engine))
         return
-    found = layout.choose(question(nodes, size=size, engine=engine))
+    found = layouts.choose(question(nodes, size=size, engine=engine))
     for one in (found.best, *found.others):
         assert_fits(engine, llama(size), one)
 
@@ -312,11 +311,11 @@ def assert_fits(engine: Engine, of: Model, one: Candidate) -> None:
     assert len(one.slots) == chosen.world
     held = [share for stage in shards.shares(engine, of, chosen.tp, chosen.partition) for share in stage]
     for share, slot in zip(held, one.slots, strict=True):
-        used = share.weights - share.away(chosen.offload_gib) + layout.RESERVE + memory.cache_tokens * share.token
+        used = share.weights - share.away(chosen.offload_gib) + layouts.RESERVE + memory.cache_tokens * share.token
         assert used <= 0.9 * slot.gpu.total
     assert chosen.max_model_len <= memory.request_tokens
     assert memory.full_length >= 1
-    assert memory.host_gib <= layout.HOST_SHARE * 432
+    assert memory.host_gib <= layouts.HOST_SHARE * 432
 
 
 # What is refused, and with which sentence
@@ -343,37 +342,37 @@ def assert_fits(engine: Engine, of: Model, one: Candidate) -> None:
 )
 def test_a_forced_layout_is_refused_with_the_limit(forced: dict[str, object], words: str) -> None:
     with pytest.raises(LayoutError, match=words) as caught:
-        layout.choose(question(10, **forced))
+        layouts.choose(question(10, **forced))
     assert caught.value.remedy
 
 
 def test_a_forced_layout_that_fits_is_taken_as_it_is() -> None:
-    found = layout.choose(
+    found = layouts.choose(
         question(10, tensor_parallel=5, pipeline_parallel=2, max_model_len=2000, max_num_seqs=128)
     ).best.layout
     assert (found.tp, found.pp, found.partition, found.max_model_len, found.max_num_seqs) == (5, 2, (63, 63), 2000, 128)
 
 
 def test_rejected_layouts_say_why() -> None:
-    rejected = {one.layout: one.reason for one in layout.choose(question(16)).rejected}
+    rejected = {one.layout: one.reason for one in layouts.choose(question(16)).rejected}
     for tp in range(9, 16):
         assert "asserts that tp divides by the 8 KV heads" in rejected[f"tp{tp}"]
     assert "ranks 8 to 15 no query heads" in rejected["tp16"]
-    overload = {one.layout: one.reason for one in layout.choose(question(10)).rejected}
+    overload = {one.layout: one.reason for one in layouts.choose(question(10)).rejected}
     assert "the last stage holds 110.8 GiB per GPU" in overload["tp1 pp10, the engine's own split 12x9,18"]
 
 
 def test_vllm_divides_and_replicates() -> None:
     assert engines.legal(VLLM, llama(), 16) == (1, 2, 4, 8, 16)
     assert engines.kv_heads(VLLM, llama(), 16) == (1,) * 16
-    found = layout.evaluate(question(16, engine=VLLM), 16, 1)
+    found = layouts.evaluate(question(16, engine=VLLM), 16, 1)
     assert found.memory.weights_gib > llama().bytes / 16 / GIB  # K and V twice
     with pytest.raises(LayoutError, match="128 attention heads do not divide by 5"):
-        layout.choose(question(10, engine=VLLM, tensor_parallel=5))
+        layouts.choose(question(10, engine=VLLM, tensor_parallel=5))
 
 
 def test_one_cache_for_all_stages_is_not_cut() -> None:
-    ours, theirs = (layout.evaluate(question(10, engine=one), 2, 5).memory for one in (APHRODITE, VLLM))
+    ours, theirs = (layouts.evaluate(question(10, engine=one), 2, 5).memory for one in (APHRODITE, VLLM))
     assert theirs.request_tokens == theirs.cache_tokens
     assert ours.request_tokens == pytest.approx(ours.cache_tokens / 5, abs=16)
 
@@ -385,16 +384,16 @@ def test_ranks_follow_the_engines_order_and_spares_stay_out() -> None:
         return Machine(name=name, private=address, gpus=(gpu,) * gpus, host=432 * GIB)
 
     fleet = [machine("k0", "10.0.0.7"), machine("k1", "10.0.0.10"), machine("k2", "10.0.0.9"), machine("k3", "10.0.0.2")]
-    assert [slot.machine.name for slot in layout.place(fleet, 3)] == ["k0", "k1", "k2"]  # "10.0.0.10" < "10.0.0.9" as text
+    assert [slot.machine.name for slot in layouts.place(fleet, 3)] == ["k0", "k1", "k2"]  # "10.0.0.10" < "10.0.0.9" as text
     mixed = [machine("k0", "10.0.0.7", 2), machine("k1", "10.0.0.1", 4), machine("k2", "10.0.0.2", 1)]
-    assert [slot.machine.name for slot in layout.place(mixed, 7)] == ["k0"] * 2 + ["k2"] + ["k1"] * 4
+    assert [slot.machine.name for slot in layouts.place(mixed, 7)] == ["k0"] * 2 + ["k2"] + ["k1"] * 4
 
 
 def test_the_smallest_gpu_is_what_counts() -> None:
     asked = question(10)
     small = Machine(name="k4", private="10.0.0.5", gpus=(Gpu(name="GH200", total=80 << 30, free=0),), host=432 * GIB)
     machines = (*asked.machines[:4], small, *asked.machines[5:])
-    found = layout.evaluate(Question(engine=APHRODITE, model=llama(), machines=machines), 5, 2)
+    found = layouts.evaluate(Question(engine=APHRODITE, model=llama(), machines=machines), 5, 2)
     assert found.memory.budget_gib == 72.0
     assert found.layout.offload_gib > 10
 
@@ -405,13 +404,13 @@ def test_the_engines_check_of_its_swap_space_is_made_before_it_is() -> None:
     with pytest.raises(
         LayoutError, match=r"tp 8: aphrodite wants 32 GiB of swap space in k0's 40 GiB of host memory, and 70%"
     ):
-        layout.evaluate(asked, 8, 1)
-    assert layout.evaluate(asked, 7, 1).layout.tp == 7
+        layouts.evaluate(asked, 8, 1)
+    assert layouts.evaluate(asked, 7, 1).layout.tp == 7
 
 
 def test_the_fitted_constant_is_what_the_fit_gives() -> None:
     """No speed is asserted: only that the constant is fitted to the figure that it says, and to nothing else."""
-    found = layout.evaluate(question(10), 5, 2)
+    found = layouts.evaluate(question(10), 5, 2)
     kind = speed.kinds()["gh200-96"]
     weights = found.memory.weights_gib * GIB
     stages = [speed.Stage(layers=63, tp=5, resident=weights, offloaded=0, kind=kind, within_node=False)] * 2

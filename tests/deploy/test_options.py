@@ -12,9 +12,8 @@ from typing import Any, Optional
 
 import pytest
 
-from deploy.planning import engine as engines
-from deploy.planning import model, options, shards
-from deploy.planning.model import Model
+from deploy.planning import engines, models, options, shards
+from deploy.planning.models import Model
 from deploy.steps import environment
 from gracefarm.errors import ConfigError
 from tests.conftest import REPOSITORY
@@ -196,7 +195,7 @@ def test_the_engines_own_functions_split_as_we_do(wheel: Path) -> None:
 
 
 def llama(layers: int) -> Model:
-    found = model.built_in("meta-llama/Llama-3.1-405B", "main")
+    found = models.built_in("meta-llama/Llama-3.1-405B", "main")
     assert found
     return found.model_copy(update={"layers": layers})
 

@@ -13,17 +13,16 @@ import pytest
 from deploy.fleet.facts import Facts, NodeFacts
 from deploy.nodes import inventory, paths
 from deploy.nodes.inventory import Deployment, File, Node
-from deploy.planning import engine as engines
-from deploy.planning import model, options, plan, suppose
-from deploy.planning.model import Model
-from deploy.planning.plan import Plan
+from deploy.planning import engines, models, options, plans, suppose
+from deploy.planning.models import Model
+from deploy.planning.plans import Plan
 from gracefarm.errors import ConfigError, LayoutError
 
 COMMIT = "be673f326cab4cd22ccfef76109faf68e41aa5f1"
 
 
 def llama() -> Model:
-    found = model.built_in("meta-llama/Llama-3.1-405B-Instruct", COMMIT)
+    found = models.built_in("meta-llama/Llama-3.1-405B-Instruct", COMMIT)
     assert found
     return found
 
@@ -34,7 +33,7 @@ def supposed(count: int = 10, kind: str = "gh200-96", **data: object) -> tuple[D
 
 
 def made(count: int = 10, kind: str = "gh200-96", **data: object) -> Plan:
-    return plan.make(*supposed(count, kind, **data), llama())
+    return plans.make(*supposed(count, kind, **data), llama())
 
 
 def option(arguments: tuple[str, ...], name: str) -> str | None:
@@ -71,10 +70,10 @@ def test_ray_is_told_of_exactly_the_gpus_of_the_layout() -> None:
 def test_nodes_are_in_the_engines_rank_order() -> None:
     found = made(10)
     assert [one.private for one in found.nodes] == ["10.0.0.1", "10.0.0.10", *(f"10.0.0.{one}" for one in range(2, 10))]
-    assert plan.ranks(found)[0] == ("k0", "k9")
+    assert plans.ranks(found)[0] == ("k0", "k9")
     two = made(2, "h100-80x8")
     assert [one.gpus for one in two.nodes] == [8, 8]
-    assert plan.ranks(two) == (("k0",) * 8, ("k1",) * 8)
+    assert plans.ranks(two) == (("k0",) * 8, ("k1",) * 8)
 
 
 def test_a_node_gives_part_of_its_gpus_where_more_would_be_too_many() -> None:
@@ -194,14 +193,14 @@ def change(node: str, **update: object) -> Callable[[Facts], Facts]:
 
 def test_equal_input_gives_an_equal_id_and_whatever_runs_otherwise_another() -> None:
     deployment, facts = supposed(10)
-    first = plan.make(deployment, facts, llama())
-    assert first.id == plan.make(deployment, facts, llama()).id
+    first = plans.make(deployment, facts, llama())
+    assert first.id == plans.make(deployment, facts, llama()).id
     assert Plan.model_validate_json(first.model_dump_json()) == first
     others = {
-        "revision": plan.make(deployment, facts, llama().at("0" * 40)).id,
-        "address": plan.make(deployment, change("k4", private="10.0.0.77")(facts), llama()).id,
-        "interface": plan.make(deployment, change("k4", interface="eth1")(facts), llama()).id,
-        "user": plan.make(deployment, change("k4", user="other")(facts), llama()).id,
+        "revision": plans.make(deployment, facts, llama().at("0" * 40)).id,
+        "address": plans.make(deployment, change("k4", private="10.0.0.77")(facts), llama()).id,
+        "interface": plans.make(deployment, change("k4", interface="eth1")(facts), llama()).id,
+        "user": plans.make(deployment, change("k4", user="other")(facts), llama()).id,
         "nodes": made(9).id,
         "share": made(10, share="/other").id,
         "name": made(10, name="other").id,
@@ -220,14 +219,14 @@ def test_nodes_that_are_asked_while_they_serve_give_the_same_plan() -> None:
     busy = facts.node("k4").cuda.gpus[0].model_copy(update={"free": 3 << 30})
     cuda = facts.node("k4").cuda.model_copy(update={"gpus": (busy,)})
     serving = change("k4", cuda=cuda, clock_s=1.0, taken=5.0)(facts)
-    assert plan.make(deployment, serving, llama()).id == plan.make(deployment, facts, llama()).id
-    assert [one for one in plan.cautions(serving) if one.startswith("k4: 3.0 of 95.6 GiB")]
-    assert not plan.cautions(facts)
+    assert plans.make(deployment, serving, llama()).id == plans.make(deployment, facts, llama()).id
+    assert [one for one in plans.cautions(serving) if one.startswith("k4: 3.0 of 95.6 GiB")]
+    assert not plans.cautions(facts)
 
 
 def test_the_id_is_of_what_runs_and_a_price_loads_nothing_anew() -> None:
     found = made(10)
-    assert plan.identified(found).id == found.id
+    assert plans.identified(found).id == found.id
     longer = found.layout.model_copy(update={"max_model_len": 17000})
     others: dict[str, object] = {
         **dict.fromkeys(("deployment", "model", "revision"), "other"),
@@ -238,14 +237,14 @@ def test_the_id_is_of_what_runs_and_a_price_loads_nothing_anew() -> None:
         "serve_env": {**found.serve_env, "A": "b"},
         "secret_env": ("OTHER",),
     }
-    assert set(others) == plan.RUNS
+    assert set(others) == plans.RUNS
     for name, other in others.items():
-        assert plan.identified(found.model_copy(update={name: other})).id != found.id, name
+        assert plans.identified(found.model_copy(update={name: other})).id != found.id, name
     dearer = made(10, options={"price_per_node_hour": 3})
     assert dearer.prediction != found.prediction
     assert dearer.id == found.id
     told = {"id", "memory", "prediction", "alternatives", "rejected", "notes", "spares"}
-    assert set(Plan.model_fields) == plan.RUNS | told  # a new field belongs to one of them
+    assert set(Plan.model_fields) == plans.RUNS | told  # a new field belongs to one of them
 
 
 def no_gpu(one: NodeFacts) -> NodeFacts:
@@ -257,18 +256,18 @@ def no_gpu(one: NodeFacts) -> NodeFacts:
 def test_a_node_without_a_gpu_is_left_out_and_named_and_a_head_without_one_is_refused() -> None:
     deployment, facts = supposed(10)
     broken = Facts(nodes=tuple(no_gpu(one) if one.name == "k3" else one for one in facts.nodes))
-    found = plan.make(deployment, broken, llama())
+    found = plans.make(deployment, broken, llama())
     assert "k3" not in [one.name for one in found.nodes]
     assert any("k3" in one and "802" in one for one in found.notes)
     headless = Facts(nodes=(no_gpu(facts.nodes[0]), *facts.nodes[1:]))
     with pytest.raises(LayoutError, match=r"head has no usable GPU \(cuInit: system not yet initialized \(802\)\)"):
-        plan.make(deployment, headless, llama())
+        plans.make(deployment, headless, llama())
 
 
 def test_a_node_that_was_never_asked_is_no_guess() -> None:
     deployment, facts = supposed(10)
     with pytest.raises(ConfigError, match="nothing is known of node k9"):
-        plan.make(deployment, Facts(nodes=facts.nodes[:-1]), llama())
+        plans.make(deployment, Facts(nodes=facts.nodes[:-1]), llama())
 
 
 def test_more_gpus_than_the_node_has_are_refused() -> None:
@@ -277,7 +276,7 @@ def test_more_gpus_than_the_node_has_are_refused() -> None:
         update={"nodes": tuple(one.model_copy(update={"gpus": 2}) if one.rank == 2 else one for one in deployment.nodes)}
     )
     with pytest.raises(LayoutError, match="says 2 GPUs, and it has 1"):
-        plan.make(greedy, facts, llama())
+        plans.make(greedy, facts, llama())
 
 
 def test_a_rehearsal_supposes_the_gpus_that_it_does_not_have() -> None:
@@ -286,7 +285,7 @@ def test_a_rehearsal_supposes_the_gpus_that_it_does_not_have() -> None:
     rehearsal = deployment.model_copy(
         update={"data": deployment.data.model_copy(update={"options": inventory.Options(rehearsal=True)})}
     )
-    found = plan.make(rehearsal, bare, llama())
+    found = plans.make(rehearsal, bare, llama())
     assert found.layout == made(10).layout
     assert int(option(found.head.ray, "--object-store-memory") or 0) < 1 << 30  # ten of them on one machine
 
@@ -306,7 +305,7 @@ def test_no_share_no_plan() -> None:
     deployment, facts = supposed(10)
     without = deployment.model_copy(update={"data": deployment.data.model_copy(update={"share": None})})
     with pytest.raises(ConfigError, match="no shared folder"):
-        plan.make(without, facts, llama())
+        plans.make(without, facts, llama())
 
 
 # the script
@@ -314,7 +313,7 @@ def test_no_share_no_plan() -> None:
 
 def test_bash_reads_the_script_and_it_says_what_the_plan_says() -> None:
     found = made(10, env={"AWKWARD": 'it\'s "quoted" $HOME `id` \\ end'}, engine_options={"chat-template": "a 'b' $c"})
-    text = plan.shell(found, [Node(name="k0", rank=0, address="10.0.0.1", user="ubuntu", port=2222, jump="me@gate")])
+    text = plans.shell(found, [Node(name="k0", rank=0, address="10.0.0.1", user="ubuntu", port=2222, jump="me@gate")])
     done = subprocess.run(["bash", "-n"], input=text, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     if shellcheck := shutil.which("shellcheck"):
@@ -350,7 +349,7 @@ def test_the_script_runs_what_the_plan_says_with_the_environment_of_the_plan(
     for one in tools.iterdir():
         one.chmod(0o755)
     script = tmp_path / "plan.sh"
-    script.write_text(plan.shell(found))
+    script.write_text(plans.shell(found))
     subprocess.run(
         ["bash", str(script)],
         check=True,

@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 
 from builder.ground import environment
+from builder.planning import pins
 from builder.planning import stack
 from builder.planning.stack import Arch
 from deploy.nodes import paths
-from deploy.rehearsal.nodes import Rig, rig
+from deploy.rehearsal.rig import Rig, rig
 from deploy.steps import environment as deployed
 from deploy.steps.environment import Matrix
 from gracefarm import settings
@@ -31,7 +32,7 @@ DASHBOARD = Matrix(modules=tuple(one for one in deployed.matrix("aphrodite").mod
 
 def of_the_set(*without: str) -> Path:
     """An environment for this machine: of all that `ray[default]` reaches, what the set's lock has, at its versions."""
-    locked = {one.name: one.version for one in environment.wheels(stack.load(REPOSITORY / "stacks", "cu124"), Arch.AARCH64)}
+    locked = {one.name: one.version for one in pins.wheels(stack.load(REPOSITORY / "stacks", "cu124"), Arch.AARCH64)}
     assert locked["ray"] == "2.41.0"
     pins = "".join(f"{name}=={version}\n" for name, version in locked.items() if "+" not in version)
     uv, index = Path(sys.executable).with_name("uv"), settings.load().index_url

@@ -14,9 +14,9 @@ import pytest
 from deploy.fleet.ssh import fleet
 from deploy.fleet.targets import targets
 from deploy.rehearsal import source
-from deploy.rehearsal.nodes import GATEWAY, MOUNT, Spec, rig
+from deploy.rehearsal.rig import GATEWAY, MOUNT, Spec, rig
 from deploy.rehearsal.userland import arm64
-from deploy.steps import environment
+from deploy.steps import environment, uv
 from deploy.steps.environment import Matrix, Module
 from gracefarm import settings
 from gracefarm.console import Console
@@ -39,7 +39,7 @@ def test_the_farms_own_aarch64_wheel_arrives_by_hash_and_is_imported(
     here = settings.load()
     pinned = json.loads(Path(environment.__file__).parent.with_name("data").joinpath("uv.json").read_text())
     wheel = pinned["wheels"]["aarch64"]
-    environment.fetch_uv(pinned["version"], wheel["tag"], wheel["sha256"], here)
+    uv.fetch_uv(pinned["version"], wheel["tag"], wheel["sha256"], here)
 
     farm.recipe("tiny_c", projects.tree("tiny_c"), name="tiny-c", smoke={"imports": ["tiny_c", "tiny_c._core"]})
     root = tmp_path / "index"
@@ -58,9 +58,9 @@ def test_the_farms_own_aarch64_wheel_arrives_by_hash_and_is_imported(
     with rig(tmp_path / "rig", count=1, specs={"k0": Spec(userland=arm64(here.home))}) as room:
         with source.listening(room.command([*serve, "--host", GATEWAY, "--port", "8090"])) as url:
 
-            async def up(lock: str) -> environment.Outcome:
+            async def up(lock: str) -> environment.Built:
                 async with fleet(rigkit.inventory(room), known_hosts=room.known_hosts, config=[]) as made:
-                    spec = environment.Spec(root=f"{MOUNT}/gracefarm", lock=lock, index=f"{url}/simple/", engine="tiny")
+                    spec = environment.EnvironmentSpec(root=f"{MOUNT}/gracefarm", lock=lock, index=f"{url}/simple/", engine="tiny")
                     return await environment.up(targets(made), spec, here, Console())
 
             with room.inside():

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from deploy.nodes import inventory
-from deploy.rehearsal.nodes import MOUNT, USER, Rig, rig
+from deploy.rehearsal.rig import MOUNT, USER, Rig, rig
 from tests.deploy import rigkit
 
 pytestmark = [pytest.mark.root, pytest.mark.slow]

@@ -18,8 +18,7 @@ import pytest
 from deploy.fleet.ssh import Result, fleet
 from deploy.nodes.inventory import Node
 from deploy.rehearsal import interpreter
-from deploy.rehearsal import nodes as rehearsal
-from deploy.rehearsal.nodes import MOUNT, OTHER_PYTHON, USER, Rig, RigNode, Spec, rig
+from deploy.rehearsal.rig import MOUNT, OTHER_PYTHON, USER, Rig, RigNode, Spec, check_machine, rig
 from gracefarm.errors import HostError, SshError
 from tests.deploy.test_environment import standalone, stock
 
@@ -182,7 +181,7 @@ def test_power_off_ends_every_process_of_the_node_alone(tmp_path: Path) -> None:
 OWNER = """
 import sys, time
 from pathlib import Path
-from deploy.rehearsal.nodes import rig
+from deploy.rehearsal.rig import rig
 with rig(Path(sys.argv[1]), count=2) as room:
     for one in room.nodes:
         one.execute(["sh", "-c", "setsid sleep 600 >/dev/null 2>&1 &"])
@@ -217,9 +216,9 @@ def test_without_root_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 
 
 def test_a_missing_program_is_named_with_its_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(rehearsal.shutil, "which", lambda name, **_: None if name == "ip" else name)
+    monkeypatch.setattr(shutil, "which", lambda name, **_: None if name == "ip" else name)
     with pytest.raises(HostError, match="needs ip") as caught:
-        rehearsal.check()
+        check_machine()
     assert "iproute2" in caught.value.remedy
 
 

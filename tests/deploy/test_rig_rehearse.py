@@ -18,9 +18,8 @@ import httpx
 import psutil
 import pytest
 
-from deploy.rehearsal import flow, lock, source
-from deploy.rehearsal.source import _merged
-from gracefarm import settings
+from deploy.rehearsal import lock, source, walkthrough
+from gracefarm import pins, settings
 from gracefarm.console import Console
 from gracefarm.errors import ExitCode
 from gracefarm.files import remove_tree
@@ -42,7 +41,7 @@ def check(events: list[dict[str, Any]], count: int) -> None:
     assert steps[:4] == ["init", "plan", "up", "serve"]
     assert steps[-1] == "down"
     output = "\n".join(one["text"] for one in events if one.get("event") == "output")
-    tp, pp = flow.layout(count)
+    tp, pp = walkthrough.layout(count)
     assert f"--tensor-parallel-size {tp} --pipeline-parallel-size {pp}" in output
     assert f"imports on {count} nodes" in output
     assert f"{count} GPUs at 10.77.0.11:6379" in output
@@ -82,7 +81,7 @@ def test_killed_it_leaves_nothing_and_the_next_one_sweeps(tmp_path: Path) -> Non
     assert left == []
     assert set(runs.glob("*")) - before
     time.sleep(0.2)
-    with flow._folder(settings.load().home) as folder:
+    with walkthrough._folder(settings.load().home) as folder:
         assert set(runs.glob("*")) - before == {folder, folder.with_suffix(".lock")}
 
 
@@ -90,7 +89,7 @@ def test_killed_it_leaves_nothing_and_the_next_one_sweeps(tmp_path: Path) -> Non
     ("count", "expected"), [(1, (1, 1)), (2, (2, 1)), (3, (3, 1)), (8, (8, 1)), (10, (5, 2)), (16, (8, 2))]
 )
 def test_layouts_are_legal(count: int, expected: tuple[int, int]) -> None:
-    assert flow.layout(count) == expected
+    assert walkthrough.layout(count) == expected
 
 
 def test_two_may_rehearse_at_once(tmp_path: Path) -> None:
@@ -126,12 +125,12 @@ def test_locks_hold_one_wheel_for_each_machine() -> None:
     for name in ("rehearsal", "rehearsal-download"):
         for machine in lock.MACHINES:
             text = lock.on(lock.committed(name), machine)
-            pins = [line for line in text.splitlines() if "==" in line]
-            assert len(pins) == len(set(pins)) == text.count("--hash=sha256:")
+            lines = [line for line in text.splitlines() if "==" in line]
+            assert len(lines) == len(set(lines)) == text.count("--hash=sha256:")
             assert "://" not in text
-    same, other = "a==1 \\\n    --hash=sha256:0\n", "a==1 \\\n    --hash=sha256:1\n"
-    assert _merged(same, same) == same
-    assert _merged(same, other) == same + other
+    same, other = (pins.render("a", "1", [digit * 64]) for digit in "01")
+    assert lock.merged(same, same) == same
+    assert lock.merged(same, other) == same + other
 
 
 @pytest.mark.root

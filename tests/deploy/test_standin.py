@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from deploy.rehearsal import standin
-from deploy.rehearsal.nodes import MOUNT, Rig, rig
+from deploy.rehearsal.rig import MOUNT, Rig, rig
 from tests.deploy import rigkit
 from tests.deploy.rigkit import Engine
 

@@ -16,11 +16,11 @@ from typing import Any
 import httpx
 import pytest
 
-from deploy.fleet import tunnel
+from deploy.fleet import tunnels
 from deploy.fleet.ssh import Fleet
-from deploy.fleet.tunnel import Wanted
-from deploy.measure.completion import Prompt, Server, stream
+from deploy.fleet.tunnels import Wanted
 from deploy.nodes.inventory import Folder
+from deploy.steps.completion import Prompt, Server, stream
 from gracefarm.errors import GracefarmError, SshError
 from tests.deploy import kit, openai_server
 
@@ -45,7 +45,7 @@ def test_two_ports_lead_there_and_a_taken_one_is_replaced(tmp_path: Path) -> Non
         with socket.create_server(("127.0.0.1", 0)) as taken, openai_server.server() as (url, _):
             there, here = int(url.rpartition(":")[2]), taken.getsockname()[1]
             wanted = [Wanted(name="engine", remote=there, local=0), Wanted(name="dashboard", remote=there, local=here)]
-            async with tunnel.opened(fleet, machine.node, wanted) as (one, two):
+            async with tunnels.opened(fleet, machine.node, wanted) as (one, two):
                 assert (one.moved, two.moved) == (False, True)
                 assert two.local != here
                 assert [await models(each.local) for each in (one, two)] == ["org/tiny", "org/tiny"]
@@ -59,7 +59,7 @@ def test_a_node_that_cannot_be_entered_is_no_taken_port(tmp_path: Path) -> None:
     async def work(fleet: Fleet, machine: kit.Machine) -> None:
         machine.server.close()
         with pytest.raises(SshError, match="cannot be reached"):
-            async with tunnel.opened(fleet, machine.node, [Wanted(name="engine", remote=1, local=0)]):
+            async with tunnels.opened(fleet, machine.node, [Wanted(name="engine", remote=1, local=0)]):
                 pass
 
     on_a_node(tmp_path, work)
@@ -70,8 +70,8 @@ def test_after_a_cut_it_is_there_again_and_both_are_said(tmp_path: Path) -> None
         said: list[GracefarmError | None] = []
         with openai_server.server(delay=0.2) as (url, _):
             wanted = [Wanted(name="engine", remote=int(url.rpartition(":")[2]), local=0)]
-            async with tunnel.opened(fleet, machine.node, wanted) as (one,):
-                watching = asyncio.create_task(tunnel.attend(fleet, machine.node, said.append, every=0.1))
+            async with tunnels.opened(fleet, machine.node, wanted) as (one,):
+                watching = asyncio.create_task(tunnels.attend(fleet, machine.node, said.append, every=0.1))
                 async with Server(url=f"http://127.0.0.1:{one.local}").client() as client:
                     prompt = Prompt(model="org/tiny", text="x", max_tokens=20, to_the_end=True)
                     asking = asyncio.create_task(stream(client, prompt))
@@ -163,10 +163,10 @@ def test_in_the_background_until_it_is_ended_and_a_killed_one_is_no_trouble(tmp_
 def test_a_number_of_another_place_is_not_ended(tmp_path: Path) -> None:
     """The folder may be on a file system that several machines share."""
     folder = Folder(path=tmp_path)
-    with tunnel.registered(folder):
+    with tunnels.registered(folder):
         (mine,) = (tmp_path / "tunnels").iterdir()
         mine.write_text("another-boot 4026531836\n")
-        assert tunnel.end_all(folder) == 0  # else this very process would get the signal
+        assert tunnels.end_all(folder) == 0  # else this very process would get the signal
     assert not mine.exists()
 
 
@@ -181,7 +181,7 @@ def test_the_bench_finds_engine_and_key_by_itself_and_keeps_what_it_found(tmp_pa
                 out, err = await asyncio.wait_for(process.communicate(), 60)
                 assert process.returncode == 0, err.decode()
             kept = sorted(path.name for path in (tmp_path / ".deploy" / "bench").iterdir())
-            assert [name.rpartition(".")[2] for name in kept] == ["json", "svg"]
+            assert [name.rpartition(".")[2] for name in kept] == ["json"]
             report = json.loads((tmp_path / ".deploy" / "bench" / kept[0]).read_text())
             assert [one["tokens"] for one in report["levels"]] == [24, 24]
             assert "3/3" in out.decode()

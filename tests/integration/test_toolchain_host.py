@@ -22,6 +22,7 @@ from builder.box import gpu, host, sandbox
 from builder.cli import cli
 from builder.cli.options import plan_of
 from builder.ground import environment
+from builder.planning import pins
 from builder.planning import gaps, stack
 from builder.planning.stack import host_arch
 from builder.toolchains import host, host_tools, sandbox
@@ -256,7 +257,7 @@ def test_cuda_with_the_machines_toolkit_for_the_stacks_architectures_alone(farm:
     loaded = stack.load(farm.settings.project / "stacks", "cu130")
     (toolkit,) = environment.ensure_toolchain(loaded, host_arch(), farm.settings).glob("nvidia/cu*")
     wheels = [
-        one for one in environment.wheels(loaded, host_arch()) if one.name.startswith(("nvidia-cuda-r", "nvidia-cuda-cuo"))
+        one for one in pins.wheels(loaded, host_arch()) if one.name.startswith(("nvidia-cuda-r", "nvidia-cuda-cuo"))
     ]
     shutil.copytree(own, cuda := own.with_name("cuda"), symlinks=True)
     environment.install(wheels, ["--python", str(cuda / "bin/python3")], "test", farm.settings)

@@ -12,12 +12,10 @@ from pydantic import BaseModel, ConfigDict, PositiveInt
 from deploy.fleet.facts import Facts, NodeFacts
 from deploy.nodes import paths, redact
 from deploy.nodes.inventory import Deployment, Node
-from deploy.planning import engine as engines
-from deploy.planning import layout as layouts
-from deploy.planning import speed
-from deploy.planning.engine import Engine
-from deploy.planning.layout import Candidate, Choice, Gpu, Layout, Machine, Memory, Question, Rejected
-from deploy.planning.model import Model
+from deploy.planning import engines, layouts, speed
+from deploy.planning.engines import Engine
+from deploy.planning.layouts import Candidate, Choice, Gpu, Layout, Machine, Memory, Question, Rejected
+from deploy.planning.models import Model
 from deploy.planning.shards import GIB
 from deploy.planning.speed import Prediction
 from gracefarm.errors import ConfigError, LayoutError

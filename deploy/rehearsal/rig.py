@@ -376,7 +376,7 @@ class Rig:
 _REMEDY = "the rehearsal needs namespaces: run it as root, on a machine or in a container that lets root make them"
 
 
-def check() -> None:
+def check_machine() -> None:
     """What the rig needs of this machine. Raises HostError with the one thing that is missing."""
     if sys.platform != "linux":
         raise HostError("the rehearsal needs Linux's namespaces", remedy="run it on Linux, in a virtual machine perhaps")
@@ -406,7 +406,7 @@ def rig(folder: Path, *, count: int, specs: Mapping[str, Spec] | None = None, sh
     Raises:
         HostError: not root, a program is missing, or the kernel refuses.
     """
-    check()
+    check_machine()
     home = settings.load().home
     daemon, python = sshd.find(home), interpreter.find(home)
     folder = folder.resolve()

@@ -9,10 +9,9 @@ from functools import cached_property
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
 from deploy.nodes import inventory
-from deploy.planning import engine as engines
-from deploy.planning import speed
-from deploy.planning.engine import Engine
-from deploy.planning.model import Model
+from deploy.planning import engines, speed
+from deploy.planning.engines import Engine
+from deploy.planning.models import Model
 from deploy.planning.shards import GIB, Share, balance, shares
 from deploy.planning.speed import Kind, Prediction, Stage
 from gracefarm.errors import LayoutError

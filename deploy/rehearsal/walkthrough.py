@@ -19,9 +19,9 @@ from pathlib import Path
 
 import httpx
 
-from deploy.rehearsal import nodes, source
-from deploy.rehearsal.nodes import GATEWAY, MOUNT, USER, Rig, rig
-from deploy.steps import environment
+from deploy.rehearsal import source
+from deploy.rehearsal.rig import GATEWAY, MOUNT, USER, Rig, check_machine, rig
+from deploy.steps import uv
 from gracefarm.console import Console
 from gracefarm.errors import EngineError, NodeError
 from gracefarm.files import remove_tree
@@ -139,7 +139,7 @@ def rehearsal(
     Raises:
         HostError, FetchError: what this machine lacks, or the Python index.
     """
-    nodes.check()
+    check_machine()
     begin = time.monotonic()
     wheels = source.prepare(home, console)
     _fetch_uv(settings)
@@ -169,7 +169,7 @@ def _fetch_uv(settings: Settings) -> None:
     """uv for the nodes, while the Python index can be reached."""
     pinned = json.loads((resources.files("deploy") / "data" / "uv.json").read_text())
     wheel = pinned["wheels"][os.uname().machine]
-    environment.fetch_uv(pinned["version"], wheel["tag"], wheel["sha256"], settings)
+    uv.fetch_uv(pinned["version"], wheel["tag"], wheel["sha256"], settings)
 
 
 @contextmanager

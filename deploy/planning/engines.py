@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from deploy.planning import options
-from deploy.planning.model import Model
+from deploy.planning.models import Model
 from gracefarm.errors import ConfigError, LayoutError
 
 Value = str | int | float | bool | list[str]

@@ -1,0 +1,109 @@
+"""`deploy tunnel`: the engine and Ray's dashboard on this machine's loopback."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict
+from typing import Any
+
+import click
+
+from deploy.cli.common import Context, pass_context, wait
+from deploy.fleet import tunnels
+from deploy.fleet.ssh import fleet
+from deploy.nodes.inventory import Folder
+from gracefarm.cli import json_option
+from gracefarm.errors import GracefarmError, SshError
+
+
+def _prepare(folder: Folder) -> None:
+    """Its folder is there, and for its owner alone. Raises ConfigError before `deploy init`."""
+    _ = folder.id
+    folder.make()
+
+
+@click.command()
+@click.option("--port", type=click.IntRange(0, 65535), help="Of the engine, here; default: the same as there (2242).")
+@click.option("--dashboard-port", type=click.IntRange(0, 65535), help="Of Ray's dashboard, here; default: as there (8265).")
+@click.option("--background", is_flag=True, help="Come back when it is open; `deploy down` ends it, or --end.")
+@click.option("--end", is_flag=True, help="End every tunnel of this deployment on this machine.")
+@json_option
+@pass_context
+def tunnel(context: Context, port: int | None, dashboard_port: int | None, background: bool, end: bool) -> None:
+    """The engine (2242) and Ray's dashboard (8265) on this machine's loopback, until Ctrl-C.
+
+    A port that is taken here gets a free one instead. After a cut it connects again by itself.
+    """
+    deployment = context.deployment
+    if end:
+        count = tunnels.end_all(deployment.folder)
+        context.console.result({"ended": count}, f"{count} ended" if count else "there was none")
+        return
+    if background:
+        _in_background(context, port, dashboard_port)
+        return
+    wanted = tunnels.ports(deployment, engine=port, dashboard=dashboard_port)
+    _prepare(deployment.folder)
+
+    def changed(error: GracefarmError | None) -> None:
+        if error is None:
+            context.console.event("connected", "connected again")
+        else:
+            context.console.warn(f"{error.cause}; trying again")
+
+    async def go() -> None:
+        task = asyncio.current_task()
+        assert task
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+        async with fleet(deployment) as made, tunnels.opened(made, deployment.head, wanted) as forwards:
+            _tell(context, {one.name: asdict(one) for one in forwards})
+            await tunnels.attend(made, deployment.head, changed)
+
+    with tunnels.registered(deployment.folder), suppress(KeyboardInterrupt, asyncio.CancelledError):
+        wait(go())
+    context.console.event("closed", "the tunnel is closed; the engine runs on")
+
+
+def _tell(context: Context, forwards: Mapping[str, dict[str, Any]]) -> None:
+    rows = {name: {**one, "url": f"http://127.0.0.1:{one['local']}"} for name, one in forwards.items()}
+    lines = []
+    for name, one in rows.items():
+        path = "/v1" if name == "engine" else ""
+        moved = f"   (port {one['remote']} is taken here)" if one["moved"] else ""
+        lines.append(f"{name:<10} {one['url']}{path}{moved}")
+    key = context.deployment.folder.api_key
+    lines.append(f"key        {key}" if key.exists() else "key        none yet: `deploy serve` makes it")
+    context.console.result({"forwards": rows, "api_key_file": str(key)}, "\n".join(lines))
+
+
+def _in_background(context: Context, port: int | None, dashboard_port: int | None) -> None:
+    """The same command in a session of its own; its first line is ours. Raises SshError: it ended instead."""
+    deployment = context.deployment
+    _prepare(deployment.folder)
+    argv = [sys.executable, "-m", "deploy", "--file", str(deployment.path), "tunnel", "--json"]
+    argv += ["--port", str(port)] if port is not None else []
+    argv += ["--dashboard-port", str(dashboard_port)] if dashboard_port is not None else []
+    log = deployment.folder.logs / "tunnel.log"
+    with log.open("wb") as stream:
+        process = subprocess.Popen(
+            argv, stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    while True:
+        first = log.read_text().partition("\n")
+        if first[1]:
+            said = json.loads(first[0])
+            break
+        if process.poll() is not None:
+            said = {}
+            break
+        time.sleep(0.05)
+    if "forwards" not in said:
+        raise SshError(said.get("text") or f"the tunnel ended with {process.returncode}", remedy=said.get("remedy", f"{log}"))
+    _tell(context, said["forwards"])
