@@ -1,58 +1,119 @@
-"""A set's lock: requirements with the sha256 of every file, as pip and uv read them."""
+"""requirements.lock: wheels pinned to one version and the sha256 of each file, as pip and uv read it with --require-hashes."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from packaging.markers import Marker
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 
+from gracefarm import tables
 from gracefarm.errors import ConfigError
 
+REMEDY = "lock with hashes, as `uv pip compile --generate-hashes`"
 _HASH = re.compile(r"--hash[= ]sha256:([0-9a-f]{64})(?=\s|$)")
+_END_OF_REQUIREMENT = re.compile(r"\s--hash|\s#")
+_ONE_VERSION = re.compile(r"==([^=<>!~*,]+)")
+_WHEEL_COMMENT = re.compile(r"#\s*(\S+\.whl)")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pin:
-    """One line of the lock."""
+    """One requirement of the lock."""
 
     name: str
     "Normalised."
     version: str
     sha256: frozenset[str]
+    "Of each file that may be installed; at least one."
+    marker: Marker | None
+    filename: str
+    "Of the wheel that the comment before it names; empty: it names none."
+    number: int
+    "The line that it begins at, from 1."
+    text: str
+    "All of it on one line, with single spaces."
+
+    def applies(self, environment: Mapping[str, str]) -> bool:
+        """Does its marker hold there? What `environment` leaves out is as it is for the Python that runs this."""
+        return self.marker is None or self.marker.evaluate(dict(environment))
 
 
-def read(path: Path) -> list[Pin]:
-    """Every pin of the lock.
+def read(path: Path, *, remedy: str = REMEDY, repeat: str = "", options: bool = False) -> list[Pin]:
+    """Every pin of the lock at `path`; see `parse`.
 
     Raises:
-        ConfigError: the file is absent, or a line is not NAME==VERSION with at least one sha256.
+        ConfigError: the file is absent or cannot be read, or a line of it is no pin.
     """
     try:
-        text = path.read_text()
-    except OSError as error:
-        raise ConfigError(
-            f"the lock {path} cannot be read: {error.strerror}", remedy="give the path of a requirements.lock"
-        ) from error
-    lines = re.sub(r"\\\n", " ", text).splitlines()
-    return [_pin(path, line.strip()) for line in lines if line.strip() and not line.strip().startswith(("#", "-"))]
+        return parse(tables.read_text(path), str(path), remedy=remedy, options=options)
+    except ConfigError as error:
+        raise ConfigError(error.cause, remedy=remedy, repeat=repeat) from error
 
 
-def _pin(path: Path, line: str) -> Pin:
-    head = re.split(r"\s--hash|\s#", line)[0]
-    hashes = frozenset(_HASH.findall(line))
-    try:
-        requirement = Requirement(head)
-    except InvalidRequirement as error:
-        raise ConfigError(
-            f"{path}: {head!r} is not a requirement", remedy="lock with hashes, as `uv pip compile --generate-hashes`"
-        ) from error
-    pins = [item.version for item in requirement.specifier if item.operator in ("==", "===")]
-    if len(pins) != 1 or len(requirement.specifier) != 1 or not hashes:
-        raise ConfigError(
-            f"{path}: {requirement.name} is not pinned to one version with its sha256",
-            remedy="lock with hashes, as `uv pip compile --generate-hashes`",
-        )
-    return Pin(name=str(canonicalize_name(requirement.name)), version=pins[0], sha256=hashes)
+def parse(text: str, place: str, *, remedy: str = REMEDY, options: bool = False) -> list[Pin]:
+    """Every pin of a lock's text. `place` names the lock in errors; with `options`, lines of pip's options are skipped.
+
+    Raises:
+        ConfigError: a line is not NAME==VERSION with at least one sha256; names `place` and the line, and has that `remedy`.
+    """
+    pins: list[Pin] = []
+    filename = ""
+    for number, line in _logical_lines(text):
+        if not line or (options and line.startswith("-")):
+            continue
+        if line.startswith("#"):
+            comment = _WHEEL_COMMENT.fullmatch(line)
+            filename = comment[1] if comment else ""
+            continue
+        try:
+            pins.append(_pin(line, number, filename))
+        except InvalidRequirement as error:
+            raise ConfigError(f"{place}:{number}: not a pinned wheel: {error}", remedy=remedy) from error
+        filename = ""
+    return pins
+
+
+def render(name: str, version: str, digests: Iterable[str]) -> str:
+    """The lines of one pin, as `parse` reads them; `digests` are hex sha256."""
+    return " \\\n".join([f"{name}=={version}", *(f"    --hash=sha256:{digest}" for digest in sorted(digests))]) + "\n"
+
+
+def _logical_lines(text: str) -> Iterator[tuple[int, str]]:
+    """Number and content of each line, single-spaced; lines that a backslash joins are one, with the number of the first."""
+    start, parts = 1, ""
+    for number, line in enumerate(text.splitlines(), 1):
+        start = start if parts else number
+        parts += line.removesuffix("\\") + " "
+        if not line.endswith("\\"):
+            yield start, " ".join(parts.split())
+            parts = ""
+    yield start, " ".join(parts.split())
+
+
+def _pin(line: str, number: int, filename: str) -> Pin:
+    """The pin that a line is.
+
+    Raises:
+        InvalidRequirement: it is none; says why.
+    """
+    digests = frozenset(_HASH.findall(line))
+    if not digests:
+        raise InvalidRequirement("it has no --hash=sha256:…")
+    requirement = Requirement(_END_OF_REQUIREMENT.split(line, maxsplit=1)[0])
+    version = _ONE_VERSION.fullmatch(str(requirement.specifier))
+    if version is None:
+        raise InvalidRequirement("it pins no version with ==")
+    return Pin(
+        name=str(canonicalize_name(requirement.name)),
+        version=version[1],
+        sha256=digests,
+        marker=requirement.marker,
+        filename=filename,
+        number=number,
+        text=line,
+    )
