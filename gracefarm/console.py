@@ -15,6 +15,7 @@ from rich.console import Console as RichConsole
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from gracefarm import extras
 from gracefarm.errors import DiskFullError, ExitCode, GracefarmError, HostError
 
 Tick = Callable[[int, int | None, str], None]
@@ -139,10 +140,16 @@ def _machine_error(error: OSError) -> GracefarmError | None:
     return None
 
 
-def run(program: Callable[[], None], *, as_json: bool) -> None:
+def _missing_package(error: ModuleNotFoundError, extra: str) -> GracefarmError | None:
+    """The sentence for a package of the extra that is not installed; None for a module of ours."""
+    package = (error.name or "").partition(".")[0]
+    return None if package in {"", *extras.PACKAGES} else extras.missing(package, extra)
+
+
+def run(program: Callable[[], None], *, as_json: bool, extra: str) -> None:
     """Run a click program to its exit code: one clear sentence for what a user did, never a traceback for it.
 
-    Unexpected exceptions are our defects: they keep their traceback and exit with 1.
+    `extra` is what brings the program's packages. Other exceptions are our defects: they keep their traceback and exit with 1.
     """
     console = Console(as_json=as_json)
     try:
@@ -150,8 +157,8 @@ def run(program: Callable[[], None], *, as_json: bool) -> None:
     except GracefarmError as error:
         console.error(error)
         sys.exit(error.exit_code)
-    except OSError as error:
-        known = _machine_error(error)
+    except (OSError, ModuleNotFoundError) as error:
+        known = _machine_error(error) if isinstance(error, OSError) else _missing_package(error, extra)
         if known is None:
             raise
         console.error(known)

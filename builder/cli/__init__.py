@@ -56,4 +56,4 @@ def main() -> None:
     # Modes go into wheels, and what other programs say is searched: neither may differ with the person who builds.
     os.umask(0o022)
     os.environ["LC_ALL"] = "C"
-    console.run(lambda: cli.main(standalone_mode=False, prog_name="builder"), as_json="--json" in sys.argv)
+    console.run(lambda: cli.main(standalone_mode=False, prog_name="builder"), as_json="--json" in sys.argv, extra="builder")

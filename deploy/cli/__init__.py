@@ -59,4 +59,4 @@ def cli(context: click.Context, file: Path | None) -> None:
 
 def main() -> None:
     """The console script."""
-    console.run(lambda: cli.main(standalone_mode=False), as_json="--json" in sys.argv)
+    console.run(lambda: cli.main(standalone_mode=False), as_json="--json" in sys.argv, extra="deploy")
