@@ -21,7 +21,7 @@ from deploy.fleet import tunnels
 from deploy.fleet.ssh import fleet
 from deploy.fleet.tunnels import Wanted
 from deploy.measure.bench import Level, Report, Spread, Sweep, find_model, query, run_sweep
-from deploy.nodes.inventory import Folder
+from deploy.nodes.deployment import Folder
 from deploy.planning.plans import Plan
 from deploy.steps.completion import Answer, Api, Prompt, Server
 from deploy.watch.status import plan_of

@@ -11,8 +11,7 @@ from typing import Any, TypeVar
 
 import click
 
-from deploy.nodes import inventory
-from deploy.nodes.inventory import Deployment
+from deploy.nodes.deployment import Deployment, load_deployment
 from gracefarm.console import Console
 
 T = TypeVar("T")
@@ -28,7 +27,7 @@ class Context:
     @cached_property
     def deployment(self) -> Deployment:
         """Of --file, else of the nearest deploy.toml. Raises ConfigError."""
-        return inventory.load(self.file)
+        return load_deployment(self.file)
 
 
 pass_context = click.make_pass_decorator(Context)

@@ -8,15 +8,16 @@ from pathlib import Path
 import click
 
 from deploy.cli.common import Context, pass_context, wait
-from deploy.fleet import facts as facts_of
 from deploy.fleet import hostkeys
-from deploy.fleet.calls import joined
-from deploy.fleet.facts import Facts, NodeFacts
+from deploy.fleet.calls import combined_error
 from deploy.fleet.hostkeys import Shown
+from deploy.fleet.probe import probe_nodes
 from deploy.fleet.ssh import fleet, parse_jump
 from deploy.fleet.targets import targets
-from deploy.nodes import inventory, start
-from deploy.nodes.inventory import Access, Deployment
+from deploy.nodes import start
+from deploy.nodes.config import FILE, Access
+from deploy.nodes.deployment import Deployment, load_deployment
+from deploy.nodes.facts import Facts, NodeFacts, keep_facts, load_facts
 from gracefarm.cli import json_option
 from gracefarm.console import Console
 from gracefarm.errors import GracefarmError, SshError
@@ -58,30 +59,30 @@ def init(
     if jump is not None:
         parse_jump(jump)
     path = _write(context, file, Access(user=user, key=key, port=port, jump=jump), share)
-    deployment = inventory.load(path)
+    deployment = load_deployment(path)
     deployment.folder.make()
     lost = _pin(deployment, console, accept=accept, repin=repin)
     there = [one.name for one in deployment.nodes if one.name not in lost]
     if not there:
-        raise joined(lost, len(deployment.nodes))
+        raise combined_error(lost, len(deployment.nodes))
     found, silent = _ask(deployment, console, there)
     if len(found.nodes) == len(deployment.nodes):
         _propose(deployment, found, console)
     console.result(_document(found), table(found))
     if bad := {**lost, **silent}:
-        raise joined(bad, len(deployment.nodes))
+        raise combined_error(bad, len(deployment.nodes))
 
 
 def _write(context: Context, file: Path | None, access: Access, share: str | None) -> Path | None:
     """deploy.toml's path."""
     if file is None or file.suffix == ".toml":
         return file or context.file
-    path = context.file or Path.cwd() / inventory.FILE
+    path = context.file or Path.cwd() / FILE
     if start.write(file, path, access=access, share=share):
         context.console.step("init", f"{path} written")
     else:
         context.console.step("init", f"{path} is there, and stays as it is")
-        data = inventory.load(path).data
+        data = load_deployment(path).data
         there = {**data.nodes.model_dump(), "share": data.share}
         given = {**access.model_dump(exclude_none=True), **({"share": share} if share else {})}
         if other := [f"--{name}" for name, value in given.items() if there[name] != value]:
@@ -141,11 +142,11 @@ def _confirm(console: Console, asked: Sequence[Shown]) -> None:
 def _ask(deployment: Deployment, console: Console, names: Sequence[str]) -> tuple[Facts, dict[str, GracefarmError]]:
     async def probe() -> tuple[Facts, dict[str, GracefarmError]]:
         async with fleet(deployment) as nodes:
-            return await facts_of.probe(deployment, targets(nodes, nodes=[deployment.node(one) for one in names]))
+            return await probe_nodes(deployment, targets(nodes, nodes=[deployment.node(one) for one in names]))
 
     console.step("facts", f"asking {len(names)} nodes")
     found, bad = wait(probe())
-    facts_of.keep(deployment, found)
+    keep_facts(deployment, found)
     return found, bad
 
 
@@ -170,13 +171,13 @@ def facts(context: Context, kept: bool) -> None:
     """What the nodes are: asked now, all at once, and kept for `deploy plan`."""
     deployment = context.deployment
     if kept:
-        found = facts_of.load(deployment)
+        found = load_facts(deployment)
         context.console.result(_document(found), table(found))
         return
     found, bad = _ask(deployment, context.console, [one.name for one in deployment.nodes])
     context.console.result(_document(found), table(found))
     if bad:
-        raise joined(bad, len(deployment.nodes))
+        raise combined_error(bad, len(deployment.nodes))
 
 
 def _document(found: Facts) -> object:

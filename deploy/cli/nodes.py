@@ -21,8 +21,8 @@ from rich.console import Console as RichConsole
 from rich.markup import escape
 
 from deploy.cli.common import Context, pass_context, wait
-from deploy.fleet.ssh import Result, fleet, parse_jump
-from deploy.nodes.inventory import Deployment, Node
+from deploy.fleet.ssh import CommandResult, fleet, parse_jump
+from deploy.nodes.deployment import Deployment, Node
 from gracefarm.cli import json_option
 from gracefarm.errors import HostError, NodeError
 
@@ -56,7 +56,7 @@ def run(context: Context, words: tuple[str, ...], timeout: float | None, command
         colour = COLOURS[node.rank % len(COLOURS)]
         (out if stream == "stdout" else err).print(f"[{colour}]{escape(node.name):>{width}}[/] {escape(text)}")
 
-    async def go() -> dict[str, Result]:
+    async def go() -> dict[str, CommandResult]:
         async with fleet(deployment) as made:
             text = command[0] if len(command) == 1 else list(command)
             return await made.run(text, nodes=nodes, timeout=timeout, on_line=line, keep=False)
@@ -75,7 +75,7 @@ def run(context: Context, words: tuple[str, ...], timeout: float | None, command
     _matrix(results)
 
 
-def _matrix(results: dict[str, Result]) -> None:
+def _matrix(results: dict[str, CommandResult]) -> None:
     """Raises NodeError with every node's exit code, where one is not 0."""
     bad = [one for one in results.values() if not one.ok]
     if not bad:

@@ -19,10 +19,10 @@ from rich.table import Table
 from rich.text import Text
 
 from deploy.cli.common import Context, pass_context
-from deploy.fleet import facts as facts_of
-from deploy.fleet.facts import Facts
-from deploy.nodes import inventory, state
-from deploy.nodes.inventory import Deployment
+from deploy.nodes import state
+from deploy.nodes.config import FILE, Config, ModelConfig
+from deploy.nodes.deployment import Deployment, find_config
+from deploy.nodes.facts import Facts, load_facts
 from deploy.planning import engines, layouts, models, plans, speed, suppose
 from deploy.planning.plans import Plan
 from gracefarm.cli import json_option
@@ -67,7 +67,7 @@ def plan(
         )
     if count is None:
         deployment: Deployment = context.deployment
-        facts = facts_of.load(deployment)
+        facts = load_facts(deployment)
     else:
         base = _changed(_base(context), engine_name, repo, tp, pp)
         deployment, facts = suppose.suppose(suppose.kind(kind or plans.REHEARSED), count, base)
@@ -94,7 +94,7 @@ def schema_command(write: Path | None) -> None:
 
 def schemas() -> dict[str, str]:
     """Name to JSON schema, as committed under docs/schema (a test compares them)."""
-    models: dict[str, type[BaseModel]] = {"deploy": inventory.File, "deploy-plan": Plan}
+    models: dict[str, type[BaseModel]] = {"deploy": Config, "deploy-plan": Plan}
     return {name: json.dumps(model.model_json_schema(), indent=2) + "\n" for name, model in models.items()}
 
 
@@ -111,19 +111,19 @@ def _base(context: Context) -> Deployment | None:
     """deploy.toml, where there is one: it says the model, the engine and the paths."""
     if context.file is None:
         try:
-            inventory.find()
+            find_config()
         except ConfigError:
             return None
     return context.deployment
 
 
 def _changed(base: Deployment | None, engine: str | None, repo: str | None, tp: int | None, pp: int | None) -> Deployment:
-    found = base or Deployment(path=Path.cwd() / inventory.FILE, data=inventory.File(), nodes=())
+    found = base or Deployment(path=Path.cwd() / FILE, data=Config(), nodes=())
     data = found.data
     forced = data.layout.model_copy(
         update={name: value for name, value in (("tensor_parallel", tp), ("pipeline_parallel", pp)) if value}
     )
-    model = inventory.Model(repo=repo) if repo else data.model
+    model = ModelConfig(repo=repo) if repo else data.model
     return found.model_copy(
         update={"data": data.model_copy(update={"engine": engine or data.engine, "model": model, "layout": forced})}
     )

@@ -18,7 +18,7 @@ import click
 from deploy.cli.common import Context, pass_context, wait
 from deploy.fleet import tunnels
 from deploy.fleet.ssh import fleet
-from deploy.nodes.inventory import Folder
+from deploy.nodes.deployment import Folder
 from gracefarm.cli import json_option
 from gracefarm.errors import GracefarmError, SshError
 

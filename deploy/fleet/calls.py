@@ -47,7 +47,7 @@ _CLASSES: Mapping[str, type[GracefarmError]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Done:
+class Exit:
     """How a remote command ended."""
 
     code: int
@@ -57,7 +57,7 @@ class Done:
 class Shell(Protocol):
     """A way to run commands on one node. Implementations hold the connection; SshError, NodeError: it was lost."""
 
-    async def stream(self, command: str, *, stdin: bytes, on_line: Callable[[str], None]) -> Done:
+    async def stream(self, command: str, *, stdin: bytes, on_line: Callable[[str], None]) -> Exit:
         """Run `command` with `stdin`, hand each line of its stdout to `on_line`; it ends with the connection."""
         ...
 
@@ -65,7 +65,7 @@ class Shell(Protocol):
         """Start `command` so that it outlives the connection and this process; False: a job of this name is at work."""
         ...
 
-    async def follow(self, job: str, on_line: Callable[[str], None]) -> Done:
+    async def follow(self, job: str, on_line: Callable[[str], None]) -> Exit:
         """Hand on each line that a job says, from its first one, until it ends; a cut is mended."""
         ...
 
@@ -183,7 +183,7 @@ async def on_all(nodes: Sequence[Target], work: Callable[[Target], Awaitable[T]]
     """
     good, bad = await try_all(nodes, work)
     if bad:
-        raise joined(bad, len(nodes))
+        raise combined_error(bad, len(nodes))
     return good
 
 
@@ -204,7 +204,7 @@ async def try_all(
     return good, bad
 
 
-def joined(bad: Mapping[str, GracefarmError], of: int) -> GracefarmError:
+def combined_error(bad: Mapping[str, GracefarmError], of: int) -> GracefarmError:
     """Several nodes' failures as one error, of the first one's class."""
     first = next(iter(bad.values()))
     if len(bad) == 1:

@@ -12,7 +12,7 @@ import asyncssh
 
 from deploy.fleet import ssh
 from deploy.fleet.ssh import Fleet
-from deploy.nodes.inventory import Node
+from deploy.nodes.deployment import Node
 from gracefarm.errors import GracefarmError, SshError
 
 SECONDS = 30

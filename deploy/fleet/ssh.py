@@ -17,7 +17,8 @@ from typing import Any, Literal, TypeVar
 
 import asyncssh
 
-from deploy.nodes.inventory import Deployment, Node, split_jump
+from deploy.nodes.config import split_jump
+from deploy.nodes.deployment import Deployment, Node
 from gracefarm.errors import GracefarmError, NodeError, SshError, UsageError
 from gracefarm.files import atomic_write
 
@@ -36,7 +37,7 @@ OnLine = Callable[[Node, str, str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Result:
+class CommandResult:
     """What became of a command on one node."""
 
     node: Node
@@ -74,7 +75,7 @@ class JobStatus:
     "Bytes of its log."
 
 
-def require(results: Mapping[str, Result], what: str) -> None:
+def require(results: Mapping[str, CommandResult], what: str) -> None:
     """Nothing, when all ended with 0.
 
     Raises:
@@ -243,7 +244,7 @@ class Fleet:
         env: Mapping[str, str] | None = None,
         on_line: OnLine | None = None,
         keep: bool = True,
-    ) -> dict[str, Result]:
+    ) -> dict[str, CommandResult]:
         """A command on all nodes at once: node name to Result, in the nodes' order. Never raises for a node; `require` does.
 
         stdin is closed unless there is `input`. `keep` false: `on_line` alone has stdout, however much it is. Secrets go in
@@ -260,7 +261,7 @@ class Fleet:
 
     async def _run(
         self, node: Node, command: str, data: bytes, seconds: float | None, on_line: OnLine | None, keep: bool
-    ) -> Result:
+    ) -> CommandResult:
         begin = time.monotonic()
         running = _Running(node, on_line, keep=keep)
         error: GracefarmError | None = None
@@ -286,7 +287,7 @@ class Fleet:
             )
         if code is None and error is None:
             error = NodeError(f"{node}: the connection ended before the command did", remedy="repeat the command")
-        return Result(
+        return CommandResult(
             node=node,
             returncode=code,
             raw=bytes(running.out),
@@ -314,7 +315,7 @@ class Fleet:
 
     async def put(
         self, content: bytes | Path, remote: str, *, nodes: Sequence[Node | str] | None = None, mode: int = 0o600
-    ) -> dict[str, Result]:
+    ) -> dict[str, CommandResult]:
         """Place a file on all nodes at once, whole or not at all; its folder is made (0700)."""
         data = await asyncio.to_thread(content.read_bytes) if isinstance(content, Path) else content
         place = PurePosixPath(remote)
@@ -334,7 +335,7 @@ class Fleet:
 
         return await self._sftp(nodes, f"placing {remote}", one)
 
-    async def get(self, remote: str, folder: Path, *, nodes: Sequence[Node | str] | None = None) -> dict[str, Result]:
+    async def get(self, remote: str, folder: Path, *, nodes: Sequence[Node | str] | None = None) -> dict[str, CommandResult]:
         """Fetch a file of all nodes into `folder`/NODE/, whole or not at all."""
 
         async def one(node: Node, sftp: asyncssh.SFTPClient) -> None:
@@ -349,8 +350,8 @@ class Fleet:
         nodes: Sequence[Node | str] | None,
         what: str,
         work: Callable[[Node, asyncssh.SFTPClient], Awaitable[None]],
-    ) -> dict[str, Result]:
-        async def one(node: Node) -> Result:
+    ) -> dict[str, CommandResult]:
+        async def one(node: Node) -> CommandResult:
             begin = time.monotonic()
             problem: GracefarmError | None = None
             try:
@@ -363,7 +364,7 @@ class Fleet:
                 problem = error
             except (OSError, asyncssh.Error) as error:
                 problem = NodeError(f"{node}: {what}: {error}", remedy=f"look there: `deploy ssh {node.name}`")
-            return Result(node=node, returncode=None if problem else 0, error=problem, seconds=time.monotonic() - begin)
+            return CommandResult(node=node, returncode=None if problem else 0, error=problem, seconds=time.monotonic() - begin)
 
         return {done.node.name: done for done in await asyncio.gather(*map(one, self.pick(nodes)))}
 
@@ -382,7 +383,7 @@ class Fleet:
 
     async def _job(
         self, verb: str, node: Node, name: str, *more: str, on_line: OnLine | None = None, data: bytes = b""
-    ) -> Result:
+    ) -> CommandResult:
         folder = f"{await self.folder(node)}/jobs/{name}"
         arguments = [verb, folder, f"{self.mark}/{node.name}/{name}", *more]
         command = ["sh", "-c", _jobs_script(), "gracefarm-jobs", *arguments]
@@ -454,7 +455,7 @@ class Fleet:
                 raise problem
             await asyncio.sleep(0.5)
 
-    async def _follow(self, node: Node, name: str, offset: int, log: _Log) -> Result:
+    async def _follow(self, node: Node, name: str, offset: int, log: _Log) -> CommandResult:
         folder = f"{await self.folder(node)}/jobs/{name}"
         arguments = ["follow", folder, f"{self.mark}/{node.name}/{name}", str(offset + log.size)]
         command = shlex.join(["sh", "-c", _jobs_script(), "gracefarm-jobs", *arguments])
@@ -472,7 +473,7 @@ class Fleet:
             error = explain(node, lost)
         if code is None and error is None:
             error = SshError(f"{node}: the connection was cut", remedy="the job goes on; repeat the command")
-        return Result(node=node, returncode=code, stderr=running.err.decode(errors="replace"), error=error)
+        return CommandResult(node=node, returncode=code, stderr=running.err.decode(errors="replace"), error=error)
 
     async def stop_job(self, node: Node, name: str, *, grace: float = 10.0) -> None:
         """TERM to every process of the job, KILL after `grace` seconds, and a look that none is left; absent is fine.

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from deploy.fleet.calls import Done, Target
-from deploy.fleet.facts import Facts
+from deploy.fleet.calls import Exit, Target
 from deploy.fleet.ssh import Fleet
-from deploy.nodes.inventory import Node
+from deploy.nodes.deployment import Node
+from deploy.nodes.facts import Facts
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class FleetShell:
     fleet: Fleet
     node: Node
 
-    async def stream(self, command: str, *, stdin: bytes, on_line: Callable[[str], None]) -> Done:
+    async def stream(self, command: str, *, stdin: bytes, on_line: Callable[[str], None]) -> Exit:
         """Run it; a node that cannot be entered is an SshError, a connection that was cut a NodeError."""
 
         def line(_node: Node, stream: str, text: str) -> None:
@@ -29,18 +29,18 @@ class FleetShell:
         if result.error:
             raise result.error
         assert result.returncode is not None
-        return Done(code=result.returncode, stderr=result.stderr)
+        return Exit(code=result.returncode, stderr=result.stderr)
 
     async def start(self, job: str, command: str, *, stdin: bytes) -> bool:
         """Detached, in the node's folder, with this deployment's mark."""
         return await self.fleet.start_job(self.node, job, command, input=stdin)
 
-    async def follow(self, job: str, on_line: Callable[[str], None]) -> Done:
+    async def follow(self, job: str, on_line: Callable[[str], None]) -> Exit:
         """Its log to the end. What was killed has no exit code of its own: -1."""
         status = await self.fleet.follow_job(self.node, job, on_line, patience=self.fleet.patience)
         if status.returncode is None:
-            return Done(code=-1, stderr="it was stopped" if status.state == "stopped" else "it was killed")
-        return Done(code=status.returncode, stderr="")
+            return Exit(code=-1, stderr="it was stopped" if status.state == "stopped" else "it was killed")
+        return Exit(code=status.returncode, stderr="")
 
     async def at_work(self, job: str) -> bool:
         """A look at its process."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deploy.fleet.ssh import Fleet
-from deploy.nodes.inventory import Deployment, Folder, Node
+from deploy.nodes.deployment import Deployment, Folder, Node
 from gracefarm.errors import GracefarmError, HostError, SshError
 from gracefarm.files import lock
 

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict
 
 from deploy.planning.plans import Plan
 from deploy.steps import completion
-from deploy.steps.completion import Answer, Api, Prompt, Server
+from deploy.steps.completion import Answer, Api, Failed, Prompt, Server
 from gracefarm.errors import EngineError
 
 OnAnswer = Callable[[int, int], None]
@@ -144,14 +144,15 @@ def prompts(sweep: Sweep, model: str, *, to_the_end: bool) -> Iterator[Prompt]:
 
 async def find_model(client: httpx.AsyncClient, wanted: str | None) -> str:
     """The model to ask for. Raises EngineError: the server does not answer, refuses the key, or has another one."""
-    found, why, status = await completion.models(client)
-    if wanted and (wanted in found or not found):
-        return wanted
-    if not found:
-        raise EngineError(f"{client.base_url}: {why}", remedy=remedy(status))
-    if wanted:
-        raise EngineError(f"there is no model {wanted!r}", remedy=f"there is: {', '.join(found)}")
-    return found[0]
+    try:
+        names = await completion.models(client)
+    except Failed as failure:
+        if wanted:
+            return wanted
+        raise EngineError(f"{client.base_url}: {failure.cause}", remedy=remedy(failure.status)) from failure
+    if wanted and wanted not in names:
+        raise EngineError(f"there is no model {wanted!r}", remedy=f"there is: {', '.join(names)}")
+    return wanted or names[0]
 
 
 def remedy(status: int | None) -> str:

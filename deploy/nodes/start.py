@@ -7,8 +7,9 @@ import os
 import re
 from pathlib import Path
 
-from deploy.nodes import inventory
-from deploy.nodes.inventory import Access, Deployment
+from deploy.nodes.config import Access, ModelConfig
+from deploy.nodes.deployment import Deployment, load_deployment
+from deploy.nodes.ips import read_ips
 from gracefarm.errors import ConfigError
 from gracefarm.files import atomic_write
 
@@ -21,10 +22,10 @@ def write(ips: Path, path: Path, *, access: Access, share: str | None = None) ->
     Raises:
         ConfigError: ips.txt is wrong, or `path` is there and is about other nodes.
     """
-    inventory.read_ips(ips)
+    read_ips(ips)
     relative = os.path.relpath(ips.absolute(), path.absolute().parent)
     if path.exists():
-        before = inventory.load(path).data.nodes.file
+        before = load_deployment(path).data.nodes.file
         if before == relative:
             return False
         raise ConfigError(
@@ -53,7 +54,7 @@ def render(ips: str, *, access: Access, share: str | None) -> str:
         *entered,
         "",
         "[model]",
-        f"repo = {quoted(inventory.Model().repo)}",
+        f"repo = {quoted(ModelConfig().repo)}",
         'revision = "main"        # a commit pins it',
         "",
         "[options]",

@@ -8,12 +8,13 @@ from functools import cached_property
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
-from deploy.nodes import inventory
+from deploy.nodes.config import LayoutConfig
+from deploy.nodes.facts import Gpu
 from deploy.planning import engines, speed
 from deploy.planning.engines import Engine
 from deploy.planning.models import Model
-from deploy.planning.shards import GIB, Share, balance, shares
-from deploy.planning.speed import Kind, Prediction, Stage
+from deploy.planning.shards import GIB, RankShare, balance, shares
+from deploy.planning.speed import NodeKind, Prediction, Stage
 from gracefarm.errors import LayoutError
 
 RESERVE = 3 * GIB
@@ -106,15 +107,6 @@ class Rejected(BaseModel):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gpu:
-    """Bytes, as the driver has them."""
-
-    name: str
-    total: int
-    free: int
-
-
-@dataclass(frozen=True, kw_only=True)
 class Machine:
     """A node, as the planner sees it."""
 
@@ -140,7 +132,7 @@ class Question:
     engine: Engine
     model: Model
     machines: tuple[Machine, ...]
-    forced: inventory.Layout = field(default_factory=inventory.Layout)
+    forced: LayoutConfig = field(default_factory=LayoutConfig)
     price: float | None = None
     "$ per node and hour."
 
@@ -172,7 +164,7 @@ class Candidate:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Choice:
+class LayoutChoice:
     """The best layout, the others that fit, best first, and those that do not."""
 
     best: Candidate
@@ -258,7 +250,7 @@ def _partition(engine: Engine, model: Model, tp: int, pp: int, given: Sequence[i
     return tuple(given)
 
 
-def _offload(question: Question, name: str, held: Sequence[Share], budgets: Sequence[int]) -> float:
+def _offload(question: Question, name: str, held: Sequence[RankShare], budgets: Sequence[int]) -> float:
     """GiB per GPU: 0 where the cache has its floor; else in tenths, so much that the fullest GPU has it."""
     forced = question.forced.cpu_offload_gib
     wants = [one.weights + RESERVE + CACHE_FLOOR - room for one, room in zip(held, budgets, strict=True)]
@@ -333,7 +325,7 @@ def _sized(question: Question, tp: int, pp: int, stages: tuple[int, ...], offloa
     )
 
 
-def _speed(question: Question, layout: Layout, slots: Sequence[Slot], held: Sequence[Share]) -> Prediction:
+def _speed(question: Question, layout: Layout, slots: Sequence[Slot], held: Sequence[RankShare]) -> Prediction:
     nodes = len({slot.machine.name for slot in slots})
     price = question.price_per_node
     stages = []
@@ -360,7 +352,7 @@ def second_figure(engine: Engine, model: Model) -> Prediction:
     return evaluate(Question(engine=engine, model=model, machines=machines_of(kind, 2)), 8, 2).prediction
 
 
-def machines_of(kind: Kind, count: int) -> tuple[Machine, ...]:
+def machines_of(kind: NodeKind, count: int) -> tuple[Machine, ...]:
     """Nodes that nobody has asked."""
     gpu = Gpu(name=kind.match, total=kind.mib << 20, free=kind.mib << 20)
     return tuple(
@@ -372,7 +364,7 @@ def machines_of(kind: Kind, count: int) -> tuple[Machine, ...]:
 # choosing
 
 
-def choose(question: Question) -> Choice:
+def choose(question: Question) -> LayoutChoice:
     """The fastest layout that fits, within what deploy.toml forces.
 
     Raises:
@@ -387,7 +379,7 @@ def choose(question: Question) -> Choice:
         )
     if forced.tensor_parallel and forced.pipeline_parallel:
         only = evaluate(question, forced.tensor_parallel, forced.pipeline_parallel, forced.partition)
-        return Choice(best=only, others=(), rejected=())
+        return LayoutChoice(best=only, others=(), rejected=())
     found: list[Candidate] = []
     failed: dict[tuple[int, int], LayoutError] = {}
     for tp, pp in _pairs(question, forced):
@@ -400,10 +392,10 @@ def choose(question: Question) -> Choice:
         raise LayoutError(f"no layout fits: {failed[nearest].cause}", remedy=failed[nearest].remedy)
     found.sort(key=lambda one: one.rank)
     rejected = (*_worth_saying(failed, question), *_own_splits(question, found))
-    return Choice(best=found[0], others=tuple(found[1:]), rejected=rejected)
+    return LayoutChoice(best=found[0], others=tuple(found[1:]), rejected=rejected)
 
 
-def _pairs(question: Question, forced: inventory.Layout) -> Iterator[tuple[int, int]]:
+def _pairs(question: Question, forced: LayoutConfig) -> Iterator[tuple[int, int]]:
     """What is tried. A tp that the engine refuses is tried once, for its reason, up to 16."""
     tps = [forced.tensor_parallel] if forced.tensor_parallel else range(1, question.gpus + 1)
     for tp in tps:

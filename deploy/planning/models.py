@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 
-from deploy.nodes import inventory
+from deploy.nodes.config import ModelConfig
 from gracefarm.errors import ConfigError, FetchError, LayoutError
 
 if TYPE_CHECKING:
@@ -228,7 +228,7 @@ def _get(client: httpx.Client, url: str, repo: str, revision: str) -> httpx.Resp
     return answer
 
 
-def find(wanted: inventory.Model, base: Path, *, offline: bool = False) -> tuple[Model, str]:
+def find(wanted: ModelConfig, base: Path, *, offline: bool = False) -> tuple[Model, str]:
     """The model that deploy.toml wants, and what a person should know about the source ("": nothing).
 
     A local config.json comes first, then the Hub, then the built-in numbers; `offline`: the Hub is not asked.

@@ -9,12 +9,12 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, PositiveInt
 
-from deploy.fleet.facts import Facts, NodeFacts
 from deploy.nodes import paths, redact
-from deploy.nodes.inventory import Deployment, Node
+from deploy.nodes.deployment import Deployment, Node
+from deploy.nodes.facts import Facts, NodeFacts
 from deploy.planning import engines, layouts, speed
 from deploy.planning.engines import Engine
-from deploy.planning.layouts import Candidate, Choice, Gpu, Layout, Machine, Memory, Question, Rejected
+from deploy.planning.layouts import Candidate, Layout, LayoutChoice, Machine, Memory, Question, Rejected
 from deploy.planning.models import Model
 from deploy.planning.shards import GIB
 from deploy.planning.speed import Prediction
@@ -169,17 +169,17 @@ def _machines(deployment: Deployment, known: Mapping[str, NodeFacts]) -> tuple[t
         if deployment.data.options.rehearsal:
             kind = speed.kinds()[REHEARSED]
             machine = layouts.machines_of(kind, 1)[0]
-            gpus = machine.gpus[:1] * (node.gpus or 1)
-            machines.append(Machine(name=node.name, private=facts.private, gpus=gpus, host=machine.host))
+            declared = machine.gpus[:1] * (node.gpus or 1)
+            machines.append(Machine(name=node.name, private=facts.private, gpus=declared, host=machine.host))
             continue
-        found = tuple(Gpu(name=one.name, total=one.total, free=one.free) for one in facts.cuda.gpus)
-        if node.gpus is not None and node.gpus > len(found):
+        gpus = facts.cuda.gpus
+        if node.gpus is not None and node.gpus > len(gpus):
             raise LayoutError(
-                f"{node}: deploy.toml says {node.gpus} GPUs, and it has {len(found)}",
+                f"{node}: deploy.toml says {node.gpus} GPUs, and it has {len(gpus)}",
                 remedy="correct gpus, or replace the node",
             )
-        if found:
-            machines.append(Machine(name=node.name, private=facts.private, gpus=found[: node.gpus], host=facts.memory.total))
+        if gpus:
+            machines.append(Machine(name=node.name, private=facts.private, gpus=gpus[: node.gpus], host=facts.memory.total))
         elif node.head:
             raise LayoutError(
                 f"{node}: the head has no usable GPU ({facts.cuda.text}), and the engine's driver needs one",
@@ -215,7 +215,7 @@ def cautions(facts: Facts) -> tuple[str, ...]:
     return tuple(said)
 
 
-def _alternatives(choice: Choice) -> tuple[Alternative, ...]:
+def _alternatives(choice: LayoutChoice) -> tuple[Alternative, ...]:
     """The best layout of every other tp."""
     best: dict[int, Candidate] = {}
     for one in choice.others:
@@ -332,7 +332,7 @@ def _serve(deployment: Deployment, engine: Engine, layout: Layout, model: Model)
     if layout.offload_gib:
         made += ["--cpu-offload-gb", f"{layout.offload_gib:g}"]
     engines.validate(engine, [*made, *given])
-    folder = paths.weights(deployment, model.repo, model.revision)
+    folder = paths.weights(paths.root(deployment), model.repo, model.revision)
     return (paths.program(deployment, program), *verb, folder, *made, *given)
 
 

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePosixPath
 
-from deploy.nodes.inventory import Node
+from deploy.nodes.deployment import Node
 from deploy.planning.plans import NodePlan, Plan
 
 TOKEN_FILE = "RAY_AUTH_TOKEN_PATH"  # noqa: S105 - the name of a variable

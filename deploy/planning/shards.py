@@ -14,7 +14,7 @@ GIB = 1 << 30
 
 
 @dataclass(frozen=True, kw_only=True)
-class Share:
+class RankShare:
     """What one rank of one stage holds."""
 
     layers: int
@@ -79,7 +79,7 @@ def layer_bytes(engine: Engine, model: Model, tp: int, rank: int) -> int:
     )
 
 
-def shares(engine: Engine, model: Model, tp: int, partition: Sequence[int]) -> tuple[tuple[Share, ...], ...]:
+def shares(engine: Engine, model: Model, tp: int, partition: Sequence[int]) -> tuple[tuple[RankShare, ...], ...]:
     """What every rank of every stage holds."""
     rows = engines.vocab(engine, model, tp) // tp
     table = rows * model.hidden * BYTES
@@ -91,7 +91,7 @@ def shares(engine: Engine, model: Model, tp: int, partition: Sequence[int]) -> t
         tables = (stage == 0) + (stage == last) - (stage == 0 == last and model.tied)
         fixed = tables * table + (model.hidden * BYTES if stage == last else 0)
         token = [2 * layers * kv * model.head_dim * BYTES for kv in heads]
-        made.append(tuple(Share(layers=layers * own[rank], fixed=fixed, token=token[rank]) for rank in range(tp)))
+        made.append(tuple(RankShare(layers=layers * own[rank], fixed=fixed, token=token[rank]) for rank in range(tp)))
     return tuple(made)
 
 

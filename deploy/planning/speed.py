@@ -26,7 +26,7 @@ SECOND = 16.0
 "About what the tutorial reports for 2 x 8 H100. Not used for fitting."
 
 
-class Kind(BaseModel):
+class NodeKind(BaseModel):
     """A kind of node (deploy/data/gpus.toml)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -44,20 +44,20 @@ class Kind(BaseModel):
     price: float | None = None
 
 
-UNKNOWN = Kind(
+UNKNOWN = NodeKind(
     name="unknown", match="", mib=0, gpus=1, hbm_gb_s=2000, host_gb_s=25, nvlink=False, host_gib=0, arch="", page=4096
 )
 "Stands in for a GPU that the table does not have; the plan says so."
 
 
 @cache
-def kinds() -> dict[str, Kind]:
+def kinds() -> dict[str, NodeKind]:
     """Every kind by name."""
     table: dict[str, Any] = tomllib.loads((resources.files("deploy") / "data" / "gpus.toml").read_text())
-    return {name: Kind(name=name, **values) for name, values in table.items()}
+    return {name: NodeKind(name=name, **values) for name, values in table.items()}
 
 
-def kind_of(gpu: str) -> Kind:
+def kind_of(gpu: str) -> NodeKind:
     """The kind whose `match` is the longest part of a GPU's name; UNKNOWN where none is."""
     found = [one for one in kinds().values() if one.match in gpu]
     return max(found, key=lambda one: (len(one.match), -one.mib), default=UNKNOWN)
@@ -73,7 +73,7 @@ class Stage:
     "Bytes in GPU memory."
     offloaded: float
     "Bytes in host memory."
-    kind: Kind
+    kind: NodeKind
     within_node: bool
     "All its GPUs are on one node and joined by NVLink."
 

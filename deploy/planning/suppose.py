@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from deploy.fleet.facts import Bytes, Cuda, Facts, Gpu, NodeFacts
-from deploy.nodes.inventory import Deployment, File, Folder, Node
+from deploy.nodes.config import Config
+from deploy.nodes.deployment import Deployment, Folder, Node
+from deploy.nodes.facts import Bytes, Cuda, Facts, Gpu, NodeFacts
 from deploy.planning import speed
-from deploy.planning.speed import Kind
+from deploy.planning.speed import NodeKind
 from gracefarm.errors import UsageError
 
 MARK = "0" * 12
@@ -32,7 +33,7 @@ class Supposed(Deployment):
         return SupposedFolder(path=self.path.parent / ".deploy")
 
 
-def kind(name: str) -> Kind:
+def kind(name: str) -> NodeKind:
     """A kind of node. Raises UsageError."""
     try:
         return speed.kinds()[name]
@@ -40,9 +41,9 @@ def kind(name: str) -> Kind:
         raise UsageError(f"no kind of node {name!r}", remedy=f"there are: {', '.join(speed.kinds())}") from error
 
 
-def suppose(of: Kind, count: int, base: Deployment | None = None) -> tuple[Supposed, Facts]:
+def suppose(of: NodeKind, count: int, base: Deployment | None = None) -> tuple[Supposed, Facts]:
     """`count` nodes of a kind, with `base`'s deploy.toml or its defaults, and the facts that they would have."""
-    data = base.data if base else File()
+    data = base.data if base else Config()
     price = data.options.price_per_node_hour if data.options.price_per_node_hour is not None else of.price
     options = data.options.model_copy(update={"price_per_node_hour": price, "rehearsal": False})
     data = data.model_copy(update={"share": data.share or SHARE, "options": options})
@@ -51,7 +52,7 @@ def suppose(of: Kind, count: int, base: Deployment | None = None) -> tuple[Suppo
     return Supposed(path=path, data=data, nodes=nodes), Facts(nodes=tuple(_facts(one, of) for one in nodes))
 
 
-def _facts(node: Node, of: Kind) -> NodeFacts:
+def _facts(node: Node, of: NodeKind) -> NodeFacts:
     memory = of.host_gib << 30
     gpu = Gpu(name=of.match, total=of.mib << 20, free=of.mib << 20)
     return NodeFacts(

@@ -42,7 +42,7 @@ CLONE_NEWNET = 0x40000000
 
 
 @dataclass(frozen=True, kw_only=True)
-class Spec:
+class NodeSpec:
     """How a node differs from the others, for the whole rehearsal or from `boot` on."""
 
     share: bool = True
@@ -72,7 +72,7 @@ sys.version_info = type("version_info", (tuple,), {{"major": 3, "minor": 11, "mi
 class RigNode:
     """One node and its faults."""
 
-    def __init__(self, room: Rig, rank: int, spec: Spec) -> None:
+    def __init__(self, room: Rig, rank: int, spec: NodeSpec) -> None:
         self._room = room
         self.rank = rank
         self.name = f"k{rank}"
@@ -114,7 +114,7 @@ class RigNode:
         """Power off: every process gone at once, nothing said to anybody."""
         self._room.ask({"do": "stop", "node": self.name})
 
-    def boot(self, spec: Spec | None = None) -> None:
+    def boot(self, spec: NodeSpec | None = None) -> None:
         """Power on again, perhaps as another kind of node."""
         self.spec = spec or self.spec
         self._room.boot([self])
@@ -398,7 +398,9 @@ def _keygen(path: Path) -> None:
 
 
 @contextmanager
-def rig(folder: Path, *, count: int, specs: Mapping[str, Spec] | None = None, share_size: str | None = None) -> Iterator[Rig]:
+def rig(
+    folder: Path, *, count: int, specs: Mapping[str, NodeSpec] | None = None, share_size: str | None = None
+) -> Iterator[Rig]:
     """`count` nodes k0, k1, … with the shared folder `MOUNT`; everything is gone when the block ends, or its process.
 
     `folder` (created) keeps what the nodes wrote, for whoever wants to look; it is the caller's to remove.
@@ -436,7 +438,7 @@ def rig(folder: Path, *, count: int, specs: Mapping[str, Spec] | None = None, sh
     made = Rig(folder, process, daemon, python)
     try:
         made.ask({"do": "open", "gateway": f"{GATEWAY}/24", "share": str(folder / "share"), "size": share_size})
-        made.nodes = [RigNode(made, rank, (specs or {}).get(f"k{rank}", Spec())) for rank in range(count)]
+        made.nodes = [RigNode(made, rank, (specs or {}).get(f"k{rank}", NodeSpec())) for rank in range(count)]
         made.boot(made.nodes)
         made.write_lists()
         yield made

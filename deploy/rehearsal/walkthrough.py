@@ -36,7 +36,7 @@ OUTPUT_SECONDS = 600
 
 
 @dataclass(frozen=True, kw_only=True)
-class Step:
+class CommandRun:
     """One command and what became of it."""
 
     name: str
@@ -56,9 +56,9 @@ class Rehearsal:
     index: str
     "Simple API of the set."
     environ: Mapping[str, str] = field(default_factory=dict)
-    steps: list[Step] = field(default_factory=list)
+    steps: list[CommandRun] = field(default_factory=list)
 
-    def command(self, *arguments: str, name: str | None = None) -> Step:
+    def command(self, *arguments: str, name: str | None = None) -> CommandRun:
         """`deploy …`, printed, run where the nodes can be reached, its output shown and its time taken.
 
         Raises:
@@ -76,7 +76,7 @@ class Rehearsal:
                 remedy="its own words are above",
                 repeat=f"deploy rehearse --nodes {len(self.room.nodes)}",
             )
-        step = Step(name=name or arguments[0], argv=argv, seconds=seconds, output=output)
+        step = CommandRun(name=name or arguments[0], argv=argv, seconds=seconds, output=output)
         self.steps.append(step)
         return step
 

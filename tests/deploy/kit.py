@@ -18,8 +18,7 @@ import asyncssh
 from deploy.fleet import ssh
 from deploy.fleet.calls import Target
 from deploy.fleet.targets import targets
-from deploy.nodes import inventory
-from deploy.nodes.inventory import Deployment, Node
+from deploy.nodes.deployment import Deployment, Node, load_deployment
 from deploy.remote import look
 
 
@@ -195,7 +194,7 @@ def deployment(
     for one in made:
         text += ["[[node]]", f'address = "{one.node.address}"', f"port = {one.node.port}", 'user = "tester"']
     (folder / "deploy.toml").write_text("\n".join(text) + "\n")
-    found = inventory.load(folder / "deploy.toml")
+    found = load_deployment(folder / "deploy.toml")
     found.folder.make()
     shutil.copy(folder / "known_hosts", found.folder.known_hosts)
     return found

@@ -10,14 +10,15 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from deploy.fleet import facts as facts_of
 from deploy.fleet import ssh
+from deploy.fleet.probe import probe_nodes
 from deploy.fleet.targets import targets
-from deploy.nodes import inventory, paths
-from deploy.nodes.inventory import Deployment
-from deploy.planning import model, plan
-from deploy.planning.plan import Plan
-from deploy.rehearsal.nodes import MOUNT, USER, Rig
+from deploy.nodes import paths
+from deploy.nodes.deployment import Deployment, load_deployment
+from deploy.nodes.facts import Facts, keep_facts
+from deploy.planning import models, plans
+from deploy.planning.plans import Plan
+from deploy.rehearsal.rig import MOUNT, USER, Rig
 from gracefarm import settings
 from gracefarm.files import atomic_directory, lock
 
@@ -89,7 +90,7 @@ def deployment(
         *(f"{name} = {json.dumps(value)}" for name, value in (env or {}).items()),
     ]
     (folder / "deploy.toml").write_text("\n".join(lines) + "\n")
-    made = inventory.load(folder / "deploy.toml")
+    made = load_deployment(folder / "deploy.toml")
     made.folder.make()
     shutil.copy(room.known_hosts, made.folder.known_hosts)
     link = room.folder / "share" / Path(paths.environment(made)).relative_to(MOUNT)
@@ -102,12 +103,12 @@ def deployment(
 def planned(room: Rig, made: Deployment) -> Plan:
     """As `deploy plan` makes it, from facts that the nodes are asked for now."""
 
-    async def go() -> facts_of.Facts:
+    async def go() -> Facts:
         async with ssh.fleet(made, config=[]) as fleet:
-            found, bad = await facts_of.probe(made, targets(fleet))
+            found, bad = await probe_nodes(made, targets(fleet))
             assert not bad, bad
-            return facts_of.keep(made, found)
+            return keep_facts(made, found)
 
     with room.inside():
         facts = asyncio.run(go())
-    return plan.make(made, facts, model.find(made.data.model, made.path.parent)[0])
+    return plans.make(made, facts, models.find(made.data.model, made.path.parent)[0])

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import httpx
 
-from deploy.fleet.ssh import Result, fleet
-from deploy.nodes.inventory import Node
+from deploy.fleet.ssh import CommandResult, fleet
+from deploy.nodes.deployment import Node
 from deploy.rehearsal import standin
 from deploy.rehearsal.hub import safetensors
 from deploy.rehearsal.rig import MOUNT, USER, Rig, RigNode
@@ -34,10 +34,10 @@ def run(
     names: Sequence[str] | None = None,
     timeout: float = 20,
     env: Mapping[str, str] | None = None,
-) -> dict[str, Result]:
+) -> dict[str, CommandResult]:
     """A command on nodes by the product's own SSH."""
 
-    async def go() -> dict[str, Result]:
+    async def go() -> dict[str, CommandResult]:
         async with fleet(inventory(room), known_hosts=room.known_hosts, config=[], connect_timeout=3) as made:
             return await made.run(command, nodes=names, timeout=timeout, env=env)
 
@@ -45,7 +45,7 @@ def run(
         return asyncio.run(go())
 
 
-def said(results: dict[str, Result]) -> dict[str, str]:
+def said(results: dict[str, CommandResult]) -> dict[str, str]:
     """What each wrote to stdout; all must have ended well."""
     bad = {name: (one.returncode, one.stderr, one.error) for name, one in results.items() if not one.ok}
     assert not bad, bad

@@ -9,9 +9,8 @@ import pytest
 
 from deploy.cli.common import Context
 from deploy.cli.serve import at_work, held
-from deploy.nodes import inventory
+from deploy.nodes.deployment import load_deployment
 from deploy.planning import suppose
-from deploy.steps import flow
 from deploy.steps.step import Work
 from gracefarm.console import Console
 from gracefarm.errors import ConfigError, EngineError
@@ -85,7 +84,7 @@ def test_a_lock_that_is_no_text(tmp_path: Path) -> None:
     prepared(tmp_path, 'lock = "x.lock"\n' + TOML)
     (tmp_path / "x.lock").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="the lock cannot be read"):
-        setlock.lock_text(inventory.load(tmp_path / "deploy.toml"), Console())
+        setlock.lock_text(load_deployment(tmp_path / "deploy.toml"), Console())
 
 
 @pytest.mark.parametrize("index", ["https://me:geheim7@host/simple/", "https://geheim7@host/simple/"])
@@ -101,7 +100,7 @@ def test_no_line_of_another_programs_log_brings_a_secret_onto_the_terminal(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prepared(tmp_path)
-    deployment = inventory.load(tmp_path / "deploy.toml")
+    deployment = load_deployment(tmp_path / "deploy.toml")
     deployment.folder.api_key.write_text("the-engines-own-key\n")
     supposed = suppose.suppose(suppose.kind("gh200-96"), 1, deployment)[1]
     deployment.folder.facts.write_text(supposed.model_dump_json())

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from deploy.cli.nodes import arguments
-from deploy.nodes import inventory
-from deploy.nodes.inventory import Deployment, Node
+from deploy.nodes.config import Config
+from deploy.nodes.deployment import Deployment, Node, load_deployment
 from tests.deploy import kit
 
 
@@ -23,7 +23,7 @@ def prepared(folder: Path, made: list[kit.Machine]) -> Deployment:
         lines += ["[[node]]", f'address = "{one.node.address}"', f"port = {one.node.port}"]
         lines += ['group = "far"'] if one.node.rank else []
     (folder / "deploy.toml").write_text("\n".join(lines) + "\n")
-    found = inventory.load(folder / "deploy.toml")
+    found = load_deployment(folder / "deploy.toml")
     found.folder.make()
     shutil.copy(folder / "known_hosts", found.folder.known_hosts)
     return found
@@ -112,7 +112,7 @@ def test_key_port_user_and_jump_host_go_to_ssh_as_arguments(tmp_path: Path) -> N
     node = Node(
         name="k0", rank=0, address="10.0.0.1", port=2222, user="u", key=Path("/keys/one"), jump="door@gate.example:2200"
     )
-    deployment = Deployment(path=tmp_path / "deploy.toml", data=inventory.File(), nodes=(node,))
+    deployment = Deployment(path=tmp_path / "deploy.toml", data=Config(), nodes=(node,))
     found = arguments(deployment, node)
     known = tmp_path / ".deploy" / "known_hosts"
     assert found[:6] == [

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.nodes import inventory
+from deploy.nodes.config import ModelConfig
 from deploy.planning import engines, models
 from deploy.planning.engines import APHRODITE, VLLM
 from deploy.rehearsal.hub import COMMIT, serving
@@ -106,19 +106,19 @@ def test_a_config_of_another_shape_or_quantised_is_no_plan() -> None:
 def test_a_local_config_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
-    found, note = models.find(inventory.Model(repo="a/b", config="config.json"), tmp_path)
+    found, note = models.find(ModelConfig(repo="a/b", config="config.json"), tmp_path)
     assert (found.kv_heads, found.tied, found.head_dim, note) == (4, True, 8, "")
     with pytest.raises(ConfigError, match="no such file"):
-        models.find(inventory.Model(repo="a/b", config="other.json"), tmp_path)
+        models.find(ModelConfig(repo="a/b", config="other.json"), tmp_path)
 
 
 def test_the_hub_resolves_the_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with serving({"config.json": json.dumps(CONFIG).encode()}) as hub:
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
-        found, note = models.find(inventory.Model(repo="org/model"), tmp_path)
+        found, note = models.find(ModelConfig(repo="org/model"), tmp_path)
         assert (found.revision, found.layers, note) == (COMMIT, 4, "")
         with pytest.raises(FetchError, match="no org/other at main"):
-            models.find(inventory.Model(repo="org/other"), tmp_path)
+            models.find(ModelConfig(repo="org/other"), tmp_path)
 
 
 def test_a_gated_model_is_planned_with_the_built_in_numbers_and_an_unknown_one_is_not(
@@ -128,15 +128,15 @@ def test_a_gated_model_is_planned_with_the_built_in_numbers_and_an_unknown_one_i
     with serving({"config.json": b"{}"}, gated=True) as hub:
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
         with pytest.raises(FetchError, match="gated or private") as caught:
-            models.find(inventory.Model(repo="org/model"), tmp_path)
+            models.find(ModelConfig(repo="org/model"), tmp_path)
         assert "HF_TOKEN" in caught.value.remedy
         monkeypatch.setattr(models, "_table", lambda: [{**CONFIG, "names": ["org/model"]}])
-        found, note = models.find(inventory.Model(repo="org/model"), tmp_path)
+        found, note = models.find(ModelConfig(repo="org/model"), tmp_path)
         assert (found.layers, found.revision) == (4, COMMIT)  # the commit is no secret
         assert "gated or private" in note
     monkeypatch.undo()
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    found, note = models.find(inventory.Model(), tmp_path)
+    found, note = models.find(ModelConfig(), tmp_path)
     assert found.layers == 126
     assert "cannot be reached" in note
     assert not found.pinned

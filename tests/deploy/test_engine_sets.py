@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 from packaging.utils import canonicalize_name
 
-from builder.ground import environment as wheels_of
 from builder.planning import pins
 from builder.sets import data as sets
 from deploy.planning import engines

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from deploy.fleet import facts
-from deploy.fleet.facts import Facts
-from deploy.nodes import inventory
-from deploy.nodes.inventory import Node
+from deploy.fleet.probe import private_address, probe_nodes
+from deploy.nodes.deployment import Deployment, Node, load_deployment
+from deploy.nodes.facts import Facts, NodeFacts, keep_facts, load_facts
 from deploy.remote import facts as remote
 from gracefarm.errors import ConfigError, NodeError
 from tests.deploy import kit
@@ -46,19 +45,19 @@ def node(address: str = "203.0.114.9", **more: object) -> Node:
     ],
 )
 def test_the_private_address_is_chosen_by_rule(asked: Node, answer: dict[str, object], expected: tuple[str, str, str]) -> None:
-    assert facts.private_address(asked, answer) == expected
+    assert private_address(asked, answer) == expected
 
 
 @pytest.mark.parametrize("more", [{"nic": "eth7"}, {"private": "10.9.0.8"}, {"nic": "eth1", "private": "10.9.0.9"}])
 def test_what_deploy_toml_says_and_the_node_has_not_is_named(more: dict[str, str]) -> None:
     with pytest.raises(NodeError, match="it has no") as caught:
-        facts.private_address(node(**more), said())
+        private_address(node(**more), said())
     assert "eth1 192.168.7.9" in caught.value.remedy
 
 
 def test_a_docker_bridge_joins_no_machines() -> None:
     with pytest.raises(NodeError, match="no address to speak"):
-        facts.private_address(node(), said(interfaces=INTERFACES[:2], route_address=None))
+        private_address(node(), said(interfaces=INTERFACES[:2], route_address=None))
 
 
 def test_memory_and_driver_are_read_as_the_kernel_writes_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,10 +73,10 @@ def test_memory_and_driver_are_read_as_the_kernel_writes_them(tmp_path: Path, mo
     assert remote.driver() is None
 
 
-def deployment(folder: Path, count: int) -> inventory.Deployment:
+def deployment(folder: Path, count: int) -> Deployment:
     hosts = ", ".join(f'"127.0.0.{11 + index}"' for index in range(count))
     (folder / "deploy.toml").write_text(f'local = "{folder}/local-{{user}}-{{node}}"\n[nodes]\nhosts = [{hosts}]\n')
-    found = inventory.load(folder / "deploy.toml")
+    found = load_deployment(folder / "deploy.toml")
     found.folder.make()
     return found
 
@@ -87,7 +86,7 @@ def test_nodes_are_asked_over_ssh_and_what_fails_is_told_beside_the_others(tmp_p
         broken = {"k1": {"PATH": "/nonexistent"}}
         async with kit.nodes(tmp_path, 3, environment=broken) as nodes:
             of = deployment(tmp_path, 3)
-            found, bad = await facts.probe(of, nodes)
+            found, bad = await probe_nodes(of, nodes)
             assert [one.name for one in found.nodes] == ["k0", "k2"]
             assert list(bad) == ["k1"]
             one = found.node("k2")
@@ -96,9 +95,9 @@ def test_nodes_are_asked_over_ssh_and_what_fails_is_told_beside_the_others(tmp_p
             assert one.disk
             assert one.disk.free > 0
             assert one.glibcxx is None or one.glibcxx.startswith("3.4.")
-            facts.keep(of, found)
+            keep_facts(of, found)
             with pytest.raises(ConfigError, match="nothing is known of node k1"):
-                facts.load(of).node("k1")
+                load_facts(of).node("k1")
 
     asyncio.run(ask())
 
@@ -106,29 +105,29 @@ def test_nodes_are_asked_over_ssh_and_what_fails_is_told_beside_the_others(tmp_p
 def test_what_is_kept_outlives_a_node_that_is_down_but_not_another_address(tmp_path: Path) -> None:
     async def ask() -> Facts:
         async with kit.nodes(tmp_path, 2) as nodes:
-            return (await facts.probe(deployment(tmp_path, 2), nodes))[0]
+            return (await probe_nodes(deployment(tmp_path, 2), nodes))[0]
 
     of = deployment(tmp_path, 2)
     both = asyncio.run(ask())
-    facts.keep(of, both)
-    assert [one.name for one in facts.keep(of, Facts(nodes=both.nodes[:1])).nodes] == ["k0", "k1"]
+    keep_facts(of, both)
+    assert [one.name for one in keep_facts(of, Facts(nodes=both.nodes[:1])).nodes] == ["k0", "k1"]
     moved = of.model_copy(update={"nodes": (of.nodes[0], of.nodes[1].model_copy(update={"address": "127.0.0.99"}))})
-    assert [one.name for one in facts.keep(moved, Facts(nodes=both.nodes[:1])).nodes] == ["k0"]
+    assert [one.name for one in keep_facts(moved, Facts(nodes=both.nodes[:1])).nodes] == ["k0"]
 
 
 def test_a_damaged_file_is_a_sentence(tmp_path: Path) -> None:
     of = deployment(tmp_path, 1)
     with pytest.raises(ConfigError, match="were not asked yet"):
-        facts.load(of)
+        load_facts(of)
     of.folder.facts.write_text("{")
     with pytest.raises(ConfigError, match="damaged"):
-        facts.load(of)
+        load_facts(of)
 
 
 def test_only_a_share_that_all_have_from_one_source_is_proposed(tmp_path: Path) -> None:
-    def one(name: str, *mounts: tuple[str, str]) -> facts.NodeFacts:
+    def one(name: str, *mounts: tuple[str, str]) -> NodeFacts:
         values = [{"source": source, "target": target, "kind": "nfs4", "total": 1, "free": 1} for source, target in mounts]
-        return facts.NodeFacts.model_validate(FACTS | {"name": name, "mounts": values})
+        return NodeFacts.model_validate(FACTS | {"name": name, "mounts": values})
 
     shared, other = ("10.0.0.1:/v", "/home/u/fs"), ("10.0.0.2:/w", "/data")
     assert Facts(nodes=(one("k0", shared, other), one("k1", shared))).shares == ("/home/u/fs",)

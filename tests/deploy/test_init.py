@@ -19,8 +19,9 @@ import pytest
 
 from deploy import cli
 from deploy.cli.plan import schemas
-from deploy.fleet import facts
-from deploy.nodes import inventory, state
+from deploy.nodes import state
+from deploy.nodes.deployment import Folder, load_deployment
+from deploy.nodes.facts import load_facts
 from deploy.planning import models, plans
 from tests.deploy import servers as kit
 
@@ -71,7 +72,7 @@ def test_without_a_terminal_keys_are_shown_and_nothing_is_trusted(tmp_path: Path
 def test_accepted_keys_are_pinned_facts_are_kept_and_a_second_time_changes_nothing(tmp_path: Path, nodes: kit.Servers) -> None:
     done = init(tmp_path, nodes, "--accept")
     assert done.returncode == 0, done.stderr
-    deployment = inventory.load(tmp_path / "deploy.toml")
+    deployment = load_deployment(tmp_path / "deploy.toml")
     assert [one.address for one in deployment.nodes] == nodes.addresses
     assert (tmp_path / ".deploy").stat().st_mode & 0o077 == 0
     kept = json.loads((tmp_path / ".deploy" / "facts.json").read_text())
@@ -207,7 +208,7 @@ def test_the_commit_whose_weights_were_brought_is_the_one_that_is_planned(tmp_pa
         stream.write("rehearsal = true\n[layout]\n")
     text = (tmp_path / "deploy.toml").read_text().replace("Llama-3.1-405B-Instruct", "Llama-3.1-8B-Instruct")
     (tmp_path / "deploy.toml").write_text(text)
-    folder = inventory.Folder(path=tmp_path / ".deploy")
+    folder = Folder(path=tmp_path / ".deploy")
     data = {"commit": "ab" * 20, "folder": "/srv/share/x"}
     record = state.Record(digest="x", outcome="done", begun=0, data=data)
     folder.state.write_text(state.State(steps={"weights": record}).model_dump_json())
@@ -215,10 +216,10 @@ def test_the_commit_whose_weights_were_brought_is_the_one_that_is_planned(tmp_pa
     assert done.returncode == 0, done.stderr
     shown = json.loads(done.stdout.splitlines()[-1])
     assert shown["revision"] == "ab" * 20
-    deployment = inventory.load(tmp_path / "deploy.toml")
+    deployment = load_deployment(tmp_path / "deploy.toml")
     model = models.built_in("meta-llama/Llama-3.1-8B-Instruct", "ab" * 20)
     assert model
-    assert plans.make(deployment, facts.load(deployment), model.model_copy(update={"source": "the share"})).id == shown["id"]
+    assert plans.make(deployment, load_facts(deployment), model.model_copy(update={"source": "the share"})).id == shown["id"]
 
 
 # plan, without any node

@@ -13,10 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deploy.nodes import inventory
+from deploy.nodes.config import LayoutConfig
+from deploy.nodes.facts import Gpu
 from deploy.planning import engines, layouts, models, shards, speed
 from deploy.planning.engines import APHRODITE, VLLM, Engine
-from deploy.planning.layouts import Candidate, Gpu, Machine, Question
+from deploy.planning.layouts import Candidate, Machine, Question
 from deploy.planning.models import Model
 from deploy.planning.shards import GIB
 from gracefarm.errors import LayoutError
@@ -35,7 +36,7 @@ def question(
         engine=engine,
         model=llama(size),
         machines=layouts.machines_of(speed.kinds()[of], nodes),
-        forced=inventory.Layout.model_validate(forced),
+        forced=LayoutConfig.model_validate(forced),
     )
 
 

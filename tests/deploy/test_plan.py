@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from deploy.fleet.facts import Facts, NodeFacts
-from deploy.nodes import inventory, paths
-from deploy.nodes.inventory import Deployment, File, Node
+from deploy.nodes import paths
+from deploy.nodes.config import Config, OptionsConfig
+from deploy.nodes.deployment import Deployment, Node
+from deploy.nodes.facts import Facts, NodeFacts
 from deploy.planning import engines, models, options, plans, suppose
 from deploy.planning.models import Model
 from deploy.planning.plans import Plan
@@ -28,7 +29,7 @@ def llama() -> Model:
 
 
 def supposed(count: int = 10, kind: str = "gh200-96", **data: object) -> tuple[Deployment, Facts]:
-    base = Deployment(path=Path("/nowhere/deploy.toml"), data=File.model_validate(data), nodes=())
+    base = Deployment(path=Path("/nowhere/deploy.toml"), data=Config.model_validate(data), nodes=())
     return suppose.suppose(suppose.kind(kind), count, base)
 
 
@@ -283,7 +284,7 @@ def test_a_rehearsal_supposes_the_gpus_that_it_does_not_have() -> None:
     deployment, facts = supposed(10)
     bare = Facts(nodes=tuple(no_gpu(one) for one in facts.nodes))
     rehearsal = deployment.model_copy(
-        update={"data": deployment.data.model_copy(update={"options": inventory.Options(rehearsal=True)})}
+        update={"data": deployment.data.model_copy(update={"options": OptionsConfig(rehearsal=True)})}
     )
     found = plans.make(rehearsal, bare, llama())
     assert found.layout == made(10).layout
@@ -382,6 +383,5 @@ def test_the_script_runs_what_the_plan_says_with_the_environment_of_the_plan(
 def test_paths_are_where_the_steps_put_things(tmp_path: Path) -> None:
     deployment, _ = supposed(1)
     assert paths.environment(deployment) == "/shared/gracefarm/llama-405b/env"
-    assert paths.weights(deployment, "a/b", COMMIT) == f"/shared/gracefarm/weights/a--b/{COMMIT}"
-    assert paths.job_log(deployment, deployment.head, "u", paths.ENGINE_JOB).endswith("/k0/jobs/engine/log")
+    assert paths.weights(paths.root(deployment), "a/b", COMMIT) == f"/shared/gracefarm/weights/a--b/{COMMIT}"
     assert engines.APHRODITE.table == "aphrodite-0.6.4.post1"

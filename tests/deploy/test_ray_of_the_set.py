@@ -11,9 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from builder.ground import environment
-from builder.planning import pins
-from builder.planning import stack
+from builder.planning import pins, stack
 from builder.planning.stack import Arch
 from deploy.nodes import paths
 from deploy.rehearsal.rig import Rig, rig

@@ -14,7 +14,7 @@ import pytest
 from deploy.fleet.ssh import fleet
 from deploy.fleet.targets import targets
 from deploy.rehearsal import source
-from deploy.rehearsal.rig import GATEWAY, MOUNT, Spec, rig
+from deploy.rehearsal.rig import GATEWAY, MOUNT, NodeSpec, rig
 from deploy.rehearsal.userland import arm64
 from deploy.steps import environment, uv
 from deploy.steps.environment import Matrix, Module
@@ -55,12 +55,14 @@ def test_the_farms_own_aarch64_wheel_arrives_by_hash_and_is_imported(
 
     matrix = Matrix(modules=(Module(module="tiny_c", code=CODE), Module(module="tiny_c._core")))
     monkeypatch.setattr(environment, "matrix", lambda _engine: matrix)
-    with rig(tmp_path / "rig", count=1, specs={"k0": Spec(userland=arm64(here.home))}) as room:
+    with rig(tmp_path / "rig", count=1, specs={"k0": NodeSpec(userland=arm64(here.home))}) as room:
         with source.listening(room.command([*serve, "--host", GATEWAY, "--port", "8090"])) as url:
 
             async def up(lock: str) -> environment.Built:
                 async with fleet(rigkit.inventory(room), known_hosts=room.known_hosts, config=[]) as made:
-                    spec = environment.EnvironmentSpec(root=f"{MOUNT}/gracefarm", lock=lock, index=f"{url}/simple/", engine="tiny")
+                    spec = environment.EnvironmentSpec(
+                        root=f"{MOUNT}/gracefarm", lock=lock, index=f"{url}/simple/", engine="tiny"
+                    )
                     return await environment.up(targets(made), spec, here, Console())
 
             with room.inside():

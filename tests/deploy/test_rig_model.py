@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.nodes import inventory
+from deploy.nodes.deployment import load_deployment
 from deploy.rehearsal.rig import MOUNT, USER, Rig, rig
 from tests.deploy import rigkit
 
@@ -74,7 +74,7 @@ def deployment(room: Rig, folder: Path) -> Path:
     hosts = ", ".join(f'"{one.address}"' for one in room.nodes)
     text = f'share = "{MOUNT}"\n[nodes]\nhosts = [{hosts}]\nuser = "{USER}"\nkey = "{room.key}"\n'
     (folder / "deploy.toml").write_text(text)
-    made = inventory.load(folder / "deploy.toml")
+    made = load_deployment(folder / "deploy.toml")
     made.folder.make()
     made.folder.known_hosts.write_text(room.known_hosts.read_text())
     return folder

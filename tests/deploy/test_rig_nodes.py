@@ -15,10 +15,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from deploy.fleet.ssh import Result, fleet
-from deploy.nodes.inventory import Node
+from deploy.fleet.ssh import CommandResult, fleet
+from deploy.nodes.deployment import Node
 from deploy.rehearsal import interpreter
-from deploy.rehearsal.rig import MOUNT, OTHER_PYTHON, USER, Rig, RigNode, Spec, check_machine, rig
+from deploy.rehearsal.rig import MOUNT, OTHER_PYTHON, USER, NodeSpec, Rig, RigNode, check_machine, rig
 from gracefarm.errors import HostError, SshError
 from tests.deploy.test_environment import standalone, stock
 
@@ -29,10 +29,10 @@ def inventory(room: Rig) -> list[Node]:
     return [Node(name=one.name, rank=one.rank, address=one.address, user=USER, key=room.key) for one in room.nodes]
 
 
-def run(room: Rig, command: str, *, names: list[str] | None = None, timeout: float = 20) -> dict[str, Result]:
+def run(room: Rig, command: str, *, names: list[str] | None = None, timeout: float = 20) -> dict[str, CommandResult]:
     """A command on nodes by the product's own SSH."""
 
-    async def go() -> dict[str, Result]:
+    async def go() -> dict[str, CommandResult]:
         async with fleet(inventory(room), known_hosts=room.known_hosts, config=[], connect_timeout=3) as made:
             return await made.run(command, nodes=names, timeout=timeout)
 
@@ -42,12 +42,12 @@ def run(room: Rig, command: str, *, names: list[str] | None = None, timeout: flo
 
 @pytest.fixture(scope="module")
 def room(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
-    specs = {"k1": Spec(share=False, loopback=True), "k2": Spec(python=True, env={"NICE": "image"})}
+    specs = {"k1": NodeSpec(share=False, loopback=True), "k2": NodeSpec(python=True, env={"NICE": "image"})}
     with rig(tmp_path_factory.mktemp("rig"), count=3, specs=specs) as made:
         yield made
 
 
-def said(results: dict[str, Result]) -> dict[str, str]:
+def said(results: dict[str, CommandResult]) -> dict[str, str]:
     assert all(one.ok for one in results.values()), results
     return {name: one.stdout.strip() for name, one in results.items()}
 
@@ -143,7 +143,7 @@ def test_faults_come_and_go(tmp_path: Path) -> None:
         assert not found["k1"].ok
         with pytest.raises(HostError, match="k1"):
             k1.execute(["true"])
-        k1.boot(Spec(loopback=True))
+        k1.boot(NodeSpec(loopback=True))
         assert said(run(room, f"getent ahostsv4 $(hostname) | head -1 | cut -d' ' -f1; test -w {MOUNT}", names=["k1"])) == {
             "k1": "127.0.1.1"
         }
@@ -235,7 +235,7 @@ def test_a_machine_without_python_3_11_has_uv_bring_one_for_the_nodes(tmp_path: 
         interpreter.find(tmp_path / "other")
     assert "UV_PYTHON_INSTALL_MIRROR" in no.value.remedy
     monkeypatch.setattr(interpreter, "find", lambda _home: found)
-    with rig(tmp_path / "rig", count=2, specs={"k1": Spec(python=True)}) as room:
+    with rig(tmp_path / "rig", count=2, specs={"k1": NodeSpec(python=True)}) as room:
         where = said(run(room, "python3.11 -c 'import ssl, sys; print(sys.prefix, sys.version.split()[0])'"))
         assert where["k0"].startswith("/run/rig-python 3.11.")
         assert where["k1"] == f"/run/rig-python {OTHER_PYTHON}"

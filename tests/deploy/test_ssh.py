@@ -17,7 +17,7 @@ import pytest
 from deploy.fleet import ssh
 from deploy.fleet.ssh import Fleet
 from deploy.fleet.targets import targets
-from deploy.nodes.inventory import Node
+from deploy.nodes.deployment import Node
 from gracefarm.errors import NodeError, SshError, UsageError
 from tests.deploy import kit
 

@@ -13,7 +13,7 @@ import asyncssh
 import pytest
 
 from deploy.fleet import ssh
-from deploy.nodes import inventory
+from deploy.nodes.deployment import load_deployment
 from tests.deploy import kit
 from tests.deploy.test_init import deploy
 
@@ -110,7 +110,7 @@ def test_a_name_of_the_configuration_is_all_that_a_person_says(tmp_path: Path, d
     assert set(node.came) == {"worker"}
     assert set(gate.came) == {"porter"}
     assert set(gate.went) == {BEHIND}
-    deployment = inventory.load(tmp_path / "deploy.toml")
+    deployment = load_deployment(tmp_path / "deploy.toml")
     assert (deployment.head.user, deployment.head.key, deployment.head.port, deployment.head.jump) == (None, None, 22, None)
 
     came = len(gate.came)

@@ -19,7 +19,7 @@ import pytest
 from deploy.fleet import tunnels
 from deploy.fleet.ssh import Fleet
 from deploy.fleet.tunnels import Wanted
-from deploy.nodes.inventory import Folder
+from deploy.nodes.deployment import Folder
 from deploy.steps.completion import Prompt, Server, stream
 from gracefarm.errors import GracefarmError, SshError
 from tests.deploy import kit, openai_server

@@ -1,0 +1,141 @@
+"""Facts of the nodes, asked once and kept: what the planner and the plan rest on, never on a SKU's name."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from deploy.nodes.deployment import Deployment
+from gracefarm.errors import ConfigError
+from gracefarm.files import atomic_write
+
+
+class Kept(BaseModel):
+    """Keys that a newer version adds are no error for an older one."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class Gpu(Kept):
+    """Bytes as cuMemGetInfo has them."""
+
+    name: str
+    total: int
+    free: int
+
+
+class Cuda(Kept):
+    """GPUs, or why there are none."""
+
+    absent: bool = False
+    error: str | None = None
+    version: int | None = None
+    gpus: tuple[Gpu, ...] = ()
+
+    @property
+    def text(self) -> str:
+        """For people."""
+        if self.absent:
+            return "no NVIDIA driver"
+        return self.error or f"{self.version_text}"
+
+    @property
+    def version_text(self) -> str:
+        """As NVIDIA writes it."""
+        return f"{(self.version or 0) // 1000}.{(self.version or 0) % 1000 // 10}"
+
+
+class Bytes(Kept):
+    """Of a file system or of memory."""
+
+    total: int
+    free: int = 0
+    available: int = 0
+
+
+class Mount(Kept):
+    """A file system that several nodes can see."""
+
+    source: str
+    target: str
+    kind: str
+    total: int
+    free: int
+
+
+class NodeFacts(Kept):
+    """One node, as it said of itself at `taken`."""
+
+    name: str
+    address: str
+    taken: float
+    user: str
+    hostname: str
+    arch: str
+    kernel: str
+    cores: int
+    python: str
+    glibc: str
+    glibcxx: str | None
+    page: int
+    memory: Bytes
+    cuda: Cuda
+    driver: str | None
+    private: str
+    "Address between the nodes."
+    interface: str
+    network: str
+    "The private address's network, as 10.0.0.0/24."
+    mounts: tuple[Mount, ...]
+    disk: Bytes | None
+    "Of the file system that holds `local`."
+    clock_s: float
+    "How far its clock is ahead of this machine's, to about a tenth of a second."
+
+
+class Facts(Kept):
+    """Of all nodes that answered."""
+
+    schema_version: Literal[1] = 1
+    nodes: tuple[NodeFacts, ...]
+
+    def node(self, name: str) -> NodeFacts:
+        """Raises ConfigError: it was never asked."""
+        for one in self.nodes:
+            if one.name == name:
+                return one
+        raise ConfigError(f"nothing is known of node {name}", remedy="ask it: `deploy facts`")
+
+    @property
+    def shares(self) -> tuple[str, ...]:
+        """Folders on file systems that all nodes have mounted from the same source."""
+        if not self.nodes:
+            return ()
+        common = set.intersection(*({(each.source, each.target) for each in one.mounts} for one in self.nodes))
+        return tuple(sorted(target for _, target in common))
+
+
+def load_facts(deployment: Deployment) -> Facts:
+    """What is kept. Raises ConfigError: nothing is, or it is not readable."""
+    try:
+        return Facts.model_validate_json(deployment.folder.facts.read_bytes())
+    except FileNotFoundError as error:
+        raise ConfigError(f"{deployment.path}: the nodes were not asked yet", remedy="`deploy facts` asks them") from error
+    except ValidationError as error:
+        raise ConfigError(
+            f"{deployment.folder.facts}: another version's, or damaged", remedy="ask again: `deploy facts`"
+        ) from error
+
+
+def keep_facts(deployment: Deployment, facts: Facts) -> Facts:
+    """Keep what was found, and of nodes that did not answer now what they said before; the whole is returned."""
+    try:
+        before = {one.name: one for one in load_facts(deployment).nodes}
+    except ConfigError:
+        before = {}
+    found = before | {one.name: one for one in facts.nodes}
+    addresses = {one.name: one.address for one in deployment.nodes}
+    whole = Facts(nodes=tuple(found[name] for name in addresses if name in found and found[name].address == addresses[name]))
+    atomic_write(deployment.folder.facts, whole.model_dump_json(indent=1) + "\n")
+    return whole
