@@ -30,6 +30,8 @@ def lock_command(name: str, stack_name: str | None, toolchain: str, as_json: boo
     builder lock cu124
     builder lock flash_attn --toolchain container
     """
+    from builder.fetch import fill
+
     settings, console = start(as_json=as_json)
     if stack_name is None and name in stack.names(settings.project / "stacks"):
         loaded, base = None, stack.load(settings.project / "stacks", name)
@@ -37,25 +39,25 @@ def lock_command(name: str, stack_name: str | None, toolchain: str, as_json: boo
         loaded = recipe.load(settings.project / "recipes", name)
         base = stack.load(settings.project / "stacks", stack_name or loaded.data.stack)
     with console.progress("lock") as tick:
-        filled = gaps.fill(loaded, base, settings, tick, images=toolchain == "container")
+        filled = fill.fill(loaded, base, settings, tick, images=toolchain == "container")
     for gap in gaps.of_images(base) if toolchain != "container" else ():
         console.step("lock", f"left for --toolchain container: {gap.what}")
-    rows = [{"file": str(gap.file), "what": gap.what, "url": gap.url, "sha256": sha256} for gap, sha256 in filled.done]
+    rows = [{"file": str(gap.file), "what": gap.what, "url": gap.url, "sha256": sha256} for gap, sha256 in filled.digests]
     lines = [f"{row['sha256']}  {row['what']}  {row['url']}" for row in rows]
     if filled.failed:
         if rows:
             console.result(rows, "\n".join(lines))
-        _fail(filled.failed, len(filled.done), console)
+        _fail(filled.failed, len(filled.digests), console)
     console.result(rows, "\n".join(lines) or f"{name} has no gap: every digest is there")
 
 
-def _fail(failed: Sequence[GracefarmError], done: int, console: Console) -> NoReturn:
+def _fail(failed: Sequence[GracefarmError], filled: int, console: Console) -> NoReturn:
     """Each on its own, after all were tried; an only one is the command's own."""
     if len(failed) == 1:
         raise failed[0]
     for error in failed:
         console.error(error)
-    raise SeveralError(f"{len(failed)} of {len(failed) + done} digests cannot be had; each is described above")
+    raise SeveralError(f"{len(failed)} of {len(failed) + filled} digests cannot be had; each is described above")
 
 
 @click.command("lock-stack")
@@ -63,15 +65,15 @@ def _fail(failed: Sequence[GracefarmError], done: int, console: Console) -> NoRe
 @json_option
 def lock_stack_command(name: str, as_json: bool) -> None:
     """Resolve a stack anew and write its requirements.lock and root.lock, and toolchain.lock where Debian has its compiler."""
-    from builder.ground import environment, root, toolkit
+    from builder.ground import resolve
 
     settings, console = start(as_json=as_json)
     loaded = stack.load(settings.project / "stacks", name)
     with console.progress("lock") as tick:
-        atomic_write(loaded.requirements_lock, environment.resolve(loaded, settings, tick))
-        atomic_write(loaded.root_lock, root.resolve(loaded, settings, tick))
+        atomic_write(loaded.requirements_lock, resolve.requirements_lock(loaded, settings, tick))
+        atomic_write(loaded.root_lock, resolve.root_lock(loaded, settings, tick))
         written = [loaded.requirements_lock, loaded.root_lock]
-        if (text := toolkit.resolve(loaded, settings, tick)) is not None:
+        if (text := resolve.toolchain_lock(loaded, settings, tick)) is not None:
             atomic_write(loaded.toolchain_lock, text)
             written.append(loaded.toolchain_lock)
     console.result({"written": list(map(str, written))}, "\n".join(map(str, written)))

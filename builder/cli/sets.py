@@ -7,8 +7,8 @@ from typing import Any
 import click
 
 from builder.cli.options import jobs_option, json_option, start
-from builder.ground import environment
-from builder.planning import stack
+from builder.ground import resolve
+from builder.planning import pins, stack
 from builder.proof import materials, record
 from builder.sets import data, plan
 from builder.sets.plan import SetPlan
@@ -59,8 +59,8 @@ def lock_command(name: str, as_json: bool) -> None:
         )
         return
     with console.progress("lock") as tick:
-        atomic_write(loaded.runtime.requirements_lock, environment.resolve(loaded.runtime, settings, tick))
-    count = len(environment.wheels(loaded.runtime, loaded.data.target))
+        atomic_write(loaded.runtime.requirements_lock, resolve.resolve(loaded.runtime, settings, tick))
+    count = len(pins.wheels(loaded.runtime, loaded.data.target))
     place = loaded.runtime.requirements_lock
     console.result({"written": [str(place)], "wheels": count}, f"{place}: {count} wheels")
 

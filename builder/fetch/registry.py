@@ -8,7 +8,7 @@ from urllib.parse import urlencode
 import httpx
 
 from builder.fetch.transfer import mirror_remedy
-from builder.fetch.urls import manifest
+from builder.planning.stack import Image
 from gracefarm.errors import FetchError
 from gracefarm.settings import Settings
 
@@ -18,40 +18,42 @@ _MANIFESTS = (
 )
 
 
-def digest(name: str, tag: str, settings: Settings) -> str:
-    """Hex sha256 of the manifest (or index of manifests) that `tag` leads to now; anonymous, as for public images.
+def digest(image: Image, settings: Settings) -> str:
+    """Hex sha256 of the manifest (or index of manifests) that the image's tag leads to now; anonymous, as for public images.
 
     Raises:
         FetchError: the registry does not answer, or has no such tag.
     """
-    plain = manifest(name, tag)
-    url = settings.redirect(plain)
+    url = settings.redirect(image.manifest)
     try:
         with httpx.Client(timeout=30, follow_redirects=True, headers={"Accept": _MANIFESTS}) as client:
             answer = client.head(url)
             if answer.status_code == httpx.codes.UNAUTHORIZED:
-                answer = client.head(url, headers=_token(client, answer.headers.get("www-authenticate", "")))
+                answer = client.head(url, headers=token(client, answer.headers.get("www-authenticate", "")))
             answer.raise_for_status()
     except httpx.HTTPError as error:
-        raise FetchError(f"the digest of {name}:{tag} cannot be read: {error}", remedy=mirror_remedy(plain)) from error
-    found = re.fullmatch(r"sha256:([0-9a-f]{64})", answer.headers.get("docker-content-digest", ""))
-    if found is None:
+        raise FetchError(
+            f"the digest of {image.name}:{image.tag} cannot be read: {error}", remedy=mirror_remedy(image.manifest)
+        ) from error
+    match = re.fullmatch(r"sha256:([0-9a-f]{64})", answer.headers.get("docker-content-digest", ""))
+    if match is None:
         raise FetchError(f"{url} says no digest", remedy="write it into stack.toml by hand")
-    return found[1]
+    return match[1]
 
 
-def _token(client: httpx.Client, challenge: str) -> dict[str, str]:
+def token(client: httpx.Client, challenge: str) -> dict[str, str]:
     """An anonymous token, as the challenge says where."""
-    said = dict(re.findall(r'(\w+)="([^"]*)"', challenge))
-    if "realm" not in said:
+    wanted = dict(re.findall(r'(\w+)="([^"]*)"', challenge))
+    if "realm" not in wanted:
         return {}
-    asked = {key: value for key, value in said.items() if key in ("service", "scope")}
-    answer = client.get(f"{said['realm']}?{urlencode(asked)}")
+    asked = {key: value for key, value in wanted.items() if key in ("service", "scope")}
+    answer = client.get(f"{wanted['realm']}?{urlencode(asked)}")
     answer.raise_for_status()
     try:
         body = dict(answer.json())
     except (TypeError, ValueError) as error:
         raise FetchError(
-            f"{said['realm']} gives no token: its answer is no JSON object", remedy="see what answers there, or name a mirror"
+            f"{wanted['realm']} gives no token: its answer is no JSON object",
+            remedy="see what answers there, or name a mirror",
         ) from error
     return {"Authorization": f"Bearer {body.get('token') or body.get('access_token')}"}

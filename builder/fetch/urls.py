@@ -6,8 +6,6 @@ import re
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 _USERINFO = re.compile(r"(?<=://)[^/\s'\"@]*(?:@[^/\s'\"@]*)*@")
-_HUB = {"docker.io": "registry-1.docker.io"}
-"Docker's hub serves from another host than the one that names begin with."
 _QUERY = re.compile(r"(https?://[^\s'\"?#]*)\?[^\s'\"]*")
 
 
@@ -39,9 +37,3 @@ def with_credentials(url: str, credentials: tuple[str, str] | None) -> str:
     user, password = (quote(part, safe="") for part in credentials)
     parts = urlsplit(url)
     return urlunsplit(parts._replace(netloc=f"{user}:{password}@{parts.netloc}"))
-
-
-def manifest(name: str, tag: str) -> str:
-    """Where the registry of an image has what `tag` leads to (OCI distribution specification): what a mirror replaces."""
-    host, _, repository = name.partition("/")
-    return f"https://{_HUB.get(host, host)}/v2/{repository}/manifests/{tag}"

@@ -5,17 +5,17 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from urllib.parse import unquote
 
+from builder.planning.packages import Deb
 from builder.planning.stack import Arch
 from gracefarm.errors import FetchError, HostError, RootError
 from gracefarm.settings import Settings
-from gracefarm.tables import InsidePath, Sha256, Table
 
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 MIRROR_REMEDY = "name a Debian mirror that this machine reaches: GRACEFARM_DEBIAN_MIRROR=URL"
@@ -37,31 +37,14 @@ Acquire::Retries "3";
 """
 
 
-class Deb(Table):
-    """One binary package of the archive."""
-
-    name: str
-    arch: str
-    "Debian's name: amd64, arm64 or all."
-    version: str
-    sha256: Sha256
-    size: int
-    "Bytes."
-    path: InsidePath
-    "In the archive, below the mirror's URL."
-
-    @property
-    def title(self) -> str:
-        """As apt writes it."""
-        return f"{self.name}:{self.arch} {self.version}"
-
-
-def line(one: Deb) -> str:
-    """A package as a line of a lock."""
-    return (
-        f'    {{ name = "{one.name}", arch = "{one.arch}", version = "{one.version}", size = {one.size}, '
-        f'sha256 = "{one.sha256}", path = "{one.path}" }},'
-    )
+def table(name: str, debs: Iterable[Deb]) -> list[str]:
+    """The lines of a lock's table of packages, after an empty one."""
+    lines = [
+        f'    {{ name = "{deb.name}", arch = "{deb.arch}", version = "{deb.version}", size = {deb.size}, '
+        f'sha256 = "{deb.sha256}", path = "{deb.path}" }},'
+        for deb in sorted(debs, key=lambda deb: (deb.name, deb.arch))
+    ]
+    return ["", f"[{name}]", "packages = [", *lines, "]"]
 
 
 def mirror(suite: str, settings: Settings) -> str:

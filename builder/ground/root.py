@@ -8,36 +8,28 @@ their plain names. docs/stacks.md describes the layout.
 from __future__ import annotations
 
 import errno
-import hashlib
-import json
 import os
 import shutil
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from importlib.resources import files
 from pathlib import Path
 
-from builder.box import sandbox
-from builder.box.sandbox import Mount, Sandbox
 from builder.fetch import Download, download
 from builder.ground import debian
-from builder.ground.debian import Deb
+from builder.ground.bytecode import NATIVE_PYTHON, compile_files
+from builder.planning import packages
+from builder.planning.packages import Deb
 from builder.planning.stack import Arch, LoadedStack
-from gracefarm import tables
 from gracefarm.console import Tick, no_tick
-from gracefarm.errors import ConfigError, FetchError, HostError, RootError
+from gracefarm.errors import FetchError, HostError, RootError
 from gracefarm.files import atomic_directory, lock
+from gracefarm.process import die_with_us
 from gracefarm.settings import Settings
-from gracefarm.tables import Table
-
-LAYOUT = 1
-"Raised when the same packages are laid out in another way; enters the digest, as the texts of our scripts do."
 
 OWN = Path("usr/libexec/gracefarm")
 BIN = Path("opt/gracefarm/bin")
-NATIVE_PYTHON = "/usr/libexec/gracefarm/python-native"
-"The host's own Python inside every root: what it byte-compiles, the target's Python takes."
 
 _MERGED = ("bin", "sbin", "lib", "lib64")
 _FOLDERS = ("etc", "dev", "proc", "sys", "tmp", "run", "home", "env", "build")
@@ -61,116 +53,6 @@ _COMPILERS = {"cc": "gcc", "gcc": "gcc", "c++": "g++", "g++": "g++", "cpp": "cpp
 _COMPILERS |= {f"gcc-{tool}": f"gcc-{tool}" for tool in ("ar", "nm", "ranlib")}
 
 
-class RootPackages(Table):
-    """The packages of one root."""
-
-    packages: tuple[Deb, ...]
-
-
-class RootLock(Table):
-    """root.lock."""
-
-    suite: str
-    roots: dict[str, RootPackages]
-    "By HOST-TARGET."
-
-
-# --- what is pinned ----------------------------------------------------------------------------------------------------------
-
-
-def packages(stack: LoadedStack, host: Arch, target: Arch) -> tuple[Deb, ...]:
-    """What root.lock pins for that host and target.
-
-    Raises:
-        ConfigError: the lock is absent or damaged, has no such root, or is older than stack.toml.
-    """
-    locked = tables.read(stack.root_lock, RootLock)
-    key = f"{host}-{target}"
-    again = f"builder lock-stack {stack.data.name}"
-    if key not in locked.roots:
-        raise ConfigError(
-            f"{stack.root_lock}: no root for target {target} on a host of {host}",
-            remedy=f"it has {', '.join(sorted(locked.roots))}; add the pair to [root] hosts in stack.toml and lock it",
-            repeat=again,
-        )
-    found = locked.roots[key].packages
-    have = {f"{one.name}:{one.arch}" for one in found} | {one.name for one in found if one.arch == "all"}
-    for request in (*requests(stack, host, target), *_alone(stack, host, target)):
-        if request not in have and request.partition(":")[0] not in have:
-            raise ConfigError(
-                f"{stack.root_lock}: {request} of stack.toml is not among its packages for {key}",
-                remedy="make the lock again",
-                repeat=again,
-            )
-    return found
-
-
-def requests(stack: LoadedStack, host: Arch, target: Arch) -> list[str]:
-    """What stack.toml asks apt for, as NAME:ARCH."""
-    spec = stack.data.root
-    extra = spec.native if host is target else spec.cross
-    # {triplet} in a package's name: Debian's names have no underscore.
-    triplet = target.triplet.replace("_", "-")
-    wanted = [f"{name.format(triplet=triplet)}:{host.debian}" for name in (*spec.host, *extra)]
-    return [*wanted, *(f"{name}:{target.debian}" for name in spec.target)]
-
-
-def _alone(stack: LoadedStack, host: Arch, target: Arch) -> list[str]:
-    """What is taken without what it depends on; the host's Python among it, which cannot be installed beside the target's."""
-    native = [] if host is target else [f"{_native_python(stack)}:{host.debian}"]
-    return [*stack.data.root.alone, *native]
-
-
-def _native_python(stack: LoadedStack) -> str:
-    return f"python{stack.data.python}-minimal"
-
-
-def digest(stack: LoadedStack, host: Arch, target: Arch) -> str:
-    """Hex sha256 of everything that decides the root's bytes: packages, our scripts, the layout.
-
-    Raises:
-        ConfigError: see `packages`.
-    """
-    scripts = files("builder") / "data" / "root"
-    content = {
-        "layout": LAYOUT,
-        "host": host.value,
-        "target": target.value,
-        "python": stack.data.python,
-        "gcc": stack.data.toolchain.gcc,
-        "packages": sorted((one.name, one.arch, one.version, one.sha256) for one in packages(stack, host, target)),
-        "scripts": {name: (scripts / name).read_text() for name in ("python", "machine", "pkg-config", "bytecode.py")},
-    }
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def resolve(stack: LoadedStack, settings: Settings, tick: Tick = no_tick) -> str:
-    """The text of a new root.lock: apt's answer, from the suite as it is today, for each pair that stack.toml names.
-
-    Raises:
-        HostError: no apt, keyring or mirror.
-        FetchError: the package lists cannot be fetched.
-        RootError: apt finds no solution.
-    """
-    spec = stack.data.root
-    pairs = [(host, target) for host, targets in spec.hosts.items() for target in targets]
-    text = [
-        f"# Every .deb of the roots of {stack.data.name}; written by `builder lock-stack {stack.data.name}`, not by hand.",
-        f'suite = "{spec.suite}"',
-    ]
-    for number, (host, target) in enumerate(pairs):
-        tick(number, len(pairs), f"packages of {spec.suite} for {target} on {host}")
-        with debian.solver(spec.suite, host, [target] if target is not host else [], settings) as apt:
-            found = {*apt.solve(requests(stack, host, target)), *apt.alone(_alone(stack, host, target))}
-        lines = map(debian.line, sorted(found, key=lambda one: (one.name, one.arch)))
-        text += ["", f"[roots.{host}-{target}]", "packages = [", *lines, "]"]
-    tick(len(pairs), len(pairs), "")
-    return "\n".join(text) + "\n"
-
-
-# --- assembling --------------------------------------------------------------------------------------------------------------
-
-
 def ensure(stack: LoadedStack, host: Arch, target: Arch, settings: Settings, tick: Tick = no_tick) -> Path:
     """The root's folder, assembled if it is not there; any number of processes may ask, one assembles.
 
@@ -182,7 +64,7 @@ def ensure(stack: LoadedStack, host: Arch, target: Arch, settings: Settings, tic
         HostError: dpkg-deb, tar or the sandbox is missing.
         DiskFullError: no space.
     """
-    name = digest(stack, host, target)
+    name = packages.root_digest(stack, host, target)
     final = settings.home / "roots" / name
     if final.is_dir():
         if (program := lost(final, stack, host, target)) is not None:
@@ -194,7 +76,7 @@ def ensure(stack: LoadedStack, host: Arch, target: Arch, settings: Settings, tic
         return final
     with lock(final.with_name(f"{name}.lock"), lambda: tick(0, None, "another process assembles this root")):
         if not final.is_dir():
-            pinned = packages(stack, host, target)
+            pinned = packages.of_root(stack, host, target)
             places = _download(stack, pinned, settings, tick)
             with atomic_directory(final) as folder:
                 _unpack_all(folder, pinned, places, stack, host, target, tick)
@@ -264,7 +146,7 @@ def _wanted(one: Deb, stack: LoadedStack, host: Arch, target: Arch) -> tuple[str
     """Files to take from a package of which we need few; () for all."""
     if host is not target and one.name == "qemu-user-static":
         return (f"./usr/bin/qemu-{target}-static", f"./usr/lib/binfmt.d/qemu-{target}.conf")
-    if host is not target and one.name == _native_python(stack) and one.arch == host.debian:
+    if host is not target and one.name == packages.native_python(stack) and one.arch == host.debian:
         return (f"./usr/bin/python{stack.data.python}",)
     return ()
 
@@ -292,11 +174,6 @@ def _unpack(archive: Path, folder: Path, one: Deb, wanted: tuple[str, ...]) -> N
         raise OSError(errno.ENOSPC, message)
     if source.returncode or unpacked.returncode:
         raise RootError(f"{one.title} cannot be unpacked: {message}", remedy=f"remove {archive} and try again")
-
-
-def die_with_us(command: Sequence[str | Path]) -> list[str | Path]:
-    """The command, so started that it does not outlive a killed builder and write on where the next run begins anew."""
-    return ["setpriv", "--pdeathsig", "KILL", "--", *command] if shutil.which("setpriv") else list(command)
 
 
 def _lay_out(folder: Path, stack: LoadedStack, host: Arch, target: Arch) -> None:
@@ -378,43 +255,3 @@ def _install(folder: Path, script: str, place: Path, host: Arch, target: Arch, p
     assert folder in place.parents
     place.write_text(text)
     place.chmod(0o755)
-
-
-# --- byte-compiling ----------------------------------------------------------------------------------------------------------
-
-
-def compile_files(root: Path, inside: str, folder: Path, names: Iterable[str] | None = None) -> None:
-    """Byte-compile Python files (`names`, relative; None: all) of `folder`, which the sandbox sees as `inside`.
-
-    The root's native Python does it: a .pyc does not depend on the architecture, and emulated it takes ten times as long.
-    The paths in tracebacks are those inside.
-
-    Raises:
-        RootError: the compiler itself failed; a file that is no Python is no failure.
-        HostError: no sandbox can be started here.
-    """
-    wanted = [str(path.relative_to(folder)) for path in folder.rglob("*.py")] if names is None else list(names)
-    box = Sandbox(
-        root=root,
-        mounts=(Mount(source=folder, target=inside, writable=True),),
-        environment={"PATH": "/usr/bin", "LC_ALL": "C.UTF-8"},
-        workdir="/",
-        memory=0,
-    )
-    script = (files("builder") / "data" / "root" / "bytecode.py").read_text()
-    try:
-        done = subprocess.run(
-            sandbox.command(box, [NATIVE_PYTHON, "-I", "-S", "-c", script, inside]),
-            input="\0".join(wanted),
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    except FileNotFoundError as error:
-        raise HostError("bubblewrap is not installed", remedy="run `builder doctor --fix`") from error
-    if done.returncode:
-        if problem := sandbox.check():
-            raise HostError(problem, remedy="run `builder doctor --fix`")
-        if os.strerror(errno.ENOSPC) in done.stderr:
-            raise OSError(errno.ENOSPC, done.stderr)
-        raise RootError(f"byte-compiling {inside} failed: {done.stderr.strip()[-500:]}", remedy="run `builder doctor`")

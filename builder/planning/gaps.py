@@ -4,18 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
-from builder.fetch.urls import manifest
-from builder.ground import environment
 from builder.planning.plan import Plan
 from builder.planning.recipe import LoadedRecipe
-from builder.planning.stack import Arch, LoadedStack
-from gracefarm.console import Tick, no_tick
-from gracefarm.errors import ConfigError, GracefarmError
-from gracefarm.files import atomic_write
-from gracefarm.settings import Settings
+from builder.planning.stack import LoadedStack
+from gracefarm.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,12 +34,12 @@ def of_recipe(recipe: LoadedRecipe) -> list[Gap]:
             file=recipe.folder / "recipe.toml",
             table=("files",),
             number=number,
-            what=one.path,
-            url=one.url or "",
-            reason=one.sha256_unknown,
+            what=file.path,
+            url=file.url or "",
+            reason=file.sha256_unknown,
         )
-        for number, one in enumerate(recipe.data.files)
-        if one.sha256_unknown is not None
+        for number, file in enumerate(recipe.data.files)
+        if file.sha256_unknown is not None
     ]
 
 
@@ -56,12 +50,12 @@ def of_stack(stack: LoadedStack) -> list[Gap]:
             file=stack.folder / "stack.toml",
             table=("environment", "wheels"),
             number=number,
-            what=f"{one.name} {one.version} for {one.arch}",
-            url=one.index,
-            reason=one.sha256_unknown,
+            what=f"{wheel.name} {wheel.version} for {wheel.arch}",
+            url=wheel.index,
+            reason=wheel.sha256_unknown,
         )
-        for number, one in enumerate(stack.data.environment.wheels)
-        if one.sha256_unknown is not None
+        for number, wheel in enumerate(stack.data.environment.wheels)
+        if wheel.sha256_unknown is not None
     ]
 
 
@@ -72,12 +66,12 @@ def of_images(stack: LoadedStack) -> list[Gap]:
             file=stack.folder / "stack.toml",
             table=("container", arch.value),
             number=None,
-            what=f"image {one.name}:{one.tag}",
-            url=manifest(one.name, one.tag),
-            reason=one.sha256_unknown,
+            what=f"image {image.name}:{image.tag}",
+            url=image.manifest,
+            reason=image.sha256_unknown,
         )
-        for arch, one in stack.data.container.items()
-        if one.sha256_unknown is not None
+        for arch, image in stack.data.container.items()
+        if image.sha256_unknown is not None
     ]
 
 
@@ -112,68 +106,3 @@ def require_none(plan: Plan) -> None:
         f"one reaches: GRACEFARM_MIRRORS='{' '.join(f'{one}=REPLACEMENT' for one in prefixes)}'",
         repeat=lock,
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Filled:
-    """What became of each gap."""
-
-    done: tuple[tuple[Gap, str], ...]
-    "With the digest that was read."
-    failed: tuple[GracefarmError, ...]
-    "One for each gap that is still there; names its address and the setting of a mirror."
-
-
-def fill(
-    recipe: LoadedRecipe | None, stack: LoadedStack, settings: Settings, tick: Tick = no_tick, *, images: bool = False
-) -> Filled:
-    """Read each missing digest and write it into its file, comments and layout kept; one that cannot be had stops no other.
-
-    Those of container images are read last, and where `images` asks for it: no other toolchain needs them.
-    """
-    done, failed = [], []
-    found = [*(of_recipe(recipe) if recipe else ()), *of_stack(stack), *(of_images(stack) if images else ())]
-    for number, gap in enumerate(found):
-        tick(number, len(found), gap.url)
-        try:
-            sha256 = _digest(gap, stack, settings)
-        except GracefarmError as error:
-            failed.append(error)
-            continue
-        write(gap, sha256)
-        done.append((gap, sha256))
-    return Filled(done=tuple(done), failed=tuple(failed))
-
-
-def _digest(gap: Gap, stack: LoadedStack, settings: Settings) -> str:
-    from builder.fetch import unpinned  # which loads an HTTP client
-
-    if gap.table == ("files",):
-        return unpinned.bring(gap.url, gap.what, settings)
-    if gap.number is None:
-        from builder.fetch import registry
-
-        image = stack.data.container[Arch(gap.table[-1])]
-        return registry.digest(image.name, image.tag, settings)
-    from builder.fetch import own_index
-
-    one = stack.data.environment.wheels[gap.number]
-    filename, url, sha256 = own_index.find_wheel(one.name, one.version, environment.tags(stack, one.arch), one.index, settings)
-    return sha256 or unpinned.bring(url, filename, settings)
-
-
-def write(gap: Gap, sha256: str) -> None:
-    """Put the digest where the gap was named."""
-    import tomlkit  # which an existing build need not wait for
-
-    document = tomlkit.parse(gap.file.read_text())
-    found: Any = document
-    for name in gap.table:
-        found = found[name]
-    body = (found if gap.number is None else found[gap.number]).value.body
-    for index, (key, value) in enumerate(body):
-        if key is not None and key.key == "sha256_unknown":
-            item = tomlkit.string(sha256)
-            item.trivia.comment_ws, item.trivia.comment = value.trivia.comment_ws, value.trivia.comment
-            body[index] = (tomlkit.key("sha256"), item)
-    atomic_write(gap.file, document.as_string())

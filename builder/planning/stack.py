@@ -54,7 +54,13 @@ def _requirement(text: str) -> str:
 
 RequirementText = Annotated[str, AfterValidator(_requirement)]
 Glibc = Annotated[str, StringConstraints(pattern=r"^2_\d+$")]
+_HUB = {"docker.io": "registry-1.docker.io"}
+"Docker's hub serves from another host than the one that names begin with."
 Sm = Annotated[str, StringConstraints(pattern=r"^\d{2,3}[af]?$")]
+
+
+HOST_SUFFIX = "@host"
+"Of the name of a stack that a machine's own facts stand in."
 
 
 class Torch(Table):
@@ -125,6 +131,12 @@ class Image(Table):
     def reference(self) -> str:
         """By digest, or, while that is not known, by its tag: of which no build comes."""
         return f"{self.name}@sha256:{self.sha256}" if self.sha256 else f"{self.name}:{self.tag}"
+
+    @property
+    def manifest(self) -> str:
+        """Where its registry has what the tag leads to (OCI distribution specification): what a mirror replaces."""
+        host, _, repository = self.name.partition("/")
+        return f"https://{_HUB.get(host, host)}/v2/{repository}/manifests/{self.tag}"
 
 
 class RootSpec(Table):

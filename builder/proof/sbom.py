@@ -14,7 +14,7 @@ from typing import Any
 
 from packaging.utils import canonicalize_name
 
-from builder.ground import environment
+from builder.planning import pins
 from builder.planning.plan import Plan, id_of
 from builder.proof import materials
 from builder.proof.materials import Material
@@ -64,7 +64,7 @@ def _installed(plan: Plan) -> list[Material]:
     if plan.machine is not None and not plan.machine.locked:
         return [materials.wheel(name, version, None) for name, version in sorted(plan.installed.items())]
     stack = plan.machine.base if plan.machine else plan.stack
-    return [materials.wheel(one.name, one.version, one.sha256) for one in environment.wheels(stack, plan.target)]
+    return [materials.wheel(one.name, one.version, one.sha256) for one in pins.wheels(stack, plan.target)]
 
 
 def render(inputs: Mapping[str, Any], besides: Besides) -> str:

@@ -14,17 +14,17 @@ from packaging.utils import canonicalize_name, parse_wheel_filename
 
 from builder.audit import wheel_file
 from builder.audit.contents import UNREADABLE
-from builder.ground import environment
-from builder.ground.environment import LockedWheel
+from builder.planning import pins
+from builder.planning.pins import LockedWheel
 from builder.planning.plan import id_of
 from builder.planning.stack import Arch
 from builder.proof import provenance, sbom, signing
-from builder.proof.record import Part
 from gracefarm.errors import VerifyError
 from gracefarm.files import sha256_file
+from gracefarm.tables import Table
 
 
-class Check(Part):
+class Check(Table):
     """One thing that was held against the wheel."""
 
     name: str
@@ -134,7 +134,7 @@ def _sbom(inside: Inside) -> str:
     wanted = inside.inputs["stack"]["environment"]
     installed = [LockedWheel(name=one.what, version=one.version or "", sha256=one.digest or "") for one in besides.installed]
     if wanted is not None:
-        found = environment.digest_of(inside.inputs["stack"]["python"], Arch(inside.inputs["target"]), installed)
+        found = pins.digest_of(inside.inputs["stack"]["python"], Arch(inside.inputs["target"]), installed)
         if found != wanted:
             raise VerifyError("the SBOM's list of the environment is not the one that the wheel's inputs name by digest")
     return f"{len(besides.installed)} distributions of the environment, sources as in the inputs"

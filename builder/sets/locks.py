@@ -6,7 +6,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 import tomlkit
@@ -16,15 +15,13 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name, parse_wheel_filename
 from packaging.version import Version
 
+from builder.planning import pins
+from builder.planning.pins import LockedWheel
 from builder.sets.data import LoadedSet
 from builder.sets.record import Locked
-from gracefarm import tables
 from gracefarm.errors import ConfigError
 from gracefarm.files import sha256_file
 from gracefarm.settings import Settings
-
-if TYPE_CHECKING:
-    from builder.ground.environment import LockedWheel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +37,9 @@ class Served:
         """The simple API that has this set's wheels and no other."""
         return f"{self.base}/{self.name}/simple/"
 
-    def file(self, one: Locked) -> str:
+    def file(self, wheel: Locked) -> str:
         """The address of a file, as docs/index.md has it."""
-        return f"{self.base}/files/{one.sha256}/{quote(one.filename, safe='')}"
+        return f"{self.base}/files/{wheel.sha256}/{quote(wheel.filename, safe='')}"
 
 
 def served(url: str, name: str) -> Served:
@@ -58,47 +55,35 @@ def collect(of: LoadedSet, own: Sequence[Path], settings: Settings) -> list[Lock
         ConfigError: the lock says no file name for one of them.
         FetchError, DigestError: a wheel of an index of its own cannot be had there.
     """
-    from builder.ground import environment
-
-    named = dict(
-        reversed(pair)
-        for pair in re.findall(
-            r"^# (\S+\.whl)\n\S+==.*--hash=sha256:([0-9a-f]{64})$",
-            tables.read_text(of.runtime.requirements_lock),
-            flags=re.MULTILINE,
-        )
-    )
-    found = []
-    for one in environment.wheels(of.runtime, of.data.target):
-        filename = _own_index(one, settings) if one.index else named.get(one.sha256)
-        if filename is None:
+    locked = []
+    for wheel in pins.wheels(of.runtime, of.data.target):
+        filename = _own_index(wheel, settings) if wheel.index else wheel.filename
+        if not filename:
             raise ConfigError(
-                f"{of.runtime.requirements_lock} does not say the file name of {one.name} {one.version}",
+                f"{of.runtime.requirements_lock} does not say the file name of {wheel.name} {wheel.version}",
                 remedy="make the lock again",
                 repeat=of.runtime.lock_command,
             )
-        found.append(Locked(name=one.name, version=one.version, filename=filename, sha256=one.sha256, index=one.index))
-    for wheel in own:
-        name, version, _, _ = parse_wheel_filename(wheel.name)
-        found.append(
-            Locked(
-                name=canonicalize_name(name), version=str(version), filename=wheel.name, sha256=sha256_file(wheel), own=True
-            )
+        locked.append(
+            Locked(name=wheel.name, version=wheel.version, filename=filename, sha256=wheel.sha256, index=wheel.index)
         )
-    return sorted(found, key=lambda one: one.name)
+    for place in own:
+        name, version, _, _ = parse_wheel_filename(place.name)
+        locked.append(Locked(name=name, version=str(version), filename=place.name, sha256=sha256_file(place), own=True))
+    return sorted(locked, key=lambda wheel: wheel.name)
 
 
-def _own_index(one: LockedWheel, settings: Settings) -> str:
+def _own_index(wheel: LockedWheel, settings: Settings) -> str:
     from builder.fetch import own_index
 
-    return own_index.fetch_wheel(one.name, one.version, one.sha256, one.tags, one.index, settings)[1]
+    return own_index.fetch_wheel(wheel.name, wheel.version, wheel.sha256, wheel.tags, wheel.index, settings)[1]
 
 
 def requirements(title: str, wheels: Sequence[Locked]) -> str:
     """The text of requirements.lock: pip and uv read it with --require-hashes, `index mirror` takes its files."""
     lines = [f"# {title}"]
-    for one in wheels:
-        lines += [f"# {one.filename}", f"{one.name}=={one.version} --hash=sha256:{one.sha256}"]
+    for wheel in wheels:
+        lines += [f"# {wheel.filename}", f"{wheel.name}=={wheel.version} --hash=sha256:{wheel.sha256}"]
     return "\n".join(lines) + "\n"
 
 
@@ -112,12 +97,12 @@ def pylock(of: LoadedSet, wheels: Sequence[Locked], at: Served) -> str:
         environments=[Marker(f"sys_platform == 'linux' and platform_machine == '{of.data.target.value}'")],
         packages=[
             Package(
-                name=canonicalize_name(one.name),
-                version=Version(one.version),
+                name=canonicalize_name(wheel.name),
+                version=Version(wheel.version),
                 index=at.simple,
-                wheels=[PackageWheel(name=one.filename, url=at.file(one), hashes={"sha256": one.sha256})],
+                wheels=[PackageWheel(name=wheel.filename, url=at.file(wheel), hashes={"sha256": wheel.sha256})],
             )
-            for one in wheels
+            for wheel in wheels
         ],
     )
     document.validate()

@@ -9,11 +9,10 @@ from functools import cached_property
 
 from packaging.utils import canonicalize_name
 
-from builder.ground import environment
-from builder.ground.environment import LockedWheel
-from builder.planning import gaps
+from builder.planning import gaps, pins
 from builder.planning import plan as plans
 from builder.planning.gaps import Gap
+from builder.planning.pins import LockedWheel
 from builder.planning.plan import Plan
 from builder.planning.stack import Arch
 from builder.sets.data import LoadedSet
@@ -60,7 +59,7 @@ def make(found: LoadedSet, host: Arch) -> SetPlan:
             that its wheels are built against.
     """
     refuse_objects(found)
-    wheels = environment.wheels(found.runtime, found.data.target)
+    wheels = pins.wheels(found.runtime, found.data.target)
     _check_torch(found, wheels)
     builds = tuple(plans.make(one, found.stack, host, found.data.target) for one in found.recipes)
     own = {canonicalize_name(one.recipe.data.name) for one in builds}
@@ -90,7 +89,7 @@ def refuse_objects(found: LoadedSet) -> None:
 def _check_torch(found: LoadedSet, wheels: tuple[LockedWheel, ...]) -> None:
     """Extensions are bound to the very torch that they were compiled against."""
     mine = next((one for one in wheels if one.name == "torch"), None)
-    against = next((one for one in environment.wheels(found.stack, found.data.target) if one.name == "torch"), None)
+    against = next((one for one in pins.wheels(found.stack, found.data.target) if one.name == "torch"), None)
     if against is not None and mine != against:
         have = f"{mine.version} (sha256 {mine.sha256[:16]}…)" if mine else "none"
         raise ConfigError(

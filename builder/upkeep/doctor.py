@@ -25,8 +25,8 @@ from pypi_simple import PYPI_SIMPLE_ENDPOINT
 
 from builder.box import sandbox
 from builder.fetch.urls import shown, split_credentials
-from builder.ground import debian, environment, root
-from builder.planning import recipe, stack
+from builder.ground import debian, root
+from builder.planning import packages, pins, recipe, stack
 from builder.planning.stack import Arch, LoadedStack
 from gracefarm.errors import GracefarmError, HostError
 from gracefarm.files import remove_tree
@@ -255,7 +255,7 @@ def _stacks(settings: Settings) -> list[Check]:
 def _damaged(one: LoadedStack, settings: Settings) -> list[tuple[Path, str]]:
     """Roots of a stack that lost qemu, Python or compiler, with what they lost."""
     host = stack.host_arch()
-    places = ((settings.home / "roots" / root.digest(one, host, to), to) for to in one.data.root.hosts.get(host, ()))
+    places = ((settings.home / "roots" / packages.root_digest(one, host, to), to) for to in one.data.root.hosts.get(host, ()))
     return [(place, program) for place, to in places if place.is_dir() and (program := root.lost(place, one, host, to))]
 
 
@@ -271,8 +271,8 @@ def _ready(one: LoadedStack, settings: Settings) -> str:
     host = stack.host_arch()
     words = []
     for target in one.data.root.hosts.get(host, ()):
-        has_root = (settings.home / "roots" / root.digest(one, host, target)).is_dir()
-        has_environment = (settings.home / "environments" / environment.digest(one, target)).is_dir()
+        has_root = (settings.home / "roots" / packages.root_digest(one, host, target)).is_dir()
+        has_environment = (settings.home / "environments" / pins.environment_digest(one, target)).is_dir()
         missing = " and ".join(name for name, has in (("root", has_root), ("environment", has_environment)) if not has)
         words.append(f"{target}: " + (f"{missing} made at the first build" if missing else "root and environment ready"))
     return "; ".join(words) or f"no root for a host of {host}"
@@ -363,7 +363,7 @@ def register(target: Arch, settings: Settings) -> None:
             folder
             for path in sorted((settings.project / "stacks").glob("*/stack.toml"))
             for one in [stack.load(path.parent.parent, path.parent.name)]
-            if (folder := settings.home / "roots" / root.digest(one, host, target)).is_dir()
+            if (folder := settings.home / "roots" / packages.root_digest(one, host, target)).is_dir()
         ),
         None,
     )

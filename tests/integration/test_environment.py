@@ -21,10 +21,9 @@ from pathlib import Path
 
 import pytest
 
-from builder.box import sandbox
 from builder.box.sandbox import Mount, Sandbox
-from builder.ground import environment, root
-from builder.planning import stack
+from builder.ground import environment, resolve, root
+from builder.planning import pins, stack
 from builder.planning.stack import Arch, LoadedStack
 from gracefarm import settings as settings_module
 from gracefarm.errors import ConfigError, DigestError, FetchError, InstallError, RootError
@@ -128,7 +127,7 @@ def tiny_stack(folder: Path, *requirements: str, torch: bool = False, toolchain:
 def locked(folder: Path, settings: Settings, *requirements: str, torch: bool = False) -> LoadedStack:
     """Such a stack, resolved from the local index."""
     loaded = tiny_stack(folder, *requirements, torch=torch)
-    loaded.requirements_lock.write_text(environment.resolve(loaded, settings))
+    loaded.requirements_lock.write_text(resolve.resolve(loaded, settings))
     return loaded
 
 
@@ -163,7 +162,7 @@ def test_the_lock_takes_the_best_wheel_that_the_glibc_floor_allows(own: Settings
     assert "2_35" not in text
     assert "pure==1.0 --hash=sha256:" in text
     assert "127.0.0.1" not in text
-    assert [one.name for one in environment.wheels(loaded, TARGET)] == ["pure", "tiny"]
+    assert [one.name for one in pins.wheels(loaded, TARGET)] == ["pure", "tiny"]
 
 
 def test_a_distribution_without_a_fitting_wheel_is_named(own: Settings, index: Index, tmp_path: Path) -> None:
@@ -225,7 +224,7 @@ def test_torch_for_the_stacks_cuda_is_taken(own: Settings, index: Index, base: P
     index.add(torch_wheel(tmp_path, "13.0"))
     loaded = locked(tmp_path / "stack", own, "torch==2.11.0", torch=True)
     made = environment.ensure(loaded, TARGET, base, own)
-    assert made.name == environment.digest(loaded, TARGET)
+    assert made.name == pins.environment_digest(loaded, TARGET)
     assert environment.ensure(loaded, TARGET, base, own) == made
 
 
@@ -272,7 +271,7 @@ def inside(base: Path, env: Path, *command: str) -> str:
     box = Sandbox(
         root=base, mounts=(Mount(source=env, target="/env"),), environment={"PATH": "/env/bin:/usr/bin"}, workdir="/", memory=0
     )
-    done = subprocess.run(sandbox.command(box, command), capture_output=True, text=True, check=False)
+    done = subprocess.run(box.command(command), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -404,7 +403,7 @@ def test_the_stacks_toolchain_is_the_hosts_compiler(shared_home: Path) -> None:
 def test_a_toolchain_without_a_compiler_is_refused(own: Settings, index: Index, tmp_path: Path) -> None:
     index.add(make_wheel(tmp_path, "nvidia_cuda_nvcc", "13.0", {"nvidia/cu13/bin/ptxas": ""}))
     loaded = tiny_stack(tmp_path / "stack", toolchain=("nvidia-cuda-nvcc",))
-    loaded.requirements_lock.write_text(environment.resolve(loaded, own))
+    loaded.requirements_lock.write_text(resolve.resolve(loaded, own))
     with pytest.raises(RootError, match="hold no nvcc"):
         environment.ensure_toolchain(loaded, HOST, own)
     with pytest.raises(ConfigError, match="has no CUDA compiler"):

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from builder.fetch import own_index, unpinned
-from builder.ground import environment
-from builder.planning import stack
+from builder.planning import pins, stack, tags
 from builder.planning.stack import Arch
 from gracefarm import settings as settings_module
 from gracefarm.errors import DigestError, FetchError
@@ -19,7 +18,7 @@ from tests.integration.test_environment import make_wheel
 
 INDEX = "https://torch.example/whl/cu124"
 OURS = "cp311-cp311-linux_aarch64"
-TAGS = environment.tags(stack.load(REPOSITORY / "stacks", "cu124"), Arch.AARCH64)
+TAGS = tags.tags(stack.load(REPOSITORY / "stacks", "cu124"), Arch.AARCH64)
 
 
 def page(folder: Path, tags: list[str], *, digests: bool) -> dict[str, str]:
@@ -74,5 +73,5 @@ def test_what_an_index_has_for_others_alone_or_with_another_digest_is_not_taken(
 
 
 def test_an_environment_and_a_set_ask_for_the_tags_of_the_stack() -> None:
-    (torch,) = [one for one in environment.wheels(stack.load(REPOSITORY / "stacks", "cu124"), Arch.AARCH64) if one.index]
+    (torch,) = [one for one in pins.wheels(stack.load(REPOSITORY / "stacks", "cu124"), Arch.AARCH64) if one.index]
     assert torch.tags == set(TAGS)

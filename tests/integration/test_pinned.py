@@ -23,10 +23,10 @@ import pytest
 from builder.box import sandbox
 from builder.box.sandbox import Sandbox
 from builder.flow import build, run
-from builder.ground import environment, root
-from builder.planning import gaps, plan, recipe, stack
+from builder.ground import root
+from builder.planning import gaps, packages, pins, plan, recipe, stack
 from builder.planning.stack import Arch, host_arch
-from builder.toolchains import machine
+from builder.toolchains import host_tools
 from gracefarm.console import Console
 from gracefarm.errors import ConfigError, HostError
 from gracefarm.files import remove_tree
@@ -271,7 +271,7 @@ def test_trap_6_the_roots_headers_are_older_than_what_cuda_12_4_cannot_read(farm
     """
     loaded = stack.load(REPOSITORY / "stacks", "cu124")
     for host in (Arch.X86_64, Arch.AARCH64):
-        (version,) = {one.version for one in root.packages(loaded, host, Arch.AARCH64) if one.name == "libc6-dev"}
+        (version,) = {one.version for one in packages.of_root(loaded, host, Arch.AARCH64) if one.name == "libc6-dev"}
         assert tuple(map(int, version.partition("-")[0].split("+")[0].split("."))) < (2, 38), version
     box = place(farm, "cu124-headers", tmp_path / "work")
     newer = "#ifdef __aarch64__\ntypedef __Float32x4_t f32x4;\n#endif\n"
@@ -323,10 +323,10 @@ def test_trap_7_the_roots_cpp_library_is_new_enough_for_the_prebuilt_llvm(farm: 
 )
 def test_trap_6_is_said_before_a_host_build_begins(arch: Arch, cuda: str, glibc: str, reads: bool) -> None:
     if reads:
-        machine.check_headers(arch, cuda, glibc)
+        host_tools.check_headers(arch, cuda, glibc)
         return
     with pytest.raises(HostError, match=rf"CUDA 12\.4 cannot read the headers of glibc {glibc} on aarch64"):
-        machine.check_headers(arch, cuda, glibc)
+        host_tools.check_headers(arch, cuda, glibc)
 
 
 def test_trap_6_is_asked_of_the_machine_itself(farm: Farm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -336,12 +336,12 @@ def test_trap_6_is_asked_of_the_machine_itself(farm: Farm, tmp_path: Path, monke
     nvcc.parent.mkdir()
     nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 12.4, V12.4.131'\n")
     nvcc.chmod(0o755)
-    monkeypatch.setattr(machine, "host_arch", lambda: Arch.AARCH64)
+    monkeypatch.setattr(host_tools, "host_arch", lambda: Arch.AARCH64)
     monkeypatch.setattr(os, "confstr", lambda _: "glibc 2.39")
-    wanted = machine.Wanted(python=Path(python311()), cuda=tmp_path / "cuda")
+    wanted = host_tools.Wanted(python=Path(python311()), cuda=tmp_path / "cuda")
     with pytest.raises(HostError, match=r"headers of glibc 2\.39"):
-        machine.find(stack.load(farm.settings.project / "stacks", "cu124"), wanted, cuda=True)
-    assert machine.find(stack.load(farm.settings.project / "stacks", "cu124"), wanted, cuda=False).glibc == "2_39"
+        host_tools.find(stack.load(farm.settings.project / "stacks", "cu124"), wanted, cuda=True)
+    assert host_tools.find(stack.load(farm.settings.project / "stacks", "cu124"), wanted, cuda=False).glibc == "2_39"
 
 
 def test_trap_7_triton_is_refused_in_a_container(farm: Farm) -> None:
@@ -353,8 +353,8 @@ def test_trap_7_triton_is_refused_in_a_container(farm: Farm) -> None:
     assert refused.value.remedy == "take another: sandbox, host"
     plan.make(triton, base, Arch.AARCH64, Arch.AARCH64)
     plan.make(recipe.load(REPOSITORY / "recipes", "flash_attn"), base, Arch.AARCH64, Arch.AARCH64, contained)
-    here = machine.find(
-        stack.load(farm.settings.project / "stacks", "bare"), machine.Wanted(python=Path(python311())), cuda=False
+    here = host_tools.find(
+        stack.load(farm.settings.project / "stacks", "bare"), host_tools.Wanted(python=Path(python311())), cuda=False
     )
     changed = replace(triton, data=triton.data.model_copy(update={"refuses": {"host": "why"}}))
     assert plan.make_here(triton, here).machine is here
@@ -377,7 +377,7 @@ def test_the_plan_shows_every_digest_or_the_named_gap(name: str) -> None:
             gap = [line for line in done.out.splitlines() if line.startswith("no digest ") and file.url in line]
             assert bool(gap) == (file.sha256 is None), file.url
     torch = [line for line in done.out.splitlines() if line.startswith("no digest torch")]
-    known = {one.name: one for one in environment.wheels(stack.load(REPOSITORY / "stacks", "cu124"), Arch.AARCH64)}
+    known = {one.name: one for one in pins.wheels(stack.load(REPOSITORY / "stacks", "cu124"), Arch.AARCH64)}
     assert bool(torch) == (not known["torch"].sha256)
 
 

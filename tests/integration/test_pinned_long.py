@@ -15,12 +15,12 @@ from packaging.utils import canonicalize_name
 from builder.box import sandbox
 from builder.box.sandbox import Mount
 from builder.fetch import Download, download
-from builder.ground import debian, environment, toolkit
-from builder.planning import recipe, stack
+from builder.ground import debian
+from builder.planning import packages, pins, recipe, stack
 from builder.planning.stack import Arch, host_arch
 from builder.proof.embed import require
 from builder.sets import together
-from builder.toolchains import machine
+from builder.toolchains import host_tools
 from gracefarm.errors import HostError
 from tests import projects
 from tests.conftest import REPOSITORY, Farm
@@ -60,7 +60,7 @@ def headers_of_trixie(farm: Farm, into: Path) -> str:
 def test_trap_6_cuda_12_4_cannot_compile_against_glibc_2_41(farm: Farm, tmp_path: Path) -> None:
     """One unit by nvcc 12.4.131 itself: with the stack's own headers, then with Debian 13's, which gcc and CUDA 13.0 read."""
     own, headers = stack.load(REPOSITORY / "stacks", "cu124"), stack.load(REPOSITORY / "tests/stacks", "cu124-headers")
-    assert toolkit.digest(headers, host_arch()) == toolkit.digest(own, host_arch())
+    assert packages.toolkit_digest(headers, host_arch()) == packages.toolkit_digest(own, host_arch())
     version = headers_of_trixie(farm, tmp_path / "trixie")
     assert version.startswith("2.41")
     newer = Mount(source=tmp_path / "trixie/usr/include", target="/run/include")
@@ -88,8 +88,8 @@ def test_trap_6_cuda_12_4_cannot_compile_against_glibc_2_41(farm: Farm, tmp_path
     assert compiles("cu130", *nvcc, against=newer), log.read_text()
     # What the build does before it compiles anything, with a root and on a machine that have these headers.
     with pytest.raises(HostError, match=r"cannot read the headers of glibc 2\.41"):
-        machine.check_headers(Arch.AARCH64, "12.4", version.partition("-")[0])
-    machine.check_headers(Arch.AARCH64, "13.0", version.partition("-")[0])
+        host_tools.check_headers(Arch.AARCH64, "12.4", version.partition("-")[0])
+    host_tools.check_headers(Arch.AARCH64, "13.0", version.partition("-")[0])
     lock = farm.settings.project / "stacks/cu124-headers/root.lock"
     lock.write_text(re.sub(r'(name = "libc6-dev", .*version = ")[^"]+', rf"\g<1>{version}", lock.read_text()))
     refused = farm.run("build", "tiny", "--stack", "cu124-headers")
@@ -185,7 +185,7 @@ def test_the_engines_own_python_code_runs_in_the_environment_of_the_set(farm: Fa
     with zipfile.ZipFile(tmp_path / name.replace("manylinux1_x86_64", "manylinux_2_34_aarch64"), "w") as opened:
         opened.writestr(f"{info}/METADATA", metadata)
     asked = together.requirements(Path(str(opened.filename)), "3.11", Arch.AARCH64)
-    locked = {one.name: one.version for one in environment.wheels(stack.load(REPOSITORY / "stacks", "cu124"), Arch.AARCH64)}
+    locked = {one.name: one.version for one in pins.wheels(stack.load(REPOSITORY / "stacks", "cu124"), Arch.AARCH64)}
     ours = {str(one) for one in asked if canonicalize_name(one.name) not in locked}
     assert ours == set(data.wheel.requires.values())
     assert all(one.specifier.contains(locked[canonicalize_name(one.name)]) for one in asked if str(one) not in ours)

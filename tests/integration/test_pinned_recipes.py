@@ -22,8 +22,8 @@ import tomlkit
 
 from builder.fetch import Download, download
 from builder.flow import build
-from builder.ground import debian, toolkit
-from builder.planning import plan, recipe, stack
+from builder.ground import debian
+from builder.planning import packages, plan, recipe, stack
 from builder.planning.stack import Arch, host_arch
 from gracefarm.console import Console
 from tests import projects
@@ -103,7 +103,7 @@ TOOLS = ("ptxas", "cuobjdump", "nvdisasm")
 def programs(farm: Farm, folder: Path) -> dict[str, bytes]:
     """Archives laid out as those that triton downloads, by the name of conda's package."""
     base = stack.load(farm.settings.project / "stacks", "cu124-headers")
-    (deb,) = toolkit.packages(base, Arch.AARCH64)
+    (deb,) = packages.of_toolkit(base, Arch.AARCH64)
     url = f"{debian.mirror('trixie', farm.settings)}/{deb.path}"
     place = download([Download(url=url, sha256=deb.sha256, what=deb.title)], farm.settings)[deb.sha256]
     subprocess.run(["dpkg-deb", "--extract", place, folder], check=True)

@@ -14,11 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from builder.box import sandbox
 from builder.box.sandbox import Mount, Sandbox
-from builder.ground import root
-from builder.ground.debian import Deb
-from builder.planning import stack
+from builder.ground import bytecode, resolve, root
+from builder.planning import packages, stack
+from builder.planning.packages import Deb
 from builder.planning.stack import Arch, LoadedStack
 from gracefarm import settings as settings_module
 from gracefarm import tables
@@ -54,7 +53,7 @@ def own(shared_home: Path) -> Iterator[Settings]:
 def inside(folder: Path, *command: str, mounts: tuple[Mount, ...] = ()) -> str:
     """What a command prints in a sandbox over that root."""
     box = Sandbox(root=folder, mounts=mounts, environment={"PATH": PATH, "LC_ALL": "C.UTF-8"}, workdir="/", memory=0)
-    done = subprocess.run(sandbox.command(box, command), capture_output=True, text=True, check=False)
+    done = subprocess.run(box.command(command), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -92,7 +91,7 @@ def test_uname_and_arch_agree_with_python(made: tuple[Arch, Path]) -> None:
     assert target is HOST or HOST.value not in every
     assert inside(folder, "uname", "-s") == "Linux"
     box = Sandbox(root=folder, mounts=(), environment={"PATH": PATH}, workdir="/", memory=0)
-    assert subprocess.run(sandbox.command(box, ["uname", "--nonsense"]), capture_output=True, check=False).returncode == 1
+    assert subprocess.run(box.command(["uname", "--nonsense"]), capture_output=True, check=False).returncode == 1
 
 
 def test_plain_compilers_compile_for_the_target(made: tuple[Arch, Path], tmp_path: Path) -> None:
@@ -121,8 +120,8 @@ def test_tools_of_a_build_are_native(made: tuple[Arch, Path]) -> None:
     machine = {Arch.AARCH64: "ARM aarch64", Arch.X86_64: "x86-64"}[HOST]
     for tool in ("bash", "cmake", "git", "gcc", "ld", "make", "ninja", "perl", "sed", "tar"):
         assert machine in inside(folder, "file", "-L", inside(folder, "which", tool)), tool
-    assert machine in inside(folder, "file", "-L", root.NATIVE_PYTHON)
-    native = inside(folder, root.NATIVE_PYTHON, "-c", "import platform, sys; print(platform.machine(), sys.prefix)")
+    assert machine in inside(folder, "file", "-L", bytecode.NATIVE_PYTHON)
+    native = inside(folder, bytecode.NATIVE_PYTHON, "-c", "import platform, sys; print(platform.machine(), sys.prefix)")
     assert native == f"{HOST} /usr"
     assert inside(folder, "awk", "BEGIN { print 6 * 7 }") == "42"
     libraries = inside(folder, "pkg-config", "--variable=libdir", "zlib")
@@ -193,7 +192,7 @@ def tiny_stack(folder: Path, archive: Path, settings: Settings) -> tuple[LoadedS
     )
     fields = ", ".join(f"{name} = {json.dumps(value)}" for name, value in one.model_dump().items())
     (target / "root.lock").write_text(f'suite = "tiny"\n[roots.{HOST}-{HOST}]\npackages = [{{ {fields} }}]\n')
-    tables.read(target / "root.lock", root.RootLock)
+    tables.read(target / "root.lock", packages.RootLock)
     return LoadedStack(folder=target, data=data), settings.model_copy(update={"debian_mirror": f"file://{archive}"}), one
 
 
@@ -275,7 +274,7 @@ def test_killed_and_concurrent_assemblies_leave_one_whole_root(own: Settings, sh
 
 ORPHAN = """
 import subprocess, sys, time
-from builder.ground.root import die_with_us
+from gracefarm.process import die_with_us
 one = subprocess.Popen(die_with_us(["sleep", "300"]))
 print(one.pid, flush=True)
 time.sleep(300)
@@ -326,9 +325,9 @@ def test_a_new_lock_is_whole(own: Settings, tmp_path: Path) -> None:
     target = tmp_path / "cu130"
     target.mkdir()
     loaded = LoadedStack(folder=target, data=CU130.data)
-    loaded.root_lock.write_text(root.resolve(loaded, own))
+    loaded.root_lock.write_text(resolve.root_lock(loaded, own))
     for host, targets in CU130.data.root.hosts.items():
         for one in targets:
-            names = {deb.name for deb in root.packages(loaded, host, one)}
+            names = {deb.name for deb in packages.of_root(loaded, host, one)}
             # What nobody named: apt found it.
             assert {"libc6", "libpython3.11-stdlib", "binutils-common"} <= names

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 from packaging.tags import Tag
 
-from builder.ground import environment
-from builder.planning import stack
+from builder.planning import pins, stack, tags
 from builder.planning.stack import Arch, LoadedStack
 from gracefarm.errors import ConfigError
 
@@ -34,46 +33,46 @@ def damage(loaded: LoadedStack, pattern: str, replacement: str) -> None:
 
 def test_one_wheel_per_distribution_and_architecture(loaded: LoadedStack) -> None:
     for arch in Arch:
-        found = environment.wheels(loaded, arch)
+        found = pins.wheels(loaded, arch)
         assert len({one.name for one in found}) == len(found)
         assert [one.version for one in found if one.name == "torch"] == [
             loaded.data.torch.version if loaded.data.torch else ""
         ]
     # Each line above a wheel names its file: those with a platform in it differ, the others are the same for both.
-    shared = set(environment.wheels(loaded, Arch.AARCH64)) & set(environment.wheels(loaded, Arch.X86_64))
+    shared = set(pins.wheels(loaded, Arch.AARCH64)) & set(pins.wheels(loaded, Arch.X86_64))
     names = re.findall(r"^# (\S+\.whl)\n(\S+)==", loaded.requirements_lock.read_text(), flags=re.MULTILINE)
     assert {one.name for one in shared} == {name for file, name in names if file.endswith("-any.whl")}
 
 
 def test_digests_ignore_comments_white_space_and_order(loaded: LoadedStack) -> None:
-    before = environment.digest(loaded, Arch.AARCH64), environment.toolchain_digest(loaded, Arch.X86_64)
+    before = pins.environment_digest(loaded, Arch.AARCH64), pins.toolchain_digest(loaded, Arch.X86_64)
     lines = loaded.requirements_lock.read_text().splitlines()
     kept = [f"  {line}  " for line in reversed(lines) if not line.startswith("#")]
     loaded.requirements_lock.write_text("# one comment\n\n" + "\n\n".join(kept))
-    assert (environment.digest(loaded, Arch.AARCH64), environment.toolchain_digest(loaded, Arch.X86_64)) == before
+    assert (pins.environment_digest(loaded, Arch.AARCH64), pins.toolchain_digest(loaded, Arch.X86_64)) == before
 
 
 def test_digest_changes_with_a_version_and_with_a_hash(loaded: LoadedStack) -> None:
-    seen = {environment.digest(loaded, Arch.AARCH64)}
+    seen = {pins.environment_digest(loaded, Arch.AARCH64)}
     damage(loaded, r"^sympy==\S+", "sympy==1.13.9")
-    seen.add(environment.digest(loaded, Arch.AARCH64))
+    seen.add(pins.environment_digest(loaded, Arch.AARCH64))
     damage(loaded, r'^(numpy.*aarch64" --hash=sha256:).{4}', r"\g<1>0000")
-    seen.add(environment.digest(loaded, Arch.AARCH64))
+    seen.add(pins.environment_digest(loaded, Arch.AARCH64))
     assert len(seen) == 3
 
 
 def test_digest_of_one_architecture_ignores_the_other(loaded: LoadedStack) -> None:
-    before = environment.digest(loaded, Arch.AARCH64), environment.toolchain_digest(loaded, Arch.AARCH64)
+    before = pins.environment_digest(loaded, Arch.AARCH64), pins.toolchain_digest(loaded, Arch.AARCH64)
     damage(loaded, r'^(nvidia-nvvm.*x86_64" --hash=sha256:).{4}', r"\g<1>0000")
-    assert (environment.digest(loaded, Arch.AARCH64), environment.toolchain_digest(loaded, Arch.AARCH64)) == before
+    assert (pins.environment_digest(loaded, Arch.AARCH64), pins.toolchain_digest(loaded, Arch.AARCH64)) == before
 
 
 def test_toolchain_digest_knows_compilers_alone(loaded: LoadedStack) -> None:
-    before = environment.toolchain_digest(loaded, Arch.X86_64)
+    before = pins.toolchain_digest(loaded, Arch.X86_64)
     damage(loaded, r'^(numpy.*x86_64" --hash=sha256:).{4}', r"\g<1>0000")
-    assert environment.toolchain_digest(loaded, Arch.X86_64) == before
+    assert pins.toolchain_digest(loaded, Arch.X86_64) == before
     damage(loaded, r'^(nvidia-cuda-nvcc.*x86_64" --hash=sha256:).{4}', r"\g<1>0000")
-    assert environment.toolchain_digest(loaded, Arch.X86_64) != before
+    assert pins.toolchain_digest(loaded, Arch.X86_64) != before
 
 
 @pytest.mark.parametrize(
@@ -94,7 +93,7 @@ def test_a_line_that_pins_no_wheel_is_refused(loaded: LoadedStack, line: str, sa
         stream.write(f"{line}\n")
     number = len(loaded.requirements_lock.read_text().splitlines())
     with pytest.raises(ConfigError, match=f":{number}: .*{says}"):
-        environment.wheels(loaded, Arch.AARCH64)
+        pins.wheels(loaded, Arch.AARCH64)
 
 
 @pytest.mark.parametrize(("old", "new"), [('"numpy"', '"numpy>=99"'), ('"numpy"', '"numpy",\n    "scipy"')])
@@ -102,18 +101,18 @@ def test_a_lock_older_than_stack_toml_is_refused(loaded: LoadedStack, old: str, 
     toml = loaded.folder / "stack.toml"
     toml.write_text(toml.read_text().replace(old, new))
     with pytest.raises(ConfigError, match=r"numpy>=99|no scipy") as caught:
-        environment.wheels(stack.load(loaded.folder.parent, "cu130"), Arch.AARCH64)
+        pins.wheels(stack.load(loaded.folder.parent, "cu130"), Arch.AARCH64)
     assert caught.value.repeat == "builder lock-stack cu130"
 
 
 def test_an_absent_lock_is_refused(loaded: LoadedStack) -> None:
     loaded.requirements_lock.unlink()
     with pytest.raises(ConfigError, match="no such file"):
-        environment.digest(loaded, Arch.AARCH64)
+        pins.environment_digest(loaded, Arch.AARCH64)
 
 
 def test_tags_stop_at_the_stacks_glibc_and_prefer_the_newest(loaded: LoadedStack) -> None:
-    found = environment.tags(loaded, Arch.AARCH64)
+    found = tags.tags(loaded, Arch.AARCH64)
     assert found[0] == Tag("cp311", "cp311", "manylinux_2_34_aarch64")
     assert Tag("cp311", "cp311", "manylinux_2_35_aarch64") not in found
     assert Tag("py3", "none", "manylinux2014_aarch64") in found

@@ -13,9 +13,9 @@ import pytest
 from pydantic import ValidationError
 
 from builder.compiling import pep517
-from builder.fetch import archive, source
-from builder.ground import environment, toolkit
-from builder.planning import gaps, recipe, stack
+from builder.fetch import archive, fill, source
+from builder.ground import torch_facts, wheels
+from builder.planning import gaps, packages, pins, recipe, stack
 from builder.planning import plan as planning
 from builder.planning.recipe import File, Recipe, Smoke, Substitution
 from builder.planning.stack import Arch
@@ -90,7 +90,7 @@ def test_a_filled_gap_keeps_what_stands_around_it(tmp_path: Path) -> None:
     place = tmp_path / "recipe.toml"
     place.write_text('# head\nname = "a"\n\n[[files]]\nurl = "https://a/b" # far\nsha256_unknown = "no" # later\npath = "c"\n')
     gap = gaps.Gap(file=place, table=("files",), number=0, what="c", url="https://a/b", reason="no")
-    gaps.write(gap, DIGEST)
+    fill.write(gap, DIGEST)
     wanted = f'# head\nname = "a"\n\n[[files]]\nurl = "https://a/b" # far\nsha256 = "{DIGEST}" # later\npath = "c"\n'
     assert place.read_text() == wanted
 
@@ -153,9 +153,9 @@ def test_a_stack_with_a_gap_says_so_before_anything_is_fetched(tmp_path: Path) -
     shutil.copytree(REPOSITORY / "stacks", tmp_path / "stacks")
     put_back(tmp_path)
     loaded = stack.load(tmp_path / "stacks", "cu124")
-    found = environment.wheels(loaded, Arch.AARCH64)
+    found = pins.wheels(loaded, Arch.AARCH64)
     with pytest.raises(ConfigError, match="has no digest yet") as caught:
-        environment.require_digests(loaded, found)
+        wheels.require_digests(loaded, found)
     assert caught.value.repeat == "builder lock cu124"
 
 
@@ -166,10 +166,10 @@ def test_the_stack_of_the_pinned_builds_takes_torch_for_cuda_12_4_alone(tmp_path
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch" / "version.py").write_text(f"__version__ = '2.4.0'\ndebug = False\ncuda = {cuda}\n")
     if right:
-        environment.check_torch(loaded, tmp_path)
+        torch_facts.check(loaded, tmp_path)
         return
     with pytest.raises(RootError, match=r"the stack wants 12\.4"):
-        environment.check_torch(loaded, tmp_path)
+        torch_facts.check(loaded, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -202,11 +202,11 @@ def test_trap_4_the_stack_has_what_the_pinned_projects_ask_for(
 def test_the_compiler_from_debian_is_pinned_for_both_hosts() -> None:
     loaded = stack.load(REPOSITORY / "stacks", "cu124")
     for host in Arch:
-        (one,) = toolkit.packages(loaded, host)
+        (one,) = packages.of_toolkit(loaded, host)
         assert one.version.startswith("12.4.131")
         assert one.arch == host.debian
-    assert toolkit.digest(loaded, Arch.X86_64) != toolkit.digest(loaded, Arch.AARCH64)
-    assert toolkit.digest(stack.load(REPOSITORY / "stacks", "cu130"), Arch.X86_64) is None
+    assert packages.toolkit_digest(loaded, Arch.X86_64) != packages.toolkit_digest(loaded, Arch.AARCH64)
+    assert packages.toolkit_digest(stack.load(REPOSITORY / "stacks", "cu130"), Arch.X86_64) is None
 
 
 @pytest.mark.parametrize("host", list(Arch))

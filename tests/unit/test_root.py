@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from builder.ground import debian, root
-from builder.planning import stack
+from builder.ground import debian
+from builder.planning import packages, stack
 from builder.planning.stack import Arch, LoadedStack
 from gracefarm.errors import ConfigError
 
@@ -27,13 +27,13 @@ def loaded(tmp_path: Path) -> LoadedStack:
 
 
 def test_digest_ignores_comments_white_space_and_order(loaded: LoadedStack) -> None:
-    before = root.digest(loaded, *CROSS)
+    before = packages.root_digest(loaded, *CROSS)
     lines = loaded.root_lock.read_text().splitlines()
     start = lines.index("[roots.x86_64-aarch64]") + 2
     end = lines.index("]", start)
     lines[start:end] = [f"  {line.strip()}  # why" for line in reversed(lines[start:end])]
     loaded.root_lock.write_text("# another comment\n\n" + "\n".join(lines) + "\n")
-    assert root.digest(loaded, *CROSS) == before
+    assert packages.root_digest(loaded, *CROSS) == before
 
 
 @pytest.mark.parametrize(
@@ -46,34 +46,34 @@ def test_digest_ignores_comments_white_space_and_order(loaded: LoadedStack) -> N
     ids=["version", "sha256", "package"],
 )
 def test_digest_changes_with_each_package(loaded: LoadedStack, pattern: str, replacement: str) -> None:
-    before = root.digest(loaded, *CROSS)
+    before = packages.root_digest(loaded, *CROSS)
     text, count = re.subn(pattern, replacement, loaded.root_lock.read_text())
     assert count
     loaded.root_lock.write_text(text)
     if not replacement:
         # What stack.toml does not name may be missing; what it names may not.
         with pytest.raises(ConfigError, match=r"procps:amd64"):
-            root.digest(loaded, *CROSS)
+            packages.root_digest(loaded, *CROSS)
         toml = loaded.folder / "stack.toml"
         toml.write_text(toml.read_text().replace('    "procps",\n', ""))
         loaded = stack.load(loaded.folder.parent, "cu130")
-    assert root.digest(loaded, *CROSS) != before
+    assert packages.root_digest(loaded, *CROSS) != before
 
 
 def test_each_host_and_target_has_its_own_digest(loaded: LoadedStack) -> None:
     pairs = [(host, target) for host, targets in loaded.data.root.hosts.items() for target in targets]
-    assert len({root.digest(loaded, *pair) for pair in pairs}) == len(pairs) == 3
+    assert len({packages.root_digest(loaded, *pair) for pair in pairs}) == len(pairs) == 3
 
 
 def test_digest_knows_our_own_scripts(loaded: LoadedStack, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = root.digest(loaded, *CROSS)
-    monkeypatch.setattr(root, "LAYOUT", root.LAYOUT + 1)
-    assert root.digest(loaded, *CROSS) != before
+    before = packages.root_digest(loaded, *CROSS)
+    monkeypatch.setattr(packages, "ROOT_LAYOUT", packages.ROOT_LAYOUT + 1)
+    assert packages.root_digest(loaded, *CROSS) != before
 
 
 def test_a_pair_that_is_not_locked_is_refused(loaded: LoadedStack) -> None:
     with pytest.raises(ConfigError, match="no root for target x86_64 on a host of aarch64") as caught:
-        root.packages(loaded, Arch.AARCH64, Arch.X86_64)
+        packages.of_root(loaded, Arch.AARCH64, Arch.X86_64)
     assert caught.value.repeat == "builder lock-stack cu130"
 
 
@@ -81,14 +81,14 @@ def test_a_lock_older_than_stack_toml_is_refused(loaded: LoadedStack) -> None:
     toml = loaded.folder / "stack.toml"
     toml.write_text(toml.read_text().replace('"sed",', '"sed",\n    "gawk",'))
     with pytest.raises(ConfigError, match=r"gawk:amd64 of stack\.toml"):
-        root.packages(stack.load(loaded.folder.parent, "cu130"), *CROSS)
+        packages.of_root(stack.load(loaded.folder.parent, "cu130"), *CROSS)
 
 
 def test_a_package_outside_the_archive_is_refused(loaded: LoadedStack) -> None:
     text = loaded.root_lock.read_text().replace('path = "pool/main/b/bash', 'path = "../../bash', 1)
     loaded.root_lock.write_text(text)
     with pytest.raises(ConfigError, match="path"):
-        root.packages(loaded, *CROSS)
+        packages.of_root(loaded, *CROSS)
 
 
 def test_the_lock_names_no_host() -> None:
@@ -100,7 +100,7 @@ def test_each_package_is_locked_once(loaded: LoadedStack) -> None:
     for host, targets in loaded.data.root.hosts.items():
         for target in targets:
             versions: dict[str, set[str]] = {}
-            for one in root.packages(loaded, host, target):
+            for one in packages.of_root(loaded, host, target):
                 versions.setdefault(f"{one.name}:{one.arch}", set()).add(one.version)
             assert all(len(found) == 1 for found in versions.values())
 

@@ -1,0 +1,129 @@
+"""Byte code: made by the root's native Python, once for each wheel, and linked into every environment that has the wheel."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import errno
+import hashlib
+import io
+import os
+import subprocess
+from collections.abc import Iterable, Iterator, Sequence
+from importlib.resources import files
+from pathlib import Path
+
+from packaging.utils import canonicalize_name
+
+from builder.box import sandbox
+from builder.box.sandbox import Mount, Sandbox
+from builder.planning.pins import LAYOUT, LockedWheel
+from builder.planning.stack import LoadedStack
+from gracefarm.console import Tick
+from gracefarm.errors import HostError, RootError
+from gracefarm.files import atomic_directory, lock
+from gracefarm.settings import Settings
+
+NATIVE_PYTHON = "/usr/libexec/gracefarm/python-native"
+"The host's own Python inside every root: what it byte-compiles, the target's Python takes."
+INSIDE = "/env"
+"Where the sandbox sees an environment."
+
+
+def compile_files(root: Path, inside: str, folder: Path, names: Iterable[str] | None = None) -> None:
+    """Byte-compile Python files (`names`, relative; None: all) of `folder`, which the sandbox sees as `inside`.
+
+    The root's native Python does it: a .pyc does not depend on the architecture, and emulated it takes ten times as long.
+    The paths in tracebacks are those inside.
+
+    Raises:
+        RootError: the compiler itself failed; a file that is no Python is no failure.
+        HostError: no sandbox can be started here.
+    """
+    wanted = [str(path.relative_to(folder)) for path in folder.rglob("*.py")] if names is None else list(names)
+    box = Sandbox(
+        root=root,
+        mounts=(Mount(source=folder, target=inside, writable=True),),
+        environment={"PATH": "/usr/bin", "LC_ALL": "C.UTF-8"},
+        workdir="/",
+        memory=0,
+    )
+    script = (files("builder") / "data" / "root" / "bytecode.py").read_text()
+    try:
+        process = subprocess.run(
+            box.command([NATIVE_PYTHON, "-I", "-S", "-c", script, inside]),
+            input="\0".join(wanted),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except FileNotFoundError as error:
+        raise HostError("bubblewrap is not installed", remedy="run `builder doctor --fix`") from error
+    if process.returncode:
+        if problem := sandbox.check():
+            raise HostError(problem, remedy="run `builder doctor --fix`")
+        if os.strerror(errno.ENOSPC) in process.stderr:
+            raise OSError(errno.ENOSPC, process.stderr)
+        raise RootError(f"byte-compiling {inside} failed: {process.stderr.strip()[-500:]}", remedy="run `builder doctor`")
+
+
+def fill_in(
+    folder: Path,
+    site: Path,
+    locked: Sequence[LockedWheel],
+    root: Path,
+    stack: LoadedStack,
+    settings: Settings,
+    tick: Tick,
+) -> None:
+    """Give every module its .pyc: from the store where its wheel was compiled before, else made and put there."""
+    modules = dict(_modules(site))
+    stores = {
+        wheel: settings.home
+        / "environments"
+        / "bytecode"
+        / hashlib.sha256(f"{LAYOUT} {stack.data.python} {wheel.sha256}".encode()).hexdigest()
+        for wheel in locked
+    }
+    missing = [wheel for wheel in locked if not stores[wheel].is_dir()]
+    tick(0, None, f"byte-compiling {len(missing)} wheels" if missing else "linking byte code")
+    prefix = site.relative_to(folder)
+    names = [str(prefix / name) for wheel in missing for name in modules.get(wheel.name, ())]
+    compile_files(root, INSIDE, folder, names)
+    with lock(settings.home / "environments" / "bytecode.lock"):
+        for wheel in locked:
+            if wheel in missing:
+                _store(site, modules.get(wheel.name, []), stores[wheel])
+            else:
+                _link_tree(stores[wheel], site)
+
+
+def _modules(site: Path) -> Iterator[tuple[str, list[str]]]:
+    """Canonical name and Python files (relative to `site`) of each distribution, by its RECORD."""
+    for record in site.glob("*.dist-info/RECORD"):
+        names = [row[0] for row in csv.reader(io.StringIO(record.read_text())) if row and row[0].endswith(".py")]
+        name = canonicalize_name(record.parent.name.split("-")[0])
+        yield name, [place for place in names if ".." not in Path(place).parts and (site / place).is_file()]
+
+
+def _store(site: Path, names: Sequence[str], store: Path) -> None:
+    if store.is_dir():
+        return
+    tag = f"cpython-{site.parent.name.removeprefix('python').replace('.', '')}"
+    with atomic_directory(store) as folder:
+        for name in names:
+            compiled = Path(name).parent / "__pycache__" / f"{Path(name).stem}.{tag}.pyc"
+            if (site / compiled).is_file():
+                (folder / compiled.parent).mkdir(parents=True, exist_ok=True)
+                (folder / compiled).hardlink_to(site / compiled)
+
+
+def _link_tree(store: Path, site: Path) -> None:
+    for parent, _, names in os.walk(store):
+        into = site / Path(parent).relative_to(store)
+        if names:
+            into.mkdir(parents=True, exist_ok=True)
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                (into / name).unlink()  # numpy 1.26 has .pyc files of its own in its wheel
+            os.link(os.path.join(parent, name), into / name)  # noqa: PTH118 tens of thousands of files

@@ -1,0 +1,140 @@
+"""New locks of a stack: uv resolves its wheels, apt its Debian packages."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from urllib.parse import unquote, urlsplit
+
+from packaging.utils import canonicalize_name, parse_wheel_filename
+
+from builder.ground import debian, uv
+from builder.planning import packages
+from builder.planning.pins import requirements
+from builder.planning.stack import Arch, LoadedStack
+from builder.planning.tags import glibc, tags
+from gracefarm.console import Tick, no_tick
+from gracefarm.errors import ConfigError
+from gracefarm.settings import Settings
+
+Row = tuple[str, str, str, str]
+"Name, version, file name and sha256 of a wheel."
+
+
+def requirements_lock(stack: LoadedStack, settings: Settings, tick: Tick = no_tick) -> str:
+    """The text of a new requirements.lock: one resolution per architecture, one wheel per distribution and architecture.
+
+    Raises:
+        ConfigError: the requirements contradict each other, or a distribution has no wheel that fits.
+        FetchError: the index cannot be reached.
+    """
+    archs = sorted({*stack.data.root.hosts, *stack.data.glibc})
+    files: dict[Row, set[Arch]] = {}
+    for number, arch in enumerate(archs):
+        tick(number, len(archs), f"wheels for {arch}")
+        own = {canonicalize_name(wheel.name) for wheel in stack.data.environment.wheels if wheel.arch is arch}
+        for row in _resolve_arch(stack, arch, settings):
+            if row[0] not in own:
+                files.setdefault(row, set()).add(arch)
+    tick(len(archs), len(archs), "")
+    title = (
+        f"# Every wheel of stack {stack.data.name}: the target's environment and the CUDA compiler of the host."
+        if stack.kind == "stack"
+        else f"# What set {stack.data.name} runs with, beside the farm's own wheels."
+    )
+    return _render(title, stack, files, archs)
+
+
+def _render(title: str, stack: LoadedStack, files: Mapping[Row, set[Arch]], archs: Sequence[Arch]) -> str:
+    lines = [title]
+    lines += [f"# Written by `{stack.lock_command}`, not by hand. pip and uv read it with --require-hashes."]
+    for own in stack.data.environment.wheels:
+        lines += [f"# {own.name} {own.version} for {own.arch} is not here: stack.toml pins it on an index of its own."]
+    for (name, version, filename, sha256), where in sorted(files.items()):
+        marker = "" if len(where) == len(archs) else f' ; platform_machine == "{min(where)}"'
+        lines += [f"# {filename}", f"{name}=={version}{marker} --hash=sha256:{sha256}"]
+    return "\n".join(lines) + "\n"
+
+
+def _resolve_arch(stack: LoadedStack, arch: Arch, settings: Settings) -> Iterator[Row]:
+    """Name, version, file name and sha256 of each wheel: uv reads the index, the tags choose the file."""
+    supported = {tag: rank for rank, tag in enumerate(tags(stack, arch))}
+    with TemporaryDirectory(prefix="gracefarm-lock-") as name:
+        wanted, answer = Path(name, "requirements.in"), Path(name, "pylock.toml")
+        wanted.write_text("\n".join(requirements(stack, arch)) + "\n")
+        command = ["pip", "compile", "--quiet", "--format=pylock.toml", "--only-binary=:all:", "--no-header", "--no-annotate"]
+        command += [*uv.platform(stack, arch), f"--output-file={answer}", str(wanted)]
+        if stack.data.environment.resolved_before:
+            command.append(f"--exclude-newer={stack.data.environment.resolved_before}")
+        if stack.data.environment.left_out:
+            # An override replaces what anybody requires; this one never applies.
+            overrides = Path(name, "overrides.txt")
+            overrides.write_text(
+                "".join(f"{left_out} ; python_version < '3'\n" for left_out in stack.data.environment.left_out)
+            )
+            command.append(f"--override={overrides}")
+        uv.run(
+            command, settings, lambda message: ConfigError(f"no resolution for {arch}: {message}", remedy="mend stack.toml")
+        )
+        resolved = tomllib.loads(answer.read_text())["packages"]
+    for package in resolved:
+        fitting = []
+        for wheel in package.get("wheels", []):
+            filename = unquote(Path(urlsplit(wheel.get("url") or wheel.get("path") or wheel["name"]).path).name)
+            _, _, build, wheel_tags = parse_wheel_filename(filename)
+            ranks = [supported[tag] for tag in wheel_tags if tag in supported]
+            if ranks:
+                # As pip chooses: the best tag, then the highest build number.
+                fitting.append((min(ranks), tuple(-part if isinstance(part, int) else 0 for part in build), filename, wheel))
+        if not fitting:
+            raise ConfigError(
+                f"{package['name']} {package['version']} has no wheel for {arch} with glibc {glibc(stack, arch)}",
+                remedy="pin a version in stack.toml that has one",
+            )
+        _, _, filename, wheel = min(fitting, key=lambda fit: fit[:3])
+        yield canonicalize_name(package["name"]), str(package["version"]), filename, wheel["hashes"]["sha256"]
+
+
+def root_lock(stack: LoadedStack, settings: Settings, tick: Tick = no_tick) -> str:
+    """The text of a new root.lock: apt's answer, from the suite as it is today, for each pair that stack.toml names.
+
+    Raises:
+        HostError: no apt, keyring or mirror.
+        FetchError: the package lists cannot be fetched.
+        RootError: apt finds no solution.
+    """
+    spec = stack.data.root
+    pairs = [(host, target) for host, targets in spec.hosts.items() for target in targets]
+    text = [
+        f"# Every .deb of the roots of {stack.data.name}; written by `builder lock-stack {stack.data.name}`, not by hand.",
+        f'suite = "{spec.suite}"',
+    ]
+    for number, (host, target) in enumerate(pairs):
+        tick(number, len(pairs), f"packages of {spec.suite} for {target} on {host}")
+        with debian.solver(spec.suite, host, [target] if target is not host else [], settings) as apt:
+            debs = {*apt.solve(packages.requests(stack, host, target)), *apt.alone(packages.alone(stack, host, target))}
+        text += debian.table(f"roots.{host}-{target}", debs)
+    tick(len(pairs), len(pairs), "")
+    return "\n".join(text) + "\n"
+
+
+def toolchain_lock(stack: LoadedStack, settings: Settings, tick: Tick = no_tick) -> str | None:
+    """The text of a new toolchain.lock; None where the stack needs none.
+
+    Raises:
+        HostError, FetchError, RootError: as `debian.solver`.
+    """
+    spec = stack.data.toolchain.debian
+    if spec is None:
+        return None
+    text = [
+        f"# The CUDA compiler of {stack.data.name}; written by `builder lock-stack {stack.data.name}`, not by hand.",
+        f'suite = "{spec.suite}"',
+    ]
+    for number, host in enumerate(hosts := sorted(stack.data.root.hosts)):
+        tick(number, len(hosts), f"compiler of {spec.suite} for {host}")
+        with debian.solver(spec.suite, host, [], settings, spec.component) as apt:
+            text += debian.table(f"hosts.{host}", apt.alone([f"{name}:{host.debian}" for name in spec.packages]))
+    return "\n".join(text) + "\n"

@@ -1,0 +1,85 @@
+"""Run uv, with nothing of the user's configuration but how to reach the index."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+from collections.abc import Callable, Sequence
+
+import uv
+
+from builder.fetch.urls import shown
+from builder.planning.stack import Arch, LoadedStack
+from builder.planning.tags import glibc
+from gracefarm.errors import DigestError, FetchError, GracefarmError, HostError
+from gracefarm.process import die_with_us
+from gracefarm.settings import Settings
+from gracefarm.uv import explain
+
+_KEPT = frozenset(
+    {
+        *("PATH", "HOME", "TMPDIR", "NETRC", "SSL_CERT_FILE", "SSL_CERT_DIR", "XDG_DATA_HOME", "XDG_CONFIG_HOME"),
+        *("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "all_proxy", "no_proxy"),
+        *("UV_HTTP_TIMEOUT", "UV_NATIVE_TLS", "UV_SYSTEM_CERTS", "UV_INSECURE_HOST", "UV_KEYRING_PROVIDER", "UV_OFFLINE"),
+    }
+)
+"What says how to reach the index. All else that uv reads could change what is installed."
+
+
+def platform(stack: LoadedStack, arch: Arch) -> list[str]:
+    """The options that name a stack's Python and libc on an architecture."""
+    return [f"--python-platform={arch}-manylinux_{glibc(stack, arch)}", f"--python-version={stack.data.python}"]
+
+
+def run(
+    arguments: Sequence[str],
+    settings: Settings | None,
+    failure: Callable[[str], GracefarmError],
+    on_line: Callable[[str], None] = lambda _line: None,
+) -> None:
+    """Run uv.
+
+    Raises:
+        FetchError: the index or a file of it cannot be reached.
+        DigestError: a wheel is not the pinned one.
+        GracefarmError: what `failure` makes of uv's message.
+    """
+    environment = {name: os.environ[name] for name in sorted(_KEPT) if name in os.environ}
+    environment |= {"UV_NO_CONFIG": "1", "UV_NO_PROGRESS": "1", "NO_COLOR": "1", "UV_PYTHON_DOWNLOADS": "never"}
+    if settings is not None:
+        environment["UV_CACHE_DIR"] = str(settings.home / "uv")
+        if settings.index_url:
+            # Not an argument: the URL may carry a password.
+            environment["UV_DEFAULT_INDEX"] = settings.index_url
+    try:
+        program = uv.find_uv_bin()
+    except FileNotFoundError as error:
+        raise HostError("uv is not installed beside this program", remedy="pip install 'gracefarm[builder]'") from error
+    lines: list[str] = []
+    with subprocess.Popen(
+        die_with_us([program, *arguments]), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            lines.append(line)
+            on_line(line)
+    if process.returncode:
+        raise _error("".join(lines), failure)
+
+
+def _error(output: str, failure: Callable[[str], GracefarmError]) -> Exception:
+    """uv's own words without credentials, as the failure class that they mean."""
+    kind, words = explain(output)
+    message = shown(words)[:1500]
+    match kind:
+        case "disk":
+            return OSError(errno.ENOSPC, message)
+        case "digest":
+            return DigestError(f"a wheel is not the one that was pinned: {message}", remedy="see that your index is honest")
+        case "absent" | "unreachable":
+            return FetchError(
+                f"the Python index failed: {message}", remedy="see that the index has it: GRACEFARM_PYTHON_INDEX=URL"
+            )
+        case _:
+            return failure(message)

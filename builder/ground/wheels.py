@@ -1,0 +1,87 @@
+"""Wheels into an environment: those of a lock, their digests checked, or a single file. uv unpacks them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from builder.fetch.urls import shown
+from builder.ground import uv
+from builder.planning.pins import LockedWheel
+from builder.planning.stack import LoadedStack
+from gracefarm.console import Tick, no_tick
+from gracefarm.errors import ConfigError, GracefarmError, RootError
+from gracefarm.settings import Settings
+
+
+def require_digests(stack: LoadedStack, locked: Sequence[LockedWheel]) -> None:
+    """Refuse wheels whose digest is a gap.
+
+    Raises:
+        ConfigError: one is; names its index and the command that fills it in.
+    """
+    for wheel in locked:
+        if not wheel.sha256:
+            raise ConfigError(
+                f"{wheel.name} {wheel.version} of stack {stack.data.name} has no digest yet; it is on {shown(wheel.index)}",
+                remedy="fill it in where that index is reached, or by a mirror: "
+                f"GRACEFARM_MIRRORS='{wheel.index}=REPLACEMENT'",
+                repeat=f"builder lock {stack.data.name}",
+            )
+
+
+def install(locked: Sequence[LockedWheel], where: Sequence[str], title: str, settings: Settings, tick: Tick = no_tick) -> None:
+    """Unpack locked wheels, their digests checked, to `where` as uv's options name it (--python, --target); no requirement is
+    followed.
+
+    Raises:
+        FetchError, DigestError, RootError, HostError.
+    """
+    with TemporaryDirectory(prefix="gracefarm-install-") as name:
+        listing = Path(name, "requirements.txt")
+        own = _own_wheels(locked, Path(name), settings)
+        places = {wheel: f" @ {own[wheel.sha256].as_uri()}" if wheel.index else f"=={wheel.version}" for wheel in locked}
+        listing.write_text("".join(f"{wheel.name}{places[wheel]} --hash=sha256:{wheel.sha256}\n" for wheel in locked))
+        command = ["pip", "install", *where, "--require-hashes", "--no-deps", "--no-build", "--link-mode=hardlink"]
+        command.append(f"--requirements={listing}")
+        started: list[str] = []
+
+        def show(line: str) -> None:
+            if match := re.match(r"\s*(Downloading|Downloaded|Building) (.+)", line):
+                started.extend([match[2]] if match[1] == "Downloaded" else [])
+                tick(len(started), None, f"{match[1].lower()} {match[2]}")
+
+        tick(0, None, f"{len(locked)} wheels")
+        uv.run(
+            command,
+            settings,
+            lambda message: RootError(f"the wheels of {title} cannot be unpacked: {message}", remedy="run `builder doctor`"),
+            show,
+        )
+        tick(len(locked), len(locked), "wheels unpacked")
+
+
+def install_file(wheel: Path, where: Sequence[str], failure: Callable[[str], GracefarmError]) -> None:
+    """Install one wheel file, and nothing that it requires, to `where` as uv's options name it.
+
+    Raises:
+        GracefarmError: what `failure` makes of uv's message.
+    """
+    command = ["pip", "install", "--quiet", *where, "--no-deps", "--no-index", "--reinstall", "--no-cache", str(wheel)]
+    uv.run(command, None, failure)
+
+
+def _own_wheels(locked: Sequence[LockedWheel], folder: Path, settings: Settings) -> dict[str, Path]:
+    """The wheels of indexes of their own, fetched and put into `folder` by their names; by sha256."""
+    places = {}
+    for wheel in locked:
+        if wheel.index:
+            # Its clients take longer to import than `builder build` takes to find that a build exists.
+            from builder.fetch import own_index
+
+            file, filename = own_index.fetch_wheel(wheel.name, wheel.version, wheel.sha256, wheel.tags, wheel.index, settings)
+            places[wheel.sha256] = folder / filename
+            places[wheel.sha256].symlink_to(file)
+    return places

@@ -1,0 +1,125 @@
+"""What requirements.lock pins: wheels, and the digests of the environment and the compilers that are made of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from packaging.requirements import Requirement
+from packaging.tags import Tag
+from packaging.utils import canonicalize_name
+
+from builder.planning import packages
+from builder.planning.stack import Arch, LoadedStack
+from builder.planning.tags import tags
+from gracefarm.errors import ConfigError
+from gracefarm.pins import read
+
+LAYOUT = 1
+"Raised when the same wheels are laid out in another way; enters the digests."
+
+
+@dataclass(frozen=True, kw_only=True, order=True)
+class LockedWheel:
+    """One line of requirements.lock."""
+
+    name: str
+    "Canonical."
+    version: str
+    sha256: str
+    "Empty where it is not known yet, which a build refuses."
+    index: str = ""
+    "The index of its own that has it; empty: the Python index."
+    filename: str = field(default="", compare=False)
+    "As the lock names it; empty: it does not."
+    tags: frozenset[Tag] = field(default=frozenset(), compare=False, repr=False)
+    "Where it has an index of its own: what the file's tags must be among."
+
+
+def wheels(stack: LoadedStack, arch: Arch) -> tuple[LockedWheel, ...]:
+    """The wheels that requirements.lock pins for that architecture, sorted.
+
+    Raises:
+        ConfigError: the lock is absent or damaged, or is older than stack.toml.
+    """
+    locked: dict[str, LockedWheel] = {}
+    for pin in read(stack.requirements_lock, remedy="make the lock again", repeat=stack.lock_command):
+        if len(pin.sha256) > 1:
+            raise ConfigError(
+                f"{stack.requirements_lock}:{pin.number}: not a pinned wheel: it has several --hash=sha256:…",
+                remedy="make the lock again",
+                repeat=stack.lock_command,
+            )
+        if pin.applies({"platform_machine": arch.value}):
+            (sha256,) = pin.sha256
+            wheel = LockedWheel(name=pin.name, version=pin.version, sha256=sha256, filename=pin.filename)
+            if locked.setdefault(wheel.name, wheel) != wheel:
+                raise ConfigError(
+                    f"{stack.requirements_lock}:{pin.number}: {wheel.name} is pinned twice", remedy="remove one line"
+                )
+    for own in stack.data.environment.wheels:
+        if own.arch is arch:
+            name = canonicalize_name(own.name)
+            locked[name] = LockedWheel(
+                name=name, version=own.version, sha256=own.sha256 or "", index=own.index, tags=frozenset(tags(stack, arch))
+            )
+    _check_fresh(stack, arch, locked)
+    return tuple(sorted(locked.values()))
+
+
+def _check_fresh(stack: LoadedStack, arch: Arch, locked: Mapping[str, LockedWheel]) -> None:
+    """What stack.toml asks for is what the lock pins."""
+    for text in requirements(stack, arch):
+        requirement = Requirement(text)
+        wheel = locked.get(canonicalize_name(requirement.name))
+        if wheel is None or not requirement.specifier.contains(wheel.version, prereleases=True):
+            have = f"pins {wheel.name} {wheel.version}" if wheel else f"has no {requirement.name}"
+            raise ConfigError(
+                f"{stack.requirements_lock} {have}; stack.toml wants {text}",
+                remedy="make the lock again",
+                repeat=stack.lock_command,
+            )
+
+
+def requirements(stack: LoadedStack, arch: Arch) -> tuple[str, ...]:
+    """One resolution for both: the target's environment needs the headers of the compiler's own release."""
+    environment = stack.data.environment.requirements if arch in stack.data.glibc else ()
+    return (*environment, *stack.data.toolchain.requirements)
+
+
+def toolchain_wheels(stack: LoadedStack, host: Arch) -> tuple[LockedWheel, ...]:
+    """Those of the CUDA compiler."""
+    names = {canonicalize_name(Requirement(text).name) for text in stack.data.toolchain.requirements}
+    return tuple(wheel for wheel in wheels(stack, host) if wheel.name in names)
+
+
+def environment_digest(stack: LoadedStack, target: Arch) -> str:
+    """Hex sha256 of everything that decides the environment's bytes: wheels, Python, layout.
+
+    Raises:
+        ConfigError: see `wheels`.
+    """
+    return digest_of(stack.data.python, target, wheels(stack, target))
+
+
+def digest_of(python: str, target: Arch, locked: Sequence[LockedWheel]) -> str:
+    """The digest of an environment of these wheels; `environment_digest` for whoever has no stack."""
+    return _digest("environment", python, target, locked)
+
+
+def toolchain_digest(stack: LoadedStack, host: Arch) -> str:
+    """Hex sha256 of everything that decides the compilers' bytes.
+
+    Raises:
+        ConfigError: see `wheels`.
+    """
+    besides = packages.toolkit_digest(stack, host)
+    return _digest("toolchain", stack.data.python, host, toolchain_wheels(stack, host), besides)
+
+
+def _digest(kind: str, python: str, arch: Arch, locked: Sequence[LockedWheel], besides: str | None = None) -> str:
+    rows = [(wheel.name, wheel.version, wheel.sha256) for wheel in sorted(locked)]
+    content = [kind, LAYOUT, arch.value, python, rows, *([besides] if besides else [])]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
