@@ -11,7 +11,7 @@ import bench
 
 def main() -> None:
     """Run the chosen modules of this package; each has a `main()` that prints its own table."""
-    known = [one.name for one in pkgutil.iter_modules(bench.__path__) if not one.name.startswith("_")]
+    known = [module.name for module in pkgutil.iter_modules(bench.__path__) if not module.name.startswith("_")]
     chosen = sys.argv[1:] or known
     for name in chosen:
         if name not in known:

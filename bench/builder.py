@@ -111,7 +111,7 @@ def chroot(base: Path, mounts: Sequence[Mount], variables: dict[str, str], comma
             lines.append(f"mkdir -p {where}/{entry.name} && mount --rbind {entry} {where}/{entry.name}")
     lines += [f"mkdir -p {where}/{folder}" for folder in ("proc", "dev", "tmp")]
     lines.append(f"mount -t proc proc {where}/proc && mount --rbind /dev {where}/dev")
-    lines += [f"mkdir -p {where}{one.target} && mount --rbind {one.source} {where}{one.target}" for one in mounts]
+    lines += [f"mkdir -p {where}{mount.target} && mount --rbind {mount.source} {where}{mount.target}" for mount in mounts]
     words = " ".join(f"{key}='{value}'" for key, value in variables.items())
     lines.append("start=$(date +%s%N)")
     lines.append(f"chroot {where} /usr/bin/env -i {words} {' '.join(command)}")
@@ -190,7 +190,7 @@ def main() -> None:
     if os.geteuid() == 0:
         outside(bed)
         pairs = [(timed(lambda: inside(bed)), outside(bed)) for _ in range(ROUNDS)]
-        ours, theirs = (statistics.median(one) for one in zip(*pairs, strict=True))
+        ours, theirs = (statistics.median(times) for times in zip(*pairs, strict=True))
         rows.append(("translation unit, in the sandbox / outside it", f"{ours:.1f} s / {theirs:.1f} s = {ours / theirs:.3f}"))
         with registered(bed):
             slow = emulated(bed)()

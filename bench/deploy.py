@@ -37,7 +37,7 @@ SIZE, RATE = 400_000, 400_000
 def main() -> None:
     """Every row, or those that are named."""
     rows: dict[str, Callable[[Path], str]] = {"fan-out": fan_out, "up": nothing_to_do, "download": download}
-    chosen = [one for one in sys.argv[1:] if one in rows] or list(rows)
+    chosen = [name for name in sys.argv[1:] if name in rows] or list(rows)
     for name in chosen:
         folder = Path(tempfile.mkdtemp(prefix="gracefarm-bench-"))
         try:
@@ -70,8 +70,8 @@ def fan_out(folder: Path) -> str:
 
     (one_cold, one_warm), (all_cold, all_warm) = asyncio.run(go(1)), asyncio.run(go(FAN))
     parts = []
-    for name, one, many in (("cold", one_cold, all_cold), ("warm", one_warm, all_warm)):
-        single, fanned = statistics.median(one), statistics.median(many)
+    for name, alone, many in (("cold", one_cold, all_cold), ("warm", one_warm, all_warm)):
+        single, fanned = statistics.median(alone), statistics.median(many)
         bound = 1.5 * single + 0.5
         kept = verdict(fanned <= bound)
         parts.append(f"{name}: 1 node {single:.2f} s, {FAN} nodes {fanned:.2f} s (bound {bound:.2f} s: {kept})")

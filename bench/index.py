@@ -359,9 +359,9 @@ def download(server: Running, work: Path, path: Path, verdicts: Verdicts) -> Non
         rows = []
         for streams in (1, 4):
             pairs = [(fetch(server.url + address, streams), fetch(other.url + address, streams)) for _ in range(DOWNLOADS)]
-            mine, theirs = (statistics.median(one) for one in zip(*pairs, strict=True))
+            mine, theirs = (statistics.median(rates) for rates in zip(*pairs, strict=True))
             rows.append([str(streams), f"{mine / 1e6:.0f}", f"{theirs / 1e6:.0f}"])
-            ratio = statistics.median(one / other for one, other in pairs)
+            ratio = statistics.median(ours / other for ours, other in pairs)
             verdicts.add(f"download of {size >> 20} MiB, {streams} streams, of nginx's rate", ratio, 0.9)
     table(f"Download of {size >> 20} MiB, MB/s, median of {DOWNLOADS} pairs", ["streams", "gracefarm", "nginx"], rows)
 

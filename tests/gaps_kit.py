@@ -28,9 +28,9 @@ def put_back(project: Path) -> None:
             continue
         document = tomlkit.parse(place.read_text())
         places = (document.get("files", []), document.get("environment", {}).get("wheels", []))
-        tables = [*(one for array in places for one in array), *document.get("container", {}).values()]
+        tables = [*(table for array in places for table in array), *document.get("container", {}).values()]
         for address in addresses:
-            (table,) = [one for one in tables if address in (one.get("url"), one.get("index"), one.get("name"))]
+            (table,) = [entry for entry in tables if address in (entry.get("url"), entry.get("index"), entry.get("name"))]
             if "sha256" in table:
                 del table["sha256"]
                 table["sha256_unknown"] = "put back by a test"

@@ -11,7 +11,7 @@ def expected(q, k, v, causal):
     """(batch, length, heads, dim), queries as many as keys."""
     groups = q.shape[2] // k.shape[2]
     k, v = k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2)
-    wide = (one.transpose(1, 2).float() for one in (q, k, v))
+    wide = (tensor.transpose(1, 2).float() for tensor in (q, k, v))
     return torch.nn.functional.scaled_dot_product_attention(*wide, is_causal=causal).transpose(1, 2)
 
 
@@ -33,7 +33,7 @@ for dtype, tolerance in ((torch.float16, 5e-3), (torch.bfloat16, 2e-2)):
             q, k, v = (torch.randn(258, 4, dim, device="cuda", dtype=dtype) for _ in range(3))
             found = flash_attn_varlen_func(q, k, v, starts, starts, 201, 201, causal=causal).float()
             for first, last in ((0, 57), (57, 258)):
-                wanted = expected(*(one[None, first:last] for one in (q, k, v)), causal)[0]
+                wanted = expected(*(tensor[None, first:last] for tensor in (q, k, v)), causal)[0]
                 torch.testing.assert_close(found[first:last], wanted, atol=tolerance, rtol=tolerance)
             count += 1
 print(f"{count} forward passes on {torch.cuda.get_device_name()} agree with torch")

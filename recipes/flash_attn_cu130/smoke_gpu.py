@@ -48,7 +48,7 @@ def tensors(dtype, dim, queries, keys, heads, kv_heads):
 def forward_and_backward(dtype, dim, causal, queries, keys, heads, kv_heads):
     name = f"{dtype} dim {dim} causal {causal} lengths {queries} {keys} heads {heads} {kv_heads}"
     inputs = tensors(dtype, dim, queries, keys, heads, kv_heads)
-    wide = [one.detach().float().requires_grad_() for one in inputs]
+    wide = [tensor.detach().float().requires_grad_() for tensor in inputs]
     found = flash_attn_func(*inputs, causal=causal)
     plain, exact = reference(*inputs, causal), reference(*wide, causal)
     bounded(f"forward {name}", found, plain, exact, 2)
@@ -69,8 +69,8 @@ def variable_length(dtype, dim, causal):
     gradient = torch.randn_like(found)
     results = torch.autograd.grad(found, inputs, gradient)
     for first, last in itertools.pairwise(starts.tolist()):
-        own = [one[first:last].detach()[None].requires_grad_() for one in inputs]
-        wide = [one.detach().float().requires_grad_() for one in own]
+        own = [tensor[first:last].detach()[None].requires_grad_() for tensor in inputs]
+        wide = [tensor.detach().float().requires_grad_() for tensor in own]
         plain, exact = reference(*own, causal), reference(*wide, causal)
         bounded(f"varlen {dtype} dim {dim}", found[first:last], plain[0], exact[0], 2)
         plains = torch.autograd.grad(plain, own, gradient[None, first:last])
@@ -81,7 +81,7 @@ def variable_length(dtype, dim, causal):
 
 def split(dtype, dim, causal):
     """The split-KV kernels, which a long cache and few queries use."""
-    q, k, v = (one.detach() for one in tensors(dtype, dim, 3, 1024, 6, 2))
+    q, k, v = (tensor.detach() for tensor in tensors(dtype, dim, 3, 1024, 6, 2))
     filled = torch.tensor([777, 1024], device="cuda", dtype=torch.int32)
     for parts in (1, 4):
         found = flash_attn_with_kvcache(q, k, v, cache_seqlens=filled, causal=causal, num_splits=parts)
@@ -110,8 +110,8 @@ for dim in (32, 96, 160, 256):
     assert "head dimensions 33 to 64 and 97 to 128 alone" in said, f"head dimension {dim} has no kernel here: {said}"
 
 # The bound can fail: the causal result is no result of the question without a mask.
-inputs = [one.detach() for one in tensors(torch.float16, 64, 129, 129, 4, 4)]
-exact = reference(*(one.float() for one in inputs), False)
+inputs = [tensor.detach() for tensor in tensors(torch.float16, 64, 129, 129, 4, 4)]
+exact = reference(*(tensor.float() for tensor in inputs), False)
 try:
     bounded("", flash_attn_func(*inputs, causal=True), reference(*inputs, False), exact, 2)
 except AssertionError:

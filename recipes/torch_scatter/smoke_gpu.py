@@ -14,12 +14,12 @@ for mine, theirs in (("sum", "sum"), ("mean", "mean"), ("min", "amin"), ("max", 
     expected = empty.scatter_reduce(0, wide, source, theirs, include_self=False)
     gradient = torch.randn_like(expected)
     (reference,) = torch.autograd.grad(expected, source, gradient)
-    for name, found in (
+    for name, actual in (
         ("scatter", scatter(source, index, dim=0, dim_size=100, reduce=mine)),
         ("segment_csr", segment_csr(source, bounds, reduce=mine)),
     ):
-        torch.testing.assert_close(found, expected, msg=lambda said, name=name, mine=mine: f"{name} {mine}: {said}")
-        (grad,) = torch.autograd.grad(found, source, gradient)
+        torch.testing.assert_close(actual, expected, msg=lambda said, name=name, mine=mine: f"{name} {mine}: {said}")
+        (grad,) = torch.autograd.grad(actual, source, gradient)
         torch.testing.assert_close(grad, reference, msg=lambda said, name=name, mine=mine: f"{name} {mine} backward: {said}")
     assert not torch.allclose(expected, scatter(source, index.flip(0), dim=0, dim_size=100, reduce=mine)), "any order would do"
 assert torch.equal(gather_csr(empty + torch.arange(100.0, device="cuda")[:, None], bounds)[:, 0], index.double())

@@ -78,7 +78,7 @@ async def nodes(
     """`count` nodes k0, k1, … on 127.0.0.11 and on, each with a home of its own, as the steps see them."""
     async with machines(folder, count, environment=environment) as made, fleet(folder, made) as entered:
         try:
-            yield [replace(one, gpus=1) for one in targets(entered)]
+            yield [replace(target, gpus=1) for target in targets(entered)]
         finally:
             look.stop({"prefixes": [f"{mark(folder)}/"], "grace": 1})  # what outlives connections does not outlive the nodes
 
@@ -135,8 +135,8 @@ class Machine:
 
     def cut(self) -> None:
         """Every connection to it ends at once, as when a cable is pulled and the other side gave up; the commands go on."""
-        for one in self.connections:
-            one.abort()
+        for connection in self.connections:
+            connection.abort()
         self.connections.clear()
 
 
@@ -151,18 +151,21 @@ async def machines(
             home = folder / f"home-k{index}"
             home.mkdir(exist_ok=True)
             made.append(await _machine(index, home, (environment or {}).get(f"k{index}", {})))
-        ssh.pin(folder / "known_hosts", [(ssh.entry_name(one.node.address, one.node.port), one.key) for one in made])
+        ssh.pin(
+            folder / "known_hosts",
+            [(ssh.entry_name(machine.node.address, machine.node.port), machine.key) for machine in made],
+        )
         yield made
     finally:
-        for one in made:
-            one.cut()
-            for child in one.running:
+        for machine in made:
+            machine.cut()
+            for child in machine.running:
                 with suppress(ProcessLookupError):
                     os.killpg(child.pid, signal.SIGKILL)
-            while one.running:  # noqa: ASYNC110 - their handlers take them out
+            while machine.running:  # noqa: ASYNC110 - their handlers take them out
                 await asyncio.sleep(0.01)
-            one.server.close()
-            await one.server.wait_closed()
+            machine.server.close()
+            await machine.server.wait_closed()
 
 
 async def _machine(index: int, home: Path, environment: dict[str, str]) -> Machine:
@@ -181,7 +184,7 @@ def mark(folder: Path) -> str:
 def fleet(folder: Path, made: list[Machine], **more: Any) -> Any:
     """deploy.fleet.ssh.fleet over `made`, with nobody's ~/.ssh/config."""
     local = {"known_hosts": folder / "known_hosts", "local": f"{folder}/local", "mark": mark(folder), "config": ()}
-    return ssh.fleet([one.node for one in made], **{**local, **more})
+    return ssh.fleet([machine.node for machine in made], **{**local, **more})
 
 
 def deployment(
@@ -191,8 +194,8 @@ def deployment(
     place = local or folder / "local"
     text = ['name = "t"', f'local = "{place}"', more, "[ports]"]
     text += [f"{name} = {port}" for name, port in (ports or {}).items()]
-    for one in made:
-        text += ["[[node]]", f'address = "{one.node.address}"', f"port = {one.node.port}", 'user = "tester"']
+    for machine in made:
+        text += ["[[node]]", f'address = "{machine.node.address}"', f"port = {machine.node.port}", 'user = "tester"']
     (folder / "deploy.toml").write_text("\n".join(text) + "\n")
     found = load_deployment(folder / "deploy.toml")
     found.folder.make()

@@ -74,7 +74,7 @@ def deployment(
         'name = "t"',
         f'share = "{MOUNT}"',
         "[nodes]",
-        f"hosts = {json.dumps([one.address for one in room.nodes])}",
+        f"hosts = {json.dumps([node.address for node in room.nodes])}",
         f'user = "{USER}"',
         f'key = "{room.key}"',
         "[model]",

@@ -24,7 +24,7 @@ LOCK = Path(standin.__file__).parent.parent / "data" / "rehearsal.lock"
 
 def inventory(room: Rig) -> list[Node]:
     """The nodes as the product knows them."""
-    return [Node(name=one.name, rank=one.rank, address=one.address, user=USER, key=room.key) for one in room.nodes]
+    return [Node(name=node.name, rank=node.rank, address=node.address, user=USER, key=room.key) for node in room.nodes]
 
 
 def run(
@@ -47,9 +47,9 @@ def run(
 
 def said(results: dict[str, CommandResult]) -> dict[str, str]:
     """What each wrote to stdout; all must have ended well."""
-    bad = {name: (one.returncode, one.stderr, one.error) for name, one in results.items() if not one.ok}
+    bad = {name: (result.returncode, result.stderr, result.error) for name, result in results.items() if not result.ok}
     assert not bad, bad
-    return {name: one.stdout.strip() for name, one in results.items()}
+    return {name: result.stdout.strip() for name, result in results.items()}
 
 
 def install(folder: Path) -> Path:
@@ -102,13 +102,13 @@ def ray_cluster(room: Rig, env: Mapping[str, Mapping[str, str]], *, gpus: Mappin
     said(run(room, [f"{MOUNT}/env/bin/python", "-c", "import ray"], timeout=120))
     head = room.nodes[0]
     try:
-        for one in room.nodes:
-            place = ["--head", "--port=6379"] if one is head else [f"--address={head.address}:6379"]
-            count = (gpus or {}).get(one.name, 1)
-            command = [ray, "start", *place, f"--node-ip-address={one.address}", f"--num-gpus={count}", "--temp-dir=/tmp/ray"]
-            command = command if one is head else [each for each in command if not each.startswith("--temp-dir")]
-            more = {**RAY_ENV, **env.get(one.name, {}), "HOST_IP": one.address}
-            said(run(room, command, names=[one.name], timeout=120, env=more))
+        for node in room.nodes:
+            place = ["--head", "--port=6379"] if node is head else [f"--address={head.address}:6379"]
+            count = (gpus or {}).get(node.name, 1)
+            command = [ray, "start", *place, f"--node-ip-address={node.address}", f"--num-gpus={count}", "--temp-dir=/tmp/ray"]
+            command = command if node is head else [each for each in command if not each.startswith("--temp-dir")]
+            more = {**RAY_ENV, **env.get(node.name, {}), "HOST_IP": node.address}
+            said(run(room, command, names=[node.name], timeout=120, env=more))
         yield f"{head.address}:6379"
     finally:
         run(room, [ray, "stop", "--force"], timeout=60)
@@ -151,7 +151,11 @@ class Engine:
     def pids(self) -> list[int]:
         """Of the server on the head."""
         program = f"{MOUNT}/env/bin/aphrodite"
-        return [one["pid"] for one in self.node.processes() if program in one["argv"] and one["argv"][0] != "setsid"]
+        return [
+            process["pid"]
+            for process in self.node.processes()
+            if program in process["argv"] and process["argv"][0] != "setsid"
+        ]
 
     def get(self, path: str, *, key: str | None = None) -> httpx.Response:
         """A GET on the head's loopback, where the engine listens."""

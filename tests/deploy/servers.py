@@ -67,12 +67,12 @@ def servers(folder: Path, count: int) -> Iterator[Servers]:
     thread = threading.Thread(target=made.loop.run_forever)
     thread.start()
     try:
-        for one in made.addresses:
-            made.do(made.start(one))
+        for address in made.addresses:
+            made.do(made.start(address))
         yield made
     finally:
-        for one in list(made.running):
-            made.do(made.stop(one))
+        for address in list(made.running):
+            made.do(made.stop(address))
         made.loop.call_soon_threadsafe(made.loop.stop)
         thread.join()
         made.loop.close()

@@ -132,7 +132,7 @@ def test_a_server_without_ignore_eos_is_measured_without() -> None:
 
 
 def test_percentiles_are_those_of_the_statistics_module() -> None:
-    values = [float((one * 7919) % 101) for one in range(57)]
+    values = [float((number * 7919) % 101) for number in range(57)]
     cuts = statistics.quantiles(values, n=100, method="inclusive")
     for percent in (50, 90, 99):
         assert bench.percentile(values, percent) == pytest.approx(cuts[percent - 1])

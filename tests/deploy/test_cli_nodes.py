@@ -19,9 +19,9 @@ from tests.deploy import kit
 def prepared(folder: Path, made: list[kit.Machine]) -> Deployment:
     """deploy.toml with the machines, two of them in a group of their own, and their keys pinned."""
     lines = ['name = "t"', f'local = "{folder}/local"', "[nodes]", 'user = "tester"', "[options]", "connect_timeout = 5"]
-    for one in made:
-        lines += ["[[node]]", f'address = "{one.node.address}"', f"port = {one.node.port}"]
-        lines += ['group = "far"'] if one.node.rank else []
+    for machine in made:
+        lines += ["[[node]]", f'address = "{machine.node.address}"', f"port = {machine.node.port}"]
+        lines += ['group = "far"'] if machine.node.rank else []
     (folder / "deploy.toml").write_text("\n".join(lines) + "\n")
     found = load_deployment(folder / "deploy.toml")
     found.folder.make()

@@ -36,7 +36,7 @@ def unpacked(path: Path, into: Path) -> dict[str, bytes]:
     with tarfile.open(path) as tar:
         tar.extractall(into, filter="data")
     (root,) = into.iterdir()
-    return {str(one.relative_to(root)): one.read_bytes() for one in root.rglob("*") if one.is_file()}
+    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 
 def forms(secret: str) -> list[bytes]:
@@ -143,7 +143,7 @@ def test_half_a_secret_is_not_left_at_a_cut(tmp_path: Path) -> None:
     line = b"Bearer gf-" + b"k" * 90 + b"\n"
     log.write_bytes(line * ((gather.HEAD + gather.TAIL) // len(line) + 500))
     kept = gather._ends(log)
-    assert {len(one) for one in kept.splitlines() if not one.startswith(b"[... ")} == {len(line) - 1}
+    assert {len(kept_line) for kept_line in kept.splitlines() if not kept_line.startswith(b"[... ")} == {len(line) - 1}
     left = int(kept.split(b"[... ")[1].split()[0])
     marker = len(b"[... %d bytes left out ...]\n" % left)
     assert len(kept) - marker + left == log.stat().st_size
@@ -156,12 +156,12 @@ def test_a_bundle_is_made_while_nodes_are_away(tmp_path: Path) -> None:
         async with ssh.fleet(made.deployment, config=[]) as fleet:
             bundle = await collecting.collect(made.deployment, fleet, tmp_path, environ={})
         assert list(bundle.missing) == ["k1"]
-        (away,) = [one for one in bundle.findings if one.rank == 2]
+        (away,) = [finding for finding in bundle.findings if finding.rank == 2]
         assert away.where == "k1"
         files = unpacked(bundle.path, tmp_path / "out")
         assert "nodes/k0/processes.txt" in files
         assert b"## Not in here" in files["summary.md"]
-        assert [one.name for one in tmp_path.iterdir() if one.name.startswith(".")] == [".deploy"]  # noqa: ASYNC240
+        assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == [".deploy"]  # noqa: ASYNC240
 
     play(tmp_path, work, nodes=2)
 
@@ -222,7 +222,7 @@ def test_the_first_cause_and_not_the_last_word(texts: dict[str, bytes], more: di
 
 def test_an_engine_that_answers_has_no_cause_of_death() -> None:
     found = first({"k0/jobs/engine/log": OOM, f"{SESSION}/worker-7.err": OOM}, word="READY")
-    assert not [one for one in found if "memory" in one.text]
+    assert not [finding for finding in found if "memory" in finding.text]
 
 
 # redaction

@@ -54,14 +54,14 @@ NEEDS = {
 def versions(name: str) -> dict[str, str]:
     """Distribution to version: of the set's lock and of our own wheels."""
     found = sets.load(name, settings.load().model_copy(update={"project": REPOSITORY}))
-    locked = {one.name: one.version for one in pins.wheels(found.runtime, found.data.target)}
-    return locked | {canonicalize_name(one.data.name): one.data.version for one in found.recipes}
+    locked = {wheel.name: wheel.version for wheel in pins.wheels(found.runtime, found.data.target)}
+    return locked | {canonicalize_name(own_recipe.data.name): own_recipe.data.version for own_recipe in found.recipes}
 
 
 @pytest.mark.parametrize("name", SETS)
 def test_the_sets_lock_has_everything_that_its_import_matrix_asks_for(name: str) -> None:
     wanted = environment.matrix(name)
-    rows = [*(one.module for one in wanted.modules), *(" ".join(one[:2]) for one in wanted.commands)]
+    rows = [*(row.module for row in wanted.modules), *(" ".join(command[:2]) for command in wanted.commands)]
     assert {"ray", "ray.dashboard.optional_deps"} <= set(rows)  # the plan says --include-dashboard true
     have = versions(SETS[name])
     assert {row: NEEDS[row] - set(have) for row in rows if NEEDS[row] - set(have)} == {}
@@ -82,9 +82,9 @@ def test_a_minimal_ray_fails_its_row_of_the_matrix(tmp_path: Path) -> None:
     (dashboard / "optional_deps.py").write_text("import aiohttp_cors\n")
     assert importlib.util.find_spec("aiohttp_cors") is None
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path], check=True)
-    wanted = [one for one in environment.matrix("aphrodite").modules if one.module.startswith("ray")]
+    wanted = [row for row in environment.matrix("aphrodite").modules if row.module.startswith("ray")]
     done = remote.matrix(
-        {"environment": str(tmp_path), "modules": [one.model_dump() for one in wanted], "commands": [], "seconds": 60}
+        {"environment": str(tmp_path), "modules": [row.model_dump() for row in wanted], "commands": [], "seconds": 60}
     )
     assert [(row["name"], "error" in row) for row in done["rows"]] == [("ray", False), ("ray.dashboard.optional_deps", True)]
     assert "aiohttp_cors" in done["rows"][1]["error"]
@@ -108,10 +108,10 @@ def test_extensions_are_imported_as_they_are_linked_by_name_with_libraries_that_
     library = site / "torch" / "libc10.so"
     compiled(library, "int of_torch(void) { return 0; }", "-Wl,-soname,libc10.so")
     (site / "torch" / "__init__.py").write_text(f"import ctypes\nctypes.CDLL({str(library)!r})\n")
-    extensions = [one for one in environment.matrix(name).modules if one.module.endswith(("_cuda", "_C", "_libtorch"))]
+    extensions = [row for row in environment.matrix(name).modules if row.module.endswith(("_cuda", "_C", "_libtorch"))]
     assert extensions
-    for one in extensions:
-        *parents, last = one.module.split(".")
+    for extension in extensions:
+        *parents, last = extension.module.split(".")
         for parent in parents:
             (site / parent).mkdir(exist_ok=True)
             (site / parent / "__init__.py").touch()
@@ -126,7 +126,7 @@ def test_extensions_are_imported_as_they_are_linked_by_name_with_libraries_that_
     done = remote.matrix(
         {
             "environment": str(tmp_path / "env"),
-            "modules": [one.model_dump() for one in extensions],
+            "modules": [extension.model_dump() for extension in extensions],
             "commands": [],
             "seconds": 60,
         }

@@ -115,7 +115,7 @@ def test_each_failure_is_named_by_its_first_cause_with_a_remedy(kind: str) -> No
 
 
 def test_every_rule_has_a_failure_that_it_knows() -> None:
-    assert {one.kind for one in RULES if not one.consequence} == set(FAILURES)
+    assert {rule.kind for rule in RULES if not rule.consequence} == set(FAILURES)
 
 
 def test_the_node_is_named_where_a_worker_says_it() -> None:

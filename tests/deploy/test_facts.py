@@ -87,7 +87,7 @@ def test_nodes_are_asked_over_ssh_and_what_fails_is_told_beside_the_others(tmp_p
         async with kit.nodes(tmp_path, 3, environment=broken) as nodes:
             of = deployment(tmp_path, 3)
             found, bad = await probe_nodes(of, nodes)
-            assert [one.name for one in found.nodes] == ["k0", "k2"]
+            assert [node.name for node in found.nodes] == ["k0", "k2"]
             assert list(bad) == ["k1"]
             one = found.node("k2")
             assert (one.private, one.interface, one.address) == ("127.0.0.13", "lo", "127.0.0.13")
@@ -110,9 +110,9 @@ def test_what_is_kept_outlives_a_node_that_is_down_but_not_another_address(tmp_p
     of = deployment(tmp_path, 2)
     both = asyncio.run(ask())
     keep_facts(of, both)
-    assert [one.name for one in keep_facts(of, Facts(nodes=both.nodes[:1])).nodes] == ["k0", "k1"]
+    assert [node.name for node in keep_facts(of, Facts(nodes=both.nodes[:1])).nodes] == ["k0", "k1"]
     moved = of.model_copy(update={"nodes": (of.nodes[0], of.nodes[1].model_copy(update={"address": "127.0.0.99"}))})
-    assert [one.name for one in keep_facts(moved, Facts(nodes=both.nodes[:1])).nodes] == ["k0"]
+    assert [node.name for node in keep_facts(moved, Facts(nodes=both.nodes[:1])).nodes] == ["k0"]
 
 
 def test_a_damaged_file_is_a_sentence(tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def test_accepted_keys_are_pinned_facts_are_kept_and_a_second_time_changes_nothi
     done = init(tmp_path, nodes, "--accept")
     assert done.returncode == 0, done.stderr
     deployment = load_deployment(tmp_path / "deploy.toml")
-    assert [one.address for one in deployment.nodes] == nodes.addresses
+    assert [node.address for node in deployment.nodes] == nodes.addresses
     assert (tmp_path / ".deploy").stat().st_mode & 0o077 == 0
     kept = json.loads((tmp_path / ".deploy" / "facts.json").read_text())
     head = kept["nodes"][0]
@@ -163,7 +163,7 @@ def test_a_node_that_is_down_is_named_and_the_others_are_kept(tmp_path: Path, no
     done = init(tmp_path, nodes, "--accept")
     assert done.returncode == 60
     assert f"k1 {nodes.addresses[1]}:{nodes.port} cannot be reached" in done.stderr
-    assert [one["name"] for one in json.loads((tmp_path / ".deploy" / "facts.json").read_text())["nodes"]] == ["k0"]
+    assert [node["name"] for node in json.loads((tmp_path / ".deploy" / "facts.json").read_text())["nodes"]] == ["k0"]
     planned = deploy(tmp_path, "plan")
     assert planned.returncode == 3
     assert "nothing is known of node k1" in planned.stderr
@@ -171,10 +171,10 @@ def test_a_node_that_is_down_is_named_and_the_others_are_kept(tmp_path: Path, no
 
 def test_facts_can_be_read_again_without_asking(tmp_path: Path, nodes: kit.Servers) -> None:
     assert init(tmp_path, nodes, "--accept").returncode == 0
-    for one in list(nodes.running):
-        nodes.do(nodes.stop(one))
+    for address in list(nodes.running):
+        nodes.do(nodes.stop(address))
     kept = deploy(tmp_path, "facts", "--kept", "--json")
-    assert [one["name"] for one in json.loads(kept.stdout)["nodes"]] == ["k0", "k1"]
+    assert [node["name"] for node in json.loads(kept.stdout)["nodes"]] == ["k0", "k1"]
     lost = deploy(tmp_path, "facts")
     assert lost.returncode == 60
     assert len(json.loads((tmp_path / ".deploy" / "facts.json").read_text())["nodes"]) == 2  # what was known stays
@@ -193,8 +193,8 @@ def test_a_head_without_a_gpu_is_a_sentence(tmp_path: Path, nodes: kit.Servers) 
     assert init(tmp_path, nodes, "--accept", "--share", "/srv/share").returncode == 0
     kept = tmp_path / ".deploy" / "facts.json"
     found = json.loads(kept.read_text())
-    for one in found["nodes"]:
-        one["cuda"] = {"absent": True}
+    for node in found["nodes"]:
+        node["cuda"] = {"absent": True}
     kept.write_text(json.dumps(found))
     done = deploy(tmp_path, "plan")
     assert done.returncode == 64

@@ -117,17 +117,17 @@ def test_our_partition_is_the_least_that_any_partition_can_be() -> None:
     for tp, pp in ((1, 3), (2, 3), (2, 4), (1, 7)):
         ours = shards.balance(APHRODITE, small, tp, pp)
         assert sum(ours) == 7
-        assert fullest(small, tp, ours) == min(fullest(small, tp, one) for one in splits(7, pp))
+        assert fullest(small, tp, ours) == min(fullest(small, tp, split) for split in splits(7, pp))
 
 
 def splits(layers: int, stages: int) -> list[tuple[int, ...]]:
     if stages == 1:
         return [(layers,)]
-    return [(one, *rest) for one in range(1, layers - stages + 2) for rest in splits(layers - one, stages - 1)]
+    return [(first, *rest) for first in range(1, layers - stages + 2) for rest in splits(layers - first, stages - 1)]
 
 
 def fullest(of: Model, tp: int, partition: tuple[int, ...]) -> int:
-    return max(one.weights for stage in shards.shares(APHRODITE, of, tp, partition) for one in stage)
+    return max(share.weights for stage in shards.shares(APHRODITE, of, tp, partition) for share in stage)
 
 
 def small_model(**changes: object) -> Model:
@@ -178,7 +178,7 @@ def checkpoint(of: Model, path: Path) -> dict[str, tuple[list[int], bytes]]:
     (length,) = struct.unpack("<Q", whole[:8])
     read = json.loads(whole[8 : 8 + length])
     body = whole[8 + length :]
-    return {name: (one["shape"], body[slice(*one["data_offsets"])]) for name, one in read.items()}
+    return {name: (entry["shape"], body[slice(*entry["data_offsets"])]) for name, entry in read.items()}
 
 
 def cut(shape: list[int], data: bytes, axis: int, start: int, length: int) -> bytes:
@@ -196,8 +196,8 @@ def loaded(of: Model, tensors: dict[str, tuple[list[int], bytes]], tp: int, part
         first = sum(partition[:stage])
         row = []
         for rank in range(tp):
-            kv = [of.kv_heads // tp + (of.kv_heads % tp > one) for one in range(tp)]
-            columns = [of.mlp // tp + (of.mlp % tp > one) for one in range(tp)]
+            kv = [of.kv_heads // tp + (of.kv_heads % tp > rank) for rank in range(tp)]
+            columns = [of.mlp // tp + (of.mlp % tp > rank) for rank in range(tp)]
             group = of.heads // of.kv_heads * of.head_dim
             places = {
                 "q_proj": (sum(kv[:rank]) * group, kv[rank] * group),
@@ -236,7 +236,7 @@ def test_bytes_per_rank_are_what_a_real_checkpoint_gives_when_it_is_sliced(
 ) -> None:
     of = small_model(**changes)
     tensors = checkpoint(of, tmp_path / "model.safetensors")
-    predicted = [[one.weights for one in stage] for stage in shards.shares(APHRODITE, of, tp, partition)]
+    predicted = [[share.weights for share in stage] for stage in shards.shares(APHRODITE, of, tp, partition)]
     assert predicted == loaded(of, tensors, tp, partition)
 
 
@@ -246,11 +246,11 @@ def test_the_slices_of_all_ranks_put_together_are_the_tensor(tmp_path: Path) -> 
     parts = [shards.slices(APHRODITE, of, 5, rank) for rank in range(5)]
     for name in parts[0]:
         shape, data = tensors[f"model.layers.1.{name}"]
-        pieces = [cut(shape, data, *one[name]) for one in parts]
+        pieces = [cut(shape, data, *part[name]) for part in parts]
         if parts[0][name][0] == 0:
             assert b"".join(pieces) == data
         else:
-            widths = [one[name][2] * 2 for one in parts]
+            widths = [part[name][2] * 2 for part in parts]
             rows = [
                 b"".join(p[row * w : (row + 1) * w] for p, w in zip(pieces, widths, strict=True)) for row in range(shape[0])
             ]
@@ -279,18 +279,18 @@ any_model = st.builds(
 def test_ranks_sum_to_the_model_and_what_is_held_twice(of: Model, data: st.DataObject) -> None:
     """All ranks hold the model, whole copies of what is not cut, padding, and a tied table at both ends; nothing else."""
     engine = data.draw(st.sampled_from([APHRODITE, VLLM]))
-    tp = data.draw(st.sampled_from([one for one in engines.legal(engine, of, 16) if one <= of.kv_heads]))
+    tp = data.draw(st.sampled_from([size for size in engines.legal(engine, of, 16) if size <= of.kv_heads]))
     pp = data.draw(st.integers(1, min(of.layers, 12)))
     partition = shards.balance(engine, of, tp, pp)
     assert sum(partition) == of.layers
     assert min(partition) >= 1
-    total = sum(one.weights for stage in shards.shares(engine, of, tp, partition) for one in stage)
+    total = sum(share.weights for stage in shards.shares(engine, of, tp, partition) for share in stage)
     whole = 2 * of.hidden + (of.hidden if of.attention_bias else 0) + (of.hidden if of.mlp_bias else 0)
     copies = (tp - 1) * (of.layers * whole + of.hidden)
     padding = (engines.vocab(engine, of, tp) - of.vocab) * of.hidden * (1 if of.tied and pp == 1 else 2)
     tied_twice = of.vocab * of.hidden if of.tied and pp > 1 else 0
     assert total == of.bytes + models.BYTES * (copies + padding + tied_twice)
-    cache = sum(one.token for stage in shards.shares(engine, of, tp, partition) for one in stage)
+    cache = sum(share.token for stage in shards.shares(engine, of, tp, partition) for share in stage)
     assert cache == models.BYTES * 2 * of.layers * of.kv_heads * of.head_dim
 
 
@@ -302,8 +302,8 @@ def test_whatever_is_chosen_fits_every_gpu(nodes: int, size: str, engine: Engine
             layouts.choose(question(nodes, size=size, engine=engine))
         return
     found = layouts.choose(question(nodes, size=size, engine=engine))
-    for one in (found.best, *found.others):
-        assert_fits(engine, llama(size), one)
+    for candidate in (found.best, *found.others):
+        assert_fits(engine, llama(size), candidate)
 
 
 def assert_fits(engine: Engine, of: Model, one: Candidate) -> None:
@@ -355,11 +355,11 @@ def test_a_forced_layout_that_fits_is_taken_as_it_is() -> None:
 
 
 def test_rejected_layouts_say_why() -> None:
-    rejected = {one.layout: one.reason for one in layouts.choose(question(16)).rejected}
+    rejected = {rejection.layout: rejection.reason for rejection in layouts.choose(question(16)).rejected}
     for tp in range(9, 16):
         assert "asserts that tp divides by the 8 KV heads" in rejected[f"tp{tp}"]
     assert "ranks 8 to 15 no query heads" in rejected["tp16"]
-    overload = {one.layout: one.reason for one in layouts.choose(question(10)).rejected}
+    overload = {rejection.layout: rejection.reason for rejection in layouts.choose(question(10)).rejected}
     assert "the last stage holds 110.8 GiB per GPU" in overload["tp1 pp10, the engine's own split 12x9,18"]
 
 
@@ -373,7 +373,7 @@ def test_vllm_divides_and_replicates() -> None:
 
 
 def test_one_cache_for_all_stages_is_not_cut() -> None:
-    ours, theirs = (layouts.evaluate(question(10, engine=one), 2, 5).memory for one in (APHRODITE, VLLM))
+    ours, theirs = (layouts.evaluate(question(10, engine=engine), 2, 5).memory for engine in (APHRODITE, VLLM))
     assert theirs.request_tokens == theirs.cache_tokens
     assert ours.request_tokens == pytest.approx(ours.cache_tokens / 5, abs=16)
 
@@ -400,7 +400,7 @@ def test_the_smallest_gpu_is_what_counts() -> None:
 
 
 def test_the_engines_check_of_its_swap_space_is_made_before_it_is() -> None:
-    machines = tuple(dataclasses.replace(one, host=40 * GIB) for one in question(16, size="8B").machines)
+    machines = tuple(dataclasses.replace(machine, host=40 * GIB) for machine in question(16, size="8B").machines)
     asked = Question(engine=APHRODITE, model=llama("8B"), machines=machines)
     with pytest.raises(
         LayoutError, match=r"tp 8: aphrodite wants 32 GiB of swap space in k0's 40 GiB of host memory, and 70%"

@@ -52,11 +52,15 @@ def test_what_the_engine_would_refuse_is_refused(arguments: list[str], words: st
 
 def test_the_table_knows_what_the_plan_rests_on() -> None:
     table = options.table(NAME)
-    defaults = {one.name: one.default for one in table.options}
+    defaults = {option.name: option.default for option in table.options}
     assert (defaults["gpu-memory-utilization"], defaults["swap-space"], defaults["max-num-seqs"]) == (0.9, 4, 256)
     assert defaults["enable-chunked-prefill"] is False
     assert "transformers==4.45.2" in table.requires
-    assert len(table.options) == len({flag for one in table.options for flag in one.flags if flag.startswith("--")}) - 1 == 108
+    assert (
+        len(table.options)
+        == len({flag for option in table.options for flag in option.flags if flag.startswith("--")}) - 1
+        == 108
+    )
 
 
 VLLM = "vllm-0.26.0"
@@ -96,15 +100,15 @@ def test_what_vllm_would_refuse_is_refused(arguments: list[str], words: str) -> 
 def test_all_options_of_vllms_engine_are_in_its_table() -> None:
     """Where vllm itself ran (docs/sets.md), its engine's parser had 270 long names, --help among them."""
     made = options.table(VLLM).options
-    at = next(index for index, one in enumerate(made) if one.name == "model")
-    names = [flag for one in made[at:] for flag in one.flags if flag.startswith("--")]
+    at = next(index for index, option in enumerate(made) if option.name == "model")
+    names = [flag for option in made[at:] for flag in option.flags if flag.startswith("--")]
     assert len(names) == len(set(names)) == 269
 
 
 @pytest.mark.parametrize(("engine", "absent"), [(engines.APHRODITE, ["config"]), (engines.VLLM, [])])
 def test_every_option_that_is_refused_is_one_of_the_engine(engine: engines.Engine, absent: list[str]) -> None:
     table = options.table(engine.table)
-    assert [one for one in engine.refused if table.find(f"--{one}") is None] == absent
+    assert [name for name in engine.refused if table.find(f"--{name}") is None] == absent
 
 
 def test_vllms_table_is_of_the_wheel_that_its_set_has() -> None:
@@ -130,12 +134,12 @@ def test_vllms_committed_table_is_what_the_wheel_has(vllm: Path) -> None:
 def test_vllms_wheel_has_the_modules_and_variables_that_deploy_names(vllm: Path) -> None:
     with zipfile.ZipFile(vllm) as opened:
         members = opened.namelist()
-        text = "\n".join(opened.read(one).decode() for one in ("vllm/envs.py", "vllm/distributed/utils.py"))
+        text = "\n".join(opened.read(name).decode() for name in ("vllm/envs.py", "vllm/distributed/utils.py"))
         padding = opened.read("vllm/model_executor/layers/vocab_parallel_embedding.py").decode()
-    wanted = [one.module for one in environment.matrix("vllm").modules if one.module.startswith("vllm.")]
+    wanted = [row.module for row in environment.matrix("vllm").modules if row.module.startswith("vllm.")]
     assert len(wanted) == 2
     for module in wanted:
-        assert any(one.startswith(module.replace(".", "/") + ".") for one in members), module
+        assert any(member.startswith(module.replace(".", "/") + ".") for member in members), module
     one = engines.VLLM
     for name in (one.host_variable, one.partition_variable, one.port_variable, one.timeout_variable, one.key_variable):
         assert f'"{name}"' in text, name
@@ -169,7 +173,9 @@ def function(wheel: Path, member: str, name: str, **names: object) -> Any:
     """One function of the wheel, alone: its module needs torch and a GPU."""
     with zipfile.ZipFile(wheel) as opened:
         text = opened.read(member).decode()
-    (node,) = [one for one in ast.parse(text).body if isinstance(one, ast.FunctionDef) and one.name == name]
+    (node,) = [
+        statement for statement in ast.parse(text).body if isinstance(statement, ast.FunctionDef) and statement.name == name
+    ]
     space: dict[str, Any] = {"Optional": Optional, "Tuple": tuple, **names}
     exec(compile(ast.Module(body=[node], type_ignores=[]), member, "exec"), space)
     return space[name]
@@ -203,7 +209,7 @@ def llama(layers: int) -> Model:
 @pytest.mark.slow
 def test_the_engine_reads_the_variables_that_the_plan_sets(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as opened:
-        text = "\n".join(opened.read(one).decode() for one in opened.namelist() if one.endswith(".py"))
+        text = "\n".join(opened.read(name).decode() for name in opened.namelist() if name.endswith(".py"))
     one = engines.APHRODITE
     named = (one.host_variable, one.partition_variable, one.port_variable, one.timeout_variable, one.key_variable, *one.env)
     for name in named:

@@ -55,7 +55,7 @@ def option(arguments: tuple[str, ...], name: str) -> str | None:
 )
 def test_the_plan_shows_the_layouts_that_people_know(count: int, best: str, others: dict[str, float]) -> None:
     found = made(count)
-    shown = {one.layout: one.weights_gib for one in found.alternatives}
+    shown = {alternative.layout: alternative.weights_gib for alternative in found.alternatives}
     assert found.layout.name == best
     assert {name: shown.get(name) for name in others} == {name: pytest.approx(gib, abs=0.06) for name, gib in others.items()}
 
@@ -63,36 +63,40 @@ def test_the_plan_shows_the_layouts_that_people_know(count: int, best: str, othe
 def test_ray_is_told_of_exactly_the_gpus_of_the_layout() -> None:
     """One more, and the engine's placement group may miss its driver."""
     found = made(10, layout={"tensor_parallel": 3, "pipeline_parallel": 3})
-    assert sum(int(option(one.ray, "--num-gpus") or 0) for one in found.nodes) == found.layout.world == 9
+    assert sum(int(option(node.ray, "--num-gpus") or 0) for node in found.nodes) == found.layout.world == 9
     assert found.spares == ("k9",)
-    assert [one.name for one in found.nodes] == ["k0", "k1", "k2", "k3", "k4", "k5", "k6", "k7", "k8"]
+    assert [node.name for node in found.nodes] == ["k0", "k1", "k2", "k3", "k4", "k5", "k6", "k7", "k8"]
 
 
 def test_nodes_are_in_the_engines_rank_order() -> None:
     found = made(10)
-    assert [one.private for one in found.nodes] == ["10.0.0.1", "10.0.0.10", *(f"10.0.0.{one}" for one in range(2, 10))]
+    assert [node.private for node in found.nodes] == [
+        "10.0.0.1",
+        "10.0.0.10",
+        *(f"10.0.0.{number}" for number in range(2, 10)),
+    ]
     assert plans.ranks(found)[0] == ("k0", "k9")
     two = made(2, "h100-80x8")
-    assert [one.gpus for one in two.nodes] == [8, 8]
+    assert [node.gpus for node in two.nodes] == [8, 8]
     assert plans.ranks(two) == (("k0",) * 8, ("k1",) * 8)
 
 
 def test_a_node_gives_part_of_its_gpus_where_more_would_be_too_many() -> None:
     found = made(2, "h100-80x8", layout={"tensor_parallel": 6, "pipeline_parallel": 2})
-    assert [int(option(one.ray, "--num-gpus") or 0) for one in found.nodes] == [8, 4]
+    assert [int(option(node.ray, "--num-gpus") or 0) for node in found.nodes] == [8, 4]
 
 
 def test_what_ray_workers_need_stands_at_ray_start_of_every_node() -> None:
     found = made(3)
-    for one in found.nodes:
-        assert one.env["HOST_IP"] == one.private == option(one.ray, "--node-ip-address")
-        assert one.env["NCCL_SOCKET_IFNAME"] == one.env["GLOO_SOCKET_IFNAME"] == one.interface
-        assert one.env["RAY_AUTH_MODE"] == "token"
-        assert one.env["RAY_AUTH_TOKEN_PATH"].endswith(f"/{one.name}/ray-token")
-        assert int(one.env["APHRODITE_ENGINE_ITERATION_TIMEOUT_S"]) > 60  # weights come from host memory
+    for node in found.nodes:
+        assert node.env["HOST_IP"] == node.private == option(node.ray, "--node-ip-address")
+        assert node.env["NCCL_SOCKET_IFNAME"] == node.env["GLOO_SOCKET_IFNAME"] == node.interface
+        assert node.env["RAY_AUTH_MODE"] == "token"
+        assert node.env["RAY_AUTH_TOKEN_PATH"].endswith(f"/{node.name}/ray-token")
+        assert int(node.env["APHRODITE_ENGINE_ITERATION_TIMEOUT_S"]) > 60  # weights come from host memory
     assert "APHRODITE_PP_LAYER_PARTITION" not in found.head.env
     ten = made(10)
-    assert {one.env["APHRODITE_PP_LAYER_PARTITION"] for one in ten.nodes} == {"25,26,25,25,25"}
+    assert {node.env["APHRODITE_PP_LAYER_PARTITION"] for node in ten.nodes} == {"25,26,25,25,25"}
     assert "APHRODITE_ENGINE_ITERATION_TIMEOUT_S" not in ten.head.env
     tutorial = made(10, layout={"tensor_parallel": 5, "pipeline_parallel": 2})
     assert "APHRODITE_PP_LAYER_PARTITION" not in tutorial.head.env  # 63,63 is the engine's own
@@ -187,7 +191,7 @@ def test_a_switch_of_vllm_is_said_both_ways() -> None:
 
 def change(node: str, **update: object) -> Callable[[Facts], Facts]:
     def changed(facts: Facts) -> Facts:
-        return Facts(nodes=tuple(one.model_copy(update=update) if one.name == node else one for one in facts.nodes))
+        return Facts(nodes=tuple(entry.model_copy(update=update) if entry.name == node else entry for entry in facts.nodes))
 
     return changed
 
@@ -221,7 +225,7 @@ def test_nodes_that_are_asked_while_they_serve_give_the_same_plan() -> None:
     cuda = facts.node("k4").cuda.model_copy(update={"gpus": (busy,)})
     serving = change("k4", cuda=cuda, clock_s=1.0, taken=5.0)(facts)
     assert plans.make(deployment, serving, llama()).id == plans.make(deployment, facts, llama()).id
-    assert [one for one in plans.cautions(serving) if one.startswith("k4: 3.0 of 95.6 GiB")]
+    assert [caution for caution in plans.cautions(serving) if caution.startswith("k4: 3.0 of 95.6 GiB")]
     assert not plans.cautions(facts)
 
 
@@ -256,10 +260,10 @@ def no_gpu(one: NodeFacts) -> NodeFacts:
 
 def test_a_node_without_a_gpu_is_left_out_and_named_and_a_head_without_one_is_refused() -> None:
     deployment, facts = supposed(10)
-    broken = Facts(nodes=tuple(no_gpu(one) if one.name == "k3" else one for one in facts.nodes))
+    broken = Facts(nodes=tuple(no_gpu(entry) if entry.name == "k3" else entry for entry in facts.nodes))
     found = plans.make(deployment, broken, llama())
-    assert "k3" not in [one.name for one in found.nodes]
-    assert any("k3" in one and "802" in one for one in found.notes)
+    assert "k3" not in [node.name for node in found.nodes]
+    assert any("k3" in note and "802" in note for note in found.notes)
     headless = Facts(nodes=(no_gpu(facts.nodes[0]), *facts.nodes[1:]))
     with pytest.raises(LayoutError, match=r"head has no usable GPU \(cuInit: system not yet initialized \(802\)\)"):
         plans.make(deployment, headless, llama())
@@ -274,7 +278,7 @@ def test_a_node_that_was_never_asked_is_no_guess() -> None:
 def test_more_gpus_than_the_node_has_are_refused() -> None:
     deployment, facts = supposed(10)
     greedy = deployment.model_copy(
-        update={"nodes": tuple(one.model_copy(update={"gpus": 2}) if one.rank == 2 else one for one in deployment.nodes)}
+        update={"nodes": tuple(node.model_copy(update={"gpus": 2}) if node.rank == 2 else node for node in deployment.nodes)}
     )
     with pytest.raises(LayoutError, match="says 2 GPUs, and it has 1"):
         plans.make(greedy, facts, llama())
@@ -282,7 +286,7 @@ def test_more_gpus_than_the_node_has_are_refused() -> None:
 
 def test_a_rehearsal_supposes_the_gpus_that_it_does_not_have() -> None:
     deployment, facts = supposed(10)
-    bare = Facts(nodes=tuple(no_gpu(one) for one in facts.nodes))
+    bare = Facts(nodes=tuple(no_gpu(entry) for entry in facts.nodes))
     rehearsal = deployment.model_copy(
         update={"data": deployment.data.model_copy(update={"options": OptionsConfig(rehearsal=True)})}
     )
@@ -347,8 +351,8 @@ def test_the_script_runs_what_the_plan_says_with_the_environment_of_the_plan(
     (tools / "curl").write_text(
         "#!/bin/sh\ncat >" + str(tmp_path / "curl-stdin") + '\nprintf "%s\\n" "$*" >>' + str(tmp_path / "argv") + "\n"
     )
-    for one in tools.iterdir():
-        one.chmod(0o755)
+    for tool in tools.iterdir():
+        tool.chmod(0o755)
     script = tmp_path / "plan.sh"
     script.write_text(plans.shell(found))
     subprocess.run(
@@ -368,8 +372,8 @@ def test_the_script_runs_what_the_plan_says_with_the_environment_of_the_plan(
     assert said.count("== ray\n") == 3
     assert f"APHRODITE_API_KEY={key}" in said.split("== aphrodite")[1]
     assert 'AWKWARD=it\'s "quoted" $HOME \\ end\n' in said
-    for one in found.nodes:
-        assert "".join(f"arg {word}\n" for word in one.ray[1:]) in said
+    for node in found.nodes:
+        assert "".join(f"arg {word}\n" for word in node.ray[1:]) in said
     assert "".join(f"arg {word}\n" for word in found.serve[1:]) in said
     token = (tmp_path / ".deploy/script/ray-token").read_text()
     assert (local / suppose.MARK / "k1" / "ray-token").read_text() == token

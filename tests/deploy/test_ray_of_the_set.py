@@ -24,13 +24,13 @@ from tests.deploy import ray_kit
 from tests.deploy.test_ray import anything_of_ray, down, up, with_nodes
 
 pytestmark = [pytest.mark.root, pytest.mark.slow]
-DASHBOARD = Matrix(modules=tuple(one for one in deployed.matrix("aphrodite").modules if one.module.startswith("ray")))
+DASHBOARD = Matrix(modules=tuple(row for row in deployed.matrix("aphrodite").modules if row.module.startswith("ray")))
 "The rows of Ray alone: the others need a GPU's libraries."
 
 
 def of_the_set(*without: str) -> Path:
     """An environment for this machine: of all that `ray[default]` reaches, what the set's lock has, at its versions."""
-    locked = {one.name: one.version for one in pins.wheels(stack.load(REPOSITORY / "stacks", "cu124"), Arch.AARCH64)}
+    locked = {wheel.name: wheel.version for wheel in pins.wheels(stack.load(REPOSITORY / "stacks", "cu124"), Arch.AARCH64)}
     assert locked["ray"] == "2.41.0"
     pins = "".join(f"{name}=={version}\n" for name, version in locked.items() if "+" not in version)
     uv, index = Path(sys.executable).with_name("uv"), settings.load().index_url
@@ -40,7 +40,7 @@ def of_the_set(*without: str) -> Path:
     command += ["--constraint", constraints, *(["--default-index", index] if index else []), "-"]
     reached = subprocess.run(command, input="ray[default]", capture_output=True, text=True, check=True).stdout
     names = re.findall(r"^([a-z0-9-]+)==", reached, flags=re.MULTILINE)
-    wanted = [f"{one}=={locked[one]}" for one in names if one in locked and one not in without]
+    wanted = [f"{name}=={locked[name]}" for name in names if name in locked and name not in without]
     digest = hashlib.sha256(" ".join(wanted).encode()).hexdigest()[:12]
     return ray_kit.ray_environment(["--no-deps", *wanted], f"ray-of-the-set-{digest}")
 

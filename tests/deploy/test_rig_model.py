@@ -63,15 +63,15 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
             pytest.skip(f"this machine's Python index has no {TORCH}")
         assert done.returncode == 0, done.stderr
         subprocess.run([str(env / "bin" / "python"), "-c", MODEL, str(made.share / "model")], check=True, capture_output=True)
-        for one in (made.share / "model").iterdir():
-            one.chmod(0o644)  # safetensors are written for their owner alone, and the node's user is another
+        for path in (made.share / "model").iterdir():
+            path.chmod(0o644)  # safetensors are written for their owner alone, and the node's user is another
         yield made
 
 
 def deployment(room: Rig, folder: Path) -> Path:
     """What `deploy init` would leave, for an engine that it did not start."""
     folder.mkdir()
-    hosts = ", ".join(f'"{one.address}"' for one in room.nodes)
+    hosts = ", ".join(f'"{node.address}"' for node in room.nodes)
     text = f'share = "{MOUNT}"\n[nodes]\nhosts = [{hosts}]\nuser = "{USER}"\nkey = "{room.key}"\n'
     (folder / "deploy.toml").write_text(text)
     made = load_deployment(folder / "deploy.toml")
@@ -115,11 +115,11 @@ def test_a_real_model_behind_tunnel_and_bench(room: Rig, tmp_path: Path) -> None
         if tunnel.stdout:
             tunnel.stdout.close()
     levels = report["levels"]
-    assert [one["concurrency"] for one in levels] == [1, 2]
-    for one in levels:
-        assert one["answered"] == 4
-        assert one["tokens"] == 4 * 16  # counted by the server; a random Llama has no end
-        assert one["tokens_per_s"] > 0
+    assert [level["concurrency"] for level in levels] == [1, 2]
+    for level in levels:
+        assert level["answered"] == 4
+        assert level["tokens"] == 4 * 16  # counted by the server; a random Llama has no end
+        assert level["tokens_per_s"] > 0
 
 
 def wait(room: Rig, url: str, log: Path, seconds: float = 120) -> None:

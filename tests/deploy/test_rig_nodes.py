@@ -26,7 +26,7 @@ pytestmark = pytest.mark.root
 
 
 def inventory(room: Rig) -> list[Node]:
-    return [Node(name=one.name, rank=one.rank, address=one.address, user=USER, key=room.key) for one in room.nodes]
+    return [Node(name=node.name, rank=node.rank, address=node.address, user=USER, key=room.key) for node in room.nodes]
 
 
 def run(room: Rig, command: str, *, names: list[str] | None = None, timeout: float = 20) -> dict[str, CommandResult]:
@@ -48,8 +48,8 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
 
 
 def said(results: dict[str, CommandResult]) -> dict[str, str]:
-    assert all(one.ok for one in results.values()), results
-    return {name: one.stdout.strip() for name, one in results.items()}
+    assert all(result.ok for result in results.values()), results
+    return {name: result.stdout.strip() for name, result in results.items()}
 
 
 def test_each_node_is_a_machine_of_its_own(room: Rig) -> None:
@@ -58,7 +58,7 @@ def test_each_node_is_a_machine_of_its_own(room: Rig) -> None:
     }
     names = said(run(room, "echo $$ > /tmp/mine; echo x > ~/mine; ls /tmp ~ /dev/shm"))
     assert set(names.values()) == {"/dev/shm:\n\n/home/ubuntu:\nmine\n\n/tmp:\nmine"}
-    everywhere = [one["argv"] for node in room.nodes for one in node.processes()]
+    everywhere = [process["argv"] for node in room.nodes for process in node.processes()]
     assert all(argv[0].startswith("sshd: ") for argv in everywhere)  # and nothing of the machine around it
     assert room["k1"].home.joinpath("mine").read_text() == "x\n"
     assert said(run(room, "for k in 11 12 13; do getent hosts node-10-77-0-$k | cut -d' ' -f1; done", names=["k0"])) == {
@@ -161,9 +161,9 @@ def test_a_small_share_is_full_for_all(tmp_path: Path) -> None:
 def sleepers(node: RigNode) -> list[str]:
     """How long the processes `sleep` of a node sleep; a child that has not become one yet is waited for."""
     deadline = time.monotonic() + 5
-    while any(one["argv"][0] == "setsid" for one in node.processes()) and time.monotonic() < deadline:
+    while any(process["argv"][0] == "setsid" for process in node.processes()) and time.monotonic() < deadline:
         time.sleep(0.02)
-    return sorted(one["argv"][1] for one in node.processes() if one["argv"][0] == "sleep")
+    return sorted(process["argv"][1] for process in node.processes() if process["argv"][0] == "sleep")
 
 
 def test_power_off_ends_every_process_of_the_node_alone(tmp_path: Path) -> None:

@@ -37,10 +37,10 @@ def check(events: list[dict[str, Any]], count: int) -> None:
     result = events[-1]
     assert (result["nodes"], result["tokens"]) == (count, 32)
     assert result["text"].startswith("The rehearsal answers")
-    steps = [one["step"] for one in result["steps"]]
+    steps = [step["step"] for step in result["steps"]]
     assert steps[:4] == ["init", "plan", "up", "serve"]
     assert steps[-1] == "down"
-    output = "\n".join(one["text"] for one in events if one.get("event") == "output")
+    output = "\n".join(event["text"] for event in events if event.get("event") == "output")
     tp, pp = walkthrough.layout(count)
     assert f"--tensor-parallel-size {tp} --pipeline-parallel-size {pp}" in output
     assert f"imports on {count} nodes" in output

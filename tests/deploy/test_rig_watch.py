@@ -26,7 +26,7 @@ def collected(made: Any, into: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
     into.mkdir()
     said = json.loads(faultkit.well(made, "collect", "--json", "--into", str(into)).splitlines()[-1])
     with tarfile.open(said["path"]) as tar:
-        members = {one.name.partition("/")[2]: tar.extractfile(one) for one in tar.getmembers()}
+        members = {member.name.partition("/")[2]: tar.extractfile(member) for member in tar.getmembers()}
         return said, {name: stream.read() for name, stream in members.items() if stream}
 
 
@@ -37,7 +37,7 @@ def test_seen_while_it_serves_when_a_node_is_lost_and_after_its_end(tmp_path: Pa
         faultkit.well(made, "serve")
         code, seen = status(made)
         assert (code, seen["service"]["word"]) == (0, "READY")
-        assert [(one["ray"], one["raylet"]) for one in seen["nodes"]] == [(True, True)] * 2
+        assert [(node["ray"], node["raylet"]) for node in seen["nodes"]] == [(True, True)] * 2
         assert "engine" in seen["nodes"][0]["jobs"]
         report = json.loads(
             faultkit.well(
@@ -56,7 +56,7 @@ def test_seen_while_it_serves_when_a_node_is_lost_and_after_its_end(tmp_path: Pa
         assert "k1 raylet.out" in faultkit.well(made, "logs", "k1", "-n", "3")
         said, _ = collected(made, tmp_path / "well")
         assert said["service"] == "READY"
-        assert not [one for one in said["findings"] if one["rank"] < 6]
+        assert not [finding for finding in said["findings"] if finding["rank"] < 6]
 
         made.room["k1"].kill_matching("raylet")
         deadline = time.monotonic() + 150
@@ -65,7 +65,7 @@ def test_seen_while_it_serves_when_a_node_is_lost_and_after_its_end(tmp_path: Pa
         code, seen = found
         assert code == 63
         assert seen["service"]["word"] in ("DEGRADED", "DEAD")
-        assert [one["ray"] for one in seen["nodes"]] == [True, False]
+        assert [node["ray"] for node in seen["nodes"]] == [True, False]
         said, files = collected(made, tmp_path / "lost")
         assert "k1" in said["findings"][0]["text"]
         secrets = [(made.folder / ".deploy" / name).read_text().strip() for name in ("api-key", "ray-token")]

@@ -24,9 +24,9 @@ def test_the_hint_asks_with_the_key_and_no_process_has_it_in_its_arguments(tmp_p
     class Engine(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             told.append(self.headers["Authorization"])
-            for one in Path("/proc").glob("[0-9]*/cmdline"):
+            for path in Path("/proc").glob("[0-9]*/cmdline"):
                 try:
-                    seen.append(one.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+                    seen.append(path.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
                 except OSError:
                     continue
             self.send_response(200)
@@ -52,5 +52,5 @@ def test_the_hint_asks_with_the_key_and_no_process_has_it_in_its_arguments(tmp_p
             server.shutdown()
             thread.join()
     assert told == [f"Bearer {KEY}"]
-    assert any("curl" in one for one in seen)
-    assert not [one for one in seen if KEY in one]
+    assert any("curl" in command for command in seen)
+    assert not [command for command in seen if KEY in command]

@@ -41,11 +41,11 @@ def test_a_command_runs_on_all_nodes_at_once_and_every_exit_code_is_kept(tmp_pat
             on_line=lambda node, stream, line: said.append((node.name, stream, line)),
         )
         assert time.monotonic() - begin < 1.4  # one after the other would be 2 s
-        assert [one.returncode for one in done.values()] == [0, 1, 2, 3]
+        assert [result.returncode for result in done.values()] == [0, 1, 2, 3]
         assert list(done) == ["k0", "k1", "k2", "k3"]
         assert done["k2"].stdout == f"at {made[2].home}\n"
         assert ("k3", "stderr", "oops") in said
-        assert all(one.entered == 1 for one in made)
+        assert all(machine.entered == 1 for machine in made)
         with pytest.raises(NodeError, match=r"trying: k1 127\.0\.0\.12 ended with 1: oops \(and on 2 more: k2, k3\)"):
             ssh.require(done, "trying")
 
@@ -159,7 +159,7 @@ def test_a_node_that_is_away_does_not_hold_the_others_up(tmp_path: Path) -> None
                 done = await fleet.run("echo hi")
                 assert time.monotonic() - begin < 4
             silent.close()
-        assert [one.ok for one in done.values()] == [True, False, False, True]
+        assert [result.ok for result in done.values()] == [True, False, False, True]
         assert done["gone"].error
         assert "gone 127.0.0.98:1 cannot be reached" in done["gone"].error.cause
         assert done["mute"].error
@@ -212,7 +212,7 @@ def look(place: Path) -> tuple[str, str, list[str]]:
     return (
         stat.filemode(place.stat().st_mode),
         stat.filemode(place.parent.stat().st_mode),
-        [one.name for one in place.parent.iterdir()],
+        [path.name for path in place.parent.iterdir()],
     )
 
 
@@ -328,10 +328,10 @@ def test_a_jump_host_is_one_connection_for_all_behind_it(tmp_path: Path) -> None
     async def go() -> None:
         async with kit.machines(tmp_path, 3) as made:
             door = made[0].node
-            behind = [one.node.model_copy(update={"jump": f"tester@{door.address}:{door.port}"}) for one in made[1:]]
+            behind = [machine.node.model_copy(update={"jump": f"tester@{door.address}:{door.port}"}) for machine in made[1:]]
             async with ssh.fleet(behind, known_hosts=tmp_path / "known_hosts", config=()) as fleet:
                 done = await fleet.run("echo ${HOME##*-}")
-        assert [one.stdout for one in done.values()] == ["k1\n", "k2\n"]
+        assert [result.stdout for result in done.values()] == ["k1\n", "k2\n"]
         assert made[0].entered == 1
 
     asyncio.run(go())

@@ -71,15 +71,17 @@ def doors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Doo
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
-    for one in (node, gate):
-        (tmp_path / one.user).mkdir()
-    opened = [asyncio.run_coroutine_threadsafe(one.open(tmp_path / one.user), loop).result(30) for one in (node, gate)]
+    for server in (node, gate):
+        (tmp_path / server.user).mkdir()
+    opened = [
+        asyncio.run_coroutine_threadsafe(server.open(tmp_path / server.user), loop).result(30) for server in (node, gate)
+    ]
     gate.behind = (node.address, node.port)
     own = tmp_path / "home" / ".ssh"
     own.mkdir(parents=True, mode=0o700)
-    for one in (node, gate):
-        (own / f"key-{one.user}").write_bytes(one.key.export_private_key())
-        (own / f"key-{one.user}").chmod(0o600)
+    for server in (node, gate):
+        (own / f"key-{server.user}").write_bytes(server.key.export_private_key())
+        (own / f"key-{server.user}").chmod(0o600)
     (own / "config").write_text(
         f"Host big-one\n  HostName {BEHIND}\n  Port {node.port}\n  User worker\n  IdentityFile {own}/key-worker\n"
         f"  IdentitiesOnly yes\n  ProxyJump gate\n"

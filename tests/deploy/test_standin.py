@@ -150,12 +150,12 @@ def test_serves_with_the_environment_of_its_workers(room: Rig, address: str) -> 
             made.get("/health")
         made.wait("Uvicorn running")
         report = made.get("/standin/report").json()
-        assert [(one["rank"], one["ip"]) for one in report["ranks"]] == [(k, f"10.77.0.{11 + k}") for k in range(3)]
-        for one in report["ranks"]:
-            assert one["env"]["HOST_IP"] == one["ip"]
-            assert one["env"]["APHRODITE_PP_LAYER_PARTITION"] == PARTITION
-            assert one["env"]["CUDA_VISIBLE_DEVICES"] == "0"
-        drivers, *workers = [set(one["names"]) for one in report["ranks"]]
+        assert [(rank["rank"], rank["ip"]) for rank in report["ranks"]] == [(k, f"10.77.0.{11 + k}") for k in range(3)]
+        for rank in report["ranks"]:
+            assert rank["env"]["HOST_IP"] == rank["ip"]
+            assert rank["env"]["APHRODITE_PP_LAYER_PARTITION"] == PARTITION
+            assert rank["env"]["CUDA_VISIBLE_DEVICES"] == "0"
+        drivers, *workers = [set(rank["names"]) for rank in report["ranks"]]
         assert {"APHRODITE_API_KEY", "ONLY_THE_DRIVER"} <= drivers
         assert all(not {"APHRODITE_API_KEY", "ONLY_THE_DRIVER"} & each for each in workers)
         assert KEY not in made.text()
@@ -175,7 +175,7 @@ def test_serves_with_the_environment_of_its_workers(room: Rig, address: str) -> 
         chunks = [json.loads(line) for line in lines]
         assert chunks[-1]["choices"] == []
         assert chunks[-1]["usage"]["completion_tokens"] == 37
-        texts = [one["choices"][0]["delta"].get("content", "") for one in chunks[:-1]]
+        texts = [chunk["choices"][0]["delta"].get("content", "") for chunk in chunks[:-1]]
         assert 10 < len([text for text in texts if text]) < 20  # a chunk is not a token
         whole = made.post("/v1/chat/completions", body, key=KEY).json()
         assert whole["choices"][0]["message"]["content"] == "".join(texts)
@@ -217,7 +217,7 @@ def test_a_stage_list_that_reached_the_driver_alone_is_not_the_workers(room: Rig
     with engine(room, address, "-pp", "3", APHRODITE_PP_LAYER_PARTITION="2,2,2") as made:
         made.wait("Uvicorn running")
         ranks = made.get("/standin/report").json()["ranks"]
-    assert [one["env"]["APHRODITE_PP_LAYER_PARTITION"] for one in ranks] == ["2,2,2", PARTITION, PARTITION]
+    assert [rank["env"]["APHRODITE_PP_LAYER_PARTITION"] for rank in ranks] == ["2,2,2", PARTITION, PARTITION]
 
 
 @pytest.mark.root

@@ -183,7 +183,7 @@ def test_the_bench_finds_engine_and_key_by_itself_and_keeps_what_it_found(tmp_pa
             kept = sorted(path.name for path in (tmp_path / ".deploy" / "bench").iterdir())
             assert [name.rpartition(".")[2] for name in kept] == ["json"]
             report = json.loads((tmp_path / ".deploy" / "bench" / kept[0]).read_text())
-            assert [one["tokens"] for one in report["levels"]] == [24, 24]
+            assert [level["tokens"] for level in report["levels"]] == [24, 24]
             assert "3/3" in out.decode()
             assert key not in out.decode() + err.decode() + json.dumps(report)
 

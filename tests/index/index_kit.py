@@ -64,7 +64,10 @@ def wheel(
     )
     python, abi, platforms = (wheel_tags or tags).split("-")
     each = [
-        f"Tag: {one}-{two}-{three}" for one in python.split(".") for two in abi.split(".") for three in platforms.split(".")
+        f"Tag: {interpreter}-{binary}-{platform}"
+        for interpreter in python.split(".")
+        for binary in abi.split(".")
+        for platform in platforms.split(".")
     ]
     content[f"{folder}/WHEEL"] = (
         "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\n" + "\n".join(each) + "\n"

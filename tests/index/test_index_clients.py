@@ -281,7 +281,7 @@ def test_pypi_simple_reads_everything_and_both_forms_agree(filled: Server) -> No
                     )
                 )
 
-            assert [key(one) for one in page.packages] == [key(one) for one in plain.packages]
+            assert [key(package) for package in page.packages] == [key(package) for package in plain.packages]
             for package in page.packages[:2]:
                 raw = client.get_package_metadata_bytes(package, verify=True)
                 assert raw.startswith(b"Metadata-Version:")

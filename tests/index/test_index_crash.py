@@ -113,44 +113,44 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
     token = make_token(root)
     chance = random.Random(KILLS)
     uploaders = [Uploader(number, token, number) for number in range(UPLOADERS)]
-    for one in uploaders:
-        one.start()
+    for uploader in uploaders:
+        uploader.start()
     process, seen = start(root, "--allow-new"), set[str]()
     try:
         kills = 0
-        while sum(one.cut for one in uploaders) < KILLS:
+        while sum(uploader.cut for uploader in uploaders) < KILLS:
             kills += 2
             assert kills < KILLS + 100, "hardly any upload is under way at a kill: the test proves nothing"
             url = await_url(process)
-            for one in uploaders:
-                one.url = url
-                one.go.set()
+            for uploader in uploaders:
+                uploader.url = url
+                uploader.go.set()
             time.sleep(chance.uniform(0.01, 0.2))
             kill(process)
-            for one in uploaders:
-                one.go.clear()
+            for uploader in uploaders:
+                uploader.go.clear()
             process = start(root, "--allow-new")
             url = await_url(process)
             assert not list((root / "staging").iterdir()), "staging is swept at start"
-            check(root, url, {k: v for one in uploaders for k, v in one.confirmed.items()}, seen)
+            check(root, url, {k: v for uploader in uploaders for k, v in uploader.confirmed.items()}, seen)
             kill(process)
             process = start(root, "--allow-new")
         url = await_url(process)
-        for one in uploaders:
-            one.url = url
-            one.go.set()
-        goal = sum(len(one.confirmed) for one in uploaders) + UPLOADERS
+        for uploader in uploaders:
+            uploader.url = url
+            uploader.go.set()
+        goal = sum(len(uploader.confirmed) for uploader in uploaders) + UPLOADERS
         for _ in range(400):
-            if sum(len(one.confirmed) for one in uploaders) >= goal:
+            if sum(len(uploader.confirmed) for uploader in uploaders) >= goal:
                 break
             time.sleep(0.05)
         else:
             raise AssertionError("what was cut off cannot be uploaded again")
     finally:
-        for one in uploaders:
-            one.end.set()
-        for one in uploaders:
-            one.join()
+        for uploader in uploaders:
+            uploader.end.set()
+        for uploader in uploaders:
+            uploader.join()
         stop(process)
     assert run_json(root, "fsck")["damaged"] == []
     report("random moments", kills, uploaders, seen)
@@ -158,8 +158,8 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
 
 def report(what: str, kills: int, uploaders: list[Uploader], seen: set[str]) -> None:
     """What the run was, for docs/index-operation.md: pytest -rP shows it."""
-    cut, refused = sum(one.cut for one in uploaders), sum(len(one.refusals) for one in uploaders)
-    confirmed = sum(len(one.confirmed) for one in uploaders)
+    cut, refused = sum(uploader.cut for uploader in uploaders), sum(len(uploader.refusals) for uploader in uploaders)
+    confirmed = sum(len(uploader.confirmed) for uploader in uploaders)
     print(
         f"{what}: {kills} kills, {cut} uploads cut off, {refused} refused for want of space, {confirmed} confirmed,"
         f" {len(seen)} listed and rehashed after a kill, 0 with another hash, 0 confirmed lost"
@@ -313,42 +313,42 @@ def test_killed_with_a_full_disk(small_disk: Path) -> None:
     root.mkdir()
     token = make_token(root)
     uploaders = [Uploader(number, token, 100 + number, sizes=(100, 5_000, 60_000)) for number in range(UPLOADERS)]
-    for one in uploaders:
-        one.start()
+    for uploader in uploaders:
+        uploader.start()
     process, seen, chance = start(root, "--allow-new"), set[str](), random.Random(7)
     times_full = kills = 0
     try:
-        while sum(one.cut for one in uploaders) < KILLS // 4 or not any(one.refusals for one in uploaders):
+        while sum(uploader.cut for uploader in uploaders) < KILLS // 4 or not any(uploader.refusals for uploader in uploaders):
             kills += 2
             assert kills < KILLS + 100, "hardly any upload is under way at a kill: the test proves nothing"
             url = await_url(process)
             ballast = Ballast(small_disk / "ballast", chance)
             ballast.start()
-            for one in uploaders:
-                one.url = url
-                one.go.set()
+            for uploader in uploaders:
+                uploader.url = url
+                uploader.go.set()
             time.sleep(chance.uniform(0.02, 0.5))
             kill(process)
-            for one in uploaders:
-                one.go.clear()
+            for uploader in uploaders:
+                uploader.go.clear()
             ballast.end.set()
             ballast.join()
             times_full += ballast.times_full
             process = start(root, "--allow-new")
             url = await_url(process)
-            confirmed = {k: v for one in uploaders for k, v in one.confirmed.items()}
+            confirmed = {k: v for uploader in uploaders for k, v in uploader.confirmed.items()}
             check(root, url, confirmed, seen)
             kill(process)
             process = start(root, "--allow-new")
         await_url(process)
     finally:
-        for one in uploaders:
-            one.end.set()
-        for one in uploaders:
-            one.join()
+        for uploader in uploaders:
+            uploader.end.set()
+        for uploader in uploaders:
+            uploader.join()
         stop(process)
     assert times_full
-    assert any(one.confirmed for one in uploaders), "nothing was ever confirmed: the test has proven nothing"
+    assert any(uploader.confirmed for uploader in uploaders), "nothing was ever confirmed: the test has proven nothing"
     assert run_json(root, "fsck")["damaged"] == []
     report("full disk", kills, uploaders, seen)
     print(f"the disk was filled {times_full} times")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import subprocess
 from pathlib import Path
 
@@ -11,21 +9,19 @@ import bcrypt
 import pytest
 from index_kit import Server, run_index, run_json, serving, wheel
 
+from index.store.htpasswd import matches
+
 
 def apr1(password: str) -> str:
     made = subprocess.run(["openssl", "passwd", "-apr1", password], check=True, capture_output=True, text=True)
     return made.stdout.strip()
 
 
-def sha(password: str) -> str:
-    return "{SHA}" + base64.b64encode(hashlib.sha1(password.encode()).digest()).decode()
-
-
 def blow(password: str) -> str:
     return bcrypt.hashpw(password.encode(), bcrypt.gensalt(4)).decode().replace("$2b$", "$2y$")
 
 
-USERS = {"ann": apr1("ann's"), "bob": sha("bob's"), "eve": blow("eve's"), "long": apr1("p" * 16)}
+USERS = {"ann": apr1("ann's"), "bob": blow("bob's"), "eve": blow("eve's"), "long": apr1("p" * 16)}
 PASSWORDS = {"ann": "ann's", "bob": "bob's", "eve": "eve's", "long": "p" * 16}
 
 
@@ -63,7 +59,7 @@ def test_who_left_the_file_uploads_no_longer(shared: Server, htpasswd: Path) -> 
     assert run_json(shared.root, "token", "import", str(htpasswd), "--project", "User.Pkg") == {"added": 4, "revoked": 0}
     assert run_json(shared.root, "token", "import", str(htpasswd)) == {"added": 0, "revoked": 0}
     assert post(shared, "bob", "bob's", "1.0") == 200
-    htpasswd.write_text(f"bob:{sha('new')}\neve:{USERS['eve']}\n")
+    htpasswd.write_text(f"bob:{apr1('new')}\neve:{USERS['eve']}\n")
     assert run_json(shared.root, "token", "import", str(htpasswd)) == {"added": 1, "revoked": 2}
     assert post(shared, "bob", "bob's", "1.1") == 401
     assert post(shared, "bob", "new", "1.1") == 200
@@ -72,13 +68,30 @@ def test_who_left_the_file_uploads_no_longer(shared: Server, htpasswd: Path) -> 
     assert post(shared, "eve", "eve's", "1.3") == 401
 
 
-@pytest.mark.parametrize("line", ["ann:plain", "ann:$6$salt$hash", "no colon", ":{SHA}x"])
+@pytest.mark.parametrize("line", ["ann:plain", "ann:$6$salt$hash", "no colon", ":$apr1$salt$hash"])
 def test_hashes_that_cannot_be_checked_are_told(tmp_path: Path, line: str) -> None:
     path = tmp_path / "htpasswd"
     path.write_text(line + "\n")
     done = run_index(tmp_path / "root", "token", "import", str(path), check=False)
     assert done.returncode == 3
     assert "line 1" in done.stderr
+
+
+def test_a_password_kept_as_sha_1_is_told_with_the_command_that_mends_it(tmp_path: Path) -> None:
+    path = tmp_path / "htpasswd"
+    path.write_text(f"ann:{apr1('x')}\nbob:{{SHA}}W6ph5Mm5Pz8GgiULbPgzG37mj9g=\n")
+    for command in (("token", "import", str(path)), ("serve", "-p", "0", "-P", str(path))):
+        done = run_index(tmp_path / "root", *command, check=False)
+        assert done.returncode == 3
+        assert "line 2: the password of bob is kept as SHA-1" in done.stderr
+        assert f"htpasswd -B {path} bob" in done.stderr.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    "hashed", ["$apr1$", "$apr1$salt", "$apr1$salt$short", "$apr1$muchtoolong$" + "a" * 22, "$2y$04$short"]
+)
+def test_a_damaged_hash_lets_nobody_in(hashed: str) -> None:
+    assert not matches(b"x", hashed)
 
 
 @pytest.mark.parametrize("asked", [".", "update,download", "list"])

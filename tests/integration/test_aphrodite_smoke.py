@@ -234,7 +234,7 @@ def together() -> dict[str, object]:
     """What the committed set imports and runs of the engine; it has the two others beside it."""
     table = tomllib.loads((REPOSITORY / "sets/gh200-cu124/set.toml").read_text())["together"]
     return {
-        "imports": [one for one in table["imports"] if one.split(".")[0] in ("torch", "aphrodite")],
+        "imports": [module for module in table["imports"] if module.split(".")[0] in ("torch", "aphrodite")],
         "commands": table["commands"],
     }
 

@@ -125,7 +125,7 @@ def published(project: str, name: str, sha256: str) -> Download:
     """A file on the configured index."""
     index, credentials = split_credentials(settings_module.load().index_url or simple.DEFAULT_INDEX)
     page = simple.project_page(project, index, credentials)
-    url = next(one.url for one in page.packages if one.filename == name)
+    url = next(package.url for package in page.packages if package.filename == name)
     return Download(url=with_credentials(url, credentials) if same_host(index, url) else url, sha256=sha256, what=name)
 
 
@@ -142,8 +142,8 @@ def test_aphrodites_published_wheel_fails_as_found(farm: Farm, tmp_path: Path) -
 
     assert done.code == ExitCode.AUDIT, done.said
     verdicts = next(answer for line in done.out.splitlines() if isinstance(answer := json.loads(line), list))
-    status = {one["gate"]: one["status"] for one in verdicts}
-    said = {one["gate"]: "\n".join((one["summary"], *one["details"])) for one in verdicts}
+    status = {verdict["gate"]: verdict["status"] for verdict in verdicts}
+    said = {verdict["gate"]: "\n".join((verdict["summary"], *verdict["details"])) for verdict in verdicts}
     assert status == {
         "wheel": "failed", "elf-machine": "passed", "python-abi": "passed", "platform-tag": "failed", "grafted": "passed",
         "rpath": "failed", "alignment": "not applicable", "cubins": "failed", "symbols": "failed",

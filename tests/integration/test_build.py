@@ -51,7 +51,7 @@ def test_c_extension_for_aarch64_from_recipe_to_import(farm: Farm) -> None:
     assert wheel.name.startswith("tiny_c-1.0-cp311-cp311-manylinux")
     assert wheel.name.endswith("_aarch64.whl")
     found = record_of(farm, "tiny_c")
-    verdicts = {one["gate"]: one["status"] for one in found["verdicts"]}  # type: ignore[index,attr-defined]
+    verdicts = {verdict["gate"]: verdict["status"] for verdict in found["verdicts"]}  # type: ignore[index,attr-defined]
     assert "failed" not in verdicts.values()
     assert verdicts["symbols"] == verdicts["alignment"] == "passed"
     assert verdicts["cubins"] == "not applicable"
@@ -86,7 +86,7 @@ def test_cuda_extension_keeps_the_stacks_sm_list_alone(farm: Farm) -> None:
     done = farm.run("build", "tiny_cuda")
     assert done.code == 0, done.said
     found = record_of(farm, "tiny_cuda")
-    verdicts = {one["gate"]: one for one in found["verdicts"]}  # type: ignore[index,attr-defined]
+    verdicts = {verdict["gate"]: verdict for verdict in found["verdicts"]}  # type: ignore[index,attr-defined]
     assert verdicts["cubins"]["status"] == "passed"
     assert verdicts["symbols"]["status"] == "passed"
     log = farm.run("log", "tiny_cuda").out
@@ -137,16 +137,16 @@ def test_killed_at_any_moment_the_same_command_ends_with_the_same_record(farm: F
     whole = record_of(farm, "tiny")
     for part in ("build_id", "inputs", "outcome", "wheel", "verdicts", "smoke"):
         assert resumed[part] == whole[part]
-    assert [one["name"] for one in resumed["stages"]] == [one["name"] for one in whole["stages"]]  # type: ignore[attr-defined]
+    assert [stage["name"] for stage in resumed["stages"]] == [stage["name"] for stage in whole["stages"]]  # type: ignore[attr-defined]
 
 
 def test_two_builders_of_one_id_build_once(farm: Farm) -> None:
     farm.recipe("tiny", projects.backend(SLOW_BACKEND))
     first, second = (start(farm, "build", "tiny", "--target", NATIVE) for _ in range(2))
-    said = [" ".join("".join(one.communicate(timeout=120)).split()) for one in (first, second)]
+    said = [" ".join("".join(process.communicate(timeout=120)).split()) for process in (first, second)]
     assert [first.returncode, second.returncode] == [0, 0], said
-    assert sum("waiting for it" in one for one in said) == 1
-    assert sum("nothing to build" in one for one in said) == 1
+    assert sum("waiting for it" in output for output in said) == 1
+    assert sum("nothing to build" in output for output in said) == 1
 
 
 def test_interrupt_leaves_nothing_running(farm: Farm) -> None:
@@ -329,7 +329,7 @@ def test_json_events_are_lines_that_a_machine_can_read(farm: Farm) -> None:
     assert lines[-1]["outcome"] == "built"
     assert Path(lines[-1]["path"]).is_file()
     assert {"plan", "fetch", "compile", "audit", "smoke", "record"} <= {
-        one["step"] for one in lines if one.get("event") == "step"
+        line["step"] for line in lines if line.get("event") == "step"
     }
 
 

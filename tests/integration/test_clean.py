@@ -61,7 +61,7 @@ def test_all_waits_for_whom_it_would_take_the_ground_from_and_leaves_the_locks(t
         assert (tmp_path / name / "file").exists()
     running.communicate(timeout=60)
     assert running.returncode == 0
-    assert not [one for one in (*LOCKS, "uv/f", "builds/2") if (tmp_path / one / "file").exists()]
+    assert not [name for name in (*LOCKS, "uv/f", "builds/2") if (tmp_path / name / "file").exists()]
     assert place.stat().st_ino == number, "the lock is still the one that others may wait for"
 
 
@@ -80,4 +80,4 @@ def test_working_folders_go_and_products_stay(farm: Farm) -> None:
     make(build, "work", "raw", "raw-source", "install", "dist")
     (build / "log.txt").write_text("words")
     assert farm.run("clean").code == 0
-    assert sorted(one.name for one in build.iterdir()) == ["dist", "log.txt"]
+    assert sorted(path.name for path in build.iterdir()) == ["dist", "log.txt"]

@@ -98,7 +98,7 @@ def test_a_change_of_one_unit_compiles_that_unit_alone(farm: Farm) -> None:
     first, said = built(farm, "many_cuda")
     assert counts(first) == (0, 4, 0)
     assert sorted(first["units"]) == UNITS
-    assert all(one["cpu_s"] > 0 and one["peak_memory"] > 1 << 20 for one in first["units"].values())
+    assert all(unit["cpu_s"] > 0 and unit["peak_memory"] > 1 << 20 for unit in first["units"].values())
     assert "compiler cache: 0 hits, 4 misses, 0 not cacheable" in said
     assert "# compiler cache: 0 hits, 4 misses" in farm.run("log", "many_cuda").out
     # One unit changes: its own compilation is all that is left.
@@ -180,7 +180,7 @@ def test_a_build_that_was_killed_goes_on_from_the_cache_in_a_fresh_folder(farm: 
         assert running.poll() is None, running.communicate()
         time.sleep(0.02)
         notes = [
-            line for one in (farm.settings.home / "builds").glob(f"*/work/{NAME}") for line in one.read_text().splitlines()
+            line for path in (farm.settings.home / "builds").glob(f"*/work/{NAME}") for line in path.read_text().splitlines()
         ]
     running.kill()
     running.communicate(timeout=30)
@@ -226,8 +226,8 @@ def test_two_builds_share_a_cache_at_the_same_time(farm: Farm) -> None:
         time.sleep(0.02)
     tiny(farm, README="another id")
     running.append(start(farm, "build", "tiny", "--target", NATIVE))
-    said = [one.communicate(timeout=240) for one in running]
-    assert [one.returncode for one in running] == [0, 0], said
+    said = [process.communicate(timeout=240) for process in running]
+    assert [process.returncode for process in running] == [0, 0], said
     records = [json.loads(path.read_text()) for path in (farm.settings.home / "builds").glob("*/record.json")]
     assert len(records) == 2
     assert library(farm, records[0]) == library(farm, records[1])

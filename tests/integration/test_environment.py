@@ -73,8 +73,8 @@ class Index:
         project.mkdir(parents=True, exist_ok=True)
         wheel.rename(project / wheel.name)
         links = [
-            f'<a href="{one.name}#sha256={hashlib.sha256(one.read_bytes()).hexdigest()}">{one.name}</a>'
-            for one in sorted(project.glob("*.whl"))
+            f'<a href="{wheel.name}#sha256={hashlib.sha256(wheel.read_bytes()).hexdigest()}">{wheel.name}</a>'
+            for wheel in sorted(project.glob("*.whl"))
         ]
         (project / "index.html").write_text(f"<!DOCTYPE html><html><body>{''.join(links)}</body></html>")
 
@@ -162,7 +162,7 @@ def test_the_lock_takes_the_best_wheel_that_the_glibc_floor_allows(own: Settings
     assert "2_35" not in text
     assert "pure==1.0 --hash=sha256:" in text
     assert "127.0.0.1" not in text
-    assert [one.name for one in pins.wheels(loaded, TARGET)] == ["pure", "tiny"]
+    assert [wheel.name for wheel in pins.wheels(loaded, TARGET)] == ["pure", "tiny"]
 
 
 def test_a_distribution_without_a_fitting_wheel_is_named(own: Settings, index: Index, tmp_path: Path) -> None:
@@ -202,7 +202,7 @@ def test_pip_reads_the_committed_lock(tmp_path: Path) -> None:
     command += ["--python-version=3.11", f"--platform=manylinux_2_28_{HOST}", f"--target={tmp_path / 'target'}"]
     subprocess.run(command, check=True)
     found = json.loads((tmp_path / "report.json").read_text())["install"]
-    assert sorted(one["metadata"]["name"].lower().replace("_", "-") for one in found) == [
+    assert sorted(distribution["metadata"]["name"].lower().replace("_", "-") for distribution in found) == [
         "markupsafe",
         "packaging",
         "pyproject-hooks",
@@ -305,7 +305,7 @@ def test_record_names_every_file_with_its_digest(made: Path) -> None:
             assert (f"sha256={secure}", str(len(data))) == (digest, size), path
     files = importlib.metadata.Distribution.at(record.parent).files
     assert files is not None
-    assert "../../../bin/tiny" in {str(one) for one in files}
+    assert "../../../bin/tiny" in {str(path) for path in files}
 
 
 def test_byte_code_is_made_once_per_wheel(own: Settings, made: Path, index: Index, base: Path, tmp_path: Path) -> None:
@@ -387,8 +387,8 @@ def test_of_two_that_ask_at_once_one_assembles(own: Settings, index: Index, base
     variables = {**os.environ, "GRACEFARM_HOME": str(own.home), "GRACEFARM_PYTHON_INDEX": index.url}
     command = [sys.executable, "-c", ENSURE, STACKS, loaded.folder, base]
     both = [subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    assert sorted(one.communicate(timeout=120)[0].strip() for one in both) == ["False", "True"]
-    assert [one.returncode for one in both] == [0, 0]
+    assert sorted(process.communicate(timeout=120)[0].strip() for process in both) == ["False", "True"]
+    assert [process.returncode for process in both] == [0, 0]
     assert len(made_folders(own)) == 1
 
 

@@ -126,7 +126,7 @@ def test_sdist_with_another_digest_is_not_even_downloaded(server: Server, settin
     with pytest.raises(DigestError) as caught:
         fetch_sdist(source(digest="0" * 64), settings)
     assert sha256(SDIST) in caught.value.cause
-    assert [one.path for one in server.asked] == ["/simple/thing/"]
+    assert [request.path for request in server.asked] == ["/simple/thing/"]
 
 
 def test_index_that_lies_about_the_digest(server: Server, settings: Settings) -> None:

@@ -87,7 +87,7 @@ def test_many_files_come_and_one_bad_does_not_spoil_those_that_came(server: Serv
     assert {place.read_bytes() for place in download(several, settings).values()} == set(blobs)
     with pytest.raises(FetchError, match="absent"):
         download([*several, wanted(server, b"no", "/none")], settings)
-    assert all(store_path(settings, one.sha256).exists() for one in several)
+    assert all(store_path(settings, download.sha256).exists() for download in several)
 
 
 def test_wrong_digest_is_refused_and_not_kept(server: Server, settings: Settings) -> None:
@@ -124,7 +124,7 @@ def unused_port() -> int:
 def test_passing_trouble_is_waited_out(server: Server, settings: Settings) -> None:
     server.served["/file"] = Served(DATA, statuses=[503, 429])
     download([wanted(server)], settings)
-    assert [one.status for one in server.asked] == [503, 429, 200]
+    assert [request.status for request in server.asked] == [503, 429, 200]
 
 
 def test_lasting_trouble_ends(server: Server, settings: Settings) -> None:
@@ -137,8 +137,8 @@ def test_lasting_trouble_ends(server: Server, settings: Settings) -> None:
 def test_broken_connections_are_resumed_as_long_as_bytes_come(server: Server, settings: Settings) -> None:
     server.served["/file"] = Served(DATA, breaks=[500_000] * 5)
     assert download([wanted(server)], settings)[sha256(DATA)].read_bytes() == DATA
-    assert [one.range for one in server.asked[1:]] == [f"bytes={500_000 * number}-" for number in range(1, 6)]
-    assert {one.if_range for one in server.asked[1:]} == {'"one"'}
+    assert [request.range for request in server.asked[1:]] == [f"bytes={500_000 * number}-" for number in range(1, 6)]
+    assert {request.if_range for request in server.asked[1:]} == {'"one"'}
 
 
 def test_server_without_ranges_cannot_keep_us_forever(server: Server, settings: Settings) -> None:
@@ -164,7 +164,7 @@ def test_killed_in_the_middle_the_next_run_goes_on(server: Server, settings: Set
     have = partial.stat().st_size
     served.gate = None
     assert download([one], settings)[one.sha256].read_bytes() == DATA
-    assert [(one.range, one.if_range, one.status) for one in server.asked] == [
+    assert [(request.range, request.if_range, request.status) for request in server.asked] == [
         ("", "", 200),
         (f"bytes={have}-", '"one"', 206),
     ]
@@ -183,14 +183,14 @@ def test_file_that_changed_on_the_server_is_not_glued_to_the_old_half(server: Se
     server.served["/file"] = Served(DATA, etag='"two"')
     start_partial(wanted(server), settings, b"old" * 100, '"one"')
     assert download([wanted(server)], settings)[sha256(DATA)].read_bytes() == DATA
-    assert [one.status for one in server.asked] == [200]
+    assert [request.status for request in server.asked] == [200]
 
 
 def test_spoilt_left_over_is_given_one_fresh_start(server: Server, settings: Settings) -> None:
     server.served["/file"] = Served(DATA)
     start_partial(wanted(server), settings, b"rot" * 100)
     assert download([wanted(server)], settings)[sha256(DATA)].read_bytes() == DATA
-    assert [one.status for one in server.asked] == [206, 200]
+    assert [request.status for request in server.asked] == [206, 200]
 
 
 @pytest.mark.parametrize("left", [DATA, DATA + b"more"], ids=["whole", "too long"])
@@ -198,7 +198,7 @@ def test_left_over_as_long_as_the_file_is_judged_by_its_digest(server: Server, s
     server.served["/file"] = Served(DATA)
     start_partial(wanted(server), settings, left)
     assert download([wanted(server)], settings)[sha256(DATA)].read_bytes() == DATA
-    assert [one.status for one in server.asked] == ([416] if left == DATA else [416, 200])
+    assert [request.status for request in server.asked] == ([416] if left == DATA else [416, 200])
 
 
 def test_two_processes_that_want_one_file_download_it_once(server: Server, settings: Settings) -> None:

@@ -73,5 +73,5 @@ def test_what_an_index_has_for_others_alone_or_with_another_digest_is_not_taken(
 
 
 def test_an_environment_and_a_set_ask_for_the_tags_of_the_stack() -> None:
-    (torch,) = [one for one in pins.wheels(stack.load(REPOSITORY / "stacks", "cu124"), Arch.AARCH64) if one.index]
+    (torch,) = [wheel for wheel in pins.wheels(stack.load(REPOSITORY / "stacks", "cu124"), Arch.AARCH64) if wheel.index]
     assert torch.tags == set(TAGS)

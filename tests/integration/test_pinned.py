@@ -271,7 +271,9 @@ def test_trap_6_the_roots_headers_are_older_than_what_cuda_12_4_cannot_read(farm
     """
     loaded = stack.load(REPOSITORY / "stacks", "cu124")
     for host in (Arch.X86_64, Arch.AARCH64):
-        (version,) = {one.version for one in packages.of_root(loaded, host, Arch.AARCH64) if one.name == "libc6-dev"}
+        (version,) = {
+            package.version for package in packages.of_root(loaded, host, Arch.AARCH64) if package.name == "libc6-dev"
+        }
         assert tuple(map(int, version.partition("-")[0].split("+")[0].split("."))) < (2, 38), version
     box = place(farm, "cu124-headers", tmp_path / "work")
     newer = "#ifdef __aarch64__\ntypedef __Float32x4_t f32x4;\n#endif\n"
@@ -369,15 +371,15 @@ def test_the_plan_shows_every_digest_or_the_named_gap(name: str) -> None:
     data = recipe.load(REPOSITORY / "recipes", name).data
     assert data.source.kind == "git"
     assert {data.source.commit, data.source.tree} <= set(re.findall(r"[0-9a-f]{40}", done.out))
-    for one in (*data.repositories, *data.source.submodules.values()):
-        assert one.commit in done.out
+    for repository in (*data.repositories, *data.source.submodules.values()):
+        assert repository.commit in done.out
     for file in data.files:
         if file.url is not None:
             assert (file.sha256 or "") in done.out
             gap = [line for line in done.out.splitlines() if line.startswith("no digest ") and file.url in line]
             assert bool(gap) == (file.sha256 is None), file.url
     torch = [line for line in done.out.splitlines() if line.startswith("no digest torch")]
-    known = {one.name: one for one in pins.wheels(stack.load(REPOSITORY / "stacks", "cu124"), Arch.AARCH64)}
+    known = {wheel.name: wheel for wheel in pins.wheels(stack.load(REPOSITORY / "stacks", "cu124"), Arch.AARCH64)}
     assert bool(torch) == (not known["torch"].sha256)
 
 
@@ -519,13 +521,13 @@ def test_the_digests_that_are_not_known_are_exactly_these(unread: Path) -> None:
     """With those put back that somebody has filled in since: in these nine places, and in no other."""
     found: dict[str, list[str]] = {}
     for name in recipe.names(unread / "recipes"):
-        for one in gaps.of_recipe(recipe.load(unread / "recipes", name)):
-            found.setdefault(str(one.file.relative_to(unread)), []).append(one.url)
+        for gap in gaps.of_recipe(recipe.load(unread / "recipes", name)):
+            found.setdefault(str(gap.file.relative_to(unread)), []).append(gap.url)
     for name in stack.names(unread / "stacks"):
         loaded = stack.load(unread / "stacks", name)
-        images = [(one, loaded.data.container[Arch(one.table[-1])].name) for one in gaps.of_images(loaded)]
-        for one, address in [*((one, one.url) for one in gaps.of_stack(loaded)), *images]:
-            found.setdefault(str(one.file.relative_to(unread)), []).append(address)
+        images = [(gap, loaded.data.container[Arch(gap.table[-1])].name) for gap in gaps.of_images(loaded)]
+        for gap, address in [*((gap, gap.url) for gap in gaps.of_stack(loaded)), *images]:
+            found.setdefault(str(gap.file.relative_to(unread)), []).append(address)
     assert found == GAPS
     assert sum(map(len, found.values())) == 9
 
@@ -593,8 +595,10 @@ def test_a_gap_that_cannot_be_filled_stops_no_other_and_an_image_is_read_when_as
     assert "5 of 8 digests cannot be had; each is described above" in done.said
     assert "registry-1.docker.io" not in done.said
     left = gaps.of_recipe(recipe.load(unread / "recipes", "triton"))
-    wanted = [one for one in GAPS["recipes/triton/recipe.toml"] if "cuda-nvcc" not in one and "cuda-cupti" not in one]
-    assert [one.url for one in left] == wanted
+    wanted = [
+        address for address in GAPS["recipes/triton/recipe.toml"] if "cuda-nvcc" not in address and "cuda-cupti" not in address
+    ]
+    assert [gap.url for gap in left] == wanted
     assert f'sha256 = "{sha256(b"cuda-cupti")}"' in (unread / "recipes/triton/recipe.toml").read_text()
     loaded = stack.load(unread / "stacks", "cu124")
     assert gaps.of_stack(loaded) == []
@@ -688,10 +692,10 @@ def test_a_source_archive_is_published_before_its_wheel(farm: Farm) -> None:
         done = farm.run("build", "tiny", "--target", NATIVE, "--publish", f"{url}/legacy/", **credentials)
         assert done.code == 0, done.said
         page = httpx.get(f"{url}/simple/tiny/", headers={"Accept": "application/vnd.pypi.simple.v1+json"}).json()
-        source = next(one for one in page["files"] if one["filename"].endswith(".tar.gz"))
+        source = next(file for file in page["files"] if file["filename"].endswith(".tar.gz"))
         address = httpx.URL(f"{url}/simple/tiny/").join(source["url"])
         archived = httpx.get(address).content
-    assert sorted(one["filename"] for one in page["files"]) == ["tiny-1.0-py3-none-any.whl", "tiny-1.0.tar.gz"]
+    assert sorted(file["filename"] for file in page["files"]) == ["tiny-1.0-py3-none-any.whl", "tiny-1.0.tar.gz"]
     assert done.said.index("tiny-1.0.tar.gz to") < done.said.index("tiny-1.0-py3-none-any.whl to")
     with tarfile.open(fileobj=io.BytesIO(archived)) as tar:
         assert {"tiny-1.0/backend.py", "tiny-1.0/PKG-INFO"} <= set(tar.getnames())

@@ -51,10 +51,10 @@ def headers_of_trixie(farm: Farm, into: Path) -> str:
     with debian.solver("trixie", Arch.AARCH64, [], farm.settings) as apt:
         found = apt.alone(["libc6-dev:arm64", "linux-libc-dev"])
         url = apt.url
-    wanted = [Download(url=f"{url}/{one.path}", sha256=one.sha256, what=one.title) for one in found]
+    wanted = [Download(url=f"{url}/{package.path}", sha256=package.sha256, what=package.title) for package in found]
     for deb in download(wanted, farm.settings).values():
         subprocess.run(["dpkg-deb", "--extract", deb, into], check=True)
-    return next(one.version for one in found if one.name == "libc6-dev")
+    return next(package.version for package in found if package.name == "libc6-dev")
 
 
 def test_trap_6_cuda_12_4_cannot_compile_against_glibc_2_41(farm: Farm, tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def with_cpu_torch(farm: Farm) -> None:
     assert gate in text
     description.write_text((text[:start] + text[end:]).replace(gate, "\n\n[environment]"))
     (line,) = [
-        one for one in (stacks / "cu124-headers/requirements.lock").read_text().splitlines() if one.startswith("torch==")
+        line for line in (stacks / "cu124-headers/requirements.lock").read_text().splitlines() if line.startswith("torch==")
     ]
     with (stacks / "cu124/requirements.lock").open("a") as lock:
         lock.write(f"{line}\n")
@@ -146,7 +146,7 @@ def python_of_triton(farm: Farm) -> dict[str, bytes]:
     project, name = TRITON
     stored = download([published(project, name, TRITON_SHA256)], farm.settings)[TRITON_SHA256]
     with zipfile.ZipFile(stored) as opened:
-        files = {f"tree/{one}": opened.read(one) for one in opened.namelist() if one.endswith(".py")}
+        files = {f"tree/{name}": opened.read(name) for name in opened.namelist() if name.endswith(".py")}
     return files | {"tree/triton/_C/libtriton.py": LIBTRITON.encode()}
 
 
@@ -176,8 +176,8 @@ def test_the_engines_own_python_code_runs_in_the_environment_of_the_set(farm: Fa
     data = recipe.load(REPOSITORY / "recipes", "aphrodite").data
     info = "aphrodite_engine-0.6.4.post1.dist-info"
     with zipfile.ZipFile(stored) as opened:
-        kept = [one for one in opened.namelist() if one.startswith("aphrodite/") and not one.endswith((".so", "/"))]
-        files = {f"tree/{one}": opened.read(one) for one in (*kept, f"{info}/entry_points.txt")}
+        kept = [name for name in opened.namelist() if name.startswith("aphrodite/") and not name.endswith((".so", "/"))]
+        files = {f"tree/{name}": opened.read(name) for name in (*kept, f"{info}/entry_points.txt")}
         metadata = require(opened.read(f"{info}/METADATA").decode(), data.wheel.requires)
     assert data.source.kind == "git"
     assert data.source.commit in files["tree/aphrodite/commit_id.py"].decode()
@@ -185,10 +185,14 @@ def test_the_engines_own_python_code_runs_in_the_environment_of_the_set(farm: Fa
     with zipfile.ZipFile(tmp_path / name.replace("manylinux1_x86_64", "manylinux_2_34_aarch64"), "w") as opened:
         opened.writestr(f"{info}/METADATA", metadata)
     asked = together.requirements(Path(str(opened.filename)), "3.11", Arch.AARCH64)
-    locked = {one.name: one.version for one in pins.wheels(stack.load(REPOSITORY / "stacks", "cu124"), Arch.AARCH64)}
-    ours = {str(one) for one in asked if canonicalize_name(one.name) not in locked}
+    locked = {wheel.name: wheel.version for wheel in pins.wheels(stack.load(REPOSITORY / "stacks", "cu124"), Arch.AARCH64)}
+    ours = {str(requirement) for requirement in asked if canonicalize_name(requirement.name) not in locked}
     assert ours == set(data.wheel.requires.values())
-    assert all(one.specifier.contains(locked[canonicalize_name(one.name)]) for one in asked if str(one) not in ours)
+    assert all(
+        requirement.specifier.contains(locked[canonicalize_name(requirement.name)])
+        for requirement in asked
+        if str(requirement) not in ours
+    )
     with_cpu_torch(farm)
     folder = farm.recipe(
         "engine",
@@ -196,7 +200,9 @@ def test_the_engines_own_python_code_runs_in_the_environment_of_the_set(farm: Fa
         name="aphrodite-engine",
         version="0.6.4.post1",
         stack="cu124",
-        substitutions=[one.model_dump() | {"path": f"tree/{one.path}"} for one in data.substitutions],
+        substitutions=[
+            substitution.model_dump() | {"path": f"tree/{substitution.path}"} for substitution in data.substitutions
+        ],
         smoke={"imports": ["triton", "aphrodite", "outlines.fsm.guide"]},
     )
     own = (REPOSITORY / "sets/gh200-cu124/smoke.py").read_text()

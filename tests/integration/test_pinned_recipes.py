@@ -107,12 +107,12 @@ def programs(farm: Farm, folder: Path) -> dict[str, bytes]:
     url = f"{debian.mirror('trixie', farm.settings)}/{deb.path}"
     place = download([Download(url=url, sha256=deb.sha256, what=deb.title)], farm.settings)[deb.sha256]
     subprocess.run(["dpkg-deb", "--extract", place, folder], check=True)
-    found = {name: next(one for one in folder.rglob(f"bin/{name}") if one.is_file()) for name in TOOLS}
+    found = {name: next(path for path in folder.rglob(f"bin/{name}") if path.is_file()) for name in TOOLS}
     farm.recipe("headers", projects.backend("pass"), stack=base.data.name)
     made = plan.make(recipe.load(farm.settings.project / "recipes", "headers"), base, host_arch(), Arch.AARCH64)
     ground = build.lay_ground(made, farm.settings, Console())
     cupti = ground.packages(made) / "nvidia/cuda_cupti"
-    libraries = {f"lib/{one.name}": one for one in sorted((cupti / "lib").glob("*.so*"))}
+    libraries = {f"lib/{library.name}": library for library in sorted((cupti / "lib").glob("*.so*"))}
     # Links there, which setup.py's copy follows.
     libraries |= {f"lib/{name}": cupti / "lib/libcupti.so.12" for name in ("libcupti.so", "libcupti.so.2024.1.0")}
     return {
@@ -127,21 +127,23 @@ def programs(farm: Farm, folder: Path) -> dict[str, bytes]:
 @pytest.mark.slow
 def test_triton_as_its_recipe_says_with_nvidias_own_programs_passes_every_gate(farm: Farm, tmp_path: Path) -> None:
     document = tomlkit.parse((REPOSITORY / "recipes/triton/recipe.toml").read_text())
-    llvm, include = (next(one["url"] for one in document["files"] if word in one.get("url", "")) for word in ("llvm", "json"))
+    llvm, include = (
+        next(file["url"] for file in document["files"] if word in file.get("url", "")) for word in ("llvm", "json")
+    )
     content = programs(farm, tmp_path / "deb")
     content["llvm"] = packed({"llvm-86b69c31-ubuntu-arm64/include/a.h": None})
     with zipfile.ZipFile(raw := io.BytesIO(), "w") as opened:
         opened.writestr("include/nlohmann/json.hpp", "")
     content["json"] = raw.getvalue()
-    for one in document["files"]:
-        if "url" not in one:
+    for file in document["files"]:
+        if "url" not in file:
             continue
-        name = next(name for name in content if name in one["url"])
-        place = tmp_path / "mirror" / str(one["url"]).removeprefix("https://")
+        name = next(name for name in content if name in file["url"])
+        place = tmp_path / "mirror" / str(file["url"]).removeprefix("https://")
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_bytes(content[name])
-        one.pop("sha256_unknown", None)
-        one["sha256"] = sha256(content[name])
+        file.pop("sha256_unknown", None)
+        file["sha256"] = sha256(content[name])
     repository = Repository(tmp_path / "mirror/github.com/triton-lang/triton")
     modules = {f"python/{name}.c": CORE.replace("NAME", name) for name in ("libtriton", "libproton")}
     packages = {f"python/triton/{name}__init__.py": "" for name in ("", "language/")}
@@ -157,7 +159,7 @@ def test_triton_as_its_recipe_says_with_nvidias_own_programs_passes_every_gate(f
     done = farm.run("build", "triton", "--stack", "cu130", GRACEFARM_MIRRORS=mirrors)
     assert done.code == 0, f"{done.said}\n{farm.run('log', 'triton').out[-3000:]}"
     found = record_of(farm, "triton")
-    assert {one["gate"]: one["status"] for one in found["verdicts"]} == {  # type: ignore[attr-defined]
+    assert {verdict["gate"]: verdict["status"] for verdict in found["verdicts"]} == {  # type: ignore[attr-defined]
         **dict.fromkeys(("wheel", "elf-machine", "python-abi", "platform-tag", "grafted"), "passed"),
         **dict.fromkeys(("rpath", "alignment", "symbols"), "passed"),
         "cubins": "not applicable",
@@ -169,7 +171,7 @@ def test_triton_as_its_recipe_says_with_nvidias_own_programs_passes_every_gate(f
 
     def without(drop: Callable[[dict[str, str]], bool]) -> str:
         changed = tomlkit.parse(tomlkit.dumps(document))
-        kept = [one for one in changed["wheel"]["bundled"] if not drop(one)]
+        kept = [file for file in changed["wheel"]["bundled"] if not drop(file)]
         assert len(kept) == len(changed["wheel"]["bundled"]) - 1
         changed["wheel"]["bundled"] = kept
         (folder / "recipe.toml").write_text(tomlkit.dumps(changed))
@@ -202,7 +204,7 @@ def test_the_first_wheel_of_triton_for_aarch64_that_others_published_passes_by_t
     done = farm.run("audit", str(tmp_path / name), "--stack", "cu130", "--recipe", "triton", "--json")
     assert done.code == 0, done.said
     verdicts = next(answer for line in done.out.splitlines() if isinstance(answer := json.loads(line), list))
-    details = {one["gate"]: "\n".join(one["details"]) for one in verdicts}
+    details = {verdict["gate"]: "\n".join(verdict["details"]) for verdict in verdicts}
     for name in ("_C/libtriton", "_C/libproton", "instrumentation/libPrintLoadStoreMemSpaces"):
         assert f"triton/{name}.so: " in details["symbols"]
 
@@ -296,7 +298,7 @@ def test_aphrodite_as_its_recipe_says_compiles_by_cuda_12_4_for_the_architecture
     mirrors = f"https://={(tmp_path / 'mirror').as_uri()}/"
     done = farm.run("build", "aphrodite", "--stack", "cu124-headers", GRACEFARM_MIRRORS=mirrors)
     assert done.code == 0, f"{done.said}\n{farm.run('log', 'aphrodite').out[-3000:]}"
-    verdicts = {one["gate"]: one for one in record_of(farm, "aphrodite")["verdicts"]}  # type: ignore[attr-defined]
+    verdicts = {verdict["gate"]: verdict for verdict in record_of(farm, "aphrodite")["verdicts"]}  # type: ignore[attr-defined]
     assert verdicts["cubins"]["summary"] == "cubins for exactly sm_90, sm_90a, and no PTX"
     assert verdicts["cubins"]["details"] == [
         "aphrodite/_C.abi3.so: 4 for sm_90, 3 for sm_90a",

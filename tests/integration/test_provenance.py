@@ -74,12 +74,12 @@ def signed(shared_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 
 def checks(wheel: Path, key: Path | None, envelope: Path | None = None) -> dict[str, verify.Check]:
-    return {one.name: one for one in verify.verify(wheel, envelope, signing.public(key) if key else None)}
+    return {check.name: check for check in verify.verify(wheel, envelope, signing.public(key) if key else None)}
 
 
 def test_an_honest_wheel_passes_every_check(signed: Signed) -> None:
     found = checks(signed.wheel, signed.key)
-    assert all(one.ok for one in found.values()), found
+    assert all(check.ok for check in found.values()), found
     assert list(found) == ["record", "build-id", "sbom", "provenance"]
     assert signed.record["provenance"] == json.loads(provenance.path(signed.wheel).read_text()), "the index gets it too"
 
@@ -98,10 +98,10 @@ def test_spdx_tools_find_the_sbom_valid(signed: Signed, tmp_path: Path) -> None:
         place = tmp_path / "sbom.spdx.json"
         place.write_bytes(archive.read(f"tiny_c-1.0.dist-info/sboms/{sbom.FILENAME}"))
     document = parse_file(str(place))
-    assert [one.validation_message for one in validate_full_spdx_document(document)] == []
-    names = {one.name for one in document.packages}
+    assert [problem.validation_message for problem in validate_full_spdx_document(document)] == []
+    names = {package.name for package in document.packages}
     assert {"tiny-c", "setuptools", "packaging"} <= names
-    assert next(one for one in document.packages if one.spdx_id == "SPDXRef-wheel").license_declared is not None
+    assert next(package for package in document.packages if package.spdx_id == "SPDXRef-wheel").license_declared is not None
 
 
 def test_securesystemslib_opens_the_envelope_with_the_farms_key(signed: Signed) -> None:
@@ -116,7 +116,7 @@ def test_securesystemslib_opens_the_envelope_with_the_farms_key(signed: Signed) 
     ]
     definition = statement["predicate"]["buildDefinition"]
     source = signed.record["inputs"]["recipe"]["source"]
-    assert {"sha256": source["sha256"]} in [one["digest"] for one in definition["resolvedDependencies"]]
+    assert {"sha256": source["sha256"]} in [dependency["digest"] for dependency in definition["resolvedDependencies"]]
     assert definition["externalParameters"] == {"recipe": "tiny_c", "stack": "bare", "target": NATIVE}
 
 
@@ -176,11 +176,13 @@ def _other_source(value: Any) -> None:
 
 
 def _other_package(value: Any) -> None:
-    next(one for one in value["packages"] if one["SPDXID"] == "SPDXRef-source-1")["checksums"][0]["checksumValue"] = "0" * 64
+    next(package for package in value["packages"] if package["SPDXID"] == "SPDXRef-source-1")["checksums"][0][
+        "checksumValue"
+    ] = "0" * 64
 
 
 def _other_environment(value: Any) -> None:
-    found = next(one for one in value["packages"] if one["name"] == "setuptools")
+    found = next(package for package in value["packages"] if package["name"] == "setuptools")
     found["versionInfo"], found["externalRefs"][0]["referenceLocator"] = "1.0", "pkg:pypi/setuptools@1.0"
 
 

@@ -96,7 +96,7 @@ def test_killed_after_the_upload_the_same_command_finds_it_published(farm: Farm,
         forget_publications(farm)  # where the record was quicker than the kill
         again = farm.run(*command, **credentials("any"))
         assert again.code == 0, again.said
-        assert [one["url"] for one in json.loads(farm.run("show", "tiny", "--json").out)["published"]] == [url]
+        assert [publication["url"] for publication in json.loads(farm.run("show", "tiny", "--json").out)["published"]] == [url]
 
 
 def test_other_bytes_under_a_published_name_stay_refused(farm: Farm, tmp_path: Path) -> None:

@@ -118,7 +118,7 @@ def test_host_code_is_never_taken_for_device_code(tmp_path: Path) -> None:
     other = compiled(tmp_path, "a", device("two", "int f(void) { return 2; }"))
     found = compared(tmp_path, {"x.so": one}, {"x.so": other})
     assert found.verdict == "differs"
-    assert {one.where for one in found.differences} == {".text", ".nv_fatbin"}
+    assert {difference.where for difference in found.differences} == {".text", ".nv_fatbin"}
     assert "x.so (.text)" in found.sentence
 
 
@@ -147,7 +147,7 @@ def test_what_is_not_the_same_is_named(
 ) -> None:
     found = compared(tmp_path, first, second)
     assert found.verdict == "differs"
-    assert where in [(one.file, one.where) for one in found.differences]
+    assert where in [(difference.file, difference.where) for difference in found.differences]
 
 
 def test_an_archive_packed_otherwise_is_said_to_be(tmp_path: Path) -> None:

@@ -264,8 +264,8 @@ def test_killed_and_concurrent_assemblies_leave_one_whole_root(own: Settings, sh
     finally:
         first.send_signal(signal.SIGKILL)
         first.wait()
-    said = [one.communicate(timeout=300)[0].split() for one in others]
-    assert [one.returncode for one in others] == [0, 0]
+    said = [process.communicate(timeout=300)[0].split() for process in others]
+    assert [process.returncode for process in others] == [0, 0]
     assert {place for place, _ in said} == {str(own.home / "roots" / whole.name)}
     assert sorted(assembled for _, assembled in said) == ["False", "True"]
     assert not partial.exists()
@@ -327,7 +327,7 @@ def test_a_new_lock_is_whole(own: Settings, tmp_path: Path) -> None:
     loaded = LoadedStack(folder=target, data=CU130.data)
     loaded.root_lock.write_text(resolve.root_lock(loaded, own))
     for host, targets in CU130.data.root.hosts.items():
-        for one in targets:
-            names = {deb.name for deb in packages.of_root(loaded, host, one)}
+        for target in targets:
+            names = {deb.name for deb in packages.of_root(loaded, host, target)}
             # What nobody named: apt found it.
             assert {"libc6", "libpython3.11-stdlib", "binutils-common"} <= names

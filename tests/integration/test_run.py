@@ -31,7 +31,7 @@ def test_a_wheel_goes_through_the_index_into_a_clean_environment(farm: Farm) -> 
     assert '"tiny_c._core": "/env/lib/python3.11/site-packages/tiny_c/_core.cpython-311-aarch64-linux-gnu.so"' in installed
     # A recipe may leave all of its proof to its script, as aphrodite's does.
     assert "asked by smoke.py in /env/lib/python3.11/site-packages/tiny_c/__init__.py" in installed
-    password = [one for one in installed.split() if "pypi-" in one or "token" in one.lower()]
+    password = [word for word in installed.split() if "pypi-" in word or "token" in word.lower()]
     assert not password
 
 
@@ -75,7 +75,7 @@ def test_a_run_killed_after_its_build_does_not_stand_in_the_way_of_the_next(
     assert killed.stdout is not None
     step, text = RUN_KILL_AT[moment]
     events = map(json.loads, killed.stdout)
-    assert any(one.get("step") == step and text in one["text"] for one in events)
+    assert any(event.get("step") == step and text in event["text"] for event in events)
     killed.send_signal(number)
     killed.communicate(timeout=30)
     assert killed.returncode == -number
@@ -97,8 +97,8 @@ def test_a_real_cuda_wheel_for_aarch64(farm: Farm, name: str, inapplicable: set[
     assert done.code == 0, done.said
     result = json.loads(done.out.splitlines()[-1])
     record = json.loads(Path(result["record"]).read_text())
-    assert {one["gate"]: one["status"] for one in record["verdicts"]} == {
-        one["gate"]: "not applicable" if one["gate"] in inapplicable else "passed" for one in record["verdicts"]
+    assert {verdict["gate"]: verdict["status"] for verdict in record["verdicts"]} == {
+        verdict["gate"]: "not applicable" if verdict["gate"] in inapplicable else "passed" for verdict in record["verdicts"]
     }
     assert record["smoke"]["script"]
     level = Path(result["wheel"]).name.split("manylinux_2_")[1].split("_")[0]

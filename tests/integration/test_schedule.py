@@ -82,9 +82,9 @@ def overlap(one: tuple[float, float], other: tuple[float, float]) -> bool:
 def pairs(found: dict[str, tuple[float, float]], kinds: tuple[str, str]) -> list[bool]:
     """For each pair of units of these kinds, whether they ran beside each other."""
     return [
-        overlap(found[one], found[other])
-        for one, other in combinations(sorted(found), 2)
-        if sorted(("large" if "large" in name else "small") for name in (one, other)) == sorted(kinds)
+        overlap(found[first], found[other])
+        for first, other in combinations(sorted(found), 2)
+        if sorted(("large" if "large" in name else "small") for name in (first, other)) == sorted(kinds)
     ]
 
 
@@ -110,7 +110,7 @@ def test_large_units_that_are_declared_never_run_beside_each_other_and_small_one
 def test_what_one_build_measured_keeps_large_units_apart_in_the_next_and_starts_the_longest_first(farm: Farm) -> None:
     held(farm, "--jobs", "1")
     first = record(farm)
-    assert {name for name, one in first["units"].items() if one["peak_memory"] > LARGE << 20} == {"a_large.c", "b_large.c"}
+    assert {name for name, unit in first["units"].items() if unit["peak_memory"] > LARGE << 20} == {"a_large.c", "b_large.c"}
     assert first["units"]["z_long.c"]["wall_s"] > 1.6
     found, said = held(farm, "--jobs", "2")
     assert "the 6 translation units of the last build leave room for 2" in said

@@ -48,7 +48,7 @@ def carried(farm: Farm, home: Path) -> None:
     uploads = [
         step["with"]["path"] for name in ("build", "set") for step in jobs[name]["steps"] if "upload" in step.get("uses", "")
     ]
-    globs = [one.removeprefix(".farm/") for text in uploads for one in text.split() if one.startswith(".farm/")]
+    globs = [path.removeprefix(".farm/") for text in uploads for path in text.split() if path.startswith(".farm/")]
     for glob in globs:
         for place in farm.settings.home.glob(f"{glob}**/*" if glob.endswith("/") else glob):
             if place.is_file():
@@ -69,7 +69,9 @@ def third_party(tmp_path_factory: pytest.TempPathFactory, shared_home: Path) -> 
             patch.setenv("TWINE_PASSWORD", token)
             body = {"third_lib/__init__.py": "import third_dep\nanswer = 42\n"}
             wheels = [make_wheel(folder, "third_lib", "3.0", body)]
-            wheels += [make_wheel(folder, "third_dep", one, {"third_dep.py": f"v = {one}\n"}) for one in ("1.5", "1.6")]
+            wheels += [
+                make_wheel(folder, "third_dep", version, {"third_dep.py": f"v = {version}\n"}) for version in ("1.5", "1.6")
+            ]
             for wheel in wheels:
                 publish.upload(wheel, f"{url}/legacy/")
         yield f"{url}/simple/"
@@ -139,13 +141,13 @@ def test_a_set_from_recipes_to_what_pip_and_uv_install(farm: Farm, third_party: 
         pylock = lock_file.with_name("pylock.toml")
         document = tomllib.loads(pylock.read_text())
         Pylock.from_dict(document)
-        assert [one["name"] for one in document["packages"]] == ["third-dep", "third-lib", "tiny-c"]
-        assert {wheel["url"].rsplit("/files/")[0] for one in document["packages"] for wheel in one["wheels"]} == {url}
+        assert [package["name"] for package in document["packages"]] == ["third-dep", "third-lib", "tiny-c"]
+        assert {wheel["url"].rsplit("/files/")[0] for package in document["packages"] for wheel in package["wheels"]} == {url}
 
         by_pip, by_uv, by_pylock, by_pip_pylock = (tmp_path / name for name in ("pip", "uv", "pylock", "pip-pylock"))
         pip = [sys.executable, "-m", "pip", "--isolated", "install", "--require-hashes", "--no-deps", "--only-binary=:all:"]
         # One for each level that a wheel may name: pip takes no "this one and below".
-        tiny = next(one["wheels"][0]["name"] for one in document["packages"] if one["name"] == "tiny-c")
+        tiny = next(package["wheels"][0]["name"] for package in document["packages"] if package["name"] == "tiny-c")
         pip += [f"--platform={tag.platform}" for tag in parse_wheel_filename(tiny)[3]]
         pip += ["--python-version=3.11"]
         subprocess.run([*pip, "--index-url", view, "--target", str(by_pip), "-r", str(lock_file)], check=True)

@@ -64,7 +64,7 @@ def test_cmake_builds_for_the_target_with_native_compilers(farm: Farm, wheel: Pa
 
 def test_audit_takes_anybodys_wheel_and_says_no_by_exit_code(farm: Farm, wheel: Path, tmp_path: Path) -> None:
     done = farm.run("audit", str(wheel), "--stack", "bare", "--json")
-    verdicts = {one["gate"]: one["status"] for one in json.loads(done.out.splitlines()[-1])}
+    verdicts = {verdict["gate"]: verdict["status"] for verdict in json.loads(done.out.splitlines()[-1])}
     assert done.code == 0, done.said
     assert verdicts["elf-machine"] == verdicts["symbols"] == "passed"
     false = tmp_path / "tiny-1.0-cp311-cp311-manylinux_2_17_x86_64.whl"
@@ -105,7 +105,7 @@ def test_what_a_recipe_declares_of_device_code_is_asked_for_too() -> None:
     assert ("90a",) in engine.sm_extra.values()
     triton = asked_by(recipe.load(REPOSITORY / "recipes", "triton").data, anybodys)
     assert (triton.sm, triton.needs_cubins) == (None, False)
-    assert any(one.path.endswith("/ptxas") for one in triton.bundled)
+    assert any(file.path.endswith("/ptxas") for file in triton.bundled)
 
 
 def test_smoke_imports_a_wheel_or_says_why_not(farm: Farm, wheel: Path) -> None:

@@ -57,8 +57,10 @@ def test_the_reader_sees_what_pyelftools_sees() -> None:
             for need, group in oracle.get_section_by_name(".gnu.version_r").iter_versions()
             for version in group
         }
-    undefined = {one.name for one in symbols if one["st_shndx"] == "SHN_UNDEF" and one.name}
-    defined = {one.name for one in symbols if one["st_shndx"] != "SHN_UNDEF" and one["st_info"]["bind"] != "STB_LOCAL"}
+    undefined = {symbol.name for symbol in symbols if symbol["st_shndx"] == "SHN_UNDEF" and symbol.name}
+    defined = {
+        symbol.name for symbol in symbols if symbol["st_shndx"] != "SHN_UNDEF" and symbol["st_info"]["bind"] != "STB_LOCAL"
+    }
     assert {reference.name for reference in found.references} == undefined
     assert set(found.exports.symbols) == defined
     assert list(found.needed) == needed

@@ -78,7 +78,7 @@ def test_each_step_of_a_workflow_is_a_command_that_exists(path: Path) -> None:
 def test_the_pinned_workflow_locks_plans_builds_and_publishes_the_three() -> None:
     path = REPOSITORY / ".github" / "workflows" / "pinned.yml"
     said = [" ".join([program, *words[:1]]) for program, words in commands(steps(path))]
-    assert [one for one in said if one.startswith("builder ")][:3] == ["builder lock", "builder plan", "builder build"]
+    assert [line for line in said if line.startswith("builder ")][:3] == ["builder lock", "builder plan", "builder build"]
     matrix = yaml.safe_load(path.read_text())["jobs"]["build"]["strategy"]["matrix"]
     assert matrix["recipe"] == ["triton", "flash_attn", "aphrodite"]
     # Singly, a wheel would be seen before the set that it is part of.
@@ -96,8 +96,8 @@ def helps(command: click.Command) -> Iterator[str]:
     """The help of a command and of all below it."""
     yield command.help or ""
     if isinstance(command, click.Group):
-        for one in command.commands.values():
-            yield from helps(one)
+        for subcommand in command.commands.values():
+            yield from helps(subcommand)
 
 
 def test_each_example_of_a_help_exists() -> None:
@@ -115,7 +115,9 @@ def test_each_link_of_a_page_leads_somewhere(path: Path) -> None:
         page = path.parent / name if name else path
         assert page.exists(), target
         headings = re.findall(r"^#+ (.*)", page.read_text(), re.MULTILINE) if heading else []
-        assert not heading or heading in [re.sub(r"[^\w -]", "", one.lower()).replace(" ", "-") for one in headings], target
+        assert not heading or heading in [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in headings], (
+            target
+        )
 
 
 def test_a_command_that_is_not_there_is_found() -> None:
@@ -129,4 +131,4 @@ def test_each_test_that_a_page_names_exists() -> None:
     pages = sorted((REPOSITORY / "docs").glob("*.md"))
     named = [(path.name, name) for path in pages for name in re.findall(r"`(test_\w+)`", path.read_text())]
     assert ("pinned.md", "test_trap_3_the_cpu_torch_of_the_same_version_is_refused") in named
-    assert [one for one in named if f"def {one[1]}(" not in text] == []
+    assert [(page, test) for page, test in named if f"def {test}(" not in text] == []

@@ -34,14 +34,14 @@ def damage(loaded: LoadedStack, pattern: str, replacement: str) -> None:
 def test_one_wheel_per_distribution_and_architecture(loaded: LoadedStack) -> None:
     for arch in Arch:
         found = pins.wheels(loaded, arch)
-        assert len({one.name for one in found}) == len(found)
-        assert [one.version for one in found if one.name == "torch"] == [
+        assert len({wheel.name for wheel in found}) == len(found)
+        assert [wheel.version for wheel in found if wheel.name == "torch"] == [
             loaded.data.torch.version if loaded.data.torch else ""
         ]
     # Each line above a wheel names its file: those with a platform in it differ, the others are the same for both.
     shared = set(pins.wheels(loaded, Arch.AARCH64)) & set(pins.wheels(loaded, Arch.X86_64))
     names = re.findall(r"^# (\S+\.whl)\n(\S+)==", loaded.requirements_lock.read_text(), flags=re.MULTILINE)
-    assert {one.name for one in shared} == {name for file, name in names if file.endswith("-any.whl")}
+    assert {wheel.name for wheel in shared} == {name for file, name in names if file.endswith("-any.whl")}
 
 
 def test_digests_ignore_comments_white_space_and_order(loaded: LoadedStack) -> None:

@@ -14,7 +14,7 @@ def test_a_directory_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monke
     seen = []
 
     def flush(path: Path) -> None:
-        seen.append(([one.name for one in path.iterdir()], (tmp_path / "whole").exists()))
+        seen.append(([entry.name for entry in path.iterdir()], (tmp_path / "whole").exists()))
 
     monkeypatch.setattr(files, "flush", flush)
     with files.atomic_directory(tmp_path / "whole") as folder:

@@ -76,7 +76,7 @@ def test_the_reason_for_a_gap_does_not_enter_the_build_id() -> None:
     for reason in ("one", "another"):
         loaded = recipe.load(REPOSITORY / "recipes", "triton")
         files = tuple(
-            one.model_copy(update={"sha256_unknown": reason}) if one.sha256_unknown else one for one in loaded.data.files
+            file.model_copy(update={"sha256_unknown": reason}) if file.sha256_unknown else file for file in loaded.data.files
         )
         changed = recipe.LoadedRecipe(
             folder=loaded.folder, data=loaded.data.model_copy(update={"files": files}), patches=(), smoke_script=None
@@ -140,7 +140,7 @@ def test_single_members_of_an_archive_go_to_places_of_their_own(tmp_path: Path) 
     into = tmp_path / "into"
     into.mkdir()
     archive.extract_members(tmp_path / "a.tar.bz2", into, "tools", {"bin/ptxas": "p/bin/ptxas", "include": "c/include"})
-    assert sorted(str(one.relative_to(into)) for one in into.rglob("*") if one.is_file()) == [
+    assert sorted(str(entry.relative_to(into)) for entry in into.rglob("*") if entry.is_file()) == [
         "c/include/crt/a.h",
         "p/bin/ptxas",
     ]
@@ -242,7 +242,7 @@ def test_the_pinned_recipes_name_commits_and_digests_alone() -> None:
         data = recipe.load(REPOSITORY / "recipes", name).data
         assert data.source.kind == "git"
         assert data.source.commit.startswith(commit)
-        assert all(one.sha256 or one.sha256_unknown or one.text for one in data.files)
+        assert all(file.sha256 or file.sha256_unknown or file.text for file in data.files)
     assert data.wheel.requires["triton"] == f"triton=={recipe.load(REPOSITORY / 'recipes', 'triton').data.version}"
     flash = recipe.load(REPOSITORY / "recipes", "flash_attn").data
     assert data.wheel.requires["aphrodite-flash-attn"] == f"aphrodite-flash-attn=={flash.version}"

@@ -230,11 +230,11 @@ def leaves(value: object, path: tuple[object, ...] = ()) -> Iterator[tuple[objec
     if value is None:
         return
     if isinstance(value, dict) and value:
-        for key, one in value.items():
-            yield from leaves(one, (*path, key))
+        for key, child in value.items():
+            yield from leaves(child, (*path, key))
     elif isinstance(value, list) and value:
-        for number, one in enumerate(value):
-            yield from leaves(one, (*path, number))
+        for number, child in enumerate(value):
+            yield from leaves(child, (*path, number))
     else:
         yield path
 
@@ -279,13 +279,13 @@ def field(path: tuple[object, ...]) -> str:
 
 
 def exempt(path: tuple[object, ...], known: dict[str, str]) -> bool:
-    return any(field(path) == one or field(path).startswith(f"{one}.") for one in known)
+    return any(field(path) == name or field(path).startswith(f"{name}.") for name in known)
 
 
 def field_names(schema: dict[str, Any]) -> set[tuple[str, str]]:
     """Model and field of everything in a JSON schema."""
     tables = {schema["title"]: schema, **schema.get("$defs", {})}
-    return {(title, name) for title, one in tables.items() for name in one.get("properties", {})}
+    return {(title, name) for title, table in tables.items() for name in table.get("properties", {})}
 
 
 @pytest.fixture
@@ -352,8 +352,8 @@ def note(value: object, seen: set[tuple[str, str]]) -> None:
             if (found := getattr(value, name)) is not None:
                 seen.add((type(value).__name__, name))
                 note(found, seen)
-    for one in value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else ():
-        note(one, seen)
+    for child in value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else ():
+        note(child, seen)
 
 
 def test_each_field_of_a_stack_changes_the_id_unless_it_is_listed_as_exempt(whole: tuple[LoadedRecipe, LoadedStack]) -> None:

@@ -100,9 +100,9 @@ def test_each_package_is_locked_once(loaded: LoadedStack) -> None:
     for host, targets in loaded.data.root.hosts.items():
         for target in targets:
             versions: dict[str, set[str]] = {}
-            for one in packages.of_root(loaded, host, target):
-                versions.setdefault(f"{one.name}:{one.arch}", set()).add(one.version)
-            assert all(len(found) == 1 for found in versions.values())
+            for package in packages.of_root(loaded, host, target):
+                versions.setdefault(f"{package.name}:{package.arch}", set()).add(package.version)
+            assert all(len(numbers) == 1 for numbers in versions.values())
 
 
 def test_the_mirror_is_the_one_that_apt_uses() -> None:

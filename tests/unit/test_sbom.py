@@ -30,10 +30,10 @@ def test_every_recipes_sbom_is_valid_and_complete(name: str, tmp_path: Path) -> 
     place = tmp_path / "sbom.spdx.json"
     place.write_text(text)
     document = parse_file(str(place))
-    assert [one.validation_message for one in validate_full_spdx_document(document)] == []
-    for one in materials.of(made.inputs):
-        if one.digest:
-            assert one.digest in text, one
+    assert [problem.validation_message for problem in validate_full_spdx_document(document)] == []
+    for material in materials.of(made.inputs):
+        if material.digest:
+            assert material.digest in text, material
     for bundled in made.recipe.data.wheel.bundled:
         assert bundled.path in {package.name for package in document.packages}
     inputs = json.loads(json.dumps(made.inputs))

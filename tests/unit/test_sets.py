@@ -45,10 +45,12 @@ def planned(project: Settings, name: str) -> plan.SetPlan:
 @pytest.mark.parametrize("name", ["gh200-cu124", "gh200-cu130"])
 def test_every_digest_of_the_committed_sets_is_there_or_named_as_a_gap(project: Settings, name: str) -> None:
     made = planned(project, name)
-    missing = [one for one in made.wheels if not re.fullmatch(r"[0-9a-f]{64}", one.sha256)]
-    named = {one.what for one in made.gaps()}
+    missing = [wheel for wheel in made.wheels if not re.fullmatch(r"[0-9a-f]{64}", wheel.sha256)]
+    named = {gap.what for gap in made.gaps()}
     assert [
-        f"{one.name} {one.version} for aarch64" for one in missing if f"{one.name} {one.version} for aarch64" not in named
+        f"{wheel.name} {wheel.version} for aarch64"
+        for wheel in missing
+        if f"{wheel.name} {wheel.version} for aarch64" not in named
     ] == []
     assert len(missing) == (1 if name == "gh200-cu124" else 0)
     assert len(named) == (8 if name == "gh200-cu124" else 0)
@@ -56,7 +58,7 @@ def test_every_digest_of_the_committed_sets_is_there_or_named_as_a_gap(project: 
 
 def test_the_lock_of_cu130_has_the_versions_that_were_asked_for_and_no_address(project: Settings) -> None:
     made = planned(project, "gh200-cu130")
-    versions = {one.name: one.version for one in made.wheels}
+    versions = {wheel.name: wheel.version for wheel in made.wheels}
     assert (versions["torch"], versions["triton"], versions["vllm"]) == ("2.11.0", "3.6.0", "0.26.0")
     assert "://" not in (REPOSITORY / "sets" / "gh200-cu130" / "requirements.lock").read_text()
 
@@ -65,7 +67,7 @@ def test_what_another_wheel_requires_is_built_first(project: Settings) -> None:
     edit(
         project, "sets/gh200-cu124/set.toml", '["triton", "flash_attn", "aphrodite"]', '["aphrodite", "flash_attn", "triton"]'
     )
-    assert [one.key for one in data.load("gh200-cu124", project).recipes] == ["flash_attn", "triton", "aphrodite"]
+    assert [loaded.key for loaded in data.load("gh200-cu124", project).recipes] == ["flash_attn", "triton", "aphrodite"]
 
 
 def test_recipes_that_require_each_other_are_refused(project: Settings) -> None:

@@ -89,7 +89,7 @@ def why(*arguments: str) -> dict[str, object]:
 def paths(value: dict[str, object]) -> list[str]:
     found = value["changes"]
     assert isinstance(found, list)
-    return [one["path"] for one in found]
+    return [change["path"] for change in found]
 
 
 def test_nothing_changed(project: Path) -> None:
@@ -140,7 +140,7 @@ def test_a_change_of_the_stack_names_what_else_it_rebuilds_and_the_time(project:
     assert paths(value) == ["stack.sm"]
     rebuilds = value["rebuilds"]
     assert isinstance(rebuilds, list)
-    assert [(one["recipe"], one["seconds"]) for one in rebuilds] == [("torch_scatter", 90.0)]
+    assert [(rebuild["recipe"], rebuild["seconds"]) for rebuild in rebuilds] == [("torch_scatter", 90.0)]
 
 
 def test_two_ids_by_their_first_digits(project: Path) -> None:

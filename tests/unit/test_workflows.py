@@ -22,9 +22,9 @@ from tests.conftest import REPOSITORY
 
 FOLDER = REPOSITORY / ".github" / "workflows"
 WORKFLOWS = {path.stem: yaml.safe_load(path.read_text()) for path in sorted(FOLDER.glob("*.yml"))}
-JOBS = {(name, job): one for name, whole in WORKFLOWS.items() for job, one in whole["jobs"].items()}
+JOBS = {(name, key): job for name, workflow in WORKFLOWS.items() for key, job in workflow["jobs"].items()}
 PINNED = WORKFLOWS["pinned"]["jobs"]
-CACHED = [key for key, one in JOBS.items() if any("actions/cache" in step.get("uses", "") for step in one["steps"])]
+CACHED = [key for key, job in JOBS.items() if any("actions/cache" in step.get("uses", "") for step in job["steps"])]
 ALWAYS = ["always()", "${{ always() }}"]
 
 
@@ -73,10 +73,10 @@ def test_what_is_cached_is_where_the_builder_has_it(key: tuple[str, str], tmp_pa
         wanted += [store_path(settings, "ab" * 32), repository_path(settings, "cd" * 20)]
     for place in wanted:
         inside = PurePosixPath(home) / place.relative_to(tmp_path)
-        assert any(one.match(path) for path in paths for one in (inside, *inside.parents)), inside
+        assert any(folder.match(path) for path in paths for folder in (inside, *inside.parents)), inside
 
 
-UPLOADS = [(key, step) for key, one in JOBS.items() for _, step in uses(one, "actions/upload-artifact")]
+UPLOADS = [(key, step) for key, job in JOBS.items() for _, step in uses(job, "actions/upload-artifact")]
 
 
 @pytest.mark.parametrize(("key", "step"), UPLOADS, ids=["-".join(key) for key, _ in UPLOADS])
@@ -95,14 +95,14 @@ def test_the_set_alone_is_published_by_a_job_of_its_own_that_can_be_run_again() 
     assert "builder build" not in runs(publish)
     # A night has no inputs.
     assert publish["if"] == "inputs.index != '' || vars.INDEX_URL != ''"
-    (step,) = [one for one in publish["steps"] if "--stage" in one.get("run", "")]
+    (step,) = [step for step in publish["steps"] if "--stage" in step.get("run", "")]
     assert step["env"]["STAGE_AT"] == "${{ inputs.index || vars.INDEX_URL }}"
     assert "schedule" in WORKFLOWS["pinned"][True], "YAML 1.1 takes `on` for a truth"
 
 
 def test_the_stages_name_says_what_is_in_it(tmp_path: Path) -> None:
     """The step's own shell, up to the upload: another set gets another name, the same one the same."""
-    (step,) = [one for one in PINNED["publish"]["steps"] if "--stage" in one.get("run", "")]
+    (step,) = [step for step in PINNED["publish"]["steps"] if "--stage" in step.get("run", "")]
     line = step["run"].splitlines()[0].replace(".venv/bin/python", sys.executable)
     assert line.startswith("id=$(")
     done = subprocess.run(
@@ -122,8 +122,8 @@ def test_an_image_is_locked_where_a_container_builds_and_nowhere_else() -> None:
         asked = [line for line in runs(job).splitlines() if "builder lock" in line]
         assert all(("--toolchain container" in line) == (name == "container") for line in asked)
     for name, toolchain in (("build", "sandbox"), ("container", "container")):
-        for one in PINNED[name]["strategy"]["matrix"]["recipe"]:
-            assert toolchain not in recipe.load(REPOSITORY / "recipes", one).data.refuses
+        for key in PINNED[name]["strategy"]["matrix"]["recipe"]:
+            assert toolchain not in recipe.load(REPOSITORY / "recipes", key).data.refuses
 
 
 @pytest.mark.parametrize("key", JOBS, ids="-".join)
@@ -142,20 +142,20 @@ def test_gather_puts_what_the_jobs_made_into_one_checkout(tmp_path: Path) -> Non
     for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "gaps"]):
         subprocess.run([*git, *words], cwd=tmp_path, check=True)
     filled = {"triton": (names[0], names[2]), "flash_attn": (names[2],), "aphrodite": ()}
-    for one, changed in filled.items():
+    for key, changed in filled.items():
         for name in changed:
             (tmp_path / name).write_text(f"name = '{name}'\nsha256 = '{'ab' * 32}'\n")
         patch = subprocess.run(["git", "diff"], cwd=tmp_path, check=True, capture_output=True, text=True).stdout
         subprocess.run(["git", "checkout", "-q", "."], cwd=tmp_path, check=True)
-        artifact = tmp_path / "built" / one
-        (artifact / ".farm/builds" / one).mkdir(parents=True)
-        (artifact / ".farm/builds" / one / "record.json").write_text(one)
+        artifact = tmp_path / "built" / key
+        (artifact / ".farm/builds" / key).mkdir(parents=True)
+        (artifact / ".farm/builds" / key / "record.json").write_text(key)
         (artifact / "locked.patch").write_text(patch)
     (tmp_path / "built/gh200-cu124/5e7").mkdir(parents=True)
     (tmp_path / "built/gh200-cu124/5e7/set.json").write_text("tested")
     (tmp_path / ".ci").mkdir()
     shutil.copy(REPOSITORY / ".ci/gather", tmp_path / ".ci")
     subprocess.run([".ci/gather", "built"], cwd=tmp_path, check=True, timeout=60)
-    assert sorted(one.read_text() for one in tmp_path.glob(".farm/builds/*/record.json")) == sorted(filled)
+    assert sorted(path.read_text() for path in tmp_path.glob(".farm/builds/*/record.json")) == sorted(filled)
     assert (tmp_path / ".farm/sets/5e7/set.json").read_text() == "tested"
     assert ["sha256 =" in (tmp_path / name).read_text() for name in names] == [True, False, True]
