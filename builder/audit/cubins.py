@@ -11,6 +11,7 @@ from builder.audit.contents import Contents
 from builder.audit.policy import Policy
 from builder.audit.verdict import Verdict, not_applicable, passed, refused
 from gracefarm.errors import HostError
+from gracefarm.process import last_line
 
 GATE = "cubins"
 _ELF = re.compile(r"^ELF file\s+\d+:.*\.sm_(\d+[af]?)\.cubin\s*$", re.MULTILINE)
@@ -85,6 +86,5 @@ def _run(cuobjdump: Path, option: str, path: Path) -> str:
         ) from error
     # It also ends with 255 where there is merely none of the kind asked for.
     if done.returncode and "does not contain device code" not in done.stdout + done.stderr:
-        said = (done.stdout + done.stderr).strip().splitlines() or ["no output"]
-        raise UnreadableError(said[-1].removeprefix("cuobjdump fatal   : "))
+        raise UnreadableError(last_line(done.stdout + done.stderr).removeprefix("cuobjdump fatal   : "))
     return done.stdout

@@ -19,6 +19,7 @@ from builder.audit.policy import Policy
 from builder.audit.providers import system_folders
 from builder.audit.wheel_file import only_wheel
 from gracefarm.errors import AuditError, HostError, WheelError
+from gracefarm.process import last_line
 
 EPOCH = 315532800
 "1980-01-01, the earliest time of a zip archive, for builds without SOURCE_DATE_EPOCH."
@@ -95,7 +96,7 @@ def _auditwheel(wheel: Path, policy: Policy, out: Path) -> None:
         arguments += ["--ldpaths", ":".join(folders)]
     done = tag.auditwheel([*arguments, str(wheel)], {"SOURCE_DATE_EPOCH": environ.get("SOURCE_DATE_EPOCH") or str(EPOCH)})
     if done.returncode:
-        said = (done.stderr.strip().splitlines() or ["it gave no reason"])[-1]
+        said = last_line(done.stderr)
         raise AuditError(
             f"auditwheel cannot repair {wheel.name}: {said}",
             remedy="`builder audit` on the wheel of the build folder shows every gate",

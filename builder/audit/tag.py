@@ -23,6 +23,7 @@ from builder.audit.policy import Policy
 from builder.audit.providers import environment_sonames
 from builder.audit.verdict import Verdict, not_applicable, passed, refused
 from builder.planning.stack import Arch
+from gracefarm.process import last_line
 
 GATE = "platform-tag"
 LEGACY = {"manylinux1": (2, 5), "manylinux2010": (2, 12), "manylinux2014": (2, 17)}
@@ -107,7 +108,7 @@ def measure(contents: Contents, policy: Policy) -> tuple[tuple[int, int] | None,
     try:
         report = json.loads(done.stdout)
     except json.JSONDecodeError:
-        said = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        said = last_line(done.stderr)
         return None, [f"auditwheel cannot measure the wheel: {said}"]
     if "error" in report:
         return None, [f"auditwheel cannot measure the wheel: {' '.join(str(report['error']).split())}"]

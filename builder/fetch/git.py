@@ -25,6 +25,7 @@ from builder.planning.recipe import GitSource
 from gracefarm.console import Tick, no_tick
 from gracefarm.errors import DigestError, DiskFullError, FetchError, HostError
 from gracefarm.files import atomic_directory, atomic_write, full_disk, lock
+from gracefarm.process import last_line
 from gracefarm.settings import Settings
 
 CONFIG = """\
@@ -307,8 +308,8 @@ def _failure(pin: Pin, url: str, said: str) -> FetchError:
         return FetchError(
             f"{shown(url)} has no commit {pin.commit}", remedy="pin a commit that exists there, on a branch or a tag of it"
         )
-    lines = [line for line in said.splitlines() if line.strip()]
-    reason = shown(next((line for line in lines if line.startswith("fatal:")), lines[-1] if lines else "git says nothing"))
+    fatal = (line for line in said.splitlines() if line.startswith("fatal:"))
+    reason = shown(next(fatal, last_line(said)))
     if any(word in low for word in REFUSED_ADDRESS):
         return FetchError(
             f"{shown(url)} is absent or not open to us: {reason}",

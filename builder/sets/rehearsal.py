@@ -26,6 +26,7 @@ from builder.sets.record import Tested
 from gracefarm.console import Console
 from gracefarm.errors import InstallError, PublishError
 from gracefarm.files import lock, remove_tree
+from gracefarm.process import first_line
 from gracefarm.settings import Settings
 
 
@@ -93,7 +94,7 @@ def _published(built: Built, at: Served, settings: Settings, console: Console) -
         variables = {"GRACEFARM_PYTHON_INDEX": index_url} if index_url else {}
         done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, check=False)
         if done.returncode:
-            words = (done.stderr.strip().splitlines() or ["no output"])[0]
+            words = first_line(done.stderr)
             raise PublishError(f"the index cannot mirror {own}: {words}", repeat=" ".join(command[2:]))
     took = time.monotonic() - start
     flow.stage(built, at, settings, console)

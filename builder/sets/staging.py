@@ -15,6 +15,7 @@ from builder.proof import publish
 from builder.sets.locks import Served
 from builder.sets.record import Locked
 from gracefarm.errors import PublishError
+from gracefarm.process import first_line
 
 _TIMEOUT = 120
 
@@ -50,7 +51,7 @@ def _ask(client: httpx.Client, method: str, url: str, **more: Any) -> dict[str, 
     except (httpx.HTTPError, ValueError) as error:
         raise PublishError(f"{url}: {error or type(error).__name__}", remedy="check the address") from error
     if not answer.is_success or not isinstance(value, dict) or "missing" not in value:
-        words = (answer.text.strip().splitlines() or [answer.reason_phrase])[0][:500]
+        words = first_line(answer.text, answer.reason_phrase)[:500]
         raise PublishError(
             f"{url} answers {answer.status_code}: {words}",
             remedy="stage at an index of this project, with a token that reaches the set: TWINE_USERNAME=__token__, "

@@ -14,6 +14,7 @@ from importlib import resources
 from typing import Any, Protocol, TypeVar
 
 from gracefarm.errors import DigestError, DiskFullError, EngineError, FetchError, GracefarmError, HostError, InstallError
+from gracefarm.process import last_line
 
 Json = dict[str, Any]
 OnEvent = Callable[[Json], None]
@@ -89,10 +90,12 @@ class Target:
 
 @cache
 def archive() -> bytes:
-    """deploy.remote as a zip, the same bytes every time."""
+    """deploy.remote and what it takes of gracefarm as a zip, the same bytes every time."""
     target = io.BytesIO()
     with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as zipped:
         zipped.writestr(zipfile.ZipInfo("deploy/__init__.py"), "")
+        for name in ("__init__.py", "process.py", "uv.py"):
+            zipped.writestr(zipfile.ZipInfo(f"gracefarm/{name}"), (resources.files("gracefarm") / name).read_bytes())
         for one in sorted(resources.files("deploy.remote").iterdir(), key=lambda one: one.name):
             if one.name.endswith(".py"):
                 zipped.writestr(zipfile.ZipInfo(f"deploy/remote/{one.name}"), one.read_bytes())
@@ -132,7 +135,7 @@ async def call(
         return dict(heard.answer["result"])
     if "failed" in heard.answer:
         raise refusal(node.name, heard.answer["failed"])
-    last = (done.stderr.strip().splitlines() or [heard.last or f"exit code {done.code}"])[-1]
+    last = last_line(done.stderr, heard.last or f"exit code {done.code}")
     if done.code == 127 or "not found" in last:
         raise HostError(f"{node.name}: {last}", remedy=f"install {python} on this node")
     raise HostError(

@@ -21,6 +21,7 @@ from deploy.nodes.config import split_jump
 from deploy.nodes.deployment import Deployment, Node
 from gracefarm.errors import GracefarmError, NodeError, SshError, UsageError
 from gracefarm.files import atomic_write
+from gracefarm.process import last_line
 
 LOCAL = "/tmp/gracefarm-{user}"  # noqa: S108 - jobs.sh refuses it when somebody else owns it
 CHANNELS = 8
@@ -88,9 +89,9 @@ def require(results: Mapping[str, CommandResult], what: str) -> None:
     more = f" (and on {len(bad) - 1} more: {', '.join(one.node.name for one in bad[1:])})" if len(bad) > 1 else ""
     if first.error:
         raise type(first.error)(f"{what}: {first.error.cause}{more}", remedy=first.error.remedy)
-    said = (first.stderr.strip() or first.stdout.strip()).splitlines()
+    reason = last_line(first.stderr.strip() or first.stdout, "")
     raise NodeError(
-        f"{what}: {first.node} ended with {first.returncode}{': ' + said[-1] if said else ''}{more}",
+        f"{what}: {first.node} ended with {first.returncode}{': ' + reason if reason else ''}{more}",
         remedy=f"look there: `deploy ssh {first.node.name}`",
     )
 

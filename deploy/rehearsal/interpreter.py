@@ -7,8 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from deploy.remote.environment import sentence
 from gracefarm.errors import HostError
+from gracefarm.uv import explain
 
 VERSION = "3.11"
 NODE_PATH = "/usr/local/bin:/usr/bin:/bin"
@@ -33,7 +33,7 @@ def find(home: Path) -> Path | None:
         if done.returncode or found is None:
             raise HostError(
                 f"the rehearsal's nodes need Python {VERSION}, which is not on this machine, and uv cannot bring it: "
-                f"{sentence(done.stderr)}",
+                f"{explain(done.stderr)[1]}",
                 remedy=f"as root: apt-get install python{VERSION}, where the distribution has it; or let uv reach GitHub, or "
                 "name a mirror of python-build-standalone by UV_PYTHON_INSTALL_MIRROR",
             )

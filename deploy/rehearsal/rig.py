@@ -31,6 +31,7 @@ from deploy.rehearsal.interpreter import NODE_PATH
 from deploy.rehearsal.userland import Userland
 from gracefarm import settings
 from gracefarm.errors import HostError
+from gracefarm.process import last_line
 
 Json = dict[str, Any]
 GATEWAY = "10.77.0.1"
@@ -207,7 +208,7 @@ class Rig:
                 line = ""
             if not line:
                 assert self._process.stderr
-                said = (self._process.stderr.read().strip().splitlines() or ["it ended"])[-1]
+                said = last_line(self._process.stderr.read(), "it ended")
                 raise HostError(f"the rehearsal's namespaces: {said}", remedy=_REMEDY)
         answer: Json = json.loads(line)
         if "error" in answer:
@@ -283,7 +284,7 @@ class Rig:
             while "Server listening" not in log.read_text():
                 said = boot.read_text()  # what a command of node.sh had to complain of
                 if said.strip() or time.monotonic() > deadline:
-                    last = ((said or log.read_text()).strip().splitlines() or ["nothing is said"])[-1]
+                    last = last_line(said or log.read_text(), "nothing is said")
                     raise HostError(f"{one.name} does not start: {last}", remedy=_REMEDY)
                 time.sleep(0.02)
 

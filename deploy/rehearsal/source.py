@@ -24,6 +24,7 @@ from deploy.rehearsal import standin
 from gracefarm.console import Console
 from gracefarm.errors import FetchError, GracefarmError, HostError
 from gracefarm.files import lock, remove_tree
+from gracefarm.process import last_line
 
 SECONDS = 60
 "For a server of ours to listen."
@@ -100,7 +101,7 @@ def _index(root: Path, *arguments: str) -> Any:
     answers = [json.loads(line) for line in done.stdout.splitlines() if line.startswith(("{", "["))]
     if done.returncode:
         last: dict[str, str] = next((one for one in reversed(answers) if isinstance(one, dict) and "text" in one), {})
-        said = last.get("text") or (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        said = last.get("text") or last_line(done.stderr)
         kind: type[GracefarmError] = FetchError if arguments[0] == "mirror" else HostError
         raise kind(
             f"index {arguments[0]}: {said}", remedy=last.get("remedy") or "is the Python index reachable: `pip config list`"
@@ -173,5 +174,5 @@ def _address(process: subprocess.Popen[str]) -> str:
             return str(json.loads(line)["url"]).rstrip("/")
         if not line and process.poll() is not None:
             break
-    said = (process.stderr.read().strip().splitlines() or ["it ended"])[-1] if process.poll() is not None else "no answer"
+    said = last_line(process.stderr.read(), "it ended") if process.poll() is not None else "no answer"
     raise HostError(f"a server of the rehearsal does not start: {said}", remedy="repeat the command")

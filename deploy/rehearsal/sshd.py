@@ -13,6 +13,7 @@ from pathlib import Path
 
 from gracefarm.errors import HostError
 from gracefarm.files import atomic_directory, lock
+from gracefarm.process import last_line
 
 PACKAGES = ("openssh-server", "libwrap0")
 
@@ -59,7 +60,7 @@ def _unpack(folder: Path) -> None:
         )
         packages = list(scratch.glob("*.deb"))
         if done is None or done.returncode or not packages:
-            said = (done.stderr.strip().splitlines() or [""])[-1] if done else "this is not Debian"
+            said = last_line(done.stderr, "") if done else "this is not Debian"
             raise HostError(
                 f"no sshd on this machine, and the package openssh-server cannot be fetched: {said}",
                 remedy="as root: apt-get update; or install openssh-server",

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from gracefarm.errors import HostError
 from gracefarm.files import atomic_directory, lock
+from gracefarm.process import last_line
 
 PACKAGES = (
     *("bash", "coreutils", "dash", "findutils", "grep", "gzip", "hostname", "libc-bin", "procps", "sed", "tar", "util-linux"),
@@ -73,5 +74,5 @@ def _run(argv: list[str], cwd: str | None = None) -> None:
     except FileNotFoundError as error:
         raise HostError(f"there is no {argv[0]}", remedy=f"as root: apt-get install {argv[0]}") from error
     if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        last = last_line(done.stderr)
         raise HostError(f"{argv[0]}: {last}", remedy="as root: apt-get update, then repeat")

@@ -13,6 +13,7 @@ from typing import Any
 
 from deploy.remote import mounts
 from deploy.remote.wire import WorkerError
+from gracefarm.process import last_line
 
 Json = dict[str, Any]
 FSTAB = Path("/etc/fstab")
@@ -180,7 +181,7 @@ def _sudo(*command: str, check: bool = True) -> subprocess.CompletedProcess[str]
         raise WorkerError("node", "this needs root, and sudo asks for a password", "allow sudo without one, or skip this step")
     done = subprocess.run([*prefix, *command], capture_output=True, text=True, check=False)
     if check and done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        last = last_line(done.stderr)
         raise WorkerError("node", f"{' '.join(command)}: {last}", "do it by hand on this node, or skip this step")
     return done
 

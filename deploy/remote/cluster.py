@@ -11,6 +11,7 @@ from typing import Any
 
 from deploy.remote import wire
 from deploy.remote.wire import WorkerError
+from gracefarm.process import first_line
 
 Json = dict[str, Any]
 
@@ -49,7 +50,9 @@ def nodes(request: Json) -> Json:
             configure_logging=False,
         )
     except Exception as error:
-        raise WorkerError("engine", f"Ray at {request['address']} does not answer: {_first_line(error)}") from error
+        raise WorkerError(
+            "engine", f"Ray at {request['address']} does not answer: {first_line(str(error), type(error).__name__)}"
+        ) from error
     found = [
         {
             "address": one["NodeManagerAddress"],
@@ -69,10 +72,6 @@ def nodes(request: Json) -> Json:
 def _give_up(address: str, seconds: float) -> None:
     wire.say(failed={"kind": "engine", "cause": f"Ray at {address} does not answer within {seconds:g} s", "remedy": ""})
     os._exit(1)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 _FATAL = re.compile(

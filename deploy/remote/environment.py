@@ -28,6 +28,8 @@ from typing import Any
 from deploy.remote.preflight import cuda, highest_glibcxx
 from deploy.remote.sharedlock import SharedLock
 from deploy.remote.wire import WorkerError, event
+from gracefarm.process import last_line
+from gracefarm.uv import explain
 
 Json = dict[str, Any]
 _MANAGED = '`python = "managed"` in deploy.toml brings one onto the shared folder'
@@ -35,8 +37,6 @@ _BRING = (
     "the head must reach the releases of python-build-standalone: else name a mirror of them by `python_mirror` in "
     'deploy.toml, or install Python 3.11 on every node and set `python = "system"`'
 )
-_FRAME = " \u00d7╰─▶│├"
-"What uv draws around its sentences."
 DESCRIPTION = "environment.json"
 OWNER = "owner"
 
@@ -44,8 +44,9 @@ OWNER = "owner"
 def build(request: Json) -> Json:
     """Make ROOT/envs/ID unless it is there, by whoever comes first; the others wait for it.
 
-    `root`, `id`, `lock` (text of the requirements), `index` (simple API), `python` ({source, version, mirror}), `uv` (path of
-    uv on this node), `engine` and `set` (words for people), `scratch` (a node-local folder or None).
+    `root`, `id`, `lock` (text of the requirements), `packages` (what it pins), `index` (simple API), `python` ({source,
+    version, mirror}), `uv` (path of uv on this node), `engine` and `set` (words for people), `scratch` (a node-local folder or
+    None).
     """
     root = Path(request["root"])
     final = root / "envs" / request["id"]
@@ -78,7 +79,7 @@ def _make(request: Json, partial: Path) -> Json:
         lock.write_text(request["lock"])
         event("step", text=f"virtual environment of {base}")
         _uv(request, "venv", "--quiet", "--relocatable", "--no-project", "--python", base, str(partial), scratch=scratch)
-        event("step", text=f"installing {len(_pins(request['lock']))} pinned packages")
+        event("step", text=f"installing {len(request['packages'])} pinned packages")
         _uv(
             request,
             *("pip", "install", "--quiet", "--python", str(partial / "bin" / "python"), "--require-hashes", "--no-deps"),
@@ -94,7 +95,7 @@ def _make(request: Json, partial: Path) -> Json:
         "engine": request.get("engine"),
         "set": request.get("set"),
         "interpreter": base,
-        "packages": _pins(request["lock"]),
+        "packages": request["packages"],
         "machine": os.uname().machine,
         "created": time.time(),
         "build_s": round(time.monotonic() - started, 2),
@@ -161,7 +162,7 @@ def _bring(request: Json, source: str, wanted: str, place: Path) -> None:
     )
     if done.returncode:
         raise WorkerError(
-            "python", f"{tool}: {_last(done.stderr or done.stdout)}", "look at the channels that conda is configured for"
+            "python", f"{tool}: {last_line(done.stderr or done.stdout)}", "look at the channels that conda is configured for"
         )
 
 
@@ -190,39 +191,19 @@ def _uv(request: Json, *arguments: str, scratch: Path) -> None:
 
 def _failure(command: str, root: str, text: str) -> WorkerError:
     """What uv said, as the kind of error that it is."""
-    if "No space left" in text or "ENOSPC" in text:
+    kind, words = explain(text[max(0, text.find("error:")) :] if command == "python" else text)
+    words = words[:400]
+    if kind == "disk":
         return WorkerError("disk", f"no space left while installing into {root}", "free space there: `deploy env gc`")
     if command == "python":
-        said = sentence(text[max(0, text.find("error:")) :])
-        if "ash mismatch" in text:
-            return WorkerError("digest", f"another Python came than uv knows: {said}", "do not use that mirror")
-        return WorkerError("python", f"uv could not bring Python: {said}", _BRING)
-    if "ash mismatch" in text:
-        return WorkerError(
-            "digest", f"the index gave another file than the lock names: {_hash_line(text)}", "do not use that index"
-        )
-    if "not found in the package registry" in text or "no version of" in text or "no wheels" in text:
-        return WorkerError(
-            "install", f"the index lacks a package of the lock: {sentence(text)}", "mirror the lock into the set"
-        )
-    return WorkerError("install", f"uv {command}: {sentence(text)}", "the index must serve every file of the lock")
-
-
-def _hash_line(text: str) -> str:
-    return next((line.strip(_FRAME) for line in text.splitlines() if "ash mismatch" in line), _last(text))
-
-
-def sentence(text: str) -> str:
-    """What uv wrote on stderr, without its frame."""
-    return " ".join(line.strip(_FRAME) for line in text.splitlines() if line.strip())[:400] or "no reason given"
-
-
-def _last(text: str) -> str:
-    return (text.strip().splitlines() or ["no reason given"])[-1]
-
-
-def _pins(lock: str) -> list[str]:
-    return re.findall(r"^([A-Za-z0-9][^\s;=]*==[^\s;\\]+)", lock, flags=re.MULTILINE)
+        if kind == "digest":
+            return WorkerError("digest", f"another Python came than uv knows: {words}", "do not use that mirror")
+        return WorkerError("python", f"uv could not bring Python: {words}", _BRING)
+    if kind == "digest":
+        return WorkerError("digest", f"the index gave another file than the lock names: {words}", "do not use that index")
+    if kind in ("absent", "unsolved"):
+        return WorkerError("install", f"the index lacks a package of the lock: {words}", "mirror the lock into the set")
+    return WorkerError("install", f"uv {command}: {words}", "the index must serve every file of the lock")
 
 
 def _libraries(folder: Path) -> Json:
@@ -296,7 +277,7 @@ def _try(name: str, command: list[str], folder: Path, seconds: float) -> Json:
     except OSError as error:
         return {"name": name, "error": f"{command[0]}: {os.strerror(error.errno or 0).lower()}"}
     if done.returncode:
-        return {"name": name, "error": _last(done.stderr) if done.stderr.strip() else f"exit code {done.returncode}"}
+        return {"name": name, "error": last_line(done.stderr) if done.stderr.strip() else f"exit code {done.returncode}"}
     return {"name": name, "seconds": round(time.monotonic() - started, 2)}
 
 

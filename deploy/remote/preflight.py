@@ -19,6 +19,7 @@ from typing import Any
 
 from deploy.remote import mounts
 from deploy.remote.wire import WorkerError, event
+from gracefarm.process import last_line
 
 Json = dict[str, Any]
 STALE = 86400.0
@@ -89,7 +90,7 @@ def cuda() -> Json:
     try:
         found: Json = json.loads(done.stdout)
     except ValueError:
-        return {"error": (done.stderr.strip().splitlines() or ["the driver ended the process"])[-1]}
+        return {"error": last_line(done.stderr, "the driver ended the process")}
     return found
 
 

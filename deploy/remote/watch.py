@@ -19,6 +19,7 @@ from typing import Any
 
 from deploy.remote import look
 from deploy.remote.wire import event
+from gracefarm.process import first_line
 
 Json = dict[str, Any]
 BLOCK = 1 << 18
@@ -90,7 +91,7 @@ def gpus() -> Json:
     except subprocess.TimeoutExpired:
         return {"gpus": [], "gpu_error": "nvidia-smi does not answer"}
     if done.returncode:
-        return {"gpus": [], "gpu_error": (done.stdout + done.stderr).strip().splitlines()[0][:200]}
+        return {"gpus": [], "gpu_error": first_line(done.stdout + done.stderr)[:200]}
     rows = csv.reader(done.stdout.splitlines(), skipinitialspace=True)
     return {"gpus": [_gpu(row) for row in rows if len(row) == len(QUERY)], "gpu_error": ""}
 

@@ -22,6 +22,7 @@ from typing import Any
 
 from deploy.remote.sharedlock import SharedLock
 from deploy.remote.wire import WorkerError, event
+from gracefarm.process import first_line
 
 Json = dict[str, Any]
 CHUNK = 1 << 22
@@ -404,4 +405,4 @@ def _read(path: Path) -> str | None:
 
 
 def _short(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    return first_line(str(error), type(error).__name__)[:300]
