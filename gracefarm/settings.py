@@ -18,6 +18,8 @@ from gracefarm.errors import ConfigError
 from gracefarm.tables import Size
 
 PREFIX = "GRACEFARM_"
+PARTS = ("recipes", "stacks", "sets")
+"The folders of a project."
 
 
 # A relative one would be another place for each program that is started elsewhere.
@@ -35,7 +37,7 @@ class Settings(BaseModel):
     home: AbsolutePath = Field(default_factory=lambda: user_cache_path("gracefarm"))
     "Where sources, roots, environments, builds and records are kept."
     project: AbsolutePath = Field(default_factory=lambda: find_project())
-    "The folder that holds recipes/ and stacks/."
+    "The folder that holds recipes/, stacks/ and sets/; unset: see `find_project`."
     python_index: str | None = None
     "Simple API to fetch sdists and wheels from; unset: uv's, then pip's configuration, then their default."
     debian_mirror: str | None = None
@@ -63,12 +65,18 @@ class Settings(BaseModel):
 
 
 def find_project() -> Path:
-    """The nearest folder with recipes/ and stacks/: the working directory or above, else the checkout this code runs from."""
+    """The nearest folder with recipes/ and stacks/: the working directory or above, else what this program came with."""
     here = Path.cwd()
-    for folder in (here, *here.parents, Path(__file__).resolve().parent.parent):
+    for folder in (here, *here.parents):
         if (folder / "recipes").is_dir() and (folder / "stacks").is_dir():
             return folder
-    return here
+    return given_project()
+
+
+def given_project() -> Path:
+    """The recipes, stacks and sets that this program came with: of the checkout that it runs from, else of its wheel."""
+    above = Path(__file__).resolve().parent.parent
+    return above if (above / "recipes").is_dir() else above / "builder" / "project"
 
 
 def config_path() -> Path:

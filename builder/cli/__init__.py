@@ -15,6 +15,7 @@ from gracefarm.cli import SETTINGS, LazyGroup
 COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
         # name: (module:function, what --help says of it), in the order in which they are used
+        "init": ("builder.cli.init:init_command", "A project folder with recipes, stacks and sets to change."),
         "list": ("builder.cli.look:list_command", "Recipes, and the last build of each on this machine."),
         "plan": ("builder.cli.look:plan_command", "Inputs, build id, steps and commands of a build."),
         "build": ("builder.cli.build:build_command", "Build wheels: fetch, compile, audit, smoke-test, record, publish."),

@@ -12,6 +12,7 @@ from builder.planning.plan import Plan
 from builder.planning.stack import Arch
 from builder.proof import record, why
 from builder.proof.record import Record
+from gracefarm import extras
 from gracefarm.console import Console
 from gracefarm.errors import ConfigError, GracefarmError, SeveralError, UsageError
 from gracefarm.settings import Settings
@@ -168,6 +169,7 @@ def run_command(name: str, stack_name: str | None, target: str, as_json: bool) -
     """The main job: build NAME, publish it to an index on this machine, install it back with pip, import it."""
     from builder.flow import run
 
+    extras.require("index")
     settings, console = start(as_json=as_json)
     result = run.run(plan_of(name, stack_name, target, settings), settings, console)
     console.result(result.__dict__, f"wheel   {result.wheel}\nrecord  {result.record}\nlog     {result.log}")

@@ -12,6 +12,7 @@ from builder.planning import pins, stack
 from builder.proof import materials, record
 from builder.sets import data, plan
 from builder.sets.plan import SetPlan
+from gracefarm import extras
 from gracefarm.files import atomic_write
 from gracefarm.settings import Settings
 
@@ -174,6 +175,7 @@ def run_command(name: str, jobs: int | None, as_json: bool) -> None:
     """
     from builder.sets import rehearsal  # clients of HTTP
 
+    extras.require("index")
     settings, console = start(as_json=as_json)
     result = rehearsal.rehearse(plan.make(data.load(name, settings), stack.host_arch()), jobs, settings, console)
     value = result.__dict__ | {"tested": result.tested.model_dump(mode="json")}

@@ -10,7 +10,7 @@ import click
 from deploy.cli.common import Context, pass_context
 from deploy.rehearsal import walkthrough
 from deploy.rehearsal.walkthrough import Rehearsal
-from gracefarm import settings
+from gracefarm import extras, settings
 from gracefarm.cli import json_option
 
 LOOKS = (("bench", "--concurrency", "1,4", "--requests", "8", "--max-tokens", "32"), ("status",))
@@ -32,6 +32,7 @@ def rehearse(context: Context, count: int, keep: bool) -> None:
     Every node has a real OpenSSH server; Ray is real, and its environment comes from our own index by hash. The engine is a
     stand-in that takes the engine's options and refuses, dies and lies as it does. Needs root. Nothing stays running.
     """
+    extras.require("index")
     console, here = context.console, settings.load()
     begin = time.monotonic()
     with walkthrough.rehearsal(count, here.home, here, console) as made:

@@ -1,0 +1,36 @@
+"""`builder init`: a project folder of one's own, with recipes, stacks and sets."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import click
+
+from builder.cli.options import json_option
+from gracefarm.console import Console
+from gracefarm.errors import UsageError
+from gracefarm.settings import PARTS, given_project
+
+
+@click.command("init")
+@click.argument("folder", metavar="DIR", type=click.Path(file_okay=False, path_type=Path))
+@json_option
+def init_command(folder: Path, as_json: bool) -> None:
+    """Make the project folder DIR: recipes, stacks and sets to change, copied from this gracefarm.
+
+    \b
+    builder init wheels
+    """
+    console = Console(as_json=as_json)
+    if folder.is_dir() and any(folder.iterdir()):
+        raise UsageError(f"{folder} is not empty", remedy="name a new folder")
+    for part in PARTS:
+        shutil.copytree(given_project() / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
+    steps = [
+        f"{folder} holds recipes/, stacks/ and sets/ now. Next:",
+        f"  cd {folder} && builder list",
+        "  builder plan causal_conv1d",
+        "A recipe of your own is a folder recipes/NAME with a recipe.toml (docs/recipes.md).",
+    ]
+    console.result({"project": str(folder.absolute())}, "\n".join(steps))
