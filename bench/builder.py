@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from builder import fetch
-from builder.box import sandbox
+from builder.box import binfmt, sandbox
 from builder.box.sandbox import Mount, Sandbox
 from builder.fetch import source
 from builder.flow import build
@@ -143,14 +143,14 @@ def emulated(bed: Bed) -> Callable[[], float]:
 @contextmanager
 def registered(bed: Bed) -> Iterator[None]:
     """aarch64 known to the kernel, as a user of cibuildwheel has it; as it was before, afterwards."""
-    if doctor.registration(Arch.AARCH64) is None:
+    if binfmt.registration(Arch.AARCH64) is None:
         yield
         return
     doctor.register(Arch.AARCH64, bed.settings)
     try:
         yield
     finally:
-        (doctor.BINFMT / "qemu-aarch64").write_text("-1")
+        (binfmt.FOLDER / "qemu-aarch64").write_text("-1")
 
 
 def builder(*arguments: str) -> None:

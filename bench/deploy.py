@@ -18,7 +18,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from deploy.fleet import ssh
+from deploy.fleet.results import require
+from deploy.fleet.ssh import Fleet
 from deploy.fleet.targets import targets
 from deploy.rehearsal import hub, walkthrough
 from deploy.steps import weights
@@ -63,9 +64,9 @@ def fan_out(folder: Path) -> str:
                     warm.append(await timed(fleet))
         return cold, warm
 
-    async def timed(fleet: ssh.Fleet) -> float:
+    async def timed(fleet: Fleet) -> float:
         begun = time.monotonic()
-        ssh.require(await fleet.run(COMMAND), COMMAND)
+        require(await fleet.run(COMMAND), COMMAND)
         return time.monotonic() - begun
 
     (one_cold, one_warm), (all_cold, all_warm) = asyncio.run(go(1)), asyncio.run(go(FAN))

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from deploy.cli.common import Context, pass_context, wait
 from deploy.fleet import tunnels
-from deploy.fleet.ssh import fleet
+from deploy.fleet.ssh import open_fleet
 from deploy.fleet.tunnels import Wanted
 from deploy.measure.bench import Level, Report, Spread, Sweep, find_model, query, run_sweep
 from deploy.nodes.deployment import Folder
@@ -120,7 +120,7 @@ async def _server(context: Context, url: str | None, key: str | None) -> AsyncIt
         return
     deployment = context.deployment
     wanted = [Wanted(name="engine", remote=deployment.data.ports.engine, local=0)]
-    async with fleet(deployment) as made, tunnels.opened(made, deployment.head, wanted) as (forward,):
+    async with open_fleet(deployment) as made, tunnels.opened(made, deployment.head, wanted) as (forward,):
         yield Server(url=f"http://127.0.0.1:{forward.local}", key=_key(deployment.folder))
 
 

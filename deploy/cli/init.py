@@ -10,9 +10,10 @@ import click
 from deploy.cli.common import Context, pass_context, wait
 from deploy.fleet import hostkeys
 from deploy.fleet.calls import combined_error
-from deploy.fleet.hostkeys import Shown
+from deploy.fleet.connections import parse_jump
+from deploy.fleet.hostkeys import HostKey
 from deploy.fleet.probe import probe_nodes
-from deploy.fleet.ssh import fleet, parse_jump
+from deploy.fleet.ssh import open_fleet
 from deploy.fleet.targets import targets
 from deploy.nodes import start
 from deploy.nodes.config import FILE, Access
@@ -95,13 +96,13 @@ def _pin(deployment: Deployment, console: Console, *, accept: bool, repin: bool)
 
     own = Path.home() / ".ssh" / "known_hosts"
 
-    async def look(jumps: bool) -> tuple[list[Shown], dict[str, GracefarmError]]:
-        async with fleet(deployment) as nodes:
+    async def look(jumps: bool) -> tuple[list[HostKey], dict[str, GracefarmError]]:
+        async with open_fleet(deployment) as nodes:
             chosen = [one for one in deployment.nodes if one.name not in lost]
             return await (hostkeys.look_jumps if jumps else hostkeys.look)(nodes, chosen, own)
 
     lost: dict[str, GracefarmError] = {}
-    told: list[Shown] = []
+    told: list[HostKey] = []
     for jumps in (True, False):  # nodes behind a jump host can be asked when its key is trusted
         shown, bad = wait(look(jumps))
         lost |= bad
@@ -113,7 +114,7 @@ def _pin(deployment: Deployment, console: Console, *, accept: bool, repin: bool)
     return lost
 
 
-def _judge(deployment: Deployment, console: Console, shown: Sequence[Shown], *, accept: bool, repin: bool) -> None:
+def _judge(deployment: Deployment, console: Console, shown: Sequence[HostKey], *, accept: bool, repin: bool) -> None:
     """Pin what is known and what is accepted. Raises SshError: changed, or not accepted."""
     if not repin:
         hostkeys.refuse_changed(shown)
@@ -124,10 +125,10 @@ def _judge(deployment: Deployment, console: Console, shown: Sequence[Shown], *, 
     if asked and not accept:
         _confirm(console, asked)
     if trusted := [*known, *asked]:
-        hostkeys.pin(deployment.folder.known_hosts, trusted)
+        hostkeys.pin(deployment.folder.known_hosts, [(host_key.name, host_key.key) for host_key in trusted])
 
 
-def _confirm(console: Console, asked: Sequence[Shown]) -> None:
+def _confirm(console: Console, asked: Sequence[HostKey]) -> None:
     if console.interactive:
         if click.confirm("Are these the keys that the nodes' consoles show?", err=True):
             return
@@ -141,7 +142,7 @@ def _confirm(console: Console, asked: Sequence[Shown]) -> None:
 
 def _ask(deployment: Deployment, console: Console, names: Sequence[str]) -> tuple[Facts, dict[str, GracefarmError]]:
     async def probe() -> tuple[Facts, dict[str, GracefarmError]]:
-        async with fleet(deployment) as nodes:
+        async with open_fleet(deployment) as nodes:
             return await probe_nodes(deployment, targets(nodes, nodes=[deployment.node(one) for one in names]))
 
     console.step("facts", f"asking {len(names)} nodes")

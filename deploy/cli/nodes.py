@@ -21,7 +21,9 @@ from rich.console import Console as RichConsole
 from rich.markup import escape
 
 from deploy.cli.common import Context, pass_context, wait
-from deploy.fleet.ssh import CommandResult, fleet, parse_jump
+from deploy.fleet.connections import parse_jump
+from deploy.fleet.results import CommandResult
+from deploy.fleet.ssh import open_fleet
 from deploy.nodes.deployment import Deployment, Node
 from gracefarm.cli import json_option
 from gracefarm.errors import HostError, NodeError
@@ -57,7 +59,7 @@ def run(context: Context, words: tuple[str, ...], timeout: float | None, command
         (out if stream == "stdout" else err).print(f"[{colour}]{escape(node.name):>{width}}[/] {escape(text)}")
 
     async def go() -> dict[str, CommandResult]:
-        async with fleet(deployment) as made:
+        async with open_fleet(deployment) as made:
             text = command[0] if len(command) == 1 else list(command)
             return await made.run(text, nodes=nodes, timeout=timeout, on_line=line, keep=False)
 

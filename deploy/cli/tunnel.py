@@ -17,7 +17,7 @@ import click
 
 from deploy.cli.common import Context, pass_context, wait
 from deploy.fleet import tunnels
-from deploy.fleet.ssh import fleet
+from deploy.fleet.ssh import open_fleet
 from deploy.nodes.deployment import Folder
 from gracefarm.cli import json_option
 from gracefarm.errors import GracefarmError, SshError
@@ -62,7 +62,7 @@ def tunnel(context: Context, port: int | None, dashboard_port: int | None, backg
         task = asyncio.current_task()
         assert task
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-        async with fleet(deployment) as made, tunnels.opened(made, deployment.head, wanted) as forwards:
+        async with open_fleet(deployment) as made, tunnels.opened(made, deployment.head, wanted) as forwards:
             _tell(context, {one.name: asdict(one) for one in forwards})
             await tunnels.attend(made, deployment.head, changed)
 

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import asyncssh
 
-from deploy.fleet import ssh
+from deploy.fleet.connections import explain, parse_jump
 from deploy.fleet.ssh import Fleet
 from deploy.nodes.deployment import Node
 from gracefarm.errors import GracefarmError, SshError
+from gracefarm.files import atomic_write
 
+ALGORITHMS = ("ssh-ed25519", "ecdsa-sha2-nistp256", "rsa-sha2-512")
+"Kinds of host keys that are pinned, best first."
 SECONDS = 30
 Status = Literal["pinned", "known", "new", "changed"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shown:
+class HostKey:
     """A host key that a node or its jump host showed now."""
 
     node: Node
@@ -43,29 +47,31 @@ class Shown:
 
 async def look_jumps(
     fleet: Fleet, nodes: Sequence[Node], own: Path | None = None
-) -> tuple[list[Shown], dict[str, GracefarmError]]:
+) -> tuple[list[HostKey], dict[str, GracefarmError]]:
     """The host keys of the jump hosts: before any node behind them can be looked at, theirs must be trusted."""
-    shown: list[Shown] = []
+    shown: list[HostKey] = []
     bad: dict[str, GracefarmError] = {}
     for text in dict.fromkeys(one.jump for one in nodes if one.jump):
-        _user, host, port = ssh.parse_jump(text)
+        _user, host, port = parse_jump(text)
         node = Node(name="jump host", rank=-1, address=host, port=port)
         try:
             async with asyncio.timeout(SECONDS):
-                key = await asyncssh.get_server_host_key(host, port, server_host_key_algs=list(ssh.ALGORITHMS))
+                key = await asyncssh.get_server_host_key(host, port, server_host_key_algs=list(ALGORITHMS))
         except (OSError, asyncssh.Error, ValueError) as error:
-            bad |= {one.name: ssh.explain(node, error) for one in nodes if one.jump == text}
+            bad |= {one.name: explain(node, error) for one in nodes if one.jump == text}
             continue
         if key is not None:
-            name = ssh.entry_name(host, port)
-            shown.append(Shown(node=node, name=name, key=key, status=_status(fleet.known_hosts, own, name, key)))
+            name = entry_name(host, port)
+            shown.append(HostKey(node=node, name=name, key=key, status=_status(fleet.known_hosts, own, name, key)))
     return shown, bad
 
 
-async def look(fleet: Fleet, nodes: Sequence[Node], own: Path | None = None) -> tuple[list[Shown], dict[str, GracefarmError]]:
+async def look(
+    fleet: Fleet, nodes: Sequence[Node], own: Path | None = None
+) -> tuple[list[HostKey], dict[str, GracefarmError]]:
     """The host keys of all nodes at once, and why some could not be had. `own`: the user's known_hosts."""
-    outcomes = await asyncio.gather(*(ssh.scan(fleet, one) for one in nodes), return_exceptions=True)
-    shown: dict[tuple[str, bytes], Shown] = {}
+    outcomes = await asyncio.gather(*(scan(fleet, one) for one in nodes), return_exceptions=True)
+    shown: dict[tuple[str, bytes], HostKey] = {}
     bad: dict[str, GracefarmError] = {}
     for node, outcome in zip(nodes, outcomes, strict=True):
         if isinstance(outcome, GracefarmError):
@@ -75,20 +81,20 @@ async def look(fleet: Fleet, nodes: Sequence[Node], own: Path | None = None) -> 
         else:
             for name, key in outcome:  # a jump host is shown by every node behind it
                 status = _status(fleet.known_hosts, own, name, key)
-                shown.setdefault((name, key.public_data), Shown(node=node, name=name, key=key, status=status))
+                shown.setdefault((name, key.public_data), HostKey(node=node, name=name, key=key, status=status))
     return list(shown.values()), bad
 
 
 def _status(known_hosts: Path, own: Path | None, name: str, key: asyncssh.SSHKey) -> Status:
-    before = ssh.pinned(known_hosts).get(name)
+    before = pinned(known_hosts).get(name)
     if before is not None:
-        return "pinned" if ssh.matches(known_hosts, name, key) else "changed"
-    if own and own.is_file() and ssh.matches(own, name, key):
+        return "pinned" if matches(known_hosts, name, key) else "changed"
+    if own and own.is_file() and matches(own, name, key):
         return "known"
     return "new"
 
 
-def refuse_changed(shown: Sequence[Shown]) -> None:
+def refuse_changed(shown: Sequence[HostKey]) -> None:
     """Raises SshError with every key that is not the one that was pinned."""
     changed = [one for one in shown if one.status == "changed"]
     if changed:
@@ -99,6 +105,66 @@ def refuse_changed(shown: Sequence[Shown]) -> None:
         )
 
 
-def pin(known_hosts: Path, shown: Sequence[Shown]) -> None:
-    """Trust these keys from now on."""
-    ssh.pin(known_hosts, [(one.name, one.key) for one in shown])
+async def scan(fleet: Fleet, node: Node) -> list[tuple[str, asyncssh.SSHKey]]:
+    """The host key that a node shows, and its jump host's, by their names in known_hosts. Shown to a person, not trusted.
+
+    Raises:
+        SshError: not reached.
+    """
+    keys = []
+    try:
+        async with asyncio.timeout(30):
+            tunnel: Any = ()
+            if node.jump:
+                _user, host, port = parse_jump(node.jump)
+                tunnel = await fleet.jump(node.jump, node.key)
+                key = tunnel.get_server_host_key()
+                if key:
+                    keys.append((entry_name(host, port), key))
+            options = fleet.options(node)
+            tunnel = tunnel or options.tunnel or ()  # ProxyJump of ~/.ssh/config stands under the name, not the address
+            key = await asyncssh.get_server_host_key(
+                options.host,
+                options.port,
+                tunnel=tunnel,
+                config=fleet.config,
+                server_host_key_algs=list(ALGORITHMS),
+            )
+    except (OSError, asyncssh.Error, ValueError) as error:  # ValueError: a key or a configuration that cannot be read
+        raise explain(node, error) from error
+    if key is None:
+        raise SshError(f"{node} shows no host key", remedy="is that an SSH server?")
+    return [*keys, (entry_name(node.address, options.port), key)]
+
+
+def entry_name(address: str, port: int) -> str:
+    """As known_hosts writes it."""
+    return address if port == 22 else f"[{address}]:{port}"
+
+
+def pinned(known_hosts: Path) -> dict[str, str]:
+    """Name to `type base64` of a known_hosts file that we wrote; hashed names are not among them."""
+    if not known_hosts.is_file():
+        return {}
+    entries: dict[str, str] = {}
+    for line in known_hosts.read_text().splitlines():
+        words = line.split()
+        if len(words) >= 3 and not line.startswith(("#", "@", "|")):
+            entries.update((name, f"{words[1]} {words[2]}") for name in words[0].split(","))
+    return entries
+
+
+def pin(known_hosts: Path, keys: Iterable[tuple[str, asyncssh.SSHKey]]) -> None:
+    """Write keys into known_hosts (0600), replacing what stood there under the same names."""
+    entries = pinned(known_hosts)
+    for name, key in keys:
+        entries[name] = " ".join(key.export_public_key().decode().split()[:2])
+    atomic_write(known_hosts, "".join(f"{name} {key}\n" for name, key in entries.items()))
+    os.chmod(known_hosts, 0o600)  # noqa: PTH101
+
+
+def matches(known_hosts: Path, name: str, key: asyncssh.SSHKey) -> bool:
+    """The file (hashed names too) holds this very key for this name."""
+    host, _, port = name.removeprefix("[").partition("]:")
+    trusted = asyncssh.read_known_hosts(str(known_hosts)).match(host, "", int(port) if port else None)[0]
+    return any(one.public_data == key.public_data for one in trusted)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from deploy.fleet.calls import Exit, Target
+from deploy.fleet.jobs import follow_job, job_status, start_job
 from deploy.fleet.ssh import Fleet
 from deploy.nodes.deployment import Node
 from deploy.nodes.facts import Facts
@@ -33,18 +34,18 @@ class FleetShell:
 
     async def start(self, job: str, command: str, *, stdin: bytes) -> bool:
         """Detached, in the node's folder, with this deployment's mark."""
-        return await self.fleet.start_job(self.node, job, command, input=stdin)
+        return await start_job(self.fleet, self.node, job, command, input=stdin)
 
     async def follow(self, job: str, on_line: Callable[[str], None]) -> Exit:
         """Its log to the end. What was killed has no exit code of its own: -1."""
-        status = await self.fleet.follow_job(self.node, job, on_line, patience=self.fleet.patience)
+        status = await follow_job(self.fleet, self.node, job, on_line, patience=self.fleet.patience)
         if status.returncode is None:
             return Exit(code=-1, stderr="it was stopped" if status.state == "stopped" else "it was killed")
         return Exit(code=status.returncode, stderr="")
 
     async def at_work(self, job: str) -> bool:
         """A look at its process."""
-        return (await self.fleet.job_status(self.node, job)).state == "running"
+        return (await job_status(self.fleet, self.node, job)).state == "running"
 
 
 def targets(fleet: Fleet, facts: Facts | None = None, nodes: Sequence[Node] | None = None) -> list[Target]:

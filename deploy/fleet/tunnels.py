@@ -12,6 +12,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from deploy.fleet.forwarding import forward_local
 from deploy.fleet.ssh import Fleet
 from deploy.nodes.deployment import Deployment, Folder, Node
 from gracefarm.errors import GracefarmError, HostError, SshError
@@ -64,9 +65,9 @@ async def opened(fleet: Fleet, node: Node, wanted: Sequence[Wanted]) -> AsyncIte
         made = []
         for one in wanted:
             try:
-                local = await stack.enter_async_context(fleet.forward_local(node, one.local, "127.0.0.1", one.remote))
+                local = await stack.enter_async_context(forward_local(fleet, node, one.local, "127.0.0.1", one.remote))
             except SshError:  # the node was entered above: it is the port
-                local = await stack.enter_async_context(fleet.forward_local(node, 0, "127.0.0.1", one.remote))
+                local = await stack.enter_async_context(forward_local(fleet, node, 0, "127.0.0.1", one.remote))
             moved = one.local not in (0, local)
             made.append(Forward(name=one.name, remote=one.remote, local=local, moved=moved))
         yield tuple(made)

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict
 
 from deploy.planning.plans import Plan
 from deploy.steps import completion
-from deploy.steps.completion import Answer, Api, Failed, Prompt, Server
+from deploy.steps.completion import Answer, Api, CompletionError, Prompt, Server
 from gracefarm.errors import EngineError
 
 OnAnswer = Callable[[int, int], None]
@@ -146,7 +146,7 @@ async def find_model(client: httpx.AsyncClient, wanted: str | None) -> str:
     """The model to ask for. Raises EngineError: the server does not answer, refuses the key, or has another one."""
     try:
         names = await completion.models(client)
-    except Failed as failure:
+    except CompletionError as failure:
         if wanted:
             return wanted
         raise EngineError(f"{client.base_url}: {failure.cause}", remedy=remedy(failure.status)) from failure

@@ -18,9 +18,10 @@ from typing import Any
 
 import psutil
 
-from deploy.fleet import facts
-from deploy.fleet.ssh import fleet
-from deploy.nodes import inventory, state
+from deploy.fleet.ssh import open_fleet
+from deploy.nodes import state
+from deploy.nodes.deployment import load_deployment
+from deploy.nodes.facts import load_facts
 from deploy.planning.plans import Plan
 from deploy.rehearsal import walkthrough
 from deploy.rehearsal.walkthrough import Rehearsal
@@ -95,7 +96,7 @@ def heard(process: subprocess.Popen[str], words: Collection[str], seconds: float
     """Its output up to where it has said all of this; `end` has the rest."""
     assert process.stdout
     text, deadline = b"", time.monotonic() + seconds
-    while not all(one.encode() in text for one in words):
+    while not all(word.encode() in text for word in words):
         ready, _, _ = select.select([process.stdout], [], [], max(0, deadline - time.monotonic()))
         block = os.read(process.stdout.fileno(), 1 << 16) if ready else b""
         assert block, text.decode(errors="replace")
@@ -119,9 +120,9 @@ def well(made: Rehearsal, *arguments: str, seconds: float = 240) -> str:
 def kill(process: subprocess.Popen[str]) -> None:
     """kill -9 of the command itself, not of what started it for us; nothing of it is left when this returns."""
     with suppress(psutil.NoSuchProcess):
-        for one in psutil.Process(process.pid).children(recursive=True):
+        for child in psutil.Process(process.pid).children(recursive=True):
             with suppress(psutil.NoSuchProcess):
-                one.send_signal(signal.SIGKILL)
+                child.send_signal(signal.SIGKILL)
     process.wait(timeout=20)
     if process.stdout:
         process.stdout.close()
@@ -129,14 +130,14 @@ def kill(process: subprocess.Popen[str]) -> None:
 
 def interrupt(process: subprocess.Popen[str]) -> None:
     """Ctrl-C, as the terminal gives it to the command."""
-    for one in psutil.Process(process.pid).children(recursive=True):
-        if "deploy" in one.cmdline():
-            one.send_signal(signal.SIGINT)
+    for child in psutil.Process(process.pid).children(recursive=True):
+        if "deploy" in child.cmdline():
+            child.send_signal(signal.SIGINT)
 
 
 def steps(made: Rehearsal) -> dict[str, Any]:
     """The state as it is on disk."""
-    return state.read(inventory.load(made.folder / "deploy.toml").folder).model_dump()["steps"]
+    return state.read(load_deployment(made.folder / "deploy.toml").folder).model_dump()["steps"]
 
 
 def until(said: Callable[[], bool], seconds: float = 60) -> None:
@@ -165,14 +166,14 @@ def _newer(found: Mapping[str, Any], process: subprocess.Popen[str]) -> bool:
 
 def verdict(made: Rehearsal, seconds: float = 5) -> Verdict:
     """What the canary says."""
-    deployment = inventory.load(made.folder / "deploy.toml")
+    deployment = load_deployment(made.folder / "deploy.toml")
 
     async def go(keeper: state.Keeper) -> Verdict:
-        async with fleet(deployment) as nodes:
+        async with open_fleet(deployment) as nodes:
             work = step.Work(
                 deployment=deployment,
                 fleet=nodes,
-                facts=facts.load(deployment),
+                facts=load_facts(deployment),
                 keeper=keeper,
                 console=Console(),
                 settings=settings.load(),
@@ -198,13 +199,17 @@ def order(made: Rehearsal, node: str, text: str) -> None:
 
 def raylet(made: Rehearsal, node: str) -> int:
     """The pid of a node's raylet, as the node has it."""
-    return next(one["pid"] for one in made.room[node].processes() if one["argv"] and one["argv"][0].endswith("raylet/raylet"))
+    return next(
+        process["pid"]
+        for process in made.room[node].processes()
+        if process["argv"] and process["argv"][0].endswith("raylet/raylet")
+    )
 
 
 def engine_pid(made: Rehearsal) -> int:
     """Of the stand-in on the head."""
-    found = [one for one in made.room.nodes[0].processes() if len(one["argv"]) > 1]
-    return next(one["pid"] for one in found if one["argv"][1].endswith("bin/aphrodite"))
+    found = [process for process in made.room.nodes[0].processes() if len(process["argv"]) > 1]
+    return next(process["pid"] for process in found if process["argv"][1].endswith("bin/aphrodite"))
 
 
 def secrets(made: Rehearsal) -> list[bytes]:
@@ -213,16 +218,16 @@ def secrets(made: Rehearsal) -> list[bytes]:
     for name in ("api-key", "ray-token"):
         with suppress(FileNotFoundError):
             found.append((made.folder / ".deploy" / name).read_text().strip())
-    return [one.encode() for one in found]
+    return [secret.encode() for secret in found]
 
 
 def in_arguments(made: Rehearsal) -> list[str]:
     """Processes of this machine, so of every node, with a secret in their argument list."""
     found = []
     wanted = secrets(made)
-    for one in Path("/proc").glob("[0-9]*/cmdline"):
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
         with suppress(OSError):
-            words = one.read_bytes()
+            words = path.read_bytes()
             found += [str(words) for secret in wanted if secret in words]
     return found
 
@@ -233,7 +238,7 @@ ALLOWED = ("api-key", "ray-token")
 def in_files(made: Rehearsal) -> list[str]:
     """Files of the deployment, of the share and of every node (its memory too) with a secret that are not its own place."""
     wanted = secrets(made)
-    folders = [made.folder, made.room.share, *(one.tmp for one in made.room.nodes), *(one.home for one in made.room.nodes)]
+    folders = [made.folder, made.room.share, *(node.tmp for node in made.room.nodes), *(node.home for node in made.room.nodes)]
     found = []
     for folder in folders:
         for path in folder.rglob("*"):
@@ -242,7 +247,7 @@ def in_files(made: Rehearsal) -> list[str]:
             with suppress(OSError):
                 content = path.read_bytes()
                 found += [str(path) for secret in wanted if secret in content]
-    text = "".join(f"{one.decode()}\n" for one in wanted)
+    text = "".join(f"{secret.decode()}\n" for secret in wanted)
     for node in made.room.nodes:
         look = ["grep", "-rlaF", "-D", "skip", "--exclude-dir=rig*", "-f", "-", "/dev/shm", "/run"]
         done = node.execute(look, input=text)

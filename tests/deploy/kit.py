@@ -15,8 +15,9 @@ from typing import Any
 
 import asyncssh
 
-from deploy.fleet import ssh
 from deploy.fleet.calls import Target
+from deploy.fleet.hostkeys import entry_name, pin
+from deploy.fleet.ssh import open_fleet
 from deploy.fleet.targets import targets
 from deploy.nodes.deployment import Deployment, Node, load_deployment
 from deploy.remote import look
@@ -151,9 +152,9 @@ async def machines(
             home = folder / f"home-k{index}"
             home.mkdir(exist_ok=True)
             made.append(await _machine(index, home, (environment or {}).get(f"k{index}", {})))
-        ssh.pin(
+        pin(
             folder / "known_hosts",
-            [(ssh.entry_name(machine.node.address, machine.node.port), machine.key) for machine in made],
+            [(entry_name(machine.node.address, machine.node.port), machine.key) for machine in made],
         )
         yield made
     finally:
@@ -182,9 +183,9 @@ def mark(folder: Path) -> str:
 
 
 def fleet(folder: Path, made: list[Machine], **more: Any) -> Any:
-    """deploy.fleet.ssh.fleet over `made`, with nobody's ~/.ssh/config."""
+    """deploy.fleet.ssh.open_fleet over `made`, with nobody's ~/.ssh/config."""
     local = {"known_hosts": folder / "known_hosts", "local": f"{folder}/local", "mark": mark(folder), "config": ()}
-    return ssh.fleet([machine.node for machine in made], **{**local, **more})
+    return open_fleet([machine.node for machine in made], **{**local, **more})
 
 
 def deployment(

@@ -10,8 +10,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from deploy.fleet import ssh
 from deploy.fleet.probe import probe_nodes
+from deploy.fleet.ssh import open_fleet
 from deploy.fleet.targets import targets
 from deploy.nodes import paths
 from deploy.nodes.deployment import Deployment, load_deployment
@@ -104,7 +104,7 @@ def planned(room: Rig, made: Deployment) -> Plan:
     """As `deploy plan` makes it, from facts that the nodes are asked for now."""
 
     async def go() -> Facts:
-        async with ssh.fleet(made, config=[]) as fleet:
+        async with open_fleet(made, config=[]) as fleet:
             found, bad = await probe_nodes(made, targets(fleet))
             assert not bad, bad
             return keep_facts(made, found)

@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 import pytest
 
-from deploy.fleet import ssh
+from deploy.fleet.ssh import open_fleet
 from deploy.nodes.redact import Redactor
 from deploy.nodes.state import Record, State
 from deploy.remote import gather
@@ -36,7 +36,7 @@ def unpacked(path: Path, into: Path) -> dict[str, bytes]:
     with tarfile.open(path) as tar:
         tar.extractall(into, filter="data")
     (root,) = into.iterdir()
-    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    return {str(file.relative_to(root)): file.read_bytes() for file in root.rglob("*") if file.is_file()}
 
 
 def forms(secret: str) -> list[bytes]:
@@ -123,8 +123,8 @@ def test_a_bundle_is_made_where_what_is_kept_here_is_damaged(tmp_path: Path, nam
     async def work(made: Scene) -> None:
         made.keep("failed", "Ray lost k1")
         (made.deployment.folder.path / name).write_bytes(content)
-        async with ssh.fleet(made.deployment, config=[]) as fleet:
-            bundle = await collecting.collect(made.deployment, fleet, tmp_path, environ={})
+        async with open_fleet(made.deployment, config=[]) as fleet:
+            bundle = await collecting.write_bundle(made.deployment, fleet, tmp_path, environ={})
         files = unpacked(bundle.path, tmp_path / "out")
         assert files[f"local/deploy/{name}"] == content
         assert {"nodes/k0/processes.txt", "local/deploy.toml"} <= set(files)
@@ -153,8 +153,8 @@ def test_a_bundle_is_made_while_nodes_are_away(tmp_path: Path) -> None:
     async def work(made: Scene) -> None:
         made.keep("failed", "Ray lost k1")
         await made.made[1].switch_off()
-        async with ssh.fleet(made.deployment, config=[]) as fleet:
-            bundle = await collecting.collect(made.deployment, fleet, tmp_path, environ={})
+        async with open_fleet(made.deployment, config=[]) as fleet:
+            bundle = await collecting.write_bundle(made.deployment, fleet, tmp_path, environ={})
         assert list(bundle.missing) == ["k1"]
         (away,) = [finding for finding in bundle.findings if finding.rank == 2]
         assert away.where == "k1"

@@ -10,14 +10,15 @@ from pathlib import Path
 import psutil
 import pytest
 
-from deploy.fleet import facts as facts_of
+from deploy.fleet.jobs import job_status, start_job
 from deploy.fleet.targets import targets
 from deploy.nodes import state
+from deploy.nodes.facts import load_facts
 from deploy.nodes.state import Record, State
 from deploy.remote import look
-from deploy.steps import environment, flow, ray
+from deploy.steps import environment, flow, processes, ray, step
 from deploy.steps.environment import Matrix, Module
-from deploy.steps.flow import Work
+from deploy.steps.step import Work
 from gracefarm import settings
 from gracefarm.console import Console
 from gracefarm.errors import InstallError, NodeError, SshError
@@ -46,20 +47,20 @@ def alive(pid: int) -> bool:
 def running(made: Scene) -> list[tuple[str, str]]:
     """Node and job of all that run, also where nobody is let in."""
     found = []
-    for one in made.made:
+    for machine in made.made:
         for job in ("engine", "ray"):
-            pid = Path(f"{made.fleet.local}/{made.fleet.mark}/{one.node.name}/jobs/{job}/pid")
+            pid = Path(f"{made.fleet.local}/{made.fleet.mark}/{machine.node.name}/jobs/{job}/pid")
             if pid.exists() and alive(int(pid.read_text().split()[0])):
-                found.append((one.node.name, job))
+                found.append((machine.node.name, job))
     return found
 
 
 def test_with_a_node_away_everything_ends_on_all_others_and_then_it_is_told(tmp_path: Path) -> None:
     async def work(made: Scene) -> None:
         head, _, last = made.fleet.nodes
-        await made.fleet.start_job(head, "engine", SLEEPS)
+        await start_job(made.fleet, head, "engine", SLEEPS)
         for node in made.fleet.nodes:
-            await made.fleet.start_job(node, "ray", SLEEPS)
+            await start_job(made.fleet, node, "ray", SLEEPS)
         steps = {name: Record(digest="x", outcome="done", begun=time.time()) for name in ("ray", "engine", "weights")}
         made.deployment.folder.state.write_text(State(steps=steps).model_dump_json())
         async with deploy(made.folder, "tunnel") as tunnel:
@@ -71,14 +72,14 @@ def test_with_a_node_away_everything_ends_on_all_others_and_then_it_is_told(tmp_
             assert "k2 127.0.0.13" in said
             assert "cannot be reached" in said
             assert running(made) == [("k2", "ray")]
-            assert (await made.fleet.job_status(head, "engine")).state == "stopped"
+            assert (await job_status(made.fleet, head, "engine")).state == "stopped"
             assert await asyncio.wait_for(tunnel.wait(), 10) is not None
         assert set(state.read(made.deployment.folder).steps) == {"weights"}
         await made.made[2].listen()
         code, said = await down(made)
         assert code == 0, said
         assert "nothing of this deployment runs any more" in said
-        assert (await made.fleet.job_status(last, "ray")).state == "stopped"
+        assert (await job_status(made.fleet, last, "ray")).state == "stopped"
         assert running(made) == []
 
     play(tmp_path, work, nodes=3)
@@ -94,7 +95,7 @@ def test_a_spare_that_is_away_is_left_out_and_a_node_that_serves_is_not(
             whole = Work(
                 deployment=made.deployment,
                 fleet=made.fleet,
-                facts=facts_of.load(made.deployment),
+                facts=load_facts(made.deployment),
                 keeper=keeper,
                 console=Console(),
                 settings=settings.load(),
@@ -102,16 +103,16 @@ def test_a_spare_that_is_away_is_left_out_and_a_node_that_serves_is_not(
             assert await flow.without_lost_spares(whole) == whole
             await made.made[1].switch_off()
             with pytest.raises(SshError, match="k1 "):
-                await flow.look(whole)
+                await step.look(whole)
             less = await flow.without_lost_spares(whole)
-            assert [one.name for one in less.nodes] == ["k0", "k2"]
+            assert [node.name for node in less.nodes] == ["k0", "k2"]
             assert less.pairs != whole.pairs  # what is done without it is done for it when it is back
-            assert set(await flow.look(less)) == {"k0", "k2"}
+            assert set(await step.look(less)) == {"k0", "k2"}
             await made.made[2].switch_off()
             again = await flow.without_lost_spares(whole)
-            assert [one.name for one in again.nodes] == ["k0", "k2"]
+            assert [node.name for node in again.nodes] == ["k0", "k2"]
             with pytest.raises(SshError, match="k2 "):
-                await flow.look(again)
+                await step.look(again)
 
     play(tmp_path, work, nodes=3)
     assert "it is a spare: going on without it" in capsys.readouterr().err
@@ -122,14 +123,14 @@ def test_ray_makes_room_for_itself_and_not_of_a_build_or_a_download_that_is_at_w
 
     async def work(made: Scene) -> None:
         head = made.fleet.nodes[0]
-        for job, env in (("build-env", {}), ("weights", {}), ("ray", {ray.PLAN: "another"})):
-            await made.fleet.start_job(head, job, SLEEPS, env)
-        spec = ray.Spec(plan=made.plan.model_copy(update={"nodes": made.plan.nodes[:1]}), python="python3")
+        for job, env in (("build-env", {}), ("weights", {}), ("ray", {processes.PLAN: "another"})):
+            await start_job(made.fleet, head, job, SLEEPS, env)
+        spec = ray.ClusterSpec(plan=made.plan.model_copy(update={"nodes": made.plan.nodes[:1]}), python="python3")
         with pytest.raises(InstallError, match="ray does not import"):
             await ray.up(made.fleet, targets(made.fleet), spec, Console())
-        states = {job: (await made.fleet.job_status(head, job)).state for job in ("build-env", "weights", "ray")}
+        states = {job: (await job_status(made.fleet, head, job)).state for job in ("build-env", "weights", "ray")}
         assert states == {"build-env": "running", "weights": "running", "ray": "lost"}
-        await ray.stop(targets(made.fleet), made.fleet.mark)
+        await processes.stop(targets(made.fleet), made.fleet.mark)
 
     play(tmp_path, work)
 
@@ -146,14 +147,14 @@ def test_what_a_killed_command_left_of_its_import_matrix_is_ended(tmp_path: Path
         async with asyncio.timeout(20):
             while not begun.exists():  # noqa: ASYNC110 - what the worker starts before, to ask for GPUs, ends by itself
                 await asyncio.sleep(0.05)
-        left = [one for one in look.processes(prefix) if one["name"].startswith("python")]
+        left = [process for process in look.processes(prefix) if process["name"].startswith("python")]
         assert len(left) == 2, "the worker, and Python that imports"
         made.made[0].cut()
         with pytest.raises(NodeError):
             await proof
-        assert all(alive(one["pid"]) for one in left)
+        assert all(alive(process["pid"]) for process in left)
         code, said = await down(made)
         assert code == 0, said
-        assert not any(alive(one["pid"]) for one in left)
+        assert not any(alive(process["pid"]) for process in left)
 
     play(tmp_path, work)

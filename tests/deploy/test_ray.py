@@ -8,16 +8,16 @@ from typing import TypeVar
 
 import pytest
 
-from deploy.fleet import facts
 from deploy.fleet.calls import Target
-from deploy.fleet.ssh import Fleet, fleet
+from deploy.fleet.ssh import Fleet, open_fleet
 from deploy.fleet.targets import targets
 from deploy.nodes import paths
-from deploy.nodes.inventory import Deployment
-from deploy.planning import plan as planning
-from deploy.planning.plan import Plan
-from deploy.rehearsal.nodes import MOUNT, Rig, rig
-from deploy.steps import ray
+from deploy.nodes.deployment import Deployment
+from deploy.nodes.facts import load_facts
+from deploy.planning import plans
+from deploy.planning.plans import Plan
+from deploy.rehearsal.rig import MOUNT, Rig, rig
+from deploy.steps import processes, ray
 from gracefarm.console import Console
 from gracefarm.errors import EngineError
 from tests.deploy import ray_kit
@@ -69,48 +69,48 @@ def plan(room: Rig, deployment: Deployment) -> Plan:
     program.chmod(0o755)
     let_die(room, 0)
     made = ray_kit.planned(room, deployment)
-    nodes = tuple(one.model_copy(update={"ray": (f"{MOUNT}/mortal-ray", *one.ray[1:])}) for one in made.nodes)
-    return planning.identified(made.model_copy(update={"nodes": nodes, "id": ""}))
+    nodes = tuple(node.model_copy(update={"ray": (f"{MOUNT}/mortal-ray", *node.ray[1:])}) for node in made.nodes)
+    return plans.identified(made.model_copy(update={"nodes": nodes, "id": ""}))
 
 
 def with_nodes(room: Rig, deployment: Deployment, work: Callable[[Fleet, list[Target]], Awaitable[T]]) -> T:
     async def go() -> T:
-        async with fleet(deployment, config=[], connect_timeout=5) as made:
-            return await work(made, targets(made, facts.load(deployment)))
+        async with open_fleet(deployment, config=[], connect_timeout=5) as made:
+            return await work(made, targets(made, load_facts(deployment)))
 
     with room.inside():
         return asyncio.run(go())
 
 
-def up(room: Rig, deployment: Deployment, plan: Plan, **more: object) -> ray.Outcome:
+def up(room: Rig, deployment: Deployment, plan: Plan, **more: object) -> ray.Started:
     python = paths.program(deployment, "python")
-    spec = ray.Spec(plan=plan, python=python, token=ray_kit.TOKEN, **more)  # type: ignore[arg-type]
+    spec = ray.ClusterSpec(plan=plan, python=python, token=ray_kit.TOKEN, **more)  # type: ignore[arg-type]
     return with_nodes(room, deployment, lambda made, nodes: ray.up(made, nodes, spec, Console()))
 
 
 def down(room: Rig, deployment: Deployment) -> dict[str, int]:
-    return with_nodes(room, deployment, lambda made, nodes: ray.stop(nodes, made.mark))
+    return with_nodes(room, deployment, lambda made, nodes: processes.stop(nodes, made.mark))
 
 
 def raylets(room: Rig) -> dict[str, list[int]]:
     return {
-        one.name: [each["pid"] for each in one.processes() if each["argv"] and each["argv"][0].endswith("/raylet/raylet")]
-        for one in room.nodes
+        node.name: [each["pid"] for each in node.processes() if each["argv"] and each["argv"][0].endswith("/raylet/raylet")]
+        for node in room.nodes
     }
 
 
 def anything_of_ray(room: Rig) -> list[str]:
     return [
         " ".join(each["argv"])[:80]
-        for one in room.nodes
-        for each in one.processes()
+        for node in room.nodes
+        for each in node.processes()
         if any(word in " ".join(each["argv"]) for word in ("ray::", "raylet", "gcs_server", "rayenv"))
     ]
 
 
 def changed(plan: Plan) -> Plan:
-    nodes = tuple(one.model_copy(update={"env": {**one.env, "NCCL_DEBUG": "INFO"}}) for one in plan.nodes)
-    return planning.identified(plan.model_copy(update={"nodes": nodes, "id": ""}))
+    nodes = tuple(node.model_copy(update={"env": {**node.env, "NCCL_DEBUG": "INFO"}}) for node in plan.nodes)
+    return plans.identified(plan.model_copy(update={"nodes": nodes, "id": ""}))
 
 
 @pytest.mark.slow
@@ -124,10 +124,10 @@ def test_a_cluster_comes_up_is_left_alone_repaired_changed_and_stopped(
     assert first.started == ("k0", "k1")
     assert first.gpus == 2
     running = raylets(room)
-    assert [len(one) for one in running.values()] == [1, 1, 0]  # the spare is not part of it
-    everybody = [each for one in room.nodes for each in one.processes()]
-    assert not any(ray_kit.TOKEN in part for one in everybody for part in one["argv"])
-    assert not any(ray_kit.TOKEN in value for one in everybody for value in one["environ"].values())
+    assert [len(pids) for pids in running.values()] == [1, 1, 0]  # the spare is not part of it
+    everybody = [each for node in room.nodes for each in node.processes()]
+    assert not any(ray_kit.TOKEN in part for process in everybody for part in process["argv"])
+    assert not any(ray_kit.TOKEN in value for process in everybody for value in process["environ"].values())
 
     again = up(room, deployment, plan)
     assert again.started == ()
@@ -158,5 +158,5 @@ def test_a_second_death_is_the_error_with_node_and_cause_and_leaves_nothing_ther
     cause = f"k1: `ray start` ended with 1: Ray runtime could not be started.: raylet.out: {DEATH}"
     assert (told.value.cause, "`deploy logs k1`" in told.value.remedy) == (cause, True)
     assert (room.share / "mortal-ray.deaths").read_text() == "0\n"
-    assert [len(one) for one in raylets(room).values()] == [1, 0, 0]  # the head's stays: the next start goes on from it
+    assert [len(pids) for pids in raylets(room).values()] == [1, 0, 0]  # the head's stays: the next start goes on from it
     assert down(room, deployment)["k1"] == 0

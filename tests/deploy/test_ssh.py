@@ -1,4 +1,4 @@
-"""deploy.fleet.ssh.Fleet over real SSH servers: keys, exit codes, time-outs, files, jobs that outlive a cut, tunnels."""
+"""deploy.fleet over real SSH servers: keys, exit codes, time-outs, files, jobs that outlive a cut, tunnels."""
 
 from __future__ import annotations
 
@@ -14,8 +14,13 @@ from pathlib import Path
 import asyncssh
 import pytest
 
-from deploy.fleet import ssh
-from deploy.fleet.ssh import Fleet
+from deploy.fleet import commands
+from deploy.fleet.files import put_file
+from deploy.fleet.forwarding import forward_local
+from deploy.fleet.hostkeys import entry_name, matches, pin, scan
+from deploy.fleet.jobs import follow_job, job_status, start_job, stop_job
+from deploy.fleet.results import require
+from deploy.fleet.ssh import Fleet, open_fleet
 from deploy.fleet.targets import targets
 from deploy.nodes.deployment import Node
 from gracefarm.errors import NodeError, SshError, UsageError
@@ -47,7 +52,7 @@ def test_a_command_runs_on_all_nodes_at_once_and_every_exit_code_is_kept(tmp_pat
         assert ("k3", "stderr", "oops") in said
         assert all(machine.entered == 1 for machine in made)
         with pytest.raises(NodeError, match=r"trying: k1 127\.0\.0\.12 ended with 1: oops \(and on 2 more: k2, k3\)"):
-            ssh.require(done, "trying")
+            require(done, "trying")
 
     with_fleet(tmp_path, 4, work)
 
@@ -55,7 +60,7 @@ def test_a_command_runs_on_all_nodes_at_once_and_every_exit_code_is_kept(tmp_pat
 def test_output_that_is_read_line_by_line_may_be_any_amount_and_what_is_kept_may_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ssh, "LIMIT", 1 << 20)
+    monkeypatch.setattr(commands, "LIMIT", 1 << 20)
     much = "yes 0123456789abcde | head -n 200000; echo end >&2; exit 3"  # 3.2 MB
 
     async def work(fleet: Fleet, _made: list[kit.Machine]) -> None:
@@ -122,7 +127,7 @@ def test_the_environment_and_input_are_in_no_argument_list(tmp_path: Path) -> No
 def test_another_host_key_is_refused_by_name_and_nothing_runs(tmp_path: Path) -> None:
     async def work(fleet: Fleet, made: list[kit.Machine]) -> None:
         other = asyncssh.generate_private_key("ssh-ed25519")
-        ssh.pin(tmp_path / "known_hosts", [(ssh.entry_name(made[1].node.address, made[1].node.port), other)])
+        pin(tmp_path / "known_hosts", [(entry_name(made[1].node.address, made[1].node.port), other)])
         done = await fleet.run("touch $HOME/was-here")
         assert done["k0"].ok
         assert isinstance(done["k1"].error, SshError)
@@ -154,7 +159,7 @@ def test_a_node_that_is_away_does_not_hold_the_others_up(tmp_path: Path) -> None
                 Node(name="mute", rank=2, address="127.0.0.99", port=silent.getsockname()[1]),
                 made[1].node,
             ]
-            async with ssh.fleet(nodes, known_hosts=tmp_path / "known_hosts", config=(), connect_timeout=1.5) as fleet:
+            async with open_fleet(nodes, known_hosts=tmp_path / "known_hosts", config=(), connect_timeout=1.5) as fleet:
                 begin = time.monotonic()
                 done = await fleet.run("echo hi")
                 assert time.monotonic() - begin < 4
@@ -195,15 +200,14 @@ def test_a_cut_in_the_middle_of_a_command_is_told_as_an_unknown_outcome(tmp_path
     with_fleet(tmp_path, 1, work)
 
 
-def test_files_are_placed_whole_with_their_mode_and_fetched_by_node(tmp_path: Path) -> None:
+def test_a_file_is_placed_whole_with_its_mode(tmp_path: Path) -> None:
     async def work(fleet: Fleet, made: list[kit.Machine]) -> None:
         remote = f"{tmp_path}/there/deep/secret"
-        ssh.require(await fleet.put(b"x" * 100_000, remote, nodes=["k0"]), "put")
+        require(await put_file(fleet, b"x" * 100_000, remote, nodes=["k0"]), "put")
         assert look(Path(remote)) == ("-rw-------", "drwx------", ["secret"])
-        ssh.require(await fleet.get(remote, tmp_path / "here"), "get")
-        assert (tmp_path / "here" / "k1" / "secret").read_bytes() == b"x" * 100_000
-        missing = (await fleet.get(remote + "-not", tmp_path / "here"))["k0"]
-        assert isinstance(missing.error, NodeError)
+        assert (await fleet.run(["wc", "-c", remote], nodes=["k0"]))["k0"].stdout.startswith("100000 ")
+        assert made[0].entered == 1
+        assert made[1].entered == 0
 
     with_fleet(tmp_path, 2, work)
 
@@ -224,10 +228,10 @@ def test_a_job_outlives_the_connection_and_is_followed_without_loss_or_repetitio
         command = (
             'read word; i=0; while [ $i -lt 60 ]; do echo "$word $i $EXTRA"; i=$((i+1)); sleep 0.05; done; printf last; exit 7'
         )
-        assert await fleet.start_job(node, "count", command, env={"EXTRA": "e"}, input=b"line\n")
-        assert not await fleet.start_job(node, "count", "echo other")  # runs already: left alone
-        assert (await fleet.job_status(node, "count")).state == "running"
-        following = asyncio.ensure_future(fleet.follow_job(node, "count", lines.append))
+        assert await start_job(fleet, node, "count", command, env={"EXTRA": "e"}, input=b"line\n")
+        assert not await start_job(fleet, node, "count", "echo other")  # runs already: left alone
+        assert (await job_status(fleet, node, "count")).state == "running"
+        following = asyncio.ensure_future(follow_job(fleet, node, "count", lines.append))
         for _ in range(4):
             await asyncio.sleep(0.5)
             made[0].cut()
@@ -244,22 +248,22 @@ def test_a_job_is_found_again_by_the_next_fleet_and_stopped_with_all_its_childre
     async def first(fleet: Fleet, made: list[kit.Machine]) -> None:
         # one child in a session of its own that ignores TERM: found by its mark, ended by KILL
         stubborn = "setsid sh -c 'trap \"\" TERM; echo stubborn $$; while :; do sleep 0.2; done' & echo leader $$; wait"
-        await fleet.start_job(made[0].node, "many", stubborn)
-        while (await fleet.job_status(made[0].node, "many")).size < 20:  # noqa: ASYNC110
+        await start_job(fleet, made[0].node, "many", stubborn)
+        while (await job_status(fleet, made[0].node, "many")).size < 20:  # noqa: ASYNC110
             await asyncio.sleep(0.05)
 
     async def second(fleet: Fleet, made: list[kit.Machine]) -> None:
         node = made[0].node
-        assert (await fleet.job_status(node, "many")).state == "running"
+        assert (await job_status(fleet, node, "many")).state == "running"
         log = Path(await fleet.folder(node)) / "jobs" / "many" / "log"
         pids = [int(line.split()[1]) for line in log.read_text().splitlines()]
         assert len(pids) == 2
-        await fleet.stop_job(node, "many", grace=1)
+        await stop_job(fleet, node, "many", grace=1)
         for pid in pids:
             await gone(pid)
-        assert (await fleet.job_status(node, "many")).state == "stopped"
-        await fleet.stop_job(node, "many")
-        assert (await fleet.job_status(node, "never")).state == "absent"
+        assert (await job_status(fleet, node, "many")).state == "stopped"
+        await stop_job(fleet, node, "many")
+        assert (await job_status(fleet, node, "never")).state == "absent"
 
     with_fleet(tmp_path, 1, first)
     with_fleet(tmp_path, 1, second)
@@ -268,13 +272,13 @@ def test_a_job_is_found_again_by_the_next_fleet_and_stopped_with_all_its_childre
 def test_a_job_that_was_killed_is_lost_and_its_log_remains(tmp_path: Path) -> None:
     async def work(fleet: Fleet, made: list[kit.Machine]) -> None:
         node = made[0].node
-        await fleet.start_job(node, "victim", "echo here; sleep 100")
-        status = await fleet.job_status(node, "victim")
+        await start_job(fleet, node, "victim", "echo here; sleep 100")
+        status = await job_status(fleet, node, "victim")
         assert status.pid
         os.killpg(status.pid, 9)
         await gone(status.pid)
         lines: list[str] = []
-        assert (await fleet.follow_job(node, "victim", lines.append)).state == "lost"
+        assert (await follow_job(fleet, node, "victim", lines.append)).state == "lost"
         assert lines == ["here"]
 
     with_fleet(tmp_path, 1, work)
@@ -285,7 +289,7 @@ def test_a_folder_of_somebody_else_is_refused(tmp_path: Path) -> None:
         (tmp_path / "elsewhere").mkdir()
         (tmp_path / "local").symlink_to(tmp_path / "elsewhere")
         with pytest.raises(NodeError, match="belongs to somebody else"):
-            await fleet.start_job(made[0].node, "x", "true")
+            await start_job(fleet, made[0].node, "x", "true")
 
     with_fleet(tmp_path, 1, work)
 
@@ -299,7 +303,7 @@ def test_a_tunnel_survives_a_cut_and_closes_what_nobody_answers(tmp_path: Path) 
 
         server = await asyncio.start_server(echo, "127.0.0.1", 0)
         port = server.sockets[0].getsockname()[1]
-        async with fleet.forward_local(made[0].node, 0, "127.0.0.1", port) as local:
+        async with forward_local(fleet, made[0].node, 0, "127.0.0.1", port) as local:
             assert await ask(local) == b"> hello\n"
             made[0].cut()
             assert await ask(local) == b"> hello\n"
@@ -329,7 +333,7 @@ def test_a_jump_host_is_one_connection_for_all_behind_it(tmp_path: Path) -> None
         async with kit.machines(tmp_path, 3) as made:
             door = made[0].node
             behind = [machine.node.model_copy(update={"jump": f"tester@{door.address}:{door.port}"}) for machine in made[1:]]
-            async with ssh.fleet(behind, known_hosts=tmp_path / "known_hosts", config=()) as fleet:
+            async with open_fleet(behind, known_hosts=tmp_path / "known_hosts", config=()) as fleet:
                 done = await fleet.run("echo ${HOME##*-}")
         assert [result.stdout for result in done.values()] == ["k1\n", "k2\n"]
         assert made[0].entered == 1
@@ -339,12 +343,12 @@ def test_a_jump_host_is_one_connection_for_all_behind_it(tmp_path: Path) -> None
 
 def test_what_a_person_sees_of_a_host_key_is_what_gets_pinned(tmp_path: Path) -> None:
     async def work(fleet: Fleet, made: list[kit.Machine]) -> None:
-        ((name, key),) = await ssh.scan(fleet, made[0].node)
+        ((name, key),) = await scan(fleet, made[0].node)
         assert key.public_data == made[0].key.public_data
-        assert ssh.matches(tmp_path / "known_hosts", name, key)
+        assert matches(tmp_path / "known_hosts", name, key)
         shutil.copy(tmp_path / "known_hosts", tmp_path / "other")
-        ssh.pin(tmp_path / "other", [(name, made[1].key)])
-        assert not ssh.matches(tmp_path / "other", name, key)
+        pin(tmp_path / "other", [(name, made[1].key)])
+        assert not matches(tmp_path / "other", name, key)
         assert stat.filemode((tmp_path / "other").stat().st_mode) == "-rw-------"
 
     with_fleet(tmp_path, 2, work)

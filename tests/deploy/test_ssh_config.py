@@ -12,7 +12,10 @@ from typing import Any
 import asyncssh
 import pytest
 
-from deploy.fleet import ssh
+from deploy.fleet.files import put_file
+from deploy.fleet.jobs import follow_job, start_job
+from deploy.fleet.results import require
+from deploy.fleet.ssh import open_fleet
 from deploy.nodes.deployment import load_deployment
 from tests.deploy import kit
 from tests.deploy.test_init import deploy
@@ -122,10 +125,10 @@ def test_a_name_of_the_configuration_is_all_that_a_person_says(tmp_path: Path, d
 
     async def place() -> list[str]:
         lines: list[str] = []
-        async with ssh.fleet(deployment, local=str(tmp_path / "local")) as fleet:
-            ssh.require(await fleet.put(b"content", str(tmp_path / "placed")), "placing it")
-            await fleet.start_job(deployment.head, "hello", ["echo", "from a job"])
-            await fleet.follow_job(deployment.head, "hello", lines.append)
+        async with open_fleet(deployment, local=str(tmp_path / "local")) as fleet:
+            require(await put_file(fleet, b"content", str(tmp_path / "placed")), "placing it")
+            await start_job(fleet, deployment.head, "hello", ["echo", "from a job"])
+            await follow_job(fleet, deployment.head, "hello", lines.append)
         return lines
 
     assert asyncio.run(place()) == ["from a job"]

@@ -21,21 +21,23 @@ from typing import Any
 import httpx
 import pytest
 
-from deploy.fleet import facts as facts_of
-from deploy.fleet import ssh
 from deploy.fleet.calls import Json, Target
-from deploy.fleet.ssh import Fleet, JobStatus
+from deploy.fleet.jobs import JobStatus, start_job, stop_job
+from deploy.fleet.probe import probe_nodes
+from deploy.fleet.ssh import Fleet, open_fleet
 from deploy.fleet.targets import targets
 from deploy.nodes import state
-from deploy.nodes.inventory import Deployment
+from deploy.nodes.deployment import Deployment
+from deploy.nodes.facts import keep_facts, load_facts
 from deploy.nodes.state import Record, State
-from deploy.planning.plan import Plan
+from deploy.planning.plans import Plan
 from deploy.steps import engine, flow, metrics
-from deploy.steps.engine import Answer, Signs
+from deploy.steps.canary import Reply
 from deploy.watch import collect as collecting
 from deploy.watch import logs as logging
 from deploy.watch import status
 from deploy.watch.logs import Wish
+from deploy.watch.verdict import Signs
 from gracefarm.console import Console
 from gracefarm.errors import EngineError
 from tests.deploy import kit
@@ -65,7 +67,7 @@ class Scene:
             raise
         self.keep("done")
 
-    def spec(self) -> engine.Spec:
+    def spec(self) -> engine.EngineSpec:
         key = engine.api_key(self.deployment.folder)
         return spec(self.plan, secrets={"APHRODITE_API_KEY": key}, load=60.0)
 
@@ -100,16 +102,16 @@ async def _scene(folder: Path, local: str, made: list[kit.Machine], *more: str) 
     port = free_port()
     text = f'share = "{folder}/share"\n[options]\nprice_per_node_hour = 2.29\nconnect_timeout = 3.0\n'
     deployment = kit.deployment(folder, made, ports={"engine": port}, more=text, local=local)
-    async with ssh.fleet(deployment, config=[]) as fleet:
-        facts, bad = await facts_of.probe(deployment, targets(fleet))
+    async with open_fleet(deployment, config=[]) as fleet:
+        facts, bad = await probe_nodes(deployment, targets(fleet))
         assert not bad
-        facts_of.keep(deployment, facts)
+        keep_facts(deployment, facts)
         found = Scene(folder=folder, made=made, deployment=deployment, fleet=fleet, plan=a_plan(port, *more))
         try:
             yield found
         finally:
             if made[0].server.sockets:
-                await fleet.stop_job(deployment.head, "engine", grace=1)
+                await stop_job(fleet, deployment.head, "engine", grace=1)
 
 
 def play(folder: Path, work: Callable[[Scene], Awaitable[None]], *more: str, nodes: int = 1) -> None:
@@ -148,9 +150,9 @@ def test_a_share_whose_server_is_gone_holds_status_up_no_longer_than_it_must_and
             assert (code, said["service"]["word"]) == (0, "READY")
             node = said["nodes"][0]
             assert (node["stuck"], node["error"]) == ([str(tmp_path / "share")], "")
-            assert [one["path"] for one in node["disks"]] == [made.deployment.data.local]
-            found = await status.look(status.watch(made.deployment, made.fleet))
-            texts = [one.text for one in collecting.findings({}, found, State(), made.plan, {})]
+            assert [disk["path"] for disk in node["disks"]] == [made.deployment.data.local]
+            found = await status.look(status.watch_of(made.deployment, made.fleet))
+            texts = [finding.text for finding in collecting.findings({}, found, State(), made.plan, {})]
             assert f"k0: the file system at {tmp_path / 'share'} does not answer" in texts
 
     play(tmp_path, work)
@@ -166,7 +168,7 @@ def test_a_node_that_does_not_answer_is_part_of_the_answer(tmp_path: Path, monke
     monkeypatch.setattr(flow, "call", never)
 
     async def work(made: Scene) -> None:
-        seen = await status.look(status.watch(made.deployment, made.fleet))
+        seen = await status.look(status.watch_of(made.deployment, made.fleet))
         assert "k0: no answer to a short question within 1 s" in seen.nodes[0].error
 
     play(tmp_path, work)
@@ -185,7 +187,7 @@ def test_status_by_a_real_completion_and_its_exit_code(tmp_path: Path) -> None:
         node = said["nodes"][0]
         assert node["jobs"] == ["engine"]
         assert node["memory"]["total"] > node["memory"]["available"] > 0
-        assert {one["path"] for one in node["disks"]} == {str(tmp_path / "share"), made.deployment.data.local}
+        assert {disk["path"] for disk in node["disks"]} == {str(tmp_path / "share"), made.deployment.data.local}
         assert node["disks"][0]["total"] == shutil.disk_usage(tmp_path).total
         assert said["usd_per_hour"] == 2.29
         assert said["usd_since_boot"] == pytest.approx(2.29 * node["uptime"] / 3600, abs=0.02)
@@ -193,7 +195,7 @@ def test_status_by_a_real_completion_and_its_exit_code(tmp_path: Path) -> None:
         code, said = await made.status("--canary", "1.5")
         hang.unlink()
         assert (code, said["service"]["word"]) == (63, "WEDGED")
-        await made.fleet.stop_job(made.deployment.head, "engine")
+        await stop_job(made.fleet, made.deployment.head, "engine")
         code, said = await made.status()
         assert (code, said["service"]["word"]) == (65, "STOPPED")
 
@@ -238,7 +240,7 @@ def test_a_node_that_is_away_is_told_and_the_head_decides(tmp_path: Path) -> Non
         await made.made[1].switch_off()
         code, said = await made.status()
         assert code == 65
-        assert [bool(one["error"]) for one in said["nodes"]] == [False, True]
+        assert [bool(node["error"]) for node in said["nodes"]] == [False, True]
         assert "cannot be reached" in said["nodes"][1]["error"]
         made.keep("done")
         await made.made[0].switch_off()
@@ -269,10 +271,10 @@ def steps(**outcomes: Any) -> State:
         (Signs(job=JobStatus(state="absent")), steps(ray="failed"), "FAILED(ray)", "why"),
         (Signs(job=JobStatus(state="stopped")), steps(engine="failed", ray="running"), "LOADING(ray)", "begun"),
         (Signs(job=JobStatus(state="stopped")), steps(load="done"), "STOPPED", "does not run"),
-        (Signs(job=RUNS, answer=Answer(kind="ok", seconds=0.4)), steps(), "READY", "0.40 s"),
-        (Signs(job=RUNS, answer=Answer(kind="ok"), nodes={"k1": False}), steps(), "DEGRADED", "Ray lost k1"),
+        (Signs(job=RUNS, answer=Reply(kind="ok", seconds=0.4)), steps(), "READY", "0.40 s"),
+        (Signs(job=RUNS, answer=Reply(kind="ok"), nodes={"k1": False}), steps(), "DEGRADED", "Ray lost k1"),
         (
-            Signs(job=RUNS, answer=Answer(kind="refused"), phase="loading", fraction=0.4),
+            Signs(job=RUNS, answer=Reply(kind="refused"), phase="loading", fraction=0.4),
             steps(engine="running", load="done"),
             "LOADING(loading 40%)",
             "about 70 s left",
@@ -321,10 +323,10 @@ def test_top_has_tokens_per_second_by_the_engines_own_counter(tmp_path: Path) ->
         moments = [json.loads(line) for line in out.decode().splitlines()]
         assert len(moments) == 3
         assert moments[0]["tokens_per_s"] is None
-        assert all(one["service"]["word"] == "READY" for one in moments)
-        for one in moments[1:]:
-            assert 3 < one["tokens_per_s"] < 25
-            assert one["usd_per_mtok"] == pytest.approx(2.29 / (one["tokens_per_s"] * 3600) * 1e6, rel=0.01)
+        assert all(moment["service"]["word"] == "READY" for moment in moments)
+        for moment in moments[1:]:
+            assert 3 < moment["tokens_per_s"] < 25
+            assert moment["usd_per_mtok"] == pytest.approx(2.29 / (moment["tokens_per_s"] * 3600) * 1e6, rel=0.01)
         async with deploy(tmp_path, "top", "--every", "0.5") as process:
             assert process.stdout
             async with asyncio.timeout(30):
@@ -366,28 +368,28 @@ def test_the_engines_log_from_the_last_lines_on_and_after_a_cut(tmp_path: Path) 
     async def work(made: Scene) -> None:
         loop = "i=0; while [ $i -lt 40 ]; do echo line $i; i=$((i+1)); [ $i -lt 20 ] || sleep 0.1; done"
         head = made.deployment.head
-        await made.fleet.start_job(head, "engine", loop)
+        await start_job(made.fleet, head, "engine", loop)
         log = Path(await made.fleet.folder(head)) / "jobs" / "engine" / "log"
         await until(lambda: "line 19" in log.read_text())
         said: list[str] = []
         wish = Wish(lines=3, follow=True, pause=0.1)
-        following = asyncio.create_task(logging.engine(made.fleet, head, wish, lambda _n, _l, text: said.append(text)))
+        following = asyncio.create_task(logging.engine_log(made.fleet, head, wish, lambda _n, _l, text: said.append(text)))
         await until(lambda: "line 24" in said)
         made.made[0].cut()
         done = await asyncio.wait_for(following, 30)
         assert done.state == "exited"
-        numbers = [int(one.split()[1]) for one in said]
+        numbers = [int(line.split()[1]) for line in said]
         assert numbers == list(range(numbers[0], 40))
         assert 16 <= numbers[0] <= 20
         once: list[str] = []
-        await logging.engine(made.fleet, head, Wish(lines=2), lambda _n, _l, text: once.append(text))
+        await logging.engine_log(made.fleet, head, Wish(lines=2), lambda _n, _l, text: once.append(text))
         assert once == ["line 38", "line 39"]
 
     play(tmp_path, work)
 
 
 def ray_logs(made: Scene, session: str) -> Path:
-    folder = Path(logging.patterns(made.deployment, facts_of.load(made.deployment), "k0")[0]).parent
+    folder = Path(logging.patterns(made.deployment, load_facts(made.deployment), "k0")[0]).parent
     real = folder.parent.parent / session / "logs"
     real.mkdir(parents=True)
     link = folder.parent
@@ -399,12 +401,12 @@ def ray_logs(made: Scene, session: str) -> Path:
 def test_rays_logs_are_followed_over_a_cut_and_into_a_new_session(tmp_path: Path) -> None:
     async def work(made: Scene) -> None:
         first = ray_logs(made, "session_2026-11-24_1")
-        (first / "raylet.out").write_text("".join(f"old {one}\n" for one in range(9)))
-        facts, said, cuts = facts_of.load(made.deployment), [], []
+        (first / "raylet.out").write_text("".join(f"old {number}\n" for number in range(9)))
+        facts, said, cuts = load_facts(made.deployment), [], []
         (node,) = targets(made.fleet, facts)
         wish = Wish(lines=2, follow=True, pause=0.2)
         following = asyncio.create_task(
-            logging.ray(
+            logging.ray_logs(
                 made.deployment,
                 facts,
                 node,
@@ -457,13 +459,16 @@ def test_a_follower_that_a_cut_has_left_behind_ends(tmp_path: Path) -> None:
 
 def test_the_command_shows_no_secret_and_names_node_and_log(tmp_path: Path) -> None:
     async def work(made: Scene) -> None:
-        for words, code, said in (("logs",), 63, "no engine was started"), (("logs", "k0"), 0, "Ray has written no log there"):
+        for words, code, message in (
+            (("logs",), 63, "no engine was started"),
+            (("logs", "k0"), 0, "Ray has written no log there"),
+        ):
             async with deploy(tmp_path, *words) as process:
                 _, err = await asyncio.wait_for(process.communicate(), 30)
-                assert (process.returncode, said in err.decode()) == (code, True), err.decode()
+                assert (process.returncode, message in err.decode()) == (code, True), err.decode()
         key = engine.api_key(made.deployment.folder)
         head = made.deployment.head
-        await made.fleet.start_job(head, "engine", f"echo started with {key}; echo and hf_{'a' * 34}")
+        await start_job(made.fleet, head, "engine", f"echo started with {key}; echo and hf_{'a' * 34}")
         log = ray_logs(made, "session_2026-11-24_1") / "raylet.err"
         log.write_text(f"Authorization: Bearer {key}\n")
         async with deploy(tmp_path, "logs", "k0") as process:

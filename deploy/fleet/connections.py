@@ -1,0 +1,171 @@
+"""SSH connections to nodes; host keys from the deployment's known_hosts alone."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+import asyncssh
+
+from deploy.nodes.config import split_jump
+from deploy.nodes.deployment import Node
+from gracefarm.errors import GracefarmError, SshError, UsageError
+
+CHANNELS = 8
+"Sessions on one connection at a time; sshd's MaxSessions is 10."
+UNANSWERED = 3
+"Questions without an answer, `connect_timeout` apart, until a connection counts as lost."
+C = TypeVar("C")
+
+
+class Connections:
+    """SSH connections to nodes and jump hosts, made when first needed, kept, and made again after a cut."""
+
+    def __init__(self, *, known_hosts: Path, config: Sequence[Path] | None = None, timeout: float = 10.0) -> None:
+        self.known_hosts = known_hosts
+        self.config = [str(path) for path in config] if config is not None else ()
+        "Files of ssh's configuration; None: ~/.ssh/config."
+        self._timeout = timeout
+        self._connections: dict[str, asyncssh.SSHClientConnection] = {}
+        self._jumps: dict[str, asyncssh.SSHClientConnection] = {}
+        self._locks: dict[str, asyncio.Lock] = {}
+        self._slots: dict[str, asyncio.Semaphore] = {}
+
+    @property
+    def patience(self) -> float:
+        """Seconds for which a node may be out of reach until what it does for us counts as lost."""
+        return 30 * self._timeout
+
+    async def connection(self, node: Node) -> asyncssh.SSHClientConnection:
+        """The open connection to a node. Raises SshError: unreachable, another host key, refused key."""
+        async with self._locks.setdefault(node.name, asyncio.Lock()):
+            connection = self._connections.get(node.name)
+            if connection is None or connection.is_closed():
+                connection = self._connections[node.name] = await self._open(node)
+            return connection
+
+    async def _open(self, node: Node) -> asyncssh.SSHClientConnection:
+        if not self.known_hosts.is_file():
+            raise SshError(f"{node}: no host keys are pinned yet", remedy="`deploy init` shows them and pins what you accept")
+        try:
+            async with asyncio.timeout(self._timeout):
+                tunnel = await self.jump(node.jump, node.key) if node.jump else ()
+                options = self.options(node)
+                return await asyncssh.connect(options.host, options.port, options=options, tunnel=tunnel)
+        except (OSError, asyncssh.Error, ValueError) as error:
+            raise explain(node, error) from error
+
+    def options(self, node: Node) -> asyncssh.SSHClientConnectionOptions:
+        """How a node is entered: what deploy.toml says, else ssh's configuration."""
+        return asyncssh.SSHClientConnectionOptions(
+            host=node.address,
+            host_key_alias=node.address,
+            known_hosts=str(self.known_hosts),
+            config=self.config,
+            keepalive_interval=self._timeout,
+            keepalive_count_max=UNANSWERED,
+            **_access(node.port, node.user, node.key),
+        )
+
+    async def jump(self, text: str, key: Path | None) -> asyncssh.SSHClientConnection:
+        """The connection to a jump host, one for all behind it; its key is pinned here or in ~/.ssh/known_hosts."""
+        async with self._locks.setdefault("jump " + text, asyncio.Lock()):
+            connection = self._jumps.get(text)
+            if connection is not None and not connection.is_closed():
+                return connection
+            user, host, port = parse_jump(text)
+            own = Path.home() / ".ssh" / "known_hosts"
+            try:
+                connection = self._jumps[text] = await asyncssh.connect(
+                    host,
+                    known_hosts=[str(path) for path in (self.known_hosts, own) if path.is_file()],
+                    config=self.config,
+                    keepalive_interval=self._timeout,
+                    keepalive_count_max=UNANSWERED,
+                    **_access(port, user, key),
+                )
+            except (OSError, asyncssh.Error, ValueError) as error:
+                raise explain(Node(name="jump host", rank=-1, address=host, port=port, key=key), error) from error
+            return connection
+
+    async def channel(self, node: Node, opens: Callable[[asyncssh.SSHClientConnection], Awaitable[C]]) -> C:
+        """A channel. A connection that had died unnoticed is made again once: nothing has run over this one yet.
+
+        Raises:
+            SshError: not reached, or no further session is allowed there.
+        """
+        for attempt in (1, 2):
+            connection = await self.connection(node)
+            try:
+                return await opens(connection)
+            except (asyncssh.ChannelOpenError, asyncssh.ConnectionLost) as error:
+                if attempt == 2 or not connection.is_closed():
+                    raise explain(node, error) from error
+        raise AssertionError
+
+    def slot(self, node: Node) -> asyncio.Semaphore:
+        """Held by whoever has a session on a node: sshd allows few."""
+        return self._slots.setdefault(node.name, asyncio.Semaphore(CHANNELS))
+
+    async def close(self) -> None:
+        """Close what is open; detached jobs go on."""
+        for connection in (*self._connections.values(), *self._jumps.values()):
+            connection.close()
+            with suppress(asyncssh.Error, OSError, TimeoutError):
+                async with asyncio.timeout(2):
+                    await connection.wait_closed()
+
+
+def _access(port: int, user: str | None, key: Path | None) -> dict[str, Any]:
+    """What is not said is left to ~/.ssh/config."""
+    access: dict[str, Any] = {}
+    if port != 22:
+        access["port"] = port
+    if user:
+        access["username"] = user
+    if key:
+        access["client_keys"] = [str(key)]
+    return access
+
+
+def parse_jump(text: str) -> tuple[str | None, str, int]:
+    """[user@]host[:port]. Raises UsageError."""
+    try:
+        return split_jump(text)
+    except ValueError as error:
+        raise UsageError(str(error), remedy="jump = in deploy.toml, or --jump") from error
+
+
+def explain(node: Node, error: BaseException) -> GracefarmError:
+    """What a person can do about it."""
+    where = f"{node.name} {node.address}:{node.port}"
+    if isinstance(error, GracefarmError):
+        return error
+    if isinstance(error, asyncssh.HostKeyNotVerifiable):
+        return SshError(
+            f"{where} does not show the pinned host key: {error.reason}",
+            remedy="compare the fingerprint on the node's own console; a node that was made anew: `deploy init --repin`",
+        )
+    if isinstance(error, asyncssh.PermissionDenied):
+        return SshError(
+            f"{where} refuses the key: {error.reason}",
+            remedy="set user and key in deploy.toml ([nodes]), or load the key: ssh-add",
+        )
+    if isinstance(error, (asyncssh.KeyImportError, asyncssh.KeyEncryptionError)):
+        key = node.key or f"{where}: a key that ssh's configuration names"
+        return SshError(f"{key}: {error}", remedy="a private key in OpenSSH's format; with a passphrase: ssh-add")
+    if isinstance(error, asyncssh.ConfigParseError):
+        return SshError(
+            f"the configuration of ssh cannot be read: {error}", remedy="mend that line: `ssh -G HOST` reads it too"
+        )
+    if isinstance(error, FileNotFoundError):
+        return SshError(f"{where}: no such file: {error.filename}", remedy="set key in deploy.toml")
+    text = (
+        "no answer"
+        if isinstance(error, TimeoutError)
+        else str(getattr(error, "strerror", None) or error or type(error).__name__)
+    )
+    return SshError(f"{where} cannot be reached: {text}", remedy="is it up, is the address right, is port 22 open?")
