@@ -17,9 +17,9 @@ from packaging.utils import (
 )
 from packaging.version import InvalidVersion, Version
 
-from index.errors import RefusedError
+from index.errors import NotFoundError, RefusedError
 
-Kind = Literal["bdist_wheel", "sdist"]
+DistributionKind = Literal["bdist_wheel", "sdist"]
 
 MAX_FILENAME = 255
 "Bytes: what ext4, xfs and tar agree on."
@@ -49,7 +49,7 @@ class Distribution:
     """What the name of a distribution file says."""
 
     filename: str
-    kind: Kind
+    kind: DistributionKind
     project: str
     "Normalised (PEP 503)."
     version: str
@@ -78,6 +78,18 @@ def normalise(name: str) -> str:
             f"{name!r} is not a project name",
             remedy="use letters, digits, '.', '_' and '-', with a letter or digit at both ends",
         ) from None
+
+
+def name_in_address(text: str) -> str:
+    """PEP 503 form of a project name in an address.
+
+    Raises:
+        NotFoundError: no project can be called so.
+    """
+    try:
+        return normalise(text)
+    except RefusedError as error:
+        raise NotFoundError(error.cause, remedy="see / for the projects that are here") from None
 
 
 def parse_filename(filename: str) -> Distribution:
@@ -195,8 +207,8 @@ def check_set_name(name: str) -> str:
 
 def cuda_of_view(name: str) -> str | None:
     """cu130 → 13.0, cu92 → 9.2; None when the name is not of that form."""
-    found = _CUDA_VIEW.match(name)
-    return f"{found[1] or found[3]}.{found[2] or found[4]}" if found else None
+    match = _CUDA_VIEW.match(name)
+    return f"{match[1] or match[3]}.{match[2] or match[4]}" if match else None
 
 
 def view_of_cuda(cuda: str) -> str:

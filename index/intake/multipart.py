@@ -6,7 +6,6 @@ import asyncio
 import hashlib
 import re
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,12 +13,11 @@ from typing import IO, Any
 
 from python_multipart.exceptions import MultipartParseError
 from python_multipart.multipart import MultipartParser, parse_options_header
+from starlette.types import Message, Receive
 
 from index.errors import DisconnectedError, RefusedError, StalledError, TooLargeError
 from index.limits import Limits
 from index.store.files import Store, disk_errors, flush
-
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
 BATCH = 1 << 20
 "Bytes handed to the disk thread at once."
@@ -53,10 +51,10 @@ class Form:
         Raises:
             RefusedError: it was sent twice.
         """
-        found = self.fields.get(name, [])
-        if len(found) > 1:
-            raise RefusedError(f"the form says {name} {len(found)} times", remedy="send it once")
-        return found[0].strip() if found else ""
+        values = self.fields.get(name, [])
+        if len(values) > 1:
+            raise RefusedError(f"the form says {name} {len(values)} times", remedy="send it once")
+        return values[0].strip() if values else ""
 
     def discard(self) -> None:
         """Remove what is in staging."""
@@ -307,7 +305,7 @@ async def _pump(length: int | None, receive: Receive, limits: Limits, reader: _R
         raise RefusedError("the upload ended before its last boundary", remedy="the connection was cut; upload it again")
 
 
-async def next_message(receive: Receive, limits: Limits) -> MutableMapping[str, Any]:
+async def next_message(receive: Receive, limits: Limits) -> Message:
     """The next ASGI message of the request.
 
     Raises:

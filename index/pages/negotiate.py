@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-Form = Literal["json", "html"]
+Format = Literal["json", "html"]
 Encoding = Literal["", "gzip", "zstd"]
 
 JSON = "application/vnd.pypi.simple.v1+json"
@@ -38,7 +38,7 @@ def content_type(accept: str | None, wanted: str | None = None) -> str | None:
     return best[1] if best else None
 
 
-def form(media: str) -> Form:
+def format_of(media: str) -> Format:
     """The bytes behind a media type."""
     return "json" if media == JSON else "html"
 
@@ -53,9 +53,14 @@ def encoding(accept: str | None) -> Encoding:
     return best if ranges.get(best, ranges.get("*", 0.0)) > 0 else ""
 
 
+def names_etag(match: str, etag: str) -> bool:
+    """Does If-None-Match name this ETag?"""
+    return match.strip() == "*" or etag in [item.strip().removeprefix("W/") for item in match.split(",")]
+
+
 def _parse(header: str) -> dict[str, float]:
     """Media range (or coding) to quality; what cannot be read counts as not sent."""
-    found: dict[str, float] = {}
+    qualities: dict[str, float] = {}
     for item in header.split(","):
         name, *parameters = (part.strip() for part in item.split(";"))
         quality = 1.0
@@ -64,8 +69,8 @@ def _parse(header: str) -> dict[str, float]:
             if key.strip().lower() == "q":
                 quality = _number(value.strip())
         if name:
-            found[name.lower()] = quality
-    return found
+            qualities[name.lower()] = quality
+    return qualities
 
 
 def _number(text: str) -> float:

@@ -17,7 +17,7 @@ import zstandard
 
 from index.errors import NotFoundError
 from index.pages import simple, views
-from index.pages.negotiate import Encoding, Form
+from index.pages.negotiate import Encoding, Format
 from index.pages.views import View
 from index.store.catalogue import Catalogue
 
@@ -76,7 +76,7 @@ class Shelf:
         self.bound = bound
         self.generation = 0
         "Grows whenever pages were dropped: whoever keeps answers made from pages drops them then."
-        self._pages: OrderedDict[tuple[tuple[str, ...], str, Form], Page] = OrderedDict()
+        self._pages: OrderedDict[tuple[tuple[str, ...], str, Format], Page] = OrderedDict()
         self._lock = threading.RLock()
         self._version = -1
         self._serial = catalogue.serial()
@@ -109,7 +109,7 @@ class Shelf:
         self._serial = serial
         self.generation += 1
 
-    def page(self, view: View, project: str, form: Form) -> Page:
+    def page(self, view: View, project: str, form: Format) -> Page:
         """The project's page in the view, or the list of projects for "".
 
         Raises:
@@ -137,7 +137,7 @@ class Shelf:
             self.generation += 1  # answers made from it would keep its bytes
 
 
-def render(catalogue: Catalogue, view: View, project: str, form: Form) -> bytes:
+def render(catalogue: Catalogue, view: View, project: str, form: Format) -> bytes:
     """The bytes of one page, from the catalogue.
 
     Raises:

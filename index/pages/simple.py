@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 from packaging.version import Version
 
-from index.pages.views import Listed, Status, View
+from index.pages.views import Listed, ProjectStatus, View
 
 API_VERSION = "1.4"
 
@@ -27,7 +27,7 @@ def root_html(names: Sequence[str]) -> bytes:
     return f"{_HEAD}    <title>Simple index</title>\n  </head>\n  <body>\n{links}  </body>\n</html>\n".encode()
 
 
-def project_json(view: View, project: str, files: Sequence[Listed], status: Status) -> bytes:
+def project_json(view: View, project: str, files: Sequence[Listed], status: ProjectStatus) -> bytes:
     """One project's files."""
     shown = _shown(files, status)
     state: dict[str, object] = {"status": status.status}
@@ -44,7 +44,7 @@ def project_json(view: View, project: str, files: Sequence[Listed], status: Stat
     )
 
 
-def project_html(view: View, project: str, files: Sequence[Listed], status: Status) -> bytes:
+def project_html(view: View, project: str, files: Sequence[Listed], status: ProjectStatus) -> bytes:
     """The same for installers that read HTML only; sizes, times and versions exist only in JSON."""
     head = _HEAD + f'    <meta name="pypi:project-status" content="{escape(status.status)}">\n'
     if status.reason:
@@ -64,7 +64,7 @@ def file_url(view: View, item: Listed) -> str:
     return item.url or "../" * (len(view.prefix) + 2) + file_path(item)
 
 
-def _shown(files: Sequence[Listed], status: Status) -> Sequence[Listed]:
+def _shown(files: Sequence[Listed], status: ProjectStatus) -> Sequence[Listed]:
     """PEP 792: a quarantined project offers no file."""
     return () if status.status == "quarantined" else files
 

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from index.names import cuda_of_view, view_of_cuda
 from index.store import facts
 from index.store.catalogue import Catalogue
-from index.store.facts import Facts
+from index.store.facts import CudaFacts
 
 ViewKind = Literal["all", "cuda", "nightly", "set"]
 
@@ -48,7 +48,7 @@ class Listed:
     uploaded: str
     yanked: str | None
     "None: no. Empty: without a reason."
-    facts: Facts
+    facts: CudaFacts
     build: str | None
     url: str | None
     "Absolute, when the bytes are elsewhere."
@@ -56,7 +56,7 @@ class Listed:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Status:
+class ProjectStatus:
     """PEP 792."""
 
     status: str = "active"
@@ -66,7 +66,7 @@ class Status:
 ALL = View(kind="all")
 NIGHTLY = View(kind="nightly", prefix=("nightly",))
 
-_SHOWN = """deleted IS NULL AND lost = 0 AND CASE :kind
+_SHOWN = """lost = 0 AND CASE :kind
     WHEN 'all' THEN hidden = 0 AND channel = 'release'
     WHEN 'cuda' THEN hidden = 0 AND channel = 'release' AND cuda = :argument
     WHEN 'nightly' THEN hidden = 0 AND channel = 'nightly'
@@ -74,12 +74,12 @@ _SHOWN = """deleted IS NULL AND lost = 0 AND CASE :kind
 END"""
 
 _SHOWN_PROJECTS = f"""
-SELECT DISTINCT project FROM file WHERE {_SHOWN}
-UNION SELECT project FROM mirrored WHERE :kind = 'set' AND set_name = :argument AND lost = 0 AND withdrawn IS NULL
+SELECT DISTINCT project FROM live_file WHERE {_SHOWN}
+UNION SELECT project FROM live_mirrored WHERE :kind = 'set' AND set_name = :argument AND lost = 0
 ORDER BY project
 """  # noqa: S608 - constants
 
-_SHOWN_FILES = f"SELECT * FROM file WHERE project = :project AND {_SHOWN} ORDER BY uploaded, filename"  # noqa: S608 - constants
+_SHOWN_FILES = f"SELECT * FROM live_file WHERE project = :project AND {_SHOWN} ORDER BY uploaded, filename"  # noqa: S608 - constants
 
 
 def find(catalogue: Catalogue, prefix: Sequence[str]) -> View | None:
@@ -103,8 +103,7 @@ def find(catalogue: Catalogue, prefix: Sequence[str]) -> View | None:
 def public(catalogue: Catalogue) -> list[View]:
     """Every view that needs no secret: all, per CUDA, nightly, published sets."""
     cudas = catalogue.rows(
-        "SELECT DISTINCT cuda FROM file"
-        " WHERE deleted IS NULL AND hidden = 0 AND channel = 'release' AND cuda IS NOT NULL ORDER BY cuda"
+        "SELECT DISTINCT cuda FROM live_file WHERE hidden = 0 AND channel = 'release' AND cuda IS NOT NULL ORDER BY cuda"
     )
     sets = catalogue.rows("SELECT name FROM release_set WHERE state = 'published' ORDER BY name")
     per_cuda = [
@@ -120,24 +119,24 @@ def projects(catalogue: Catalogue, view: View) -> list[str]:
     return [row["project"] for row in catalogue.rows(_SHOWN_PROJECTS, {"kind": view.kind, "argument": view.argument})]
 
 
-def status(catalogue: Catalogue, project: str) -> Status:
+def status(catalogue: Catalogue, project: str) -> ProjectStatus:
     """PEP 792 status of a project; active when nothing else was said."""
     row = catalogue.row("SELECT status, reason FROM project WHERE name = ?", (project,))
-    return Status(status=row["status"], reason=row["reason"]) if row else Status()
+    return ProjectStatus(status=row["status"], reason=row["reason"]) if row else ProjectStatus()
 
 
 def files(catalogue: Catalogue, view: View, project: str) -> list[Listed]:
     """The project's files in the view, in upload order; none for a name that the view does not know."""
     wanted = {"kind": view.kind, "argument": view.argument, "project": project}
-    found = [listed(row) for row in catalogue.rows(_SHOWN_FILES, wanted)]
+    shown = [listed(row) for row in catalogue.rows(_SHOWN_FILES, wanted)]
     if view.kind == "set":
-        known = {item.filename for item in found}
+        known = {item.filename for item in shown}
         rows = catalogue.rows(
-            "SELECT * FROM mirrored WHERE set_name = ? AND project = ? AND lost = 0 AND withdrawn IS NULL ORDER BY filename",
+            "SELECT * FROM live_mirrored WHERE set_name = ? AND project = ? AND lost = 0 ORDER BY filename",
             (view.argument, project),
         )
-        found += [_mirrored(row) for row in rows if row["filename"] not in known]
-    return found
+        shown += [_mirrored(row) for row in rows if row["filename"] not in known]
+    return shown
 
 
 def listed(row: sqlite3.Row) -> Listed:
@@ -147,7 +146,7 @@ def listed(row: sqlite3.Row) -> Listed:
 
 
 def _mirrored(row: sqlite3.Row) -> Listed:
-    return _listed(row, yanked=None, facts=Facts(), build=None, url=row["url"], own=False)
+    return _listed(row, yanked=None, facts=CudaFacts(), build=None, url=row["url"], own=False)
 
 
 def _listed(row: sqlite3.Row, **more: Any) -> Listed:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import TypeVar
 from urllib.parse import parse_qs, quote, unquote
 
 from starlette.applications import Starlette
+from starlette.types import Message, Receive, Scope, Send
 
 from index.errors import RefusalError
 from index.names import normalise
@@ -18,10 +19,6 @@ from index.pages.negotiate import Encoding
 from index.serving.accesslog import AccessLog
 from index.serving.service import Service
 
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
 T = TypeVar("T")
 
 MAX_AGE = 60
@@ -45,13 +42,13 @@ _PAGE = re.compile(r"/simple/([^/]+/)?\Z")
 _COMMON = [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer")]
 
 
-class Answer:
+class PageAnswer:
     """A finished response to a GET or HEAD of a page."""
 
     __slots__ = ("body", "etag", "head", "size", "start", "status", "unchanged")
 
     def __init__(
-        self, status: int, headers: list[tuple[bytes, bytes]], body: bytes, etag: str = "", unchanged: Answer | None = None
+        self, status: int, headers: list[tuple[bytes, bytes]], body: bytes, etag: str = "", unchanged: PageAnswer | None = None
     ) -> None:
         self.status = status
         self.etag = etag
@@ -61,23 +58,21 @@ class Answer:
         self.head: Message = {"type": "http.response.body", "body": b""}
         self.size = len(body)
 
-    def unless(self, match: str) -> Answer:
+    def unless(self, match: str) -> PageAnswer:
         """This answer, or its 304 when If-None-Match names what the client has."""
         if self.unchanged is None:
             return self
-        if match.strip() == "*" or self.etag in [item.strip().removeprefix("W/") for item in match.split(",")]:
-            return self.unchanged
-        return self
+        return self.unchanged if negotiate.names_etag(match, self.etag) else self
 
 
 class Application:
-    """What granian or uvicorn run."""
+    """What granian runs."""
 
     def __init__(self, service: Service, rest: Starlette) -> None:
         self.service = service
         self.rest = rest
         self.log = AccessLog(service.options.access_log)
-        self._ready: dict[tuple[str, str, Encoding], Answer] = {}
+        self._ready: dict[tuple[str, str, Encoding], PageAnswer] = {}
         self._media: dict[str | None, str | None] = {}
         self._codings: dict[str | None, Encoding] = {}
         self._generation = -1
@@ -141,7 +136,7 @@ class Application:
                     return hop[:64]
         return str(peer)
 
-    def _simple(self, scope: Scope, method: str, path: str) -> Answer | None:
+    def _simple(self, scope: Scope, method: str, path: str) -> PageAnswer | None:
         if method not in ("GET", "HEAD"):
             return _NO_METHOD if _PAGE.search(path) else None
         generation = self.service.shelf.refresh()
@@ -153,15 +148,15 @@ class Application:
         media = _remembered(self._media, accept, negotiate.content_type) if not query else _media_of(query, accept)
         encoding = _remembered(self._codings, coding, negotiate.encoding)
         if media is None:
-            found = self._make(path, query, media, encoding)
-        elif (found := self._ready.get((path, media, encoding))) is None:
-            found = self._make(path, query, media, encoding)
+            answer = self._make(path, query, media, encoding)
+        elif (answer := self._ready.get((path, media, encoding))) is None:
+            answer = self._make(path, query, media, encoding)
             # Another spelling of the path, or a query, would be another entry for the same page.
-            if found is not None and found.status == 200 and not query and "%" not in path:
-                self._ready[path, media, encoding] = found
-        return found.unless(match) if match and found is not None else found
+            if answer is not None and answer.status == 200 and not query and "%" not in path:
+                self._ready[path, media, encoding] = answer
+        return answer.unless(match) if match and answer is not None else answer
 
-    def _make(self, path: str, query: bytes, media: str | None, encoding: Encoding) -> Answer | None:
+    def _make(self, path: str, query: bytes, media: str | None, encoding: Encoding) -> PageAnswer | None:
         """The answer for a page; None when the path is not one of the simple API after all."""
         parts = unquote(path).split("/")[1:] if "%" in path else path.split("/")[1:]
         try:
@@ -179,10 +174,10 @@ class Application:
         except RefusalError as error:
             return _plain(404, f"{error}\n")
 
-    def _page(self, view: views.View, name: str, media: str | None, encoding: Encoding) -> Answer:
+    def _page(self, view: views.View, name: str, media: str | None, encoding: Encoding) -> PageAnswer:
         if media is None:
             return _plain(406, f"this page exists as {negotiate.JSON}, {negotiate.HTML} and text/html\n")
-        page = self.service.shelf.page(view, name, negotiate.form(media))
+        page = self.service.shelf.page(view, name, negotiate.format_of(media))
         etag = page.etag(encoding)
         headers = [
             (b"etag", etag.encode()),
@@ -192,13 +187,13 @@ class Application:
                 f"max-age={MAX_AGE}, public".encode() if view.prefix[:1] != ("preview",) else b"private, no-cache",
             ),
         ]
-        unchanged = Answer(304, list(headers), b"")
+        unchanged = PageAnswer(304, list(headers), b"")
         body = page.body(encoding)
         if used := page.coding(encoding):
             headers.append((b"content-encoding", used.encode()))
         headers.append((b"content-type", (media + (negotiate.CHARSET if media == negotiate.PLAIN else "")).encode()))
         headers.append((b"content-length", str(len(body)).encode()))
-        return Answer(200, headers, body, etag, unchanged)
+        return PageAnswer(200, headers, body, etag, unchanged)
 
 
 def _media_of(query: bytes, accept: str | None) -> str | None:
@@ -212,12 +207,12 @@ def _remembered(known: dict[str | None, T], header: str | None, read: Callable[[
     try:
         return known[header]
     except KeyError:
-        found = read(header)
+        meaning = read(header)
         if header is None or len(header) <= _LONGEST:
             if len(known) >= _HEADERS:
                 known.clear()
-            known[header] = found
-        return found
+            known[header] = meaning
+        return meaning
 
 
 def _redirect(parts: list[str], at: int, name: str) -> str | None:
@@ -231,12 +226,12 @@ def _redirect(parts: list[str], at: int, name: str) -> str | None:
     return f"../{right}/" if slash else f"{right}/"
 
 
-def _moved(location: str) -> Answer:
+def _moved(location: str) -> PageAnswer:
     headers = [(b"location", location.encode()), (b"content-length", b"0"), (b"cache-control", b"max-age=3600, public")]
-    return Answer(301, headers, b"")
+    return PageAnswer(301, headers, b"")
 
 
-def _plain(status: int, text: str, *more: tuple[bytes, bytes]) -> Answer:
+def _plain(status: int, text: str, *more: tuple[bytes, bytes]) -> PageAnswer:
     body = text.encode()
     headers = [
         (b"content-type", b"text/plain; charset=utf-8"),
@@ -245,7 +240,7 @@ def _plain(status: int, text: str, *more: tuple[bytes, bytes]) -> Answer:
         (b"cache-control", b"no-cache"),
         *more,
     ]
-    return Answer(status, headers, body)
+    return PageAnswer(status, headers, body)
 
 
 _NO_METHOD = _plain(405, "Method Not Allowed\n", (b"allow", b"GET, HEAD"))
@@ -253,11 +248,11 @@ _NO_METHOD = _plain(405, "Method Not Allowed\n", (b"allow", b"GET, HEAD"))
 
 def _pick(headers: list[tuple[bytes, bytes]], wanted: tuple[bytes, bytes, bytes]) -> list[str | None]:
     """Three headers in one pass; repeated ones are joined, as RFC 9110 says."""
-    found: list[str | None] = [None, None, None]
+    values: list[str | None] = [None, None, None]
     for name, value in headers:
         if name in wanted:
             place = wanted.index(name)
             text = value.decode("latin-1")
-            before = found[place]
-            found[place] = text if before is None else f"{before}, {text}"
-    return found
+            before = values[place]
+            values[place] = text if before is None else f"{before}, {text}"
+    return values

@@ -3,7 +3,7 @@
 granian's backpressure counts connections, not requests: at the bound it accepts nobody, so one client that holds that many
 stops everybody (emmett-framework/granian#789). Here it is as high as the process's file descriptors allow, and the one that
 is held back is the address that holds too many: its quietest connections are closed. What does not read is ended by the
-kernel (TCP_USER_TIMEOUT), under either server.
+kernel (TCP_USER_TIMEOUT).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Bounds:
     total: int
 
 
-def bounds(per_client: int) -> Bounds:
+def raise_limits(per_client: int) -> Bounds:
     """Raise the limit on file descriptors and say what it allows: a download takes two, its socket and its file."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _WANTED if hard == resource.RLIM_INFINITY else min(hard, _WANTED)
@@ -55,34 +55,36 @@ def bounds(per_client: int) -> Bounds:
 def set_deadline(port: int, seconds: float) -> None:
     """Clients that take nothing of an answer for so long are cut off; accepted sockets inherit it from the listener."""
     for number in _descriptors():
-        with _socket(number) as found:
-            if found is not None and _listens(found, port):
-                found.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(seconds * 1000))
+        with _socket(number) as listener:
+            if listener is not None and _listens(listener, port):
+                listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(seconds * 1000))
 
 
-async def watch(port: int, found: Bounds, excused: Container[str]) -> None:
+async def watch(port: int, bounds: Bounds, excused: Container[str]) -> None:
     """Keep the bounds until cancelled. `excused` are trusted proxies, through which many clients come."""
     while True:
         await asyncio.sleep(TICK)
-        if len(_descriptors()) > found.per_client:  # else there is nothing to bound, and this is all it costs
-            await asyncio.get_running_loop().run_in_executor(None, trim, port, found, excused)
+        if len(_descriptors()) > bounds.per_client:  # else there is nothing to bound, and this is all it costs
+            await asyncio.get_running_loop().run_in_executor(None, trim, port, bounds, excused)
 
 
-def trim(port: int, found: Bounds, excused: Container[str]) -> int:
+def trim(port: int, bounds: Bounds, excused: Container[str]) -> int:
     """Close what is over the bounds, first who leaves an answer unread, then the quietest; returns how many."""
     held: dict[str, list[tuple[bool, int, int]]] = {}
     for number in _descriptors():
-        with _socket(number) as one:
-            if one is not None and (peer := _peer(one, port)) is not None:
-                held.setdefault(_group(peer, excused), []).append((*_quiet(one), number))
+        with _socket(number) as connection:
+            if connection is not None and (peer := _peer(connection, port)) is not None:
+                held.setdefault(_group(peer, excused), []).append((*_quiet(connection), number))
     closing: list[tuple[bool, int, int]] = []
-    for peer, ones in held.items():
-        if peer and len(ones) > found.per_client:
-            closing += sorted(ones, reverse=True)[: len(ones) - found.per_client]
-    over = sum(map(len, held.values())) - len(closing) - found.total
+    for peer, connections in held.items():
+        if peer and len(connections) > bounds.per_client:
+            closing += sorted(connections, reverse=True)[: len(connections) - bounds.per_client]
+    over = sum(map(len, held.values())) - len(closing) - bounds.total
     if over > 0:
         chosen = set(closing)
-        closing += sorted((item for ones in held.values() for item in ones if item not in chosen), reverse=True)[:over]
+        closing += sorted((item for connections in held.values() for item in connections if item not in chosen), reverse=True)[
+            :over
+        ]
     close(port, [number for _, _, number in closing])
     return len(closing)
 
@@ -90,9 +92,9 @@ def trim(port: int, found: Bounds, excused: Container[str]) -> int:
 def close(port: int, numbers: Iterable[int] | None = None) -> None:
     """Close connections of clients: these, or every one."""
     for number in _descriptors() if numbers is None else numbers:
-        with _socket(number) as one:
-            if one is not None and _peer(one, port) is not None:
-                one.shutdown(socket.SHUT_RDWR)
+        with _socket(number) as connection:
+            if connection is not None and _peer(connection, port) is not None:
+                connection.shutdown(socket.SHUT_RDWR)
 
 
 def _group(peer: str, excused: Container[str]) -> str:
@@ -104,7 +106,7 @@ def _group(peer: str, excused: Container[str]) -> str:
 
 
 def _descriptors() -> list[int]:
-    return [int(one.name) for one in Path("/proc/self/fd").iterdir()]
+    return [int(entry.name) for entry in Path("/proc/self/fd").iterdir()]
 
 
 @contextmanager
@@ -115,38 +117,39 @@ def _socket(number: int) -> Iterator[socket.socket | None]:
     between a look and the dup a number may come to mean another file.
     """
     try:
-        found = socket.socket(fileno=number)
+        borrowed = socket.socket(fileno=number)
     except OSError:  # no socket, or closed meanwhile
         yield None
         return
     try:
-        yield found
+        yield borrowed
     except OSError:  # closed by either side meanwhile
         return
     finally:
-        found.detach()
+        borrowed.detach()
 
 
-def _listens(one: socket.socket, port: int) -> bool:
-    return _ours(one, port) and bool(one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+def _listens(candidate: socket.socket, port: int) -> bool:
+    return _ours(candidate, port) and bool(candidate.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
 
 
-def _peer(one: socket.socket, port: int) -> str | None:
+def _peer(connection: socket.socket, port: int) -> str | None:
     """The client's address; None when this is no connection of a client."""
-    if not _ours(one, port):
+    if not _ours(connection, port):
         return None
     try:
-        return str(one.getpeername()[0])
+        return str(connection.getpeername()[0])
     except OSError:
         return None
 
 
-def _ours(one: socket.socket, port: int) -> bool:
-    return one.family in (socket.AF_INET, socket.AF_INET6) and one.type == socket.SOCK_STREAM and one.getsockname()[1] == port
+def _ours(candidate: socket.socket, port: int) -> bool:
+    is_tcp = candidate.family in (socket.AF_INET, socket.AF_INET6) and candidate.type == socket.SOCK_STREAM
+    return is_tcp and candidate.getsockname()[1] == port
 
 
-def _quiet(one: socket.socket) -> tuple[bool, int]:
+def _quiet(connection: socket.socket) -> tuple[bool, int]:
     """Does the client leave an answer unread, and milliseconds since anything was sent or received."""
-    unread = struct.unpack("=i", fcntl.ioctl(one, termios.TIOCOUTQ, b"\0\0\0\0"))[0] > 0
-    information = one.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
+    unread = struct.unpack("=i", fcntl.ioctl(connection, termios.TIOCOUTQ, b"\0\0\0\0"))[0] > 0
+    information = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
     return unread, min(int(struct.unpack_from("=I", information, at)[0]) for at in (_LAST_DATA_SENT, _LAST_DATA_RECEIVED))

@@ -53,7 +53,7 @@ class Downloads:
         return max(SMALLEST, min(PIECE, TOGETHER // max(1, self.count) & -4096))
 
 
-class Download(FileResponse):
+class FileAnswer(FileResponse):
     """A file; parts of it (Range) as Starlette sends them."""
 
     def __init__(self, path: Path, downloads: Downloads, *, stat_result: os.stat_result, **more: Any) -> None:
@@ -90,7 +90,7 @@ class Download(FileResponse):
         while True:
             count = min(self._downloads.piece, size - at)
             if at >= cached:
-                # To send to who has left neither fails nor waits, under either server.
+                # To send to who has left neither fails nor waits.
                 await asyncio.sleep(0)
                 if leaving.done():
                     return

@@ -1,9 +1,14 @@
-"""Counters while serving: plain numbers, text only when asked (see exposition)."""
+"""Counters while serving: plain numbers, the text that Prometheus reads only when it is asked for."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from prometheus_client.core import Metric
 
 
 @dataclass
@@ -16,8 +21,32 @@ class Metrics:
     "Bytes of bodies."
     uploads: Counter[str] = field(default_factory=Counter)
     "By outcome: created, same, or the status that refused it."
+    gauges: dict[str, tuple[str, float]] = field(default_factory=dict)
+    "Name to help and value."
 
     def request(self, method: str, status: int, size: int) -> None:
         """Count one answer."""
         self.requests[method, status] += 1
         self.sent += size
+
+    def text(self) -> bytes:
+        """Prometheus' text format."""
+        from prometheus_client.exposition import generate_latest  # here: it takes long to import, a start is to be quick
+
+        return generate_latest(self)
+
+    def collect(self) -> Iterator[Metric]:
+        """What prometheus_client asks for."""
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+        requests = CounterMetricFamily("gracefarm_index_requests", "Requests answered", labels=["method", "status"])
+        for (method, status), count in sorted(self.requests.items()):
+            requests.add_metric([method, str(status)], count)
+        yield requests
+        uploads = CounterMetricFamily("gracefarm_index_uploads", "Uploads by outcome", labels=["outcome"])
+        for outcome, count in sorted(self.uploads.items()):
+            uploads.add_metric([outcome], count)
+        yield uploads
+        yield CounterMetricFamily("gracefarm_index_sent_bytes", "Bytes of bodies sent", value=self.sent)
+        for name, (help_text, value) in self.gauges.items():
+            yield GaugeMetricFamily(f"gracefarm_index_{name}", help_text, value=value)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import asyncio
 import re
 import sqlite3
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from html import escape
 from importlib import metadata
-from typing import Any
 from urllib.parse import quote
 
 from starlette.applications import Starlette
@@ -17,6 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Route
+from starlette.types import Message, Receive
 
 from index.errors import (
     DamagedError,
@@ -25,18 +25,17 @@ from index.errors import (
     GoneError,
     NotFoundError,
     RefusalError,
-    RefusedError,
     TooLargeError,
     UnauthenticatedError,
 )
-from index.intake.accept import Destination, describe
-from index.intake.multipart import Receive, next_message
-from index.names import normalise
-from index.pages import views
-from index.serving.download import Download
+from index.intake.admission import Destination
+from index.intake.multipart import next_message
+from index.names import name_in_address
+from index.pages import negotiate, requirements, views
+from index.serving import openapi
+from index.serving.download import FileAnswer
 from index.serving.service import Service
 from index.serving.upload import take
-from index.sets import setlock
 from index.store import auth, records
 from index.store.auth import Token
 
@@ -53,18 +52,6 @@ _SHA256 = re.compile(r"[0-9a-f]{64}\Z")
 def client_of(request: Request) -> str:
     """The client's address, as the access log has it."""
     return str(request.app.state.client(request.scope, request.headers.get("x-forwarded-for")))
-
-
-def known_name(request: Request) -> str:
-    """The project's normalised name in the address.
-
-    Raises:
-        NotFoundError: no project can be called so.
-    """
-    try:
-        return normalise(request.path_params["name"])
-    except RefusedError as error:
-        raise NotFoundError(error.cause, remedy="see / for the projects that are here") from None
 
 
 async def identify(service: Service, request: Request) -> Token:
@@ -109,7 +96,7 @@ def legacy(service: Service) -> Endpoint:
             await _drain(service, body)
             raise
         service.metrics.uploads[upload.outcome] += 1
-        return PlainTextResponse(describe(upload.outcome, upload.filename) + "\n", headers={"X-Sha256": upload.sha256})
+        return PlainTextResponse(upload.sentence + "\n", headers={"X-Sha256": upload.sha256})
 
     return endpoint
 
@@ -121,7 +108,7 @@ class _Body:
         self._receive = receive
         self.ended = False
 
-    async def __call__(self) -> MutableMapping[str, Any]:
+    async def __call__(self) -> Message:
         message = await self._receive()
         self.ended = message["type"] != "http.request" or not message.get("more_body", False)
         return message
@@ -169,8 +156,8 @@ def packages(service: Service) -> Endpoint:
 
     def answer() -> Response:
         rows = service.catalogue.rows(
-            "SELECT filename, sha256 FROM file JOIN project ON project.name = project WHERE deleted IS NULL AND hidden = 0"
-            " AND lost = 0 AND channel = 'release' AND project.status <> 'quarantined' ORDER BY filename"
+            "SELECT filename, sha256 FROM public_file JOIN project ON project.name = project"
+            " WHERE channel = 'release' AND project.status <> 'quarantined' ORDER BY filename"
         )
         links = "".join(
             f'<a href="{quote(row["filename"], safe="")}#sha256={row["sha256"]}">{escape(row["filename"])}</a><br>\n'
@@ -189,7 +176,7 @@ def bare_name(service: Service) -> Endpoint:
     """GET /NAME and /NAME/: to the project's page, as pypiserver does."""
 
     async def endpoint(request: Request) -> Response:
-        name = known_name(request)
+        name = name_in_address(request.path_params["name"])
         if not views.files(service.catalogue, views.ALL, name):
             raise NotFoundError(f"there is nothing at /{name}", remedy="see / and /simple/")
         up = "../" if request.url.path.endswith("/") else ""
@@ -233,14 +220,14 @@ def _send(service: Service, request: Request, sha256: str, media: str, *, cache:
     etag = f'"{sha256}"'
     headers = {"ETag": etag, "Cache-Control": cache, "Accept-Ranges": "bytes"}
     match = request.headers.get("if-none-match")
-    if match and (match.strip() == "*" or etag in [item.strip().removeprefix("W/") for item in match.split(",")]):
+    if match and negotiate.names_etag(match, etag):
         return Response(status_code=304, headers=headers)
     path = service.store.path(sha256)
     try:
-        found = path.stat()
+        status = path.stat()
     except FileNotFoundError:
         raise DamagedError("the store has lost this file", remedy="`index fsck` tells more; upload it again") from None
-    return Download(path, service.downloads, stat_result=found, media_type=media, headers=headers)
+    return FileAnswer(path, service.downloads, stat_result=status, media_type=media, headers=headers)
 
 
 def record(service: Service) -> Endpoint:
@@ -295,7 +282,7 @@ def set_lock(service: Service) -> Endpoint:
                 view = views.find(service.catalogue, prefix)
                 if view is None or view.kind != "set":
                     raise NotFoundError(f"there is no set {prefix[-1]!r} here", remedy="see /sets/")
-                return setlock.render(service.catalogue, view)
+                return requirements.render(service.catalogue, view)
 
         text = await asyncio.get_running_loop().run_in_executor(service.hands, render)
         return PlainTextResponse(text, headers={"Cache-Control": "no-cache"})
@@ -313,19 +300,19 @@ def _send_record(service: Service, request: Request, row: sqlite3.Row | None, id
 
 async def body_of(service: Service, request: Request) -> bytes:
     """A request's whole body, bounded as records are."""
-    found = bytearray()
+    body = bytearray()
     more = True
     while more:
         message = await next_message(request.receive, service.limits)
         if message["type"] == "http.disconnect":
             raise DisconnectedError("the client went away before the end", remedy="send it again")
-        found += message.get("body", b"")
+        body += message.get("body", b"")
         more = message.get("more_body", False)
-        if len(found) > records.MAX_RECORD:
+        if len(body) > records.MAX_RECORD:
             raise TooLargeError(
                 f"records and logs of more than {records.MAX_RECORD} bytes are refused", remedy="compress or cut the log"
             )
-    return bytes(found)
+    return bytes(body)
 
 
 CHANGES = 1000
@@ -352,19 +339,14 @@ def operation(service: Service) -> list[Route]:
         return PlainTextResponse("ready\n", headers={"Cache-Control": "no-store"})
 
     async def prometheus(_request: Request) -> Response:
-        from index.serving import exposition  # here: its library takes long to import, and a start is to be quick
-
-        row = service.catalogue.row(
-            "SELECT count(*) AS files, coalesce(sum(size), 0) AS bytes FROM file WHERE deleted IS NULL"
-        )
-        gauges = {
+        row = service.catalogue.row("SELECT count(*) AS files, coalesce(sum(size), 0) AS bytes FROM live_file")
+        service.metrics.gauges = {
             "files": ("Files listed", float(row["files"]) if row else 0.0),
             "stored_bytes": ("Bytes of the files listed", float(row["bytes"]) if row else 0.0),
             "open_uploads": ("Uploads under way", float(service.gate.open_uploads)),
             "serial": ("Serial of the last change", float(service.catalogue.serial())),
         }
-        text = exposition.text(service.metrics, gauges)
-        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def changes(request: Request) -> Response:
         since = request.query_params.get("since", "0")
@@ -373,13 +355,11 @@ def operation(service: Service) -> list[Route]:
         serial = rows[-1]["serial"] if len(rows) == CHANGES else newest
         return JSONResponse({"serial": serial, "changes": [dict(row) for row in rows]})
 
-    async def openapi(_request: Request) -> Response:
-        from index.serving.openapi import describe  # here, as above
-
-        return JSONResponse(describe(metadata.version("gracefarm")))
+    async def description(_request: Request) -> Response:
+        return JSONResponse(openapi.describe(metadata.version("gracefarm")))
 
     return [
-        Route("/openapi.json", openapi),
+        Route("/openapi.json", description),
         Route("/health", health),
         Route("/ready", ready),
         Route("/metrics", prometheus),
@@ -426,8 +406,8 @@ def starlette(service: Service, more: list[Route], on_end: Callable[[], None]) -
         Route("/records/{id}/log", record(service), methods=["GET", "HEAD", "PUT"]),
         Route("/preview/{token}/records/{id}", staged_record(service)),
         Route("/preview/{token}/records/{id}/log", staged_record(service)),
-        Route(f"/{{set_name}}/{setlock.FILENAME}", set_lock(service)),
-        Route(f"/preview/{{token}}/{setlock.FILENAME}", set_lock(service)),
+        Route(f"/{{set_name}}/{requirements.FILENAME}", set_lock(service)),
+        Route(f"/preview/{{token}}/{requirements.FILENAME}", set_lock(service)),
         *operation(service),
         *more,
         Route("/", upload, methods=["POST"]),

@@ -25,7 +25,7 @@ HEADROOM = 16 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class ServeOptions:
     """How `index serve` was asked to behave."""
 
     allow_new: bool = False
@@ -33,14 +33,12 @@ class Options:
     trusted_proxies: Proxies = field(default_factory=Proxies)
     base_url: str | None = None
     "What the pages for people print as the address; None: what the browser asked for."
-    static: bool = False
-    "Pages for an export: without the forms that only a running server can answer."
     access_log: str | None = None
     "A path, `-` for stdout, None for none."
 
 
 @dataclass
-class Kept:
+class AnswerCache:
     """Answers made from the whole store, as long as it does not change. Used from the event loop only."""
 
     bound: int = 32 << 20
@@ -74,14 +72,14 @@ class Service:
     store: Store
     catalogue: Catalogue
     shelf: Shelf
-    options: Options
+    options: ServeOptions
     gate: Gate
     metrics: Metrics = field(default_factory=Metrics)
     downloads: Downloads = field(default_factory=Downloads)
-    passwords: htpasswd.Memory = field(default_factory=htpasswd.Memory)
+    passwords: htpasswd.PasswordMemory = field(default_factory=htpasswd.PasswordMemory)
     hands: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(4, thread_name_prefix="hands"))
     "Hash, write and read archives."
-    kept: Kept = field(default_factory=Kept)
+    kept: AnswerCache = field(default_factory=AnswerCache)
     painter: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="painter"))
     "Renders the pages for people, one at a time."
     writer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="writer"))
@@ -107,11 +105,11 @@ class Service:
         With a `key`, the answer is kept until anything changes.
         """
         generation = self.shelf.refresh()
-        if (found := self.kept.get(generation, key)) is not None:
-            return found
-        made = await asyncio.get_running_loop().run_in_executor(self.painter, make)
-        self.kept.put(generation, key, made)
-        return made
+        if (kept := self.kept.get(generation, key)) is not None:
+            return kept
+        answer = await asyncio.get_running_loop().run_in_executor(self.painter, make)
+        self.kept.put(generation, key, answer)
+        return answer
 
     def close(self) -> None:
         """Let the threads end and the connections close."""

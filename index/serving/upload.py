@@ -10,12 +10,13 @@ from typing import Any
 
 from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
+from starlette.types import Receive
 
 from gracefarm.files import CHUNK
 from index.errors import RefusedError
-from index.intake import accept
-from index.intake.accept import Destination, Outcome
-from index.intake.multipart import Form, Receive, Received, receive_form
+from index.intake import admission
+from index.intake.admission import Admission, Destination
+from index.intake.multipart import Form, Received, receive_form
 from index.names import Distribution, parse_filename
 from index.serving.service import Service
 from index.store import auth
@@ -30,7 +31,14 @@ class Upload:
 
     filename: str
     sha256: str
-    outcome: Outcome
+    outcome: Admission
+
+    @property
+    def sentence(self) -> str:
+        """One line for the client."""
+        if self.outcome == "created":
+            return f"{self.filename} is published"
+        return f"{self.filename} was here already, with the same bytes"
 
 
 async def take(
@@ -51,10 +59,10 @@ async def take(
         auth.allow(token, project=distribution.project, set_name=destination.scope)
         await loop.run_in_executor(service.hands, _check_digests, form, received)
         sha256 = received.digests["sha256_digest"]
-        accept.check_wanted(service.catalogue, distribution, sha256, destination)
-        candidate = await loop.run_in_executor(service.hands, accept.inspect, received.path, distribution, sha256)
+        admission.check_wanted(service.catalogue, distribution, sha256, destination)
+        candidate = await loop.run_in_executor(service.hands, admission.inspect, received.path, distribution, sha256)
         outcome = await loop.run_in_executor(
-            service.writer, accept.admit, service.store, service.catalogue, token.actor, candidate, destination
+            service.writer, admission.admit, service.store, service.catalogue, token.actor, candidate, destination
         )
     finally:
         form.discard()
@@ -97,9 +105,9 @@ def _check_form(form: Form) -> tuple[Received, Distribution]:
     return received, distribution
 
 
-def _same(one: str, other: str) -> bool:
+def _same(first: str, second: str) -> bool:
     try:
-        return Version(one) == Version(other)
+        return Version(first) == Version(second)
     except InvalidVersion:
         return False
 
@@ -110,10 +118,10 @@ def _check_digests(form: Form, received: Received) -> None:
         announced = form.value(field).lower()
         if not announced:
             continue
-        found = received.digests.get(field) or _digest(received, field)
-        if len(announced) != length or announced != found:
+        actual = received.digests.get(field) or _digest(received, field)
+        if len(announced) != length or announced != actual:
             raise RefusedError(
-                f"the {field} of the form is not that of the file received ({found})",
+                f"the {field} of the form is not that of the file received ({actual})",
                 remedy="the upload was damaged; upload it again",
             )
 

@@ -135,7 +135,7 @@ def is_user(authorization: str | None) -> bool:
     return name not in ("", "__token__") and not secret.startswith(PREFIX)
 
 
-def identify_user(catalogue: Catalogue, authorization: str | None, memory: htpasswd.Memory) -> Token:
+def identify_user(catalogue: Catalogue, authorization: str | None, memory: htpasswd.PasswordMemory) -> Token:
     """The user behind name and password, from `import_users`. Call it off the event loop.
 
     An unknown name costs as much time as a wrong password, so that names cannot be told apart.

@@ -53,6 +53,14 @@ _UPGRADES = {
 }
 "What brings a catalogue of the version before to this one."
 
+_VIEWS = (
+    "CREATE TEMP VIEW live_file AS SELECT * FROM file WHERE deleted IS NULL",
+    "CREATE TEMP VIEW public_file AS SELECT * FROM live_file WHERE hidden = 0 AND lost = 0",
+    "CREATE TEMP VIEW live_mirrored AS SELECT * FROM mirrored WHERE withdrawn IS NULL",
+)
+"""What queries read instead of the tables: files that are not deleted, those that everybody may see, and copies of others'
+files that are not withdrawn. Views of the connection: the file of the catalogue stays as older indexes know it."""
+
 Parameters = tuple[object, ...] | Mapping[str, object]
 
 WAL_BOUND = 1 << 30
@@ -206,12 +214,12 @@ class Catalogue:
     @property
     def database(self) -> sqlite3.Connection:
         """This thread's connection."""
-        found: sqlite3.Connection | None = getattr(self._local, "connection", None)
-        if found is None:
-            found = _connect(self.path)
-            self._local.connection = found
-            self._all.append(found)
-        return found
+        connection: sqlite3.Connection | None = getattr(self._local, "connection", None)
+        if connection is None:
+            connection = _connect(self.path)
+            self._local.connection = connection
+            self._all.append(connection)
+        return connection
 
     def rows(self, sql: str, parameters: Parameters = ()) -> list[sqlite3.Row]:
         """All rows of a query."""
@@ -219,8 +227,8 @@ class Catalogue:
 
     def row(self, sql: str, parameters: Parameters = ()) -> sqlite3.Row | None:
         """The first row of a query, if any."""
-        found: sqlite3.Row | None = self.database.execute(sql, parameters).fetchone()
-        return found
+        row: sqlite3.Row | None = self.database.execute(sql, parameters).fetchone()
+        return row
 
     @contextmanager
     def change(self, actor: str) -> Iterator[Change]:
@@ -288,6 +296,8 @@ def _connect(path: Path) -> sqlite3.Connection:
     database.execute("PRAGMA synchronous=FULL")
     database.execute("PRAGMA foreign_keys=ON")
     database.execute("PRAGMA wal_autocheckpoint=0")
+    for view in _VIEWS:
+        database.execute(view)
     # The last connection to close would checkpoint: that is the same as at start, and as safe.
     return database
 
@@ -325,12 +335,12 @@ def _ensure_schema(catalogue: Catalogue) -> None:
         except BaseException:
             database.execute("ROLLBACK")
             raise
-    found = _schema(database)
-    if found < SCHEMA_VERSION:
+    version = _schema(database)
+    if version < SCHEMA_VERSION:
         _upgrade(database)
-    if found > SCHEMA_VERSION:
+    if version > SCHEMA_VERSION:
         raise ConfigError(
-            f"{catalogue.path} was written by a newer index (schema {found}, this one knows {SCHEMA_VERSION})",
+            f"{catalogue.path} was written by a newer index (schema {version}, this one knows {SCHEMA_VERSION})",
             remedy="upgrade gracefarm on this machine",
         )
 

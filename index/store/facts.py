@@ -23,7 +23,7 @@ _LEGACY_GLIBC = {"manylinux1": "2.5", "manylinux2010": "2.12", "manylinux2014": 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Facts:
+class CudaFacts:
     """What a person chooses a CUDA wheel by. None and empty mean not known."""
 
     cuda: str | None = None
@@ -44,9 +44,9 @@ class Facts:
         found = {"_cuda": self.cuda, "_torch": self.torch, "_sm": list(self.sm), "_glibc": self.glibc}
         return {key: value for key, value in found.items() if value}
 
-    def over(self, weaker: Facts) -> Facts:
+    def over(self, weaker: CudaFacts) -> CudaFacts:
         """These facts, gaps filled from `weaker`."""
-        return Facts(
+        return CudaFacts(
             cuda=self.cuda or weaker.cuda,
             torch=self.torch or weaker.torch,
             sm=self.sm or weaker.sm,
@@ -54,18 +54,18 @@ class Facts:
         )
 
 
-def from_json(text: str) -> Facts:
+def from_json(text: str) -> CudaFacts:
     """What `Facts.as_json` wrote."""
     found = json.loads(text)
-    return Facts(cuda=found.get("cuda"), torch=found.get("torch"), sm=tuple(found.get("sm", ())), glibc=found.get("glibc"))
+    return CudaFacts(cuda=found.get("cuda"), torch=found.get("torch"), sm=tuple(found.get("sm", ())), glibc=found.get("glibc"))
 
 
-def from_name(distribution: Distribution, requires: Iterable[str]) -> Facts:
+def from_name(distribution: Distribution, requires: Iterable[str]) -> CudaFacts:
     """What the local version, the platform tag and the pin on torch say."""
     local = Version(distribution.version).local or ""
     cuda = _CUDA_LOCAL.search(local)
     torch = _TORCH_LOCAL.search(local)
-    return Facts(
+    return CudaFacts(
         cuda=f"{cuda[1] or cuda[3]}.{cuda[2] or cuda[4]}" if cuda else None,
         torch=torch[1] if torch else _torch_pin(requires),
         glibc=_glibc(distribution),
@@ -91,7 +91,7 @@ def _glibc(distribution: Distribution) -> str | None:
     return min(found, key=Version) if found else None
 
 
-def from_record(record: Mapping[str, object]) -> Facts:
+def from_record(record: Mapping[str, object]) -> CudaFacts:
     """What a farm's record says, wherever in the document the stack and the measured wheel stand.
 
     Read are the first `cuda`, `torch` and `sm` found under `facts`, `outputs`, `wheel`, `stack`, `inputs`: records of several
@@ -100,7 +100,7 @@ def from_record(record: Mapping[str, object]) -> Facts:
     """
     places = list(_places(record))
     sm = next((value for place in places if (value := place.get("sm"))), ())
-    return Facts(
+    return CudaFacts(
         cuda=cuda[1] if (cuda := _CUDA.fullmatch(_text(places, "cuda", _CUDA) or "")) else None,
         torch=_text(places, "torch", _TORCH),
         sm=tuple(_sm(sm)) if isinstance(sm, list) else (),

@@ -7,6 +7,8 @@ from packaging.utils import canonicalize_version
 from gracefarm.errors import UsageError
 from index.store.catalogue import Catalogue
 
+_OF_RELEASE = "WHERE id IN (SELECT id FROM live_file WHERE project = ? AND release = ?) RETURNING filename"
+
 
 def host(catalogue: Catalogue, actor: str, names: list[str], *, hosted: bool = True) -> None:
     """Take (or no longer take) uploads for these normalised names."""
@@ -32,7 +34,7 @@ def yank(catalogue: Catalogue, actor: str, project: str, version: str, reason: s
     """
     with catalogue.change(actor) as change:
         rows = change.execute(
-            "UPDATE file SET yanked = ? WHERE project = ? AND release = ? AND deleted IS NULL RETURNING filename",
+            f"UPDATE file SET yanked = ? {_OF_RELEASE}",  # noqa: S608 - constants, as below
             (reason, project, canonicalize_version(version)),
         ).fetchall()
         if not rows:
@@ -63,7 +65,7 @@ def delete(catalogue: Catalogue, actor: str, project: str, version: str) -> int:
     """
     with catalogue.change(actor) as change:
         rows = change.execute(
-            "UPDATE file SET deleted = ? WHERE project = ? AND release = ? AND deleted IS NULL RETURNING filename",
+            f"UPDATE file SET deleted = ? {_OF_RELEASE}",  # noqa: S608
             (change.time, project, canonicalize_version(version)),
         ).fetchall()
         if not rows:

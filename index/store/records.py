@@ -16,7 +16,7 @@ from index.errors import ForbiddenError, RefusedError
 from index.store import facts
 from index.store.auth import Token, allow
 from index.store.catalogue import Catalogue, Change
-from index.store.facts import Facts
+from index.store.facts import CudaFacts
 from index.store.files import Store
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z")
@@ -225,10 +225,10 @@ def _wheel_digests(document: Mapping[str, object]) -> set[str]:
     return found
 
 
-def facts_of(change: Change, identifier: str) -> Facts:
+def facts_of(change: Change, identifier: str) -> CudaFacts:
     """What wheels of this build are already known to be, from a record that came before the wheel."""
     row = change.execute("SELECT facts FROM file WHERE build = ? LIMIT 1", (identifier,)).fetchone()
-    return facts.from_json(row["facts"]) if row else Facts()
+    return facts.from_json(row["facts"]) if row else CudaFacts()
 
 
 def summarise(document: Mapping[str, object]) -> tuple[str, str, str, str, str, float | None, str, str]:

@@ -299,9 +299,9 @@ def test_simple_repository_can_consume_us(filled: Server) -> None:
         "    async with httpx.AsyncClient() as client:\n"
         "        repository = HttpRepository(url=sys.argv[1], http_client=client)\n"
         "        page = await repository.get_project_page('app-pkg')\n"
-        "        names = {one.normalized_name for one in (await repository.get_project_list()).projects}\n"
+        "        names = {project.normalized_name for project in (await repository.get_project_list()).projects}\n"
         "        assert 'app-pkg' in names\n"
-        "        print(len(page.files), all(one.hashes.get('sha256') for one in page.files))\n"
+        "        print(len(page.files), all(file.hashes.get('sha256') for file in page.files))\n"
         "asyncio.run(main())\n"
     )
     assert call([python, "-c", script, filled.url + "/simple/"]).stdout.split() == ["4", "True"]

@@ -16,17 +16,17 @@ import pytest
 from starlette.types import Message
 
 from index.serving import download
-from index.serving.download import PIECE, WINDOW, Download, Downloads
+from index.serving.download import PIECE, WINDOW, Downloads, FileAnswer
 from tests.index.index_kit import Server, serving, wheel
 
 LARGE = os.urandom(WINDOW) * 25  # what is read before the server learns that nobody is there is a small part of it
 
 
-@pytest.fixture(scope="module", params=["granian", "uvicorn"])
-def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, str, str]]:
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, str, str]]:
     """A server, the path of its large file and the file's digest."""
     name, content = wheel("large", files={"large/data.bin": LARGE}, compress=zipfile.ZIP_STORED)
-    with serving(tmp_path_factory.mktemp(request.param) / "root", "--server", request.param, "--allow-new") as server:
+    with serving(tmp_path_factory.mktemp("loaded") / "root", "--allow-new") as server:
         assert server.upload(name, content).status_code == 200
         item = server.page("large").json()["files"][0]
         digest = hashlib.sha256(content).hexdigest()
@@ -115,7 +115,7 @@ def _ask(path: Path, *, cut_to: int | None = None) -> tuple[list[int], bytes]:
             if cut_to is not None and len(pieces) == 1:
                 os.truncate(path, cut_to)
 
-    answer = Download(path, Downloads(), stat_result=path.stat())
+    answer = FileAnswer(path, Downloads(), stat_result=path.stat())
     asyncio.run(answer({"type": "http", "method": "GET", "headers": []}, receive, send))
     return [len(piece) for piece in pieces], b"".join(pieces)
 

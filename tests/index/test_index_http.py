@@ -21,9 +21,9 @@ from index_kit import JSON, Server, make_token, run_index, serving, stop, wheel
 from starlette.requests import Request
 from starlette.responses import Response
 
-from index.people.web import Pages
-from index.serving.serve import build
-from index.serving.service import Options
+from index.people.projects import ProjectPages
+from index.serving.assembly import build
+from index.serving.service import ServeOptions
 from index.store.files import Store
 
 HTML = "application/vnd.pypi.simple.v1+html"
@@ -516,17 +516,6 @@ def test_log_lines_cannot_be_forged(hosted: Server) -> None:
     assert (second.target, second.status) == ("/health", 200)
 
 
-def test_uvicorn_serves_the_same(tmp_path_factory: pytest.TempPathFactory) -> None:
-    with serving(tmp_path_factory.mktemp("uvicorn") / "root", "--allow-new", "--server", "uvicorn") as server:
-        name, content = wheel("uvi_pkg", files={"uvi_pkg/data": bytes(range(256)) * 8192}, compress=zipfile.ZIP_STORED)
-        assert server.upload(name, content).status_code == 200
-        item = server.page("uvi-pkg").json()["files"][0]
-        assert server.client.get("/simple/uvi-pkg/" + item["url"]).content == content
-        assert server.client.get("/simple/uvi-pkg/" + item["url"], headers={"Range": "bytes=5-9"}).content == content[5:10]
-        stop(server.process)
-        assert server.process.returncode == 0
-
-
 def test_tls(tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.mktemp("tls")
     subprocess.run(
@@ -588,14 +577,14 @@ def test_pages_of_the_whole_store_are_made_once_per_change_and_off_the_loop(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[str] = []
-    real = Pages.projects
+    real = ProjectPages.first
 
-    def counted(self: Pages, request: Request) -> Response:
+    def counted(self: ProjectPages, request: Request) -> Response:
         made.append(threading.current_thread().name)
         return real(self, request)
 
-    monkeypatch.setattr(Pages, "projects", counted)
-    application = build(Store(root=tmp_path / "root"), Options())
+    monkeypatch.setattr(ProjectPages, "first", counted)
+    application = build(Store(root=tmp_path / "root"), ServeOptions())
 
     async def ask() -> None:
         transport = httpx.ASGITransport(application)

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import sqlite3
 import subprocess
 import threading
 import time
@@ -21,10 +22,11 @@ import httpx
 import pytest
 from index_kit import JSON, Server, run_index, run_json, serving, start, stop, wheel
 
-import index.people.export
-from index.intake import keeping
-from index.pages.negotiate import Form
+from index.pages.negotiate import Format
 from index.pages.views import View
+from index.people import tree
+from index.people.tree import Tree
+from index.store import upkeep
 from index.store.catalogue import Catalogue, open_catalogue
 from index.store.files import Store
 
@@ -161,13 +163,13 @@ def test_an_export_renders_only_what_changed(server: Server, tmp_path: Path, mon
     target = tmp_path / "static"
     run_index(server.root, "export", str(target))
     made: list[str] = []
-    real = index.people.export.render
+    real = tree.render
 
-    def counted(catalogue: Catalogue, view: View, project: str, form: Form) -> bytes:
+    def counted(catalogue: Catalogue, view: View, project: str, form: Format) -> bytes:
         made.append(project)
         return real(catalogue, view, project, form)
 
-    monkeypatch.setattr(index.people.export, "render", counted)
+    monkeypatch.setattr(tree, "render", counted)
     assert server.upload(*wheel("two_pkg", "2.0")).status_code == 200
     run_index(server.root, "export", str(target))
     assert set(made) == {"two-pkg", ""}
@@ -190,13 +192,13 @@ def tree_of(folder: Path) -> dict[str, bytes]:
 def test_an_export_is_of_one_moment(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A wheel published between the files and the pages is in neither."""
     filled(server)
-    real = index.people.export._export_records
+    real = Tree.add_records
 
     def slow(*arguments: Any) -> None:
         assert server.upload(*wheel("late_pkg")).status_code == 200
         real(*arguments)
 
-    monkeypatch.setattr(index.people.export, "_export_records", slow)
+    monkeypatch.setattr(Tree, "add_records", slow)
     run_index(server.root, "export", str(tmp_path / "static"))
     held = [str(path) for path in (tmp_path / "static").rglob("*") if "late" in path.name]
     assert held == []
@@ -219,7 +221,7 @@ def test_gc_keeps_nobody_waiting(server: Server, tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(Path, "unlink", slow)
     result: list[tuple[int, int]] = []
-    worker = threading.Thread(target=lambda: result.append(keeping.gc(store, catalogue, "test")))
+    worker = threading.Thread(target=lambda: result.append(upkeep.gc(store, catalogue, "test")))
     worker.start()
     begin = time.monotonic()
     for item in names:
@@ -474,6 +476,8 @@ def test_a_catalogue_of_the_first_index_becomes_one_of_this(tmp_path: Path) -> N
         path = tmp_path / name / "catalogue.db"
         catalogue = open_catalogue(path)
         if name == "old":
+            catalogue.close()
+            old = sqlite3.connect(path)
             for statement in (
                 "DROP VIEW public_record", "DROP TABLE pin", "ALTER TABLE mirrored DROP COLUMN lost",
                 "ALTER TABLE mirrored DROP COLUMN withdrawn", "ALTER TABLE record DROP COLUMN project",
@@ -481,14 +485,15 @@ def test_a_catalogue_of_the_first_index_becomes_one_of_this(tmp_path: Path) -> N
                 "UPDATE meta SET value = '1' WHERE key = 'schema'",
                 "INSERT INTO record (id, recipe, updated) VALUES ('a', 'Flash_Attn', '')",
             ):  # fmt: skip
-                catalogue.database.execute(statement)
-            catalogue.close()
+                old.execute(statement)
+            old.commit()
+            old.close()
             catalogue = open_catalogue(path)
             row = catalogue.row("SELECT project FROM public_record")
             assert row is not None
             assert row["project"] == "flash-attn"
             assert catalogue.row("SELECT hashed FROM token") is None
         tables = [row["name"] for row in catalogue.rows("SELECT name FROM sqlite_master WHERE type IN ('table', 'view')")]
-        shapes.append({one: {row["name"] for row in catalogue.rows(f"PRAGMA table_info({one})")} for one in tables})
+        shapes.append({table: {row["name"] for row in catalogue.rows(f"PRAGMA table_info({table})")} for table in tables})
         catalogue.close()
     assert shapes[0] == shapes[1]

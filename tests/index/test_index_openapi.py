@@ -15,8 +15,8 @@ import pytest
 from index_kit import JSON, Server, serving, wheel
 from starlette.routing import Route
 
-from index.serving.serve import build
-from index.serving.service import Options
+from index.serving.assembly import build
+from index.serving.service import ServeOptions
 from index.store.files import Store
 
 CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance,unsupported_method"
@@ -36,7 +36,7 @@ def described(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 def test_every_route_is_described_and_nothing_else(tmp_path: Path, described: Server) -> None:
     paths = described.client.get("/openapi.json").json()["paths"]
     said = {(path, method.upper()) for path, methods in paths.items() for method in methods}
-    application = build(Store(root=tmp_path / "root"), Options())
+    application = build(Store(root=tmp_path / "root"), ServeOptions())
     routes = [route for route in application.rest.routes if isinstance(route, Route)]
     there = {(route.path, method) for route in routes for method in (route.methods or ()) if method != "HEAD"}
     application.service.close()

@@ -26,7 +26,7 @@ import index.intake.sdist
 import index.intake.wheel
 from index.errors import RefusedError
 from index.names import Distribution, parse_filename
-from index.serving.serve import GRACE
+from index.serving.granian import GRACE
 
 
 def refused(answer: httpx.Response, *words: str, status: int = 400) -> None:
@@ -455,10 +455,9 @@ def test_a_stalled_upload_stops_nobody_and_ends(tmp_path_factory: pytest.TempPat
         _eventually_empty(server)
 
 
-@pytest.mark.parametrize("kind", ["granian", "uvicorn"])
-def test_clients_that_stop_reading_or_never_ask_stop_nobody(tmp_path: Path, kind: str) -> None:
+def test_clients_that_stop_reading_or_never_ask_stop_nobody(tmp_path: Path) -> None:
     """1,100 sockets of one address: more than granian's own bound on connections, which would accept nobody else."""
-    with serving(tmp_path / "root", "--allow-new", "--server", kind) as server:
+    with serving(tmp_path / "root", "--allow-new") as server:
         name, content = wheel("slow_pkg", files={"slow_pkg/data": bytes(8 << 20)}, compress=zipfile.ZIP_STORED)
         assert server.upload(name, content).status_code == 200
         request = f"GET /packages/{name} HTTP/1.1\r\nHost: x\r\n\r\n".encode()
@@ -466,11 +465,10 @@ def test_clients_that_stop_reading_or_never_ask_stop_nobody(tmp_path: Path, kind
         try:
             # Most never read, some send half a request.
             held.extend(_slow_reader(server, request if number % 3 else request[:20]) for number in range(1100))
-            seconds = 5 if kind == "granian" else 30  # uvicorn first copies what fits into 1,100 buffers, in Python
 
             def served(source: str) -> None:
                 transport = httpx.HTTPTransport(local_address=source)
-                with httpx.Client(base_url=server.url, timeout=seconds, transport=transport) as other:
+                with httpx.Client(base_url=server.url, timeout=5, transport=transport) as other:
                     assert other.get("/health").text == "ok\n"
                     assert other.get("/simple/slow-pkg/").status_code == 200
                     assert other.get(f"/packages/{name}").content == content
@@ -482,7 +480,7 @@ def test_clients_that_stop_reading_or_never_ask_stop_nobody(tmp_path: Path, kind
             assert _connections(server) <= 256 + 10, "one address holds no more"
             # Not before: while an address holds too many, which of its own downloads is cut off is chance.
             served("127.0.0.1")
-            with httpx.Client(base_url=server.url, timeout=seconds) as other:  # the old one was as quiet as the others
+            with httpx.Client(base_url=server.url, timeout=5) as other:  # the old one was as quiet as the others
                 assert other.get("/health").status_code == 200
                 server.client = other
                 assert server.upload(*wheel("quick_pkg")).status_code == 200
@@ -502,16 +500,15 @@ def _slow_reader(server: Server, request: bytes) -> socket.socket:
 def _connections(server: Server, port: int | None = None) -> int:
     """Connections of clients that the server holds; with `port`, of the client on that port."""
     folder = Path(f"/proc/{server.process.pid}/fd")
-    inodes = {str(one.readlink()) for one in folder.iterdir() if one.is_symlink()}
+    inodes = {str(link.readlink()) for link in folder.iterdir() if link.is_symlink()}
     rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
     mine = [row for row in rows if int(row[1].partition(":")[2], 16) == server.port and row[3] != "0A"]
     mine = [row for row in mine if port is None or int(row[2].partition(":")[2], 16) == port]
     return sum(f"socket:[{row[9]}]" in inodes for row in mine)
 
 
-@pytest.mark.parametrize("kind", ["granian", "uvicorn"])
-def test_who_takes_nothing_of_an_answer_is_cut_off(tmp_path: Path, kind: str) -> None:
-    with serving(tmp_path / "root", "--allow-new", "--server", kind, "--idle", "1.5") as server:
+def test_who_takes_nothing_of_an_answer_is_cut_off(tmp_path: Path) -> None:
+    with serving(tmp_path / "root", "--allow-new", "--idle", "1.5") as server:
         name, content = wheel("slow_pkg", files={"slow_pkg/data": bytes(16 << 20)}, compress=zipfile.ZIP_STORED)
         assert server.upload(name, content).status_code == 200
         request = f"GET /packages/{name} HTTP/1.1\r\nHost: x\r\n\r\n".encode()
@@ -526,9 +523,8 @@ def test_who_takes_nothing_of_an_answer_is_cut_off(tmp_path: Path, kind: str) ->
 
 
 @pytest.mark.parametrize("signals", [pytest.param(1, marks=pytest.mark.slow), 2])
-@pytest.mark.parametrize("kind", ["granian", "uvicorn"])
-def test_a_client_that_stalls_does_not_keep_the_server_from_ending(tmp_path: Path, kind: str, signals: int) -> None:
-    with serving(tmp_path / "root", "--allow-new", "--server", kind) as server:
+def test_a_client_that_stalls_does_not_keep_the_server_from_ending(tmp_path: Path, signals: int) -> None:
+    with serving(tmp_path / "root", "--allow-new") as server:
         name, content = wheel("ending_pkg", files={"ending_pkg/data": bytes(16 << 20)}, compress=zipfile.ZIP_STORED)
         assert server.upload(name, content).status_code == 200
         request = f"GET /packages/{name} HTTP/1.1\r\nHost: x\r\n\r\n".encode()
@@ -545,16 +541,15 @@ def test_a_client_that_stalls_does_not_keep_the_server_from_ending(tmp_path: Pat
             assert (time.monotonic() - begun > GRACE - 1) == (signals == 1)
 
 
-@pytest.mark.parametrize("kind", ["granian", "uvicorn"])
-def test_one_connection_is_one_answer_at_a_time(tmp_path: Path, kind: str) -> None:
+def test_one_connection_is_one_answer_at_a_time(tmp_path: Path) -> None:
     """HTTP/2 would let each connection hold 200 unread answers, which no bound here counts."""
     with (
-        serving(tmp_path / "root", "--server", kind) as server,
-        socket.create_connection(("127.0.0.1", server.port), timeout=20) as one,
+        serving(tmp_path / "root") as server,
+        socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection,
     ):
         settings = b"\0\0\0\4\0\0\0\0\0"
-        one.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + settings)
-        answer = one.recv(1000)
+        connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + settings)
+        answer = connection.recv(1000)
         assert answer == b"" or answer.startswith(b"HTTP/1.1 4")
 
 

@@ -19,8 +19,8 @@ from index_kit import JSON, Server, make_token, run_index, run_json, serving, wh
 
 from index.pages import views
 from index.pages.views import Listed, View
-from index.serving.serve import build
-from index.serving.service import Options
+from index.serving.assembly import build
+from index.serving.service import ServeOptions
 from index.store.catalogue import Catalogue
 from index.store.files import Store
 
@@ -282,7 +282,7 @@ def test_a_lock_is_of_one_moment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         return real(catalogue, view, project)
 
     monkeypatch.setattr(views, "files", meanwhile)
-    application = build(Store(root=root), Options())
+    application = build(Store(root=root), ServeOptions())
 
     async def ask() -> str:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(application), base_url="http://x") as client:

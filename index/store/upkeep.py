@@ -1,43 +1,36 @@
-"""Keeping a store in order: check every byte, free what nothing names, let old nightlies go, take a folder of wheels in."""
+"""Keeping a store in order: check every byte, free what nothing names, let old nightlies go, list what is there."""
 
 from __future__ import annotations
 
-import hashlib
 import sqlite3
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 
 from packaging.utils import parse_wheel_filename
 from packaging.version import Version
 
 from gracefarm.console import Tick, no_tick
 from gracefarm.errors import ConfigError
-from gracefarm.files import CHUNK
-from index.errors import RefusalError
-from index.intake import accept
-from index.intake.accept import Destination
-from index.names import parse_filename
 from index.store.catalogue import Catalogue
-from index.store.files import Store, disk_errors, flush
+from index.store.files import Store
 
 GC_MOMENT = 0.2
 "Seconds that `gc` keeps uploads waiting at most, but for the time that one file takes."
 
+
 _REFERENCES = """
-SELECT sha256 AS digest, filename AS name, size FROM file WHERE deleted IS NULL
-UNION SELECT metadata_sha256, filename || '.metadata', NULL FROM file WHERE deleted IS NULL AND metadata_sha256 IS NOT NULL
-UNION SELECT sha256, filename, size FROM mirrored WHERE url IS NULL AND withdrawn IS NULL
-UNION SELECT metadata_sha256, filename || '.metadata', NULL FROM mirrored
-    WHERE url IS NULL AND withdrawn IS NULL AND metadata_sha256 IS NOT NULL
+SELECT sha256 AS digest, filename AS name, size FROM live_file
+UNION SELECT metadata_sha256, filename || '.metadata', NULL FROM live_file WHERE metadata_sha256 IS NOT NULL
+UNION SELECT sha256, filename, size FROM live_mirrored WHERE url IS NULL
+UNION SELECT metadata_sha256, filename || '.metadata', NULL FROM live_mirrored
+    WHERE url IS NULL AND metadata_sha256 IS NOT NULL
 UNION SELECT document_sha256, 'record ' || id, document_size FROM record WHERE document_sha256 IS NOT NULL
 UNION SELECT log_sha256, 'log ' || id, log_size FROM record WHERE log_sha256 IS NOT NULL
 """
 
 
 @dataclass(frozen=True, kw_only=True)
-class Check:
+class Inspection:
     """What fsck found."""
 
     files: int
@@ -48,7 +41,7 @@ class Check:
     "Stored files that nothing names; `index gc` removes them."
 
 
-def fsck(store: Store, catalogue: Catalogue, tick: Tick = no_tick, *, set_aside: str | None = None) -> Check:
+def fsck(store: Store, catalogue: Catalogue, tick: Tick = no_tick, *, set_aside: str | None = None) -> Inspection:
     """Rehash every stored file and check the catalogue itself.
 
     With `set_aside`, the actor's name, damaged files leave the store and the lists; the same bytes can then be uploaded again.
@@ -71,7 +64,7 @@ def fsck(store: Store, catalogue: Catalogue, tick: Tick = no_tick, *, set_aside:
     if damaged and set_aside is not None:
         heal(store, catalogue, set_aside)
     unnamed = sum(path.name not in names for path in store.stored())
-    return Check(files=len(names), bytes=total, damaged=tuple(sorted(damaged)), unnamed=unnamed)
+    return Inspection(files=len(names), bytes=total, damaged=tuple(sorted(damaged)), unnamed=unnamed)
 
 
 def gc(store: Store, catalogue: Catalogue, actor: str) -> tuple[int, int]:
@@ -106,8 +99,8 @@ def prune(catalogue: Catalogue, actor: str, keep: int, *, dry_run: bool = False)
     """
     variants: dict[tuple[object, ...], list[tuple[Version, str]]] = {}
     rows = catalogue.rows(
-        "SELECT id, filename, project, version, cuda, kind FROM file"
-        " WHERE channel = 'nightly' AND deleted IS NULL AND hidden = 0"
+        "SELECT id, filename, project, version, cuda, kind FROM live_file"
+        " WHERE channel = 'nightly' AND hidden = 0"
         " AND id NOT IN (SELECT file_id FROM member JOIN release_set ON name = set_name WHERE state <> 'dropped')"
     )
     for row in rows:
@@ -115,7 +108,7 @@ def prune(catalogue: Catalogue, actor: str, keep: int, *, dry_run: bool = False)
         variants.setdefault((row["project"], row["cuda"], row["kind"], tags), []).append(
             (Version(row["version"]), row["filename"])
         )
-    old = [name for found in variants.values() for _, name in sorted(found, reverse=True)[keep:]]
+    old = [name for releases in variants.values() for _, name in sorted(releases, reverse=True)[keep:]]
     if old and not dry_run:
         with catalogue.change(actor) as change:
             for name in old:
@@ -123,62 +116,6 @@ def prune(catalogue: Catalogue, actor: str, keep: int, *, dry_run: bool = False)
                 project = str(change.execute("SELECT project FROM file WHERE filename = ?", (name,)).fetchone()[0])
                 change.note("file.prune", name, project, keep=keep)
     return sorted(old)
-
-
-@dataclass
-class Imported:
-    """What an import did."""
-
-    created: int = 0
-    same: int = 0
-    refused: list[str] = field(default_factory=list)
-
-
-def import_folder(store: Store, catalogue: Catalogue, actor: str, folder: Path, tick: Tick = no_tick) -> Imported:
-    """Take in every wheel and sdist of a folder, as pypiserver keeps them; times are those of the files.
-
-    What the index would refuse from a client it refuses from a folder too; the sentences are in the result.
-    """
-    done = Imported()
-    found = sorted(_distributions(folder))
-    destination = Destination(allow_new=True)
-    for number, path in enumerate(found):
-        tick(number, len(found), path.name)
-        staged = store.new_staging()
-        try:
-            distribution = parse_filename(path.name)
-            sha256 = _copy(store, path, staged)
-            candidate = accept.inspect(staged, distribution, sha256, uploaded=path.stat().st_mtime)
-            outcome = accept.admit(store, catalogue, actor, candidate, destination)
-            if outcome == "created":
-                done.created += 1
-            else:
-                done.same += 1
-        except RefusalError as error:
-            if error.status == 507:
-                raise
-            done.refused.append(f"{path.name}: {error.cause}")
-        finally:
-            staged.unlink(missing_ok=True)
-    tick(len(found), len(found), "")
-    return done
-
-
-def _distributions(folder: Path) -> Iterator[Path]:
-    for path in folder.rglob("*"):
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if path.is_file() and not hidden and path.name.endswith((".whl", ".tar.gz", ".zip", ".egg", ".tgz", ".tar.bz2")):
-            yield path
-
-
-def _copy(store: Store, source: Path, staged: Path) -> str:
-    digest = hashlib.sha256()
-    with disk_errors(store.root), source.open("rb") as reading, staged.open("xb") as writing:
-        while chunk := reading.read(CHUNK):
-            digest.update(chunk)
-            writing.write(chunk)
-        flush(writing)
-    return digest.hexdigest()
 
 
 def heal(store: Store, catalogue: Catalogue, actor: str) -> list[str]:
@@ -194,8 +131,8 @@ def heal(store: Store, catalogue: Catalogue, actor: str) -> list[str]:
     def lost(row: sqlite3.Row) -> bool:
         return sizes.get(row["sha256"]) != row["size"] or (row["metadata_sha256"] or row["sha256"]) not in sizes
 
-    rows = catalogue.rows("SELECT id, filename, project, sha256, size, metadata_sha256, lost FROM file WHERE deleted IS NULL")
-    copies = catalogue.rows("SELECT * FROM mirrored WHERE url IS NULL AND withdrawn IS NULL")
+    rows = catalogue.rows("SELECT id, filename, project, sha256, size, metadata_sha256, lost FROM live_file")
+    copies = catalogue.rows("SELECT * FROM live_mirrored WHERE url IS NULL")
     if (rows or copies) and not sizes:
         raise ConfigError(
             f"{store.files} is empty, the catalogue is not", remedy="mount or restore the files, then start again"

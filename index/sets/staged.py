@@ -18,7 +18,7 @@ from index.store.catalogue import Catalogue, Change
 
 
 @dataclass(frozen=True, kw_only=True)
-class Expected:
+class ExpectedWheel:
     """One wheel that a set's matrix declares."""
 
     requirement: str
@@ -47,7 +47,7 @@ class Expected:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Set:
+class ReleaseSet:
     """A set as `stage list` shows it."""
 
     name: str
@@ -56,7 +56,7 @@ class Set:
     channel: str
     created: str
     published: str | None
-    matrix: tuple[Expected, ...]
+    matrix: tuple[ExpectedWheel, ...]
     files: tuple[str, ...]
     digests: tuple[str, ...]
     "sha256 of each file."
@@ -65,7 +65,7 @@ class Set:
     "How many the matrix and the lock name."
 
 
-def parse_matrix(lines: list[str]) -> list[Expected]:
+def parse_matrix(lines: list[str]) -> list[ExpectedWheel]:
     """Lines of REQUIREMENT [PYTHON[,PYTHON…]] [ARCH[,ARCH…]]; commas multiply; `#` starts a comment.
 
     Raises:
@@ -74,7 +74,7 @@ def parse_matrix(lines: list[str]) -> list[Expected]:
     return [expected for line in lines if (text := line.partition("#")[0].strip()) for expected in _matrix_line(text)]
 
 
-def _matrix_line(text: str) -> Iterator[Expected]:
+def _matrix_line(text: str) -> Iterator[ExpectedWheel]:
     requirement, *rest = text.split()
     try:
         parsed = Requirement(requirement)
@@ -87,10 +87,10 @@ def _matrix_line(text: str) -> Iterator[Expected]:
     pythons = rest[0].split(",") if rest else [""]
     arches = rest[1].split(",") if len(rest) > 1 else [""]
     for python, arch in product(pythons, arches):
-        yield Expected(requirement=requirement, python=python, arch=arch)
+        yield ExpectedWheel(requirement=requirement, python=python, arch=arch)
 
 
-def create(catalogue: Catalogue, actor: str, name: str, matrix: list[Expected], channel: str = "release") -> Set:
+def create(catalogue: Catalogue, actor: str, name: str, matrix: list[ExpectedWheel], channel: str = "release") -> ReleaseSet:
     """A new staged set.
 
     Raises:
@@ -108,7 +108,7 @@ def create(catalogue: Catalogue, actor: str, name: str, matrix: list[Expected], 
     return find(catalogue, name)
 
 
-def find(catalogue: Catalogue, name: str) -> Set:
+def find(catalogue: Catalogue, name: str) -> ReleaseSet:
     """One set.
 
     Raises:
@@ -118,16 +118,17 @@ def find(catalogue: Catalogue, name: str) -> Set:
     if row is None:
         raise UsageError(f"there is no set {name!r}", remedy="`index stage list` shows them")
     members = catalogue.rows(
-        "SELECT project, version, filename, sha256 FROM file JOIN member ON member.file_id = file.id"
-        " WHERE set_name = ? AND deleted IS NULL UNION SELECT project, version, filename, sha256 FROM mirrored"
-        " WHERE set_name = ? AND withdrawn IS NULL ORDER BY filename",
+        "SELECT project, version, filename, sha256 FROM live_file JOIN member ON file_id = id WHERE set_name = ?"
+        " UNION SELECT project, version, filename, sha256 FROM live_mirrored WHERE set_name = ? ORDER BY filename",
         (name, name),
     )
-    matrix = tuple(Expected(**item) for item in json.loads(row["matrix"]))
+    matrix = tuple(ExpectedWheel(**item) for item in json.loads(row["matrix"]))
     missing = [
-        item for item in matrix if not any(item.matches(one["project"], one["version"], one["filename"]) for one in members)
+        wheel
+        for wheel in matrix
+        if not any(wheel.matches(member["project"], member["version"], member["filename"]) for member in members)
     ]
-    return Set(
+    return ReleaseSet(
         name=name,
         state=row["state"],
         preview=row["preview"],
@@ -135,10 +136,10 @@ def find(catalogue: Catalogue, name: str) -> Set:
         created=row["created"],
         published=row["published"],
         matrix=matrix,
-        files=tuple(one["filename"] for one in members),
-        digests=tuple(one["sha256"] for one in members),
+        files=tuple(member["filename"] for member in members),
+        digests=tuple(member["sha256"] for member in members),
         wanted=len(matrix) + _count(catalogue, name),
-        missing=(*(str(item) for item in missing), *_unfulfilled(catalogue, name)),
+        missing=(*(str(wheel) for wheel in missing), *_unfulfilled(catalogue, name)),
     )
 
 
@@ -151,8 +152,8 @@ def _unfulfilled(catalogue: Catalogue, name: str) -> list[str]:
     live = {
         row["sha256"]
         for row in catalogue.rows(
-            "SELECT sha256 FROM file JOIN member ON member.file_id = file.id WHERE set_name = ? AND deleted IS NULL"
-            " AND lost = 0 UNION SELECT sha256 FROM mirrored WHERE set_name = ? AND lost = 0 AND withdrawn IS NULL",
+            "SELECT sha256 FROM live_file JOIN member ON file_id = id WHERE set_name = ? AND lost = 0"
+            " UNION SELECT sha256 FROM live_mirrored WHERE set_name = ? AND lost = 0",
             (name, name),
         )
     }
@@ -165,7 +166,7 @@ def _unfulfilled(catalogue: Catalogue, name: str) -> list[str]:
     return list(dict.fromkeys(lacking))  # several locks may name it
 
 
-def all_sets(catalogue: Catalogue) -> list[Set]:
+def all_sets(catalogue: Catalogue) -> list[ReleaseSet]:
     """Every set, the newest first."""
     return [find(catalogue, row["name"]) for row in catalogue.rows("SELECT name FROM release_set ORDER BY created DESC")]
 
@@ -179,14 +180,14 @@ def add(catalogue: Catalogue, actor: str, name: str, filenames: list[str]) -> No
     with catalogue.change(actor) as change:
         check_staged(change, name)
         for filename in filenames:
-            row = change.execute("SELECT id, project FROM file WHERE filename = ? AND deleted IS NULL", (filename,)).fetchone()
+            row = change.execute("SELECT id, project FROM live_file WHERE filename = ?", (filename,)).fetchone()
             if row is None:
                 raise UsageError(f"there is no file {filename!r}", remedy="give the file's full name")
             change.execute("INSERT OR IGNORE INTO member (set_name, file_id) VALUES (?, ?)", (name, row["id"]))
             change.note("set.add", f"{name} {filename}", row["project"])
 
 
-def publish(catalogue: Catalogue, actor: str, name: str) -> Set:
+def publish(catalogue: Catalogue, actor: str, name: str) -> ReleaseSet:
     """Make every file of the set visible, in one transaction.
 
     Raises:
@@ -195,20 +196,20 @@ def publish(catalogue: Catalogue, actor: str, name: str) -> Set:
     """
     with catalogue.change(actor) as change:
         check_staged(change, name)
-        found = find(catalogue, name)
-        if found.missing:
+        complete = find(catalogue, name)
+        if complete.missing:
             raise RefusedError(
-                f"the set {name} lacks {len(found.missing)} of {found.wanted}: {'; '.join(found.missing)}",
+                f"the set {name} lacks {len(complete.missing)} of {complete.wanted}: {'; '.join(complete.missing)}",
                 remedy=f"upload them to /stage/{name}/legacy/ (or mirror the lock again), then publish again",
             )
-        if not found.files:
+        if not complete.files:
             raise RefusedError(f"the set {name} is empty", remedy=f"upload its wheels to /stage/{name}/legacy/ first")
         rows = change.execute(
             "SELECT project, filename, hidden FROM file JOIN member ON member.file_id = file.id WHERE set_name = ?", (name,)
         ).fetchall()
         change.execute("UPDATE file SET hidden = 0 WHERE id IN (SELECT file_id FROM member WHERE set_name = ?)", (name,))
         change.execute("UPDATE release_set SET state = 'published', published = ? WHERE name = ?", (change.time, name))
-        change.note("set.publish", name, *{row["project"] for row in rows}, files=list(found.files))
+        change.note("set.publish", name, *{row["project"] for row in rows}, files=list(complete.files))
         for row in rows:
             if row["hidden"]:  # for mirrors, which could not see it when it was uploaded
                 change.note("file.show", row["filename"], row["project"], set=name)
@@ -224,9 +225,9 @@ def drop(catalogue: Catalogue, actor: str, name: str) -> None:
     with catalogue.change(actor) as change:
         check_staged(change, name)
         rows = change.execute(
-            "SELECT id, filename FROM file JOIN member ON member.file_id = file.id WHERE set_name = ? AND hidden = 1"
-            " AND deleted IS NULL"  # a deleted name is never free again
-            " AND NOT EXISTS (SELECT 1 FROM member AS other WHERE other.file_id = file.id AND other.set_name <> ?)",
+            # not those of `file`: a deleted name is never free again
+            "SELECT id, filename FROM live_file JOIN member ON file_id = id WHERE set_name = ? AND hidden = 1"
+            " AND NOT EXISTS (SELECT 1 FROM member AS other WHERE other.file_id = id AND other.set_name <> ?)",
             (name, name),
         ).fetchall()
         change.execute("DELETE FROM member WHERE set_name = ?", (name,))

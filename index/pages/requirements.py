@@ -5,6 +5,7 @@ pip and uv read it from the index itself: `pip install --require-hashes --no-dep
 
 from __future__ import annotations
 
+from gracefarm import pins
 from index.errors import NotFoundError
 from index.pages import views
 from index.pages.views import View
@@ -13,7 +14,7 @@ from index.store.catalogue import Catalogue
 FILENAME = "requirements.lock"
 
 _EVER = """
-SELECT project FROM file JOIN member ON member.file_id = file.id JOIN release_set ON name = set_name
+SELECT project FROM file JOIN member ON file_id = id JOIN release_set ON name = set_name
     WHERE name = :name AND (deleted IS NULL OR deleted > published)
 UNION SELECT project FROM mirrored JOIN release_set ON name = set_name
     WHERE name = :name AND (withdrawn IS NULL OR withdrawn > published)
@@ -46,8 +47,5 @@ def render(catalogue: Catalogue, view: View) -> str:
                 f"the set {view.argument} has {project} in several versions ({', '.join(versions)}): no one lock names them",
                 remedy="install from the lock that was made with the set",
             )
-        digests = sorted({item.sha256 for item in files})
-        lines.append(
-            " \\\n".join([f"{project}=={versions[0]}", *(f"    --hash=sha256:{digest}" for digest in digests)]) + "\n"
-        )
+        lines.append(pins.render(project, versions[0], {item.sha256 for item in files}))
     return "".join(lines)

@@ -31,7 +31,7 @@ from index.errors import RefusedError
 from index.intake import metadata
 from index.limits import Limits
 from index.names import check_plain, normalise
-from index.sets import stage
+from index.sets import staged
 from index.store.catalogue import Catalogue, Change
 from index.store.files import Store, disk_errors, flush
 
@@ -51,7 +51,7 @@ class Mirrored:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Found:
+class _UpstreamFile:
     filename: str
     version: str
     kind: str
@@ -84,17 +84,17 @@ def mirror(
         StoreFullError: no space.
     """
     _begin(catalogue, actor, set_name, lock_name, pins, link=link)
-    done: list[Mirrored] = []
+    mirrored: list[Mirrored] = []
     # Requests' own user agent would hide who asks.
     with PyPISimple(index_url or PYPI_SIMPLE_ENDPOINT) as upstream, httpx.Client(follow_redirects=True, timeout=60) as client:
         for number, pin in enumerate(pins):
             tick(number, len(pins), pin.name)
-            found = _ours(catalogue, actor, set_name, pin) or _kept(store, catalogue, set_name, pin, link=link)
-            done += found or _take(
+            here = _ours(catalogue, actor, set_name, pin) or _kept(store, catalogue, set_name, pin, link=link)
+            mirrored += here or _take(
                 store, catalogue, actor, set_name, pin, _upstream(catalogue, upstream, pin), client, link=link
             )
     tick(len(pins), len(pins), "")
-    return done
+    return mirrored
 
 
 def _begin(catalogue: Catalogue, actor: str, set_name: str, lock_name: str, pins: list[Pin], *, link: bool) -> None:
@@ -114,7 +114,7 @@ def _begin(catalogue: Catalogue, actor: str, set_name: str, lock_name: str, pins
         state = change.execute("SELECT state FROM release_set WHERE name = ?", (set_name,)).fetchone()
         if old == new and state is not None and state["state"] == "published":
             return
-        stage.check_staged(change, set_name)
+        staged.check_staged(change, set_name)
         others = {digest for row in rows if row["lock"] != lock_name for digest in row["sha256"].split()}
         wanted = {digest for pin in pins for digest in pin.sha256} | others
         brought = {digest for _, _, digests, _ in old for digest in digests.split()}
@@ -147,12 +147,12 @@ def _finish(change: Change, set_name: str, pin: Pin) -> None:
 
 def _ours(catalogue: Catalogue, actor: str, set_name: str, pin: Pin) -> list[Mirrored]:
     """Files of ours with a locked digest join the set as they are."""
-    rows = catalogue.rows("SELECT id, filename, sha256, size FROM file WHERE project = ? AND deleted IS NULL", (pin.name,))
+    rows = catalogue.rows("SELECT id, filename, sha256, size FROM live_file WHERE project = ?", (pin.name,))
     own = [row for row in rows if row["sha256"] in pin.sha256]
     members = {row["file_id"] for row in catalogue.rows("SELECT file_id FROM member WHERE set_name = ?", (set_name,))}
     if own and not (members.issuperset(row["id"] for row in own) and _is_done(catalogue, set_name, pin)):
         with catalogue.change(actor) as change:
-            stage.check_staged(change, set_name)
+            staged.check_staged(change, set_name)
             for row in own:
                 change.execute("INSERT OR IGNORE INTO member (set_name, file_id) VALUES (?, ?)", (set_name, row["id"]))
             _finish(change, set_name, pin)
@@ -172,8 +172,8 @@ def _kept(store: Store, catalogue: Catalogue, set_name: str, pin: Pin, *, link: 
     """What an earlier run brought, when it was all of it and is still there: none of it, else, and it is fetched again."""
     rows = [
         row
-        for row in catalogue.rows("SELECT * FROM mirrored WHERE set_name = ? AND project = ?", (set_name, pin.name))
-        if row["sha256"] in pin.sha256 and row["withdrawn"] is None
+        for row in catalogue.rows("SELECT * FROM live_mirrored WHERE set_name = ? AND project = ?", (set_name, pin.name))
+        if row["sha256"] in pin.sha256
     ]
     if not _is_done(catalogue, set_name, pin) or not all(_is_whole(store, row, link=link) for row in rows):
         return []
@@ -188,7 +188,7 @@ def _is_whole(store: Store, row: sqlite3.Row, *, link: bool) -> bool:
     return there and not row["lost"]
 
 
-def _upstream(catalogue: Catalogue, upstream: PyPISimple, pin: Pin) -> list[_Found]:
+def _upstream(catalogue: Catalogue, upstream: PyPISimple, pin: Pin) -> list[_UpstreamFile]:
     try:
         page = upstream.get_project_page(pin.name)
     except NoSuchProjectError as error:
@@ -199,18 +199,18 @@ def _upstream(catalogue: Catalogue, upstream: PyPISimple, pin: Pin) -> list[_Fou
         raise FetchError(
             f"the upstream index does not answer for {pin.name}: {type(error).__name__}", remedy="try again later"
         ) from error
-    found = [
-        _found(package, digest, pin)
+    files = [
+        _upstream_file(package, digest, pin)
         for package in page.packages
         if (digest := package.digests.get("sha256", "")) in pin.sha256
     ]
-    if not found:
+    if not files:
         raise FetchError(
             f"the upstream index has no file of {pin.name} {pin.version} with a locked sha256",
             remedy="lock again, or set GRACEFARM_PYTHON_INDEX to the index that the lock was made with",
         )
     gone = {row["sha256"] for row in catalogue.rows("SELECT sha256 FROM mirrored WHERE withdrawn IS NOT NULL")}
-    left = [item for item in found if item.sha256 not in gone]
+    left = [item for item in files if item.sha256 not in gone]
     if not left:
         raise RefusedError(
             f"every locked file of {pin.name} {pin.version} was withdrawn here",
@@ -219,9 +219,9 @@ def _upstream(catalogue: Catalogue, upstream: PyPISimple, pin: Pin) -> list[_Fou
     return left
 
 
-def _found(package: DistributionPackage, digest: str, pin: Pin) -> _Found:
+def _upstream_file(package: DistributionPackage, digest: str, pin: Pin) -> _UpstreamFile:
     digests = package.metadata_digests or {}
-    return _Found(
+    return _UpstreamFile(
         filename=package.filename,
         version=_version(package.filename, pin),
         kind="bdist_wheel" if package.filename.endswith(".whl") else "sdist",
@@ -255,13 +255,13 @@ def _take(
     actor: str,
     set_name: str,
     pin: Pin,
-    items: list[_Found],
+    items: list[_UpstreamFile],
     client: httpx.Client,
     *,
     link: bool,
 ) -> list[Mirrored]:
     """Every file of a pin, in one transaction: a pin is fulfilled or it is not."""
-    rows: list[tuple[_Found, int, str | None]] = []
+    rows: list[tuple[_UpstreamFile, int, str | None]] = []
     with ExitStack() as stack:
         staged: list[tuple[Path, str, bytes | None]] = []
         for item in items:
@@ -285,7 +285,14 @@ def _take(
 
 
 def _insert(
-    change: Change, set_name: str, project: str, item: _Found, size: int, metadata_sha256: str | None, *, url: str | None
+    change: Change,
+    set_name: str,
+    project: str,
+    item: _UpstreamFile,
+    size: int,
+    metadata_sha256: str | None,
+    *,
+    url: str | None,
 ) -> None:
     mended = change.execute(
         "UPDATE mirrored SET lost = 0, url = ?, size = ?, metadata_sha256 = ?"
@@ -293,7 +300,7 @@ def _insert(
         (url, size, metadata_sha256, set_name, item.filename, item.sha256),
     )
     if not mended.rowcount:
-        stage.check_staged(change, set_name)  # what is published is mended and never changed
+        staged.check_staged(change, set_name)  # what is published is mended and never changed
         change.execute(
             "INSERT OR REPLACE INTO mirrored (set_name, filename, project, version, kind, sha256, size, metadata_sha256,"
             " requires_python, uploaded, url) VALUES (?,?,?,?,?,?,?,?,?,?,?)",
@@ -326,7 +333,7 @@ def withdraw(catalogue: Catalogue, actor: str, filename: str, reason: str, *, un
     return names
 
 
-def _remote_size(client: httpx.Client, item: _Found) -> int:
+def _remote_size(client: httpx.Client, item: _UpstreamFile) -> int:
     """PEP 700 wants sizes; an upstream without them is asked for the length."""
     try:
         answer = client.head(item.url)
@@ -336,7 +343,7 @@ def _remote_size(client: httpx.Client, item: _Found) -> int:
 
 
 @contextmanager
-def _download(store: Store, client: httpx.Client, item: _Found) -> Iterator[Path]:
+def _download(store: Store, client: httpx.Client, item: _UpstreamFile) -> Iterator[Path]:
     staged = store.new_staging()
     try:
         digest = hashlib.sha256()

@@ -1,4 +1,4 @@
-"""Run the application on granian or uvicorn, one server for each root."""
+"""Run the application on granian, one server for each root."""
 
 from __future__ import annotations
 
@@ -9,22 +9,21 @@ import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import uvloop
+from granian.constants import HTTPModes, Interfaces
+from granian.http import HTTP1Settings
+from granian.log import LogLevels
+from granian.server.embed import Server
 
 from gracefarm.errors import ConfigError, HostError
-from index.intake.keeping import heal
-from index.limits import Gate
-from index.pages.shelf import Shelf
-from index.people.web import people_routes
-from index.serving import connections, staging
+from index.serving import connections
 from index.serving.app import Application
+from index.serving.assembly import build
 from index.serving.connections import Bounds
-from index.serving.routes import starlette
-from index.serving.service import Options, Service
-from index.store.catalogue import open_catalogue
+from index.serving.service import ServeOptions
 from index.store.files import Store
+from index.store.upkeep import heal
 
 GRACE = 30.0
 "Seconds that uploads and answers under way have to end after the first signal; the second one ends them at once."
@@ -39,27 +38,9 @@ class Listen:
     "0: any free one."
     certificate: Path | None = None
     key: Path | None = None
-    server: Literal["granian", "uvicorn"] = "granian"
 
 
-def build(store: Store, options: Options) -> Application:
-    """The application over a root, ready for any ASGI server."""
-    store.prepare()
-    catalogue = open_catalogue(store.catalogue)
-    service = Service(
-        store=store, catalogue=catalogue, shelf=Shelf(catalogue), options=options, gate=Gate(limits=options.limits)
-    )
-
-    def end() -> None:
-        application.log.close()
-        service.close()
-
-    application = Application(service, starlette(service, [*staging.routes(service), *people_routes(service)], end))
-    application.rest.state.client = application.client
-    return application
-
-
-def run(store: Store, options: Options, listen: Listen, on_listen: Callable[[str], None]) -> None:
+def run(store: Store, options: ServeOptions, listen: Listen, on_listen: Callable[[str], None]) -> None:
     """Serve until SIGINT or SIGTERM and at most GRACE seconds longer; `on_listen` is told the URL once clients can connect.
 
     Raises:
@@ -82,13 +63,12 @@ def run(store: Store, options: Options, listen: Listen, on_listen: Callable[[str
         host = f"[{listen.host}]" if ":" in listen.host else listen.host
         port = listener.getsockname()[1]
         url = f"{scheme}://{host}:{port}"
-        start = _granian if listen.server == "granian" else _uvicorn
-        bounds = connections.bounds(options.limits.connections_per_client)
+        bounds = connections.raise_limits(options.limits.connections_per_client)
 
         async def serve() -> None:
             watching = asyncio.ensure_future(connections.watch(port, bounds, options.trusted_proxies))
             try:
-                await start(application, listener, listen, bounds, ready)
+                await _serve(application, listener, listen, bounds, ready)
             finally:
                 watching.cancel()
 
@@ -114,14 +94,9 @@ def _bind(listen: Listen) -> socket.socket:
     return listener
 
 
-async def _granian(
+async def _serve(
     application: Application, listener: socket.socket, listen: Listen, bounds: Bounds, ready: Callable[[], None]
 ) -> None:
-    from granian.constants import HTTPModes, Interfaces
-    from granian.http import HTTP1Settings
-    from granian.log import LogLevels
-    from granian.server.embed import Server
-
     # granian binds by itself and cannot be told "any port": ours holds the number until its own socket has it.
     host, port = listener.getsockname()[:2]
     listener.close()
@@ -145,33 +120,8 @@ async def _granian(
     await serving
 
 
-async def _uvicorn(
-    application: Application, listener: socket.socket, listen: Listen, _bounds: Bounds, ready: Callable[[], None]
-) -> None:
-    import uvicorn
-
-    config = uvicorn.Config(
-        application,
-        log_level="error",
-        access_log=False,
-        ws="none",
-        timeout_keep_alive=30,
-        ssl_certfile=listen.certificate,
-        ssl_keyfile=listen.key,
-        proxy_headers=False,
-        server_header=False,
-    )
-    server = uvicorn.Server(config)
-    # serve() would raise the signal again after a clean end, and so end with its number instead of 0.
-    serving = asyncio.ensure_future(server._serve(sockets=[listener]))
-    host, port = listener.getsockname()[:2]
-    _on_signal(port, lambda: setattr(server, "should_exit", True))
-    await _announce(serving, host, port, ready)
-    await serving
-
-
 def _on_signal(port: int, stop: Callable[[], None]) -> None:
-    """End at SIGINT and SIGTERM; both servers would wait for ever for a client that reads slowly."""
+    """End at SIGINT and SIGTERM; granian would wait for ever for a client that reads slowly."""
     loop = asyncio.get_running_loop()
     grace = iter((GRACE,))
 

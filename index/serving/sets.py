@@ -14,8 +14,8 @@ from index.errors import NotFoundError, RefusedError
 from index.names import check_set_name
 from index.serving.routes import Endpoint, body_of, identify
 from index.serving.service import Service
-from index.sets import stage
-from index.sets.stage import Set
+from index.sets import staged
+from index.sets.staged import ReleaseSet
 from index.store import auth
 
 MAX_MATRIX = 20_000
@@ -25,12 +25,12 @@ MAX_MATRIX = 20_000
 def routes(service: Service) -> list[Route]:
     """/stage/SET and /stage/SET/publish, both with a token that is for no single project."""
     return [
-        Route("/stage/{set_name}", staged(service), methods=["GET", "PUT"]),
+        Route("/stage/{set_name}", state(service), methods=["GET", "PUT"]),
         Route("/stage/{set_name}/publish", publish(service), methods=["POST"]),
     ]
 
 
-def staged(service: Service) -> Endpoint:
+def state(service: Service) -> Endpoint:
     """GET: the set's state. PUT: open it with a matrix; the same matrix again is fine while it is staged."""
 
     async def endpoint(request: Request) -> Response:
@@ -39,9 +39,9 @@ def staged(service: Service) -> Endpoint:
         auth.allow(token, set_name=name)
         if request.method != "PUT":
             return _answer(_find(service, name))
-        matrix = stage.parse_matrix(_lines(await body_of(service, request)))
-        found = await asyncio.get_running_loop().run_in_executor(service.writer, _open, service, token.actor, name, matrix)
-        return _answer(found)
+        matrix = staged.parse_matrix(_lines(await body_of(service, request)))
+        opened = await asyncio.get_running_loop().run_in_executor(service.writer, _open, service, token.actor, name, matrix)
+        return _answer(opened)
 
     return _refusing(endpoint)
 
@@ -54,11 +54,11 @@ def publish(service: Service) -> Endpoint:
         token = await identify(service, request)
         auth.allow(token, set_name=name)
         _find(service, name)
-        found = await asyncio.get_running_loop().run_in_executor(
-            service.writer, stage.publish, service.catalogue, token.actor, name
+        published = await asyncio.get_running_loop().run_in_executor(
+            service.writer, staged.publish, service.catalogue, token.actor, name
         )
         service.shelf.refresh(now=True)
-        return _answer(found)
+        return _answer(published)
 
     return _refusing(endpoint)
 
@@ -75,26 +75,26 @@ def _refusing(endpoint: Endpoint) -> Endpoint:
     return refusing
 
 
-def _find(service: Service, name: str) -> Set:
+def _find(service: Service, name: str) -> ReleaseSet:
     try:
-        return stage.find(service.catalogue, name)
+        return staged.find(service.catalogue, name)
     except UsageError as error:
         raise NotFoundError(error.cause, remedy=f"PUT /stage/{name} opens it") from error
 
 
-def _open(service: Service, actor: str, name: str, matrix: list[stage.Expected]) -> Set:
+def _open(service: Service, actor: str, name: str, matrix: list[staged.ExpectedWheel]) -> ReleaseSet:
     known = service.catalogue.row("SELECT state FROM release_set WHERE name = ?", (name,))
     if known is None:
-        return stage.create(service.catalogue, actor, name, matrix)
-    found = stage.find(service.catalogue, name)
-    if found.state == "dropped" or found.matrix != tuple(matrix):
+        return staged.create(service.catalogue, actor, name, matrix)
+    known_set = staged.find(service.catalogue, name)
+    if known_set.state == "dropped" or known_set.matrix != tuple(matrix):
         raise RefusedError(
-            f"there was a set {name!r} already, {found.state} and with another matrix"
-            if found.state != "dropped"
+            f"there was a set {name!r} already, {known_set.state} and with another matrix"
+            if known_set.state != "dropped"
             else f"there was a set {name!r} already, which was dropped",
             remedy="choose another name",
         )
-    return found
+    return known_set
 
 
 def _lines(raw: bytes) -> list[str]:
@@ -102,22 +102,22 @@ def _lines(raw: bytes) -> list[str]:
         lines = json.loads(raw)["expect"]
     except (ValueError, RecursionError, TypeError, KeyError):
         lines = None
-    if not isinstance(lines, list) or len(lines) > MAX_MATRIX or not all(isinstance(one, str) for one in lines):
+    if not isinstance(lines, list) or len(lines) > MAX_MATRIX or not all(isinstance(line, str) for line in lines):
         raise RefusedError(
             "the set's matrix cannot be read", remedy='send {"expect": ["causal-conv1d==1.7.0 cp311 aarch64", …]}'
         )
     return lines
 
 
-def _answer(found: Set) -> Response:
+def _answer(shown: ReleaseSet) -> Response:
     value = {
-        "name": found.name,
-        "state": found.state,
-        "expect": [str(one) for one in found.matrix],
-        "files": dict(zip(found.files, found.digests, strict=True)),
-        "missing": list(found.missing),
-        "upload": f"/stage/{found.name}/legacy/" if found.state == "staged" else None,
-        "preview": f"/preview/{found.preview}/simple/" if found.state == "staged" else None,
-        "simple": f"/{found.name}/simple/" if found.state == "published" else None,
+        "name": shown.name,
+        "state": shown.state,
+        "expect": [str(wheel) for wheel in shown.matrix],
+        "files": dict(zip(shown.files, shown.digests, strict=True)),
+        "missing": list(shown.missing),
+        "upload": f"/stage/{shown.name}/legacy/" if shown.state == "staged" else None,
+        "preview": f"/preview/{shown.preview}/simple/" if shown.state == "staged" else None,
+        "simple": f"/{shown.name}/simple/" if shown.state == "published" else None,
     }
     return JSONResponse(value, headers={"Cache-Control": "no-store"})

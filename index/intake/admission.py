@@ -19,10 +19,10 @@ from index.names import Distribution
 from index.store import facts, records
 from index.store.auth import NIGHTLY
 from index.store.catalogue import Catalogue, Change
-from index.store.facts import Facts
+from index.store.facts import CudaFacts
 from index.store.files import Store
 
-Outcome = Literal["created", "same"]
+Admission = Literal["created", "same"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class Destination:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Candidate:
+class InspectedFile:
     """A file in staging whose bytes were read and found good."""
 
     distribution: Distribution
@@ -51,13 +51,13 @@ class Candidate:
     size: int
     metadata: Metadata
     record: bytes | None
-    facts: Facts
+    facts: CudaFacts
     build: str | None
     uploaded: str | None = None
     "Only for imports: the time of the original."
 
 
-def inspect(path: Path, distribution: Distribution, sha256: str, uploaded: float | None = None) -> Candidate:
+def inspect(path: Path, distribution: Distribution, sha256: str, uploaded: float | None = None) -> InspectedFile:
     """Read every byte of a staged file; returns what the catalogue needs to know.
 
     Raises:
@@ -66,7 +66,7 @@ def inspect(path: Path, distribution: Distribution, sha256: str, uploaded: float
     read = wheel.inspect if distribution.kind == "bdist_wheel" else sdist.inspect
     metadata, record = read(path, distribution)
     document = records.parse(record) if record is not None else {}
-    return Candidate(
+    return InspectedFile(
         distribution=distribution,
         path=path,
         sha256=sha256,
@@ -92,7 +92,7 @@ def check_wanted(catalogue: Catalogue, distribution: Distribution, sha256: str, 
         _check_same(distribution.filename, row["sha256"], row["deleted"], sha256)
 
 
-def admit(store: Store, catalogue: Catalogue, actor: str, candidate: Candidate, destination: Destination) -> Outcome:
+def admit(store: Store, catalogue: Catalogue, actor: str, candidate: InspectedFile, destination: Destination) -> Admission:
     """Give the file its place in the store and its row in the catalogue: durable and visible when this returns.
 
     Raises:
@@ -124,7 +124,7 @@ def admit(store: Store, catalogue: Catalogue, actor: str, candidate: Candidate, 
     return "created"
 
 
-def _keep_metadata(store: Store, candidate: Candidate) -> str | None:
+def _keep_metadata(store: Store, candidate: InspectedFile) -> str | None:
     """PEP 658, for wheels alone: an sdist's PKG-INFO need not be what its build will say."""
     if candidate.distribution.kind != "bdist_wheel":
         return None
@@ -133,7 +133,7 @@ def _keep_metadata(store: Store, candidate: Candidate) -> str | None:
     return digest
 
 
-def _restore(store: Store, change: Change, file_id: int, candidate: Candidate) -> None:
+def _restore(store: Store, change: Change, file_id: int, candidate: InspectedFile) -> None:
     """Bytes that the store had lost are back."""
     store.adopt(candidate.path, candidate.sha256)
     _keep_metadata(store, candidate)
@@ -146,7 +146,7 @@ def _one(change: Change) -> Callable[..., sqlite3.Row | None]:
 
 
 def _insert(
-    change: Change, candidate: Candidate, destination: Destination, metadata_sha256: str | None, build: str | None
+    change: Change, candidate: InspectedFile, destination: Destination, metadata_sha256: str | None, build: str | None
 ) -> None:
     distribution = candidate.distribution
     known, channel = candidate.facts, destination.channel
@@ -204,15 +204,15 @@ def _add_member(change: Change, set_name: str, file_id: int) -> bool:
 
 
 def _check_hosted(row: Callable[..., sqlite3.Row | None], distribution: Distribution, destination: Destination) -> None:
-    found = row("SELECT status, hosted FROM project WHERE name = ?", (distribution.project,))
-    if (found is None or not found["hosted"]) and not destination.allow_new:
+    project = row("SELECT status, hosted FROM project WHERE name = ?", (distribution.project,))
+    if (project is None or not project["hosted"]) and not destination.allow_new:
         raise ForbiddenError(
             f"this index was not told to host {distribution.project}",
             remedy=f"run `index host {distribution.project}`, or serve with --allow-new",
         )
-    if found is not None and found["status"] in ("archived", "quarantined"):
+    if project is not None and project["status"] in ("archived", "quarantined"):
         raise ForbiddenError(
-            f"the project {distribution.project} is {found['status']}",
+            f"the project {distribution.project} is {project['status']}",
             remedy=f"run `index status {distribution.project} active` first",
         )
 
@@ -231,18 +231,13 @@ def _check_same(filename: str, known: str, deleted: str | None, sha256: str) -> 
 
 def _check_release(rows: Callable[..., list[sqlite3.Row]], distribution: Distribution) -> None:
     """1.0 and 1.0.0 are one release (PEP 440); it keeps the spelling it was first published with."""
-    found = rows(
-        "SELECT DISTINCT version FROM file WHERE project = ? AND release = ? AND deleted IS NULL",
+    releases = rows(
+        "SELECT DISTINCT version FROM live_file WHERE project = ? AND release = ?",
         (distribution.project, canonicalize_version(distribution.version)),
     )
-    spellings = {str(row["version"]) for row in found}
+    spellings = {str(row["version"]) for row in releases}
     if spellings and distribution.version not in spellings:
         raise RefusedError(
             f"{distribution.filename}: the release is already spelled {min(spellings)} here",
             remedy=f"name the version {min(spellings)}, so that one release has one spelling",
         )
-
-
-def describe(outcome: Outcome, filename: str) -> str:
-    """One line for the client."""
-    return f"{filename} is published" if outcome == "created" else f"{filename} was here already, with the same bytes"

@@ -1,0 +1,63 @@
+"""What the modules of the command line share."""
+
+from __future__ import annotations
+
+import getpass
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+
+from gracefarm.cli import json_option
+from gracefarm.console import Console
+from index.store.catalogue import Catalogue, open_catalogue
+from index.store.files import Store
+
+
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """What every command has."""
+
+    store: Store
+    console: Console
+
+    def catalogue(self) -> Catalogue:
+        """The root's catalogue, created when there is none."""
+        self.store.prepare()
+        catalogue = open_catalogue(self.store.catalogue)
+        click.get_current_context().call_on_close(catalogue.close)
+        return catalogue
+
+    @property
+    def actor(self) -> str:
+        """How the audit log names who runs this."""
+        try:
+            return f"cli:{getpass.getuser()}"
+        except (KeyError, OSError):
+            return f"cli:{os.getuid()}"
+
+
+pass_context = click.make_pass_decorator(Context)
+
+
+def common_options(command: click.decorators.FC) -> click.decorators.FC:
+    """`--json` and `--root` are taken before and after the command's name; the environment says GRACEFARM_INDEX_ROOT."""
+    root = click.option(
+        "--root",
+        "_root",
+        type=click.Path(file_okay=False, path_type=Path),
+        envvar="GRACEFARM_INDEX_ROOT",
+        expose_value=False,
+        callback=_set_root,
+        is_eager=True,
+        help="Folder of the index.",
+    )
+    return json_option(root(command))
+
+
+def _set_root(context: click.Context, _parameter: click.Parameter, value: Path | None) -> None:
+    if value is not None and isinstance(context.find_root().obj, Context):
+        context.find_root().obj = context.obj = Context(
+            store=Store(root=value.absolute()), console=context.find_root().obj.console
+        )

@@ -1,0 +1,85 @@
+"""`index token`: who may upload."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from gracefarm.errors import UsageError
+from index.cli.common import Context, common_options, pass_context
+from index.names import check_set_name, normalise
+from index.store import auth, htpasswd
+
+
+@click.group("token")
+def token() -> None:
+    """Who may upload."""
+
+
+@token.command("create")
+@common_options
+@click.option("--name", required=True, help="What the audit log will call its holder.")
+@click.option("--project", help="Good for this project alone.")
+@click.option("--set", "set_name", help="Good for this set alone.")
+@click.option("--nightly", is_flag=True, help="Good for the nightly channel alone.")
+@click.option("--expires", help="90d, 12h …; default: never.")
+@pass_context
+def create(context: Context, name: str, project: str | None, set_name: str | None, nightly: bool, expires: str | None) -> None:
+    """Make a token and print it, once."""
+    if nightly and set_name:
+        raise UsageError("a token is for the nightly channel or for a set", remedy="give --nightly or --set, not both")
+    secret = auth.create(
+        context.catalogue(),
+        context.actor,
+        name,
+        project=normalise(project) if project else None,
+        set_name=auth.NIGHTLY if nightly else check_set_name(set_name) if set_name else None,
+        expires=auth.duration(expires) if expires else None,
+    )
+    context.console.result({"name": name, "token": secret}, secret)
+
+
+@token.command("import")
+@common_options
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--project", help="Good for this project alone.")
+@click.option("--set", "set_name", help="Good for this set alone.")
+@pass_context
+def import_(context: Context, file: Path, project: str | None, set_name: str | None) -> None:
+    """Let the users of an htpasswd file upload with their passwords; those of an earlier file who left it no longer."""
+    added, revoked = auth.import_users(
+        context.catalogue(),
+        context.actor,
+        htpasswd.read(file),
+        project=normalise(project) if project else None,
+        set_name=check_set_name(set_name) if set_name else None,
+    )
+    context.console.result({"added": added, "revoked": revoked}, f"{added} users added or changed, {revoked} revoked")
+
+
+@token.command("list")
+@common_options
+@pass_context
+def list_(context: Context) -> None:
+    """Tokens, without their secrets."""
+    rows = context.catalogue().rows(
+        "SELECT name, project, set_name, created, expires, revoked, hashed NOT NULL AS user FROM token ORDER BY id"
+    )
+    lines = [
+        f"{row['name']:<20} {row['project'] or 'any project':<20} {row['set_name'] or 'any set':<16}"
+        f" {'user' if row['user'] else 'token':<5}"
+        f" {'revoked' if row['revoked'] else 'expires ' + row['expires'][:10] if row['expires'] else 'no end'}"
+        for row in rows
+    ]
+    context.console.result([dict(row) for row in rows], "\n".join(lines))
+
+
+@token.command("revoke")
+@common_options
+@click.argument("name")
+@pass_context
+def revoke(context: Context, name: str) -> None:
+    """End a token now."""
+    count = auth.revoke(context.catalogue(), context.actor, name)
+    context.console.result({"name": name, "revoked": count}, f"{name}: revoked")

@@ -1,0 +1,79 @@
+"""Keep a store in order and look at it: fsck, gc, prune, stats, log."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import click
+
+from index.cli.common import Context, common_options, pass_context
+from index.errors import DamagedError
+from index.store import upkeep
+
+
+@click.command("fsck")
+@common_options
+@click.option("--set-aside", is_flag=True, help="Take what is damaged out of the lists, so that it can be uploaded again.")
+@pass_context
+def fsck(context: Context, set_aside: bool) -> None:
+    """Rehash everything that is stored."""
+    with context.console.progress("fsck") as tick:
+        inspection = upkeep.fsck(context.store, context.catalogue(), tick, set_aside=context.actor if set_aside else None)
+    context.console.result(
+        asdict(inspection),
+        f"{inspection.files} files, {inspection.bytes} bytes, {len(inspection.damaged)} damaged, {inspection.unnamed} unnamed",
+    )
+    if inspection.damaged:
+        raise DamagedError(
+            f"damaged or absent: {', '.join(inspection.damaged[:20])}",
+            remedy="copy the files from a backup, or run `index fsck --set-aside` and upload them again",
+        )
+
+
+@click.command("gc")
+@common_options
+@pass_context
+def gc(context: Context) -> None:
+    """Free the space of what nothing names any more."""
+    count, size = upkeep.gc(context.store, context.catalogue(), context.actor)
+    context.console.result({"files": count, "bytes": size}, f"{count} files removed, {size} bytes")
+
+
+@click.command("prune")
+@common_options
+@click.option(
+    "--keep", default=14, show_default=True, type=click.IntRange(1), help="Nightlies to keep of each project and variant."
+)
+@click.option("--dry-run", is_flag=True)
+@pass_context
+def prune(context: Context, keep: int, dry_run: bool) -> None:
+    """Delete old nightlies."""
+    names = upkeep.prune(context.catalogue(), context.actor, keep, dry_run=dry_run)
+    context.console.result(names, "\n".join([*names, f"{len(names)} {'would be ' if dry_run else ''}deleted"]))
+
+
+@click.command("stats")
+@common_options
+@pass_context
+def stats(context: Context) -> None:
+    """What the index holds."""
+    catalogue = context.catalogue()
+    rows = catalogue.rows(
+        "SELECT project, count(DISTINCT version) AS releases, count(*) AS files, sum(size) AS bytes FROM live_file"
+        " GROUP BY project ORDER BY project"
+    )
+    lines = [
+        f"{row['project']:<32} {row['releases']:>5} releases {row['files']:>6} files {row['bytes']:>14} bytes" for row in rows
+    ]
+    context.console.result({"serial": catalogue.serial(), "projects": [dict(row) for row in rows]}, "\n".join(lines))
+
+
+@click.command("log")
+@common_options
+@click.option("--since", default=0, type=int, help="Serial.")
+@pass_context
+def log(context: Context, since: int) -> None:
+    """The audit log: who did what, when."""
+    rows = context.catalogue().rows("SELECT * FROM audit WHERE serial > ? ORDER BY serial", (since,))
+    lines = [f"{row['serial']:>6} {row['time']} {row['actor']:<20} {row['action']:<16} {row['subject']}" for row in rows]
+    context.console.result([dict(row) for row in rows], "\n".join(lines))

@@ -1,0 +1,73 @@
+"""A folder of wheels and sdists taken in, as pypiserver keeps them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from gracefarm.console import Tick, no_tick
+from gracefarm.files import CHUNK
+from index.errors import RefusalError
+from index.intake import admission
+from index.intake.admission import Destination
+from index.names import parse_filename
+from index.store.catalogue import Catalogue
+from index.store.files import Store, disk_errors, flush
+
+
+@dataclass
+class Imported:
+    """What an import did."""
+
+    created: int = 0
+    same: int = 0
+    refused: list[str] = field(default_factory=list)
+
+
+def import_folder(store: Store, catalogue: Catalogue, actor: str, folder: Path, tick: Tick = no_tick) -> Imported:
+    """Take in every wheel and sdist of a folder, as pypiserver keeps them; times are those of the files.
+
+    What the index would refuse from a client it refuses from a folder too; the sentences are in the result.
+    """
+    imported = Imported()
+    paths = sorted(_distributions(folder))
+    destination = Destination(allow_new=True)
+    for number, path in enumerate(paths):
+        tick(number, len(paths), path.name)
+        staged = store.new_staging()
+        try:
+            distribution = parse_filename(path.name)
+            sha256 = _copy(store, path, staged)
+            candidate = admission.inspect(staged, distribution, sha256, uploaded=path.stat().st_mtime)
+            outcome = admission.admit(store, catalogue, actor, candidate, destination)
+            if outcome == "created":
+                imported.created += 1
+            else:
+                imported.same += 1
+        except RefusalError as error:
+            if error.status == 507:
+                raise
+            imported.refused.append(f"{path.name}: {error.cause}")
+        finally:
+            staged.unlink(missing_ok=True)
+    tick(len(paths), len(paths), "")
+    return imported
+
+
+def _distributions(folder: Path) -> Iterator[Path]:
+    for path in folder.rglob("*"):
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if path.is_file() and not hidden and path.name.endswith((".whl", ".tar.gz", ".zip", ".egg", ".tgz", ".tar.bz2")):
+            yield path
+
+
+def _copy(store: Store, source: Path, staged: Path) -> str:
+    digest = hashlib.sha256()
+    with disk_errors(store.root), source.open("rb") as reading, staged.open("xb") as writing:
+        while chunk := reading.read(CHUNK):
+            digest.update(chunk)
+            writing.write(chunk)
+        flush(writing)
+    return digest.hexdigest()

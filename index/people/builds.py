@@ -1,0 +1,108 @@
+"""Pages of builds: the board, one build, and one wheel with what its build's record says."""
+
+from __future__ import annotations
+
+import json
+import os
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from index.errors import NotFoundError
+from index.pages import views
+from index.pages.simple import file_path
+from index.people.projects import narrowest_view
+from index.people.record import RecordDocument
+from index.people.site import Site
+from index.store import records
+from index.store.files import Store
+from index.store.records import Summary
+
+TAIL = 25
+"Lines of a failed build's log that its page shows."
+
+
+def wheel(site: Site, request: Request) -> Response:
+    """One file: what it is, what the gates said, where it came from."""
+    catalogue = site.catalogue
+    row = catalogue.row("SELECT * FROM public_file WHERE filename = ?", (request.path_params["filename"],))
+    if row is None:
+        raise NotFoundError("there is no such wheel here", remedy="see the project's page")
+    item = views.listed(row)
+    build_row = catalogue.row("SELECT * FROM record WHERE id = ?", (item.build,))
+    record = records.summary(build_row) if build_row is not None else None
+    sets = catalogue.rows(
+        "SELECT set_name FROM member JOIN release_set ON name = set_name WHERE file_id = ? AND state = 'published'",
+        (row["id"],),
+    )
+    return site.render(
+        request,
+        "wheel.html",
+        file=item,
+        record=record,
+        document=_document(site.store, record),
+        sets=[set_row["set_name"] for set_row in sets],
+        path=file_path(item),
+        view=narrowest_view(catalogue, item),
+        state=views.status(catalogue, item.project),
+    )
+
+
+def board(site: Site, request: Request) -> Response:
+    """Recipe by stack, with the last result of each."""
+    newest: dict[tuple[str, str], Summary] = {}
+    for record in records.all_records(site.catalogue):
+        if record.outcome:
+            newest.setdefault((record.recipe or "?", _column(record)), record)
+    return site.render(
+        request,
+        "board.html",
+        recipes=sorted({recipe for recipe, _ in newest}),
+        columns=sorted({stack for _, stack in newest}),
+        newest=newest,
+        failed=sum(record.outcome == "failed" for record in newest.values()),
+    )
+
+
+def build(site: Site, request: Request) -> Response:
+    """One build, failed or not."""
+    row = site.catalogue.row("SELECT * FROM public_record WHERE id = ?", (request.path_params["id"],))
+    if row is None:
+        raise NotFoundError("there is no such build here", remedy="see /board/")
+    record = records.summary(row)
+    wheels = site.catalogue.rows("SELECT filename FROM live_file WHERE build = ? AND hidden = 0", (record.id,))
+    return site.render(
+        request,
+        "build.html",
+        record=record,
+        document=_document(site.store, record),
+        wheels=[file_row["filename"] for file_row in wheels],
+        tail=_tail(site.store, record),
+    )
+
+
+def _document(store: Store, record: Summary | None) -> RecordDocument:
+    if record is None or record.document is None:
+        return RecordDocument.of({})
+    try:
+        return RecordDocument.of(json.loads(store.path(record.document).read_bytes()))
+    except (OSError, ValueError):
+        return RecordDocument.of({})
+
+
+def _tail(store: Store, record: Summary) -> str:
+    """The last lines of a failed build's log."""
+    if record.outcome != "failed" or record.log is None:
+        return ""
+    try:
+        with store.path(record.log).open("rb") as stream:
+            stream.seek(max(0, stream.seek(0, os.SEEK_END) - (1 << 14)))
+            lines = stream.read().decode("utf-8", "replace").splitlines()
+    except OSError:
+        return ""
+    return "\n".join(lines[-TAIL:])
+
+
+def _column(record: Summary) -> str:
+    """Where the board has a build: its stack and its target."""
+    return " ".join(part for part in (record.stack, record.target) if part) or "?"

@@ -1,0 +1,85 @@
+"""The parts of a build record that pages show."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from index.store import records
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerdictRow:
+    """One verdict."""
+
+    gate: str
+    status: str
+    summary: str
+    details: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageRow:
+    """One stage of the build."""
+
+    name: str
+    seconds: float | None
+    peak_memory: int | None
+    note: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordDocument:
+    """The parts of a record that pages show."""
+
+    verdicts: tuple[VerdictRow, ...]
+    stages: tuple[StageRow, ...]
+    source: Mapping[str, Any]
+    remedy: str
+
+    @staticmethod
+    def of(document: Mapping[str, Any]) -> RecordDocument:
+        """Read what is there; what has another shape is left out."""
+        inputs = _mapping(document.get("inputs"))
+        recipe = _mapping(inputs.get("recipe"))
+        return RecordDocument(
+            verdicts=tuple(_verdict(item) for item in _mappings(document.get("verdicts"), "gate")),
+            stages=tuple(_step(item) for item in _mappings(document.get("stages"), "name")),
+            source=_mapping(recipe.get("source")),
+            remedy=_text(_mapping(document.get("failure")), "remedy"),
+        )
+
+
+def _verdict(item: Mapping[str, Any]) -> VerdictRow:
+    details = item.get("details")
+    return VerdictRow(
+        gate=_text(item, "gate"),
+        status=_text(item, "status"),
+        summary=_text(item, "summary"),
+        details=tuple(line for line in details if isinstance(line, str)) if isinstance(details, list) else (),
+    )
+
+
+def _step(item: Mapping[str, Any]) -> StageRow:
+    peak = records.number(item.get("peak_memory"))
+    return StageRow(
+        name=_text(item, "name"),
+        seconds=records.number(item.get("wall_s")),
+        peak_memory=int(peak) if peak else None,
+        note=_text(item, "note"),
+    )
+
+
+def _text(item: Mapping[str, Any], key: str) -> str:
+    value = item.get(key)
+    return value if isinstance(value, str) else ""
+
+
+def _mapping(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _mappings(value: object, key: str) -> tuple[Mapping[str, Any], ...]:
+    items = value if isinstance(value, list) else []
+    return tuple(item for item in items if isinstance(item, Mapping) and isinstance(item.get(key), str))

@@ -1,0 +1,73 @@
+"""Addresses of the pages for people: rendered on the server, whole without JavaScript, light and dark, wide and narrow."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from functools import partial
+from importlib.resources import files as resources
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from index.errors import NotFoundError
+from index.people import builds
+from index.people.projects import ProjectPages
+from index.people.sets import sets
+from index.people.site import Site
+
+Paint = Callable[[tuple[str, str] | None, Callable[[], Response]], Awaitable[Response]]
+"Has a page made in a thread of its own; with a key, the page is kept until anything changes."
+
+_MEDIA = {"style.css": "text/css", "icon.svg": "image/svg+xml"}
+
+
+def static_files() -> dict[str, bytes]:
+    """Name and content of what the pages load."""
+    folder = resources("index").joinpath("people", "templates")
+    return {name: folder.joinpath(name).read_bytes() for name in _MEDIA}
+
+
+def people_routes(site: Site, paint: Paint) -> list[Route]:
+    """Everything a browser shows."""
+    projects = ProjectPages(site)
+    contents = static_files()
+
+    async def static(request: Request) -> Response:
+        name = request.path_params["name"]
+        if name not in contents:
+            raise NotFoundError(f"there is no {name!r} here", remedy="see /")
+        return Response(contents[name], media_type=_MEDIA[name], headers={"Cache-Control": "public, max-age=86400"})
+
+    def page(make: Callable[[Request], Response]) -> Callable[[Request], Awaitable[Response]]:
+        async def endpoint(request: Request) -> Response:
+            def answer() -> Response:
+                try:
+                    return make(request)
+                except NotFoundError as error:
+                    return site.missing(request, error)
+
+            key = (request.url.path, site.base(request)) if not request.url.query else None
+            return _unless_known(request, await paint(key, answer))
+
+        return endpoint
+
+    return [
+        Route("/", page(projects.first)),
+        Route("/project/{name}/", page(projects.project)),
+        Route("/project/{name}", page(projects.project)),
+        Route("/wheel/{filename}/", page(partial(builds.wheel, site))),
+        Route("/board/", page(partial(builds.board, site))),
+        Route("/board/{id}/", page(partial(builds.build, site))),
+        Route("/sets/", page(partial(sets, site))),
+        Route("/static/{name}", static),
+    ]
+
+
+def _unless_known(request: Request, answer: Response) -> Response:
+    """The answer, or its 304."""
+    etag = answer.headers.get("etag")
+    if answer.status_code != 200 or etag is None or request.headers.get("if-none-match") != etag:
+        return answer
+    same = ("etag", "cache-control", "content-security-policy")
+    return Response(status_code=304, headers={name: answer.headers[name] for name in same if name in answer.headers})

@@ -1,0 +1,30 @@
+"""The page of published sets and of views."""
+
+from __future__ import annotations
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from index.errors import NotFoundError
+from index.pages import requirements, views
+from index.people.site import Site
+from index.sets import staged
+from index.store.catalogue import Catalogue
+
+
+def sets(site: Site, request: Request) -> Response:
+    """Published sets and views."""
+    with site.catalogue.moment():
+        published = [item for item in staged.all_sets(site.catalogue) if item.state == "published"]
+        shown = [view for view in views.public(site.catalogue) if view.kind != "set"]
+        lockless = {item.name: _lockless(site.catalogue, item.name) for item in published}
+    return site.render(request, "sets.html", sets=published, views=shown, lockless=lockless)
+
+
+def _lockless(catalogue: Catalogue, name: str) -> str:
+    """Why the set has no lock; "" when it has."""
+    try:
+        requirements.render(catalogue, views.View(kind="set", prefix=(name,), argument=name))
+    except NotFoundError as error:
+        return error.cause
+    return ""

@@ -1,0 +1,114 @@
+"""What every page for people is made with: the store behind it, its templates, the address that it prints."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Container
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from index.errors import NotFoundError
+from index.store.catalogue import Catalogue
+from index.store.files import Store
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+POLICY = "default-src 'none'; style-src 'self'; img-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+
+_HOST = re.compile(r"[A-Za-z0-9.:\[\]-]{1,255}\Z")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """The pages for people of one index."""
+
+    store: Store
+    catalogue: Catalogue
+    base_url: str | None = None
+    "What the pages print as the address; None: what the browser asked for."
+    static: bool = False
+    "Pages for an export: without the forms that only a running server can answer."
+    trusted_proxies: Container[str] = ()
+    "Whose X-Forwarded-* headers are believed."
+
+    @cached_property
+    def templates(self) -> Environment:
+        """Made for the first page that is asked for: an index that only installers read starts without."""
+        from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+
+        environment = Environment(
+            loader=PackageLoader("index.people", "templates"),
+            autoescape=select_autoescape(default=True),
+            undefined=StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+        )
+        environment.filters.update(size=size, duration=duration, day=lambda text: text[:10])
+        return environment
+
+    def render(self, request: Request, template: str, *, status: int = 200, **values: Any) -> Response:
+        """The page that the template makes of the values."""
+        # Relative addresses work under any mount point: `up` leads from this page to the first one.
+        depth = request.url.path.rstrip("/").count("/") if request.url.path != "/" else 0
+        up = "../" * depth if request.url.path.endswith("/") else "../" * (depth - 1)
+        base = self.base(request)
+        text = self.templates.get_template(template).render(
+            up=up or "./", base=base, trusted=_trusted(base), static=self.static, **values
+        )
+        body = text.encode("utf-8", "replace")
+        etag = f'"{hashlib.sha256(body).hexdigest()[:32]}"'
+        headers = {"ETag": etag, "Cache-Control": "no-cache", "Content-Security-Policy": POLICY}
+        return Response(body, status_code=status, media_type="text/html; charset=utf-8", headers=headers)
+
+    def missing(self, request: Request, error: NotFoundError) -> Response:
+        """What is not here, as a page: whoever follows an old link is told where to go."""
+        return self.render(request, "missing.html", status=404, cause=error.cause[:1].upper() + error.cause[1:])
+
+    def base(self, request: Request) -> str:
+        """The address that people copy."""
+        if self.base_url:
+            return self.base_url.rstrip("/")
+        scheme, host = request.url.scheme, request.headers.get("host", "")
+        if request.client and request.client.host in self.trusted_proxies:
+            scheme = request.headers.get("x-forwarded-proto", scheme)
+            host = request.headers.get("x-forwarded-host", host)
+        return f"{'https' if scheme == 'https' else 'http'}://{host if _HOST.match(host) else 'HOST'}"
+
+
+def _trusted(base: str) -> str:
+    """The option without which pip ignores an index that speaks plain http from another machine; "" where it needs none."""
+    try:
+        host = urlsplit(base).hostname or ""
+    except ValueError:  # a Host header with half a bracket
+        return ""
+    if base.startswith("https:") or host == "localhost" or host.startswith("127.") or host == "::1":
+        return ""
+    return f" --trusted-host {host}"
+
+
+def size(count: int) -> str:
+    """Bytes for people, in the units of disks and networks' tools: KiB, MiB, GiB."""
+    value = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" or value >= 100 else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.2f} GiB"
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds for people."""
+    if seconds is None or not math.isfinite(seconds):
+        return ""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02} min"

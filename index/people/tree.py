@@ -1,0 +1,313 @@
+"""A static tree that nginx or an object store serves: the same bytes as the live pages, only what changed written anew."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from importlib import metadata
+from importlib.resources import as_file
+from importlib.resources import files as resources
+from pathlib import Path
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from gracefarm.console import Tick, no_tick
+from gracefarm.errors import ConfigError
+from gracefarm.files import atomic_write, sync_directory
+from index.errors import DamagedError, NotFoundError
+from index.pages import requirements, views
+from index.pages.negotiate import Encoding, Format
+from index.pages.shelf import Page, render
+from index.pages.views import Listed, View
+from index.people import builds, projects
+from index.people.routes import static_files
+from index.people.sets import sets
+from index.people.site import POLICY, Site
+from index.store.catalogue import Catalogue
+from index.store.files import Store, disk_errors
+
+MANIFEST = ".gracefarm-export.json"
+_STATE = ""
+"Key of the manifest that is no path: what the export was made from."
+
+_SUFFIXES: tuple[tuple[str, Encoding], ...] = (("", ""), (".gz", "gzip"), (".zst", "zstd"))
+
+NGINX = """# Serves this folder as an index: include it inside http { }.
+map $http_accept $gracefarm_page {
+    default                                          index.html;
+    "~application/vnd\\.pypi\\.simple\\.(v1|latest)\\+json"  index.json;
+}
+server {
+    listen      __LISTEN__;
+    root        __ROOT__;
+    gzip_static on;
+    charset_types text/plain text/css;
+    types {
+        application/vnd.pypi.simple.v1+json json;
+        text/html html;
+        text/css css;
+        image/svg+xml svg;
+        application/octet-stream whl;
+        application/x-tar gz;
+        text/plain metadata;
+    }
+    location /files/ {
+        add_header Cache-Control "public, max-age=31536000, immutable";
+        charset     utf-8;
+        gzip_static off;
+    }
+    location /static/ {
+        charset    utf-8;
+        add_header Cache-Control "public, max-age=86400";
+    }
+    location / {
+        index      index.html;
+        charset    utf-8;
+        add_header Content-Security-Policy "__POLICY__";
+        add_header X-Content-Type-Options nosniff;
+        add_header Cache-Control no-cache;
+    }
+    location ~ ^/records/[^/]+$ {
+        types { }
+        default_type application/json;
+        add_header   Cache-Control no-cache;
+        try_files    $uri/index.json =404;
+    }
+    location ~ ^/records/[^/]+/log$ {
+        types { }
+        default_type text/plain;
+        charset      utf-8;
+        add_header   X-Content-Type-Options nosniff;
+        add_header   Cache-Control no-cache;
+    }
+    location ~ /simple/ {
+        index      $gracefarm_page;
+        charset    utf-8;
+        add_header Vary "Accept, Accept-Encoding";
+        add_header Cache-Control "max-age=60, public";
+    }
+}
+"""
+
+
+@dataclass
+class Exported:
+    """What an export did."""
+
+    written: int = 0
+    kept: int = 0
+    removed: int = 0
+
+
+def export(store: Store, catalogue: Catalogue, target: Path, tick: Tick = no_tick, *, url: str | None = None) -> Exported:
+    """Bring `target` up to date. Files come before the pages that name them, removals last, so a reader never meets a hole.
+
+    `url` is what the pages for people print as the address.
+
+    Raises:
+        ConfigError: the folder holds something that is not an export.
+        StoreFullError: no space.
+    """
+    before = _manifest(target)
+    # One moment of the catalogue for all of it: a publish in between would give pages that name files which are not there.
+    with catalogue.moment(), disk_errors(target):
+        target.mkdir(parents=True, exist_ok=True)
+        tree = Tree(store, catalogue, target, before, url)
+        tree.add_files(tick)
+        tree.add_simple_pages()
+        tree.add_records()
+        tree.add_pages_for_people()
+        tree.put("nginx.conf", NGINX.replace("__POLICY__", POLICY).encode())
+        return tree.finish()
+
+
+def _manifest(target: Path) -> dict[str, str]:
+    path = target / MANIFEST
+    if path.is_file():
+        manifest: dict[str, str] = json.loads(path.read_text())
+        return manifest
+    if target.is_dir() and any(target.iterdir()):
+        raise ConfigError(f"{target} is not empty and not an export", remedy="export into a new folder")
+    return {}
+
+
+def _code_digest() -> str:
+    """A digest of what turns the catalogue into pages: after an upgrade each is made anew."""
+    digest = hashlib.sha256(metadata.version("gracefarm").encode())
+    with as_file(resources("index")) as folder:
+        for path in sorted(folder.rglob("*")):
+            if path.suffix in {".py", ".html", ".css", ".svg"}:
+                digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+class Tree:
+    """The folder: what the last export wrote there (path to digest), and what this one writes, keeps and removes."""
+
+    def __init__(self, store: Store, catalogue: Catalogue, target: Path, before: dict[str, str], url: str | None) -> None:
+        self.site = Site(store=store, catalogue=catalogue, base_url=url, static=True)
+        self.target = target
+        self.exported = Exported()
+        self._before = before
+        self._paths: dict[str, str] = {}
+        self._state = {"serial": catalogue.serial(), "url": url, "made by": _code_digest()}
+        old = json.loads(before.get(_STATE, "{}"))
+        since = old.get("serial", -1)
+        changed_set = catalogue.row("SELECT 1 FROM audit WHERE serial > ? AND action LIKE 'set.%' LIMIT 1", (since,))
+        known = changed_set is None and {**old, "serial": 0} == {**self._state, "serial": 0}
+        rows = catalogue.rows("SELECT name FROM project WHERE serial <= ?", (since if known else -1,))
+        self._unchanged = {row["name"] for row in rows}
+        "Projects whose pages of the last export are still right: nothing has changed since, and the same code made them."
+
+    def add_files(self, tick: Tick = no_tick) -> None:
+        """Every file that a page names, with its metadata."""
+        catalogue = self.site.catalogue
+        listed = [(view, name) for view in views.public(catalogue) for name in views.projects(catalogue, view)]
+        for number, (view, name) in enumerate(listed):
+            tick(number, len(listed), name)
+            if views.status(catalogue, name).status == "quarantined":
+                continue
+            for item in views.files(catalogue, view, name):
+                self._add_file(item)
+        tick(len(listed), len(listed), "")
+
+    def _add_file(self, item: Listed) -> None:
+        if item.url is not None:
+            return
+        path = f"files/{item.sha256}/{item.filename}"
+        self._link(path, item.sha256)
+        if item.metadata_sha256:
+            self._link(path + ".metadata", item.metadata_sha256)
+
+    def add_simple_pages(self) -> None:
+        """The simple API, in each form and coding, and the locks of sets."""
+        for view in views.public(self.site.catalogue):
+            for name in [*views.projects(self.site.catalogue, view), ""]:
+                self._add_simple_page(view, name)
+            if view.kind == "set":
+                self._add_lock(view)
+
+    def _add_simple_page(self, view: View, name: str) -> None:
+        folder = "/".join([*view.prefix, "simple", *([name] if name else [])])
+        forms: tuple[Format, ...] = ("json", "html")
+        paths = [f"{folder}/index.{form}{suffix}" for form in forms for suffix, _ in _SUFFIXES]
+        if name and self._keeps(name, *paths):
+            return
+        for form in forms:
+            page = Page(render(self.site.catalogue, view, name, form))
+            for suffix, encoding in _SUFFIXES:
+                if encoding == "" or page.coding(encoding):
+                    self.put(f"{folder}/index.{form}{suffix}", page.body(encoding))
+
+    def _add_lock(self, view: View) -> None:
+        try:
+            text = requirements.render(self.site.catalogue, view)
+        except NotFoundError:  # several versions of one project, or none of it any more: the live server has no lock either
+            return
+        self.put(f"{view.argument}/{requirements.FILENAME}", text.encode())
+
+    def add_records(self) -> None:
+        """Records and logs: /records/ID is a file and a folder at once on the live server, so the tree has ID/index.json."""
+        for row in self.site.catalogue.rows("SELECT id, document_sha256, log_sha256 FROM public_record"):
+            for digest, name in ((row["document_sha256"], "index.json"), (row["log_sha256"], "log")):
+                if digest is not None:
+                    self._link(f"records/{row['id']}/{name}", digest)
+
+    def add_pages_for_people(self) -> None:
+        """Those of the live server, less the forms that need one."""
+        for name, content in static_files().items():
+            self.put(f"static/{name}", content)
+        for path, body in self._pages_for_people():
+            self.put(path, body)
+            self.put(path + ".gz", Page(body).body("gzip"))
+
+    def _pages_for_people(self) -> Iterator[tuple[str, bytes]]:
+        """Path and bytes of every page that is not there already."""
+        site, catalogue = self.site, self.site.catalogue
+        project_pages = projects.ProjectPages(site)
+        for row in catalogue.rows("SELECT filename, project FROM public_file ORDER BY filename"):
+            path = f"wheel/{row['filename']}/index.html"
+            if not self._keeps(row["project"], path, f"{path}.gz"):
+                yield _make(partial(builds.wheel, site), f"/wheel/{row['filename']}/", filename=row["filename"])
+        for name in projects.names(catalogue):
+            path = f"project/{name}/index.html"
+            if not self._keeps(name, path, f"{path}.gz"):
+                yield _make(project_pages.project, f"/project/{name}/", name=name)
+        for row in catalogue.rows("SELECT id FROM public_record ORDER BY id"):
+            yield _make(partial(builds.build, site), f"/board/{row['id']}/", id=row["id"])
+        yield _make(partial(builds.board, site), "/board/")
+        yield _make(partial(sets, site), "/sets/")
+        yield _make(project_pages.first, "/")
+
+    def _keeps(self, project: str, *paths: str) -> bool:
+        """Keep these pages of the project as they are, if they are right and there; the first one must be."""
+        there = [path for path in paths if path in self._before]
+        if project not in self._unchanged or paths[0] not in there or not all((self.target / path).exists() for path in there):
+            return False
+        self._paths.update((path, self._before[path]) for path in there)
+        self.exported.kept += len(there)
+        return True
+
+    def put(self, path: str, content: bytes) -> None:
+        """Have a file of this content."""
+        if not self._has(path, hashlib.sha256(content).hexdigest()):
+            atomic_write(self.target / path, content)
+            self.exported.written += 1
+
+    def _has(self, path: str, digest: str) -> bool:
+        """Note that the path belongs to the tree; true when the last export left it with that digest."""
+        self._paths[path] = digest
+        has = self._before.get(path) == digest and (self.target / path).exists()
+        self.exported.kept += has
+        return has
+
+    def _link(self, path: str, digest: str) -> None:
+        """A hard link to a file of the store on the same file system, else a copy that appears whole."""
+        if path in self._paths or self._has(path, digest):
+            return
+        source, final = self.site.store.path(digest), self.target / path
+        final.parent.mkdir(parents=True, exist_ok=True)
+        partial_copy = final.with_name("." + final.name[:200] + ".partial")
+        partial_copy.unlink(missing_ok=True)
+        try:
+            os.link(source, partial_copy)
+        except FileNotFoundError:
+            raise DamagedError(
+                f"the store has lost the file of {path}", remedy="export again; `index fsck` tells more"
+            ) from None
+        except OSError:
+            shutil.copyfile(source, partial_copy)
+        if not partial_copy.samefile(source):
+            partial_copy.chmod(0o644)
+        partial_copy.replace(final)
+        sync_directory(final.parent)
+        self.exported.written += 1
+
+    def finish(self) -> Exported:
+        """Remove what no longer belongs to the tree, and write down what does."""
+        for path in sorted(self._before.keys() - self._paths.keys() - {_STATE}):
+            self._remove(path)
+            self.exported.removed += 1
+        manifest = {**self._paths, _STATE: json.dumps(self._state)}
+        atomic_write(self.target / MANIFEST, json.dumps(manifest, indent=0, sort_keys=True))
+        return self.exported
+
+    def _remove(self, path: str) -> None:
+        """The file, and the folders that it leaves empty: nginx would answer 403 for them, not 404."""
+        (self.target / path).unlink(missing_ok=True)
+        for folder in list((self.target / path).parents)[: path.count("/")]:
+            try:
+                folder.rmdir()
+            except OSError:
+                return
+
+
+def _make(page: Callable[[Request], Response], path: str, **params: str) -> tuple[str, bytes]:
+    scope = {"type": "http", "method": "GET", "path": path, "headers": [], "query_string": b"", "path_params": params}
+    return f"{path[1:]}index.html", bytes(page(Request(scope)).body)
