@@ -155,10 +155,9 @@ def build_one(
         console.step("done", f"{plan.title}: built already, build id {plan.build_id[:16]}; nothing to build")
         return last
     from builder.flow import build
+    from builder.flow.attempt import BuildOptions
 
-    return build.build(
-        plan, build.Options(jobs=jobs, publish=url, keep=keep, compiler_cache=compiler_cache), settings, console
-    )
+    return build.build(plan, BuildOptions(jobs=jobs, publish=url, keep=keep, compiler_cache=compiler_cache), settings, console)
 
 
 @click.command("run")

@@ -15,10 +15,9 @@ from builder.cli.options import FILE, json_option, start, toolchained
 from builder.compiling import pep517
 from builder.ground import environment, root
 from builder.planning import recipe, stack
-from builder.planning.plan import Contained
+from builder.planning.plan import Bed
 from builder.planning.recipe import Recipe
-from builder.toolchains import host
-from builder.toolchains.host_tools import Wanted, find
+from builder.toolchains import Choice
 from gracefarm.console import Console
 from gracefarm.errors import UsageError
 from gracefarm.files import remove_tree
@@ -107,7 +106,7 @@ def smoke_command(
     script: Path | None,
     recipe_name: str | None,
     gpu: bool,
-    on: Wanted | Contained | None,
+    on: Choice,
     as_json: bool,
 ) -> None:
     """Import a wheel by name in a fresh environment of the stack, and with --gpu try it on a GPU.
@@ -148,14 +147,10 @@ def smoke_command(
     console.result(result.model_dump() | {"wall_s": outcome.wall_s}, "\n".join(lines))
 
 
-def _bed(wheel: Path, stack_name: str, on: Wanted | Contained | None, settings: Settings) -> tuple[smoke.Bed, tuple[str, ...]]:
+def _bed(wheel: Path, stack_name: str, on: Choice, settings: Settings) -> tuple[Bed, tuple[str, ...]]:
     """Where a wheel is tried, and the architectures that it must have."""
     loaded, target = stack.load(settings.project / "stacks", stack_name), audit.target_of(wheel)
-    here = stack.host_arch()
-    if isinstance(on, Wanted):
-        machine = find(loaded, on, cuda=False)
-        site = host.ensure(machine, settings)
-        return smoke.Bed(environment=site, root=Path("/"), machine=machine, emulated=here is not target), loaded.data.sm
-    base = root.ensure(loaded, here, target, settings)
-    site = environment.ensure(loaded, target, base, settings)
-    return smoke.Bed(environment=site, root=base, emulated=here is not target), loaded.data.sm
+    host = stack.host_arch()
+    toolchain = on.type.find(loaded, on.wanted, cuda=False)
+    ground = toolchain.lay(toolchain.facts(loaded), host, target, settings, cuda=False)
+    return toolchain.bed(ground, emulated=host is not target), loaded.data.sm

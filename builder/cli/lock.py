@@ -9,6 +9,8 @@ import click
 
 from builder.cli.options import json_option, start, toolchain_option
 from builder.planning import gaps, recipe, stack
+from builder.planning.recipe import ToolchainKind
+from builder.toolchains import KINDS
 from gracefarm.console import Console
 from gracefarm.errors import GracefarmError, SeveralError
 from gracefarm.files import atomic_write
@@ -19,7 +21,7 @@ from gracefarm.files import atomic_write
 @click.option("--stack", "stack_name", metavar="NAME", help="Stack whose gaps are filled in too; default: the recipe's.")
 @toolchain_option(help="With container: the stack's container image too, which no other toolchain needs.")
 @json_option
-def lock_command(name: str, stack_name: str | None, toolchain: str, as_json: bool) -> None:
+def lock_command(name: str, stack_name: str | None, toolchain: ToolchainKind, as_json: bool) -> None:
     """Fill in the digests of NAME, a recipe (with its stack) or a stack, that were not known where it was written.
 
     The file comes over the network once, unchecked; its digest is written into the TOML for a person to compare and commit.
@@ -32,15 +34,15 @@ def lock_command(name: str, stack_name: str | None, toolchain: str, as_json: boo
     """
     from builder.fetch import fill
 
-    settings, console = start(as_json=as_json)
+    settings, console = start(as_json=as_json, writes=True)
     if stack_name is None and name in stack.names(settings.project / "stacks"):
         loaded, base = None, stack.load(settings.project / "stacks", name)
     else:
         loaded = recipe.load(settings.project / "recipes", name)
         base = stack.load(settings.project / "stacks", stack_name or loaded.data.stack)
     with console.progress("lock") as tick:
-        filled = fill.fill(loaded, base, settings, tick, images=toolchain == "container")
-    for gap in gaps.of_images(base) if toolchain != "container" else ():
+        filled = fill.fill(loaded, base, settings, tick, images=KINDS[toolchain].in_image)
+    for gap in gaps.of_images(base) if not KINDS[toolchain].in_image else ():
         console.step("lock", f"left for --toolchain container: {gap.what}")
     rows = [{"file": str(gap.file), "what": gap.what, "url": gap.url, "sha256": sha256} for gap, sha256 in filled.digests]
     lines = [f"{row['sha256']}  {row['what']}  {row['url']}" for row in rows]
@@ -67,7 +69,7 @@ def lock_stack_command(name: str, as_json: bool) -> None:
     """Resolve a stack anew and write its requirements.lock and root.lock, and toolchain.lock where Debian has its compiler."""
     from builder.ground import resolve
 
-    settings, console = start(as_json=as_json)
+    settings, console = start(as_json=as_json, writes=True)
     loaded = stack.load(settings.project / "stacks", name)
     with console.progress("lock") as tick:
         atomic_write(loaded.requirements_lock, resolve.requirements_lock(loaded, settings, tick))

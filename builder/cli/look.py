@@ -47,13 +47,11 @@ def plan_command(name: str, aim: Aim, as_json: bool) -> None:
     builder plan causal_conv1d --json
     builder plan causal_conv1d --toolchain host
     """
-    from builder.flow import build
-
     settings, console = start(as_json=as_json)
     plan = plan_of(name, aim.stack, aim.target, settings, aim.on)
     existing = record.existing(plan, settings)
     missing = gaps.of_plan(plan)
-    command = build.build_command(plan, settings, record.folder(settings, plan.build_id) / "work")
+    command = plan.toolchain.command(plan, settings, record.folder(settings, plan.build_id) / "work")
     value = {
         "build_id": plan.build_id,
         "title": plan.title,

@@ -10,14 +10,13 @@ from typing import Any
 
 import click
 
-from builder.planning import plan as planning
 from builder.planning import recipe, stack
-from builder.planning.plan import Contained, Plan
+from builder.planning.plan import Plan, Wanted
+from builder.planning.recipe import ToolchainKind
 from builder.planning.stack import Arch
 from builder.proof import record
 from builder.proof.record import Record
-from builder.toolchains import container
-from builder.toolchains.host_tools import Wanted, find
+from builder.toolchains import KINDS, Choice
 from gracefarm import settings as settings_module
 from gracefarm.console import Console
 from gracefarm.errors import ConfigError, UsageError
@@ -34,7 +33,7 @@ jobs_option = click.option("--jobs", type=click.IntRange(1), help="Upper bound o
 toolchain_option = functools.partial(
     click.option,
     "--toolchain",
-    type=click.Choice(["sandbox", "host", "container"]),
+    type=click.Choice(list(KINDS)),
     default="sandbox",
     show_default=True,
 )
@@ -74,13 +73,22 @@ class Aim:
     stack: str | None
     "None: the recipe's own."
     target: str
-    on: Wanted | Contained | None
-    "See `wanted`."
+    on: Choice
 
 
-def start(*, as_json: bool = False) -> tuple[Settings, Console]:
-    """What a command begins with."""
-    return settings_module.load(), Console(as_json=as_json)
+def start(*, as_json: bool = False, writes: bool = False) -> tuple[Settings, Console]:
+    """What a command begins with; `writes`: it changes files of the project.
+
+    Raises:
+        UsageError: it would change those of the installed package.
+    """
+    settings = settings_module.load()
+    if writes and settings.project == settings_module.PACKAGED:
+        raise UsageError(
+            "the recipes, stacks and sets of the installed gracefarm are not changed",
+            remedy="`builder init DIR` makes a project of your own: repeat the command there",
+        )
+    return settings, Console(as_json=as_json)
 
 
 def _with(function: Function, *options: Function) -> Function:
@@ -97,7 +105,7 @@ def aimed(function: Function) -> Function:
         *arguments: Any,
         stack_name: str | None,
         target: str,
-        toolchain: str,
+        toolchain: ToolchainKind,
         own: Path | None,
         python: Path | None,
         cuda: Path | None,
@@ -119,7 +127,7 @@ def toolchained(function: Function) -> Function:
 
     @functools.wraps(function)
     def with_toolchain(
-        *arguments: Any, toolchain: str, own: Path | None, python: Path | None, cuda: Path | None, **options: Any
+        *arguments: Any, toolchain: ToolchainKind, own: Path | None, python: Path | None, cuda: Path | None, **options: Any
     ) -> Any:
         return function(*arguments, on=wanted(toolchain, own, python, cuda), **options)
 
@@ -131,56 +139,50 @@ def placed(function: Function) -> Function:
     return _with(function, *_TOOLS)
 
 
-def wanted(toolchain: str, own: Path | None, python: Path | None, cuda: Path | None) -> Wanted | Contained | None:
-    """What is wanted of this machine, or a container; None: a sandbox.
+def wanted(toolchain: ToolchainKind, own: Path | None, python: Path | None, cuda: Path | None) -> Choice:
+    """The toolchain that is wanted.
 
     Raises:
         UsageError: options that do not go together.
     """
-    if toolchain != "host":
-        for name, value in (("--environment", own), ("--python", python), ("--cuda", cuda)):
-            if value is not None:
-                raise UsageError(f"{name} is about this machine's tools", remedy=f"say --toolchain host {name} {value}")
-        return container.find() if toolchain == "container" else None
+    choice = Choice(kind=toolchain, wanted=Wanted(environment=own, python=python, cuda=cuda))
+    for name, value in (("--environment", own), ("--python", python), ("--cuda", cuda)):
+        if value is not None and not choice.type.native:
+            raise UsageError(f"{name} is about this machine's tools", remedy=f"say --toolchain host {name} {value}")
     if own is not None and python is not None:
         raise UsageError("--environment names a Python already", remedy="leave --python out")
-    return Wanted(environment=own, python=python, cuda=cuda)
+    return choice
 
 
-def plan_of(name: str, stack_name: str | None, target: str, settings: Settings, on: Wanted | Contained | None = None) -> Plan:
+def plan_of(name: str, stack_name: str | None, target: str, settings: Settings, on: Choice | None = None) -> Plan:
     """The plan that a command line means."""
     loaded = recipe.load(settings.project / "recipes", name)
     base = stack.load(settings.project / "stacks", stack_name or loaded.data.stack)
-    if not isinstance(on, Wanted):
-        return planning.make(loaded, base, stack.host_arch(), Arch(target), on)
-    return planning.make_here(loaded, find(base, on, cuda=loaded.data.build.cuda))
+    return (on or Choice()).plan(loaded, base, Arch(target))
 
 
-def as_built(
-    inputs: Mapping[str, object], own: Path | None, python: Path | None, cuda: Path | None
-) -> Wanted | Contained | None:
+def as_built(inputs: Mapping[str, Any], own: Path | None, python: Path | None, cuda: Path | None) -> Choice:
     """The toolchain of an earlier build with these inputs, as `wanted` has it.
 
     Raises:
         UsageError: it stood on an environment of somebody's own, whose place no input is, or options do not go together.
     """
-    toolchain = inputs.get("toolchain")
-    kind = str(toolchain["kind"]) if isinstance(toolchain, dict) else "sandbox"
-    if own is None and isinstance(toolchain, dict) and "distributions" in toolchain:
+    toolchain = inputs.get("toolchain", {})
+    if own is None and "distributions" in toolchain:
         raise UsageError(
             "that build stood on an environment of somebody's own, and nothing says where that is",
             remedy="say it: --environment PATH",
         )
-    return wanted(kind, own, python, cuda)
+    return wanted(toolchain.get("kind", "sandbox"), own, python, cuda)
 
 
-def _target_here(target: str, on: Wanted | Contained | None) -> str:
+def _target_here(target: str, on: Choice) -> str:
     """The target of a host build is this machine; another one asked for is an error, the default is not.
 
     Raises:
         UsageError: another one was asked for.
     """
-    if not isinstance(on, Wanted):
+    if not on.type.native:
         return target
     here = stack.host_arch().value
     asked = click.get_current_context().get_parameter_source("target") is click.core.ParameterSource.COMMANDLINE

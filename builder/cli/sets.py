@@ -10,7 +10,7 @@ from builder.cli.options import jobs_option, json_option, start
 from builder.ground import resolve
 from builder.planning import pins, stack
 from builder.proof import materials, record
-from builder.sets import data, plan
+from builder.sets import definition, plan
 from builder.sets.plan import SetPlan
 from gracefarm import extras
 from gracefarm.files import atomic_write
@@ -34,8 +34,8 @@ def list_command(as_json: bool) -> None:
     """Sets of this project."""
     settings, console = start(as_json=as_json)
     rows = []
-    for name in data.names(settings):
-        wheels = data.load(name, settings).data
+    for name in definition.names(settings):
+        wheels = definition.load(name, settings).data
         rows.append({"set": name, "stack": wheels.stack, "recipes": list(wheels.recipes), "summary": wheels.summary})
     lines = [f"{row['set']:16} {row['stack']:8} {', '.join(row['recipes'])}\n{'':16} {row['summary']}" for row in rows]
     console.result(rows, "\n".join(lines) or "no sets")
@@ -50,8 +50,8 @@ def lock_command(name: str, as_json: bool) -> None:
     \b
     builder set lock gh200-cu130
     """
-    settings, console = start(as_json=as_json)
-    loaded = data.load(name, settings)
+    settings, console = start(as_json=as_json, writes=True)
+    loaded = definition.load(name, settings)
     if not loaded.data.requirements:
         place = loaded.stack.requirements_lock
         console.result(
@@ -60,7 +60,7 @@ def lock_command(name: str, as_json: bool) -> None:
         )
         return
     with console.progress("lock") as tick:
-        atomic_write(loaded.runtime.requirements_lock, resolve.resolve(loaded.runtime, settings, tick))
+        atomic_write(loaded.runtime.requirements_lock, resolve.requirements_lock(loaded.runtime, settings, tick))
     count = len(pins.wheels(loaded.runtime, loaded.data.target))
     place = loaded.runtime.requirements_lock
     console.result({"written": [str(place)], "wheels": count}, f"{place}: {count} wheels")
@@ -76,7 +76,7 @@ def plan_command(name: str, as_json: bool) -> None:
     builder set plan gh200-cu124
     """
     settings, console = start(as_json=as_json)
-    planned = plan.make(data.load(name, settings), stack.host_arch())
+    planned = plan.plan_set(definition.load(name, settings), stack.host_arch())
     value = _described(planned, settings)
     console.result(value, _lines(planned, value))
 
@@ -149,16 +149,19 @@ def build_command(
     builder set build gh200-cu130 --index http://10.0.0.1:8080
     TWINE_USERNAME=__token__ TWINE_PASSWORD=gf_… builder set build gh200-cu130 --stage http://10.0.0.1:8080
     """
-    from builder.sets import flow, locks  # clients of HTTP
+    from builder.proof import publish
+    from builder.sets import build, locks  # clients of HTTP
 
     settings, console = start(as_json=as_json)
-    flow.refuse_credentials(index_url, stage_url)
-    built = flow.build(plan.make(data.load(name, settings), stack.host_arch()), jobs, settings, console)
+    for url in (index_url, stage_url):
+        if url is not None:
+            publish.refuse_credentials(url, "--stage")
+    built = build.build_set(plan.plan_set(definition.load(name, settings), stack.host_arch()), jobs, settings, console)
     places = {"record": built.folder / "set.json", "lock": built.lock}
     if (url := index_url or stage_url) is not None:
-        places["pylock"] = flow.render(built, locks.served(url, shown_as or name))
+        places["pylock"] = build.render(built, locks.served(url, shown_as or name))
     if stage_url is not None:
-        flow.stage(built, locks.served(stage_url, shown_as or name), settings, console)
+        build.stage(built, locks.served(stage_url, shown_as or name), settings, console)
     value = built.record.model_dump(mode="json") | {key: str(place) for key, place in places.items()}
     console.result(value, "\n".join(f"{key:7} {place}" for key, place in places.items()))
 
@@ -177,6 +180,6 @@ def run_command(name: str, jobs: int | None, as_json: bool) -> None:
 
     extras.require("index")
     settings, console = start(as_json=as_json)
-    result = rehearsal.rehearse(plan.make(data.load(name, settings), stack.host_arch()), jobs, settings, console)
+    result = rehearsal.rehearse(plan.plan_set(definition.load(name, settings), stack.host_arch()), jobs, settings, console)
     value = result.__dict__ | {"tested": result.tested.model_dump(mode="json")}
     console.result(value, f"lock    {result.lock}\npylock  {result.pylock}")

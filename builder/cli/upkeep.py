@@ -12,6 +12,7 @@ from pydantic import BaseModel
 
 from builder.cli.options import json_option, last_build, plan_of, start
 from builder.proof import record
+from builder.toolchains import KINDS
 from gracefarm.errors import ConfigError, ExitCode
 from gracefarm.files import atomic_write, lock
 
@@ -58,16 +59,12 @@ def clean_command(everything: bool, as_json: bool) -> None:
 def shell_command(name: str) -> None:
     """A shell inside the sandbox of NAME's last build, failed or not; /build is its working folder."""
     from builder.box import sandbox
-    from builder.compiling import pep517
-    from builder.flow import build
+    from builder.flow.ground import reopen
 
     settings, console = start()
     last = last_build(name, settings)
     folder = record.folder(settings, last.build_id) / "work"
-    if last.toolchain != "sandbox":
-        where = (
-            "had this machine's own tools and no sandbox" if last.toolchain == "host" else "ran in a container, which is gone"
-        )
+    if where := KINDS[last.toolchain].closed:
         raise ConfigError(f"the last build of {name} {where}", remedy=f"look around in {folder}")
     plan = plan_of(name, last.stack, str(last.inputs["target"]), settings)
     if plan.build_id != last.build_id:
@@ -75,8 +72,8 @@ def shell_command(name: str) -> None:
     with lock(
         settings.home / "locks" / f"build-{last.build_id}", lambda: console.step("wait", "this build is running; waiting")
     ):
-        box = build.reopen(plan, folder, settings, console)
-        console.step("shell", f"the build's command was: {' '.join(pep517.command(plan))}")
+        box = reopen(plan, folder, settings, console)
+        console.step("shell", f"the build's command was: {' '.join(plan.toolchain.command(plan, settings, folder))}")
         code = sandbox.shell(box)
     sys.exit(code)
 
@@ -85,8 +82,8 @@ def schemas() -> dict[str, str]:
     """Name to JSON schema, as committed under docs/schema (a test compares them)."""
     from builder.planning.recipe import Recipe
     from builder.planning.stack import Stack
-    from builder.sets.data import WheelSet
-    from builder.sets.record import SetRecord
+    from builder.sets.definition import WheelSet
+    from builder.sets.set_record import SetRecord
 
     models: dict[str, type[BaseModel]] = {
         "recipe": Recipe,

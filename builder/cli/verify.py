@@ -9,11 +9,12 @@ from typing import Any
 import click
 
 from builder.cli.options import FILE, jobs_option, json_option, last_wheel, start
-from builder.planning import plan, recipe, stack
+from builder.planning import recipe, stack
 from builder.planning.plan import Plan
 from builder.planning.stack import Arch
 from builder.proof import signing, verify
 from builder.proof.verify import Inside
+from builder.toolchains import KINDS, make
 from gracefarm.console import Console
 from gracefarm.errors import ConfigError, UsageError, VerifyError
 from gracefarm.settings import Settings
@@ -84,14 +85,10 @@ def _refuse_unsealed(inputs: Mapping[str, Any], wheel: Path) -> None:
     Raises:
         UsageError: the wheel was built elsewhere, and in another folder it would differ without anything to find out.
     """
-    kind = inputs.get("toolchain", {}).get("kind")
-    why = {
-        "host": "with a machine's own tools: the path of its build folder stands in its objects (debug lines, __FILE__)",
-        "container": "in a container, whose compilers are the image's and whose network was not watched",
-    }
-    if kind in why:
+    how = KINDS[inputs.get("toolchain", {}).get("kind", "sandbox")].unsealed
+    if how is not None:
         raise UsageError(
-            f"{wheel.name} was built {why[kind]}, so that a build in another folder shows nothing",
+            f"{wheel.name} was built {how}, so that a build in another folder shows nothing",
             remedy="build it in the sandbox, whose wheels `--rebuild` compares; the other checks hold for this one too",
         )
 
@@ -104,7 +101,7 @@ def _plan_of(inside: Inside, wheel: Path, settings: Settings) -> Plan:
         base = stack.load(settings.project / "stacks", name)
         target = Arch(inside.inputs["target"])
         if target in base.data.glibc:
-            candidate = plan.make(loaded, base, stack.host_arch(), target)
+            candidate = make(loaded, base, stack.host_arch(), target)
             if candidate.build_id == inside.build_id:
                 return candidate
     raise ConfigError(

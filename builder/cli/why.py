@@ -9,8 +9,8 @@ import click
 
 from builder.cli.options import as_built, json_option, last_build, placed, plan_of, start
 from builder.planning import recipe
+from builder.planning.stack import HOST_SUFFIX
 from builder.proof import record, why
-from builder.toolchains.host_tools import SUFFIX
 from gracefarm.errors import UsageError
 
 _WIDTH = 70
@@ -42,7 +42,7 @@ def why_command(
         old = last_build(name, settings)
         plan = plan_of(
             loaded.key,
-            old.stack.removesuffix(SUFFIX),
+            old.stack.removesuffix(HOST_SUFFIX),
             str(old.inputs["target"]),
             settings,
             as_built(old.inputs, own, python, cuda),

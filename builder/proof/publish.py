@@ -18,8 +18,13 @@ from builder.box import sandbox
 from builder.box.sandbox import Mount, Outcome, Sandbox
 from builder.compiling.pep517 import first_error
 from builder.proof.record import Publication, now
+from builder.toolchains import bed
 from gracefarm.errors import InstallError, PublishError, UsageError
 from gracefarm.files import sha256_file
+from gracefarm.process import first_line
+
+Login = tuple[str, str]
+"User and password of an upload. Where none is passed: TWINE_USERNAME and TWINE_PASSWORD, else the keyring."
 
 
 def refuse_credentials(url: str, option: str = "--publish") -> None:
@@ -37,10 +42,10 @@ def refuse_credentials(url: str, option: str = "--publish") -> None:
         )
 
 
-def upload(wheel: Path, url: str) -> Publication:
+def upload(wheel: Path, url: str, login: Login | None = None) -> Publication:
     """Upload `wheel` by the legacy upload API.
 
-    Credentials come from TWINE_USERNAME and TWINE_PASSWORD or the keyring, never from `url` or an argument.
+    Credentials are `login`, or come from TWINE_USERNAME and TWINE_PASSWORD or the keyring; never from `url` or an argument.
 
     Raises:
         UsageError: the URL carries a password.
@@ -48,26 +53,12 @@ def upload(wheel: Path, url: str) -> Publication:
             them from a run that was cut off before it could say so, and not every index takes them twice.
     """
     refuse_credentials(url)
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "twine",
-            "upload",
-            "--non-interactive",
-            "--disable-progress-bar",
-            "--verbose",  # else the index's own sentence is not shown
-            "--repository-url",
-            url,
-            str(wheel),
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=_environment(),
-    )
-    if done.returncode != 0 and not _offered(wheel, url):
-        words = _reason(done.stdout + done.stderr)
+    # --verbose: else the index's own sentence is not shown
+    command = [sys.executable, "-m", "twine", "upload", "--non-interactive", "--disable-progress-bar", "--verbose"]
+    command += ["--repository-url", url, str(wheel)]
+    process = subprocess.run(command, capture_output=True, text=True, check=False, env=_environment(login))
+    if process.returncode != 0 and not _offered(wheel, url, login):
+        words = _reason(process.stdout + process.stderr)
         raise PublishError(
             f"{url} did not take {wheel.name}: {words}",
             remedy="check the address and the token (TWINE_USERNAME=__token__, TWINE_PASSWORD); the wheel is kept",
@@ -86,20 +77,20 @@ def _reason(text: str) -> str:
     return lines[errors[0] if errors else -1] if lines else "no output"
 
 
-def _offered(wheel: Path, url: str) -> bool:
+def _offered(wheel: Path, url: str, login: Login | None) -> bool:
     """Whether the index of an upload address offers a file of that name and sha256; legacy/ and simple/ stand together."""
     name = wheel.name.split("-")[0]
     index = re.sub(r"legacy/?$", "", url).rstrip("/") + "/simple/"
-    with PyPISimple(index, auth=credentials(url)) as client:
+    with PyPISimple(index, auth=login or credentials(url)) as client:
         try:
             offered = client.get_project_page(name, timeout=60).packages
         except (requests.RequestException, NoSuchProjectError, UnsupportedContentTypeError, UnsupportedRepoVersionError):
             return False
     sha256 = sha256_file(wheel)
-    return any(one.filename == wheel.name and one.digests.get("sha256") == sha256 for one in offered)
+    return any(file.filename == wheel.name and file.digests.get("sha256") == sha256 for file in offered)
 
 
-def credentials(url: str) -> tuple[str, str] | None:
+def credentials(url: str) -> Login | None:
     """What twine would log in with."""
     name = os.environ.get("TWINE_USERNAME", "__token__")
     password = os.environ.get("TWINE_PASSWORD") or _from_keyring(url, name)
@@ -110,7 +101,7 @@ MAX_LOG = 32 << 20
 "Bytes of a log that an index takes (docs/index-records.md)."
 
 
-def send_record(document: Path, log: Path, build_id: str, url: str) -> str | None:
+def send_record(document: Path, log: Path, build_id: str, url: str, login: Login | None = None) -> str | None:
     """PUT a build's record and log to the index behind the upload address `url`; None when it has both, else why not.
 
     An addition of this farm's index, so a refusal is an answer and no error: any other index still works. The record goes
@@ -121,12 +112,11 @@ def send_record(document: Path, log: Path, build_id: str, url: str) -> str | Non
     if log.is_file():
         bodies.append((f"{base}/records/{build_id}/log", _end_of(log)))
     try:
-        with httpx.Client(auth=credentials(url), timeout=60) as client:
+        with httpx.Client(auth=login or credentials(url), timeout=60) as client:
             for place, body in bodies:
                 answer = client.put(place, content=body)
                 if answer.status_code >= 300:
-                    words = answer.text.strip().splitlines()
-                    return f"{place}: {answer.status_code} {words[0][:200] if words else answer.reason_phrase}"
+                    return f"{place}: {answer.status_code} {first_line(answer.text, answer.reason_phrase)[:200]}"
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         return f"{base}: {error or type(error).__name__}"
     return None
@@ -148,8 +138,9 @@ def _end_of(log: Path) -> bytes:
         return note + stream.read()
 
 
-def _environment() -> dict[str, str]:
-    return {**os.environ, "NO_COLOR": "1", "TERM": "dumb", "PYTHONWARNINGS": "ignore"}
+def _environment(login: Login | None) -> dict[str, str]:
+    own = {"TWINE_USERNAME": login[0], "TWINE_PASSWORD": login[1]} if login else {}
+    return {**os.environ, "NO_COLOR": "1", "TERM": "dumb", "PYTHONWARNINGS": "ignore", **own}
 
 
 def install_back(
@@ -174,23 +165,14 @@ def install_back(
     smoke.prepare(files, imports, script)
     box = Sandbox(
         root=root,
-        mounts=(Mount(source=environment, target="/env", writable=True), Mount(source=files, target=smoke.WORKDIR)),
-        environment=smoke.variables(),
-        workdir=smoke.WORKDIR,
+        mounts=(Mount(source=environment, target="/env", writable=True), Mount(source=files, target=bed.WORKDIR)),
+        environment=bed.variables(),
+        workdir=bed.WORKDIR,
         memory=memory,
         network=True,
     )
-    pip = (
-        "/env/bin/python3",
-        "-m",
-        "pip",
-        "install",
-        "--no-cache-dir",
-        "--disable-pip-version-check",
-        "--no-input",
-        "--no-compile",
-        "--root-user-action=ignore",
-    )
+    options = ("--no-cache-dir", "--disable-pip-version-check", "--no-input", "--no-compile", "--root-user-action=ignore")
+    pip = ("/env/bin/python3", "-m", "pip", "install", *options)
     for command in ((*pip, "--index-url", index_url, requirement), smoke.driver(imports, script)):
         outcome = sandbox.run(box, command, log=log)
         if outcome.returncode != 0:

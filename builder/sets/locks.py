@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote
 
@@ -17,8 +17,9 @@ from packaging.version import Version
 
 from builder.planning import pins
 from builder.planning.pins import LockedWheel
-from builder.sets.data import LoadedSet
-from builder.sets.record import Locked
+from builder.proof.publish import Login
+from builder.sets.definition import LoadedSet
+from builder.sets.set_record import Locked
 from gracefarm.errors import ConfigError
 from gracefarm.files import sha256_file
 from gracefarm.settings import Settings
@@ -31,6 +32,8 @@ class Served:
     base: str
     "Without a slash at the end."
     name: str
+    login: Login | None = field(default=None, repr=False)
+    "To stage it with; None: as for every upload."
 
     @property
     def simple(self) -> str:
@@ -42,10 +45,10 @@ class Served:
         return f"{self.base}/files/{wheel.sha256}/{quote(wheel.filename, safe='')}"
 
 
-def served(url: str, name: str) -> Served:
+def served(url: str, name: str, login: Login | None = None) -> Served:
     """From any address of that index that people have at hand: its root, its simple API, the set's, the upload address."""
     base = re.sub(rf"(/{re.escape(name)})?/simple/?$|/(stage/[^/]+/)?legacy/?$", "", url.rstrip("/"))
-    return Served(base=base.rstrip("/"), name=name)
+    return Served(base=base.rstrip("/"), name=name, login=login)
 
 
 def collect(of: LoadedSet, own: Sequence[Path], settings: Settings) -> list[Locked]:

@@ -9,13 +9,13 @@ from functools import cached_property
 
 from packaging.utils import canonicalize_name
 
+from builder import toolchains
 from builder.planning import gaps, pins
-from builder.planning import plan as plans
 from builder.planning.gaps import Gap
 from builder.planning.pins import LockedWheel
 from builder.planning.plan import Plan
 from builder.planning.stack import Arch
-from builder.sets.data import LoadedSet
+from builder.sets.definition import LoadedSet
 from gracefarm.errors import ConfigError, PublishError
 from gracefarm.files import sha256_file
 
@@ -37,8 +37,8 @@ class SetPlan:
         data = self.set.data
         content = {
             "format": FORMAT,
-            "builds": [one.build_id for one in self.builds],
-            "wheels": [(one.name, one.version, one.sha256) for one in self.wheels],
+            "builds": [plan.build_id for plan in self.builds],
+            "wheels": [(wheel.name, wheel.version, wheel.sha256) for wheel in self.wheels],
             "target": data.target.value,
             "together": data.together.model_dump(mode="json"),
             "smoke": sha256_file(self.set.smoke_script) if self.set.smoke_script else None,
@@ -47,10 +47,10 @@ class SetPlan:
 
     def gaps(self) -> list[Gap]:
         """Digests that are not known yet, of recipes and stack, each once."""
-        return [*(gap for one in self.builds for gap in gaps.of_recipe(one.recipe)), *gaps.of_stack(self.set.stack)]
+        return [*(gap for plan in self.builds for gap in gaps.of_recipe(plan.recipe)), *gaps.of_stack(self.set.stack)]
 
 
-def make(found: LoadedSet, host: Arch) -> SetPlan:
+def plan_set(loaded: LoadedSet, host: Arch) -> SetPlan:
     """The plan of a set.
 
     Raises:
@@ -58,43 +58,43 @@ def make(found: LoadedSet, host: Arch) -> SetPlan:
         ConfigError: a lock is absent or older than its TOML file, or what the set runs with has another torch than the one
             that its wheels are built against.
     """
-    refuse_objects(found)
-    wheels = pins.wheels(found.runtime, found.data.target)
-    _check_torch(found, wheels)
-    builds = tuple(plans.make(one, found.stack, host, found.data.target) for one in found.recipes)
-    own = {canonicalize_name(one.recipe.data.name) for one in builds}
+    refuse_objects(loaded)
+    wheels = pins.wheels(loaded.runtime, loaded.data.target)
+    _check_torch(loaded, wheels)
+    builds = tuple(toolchains.make(recipe, loaded.stack, host, loaded.data.target) for recipe in loaded.recipes)
+    own = {canonicalize_name(plan.recipe.data.name) for plan in builds}
     for wheel in wheels:
         if wheel.name in own:
             raise ConfigError(
-                f"set {found.data.name} builds {wheel.name} and its lock has {wheel.name} {wheel.version} too",
+                f"set {loaded.data.name} builds {wheel.name} and its lock has {wheel.name} {wheel.version} too",
                 remedy="name it in left_out of set.toml, then lock again",
-                repeat=found.runtime.lock_command,
+                repeat=loaded.runtime.lock_command,
             )
-    return SetPlan(set=found, builds=builds, wheels=wheels)
+    return SetPlan(set=loaded, builds=builds, wheels=wheels)
 
 
-def refuse_objects(found: LoadedSet) -> None:
+def refuse_objects(loaded: LoadedSet) -> None:
     """A stack of headers makes objects to look at: nothing of it can be loaded together.
 
     Raises:
         PublishError: the set's stack is such a one.
     """
-    if found.stack.data.objects_only:
+    if loaded.stack.data.objects_only:
         raise PublishError(
-            f"stack {found.stack.data.name} has headers alone: what it builds cannot be loaded and is part of no set",
+            f"stack {loaded.stack.data.name} has headers alone: what it builds cannot be loaded and is part of no set",
             remedy="build against a stack that has the libraries",
         )
 
 
-def _check_torch(found: LoadedSet, wheels: tuple[LockedWheel, ...]) -> None:
+def _check_torch(loaded: LoadedSet, wheels: tuple[LockedWheel, ...]) -> None:
     """Extensions are bound to the very torch that they were compiled against."""
-    mine = next((one for one in wheels if one.name == "torch"), None)
-    against = next((one for one in pins.wheels(found.stack, found.data.target) if one.name == "torch"), None)
+    mine = next((wheel for wheel in wheels if wheel.name == "torch"), None)
+    against = next((wheel for wheel in pins.wheels(loaded.stack, loaded.data.target) if wheel.name == "torch"), None)
     if against is not None and mine != against:
         have = f"{mine.version} (sha256 {mine.sha256[:16]}…)" if mine else "none"
         raise ConfigError(
-            f"set {found.data.name} runs with torch {have}, its wheels are built against {against.version} "
-            f"(sha256 {against.sha256[:16]}…) of stack {found.stack.data.name}",
+            f"set {loaded.data.name} runs with torch {have}, its wheels are built against {against.version} "
+            f"(sha256 {against.sha256[:16]}…) of stack {loaded.stack.data.name}",
             remedy="pin the stack's torch in requirements of set.toml, and lock both before the same date",
-            repeat=found.runtime.lock_command,
+            repeat=loaded.runtime.lock_command,
         )

@@ -18,11 +18,11 @@ from builder.compiling import pep517
 from builder.flow import run
 from builder.ground import environment, root
 from builder.planning import stack
-from builder.sets import flow, locks, together
-from builder.sets.flow import Built
+from builder.sets import build, locks, together
+from builder.sets.build import Built
 from builder.sets.locks import Served
 from builder.sets.plan import SetPlan
-from builder.sets.record import Tested
+from builder.sets.set_record import Tested
 from gracefarm.console import Console
 from gracefarm.errors import InstallError, PublishError
 from gracefarm.files import lock, remove_tree
@@ -31,7 +31,7 @@ from gracefarm.settings import Settings
 
 
 @dataclass(frozen=True, kw_only=True)
-class Result:
+class Rehearsed:
     """Where everything is, and how long it took."""
 
     lock: str
@@ -45,7 +45,7 @@ class Result:
     tested: Tested
 
 
-def rehearse(plan: SetPlan, jobs: int | None, settings: Settings, console: Console) -> Result:
+def rehearse(plan: SetPlan, jobs: int | None, settings: Settings, console: Console) -> Rehearsed:
     """Build and test the set, stage it, mirror what is not ours, publish; install by hash from the set's view alone; import.
 
     Each run shows the set under a name of its own, since a published one never changes; the index keeps files once.
@@ -53,12 +53,11 @@ def rehearse(plan: SetPlan, jobs: int | None, settings: Settings, console: Conso
     Raises:
         GracefarmError: of the step that failed.
     """
-    built = flow.build(plan, jobs, settings, console)
+    built = build.build_set(plan, jobs, settings, console)
     with lock(settings.home / "locks" / "run"), run.local_index(settings) as (url, token):
-        os.environ.update(TWINE_USERNAME="__token__", TWINE_PASSWORD=token)
-        at = locks.served(url, f"{plan.set.data.name}-{time.strftime('%Y%m%d-%H%M%S')}")
+        at = locks.served(url, f"{plan.set.data.name}-{time.strftime('%Y%m%d-%H%M%S')}", ("__token__", token))
         console.step("index", f"serving {url} from {settings.home / 'index'}")
-        pylock = flow.render(built, at)
+        pylock = build.render(built, at)
         mirror_s = _published(built, at, settings, console)
         files, size = _holds(at)
         console.step("mirror", f"{files} files, {size / 1e9:.2f} GB, in {mirror_s:.0f} s")
@@ -70,7 +69,7 @@ def rehearse(plan: SetPlan, jobs: int | None, settings: Settings, console: Conso
             _dry_run(plan, pylock, home, console)
             tested = together.tried(plan.set, clean, base, home, pep517.bound(settings, meter.available_memory()))
         console.step("import", f"imported {', '.join(tested.smoke.modules)} in {tested.wall_s:.0f} s")
-    return Result(
+    return Rehearsed(
         lock=str(built.lock),
         pylock=str(pylock),
         files=files,
@@ -84,20 +83,20 @@ def rehearse(plan: SetPlan, jobs: int | None, settings: Settings, console: Conso
 def _published(built: Built, at: Served, settings: Settings, console: Console) -> float:
     """Stage, mirror on the index's side as its owner would, stage again; seconds that the mirror took."""
     try:
-        flow.stage(built, at, settings, console)
-    except flow.IncompleteError as error:
+        build.stage(built, at, settings, console)
+    except build.IncompleteError as error:
         console.step("stage", error.cause)
     start = time.monotonic()
     for index, own in [*built.own_locks.items(), (None, built.lock)]:
         command = [sys.executable, "-m", "index", "mirror", str(own), "--set", at.name, "--root", str(settings.home / "index")]
         index_url = index or settings.index_url
         variables = {"GRACEFARM_PYTHON_INDEX": index_url} if index_url else {}
-        done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, check=False)
-        if done.returncode:
-            words = first_line(done.stderr)
+        process = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, check=False)
+        if process.returncode:
+            words = first_line(process.stderr)
             raise PublishError(f"the index cannot mirror {own}: {words}", repeat=" ".join(command[2:]))
     took = time.monotonic() - start
-    flow.stage(built, at, settings, console)
+    build.stage(built, at, settings, console)
     return took
 
 
@@ -107,9 +106,9 @@ def _holds(at: Served) -> tuple[int, int]:
 
     kind = {"Accept": "application/vnd.pypi.simple.v1+json"}
     with httpx.Client(base_url=at.simple, headers=kind, timeout=60) as client:
-        names = [one["name"] for one in client.get("").raise_for_status().json()["projects"]]
+        names = [project["name"] for project in client.get("").raise_for_status().json()["projects"]]
         pages = [client.get(f"{name}/").raise_for_status().json() for name in names]
-    sizes = [one["size"] for page in pages for one in page["files"]]
+    sizes = [file["size"] for page in pages for file in page["files"]]
     return len(sizes), sum(sizes)
 
 
@@ -156,20 +155,12 @@ def _dry_run(plan: SetPlan, pylock: Path, home: Path, console: Console) -> None:
     """pylock.toml is read by uv, and what it names is there."""
     of = plan.set
     platform = f"{of.data.target.value}-manylinux_{of.stack.data.glibc[of.data.target]}"
-    command = [
-        uv.find_uv_bin(),
-        "pip",
-        "install",
-        "--dry-run",
-        "--preview-features",
-        "pylock",
-        "--no-config",
-        "--requirements",
-    ]
-    command += [str(pylock), f"--target={home / 'pylock'}", f"--python-version={of.stack.data.python}"]
+    command = [uv.find_uv_bin(), "pip", "install", "--dry-run", "--preview-features", "pylock", "--no-config"]
+    command += ["--requirements", str(pylock), f"--target={home / 'pylock'}", f"--python-version={of.stack.data.python}"]
     command += [f"--python-platform={platform}", f"--python={sys.executable}", f"--cache-dir={home / 'uv'}"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise InstallError(f"uv does not install from {pylock}: {done.stderr.strip()[-500:]}", repeat=" ".join(command))
-    line = next((one for one in done.stderr.splitlines() if one.startswith("Would install")), "nothing to install")
-    console.step("pylock", f"{pylock}, as uv reads it: {line.lower()}")
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    if process.returncode:
+        raise InstallError(f"uv does not install from {pylock}: {process.stderr.strip()[-500:]}", repeat=" ".join(command))
+    lines = process.stderr.splitlines()
+    outcome = next((line for line in lines if line.startswith("Would install")), "nothing to install")
+    console.step("pylock", f"{pylock}, as uv reads it: {outcome.lower()}")

@@ -13,7 +13,7 @@ from packaging.utils import parse_wheel_filename
 from builder.planning.stack import Arch
 from builder.proof import publish
 from builder.sets.locks import Served
-from builder.sets.record import Locked
+from builder.sets.set_record import Locked
 from gracefarm.errors import PublishError
 from gracefarm.process import first_line
 
@@ -22,7 +22,7 @@ _TIMEOUT = 120
 
 def matrix(wheels: Sequence[Locked]) -> list[str]:
     """What the index waits for, a line each: our wheels by Python and architecture too, those of others by version."""
-    return [" ".join((f"{one.name}=={one.version}", *(_tags(one.filename) if one.own else ()))) for one in wheels]
+    return [" ".join((f"{wheel.name}=={wheel.version}", *(_tags(wheel.filename) if wheel.own else ()))) for wheel in wheels]
 
 
 def _tags(filename: str) -> tuple[str, ...]:
@@ -35,7 +35,7 @@ def _tags(filename: str) -> tuple[str, ...]:
 
 @contextmanager
 def _client(at: Served) -> Iterator[httpx.Client]:
-    with httpx.Client(auth=publish.credentials(f"{at.base}/legacy/"), timeout=_TIMEOUT) as client:
+    with httpx.Client(auth=at.login or publish.credentials(f"{at.base}/legacy/"), timeout=_TIMEOUT) as client:
         yield client
 
 
@@ -96,5 +96,5 @@ def upload(at: Served, files: Sequence[Path]) -> None:
     Raises:
         PublishError: the index refused one.
     """
-    for one in files:
-        publish.upload(one, f"{at.base}/stage/{at.name}/legacy/")
+    for file in files:
+        publish.upload(file, f"{at.base}/stage/{at.name}/legacy/", at.login)

@@ -16,10 +16,11 @@ from builder.box.sandbox import Mount, Sandbox
 from builder.compiling.pep517 import first_error
 from builder.ground import environment
 from builder.planning.stack import Arch
-from builder.proof.record import SmokeResult
-from builder.sets.data import LoadedSet
+from builder.sets.definition import LoadedSet
 from builder.sets.plan import SetPlan
-from builder.sets.record import Command, Tested
+from builder.sets.set_record import Command, Tested
+from builder.smoke import SmokeResult
+from builder.toolchains import bed
 from gracefarm.errors import SmokeError
 from gracefarm.files import remove_tree
 
@@ -56,8 +57,8 @@ def tried(of: LoadedSet, clean: Path, root: Path, folder: Path, memory: int) -> 
     log.unlink(missing_ok=True)
     imports = of.data.together.imports
     smoke.prepare(folder / "files", imports, of.smoke_script)
-    mounts = (Mount(source=clean, target="/env"), Mount(source=folder / "files", target=smoke.WORKDIR))
-    box = Sandbox(root=root, mounts=mounts, environment=smoke.variables(), workdir=smoke.WORKDIR, memory=memory)
+    mounts = (Mount(source=clean, target="/env"), Mount(source=folder / "files", target=bed.WORKDIR))
+    box = Sandbox(root=root, mounts=mounts, environment=bed.variables(), workdir=bed.WORKDIR, memory=memory)
     found: list[str] = []
     outcome = sandbox.run(
         box,

@@ -12,8 +12,11 @@ import pytest
 from packaging.pylock import Pylock
 
 from builder.planning.stack import Arch
-from builder.sets import data, locks, plan, staging
-from builder.sets.record import Locked
+from builder.sets import definition
+from builder.sets import locks
+from builder.sets import plan
+from builder.sets import staging
+from builder.sets.set_record import Locked
 from gracefarm import settings as settings_module
 from gracefarm.errors import ConfigError, PublishError
 from gracefarm.settings import Settings
@@ -39,7 +42,7 @@ def edit(project: Settings, name: str, old: str, new: str) -> None:
 
 
 def planned(project: Settings, name: str) -> plan.SetPlan:
-    return plan.make(data.load(name, project), Arch.X86_64)
+    return plan.plan_set(definition.load(name, project), Arch.X86_64)
 
 
 @pytest.mark.parametrize("name", ["gh200-cu124", "gh200-cu130"])
@@ -67,7 +70,7 @@ def test_what_another_wheel_requires_is_built_first(project: Settings) -> None:
     edit(
         project, "sets/gh200-cu124/set.toml", '["triton", "flash_attn", "aphrodite"]', '["aphrodite", "flash_attn", "triton"]'
     )
-    assert [loaded.key for loaded in data.load("gh200-cu124", project).recipes] == ["flash_attn", "triton", "aphrodite"]
+    assert [loaded.key for loaded in definition.load("gh200-cu124", project).recipes] == ["flash_attn", "triton", "aphrodite"]
 
 
 def test_recipes_that_require_each_other_are_refused(project: Settings) -> None:
@@ -76,7 +79,7 @@ def test_recipes_that_require_each_other_are_refused(project: Settings) -> None:
         place.read_text().replace("[smoke]", '[wheel.requires]\naphrodite-engine = "aphrodite-engine"\n\n[smoke]')
     )
     with pytest.raises(ConfigError, match=r"require each other: .*triton.* > .*aphrodite"):
-        data.load("gh200-cu124", project)
+        definition.load("gh200-cu124", project)
 
 
 @pytest.mark.parametrize(
@@ -94,12 +97,12 @@ def test_recipes_that_require_each_other_are_refused(project: Settings) -> None:
 def test_a_set_that_cannot_be_meant_is_refused_with_a_sentence(project: Settings, old: str, new: str, words: str) -> None:
     edit(project, "sets/gh200-cu130/set.toml", old, new)
     with pytest.raises(ConfigError, match=re.escape(words)):
-        data.load("gh200-cu130", project)
+        definition.load("gh200-cu130", project)
 
 
 def test_an_unknown_set_is_told_the_nearest(project: Settings) -> None:
     with pytest.raises(ConfigError) as error:
-        data.load("gh200-cu13", project)
+        definition.load("gh200-cu13", project)
     assert "gh200-cu130" in error.value.remedy
 
 
@@ -174,7 +177,7 @@ def test_any_address_of_the_index_will_do(url: str) -> None:
 
 def test_pylock_is_as_the_standard_has_it(project: Settings) -> None:
     at = locks.served("http://farm.test", "gh200-cu130")
-    document = tomllib.loads(locks.pylock(data.load("gh200-cu130", project), WHEELS, at))
+    document = tomllib.loads(locks.pylock(definition.load("gh200-cu130", project), WHEELS, at))
     Pylock.from_dict(document).validate()
     assert document["packages"][2]["wheels"] == [
         {

@@ -7,11 +7,12 @@ from typing import Literal
 
 from pydantic import Field, ValidationError
 
-from builder.proof.record import Part, SmokeResult
+from builder.smoke import SmokeResult
 from gracefarm.settings import Settings
+from gracefarm.tables import Table
 
 
-class Locked(Part):
+class Locked(Table):
     """One wheel of the lock."""
 
     name: str
@@ -22,7 +23,7 @@ class Locked(Part):
     index: str = Field(default="", description="The index of its own that has it; empty: the farm's, or the Python index")
 
 
-class Command(Part):
+class Command(Table):
     """A program of the environment that ended well."""
 
     command: tuple[str, ...]
@@ -30,7 +31,7 @@ class Command(Part):
     output: str
 
 
-class Tested(Part):
+class Tested(Table):
     """What worked together."""
 
     smoke: SmokeResult
@@ -38,7 +39,7 @@ class Tested(Part):
     commands: tuple[Command, ...] = ()
 
 
-class SetRecord(Part):
+class SetRecord(Table):
     """set.json."""
 
     format: Literal[1] = 1

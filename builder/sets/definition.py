@@ -13,8 +13,7 @@ from typing import Self
 from packaging.utils import canonicalize_name
 from pydantic import Field, model_validator
 
-from builder.planning import recipe as recipes
-from builder.planning import stack as stacks
+from builder.planning import recipe, stack
 from builder.planning.recipe import LoadedRecipe
 from builder.planning.stack import Arch, Environment, LoadedStack, RequirementText
 from gracefarm import tables
@@ -122,19 +121,21 @@ def load(name: str, settings: Settings) -> LoadedSet:
     data = tables.read(place / "set.toml", WheelSet, docs="docs/sets.md")
     if data.name != name:
         raise ConfigError(f"{place / 'set.toml'}:1: the set calls itself {data.name!r}", remedy="name it as its folder")
-    base = stacks.load(settings.project / "stacks", data.stack)
+    base = stack.load(settings.project / "stacks", data.stack)
     if data.target not in base.data.glibc:
         raise ConfigError(f"stack {data.stack} has no target {data.target.value}", remedy="mend target in set.toml")
-    own = [recipes.load(settings.project / "recipes", key) for key in data.recipes]
+    own = [recipe.load(settings.project / "recipes", key) for key in data.recipes]
     return LoadedSet(folder=place, data=data, stack=base, recipes=tuple(_in_order(own, name)))
 
 
 def _in_order(own: Iterable[LoadedRecipe], name: str) -> list[LoadedRecipe]:
     """What another one requires comes first; else as the set lists them."""
-    by_name = {canonicalize_name(one.data.name): one for one in own}
+    by_name = {canonicalize_name(loaded.data.name): loaded for loaded in own}
     graph = {
-        key: [wanted for text in one.data.wheel.requires if (wanted := canonicalize_name(text)) in by_name and wanted != key]
-        for key, one in by_name.items()
+        key: [
+            wanted for text in loaded.data.wheel.requires if (wanted := canonicalize_name(text)) in by_name and wanted != key
+        ]
+        for key, loaded in by_name.items()
     }
     try:
         return [by_name[key] for key in TopologicalSorter(graph).static_order()]

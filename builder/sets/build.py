@@ -8,18 +8,17 @@ from pathlib import Path
 
 from builder.box import meter
 from builder.compiling import pep517
-from builder.flow import build as builds
-from builder.flow.build import Options
+from builder.flow import build, publishing
+from builder.flow.attempt import BuildOptions
 from builder.ground import environment, root
 from builder.planning import stack
 from builder.planning.plan import Plan
-from builder.proof import publish, record
+from builder.proof import record
 from builder.proof.record import Record
-from builder.sets import locks, staging, together
-from builder.sets import record as set_records
+from builder.sets import locks, set_record, staging, together
 from builder.sets.locks import Served
 from builder.sets.plan import SetPlan
-from builder.sets.record import SetRecord
+from builder.sets.set_record import SetRecord
 from gracefarm.console import Console
 from gracefarm.errors import GracefarmError, PublishError, SeveralError
 from gracefarm.files import atomic_write, lock, remove_tree
@@ -44,11 +43,11 @@ class Built:
     @property
     def own_locks(self) -> dict[str, Path]:
         """Locks of what is on an index of its own, as torch for one CUDA is: `index mirror` is told one index at a time."""
-        indexes = sorted({one.index for one in self.record.wheels if one.index})
+        indexes = sorted({wheel.index for wheel in self.record.wheels if wheel.index})
         return {index: self.folder / f"own-index-{number}.lock" for number, index in enumerate(indexes, 1)}
 
 
-def build(plan: SetPlan, jobs: int | None, settings: Settings, console: Console) -> Built:
+def build_set(plan: SetPlan, jobs: int | None, settings: Settings, console: Console) -> Built:
     """Build what is not built, try all of it together, write the lock.
 
     Raises:
@@ -56,35 +55,35 @@ def build(plan: SetPlan, jobs: int | None, settings: Settings, console: Console)
         SmokeError, InstallError: they do not work together.
         ConfigError, FetchError, ...: see `locks.collect` and `environment.ensure`.
     """
-    name, place = plan.set.data.name, set_records.folder(settings, plan.set_id)
+    name, place = plan.set.data.name, set_record.folder(settings, plan.set_id)
     console.step(
         "set", f"{name}: set id {plan.set_id[:16]}, {len(plan.builds)} wheels of ours, {len(plan.wheels)} beside them"
     )
     records = _build_all(plan, jobs, settings, console)
     with lock(settings.home / "locks" / f"set-{plan.set_id}", lambda: console.step("wait", f"another process tests {name}")):
-        wheels = tuple(path for one in records if (path := record.wheel_path(settings, one)) is not None)
-        found = set_records.read(settings, plan.set_id)
-        ours = {one.wheel.sha256 for one in records if one.wheel}
-        if found is None or {one.sha256 for one in found.wheels if one.own} != ours:
-            found = _tested(plan, records, wheels, place, settings, console)
+        wheels = tuple(path for built in records if (path := record.wheel_path(settings, built)) is not None)
+        tested = set_record.read(settings, plan.set_id)
+        ours = {built.wheel.sha256 for built in records if built.wheel}
+        if tested is None or {wheel.sha256 for wheel in tested.wheels if wheel.own} != ours:
+            tested = _tested(plan, records, wheels, place, settings, console)
         else:
-            console.step("together", f"tested already, {found.finished}")
+            console.step("together", f"tested already, {tested.finished}")
     title = f"Set {name}, id {plan.set_id}: our wheels and what they were tested with."
-    atomic_write(place / "requirements.lock", locks.requirements(title, found.wheels))
-    done = Built(plan=plan, record=found, folder=place, wheels=wheels)
-    for index, own in done.own_locks.items():
-        of_it = [one for one in found.wheels if one.index == index]
+    atomic_write(place / "requirements.lock", locks.requirements(title, tested.wheels))
+    built = Built(plan=plan, record=tested, folder=place, wheels=wheels)
+    for index, own in built.own_locks.items():
+        of_it = [wheel for wheel in tested.wheels if wheel.index == index]
         atomic_write(own, locks.requirements(f"Of set {name}, what is on {index}", of_it))
-    return done
+    return built
 
 
 def _build_all(plan: SetPlan, jobs: int | None, settings: Settings, console: Console) -> list[Record]:
     """The records of our wheels; a failure is reported and the next one is tried."""
-    done: list[Record] = []
+    records: list[Record] = []
     failed = 0
-    for one in plan.builds:
+    for wanted in plan.builds:
         try:
-            done.append(_build(one, jobs, settings, console))
+            records.append(_build(wanted, jobs, settings, console))
         except GracefarmError as error:
             console.error(error)
             failed += 1
@@ -94,15 +93,15 @@ def _build_all(plan: SetPlan, jobs: int | None, settings: Settings, console: Con
             remedy="mend them; what was built is kept",
             repeat=f"builder set build {plan.set.data.name}",
         )
-    return done
+    return records
 
 
 def _build(plan: Plan, jobs: int | None, settings: Settings, console: Console) -> Record:
-    found = record.existing(plan, settings)
-    if found is not None and found.judged_by == plan.judged_by:
+    existing = record.settled(plan, settings)
+    if existing is not None:
         console.step("done", f"{plan.title}: built already, build id {plan.build_id[:16]}")
-        return found
-    return builds.build(plan, Options(jobs=jobs), settings, console)
+        return existing
+    return build.build(plan, BuildOptions(jobs=jobs), settings, console)
 
 
 def _tested(
@@ -116,23 +115,23 @@ def _tested(
     scratch = place / "together"
     scratch.mkdir(exist_ok=True)
     console.step("together", f"{', '.join(of.data.together.imports)} in one environment; log {scratch / 'log.txt'}")
-    done = together.test(plan, wheels, site, base, scratch, pep517.bound(settings, meter.available_memory()))
-    console.step("together", f"imported {', '.join(done.smoke.modules)} in {done.wall_s:.0f} s")
-    for one in done.commands:
-        console.step("together", f"`{' '.join(one.command)}` ended well in {one.wall_s:.0f} s")
+    tested = together.test(plan, wheels, site, base, scratch, pep517.bound(settings, meter.available_memory()))
+    console.step("together", f"imported {', '.join(tested.smoke.modules)} in {tested.wall_s:.0f} s")
+    for command in tested.commands:
+        console.step("together", f"`{' '.join(command.command)}` ended well in {command.wall_s:.0f} s")
     remove_tree(scratch / "files")
-    found = SetRecord(
+    document = SetRecord(
         set_id=plan.set_id,
         name=of.data.name,
         stack=of.data.stack,
         target=target.value,
-        builds={one.recipe: one.build_id for one in records},
+        builds={built.recipe: built.build_id for built in records},
         wheels=tuple(locks.collect(of, wheels, settings)),
-        tested=done,
+        tested=tested,
         finished=record.now(),
     )
-    atomic_write(place / "set.json", found.model_dump_json(indent=2) + "\n")
-    return found
+    atomic_write(place / "set.json", document.model_dump_json(indent=2) + "\n")
+    return document
 
 
 def render(built: Built, at: Served) -> Path:
@@ -155,11 +154,12 @@ def stage(built: Built, at: Served, settings: Settings, console: Console) -> Non
         have = set(state["files"])
         for wheel in built.wheels:
             # The source goes first: no moment in which the wheel is there without it.
-            wanted = [one for one in (*sorted(wheel.parent.glob("*.tar.gz")), wheel) if one.name not in have]
+            wanted = [file for file in (*sorted(wheel.parent.glob("*.tar.gz")), wheel) if file.name not in have]
             staging.upload(at, wanted)
-            for one in wanted:
-                console.step("stage", f"{one.name} to {at.base}/stage/{at.name}/legacy/")
-        _tell(built, at, settings, console)
+            for file in wanted:
+                console.step("stage", f"{file.name} to {at.base}/stage/{at.name}/legacy/")
+        for build_id in built.record.builds.values():
+            publishing.tell_index(build_id, f"{at.base}/stage/{at.name}/legacy/", settings, console, at.login)
         state = staging.state(at)
         _require_same(built, at, state["files"])
         if state["missing"]:
@@ -175,7 +175,7 @@ def _require_same(built: Built, at: Served, files: Mapping[str, str]) -> None:
     Raises:
         PublishError: the set at the index holds a file of the lock with other bytes, or one that is not of the lock.
     """
-    wanted = {one.filename: one.sha256 for one in built.record.wheels}
+    wanted = {wheel.filename: wheel.sha256 for wheel in built.record.wheels}
     beside = {archive.name for wheel in built.wheels for archive in wheel.parent.glob("*.tar.gz")}
     wrong = sorted(name for name, sha256 in files.items() if name not in beside and wanted.get(name) != sha256)
     if wrong:
@@ -184,11 +184,6 @@ def _require_same(built: Built, at: Served, files: Mapping[str, str]) -> None:
             remedy="stage the set under another name (--as); what was published never changes",
             repeat=f"builder set build {built.plan.set.data.name} --stage {at.base} --as NAME",
         )
-
-
-def _tell(built: Built, at: Served, settings: Settings, console: Console) -> None:
-    for build_id in built.record.builds.values():
-        builds.tell_index(build_id, f"{at.base}/stage/{at.name}/legacy/", settings, console)
 
 
 class IncompleteError(PublishError):
@@ -205,10 +200,3 @@ def _incomplete(built: Built, at: Served, missing: Sequence[str]) -> IncompleteE
         remedy=f"on the index's machine: {'; '.join(commands)}; then the same command publishes it",
         repeat=f"builder set build {name} --stage {at.base}" + (f" --as {at.name}" if at.name != name else ""),
     )
-
-
-def refuse_credentials(*urls: str | None) -> None:
-    """See `publish.refuse_credentials`."""
-    for url in urls:
-        if url is not None:
-            publish.refuse_credentials(url, "--stage")
