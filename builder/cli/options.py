@@ -17,10 +17,9 @@ from builder.planning.stack import Arch
 from builder.proof import record
 from builder.proof.record import Record
 from builder.toolchains import KINDS, Choice
-from gracefarm import settings as settings_module
 from gracefarm.console import Console
 from gracefarm.errors import ConfigError, UsageError
-from gracefarm.settings import Settings
+from gracefarm.settings import PACKAGED, Settings, load
 
 Function = Any  # click's decorators are untyped about what they wrap
 
@@ -82,8 +81,8 @@ def start(*, as_json: bool = False, writes: bool = False) -> tuple[Settings, Con
     Raises:
         UsageError: it would change those of the installed package.
     """
-    settings = settings_module.load()
-    if writes and settings.project == settings_module.PACKAGED:
+    settings = load()
+    if writes and settings.project == PACKAGED:
         raise UsageError(
             "the recipes, stacks and sets of the installed gracefarm are not changed",
             remedy="`builder init DIR` makes a project of your own: repeat the command there",

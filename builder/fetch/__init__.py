@@ -40,23 +40,23 @@ def fetch(recipe: Recipe, settings: Settings, tick: Tick = no_tick) -> Fetched:
         DiskFullError: no space in the store.
     """
     source = recipe.source
-    wanted = [Download(url=one.url, sha256=one.sha256, what=one.path) for one in recipe.files if one.url and one.sha256]
+    wanted = [Download(url=file.url, sha256=file.sha256, what=file.path) for file in recipe.files if file.url and file.sha256]
     submodules: dict[str, Path] = {}
     match source:
         case SdistSource():
             place = fetch_sdist(source, settings, tick)
         case GitSource():
             place = fetch_git(source, settings, tick)
-            submodules = {path: repository_path(settings, one.commit) for path, one in source.submodules.items()}
+            submodules = {path: repository_path(settings, submodule.commit) for path, submodule in source.submodules.items()}
         case FileSource():
             place = store_path(settings, source.sha256)
             wanted.insert(0, Download(url=source.url, sha256=source.sha256, what=f"source of {recipe.name} {recipe.version}"))
-    for one in recipe.repositories:
-        fetch_commit(Pin(url=one.url, commit=one.commit, tree=one.tree, what=one.url), settings)
+    for repository in recipe.repositories:
+        fetch_commit(Pin(url=repository.url, commit=repository.commit, tree=repository.tree, what=repository.url), settings)
     places = download(wanted, settings, tick)
     return Fetched(
         source=place,
         submodules=submodules,
-        repositories={one.path: repository_path(settings, one.commit) for one in recipe.repositories},
-        files={one.sha256: places[one.sha256] for one in wanted},
+        repositories={repository.path: repository_path(settings, repository.commit) for repository in recipe.repositories},
+        files={file.sha256: places[file.sha256] for file in wanted},
     )

@@ -85,11 +85,11 @@ def extract_members(archive: Path, into: Path, name: str, places: Mapping[str, s
         written: set[Path] = set()
         for wanted, place in sorted(places.items()):
             start = PurePosixPath(wanted)
-            found = [one for one in members if one.path == start or start in one.path.parents]
-            if not any(one.kind is not Kind.DIRECTORY for one in found):
+            chosen = [member for member in members if member.path == start or start in member.path.parents]
+            if not any(member.kind is not Kind.DIRECTORY for member in chosen):
                 raise SourceError(f"{name} has no {wanted!r}", remedy="mend [[files]] members in the recipe")
-            for one in found:
-                _write(replace(one, path=PurePosixPath(place) / one.path.relative_to(start)), into, written, name)
+            for member in chosen:
+                _write(replace(member, path=PurePosixPath(place) / member.path.relative_to(start)), into, written, name)
     _check_links(into, written, name)
 
 
@@ -174,10 +174,10 @@ def _seconds(info: zipfile.ZipInfo) -> int:
 
 
 def _inside(path: str, name: str) -> PurePosixPath:
-    found = PurePosixPath(path)
-    if found.is_absolute() or ".." in found.parts or "\0" in path:
+    place = PurePosixPath(path)
+    if place.is_absolute() or ".." in place.parts or "\0" in path:
         raise _refused(name, path, "leaves the tree")
-    return found
+    return place
 
 
 def _check_mode(mode: int, path: str, name: str) -> None:

@@ -121,15 +121,15 @@ def check_submodules(source: GitSource, settings: Settings) -> None:
         listed = run_git(
             ["ls-tree", "-z", commit, "--", inner], cwd=repository_path(settings, commit), config=git_config(settings.home)
         )
-        mode, _, found = listed.split("\t")[0].partition(" ")
+        mode, _, entry = listed.split("\t")[0].partition(" ")
         if mode != "160000":
             raise DigestError(
                 f"{shown(source.url)}: commit {commit} has no submodule at {inner!r}",
                 remedy="mend the path in [source.submodules]; `git ls-tree -r COMMIT | grep ^160000` lists them",
             )
-        if found != f"commit {module.commit}":
+        if entry != f"commit {module.commit}":
             raise DigestError(
-                f"{shown(source.url)}: submodule {path!r} is {found} in the parent's tree, pinned is commit {module.commit}",
+                f"{shown(source.url)}: submodule {path!r} is {entry} in the parent's tree, pinned is commit {module.commit}",
                 remedy="pin the commit that the parent names",
             )
 
@@ -154,7 +154,7 @@ def run_git(
         raise HostError("there is no git on this machine", remedy="install Debian's package git, as `builder doctor` says")
     # A builder that is killed takes its git along; else that would go on writing where the next run sweeps.
     with_us = ["setpriv", "--pdeathsig", "KILL", "--"] if shutil.which("setpriv") else []
-    done = subprocess.run(
+    process = subprocess.run(
         [*with_us, "git", *arguments],
         cwd=cwd,
         env=_environment(config) | dict(environment or {}),
@@ -162,15 +162,15 @@ def run_git(
         capture_output=True,
         check=False,
     )
-    if done.returncode == 0:
-        return done.stdout.decode(errors="surrogateescape")
-    said = done.stderr.decode(errors="replace")
-    if "No space left on device" in said or "Disk quota exceeded" in said:
+    if process.returncode == 0:
+        return process.stdout.decode(errors="surrogateescape")
+    message = process.stderr.decode(errors="replace")
+    if "No space left on device" in message or "Disk quota exceeded" in message:
         raise DiskFullError(
             f"no space left on the file system that holds {cwd}",
             remedy="free space there or set GRACEFARM_HOME to a larger disk",
         )
-    raise GitError(said)
+    raise GitError(message)
 
 
 def git_config(home: Path) -> Path:
@@ -240,21 +240,21 @@ def _bring(pin: Pin, url: str, repository: Path, settings: Settings) -> None:
         return run_git(arguments, cwd=repository, config=config, environment={"GIT_DIR": ".", **environment})
 
     git("init", "--quiet", "--bare")
-    said = ""
+    message = ""
     for attempt in range(ATTEMPTS):
         pause(attempt)
         try:
             _ask(git, pin.commit, bare)
         except GitError as error:
-            said = str(error)
-            if not any(word in said.lower() for word in TRANSIENT):
+            message = str(error)
+            if not any(word in message.lower() for word in TRANSIENT):
                 break
         else:
             _require_commit(pin, git("cat-file", "-t", pin.commit).strip())
             git("update-ref", "refs/heads/pinned", pin.commit)
             git("symbolic-ref", "HEAD", "refs/heads/pinned")
             return
-    raise _failure(pin, bare, said)
+    raise _failure(pin, bare, message)
 
 
 def _require_commit(pin: Pin, kind: str) -> None:
@@ -270,8 +270,8 @@ def _ask(git: Git, commit: str, url: str) -> None:
     try:
         git("fetch", "--quiet", "--no-tags", "--no-write-fetch-head", "--depth", "1", "--", url, commit)
     except GitError as error:
-        said = str(error).lower()
-        if any(word in said for word in (*ABSENT, *REFUSED_ADDRESS, *TRANSIENT)):
+        message = str(error).lower()
+        if any(word in message for word in (*ABSENT, *REFUSED_ADDRESS, *TRANSIENT)):
             raise
         # The server gives no single commits (protocol v0 without uploadpack.allowReachableSHA1InWant) or is dumb http.
         git(
@@ -302,14 +302,14 @@ def _authorization(url: str, credentials: tuple[str, str] | None) -> dict[str, s
     }
 
 
-def _failure(pin: Pin, url: str, said: str) -> FetchError:
-    low = said.lower()
+def _failure(pin: Pin, url: str, message: str) -> FetchError:
+    low = message.lower()
     if any(word in low for word in ABSENT):
         return FetchError(
             f"{shown(url)} has no commit {pin.commit}", remedy="pin a commit that exists there, on a branch or a tag of it"
         )
-    fatal = (line for line in said.splitlines() if line.startswith("fatal:"))
-    reason = shown(next(fatal, last_line(said)))
+    fatal = (line for line in message.splitlines() if line.startswith("fatal:"))
+    reason = shown(next(fatal, last_line(message)))
     if any(word in low for word in REFUSED_ADDRESS):
         return FetchError(
             f"{shown(url)} is absent or not open to us: {reason}",

@@ -28,14 +28,14 @@ def fetch_wheel(
         DigestError: it has the version, with other digests only.
     """
     fitting = _fitting(name, version, tags, index, settings)
-    found = [one for one in fitting if one[2] == sha256] or [one for one in fitting if one[2] is None]
-    if not found:
+    files = [file for file in fitting if file[2] == sha256] or [file for file in fitting if file[2] is None]
+    if not files:
         raise DigestError(
             f"{name} {version}: {shown(index)} has no file with sha256 {sha256}",
             remedy="nothing was fetched; find out why it differs before you pin another digest",
         )
-    _require_told(name, version, index, found)
-    filename, url, _ = found[0]
+    _require_told(name, version, index, files)
+    filename, url, _ = files[0]
     wanted = Download(url=url, sha256=sha256, what=filename)
     return download([wanted], settings)[sha256], filename
 
@@ -56,16 +56,16 @@ def _fitting(
 ) -> list[tuple[str, str, str | None]]:
     """The files of that version that this Python and architecture take: other ones have the version too."""
     files = _files(name, version, index, settings)
-    found = [one for one in files if not parse_wheel_filename(one[0])[3].isdisjoint(tags)]
-    if not found:
+    fitting = [file for file in files if not parse_wheel_filename(file[0])[3].isdisjoint(tags)]
+    if not fitting:
         raise FetchError(f"{name} {version}: {shown(index)} has no wheel that fits the stack", remedy=mirror_remedy(index))
-    return found
+    return fitting
 
 
-def _require_told(name: str, version: str, index: str, found: Sequence[tuple[str, str, str | None]]) -> None:
+def _require_told(name: str, version: str, index: str, files: Sequence[tuple[str, str, str | None]]) -> None:
     """Which of several files is meant must be said by their digests: the bytes of one never go by the name of another."""
-    if len(found) > 1 and any(sha256 is None for _, _, sha256 in found):
-        names = ", ".join(filename for filename, _, _ in found)
+    if len(files) > 1 and any(sha256 is None for _, _, sha256 in files):
+        names = ", ".join(filename for filename, _, _ in files)
         raise FetchError(
             f"{name} {version}: {shown(index)} says no sha256 and has several wheels that fit: {names}",
             remedy="take an index whose links end in #sha256=DIGEST (PEP 503), as the original's do, or leave one file in it",
@@ -79,13 +79,13 @@ def _files(name: str, version: str, index: str, settings: Settings) -> list[tupl
         page = simple.project_page(name, place, credentials)
     except FetchError as error:
         raise FetchError(error.cause, remedy=mirror_remedy(index)) from error
-    found = []
-    for one in page.packages:
-        filename = unquote(Path(urlsplit(one.url).path).name)
+    files = []
+    for package in page.packages:
+        filename = unquote(Path(urlsplit(package.url).path).name)
         try:
             _, has, _, _ = parse_wheel_filename(filename)
         except InvalidWheelFilename:
             continue
         if Version(has.public) == Version(version) or has == Version(version):
-            found.append((filename, one.url, one.digests.get("sha256")))
-    return found
+            files.append((filename, package.url, package.digests.get("sha256")))
+    return files

@@ -39,9 +39,9 @@ def fetch_sdist(source: SdistSource, settings: Settings, tick: Tick = no_tick) -
 
     index, credentials = split_credentials(settings.index_url or simple.DEFAULT_INDEX)
     page = simple.project_page(source.name, index, credentials)
-    found = choose(source, page.packages, shown(index))
-    url = with_credentials(found.url, credentials) if same_host(index, found.url) else found.url
-    wanted = Download(url=url, sha256=source.sha256, what=found.filename, size=found.size)
+    package = choose(source, page.packages, shown(index))
+    url = with_credentials(package.url, credentials) if same_host(index, package.url) else package.url
+    wanted = Download(url=url, sha256=source.sha256, what=package.filename, size=package.size)
     return download([wanted], settings, tick)[source.sha256]
 
 
@@ -53,35 +53,35 @@ def choose(source: SdistSource, packages: Sequence[DistributionPackage], index: 
         DigestError: there are sdists of it, none with the pinned digest.
     """
     wanted = f"{source.name} {source.version}"
-    of_version = [one for one in packages if _version(one.version) == Version(source.version)]
+    of_version = [package for package in packages if _version(package.version) == Version(source.version)]
     if not of_version:
-        versions = sorted({version for one in packages if (version := _version(one.version))})
+        versions = sorted({version for package in packages if (version := _version(package.version))})
         raise FetchError(
             f"{wanted}: the index {index} has the project, not this version",
             remedy=f"pin one that it has: {', '.join(map(str, versions[-5:]))}"
             if versions
             else "the project has no files at all",
         )
-    sdists = [one for one in of_version if one.package_type == "sdist"]
+    sdists = [package for package in of_version if package.package_type == "sdist"]
     if not sdists:
-        files = ", ".join(one.filename for one in of_version[:3])
+        files = ", ".join(package.filename for package in of_version[:3])
         raise FetchError(
             f"{wanted}: the index {index} has no sdist of this version, only {files}",
             remedy="pin its repository instead: [source] kind = 'git' with commit and tree",
         )
-    found = next((one for one in sdists if one.digests.get("sha256") == source.sha256), None)
+    sdist = next((package for package in sdists if package.digests.get("sha256") == source.sha256), None)
     # An index without digests in its links is allowed by PEP 503; then the download itself is the check.
-    found = found or next((one for one in sdists if "sha256" not in one.digests), None)
-    if found is None:
-        theirs = ", ".join(f"{one.filename} with sha256 {one.digests['sha256']}" for one in sdists)
+    sdist = sdist or next((package for package in sdists if "sha256" not in package.digests), None)
+    if sdist is None:
+        theirs = ", ".join(f"{package.filename} with sha256 {package.digests['sha256']}" for package in sdists)
         raise DigestError(
             f"{wanted}: pinned is sha256 {source.sha256}, the index {index} has {theirs}",
             remedy="nothing was fetched; find out why it differs before you pin another digest",
         )
-    if found.is_yanked:
-        reason = f": {found.yanked_reason}" if found.yanked_reason else ", without a reason"
-        raise FetchError(f"{wanted}: {found.filename} was yanked from the index {index}{reason}", remedy="pin another version")
-    return found
+    if sdist.is_yanked:
+        reason = f": {sdist.yanked_reason}" if sdist.yanked_reason else ", without a reason"
+        raise FetchError(f"{wanted}: {sdist.filename} was yanked from the index {index}{reason}", remedy="pin another version")
+    return sdist
 
 
 def _version(text: str | None) -> Version | None:

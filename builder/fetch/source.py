@@ -96,10 +96,10 @@ def source_date_epoch(recipe: Recipe, fetched: Fetched) -> int:
         SourceError: the archive cannot be read.
     """
     if isinstance(recipe.source, GitSource):
-        said = run_git(
+        seconds = run_git(
             ["show", "--no-patch", "--format=%ct", recipe.source.commit], cwd=fetched.source, config=_config(fetched.source)
         )
-        return archive.clamp(int(said))
+        return archive.clamp(int(seconds))
     return archive.newest_mtime(fetched.source, _title(recipe))
 
 
@@ -126,11 +126,11 @@ def _populate(recipe: Recipe, fetched: Fetched, tree: Path) -> list[Path]:
             places.append(tree / path)
     else:
         archive.extract(fetched.source, tree, _title(recipe), strip=True)
-    for one in recipe.repositories:
-        archive.make_parents(tree / one.path, tree, f"repository {one.path}")
-        repository = fetched.repositories[one.path]
-        _export(repository, one.commit, tree / one.path, _config(repository))
-        places.append(tree / one.path)
+    for pinned in recipe.repositories:
+        archive.make_parents(tree / pinned.path, tree, f"repository {pinned.path}")
+        repository = fetched.repositories[pinned.path]
+        _export(repository, pinned.commit, tree / pinned.path, _config(repository))
+        places.append(tree / pinned.path)
     return places
 
 
@@ -173,25 +173,26 @@ def _place_files(recipe: Recipe, fetched: Fetched, tree: Path) -> None:
 
 
 def _substitute(recipe: Recipe, tree: Path) -> None:
-    for one in recipe.substitutions:
-        place = tree / one.path
+    for substitution in recipe.substitutions:
+        place = tree / substitution.path
         if place.is_symlink() or not place.is_file() or not place.resolve().is_relative_to(tree.resolve()):
             raise SourceError(
-                f"substitution in {one.path} of {recipe.name}: no such file in the source",
+                f"substitution in {substitution.path} of {recipe.name}: no such file in the source",
                 remedy="mend [[substitutions]] in the recipe against the source as pinned",
             )
         try:
             text = place.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise SourceError(
-                f"substitution in {one.path} of {recipe.name}: the file is not UTF-8", remedy="write a patch instead"
+                f"substitution in {substitution.path} of {recipe.name}: the file is not UTF-8", remedy="write a patch instead"
             ) from error
-        if (found := text.count(one.find)) != one.count:
+        if (count := text.count(substitution.find)) != substitution.count:
             raise SourceError(
-                f"substitution in {one.path} of {recipe.name}: {one.find.strip()!r} is there {found} times, not {one.count}",
+                f"substitution in {substitution.path} of {recipe.name}: {substitution.find.strip()!r} is there {count} times, "
+                f"not {substitution.count}",
                 remedy="mend [[substitutions]] in the recipe against the source as pinned",
             )
-        place.write_text(text.replace(one.find, one.replace))
+        place.write_text(text.replace(substitution.find, substitution.replace))
 
 
 def _apply(patch: Path, tree: Path, recipe: LoadedRecipe) -> None:
@@ -215,11 +216,13 @@ class _Hunk:
     header: str
 
 
-def _where(patch: Path, said: str) -> str:
+def _where(patch: Path, message: str) -> str:
     """File and hunk of a refusal, from git's `patch failed: FILE:LINE` and the patch itself; else git's own words."""
-    failed = re.search(r"^error: patch failed: (.*):(\d+)$", said, re.MULTILINE)
+    failed = re.search(r"^error: patch failed: (.*):(\d+)$", message, re.MULTILINE)
     if failed is None:
-        return "; ".join(line.removeprefix("error: ") for line in said.splitlines() if line.startswith(("error:", "fatal:")))
+        return "; ".join(
+            line.removeprefix("error: ") for line in message.splitlines() if line.startswith(("error:", "fatal:"))
+        )
     file, line = failed[1], int(failed[2])
     hunks = [hunk for hunk in _hunks(patch) if hunk.file == file]
     for number, hunk in enumerate(hunks, 1):
@@ -229,13 +232,13 @@ def _where(patch: Path, said: str) -> str:
 
 
 def _hunks(patch: Path) -> list[_Hunk]:
-    found, file = [], ""
+    hunks, file = [], ""
     for line in patch.read_text(errors="replace").splitlines():
         if line.startswith("--- "):
             file = line[4:].split("\t")[0].partition("/")[2]
         elif header := re.match(r"@@ -(\d+)(?:,\d+)? \+\d+(?:,\d+)? @@", line):
-            found.append(_Hunk(file=file, start=int(header[1]), header=header[0]))
-    return found
+            hunks.append(_Hunk(file=file, start=int(header[1]), header=header[0]))
+    return hunks
 
 
 def _settle(tree: Path, moment: int, besides: list[Path]) -> None:

@@ -47,15 +47,15 @@ def download(downloads: Sequence[Download], settings: Settings, tick: Tick = no_
         DigestError: other bytes came than were pinned; they were not kept.
         DiskFullError: no space; what came stays for the next run.
     """
-    places = {one.sha256: store_path(settings, one.sha256) for one in downloads}
-    missing = {one.sha256: one for one in downloads if not places[one.sha256].exists()}
+    places = {file.sha256: store_path(settings, file.sha256) for file in downloads}
+    missing = {file.sha256: file for file in downloads if not places[file.sha256].exists()}
     if missing:
         cancelled = threading.Event()
         transfers = [
             Transfer(
-                download=one, url=settings.redirect(one.url), path=places[one.sha256], cancelled=cancelled, total=one.size
+                download=file, url=settings.redirect(file.url), path=places[file.sha256], cancelled=cancelled, total=file.size
             )
-            for one in missing.values()
+            for file in missing.values()
         ]
         _run(transfers, settings, cancelled, tick)
     return places
@@ -68,7 +68,7 @@ def _run(transfers: list[Transfer], settings: Settings, cancelled: threading.Eve
 
     with web.requests() as request, ThreadPoolExecutor(min(WORKERS, len(transfers)), thread_name_prefix="fetch") as pool:
         try:
-            futures = {pool.submit(_bring, one, settings, request): one for one in transfers}
+            futures = {pool.submit(_bring, transfer, settings, request): transfer for transfer in transfers}
             pending: set[Future[None]] = set(futures)
             while pending:
                 finished, pending = wait(pending, timeout=0.1, return_when=FIRST_EXCEPTION)
@@ -82,11 +82,13 @@ def _run(transfers: list[Transfer], settings: Settings, cancelled: threading.Eve
 
 def _show(futures: dict[Future[None], Transfer], pending: set[Future[None]], tick: Tick) -> None:
     transfers = list(futures.values())
-    totals = [one.total for one in transfers]
+    totals = [transfer.total for transfer in transfers]
     total = None if None in totals else sum(size for size in totals if size is not None)
-    active = next((one.download.what for future, one in futures.items() if future in pending and one.done), "")
+    active = next((transfer.download.what for future, transfer in futures.items() if future in pending and transfer.done), "")
     tick(
-        sum(one.done for one in transfers), total, f"{len(futures) - len(pending)} of {len(futures)} files  {active}".rstrip()
+        sum(transfer.done for transfer in transfers),
+        total,
+        f"{len(futures) - len(pending)} of {len(futures)} files  {active}".rstrip(),
     )
 
 

@@ -24,9 +24,9 @@ def split_credentials(url: str) -> tuple[str, tuple[str, str] | None]:
     return bare, (unquote(parts.username), unquote(parts.password or ""))
 
 
-def same_host(one: str, other: str) -> bool:
+def same_host(url: str, other: str) -> bool:
     """Whether credentials given for `one` may be sent to `other`: scheme, host and port agree."""
-    first, second = urlsplit(one), urlsplit(other)
+    first, second = urlsplit(url), urlsplit(other)
     return (first.scheme, first.hostname, first.port) == (second.scheme, second.hostname, second.port)
 
 

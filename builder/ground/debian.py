@@ -53,13 +53,13 @@ def mirror(suite: str, settings: Settings) -> str:
     Raises:
         HostError: none of the three says.
     """
-    found = settings.debian_mirror or _apt_mirror(suite) or _mmdebstrap_mirror()
-    if found is None:
+    url = settings.debian_mirror or _apt_mirror(suite) or _mmdebstrap_mirror()
+    if url is None:
         raise HostError(
             "no Debian mirror is known: apt's sources name none and mmdebstrap, whose default would do, is not installed",
             remedy="set GRACEFARM_DEBIAN_MIRROR to a mirror's URL, or install mmdebstrap",
         )
-    return found.rstrip("/")
+    return url.rstrip("/")
 
 
 def parse_sources(listing: str, suites: Sequence[str]) -> str | None:
@@ -69,18 +69,18 @@ def parse_sources(listing: str, suites: Sequence[str]) -> str | None:
     """
     sources = re.findall(r"^'((?:https?|file):[^']+?)/dists/([^/']+)/(?:In)?Release'", listing, flags=re.MULTILINE)
     for suite in suites:
-        found = [unquote(url) for url, name in sources if name == suite]
+        urls = [unquote(url) for url, name in sources if name == suite]
         # Other archives have suites of that name too; Debian's own is by convention in a folder /debian.
-        found.sort(key=lambda url: not url.rstrip("/").endswith("/debian"))
-        if found:
-            return found[0]
+        urls.sort(key=lambda url: not url.rstrip("/").endswith("/debian"))
+        if urls:
+            return urls[0]
     return None
 
 
 def parse_manual(text: str) -> str | None:
     """The default mirror that mmdebstrap's manual (in its own text, as POD) states."""
-    found = re.search(r"If no I<MIRROR> option is provided,\s+L<(https?://[^>\s]+)>\s+is\s+used", text)
-    return found[1] if found else None
+    match = re.search(r"If no I<MIRROR> option is provided,\s+L<(https?://[^>\s]+)>\s+is\s+used", text)
+    return match[1] if match else None
 
 
 def _apt_mirror(suite: str) -> str | None:
@@ -128,16 +128,16 @@ class Solver:
 
     def _parse(self, line: str) -> Deb:
         """A line such as `'URL' NAME_VERSION_ARCH.deb SIZE SHA256:DIGEST`."""
-        found = re.fullmatch(r"'([^']+)' ([^_]+)_([^_]+)_([^_]+)\.deb (\d+) SHA256:([0-9a-f]{64})", line.strip())
-        if found is None or not found[1].startswith(f"{self.url}/"):
+        match = re.fullmatch(r"'([^']+)' ([^_]+)_([^_]+)_([^_]+)\.deb (\d+) SHA256:([0-9a-f]{64})", line.strip())
+        if match is None or not match[1].startswith(f"{self.url}/"):
             raise RootError(f"apt's answer is not understood: {line!r}", remedy="use Debian's or Ubuntu's own apt")
         return Deb(
-            name=found[2],
-            arch=found[4],
-            version=unquote(found[3]),
-            sha256=found[6],
-            size=int(found[5]),
-            path=unquote(found[1][len(self.url) + 1 :]),
+            name=match[2],
+            arch=match[4],
+            version=unquote(match[3]),
+            sha256=match[6],
+            size=int(match[5]),
+            path=unquote(match[1][len(self.url) + 1 :]),
         )
 
     def run_apt(self, *arguments: str) -> str:
@@ -146,7 +146,7 @@ class Solver:
         Raises:
             RootError: it failed.
         """
-        done = subprocess.run(
+        process = subprocess.run(
             ["apt-get", *arguments],
             env={"APT_CONFIG": str(self.folder / "apt.conf"), "PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8"},
             cwd=self.folder,
@@ -154,14 +154,14 @@ class Solver:
             text=True,
             check=False,
         )
-        if done.returncode:
-            errors = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith(("E:", " "))]
+        if process.returncode:
+            errors = [line for line in (process.stdout + process.stderr).splitlines() if line.startswith(("E:", " "))]
             raise RootError(
                 f"apt-get {arguments[0]} failed: {' '.join(' '.join(errors).split())}",
                 remedy="mend [root] in stack.toml",
                 repeat=f"apt-get {' '.join(arguments)}",
             )
-        return done.stdout
+        return process.stdout
 
 
 @contextmanager
@@ -187,13 +187,13 @@ def solver(
         (folder / "status").touch()
         # The suite alone: -updates and -security would move under a lock.
         (folder / "etc" / "sources.list").write_text(f"deb [signed-by={KEYRING}] {url} {suite} {component}\n")
-        architectures = " ".join(f'"{one.debian}";' for one in (architecture, *foreign))
+        architectures = " ".join(f'"{arch.debian}";' for arch in (architecture, *foreign))
         (folder / "apt.conf").write_text(
             _CONFIGURATION.format(folder=folder, architecture=architecture.debian, architectures=architectures)
         )
-        one = Solver(folder=folder, url=url)
+        apt = Solver(folder=folder, url=url)
         try:
-            one.run_apt("update", "--error-on=any")
+            apt.run_apt("update", "--error-on=any")
         except RootError as error:
             raise FetchError(f"the package lists of {suite} cannot be fetched: {error.cause}", remedy=MIRROR_REMEDY) from error
-        yield one
+        yield apt

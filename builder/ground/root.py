@@ -91,14 +91,14 @@ def lost(folder: Path, stack: LoadedStack, host: Arch, target: Arch) -> str | No
     programs = [f"/usr/bin/python{stack.data.python}", NATIVE_PYTHON, f"/usr/bin/{gcc}"]
     if host is not target:
         programs.insert(0, f"/usr/bin/qemu-{target}-static")
-    return next((one for one in programs if not os.path.lexists(folder / one[1:])), None)
+    return next((program for program in programs if not os.path.lexists(folder / program[1:])), None)
 
 
 def _download(stack: LoadedStack, pinned: Sequence[Deb], settings: Settings, tick: Tick) -> dict[str, Path]:
     url = debian.mirror(stack.data.root.suite, settings)
     try:
         return download(
-            [Download(url=f"{url}/{one.path}", sha256=one.sha256, what=one.title, size=one.size) for one in pinned],
+            [Download(url=f"{url}/{deb.path}", sha256=deb.sha256, what=deb.title, size=deb.size) for deb in pinned],
             settings,
             tick,
         )
@@ -124,13 +124,13 @@ def _unpack_all(
     for name in _MERGED:
         (folder / "usr" / name).mkdir(parents=True)
         (folder / name).symlink_to(f"usr/{name}")
-    foreign = [one for one in pinned if one.arch == target.debian and host is not target]
+    foreign = [deb for deb in pinned if deb.arch == target.debian and host is not target]
     count = 0
-    for group in ([one for one in pinned if one not in foreign], foreign):
+    for group in ([deb for deb in pinned if deb not in foreign], foreign):
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
             futures = [
-                pool.submit(_unpack, places[one.sha256], folder, one, _wanted(one, stack, host, target))
-                for one in sorted(group, key=lambda one: -one.size)
+                pool.submit(_unpack, places[deb.sha256], folder, deb, _wanted(deb, stack, host, target))
+                for deb in sorted(group, key=lambda deb: -deb.size)
             ]
             try:
                 for future in as_completed(futures):
@@ -142,18 +142,18 @@ def _unpack_all(
                 raise
 
 
-def _wanted(one: Deb, stack: LoadedStack, host: Arch, target: Arch) -> tuple[str, ...]:
+def _wanted(deb: Deb, stack: LoadedStack, host: Arch, target: Arch) -> tuple[str, ...]:
     """Files to take from a package of which we need few; () for all."""
-    if host is not target and one.name == "qemu-user-static":
+    if host is not target and deb.name == "qemu-user-static":
         return (f"./usr/bin/qemu-{target}-static", f"./usr/lib/binfmt.d/qemu-{target}.conf")
-    if host is not target and one.name == packages.native_python(stack) and one.arch == host.debian:
+    if host is not target and deb.name == packages.native_python(stack) and deb.arch == host.debian:
         return (f"./usr/bin/python{stack.data.python}",)
     return ()
 
 
-def _unpack(archive: Path, folder: Path, one: Deb, wanted: tuple[str, ...]) -> None:
+def _unpack(archive: Path, folder: Path, deb: Deb, wanted: tuple[str, ...]) -> None:
     into = folder
-    if wanted and one.name.startswith("python"):
+    if wanted and deb.name.startswith("python"):
         into = folder / OWN / "native-python"
         into.mkdir(parents=True)
     command = ["tar", "--extract", "--file=-", f"--directory={into}", "--keep-directory-symlink", "--no-same-owner"]
@@ -173,7 +173,7 @@ def _unpack(archive: Path, folder: Path, one: Deb, wanted: tuple[str, ...]) -> N
     if os.strerror(errno.ENOSPC) in message:
         raise OSError(errno.ENOSPC, message)
     if source.returncode or unpacked.returncode:
-        raise RootError(f"{one.title} cannot be unpacked: {message}", remedy=f"remove {archive} and try again")
+        raise RootError(f"{deb.title} cannot be unpacked: {message}", remedy=f"remove {archive} and try again")
 
 
 def _lay_out(folder: Path, stack: LoadedStack, host: Arch, target: Arch) -> None:

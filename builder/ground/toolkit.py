@@ -44,32 +44,32 @@ def unpack(stack: LoadedStack, host: Arch, folder: Path, settings: Settings, tic
         RootError: a package cannot be unpacked, or lacks a part.
         HostError: dpkg-deb is missing.
     """
-    found = of_toolkit(stack, host)
-    if not found:
+    debs = of_toolkit(stack, host)
+    if not debs:
         return
     spec = stack.data.toolchain.debian
     assert spec is not None
     url = debian.mirror(spec.suite, settings)
-    wanted = [Download(url=f"{url}/{one.path}", sha256=one.sha256, what=one.title, size=one.size) for one in found]
+    wanted = [Download(url=f"{url}/{deb.path}", sha256=deb.sha256, what=deb.title, size=deb.size) for deb in debs]
     places = download(wanted, settings, tick)
     home = folder / "nvidia" / f"cu{stack.data.cuda.split('.')[0]}"
     with TemporaryDirectory(dir=folder, prefix="unpack-") as name:
-        for one in found:
-            _unpack(places[one.sha256], Path(name), one)
+        for deb in debs:
+            _unpack(places[deb.sha256], Path(name), deb)
         for source, place in {**{f"usr/bin/{tool}": f"bin/{tool}" for tool in _TOOLS}, **_PLACES}.items():
             (home / place).parent.mkdir(parents=True, exist_ok=True)
             try:
                 shutil.move(Path(name, source), home / place)
             except FileNotFoundError as error:
-                titles = ", ".join(one.title for one in found)
+                titles = ", ".join(deb.title for deb in debs)
                 raise RootError(f"{titles} has no /{source}", remedy="mend [toolchain.debian] in stack.toml") from error
     (home / "bin" / "nvcc.profile").write_text(PROFILE)
 
 
-def _unpack(archive: Path, into: Path, one: Deb) -> None:
+def _unpack(archive: Path, into: Path, deb: Deb) -> None:
     try:
-        done = subprocess.run(["dpkg-deb", "--extract", archive, into], capture_output=True, text=True, check=False)
+        process = subprocess.run(["dpkg-deb", "--extract", archive, into], capture_output=True, text=True, check=False)
     except FileNotFoundError as error:
         raise HostError("the program dpkg-deb is not installed", remedy="run `builder doctor --fix`") from error
-    if done.returncode:
-        raise RootError(f"{one.title} cannot be unpacked: {done.stderr.strip()}", remedy=f"remove {archive} and try again")
+    if process.returncode:
+        raise RootError(f"{deb.title} cannot be unpacked: {process.stderr.strip()}", remedy=f"remove {archive} and try again")

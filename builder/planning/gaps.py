@@ -78,9 +78,9 @@ def of_images(stack: LoadedStack) -> list[Gap]:
 def of_plan(plan: Plan) -> list[Gap]:
     """What a build of the plan lacks."""
     wanted = f"container.{plan.target.value}"
-    images = [one for one in of_images(plan.stack) if plan.contained and ".".join(one.table) == wanted]
+    images = [gap for gap in of_images(plan.stack) if plan.toolchain.in_image and ".".join(gap.table) == wanted]
     # An environment of somebody's own is taken as it is: nothing of the stack's lock is fetched.
-    locked = of_stack(plan.stack) if plan.machine is None or plan.machine.locked else []
+    locked = of_stack(plan.stack) if plan.toolchain.locked(plan.stack) is not None else []
     return [*of_recipe(plan.recipe), *locked, *images]
 
 
@@ -90,19 +90,19 @@ def require_none(plan: Plan) -> None:
     Raises:
         ConfigError: one is; names the address, the hosts, the command that fills it in and the setting for a mirror.
     """
-    recipe, stack, found = plan.recipe, plan.stack, of_plan(plan)
-    if not found:
+    recipe, stack, missing = plan.recipe, plan.stack, of_plan(plan)
+    if not missing:
         return
-    prefixes = sorted({f"{urlsplit(one.url).scheme}://{urlsplit(one.url).netloc}/" for one in found})
+    prefixes = sorted({f"{urlsplit(gap.url).scheme}://{urlsplit(gap.url).netloc}/" for gap in missing})
     lock = f"builder lock {recipe.key}"
     if stack.folder.name != recipe.data.stack:
         lock += f" --stack {stack.folder.name}"
-    if plan.contained:
-        lock += " --toolchain container"
-    count = "1 digest is" if len(found) == 1 else f"{len(found)} digests are"
+    if plan.toolchain.in_image:
+        lock += f" --toolchain {plan.toolchain.kind}"
+    count = "1 digest is" if len(missing) == 1 else f"{len(missing)} digests are"
     raise ConfigError(
-        f"{recipe.key} on stack {stack.data.name} cannot be built: {count} not known yet, the first that of {found[0].url}",
+        f"{recipe.key} on stack {stack.data.name} cannot be built: {count} not known yet, the first that of {missing[0].url}",
         remedy=f"run `{lock}` on a machine that reaches {', '.join(prefixes)}, or name mirrors that this "
-        f"one reaches: GRACEFARM_MIRRORS='{' '.join(f'{one}=REPLACEMENT' for one in prefixes)}'",
+        f"one reaches: GRACEFARM_MIRRORS='{' '.join(f'{prefix}=REPLACEMENT' for prefix in prefixes)}'",
         repeat=lock,
     )

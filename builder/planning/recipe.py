@@ -24,7 +24,7 @@ def _canonical_version(text: str) -> str:
     return text
 
 
-Toolchain = Literal["sandbox", "host", "container"]
+ToolchainKind = Literal["sandbox", "host", "container"]
 VersionText = Annotated[str, AfterValidator(_canonical_version)]
 
 
@@ -186,7 +186,7 @@ class Recipe(Table):
     summary: str = ""
     license: str = Field(description="SPDX expression")
     stack: str = Field(default="cu130", description="Stack used when none is asked for")
-    refuses: dict[Toolchain, str] = Field(
+    refuses: dict[ToolchainKind, str] = Field(
         default_factory=dict, description="Toolchains that cannot build it, each with the reason, as {'container' = 'why'}"
     )
     source: Annotated[SdistSource | GitSource | FileSource, Field(discriminator="kind")]
@@ -199,10 +199,10 @@ class Recipe(Table):
 
     @model_validator(mode="after")
     def _bundled_origins(self) -> Self:
-        known = {"source", *(one.url for one in self.files if one.url)}
-        for one in self.wheel.bundled:
-            if one.origin is not None and one.origin not in known:
-                msg = f"wheel.bundled {one.path!r} names the origin {one.origin!r}, which is no [[files]] entry"
+        known = {"source", *(file.url for file in self.files if file.url)}
+        for bundled in self.wheel.bundled:
+            if bundled.origin is not None and bundled.origin not in known:
+                msg = f"wheel.bundled {bundled.path!r} names the origin {bundled.origin!r}, which is no [[files]] entry"
                 raise ValueError(msg)
         return self
 
@@ -258,9 +258,9 @@ def load(recipes: Path, name: str) -> LoadedRecipe:
 
 def _of_distribution(recipes: Path, wanted: str) -> str | None:
     """The folder of the one recipe whose distribution has that canonical name; None: there is none, or more than one."""
-    found = []
+    keys = []
     for key in names(recipes):
         with contextlib.suppress(ConfigError):  # a broken one is told about when it is asked for
             if canonicalize_name(tables.read(recipes / key / "recipe.toml", Recipe).name) == wanted:
-                found.append(key)
-    return found[0] if len(found) == 1 else None
+                keys.append(key)
+    return keys[0] if len(keys) == 1 else None

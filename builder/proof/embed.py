@@ -74,7 +74,7 @@ def _required(line: str) -> str | None:
     if not line.startswith("Requires-Dist:"):
         return None
     try:
-        found = Requirement(line.partition(":")[2].strip())
+        requirement = Requirement(line.partition(":")[2].strip())
     except InvalidRequirement:
         return None
-    return None if found.marker and "extra" in str(found.marker) else canonicalize_name(found.name)
+    return None if requirement.marker and "extra" in str(requirement.marker) else canonicalize_name(requirement.name)

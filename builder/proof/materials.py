@@ -28,17 +28,17 @@ def of(inputs: Mapping[str, Any]) -> list[Material]:
     recipe = inputs["recipe"]
     return [
         *_source(recipe["source"], recipe),
-        *(_git(one["path"], one["url"], one["commit"]) for one in recipe["repositories"]),
-        *(_file(one["path"], one["url"], one["sha256"]) for one in recipe["files"] if one["url"]),
-        *(_file(f"patch {number}", f"urn:sha256:{one}", one) for number, one in enumerate(recipe["patches"], 1)),
+        *(_git(repository["path"], repository["url"], repository["commit"]) for repository in recipe["repositories"]),
+        *(_file(file["path"], file["url"], file["sha256"]) for file in recipe["files"] if file["url"]),
+        *(_file(f"patch {number}", f"urn:sha256:{sha256}", sha256) for number, sha256 in enumerate(recipe["patches"], 1)),
     ]
 
 
 def _source(source: Mapping[str, Any], recipe: Mapping[str, Any]) -> Iterator[Material]:
     if source["kind"] == "git":
         yield _git(recipe["name"], source["url"], source["commit"])
-        for path, one in sorted(source["submodules"].items()):
-            yield _git(path, one["url"], one["commit"])
+        for path, submodule in sorted(source["submodules"].items()):
+            yield _git(path, submodule["url"], submodule["commit"])
     elif source["kind"] == "sdist":
         yield wheel(source["name"], source["version"], source["sha256"])
     else:

@@ -39,7 +39,7 @@ def statement(of: Record, builder_id: str) -> dict[str, Any]:
     }
     return {
         "_type": STATEMENT,
-        "subject": [{"name": one.filename, "digest": {"sha256": one.sha256}} for one in products],
+        "subject": [{"name": product.filename, "digest": {"sha256": product.sha256}} for product in products],
         "predicateType": PREDICATE,
         "predicate": {"buildDefinition": definition, "runDetails": run},
     }
@@ -47,11 +47,13 @@ def statement(of: Record, builder_id: str) -> dict[str, Any]:
 
 def _dependencies(inputs: Any) -> list[dict[str, Any]]:
     """What was fetched, and what it was built with, by digest."""
-    found = [
-        {"name": one.what, "uri": one.uri, "digest": {one.algorithm: one.digest}} for one in materials.of(inputs) if one.digest
+    fetched = [
+        {"name": material.what, "uri": material.uri, "digest": {material.algorithm: material.digest}}
+        for material in materials.of(inputs)
+        if material.digest
     ]
     ground = {name: inputs["stack"][name] for name in ("environment", "toolchain", "root")}
-    return [*found, *({"name": name, "digest": {"sha256": digest}} for name, digest in ground.items() if digest)]
+    return [*fetched, *({"name": name, "digest": {"sha256": digest}} for name, digest in ground.items() if digest)]
 
 
 def path(wheel: Path) -> Path:

@@ -6,23 +6,22 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from builder.audit.verdict import Verdict
 from builder.box.sandbox import Outcome
+from builder.compiling.jobs import Jobs
+from builder.compiling.units import CompilerCache, Unit
 from builder.planning.plan import Plan
+from builder.proof import judges
+from builder.smoke import GpuResult, SmokeResult
 from gracefarm.errors import ConfigError, GracefarmError
 from gracefarm.files import atomic_write, sha256_file
 from gracefarm.settings import Settings
+from gracefarm.tables import Table
 
 
-class Part(BaseModel):
-    """A part of the record; unknown keys are an error, also for readers of older records."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Stage(Part):
+class Stage(Table):
     """One step of the flow."""
 
     name: str
@@ -37,7 +36,7 @@ class Stage(Part):
     note: str = ""
 
 
-class WheelFile(Part):
+class WheelFile(Table):
     """The product."""
 
     filename: str
@@ -45,7 +44,7 @@ class WheelFile(Part):
     size: int
 
 
-class Failure(Part):
+class Failure(Table):
     """Why there is no wheel."""
 
     kind: str = Field(description="Failure class, as in docs/errors.md")
@@ -54,58 +53,14 @@ class Failure(Part):
     remedy: str = ""
 
 
-class Jobs(Part):
-    """How many compilations ran beside each other, and why."""
-
-    count: int
-    reason: str
-
-
-class Unit(Part):
-    """What one translation unit costs when it is compiled."""
-
-    wall_s: float
-    cpu_s: float
-    peak_memory: int = Field(description="Bytes")
-
-
-class CompilerCache(Part):
-    """What the compiler cache did; counts are compilations."""
-
-    hits: int
-    misses: int
-    uncacheable: int
-    reasons: dict[str, int] = Field(default_factory=dict, description="Of the uncacheable, in ccache's words")
-    saved_cpu_s: float = Field(
-        description="CPU seconds that the hits took when they were compiled; unknown ones count nothing"
-    )
-
-
-class SmokeResult(Part):
-    """What was imported in the clean environment."""
-
-    modules: dict[str, str] = Field(description="Module to the file it came from")
-    script: str | None = Field(default=None, description="Output of smoke.py")
-
-
-class GpuResult(Part):
-    """What became of smoke_gpu.py; a failure is the build's."""
-
-    status: Literal["passed", "not run"]
-    reason: str = Field(default="", description="Why it was not run")
-    device: str | None = Field(default=None, description="The GPU that it ran on")
-    script: str | None = Field(default=None, description="Output of smoke_gpu.py")
-    wall_s: float | None = None
-
-
-class Publication(Part):
+class Publication(Table):
     """Where the wheel was published."""
 
     url: str
     at: str
 
 
-class Record(Part):
+class Record(Table):
     """record.json; the schema stands in docs/schema/record.json."""
 
     format: Literal[1] = 1
@@ -211,9 +166,9 @@ def wheel_path(settings: Settings, record: Record) -> Path | None:
 
 def all_of(settings: Settings, recipe: str | None = None) -> list[Record]:
     """Records on this machine, newest first."""
-    found = [read(settings, one.parent.name) for one in (settings.home / "builds").glob("*/record.json")]
-    chosen = [one for one in found if one is not None and recipe in (None, one.recipe)]
-    return sorted(chosen, key=lambda one: one.finished, reverse=True)
+    records = [read(settings, place.parent.name) for place in (settings.home / "builds").glob("*/record.json")]
+    chosen = [build for build in records if build is not None and recipe in (None, build.recipe)]
+    return sorted(chosen, key=lambda build: build.finished, reverse=True)
 
 
 def latest(settings: Settings, recipe: str) -> Record:
@@ -222,21 +177,21 @@ def latest(settings: Settings, recipe: str) -> Record:
     Raises:
         ConfigError: it was never built here.
     """
-    found = all_of(settings, recipe)
-    if not found:
+    builds = all_of(settings, recipe)
+    if not builds:
         raise ConfigError(f"{recipe} was never built on this machine", remedy=f"run `builder build {recipe}`")
-    return found[0]
+    return builds[0]
 
 
 def settled(plan: Plan, settings: Settings) -> Record | None:
     """The record of such a build whose wheel was judged by the gates and smoke tests of today."""
-    found = existing(plan, settings)
-    return found if found is not None and found.judged_by == plan.judged_by else None
+    build = existing(plan, settings)
+    return build if build is not None and build.judged_by == judges.digest(plan.recipe) else None
 
 
 def existing(plan: Plan, settings: Settings) -> Record | None:
     """The record of a build of exactly this plan that succeeded, its wheel present."""
-    found = read(settings, plan.build_id)
-    if found is None or found.outcome != "built" or wheel_path(settings, found) is None:
+    build = read(settings, plan.build_id)
+    if build is None or build.outcome != "built" or wheel_path(settings, build) is None:
         return None
-    return found
+    return build

@@ -54,17 +54,17 @@ def of(plan: Plan, epoch: int) -> str:
     besides = Besides(
         license=data.license,
         created=datetime.fromtimestamp(epoch, tz=UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        bundled=tuple(Bundled(path=one.path, license=one.license, sha256=one.sha256) for one in data.wheel.bundled),
+        bundled=tuple(Bundled(path=file.path, license=file.license, sha256=file.sha256) for file in data.wheel.bundled),
         installed=tuple(_installed(plan)),
     )
     return render(json.loads(json.dumps(plan.inputs)), besides)
 
 
 def _installed(plan: Plan) -> list[Material]:
-    if plan.machine is not None and not plan.machine.locked:
+    stack = plan.toolchain.locked(plan.stack)
+    if stack is None:
         return [materials.wheel(name, version, None) for name, version in sorted(plan.installed.items())]
-    stack = plan.machine.base if plan.machine else plan.stack
-    return [materials.wheel(one.name, one.version, one.sha256) for one in pins.wheels(stack, plan.target)]
+    return [materials.wheel(wheel.name, wheel.version, wheel.sha256) for wheel in pins.wheels(stack, plan.target)]
 
 
 def render(inputs: Mapping[str, Any], besides: Besides) -> str:
@@ -74,13 +74,13 @@ def render(inputs: Mapping[str, Any], besides: Besides) -> str:
     own = _package(_WHEEL, name, version, license=besides.license, purl=f"pkg:pypi/{name}@{version}")
     groups: list[tuple[list[dict[str, Any]], str, bool]] = [
         (_numbered("source", materials.of(inputs)), "GENERATED_FROM", True),
-        ([_bundled(number, one) for number, one in enumerate(besides.bundled, 1)], "CONTAINS", True),
+        ([_bundled(number, file) for number, file in enumerate(besides.bundled, 1)], "CONTAINS", True),
         (_numbered("environment", besides.installed), "BUILD_DEPENDENCY_OF", False),
     ]
     relations = [_relation("SPDXRef-DOCUMENT", "DESCRIBES", _WHEEL)]
     for packages, kind, from_wheel in groups:
-        for one in packages:
-            pair = (_WHEEL, one["SPDXID"]) if from_wheel else (one["SPDXID"], _WHEEL)
+        for package in packages:
+            pair = (_WHEEL, package["SPDXID"]) if from_wheel else (package["SPDXID"], _WHEEL)
             relations.append(_relation(pair[0], kind, pair[1]))
     document: dict[str, Any] = {
         "spdxVersion": "SPDX-2.3",
@@ -89,13 +89,13 @@ def render(inputs: Mapping[str, Any], besides: Besides) -> str:
         "name": f"{name}-{version}",
         "documentNamespace": f"urn:gracefarm:build:{build_id}",
         "creationInfo": {"created": besides.created, "creators": ["Tool: gracefarm"]},
-        "packages": [own, *(one for packages, _, _ in groups for one in packages)],
+        "packages": [own, *(package for packages, _, _ in groups for package in packages)],
         "relationships": relations,
     }
-    if references := sorted(set(_REFERENCE.findall(" ".join([besides.license, *(one.license for one in besides.bundled)])))):
+    if references := sorted(set(_REFERENCE.findall(" ".join([besides.license, *(file.license for file in besides.bundled)])))):
         document["hasExtractedLicensingInfos"] = [
-            {"licenseId": one, "extractedText": "No licence of SPDX's list; its text comes with the files that have it."}
-            for one in references
+            {"licenseId": reference, "extractedText": "No licence of SPDX's list; its text comes with the files that have it."}
+            for reference in references
         ]
     return json.dumps(document, indent=1, sort_keys=True) + "\n"
 
@@ -109,19 +109,19 @@ def read(text: str) -> tuple[str, Besides]:
     try:
         document = json.loads(text)
         packages = document["packages"]
-        own = next(one for one in packages if one["SPDXID"] == _WHEEL)
+        own = next(package for package in packages if package["SPDXID"] == _WHEEL)
         besides = Besides(
             license=own["licenseDeclared"],
             created=document["creationInfo"]["created"],
             bundled=tuple(
-                Bundled(path=one["name"], license=one["licenseDeclared"], sha256=_checksum(one))
-                for one in packages
-                if one["SPDXID"].startswith("SPDXRef-bundled-")
+                Bundled(path=package["name"], license=package["licenseDeclared"], sha256=_checksum(package))
+                for package in packages
+                if package["SPDXID"].startswith("SPDXRef-bundled-")
             ),
             installed=tuple(
-                materials.wheel(one["name"], one["versionInfo"], _checksum(one))
-                for one in packages
-                if one["SPDXID"].startswith("SPDXRef-environment-")
+                materials.wheel(package["name"], package["versionInfo"], _checksum(package))
+                for package in packages
+                if package["SPDXID"].startswith("SPDXRef-environment-")
             ),
         )
         return str(document["documentNamespace"]).rpartition(":")[2], besides
@@ -130,27 +130,29 @@ def read(text: str) -> tuple[str, Besides]:
 
 
 def _checksum(package: Mapping[str, Any]) -> str | None:
-    return next((one["checksumValue"] for one in package.get("checksums", []) if one["algorithm"] == "SHA256"), None)
-
-
-def _numbered(kind: str, found: Sequence[Material]) -> list[dict[str, Any]]:
-    return [_material(f"SPDXRef-{kind}-{number}", one) for number, one in enumerate(found, 1)]
-
-
-def _material(identifier: str, one: Material) -> dict[str, Any]:
-    web = _GIT_OR_WEB.match(one.uri) is not None
-    return _package(
-        identifier,
-        one.what,
-        one.version,
-        location=one.uri if web else None,
-        purl=one.uri if one.uri.startswith("pkg:") else None,
-        sha256=one.digest if one.algorithm == "sha256" else None,
+    return next(
+        (checksum["checksumValue"] for checksum in package.get("checksums", []) if checksum["algorithm"] == "SHA256"), None
     )
 
 
-def _bundled(number: int, one: Bundled) -> dict[str, Any]:
-    return _package(f"SPDXRef-bundled-{number}", one.path, None, license=one.license, sha256=one.sha256)
+def _numbered(kind: str, fetched: Sequence[Material]) -> list[dict[str, Any]]:
+    return [_material(f"SPDXRef-{kind}-{number}", material) for number, material in enumerate(fetched, 1)]
+
+
+def _material(identifier: str, material: Material) -> dict[str, Any]:
+    web = _GIT_OR_WEB.match(material.uri) is not None
+    return _package(
+        identifier,
+        material.what,
+        material.version,
+        location=material.uri if web else None,
+        purl=material.uri if material.uri.startswith("pkg:") else None,
+        sha256=material.digest if material.algorithm == "sha256" else None,
+    )
+
+
+def _bundled(number: int, file: Bundled) -> dict[str, Any]:
+    return _package(f"SPDXRef-bundled-{number}", file.path, None, license=file.license, sha256=file.sha256)
 
 
 def _package(
@@ -163,7 +165,7 @@ def _package(
     purl: str | None = None,
     sha256: str | None = None,
 ) -> dict[str, Any]:
-    found: dict[str, Any] = {
+    package: dict[str, Any] = {
         "SPDXID": identifier,
         "name": name,
         "downloadLocation": location or "NOASSERTION",
@@ -173,14 +175,14 @@ def _package(
         "copyrightText": "NOASSERTION",
     }
     if version:
-        found["versionInfo"] = version
+        package["versionInfo"] = version
     if sha256:
-        found["checksums"] = [{"algorithm": "SHA256", "checksumValue": sha256}]
+        package["checksums"] = [{"algorithm": "SHA256", "checksumValue": sha256}]
     if purl:
         reference = {"referenceCategory": "PACKAGE-MANAGER", "referenceType": "purl", "referenceLocator": purl}
-        found["externalRefs"] = [reference]
-    return found
+        package["externalRefs"] = [reference]
+    return package
 
 
-def _relation(one: str, kind: str, other: str) -> dict[str, str]:
-    return {"spdxElementId": one, "relationshipType": kind, "relatedSpdxElement": other}
+def _relation(element: str, kind: str, other: str) -> dict[str, str]:
+    return {"spdxElementId": element, "relationshipType": kind, "relatedSpdxElement": other}

@@ -19,8 +19,8 @@ from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from gracefarm import settings as settings_module
 from gracefarm.errors import ConfigError, UsageError, VerifyError
+from gracefarm.settings import config_path
 
 VARIABLE = "GRACEFARM_SIGNING_KEY"
 "The private key itself (PEM), where a machine gets its secrets by the environment; else a file beside settings.toml."
@@ -28,7 +28,7 @@ VARIABLE = "GRACEFARM_SIGNING_KEY"
 
 def place() -> Path:
     """The key's file."""
-    return settings_module.config_path().with_name("signing-key.pem")
+    return config_path().with_name("signing-key.pem")
 
 
 def create() -> Ed25519PublicKey:
@@ -120,25 +120,27 @@ def envelope(kind: str, body: bytes, key: Ed25519PrivateKey) -> dict[str, Any]:
     return {"payload": base64.b64encode(body).decode(), "payloadType": kind, "signatures": [signature]}
 
 
-def opened(found: Mapping[str, Any], kind: str, key: Ed25519PublicKey) -> Any:
+def opened(dsse: Mapping[str, Any], kind: str, key: Ed25519PublicKey) -> Any:
     """The JSON inside an envelope that this key signed.
 
     Raises:
         VerifyError: it is no envelope, is of another type, or no signature in it is this key's over these bytes.
     """
     try:
-        body = base64.b64decode(found["payload"], validate=True)
-        signatures = [(str(one["keyid"]), base64.b64decode(one["sig"], validate=True)) for one in found["signatures"]]
-        said = str(found["payloadType"])
+        body = base64.b64decode(dsse["payload"], validate=True)
+        signatures = [
+            (str(signature["keyid"]), base64.b64decode(signature["sig"], validate=True)) for signature in dsse["signatures"]
+        ]
+        payload_type = str(dsse["payloadType"])
     except (KeyError, TypeError, ValueError, binascii.Error) as error:
         raise VerifyError(f"the provenance is no DSSE envelope: {error!r}") from error
-    if said != kind:
-        raise VerifyError(f"the provenance is of type {said}, not {kind}")
+    if payload_type != kind:
+        raise VerifyError(f"the provenance is of type {payload_type}, not {kind}")
     for _, signature in signatures:
         try:
             key.verify(signature, encoding(kind, body))
         except InvalidSignature:
             continue
         return json.loads(body)
-    by = ", ".join(one[:16] for one, _ in signatures) or "nobody"
+    by = ", ".join(identifier[:16] for identifier, _ in signatures) or "nobody"
     raise VerifyError(f"the provenance is not signed by key {key_id(key)[:16]}, or was changed since; it names {by}")

@@ -24,7 +24,7 @@ from gracefarm.files import sha256_file
 from gracefarm.tables import Table
 
 
-class Check(Table):
+class WheelCheck(Table):
     """One thing that was held against the wheel."""
 
     name: str
@@ -41,7 +41,7 @@ class Inside:
     sbom: str | None
 
 
-def verify(wheel: Path, envelope: Path | None, key: Ed25519PublicKey | None) -> list[Check]:
+def verify(wheel: Path, envelope: Path | None, key: Ed25519PublicKey | None) -> list[WheelCheck]:
     """Every check, whatever the others say; `envelope` is its provenance (None: what lies beside it).
 
     Raises:
@@ -57,13 +57,13 @@ def verify(wheel: Path, envelope: Path | None, key: Ed25519PublicKey | None) -> 
     ]
 
 
-def require(wheel: Path, found: list[Check]) -> None:
+def require(wheel: Path, checks: list[WheelCheck]) -> None:
     """Raise where a check failed.
 
     Raises:
         VerifyError: one did; names all of them.
     """
-    failed = [f"{one.name}: {one.summary}" for one in found if not one.ok]
+    failed = [f"{check.name}: {check.summary}" for check in checks if not check.ok]
     if failed:
         raise VerifyError(
             f"{wheel.name} is not what it says. {'; '.join(failed)}",
@@ -72,13 +72,13 @@ def require(wheel: Path, found: list[Check]) -> None:
         )
 
 
-def _check(name: str, judge: Callable[[], str]) -> Check:
+def _check(name: str, judge: Callable[[], str]) -> WheelCheck:
     try:
-        return Check(name=name, ok=True, summary=judge())
+        return WheelCheck(name=name, ok=True, summary=judge())
     except VerifyError as error:
-        return Check(name=name, ok=False, summary=error.cause)
+        return WheelCheck(name=name, ok=False, summary=error.cause)
     except (KeyError, TypeError, ValueError, AttributeError) as error:  # of JSON that somebody else wrote
-        return Check(name=name, ok=False, summary=f"it cannot be read: {error!r}")
+        return WheelCheck(name=name, ok=False, summary=f"it cannot be read: {error!r}")
 
 
 def read(wheel: Path) -> Inside:
@@ -90,13 +90,13 @@ def read(wheel: Path) -> Inside:
     try:
         with zipfile.ZipFile(wheel) as archive:
             names = archive.namelist()
-            place = next((one for one in names if one.endswith(".dist-info/gracefarm.json")), None)
+            place = next((name for name in names if name.endswith(".dist-info/gracefarm.json")), None)
             if place is None:
                 raise VerifyError(f"{wheel.name} was not built by a farm of this kind: it carries no gracefarm.json")
-            found = json.loads(archive.read(place))
+            content = json.loads(archive.read(place))
             document = f"{place.rpartition('/')[0]}/sboms/{sbom.FILENAME}"
             text = archive.read(document).decode() if document in names else None
-            return Inside(inputs=found["inputs"], build_id=str(found["build_id"]), sbom=text)
+            return Inside(inputs=content["inputs"], build_id=str(content["build_id"]), sbom=text)
     except (*UNREADABLE, OSError, ValueError, KeyError, TypeError) as error:
         raise VerifyError(f"{wheel.name} cannot be read: {error}") from error
 
@@ -132,10 +132,13 @@ def _sbom(inside: Inside) -> str:
     if sbom.render(inside.inputs, besides) != inside.sbom:
         raise VerifyError("the SBOM says other sources than the wheel's inputs, or was changed")
     wanted = inside.inputs["stack"]["environment"]
-    installed = [LockedWheel(name=one.what, version=one.version or "", sha256=one.digest or "") for one in besides.installed]
+    installed = [
+        LockedWheel(name=material.what, version=material.version or "", sha256=material.digest or "")
+        for material in besides.installed
+    ]
     if wanted is not None:
-        found = pins.digest_of(inside.inputs["stack"]["python"], Arch(inside.inputs["target"]), installed)
-        if found != wanted:
+        digest = pins.digest_of(inside.inputs["stack"]["python"], Arch(inside.inputs["target"]), installed)
+        if digest != wanted:
             raise VerifyError("the SBOM's list of the environment is not the one that the wheel's inputs name by digest")
     return f"{len(besides.installed)} distributions of the environment, sources as in the inputs"
 
@@ -151,16 +154,16 @@ def _provenance(wheel: Path, inside: Inside, place: Path, key: Ed25519PublicKey 
         raise VerifyError(f"{place} is no JSON: {error}") from error
     if isinstance(envelope, dict) and isinstance(envelope.get("provenance"), dict):
         envelope = envelope["provenance"]  # a whole record, as an index has it
-    said = signing.opened(envelope, provenance.PAYLOAD, key)
+    signed = signing.opened(envelope, provenance.PAYLOAD, key)
     sha256 = sha256_file(wheel)
-    subjects = {one["name"]: one["digest"].get("sha256") for one in said["subject"]}
+    subjects = {subject["name"]: subject["digest"].get("sha256") for subject in signed["subject"]}
     if subjects.get(wheel.name) != sha256:
         raise VerifyError(
             f"the wheel has sha256 {sha256[:16]}, signed was {str(subjects.get(wheel.name))[:16]}"
             if wheel.name in subjects
             else f"it is about {', '.join(subjects)}, not about {wheel.name}"
         )
-    inner = said["predicate"]["buildDefinition"]["internalParameters"]
+    inner = signed["predicate"]["buildDefinition"]["internalParameters"]
     if inner["buildId"] != inside.build_id or inner["inputs"] != json.loads(json.dumps(inside.inputs)):
         raise VerifyError(f"it is about build {str(inner['buildId'])[:16]}, the wheel says {inside.build_id[:16]}")
     return f"signed by key {signing.key_id(key)[:16]}, sha256 {sha256[:16]}"

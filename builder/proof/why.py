@@ -48,28 +48,28 @@ def _children(value: object) -> Mapping[str, object] | None:
     """A table by its keys, a list of named tables by their names; anything else is one value."""
     if isinstance(value, dict):
         return value
-    if isinstance(value, list) and value and all(isinstance(one, dict) and "name" in one for one in value):
-        return {str(one["name"]): one for one in value}
+    if isinstance(value, list) and value and all(isinstance(row, dict) and "name" in row for row in value):
+        return {str(row["name"]): row for row in value}
     return None
 
 
-def others(records: Sequence[Record], key: str, old: Record, found: Sequence[Change]) -> list[Rebuild]:
+def others(records: Sequence[Record], key: str, old: Record, changed: Sequence[Change]) -> list[Rebuild]:
     """Other recipes whose last success stands on the old value of a shared input; `records` newest first."""
-    shared = [one for one in found if not one.path.startswith(_OWN)]
+    shared = [change for change in changed if not change.path.startswith(_OWN)]
     seen: set[str] = set()
     rebuilt = []
-    for one in records:
-        if one.recipe == key or one.recipe in seen or one.outcome != "built" or not _beside(one, old):
+    for build in records:
+        if build.recipe == key or build.recipe in seen or build.outcome != "built" or not _beside(build, old):
             continue
-        seen.add(one.recipe)
-        if any(value_at(one.inputs, change.path) == change.before is not None for change in shared):
-            rebuilt.append(Rebuild(recipe=one.recipe, build_id=one.build_id, seconds=seconds(records, one)))
-    return sorted(rebuilt, key=lambda one: one.recipe)
+        seen.add(build.recipe)
+        if any(value_at(build.inputs, change.path) == change.before is not None for change in shared):
+            rebuilt.append(Rebuild(recipe=build.recipe, build_id=build.build_id, seconds=seconds(records, build)))
+    return sorted(rebuilt, key=lambda rebuild: rebuild.recipe)
 
 
-def _beside(one: Record, old: Record) -> bool:
+def _beside(build: Record, old: Record) -> bool:
     """Built against the same stack for the same target: a digest may be the same by chance of being absent."""
-    return one.stack == old.stack and one.inputs.get("target") == old.inputs.get("target")
+    return build.stack == old.stack and build.inputs.get("target") == old.inputs.get("target")
 
 
 def value_at(inputs: Mapping[str, object], path: str) -> object:
@@ -87,9 +87,9 @@ def seconds(records: Sequence[Record], like: Record) -> float | None:
 
 def last_seconds(records: Sequence[Record], recipe: str, stack: str, target: str) -> float | None:
     """As `seconds`, of what was not built yet; `records` newest first."""
-    for one in records:
-        if (one.recipe, one.stack, one.inputs.get("target"), one.outcome) == (recipe, stack, target, "built"):
-            return round(sum(stage.wall_s for stage in one.stages), 1)
+    for build in records:
+        if (build.recipe, build.stack, build.inputs.get("target"), build.outcome) == (recipe, stack, target, "built"):
+            return round(sum(stage.wall_s for stage in build.stages), 1)
     return None
 
 
@@ -99,12 +99,12 @@ def by_id(settings: Settings, recipe: str, prefix: str) -> Record:
     Raises:
         ConfigError: no record, or more than one, has such an id.
     """
-    found = [one for one in record.all_of(settings, recipe) if one.build_id.startswith(prefix)]
-    if len(found) != 1:
-        known = ", ".join(one.build_id[:16] for one in record.all_of(settings, recipe)) or "none"
+    builds = [build for build in record.all_of(settings, recipe) if build.build_id.startswith(prefix)]
+    if len(builds) != 1:
+        known = ", ".join(build.build_id[:16] for build in record.all_of(settings, recipe)) or "none"
         raise ConfigError(
-            f"{len(found)} builds of {recipe} on this machine have an id that starts with {prefix!r}",
+            f"{len(builds)} builds of {recipe} on this machine have an id that starts with {prefix!r}",
             remedy=f"ids with a record here: {known}",
             repeat=f"builder why {recipe} ID ID",
         )
-    return found[0]
+    return builds[0]

@@ -59,20 +59,20 @@ def tried(of: LoadedSet, clean: Path, root: Path, folder: Path, memory: int) -> 
     smoke.prepare(folder / "files", imports, of.smoke_script)
     mounts = (Mount(source=clean, target="/env"), Mount(source=folder / "files", target=bed.WORKDIR))
     box = Sandbox(root=root, mounts=mounts, environment=bed.variables(), workdir=bed.WORKDIR, memory=memory)
-    found: list[str] = []
+    answers: list[str] = []
     outcome = sandbox.run(
         box,
         smoke.driver(imports, of.smoke_script),
         log=log,
-        on_line=lambda line: found.append(line) if line.startswith(smoke.MARK) else None,
+        on_line=lambda line: answers.append(line) if line.startswith(smoke.MARK) else None,
     )
-    if outcome.returncode != 0 or not found:
+    if outcome.returncode != 0 or not answers:
         raise SmokeError(
             f"the wheels of {name} do not work together: {first_error(log)}",
             remedy=f"the whole output is in {log}",
             repeat=f"builder set build {name}",
         )
-    result = SmokeResult.model_validate_json(found[-1].removeprefix(smoke.MARK).strip())
+    result = SmokeResult.model_validate_json(answers[-1].removeprefix(smoke.MARK).strip())
     commands = tuple(_run(box, command, log, name) for command in of.data.together.commands)
     return Tested(smoke=result, wall_s=round(outcome.wall_s, 1), commands=commands)
 
@@ -99,13 +99,13 @@ def require(plan: SetPlan, wheels: Iterable[Path]) -> None:
     Raises:
         SmokeError: it is not; names all of it.
     """
-    has = {one.name: one.version for one in plan.wheels}
-    found = {wheel: parse_wheel_filename(wheel.name) for wheel in wheels}
-    has |= {name: str(version) for name, version, _, _ in found.values()}
+    has = {wheel.name: wheel.version for wheel in plan.wheels}
+    parsed = {wheel: parse_wheel_filename(wheel.name) for wheel in wheels}
+    has |= {name: str(version) for name, version, _, _ in parsed.values()}
     left_out = {canonicalize_name(name) for name in plan.set.runtime.data.environment.left_out}
     complaints = [
         f"{name} requires {wanted}" + (f", the set has {has[key]}" if (key := canonicalize_name(wanted.name)) in has else "")
-        for wheel, (name, _, _, _) in found.items()
+        for wheel, (name, _, _, _) in parsed.items()
         for wanted in requirements(wheel, plan.set.stack.data.python, plan.set.data.target)
         if canonicalize_name(wanted.name) not in left_out and not _met(wanted, has)
     ]
@@ -125,7 +125,7 @@ def _met(wanted: Requirement, has: Mapping[str, str]) -> bool:
 def requirements(wheel: Path, python: str, target: Arch) -> list[Requirement]:
     """What a wheel requires there, extras apart."""
     with zipfile.ZipFile(wheel) as archive:
-        name = next(one for one in archive.namelist() if one.endswith(".dist-info/METADATA"))
+        name = next(name_ for name_ in archive.namelist() if name_.endswith(".dist-info/METADATA"))
         message = BytesParser().parsebytes(archive.read(name), headersonly=True)
     machine = {
         "platform_machine": target.value,
@@ -138,5 +138,5 @@ def requirements(wheel: Path, python: str, target: Arch) -> list[Requirement]:
         "platform_python_implementation": "CPython",
         "extra": "",
     }
-    found = [Requirement(str(text)) for text in message.get_all("Requires-Dist", [])]
-    return [one for one in found if one.marker is None or one.marker.evaluate(machine)]
+    required = [Requirement(str(text)) for text in message.get_all("Requires-Dist", [])]
+    return [requirement for requirement in required if requirement.marker is None or requirement.marker.evaluate(machine)]

@@ -65,20 +65,20 @@ def _grounds(settings: Settings) -> Iterator[tuple[Path, Path]]:
         if (home / name).is_symlink():
             yield home / name, home / "locks" / "links"
     for name in BESIDE:
-        for one in _entries(home / name):
-            yield one, one.with_name(f"{_final(one).removesuffix('.git')}.lock")
+        for entry in _entries(home / name):
+            yield entry, entry.with_name(f"{_final(entry).removesuffix('.git')}.lock")
     for name in IN_LOCKS:
-        for one in _entries(home / name):
-            yield one, home / "locks" / f"{name}-{_final(one)}"
+        for entry in _entries(home / name):
+            yield entry, home / "locks" / f"{name}-{_final(entry)}"
     for folder in _entries(home / "store" / "sha256"):
-        for one in _entries(folder):
-            yield one, home / "store" / "locks" / one.name.partition(".")[0]
+        for entry in _entries(folder):
+            yield entry, home / "store" / "locks" / entry.name.partition(".")[0]
 
 
 def _entries(folder: Path) -> list[Path]:
     if folder.is_symlink() or not folder.is_dir():
         return []
-    return sorted(one for one in folder.iterdir() if one.suffix != ".lock")
+    return sorted(entry for entry in folder.iterdir() if entry.suffix != ".lock")
 
 
 def _final(place: Path) -> str:

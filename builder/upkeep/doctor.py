@@ -24,6 +24,7 @@ from packaging.version import Version
 from pypi_simple import PYPI_SIMPLE_ENDPOINT
 
 from builder.box import sandbox
+from builder.box.binfmt import FOLDER, registration
 from builder.fetch.urls import shown, split_credentials
 from builder.ground import debian, root
 from builder.planning import packages, pins, recipe, stack
@@ -40,7 +41,6 @@ DISK = 25 << 30
 MEMORY = 4 << 30
 "Bytes: one compile job of a recipe that says nothing else."
 TIMEOUT = 10.0
-BINFMT = Path("/proc/sys/fs/binfmt_misc")
 APPARMOR = Path("/proc/sys/kernel/apparmor_restrict_unprivileged_userns")
 CLONE = Path("/proc/sys/kernel/unprivileged_userns_clone")
 PROFILE = Path("/etc/apparmor.d/gracefarm-bwrap")
@@ -55,7 +55,7 @@ profile gracefarm-bwrap /usr/bin/bwrap flags=(unconfined) {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Check:
+class HostCheck:
     """One thing looked at."""
 
     name: str
@@ -72,7 +72,7 @@ def system_packages() -> tuple[str, ...]:
     return tuple(word for line in text.splitlines() if (word := line.partition("#")[0].strip()))
 
 
-def checks(settings: Settings) -> list[Check]:
+def checks(settings: Settings) -> list[HostCheck]:
     """Everything a build needs, each tried; about a second, or as long as the network takes to fail."""
     return [
         _python(),
@@ -90,15 +90,15 @@ def checks(settings: Settings) -> list[Check]:
     ]
 
 
-def fix(found: Sequence[Check], settings: Settings) -> None:
+def fix(checks: Sequence[HostCheck], settings: Settings) -> None:
     """Mend what root can mend: install packages, allow bubblewrap its namespaces, register binfmt where a recipe needs it;
     and remove roots that were damaged.
 
     Raises:
         HostError: neither root nor sudo without a password, or a command failed; names the command.
     """
-    bad = {one.name: one for one in found if not one.ok}
-    missing = sorted({package for one in bad.values() for package in one.packages})
+    bad = {check.name: check for check in checks if not check.ok}
+    missing = sorted({package for check in bad.values() for package in check.packages})
     if missing:
         _as_root(["apt-get", "update", "--quiet"])
         _as_root(["env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "install", "--yes", "--no-install-recommends", *missing])
@@ -114,9 +114,9 @@ def fix(found: Sequence[Check], settings: Settings) -> None:
 # --- what is looked at -------------------------------------------------------------------------------------------------------
 
 
-def _python() -> Check:
+def _python() -> HostCheck:
     # Not by Version: Ubuntu 22.04's python3.11 is a release candidate, which Version puts before 3.11.
-    return Check(
+    return HostCheck(
         name="python",
         ok=sys.version_info >= PYTHON,
         found=f"{platform.python_version()} ({sys.executable})",
@@ -124,10 +124,10 @@ def _python() -> Check:
     )
 
 
-def _venv() -> Check:
+def _venv() -> HostCheck:
     missing = [name for name in ("venv", "ensurepip") if importlib.util.find_spec(name) is None]
     package = f"python{sys.version_info.major}.{sys.version_info.minor}-venv"
-    return Check(
+    return HostCheck(
         name="venv",
         ok=not missing,
         found=f"no module {missing[0]}" if missing else "present",
@@ -136,17 +136,17 @@ def _venv() -> Check:
     )
 
 
-def _packages() -> Check:
+def _packages() -> HostCheck:
     wanted = system_packages()
     if shutil.which("dpkg-query") is None:
-        return Check(
+        return HostCheck(
             name="system packages",
             ok=all(shutil.which(name) for name in ("bwrap", "dpkg-deb", "git", "tar")),
             found="not Debian or Ubuntu",
             remedy=f"install the counterparts of {', '.join(wanted)}",
         )
-    missing = tuple(one for one in wanted if not _installed(one))
-    return Check(
+    missing = tuple(package for package in wanted if not _installed(package))
+    return HostCheck(
         name="system packages",
         ok=not missing,
         found=f"missing: {', '.join(missing)}" if missing else f"all {len(wanted)} installed",
@@ -160,29 +160,29 @@ def _installed(package: str) -> bool:
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout == "installed"
 
 
-def _version(package: str, command: list[str], least: Version, why: str) -> Check:
+def _version(package: str, command: list[str], least: Version, why: str) -> HostCheck:
     remedy = f"apt-get install {package} ({least} or later: {why})"
     if shutil.which(command[0]) is None:
-        return Check(name=package, ok=False, found="not installed", remedy=remedy, packages=(package,))
-    said = subprocess.run(command, capture_output=True, text=True, check=False).stdout
-    match = re.search(r"\d+(\.\d+)+", said)
+        return HostCheck(name=package, ok=False, found="not installed", remedy=remedy, packages=(package,))
+    text = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    match = re.search(r"\d+(\.\d+)+", text)
     if match is None:
-        return Check(name=package, ok=False, found=f"no version in {said.strip()!r}", remedy=remedy)
-    return Check(name=package, ok=Version(match[0]) >= least, found=match[0], remedy=remedy)
+        return HostCheck(name=package, ok=False, found=f"no version in {text.strip()!r}", remedy=remedy)
+    return HostCheck(name=package, ok=Version(match[0]) >= least, found=match[0], remedy=remedy)
 
 
-def _sandbox() -> Check:
+def _sandbox() -> HostCheck:
     problem = sandbox.check()
     user = "root" if os.geteuid() == 0 else "an ordinary user"
     remedy = (
         "`builder doctor --fix` as root; in a container: allow user namespaces (docker: --privileged, or a seccomp profile)"
     )
-    return Check(name="sandbox", ok=problem is None, found=problem or f"starts, as {user}", remedy=remedy)
+    return HostCheck(name="sandbox", ok=problem is None, found=problem or f"starts, as {user}", remedy=remedy)
 
 
-def _memory() -> Check:
+def _memory() -> HostCheck:
     have = psutil.virtual_memory().total
-    return Check(
+    return HostCheck(
         name="memory",
         ok=have >= MEMORY,
         found=f"{have / 2**30:.1f} GiB, {os.cpu_count()} cores",
@@ -190,13 +190,13 @@ def _memory() -> Check:
     )
 
 
-def _disk(settings: Settings) -> Check:
+def _disk(settings: Settings) -> HostCheck:
     place = settings.home
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free
     used = (settings.home / "environments").is_dir()
-    return Check(
+    return HostCheck(
         name="disk",
         ok=used or free >= DISK,
         found=f"{free / 2**30:.0f} GiB free for {settings.home}",
@@ -204,28 +204,30 @@ def _disk(settings: Settings) -> Check:
     )
 
 
-def _settings() -> Check:
+def _settings() -> HostCheck:
     path = config_path()
-    return Check(name="settings", ok=True, found=str(path) if path.is_file() else f"none ({path} would be read)")
+    return HostCheck(name="settings", ok=True, found=str(path) if path.is_file() else f"none ({path} would be read)")
 
 
-def _index(settings: Settings) -> Check:
+def _index(settings: Settings) -> HostCheck:
     url = (settings.index_url or PYPI_SIMPLE_ENDPOINT).rstrip("/")
     return _reach("python index", f"{url}/pip/", "GRACEFARM_PYTHON_INDEX", url)
 
 
-def _reach(name: str, url: str, setting: str, base: str) -> Check:
+def _reach(name: str, url: str, setting: str, base: str) -> HostCheck:
     """Ask for a page as the fetch does."""
     remedy = f"see that this machine reaches it, or set {setting} to a mirror"
     if url.startswith("file://"):
         place = Path(base.removeprefix("file://"))
-        return Check(name=name, ok=place.is_dir(), found=shown(base), remedy=remedy)
+        return HostCheck(name=name, ok=place.is_dir(), found=shown(base), remedy=remedy)
     address, credentials = split_credentials(url)
     try:
         answer = httpx.head(address, auth=credentials, timeout=TIMEOUT, follow_redirects=True)
     except httpx.HTTPError as error:
-        return Check(name=name, ok=False, found=f"{shown(base)}: {shown(str(error)) or type(error).__name__}", remedy=remedy)
-    return Check(
+        return HostCheck(
+            name=name, ok=False, found=f"{shown(base)}: {shown(str(error)) or type(error).__name__}", remedy=remedy
+        )
+    return HostCheck(
         name=name,
         ok=answer.status_code < httpx.codes.BAD_REQUEST,
         found=f"{shown(base)}" + ("" if answer.is_success else f" says {answer.status_code}"),
@@ -233,52 +235,54 @@ def _reach(name: str, url: str, setting: str, base: str) -> Check:
     )
 
 
-def _stacks(settings: Settings) -> list[Check]:
+def _stacks(settings: Settings) -> list[HostCheck]:
     """Per stack: its locks are whole; then the mirror, and which roots and environments are there."""
-    found = []
+    checks = []
     suites = set()
     for path in sorted((settings.project / "stacks").glob("*/stack.toml")):
         try:
-            one = stack.load(path.parent.parent, path.parent.name)
-            ready = _ready(one, settings)
+            loaded = stack.load(path.parent.parent, path.parent.name)
+            ready = _ready(loaded, settings)
         except GracefarmError as error:
-            found.append(Check(name=f"stack {path.parent.name}", ok=False, found=error.cause, remedy=error.remedy))
+            checks.append(HostCheck(name=f"stack {path.parent.name}", ok=False, found=error.cause, remedy=error.remedy))
             continue
-        suites.add(one.data.root.suite)
-        found.append(Check(name=f"stack {one.data.name}", ok=True, found=f"locks whole; {ready}"))
-        for place, program in _damaged(one, settings):
+        suites.add(loaded.data.root.suite)
+        checks.append(HostCheck(name=f"stack {loaded.data.name}", ok=True, found=f"locks whole; {ready}"))
+        for place, program in _damaged(loaded, settings):
             remedy = "`builder doctor --fix` removes that root; the next build assembles it anew from the store"
-            found.append(Check(name=f"root {place.name}", ok=False, found=f"has lost {program}", remedy=remedy))
-    return [*(_mirror(suite, settings) for suite in sorted(suites)), *found]
+            checks.append(HostCheck(name=f"root {place.name}", ok=False, found=f"has lost {program}", remedy=remedy))
+    return [*(_mirror(suite, settings) for suite in sorted(suites)), *checks]
 
 
-def _damaged(one: LoadedStack, settings: Settings) -> list[tuple[Path, str]]:
+def _damaged(loaded: LoadedStack, settings: Settings) -> list[tuple[Path, str]]:
     """Roots of a stack that lost qemu, Python or compiler, with what they lost."""
     host = stack.host_arch()
-    places = ((settings.home / "roots" / packages.root_digest(one, host, to), to) for to in one.data.root.hosts.get(host, ()))
-    return [(place, program) for place, to in places if place.is_dir() and (program := root.lost(place, one, host, to))]
+    places = (
+        (settings.home / "roots" / packages.root_digest(loaded, host, to), to) for to in loaded.data.root.hosts.get(host, ())
+    )
+    return [(place, program) for place, to in places if place.is_dir() and (program := root.lost(place, loaded, host, to))]
 
 
-def _mirror(suite: str, settings: Settings) -> Check:
+def _mirror(suite: str, settings: Settings) -> HostCheck:
     try:
         url = debian.mirror(suite, settings)
     except HostError as error:
-        return Check(name="debian mirror", ok=False, found=error.cause, remedy=error.remedy, packages=("mmdebstrap",))
+        return HostCheck(name="debian mirror", ok=False, found=error.cause, remedy=error.remedy, packages=("mmdebstrap",))
     return _reach("debian mirror", f"{url}/dists/{suite}/Release", "GRACEFARM_DEBIAN_MIRROR", url)
 
 
-def _ready(one: LoadedStack, settings: Settings) -> str:
+def _ready(loaded: LoadedStack, settings: Settings) -> str:
     host = stack.host_arch()
     words = []
-    for target in one.data.root.hosts.get(host, ()):
-        has_root = (settings.home / "roots" / packages.root_digest(one, host, target)).is_dir()
-        has_environment = (settings.home / "environments" / pins.environment_digest(one, target)).is_dir()
+    for target in loaded.data.root.hosts.get(host, ()):
+        has_root = (settings.home / "roots" / packages.root_digest(loaded, host, target)).is_dir()
+        has_environment = (settings.home / "environments" / pins.environment_digest(loaded, target)).is_dir()
         missing = " and ".join(name for name, has in (("root", has_root), ("environment", has_environment)) if not has)
         words.append(f"{target}: " + (f"{missing} made at the first build" if missing else "root and environment ready"))
     return "; ".join(words) or f"no root for a host of {host}"
 
 
-def _binfmt(settings: Settings) -> list[Check]:
+def _binfmt(settings: Settings) -> list[HostCheck]:
     """Only recipes that execute other programs of the target than Python need the kernel to know these."""
     host = stack.host_arch()
     needed: list[str] = []
@@ -287,39 +291,22 @@ def _binfmt(settings: Settings) -> list[Check]:
             needed += [name] if recipe.load(settings.project / "recipes", name).data.build.binfmt else []
         except GracefarmError:
             continue  # `builder plan NAME` says what is wrong with it
-    found = []
+    checks = []
     for target in Arch:
         if target is host or (target is Arch.X86_64 and host is Arch.AARCH64):
             continue
         state = registration(target)
         ok = state is None or not needed
         who = f"needed by {', '.join(needed)}" if needed else "no recipe needs it"
-        found.append(
-            Check(
+        checks.append(
+            HostCheck(
                 name=f"binfmt {target}",
                 ok=ok,
                 found=f"{state or 'registered'}; {who}",
                 remedy="`builder doctor --fix` as root registers qemu until the next start of the machine",
             )
         )
-    return found
-
-
-def registration(target: Arch) -> str | None:
-    """Why the kernel does not start the target's programs inside a sandbox; None when it does.
-
-    Without flag F the kernel would look for qemu inside the sandbox's root, at the path of another machine.
-    """
-    if not (BINFMT / "register").exists():
-        return "binfmt_misc is not mounted"
-    place = BINFMT / f"qemu-{target}"
-    if not place.exists():
-        return "not registered"
-    lines = place.read_text().splitlines()
-    if "enabled" not in lines:
-        return "registered, but disabled"
-    flags = next((line.partition(":")[2] for line in lines if line.startswith("flags")), "")
-    return None if "F" in flags else "registered without flag F, which a sandbox needs"
+    return checks
 
 
 # --- what root mends ---------------------------------------------------------------------------------------------------------
@@ -337,11 +324,11 @@ def _as_root(command: Sequence[str], text: str | None = None) -> None:
         raise HostError("this needs root, and there is no sudo", remedy=by_hand)
     sys.stderr.write(f"+ {' '.join(line)}\n")
     try:
-        done = subprocess.run(line, input=text, text=True, stdout=sys.stderr, check=False)
+        process = subprocess.run(line, input=text, text=True, stdout=sys.stderr, check=False)
     except FileNotFoundError as error:
         raise HostError(f"the program {error.filename} is not installed", remedy=by_hand) from error
-    if done.returncode:
-        raise HostError(f"{' '.join(line)} failed with {done.returncode}", remedy=by_hand)
+    if process.returncode:
+        raise HostError(f"{' '.join(line)} failed with {process.returncode}", remedy=by_hand)
 
 
 def _allow_namespaces(problem: str) -> None:
@@ -362,8 +349,8 @@ def register(target: Arch, settings: Settings) -> None:
         (
             folder
             for path in sorted((settings.project / "stacks").glob("*/stack.toml"))
-            for one in [stack.load(path.parent.parent, path.parent.name)]
-            if (folder := settings.home / "roots" / packages.root_digest(one, host, target)).is_dir()
+            for loaded in [stack.load(path.parent.parent, path.parent.name)]
+            if (folder := settings.home / "roots" / packages.root_digest(loaded, host, target)).is_dir()
         ),
         None,
     )
@@ -371,11 +358,11 @@ def register(target: Arch, settings: Settings) -> None:
         raise HostError(
             f"no root for {target} is there yet", remedy=f"run `builder build NAME --target {target}` once, then again"
         )
-    if not (BINFMT / "register").exists():
-        _as_root(["mount", "-t", "binfmt_misc", "binfmt_misc", str(BINFMT)])
-    if (BINFMT / f"qemu-{target}").exists():
-        _as_root(["tee", str(BINFMT / f"qemu-{target}")], "-1")
-    _as_root(["tee", str(BINFMT / "register")], registration_line(place, target))
+    if not (FOLDER / "register").exists():
+        _as_root(["mount", "-t", "binfmt_misc", "binfmt_misc", str(FOLDER)])
+    if (FOLDER / f"qemu-{target}").exists():
+        _as_root(["tee", str(FOLDER / f"qemu-{target}")], "-1")
+    _as_root(["tee", str(FOLDER / "register")], registration_line(place, target))
 
 
 def registration_line(place: Path, target: Arch) -> str:

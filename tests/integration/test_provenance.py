@@ -73,7 +73,7 @@ def signed(shared_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         next(make, None)
 
 
-def checks(wheel: Path, key: Path | None, envelope: Path | None = None) -> dict[str, verify.Check]:
+def checks(wheel: Path, key: Path | None, envelope: Path | None = None) -> dict[str, verify.WheelCheck]:
     return {check.name: check for check in verify.verify(wheel, envelope, signing.public(key) if key else None)}
 
 

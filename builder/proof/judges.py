@@ -1,0 +1,65 @@
+"""What judges a finished wheel and changes no byte of it, as one digest: records have it, so that other rules judge anew."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+from functools import cache
+from importlib.resources import files
+
+from builder.planning.recipe import LoadedRecipe
+
+RULES = (
+    "audit/__init__.py",
+    "audit/alignment.py",
+    "audit/contents.py",
+    "audit/cubins.py",
+    "audit/driver.py",
+    "audit/grafted.py",
+    "audit/machine.py",
+    "audit/policy.py",
+    "audit/providers.py",
+    "audit/python_abi.py",
+    "audit/rpath.py",
+    "audit/symbols.py",
+    "audit/tag.py",
+    "audit/verdict.py",
+    "audit/wheel_file.py",
+    "data/gpu_probe.py",
+    "data/smoke_driver.py",
+    "elf.py",
+    "smoke.py",
+    "toolchains/bed.py",
+)
+"Modules whose code decides whether a wheel passes, below builder/."
+
+
+def digest(recipe: LoadedRecipe) -> str:
+    """Hex sha256 of what judges a wheel of the recipe: gates, smoke tests, and what the recipe itself asks."""
+    content = hashlib.sha256(_rules().encode())
+    for script in (recipe.smoke_script, recipe.smoke_gpu_script):
+        content.update((script.read_bytes() if script else b"") + b"\0")
+    wheel = recipe.data.wheel.model_dump(mode="json", include={"bundled", "max_size"})
+    content.update(json.dumps([wheel, recipe.data.smoke.imports], sort_keys=True).encode())
+    return content.hexdigest()
+
+
+@cache
+def _rules() -> str:
+    code = files("builder")
+    symbols = [entry for entry in code.joinpath("data").iterdir() if entry.name.startswith("driver-symbols")]
+    rules = {name: code_digest(code.joinpath(name).read_text()) for name in RULES}
+    rules |= {entry.name: hashlib.sha256(entry.read_bytes()).hexdigest() for entry in symbols}
+    return json.dumps(rules, sort_keys=True)
+
+
+def code_digest(text: str) -> str:
+    """Hex sha256 of what Python code does: comments, layout and docstrings are not in it."""
+    tree = ast.parse(text)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            # Docstrings, and those of constants and fields.
+            code = [line for line in node.body if not (isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant))]
+            node.body = code or [ast.Pass()]
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
