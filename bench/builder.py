@@ -14,11 +14,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from builder import fetch
+from builder import fetch, toolchains
 from builder.box import binfmt, sandbox
 from builder.box.sandbox import Mount, Sandbox
 from builder.fetch import source
 from builder.flow import build
+from builder.flow.ground import lay_ground
 from builder.ground import environment, root
 from builder.planning import plan as planning
 from builder.planning import recipe, stack
@@ -50,8 +51,8 @@ def make_bed() -> Bed:
     settings = settings_module.load()
     loaded = recipe.load(settings.project / "recipes", "causal_conv1d")
     base = stack.load(settings.project / "stacks", "cu130")
-    made = planning.make(loaded, base, stack.host_arch(), Arch.AARCH64)
-    ground = build.lay_ground(made, settings, Console())
+    made = toolchains.make(loaded, base, stack.host_arch(), Arch.AARCH64)
+    ground = lay_ground(made, settings, Console())
     work = settings.home / "bench"
     remove_tree(work)
     (work / "tmp").mkdir(parents=True)
@@ -132,7 +133,7 @@ def outside(bed: Bed) -> float:
 
 def emulated(bed: Bed) -> Callable[[], float]:
     """Seconds of the unit as cibuildwheel would compile it here: the target's own nvcc and g++, all under qemu by binfmt."""
-    native = planning.make(bed.plan.recipe, bed.plan.stack, Arch.AARCH64, Arch.AARCH64)
+    native = toolchains.make(bed.plan.recipe, bed.plan.stack, Arch.AARCH64, Arch.AARCH64)
     base = root.ensure(native.stack, Arch.AARCH64, Arch.AARCH64, bed.settings)
     compiler = environment.ensure_toolchain(native.stack, Arch.AARCH64, bed.settings)
     ground = replace(bed.ground, root=base, compiler=compiler)

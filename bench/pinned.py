@@ -8,11 +8,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from builder import fetch
+from builder import fetch, toolchains
 from builder.box import sandbox
 from builder.fetch import source
-from builder.flow import build
-from builder.planning import plan as planning
+from builder.flow.ground import lay_ground
 from builder.planning import recipe, stack
 from builder.planning.stack import Arch
 from gracefarm import settings as settings_module
@@ -44,8 +43,8 @@ def measure(unit: str) -> dict[str, float]:
     settings = settings_module.load()
     loaded = recipe.load(TESTS / "recipes", "flash_attn_objects")
     base = stack.load(TESTS / "stacks", "cu124-headers")
-    made = planning.make(loaded, base, stack.host_arch(), Arch.AARCH64)
-    ground = build.lay_ground(made, settings, Console())
+    made = toolchains.make(loaded, base, stack.host_arch(), Arch.AARCH64)
+    ground = lay_ground(made, settings, Console())
     work = settings.home / "bench"
     remove_tree(work)
     for name in ("tmp", "out"):
@@ -58,7 +57,7 @@ def measure(unit: str) -> dict[str, float]:
     includes = [f"-I{place}" for place in (*places, *(f"/build/source/{place}" for place in own))]
     found = {}
     for sm in ("90", "80 90"):
-        box = build.build_sandbox(made, ground, settings, work, count=1, epoch=1, memory=MEMORY)
+        box = made.toolchain.place(made, ground, settings, work, jobs=1, epoch=1, memory=MEMORY, cached=False)
         command = [
             "/usr/bin/env",
             f"GRACEFARM_SM={sm}",

@@ -3,49 +3,46 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import subprocess
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import Literal
 
-from builder.box import sandbox
-from builder.box.plain import Plain
-from builder.box.sandbox import Mount, Outcome, Sandbox
+from pydantic import Field
+
+from builder.box import gpu, sandbox
+from builder.box.sandbox import Outcome
 from builder.compiling.pep517 import first_error
-from builder.ground import environment as environments
-from builder.proof.record import GpuResult, SmokeResult
-from builder.toolchains import hosted
-from builder.toolchains.machine import Machine
+from builder.planning.plan import Bed, Clean
+from builder.toolchains.bed import WORKDIR
 from gracefarm.errors import SmokeError
 from gracefarm.files import remove_tree
+from gracefarm.tables import Table
 
 MARK = "GRACEFARM"
 TRAP = "raise ImportError('imported from the working directory: the import did not reach the installed wheel')\n"
-WORKDIR = "/smoke"
-"Also the driver's folder, so that a Python that looks in either finds the decoys first."
-DRIVER_FOLDER = "/run/driver"
-"Of the sandbox: NVIDIA's user-space driver, which comes with the kernel's and is in no lock."
-GPU_VARIABLES: Mapping[str, str] = {
-    "LD_LIBRARY_PATH": DRIVER_FOLDER,
-    # triton else asks `ldconfig -p`, which fails in a root: no maintainer script has run, so there is no /etc/ld.so.cache.
-    "TRITON_LIBCUDA_PATH": DRIVER_FOLDER,
-}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Bed:
-    """Where wheels are tried: an environment of the stack in its root, or over this machine's own Python."""
+class SmokeResult(Table):
+    """What was imported in the clean environment."""
 
-    environment: Path
-    root: Path
-    machine: Machine | None = None
-    emulated: bool = False
+    modules: dict[str, str] = Field(description="Module to the file it came from")
+    script: str | None = Field(default=None, description="Output of smoke.py")
+
+
+class GpuResult(Table):
+    """What became of smoke_gpu.py; a failure is the build's."""
+
+    status: Literal["passed", "not run"]
+    reason: str = Field(default="", description="Why it was not run")
+    device: str | None = Field(default=None, description="The GPU that it ran on")
+    script: str | None = Field(default=None, description="Output of smoke_gpu.py")
+    wall_s: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,16 +57,6 @@ class Trial:
     "Scratch space, on the environment's file system."
     memory: int
     log: Path
-
-
-@dataclass(frozen=True, kw_only=True)
-class Clean:
-    """A clean environment with the wheel, and how to run the driver in it."""
-
-    prefix: str
-    "The environment, and below it the files, as the command sees them."
-    files: str
-    place: Sandbox | Plain
 
 
 def prepare(folder: Path, imports: Sequence[str], script: Path | None) -> None:
@@ -92,19 +79,6 @@ def driver(
     return (f"{prefix}/bin/python3", "-P", f"{folder}/driver.py", *words)
 
 
-def variables() -> dict[str, str]:
-    """The environment of a smoke test."""
-    return {
-        "PATH": "/env/bin:/opt/gracefarm/bin:/usr/bin:/bin",
-        "HOME": "/home/build",
-        "LC_ALL": "C.UTF-8",
-        "PYTHONNOUSERSITE": "1",
-        "PYTHONDONTWRITEBYTECODE": "1",
-        "TMPDIR": "/tmp",  # noqa: S108 the sandbox's own
-        "OMP_NUM_THREADS": "1",
-    }
-
-
 def run(trial: Trial) -> tuple[SmokeResult, Outcome, tuple[str, ...]]:
     """Import the wheel in a fresh environment.
 
@@ -113,8 +87,8 @@ def run(trial: Trial) -> tuple[SmokeResult, Outcome, tuple[str, ...]]:
     """
     with _clean(trial) as clean:
         command = driver(trial.imports, trial.script, clean.prefix, clean.files, _elsewhere(trial))
-        said, outcome = _said(trial, clean, command, "does not work in a clean environment")
-    result = SmokeResult.model_validate_json(said)
+        answer, outcome = _answer(trial, clean, command, "does not work in a clean environment")
+    result = SmokeResult.model_validate_json(answer)
     _require_own(trial.wheel, result)
     return result, outcome, command
 
@@ -147,21 +121,21 @@ def run_gpu(trial: Trial, sm: Sequence[str]) -> GpuResult:
     """
     if trial.bed.emulated:
         return GpuResult(status="not run", reason="no GPU: the wheel's architecture is emulated here")
-    if not devices():
+    if not gpu.devices():
         return GpuResult(status="not run", reason="no GPU")
-    with _clean(trial, gpu=True) as clean:
+    with _clean(trial, with_gpu=True) as clean:
         probe = (f"{clean.prefix}/bin/python3", "-P", f"{clean.files}/gpu.py")
-        said, _ = _said(trial, clean, probe, "is not tried on a GPU: torch fails")
-        found = json.loads(said)
-        if "reason" in found:
-            return GpuResult(status="not run", reason=found["reason"])
-        if found["sm"] not in [re.sub(r"\D", "", one) for one in sm]:
-            reason = f"{found['device']} is sm_{found['sm']}, the wheel is for {', '.join(f'sm_{one}' for one in sm)}"
+        answer, _ = _answer(trial, clean, probe, "is not tried on a GPU: torch fails")
+        probed = json.loads(answer)
+        if "reason" in probed:
+            return GpuResult(status="not run", reason=probed["reason"])
+        if probed["sm"] not in [re.sub(r"\D", "", value) for value in sm]:
+            reason = f"{probed['device']} is sm_{probed['sm']}, the wheel is for {', '.join(f'sm_{value}' for value in sm)}"
             return GpuResult(status="not run", reason=reason)
         command = driver(trial.imports, trial.script, clean.prefix, clean.files, _elsewhere(trial))
-        said, outcome = _said(trial, clean, command, f"is wrong on {found['device']}")
-    script = SmokeResult.model_validate_json(said).script
-    return GpuResult(status="passed", device=found["device"], script=script, wall_s=round(outcome.wall_s, 2))
+        answer, outcome = _answer(trial, clean, command, f"is wrong on {probed['device']}")
+    script = SmokeResult.model_validate_json(answer).script
+    return GpuResult(status="passed", device=probed["device"], script=script, wall_s=round(outcome.wall_s, 2))
 
 
 def sentence(result: GpuResult) -> str:
@@ -171,96 +145,39 @@ def sentence(result: GpuResult) -> str:
     return f"passed on {result.device} in {result.wall_s:.0f} s: {(result.script or 'no output').strip()}"
 
 
-def devices() -> list[Path]:
-    """The device files of NVIDIA's driver on this machine; empty without a GPU."""
-    found = sorted(Path("/dev").glob("nvidia*"))
-    return found if any(re.fullmatch(r"nvidia\d+", one.name) for one in found) else []
-
-
 def _elsewhere(trial: Trial) -> list[str]:
-    """Modules that are not the wheel's own: over this machine's Python, torch comes from there."""
-    if trial.bed.machine is None:
+    """Modules that are not the wheel's own: over another environment, torch comes from there."""
+    if not trial.bed.overlaid:
         return []
     own = {name.split("/")[0].split(".")[0] for name in _brought(trial.wheel)}
     return [name for name in trial.imports if name.split(".")[0] not in own]
 
 
 @contextmanager
-def _clean(trial: Trial, *, gpu: bool = False) -> Iterator[Clean]:
+def _clean(trial: Trial, *, with_gpu: bool = False) -> Iterator[Clean]:
     """A clean environment with the wheel, removed afterwards."""
     prefix, folder = trial.folder / "env", trial.folder / "files"
     remove_tree(prefix)
     prepare(folder, trial.imports, trial.script)
     try:
-        if trial.bed.machine is None:
-            environments.fresh(trial.bed.environment, prefix, trial.wheel)
-            mounts = (Mount(source=prefix, target="/env"), Mount(source=folder, target=WORKDIR))
-            box = Sandbox(
-                root=trial.bed.root,
-                mounts=(*mounts, *(driver_libraries(_loaders_cache()) if gpu else ())),
-                environment=variables() | (dict(GPU_VARIABLES) if gpu else {}),
-                workdir=WORKDIR,
-                memory=trial.memory,
-                devices=tuple(map(str, devices())) if gpu else (),
-            )
-            yield Clean(prefix="/env", files=WORKDIR, place=box)
-        else:
-            hosted.fresh(trial.bed.machine, trial.bed.environment, prefix, trial.wheel)
-            yield Clean(prefix=str(prefix), files=str(folder), place=_on_machine(trial, trial.bed.machine, prefix, folder))
+        yield trial.bed.clean(trial.wheel, trial.folder, folder, memory=trial.memory, gpu=with_gpu)
     finally:
         remove_tree(prefix)
 
 
-def _on_machine(trial: Trial, machine: Machine, prefix: Path, folder: Path) -> Plain:
-    for name in ("home", "tmp"):
-        remove_tree(trial.folder / name)
-        (trial.folder / name).mkdir()
-    own = {"HOME": str(trial.folder / "home"), "TMPDIR": str(trial.folder / "tmp")}
-    own["PATH"] = hosted.search_path(machine, prefix)
-    return Plain(
-        environment=variables() | own | hosted.library_path(),
-        workdir=str(folder),
-        memory=trial.memory,
-        network=machine.uncut is not None,
-    )
-
-
-def _loaders_cache() -> str:
-    """What this machine's loader finds by name, as `ldconfig -p` lists it."""
-    done = subprocess.run(
-        ["ldconfig", "-p"], capture_output=True, text=True, check=False, env={"PATH": "/usr/sbin:/sbin:/usr/bin"}
-    )
-    return done.stdout
-
-
-def driver_libraries(listing: str) -> Iterator[Mount]:
-    """The driver's libraries of a loader's cache, each to a folder of its own in the sandbox; and libcuda.so, to link with.
-
-    That name is of a package for developers which a driver need not have brought, and a JIT compiler links with `-lcuda`.
-    """
-    library = r"^\s*(lib(?:cuda|nvidia-[\w-]+)\.so\.\S+) \(libc6,(?:x86-64|AArch64)\b.* => (\S+)$"  # else: for 32 bits
-    found: dict[str, str] = {}
-    for name, place in re.findall(library, listing, re.MULTILINE):
-        found.setdefault(name, place)
-    if "libcuda.so.1" in found:
-        found["libcuda.so"] = found["libcuda.so.1"]
-    for name, place in found.items():
-        yield Mount(source=Path(os.path.realpath(place)), target=f"{DRIVER_FOLDER}/{name}")
-
-
-def _said(trial: Trial, clean: Clean, command: tuple[str, ...], failure: str) -> tuple[str, Outcome]:
+def _answer(trial: Trial, clean: Clean, command: tuple[str, ...], failure: str) -> tuple[str, Outcome]:
     """Run a command whose last marked line is its answer."""
-    found: list[str] = []
+    answers: list[str] = []
     own_log = trial.folder / "smoke.log"
     own_log.unlink(missing_ok=True)
-    keep: Callable[[str], None] = lambda line: found.append(line) if line.startswith(MARK) else None  # noqa: E731
+    keep: Callable[[str], None] = lambda line: answers.append(line) if line.startswith(MARK) else None  # noqa: E731
     outcome = sandbox.run(clean.place, command, log=own_log, on_line=keep)
     with trial.log.open("a") as stream:
         stream.write(own_log.read_text(errors="replace"))
-    if outcome.returncode != 0 or not found:
+    if outcome.returncode != 0 or not answers:
         raise SmokeError(
             f"{trial.wheel.name} {failure}: {first_error(own_log)}",
             remedy=f"the whole output is in {trial.log}",
             repeat=f"builder smoke {trial.wheel} --import {' --import '.join(trial.imports)}",
         )
-    return found[-1].removeprefix(MARK).strip(), outcome
+    return answers[-1].removeprefix(MARK).strip(), outcome

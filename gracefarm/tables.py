@@ -16,7 +16,7 @@ from gracefarm.errors import ConfigError
 
 
 class Table(BaseModel):
-    """A frozen table of a TOML file; unknown keys are an error."""
+    """A frozen table of a TOML file, or object of a JSON document; unknown keys are an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

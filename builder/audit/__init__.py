@@ -38,6 +38,8 @@ OBJECT_GATES = (wheel_file.GATE, machine.GATE, python_abi.GATE, alignment.GATE, 
 def audit(wheel: Path, policy: Policy, tick: Tick = no_tick) -> tuple[Verdict, ...]:
     """Every gate's verdict on a wheel, always all of them and in the order of GATES; nothing of the wheel is executed.
 
+    Where the policy asks for objects only, those of OBJECT_GATES.
+
     Raises:
         HostError: a tool of this machine does not run. A bad wheel, however bad, only gets bad verdicts.
     """
@@ -54,4 +56,4 @@ def audit(wheel: Path, policy: Policy, tick: Tick = no_tick) -> tuple[Verdict, .
             first = refused(wheel_file.GATE, [f"the archive cannot be read: {error}"])
         verdicts = [first, *(not_applicable(name, "the wheel cannot be read") for name, _judge in _CONTENT_GATES)]
     tick(len(GATES), len(GATES), "")
-    return tuple(verdicts)
+    return tuple(verdict for verdict in verdicts if not policy.objects_only or verdict.gate in OBJECT_GATES)

@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from builder.planning.plan import Ground, Plan
 from builder.planning.recipe import Bundled
 from builder.planning.stack import Arch
+from gracefarm.tables import parse_size
 
 DEFAULT_MAX_SIZE = 500 << 20
 
@@ -47,3 +49,31 @@ class Policy:
     "The Python that exports the C API, where it is known; else it is looked for in the root."
     cuobjdump: Path | None = None
     "NVIDIA's cuobjdump for this host."
+    objects_only: bool = False
+    "The stack has headers alone: only what can be judged without its libraries is asked."
+
+
+def of_plan(plan: Plan, ground: Ground, folder: Path) -> Policy:
+    """What the gates expect of a plan's wheel, built in `folder`."""
+    data, stack = plan.recipe.data, plan.stack.data
+    surroundings = plan.toolchain.surroundings(ground, folder)
+    return Policy(
+        target=plan.target,
+        python=stack.python,
+        name=data.name,
+        version=data.version,
+        glibc=stack.glibc[plan.target],
+        cuda=stack.cuda,
+        sm=stack.sm if data.build.cuda else None,
+        needs_cubins=data.build.cuda,
+        sm_extra=data.wheel.sm_extra,
+        bundled=data.wheel.bundled,
+        max_size=parse_size(data.wheel.max_size),
+        build_paths=surroundings.build_paths,
+        site_packages=ground.packages,
+        root=ground.root,
+        folders=surroundings.folders,
+        interpreter=surroundings.interpreter,
+        cuobjdump=surroundings.cuobjdump,
+        objects_only=stack.objects_only,
+    )

@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 from datetime import UTC, datetime
-from os import environ
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -22,13 +21,13 @@ from gracefarm.errors import AuditError, HostError, WheelError
 from gracefarm.process import last_line
 
 EPOCH = 315532800
-"1980-01-01, the earliest time of a zip archive, for builds without SOURCE_DATE_EPOCH."
+"1980-01-01, the earliest time of a zip archive."
 
 
-def repair(wheel: Path, policy: Policy, into: Path) -> Path:
+def repair(wheel: Path, policy: Policy, into: Path, epoch: int = EPOCH) -> Path:
     """The wheel with its measured tag, in the folder `into`; without ELF objects for the target, an unchanged copy.
 
-    Same bytes in, same bytes out, where SOURCE_DATE_EPOCH is set. Nothing is stripped: strip after patchelf corrupts
+    Same bytes in, same bytes out: `epoch` is the time of its files. Nothing is stripped: strip after patchelf corrupts
     objects (pypa/auditwheel#716).
 
     Raises:
@@ -45,24 +44,24 @@ def repair(wheel: Path, policy: Policy, into: Path) -> Path:
     except (*UNREADABLE, OSError) as error:
         raise WheelError(f"{wheel.name} cannot be read: {error}", remedy="build it again") from error
     with TemporaryDirectory(prefix="gracefarm-repair-") as folder:
-        clean = _clean(wheel, dirty, Path(folder) / "clean") if dirty else wheel
+        clean = _clean(wheel, dirty, Path(folder) / "clean", epoch) if dirty else wheel
         out = Path(folder) / "out"
-        _auditwheel(clean, policy, out)
-        made = only_wheel(out)
-        return Path(shutil.move(made, into / made.name))
+        _auditwheel(clean, policy, out, epoch)
+        repaired = only_wheel(out)
+        return Path(shutil.move(repaired, into / repaired.name))
 
 
 def _dirty(contents: Contents, policy: Policy) -> dict[str, str]:
     """Objects with forbidden RPATH entries, and the value that keeps the others."""
-    found = {}
-    for name, one in contents.loadable(policy.target).items():
-        kept = [entry for entry in one.search if rpath.allowed(entry, policy.build_paths)]
-        if any(not rpath.allowed(entry, policy.build_paths) for _kind, entry in rpath.entries(one)):
-            found[name] = ":".join(kept)
-    return found
+    values = {}
+    for name, file in contents.loadable(policy.target).items():
+        kept = [entry for entry in file.search if rpath.allowed(entry, policy.build_paths)]
+        if any(not rpath.allowed(entry, policy.build_paths) for _kind, entry in rpath.entries(file)):
+            values[name] = ":".join(kept)
+    return values
 
 
-def _clean(wheel: Path, dirty: dict[str, str], folder: Path) -> Path:
+def _clean(wheel: Path, dirty: dict[str, str], folder: Path, epoch: int) -> Path:
     """The wheel packed anew with those RPATHs; auditwheel rewrites only those of objects that it grafts for."""
     tree = folder / "tree"
     tree.mkdir(parents=True)
@@ -71,8 +70,7 @@ def _clean(wheel: Path, dirty: dict[str, str], folder: Path) -> Path:
         _patchelf(["--set-rpath", kept] if kept else ["--remove-rpath"], tree / name)
     rewrite_record(tree)
     packed = folder / wheel.name
-    when = datetime.fromtimestamp(int(environ.get("SOURCE_DATE_EPOCH") or EPOCH), tz=UTC)
-    dir2zip(tree, packed, date_time=when, zip_compression_level=0)
+    dir2zip(tree, packed, date_time=datetime.fromtimestamp(epoch, tz=UTC), zip_compression_level=0)
     return packed
 
 
@@ -87,17 +85,17 @@ def _patchelf(arguments: list[str], path: Path) -> None:
         raise AuditError(f"patchelf refuses {path.name}: {error.stderr.strip()}") from error
 
 
-def _auditwheel(wheel: Path, policy: Policy, out: Path) -> None:
+def _auditwheel(wheel: Path, policy: Policy, out: Path, epoch: int) -> None:
     arguments = ["repair", "--plat", "auto", "--wheel-dir", str(out)]
     for pattern in tag.excluded(policy):
         arguments += ["--exclude", pattern]
     if policy.root is not None:
         folders = [str(policy.root / folder) for folder in system_folders(policy.target)]
         arguments += ["--ldpaths", ":".join(folders)]
-    done = tag.auditwheel([*arguments, str(wheel)], {"SOURCE_DATE_EPOCH": environ.get("SOURCE_DATE_EPOCH") or str(EPOCH)})
-    if done.returncode:
-        said = last_line(done.stderr)
+    process = tag.auditwheel([*arguments, str(wheel)], {"SOURCE_DATE_EPOCH": str(epoch)})
+    if process.returncode:
+        reason = last_line(process.stderr)
         raise AuditError(
-            f"auditwheel cannot repair {wheel.name}: {said}",
+            f"auditwheel cannot repair {wheel.name}: {reason}",
             remedy="`builder audit` on the wheel of the build folder shows every gate",
         )

@@ -22,9 +22,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from builder.box import meter, plain
+from builder.box import meter
 from builder.box.meter import KINDS, MemoryBy, Meter
-from builder.box.plain import Plain
+from builder.box.place import Place
 from gracefarm.errors import HostError
 from gracefarm.files import full_disk
 
@@ -76,10 +76,13 @@ class Sandbox:
     devices: tuple[str, ...] = ()
     "Device files of the host, for a smoke test on a GPU."
 
-    @property
-    def hostname(self) -> str:
-        """The name that the sandbox gives the machine."""
-        return HOSTNAME
+    hostname = HOSTNAME
+    hears_every_name = True
+
+    def command(self, argv: Sequence[str], *, terminal: bool = False) -> list[str]:
+        """The complete bubblewrap command line that runs `argv`. By hand it does the same, but for the memory bound."""
+        # --new-session would take a terminal away, and job control with it.
+        return ["bwrap", *(() if terminal else ("--new-session",)), *_options(self), "--", *argv]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,15 +106,8 @@ class Outcome:
     timed_out: bool = False
 
 
-def command(sandbox: Sandbox | Plain, argv: Sequence[str]) -> list[str]:
-    """The complete bubblewrap command line that runs `argv`. By hand it does the same, but for the memory bound."""
-    if isinstance(sandbox, Plain):
-        return plain.command(sandbox, argv)
-    return ["bwrap", "--new-session", *_options(sandbox), "--", *argv]
-
-
 def run(
-    sandbox: Sandbox | Plain,
+    place: Place,
     argv: Sequence[str],
     *,
     log: Path,
@@ -137,20 +133,18 @@ def run(
             _write_all(stream.fileno(), chunk)
             lines.feed(chunk)
 
-        with _tree(sandbox, command(sandbox, argv), write=write, memory_by=memory_by, record=record) as tree:
+        with _tree(place, place.command(argv), write=write, memory_by=memory_by, record=record) as tree:
             tree.follow(timeout_s)
     return tree.outcome(lines)
 
 
-def shell(sandbox: Sandbox | Plain, argv: Sequence[str] = ("/bin/bash",)) -> int:
+def shell(place: Place, argv: Sequence[str] = ("/bin/bash",)) -> int:
     """Run `argv` inside on this terminal, and return its exit code.
 
     Raises:
         HostError: the sandbox cannot be started on this machine (bubblewrap's message is on the terminal), or was killed.
     """
-    # No --new-session: it would take the terminal away, and job control with it.
-    line = command(sandbox, argv) if isinstance(sandbox, Plain) else ["bwrap", *_options(sandbox), "--", *argv]
-    with _tree(sandbox, line, write=None) as tree:
+    with _tree(place, place.command(argv, terminal=True), write=None) as tree:
         while True:
             try:
                 tree.follow(None)
@@ -167,7 +161,7 @@ def check() -> str | None:
     if shutil.which("bwrap") is None:
         return "bubblewrap (the program bwrap) is not installed"
     probe = Sandbox(root=Path("/"), mounts=(), environment={}, workdir="/", memory=meter.available_memory())
-    tried = subprocess.run(command(probe, ["/bin/true"]), capture_output=True, text=True, check=False)
+    tried = subprocess.run(probe.command(["/bin/true"]), capture_output=True, text=True, check=False)
     return None if tried.returncode == 0 else _explain(tried.stderr)
 
 
@@ -232,9 +226,7 @@ class _Tree:
     report: int
     control: int
     meter: Meter
-    memory: int
-    network: bool
-    plain: bool
+    place: Place
     write: Callable[[bytes], None] | None
     started: float = field(default_factory=time.monotonic)
     peak: int = 0
@@ -286,18 +278,17 @@ class _Tree:
         """
         if self.exit is None and lines.complaint:
             raise HostError(f"the sandbox could not be started: {_explain(lines.complaint)}", remedy="run `builder doctor`")
-        # On the machine itself a resolver may ask a server on loopback, which the recorder does not hear.
-        by_log = self.unwatched is not None or (self.plain and not self.reached)
+        by_log = self.unwatched is not None or (not self.place.hears_every_name and not self.reached)
         return Outcome(
             returncode=KILLED if self.exit is None else self.exit,
             wall_s=time.monotonic() - self.started,
             cpu_s=self.cpu_s,
-            peak_memory=max(self.peak, self.memory) if self.over else self.peak,
-            memory_bound=self.memory,
+            peak_memory=max(self.peak, self.place.memory) if self.over else self.peak,
+            memory_bound=self.place.memory,
             memory_by=self.meter.by,
             killed_by_memory=self.over,
-            reached=() if self.network else tuple(lines.reached if by_log else self.reached),
-            network_by="host" if self.network else "log" if by_log else "recorder",
+            reached=() if self.place.network else tuple(lines.reached if by_log else self.reached),
+            network_by="host" if self.place.network else "log" if by_log else "recorder",
             timed_out=self.timed_out,
         )
 
@@ -338,7 +329,7 @@ class _Tree:
 
 @contextlib.contextmanager
 def _tree(
-    sandbox: Sandbox | Plain,
+    place: Place,
     line: Sequence[str],
     *,
     write: Callable[[bytes], None] | None,
@@ -353,7 +344,7 @@ def _tree(
     program = shutil.which(line[0])
     if program is None:
         raise HostError("bubblewrap (the program bwrap) is not installed", remedy="run `builder doctor`")
-    bound = meter.open_meter(sandbox.memory, memory_by)
+    bound = meter.open_meter(place.memory, memory_by)
     with contextlib.closing(bound):
         control_read, control_write = os.pipe()
         report_read, report_write = os.pipe()
@@ -361,8 +352,8 @@ def _tree(
             supervisor = subprocess.Popen(
                 [
                     *(sys.executable, "-I", "-S", "-c", _START, str(Path(__file__).parents[2])),
-                    *(str(control_read), str(report_write), "record" if record and not sandbox.network else "plain"),
-                    *(sandbox.hostname, program, *line[1:]),
+                    *(str(control_read), str(report_write), "record" if record and not place.network else "plain"),
+                    *(place.hostname, program, *line[1:]),
                 ],
                 stdin=None if write is None else subprocess.DEVNULL,
                 stdout=None if write is None else subprocess.PIPE,
@@ -380,9 +371,7 @@ def _tree(
             report=report_read,
             control=control_write,
             meter=bound,
-            memory=sandbox.memory,
-            network=sandbox.network,
-            plain=isinstance(sandbox, Plain),
+            place=place,
             write=write,
         )
         try:

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from builder.box import meter
 from builder.data.toolchain import schedule
-from builder.proof.record import Jobs, Record
-from gracefarm.tables import parse_size
+from gracefarm.tables import Table, parse_size
 
 OTHERS = 512 << 20
 "Bytes beside the compilers: Python, with torch in it, and the build tools."
+
+
+class Jobs(Table):
+    """How many compilations ran beside each other, and why."""
+
+    count: int
+    reason: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,21 +38,6 @@ def cores() -> int:
     """Processors this process may use: its affinity, or a cgroup's CPU quota where that is less, rounded up."""
     affinity, quota = len(os.sched_getaffinity(0)), meter.cpu_quota()
     return affinity if quota is None else max(1, min(affinity, math.ceil(quota)))
-
-
-def learned(records: Iterable[Record], *, stack: str, target: str) -> Learned | None:
-    """From records of one recipe, newest first: the last success against the stack for the target, or None."""
-    for one in records:
-        if one.compiler_cache and one.compiler_cache.hits:
-            continue  # what comes from a cache takes no memory
-        if one.outcome != "built" or one.stack != stack or one.inputs.get("target") != target or one.jobs is None:
-            continue
-        compiles = [stage for stage in one.stages if stage.name == "compile" and stage.peak_memory]
-        if compiles:
-            # More than one: the earlier ones were killed by memory, and the last ran with the fewer jobs of the record.
-            killed = compiles[-2].memory_bound if len(compiles) > 1 else None
-            return Learned(count=one.jobs.count, peak=compiles[-1].peak_memory or 0, killed_at=killed)
-    return None
 
 
 def plan(

@@ -1,4 +1,4 @@
-"""From a source tree to a wheel, by PEP 517, in the sandbox; and what a failed build's log really says."""
+"""From a source tree to a wheel, by PEP 517, in its place; and what a failed build's log really says."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import re
 import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from builder.box import sandbox
-from builder.box.plain import Plain
-from builder.box.sandbox import Outcome, Sandbox
+from builder.box.place import Place
+from builder.box.sandbox import Outcome
 from builder.planning.plan import Plan
 from gracefarm.errors import CompileError, DiskFullError, GracefarmError, MemoryBoundError, NetworkError
 from gracefarm.settings import Settings
@@ -33,7 +33,7 @@ DISK_FULL = re.compile(r"No space left on device|Disk quota exceeded")
 class Job:
     """One compile: where it runs and what it is called."""
 
-    sandbox: Sandbox | Plain
+    place: Place
     command: tuple[str, ...]
     log: Path
     log_start: int = 0
@@ -55,13 +55,14 @@ def check_requirements(plan: Plan, source: Path) -> None:
         raise CompileError(f"pyproject.toml of {plan.recipe.data.name}: {error}", remedy="patch it in the recipe") from error
     locked = plan.installed
     marker = {"python_version": plan.stack.data.python, "platform_machine": plan.target.value}
-    for one in wanted:
-        if one.marker is not None and not one.marker.evaluate(marker):
+    for requirement in wanted:
+        if requirement.marker is not None and not requirement.marker.evaluate(marker):
             continue
-        version = locked.get(canonicalize_name(one.name))
-        if version is None or not one.specifier.contains(version, prereleases=True):
+        version = locked.get(canonicalize_name(requirement.name))
+        if version is None or not requirement.specifier.contains(version, prereleases=True):
+            have = f"stack {plan.stack.data.name} has {version or 'none'}"
             raise CompileError(
-                f"{plan.recipe.data.name} needs {str(one)!r} to build, stack {plan.stack.data.name} has {version or 'none'}",
+                f"{plan.recipe.data.name} needs {str(requirement)!r} to build, {have}",
                 remedy="add it to the stack's requirements and lock it anew, or patch the requirement in the recipe",
                 repeat=f"builder lock-stack {plan.stack.data.name}",
             )
@@ -75,31 +76,10 @@ def _requires(pyproject: bytes) -> list[Requirement]:
     """
     system = tomllib.loads(pyproject.decode()).get("build-system", {})
     requires = system.get("requires", []) if isinstance(system, dict) else None
-    if not isinstance(requires, list) or not all(isinstance(one, str) for one in requires):
+    if not isinstance(requires, list) or not all(isinstance(text, str) for text in requires):
         msg = "build-system.requires is no list of requirements"
         raise ValueError(msg)
     return [Requirement(text) for text in requires]
-
-
-def command(plan: Plan, environment: str = "/env", folder: str = "/build") -> tuple[str, ...]:
-    """What runs in the sandbox; a person can type it in `builder shell`."""
-    build = plan.recipe.data.build
-    found = {key: value.replace("/build/", f"{folder}/") for key, value in build.config_settings.items()}
-    settings = tuple(f"-C{key}={value}" for key, value in sorted(found.items()))
-    place = str(PurePosixPath(folder) / "source" / build.subdirectory)
-    # --skip-dependency-check: check_requirements did it; build would start the emulated setup.py, and torch, once more.
-    return (
-        f"{environment}/bin/python3",
-        "-m",
-        "build",
-        "--wheel",
-        "--no-isolation",
-        "--skip-dependency-check",
-        *settings,
-        "--outdir",
-        f"{folder}/out",
-        place,
-    )
 
 
 def run(job: Job, on_progress: Callable[[int, int], None]) -> Outcome:
@@ -109,7 +89,7 @@ def run(job: Job, on_progress: Callable[[int, int], None]) -> Outcome:
         if match := NINJA.match(line):
             on_progress(int(match[1]), int(match[2]))
 
-    return sandbox.run(job.sandbox, job.command, log=job.log, on_line=on_line)
+    return sandbox.run(job.place, job.command, log=job.log, on_line=on_line)
 
 
 def judge(outcome: Outcome, job: Job, plan: Plan) -> None:

@@ -1,4 +1,4 @@
-"""Translation units: what front.py noted of each while a build ran, and what the records say of earlier builds."""
+"""Translation units: what front.py noted of each while a build ran, and what schedule.py goes by."""
 
 from __future__ import annotations
 
@@ -9,22 +9,38 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import Field, ValidationError
 
 from builder.planning.recipe import Build
-from builder.proof.record import CompilerCache, Record, Unit
-from gracefarm.tables import parse_size
+from builder.toolchains.wrappers import UNITS
+from gracefarm.tables import Table, parse_size
 
-NAME, SCHEDULE = "units.jsonl", "schedule.json"
-"In a build's working folder: what front.py writes, what schedule.py reads."
 _NO_UNIT = re.compile(r"^\.\./|(?:^|/)CMakeFiles/")
 "What configure steps compile to find something out: outside the source, or in CMake's own folders."
 
 
-class Note(BaseModel):
-    """A line of front.py's."""
+class Unit(Table):
+    """What one translation unit costs when it is compiled."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    wall_s: float
+    cpu_s: float
+    peak_memory: int = Field(description="Bytes")
+
+
+class CompilerCache(Table):
+    """What the compiler cache did; counts are compilations."""
+
+    hits: int
+    misses: int
+    uncacheable: int
+    reasons: dict[str, int] = Field(default_factory=dict, description="Of the uncacheable, in ccache's words")
+    saved_cpu_s: float = Field(
+        description="CPU seconds that the hits took when they were compiled; unknown ones count nothing"
+    )
+
+
+class Note(Table):
+    """A line of front.py's."""
 
     unit: str
     outcome: str
@@ -37,66 +53,57 @@ class Note(BaseModel):
 def read(folder: Path) -> list[Note]:
     """The notes in a working folder; of a build that was cut off, the last may be half a line."""
     try:
-        lines = (folder / NAME).read_bytes().splitlines()
+        lines = (folder / UNITS).read_bytes().splitlines()
     except OSError:
         return []
-    found = []
+    notes = []
     for line in lines:
         try:
             note = Note.model_validate_json(line)
         except ValidationError:
             continue
         if not _NO_UNIT.search(note.unit):
-            found.append(note)
-    return found
+            notes.append(note)
+    return notes
 
 
 def costs(notes: Iterable[Note], known: Mapping[str, Unit]) -> dict[str, Unit]:
     """What each unit costs when it is compiled: as noted, and for what came from the cache as it was known before."""
-    found: dict[str, Unit] = {}
+    units: dict[str, Unit] = {}
     for note in notes:
         if note.outcome == "hit":
             if note.unit in known:
-                found.setdefault(note.unit, known[note.unit])
+                units.setdefault(note.unit, known[note.unit])
             continue
-        before = found.get(note.unit)
+        before = units.get(note.unit)
         if before is None or before.cpu_s < note.cpu_s:  # compiled for two libraries
-            found[note.unit] = Unit(wall_s=note.wall_s, cpu_s=note.cpu_s, peak_memory=note.peak_memory)
-    return dict(sorted(found.items()))
-
-
-def learned(records: Iterable[Record], *, stack: str, target: str) -> dict[str, Unit]:
-    """What units cost in earlier builds of one recipe, failed ones too; `records` newest first, and the newest word counts."""
-    found: dict[str, Unit] = {}
-    for one in records:
-        if one.stack == stack and one.inputs.get("target") == target:
-            found = dict(one.units) | found
-    return found
+            units[note.unit] = Unit(wall_s=note.wall_s, cpu_s=note.cpu_s, peak_memory=note.peak_memory)
+    return dict(sorted(units.items()))
 
 
 def statistics(notes: Sequence[Note], known: Mapping[str, Unit]) -> CompilerCache | None:
     """What the cache did; None where it was off."""
-    said = Counter(note.outcome for note in notes)
-    if not said or set(said) == {"off"}:
+    outcomes = Counter(note.outcome for note in notes)
+    if not outcomes or set(outcomes) == {"off"}:
         return None
     hits = [note for note in notes if note.outcome == "hit"]
     saved = sum(max(0.0, known[note.unit].cpu_s - note.cpu_s) for note in hits if note.unit in known)
-    other = {key: count for key, count in sorted(said.items()) if key not in ("hit", "miss")}
+    other = {key: count for key, count in sorted(outcomes.items()) if key not in ("hit", "miss")}
     return CompilerCache(
-        hits=said["hit"],
-        misses=said["miss"],
+        hits=outcomes["hit"],
+        misses=outcomes["miss"],
         uncacheable=sum(other.values()),
         reasons=other,
         saved_cpu_s=round(saved, 1),
     )
 
 
-def title(found: CompilerCache) -> str:
+def title(cache: CompilerCache) -> str:
     """One line for console and log."""
-    reasons = "".join(f"; {count} x {reason}" for reason, count in found.reasons.items())
+    reasons = "".join(f"; {count} x {reason}" for reason, count in cache.reasons.items())
     return (
-        f"compiler cache: {found.hits} hits, {found.misses} misses, {found.uncacheable} not cacheable{reasons}; "
-        f"about {found.saved_cpu_s:.0f} CPU s saved"
+        f"compiler cache: {cache.hits} hits, {cache.misses} misses, {cache.uncacheable} not cacheable{reasons}; "
+        f"about {cache.saved_cpu_s:.0f} CPU s saved"
     )
 
 
@@ -114,8 +121,8 @@ def schedule(known: Mapping[str, Unit], build: Build, tree: Path, *, memory: int
             "memory": memory,
             "per_job": parse_size(build.memory_per_job),
             "declared": {glob: parse_size(size) for glob, size in build.unit_memory.items()},
-            "peaks": {name: one.peak_memory for name, one in known.items()},
-            "seconds": {name: one.wall_s for name, one in known.items()} | declared,
+            "peaks": {name: unit.peak_memory for name, unit in known.items()},
+            "seconds": {name: unit.wall_s for name, unit in known.items()} | declared,
         }
     )
 

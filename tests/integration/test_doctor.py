@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from builder.box import binfmt
 from builder.ground import root
 from builder.planning import stack
 from builder.planning.stack import Arch
@@ -25,15 +26,15 @@ needs_cross = pytest.mark.skipif(HOST is not Arch.X86_64, reason="an aarch64 hos
 
 
 def check(settings: Settings, name: str) -> Check:
-    (found,) = [one for one in doctor.checks(settings) if one.name == name]
+    (found,) = [check for check in doctor.checks(settings) if check.name == name]
     return found
 
 
 def test_a_machine_set_up_by_bootstrap_lacks_nothing() -> None:
     """But for the size of its disk, and what recipes/triton wants of the kernel: that is for `doctor --fix`."""
-    bad = [one for one in doctor.checks(settings_module.load()) if not one.ok]
-    assert [one for one in bad if one.name != "disk" and not one.name.startswith("binfmt")] == []
-    assert all("needed by" in one.found for one in bad if one.name.startswith("binfmt"))
+    bad = [check for check in doctor.checks(settings_module.load()) if not check.ok]
+    assert [check for check in bad if check.name != "disk" and not check.name.startswith("binfmt")] == []
+    assert all("needed by" in check.found for check in bad if check.name.startswith("binfmt"))
 
 
 def test_the_package_list_is_debians(tmp_path: Path) -> None:
@@ -49,7 +50,7 @@ def test_missing_programs_are_named_with_their_package(monkeypatch: pytest.Monke
     for name in ("dpkg-query", "git"):
         (tmp_path / name).symlink_to(f"/usr/bin/{name}")
     monkeypatch.setenv("PATH", str(tmp_path))
-    found = {one.name: one for one in doctor.checks(settings_module.load())}
+    found = {check.name: check for check in doctor.checks(settings_module.load())}
     assert found["git"].ok
     assert found["bubblewrap"].packages == ("bubblewrap",)
     assert found["bubblewrap"].found == "not installed"
@@ -122,7 +123,7 @@ def test_binfmt_matters_only_to_recipes_that_need_it(farm: Farm) -> None:
     binfmt_recipe(farm)
     after = check(farm.settings, "binfmt aarch64")
     assert "needed by foreign" in after.found
-    assert after.ok == (doctor.registration(Arch.AARCH64) is None)
+    assert after.ok == (binfmt.registration(Arch.AARCH64) is None)
 
 
 IN_NAMESPACE = """
@@ -135,7 +136,7 @@ one = stack.load(loaded.project / "stacks", "bare")
 place = root.ensure(one, stack.host_arch(), Arch.AARCH64, loaded)
 box = sandbox.Sandbox(root=place, mounts=(), environment={}, workdir="/", memory=0)
 machine = "import platform; print(platform.machine())"
-foreign = sandbox.command(box, ["/usr/libexec/gracefarm/python3.11-aarch64", "-c", machine])
+foreign = box.command(["/usr/libexec/gracefarm/python3.11-aarch64", "-c", machine])
 before = subprocess.run(foreign, capture_output=True)
 found = doctor.checks(loaded)
 assert not {one.name: one.ok for one in found}["binfmt aarch64"]
@@ -151,7 +152,7 @@ def test_fix_registers_the_roots_qemu_for_programs_inside_the_sandbox(farm: Farm
     """In a user namespace, which has a binfmt_misc of its own (Linux 6.7), so that this machine's stays as it is."""
     binfmt_recipe(farm)
     alone = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
-    mount = f"mount -t binfmt_misc binfmt_misc {doctor.BINFMT}"
+    mount = f"mount -t binfmt_misc binfmt_misc {binfmt.FOLDER}"
     if subprocess.run([*alone, mount], capture_output=True, check=False).returncode:
         pytest.skip("this kernel has one binfmt_misc for all")
     command = [*alone, f'{mount} && exec "$@"', "sh", sys.executable, "-c", IN_NAMESPACE]
@@ -174,12 +175,12 @@ def test_fix_registers_the_roots_qemu_for_programs_inside_the_sandbox(farm: Farm
 def test_only_a_registration_that_works_in_a_sandbox_counts(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, state: str, says: str | None
 ) -> None:
-    monkeypatch.setattr(doctor, "BINFMT", tmp_path)
-    assert doctor.registration(Arch.AARCH64) == "binfmt_misc is not mounted"
+    monkeypatch.setattr(binfmt, "FOLDER", tmp_path)
+    assert binfmt.registration(Arch.AARCH64) == "binfmt_misc is not mounted"
     (tmp_path / "register").touch()
     if state:
         (tmp_path / "qemu-aarch64").write_text(state)
-    found = doctor.registration(Arch.AARCH64)
+    found = binfmt.registration(Arch.AARCH64)
     assert found is None if says is None else says in (found or "")
 
 

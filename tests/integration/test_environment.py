@@ -73,8 +73,8 @@ class Index:
         project.mkdir(parents=True, exist_ok=True)
         wheel.rename(project / wheel.name)
         links = [
-            f'<a href="{wheel.name}#sha256={hashlib.sha256(wheel.read_bytes()).hexdigest()}">{wheel.name}</a>'
-            for wheel in sorted(project.glob("*.whl"))
+            f'<a href="{file.name}#sha256={hashlib.sha256(file.read_bytes()).hexdigest()}">{file.name}</a>'
+            for file in sorted(project.glob("*.whl"))
         ]
         (project / "index.html").write_text(f"<!DOCTYPE html><html><body>{''.join(links)}</body></html>")
 

@@ -20,13 +20,18 @@ from pathlib import Path
 import httpx
 import pytest
 
+from builder import toolchains
 from builder.box import sandbox
 from builder.box.sandbox import Sandbox
-from builder.flow import build, run
+from builder.flow import run
+from builder.flow.ground import lay_ground
 from builder.ground import root
-from builder.planning import gaps, packages, pins, plan, recipe, stack
+from builder.planning import gaps, packages, pins, recipe, stack
+from builder.planning.plan import Wanted
 from builder.planning.stack import Arch, host_arch
 from builder.toolchains import host_tools
+from builder.toolchains.container import ContainerToolchain
+from builder.toolchains.host import HostToolchain
 from gracefarm.console import Console
 from gracefarm.errors import ConfigError, HostError
 from gracefarm.files import remove_tree
@@ -256,10 +261,10 @@ def place(farm: Farm, name: str, folder: Path) -> Sandbox:
     """The sandbox of a build for aarch64 against that stack, with `folder` as its working folder."""
     farm.recipe("tiny", projects.backend("pass"), stack=name, build={"cuda": True})
     loaded = stack.load(farm.settings.project / "stacks", name)
-    made = plan.make(recipe.load(farm.settings.project / "recipes", "tiny"), loaded, host_arch(), Arch.AARCH64)
-    ground = build.lay_ground(made, farm.settings, Console())
+    made = toolchains.make(recipe.load(farm.settings.project / "recipes", "tiny"), loaded, host_arch(), Arch.AARCH64)
+    ground = lay_ground(made, farm.settings, Console())
     (folder / "tmp").mkdir(parents=True)
-    box = build.build_sandbox(made, ground, farm.settings, folder, count=1, epoch=1, memory=4 << 30)
+    box = made.toolchain.place(made, ground, farm.settings, folder, jobs=1, epoch=1, memory=4 << 30, cached=False)
     assert isinstance(box, Sandbox)
     return box
 
@@ -340,7 +345,7 @@ def test_trap_6_is_asked_of_the_machine_itself(farm: Farm, tmp_path: Path, monke
     nvcc.chmod(0o755)
     monkeypatch.setattr(host_tools, "host_arch", lambda: Arch.AARCH64)
     monkeypatch.setattr(os, "confstr", lambda _: "glibc 2.39")
-    wanted = host_tools.Wanted(python=Path(python311()), cuda=tmp_path / "cuda")
+    wanted = Wanted(python=Path(python311()), cuda=tmp_path / "cuda")
     with pytest.raises(HostError, match=r"headers of glibc 2\.39"):
         host_tools.find(stack.load(farm.settings.project / "stacks", "cu124"), wanted, cuda=True)
     assert host_tools.find(stack.load(farm.settings.project / "stacks", "cu124"), wanted, cuda=False).glibc == "2_39"
@@ -349,19 +354,18 @@ def test_trap_6_is_asked_of_the_machine_itself(farm: Farm, tmp_path: Path, monke
 def test_trap_7_triton_is_refused_in_a_container(farm: Farm) -> None:
     triton = recipe.load(REPOSITORY / "recipes", "triton")
     base = stack.load(REPOSITORY / "stacks", "cu124")
-    contained = plan.Contained(engine="podman", cibuildwheel="4")
+    contained = ContainerToolchain(engine="podman", cibuildwheel="4")
     with pytest.raises(ConfigError, match=r"triton is not built with --toolchain container: .*GLIBCXX_3\.4\.26") as refused:
-        plan.make(triton, base, Arch.AARCH64, Arch.AARCH64, contained)
+        toolchains.make(triton, base, Arch.AARCH64, Arch.AARCH64, contained)
     assert refused.value.remedy == "take another: sandbox, host"
-    plan.make(triton, base, Arch.AARCH64, Arch.AARCH64)
-    plan.make(recipe.load(REPOSITORY / "recipes", "flash_attn"), base, Arch.AARCH64, Arch.AARCH64, contained)
-    here = host_tools.find(
-        stack.load(farm.settings.project / "stacks", "bare"), host_tools.Wanted(python=Path(python311())), cuda=False
-    )
+    toolchains.make(triton, base, Arch.AARCH64, Arch.AARCH64)
+    toolchains.make(recipe.load(REPOSITORY / "recipes", "flash_attn"), base, Arch.AARCH64, Arch.AARCH64, contained)
+    bare = stack.load(farm.settings.project / "stacks", "bare")
+    here = HostToolchain.find(bare, Wanted(python=Path(python311())), cuda=False)
     changed = replace(triton, data=triton.data.model_copy(update={"refuses": {"host": "why"}}))
-    assert plan.make_here(triton, here).machine is here
+    assert toolchains.make(triton, bare, host_arch(), host_arch(), here).toolchain is here
     with pytest.raises(ConfigError, match="not built with --toolchain host: why"):
-        plan.make_here(changed, here)
+        toolchains.make(changed, bare, host_arch(), host_arch(), here)
 
 
 @pytest.mark.parametrize("name", ["triton", "flash_attn", "aphrodite"])

@@ -20,10 +20,11 @@ from pathlib import Path
 import pytest
 import tomlkit
 
+from builder import toolchains
 from builder.fetch import Download, download
-from builder.flow import build
+from builder.flow.ground import lay_ground
 from builder.ground import debian
-from builder.planning import packages, plan, recipe, stack
+from builder.planning import packages, recipe, stack
 from builder.planning.stack import Arch, host_arch
 from gracefarm.console import Console
 from tests import projects
@@ -109,8 +110,8 @@ def programs(farm: Farm, folder: Path) -> dict[str, bytes]:
     subprocess.run(["dpkg-deb", "--extract", place, folder], check=True)
     found = {name: next(path for path in folder.rglob(f"bin/{name}") if path.is_file()) for name in TOOLS}
     farm.recipe("headers", projects.backend("pass"), stack=base.data.name)
-    made = plan.make(recipe.load(farm.settings.project / "recipes", "headers"), base, host_arch(), Arch.AARCH64)
-    ground = build.lay_ground(made, farm.settings, Console())
+    made = toolchains.make(recipe.load(farm.settings.project / "recipes", "headers"), base, host_arch(), Arch.AARCH64)
+    ground = lay_ground(made, farm.settings, Console())
     cupti = ground.packages(made) / "nvidia/cuda_cupti"
     libraries = {f"lib/{library.name}": library for library in sorted((cupti / "lib").glob("*.so*"))}
     # Links there, which setup.py's copy follows.

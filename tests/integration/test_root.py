@@ -327,7 +327,7 @@ def test_a_new_lock_is_whole(own: Settings, tmp_path: Path) -> None:
     loaded = LoadedStack(folder=target, data=CU130.data)
     loaded.root_lock.write_text(resolve.root_lock(loaded, own))
     for host, targets in CU130.data.root.hosts.items():
-        for target in targets:
-            names = {deb.name for deb in packages.of_root(loaded, host, target)}
+        for arch in targets:
+            names = {deb.name for deb in packages.of_root(loaded, host, arch)}
             # What nobody named: apt found it.
             assert {"libc6", "libpython3.11-stdlib", "binutils-common"} <= names

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from builder import smoke
-from builder.ground import environment, root
+from builder.box import gpu
 from builder.planning import stack
 from builder.planning.stack import host_arch
+from builder.toolchains.sandbox import SandboxToolchain
 from gracefarm.errors import SmokeError
 from tests.conftest import Farm
 from tests.integration.test_environment import make_wheel
@@ -55,21 +56,22 @@ def fake_driver(folder: Path) -> str:
     kind = {"aarch64": "AArch64", "x86_64": "x86-64"}[host_arch().value]
     old, own = "libcuda.so.1 (libc6) => 32/libcuda.so.1", ("libcuda.so.1", "libz.so.1", "libnvidia-ptxjitcompiler.so.1")
     lines = [old, *(f"{name} (libc6,{kind}) => {name}" for name in own), old]
-    return "567 libs found in cache\n" + "".join(f"\t{one.replace('=> ', f'=> {folder}/')}\n" for one in lines)
+    return "567 libs found in cache\n" + "".join(f"\t{line.replace('=> ', f'=> {folder}/')}\n" for line in lines)
 
 
 def trial(farm: Farm, folder: Path, script: str) -> smoke.Trial:
     """A wheel that is a fake torch with a GPU, in this machine's own root; no compiler runs emulated where a GPU is."""
     here = host_arch()
     loaded = stack.load(farm.settings.project / "stacks", "bare")
-    base = root.ensure(loaded, here, here, farm.settings)
+    toolchain = SandboxToolchain()
+    ground = toolchain.lay(loaded, here, here, farm.settings, cuda=False)
     torch = FAKE_TORCH.format(seen=True, capability=(9, 0))
     (folder / "script.py").write_text(script)
     return smoke.Trial(
         wheel=make_wheel(folder, "torch", "2.11.0", {"torch/__init__.py": torch}),
         imports=("torch",),
         script=folder / "script.py",
-        bed=smoke.Bed(environment=environment.ensure(loaded, here, base, farm.settings), root=base),
+        bed=toolchain.bed(ground, emulated=False),
         folder=farm.settings.home / "smoke",
         memory=1 << 30,
         log=folder / "log.txt",
@@ -80,8 +82,8 @@ def test_a_launcher_finds_links_and_loads_the_driver_in_the_sandbox(
     farm: Farm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     listing = fake_driver(tmp_path / "driver")
-    monkeypatch.setattr(smoke, "devices", lambda: [Path("/dev/null")])
-    monkeypatch.setattr(smoke, "_loaders_cache", lambda: listing)
+    monkeypatch.setattr(gpu, "devices", lambda: [Path("/dev/null")])
+    monkeypatch.setattr(gpu, "loaders_cache", lambda: listing)
     asked = trial(farm, tmp_path, LAUNCHER)
     try:
         found = smoke.run_gpu(asked, ("90",))
@@ -91,4 +93,4 @@ def test_a_launcher_finds_links_and_loads_the_driver_in_the_sandbox(
 
 
 def test_without_a_driver_the_sandbox_has_none() -> None:
-    assert list(smoke.driver_libraries("0 libs found in cache `/etc/ld.so.cache'\n")) == []
+    assert list(gpu.driver_libraries("0 libs found in cache `/etc/ld.so.cache'\n")) == []

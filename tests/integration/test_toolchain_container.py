@@ -24,16 +24,17 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from builder import toolchains
 from builder.box.sandbox import Outcome
-from builder.compiling import pep517
-from builder.fetch import registry
+from builder.fetch import fill, registry
 from builder.ground import environment, root
 from builder.planning import gaps, stack
 from builder.planning import plan as planning
 from builder.planning import recipe as recipes
-from builder.planning.plan import Contained
+from builder.planning.plan import Ground, Wanted
 from builder.planning.stack import Arch, host_arch
-from builder.toolchains import container
+from builder.toolchains import container, wrappers
+from builder.toolchains.container import ContainerToolchain
 from gracefarm.errors import ConfigError, FetchError, HostError
 from gracefarm.files import remove_tree
 from gracefarm.settings import Settings
@@ -158,11 +159,11 @@ def test_a_c_extension_by_cibuildwheel_then_the_same_gates_smoke_test_and_record
     own = found["inputs"]["toolchain"]  # type: ignore[index]
     assert own["kind"] == "container"
     assert own["image"] == f"localhost/farm@sha256:{depot.sha256}"
-    statuses = {one["gate"]: one["status"] for one in found["verdicts"]}  # type: ignore[index,attr-defined]
+    statuses = {verdict["gate"]: verdict["status"] for verdict in found["verdicts"]}  # type: ignore[index,attr-defined]
     assert "failed" not in statuses.values()
     assert statuses["symbols"] == "passed"
     assert "tiny_c._core" in found["smoke"]["modules"]  # type: ignore[index]
-    (compiled,) = [one for one in found["stages"] if one["name"] == "compile"]  # type: ignore[attr-defined]
+    (compiled,) = [stage for stage in found["stages"] if stage["name"] == "compile"]  # type: ignore[attr-defined]
     assert compiled["note"].startswith("container without network")
     assert "cibuildwheel" in compiled["command"]
     wheel = Path(done.out.strip())
@@ -181,7 +182,7 @@ def with_cuda(farm: Farm) -> None:
     (place / "stack.toml").write_text(
         text.replace("requirements = []", f"requirements = {json.dumps(whole.data.toolchain.requirements)}")
     )
-    wanted = tuple(f"{Requirement(one).name}==" for one in whole.data.toolchain.requirements)
+    wanted = tuple(f"{Requirement(requirement).name}==" for requirement in whole.data.toolchain.requirements)
     lines = whole.requirements_lock.read_text().splitlines()
     with (place / "requirements.lock").open("a") as stream:
         stream.writelines(f"{before}\n{line}\n" for before, line in pairwise(lines) if line.startswith(wanted))
@@ -198,7 +199,7 @@ def test_cuda_of_the_image_for_the_stacks_architectures_alone(farm: Farm, depot:
     log = farm.run("log", "tiny_cuda").out
     assert done.code == 0, f"{done.said}\n{log[-3000:]}"
     found = record_of(farm, "tiny_cuda")
-    statuses = {one["gate"]: one["status"] for one in found["verdicts"]}  # type: ignore[attr-defined]
+    statuses = {verdict["gate"]: verdict["status"] for verdict in found["verdicts"]}  # type: ignore[attr-defined]
     assert statuses["cubins"] == statuses["symbols"] == statuses["rpath"] == "passed"
     assert found["inputs"]["toolchain"]["cuda"] == CUDA  # type: ignore[index]
     assert "dropped -gencode arch=compute_100,code=sm_100" in log
@@ -260,14 +261,14 @@ def test_a_container_is_held_to_the_bound_where_its_engine_can(
     """A compiler of 1.5 GiB at a bound of 1: the kernel kills it in there, and the build ends as one in a sandbox does."""
     for name, value in depot.variables.items():
         monkeypatch.setenv(name, value)
-    if not container.find().bounds_memory:
+    if not find().bounds_memory:
         pytest.skip("podman has no memory controller here")
     farm.recipe("tiny", projects.backend(LARGE))
     with_image(farm, depot.sha256)
     done = farm.run("build", "tiny", *AIM, "--jobs", "1", GRACEFARM_MEMORY="1GiB", **depot.variables)
     assert done.code == 22, f"{done.said}\n{farm.run('log', 'tiny').out[-3000:]}"
     assert "the build of tiny was killed at its bound of 1.0 GiB (podman)" in done.said
-    (compiled,) = [one for one in record_of(farm, "tiny")["stages"] if one["name"] == "compile"]  # type: ignore[attr-defined]
+    (compiled,) = [stage for stage in record_of(farm, "tiny")["stages"] if stage["name"] == "compile"]  # type: ignore[attr-defined]
     assert (compiled["memory_bound"], compiled["memory_by"]) == (1 << 30, "podman")
     assert "podman holds its memory to the bound" in compiled["note"]
     assert depot.podman("ps", "--all", "--quiet").stdout == ""
@@ -304,7 +305,7 @@ def test_a_build_that_is_cut_off_leaves_no_container_behind_the_next_one(farm: F
     running = start(own, "build", "tiny", *AIM)
     watch = threading.Timer(120, running.kill)
     watch.start()
-    while "waiting" not in "".join(one.read_text() for one in (farm.settings.home / "builds").glob("*/log.txt")):
+    while "waiting" not in "".join(log.read_text() for log in (farm.settings.home / "builds").glob("*/log.txt")):
         assert running.poll() is None, running.communicate()
         time.sleep(0.2)
     running.kill()
@@ -335,10 +336,19 @@ def test_an_image_that_cannot_be_had_is_the_fetch_that_failed(farm: Farm, depot:
 # --- without an engine -------------------------------------------------------------------------------------------------------
 
 
+def find() -> ContainerToolchain:
+    """As for a build against any stack: an engine and cibuildwheel are all that is looked for."""
+    return ContainerToolchain.find(stack.load(REPOSITORY / "stacks", "cu130"), Wanted(), cuda=False)
+
+
+def ground(folder: Path) -> Ground:
+    return Ground(root=folder, environment=folder, packages=folder, compiler=None, title="")
+
+
 def plan_in(farm: Farm, stack_name: str, name: str, target: Arch = Arch.AARCH64) -> planning.Plan:
     loaded = recipes.load(farm.settings.project / "recipes", name)
     base = stack.load(farm.settings.project / "stacks", stack_name)
-    return planning.make(loaded, base, HERE, target, Contained(engine="podman", cibuildwheel="4.3"))
+    return toolchains.make(loaded, base, HERE, target, ContainerToolchain(engine="podman", cibuildwheel="4.3"))
 
 
 def test_a_stack_without_an_image_is_no_stack_for_containers(farm: Farm) -> None:
@@ -357,11 +367,11 @@ def test_an_image_without_cuda_is_none_for_cuda(farm: Farm) -> None:
 def test_the_image_of_cu124_is_a_gap_of_container_builds_alone(farm: Farm) -> None:
     put_back(farm.settings.project)
     farm.recipe("tiny", projects.backend("return wheel(wheel_directory)"), stack="cu124")
-    whats = [one.what for one in gaps.of_plan(plan_in(farm, "cu124", "tiny"))]
+    whats = [gap.what for gap in gaps.of_plan(plan_in(farm, "cu124", "tiny"))]
     assert whats[-1] == "image docker.io/pytorch/manylinuxaarch64-builder:cuda12.4"
     base = stack.load(farm.settings.project / "stacks", "cu124")
-    sandboxed = planning.make(recipes.load(farm.settings.project / "recipes", "tiny"), base, HERE, Arch.AARCH64)
-    assert [one.what for one in gaps.of_plan(sandboxed)] == whats[:-1]
+    sandboxed = toolchains.make(recipes.load(farm.settings.project / "recipes", "tiny"), base, HERE, Arch.AARCH64)
+    assert [gap.what for gap in gaps.of_plan(sandboxed)] == whats[:-1]
     with pytest.raises(ConfigError) as refused:
         gaps.require_none(plan_in(farm, "cu124", "tiny"))
     assert refused.value.repeat == "builder lock tiny --toolchain container"
@@ -375,34 +385,34 @@ def test_config_settings_name_the_source_where_it_is(farm: Farm, tmp_path: Path)
     farm.recipe("tiny", projects.backend("return wheel(wheel_directory)"), build={"cuda": False, "config_settings": settings})
     with_image(farm, "0" * 64)
     made = plan_in(farm, "bare", "tiny", HERE)
-    assert "-Ccmake.args=-DSEED=/build/source/seed;-DOTHER=/build/sources" in pep517.command(made)
-    assert "-Ccmake.args=-DSEED=/work/source/seed;-DOTHER=/work/sources" in pep517.command(made, "/site", "/work")
-    text = container.configuration(made, tmp_path, None, tmp_path, jobs=1, epoch=0, memory=1 << 30)
+    assert "-Ccmake.args=-DSEED=/build/source/seed;-DOTHER=/build/sources" in wrappers.command(made)
+    assert "-Ccmake.args=-DSEED=/work/source/seed;-DOTHER=/work/sources" in wrappers.command(made, "/site", "/work")
+    text = container.configuration(made.toolchain, made, ground(tmp_path), tmp_path, jobs=1, epoch=0, memory=1 << 30)
     assert "-DSEED=/project/seed;-DOTHER=/build/sources" in text
 
 
 def test_no_engine_is_said_before_anything_else(farm: Farm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(HostError, match="no container engine answers"):
-        container.find()
+        find()
     broken = tmp_path / "docker"
     broken.write_text("#!/bin/sh\nexit 1\n")
     broken.chmod(0o755)
     with pytest.raises(HostError, match="no container engine answers"):
-        container.find()
+        find()
     broken.write_text("#!/bin/sh\nexit 0\n")
-    assert container.find().engine == "docker"
+    assert find().engine == "docker"
     broken.write_text("#!/bin/sh\n[ $# = 1 ]\n")  # which knows no such question
-    assert container.find() == Contained(engine="docker", cibuildwheel=version("cibuildwheel"))
-    for name, said, bounds in (
+    assert find() == ContainerToolchain(engine="docker", cibuildwheel=version("cibuildwheel"))
+    for name, output, bounds in (
         ("docker", "true", True),
         ("docker", "false", False),
         ("podman", "[cpuset cpu io memory pids]", True),
         ("podman", "[cpu pids]", False),
     ):
-        (tmp_path / name).write_text(f"#!/bin/sh\necho '{said}'\n")
+        (tmp_path / name).write_text(f"#!/bin/sh\necho '{output}'\n")
         (tmp_path / name).chmod(0o755)
-        found = container.find()
+        found = find()
         assert (found.engine, found.bounds_memory) == (name, bounds)
 
 
@@ -422,7 +432,7 @@ def test_what_the_kernel_killed_in_a_bounded_container_is_known_by_the_log(
     farm.recipe("tiny", projects.backend("return wheel(wheel_directory)"))
     with_image(farm, "0" * 64)
     made = plan_in(farm, "bare", "tiny", HERE)
-    bounded = replace(made, contained=Contained(engine="podman", cibuildwheel="4.3", bounds_memory=True))
+    unbounded_toolchain, bounded = made.toolchain, ContainerToolchain(engine="podman", cibuildwheel="4.3", bounds_memory=True)
     outcome = Outcome(
         returncode=1,
         wall_s=1,
@@ -434,13 +444,16 @@ def test_what_the_kernel_killed_in_a_bounded_container_is_known_by_the_log(
         reached=(),
     )
     (log := tmp_path / "log.txt").write_text(f"[1/2] a\n{line}\n")
-    found = container.heard(outcome, bounded, log, 0)
+    found = bounded.understood(outcome, log, 0)
     assert (found.killed_by_memory, found.memory_by) == (killed, "podman")
-    assert not container.heard(replace(outcome, returncode=0), bounded, log, 0).killed_by_memory
+    assert not bounded.understood(replace(outcome, returncode=0), log, 0).killed_by_memory
     # Without a bound of the container's own, a kill there is somebody else's.
-    unbounded = container.heard(outcome, made, log, 0)
+    unbounded = made.toolchain.understood(outcome, log, 0)
     assert (unbounded.killed_by_memory, unbounded.memory_by) == (False, "cgroup2")
-    options = [container.configuration(one, tmp_path, None, tmp_path, jobs=1, epoch=0, memory=7) for one in (bounded, made)]
+    options = [
+        container.configuration(toolchain, made, ground(tmp_path), tmp_path, jobs=1, epoch=0, memory=7)
+        for toolchain in (bounded, unbounded_toolchain)
+    ]
     assert ["--memory=7" in text for text in options] == [True, False]
 
 
@@ -493,8 +506,8 @@ def test_lock_reads_the_digest_of_an_image_from_its_registry_and_writes_it_into_
     own = f'name = "{name}"\ntag = "cuda12.4"\nsha256_unknown = "not reached" # compare\ncuda = "/usr/local/cuda-12.4"\n'
     place.write_text(f"{place.read_text()}\n[container.aarch64]\n{own}")
     loaded = stack.load(farm.settings.project / "stacks", "bare")
-    assert gaps.fill(None, loaded, hub).done == ()
-    ((gap, found),) = gaps.fill(None, loaded, hub, images=True).done
+    assert fill.fill(None, loaded, hub).digests == ()
+    ((gap, found),) = fill.fill(None, loaded, hub, images=True).digests
     assert (gap.what, found) == (f"image {name}:cuda12.4", "ab" * 32)
     again = stack.load(farm.settings.project / "stacks", "bare")
     assert again.data.container[Arch.AARCH64].reference == f"{name}@sha256:{'ab' * 32}"

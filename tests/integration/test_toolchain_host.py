@@ -18,14 +18,16 @@ import pytest
 import uv
 
 from builder import elf, smoke
-from builder.box import gpu, host, sandbox
+from builder.box import gpu, sandbox
+from builder.box.host import HostPlace
 from builder.cli import cli
 from builder.cli.options import plan_of
-from builder.ground import environment
-from builder.planning import pins
-from builder.planning import gaps, stack
+from builder.ground import environment, wheels
+from builder.planning import gaps, pins, stack
+from builder.planning.plan import Wanted
 from builder.planning.stack import host_arch
-from builder.toolchains import host, host_tools, sandbox
+from builder.toolchains import Choice, host, host_environment, host_tools, wrappers
+from builder.toolchains.host import HostToolchain
 from gracefarm.errors import GracefarmError, RootError, SmokeError
 from tests import projects
 from tests.conftest import Farm, new_farm
@@ -91,7 +93,7 @@ def called(farm: Farm, patch: pytest.MonkeyPatch, *arguments: str, **variables: 
 
 def planned(farm: Farm, own: Path | None) -> str:
     """The build id of tiny_c with this machine's tools over an environment, or in the sandbox."""
-    on = host_tools.Wanted(environment=own) if own else None
+    on = Choice(kind="host", wanted=Wanted(environment=own)) if own else None
     return plan_of("tiny_c", None, NATIVE, farm.settings, on).build_id
 
 
@@ -100,7 +102,7 @@ def tiny_c(farm: Farm, **tables: object) -> None:
 
 
 def statuses(found: dict[str, object]) -> dict[str, str]:
-    return {one["gate"]: one["status"] for one in found["verdicts"]}  # type: ignore[index,attr-defined]
+    return {verdict["gate"]: verdict["status"] for verdict in found["verdicts"]}  # type: ignore[index,attr-defined]
 
 
 def test_a_c_extension_in_a_clean_environment_from_the_stacks_lock(
@@ -121,7 +123,7 @@ def test_a_c_extension_in_a_clean_environment_from_the_stacks_lock(
     assert inputs["stack"]["root"] is None
     assert "failed" not in statuses(found).values()
     assert statuses(found)["symbols"] == "passed"
-    (compiled,) = [one for one in found["stages"] if one["name"] == "compile"]  # type: ignore[attr-defined]
+    (compiled,) = [stage for stage in found["stages"] if stage["name"] == "compile"]  # type: ignore[attr-defined]
     assert compiled["note"] == "without network"
     place = found["smoke"]["modules"]["tiny_c._core"]  # type: ignore[index]
     assert "/smoke/env/lib/" in place
@@ -133,7 +135,7 @@ def test_a_c_extension_in_a_clean_environment_from_the_stacks_lock(
 def test_plan_prints_the_command_that_ran(built: Built, own: Path) -> None:
     asked = ("tiny_c", "--toolchain", "host", "--environment", str(own), "--json")
     said = json.loads(built.farm.run("plan", *asked).out.strip().splitlines()[-1])
-    (compiled,) = [one for one in record_of(built.farm, "tiny_c")["stages"] if one["name"] == "compile"]  # type: ignore[attr-defined]
+    (compiled,) = [stage for stage in record_of(built.farm, "tiny_c")["stages"] if stage["name"] == "compile"]  # type: ignore[attr-defined]
     assert said["command"] == compiled["command"]
     assert "/env/bin/python3" not in said["command"]
 
@@ -155,13 +157,13 @@ def test_why_plans_with_the_tools_that_the_last_build_had(built: Built, own: Pat
 
 def test_trap_3_a_clean_environment_that_is_there_already_is_asked_about_its_torch_again(farm: Farm) -> None:
     base = stack.load(farm.settings.project / "stacks", "cu130")
-    here = host_tools.find(base, host_tools.Wanted(python=Path(python311())), cuda=False)
-    place = host.environment_place(here, farm.settings)
-    (torch := sandbox.site_packages(place, "3.11") / "torch").mkdir(parents=True)
+    here = host_tools.find(base, Wanted(python=Path(python311())), cuda=False)
+    place = host_environment.folder(here, farm.settings)
+    (torch := wrappers.site_packages(place, "3.11") / "torch").mkdir(parents=True)
     (torch / "version.py").write_text("cuda = None\n")
     (place / "complete").touch()
     with pytest.raises(RootError, match=r"built for CUDA None, the stack wants 13\.0"):
-        host.ensure(here, farm.settings)
+        host_environment.ensure(here, farm.settings)
 
 
 def test_a_rebuild_is_refused_with_the_reason_before_anything_is_built(built: Built) -> None:
@@ -178,9 +180,11 @@ def test_a_digest_that_an_environment_of_ones_own_does_not_need_is_no_gap(farm: 
     gap += 'index = "https://index.example/simple"\nsha256_unknown = "not reached"\n\n[toolchain]\n'
     text = (stacks / "own/stack.toml").read_text().replace('name = "bare"', 'name = "own"', 1)
     (stacks / "own/stack.toml").write_text(text.replace("[toolchain]\n", gap, 1))
-    locked = plan_of("tiny_c", None, NATIVE, farm.settings, host_tools.Wanted(python=Path(python311())))
-    assert [one.what for one in gaps.of_plan(locked)] == [f"wheel 0.45.1 for {NATIVE}"]
-    assert gaps.of_plan(plan_of("tiny_c", None, NATIVE, farm.settings, host_tools.Wanted(environment=own))) == []
+    locked = plan_of("tiny_c", None, NATIVE, farm.settings, Choice(kind="host", wanted=Wanted(python=Path(python311()))))
+    assert [gap.what for gap in gaps.of_plan(locked)] == [f"wheel 0.45.1 for {NATIVE}"]
+    assert (
+        gaps.of_plan(plan_of("tiny_c", None, NATIVE, farm.settings, Choice(kind="host", wanted=Wanted(environment=own)))) == []
+    )
 
 
 def test_an_environment_of_ones_own_is_taken_as_it_is_and_enters_the_build_id(built: Built, own: Path) -> None:
@@ -256,11 +260,11 @@ def test_a_compiler_that_links_its_cxx_runtime_statically_is_told_to_take_the_sh
 def test_cuda_with_the_machines_toolkit_for_the_stacks_architectures_alone(farm: Farm, own: Path) -> None:
     loaded = stack.load(farm.settings.project / "stacks", "cu130")
     (toolkit,) = environment.ensure_toolchain(loaded, host_arch(), farm.settings).glob("nvidia/cu*")
-    wheels = [
-        one for one in pins.wheels(loaded, host_arch()) if one.name.startswith(("nvidia-cuda-r", "nvidia-cuda-cuo"))
+    locked = [
+        wheel for wheel in pins.wheels(loaded, host_arch()) if wheel.name.startswith(("nvidia-cuda-r", "nvidia-cuda-cuo"))
     ]
     shutil.copytree(own, cuda := own.with_name("cuda"), symlinks=True)
-    environment.install(wheels, ["--python", str(cuda / "bin/python3")], "test", farm.settings)
+    wheels.install(locked, ["--python", str(cuda / "bin/python3")], "test", farm.settings)
     build = {"cuda": True, "memory_per_job": "1GiB"}
     files = projects.tree("tiny_cuda") | {"tiny_cuda/__init__.py": PRELOAD}
     farm.recipe("tiny_cuda", files, name="tiny-cuda", build=build, smoke={"imports": ["tiny_cuda._core"]})
@@ -300,12 +304,12 @@ def test_a_build_that_reaches_for_the_network_fails_by_name_even_when_it_goes_on
 
 def test_where_the_network_cannot_be_cut_the_record_says_so(farm: Farm, own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel that forbids namespaces, by a launcher that is refused them."""
-    monkeypatch.setattr(host, "uncut", lambda: "Operation not permitted")
+    monkeypatch.setattr(host_tools, "uncut", lambda: "Operation not permitted")
     tiny_c(farm)
     loaded = stack.load(farm.settings.project / "stacks", "bare")
-    found = host_tools.find(loaded, host_tools.Wanted(environment=own), cuda=False)
+    found = host_tools.find(loaded, Wanted(environment=own), cuda=False)
     assert found.uncut == "Operation not permitted"
-    box = host.Plain(environment={"PATH": os.defpath}, workdir="/", memory=1 << 30, network=True)
+    box = HostPlace(environment={"PATH": os.defpath}, workdir="/", memory=1 << 30, network=True)
     log = farm.settings.home / "log.txt"
     assert sandbox.run(box, ["ls", "/sys/class/net"], log=log).network_by == "host"
     assert len(log.read_text().split()) >= len(os.listdir("/sys/class/net"))  # noqa: PTH208
@@ -338,7 +342,7 @@ def test_what_is_missing_is_said_before_anything_is_built(
         (tmp_path / "old/bin" / name).write_text(f"#!/bin/sh\necho '{text}'\n")
         (tmp_path / "old/bin" / name).chmod(0o755)
     tiny_c(farm, build={"cuda": True})
-    said = [one.format_map(places) for one in arguments]
+    said = [argument.format_map(places) for argument in arguments]
     aim = ("--toolchain", "host", "--environment", str(own), *said)
     ended, cause = called(farm, monkeypatch, "build", "tiny_c", *aim, **variables)
     assert ended == code, cause
@@ -435,7 +439,7 @@ def test_a_half_written_library_of_a_cut_off_build_is_not_taken_for_whole(tmp_pa
         (tmp_path / name).write_bytes(b"")
         os.utime(tmp_path / name, (moment, moment))
     assert host.clear_products(tmp_path, 1000) == [tmp_path / "build/made.so"]
-    assert sorted(one.name for one in tmp_path.rglob("*.*o")) == ["made.o", "source.so"]
+    assert sorted(path.name for path in tmp_path.rglob("*.*o")) == ["made.o", "source.so"]
 
 
 # --- GPU ---------------------------------------------------------------------------------------------------------------------
@@ -460,7 +464,8 @@ def gpu_trial(built: Built, place: Path, script: str) -> smoke.Trial:
     """The tiny C wheel over an environment, and a smoke_gpu.py of a text."""
     settings = built.farm.settings
     loaded = stack.load(settings.project / "stacks", "bare")
-    here = host_tools.find(loaded, host_tools.Wanted(environment=place), cuda=False)
+    toolchain = HostToolchain.find(loaded, Wanted(environment=place), cuda=False)
+    ground = toolchain.lay(loaded, host_arch(), host_arch(), settings, cuda=False)
     folder = place.with_name("trial")
     folder.mkdir()
     (folder / "script.py").write_text(script)
@@ -468,7 +473,7 @@ def gpu_trial(built: Built, place: Path, script: str) -> smoke.Trial:
         wheel=built.wheel,
         imports=("torch", "tiny_c"),
         script=folder / "script.py",
-        bed=smoke.Bed(environment=host.ensure(here, settings), root=Path("/"), machine=here),
+        bed=toolchain.bed(ground, emulated=False),
         folder=folder,
         memory=1 << 30,
         log=folder / "log.txt",
@@ -494,7 +499,7 @@ def test_the_gpu_test_runs_where_torch_sees_a_gpu_of_the_wheels_architecture(
     reason: str,
 ) -> None:
     """With a fake GPU: device files that are none, and a torch that claims one."""
-    monkeypatch.setattr(smoke, "devices", lambda: [Path("/dev/null")])
+    monkeypatch.setattr(gpu, "devices", lambda: [Path("/dev/null")])
     place = fake_torch(own, tmp_path / "venv", version="2.11.0", cuda="13.0", seen=seen, capability=capability)
     found = smoke.run_gpu(gpu_trial(built, place, "import tiny_c\nprint(tiny_c.add(20, 22))\n"), ("90",))
     assert (found.status, found.reason) == (status, reason)
@@ -504,7 +509,7 @@ def test_the_gpu_test_runs_where_torch_sees_a_gpu_of_the_wheels_architecture(
 def test_a_wrong_result_on_the_gpu_fails_the_build(
     built: Built, own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(smoke, "devices", lambda: [Path("/dev/null")])
+    monkeypatch.setattr(gpu, "devices", lambda: [Path("/dev/null")])
     place = fake_torch(own, tmp_path / "venv", version="2.11.0", cuda="13.0")
     with pytest.raises(SmokeError, match="is wrong on a fake GPU: AssertionError: off by one"):
         smoke.run_gpu(gpu_trial(built, place, "assert False, 'off by one'\n"), ("90",))

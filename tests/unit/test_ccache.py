@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from builder import toolchains
 from builder.planning import plan, recipe, stack
 from builder.planning.stack import Arch
 from builder.toolchains import ccache
@@ -19,7 +20,7 @@ __all__ = ["project"]
 
 def made(project: Path, host: Arch = Arch.X86_64) -> plan.Plan:
     loaded = recipe.load(project / "recipes", NAME)
-    return plan.make(loaded, stack.load(project / "stacks", "cu130"), host, Arch.AARCH64)
+    return toolchains.make(loaded, stack.load(project / "stacks", "cu130"), host, Arch.AARCH64)
 
 
 NVCC = re.compile(r'(nvidia-cuda-nvcc==\S+ ; platform_machine == "x86_64" --hash=sha256:)[0-9a-f]{8}')

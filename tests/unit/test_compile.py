@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from builder.compiling import jobs, pep517
-from builder.proof.record import Jobs
+from builder.compiling.jobs import Jobs
 from gracefarm.errors import CompileError, MemoryBoundError
 
 REPOSITORY = Path(__file__).parent.parent.parent
@@ -108,7 +108,9 @@ HARD_CODED = [
 
 def test_nvcc_keeps_exactly_the_stacks_list(tmp_path: Path) -> None:
     passed, said = nvcc(tmp_path, "-c", "a b.cu", *HARD_CODED, "-DX=a b", "-o", "a.o")
-    assert [one for one in passed if "arch" in one or "sm_" in one] == ["-gencode=arch=compute_90,code=sm_90"]
+    assert [argument for argument in passed if "arch" in argument or "sm_" in argument] == [
+        "-gencode=arch=compute_90,code=sm_90"
+    ]
     assert passed[:5] == ["-c", "a b.cu", "-DX=a b", "-o", "a.o"]
     assert "-I/cuda/include" in passed
     for sm in ("sm_80", "sm_75", "sm_100"):

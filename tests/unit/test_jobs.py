@@ -6,8 +6,9 @@ import pytest
 
 from builder.box import meter
 from builder.compiling import jobs
-from builder.compiling.jobs import Learned
-from builder.proof.record import Jobs, Record, Stage
+from builder.compiling.jobs import Jobs, Learned
+from builder.flow import history
+from builder.proof.record import Record, Stage
 
 GIB = 2**30
 
@@ -54,7 +55,7 @@ def test_a_peak_that_does_not_fit_lowers_the_count_by_the_mean_of_a_job() -> Non
 
 
 def test_more_jobs_than_were_killed_are_not_tried_again_in_no_more_memory() -> None:
-    past = jobs.learned([built(compiled(16, 16), compiled(12, 16), count=2)], stack="cu130", target="aarch64")
+    past = history.learned_jobs([built(compiled(16, 16), compiled(12, 16), count=2)], stack="cu130", target="aarch64")
     assert past == Learned(count=2, peak=12 * GIB, killed_at=16 * GIB)
     assert count(16, past) == 2
     assert count(32, past) == 8
@@ -65,7 +66,7 @@ def test_the_user_bounds_what_was_learned() -> None:
 
 
 def test_another_target_teaches_nothing() -> None:
-    assert jobs.learned([built(compiled(1, 16), count=8, target="x86_64")], stack="cu130", target="aarch64") is None
+    assert history.learned_jobs([built(compiled(1, 16), count=8, target="x86_64")], stack="cu130", target="aarch64") is None
 
 
 def test_a_containers_cpu_quota_bounds_the_jobs(monkeypatch: pytest.MonkeyPatch) -> None:

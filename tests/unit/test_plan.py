@@ -14,9 +14,11 @@ from typing import Any
 import pytest
 from packaging.requirements import Requirement
 
-from builder.planning import plan, recipe, stack
+from builder import toolchains
+from builder.planning import packages, pins, plan, recipe, stack
 from builder.planning.recipe import LoadedRecipe, Recipe
 from builder.planning.stack import Arch, LoadedStack, Stack
+from builder.toolchains.container import ContainerToolchain
 from gracefarm.errors import ConfigError
 
 REPOSITORY = Path(__file__).parent.parent.parent
@@ -32,7 +34,7 @@ def project(tmp_path: Path) -> Path:
 
 def build_id(project: Path, host: Arch = Arch.X86_64, target: Arch = Arch.AARCH64) -> str:
     loaded = recipe.load(project / "recipes", NAME)
-    return plan.make(loaded, stack.load(project / "stacks", "cu130"), host, target).build_id
+    return toolchains.make(loaded, stack.load(project / "stacks", "cu130"), host, target).build_id
 
 
 def replace(path: str, old: str, new: str) -> Callable[[Path], None]:
@@ -312,7 +314,7 @@ def whole(project: Path) -> tuple[LoadedRecipe, LoadedStack]:
 
 
 def id_of(one: LoadedRecipe, base: LoadedStack) -> str:
-    return plan.make(one, base, Arch.X86_64, Arch.AARCH64).build_id
+    return toolchains.make(one, base, Arch.X86_64, Arch.AARCH64).build_id
 
 
 @pytest.mark.parametrize("source", [GIT, SDIST, FILE], ids=["git", "sdist", "file"])
@@ -320,9 +322,9 @@ def test_each_field_of_a_recipe_changes_the_id_unless_it_is_listed_as_exempt(
     whole: tuple[LoadedRecipe, LoadedStack], source: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Which no recipe changes, and which read long locks.
-    monkeypatch.setattr(plan.root, "digest", lambda *_: SHA)
-    monkeypatch.setattr(plan.environment, "digest", lambda *_: SHA)
-    monkeypatch.setattr(plan.environment, "toolchain_digest", lambda *_: SHA)
+    monkeypatch.setattr(packages, "root_digest", lambda *_: SHA)
+    monkeypatch.setattr(pins, "environment_digest", lambda *_: SHA)
+    monkeypatch.setattr(pins, "toolchain_digest", lambda *_: SHA)
     table = {**WHOLE, "source": source}
     one, base = replaced(whole[0], data=Recipe.model_validate(table)), whole[1]
     before = id_of(one, base)
@@ -378,8 +380,8 @@ def test_in_a_container_the_image_by_digest_its_cuda_and_cibuildwheel_change_the
     one, base = whole
 
     def contained(base: LoadedStack, engine: str = "podman", cibuildwheel: str = "4.3.5") -> str:
-        on = plan.Contained(engine=engine, cibuildwheel=cibuildwheel)
-        return plan.make(one, base, Arch.X86_64, Arch.AARCH64, on).build_id
+        on = ContainerToolchain(engine=engine, cibuildwheel=cibuildwheel)
+        return toolchains.make(one, base, Arch.X86_64, Arch.AARCH64, on).build_id
 
     before = contained(base)
     assert before not in (id_of(one, base), contained(base, cibuildwheel="4.4"))

@@ -9,7 +9,8 @@ import pytest
 from spdx_tools.spdx.parser.parse_anything import parse_file
 from spdx_tools.spdx.validation.document_validator import validate_full_spdx_document
 
-from builder.planning import plan, recipe, stack
+from builder import toolchains
+from builder.planning import recipe, stack
 from builder.planning.plan import Plan
 from builder.planning.stack import Arch
 from builder.proof import materials, sbom
@@ -20,7 +21,7 @@ EPOCH = 1_700_000_000
 
 def planned(name: str) -> Plan:
     loaded = recipe.load(REPOSITORY / "recipes", name)
-    return plan.make(loaded, stack.load(REPOSITORY / "stacks", loaded.data.stack), stack.host_arch(), Arch.AARCH64)
+    return toolchains.make(loaded, stack.load(REPOSITORY / "stacks", loaded.data.stack), stack.host_arch(), Arch.AARCH64)
 
 
 @pytest.mark.parametrize("name", recipe.names(REPOSITORY / "recipes"))

@@ -131,14 +131,14 @@ def test_a_mount_hides_a_folder_of_the_root(me: User, tmp_path: Path) -> None:
             (root / name).mkdir(parents=True, exist_ok=True)
     (root / "build").mkdir()
     (root / "build" / "old").touch()
-    line = sandbox.command(me.box(root=root), ["true"])
+    line = me.box(root=root).command(["true"])
     assert str(root / "build") not in line
     assert line[line.index("/build") - 2 : line.index("/build")] == ["--bind", str(me.build)]
 
 
 def test_the_printed_command_line_is_what_runs_and_isolates_by_itself(me: User) -> None:
     script = "cat /proc/1/cmdline; cat /proc/net/dev"
-    line = sandbox.command(me.box(), ["/bin/sh", "-c", script])
+    line = me.box().command(["/bin/sh", "-c", script])
     by_hand = subprocess.run(line, capture_output=True, text=True, env={**os.environ, "TWINE_PASSWORD": "hunter2"}, check=True)
     me.run("/bin/sh", "-c", script)
     inside = me.text.split("\0")

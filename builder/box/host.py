@@ -20,7 +20,7 @@ LAUNCHER = Path(__file__).parent.parent / "data" / "host" / "launcher.py"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plain:
+class HostPlace:
     """What the command sees beside the machine."""
 
     environment: Mapping[str, str]
@@ -31,22 +31,24 @@ class Plain:
     network: bool = False
     "Leave it the machine's network; else it has `lo` alone."
 
+    hears_every_name = False
+    "A resolver of the machine may ask a server on loopback, which the recorder does not hear."
+
     @property
     def hostname(self) -> str:
         """The name that is this machine's own, and no attempt to reach another."""
         return socket.gethostname()
 
-
-def command(place: Plain, argv: Sequence[str]) -> list[str]:
-    """The complete command line; the supervisor puts its descriptors where OPTIONS stands."""
-    spec = {"environment": dict(place.environment), "workdir": place.workdir, "network": place.network}
-    return [sys.executable, "-I", "-S", str(LAUNCHER), OPTIONS, json.dumps(spec), "--", *argv]
+    def command(self, argv: Sequence[str], *, terminal: bool = False) -> list[str]:
+        """The complete command line; the supervisor puts its descriptors where OPTIONS stands."""
+        spec = {"environment": dict(self.environment), "workdir": self.workdir, "network": self.network}
+        return [sys.executable, "-I", "-S", str(LAUNCHER), OPTIONS, json.dumps(spec), "--", *argv]
 
 
 def uncut() -> str | None:
     """Why the network cannot be cut off on this machine, tried for real; None when it can."""
-    place = Plain(environment={"PATH": "/usr/bin:/bin"}, workdir="/", memory=0)
-    line = command(place, ["true"])
+    place = HostPlace(environment={"PATH": "/usr/bin:/bin"}, workdir="/", memory=0)
+    line = place.command(["true"])
     at = line.index(OPTIONS)
     # Status to nowhere, and a gate that has ended already lets the command start.
     line[at : at + 1] = ["--json-status-fd", "1", "--block-fd", "0"]

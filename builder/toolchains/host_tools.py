@@ -21,19 +21,15 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from builder import elf
-from builder.box import plain
-from builder.ground import environment
-from builder.planning.stack import Arch, LoadedStack, Torch, host_arch
+from builder.box.host import uncut
+from builder.ground import torch_facts
+from builder.planning.plan import Wanted
+from builder.planning.stack import HOST_SUFFIX, Arch, LoadedStack, Torch, host_arch
+from builder.toolchains.headers import unread_headers
 from gracefarm.errors import HostError
 from gracefarm.files import sha256_file
+from gracefarm.process import last_line
 
-SUFFIX = "@host"
-"Of the name of a stack that this machine's own facts stand in."
-
-_BARE_VECTORS = Version("2.38")
-"The first glibc whose headers have vector types of gcc's in them on aarch64, which CUDA's front end has to know."
-_LAST_WITHOUT_VECTORS = Version("12.4")
-"Of CUDA: does not know them (__Float32x4_t; tried: 12.4.131 fails with glibc 2.41, 13.0.88 does not)."
 _CUDA_PROGRAMS = ("bin/nvcc", "nvvm/bin/cicc", "bin/cudafe++", "bin/ptxas", "bin/fatbinary", "bin/nvlink")
 _GCC_PROGRAMS = ("cc1", "cc1plus", "as", "ld", "collect2")
 _PROBE = """
@@ -50,18 +46,6 @@ print(json.dumps({
     "sites": sites, "distributions": found,
 }))
 """
-
-
-@dataclass(frozen=True, kw_only=True)
-class Wanted:
-    """What a user says about the toolchain of the machine."""
-
-    environment: Path | None = None
-    "A Python, or the folder of a virtual environment, whose own packages are taken; None: a clean one from the stack's lock."
-    python: Path | None = None
-    "The interpreter under a clean environment; None: the stack's Python on PATH."
-    cuda: Path | None = None
-    "The CUDA toolkit; None: CUDA_HOME, the usual places, nvcc on PATH."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +71,7 @@ class Interpreter:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Machine:
+class HostTools:
     """What a host build stands on."""
 
     base: LoadedStack
@@ -126,7 +110,7 @@ class Machine:
         torch = data.torch
         if torch is not None and not self.locked:
             torch = Torch(version=self.interpreter.distributions["torch"], cuda=torch.cuda)
-        update: dict[str, object] = {"name": data.name + SUFFIX, "python": self.interpreter.minor, "torch": torch}
+        update: dict[str, object] = {"name": data.name + HOST_SUFFIX, "python": self.interpreter.minor, "torch": torch}
         update |= {"glibc": {self.arch: self.glibc}, "cuda": self.cuda or data.cuda}
         return LoadedStack(folder=self.base.folder, data=data.model_copy(update=update))
 
@@ -146,7 +130,7 @@ class Machine:
         return hashlib.sha256(json.dumps(self.compilers, sort_keys=True).encode()).hexdigest()
 
 
-def find(base: LoadedStack, wanted: Wanted, *, cuda: bool) -> Machine:
+def find(base: LoadedStack, wanted: Wanted, *, cuda: bool) -> HostTools:
     """This machine's toolchain for a stack; `cuda`: the CUDA compiler and torch are needed.
 
     Raises:
@@ -165,7 +149,7 @@ def find(base: LoadedStack, wanted: Wanted, *, cuda: bool) -> Machine:
     if release is not None:
         check_headers(arch, release, compilers["glibc"])
     cxx_runtime = _shared_cxx_runtime(interpreter) if _links_cxx_statically() else None
-    return Machine(
+    return HostTools(
         base=base,
         wanted=wanted,
         arch=arch,
@@ -175,7 +159,7 @@ def find(base: LoadedStack, wanted: Wanted, *, cuda: bool) -> Machine:
         cuda_home=cuda_home,
         cuda=release,
         differences=tuple(_differences(base, wanted, arch, interpreter, glibc, cxx_runtime)),
-        uncut=plain.uncut(),
+        uncut=uncut(),
         cxx_runtime=cxx_runtime,
     )
 
@@ -247,7 +231,7 @@ def probe(executable: Path) -> Interpreter:
     except OSError as error:
         raise HostError(f"{executable} does not run: {error.strerror}", remedy="name a Python that does") from error
     if done.returncode:
-        said = (done.stderr.strip().splitlines() or ["it ended without a word"])[-1]
+        said = last_line(done.stderr)
         raise HostError(f"{executable} is no Python that can build: {said}", remedy="name one that does")
     try:
         said = json.loads(done.stdout)
@@ -278,7 +262,7 @@ def _check_torch(base: LoadedStack, wanted: Wanted, interpreter: Interpreter) ->
             f"the environment of {interpreter.executable} has no torch", remedy=f"install torch {stack.torch.version} in it"
         )
     site = next((one for one in interpreter.sites if (one / "torch" / "version.py").is_file()), None)
-    cuda = environment.torch_facts(site).get("cuda") if site else None
+    cuda = torch_facts.read(site).get("cuda") if site else None
     if Version(version).public != Version(stack.torch.version).public or cuda != stack.torch.cuda:
         raise HostError(
             f"torch there is {version} for CUDA {cuda}, stack {stack.name} has {stack.torch.version} for {stack.torch.cuda}",
@@ -354,13 +338,6 @@ def _toolkit(base: LoadedStack, wanted: Wanted) -> tuple[Path, str]:
     )
 
 
-def unread_headers(arch: Arch, cuda: str, glibc: str) -> str | None:
-    """Why CUDA's compiler fails in each unit with the headers of that C library; None where it is not known to."""
-    if arch is Arch.AARCH64 and Version(cuda) <= _LAST_WITHOUT_VECTORS and Version(glibc) >= _BARE_VECTORS:
-        return f"CUDA {cuda} cannot read the headers of glibc {glibc} on aarch64, only those before {_BARE_VECTORS}"
-    return None
-
-
 def check_headers(arch: Arch, cuda: str, glibc: str) -> None:
     """CUDA's compiler reads the headers of this machine.
 
@@ -421,9 +398,9 @@ def _said(command: list[str]) -> str:
     return done.stdout.strip()
 
 
-def library_folders(machine: Machine) -> tuple[str, ...]:
+def library_folders(tools: HostTools) -> tuple[str, ...]:
     """Folders that this machine's loader searches beside Debian's own, relative to /: from its cache, and Python's."""
     ldconfig = shutil.which("ldconfig", path=f"{os.environ.get('PATH', os.defpath)}:/sbin:/usr/sbin")
     lines = subprocess.run([ldconfig, "-p"], capture_output=True, text=True, check=False).stdout if ldconfig else ""
     places = [line.rpartition(" => ")[2].rpartition("/")[0] for line in lines.splitlines() if " => " in line]
-    return tuple(place.lstrip("/") for place in dict.fromkeys([*places, machine.interpreter.library]) if place)
+    return tuple(place.lstrip("/") for place in dict.fromkeys([*places, tools.interpreter.library]) if place)

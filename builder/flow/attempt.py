@@ -1,0 +1,101 @@
+"""One build under way: what it was asked for, and the record as far as it has come."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from builder.audit.verdict import Verdict
+from builder.box import meter
+from builder.compiling.jobs import Jobs
+from builder.compiling.units import CompilerCache, Unit
+from builder.planning.plan import Plan
+from builder.proof import judges, record
+from builder.proof.record import Record, Stage
+from builder.smoke import GpuResult, SmokeResult
+from gracefarm.console import Console
+from gracefarm.errors import GracefarmError
+from gracefarm.settings import Settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildOptions:
+    """What a user asks for beside the plan; none of it enters the build id."""
+
+    jobs: int | None = None
+    publish: str | None = None
+    keep: bool = False
+    compiler_cache: bool = True
+    "Where the settings allow it."
+
+
+@dataclass(kw_only=True)
+class Attempt:
+    """One build under way."""
+
+    plan: Plan
+    options: BuildOptions
+    settings: Settings
+    console: Console
+    folder: Path
+    stages: list[Stage] = field(default_factory=list)
+    jobs: Jobs | None = None
+    known: dict[str, Unit] = field(default_factory=dict)
+    "What translation units cost before this run."
+    units: dict[str, Unit] = field(default_factory=dict)
+    compiler_cache: CompilerCache | None = None
+    torch_cxx11_abi: bool | None = None
+    verdicts: tuple[Verdict, ...] = ()
+    smoke: SmokeResult | None = None
+    gpu: GpuResult | None = None
+
+    @property
+    def log(self) -> Path:
+        """The whole output of compile and smoke test."""
+        return self.folder / "log.txt"
+
+    @property
+    def work(self) -> Path:
+        """Where the source is and the compile happens."""
+        return self.folder / "work"
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """A stage that runs in this process."""
+        start, usage = time.monotonic(), meter.Usage()
+        try:
+            with meter.watch() as usage:
+                yield
+        finally:
+            wall, cpu = round(time.monotonic() - start, 2), round(usage.cpu_s, 2)
+            self.stages.append(Stage(name=name, wall_s=wall, cpu_s=cpu, peak_memory=usage.peak_memory))
+
+    def record(self, wheel: Path | None, error: GracefarmError | None) -> Record:
+        """The record of the finished build."""
+        data = self.plan.recipe.data
+        return Record(
+            build_id=self.plan.build_id,
+            recipe=self.plan.recipe.key,
+            name=data.name,
+            version=data.version,
+            stack=self.plan.stack.data.name,
+            inputs=self.plan.inputs,
+            toolchain=self.plan.toolchain.kind,
+            outcome="built" if wheel else "failed",
+            failure=record.failure(error) if error else None,
+            wheel=record.product(wheel) if wheel else None,
+            source=next(map(record.product, sorted(wheel.parent.glob("*.tar.gz"))), None) if wheel else None,
+            torch_cxx11_abi=self.torch_cxx11_abi,
+            jobs=self.jobs,
+            stages=tuple(self.stages),
+            units=self.units,
+            compiler_cache=self.compiler_cache,
+            verdicts=self.verdicts,
+            judged_by=judges.digest(self.plan.recipe),
+            smoke=self.smoke,
+            gpu=self.gpu,
+            finished=record.now(),
+        )

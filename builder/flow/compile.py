@@ -1,0 +1,158 @@
+"""The compile of a build, once more after a kill by memory, and not again where a run that was cut off has done it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+from pathlib import Path
+
+from builder import audit
+from builder.box import meter
+from builder.compiling import jobs, pep517, units
+from builder.compiling.jobs import Jobs
+from builder.compiling.units import CompilerCache, Note, Unit
+from builder.fetch import Fetched, source
+from builder.flow import history
+from builder.flow.attempt import Attempt
+from builder.planning.plan import Ground
+from builder.proof import record
+from builder.proof.record import Stage
+from builder.toolchains.wrappers import SCHEDULE
+from gracefarm.errors import GracefarmError
+from gracefarm.files import atomic_write, remove_tree, sha256_file
+from gracefarm.tables import parse_size
+
+
+def checkpoint(attempt: Attempt) -> Path:
+    """The file that says that the compile is over."""
+    return attempt.folder / "compiled.json"
+
+
+def compiled(attempt: Attempt, fetched: Fetched, ground: Ground, epoch: int) -> Path:
+    """The raw wheel, of an earlier run or compiled now.
+
+    Raises:
+        MemoryBoundError, NetworkError, DiskFullError, CompileError: see `pep517.judge`.
+    """
+    return _saved(attempt) or _with_retry(attempt, fetched, ground, epoch)
+
+
+def _saved(attempt: Attempt) -> Path | None:
+    """The raw wheel of a run that was cut off after its compile."""
+    place = checkpoint(attempt)
+    if not place.is_file():
+        return None
+    saved = json.loads(place.read_text())
+    raw = attempt.folder / "raw" / str(saved["wheel"])
+    if not raw.is_file() or sha256_file(raw) != saved["sha256"]:
+        return None
+    attempt.jobs = Jobs.model_validate(saved["jobs"])
+    attempt.units = {name: Unit.model_validate(unit) for name, unit in saved["units"].items()}
+    attempt.compiler_cache = saved["compiler_cache"] and CompilerCache.model_validate(saved["compiler_cache"])
+    attempt.stages.append(Stage.model_validate(saved["stage"]))
+    attempt.console.step("compile", "compiled before this run was cut off; going on from there")
+    return raw
+
+
+def _with_retry(attempt: Attempt, fetched: Fetched, ground: Ground, epoch: int) -> Path:
+    """The raw wheel, compiled now, with one retry after a kill by memory."""
+    memory = pep517.bound(attempt.settings, meter.available_memory())
+    build = attempt.plan.recipe.data.build
+    records = history.measured(attempt.plan, attempt.settings)
+    like = {"stack": attempt.plan.stack.data.name, "target": attempt.plan.target.value}
+    attempt.known = history.learned_units(records, **like)
+    whole = history.learned_units([past for past in records if past.outcome == "built"], **like)
+    count = jobs.plan(
+        memory=memory,
+        memory_per_job=build.memory_per_job,
+        wanted=attempt.options.jobs or attempt.settings.jobs,
+        past=history.learned_jobs(records, **like),
+        declared=[parse_size(size) for size in build.unit_memory.values()],
+        peaks=[unit.peak_memory for unit in whole.values()],
+    )
+    try:
+        return _once(attempt, fetched, ground, epoch, count, memory)
+    except GracefarmError as error:
+        fewer = pep517.fewer_jobs(error, count.count)
+        if fewer is None:
+            raise
+        attempt.console.warn(f"{error.cause}; trying once more with {fewer} jobs")
+        retry = Jobs(count=fewer, reason=f"after a kill by memory with {count.count} jobs ({count.reason})")
+        return _once(attempt, fetched, ground, epoch, retry, memory)
+
+
+def _once(attempt: Attempt, fetched: Fetched, ground: Ground, epoch: int, count: Jobs, memory: int) -> Path:
+    attempt.jobs = count
+    plan, work, settings = attempt.plan, attempt.work, attempt.settings
+    # Of a build that was cut off there is no record, and its units come from the cache now.
+    attempt.known |= units.costs(units.read(work), attempt.known)
+    tree = _source_tree(attempt, fetched, epoch)
+    pep517.check_requirements(plan, tree)
+    schedule = units.schedule(attempt.known, plan.recipe.data.build, tree, memory=memory - jobs.OTHERS, jobs=count.count)
+    (work / SCHEDULE).write_text(schedule)
+    cached = attempt.options.compiler_cache
+    place = plan.toolchain.place(plan, ground, settings, work, jobs=count.count, epoch=epoch, memory=memory, cached=cached)
+    command = plan.toolchain.command(plan, settings, work)
+    with attempt.log.open("a") as stream:
+        stream.write(f"# jobs {count.count}: {count.reason}\n# {' '.join(command)}\n")
+        stream.write(f"# {shlex.join(place.command(command))}\n")
+    attempt.console.step("compile", f"{count.count} jobs ({count.reason}); log {attempt.log}")
+    job = pep517.Job(place=place, command=command, log=attempt.log, log_start=attempt.log.stat().st_size)
+    with attempt.console.progress("compile") as tick, plan.toolchain.swept(plan):
+        outcome = pep517.run(job, history.time_left(plan, settings, tick))
+    outcome = plan.toolchain.understood(outcome, attempt.log, job.log_start)
+    attempt.stages.append(record.stage("compile", outcome, command, plan.toolchain.note))
+    _count_units(attempt, units.read(work))
+    pep517.judge(outcome, job, plan)
+    raw = _keep(attempt, audit.only_wheel(work / "out"), count)
+    peak = outcome.peak_memory / 2**30
+    attempt.console.step("compile", f"{raw.name} in {outcome.wall_s:.0f} s, {outcome.cpu_s:.0f} CPU s, peak {peak:.1f} GiB")
+    return raw
+
+
+def _source_tree(attempt: Attempt, fetched: Fetched, epoch: int) -> Path:
+    """The source, unpacked fresh; where the toolchain goes on from a build that was cut off, as far as that one came."""
+    work, tree, recipe = attempt.work, attempt.work / "source", attempt.plan.recipe
+    if attempt.plan.toolchain.resumes(tree, epoch):
+        attempt.console.step("compile", f"going on from {tree}, where an earlier run of this build id ended")
+        remove_tree(work / "out")
+    else:
+        remove_tree(work)
+        work.mkdir(parents=True)
+        source.unpack(recipe, fetched, tree, epoch)
+        if recipe.data.wheel.source_archive:
+            source.pack(tree, recipe.data, attempt.folder / "raw-source", epoch)
+    remove_tree(work / "tmp")
+    for name in ("out", "tmp"):
+        (work / name).mkdir()
+    return tree
+
+
+def _count_units(attempt: Attempt, notes: list[Note]) -> None:
+    """Into the record, the log and onto the console: what the units cost, and what the cache did."""
+    attempt.units = attempt.units | units.costs(notes, attempt.known)
+    attempt.compiler_cache = units.statistics(notes, attempt.known)
+    title = units.title(attempt.compiler_cache) if attempt.compiler_cache else "compiler cache: off, or nothing to compile"
+    with attempt.log.open("a") as stream:
+        stream.write(f"# {title}\n")
+    if attempt.compiler_cache:
+        attempt.console.step("compile", title)
+
+
+def _keep(attempt: Attempt, wheel: Path, count: Jobs) -> Path:
+    """Keep the raw wheel, so that a run cut off later need not compile again."""
+    raw = attempt.folder / "raw" / wheel.name
+    remove_tree(raw.parent)
+    raw.parent.mkdir()
+    shutil.copy(wheel, raw)
+    saved = {
+        "wheel": raw.name,
+        "sha256": sha256_file(raw),
+        "jobs": count.model_dump(),
+        "stage": attempt.stages[-1].model_dump(mode="json"),
+        "units": {name: unit.model_dump() for name, unit in attempt.units.items()},
+        "compiler_cache": attempt.compiler_cache and attempt.compiler_cache.model_dump(),
+    }
+    atomic_write(checkpoint(attempt), json.dumps(saved))
+    return raw

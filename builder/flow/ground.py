@@ -1,0 +1,40 @@
+"""What a build stands on, laid with progress on the console; and the place of an earlier compile, opened again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from builder import fetch
+from builder.box import meter
+from builder.box.place import Place
+from builder.compiling import pep517
+from builder.fetch import source
+from builder.planning.plan import Ground, Plan
+from gracefarm.console import Console
+from gracefarm.settings import Settings
+
+
+def lay_ground(plan: Plan, settings: Settings, console: Console) -> Ground:
+    """Root, environment and compilers of a plan, assembled where they are not there yet."""
+    cuda = plan.recipe.data.build.cuda
+    with console.progress("root") as tick:
+        ground = plan.toolchain.lay(plan.stack, plan.host, plan.target, settings, tick, cuda=cuda)
+    console.step("root", ground.title)
+    return ground
+
+
+def reopen(plan: Plan, folder: Path, settings: Settings, console: Console) -> Place:
+    """The place of a compile once more, its source unpacked where a success has removed it.
+
+    Raises:
+        GracefarmError: the source or the ground cannot be had.
+    """
+    fetched = fetch.fetch(plan.recipe.data, settings)
+    epoch = source.source_date_epoch(plan.recipe.data, fetched)
+    if not (folder / "source").is_dir():
+        for name in ("out", "tmp"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        source.unpack(plan.recipe, fetched, folder / "source", epoch)
+    memory = pep517.bound(settings, meter.available_memory())
+    ground = lay_ground(plan, settings, console)
+    return plan.toolchain.place(plan, ground, settings, folder, jobs=1, epoch=epoch, memory=memory, cached=False)

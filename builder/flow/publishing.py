@@ -1,0 +1,48 @@
+"""A finished build, and the record of one that failed, to an index."""
+
+from __future__ import annotations
+
+from builder.planning.stack import Stack
+from builder.proof import publish, record
+from builder.proof.record import Publication, Record
+from gracefarm.console import Console
+from gracefarm.errors import PublishError
+from gracefarm.settings import Settings
+
+
+def refuse_objects(stack: Stack) -> None:
+    """A stack of headers makes objects to look at, not wheels to give away.
+
+    Raises:
+        PublishError: the stack is such a one.
+    """
+    if stack.objects_only:
+        raise PublishError(
+            f"stack {stack.name} has headers alone: what it builds cannot be loaded and is not published",
+            remedy="build against a stack that has the libraries",
+        )
+
+
+def publish_record(built: Record, url: str, settings: Settings, console: Console) -> Record:
+    """Upload the record's wheel unless the record says that it was; a wheel that failed a gate has no path to here."""
+    if any(publication.url == url for publication in built.published):
+        console.step("publish", f"{url} has it already")
+        return built
+    wheel = record.wheel_path(settings, built)
+    assert wheel is not None
+    for archive in sorted(wheel.parent.glob("*.tar.gz")):
+        # The source goes first: no moment in which the wheel is offered without it.
+        publish.upload(archive, url)
+        console.step("publish", f"{archive.name} to {url}")
+    publication: Publication = publish.upload(wheel, url)
+    console.step("publish", f"{wheel.name} to {url}")
+    updated = built.model_copy(update={"published": (*built.published, publication)})
+    record.write(updated, settings)
+    return updated
+
+
+def tell_index(build_id: str, url: str, settings: Settings, console: Console, login: publish.Login | None = None) -> None:
+    """Record and log to an index that keeps them: the only way in which it learns of a build that left no wheel."""
+    folder = record.folder(settings, build_id)
+    refused = publish.send_record(record.path(settings, build_id), folder / "log.txt", build_id, url, login)
+    console.step("publish", f"record and log to {url}" if refused is None else f"the index keeps no record: {refused}")

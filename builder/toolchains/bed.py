@@ -1,0 +1,51 @@
+"""Clean environments in a sandbox, where finished wheels are tried."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from builder.box import gpu as driver
+from builder.box.sandbox import Mount, Sandbox
+from builder.ground import environment
+from builder.planning.plan import Clean, Ground
+
+WORKDIR = "/smoke"
+"Also the driver's folder, so that a Python that looks in either finds the decoys first."
+
+
+def variables() -> dict[str, str]:
+    """The environment of a smoke test."""
+    return {
+        "PATH": "/env/bin:/opt/gracefarm/bin:/usr/bin:/bin",
+        "HOME": "/home/build",
+        "LC_ALL": "C.UTF-8",
+        "PYTHONNOUSERSITE": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "TMPDIR": "/tmp",  # noqa: S108 the sandbox's own
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class SandboxBed:
+    """A copy of the stack's environment, in its root."""
+
+    ground: Ground
+    emulated: bool = False
+    overlaid = False
+
+    def clean(self, wheel: Path, scratch: Path, files: Path, *, memory: int, gpu: bool) -> Clean:
+        """See `builder.planning.plan.Bed`."""
+        prefix = scratch / "env"
+        environment.fresh(self.ground.environment, prefix, wheel)
+        mounts = (Mount(source=prefix, target="/env"), Mount(source=files, target=WORKDIR))
+        box = Sandbox(
+            root=self.ground.root,
+            mounts=(*mounts, *(driver.driver_libraries(driver.loaders_cache()) if gpu else ())),
+            environment=variables() | (dict(driver.VARIABLES) if gpu else {}),
+            workdir=WORKDIR,
+            memory=memory,
+            devices=tuple(map(str, driver.devices())) if gpu else (),
+        )
+        return Clean(prefix="/env", files=WORKDIR, place=box)

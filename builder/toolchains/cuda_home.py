@@ -1,0 +1,101 @@
+"""CUDA_HOME of a sandbox: links to the target's wheels and to the host's compiler, with our nvcc in front."""
+
+from __future__ import annotations
+
+import subprocess
+from importlib.resources import files
+from pathlib import Path
+
+from builder.box.sandbox import Mount, Sandbox
+from builder.planning.plan import CUDA_LAYOUT, Plan
+from builder.toolchains.wrappers import CUDA, INSIDE, NVCC, site_packages
+from gracefarm.errors import RootError
+from gracefarm.files import atomic_directory, lock
+from gracefarm.settings import Settings
+
+
+def lay_out(plan: Plan, environment: Path, root: Path, settings: Settings) -> Path:
+    """A CUDA_HOME for the target: our nvcc in front, headers and libraries of the target's wheels under their usual names.
+
+    Links point to places inside the sandbox (/env, /toolchain), so the folder is small and depends on digests alone.
+    """
+    stack = plan.inputs["stack"]
+    assert isinstance(stack, dict)
+    final = settings.home / "cuda" / f"{CUDA_LAYOUT}-{str(stack['toolchain'])[:12]}-{str(stack['environment'])[:12]}"
+    with lock(settings.home / "locks" / f"cuda-{final.name}"):
+        if final.is_dir():
+            return final
+        packages = site_packages(environment, plan.stack.data.python)
+        inside = Path("/env/lib") / f"python{plan.stack.data.python}" / "site-packages"
+        with atomic_directory(final) as folder:
+            (folder / "bin").mkdir()
+            (folder / "bin" / "nvcc").symlink_to(f"{INSIDE}/bin/nvcc")
+            (folder / "include").mkdir()
+            (folder / "lib64").mkdir()
+            # One folder of the 13 series, nvidia/cu13; one per library, nvidia/cublas and so on, before it.
+            for part in sorted(packages.glob("nvidia/*/")):
+                _link_part(folder, part, inside / "nvidia" / part.name)
+            (folder / "lib").symlink_to("lib64")
+            (folder / "lib64" / "stubs").mkdir()
+            _static_runtime(folder / "lib64")
+            _driver_stub(folder / "lib64" / "stubs", root, plan.stack.data.cuda)
+            (folder / "nvvm").symlink_to(f"{NVCC}/nvidia/cu{plan.stack.data.cuda.split('.')[0]}/nvvm")
+    return final
+
+
+def _static_runtime(libraries: Path) -> None:
+    """nvcc links programs with these two, and CMake tries that before anything else; the wheels of the 12 series lack them.
+
+    The static runtime then is the shared one, by a linker script, and the device runtime is empty: who really launches
+    kernels from kernels gets an undefined symbol.
+    """
+    static, device = libraries / "libcudart_static.a", libraries / "libcudadevrt.a"
+    shared = next(iter(sorted(libraries.glob("libcudart.so.*"))), None)
+    if shared is not None and not static.is_symlink():
+        static.write_text(f"INPUT({CUDA}/lib64/{shared.name})\n")
+    if not device.is_symlink():
+        device.write_bytes(b"!<arch>\n")
+
+
+def _driver_stub(folder: Path, root: Path, cuda: str) -> None:
+    """A libcuda.so to link with, as the toolkit has one: the driver's names and nothing behind them.
+
+    Raises:
+        RootError: the root's compiler failed.
+    """
+    listing = files("builder") / "data" / f"driver-symbols-{cuda}.txt"
+    if not listing.is_file():
+        return
+    names = [line.split()[0] for line in listing.read_text().splitlines() if line.strip() and not line.startswith("#")]
+    (folder / "stub.c").write_text(
+        "".join(f"int {name}(void) {{ return 34; }}\n" for name in names)
+    )  # CUDA_ERROR_STUB_LIBRARY
+    box = Sandbox(
+        root=root,
+        mounts=(Mount(source=folder, target="/build", writable=True),),
+        environment={"PATH": "/opt/gracefarm/bin:/usr/bin", "LC_ALL": "C.UTF-8", "SOURCE_DATE_EPOCH": "0"},
+        workdir="/build",
+        memory=0,
+    )
+    command = ["gcc", "-shared", "-fPIC", "-O1", "-nostdlib", "-Wl,-soname,libcuda.so.1", "-o", "libcuda.so", "stub.c"]
+    done = subprocess.run(box.command(command), capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RootError(
+            f"the driver's stand-in cannot be compiled: {done.stderr.strip()[-500:]}", remedy="run `builder doctor`"
+        )
+    (folder / "stub.c").unlink()
+
+
+def _link_part(folder: Path, part: Path, inside: Path) -> None:
+    """Headers and libraries of one NVIDIA wheel, by links to where the sandbox has them."""
+    for header in sorted((part / "include").glob("*")):
+        place = folder / "include" / header.name
+        if header.name not in ("__init__.py", "__pycache__") and not place.is_symlink():
+            place.symlink_to(inside / "include" / header.name)
+    for library in sorted((part / "lib").glob("lib*")):
+        place = inside / "lib" / library.name
+        if not (folder / "lib64" / library.name).is_symlink():
+            (folder / "lib64" / library.name).symlink_to(place)
+        short = library.name.split(".so")[0] + ".so"
+        if ".so." in library.name and not (folder / "lib64" / short).is_symlink():
+            (folder / "lib64" / short).symlink_to(place)

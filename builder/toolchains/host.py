@@ -1,0 +1,279 @@
+"""A build with the machine's own compilers in a clean virtual environment: `--toolchain host`."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import ClassVar, Self
+
+from packaging.utils import canonicalize_name
+
+from builder.box.host import HostPlace
+from builder.box.place import Place
+from builder.box.sandbox import TMP
+from builder.planning import pins
+from builder.planning.plan import (
+    CUDA_LAYOUT,
+    Bed,
+    Clean,
+    Ground,
+    Inputs,
+    Plan,
+    Surroundings,
+    Toolchain,
+    Wanted,
+)
+from builder.planning.recipe import ToolchainKind
+from builder.planning.stack import Arch, LoadedStack
+from builder.toolchains import bed, host_environment, host_tools, wrappers
+from builder.toolchains.host_tools import HostTools
+from gracefarm.console import Tick, no_tick
+from gracefarm.files import atomic_directory, atomic_write, lock, remove_tree
+from gracefarm.settings import Settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostToolchain(Toolchain):
+    """This machine's Python, gcc and CUDA, for its own architecture."""
+
+    kind: ClassVar[ToolchainKind] = "host"
+    native: ClassVar[bool] = True
+    closed: ClassVar[str | None] = "had this machine's own tools and no sandbox"
+    unsealed: ClassVar[str | None] = (
+        "with a machine's own tools: the path of its build folder stands in its objects (debug lines, __FILE__)"
+    )
+
+    tools: HostTools
+
+    @classmethod
+    def find(cls, stack: LoadedStack, wanted: Wanted, *, cuda: bool) -> Self:
+        """See Toolchain."""
+        return cls(tools=host_tools.find(stack, wanted, cuda=cuda))
+
+    @property
+    def differences(self) -> tuple[str, ...]:
+        """See Toolchain."""
+        return self.tools.differences
+
+    def facts(self, stack: LoadedStack) -> LoadedStack:
+        """See Toolchain."""
+        return self.tools.stack
+
+    def locked(self, stack: LoadedStack) -> LoadedStack | None:
+        """See Toolchain."""
+        return self.tools.base if self.tools.locked else None
+
+    def inputs(self, plan: Plan) -> Inputs:
+        """See Toolchain."""
+        return {"toolchain": self.tools.inputs()}
+
+    def digests(self, plan: Plan) -> Inputs:
+        """See Toolchain."""
+        locked = pins.environment_digest(self.tools.base, plan.target) if self.tools.locked else None
+        return {"environment": locked, "toolchain": self.tools.digest(), "root": None}
+
+    def installed(self, plan: Plan) -> dict[str, str]:
+        """See Toolchain."""
+        if not self.tools.locked:
+            return dict(self.tools.interpreter.distributions)
+        return {canonicalize_name(wheel.name): wheel.version for wheel in pins.wheels(self.tools.base, plan.target)}
+
+    def arguments(self, plan: Plan) -> str:
+        """See Toolchain."""
+        own = self.tools.wanted.environment
+        return f"--stack {self.tools.base.data.name} --toolchain host" + (f" --environment {own}" if own else "")
+
+    def lay(
+        self, stack: LoadedStack, host: Arch, target: Arch, settings: Settings, tick: Tick = no_tick, *, cuda: bool
+    ) -> Ground:
+        """See Toolchain: a clean environment is all."""
+        site = host_environment.ensure(self.tools, settings, tick)
+        own = wrappers.site_packages(site, self.tools.interpreter.minor)
+        return Ground(
+            root=Path("/"),
+            environment=site,
+            packages=own if self.tools.locked else self.tools.site_packages,
+            compiler=self.tools.cuda_home,
+            title=f"no root: this machine's files, with a clean environment in {site}",
+        )
+
+    def resumes(self, tree: Path, epoch: int) -> bool:
+        """See Toolchain: ninja goes on with the objects that are whole."""
+        if not tree.is_dir():
+            return False
+        clear_products(tree, epoch)
+        return True
+
+    def command(self, plan: Plan, settings: Settings, folder: Path) -> tuple[str, ...]:
+        """See Toolchain."""
+        return wrappers.command(plan, str(host_environment.folder(self.tools, settings)), str(folder))
+
+    def place(
+        self, plan: Plan, ground: Ground, settings: Settings, folder: Path, *, jobs: int, epoch: int, memory: int, cached: bool
+    ) -> Place:
+        """See Toolchain: the folder itself, without network where that can be had."""
+        (folder / "home").mkdir(parents=True, exist_ok=True)
+        _ninja(folder / "bin", settings)
+        return HostPlace(
+            environment=_variables(plan, self.tools, ground.environment, settings, folder, jobs=jobs, epoch=epoch),
+            workdir=str(folder),
+            memory=memory,
+            network=self.tools.uncut is not None,
+        )
+
+    @property
+    def note(self) -> str:
+        """See Toolchain."""
+        return "without network" if self.tools.uncut is None else f"the network was not cut off: {self.tools.uncut}"
+
+    def surroundings(self, ground: Ground, folder: Path) -> Surroundings:
+        """See Toolchain."""
+        return Surroundings(
+            build_paths=("/build", TMP, str(folder)),
+            folders=host_tools.library_folders(self.tools),
+            interpreter=self.tools.interpreter.real,
+            cuobjdump=_cuobjdump(self.tools, ground.packages),
+        )
+
+    def bed(self, ground: Ground, *, emulated: bool) -> Bed:
+        """See Toolchain."""
+        return HostBed(tools=self.tools, ground=ground, emulated=emulated)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostBed:
+    """A virtual environment over that of the build, on the machine itself."""
+
+    tools: HostTools
+    ground: Ground
+    emulated: bool = False
+    overlaid = True
+
+    def clean(self, wheel: Path, scratch: Path, files: Path, *, memory: int, gpu: bool) -> Clean:
+        """See `builder.planning.plan.Bed`; a GPU of the machine is there anyway."""
+        prefix = host_environment.fresh(self.tools, self.ground.environment, scratch / "env", wheel)
+        for name in ("home", "tmp"):
+            remove_tree(scratch / name)
+            (scratch / name).mkdir()
+        own = {"HOME": str(scratch / "home"), "TMPDIR": str(scratch / "tmp"), "PATH": _search_path(self.tools, prefix)}
+        place = HostPlace(
+            environment=bed.variables() | own | _library_path(),
+            workdir=str(files),
+            memory=memory,
+            network=self.tools.uncut is not None,
+        )
+        return Clean(prefix=str(prefix), files=str(files), place=place)
+
+
+def _cuda_home(tools: HostTools, settings: Settings) -> Path | None:
+    """A CUDA_HOME of links into the machine's toolkit with our nvcc in front, whatever its layout; None without CUDA."""
+    top = tools.cuda_home
+    if top is None:
+        return None
+    digest = hashlib.sha256(f"{CUDA_LAYOUT} {top} {tools.digest()}".encode()).hexdigest()
+    final = settings.home / "host" / "cuda" / digest[:32]
+    with lock(final.with_name(f"{final.name}.lock")):
+        if not final.is_dir():
+            with atomic_directory(final) as folder:
+                _link_toolkit(top, folder)
+    return final
+
+
+def _link_toolkit(top: Path, folder: Path) -> None:
+    for name in ("bin", "include", "lib64"):
+        (folder / name).mkdir()
+    for name in ("bin", "include"):
+        for entry in sorted((top / name).iterdir()):
+            if entry.name != "nvcc":
+                (folder / name / entry.name).symlink_to(entry)
+    with as_file(files("builder") / "data" / "toolchain" / "nvcc") as wrapper:
+        (folder / "bin" / "nvcc").write_bytes(wrapper.read_bytes())
+    (folder / "bin" / "nvcc").chmod(0o755)
+    for entry in sorted(library for part in ("lib64", "lib") for library in (top / part).glob("*")):
+        short = entry.name.split(".so")[0] + ".so" if ".so." in entry.name else entry.name
+        # A toolkit out of wheels has libcudart.so.13 and no name to link with.
+        for name in {entry.name, short}:
+            if not (folder / "lib64" / name).is_symlink() and not ((top / "lib64" / name).exists() and name != entry.name):
+                (folder / "lib64" / name).symlink_to(entry)
+    (folder / "lib").symlink_to("lib64")
+    for name in ("nvvm", "targets", "extras"):
+        if (top / name).exists():
+            (folder / name).symlink_to(top / name)
+
+
+def _variables(
+    plan: Plan, tools: HostTools, site: Path, settings: Settings, folder: Path, *, jobs: int, epoch: int
+) -> dict[str, str]:
+    """The environment of a build: a sandbox's, with this machine's places in it; and the loader's path, where one is set."""
+    values = wrappers.variables(plan, jobs=jobs, epoch=epoch)
+    values = {name: value.replace("/build/", f"{folder}/") for name, value in values.items()}
+    home = _cuda_home(tools, settings)
+    cmake, front = settings.home / "host" / "host.cmake", settings.home / "host" / "front.py"
+    for source, copy in (("host/host.cmake", cmake), ("toolchain/front.py", front)):
+        atomic_write(copy, (files("builder") / "data" / source).read_bytes())
+    values |= {
+        "PATH": f"{folder / 'bin'}:{_search_path(tools, site, home)}",
+        "HOME": str(folder / "home"),
+        "TMPDIR": str(folder / "tmp"),
+        "CC": os.environ.get("CC") or "gcc",
+        "CXX": os.environ.get("CXX") or "g++",
+        "CMAKE_TOOLCHAIN_FILE": str(cmake),
+        "GRACEFARM_FRONT": f"{sys.executable} -I -S {front}",
+        "GRACEFARM_SCHEDULER": f"{sys.executable} -I -S {wrappers.folder(settings)}/lib/schedule.py",
+        "GRACEFARM_PYTHON": str(site / "bin" / "python3"),
+        "GRACEFARM_PYTHON_INCLUDE": str(tools.interpreter.header.parent),
+    }
+    if home is not None and tools.cuda_home is not None:
+        values |= {"CUDA_HOME": str(home), "CUDA_PATH": str(home), "CUDACXX": str(home / "bin" / "nvcc")}
+        values |= {"GRACEFARM_NVCC": str(tools.cuda_home / "bin" / "nvcc"), "GRACEFARM_CCBIN": ""}
+    if tools.cxx_runtime is not None:
+        # Before the objects: what is found in it is not looked for in libstdc++.a, which the compiler adds at the end.
+        shared = f"-Wl,--push-state,--no-as-needed,{tools.cxx_runtime},--pop-state"
+        values["LDFLAGS"] = f"{values.get('LDFLAGS', '')} {shared}".strip()
+    return values | _library_path()
+
+
+def _search_path(tools: HostTools, site: Path, home: Path | None = None) -> str:
+    """PATH: our nvcc, the clean environment, the scripts of the named one, this machine's programs."""
+    places = [*([home / "bin"] if home else []), site / "bin", tools.interpreter.scripts]
+    return ":".join([*map(str, places), *dict.fromkeys([*os.environ.get("PATH", os.defpath).split(":"), "/usr/bin", "/bin"])])
+
+
+def _library_path() -> dict[str, str]:
+    """LD_LIBRARY_PATH, without which the torch of some machines does not load."""
+    value = os.environ.get("LD_LIBRARY_PATH")
+    return {"LD_LIBRARY_PATH": value} if value else {}
+
+
+def _ninja(folder: Path, settings: Settings) -> None:
+    """A folder for the front of PATH with our ninja alone, under each name that CMake finds the machine's by."""
+    remove_tree(folder)
+    folder.mkdir()
+    for name in ("ninja", *(["ninja-build"] if shutil.which("ninja-build") else [])):
+        (folder / name).symlink_to(wrappers.folder(settings) / "bin" / "ninja")
+
+
+def _cuobjdump(tools: HostTools, packages: Path) -> Path | None:
+    """NVIDIA's reader of device code: the toolkit's, one of the environment's wheels, or one on PATH."""
+    sites = [packages] if tools.locked else tools.interpreter.sites
+    readers = [tools.cuda_home / "bin" / "cuobjdump"] if tools.cuda_home else []
+    readers += [reader for site in sites for reader in sorted(site.glob("nvidia/*/bin/cuobjdump"))]
+    on_path = shutil.which("cuobjdump")
+    return next((reader for reader in readers if os.access(reader, os.X_OK)), Path(on_path) if on_path else None)
+
+
+def clear_products(tree: Path, epoch: int) -> Sequence[Path]:
+    """Remove what a cut-off build may have left half written and would take for whole: libraries. Objects are ninja's affair.
+
+    The files of the source all have the time `epoch`.
+    """
+    stale = [library for library in tree.rglob("*.so") if library.is_file() and int(library.stat().st_mtime) != epoch]
+    for library in stale:
+        library.unlink()
+    return stale

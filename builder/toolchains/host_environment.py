@@ -1,0 +1,91 @@
+"""Clean virtual environments over this machine's own Python."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+from pathlib import Path
+
+from builder.ground import torch_facts, wheels
+from builder.planning import pins
+from builder.toolchains.host_tools import HostTools
+from builder.toolchains.wrappers import site_packages
+from gracefarm.console import Tick, no_tick
+from gracefarm.errors import HostError, InstallError
+from gracefarm.files import atomic_write, lock, remove_tree
+from gracefarm.settings import Settings
+
+_WHOLE = "complete"
+"File of an environment that was assembled to its end."
+
+
+def ensure(tools: HostTools, settings: Settings, tick: Tick = no_tick) -> Path:
+    """The clean virtual environment of a build: from the stack's lock, or over the environment that was named.
+
+    Raises:
+        HostError: the interpreter cannot make one.
+        ConfigError, FetchError, DigestError, RootError, DiskFullError: as `environment.ensure`.
+    """
+    final = folder(tools, settings)
+    with lock(final.with_name(f"{final.name}.lock"), lambda: tick(0, None, "another process assembles this")):
+        if (final / _WHOLE).is_file():
+            if tools.locked:  # as environment.ensure does: another stack may have assembled the same wheels
+                torch_facts.check(tools.base, site_packages(final, tools.interpreter.minor))
+            return final
+        remove_tree(final)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        _venv(tools, final)
+        if tools.locked:
+            locked = pins.wheels(tools.base, tools.arch)
+            wheels.require_digests(tools.base, locked)
+            where = ["--python", str(final / "bin" / "python3")]
+            wheels.install(locked, where, tools.base.data.name, settings, tick)
+            torch_facts.check(tools.base, site_packages(final, tools.interpreter.minor))
+        atomic_write(final / _WHOLE, "")
+    return final
+
+
+def folder(tools: HostTools, settings: Settings) -> Path:
+    """Where `ensure` puts it."""
+    name = hashlib.sha256(f"{_kind(tools)} {tools.interpreter.executable} {tools.interpreter.version}".encode()).hexdigest()
+    return settings.home / "host" / "environments" / name[:32]
+
+
+def _kind(tools: HostTools) -> str:
+    return pins.environment_digest(tools.base, tools.arch) if tools.locked else " ".join(map(str, tools.interpreter.sites))
+
+
+def _venv(tools: HostTools, into: Path, *besides: Path) -> None:
+    """An empty virtual environment of the machine's Python, which also sees `besides` and a named environment's packages."""
+    command = [str(tools.interpreter.executable), "-m", "venv", "--without-pip", str(into)]
+    kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    process = subprocess.run(command, capture_output=True, text=True, check=False, env=kept, cwd="/")
+    if process.returncode:
+        raise HostError(
+            f"{tools.interpreter.executable} makes no virtual environment: {(process.stdout + process.stderr).strip()[-300:]}",
+            remedy="install its module venv, or name another Python",
+        )
+    others = [*besides, *(() if tools.locked else tools.interpreter.sites)]
+    if others:
+        lines = "".join(f"import site; site.addsitedir({str(site)!r})\n" for site in others)
+        (site_packages(into, tools.interpreter.minor) / "gracefarm.pth").write_text(lines)
+
+
+def fresh(tools: HostTools, base: Path, into: Path, wheel: Path) -> Path:
+    """Another clean environment, over that of the build, with `wheel` in it alone.
+
+    Raises:
+        InstallError: the wheel does not fit this Python, or is damaged.
+    """
+    remove_tree(into)
+    into.parent.mkdir(parents=True, exist_ok=True)
+    _venv(tools, into, *([site_packages(base, tools.interpreter.minor)] if tools.locked else []))
+    wheels.install_file(
+        wheel,
+        ["--python", str(into / "bin" / "python3")],
+        lambda message: InstallError(
+            f"{wheel.name} cannot be installed: {message}", remedy="run `builder audit` on the wheel"
+        ),
+    )
+    return into

@@ -1,0 +1,125 @@
+"""A build with the stack's locked compilers in the sandbox: `--toolchain sandbox`, the default."""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Self
+
+from packaging.utils import canonicalize_name
+
+from builder.box import sandbox
+from builder.box.place import Place
+from builder.box.sandbox import Mount, Sandbox
+from builder.ground import environment, root
+from builder.planning import packages, pins
+from builder.planning.plan import Bed, Ground, Inputs, Plan, Surroundings, Toolchain, Wanted
+from builder.planning.recipe import ToolchainKind
+from builder.planning.stack import Arch, LoadedStack
+from builder.toolchains import ccache, cuda_home, wrappers
+from builder.toolchains.bed import SandboxBed
+from builder.toolchains.headers import unread_headers
+from gracefarm.console import Tick, no_tick
+from gracefarm.errors import ConfigError, HostError
+from gracefarm.settings import Settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class SandboxToolchain(Toolchain):
+    """The stack's own compilers, environment and root."""
+
+    kind: ClassVar[ToolchainKind] = "sandbox"
+
+    @classmethod
+    def find(cls, stack: LoadedStack, wanted: Wanted, *, cuda: bool) -> Self:
+        """See Toolchain: everything comes from the stack."""
+        return cls()
+
+    def require(self, plan: Plan) -> None:
+        """The stack's CUDA reads the headers of its root.
+
+        Raises:
+            ConfigError: it is known not to.
+        """
+        if not plan.recipe.data.build.cuda:
+            return
+        stack = plan.stack
+        names = ("libc6-dev", f"libc6-dev-{plan.target.debian}-cross")
+        for package in packages.of_root(stack, plan.host, plan.target):
+            version = re.match(r"\d+\.\d+", package.version)
+            if package.name not in names or not version:
+                continue
+            if problem := unread_headers(plan.target, stack.data.cuda, version[0]):
+                raise ConfigError(
+                    f"stack {stack.data.name}: {problem}, and its root has {package.title}",
+                    remedy="take an older suite under [root] in its stack.toml, as bookworm, and lock it",
+                    repeat=f"builder lock-stack {stack.data.name}",
+                )
+
+    def require_machine(self) -> None:
+        """See Toolchain."""
+        if problem := sandbox.check():
+            raise HostError(
+                f"the sandbox cannot be started: {problem}", remedy="run `builder doctor --fix`, as root or with sudo"
+            )
+
+    def digests(self, plan: Plan) -> Inputs:
+        """See Toolchain."""
+        cuda = plan.recipe.data.build.cuda
+        return {
+            "environment": pins.environment_digest(plan.stack, plan.target),
+            "toolchain": pins.toolchain_digest(plan.stack, plan.host) if cuda else None,
+            "root": packages.root_digest(plan.stack, plan.host, plan.target),
+        }
+
+    def installed(self, plan: Plan) -> dict[str, str]:
+        """See Toolchain."""
+        return {canonicalize_name(wheel.name): wheel.version for wheel in pins.wheels(plan.stack, plan.target)}
+
+    def lay(
+        self, stack: LoadedStack, host: Arch, target: Arch, settings: Settings, tick: Tick = no_tick, *, cuda: bool
+    ) -> Ground:
+        """See Toolchain."""
+        start = time.monotonic()
+        base = root.ensure(stack, host, target, settings, tick)
+        site = environment.ensure(stack, target, base, settings, tick)
+        return Ground(
+            root=base,
+            environment=site,
+            packages=wrappers.site_packages(site, stack.data.python),
+            compiler=environment.ensure_toolchain(stack, host, settings, tick) if cuda else None,
+            title=f"root, environment and compilers ready in {time.monotonic() - start:.1f} s",
+        )
+
+    def command(self, plan: Plan, settings: Settings, folder: Path) -> tuple[str, ...]:
+        """See Toolchain: the folder is always /build."""
+        return wrappers.command(plan)
+
+    def place(
+        self, plan: Plan, ground: Ground, settings: Settings, folder: Path, *, jobs: int, epoch: int, memory: int, cached: bool
+    ) -> Place:
+        """See Toolchain."""
+        mounts = [
+            Mount(source=ground.environment, target="/env"),
+            Mount(source=wrappers.folder(settings), target=wrappers.INSIDE),
+        ]
+        if ground.compiler is not None:
+            home = cuda_home.lay_out(plan, ground.environment, ground.root, settings)
+            mounts += [Mount(source=ground.compiler, target=wrappers.NVCC), Mount(source=home, target=wrappers.CUDA)]
+        mounts.append(Mount(source=folder, target="/build", writable=True))
+        variables = wrappers.variables(plan, jobs=jobs, epoch=epoch)
+        if cached and ccache.enabled(settings):
+            mounts += ccache.mounts(plan, settings)
+            variables |= ccache.variables(plan, settings)
+        return Sandbox(root=ground.root, mounts=tuple(mounts), environment=variables, workdir="/build", memory=memory)
+
+    def surroundings(self, ground: Ground, folder: Path) -> Surroundings:
+        """See Toolchain."""
+        readers = sorted(ground.compiler.glob("nvidia/*/bin/cuobjdump")) if ground.compiler else []
+        return Surroundings(build_paths=("/build", sandbox.TMP), cuobjdump=next(iter(readers), None))
+
+    def bed(self, ground: Ground, *, emulated: bool) -> Bed:
+        """See Toolchain."""
+        return SandboxBed(ground=ground, emulated=emulated)

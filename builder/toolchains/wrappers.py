@@ -1,0 +1,120 @@
+"""Our compiler wrappers, and the variables and the command by which a package's build script meets them."""
+
+from __future__ import annotations
+
+import shutil
+from importlib.resources import as_file, files
+from pathlib import Path, PurePosixPath
+
+from builder.ground.bytecode import NATIVE_PYTHON
+from builder.planning.plan import Plan, wrappers_digest
+from builder.planning.stack import Arch
+from gracefarm.files import atomic_directory, lock
+from gracefarm.settings import Settings
+
+UNITS, SCHEDULE = "units.jsonl", "schedule.json"
+"In a build's working folder: what front.py writes, what schedule.py reads."
+CUDA = "/cuda"
+NVCC = "/toolchain"
+INSIDE = "/gracefarm"
+FRONT, SCHEDULER = (f"{NATIVE_PYTHON} -I -S {INSIDE}/lib/{name}.py" for name in ("front", "schedule"))
+"How the wrappers start a compilation that is cached and measured, and ninja with a schedule."
+_COMPILERS = [prefix + name for prefix in ("", *(f"{arch.triplet}-" for arch in Arch)) for name in ("gcc", "g++", "cc", "c++")]
+PATH = f"{INSIDE}/bin:/opt/gracefarm/bin:{CUDA}/bin:/usr/bin:/bin:/env/bin"
+
+
+def site_packages(environment: Path, python: str) -> Path:
+    """The site-packages of an environment."""
+    return environment / "lib" / f"python{python}" / "site-packages"
+
+
+def folder(settings: Settings) -> Path:
+    """The folder of wrappers, copied once per content so that a sandbox can mount it from any installation of ours."""
+    final = settings.home / "wrappers" / wrappers_digest()[:16]
+    with lock(settings.home / "locks" / f"wrappers-{final.name}"):
+        if not final.is_dir():
+            with atomic_directory(final) as made, as_file(files("builder") / "data" / "toolchain") as source:
+                (made / "bin").mkdir()
+                (made / "lib").mkdir()
+                # Copies: torch believes that a compiler is GNU's when the file that the name leads to says so.
+                names = dict.fromkeys(_COMPILERS, "compiler") | {name: name for name in ("emulate", "ninja", "nvcc", "python")}
+                for name, script in names.items():
+                    shutil.copy(source / script, made / "bin" / name)
+                    (made / "bin" / name).chmod(0o755)
+                for name in ("front.py", "schedule.py"):
+                    shutil.copy(source / name, made / "lib" / name)
+                for name in ("python3", "python3.11"):
+                    (made / "bin" / name).symlink_to("python")
+                shutil.copy(source / "toolchain.cmake", made / "toolchain.cmake")
+    return final
+
+
+def variables(plan: Plan, *, jobs: int, epoch: int) -> dict[str, str]:
+    """The whole environment of a build; nothing of the machine's own gets in."""
+    data, recipe = plan.stack.data, plan.recipe.data
+    cross = plan.host is not plan.target
+    gcc, gxx = (f"{plan.target.triplet}-gcc", f"{plan.target.triplet}-g++") if cross else ("gcc", "g++")
+    values = {
+        "PATH": ":".join([*(f"{NVCC}/{folder}" for folder in data.toolchain.path if recipe.build.cuda), PATH]),
+        "HOME": "/home/build",
+        "USER": "build",
+        "LANG": "C.UTF-8",
+        "LC_ALL": "C.UTF-8",
+        "TZ": "UTC",
+        "TERM": "dumb",
+        "TMPDIR": "/build/tmp",
+        "SOURCE_DATE_EPOCH": str(epoch),
+        "PYTHONHASHSEED": "0",
+        "PYTHONNOUSERSITE": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "PYTHONUNBUFFERED": "1",
+        "PIP_NO_INDEX": "1",
+        "GRACEFARM_TARGET": plan.target.value,
+        "GRACEFARM_FRONT": FRONT,
+        "GRACEFARM_UNITS": f"/build/{UNITS}",
+        "GRACEFARM_SCHEDULER": SCHEDULER,
+        "GRACEFARM_SCHEDULE": f"/build/{SCHEDULE}",
+        "CC": gcc,
+        "CXX": gxx,
+        "CMAKE_TOOLCHAIN_FILE": f"{INSIDE}/toolchain.cmake",
+        "CMAKE_GENERATOR": "Ninja",
+        "MAX_JOBS": str(jobs),
+        "CMAKE_BUILD_PARALLEL_LEVEL": str(jobs),
+        "MAKEFLAGS": f"-j{jobs}",
+        "GRACEFARM_PYTHON_INCLUDE": f"/usr/include/python{data.python}",
+        "GRACEFARM_CMAKE": "\n".join(f"{name}={value}" for name, value in sorted(recipe.build.cmake.items())),
+    }
+    if recipe.build.cuda:
+        major = data.cuda.split(".")[0]
+        values |= {
+            "CUDA_HOME": CUDA,
+            "CUDA_PATH": CUDA,
+            "CUDACXX": f"{CUDA}/bin/nvcc",
+            "GRACEFARM_NVCC": f"{NVCC}/nvidia/cu{major}/bin/nvcc",
+            "GRACEFARM_CCBIN": gxx if cross else "",
+            "GRACEFARM_SM": " ".join(data.sm),
+            "GRACEFARM_SM_EXTRA": " ".join(f"{glob}={','.join(values)}" for glob, values in recipe.wheel.sm_extra.items()),
+            "TORCH_CUDA_ARCH_LIST": " ".join(f"{sm[:-1]}.{sm[-1]}" for sm in data.sm if sm.isdigit()),
+        }
+    return values | dict(recipe.build.environment)
+
+
+def command(plan: Plan, environment: str = "/env", folder: str = "/build") -> tuple[str, ...]:
+    """What runs in the sandbox; a person can type it in `builder shell`."""
+    build = plan.recipe.data.build
+    options = {key: value.replace("/build/", f"{folder}/") for key, value in build.config_settings.items()}
+    settings = tuple(f"-C{key}={value}" for key, value in sorted(options.items()))
+    place = str(PurePosixPath(folder) / "source" / build.subdirectory)
+    # --skip-dependency-check: check_requirements did it; build would start the emulated setup.py, and torch, once more.
+    return (
+        f"{environment}/bin/python3",
+        "-m",
+        "build",
+        "--wheel",
+        "--no-isolation",
+        "--skip-dependency-check",
+        *settings,
+        "--outdir",
+        f"{folder}/out",
+        place,
+    )
