@@ -20,6 +20,8 @@ from gracefarm.tables import Size
 PREFIX = "GRACEFARM_"
 PARTS = ("recipes", "stacks", "sets")
 "The folders of a project."
+PACKAGED = Path(__file__).resolve().parent.parent / "builder" / "project"
+"The project that an installed wheel carries."
 
 
 # A relative one would be another place for each program that is started elsewhere.
@@ -75,8 +77,8 @@ def find_project() -> Path:
 
 def given_project() -> Path:
     """The recipes, stacks and sets that this program came with: of the checkout that it runs from, else of its wheel."""
-    above = Path(__file__).resolve().parent.parent
-    return above if (above / "recipes").is_dir() else above / "builder" / "project"
+    checkout = Path(__file__).resolve().parent.parent
+    return PACKAGED if PACKAGED.is_dir() else checkout
 
 
 def config_path() -> Path:
