@@ -1,0 +1,87 @@
+"""A deployment that the commit 7ac15b8 served is planned, shown and found unchanged (tests/samples/README.md)."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from deploy.nodes import state
+from deploy.nodes.deployment import load_deployment
+from deploy.rehearsal import hub
+from tests.conftest import REPOSITORY
+
+SAMPLES = REPOSITORY / "tests" / "samples" / "7ac15b8"
+PLAN = "f06e8476571155a2f4e49b23752cc9e64dfb30d96891082afdc90eb66013b115"
+REPO = "rehearsal/Llama-405B-in-small"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The deployment's folder; its nodes are gone, so nobody waits for them long."""
+    folder = shutil.copytree(SAMPLES / "deployment", tmp_path / "deployment")
+    with (folder / "deploy.toml").open("a") as stream:  # [options] is its last table
+        stream.write("connect_timeout = 1\n")
+    return folder
+
+
+def deploy(folder: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "deploy", "--file", str(folder / "deploy.toml"), *arguments],
+        env={**os.environ, "GRACEFARM_HOME": str(folder / "home"), **variables},
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_the_plan_is_the_same(folder: Path) -> None:
+    with hub.serving(hub.llama(191), repo=REPO) as served:
+        outcome = deploy(folder, "plan", "--json", HF_ENDPOINT=served.url)
+    assert outcome.returncode == 0, outcome.stderr
+    planned = json.loads(outcome.stdout.splitlines()[-1])
+    assert planned["id"] == PLAN
+    assert planned == json.loads((SAMPLES / "deployment-plan.json").read_text())
+
+
+def test_the_facts_are_kept(folder: Path) -> None:
+    outcome = deploy(folder, "facts", "--kept", "--json")
+    assert outcome.returncode == 0, outcome.stderr
+    assert json.loads(outcome.stdout.splitlines()[-1])["nodes"] == json.loads((folder / ".deploy/facts.json").read_text())["nodes"]
+
+
+def test_every_step_is_remembered(folder: Path) -> None:
+    kept = state.read(load_deployment(folder / "deploy.toml").folder)
+    assert {name: record.outcome for name, record in kept.steps.items()} == {
+        "preflight": "done",
+        "cache": "skipped",
+        "environment": "done",
+        "download": "done",
+        "weights": "done",
+        "proof": "done",
+        "ray": "done",
+        "engine": "done",
+        "load": "done",
+    }
+    assert kept.data("engine")["plan"] == PLAN
+    assert kept.data("environment")["id"] == "942d503d742581441cc67ce5a02ca633"
+    assert kept.model_dump(mode="json") == json.loads((folder / ".deploy/state.json").read_text())
+
+
+def test_status_knows_what_was_served(folder: Path) -> None:
+    outcome = deploy(folder, "status", "--json")
+    status = json.loads(outcome.stdout.splitlines()[-1])
+    assert (status["deployment"], status["model"], status["plan"], status["layout"]) == ("rehearsal", REPO, PLAN, "tp2 pp1")
+    assert status["service"]["word"] == "UNREACHABLE"
+    assert [(node["name"], node["address"], bool(node["error"])) for node in status["nodes"]] == [
+        ("k0", "10.77.0.11", True),
+        ("k1", "10.77.0.12", True),
+    ]
+    assert status["notes"] == []
