@@ -15,14 +15,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from deploy.cli.common import Context, pass_context, wait
-from deploy.fleet import facts as facts_of
-from deploy.fleet import tunnel
-from deploy.fleet.ssh import fleet
+from deploy.fleet import tunnels
+from deploy.fleet.ssh import open_fleet
 from deploy.nodes import paths, redact, state
+from deploy.nodes.facts import load_facts
 from deploy.nodes.state import Keeper
-from deploy.steps import environment, flow, preflight, weights
-from deploy.steps.flow import Choice, Served, Work
+from deploy.steps import brought, environment, order, preflight, weights
+from deploy.steps.order import Choice, Served
 from deploy.steps.preflight_checks import Cell
+from deploy.steps.step import Work, look
 from gracefarm import settings
 from gracefarm.cli import json_option
 from gracefarm.console import Console
@@ -47,17 +48,17 @@ def held(context: Context, *, no_wait: bool = False) -> Iterator[Keeper]:
 def at_work(context: Context, keeper: Keeper, do: Callable[[Work], Awaitable[T]]) -> T:
     """`do` with connections to the nodes; Ctrl-C tells that what is detached goes on."""
     deployment = context.deployment
-    facts = facts_of.load(deployment)
-    for one in deployment.nodes:
-        facts.node(one.name)
+    facts = load_facts(deployment)
+    for node in deployment.nodes:
+        facts.node(node.name)
     clean = redact.of(deployment.folder).line  # causes are lines of other programs' logs
 
     async def go() -> T:
-        async with fleet(deployment) as made:
+        async with open_fleet(deployment) as fleet:
             return await do(
                 Work(
                     deployment=deployment,
-                    fleet=made,
+                    fleet=fleet,
                     facts=facts,
                     keeper=keeper,
                     console=Console(as_json=context.console.as_json, clean=clean),
@@ -78,8 +79,8 @@ no_wait_option = click.option("--no-wait", is_flag=True, help="Fail at once wher
 
 
 @click.command()
-@click.option("--from", "start", metavar="STEP", type=click.Choice(flow.UP), help="Do this step and the later ones again.")
-@click.option("--skip", multiple=True, metavar="STEP", type=click.Choice(flow.UP), help="Leave a step out.")
+@click.option("--from", "start", metavar="STEP", type=click.Choice(order.UP), help="Do this step and the later ones again.")
+@click.option("--skip", multiple=True, metavar="STEP", type=click.Choice(order.UP), help="Leave a step out.")
 @no_wait_option
 @json_option
 @pass_context
@@ -99,7 +100,7 @@ def up(context: Context, start: str | None, skip: tuple[str, ...], no_wait: bool
 
 
 async def _up(work: Work, choice: Choice) -> bool:
-    return await flow.up(await flow.without_lost_spares(work), choice)
+    return await order.up(await brought.without_lost_spares(work), choice)
 
 
 @click.command()
@@ -114,28 +115,26 @@ def serve(context: Context, skip_up: bool, no_wait: bool) -> None:
     """
 
     async def go(work: Work) -> Served:
-        work = await flow.without_lost_spares(work)
+        work = await brought.without_lost_spares(work)
         if not skip_up:
-            await flow.up(work)
-        return await flow.serve(work)
+            await order.up(work)
+        return await order.serve(work)
 
     with held(context, no_wait=no_wait) as keeper:
-        made = at_work(context, keeper, go)
+        served = at_work(context, keeper, go)
     deployment = context.deployment
     head, port = deployment.head, deployment.data.ports.engine
     key = deployment.folder.api_key
     document = {
         "ready": True,
-        "plan": made.plan.id,
+        "plan": served.plan.id,
         "node": head.name,
         "port": port,
-        "model": made.engine.model,
         "api_key_file": str(key),
-        "how": made.engine.how,
-        "seconds": round(made.engine.seconds, 2),
+        **served.engine.answer,
     }
     lines = [
-        f"READY  {made.engine.model} on {head.name}, port {port} of its loopback",
+        f"READY  {served.engine.answer['model']} on {head.name}, port {port} of its loopback",
         f"       deploy tunnel                          # http://127.0.0.1:{port} on this machine",
         f"       {ask(key, port)}",
     ]
@@ -160,9 +159,9 @@ def down(context: Context, keep_ray: bool, no_wait: bool) -> None:
     """
     with held(context, no_wait=no_wait) as keeper:
         try:
-            ended = at_work(context, keeper, lambda work: flow.down(work, keep_ray=keep_ray))
+            ended = at_work(context, keeper, lambda work: order.down(work, keep_ray=keep_ray))
         finally:
-            tunnel.end_all(context.deployment.folder)  # also where a node is away
+            tunnels.end_all(context.deployment.folder)  # also where a node is away
     what = "the engine is down, Ray runs on" if keep_ray else "nothing of this deployment runs any more"
     text = ", ".join(f"{node} {count}" for node, count in ended.items() if count)
     context.console.result({"ended": ended}, f"{what}" + (f"; processes ended: {text}" if text else "; nothing ran"))
@@ -175,14 +174,14 @@ def preflight_command(context: Context) -> None:
     """Every check on every node and pair, as a table; red cells with their remedy. Changes nothing."""
 
     async def go(work: Work) -> list[Cell]:
-        return await flow.cells_of(work, await flow.look(work))
+        return await preflight.cells_of(work, await look(work))
 
     with held(context) as keeper:
         cells = at_work(context, keeper, go)
     if context.console.as_json:
-        context.console.result([one.__dict__ for one in cells])
+        context.console.result([cell.__dict__ for cell in cells])
     else:
-        _print_cells(cells, [one.name for one in context.deployment.nodes])
+        _print_cells(cells, [node.name for node in context.deployment.nodes])
     preflight.require(cells)
 
 
@@ -197,9 +196,9 @@ def _print_cells(cells: list[Cell], names: list[str]) -> None:
     table.add_column("what was found", overflow="fold")
     for check in preflight.ORDER:
         groups: dict[tuple[str, str], list[str]] = {}
-        for one in cells:
-            if one.check == check:
-                groups.setdefault((one.status, one.text), []).append(one.node)
+        for cell in cells:
+            if cell.check == check:
+                groups.setdefault((cell.status, cell.text), []).append(cell.node)
         for (status, text), nodes in groups.items():
             who = "all" if len(nodes) == len(names) else ",".join(nodes)
             table.add_row(check, who, f"[{_COLOUR[status]}]{status}[/] {escape(text)}")
@@ -220,7 +219,7 @@ def env() -> None:
 @pass_context
 def env_up(context: Context, no_wait: bool) -> None:
     """Build the environment of the set's lock unless it is there, import it on all nodes, make it active."""
-    others = [one for one in flow.UP if one not in ("environment", "proof")]
+    others = [name for name in order.UP if name not in ("environment", "proof")]
     with held(context, no_wait=no_wait) as keeper:
         keeper.forget("environment")  # a roll-back counts no longer
         changed = at_work(context, keeper, lambda work: _up(work, Choice(skip=others)))
@@ -234,11 +233,11 @@ def env_list(context: Context) -> None:
     """Finished environments, newest first, and which are active."""
     root = paths.environment_root(context.deployment)
     with held(context) as keeper:
-        found = at_work(context, keeper, lambda work: environment.listing(work.nodes[:1], root))
+        listed = at_work(context, keeper, lambda work: environment.listing(work.nodes[:1], root))
     lines = [
-        f"{one['id'][:12]}  {one['set'] or '-':24}  {' '.join(one['active']) or '-'}" for one in found["environments"]
+        f"{each['id'][:12]}  {each['set'] or '-':24}  {' '.join(each['active']) or '-'}" for each in listed["environments"]
     ] or ["no environment yet: `deploy env up`"]
-    context.console.result(found, "\n".join(lines))
+    context.console.result(listed, "\n".join(lines))
 
 
 @env.command("matrix")
@@ -249,13 +248,14 @@ def env_matrix(context: Context) -> None:
     deployment = context.deployment
     wanted = environment.matrix(deployment.matrix)
     with held(context) as keeper:
-        rows = at_work(context, keeper, lambda work: environment.prove(work.nodes, paths.environment(deployment), wanted, 600))
+        folder = paths.environment(deployment)
+        matrix = at_work(context, keeper, lambda work: environment.prove(work.nodes, folder, wanted, 600))
     lines = [
-        f"{node}  {one['name']}: {one.get('skipped') or str(one['seconds']) + ' s'}"
-        for node, each in rows.items()
-        for one in each
+        f"{node}  {row['name']}: {row.get('skipped') or str(row['seconds']) + ' s'}"
+        for node, rows in matrix.items()
+        for row in rows
     ]
-    context.console.result(rows, "\n".join(lines))
+    context.console.result(matrix, "\n".join(lines))
 
 
 @env.command("rollback")
@@ -264,9 +264,9 @@ def env_matrix(context: Context) -> None:
 def env_rollback(context: Context) -> None:
     """Make the environment active that was active before; a running engine keeps the one that it started with."""
     with held(context) as keeper:
-        done = at_work(context, keeper, flow.rollback)
-    text = f"{done['active'][:12]} is active (was {(done['from'] or 'none')[:12]}); `deploy serve` starts with it"
-    context.console.result(done, text + "; `deploy env up` goes forward again")
+        answer = at_work(context, keeper, environment.roll_back)
+    text = f"{answer['active'][:12]} is active (was {(answer['from'] or 'none')[:12]}); `deploy serve` starts with it"
+    context.console.result(answer, text + "; `deploy env up` goes forward again")
 
 
 @env.command("gc")
@@ -277,9 +277,9 @@ def env_gc(context: Context, keep: int) -> None:
     """Remove old environments that no process on any node runs from."""
     root = paths.environment_root(context.deployment)
     with held(context) as keeper:
-        done = at_work(context, keeper, lambda work: environment.collect(work.nodes, root, keep=keep))
-    text = f"{len(done['removed'])} removed, {done['freed'] / 1e9:.1f} GB freed"
-    context.console.result(done, text + (f"; in use: {', '.join(done['in_use'])}" if done["in_use"] else ""))
+        answer = at_work(context, keeper, lambda work: environment.collect(work.nodes, root, keep=keep))
+    text = f"{len(answer['removed'])} removed, {answer['freed'] / 1e9:.1f} GB freed"
+    context.console.result(answer, text + (f"; in use: {', '.join(answer['in_use'])}" if answer["in_use"] else ""))
 
 
 # weights
@@ -298,11 +298,11 @@ def weights_verify(context: Context, remove: bool) -> None:
     """Hash every file again, dealt over all nodes."""
     deployment = context.deployment
     with held(context) as keeper:
-        brought = keeper.state.data("weights")
-        if not brought:
+        kept = keeper.state.data("weights")
+        if not kept:
             raise ConfigError("there are no weights yet", remedy="`deploy up` brings them")
-        spec = weights.Spec(root=paths.root(deployment), repo=deployment.data.model.repo)
-        wrong = at_work(context, keeper, lambda work: weights.verify(work.nodes, spec, str(brought["commit"]), remove=remove))
+        spec = weights.WeightsSpec(root=paths.root(deployment), repo=deployment.data.model.repo)
+        wrong = at_work(context, keeper, lambda work: weights.verify(work.nodes, spec, str(kept["commit"]), remove=remove))
         if wrong and remove:
             keeper.forget("weights")
     if wrong:

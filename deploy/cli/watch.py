@@ -18,18 +18,16 @@ from rich.table import Table
 
 from deploy.cli.common import Context, pass_context, wait
 from deploy.cli.nodes import COLOURS
-from deploy.fleet import facts as facts_of
-from deploy.fleet.ssh import JobStatus, fleet
+from deploy.fleet.jobs import JobStatus
+from deploy.fleet.ssh import open_fleet
 from deploy.fleet.targets import targets
 from deploy.nodes import redact
-from deploy.nodes.inventory import Node
-from deploy.watch import collect as collecting
-from deploy.watch import logs as logging
-from deploy.watch import status as statuses
-from deploy.watch import top as tops
-from deploy.watch.logs import Wish
-from deploy.watch.status import SERVING, WAITING, NodeStatus, Service, Status
-from deploy.watch.top import Moment
+from deploy.nodes.deployment import Node
+from deploy.nodes.facts import load_facts
+from deploy.watch.collect import Bundle, as_json, write_bundle
+from deploy.watch.logs import Wish, engine_log, ray_logs
+from deploy.watch.status import SERVING, WAITING, NodeStatus, Service, Status, look, watch_of
+from deploy.watch.top import Moment, watching
 from gracefarm.cli import json_option
 from gracefarm.errors import EngineError, ExitCode, GracefarmError, SeveralError
 
@@ -55,8 +53,8 @@ def status(context: Context, canary: float) -> None:
     """
 
     async def go() -> Status:
-        async with fleet(context.deployment) as made:
-            return await statuses.look(statuses.watch(context.deployment, made), canary=canary)
+        async with open_fleet(context.deployment) as fleet:
+            return await look(watch_of(context.deployment, fleet), canary=canary)
 
     seen = wait(go())
     if context.console.as_json:
@@ -85,7 +83,7 @@ def render(seen: Status, moment: Moment | None = None) -> RenderableType:
     colour = _COLOUR.get(service.word, _BAD)
     model = f"{seen.model}{', ' + seen.layout if seen.layout else ''}"
     lines = [f"[{colour}]{escape(service.label)}[/]  {escape(model)}", f"  {escape(service.text)}"]
-    lines += [f"  [{_BAD}]{escape(one)}[/]" for one in seen.notes]
+    lines += [f"  [{_BAD}]{escape(note)}[/]" for note in seen.notes]
     if service.remedy:
         lines.append(f"  [bold]what to do:[/] {escape(service.remedy)}")
     if moment:
@@ -99,28 +97,28 @@ def _nodes(nodes: Sequence[NodeStatus]) -> Table:
     table = Table(box=None, pad_edge=False)
     for head in ("node", "address", "Ray", "ours", "GPU memory", "busy", "°C", "host memory", "disk free", "load", "up"):
         table.add_column(head)
-    for one in nodes:
-        if one.error:
-            table.add_row(one.name, one.address, f"[{_BAD}]{escape(one.error)}[/]")
+    for node in nodes:
+        if node.error:
+            table.add_row(node.name, node.address, f"[{_BAD}]{escape(node.error)}[/]")
             continue
-        ray = {True: "[green]alive[/]", False: f"[{_BAD}]lost[/]", None: "runs" if one.raylet else "[dim]-[/]"}[one.ray]
+        ray = {True: "[green]alive[/]", False: f"[{_BAD}]lost[/]", None: "runs" if node.raylet else "[dim]-[/]"}[node.ray]
         table.add_row(
-            one.name,
-            one.address,
+            node.name,
+            node.address,
             ray,
-            " ".join(one.jobs) or "[dim]-[/]",
-            "\n".join(_gpu_memory(each.used_mib, each.total_mib) for each in one.gpus) or f"[dim]{escape(one.gpu_error)}[/]",
-            "\n".join(_number(each.busy, " %") for each in one.gpus),
-            "\n".join(_number(each.celsius, "") for each in one.gpus),
-            f"{(one.memory.total - one.memory.available) / (1 << 30):.0f} of {one.memory.total / (1 << 30):.0f} GiB"
-            if one.memory
+            " ".join(node.jobs) or "[dim]-[/]",
+            "\n".join(_gpu_memory(gpu.used_mib, gpu.total_mib) for gpu in node.gpus) or f"[dim]{escape(node.gpu_error)}[/]",
+            "\n".join(_number(gpu.busy, " %") for gpu in node.gpus),
+            "\n".join(_number(gpu.celsius, "") for gpu in node.gpus),
+            f"{(node.memory.total - node.memory.available) / (1 << 30):.0f} of {node.memory.total / (1 << 30):.0f} GiB"
+            if node.memory
             else "",
             "\n".join(
-                [f"{each.free / 1e9:.0f} GB {escape(each.path)}" for each in one.disks]
-                + [f"[{_BAD}]no answer {escape(each)}[/]" for each in one.stuck]
+                [f"{disk.free / 1e9:.0f} GB {escape(disk.path)}" for disk in node.disks]
+                + [f"[{_BAD}]no answer {escape(path)}[/]" for path in node.stuck]
             ),
-            f"{one.load:.1f}/{one.cores}",
-            f"{one.uptime / 3600:.1f} h",
+            f"{node.load:.1f}/{node.cores}",
+            f"{node.uptime / 3600:.1f} h",
         )
     return table
 
@@ -171,9 +169,9 @@ def top(context: Context, every: float, canary_every: float, count: int | None) 
     console = context.console
 
     async def go() -> None:
-        async with fleet(context.deployment) as made:
-            watch = statuses.watch(context.deployment, made)
-            moments = tops.watching(watch, every=every, canary_every=canary_every, count=count)
+        async with open_fleet(context.deployment) as fleet:
+            watch = watch_of(context.deployment, fleet)
+            moments = watching(watch, every=every, canary_every=canary_every, count=count)
             if console.interactive and sys.stdout.isatty():
                 await _live(moments)
                 return
@@ -223,7 +221,7 @@ def logs(context: Context, names: tuple[str, ...], words: tuple[str, ...], follo
     After a cut, following goes on where it was. Keys and tokens are not shown.
     """
     deployment = context.deployment
-    chosen = [one for word in (*names, *words) for one in word.split(",") if one]
+    chosen = [name for word in (*names, *words) for name in word.split(",") if name]
     nodes = deployment.select(chosen) if chosen else deployment.nodes
     ray = bool(chosen) or only_ray
     engine = deployment.head in nodes and not only_ray
@@ -231,16 +229,16 @@ def logs(context: Context, names: tuple[str, ...], words: tuple[str, ...], follo
     wish = Wish(lines=lines, follow=follow)
 
     async def go() -> None:
-        async with fleet(deployment) as made:
+        async with open_fleet(deployment) as fleet:
             tasks = []
             if ray:
-                facts = facts_of.load(deployment)
+                facts = load_facts(deployment)
                 tasks += [
-                    asyncio.create_task(_ray(logging.ray(deployment, facts, one, wish, show.line, show.cut), one.name, show))
-                    for one in targets(made, facts, nodes)
+                    asyncio.create_task(_ray(ray_logs(deployment, facts, node, wish, show.line, show.cut), node.name, show))
+                    for node in targets(fleet, facts, nodes)
                 ]
             if engine:
-                reading = logging.engine(made, deployment.head, wish, show.line)
+                reading = engine_log(fleet, deployment.head, wish, show.line)
                 tasks.append(asyncio.create_task(_engine(reading, show, alone=not ray)))
             await _all(tasks)
 
@@ -253,8 +251,8 @@ class _Shower:
 
     def __init__(self, context: Context, nodes: Sequence[Node]) -> None:
         self.context = context
-        self.ranks = {one.name: one.rank for one in nodes}
-        self.width = max(len(one.name) for one in nodes)
+        self.ranks = {node.name: node.rank for node in nodes}
+        self.width = max(len(node.name) for node in nodes)
         self.redactor = redact.of(context.deployment.folder)
         self.out = RichConsole(highlight=False, soft_wrap=True)
 
@@ -296,13 +294,13 @@ async def _all(tasks: Sequence[asyncio.Task[None]]) -> None:
     try:
         outcomes = await asyncio.gather(*tasks, return_exceptions=True)
     finally:
-        for one in tasks:
-            one.cancel()
-    bad = [one for one in outcomes if isinstance(one, BaseException)]
-    if len(bad) > 1 and all(isinstance(one, GracefarmError) for one in bad):
-        raise SeveralError("; ".join(str(one) for one in bad), remedy="`deploy status` tells which nodes are there")
-    if bad:
-        raise bad[0]
+        for task in tasks:
+            task.cancel()
+    errors = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
+    if len(errors) > 1 and all(isinstance(error, GracefarmError) for error in errors):
+        raise SeveralError("; ".join(str(error) for error in errors), remedy="`deploy status` tells which nodes are there")
+    if errors:
+        raise errors[0]
 
 
 # collect
@@ -321,18 +319,18 @@ def collect(context: Context, into: Path) -> None:
     """
     deployment, folder = context.deployment, into.absolute()
 
-    async def go() -> collecting.Bundle:
-        async with fleet(deployment) as made:
-            return await collecting.collect(deployment, made, folder)
+    async def go() -> Bundle:
+        async with open_fleet(deployment) as fleet:
+            return await write_bundle(deployment, fleet, folder)
 
     context.console.step("collect", f"asking {len(deployment.nodes)} nodes for their logs")
-    made = wait(go())
-    for node, why in made.missing.items():
+    bundle = wait(go())
+    for node, why in bundle.missing.items():
         context.console.warn(f"{node} is not in it: {why}")
-    first = made.findings[0] if made.findings else None
-    lines = [f"{made.status.service.label}  {made.status.service.text}"]
+    first = bundle.findings[0] if bundle.findings else None
+    lines = [f"{bundle.status.service.label}  {bundle.status.service.text}"]
     lines.append(f"first cause  {first.text}" if first else "first cause  nothing that looks like one was found")
     if first and first.remedy:
         lines.append(f"what to do   {first.remedy}")
-    lines.append(f"bundle       {made.path}  ({made.files} files, {made.size / 1e6:.1f} MB, redacted)")
-    context.console.result(collecting.as_json(made), "\n".join(lines))
+    lines.append(f"bundle       {bundle.path}  ({bundle.files} files, {bundle.size / 1e6:.1f} MB, redacted)")
+    context.console.result(as_json(bundle), "\n".join(lines))

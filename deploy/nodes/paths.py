@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import posixpath
 
-from deploy.nodes.inventory import Deployment, Node
-from deploy.steps import weights as weights_step
+from deploy.nodes.deployment import Deployment, Node
 from gracefarm.errors import ConfigError
 
 RAY_TEMP_BYTES = 40
@@ -51,9 +50,9 @@ def download_python(deployment: Deployment) -> str:
     return posixpath.join(environment_root(deployment), "download", "bin", "python")
 
 
-def weights(deployment: Deployment, repo: str, commit: str) -> str:
-    """The folder of a model's files at a commit: what the engine is given."""
-    return weights_step.folder(weights_step.WeightsSpec(root=root(deployment), repo=repo), commit)
+def weights(shared: str, repo: str, commit: str) -> str:
+    """The folder of a model's files at a commit, below `root`: what the engine is given."""
+    return posixpath.join(shared, "weights", repo.replace("/", "--"), commit)
 
 
 def base(deployment: Deployment, node: Node, user: str) -> str:
@@ -64,11 +63,6 @@ def base(deployment: Deployment, node: Node, user: str) -> str:
 def node_folder(deployment: Deployment, node: Node, user: str) -> str:
     """A deployment's folder on a node's own disk, as Fleet.folder has it: jobs, secrets."""
     return posixpath.join(base(deployment, node, user), deployment.folder.id, node.name)
-
-
-def job_log(deployment: Deployment, node: Node, user: str, job: str) -> str:
-    """The log of a detached job (deploy/data/jobs.sh)."""
-    return posixpath.join(node_folder(deployment, node, user), "jobs", job, "log")
 
 
 def ray_token(deployment: Deployment, node: Node, user: str) -> str:

@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from urllib.parse import quote
 
-from deploy.nodes.inventory import Folder
+from deploy.nodes.deployment import Folder
 
 SHORTEST = 6
 "Bytes; anything shorter that is called a secret would take harmless text along."

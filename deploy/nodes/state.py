@@ -16,7 +16,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from deploy.nodes import redact
-from deploy.nodes.inventory import Folder
+from deploy.nodes.deployment import Folder
 from gracefarm.errors import ConfigError, HostError
 from gracefarm.files import atomic_write, lock
 

@@ -1,1 +1,1 @@
-"""What `deploy up`, `serve` and `down` do, a noun a module; deploy/steps/flow.py has the order."""
+"""What `deploy up`, `serve` and `down` do, a noun a module; deploy/steps/order.py has the order."""

@@ -12,7 +12,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from deploy.fleet.calls import Json, Target, call, try_all
+from deploy.nodes import paths
+from deploy.nodes.state import Record, digest
 from deploy.remote import mounts
+from deploy.steps.step import Applied, Looks, Step, Work
 from gracefarm.console import Console
 from gracefarm.errors import GracefarmError, NodeError, SshError
 
@@ -36,6 +39,51 @@ class Row:
     "Of the second, from the cache on disk, with the page cache dropped."
 
 
+class CacheStep(Step):
+    """The cache where it can be had."""
+
+    name = "cache"
+
+    def inputs(self, work: Work, _looks: Looks) -> str:
+        """The share and the nodes."""
+        return digest("cache", paths.share(work.deployment), work.pairs)
+
+    def check(self, work: Work, record: Record, looks: Looks) -> str | None:
+        """Mounted with the cache where it was."""
+        for node, seen in looks.items():
+            if record.data["fsc"].get(node) and not (seen["share"] or {}).get("fsc"):
+                return f"{node} has mounted {paths.share(work.deployment)} without it"
+        return None
+
+    async def apply(self, work: Work, _looks: Looks) -> Applied:
+        """Switch it on."""
+        rows = await up(work.nodes, paths.share(work.deployment), work.console)
+        reasons = dict.fromkeys(row.text for row in rows if row.outcome == "skipped")
+        on = [row for row in rows if row.outcome != "skipped"]
+        parts = [f"{len(on)} of {len(rows)} nodes: {on[0].text}"] if on else []
+        parts += [f"skipped: {reason}" for reason in reasons]
+        speeds = {row.node: {"cold": row.cold, "warm": row.warm} for row in on if row.cold is not None}
+        data = {"fsc": {row.node: row.outcome != "skipped" for row in rows}, "measured": speeds}
+        return Applied(text="; ".join(parts), data=data, skipped=not on)
+
+
+async def measure_new(work: Work) -> bool:
+    """Measure it, once there are weights to measure it with: it is switched on while the share is empty."""
+    record = work.keeper.state.steps.get("cache")
+    if record is None or record.outcome != "done" or not work.keeper.state.data("weights"):
+        return False
+    known = record.data.get("measured", {})
+    left = [node for node in work.nodes if record.data["fsc"].get(node.name) and node.name not in known]
+    speeds = await measure(left, paths.share(work.deployment)) if left else {}
+    if not speeds:
+        return False
+    work.keeper.begin("cache", record.digest)
+    work.keeper.end("cache", "done", record.text, {**record.data, "measured": {**known, **speeds}})
+    for node, speed in speeds.items():
+        work.console.step("cache", f"{node}: measured{told(speed).replace(';', ':', 1)}")
+    return True
+
+
 async def up(targets: Sequence[Target], share: str, console: Console, *, sample: int = SAMPLE) -> list[Row]:
     """The cache on every node that can have it, in the inventory's order.
 
@@ -43,10 +91,7 @@ async def up(targets: Sequence[Target], share: str, console: Console, *, sample:
         SshError, NodeError: a node was not reached.
     """
 
-    async def one(node: Target) -> Row:
-        return await _node(node, share, console, sample)
-
-    good, bad = await try_all(targets, one)
+    good, bad = await try_all(targets, lambda node: _node(node, share, console, sample))
     for error in bad.values():
         if isinstance(error, (SshError, NodeError)):
             raise error
@@ -58,20 +103,20 @@ def _failed(node: str, error: GracefarmError) -> Row:
 
 
 async def _node(node: Target, share: str, console: Console, sample: int) -> Row:
-    found = await call(node, "cache.inspect", {"share": share})
-    reason = why_not(found)
+    seen = await call(node, "cache.inspect", {"share": share})
+    reason = why_not(seen)
     if reason:
         return Row(node=node.name, outcome="skipped", text=reason)
-    if found["fsc"]:
-        return Row(node=node.name, outcome="on", text=f"{found['source']} is cached")
-    new = mounts.with_cache(found["fstab"], found["target"])
-    backup, diff = None, difference(found["fstab"], new)
+    if seen["fsc"]:
+        return Row(node=node.name, outcome="on", text=f"{seen['source']} is cached")
+    new = mounts.with_cache(seen["fstab"], seen["target"])
+    backup, diff = None, difference(seen["fstab"], new)
     await call(node, "cache.install", {})
     if diff:
         console.step("cache", f"{node.name}: /etc/fstab changes:\n{diff}")
-        before = hashlib.sha256(found["fstab"].encode(errors="surrogateescape")).hexdigest()
+        before = hashlib.sha256(seen["fstab"].encode(errors="surrogateescape")).hexdigest()
         backup = str((await call(node, "cache.write_fstab", {"text": new, "before": before}))["backup"])
-    after = await call(node, "cache.remount", {"target": found["target"]})
+    after = await call(node, "cache.remount", {"target": seen["target"]})
     if not after["fsc"]:
         why = after["busy"] or "the kernel took the option and does not cache (FSC no in /proc/fs/nfsfs/volumes)"
         text = f"{why}; the next mount has it" if after["busy"] else str(why)
@@ -80,7 +125,7 @@ async def _node(node: Target, share: str, console: Console, sample: int) -> Row:
     return Row(
         node=node.name,
         outcome="done",
-        text=f"{found['source']} is cached now{told(speed)}",
+        text=f"{seen['source']} is cached now{told(speed)}",
         diff=diff,
         backup=backup,
         cold=speed.get("cold"),
@@ -89,25 +134,28 @@ async def _node(node: Target, share: str, console: Console, sample: int) -> Row:
 
 
 async def measure(targets: Sequence[Target], share: str, *, sample: int = SAMPLE) -> dict[str, Json]:
-    """One cold and one warm read on every node at once, of the largest file that is there; a node that fails is left out."""
+    """One cold and one warm read on every node at once, of the largest file that is there.
+
+    A node that fails, or has nothing to read, is left out.
+    """
     good, _bad = await try_all(targets, lambda node: call(node, "cache.measure", {"share": share, "bytes": sample}))
-    return {node: {key: one.get(key) for key in ("path", "cold", "warm")} for node, one in good.items()}
+    return {node: {key: speed[key] for key in ("path", "cold", "warm")} for node, speed in good.items() if speed["path"]}
 
 
-def why_not(found: Json) -> str | None:
+def why_not(seen: Json) -> str | None:
     """Why a node cannot have the cache, from `cache.inspect`; None: it can, or has it."""
-    kind = found["kind"]
+    kind = seen["kind"]
     if kind == "virtiofs":
         return "virtiofs: the host caches it, and `fsc` is an option of NFS alone"
     if kind not in mounts.NFS:
         return f"{kind}: `fsc` is an option of NFS alone"
-    if found["fsc"]:
+    if seen["fsc"]:
         return None
-    if not found["root"]:
+    if not seen["root"]:
         return "it needs root, and sudo asks for a password on this node"
-    entry = [one for one in mounts.parse_fstab(found["fstab"]) if one.target.rstrip("/") == found["target"].rstrip("/")]
-    if not any(one.kind in mounts.NFS for one in entry):
-        return f"{found['target']} is not in /etc/fstab: whoever mounts it must say `fsc`"
+    entries = [line for line in mounts.parse_fstab(seen["fstab"]) if line.target.rstrip("/") == seen["target"].rstrip("/")]
+    if not any(entry.kind in mounts.NFS for entry in entries):
+        return f"{seen['target']} is not in /etc/fstab: whoever mounts it must say `fsc`"
     return None
 
 

@@ -15,7 +15,7 @@ SKIP = ("original/*", "*.pth", "*.pt", "*.gguf", ".gitattributes")
 "What an engine that reads safetensors never opens; Llama 3.1 405B has its weights a second time in original/."
 
 
-class File(BaseModel):
+class WeightsFile(BaseModel):
     """A file of a repository at a commit. Large files (LFS, Xet) have a sha256, small ones git's blob id (sha1)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -34,7 +34,7 @@ class Manifest(BaseModel):
     schema_version: Literal[1] = 1
     repo: str
     commit: str = Field(pattern=r"^[0-9a-f]{40}$")
-    files: tuple[File, ...]
+    files: tuple[WeightsFile, ...]
 
     @property
     def size(self) -> int:
@@ -48,7 +48,7 @@ def manifest(repo: str, commit: str, files: Iterable[Mapping[str, object]], *, s
     Raises:
         DigestError: a file has no digest or a path that leaves its folder, so it cannot be verified.
     """
-    kept = [File.model_validate(one) for one in files if not skipped(str(one["path"]), skip)]
+    kept = [WeightsFile.model_validate(one) for one in files if not skipped(str(one["path"]), skip)]
     for one in kept:
         if not (one.sha256 or one.git):
             raise DigestError(f"{repo}: the Hub gives no digest for {one.path}", remedy="use a Hub that serves files_metadata")
@@ -62,14 +62,16 @@ def skipped(path: str, patterns: Sequence[str]) -> bool:
     return any(fnmatch.fnmatch(path, pattern) for pattern in patterns)
 
 
-def deal(files: Iterable[File], nodes: Sequence[str], load: Mapping[str, int] | None = None) -> dict[str, list[File]]:
+def deal(
+    files: Iterable[WeightsFile], nodes: Sequence[str], load: Mapping[str, int] | None = None
+) -> dict[str, list[WeightsFile]]:
     """Largest file first, each to the node with the fewest bytes so far (LPT: at most 4/3 of the best, here within 5 %).
 
     `load` is what nodes have to do already, in bytes. Ties go by the order of `nodes`, so equal input gives an equal deal.
     """
     heap = [((load or {}).get(node, 0), index) for index, node in enumerate(nodes)]
     heapq.heapify(heap)
-    shares: dict[str, list[File]] = {node: [] for node in nodes}
+    shares: dict[str, list[WeightsFile]] = {node: [] for node in nodes}
     for one in sorted(files, key=lambda file: (-file.size, file.path)):
         bytes_, index = heapq.heappop(heap)
         shares[nodes[index]].append(one)
@@ -77,7 +79,7 @@ def deal(files: Iterable[File], nodes: Sequence[str], load: Mapping[str, int] | 
     return shares
 
 
-def lower_bound(files: Sequence[File], nodes: int) -> float:
+def lower_bound(files: Sequence[WeightsFile], nodes: int) -> float:
     """Bytes that the busiest node has in any split at least.
 
     The mean; the largest file; and since some node has ceil(files/nodes) files, the smallest so many.
@@ -86,11 +88,11 @@ def lower_bound(files: Sequence[File], nodes: int) -> float:
     return max(sum(sizes) / nodes, sizes[-1] if sizes else 0, sum(sizes[: -(-len(sizes) // nodes)]))
 
 
-class Share(BaseModel):
+class Portion(BaseModel):
     """One node's work in a round."""
 
-    fetch: list[File]
-    verify: list[tuple[str, File]]
+    fetch: list[WeightsFile]
+    verify: list[tuple[str, WeightsFile]]
     "Who stages it, and what."
 
 
@@ -99,14 +101,14 @@ def rounds(
     final: Mapping[str, int],
     ready: Mapping[str, Mapping[str, int]],
     nodes: Sequence[str],
-) -> dict[str, Share]:
+) -> dict[str, Portion]:
     """Who does what next: files that are verified need nothing, staged ones a verifier, all others a node that fetches them.
 
     A file is verified by the node after its stager in the ring, so never by the stager itself unless there is one node alone.
     What an absent node has staged is verified by the others.
     """
     missing = {one.path: one for one in wanted.files if final.get(one.path) != one.size}
-    shares = {node: Share(fetch=[], verify=[]) for node in nodes}
+    shares = {node: Portion(fetch=[], verify=[]) for node in nodes}
     for stager, found in sorted(ready.items()):
         for path in sorted(found):
             file = missing.get(path)

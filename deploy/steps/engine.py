@@ -13,29 +13,31 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-from deploy.fleet.calls import Json, Target
-from deploy.fleet.ssh import Fleet, JobStatus
+from deploy.fleet.calls import Target
+from deploy.fleet.forwarding import forward_local
+from deploy.fleet.jobs import JobStatus, follow_job, job_status, start_job, stop_job
+from deploy.fleet.ssh import Fleet
 from deploy.nodes import paths
-from deploy.nodes.inventory import Folder, Node
-from deploy.planning.plan import Plan, carried
-from deploy.steps import metrics as engine_metrics
+from deploy.nodes.deployment import Deployment, Folder, Node
+from deploy.nodes.state import Record
+from deploy.planning.plans import Plan, carried
+from deploy.steps import metrics, processes, ray
+from deploy.steps.canary import Reply, complete
 from deploy.steps.enginelog import Progress, first_cause
-from deploy.steps.ray import PLAN, look, option, ours
+from deploy.steps.processes import PLAN
+from deploy.steps.step import Applied, Looks, Step, Undone, Work, end_jobs
 from gracefarm.console import Console
 from gracefarm.errors import EngineError, GracefarmError
 from gracefarm.files import atomic_write
-
-if TYPE_CHECKING:
-    import httpx
 
 Nodes = Mapping[str, bool]
 "Node name to whether Ray says that it is alive."
 
 
 @dataclass(frozen=True, kw_only=True)
-class Spec:
+class EngineSpec:
     """What is to run, and how long to wait."""
 
     plan: Plan
@@ -69,7 +71,7 @@ class Spec:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
+class Answering:
     """It answers."""
 
     how: Literal["running", "attached", "started"]
@@ -90,10 +92,59 @@ def api_key(folder: Folder) -> str:
 
 def port(plan: Plan) -> int:
     """Where it listens, on the head's loopback."""
-    return int(option(plan.serve, "--port") or 2242)
+    return int(ray.option(plan.serve, "--port") or 2242)
 
 
-async def up(fleet: Fleet, head: Target, spec: Spec, console: Console) -> Outcome:
+def spec_of(
+    deployment: Deployment, plan: Plan, cluster: ray.ClusterSpec, head: Target, last: Mapping[str, float]
+) -> EngineSpec:
+    """How a deployment's engine is started and asked. `last`: seconds of each phase, last time."""
+    return EngineSpec(
+        plan=plan,
+        secrets=dict.fromkeys(plan.secret_env, api_key(deployment.folder)),
+        nodes=lambda: ray.alive(head, cluster),
+        environment=cluster.environment,
+        load=deployment.data.options.load_timeout,
+        last=last,
+    )
+
+
+class EngineStep(Step):
+    """The engine on the head. Whether it answers is known only by asking it, so that `apply` looks each time."""
+
+    name = "engine"
+
+    def inputs(self, work: Work, _looks: Looks) -> str:
+        """The plan."""
+        return work.made_plan.id
+
+    def check(self, _work: Work, _record: Record, _looks: Looks) -> str:
+        """`apply` looks by itself."""
+        return ""
+
+    async def apply(self, work: Work, _looks: Looks) -> Applied:
+        """Start it, or attach to a start that somebody left, and wait for a completion."""
+        plan, head, state = work.made_plan, work.nodes[0], work.keeper.state
+        cluster = ray.spec_of(work.deployment, plan, work.environment)
+        spec = spec_of(work.deployment, plan, cluster, head, state.data("load"))
+        answering = await up(work.fleet, head, spec, work.console)
+        running = answering.how == "running"
+        if answering.how == "started":  # kept when the engine is stopped: the next start is measured by it
+            work.keeper.begin("load", plan.id)
+            work.keeper.end("load", "done", "seconds of each phase of the last start", dict(answering.phases))
+        return Applied(
+            text=f"{answering.model} answers" + ("" if running else f" after {answering.seconds:.0f} s"),
+            data={"plan": plan.id, "port": port(plan), "model": answering.model},
+            changed=not running,
+            answer={"model": answering.model, "how": answering.how, "seconds": round(answering.seconds, 2)},
+        )
+
+    async def undo(self, work: Work) -> Undone:
+        """End it."""
+        return await end_jobs(work, paths.ENGINE_JOB, grace=20, stopped=[(work.deployment.head, paths.ENGINE_JOB)])
+
+
+async def up(fleet: Fleet, head: Target, spec: EngineSpec, console: Console) -> Answering:
     """Start it unless it runs with this very plan and environment, and wait for a real completion; attach to a start that
     somebody left.
 
@@ -102,21 +153,21 @@ async def up(fleet: Fleet, head: Target, spec: Spec, console: Console) -> Outcom
     """
     (place,) = fleet.pick([head.name])
     begun = time.monotonic()
-    status = await fleet.job_status(place, paths.ENGINE_JOB)
-    found = (await look([head], fleet.mark, {head.name: [port(spec.plan)]}))[head.name]
-    left = ours(found, paths.ENGINE_JOB)
-    same = status.state == "running" and all(one["plan"] == spec.carries for one in left)
+    status = await job_status(fleet, place, paths.ENGINE_JOB)
+    seen = (await processes.look([head], fleet.mark, {head.name: [port(spec.plan)]}))[head.name]
+    left = processes.of_job(seen, paths.ENGINE_JOB)
+    same = status.state == "running" and all(process["plan"] == spec.carries for process in left)
     if same:
         answer = await _ask_running(fleet, place, spec)
         if answer.kind == "ok":
-            return Outcome(how="running", seconds=answer.seconds, phases=spec.last, model=answer.model)
+            return Answering(how="running", seconds=answer.seconds, phases=spec.last, model=answer.model)
         if answer.kind == "refused":
             console.step("engine", "it is loading already: following it")
         else:
             console.step("engine", f"it runs and makes no token ({answer.text}): starting it anew")
             same = False
-    elif not left and found["holders"]:
-        who = next(iter(found["holders"].values()))
+    elif not left and seen["holders"]:
+        who = next(iter(seen["holders"].values()))
         raise EngineError(
             f"{head.name}: port {port(spec.plan)} is held by {who}, which is not of this deployment",
             remedy="end it there, or choose another `engine` in [ports] of deploy.toml",
@@ -124,33 +175,33 @@ async def up(fleet: Fleet, head: Target, spec: Spec, console: Console) -> Outcom
     elif left:
         console.step("engine", "stopping the one that runs with another plan or environment")
     if not same:
-        await fleet.stop_job(place, paths.ENGINE_JOB, grace=30)
+        await stop_job(fleet, place, paths.ENGINE_JOB, grace=30)
         env = {**spec.plan.serve_env, PLAN: spec.carries, **spec.secrets}
-        await fleet.start_job(place, paths.ENGINE_JOB, shlex.join(spec.plan.serve), env)
+        await start_job(fleet, place, paths.ENGINE_JOB, shlex.join(spec.plan.serve), env)
     return await _watch(fleet, place, spec, console, begun=begun, how="attached" if same else "started")
 
 
-async def _ask_running(fleet: Fleet, place: Node, spec: Spec) -> Answer:
+async def _ask_running(fleet: Fleet, place: Node, spec: EngineSpec) -> Reply:
     """A completion from an engine that runs; while it makes tokens for others it counts as answering."""
-    async with fleet.forward_local(place, 0, "127.0.0.1", port(spec.plan)) as local:
-        before = await metrics(local)
+    async with forward_local(fleet, place, 0, "127.0.0.1", port(spec.plan)) as local:
+        before = await metrics.scrape(local)
         answer = await complete(local, spec.key, spec.canary)
         if answer.kind == "denied":
             raise EngineError("the engine refuses this deployment's key", remedy="`deploy down`, then `deploy serve`")
-        if answer.kind == "timeout" and moved(before, await metrics(local)):
-            return Answer(kind="ok", seconds=answer.seconds, model=answer.model)
+        if answer.kind == "timeout" and metrics.moved(before, await metrics.scrape(local)):
+            return Reply(kind="ok", seconds=answer.seconds, model=answer.model)
         return answer
 
 
 async def _watch(
-    fleet: Fleet, place: Node, spec: Spec, console: Console, *, begun: float, how: Literal["attached", "started"]
-) -> Outcome:
+    fleet: Fleet, place: Node, spec: EngineSpec, console: Console, *, begun: float, how: Literal["attached", "started"]
+) -> Answering:
     progress = Progress()
-    following = asyncio.create_task(fleet.follow_job(place, paths.ENGINE_JOB, progress.feed))
+    following = asyncio.create_task(follow_job(fleet, place, paths.ENGINE_JOB, progress.feed))
     checking: asyncio.Task[Nodes] | None = None
     checked, told = time.monotonic(), ""
     try:
-        async with fleet.forward_local(place, 0, "127.0.0.1", port(spec.plan)) as local:
+        async with forward_local(fleet, place, 0, "127.0.0.1", port(spec.plan)) as local:
             with console.progress("engine") as tick:
                 while True:
                     asking = asyncio.create_task(complete(local, spec.key, spec.canary))
@@ -161,7 +212,7 @@ async def _watch(
                     answer = await asking
                     if answer.kind == "ok":
                         phases = progress.durations()
-                        return Outcome(how=how, seconds=time.monotonic() - begun, phases=phases, model=answer.model)
+                        return Answering(how=how, seconds=time.monotonic() - begun, phases=phases, model=answer.model)
                     if answer.kind == "denied":
                         raise EngineError(
                             "the engine refuses this deployment's key", remedy="`deploy down`, then `deploy serve`"
@@ -184,7 +235,7 @@ async def _watch(
                     await task
 
 
-async def _alive(spec: Spec) -> Nodes:
+async def _alive(spec: EngineSpec) -> Nodes:
     """Ray's nodes; nothing where it does not answer just now, which is for the engine to notice."""
     try:
         return await spec.nodes()
@@ -192,7 +243,7 @@ async def _alive(spec: Spec) -> Nodes:
         return {}
 
 
-def _text(progress: Progress, spec: Spec) -> str:
+def _text(progress: Progress, spec: EngineSpec) -> str:
     left = progress.left(spec.last)
     percent = f" {progress.fraction:.0%}" if progress.fraction is not None else ""
     return f"{progress.phase}{percent}, {progress.elapsed():.0f} s" + (
@@ -200,7 +251,7 @@ def _text(progress: Progress, spec: Spec) -> str:
     )
 
 
-def _tell(console: Console, progress: Progress, spec: Spec, told: str) -> str:
+def _tell(console: Console, progress: Progress, spec: EngineSpec, told: str) -> str:
     """One line when a phase begins."""
     if progress.phase != told:
         left = progress.left(spec.last)
@@ -208,8 +259,8 @@ def _tell(console: Console, progress: Progress, spec: Spec, told: str) -> str:
     return progress.phase
 
 
-async def _give_up(fleet: Fleet, place: Node, spec: Spec, progress: Progress) -> None:
-    await fleet.stop_job(place, paths.ENGINE_JOB)
+async def _give_up(fleet: Fleet, place: Node, spec: EngineSpec, progress: Progress) -> None:
+    await stop_job(fleet, place, paths.ENGINE_JOB)
     raise EngineError(
         f"no completion after {spec.load:g} s; it was {progress.phase} for {progress.elapsed():.0f} s and was stopped",
         remedy="`deploy logs` shows how far it came; load_timeout in [options] where it only needs longer",
@@ -219,16 +270,16 @@ async def _give_up(fleet: Fleet, place: Node, spec: Spec, progress: Progress) ->
 async def _lost(fleet: Fleet, place: Node, nodes: Nodes, progress: Progress) -> None:
     dead = [name for name, alive in nodes.items() if not alive]
     if dead:
-        await fleet.stop_job(place, paths.ENGINE_JOB)
+        await stop_job(fleet, place, paths.ENGINE_JOB)
         raise EngineError(
             f"Ray lost {', '.join(dead)} while the engine was {progress.phase}; the engine was stopped",
             remedy="`deploy preflight` says what that node lacks; `deploy serve` starts Ray there again",
         )
 
 
-async def _ended(spec: Spec, status: JobStatus, progress: Progress) -> EngineError:
+async def _ended(spec: EngineSpec, status: JobStatus, progress: Progress) -> EngineError:
     """Its end as an error with the first cause; where that is no more than a dead worker, with the node that Ray lost."""
-    names = {one.private: one.name for one in spec.plan.nodes}
+    names = {node.private: node.name for node in spec.plan.nodes}
     cause = first_cause(progress.lines, names, returncode=status.returncode)
     how = {"exited": f"ended with {status.returncode}", "stopped": "was stopped by another command"}.get(
         status.state, "was killed"
@@ -240,7 +291,7 @@ async def _ended(spec: Spec, status: JobStatus, progress: Progress) -> EngineErr
     return EngineError(f"the engine {how} while {progress.phase}: {lost}{cause.text}", remedy=cause.remedy)
 
 
-async def _dead(spec: Spec) -> list[str]:
+async def _dead(spec: EngineSpec) -> list[str]:
     """Nodes that Ray has lost; it may take a while to find that out after the engine did."""
     deadline = time.monotonic() + spec.settle
     while True:
@@ -248,184 +299,3 @@ async def _dead(spec: Spec) -> list[str]:
         if dead or time.monotonic() > deadline:
             return dead
         await asyncio.sleep(spec.poll)
-
-
-# a real completion, and what it says
-
-
-@dataclass(frozen=True, kw_only=True)
-class Answer:
-    """What became of a completion of one token."""
-
-    kind: Literal["ok", "refused", "timeout", "denied", "error"]
-    text: str = ""
-    seconds: float = 0.0
-    model: str = ""
-
-
-async def complete(local: int, key: str | None, seconds: float) -> Answer:
-    """One token from 127.0.0.1:`local`. Never raises for what the other side does."""
-    import httpx  # here: `up` starts without it
-
-    begun, model = time.monotonic(), ""
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    try:
-        async with (
-            asyncio.timeout(seconds),
-            _client(local, headers, seconds) as client,
-        ):
-            models = await client.get("/v1/models")
-            if models.status_code in (401, 403):
-                return Answer(kind="denied", text=f"HTTP {models.status_code}")
-            models.raise_for_status()
-            model = str(models.json()["data"][0]["id"])
-            body = {"model": model, "prompt": "Hello", "max_tokens": 1, "temperature": 0}
-            made = await client.post("/v1/completions", json=body)
-            made.raise_for_status()
-            if not made.json()["choices"]:
-                return Answer(kind="error", text="an answer without a choice", model=model)
-            return Answer(kind="ok", seconds=time.monotonic() - begun, model=model)
-    except (TimeoutError, httpx.TimeoutException):
-        return Answer(kind="timeout", text=f"no token within {seconds:g} s", seconds=seconds, model=model)
-    except httpx.HTTPStatusError as error:
-        return Answer(kind="error", text=f"HTTP {error.response.status_code}: {error.response.text[:200]}".rstrip(": "))
-    except httpx.TransportError as error:
-        return Answer(kind="refused", text=str(error) or type(error).__name__)
-    except (ValueError, KeyError, IndexError, TypeError) as error:
-        return Answer(kind="error", text=f"not the answer of an OpenAI server: {error}")
-
-
-def _client(local: int, headers: Mapping[str, str], seconds: float) -> httpx.AsyncClient:
-    import httpx
-
-    return httpx.AsyncClient(base_url=f"http://127.0.0.1:{local}", headers=headers, timeout=seconds, trust_env=False)
-
-
-async def metrics(local: int, seconds: float = 10) -> dict[str, float] | None:
-    """What it counts, as deploy.steps.metrics has it; None: not to be had."""
-    found = await engine_metrics.scrape(f"http://127.0.0.1:{local}", seconds)
-    return found.model_dump(exclude_none=True) if found else None
-
-
-# the canary's verdict
-
-
-Kind = Literal["ready", "degraded", "busy", "loading", "dead-engine", "dead-node", "wedged", "stopped", "unreachable"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Signs:
-    """What was seen of a deployment at one moment."""
-
-    job: JobStatus | None
-    "The engine's; None: the head was not reached, see `error`."
-    answer: Answer | None = None
-    before: Mapping[str, float] | None = None
-    "Metrics before the completion was asked for."
-    after: Mapping[str, float] | None = None
-    nodes: Nodes | None = None
-    "None: Ray did not answer."
-    phase: str = ""
-    "Of loading, as far as its log tells; empty: nothing is known."
-    fraction: float | None = None
-    "Of the weights, while loading."
-    cause: str = ""
-    "The first one in its log, where it ended."
-    error: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Verdict:
-    """What it is, and what to do."""
-
-    kind: Kind
-    text: str
-    remedy: str = ""
-
-
-_AGAIN = "`deploy serve` stops what is left and starts everything again; `deploy collect` first keeps the evidence"
-
-
-def diagnose(signs: Signs) -> Verdict:
-    """Tell a dead engine, a dead node and a wedge apart."""
-    if signs.job is None:
-        return Verdict(kind="unreachable", text=signs.error or "the head cannot be reached", remedy="`deploy preflight`")
-    dead = [name for name, alive in (signs.nodes or {}).items() if not alive]
-    if signs.job.state in ("absent", "stopped"):
-        return Verdict(kind="stopped", text="the engine does not run", remedy="`deploy serve` starts it")
-    if signs.job.state != "running":
-        if dead:
-            return Verdict(kind="dead-node", text=f"the engine ended after Ray lost {', '.join(dead)}", remedy=_AGAIN)
-        how = f"ended with {signs.job.returncode}" if signs.job.state == "exited" else "was killed"
-        return Verdict(
-            kind="dead-engine", text=f"the engine {how}" + (f": {signs.cause}" if signs.cause else ""), remedy=_AGAIN
-        )
-    return _of_running(signs, dead)
-
-
-def _of_running(signs: Signs, dead: list[str]) -> Verdict:
-    answer = signs.answer
-    if answer and answer.kind == "ok":
-        if dead:
-            return Verdict(kind="degraded", text=f"it answers, and Ray lost {', '.join(dead)}", remedy=_AGAIN)
-        return Verdict(kind="ready", text=f"a completion came back in {answer.seconds:.2f} s")
-    if dead:
-        return Verdict(kind="dead-node", text=f"Ray lost {', '.join(dead)}; the engine waits for it in vain", remedy=_AGAIN)
-    if answer is None or answer.kind == "refused":
-        return Verdict(kind="loading", text=f"it does not listen yet{': ' + signs.phase if signs.phase else ''}")
-    if moved(signs.before, signs.after):
-        return Verdict(kind="busy", text=f"tokens are made for others; the canary waited in vain ({answer.text})")
-    ray = "Ray does not answer" if signs.nodes is None else "all nodes are alive"
-    if answer.text.startswith("HTTP 5"):  # a worker has died: the next request ends the server, or not even that
-        text = f"no completion: {answer.text}; {ray}, and the engine has not ended"
-        return Verdict(kind="dead-engine", text=text, remedy=_AGAIN)
-    return Verdict(kind="wedged", text=f"{answer.text}, no token was made meanwhile, and {ray}: it hangs", remedy=_AGAIN)
-
-
-def moved(before: Mapping[str, float] | None, after: Mapping[str, float] | None) -> bool:
-    """Tokens were made between two looks at the metrics."""
-    name = "generation_tokens_total"
-    return bool(before and after and after.get(name, 0) > before.get(name, 0))
-
-
-async def probe(fleet: Fleet, head: Target, spec: Spec, *, seconds: float = 30) -> Signs:
-    """Look at everything that `diagnose` needs, within about `seconds`."""
-    (place,) = fleet.pick([head.name])
-    try:
-        job = await fleet.job_status(place, paths.ENGINE_JOB)
-    except GracefarmError as error:
-        return Signs(job=None, error=error.cause)
-    nodes: Nodes | None
-    try:
-        nodes = await spec.nodes()
-    except GracefarmError:
-        nodes = None
-    if job.state == "absent":
-        return Signs(job=job, nodes=nodes)
-    progress = await _read_log(fleet, place)
-    if job.state != "running":
-        names = {one.private: one.name for one in spec.plan.nodes}
-        cause = first_cause(progress.lines, names, returncode=job.returncode).text
-        return Signs(job=job, nodes=nodes, cause=cause, phase=progress.phase)
-    async with fleet.forward_local(place, 0, "127.0.0.1", port(spec.plan)) as local:
-        before = await metrics(local)
-        answer = await complete(local, spec.key, seconds)
-        after = await metrics(local)
-    return Signs(
-        job=job, answer=answer, before=before, after=after, nodes=nodes, phase=progress.phase, fraction=progress.fraction
-    )
-
-
-async def _read_log(fleet: Fleet, place: Node) -> Progress:
-    log = f"{await fleet.folder(place)}/jobs/{paths.ENGINE_JOB}/log"
-    command = f"head -c 4000000 {shlex.quote(log)}"
-    progress = Progress()
-    for line in (await fleet.run(command, nodes=[place], timeout=60))[place.name].stdout.splitlines():
-        progress.feed(line)
-    return progress
-
-
-def by_name(plan: Plan, found: Json) -> dict[str, bool]:
-    """deploy.remote.cluster.nodes as `Nodes`: a node that was started again counts by its living part."""
-    alive = {one["address"] for one in found["nodes"] if one["alive"]}
-    return {one.name: one.private in alive for one in plan.nodes}

@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
-import io
 import json
-import re
-import shlex
-import subprocess
-import sys
-import tempfile
 import tomllib
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
-from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from deploy.fleet.calls import Json, Target, call, joined, on_all, try_all
+from deploy.fleet.calls import Json, Target, call, on_all
+from deploy.nodes import paths
+from deploy.nodes.state import Record, digest
+from deploy.steps import setlock
+from deploy.steps.step import Applied, Looks, Step, Undone, Work, end_jobs
+from deploy.steps.uv import ensure_uv, pinned
+from gracefarm import pins
 from gracefarm.console import Console
-from gracefarm.errors import ConfigError, FetchError, HostError, InstallError
-from gracefarm.files import atomic_write
-from gracefarm.settings import Settings
+from gracefarm.errors import ConfigError, InstallError
+from gracefarm.settings import SharedSettings
 
 SCHEMA = 1
 "Part of every id: another way of building is another environment."
@@ -55,7 +51,7 @@ class Matrix(BaseModel):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Spec:
+class EnvironmentSpec:
     """An environment to be had."""
 
     root: str
@@ -76,7 +72,7 @@ class Spec:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
+class Built:
     """What was done: its id, whether it was built now and whether it became active now."""
 
     id: str
@@ -105,16 +101,118 @@ def download_lock() -> str:
 
 def identity(lock: str, *, python: str, source: str, machine: str) -> str:
     """The name of an environment: its pins and digests, its Python and its machine; comments and order do not enter it."""
-    text = re.sub(r"\\\n\s*", " ", lock)
-    pins = sorted(" ".join(line.split()) for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#"))
-    for line in pins:
-        if "--hash=sha256:" not in line:
-            raise ConfigError(f"the lock has no sha256 for {line.split()[0]}", remedy="every line needs --hash=sha256:…")
-    content = json.dumps([SCHEMA, pins, python, source, machine])
+    lines = sorted(pin.text for pin in pins.parse(lock, "the lock", remedy="every line needs --hash=sha256:…"))
+    content = json.dumps([SCHEMA, lines, python, source, machine])
     return hashlib.sha256(content.encode()).hexdigest()[:32]
 
 
-async def up(targets: Sequence[Target], spec: Spec, settings: Settings, console: Console) -> Outcome:
+def spec_of(work: Work) -> EnvironmentSpec:
+    """The environment that serves. Raises ConfigError, FetchError: there is no lock, or one without the engine."""
+    data = work.deployment.data
+    lock = setlock.lock_text(work.deployment, work.console)
+    setlock.require_engine(work.deployment, lock)
+    return EnvironmentSpec(
+        root=work.root,
+        lock=lock,
+        index=data.index,
+        source=data.python,
+        mirror=data.python_mirror,
+        engine=work.deployment.matrix,
+        set_name=data.set,
+    )
+
+
+class EnvironmentStep(Step):
+    """The environment of the set's lock, active on all nodes."""
+
+    name = "environment"
+
+    def inputs(self, work: Work, _looks: Looks) -> str:
+        """The lock, its index, its Python and the nodes."""
+        spec = spec_of(work)
+        return digest("environment", spec.root, spec.lock, spec.index, spec.python, spec.source, spec.engine, work.pairs)
+
+    def check(self, _work: Work, record: Record, looks: Looks) -> str | None:
+        """Active everywhere."""
+        for node, seen in looks.items():
+            if seen["environments"].get("env") != record.data["id"]:
+                return f"{node} does not see it, or another one is active"
+        return None
+
+    async def apply(self, work: Work, _looks: Looks) -> Applied:
+        """Build, prove, switch."""
+        built = await up(work.nodes, spec_of(work), work.settings, work.console)
+        count = sum("error" not in row and "skipped" not in row for rows in built.rows.values() for row in rows)
+        text = f"{built.id[:12]} is active, {count} imports on {len(built.rows)} nodes"
+        return Applied(text=text, now="built now" if built.built else "", data={"id": built.id})
+
+    async def undo(self, work: Work) -> Undone:
+        """End builds; the environment stays."""
+        return await end_jobs(work, JOBS, grace=20)
+
+
+class DownloadStep(Step):
+    """The environment that speaks with the Hub: huggingface_hub >= 1 and an engine's transformers exclude each other."""
+
+    name = "download"
+
+    def inputs(self, work: Work, _looks: Looks) -> str:
+        """Its lock, the index, the Python and the nodes."""
+        data = work.deployment.data
+        return digest("download", work.root, download_lock(), data.index, data.python, work.pairs)
+
+    def check(self, _work: Work, record: Record, looks: Looks) -> str | None:
+        """Active everywhere."""
+        bad = [node for node, seen in looks.items() if seen["environments"].get("download") != record.data["id"]]
+        return f"{bad[0]} does not see it" if bad else None
+
+    async def apply(self, work: Work, _looks: Looks) -> Applied:
+        """Build, prove, switch."""
+        data = work.deployment.data
+        spec = EnvironmentSpec(
+            root=work.root,
+            lock=download_lock(),
+            index=data.index,
+            source=data.python,
+            mirror=data.python_mirror,
+            engine="download",
+            link="download",
+            set_name="download",
+        )
+        built = await up(work.nodes, spec, work.settings, work.console)
+        return Applied(text=f"environment for downloads {built.id[:12]} on {len(built.rows)} nodes", data={"id": built.id})
+
+
+async def claim(work: Work) -> None:
+    """The environments below this deployment's name are its own: another of the same name would switch them under it.
+
+    Raises:
+        ConfigError: another deployment on this share has the name.
+    """
+    owner = (await call(work.nodes[0], "environment.claim", {"root": work.root, "owner": work.fleet.mark}))["owner"]
+    if owner != work.fleet.mark:
+        share, name, root = paths.share(work.deployment), work.deployment.name, work.root
+        raise ConfigError(
+            f"another deployment on {share} is called {name}: {root} is of {owner}, this one is {work.fleet.mark}",
+            remedy=f'name = "…" in deploy.toml; or, where that one is gone for good: `deploy run -k head -- rm {root}/owner`',
+        )
+
+
+async def roll_back(work: Work) -> Json:
+    """The environment that was active before; `up` leaves it active until its inputs change or `env up` is said.
+
+    Raises:
+        HostError: there is none.
+    """
+    await claim(work)
+    answer = await rollback(work.nodes, work.root)
+    step = EnvironmentStep()
+    work.keeper.begin(step.name, step.inputs(work, {}))
+    work.keeper.end(step.name, "done", f"{answer['active'][:12]} is active, rolled back to", {"id": answer["active"]})
+    return answer
+
+
+async def up(targets: Sequence[Target], spec: EnvironmentSpec, settings: SharedSettings, console: Console) -> Built:
     """Build it on the first node unless it is there, import it on all, and only then make it active.
 
     Raises:
@@ -129,26 +227,28 @@ async def up(targets: Sequence[Target], spec: Spec, settings: Settings, console:
     folder = f"{spec.root}/envs/{identifier}"
     listed = await call(head, "environment.listing", {"root": spec.root})
     built = False
-    if identifier not in [one["id"] for one in listed["environments"]]:
+    if identifier not in [environment["id"] for environment in listed["environments"]]:
         request = {
             "root": spec.root,
             "id": identifier,
             "lock": spec.lock,
+            "packages": [f"{pin.name}=={pin.version}" for pin in pins.parse(spec.lock, "the lock")],
             "index": spec.index,
             "python": {"source": spec.source, "version": wanted, "mirror": spec.mirror},
             "uv": await ensure_uv(head, about, settings),
             "engine": spec.engine,
             "set": spec.set_name,
         }
-        made = await call(
-            head, "environment.build", request, job=f"{JOBS}{spec.link}", on_event=lambda one: _tell(console, head.name, one)
+        job = f"{JOBS}{spec.link}"
+        answer = await call(
+            head, "environment.build", request, job=job, on_event=lambda event: _tell(console, head.name, event)
         )
-        built = bool(made["built"])
+        built = bool(answer["built"])
         if built:
-            console.step(spec.link, f"{identifier[:12]} built on {head.name} in {made['build_s']:.0f} s")
+            console.step(spec.link, f"{identifier[:12]} built on {head.name} in {answer['build_s']:.0f} s")
     rows = await prove(targets, folder, matrix(spec.engine), spec.seconds)
     switched = await call(head, "environment.switch", {"root": spec.root, "link": spec.link, "id": identifier})
-    return Outcome(id=identifier, built=built, switched=switched["switched"], rows=rows)
+    return Built(id=identifier, built=built, switched=switched["switched"], rows=rows)
 
 
 async def prove(targets: Sequence[Target], folder: str, wanted: Matrix, seconds: float) -> dict[str, list[Json]]:
@@ -158,26 +258,21 @@ async def prove(targets: Sequence[Target], folder: str, wanted: Matrix, seconds:
         InstallError: with every node and module that failed.
     """
 
-    async def one(node: Target) -> Json:
-        return await call(
-            node,
-            "environment.matrix",
-            {
-                "environment": folder,
-                "modules": [each.model_dump() for each in wanted.modules],
-                "commands": [list(each) for each in wanted.commands],
-                "seconds": seconds,
-            },
-        )
-
-    found = await on_all(targets, one)
-    bad = [f"{node}: {row['name']}: {row['error']}" for node, each in found.items() for row in each["rows"] if "error" in row]
+    request = {
+        "environment": folder,
+        "modules": [module.model_dump() for module in wanted.modules],
+        "commands": [list(command) for command in wanted.commands],
+        "seconds": seconds,
+    }
+    answers = await on_all(targets, lambda node: call(node, "environment.matrix", request))
+    rows = {node: answer["rows"] for node, answer in answers.items()}
+    bad = [f"{node}: {row['name']}: {row['error']}" for node, tried in rows.items() for row in tried if "error" in row]
     if bad:
         raise InstallError(
             f"the environment does not work everywhere: {'; '.join(bad[:4])}" + ("; …" if len(bad) > 4 else ""),
             remedy="it was not made active; `deploy env matrix` shows every row, and `deploy preflight` what a node lacks",
         )
-    return {node: each["rows"] for node, each in found.items()}
+    return rows
 
 
 async def rollback(targets: Sequence[Target], root: str, link: str = "env") -> Json:
@@ -195,10 +290,8 @@ async def collect(targets: Sequence[Target], root: str, *, keep: int = 2, grace:
 
     `keep`: generations that stay for a roll-back; `grace`: seconds for which a new one stays though it is not active yet.
     """
-    found, bad = await try_all(targets, lambda node: call(node, "environment.users", {"root": root}))
-    if bad:
-        raise joined(bad, len(targets))
-    used = sorted({one for each in found.values() for one in each["used"]})
+    answers = await on_all(targets, lambda node: call(node, "environment.users", {"root": root}))
+    used = sorted({identifier for answer in answers.values() for identifier in answer["used"]})
     return await call(targets[0], "environment.collect", {"root": root, "used": used, "keep": keep, "grace": grace})
 
 
@@ -207,59 +300,3 @@ def _tell(console: Console, node: str, event: Json) -> None:
         console.step("env", f"{node}: {event['text']}")
     elif event["event"] == "wait":
         console.step("wait", f"{node}: it is being built already ({event['owner']}); waiting for it")
-
-
-def pinned() -> Json:
-    """uv by version and sha256, and the Python that it brings, whose sha256 stands in uv."""
-    value: Json = json.loads((resources.files("deploy") / "data" / "uv.json").read_text())
-    return value
-
-
-async def ensure_uv(node: Target, about: Json, settings: Settings) -> str:
-    """uv at the pinned version on a node's own disk; sent there when it is missing. Its path."""
-    version, wheel = pinned()["version"], pinned()["wheels"].get(about["machine"])
-    if wheel is None:
-        raise HostError(f"{node.name}: no uv is pinned for {about['machine']}", remedy="aarch64 and x86_64 are supported")
-    path = f"{about['home']}/.cache/gracefarm/uv-{version}"
-    binary = await asyncio.to_thread(fetch_uv, version, wheel["tag"], wheel["sha256"], settings)
-    wanted = hashlib.sha256(binary).hexdigest()
-    if (await call(node, "environment.digest", {"path": path}))["sha256"] != wanted:
-        quoted = shlex.quote(path)
-        command = (
-            f'set -e; mkdir -p "$(dirname {quoted})"; cat > {quoted}.$$; chmod 755 {quoted}.$$; mv -f {quoted}.$$ {quoted}'
-        )
-        done = await node.shell.stream(f"sh -c {shlex.quote(command)}", stdin=binary, on_line=lambda _line: None)
-        if done.code or (await call(node, "environment.digest", {"path": path}))["sha256"] != wanted:
-            raise HostError(
-                f"{node.name}: uv could not be placed at {path}: {done.stderr.strip()}", remedy="free space in the home"
-            )
-    return path
-
-
-def fetch_uv(version: str, tag: str, sha256: str, settings: Settings) -> bytes:
-    """The uv binary of a wheel whose sha256 is pinned, by way of pip, which knows this machine's index."""
-    kept = settings.home / "deploy" / f"uv-{version}-{sha256[:16]}"
-    if kept.is_file():
-        return kept.read_bytes()
-    with tempfile.TemporaryDirectory() as folder:
-        lock = Path(folder) / "uv.lock"
-        lock.write_text(f"uv=={version} --hash=sha256:{sha256}\n")
-        arguments = ["--quiet", "--no-deps", "--only-binary", ":all:", "--require-hashes", "--platform", tag, "--dest", folder]
-        index = ["--index-url", settings.index_url] if settings.index_url else []
-        done = subprocess.run(
-            [sys.executable, "-m", "pip", "download", *arguments, *index, "--requirement", str(lock)],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        wheels = list(Path(folder).glob("*.whl"))
-        if done.returncode or not wheels:
-            last = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-            remedy = "pip must reach a Python index: `pip config list`"
-            if last.endswith("No module named pip"):  # a virtual environment that uv made has none
-                remedy = f"`{sys.executable} -m ensurepip`"
-            raise FetchError(f"uv {version} for {tag}: {last}", remedy=remedy)
-        with zipfile.ZipFile(io.BytesIO(wheels[0].read_bytes())) as zipped:
-            binary = zipped.read(f"uv-{version}.data/scripts/uv")
-    atomic_write(kept, binary)
-    return binary

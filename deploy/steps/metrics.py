@@ -36,26 +36,26 @@ _OTHER_NAMES = {
 
 def parse(text: str) -> Metrics | None:
     """None: nothing of an engine is in it."""
-    found: dict[str, float] = {}
+    values: dict[str, float] = {}
     try:
         for family in text_string_to_metric_families(text):
             for sample in family.samples:
-                prefix = next((one for one in PREFIXES if sample.name.startswith(one)), None)
+                prefix = next((known for known in PREFIXES if sample.name.startswith(known)), None)
                 if prefix is None:
                     continue
                 short = sample.name.removeprefix(prefix)
                 name = _OTHER_NAMES.get(short, short)
                 if name in Metrics.model_fields:
-                    found[name] = found.get(name, 0.0) + sample.value
+                    values[name] = values.get(name, 0.0) + sample.value
     except ValueError:  # the parser's, for what is no exposition
         return None
-    return Metrics(**found) if found else None
+    return Metrics(**values) if values else None
 
 
-async def scrape(url: str, seconds: float = 10) -> Metrics | None:
-    """Of the server at `url` (its loopback forward); None: not to be had. They need no key."""
+async def scrape(local: int, seconds: float = 10) -> Metrics | None:
+    """Of the server behind 127.0.0.1:`local`; None: not to be had. They need no key."""
     try:
-        async with httpx.AsyncClient(base_url=url, timeout=seconds, trust_env=False) as client:
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{local}", timeout=seconds, trust_env=False) as client:
             response = await client.get("/metrics")
     except httpx.HTTPError:
         return None
@@ -66,8 +66,13 @@ def rate(before: Metrics | None, after: Metrics | None, seconds: float) -> float
     """Tokens/s between two; None: unknown, or the engine was started in between."""
     if not before or not after or before.generation_tokens_total is None or after.generation_tokens_total is None:
         return None
-    made = after.generation_tokens_total - before.generation_tokens_total
-    return made / seconds if made >= 0 and seconds > 0 else None
+    tokens = after.generation_tokens_total - before.generation_tokens_total
+    return tokens / seconds if tokens >= 0 and seconds > 0 else None
+
+
+def moved(before: Metrics | None, after: Metrics | None) -> bool:
+    """Tokens were made between two looks."""
+    return bool(before and after and (after.generation_tokens_total or 0) > (before.generation_tokens_total or 0))
 
 
 def first(before: Metrics | None, after: Metrics | None) -> float | None:

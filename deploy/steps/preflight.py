@@ -3,24 +3,35 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import secrets
-from collections.abc import Mapping, Sequence
+import socket
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from deploy.fleet.calls import Json, Target, call, try_all
-from deploy.steps.preflight_checks import Cell, Expected, Pairs, Survey, judge, tokenless
+from deploy.nodes import paths
+from deploy.nodes.deployment import Deployment
+from deploy.nodes.state import Record, digest
+from deploy.steps.preflight_checks import Cell, Expected, Pairs, Status, Survey, judge, tokenless
+from deploy.steps.processes import raylet
+from deploy.steps.step import Applied, Looks, Step, Work
 from gracefarm.errors import GracefarmError, PreflightError
 
 ORDER = (
     *("reach", "names", "share", "route", "ports", "clock", "python", "token"),
     *("cuda", "memory", "pages", "libstdc++", "shm", "limits", "gloo", "nccl"),
 )
+OF_THE_NODE = ("names", "share", "route", "ports", "clock", "cuda", "memory", "shm", "limits")
+"Checks that an environment does not change."
 KNOCK = 3.0
 "Seconds in which a port that is open to everybody answers."
 
 
 @dataclass(frozen=True, kw_only=True)
-class Spec:
+class PreflightSpec:
     """What is asked."""
 
     share: str | None
@@ -42,10 +53,128 @@ class Spec:
     "How long pairs wait for each other."
 
 
-async def run(targets: Sequence[Target], spec: Spec) -> list[Cell]:
+def _boots(looks: Looks) -> dict[str, str]:
+    return {node: str(seen["boot"]) for node, seen in looks.items()}
+
+
+def _mounted(seen: Json) -> str | None:
+    """What the share lies on; an empty mount point stays when a mount goes."""
+    return f"{seen['share']['kind']} {seen['share']['source']}" if seen["share"] else None
+
+
+class PreflightStep(Step):
+    """Every check, before anything is brought."""
+
+    name = "preflight"
+
+    def inputs(self, work: Work, _looks: Looks) -> str:
+        """The nodes, the share and the ports."""
+        data = work.deployment.data
+        return digest("preflight", work.pairs, data.share, data.ports.model_dump(), data.options.rehearsal, data.python)
+
+    def check(self, work: Work, record: Record, looks: Looks) -> str | None:
+        """The same boots and the same share as then."""
+        share = work.deployment.data.share
+        for node, seen in looks.items():
+            if share and _mounted(seen) != record.data.get("shares", {}).get(node):
+                return f"{node} has lost {share}, or has another one there"
+            if record.data["boots"].get(node) != seen["boot"]:
+                return f"{node} was started again"
+        return None
+
+    async def apply(self, work: Work, looks: Looks) -> Applied:
+        """Ask and judge."""
+        cells = await cells_of(work, looks)
+        require(_without_ours(cells, looks))
+        shares = {node: _mounted(seen) for node, seen in looks.items()}
+        return Applied(text=summary(cells), data={"boots": _boots(looks), "shares": shares})
+
+
+class ProofStep(Step):
+    """Preflight once more in the environment that will serve: pages, libstdc++, all-reduce."""
+
+    name = "proof"
+
+    def inputs(self, work: Work, looks: Looks) -> str | None:
+        """The environment, where there is one, and the nodes."""
+        identifier = work.keeper.state.data("environment").get("id")
+        return digest("proof", work.pairs, identifier, _boots(looks)) if identifier else None
+
+    def check(self, _work: Work, _record: Record, _looks: Looks) -> None:
+        """The inputs say it all."""
+
+    async def apply(self, work: Work, looks: Looks) -> Applied:
+        """Ask and judge."""
+        cells = await cells_of(work, looks, told=OF_THE_NODE)
+        require(_without_ours(cells, looks))
+        reduced = next((cell.text for cell in cells if cell.check == "gloo" and cell.status == "ok"), None)
+        return Applied(text=f"with the environment: {summary(cells)}" + (f"; all-reduce {reduced}" if reduced else ""))
+
+
+async def cells_of(work: Work, looks: Looks, told: Collection[str] = ()) -> list[Cell]:
+    """Every check on every node and pair; what is not green is printed, but yellow cells of the checks in `told`."""
+    cells = await run(work.nodes, spec_of(work.deployment, looks))
+    nodes_of: dict[str, list[str]] = {}
+    for cell in cells:
+        if cell.status == "bad" or (cell.status == "warn" and cell.check not in told):
+            text = f"{cell.check}: {cell.text}" + (f"; {cell.remedy}" if cell.remedy else "")
+            nodes_of.setdefault(text, []).append(cell.node)
+    for text, nodes in nodes_of.items():
+        work.console.warn(f"{', '.join(nodes)}: {text}")
+    return cells
+
+
+def _without_ours(cells: Sequence[Cell], looks: Looks) -> list[Cell]:
+    """Where our own cluster runs it may hold the GPUs' memory."""
+    running = any(raylet(seen) for seen in looks.values())
+    return [cell for cell in cells if not (running and cell.check in ("memory", "nccl"))]
+
+
+def spec_of(deployment: Deployment, looks: Looks) -> PreflightSpec:
+    """What a deployment asks of its nodes."""
+    data, ports = deployment.data, deployment.data.ports
+    running = any(raylet(seen) for seen in looks.values())
+    of_ray = (ports.ray, ports.object_manager, ports.node_manager, ports.agent, ports.agent_grpc, ports.metrics)
+    # Workers take a thousand ports: what lets the ends and the middle through lets the others through.
+    workers = (ports.workers_from, (ports.workers_from + ports.workers_to) // 2, ports.workers_to)
+    return PreflightSpec(
+        share=data.share,
+        root=paths.environment_root(deployment),
+        ports=tuple(dict.fromkeys((*of_ray, ports.runtime_env, *workers, ports.store, ports.engine_store))),
+        loopback={deployment.head.name: (ports.dashboard,)},
+        collective_port=ports.store,
+        ours=(f"{paths.root(deployment)}/", *(("ray::",) if running else ())),
+        rehearsal=data.options.rehearsal,
+        public=public(deployment),
+        ray_ports=(ports.ray, ports.object_manager, ports.node_manager),
+        python=data.python,
+    )
+
+
+def public(deployment: Deployment) -> dict[str, str]:
+    """Nodes that ssh reaches directly by an address of the internet, a host name's among them."""
+    addresses = {}
+    for node in deployment.nodes:
+        with suppress(OSError):
+            places = [] if node.jump else socket.getaddrinfo(node.address, node.port, proto=socket.IPPROTO_TCP)
+            if any(ipaddress.ip_address(str(place[4][0]).partition("%")[0]).is_global for place in places):
+                addresses[node.name] = node.address
+    return addresses
+
+
+def summary(cells: Sequence[Cell]) -> str:
+    """How many checks, and what became of them."""
+    count = Counter(cell.status for cell in cells)
+    nodes = len({cell.node for cell in cells})
+    words: dict[Status, str] = {"warn": "to look at", "bad": "red", "skipped": "skipped"}
+    parts = [f"{count['ok']} green", *(f"{count[status]} {word}" for status, word in words.items() if count[status])]
+    return f"{len({cell.check for cell in cells})} checks on {nodes} nodes: {', '.join(parts)}"
+
+
+async def run(targets: Sequence[Target], spec: PreflightSpec) -> list[Cell]:
     """Every check on every node, in the order of ORDER and the inventory."""
     name = secrets.token_hex(8)
-    nonces = {one.name: secrets.token_hex(16) for one in targets}
+    nonces = {node.name: secrets.token_hex(16) for node in targets}
 
     async def survey(node: Target) -> Survey:
         request = {
@@ -98,7 +227,7 @@ def _tokenless(one: Survey) -> bool:
     return bool(one.environment and one.environment.ray and tokenless(one.environment.ray))
 
 
-async def reached(targets: Sequence[Target], spec: Spec) -> dict[str, str]:
+async def reached(targets: Sequence[Target], spec: PreflightSpec) -> dict[str, str]:
     """Nodes that let this machine in at a port of Ray's over their public address, and where. A port in use is not asked."""
 
     async def one(node: Target) -> str | None:
@@ -107,7 +236,7 @@ async def reached(targets: Sequence[Target], spec: Spec) -> dict[str, str]:
 
         def listening(event: Json) -> None:
             free = [port for port in spec.ray_ports if str(port) not in event["taken"]]
-            tries.extend(asyncio.ensure_future(_knock(spec.public[node.name], port, nonce)) for port in free)
+            tries.extend(asyncio.ensure_future(knock(spec.public[node.name], port, nonce)) for port in free)
 
         request = {"ports": list(spec.ray_ports), "nonce": nonce, "seconds": KNOCK + 1}
         await call(node, "preflight.outside", request, on_event=listening)
@@ -119,7 +248,7 @@ async def reached(targets: Sequence[Target], spec: Spec) -> dict[str, str]:
     return {node: place for node, place in good.items() if place}
 
 
-async def _knock(address: str, port: int, nonce: str) -> int | None:
+async def knock(address: str, port: int, nonce: str) -> int | None:
     """The port, where this very node answers; else None: what takes any connection is no proof."""
     try:
         async with asyncio.timeout(KNOCK):
@@ -137,7 +266,7 @@ def _unreached(node: str, error: GracefarmError) -> Cell:
     return Cell(check="reach", node=node, status="bad", text=error.cause.removeprefix(f"{node}: "), remedy=error.remedy)
 
 
-async def collectives(targets: Sequence[Target], spec: Spec, surveys: dict[str, Survey]) -> list[Cell]:
+async def collectives(targets: Sequence[Target], spec: PreflightSpec, surveys: dict[str, Survey]) -> list[Cell]:
     """An all-reduce over all nodes at once, in the environment that will serve: gloo on the hosts, NCCL on the GPUs."""
     cells = []
     bare = [one.name for one in targets if surveys[one.name].environment is None]
@@ -158,7 +287,7 @@ async def collectives(targets: Sequence[Target], spec: Spec, surveys: dict[str, 
     return cells
 
 
-async def _collective(targets: Sequence[Target], spec: Spec, backend: str) -> list[Cell]:
+async def _collective(targets: Sequence[Target], spec: PreflightSpec, backend: str) -> list[Cell]:
     async def rank(node: Target) -> Json:
         request = {
             "backend": backend,

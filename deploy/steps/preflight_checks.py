@@ -54,7 +54,7 @@ class Cuda(Answer):
     gpus: tuple[Gpu, ...] = ()
 
 
-class Python(Answer):
+class Interpreter(Answer):
     """An interpreter as it runs on the node."""
 
     version: str = ""
@@ -63,18 +63,18 @@ class Python(Answer):
     error: str | None = None
 
 
-class Environment(Answer):
+class ActiveEnvironment(Answer):
     """environment.json of the active environment, and its interpreter on this node."""
 
     id: str
     interpreter: str = ""
     alignment: int | None = None
     glibcxx: str | None = None
-    python: Python
+    python: Interpreter
     ray: str | None = None
 
 
-class Share(Answer):
+class SharedFolder(Answer):
     """The shared folder as this node has it."""
 
     error: str | None = None
@@ -96,9 +96,9 @@ class Survey(Answer):
 
     hostname: str
     resolves: tuple[str, ...]
-    share: Share | None
-    python: Python
-    environment: Environment | None
+    share: SharedFolder | None
+    python: Interpreter
+    environment: ActiveEnvironment | None
     page: int
     glibcxx: str | None
     shm: Space | None

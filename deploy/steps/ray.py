@@ -7,21 +7,30 @@ mark and the plan's id in their environment, never by their names.
 from __future__ import annotations
 
 import asyncio
+import secrets
 import shlex
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
-from deploy.fleet.calls import Json, Target, call, joined, on_all, try_all
-from deploy.fleet.ssh import Fleet, require
+from deploy.fleet.calls import Json, Target, call, on_all
+from deploy.fleet.files import put_file
+from deploy.fleet.jobs import follow_job, start_job
+from deploy.fleet.results import require
+from deploy.fleet.ssh import Fleet
 from deploy.nodes import paths
-from deploy.planning.plan import NodePlan, Plan, carried
+from deploy.nodes.deployment import Deployment
+from deploy.nodes.state import Record
+from deploy.planning.plans import NodePlan, Plan, carried
+from deploy.steps import processes
 from deploy.steps.preflight_checks import SHUT, open_door, tokenless
+from deploy.steps.processes import PLAN, of_job, raylet, stop
+from deploy.steps.step import Applied, Looks, Step, Undone, Work, end_jobs
 from gracefarm.console import Console
-from gracefarm.errors import EngineError, GracefarmError, NodeError
+from gracefarm.errors import EngineError, GracefarmError
+from gracefarm.files import atomic_write
 
-PLAN = "GRACEFARM_PLAN"
-"In the environment of every process: with which plan and environment it was started (deploy.planning.plan.carried)."
 TOKEN_PATH = "RAY_AUTH_TOKEN_PATH"  # noqa: S105 - the name of a variable
 SERVING = (paths.ENGINE_JOB, paths.RAY_JOB)
 "Jobs that serve. Others (builds, downloads, checks) may be at work beside them and are in nobody's way."
@@ -30,7 +39,7 @@ CORES_PER_START = 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class Spec:
+class ClusterSpec:
     """What is to run, and how long to wait."""
 
     plan: Plan
@@ -54,7 +63,7 @@ class Spec:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
+class Started:
     """What was done."""
 
     started: tuple[str, ...]
@@ -83,134 +92,161 @@ def ports(argv: Sequence[str]) -> list[int]:
     """Every single port that `ray start` is told to listen on."""
     names = [word.partition("=")[0] for word in argv if word.startswith("--") and word.partition("=")[0].endswith("port")]
     values = [option(argv, name) for name in names if name not in ("--min-worker-port", "--max-worker-port")]
-    return [int(one) for one in values if one and one.isdigit() and one != "0"]
+    return [int(value) for value in values if value and value.isdigit() and value != "0"]
 
 
-async def look(targets: Sequence[Target], mark: str, wanted: Mapping[str, Sequence[int]]) -> dict[str, Json]:
-    """Our processes on each node, and who holds the ports that are wanted there."""
-
-    async def one(node: Target) -> Json:
-        return await call(node, "look.look", {"prefix": f"{mark}/{node.name}/", "ports": list(wanted.get(node.name, ()))})
-
-    return await on_all(targets, one)
-
-
-def raylet(found: Json, plan: str | None = None) -> bool:
-    """A raylet of ours runs there; `plan`: started with this very plan and environment (Spec.carries)."""
-    ours = [one for one in found["processes"] if one["name"] == "raylet"]
-    return bool(ours) and all(plan in (None, one["plan"]) for one in ours)
-
-
-def ours(found: Json, job: str) -> list[Json]:
-    """Processes of a job there."""
-    return [one for one in found["processes"] if one["mark"].rpartition("/")[2] == job]
-
-
-def serving(found: Json) -> list[Json]:
+def serving(seen: Json) -> list[Json]:
     """Processes of Ray and of the engine there."""
-    return [one for job in SERVING for one in ours(found, job)]
+    return [process for job in SERVING for process in of_job(seen, job)]
 
 
-async def up(fleet: Fleet, targets: Sequence[Target], spec: Spec, console: Console) -> Outcome:
+def spec_of(deployment: Deployment, plan: Plan, environment: str = "") -> ClusterSpec:
+    """How a deployment's Ray is started and asked."""
+    return ClusterSpec(
+        plan=plan,
+        python=paths.program(deployment, "python"),
+        environment=environment,
+        token=token(deployment),
+        wave=deployment.data.options.ray_wave,
+    )
+
+
+def token(deployment: Deployment) -> str:
+    """Ray's token, generated once, 0600."""
+    path = deployment.folder.path / "ray-token"
+    with suppress(FileNotFoundError):
+        return path.read_text().strip()
+    value = secrets.token_hex(32)
+    atomic_write(path, value + "\n")
+    path.chmod(0o600)
+    return value
+
+
+class RayStep(Step):
+    """The plan's Ray on its nodes. Nothing supervises it, so that `apply` looks each time."""
+
+    name = "ray"
+
+    def inputs(self, work: Work, _looks: Looks) -> str:
+        """The plan."""
+        return work.made_plan.id
+
+    def check(self, _work: Work, _record: Record, _looks: Looks) -> str:
+        """`apply` looks by itself."""
+        return ""
+
+    async def apply(self, work: Work, _looks: Looks) -> Applied:
+        """Start what is missing."""
+        plan = work.made_plan
+        started = await up(work.fleet, work.nodes, spec_of(work.deployment, plan, work.environment), work.console)
+        return Applied(
+            text=f"{len(plan.nodes)} nodes, {started.gpus:g} GPUs at {address(plan)}",
+            data={"plan": plan.id, "nodes": [node.name for node in plan.nodes]},
+            changed=bool(started.started),
+        )
+
+    async def undo(self, work: Work) -> Undone:
+        """End Ray, and with it everything of ours that is left."""
+        stopped = [(node, paths.RAY_JOB) for node in work.deployment.nodes]
+        return await end_jobs(work, "", grace=5, stopped=stopped)
+
+
+async def up(fleet: Fleet, targets: Sequence[Target], spec: ClusterSpec, console: Console) -> Started:
     """Bring exactly the plan's cluster up; nothing is touched where it runs already.
 
     `targets`: all nodes, spares too; a Ray of ours on one of those is stopped.
     Raises:
         EngineError: Ray did not come up, with the cause out of its own logs; a port is held by somebody else's.
     """
-    plan, by_name = spec.plan, {one.name: one for one in targets}
-    wanted = {one.name: ports(one.ray) for one in plan.nodes}
-    looks = await look(targets, fleet.mark, wanted)
+    plan, by_name = spec.plan, {node.name: node for node in targets}
+    wanted = {node.name: ports(node.ray) for node in plan.nodes}
+    looks = await processes.look(targets, fleet.mark, wanted)
     stopped = await _make_room(targets, looks, spec, fleet.mark, console)
     if stopped:
-        looks = await look(targets, fleet.mark, wanted)
+        looks = await processes.look(targets, fleet.mark, wanted)
     _refuse_foreign(looks, spec)
-    missing = [one for one in plan.nodes if not raylet(looks[one.name], spec.carries)]
+    missing = [node for node in plan.nodes if not raylet(looks[node.name], spec.carries)]
     if missing:
         await _end_engine(targets, looks, fleet.mark, console)
-        await on_all([by_name[one.name] for one in missing], lambda node: call(node, "cluster.warm", {}, python=spec.python))
+        await on_all([by_name[node.name] for node in missing], lambda node: call(node, "cluster.warm", {}, python=spec.python))
         await _start_all(fleet, by_name, missing, spec, console, cores=looks[plan.head.name]["cores"])
     gpus, version = await verify(by_name, spec)
     if tokenless(version):
         console.warn(f"{open_door(version)}; {SHUT}")
-    return Outcome(started=tuple(one.name for one in missing), stopped=stopped, gpus=gpus)
+    return Started(started=tuple(node.name for node in missing), stopped=stopped, gpus=gpus)
 
 
 async def _make_room(
-    targets: Sequence[Target], looks: Mapping[str, Json], spec: Spec, mark: str, console: Console
+    targets: Sequence[Target], looks: Mapping[str, Json], spec: ClusterSpec, mark: str, console: Console
 ) -> tuple[str, ...]:
     """Stop what is ours and does not fit: another plan or environment, a spare, anything without its raylet, all of it without
     a head."""
-    plan = spec.plan
-    wanted = {one.name for one in plan.nodes}
-    headless = not raylet(looks[plan.head.name], spec.carries)
-    unfit = [
-        one
-        for one in targets
-        if serving(looks[one.name])
-        and (
-            headless
-            or one.name not in wanted
-            or not raylet(looks[one.name], spec.carries)
-            or _others(looks[one.name], spec.carries)
-        )
-    ]
+    wanted = {node.name for node in spec.plan.nodes}
+    headless = not raylet(looks[spec.plan.head.name], spec.carries)
+
+    def fits(node: Target) -> bool:
+        seen = looks[node.name]
+        others = any(process["plan"] not in ("", spec.carries) for process in seen["processes"])
+        return not headless and node.name in wanted and raylet(seen, spec.carries) and not others
+
+    unfit = [node for node in targets if serving(looks[node.name]) and not fits(node)]
+    names = tuple(node.name for node in unfit)
     if unfit:
-        console.step(
-            "ray", f"stopping what runs with another plan or environment, or half: {', '.join(one.name for one in unfit)}"
-        )
+        console.step("ray", f"stopping what runs with another plan or environment, or half: {', '.join(names)}")
         await _end_engine(targets, looks, mark, console)
         await stop(unfit, mark, jobs=SERVING)
-    return tuple(one.name for one in unfit)
+    return names
 
 
 async def _end_engine(targets: Sequence[Target], looks: Mapping[str, Json], mark: str, console: Console) -> None:
     """An engine that is there already cannot go on without one of its nodes, and does not notice that it came back."""
-    if any(ours(looks[one.name], paths.ENGINE_JOB) for one in targets):
+    if any(of_job(looks[node.name], paths.ENGINE_JOB) for node in targets):
         console.step("ray", "stopping the engine, which has lost a node")
         await stop(targets, mark, jobs=[paths.ENGINE_JOB])
 
 
-def _others(found: Json, plan: str) -> bool:
-    return any(one["plan"] not in ("", plan) for one in found["processes"])
-
-
-def _refuse_foreign(looks: Mapping[str, Json], spec: Spec) -> None:
+def _refuse_foreign(looks: Mapping[str, Json], spec: ClusterSpec) -> None:
     for node in spec.plan.nodes:
-        found = looks[node.name]
-        if raylet(found, spec.carries):
+        seen = looks[node.name]
+        if raylet(seen, spec.carries):
             continue
-        for port, who in found["holders"].items():
+        for port, who in seen["holders"].items():
             raise EngineError(
                 f"{node.name}: port {port} is held by {who}, which is not of this deployment",
                 remedy="stop it there (a Ray of somebody else: `ray stop`), or choose another port in [ports] of deploy.toml",
             )
 
 
-def waves(missing: Sequence[NodePlan], spec: Spec, cores: int) -> list[list[NodePlan]]:
+def waves(missing: Sequence[NodePlan], spec: ClusterSpec, cores: int) -> list[list[NodePlan]]:
     """Who is started together: the head by itself, then workers, by `spec.wave` or the head's cores."""
-    head = [one for one in missing if one.name == spec.plan.head.name]
-    rest = [one for one in missing if one.name != spec.plan.head.name]
+    head = [node for node in missing if node.name == spec.plan.head.name]
+    rest = [node for node in missing if node.name != spec.plan.head.name]
     size = spec.wave or max(1, cores // CORES_PER_START)
     return ([head] if head else []) + [rest[at : at + size] for at in range(0, len(rest), size)]
 
 
 async def _start_all(
-    fleet: Fleet, by_name: Mapping[str, Target], missing: Sequence[NodePlan], spec: Spec, console: Console, *, cores: int
+    fleet: Fleet,
+    by_name: Mapping[str, Target],
+    missing: Sequence[NodePlan],
+    spec: ClusterSpec,
+    console: Console,
+    *,
+    cores: int,
 ) -> None:
-    done = 0
+    started = 0
     with console.progress("ray") as tick:
         for wave in waves(missing, spec, cores):
-            await asyncio.gather(*(_start(fleet, by_name[one.name], one, spec, console) for one in wave))
-            done += len(wave)
-            tick(done, len(missing), ", ".join(one.name for one in wave))
+            await asyncio.gather(*(_start(fleet, by_name[node.name], node, spec, console) for node in wave))
+            started += len(wave)
+            tick(started, len(missing), ", ".join(node.name for node in wave))
 
 
-async def _start(fleet: Fleet, target: Target, node: NodePlan, spec: Spec, console: Console) -> None:
+async def _start(fleet: Fleet, target: Target, node: NodePlan, spec: ClusterSpec, console: Console) -> None:
     """`ray start` on one node as a detached job; once more, where Ray gave up on its own children."""
     path = node.env.get(TOKEN_PATH)
     if path and spec.token:
-        require(await fleet.put(spec.token.encode(), path, nodes=[node.name]), "placing Ray's token")
+        require(await put_file(fleet, spec.token.encode(), path, nodes=[node.name]), "placing Ray's token")
     for attempt in (1, 2):
         begun = time.time()
         try:
@@ -229,33 +265,33 @@ def _remedy(target: Target) -> str:
     return f"`deploy logs {target.name}` shows Ray's logs there; `deploy preflight` what the node lacks"
 
 
-async def _start_once(fleet: Fleet, node: NodePlan, spec: Spec) -> None:
+async def _start_once(fleet: Fleet, node: NodePlan, spec: ClusterSpec) -> None:
     (place,) = fleet.pick([node.name])
     env = {**node.env, PLAN: spec.carries}
-    await fleet.start_job(place, paths.RAY_JOB, shlex.join(node.ray), env)
+    await start_job(fleet, place, paths.RAY_JOB, shlex.join(node.ray), env)
     lines: list[str] = []
     try:
         async with asyncio.timeout(spec.seconds):
-            status = await fleet.follow_job(place, paths.RAY_JOB, lines.append, patience=30)
+            status = await follow_job(fleet, place, paths.RAY_JOB, lines.append, patience=30)
     except TimeoutError as error:
         raise EngineError(f"{node.name}: `ray start` has not ended after {spec.seconds:g} s") from error
     if status.returncode != 0:
-        said = [one.strip() for one in lines if one.strip()]
+        last = next((line.strip() for line in reversed(lines) if line.strip()), "")
         word = f"ended with {status.returncode}" if status.state == "exited" else "was killed"
-        raise EngineError(f"{node.name}: `ray start` {word}{': ' + said[-1] if said else ''}")
+        raise EngineError(f"{node.name}: `ray start` {word}{': ' + last if last else ''}")
 
 
-async def explain(target: Target, node: NodePlan, spec: Spec, *, since: float) -> str:
+async def explain(target: Target, node: NodePlan, spec: ClusterSpec, *, since: float) -> str:
     """The first cause that Ray's own logs on a node know, or nothing."""
     temp = option(node.ray, "--temp-dir") or option(spec.plan.head.ray, "--temp-dir") or "/tmp/ray"  # noqa: S108 - Ray's own
     try:
-        found = await call(target, "cluster.cause", {"temp": temp, "since": since})
+        causes = (await call(target, "cluster.cause", {"temp": temp, "since": since}))["lines"]
     except GracefarmError:
         return ""
-    return found["lines"][0] if found["lines"] else ""
+    return causes[0] if causes else ""
 
 
-async def ask(head: Target, spec: Spec) -> Json:
+async def ask(head: Target, spec: ClusterSpec) -> Json:
     """What Ray says of its nodes. Raises EngineError: it does not answer; SshError, NodeError: the head does not."""
     node = spec.plan.head
     env = {name: value for name, value in node.env.items() if name.startswith("RAY_")}
@@ -263,22 +299,32 @@ async def ask(head: Target, spec: Spec) -> Json:
     return await call(head, "cluster.nodes", request, python=spec.python)
 
 
-async def verify(by_name: Mapping[str, Target], spec: Spec) -> tuple[float, str]:
+async def alive(head: Target, spec: ClusterSpec) -> dict[str, bool]:
+    """Of each node of the plan, whether Ray says that it is alive. One that was started again counts by its living part.
+
+    Raises:
+        EngineError: Ray does not answer; SshError, NodeError: the head does not.
+    """
+    living = {node["address"] for node in (await ask(head, spec))["nodes"] if node["alive"]}
+    return {node.name: node.private in living for node in spec.plan.nodes}
+
+
+async def verify(by_name: Mapping[str, Target], spec: ClusterSpec) -> tuple[float, str]:
     """All of the plan's nodes are alive, no other is, and there are exactly its GPUs; their number, and Ray's version.
 
     Raises:
         EngineError: not within `spec.seconds`; names the nodes and the cause in their logs.
     """
     plan, deadline = spec.plan, time.monotonic() + spec.seconds
-    names = {one.private: one.name for one in plan.nodes}
+    names = {node.private: node.name for node in plan.nodes}
     while True:
-        found = await ask(by_name[plan.head.name], spec)
-        alive = {one["address"]: one["gpus"] for one in found["nodes"] if one["alive"]}
-        away = [names[one] for one in names if one not in alive]
-        foreign = [one for one in alive if one not in names]
-        gpus = sum(alive.values())
+        answer = await ask(by_name[plan.head.name], spec)
+        living = {node["address"]: node["gpus"] for node in answer["nodes"] if node["alive"]}
+        away = [name for ip, name in names.items() if ip not in living]
+        foreign = [ip for ip in living if ip not in names]
+        gpus = sum(living.values())
         if not away and not foreign and gpus == plan.layout.world:
-            return float(gpus), str(found["version"])
+            return float(gpus), str(answer["version"])
         if foreign:
             raise EngineError(
                 f"Ray has nodes that are not in the plan: {', '.join(foreign)}", remedy="`ray stop` there, then repeat"
@@ -287,38 +333,9 @@ async def verify(by_name: Mapping[str, Target], spec: Spec) -> tuple[float, str]
             break
         await asyncio.sleep(1)
     if away:
-        node = next(one for one in plan.nodes if one.name == away[0])
+        node = next(node for node in plan.nodes if node.name == away[0])
         why = await explain(by_name[node.name], node, spec, since=0)
         raise EngineError(f"Ray does not see {', '.join(away)}{': ' + why if why else ''}", remedy=_remedy(by_name[node.name]))
     raise EngineError(
         f"Ray has {gpus:g} GPUs, and the plan needs exactly {plan.layout.world}", remedy="`deploy plan` shows each node's"
     )
-
-
-async def try_stop(
-    targets: Sequence[Target], mark: str, *, jobs: Sequence[str] = ("",), grace: float = 10
-) -> tuple[dict[str, int], dict[str, GracefarmError]]:
-    """End our processes and look that none is left: node to how many were ended; node to why not. `jobs`: as names begin."""
-
-    async def one(node: Target) -> int:
-        found = await call(node, "look.stop", {"prefixes": [f"{mark}/{node.name}/{job}" for job in jobs], "grace": grace})
-        if found["left"]:
-            pids = ", ".join(str(each["pid"]) for each in found["left"])
-            raise NodeError(
-                f"{node.name}: processes cannot be ended: {pids}", remedy="end them as their owner, then repeat `deploy down`"
-            )
-        return int(found["ended"])
-
-    return await try_all(targets, one)
-
-
-async def stop(targets: Sequence[Target], mark: str, *, jobs: Sequence[str] = ("",), grace: float = 10) -> dict[str, int]:
-    """End our processes and look that none is left; node to how many were ended. `jobs`: as names begin.
-
-    Raises:
-        NodeError: one is left; SshError: a node was not reached. After all others were stopped.
-    """
-    ended, bad = await try_stop(targets, mark, jobs=jobs, grace=grace)
-    if bad:
-        raise joined(bad, len(targets))
-    return ended

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
-import posixpath
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from deploy.fleet.calls import Json, Target, call, joined, settle, try_all
+from deploy.fleet.calls import Json, Target, call, combined_error, on_all, settle, try_all
+from deploy.nodes import paths
+from deploy.nodes.state import Record, digest
 from deploy.steps import dealing
-from deploy.steps.dealing import File, Manifest, Share
+from deploy.steps.dealing import Manifest, Portion, WeightsFile
+from deploy.steps.step import Applied, Looks, Step, Undone, Work, end_jobs
 from gracefarm.console import Console, Tick
 from gracefarm.errors import DigestError, DiskFullError, GracefarmError, HostError, NodeError, SshError
 
@@ -27,7 +29,7 @@ ROOM = 1 << 30
 
 
 @dataclass(frozen=True, kw_only=True)
-class Spec:
+class WeightsSpec:
     """What is wanted, and where."""
 
     root: str
@@ -56,7 +58,7 @@ class Spec:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
+class Brought:
     """What is there now."""
 
     manifest: Manifest
@@ -71,12 +73,61 @@ class Outcome:
     "The least that any deal could have given it."
 
 
-def folder(spec: Spec, commit: str) -> str:
-    """Where a commit's files are."""
-    return posixpath.join(spec.root, "weights", spec.repo.replace("/", "--"), commit)
+def spec_of(work: Work) -> WeightsSpec:
+    """The deployment's model, with the token and the endpoint of whoever calls."""
+    model = work.deployment.data.model
+    return WeightsSpec(
+        root=paths.root(work.deployment),
+        owner=work.fleet.mark,
+        repo=model.repo,
+        revision=model.revision,
+        endpoint=work.environ.get("HF_ENDPOINT"),
+        token=work.environ.get("HF_TOKEN"),
+        python=paths.download_python(work.deployment),
+    )
 
 
-async def up(targets: Sequence[Target], spec: Spec, console: Console) -> Outcome:
+class WeightsStep(Step):
+    """The model's files at a commit."""
+
+    name = "weights"
+
+    def inputs(self, work: Work, _looks: Looks) -> str:
+        """The model and its revision. A branch is resolved once; `--from weights` resolves it again."""
+        model = work.deployment.data.model
+        return digest("weights", paths.root(work.deployment), model.repo, model.revision)
+
+    def check(self, _work: Work, record: Record, looks: Looks) -> str | None:
+        """Every node sees the manifest, and the head every file in its length."""
+        for node, seen in looks.items():
+            if seen["weights"] is None or seen["weights"]["manifest"] != record.data["manifest"]:
+                return f"{node} does not see them"
+            if seen["weights"]["wrong"]:
+                return f"{', '.join(seen['weights']['wrong'][:3])} is not what was brought"
+        return None
+
+    async def apply(self, work: Work, _looks: Looks) -> Applied:
+        """Bring them."""
+        spec = spec_of(work)
+        brought = await up(work.nodes, spec, work.console)
+        pinned, size = brought.manifest, dealing.told(brought.manifest.size)
+        seen = await call(work.nodes[0], "look.look", {"prefix": "-", "weights": brought.folder, "count": False})
+        return Applied(
+            text=f"{spec.repo} at {pinned.commit[:12]}: {len(pinned.files)} files, {size}",
+            now=f"{dealing.told(brought.fetched)} brought now, by {len(work.nodes)} nodes" if brought.fetched else "",
+            data={
+                "folder": brought.folder,
+                "commit": pinned.commit,
+                "manifest": (seen["weights"] or {}).get("manifest"),
+            },
+        )
+
+    async def undo(self, work: Work) -> Undone:
+        """End downloads."""
+        return await end_jobs(work, JOB, grace=20, stopped=[(node, JOB) for node in work.deployment.nodes])
+
+
+async def up(targets: Sequence[Target], spec: WeightsSpec, console: Console) -> Brought:
     """Bring every file of the pinned commit, or say in one sentence why not; what is verified stays for the next run.
 
     Raises:
@@ -86,23 +137,23 @@ async def up(targets: Sequence[Target], spec: Spec, console: Console) -> Outcome
         HostError: a node does not see the shared folder, or all nodes were lost.
     """
     pinned = await _manifest(targets[0], spec)
-    place = folder(spec, pinned.commit)
+    place = paths.weights(spec.root, spec.repo, pinned.commit)
     console.step("weights", f"{spec.repo} at {pinned.commit[:12]}: {len(pinned.files)} files, {dealing.told(pinned.size)}")
     with console.progress("weights") as tick:
         return await _Run(spec=spec, manifest=pinned, place=place, console=console, tick=tick).go(list(targets))
 
 
-async def _manifest(head: Target, spec: Spec) -> Manifest:
+async def _manifest(head: Target, spec: WeightsSpec) -> Manifest:
     request = {"repo": spec.repo, "revision": spec.revision, "endpoint": spec.endpoint, "token": spec.token}
-    found = await call(head, "weights.manifest", request, python=spec.worker_python)
-    return dealing.manifest(found["repo"], found["commit"], found["files"], skip=spec.skip)
+    answer = await call(head, "weights.manifest", request, python=spec.worker_python)
+    return dealing.manifest(answer["repo"], answer["commit"], answer["files"], skip=spec.skip)
 
 
 @dataclass(kw_only=True)
 class _Run:
     """The rounds of one command."""
 
-    spec: Spec
+    spec: WeightsSpec
     manifest: Manifest
     place: str
     console: Console
@@ -113,7 +164,7 @@ class _Run:
     corrupt: list[str] = field(default_factory=list)
     _done: int = 0
 
-    async def go(self, nodes: list[Target]) -> Outcome:
+    async def go(self, nodes: list[Target]) -> Brought:
         # What a killed command has left at work comes to its end first, so that nothing is fetched twice.
         _, bad = await try_all(nodes, lambda node: settle(node, JOB, partial(self._told, node.name)))
         nodes = self._without(nodes, bad)
@@ -137,20 +188,20 @@ class _Run:
     async def _alone(self, head: Target) -> Json:
         """What is there, once no other deployment on this share is bringing the same files: twice would be for nothing."""
         before: Mapping[str, object] = {}
-        said = False
+        told = False
         while True:
             state: Json = await call(head, "weights.state", {"final": self.place, "staging": self._staging})
             now = state["others"]
             alive = [name for name in now if name not in before or before[name] != now[name]]
             if not alive:
                 return state
-            if before and not said:
-                said = True
+            if before and not told:
+                told = True
                 self.console.step("wait", f"another deployment on this share brings these files ({alive[0]}); waiting for it")
             before = now
             await asyncio.sleep(SIGN)
 
-    def _measure(self, shares: Mapping[str, Share], state: Json) -> None:
+    def _measure(self, shares: Mapping[str, Portion], state: Json) -> None:
         """What the deal is worth, and whether it fits on the shared folder before anything is downloaded."""
         sums = [sum(file.size for file in one.fetch) for one in shares.values()]
         missing = [file for one in shares.values() for file in one.fetch]
@@ -163,16 +214,16 @@ class _Run:
                 remedy="free space there: `deploy env gc`, other models below weights/",
             )
 
-    async def _round(self, nodes: Sequence[Target], shares: Mapping[str, Share]) -> dict[str, GracefarmError]:
+    async def _round(self, nodes: Sequence[Target], shares: Mapping[str, Portion]) -> dict[str, GracefarmError]:
         """One deal carried out. Returns why nodes are lost for the next one; raises what no other node could mend."""
         nonce = secrets.token_hex(16)
         await call(nodes[0], "weights.prepare", {"final": self.place, "staging": self._staging, "nonce": nonce})
         busy = [one for one in nodes if shares[one.name].fetch or shares[one.name].verify]
         good, bad = await try_all(busy, lambda node: self._fetch(node, shares[node.name], nonce))
-        for found in good.values():
-            self.corrupt += found["corrupt"]
-            if found["corrupt"]:
-                self.console.warn(f"came wrong, fetched again by another node: {', '.join(found['corrupt'])}")
+        for corrupt in (answer["corrupt"] for answer in good.values()):
+            self.corrupt += corrupt
+            if corrupt:
+                self.console.warn(f"came wrong, fetched again by another node: {', '.join(corrupt)}")
         return bad
 
     def _without(self, nodes: list[Target], bad: Mapping[str, GracefarmError]) -> list[Target]:
@@ -182,12 +233,12 @@ class _Run:
                 raise error
         left = [one for one in nodes if one.name not in bad]
         if not left:
-            raise joined(bad, len(nodes))
+            raise combined_error(bad, len(nodes))
         for error in bad.values():
             self.console.warn(f"{error.cause}; its files go to the others")
         return left
 
-    async def _fetch(self, node: Target, share: Share, nonce: str) -> Json:
+    async def _fetch(self, node: Target, share: Portion, nonce: str) -> Json:
         request = {
             "me": node.name,
             "final": self.place,
@@ -215,10 +266,10 @@ class _Run:
         elif event["event"] == "wait":
             self.console.step("wait", f"{node}: a download is still at work there ({event['owner']}); waiting for it")
 
-    async def _finish(self, head: Target, rounds: int) -> Outcome:
+    async def _finish(self, head: Target, rounds: int) -> Brought:
         text = self.manifest.model_dump_json(indent=1)
         await call(head, "weights.finish", {"final": self.place, "staging": self._staging, "manifest": text})
-        return Outcome(
+        return Brought(
             manifest=self.manifest,
             folder=self.place,
             fetched=self.fetched,
@@ -228,18 +279,16 @@ class _Run:
         )
 
 
-async def verify(targets: Sequence[Target], spec: Spec, commit: str, *, remove: bool = False) -> list[str]:
+async def verify(targets: Sequence[Target], spec: WeightsSpec, commit: str, *, remove: bool = False) -> list[str]:
     """Hash every finished file again, dealt over all nodes: the paths that are wrong or missing; `remove` takes them away."""
-    place = folder(spec, commit)
+    place = paths.weights(spec.root, spec.repo, commit)
     text = (await call(targets[0], "weights.read_manifest", {"final": place}))["manifest"]
     pinned = Manifest.model_validate(json.loads(text))
-    shares: dict[str, list[File]] = dealing.deal(pinned.files, [one.name for one in targets])
+    shares: dict[str, list[WeightsFile]] = dealing.deal(pinned.files, [one.name for one in targets])
 
-    async def one(node: Target) -> Json:
+    async def rehash(node: Target) -> Json:
         files = [file.model_dump() for file in shares[node.name]]
         return await call(node, "weights.rehash", {"final": place, "files": files, "remove": remove})
 
-    found, bad = await try_all(targets, one)
-    if bad:
-        raise next(iter(bad.values()))
-    return sorted(path for each in found.values() for path in each["wrong"])
+    answers = await on_all(targets, rehash)
+    return sorted(path for answer in answers.values() for path in answer["wrong"])

@@ -23,10 +23,10 @@ from typing import IO
 from deploy.fleet.calls import Json, Target, call, try_all
 from deploy.fleet.ssh import Fleet
 from deploy.nodes import paths, redact
-from deploy.nodes.inventory import Deployment
+from deploy.nodes.deployment import Deployment
 from deploy.nodes.redact import Redactor
 from deploy.nodes.state import State
-from deploy.planning.plan import Plan
+from deploy.planning.plans import Plan
 from deploy.steps.enginelog import Cause, first_cause
 from deploy.watch import status
 from deploy.watch.status import NodeStatus, Status, Watch
@@ -94,13 +94,15 @@ class _Archive:
             self.texts[name] = clean
 
 
-async def collect(deployment: Deployment, fleet: Fleet, folder: Path, *, environ: Mapping[str, str] = os.environ) -> Bundle:
+async def write_bundle(
+    deployment: Deployment, fleet: Fleet, folder: Path, *, environ: Mapping[str, str] = os.environ
+) -> Bundle:
     """The bundle in `folder`, 0600, whole or not at all. A node that is not reached is noted in it.
 
     Raises:
         OSError: it cannot be written.
     """
-    watch = status.watch(deployment, fleet)
+    watch = status.watch_of(deployment, fleet)
     redactor = redact.of(deployment.folder, environ)
     now = time.time()
     name = f"{deployment.name}-{time.strftime('%Y%m%d-%H%M%S', time.localtime(now))}"

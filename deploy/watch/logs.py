@@ -10,10 +10,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from deploy.fleet.calls import Json, Target, call
-from deploy.fleet.facts import Facts
-from deploy.fleet.ssh import Fleet, JobStatus, require
+from deploy.fleet.jobs import JobStatus, follow_job, job_status
+from deploy.fleet.results import require
+from deploy.fleet.ssh import Fleet
 from deploy.nodes import paths
-from deploy.nodes.inventory import Deployment, Node
+from deploy.nodes.deployment import Deployment, Node
+from deploy.nodes.facts import Facts
 from deploy.steps.enginelog import clean
 from gracefarm.errors import EngineError, GracefarmError, HostError, NodeError, SshError
 
@@ -37,13 +39,13 @@ class Wish:
     "Seconds between two tries after a cut."
 
 
-async def engine(fleet: Fleet, head: Node, wish: Wish, on_line: OnLine) -> JobStatus:
+async def engine_log(fleet: Fleet, head: Node, wish: Wish, on_line: OnLine) -> JobStatus:
     """The engine's log; with `follow` until the engine ends.
 
     Raises:
         EngineError: none was ever started here; SshError, NodeError: the head is not reached.
     """
-    status = await fleet.job_status(head, paths.ENGINE_JOB)
+    status = await job_status(fleet, head, paths.ENGINE_JOB)
     if status.state == "absent":
         raise EngineError("no engine was started yet", remedy="`deploy serve` starts it; `deploy logs --ray` shows Ray's logs")
 
@@ -59,10 +61,10 @@ async def engine(fleet: Fleet, head: Node, wish: Wish, on_line: OnLine) -> JobSt
         for line in said.decode(errors="replace").splitlines():
             say(line)
         return status
-    return await fleet.follow_job(head, paths.ENGINE_JOB, say, offset=status.size - len(said), patience=wish.patience)
+    return await follow_job(fleet, head, paths.ENGINE_JOB, say, offset=status.size - len(said), patience=wish.patience)
 
 
-async def ray(deployment: Deployment, facts: Facts, node: Target, wish: Wish, on_line: OnLine, on_cut: OnCut) -> int:
+async def ray_logs(deployment: Deployment, facts: Facts, node: Target, wish: Wish, on_line: OnLine, on_cut: OnCut) -> int:
     """Ray's logs of one node's last session; the number of files. With `follow` for ever.
 
     Raises:

@@ -10,19 +10,18 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from deploy.fleet import facts as facts_of
 from deploy.fleet.calls import Json, Target, try_all
-from deploy.fleet.facts import Facts
 from deploy.fleet.ssh import Fleet
 from deploy.fleet.targets import targets
 from deploy.nodes import redact, state
-from deploy.nodes.inventory import Deployment, Folder
+from deploy.nodes.deployment import Deployment, Folder
+from deploy.nodes.facts import Facts, load_facts
 from deploy.nodes.state import State
-from deploy.planning.plan import Plan
-from deploy.steps import engine, flow, ray
-from deploy.steps.engine import Signs, Verdict
-from gracefarm import settings
-from gracefarm.console import Console
+from deploy.planning.plans import Plan
+from deploy.steps import engine, order, ray
+from deploy.steps.engine import EngineSpec, Nodes
+from deploy.steps.step import glance
+from deploy.watch.verdict import Signs, Verdict, diagnose, probe
 from gracefarm.errors import ConfigError, EngineError, GracefarmError
 
 Word = Literal["PLANNED", "LOADING", "READY", "BUSY", "DEGRADED", "WEDGED", "DEAD", "STOPPED", "FAILED", "UNREACHABLE"]
@@ -38,7 +37,7 @@ class Seen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
 
-class Gpu(Seen):
+class GpuUse(Seen):
     """As nvidia-smi has it; None: it does not say."""
 
     name: str
@@ -78,7 +77,7 @@ class NodeStatus(Seen):
     "A raylet of ours runs there."
     jobs: tuple[str, ...] = ()
     "Of ours, that have processes there."
-    gpus: tuple[Gpu, ...] = ()
+    gpus: tuple[GpuUse, ...] = ()
     gpu_error: str = ""
     disks: tuple[Disk, ...] = ()
     stuck: tuple[str, ...] = ()
@@ -109,7 +108,7 @@ class Service(Seen):
     def label(self) -> str:
         """As LOADING(loading 40%) or DEAD(node)."""
         percent = f"{self.fraction:.0%}" if self.fraction is not None else ""
-        inner = " ".join(one for one in (self.detail, percent) if one)
+        inner = " ".join(part for part in (self.detail, percent) if part)
         return f"{self.word}({inner})" if inner else self.word
 
 
@@ -144,7 +143,7 @@ def plan_of(folder: Folder) -> Plan | None:
 def facts_or_none(deployment: Deployment) -> Facts | None:
     """What is known of the nodes, if anything is."""
     try:
-        return facts_of.load(deployment)
+        return load_facts(deployment)
     except ConfigError:
         return None
 
@@ -165,25 +164,17 @@ class Watch:
         """All, the head first."""
         return targets(self.fleet, self.facts, self.deployment.nodes)
 
-    def specs(self) -> tuple[ray.Spec, engine.Spec] | None:
-        """How Ray and the engine are asked; None: nothing was ever started."""
+    @property
+    def engine_spec(self) -> EngineSpec | None:
+        """How the engine and Ray are asked; None: nothing was ever started."""
         if self.plan is None or self.facts is None:
             return None
-        work = flow.Work(
-            deployment=self.deployment,
-            fleet=self.fleet,
-            facts=self.facts,
-            keeper=state.Keeper(
-                self.deployment.folder, kept_or_empty(self.deployment.folder)
-            ),  # read only: nothing here holds the lock
-            console=Console(),
-            settings=settings.load(),
-        )
-        spec = flow.ray_spec_of(work, self.plan)
-        return spec, flow.engine_spec_of(work, self.plan, spec)
+        cluster = ray.spec_of(self.deployment, self.plan)
+        last = kept_or_empty(self.deployment.folder).data("load")
+        return engine.spec_of(self.deployment, self.plan, cluster, self.nodes[0], last)
 
 
-def watch(deployment: Deployment, fleet: Fleet) -> Watch:
+def watch_of(deployment: Deployment, fleet: Fleet) -> Watch:
     """Of a deployment as it is kept; what is damaged is told, and is no reason not to look."""
     notes: list[str] = []
     plan, facts = None, facts_or_none(deployment)
@@ -200,27 +191,27 @@ def watch(deployment: Deployment, fleet: Fleet) -> Watch:
     return Watch(deployment=deployment, fleet=fleet, facts=facts, plan=plan, notes=tuple(notes))
 
 
-async def look(one: Watch, *, canary: float = 30) -> Status:
+async def look(watch: Watch, *, canary: float = 30) -> Status:
     """Every node and the service. A node that is not reached is part of the answer. `canary`: seconds for one token."""
-    vitals, bad = await vitals_of(one)
-    service, alive = await service_of(one, vitals, canary)
-    return assemble(one, vitals, bad, service, alive)
+    vitals, bad = await vitals_of(watch)
+    service, alive = await service_of(watch, vitals, canary)
+    return assemble(watch, vitals, bad, service, alive)
 
 
-async def vitals_of(one: Watch) -> tuple[dict[str, Json], dict[str, GracefarmError]]:
+async def vitals_of(watch: Watch) -> tuple[dict[str, Json], dict[str, GracefarmError]]:
     """How each node is, and why some did not say."""
 
     async def ask(node: Target) -> Json:
-        return await flow.glance(node, request(one, node), SILENCE, function="watch.vitals")
+        return await glance(node, request(watch, node), SILENCE, function="watch.vitals")
 
-    return await try_all(one.nodes, ask)
+    return await try_all(watch.nodes, ask)
 
 
-async def service_of(one: Watch, vitals: Mapping[str, Json], canary: float) -> tuple[Service, engine.Nodes | None]:
+async def service_of(watch: Watch, vitals: Mapping[str, Json], canary: float) -> tuple[Service, Nodes | None]:
     """What is served, and the nodes as Ray sees them."""
-    signs = await signs_of(one, vitals, canary)
-    service = judge(signs, kept_or_empty(one.deployment.folder), planned=one.plan is not None, now=time.time())
-    if one.notes and service.word in WAITING:  # who knows what was started
+    signs = await signs_of(watch, vitals, canary)
+    service = judge(signs, kept_or_empty(watch.deployment.folder), planned=watch.plan is not None, now=time.time())
+    if watch.notes and service.word in WAITING:  # who knows what was started
         service = Service(word="FAILED", detail="files", text="what this machine keeps of it cannot be read")
     return service, signs.nodes if signs else None
 
@@ -233,42 +224,40 @@ def kept_or_empty(folder: Folder) -> State:
         return State()
 
 
-def request(one: Watch, node: Target) -> Json:
+def request(watch: Watch, node: Target) -> Json:
     """Of deploy.remote.watch.vitals."""
-    data = one.deployment.data
+    data = watch.deployment.data
     fixed, _, user = data.local.replace("{node}", node.name).partition("{")
     local = posixpath.dirname(fixed) if user else fixed
-    return {"prefix": f"{one.fleet.mark}/{node.name}/", "paths": [*([data.share] if data.share else []), local]}
+    return {"prefix": f"{watch.fleet.mark}/{node.name}/", "paths": [*([data.share] if data.share else []), local]}
 
 
-async def signs_of(one: Watch, vitals: Mapping[str, Json], canary: float) -> Signs | None:
+async def signs_of(watch: Watch, vitals: Mapping[str, Json], canary: float) -> Signs | None:
     """What the canary and Ray say; None: nothing was ever started. Ray is not asked where it does not run."""
-    specs = one.specs()
-    if specs is None:
+    spec = watch.engine_spec
+    if spec is None:
         return None
-    ray_spec, spec = specs
-    head = one.nodes[0]
+    head, ask = watch.nodes[0], spec.nodes
 
-    async def nodes() -> engine.Nodes:
+    async def nodes() -> Nodes:
         if not vitals.get(head.name, {}).get("raylet"):
             raise EngineError("Ray does not run on the head")
-        assert one.plan
-        return seen_alive(engine.by_name(one.plan, await ray.ask(head, ray_spec)), vitals)
+        return seen_alive(await ask(), vitals)
 
-    return await engine.probe(one.fleet, head, replace(spec, nodes=nodes), seconds=canary)
+    return await probe(watch.fleet, head, replace(spec, nodes=nodes), seconds=canary)
 
 
-def seen_alive(nodes: engine.Nodes, vitals: Mapping[str, Json]) -> engine.Nodes:
+def seen_alive(nodes: Nodes, vitals: Mapping[str, Json]) -> Nodes:
     """Ray's word, and ours: it misses a node only after 15 s, and where no raylet runs we have seen that at once."""
     return {name: alive and bool(vitals.get(name, {}).get("raylet", True)) for name, alive in nodes.items()}
 
 
 def assemble(
-    one: Watch,
+    watch: Watch,
     vitals: Mapping[str, Json],
     bad: Mapping[str, GracefarmError],
     service: Service,
-    alive: engine.Nodes | None,
+    alive: Nodes | None,
 ) -> Status:
     """Everything in one value."""
     nodes = tuple(
@@ -281,21 +270,21 @@ def assemble(
                 **vitals.get(node.name, {}),
             }
         )
-        for node in one.deployment.nodes
+        for node in watch.deployment.nodes
     )
-    price = one.deployment.data.options.price_per_node_hour
-    said = redact.of(one.deployment.folder).line(service.text)  # a line of the engine's log may stand in it
+    price = watch.deployment.data.options.price_per_node_hour
+    text = redact.of(watch.deployment.folder).line(service.text)  # a line of the engine's log may stand in it
     return Status(
         taken=time.time(),
-        deployment=one.deployment.name,
-        model=one.deployment.data.model.repo,
-        plan=one.plan.id if one.plan else None,
-        layout=one.plan.layout.name if one.plan else None,
-        service=service.model_copy(update={"text": said}),
+        deployment=watch.deployment.name,
+        model=watch.deployment.data.model.repo,
+        plan=watch.plan.id if watch.plan else None,
+        layout=watch.plan.layout.name if watch.plan else None,
+        service=service.model_copy(update={"text": text}),
         nodes=nodes,
-        notes=one.notes,
+        notes=watch.notes,
         usd_per_hour=round(price * len(nodes), 2) if price is not None else None,
-        usd_since_boot=round(price * sum(each.uptime for each in nodes) / 3600, 2) if price is not None else None,
+        usd_since_boot=round(price * sum(node.uptime for node in nodes) / 3600, 2) if price is not None else None,
     )
 
 
@@ -303,7 +292,7 @@ def judge(signs: Signs | None, kept: State, *, planned: bool, now: float) -> Ser
     """The canary's verdict and what the state remembers as one word."""
     if signs is None:
         return _at_rest(kept, planned=planned)
-    verdict = engine.diagnose(signs)
+    verdict = diagnose(signs)
     ended = verdict.kind in ("dead-engine", "dead-node") and signs.job is not None and signs.job.state != "running"
     if verdict.kind == "stopped" or (ended and "engine" not in kept.steps):  # `deploy down` forgets the engine, dead or not
         return _at_rest(kept, planned=planned)
@@ -333,11 +322,11 @@ def _of(verdict: Verdict, signs: Signs) -> Service:
 
 def _at_rest(kept: State, *, planned: bool) -> Service:
     """No engine: never started, on the way, failed before it, or ended."""
-    open_ = {name: one for name, one in kept.steps.items() if one.outcome in ("failed", "running")}
+    open_ = {name: record for name, record in kept.steps.items() if record.outcome in ("failed", "running")}
     if open_:
-        name = max(open_, key=lambda one: open_[one].begun)
+        name = max(open_, key=lambda step: open_[step].begun)
         if open_[name].outcome == "failed":
-            again = "serve" if name in flow.SERVE else "up"
+            again = "serve" if name in order.SERVE else "up"
             return Service(word="FAILED", detail=name, text=open_[name].text, remedy=f"`deploy {again}` tries it again")
         text = f"step {name} was begun and has not ended"
         again = "`deploy serve` waits for it, or goes on from there"
@@ -352,7 +341,7 @@ def _loading(signs: Signs, kept: State, now: float) -> Service:
     record = kept.steps.get("engine")
     left = None
     if record and last:
-        left = max(0.0, sum(float(one) for one in last.values()) - (now - record.begun))
+        left = max(0.0, sum(float(seconds) for seconds in last.values()) - (now - record.begun))
     return Service(
         word="LOADING",
         detail=signs.phase or "starting",

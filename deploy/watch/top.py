@@ -10,7 +10,7 @@ from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 
 from deploy.fleet.calls import Json
-from deploy.fleet.tunnel import Forward, Wanted, opened
+from deploy.fleet.tunnels import Forward, Wanted, opened
 from deploy.steps import metrics
 from deploy.steps.engine import Nodes
 from deploy.steps.metrics import Metrics
@@ -98,7 +98,7 @@ class _Engine:
                 (self.forward,) = await self.stack.enter_async_context(opened(self.watch.fleet, head, wanted))
         except GracefarmError:
             return None
-        return await metrics.scrape(f"http://127.0.0.1:{self.forward.local}", seconds=5)
+        return await metrics.scrape(self.forward.local, seconds=5)
 
 
 async def watching(one: Watch, *, every: float, canary_every: float, count: int | None = None) -> AsyncIterator[Moment]:

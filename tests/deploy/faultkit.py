@@ -19,15 +19,15 @@ from typing import Any
 import psutil
 
 from deploy.fleet.ssh import open_fleet
+from deploy.fleet.targets import targets
 from deploy.nodes import state
 from deploy.nodes.deployment import load_deployment
 from deploy.nodes.facts import load_facts
 from deploy.planning.plans import Plan
 from deploy.rehearsal import walkthrough
 from deploy.rehearsal.walkthrough import Rehearsal
-from deploy.steps import flow, step
-from deploy.watch import verdict
-from deploy.watch.verdict import Verdict
+from deploy.steps import engine, ray
+from deploy.watch.verdict import Verdict, diagnose, probe
 from gracefarm import settings
 from gracefarm.console import Console
 
@@ -168,22 +168,15 @@ def verdict(made: Rehearsal, seconds: float = 5) -> Verdict:
     """What the canary says."""
     deployment = load_deployment(made.folder / "deploy.toml")
 
-    async def go(keeper: state.Keeper) -> Verdict:
+    async def go() -> Verdict:
         async with open_fleet(deployment) as nodes:
-            work = step.Work(
-                deployment=deployment,
-                fleet=nodes,
-                facts=load_facts(deployment),
-                keeper=keeper,
-                console=Console(),
-                settings=settings.load(),
-            )
             plan = Plan.model_validate_json((deployment.folder.path / "plan.json").read_text())
-            spec = flow.engine_spec_of(work, plan, flow.ray_spec_of(work, plan))
-            return verdict.diagnose(await verdict.probe(nodes, work.nodes[0], spec, seconds=seconds))
+            head = targets(nodes, load_facts(deployment))[0]
+            spec = engine.spec_of(deployment, plan, ray.spec_of(deployment, plan), head, {})
+            return diagnose(await probe(nodes, head, spec, seconds=seconds))
 
-    with made.room.inside(), state.hold(deployment.folder, "canary", on_wait=print) as keeper:
-        return asyncio.run(go(keeper))
+    with made.room.inside():
+        return asyncio.run(go())
 
 
 def health(made: Rehearsal) -> int:

@@ -11,6 +11,7 @@ from deploy.cli.common import Context
 from deploy.cli.serve import at_work, held
 from deploy.nodes.deployment import load_deployment
 from deploy.planning import suppose
+from deploy.steps import setlock
 from deploy.steps.step import Work
 from gracefarm.console import Console
 from gracefarm.errors import ConfigError, EngineError

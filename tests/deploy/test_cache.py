@@ -11,14 +11,15 @@ from typing import Any
 
 import pytest
 
-from deploy.fleet.calls import Done, Target
+from deploy.fleet.calls import Exit, Target
 from deploy.nodes import state
 from deploy.remote import cache as remote
 from deploy.remote.wire import WorkerError
-from deploy.steps import cache, flow
+from deploy.steps import cache, step
+from deploy.steps.cache import CacheStep
 from gracefarm.console import Console
 from gracefarm.errors import SshError
-from tests.deploy.test_flow import with_work
+from tests.deploy.test_order import with_work
 
 Json = dict[str, Any]
 FSTAB = """\
@@ -50,14 +51,14 @@ class Pretend:
         self.calls: list[str] = []
         self.written: Json = {}
 
-    async def stream(self, _command: str, *, stdin: bytes, on_line: Any) -> Done:
+    async def stream(self, _command: str, *, stdin: bytes, on_line: Any) -> Exit:
         import json
 
         request = json.loads(stdin[stdin.rindex(b'{"call"') :])
         name = request["call"].split(".")[1]
         self.calls.append(name)
         on_line(json.dumps({"result": getattr(self, name)(request["arguments"])}))
-        return Done(code=0, stderr="")
+        return Exit(code=0, stderr="")
 
     def inspect(self, _request: Json) -> Json:
         return self.found
@@ -77,7 +78,7 @@ class Pretend:
 
 
 def up(*nodes: Pretend) -> list[cache.Row]:
-    targets = [Target(name=f"k{n}", address="", gpus=1, shell=one) for n, one in enumerate(nodes)]
+    targets = [Target(name=f"k{n}", address="", gpus=1, shell=shell) for n, shell in enumerate(nodes)]
     return asyncio.run(cache.up(targets, "/home/ubuntu/share", Console()))
 
 
@@ -131,17 +132,17 @@ def test_one_nodes_trouble_is_its_own_and_a_lost_node_is_an_error() -> None:
         def install(self, _request: Json) -> Json:
             raise AssertionError
 
-        async def stream(self, command: str, *, stdin: bytes, on_line: Any) -> Done:
+        async def stream(self, command: str, *, stdin: bytes, on_line: Any) -> Exit:
             if b'"cache.install"' in stdin:
                 on_line('{"failed": {"kind": "node", "cause": "apt-get: no such package", "remedy": ""}}')
-                return Done(code=1, stderr="")
+                return Exit(code=1, stderr="")
             return await super().stream(command, stdin=stdin, on_line=on_line)
 
     class Lost(Pretend):
-        async def stream(self, *_words: object, **_more: object) -> Done:
+        async def stream(self, *_words: object, **_more: object) -> Exit:
             raise SshError("k1: cannot be reached")
 
-    assert [one.outcome for one in up(Pretend(NFS), Broken(NFS))] == ["done", "skipped"]
+    assert [result.outcome for result in up(Pretend(NFS), Broken(NFS))] == ["done", "skipped"]
     assert up(Broken(NFS))[0].text == "apt-get: no such package"
     with pytest.raises(SshError):
         up(Pretend(NFS), Lost(NFS))
@@ -165,14 +166,14 @@ def test_fstab_is_replaced_whole_and_the_old_one_stays_beside_it(etc: Path) -> N
     assert (etc / "fstab").read_text() == FSTAB + "# more\n"
     assert Path(done["backup"]).read_text() == FSTAB
     assert oct((etc / "fstab").stat().st_mode & 0o777) == "0o644"
-    assert sorted(one.name for one in etc.iterdir()) == ["fstab", Path(done["backup"]).name]
+    assert sorted(path.name for path in etc.iterdir()) == ["fstab", Path(done["backup"]).name]
 
 
 def test_an_fstab_that_changed_meanwhile_is_left_alone(etc: Path) -> None:
     with pytest.raises(WorkerError, match="changed while it was being edited"):
         remote.write_fstab({"text": "lost", "before": "0" * 64})
     assert (etc / "fstab").read_text() == FSTAB
-    assert [one.name for one in etc.iterdir()] == ["fstab"]
+    assert [path.name for path in etc.iterdir()] == ["fstab"]
 
 
 def test_killed_while_writing_the_old_fstab_or_the_new_one_is_there(etc: Path) -> None:
@@ -226,28 +227,28 @@ def test_it_is_measured_once_when_the_weights_are_there(tmp_path: Path, monkeypa
             return super().measure(request) if self.full else {"path": None}
 
     new, before, never = Empty(NFS), Empty({**NFS, "fsc": True}), Empty({**NFS, "kind": "ext4", "fsc": None})
-    nodes = [Target(name=f"k{n}", address="", gpus=1, shell=one) for n, one in enumerate((new, before, never))]
-    monkeypatch.setattr(flow, "targets", lambda *_: nodes)
+    nodes = [Target(name=f"k{n}", address="", gpus=1, shell=shell) for n, shell in enumerate((new, before, never))]
+    monkeypatch.setattr(step, "targets", lambda *_: nodes)
 
-    async def go(work: flow.Work) -> None:
-        await flow._cache(work, {})
-        assert not await flow._measure(work)
+    async def go(work: step.Work) -> None:
+        await step.perform(CacheStep(), work, {})
+        assert not await cache.measure_new(work)
         work.keeper.begin("weights", "w")
         work.keeper.end("weights", "done", "", {"folder": "/x"})
-        assert not await flow._measure(work)  # nothing was found to read; it is tried again
-        for one in (new, before, never):
-            one.full = True
-            one.calls.clear()
-        assert await flow._measure(work)
-        assert not await flow._measure(work)
-        assert [one.calls for one in (new, before, never)] == [["measure"], ["measure"], []]
+        assert not await cache.measure_new(work)  # nothing was found to read; it is tried again
+        for shell in (new, before, never):
+            shell.full = True
+            shell.calls.clear()
+        assert await cache.measure_new(work)
+        assert not await cache.measure_new(work)
+        assert [shell.calls for shell in (new, before, never)] == [["measure"], ["measure"], []]
         speed = {"path": "/x", "cold": 100e6, "warm": 2000e6}
         assert work.keeper.state.data("cache")["measured"] == {"k0": speed, "k1": speed}
         assert work.keeper.state.steps["cache"].digest == inputs
 
         again = work.keeper.state.steps["cache"]
-        assert not await flow._cache(work, {"k0": {"share": {"fsc": True}}})
+        assert not await step.perform(CacheStep(), work, {"k0": {"share": {"fsc": True}}})
         assert work.keeper.state.steps["cache"] == again
 
-    inputs = state.digest("cache", "/srv/share", [(one.name, one.address, one.gpus) for one in nodes])
+    inputs = state.digest("cache", "/srv/share", [(target.name, target.address, target.gpus) for target in nodes])
     with_work(tmp_path, go, share="/srv/share")

@@ -13,14 +13,17 @@ from pathlib import Path
 import pytest
 
 from deploy.fleet.calls import Target
-from deploy.fleet.ssh import Fleet, JobStatus
+from deploy.fleet.jobs import JobStatus, job_status, stop_job
+from deploy.fleet.ssh import Fleet
 from deploy.fleet.targets import targets
-from deploy.nodes.inventory import Deployment, File, Folder
-from deploy.planning import plan as planning
-from deploy.planning import suppose
-from deploy.planning.plan import Plan
+from deploy.nodes.config import Config
+from deploy.nodes.deployment import Deployment, Folder
+from deploy.planning import plans, suppose
+from deploy.planning.plans import Plan
 from deploy.steps import engine
-from deploy.steps.engine import Answer, Signs, diagnose
+from deploy.steps.canary import Reply
+from deploy.steps.metrics import Metrics
+from deploy.watch.verdict import Signs, diagnose, probe
 from gracefarm.console import Console
 from gracefarm.errors import EngineError
 from tests.deploy import kit
@@ -36,20 +39,20 @@ def free_port() -> int:
 
 
 def a_plan(port: int, *more: str) -> Plan:
-    base = Deployment(path=Path("/nowhere/deploy.toml"), data=File(), nodes=())
-    found = planning.make(*suppose.suppose(suppose.kind("gh200-96"), 10, base), llama())
+    base = Deployment(path=Path("/nowhere/deploy.toml"), data=Config(), nodes=())
+    found = plans.make(*suppose.suppose(suppose.kind("gh200-96"), 10, base), llama())
     program = Path(__file__).with_name("pretend_engine.py")
     serve = (sys.executable, str(program), "--port", str(port), *more)
-    return planning.identified(found.model_copy(update={"serve": serve, "serve_env": {"MINE": "yes"}, "id": ""}))
+    return plans.identified(found.model_copy(update={"serve": serve, "serve_env": {"MINE": "yes"}, "id": ""}))
 
 
 async def all_alive() -> Mapping[str, bool]:
     return {"k0": True, "k1": True}
 
 
-def spec(plan: Plan, **more: object) -> engine.Spec:
+def spec(plan: Plan, **more: object) -> engine.EngineSpec:
     values = {"plan": plan, "secrets": {"APHRODITE_API_KEY": KEY}, "nodes": all_alive, "poll": 0.2, "load": 30.0}
-    return engine.Spec(**{**values, **more})  # type: ignore[arg-type]
+    return engine.EngineSpec(**{**values, **more})  # type: ignore[arg-type]
 
 
 def on_a_node(folder: Path, work: Work) -> None:
@@ -58,7 +61,7 @@ def on_a_node(folder: Path, work: Work) -> None:
             try:
                 await work(fleet, targets(fleet)[0], made)
             finally:
-                await fleet.stop_job(made[0].node, "engine", grace=1)
+                await stop_job(fleet, made[0].node, "engine", grace=1)
 
     asyncio.run(go())
 
@@ -70,16 +73,16 @@ def test_ready_is_a_real_completion_and_nothing_is_started_twice(tmp_path: Path)
         assert first.how == "started"
         assert first.model == "org/model"
         assert list(first.phases) == ["starting", "placing", "loading", "profiling", "capturing", "listening"]
-        status = await fleet.job_status(made[0].node, "engine")
+        status = await job_status(fleet, made[0].node, "engine")
         environ = Path(f"/proc/{status.pid}/environ").read_bytes()  # noqa: ASYNC240
         assert b"MINE=yes" in environ
         assert f"GRACEFARM_PLAN={plan.id}".encode() in environ
-        assert not any(KEY.encode() in one.read_bytes() for one in cmdlines())
+        assert not any(KEY.encode() in path.read_bytes() for path in cmdlines())
         assert KEY not in (Path(await fleet.folder(made[0].node)) / "jobs" / "engine" / "log").read_text()
         again = await engine.up(fleet, head, spec(plan), Console())
         assert again.how == "running"
-        assert (await fleet.job_status(made[0].node, "engine")).pid == status.pid
-        signs = await engine.probe(fleet, head, spec(plan))
+        assert (await job_status(fleet, made[0].node, "engine")).pid == status.pid
+        signs = await probe(fleet, head, spec(plan))
         assert diagnose(signs).kind == "ready"
         other = spec(plan, secrets={"APHRODITE_API_KEY": "another"})
         with pytest.raises(EngineError, match="refuses this deployment's key"):
@@ -89,16 +92,16 @@ def test_ready_is_a_real_completion_and_nothing_is_started_twice(tmp_path: Path)
 
 
 def cmdlines() -> list[Path]:
-    return [one for one in Path("/proc").glob("[0-9]*/cmdline") if one.exists()]
+    return [path for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
 
 
 def test_another_plan_stops_the_engine_that_runs(tmp_path: Path) -> None:
     async def work(fleet: Fleet, head: Target, made: list[kit.Machine]) -> None:
         port = free_port()
         await engine.up(fleet, head, spec(a_plan(port)), Console())
-        before = (await fleet.job_status(made[0].node, "engine")).pid
+        before = (await job_status(fleet, made[0].node, "engine")).pid
         assert (await engine.up(fleet, head, spec(a_plan(port, "--load", "0.3")), Console())).how == "started"
-        assert (await fleet.job_status(made[0].node, "engine")).pid != before
+        assert (await job_status(fleet, made[0].node, "engine")).pid != before
 
     on_a_node(tmp_path, work)
 
@@ -111,7 +114,7 @@ def test_the_same_plan_in_another_environment_stops_the_engine_that_runs(tmp_pat
         pids = []
         for environment, how in (("a" * 32, "started"), ("a" * 32, "running"), ("b" * 32, "started")):
             assert (await engine.up(fleet, head, spec(plan, environment=environment), Console())).how == how
-            pids.append((await fleet.job_status(made[0].node, "engine")).pid)
+            pids.append((await job_status(fleet, made[0].node, "engine")).pid)
         assert pids[0] == pids[1] != pids[2]
 
     on_a_node(tmp_path, work)
@@ -121,7 +124,7 @@ def test_a_load_that_was_left_is_attached_to(tmp_path: Path) -> None:
     async def work(fleet: Fleet, head: Target, made: list[kit.Machine]) -> None:
         plan = a_plan(free_port(), "--load", "8")
         first = asyncio.ensure_future(engine.up(fleet, head, spec(plan), Console()))
-        while (pid := (await fleet.job_status(made[0].node, "engine")).pid) is None:  # noqa: ASYNC110
+        while (pid := (await job_status(fleet, made[0].node, "engine")).pid) is None:  # noqa: ASYNC110
             await asyncio.sleep(0.1)
         first.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -129,7 +132,7 @@ def test_a_load_that_was_left_is_attached_to(tmp_path: Path) -> None:
         made[0].cut()
         outcome = await engine.up(fleet, head, spec(plan), Console())
         assert outcome.how == "attached"
-        assert (await fleet.job_status(made[0].node, "engine")).pid == pid
+        assert (await job_status(fleet, made[0].node, "engine")).pid == pid
 
     on_a_node(tmp_path, work)
 
@@ -143,7 +146,7 @@ def test_a_death_while_loading_is_told_by_its_first_cause(tmp_path: Path) -> Non
         with pytest.raises(EngineError, match="ended with 1 while loading: GPU memory ran out") as error:
             await engine.up(fleet, head, spec(plan), Console())
         assert "deploy plan" in error.value.remedy
-        verdict = diagnose(await engine.probe(fleet, head, spec(plan)))
+        verdict = diagnose(await probe(fleet, head, spec(plan)))
         assert verdict.kind == "dead-engine"
         assert "GPU memory ran out" in verdict.text
 
@@ -173,7 +176,7 @@ def test_a_node_that_ray_loses_while_loading_ends_it(tmp_path: Path) -> None:
         plan = a_plan(free_port(), "--load", "60")
         with pytest.raises(EngineError, match="Ray lost k1 while the engine was loading"):
             await engine.up(fleet, head, spec(plan, nodes=lost, check=0.5), Console())
-        assert (await fleet.job_status(made[0].node, "engine")).state == "stopped"
+        assert (await job_status(fleet, made[0].node, "engine")).state == "stopped"
 
     on_a_node(tmp_path, work)
 
@@ -182,7 +185,7 @@ def test_too_long_a_load_is_stopped(tmp_path: Path) -> None:
     async def work(fleet: Fleet, head: Target, made: list[kit.Machine]) -> None:
         with pytest.raises(EngineError, match="no completion after 2 s; it was loading"):
             await engine.up(fleet, head, spec(a_plan(free_port(), "--load", "60"), load=2.0), Console())
-        assert (await fleet.job_status(made[0].node, "engine")).state == "stopped"
+        assert (await job_status(fleet, made[0].node, "engine")).state == "stopped"
 
     on_a_node(tmp_path, work)
 
@@ -193,7 +196,7 @@ def test_a_port_that_somebody_holds_is_refused_by_name(tmp_path: Path) -> None:
             plan = a_plan(int(other.getsockname()[1]))
             with pytest.raises(EngineError, match=r"port \d+ is held by .*process \d+.*not of this deployment"):
                 await engine.up(fleet, head, spec(plan), Console())
-        assert (await fleet.job_status(made[0].node, "engine")).state == "absent"
+        assert (await job_status(fleet, made[0].node, "engine")).state == "absent"
 
     on_a_node(tmp_path, work)
 
@@ -209,7 +212,7 @@ def test_a_wedge_is_told_from_others_work(tmp_path: Path, busy: bool) -> None:
         hang.touch()
         try:
             begun = time.monotonic()
-            verdict = diagnose(await engine.probe(fleet, head, spec(plan), seconds=1.5))
+            verdict = diagnose(await probe(fleet, head, spec(plan), seconds=1.5))
             assert time.monotonic() - begun < 6
         finally:
             hang.unlink()
@@ -224,12 +227,12 @@ def test_a_wedged_engine_is_started_anew_and_one_that_works_for_others_is_not(tm
         hang = tmp_path / "hang"
         plan = a_plan(free_port(), "--wedge", str(hang), *(["--busy"] if busy else []))
         await engine.up(fleet, head, spec(plan), Console())
-        pid = (await fleet.job_status(made[0].node, "engine")).pid
+        pid = (await job_status(fleet, made[0].node, "engine")).pid
         hang.touch()
         asyncio.get_running_loop().call_later(4, hang.unlink)
         outcome = await engine.up(fleet, head, spec(plan, canary=1.0), Console())
         assert outcome.how == ("running" if busy else "started")
-        assert ((await fleet.job_status(made[0].node, "engine")).pid == pid) is busy
+        assert ((await job_status(fleet, made[0].node, "engine")).pid == pid) is busy
 
     on_a_node(tmp_path, work)
 
@@ -245,8 +248,8 @@ def test_the_key_is_made_once_and_nobody_else_reads_it(tmp_path: Path) -> None:
 
 
 RUNNING = JobStatus(state="running", pid=1)
-OK = Answer(kind="ok", seconds=0.5)
-MUTE = Answer(kind="timeout", text="no token within 30 s")
+OK = Reply(kind="ok", seconds=0.5)
+MUTE = Reply(kind="timeout", text="no token within 30 s")
 
 
 def tokens(count: float) -> dict[str, float]:
@@ -267,15 +270,15 @@ ALIVE, LOST = {"k0": True, "k1": True}, {"k0": True, "k1": False}
         (Signs(job=JobStatus(state="exited", returncode=1), nodes=LOST), "dead-node", "after Ray lost k1"),
         (Signs(job=RUNNING, answer=OK, nodes=ALIVE), "ready", "0.50 s"),
         (Signs(job=RUNNING, answer=OK, nodes=LOST), "degraded", "Ray lost k1"),
-        (Signs(job=RUNNING, answer=Answer(kind="refused"), nodes=ALIVE, phase="loading"), "loading", "loading"),
+        (Signs(job=RUNNING, answer=Reply(kind="refused"), nodes=ALIVE, phase="loading"), "loading", "loading"),
         (Signs(job=RUNNING, answer=MUTE, nodes=LOST), "dead-node", "Ray lost k1"),
         (
             Signs(
                 job=RUNNING,
                 answer=MUTE,
                 nodes=ALIVE,
-                before={"generation_tokens_total": 1},
-                after={"generation_tokens_total": 9},
+                before=Metrics(generation_tokens_total=1),
+                after=Metrics(generation_tokens_total=9),
             ),
             "busy",
             "tokens are made",
@@ -285,19 +288,19 @@ ALIVE, LOST = {"k0": True, "k1": True}, {"k0": True, "k1": False}
                 job=RUNNING,
                 answer=MUTE,
                 nodes=ALIVE,
-                before={"generation_tokens_total": 9},
-                after={"generation_tokens_total": 9},
+                before=Metrics(generation_tokens_total=9),
+                after=Metrics(generation_tokens_total=9),
             ),
             "wedged",
             "all nodes are alive",
         ),
         (Signs(job=RUNNING, answer=MUTE, nodes=None), "wedged", "Ray does not answer"),
         (
-            Signs(job=RUNNING, answer=Answer(kind="error", text="HTTP 500: x"), nodes=ALIVE),
+            Signs(job=RUNNING, answer=Reply(kind="error", text="HTTP 500: x"), nodes=ALIVE),
             "dead-engine",
             "HTTP 500: x; all nodes",
         ),
-        (Signs(job=RUNNING, answer=Answer(kind="error", text="not the answer"), nodes=ALIVE), "wedged", "not the answer"),
+        (Signs(job=RUNNING, answer=Reply(kind="error", text="not the answer"), nodes=ALIVE), "wedged", "not the answer"),
     ],
 )
 def test_dead_engine_dead_node_and_wedge_are_told_apart(signs: Signs, kind: str, word: str) -> None:

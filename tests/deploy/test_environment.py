@@ -27,6 +27,7 @@ from deploy.fleet.targets import targets
 from deploy.remote import environment as remote
 from deploy.remote.wire import WorkerError
 from deploy.steps import environment as step
+from deploy.steps import uv
 from deploy.steps.environment import Matrix, Module
 from gracefarm import settings
 from gracefarm.console import Console
@@ -78,7 +79,7 @@ def publish(folder: Path, version: str, body: str) -> str:
             zipped.writestr(name, text)
     name = f"tiny-{version}-py3-none-any.whl"
     (folder / name).write_bytes(target.getvalue())
-    links = "".join(f'<a href="{one.name}">{one.name}</a>' for one in sorted(folder.glob("*.whl")))
+    links = "".join(f'<a href="{wheel.name}">{wheel.name}</a>' for wheel in sorted(folder.glob("*.whl")))
     (folder / "index.html").write_text(f"<html><body>{links}</body></html>")
     return f"tiny=={version} --hash=sha256:{hashlib.sha256(target.getvalue()).hexdigest()}\n"
 
@@ -90,8 +91,8 @@ def test_built_once_proven_switched_rolled_back_collected(
     monkeypatch.setattr(step, "matrix", lambda _engine: Matrix(modules=(Module(module="tiny"),), commands=(("python", "-V"),)))
     root, console, here = tmp_path / "share", Console(), settings.load()
 
-    def spec(lock: str) -> step.Spec:
-        return step.Spec(root=str(root), lock=lock, index=url, engine="tiny")
+    def spec(lock: str) -> step.EnvironmentSpec:
+        return step.EnvironmentSpec(root=str(root), lock=lock, index=url, engine="tiny")
 
     async def go() -> None:
         async with kit.nodes(tmp_path, 2) as nodes:
@@ -128,14 +129,14 @@ def standalone(folder: Path, monkeypatch: pytest.MonkeyPatch, *, sha256: str | N
 
     The real archive cannot be had where GitHub is not reached, and uv knows its digest: uv's list of downloads is replaced.
     """
-    machine, version = os.uname().machine, str(step.pinned()["python"])
+    machine, version = os.uname().machine, str(uv.pinned()["python"])
     name = f"cpython-{version}+20260101-{machine}-unknown-linux-gnu-install_only_stripped.tar.gz"
     archive = folder / "20260101" / name
     archive.parent.mkdir(parents=True)
 
     def kept(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
         skipped = ("/__pycache__", "/test", "/site-packages", "/dist-packages", "/config-")
-        bad = any(one in member.name for one in skipped) or member.linkname.startswith("/")
+        bad = any(part in member.name for part in skipped) or member.linkname.startswith("/")
         return None if bad else member
 
     base = Path(os.path.realpath("/usr/bin/python3.11"))
@@ -183,9 +184,9 @@ def test_a_managed_python_comes_onto_the_share_and_serves_every_environment(
     monkeypatch.setattr(step, "matrix", lambda _engine: Matrix(modules=(Module(module="tiny"), Module(module="ssl"))))
     root, here = tmp_path / "share", settings.load()
 
-    def spec(lock: str, **more: object) -> step.Spec:
+    def spec(lock: str, **more: object) -> step.EnvironmentSpec:
         values = {"root": str(root), "lock": lock, "index": url, "engine": "tiny", "source": "managed", "mirror": mirror}
-        return step.Spec(**{**values, **more})  # type: ignore[arg-type]
+        return step.EnvironmentSpec(**{**values, **more})  # type: ignore[arg-type]
 
     async def go() -> None:
         async with kit.nodes(tmp_path, 2) as nodes:
@@ -194,7 +195,7 @@ def test_a_managed_python_comes_onto_the_share_and_serves_every_environment(
             assert made.switched
             base = (root / "env" / "bin" / "python").resolve()
             (place,) = (root / "python").iterdir()
-            assert place.name == f"managed-{step.pinned()['python']}-{os.uname().machine}"
+            assert place.name == f"managed-{uv.pinned()['python']}-{os.uname().machine}"
             assert base.is_relative_to(place)
             described = json.loads((root / "env" / "environment.json").read_text())
             assert Path(described["interpreter"]) == base
@@ -217,7 +218,7 @@ def test_a_python_that_is_another_than_uv_knows_or_cannot_be_had_is_told_with_a_
 
     async def go() -> None:
         async with kit.nodes(tmp_path, 1) as nodes:
-            spec = step.Spec(root=str(root), lock=lock, index=url, engine="tiny", source="managed", mirror=mirror)
+            spec = step.EnvironmentSpec(root=str(root), lock=lock, index=url, engine="tiny", source="managed", mirror=mirror)
             with pytest.raises(DigestError, match=r"k0: another Python came than uv knows: .*Hash mismatch"):
                 await step.up(nodes, spec, here, Console())
             shutil.rmtree(tmp_path / "mirror" / "20260101")
@@ -265,9 +266,11 @@ def test_a_cut_while_it_is_built_stops_no_build(tmp_path: Path, monkeypatch: pyt
                 cut.wait(60)
             super().do_GET()
 
-    async def go(url: str) -> step.Outcome:
+    async def go(url: str) -> step.Built:
         async with kit.machines(tmp_path, 1) as made, kit.fleet(tmp_path, made) as fleet:
-            spec = step.Spec(root=str(tmp_path / "share"), lock=publish(folder, "1.0", "x = 1\n"), index=url, engine="tiny")
+            spec = step.EnvironmentSpec(
+                root=str(tmp_path / "share"), lock=publish(folder, "1.0", "x = 1\n"), index=url, engine="tiny"
+            )
             running = asyncio.ensure_future(step.up(targets(fleet), spec, settings.load(), Console()))
             assert await asyncio.to_thread(asked.wait, 60)
             before = made[0].entered
@@ -287,5 +290,5 @@ def test_a_python_without_pip_is_told_how_to_get_it(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(sys, "executable", str(tmp_path / "bare" / "bin" / "python"))
     here = settings.load().model_copy(update={"home": tmp_path / "home"})
     with pytest.raises(FetchError, match=r"No module named pip$") as error:
-        step.fetch_uv("0.0.1", "any", "0" * 64, here)
+        uv.fetch_uv("0.0.1", "any", "0" * 64, here)
     assert error.value.remedy == f"`{tmp_path}/bare/bin/python -m ensurepip`"

@@ -16,12 +16,11 @@ from pathlib import Path
 
 import pytest
 
-from deploy.rehearsal import flow as rehearsal
-from deploy.rehearsal import hub
-from deploy.rehearsal.flow import REPO, Rehearsal
-from deploy.rehearsal.nodes import GATEWAY
+from deploy.rehearsal import hub, walkthrough
+from deploy.rehearsal.rig import GATEWAY
+from deploy.rehearsal.walkthrough import REPO, Rehearsal
 from deploy.steps import dealing
-from deploy.steps.flow import UP
+from deploy.steps.order import UP
 from tests.deploy import faultkit
 from tests.deploy.faultkit import begin, deploy, end, kill, steps, until, until_running, well
 
@@ -100,7 +99,7 @@ def test_killed_in_a_download_the_same_command_goes_on_and_nothing_is_fetched_tw
     made = scene.made
     kill(scene.downloading())
     assert steps(made)["weights"]["outcome"] == "running"
-    assert set(rehearsal.left(made)) == {"k0", "k1", "k2"}  # it goes on
+    assert set(walkthrough.left(made)) == {"k0", "k1", "k2"}  # it goes on
     assert faultkit.in_arguments(made) == []
     assert faultkit.in_files(made) == []
     process = begin(made, "up")
@@ -110,7 +109,7 @@ def test_killed_in_a_download_the_same_command_goes_on_and_nothing_is_fetched_tw
     assert end(process).code == 0
     assert scene.downloaded() == scene.wanted
     assert scene.whole()
-    assert rehearsal.left(made) == {}
+    assert walkthrough.left(made) == {}
     assert faultkit.in_files(made) == []
 
 
@@ -119,7 +118,7 @@ def test_down_ends_what_a_killed_command_left_at_work(scene: Scene) -> None:
     kill(scene.downloading())
     output = well(made, "down")
     assert all(f"{name} " in output.partition("processes ended: ")[2] for name in ("k0", "k1", "k2"))
-    assert rehearsal.left(made) == {}
+    assert walkthrough.left(made) == {}
     assert faultkit.in_files(made) == []
     scene.served.rate = None
     well(made, "up")
@@ -161,7 +160,7 @@ def test_a_disk_that_fills_up_while_downloading_is_told_and_the_same_command_com
     assert before
     well(made, "up")
     assert scene.whole()
-    assert rehearsal.left(made) == {}
+    assert walkthrough.left(made) == {}
 
 
 @pytest.mark.parametrize("step", ["cache", "download"])
@@ -182,7 +181,7 @@ def test_a_node_that_goes_away_in_a_step(scene: Scene, step: str) -> None:
     finally:
         made.room["k1"].plug()
     well(made, "up")
-    assert {steps(made)[one]["outcome"] for one in (*UP, "download")} <= {"done", "skipped"}
+    assert {steps(made)[step]["outcome"] for step in (*UP, "download")} <= {"done", "skipped"}
 
 
 def test_a_spare_that_is_away_holds_nobody_up(scene: Scene) -> None:
@@ -208,11 +207,11 @@ def test_down_with_a_node_away_ends_everything_on_the_others(scene: Scene) -> No
         done = deploy(made, "down")
         assert done.code == SSH, done.output
         assert "k1 10.77.0.12:22 cannot be reached" in done.output
-        assert set(rehearsal.left(made)) == {"k1"}
+        assert set(walkthrough.left(made)) == {"k1"}
     finally:
         made.room["k1"].plug()
     assert "nothing of this deployment runs any more" in well(made, "down")
-    assert rehearsal.left(made) == {}
+    assert walkthrough.left(made) == {}
 
 
 def test_an_engines_worker_that_is_killed_after_loading_is_told_by_status(scene: Scene) -> None:
@@ -227,4 +226,4 @@ def test_an_engines_worker_that_is_killed_after_loading_is_told_by_status(scene:
     assert service["text"].startswith("no completion: HTTP 500; all nodes are alive")
     assert "READY" in well(made, "serve", seconds=400)
     well(made, "down")
-    assert rehearsal.left(made) == {}
+    assert walkthrough.left(made) == {}

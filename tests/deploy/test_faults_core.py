@@ -14,10 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from deploy.nodes import inventory, state
-from deploy.rehearsal import flow as rehearsal
-from deploy.rehearsal.flow import Rehearsal
-from deploy.steps.flow import UP
+from deploy.nodes import state
+from deploy.nodes.deployment import load_deployment
+from deploy.rehearsal import walkthrough
+from deploy.rehearsal.walkthrough import Rehearsal
+from deploy.steps.order import UP
 from tests.deploy import faultkit
 from tests.deploy.faultkit import begin, deploy, end, kill, steps, until_running, verdict, well
 
@@ -50,10 +51,10 @@ def test_interrupted_in_the_first_build_it_goes_on_until_down_ends_it_and_nothin
     done = end(process, 60)
     assert done.code == 130
     assert "the same command" in done.output
-    assert rehearsal.left(made)
+    assert walkthrough.left(made)
     assert "processes ended: k0" in well(made, "down")
-    assert rehearsal.left(made) == {}
-    assert not [one.name for one in (root / "envs").glob(".*")]
+    assert walkthrough.left(made) == {}
+    assert not [path.name for path in (root / "envs").glob(".*")]
     assert not list(made.room["k0"].tmp.glob("gracefarm-*.pyz"))
 
 
@@ -65,7 +66,7 @@ def test_killed_in_the_first_build_the_same_command_goes_on(made: Rehearsal) -> 
     kill(process)
     assert steps(made)["environment"]["outcome"] == "running"
     well(made, "up")
-    assert {steps(made)[one]["outcome"] for one in UP} == {"done", "skipped"}
+    assert {steps(made)[step]["outcome"] for step in UP} == {"done", "skipped"}
     assert "up to date" in well(made, "up")
     builds = list((made.room.share / "gracefarm" / "rehearsal" / "envs").iterdir())
     assert len(builds) == 2  # the engine's and the one for downloads; nothing half-made
@@ -80,7 +81,7 @@ def test_killed_in_every_step_of_up(made: Rehearsal, step: str) -> None:
     kill(process)
     assert steps(made)[step]["outcome"] == "running"
     well(made, "up")
-    assert {steps(made)[one]["outcome"] for one in UP} == {"done", "skipped"}
+    assert {steps(made)[step]["outcome"] for step in UP} == {"done", "skipped"}
 
 
 @pytest.mark.slow
@@ -113,8 +114,8 @@ def test_killed_while_ray_starts_and_while_the_engine_loads(made: Rehearsal) -> 
 def test_two_commands_at_once_take_turns(made: Rehearsal) -> None:
     first, second = begin(made, "serve"), begin(made, "serve")
     done = [end(first), end(second)]
-    assert [one.code for one in done] == [0, 0]
-    folder = inventory.load(made.folder / "deploy.toml").folder
+    assert [command.code for command in done] == [0, 0]
+    folder = load_deployment(made.folder / "deploy.toml").folder
     with state.hold(folder, "deploy up", on_wait=pytest.fail):
         other = deploy(made, "down", "--no-wait")
     assert other.code == 4
@@ -162,11 +163,11 @@ def test_no_secret_is_in_the_bundle_of_collect(made: Rehearsal, tmp_path: Path) 
     well(made, "serve")
     (log,) = made.room["k0"].tmp.glob("gracefarm-*/*/k0/jobs/engine/log")
     with log.open("ab") as stream:
-        stream.writelines(b"Namespace(planted=%s)\n" % one for one in faultkit.secrets(made))
+        stream.writelines(b"Namespace(planted=%s)\n" % secret for secret in faultkit.secrets(made))
     well(made, "collect", "--into", str(tmp_path))
     (bundle,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(bundle) as archive:
-        members = [(one.name, archive.extractfile(one)) for one in archive.getmembers() if one.isfile()]
+        members = [(member.name, archive.extractfile(member)) for member in archive.getmembers() if member.isfile()]
         content = {name: stream.read() for name, stream in members if stream}
     (said,) = (text for name, text in content.items() if name.endswith("k0/jobs/engine/log"))
     assert said.count(b"planted=") == 3
@@ -179,5 +180,5 @@ def test_down_leaves_nothing_and_says_so(made: Rehearsal) -> None:
     assert verdict(made).kind == "stopped"
     assert faultkit.raylet(made, "k1")
     assert "nothing of this deployment runs any more" in well(made, "down")
-    assert rehearsal.left(made) == {}
+    assert walkthrough.left(made) == {}
     assert "nothing ran" in well(made, "down")

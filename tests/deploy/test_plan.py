@@ -14,7 +14,7 @@ from deploy.nodes import paths
 from deploy.nodes.config import Config, OptionsConfig
 from deploy.nodes.deployment import Deployment, Node
 from deploy.nodes.facts import Facts, NodeFacts
-from deploy.planning import engines, models, options, plans, suppose
+from deploy.planning import engines, models, options, plans, script, suppose
 from deploy.planning.models import Model
 from deploy.planning.plans import Plan
 from gracefarm.errors import ConfigError, LayoutError
@@ -318,7 +318,7 @@ def test_no_share_no_plan() -> None:
 
 def test_bash_reads_the_script_and_it_says_what_the_plan_says() -> None:
     found = made(10, env={"AWKWARD": 'it\'s "quoted" $HOME `id` \\ end'}, engine_options={"chat-template": "a 'b' $c"})
-    text = plans.shell(found, [Node(name="k0", rank=0, address="10.0.0.1", user="ubuntu", port=2222, jump="me@gate")])
+    text = script.render(found, [Node(name="k0", rank=0, address="10.0.0.1", user="ubuntu", port=2222, jump="me@gate")])
     done = subprocess.run(["bash", "-n"], input=text, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     if shellcheck := shutil.which("shellcheck"):
@@ -353,10 +353,10 @@ def test_the_script_runs_what_the_plan_says_with_the_environment_of_the_plan(
     )
     for tool in tools.iterdir():
         tool.chmod(0o755)
-    script = tmp_path / "plan.sh"
-    script.write_text(plans.shell(found))
+    path = tmp_path / "plan.sh"
+    path.write_text(script.render(found))
     subprocess.run(
-        ["bash", str(script)],
+        ["bash", str(path)],
         check=True,
         cwd=tmp_path,
         env={"PATH": f"{tools}:/usr/bin:/bin", "HOME": str(tmp_path)},

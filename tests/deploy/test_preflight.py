@@ -10,17 +10,15 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 
 from deploy.fleet.calls import Target
-from deploy.fleet.facts import NodeFacts
-from deploy.nodes import inventory
-from deploy.planning import plan as planning
-from deploy.planning import suppose
+from deploy.nodes.deployment import Deployment, load_deployment
+from deploy.nodes.facts import NodeFacts
+from deploy.planning import plans, suppose
 from deploy.remote import preflight as remote
-from deploy.steps import flow, preflight
+from deploy.steps import preflight
 from deploy.steps.preflight_checks import GIB, Cell, Expected, Pairs, Survey, judge, open_door
 from gracefarm.errors import PreflightError
 from tests.deploy import kit
@@ -61,30 +59,30 @@ def survey(**changes: object) -> Json:
 
 def pairs(me: str, **changes: object) -> Json:
     port = {"rtt": 0.0002, "offset": 0.001}
-    reached = {one: {"ports": {"6379": {"rtt": 0.0002}}, **port} for one in NODES if one != me}
-    return {"taken": {}, "reached": reached, "nonces": {one: f"nonce-{one}" for one in NODES}, **changes}
+    reached = {node: {"ports": {"6379": {"rtt": 0.0002}}, **port} for node in NODES if node != me}
+    return {"taken": {}, "reached": reached, "nonces": {node: f"nonce-{node}" for node in NODES}, **changes}
 
 
 def judged(
     surveys: Mapping[str, Json] | None = None, found: Mapping[str, Json] | None = None, **expected: object
 ) -> dict[tuple[str, str], Cell]:
     values: Json = {
-        "addresses": {one: f"10.0.0.{index}" for index, one in enumerate(NODES)},
+        "addresses": {node: f"10.0.0.{index}" for index, node in enumerate(NODES)},
         "share": "/share",
         "gpus": dict.fromkeys(NODES, 1),
-        "nonces": {one: f"nonce-{one}" for one in NODES},
+        "nonces": {node: f"nonce-{node}" for node in NODES},
     }
     cells = judge(
-        {one: Survey.model_validate((surveys or {}).get(one, survey())) for one in NODES},
-        {one: Pairs.model_validate((found or {}).get(one, pairs(one))) for one in NODES},
+        {node: Survey.model_validate((surveys or {}).get(node, survey())) for node in NODES},
+        {node: Pairs.model_validate((found or {}).get(node, pairs(node))) for node in NODES},
         Expected(**{**values, **expected}),
     )
-    return {(one.check, one.node): one for one in cells}
+    return {(cell.check, cell.node): cell for cell in cells}
 
 
 def test_good_nodes_have_no_red_cell_and_no_yellow_one() -> None:
     cells = judged()
-    assert {one.status for one in cells.values()} == {"ok"}
+    assert {cell.status for cell in cells.values()} == {"ok"}
     assert {check for check, _ in cells} == set(preflight.ORDER) - {"reach", "gloo", "nccl"}
 
 
@@ -145,7 +143,7 @@ def test_a_node_that_had_no_gpu_when_facts_were_asked_is_told_and_stops_nobody(c
 def test_the_nodes_own_pythons_do_not_matter_where_the_environment_brings_one(environment: Json | None) -> None:
     other = {**PYTHON, "version": "3.12.3"}
     there = environment and {**environment, "python": {"error": "no such file"}}
-    nodes = {one: survey(environment=environment) for one in NODES} | {"k1": survey(environment=there, python=other)}
+    nodes = {node: survey(environment=environment) for node in NODES} | {"k1": survey(environment=there, python=other)}
     assert judged(nodes)["python", "k1"].status == "bad"
     cell = judged(nodes, python="managed")["python", "k1"]
     assert cell.status == "ok"
@@ -155,7 +153,7 @@ def test_the_nodes_own_pythons_do_not_matter_where_the_environment_brings_one(en
 def test_a_managed_python_that_a_node_does_not_see_is_told() -> None:
     own = {**ENVIRONMENT, "interpreter": "/share/gracefarm/python/managed-3.11.18-aarch64/cpython-3.11/bin/python3.11"}
     lost = {**own, "python": {"error": "no such file"}}
-    nodes = {one: survey(environment=own) for one in NODES} | {"k1": survey(environment=lost)}
+    nodes = {node: survey(environment=own) for node in NODES} | {"k1": survey(environment=lost)}
     cells = judged(nodes, python="managed")
     assert (cells["python", "k0"].status, cells["python", "k1"].status) == ("ok", "bad")
     assert "lies on the shared folder" in cells["python", "k1"].remedy
@@ -189,11 +187,11 @@ def test_a_pair_that_does_not_meet_is_told_with_both_its_ends(check: str, change
 def test_the_clock_that_is_wrong_is_told_and_not_those_who_notice() -> None:
     def seen(me: str) -> Json:
         base = pairs(me)
-        for peer, one in base["reached"].items():
-            one["offset"] = 30.0 if peer == "k2" else -30.0 if me == "k2" else 0.0
+        for peer, answer in base["reached"].items():
+            answer["offset"] = 30.0 if peer == "k2" else -30.0 if me == "k2" else 0.0
         return base
 
-    cells = judged(found={one: seen(one) for one in NODES})
+    cells = judged(found={node: seen(node) for node in NODES})
     assert cells["clock", "k2"].status == "bad"
     assert "30.0 s" in cells["clock", "k2"].text
     assert cells["clock", "k0"].status == cells["clock", "k1"].status == "ok"
@@ -217,10 +215,10 @@ def test_locked_memory_counts_only_where_nccl_is() -> None:
 
 def test_every_port_of_rays_is_asked_and_the_ends_and_the_middle_of_its_workers(tmp_path: Path) -> None:
     (tmp_path / "deploy.toml").write_text('share = "/s"\n[[node]]\naddress = "10.0.0.1"\n')
-    deployment = inventory.load(tmp_path / "deploy.toml")
-    spec = flow._preflight_spec(mock.Mock(deployment=deployment), {})
+    deployment = load_deployment(tmp_path / "deploy.toml")
+    spec = preflight.spec_of(deployment, {})
     ports = deployment.data.ports.model_dump()
-    (argv,) = (planning._ray(deployment, one, deployment.head, 1, one) for one in [suppose_node(deployment)])
+    (argv,) = (plans.ray_command(deployment, node, deployment.head, 1, node) for node in [suppose_node(deployment)])
     told = {int(argv[index + 1]) for index, word in enumerate(argv) if word.endswith("-port") or word == "--port"}
     assert told - {ports["dashboard"]} <= set(spec.ports)
     assert 20499 in spec.ports
@@ -228,7 +226,7 @@ def test_every_port_of_rays_is_asked_and_the_ends_and_the_middle_of_its_workers(
     assert {ports["store"], ports["engine_store"]} <= set(spec.ports)
 
 
-def suppose_node(deployment: inventory.Deployment) -> NodeFacts:
+def suppose_node(deployment: Deployment) -> NodeFacts:
     deployment.folder.make()
     return suppose.suppose(suppose.kind("gh200-96"), 1, deployment)[1].node("k0")
 
@@ -242,7 +240,7 @@ def test_nonces_of_a_run_that_was_killed_are_swept_a_day_later_and_those_of_one_
     before = time.time() - 90_000
     os.utime(folder / "killed", (before, before))
     remote.clean({"share": str(tmp_path), "run": "mine"})
-    assert [one.name for one in folder.iterdir()] == ["at-work"]
+    assert [path.name for path in folder.iterdir()] == ["at-work"]
     assert (folder / "at-work" / "k0").read_text() == "nonce"
 
 
@@ -252,12 +250,12 @@ def test_a_port_of_the_loopback_is_seen_too(tmp_path: Path) -> None:
 
         async def go() -> list[Cell]:
             async with kit.nodes(tmp_path, 1) as targets:
-                spec = preflight.Spec(
+                spec = preflight.PreflightSpec(
                     share=None, root=None, ports=[], collective_port=1, rehearsal=True, loopback={"k0": [port]}, seconds=1
                 )
                 return await preflight.run(targets, spec)
 
-        cells = {one.check: one for one in asyncio.run(go())}
+        cells = {cell.check: cell for cell in asyncio.run(go())}
     assert cells["ports"].status == "bad"
     assert f"port {port} is held by" in cells["ports"].text
 
@@ -284,12 +282,12 @@ def test_real_nodes_are_asked_and_pairs_meet(tmp_path: Path) -> None:
 
         async def go() -> list[Cell]:
             async with kit.nodes(tmp_path, 3) as targets:
-                spec = preflight.Spec(
+                spec = preflight.PreflightSpec(
                     share=str(share), root=None, ports=[port, taken], collective_port=port + 1, rehearsal=True, seconds=6
                 )
                 return await preflight.run(targets, spec)
 
-        cells = {(one.check, one.node): one for one in asyncio.run(go())}
+        cells = {(cell.check, cell.node): cell for cell in asyncio.run(go())}
     assert cells["share", "k2"].status == "ok"
     assert cells["route", "k0"].status == "ok"
     assert cells["ports", "k1"].status == "bad"
@@ -308,14 +306,16 @@ def test_a_node_that_does_not_answer_is_one_red_cell_and_the_others_are_judged(t
             dead = Target(name="k1", address="127.0.0.12", gpus=1, shell=Dead())  # type: ignore[arg-type]
             with socket.create_server(("127.0.0.11", 0)) as probe:
                 port = int(probe.getsockname()[1])
-            spec = preflight.Spec(share=None, root=None, ports=[port], collective_port=port + 1, rehearsal=True, seconds=2)
+            spec = preflight.PreflightSpec(
+                share=None, root=None, ports=[port], collective_port=port + 1, rehearsal=True, seconds=2
+            )
             return await preflight.run([*targets, dead], spec)
 
     cells = asyncio.run(go())
-    assert [(one.node, one.text, one.remedy) for one in cells if one.check == "reach"] == [
+    assert [(cell.node, cell.text, cell.remedy) for cell in cells if cell.check == "reach"] == [
         ("k1", "cannot be reached", "is it up?")
     ]
-    assert any(one.node == "k0" and one.check == "shm" for one in cells)
+    assert any(cell.node == "k0" and cell.check == "shm" for cell in cells)
 
 
 @pytest.mark.parametrize(("version", "without"), [("2.41.0", True), ("2.51.2", True), ("2.52.0", False), ("3.0.0rc1", False)])
@@ -331,15 +331,15 @@ def test_a_port_of_rays_that_is_open_to_this_machine_is_told_and_one_that_is_in_
     described = {key: value for key, value in ENVIRONMENT.items() if key not in ("python", "ray")}
     (tmp_path / "root" / "env" / "environment.json").write_text(json.dumps(described))
     with socket.create_server(("127.0.0.11", 0)) as used, socket.create_server(("127.0.0.11", 0)) as probe:
-        held, port = (int(one.getsockname()[1]) for one in (used, probe))
+        held, port = (int(bound.getsockname()[1]) for bound in (used, probe))
         probe.close()
 
         async def go() -> list[Cell]:
             async with kit.nodes(tmp_path, 1) as (node,):
                 return [
-                    next(one for one in await preflight.run([node], spec) if one.check == "token")
+                    next(cell for cell in await preflight.run([node], spec) if cell.check == "token")
                     for spec in (
-                        preflight.Spec(
+                        preflight.PreflightSpec(
                             share=None,
                             root=str(tmp_path / "root"),
                             ports=[],
@@ -357,7 +357,7 @@ def test_a_port_of_rays_that_is_open_to_this_machine_is_told_and_one_that_is_in_
                 ]
 
         reached, in_use, private = asyncio.run(go())
-    assert {one.status for one in (reached, in_use, private)} == {"warn"}
+    assert {cell.status for cell in (reached, in_use, private)} == {"warn"}
     assert reached.text == f"{open_door('2.41.0')}; 127.0.0.11:{port} was reached from this machine, over a public address"
     assert in_use.text == private.text == open_door("2.41.0")
     assert "ssh alone" in reached.remedy
@@ -371,7 +371,7 @@ def test_whatever_takes_a_connection_and_is_not_the_node_proves_nothing() -> Non
             writer.close()
 
         async with await asyncio.start_server(other, "127.0.0.11", 0) as server:
-            return await preflight._knock("127.0.0.11", server.sockets[0].getsockname()[1], "ab" * 16)
+            return await preflight.knock("127.0.0.11", server.sockets[0].getsockname()[1], "ab" * 16)
 
     assert asyncio.run(go()) is None
 
@@ -380,30 +380,30 @@ def test_only_an_address_of_the_internet_that_ssh_reaches_directly_is_public(tmp
     rows = [("8.8.8.8", ""), ("10.0.0.1", ""), ("8.8.4.4", 'jump = "gate"'), ("2001:4860:4860::8888", ""), ("localhost", "")]
     text = "".join(f'[[node]]\naddress = "{address}"\n{more}\n' for address, more in rows)
     (tmp_path / "deploy.toml").write_text(text)
-    assert flow._public(inventory.load(tmp_path / "deploy.toml")) == {"k0": "8.8.8.8", "k3": "2001:4860:4860::8888"}
+    assert preflight.public(load_deployment(tmp_path / "deploy.toml")) == {"k0": "8.8.8.8", "k3": "2001:4860:4860::8888"}
 
 
 def test_nccl_is_tried_among_the_nodes_that_have_gpus_whoever_else_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
     tried: dict[str, list[str]] = {}
 
-    async def collective(targets: list[Target], _spec: preflight.Spec, backend: str) -> list[Cell]:
-        tried[backend] = [one.name for one in targets]
-        return [Cell(check=backend, node=one.name, status="ok", text="", remedy="") for one in targets]
+    async def collective(targets: list[Target], _spec: preflight.PreflightSpec, backend: str) -> list[Cell]:
+        tried[backend] = [target.name for target in targets]
+        return [Cell(check=backend, node=target.name, status="ok", text="", remedy="") for target in targets]
 
     monkeypatch.setattr(preflight, "_collective", collective)
-    nodes = [Target(name=one, address="", gpus=1, shell=None) for one in NODES]  # type: ignore[arg-type]
-    spec = preflight.Spec(share=None, root=None, ports=[], collective_port=1)
+    nodes = [Target(name=name, address="", gpus=1, shell=None) for name in NODES]  # type: ignore[arg-type]
+    spec = preflight.PreflightSpec(share=None, root=None, ports=[], collective_port=1)
 
     def cells(without: set[str]) -> dict[tuple[str, str], Cell]:
         surveys = {
-            one: Survey.model_validate(survey(**({"cuda": {"absent": True}} if one in without else {}))) for one in NODES
+            name: Survey.model_validate(survey(**({"cuda": {"absent": True}} if name in without else {}))) for name in NODES
         }
-        return {(one.check, one.node): one for one in asyncio.run(preflight.collectives(nodes, spec, surveys))}
+        return {(cell.check, cell.node): cell for cell in asyncio.run(preflight.collectives(nodes, spec, surveys))}
 
     made = cells({"k1"})
-    assert tried == {"gloo": list(NODES), "nccl": [one for one in NODES if one != "k1"]}
+    assert tried == {"gloo": list(NODES), "nccl": [name for name in NODES if name != "k1"]}
     assert made["nccl", "k1"].text == "no usable GPU on this node"
     tried.clear()
     made = cells(set(NODES[1:]))
     assert list(tried) == ["gloo"]
-    assert {made["nccl", one].text for one in NODES} == {"fewer than two nodes have a usable GPU"}
+    assert {made["nccl", name].text for name in NODES} == {"fewer than two nodes have a usable GPU"}

@@ -30,11 +30,11 @@ def test_the_head_starts_alone_and_then_half_as_many_workers_at_once_as_it_has_c
     cores: int, wave: int | None, sizes: list[int]
 ) -> None:
     plan = a_plan(2242)
-    made = ray.waves(plan.nodes, ray.Spec(plan=plan, python="python", wave=wave), cores)
-    assert [len(one) for one in made] == sizes
+    made = ray.waves(plan.nodes, ray.ClusterSpec(plan=plan, python="python", wave=wave), cores)
+    assert [len(wave_nodes) for wave_nodes in made] == sizes
     assert made[0] == [plan.head]
-    assert [one for each in made for one in each] == list(plan.nodes)
-    assert ray.waves(plan.nodes[1:], ray.Spec(plan=plan, python="python", wave=9), cores) == [list(plan.nodes[1:])]
+    assert [node for each in made for node in each] == list(plan.nodes)
+    assert ray.waves(plan.nodes[1:], ray.ClusterSpec(plan=plan, python="python", wave=9), cores) == [list(plan.nodes[1:])]
 
 
 def logs(folder: Path, **texts: str) -> Path:
@@ -56,7 +56,7 @@ def test_the_first_cause_is_the_raylets_and_a_line_of_a_start_before_is_none(tmp
     assert lines[1].startswith("gcs_server.out: Address already in use")
     assert len(lines[1]) < 350
     os.utime(place / "raylet.out", (0, 0))
-    assert [one[:10] for one in cluster.cause(request)["lines"]] == ["gcs_server"]
+    assert [line[:10] for line in cluster.cause(request)["lines"]] == ["gcs_server"]
 
 
 def test_logs_without_a_cause_and_no_logs_at_all_are_no_cause(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from deploy.nodes.deployment import Deployment
 from deploy.nodes.facts import keep_facts, load_facts
 from deploy.nodes.state import Record, State
 from deploy.planning.plans import Plan
-from deploy.steps import engine, flow, metrics
+from deploy.steps import engine, metrics, step
 from deploy.steps.canary import Reply
 from deploy.watch import collect as collecting
 from deploy.watch import logs as logging
@@ -165,7 +165,7 @@ def test_a_node_that_does_not_answer_is_part_of_the_answer(tmp_path: Path, monke
         await asyncio.sleep(600)
         raise AssertionError
 
-    monkeypatch.setattr(flow, "call", never)
+    monkeypatch.setattr(step, "call", never)
 
     async def work(made: Scene) -> None:
         seen = await status.look(status.watch_of(made.deployment, made.fleet))

@@ -24,11 +24,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deploy.fleet.targets import FleetShell, targets
+from deploy.nodes import paths
 from deploy.rehearsal import hub
 from deploy.remote import look
-from deploy.steps import dealing, ray
+from deploy.steps import dealing, processes
 from deploy.steps import weights as step
-from deploy.steps.dealing import File
+from deploy.steps.dealing import WeightsFile
 from gracefarm.console import Console
 from gracefarm.errors import DigestError, DiskFullError, FetchError, GracefarmError, HostError
 from tests.deploy import kit
@@ -49,24 +50,24 @@ def hub_python(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder / "bin" / "python")
 
 
-def bring(folder: Path, served: hub.Hub, python: str, *, count: int = 3, **more: object) -> step.Outcome:
+def bring(folder: Path, served: hub.Hub, python: str, *, count: int = 3, **more: object) -> step.Brought:
     """One `deploy weights`, with a share that all nodes have."""
     return asyncio.run(bringing(folder, served, python, count=count, **more))
 
 
-async def bringing(folder: Path, served: hub.Hub, python: str, *, count: int = 3, **more: object) -> step.Outcome:
+async def bringing(folder: Path, served: hub.Hub, python: str, *, count: int = 3, **more: object) -> step.Brought:
     async with kit.nodes(folder, count) as nodes:
         return await step.up(nodes, spec(folder, served, python, **more), Console(as_json=False))
 
 
-def spec(folder: Path, served: hub.Hub, python: str, **more: object) -> step.Spec:
+def spec(folder: Path, served: hub.Hub, python: str, **more: object) -> step.WeightsSpec:
     values = {"root": str(folder / "share"), "repo": "org/model", "endpoint": served.url, "python": python, "workers": 4}
-    return step.Spec(**{**values, **more})  # type: ignore[arg-type]
+    return step.WeightsSpec(**{**values, **more})  # type: ignore[arg-type]
 
 
-def content(outcome: step.Outcome) -> dict[str, bytes]:
+def content(outcome: step.Brought) -> dict[str, bytes]:
     base = Path(outcome.folder)
-    return {str(one.relative_to(base)): one.read_bytes() for one in base.rglob("*") if one.is_file()}
+    return {str(path.relative_to(base)): path.read_bytes() for path in base.rglob("*") if path.is_file()}
 
 
 def wanted(files: dict[str, bytes]) -> dict[str, bytes]:
@@ -93,7 +94,7 @@ def test_every_file_comes_once_and_is_verified_by_another_node(homes: Path, hub_
     assert not Path(outcome.folder + ".staging").exists()
 
 
-def bring_again(folder: Path, served: hub.Hub, python: str, **more: object) -> step.Outcome:
+def bring_again(folder: Path, served: hub.Hub, python: str, **more: object) -> step.Brought:
     """The same command once more: new connections, the same share."""
     for home in folder.glob("home-*"):
         shutil.rmtree(home)
@@ -188,10 +189,10 @@ def test_killed_in_the_middle_the_same_command_fetches_only_the_rest(homes: Path
 
 def workers_below(folder: Path) -> list[int]:
     found = []
-    for one in Path("/proc").glob("[0-9]*"):
+    for process in Path("/proc").glob("[0-9]*"):
         try:
-            if (one / "cwd").readlink().is_relative_to(folder) and b"runpy" in (one / "cmdline").read_bytes():
-                found.append(int(one.name))
+            if (process / "cwd").readlink().is_relative_to(folder) and b"runpy" in (process / "cmdline").read_bytes():
+                found.append(int(process.name))
         except OSError:
             continue
     return found
@@ -214,7 +215,7 @@ def test_the_token_is_in_no_argument_no_environment_and_no_file_but_the_jobs_std
 
     def look() -> None:
         for name in ("cmdline", "environ"):
-            seen["processes"] |= {str(one) for one in Path("/proc").glob(f"[0-9]*/{name}") if TOKEN in text(one)}
+            seen["processes"] |= {str(path) for path in Path("/proc").glob(f"[0-9]*/{name}") if TOKEN in text(path)}
         for folder in (homes, *LOCAL):
             for place, _, names in os.walk(folder):  # rglob would raise for what vanishes meanwhile
                 for path in (Path(place) / name for name in names):
@@ -276,15 +277,15 @@ def each_once(served: hub.Hub) -> bool:
 
 
 def test_a_cut_of_every_connection_stops_no_download(homes: Path, hub_python: str) -> None:
-    async def go(served: hub.Hub) -> step.Outcome:
+    async def go(served: hub.Hub) -> step.Brought:
         async with kit.machines(homes, 2) as made, kit.fleet(homes, made) as fleet:
             running = asyncio.ensure_future(step.up(targets(fleet), spec(homes, served, hub_python, token=TOKEN), Console()))
             await served_count(served, 3)
-            before = [one.entered for one in made]
-            for one in made:
-                one.cut()
+            before = [machine.entered for machine in made]
+            for machine in made:
+                machine.cut()
             outcome = await running
-            assert all(one.entered > count for one, count in zip(made, before, strict=True))
+            assert all(machine.entered > count for machine, count in zip(made, before, strict=True))
             return outcome
 
     with hub.serving(hub.shards(10, 200_000), rate=400_000, token=TOKEN) as served:
@@ -331,11 +332,11 @@ def test_two_deployments_on_one_share_bring_the_same_files_once_and_apart(tmp_pa
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
 
-    async def bring(name: str, served: hub.Hub) -> step.Outcome:
+    async def bring(name: str, served: hub.Hub) -> step.Brought:
         async with kit.nodes(tmp_path / name, 2) as nodes:
             return await step.up(nodes, spec(tmp_path, served, hub_python, owner=name), Console())
 
-    async def go(served: hub.Hub) -> list[step.Outcome]:
+    async def go(served: hub.Hub) -> list[step.Brought]:
         first = asyncio.ensure_future(bring("first", served))
         await served_count(served, 1)
         old, (commit,) = time.time() - 90_000, (tmp_path / "share" / "weights" / "org--model").glob("*[!g]")
@@ -353,7 +354,7 @@ def test_two_deployments_on_one_share_bring_the_same_files_once_and_apart(tmp_pa
         assert each_once(served)
         assert content(first) == content(second) == wanted(served.files)
     assert (first.rounds, second.rounds, second.fetched) == (1, 0, 0)
-    left = [one.name for one in Path(first.folder).parent.iterdir() if one.name.endswith(".staging")]
+    left = [path.name for path in Path(first.folder).parent.iterdir() if path.name.endswith(".staging")]
     assert left == [f"{Path(first.folder).name}.dying.staging"]
 
 
@@ -369,9 +370,9 @@ def test_while_another_deployment_gives_signs_of_life_this_one_waits_and_says_so
                 if name == "wait":
                     said.append((text, sum(map(len, served.served.values()))))
 
-        async def go() -> step.Outcome:
+        async def go() -> step.Brought:
             wish = spec(homes, served, hub_python, owner="mine")
-            pulse = Path(step.folder(wish, hub.COMMIT) + ".other.staging") / "k0" / "pulse"
+            pulse = Path(paths.weights(wish.root, wish.repo, hub.COMMIT) + ".other.staging") / "k0" / "pulse"
             pulse.parent.mkdir(parents=True)
             async with kit.nodes(homes, 1) as nodes:
                 running = asyncio.ensure_future(step.up(nodes, wish, Hears()))
@@ -396,7 +397,7 @@ def test_down_ends_downloads_at_once_and_none_that_waits_begins(homes: Path, hub
             running = asyncio.ensure_future(step.up(nodes, spec(homes, served, hub_python), Console()))
             await served_count(served, 3)
             since, count = time.monotonic(), sum(map(len, served.served.values()))
-            ended = await ray.stop(nodes, kit.mark(homes), grace=30)
+            ended = await processes.stop(nodes, kit.mark(homes), grace=30)
             assert time.monotonic() - since < 20  # told to end, not killed
             assert min(ended.values()) > 0
             with pytest.raises(HostError, match="ended without an answer"):
@@ -420,7 +421,7 @@ def test_a_node_that_is_lost_leaves_its_files_to_the_others(
 ) -> None:
     """Dead, or only cut off for good from the one who asked: then it goes on by itself, and nobody repeats what it does."""
 
-    async def go(served: hub.Hub) -> step.Outcome:
+    async def go(served: hub.Hub) -> step.Brought:
         async with kit.machines(homes, 3) as made, kit.fleet(homes, made, connect_timeout=0.1) as fleet:
             wish = spec(homes, served, hub_python, patience=2.0)
             running = asyncio.ensure_future(step.up(targets(fleet), wish, Console()))
@@ -457,18 +458,20 @@ def test_verify_finds_a_file_that_rotted(homes: Path, hub_python: str) -> None:
 def test_the_deal_of_the_real_shape_is_within_five_percent_of_the_best() -> None:
     """191 files of 4.2 to 4.9 GB over 2 to 16 nodes, as Llama 3.1 405B's are."""
     source = random.Random(405)
-    files = [File(path=f"{n}", size=source.randrange(4_200_000_000, 4_900_000_000), sha256="0" * 64) for n in range(191)]
+    files = [
+        WeightsFile(path=f"{n}", size=source.randrange(4_200_000_000, 4_900_000_000), sha256="0" * 64) for n in range(191)
+    ]
     for count in range(2, 17):
         shares = dealing.deal(files, [f"k{n}" for n in range(count)])
-        assert max(sum(one.size for one in share) for share in shares.values()) <= 1.05 * dealing.lower_bound(files, count)
+        assert max(sum(file.size for file in share) for share in shares.values()) <= 1.05 * dealing.lower_bound(files, count)
 
 
 @given(sizes=st.lists(st.integers(0, 100), max_size=7), count=st.integers(1, 3))
 def test_no_split_at_all_is_better_than_the_bound(sizes: list[int], count: int) -> None:
-    files = [File(path=str(n), size=size, sha256="0" * 64) for n, size in enumerate(sizes)]
+    files = [WeightsFile(path=str(n), size=size, sha256="0" * 64) for n, size in enumerate(sizes)]
     splits = itertools.product(range(count), repeat=len(sizes))
     best = min(
-        max(sum(size for size, node in zip(sizes, one, strict=True) if node == n) for n in range(count)) for one in splits
+        max(sum(size for size, node in zip(sizes, split, strict=True) if node == n) for n in range(count)) for split in splits
     )
     assert dealing.lower_bound(files, count) <= best
 
@@ -482,7 +485,9 @@ def test_no_split_at_all_is_better_than_the_bound(sizes: list[int], count: int) 
 def test_every_missing_file_is_fetched_or_verified_exactly_once_and_not_by_its_stager(
     sizes: list[int], count: int, final: set[int], ready: dict[int, int]
 ) -> None:
-    files = [File(path=f"f{n}", size=size, sha256=hashlib.sha256(b"%d" % n).hexdigest()) for n, size in enumerate(sizes)]
+    files = [
+        WeightsFile(path=f"f{n}", size=size, sha256=hashlib.sha256(b"%d" % n).hexdigest()) for n, size in enumerate(sizes)
+    ]
     pinned = dealing.Manifest(repo="org/model", commit=hub.COMMIT, files=tuple(files))
     nodes = [f"k{n}" for n in range(count)]
     there = {f"f{n}": sizes[n] for n in final if n < len(sizes)}
@@ -491,13 +496,13 @@ def test_every_missing_file_is_fetched_or_verified_exactly_once_and_not_by_its_s
         if n < len(sizes):
             staged.setdefault(f"k{node}", {})[f"f{n}"] = sizes[n]
     shares = dealing.rounds(pinned, there, staged, nodes)
-    verified = sorted(file.path for one in shares.values() for _, file in one.verify)
+    verified = sorted(file.path for share in shares.values() for _, file in share.verify)
     assert verified == sorted(file.path for file in files if file.path not in there)
-    fetched = [file.path for one in shares.values() for file in one.fetch]
+    fetched = [file.path for share in shares.values() for file in share.fetch]
     assert len(fetched) == len(set(fetched))
-    assert not set(fetched) & {path for found in staged.values() for path in found}
+    assert not set(fetched) & {path for paths in staged.values() for path in paths}
     if count > 1:
-        assert all(stager != node for node, one in shares.items() for stager, _ in one.verify)
+        assert all(stager != node for node, share in shares.items() for stager, _ in share.verify)
 
 
 def test_a_path_that_leaves_its_folder_is_refused() -> None:

@@ -20,27 +20,31 @@ from typing import Any
 import httpx
 import pytest
 
-from deploy.fleet import ssh
 from deploy.fleet.calls import Target
-from deploy.fleet.facts import Facts
+from deploy.fleet.ssh import open_fleet
 from deploy.nodes import state
-from deploy.nodes.inventory import Deployment, File
+from deploy.nodes.config import Config
+from deploy.nodes.deployment import Deployment
+from deploy.nodes.facts import Facts
 from deploy.nodes.state import Record
 from deploy.rehearsal import source, standin
 from deploy.remote import look as remote
-from deploy.steps import environment, flow, ray
+from deploy.steps import environment, order, processes, ray, setlock, step
 from deploy.steps.dealing import told
-from deploy.steps.flow import Choice, Done, Work
+from deploy.steps.environment import DownloadStep, EnvironmentStep
+from deploy.steps.order import Choice
+from deploy.steps.preflight import ProofStep
+from deploy.steps.step import Applied, Looks, Step, Work, perform
 from gracefarm import settings
 from gracefarm.console import Console
-from gracefarm.errors import ConfigError, FetchError, HostError, InstallError, NodeError, UsageError
+from gracefarm.errors import ConfigError, FetchError, GracefarmError, HostError, InstallError, NodeError, UsageError
 from tests.conftest import REPOSITORY
 from tests.deploy import kit
 
 
 def with_work(folder: Path, do: Callable[[Work], Awaitable[None]], **data: Any) -> state.State:
     """`do` with a deployment that has no nodes; the state afterwards."""
-    deployment = Deployment(path=folder / "deploy.toml", data=File.model_validate(data), nodes=())
+    deployment = Deployment(path=folder / "deploy.toml", data=Config.model_validate(data), nodes=())
     deployment.folder.make()
     with state.hold(deployment.folder, "test", on_wait=pytest.fail) as keeper:
         fleet: Any = None
@@ -50,54 +54,90 @@ def with_work(folder: Path, do: Callable[[Work], Awaitable[None]], **data: Any) 
             facts=Facts(nodes=()),
             keeper=keeper,
             console=Console(),
-            settings=settings.Settings(),
+            settings=settings.SharedSettings(),
         )
         asyncio.run(do(work))  # type: ignore[arg-type]
     return state.read(deployment.folder)
 
 
+class Made(Step):
+    """A step that writes down what it was done for."""
+
+    def __init__(self, name: str, inputs: str = "a", why: str | None = None, *, error: GracefarmError | None = None) -> None:
+        self.name, self.of, self.why, self.error = name, inputs, why, error
+        self.seconds, self.skipped, self.changed = 0.0, False, True
+        self.applied: list[str] = []
+
+    def inputs(self, _work: Work, _looks: Looks) -> str:
+        return self.of
+
+    def check(self, _work: Work, _record: Record, _looks: Looks) -> str | None:
+        return self.why
+
+    async def apply(self, _work: Work, _looks: Looks) -> Applied:
+        await asyncio.sleep(self.seconds)
+        if self.error:
+            raise self.error
+        self.applied.append(self.of)
+        return Applied(text="made", now="just now", data={"of": self.of}, skipped=self.skipped, changed=self.changed)
+
+
 def test_a_step_is_done_once_and_again_when_its_inputs_change_or_a_look_denies_it(tmp_path: Path) -> None:
-    done: list[str] = []
+    applied: list[str] = []
 
     async def go(work: Work) -> None:
-        async def step(inputs: str, why: str | None = None) -> bool:
-            async def apply() -> Done:
-                done.append(inputs)
-                return Done(text="made", now="just now", data={"of": inputs})
+        async def done(inputs: str, why: str | None = None, work: Work = work) -> bool:
+            made = Made("weights", inputs, why)
+            was = await perform(made, work, {}) is not None
+            assert was == bool(made.applied)
+            applied.extend(made.applied)
+            return was
 
-            return await flow.perform(work, "weights", inputs, lambda _record: why, apply)
-
-        assert await step("a")
-        assert not await step("a")
-        assert await step("b")
-        assert await step("b", "k1 does not see it")
-        assert not await step("b")
-        forced = replace(work, again=("weights",))
-        assert await flow.perform(forced, "weights", "b", lambda _record: None, lambda: made("c"))
-        assert not await step("b")
-
-    async def made(what: str) -> Done:
-        done.append(what)
-        return Done(text="made", data={"of": "b"})
+        assert await done("a")
+        assert not await done("a")
+        assert await done("b")
+        assert await done("b", "k1 does not see it")
+        assert not await done("b")
+        assert await done("b", work=replace(work, again=("weights",)))
+        assert not await done("b")
 
     found = with_work(tmp_path, go)
-    assert done == ["a", "b", "b", "c"]
+    assert applied == ["a", "b", "b", "b"]
     assert found.steps["weights"].outcome == "done"
     assert found.data("weights") == {"of": "b"}
 
 
+def test_a_step_that_looks_by_itself_says_whether_there_was_anything_to_do(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def go(work: Work) -> None:
+        made = Made("ray", why="")
+        await perform(made, work, {})
+        made.changed = False
+        await perform(made, work, {})
+        assert made.applied == ["a", "a"]
+
+    with_work(tmp_path, go)
+    first, second = capsys.readouterr().err.splitlines()
+    assert "nothing to do" not in first
+    assert "nothing to do: made" in second
+
+
+def test_a_step_without_inputs_has_nothing_to_be_done_for(tmp_path: Path) -> None:
+    async def go(work: Work) -> None:
+        assert await perform(ProofStep(), work, {}) is None  # there is no environment yet
+
+    assert with_work(tmp_path, go).steps == {}
+
+
 def test_a_failure_is_kept_and_tried_again(tmp_path: Path) -> None:
     async def go(work: Work) -> None:
-        async def fails() -> Done:
-            raise HostError("no room", remedy="make some")
-
-        async def works() -> Done:
-            return Done(text="made", skipped=True)
-
         with pytest.raises(HostError):
-            await flow.perform(work, "cache", "a", lambda _record: None, fails)
+            await perform(Made("cache", error=HostError("no room", remedy="make some")), work, {})
         assert work.keeper.state.steps["cache"].outcome == "failed"
-        assert await flow.perform(work, "cache", "a", lambda _record: None, works)
+        works = Made("cache")
+        works.skipped = True
+        assert await perform(works, work, {})
         assert work.keeper.state.steps["cache"].outcome == "skipped"
 
     with_work(tmp_path, go)
@@ -108,46 +148,42 @@ def test_an_environment_that_fails_is_told_while_the_weights_still_come(
 ) -> None:
     told_then: list[str] = []
 
-    async def nothing(_work: Work, _looks: flow.Looks) -> bool:
-        return False
+    class TakesHours(Made):
+        async def apply(self, work: Work, looks: Looks) -> Applied:
+            await asyncio.sleep(0.15)
+            told_then.append(capsys.readouterr().err)
+            return await super().apply(work, looks)
 
-    async def fails(_work: Work, _looks: flow.Looks) -> bool:
-        raise InstallError("the index lacks tiny", remedy="mirror it")
-
-    async def takes_hours(_work: Work, _looks: flow.Looks) -> bool:
-        for _ in range(3):
-            await asyncio.sleep(0.05)
-        told_then.append(capsys.readouterr().err)
-        return True
-
-    async def looked(_work: Work) -> flow.Looks:
+    async def looked(_work: Work) -> Looks:
         return {}
 
-    for name, step in (("_preflight", nothing), ("_cache", nothing), ("_environment", fails), ("_weights", takes_hours)):
-        monkeypatch.setattr(flow, name, step)
-    monkeypatch.setattr(flow, "look", looked)
+    fails = Made("environment", error=InstallError("the index lacks tiny", remedy="mirror it"))
+    monkeypatch.setattr(order, "FIRST", ((Made("preflight"),), (Made("cache"),)))
+    monkeypatch.setattr(order, "TOGETHER", ((fails,), (Made("download"), TakesHours("weights"))))
+    monkeypatch.setattr(order, "look", looked)
 
     async def go(work: Work) -> None:
         with pytest.raises(InstallError):
-            await flow.up(work)
+            await order.up(work)
 
-    with_work(tmp_path, go)
+    found = with_work(tmp_path, go)
+    assert {name: record.outcome for name, record in found.steps.items()} == {
+        **dict.fromkeys(("preflight", "cache", "download", "weights"), "done"),
+        "environment": "failed",
+    }
     assert len(told_then) == 1  # the weights came to their end
-    said = " ".join(told_then[0].split())
-    assert "environment failed: the index lacks tiny; mirror it. Meanwhile weights goes on" in said
+    words = " ".join(told_then[0].split())
+    assert "environment failed: the index lacks tiny; mirror it. Meanwhile weights goes on" in words
 
 
 def test_what_was_killed_in_the_middle_is_never_taken_for_done(tmp_path: Path) -> None:
-    async def go(work: Work) -> None:
-        work.keeper.begin("weights", "a")
-
-        def check(_record: Record) -> str | None:
+    class NotLookedAt(Made):
+        def check(self, _work: Work, _record: Record, _looks: Looks) -> str | None:
             raise AssertionError("a step that did not end is not looked at, it is done")
 
-        async def apply() -> Done:
-            return Done(text="made")
-
-        assert await flow.perform(work, "weights", "a", check, apply)
+    async def go(work: Work) -> None:
+        work.keeper.begin("weights", "a")
+        assert await perform(NotLookedAt("weights"), work, {})
 
     with_work(tmp_path, go)
 
@@ -160,12 +196,12 @@ def test_steps_that_do_not_exist_are_told() -> None:
 
 
 def test_without_a_lock_nothing_is_built(tmp_path: Path) -> None:
-    deployment = Deployment(path=tmp_path / "deploy.toml", data=File(), nodes=())
+    deployment = Deployment(path=tmp_path / "deploy.toml", data=Config(), nodes=())
     with pytest.raises(ConfigError, match="no lock of the set gh200-cu124") as error:
-        flow.lock_text(deployment, Console())
+        setlock.lock_text(deployment, Console())
     assert "builder set build gh200-cu124" in error.value.remedy
     (tmp_path / "gh200-cu124.lock").write_text("a")
-    assert flow.lock_text(deployment, Console()) == "a"
+    assert setlock.lock_text(deployment, Console()) == "a"
 
 
 @pytest.mark.parametrize("data", [{}, {"python": "system"}, {"python": "conda"}, {"python_mirror": "file:///srv/mirror"}])
@@ -177,15 +213,15 @@ def test_both_environments_stand_on_the_python_that_deploy_toml_names(
     (tmp_path / "gh200-cu124.lock").write_text(f"{lock}aphrodite-engine==1 --hash=sha256:{'0' * 64}\n")
     asked: list[tuple[str, str, str | None]] = []
 
-    async def up(_nodes: object, spec: environment.Spec, *_more: object) -> environment.Outcome:
+    async def up(_nodes: object, spec: environment.EnvironmentSpec, *_more: object) -> environment.Built:
         asked.append((spec.link, spec.source, spec.mirror))
-        return environment.Outcome(id=spec.link * 8, built=True, switched=True, rows={})
+        return environment.Built(id=spec.link * 8, built=True, switched=True, rows={})
 
     monkeypatch.setattr(environment, "up", up)
 
     async def go(work: Work) -> None:
-        await flow._environment(work, {})
-        await flow._download(work, {})
+        await perform(EnvironmentStep(), work, {})
+        await perform(DownloadStep(), work, {})
 
     with_work(tmp_path, go, share="/srv/share", **data)
     source, mirror = data.get("python", "managed"), data.get("python_mirror")
@@ -200,11 +236,11 @@ def test_a_set_without_the_engine_is_refused_before_anything_is_built(tmp_path: 
 
     async def refused(work: Work) -> None:
         with pytest.raises(ConfigError, match="gh200-cu124 has no vllm, and the engine is to be vllm") as error:
-            await flow._environment(work, {})
+            await perform(EnvironmentStep(), work, {})
         assert 'set = "gh200-cu130"' in error.value.remedy
 
     async def taken(work: Work) -> None:
-        assert flow._environment_spec(work).engine == "vllm"
+        assert environment.spec_of(work).engine == "vllm"
 
     with_work(tmp_path, refused, engine="vllm", share="/srv/share")
     with_work(tmp_path, taken, engine="vllm", set="gh200-cu130", share="/srv/share")
@@ -212,15 +248,15 @@ def test_a_set_without_the_engine_is_refused_before_anything_is_built(tmp_path: 
 
 def test_the_sets_lock_comes_from_its_index_once(tmp_path: Path) -> None:
     root = tmp_path / "root"
-    source._index(root, "host", "aphrodite-engine")
-    source._index(root, "stage", "create", "spring")
-    token = source._index(root, "token", "create", "--name", "farm")["token"]
+    source.index_command(root, "host", "aphrodite-engine")
+    source.index_command(root, "stage", "create", "spring")
+    token = source.index_command(root, "token", "create", "--name", "farm")["token"]
     path = tmp_path / "spring.lock"
     with source.listening([sys.executable, "-m", "index", "--root", str(root), "--json", "serve", "--port", "0"]) as url:
-        data = File.model_validate({"set": "spring", "index": url + "/spring/simple/"})
+        data = Config.model_validate({"set": "spring", "index": url + "/spring/simple/"})
         deployment = Deployment(path=tmp_path / "deploy.toml", data=data, nodes=())
         with pytest.raises(FetchError, match=r"/spring/requirements\.lock answered 404") as error:  # not published yet
-            flow.lock_text(deployment, Console())
+            setlock.lock_text(deployment, Console())
         assert not path.exists()
         made = standin.build(tmp_path / "wheels").path
         name, content = made.name, made.read_bytes()
@@ -228,18 +264,18 @@ def test_the_sets_lock_comes_from_its_index_once(tmp_path: Path) -> None:
             form = {":action": "file_upload", "sha256_digest": hashlib.sha256(content).hexdigest()}
             client.post("/stage/spring/legacy/", data=form, files={"content": (name, content)}).raise_for_status()
             client.post("/stage/spring/publish").raise_for_status()
-        text = flow.lock_text(deployment, Console())
+        text = setlock.lock_text(deployment, Console())
         digest = hashlib.sha256(content).hexdigest()
         assert text.splitlines()[1:] == [f"aphrodite-engine=={name.split('-')[1]} \\", f"    --hash=sha256:{digest}"]
         assert path.read_text() == text
-    assert flow.lock_text(deployment, Console()) == text  # the index is gone
+    assert setlock.lock_text(deployment, Console()) == text  # the index is gone
     path.unlink()
     with pytest.raises(FetchError, match=r"requirements\.lock: ") as error:
-        flow.lock_text(deployment, Console())
+        setlock.lock_text(deployment, Console())
     assert str(path) in error.value.remedy
     named = deployment.model_copy(update={"data": data.model_copy(update={"lock": "mine.lock"})})
     with pytest.raises(ConfigError, match=r"mine\.lock"):  # a lock that a person named is not replaced by another
-        flow.lock_text(named, Console())
+        setlock.lock_text(named, Console())
 
 
 def test_an_index_that_asks_who_it_is_is_told_by_netrc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,17 +294,17 @@ def test_an_index_that_asks_who_it_is_is_told_by_netrc(tmp_path: Path, monkeypat
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Asks) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
-        data = File(set="spring", index=f"http://127.0.0.1:{server.server_port}/spring/simple/")
+        data = Config(set="spring", index=f"http://127.0.0.1:{server.server_port}/spring/simple/")
         deployment = Deployment(path=tmp_path / "deploy.toml", data=data, nodes=())
         try:
             with pytest.raises(FetchError, match="answered 401"):
-                flow.lock_text(deployment, Console())
+                setlock.lock_text(deployment, Console())
             (tmp_path / ".netrc").write_text("machine 127.0.0.1 login me password s3cret\n")
             (tmp_path / ".netrc").chmod(0o644)
             with pytest.raises(ConfigError, match="too permissive"):
-                flow.lock_text(deployment, Console())
+                setlock.lock_text(deployment, Console())
             (tmp_path / ".netrc").chmod(0o600)
-            assert flow.lock_text(deployment, Console()).startswith("x==1")
+            assert setlock.lock_text(deployment, Console()).startswith("x==1")
         finally:
             server.shutdown()
             thread.join()
@@ -283,7 +319,7 @@ def test_a_node_that_hangs_does_not_hold_the_command_for_ever() -> None:
     node = Target(name="k1", address="", gpus=1, shell=Hangs())  # type: ignore[arg-type]
     begun = time.monotonic()
     with pytest.raises(NodeError, match=r"k1: no answer to a short question within 0\.3 s"):
-        asyncio.run(flow.glance(node, {}, seconds=0.3))
+        asyncio.run(step.glance(node, {}, seconds=0.3))
     assert time.monotonic() - begun < 3
 
 
@@ -320,9 +356,9 @@ signal.pause()
             child = int(lines[0])
             other.stdout.readline()
             found = remote.processes(f"{mark}/k1/")
-            assert {one["pid"] for one in found} == {mine.pid, child}
-            assert {one["plan"] for one in found} == {"p1"}
-            assert {one["mark"] for one in found} == {f"{mark}/k1/ray"}
+            assert {process["pid"] for process in found} == {mine.pid, child}
+            assert {process["plan"] for process in found} == {"p1"}
+            assert {process["mark"] for process in found} == {f"{mark}/k1/ray"}
             assert remote.processes(f"{mark}/k1/engine") == []
             done = remote.stop({"prefixes": [f"{mark}/k1/"], "grace": 1})
             assert done["ended"] == 2
@@ -353,9 +389,9 @@ def test_ports_and_options_are_read_from_the_plans_own_command() -> None:
 
 def test_another_plans_raylet_is_not_this_plans() -> None:
     found = {"processes": [{"name": "raylet", "plan": "p1"}, {"name": "gcs_server", "plan": "p1"}]}
-    assert ray.raylet(found, "p1")
-    assert not ray.raylet(found, "p2")
-    assert not ray.raylet({"processes": [{"name": "gcs_server", "plan": "p1"}]})
+    assert processes.raylet(found, "p1")
+    assert not processes.raylet(found, "p2")
+    assert not processes.raylet({"processes": [{"name": "gcs_server", "plan": "p1"}]})
 
 
 def test_two_deployments_of_one_name_on_one_share_do_not_switch_each_others_environment(tmp_path: Path) -> None:
@@ -365,11 +401,11 @@ def test_two_deployments_of_one_name_on_one_share_do_not_switch_each_others_envi
     async def go() -> None:
         async with kit.machines(tmp_path, 1) as made:
             works = []
-            for one in ("first", "second"):
-                (tmp_path / one).mkdir()
-                shutil.copy(tmp_path / "known_hosts", tmp_path / one)
-                works.append(kit.deployment(tmp_path / one, made, more=more))
-            async with ssh.fleet(works[0], config=[]) as fleet, ssh.fleet(works[1], config=[]) as other:
+            for name in ("first", "second"):
+                (tmp_path / name).mkdir()
+                shutil.copy(tmp_path / "known_hosts", tmp_path / name)
+                works.append(kit.deployment(tmp_path / name, made, more=more))
+            async with open_fleet(works[0], config=[]) as fleet, open_fleet(works[1], config=[]) as other:
                 first, second = (
                     Work(
                         deployment=deployment,
@@ -377,20 +413,20 @@ def test_two_deployments_of_one_name_on_one_share_do_not_switch_each_others_envi
                         facts=Facts(nodes=()),
                         keeper=state.Keeper(deployment.folder),
                         console=Console(),
-                        settings=settings.Settings(),
+                        settings=settings.SharedSettings(),
                     )
                     for deployment, each in zip(works, (fleet, other), strict=True)
                 )
-                await asyncio.gather(*(flow.claim(first) for _ in range(4)))
-                assert (await flow.look(first))["k0"]["owner"] == works[0].folder.id
+                await asyncio.gather(*(environment.claim(first) for _ in range(4)))
+                assert (await step.look(first))["k0"]["owner"] == works[0].folder.id
                 only = Choice(skip=("preflight", "cache", "weights", "proof"))
-                for refused in (flow.up(second, only), flow.rollback(second)):
+                for refused in (order.up(second, only), environment.roll_back(second)):
                     with pytest.raises(ConfigError, match=r"another deployment on .*/share is called t: ") as error:
                         await refused
                     assert "rm " + str(tmp_path / "share" / "gracefarm" / "t" / "owner") in error.value.remedy
                 assert second.keeper.state.steps == {}
                 (tmp_path / "share" / "gracefarm" / "t" / "owner").unlink()
-                await flow.claim(second)
-        assert sorted(one.name for one in (tmp_path / "share" / "gracefarm" / "t").iterdir()) == ["owner"]
+                await environment.claim(second)
+        assert sorted(path.name for path in (tmp_path / "share" / "gracefarm" / "t").iterdir()) == ["owner"]
 
     asyncio.run(go())

@@ -1,0 +1,42 @@
+"""The canary: a real completion of one token. /health of an engine says 200 for dead workers, so it is never asked."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+from deploy.steps import completion
+from deploy.steps.completion import CompletionError, Prompt, Server
+
+Kind = Literal["ok", "refused", "timeout", "denied", "error"]
+_KINDS: dict[str, Kind] = {"refused": "refused", "cut": "refused", "stall": "timeout"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reply:
+    """What became of it."""
+
+    kind: Kind
+    text: str = ""
+    seconds: float = 0.0
+    model: str = ""
+
+
+async def complete(local: int, key: str | None, seconds: float) -> Reply:
+    """One token from 127.0.0.1:`local`. Never raises for what the other side does."""
+    begun, model = time.monotonic(), ""
+    late = f"no token within {seconds:g} s"
+    try:
+        async with asyncio.timeout(seconds), Server(url=f"http://127.0.0.1:{local}", key=key).client() as client:
+            model = (await completion.models(client, seconds))[0]
+            await completion.whole(client, Prompt(model=model, text="Hello", max_tokens=1))
+    except TimeoutError:
+        return Reply(kind="timeout", text=late, seconds=seconds, model=model)
+    except CompletionError as failure:
+        kind = "denied" if failure.status in (401, 403) else _KINDS.get(failure.kind, "error")
+        return Reply(
+            kind=kind, text=late if kind == "timeout" else failure.cause, seconds=time.monotonic() - begun, model=model
+        )
+    return Reply(kind="ok", seconds=time.monotonic() - begun, model=model)

@@ -1,0 +1,120 @@
+"""The order of the steps of `up`, `serve` and `down`: look at every node once, do what is missing, remember what was done.
+
+A step that the state calls done is done again only when what it depends on has changed, or when the look denies it.
+What runs long on the nodes survives this process and every cut: builds of environments, downloads, Ray and the engine are
+detached jobs with the deployment's mark; the same command finds them again, and `down` ends them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+
+from deploy.fleet.calls import combined_error
+from deploy.planning.plans import Plan
+from deploy.steps import brought, cache, environment
+from deploy.steps.cache import CacheStep
+from deploy.steps.engine import EngineStep
+from deploy.steps.environment import DownloadStep, EnvironmentStep
+from deploy.steps.preflight import PreflightStep, ProofStep
+from deploy.steps.ray import RayStep
+from deploy.steps.step import Applied, Step, Work, glance, look, perform, perform_all, side_by_side
+from deploy.steps.weights import WeightsStep
+from gracefarm.errors import GracefarmError, UsageError
+
+Lane = tuple[Step, ...]
+"Steps one after the other. The last one gives it its name on the command line."
+FIRST: tuple[Lane, ...] = ((PreflightStep(),), (CacheStep(),))
+TOGETHER: tuple[Lane, ...] = ((EnvironmentStep(),), (DownloadStep(), WeightsStep()))
+LAST: tuple[Lane, ...] = ((ProofStep(),),)
+UP = tuple(lane[-1].name for lane in (*FIRST, *TOGETHER, *LAST))
+"Lanes of `up`, in their order; environment and weights go side by side."
+RAY, ENGINE = RayStep(), EngineStep()
+SERVE = (RAY.name, ENGINE.name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What a person wants done otherwise."""
+
+    start: str | None = None
+    "Steps from this one on are done again, whatever the state says."
+    skip: Collection[str] = ()
+
+    def check(self, known: Sequence[str] = UP) -> None:
+        """Raises UsageError: no such step."""
+        for name in (*([self.start] if self.start else []), *self.skip):
+            if name not in known:
+                raise UsageError(f"no step {name!r}", remedy=f"there are: {', '.join(known)}")
+
+    def wants(self, lane: Lane) -> bool:
+        """It is not to be left out."""
+        return lane[-1].name not in self.skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Served:
+    """What answers, and how it was reached."""
+
+    plan: Plan
+    engine: Applied
+
+
+async def up(work: Work, choice: Choice | None = None) -> bool:
+    """Everything that serving needs, on every node; returns whether anything was done.
+
+    Raises:
+        GracefarmError: the first step that failed; what was done before it stays done.
+    """
+    chosen = choice or Choice()
+    chosen.check()
+    if chosen.start:
+        work = replace(work, again=UP[UP.index(chosen.start) :])
+    looks = await look(work)
+    changed = False
+    for lane in filter(chosen.wants, FIRST):
+        changed = await perform_all(lane, work, looks) or changed
+    if any(seen.get("owner") != work.fleet.mark for seen in looks.values()):
+        await environment.claim(work)
+    lanes = {lane[-1].name: perform_all(lane, work, looks) for lane in TOGETHER if chosen.wants(lane)}
+    changed = await side_by_side(work.console, lanes) or changed
+    if CacheStep.name not in chosen.skip:
+        changed = await cache.measure_new(work) or changed
+    for lane in filter(chosen.wants, LAST):
+        changed = await perform_all(lane, work, looks) or changed
+    return changed
+
+
+async def serve(work: Work) -> Served:
+    """Ray and the engine by the plan, from the environment that is active now; nothing is started twice.
+
+    Raises:
+        EngineError: with the first cause. Ray stays as it is when the engine fails; `down` ends both.
+    """
+    plan = await brought.plan_of(work)
+    seen = await glance(work.nodes[0], {"prefix": "-", "root": work.root})
+    work = replace(work, plan=plan, environment=seen["environments"].get("env") or "")
+    await perform(RAY, work, {})
+    applied = await perform(ENGINE, work, {})
+    assert applied
+    return Served(plan=plan, engine=applied)
+
+
+async def down(work: Work, *, keep_ray: bool = False) -> dict[str, int]:
+    """End the engine, then Ray, and look that nothing of ours is left; node to how many processes were ended.
+
+    Raises:
+        NodeError: something is left; SshError: a node was not reached. After everything on all others was stopped.
+    """
+    before_ray = (ENGINE, *(step for lane in (*FIRST, *TOGETHER, *LAST) for step in lane))  # they clean up behind themselves
+    ended: dict[str, int] = {}
+    failed: dict[str, GracefarmError] = {}
+    for steps in ((ENGINE,),) if keep_ray else (before_ray, (RAY,)):
+        for counts, errors in await asyncio.gather(*(step.undo(work) for step in steps)):
+            ended = {node: ended.get(node, 0) + counts.get(node, 0) for node in {**ended, **counts}}
+            failed |= errors
+    work.keeper.forget(*((ENGINE.name,) if keep_ray else SERVE))
+    if failed:
+        raise combined_error(failed, len(work.nodes))
+    return ended

@@ -1,0 +1,60 @@
+"""Our processes on the nodes, seen and ended: known by the marks in their environment, not by names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from deploy.fleet.calls import Json, Target, call, combined_error, on_all, try_all
+from gracefarm.errors import GracefarmError, NodeError
+
+PLAN = "GRACEFARM_PLAN"
+"In the environment of every process: with which plan and environment it was started (deploy.planning.plans.carried)."
+
+
+async def look(targets: Sequence[Target], mark: str, wanted: Mapping[str, Sequence[int]]) -> dict[str, Json]:
+    """Our processes on each node, and who holds the ports that are wanted there."""
+
+    async def ask(node: Target) -> Json:
+        return await call(node, "look.look", {"prefix": f"{mark}/{node.name}/", "ports": list(wanted.get(node.name, ()))})
+
+    return await on_all(targets, ask)
+
+
+def of_job(seen: Json, job: str) -> list[Json]:
+    """Processes of a job there."""
+    return [process for process in seen["processes"] if process["mark"].rpartition("/")[2] == job]
+
+
+def raylet(seen: Json, plan: str | None = None) -> bool:
+    """A raylet of ours runs there; `plan`: started with this very plan and environment (ClusterSpec.carries)."""
+    raylets = [process for process in seen["processes"] if process["name"] == "raylet"]
+    return bool(raylets) and all(plan in (None, process["plan"]) for process in raylets)
+
+
+async def try_stop(
+    targets: Sequence[Target], mark: str, *, jobs: Sequence[str] = ("",), grace: float = 10
+) -> tuple[dict[str, int], dict[str, GracefarmError]]:
+    """End our processes and look that none is left: node to how many were ended; node to why not. `jobs`: as names begin."""
+
+    async def end(node: Target) -> int:
+        answer = await call(node, "look.stop", {"prefixes": [f"{mark}/{node.name}/{job}" for job in jobs], "grace": grace})
+        if answer["left"]:
+            pids = ", ".join(str(process["pid"]) for process in answer["left"])
+            raise NodeError(
+                f"{node.name}: processes cannot be ended: {pids}", remedy="end them as their owner, then repeat `deploy down`"
+            )
+        return int(answer["ended"])
+
+    return await try_all(targets, end)
+
+
+async def stop(targets: Sequence[Target], mark: str, *, jobs: Sequence[str] = ("",), grace: float = 10) -> dict[str, int]:
+    """End our processes and look that none is left; node to how many were ended. `jobs`: as names begin.
+
+    Raises:
+        NodeError: one is left; SshError: a node was not reached. After all others were stopped.
+    """
+    ended, failed = await try_stop(targets, mark, jobs=jobs, grace=grace)
+    if failed:
+        raise combined_error(failed, len(targets))
+    return ended

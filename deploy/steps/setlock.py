@@ -1,0 +1,75 @@
+"""The lock of the set that serves: from deploy.toml, from the file beside it, or once from the index of the set."""
+
+from __future__ import annotations
+
+import netrc
+from pathlib import Path
+
+import httpx
+
+from deploy.nodes.deployment import Deployment
+from deploy.planning import engines, options
+from gracefarm import pins
+from gracefarm.console import Console
+from gracefarm.errors import ConfigError, FetchError
+from gracefarm.files import atomic_write
+
+
+def lock_text(deployment: Deployment, console: Console) -> str:
+    """The lock of what serves: deploy.toml's `lock`, else SET.lock beside it, which the index is asked for once and then kept.
+
+    Raises:
+        ConfigError: neither is there, and no index is named.
+        FetchError: the index has no lock of the set, or cannot be asked from here.
+    """
+    data = deployment.data
+    path = deployment.path.parent / Path(data.lock or f"{data.set}.lock").expanduser()
+    try:
+        return path.read_text()
+    except FileNotFoundError as error:
+        if data.lock is None and data.index is not None:
+            return _fetch_lock(data.index, data.set, path, console)
+        raise ConfigError(
+            f"{path}: no lock of the set {data.set}",
+            remedy=f"`builder set build {data.set}` writes requirements.lock: name it by lock = in deploy.toml",
+        ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: the lock cannot be read: {error}", remedy="write it anew") from error
+
+
+def _fetch_lock(index: str, name: str, path: Path, console: Console) -> str:
+    # The index of a set, …/SET/simple/, has its lock at …/SET/requirements.lock.
+    try:
+        whole = httpx.URL(index.rstrip("/") + "/").join("../requirements.lock")
+    except httpx.InvalidURL as error:
+        raise ConfigError(f"index = in deploy.toml is no address: {error}", remedy="http://HOST:PORT/SET/simple/") from error
+    address = str(whole.copy_with(userinfo=b""))  # to be shown: a password stays out of it
+    remedy = f"`builder set build {name}` writes one too: copy it to {path}, or name it by lock = in deploy.toml"
+    try:
+        auth = httpx.NetRCAuth() if (Path.home() / ".netrc").is_file() else None
+        answer = httpx.get(whole, timeout=30, follow_redirects=True, auth=auth)
+    except (netrc.NetrcParseError, UnicodeDecodeError) as error:
+        raise ConfigError(f"~/.netrc cannot be read: {error}", remedy="mend it, for you alone: chmod 600 ~/.netrc") from error
+    except httpx.HTTPError as error:
+        raise FetchError(f"no lock of the set {name}: {address}: {error or type(error).__name__}", remedy=remedy) from error
+    if answer.status_code != 200 or "--hash=sha256:" not in answer.text:
+        what = f"answered {answer.status_code}" if answer.status_code != 200 else "is no lock with sha256"
+        raise FetchError(f"no lock of the set {name}: {address} {what}", remedy=remedy)
+    atomic_write(path, answer.text)
+    console.step("environment", f"{address} is kept as {path}: what it names is what is installed from now on")
+    return answer.text
+
+
+def require_engine(deployment: Deployment, lock: str) -> None:
+    """The lock has the engine and Ray; a rehearsal's has a stand-in under another name. Raises ConfigError."""
+    data = deployment.data
+    if data.options.rehearsal:
+        return
+    names = {pin.name for pin in pins.parse(lock, f"the lock of the set {data.set}")}
+    wanted = (options.table(engines.engine(data.engine).table).distribution, "ray")
+    missing = [name for name in wanted if name not in names]
+    if missing:
+        raise ConfigError(
+            f"the lock of the set {data.set} has no {' and no '.join(missing)}, and the engine is to be {data.engine}",
+            remedy='engine and set go together: aphrodite with set = "gh200-cu124", vllm with set = "gh200-cu130"',
+        )

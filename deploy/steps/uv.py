@@ -1,0 +1,77 @@
+"""uv on a node, at the version whose digest is pinned: placed there when it is missing."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import io
+import json
+import shlex
+import subprocess
+import sys
+import tempfile
+import zipfile
+from importlib import resources
+from pathlib import Path
+
+from deploy.fleet.calls import Json, Target, call
+from gracefarm.errors import FetchError, HostError
+from gracefarm.files import atomic_write
+from gracefarm.process import last_line
+from gracefarm.settings import SharedSettings
+
+
+def pinned() -> Json:
+    """uv by version and sha256, and the Python that it brings, whose sha256 stands in uv."""
+    value: Json = json.loads((resources.files("deploy") / "data" / "uv.json").read_text())
+    return value
+
+
+async def ensure_uv(node: Target, about: Json, settings: SharedSettings) -> str:
+    """uv at the pinned version on a node's own disk; sent there when it is missing. Its path."""
+    version, wheel = pinned()["version"], pinned()["wheels"].get(about["machine"])
+    if wheel is None:
+        raise HostError(f"{node.name}: no uv is pinned for {about['machine']}", remedy="aarch64 and x86_64 are supported")
+    path = f"{about['home']}/.cache/gracefarm/uv-{version}"
+    binary = await asyncio.to_thread(fetch_uv, version, wheel["tag"], wheel["sha256"], settings)
+    wanted = hashlib.sha256(binary).hexdigest()
+    if (await call(node, "environment.digest", {"path": path}))["sha256"] != wanted:
+        quoted = shlex.quote(path)
+        command = (
+            f'set -e; mkdir -p "$(dirname {quoted})"; cat > {quoted}.$$; chmod 755 {quoted}.$$; mv -f {quoted}.$$ {quoted}'
+        )
+        exit_ = await node.shell.stream(f"sh -c {shlex.quote(command)}", stdin=binary, on_line=lambda _line: None)
+        if exit_.code or (await call(node, "environment.digest", {"path": path}))["sha256"] != wanted:
+            raise HostError(
+                f"{node.name}: uv could not be placed at {path}: {exit_.stderr.strip()}", remedy="free space in the home"
+            )
+    return path
+
+
+def fetch_uv(version: str, tag: str, sha256: str, settings: SharedSettings) -> bytes:
+    """The uv binary of a wheel whose sha256 is pinned, by way of pip, which knows this machine's index."""
+    kept = settings.home / "deploy" / f"uv-{version}-{sha256[:16]}"
+    if kept.is_file():
+        return kept.read_bytes()
+    with tempfile.TemporaryDirectory() as folder:
+        lock = Path(folder) / "uv.lock"
+        lock.write_text(f"uv=={version} --hash=sha256:{sha256}\n")
+        arguments = ["--quiet", "--no-deps", "--only-binary", ":all:", "--require-hashes", "--platform", tag, "--dest", folder]
+        index = ["--index-url", settings.index_url] if settings.index_url else []
+        process = subprocess.run(
+            [sys.executable, "-m", "pip", "download", *arguments, *index, "--requirement", str(lock)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        wheels = list(Path(folder).glob("*.whl"))
+        if process.returncode or not wheels:
+            last = last_line(process.stderr)
+            remedy = "pip must reach a Python index: `pip config list`"
+            if last.endswith("No module named pip"):  # a virtual environment that uv made has none
+                remedy = f"`{sys.executable} -m ensurepip`"
+            raise FetchError(f"uv {version} for {tag}: {last}", remedy=remedy)
+        with zipfile.ZipFile(io.BytesIO(wheels[0].read_bytes())) as zipped:
+            binary = zipped.read(f"uv-{version}.data/scripts/uv")
+    atomic_write(kept, binary)
+    return binary
