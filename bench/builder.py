@@ -23,13 +23,13 @@ from builder.flow.ground import lay_ground
 from builder.ground import environment, root
 from builder.planning import plan as planning
 from builder.planning import recipe, stack
+from builder.planning import settings as settings_module
+from builder.planning.settings import Settings
 from builder.planning.stack import Arch
 from builder.proof import record
 from builder.upkeep import doctor
-from gracefarm import settings as settings_module
 from gracefarm.console import Console
 from gracefarm.files import remove_tree
-from gracefarm.settings import Settings
 
 UNIT = "csrc/causal_conv1d_update.cu"
 ROUNDS = 3

@@ -18,7 +18,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from gracefarm import settings as settings_module
+from builder.planning import settings as settings_module
 from gracefarm.files import remove_tree
 from tests import projects
 

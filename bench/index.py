@@ -28,7 +28,7 @@ from pathlib import Path
 
 import httpx
 
-from gracefarm import settings as settings_module
+from builder.planning import settings as settings_module
 from gracefarm.files import remove_tree
 
 Make = Callable[[], AbstractContextManager["Running"]]

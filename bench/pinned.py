@@ -13,8 +13,8 @@ from builder.box import sandbox
 from builder.fetch import source
 from builder.flow.ground import lay_ground
 from builder.planning import recipe, stack
+from builder.planning import settings as settings_module
 from builder.planning.stack import Arch
-from gracefarm import settings as settings_module
 from gracefarm.console import Console
 from gracefarm.files import remove_tree
 

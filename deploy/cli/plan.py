@@ -23,7 +23,7 @@ from deploy.nodes import state
 from deploy.nodes.config import FILE, Config, ModelConfig
 from deploy.nodes.deployment import Deployment, find_config
 from deploy.nodes.facts import Facts, load_facts
-from deploy.planning import engines, layouts, models, plans, speed, suppose
+from deploy.planning import engines, layouts, models, plans, script, speed, suppose
 from deploy.planning.plans import Plan
 from gracefarm.cli import json_option
 from gracefarm.errors import ConfigError, UsageError
@@ -75,7 +75,7 @@ def plan(
     for caution in (*([note] if note else ()), *plans.cautions(facts)):
         context.console.warn(caution)
     if shell:
-        sys.stdout.write(plans.shell(made, () if count else deployment.nodes))
+        sys.stdout.write(script.render(made, () if count else deployment.nodes))
         return
     engine = engines.engine(made.engine)
     context.console.result(document(made), text(made, engine))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, PositiveInt
@@ -247,7 +247,7 @@ def _node(deployment: Deployment, engine: Engine, layout: Layout, facts: NodeFac
         interface=facts.interface,
         gpus=gpus,
         env=_env(deployment, engine, layout, facts, node),
-        ray=_ray(deployment, facts, node, gpus, head),
+        ray=ray_command(deployment, facts, node, gpus, head),
     )
 
 
@@ -280,7 +280,8 @@ def _env(deployment: Deployment, engine: Engine, layout: Layout, facts: NodeFact
     return env
 
 
-def _ray(deployment: Deployment, facts: NodeFacts, node: Node, gpus: int, head: NodeFacts) -> tuple[str, ...]:
+def ray_command(deployment: Deployment, facts: NodeFacts, node: Node, gpus: int, head: NodeFacts) -> tuple[str, ...]:
+    """Arguments of `ray start` on a node."""
     ports = deployment.data.ports
     store = OBJECT_STORE_REHEARSED if deployment.data.options.rehearsal else OBJECT_STORE
     joined = f"[{head.private}]" if ":" in head.private else head.private
@@ -352,10 +353,3 @@ def ranks(plan: Plan) -> tuple[tuple[str, ...], ...]:
     """Node names of each stage's ranks."""
     order = [one.name for one in plan.nodes for _ in range(one.gpus)]
     return tuple(tuple(order[stage * plan.layout.tp : (stage + 1) * plan.layout.tp]) for stage in range(plan.layout.pp))
-
-
-def shell(plan: Plan, nodes: Sequence[Node] = ()) -> str:
-    """The plan as a script for people without this program; see deploy.planning.script."""
-    from deploy.planning import script
-
-    return script.render(plan, nodes)

@@ -76,7 +76,7 @@ def llama(count: int = 191, size: int = 20_000, *, seed: int = 405) -> dict[str,
         tensor = f"model.part.{number}.weight"
         files[name] = safetensors(tensor, source.randbytes(round(size * source.uniform(0.8, 1.2))))
         weight_map[tensor] = name
-    total = sum(len(one) for one in files.values())
+    total = sum(len(content) for content in files.values())
     return {
         **files,
         "model.safetensors.index.json": json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}).encode(),
@@ -130,102 +130,115 @@ class Hub:
         time.sleep(max(0.0, start + count / self.rate - time.monotonic()))
 
 
-def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:  # noqa: C901 - one class, many answers
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
 
-        def do_HEAD(self) -> None:
-            self.answer(body=False)
+    def __init__(self, address: tuple[str, int], hub: Hub) -> None:
+        super().__init__(address, _Handler)
+        self.hub = hub
 
-        def do_GET(self) -> None:
-            self.answer(body=True)
 
-        def answer(self, *, body: bool) -> None:
-            path = unquote(urlsplit(self.path).path)
-            given = self.headers.get("Authorization", "").removeprefix("Bearer ")
-            if given:
-                hub.tokens.add(given)
-            if hub.token and given != hub.token:
-                return self.refuse(401, "RepoNotFound", "Repository Not Found")
-            if found := re.fullmatch(rf"/api/models/{hub.repo}(/revision/[^/]+)?", path):
-                if found.group(1) not in (None, "/revision/main", f"/revision/{COMMIT}"):
-                    return self.refuse(404, "RevisionNotFound", "Invalid rev id")
-                return self.send(json.dumps(self.info()).encode(), {"Content-Type": "application/json"}, body=body)
-            if path == f"/api/models/{hub.repo}/auth-check":
-                return self.forbid() if hub.gated else self.send(b"{}", {}, body=body)
-            if found := re.fullmatch(rf"/{hub.repo}/resolve/[^/]+/(.+)", path):
-                if hub.gated:
-                    return self.forbid()
-                return self.file(found.group(1), body=body)
-            return self.refuse(404, "RepoNotFound", "Repository Not Found")
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: _Server
 
-        def forbid(self) -> None:
-            given = "Authorization" in self.headers
-            self.refuse(403 if given else 401, "GatedRepo", f"Access to model {hub.repo} is restricted")
+    @property
+    def hub(self) -> Hub:
+        return self.server.hub
 
-        def info(self) -> object:
-            def row(path: str, content: bytes) -> object:
-                lfs = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 130}
-                large = path.endswith((".safetensors", ".pth", "tokenizer.json"))
-                return {"rfilename": path, "size": len(content), "blobId": git_id(content), **({"lfs": lfs} if large else {})}
+    def do_HEAD(self) -> None:
+        self.answer(body=False)
 
-            return {"id": hub.repo, "sha": COMMIT, "siblings": [row(*one) for one in hub.files.items()]}
+    def do_GET(self) -> None:
+        self.answer(body=True)
 
-        def file(self, path: str, *, body: bool) -> None:
-            content = hub.files.get(path)
-            if content is None:
-                self.refuse(404, "EntryNotFound", "Entry not found")
-                return
-            digest = hashlib.sha256(content).hexdigest()
-            headers = {"ETag": f'"{digest}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
-            if body and hub.corrupt.get(path, 0) > 0:
-                hub.corrupt[path] -= 1
-                content = content[:-1] + bytes([content[-1] ^ 1])
-            self.send(content, headers, body=body, path=path)
+    def answer(self, *, body: bool) -> None:
+        path = unquote(urlsplit(self.path).path)
+        given = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        if given:
+            self.hub.tokens.add(given)
+        if self.hub.token and given != self.hub.token:
+            return self.refuse(401, "RepoNotFound", "Repository Not Found")
+        if match := re.fullmatch(rf"/api/models/{self.hub.repo}(/revision/[^/]+)?", path):
+            if match.group(1) not in (None, "/revision/main", f"/revision/{COMMIT}"):
+                return self.refuse(404, "RevisionNotFound", "Invalid rev id")
+            return self.send(json.dumps(self.info()).encode(), {"Content-Type": "application/json"}, body=body)
+        if path == f"/api/models/{self.hub.repo}/auth-check":
+            return self.forbid() if self.hub.gated else self.send(b"{}", {}, body=body)
+        if match := re.fullmatch(rf"/{self.hub.repo}/resolve/[^/]+/(.+)", path):
+            if self.hub.gated:
+                return self.forbid()
+            return self.file(match.group(1), body=body)
+        return self.refuse(404, "RepoNotFound", "Repository Not Found")
 
-        def send(self, content: bytes, headers: dict[str, str], *, body: bool, path: str | None = None) -> None:
-            self.send_response(200)
-            for name, value in {**headers, "Content-Length": str(len(content))}.items():
-                self.send_header(name, value)
-            self.end_headers()
-            if not body:
-                return
-            found = re.search(r"node/([^;\s]+)", self.headers.get("User-Agent", ""))
-            node = found.group(1) if found else "?"
-            try:
-                for start in range(0, len(content), BLOCK):
-                    block = content[start : start + BLOCK]
-                    if path:
-                        hub.wait_turn(node, len(block))
-                    self.wfile.write(block)
-            except OSError:
-                self.close_connection = True
-                return
-            if path:
-                hub.served[node].append(path)
+    def forbid(self) -> None:
+        given = "Authorization" in self.headers
+        self.refuse(403 if given else 401, "GatedRepo", f"Access to model {self.hub.repo} is restricted")
 
-        def refuse(self, status: int, code: str, message: str) -> None:
-            text = json.dumps({"error": message}).encode()
-            self.send_response(status)
-            self.send_header("X-Error-Code", code)
-            self.send_header("X-Error-Message", message)
-            self.send_header("Content-Length", str(len(text)))
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(text)
+    def info(self) -> object:
+        def row(path: str, content: bytes) -> object:
+            lfs = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 130}
+            large = path.endswith((".safetensors", ".pth", "tokenizer.json"))
+            return {"rfilename": path, "size": len(content), "blobId": git_id(content), **({"lfs": lfs} if large else {})}
 
-        def log_message(self, *arguments: object) -> None:
-            pass
+        return {
+            "id": self.hub.repo,
+            "sha": COMMIT,
+            "siblings": [row(path, content) for path, content in self.hub.files.items()],
+        }
 
-    return Handler
+    def file(self, path: str, *, body: bool) -> None:
+        content = self.hub.files.get(path)
+        if content is None:
+            self.refuse(404, "EntryNotFound", "Entry not found")
+            return
+        digest = hashlib.sha256(content).hexdigest()
+        headers = {"ETag": f'"{digest}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        if body and self.hub.corrupt.get(path, 0) > 0:
+            self.hub.corrupt[path] -= 1
+            content = content[:-1] + bytes([content[-1] ^ 1])
+        self.send(content, headers, body=body, path=path)
+
+    def send(self, content: bytes, headers: dict[str, str], *, body: bool, path: str | None = None) -> None:
+        self.send_response(200)
+        for name, value in {**headers, "Content-Length": str(len(content))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if not body:
+            return
+        agent = re.search(r"node/([^;\s]+)", self.headers.get("User-Agent", ""))
+        node = agent.group(1) if agent else "?"
+        try:
+            for start in range(0, len(content), BLOCK):
+                block = content[start : start + BLOCK]
+                if path:
+                    self.hub.wait_turn(node, len(block))
+                self.wfile.write(block)
+        except OSError:
+            self.close_connection = True
+            return
+        if path:
+            self.hub.served[node].append(path)
+
+    def refuse(self, status: int, code: str, message: str) -> None:
+        text = json.dumps({"error": message}).encode()
+        self.send_response(status)
+        self.send_header("X-Error-Code", code)
+        self.send_header("X-Error-Message", message)
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(text)
+
+    def log_message(self, *arguments: object) -> None:
+        pass
 
 
 @contextmanager
 def serving(files: dict[str, bytes], *, host: str = "127.0.0.1", port: int = 0, **behaviour: Any) -> Iterator[Hub]:
     """A Hub with `files` until the block ends."""
     hub = Hub(files=files, **behaviour)
-    server = ThreadingHTTPServer((host, port), _handler(hub))
-    server.daemon_threads = True
+    server = _Server((host, port), hub)
     hub.url = f"http://{host}:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, args=(0.05,))
     thread.start()

@@ -19,8 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from deploy.rehearsal import lock as locks
-from deploy.rehearsal import standin
+from deploy.rehearsal import locks, standin
 from gracefarm.console import Console
 from gracefarm.errors import FetchError, GracefarmError, HostError
 from gracefarm.files import lock, remove_tree
@@ -59,7 +58,7 @@ def prepare(home: Path, console: Console) -> Source:
     found = Source(root=home / "rehearsal" / "index", set_name=name, lock=text)
     with lock(home / "rehearsal" / "index.lock", lambda: console.step("wait", "another rehearsal fills the index")):
         try:
-            sets = _index(found.root, "stage", "list")
+            sets = index_command(found.root, "stage", "list")
         except HostError as error:  # another version's catalogue, or a damaged one; there is nothing in it but a cache
             console.step("wheels", f"{error.cause}: made anew")
             remove_tree(found.root)
@@ -70,8 +69,8 @@ def prepare(home: Path, console: Console) -> Source:
         _upload(found.root, wheel)
         path = home / "rehearsal" / "set.lock"
         path.write_text(every)
-        _index(found.root, "mirror", str(path), "--set", name)
-        _index(found.root, "stage", "publish", name)
+        index_command(found.root, "mirror", str(path), "--set", name)
+        index_command(found.root, "stage", "publish", name)
     return found
 
 
@@ -93,7 +92,7 @@ def private(home: Path, found: Source, folder: Path) -> Source:
     return replace(found, root=folder)
 
 
-def _index(root: Path, *arguments: str) -> Any:
+def index_command(root: Path, *arguments: str) -> Any:
     """A command of the index; its answer."""
     done = subprocess.run(
         [sys.executable, "-m", "index", "--root", str(root), "--json", *arguments], capture_output=True, text=True, check=False
@@ -111,8 +110,8 @@ def _index(root: Path, *arguments: str) -> Any:
 
 def _upload(root: Path, wheel: standin.Wheel) -> None:
     """As anybody would: a hosted name, a token, `uv publish`."""
-    _index(root, "host", standin.NAME)
-    token = _index(root, "token", "create", "--name", "rehearsal", "--expires", "1h")["token"]
+    index_command(root, "host", standin.NAME)
+    token = index_command(root, "token", "create", "--name", "rehearsal", "--expires", "1h")["token"]
     argv = [sys.executable, "-m", "index", "--root", str(root), "--json", "serve", "--port", "0"]
     with listening(argv) as url:
         publish = [

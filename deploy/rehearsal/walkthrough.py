@@ -25,7 +25,7 @@ from deploy.steps import uv
 from gracefarm.console import Console
 from gracefarm.errors import EngineError, NodeError
 from gracefarm.files import remove_tree
-from gracefarm.settings import Settings
+from gracefarm.settings import SharedSettings
 
 REPO = "rehearsal/Llama-405B-in-small"
 INDEX_PORT, HUB_PORT = 8090, 8091
@@ -131,7 +131,7 @@ def layout(count: int) -> tuple[int, int]:
 
 @contextmanager
 def rehearsal(
-    count: int, home: Path, settings: Settings, console: Console, *, share_size: str | None = None
+    count: int, home: Path, settings: SharedSettings, console: Console, *, share_size: str | None = None
 ) -> Iterator[Rehearsal]:
     """Nodes, index, Hub, and a folder with ips.txt; all of it is gone when the block ends, or its process.
 
@@ -144,7 +144,7 @@ def rehearsal(
     wheels = source.prepare(home, console)
     _fetch_uv(settings)
     console.step("index", f"{wheels.lock.count('==')} wheels ready in {time.monotonic() - begin:.1f} s")
-    with _folder(home) as folder, ExitStack() as stack:
+    with run_folder(home) as folder, ExitStack() as stack:
         begin = time.monotonic()
         room = stack.enter_context(rig(folder, count=count, share_size=share_size))
         console.step(
@@ -165,7 +165,7 @@ def rehearsal(
         )
 
 
-def _fetch_uv(settings: Settings) -> None:
+def _fetch_uv(settings: SharedSettings) -> None:
     """uv for the nodes, while the Python index can be reached."""
     pinned = json.loads((resources.files("deploy") / "data" / "uv.json").read_text())
     wheel = pinned["wheels"][os.uname().machine]
@@ -173,7 +173,7 @@ def _fetch_uv(settings: Settings) -> None:
 
 
 @contextmanager
-def _folder(home: Path) -> Iterator[Path]:
+def run_folder(home: Path) -> Iterator[Path]:
     """A folder for one rehearsal; what killed ones left is removed: only files, their processes ended with them."""
     runs = home / "rehearsal" / "runs"
     runs.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ import httpx
 import psutil
 import pytest
 
-from deploy.rehearsal import lock, source, walkthrough
+from deploy.rehearsal import locks, source, walkthrough
 from gracefarm import pins, settings
 from gracefarm.console import Console
 from gracefarm.errors import ExitCode
@@ -81,7 +81,7 @@ def test_killed_it_leaves_nothing_and_the_next_one_sweeps(tmp_path: Path) -> Non
     assert left == []
     assert set(runs.glob("*")) - before
     time.sleep(0.2)
-    with walkthrough._folder(settings.load().home) as folder:
+    with walkthrough.run_folder(settings.load().home) as folder:
         assert set(runs.glob("*")) - before == {folder, folder.with_suffix(".lock")}
 
 
@@ -116,21 +116,21 @@ def test_a_kept_index_that_this_version_cannot_read_is_made_anew(tmp_path: Path,
     kept = tmp_path / "rehearsal" / "index" / "catalogue"
     kept.mkdir(parents=True)
     (kept / "catalogue.db").write_bytes(b"SQLite format 3\0" + b"of another version" * 400)
-    monkeypatch.setattr(lock, "committed", lambda _name: "")  # the stand-in alone: nothing is fetched
+    monkeypatch.setattr(locks, "committed", lambda _name: "")  # the stand-in alone: nothing is fetched
     found = source.prepare(tmp_path, Console())
-    assert source._index(found.root, "stage", "list")[0]["state"] == "published"
+    assert source.index_command(found.root, "stage", "list")[0]["state"] == "published"
 
 
 def test_locks_hold_one_wheel_for_each_machine() -> None:
     for name in ("rehearsal", "rehearsal-download"):
-        for machine in lock.MACHINES:
-            text = lock.on(lock.committed(name), machine)
+        for machine in locks.MACHINES:
+            text = locks.on(locks.committed(name), machine)
             lines = [line for line in text.splitlines() if "==" in line]
             assert len(lines) == len(set(lines)) == text.count("--hash=sha256:")
             assert "://" not in text
     same, other = (pins.render("a", "1", [digit * 64]) for digit in "01")
-    assert lock.merged(same, same) == same
-    assert lock.merged(same, other) == same + other
+    assert locks.merged(same, same) == same
+    assert locks.merged(same, other) == same + other
 
 
 @pytest.mark.root

@@ -1,7 +1,7 @@
-"""The rehearsal's locks: for each package the one wheel that a node takes, by sha256, on x86_64 and on aarch64.
+"""Write the rehearsal's locks: for each package the one wheel that a node takes, by sha256, on x86_64 and on aarch64.
 
-    python -m deploy.rehearsal.lock ray[default]==2.60.0 > deploy/data/rehearsal.lock
-    python -m deploy.rehearsal.lock --requirements deploy/data/download.lock > deploy/data/rehearsal-download.lock
+    python tools/rehearsal_lock.py ray[default]==2.60.0 > deploy/data/rehearsal.lock
+    python tools/rehearsal_lock.py --requirements deploy/data/download.lock > deploy/data/rehearsal-download.lock
 
 resolve anew, with uv and the index that it is told. With every file of every platform the mirror would fetch gigabytes.
 """
@@ -14,7 +14,6 @@ import sys
 import tempfile
 import tomllib
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -22,34 +21,33 @@ from packaging.markers import Marker
 from packaging.tags import Tag, compatible_tags, cpython_tags
 from packaging.utils import parse_wheel_filename
 
-from gracefarm import pins, settings
+from deploy.rehearsal.locks import MACHINES, PYTHON, environment
+from gracefarm import settings
 from gracefarm.errors import FetchError
 
-PYTHON = (3, 11)
-MACHINES = ("x86_64", "aarch64")
 GLIBC = range(35, 16, -1)
 "Ubuntu 22.04's and older."
-HEADER = "# Every wheel of the rehearsal's nodes, one for each machine. Made by: python -m deploy.rehearsal.lock {arguments}\n"
+HEADER = "# Every wheel of the rehearsal's nodes, one for each machine. Made by: python tools/rehearsal_lock.py {arguments}\n"
 
 
 def tags(machine: str) -> dict[Tag, int]:
     """What a node's Python takes, best first."""
     platforms = [f"manylinux_2_{minor}_{machine}" for minor in GLIBC]
     platforms += [f"{name}_{machine}" for name in ("manylinux2014", "manylinux2010", "manylinux1", "linux")]
-    found = [*cpython_tags(PYTHON, platforms=platforms), *compatible_tags(PYTHON, "cp311", platforms)]
-    return {tag: rank for rank, tag in enumerate(found)}
+    accepted = [*cpython_tags(PYTHON, platforms=platforms), *compatible_tags(PYTHON, "cp311", platforms)]
+    return {tag: rank for rank, tag in enumerate(accepted)}
 
 
 def best(wheels: Sequence[Mapping[str, Any]], machine: str) -> Mapping[str, Any] | None:
     """The wheel that an installer on `machine` takes."""
     ranks = tags(machine)
     rated = []
-    for one in wheels:
-        name = one["url"].rpartition("/")[2]
+    for wheel in wheels:
+        name = wheel["url"].rpartition("/")[2]
         rank = min((ranks[tag] for tag in parse_wheel_filename(name)[3] if tag in ranks), default=None)
         if rank is not None:
-            rated.append((rank, name, one))
-    return min(rated, key=lambda one: one[:2])[2] if rated else None
+            rated.append((rank, name, wheel))
+    return min(rated, key=lambda entry: entry[:2])[2] if rated else None
 
 
 def lines(package: Mapping[str, Any]) -> list[str]:
@@ -67,63 +65,32 @@ def lines(package: Mapping[str, Any]) -> list[str]:
         if wheel is None:
             raise FetchError(f"{name} {version} has no wheel for Python 3.11 on {machine}", remedy="pin another version")
         hashes.setdefault(wheel["hashes"]["sha256"], []).append(machine)
-    made = []
+    pins = []
     for digest, machines in hashes.items():
         marker = "" if len(machines) == len(MACHINES) else f" ; platform_machine == '{machines[0]}'"
-        made.append(f"{name}=={version}{marker} \\\n    --hash=sha256:{digest}\n")
-    return made
-
-
-def environment(machine: str) -> dict[str, str]:
-    """What markers see on a node with Linux and Python 3.11."""
-    version = ".".join(map(str, PYTHON))
-    return {
-        "platform_machine": machine,
-        "python_version": version,
-        "python_full_version": f"{version}.0",
-        "implementation_name": "cpython",
-        "sys_platform": "linux",
-        "platform_system": "Linux",
-        "os_name": "posix",
-    }
-
-
-def on(text: str, machine: str) -> str:
-    """The pins of a lock that hold on one machine."""
-    applying = [pin for pin in pins.parse(text, "the rehearsal's lock") if pin.applies(environment(machine))]
-    return "".join(pins.render(pin.name, pin.version, pin.sha256) for pin in applying)
-
-
-def merged(*texts: str) -> str:
-    """One lock: what several have in common stands there once."""
-    every = [pin for text in texts for pin in pins.parse(text, "the rehearsal's lock")]
-    return "".join(sorted({pins.render(pin.name, pin.version, pin.sha256) for pin in every}))
-
-
-def committed(name: str) -> str:
-    """A lock of this package: rehearsal or rehearsal-download."""
-    return (resources.files("deploy") / "data" / f"{name}.lock").read_text()
+        pins.append(f"{name}=={version}{marker} \\\n    --hash=sha256:{digest}\n")
+    return pins
 
 
 def main() -> None:
     """Resolve and print."""
-    parser = argparse.ArgumentParser(prog="python -m deploy.rehearsal.lock")
+    parser = argparse.ArgumentParser(prog="python tools/rehearsal_lock.py")
     parser.add_argument("pins", nargs="*")
     parser.add_argument("--requirements", type=Path, action="append", default=[])
     given = parser.parse_args()
     index = settings.load().index_url
     with tempfile.TemporaryDirectory() as folder:
-        wanted, made = Path(folder) / "wanted.in", Path(folder) / "pylock.toml"
+        wanted, resolved = Path(folder) / "wanted.in", Path(folder) / "pylock.toml"
         wanted.write_text("\n".join(given.pins) + "\n")
         options = ["--universal", "--python-version", "3.11", "--format", "pylock.toml", "--no-config", "--quiet"]
         options += ["--default-index", index] if index else []
         sources = [str(wanted), *map(str, given.requirements)]
         subprocess.run(
-            [sys.executable, "-m", "uv", "pip", "compile", *options, *sources, "--output-file", str(made)],
+            [sys.executable, "-m", "uv", "pip", "compile", *options, *sources, "--output-file", str(resolved)],
             check=True,
             stdout=subprocess.DEVNULL,
         )
-        packages = tomllib.loads(made.read_text())["packages"]
+        packages = tomllib.loads(resolved.read_text())["packages"]
     sys.stdout.write(HEADER.format(arguments=" ".join(sys.argv[1:])))
     for package in packages:
         sys.stdout.writelines(lines(package))
