@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from gracefarm import settings as settings_module
+from builder.planning import settings as settings_module
+from builder.planning.settings import Settings
 from gracefarm.files import remove_tree
-from gracefarm.settings import Settings
 from tests import projects
 
 SHARED = ("roots", "environments", "toolchains", "cuda", "wrappers", "store", "uv")

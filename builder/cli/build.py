@@ -9,13 +9,13 @@ import click
 from builder.cli.options import Aim, aimed, aimed_at_sandbox, json_option, plan_of, start
 from builder.planning import gaps, recipe, stack
 from builder.planning.plan import Plan
+from builder.planning.settings import Settings
 from builder.planning.stack import Arch
 from builder.proof import record, why
 from builder.proof.record import Record
 from gracefarm import extras
 from gracefarm.console import Console
 from gracefarm.errors import ConfigError, GracefarmError, SeveralError, UsageError
-from gracefarm.settings import Settings
 
 
 @click.command("build")

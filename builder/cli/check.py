@@ -17,11 +17,11 @@ from builder.ground import environment, root
 from builder.planning import recipe, stack
 from builder.planning.plan import Bed
 from builder.planning.recipe import Recipe
+from builder.planning.settings import Settings
 from builder.toolchains import Choice
 from gracefarm.console import Console
 from gracefarm.errors import UsageError
 from gracefarm.files import remove_tree
-from gracefarm.settings import Settings
 from gracefarm.tables import parse_size
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import click
 
 from builder.cli.options import json_option
+from builder.planning.settings import PARTS, given_project
 from gracefarm.console import Console
 from gracefarm.errors import UsageError
-from gracefarm.settings import PARTS, given_project
 
 
 @click.command("init")

@@ -13,13 +13,13 @@ import click
 from builder.planning import recipe, stack
 from builder.planning.plan import Plan, Wanted
 from builder.planning.recipe import ToolchainKind
+from builder.planning.settings import PACKAGED, Settings, load
 from builder.planning.stack import Arch
 from builder.proof import record
 from builder.proof.record import Record
 from builder.toolchains import KINDS, Choice
 from gracefarm.console import Console
 from gracefarm.errors import ConfigError, UsageError
-from gracefarm.settings import PACKAGED, Settings, load
 
 Function = Any  # click's decorators are untyped about what they wrap
 

@@ -9,12 +9,12 @@ import click
 from builder.cli.options import jobs_option, json_option, start
 from builder.ground import resolve
 from builder.planning import pins, stack
+from builder.planning.settings import Settings
 from builder.proof import materials, record
 from builder.sets import definition, plan
 from builder.sets.plan import SetPlan
 from gracefarm import extras
 from gracefarm.files import atomic_write
-from gracefarm.settings import Settings
 
 
 @click.group("set")

@@ -11,13 +11,13 @@ import click
 from builder.cli.options import FILE, jobs_option, json_option, last_wheel, start
 from builder.planning import recipe, stack
 from builder.planning.plan import Plan
+from builder.planning.settings import Settings
 from builder.planning.stack import Arch
 from builder.proof import signing, verify
 from builder.proof.verify import Inside
 from builder.toolchains import KINDS, make
 from gracefarm.console import Console
 from gracefarm.errors import ConfigError, UsageError, VerifyError
-from gracefarm.settings import Settings
 
 
 @click.command("verify")

@@ -15,8 +15,8 @@ from builder.box import sandbox
 from builder.box.place import Place
 from builder.box.sandbox import Outcome
 from builder.planning.plan import Plan
+from builder.planning.settings import Settings
 from gracefarm.errors import CompileError, DiskFullError, GracefarmError, MemoryBoundError, NetworkError
-from gracefarm.settings import Settings
 from gracefarm.tables import parse_size
 
 NINJA = re.compile(r"^\[(\d+)/(\d+)\] ")

@@ -10,8 +10,8 @@ from builder.fetch.git import Pin, fetch_commit, fetch_git, repository_path
 from builder.fetch.sdist import fetch_sdist
 from builder.fetch.store import Download, download, store_path
 from builder.planning.recipe import FileSource, GitSource, Recipe, SdistSource
+from builder.planning.settings import Settings
 from gracefarm.console import Tick, no_tick
-from gracefarm.settings import Settings
 
 __all__ = ["Download", "Fetched", "download", "fetch", "fetch_git", "fetch_sdist", "store_path"]
 

@@ -11,12 +11,12 @@ from builder.fetch import own_index, registry, unpinned
 from builder.planning import gaps
 from builder.planning.gaps import Gap
 from builder.planning.recipe import LoadedRecipe
+from builder.planning.settings import Settings
 from builder.planning.stack import Arch, LoadedStack
 from builder.planning.tags import tags
 from gracefarm.console import Tick, no_tick
 from gracefarm.errors import GracefarmError
 from gracefarm.files import atomic_write
-from gracefarm.settings import Settings
 
 
 @dataclass(frozen=True, kw_only=True)

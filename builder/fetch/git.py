@@ -22,11 +22,11 @@ from urllib.parse import urlsplit
 from builder.fetch.transfer import ATTEMPTS, mirror_remedy, pause
 from builder.fetch.urls import shown, split_credentials
 from builder.planning.recipe import GitSource
+from builder.planning.settings import Settings
 from gracefarm.console import Tick, no_tick
 from gracefarm.errors import DigestError, DiskFullError, FetchError, HostError
 from gracefarm.files import atomic_directory, atomic_write, full_disk, lock
 from gracefarm.process import last_line
-from gracefarm.settings import Settings
 
 CONFIG = """\
 # Written by gracefarm; the only configuration that its git reads.

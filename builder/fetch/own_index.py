@@ -14,8 +14,8 @@ from builder.fetch import simple
 from builder.fetch.store import download
 from builder.fetch.transfer import Download, mirror_remedy
 from builder.fetch.urls import shown, split_credentials
+from builder.planning.settings import Settings
 from gracefarm.errors import DigestError, FetchError
-from gracefarm.settings import Settings
 
 
 def fetch_wheel(

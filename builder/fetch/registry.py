@@ -8,9 +8,9 @@ from urllib.parse import urlencode
 import httpx
 
 from builder.fetch.transfer import mirror_remedy
+from builder.planning.settings import Settings
 from builder.planning.stack import Image
 from gracefarm.errors import FetchError
-from gracefarm.settings import Settings
 
 _MANIFESTS = (
     "application/vnd.oci.image.index.v1+json, application/vnd.docker.distribution.manifest.list.v2+json, "

@@ -15,9 +15,9 @@ from builder.fetch.store import download, store_path
 from builder.fetch.transfer import Download
 from builder.fetch.urls import same_host, shown, split_credentials, with_credentials
 from builder.planning.recipe import SdistSource
+from builder.planning.settings import Settings
 from gracefarm.console import Tick, no_tick
 from gracefarm.errors import DigestError, FetchError
-from gracefarm.settings import Settings
 
 if TYPE_CHECKING:
     from pypi_simple import DistributionPackage

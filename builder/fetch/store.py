@@ -20,10 +20,10 @@ from urllib.request import url2pathname
 
 from builder.fetch.transfer import ATTEMPTS, Download, Transfer, TransientError, absent, append, delay, mirror_remedy, size_of
 from builder.fetch.urls import shown
+from builder.planning.settings import Settings
 from gracefarm.console import Tick, no_tick
 from gracefarm.errors import DigestError, FetchError
 from gracefarm.files import CHUNK, full_disk, lock, sha256_file, sync_directory
-from gracefarm.settings import Settings
 
 __all__ = ["Download", "download", "store_path"]
 

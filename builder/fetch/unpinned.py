@@ -12,9 +12,9 @@ import httpx
 from builder.fetch.store import store_path
 from builder.fetch.transfer import mirror_remedy
 from builder.fetch.urls import shown, split_credentials
+from builder.planning.settings import Settings
 from gracefarm.errors import FetchError
 from gracefarm.files import CHUNK, full_disk, sha256_file
-from gracefarm.settings import Settings
 
 TIMEOUT = httpx.Timeout(60.0, connect=15.0)
 

@@ -13,12 +13,12 @@ from builder.box import meter
 from builder.compiling.jobs import Jobs
 from builder.compiling.units import CompilerCache, Unit
 from builder.planning.plan import Plan
+from builder.planning.settings import Settings
 from builder.proof import judges, record
 from builder.proof.record import Record, Stage
 from builder.smoke import GpuResult, SmokeResult
 from gracefarm.console import Console
 from gracefarm.errors import GracefarmError
-from gracefarm.settings import Settings
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,12 +19,12 @@ from builder.flow.publishing import publish_record, refuse_objects, tell_index
 from builder.ground import torch_facts
 from builder.planning import gaps
 from builder.planning.plan import Ground, Plan
+from builder.planning.settings import Settings
 from builder.proof import embed, judges, provenance, record
 from builder.proof.record import Failure, Record
 from gracefarm.console import Console
 from gracefarm.errors import DiskFullError, ExitCode, GracefarmError, HostError
 from gracefarm.files import full_disk, lock, remove_tree
-from gracefarm.settings import Settings
 
 
 def build(plan: Plan, options: BuildOptions, settings: Settings, console: Console) -> Record:

@@ -10,8 +10,8 @@ from builder.box.place import Place
 from builder.compiling import pep517
 from builder.fetch import source
 from builder.planning.plan import Ground, Plan
+from builder.planning.settings import Settings
 from gracefarm.console import Console
-from gracefarm.settings import Settings
 
 
 def lay_ground(plan: Plan, settings: Settings, console: Console) -> Ground:

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterable
 from builder.compiling.jobs import Learned
 from builder.compiling.units import Unit
 from builder.planning.plan import Plan
+from builder.planning.settings import Settings
 from builder.proof import record
 from builder.proof.record import Record
 from builder.toolchains import KINDS
 from gracefarm.console import Tick
-from gracefarm.settings import Settings
 
 
 def measured(plan: Plan, settings: Settings) -> list[Record]:

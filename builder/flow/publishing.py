@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from builder.planning.settings import Settings
 from builder.planning.stack import Stack
 from builder.proof import publish, record
 from builder.proof.record import Publication, Record
 from gracefarm.console import Console
 from gracefarm.errors import PublishError
-from gracefarm.settings import Settings
 
 
 def refuse_objects(stack: Stack) -> None:

@@ -21,11 +21,11 @@ from builder.audit.contents import UNREADABLE
 from builder.flow import build
 from builder.flow.attempt import BuildOptions
 from builder.planning.plan import Plan
+from builder.planning.settings import Settings
 from builder.proof import record
 from gracefarm.console import Console
 from gracefarm.errors import VerifyError
 from gracefarm.files import lock, remove_tree
-from gracefarm.settings import Settings
 from gracefarm.tables import Table
 
 SHARED = ("roots", "environments", "toolchains", "cuda", "wrappers", "store", "git", "uv")

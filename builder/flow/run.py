@@ -19,12 +19,12 @@ from builder.flow.ground import lay_ground
 from builder.flow.publishing import refuse_objects, tell_index
 from builder.ground import environment
 from builder.planning.plan import Plan
+from builder.planning.settings import Settings
 from builder.proof import publish, record
 from gracefarm.console import Console
 from gracefarm.errors import HostError, PublishError
 from gracefarm.files import lock, remove_tree
 from gracefarm.process import die_with_us, last_line
-from gracefarm.settings import Settings
 
 
 @dataclass(frozen=True, kw_only=True)

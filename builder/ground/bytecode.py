@@ -18,11 +18,11 @@ from packaging.utils import canonicalize_name
 from builder.box import sandbox
 from builder.box.sandbox import Mount, Sandbox
 from builder.planning.pins import LAYOUT, LockedWheel
+from builder.planning.settings import Settings
 from builder.planning.stack import LoadedStack
 from gracefarm.console import Tick
 from gracefarm.errors import HostError, RootError
 from gracefarm.files import atomic_directory, lock
-from gracefarm.settings import Settings
 
 NATIVE_PYTHON = "/usr/libexec/gracefarm/python-native"
 "The host's own Python inside every root: what it byte-compiles, the target's Python takes."

@@ -13,9 +13,9 @@ from tempfile import TemporaryDirectory
 from urllib.parse import unquote
 
 from builder.planning.packages import Deb
+from builder.planning.settings import Settings
 from builder.planning.stack import Arch
 from gracefarm.errors import FetchError, HostError, RootError
-from gracefarm.settings import Settings
 
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 MIRROR_REMEDY = "name a Debian mirror that this machine reaches: GRACEFARM_DEBIAN_MIRROR=URL"

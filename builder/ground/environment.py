@@ -22,12 +22,12 @@ from packaging.utils import InvalidWheelFilename, parse_wheel_filename
 
 from builder.ground import bytecode, toolkit, torch_facts, uv, wheels
 from builder.planning import pins
+from builder.planning.settings import Settings
 from builder.planning.stack import Arch, LoadedStack
 from builder.planning.tags import tags_of
 from gracefarm.console import Tick, no_tick
 from gracefarm.errors import ConfigError, InstallError, RootError
 from gracefarm.files import atomic_directory, atomic_write, lock
-from gracefarm.settings import Settings
 
 SHEBANG = f"#!{bytecode.INSIDE}/bin/python3\n".encode()
 

@@ -13,11 +13,11 @@ from packaging.utils import canonicalize_name, parse_wheel_filename
 from builder.ground import debian, uv
 from builder.planning import packages
 from builder.planning.pins import requirements
+from builder.planning.settings import Settings
 from builder.planning.stack import Arch, LoadedStack
 from builder.planning.tags import glibc, tags
 from gracefarm.console import Tick, no_tick
 from gracefarm.errors import ConfigError
-from gracefarm.settings import Settings
 
 Row = tuple[str, str, str, str]
 "Name, version, file name and sha256 of a wheel."

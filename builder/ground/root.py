@@ -21,12 +21,12 @@ from builder.ground import debian
 from builder.ground.bytecode import NATIVE_PYTHON, compile_files
 from builder.planning import packages
 from builder.planning.packages import Deb
+from builder.planning.settings import Settings
 from builder.planning.stack import Arch, LoadedStack
 from gracefarm.console import Tick, no_tick
 from gracefarm.errors import FetchError, HostError, RootError
 from gracefarm.files import atomic_directory, lock
 from gracefarm.process import die_with_us
-from gracefarm.settings import Settings
 
 OWN = Path("usr/libexec/gracefarm")
 BIN = Path("opt/gracefarm/bin")

@@ -10,10 +10,10 @@ from tempfile import TemporaryDirectory
 from builder.fetch import Download, download
 from builder.ground import debian
 from builder.planning.packages import PROFILE, Deb, of_toolkit
+from builder.planning.settings import Settings
 from builder.planning.stack import Arch, LoadedStack
 from gracefarm.console import Tick, no_tick
 from gracefarm.errors import HostError, RootError
-from gracefarm.settings import Settings
 
 _OWN = "usr/lib/nvidia-cuda-toolkit"
 _PLACES = {

@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 import uv
 
 from builder.fetch.urls import shown
+from builder.planning.settings import Settings
 from builder.planning.stack import Arch, LoadedStack
 from builder.planning.tags import glibc
 from gracefarm.errors import DigestError, FetchError, GracefarmError, HostError
 from gracefarm.process import die_with_us
-from gracefarm.settings import Settings
 from gracefarm.uv import explain
 
 _KEPT = frozenset(

@@ -10,10 +10,10 @@ from tempfile import TemporaryDirectory
 from builder.fetch.urls import shown
 from builder.ground import uv
 from builder.planning.pins import LockedWheel
+from builder.planning.settings import Settings
 from builder.planning.stack import LoadedStack
 from gracefarm.console import Tick, no_tick
 from gracefarm.errors import ConfigError, GracefarmError, RootError
-from gracefarm.settings import Settings
 
 
 def require_digests(stack: LoadedStack, locked: Sequence[LockedWheel]) -> None:

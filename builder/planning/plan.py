@@ -16,10 +16,10 @@ from typing import ClassVar, Protocol, Self
 from builder.box.place import Place
 from builder.box.sandbox import Outcome
 from builder.planning.recipe import LoadedRecipe, ToolchainKind
+from builder.planning.settings import Settings
 from builder.planning.stack import Arch, LoadedStack
 from gracefarm.console import Tick, no_tick
 from gracefarm.files import sha256_file
-from gracefarm.settings import Settings
 
 FORMAT = 3
 "Raised when this program builds other bytes from the same inputs."

@@ -10,10 +10,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from builder.planning.settings import Settings
 from builder.proof import materials, record, signing
 from builder.proof.record import Record
 from gracefarm.files import atomic_write
-from gracefarm.settings import Settings
 
 PAYLOAD = "application/vnd.in-toto+json"
 STATEMENT = "https://in-toto.io/Statement/v1"

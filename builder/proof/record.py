@@ -13,11 +13,11 @@ from builder.box.sandbox import Outcome
 from builder.compiling.jobs import Jobs
 from builder.compiling.units import CompilerCache, Unit
 from builder.planning.plan import Plan
+from builder.planning.settings import Settings
 from builder.proof import judges
 from builder.smoke import GpuResult, SmokeResult
 from gracefarm.errors import ConfigError, GracefarmError
 from gracefarm.files import atomic_write, sha256_file
-from gracefarm.settings import Settings
 from gracefarm.tables import Table
 
 

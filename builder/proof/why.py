@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from builder.planning.settings import Settings
 from builder.proof import record
 from builder.proof.record import Record
 from gracefarm.errors import ConfigError
-from gracefarm.settings import Settings
 
 _OWN = "recipe."
 "Inputs of one recipe alone; every other input is shared by all that are built against the same stack."

@@ -13,6 +13,7 @@ from builder.flow.attempt import BuildOptions
 from builder.ground import environment, root
 from builder.planning import stack
 from builder.planning.plan import Plan
+from builder.planning.settings import Settings
 from builder.proof import record
 from builder.proof.record import Record
 from builder.sets import locks, set_record, staging, together
@@ -22,7 +23,6 @@ from builder.sets.set_record import SetRecord
 from gracefarm.console import Console
 from gracefarm.errors import GracefarmError, PublishError, SeveralError
 from gracefarm.files import atomic_write, lock, remove_tree
-from gracefarm.settings import Settings
 
 
 @dataclass(frozen=True, kw_only=True)

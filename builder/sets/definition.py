@@ -15,10 +15,10 @@ from pydantic import Field, model_validator
 
 from builder.planning import recipe, stack
 from builder.planning.recipe import LoadedRecipe
+from builder.planning.settings import Settings
 from builder.planning.stack import Arch, Environment, LoadedStack, RequirementText
 from gracefarm import tables
 from gracefarm.errors import ConfigError
-from gracefarm.settings import Settings
 from gracefarm.tables import Table
 
 

@@ -17,12 +17,12 @@ from packaging.version import Version
 
 from builder.planning import pins
 from builder.planning.pins import LockedWheel
+from builder.planning.settings import Settings
 from builder.proof.publish import Login
 from builder.sets.definition import LoadedSet
 from builder.sets.set_record import Locked
 from gracefarm.errors import ConfigError
 from gracefarm.files import sha256_file
-from gracefarm.settings import Settings
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ from builder.compiling import pep517
 from builder.flow import run
 from builder.ground import environment, root
 from builder.planning import stack
+from builder.planning.settings import Settings
 from builder.sets import build, locks, together
 from builder.sets.build import Built
 from builder.sets.locks import Served
@@ -27,7 +28,6 @@ from gracefarm.console import Console
 from gracefarm.errors import InstallError, PublishError
 from gracefarm.files import lock, remove_tree
 from gracefarm.process import first_line
-from gracefarm.settings import Settings
 
 
 @dataclass(frozen=True, kw_only=True)

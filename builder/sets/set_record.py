@@ -7,8 +7,8 @@ from typing import Literal
 
 from pydantic import Field, ValidationError
 
+from builder.planning.settings import Settings
 from builder.smoke import SmokeResult
-from gracefarm.settings import Settings
 from gracefarm.tables import Table
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from builder.box.sandbox import Mount
 from builder.planning.plan import Plan
+from builder.planning.settings import Settings
 from gracefarm.errors import ConfigError
-from gracefarm.settings import Settings
 from gracefarm.tables import parse_size
 
 PROGRAM = "/ccache/ccache"

@@ -26,13 +26,13 @@ from builder.box.place import Place
 from builder.box.sandbox import Outcome
 from builder.planning.plan import Ground, Inputs, Plan, Surroundings, Wanted
 from builder.planning.recipe import ToolchainKind
+from builder.planning.settings import Settings
 from builder.planning.stack import Image, LoadedStack
 from builder.toolchains import wrappers
 from builder.toolchains.sandbox import SandboxToolchain
 from gracefarm.errors import ConfigError, FetchError, HostError
 from gracefarm.files import atomic_write, remove_tree
 from gracefarm.process import last_line
-from gracefarm.settings import Settings
 
 ENGINES = {"podman": "{{.Host.CgroupControllers}}", "docker": "{{.MemoryLimit}}"}
 "And what of `info` says whether memory can be bounded, which needs a controller that not every user is given."

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from builder.box.sandbox import Mount, Sandbox
 from builder.planning.plan import CUDA_LAYOUT, Plan
+from builder.planning.settings import Settings
 from builder.toolchains.wrappers import CUDA, INSIDE, NVCC, site_packages
 from gracefarm.errors import RootError
 from gracefarm.files import atomic_directory, lock
-from gracefarm.settings import Settings
 
 
 def lay_out(plan: Plan, environment: Path, root: Path, settings: Settings) -> Path:

@@ -30,12 +30,12 @@ from builder.planning.plan import (
     Wanted,
 )
 from builder.planning.recipe import ToolchainKind
+from builder.planning.settings import Settings
 from builder.planning.stack import Arch, LoadedStack
 from builder.toolchains import bed, host_environment, host_tools, wrappers
 from builder.toolchains.host_tools import HostTools
 from gracefarm.console import Tick, no_tick
 from gracefarm.files import atomic_directory, atomic_write, lock, remove_tree
-from gracefarm.settings import Settings
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,12 +9,12 @@ from pathlib import Path
 
 from builder.ground import torch_facts, wheels
 from builder.planning import pins
+from builder.planning.settings import Settings
 from builder.toolchains.host_tools import HostTools
 from builder.toolchains.wrappers import site_packages
 from gracefarm.console import Tick, no_tick
 from gracefarm.errors import HostError, InstallError
 from gracefarm.files import atomic_write, lock, remove_tree
-from gracefarm.settings import Settings
 
 _WHOLE = "complete"
 "File of an environment that was assembled to its end."

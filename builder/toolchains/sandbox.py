@@ -17,13 +17,13 @@ from builder.ground import environment, root
 from builder.planning import packages, pins
 from builder.planning.plan import Bed, Ground, Inputs, Plan, Surroundings, Toolchain, Wanted
 from builder.planning.recipe import ToolchainKind
+from builder.planning.settings import Settings
 from builder.planning.stack import Arch, LoadedStack
 from builder.toolchains import ccache, cuda_home, wrappers
 from builder.toolchains.bed import SandboxBed
 from builder.toolchains.headers import unread_headers
 from gracefarm.console import Tick, no_tick
 from gracefarm.errors import ConfigError, HostError
-from gracefarm.settings import Settings
 
 
 @dataclass(frozen=True, kw_only=True)

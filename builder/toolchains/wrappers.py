@@ -8,9 +8,9 @@ from pathlib import Path, PurePosixPath
 
 from builder.ground.bytecode import NATIVE_PYTHON
 from builder.planning.plan import Plan, wrappers_digest
+from builder.planning.settings import Settings
 from builder.planning.stack import Arch
 from gracefarm.files import atomic_directory, lock
-from gracefarm.settings import Settings
 
 UNITS, SCHEDULE = "units.jsonl", "schedule.json"
 "In a build's working folder: what front.py writes, what schedule.py reads."

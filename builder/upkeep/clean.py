@@ -13,9 +13,9 @@ from pathlib import Path
 
 import uv
 
+from builder.planning.settings import Settings
 from builder.proof import record
 from gracefarm.files import lock, remove_tree
-from gracefarm.settings import Settings
 
 BESIDE = ("roots", "environments", "toolchains", "git", "host/environments", "host/cuda")
 "Folders of the home whose entries have their lock beside them, as NAME.lock."

@@ -28,10 +28,11 @@ from builder.box.binfmt import FOLDER, registration
 from builder.fetch.urls import shown, split_credentials
 from builder.ground import debian, root
 from builder.planning import packages, pins, recipe, stack
+from builder.planning.settings import Settings
 from builder.planning.stack import Arch, LoadedStack
 from gracefarm.errors import GracefarmError, HostError
 from gracefarm.files import remove_tree
-from gracefarm.settings import Settings, config_path
+from gracefarm.settings import config_path
 
 PYTHON = (3, 11)
 GIT = Version("2.25")

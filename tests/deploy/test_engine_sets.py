@@ -12,12 +12,11 @@ from pathlib import Path
 import pytest
 from packaging.utils import canonicalize_name
 
-from builder.planning import pins
-from builder.sets import data as sets
+from builder.planning import pins, settings
+from builder.sets import definition as sets
 from deploy.planning import engines
 from deploy.remote import environment as remote
 from deploy.steps import environment
-from gracefarm import settings
 from tests.conftest import REPOSITORY
 
 SETS = {"aphrodite": "gh200-cu124", "vllm": "gh200-cu130"}

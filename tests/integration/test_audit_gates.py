@@ -14,10 +14,10 @@ import pytest
 from builder import audit, elf
 from builder.audit import Policy, Verdict
 from builder.ground import environment, root
+from builder.planning import settings as settings_module
 from builder.planning import stack
 from builder.planning.recipe import Bundled
 from builder.planning.stack import Arch, LoadedStack
-from gracefarm import settings as settings_module
 from gracefarm.errors import AuditError
 from tests import audit_kit
 from tests.audit_kit import Compiler, Draft, failed, module

@@ -15,9 +15,9 @@ from builder.audit import Policy, driver
 from builder.fetch import Download, download, simple
 from builder.fetch.urls import same_host, split_credentials, with_credentials
 from builder.ground import environment, root
+from builder.planning import settings as settings_module
 from builder.planning import stack
 from builder.planning.stack import Arch
-from gracefarm import settings as settings_module
 from gracefarm.errors import ExitCode
 from tests import projects
 from tests.audit_kit import Compiler, Draft, failed, module

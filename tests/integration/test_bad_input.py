@@ -11,15 +11,14 @@ from pathlib import Path
 
 import pytest
 
+from builder.box import binfmt
 from builder.cli.options import plan_of
 from builder.compiling import jobs
 from builder.flow import build as flow
 from builder.ground import root
+from builder.planning import settings as settings_module
 from builder.planning import stack
 from builder.planning.stack import Arch, host_arch
-from builder.upkeep import doctor
-from builder.box import binfmt
-from gracefarm import settings as settings_module
 from gracefarm.console import Console
 from gracefarm.errors import ExitCode, MemoryBoundError
 from tests import projects

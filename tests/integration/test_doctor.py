@@ -11,13 +11,13 @@ import pytest
 
 from builder.box import binfmt
 from builder.ground import root
+from builder.planning import settings as settings_module
 from builder.planning import stack
+from builder.planning.settings import Settings
 from builder.planning.stack import Arch
 from builder.upkeep import doctor
-from builder.upkeep.doctor import Check
-from gracefarm import settings as settings_module
+from builder.upkeep.doctor import HostCheck
 from gracefarm.errors import HostError
-from gracefarm.settings import Settings
 from tests.conftest import Farm
 
 REPOSITORY = Path(__file__).parent.parent.parent
@@ -25,7 +25,7 @@ HOST = stack.host_arch()
 needs_cross = pytest.mark.skipif(HOST is not Arch.X86_64, reason="an aarch64 host emulates nothing")
 
 
-def check(settings: Settings, name: str) -> Check:
+def check(settings: Settings, name: str) -> HostCheck:
     (found,) = [check for check in doctor.checks(settings) if check.name == name]
     return found
 
@@ -130,7 +130,7 @@ IN_NAMESPACE = """
 import subprocess, sys
 from builder import doctor, root, sandbox, stack
 from builder.planning.stack import Arch
-from gracefarm import settings
+from builder.planning import settings
 loaded = settings.load()
 one = stack.load(loaded.project / "stacks", "bare")
 place = root.ensure(one, stack.host_arch(), Arch.AARCH64, loaded)
@@ -205,7 +205,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return log
 
 
-MISSING = Check(name="system packages", ok=False, found="", packages=("bubblewrap", "git"))
+MISSING = HostCheck(name="system packages", ok=False, found="", packages=("bubblewrap", "git"))
 
 
 def test_fix_installs_what_is_missing_as_root(recorded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,7 +235,7 @@ def test_fix_that_fails_says_the_command(recorded: Path, monkeypatch: pytest.Mon
 
 
 def test_fix_changes_nothing_where_nothing_is_missing(recorded: Path) -> None:
-    doctor.fix([Check(name="git", ok=True, found="2.39", packages=("git",))], settings_module.load())
+    doctor.fix([HostCheck(name="git", ok=True, found="2.39", packages=("git",))], settings_module.load())
     assert not recorded.exists()
 
 

@@ -24,11 +24,11 @@ import pytest
 from builder.box.sandbox import Mount, Sandbox
 from builder.ground import environment, resolve, root
 from builder.planning import pins, stack
+from builder.planning import settings as settings_module
+from builder.planning.settings import Settings
 from builder.planning.stack import Arch, LoadedStack
-from gracefarm import settings as settings_module
 from gracefarm.errors import ConfigError, DigestError, FetchError, InstallError, RootError
 from gracefarm.files import remove_tree
-from gracefarm.settings import Settings
 
 STACKS = Path(__file__).parent.parent.parent / "stacks"
 CU130 = stack.load(STACKS, "cu130")
@@ -370,7 +370,7 @@ import sys
 from pathlib import Path
 from builder import environment, stack
 from builder.planning.stack import Arch, LoadedStack
-from gracefarm import settings
+from builder.planning import settings
 cu130 = stack.load(Path(sys.argv[1]), "cu130").data
 data = cu130.model_copy(update={"torch": None, "toolchain": cu130.toolchain.model_copy(update={"requirements": ()}),
     "environment": cu130.environment.model_copy(update={"requirements": ("tiny",)})})

@@ -17,9 +17,9 @@ import pytest
 from builder.fetch import fetch, fetch_git, source
 from builder.fetch.git import repository_path
 from builder.planning.recipe import GitSource, Recipe
+from builder.planning.settings import Settings
 from gracefarm import tables
 from gracefarm.errors import ConfigError, DigestError, FetchError, HostError
-from gracefarm.settings import Settings
 from tests.integration import fetch_kit
 from tests.integration.fetch_kit import Repository, Server
 
@@ -286,7 +286,7 @@ def test_killed_while_fetching_takes_git_along_and_the_next_run_succeeds(
     near = mirrored(settings, f"{server.url}/git/")
     code = (
         "import sys; from builder.fetch import fetch_git; from builder.planning.recipe import GitSource\n"
-        "from gracefarm.settings import Settings\n"
+        "from builder.planning.settings import Settings\n"
         "fetch_git(GitSource.model_validate_json(sys.argv[1]), Settings.model_validate_json(sys.argv[2]))"
     )
     try:

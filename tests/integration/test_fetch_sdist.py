@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from builder.fetch import fetch_sdist, store_path
+from builder.planning import settings as settings_module
 from builder.planning.recipe import SdistSource
-from gracefarm import settings as settings_module
+from builder.planning.settings import Settings
 from gracefarm.errors import DigestError, FetchError
-from gracefarm.settings import Settings
 from tests.integration import fetch_kit
 from tests.integration.fetch_kit import Served, Server, sha256
 

@@ -16,8 +16,8 @@ import pytest
 
 from builder.fetch import Download, download, fetch, store_path
 from builder.planning.recipe import File, FileSource
+from builder.planning.settings import Settings
 from gracefarm.errors import DigestError, DiskFullError, FetchError
-from gracefarm.settings import Settings
 from tests.integration import fetch_kit
 from tests.integration.fetch_kit import Served, Server, sha256
 
@@ -48,7 +48,7 @@ def left_over(settings: Settings) -> list[Path]:
 def in_another_process(one: Download, settings: Settings) -> subprocess.Popen[str]:
     code = (
         "import sys; from pathlib import Path\n"
-        "from builder.fetch import Download, download; from gracefarm.settings import Settings\n"
+        "from builder.fetch import Download, download; from builder.planning.settings import Settings\n"
         "download([Download(url=sys.argv[1], sha256=sys.argv[2], what='the file')], Settings(home=Path(sys.argv[3])))"
     )
     return subprocess.Popen([sys.executable, "-c", code, one.url, one.sha256, str(settings.home)], text=True)

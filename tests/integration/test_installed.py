@@ -16,9 +16,9 @@ import httpx
 import pytest
 import uv
 
+from builder.planning.settings import PARTS
 from gracefarm import settings
 from gracefarm.errors import ExitCode
-from gracefarm.settings import PARTS
 from tests import projects
 from tests.conftest import REPOSITORY, Farm
 

@@ -8,10 +8,10 @@ import pytest
 
 from builder.fetch import own_index, unpinned
 from builder.planning import pins, stack, tags
+from builder.planning import settings as settings_module
+from builder.planning.settings import Settings
 from builder.planning.stack import Arch
-from gracefarm import settings as settings_module
 from gracefarm.errors import DigestError, FetchError
-from gracefarm.settings import Settings
 from tests.conftest import REPOSITORY
 from tests.integration.fetch_kit import sha256
 from tests.integration.test_environment import make_wheel

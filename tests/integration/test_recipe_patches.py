@@ -9,8 +9,8 @@ import pytest
 from builder import fetch
 from builder.fetch import source
 from builder.planning import recipe
+from builder.planning.settings import Settings
 from gracefarm.errors import SourceError
-from gracefarm.settings import Settings
 from tests.conftest import REPOSITORY
 
 

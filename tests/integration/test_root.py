@@ -17,13 +17,13 @@ import pytest
 from builder.box.sandbox import Mount, Sandbox
 from builder.ground import bytecode, resolve, root
 from builder.planning import packages, stack
+from builder.planning import settings as settings_module
 from builder.planning.packages import Deb
+from builder.planning.settings import Settings
 from builder.planning.stack import Arch, LoadedStack
-from gracefarm import settings as settings_module
 from gracefarm import tables
 from gracefarm.errors import DigestError, FetchError, RootError
 from gracefarm.files import remove_tree, sha256_file
-from gracefarm.settings import Settings
 
 STACKS = Path(__file__).parent.parent.parent / "stacks"
 CU130 = stack.load(STACKS, "cu130")
@@ -238,7 +238,7 @@ import sys
 from pathlib import Path
 from builder import root, stack
 from builder.planning.stack import Arch
-from gracefarm import settings
+from builder.planning import settings
 texts = []
 made = root.ensure(stack.load(Path(sys.argv[1]), "cu130"), Arch(sys.argv[2]), Arch(sys.argv[3]), settings.load(),
                    lambda done, total, text: texts.append(text))

@@ -60,7 +60,7 @@ def carried(farm: Farm, home: Path) -> None:
 @pytest.fixture(scope="module")
 def third_party(tmp_path_factory: pytest.TempPathFactory, shared_home: Path) -> Iterator[str]:
     """The simple API of somebody else's index: third_lib 3.0 and its dependency, in two versions."""
-    from gracefarm import settings
+    from builder.planning import settings
 
     folder = tmp_path_factory.mktemp("third-party")
     with run.local_index(settings.load().model_copy(update={"home": folder / "home"})) as (url, token):

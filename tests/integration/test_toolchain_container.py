@@ -32,12 +32,12 @@ from builder.planning import gaps, stack
 from builder.planning import plan as planning
 from builder.planning import recipe as recipes
 from builder.planning.plan import Ground, Wanted
+from builder.planning.settings import Settings
 from builder.planning.stack import Arch, host_arch
 from builder.toolchains import container, wrappers
 from builder.toolchains.container import ContainerToolchain
 from gracefarm.errors import ConfigError, FetchError, HostError
 from gracefarm.files import remove_tree
-from gracefarm.settings import Settings
 from tests import projects
 from tests.conftest import REPOSITORY, Farm, new_farm
 from tests.gaps_kit import put_back

@@ -9,10 +9,10 @@ import pytest
 
 from builder import toolchains
 from builder.planning import plan, recipe, stack
+from builder.planning.settings import Settings
 from builder.planning.stack import Arch
 from builder.toolchains import ccache
 from gracefarm.errors import ConfigError
-from gracefarm.settings import Settings
 from tests.unit.test_plan import LOCK, NAME, RECIPE, ROOT, STACK, project, replace
 
 __all__ = ["project"]

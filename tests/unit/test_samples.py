@@ -10,8 +10,8 @@ import pytest
 from click.testing import CliRunner
 
 from builder.cli import cli
+from builder.planning import settings
 from builder.sets import set_record
-from gracefarm import settings
 from tests.conftest import REPOSITORY
 
 SAMPLES = REPOSITORY / "tests" / "samples" / "7ac15b8"
@@ -42,9 +42,7 @@ def run(*arguments: str) -> str:
     return outcome.output
 
 
-@pytest.mark.parametrize(
-    ("name", "build_id"), [("tiny_c", TINY_C), ("broken", BROKEN), ("causal_conv1d", CAUSAL_CONV1D)]
-)
+@pytest.mark.parametrize(("name", "build_id"), [("tiny_c", TINY_C), ("broken", BROKEN), ("causal_conv1d", CAUSAL_CONV1D)])
 def test_a_record_is_shown_as_it_was_written(home: Path, name: str, build_id: str) -> None:
     shown = json.loads(run("show", name, "--json"))
     assert shown == json.loads((home / "builds" / build_id / "record.json").read_text())
@@ -67,7 +65,9 @@ def test_the_last_builds_are_listed(home: Path) -> None:
 def test_a_wheel_is_what_its_record_and_its_signed_provenance_say(home: Path) -> None:
     record, key = home / "builds" / TINY_C / "record.json", home / "farm.pub"
     checks = json.loads(run("verify", "tiny_c", "--provenance", str(record), "--key", str(key), "--json"))
-    assert {check["name"]: check["ok"] for check in checks} == dict.fromkeys(("record", "build-id", "sbom", "provenance"), True)
+    assert {check["name"]: check["ok"] for check in checks} == dict.fromkeys(
+        ("record", "build-id", "sbom", "provenance"), True
+    )
     assert "6 distributions of the environment" in json.dumps(checks)
 
 

@@ -11,15 +11,12 @@ from pathlib import Path
 import pytest
 from packaging.pylock import Pylock
 
+from builder.planning import settings as settings_module
+from builder.planning.settings import Settings
 from builder.planning.stack import Arch
-from builder.sets import definition
-from builder.sets import locks
-from builder.sets import plan
-from builder.sets import staging
+from builder.sets import definition, locks, plan, staging
 from builder.sets.set_record import Locked
-from gracefarm import settings as settings_module
 from gracefarm.errors import ConfigError, PublishError
-from gracefarm.settings import Settings
 from tests.gaps_kit import put_back
 
 REPOSITORY = Path(__file__).parent.parent.parent

@@ -13,12 +13,12 @@ from click.testing import CliRunner
 from builder import toolchains
 from builder.cli import cli
 from builder.planning import plan, recipe, stack
+from builder.planning import settings as settings_module
 from builder.planning.plan import Wanted
 from builder.planning.stack import Arch
 from builder.proof import record
 from builder.proof.record import Record, Stage
 from builder.proof.why import Change, changes
-from gracefarm import settings as settings_module
 from gracefarm.errors import ConfigError, SeveralError, UsageError
 
 REPOSITORY = Path(__file__).parent.parent.parent
@@ -110,9 +110,7 @@ def test_a_build_in_a_container_is_planned_as_one_again(
     engine.chmod(0o755)
     monkeypatch.setenv("PATH", f"{engine.parent}:{os.environ['PATH']}")
     loaded, base = recipe.load(project / "recipes", "flash_attn"), stack.load(project / "stacks", "cu124")
-    made = toolchains.make(
-        loaded, base, stack.host_arch(), Arch.AARCH64, container.ContainerToolchain.find(base, Wanted(), cuda=True)
-    )
+    made = toolchains.make(loaded, base, stack.host_arch(), Arch.AARCH64, ContainerToolchain.find(base, Wanted(), cuda=True))
     last = save(project, "causal_conv1d", 1.0).model_copy(
         update={
             "build_id": made.build_id,

@@ -15,9 +15,9 @@ import yaml
 from builder.fetch.git import repository_path
 from builder.fetch.store import store_path
 from builder.planning import recipe
+from builder.planning import settings as settings_module
 from builder.proof import record
 from builder.toolchains import ccache
-from gracefarm import settings as settings_module
 from tests.conftest import REPOSITORY
 
 FOLDER = REPOSITORY / ".github" / "workflows"

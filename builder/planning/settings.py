@@ -1,0 +1,85 @@
+"""Settings of this machine that the builder alone has; nothing here enters a build id."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BeforeValidator, ConfigDict, Field
+
+from gracefarm.errors import ConfigError
+from gracefarm.settings import PREFIX, AbsolutePath, SharedSettings, read
+from gracefarm.tables import Size
+
+PARTS = ("recipes", "stacks", "sets")
+"The folders of a project."
+PACKAGED = Path(__file__).resolve().parents[1] / "project"
+"The project that an installed wheel carries."
+
+
+def _mirrors(value: object) -> object:
+    """OLD=NEW pairs of the environment, as the table that settings.toml has.
+
+    Raises:
+        ConfigError: one is no pair.
+    """
+    if not isinstance(value, str):
+        return value
+    mirrors = {}
+    for pair in value.split():
+        old, equals, new = pair.partition("=")
+        if not (old and equals and new):
+            raise ConfigError(
+                f"{PREFIX}MIRRORS: {pair!r} is not OLD=NEW", remedy="give pairs of URL prefixes: OLD=NEW OLD=NEW"
+            )
+        mirrors[old] = new
+    return mirrors
+
+
+class Settings(SharedSettings):
+    """What the builder is told; an unknown key of settings.toml is an error."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    project: AbsolutePath = Field(default_factory=lambda: find_project())
+    "The folder that holds recipes/, stacks/ and sets/; unset: see `find_project`."
+    debian_mirror: str | None = None
+    "Debian mirror for the root's packages; unset: apt's sources on Debian, mmdebstrap's default elsewhere."
+    mirrors: Annotated[dict[str, str], BeforeValidator(_mirrors)] = Field(default_factory=dict)
+    "URL prefix to replacement, for git repositories and files; the longest wins. In the environment: OLD=NEW OLD=NEW …"
+    memory: Size | None = None
+    "Bound on a build's memory, as 20GiB; unset: what this machine or its cgroup has free."
+    jobs: int | None = None
+    "Bound on parallel compilations; unset: from cores and memory."
+    compiler_cache: str = "5GiB"
+    "Size of each recipe's compiler cache, or `off`."
+
+    def redirect(self, url: str) -> str:
+        """`url` with the longest matching prefix of `mirrors` replaced."""
+        for prefix in sorted(self.mirrors, key=len, reverse=True):
+            if url.startswith(prefix):
+                return self.mirrors[prefix] + url[len(prefix) :]
+        return url
+
+
+def find_project() -> Path:
+    """The nearest folder with recipes/ and stacks/: the working directory or above, else what this program came with."""
+    here = Path.cwd()
+    for folder in (here, *here.parents):
+        if (folder / "recipes").is_dir() and (folder / "stacks").is_dir():
+            return folder
+    return given_project()
+
+
+def given_project() -> Path:
+    """The recipes, stacks and sets that this program came with: of the checkout that it runs from, else of its wheel."""
+    return PACKAGED if PACKAGED.is_dir() else Path(__file__).resolve().parents[2]
+
+
+def load() -> Settings:
+    """Settings of this process.
+
+    Raises:
+        ConfigError: see `gracefarm.settings.read`.
+    """
+    return read(Settings)
