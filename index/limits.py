@@ -104,8 +104,8 @@ class Gate:
         Raises:
             TooManyError: its refused passwords are over the rate.
         """
-        found = self._failures.get(client)
-        if found is not None and found.level + (time.monotonic() - found.moment) * found.rate < 1:
+        bucket = self._failures.get(client)
+        if bucket is not None and bucket.level + (time.monotonic() - bucket.moment) * bucket.rate < 1:
             raise TooManyError("too many refused passwords from this address", remedy="wait a minute, then use the right one")
 
     def failure(self, client: str) -> None:
@@ -120,9 +120,9 @@ class Gate:
 
 
 def _bucket(buckets: dict[str, Bucket], client: str, rate: float, burst: float) -> Bucket:
-    found = buckets.get(client)
-    if found is None:
+    bucket = buckets.get(client)
+    if bucket is None:
         while len(buckets) >= _CLIENTS:
             del buckets[next(iter(buckets))]
-        found = buckets[client] = Bucket(rate=rate, burst=burst, level=burst, moment=time.monotonic())
-    return found
+        bucket = buckets[client] = Bucket(rate=rate, burst=burst, level=burst, moment=time.monotonic())
+    return bucket

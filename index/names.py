@@ -92,6 +92,14 @@ def name_in_address(text: str) -> str:
         raise NotFoundError(error.cause, remedy="see / for the projects that are here") from None
 
 
+def same_version(text: str, version: str) -> bool:
+    """Are these two spellings of one version (PEP 440)? False for what is none."""
+    try:
+        return Version(text) == Version(version)
+    except InvalidVersion:
+        return False
+
+
 def parse_filename(filename: str) -> Distribution:
     """Read NAME-VERSION-TAGS.whl or NAME-VERSION.tar.gz, in their one canonical spelling.
 
@@ -134,13 +142,8 @@ def _wheel(filename: str) -> Distribution:
     except (InvalidWheelFilename, InvalidVersion) as error:
         raise RefusedError(f"{filename} is not a wheel's name: {error}", remedy="see PEP 427") from None
     parts = filename.removesuffix(".whl").split("-")
-    expected = [str(name).replace("-", "_"), _escaped(version), *parts[2:-3], *(_sorted_tags(part) for part in parts[-3:])]
-    canonical = "-".join(expected) + ".whl"
-    if filename != canonical:
-        raise RefusedError(
-            f"{filename} is not the canonical spelling of its name",
-            remedy=f"name it {canonical}, so that one release has one spelling",
-        )
+    expected = [str(name).replace("-", "_"), str(version), *parts[2:-3], *(_sorted_tags(part) for part in parts[-3:])]
+    _check_canonical(filename, "-".join(expected) + ".whl")
     _check_tags(filename, parts[-3:])
     return Distribution(
         filename=filename,
@@ -157,18 +160,16 @@ def _sdist(filename: str) -> Distribution:
         name, version = parse_sdist_filename(filename)
     except (InvalidSdistFilename, InvalidVersion) as error:
         raise RefusedError(f"{filename} is not an sdist's name: {error}", remedy="see PEP 625: NAME-VERSION.tar.gz") from None
-    canonical = f"{str(name).replace('-', '_')}-{_escaped(version)}.tar.gz"
+    _check_canonical(filename, f"{str(name).replace('-', '_')}-{version}.tar.gz")
+    return Distribution(filename=filename, kind="sdist", project=str(name), version=str(version))
+
+
+def _check_canonical(filename: str, canonical: str) -> None:
     if filename != canonical:
         raise RefusedError(
             f"{filename} is not the canonical spelling of its name",
             remedy=f"name it {canonical}, so that one release has one spelling",
         )
-    return Distribution(filename=filename, kind="sdist", project=str(name), version=str(version))
-
-
-def _escaped(version: Version) -> str:
-    """A version as file names spell it: normalised, local separators as dots or, by PEP 427, underscores never occur."""
-    return str(version)
 
 
 def _sorted_tags(part: str) -> str:

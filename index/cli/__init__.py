@@ -12,7 +12,7 @@ import click
 from gracefarm import console
 from gracefarm.cli import SETTINGS, LazyGroup, json_option
 from gracefarm.console import Console
-from index.cli.common import Context
+from index.cli.common import Context, root_option
 from index.store.files import Store
 
 COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
@@ -41,9 +41,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
 
 @click.group(cls=LazyGroup, table=COMMANDS, context_settings=SETTINGS)
 @json_option
-@click.option(
-    "--root", type=click.Path(file_okay=False, path_type=Path), envvar="GRACEFARM_INDEX_ROOT", help="Folder of the index."
-)
+@root_option()
 @click.version_option(package_name="gracefarm")
 @click.pass_context
 def cli(context: click.Context, root: Path | None) -> None:

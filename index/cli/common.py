@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import getpass
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -41,19 +43,15 @@ class Context:
 pass_context = click.make_pass_decorator(Context)
 
 
+def root_option(*names: str, **more: Any) -> Callable[[click.decorators.FC], click.decorators.FC]:
+    """Where the index is."""
+    folder = click.Path(file_okay=False, path_type=Path)
+    return click.option("--root", *names, type=folder, envvar="GRACEFARM_INDEX_ROOT", help="Folder of the index.", **more)
+
+
 def common_options(command: click.decorators.FC) -> click.decorators.FC:
     """`--json` and `--root` are taken before and after the command's name; the environment says GRACEFARM_INDEX_ROOT."""
-    root = click.option(
-        "--root",
-        "_root",
-        type=click.Path(file_okay=False, path_type=Path),
-        envvar="GRACEFARM_INDEX_ROOT",
-        expose_value=False,
-        callback=_set_root,
-        is_eager=True,
-        help="Folder of the index.",
-    )
-    return json_option(root(command))
+    return json_option(root_option("_root", expose_value=False, callback=_set_root, is_eager=True)(command))
 
 
 def _set_root(context: click.Context, _parameter: click.Parameter, value: Path | None) -> None:

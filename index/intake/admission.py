@@ -18,7 +18,7 @@ from index.intake.metadata import Metadata
 from index.names import Distribution
 from index.store import facts, records
 from index.store.auth import NIGHTLY
-from index.store.catalogue import Catalogue, Change
+from index.store.catalogue import Catalogue, Change, timestamp
 from index.store.facts import CudaFacts
 from index.store.files import Store
 
@@ -75,7 +75,7 @@ def inspect(path: Path, distribution: Distribution, sha256: str, uploaded: float
         record=record,
         facts=facts.from_record(document).over(facts.from_name(distribution, metadata.requires)),
         build=records.identity(document),
-        uploaded=datetime.fromtimestamp(uploaded, UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ") if uploaded else None,
+        uploaded=timestamp(datetime.fromtimestamp(uploaded, UTC)) if uploaded else None,
     )
 
 

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from packaging.metadata import parse_email
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from packaging.utils import canonicalize_name
-from packaging.version import InvalidVersion, Version
 
 from index.errors import RefusedError
-from index.names import Distribution
+from index.names import Distribution, same_version
 
 MAX_METADATA = 8 << 20
 "Bytes. The description may be long; eight MiB is no description."
@@ -45,7 +44,7 @@ def read(raw: bytes, distribution: Distribution) -> Metadata:
             f"{distribution.filename}: its metadata is of project {name!r}",
             remedy="the file was renamed or built wrongly; build it again",
         )
-    if not _same_version(version, distribution.version):
+    if not same_version(version, distribution.version):
         raise RefusedError(
             f"{distribution.filename}: its metadata is of version {version!r}",
             remedy="the file was renamed or built wrongly; build it again",
@@ -56,13 +55,6 @@ def read(raw: bytes, distribution: Distribution) -> Metadata:
         requires_python=_specifier(fields.get("requires_python"), distribution),
         requires=tuple(fields.get("requires_dist", ())),
     )
-
-
-def _same_version(one: str, other: str) -> bool:
-    try:
-        return Version(one) == Version(other)
-    except InvalidVersion:
-        return False
 
 
 def _specifier(text: str | None, distribution: Distribution) -> str | None:

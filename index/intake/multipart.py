@@ -129,26 +129,19 @@ class _Reader:
     def __init__(self, boundary: bytes) -> None:
         self.events: list[tuple[str, bytes]] = []
         self.ended = False
-        self._header = b""
         self.parser = MultipartParser(
             boundary,
             {
                 "on_part_begin": lambda: self.events.append(("begin", b"")),
                 "on_part_data": lambda data, start, end: self.events.append(("data", data[start:end])),
                 "on_part_end": lambda: self.events.append(("end", b"")),
-                "on_header_field": self._field,
-                "on_header_value": self._value,
+                "on_header_field": lambda data, start, end: self.events.append(("name", data[start:end])),
+                "on_header_value": lambda data, start, end: self.events.append(("value", data[start:end])),
                 "on_header_end": lambda: self.events.append(("header-end", b"")),
                 "on_headers_finished": lambda: self.events.append(("headers", b"")),
                 "on_end": self._end,
             },
         )
-
-    def _field(self, data: bytes, start: int, end: int) -> None:
-        self.events.append(("name", data[start:end]))
-
-    def _value(self, data: bytes, start: int, end: int) -> None:
-        self.events.append(("value", data[start:end]))
 
     def _end(self) -> None:
         self.ended = True

@@ -90,10 +90,10 @@ def _read(archive: tarfile.TarFile, member: tarfile.TarInfo, distribution: Distr
         raise RefusedError(
             f"{distribution.filename}: PKG-INFO is not a plain file of a sane size", remedy="build the sdist again"
         )
-    found = bytearray()
+    content = bytearray()
     while chunk := stream.read(min(CHUNK, MAX_HEADER)):
-        found += chunk
-    return bytes(found)
+        content += chunk
+    return bytes(content)
 
 
 def _check_member(member: tarfile.TarInfo, distribution: Distribution) -> None:

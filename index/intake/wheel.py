@@ -12,14 +12,13 @@ from pathlib import Path, PurePosixPath
 
 from packaging.tags import parse_tag
 from packaging.utils import canonicalize_name
-from packaging.version import InvalidVersion, Version
 
 from gracefarm.files import CHUNK
 from index.errors import RefusedError
 from index.intake import metadata
 from index.intake.archive import open_zip
 from index.intake.metadata import Metadata
-from index.names import Distribution
+from index.names import Distribution, same_version
 
 RECORD_NAME = "gracefarm.json"
 "The farm's own record of inputs inside .dist-info (docs/index-records.md)."
@@ -40,9 +39,9 @@ def inspect(path: Path, distribution: Distribution) -> tuple[Metadata, bytes | N
         folder = _dist_info(archive, distribution)
         _check_wheel(archive, folder, distribution)
         _check_record(archive, folder, distribution)
-        found = metadata.read(_small(archive, f"{folder}/METADATA", distribution), distribution)
+        core_metadata = metadata.read(_small(archive, f"{folder}/METADATA", distribution), distribution)
         record = f"{folder}/{RECORD_NAME}"
-        return found, _small(archive, record, distribution) if record in archive.NameToInfo else None
+        return core_metadata, _small(archive, record, distribution) if record in archive.NameToInfo else None
 
 
 def _dist_info(archive: zipfile.ZipFile, distribution: Distribution) -> str:
@@ -54,19 +53,13 @@ def _dist_info(archive: zipfile.ZipFile, distribution: Distribution) -> str:
         )
     folder = folders.pop()
     name, _, version = folder.removesuffix(".dist-info").rpartition("-")
-    if canonicalize_name(name) != distribution.project or not _equal(version, distribution.version):
+    version = version if "+" in version else version.replace("_", "+", 1)
+    if canonicalize_name(name) != distribution.project or not same_version(version, distribution.version):
         raise RefusedError(
             f"{distribution.filename} holds {folder}, of another name or version",
             remedy="the file was renamed; build it again",
         )
     return folder
-
-
-def _equal(one: str, other: str) -> bool:
-    try:
-        return Version(one.replace("_", "+", 1) if "+" not in one else one) == Version(other)
-    except InvalidVersion:
-        return False
 
 
 def _small(archive: zipfile.ZipFile, name: str, distribution: Distribution) -> bytes:

@@ -30,12 +30,8 @@ def content_type(accept: str | None, wanted: str | None = None) -> str | None:
     if not accept or not accept.strip():
         return PLAIN
     ranges = _parse(accept)
-    best: tuple[float, str] | None = None
-    for offer, concrete in _OFFERS:
-        quality = _quality(ranges, offer)
-        if quality > 0 and (best is None or quality > best[0]):
-            best = (quality, concrete)
-    return best[1] if best else None
+    best, concrete = max(_OFFERS, key=lambda offer: _quality(ranges, offer[0]))
+    return concrete if _quality(ranges, best) > 0 else None
 
 
 def format_of(media: str) -> Format:

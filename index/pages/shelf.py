@@ -43,10 +43,10 @@ class Page:
         """The bytes in that coding."""
         if not encoding or len(self.plain) < _SMALLEST:
             return self.plain
-        found = self._codings.get(encoding)
-        if found is None:
-            found = self._codings[encoding] = _encode(self.plain, encoding)
-        return found
+        body = self._codings.get(encoding)
+        if body is None:
+            body = self._codings[encoding] = _encode(self.plain, encoding)
+        return body
 
     def coding(self, encoding: Encoding) -> Encoding:
         """The coding that `body` really uses."""
@@ -117,10 +117,10 @@ class Shelf:
         """
         key = (view.prefix, project, form)
         with self._lock:
-            found = self._pages.get(key)
-            if found is not None:
+            page = self._pages.get(key)
+            if page is not None:
                 self._pages.move_to_end(key)
-                return found
+                return page
             generation = self.generation
         made = Page(render(self.catalogue, view, project, form))
         with self._lock:

@@ -70,7 +70,7 @@ def _shown(files: Sequence[Listed], status: ProjectStatus) -> Sequence[Listed]:
 
 
 def _file(view: View, item: Listed) -> dict[str, object]:
-    found: dict[str, object] = {
+    entry: dict[str, object] = {
         "filename": item.filename,
         "url": file_url(view, item),
         "hashes": {"sha256": item.sha256},  # one alone: with several, uv locks the longest and then misses it (uv#17143)
@@ -80,13 +80,13 @@ def _file(view: View, item: Listed) -> dict[str, object]:
         "core-metadata": {"sha256": item.metadata_sha256} if item.metadata_sha256 else False,
     }
     if item.requires_python:
-        found["requires-python"] = item.requires_python
-    found.update(item.facts.keys())
+        entry["requires-python"] = item.requires_python
+    entry.update(item.facts.keys())
     if item.build:
         # A staged build's record is where the preview is, and nowhere else.
         up = 2 if view.prefix[:1] == ("preview",) else len(view.prefix) + 2
-        found["_record"] = "../" * up + f"records/{quote(item.build, safe='')}"
-    return found
+        entry["_record"] = "../" * up + f"records/{quote(item.build, safe='')}"
+    return entry
 
 
 def _link(view: View, item: Listed) -> str:

@@ -38,63 +38,6 @@ _STATE = ""
 
 _SUFFIXES: tuple[tuple[str, Encoding], ...] = (("", ""), (".gz", "gzip"), (".zst", "zstd"))
 
-NGINX = """# Serves this folder as an index: include it inside http { }.
-map $http_accept $gracefarm_page {
-    default                                          index.html;
-    "~application/vnd\\.pypi\\.simple\\.(v1|latest)\\+json"  index.json;
-}
-server {
-    listen      __LISTEN__;
-    root        __ROOT__;
-    gzip_static on;
-    charset_types text/plain text/css;
-    types {
-        application/vnd.pypi.simple.v1+json json;
-        text/html html;
-        text/css css;
-        image/svg+xml svg;
-        application/octet-stream whl;
-        application/x-tar gz;
-        text/plain metadata;
-    }
-    location /files/ {
-        add_header Cache-Control "public, max-age=31536000, immutable";
-        charset     utf-8;
-        gzip_static off;
-    }
-    location /static/ {
-        charset    utf-8;
-        add_header Cache-Control "public, max-age=86400";
-    }
-    location / {
-        index      index.html;
-        charset    utf-8;
-        add_header Content-Security-Policy "__POLICY__";
-        add_header X-Content-Type-Options nosniff;
-        add_header Cache-Control no-cache;
-    }
-    location ~ ^/records/[^/]+$ {
-        types { }
-        default_type application/json;
-        add_header   Cache-Control no-cache;
-        try_files    $uri/index.json =404;
-    }
-    location ~ ^/records/[^/]+/log$ {
-        types { }
-        default_type text/plain;
-        charset      utf-8;
-        add_header   X-Content-Type-Options nosniff;
-        add_header   Cache-Control no-cache;
-    }
-    location ~ /simple/ {
-        index      $gracefarm_page;
-        charset    utf-8;
-        add_header Vary "Accept, Accept-Encoding";
-        add_header Cache-Control "max-age=60, public";
-    }
-}
-"""
-
 
 @dataclass
 class Exported:
@@ -123,7 +66,8 @@ def export(store: Store, catalogue: Catalogue, target: Path, tick: Tick = no_tic
         tree.add_simple_pages()
         tree.add_records()
         tree.add_pages_for_people()
-        tree.put("nginx.conf", NGINX.replace("__POLICY__", POLICY).encode())
+        nginx = resources("index.people").joinpath("templates", "nginx.conf").read_text()
+        tree.put("nginx.conf", nginx.replace("__POLICY__", POLICY).encode())
         return tree.finish()
 
 

@@ -6,6 +6,7 @@ import logging
 import re
 import time
 from collections.abc import Callable
+from functools import lru_cache
 from typing import TypeVar
 from urllib.parse import parse_qs, quote, unquote
 
@@ -73,8 +74,8 @@ class Application:
         self.rest = rest
         self.log = AccessLog(service.options.access_log)
         self._ready: dict[tuple[str, str, Encoding], PageAnswer] = {}
-        self._media: dict[str | None, str | None] = {}
-        self._codings: dict[str | None, Encoding] = {}
+        self._media = _remembering(negotiate.content_type)
+        self._coding = _remembering(negotiate.encoding)
         self._generation = -1
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -145,8 +146,8 @@ class Application:
             self._generation = generation
         accept, coding, match = _pick(scope["headers"], (b"accept", b"accept-encoding", b"if-none-match"))
         query: bytes = scope["query_string"]
-        media = _remembered(self._media, accept, negotiate.content_type) if not query else _media_of(query, accept)
-        encoding = _remembered(self._codings, coding, negotiate.encoding)
+        media = self._media(accept) if not query else _media_of(query, accept)
+        encoding = self._coding(coding)
         if media is None:
             answer = self._make(path, query, media, encoding)
         elif (answer := self._ready.get((path, media, encoding))) is None:
@@ -202,17 +203,10 @@ def _media_of(query: bytes, accept: str | None) -> str | None:
     return negotiate.content_type(accept, wanted)
 
 
-def _remembered(known: dict[str | None, T], header: str | None, read: Callable[[str | None], T]) -> T:
-    """What `read` makes of a header, from memory where it was sent before."""
-    try:
-        return known[header]
-    except KeyError:
-        meaning = read(header)
-        if header is None or len(header) <= _LONGEST:
-            if len(known) >= _HEADERS:
-                known.clear()
-            known[header] = meaning
-        return meaning
+def _remembering(read: Callable[[str | None], T]) -> Callable[[str | None], T]:
+    """`read`, which makes something of a header, with a memory for what was sent before."""
+    remembered = lru_cache(_HEADERS)(read)
+    return lambda header: remembered(header) if header is None or len(header) <= _LONGEST else read(header)
 
 
 def _redirect(parts: list[str], at: int, name: str) -> str | None:

@@ -39,7 +39,7 @@ class Downloads:
     count: int = 0
 
     @contextmanager
-    def one(self) -> Iterator[None]:
+    def count_one(self) -> Iterator[None]:
         """One more, as long as the block lasts."""
         self.count += 1
         try:
@@ -66,7 +66,7 @@ class FileAnswer(FileResponse):
         Raises:
             OSError: the file cannot be read, or has become shorter than it was.
         """
-        with self._downloads.one():
+        with self._downloads.count_one():
             if scope["method"] != "GET" or any(name == b"range" for name, _ in scope["headers"]):
                 self.chunk_size = min(self.chunk_size, self._downloads.piece)
                 # Without granian's sending by path, which would go past the access log's count.

@@ -18,6 +18,7 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import Route
 from starlette.types import Message, Receive
 
+from gracefarm.errors import UsageError
 from index.errors import (
     DamagedError,
     DisconnectedError,
@@ -25,6 +26,7 @@ from index.errors import (
     GoneError,
     NotFoundError,
     RefusalError,
+    RefusedError,
     TooLargeError,
     UnauthenticatedError,
 )
@@ -379,6 +381,12 @@ async def on_refusal(_request: Request, error: Exception) -> Response:
     return PlainTextResponse(text + "\n", status_code=error.status, headers=headers)
 
 
+async def on_usage(request: Request, error: Exception) -> Response:
+    """What the command line calls wrong usage is a refused request here."""
+    assert isinstance(error, UsageError)
+    return await on_refusal(request, RefusedError(error.cause, remedy=error.remedy))
+
+
 async def on_http(_request: Request, error: Exception) -> Response:
     """What Starlette itself refuses: unknown paths and methods."""
     assert isinstance(error, HTTPException)
@@ -417,7 +425,7 @@ def starlette(service: Service, more: list[Route], on_end: Callable[[], None]) -
     app = Starlette(
         routes=routes,
         lifespan=lifespan,
-        exception_handlers={RefusalError: on_refusal, HTTPException: on_http},
+        exception_handlers={RefusalError: on_refusal, UsageError: on_usage, HTTPException: on_http},
     )
     app.router.redirect_slashes = False
     return app

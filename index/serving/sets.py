@@ -17,6 +17,7 @@ from index.serving.service import Service
 from index.sets import staged
 from index.sets.staged import ReleaseSet
 from index.store import auth
+from index.store.auth import Token
 
 MAX_MATRIX = 20_000
 "Lines; of a set with third-party wheels each is one."
@@ -34,25 +35,21 @@ def state(service: Service) -> Endpoint:
     """GET: the set's state. PUT: open it with a matrix; the same matrix again is fine while it is staged."""
 
     async def endpoint(request: Request) -> Response:
-        name = check_set_name(request.path_params["set_name"])
-        token = await identify(service, request)
-        auth.allow(token, set_name=name)
+        name, token = await _authorised(service, request)
         if request.method != "PUT":
             return _answer(_find(service, name))
         matrix = staged.parse_matrix(_lines(await body_of(service, request)))
         opened = await asyncio.get_running_loop().run_in_executor(service.writer, _open, service, token.actor, name, matrix)
         return _answer(opened)
 
-    return _refusing(endpoint)
+    return endpoint
 
 
 def publish(service: Service) -> Endpoint:
     """POST: everybody sees the whole set from now on, or it is refused with what it lacks."""
 
     async def endpoint(request: Request) -> Response:
-        name = check_set_name(request.path_params["set_name"])
-        token = await identify(service, request)
-        auth.allow(token, set_name=name)
+        name, token = await _authorised(service, request)
         _find(service, name)
         published = await asyncio.get_running_loop().run_in_executor(
             service.writer, staged.publish, service.catalogue, token.actor, name
@@ -60,19 +57,15 @@ def publish(service: Service) -> Endpoint:
         service.shelf.refresh(now=True)
         return _answer(published)
 
-    return _refusing(endpoint)
+    return endpoint
 
 
-def _refusing(endpoint: Endpoint) -> Endpoint:
-    """What the command line calls wrong usage is a refused request here."""
-
-    async def refusing(request: Request) -> Response:
-        try:
-            return await endpoint(request)
-        except UsageError as error:
-            raise RefusedError(error.cause, remedy=error.remedy) from error
-
-    return refusing
+async def _authorised(service: Service, request: Request) -> tuple[str, Token]:
+    """The set's name, and a token that reaches it."""
+    name = check_set_name(request.path_params["set_name"])
+    token = await identify(service, request)
+    auth.allow(token, set_name=name)
+    return name, token
 
 
 def _find(service: Service, name: str) -> ReleaseSet:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from packaging.utils import canonicalize_name
-from packaging.version import InvalidVersion, Version
 from starlette.types import Receive
 
 from gracefarm.files import CHUNK
@@ -17,7 +16,7 @@ from index.errors import RefusedError
 from index.intake import admission
 from index.intake.admission import Admission, Destination
 from index.intake.multipart import Form, Received, receive_form
-from index.names import Distribution, parse_filename
+from index.names import Distribution, parse_filename, same_version
 from index.serving.service import Service
 from index.store import auth
 from index.store.auth import Token
@@ -94,7 +93,7 @@ def _check_form(form: Form) -> tuple[Received, Distribution]:
         raise RefusedError(
             f"the form says project {name!r}, the file is {distribution.filename}", remedy="upload it under its own name"
         )
-    if version and not _same(version, distribution.version):
+    if version and not same_version(version, distribution.version):
         raise RefusedError(
             f"the form says version {version!r}, the file is {distribution.filename}", remedy="upload it under its own version"
         )
@@ -103,13 +102,6 @@ def _check_form(form: Form) -> tuple[Received, Distribution]:
             f"the form says {filetype!r}, the file is {distribution.filename}", remedy=f"send filetype={distribution.kind}"
         )
     return received, distribution
-
-
-def _same(first: str, second: str) -> bool:
-    try:
-        return Version(first) == Version(second)
-    except InvalidVersion:
-        return False
 
 
 def _check_digests(form: Form, received: Received) -> None:

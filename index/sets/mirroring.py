@@ -8,7 +8,6 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from datetime import UTC
 from pathlib import Path
 
 import httpx
@@ -32,7 +31,7 @@ from index.intake import metadata
 from index.limits import Limits
 from index.names import check_plain, normalise
 from index.sets import staged
-from index.store.catalogue import Catalogue, Change
+from index.store.catalogue import Catalogue, Change, timestamp
 from index.store.files import Store, disk_errors, flush
 
 MAX_FILE = Limits.upload
@@ -230,7 +229,7 @@ def _upstream_file(package: DistributionPackage, digest: str, pin: Pin) -> _Upst
         url=package.url,
         metadata_sha256=digests.get("sha256") if package.has_metadata else None,
         requires_python=package.requires_python,
-        uploaded=package.upload_time.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ") if package.upload_time else None,
+        uploaded=timestamp(package.upload_time) if package.upload_time else None,
     )
 
 

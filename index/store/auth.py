@@ -15,7 +15,7 @@ from datetime import UTC, datetime, timedelta
 from gracefarm.errors import UsageError
 from index.errors import ForbiddenError, UnauthenticatedError
 from index.store import htpasswd
-from index.store.catalogue import Catalogue
+from index.store.catalogue import Catalogue, timestamp
 
 NIGHTLY = "nightly"
 "The scope of a token for the nightly channel; no set can be called so."
@@ -54,7 +54,7 @@ def create(
 ) -> str:
     """A new token; the secret is returned once and never stored."""
     secret = PREFIX + secrets.token_urlsafe(32)
-    end = (datetime.now(UTC) + expires).strftime("%Y-%m-%dT%H:%M:%S.%fZ") if expires else None
+    end = timestamp(datetime.now(UTC) + expires) if expires else None
     with catalogue.change(actor) as change:
         change.execute(
             "INSERT INTO token (name, sha256, project, set_name, created, expires) VALUES (?, ?, ?, ?, ?, ?)",
@@ -108,10 +108,10 @@ def duration(text: str) -> timedelta:
     Raises:
         UsageError: anything else.
     """
-    found = _DURATION.match(text)
-    if not found or not int(found[1]):
+    match = _DURATION.match(text)
+    if not match or not int(match[1]):
         raise UsageError(f"{text!r} is not a duration", remedy="write 90d, 12h or 30m")
-    return timedelta(**{_UNITS[found[2]]: int(found[1])})
+    return timedelta(**{_UNITS[match[2]]: int(match[1])})
 
 
 def identify(catalogue: Catalogue, authorization: str | None) -> Token:
@@ -150,12 +150,12 @@ def identify_user(catalogue: Catalogue, authorization: str | None, memory: htpas
     if row is None:
         return _living(None, False)
     password = secret.encode()
-    good = memory.knows(row["hashed"], password) or memory.matches(row["hashed"], password)
+    good = memory.matches(row["hashed"], password)
     return _living(row, good and row["name"] == name)
 
 
 def _living(row: sqlite3.Row | None, good: bool) -> Token:
-    if row is None or not good or row["revoked"] or (row["expires"] and row["expires"] <= _now()):
+    if row is None or not good or row["revoked"] or (row["expires"] and row["expires"] <= timestamp()):
         raise UnauthenticatedError("this index does not know that token", remedy="make one with `index token create`")
     return Token(id=row["id"], name=row["name"], project=row["project"], set_name=row["set_name"], expires=row["expires"])
 
@@ -174,10 +174,6 @@ def allow(token: Token, *, project: str | None = None, set_name: str | None = No
             + ("nightly channel alone" if token.set_name == NIGHTLY else f"set {token.set_name} alone"),
             remedy=f"upload to {'' if token.set_name == NIGHTLY else '/stage'}/{token.set_name}/legacy/",
         )
-
-
-def _now() -> str:
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
 
 
 def _digest(secret: str) -> str:

@@ -175,9 +175,9 @@ CREATE TRIGGER audit_stays BEFORE DELETE ON audit BEGIN SELECT RAISE(ABORT, 'the
 """
 
 
-def now() -> str:
-    """UTC, as PEP 700 writes times: yyyy-mm-ddThh:mm:ss.ffffffZ."""
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+def timestamp(moment: datetime | None = None) -> str:
+    """A moment, or now, as PEP 700 writes times: yyyy-mm-ddThh:mm:ss.ffffffZ, in UTC."""
+    return (moment.astimezone(UTC) if moment else datetime.now(UTC)).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
 
 
 @dataclass(kw_only=True)
@@ -239,14 +239,8 @@ class Catalogue:
         """
         database = self.database
         try:
-            database.execute("BEGIN IMMEDIATE")
-            try:
-                yield Change(database=database, actor=actor, time=now())
-                database.execute("COMMIT")
-            except BaseException:
-                if database.in_transaction:
-                    database.execute("ROLLBACK")
-                raise
+            with _transaction(database):
+                yield Change(database=database, actor=actor, time=timestamp())
         except sqlite3.OperationalError as error:
             if error.sqlite_errorname not in ("SQLITE_FULL", "SQLITE_IOERR_WRITE", "SQLITE_IOERR_SHMSIZE"):
                 raise
@@ -289,6 +283,18 @@ class Catalogue:
         self._local = threading.local()
 
 
+@contextmanager
+def _transaction(database: sqlite3.Connection) -> Iterator[None]:
+    database.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        database.execute("COMMIT")
+    except BaseException:
+        if database.in_transaction:
+            database.execute("ROLLBACK")
+        raise
+
+
 def _connect(path: Path) -> sqlite3.Connection:
     database = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
     database.row_factory = sqlite3.Row
@@ -325,16 +331,11 @@ def _ensure_schema(catalogue: Catalogue) -> None:
     database = catalogue.database
     if database.execute("SELECT 1 FROM sqlite_master WHERE name = 'meta'").fetchone() is None:
         # If two processes create at once, the second finds the table inside its own transaction.
-        database.execute("BEGIN IMMEDIATE")
-        try:
+        with _transaction(database):
             if database.execute("SELECT 1 FROM sqlite_master WHERE name = 'meta'").fetchone() is None:
                 for statement in _statements(_SCHEMA + _PIN + _PUBLIC_RECORD):
                     database.execute(statement)
                 database.execute("INSERT INTO meta VALUES ('schema', ?)", (str(SCHEMA_VERSION),))
-            database.execute("COMMIT")
-        except BaseException:
-            database.execute("ROLLBACK")
-            raise
     version = _schema(database)
     if version < SCHEMA_VERSION:
         _upgrade(database)
@@ -350,16 +351,11 @@ def _schema(database: sqlite3.Connection) -> int:
 
 
 def _upgrade(database: sqlite3.Connection) -> None:
-    database.execute("BEGIN IMMEDIATE")
-    try:
+    with _transaction(database):
         for version in range(_schema(database) + 1, SCHEMA_VERSION + 1):
             for statement in _UPGRADES[version]:
                 database.execute(statement)
         database.execute("UPDATE meta SET value = ? WHERE key = 'schema'", (str(SCHEMA_VERSION),))
-        database.execute("COMMIT")
-    except BaseException:
-        database.execute("ROLLBACK")
-        raise
 
 
 def _statements(script: str) -> Iterator[str]:

@@ -41,8 +41,8 @@ class CudaFacts:
 
     def keys(self) -> dict[str, object]:
         """The private keys of the JSON page (PEP 700 keeps the leading underscore for indexes)."""
-        found = {"_cuda": self.cuda, "_torch": self.torch, "_sm": list(self.sm), "_glibc": self.glibc}
-        return {key: value for key, value in found.items() if value}
+        keys = {"_cuda": self.cuda, "_torch": self.torch, "_sm": list(self.sm), "_glibc": self.glibc}
+        return {key: value for key, value in keys.items() if value}
 
     def over(self, weaker: CudaFacts) -> CudaFacts:
         """These facts, gaps filled from `weaker`."""
@@ -56,8 +56,10 @@ class CudaFacts:
 
 def from_json(text: str) -> CudaFacts:
     """What `Facts.as_json` wrote."""
-    found = json.loads(text)
-    return CudaFacts(cuda=found.get("cuda"), torch=found.get("torch"), sm=tuple(found.get("sm", ())), glibc=found.get("glibc"))
+    values = json.loads(text)
+    return CudaFacts(
+        cuda=values.get("cuda"), torch=values.get("torch"), sm=tuple(values.get("sm", ())), glibc=values.get("glibc")
+    )
 
 
 def from_name(distribution: Distribution, requires: Iterable[str]) -> CudaFacts:
@@ -86,9 +88,9 @@ def _torch_pin(requires: Iterable[str]) -> str | None:
 
 def _glibc(distribution: Distribution) -> str | None:
     platforms = {tag.platform for tag in distribution.tags}
-    found = [f"{match[1]}.{match[2]}" for platform in platforms if (match := _MANYLINUX.match(platform))]
-    found += [_LEGACY_GLIBC[head] for platform in platforms if (head := platform.split("_")[0]) in _LEGACY_GLIBC]
-    return min(found, key=Version) if found else None
+    versions = [f"{match[1]}.{match[2]}" for platform in platforms if (match := _MANYLINUX.match(platform))]
+    versions += [_LEGACY_GLIBC[head] for platform in platforms if (head := platform.split("_")[0]) in _LEGACY_GLIBC]
+    return min(versions, key=Version) if versions else None
 
 
 def from_record(record: Mapping[str, object]) -> CudaFacts:

@@ -110,11 +110,11 @@ class Store:
 
     def sizes(self) -> dict[str, int]:
         """Digest to bytes of every stored file: the quick look that a start takes."""
-        found: dict[str, int] = {}
+        sizes: dict[str, int] = {}
         for folder in os.scandir(self.files):
             if folder.is_dir():
-                found.update((entry.name, entry.stat().st_size) for entry in os.scandir(folder.path))
-        return found
+                sizes.update((entry.name, entry.stat().st_size) for entry in os.scandir(folder.path))
+        return sizes
 
     def sweep(self) -> int:
         """Remove what killed uploads left; returns how many files. Only the server, which holds `serving`, calls it.

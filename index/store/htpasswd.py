@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hmac
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from secrets import token_bytes
@@ -66,16 +65,12 @@ class PasswordMemory:
     _key: bytes = field(default_factory=lambda: token_bytes(32), repr=False)
     _known: dict[str, bytes] = field(default_factory=dict, repr=False)
 
-    def knows(self, hashed: str, password: bytes) -> bool:
-        """Was this password right for this hash before?"""
-        return hmac.compare_digest(self._known.get(hashed, b""), self._mark(hashed, password))
-
-    def matches(self, hashed: str, password: bytes, check: Callable[[bytes, str], bool] = matches) -> bool:
-        """`matches`, remembered when it is right."""
-        good = check(password, hashed)
+    def matches(self, hashed: str, password: bytes) -> bool:
+        """Is this the password? Remembered when it is."""
+        mark = hmac.digest(self._key, hashed.encode() + b"\0" + password, "sha256")
+        if hmac.compare_digest(self._known.get(hashed, b""), mark):
+            return True
+        good = matches(password, hashed)
         if good:
-            self._known[hashed] = self._mark(hashed, password)
+            self._known[hashed] = mark
         return good
-
-    def _mark(self, hashed: str, password: bytes) -> bytes:
-        return hmac.digest(self._key, hashed.encode() + b"\0" + password, "sha256")

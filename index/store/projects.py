@@ -5,9 +5,7 @@ from __future__ import annotations
 from packaging.utils import canonicalize_version
 
 from gracefarm.errors import UsageError
-from index.store.catalogue import Catalogue
-
-_OF_RELEASE = "WHERE id IN (SELECT id FROM live_file WHERE project = ? AND release = ?) RETURNING filename"
+from index.store.catalogue import Catalogue, Change
 
 
 def host(catalogue: Catalogue, actor: str, names: list[str], *, hosted: bool = True) -> None:
@@ -33,15 +31,10 @@ def yank(catalogue: Catalogue, actor: str, project: str, version: str, reason: s
         UsageError: there is no such release.
     """
     with catalogue.change(actor) as change:
-        rows = change.execute(
-            f"UPDATE file SET yanked = ? {_OF_RELEASE}",  # noqa: S608 - constants, as below
-            (reason, project, canonicalize_version(version)),
-        ).fetchall()
-        if not rows:
-            raise _no_release(project, version)
-        for row in rows:  # one entry for each, since a mirror follows files
-            change.note("file.unyank" if reason is None else "file.yank", row["filename"], project, reason=reason)
-    return len(rows)
+        names = _update_release(change, "yanked", reason, project, version)
+        for name in names:  # one entry for each, since a mirror follows files
+            change.note("file.unyank" if reason is None else "file.yank", name, project, reason=reason)
+    return len(names)
 
 
 def set_status(catalogue: Catalogue, actor: str, project: str, status: str, reason: str) -> None:
@@ -64,16 +57,18 @@ def delete(catalogue: Catalogue, actor: str, project: str, version: str) -> int:
         UsageError: there is no such release.
     """
     with catalogue.change(actor) as change:
-        rows = change.execute(
-            f"UPDATE file SET deleted = ? {_OF_RELEASE}",  # noqa: S608
-            (change.time, project, canonicalize_version(version)),
-        ).fetchall()
-        if not rows:
-            raise _no_release(project, version)
-        for row in rows:
-            change.note("file.delete", row["filename"], project)
-    return len(rows)
+        names = _update_release(change, "deleted", change.time, project, version)
+        for name in names:
+            change.note("file.delete", name, project)
+    return len(names)
 
 
-def _no_release(project: str, version: str) -> UsageError:
-    return UsageError(f"there is no release {project} {version}", remedy="`index stats` lists what is here")
+def _update_release(change: Change, column: str, value: str | None, project: str, version: str) -> list[str]:
+    rows = change.execute(
+        f"UPDATE file SET {column} = ?"  # noqa: S608 - a constant
+        " WHERE id IN (SELECT id FROM live_file WHERE project = ? AND release = ?) RETURNING filename",
+        (value, project, canonicalize_version(version)),
+    ).fetchall()
+    if not rows:
+        raise UsageError(f"there is no release {project} {version}", remedy="`index stats` lists what is here")
+    return [row["filename"] for row in rows]

@@ -70,17 +70,17 @@ def parse(raw: bytes) -> dict[str, object]:
         RefusedError: it is not one.
     """
     try:
-        found = json.loads(raw)
+        document = json.loads(raw)
     except (ValueError, RecursionError) as error:
         raise RefusedError(f"the record is not JSON: {error}", remedy="send the record as the builder wrote it") from None
-    if not isinstance(found, dict):
+    if not isinstance(document, dict):
         raise RefusedError("the record is not a JSON object", remedy="send the record as the builder wrote it")
     if b"\\ud" in raw.lower():
         try:
-            json.dumps(found, ensure_ascii=False).encode()
+            json.dumps(document, ensure_ascii=False).encode()
         except UnicodeEncodeError:
             raise RefusedError("the record holds half a surrogate pair", remedy="write its text as UTF-8") from None
-    return found
+    return document
 
 
 def identity(record: Mapping[str, object]) -> str | None:
@@ -213,7 +213,7 @@ def link(change: Change, identifier: str, document: Mapping[str, object], token:
 
 def _wheel_digests(document: Mapping[str, object]) -> set[str]:
     """Every `sha256` of a wheel among the outputs; a build makes few."""
-    found: set[str] = set()
+    digests: set[str] = set()
     places = [document, document.get("outputs"), document.get("wheel")]
     outputs = document.get("outputs")
     if isinstance(outputs, Mapping):
@@ -221,8 +221,8 @@ def _wheel_digests(document: Mapping[str, object]) -> set[str]:
     for place in places:
         if isinstance(place, Mapping):
             values = [place.get(key) for key in ("sha256", "wheel_sha256")]
-            found.update(value for value in values if isinstance(value, str) and _SHA256.fullmatch(value))
-    return found
+            digests.update(value for value in values if isinstance(value, str) and _SHA256.fullmatch(value))
+    return digests
 
 
 def facts_of(change: Change, identifier: str) -> CudaFacts:

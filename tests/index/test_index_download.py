@@ -124,7 +124,7 @@ def test_pieces_get_smaller_with_the_number_of_downloads() -> None:
     downloads, pieces = Downloads(), []
     with ExitStack() as stack:
         for _ in range(10_000):
-            stack.enter_context(downloads.one())
+            stack.enter_context(downloads.count_one())
             pieces.append(downloads.piece)
     assert pieces[:16] == [PIECE] * 16
     assert sum(pieces) < 256 << 20
