@@ -1,1 +1,1 @@
-"""What builder, index and deploy share: errors, console, files, settings. Nothing else belongs here."""
+"""What builder, index and deploy share: errors, console, files, settings, tables, pins. No program's own work belongs here."""

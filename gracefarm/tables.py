@@ -133,7 +133,7 @@ def read(path: Path, schema: type[T], *, docs: str = "docs/recipes.md") -> T:
         return schema.model_validate(values)
     except ValidationError as error:
         # A misspelt key is two errors, one unknown and one missing; the unknown one has the line.
-        details = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
+        details = min(error.errors(), key=lambda details: details["type"] != "extra_forbidden")
         location = tuple(part for part in details["loc"] if not _is_union_tag(part, values, details["loc"]))
         line = find_line(text, location)
         raise ConfigError(
@@ -172,7 +172,7 @@ def _known_keys(schema: type[Table], parents: tuple[int | str, ...]) -> list[str
             return resolve(document["$defs"][reference.rsplit("/", 1)[-1]])
         for word in ("anyOf", "oneOf"):
             if isinstance(options := node.get(word), list):
-                return [found for option in options for found in resolve(option)]
+                return [nested for option in options for nested in resolve(option)]
         return [node]
 
     nodes = resolve(document)
