@@ -28,7 +28,7 @@ from pathlib import Path
 
 import httpx
 
-from builder.planning import settings as settings_module
+from builder.planning import settings
 from gracefarm.files import remove_tree
 
 Make = Callable[[], AbstractContextManager["Running"]]
@@ -98,9 +98,9 @@ def index(root: Path, *arguments: object) -> str:
 
 def free_port() -> int:
     """A port that is free now."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 @contextmanager
@@ -190,9 +190,9 @@ def rate(url: str, *, connections: int = 8, token: str = "") -> float:
     errors = re.search(r"Non-2xx or 3xx responses: (\d+)", text)
     if errors:
         raise SystemExit(f"{url}: {errors[0]}")
-    found = re.search(r"Requests/sec:\s+([\d.]+)", text)
-    assert found, text
-    return float(found[1])
+    match = re.search(r"Requests/sec:\s+([\d.]+)", text)
+    assert match, text
+    return float(match[1])
 
 
 def table(title: str, header: list[str], rows: list[list[str]]) -> None:
@@ -280,9 +280,9 @@ def devpi_rate(work: Path) -> float | None:
 def memory(pid: int) -> int:
     """Bytes resident in the process and its children, at their peak since the last `forget`."""
     text = Path(f"/proc/{pid}/status").read_text()
-    found = re.search(r"VmHWM:\s+(\d+) kB", text)
-    assert found
-    return int(found[1]) * 1024
+    match = re.search(r"VmHWM:\s+(\d+) kB", text)
+    assert match
+    return int(match[1]) * 1024
 
 
 def forget(pid: int) -> int:
@@ -310,11 +310,11 @@ def large_upload(work: Path, verdicts: Verdicts) -> None:
     path.write_bytes(content)
     del content
     waits: list[float] = []
-    done = threading.Event()
+    finished = threading.Event()
 
     def read(url: str) -> None:
         with httpx.Client(base_url=url, timeout=60) as client:
-            while not done.is_set():
+            while not finished.is_set():
                 begin = time.monotonic()
                 client.get("/simple/").raise_for_status()
                 waits.append(time.monotonic() - begin)
@@ -325,7 +325,7 @@ def large_upload(work: Path, verdicts: Verdicts) -> None:
         reader = threading.Thread(target=read, args=(server.url,))
         reader.start()
         mine = post(server, path)
-        done.set()
+        finished.set()
         reader.join()
         growth = memory(server.pid) - before
         download(server, work, path, verdicts)
@@ -372,14 +372,14 @@ def small_uploads(work: Path, verdicts: Verdicts) -> None:
     More of ours than the burst that the default `--writes-per-second` allows, so that the limit would show.
     """
     rates = {}
-    made = [wheel(f"new_{number // 10:04}", f"1.{number % 10}") for number in range(UPLOADS)]
+    wheels = [wheel(f"new_{number // 10:04}", f"1.{number % 10}") for number in range(UPLOADS)]
     folder, root = work / f"wheels{MANY}", work / f"root{MANY}"
     servers: tuple[tuple[Make, int], ...] = ((partial(ours, root), UPLOADS), (partial(pypiserver, folder), 30))
     for make, count in servers:
         with make() as server, httpx.Client(base_url=server.url, timeout=60, auth=("__token__", server.token)) as client:
             path = "/legacy/" if server.name == "gracefarm" else "/"
             begin = time.monotonic()
-            for name, content in made[:count]:
+            for name, content in wheels[:count]:
                 digest = hashlib.sha256(content).hexdigest()
                 form = {":action": "file_upload", "sha256_digest": digest}
                 client.post(path, data=form, files={"content": (name, content)}).raise_for_status()
@@ -439,7 +439,7 @@ def main() -> None:
     missing = [name for name in ("wrk", "nginx", "curl", "openssl") if shutil.which(name) is None]
     if missing:
         raise SystemExit(f"the benchmark needs {', '.join(missing)}: builder/data/system-packages-test.txt")
-    work = settings_module.load().home / "bench-index"
+    work = settings.load().home / "bench-index"
     remove_tree(work)
     work.mkdir(parents=True)
     measurements: tuple[Callable[[Path, Verdicts], None], ...] = (pages, small_uploads, large_upload, resolving)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import sqlite3
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from hashlib import sha256 as _sha256
 from pathlib import Path
 from typing import Literal
 
@@ -18,7 +18,7 @@ from index.intake.metadata import Metadata
 from index.names import Distribution
 from index.store import facts, records
 from index.store.auth import NIGHTLY
-from index.store.catalogue import Catalogue, Change, timestamp
+from index.store.catalogue import Catalogue, Transaction, timestamp
 from index.store.facts import CudaFacts
 from index.store.files import Store
 
@@ -128,12 +128,12 @@ def _keep_metadata(store: Store, candidate: InspectedFile) -> str | None:
     """PEP 658, for wheels alone: an sdist's PKG-INFO need not be what its build will say."""
     if candidate.distribution.kind != "bdist_wheel":
         return None
-    digest = _sha256(candidate.metadata.raw).hexdigest()
+    digest = hashlib.sha256(candidate.metadata.raw).hexdigest()
     store.add_bytes(candidate.metadata.raw, digest)
     return digest
 
 
-def _restore(store: Store, change: Change, file_id: int, candidate: InspectedFile) -> None:
+def _restore(store: Store, change: Transaction, file_id: int, candidate: InspectedFile) -> None:
     """Bytes that the store had lost are back."""
     store.adopt(candidate.path, candidate.sha256)
     _keep_metadata(store, candidate)
@@ -141,12 +141,12 @@ def _restore(store: Store, change: Change, file_id: int, candidate: InspectedFil
     change.note("file.found", candidate.distribution.filename, candidate.distribution.project)
 
 
-def _one(change: Change) -> Callable[..., sqlite3.Row | None]:
+def _one(change: Transaction) -> Callable[..., sqlite3.Row | None]:
     return lambda sql, values: change.execute(sql, values).fetchone()
 
 
 def _insert(
-    change: Change, candidate: InspectedFile, destination: Destination, metadata_sha256: str | None, build: str | None
+    change: Transaction, candidate: InspectedFile, destination: Destination, metadata_sha256: str | None, build: str | None
 ) -> None:
     distribution = candidate.distribution
     known, channel = candidate.facts, destination.channel
@@ -179,7 +179,7 @@ def _insert(
     )
 
 
-def _join(change: Change, file_id: int, distribution: Distribution, destination: Destination) -> None:
+def _join(change: Transaction, file_id: int, distribution: Distribution, destination: Destination) -> None:
     """The same bytes once more: they join the set, or are shown where they are now uploaded to."""
     if destination.set_name is not None:
         if _add_member(change, destination.set_name, file_id):
@@ -195,7 +195,7 @@ def _join(change: Change, file_id: int, distribution: Distribution, destination:
         change.note("file.upload", distribution.filename, distribution.project, shown=True, channel=destination.channel)
 
 
-def _add_member(change: Change, set_name: str, file_id: int) -> bool:
+def _add_member(change: Transaction, set_name: str, file_id: int) -> bool:
     state = change.execute("SELECT state FROM release_set WHERE name = ?", (set_name,)).fetchone()
     if state is None or state["state"] != "staged":
         raise RefusedError(f"{set_name!r} is not a staged set", remedy="create one with `index stage create`")

@@ -15,7 +15,7 @@ FINDER = ("cuda", "torch", "python", "sm", "platform")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Choice:
+class WheelChoice:
     """One wheel and what the finder sorts it by."""
 
     file: Listed
@@ -35,18 +35,18 @@ class Choice:
         return (value,) if value else ()
 
 
-def choice_of(item: Listed) -> Choice:
+def choice_of(item: Listed) -> WheelChoice:
     """What the finder sorts this file by."""
     if item.kind != "bdist_wheel":
-        return Choice(file=item, python="source", platform="any")
+        return WheelChoice(file=item, python="source", platform="any")
     tags = parse_wheel_filename(item.filename)[3]
     abi3 = any(tag.abi == "abi3" for tag in tags)
     python = min(tag.interpreter for tag in tags)
     arches = {re.sub(r"^(manylinux(_\d+_\d+|\d+)|musllinux_\d+_\d+|linux|macosx_\d+_\d+)_", "", tag.platform) for tag in tags}
-    return Choice(file=item, python=f"{python}+" if abi3 else python, platform=min(arches))
+    return WheelChoice(file=item, python=f"{python}+" if abi3 else python, platform=min(arches))
 
 
-def options(choices: Sequence[Choice], key: str) -> list[str]:
+def options(choices: Sequence[WheelChoice], key: str) -> list[str]:
     """What can be chosen, in a natural order."""
     return sorted({value for choice in choices for value in choice.value(key)}, key=natural_order)
 

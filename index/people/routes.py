@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from functools import partial
-from importlib.resources import files as resources
+from importlib import resources
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -24,7 +24,7 @@ _MEDIA = {"style.css": "text/css", "icon.svg": "image/svg+xml"}
 
 def static_files() -> dict[str, bytes]:
     """Name and content of what the pages load."""
-    folder = resources("index").joinpath("people", "templates")
+    folder = resources.files("index").joinpath("people", "templates")
     return {name: folder.joinpath(name).read_bytes() for name in _MEDIA}
 
 

@@ -9,9 +9,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from importlib import metadata
-from importlib.resources import as_file
-from importlib.resources import files as resources
+from importlib import metadata, resources
 from pathlib import Path
 
 from starlette.requests import Request
@@ -66,7 +64,7 @@ def export(store: Store, catalogue: Catalogue, target: Path, tick: Tick = no_tic
         tree.add_simple_pages()
         tree.add_records()
         tree.add_pages_for_people()
-        nginx = resources("index.people").joinpath("templates", "nginx.conf").read_text()
+        nginx = resources.files("index.people").joinpath("templates", "nginx.conf").read_text()
         tree.put("nginx.conf", nginx.replace("__POLICY__", POLICY).encode())
         return tree.finish()
 
@@ -84,7 +82,7 @@ def _manifest(target: Path) -> dict[str, str]:
 def _code_digest() -> str:
     """A digest of what turns the catalogue into pages: after an upgrade each is made anew."""
     digest = hashlib.sha256(metadata.version("gracefarm").encode())
-    with as_file(resources("index")) as folder:
+    with resources.as_file(resources.files("index")) as folder:
         for path in sorted(folder.rglob("*")):
             if path.suffix in {".py", ".html", ".css", ".svg"}:
                 digest.update(path.read_bytes())

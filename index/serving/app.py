@@ -18,7 +18,7 @@ from index.names import normalise
 from index.pages import negotiate, views
 from index.pages.negotiate import Encoding
 from index.serving.accesslog import AccessLog
-from index.serving.service import Service
+from index.serving.service import IndexService
 
 T = TypeVar("T")
 
@@ -69,7 +69,7 @@ class PageAnswer:
 class Application:
     """What granian runs."""
 
-    def __init__(self, service: Service, rest: Starlette) -> None:
+    def __init__(self, service: IndexService, rest: Starlette) -> None:
         self.service = service
         self.rest = rest
         self.log = AccessLog(service.options.access_log)

@@ -9,7 +9,7 @@ from index.people.site import Site
 from index.serving import sets
 from index.serving.app import Application
 from index.serving.routes import starlette
-from index.serving.service import ServeOptions, Service
+from index.serving.service import IndexService, ServeOptions
 from index.store.catalogue import open_catalogue
 from index.store.files import Store
 
@@ -18,7 +18,7 @@ def build(store: Store, options: ServeOptions) -> Application:
     """The application over a root, ready for any ASGI server."""
     store.prepare()
     catalogue = open_catalogue(store.catalogue)
-    service = Service(
+    service = IndexService(
         store=store, catalogue=catalogue, shelf=Shelf(catalogue), options=options, gate=Gate(limits=options.limits)
     )
 

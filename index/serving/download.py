@@ -94,7 +94,7 @@ class FileAnswer(FileResponse):
                 await asyncio.sleep(0)
                 if leaving.done():
                     return
-                if _is_cached(file, min(at + WINDOW, size) - 1):
+                if is_cached(file, min(at + WINDOW, size) - 1):
                     cached = at + WINDOW
             if at < cached:
                 piece = os.pread(file, count, at)
@@ -113,7 +113,7 @@ async def _leaving(receive: Receive) -> None:
         pass
 
 
-def _is_cached(file: int, at: int) -> bool:
+def is_cached(file: int, at: int) -> bool:
     """Does the kernel have this byte in memory? False also where the file system cannot say: NFS, FUSE."""
     try:
         return bool(os.preadv(file, [bytearray(1)], max(0, at), os.RWF_NOWAIT))

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Metrics:
+class ServerMetrics:
     """What happened since the start."""
 
     requests: Counter[tuple[str, int]] = field(default_factory=Counter)

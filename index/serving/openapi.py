@@ -6,7 +6,7 @@ What operations have in common (schemas, parameters, answers by their HTTP statu
 from __future__ import annotations
 
 import json
-from importlib.resources import files as resources
+from importlib import resources
 from typing import Any
 
 Description = dict[str, Any]
@@ -18,7 +18,7 @@ _FINDER = "cuda torch python sm platform"
 
 def describe(version: str) -> Description:
     """The whole description, as OpenAPI 3.1. `version` is that of the program."""
-    description: Description = json.loads(resources("index.serving").joinpath("openapi.json").read_text())
+    description: Description = json.loads(resources.files("index.serving").joinpath("openapi.json").read_text())
     description["info"]["version"] = version
     description["paths"] = {path: _path(path, operations) for path, operations in _paths().items()}
     return description

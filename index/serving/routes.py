@@ -36,7 +36,7 @@ from index.names import name_in_address
 from index.pages import negotiate, requirements, views
 from index.serving import openapi
 from index.serving.download import FileAnswer
-from index.serving.service import Service
+from index.serving.service import IndexService
 from index.serving.upload import take
 from index.store import auth, records
 from index.store.auth import Token
@@ -56,7 +56,7 @@ def client_of(request: Request) -> str:
     return str(request.app.state.client(request.scope, request.headers.get("x-forwarded-for")))
 
 
-async def identify(service: Service, request: Request) -> Token:
+async def identify(service: IndexService, request: Request) -> Token:
     """The request's token.
 
     Raises:
@@ -76,7 +76,7 @@ async def identify(service: Service, request: Request) -> Token:
         raise
 
 
-def legacy(service: Service) -> Endpoint:
+def legacy(service: IndexService) -> Endpoint:
     """POST /legacy/, /nightly/legacy/, /stage/SET/legacy/, and / as pypiserver has it."""
 
     async def endpoint(request: Request) -> Response:
@@ -116,7 +116,7 @@ class _Body:
         return message
 
 
-async def _drain(service: Service, body: _Body) -> None:
+async def _drain(service: IndexService, body: _Body) -> None:
     """Read what still comes of a refused upload, within bounds of size and time."""
     count = 0
     try:
@@ -127,7 +127,7 @@ async def _drain(service: Service, body: _Body) -> None:
         return
 
 
-def stored_file(service: Service) -> Endpoint:
+def stored_file(service: IndexService) -> Endpoint:
     """GET /files/SHA256/FILENAME and the same with .metadata: immutable, with ranges, never with a Content-Encoding."""
 
     async def endpoint(request: Request) -> Response:
@@ -139,7 +139,7 @@ def stored_file(service: Service) -> Endpoint:
     return endpoint
 
 
-def package(service: Service) -> Endpoint:
+def package(service: IndexService) -> Endpoint:
     """GET /packages/FILENAME: where pypiserver has its files."""
 
     async def endpoint(request: Request) -> Response:
@@ -153,7 +153,7 @@ def package(service: Service) -> Endpoint:
     return endpoint
 
 
-def packages(service: Service) -> Endpoint:
+def packages(service: IndexService) -> Endpoint:
     """GET /packages/: every file in one list, as pypiserver has it."""
 
     def answer() -> Response:
@@ -174,7 +174,7 @@ def packages(service: Service) -> Endpoint:
     return endpoint
 
 
-def bare_name(service: Service) -> Endpoint:
+def bare_name(service: IndexService) -> Endpoint:
     """GET /NAME and /NAME/: to the project's page, as pypiserver does."""
 
     async def endpoint(request: Request) -> Response:
@@ -197,7 +197,7 @@ LIMIT 1
 """
 
 
-def _locate(service: Service, sha256: str, filename: str) -> tuple[str, str]:
+def _locate(service: IndexService, sha256: str, filename: str) -> tuple[str, str]:
     """Digest and media type of what is to be sent.
 
     Raises:
@@ -218,7 +218,7 @@ def _locate(service: Service, sha256: str, filename: str) -> tuple[str, str]:
     return row["metadata_sha256"], "text/plain; charset=utf-8"
 
 
-def _send(service: Service, request: Request, sha256: str, media: str, *, cache: str = IMMUTABLE) -> Response:
+def _send(service: IndexService, request: Request, sha256: str, media: str, *, cache: str = IMMUTABLE) -> Response:
     etag = f'"{sha256}"'
     headers = {"ETag": etag, "Cache-Control": cache, "Accept-Ranges": "bytes"}
     match = request.headers.get("if-none-match")
@@ -232,7 +232,7 @@ def _send(service: Service, request: Request, sha256: str, media: str, *, cache:
     return FileAnswer(path, service.downloads, stat_result=status, media_type=media, headers=headers)
 
 
-def record(service: Service) -> Endpoint:
+def record(service: IndexService) -> Endpoint:
     """/records/ID and /records/ID/log: GET for everybody, PUT with a token."""
 
     async def endpoint(request: Request) -> Response:
@@ -257,7 +257,7 @@ def record(service: Service) -> Endpoint:
     return endpoint
 
 
-def staged_record(service: Service) -> Endpoint:
+def staged_record(service: IndexService) -> Endpoint:
     """GET /preview/TOKEN/records/ID and …/log: of builds whose wheels are in that staged set."""
 
     async def endpoint(request: Request) -> Response:
@@ -273,7 +273,7 @@ def staged_record(service: Service) -> Endpoint:
     return endpoint
 
 
-def set_lock(service: Service) -> Endpoint:
+def set_lock(service: IndexService) -> Endpoint:
     """GET /SET/requirements.lock, /preview/TOKEN/requirements.lock."""
 
     async def endpoint(request: Request) -> Response:
@@ -292,7 +292,7 @@ def set_lock(service: Service) -> Endpoint:
     return endpoint
 
 
-def _send_record(service: Service, request: Request, row: sqlite3.Row | None, identifier: str) -> Response:
+def _send_record(service: IndexService, request: Request, row: sqlite3.Row | None, identifier: str) -> Response:
     is_log = request.url.path.endswith("/log")
     digest = row["log_sha256" if is_log else "document_sha256"] if row is not None else None
     if digest is None:
@@ -300,7 +300,7 @@ def _send_record(service: Service, request: Request, row: sqlite3.Row | None, id
     return _send(service, request, digest, "text/plain; charset=utf-8" if is_log else "application/json", cache="no-cache")
 
 
-async def body_of(service: Service, request: Request) -> bytes:
+async def body_of(service: IndexService, request: Request) -> bytes:
     """A request's whole body, bounded as records are."""
     body = bytearray()
     more = True
@@ -329,7 +329,7 @@ SELECT serial, time, action, subject FROM audit WHERE serial > ? AND serial <= ?
 """
 
 
-def operation(service: Service) -> list[Route]:
+def operation(service: IndexService) -> list[Route]:
     """/health, /ready, /metrics, /changes."""
 
     async def health(_request: Request) -> Response:
@@ -393,7 +393,7 @@ async def on_http(_request: Request, error: Exception) -> Response:
     return PlainTextResponse(f"{error.detail}\n", status_code=error.status_code, headers=error.headers)
 
 
-def starlette(service: Service, more: list[Route], on_end: Callable[[], None]) -> Starlette:
+def starlette(service: IndexService, more: list[Route], on_end: Callable[[], None]) -> Starlette:
     """The application behind the front."""
 
     @asynccontextmanager

@@ -14,7 +14,7 @@ from index.errors import StoreFullError
 from index.limits import Gate, Limits
 from index.pages.shelf import Shelf
 from index.serving.download import Downloads
-from index.serving.metrics import Metrics
+from index.serving.metrics import ServerMetrics
 from index.serving.proxies import Proxies
 from index.store import htpasswd
 from index.store.catalogue import Catalogue
@@ -66,7 +66,7 @@ class AnswerCache:
 
 
 @dataclass(kw_only=True)
-class Service:
+class IndexService:
     """One index, being served."""
 
     store: Store
@@ -74,7 +74,7 @@ class Service:
     shelf: Shelf
     options: ServeOptions
     gate: Gate
-    metrics: Metrics = field(default_factory=Metrics)
+    metrics: ServerMetrics = field(default_factory=ServerMetrics)
     downloads: Downloads = field(default_factory=Downloads)
     passwords: htpasswd.PasswordMemory = field(default_factory=htpasswd.PasswordMemory)
     hands: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(4, thread_name_prefix="hands"))

@@ -13,7 +13,7 @@ from gracefarm.errors import UsageError
 from index.errors import NotFoundError, RefusedError
 from index.names import check_set_name
 from index.serving.routes import Endpoint, body_of, identify
-from index.serving.service import Service
+from index.serving.service import IndexService
 from index.sets import staged
 from index.sets.staged import ReleaseSet
 from index.store import auth
@@ -23,7 +23,7 @@ MAX_MATRIX = 20_000
 "Lines; of a set with third-party wheels each is one."
 
 
-def routes(service: Service) -> list[Route]:
+def routes(service: IndexService) -> list[Route]:
     """/stage/SET and /stage/SET/publish, both with a token that is for no single project."""
     return [
         Route("/stage/{set_name}", state(service), methods=["GET", "PUT"]),
@@ -31,7 +31,7 @@ def routes(service: Service) -> list[Route]:
     ]
 
 
-def state(service: Service) -> Endpoint:
+def state(service: IndexService) -> Endpoint:
     """GET: the set's state. PUT: open it with a matrix; the same matrix again is fine while it is staged."""
 
     async def endpoint(request: Request) -> Response:
@@ -45,7 +45,7 @@ def state(service: Service) -> Endpoint:
     return endpoint
 
 
-def publish(service: Service) -> Endpoint:
+def publish(service: IndexService) -> Endpoint:
     """POST: everybody sees the whole set from now on, or it is refused with what it lacks."""
 
     async def endpoint(request: Request) -> Response:
@@ -60,7 +60,7 @@ def publish(service: Service) -> Endpoint:
     return endpoint
 
 
-async def _authorised(service: Service, request: Request) -> tuple[str, Token]:
+async def _authorised(service: IndexService, request: Request) -> tuple[str, Token]:
     """The set's name, and a token that reaches it."""
     name = check_set_name(request.path_params["set_name"])
     token = await identify(service, request)
@@ -68,14 +68,14 @@ async def _authorised(service: Service, request: Request) -> tuple[str, Token]:
     return name, token
 
 
-def _find(service: Service, name: str) -> ReleaseSet:
+def _find(service: IndexService, name: str) -> ReleaseSet:
     try:
         return staged.find(service.catalogue, name)
     except UsageError as error:
         raise NotFoundError(error.cause, remedy=f"PUT /stage/{name} opens it") from error
 
 
-def _open(service: Service, actor: str, name: str, matrix: list[staged.ExpectedWheel]) -> ReleaseSet:
+def _open(service: IndexService, actor: str, name: str, matrix: list[staged.ExpectedWheel]) -> ReleaseSet:
     known = service.catalogue.row("SELECT state FROM release_set WHERE name = ?", (name,))
     if known is None:
         return staged.create(service.catalogue, actor, name, matrix)

@@ -17,7 +17,7 @@ from index.intake import admission
 from index.intake.admission import Admission, Destination
 from index.intake.multipart import Form, Received, receive_form
 from index.names import Distribution, parse_filename, same_version
-from index.serving.service import Service
+from index.serving.service import IndexService
 from index.store import auth
 from index.store.auth import Token
 
@@ -41,7 +41,7 @@ class Upload:
 
 
 async def take(
-    service: Service, token: Token, destination: Destination, headers: Mapping[str, str], receive: Receive
+    service: IndexService, token: Token, destination: Destination, headers: Mapping[str, str], receive: Receive
 ) -> Upload:
     """Receive, check and publish one file; what this returns is durable.
 

@@ -31,7 +31,7 @@ from index.intake import metadata
 from index.limits import Limits
 from index.names import check_plain, normalise
 from index.sets import staged
-from index.store.catalogue import Catalogue, Change, timestamp
+from index.store.catalogue import Catalogue, Transaction, timestamp
 from index.store.files import Store, disk_errors, flush
 
 MAX_FILE = Limits.upload
@@ -138,7 +138,7 @@ def _key(row: sqlite3.Row) -> tuple[str, str, str, bool]:
     return row["project"], row["version"], row["sha256"], bool(row["link"])
 
 
-def _finish(change: Change, set_name: str, pin: Pin) -> None:
+def _finish(change: Transaction, set_name: str, pin: Pin) -> None:
     change.execute(
         "UPDATE pin SET done = 1 WHERE set_name = ? AND project = ? AND version = ?", (set_name, pin.name, pin.version)
     )
@@ -284,7 +284,7 @@ def _take(
 
 
 def _insert(
-    change: Change,
+    change: Transaction,
     set_name: str,
     project: str,
     item: _UpstreamFile,

@@ -14,7 +14,7 @@ from packaging.utils import canonicalize_name, parse_wheel_filename
 from gracefarm.errors import UsageError
 from index.errors import RefusedError
 from index.names import check_set_name
-from index.store.catalogue import Catalogue, Change
+from index.store.catalogue import Catalogue, Transaction
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,7 +239,7 @@ def drop(catalogue: Catalogue, actor: str, name: str) -> None:
         change.note("set.drop", name, files=[row["filename"] for row in rows])
 
 
-def check_staged(change: Change, name: str) -> None:
+def check_staged(change: Transaction, name: str) -> None:
     """Nothing changes a set that is published.
 
     Raises:

@@ -181,7 +181,7 @@ def timestamp(moment: datetime | None = None) -> str:
 
 
 @dataclass(kw_only=True)
-class Change:
+class Transaction:
     """One transaction: everything in it becomes visible at once, with an entry in the audit log."""
 
     database: sqlite3.Connection
@@ -231,7 +231,7 @@ class Catalogue:
         return row
 
     @contextmanager
-    def change(self, actor: str) -> Iterator[Change]:
+    def change(self, actor: str) -> Iterator[Transaction]:
         """A transaction, durable when the block has ended well, without trace when it has not.
 
         Raises:
@@ -240,7 +240,7 @@ class Catalogue:
         database = self.database
         try:
             with _transaction(database):
-                yield Change(database=database, actor=actor, time=timestamp())
+                yield Transaction(database=database, actor=actor, time=timestamp())
         except sqlite3.OperationalError as error:
             if error.sqlite_errorname not in ("SQLITE_FULL", "SQLITE_IOERR_WRITE", "SQLITE_IOERR_SHMSIZE"):
                 raise

@@ -34,8 +34,8 @@ def read(path: Path) -> dict[str, str]:
         name, _, hashed = line.strip().partition(":")
         if hashed.startswith(_SHA1):
             raise ConfigError(
-                f"{path}, line {number}: the password of {name} is kept as SHA-1, which anybody can guess back",
-                remedy=f"write it anew with `htpasswd -B {path} {name}`",
+                f"{path}, line {number}: the password of {name} is hashed with SHA-1, which is too weak",
+                remedy=f"hash it anew: `htpasswd -B {path} {name}`",
             )
         if not name or not hashed.startswith((*_BCRYPT, _APR1)):
             raise ConfigError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from packaging.utils import canonicalize_version
 
 from gracefarm.errors import UsageError
-from index.store.catalogue import Catalogue, Change
+from index.store.catalogue import Catalogue, Transaction
 
 
 def host(catalogue: Catalogue, actor: str, names: list[str], *, hosted: bool = True) -> None:
@@ -63,7 +63,7 @@ def delete(catalogue: Catalogue, actor: str, project: str, version: str) -> int:
     return len(names)
 
 
-def _update_release(change: Change, column: str, value: str | None, project: str, version: str) -> list[str]:
+def _update_release(change: Transaction, column: str, value: str | None, project: str, version: str) -> list[str]:
     rows = change.execute(
         f"UPDATE file SET {column} = ?"  # noqa: S608 - a constant
         " WHERE id IN (SELECT id FROM live_file WHERE project = ? AND release = ?) RETURNING filename",

@@ -15,7 +15,7 @@ from packaging.utils import canonicalize_name
 from index.errors import ForbiddenError, RefusedError
 from index.store import facts
 from index.store.auth import Token, allow
-from index.store.catalogue import Catalogue, Change
+from index.store.catalogue import Catalogue, Transaction
 from index.store.facts import CudaFacts
 from index.store.files import Store
 
@@ -133,7 +133,7 @@ def put_log(store: Store, catalogue: Catalogue, token: Token, identifier: str, r
         change.note("record.log", identifier, *projects, sha256=digest, size=len(raw))
 
 
-def _check_reach(change: Change, token: Token, identifier: str, project: str | None, digests: set[str]) -> None:
+def _check_reach(change: Transaction, token: Token, identifier: str, project: str | None, digests: set[str]) -> None:
     """A record that is there already keeps its project: nobody takes another's build over.
 
     Raises:
@@ -153,7 +153,7 @@ def _check_reach(change: Change, token: Token, identifier: str, project: str | N
         )
 
 
-def keep_inside(store: Store, change: Change, identifier: str, raw: bytes, project: str, sha256: str) -> bool:
+def keep_inside(store: Store, change: Transaction, identifier: str, raw: bytes, project: str, sha256: str) -> bool:
     """The part of a record that a wheel carries; it never replaces the full record that was put.
 
     Returns whether the wheel may call itself of this build: not when the record is of another project, or of another wheel.
@@ -167,7 +167,13 @@ def keep_inside(store: Store, change: Change, identifier: str, raw: bytes, proje
 
 
 def keep(
-    store: Store, change: Change, identifier: str, raw: bytes, document: Mapping[str, object], *, inside: str | None = None
+    store: Store,
+    change: Transaction,
+    identifier: str,
+    raw: bytes,
+    document: Mapping[str, object],
+    *,
+    inside: str | None = None,
 ) -> None:
     """Store the document. `inside` is the project of the wheel that carried it, which then is the record's."""
     digest = hashlib.sha256(raw).hexdigest()
@@ -186,7 +192,7 @@ def keep(
     change.note("record.put", identifier, sha256=digest, inside_wheel=inside is not None)
 
 
-def link(change: Change, identifier: str, document: Mapping[str, object], token: Token) -> None:
+def link(change: Transaction, identifier: str, document: Mapping[str, object], token: Token) -> None:
     """Give the wheels of this build what the record knows: those that carry its id, and those that it names by sha256.
 
     Only wheels of the record's own project, and of the set that the token is for.
@@ -225,7 +231,7 @@ def _wheel_digests(document: Mapping[str, object]) -> set[str]:
     return digests
 
 
-def facts_of(change: Change, identifier: str) -> CudaFacts:
+def facts_of(change: Transaction, identifier: str) -> CudaFacts:
     """What wheels of this build are already known to be, from a record that came before the wheel."""
     row = change.execute("SELECT facts FROM file WHERE build = ? LIMIT 1", (identifier,)).fetchone()
     return facts.from_json(row["facts"]) if row else CudaFacts()

@@ -16,12 +16,12 @@ def own_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[Server]:
     """An empty index that takes new projects."""
-    with serving(tmp_path / "root", "--allow-new") as found:
-        yield found
+    with serving(tmp_path / "root", "--allow-new") as running:
+        yield running
 
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """One server for a module's tests: each uses project names of its own."""
-    with serving(tmp_path_factory.mktemp("index") / "root", "--allow-new") as found:
-        yield found
+    with serving(tmp_path_factory.mktemp("index") / "root", "--allow-new") as running:
+        yield running

@@ -93,16 +93,9 @@ def sdist(name: str = "demo_pkg", version: str = "1.0", *, extra: dict[str, byte
     return f"{name}-{version}.tar.gz", buffer.getvalue()
 
 
-@dataclass(frozen=True, kw_only=True)
-class Done:
-    """How a command ended."""
-
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-def run_index(root: Path, *arguments: str, check: bool = True, env: dict[str, str] | None = None) -> Done:
+def run_index(
+    root: Path, *arguments: str, check: bool = True, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """`index …` on that root, in this process: the tests run it a hundred times."""
     out, err = io.StringIO(), io.StringIO()
     code = 0
@@ -116,9 +109,9 @@ def run_index(root: Path, *arguments: str, check: bool = True, env: dict[str, st
             main()
         except SystemExit as end:
             code = int(end.code or 0)
-    done = Done(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
-    assert not check or code == 0, done.stdout + done.stderr
-    return done
+    result = subprocess.CompletedProcess(["index", *arguments], code, out.getvalue(), err.getvalue())
+    assert not check or code == 0, result.stdout + result.stderr
+    return result
 
 
 def run_json(root: Path, *arguments: str, env: dict[str, str] | None = None) -> object:
@@ -126,9 +119,9 @@ def run_json(root: Path, *arguments: str, env: dict[str, str] | None = None) -> 
 
 
 def make_token(root: Path, *arguments: str) -> str:
-    found = run_json(root, "token", "create", "--name", "test", *arguments)
-    assert isinstance(found, dict)
-    return str(found["token"])
+    token = run_json(root, "token", "create", "--name", "test", *arguments)
+    assert isinstance(token, dict)
+    return str(token["token"])
 
 
 @dataclass(kw_only=True)
@@ -205,9 +198,9 @@ _LINE = re.compile(r'\S+ - - \[[^]]*\] "(\S+) (.*) HTTP" (\d+) (\d+) "([^"]*)" "
 
 
 def parse_line(line: str) -> LogLine:
-    found = _LINE.match(line)
-    assert found, line
-    return LogLine(method=found[1], target=found[2], status=int(found[3]), size=int(found[4]), span=found[5], agent=found[6])
+    match = _LINE.match(line)
+    assert match, line
+    return LogLine(method=match[1], target=match[2], status=int(match[3]), size=int(match[4]), span=match[5], agent=match[6])
 
 
 @contextmanager
@@ -224,8 +217,8 @@ def serving(root: Path, *arguments: str, token: str | None = None) -> Iterator[S
             yield Server(url=url, root=root, token=secret, access_log=access_log, process=process, client=client)
     finally:
         stop(process)
-    said = error_log(root).read_text()
-    assert "Traceback" not in said, said[-4000:]
+    errors = error_log(root).read_text()
+    assert "Traceback" not in errors, errors[-4000:]
 
 
 def start(root: Path, *arguments: str) -> subprocess.Popen[str]:

@@ -46,11 +46,11 @@ def clean(**more: str) -> dict[str, str]:
 def call(
     arguments: list[object], *, check: bool = True, cwd: Path | None = None, **env: str
 ) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
+    process = subprocess.run(
         [str(item) for item in arguments], env=clean(**env), cwd=cwd, capture_output=True, text=True, timeout=300, check=False
     )
-    assert not check or done.returncode == 0, done.stdout + done.stderr
-    return done
+    assert not check or process.returncode == 0, process.stdout + process.stderr
+    return process
 
 
 def read_by(server: Server, agent: str) -> list[LogLine]:
@@ -130,8 +130,8 @@ def test_uv_takes_the_wheel_of_its_cuda_from_that_view(filled: Server, tmp_path:
         filled.forget()
         call([*UV, "pip", "install", "--python", tmp_path / "v/bin/python", "--no-cache", "--reinstall",
               "--default-index", filled.url + "/simple/", "--index", f"{filled.url}/{cuda}/simple/", "conv_pkg"])  # fmt: skip
-        found = sorted(path.name for path in (tmp_path / "v").rglob("conv_pkg*.dist-info"))
-        assert found == [f"conv_pkg-1.7.0+{cuda}.dist-info"]
+        folders = sorted(path.name for path in (tmp_path / "v").rglob("conv_pkg*.dist-info"))
+        assert folders == [f"conv_pkg-1.7.0+{cuda}.dist-info"]
         assert f"/{cuda}/simple/conv-pkg/" in [line.target for line in read_by(filled, "uv/")]
 
 
@@ -146,10 +146,10 @@ def test_resolving_over_variants_costs_kilobytes(filled: Server, tmp_path: Path,
         assert json.loads((tmp_path / "r").read_text())["install"]
     else:
         (tmp_path / "in").write_text("\n".join(wanted))
-        done = call(
+        process = call(
             [*UV, "pip", "compile", tmp_path / "in", "--cache-dir", tmp_path / "c", "--default-index", filled.url + "/simple/"]
         )
-        assert "variant-pkg==2.8.3+torch2.0" in done.stdout
+        assert "variant-pkg==2.8.3+torch2.0" in process.stdout
     lines = read_by(filled, "pip/" if client == "pip" else "uv/")
     assert "wheel" not in kinds(lines)
     assert sum(line.size for line in lines) <= 50_000
@@ -184,11 +184,11 @@ def test_uv_locks_one_sha256_for_each_file(filled: Server, tmp_path: Path) -> No
     )
     python = ["--python", sys.executable]
     environment = {key: value for key, value in clean().items() if key != "UV_NO_CONFIG"}  # the project's own tables count
-    done = subprocess.run(
+    process = subprocess.run(
         [*UV, "lock", *python, "--cache-dir", str(tmp_path / "c"), "--default-index", filled.url + "/simple/"],
         cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    assert process.returncode == 0, process.stderr
     text = (tmp_path / "uv.lock").read_text()
     assert f"sha256:{hashlib.sha256(wheel('libdep', '1.0+cu130')[1]).hexdigest()}" in text
     assert "/cu130/simple/" in text
@@ -224,9 +224,9 @@ def test_twine_uploads_and_repeats(filled: Server, dist: Path) -> None:
     assert len(filled.filenames(name.replace("_", "-"))) == 2
     path = next(dist.glob("*.whl"))
     path.write_bytes(wheel(name, "1.0", requires_python=None)[1])
-    done = twine(filled, dist, check=False)
-    assert done.returncode != 0
-    assert "File already exists" in done.stdout + done.stderr
+    process = twine(filled, dist, check=False)
+    assert process.returncode != 0
+    assert "File already exists" in process.stdout + process.stderr
 
 
 def test_uv_publish_and_its_check_url(filled: Server, dist: Path) -> None:
@@ -236,8 +236,8 @@ def test_uv_publish_and_its_check_url(filled: Server, dist: Path) -> None:
     call(publish, **environment)
     checked = [*publish, "--check-url", filled.url + "/simple/"]
     filled.forget()
-    done = call(checked, **environment)
-    assert "already exists" in done.stderr
+    process = call(checked, **environment)
+    assert "already exists" in process.stderr
     assert not [line for line in filled.requests() if line.method == "POST"]
     name = min(dist.iterdir()).name.partition("-")[0]
     next(dist.glob("*.whl")).write_bytes(wheel(name, "1.0", requires_python=None)[1])
@@ -245,13 +245,13 @@ def test_uv_publish_and_its_check_url(filled: Server, dist: Path) -> None:
 
 
 def test_a_wrong_token_is_told(filled: Server, dist: Path) -> None:
-    done = call(
+    process = call(
         [*UV, "publish", "--publish-url", filled.url + "/legacy/", *sorted(dist.iterdir())],
         check=False,
         UV_PUBLISH_TOKEN="gf_no",
     )
-    assert done.returncode != 0
-    assert "401" in done.stderr
+    assert process.returncode != 0
+    assert "401" in process.stderr
 
 
 # --- readers ----------------------------------------------------------------------------------------------------------------

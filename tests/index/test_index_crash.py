@@ -90,19 +90,19 @@ def kill(process: subprocess.Popen[str]) -> None:
 def listed(url: str) -> dict[str, tuple[str, str]]:
     """File name to digest and address, from every page."""
     with httpx.Client(base_url=url, headers={"Accept": JSON}, timeout=60) as client:
-        found = {}
+        digests = {}
         for project in client.get("/simple/").json()["projects"]:
             for item in client.get(f"/simple/{project['name']}/").json()["files"]:
-                found[item["filename"]] = (item["hashes"]["sha256"], f"/simple/{project['name']}/{item['url']}")
-        return found
+                digests[item["filename"]] = (item["hashes"]["sha256"], f"/simple/{project['name']}/{item['url']}")
+        return digests
 
 
 def check(root: Path, url: str, confirmed: dict[str, str], seen: set[str]) -> None:
-    found = listed(url)
-    assert confirmed.items() <= {name: digest for name, (digest, _) in found.items()}.items(), "a confirmed file is lost"
+    digests = listed(url)
+    assert confirmed.items() <= {name: digest for name, (digest, _) in digests.items()}.items(), "a confirmed file is lost"
     with httpx.Client(base_url=url, timeout=60) as client:
-        for name in found.keys() - seen:
-            digest, address = found[name]
+        for name in digests.keys() - seen:
+            digest, address = digests[name]
             assert hashlib.sha256(client.get(address).content).hexdigest() == digest, f"{name} is listed and wrong"
             seen.add(name)
 
@@ -195,8 +195,8 @@ def test_killed_during_an_upload_of_400_mib(tmp_path: Path, share: float) -> Non
         process = start(root, "--allow-new")
         url = await_url(process)
         assert not list((root / "staging").iterdir())
-        found = listed(url)
-        if found:  # at 1.0 the kill may have come after the commit; then it is whole
+        digests = listed(url)
+        if digests:  # at 1.0 the kill may have come after the commit; then it is whole
             assert share == 1.0
         with httpx.Client(base_url=url, timeout=120) as client:
             answer = client.post(

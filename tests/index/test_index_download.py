@@ -53,9 +53,9 @@ def test_a_large_file_arrives_whole_and_the_log_has_its_size(loaded: tuple[Serve
 def test_who_leaves_is_not_read_for(loaded: tuple[Server, str, str]) -> None:
     server, path, _ = loaded
     server.forget()
-    with socket.create_connection(("127.0.0.1", server.port)) as one:
-        one.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
-        assert one.recv(1000).startswith(b"HTTP/1.1 200")
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        connection.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        assert connection.recv(1000).startswith(b"HTTP/1.1 200")
     deadline = time.monotonic() + 20
     while not (lines := server.requests()):
         assert time.monotonic() < deadline
@@ -70,10 +70,10 @@ def test_many_who_do_not_read_cost_little_memory(loaded: tuple[Server, str, str]
     before = _resident(server.process.pid)
     with ExitStack() as stack:
         for _ in range(150):
-            one = stack.enter_context(socket.socket())
-            one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            one.connect(("127.0.0.1", server.port))
-            one.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\n{span}\r\n".encode())
+            connection = stack.enter_context(socket.socket())
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.connect(("127.0.0.1", server.port))
+            connection.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\n{span}\r\n".encode())
         deadline, last = time.monotonic() + 30, 0
         while (now := _resident(server.process.pid)) != last or len(_sending(server)) < 150:
             assert time.monotonic() < deadline
@@ -94,11 +94,11 @@ def _sending(server: Server) -> list[str]:
 
 
 def _open_files(pid: int) -> list[str]:
-    found = []
+    sizes = []
     for item in Path(f"/proc/{pid}/fd").iterdir():
         with suppress(FileNotFoundError):  # closed meanwhile
-            found.append(str(item.readlink()))
-    return found
+            sizes.append(str(item.readlink()))
+    return sizes
 
 
 def _ask(path: Path, *, cut_to: int | None = None) -> tuple[list[int], bytes]:
@@ -145,7 +145,7 @@ def test_every_size_from_memory_and_from_a_slow_disk(
     real = asyncio.BaseEventLoop.run_in_executor
     monkeypatch.setattr(asyncio.BaseEventLoop, "run_in_executor", lambda *given: in_thread.append(given[2]) or real(*given))
     if not cached:
-        monkeypatch.setattr(download, "_is_cached", lambda *_: False)
+        monkeypatch.setattr(download, "is_cached", lambda *_: False)
     sizes, got = _ask(path)
     assert got == content
     assert max(sizes) <= PIECE
@@ -165,7 +165,7 @@ def test_the_kernel_says_what_it_has_in_memory(tmp_path: Path) -> None:
     path.write_bytes(bytes(WINDOW))
     file = os.open(path, os.O_RDONLY)
     try:
-        assert download._is_cached(file, WINDOW - 1)
-        assert not download._is_cached(file, WINDOW)
+        assert download.is_cached(file, WINDOW - 1)
+        assert not download.is_cached(file, WINDOW)
     finally:
         os.close(file)

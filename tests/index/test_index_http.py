@@ -156,12 +156,12 @@ def test_codings(hosted: Server, coding: str) -> None:
 
 
 def test_etags_of_codings_differ(hosted: Server) -> None:
-    found = {
+    fields = {
         hosted.client.get("/simple/http-pkg/", headers={"Accept": accept, "Accept-Encoding": coding}).headers["etag"]
         for accept in (JSON, "text/html")
         for coding in ("gzip", "zstd", "identity")
     }
-    assert len(found) == 6
+    assert len(fields) == 6
 
 
 @pytest.mark.parametrize("path", ["/simple/http-pkg/", "/simple/", "FILE", "METADATA", "/simple/none/", "/simple/Http_Pkg/"])
@@ -386,10 +386,10 @@ def test_tokens_end(hosted: Server) -> None:
     __import__("time").sleep(1.2)
     assert hosted.upload(*wheel("expired_pkg"), token=short).status_code == 401
     run_index(hosted.root, "token", "create", "--name", "leaver")
-    found = __import__("index_kit").run_json(hosted.root, "token", "create", "--name", "leaver2")
-    assert hosted.upload(*wheel("leaver_pkg"), token=found["token"]).status_code == 200
+    created = __import__("index_kit").run_json(hosted.root, "token", "create", "--name", "leaver2")
+    assert hosted.upload(*wheel("leaver_pkg"), token=created["token"]).status_code == 200
     run_index(hosted.root, "token", "revoke", "leaver2")
-    assert hosted.upload(*wheel("leaver_pkg", "2.0"), token=found["token"]).status_code == 401
+    assert hosted.upload(*wheel("leaver_pkg", "2.0"), token=created["token"]).status_code == 401
     assert "leaver2" in run_index(hosted.root, "token", "list").stdout
 
 
@@ -434,8 +434,8 @@ def test_the_audit_log_is_append_only(hosted: Server) -> None:
 def test_changes_feed(hosted: Server) -> None:
     before = hosted.client.get("/changes").json()["serial"]
     assert hosted.upload(*wheel("feed_pkg")).status_code == 200
-    found = hosted.client.get("/changes", params={"since": before}).json()["changes"]
-    assert [(item["action"], item["subject"]) for item in found] == [("file.upload", "feed_pkg-1.0-py3-none-any.whl")]
+    changes = hosted.client.get("/changes", params={"since": before}).json()["changes"]
+    assert [(item["action"], item["subject"]) for item in changes] == [("file.upload", "feed_pkg-1.0-py3-none-any.whl")]
 
 
 def test_changes_name_every_file_that_changed(hosted: Server) -> None:
@@ -447,9 +447,9 @@ def test_changes_name_every_file_that_changed(hosted: Server) -> None:
     run_index(hosted.root, "yank", "feeds-pkg", "1.0", "--reason", "bad")
     run_index(hosted.root, "unyank", "feeds-pkg", "1.0")
     run_index(hosted.root, "delete", "feeds-pkg", "1.1", "--yes")
-    found = hosted.client.get("/changes", params={"since": since}).json()["changes"]
+    changes = hosted.client.get("/changes", params={"since": since}).json()["changes"]
     expected = [(f"file.{action}", name) for action in ("yank", "unyank") for name in (names[0], local[0])]
-    assert sorted((item["action"], item["subject"]) for item in found) == sorted([*expected, ("file.delete", names[1])])
+    assert sorted((item["action"], item["subject"]) for item in changes) == sorted([*expected, ("file.delete", names[1])])
 
 
 def test_who_follows_the_changes_misses_none(tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -477,8 +477,8 @@ def test_mirrors_learn_of_a_set_when_it_is_published_and_of_a_dropped_one_never(
     run_index(hosted.root, "stage", "drop", "feed-dropped")
     assert "feed" not in hosted.client.get("/changes", params={"since": since}).text
     run_index(hosted.root, "stage", "publish", "feed-kept")
-    found = hosted.client.get("/changes", params={"since": since}).json()["changes"]
-    assert [(item["action"], item["subject"]) for item in found] == [("file.show", "feed_kept-1.0-py3-none-any.whl")]
+    changes = hosted.client.get("/changes", params={"since": since}).json()["changes"]
+    assert [(item["action"], item["subject"]) for item in changes] == [("file.show", "feed_kept-1.0-py3-none-any.whl")]
     assert "feed_dropped" not in hosted.client.get("/changes").text
 
 
@@ -502,9 +502,9 @@ def test_a_network_of_proxies_is_trusted_too(tmp_path_factory: pytest.TempPathFa
         server.requests()
         assert server.access_log.read_text().startswith("203.0.113.7 ")
     for wrong in ("localhost", "10.1.2.3/16", "10.0.0.0/40"):
-        done = run_index(root, "serve", "--port", "0", "--trusted-proxy", wrong, check=False)
-        assert done.returncode == 2
-        assert wrong in done.stderr
+        process = run_index(root, "serve", "--port", "0", "--trusted-proxy", wrong, check=False)
+        assert process.returncode == 2
+        assert wrong in process.stderr
 
 
 def test_log_lines_cannot_be_forged(hosted: Server) -> None:
@@ -531,9 +531,9 @@ def test_tls(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 def test_one_server_for_each_root(hosted: Server) -> None:
-    done = run_index(hosted.root, "serve", "--port", "0", check=False)
-    assert done.returncode == 4
-    assert "another server already serves" in done.stderr
+    process = run_index(hosted.root, "serve", "--port", "0", check=False)
+    assert process.returncode == 4
+    assert "another server already serves" in process.stderr
 
 
 def test_the_server_ends_when_told(tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -568,19 +568,19 @@ def test_what_clients_send_does_not_fill_the_memory(shared: Server) -> None:
 
 def resident(server: Server) -> int:
     """Bytes that the server holds in memory."""
-    found = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{server.process.pid}/status").read_text())
-    assert found
-    return int(found[1]) << 10
+    match = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{server.process.pid}/status").read_text())
+    assert match
+    return int(match[1]) << 10
 
 
 def test_pages_of_the_whole_store_are_made_once_per_change_and_off_the_loop(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made: list[str] = []
+    threads: list[str] = []
     real = ProjectPages.first
 
     def counted(self: ProjectPages, request: Request) -> Response:
-        made.append(threading.current_thread().name)
+        threads.append(threading.current_thread().name)
         return real(self, request)
 
     monkeypatch.setattr(ProjectPages, "first", counted)
@@ -593,16 +593,16 @@ def test_pages_of_the_whole_store_are_made_once_per_change_and_off_the_loop(
             for _ in range(3):
                 assert (await client.get("/")).content == first.content
             assert (await client.get("/", headers={"If-None-Match": first.headers["etag"]})).status_code == 304
-            assert len(made) == 1
+            assert len(threads) == 1
             assert "http://y" in (await client.get("/", headers={"Host": "y"})).text, "the address is the asker's"
             run_index(tmp_path / "root", "import", str(tmp_path / "wheels"))
             await asyncio.sleep(0.01)
             assert "fresh-pkg" in (await client.get("/")).text
-            assert len(made) == 3
+            assert len(threads) == 3
 
     (tmp_path / "wheels").mkdir()
     name, content = wheel("fresh_pkg")
     (tmp_path / "wheels" / name).write_bytes(content)
     asyncio.run(ask())
     application.service.close()
-    assert all(name.startswith("painter") for name in made)
+    assert all(name.startswith("painter") for name in threads)

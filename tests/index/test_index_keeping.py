@@ -46,10 +46,10 @@ def test_fsck_finds_what_is_damaged(server: Server) -> None:
     path = stored(server, bad[1])
     path.chmod(0o644)
     path.write_bytes(bytes(len(bad[1])))
-    done = run_index(server.root, "fsck", check=False)
-    assert done.returncode == 11
-    assert bad[0] in done.stderr
-    assert good[0] not in done.stderr
+    process = run_index(server.root, "fsck", check=False)
+    assert process.returncode == 11
+    assert bad[0] in process.stderr
+    assert good[0] not in process.stderr
 
 
 def test_what_fsck_sets_aside_can_be_uploaded_again(server: Server) -> None:
@@ -101,10 +101,10 @@ def test_import_takes_a_folder_of_pypiserver(tmp_path: Path) -> None:
     for number, item in enumerate((wheel("in_pkg"), wheel("in_pkg", "2.0"))):
         (folder / ("sub" if number else ".") / item[0]).write_bytes(item[1])
     (folder / "broken_pkg-1.0-py3-none-any.whl").write_bytes(b"half a wheel")
-    done = run_index(tmp_path / "root", "import", str(folder), check=False)
-    assert done.returncode == 50
-    assert "2 taken in, 0 here already, 1 refused" in done.stdout
-    assert "broken_pkg-1.0-py3-none-any.whl" in done.stdout
+    process = run_index(tmp_path / "root", "import", str(folder), check=False)
+    assert process.returncode == 50
+    assert "2 taken in, 0 here already, 1 refused" in process.stdout
+    assert "broken_pkg-1.0-py3-none-any.whl" in process.stdout
     (folder / "broken_pkg-1.0-py3-none-any.whl").unlink()
     assert "0 taken in, 2 here already" in run_index(tmp_path / "root", "import", str(folder)).stdout
     with serving(tmp_path / "root") as server:
@@ -142,9 +142,9 @@ def test_the_export_is_incremental(server: Server, tmp_path: Path) -> None:
     untouched = (target / "simple" / "two-pkg" / "index.json").stat().st_mtime_ns
     assert server.upload(*wheel("one_pkg", "2.0")).status_code == 200
     run_index(server.root, "delete", "one-pkg", "1.0", "--yes")
-    done = run_json(server.root, "export", str(target))
-    assert done["written"] > 0
-    assert done["removed"] == 4, "the wheel, its metadata, its page and that page's gzip"
+    report = run_json(server.root, "export", str(target))
+    assert report["written"] > 0
+    assert report["removed"] == 4, "the wheel, its metadata, its page and that page's gzip"
     assert (target / "simple" / "two-pkg" / "index.json").stat().st_mtime_ns == untouched
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "precious").write_text("x")
@@ -162,17 +162,17 @@ def test_an_export_renders_only_what_changed(server: Server, tmp_path: Path, mon
     filled(server)
     target = tmp_path / "static"
     run_index(server.root, "export", str(target))
-    made: list[str] = []
+    rendered: list[str] = []
     real = tree.render
 
     def counted(catalogue: Catalogue, view: View, project: str, form: Format) -> bytes:
-        made.append(project)
+        rendered.append(project)
         return real(catalogue, view, project, form)
 
     monkeypatch.setattr(tree, "render", counted)
     assert server.upload(*wheel("two_pkg", "2.0")).status_code == 200
     run_index(server.root, "export", str(target))
-    assert set(made) == {"two-pkg", ""}
+    assert set(rendered) == {"two-pkg", ""}
     (target / "simple" / "one-pkg" / "index.json").unlink()
     run_index(server.root, "export", str(target))
     assert (target / "simple" / "one-pkg" / "index.json").exists(), "what somebody removed is made again"
@@ -185,8 +185,8 @@ def test_an_export_renders_only_what_changed(server: Server, tmp_path: Path, mon
 
 
 def tree_of(folder: Path) -> dict[str, bytes]:
-    found = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    return {path: content for path, content in found.items() if not path.startswith(".gracefarm")}
+    contents = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {path: content for path, content in contents.items() if not path.startswith(".gracefarm")}
 
 
 def test_an_export_is_of_one_moment(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -300,13 +300,13 @@ FORMS = re.compile(r"(<section aria-labelledby=\"finder\">.*?</section>|<form cl
 
 def follow(client: httpx.Client, start: list[str], accept: str) -> dict[str, httpx.Response]:
     """Every address that the pages lead to, with the answer."""
-    found: dict[str, httpx.Response] = {}
+    answers: dict[str, httpx.Response] = {}
     todo = list(start)
     while todo:
         path = todo.pop()
-        if path in found:
+        if path in answers:
             continue
-        answer = found[path] = client.get(path, headers={"Accept": accept, "Accept-Encoding": "identity"})
+        answer = answers[path] = client.get(path, headers={"Accept": accept, "Accept-Encoding": "identity"})
         assert answer.status_code == 200, (path, answer.status_code)
         links: list[str] = []
         if answer.headers["content-type"].startswith("text/html"):
@@ -316,7 +316,7 @@ def follow(client: httpx.Client, start: list[str], accept: str) -> dict[str, htt
                 links += [item["url"], item["url"] + ".metadata", *([item["_record"]] if "_record" in item else [])]
             links += [f"{item['name']}/" for item in answer.json().get("projects", [])]
         todo += [str(httpx.URL("http://x" + path).join(link).raw_path, "ascii") for link in links if "://" not in link]
-    return found
+    return answers
 
 
 def same(live: httpx.Client, static: httpx.Client, tree: Path) -> int:
@@ -386,9 +386,9 @@ def test_nginx_serves_the_export_as_the_live_server_does(tmp_path: Path) -> None
             run_index(server.root, "delete", "two-pkg", "1.0", "--yes")
             failed = {"recipe": "broken", "stack": "cu130", "outcome": "failed", "failure": {"cause": "no memory"}}
             assert server.client.put("/records/b2", json=failed, auth=auth).status_code == 200
-            done = run_json(server.root, "export", str(tree), "--url", PUBLIC)
-            assert done["kept"] > done["written"] > 0, "only what changed is written"
-            assert done["removed"] > 0
+            report = run_json(server.root, "export", str(tree), "--url", PUBLIC)
+            assert report["kept"] > report["written"] > 0, "only what changed is written"
+            assert report["removed"] > 0
             same(server.client, static, tree)
             assert "no memory" in static.get("/board/").text
             for path in (gone, "/project/two-pkg/", "/simple/two-pkg/", "/wheel/two_pkg-1.0-py3-none-any.whl/", "/records/no"):
@@ -401,13 +401,13 @@ def test_nginx_serves_the_export_as_the_live_server_does(tmp_path: Path) -> None
 def test_a_copy_of_the_folder_made_while_it_runs_is_whole(server: Server, tmp_path: Path) -> None:
     """As docs/index-operation.md says: the catalogue first, then the files, while uploads go on."""
     confirmed: list[str] = []
-    done = threading.Event()
+    finished = threading.Event()
 
     def upload() -> None:
         number = 0
         with httpx.Client(base_url=server.url) as client:
             mine = Server(**{**vars(server), "client": client})
-            while not done.is_set():
+            while not finished.is_set():
                 name, content = wheel("backup_pkg", f"1.{number}")
                 assert mine.upload(name, content).status_code == 200
                 confirmed.append(name)
@@ -417,16 +417,16 @@ def test_a_copy_of_the_folder_made_while_it_runs_is_whole(server: Server, tmp_pa
     worker.start()
     try:
         while len(confirmed) < 30:
-            done.wait(0.01)
+            finished.wait(0.01)
         before = list(confirmed)
         copy = tmp_path / "copy"
         copy.mkdir()
         shutil.copytree(server.root / "catalogue", copy / "catalogue")
         shutil.copytree(server.root / "files", copy / "files")
         while len(confirmed) < len(before) + 20:
-            done.wait(0.01)
+            finished.wait(0.01)
     finally:
-        done.set()
+        finished.set()
         worker.join()
     with serving(copy) as restored:
         assert set(before) <= set(restored.filenames("backup-pkg"))
@@ -463,10 +463,10 @@ def test_files_that_are_not_mounted_stop_the_start(server: Server, tmp_path: Pat
 def test_a_ruined_catalogue_is_told_in_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "root" / "catalogue").mkdir(parents=True)
     (tmp_path / "root" / "catalogue" / "catalogue.db").write_bytes(b"no database " * 1000)
-    done = run_index(tmp_path / "root", "stats", check=False)
-    assert done.returncode == 3
-    assert "cannot be read as a catalogue" in done.stderr
-    assert "Traceback" not in done.stderr
+    process = run_index(tmp_path / "root", "stats", check=False)
+    assert process.returncode == 3
+    assert "cannot be read as a catalogue" in process.stderr
+    assert "Traceback" not in process.stderr
 
 
 def test_a_catalogue_of_the_first_index_becomes_one_of_this(tmp_path: Path) -> None:

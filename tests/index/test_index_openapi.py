@@ -35,13 +35,13 @@ def described(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 def test_every_route_is_described_and_nothing_else(tmp_path: Path, described: Server) -> None:
     paths = described.client.get("/openapi.json").json()["paths"]
-    said = {(path, method.upper()) for path, methods in paths.items() for method in methods}
+    described_routes = {(path, method.upper()) for path, methods in paths.items() for method in methods}
     application = build(Store(root=tmp_path / "root"), ServeOptions())
     routes = [route for route in application.rest.routes if isinstance(route, Route)]
     there = {(route.path, method) for route in routes for method in (route.methods or ()) if method != "HEAD"}
     application.service.close()
-    front = {(path, "GET") for path, _ in said if "/simple/" in path}
-    assert said - front == there
+    front = {(path, "GET") for path, _ in described_routes if "/simple/" in path}
+    assert described_routes - front == there
 
 
 def test_the_pages_are_as_described(described: Server) -> None:
@@ -56,14 +56,14 @@ def test_the_pages_are_as_described(described: Server) -> None:
 
 def schemathesis(server: Server, folder: Path, examples: int, *more: str) -> str:
     secret = base64.b64encode(f"__token__:{server.token}".encode()).decode()
-    done = subprocess.run(
+    process = subprocess.run(
         [Path(sys.executable).with_name("schemathesis"), "run", server.url + "/openapi.json",
          "--header", f"Authorization: Basic {secret}", "--max-examples", str(examples), "--seed", "20261124",
          "--checks", CHECKS, "--continue-on-failure", "--no-color", *more],
         capture_output=True, text=True, cwd=folder, check=False,
     )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-    return done.stdout
+    assert process.returncode == 0, process.stdout[-8000:] + process.stderr[-2000:]
+    return process.stdout
 
 
 def test_schemathesis_finds_nothing(described: Server, tmp_path: Path) -> None:

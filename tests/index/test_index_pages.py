@@ -90,9 +90,9 @@ def browser() -> Iterator[Browser]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # playwright's own loop, at its end
         with sync_playwright() as play:
-            found = play.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-            yield found
-            found.close()
+            browser = play.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+            yield browser
+            browser.close()
 
 
 PAGES = {
@@ -118,8 +118,8 @@ def test_axe_finds_nothing_and_nothing_sticks_out(site: Server, browser: Browser
     page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
     page.on("requestfailed", lambda request: errors.append(request.url))
     assert page.goto(site.url + path).status == 200
-    found = Axe().run(page)
-    assert found.violations_count == 0, found.generate_report()
+    results = Axe().run(page)
+    assert results.violations_count == 0, results.generate_report()
     assert page.evaluate("document.documentElement.scrollWidth") <= width, "the page scrolls sideways"
     assert [text for text in errors if "favicon" not in text] == []
     context.close()
@@ -165,13 +165,15 @@ def test_the_first_key_skips_to_the_content(site: Server, browser: Browser) -> N
 
 def test_every_link_of_every_page_leads_somewhere(site: Server, browser: Browser) -> None:
     page = browser.new_page()
-    found: set[str] = set()
+    addresses: set[str] = set()
     for path in PAGES.values():
         page.goto(site.url + path)
-        found |= set(page.eval_on_selector_all("a[href], link[href]", "links => links.map(link => link.href.split('#')[0])"))
+        addresses |= set(
+            page.eval_on_selector_all("a[href], link[href]", "links => links.map(link => link.href.split('#')[0])")
+        )
     page.close()
-    assert len(found) > 15
-    for link in sorted(found):
+    assert len(addresses) > 15
+    for link in sorted(addresses):
         assert link.startswith(site.url), "pages need nobody else"
         assert site.client.get(link).status_code == 200, link
 

@@ -27,20 +27,20 @@ TAGS = st.sampled_from(
 
 @given(name=NAMES, version=VERSIONS, tags=TAGS)
 def test_canonical_wheel_names_are_read(name: str, version: str, tags: str) -> None:
-    found = parse_filename(f"{name}-{version}-{tags}.whl")
-    assert (found.project, found.version) == (canonicalize_name(name), version)
+    distribution = parse_filename(f"{name}-{version}-{tags}.whl")
+    assert (distribution.project, distribution.version) == (canonicalize_name(name), version)
 
 
 @given(st.text(max_size=300))
 def test_any_file_name_is_read_or_refused(text: str) -> None:
     for name in (text, text + ".whl", text + "-1.0-py3-none-any.whl", text + ".tar.gz"):
         try:
-            found = parse_filename(name)
+            distribution = parse_filename(name)
         except RefusalError:
             continue
-        assert "/" not in found.filename
-        assert not found.filename.startswith(".")
-        assert len(found.filename.encode()) <= 255
+        assert "/" not in distribution.filename
+        assert not distribution.filename.startswith(".")
+        assert len(distribution.filename.encode()) <= 255
 
 
 @given(st.text(max_size=80))

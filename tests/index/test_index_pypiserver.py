@@ -13,8 +13,8 @@ from index.store.htpasswd import matches
 
 
 def apr1(password: str) -> str:
-    made = subprocess.run(["openssl", "passwd", "-apr1", password], check=True, capture_output=True, text=True)
-    return made.stdout.strip()
+    process = subprocess.run(["openssl", "passwd", "-apr1", password], check=True, capture_output=True, text=True)
+    return process.stdout.strip()
 
 
 def blow(password: str) -> str:
@@ -72,19 +72,19 @@ def test_who_left_the_file_uploads_no_longer(shared: Server, htpasswd: Path) -> 
 def test_hashes_that_cannot_be_checked_are_told(tmp_path: Path, line: str) -> None:
     path = tmp_path / "htpasswd"
     path.write_text(line + "\n")
-    done = run_index(tmp_path / "root", "token", "import", str(path), check=False)
-    assert done.returncode == 3
-    assert "line 1" in done.stderr
+    process = run_index(tmp_path / "root", "token", "import", str(path), check=False)
+    assert process.returncode == 3
+    assert "line 1" in process.stderr
 
 
-def test_a_password_kept_as_sha_1_is_told_with_the_command_that_mends_it(tmp_path: Path) -> None:
+def test_a_sha_1_password_is_refused_with_the_command_that_mends_it(tmp_path: Path) -> None:
     path = tmp_path / "htpasswd"
     path.write_text(f"ann:{apr1('x')}\nbob:{{SHA}}W6ph5Mm5Pz8GgiULbPgzG37mj9g=\n")
     for command in (("token", "import", str(path)), ("serve", "-p", "0", "-P", str(path))):
-        done = run_index(tmp_path / "root", *command, check=False)
-        assert done.returncode == 3
-        assert "line 2: the password of bob is kept as SHA-1" in done.stderr
-        assert f"htpasswd -B {path} bob" in done.stderr.replace("\n", " ")
+        process = run_index(tmp_path / "root", *command, check=False)
+        assert process.returncode == 3
+        assert "line 2: the password of bob is hashed with SHA-1" in process.stderr
+        assert f"htpasswd -B {path} bob" in process.stderr.replace("\n", " ")
 
 
 @pytest.mark.parametrize(
@@ -96,9 +96,9 @@ def test_a_damaged_hash_lets_nobody_in(hashed: str) -> None:
 
 @pytest.mark.parametrize("asked", [".", "update,download", "list"])
 def test_open_uploads_and_closed_reads_are_refused(tmp_path: Path, asked: str) -> None:
-    done = run_index(tmp_path / "root", "serve", "-p", "0", "-a", asked, check=False)
-    assert done.returncode == 3
-    assert "always need a token" in done.stderr
+    process = run_index(tmp_path / "root", "serve", "-p", "0", "-a", asked, check=False)
+    assert process.returncode == 3
+    assert "always need a token" in process.stderr
 
 
 def test_guessing_passwords_ends(tmp_path: Path, htpasswd: Path) -> None:

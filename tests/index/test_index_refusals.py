@@ -109,8 +109,8 @@ def test_same_bytes_again_are_fine_and_other_bytes_are_not(shared: Server) -> No
     assert shared.upload(name, content).status_code == 200
     _, other = wheel("twice_pkg", files={"twice_pkg/__init__.py": b"changed = True\n"})
     refused(shared.upload(name, other), "File already exists")
-    found = shared.page("twice-pkg").json()["files"]
-    assert [item["hashes"]["sha256"] for item in found] == [hashlib.sha256(content).hexdigest()]
+    files = shared.page("twice-pkg").json()["files"]
+    assert [item["hashes"]["sha256"] for item in files] == [hashlib.sha256(content).hexdigest()]
 
 
 @pytest.mark.parametrize(
@@ -202,8 +202,8 @@ def post_file(server: Server, filename: str, content: bytes) -> httpx.Response:
 
 def everything_beside(server: Server) -> set[str]:
     """Every file in and around the root, but for the catalogue and the logs; also where the absolute names lead."""
-    found = {str(path) for path in server.root.parent.rglob("*") if path.suffix != ".log" and path.parent.name != "catalogue"}
-    return found | {str(path) for path in Path("/tmp").glob("gf_*_pkg*")}
+    paths = {str(path) for path in server.root.parent.rglob("*") if path.suffix != ".log" and path.parent.name != "catalogue"}
+    return paths | {str(path) for path in Path("/tmp").glob("gf_*_pkg*")}
 
 
 def test_an_empty_file_name_is_refused(shared: Server) -> None:

@@ -28,8 +28,8 @@ AARCH64 = "cp311-cp311-manylinux_2_34_aarch64"
 
 
 def preview_of(server: Server, name: str) -> str:
-    found = run_json(server.root, "stage", "list")
-    return next(f"/preview/{item['preview']}" for item in found if item["name"] == name)
+    sets = run_json(server.root, "stage", "list")
+    return next(f"/preview/{item['preview']}" for item in sets if item["name"] == name)
 
 
 def test_a_view_for_each_cuda(shared: Server) -> None:
@@ -39,8 +39,8 @@ def test_a_view_for_each_cuda(shared: Server) -> None:
     assert shared.filenames("cuda-pkg", prefix="/cu130") == [f"cuda_pkg-1.0+cu130-{AARCH64}.whl"]
     assert shared.filenames("cuda-pkg", prefix="/cu128") == [f"cuda_pkg-1.0+cu.12.8.torch.2.11-{AARCH64}.whl"]
     assert len(shared.filenames("cuda-pkg")) == 4
-    found = next(item for item in shared.page("cuda-pkg").json()["files"] if "+cu130" in item["filename"])
-    assert (found["_cuda"], found["_torch"], found["_glibc"]) == ("13.0", "2.11", "2.34")
+    listed = next(item for item in shared.page("cuda-pkg").json()["files"] if "+cu130" in item["filename"])
+    assert (listed["_cuda"], listed["_torch"], listed["_glibc"]) == ("13.0", "2.11", "2.34")
     item = shared.page("cuda-pkg", prefix="/cu130").json()["files"][0]
     assert shared.client.get("/cu130/simple/cuda-pkg/" + item["url"]).status_code == 200
     assert shared.client.get("/cu130/simple/", headers={"Accept": JSON}).json()["projects"] == [{"name": "cuda-pkg"}]
@@ -129,12 +129,12 @@ def test_staged_names_are_reserved(shared: Server) -> None:
 
 @pytest.mark.parametrize("name", ["cu130", "simple", "files", "Upper", "a/b", "..", "nightly", "-x"])
 def test_set_names_that_would_hide_something_are_refused(shared: Server, name: str) -> None:
-    done = (
+    process = (
         run_index(shared.root, "stage", "create", "--", name, check=False)
         if name.startswith("-")
         else run_index(shared.root, "stage", "create", name, check=False)
     )
-    assert done.returncode == 2
+    assert process.returncode == 2
 
 
 def test_an_empty_set_is_not_published(shared: Server) -> None:
@@ -152,11 +152,11 @@ def lock_line(name: str, version: str, content: bytes) -> str:
 @pytest.fixture(scope="module")
 def upstream(tmp_path_factory: pytest.TempPathFactory) -> Server:
     """Somebody else's index: another instance of ours, with a library and its dependency."""
-    with serving(tmp_path_factory.mktemp("upstream") / "root", "--allow-new") as found:
-        assert found.upload(*wheel("third_lib", "3.0", requires=("third_dep>=1",))).status_code == 200
-        assert found.upload(*wheel("third_dep", "1.5")).status_code == 200
-        assert found.upload(*wheel("third_dep", "1.6")).status_code == 200
-        yield found
+    with serving(tmp_path_factory.mktemp("upstream") / "root", "--allow-new") as server:
+        assert server.upload(*wheel("third_lib", "3.0", requires=("third_dep>=1",))).status_code == 200
+        assert server.upload(*wheel("third_dep", "1.5")).status_code == 200
+        assert server.upload(*wheel("third_dep", "1.6")).status_code == 200
+        yield server
 
 
 @pytest.mark.parametrize("how", ["copy", "link"])
@@ -174,9 +174,13 @@ def test_a_sets_view_is_closed_and_complete(shared: Server, upstream: Server, tm
     )
     env = {"GRACEFARM_PYTHON_INDEX": upstream.url + "/simple/"}
     options = ["--link"] if how == "link" else []
-    done = run_json(shared.root, "mirror", str(lock), "--set", name, *options, env=env)
+    mirrored = run_json(shared.root, "mirror", str(lock), "--set", name, *options, env=env)
     word = {"copy": "copied", "link": "linked"}[how]
-    assert [(item["name"], item["how"]) for item in done] == [(f"our-{how}", "ours"), ("third-lib", word), ("third-dep", word)]
+    assert [(item["name"], item["how"]) for item in mirrored] == [
+        (f"our-{how}", "ours"),
+        ("third-lib", word),
+        ("third-dep", word),
+    ]
     again = run_json(shared.root, "mirror", str(lock), "--set", name, *options, env=env)
     assert [item["how"] for item in again] == ["ours", "kept", "kept"]
     run_index(shared.root, "stage", "publish", name)
@@ -223,8 +227,8 @@ def test_a_sets_lock_is_installed_from_its_index(server: Server, tmp_path: Path)
         str(tmp_path / "here"),
     ]
     pip = [sys.executable, "-m", "pip", "install", "--no-cache-dir", *options, "-r", f"{server.url}/whole/requirements.lock"]
-    done = subprocess.run(pip, capture_output=True, text=True, check=False, timeout=120)
-    assert done.returncode == 0, done.stderr
+    process = subprocess.run(pip, capture_output=True, text=True, check=False, timeout=120)
+    assert process.returncode == 0, process.stderr
     assert {path.name for path in (tmp_path / "here").glob("part_*")} >= {"part_one", "part_two"}
     run_index(server.root, "export", str(tmp_path / "tree"))
     assert (tmp_path / "tree" / "whole" / "requirements.lock").read_text() == answer.text
@@ -298,9 +302,9 @@ def test_a_lock_that_upstream_cannot_fulfil(shared: Server, upstream: Server, tm
     env = {"GRACEFARM_PYTHON_INDEX": upstream.url + "/simple/"}
     lock = tmp_path / "requirements.lock"
     lock.write_text(lock_line("third-dep", "1.5", b"other bytes"))
-    done = run_index(shared.root, "mirror", str(lock), "--set", "failing", check=False, env=env)
-    assert done.returncode == 10
-    assert "third-dep 1.5" in done.stderr
+    process = run_index(shared.root, "mirror", str(lock), "--set", "failing", check=False, env=env)
+    assert process.returncode == 10
+    assert "third-dep 1.5" in process.stderr
     lock.write_text(lock_line("no-such", "1.5", b"x"))
     assert "no project no-such" in run_index(shared.root, "mirror", str(lock), "--set", "failing", check=False, env=env).stderr
     for wrong in ("third-dep>=1\n", "third-dep==1.5\n", "third-dep @ https://x/y.whl\n"):
@@ -318,8 +322,8 @@ def test_an_upstream_that_sends_other_bytes_is_caught(shared: Server, upstream: 
     lock = tmp_path / "requirements.lock"
     lock.write_text(lock_line("bitrot-lib", "1.0", content))
     env = {"GRACEFARM_PYTHON_INDEX": upstream.url + "/simple/"}
-    done = run_index(shared.root, "mirror", str(lock), "--set", "rotten", check=False, env=env)
-    assert done.returncode == 11
+    process = run_index(shared.root, "mirror", str(lock), "--set", "rotten", check=False, env=env)
+    assert process.returncode == 11
     assert shared.filenames("bitrot-lib", prefix=preview_of(shared, "rotten")) == []
 
 
@@ -327,11 +331,11 @@ def mirrored(server: Server, upstream: Server, folder: Path, name: str, *lines: 
     """`index mirror` of a lock of these lines."""
     lock = folder / "requirements.lock"
     lock.write_text("".join(lines))
-    found = run_json(
+    mirrored = run_json(
         server.root, "mirror", str(lock), "--set", name, env={"GRACEFARM_PYTHON_INDEX": upstream.url + "/simple/"}
     )
-    assert isinstance(found, list)
-    return found
+    assert isinstance(mirrored, list)
+    return mirrored
 
 
 LIB = wheel("third_lib", "3.0", requires=("third_dep>=1",))[1]
@@ -344,9 +348,9 @@ def test_a_set_whose_mirroring_died_is_not_published(shared: Server, upstream: S
     lock.write_text(lock_line("third-dep", "1.5", DEP) + absent + lock_line("third-lib", "3.0", LIB))
     env = {"GRACEFARM_PYTHON_INDEX": upstream.url + "/simple/"}
     assert run_index(shared.root, "mirror", str(lock), "--set", "halfway", check=False, env=env).returncode == 10
-    done = run_index(shared.root, "stage", "publish", "halfway", check=False)
-    assert done.returncode == 2
-    assert "lacks 2 of 3: no-such==1.0 of its lock; third-lib==3.0 of its lock" in done.stderr
+    process = run_index(shared.root, "stage", "publish", "halfway", check=False)
+    assert process.returncode == 2
+    assert "lacks 2 of 3: no-such==1.0 of its lock; third-lib==3.0 of its lock" in process.stderr
     mirrored(shared, upstream, tmp_path, "halfway", lock_line("third-dep", "1.5", DEP), lock_line("third-lib", "3.0", LIB))
     run_index(shared.root, "stage", "publish", "halfway")
 
@@ -396,9 +400,9 @@ def test_mirroring_changes_no_published_set(shared: Server, upstream: Server, tm
     for lines in (lock_line("third-dep", "1.6", DEP_16), first + lock_line("third-lib", "3.0", LIB)):
         lock.write_text(lines)
         env = {"GRACEFARM_PYTHON_INDEX": upstream.url + "/simple/"}
-        done = run_index(shared.root, "mirror", str(lock), "--set", "fixed-set", check=False, env=env)
-        assert done.returncode == 2
-        assert "fixed-set is published" in done.stderr
+        process = run_index(shared.root, "mirror", str(lock), "--set", "fixed-set", check=False, env=env)
+        assert process.returncode == 2
+        assert "fixed-set is published" in process.stderr
     assert shared.page("third-dep", prefix="/fixed-set").text == before
     assert shared.filenames("third-lib", prefix="/fixed-set") == []
     assert [item["how"] for item in mirrored(shared, upstream, tmp_path, "fixed-set", first)] == ["kept"]
@@ -496,25 +500,25 @@ def test_an_upstream_that_lies_is_caught(
     shared: Server, tmp_path: Path, filename: str, more: dict[str, object], code: int, words: str
 ) -> None:
     content = wheel("lied", "1.0")[1]
-    said = {"filename": filename, "url": "/file", "hashes": {"sha256": hashlib.sha256(content).hexdigest()}, **more}
+    entry = {"filename": filename, "url": "/file", "hashes": {"sha256": hashlib.sha256(content).hexdigest()}, **more}
     lock = tmp_path / "requirements.lock"
     lock.write_text(lock_line("lied", "1.0", content))
-    with liar([said], content) as (url, _):
+    with liar([entry], content) as (url, _):
         env = {"GRACEFARM_PYTHON_INDEX": url + "/simple/"}
-        done = run_index(shared.root, "mirror", str(lock), "--set", "lied-set", check=False, env=env)
-    assert done.returncode == code, done.stderr
-    assert words in done.stderr
+        process = run_index(shared.root, "mirror", str(lock), "--set", "lied-set", check=False, env=env)
+    assert process.returncode == code, process.stderr
+    assert words in process.stderr
     assert shared.filenames("lied", prefix=preview_of(shared, "lied-set")) == []
     assert not list((shared.root / "staging").iterdir())
 
 
 def test_a_copy_keeps_the_time_of_the_original(shared: Server, tmp_path: Path) -> None:
     name, content = wheel("timed", "1.0")
-    said = {"filename": name, "url": "/file", "hashes": {"sha256": hashlib.sha256(content).hexdigest()},
+    entry = {"filename": name, "url": "/file", "hashes": {"sha256": hashlib.sha256(content).hexdigest()},
             "size": len(content), "upload-time": "2024-03-01T10:20:30.5Z"}  # fmt: skip
     lock = tmp_path / "requirements.lock"
     lock.write_text(lock_line("timed", "1.0", content))
-    with liar([said], content) as (url, asked):
+    with liar([entry], content) as (url, asked):
         run_index(shared.root, "mirror", str(lock), "--set", "timed-set", env={"GRACEFARM_PYTHON_INDEX": url + "/simple/"})
     assert asked == ["identity"]
     item = shared.page("timed", prefix=preview_of(shared, "timed-set")).json()["files"][0]
