@@ -100,20 +100,10 @@ def aimed(function: Function) -> Function:
     """--stack, --target and the toolchain's options, given to the command as `aim`."""
 
     @functools.wraps(function)
-    def with_aim(
-        *arguments: Any,
-        stack_name: str | None,
-        target: str,
-        toolchain: ToolchainKind,
-        own: Path | None,
-        python: Path | None,
-        cuda: Path | None,
-        **options: Any,
-    ) -> Any:
-        on = wanted(toolchain, own, python, cuda)
+    def with_aim(*arguments: Any, stack_name: str | None, target: str, on: Choice, **options: Any) -> Any:
         return function(*arguments, aim=Aim(stack=stack_name, target=_target_here(target, on), on=on), **options)
 
-    return _with(with_aim, *_STACK_AND_TARGET, *_TOOLCHAIN)
+    return _with(toolchained(with_aim), *_STACK_AND_TARGET)
 
 
 def aimed_at_sandbox(function: Function) -> Function:

@@ -26,7 +26,7 @@ from builder.planning.settings import Settings
 from gracefarm.console import Tick, no_tick
 from gracefarm.errors import DigestError, DiskFullError, FetchError, HostError
 from gracefarm.files import atomic_directory, atomic_write, full_disk, lock
-from gracefarm.process import last_line
+from gracefarm.process import die_with_us, last_line
 
 CONFIG = """\
 # Written by gracefarm; the only configuration that its git reads.
@@ -152,10 +152,8 @@ def run_git(
     """
     if shutil.which("git") is None:
         raise HostError("there is no git on this machine", remedy="install Debian's package git, as `builder doctor` says")
-    # A builder that is killed takes its git along; else that would go on writing where the next run sweeps.
-    with_us = ["setpriv", "--pdeathsig", "KILL", "--"] if shutil.which("setpriv") else []
     process = subprocess.run(
-        [*with_us, "git", *arguments],
+        die_with_us(["git", *arguments]),
         cwd=cwd,
         env=_environment(config) | dict(environment or {}),
         stdin=subprocess.DEVNULL,
@@ -274,15 +272,8 @@ def _ask(git: Git, commit: str, url: str) -> None:
         if any(word in message for word in (*ABSENT, *REFUSED_ADDRESS, *TRANSIENT)):
             raise
         # The server gives no single commits (protocol v0 without uploadpack.allowReachableSHA1InWant) or is dumb http.
-        git(
-            "fetch",
-            "--quiet",
-            "--no-write-fetch-head",
-            "--",
-            url,
-            "+refs/heads/*:refs/all/heads/*",
-            "+refs/tags/*:refs/all/tags/*",
-        )
+        everything = ("+refs/heads/*:refs/all/heads/*", "+refs/tags/*:refs/all/tags/*")
+        git("fetch", "--quiet", "--no-write-fetch-head", "--", url, *everything)
         try:
             git("cat-file", "-e", commit)
         except GitError:

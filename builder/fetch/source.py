@@ -40,7 +40,7 @@ def unpack(recipe: LoadedRecipe, fetched: Fetched, into: Path, source_date_epoch
         _place_files(recipe.data, fetched, tree)
         for patch in recipe.patches:
             _apply(patch, tree, recipe)
-        _substitute(recipe.data, tree)
+        substitute(recipe.data, tree)
         _settle(tree, source_date_epoch, [place / ".git" for place in repositories])
         for place in repositories:
             _refresh(place)
@@ -172,7 +172,12 @@ def _place_files(recipe: Recipe, fetched: Fetched, tree: Path) -> None:
             place.write_text(file.text or "")
 
 
-def _substitute(recipe: Recipe, tree: Path) -> None:
+def substitute(recipe: Recipe, tree: Path) -> None:
+    """Replace the texts that the recipe names in the tree.
+
+    Raises:
+        SourceError: a file is not there, or does not have the text as often as the recipe says.
+    """
     for substitution in recipe.substitutions:
         place = tree / substitution.path
         if place.is_symlink() or not place.is_file() or not place.resolve().is_relative_to(tree.resolve()):

@@ -11,8 +11,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from builder.box import meter
+from builder import smoke
+from builder.box import meter, sandbox
+from builder.box.sandbox import Mount, Sandbox
 from builder.compiling import pep517
+from builder.compiling.pep517 import first_error
 from builder.flow.attempt import BuildOptions
 from builder.flow.build import build
 from builder.flow.ground import lay_ground
@@ -21,14 +24,15 @@ from builder.ground import environment
 from builder.planning.plan import Plan
 from builder.planning.settings import Settings
 from builder.proof import publish, record
+from builder.toolchains import bed
 from gracefarm.console import Console
-from gracefarm.errors import HostError, PublishError
+from gracefarm.errors import HostError, InstallError, PublishError
 from gracefarm.files import lock, remove_tree
 from gracefarm.process import die_with_us, last_line
 
 
 @dataclass(frozen=True, kw_only=True)
-class Result:
+class Installed:
     """Where everything is."""
 
     wheel: str
@@ -76,29 +80,12 @@ def _url(line: str) -> str | None:
 
 
 def _token(folder: Path) -> str:
-    made = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "index",
-            "token",
-            "create",
-            "--root",
-            str(folder),
-            "--name",
-            "builder-run",
-            "--expires",
-            "1d",
-            "--json",
-        ],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return str(json.loads(last_line(made.stdout))["token"])
+    create = [sys.executable, "-m", "index", "token", "create", "--root", str(folder), "--name", "builder-run"]
+    process = subprocess.run([*create, "--expires", "1d", "--json"], capture_output=True, text=True, check=True)
+    return str(json.loads(last_line(process.stdout))["token"])
 
 
-def run(plan: Plan, settings: Settings, console: Console) -> Result:
+def run(plan: Plan, settings: Settings, console: Console) -> Installed:
     """Build, publish, install back, import.
 
     Raises:
@@ -116,28 +103,41 @@ def run(plan: Plan, settings: Settings, console: Console) -> Result:
         console.step("publish", f"{wheel.name} to {url}/legacy/")
         tell_index(done.build_id, f"{url}/legacy/", settings, console, ("__token__", token))
         _install_back(plan, f"{url}/simple/", settings, console, folder)
-    return Result(
+    return Installed(
         wheel=str(wheel), record=str(record.path(settings, done.build_id)), log=str(folder / "log.txt"), build_id=done.build_id
     )
 
 
 def _install_back(plan: Plan, index_url: str, settings: Settings, console: Console, folder: Path) -> None:
+    """Install the wheel with the pip of a clean environment, from `index_url` alone; import it and run smoke.py.
+
+    Raises:
+        InstallError: pip, an import or the script failed, in its words.
+    """
     ground = lay_ground(plan, settings, console)
-    clean = folder / "install" / "env"
+    clean, files, log = folder / "install" / "env", folder / "install" / "files", folder / "install.txt"
     remove_tree(clean)
     environment.fresh(ground.environment, clean, None)
-    data = plan.recipe.data
-    outcome = publish.install_back(
-        f"{data.name}=={data.version}",
-        index_url=index_url,
-        imports=data.smoke.imports,
-        script=plan.recipe.smoke_script,
-        environment=clean,
+    data, script = plan.recipe.data, plan.recipe.smoke_script
+    smoke.prepare(files, data.smoke.imports, script)
+    box = Sandbox(
         root=ground.root,
+        mounts=(Mount(source=clean, target="/env", writable=True), Mount(source=files, target=bed.WORKDIR)),
+        environment=bed.variables(),
+        workdir=bed.WORKDIR,
         memory=pep517.bound(settings, meter.available_memory()),
-        log=folder / "install.txt",
-        files=folder / "install" / "files",
+        network=True,
     )
-    proven = "it imports" + (", smoke.py passes" if plan.recipe.smoke_script else "")
+    options = ("--no-cache-dir", "--disable-pip-version-check", "--no-input", "--no-compile", "--root-user-action=ignore")
+    pip = ("/env/bin/python3", "-m", "pip", "install", *options, "--index-url", index_url, f"{data.name}=={data.version}")
+    for command in (pip, smoke.driver(data.smoke.imports, script)):
+        outcome = sandbox.run(box, command, log=log)
+        if outcome.returncode != 0:
+            raise InstallError(
+                f"{pip[-1]} from {index_url} does not install into a clean environment: {first_error(log)}",
+                remedy=f"the whole output is in {log}",
+                repeat=" ".join(command),
+            )
+    proven = "it imports" + (", smoke.py passes" if script else "")
     console.step("install", f"pip installed {data.name} from {index_url} alone; {proven} (in {outcome.wall_s:.0f} s)")
     shutil.rmtree(folder / "install")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 import shutil
 import subprocess
@@ -16,6 +18,7 @@ from builder.planning.packages import Deb
 from builder.planning.settings import Settings
 from builder.planning.stack import Arch
 from gracefarm.errors import FetchError, HostError, RootError
+from gracefarm.process import die_with_us
 
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 MIRROR_REMEDY = "name a Debian mirror that this machine reaches: GRACEFARM_DEBIAN_MIRROR=URL"
@@ -112,8 +115,7 @@ class Solver:
         Raises:
             RootError: apt finds no solution.
         """
-        listing = self.run_apt("install", "--print-uris", "--quiet=2", "--yes", *requests)
-        return [self._parse(line) for line in listing.splitlines() if line.startswith("'")]
+        return self._listed("install", "--yes", *requests)
 
     def alone(self, requests: Sequence[str]) -> list[Deb]:
         """`requests` without what they depend on.
@@ -121,9 +123,10 @@ class Solver:
         Raises:
             RootError: the suite does not have one of them.
         """
-        if not requests:
-            return []
-        listing = self.run_apt("download", "--print-uris", "--quiet=2", *requests)
+        return self._listed("download", *requests) if requests else []
+
+    def _listed(self, *arguments: str) -> list[Deb]:
+        listing = self.run_apt(*arguments, "--print-uris", "--quiet=2")
         return [self._parse(line) for line in listing.splitlines() if line.startswith("'")]
 
     def _parse(self, line: str) -> Deb:
@@ -197,3 +200,30 @@ def solver(
         except RootError as error:
             raise FetchError(f"the package lists of {suite} cannot be fetched: {error.cause}", remedy=MIRROR_REMEDY) from error
         yield apt
+
+
+def unpack(archive: Path, into: Path, deb: Deb, options: Sequence[str] = ()) -> None:
+    """Unpack a package into a folder; `options` are further ones of tar, and members where not all are wanted.
+
+    Raises:
+        RootError: it cannot be unpacked.
+        HostError: dpkg-deb or tar is missing.
+    """
+    # No set-user-id bits either, which come with the permissions.
+    command = ["tar", "--extract", "--file=-", f"--directory={into}", "--keep-directory-symlink", "--no-same-owner"]
+    command += ["--no-same-permissions", "--warning=no-timestamp", *options]
+    try:
+        with subprocess.Popen(
+            ["dpkg-deb", "--fsys-tarfile", archive], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        ) as source:
+            unpacked = subprocess.run(die_with_us(command), stdin=source.stdout, capture_output=True, check=False)
+            assert source.stdout is not None
+            assert source.stderr is not None
+            source.stdout.close()
+            message = (source.stderr.read() + unpacked.stderr).decode(errors="replace").strip()
+    except FileNotFoundError as error:
+        raise HostError(f"the program {error.filename} is not installed", remedy="run `builder doctor --fix`") from error
+    if os.strerror(errno.ENOSPC) in message:
+        raise OSError(errno.ENOSPC, message)
+    if source.returncode or unpacked.returncode:
+        raise RootError(f"{deb.title} cannot be unpacked: {message}", remedy=f"remove {archive} and try again")

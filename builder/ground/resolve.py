@@ -51,7 +51,7 @@ def _render(title: str, stack: LoadedStack, files: Mapping[Row, set[Arch]], arch
     lines = [title]
     lines += [f"# Written by `{stack.lock_command}`, not by hand. pip and uv read it with --require-hashes."]
     for own in stack.data.environment.wheels:
-        lines += [f"# {own.name} {own.version} for {own.arch} is not here: stack.toml pins it on an index of its own."]
+        lines += [f"# {own.title} is not here: stack.toml pins it on an index of its own."]
     for (name, version, filename, sha256), where in sorted(files.items()):
         marker = "" if len(where) == len(archs) else f' ; platform_machine == "{min(where)}"'
         lines += [f"# {filename}", f"{name}=={version}{marker} --hash=sha256:{sha256}"]

@@ -7,10 +7,8 @@ their plain names. docs/stacks.md describes the layout.
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
-import subprocess
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from importlib.resources import files
@@ -24,9 +22,8 @@ from builder.planning.packages import Deb
 from builder.planning.settings import Settings
 from builder.planning.stack import Arch, LoadedStack
 from gracefarm.console import Tick, no_tick
-from gracefarm.errors import FetchError, HostError, RootError
+from gracefarm.errors import FetchError, RootError
 from gracefarm.files import atomic_directory, lock
-from gracefarm.process import die_with_us
 
 OWN = Path("usr/libexec/gracefarm")
 BIN = Path("opt/gracefarm/bin")
@@ -156,24 +153,7 @@ def _unpack(archive: Path, folder: Path, deb: Deb, wanted: tuple[str, ...]) -> N
     if wanted and deb.name.startswith("python"):
         into = folder / OWN / "native-python"
         into.mkdir(parents=True)
-    command = ["tar", "--extract", "--file=-", f"--directory={into}", "--keep-directory-symlink", "--no-same-owner"]
-    # No set-user-id bits either, which come with the permissions.
-    command += ["--no-same-permissions", "--warning=no-timestamp", *(f"--exclude=./usr/share/{name}" for name in _LEFT_OUT)]
-    try:
-        with subprocess.Popen(
-            ["dpkg-deb", "--fsys-tarfile", archive], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        ) as source:
-            unpacked = subprocess.run(die_with_us([*command, *wanted]), stdin=source.stdout, capture_output=True, check=False)
-            assert source.stdout is not None
-            assert source.stderr is not None
-            source.stdout.close()
-            message = (source.stderr.read() + unpacked.stderr).decode(errors="replace").strip()
-    except FileNotFoundError as error:
-        raise HostError(f"the program {error.filename} is not installed", remedy="run `builder doctor --fix`") from error
-    if os.strerror(errno.ENOSPC) in message:
-        raise OSError(errno.ENOSPC, message)
-    if source.returncode or unpacked.returncode:
-        raise RootError(f"{deb.title} cannot be unpacked: {message}", remedy=f"remove {archive} and try again")
+    debian.unpack(archive, into, deb, [*(f"--exclude=./usr/share/{name}" for name in _LEFT_OUT), *wanted])
 
 
 def _lay_out(folder: Path, stack: LoadedStack, host: Arch, target: Arch) -> None:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from builder.fetch import Download, download
 from builder.ground import debian
-from builder.planning.packages import PROFILE, Deb, of_toolkit
+from builder.planning.packages import PROFILE, of_toolkit
 from builder.planning.settings import Settings
 from builder.planning.stack import Arch, LoadedStack
 from gracefarm.console import Tick, no_tick
-from gracefarm.errors import HostError, RootError
+from gracefarm.errors import RootError
 
 _OWN = "usr/lib/nvidia-cuda-toolkit"
 _PLACES = {
@@ -55,7 +54,7 @@ def unpack(stack: LoadedStack, host: Arch, folder: Path, settings: Settings, tic
     home = folder / "nvidia" / f"cu{stack.data.cuda.split('.')[0]}"
     with TemporaryDirectory(dir=folder, prefix="unpack-") as name:
         for deb in debs:
-            _unpack(places[deb.sha256], Path(name), deb)
+            debian.unpack(places[deb.sha256], Path(name), deb)
         for source, place in {**{f"usr/bin/{tool}": f"bin/{tool}" for tool in _TOOLS}, **_PLACES}.items():
             (home / place).parent.mkdir(parents=True, exist_ok=True)
             try:
@@ -64,12 +63,3 @@ def unpack(stack: LoadedStack, host: Arch, folder: Path, settings: Settings, tic
                 titles = ", ".join(deb.title for deb in debs)
                 raise RootError(f"{titles} has no /{source}", remedy="mend [toolchain.debian] in stack.toml") from error
     (home / "bin" / "nvcc.profile").write_text(PROFILE)
-
-
-def _unpack(archive: Path, into: Path, deb: Deb) -> None:
-    try:
-        process = subprocess.run(["dpkg-deb", "--extract", archive, into], capture_output=True, text=True, check=False)
-    except FileNotFoundError as error:
-        raise HostError("the program dpkg-deb is not installed", remedy="run `builder doctor --fix`") from error
-    if process.returncode:
-        raise RootError(f"{deb.title} cannot be unpacked: {process.stderr.strip()}", remedy=f"remove {archive} and try again")

@@ -29,15 +29,9 @@ class Gap:
 
 def of_recipe(recipe: LoadedRecipe) -> list[Gap]:
     """The recipe's own gaps."""
+    place = recipe.folder / "recipe.toml"
     return [
-        Gap(
-            file=recipe.folder / "recipe.toml",
-            table=("files",),
-            number=number,
-            what=file.path,
-            url=file.url or "",
-            reason=file.sha256_unknown,
-        )
+        Gap(file=place, table=("files",), number=number, what=file.path, url=file.url or "", reason=file.sha256_unknown)
         for number, file in enumerate(recipe.data.files)
         if file.sha256_unknown is not None
     ]
@@ -45,15 +39,9 @@ def of_recipe(recipe: LoadedRecipe) -> list[Gap]:
 
 def of_stack(stack: LoadedStack) -> list[Gap]:
     """The stack's gaps."""
+    place, table = stack.folder / "stack.toml", ("environment", "wheels")
     return [
-        Gap(
-            file=stack.folder / "stack.toml",
-            table=("environment", "wheels"),
-            number=number,
-            what=f"{wheel.name} {wheel.version} for {wheel.arch}",
-            url=wheel.index,
-            reason=wheel.sha256_unknown,
-        )
+        Gap(file=place, table=table, number=number, what=wheel.title, url=wheel.index, reason=wheel.sha256_unknown)
         for number, wheel in enumerate(stack.data.environment.wheels)
         if wheel.sha256_unknown is not None
     ]
@@ -61,9 +49,10 @@ def of_stack(stack: LoadedStack) -> list[Gap]:
 
 def of_images(stack: LoadedStack) -> list[Gap]:
     """The gaps of the stack's container images, which builds in a container alone stand on."""
+    place = stack.folder / "stack.toml"
     return [
         Gap(
-            file=stack.folder / "stack.toml",
+            file=place,
             table=("container", arch.value),
             number=None,
             what=f"image {image.name}:{image.tag}",

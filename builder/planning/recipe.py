@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -13,7 +12,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 from pydantic import AfterValidator, Field, model_validator
 
-from builder.planning.stack import RequirementText, Sm
+from builder.planning.stack import RequirementText, Sm, unknown
 from gracefarm import tables
 from gracefarm.errors import ConfigError
 from gracefarm.tables import Commit, InsidePath, Sha256, Size, Table, Url, one_digest
@@ -240,11 +239,7 @@ def load(recipes: Path, name: str) -> LoadedRecipe:
     wanted = canonicalize_name(name)
     match = next((key for key in known if canonicalize_name(key) == wanted), None) or _of_distribution(recipes, wanted)
     if match is None:
-        near = difflib.get_close_matches(wanted, known, n=1, cutoff=0.5)
-        raise ConfigError(
-            f"unknown recipe {name!r} in {recipes}",
-            remedy=f"did you mean {near[0]!r}?" if near else f"recipes: {', '.join(known) or 'none'}",
-        )
+        raise unknown("recipe", name, recipes, known)
     folder = recipes / match
     smoke, smoke_gpu = folder / "smoke.py", folder / "smoke_gpu.py"
     return LoadedRecipe(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -81,6 +82,11 @@ class OwnWheel(Table):
     sha256_unknown: str | None = Field(default=None, description="Why there is no digest yet; `builder lock` fills it in")
 
     _one_digest = model_validator(mode="after")(one_digest)
+
+    @property
+    def title(self) -> str:
+        """For people."""
+        return f"{self.name} {self.version} for {self.arch}"
 
 
 class Environment(Table):
@@ -204,6 +210,13 @@ class LoadedStack:
         return self.folder / "toolchain.lock"
 
 
+def unknown(kind: str, name: str, place: Path, known: Sequence[str]) -> ConfigError:
+    """The error for a recipe, stack or set that is not there: names the nearest, else all."""
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    remedy = f"did you mean {near[0]!r}?" if near else f"{kind}s: {', '.join(known) or 'none'}"
+    return ConfigError(f"unknown {kind} {name!r} in {place}", remedy=remedy)
+
+
 def names(stacks: Path) -> list[str]:
     """Stacks in a folder, sorted."""
     return sorted(path.parent.name for path in stacks.glob("*/stack.toml"))
@@ -217,10 +230,5 @@ def load(stacks: Path, name: str) -> LoadedStack:
     """
     folder = stacks / name
     if not (folder / "stack.toml").is_file():
-        known = names(stacks)
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-        raise ConfigError(
-            f"unknown stack {name!r} in {stacks}",
-            remedy=f"did you mean {near[0]!r}?" if near else f"stacks: {', '.join(known) or 'none'}",
-        )
+        raise unknown("stack", name, stacks, names(stacks))
     return LoadedStack(folder=folder, data=tables.read(folder / "stack.toml", Stack))

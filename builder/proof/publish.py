@@ -1,4 +1,4 @@
-"""Upload a finished wheel with twine and tell the index about its build; install it back with the target's own pip."""
+"""Upload a finished wheel with twine, and tell the index about its build."""
 
 from __future__ import annotations
 
@@ -13,13 +13,8 @@ import httpx
 import requests
 from pypi_simple import NoSuchProjectError, PyPISimple, UnsupportedContentTypeError, UnsupportedRepoVersionError
 
-from builder import smoke
-from builder.box import sandbox
-from builder.box.sandbox import Mount, Outcome, Sandbox
-from builder.compiling.pep517 import first_error
 from builder.proof.record import Publication, now
-from builder.toolchains import bed
-from gracefarm.errors import InstallError, PublishError, UsageError
+from gracefarm.errors import PublishError, UsageError
 from gracefarm.files import sha256_file
 from gracefarm.process import first_line
 
@@ -110,7 +105,7 @@ def send_record(document: Path, log: Path, build_id: str, url: str, login: Login
     base = re.sub(r"(?:(?:stage/[^/]+/|nightly/)?legacy/?)?$", "", url).rstrip("/")
     bodies = [(f"{base}/records/{build_id}", document.read_bytes())]
     if log.is_file():
-        bodies.append((f"{base}/records/{build_id}/log", _end_of(log)))
+        bodies.append((f"{base}/records/{build_id}/log", end_of(log)))
     try:
         with httpx.Client(auth=login or credentials(url), timeout=60) as client:
             for place, body in bodies:
@@ -129,7 +124,7 @@ def _from_keyring(url: str, name: str) -> str | None:
     return Resolver({"repository": url}, CredentialInput(name)).get_password_from_keyring()
 
 
-def _end_of(log: Path) -> bytes:
+def end_of(log: Path) -> bytes:
     """A log as the index takes it: of one that is too long, its end."""
     with log.open("rb") as stream:
         size = stream.seek(0, os.SEEK_END)
@@ -141,44 +136,3 @@ def _end_of(log: Path) -> bytes:
 def _environment(login: Login | None) -> dict[str, str]:
     own = {"TWINE_USERNAME": login[0], "TWINE_PASSWORD": login[1]} if login else {}
     return {**os.environ, "NO_COLOR": "1", "TERM": "dumb", "PYTHONWARNINGS": "ignore", **own}
-
-
-def install_back(
-    requirement: str,
-    *,
-    index_url: str,
-    imports: tuple[str, ...],
-    script: Path | None,
-    environment: Path,
-    root: Path,
-    memory: int,
-    log: Path,
-    files: Path,
-) -> Outcome:
-    """Install `requirement` with the pip of `environment`, from `index_url` alone; import it, then run `script`, a smoke.py.
-
-    `environment` is written to: pass a fresh copy. `files` is scratch space for the driver.
-
-    Raises:
-        InstallError: pip, an import or the script failed, in its words.
-    """
-    smoke.prepare(files, imports, script)
-    box = Sandbox(
-        root=root,
-        mounts=(Mount(source=environment, target="/env", writable=True), Mount(source=files, target=bed.WORKDIR)),
-        environment=bed.variables(),
-        workdir=bed.WORKDIR,
-        memory=memory,
-        network=True,
-    )
-    options = ("--no-cache-dir", "--disable-pip-version-check", "--no-input", "--no-compile", "--root-user-action=ignore")
-    pip = ("/env/bin/python3", "-m", "pip", "install", *options)
-    for command in ((*pip, "--index-url", index_url, requirement), smoke.driver(imports, script)):
-        outcome = sandbox.run(box, command, log=log)
-        if outcome.returncode != 0:
-            raise InstallError(
-                f"{requirement} from {index_url} does not install into a clean environment: {first_error(log)}",
-                remedy=f"the whole output is in {log}",
-                repeat=" ".join(command),
-            )
-    return outcome

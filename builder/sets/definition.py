@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -112,12 +111,7 @@ def load(name: str, settings: Settings) -> LoadedSet:
     """
     place = folder(settings) / name
     if not (place / "set.toml").is_file():
-        known = names(settings)
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-        raise ConfigError(
-            f"unknown set {name!r} in {folder(settings)}",
-            remedy=f"did you mean {near[0]!r}?" if near else f"sets: {', '.join(known) or 'none'}",
-        )
+        raise stack.unknown("set", name, folder(settings), names(settings))
     data = tables.read(place / "set.toml", WheelSet, docs="docs/sets.md")
     if data.name != name:
         raise ConfigError(f"{place / 'set.toml'}:1: the set calls itself {data.name!r}", remedy="name it as its folder")

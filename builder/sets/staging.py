@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,20 +32,16 @@ def _tags(filename: str) -> tuple[str, ...]:
     return (tag.interpreter, next((arch.value for arch in Arch if tag.platform.endswith(f"_{arch.value}")), ""))
 
 
-@contextmanager
-def _client(at: Served) -> Iterator[httpx.Client]:
-    with httpx.Client(auth=at.login or publish.credentials(f"{at.base}/legacy/"), timeout=_TIMEOUT) as client:
-        yield client
-
-
-def _ask(client: httpx.Client, method: str, url: str, **more: Any) -> dict[str, Any]:
+def _ask(at: Served, method: str, action: str = "", **more: Any) -> dict[str, Any]:
     """The set's state, as the index answers.
 
     Raises:
         PublishError: it does not answer, refuses, or is an index that knows no staged sets.
     """
+    url = f"{at.base}/stage/{at.name}{action}"
     try:
-        answer = client.request(method, url, **more)
+        with httpx.Client(auth=at.login or publish.credentials(f"{at.base}/legacy/"), timeout=_TIMEOUT) as client:
+            answer = client.request(method, url, **more)
         value = answer.json() if answer.is_success else {}
     except (httpx.HTTPError, ValueError) as error:
         raise PublishError(f"{url}: {error or type(error).__name__}", remedy="check the address") from error
@@ -66,8 +61,7 @@ def open_(at: Served, expect: Sequence[str]) -> dict[str, Any]:
     Raises:
         PublishError: see `_ask`; also where there was a set of the name with another matrix.
     """
-    with _client(at) as client:
-        return _ask(client, "PUT", f"{at.base}/stage/{at.name}", json={"expect": list(expect)})
+    return _ask(at, "PUT", json={"expect": list(expect)})
 
 
 def state(at: Served) -> dict[str, Any]:
@@ -76,8 +70,7 @@ def state(at: Served) -> dict[str, Any]:
     Raises:
         PublishError: see `_ask`.
     """
-    with _client(at) as client:
-        return _ask(client, "GET", f"{at.base}/stage/{at.name}")
+    return _ask(at, "GET")
 
 
 def show(at: Served) -> dict[str, Any]:
@@ -86,8 +79,7 @@ def show(at: Served) -> dict[str, Any]:
     Raises:
         PublishError: see `_ask`; the index refuses a set that lacks anything.
     """
-    with _client(at) as client:
-        return _ask(client, "POST", f"{at.base}/stage/{at.name}/publish")
+    return _ask(at, "POST", "/publish")
 
 
 def upload(at: Served, files: Sequence[Path]) -> None:

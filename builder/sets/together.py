@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
-from email.parser import BytesParser
 from pathlib import Path
 
+from packaging.metadata import Metadata
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name, parse_wheel_filename
 
@@ -125,18 +125,8 @@ def _met(wanted: Requirement, has: Mapping[str, str]) -> bool:
 def requirements(wheel: Path, python: str, target: Arch) -> list[Requirement]:
     """What a wheel requires there, extras apart."""
     with zipfile.ZipFile(wheel) as archive:
-        name = next(name_ for name_ in archive.namelist() if name_.endswith(".dist-info/METADATA"))
-        message = BytesParser().parsebytes(archive.read(name), headersonly=True)
-    machine = {
-        "platform_machine": target.value,
-        "python_version": python,
-        "python_full_version": f"{python}.0",
-        "sys_platform": "linux",
-        "platform_system": "Linux",
-        "os_name": "posix",
-        "implementation_name": "cpython",
-        "platform_python_implementation": "CPython",
-        "extra": "",
-    }
-    required = [Requirement(str(text)) for text in message.get_all("Requires-Dist", [])]
-    return [requirement for requirement in required if requirement.marker is None or requirement.marker.evaluate(machine)]
+        name = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        required = Metadata.from_email(archive.read(name), validate=False).requires_dist or []
+    # All else is as on the host: CPython on Linux.
+    there = {"platform_machine": target.value, "python_version": python, "python_full_version": f"{python}.0", "extra": ""}
+    return [requirement for requirement in required if requirement.marker is None or requirement.marker.evaluate(there)]

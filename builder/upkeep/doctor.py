@@ -6,6 +6,7 @@ package is there.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import platform
@@ -13,7 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -55,7 +56,7 @@ profile gracefarm-bwrap /usr/bin/bwrap flags=(unconfined) {
 """
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class HostCheck:
     """One thing looked at."""
 
@@ -76,7 +77,7 @@ def system_packages() -> tuple[str, ...]:
 def checks(settings: Settings) -> list[HostCheck]:
     """Everything a build needs, each tried; about a second, or as long as the network takes to fail."""
     return [
-        _python(),
+        python(),
         _venv(),
         _packages(),
         _version("git", ["git", "--version"], GIT, "sources by commit"),
@@ -115,45 +116,29 @@ def fix(checks: Sequence[HostCheck], settings: Settings) -> None:
 # --- what is looked at -------------------------------------------------------------------------------------------------------
 
 
-def _python() -> HostCheck:
+def python() -> HostCheck:
+    """The Python that runs this."""
     # Not by Version: Ubuntu 22.04's python3.11 is a release candidate, which Version puts before 3.11.
-    return HostCheck(
-        name="python",
-        ok=sys.version_info >= PYTHON,
-        found=f"{platform.python_version()} ({sys.executable})",
-        remedy=f"use Python {'.'.join(map(str, PYTHON))} or later",
-    )
+    remedy = f"use Python {'.'.join(map(str, PYTHON))} or later"
+    return HostCheck("python", sys.version_info >= PYTHON, f"{platform.python_version()} ({sys.executable})", remedy)
 
 
 def _venv() -> HostCheck:
     missing = [name for name in ("venv", "ensurepip") if importlib.util.find_spec(name) is None]
     package = f"python{sys.version_info.major}.{sys.version_info.minor}-venv"
-    return HostCheck(
-        name="venv",
-        ok=not missing,
-        found=f"no module {missing[0]}" if missing else "present",
-        remedy=f"apt-get install {package}",
-        packages=(package,) if missing else (),
-    )
+    state = f"no module {missing[0]}" if missing else "present"
+    return HostCheck("venv", not missing, state, f"apt-get install {package}", (package,) if missing else ())
 
 
 def _packages() -> HostCheck:
     wanted = system_packages()
     if shutil.which("dpkg-query") is None:
-        return HostCheck(
-            name="system packages",
-            ok=all(shutil.which(name) for name in ("bwrap", "dpkg-deb", "git", "tar")),
-            found="not Debian or Ubuntu",
-            remedy=f"install the counterparts of {', '.join(wanted)}",
-        )
+        ok = all(shutil.which(name) for name in ("bwrap", "dpkg-deb", "git", "tar"))
+        return HostCheck("system packages", ok, "not Debian or Ubuntu", f"install the counterparts of {', '.join(wanted)}")
     missing = tuple(package for package in wanted if not _installed(package))
-    return HostCheck(
-        name="system packages",
-        ok=not missing,
-        found=f"missing: {', '.join(missing)}" if missing else f"all {len(wanted)} installed",
-        remedy=f"apt-get install {' '.join(missing)} (as root, or `builder doctor --fix`)",
-        packages=missing,
-    )
+    state = f"missing: {', '.join(missing)}" if missing else f"all {len(wanted)} installed"
+    remedy = f"apt-get install {' '.join(missing)} (as root, or `builder doctor --fix`)"
+    return HostCheck("system packages", not missing, state, remedy, missing)
 
 
 def _installed(package: str) -> bool:
@@ -164,12 +149,12 @@ def _installed(package: str) -> bool:
 def _version(package: str, command: list[str], least: Version, why: str) -> HostCheck:
     remedy = f"apt-get install {package} ({least} or later: {why})"
     if shutil.which(command[0]) is None:
-        return HostCheck(name=package, ok=False, found="not installed", remedy=remedy, packages=(package,))
+        return HostCheck(package, False, "not installed", remedy, (package,))
     text = subprocess.run(command, capture_output=True, text=True, check=False).stdout
     match = re.search(r"\d+(\.\d+)+", text)
     if match is None:
-        return HostCheck(name=package, ok=False, found=f"no version in {text.strip()!r}", remedy=remedy)
-    return HostCheck(name=package, ok=Version(match[0]) >= least, found=match[0], remedy=remedy)
+        return HostCheck(package, False, f"no version in {text.strip()!r}", remedy)
+    return HostCheck(package, Version(match[0]) >= least, match[0], remedy)
 
 
 def _sandbox() -> HostCheck:
@@ -178,36 +163,26 @@ def _sandbox() -> HostCheck:
     remedy = (
         "`builder doctor --fix` as root; in a container: allow user namespaces (docker: --privileged, or a seccomp profile)"
     )
-    return HostCheck(name="sandbox", ok=problem is None, found=problem or f"starts, as {user}", remedy=remedy)
+    return HostCheck("sandbox", problem is None, problem or f"starts, as {user}", remedy)
 
 
 def _memory() -> HostCheck:
     have = psutil.virtual_memory().total
-    return HostCheck(
-        name="memory",
-        ok=have >= MEMORY,
-        found=f"{have / 2**30:.1f} GiB, {os.cpu_count()} cores",
-        remedy=f"{MEMORY >> 30} GiB are needed for one compile job",
-    )
+    state = f"{have / 2**30:.1f} GiB, {os.cpu_count()} cores"
+    return HostCheck("memory", have >= MEMORY, state, f"{MEMORY >> 30} GiB are needed for one compile job")
 
 
 def _disk(settings: Settings) -> HostCheck:
-    place = settings.home
-    while not place.exists():
-        place = place.parent
+    place = next(folder for folder in (settings.home, *settings.home.parents) if folder.exists())
     free = shutil.disk_usage(place).free
     used = (settings.home / "environments").is_dir()
-    return HostCheck(
-        name="disk",
-        ok=used or free >= DISK,
-        found=f"{free / 2**30:.0f} GiB free for {settings.home}",
-        remedy=f"free {DISK >> 30} GiB there, or set GRACEFARM_HOME to a larger disk",
-    )
+    remedy = f"free {DISK >> 30} GiB there, or set GRACEFARM_HOME to a larger disk"
+    return HostCheck("disk", used or free >= DISK, f"{free / 2**30:.0f} GiB free for {settings.home}", remedy)
 
 
 def _settings() -> HostCheck:
     path = config_path()
-    return HostCheck(name="settings", ok=True, found=str(path) if path.is_file() else f"none ({path} would be read)")
+    return HostCheck("settings", True, str(path) if path.is_file() else f"none ({path} would be read)")
 
 
 def _index(settings: Settings) -> HostCheck:
@@ -219,56 +194,53 @@ def _reach(name: str, url: str, setting: str, base: str) -> HostCheck:
     """Ask for a page as the fetch does."""
     remedy = f"see that this machine reaches it, or set {setting} to a mirror"
     if url.startswith("file://"):
-        place = Path(base.removeprefix("file://"))
-        return HostCheck(name=name, ok=place.is_dir(), found=shown(base), remedy=remedy)
+        return HostCheck(name, Path(base.removeprefix("file://")).is_dir(), shown(base), remedy)
     address, credentials = split_credentials(url)
     try:
         answer = httpx.head(address, auth=credentials, timeout=TIMEOUT, follow_redirects=True)
     except httpx.HTTPError as error:
-        return HostCheck(
-            name=name, ok=False, found=f"{shown(base)}: {shown(str(error)) or type(error).__name__}", remedy=remedy
-        )
-    return HostCheck(
-        name=name,
-        ok=answer.status_code < httpx.codes.BAD_REQUEST,
-        found=f"{shown(base)}" + ("" if answer.is_success else f" says {answer.status_code}"),
-        remedy=remedy,
-    )
+        return HostCheck(name, False, f"{shown(base)}: {shown(str(error)) or type(error).__name__}", remedy)
+    state = shown(base) + ("" if answer.is_success else f" says {answer.status_code}")
+    return HostCheck(name, answer.status_code < httpx.codes.BAD_REQUEST, state, remedy)
 
 
 def _stacks(settings: Settings) -> list[HostCheck]:
     """Per stack: its locks are whole; then the mirror, and which roots and environments are there."""
     checks = []
     suites = set()
-    for path in sorted((settings.project / "stacks").glob("*/stack.toml")):
+    for name in stack.names(settings.project / "stacks"):
         try:
-            loaded = stack.load(path.parent.parent, path.parent.name)
+            loaded = stack.load(settings.project / "stacks", name)
             ready = _ready(loaded, settings)
         except GracefarmError as error:
-            checks.append(HostCheck(name=f"stack {path.parent.name}", ok=False, found=error.cause, remedy=error.remedy))
+            checks.append(HostCheck(f"stack {name}", False, error.cause, error.remedy))
             continue
         suites.add(loaded.data.root.suite)
-        checks.append(HostCheck(name=f"stack {loaded.data.name}", ok=True, found=f"locks whole; {ready}"))
+        checks.append(HostCheck(f"stack {loaded.data.name}", True, f"locks whole; {ready}"))
         for place, program in _damaged(loaded, settings):
             remedy = "`builder doctor --fix` removes that root; the next build assembles it anew from the store"
-            checks.append(HostCheck(name=f"root {place.name}", ok=False, found=f"has lost {program}", remedy=remedy))
+            checks.append(HostCheck(f"root {place.name}", False, f"has lost {program}", remedy))
     return [*(_mirror(suite, settings) for suite in sorted(suites)), *checks]
 
 
-def _damaged(loaded: LoadedStack, settings: Settings) -> list[tuple[Path, str]]:
+def _root_of(loaded: LoadedStack, target: Arch, settings: Settings) -> Path:
+    return settings.home / "roots" / packages.root_digest(loaded, stack.host_arch(), target)
+
+
+def _damaged(loaded: LoadedStack, settings: Settings) -> Iterator[tuple[Path, str]]:
     """Roots of a stack that lost qemu, Python or compiler, with what they lost."""
     host = stack.host_arch()
-    places = (
-        (settings.home / "roots" / packages.root_digest(loaded, host, to), to) for to in loaded.data.root.hosts.get(host, ())
-    )
-    return [(place, program) for place, to in places if place.is_dir() and (program := root.lost(place, loaded, host, to))]
+    for target in loaded.data.root.hosts.get(host, ()):
+        place = _root_of(loaded, target, settings)
+        if place.is_dir() and (program := root.lost(place, loaded, host, target)):
+            yield place, program
 
 
 def _mirror(suite: str, settings: Settings) -> HostCheck:
     try:
         url = debian.mirror(suite, settings)
     except HostError as error:
-        return HostCheck(name="debian mirror", ok=False, found=error.cause, remedy=error.remedy, packages=("mmdebstrap",))
+        return HostCheck("debian mirror", False, error.cause, error.remedy, ("mmdebstrap",))
     return _reach("debian mirror", f"{url}/dists/{suite}/Release", "GRACEFARM_DEBIAN_MIRROR", url)
 
 
@@ -276,38 +248,26 @@ def _ready(loaded: LoadedStack, settings: Settings) -> str:
     host = stack.host_arch()
     words = []
     for target in loaded.data.root.hosts.get(host, ()):
-        has_root = (settings.home / "roots" / packages.root_digest(loaded, host, target)).is_dir()
         has_environment = (settings.home / "environments" / pins.environment_digest(loaded, target)).is_dir()
-        missing = " and ".join(name for name, has in (("root", has_root), ("environment", has_environment)) if not has)
+        parts = (("root", _root_of(loaded, target, settings).is_dir()), ("environment", has_environment))
+        missing = " and ".join(name for name, has in parts if not has)
         words.append(f"{target}: " + (f"{missing} made at the first build" if missing else "root and environment ready"))
     return "; ".join(words) or f"no root for a host of {host}"
 
 
-def _binfmt(settings: Settings) -> list[HostCheck]:
+def _binfmt(settings: Settings) -> Iterator[HostCheck]:
     """Only recipes that execute other programs of the target than Python need the kernel to know these."""
     host = stack.host_arch()
     needed: list[str] = []
     for name in recipe.names(settings.project / "recipes"):
-        try:
+        with contextlib.suppress(GracefarmError):  # `builder plan NAME` says what is wrong with it
             needed += [name] if recipe.load(settings.project / "recipes", name).data.build.binfmt else []
-        except GracefarmError:
-            continue  # `builder plan NAME` says what is wrong with it
-    checks = []
+    who = f"needed by {', '.join(needed)}" if needed else "no recipe needs it"
+    remedy = "`builder doctor --fix` as root registers qemu until the next start of the machine"
     for target in Arch:
-        if target is host or (target is Arch.X86_64 and host is Arch.AARCH64):
-            continue
-        state = registration(target)
-        ok = state is None or not needed
-        who = f"needed by {', '.join(needed)}" if needed else "no recipe needs it"
-        checks.append(
-            HostCheck(
-                name=f"binfmt {target}",
-                ok=ok,
-                found=f"{state or 'registered'}; {who}",
-                remedy="`builder doctor --fix` as root registers qemu until the next start of the machine",
-            )
-        )
-    return checks
+        if target is not host and host is not Arch.AARCH64:
+            state = registration(target)
+            yield HostCheck(f"binfmt {target}", state is None or not needed, f"{state or 'registered'}; {who}", remedy)
 
 
 # --- what root mends ---------------------------------------------------------------------------------------------------------
@@ -345,16 +305,9 @@ def _allow_namespaces(problem: str) -> None:
 
 def register(target: Arch, settings: Settings) -> None:
     """Register the qemu that stands in the root, with flag F: the kernel keeps it open, whatever the sandbox sees."""
-    host = stack.host_arch()
-    place = next(
-        (
-            folder
-            for path in sorted((settings.project / "stacks").glob("*/stack.toml"))
-            for loaded in [stack.load(path.parent.parent, path.parent.name)]
-            if (folder := settings.home / "roots" / packages.root_digest(loaded, host, target)).is_dir()
-        ),
-        None,
-    )
+    names = stack.names(settings.project / "stacks")
+    roots = (_root_of(stack.load(settings.project / "stacks", name), target, settings) for name in names)
+    place = next((folder for folder in roots if folder.is_dir()), None)
     if place is None:
         raise HostError(
             f"no root for {target} is there yet", remedy=f"run `builder build NAME --target {target}` once, then again"
