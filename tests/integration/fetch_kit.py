@@ -61,7 +61,7 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+        super().__init__(("127.0.0.1", 0), Handler)
         self.served: dict[str, Served] = {}
         self.asked: list[Asked] = []
         self.repositories: Path | None = None
@@ -78,7 +78,7 @@ class Server(ThreadingHTTPServer):
         """A client that goes away is what some tests are about."""
 
 
-class _Handler(BaseHTTPRequestHandler):
+class Handler(BaseHTTPRequestHandler):
     server: Server
 
     def log_message(self, format: str, *arguments: object) -> None:  # noqa: A002

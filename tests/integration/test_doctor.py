@@ -62,9 +62,9 @@ def test_a_release_candidate_of_python_is_enough(monkeypatch: pytest.MonkeyPatch
     """Ubuntu 22.04's python3.11 calls itself 3.11.0rc1."""
     monkeypatch.setattr("platform.python_version", lambda: "3.11.0rc1")
     monkeypatch.setattr("sys.version_info", (3, 11, 0, "candidate", 1))
-    assert doctor._python().ok
+    assert doctor.python().ok
     monkeypatch.setattr("sys.version_info", (3, 10, 12, "final", 0))
-    assert not doctor._python().ok
+    assert not doctor.python().ok
 
 
 def test_an_old_version_is_not_enough(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -128,9 +128,11 @@ def test_binfmt_matters_only_to_recipes_that_need_it(farm: Farm) -> None:
 
 IN_NAMESPACE = """
 import subprocess, sys
-from builder import doctor, root, sandbox, stack
+from builder.box import sandbox
+from builder.ground import root
+from builder.planning import settings, stack
 from builder.planning.stack import Arch
-from builder.planning import settings
+from builder.upkeep import doctor
 loaded = settings.load()
 one = stack.load(loaded.project / "stacks", "bare")
 place = root.ensure(one, stack.host_arch(), Arch.AARCH64, loaded)

@@ -127,7 +127,7 @@ def tiny_stack(folder: Path, *requirements: str, torch: bool = False, toolchain:
 def locked(folder: Path, settings: Settings, *requirements: str, torch: bool = False) -> LoadedStack:
     """Such a stack, resolved from the local index."""
     loaded = tiny_stack(folder, *requirements, torch=torch)
-    loaded.requirements_lock.write_text(resolve.resolve(loaded, settings))
+    loaded.requirements_lock.write_text(resolve.requirements_lock(loaded, settings))
     return loaded
 
 
@@ -368,9 +368,9 @@ def test_a_wheel_for_another_python_or_machine_is_refused(own: Settings, made: P
 ENSURE = """
 import sys
 from pathlib import Path
-from builder import environment, stack
+from builder.ground import environment
+from builder.planning import settings, stack
 from builder.planning.stack import Arch, LoadedStack
-from builder.planning import settings
 cu130 = stack.load(Path(sys.argv[1]), "cu130").data
 data = cu130.model_copy(update={"torch": None, "toolchain": cu130.toolchain.model_copy(update={"requirements": ()}),
     "environment": cu130.environment.model_copy(update={"requirements": ("tiny",)})})
@@ -403,7 +403,7 @@ def test_the_stacks_toolchain_is_the_hosts_compiler(shared_home: Path) -> None:
 def test_a_toolchain_without_a_compiler_is_refused(own: Settings, index: Index, tmp_path: Path) -> None:
     index.add(make_wheel(tmp_path, "nvidia_cuda_nvcc", "13.0", {"nvidia/cu13/bin/ptxas": ""}))
     loaded = tiny_stack(tmp_path / "stack", toolchain=("nvidia-cuda-nvcc",))
-    loaded.requirements_lock.write_text(resolve.resolve(loaded, own))
+    loaded.requirements_lock.write_text(resolve.requirements_lock(loaded, own))
     with pytest.raises(RootError, match="hold no nvcc"):
         environment.ensure_toolchain(loaded, HOST, own)
     with pytest.raises(ConfigError, match="has no CUDA compiler"):

@@ -290,7 +290,7 @@ def test_credentials_are_sent_and_never_shown(server: Server, settings: Settings
 
 
 def test_bytes_are_those_of_the_file_whatever_encoding_the_server_names(settings: Settings) -> None:
-    class Encoding(fetch_kit._Handler):
+    class Encoding(fetch_kit.Handler):
         def send_header(self, keyword: str, value: str) -> None:
             super().send_header(keyword, value)
             if keyword == "ETag":

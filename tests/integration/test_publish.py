@@ -145,9 +145,9 @@ def test_an_address_that_is_none_is_an_answer_and_no_exception(tmp_path: Path) -
 def test_of_a_log_that_is_too_long_the_index_gets_the_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     log = tmp_path / "log.txt"
     log.write_text("begin\n" + "x" * 200 + "\nend\n")
-    assert publish._end_of(log) == log.read_bytes()
+    assert publish.end_of(log) == log.read_bytes()
     monkeypatch.setattr(publish, "MAX_LOG", 100)
-    kept = publish._end_of(log)
+    kept = publish.end_of(log)
     assert len(kept) == 100
     assert kept.startswith(b"# cut:")
     assert kept.endswith(b"end\n")

@@ -236,9 +236,9 @@ def test_a_root_without_the_stacks_compiler_is_refused_and_leaves_nothing(own: S
 ASSEMBLE = """
 import sys
 from pathlib import Path
-from builder import root, stack
+from builder.ground import root
+from builder.planning import settings, stack
 from builder.planning.stack import Arch
-from builder.planning import settings
 texts = []
 made = root.ensure(stack.load(Path(sys.argv[1]), "cu130"), Arch(sys.argv[2]), Arch(sys.argv[3]), settings.load(),
                    lambda done, total, text: texts.append(text))

@@ -34,7 +34,7 @@ def write_set(farm: Farm, name: str, recipes: list[str], imports: list[str], **m
     folder.mkdir(parents=True, exist_ok=True)
     values: dict[str, object] = {"name": name, "stack": "bare", "target": NATIVE, "recipes": recipes, **more}
     values.setdefault("together", {"imports": imports})
-    lines = [f"{key} = {projects._toml(value)}\n" for key, value in values.items()]
+    lines = [f"{key} = {projects.toml(value)}\n" for key, value in values.items()]
     (folder / "set.toml").write_text("".join(lines))
 
 

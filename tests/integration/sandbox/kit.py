@@ -22,14 +22,14 @@ import pytest
 from builder.box import sandbox
 from builder.box.sandbox import Mount, Outcome, Sandbox
 
-PROJECT = Path(sandbox.__file__).parents[1]
+PROJECT = Path(sandbox.__file__).parents[2]
 PYTHON = f"/python/bin/python{sys.version_info.major}.{sys.version_info.minor}"
 MIB = 1 << 20
 
 DRIVER = """
 import dataclasses, json, sys
 from pathlib import Path
-from builder import sandbox
+from builder.box import sandbox
 spec = json.loads(sys.argv[1])
 mounts = tuple(sandbox.Mount(source=Path(s), target=t, writable=w) for s, t, w in spec["mounts"])
 box = sandbox.Sandbox(root=Path("/"), mounts=mounts, environment=spec["environment"], workdir=spec["workdir"],
