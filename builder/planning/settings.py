@@ -80,6 +80,6 @@ def load() -> Settings:
     """Settings of this process.
 
     Raises:
-        ConfigError: see `gracefarm.settings.read`.
+        ConfigError: see `read`.
     """
     return read(Settings)
