@@ -182,9 +182,8 @@ def test_a_digest_that_an_environment_of_ones_own_does_not_need_is_no_gap(farm: 
     (stacks / "own/stack.toml").write_text(text.replace("[toolchain]\n", gap, 1))
     locked = plan_of("tiny_c", None, NATIVE, farm.settings, Choice(kind="host", wanted=Wanted(python=Path(python311()))))
     assert [gap.what for gap in gaps.of_plan(locked)] == [f"wheel 0.45.1 for {NATIVE}"]
-    assert (
-        gaps.of_plan(plan_of("tiny_c", None, NATIVE, farm.settings, Choice(kind="host", wanted=Wanted(environment=own)))) == []
-    )
+    taken = Choice(kind="host", wanted=Wanted(environment=own))
+    assert gaps.of_plan(plan_of("tiny_c", None, NATIVE, farm.settings, taken)) == []
 
 
 def test_an_environment_of_ones_own_is_taken_as_it_is_and_enters_the_build_id(built: Built, own: Path) -> None:

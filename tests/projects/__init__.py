@@ -76,11 +76,11 @@ def archive(files: Mapping[str, str | bytes], top: str = "project-1.0") -> bytes
     return gzip.compress(raw.getvalue(), mtime=0)
 
 
-def _toml(value: object) -> str:
+def toml(value: object) -> str:
     if isinstance(value, Mapping):
-        return "{ " + ", ".join(f"{json.dumps(str(key))} = {_toml(item)}" for key, item in value.items()) + " }"
+        return "{ " + ", ".join(f"{json.dumps(str(key))} = {toml(item)}" for key, item in value.items()) + " }"
     if isinstance(value, list | tuple):
-        return "[" + ", ".join(_toml(item) for item in value) + "]"
+        return "[" + ", ".join(toml(item) for item in value) + "]"
     return json.dumps(value)
 
 
@@ -100,7 +100,7 @@ def write_recipe(project: Path, name: str, files: Mapping[str, str | bytes], tab
         "smoke": {"imports": [name]},
     }
     values |= tables
-    (folder / "recipe.toml").write_text("".join(f"{key} = {_toml(value)}\n" for key, value in values.items()))
+    (folder / "recipe.toml").write_text("".join(f"{key} = {toml(value)}\n" for key, value in values.items()))
     return folder
 
 
@@ -115,7 +115,7 @@ def write_stacks(source: Path, into: Path) -> None:
     text = re.sub(r"^\[torch\]\n(?:(?!\[).*\n)*", "", text, flags=re.MULTILINE)
     wanted = iter((["build", "packaging", "pip", "setuptools", "wheel"], []))
     text = re.sub(
-        r"^requirements = \[\n(?:(?!\]).*\n)*\]", lambda _: f"requirements = {_toml(next(wanted))}", text, flags=re.MULTILINE
+        r"^requirements = \[\n(?:(?!\]).*\n)*\]", lambda _: f"requirements = {toml(next(wanted))}", text, flags=re.MULTILINE
     )
     (bare / "stack.toml").write_text(text)
     lock = (bare / "requirements.lock").read_text()

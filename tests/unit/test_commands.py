@@ -17,10 +17,10 @@ from click.testing import CliRunner
 from tests.conftest import REPOSITORY
 
 WORKFLOWS = sorted((REPOSITORY / ".github" / "workflows").glob("*.yml"))
-PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
-BLOCK = re.compile(r" {4}\s*(?:\.venv/bin/)?python -m (builder|index|deploy) ")
+PAGES = [*sorted(REPOSITORY.glob("*.md")), *sorted((REPOSITORY / "docs").rglob("*.md"))]
+BLOCK = re.compile(r" {4}\s*(?:(?:\.venv/bin/)?python -m )?(builder|index|deploy) (?=[a-z])")
 OURS = re.compile(r"(?:^|\s)(?:(?:\.venv/bin/)?python -m )?(builder|index|deploy) (.*)")
-EXAMPLE = re.compile(r"\s*(builder|index|deploy) ")
+EXAMPLE = re.compile(r"\s*(builder|index|deploy) (?=[a-z])")
 LINK = re.compile(r"\]\(([^)\s:]+)\)")
 
 
@@ -132,3 +132,29 @@ def test_each_test_that_a_page_names_exists() -> None:
     named = [(path.name, name) for path in pages for name in re.findall(r"`(test_\w+)`", path.read_text())]
     assert ("pinned.md", "test_trap_3_the_cpu_torch_of_the_same_version_is_refused") in named
     assert [(page, test) for page, test in named if f"def {test}(" not in text] == []
+
+
+def named_files(text: str) -> set[str]:
+    """Paths of our own code in a text, and the files of the modules that it tells to run or that it writes in backquotes."""
+    paths = set(re.findall(r"(?<![\w./-])(?:builder|index|deploy|gracefarm|tests|bench|tools)/[\w/-]+\.(?:py|sh)\b", text))
+    modules = re.findall(r"(?:-m |`)((?:builder|index|deploy|gracefarm)(?:\.[a-z_]+)+)(?=[` \n])", text)
+    return paths | {name.replace(".", "/") for name in modules if not name.endswith((".toml", ".md", ".lock", ".json"))}
+
+
+def test_each_file_of_ours_that_a_page_or_a_comment_names_exists() -> None:
+    """By path (deploy/data/jobs.sh) or by module (`builder.box.sandbox`)."""
+    assert named_files("see deploy/data/jobs.sh, `deploy.remote`") == {"deploy/data/jobs.sh", "deploy/remote"}
+    code = [path for top in ("builder", "index", "deploy", "gracefarm") for path in (REPOSITORY / top).rglob("*.py")]
+    notes = [
+        REPOSITORY / "CONTRIBUTING.md",
+        *(REPOSITORY / "recipes").glob("*/NOTES.md"),
+        *(REPOSITORY / "docs").rglob("*.md"),
+    ]
+    lost = [
+        f"{path.relative_to(REPOSITORY)} names {name}"
+        for path in (REPOSITORY / "README.md", *notes, *code)
+        if path.exists()
+        for name in sorted(named_files(path.read_text()))
+        if not any((REPOSITORY / place).exists() for place in (name, f"{name}.py", f"{name.rpartition('/')[0]}.py"))
+    ]
+    assert lost == []

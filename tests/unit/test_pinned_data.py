@@ -109,7 +109,7 @@ def substituted(tmp_path: Path, text: str, *wanted: Substitution) -> str:
             "smoke": Smoke(imports=("a",)),
         }
     )
-    source._substitute(data, tmp_path)
+    source.substitute(data, tmp_path)
     return (tmp_path / "setup.py").read_text()
 
 

@@ -4,7 +4,7 @@
 
 SPEC is JSON: environment (complete), workdir, network (true: the machine's own). The first status line is `child-pid`, the
 last `exit-code`; the command starts after one byte on the block descriptor, or its end; if the parent dies, so does the
-command. Standard library only, as builder.supervisor, which starts it.
+command. Standard library only, as builder.box.supervisor, which starts it.
 """
 
 import ctypes
