@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from builder.fetch.git import Pin, fetch_commit, fetch_git, repository_path
+from builder.fetch.git import PinnedCommit, fetch_commit, fetch_git, repository_path
 from builder.fetch.sdist import fetch_sdist
 from builder.fetch.store import Download, download, store_path
 from builder.planning.recipe import FileSource, GitSource, Recipe, SdistSource
@@ -52,7 +52,9 @@ def fetch(recipe: Recipe, settings: Settings, tick: Tick = no_tick) -> Fetched:
             place = store_path(settings, source.sha256)
             wanted.insert(0, Download(url=source.url, sha256=source.sha256, what=f"source of {recipe.name} {recipe.version}"))
     for repository in recipe.repositories:
-        fetch_commit(Pin(url=repository.url, commit=repository.commit, tree=repository.tree, what=repository.url), settings)
+        fetch_commit(
+            PinnedCommit(url=repository.url, commit=repository.commit, tree=repository.tree, what=repository.url), settings
+        )
     places = download(wanted, settings, tick)
     return Fetched(
         source=place,

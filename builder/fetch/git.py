@@ -65,7 +65,7 @@ REFUSED_ADDRESS = ("not found", "does not appear to be a git repository", "could
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pin:
+class PinnedCommit:
     """One repository at one commit; `what` is its name for people."""
 
     url: str
@@ -96,9 +96,9 @@ def fetch_git(source: GitSource, settings: Settings, tick: Tick = no_tick) -> Pa
         HostError: there is no git.
         DiskFullError: no space.
     """
-    pins = [Pin(url=source.url, commit=source.commit, tree=source.tree, what=source.url)]
+    pins = [PinnedCommit(url=source.url, commit=source.commit, tree=source.tree, what=source.url)]
     pins += [
-        Pin(url=module.url, commit=module.commit, tree=module.tree, what=f"submodule {path}")
+        PinnedCommit(url=module.url, commit=module.commit, tree=module.tree, what=f"submodule {path}")
         for path, module in sorted(source.submodules.items())
     ]
     for number, pin in enumerate(pins):
@@ -195,7 +195,7 @@ def _environment(config: Path | None) -> dict[str, str]:
     }
 
 
-def fetch_commit(pin: Pin, settings: Settings) -> None:
+def fetch_commit(pin: PinnedCommit, settings: Settings) -> None:
     """One repository at one commit; there already: no network.
 
     Raises:
@@ -216,7 +216,7 @@ def fetch_commit(pin: Pin, settings: Settings) -> None:
         )
 
 
-def _checked_url(pin: Pin, settings: Settings) -> str:
+def _checked_url(pin: PinnedCommit, settings: Settings) -> str:
     """The address to ask. Plain http only where the user's own mirror setting says so."""
     url = settings.redirect(pin.url)
     allowed = ("https", "ssh", "file") if url == pin.url else ("https", "ssh", "file", "http")
@@ -229,7 +229,7 @@ def _checked_url(pin: Pin, settings: Settings) -> str:
     return url
 
 
-def _bring(pin: Pin, url: str, repository: Path, settings: Settings) -> None:
+def _bring(pin: PinnedCommit, url: str, repository: Path, settings: Settings) -> None:
     """The commit into a new bare repository: alone where the server gives it, else out of all branches and tags."""
     bare, credentials = split_credentials(url)
     environment, config = _authorization(bare, credentials), git_config(settings.home)
@@ -255,7 +255,7 @@ def _bring(pin: Pin, url: str, repository: Path, settings: Settings) -> None:
     raise _failure(pin, bare, message)
 
 
-def _require_commit(pin: Pin, kind: str) -> None:
+def _require_commit(pin: PinnedCommit, kind: str) -> None:
     """An annotated tag has an id of its own, which is easily pinned by mistake."""
     if kind != "commit":
         raise FetchError(
@@ -293,7 +293,7 @@ def _authorization(url: str, credentials: tuple[str, str] | None) -> dict[str, s
     }
 
 
-def _failure(pin: Pin, url: str, message: str) -> FetchError:
+def _failure(pin: PinnedCommit, url: str, message: str) -> FetchError:
     low = message.lower()
     if any(word in low for word in ABSENT):
         return FetchError(

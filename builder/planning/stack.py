@@ -111,7 +111,7 @@ class DebianToolkit(Table):
     packages: tuple[str, ...] = Field(min_length=1, description="Taken without what they depend on; toolchain.lock pins them")
 
 
-class Toolchain(Table):
+class Compilers(Table):
     """Compilers. CUDA's come from wheels or Debian packages of the host's architecture, all else from the root."""
 
     requirements: tuple[RequirementText, ...] = Field(
@@ -172,7 +172,7 @@ class Stack(Table):
     sm: tuple[Sm, ...] = Field(min_length=1, description="Real architectures compiled for, exactly")
     glibc: dict[Arch, Glibc] = Field(description="Highest manylinux level accepted per target, as '2_34'")
     environment: Environment
-    toolchain: Toolchain
+    toolchain: Compilers
     root: RootSpec
     container: dict[Arch, Image] = Field(default_factory=dict, description="Image per target for builds in a container")
     objects_only: bool = Field(

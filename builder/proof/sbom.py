@@ -27,7 +27,7 @@ _GIT_OR_WEB = re.compile(r"^(git\+)?https?://")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bundled:
+class BundledFile:
     """A third-party file that the wheel carries on purpose."""
 
     path: str
@@ -43,7 +43,7 @@ class Besides:
     "SPDX expression."
     created: str
     "ISO 8601 with Z; of the source, so that the same inputs give the same document."
-    bundled: tuple[Bundled, ...] = ()
+    bundled: tuple[BundledFile, ...] = ()
     installed: tuple[Material, ...] = ()
     "Distributions of the environment that it was built in."
 
@@ -54,7 +54,7 @@ def of(plan: Plan, epoch: int) -> str:
     besides = Besides(
         license=data.license,
         created=datetime.fromtimestamp(epoch, tz=UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        bundled=tuple(Bundled(path=file.path, license=file.license, sha256=file.sha256) for file in data.wheel.bundled),
+        bundled=tuple(BundledFile(path=file.path, license=file.license, sha256=file.sha256) for file in data.wheel.bundled),
         installed=tuple(_installed(plan)),
     )
     return render(json.loads(json.dumps(plan.inputs)), besides)
@@ -114,7 +114,7 @@ def read(text: str) -> tuple[str, Besides]:
             license=own["licenseDeclared"],
             created=document["creationInfo"]["created"],
             bundled=tuple(
-                Bundled(path=package["name"], license=package["licenseDeclared"], sha256=_checksum(package))
+                BundledFile(path=package["name"], license=package["licenseDeclared"], sha256=_checksum(package))
                 for package in packages
                 if package["SPDXID"].startswith("SPDXRef-bundled-")
             ),
@@ -151,7 +151,7 @@ def _material(identifier: str, material: Material) -> dict[str, Any]:
     )
 
 
-def _bundled(number: int, file: Bundled) -> dict[str, Any]:
+def _bundled(number: int, file: BundledFile) -> dict[str, Any]:
     return _package(f"SPDXRef-bundled-{number}", file.path, None, license=file.license, sha256=file.sha256)
 
 

@@ -17,7 +17,7 @@ from builder.planning.settings import Settings
 from builder.proof import record
 from builder.proof.record import Record
 from builder.sets import locks, set_record, staging, together
-from builder.sets.locks import Served
+from builder.sets.locks import SetAddress
 from builder.sets.plan import SetPlan
 from builder.sets.set_record import SetRecord
 from gracefarm.console import Console
@@ -26,7 +26,7 @@ from gracefarm.files import atomic_write, lock, remove_tree
 
 
 @dataclass(frozen=True, kw_only=True)
-class Built:
+class BuiltSet:
     """A set that was built and tested, and where its files are."""
 
     plan: SetPlan
@@ -47,7 +47,7 @@ class Built:
         return {index: self.folder / f"own-index-{number}.lock" for number, index in enumerate(indexes, 1)}
 
 
-def build_set(plan: SetPlan, jobs: int | None, settings: Settings, console: Console) -> Built:
+def build_set(plan: SetPlan, jobs: int | None, settings: Settings, console: Console) -> BuiltSet:
     """Build what is not built, try all of it together, write the lock.
 
     Raises:
@@ -70,7 +70,7 @@ def build_set(plan: SetPlan, jobs: int | None, settings: Settings, console: Cons
             console.step("together", f"tested already, {tested.finished}")
     title = f"Set {name}, id {plan.set_id}: our wheels and what they were tested with."
     atomic_write(place / "requirements.lock", locks.requirements(title, tested.wheels))
-    built = Built(plan=plan, record=tested, folder=place, wheels=wheels)
+    built = BuiltSet(plan=plan, record=tested, folder=place, wheels=wheels)
     for index, own in built.own_locks.items():
         of_it = [wheel for wheel in tested.wheels if wheel.index == index]
         atomic_write(own, locks.requirements(f"Of set {name}, what is on {index}", of_it))
@@ -134,14 +134,14 @@ def _tested(
     return document
 
 
-def render(built: Built, at: Served) -> Path:
+def render(built: BuiltSet, at: SetAddress) -> Path:
     """pylock.toml for the index that will serve the set."""
     place = built.folder / "pylock.toml"
     atomic_write(place, locks.pylock(built.plan.set, built.record.wheels, at))
     return place
 
 
-def stage(built: Built, at: Served, settings: Settings, console: Console) -> None:
+def stage(built: BuiltSet, at: SetAddress, settings: Settings, console: Console) -> None:
     """Stage the set and publish it, as soon as the index has all of it.
 
     Raises:
@@ -169,7 +169,7 @@ def stage(built: Built, at: Served, settings: Settings, console: Console) -> Non
     console.step("publish", f"{name}: {len(state['files'])} files are visible at {at.simple}")
 
 
-def _require_same(built: Built, at: Served, files: Mapping[str, str]) -> None:
+def _require_same(built: BuiltSet, at: SetAddress, files: Mapping[str, str]) -> None:
     """A matrix speaks of versions; what was tested are bytes.
 
     Raises:
@@ -190,7 +190,7 @@ class IncompleteError(PublishError):
     """The index lacks wheels that are not ours."""
 
 
-def _incomplete(built: Built, at: Served, missing: Sequence[str]) -> IncompleteError:
+def _incomplete(built: BuiltSet, at: SetAddress, missing: Sequence[str]) -> IncompleteError:
     commands = [f"GRACEFARM_PYTHON_INDEX={index} index mirror {own} --set {at.name}" for index, own in built.own_locks.items()]
     commands.append(f"index mirror {built.lock} --set {at.name}")
     name = built.plan.set.data.name

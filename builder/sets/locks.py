@@ -26,7 +26,7 @@ from gracefarm.files import sha256_file
 
 
 @dataclass(frozen=True, kw_only=True)
-class Served:
+class SetAddress:
     """Where a set will be served: an index's address, and the set's name there."""
 
     base: str
@@ -45,10 +45,10 @@ class Served:
         return f"{self.base}/files/{wheel.sha256}/{quote(wheel.filename, safe='')}"
 
 
-def served(url: str, name: str, login: Login | None = None) -> Served:
+def served(url: str, name: str, login: Login | None = None) -> SetAddress:
     """From any address of that index that people have at hand: its root, its simple API, the set's, the upload address."""
     base = re.sub(rf"(/{re.escape(name)})?/simple/?$|/(stage/[^/]+/)?legacy/?$", "", url.rstrip("/"))
-    return Served(base=base.rstrip("/"), name=name, login=login)
+    return SetAddress(base=base.rstrip("/"), name=name, login=login)
 
 
 def collect(of: LoadedSet, own: Sequence[Path], settings: Settings) -> list[Locked]:
@@ -90,7 +90,7 @@ def requirements(title: str, wheels: Sequence[Locked]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def pylock(of: LoadedSet, wheels: Sequence[Locked], at: Served) -> str:
+def pylock(of: LoadedSet, wheels: Sequence[Locked], at: SetAddress) -> str:
     """The text of pylock.toml: every file by the address that the index will serve it at, and by sha256."""
     python = of.stack.data.python
     document = Pylock(

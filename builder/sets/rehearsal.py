@@ -20,8 +20,8 @@ from builder.ground import environment, root
 from builder.planning import stack
 from builder.planning.settings import Settings
 from builder.sets import build, locks, together
-from builder.sets.build import Built
-from builder.sets.locks import Served
+from builder.sets.build import BuiltSet
+from builder.sets.locks import SetAddress
 from builder.sets.plan import SetPlan
 from builder.sets.set_record import Tested
 from gracefarm.console import Console
@@ -80,7 +80,7 @@ def rehearse(plan: SetPlan, jobs: int | None, settings: Settings, console: Conso
     )
 
 
-def _published(built: Built, at: Served, settings: Settings, console: Console) -> float:
+def _published(built: BuiltSet, at: SetAddress, settings: Settings, console: Console) -> float:
     """Stage, mirror on the index's side as its owner would, stage again; seconds that the mirror took."""
     try:
         build.stage(built, at, settings, console)
@@ -100,7 +100,7 @@ def _published(built: Built, at: Served, settings: Settings, console: Console) -
     return took
 
 
-def _holds(at: Served) -> tuple[int, int]:
+def _holds(at: SetAddress) -> tuple[int, int]:
     """Files and bytes of the published set, as its own pages say."""
     import httpx
 
@@ -113,7 +113,7 @@ def _holds(at: Served) -> tuple[int, int]:
 
 
 @contextmanager
-def _scratch(built: Built, settings: Settings) -> Iterator[Path]:
+def _scratch(built: BuiltSet, settings: Settings) -> Iterator[Path]:
     """A home without any cache, on the file system of the real one: what is installed there can only be from the index."""
     home = built.folder / "run"
     remove_tree(home)  # of a run that was killed
@@ -125,13 +125,13 @@ def _scratch(built: Built, settings: Settings) -> Iterator[Path]:
         remove_tree(home)
 
 
-def _only(at: Served, home: Path, settings: Settings) -> Settings:
+def _only(at: SetAddress, home: Path, settings: Settings) -> Settings:
     """Settings of a machine that has nothing yet and knows no other index."""
     # No copy: that would keep the index that was asked for before.
     return Settings.model_validate(settings.model_dump() | {"home": home, "python_index": at.simple})
 
 
-def _installed(built: Built, settings: Settings, console: Console) -> tuple[Path, Path]:
+def _installed(built: BuiltSet, settings: Settings, console: Console) -> tuple[Path, Path]:
     """An environment of every wheel of the set's lock, and the root to run it in."""
     plan, target = built.plan, built.plan.set.data.target
     base = root.ensure(plan.set.stack, stack.host_arch(), target, settings)

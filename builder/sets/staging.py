@@ -11,7 +11,7 @@ from packaging.utils import parse_wheel_filename
 
 from builder.planning.stack import Arch
 from builder.proof import publish
-from builder.sets.locks import Served
+from builder.sets.locks import SetAddress
 from builder.sets.set_record import Locked
 from gracefarm.errors import PublishError
 from gracefarm.process import first_line
@@ -32,7 +32,7 @@ def _tags(filename: str) -> tuple[str, ...]:
     return (tag.interpreter, next((arch.value for arch in Arch if tag.platform.endswith(f"_{arch.value}")), ""))
 
 
-def _ask(at: Served, method: str, action: str = "", **more: Any) -> dict[str, Any]:
+def _ask(at: SetAddress, method: str, action: str = "", **more: Any) -> dict[str, Any]:
     """The set's state, as the index answers.
 
     Raises:
@@ -55,7 +55,7 @@ def _ask(at: Served, method: str, action: str = "", **more: Any) -> dict[str, An
     return value
 
 
-def open_(at: Served, expect: Sequence[str]) -> dict[str, Any]:
+def open_(at: SetAddress, expect: Sequence[str]) -> dict[str, Any]:
     """Open the set, or find it open with this matrix.
 
     Raises:
@@ -64,7 +64,7 @@ def open_(at: Served, expect: Sequence[str]) -> dict[str, Any]:
     return _ask(at, "PUT", json={"expect": list(expect)})
 
 
-def state(at: Served) -> dict[str, Any]:
+def state(at: SetAddress) -> dict[str, Any]:
     """What the set holds and lacks.
 
     Raises:
@@ -73,7 +73,7 @@ def state(at: Served) -> dict[str, Any]:
     return _ask(at, "GET")
 
 
-def show(at: Served) -> dict[str, Any]:
+def show(at: SetAddress) -> dict[str, Any]:
     """Publish the set, all of it at once.
 
     Raises:
@@ -82,7 +82,7 @@ def show(at: Served) -> dict[str, Any]:
     return _ask(at, "POST", "/publish")
 
 
-def upload(at: Served, files: Sequence[Path]) -> None:
+def upload(at: SetAddress, files: Sequence[Path]) -> None:
     """Upload wheels (and sources that belong beside them) into the stage.
 
     Raises:
