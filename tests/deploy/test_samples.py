@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
@@ -11,9 +12,16 @@ from pathlib import Path
 
 import pytest
 
+from deploy.fleet.ssh import open_fleet
 from deploy.nodes import state
 from deploy.nodes.deployment import load_deployment
+from deploy.nodes.facts import load_facts
+from deploy.planning.plans import Plan
 from deploy.rehearsal import hub
+from deploy.steps import order
+from deploy.steps.step import Looks, Work, perform
+from gracefarm import settings
+from gracefarm.console import Console
 from tests.conftest import REPOSITORY
 
 SAMPLES = REPOSITORY / "tests" / "samples" / "7ac15b8"
@@ -54,7 +62,10 @@ def test_the_plan_is_the_same(folder: Path) -> None:
 def test_the_facts_are_kept(folder: Path) -> None:
     outcome = deploy(folder, "facts", "--kept", "--json")
     assert outcome.returncode == 0, outcome.stderr
-    assert json.loads(outcome.stdout.splitlines()[-1])["nodes"] == json.loads((folder / ".deploy/facts.json").read_text())["nodes"]
+    assert (
+        json.loads(outcome.stdout.splitlines()[-1])["nodes"]
+        == json.loads((folder / ".deploy/facts.json").read_text())["nodes"]
+    )
 
 
 def test_every_step_is_remembered(folder: Path) -> None:
@@ -85,3 +96,46 @@ def test_status_knows_what_was_served(folder: Path) -> None:
         ("k1", "10.77.0.12", True),
     ]
     assert status["notes"] == []
+
+
+def seen_then(kept: state.State) -> Looks:
+    """What `up` saw on each node when all was done, as the state of then tells it."""
+    kind, source = kept.data("preflight")["shares"]["k0"].split()
+    return {
+        name: {
+            "boot": boot,
+            "share": {"kind": kind, "source": source, "fsc": False},
+            "environments": {"env": kept.data("environment")["id"], "download": kept.data("download")["id"]},
+            "weights": {"manifest": kept.data("weights")["manifest"], "wrong": []},
+        }
+        for name, boot in kept.data("preflight")["boots"].items()
+    }
+
+
+def test_no_step_is_done_again(folder: Path) -> None:
+    """By the digests that the state keeps: of another one, a step would go to the nodes, which are gone."""
+    deployment = load_deployment(folder / "deploy.toml")
+
+    async def go() -> list[str]:
+        steps = [step for lane in (*order.FIRST, *order.TOGETHER, *order.LAST) for step in lane]
+        async with open_fleet(deployment, config=()) as fleet:
+            with state.hold(deployment.folder, "test", on_wait=pytest.fail) as keeper:
+                work = Work(
+                    deployment=deployment,
+                    fleet=fleet,
+                    facts=load_facts(deployment),
+                    keeper=keeper,
+                    console=Console(),
+                    settings=settings.SharedSettings(),
+                    plan=Plan.model_validate_json((folder / ".deploy" / "plan.json").read_bytes()),
+                )
+                looks, records = seen_then(keeper.state), keeper.state.steps
+                for step in steps:
+                    assert await perform(step, work, looks) is None, step.name
+                assert {step.name: step.inputs(work, looks) for step in (order.RAY, order.ENGINE)} == {
+                    name: records[name].digest for name in order.SERVE
+                }
+        return [step.name for step in steps]
+
+    assert asyncio.run(go()) == ["preflight", "cache", "environment", "download", "weights", "proof"]
+    assert (folder / ".deploy/state.json").read_text() == (SAMPLES / "deployment/.deploy/state.json").read_text()
