@@ -19,8 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from deploy.fleet.results import require
+from deploy.fleet.shells import remote_nodes
 from deploy.fleet.ssh import Fleet
-from deploy.fleet.targets import targets
 from deploy.rehearsal import hub, walkthrough
 from deploy.steps import weights
 from gracefarm import settings
@@ -129,7 +129,7 @@ def bring(folder: Path, files: dict[str, bytes], count: int, python: str) -> tup
         async with kit.machines(folder, count) as made, kit.fleet(folder, made) as fleet:
             spec = weights.WeightsSpec(root=str(folder / "share"), repo="org/model", endpoint=url, python=python)
             begun = time.monotonic()
-            outcome = await weights.up(targets(fleet), spec, Console())
+            outcome = await weights.up(remote_nodes(fleet), spec, Console())
             return time.monotonic() - begun, outcome
 
     with hub.serving(files, rate=RATE) as served:

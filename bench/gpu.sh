@@ -18,7 +18,7 @@ reader=$top/.venv/bin/python
 builder=$("$reader" - "$top/pyproject.toml" <<'END'
 import sys, tomllib
 project = tomllib.load(open(sys.argv[1], "rb"))["project"]
-print(*(one.replace(" ", "") for one in project["dependencies"] + project["optional-dependencies"]["builder"]))
+print(*(line.replace(" ", "") for line in project["dependencies"] + project["optional-dependencies"]["builder"]))
 END
 )
 own="build setuptools<82 wheel ninja packaging einops nvidia-cuda-cuobjdump>=13.2"
@@ -54,16 +54,16 @@ setup) # two environments: the builder's, and over the machine's torch the one t
     chmod +x "$uv"
     "$uv" venv --quiet --clear --no-config --offline --python "$(command -v "$python")" "$work/builder"
     "$uv" venv --quiet --clear --no-config --offline --python "$(command -v "$python")" --system-site-packages "$work/own"
-    for one in builder own; do
-        eval "names=\$$one"
+    for name in builder own; do
+        eval "names=\$$name"
         # shellcheck disable=SC2086
         "$uv" pip install --quiet --no-config --offline --no-index --find-links "$carried/wheels" \
-            --python "$work/$one/bin/python" $names
+            --python "$work/$name/bin/python" $names
     done
     # Where the machine's Python is a virtual environment itself, the one over it sees no packages of it.
     (cd / && "$python" -c '
 import sys
-print(*(f"import site; site.addsitedir({one!r})" for one in sys.path if one.endswith("-packages")), sep="\n")') \
+print(*(f"import site; site.addsitedir({path!r})" for path in sys.path if path.endswith("-packages")), sep="\n")') \
         >"$(echo "$work"/own/lib/python*/site-packages)/machine.pth"
     "$work/own/bin/python" -c 'import torch; print(torch.__version__, torch.version.cuda, torch.cuda.is_available() and torch.cuda.get_device_name())'
     builder plan causal_conv1d --stack "$stack" --toolchain host --environment "$work/own/bin/python"

@@ -23,7 +23,7 @@ from email.parser import Parser
 from pathlib import Path
 from typing import Any
 
-from deploy.planning.options import Option, OptionKind, OptionTable, Value
+from deploy.planning.options import Option, OptionKind, OptionTable, OptionValue
 from gracefarm.errors import ConfigError
 
 
@@ -88,9 +88,9 @@ def aphrodite_options(wheel: zipfile.ZipFile) -> Iterator[Option]:
                 yield from (_aphrodite_option(call, names) for call in argument_calls(node))
 
 
-def _known_names(trees: Mapping[str, ast.Module]) -> dict[str, Value]:
+def _known_names(trees: Mapping[str, ast.Module]) -> dict[str, OptionValue]:
     """What defaults and choices refer to: fields of the argument classes, members of enumerations, keys of the methods."""
-    names: dict[str, Value] = {"ssl.CERT_NONE": 0}
+    names: dict[str, OptionValue] = {"ssl.CERT_NONE": 0}
     for tree in trees.values():
         for node in ast.walk(tree):
             if isinstance(node, ast.ClassDef):
@@ -111,7 +111,7 @@ def _literal(node: ast.expr) -> Any:
         return ast.unparse(node)
 
 
-def _aphrodite_option(call: ast.Call, names: Mapping[str, Value]) -> Option:
+def _aphrodite_option(call: ast.Call, names: Mapping[str, OptionValue]) -> Option:
     words = {keyword.arg: keyword.value for keyword in call.keywords if keyword.arg}
     action = _aphrodite_action(words.get("action"))
     return Option(
@@ -134,7 +134,7 @@ def _aphrodite_kind(node: ast.expr | None) -> Any:
     return {"json.loads": "json", "nullable_kvs": "pairs"}.get(text, text)
 
 
-def _aphrodite_value(node: ast.expr | None, names: Mapping[str, Value]) -> Value:
+def _aphrodite_value(node: ast.expr | None, names: Mapping[str, OptionValue]) -> OptionValue:
     if node is None:
         return None
     if isinstance(node, ast.Call) and ast.unparse(node.func) == "int":
@@ -144,7 +144,7 @@ def _aphrodite_value(node: ast.expr | None, names: Mapping[str, Value]) -> Value
         if text.removeprefix(owner) in names:
             return names[text.removeprefix(owner)]
     try:
-        value: Value = ast.literal_eval(node)
+        value: OptionValue = ast.literal_eval(node)
     except ValueError as error:
         raise ConfigError(
             f"line {node.lineno}: default {text} is not understood", remedy="extend tools/engine_options.py"
@@ -152,7 +152,7 @@ def _aphrodite_value(node: ast.expr | None, names: Mapping[str, Value]) -> Value
     return value
 
 
-def _aphrodite_choices(node: ast.expr, names: Mapping[str, Value]) -> Iterator[Value]:
+def _aphrodite_choices(node: ast.expr, names: Mapping[str, OptionValue]) -> Iterator[OptionValue]:
     """A list of literals, `[*NAMES, None]`, or `[member.value for member in Enumeration]`."""
     if isinstance(node, ast.ListComp):
         members = names[ast.unparse(node.generators[0].iter)]

@@ -19,8 +19,8 @@ from rich.table import Table
 from deploy.cli.common import Context, pass_context, wait
 from deploy.fleet import tunnels
 from deploy.fleet.ssh import open_fleet
-from deploy.fleet.tunnels import Wanted
-from deploy.measure.bench import Level, Report, Spread, Sweep, find_model, query, run_sweep
+from deploy.fleet.tunnels import WantedPort
+from deploy.measure.bench import Level, Spread, Sweep, SweepReport, find_model, query, run_sweep
 from deploy.nodes.deployment import Folder
 from deploy.planning.plans import Plan
 from deploy.steps.completion import Answer, Api, Prompt, Server
@@ -46,9 +46,9 @@ class _Numbers(click.ParamType[tuple[int, ...]]):
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
         words = str(value).split(",")
-        if not all(one.strip().isdigit() and int(one) > 0 for one in words):
+        if not all(word.strip().isdigit() and int(word) > 0 for word in words):
             self.fail(f"{value!r}: numbers with commas between, as 1,2,4,8", param, ctx)
-        return tuple(int(one) for one in words)
+        return tuple(int(word) for word in words)
 
 
 @click.command()
@@ -115,22 +115,22 @@ async def _server(context: Context, url: str | None, key: str | None) -> AsyncIt
     """Of --url, else the deployment's through SSH."""
     if url:
         _check(url)
-        local = any(f"//{one}" in url for one in ("127.", "localhost", "[::1]"))
+        local = any(f"//{host}" in url for host in ("127.", "localhost", "[::1]"))
         yield Server(url=url, key=key, direct=local)
         return
     deployment = context.deployment
-    wanted = [Wanted(name="engine", remote=deployment.data.ports.engine, local=0)]
-    async with open_fleet(deployment) as made, tunnels.opened(made, deployment.head, wanted) as (forward,):
+    wanted = [WantedPort(name="engine", remote=deployment.data.ports.engine, local=0)]
+    async with open_fleet(deployment) as nodes, tunnels.opened(nodes, deployment.head, wanted) as (forward,):
         yield Server(url=f"http://127.0.0.1:{forward.local}", key=_key(deployment.folder))
 
 
 def _check(url: str) -> None:
     """Raises UsageError: no address of a server."""
     try:
-        found = httpx.URL(url)
+        parsed = httpx.URL(url)
     except httpx.InvalidURL as error:
         raise UsageError(f"--url {url}: {error}", remedy="http://HOST:PORT/v1") from error
-    if found.scheme not in ("http", "https") or not found.host:
+    if parsed.scheme not in ("http", "https") or not parsed.host:
         raise UsageError(f"--url {url} is no address of a server", remedy="http://HOST:PORT/v1")
 
 
@@ -173,20 +173,20 @@ def _rate(answer: Answer) -> float | None:
     return round(answer.tokens / answer.seconds, 3) if answer.tokens else None
 
 
-async def _sweep(context: Context, server: Server, sweep: Sweep, plan: Plan | None, model: str | None) -> Report:
+async def _sweep(context: Context, server: Server, sweep: Sweep, plan: Plan | None, model: str | None) -> SweepReport:
     with context.console.progress("bench") as tick:
 
-        def answered(concurrency: int, done: int, count: int) -> None:
-            tick(done, count, f"{concurrency} at once")
+        def answered(concurrency: int, answers: int, count: int) -> None:
+            tick(answers, count, f"{concurrency} at once")
 
-        def summed(one: Level) -> None:
-            wrong = f", {sum(one.errors.values())} failed ({one.first_error})" if one.errors else ""
-            context.console.step("bench", f"{one.concurrency} at once: {one.tokens_per_s:.1f} tokens/s{wrong}")
+        def summed(level: Level) -> None:
+            wrong = f", {sum(level.errors.values())} failed ({level.first_error})" if level.errors else ""
+            context.console.step("bench", f"{level.concurrency} at once: {level.tokens_per_s:.1f} tokens/s{wrong}")
 
         return await run_sweep(server, sweep, model=model, plan=plan, on_answer=answered, on_level=summed)
 
 
-def _keep(context: Context, report: Report, *, stay: bool) -> None:
+def _keep(context: Context, report: SweepReport, *, stay: bool) -> None:
     """Print it; `stay`: keep it in the deployment's folder too."""
     kept = None
     if stay:
@@ -202,7 +202,7 @@ def _keep(context: Context, report: Report, *, stay: bool) -> None:
         context.console.step("bench", f"kept: {kept}")
 
 
-def _table(report: Report) -> None:
+def _table(report: SweepReport) -> None:
     out = RichConsole(highlight=False, width=None if sys.stdout.isatty() else 127)
     ended = "" if report.to_the_end else "at most "
     out.print(
@@ -222,17 +222,17 @@ def _table(report: Report) -> None:
     )
     for head in heads:
         table.add_column(head, justify="right")
-    for one in report.levels:
-        wrong = " ".join(f"[red]{count} {escape(kind)}[/]" for kind, count in one.errors.items())
+    for level in report.levels:
+        wrong = " ".join(f"[red]{count} {escape(kind)}[/]" for kind, count in level.errors.items())
         table.add_row(
-            str(one.concurrency),
-            f"{one.answered}/{one.requests}{' ' + wrong if wrong else ''}",
-            f"{one.tokens_per_s:.1f}",
-            _number(one.predicted_tokens_per_s, ".1f"),
-            _number(one.stream_tokens_per_s, ".1f"),
-            _spread(one.first_ms),
-            _spread(one.token_ms),
-            _number(one.usd_per_mtok, ",.2f"),
+            str(level.concurrency),
+            f"{level.answered}/{level.requests}{' ' + wrong if wrong else ''}",
+            f"{level.tokens_per_s:.1f}",
+            _number(level.predicted_tokens_per_s, ".1f"),
+            _number(level.stream_tokens_per_s, ".1f"),
+            _spread(level.first_ms),
+            _spread(level.token_ms),
+            _number(level.usd_per_mtok, ",.2f"),
         )
     out.print(table)
     measured = report.levels[0]
@@ -246,5 +246,5 @@ def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def _spread(one: Spread | None) -> str:
-    return "-" if one is None else f"{one.p50:.0f}/{one.p90:.0f}/{one.p99:.0f}"
+def _spread(spread: Spread | None) -> str:
+    return "-" if spread is None else f"{spread.p50:.0f}/{spread.p90:.0f}/{spread.p99:.0f}"

@@ -9,12 +9,12 @@ import click
 
 from deploy.cli.common import Context, pass_context, wait
 from deploy.fleet import hostkeys
-from deploy.fleet.calls import combined_error
 from deploy.fleet.connections import parse_jump
 from deploy.fleet.hostkeys import HostKey
 from deploy.fleet.probe import probe_nodes
+from deploy.fleet.results import combined_error
+from deploy.fleet.shells import remote_nodes
 from deploy.fleet.ssh import open_fleet
-from deploy.fleet.targets import targets
 from deploy.nodes import start
 from deploy.nodes.config import FILE, Access
 from deploy.nodes.deployment import Deployment, load_deployment
@@ -63,13 +63,13 @@ def init(
     deployment = load_deployment(path)
     deployment.folder.make()
     lost = _pin(deployment, console, accept=accept, repin=repin)
-    there = [one.name for one in deployment.nodes if one.name not in lost]
+    there = [node.name for node in deployment.nodes if node.name not in lost]
     if not there:
         raise combined_error(lost, len(deployment.nodes))
-    found, silent = _ask(deployment, console, there)
-    if len(found.nodes) == len(deployment.nodes):
-        _propose(deployment, found, console)
-    console.result(_document(found), table(found))
+    asked, silent = _ask(deployment, console, there)
+    if len(asked.nodes) == len(deployment.nodes):
+        _propose(deployment, asked, console)
+    console.result(_document(asked), table(asked))
     if bad := {**lost, **silent}:
         raise combined_error(bad, len(deployment.nodes))
 
@@ -98,7 +98,7 @@ def _pin(deployment: Deployment, console: Console, *, accept: bool, repin: bool)
 
     async def look(jumps: bool) -> tuple[list[HostKey], dict[str, GracefarmError]]:
         async with open_fleet(deployment) as nodes:
-            chosen = [one for one in deployment.nodes if one.name not in lost]
+            chosen = [node for node in deployment.nodes if node.name not in lost]
             return await (hostkeys.look_jumps if jumps else hostkeys.look)(nodes, chosen, own)
 
     lost: dict[str, GracefarmError] = {}
@@ -107,8 +107,8 @@ def _pin(deployment: Deployment, console: Console, *, accept: bool, repin: bool)
         shown, bad = wait(look(jumps))
         lost |= bad
         _judge(deployment, console, shown, accept=accept, repin=repin)
-        told += [one for one in shown if one.name not in [each.name for each in told]]
-    counts = {word: sum(one.status == word for one in told) for word in ("pinned", "known", "new", "changed")}
+        told += [host_key for host_key in shown if host_key.name not in [told_key.name for told_key in told]]
+    counts = {word: sum(host_key.status == word for host_key in told) for word in ("pinned", "known", "new", "changed")}
     text = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
     console.step("keys", f"{text or 'none'}; in {deployment.folder.known_hosts}")
     return lost
@@ -118,10 +118,15 @@ def _judge(deployment: Deployment, console: Console, shown: Sequence[HostKey], *
     """Pin what is known and what is accepted. Raises SshError: changed, or not accepted."""
     if not repin:
         hostkeys.refuse_changed(shown)
-    known = [one for one in shown if one.status == "known"]
-    asked = [one for one in shown if one.status in ("new", "changed")]
-    for one in asked:
-        console.event("host_key", f"{one.name:<24} {one.kind} {one.fingerprint}", name=one.name, status=one.status)
+    known = [host_key for host_key in shown if host_key.status == "known"]
+    asked = [host_key for host_key in shown if host_key.status in ("new", "changed")]
+    for host_key in asked:
+        console.event(
+            "host_key",
+            f"{host_key.name:<24} {host_key.kind} {host_key.fingerprint}",
+            name=host_key.name,
+            status=host_key.status,
+        )
     if asked and not accept:
         _confirm(console, asked)
     if trusted := [*known, *asked]:
@@ -134,7 +139,7 @@ def _confirm(console: Console, asked: Sequence[HostKey]) -> None:
             return
         raise SshError("the host keys were not accepted", remedy="nothing was changed on any node; `deploy init` asks again")
     raise SshError(
-        f"{len(asked)} host keys are new: " + "; ".join(f"{one.name} {one.fingerprint}" for one in asked),
+        f"{len(asked)} host keys are new: " + "; ".join(f"{host_key.name} {host_key.fingerprint}" for host_key in asked),
         remedy="compare them with the nodes' consoles (ssh-keygen -lf /etc/ssh/ssh_host_ed25519_key.pub), then say --accept",
         repeat="deploy init --accept",
     )
@@ -143,23 +148,23 @@ def _confirm(console: Console, asked: Sequence[HostKey]) -> None:
 def _ask(deployment: Deployment, console: Console, names: Sequence[str]) -> tuple[Facts, dict[str, GracefarmError]]:
     async def probe() -> tuple[Facts, dict[str, GracefarmError]]:
         async with open_fleet(deployment) as nodes:
-            return await probe_nodes(deployment, targets(nodes, nodes=[deployment.node(one) for one in names]))
+            return await probe_nodes(deployment, remote_nodes(nodes, nodes=[deployment.node(name) for name in names]))
 
     console.step("facts", f"asking {len(names)} nodes")
-    found, bad = wait(probe())
-    keep_facts(deployment, found)
-    return found, bad
+    asked, bad = wait(probe())
+    keep_facts(deployment, asked)
+    return asked, bad
 
 
-def _propose(deployment: Deployment, found: Facts, console: Console) -> None:
+def _propose(deployment: Deployment, asked: Facts, console: Console) -> None:
     if deployment.data.share is not None:
         return
-    if len(found.shares) == 1 and start.propose_share(deployment, found.shares[0]):
+    if len(asked.shares) == 1 and start.propose_share(deployment, asked.shares[0]):
         console.step(
-            "share", f"{found.shares[0]}: all nodes have it from the same source; written into {deployment.path.name}"
+            "share", f"{asked.shares[0]}: all nodes have it from the same source; written into {deployment.path.name}"
         )
-    elif found.shares:
-        console.warn(f"set share in {deployment.path}: the nodes have {', '.join(found.shares)} in common")
+    elif asked.shares:
+        console.warn(f"set share in {deployment.path}: the nodes have {', '.join(asked.shares)} in common")
     else:
         console.warn(f"the nodes have no network file system in common: mount one and set share in {deployment.path}")
 
@@ -172,55 +177,59 @@ def facts(context: Context, kept: bool) -> None:
     """What the nodes are: asked now, all at once, and kept for `deploy plan`."""
     deployment = context.deployment
     if kept:
-        found = load_facts(deployment)
-        context.console.result(_document(found), table(found))
+        asked = load_facts(deployment)
+        context.console.result(_document(asked), table(asked))
         return
-    found, bad = _ask(deployment, context.console, [one.name for one in deployment.nodes])
-    context.console.result(_document(found), table(found))
+    asked, bad = _ask(deployment, context.console, [node.name for node in deployment.nodes])
+    context.console.result(_document(asked), table(asked))
     if bad:
         raise combined_error(bad, len(deployment.nodes))
 
 
-def _document(found: Facts) -> object:
-    return found.model_dump(mode="json")
+def _document(facts: Facts) -> object:
+    return facts.model_dump(mode="json")
 
 
-def table(found: Facts) -> str:
+def table(facts: Facts) -> str:
     """One node a line; what is equal on all of them is told once."""
     head = ("node", "address", "private", "GPU", "free", "host memory", "disk", "clock")
-    rows: list[tuple[str, ...]] = [head, *(_row(one) for one in found.nodes)]
+    rows: list[tuple[str, ...]] = [head, *(_row(node) for node in facts.nodes)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([*lines, *_common(found)])
+    return "\n".join([*lines, *_common(facts)])
 
 
-def _row(one: NodeFacts) -> tuple[str, ...]:
-    gpus = one.cuda.gpus
-    disk = f"{one.disk.free / GIB:.0f} GiB free" if one.disk else "?"
+def _row(node: NodeFacts) -> tuple[str, ...]:
+    gpus = node.cuda.gpus
+    disk = f"{node.disk.free / GIB:.0f} GiB free" if node.disk else "?"
     return (
-        one.name,
-        one.address,
-        f"{one.private} {one.interface}",
-        f"{len(gpus)} x {gpus[0].name}" if gpus else one.cuda.text,
-        f"{min(each.free for each in gpus) / GIB:.1f} of {gpus[0].total / GIB:.1f} GiB" if gpus else "",
-        f"{one.memory.available / GIB:.0f} of {one.memory.total / GIB:.0f} GiB",
+        node.name,
+        node.address,
+        f"{node.private} {node.interface}",
+        f"{len(gpus)} x {gpus[0].name}" if gpus else node.cuda.text,
+        f"{min(gpu.free for gpu in gpus) / GIB:.1f} of {gpus[0].total / GIB:.1f} GiB" if gpus else "",
+        f"{node.memory.available / GIB:.0f} of {node.memory.total / GIB:.0f} GiB",
         disk,
-        f"{one.clock_s:+.1f} s",
+        f"{node.clock_s:+.1f} s",
     )
 
 
-def _common(found: Facts) -> list[str]:
+def _common(facts: Facts) -> list[str]:
     """arch, cores, system, driver: told once where equal, else for each value the nodes that have it."""
     told: dict[str, Callable[[NodeFacts], str]] = {
-        "machine": lambda one: f"{one.arch}, {one.cores} cores, {one.page >> 10} KiB pages",
-        "system": lambda one: f"kernel {one.kernel}, glibc {one.glibc}, GLIBCXX_{one.glibcxx or '?'}, Python {one.python}",
-        "driver": lambda one: f"{one.driver or 'none'}, CUDA {one.cuda.version_text}" if one.cuda.version else one.cuda.text,
+        "machine": lambda node: f"{node.arch}, {node.cores} cores, {node.page >> 10} KiB pages",
+        "system": lambda node: (
+            f"kernel {node.kernel}, glibc {node.glibc}, GLIBCXX_{node.glibcxx or '?'}, Python {node.python}"
+        ),
+        "driver": lambda node: (
+            f"{node.driver or 'none'}, CUDA {node.cuda.version_text}" if node.cuda.version else node.cuda.text
+        ),
     }
     lines = []
     for name, text in told.items():
         values: dict[str, list[str]] = {}
-        for one in found.nodes:
-            values.setdefault(text(one), []).append(one.name)
+        for node in facts.nodes:
+            values.setdefault(text(node), []).append(node.name)
         lines += [
             f"{name:<8} {value}" + ("" if len(values) == 1 else f"  ({', '.join(who)})") for value, who in values.items()
         ]

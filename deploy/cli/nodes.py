@@ -47,8 +47,8 @@ def run(context: Context, words: tuple[str, ...], timeout: float | None, command
     One word is the nodes' shell's to read, several are an argument list. The exit code is 0 when it was 0 everywhere.
     """
     deployment = context.deployment
-    nodes = deployment.select([one for word in words for one in word.split(",") if one]) if words else deployment.nodes
-    width = max(len(one.name) for one in nodes)
+    nodes = deployment.select([part for word in words for part in word.split(",") if part]) if words else deployment.nodes
+    width = max(len(node.name) for node in nodes)
     out, err = RichConsole(highlight=False, soft_wrap=True), RichConsole(stderr=True, highlight=False, soft_wrap=True)
 
     def line(node: Node, stream: str, text: str) -> None:
@@ -59,19 +59,19 @@ def run(context: Context, words: tuple[str, ...], timeout: float | None, command
         (out if stream == "stdout" else err).print(f"[{colour}]{escape(node.name):>{width}}[/] {escape(text)}")
 
     async def go() -> dict[str, CommandResult]:
-        async with open_fleet(deployment) as made:
+        async with open_fleet(deployment) as fleet:
             text = command[0] if len(command) == 1 else list(command)
-            return await made.run(text, nodes=nodes, timeout=timeout, on_line=line, keep=False)
+            return await fleet.run(text, nodes=nodes, timeout=timeout, on_line=line, keep=False)
 
     results = wait(go())
     if context.console.as_json:
         rows = {
             name: {
-                "returncode": one.returncode,
-                "error": one.error.cause if one.error else None,
-                "seconds": round(one.seconds, 3),
+                "returncode": result.returncode,
+                "error": result.error.cause if result.error else None,
+                "seconds": round(result.seconds, 3),
             }
-            for name, one in results.items()
+            for name, result in results.items()
         }
         context.console.result(rows)
     _matrix(results)
@@ -79,12 +79,12 @@ def run(context: Context, words: tuple[str, ...], timeout: float | None, command
 
 def _matrix(results: dict[str, CommandResult]) -> None:
     """Raises NodeError with every node's exit code, where one is not 0."""
-    bad = [one for one in results.values() if not one.ok]
+    bad = [result for result in results.values() if not result.ok]
     if not bad:
         return
-    good = [name for name, one in results.items() if one.ok]
-    parts = [one.error.cause if one.error else f"{one.node.name} ended with {one.returncode}" for one in bad]
-    first = next((one.error for one in bad if one.error), None)
+    good = [name for name, result in results.items() if result.ok]
+    parts = [result.error.cause if result.error else f"{result.node.name} ended with {result.returncode}" for result in bad]
+    first = next((result.error for result in bad if result.error), None)
     kind = type(first) if first else NodeError
     rest = f"; 0 on {', '.join(good)}" if good else ""
     raise kind("; ".join(parts) + rest, remedy=first.remedy if first else "the lines above say why")
@@ -108,14 +108,14 @@ def ssh(context: Context, node: str, command: tuple[str, ...]) -> None:
 def arguments(deployment: Deployment, node: Node) -> list[str]:
     """Of ssh, up to the host."""
     known = deployment.folder.known_hosts
-    made = ["-o", f"UserKnownHostsFile={known}", "-o", "GlobalKnownHostsFile=/dev/null", "-o", "StrictHostKeyChecking=yes"]
+    options = ["-o", f"UserKnownHostsFile={known}", "-o", "GlobalKnownHostsFile=/dev/null", "-o", "StrictHostKeyChecking=yes"]
     access = [*(["-i", str(node.key)] if node.key else [])]
     if node.port != 22:
-        made += ["-p", str(node.port)]
+        options += ["-p", str(node.port)]
     if node.jump:
         user, host, port = parse_jump(node.jump)
         own = Path.home() / ".ssh" / "known_hosts"
         inner = ["ssh", "-o", f'UserKnownHostsFile="{known} {own}"', "-o", "StrictHostKeyChecking=yes", *access]
         inner += ["-p", str(port), "-W", "[%h]:%p", f"{user}@{host}" if user else host]
-        made += ["-o", f"ProxyCommand={' '.join(inner)}"]
-    return [*made, *access, f"{node.user}@{node.address}" if node.user else node.address]
+        options += ["-o", f"ProxyCommand={' '.join(inner)}"]
+    return [*options, *access, f"{node.user}@{node.address}" if node.user else node.address]

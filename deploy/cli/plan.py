@@ -71,14 +71,14 @@ def plan(
     else:
         base = _changed(_base(context), engine_name, repo, tp, pp)
         deployment, facts = suppose.suppose(suppose.kind(kind or plans.REHEARSED), count, base)
-    made, note = make(deployment, facts, offline=count is not None)
+    planned, note = make(deployment, facts, offline=count is not None)
     for caution in (*([note] if note else ()), *plans.cautions(facts)):
         context.console.warn(caution)
     if shell:
-        sys.stdout.write(script.render(made, () if count else deployment.nodes))
+        sys.stdout.write(script.render(planned, () if count else deployment.nodes))
         return
-    engine = engines.engine(made.engine)
-    context.console.result(document(made), text(made, engine))
+    engine = engines.engine(planned.engine)
+    context.console.result(document(planned), text(planned, engine))
 
 
 @click.command("schema")
@@ -118,21 +118,21 @@ def _base(context: Context) -> Deployment | None:
 
 
 def _changed(base: Deployment | None, engine: str | None, repo: str | None, tp: int | None, pp: int | None) -> Deployment:
-    found = base or Deployment(path=Path.cwd() / FILE, data=Config(), nodes=())
-    data = found.data
+    deployment = base or Deployment(path=Path.cwd() / FILE, data=Config(), nodes=())
+    data = deployment.data
     forced = data.layout.model_copy(
         update={name: value for name, value in (("tensor_parallel", tp), ("pipeline_parallel", pp)) if value}
     )
     model = ModelConfig(repo=repo) if repo else data.model
-    return found.model_copy(
+    return deployment.model_copy(
         update={"data": data.model_copy(update={"engine": engine or data.engine, "model": model, "layout": forced})}
     )
 
 
-def document(made: Plan) -> object:
+def document(plan: Plan) -> object:
     """For --json: the plan, and the speed model's error on the figure that it was not fitted to."""
-    engine = engines.engine(made.engine)
-    return made.model_dump(mode="json") | {"speed_model": _second(engine)}
+    engine = engines.engine(plan.engine)
+    return plan.model_dump(mode="json") | {"speed_model": _second(engine)}
 
 
 def _second(engine: engines.Engine) -> dict[str, float]:
@@ -147,69 +147,71 @@ def _second(engine: engines.Engine) -> dict[str, float]:
     }
 
 
-def text(made: Plan, engine: engines.Engine) -> str:
+def text(plan: Plan, engine: engines.Engine) -> str:
     """For people."""
     out = io.StringIO()
     width = max(100, shutil.get_terminal_size((120, 24)).columns)
     rich = RichConsole(file=out, width=width, force_terminal=sys.stdout.isatty(), highlight=False, soft_wrap=True)
-    for block in (_head(made), _memory(made), _speed(made, engine), *_others(made), *_commands(made)):
+    for block in (_head(plan), _memory(plan), _speed(plan, engine), *_others(plan), *_commands(plan)):
         rich.print(block)
         rich.print()
     return out.getvalue().rstrip() + "\n"
 
 
 def _table(*columns: str, title: str = "") -> Table:
-    made = Table(box=box.SIMPLE_HEAD, title=title or None, title_justify="left", pad_edge=False, show_edge=False)
-    for one in columns:
-        numeric = one.endswith(("GiB", "tokens/s", "tokens", "$/Mtok", "layers"))
-        made.add_column(one, justify="right" if numeric else "left", overflow="fold")
-    return made
+    table = Table(box=box.SIMPLE_HEAD, title=title or None, title_justify="left", pad_edge=False, show_edge=False)
+    for column in columns:
+        numeric = column.endswith(("GiB", "tokens/s", "tokens", "$/Mtok", "layers"))
+        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    return table
 
 
-def _head(made: Plan) -> str:
-    one = made.layout
-    requests = f"up to {one.max_model_len} tokens each; {one.max_num_seqs} at once, {made.memory.full_length} at full length"
+def _head(plan: Plan) -> str:
+    split = plan.layout
+    full = plan.memory.full_length
+    requests = f"up to {split.max_model_len} tokens each; {split.max_num_seqs} at once, {full} at full length"
     lines = [
-        f"[bold]{escape(made.deployment)}[/]  {escape(made.model)} at {escape(made.revision[:12])}, {made.engine}",
-        f"[bold]layout[/]   {one.name} on {len(made.nodes)} nodes, layers {layouts.short(one.partition)}"
-        + (f", {one.offload_gib:g} GiB per GPU in host memory" if one.offload_gib else ""),
+        f"[bold]{escape(plan.deployment)}[/]  {escape(plan.model)} at {escape(plan.revision[:12])}, {plan.engine}",
+        f"[bold]layout[/]   {split.name} on {len(plan.nodes)} nodes, layers {layouts.short(split.partition)}"
+        + (f", {split.offload_gib:g} GiB per GPU in host memory" if split.offload_gib else ""),
         f"[bold]requests[/] {requests}",
-        f"[bold]plan[/]     {made.id[:16]}",
+        f"[bold]plan[/]     {plan.id[:16]}",
     ]
-    if made.spares:
-        lines.append(f"[bold]spares[/]   {', '.join(made.spares)}")
-    lines += [f"[yellow]{escape(note)}[/]" for note in made.notes]
+    if plan.spares:
+        lines.append(f"[bold]spares[/]   {', '.join(plan.spares)}")
+    lines += [f"[yellow]{escape(note)}[/]" for note in plan.notes]
     return "\n".join(lines)
 
 
-def _memory(made: Plan) -> Table:
-    memory = made.memory
+def _memory(plan: Plan) -> Table:
+    memory = plan.memory
     table = _table("stage", "layers", "nodes", "weights GiB", "offloaded GiB", "beside GiB", "cache GiB", "of GiB")
-    ranks = plans.ranks(made)
+    ranks = plans.ranks(plan)
     for stage, weights in enumerate(memory.by_stage_gib):
         names = ", ".join(dict.fromkeys(ranks[stage]))
         fullest = max(weights)
-        offloaded = made.layout.offload_gib
+        offloaded = plan.layout.offload_gib
         left = memory.budget_gib - fullest + offloaded - memory.reserve_gib
         shown = f"{fullest:.1f}" if min(weights) > fullest - 0.05 else f"{min(weights):.1f} to {fullest:.1f}"
-        row = (str(stage), str(made.layout.partition[stage]), names, shown, f"{offloaded:g}", f"{memory.reserve_gib:g}")
+        row = (str(stage), str(plan.layout.partition[stage]), names, shown, f"{offloaded:g}", f"{memory.reserve_gib:g}")
         table.add_row(*row, f"{left:.1f}", f"{memory.budget_gib:.1f}")
     table.caption = f"KV cache: {memory.cache_tokens:,} tokens in all, {memory.request_tokens:,} for one request" + (
-        f"; {memory.host_gib:g} GiB of host memory pinned" if made.layout.offload_gib else ""
+        f"; {memory.host_gib:g} GiB of host memory pinned" if plan.layout.offload_gib else ""
     )
     table.caption_justify = "left"
     return table
 
 
-def _speed(made: Plan, engine: engines.Engine) -> str:
-    one = made.prediction
+def _speed(plan: Plan, engine: engines.Engine) -> str:
+    prediction = plan.prediction
     error = _second(engine)
-    parts = f"weights {one.weights_ms:g} ms, host memory {one.offload_ms:g} ms, all-reduces {one.collectives_ms:g} ms"
-    lines = [f"[bold]speed[/]    {one.tokens_per_s:.1f} tokens/s for one stream ({parts} a token)"]
-    if one.usd_per_hour is not None and one.usd_per_mtok is not None:
-        streams = [count for count in (1, 4, 16, 64) if count <= made.layout.max_num_seqs]
-        costs = ", ".join(f"{count}: ${one.usd_per_mtok / count:,.0f}" for count in streams)
-        lines.append(f"[bold]cost[/]     ${one.usd_per_hour:.2f}/h; $/Mtok by streams at once, at best: {costs}")
+    parts = f"weights {prediction.weights_ms:g} ms, host memory {prediction.offload_ms:g} ms"
+    parts += f", all-reduces {prediction.collectives_ms:g} ms"
+    lines = [f"[bold]speed[/]    {prediction.tokens_per_s:.1f} tokens/s for one stream ({parts} a token)"]
+    if prediction.usd_per_hour is not None and prediction.usd_per_mtok is not None:
+        streams = [count for count in (1, 4, 16, 64) if count <= plan.layout.max_num_seqs]
+        costs = ", ".join(f"{count}: ${prediction.usd_per_mtok / count:,.0f}" for count in streams)
+        lines.append(f"[bold]cost[/]     ${prediction.usd_per_hour:.2f}/h; $/Mtok by streams at once, at best: {costs}")
     predicted, measured, percent = error["second_predicted"], error["second_measured"], error["error_percent"]
     lines += [
         f"[dim]A model, no measurement: fitted to {error['fitted_to']} tokens/s (ten GH200, tp5 pp2) alone.",
@@ -218,33 +220,38 @@ def _speed(made: Plan, engine: engines.Engine) -> str:
     return "\n".join(lines)
 
 
-def _others(made: Plan) -> Iterable[Table]:
-    if made.alternatives:
+def _others(plan: Plan) -> Iterable[Table]:
+    if plan.alternatives:
         table = _table("also fits", "split", "weights GiB", "offloaded GiB", "request tokens", "tokens/s", "$/Mtok")
-        for one in made.alternatives:
-            cost = f"{one.usd_per_mtok:,.0f}" if one.usd_per_mtok is not None else "-"
-            row = (one.layout, layouts.short(one.partition), f"{one.weights_gib:.1f}", f"{one.offload_gib:g}")
-            table.add_row(*row, f"{one.request_tokens:,}", f"{one.tokens_per_s:.1f}", cost)
+        for alternative in plan.alternatives:
+            cost = f"{alternative.usd_per_mtok:,.0f}" if alternative.usd_per_mtok is not None else "-"
+            row = (
+                alternative.layout,
+                layouts.short(alternative.partition),
+                f"{alternative.weights_gib:.1f}",
+                f"{alternative.offload_gib:g}",
+            )
+            table.add_row(*row, f"{alternative.request_tokens:,}", f"{alternative.tokens_per_s:.1f}", cost)
         yield table
-    if made.rejected:
+    if plan.rejected:
         table = _table("rejected", "because")
-        for reason, names in _by_reason(made).items():
+        for reason, names in _by_reason(plan).items():
             table.add_row(escape(", ".join(names)), escape(reason))
         yield table
 
 
-def _by_reason(made: Plan) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
-    for one in made.rejected:
-        found.setdefault(one.reason, []).append(one.layout)
-    return found
+def _by_reason(plan: Plan) -> dict[str, list[str]]:
+    reasons: dict[str, list[str]] = {}
+    for rejected in plan.rejected:
+        reasons.setdefault(rejected.reason, []).append(rejected.layout)
+    return reasons
 
 
-def _commands(made: Plan) -> Iterable[Text]:
-    for one in made.nodes:
-        yield Text(f"{one.name}  {one.private}  {one.gpus} GPU\n{_env(one.env)}\n{shlex.join(one.ray)}")
-    secret = " ".join(f"{name}=…" for name in made.secret_env)
-    yield Text(f"{made.head.name}  the engine; {secret} comes through stdin\n{_env(made.serve_env)}\n{shlex.join(made.serve)}")
+def _commands(plan: Plan) -> Iterable[Text]:
+    for node in plan.nodes:
+        yield Text(f"{node.name}  {node.private}  {node.gpus} GPU\n{_env(node.env)}\n{shlex.join(node.ray)}")
+    secret = " ".join(f"{name}=…" for name in plan.secret_env)
+    yield Text(f"{plan.head.name}  the engine; {secret} comes through stdin\n{_env(plan.serve_env)}\n{shlex.join(plan.serve)}")
 
 
 def _env(env: Mapping[str, str]) -> str:

@@ -35,42 +35,43 @@ def rehearse(context: Context, count: int, keep: bool) -> None:
     extras.require("index")
     console, here = context.console, settings.load()
     begin = time.monotonic()
-    with walkthrough.rehearsal(count, here.home, here, console) as made:
-        walkthrough.start(made)
-        made.command("up")
-        made.command("serve")
+    with walkthrough.rehearsal(count, here.home, here, console) as rehearsal:
+        walkthrough.start(rehearsal)
+        rehearsal.command("up")
+        rehearsal.command("serve")
         ready = time.monotonic() - begin
-        answer = _ask(made)
+        answer = _ask(rehearsal)
         for name, *more in LOOKS:
-            made.command(name, *more)
+            rehearsal.command(name, *more)
         if keep:
-            _wait(context, made)
-        made.command("down")
-        walkthrough.nothing_left(made)
-    rows = [{"step": one.name, "argv": one.argv, "seconds": round(one.seconds, 2)} for one in made.steps]
+            _wait(context, rehearsal)
+        rehearsal.command("down")
+        walkthrough.nothing_left(rehearsal)
+    rows = [{"step": step.name, "argv": step.argv, "seconds": round(step.seconds, 2)} for step in rehearsal.steps]
     document = {"nodes": count, "ready_s": round(ready, 2), "steps": rows, **answer}
-    lines = [f"{one.name:>9}  {one.seconds:6.1f} s" for one in made.steps]
+    lines = [f"{step.name:>9}  {step.seconds:6.1f} s" for step in rehearsal.steps]
     lines.append(f"READY after {ready:.0f} s on {count} nodes; {answer['tokens']} tokens streamed; nothing is left running")
     console.result(document, "\n".join(lines))
 
 
-def _ask(made: Rehearsal) -> dict[str, object]:
+def _ask(rehearsal: Rehearsal) -> dict[str, object]:
     """Through the tunnel, as a person would."""
     text: list[str] = []
-    key = (made.folder / ".deploy" / "api-key").read_text().strip()
-    with made.beside("tunnel", "--json") as tunnel:
+    key = (rehearsal.folder / ".deploy" / "api-key").read_text().strip()
+    with rehearsal.beside("tunnel", "--json") as tunnel:
         url = walkthrough.tunnelled(tunnel)
         begin = time.monotonic()
-        tokens = walkthrough.ask(made, url, key, on_text=text.append)
+        tokens = walkthrough.ask(rehearsal, url, key, on_text=text.append)
         seconds = time.monotonic() - begin
-    said = "".join(text)
-    made.console.step("answer", f"{said}  ({tokens} tokens in {seconds:.2f} s through {url})")
-    return {"tokens": tokens, "text": said, "answer_s": round(seconds, 2)}
+    answer = "".join(text)
+    rehearsal.console.step("answer", f"{answer}  ({tokens} tokens in {seconds:.2f} s through {url})")
+    return {"tokens": tokens, "text": answer, "answer_s": round(seconds, 2)}
 
 
-def _wait(context: Context, made: Rehearsal) -> None:
-    prefix = " ".join(made.room.command([]))
-    context.console.step("keep", f"READY; look around with: {prefix} bash   (deploy.toml is in {made.folder}); Ctrl-C ends it")
+def _wait(context: Context, rehearsal: Rehearsal) -> None:
+    prefix = " ".join(rehearsal.room.command([]))
+    place = f"deploy.toml is in {rehearsal.folder}"
+    context.console.step("keep", f"READY; look around with: {prefix} bash   ({place}); Ctrl-C ends it")
     try:
         threading.Event().wait()
     except KeyboardInterrupt:

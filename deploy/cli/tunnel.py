@@ -62,9 +62,9 @@ def tunnel(context: Context, port: int | None, dashboard_port: int | None, backg
         task = asyncio.current_task()
         assert task
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-        async with open_fleet(deployment) as made, tunnels.opened(made, deployment.head, wanted) as forwards:
-            _tell(context, {one.name: asdict(one) for one in forwards})
-            await tunnels.attend(made, deployment.head, changed)
+        async with open_fleet(deployment) as fleet, tunnels.opened(fleet, deployment.head, wanted) as forwards:
+            _tell(context, {forward.name: asdict(forward) for forward in forwards})
+            await tunnels.attend(fleet, deployment.head, changed)
 
     with tunnels.registered(deployment.folder), suppress(KeyboardInterrupt, asyncio.CancelledError):
         wait(go())
@@ -72,12 +72,12 @@ def tunnel(context: Context, port: int | None, dashboard_port: int | None, backg
 
 
 def _tell(context: Context, forwards: Mapping[str, dict[str, Any]]) -> None:
-    rows = {name: {**one, "url": f"http://127.0.0.1:{one['local']}"} for name, one in forwards.items()}
+    rows = {name: {**forward, "url": f"http://127.0.0.1:{forward['local']}"} for name, forward in forwards.items()}
     lines = []
-    for name, one in rows.items():
+    for name, forward in rows.items():
         path = "/v1" if name == "engine" else ""
-        moved = f"   (port {one['remote']} is taken here)" if one["moved"] else ""
-        lines.append(f"{name:<10} {one['url']}{path}{moved}")
+        moved = f"   (port {forward['remote']} is taken here)" if forward["moved"] else ""
+        lines.append(f"{name:<10} {forward['url']}{path}{moved}")
     key = context.deployment.folder.api_key
     lines.append(f"key        {key}" if key.exists() else "key        none yet: `deploy serve` makes it")
     context.console.result({"forwards": rows, "api_key_file": str(key)}, "\n".join(lines))
@@ -98,12 +98,13 @@ def _in_background(context: Context, port: int | None, dashboard_port: int | Non
     while True:
         first = log.read_text().partition("\n")
         if first[1]:
-            said = json.loads(first[0])
+            message = json.loads(first[0])
             break
         if process.poll() is not None:
-            said = {}
+            message = {}
             break
         time.sleep(0.05)
-    if "forwards" not in said:
-        raise SshError(said.get("text") or f"the tunnel ended with {process.returncode}", remedy=said.get("remedy", f"{log}"))
-    _tell(context, said["forwards"])
+    if "forwards" not in message:
+        cause = message.get("text") or f"the tunnel ended with {process.returncode}"
+        raise SshError(cause, remedy=message.get("remedy", f"{log}"))
+    _tell(context, message["forwards"])

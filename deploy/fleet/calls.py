@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import asyncio
 import io
 import json
 import shlex
 import zipfile
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
-from typing import Any, Protocol, TypeVar
+from typing import Protocol
 
+from deploy.remote.wire import Json
 from gracefarm.errors import DigestError, DiskFullError, EngineError, FetchError, GracefarmError, HostError, InstallError
 from gracefarm.process import last_line
 
-Json = dict[str, Any]
 OnEvent = Callable[[Json], None]
-T = TypeVar("T")
 
 _BOOT = (
     "import sys,tempfile,runpy,atexit,os,signal;signal.signal(15,lambda *_:sys.exit(143));"
@@ -76,7 +74,7 @@ class Shell(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Target:
+class RemoteNode:
     """A node as the steps see it."""
 
     name: str
@@ -96,14 +94,14 @@ def archive() -> bytes:
         zipped.writestr(zipfile.ZipInfo("deploy/__init__.py"), "")
         for name in ("__init__.py", "process.py", "uv.py"):
             zipped.writestr(zipfile.ZipInfo(f"gracefarm/{name}"), (resources.files("gracefarm") / name).read_bytes())
-        for one in sorted(resources.files("deploy.remote").iterdir(), key=lambda one: one.name):
-            if one.name.endswith(".py"):
-                zipped.writestr(zipfile.ZipInfo(f"deploy/remote/{one.name}"), one.read_bytes())
+        for file in sorted(resources.files("deploy.remote").iterdir(), key=lambda entry: entry.name):
+            if file.name.endswith(".py"):
+                zipped.writestr(zipfile.ZipInfo(f"deploy/remote/{file.name}"), file.read_bytes())
     return target.getvalue()
 
 
 async def call(
-    node: Target,
+    node: RemoteNode,
     function: str,
     arguments: Json,
     *,
@@ -126,24 +124,24 @@ async def call(
     if job is None:
         if function in _LASTING and node.mark:
             command = f"env GRACEFARM_MARK={shlex.quote(f'{node.mark}/{CHECK}')} {command}"
-        done = await node.shell.stream(command, stdin=stdin, on_line=heard)
+        ended = await node.shell.stream(command, stdin=stdin, on_line=heard)
     else:
         while not await node.shell.start(job, command, stdin=stdin):
             await settle(node, job, on_event)
-        done = await node.shell.follow(job, heard)
+        ended = await node.shell.follow(job, heard)
     if "result" in heard.answer:
         return dict(heard.answer["result"])
     if "failed" in heard.answer:
         raise refusal(node.name, heard.answer["failed"])
-    last = last_line(done.stderr, heard.last or f"exit code {done.code}")
-    if done.code == 127 or "not found" in last:
+    last = last_line(ended.stderr, heard.last or f"exit code {ended.code}")
+    if ended.code == 127 or "not found" in last:
         raise HostError(f"{node.name}: {last}", remedy=f"install {python} on this node")
     raise HostError(
         f"{node.name}: {function} ended without an answer: {last}", remedy="repeat the command; it goes on from what is done"
     )
 
 
-async def settle(node: Target, job: str, on_event: OnEvent = lambda _event: None) -> None:
+async def settle(node: RemoteNode, job: str, on_event: OnEvent = lambda _event: None) -> None:
     """Follow to its end what an earlier command, which was killed or cut off, has left at work; its answer is nobody's."""
     if await node.shell.at_work(job):
         on_event({"event": "wait", "owner": "of an earlier command"})
@@ -161,57 +159,18 @@ class _Heard:
 
     def __call__(self, text: str) -> None:
         try:
-            said = json.loads(text)
+            message = json.loads(text)
         except ValueError:
             self.last = text.strip() or self.last
             return
-        if not isinstance(said, dict):
+        if not isinstance(message, dict):
             return
-        if "event" in said:
-            self.on_event(said)
+        if "event" in message:
+            self.on_event(message)
         else:
-            self.answer.update(said)
+            self.answer.update(message)
 
 
 def refusal(node: str, failed: Mapping[str, str]) -> GracefarmError:
     """A worker's words as an error of ours."""
     return _CLASSES.get(failed["kind"], HostError)(f"{node}: {failed['cause']}", remedy=failed["remedy"])
-
-
-async def on_all(nodes: Sequence[Target], work: Callable[[Target], Awaitable[T]]) -> dict[str, T]:
-    """`work` on every node at once.
-
-    Raises:
-        GracefarmError: after all have ended; one sentence that names every node that failed and why.
-    """
-    good, bad = await try_all(nodes, work)
-    if bad:
-        raise combined_error(bad, len(nodes))
-    return good
-
-
-async def try_all(
-    nodes: Sequence[Target], work: Callable[[Target], Awaitable[T]]
-) -> tuple[dict[str, T], dict[str, GracefarmError]]:
-    """Like `on_all`, with the failures beside the results. A defect of ours is raised."""
-    outcomes = await asyncio.gather(*(work(one) for one in nodes), return_exceptions=True)
-    good: dict[str, T] = {}
-    bad: dict[str, GracefarmError] = {}
-    for node, outcome in zip(nodes, outcomes, strict=True):
-        if isinstance(outcome, GracefarmError):
-            bad[node.name] = outcome
-        elif isinstance(outcome, BaseException):
-            raise outcome
-        else:
-            good[node.name] = outcome
-    return good, bad
-
-
-def combined_error(bad: Mapping[str, GracefarmError], of: int) -> GracefarmError:
-    """Several nodes' failures as one error, of the first one's class."""
-    first = next(iter(bad.values()))
-    if len(bad) == 1:
-        return first
-    return type(first)(
-        f"{len(bad)} of {of} nodes failed: " + "; ".join(one.cause for one in bad.values()), remedy=first.remedy
-    )

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import asyncssh
 
 from deploy.fleet.connections import explain, parse_jump
+from deploy.fleet.results import try_all
 from deploy.fleet.ssh import Fleet
 from deploy.nodes.deployment import Node
 from gracefarm.errors import GracefarmError, SshError
@@ -20,7 +21,7 @@ from gracefarm.files import atomic_write
 ALGORITHMS = ("ssh-ed25519", "ecdsa-sha2-nistp256", "rsa-sha2-512")
 "Kinds of host keys that are pinned, best first."
 SECONDS = 30
-Status = Literal["pinned", "known", "new", "changed"]
+KeyStatus = Literal["pinned", "known", "new", "changed"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +32,7 @@ class HostKey:
     name: str
     "As known_hosts writes it."
     key: asyncssh.SSHKey
-    status: Status
+    status: KeyStatus
     "pinned: by us before; known: in ~/.ssh/known_hosts; new: to nobody; changed: another one is pinned."
 
     @property
@@ -51,14 +52,14 @@ async def look_jumps(
     """The host keys of the jump hosts: before any node behind them can be looked at, theirs must be trusted."""
     shown: list[HostKey] = []
     bad: dict[str, GracefarmError] = {}
-    for text in dict.fromkeys(one.jump for one in nodes if one.jump):
+    for text in dict.fromkeys(node.jump for node in nodes if node.jump):
         _user, host, port = parse_jump(text)
         node = Node(name="jump host", rank=-1, address=host, port=port)
         try:
             async with asyncio.timeout(SECONDS):
                 key = await asyncssh.get_server_host_key(host, port, server_host_key_algs=list(ALGORITHMS))
         except (OSError, asyncssh.Error, ValueError) as error:
-            bad |= {one.name: explain(node, error) for one in nodes if one.jump == text}
+            bad |= {behind.name: explain(node, error) for behind in nodes if behind.jump == text}
             continue
         if key is not None:
             name = entry_name(host, port)
@@ -70,22 +71,16 @@ async def look(
     fleet: Fleet, nodes: Sequence[Node], own: Path | None = None
 ) -> tuple[list[HostKey], dict[str, GracefarmError]]:
     """The host keys of all nodes at once, and why some could not be had. `own`: the user's known_hosts."""
-    outcomes = await asyncio.gather(*(scan(fleet, one) for one in nodes), return_exceptions=True)
+    scanned, bad = await try_all(nodes, lambda node: scan(fleet, node))
     shown: dict[tuple[str, bytes], HostKey] = {}
-    bad: dict[str, GracefarmError] = {}
-    for node, outcome in zip(nodes, outcomes, strict=True):
-        if isinstance(outcome, GracefarmError):
-            bad[node.name] = outcome
-        elif isinstance(outcome, BaseException):
-            raise outcome
-        else:
-            for name, key in outcome:  # a jump host is shown by every node behind it
-                status = _status(fleet.known_hosts, own, name, key)
-                shown.setdefault((name, key.public_data), HostKey(node=node, name=name, key=key, status=status))
+    for node in nodes:
+        for name, key in scanned.get(node.name, ()):  # a jump host is shown by every node behind it
+            status = _status(fleet.known_hosts, own, name, key)
+            shown.setdefault((name, key.public_data), HostKey(node=node, name=name, key=key, status=status))
     return list(shown.values()), bad
 
 
-def _status(known_hosts: Path, own: Path | None, name: str, key: asyncssh.SSHKey) -> Status:
+def _status(known_hosts: Path, own: Path | None, name: str, key: asyncssh.SSHKey) -> KeyStatus:
     before = pinned(known_hosts).get(name)
     if before is not None:
         return "pinned" if matches(known_hosts, name, key) else "changed"
@@ -96,10 +91,11 @@ def _status(known_hosts: Path, own: Path | None, name: str, key: asyncssh.SSHKey
 
 def refuse_changed(shown: Sequence[HostKey]) -> None:
     """Raises SshError with every key that is not the one that was pinned."""
-    changed = [one for one in shown if one.status == "changed"]
+    changed = [host_key for host_key in shown if host_key.status == "changed"]
     if changed:
         raise SshError(
-            "another host key than the pinned one: " + "; ".join(f"{one.name} shows {one.fingerprint}" for one in changed),
+            "another host key than the pinned one: "
+            + "; ".join(f"{host_key.name} shows {host_key.fingerprint}" for host_key in changed),
             remedy="somebody may stand between you and the node: compare with its console; if it was made anew: "
             "`deploy init --repin`",
         )
@@ -167,4 +163,4 @@ def matches(known_hosts: Path, name: str, key: asyncssh.SSHKey) -> bool:
     """The file (hashed names too) holds this very key for this name."""
     host, _, port = name.removeprefix("[").partition("]:")
     trusted = asyncssh.read_known_hosts(str(known_hosts)).match(host, "", int(port) if port else None)[0]
-    return any(one.public_data == key.public_data for one in trusted)
+    return any(trusted_key.public_data == key.public_data for trusted_key in trusted)

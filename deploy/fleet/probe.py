@@ -7,20 +7,22 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 
-from deploy.fleet.calls import Json, Target, call, try_all
+from deploy.fleet.calls import RemoteNode, call
+from deploy.fleet.results import try_all
 from deploy.nodes.deployment import Deployment, Node
 from deploy.nodes.facts import Facts, NodeFacts
+from deploy.remote.wire import Json
 from gracefarm.errors import GracefarmError, NodeError
 
 VIRTUAL = re.compile(r"lo|docker|br-|veth|virbr|cni|flannel|cali|tailscale|wg|tun|tap|podman")
 "Interfaces that do not join machines, by the start of their names."
 
 
-async def probe_nodes(deployment: Deployment, targets: Sequence[Target]) -> tuple[Facts, dict[str, GracefarmError]]:
+async def probe_nodes(deployment: Deployment, targets: Sequence[RemoteNode]) -> tuple[Facts, dict[str, GracefarmError]]:
     """Ask all nodes at once: the facts of those that answered, the reasons of the others."""
-    nodes = {one.name: one for one in deployment.nodes}
+    nodes = {node.name: node for node in deployment.nodes}
 
-    async def one(target: Target) -> NodeFacts:
+    async def ask(target: RemoteNode) -> NodeFacts:
         ahead = 0.0
 
         def clock(event: Json) -> None:
@@ -30,19 +32,19 @@ async def probe_nodes(deployment: Deployment, targets: Sequence[Target]) -> tupl
 
         node = nodes[target.name]
         request = {"local": deployment.data.local.replace("{node}", node.name)}
-        said = await call(target, "facts.probe", request, on_event=clock)
-        address, interface, network = private_address(node, said)
+        answer = await call(target, "facts.probe", request, on_event=clock)
+        address, interface, network = private_address(node, answer)
         return NodeFacts.model_validate(
-            said
+            answer
             | {"name": node.name, "address": node.address, "taken": time.time(), "clock_s": round(ahead, 1) + 0.0}
             | {"private": address, "interface": interface, "network": network}
         )
 
-    good, bad = await try_all(targets, one)
-    return Facts(nodes=tuple(good[each.name] for each in targets if each.name in good)), bad
+    good, bad = await try_all(targets, ask)
+    return Facts(nodes=tuple(good[target.name] for target in targets if target.name in good)), bad
 
 
-def private_address(node: Node, said: Mapping[str, object]) -> tuple[str, str, str]:
+def private_address(node: Node, answer: Mapping[str, object]) -> tuple[str, str, str]:
     """Address, interface and network over which a node speaks with the others.
 
     deploy.toml's word comes first (`private`, `nic`); then the address that ssh came in by, where it is private; then the
@@ -50,24 +52,24 @@ def private_address(node: Node, said: Mapping[str, object]) -> tuple[str, str, s
     Raises:
         NodeError: deploy.toml names an address or interface that the node does not have, or it has none at all.
     """
-    found = [
-        (str(each["address"]), str(one["name"]), int(each["prefix"]))
-        for one in said["interfaces"]  # type: ignore[attr-defined]
-        for each in one["addresses"]
+    addresses = [
+        (str(address["address"]), str(interface["name"]), int(address["prefix"]))
+        for interface in answer["interfaces"]  # type: ignore[attr-defined]
+        for address in interface["addresses"]
     ]
-    known = ", ".join(f"{name} {address}" for address, name, _ in found)
+    known = ", ".join(f"{name} {address}" for address, name, _ in addresses)
     if node.private or node.nic:
-        for address, name, prefix in found:
+        for address, name, prefix in addresses:
             if node.private in (None, address) and node.nic in (None, name):
                 return address, name, _network(address, prefix)
         raise NodeError(
-            f"{node}: it has no {' on '.join(one for one in (node.private, node.nic) if one)}", remedy=f"it has {known}"
+            f"{node}: it has no {' on '.join(word for word in (node.private, node.nic) if word)}", remedy=f"it has {known}"
         )
     if _loopback(node.address):  # a node on this very machine
         return node.address, "lo", _network(node.address, 8)
-    came_in = [one for one in found if one[0] == said.get("ssh_address") and _private(one[0])]
-    joining = [one for one in found if _private(one[0]) and not VIRTUAL.match(one[1]) and ":" not in one[0]]
-    way_out = [one for one in found if one[0] == said.get("route_address")]
+    came_in = [entry for entry in addresses if entry[0] == answer.get("ssh_address") and _private(entry[0])]
+    joining = [entry for entry in addresses if _private(entry[0]) and not VIRTUAL.match(entry[1]) and ":" not in entry[0]]
+    way_out = [entry for entry in addresses if entry[0] == answer.get("route_address")]
     if chosen := [*came_in, *joining, *way_out]:
         address, name, prefix = chosen[0]
         return address, name, _network(address, prefix)
@@ -75,8 +77,8 @@ def private_address(node: Node, said: Mapping[str, object]) -> tuple[str, str, s
 
 
 def _private(address: str) -> bool:
-    one = ipaddress.ip_address(address)
-    return one.is_private and not one.is_loopback
+    parsed = ipaddress.ip_address(address)
+    return parsed.is_private and not parsed.is_loopback
 
 
 def _loopback(address: str) -> bool:

@@ -1,13 +1,29 @@
-"""What became of a command on each node."""
+"""What became of work on each node: results, and several nodes' failures as one error."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 from deploy.nodes.deployment import Node
 from gracefarm.errors import GracefarmError, NodeError
 from gracefarm.process import last_line
+
+T = TypeVar("T")
+
+
+class Named(Protocol):
+    """A node, in whichever form it is at hand."""
+
+    @property
+    def name(self) -> str:
+        """Its name in the deployment."""
+        ...
+
+
+N = TypeVar("N", bound=Named)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,4 +69,41 @@ def require(results: Mapping[str, CommandResult], what: str) -> None:
     raise NodeError(
         f"{what}: {first.node} ended with {first.returncode}{': ' + reason if reason else ''}{more}",
         remedy=f"look there: `deploy ssh {first.node.name}`",
+    )
+
+
+async def on_all(nodes: Sequence[N], work: Callable[[N], Awaitable[T]]) -> dict[str, T]:
+    """`work` on every node at once.
+
+    Raises:
+        GracefarmError: after all have ended; one sentence that names every node that failed and why.
+    """
+    good, bad = await try_all(nodes, work)
+    if bad:
+        raise combined_error(bad, len(nodes))
+    return good
+
+
+async def try_all(nodes: Sequence[N], work: Callable[[N], Awaitable[T]]) -> tuple[dict[str, T], dict[str, GracefarmError]]:
+    """Like `on_all`, with the failures beside the results. A defect of ours is raised."""
+    outcomes = await asyncio.gather(*(work(node) for node in nodes), return_exceptions=True)
+    good: dict[str, T] = {}
+    bad: dict[str, GracefarmError] = {}
+    for node, outcome in zip(nodes, outcomes, strict=True):
+        if isinstance(outcome, GracefarmError):
+            bad[node.name] = outcome
+        elif isinstance(outcome, BaseException):
+            raise outcome
+        else:
+            good[node.name] = outcome
+    return good, bad
+
+
+def combined_error(bad: Mapping[str, GracefarmError], of: int) -> GracefarmError:
+    """Several nodes' failures as one error, of the first one's class."""
+    first = next(iter(bad.values()))
+    if len(bad) == 1:
+        return first
+    return type(first)(
+        f"{len(bad)} of {of} nodes failed: " + "; ".join(error.cause for error in bad.values()), remedy=first.remedy
     )

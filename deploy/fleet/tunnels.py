@@ -25,7 +25,7 @@ OnChange = Callable[[GracefarmError | None], None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wanted:
+class WantedPort:
     """A port of the head's loopback, and which one it should be here (0: any)."""
 
     name: str
@@ -44,17 +44,17 @@ class Forward:
     "The wanted one was taken here."
 
 
-def ports(deployment: Deployment, *, engine: int | None = None, dashboard: int | None = None) -> tuple[Wanted, ...]:
+def ports(deployment: Deployment, *, engine: int | None = None, dashboard: int | None = None) -> tuple[WantedPort, ...]:
     """The tutorial's two, the same numbers here unless others are wanted."""
     there = deployment.data.ports
     return (
-        Wanted(name="engine", remote=there.engine, local=there.engine if engine is None else engine),
-        Wanted(name="dashboard", remote=there.dashboard, local=there.dashboard if dashboard is None else dashboard),
+        WantedPort(name="engine", remote=there.engine, local=there.engine if engine is None else engine),
+        WantedPort(name="dashboard", remote=there.dashboard, local=there.dashboard if dashboard is None else dashboard),
     )
 
 
 @asynccontextmanager
-async def opened(fleet: Fleet, node: Node, wanted: Sequence[Wanted]) -> AsyncIterator[tuple[Forward, ...]]:
+async def opened(fleet: Fleet, node: Node, wanted: Sequence[WantedPort]) -> AsyncIterator[tuple[Forward, ...]]:
     """Every port of `wanted`, for as long as the context lasts. One that is taken here gets a free one instead.
 
     Raises:
@@ -62,15 +62,15 @@ async def opened(fleet: Fleet, node: Node, wanted: Sequence[Wanted]) -> AsyncIte
     """
     await fleet.connection(node)
     async with AsyncExitStack() as stack:
-        made = []
-        for one in wanted:
+        forwards = []
+        for port in wanted:
             try:
-                local = await stack.enter_async_context(forward_local(fleet, node, one.local, "127.0.0.1", one.remote))
+                local = await stack.enter_async_context(forward_local(fleet, node, port.local, "127.0.0.1", port.remote))
             except SshError:  # the node was entered above: it is the port
-                local = await stack.enter_async_context(forward_local(fleet, node, 0, "127.0.0.1", one.remote))
-            moved = one.local not in (0, local)
-            made.append(Forward(name=one.name, remote=one.remote, local=local, moved=moved))
-        yield tuple(made)
+                local = await stack.enter_async_context(forward_local(fleet, node, 0, "127.0.0.1", port.remote))
+            moved = port.local not in (0, local)
+            forwards.append(Forward(name=port.name, remote=port.remote, local=local, moved=moved))
+        yield tuple(forwards)
 
 
 async def attend(fleet: Fleet, node: Node, on_change: OnChange, *, every: float = LOOK) -> None:

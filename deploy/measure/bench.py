@@ -67,7 +67,7 @@ class Level(BaseModel):
     "The plan's one stream times so many: the most that the model of speed allows."
 
 
-class Report(BaseModel):
+class SweepReport(BaseModel):
     """A sweep, as kept."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -119,7 +119,7 @@ def spread(seconds: Sequence[float]) -> Spread | None:
     """In milliseconds; None of nothing."""
     if not seconds:
         return None
-    p50, p90, p99 = (round(1000 * percentile(seconds, one), 2) for one in (50, 90, 99))
+    p50, p90, p99 = (round(1000 * percentile(seconds, percent), 2) for percent in (50, 90, 99))
     return Spread(p50=p50, p90=p90, p99=p99)
 
 
@@ -213,11 +213,11 @@ async def measure(
 
 def level(answers: Sequence[Answer], seconds: float, concurrency: int, plan: Plan | None = None) -> Level:
     """Sum up."""
-    good = [one for one in answers if one.failure is None]
-    errors = Counter(one.failure for one in answers if one.failure)
-    tokens = sum(one.tokens or 0 for one in good)
+    good = [answer for answer in answers if answer.failure is None]
+    errors = Counter(answer.failure for answer in answers if answer.failure)
+    tokens = sum(answer.tokens or 0 for answer in good)
     rate = tokens / seconds if seconds else 0.0
-    each = [one.per_token for one in good if one.per_token]
+    token_seconds = [answer.per_token for answer in good if answer.per_token]
     hour = plan.prediction.usd_per_hour if plan else None
     alone = plan.prediction.tokens_per_s if plan else None
     return Level(
@@ -225,15 +225,15 @@ def level(answers: Sequence[Answer], seconds: float, concurrency: int, plan: Pla
         requests=len(answers),
         answered=len(good),
         errors={str(kind): count for kind, count in errors.items()},
-        first_error=next((one.cause for one in answers if one.failure), ""),
+        first_error=next((answer.cause for answer in answers if answer.failure), ""),
         seconds=round(seconds, 3),
-        prompt_tokens=sum(one.prompt_tokens or 0 for one in good),
+        prompt_tokens=sum(answer.prompt_tokens or 0 for answer in good),
         tokens=tokens,
         tokens_per_s=round(rate, 3),
-        stream_tokens_per_s=round(1 / percentile(each, 50), 3) if each else None,
-        first_ms=spread([one.first for one in good if one.first is not None]),
-        token_ms=spread(each),
-        chunk_ms=spread([gap for one in good for gap in one.gaps]),
+        stream_tokens_per_s=round(1 / percentile(token_seconds, 50), 3) if token_seconds else None,
+        first_ms=spread([answer.first for answer in good if answer.first is not None]),
+        token_ms=spread(token_seconds),
+        chunk_ms=spread([gap for answer in good for gap in answer.gaps]),
         usd_per_mtok=round(hour / (rate * 3600) * 1e6, 2) if hour is not None and rate else None,
         predicted_tokens_per_s=round(alone * concurrency, 2) if alone else None,
     )
@@ -250,7 +250,7 @@ async def run_sweep(
     plan: Plan | None = None,
     on_answer: Callable[[int, int, int], None] = lambda _concurrency, _done, _count: None,
     on_level: OnLevel = lambda _level: None,
-) -> Report:
+) -> SweepReport:
     """Every level in turn.
 
     Raises:
@@ -264,13 +264,13 @@ async def run_sweep(
         source = prompts(sweep, name, to_the_end=to_the_end)
         for concurrency in sweep.concurrency:
 
-            def tick(done: int, count: int, concurrency: int = concurrency) -> None:
-                on_answer(concurrency, done, count)
+            def tick(answered: int, count: int, concurrency: int = concurrency) -> None:
+                on_answer(concurrency, answered, count)
 
             answers, seconds = await measure(client, source, sweep, concurrency, tick)
             levels.append(level(answers, seconds, concurrency, plan))
             on_level(levels[-1])
-    return Report(
+    return SweepReport(
         taken=begun,
         server=server.base,
         model=name,

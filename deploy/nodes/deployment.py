@@ -137,33 +137,36 @@ class Deployment(BaseModel):
 
     def node(self, name: str) -> Node:
         """A node by name, rank or address. Raises UsageError."""
-        for one in self.nodes:
-            if name in (one.name, one.address, str(one.rank)):
-                return one
-        known = ", ".join(str(one) for one in self.nodes)
+        for node in self.nodes:
+            if name in (node.name, node.address, str(node.rank)):
+                return node
+        known = ", ".join(str(node) for node in self.nodes)
         raise UsageError(f"no node {name!r}", remedy=f"there are: {known}")
 
     def select(self, words: Sequence[str]) -> tuple[Node, ...]:
         """Nodes by name, rank, address, group, `head`, `rest`, `all` or ranks as 2-5; in order, once. Raises UsageError."""
         chosen: set[str] = set()
         groups: Mapping[str, list[str]] = {
-            **{group: [one.name for one in self.nodes if one.group == group] for group in {one.group for one in self.nodes}},
+            **{
+                group: [node.name for node in self.nodes if node.group == group]
+                for group in {node.group for node in self.nodes}
+            },
             "head": [self.head.name],
-            "rest": [one.name for one in self.rest],
-            "all": [one.name for one in self.nodes],
+            "rest": [node.name for node in self.rest],
+            "all": [node.name for node in self.nodes],
         }
         for word in words:
             span = re.fullmatch(r"(\d+)-(\d+)", word)
             if span:
-                chosen.update(one.name for one in self.nodes if int(span[1]) <= one.rank <= int(span[2]))
+                chosen.update(node.name for node in self.nodes if int(span[1]) <= node.rank <= int(span[2]))
             elif word in groups:
                 chosen.update(groups[word])
             else:
                 chosen.add(self.node(word).name)
-        found = tuple(one for one in self.nodes if one.name in chosen)
-        if not found:
+        nodes = tuple(node for node in self.nodes if node.name in chosen)
+        if not nodes:
             raise UsageError(f"{','.join(words) or 'nothing'} names no node", remedy="`deploy facts` lists them")
-        return found
+        return nodes
 
 
 def find_config() -> Path:

@@ -11,13 +11,13 @@ from gracefarm.errors import ConfigError
 from gracefarm.files import atomic_write
 
 
-class Kept(BaseModel):
+class KeptFact(BaseModel):
     """Keys that a newer version adds are no error for an older one."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
 
-class Gpu(Kept):
+class Gpu(KeptFact):
     """Bytes as cuMemGetInfo has them."""
 
     name: str
@@ -25,7 +25,7 @@ class Gpu(Kept):
     free: int
 
 
-class Cuda(Kept):
+class Cuda(KeptFact):
     """GPUs, or why there are none."""
 
     absent: bool = False
@@ -46,7 +46,7 @@ class Cuda(Kept):
         return f"{(self.version or 0) // 1000}.{(self.version or 0) % 1000 // 10}"
 
 
-class Bytes(Kept):
+class Bytes(KeptFact):
     """Of a file system or of memory."""
 
     total: int
@@ -54,7 +54,7 @@ class Bytes(Kept):
     available: int = 0
 
 
-class Mount(Kept):
+class NetworkMount(KeptFact):
     """A file system that several nodes can see."""
 
     source: str
@@ -64,7 +64,7 @@ class Mount(Kept):
     free: int
 
 
-class NodeFacts(Kept):
+class NodeFacts(KeptFact):
     """One node, as it said of itself at `taken`."""
 
     name: str
@@ -87,14 +87,14 @@ class NodeFacts(Kept):
     interface: str
     network: str
     "The private address's network, as 10.0.0.0/24."
-    mounts: tuple[Mount, ...]
+    mounts: tuple[NetworkMount, ...]
     disk: Bytes | None
     "Of the file system that holds `local`."
     clock_s: float
     "How far its clock is ahead of this machine's, to about a tenth of a second."
 
 
-class Facts(Kept):
+class Facts(KeptFact):
     """Of all nodes that answered."""
 
     schema_version: Literal[1] = 1
@@ -102,9 +102,9 @@ class Facts(Kept):
 
     def node(self, name: str) -> NodeFacts:
         """Raises ConfigError: it was never asked."""
-        for one in self.nodes:
-            if one.name == name:
-                return one
+        for node in self.nodes:
+            if node.name == name:
+                return node
         raise ConfigError(f"nothing is known of node {name}", remedy="ask it: `deploy facts`")
 
     @property
@@ -112,7 +112,7 @@ class Facts(Kept):
         """Folders on file systems that all nodes have mounted from the same source."""
         if not self.nodes:
             return ()
-        common = set.intersection(*({(each.source, each.target) for each in one.mounts} for one in self.nodes))
+        common = set.intersection(*({(mount.source, mount.target) for mount in node.mounts} for node in self.nodes))
         return tuple(sorted(target for _, target in common))
 
 
@@ -131,11 +131,12 @@ def load_facts(deployment: Deployment) -> Facts:
 def keep_facts(deployment: Deployment, facts: Facts) -> Facts:
     """Keep what was found, and of nodes that did not answer now what they said before; the whole is returned."""
     try:
-        before = {one.name: one for one in load_facts(deployment).nodes}
+        before = {node.name: node for node in load_facts(deployment).nodes}
     except ConfigError:
         before = {}
-    found = before | {one.name: one for one in facts.nodes}
-    addresses = {one.name: one.address for one in deployment.nodes}
-    whole = Facts(nodes=tuple(found[name] for name in addresses if name in found and found[name].address == addresses[name]))
+    merged = before | {node.name: node for node in facts.nodes}
+    addresses = {node.name: node.address for node in deployment.nodes}
+    kept = [merged[name] for name in addresses if name in merged and merged[name].address == addresses[name]]
+    whole = Facts(nodes=tuple(kept))
     atomic_write(deployment.folder.facts, whole.model_dump_json(indent=1) + "\n")
     return whole

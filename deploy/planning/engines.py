@@ -9,7 +9,7 @@ from deploy.planning import options
 from deploy.planning.models import Model
 from gracefarm.errors import ConfigError, LayoutError
 
-Value = str | int | float | bool | list[str]
+GivenValue = str | int | float | bool | list[str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,9 +124,9 @@ VLLM = Engine(
 
 def engine(name: str) -> Engine:
     """By name. Raises ConfigError."""
-    for one in (APHRODITE, VLLM):
-        if one.name == name:
-            return one
+    for known in (APHRODITE, VLLM):
+        if known.name == name:
+            return known
     raise ConfigError(f"no engine {name!r}", remedy="there are aphrodite and vllm")
 
 
@@ -193,7 +193,7 @@ def default_partition(layers: int, pp: int) -> tuple[int, ...]:
     return (layers // pp,) * (pp - 1) + (layers // pp + layers % pp,)
 
 
-def check(engine_: Engine, given: Mapping[str, Value], arch: str) -> None:
+def check(engine_: Engine, given: Mapping[str, GivenValue], arch: str) -> None:
     """[engine_options] holds nothing that is ours, secret, or known to fail.
 
     Raises:
@@ -208,7 +208,7 @@ def check(engine_: Engine, given: Mapping[str, Value], arch: str) -> None:
     _check_cache(engine_, given, arch)
 
 
-def _check_cache(engine_: Engine, given: Mapping[str, Value], arch: str) -> None:
+def _check_cache(engine_: Engine, given: Mapping[str, GivenValue], arch: str) -> None:
     """Aphrodite falls to xformers for these, and there is no xformers for aarch64 in its requirements nor in the farm."""
     if engine_.name != "aphrodite" or arch != "aarch64":
         return
@@ -225,15 +225,15 @@ def _check_cache(engine_: Engine, given: Mapping[str, Value], arch: str) -> None
         )
 
 
-def arguments(engine_: Engine, given: Mapping[str, Value]) -> list[str]:
+def arguments(engine_: Engine, given: Mapping[str, GivenValue]) -> list[str]:
     """[engine_options] as arguments. Raises ConfigError: an option or value that the engine does not have."""
-    made: list[str] = []
+    words: list[str] = []
     for key, value in given.items():
-        made += _argument(engine_, "--" + key.replace("_", "-").lstrip("-"), value)
-    return made
+        words += _argument(engine_, "--" + key.replace("_", "-").lstrip("-"), value)
+    return words
 
 
-def _argument(engine_: Engine, flag: str, value: Value) -> Sequence[str]:
+def _argument(engine_: Engine, flag: str, value: GivenValue) -> Sequence[str]:
     option = options.table(engine_.table).find(flag)
     if isinstance(value, bool):
         if option and option.action == "boolean":
@@ -243,11 +243,11 @@ def _argument(engine_: Engine, flag: str, value: Value) -> Sequence[str]:
         return [flag] if value else []
     if isinstance(value, list):
         if option and option.action == "append":
-            return [word for one in value for word in (flag, one)]
+            return [word for element in value for word in (flag, element)]
         return [flag, *value]
     return [flag, str(value)]
 
 
-def validate(engine_: Engine, made: Sequence[str]) -> None:
+def validate(engine_: Engine, words: Sequence[str]) -> None:
     """Every option of a command line exists in the engine and has an allowed value. Raises ConfigError."""
-    options.table(engine_.table).check(made)
+    options.table(engine_.table).check(words)

@@ -14,7 +14,7 @@ from deploy.planning import engines, speed
 from deploy.planning.engines import Engine
 from deploy.planning.models import Model
 from deploy.planning.shards import GIB, RankShare, balance, shares
-from deploy.planning.speed import NodeKind, Prediction, Stage
+from deploy.planning.speed import NodeKind, Prediction, StageLoad
 from gracefarm.errors import LayoutError
 
 RESERVE = 3 * GIB
@@ -71,7 +71,7 @@ class Layout(BaseModel):
         return f"tp{self.tp} pp{self.pp}"
 
 
-class Memory(BaseModel):
+class MemoryPlan(BaseModel):
     """What the fullest GPU holds, in GiB, and the tokens that fit in all."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -139,7 +139,7 @@ class Question:
     @property
     def gpus(self) -> int:
         """In all."""
-        return sum(len(one.gpus) for one in self.machines)
+        return sum(len(machine.gpus) for machine in self.machines)
 
     @cached_property
     def price_per_node(self) -> float | None:
@@ -154,7 +154,7 @@ class Candidate:
     layout: Layout
     slots: tuple[Slot, ...]
     "In the engine's rank order."
-    memory: Memory
+    memory: MemoryPlan
     prediction: Prediction
 
     @property
@@ -181,11 +181,11 @@ def place(machines: Sequence[Machine], world: int) -> tuple[Slot, ...]:
     The driver's node is first, then nodes with fewer workers, then by address as text (ray_gpu_executor.py).
     """
     taken: list[tuple[Machine, int]] = []
-    for one in machines:
+    for machine in machines:
         left = world - sum(count for _, count in taken)
         if left > 0:
-            taken.append((one, min(left, len(one.gpus))))
-    ordered = taken[:1] + sorted(taken[1:], key=lambda one: (one[1], one[0].private))
+            taken.append((machine, min(left, len(machine.gpus))))
+    ordered = taken[:1] + sorted(taken[1:], key=lambda entry: (entry[1], entry[0].private))
     return tuple(Slot(machine=machine, gpu=gpu) for machine, count in ordered for gpu in machine.gpus[:count])
 
 
@@ -214,15 +214,15 @@ def evaluate(question: Question, tp: int, pp: int, partition: Sequence[int] | No
     offload = _offload(question, f"tp{tp} pp{pp}", held, budgets)
     host = _host(f"tp{tp} pp{pp}", slots, offload)
     _swap(engine, tp, slots[0].machine)
-    rooms = [room - one.weights + one.away(offload) - RESERVE for one, room in zip(held, budgets, strict=True)]
+    rooms = [room - share.weights + share.away(offload) - RESERVE for share, room in zip(held, budgets, strict=True)]
     limiting = min(range(len(held)), key=lambda index: rooms[index] // held[index].token)
     cache = rooms[limiting] // held[limiting].token // BLOCK * BLOCK
     request = cache if engine.shared_cache else cache // pp // BLOCK * BLOCK
     layout = _sized(question, tp, pp, stages, offload, request)
-    weights = [one.weights / GIB for one in held]
-    memory = Memory(
+    weights = [share.weights / GIB for share in held]
+    memory = MemoryPlan(
         weights_gib=round(max(weights), 3),
-        by_stage_gib=tuple(tuple(round(one, 3) for one in weights[stage * tp : (stage + 1) * tp]) for stage in range(pp)),
+        by_stage_gib=tuple(tuple(round(size, 3) for size in weights[stage * tp : (stage + 1) * tp]) for stage in range(pp)),
         budget_gib=round(min(budgets) / GIB, 2),
         reserve_gib=RESERVE / GIB,
         cache_gib=round(rooms[limiting] / GIB, 2),
@@ -253,10 +253,10 @@ def _partition(engine: Engine, model: Model, tp: int, pp: int, given: Sequence[i
 def _offload(question: Question, name: str, held: Sequence[RankShare], budgets: Sequence[int]) -> float:
     """GiB per GPU: 0 where the cache has its floor; else in tenths, so much that the fullest GPU has it."""
     forced = question.forced.cpu_offload_gib
-    wants = [one.weights + RESERVE + CACHE_FLOOR - room for one, room in zip(held, budgets, strict=True)]
+    wants = [share.weights + RESERVE + CACHE_FLOOR - room for share, room in zip(held, budgets, strict=True)]
     worst = max(range(len(wants)), key=lambda index: wants[index])
     chosen = max(0, -(-wants[worst] * 10 // GIB)) / 10 if forced is None else forced
-    lefts = [room - one.weights + one.away(chosen) - RESERVE for one, room in zip(held, budgets, strict=True)]
+    lefts = [room - share.weights + share.away(chosen) - RESERVE for share, room in zip(held, budgets, strict=True)]
     least = min(range(len(held)), key=lambda index: lefts[index])
     left = lefts[least]
     if left < held[least].token * LEAST_TOKENS:
@@ -332,9 +332,9 @@ def _speed(question: Question, layout: Layout, slots: Sequence[Slot], held: Sequ
     for stage, layers in enumerate(layout.partition):
         ranks = range(stage * layout.tp, (stage + 1) * layout.tp)
         away = [held[rank].away(layout.offload_gib) for rank in ranks]
-        kind = min((speed.kind_of(slots[rank].gpu.name) for rank in ranks), key=lambda one: one.hbm_gb_s)
+        kind = min((speed.kind_of(slots[rank].gpu.name) for rank in ranks), key=lambda node_kind: node_kind.hbm_gb_s)
         stages.append(
-            Stage(
+            StageLoad(
                 layers=layers,
                 tp=layout.tp,
                 resident=max(held[rank].weights - gone for rank, gone in zip(ranks, away, strict=True)),
@@ -380,19 +380,19 @@ def choose(question: Question) -> LayoutChoice:
     if forced.tensor_parallel and forced.pipeline_parallel:
         only = evaluate(question, forced.tensor_parallel, forced.pipeline_parallel, forced.partition)
         return LayoutChoice(best=only, others=(), rejected=())
-    found: list[Candidate] = []
+    fitting: list[Candidate] = []
     failed: dict[tuple[int, int], LayoutError] = {}
     for tp, pp in _pairs(question, forced):
         try:
-            found.append(evaluate(question, tp, pp, forced.partition))
+            fitting.append(evaluate(question, tp, pp, forced.partition))
         except LayoutError as error:
             failed[tp, pp] = error
-    if not found:
-        nearest = max(failed, key=lambda one: (*_possible(question, *one), one[0] * one[1]))
+    if not fitting:
+        nearest = max(failed, key=lambda split: (*_possible(question, *split), split[0] * split[1]))
         raise LayoutError(f"no layout fits: {failed[nearest].cause}", remedy=failed[nearest].remedy)
-    found.sort(key=lambda one: one.rank)
-    rejected = (*_worth_saying(failed, question), *_own_splits(question, found))
-    return LayoutChoice(best=found[0], others=tuple(found[1:]), rejected=rejected)
+    fitting.sort(key=lambda candidate: candidate.rank)
+    rejected = (*_worth_saying(failed, question), *_own_splits(question, fitting))
+    return LayoutChoice(best=fitting[0], others=tuple(fitting[1:]), rejected=rejected)
 
 
 def _pairs(question: Question, forced: LayoutConfig) -> Iterator[tuple[int, int]]:
@@ -424,35 +424,35 @@ def _worth_saying(failed: Mapping[tuple[int, int], LayoutError], question: Quest
     return list(last.values())
 
 
-def _own_splits(question: Question, found: Sequence[Candidate]) -> Iterator[Rejected]:
+def _own_splits(question: Question, fitting: Sequence[Candidate]) -> Iterator[Rejected]:
     """Layouts that fit by their partition alone: the engine's own split overloads the last stage."""
     if not question.engine.default_partition:
         return
-    for one in found:
-        own = engines.default_partition(question.model.layers, one.layout.pp)
-        if own == one.layout.partition or (one.layout.offload_gib and one is not found[0]):
+    for candidate in fitting:
+        own = engines.default_partition(question.model.layers, candidate.layout.pp)
+        if own == candidate.layout.partition or (candidate.layout.offload_gib and candidate is not fitting[0]):
             continue  # nobody would take what is slow with our split already
-        name = f"{one.layout.name}, the engine's own split {short(own)}"
+        name = f"{candidate.layout.name}, the engine's own split {short(own)}"
         try:
-            usual = evaluate(question, one.layout.tp, one.layout.pp, own)
+            usual = evaluate(question, candidate.layout.tp, candidate.layout.pp, own)
         except LayoutError as error:
-            yield Rejected(layout=name, reason=error.cause.removeprefix(f"{one.layout.name}: "))
+            yield Rejected(layout=name, reason=error.cause.removeprefix(f"{candidate.layout.name}: "))
             continue
-        ours, theirs = one.layout.offload_gib, usual.layout.offload_gib
+        ours, theirs = candidate.layout.offload_gib, usual.layout.offload_gib
         if theirs > ours:
             yield Rejected(
                 layout=name,
                 reason=f"the last stage holds {usual.memory.weights_gib:.1f} GiB per GPU, {theirs:g} of them in host memory; "
-                f"{short(one.layout.partition)} holds {one.memory.weights_gib:.1f} and {ours:g}",
+                f"{short(candidate.layout.partition)} holds {candidate.memory.weights_gib:.1f} and {ours:g}",
             )
 
 
 def short(partition: Sequence[int]) -> str:
     """12,12,12,18 as 12x3,18."""
     runs: list[list[int]] = []
-    for one in partition:
-        if runs and runs[-1][0] == one:
+    for layers in partition:
+        if runs and runs[-1][0] == layers:
             runs[-1][1] += 1
         else:
-            runs.append([one, 1])
-    return ",".join(f"{one}x{count}" if count > 1 else str(one) for one, count in runs)
+            runs.append([layers, 1])
+    return ",".join(f"{layers}x{count}" if count > 1 else str(layers) for layers, count in runs)

@@ -117,8 +117,8 @@ def from_config(config: object, *, repo: str, revision: str, source: str) -> Mod
             remedy="a model of another shape is served by hand",
         )
     if config.get("quantization_config"):
-        said = config["quantization_config"]
-        method = said.get("quant_method", "unknown") if isinstance(said, Mapping) else said
+        quantization = config["quantization_config"]
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, Mapping) else quantization
         raise LayoutError(
             f"{repo}: its weights are quantised ({method}), and the planner knows the bytes of 16-bit weights alone",
             remedy="plan the repository with 16-bit weights",
@@ -166,9 +166,9 @@ def _table() -> list[dict[str, Any]]:
 
 def built_in(repo: str, revision: str) -> Model | None:
     """The model's public numbers, where they are built in."""
-    for one in _table():
-        if repo in one["names"]:
-            return from_config(one, repo=repo, revision=revision, source="built-in numbers")
+    for entry in _table():
+        if repo in entry["names"]:
+            return from_config(entry, repo=repo, revision=revision, source="built-in numbers")
     return None
 
 

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict
 
 from gracefarm.errors import ConfigError
 
-Value = str | int | float | bool | None | list[Any]
+OptionValue = str | int | float | bool | None | list[Any]
 OptionKind = Literal["str", "int", "float", "bool", "json", "pairs"]
 
 
@@ -27,8 +27,8 @@ class Option(BaseModel):
 
     flags: tuple[str, ...]
     kind: OptionKind = "str"
-    default: Value = None
-    choices: tuple[Value, ...] | None = None
+    default: OptionValue = None
+    choices: tuple[OptionValue, ...] | None = None
     nargs: str | int | None = None
     action: Literal["store", "store_true", "append", "boolean", "pairs", "switch"] = "store"
     nullable: bool = False
@@ -37,7 +37,7 @@ class Option(BaseModel):
     @property
     def name(self) -> str:
         """The long name without dashes."""
-        return next((one for one in self.flags if one.startswith("--")), self.flags[0]).lstrip("-")
+        return next((flag for flag in self.flags if flag.startswith("--")), self.flags[0]).lstrip("-")
 
 
 class OptionTable(BaseModel):
@@ -59,11 +59,11 @@ class OptionTable(BaseModel):
         """By any of its spellings; underscores are dashes, as the engine's parser has it."""
         whole, dot, _ = flag.partition(".") if self.dotted else (flag, "", "")
         wanted = "--" + whole[2:].replace("_", "-") if flag.startswith("--") else flag
-        found = next((one for one in self.options if wanted in one.flags), None)
-        if found and dot:
-            json_ = found.kind in ("str", "json") and not found.choices
-            return found.model_copy(update={"kind": "str", "nargs": None}) if json_ else None
-        return found
+        option = next((option for option in self.options if wanted in option.flags), None)
+        if option and dot:
+            json_ = option.kind in ("str", "json") and not option.choices
+            return option.model_copy(update={"kind": "str", "nargs": None}) if json_ else None
+        return option
 
     def check(self, arguments: Sequence[str]) -> None:
         """Every option is there and takes its value.
@@ -83,18 +83,18 @@ class OptionTable(BaseModel):
             values = [value] if separator else list(_values(option, rest))
             del rest[: 0 if separator else len(values)]
             _check_count(option, values)
-            for one in values:
-                _check_value(option, one)
+            for text in values:
+                _check_value(option, text)
 
 
 def _values(option: Option, rest: Sequence[str]) -> Iterator[str]:
     if option.action in ("store_true", "switch"):
         return
     most = {None: 1, "?": 1}.get(option.nargs, len(rest)) if not isinstance(option.nargs, int) else option.nargs
-    for one in rest[:most]:
-        if one.startswith("-") and not _number(one):
+    for word in rest[:most]:
+        if word.startswith("-") and not _number(word):
             return
-        yield one
+        yield word
 
 
 def _number(text: str) -> bool:
@@ -121,7 +121,7 @@ def _check_value(option: Option, text: str) -> None:
     except ValueError as error:
         raise ConfigError(f"--{option.name} {text}: not {_article(option.kind)}", remedy="mend the value") from error
     if option.choices is not None and value not in option.choices:
-        known = ", ".join(str(one) for one in option.choices if one is not None)
+        known = ", ".join(str(choice) for choice in option.choices if choice is not None)
         raise ConfigError(f"--{option.name} {text} is none of its values", remedy=f"it takes {known}")
 
 
@@ -131,7 +131,7 @@ def _article(kind: OptionKind) -> str:
     )
 
 
-def _parse(option: Option, text: str) -> Value:
+def _parse(option: Option, text: str) -> OptionValue:
     if option.action == "boolean" or option.kind == "bool":
         if text.lower() not in ("true", "false"):
             raise ValueError(text)

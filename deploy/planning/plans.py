@@ -14,7 +14,7 @@ from deploy.nodes.deployment import Deployment, Node
 from deploy.nodes.facts import Facts, NodeFacts
 from deploy.planning import engines, layouts, speed
 from deploy.planning.engines import Engine
-from deploy.planning.layouts import Candidate, Layout, LayoutChoice, Machine, Memory, Question, Rejected
+from deploy.planning.layouts import Candidate, Layout, LayoutChoice, Machine, MemoryPlan, Question, Rejected
 from deploy.planning.models import Model
 from deploy.planning.shards import GIB
 from deploy.planning.speed import Prediction
@@ -92,7 +92,7 @@ class Plan(BaseModel):
     "Its whole environment beside the login's."
     secret_env: tuple[str, ...]
     "Names of variables whose values are secret: `deploy serve` hands them over on stdin."
-    memory: Memory
+    memory: MemoryPlan
     prediction: Prediction
     alternatives: tuple[Alternative, ...] = ()
     rejected: tuple[Rejected, ...] = ()
@@ -125,7 +125,7 @@ def make(deployment: Deployment, facts: Facts, model: Model) -> Plan:
     """
     data = deployment.data
     engine = engines.engine(data.engine)
-    known = {one.name: facts.node(one.name) for one in deployment.nodes}
+    known = {node.name: facts.node(node.name) for node in deployment.nodes}
     engines.check(engine, data.engine_options, known[deployment.head.name].arch)
     machines, notes = _machines(deployment, known)
     question = Question(
@@ -148,7 +148,7 @@ def make(deployment: Deployment, facts: Facts, model: Model) -> Plan:
             revision=model.revision,
             layout=layout,
             nodes=nodes,
-            spares=tuple(one.name for one in machines if one.name not in used),
+            spares=tuple(machine.name for machine in machines if machine.name not in used),
             serve=serve,
             serve_env=_serve_env(deployment, engine, nodes[0]),
             secret_env=(engine.key_variable,),
@@ -197,7 +197,7 @@ def _notes(best: Candidate, model: Model, facts: Facts) -> list[str]:
             f"{model.repo} at {model.revision!r} is not pinned yet: `deploy up` resolves it to a commit, which changes the id"
         )
     names = {slot.gpu.name for slot in best.slots if speed.kind_of(slot.gpu.name) is speed.UNKNOWN}
-    notes += [f"the speed model does not know {one}: its figures are guesses" for one in sorted(names)]
+    notes += [f"the speed model does not know {name}: its figures are guesses" for name in sorted(names)]
     networks = sorted({facts.node(slot.machine.name).network for slot in best.slots})
     if len(networks) > 1:
         notes.append(f"the private addresses are in {len(networks)} networks ({', '.join(networks)}): set private or nic")
@@ -206,32 +206,32 @@ def _notes(best: Candidate, model: Model, facts: Facts) -> list[str]:
 
 def cautions(facts: Facts) -> tuple[str, ...]:
     """GPUs that were in use when the nodes were asked. Not part of a plan: it must not change while it runs."""
-    said = []
-    for one in facts.nodes:
-        fullest = min(one.cuda.gpus, key=lambda each: each.free / each.total, default=None)
+    sentences = []
+    for node in facts.nodes:
+        fullest = min(node.cuda.gpus, key=lambda gpu: gpu.free / gpu.total, default=None)
         if fullest and fullest.free < FREE * fullest.total:
             free = f"{fullest.free / GIB:.1f} of {fullest.total / GIB:.1f} GiB"
-            said.append(f"{one.name}: {free} of GPU memory were free when it was asked; `deploy preflight` looks again")
-    return tuple(said)
+            sentences.append(f"{node.name}: {free} of GPU memory were free when it was asked; `deploy preflight` looks again")
+    return tuple(sentences)
 
 
 def _alternatives(choice: LayoutChoice) -> tuple[Alternative, ...]:
     """The best layout of every other tp."""
     best: dict[int, Candidate] = {}
-    for one in choice.others:
-        best.setdefault(one.layout.tp, one)
+    for candidate in choice.others:
+        best.setdefault(candidate.layout.tp, candidate)
     best.pop(choice.best.layout.tp, None)
     return tuple(
         Alternative(
-            layout=one.layout.name,
-            partition=one.layout.partition,
-            offload_gib=one.layout.offload_gib,
-            weights_gib=one.memory.weights_gib,
-            request_tokens=one.memory.request_tokens,
-            tokens_per_s=one.prediction.tokens_per_s,
-            usd_per_mtok=one.prediction.usd_per_mtok,
+            layout=candidate.layout.name,
+            partition=candidate.layout.partition,
+            offload_gib=candidate.layout.offload_gib,
+            weights_gib=candidate.memory.weights_gib,
+            request_tokens=candidate.memory.request_tokens,
+            tokens_per_s=candidate.prediction.tokens_per_s,
+            usd_per_mtok=candidate.prediction.usd_per_mtok,
         )
-        for one in best.values()
+        for candidate in best.values()
     )
 
 
@@ -315,7 +315,7 @@ def ray_command(deployment: Deployment, facts: NodeFacts, node: Node, gpus: int,
 def _serve(deployment: Deployment, engine: Engine, layout: Layout, model: Model) -> tuple[str, ...]:
     program, *verb = engine.command
     given = engines.arguments(engine, deployment.data.engine_options)
-    made = [
+    planned = [
         *("--host", "127.0.0.1"),
         *("--port", str(deployment.data.ports.engine)),
         *("--served-model-name", model.repo),
@@ -328,13 +328,13 @@ def _serve(deployment: Deployment, engine: Engine, layout: Layout, model: Model)
     ]
     if layout.max_model_len > layout.max_num_batched_tokens:
         # Else the engine would profile a step as long as the longest request, and its activations would take the cache's room.
-        made += ["--max-num-batched-tokens", str(layout.max_num_batched_tokens)]
-        made += ["--enable-chunked-prefill", *(("true",) if engine.name == "aphrodite" else ())]
+        planned += ["--max-num-batched-tokens", str(layout.max_num_batched_tokens)]
+        planned += ["--enable-chunked-prefill", *(("true",) if engine.name == "aphrodite" else ())]
     if layout.offload_gib:
-        made += ["--cpu-offload-gb", f"{layout.offload_gib:g}"]
-    engines.validate(engine, [*made, *given])
+        planned += ["--cpu-offload-gb", f"{layout.offload_gib:g}"]
+    engines.validate(engine, [*planned, *given])
     folder = paths.weights(paths.root(deployment), model.repo, model.revision)
-    return (paths.program(deployment, program), *verb, folder, *made, *given)
+    return (paths.program(deployment, program), *verb, folder, *planned, *given)
 
 
 def _serve_env(deployment: Deployment, engine: Engine, head: NodePlan) -> dict[str, str]:
@@ -351,5 +351,5 @@ def _serve_env(deployment: Deployment, engine: Engine, head: NodePlan) -> dict[s
 
 def ranks(plan: Plan) -> tuple[tuple[str, ...], ...]:
     """Node names of each stage's ranks."""
-    order = [one.name for one in plan.nodes for _ in range(one.gpus)]
+    order = [node.name for node in plan.nodes for _ in range(node.gpus)]
     return tuple(tuple(order[stage * plan.layout.tp : (stage + 1) * plan.layout.tp]) for stage in range(plan.layout.pp))

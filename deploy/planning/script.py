@@ -17,16 +17,16 @@ def render(plan: Plan, nodes: Sequence[Node] = ()) -> str:
 
     Secrets are read from files here and sent through ssh's stdin; no argument list has them.
     """
-    access = {one.name: one for one in nodes}
+    access = {node.name: node for node in nodes}
     head, *rest = plan.nodes
     blocks = [
         _preamble(plan),
-        _functions([(one, access.get(one.name)) for one in plan.nodes]),
+        _functions([(node, access.get(node.name)) for node in plan.nodes]),
         "# Secrets: made once, kept here for you alone, sent through stdin into files that only the nodes' user can read.",
         _secrets(plan),
         f"# Ray: exactly {plan.layout.world} GPUs in all, or the engine's placement group may miss its driver.",
         _ray(head),
-        *(_ray(one) for one in rest),
+        *(_ray(node) for node in rest),
         "# The engine. It outlives this connection; its log and its process id stay in the head's own folder.",
         _engine(plan),
         "# Its port opens when the model is loaded, which takes long; ready is what answers a real request.",
@@ -50,11 +50,11 @@ secrets=${{SECRETS:-.deploy/script}}"""
 
 
 def _model_folder(plan: Plan) -> str:
-    return next(one for one in plan.serve[1:] if one.startswith("/"))
+    return next(word for word in plan.serve[1:] if word.startswith("/"))
 
 
 def _functions(nodes: Iterable[tuple[NodePlan, Node | None]]) -> str:
-    cases = "\n".join(f"        {one.name}) set -- {shlex.join(_ssh(one, node))} ;;" for one, node in nodes)
+    cases = "\n".join(f"        {node_plan.name}) set -- {shlex.join(_ssh(node_plan, node))} ;;" for node_plan, node in nodes)
     return f"""# on NODE COMMAND: a command on a node, its stdin from here.
 on() {{
     local node=$1 command=$2
@@ -84,7 +84,7 @@ def _ssh(plan: NodePlan, node: Node | None) -> list[str]:
 
 def _secrets(plan: Plan) -> str:
     lines = ["secret ray-token", "secret api-key"]
-    lines += [_place(one.name, "ray-token", one.env[TOKEN_FILE]) for one in plan.nodes]
+    lines += [_place(node.name, "ray-token", node.env[TOKEN_FILE]) for node in plan.nodes]
     lines.append(_place(plan.head.name, "api-key", _beside(plan.head, "api-key")))
     return "\n".join(lines)
 
@@ -113,7 +113,7 @@ def _ray(node: NodePlan) -> str:
 
 def _engine(plan: Plan) -> str:
     folder = str(PurePosixPath(plan.head.env[TOKEN_FILE]).parent)
-    key, log, pid = (shlex.quote(f"{folder}/{one}") for one in ("api-key", "engine.log", "engine.pid"))
+    key, log, pid = (shlex.quote(f"{folder}/{name}") for name in ("api-key", "engine.log", "engine.pid"))
     return _script(
         plan.head.name,
         [
@@ -149,4 +149,4 @@ def _folded(words: Sequence[str]) -> str:
         if word.startswith("--"):
             lines.append([])
         lines[-1].append(shlex.quote(word))
-    return " \\\n    ".join(" ".join(one) for one in lines)
+    return " \\\n    ".join(" ".join(line) for line in lines)

@@ -86,13 +86,13 @@ def shares(engine: Engine, model: Model, tp: int, partition: Sequence[int]) -> t
     own = [layer_bytes(engine, model, tp, rank) for rank in range(tp)]
     heads = engines.kv_heads(engine, model, tp)
     last = len(partition) - 1
-    made = []
+    stages = []
     for stage, layers in enumerate(partition):
         tables = (stage == 0) + (stage == last) - (stage == 0 == last and model.tied)
         fixed = tables * table + (model.hidden * BYTES if stage == last else 0)
         token = [2 * layers * kv * model.head_dim * BYTES for kv in heads]
-        made.append(tuple(RankShare(layers=layers * own[rank], fixed=fixed, token=token[rank]) for rank in range(tp)))
-    return tuple(made)
+        stages.append(tuple(RankShare(layers=layers * own[rank], fixed=fixed, token=token[rank]) for rank in range(tp)))
+    return tuple(stages)
 
 
 def balance(engine: Engine, model: Model, tp: int, pp: int) -> tuple[int, ...]:

@@ -59,12 +59,12 @@ def kinds() -> dict[str, NodeKind]:
 
 def kind_of(gpu: str) -> NodeKind:
     """The kind whose `match` is the longest part of a GPU's name; UNKNOWN where none is."""
-    found = [one for one in kinds().values() if one.match in gpu]
-    return max(found, key=lambda one: (len(one.match), -one.mib), default=UNKNOWN)
+    matching = [node_kind for node_kind in kinds().values() if node_kind.match in gpu]
+    return max(matching, key=lambda node_kind: (len(node_kind.match), -node_kind.mib), default=UNKNOWN)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stage:
+class StageLoad:
     """What a stage does for one token: its slowest GPU counts."""
 
     layers: int
@@ -91,11 +91,11 @@ class Prediction(BaseModel):
     usd_per_mtok: float | None = None
 
 
-def predict(stages: Sequence[Stage], *, usd_per_hour: float | None = None, step_s: float = STEP_S) -> Prediction:
+def predict(stages: Sequence[StageLoad], *, usd_per_hour: float | None = None, step_s: float = STEP_S) -> Prediction:
     """Tokens/s and cost of one stream through these stages."""
-    weights = sum(one.resident / (one.kind.hbm_gb_s * 1e9) for one in stages)
-    offload = sum(one.offloaded / (one.kind.host_gb_s * 1e9) for one in stages)
-    steps = [(one.layers * 2 * 2 * (one.tp - 1), LOCAL_STEP_S if one.within_node else step_s) for one in stages]
+    weights = sum(stage.resident / (stage.kind.hbm_gb_s * 1e9) for stage in stages)
+    offload = sum(stage.offloaded / (stage.kind.host_gb_s * 1e9) for stage in stages)
+    steps = [(stage.layers * 2 * 2 * (stage.tp - 1), LOCAL_STEP_S if stage.within_node else step_s) for stage in stages]
     collectives = sum(count * seconds for count, seconds in steps)
     rate = 1 / (weights + offload + collectives)
     return Prediction(
@@ -108,7 +108,9 @@ def predict(stages: Sequence[Stage], *, usd_per_hour: float | None = None, step_
     )
 
 
-def fit(stages: Sequence[Stage], measured: float) -> float:
+def fit(stages: Sequence[StageLoad], measured: float) -> float:
     """The ring step between nodes with which these stages have the measured tokens/s."""
-    known = sum(one.resident / (one.kind.hbm_gb_s * 1e9) + one.offloaded / (one.kind.host_gb_s * 1e9) for one in stages)
-    return (1 / measured - known) / sum(one.layers * 2 * 2 * (one.tp - 1) for one in stages)
+    known = sum(
+        stage.resident / (stage.kind.hbm_gb_s * 1e9) + stage.offloaded / (stage.kind.host_gb_s * 1e9) for stage in stages
+    )
+    return (1 / measured - known) / sum(stage.layers * 2 * 2 * (stage.tp - 1) for stage in stages)

@@ -49,7 +49,7 @@ def suppose(of: NodeKind, count: int, base: Deployment | None = None) -> tuple[S
     data = data.model_copy(update={"share": data.share or SHARE, "options": options})
     nodes = tuple(Node(name=f"k{rank}", rank=rank, address=f"10.0.0.{rank + 1}") for rank in range(count))
     path = base.path if base else Path.cwd() / "deploy.toml"
-    return Supposed(path=path, data=data, nodes=nodes), Facts(nodes=tuple(_facts(one, of) for one in nodes))
+    return Supposed(path=path, data=data, nodes=nodes), Facts(nodes=tuple(_facts(node, of) for node in nodes))
 
 
 def _facts(node: Node, of: NodeKind) -> NodeFacts:

@@ -25,22 +25,23 @@ def find(home: Path) -> Path | None:
     if shutil.which(f"python{VERSION}", path=NODE_PATH):
         return None
     folder = home / "rehearsal" / "python"
-    found = _brought(folder)
-    if found is None:
+    brought = _brought(folder)
+    if brought is None:
         command = [sys.executable, "-m", "uv", "--no-config", "python", "install", "--no-progress", "--no-bin"]
-        done = subprocess.run([*command, "--install-dir", str(folder), VERSION], capture_output=True, text=True, check=False)
-        found = _brought(folder)
-        if done.returncode or found is None:
+        command += ["--install-dir", str(folder), VERSION]
+        process = subprocess.run(command, capture_output=True, text=True, check=False)
+        brought = _brought(folder)
+        if process.returncode or brought is None:
             raise HostError(
                 f"the rehearsal's nodes need Python {VERSION}, which is not on this machine, and uv cannot bring it: "
-                f"{explain(done.stderr)[1]}",
+                f"{explain(process.stderr)[1]}",
                 remedy=f"as root: apt-get install python{VERSION}, where the distribution has it; or let uv reach GitHub, or "
                 "name a mirror of python-build-standalone by UV_PYTHON_INSTALL_MIRROR",
             )
-    return found
+    return brought
 
 
 def _brought(folder: Path) -> Path | None:
     """uv unpacks beside it and renames; a folder without a patch release in its name is a link to one that has it."""
-    pythons = [one.parent.parent for one in folder.glob(f"cpython-{VERSION}.*/bin/python{VERSION}")]
-    return max(pythons, key=lambda one: one.stat().st_mtime, default=None)
+    pythons = [program.parent.parent for program in folder.glob(f"cpython-{VERSION}.*/bin/python{VERSION}")]
+    return max(pythons, key=lambda python: python.stat().st_mtime, default=None)

@@ -24,16 +24,15 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 from deploy.rehearsal import interpreter, sshd
 from deploy.rehearsal.interpreter import NODE_PATH
 from deploy.rehearsal.userland import Userland
+from deploy.remote.wire import Json
 from gracefarm import settings
 from gracefarm.errors import HostError
 from gracefarm.process import last_line
 
-Json = dict[str, Any]
 GATEWAY = "10.77.0.1"
 "Where this machine's own servers (index, Hub) listen for the nodes."
 USER, UID = "ubuntu", 1000
@@ -93,13 +92,13 @@ class RigNode:
 
     def execute(self, argv: Sequence[str], *, input: str = "", timeout: float = 60) -> subprocess.CompletedProcess[str]:  # noqa: A002
         """A command on the node as root, not by SSH: how a test looks behind the curtain."""
-        done = self._room.ask({"do": "execute", "node": self.name, "argv": list(argv), "input": input, "timeout": timeout})
-        return subprocess.CompletedProcess(list(argv), done["code"], done["out"], done["err"])
+        answer = self._room.ask({"do": "execute", "node": self.name, "argv": list(argv), "input": input, "timeout": timeout})
+        return subprocess.CompletedProcess(list(argv), answer["code"], answer["out"], answer["err"])
 
     def processes(self) -> list[Json]:
         """Every process on it: pid, argv, environ, rss."""
-        found: list[Json] = self._room.ask({"do": "processes", "node": self.name})["processes"]
-        return found
+        processes: list[Json] = self._room.ask({"do": "processes", "node": self.name})["processes"]
+        return processes
 
     # faults
 
@@ -146,19 +145,23 @@ class RigNode:
 
     def kill_matching(self, word: str, signal: str = "KILL") -> list[int]:
         """A signal to every process of the node with `word` in its argument list; their numbers. KILL: they are gone then."""
-        hit = [one["pid"] for one in self.processes() if any(word in part for part in one["argv"]) and one["pid"] != 1]
+        hit = [
+            process["pid"]
+            for process in self.processes()
+            if any(word in part for part in process["argv"]) and process["pid"] != 1
+        ]
         for pid in hit:
             self.execute(["kill", f"-{signal}", str(pid)])
         deadline = time.monotonic() + 5
-        while signal == "KILL" and {one["pid"] for one in self.processes()} & set(hit) and time.monotonic() < deadline:
+        while signal == "KILL" and {process["pid"] for process in self.processes()} & set(hit) and time.monotonic() < deadline:
             time.sleep(0.02)
         return hit
 
     def _must(self, argv: list[str]) -> str:
-        done = self.execute(argv)
-        if done.returncode:
-            raise HostError(f"{self.name}: {' '.join(argv)}: {done.stderr.strip()}")
-        return done.stdout
+        process = self.execute(argv)
+        if process.returncode:
+            raise HostError(f"{self.name}: {' '.join(argv)}: {process.stderr.strip()}")
+        return process.stdout
 
 
 class Rig:
@@ -193,7 +196,7 @@ class Rig:
         return self.folder / "known_hosts"
 
     def __getitem__(self, name: str) -> RigNode:
-        return next(one for one in self.nodes if name in (one.name, one.address))
+        return next(node for node in self.nodes if name in (node.name, node.address))
 
     def ask(self, request: Json) -> Json:
         """One request to the room. Raises HostError."""
@@ -249,10 +252,10 @@ class Rig:
 
     def boot(self, nodes: Sequence[RigNode]) -> None:
         """Start nodes, all at once, and wait for their sshd."""
-        for one in nodes:
-            self._prepare(one)
+        for node in nodes:
+            self._prepare(node)
         script = str(resources.files("deploy") / "data" / "rehearsal" / "node.sh")
-        self.ask({"do": "start", "script": script, "nodes": {one.name: self._environment(one) for one in nodes}})
+        self.ask({"do": "start", "script": script, "nodes": {node.name: self._environment(node) for node in nodes}})
         self.wait_ready(nodes)
 
     def _environment(self, node: RigNode) -> dict[str, str]:
@@ -279,13 +282,13 @@ class Rig:
     def wait_ready(self, nodes: Sequence[RigNode], seconds: float = 30) -> None:
         """Until each node's sshd says who it is. Raises HostError with its log."""
         deadline = time.monotonic() + seconds
-        for one in nodes:
-            log, boot = one.folder / "sshd.log", one.folder / "boot.log"
+        for node in nodes:
+            log, boot = node.folder / "sshd.log", node.folder / "boot.log"
             while "Server listening" not in log.read_text():
-                said = boot.read_text()  # what a command of node.sh had to complain of
-                if said.strip() or time.monotonic() > deadline:
-                    last = last_line(said or log.read_text(), "nothing is said")
-                    raise HostError(f"{one.name} does not start: {last}", remedy=_REMEDY)
+                words = boot.read_text()  # what a command of node.sh had to complain of
+                if words.strip() or time.monotonic() > deadline:
+                    last = last_line(words or log.read_text(), "nothing is said")
+                    raise HostError(f"{node.name} does not start: {last}", remedy=_REMEDY)
                 time.sleep(0.02)
 
     def _prepare(self, node: RigNode) -> None:
@@ -297,7 +300,7 @@ class Rig:
         os.chown(node.home, UID, UID)
         name = self.hostname(node)
         own = f"127.0.1.1 {name}\n" if node.spec.loopback else ""
-        everybody = "".join(f"{one.address} {self.hostname(one)}\n" for one in self.nodes)
+        everybody = "".join(f"{other.address} {self.hostname(other)}\n" for other in self.nodes)
         etc = {
             "passwd": f"root:x:0:0:root:/root:/bin/bash\nsshd:x:101:65534::/run/sshd:/usr/sbin/nologin\n"
             f"nobody:x:65534:65534:nobody:/nonexistent:/usr/sbin/nologin\n{USER}:x:{UID}:{UID}::/home/{USER}:/bin/bash\n",
@@ -348,16 +351,16 @@ class Rig:
     def make_host_key(self, node: RigNode) -> None:
         """A new host key in the node's folder."""
         key = node.folder / "etc" / "host_key"
-        for one in (key, key.with_suffix(".pub")):
-            one.unlink(missing_ok=True)
+        for path in (key, key.with_suffix(".pub")):
+            path.unlink(missing_ok=True)
         (node.folder / "sshd.log").write_text("")
         _keygen(key)
 
     def write_lists(self) -> None:
         """ips.txt and known_hosts."""
-        self.ips.write_text("".join(f"{one.address}\n" for one in self.nodes))
-        keys = [(one, (one.folder / "etc" / "host_key.pub").read_text().split()[:2]) for one in self.nodes]
-        self.known_hosts.write_text("".join(f"{one.address} {' '.join(key)}\n" for one, key in keys))
+        self.ips.write_text("".join(f"{node.address}\n" for node in self.nodes))
+        keys = [(node, (node.folder / "etc" / "host_key.pub").read_text().split()[:2]) for node in self.nodes]
+        self.known_hosts.write_text("".join(f"{node.address} {' '.join(key)}\n" for node, key in keys))
 
     def close(self) -> None:
         """Everything ends: the room's stdin does."""
@@ -436,12 +439,12 @@ def rig(
         text=True,
         start_new_session=True,
     )
-    made = Rig(folder, process, daemon, python)
+    rig = Rig(folder, process, daemon, python)
     try:
-        made.ask({"do": "open", "gateway": f"{GATEWAY}/24", "share": str(folder / "share"), "size": share_size})
-        made.nodes = [RigNode(made, rank, (specs or {}).get(f"k{rank}", NodeSpec())) for rank in range(count)]
-        made.boot(made.nodes)
-        made.write_lists()
-        yield made
+        rig.ask({"do": "open", "gateway": f"{GATEWAY}/24", "share": str(folder / "share"), "size": share_size})
+        rig.nodes = [RigNode(rig, rank, (specs or {}).get(f"k{rank}", NodeSpec())) for rank in range(count)]
+        rig.boot(rig.nodes)
+        rig.write_lists()
+        yield rig
     finally:
-        made.close()
+        rig.close()

@@ -19,7 +19,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-Json = dict[str, Any]
+from deploy.remote.wire import Json
+
 BRIDGE = "room"
 NODE = ("unshare", "--net", "--mount", "--pid", "--uts", "--ipc", "--fork", "--kill-child=KILL", "--mount-proc")
 
@@ -110,7 +111,7 @@ class Room:
     def execute(self, request: Json) -> Json:
         """`argv` on a node as root, from outside: its sshd knows nothing of it."""
         first = self.first(request["node"])
-        done = subprocess.run(
+        process = subprocess.run(
             ["nsenter", "-t", str(first), "-m", "-u", "-i", "-n", "-p", *request["argv"]],
             input=request.get("input", ""),
             capture_output=True,
@@ -118,19 +119,19 @@ class Room:
             check=False,
             timeout=request.get("timeout", 60),
         )
-        return {"code": done.returncode, "out": done.stdout, "err": done.stderr}
+        return {"code": process.returncode, "out": process.stdout, "err": process.stderr}
 
     def processes(self, request: Json) -> Json:
         """Every process of a node: number as the node sees it, argument list, environment."""
         first = self.first(request["node"])
         space = os.readlink(f"/proc/{first}/ns/pid")  # noqa: PTH115 - no path
-        found = []
+        processes = []
         for folder in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):
                 if os.readlink(folder / "ns/pid") == space:  # noqa: PTH115
-                    found.append(_process(folder))
+                    processes.append(_process(folder))
         # One that has ended and is not collected yet has no arguments any more.
-        return {"processes": sorted((one for one in found if one["argv"]), key=lambda one: one["pid"])}
+        return {"processes": sorted((process for process in processes if process["argv"]), key=lambda entry: entry["pid"])}
 
     def first(self, name: str) -> int:
         """The node's first process, as this room's /proc numbers it; it is the only child of `unshare`."""

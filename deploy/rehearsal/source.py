@@ -55,81 +55,74 @@ def prepare(home: Path, console: Console) -> Source:
     text = locks.on(locks.committed("rehearsal"), machine) + wheel.pin
     every = locks.merged(text, locks.on(locks.committed("rehearsal-download"), machine))
     name = f"rehearsal-{hashlib.sha256(every.encode()).hexdigest()[:12]}"
-    found = Source(root=home / "rehearsal" / "index", set_name=name, lock=text)
+    source = Source(root=home / "rehearsal" / "index", set_name=name, lock=text)
     with lock(home / "rehearsal" / "index.lock", lambda: console.step("wait", "another rehearsal fills the index")):
         try:
-            sets = index_command(found.root, "stage", "list")
+            sets = index_command(source.root, "stage", "list")
         except HostError as error:  # another version's catalogue, or a damaged one; there is nothing in it but a cache
             console.step("wheels", f"{error.cause}: made anew")
-            remove_tree(found.root)
+            remove_tree(source.root)
             sets = []
-        if any(one["name"] == name and one["state"] == "published" for one in sets):
-            return found
+        if any(entry["name"] == name and entry["state"] == "published" for entry in sets):
+            return source
         console.step("wheels", f"{every.count('==')} wheels of Ray and huggingface_hub into our index, once")
-        _upload(found.root, wheel)
+        _upload(source.root, wheel)
         path = home / "rehearsal" / "set.lock"
         path.write_text(every)
-        index_command(found.root, "mirror", str(path), "--set", name)
-        index_command(found.root, "stage", "publish", name)
-    return found
+        index_command(source.root, "mirror", str(path), "--set", name)
+        index_command(source.root, "stage", "publish", name)
+    return source
 
 
-def private(home: Path, found: Source, folder: Path) -> Source:
+def private(home: Path, source: Source, folder: Path) -> Source:
     """The index once more in `folder`, for one rehearsal: a root has one server, and two people may rehearse at once.
 
     Its wheels are hard links: they never change.
     """
     with lock(home / "rehearsal" / "index.lock"):
         folder.mkdir(parents=True)
-        for path in sorted(found.root.rglob("*")):
-            place = folder / path.relative_to(found.root)
+        for path in sorted(source.root.rglob("*")):
+            place = folder / path.relative_to(source.root)
             if path.is_dir():
                 place.mkdir()
-            elif path.suffix == ".whl" or found.root / "files" in path.parents:
+            elif path.suffix == ".whl" or source.root / "files" in path.parents:
                 place.hardlink_to(path)
             else:
                 shutil.copy2(path, place)
-    return replace(found, root=folder)
+    return replace(source, root=folder)
 
 
 def index_command(root: Path, *arguments: str) -> Any:
     """A command of the index; its answer."""
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-m", "index", "--root", str(root), "--json", *arguments], capture_output=True, text=True, check=False
     )
-    answers = [json.loads(line) for line in done.stdout.splitlines() if line.startswith(("{", "["))]
-    if done.returncode:
-        last: dict[str, str] = next((one for one in reversed(answers) if isinstance(one, dict) and "text" in one), {})
-        said = last.get("text") or last_line(done.stderr)
+    answers = [json.loads(line) for line in process.stdout.splitlines() if line.startswith(("{", "["))]
+    if process.returncode:
+        last: dict[str, str] = next(
+            (answer for answer in reversed(answers) if isinstance(answer, dict) and "text" in answer), {}
+        )
+        reason = last.get("text") or last_line(process.stderr)
         kind: type[GracefarmError] = FetchError if arguments[0] == "mirror" else HostError
         raise kind(
-            f"index {arguments[0]}: {said}", remedy=last.get("remedy") or "is the Python index reachable: `pip config list`"
+            f"index {arguments[0]}: {reason}", remedy=last.get("remedy") or "is the Python index reachable: `pip config list`"
         )
     return answers[-1]
 
 
-def _upload(root: Path, wheel: standin.Wheel) -> None:
+def _upload(root: Path, wheel: standin.StandinWheel) -> None:
     """As anybody would: a hosted name, a token, `uv publish`."""
     index_command(root, "host", standin.NAME)
     token = index_command(root, "token", "create", "--name", "rehearsal", "--expires", "1h")["token"]
     argv = [sys.executable, "-m", "index", "--root", str(root), "--json", "serve", "--port", "0"]
     with listening(argv) as url:
-        publish = [
-            sys.executable,
-            "-m",
-            "uv",
-            "publish",
-            "--quiet",
-            "--no-config",
-            "--publish-url",
-            f"{url}/legacy/",
-            str(wheel.path),
-        ]
-        done = subprocess.run(
-            publish, env={**os.environ, "UV_PUBLISH_TOKEN": token}, capture_output=True, text=True, check=False
-        )
-        if done.returncode:
-            raise HostError(f"uploading the stand-in: {done.stderr.strip()}", remedy=f"remove {root} and repeat the command")
+        publish = [sys.executable, "-m", "uv", "publish", "--quiet", "--no-config", "--publish-url", f"{url}/legacy/"]
+        env = {**os.environ, "UV_PUBLISH_TOKEN": token}
+        process = subprocess.run([*publish, str(wheel.path)], env=env, capture_output=True, text=True, check=False)
+        if process.returncode:
+            raise HostError(
+                f"uploading the stand-in: {process.stderr.strip()}", remedy=f"remove {root} and repeat the command"
+            )
 
 
 @contextmanager
@@ -173,5 +166,5 @@ def _address(process: subprocess.Popen[str]) -> str:
             return str(json.loads(line)["url"]).rstrip("/")
         if not line and process.poll() is not None:
             break
-    said = last_line(process.stderr.read(), "it ended") if process.poll() is not None else "no answer"
-    raise HostError(f"a server of the rehearsal does not start: {said}", remedy="repeat the command")
+    reason = last_line(process.stderr.read(), "it ended") if process.poll() is not None else "no answer"
+    raise HostError(f"a server of the rehearsal does not start: {reason}", remedy="repeat the command")

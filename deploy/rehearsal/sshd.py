@@ -43,7 +43,7 @@ def find(home: Path) -> Sshd:
     with lock(folder.with_name("sshd.lock")):
         if not folder.is_dir():
             _unpack(folder)
-    session = next((one for one in folder.glob("sshd-session")), None)
+    session = next((program for program in folder.glob("sshd-session")), None)
     return Sshd(
         program="/run/rig-sshd/sshd", libraries=folder, session="/run/rig-sshd/sshd-session" if session is not None else None
     )
@@ -53,22 +53,22 @@ def _unpack(folder: Path) -> None:
     """Fetch the packages as apt is configured and keep the two or three files that matter."""
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
-        done = (
+        download = (
             subprocess.run(["apt-get", "download", "-q", *PACKAGES], cwd=scratch, capture_output=True, text=True, check=False)
             if shutil.which("apt-get")
             else None
         )
         packages = list(scratch.glob("*.deb"))
-        if done is None or done.returncode or not packages:
-            said = last_line(done.stderr, "") if done else "this is not Debian"
+        if download is None or download.returncode or not packages:
+            reason = last_line(download.stderr, "") if download else "this is not Debian"
             raise HostError(
-                f"no sshd on this machine, and the package openssh-server cannot be fetched: {said}",
+                f"no sshd on this machine, and the package openssh-server cannot be fetched: {reason}",
                 remedy="as root: apt-get update; or install openssh-server",
             )
         for package in packages:
             subprocess.run(["dpkg-deb", "-x", package.name, "root"], cwd=scratch, check=True)
-        with atomic_directory(folder) as made:
-            found = [*scratch.glob("root/usr/sbin/sshd"), *scratch.glob("root/usr/lib/openssh/sshd-*")]
-            for one in [*found, *scratch.glob("root/usr/lib/*/libwrap.so.0")]:
-                shutil.copy(one, made / one.name)
-            made.chmod(0o755)
+        with atomic_directory(folder) as unpacked:
+            programs = [*scratch.glob("root/usr/sbin/sshd"), *scratch.glob("root/usr/lib/openssh/sshd-*")]
+            for file in [*programs, *scratch.glob("root/usr/lib/*/libwrap.so.0")]:
+                shutil.copy(file, unpacked / file.name)
+            unpacked.chmod(0o755)

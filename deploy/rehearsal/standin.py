@@ -26,7 +26,7 @@ WHEEL = "Wheel-Version: 1.0\nGenerator: gracefarm-rehearsal\nRoot-Is-Purelib: tr
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wheel:
+class StandinWheel:
     """A built wheel."""
 
     path: Path
@@ -38,11 +38,11 @@ class Wheel:
         return pins.render(NAME, VERSION, [self.sha256])
 
 
-def build(folder: Path) -> Wheel:
+def build(folder: Path) -> StandinWheel:
     """Write the wheel into `folder`. Same sources, same bytes; other sources have another build tag and so another name."""
     here = resources.files("deploy") / "data"
     package = here / "rehearsal" / "standin" / "aphrodite"
-    files = {f"aphrodite/{one.name}": one.read_bytes() for one in package.iterdir() if one.name.endswith(".py")}
+    files = {f"aphrodite/{file.name}": file.read_bytes() for file in package.iterdir() if file.name.endswith(".py")}
     files["aphrodite/options.json"] = (here / OPTIONS).read_bytes()
     tag = hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest()[:12]
     info = f"aphrodite_engine-{VERSION}.dist-info"
@@ -53,13 +53,13 @@ def build(folder: Path) -> Wheel:
     files[f"{info}/RECORD"] = "".join([*rows, f"{info}/RECORD,,\n"]).encode()
     target = io.BytesIO()
     with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as zipped:
-        for name, content in sorted(files.items(), key=lambda one: (".dist-info/" in one[0], one[0])):
+        for name, content in sorted(files.items(), key=lambda item: (".dist-info/" in item[0], item[0])):
             entry = zipfile.ZipInfo(name, (2020, 1, 1, 0, 0, 0))
             entry.external_attr = 0o644 << 16
             zipped.writestr(entry, content, zipfile.ZIP_DEFLATED)
     path = folder / f"aphrodite_engine-{VERSION}-0_{tag}-py3-none-any.whl"
     atomic_write(path, target.getvalue())
-    return Wheel(path=path, sha256=hashlib.sha256(target.getvalue()).hexdigest())
+    return StandinWheel(path=path, sha256=hashlib.sha256(target.getvalue()).hexdigest())
 
 
 def _digest(content: bytes) -> str:

@@ -46,8 +46,8 @@ def arm64(home: Path) -> Userland:
     folder = home / "rehearsal" / f"arm64-{SUITE}"
     with lock(folder.with_name(folder.name + ".lock")):
         if not folder.is_dir():
-            with atomic_directory(folder) as made:
-                _fill(made)
+            with atomic_directory(folder) as userland:
+                _fill(userland)
     return Userland(root=folder / "root", qemu=folder / "qemu-aarch64-static")
 
 
@@ -70,9 +70,9 @@ def _fill(folder: Path) -> None:
 
 def _run(argv: list[str], cwd: str | None = None) -> None:
     try:
-        done = subprocess.run(argv, cwd=cwd, capture_output=True, text=True, check=False)
+        process = subprocess.run(argv, cwd=cwd, capture_output=True, text=True, check=False)
     except FileNotFoundError as error:
         raise HostError(f"there is no {argv[0]}", remedy=f"as root: apt-get install {argv[0]}") from error
-    if done.returncode:
-        last = last_line(done.stderr)
+    if process.returncode:
+        last = last_line(process.stderr)
         raise HostError(f"{argv[0]}: {last}", remedy="as root: apt-get update, then repeat")

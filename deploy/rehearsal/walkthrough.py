@@ -58,7 +58,7 @@ class Rehearsal:
     environ: Mapping[str, str] = field(default_factory=dict)
     steps: list[CommandRun] = field(default_factory=list)
 
-    def command(self, *arguments: str, name: str | None = None) -> CommandRun:
+    def command(self, *arguments: str) -> CommandRun:
         """`deploy …`, printed, run where the nodes can be reached, its output shown and its time taken.
 
         Raises:
@@ -76,7 +76,7 @@ class Rehearsal:
                 remedy="its own words are above",
                 repeat=f"deploy rehearse --nodes {len(self.room.nodes)}",
             )
-        step = CommandRun(name=name or arguments[0], argv=argv, seconds=seconds, output=output)
+        step = CommandRun(name=arguments[0], argv=argv, seconds=seconds, output=output)
         self.steps.append(step)
         return step
 
@@ -125,7 +125,7 @@ class Rehearsal:
 
 def layout(count: int) -> tuple[int, int]:
     """tp and pp for so many nodes of one GPU: as the tutorial has tp 5, pp 2 for ten."""
-    tp = max(one for one in range(1, LARGEST_TP + 1) if count % one == 0)
+    tp = max(divisor for divisor in range(1, LARGEST_TP + 1) if count % divisor == 0)
     return tp, count // tp
 
 
@@ -196,15 +196,15 @@ def run_folder(home: Path) -> Iterator[Path]:
             folder.with_suffix(".lock").unlink(missing_ok=True)
 
 
-def configure(made: Rehearsal) -> None:
+def configure(rehearsal: Rehearsal) -> None:
     """What a person edits in the deploy.toml that `deploy init` wrote."""
-    path = made.folder / "deploy.toml"
-    tp, pp = layout(len(made.room.nodes))
+    path = rehearsal.folder / "deploy.toml"
+    tp, pp = layout(len(rehearsal.room.nodes))
     text = path.read_text()
     changes = {
         'name = "llama-405b"': 'name = "rehearsal"',
         'set = "gh200-cu124"': 'set = "rehearsal"',
-        '# index = "http://HOST:8080/simple/"': f'index = "{made.index}"\nlock = "requirements.lock"\npython = "system"',
+        '# index = "http://HOST:8080/simple/"': f'index = "{rehearsal.index}"\nlock = "requirements.lock"\npython = "system"',
         'repo = "meta-llama/Llama-3.1-405B-Instruct"': f'repo = "{REPO}"',
         "[options]": f"[layout]\ntensor_parallel = {tp}\npipeline_parallel = {pp}\n\n[options]\nrehearsal = true",
     }
@@ -213,14 +213,15 @@ def configure(made: Rehearsal) -> None:
             raise NodeError(f"deploy init wrote no {old!r}", remedy="nodes/start.py and rehearsal/flow.py disagree")
         text = text.replace(old, new)
     path.write_text(text)
-    made.console.step("edit", f"deploy.toml: index, lock, repo, tp {tp} pp {pp}, rehearsal = true")
+    rehearsal.console.step("edit", f"deploy.toml: index, lock, repo, tp {tp} pp {pp}, rehearsal = true")
 
 
-def start(made: Rehearsal) -> None:
+def start(rehearsal: Rehearsal) -> None:
     """From ips.txt to a deployment that can be planned."""
-    made.command(*("init", "ips.txt", "--user", USER, "--key", str(made.room.key), "--share", MOUNT, "--accept"), name="init")
-    configure(made)
-    made.command("plan")
+    access = ("--user", USER, "--key", str(rehearsal.room.key))
+    rehearsal.command("init", "ips.txt", *access, "--share", MOUNT, "--accept")
+    configure(rehearsal)
+    rehearsal.command("plan")
 
 
 def tunnelled(process: subprocess.Popen[str]) -> str:
@@ -229,13 +230,13 @@ def tunnelled(process: subprocess.Popen[str]) -> str:
     last = ""
     for line in process.stdout:
         last = line.strip() or last
-        found = re.search(r"http://(127\.0\.0\.1|localhost):\d+", line)
-        if found:
-            return found[0]
+        address = re.search(r"http://(127\.0\.0\.1|localhost):\d+", line)
+        if address:
+            return address[0]
     raise EngineError(f"deploy tunnel: {last}")
 
 
-def ask(made: Rehearsal, url: str, key: str, *, tokens: int = 32, on_text: Callable[[str], None]) -> int:
+def ask(rehearsal: Rehearsal, url: str, key: str, *, tokens: int = 32, on_text: Callable[[str], None]) -> int:
     """One streamed answer; how many tokens it had by the engine's own count.
 
     Raises:
@@ -251,7 +252,7 @@ def ask(made: Rehearsal, url: str, key: str, *, tokens: int = 32, on_text: Calla
     counted = 0
     try:
         with (
-            made.room.inside(),
+            rehearsal.room.inside(),
             httpx.Client(timeout=60, trust_env=False, headers={"Authorization": f"Bearer {key}"}) as client,
             client.stream("POST", f"{url}/v1/chat/completions", json=body) as answer,
         ):
@@ -270,23 +271,25 @@ def ask(made: Rehearsal, url: str, key: str, *, tokens: int = 32, on_text: Calla
     return counted
 
 
-def left(made: Rehearsal) -> dict[str, list[str]]:
+def left(rehearsal: Rehearsal) -> dict[str, list[str]]:
     """Looked at from outside: what runs on the nodes beside their sshd."""
-    found = {}
-    for node in made.room.nodes:
+    running = {}
+    for node in rehearsal.room.nodes:
         others = [
-            " ".join(one["argv"])[:80] for one in node.processes() if one["argv"] and not one["argv"][0].startswith("sshd")
+            " ".join(process["argv"])[:80]
+            for process in node.processes()
+            if process["argv"] and not process["argv"][0].startswith("sshd")
         ]
         if others:
-            found[node.name] = others
-    return found
+            running[node.name] = others
+    return running
 
 
-def nothing_left(made: Rehearsal) -> None:
+def nothing_left(rehearsal: Rehearsal) -> None:
     """Raises NodeError where `deploy down` forgot something."""
-    found = left(made)
-    if found:
-        node, others = next(iter(found.items()))
+    running = left(rehearsal)
+    if running:
+        node, others = next(iter(running.items()))
         raise NodeError(
-            f"after `deploy down` {node} still runs {others[0]} ({sum(map(len, found.values()))} processes in all)"
+            f"after `deploy down` {node} still runs {others[0]} ({sum(map(len, running.values()))} processes in all)"
         )

@@ -15,15 +15,15 @@ from typing import Any
 
 import asyncssh
 
-from deploy.fleet.calls import Target
+from deploy.fleet.calls import RemoteNode
 from deploy.fleet.hostkeys import entry_name, pin
+from deploy.fleet.shells import remote_nodes
 from deploy.fleet.ssh import open_fleet
-from deploy.fleet.targets import targets
 from deploy.nodes.deployment import Deployment, Node, load_deployment
 from deploy.remote import look
 
 
-def _server(
+def processes_of(
     home: Path, extra: dict[str, str], running: list[asyncio.subprocess.Process] | None = None
 ) -> Callable[[asyncssh.SSHServerProcess[bytes]], object]:
     async def handle(process: asyncssh.SSHServerProcess[bytes]) -> None:
@@ -75,16 +75,16 @@ async def _copy(source: Any, target: Any) -> None:
 @asynccontextmanager
 async def nodes(
     folder: Path, count: int, *, environment: dict[str, dict[str, str]] | None = None
-) -> AsyncIterator[list[Target]]:
+) -> AsyncIterator[list[RemoteNode]]:
     """`count` nodes k0, k1, … on 127.0.0.11 and on, each with a home of its own, as the steps see them."""
     async with machines(folder, count, environment=environment) as made, fleet(folder, made) as entered:
         try:
-            yield [replace(target, gpus=1) for target in targets(entered)]
+            yield [replace(target, gpus=1) for target in remote_nodes(entered)]
         finally:
             look.stop({"prefixes": [f"{mark(folder)}/"], "grace": 1})  # what outlives connections does not outlive the nodes
 
 
-class _Open(asyncssh.SSHServer):
+class Admitting(asyncssh.SSHServer):
     """Lets everybody in: these tests are about what comes after."""
 
     def begin_auth(self, _username: str) -> bool:
@@ -112,7 +112,7 @@ class Machine:
         """Let the Fleet in; None: at the port where it was before."""
         machine = self
 
-        class Server(_Open):
+        class Server(Admitting):
             def connection_made(self, conn: asyncssh.SSHServerConnection) -> None:
                 machine.connections.append(conn)
                 machine.entered += 1
@@ -122,7 +122,7 @@ class Machine:
             self.node.address,
             self.node.port if port is None else port,
             server_host_keys=[self.key],
-            process_factory=_server(self.home, self.environment, self.running),
+            process_factory=processes_of(self.home, self.environment, self.running),
             sftp_factory=True,
             allow_scp=False,
             encoding=None,

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from deploy.fleet.probe import probe_nodes
+from deploy.fleet.shells import remote_nodes
 from deploy.fleet.ssh import open_fleet
-from deploy.fleet.targets import targets
 from deploy.nodes import paths
 from deploy.nodes.deployment import Deployment, load_deployment
 from deploy.nodes.facts import Facts, keep_facts
@@ -105,7 +105,7 @@ def planned(room: Rig, made: Deployment) -> Plan:
 
     async def go() -> Facts:
         async with open_fleet(made, config=[]) as fleet:
-            found, bad = await probe_nodes(made, targets(fleet))
+            found, bad = await probe_nodes(made, remote_nodes(fleet))
             assert not bad, bad
             return keep_facts(made, found)
 

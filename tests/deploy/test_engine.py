@@ -68,7 +68,7 @@ def test_the_engines_own_split_leaves_the_remainder_to_the_last_stage() -> None:
     ],
 )
 def test_options_that_are_ours_secret_or_broken_are_refused(
-    engine: engines.Engine, options: dict[str, engines.Value], arch: str, words: str
+    engine: engines.Engine, options: dict[str, engines.GivenValue], arch: str, words: str
 ) -> None:
     with pytest.raises(ConfigError, match=words):
         engines.check(engine, options, arch)
@@ -80,7 +80,7 @@ def test_fp8_cache_is_for_machines_that_have_xformers() -> None:
 
 
 def test_options_become_arguments_as_each_engine_spells_them() -> None:
-    given: dict[str, engines.Value] = {"uvloop": True, "disable-log-requests": False, "enforce_eager": True, "seed": 7}
+    given: dict[str, engines.GivenValue] = {"uvloop": True, "disable-log-requests": False, "enforce_eager": True, "seed": 7}
     assert engines.arguments(APHRODITE, given) == ["--uvloop", "--enforce-eager", "true", "--seed", "7"]
     assert engines.arguments(APHRODITE, {"middleware": ["a", "b"]}) == ["--middleware", "a", "--middleware", "b"]
     assert engines.arguments(VLLM, {"enforce-eager": False, "x": ["a", "b"]}) == ["--no-enforce-eager", "--x", "a", "b"]

@@ -11,6 +11,7 @@ import pytest
 from deploy.fleet.probe import private_address, probe_nodes
 from deploy.nodes.deployment import Deployment, Node, load_deployment
 from deploy.nodes.facts import Facts, NodeFacts, keep_facts, load_facts
+from deploy.remote import driver
 from deploy.remote import facts as remote
 from gracefarm.errors import ConfigError, NodeError
 from tests.deploy import kit
@@ -60,17 +61,15 @@ def test_a_docker_bridge_joins_no_machines() -> None:
         private_address(node(), said(interfaces=INTERFACES[:2], route_address=None))
 
 
-def test_memory_and_driver_are_read_as_the_kernel_writes_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_and_driver_are_read_as_the_kernel_writes_them(tmp_path: Path) -> None:
     assert remote.memory("MemTotal:  451234567 kB\nMemFree: 1 kB\nMemAvailable:   440000000 kB\n") == {
         "total": 451234567 << 10,
         "available": 440000000 << 10,
     }
     text = "NVRM version: NVIDIA UNIX Open Kernel Module for aarch64  550.127.05  Release Build  (root@linux)  Tue Oct  8\n"
     (tmp_path / "version").write_text(text)
-    monkeypatch.setattr(remote, "DRIVER", tmp_path / "version")
-    assert remote.driver() == "550.127.05"
-    monkeypatch.setattr(remote, "DRIVER", tmp_path / "absent")
-    assert remote.driver() is None
+    assert driver.version(tmp_path / "version") == "550.127.05"
+    assert driver.version(tmp_path / "absent") is None
 
 
 def deployment(folder: Path, count: int) -> Deployment:

@@ -196,8 +196,8 @@ def loaded(of: Model, tensors: dict[str, tuple[list[int], bytes]], tp: int, part
         first = sum(partition[:stage])
         row = []
         for rank in range(tp):
-            kv = [of.kv_heads // tp + (of.kv_heads % tp > rank) for rank in range(tp)]
-            columns = [of.mlp // tp + (of.mlp % tp > rank) for rank in range(tp)]
+            kv = [of.kv_heads // tp + (of.kv_heads % tp > peer) for peer in range(tp)]
+            columns = [of.mlp // tp + (of.mlp % tp > peer) for peer in range(tp)]
             group = of.heads // of.kv_heads * of.head_dim
             places = {
                 "q_proj": (sum(kv[:rank]) * group, kv[rank] * group),
@@ -414,5 +414,5 @@ def test_the_fitted_constant_is_what_the_fit_gives() -> None:
     found = layouts.evaluate(question(10), 5, 2)
     kind = speed.kinds()["gh200-96"]
     weights = found.memory.weights_gib * GIB
-    stages = [speed.Stage(layers=63, tp=5, resident=weights, offloaded=0, kind=kind, within_node=False)] * 2
+    stages = [speed.StageLoad(layers=63, tp=5, resident=weights, offloaded=0, kind=kind, within_node=False)] * 2
     assert speed.fit(stages, speed.MEASURED) == pytest.approx(speed.STEP_S, rel=0.01)

@@ -210,7 +210,8 @@ def llama(layers: int) -> Model:
 def test_the_engine_reads_the_variables_that_the_plan_sets(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as opened:
         text = "\n".join(opened.read(name).decode() for name in opened.namelist() if name.endswith(".py"))
-    one = engines.APHRODITE
-    named = (one.host_variable, one.partition_variable, one.port_variable, one.timeout_variable, one.key_variable, *one.env)
+    engine = engines.APHRODITE
+    variables = (engine.host_variable, engine.partition_variable, engine.port_variable, engine.timeout_variable)
+    named = (*variables, engine.key_variable, *engine.env)
     for name in named:
         assert f'"{name}"' in text or f"'{name}'" in text, name

@@ -11,8 +11,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+from deploy.fleet.shells import remote_nodes
 from deploy.fleet.ssh import open_fleet
-from deploy.fleet.targets import targets
 from deploy.rehearsal import source
 from deploy.rehearsal.rig import GATEWAY, MOUNT, NodeSpec, rig
 from deploy.rehearsal.userland import arm64
@@ -43,8 +43,8 @@ def test_the_farms_own_aarch64_wheel_arrives_by_hash_and_is_imported(
 
     farm.recipe("tiny_c", projects.tree("tiny_c"), name="tiny-c", smoke={"imports": ["tiny_c", "tiny_c._core"]})
     root = tmp_path / "index"
-    source._index(root, "host", "tiny-c")
-    token = source._index(root, "token", "create", "--name", "farm")["token"]
+    source.index_command(root, "host", "tiny-c")
+    token = source.index_command(root, "token", "create", "--name", "farm")["token"]
     serve = [sys.executable, "-m", "index", "--root", str(root), "--json", "serve"]
     with source.listening([*serve, "--port", "0"]) as url:
         credentials = {"TWINE_USERNAME": "__token__", "TWINE_PASSWORD": token}
@@ -63,7 +63,7 @@ def test_the_farms_own_aarch64_wheel_arrives_by_hash_and_is_imported(
                     spec = environment.EnvironmentSpec(
                         root=f"{MOUNT}/gracefarm", lock=lock, index=f"{url}/simple/", engine="tiny"
                     )
-                    return await environment.up(targets(made), spec, here, Console())
+                    return await environment.up(remote_nodes(made), spec, here, Console())
 
             with room.inside():
                 outcome = asyncio.run(up(f"tiny-c==1.0 --hash=sha256:{digest}\n"))

@@ -20,8 +20,8 @@ from deploy.fleet.forwarding import forward_local
 from deploy.fleet.hostkeys import entry_name, matches, pin, scan
 from deploy.fleet.jobs import follow_job, job_status, start_job, stop_job
 from deploy.fleet.results import require
+from deploy.fleet.shells import remote_nodes
 from deploy.fleet.ssh import Fleet, open_fleet
-from deploy.fleet.targets import targets
 from deploy.nodes.deployment import Node
 from gracefarm.errors import NodeError, SshError, UsageError
 from tests.deploy import kit
@@ -69,7 +69,7 @@ def test_output_that_is_read_line_by_line_may_be_any_amount_and_what_is_kept_may
         assert (done.returncode, done.error, done.raw, done.stderr) == (3, None, b"", "end\n")
         assert sorted(lines) == ["0123456789abcde"] * 200_000 + ["end"]
         lines.clear()
-        node = targets(fleet)[0]
+        node = remote_nodes(fleet)[0]
         assert (await node.shell.stream(much, stdin=b"", on_line=lines.append)).code == 3
         assert len(lines) == 200_000
         (kept,) = (await fleet.run(much)).values()
@@ -191,7 +191,7 @@ def test_a_cut_in_the_middle_of_a_command_is_told_as_an_unknown_outcome(tmp_path
         done = (await asyncio.wait_for(running, 4))["k0"]
         assert done.returncode is None
         assert done.error
-        step = asyncio.ensure_future(targets(fleet)[0].shell.stream("sleep 5", stdin=b"", on_line=print))
+        step = asyncio.ensure_future(remote_nodes(fleet)[0].shell.stream("sleep 5", stdin=b"", on_line=print))
         await asyncio.sleep(0.7)
         made[0].cut()
         with pytest.raises(NodeError, match="outcome is unknown"):  # no refusal of the node's, as steps take HostError for

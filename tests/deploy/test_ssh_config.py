@@ -61,7 +61,7 @@ class Door:
                 door.went.append(dest_host)
                 return self.connection.forward_connection(*door.behind)
 
-        options: Any = {"server_host_keys": [self.host_key], "process_factory": kit._server(home, {}), "encoding": None}
+        options: Any = {"server_host_keys": [self.host_key], "process_factory": kit.processes_of(home, {}), "encoding": None}
         server = await asyncssh.create_server(Server, self.address, 0, sftp_factory=True, allow_scp=False, **options)
         self.port = server.sockets[0].getsockname()[1]
         return server

@@ -18,7 +18,7 @@ import pytest
 
 from deploy.fleet import tunnels
 from deploy.fleet.ssh import Fleet
-from deploy.fleet.tunnels import Wanted
+from deploy.fleet.tunnels import WantedPort
 from deploy.nodes.deployment import Folder
 from deploy.steps.completion import Prompt, Server, stream
 from gracefarm.errors import GracefarmError, SshError
@@ -44,7 +44,7 @@ def test_two_ports_lead_there_and_a_taken_one_is_replaced(tmp_path: Path) -> Non
     async def work(fleet: Fleet, machine: kit.Machine) -> None:
         with socket.create_server(("127.0.0.1", 0)) as taken, openai_server.server() as (url, _):
             there, here = int(url.rpartition(":")[2]), taken.getsockname()[1]
-            wanted = [Wanted(name="engine", remote=there, local=0), Wanted(name="dashboard", remote=there, local=here)]
+            wanted = [WantedPort(name="engine", remote=there, local=0), WantedPort(name="dashboard", remote=there, local=here)]
             async with tunnels.opened(fleet, machine.node, wanted) as (one, two):
                 assert (one.moved, two.moved) == (False, True)
                 assert two.local != here
@@ -59,7 +59,7 @@ def test_a_node_that_cannot_be_entered_is_no_taken_port(tmp_path: Path) -> None:
     async def work(fleet: Fleet, machine: kit.Machine) -> None:
         machine.server.close()
         with pytest.raises(SshError, match="cannot be reached"):
-            async with tunnels.opened(fleet, machine.node, [Wanted(name="engine", remote=1, local=0)]):
+            async with tunnels.opened(fleet, machine.node, [WantedPort(name="engine", remote=1, local=0)]):
                 pass
 
     on_a_node(tmp_path, work)
@@ -69,7 +69,7 @@ def test_after_a_cut_it_is_there_again_and_both_are_said(tmp_path: Path) -> None
     async def work(fleet: Fleet, machine: kit.Machine) -> None:
         said: list[GracefarmError | None] = []
         with openai_server.server(delay=0.2) as (url, _):
-            wanted = [Wanted(name="engine", remote=int(url.rpartition(":")[2]), local=0)]
+            wanted = [WantedPort(name="engine", remote=int(url.rpartition(":")[2]), local=0)]
             async with tunnels.opened(fleet, machine.node, wanted) as (one,):
                 watching = asyncio.create_task(tunnels.attend(fleet, machine.node, said.append, every=0.1))
                 async with Server(url=f"http://127.0.0.1:{one.local}").client() as client:

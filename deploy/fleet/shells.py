@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from deploy.fleet.calls import Exit, Target
+from deploy.fleet.calls import Exit, RemoteNode
 from deploy.fleet.jobs import follow_job, job_status, start_job
 from deploy.fleet.ssh import Fleet
 from deploy.nodes.deployment import Node
@@ -48,14 +48,14 @@ class FleetShell:
         return (await job_status(self.fleet, self.node, job)).state == "running"
 
 
-def targets(fleet: Fleet, facts: Facts | None = None, nodes: Sequence[Node] | None = None) -> list[Target]:
+def remote_nodes(fleet: Fleet, facts: Facts | None = None, nodes: Sequence[Node] | None = None) -> list[RemoteNode]:
     """Nodes to call into; without facts their private address is the one that ssh reaches, and GPUs are deploy.toml's."""
     known: Mapping[str, tuple[str, int]] = {
-        one.name: (one.private, len(one.cuda.gpus)) for one in (facts.nodes if facts else ())
+        node_facts.name: (node_facts.private, len(node_facts.cuda.gpus)) for node_facts in (facts.nodes if facts else ())
     }
-    made = []
-    for one in fleet.nodes if nodes is None else nodes:
-        address, gpus = known.get(one.name, (one.address, 0))
-        shell, mark = FleetShell(fleet, one), f"{fleet.mark}/{one.name}"
-        made.append(Target(name=one.name, address=address, gpus=one.gpus or gpus, shell=shell, mark=mark))
-    return made
+    remote_nodes = []
+    for node in fleet.nodes if nodes is None else nodes:
+        address, gpus = known.get(node.name, (node.address, 0))
+        shell, mark = FleetShell(fleet, node), f"{fleet.mark}/{node.name}"
+        remote_nodes.append(RemoteNode(name=node.name, address=address, gpus=node.gpus or gpus, shell=shell, mark=mark))
+    return remote_nodes
