@@ -8,23 +8,21 @@ import shutil
 import subprocess
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from deploy.remote import mounts
-from deploy.remote.wire import WorkerError
+from deploy.remote.wire import Json, WorkerError
 from gracefarm.process import last_line
 
-Json = dict[str, Any]
 FSTAB = Path("/etc/fstab")
 DEFAULTS = Path("/etc/default/cachefilesd")
 
 
 def inspect(request: Json) -> Json:
     """What holds `share`, what fstab says of it, whether its cache is on, and what is installed."""
-    share = os.path.realpath(request["share"])
-    mount = mounts.mount_of(share, mounts.parse_mounts(Path("/proc/mounts").read_text()))
-    if mount is None or not Path(share).is_dir():
+    mount = mounts.mount_of(request["share"])
+    if mount is None or not Path(request["share"]).is_dir():
         raise WorkerError("share", f"{request['share']} is no folder on this node", "mount the shared file system there")
     fstab = FSTAB.read_bytes().decode(errors="surrogateescape") if FSTAB.exists() else ""
     return {
@@ -48,7 +46,7 @@ def fsc(target: str) -> bool | None:
         return None
     number = Path(target).stat().st_dev
     device = f"{os.major(number)}:{os.minor(number)}"
-    return next((one.fsc for one in mounts.parse_volumes(volumes.read_text()) if one.device == device), None)
+    return next((volume.fsc for volume in mounts.parse_volumes(volumes.read_text()) if volume.device == device), None)
 
 
 def install(request: Json) -> Json:
@@ -60,16 +58,16 @@ def install(request: Json) -> Json:
             raise WorkerError(
                 "node", "cachefilesd is not installed, and this node has no apt-get", "install cachefilesd by hand"
             )
-        _sudo("apt-get", "install", "-y", "--no-install-recommends", "cachefilesd")
+        sudo("apt-get", "install", "-y", "--no-install-recommends", "cachefilesd")
         changed = True
     if DEFAULTS.exists():  # Debian and Ubuntu ship it switched off
         old = DEFAULTS.read_text()
         new = "\n".join("RUN=yes" if line.strip() == "#RUN=yes" else line for line in old.split("\n"))
         if new != old:
-            _replace(DEFAULTS, new.encode(), _digest(old.encode()))
+            _replace(DEFAULTS, new.encode(), digest(old.encode()))
             changed = True
     if not _running():
-        _sudo("systemctl", "enable", "--now", "cachefilesd")
+        sudo("systemctl", "enable", "--now", "cachefilesd")
         changed = True
     return {"changed": changed}
 
@@ -78,11 +76,11 @@ def write_fstab(request: Json) -> Json:
     """Replace /etc/fstab by `text` if it is still what was read (`before`, sha256); the old one stays beside it."""
     new = request["text"].encode(errors="surrogateescape")
     old = FSTAB.read_bytes()
-    if _digest(old) != request["before"]:
+    if digest(old) != request["before"]:
         raise WorkerError("busy", "/etc/fstab changed while it was being edited", "repeat the command")
-    backup = FSTAB.with_name(f"fstab.gracefarm-{_digest(old)[:12]}")
+    backup = FSTAB.with_name(f"fstab.gracefarm-{digest(old)[:12]}")
     if not backup.exists():
-        _sudo("cp", "--preserve=all", str(FSTAB), str(backup))
+        sudo("cp", "--preserve=all", str(FSTAB), str(backup))
     _replace(FSTAB, new, request["before"])
     return {"backup": str(backup)}
 
@@ -93,11 +91,11 @@ def _replace(path: Path, content: bytes, before: str) -> None:
         stream.write(content)
     beside = path.with_name(f".{path.name}.gracefarm")
     try:
-        _sudo("cp", "--preserve=all", str(path), str(beside))
-        _sudo("dd", "status=none", "conv=fsync", f"if={stream.name}", f"of={beside}")
-        if _digest(path.read_bytes()) != before:
+        sudo("cp", "--preserve=all", str(path), str(beside))
+        sudo("dd", "status=none", "conv=fsync", f"if={stream.name}", f"of={beside}")
+        if digest(path.read_bytes()) != before:
             raise WorkerError("busy", f"{path} changed while it was being edited", "repeat the command")
-        _sudo("mv", "--no-target-directory", str(beside), str(path))
+        sudo("mv", "--no-target-directory", str(beside), str(path))
     finally:
         Path(stream.name).unlink()
 
@@ -105,12 +103,12 @@ def _replace(path: Path, content: bytes, before: str) -> None:
 def remount(request: Json) -> Json:
     """Make the option take effect: remount; where the kernel keeps the old one, unmount and mount. FSC afterwards."""
     target = request["target"]
-    _sudo("mount", "-o", "remount,fsc", target, check=False)
+    sudo("mount", "-o", "remount,fsc", target, check=False)
     if fsc(target) is not True:
-        done = _sudo("umount", target, check=False)
-        if done.returncode:
-            return {"fsc": fsc(target), "busy": done.stderr.strip() or f"{target} is in use"}
-        _sudo("mount", target)
+        process = sudo("umount", target, check=False)
+        if process.returncode:
+            return {"fsc": fsc(target), "busy": process.stderr.strip() or f"{target} is in use"}
+        sudo("mount", target)
     return {"fsc": fsc(target), "busy": None}
 
 
@@ -123,7 +121,7 @@ def measure(request: Json) -> Json:
     if path is None:
         return {"path": None}
     size = min(path.stat().st_size, int(request["bytes"]))
-    rates = [_read(path, size) if _drop_caches() else None for _ in range(2)]
+    rates = [_read(path, size) if drop_caches() else None for _ in range(2)]
     _read(path, size)
     return {"path": str(path), "bytes": size, "cold": rates[0], "warm": rates[1], "memory": _read(path, size)}
 
@@ -132,21 +130,22 @@ def _largest(share: Path) -> Path | None:
     best: tuple[int, Path] | None = None
     for folder, _, names in os.walk(share):
         for name in names:
-            one = Path(folder) / name
+            path = Path(folder) / name
             try:
-                size = one.lstat().st_size
+                size = path.lstat().st_size
             except OSError:
                 continue
-            if one.is_file() and not one.is_symlink() and (best is None or size > best[0]):
-                best = (size, one)
+            if path.is_file() and not path.is_symlink() and (best is None or size > best[0]):
+                best = (size, path)
         if best is not None and best[0] > 1 << 30:
             break
     return best[1] if best else None
 
 
-def _drop_caches() -> bool:
+def drop_caches() -> bool:
+    """Whether the page cache was dropped."""
     os.sync()
-    return _sudo("sh", "-c", "echo 3 > /proc/sys/vm/drop_caches", check=False).returncode == 0 if root() is not None else False
+    return sudo("sh", "-c", "echo 3 > /proc/sys/vm/drop_caches", check=False).returncode == 0 if root() is not None else False
 
 
 def _read(path: Path, size: int) -> float:
@@ -158,12 +157,10 @@ def _read(path: Path, size: int) -> float:
 
 
 def _running() -> bool:
-    for one in Path("/proc").glob("[0-9]*/comm"):
-        try:
-            if one.read_text().strip() == "cachefilesd":
+    for name in Path("/proc").glob("[0-9]*/comm"):
+        with suppress(OSError):
+            if name.read_text().strip() == "cachefilesd":
                 return True
-        except OSError:
-            continue
     return False
 
 
@@ -171,20 +168,22 @@ def root() -> list[str] | None:
     """How to run a command as root here, or None."""
     if os.geteuid() == 0:
         return []
-    done = subprocess.run(["sudo", "-n", "true"], capture_output=True, check=False) if shutil.which("sudo") else None
-    return ["sudo", "-n"] if done is not None and done.returncode == 0 else None
+    process = subprocess.run(["sudo", "-n", "true"], capture_output=True, check=False) if shutil.which("sudo") else None
+    return ["sudo", "-n"] if process is not None and process.returncode == 0 else None
 
 
-def _sudo(*command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+def sudo(*command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """A command as root. Raises WorkerError: that cannot be, or it failed and `check` is set."""
     prefix = root()
     if prefix is None:
         raise WorkerError("node", "this needs root, and sudo asks for a password", "allow sudo without one, or skip this step")
-    done = subprocess.run([*prefix, *command], capture_output=True, text=True, check=False)
-    if check and done.returncode:
-        last = last_line(done.stderr)
+    process = subprocess.run([*prefix, *command], capture_output=True, text=True, check=False)
+    if check and process.returncode:
+        last = last_line(process.stderr)
         raise WorkerError("node", f"{' '.join(command)}: {last}", "do it by hand on this node, or skip this step")
-    return done
+    return process
 
 
-def _digest(content: bytes) -> str:
+def digest(content: bytes) -> str:
+    """sha256."""
     return hashlib.sha256(content).hexdigest()

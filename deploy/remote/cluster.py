@@ -7,13 +7,10 @@ import re
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 from deploy.remote import wire
-from deploy.remote.wire import WorkerError
+from deploy.remote.wire import Json, WorkerError
 from gracefarm.process import first_line
-
-Json = dict[str, Any]
 
 
 def warm(request: Json) -> Json:
@@ -53,20 +50,20 @@ def nodes(request: Json) -> Json:
         raise WorkerError(
             "engine", f"Ray at {request['address']} does not answer: {first_line(str(error), type(error).__name__)}"
         ) from error
-    found = [
+    known = [
         {
-            "address": one["NodeManagerAddress"],
-            "alive": bool(one["Alive"]),
-            "gpus": one["Resources"].get("GPU", 0.0) if one["Alive"] else 0.0,
-            "id": one["NodeID"],
-            "reason": one.get("DeathReasonMessage") or "",
+            "address": node["NodeManagerAddress"],
+            "alive": bool(node["Alive"]),
+            "gpus": node["Resources"].get("GPU", 0.0) if node["Alive"] else 0.0,
+            "id": node["NodeID"],
+            "reason": node.get("DeathReasonMessage") or "",
         }
-        for one in ray.nodes()
+        for node in ray.nodes()
     ]
     free = ray.available_resources().get("GPU", 0.0)
     ray.shutdown()
     watchdog.cancel()
-    return {"nodes": found, "free": free, "version": ray.__version__}
+    return {"nodes": known, "free": free, "version": ray.__version__}
 
 
 def _give_up(address: str, seconds: float) -> None:
@@ -103,7 +100,7 @@ def cause(request: Json) -> Json:
             text = path.read_text(errors="replace")
         except OSError:
             continue
-        found = next((line.strip() for line in text.splitlines() if _FATAL.search(line)), None)
-        if found:
-            lines.append(f"{name}: {found[:300]}")
+        fatal = next((line.strip() for line in text.splitlines() if _FATAL.search(line)), None)
+        if fatal:
+            lines.append(f"{name}: {fatal[:300]}")
     return {"lines": lines, "folder": str(folder)}

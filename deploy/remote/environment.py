@@ -16,22 +16,20 @@ import json
 import os
 import re
 import shutil
-import struct
 import subprocess
 import tempfile
 import time
 import uuid
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
-from deploy.remote.preflight import cuda, highest_glibcxx
+from deploy.remote.driver import cuda
+from deploy.remote.libraries import requirements
 from deploy.remote.sharedlock import SharedLock
-from deploy.remote.wire import WorkerError, event
+from deploy.remote.wire import Json, WorkerError, event
 from gracefarm.process import last_line
 from gracefarm.uv import explain
 
-Json = dict[str, Any]
 _MANAGED = '`python = "managed"` in deploy.toml brings one onto the shared folder'
 _BRING = (
     "the head must reach the releases of python-build-standalone: else name a mirror of them by `python_mirror` in "
@@ -89,7 +87,7 @@ def _make(request: Json, partial: Path) -> Json:
         )
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    libraries = _libraries(partial)
+    libraries = requirements(partial)
     described = {
         "id": request["id"],
         "engine": request.get("engine"),
@@ -112,10 +110,10 @@ def about(request: Json) -> Json:
     """Machine, home, and the exact version of the Python that an environment would be built from."""
     version = request["python"]
     if request["source"] == "system":
-        found = shutil.which(f"python{'.'.join(version.split('.')[:2])}")
-        if found is not None:
+        executable = shutil.which(f"python{'.'.join(version.split('.')[:2])}")
+        if executable is not None:
             code = "import platform; print(platform.python_version())"
-            version = subprocess.run([found, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+            version = subprocess.run([executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
     return {"machine": os.uname().machine, "home": str(Path.home()), "python": version}
 
 
@@ -130,10 +128,10 @@ def interpreter(request: Json) -> str:
     wanted, source = request["python"]["version"], request["python"]["source"]
     home = Path(request["root"]) / "python"
     if source == "system":
-        found = shutil.which(f"python{'.'.join(wanted.split('.')[:2])}")
-        if found is None:
+        executable = shutil.which(f"python{'.'.join(wanted.split('.')[:2])}")
+        if executable is None:
             raise WorkerError("python", f"no python{wanted} on this node", f"{_MANAGED}; or install it on every node")
-        return os.path.realpath(found)
+        return os.path.realpath(executable)
     place = home / f"{source}-{wanted}-{os.uname().machine}"
     with SharedLock(Path(request["root"]) / "locks" / place.name, on_wait=lambda who: event("wait", owner=who)):
         if not (place / ".complete").is_file():
@@ -154,22 +152,21 @@ def _bring(request: Json, source: str, wanted: str, place: Path) -> None:
             # Not --quiet: it hides the reason of a failure.
             _uv(request, "python", "install", "--no-progress", "--no-bin", *where, wanted, scratch=Path(scratch))
         return
-    tool = next((one for one in _conda() if shutil.which(one)), None)
+    tool = next((program for program in _conda() if shutil.which(program)), None)
     if tool is None:
         raise WorkerError("python", "no conda, mamba or micromamba on this node", f"install one; or {_MANAGED}")
-    done = subprocess.run(
+    process = subprocess.run(
         [tool, "create", "--yes", "--prefix", str(place), f"python={wanted}"], capture_output=True, text=True, check=False
     )
-    if done.returncode:
-        raise WorkerError(
-            "python", f"{tool}: {last_line(done.stderr or done.stdout)}", "look at the channels that conda is configured for"
-        )
+    if process.returncode:
+        reason = last_line(process.stderr or process.stdout)
+        raise WorkerError("python", f"{tool}: {reason}", "look at the channels that conda is configured for")
 
 
 def _conda() -> list[str]:
     """By name, and where its installers put it: a login without a terminal does not read the profile that names it."""
-    folders = [Path.home() / one / "bin" for one in ("miniforge3", "miniconda3", "anaconda3", "micromamba")]
-    return ["micromamba", "mamba", "conda", *(str(one / "conda") for one in [*folders, Path("/opt/conda/bin")])]
+    folders = [Path.home() / name / "bin" for name in ("miniforge3", "miniconda3", "anaconda3", "micromamba")]
+    return ["micromamba", "mamba", "conda", *(str(folder / "conda") for folder in [*folders, Path("/opt/conda/bin")])]
 
 
 def _uv(request: Json, *arguments: str, scratch: Path) -> None:
@@ -178,15 +175,15 @@ def _uv(request: Json, *arguments: str, scratch: Path) -> None:
     for kept in ("UV_PYTHON_INSTALL_MIRROR", "UV_PYTHON_DOWNLOADS_JSON_URL"):
         if kept in os.environ:
             environment[kept] = os.environ[kept]
-    done = subprocess.run(
+    process = subprocess.run(
         [request["uv"], *arguments, "--no-config", "--cache-dir", str(scratch / "cache")],
         capture_output=True,
         text=True,
         check=False,
         env=environment,
     )
-    if done.returncode:
-        raise _failure(arguments[0], request["root"], done.stderr.strip())
+    if process.returncode:
+        raise _failure(arguments[0], request["root"], process.stderr.strip())
 
 
 def _failure(command: str, root: str, text: str) -> WorkerError:
@@ -206,42 +203,6 @@ def _failure(command: str, root: str, text: str) -> WorkerError:
     return WorkerError("install", f"uv {command}: {words}", "the index must serve every file of the lock")
 
 
-def _libraries(folder: Path) -> Json:
-    """What the compiled parts ask of a node: page size they are aligned to, and the newest libstdc++ symbol they use."""
-    alignment, count = 1 << 20, 0
-    needed: tuple[int, ...] = (0,)
-    for path in folder.rglob("*.so*"):
-        if path.is_symlink() or not path.is_file():
-            continue
-        with path.open("rb") as stream:
-            found = _alignment(stream.read(1 << 12))
-        if found is None:
-            continue
-        count += 1
-        alignment = min(alignment, found)
-        if b"libstdc++" not in path.name.encode() and path.stat().st_size < 1 << 30:
-            wanted = highest_glibcxx(path.read_bytes())
-            needed = max(needed, tuple(map(int, wanted.split(".")))) if wanted else needed
-    return {
-        "libraries": count,
-        "alignment": alignment if count else None,
-        "glibcxx": ".".join(map(str, needed)) if needed != (0,) else None,
-    }
-
-
-def _alignment(head: bytes) -> int | None:
-    """The smallest p_align of the PT_LOAD segments of a 64-bit little-endian ELF file; None for anything else."""
-    if head[:6] != b"\x7fELF\x02\x01" or len(head) < 64:
-        return None
-    offset, size, count = struct.unpack_from("<Q", head, 32)[0], *struct.unpack_from("<HH", head, 54)
-    found = [
-        struct.unpack_from("<Q", head, offset + index * size + 48)[0]
-        for index in range(count)
-        if offset + (index + 1) * size <= len(head) and struct.unpack_from("<I", head, offset + index * size)[0] == 1
-    ]
-    return min(found) if found else None
-
-
 def matrix(request: Json) -> Json:
     """Import each module of the active (or named) environment in a process of its own; run each command.
 
@@ -249,7 +210,7 @@ def matrix(request: Json) -> Json:
     """
     folder = Path(request["environment"])
     gpu = "gpus" in cuda()
-    rows = [_row(one["module"], folder, one, gpu, request["seconds"]) for one in request["modules"]]
+    rows = [_row(module["module"], folder, module, gpu, request["seconds"]) for module in request["modules"]]
     rows += [
         _try(" ".join(command), [str(folder / "bin" / command[0]), *command[1:]], folder, request["seconds"])
         for command in request["commands"]
@@ -257,10 +218,10 @@ def matrix(request: Json) -> Json:
     return {"rows": rows, "gpu": gpu, "target": os.path.realpath(folder)}
 
 
-def _row(name: str, folder: Path, one: Json, gpu: bool, seconds: float) -> Json:
-    if one.get("gpu") and not gpu:
+def _row(name: str, folder: Path, module: Json, gpu: bool, seconds: float) -> Json:
+    if module.get("gpu") and not gpu:
         return {"name": name, "skipped": "no usable GPU on this node"}
-    code = one.get("code") or f"import {one['module']}"
+    code = module.get("code") or f"import {module['module']}"
     return _try(name, [str(folder / "bin" / "python"), "-c", code], folder, seconds)
 
 
@@ -269,15 +230,15 @@ def _try(name: str, command: list[str], folder: Path, seconds: float) -> Json:
     environment = {**os.environ, "PATH": f"{folder / 'bin'}:{os.environ.get('PATH', '')}", "PYTHONNOUSERSITE": "1"}
     environment.pop("PYTHONPATH", None)
     try:
-        done = subprocess.run(
+        process = subprocess.run(
             command, capture_output=True, text=True, timeout=seconds, check=False, env=environment, cwd=tempfile.gettempdir()
         )
     except subprocess.TimeoutExpired:
         return {"name": name, "error": f"not done after {seconds:.0f} s"}
     except OSError as error:
         return {"name": name, "error": f"{command[0]}: {os.strerror(error.errno or 0).lower()}"}
-    if done.returncode:
-        return {"name": name, "error": last_line(done.stderr) if done.stderr.strip() else f"exit code {done.returncode}"}
+    if process.returncode:
+        return {"name": name, "error": last_line(process.stderr, f"exit code {process.returncode}")}
     return {"name": name, "seconds": round(time.monotonic() - started, 2)}
 
 
@@ -295,7 +256,7 @@ def switch(request: Json) -> Json:
 def _switch(root: Path, link: str, identifier: str) -> Json:
     generations = root / f"generations-{link}"
     generations.mkdir(parents=True, exist_ok=True)
-    number = max((int(one.name) for one in generations.iterdir() if one.name.isdigit()), default=0) + 1
+    number = max((int(generation.name) for generation in generations.iterdir() if generation.name.isdigit()), default=0) + 1
     (generations / f"{number:06}").symlink_to(Path("..") / "envs" / identifier)
     _point(root / link, Path(generations.name) / f"{number:06}")
     return {"switched": True, "active": identifier, "generation": number}
@@ -339,11 +300,11 @@ def rollback(request: Json) -> Json:
     with SharedLock(root / "locks" / f"switch-{link}"):
         now = active(root, link)
         current = (root / link).readlink().name if (root / link).is_symlink() else "000000"
-        for one in sorted((root / f"generations-{link}").glob("[0-9]*"), reverse=True):
-            target = Path(os.path.realpath(one))
-            if one.name < current and target.name != now and (target / DESCRIPTION).is_file():
-                _point(root / link, Path(f"generations-{link}") / one.name)
-                return {"from": now, "active": target.name, "generation": int(one.name)}
+        for generation in sorted((root / f"generations-{link}").glob("[0-9]*"), reverse=True):
+            target = Path(os.path.realpath(generation))
+            if generation.name < current and target.name != now and (target / DESCRIPTION).is_file():
+                _point(root / link, Path(f"generations-{link}") / generation.name)
+                return {"from": now, "active": target.name, "generation": int(generation.name)}
     raise WorkerError("nothing", "there is no earlier environment to go back to", "`deploy env list` says what there is")
 
 
@@ -353,13 +314,12 @@ def listing(request: Json) -> Json:
     rows: list[Json] = []
     for folder in (root / "envs").glob("*"):
         if not folder.name.startswith(".") and (folder / DESCRIPTION).is_file():
-            one = _described(folder)
+            described = _described(folder)
             links = [link for link in ("env", "download") if active(root, link) == folder.name]
-            rows.append(
-                {**{key: one.get(key) for key in ("id", "engine", "set", "created", "build_s", "machine")}, "active": links}
-            )
-    rows.sort(key=lambda one: -float(one["created"] or 0))
-    return {"environments": rows, "partial": sorted(one.name for one in (root / "envs").glob(".*"))}
+            told = {key: described.get(key) for key in ("id", "engine", "set", "created", "build_s", "machine")}
+            rows.append({**told, "active": links})
+    rows.sort(key=lambda row: -float(row["created"] or 0))
+    return {"environments": rows, "partial": sorted(folder.name for folder in (root / "envs").glob(".*"))}
 
 
 def collect(request: Json) -> Json:  # noqa: C901 - one rule a line
@@ -369,7 +329,7 @@ def collect(request: Json) -> Json:  # noqa: C901 - one rule a line
     kept: set[str] = set()
     for link in ("env", "download"):
         generations = sorted((root / f"generations-{link}").glob("[0-9]*"), reverse=True)
-        names = list(dict.fromkeys(Path(os.path.realpath(one)).name for one in generations))
+        names = list(dict.fromkeys(Path(os.path.realpath(generation)).name for generation in generations))
         kept |= {*names[: int(request["keep"])], active(root, link) or ""}
     for folder in sorted((root / "envs").glob("*")) if (root / "envs").is_dir() else []:
         identifier = folder.name.split(".")[1] if folder.name.startswith(".") else folder.name
@@ -382,7 +342,7 @@ def collect(request: Json) -> Json:  # noqa: C901 - one rule a line
             continue
         try:
             with SharedLock(root / "locks" / f"env-{identifier}", give_up=0):
-                size = sum(one.lstat().st_size for one in folder.rglob("*"))
+                size = sum(path.lstat().st_size for path in folder.rglob("*"))
                 gone = folder.with_name(f".{identifier}.gone-{uuid.uuid4().hex[:8]}")
                 folder.rename(gone)
                 _remove(gone)
@@ -393,25 +353,25 @@ def collect(request: Json) -> Json:  # noqa: C901 - one rule a line
         removed.append(folder.name)
         freed += size
     for link in ("env", "download"):
-        for one in (root / f"generations-{link}").glob("[0-9]*"):
-            if not one.exists():
-                one.unlink()
+        for generation in (root / f"generations-{link}").glob("[0-9]*"):
+            if not generation.exists():
+                generation.unlink()
     return {"removed": removed, "freed": freed, "in_use": kept_by_use}
 
 
 def users(request: Json) -> Json:
     """The ids of environments under `root` that a process of this node runs from, executes or has mapped."""
     pattern = re.compile(re.escape(os.path.realpath(Path(request["root"]) / "envs")).encode() + rb"/([0-9a-f]+)/")
-    found: set[str] = set()
+    used: set[str] = set()
     for process in Path("/proc").glob("[0-9]*"):
         if process.name == str(os.getpid()):
             continue
         for name in ("maps", "cmdline"):
             try:
-                found |= {one.decode() for one in pattern.findall((process / name).read_bytes())}
+                used |= {identifier.decode() for identifier in pattern.findall((process / name).read_bytes())}
             except OSError:
                 continue
-    return {"used": sorted(found)}
+    return {"used": sorted(used)}
 
 
 def _described(folder: Path) -> Json:

@@ -10,11 +10,9 @@ import subprocess
 import time
 import zlib
 from pathlib import Path
-from typing import Any
 
-from deploy.remote.wire import event
+from deploy.remote.wire import Json, event
 
-Json = dict[str, Any]
 TAIL = 4 << 20
 "Bytes kept of the end of each log; of its beginning HEAD."
 HEAD = 256 << 10
@@ -32,12 +30,12 @@ COMMANDS = {
 def gather(request: Json) -> Json:
     """Say the content of `files` ([{name, pattern}], shell patterns) and what COMMANDS print, one event each, compressed."""
     count = 0
-    for one in request["files"]:
-        for path in sorted(glob.glob(one["pattern"], recursive=True)):  # noqa: PTH207 - the pattern may be absolute
+    for wanted in request["files"]:
+        for path in sorted(glob.glob(wanted["pattern"], recursive=True)):  # noqa: PTH207 - the pattern may be absolute
             if Path(path).is_file():
-                name = Path(path).name if "*" not in one["pattern"] else _below(path, one["pattern"])
+                name = Path(path).name if "*" not in wanted["pattern"] else _below(path, wanted["pattern"])
                 try:
-                    _say(f"{one['name']}/{name}", _ends(Path(path)), Path(path).stat().st_mtime)
+                    _say(f"{wanted['name']}/{name}", ends(Path(path)), Path(path).stat().st_mtime)
                     count += 1
                 except OSError as error:
                     event("unread", name=path, cause=os.strerror(error.errno or 0).lower())
@@ -55,10 +53,10 @@ def kernel() -> str:
     """The kernel's lines about GPUs (NVRM, Xid), killed processes and machine checks."""
     prefix = ["sudo", "-n"] if os.geteuid() and shutil.which("sudo") else []
     for command in (["dmesg", "--time-format", "iso"], ["journalctl", "-k", "-o", "short-iso", "--no-pager", "-n", "20000"]):
-        done = _output([*prefix, *command]).decode(errors="replace")
+        text = _output([*prefix, *command]).decode(errors="replace")
         words = ("NVRM", "Xid", "Out of memory", "oom-kill", "Killed process", "Machine check", "nvidia", "NFS", "nfs:")
-        if "\n" in done and not done.startswith("("):
-            return "\n".join(line for line in done.splitlines() if any(word in line for word in words)) + "\n"
+        if "\n" in text and not text.startswith("("):
+            return "\n".join(line for line in text.splitlines() if any(word in line for word in words)) + "\n"
     return "(the kernel's log cannot be read by this user)\n"
 
 
@@ -67,7 +65,8 @@ def _below(path: str, pattern: str) -> str:
     return path[len(fixed[: fixed.rfind("/") + 1]) :]
 
 
-def _ends(path: Path) -> bytes:
+def ends(path: Path) -> bytes:
+    """A file, or of a long one its first and last lines."""
     size = path.stat().st_size
     with path.open("rb") as stream:
         if size <= HEAD + TAIL:
@@ -83,7 +82,7 @@ def _ends(path: Path) -> bytes:
 
 def _output(command: list[str]) -> bytes:
     try:
-        done = subprocess.run(command, capture_output=True, timeout=60, check=False)
+        process = subprocess.run(command, capture_output=True, timeout=60, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"({command[0]}: {error})\n".encode()
-    return done.stdout + done.stderr if done.returncode == 0 else b"(" + done.stderr.strip() + b")\n"
+    return process.stdout + process.stderr if process.returncode == 0 else b"(" + process.stderr.strip() + b")\n"

@@ -8,14 +8,14 @@ import os
 import signal
 import time
 from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from deploy.remote import cache, mounts
-from deploy.remote.environment import active, owner
-from deploy.remote.preflight import holder
+from deploy.remote.environment import DESCRIPTION, active, owner
+from deploy.remote.network import holder, listening
+from deploy.remote.wire import Json
 
-Json = dict[str, Any]
 MARK = b"GRACEFARM_MARK="
 PLAN = b"GRACEFARM_PLAN="
 
@@ -37,7 +37,7 @@ def look(request: Json) -> Json:
         "owner": owner(root) if root else None,
         "weights": _weights(weights, count=bool(request.get("count"))) if weights else None,
         "share": _share(request["share"]) if request.get("share") else None,
-        "holders": {str(port): who for port in request.get("ports", []) if (who := _holder(port))},
+        "holders": {str(port): holder(port) for port in request.get("ports", []) if listening(port)},
     }
 
 
@@ -49,19 +49,18 @@ def processes(prefix: str | tuple[str, ...], sessions: Collection[int] = ()) -> 
     count; arguments are never told.
     """
     table = _table()
-    marked = {pid: one for pid, one in table.items() if str(one["mark"]).startswith(prefix)}
-    of = {int(one["session"]): one for one in marked.values()}
-    found = dict(marked)
-    for pid, one in table.items():
-        number = int(one["session"])
-        if pid not in found and not one["mark"] and (number in of or number in sessions):
-            known = of.get(number, {})
-            found[pid] = {**one, "mark": known.get("mark", ""), "plan": known.get("plan", "")}
-    return [found[pid] for pid in sorted(found)]
+    ours = {pid: process for pid, process in table.items() if str(process["mark"]).startswith(prefix)}
+    marked = {int(process["session"]): process for process in ours.values()}
+    for pid, process in table.items():
+        number = int(process["session"])
+        if pid not in ours and not process["mark"] and (number in marked or number in sessions):
+            known = marked.get(number, {})
+            ours[pid] = {**process, "mark": known.get("mark", ""), "plan": known.get("plan", "")}
+    return [ours[pid] for pid in sorted(ours)]
 
 
 def _table() -> dict[int, Json]:
-    found: dict[int, Json] = {}
+    table: dict[int, Json] = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             fields = (folder / "stat").read_text().rpartition(")")[2].split()
@@ -71,24 +70,24 @@ def _table() -> dict[int, Json]:
             continue
         if fields[0] != "Z":
             value = {key: _value(words, word) for key, word in (("mark", MARK), ("plan", PLAN))}
-            found[int(folder.name)] = {"pid": int(folder.name), "name": name, "session": int(fields[3]), **value}
-    return found
+            table[int(folder.name)] = {"pid": int(folder.name), "name": name, "session": int(fields[3]), **value}
+    return table
 
 
 def _value(words: list[bytes], name: bytes) -> str:
-    return next((one[len(name) :] for one in words if one.startswith(name)), b"").decode(errors="replace")
+    return next((word[len(name) :] for word in words if word.startswith(name)), b"").decode(errors="replace")
 
 
 def stop(request: Json) -> Json:
     """TERM to every process whose mark starts with one of `prefixes`, KILL after `grace` seconds, and a look what is left."""
     prefixes = tuple(request["prefixes"])
     first = processes(prefixes)
-    sessions = {int(one["session"]) for one in first}
+    sessions = {int(process["session"]) for process in first}
 
     def left() -> list[Json]:
-        found = processes(prefixes, sessions)
-        sessions.update(int(one["session"]) for one in found)
-        return found
+        alive = processes(prefixes, sessions)
+        sessions.update(int(process["session"]) for process in alive)
+        return alive
 
     _signal(first, signal.SIGTERM)
     deadline = time.monotonic() + float(request["grace"])
@@ -101,19 +100,17 @@ def stop(request: Json) -> Json:
     return {"ended": len(first), "left": left()}
 
 
-def _signal(found: list[Json], number: int) -> None:
-    for one in found:
-        try:
-            os.kill(one["pid"], number)
-        except OSError:
-            continue
+def _signal(targets: list[Json], number: int) -> None:
+    for process in targets:
+        with suppress(OSError):
+            os.kill(process["pid"], number)
 
 
 def _finished(root: Path, link: str) -> str | None:
     """The active environment, if it can be read from here."""
     try:
-        found = active(root, link)
-        return found if found and (root / "envs" / found / "environment.json").is_file() else None
+        identifier = active(root, link)
+        return identifier if identifier and (root / "envs" / identifier / DESCRIPTION).is_file() else None
     except OSError:
         return None
 
@@ -125,7 +122,7 @@ def _weights(folder: Path, *, count: bool) -> Json:
     except OSError:
         return {"manifest": None, "wrong": []}
     files = json.loads(content)["files"] if count else []
-    wrong = [one["path"] for one in files if _size(folder / one["path"]) != one["size"]]
+    wrong = [file["path"] for file in files if _size(folder / file["path"]) != file["size"]]
     return {"manifest": hashlib.sha256(content).hexdigest(), "wrong": wrong}
 
 
@@ -139,16 +136,5 @@ def _size(path: Path) -> int | None:
 def _share(share: str) -> Json | None:
     if not Path(share).is_dir():
         return None
-    mount = mounts.mount_of(os.path.realpath(share), mounts.parse_mounts(Path("/proc/mounts").read_text()))
+    mount = mounts.mount_of(share)
     return {"kind": mount.kind, "source": mount.source, "fsc": cache.fsc(mount.target)} if mount else None
-
-
-def _holder(port: int) -> str | None:
-    """Who listens on a port, None when nobody does."""
-    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
-        lines = Path(table).read_text().splitlines()[1:] if Path(table).exists() else []
-        for line in lines:
-            row = line.split()
-            if row[3] == "0A" and int(row[1].rpartition(":")[2], 16) == port:
-                return holder(port)
-    return None

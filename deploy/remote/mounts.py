@@ -1,9 +1,13 @@
-"""/proc/mounts, /etc/fstab and /proc/fs/nfsfs/volumes as data (fstab(5), mount(8), fs/nfs/client.c)."""
+"""/proc/mounts, /etc/fstab and /proc/fs/nfsfs/volumes as data (fstab(5), mount(8), fs/nfs/client.c), and the room there."""
 
 from __future__ import annotations
 
+import os
 import re
+from pathlib import Path
 from typing import NamedTuple
+
+from deploy.remote.wire import Json
 
 NFS = ("nfs", "nfs4")
 NETWORK = (*NFS, "virtiofs", "9p", "cifs", "ceph", "lustre", "glusterfs", "fuse.glusterfs", "fuse.sshfs", "beegfs", "gpfs")
@@ -38,7 +42,7 @@ class Volume(NamedTuple):
 
 def unescape(text: str) -> str:
     r"""fstab's \040 is a blank."""
-    return _ESCAPE.sub(lambda found: chr(int(found.group(1), 8)), text)
+    return _ESCAPE.sub(lambda escape: chr(int(escape.group(1), 8)), text)
 
 
 def parse_mounts(text: str) -> list[Mount]:
@@ -47,14 +51,16 @@ def parse_mounts(text: str) -> list[Mount]:
     return [Mount(unescape(row[0]), unescape(row[1]), row[2], tuple(row[3].split(","))) for row in rows if len(row) >= 4]
 
 
-def mount_of(path: str, mounts: list[Mount]) -> Mount | None:
-    """The mount that holds `path` (absolute, symbolic links resolved)."""
-    best = None
-    for one in mounts:
-        prefix = one.target.rstrip("/") + "/"
-        if (path.rstrip("/") + "/").startswith(prefix) and (best is None or len(one.target) >= len(best.target)):
-            best = one
-    return best
+def current() -> list[Mount]:
+    """What is mounted now."""
+    return parse_mounts(Path("/proc/mounts").read_text())
+
+
+def mount_of(path: str | Path) -> Mount | None:
+    """The mount that holds a path."""
+    real = os.path.realpath(path).rstrip("/") + "/"
+    holding = [mount for mount in current() if real.startswith(mount.target.rstrip("/") + "/")]
+    return max(reversed(holding), key=lambda mount: len(mount.target), default=None)
 
 
 def parse_volumes(text: str) -> list[Volume]:
@@ -63,12 +69,12 @@ def parse_volumes(text: str) -> list[Volume]:
     if not lines:
         return []
     names = lines[0].split()
-    found = []
+    volumes = []
     for line in lines[1:]:
         row = dict(zip(names, line.split(), strict=False))
         if "DEV" in row:
-            found.append(Volume(row.get("NV", ""), row["DEV"], row.get("FSC", "no") == "yes"))
-    return found
+            volumes.append(Volume(row.get("NV", ""), row["DEV"], row.get("FSC", "no") == "yes"))
+    return volumes
 
 
 class FstabLine:
@@ -79,17 +85,17 @@ class FstabLine:
         self.source = self.target = self.kind = ""
         self.options: tuple[str, ...] = ()
         self._parts: list[str] | None = None
-        found = _FIELDS.match(text)
-        if found and not found.group(2).startswith("#"):
-            self._parts = list(found.groups())
-            self.source, self.target = unescape(found.group(2)), unescape(found.group(4))
-            self.kind, self.options = found.group(6), tuple(found.group(8).split(","))
+        fields = _FIELDS.match(text)
+        if fields and not fields.group(2).startswith("#"):
+            self._parts = list(fields.groups())
+            self.source, self.target = unescape(fields.group(2)), unescape(fields.group(4))
+            self.kind, self.options = fields.group(6), tuple(fields.group(8).split(","))
 
     def with_option(self, option: str) -> FstabLine:
         """The same line with `option`; every other byte stays. Its negation (`nofsc`) gives way."""
-        if self._parts is None or option in self.options or any(one.startswith(option + "=") for one in self.options):
+        if self._parts is None or option in self.options or any(held.startswith(option + "=") for held in self.options):
             return self
-        kept = [one for one in self.options if one != "no" + option]
+        kept = [held for held in self.options if held != "no" + option]
         parts = list(self._parts)
         parts[7] = ",".join([*kept, option])
         return FstabLine("".join(parts))
@@ -102,14 +108,31 @@ def parse_fstab(text: str) -> list[FstabLine]:
 
 def render_fstab(lines: list[FstabLine]) -> str:
     """The text of the lines."""
-    return "".join(one.text for one in lines)
+    return "".join(line.text for line in lines)
 
 
 def with_cache(text: str, target: str) -> str:
     """fstab with `fsc` on the NFS entry that is mounted at `target`; the same text where there is none or it has it."""
     return render_fstab(
         [
-            one.with_option("fsc") if one.target.rstrip("/") == target.rstrip("/") and one.kind in NFS else one
-            for one in parse_fstab(text)
+            line.with_option("fsc") if line.target.rstrip("/") == target.rstrip("/") and line.kind in NFS else line
+            for line in parse_fstab(text)
         ]
     )
+
+
+def space(path: str | Path) -> Json | None:
+    """Bytes of the file system that holds `path`, all and free for this user."""
+    try:
+        status = os.statvfs(path)
+    except OSError:
+        return None
+    return {"total": status.f_blocks * status.f_frsize, "free": status.f_bavail * status.f_frsize}
+
+
+def existing(path: str | Path) -> Path:
+    """The path, or the nearest folder above it that is there."""
+    place = Path(path)
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    return place

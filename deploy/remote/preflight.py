@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
-import re
 import resource
 import select
 import socket
@@ -15,46 +13,16 @@ import threading
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from deploy.remote import mounts
-from deploy.remote.wire import WorkerError, event
-from gracefarm.process import last_line
+from deploy.remote.driver import cuda
+from deploy.remote.libraries import glibcxx
+from deploy.remote.mounts import space
+from deploy.remote.network import holder, interface_of
+from deploy.remote.wire import Json, WorkerError, event
 
-Json = dict[str, Any]
 STALE = 86400.0
 "Seconds after which nobody is at work with a preflight's nonces any more."
-
-_DRIVER = """
-import ctypes, json
-cuda = ctypes.CDLL("libcuda.so.1")
-def text(code):
-    name = ctypes.c_char_p()
-    cuda.cuGetErrorString(code, ctypes.byref(name))
-    return (name.value or b"unknown error").decode()
-def call(name, *arguments):
-    code = getattr(cuda, name)(*arguments)
-    if code:
-        print(json.dumps({"error": f"{name}: {text(code)} ({code})"}))
-        raise SystemExit
-call("cuInit", 0)
-version, count = ctypes.c_int(), ctypes.c_int()
-call("cuDriverGetVersion", ctypes.byref(version))
-call("cuDeviceGetCount", ctypes.byref(count))
-gpus = []
-for index in range(count.value):
-    device, context, name = ctypes.c_int(), ctypes.c_void_p(), ctypes.create_string_buffer(100)
-    free, total = ctypes.c_size_t(), ctypes.c_size_t()
-    call("cuDeviceGet", ctypes.byref(device), index)
-    call("cuDeviceGetName", name, 100, device)
-    call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
-    call("cuCtxSetCurrent", context)
-    call("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
-    call("cuDevicePrimaryCtxRelease_v2", device)
-    gpus.append({"name": name.value.decode(), "free": free.value, "total": total.value})
-print(json.dumps({"version": version.value, "gpus": gpus}))
-"""
-"In a process of its own, for a sick driver hangs in cuInit; a context proves more than nvidia-smi does."
 
 
 def survey(request: Json) -> Json:
@@ -77,26 +45,9 @@ def survey(request: Json) -> Json:
     }
 
 
-def cuda() -> Json:
-    """Driver version, memory of each GPU in bytes, or the driver's own words for why not; `absent` without a driver."""
-    try:
-        ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return {"absent": True, "device": Path("/dev/nvidiactl").exists()}
-    try:
-        done = subprocess.run([sys.executable, "-c", _DRIVER], capture_output=True, text=True, timeout=60, check=False)
-    except subprocess.TimeoutExpired:
-        return {"error": "cuInit did not come back within 60 s"}
-    try:
-        found: Json = json.loads(done.stdout)
-    except ValueError:
-        return {"error": last_line(done.stderr, "the driver ended the process")}
-    return found
-
-
 def _resolve(name: str) -> list[str]:
     try:
-        return sorted({str(one[4][0]) for one in socket.getaddrinfo(name, None, proto=socket.IPPROTO_TCP)})
+        return sorted({str(entry[4][0]) for entry in socket.getaddrinfo(name, None, proto=socket.IPPROTO_TCP)})
     except OSError:
         return []
 
@@ -114,7 +65,7 @@ def _share(share: Path, run: str, me: str, nonce: str) -> Json:
             os.fsync(stream.fileno())
     except OSError as error:
         return {"error": f"{share} cannot be written: {os.strerror(error.errno or 0).lower()}"}
-    mount = mounts.mount_of(os.path.realpath(share), mounts.parse_mounts(Path("/proc/mounts").read_text()))
+    mount = mounts.mount_of(share)
     return {
         "kind": mount.kind if mount else "?",
         "source": mount.source if mount else "?",
@@ -129,8 +80,8 @@ def _python(executable: str) -> Json:
         "print(json.dumps([sys.version.split()[0], sys.implementation.name, sysconfig.get_platform()]))"
     )
     try:
-        done = subprocess.run([executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
-        version, implementation, platform = json.loads(done.stdout)
+        process = subprocess.run([executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+        version, implementation, platform = json.loads(process.stdout)
     except (OSError, ValueError, subprocess.TimeoutExpired) as error:
         return {"error": f"{executable} does not start: {error}"}
     return {"version": version, "implementation": implementation, "platform": platform}
@@ -147,38 +98,11 @@ def _environment(link: Path) -> Json | None:
 
 def _ray(link: Path) -> str | None:
     """Ray's version there, by its metadata: importing it takes seconds."""
-    found = [
-        one.name.removeprefix("ray-").removesuffix(".dist-info")
-        for one in link.glob("lib/python3*/site-packages/ray-*.dist-info")
+    versions = [
+        folder.name.removeprefix("ray-").removesuffix(".dist-info")
+        for folder in link.glob("lib/python3*/site-packages/ray-*.dist-info")
     ]
-    return found[0] if found else None
-
-
-def glibcxx() -> str | None:
-    """The highest GLIBCXX symbol version of the libstdc++ that the loader finds here."""
-    try:
-        library = ctypes.CDLL("libstdc++.so.6")
-        maps = Path("/proc/self/maps").read_text()
-    except OSError:
-        return None
-    del library
-    path = next((line.split(maxsplit=5)[5] for line in maps.splitlines() if "libstdc++.so" in line), None)
-    return highest_glibcxx(Path(path).read_bytes()) if path else None
-
-
-def highest_glibcxx(content: bytes) -> str | None:
-    """The highest GLIBCXX_x.y.z in a file's bytes."""
-    found = [tuple(map(int, one.split(b"."))) for one in re.findall(rb"GLIBCXX_(\d+(?:\.\d+)+)\x00", content)]
-    return ".".join(map(str, max(found))) if found else None
-
-
-def space(path: str) -> Json | None:
-    """Bytes of the file system that holds `path`, all and free for this user."""
-    try:
-        found = os.statvfs(path)
-    except OSError:
-        return None
-    return {"total": found.f_blocks * found.f_frsize, "free": found.f_bavail * found.f_frsize}
+    return versions[0] if versions else None
 
 
 def pairs(request: Json) -> Json:
@@ -191,23 +115,23 @@ def pairs(request: Json) -> Json:
     deadline = time.monotonic() + float(request["seconds"])
     listeners, taken = _listen(request["address"], request["ports"])
     own, held = _listen("127.0.0.1", request["loopback"])
-    for one in own:
-        one.close()
+    for listener in own:
+        listener.close()
     heard: set[str] = set()
-    done = threading.Event()
-    server = threading.Thread(target=_answer, args=(listeners, heard, done), daemon=True)
+    over = threading.Event()
+    server = threading.Thread(target=_answer, args=(listeners, heard, over), daemon=True)
     server.start()
-    reached = {one["name"]: _reach(request, one, deadline) for one in request["peers"]}
-    for one in request["peers"]:
-        _part(request["me"], one["address"], reached[one["name"]]["ports"])
-    expected = {one["name"] for one in request["peers"]}
-    free = [one for one in request["ports"] if str(one) not in taken]
+    reached = {peer["name"]: _reach(request, peer, deadline) for peer in request["peers"]}
+    for peer in request["peers"]:
+        _part(request["me"], peer["address"], reached[peer["name"]]["ports"])
+    expected = set(reached)
+    free = [port for port in request["ports"] if str(port) not in taken]
     while free and not expected <= heard and time.monotonic() < deadline:
         time.sleep(0.05)
-    done.set()
+    over.set()
     server.join()
-    for one in listeners:
-        one.close()
+    for listener in listeners:
+        listener.close()
     return {
         "taken": taken | held,
         "reached": reached,
@@ -227,25 +151,25 @@ def outside(request: Json) -> Json:
     left = set(listeners)
     while left and time.monotonic() < deadline:
         ready, _, _ = select.select(listeners, [], [], 0.1)
-        for one in ready:
-            connection, _ = one.accept()
+        for listener in ready:
+            connection, _ = listener.accept()
             with connection, suppress(OSError):
                 connection.settimeout(2)
                 if connection.recv(200) == b"gracefarm outside\n":
                     connection.sendall(request["nonce"].encode())
-                    left.discard(one)
-    for one in listeners:
-        one.close()
+                    left.discard(listener)
+    for listener in listeners:
+        listener.close()
     return {"taken": sorted(taken)}
 
 
 def _part(me: str, address: str, ports: dict[str, Json]) -> None:
     """Tell a peer that it need not listen for us any longer."""
-    for port, found in ports.items():
-        if "offset" in found:
+    for port, tried in ports.items():
+        if "offset" in tried:
             try:
-                with socket.create_connection((address, int(port)), timeout=2) as one:
-                    one.sendall(f"gracefarm {me} bye\n".encode())
+                with socket.create_connection((address, int(port)), timeout=2) as connection:
+                    connection.sendall(f"gracefarm {me} bye\n".encode())
             except OSError:
                 continue
             return
@@ -257,8 +181,8 @@ def clean(request: Json) -> Json:
     for run in folder.glob("*"):
         with suppress(OSError):  # another preflight sweeps too
             if run.name == request["run"] or time.time() - run.stat().st_mtime > STALE:
-                for one in run.glob("*"):
-                    one.unlink(missing_ok=True)
+                for file in run.glob("*"):
+                    file.unlink(missing_ok=True)
                 run.rmdir()
     return {}
 
@@ -267,50 +191,31 @@ def _listen(address: str, ports: list[int]) -> tuple[list[socket.socket], dict[s
     listeners, taken = [], {}
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     for port in ports:
-        one = socket.socket(family)
-        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener = socket.socket(family)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if address == "::":
-            one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         try:
-            one.bind((address, port))
+            listener.bind((address, port))
         except OSError as error:
-            one.close()
+            listener.close()
             if error.errno == 99:  # EADDRNOTAVAIL
                 raise WorkerError(
                     "node", f"{address} is no address of this node", "correct `private` in deploy.toml"
                 ) from error
             taken[str(port)] = holder(port)
         else:
-            one.listen(64)
-            listeners.append(one)
+            listener.listen(64)
+            listeners.append(listener)
     return listeners, taken
 
 
-def holder(port: int) -> str:
-    """Who listens on a TCP port here: the command line as far as this user may see it."""
-    inodes = set()
-    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
-        lines = Path(table).read_text().splitlines()[1:] if Path(table).exists() else []
-        for line in lines:
-            row = line.split()
-            if row[3] == "0A" and int(row[1].rpartition(":")[2], 16) == port:
-                inodes.add(f"socket:[{row[9]}]")
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            if any(str(one.readlink()) in inodes for one in (process / "fd").iterdir()):
-                command = (process / "cmdline").read_bytes().split(b"\0")
-                return f"{b' '.join(command[:2]).decode(errors='replace')} (process {process.name})"
-        except OSError:
-            continue
-    return "a process of another user"
-
-
-def _answer(listeners: list[socket.socket], heard: set[str], done: threading.Event) -> None:
+def _answer(listeners: list[socket.socket], heard: set[str], over: threading.Event) -> None:
     """A greeting is a line with the peer's name; the answer is this node's clock. Peers without a word only test the port."""
-    while not done.is_set():
+    while not over.is_set():
         ready, _, _ = select.select(listeners, [], [], 0.1)
-        for one in ready:
-            connection, _ = one.accept()
+        for listener in ready:
+            connection, _ = listener.accept()
             with connection:
                 connection.settimeout(2)
                 try:
@@ -328,22 +233,23 @@ def _reach(request: Json, peer: Json, deadline: float) -> Json:
     ports: dict[str, Json] = {}
     best = None
     for port in request["ports"]:
-        found = _connect(peer["address"], port, request["me"], deadline)
-        ports[str(port)] = found
-        if "offset" in found and (best is None or found["rtt"] < best["rtt"]):
-            best = found
+        tried = _connect(peer["address"], port, request["me"], deadline)
+        ports[str(port)] = tried
+        if "offset" in tried and (best is None or tried["rtt"] < best["rtt"]):
+            best = tried
     return {"ports": ports, "rtt": best["rtt"] if best else None, "offset": best["offset"] if best else None}
 
 
 def _connect(address: str, port: int, me: str, deadline: float) -> Json:
     while True:
         try:
-            with socket.create_connection((address, port), timeout=min(3.0, max(0.2, deadline - time.monotonic()))) as one:
-                one.settimeout(2)
+            seconds = min(3.0, max(0.2, deadline - time.monotonic()))
+            with socket.create_connection((address, port), timeout=seconds) as connection:
+                connection.settimeout(2)
                 before = time.time()
-                one.sendall(f"gracefarm {me}\n".encode())
+                connection.sendall(f"gracefarm {me}\n".encode())
                 try:
-                    answer = float(one.recv(64) or b"nan")
+                    answer = float(connection.recv(64) or b"nan")
                 except (OSError, ValueError):
                     return {"foreign": True}  # connected, but somebody else's service: the route is proven
                 after = time.time()
@@ -360,17 +266,17 @@ def _nonces(request: Json, names: set[str], deadline: float) -> Json:
     if not request["share"]:
         return {}
     folder = Path(request["share"]) / ".gracefarm" / "preflight" / request["run"]
-    found: Json = {}
-    while len(found) < len(names):
-        for name in names - set(found):
+    nonces: Json = {}
+    while len(nonces) < len(names):
+        for name in names - set(nonces):
             try:
-                found[name] = (folder / name).read_text()
+                nonces[name] = (folder / name).read_text()
             except OSError:
                 continue
         if time.monotonic() >= deadline:
             break
         time.sleep(0.1)
-    return found
+    return nonces
 
 
 def collective(request: Json) -> Json:
@@ -413,12 +319,3 @@ def collective(request: Json) -> Json:
             "node", f"all-reduce gave {total}, not {expected}", "a GPU or a link computes wrongly: replace the node"
         )
     return {"interface": interface, "all_reduce_s": taken, "total_s": time.monotonic() - started, "torch": torch.__version__}
-
-
-def interface_of(address: str) -> str | None:
-    """The network interface that has an IPv4 or IPv6 address (RTM_GETADDR would do too; `ip` is on every node)."""
-    done = subprocess.run(["ip", "-json", "address"], capture_output=True, text=True, check=False)
-    for one in json.loads(done.stdout or "[]"):
-        if any(each.get("local") == address for each in one.get("addr_info", [])):
-            return str(one["ifname"])
-    return None

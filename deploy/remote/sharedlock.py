@@ -86,7 +86,7 @@ class SharedLock:
         return f"{mark.get('host', 'another node')} (process {mark.get('pid', '?')})"
 
     def _highest(self) -> int:
-        return max((int(one.name) for one in self.folder.iterdir() if one.name.isdigit()), default=0)
+        return max((int(file.name) for file in self.folder.iterdir() if file.name.isdigit()), default=0)
 
     def _released(self, number: int) -> bool:
         return (self.folder / f"{number:08}.released").exists()
@@ -126,9 +126,10 @@ class SharedLock:
         if self._highest() != number:  # we had read an old listing
             (self.folder / f"{number:08}").unlink()
             return False
-        for one in self.folder.iterdir():
-            if one.name.split(".")[0].isdigit() and int(one.name.split(".")[0]) < number:
-                one.unlink(missing_ok=True)
+        for file in self.folder.iterdir():
+            generation = file.name.partition(".")[0]
+            if generation.isdigit() and int(generation) < number:
+                file.unlink(missing_ok=True)
         return True
 
     def _live(self) -> None:

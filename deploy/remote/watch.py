@@ -7,7 +7,6 @@ import glob
 import json
 import os
 import select
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,13 +14,11 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
-from deploy.remote import look
-from deploy.remote.wire import event
+from deploy.remote import facts, look, mounts
+from deploy.remote.wire import Json, event
 from gracefarm.process import first_line
 
-Json = dict[str, Any]
 BLOCK = 1 << 18
 POLL = 0.3
 BEAT = 5.0
@@ -39,20 +36,14 @@ def vitals(request: Json) -> Json:
         "uptime": float(Path("/proc/uptime").read_text().split()[0]),
         "cores": len(os.sched_getaffinity(0)),
         "load": os.getloadavg()[0],
-        "memory": _memory(),
-        "disks": [one for one in disks.values() if one],
-        "stuck": [path for path, one in disks.items() if one is None],
-        "raylet": any(one["name"] == "raylet" for one in processes),
-        "jobs": sorted({str(one["mark"]).rpartition("/")[2] for one in processes}),
+        "memory": facts.memory(Path("/proc/meminfo").read_text()),
+        "disks": [disk for disk in disks.values() if disk],
+        "stuck": [path for path, disk in disks.items() if disk is None],
+        "raylet": any(process["name"] == "raylet" for process in processes),
+        "jobs": sorted({str(process["mark"]).rpartition("/")[2] for process in processes}),
         "processes": len(processes),
         **gpus(),
     }
-
-
-def _memory() -> Json:
-    rows = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
-    found = {row[0].rstrip(":"): int(row[1]) << 10 for row in rows}
-    return {"total": found["MemTotal"], "available": found["MemAvailable"]}
 
 
 def _disk(path: str) -> Json | None:
@@ -64,40 +55,36 @@ def _disk(path: str) -> Json | None:
     child = os.fork()
     if child == 0:
         with suppress(OSError):
-            place = Path(path)
-            while not place.exists() and place != place.parent:
-                place = place.parent
-            used = shutil.disk_usage(place)
-            os.write(theirs, json.dumps({"path": path, "total": used.total, "free": used.free}).encode())
+            os.write(theirs, json.dumps({"path": path, **(mounts.space(mounts.existing(path)) or {})}).encode())
         os._exit(0)
     os.close(theirs)
     with open(ours, "rb") as stream:  # noqa: PTH123 - a descriptor
         ready, _, _ = select.select([stream], [], [], PATIENCE)
-        said = stream.read() if ready else b""
+        answer = stream.read() if ready else b""
     if not ready:
         os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0 if ready else os.WNOHANG)
-    found: Json | None = json.loads(said) if said else None
-    return found
+    disk: Json | None = json.loads(answer) if answer else None
+    return disk
 
 
 def gpus() -> Json:
     """What nvidia-smi says in 10 s: it needs no context on the GPU, and a sick driver does not hang us."""
     command = ["nvidia-smi", f"--query-gpu={','.join(QUERY)}", "--format=csv,noheader,nounits"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+        process = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
     except FileNotFoundError:
         return {"gpus": [], "gpu_error": "no nvidia-smi"}
     except subprocess.TimeoutExpired:
         return {"gpus": [], "gpu_error": "nvidia-smi does not answer"}
-    if done.returncode:
-        return {"gpus": [], "gpu_error": first_line(done.stdout + done.stderr)[:200]}
-    rows = csv.reader(done.stdout.splitlines(), skipinitialspace=True)
+    if process.returncode:
+        return {"gpus": [], "gpu_error": first_line(process.stdout + process.stderr)[:200]}
+    rows = csv.reader(process.stdout.splitlines(), skipinitialspace=True)
     return {"gpus": [_gpu(row) for row in rows if len(row) == len(QUERY)], "gpu_error": ""}
 
 
 def _gpu(row: list[str]) -> Json:
-    used, total, busy, heat, power = (_number(one) for one in row[1:])
+    used, total, busy, heat, power = (_number(field) for field in row[1:])
     return {"name": row[0], "used_mib": used, "total_mib": total, "busy": busy, "celsius": heat, "watts": power}
 
 
@@ -133,11 +120,11 @@ def tail(request: Json) -> Json:
 
 def _files(patterns: list[Json]) -> Iterator[tuple[str, str]]:
     """Real paths, so that Ray's `session_latest` of a new start counts as new files."""
-    for one in patterns:
-        for path in sorted(glob.glob(one["pattern"])):  # noqa: PTH207 - the pattern is absolute
+    for pattern in patterns:
+        for path in sorted(glob.glob(pattern["pattern"])):  # noqa: PTH207 - the pattern is absolute
             real = os.path.realpath(path)
             if Path(real).is_file():
-                yield real, f"{one['name']}{Path(path).name}"
+                yield real, f"{pattern['name']}{Path(path).name}"
 
 
 def _start(path: Path, lines: int) -> int:
@@ -146,7 +133,7 @@ def _start(path: Path, lines: int) -> int:
     with path.open("rb") as stream:
         stream.seek(max(0, size - BLOCK))
         block = stream.read(BLOCK)
-    ends = [index for index, one in enumerate(block.rstrip(b"\n")) if one == 10]
+    ends = [index for index, byte in enumerate(block.rstrip(b"\n")) if byte == 10]
     begin = ends[-lines] + 1 if 0 < lines <= len(ends) else 0 if lines else len(block)
     return size - len(block) + begin
 

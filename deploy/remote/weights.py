@@ -18,13 +18,12 @@ import time
 from collections import deque
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
+from deploy.remote import mounts
 from deploy.remote.sharedlock import SharedLock
-from deploy.remote.wire import WorkerError, event
+from deploy.remote.wire import Json, WorkerError, event
 from gracefarm.process import first_line
 
-Json = dict[str, Any]
 CHUNK = 1 << 22
 POLL = 0.2
 STALE = 86400.0
@@ -54,12 +53,12 @@ def manifest(request: Json) -> Json:
         raise explain(error, request) from error
     files = [
         {
-            "path": one.rfilename,
-            "size": one.size,
-            "sha256": one.lfs.sha256 if one.lfs else None,
-            "git": None if one.lfs else one.blob_id,
+            "path": file.rfilename,
+            "size": file.size,
+            "sha256": file.lfs.sha256 if file.lfs else None,
+            "git": None if file.lfs else file.blob_id,
         }
-        for one in info.siblings or []
+        for file in info.siblings or []
     ]
     return {"repo": request["repo"], "commit": info.sha, "files": files}
 
@@ -110,11 +109,10 @@ def state(request: Json) -> Json:
     `others`: other deployments' staging folders for the same files, and the last sign of life in each.
     """
     final, staging = Path(request["final"]), Path(request["staging"])
-    ready = {one.name: _sizes(one / "ready") for one in staging.iterdir()} if staging.is_dir() else {}
-    base = next(one for one in (final, *final.parents) if one.is_dir())
-    space = os.statvfs(base)
-    others = {one.name: _sign(one) for one in _stagings(final) if one != staging}
-    return {"final": _sizes(final), "ready": ready, "free": space.f_bavail * space.f_frsize, "others": others}
+    ready = {folder.name: _sizes(folder / "ready") for folder in staging.iterdir()} if staging.is_dir() else {}
+    space = mounts.space(mounts.existing(final)) or {"free": 0}
+    others = {folder.name: _sign(folder) for folder in _stagings(final) if folder != staging}
+    return {"final": _sizes(final), "ready": ready, "free": space["free"], "others": others}
 
 
 def _stagings(final: Path) -> list[Path]:
@@ -123,7 +121,7 @@ def _stagings(final: Path) -> list[Path]:
 
 def _sign(staging: Path) -> list[str]:
     """What its nodes last said of themselves."""
-    return [_read(one) or "" for one in sorted(staging.glob("*/pulse"))]
+    return [_read(pulse) or "" for pulse in sorted(staging.glob("*/pulse"))]
 
 
 def prepare(request: Json) -> Json:
@@ -209,10 +207,10 @@ def _download_all(request: Json, final: Path, mine: Path) -> None:
                 problems.append(error)
 
     threads = [threading.Thread(target=work, daemon=True) for _ in range(request["workers"])]
-    for one in threads:
-        one.start()
-    for one in threads:
-        one.join()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
     if problems:
         raise explain(problems[0], request) from problems[0]
     shutil.rmtree(part, ignore_errors=True)
@@ -255,9 +253,9 @@ class _Verifier(threading.Thread):
 
     def run(self) -> None:
         while self._waiting:
-            over = {node: self._is_over(node) for node in {one["node"] for one in self._waiting}}
+            over = {node: self._is_over(node) for node in {file["node"] for file in self._waiting}}
             before = len(self._waiting)
-            self._waiting = [one for one in self._waiting if not self._settle(one, over[one["node"]])]
+            self._waiting = [file for file in self._waiting if not self._settle(file, over[file["node"]])]
             if len(self._waiting) == before:
                 time.sleep(POLL)
 
@@ -354,11 +352,11 @@ def finish(request: Json) -> Json:
     """All is verified: write the manifest, take our staging folders away, and others' that nobody has worked in for a day."""
     _write(Path(request["final"] + ".manifest.json"), request["manifest"])
     shutil.rmtree(request["staging"], ignore_errors=True)
-    for one in _stagings(Path(request["final"])):
+    for staging in _stagings(Path(request["final"])):
         with suppress(OSError):
-            last = max(each.stat().st_mtime for each in (one, *one.glob("*/pulse")))
+            last = max(file.stat().st_mtime for file in (staging, *staging.glob("*/pulse")))
             if time.time() - last > STALE:
-                shutil.rmtree(one, ignore_errors=True)
+                shutil.rmtree(staging, ignore_errors=True)
     return {}
 
 
@@ -373,7 +371,7 @@ def _pulse(mine: Path, stop: threading.Event) -> None:
         count += 1
         try:
             _write(mine / "pulse", str(count))
-            event("part", bytes=sum(one.stat().st_size for one in (mine / "part").rglob("*.incomplete")))
+            event("part", bytes=sum(file.stat().st_size for file in (mine / "part").rglob("*.incomplete")))
         except OSError:
             pass  # a full disk is told by the download itself
         if stop.wait(PULSE):
@@ -381,7 +379,7 @@ def _pulse(mine: Path, stop: threading.Event) -> None:
 
 
 def _sizes(folder: Path) -> dict[str, int]:
-    return {str(one.relative_to(folder)): one.stat().st_size for one in folder.rglob("*") if one.is_file()}
+    return {str(file.relative_to(folder)): file.stat().st_size for file in folder.rglob("*") if file.is_file()}
 
 
 def _has(path: Path, file: Json) -> bool:

@@ -11,10 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from deploy.fleet.calls import Json, Target, call, try_all
+from deploy.fleet.calls import RemoteNode, call
+from deploy.fleet.results import try_all
 from deploy.nodes import paths
 from deploy.nodes.state import Record, digest
 from deploy.remote import mounts
+from deploy.remote.wire import Json
 from deploy.steps.step import Applied, Looks, Step, Work
 from gracefarm.console import Console
 from gracefarm.errors import GracefarmError, NodeError, SshError
@@ -84,7 +86,7 @@ async def measure_new(work: Work) -> bool:
     return True
 
 
-async def up(targets: Sequence[Target], share: str, console: Console, *, sample: int = SAMPLE) -> list[Row]:
+async def up(targets: Sequence[RemoteNode], share: str, console: Console, *, sample: int = SAMPLE) -> list[Row]:
     """The cache on every node that can have it, in the inventory's order.
 
     Raises:
@@ -102,7 +104,7 @@ def _failed(node: str, error: GracefarmError) -> Row:
     return Row(node=node, outcome="skipped", text=error.cause.removeprefix(f"{node}: "))
 
 
-async def _node(node: Target, share: str, console: Console, sample: int) -> Row:
+async def _node(node: RemoteNode, share: str, console: Console, sample: int) -> Row:
     seen = await call(node, "cache.inspect", {"share": share})
     reason = why_not(seen)
     if reason:
@@ -133,7 +135,7 @@ async def _node(node: Target, share: str, console: Console, sample: int) -> Row:
     )
 
 
-async def measure(targets: Sequence[Target], share: str, *, sample: int = SAMPLE) -> dict[str, Json]:
+async def measure(targets: Sequence[RemoteNode], share: str, *, sample: int = SAMPLE) -> dict[str, Json]:
     """One cold and one warm read on every node at once, of the largest file that is there.
 
     A node that fails, or has nothing to read, is left out.

@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Literal
 
-from deploy.fleet.calls import Target
+from deploy.fleet.calls import RemoteNode
 from deploy.fleet.forwarding import forward_local
 from deploy.fleet.jobs import JobStatus, follow_job, job_status, start_job, stop_job
 from deploy.fleet.ssh import Fleet
@@ -96,7 +96,7 @@ def port(plan: Plan) -> int:
 
 
 def spec_of(
-    deployment: Deployment, plan: Plan, cluster: ray.ClusterSpec, head: Target, last: Mapping[str, float]
+    deployment: Deployment, plan: Plan, cluster: ray.ClusterSpec, head: RemoteNode, last: Mapping[str, float]
 ) -> EngineSpec:
     """How a deployment's engine is started and asked. `last`: seconds of each phase, last time."""
     return EngineSpec(
@@ -144,7 +144,7 @@ class EngineStep(Step):
         return await end_jobs(work, paths.ENGINE_JOB, grace=20, stopped=[(work.deployment.head, paths.ENGINE_JOB)])
 
 
-async def up(fleet: Fleet, head: Target, spec: EngineSpec, console: Console) -> Answering:
+async def up(fleet: Fleet, head: RemoteNode, spec: EngineSpec, console: Console) -> Answering:
     """Start it unless it runs with this very plan and environment, and wait for a real completion; attach to a start that
     somebody left.
 

@@ -12,9 +12,11 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from deploy.fleet.calls import Json, Target, call, on_all
+from deploy.fleet.calls import RemoteNode, call
+from deploy.fleet.results import on_all
 from deploy.nodes import paths
 from deploy.nodes.state import Record, digest
+from deploy.remote.wire import Json
 from deploy.steps import setlock
 from deploy.steps.step import Applied, Looks, Step, Undone, Work, end_jobs
 from deploy.steps.uv import ensure_uv, pinned
@@ -212,7 +214,7 @@ async def roll_back(work: Work) -> Json:
     return answer
 
 
-async def up(targets: Sequence[Target], spec: EnvironmentSpec, settings: SharedSettings, console: Console) -> Built:
+async def up(targets: Sequence[RemoteNode], spec: EnvironmentSpec, settings: SharedSettings, console: Console) -> Built:
     """Build it on the first node unless it is there, import it on all, and only then make it active.
 
     Raises:
@@ -251,7 +253,7 @@ async def up(targets: Sequence[Target], spec: EnvironmentSpec, settings: SharedS
     return Built(id=identifier, built=built, switched=switched["switched"], rows=rows)
 
 
-async def prove(targets: Sequence[Target], folder: str, wanted: Matrix, seconds: float) -> dict[str, list[Json]]:
+async def prove(targets: Sequence[RemoteNode], folder: str, wanted: Matrix, seconds: float) -> dict[str, list[Json]]:
     """Every import and command on every node.
 
     Raises:
@@ -275,17 +277,17 @@ async def prove(targets: Sequence[Target], folder: str, wanted: Matrix, seconds:
     return rows
 
 
-async def rollback(targets: Sequence[Target], root: str, link: str = "env") -> Json:
+async def rollback(targets: Sequence[RemoteNode], root: str, link: str = "env") -> Json:
     """Back to the environment that was active before. Raises HostError when there is none."""
     return await call(targets[0], "environment.rollback", {"root": root, "link": link})
 
 
-async def listing(targets: Sequence[Target], root: str) -> Json:
+async def listing(targets: Sequence[RemoteNode], root: str) -> Json:
     """Finished environments, newest first; half-built ones."""
     return await call(targets[0], "environment.listing", {"root": root})
 
 
-async def collect(targets: Sequence[Target], root: str, *, keep: int = 2, grace: float = 3600) -> Json:
+async def collect(targets: Sequence[RemoteNode], root: str, *, keep: int = 2, grace: float = 3600) -> Json:
     """Remove old environments that no process on any node runs from. A node that cannot be asked stops it.
 
     `keep`: generations that stay for a roll-back; `grace`: seconds for which a new one stays though it is not active yet.

@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
-from deploy.fleet.calls import combined_error
+from deploy.fleet.results import combined_error
 from deploy.planning.plans import Plan
 from deploy.steps import brought, cache, environment
 from deploy.steps.cache import CacheStep

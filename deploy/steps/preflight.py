@@ -11,10 +11,12 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from deploy.fleet.calls import Json, Target, call, try_all
+from deploy.fleet.calls import RemoteNode, call
+from deploy.fleet.results import try_all
 from deploy.nodes import paths
 from deploy.nodes.deployment import Deployment
 from deploy.nodes.state import Record, digest
+from deploy.remote.wire import Json
 from deploy.steps.preflight_checks import Cell, Expected, Pairs, Status, Survey, judge, tokenless
 from deploy.steps.processes import raylet
 from deploy.steps.step import Applied, Looks, Step, Work
@@ -171,12 +173,12 @@ def summary(cells: Sequence[Cell]) -> str:
     return f"{len({cell.check for cell in cells})} checks on {nodes} nodes: {', '.join(parts)}"
 
 
-async def run(targets: Sequence[Target], spec: PreflightSpec) -> list[Cell]:
+async def run(targets: Sequence[RemoteNode], spec: PreflightSpec) -> list[Cell]:
     """Every check on every node, in the order of ORDER and the inventory."""
     name = secrets.token_hex(8)
     nonces = {node.name: secrets.token_hex(16) for node in targets}
 
-    async def survey(node: Target) -> Survey:
+    async def survey(node: RemoteNode) -> Survey:
         request = {
             "share": spec.share,
             "run": name,
@@ -189,7 +191,7 @@ async def run(targets: Sequence[Target], spec: PreflightSpec) -> list[Cell]:
     surveys, deaf = await try_all(targets, survey)
     there = [one for one in targets if one.name in surveys]
 
-    async def pairs(node: Target) -> Pairs:
+    async def pairs(node: RemoteNode) -> Pairs:
         request = {
             "me": node.name,
             "address": node.address,
@@ -227,10 +229,10 @@ def _tokenless(one: Survey) -> bool:
     return bool(one.environment and one.environment.ray and tokenless(one.environment.ray))
 
 
-async def reached(targets: Sequence[Target], spec: PreflightSpec) -> dict[str, str]:
+async def reached(targets: Sequence[RemoteNode], spec: PreflightSpec) -> dict[str, str]:
     """Nodes that let this machine in at a port of Ray's over their public address, and where. A port in use is not asked."""
 
-    async def one(node: Target) -> str | None:
+    async def one(node: RemoteNode) -> str | None:
         nonce = secrets.token_hex(16)
         tries: list[asyncio.Future[int | None]] = []
 
@@ -266,7 +268,7 @@ def _unreached(node: str, error: GracefarmError) -> Cell:
     return Cell(check="reach", node=node, status="bad", text=error.cause.removeprefix(f"{node}: "), remedy=error.remedy)
 
 
-async def collectives(targets: Sequence[Target], spec: PreflightSpec, surveys: dict[str, Survey]) -> list[Cell]:
+async def collectives(targets: Sequence[RemoteNode], spec: PreflightSpec, surveys: dict[str, Survey]) -> list[Cell]:
     """An all-reduce over all nodes at once, in the environment that will serve: gloo on the hosts, NCCL on the GPUs."""
     cells = []
     bare = [one.name for one in targets if surveys[one.name].environment is None]
@@ -287,8 +289,8 @@ async def collectives(targets: Sequence[Target], spec: PreflightSpec, surveys: d
     return cells
 
 
-async def _collective(targets: Sequence[Target], spec: PreflightSpec, backend: str) -> list[Cell]:
-    async def rank(node: Target) -> Json:
+async def _collective(targets: Sequence[RemoteNode], spec: PreflightSpec, backend: str) -> list[Cell]:
+    async def rank(node: RemoteNode) -> Json:
         request = {
             "backend": backend,
             "rank": [one.name for one in targets].index(node.name),

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from deploy.nodes.facts import Bytes, Cuda, KeptFact
 
 GIB = 1 << 30
 CLOCK_S = 2.0
@@ -30,31 +30,7 @@ SHUT = "let ssh alone in at the provider's firewall: `deploy tunnel` needs no mo
 Status = Literal["ok", "bad", "warn", "skipped"]
 
 
-class Answer(BaseModel):
-    """What deploy.remote sends; keys that a newer worker adds are no error."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-
-class Gpu(Answer):
-    """Bytes as cuMemGetInfo has them."""
-
-    name: str
-    free: int
-    total: int
-
-
-class Cuda(Answer):
-    """Either GPUs, or why not."""
-
-    absent: bool = False
-    device: bool = False
-    error: str | None = None
-    version: int | None = None
-    gpus: tuple[Gpu, ...] = ()
-
-
-class Interpreter(Answer):
+class Interpreter(KeptFact):
     """An interpreter as it runs on the node."""
 
     version: str = ""
@@ -63,7 +39,7 @@ class Interpreter(Answer):
     error: str | None = None
 
 
-class ActiveEnvironment(Answer):
+class ActiveEnvironment(KeptFact):
     """environment.json of the active environment, and its interpreter on this node."""
 
     id: str
@@ -74,7 +50,7 @@ class ActiveEnvironment(Answer):
     ray: str | None = None
 
 
-class SharedFolder(Answer):
+class SharedFolder(KeptFact):
     """The shared folder as this node has it."""
 
     error: str | None = None
@@ -84,14 +60,7 @@ class SharedFolder(Answer):
     free: int = 0
 
 
-class Space(Answer):
-    """Of a file system, in bytes."""
-
-    total: int
-    free: int
-
-
-class Survey(Answer):
+class Survey(KeptFact):
     """deploy.remote.preflight.survey."""
 
     hostname: str
@@ -101,12 +70,12 @@ class Survey(Answer):
     environment: ActiveEnvironment | None
     page: int
     glibcxx: str | None
-    shm: Space | None
+    shm: Bytes | None
     limits: dict[str, tuple[int, int]]
     cuda: Cuda
 
 
-class Port(Answer):
+class Port(KeptFact):
     """One connection: seconds for a greeting and its answer, or the error; `foreign`: somebody else's service answered."""
 
     rtt: float | None = None
@@ -114,7 +83,7 @@ class Port(Answer):
     error: str | None = None
 
 
-class Reached(Answer):
+class Reached(KeptFact):
     """One peer, as a node sees it."""
 
     ports: dict[str, Port]
@@ -122,7 +91,7 @@ class Reached(Answer):
     offset: float | None
 
 
-class Pairs(Answer):
+class Pairs(KeptFact):
     """deploy.remote.preflight.pairs."""
 
     taken: dict[str, str]
@@ -161,226 +130,206 @@ class Cell:
     remedy: str = ""
 
 
+Judgement = tuple[Status, str, str]
+"Status, text and remedy of a cell."
+
+
+def _ok(text: str) -> Judgement:
+    return "ok", text, ""
+
+
+def _skipped(text: str) -> Judgement:
+    return "skipped", text, ""
+
+
+def _warn(text: str, remedy: str) -> Judgement:
+    return "warn", text, remedy
+
+
+def _bad(text: str, remedy: str) -> Judgement:
+    return "bad", text, remedy
+
+
 def judge(surveys: Mapping[str, Survey], pairs: Mapping[str, Pairs], expected: Expected) -> list[Cell]:
     """Every check on every node that answered, in the order in which a person would mend them."""
+    pythons = _pythons(surveys, expected.python)
     cells: list[Cell] = []
-    for node, one in surveys.items():
-        cells.append(_names(node, one))
-    for node, found in pairs.items():
-        cells += [_route(node, found, expected), _ports(node, found, expected), _clock(node, found)]
-        cells.append(_share(node, surveys[node], found, expected))
-    cells += _pythons(surveys, expected.python)
-    for node, one in surveys.items():
-        gpus = expected.gpus.get(node, 0)
-        cells += [_cuda(node, one.cuda, gpus, expected.rehearsal), _memory(node, one.cuda)]
+    for node, survey in surveys.items():
+        judged = {"names": _names(survey)}
+        if node in pairs:
+            judged["share"] = _share(survey, pairs[node], expected)
+            judged |= {"route": _route(pairs[node], expected), "ports": _ports(pairs[node], expected)}
+            judged["clock"] = _clock(pairs[node])
+        judged |= {
+            "python": pythons[node],
+            "cuda": _cuda(survey.cuda, expected.gpus.get(node, 0), expected.rehearsal),
+            "memory": _memory(survey.cuda),
+            "token": _token(survey.environment, expected.open.get(node)),
+            "pages": _pages(survey),
+            "libstdc++": _symbols(survey),
+            "shm": _shm(survey.shm),
+            "limits": _limits(survey.limits, survey.cuda),
+        }
         cells += [
-            _token(node, one, expected),
-            _pages(node, one),
-            _symbols(node, one),
-            _shm(node, one.shm),
-            _limits(node, one.limits, one.cuda),
+            Cell(check=check, node=node, status=status, text=text, remedy=remedy)
+            for check, (status, text, remedy) in judged.items()
         ]
     return cells
 
 
-def _cell(check: str, node: str, status: Status, text: str, remedy: str = "") -> Cell:
-    return Cell(check=check, node=node, status=status, text=text, remedy=remedy)
-
-
-def _names(node: str, one: Survey) -> Cell:
-    local = [address for address in one.resolves if address.startswith("127.") or address == "::1"]
-    if not one.resolves:
-        return _cell(
-            "names", node, "warn", f"{one.hostname} does not resolve", "gloo and Ray look it up: add it to /etc/hosts"
-        )
+def _names(survey: Survey) -> Judgement:
+    name = survey.hostname
+    local = [address for address in survey.resolves if address.startswith("127.") or address == "::1"]
+    if not survey.resolves:
+        return _warn(f"{name} does not resolve", "gloo and Ray look it up: add it to /etc/hosts")
     if local:
-        return _cell(
-            "names",
-            node,
-            "bad",
-            f"{one.hostname} resolves to {local[0]}",
-            f"gloo and NCCL would bind there: give {one.hostname} the private address in /etc/hosts, not {local[0]}",
-        )
-    return _cell("names", node, "ok", ", ".join(one.resolves))
+        remedy = f"gloo and NCCL would bind there: give {name} the private address in /etc/hosts, not {local[0]}"
+        return _bad(f"{name} resolves to {local[0]}", remedy)
+    return _ok(", ".join(survey.resolves))
 
 
-def _route(node: str, found: Pairs, expected: Expected) -> Cell:
+def _route(seen: Pairs, expected: Expected) -> Judgement:
     deaf = {
-        peer: next(port.error for port in one.ports.values() if port.error)
-        for peer, one in found.reached.items()
-        if one.ports and all(port.error for port in one.ports.values())
+        peer: next(port.error for port in reached.ports.values() if port.error)
+        for peer, reached in seen.reached.items()
+        if reached.ports and all(port.error for port in reached.ports.values())
     }
     if deaf:
-        return _cell(
-            "route",
-            node,
-            "bad",
+        return _bad(
             "; ".join(f"no way to {peer} ({expected.addresses[peer]}): {error}" for peer, error in deaf.items()),
             "the private network of these nodes differs or a firewall stands between them: check `private` in deploy.toml, "
             "and the provider's rules for traffic within the network",
         )
-    times = [one.rtt for one in found.reached.values() if one.rtt is not None]
-    if not found.reached:
-        return _cell("route", node, "skipped", "there is one node alone")
-    return _cell("route", node, "ok", f"{max(times) * 1e3:.2f} ms" if times else "reached")
+    times = [reached.rtt for reached in seen.reached.values() if reached.rtt is not None]
+    if not seen.reached:
+        return _skipped("there is one node alone")
+    return _ok(f"{max(times) * 1e3:.2f} ms" if times else "reached")
 
 
-def _ports(node: str, found: Pairs, expected: Expected) -> Cell:
-    foreign = {port: who for port, who in found.taken.items() if not any(word in who for word in expected.ours)}
+def _ports(seen: Pairs, expected: Expected) -> Judgement:
+    foreign = {port: who for port, who in seen.taken.items() if not any(word in who for word in expected.ours)}
     if foreign:
         port, who = next(iter(foreign.items()))
-        return _cell(
-            "ports",
-            node,
-            "bad",
+        return _bad(
             f"port {port} is held by {who}" + (f", and {len(foreign) - 1} more are taken" if len(foreign) > 1 else ""),
             f"stop it (`deploy down` for a cluster of ours, `ss -ltnp 'sport = :{port}'` shows it) or choose other ports",
         )
     shut = [
         f"{peer}:{number}"
-        for peer, one in found.reached.items()
-        if not all(port.error for port in one.ports.values())
-        for number, port in one.ports.items()
-        if port.error
+        for peer, reached in seen.reached.items()
+        if not all(tried.error for tried in reached.ports.values())
+        for number, tried in reached.ports.items()
+        if tried.error
     ]
     if shut:
         text = ", ".join(shut[:3]) + (f" and {len(shut) - 3} more" if len(shut) > 3 else "")
-        return _cell("ports", node, "bad", f"cannot connect to {text}", "open these ports within the private network")
-    if found.taken:
-        return _cell("ports", node, "ok", f"{', '.join(found.taken)} held by ours")
-    return _cell("ports", node, "ok", "free and reached" if found.reached else "free")
+        return _bad(f"cannot connect to {text}", "open these ports within the private network")
+    if seen.taken:
+        return _ok(f"{', '.join(seen.taken)} held by ours")
+    return _ok("free and reached" if seen.reached else "free")
 
 
-def _clock(node: str, found: Pairs) -> Cell:
-    offsets = {peer: one.offset for peer, one in found.reached.items() if one.offset is not None}
+def _clock(seen: Pairs) -> Judgement:
+    offsets = {peer: reached.offset for peer, reached in seen.reached.items() if reached.offset is not None}
     if not offsets:
-        return _cell("clock", node, "skipped", "no other node answered with its clock")
-    peer, worst = max(offsets.items(), key=lambda one: abs(one[1]))
-    apart = sum(abs(one) > CLOCK_S for one in offsets.values())
+        return _skipped("no other node answered with its clock")
+    peer, worst = max(offsets.items(), key=lambda item: abs(item[1]))
+    apart = sum(abs(offset) > CLOCK_S for offset in offsets.values())
     if apart > len(offsets) / 2:  # the majority is right; of two nodes nobody knows which
-        return _cell(
-            "clock", node, "bad", f"{abs(worst):.1f} s from {peer}", "switch time synchronisation on: timedatectl set-ntp true"
-        )
-    return _cell("clock", node, "ok", f"within {max(abs(worst) * 1e3, 0.1):.1f} ms" if not apart else f"{peer} is apart")
+        return _bad(f"{abs(worst):.1f} s from {peer}", "switch time synchronisation on: timedatectl set-ntp true")
+    return _ok(f"within {max(abs(worst) * 1e3, 0.1):.1f} ms" if not apart else f"{peer} is apart")
 
 
-def _share(node: str, survey: Survey, found: Pairs, expected: Expected) -> Cell:
+def _share(survey: Survey, seen: Pairs, expected: Expected) -> Judgement:
     share = survey.share
     if share is None:
-        return _cell("share", node, "skipped", "no shared folder is configured")
+        return _skipped("no shared folder is configured")
     mend = f"mount the shared file system at {expected.share} on every node; a provider attaches it at launch only"
     if share.error:
-        return _cell("share", node, "bad", share.error, mend)
-    other = [peer for peer, nonce in expected.nonces.items() if found.nonces.get(peer) != nonce]
+        return _bad(share.error, mend)
+    other = [peer for peer, nonce in expected.nonces.items() if seen.nonces.get(peer) != nonce]
     if len(other) >= max(1, len(expected.nonces) - 1) and len(expected.nonces) > 1:
-        return _cell("share", node, "bad", f"{expected.share} is this node's own: what the others wrote is not there", mend)
+        return _bad(f"{expected.share} is this node's own: what the others wrote is not there", mend)
     if other:
-        return _cell("share", node, "bad", f"what {', '.join(other)} wrote is not there", mend)
-    return _cell("share", node, "ok", f"{share.kind}, {share.free / GIB:.0f} GiB free")
+        return _bad(f"what {', '.join(other)} wrote is not there", mend)
+    return _ok(f"{share.kind}, {share.free / GIB:.0f} GiB free")
 
 
-def _pythons(surveys: Mapping[str, Survey], source: str) -> list[Cell]:
-    """Ray refuses a worker whose Python differs in the patch release (ray#44063). The nodes' own do not matter where the
-    environment is to bring its own, and one that stands on theirs is about to be replaced."""
-    cells = []
-    passing = {
-        node
-        for node, one in surveys.items()
-        if source != "system" and not (one.environment and f"/python/{source}-" in one.environment.interpreter)
-    }
-    shown = {node: one.environment.python if one.environment is not None else one.python for node, one in surveys.items()}
-    versions = [one.version for one in shown.values() if one.version]
+def _pythons(surveys: Mapping[str, Survey], source: str) -> dict[str, Judgement]:
+    """Ray refuses a worker whose Python differs in the patch release (ray#44063)."""
+    shown = {node: survey.environment.python if survey.environment else survey.python for node, survey in surveys.items()}
+    versions = [python.version for python in shown.values() if python.version]
     common = max(sorted(set(versions)), key=versions.count) if versions else ""
-    for node, one in shown.items():
-        environment = surveys[node].environment
-        if node in passing and (environment or not one.error):
-            text = f"{one.version or one.error} of the system; the environment will bring its own ({source})"
-            cells.append(_cell("python", node, "ok", text))
-        elif one.error:
-            remedy = (
-                "install python3"
-                if environment is None
-                else f"its interpreter {environment.interpreter} is missing on this node: install it, or set "
-                '`python = "managed"` so that the environment brings its own'
-                if source == "system"
-                else f"{environment.interpreter} lies on the shared folder: is that there, and the same?"
-            )
-            cells.append(_cell("python", node, "bad", one.error, remedy))
-        elif one.version != common:
-            cells.append(
-                _cell(
-                    "python",
-                    node,
-                    "bad",
-                    f"{one.version}, the others have {common}",
-                    'the patch release must be one: set `python = "managed"` so that all use the one on the shared folder'
-                    if source == "system"
-                    else "the shared folder is not the same there",
-                )
-            )
-        else:
-            of = f"environment {environment.id[:12]}" if environment else "of the system; no environment is active yet"
-            cells.append(_cell("python", node, "ok", f"{one.version}, {of}"))
-    return cells
+    return {node: _python(python, surveys[node].environment, source, common) for node, python in shown.items()}
 
 
-def _cuda(node: str, found: Cuda, gpus: int, rehearsal: bool) -> Cell:
+def _python(python: Interpreter, environment: ActiveEnvironment | None, source: str, common: str) -> Judgement:
+    """The nodes' own do not matter where the environment is to bring its own, and one that stands on theirs is about to be
+    replaced."""
+    passing = source != "system" and not (environment and f"/python/{source}-" in environment.interpreter)
+    if passing and (environment or not python.error):
+        return _ok(f"{python.version or python.error} of the system; the environment will bring its own ({source})")
+    if python.error and environment is None:
+        return _bad(python.error, "install python3")
+    if python.error and environment and source == "system":
+        return _bad(
+            python.error,
+            f"its interpreter {environment.interpreter} is missing on this node: install it, or set "
+            '`python = "managed"` so that the environment brings its own',
+        )
+    if python.error and environment:
+        return _bad(python.error, f"{environment.interpreter} lies on the shared folder: is that there, and the same?")
+    if python.version != common:
+        remedy = "the shared folder is not the same there"
+        if source == "system":
+            remedy = 'the patch release must be one: set `python = "managed"` so that all use the one on the shared folder'
+        return _bad(f"{python.version}, the others have {common}", remedy)
+    of = f"environment {environment.id[:12]}" if environment else "of the system; no environment is active yet"
+    return _ok(f"{python.version}, {of}")
+
+
+def _cuda(cuda: Cuda, gpus: int, rehearsal: bool) -> Judgement:
     if rehearsal:
-        return _cell("cuda", node, "skipped", "rehearsal: GPUs in name alone")
+        return _skipped("rehearsal: GPUs in name alone")
+    count = f"{len(cuda.gpus)} x {cuda.gpus[0].name}" if cuda.gpus else ""
     if gpus == 0:  # nor had it one when facts were asked: the plan leaves it out, and `up` of the others goes on
-        text = f"{found.error or 'no NVIDIA driver'}: the plan leaves this node out"
-        if found.gpus:
-            text = f"{len(found.gpus)} x {found.gpus[0].name}, which the kept facts do not know: the plan leaves this node out"
-        return _cell("cuda", node, "warn", text, "mend its driver or replace it, then `deploy facts`")
-    if found.absent:
-        return _cell(
-            "cuda", node, "bad", "there is no libcuda.so.1", "install the NVIDIA driver, or choose an image that has it"
-        )
-    if found.error:
-        hint = (
-            "802: the fabric manager is not running or the box is broken" if "802" in found.error else "reboot or replace it"
-        )
-        return _cell("cuda", node, "bad", found.error, f"the driver is there and does not work; {hint}")
-    if len(found.gpus) < gpus:
-        return _cell(
-            "cuda", node, "bad", f"{len(found.gpus)} GPUs, not {gpus}", "correct `gpus` in deploy.toml or replace the node"
-        )
-    version = found.version or 0
-    return _cell(
-        "cuda", node, "ok", f"{len(found.gpus)} x {found.gpus[0].name}, CUDA {version // 1000}.{version % 1000 // 10}"
-    )
+        reason = f"{count}, which the kept facts do not know" if count else cuda.error or "no NVIDIA driver"
+        return _warn(f"{reason}: the plan leaves this node out", "mend its driver or replace it, then `deploy facts`")
+    if cuda.absent:
+        return _bad("there is no libcuda.so.1", "install the NVIDIA driver, or choose an image that has it")
+    if cuda.error:
+        broken = "802" in cuda.error
+        hint = "802: the fabric manager is not running or the box is broken" if broken else "reboot or replace it"
+        return _bad(cuda.error, f"the driver is there and does not work; {hint}")
+    if len(cuda.gpus) < gpus:
+        return _bad(f"{len(cuda.gpus)} GPUs, not {gpus}", "correct `gpus` in deploy.toml or replace the node")
+    return _ok(f"{count}, CUDA {cuda.version_text}")
 
 
-def _memory(node: str, found: Cuda) -> Cell:
-    if not found.gpus:
-        return _cell("memory", node, "skipped", "no usable GPU")
-    worst = min(found.gpus, key=lambda one: one.free / one.total)
+def _memory(cuda: Cuda) -> Judgement:
+    if not cuda.gpus:
+        return _skipped("no usable GPU")
+    worst = min(cuda.gpus, key=lambda gpu: gpu.free / gpu.total)
     text = f"{worst.free / GIB:.1f} of {worst.total / GIB:.1f} GiB free"
     if worst.free < 0.95 * worst.total:
-        return _cell(
-            "memory", node, "bad", text, "somebody uses this GPU: `nvidia-smi` names the process; `deploy down` stops ours"
-        )
-    return _cell("memory", node, "ok", text)
+        return _bad(text, "somebody uses this GPU: `nvidia-smi` names the process; `deploy down` stops ours")
+    return _ok(text)
 
 
-def _pages(node: str, one: Survey) -> Cell:
-    page = f"{one.page >> 10} KiB pages"
-    if one.environment is None or one.environment.alignment is None:
-        return _cell("pages", node, "skipped", f"{page}; no environment is active yet whose files could be compared")
-    if one.environment.alignment < one.page:
-        return _cell(
-            "pages",
-            node,
-            "bad",
-            f"{page}, and a library of the environment is aligned to {one.environment.alignment >> 10} KiB",
-            "it cannot be loaded here: use wheels that passed `builder audit` (gate alignment), or smaller pages",
-        )
-    return _cell("pages", node, "ok", f"{page}, libraries aligned to {one.environment.alignment >> 10} KiB")
+def _pages(survey: Survey) -> Judgement:
+    page = f"{survey.page >> 10} KiB pages"
+    if survey.environment is None or survey.environment.alignment is None:
+        return _skipped(f"{page}; no environment is active yet whose files could be compared")
+    aligned = f"aligned to {survey.environment.alignment >> 10} KiB"
+    if survey.environment.alignment < survey.page:
+        remedy = "it cannot be loaded here: use wheels that passed `builder audit` (gate alignment), or smaller pages"
+        return _bad(f"{page}, and a library of the environment is {aligned}", remedy)
+    return _ok(f"{page}, libraries {aligned}")
 
 
 def tokenless(version: str) -> bool:
     """This Ray knows no token: it ignores RAY_AUTH_MODE and lets everybody in who reaches its ports."""
-    return tuple(int(one) for one in re.findall(r"\d+", version)[:2]) < TOKENS
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:2]) < TOKENS
 
 
 def open_door(version: str) -> str:
@@ -390,68 +339,59 @@ def open_door(version: str) -> str:
     )
 
 
-def _token(node: str, one: Survey, expected: Expected) -> Cell:
-    if one.environment is None:
-        return _cell("token", node, "skipped", "no environment is active yet")
-    version = one.environment.ray
-    if version is None:
-        return _cell("token", node, "skipped", "there is no Ray in the environment")
-    if not tokenless(version):
-        return _cell("token", node, "ok", f"Ray {version} asks for one")
-    place = expected.open.get(node)
-    text = open_door(version) + (f"; {place} was reached from this machine, over a public address" if place else "")
-    return _cell("token", node, "warn", text, SHUT)
+def _token(environment: ActiveEnvironment | None, place: str | None) -> Judgement:
+    if environment is None:
+        return _skipped("no environment is active yet")
+    if environment.ray is None:
+        return _skipped("there is no Ray in the environment")
+    if not tokenless(environment.ray):
+        return _ok(f"Ray {environment.ray} asks for one")
+    reached = f"; {place} was reached from this machine, over a public address" if place else ""
+    return _warn(open_door(environment.ray) + reached, SHUT)
 
 
-def _symbols(node: str, one: Survey) -> Cell:
-    if one.glibcxx is None:
-        return _cell("libstdc++", node, "bad", "there is no libstdc++.so.6", "install libstdc++6")
-    needed = one.environment.glibcxx if one.environment else None
+def _symbols(survey: Survey) -> Judgement:
+    if survey.glibcxx is None:
+        return _bad("there is no libstdc++.so.6", "install libstdc++6")
+    needed = survey.environment.glibcxx if survey.environment else None
     if needed is None:
-        return _cell("libstdc++", node, "ok", f"GLIBCXX_{one.glibcxx}")
-    if _version(needed) > _version(one.glibcxx):
-        return _cell(
-            "libstdc++",
-            node,
-            "bad",
-            f"GLIBCXX_{one.glibcxx}, and the environment needs GLIBCXX_{needed}",
+        return _ok(f"GLIBCXX_{survey.glibcxx}")
+    if _version(needed) > _version(survey.glibcxx):
+        return _bad(
+            f"GLIBCXX_{survey.glibcxx}, and the environment needs GLIBCXX_{needed}",
             "take a newer image on this node (Ubuntu 22.04 has 3.4.30), or a set that was built on an older libstdc++",
         )
-    return _cell("libstdc++", node, "ok", f"GLIBCXX_{one.glibcxx}, {needed} needed")
+    return _ok(f"GLIBCXX_{survey.glibcxx}, {needed} needed")
 
 
 def _version(text: str) -> tuple[int, ...]:
     return tuple(map(int, text.split(".")))
 
 
-def _shm(node: str, space: Space | None) -> Cell:
+def _shm(space: Bytes | None) -> Judgement:
     if space is None:
-        return _cell("shm", node, "bad", "there is no /dev/shm", "mount a tmpfs there")
-    text = f"{space.free / GIB:.1f} GiB free"
+        return _bad("there is no /dev/shm", "mount a tmpfs there")
+    text, mend = f"{space.free / GIB:.1f} GiB free", "mount -o remount,size=50% /dev/shm"
     if space.free < min(SHM, space.total) * 0.5 or space.total < SHM // 4:
-        return _cell("shm", node, "bad", text, "mount -o remount,size=50% /dev/shm, or remove what fills it")
+        return _bad(text, f"{mend}, or remove what fills it")
     if space.total < SHM:
-        return _cell(
-            "shm", node, "warn", text, "Ray puts its object store on disk below 4 GiB: mount -o remount,size=50% /dev/shm"
-        )
-    return _cell("shm", node, "ok", text)
+        return _warn(text, f"Ray puts its object store on disk below 4 GiB: {mend}")
+    return _ok(text)
 
 
-def _limits(node: str, limits: Mapping[str, tuple[int, int]], cuda: Cuda) -> Cell:
+def _limits(limits: Mapping[str, tuple[int, int]], cuda: Cuda) -> Judgement:
     """The worst of open files, threads and locked memory. What Ray and the engine raise to the hard limit counts by that."""
     rows = [("nofile", _most(limits["nofile"]), NOFILE_LEAST, NOFILE), ("nproc", _most(limits["nproc"]), NPROC_LEAST, NPROC)]
     if cuda.gpus:
         rows.append(("memlock", _most(limits["memlock"]), 0, MEMLOCK))
-    texts = [f"{name} {'unlimited' if have is None else have}" for name, have, _, _ in rows]
     few = [(name, have, wanted) for name, have, least, wanted in rows if have is not None and have < least]
     low = [(name, have, wanted) for name, have, _, wanted in rows if have is not None and have < wanted]
     if few or low:
         shown = few or low
         text = ", ".join(f"{name} {have}" for name, have, _ in shown)
         mend = " and ".join(f"{name} to {wanted}" for name, _, wanted in shown)
-        remedy = f"raise {mend} in /etc/security/limits.conf and log in again"
-        return _cell("limits", node, "bad" if few else "warn", text, remedy)
-    return _cell("limits", node, "ok", ", ".join(texts))
+        return "bad" if few else "warn", text, f"raise {mend} in /etc/security/limits.conf and log in again"
+    return _ok(", ".join(f"{name} {'unlimited' if have is None else have}" for name, have, _, _ in rows))
 
 
 def _most(limit: tuple[int, int]) -> int | None:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from deploy.fleet.calls import Json, Target, call, combined_error, on_all, try_all
+from deploy.fleet.calls import RemoteNode, call
+from deploy.fleet.results import combined_error, on_all, try_all
+from deploy.remote.wire import Json
 from gracefarm.errors import GracefarmError, NodeError
 
 PLAN = "GRACEFARM_PLAN"
 "In the environment of every process: with which plan and environment it was started (deploy.planning.plans.carried)."
 
 
-async def look(targets: Sequence[Target], mark: str, wanted: Mapping[str, Sequence[int]]) -> dict[str, Json]:
+async def look(targets: Sequence[RemoteNode], mark: str, wanted: Mapping[str, Sequence[int]]) -> dict[str, Json]:
     """Our processes on each node, and who holds the ports that are wanted there."""
 
-    async def ask(node: Target) -> Json:
+    async def ask(node: RemoteNode) -> Json:
         return await call(node, "look.look", {"prefix": f"{mark}/{node.name}/", "ports": list(wanted.get(node.name, ()))})
 
     return await on_all(targets, ask)
@@ -32,11 +34,11 @@ def raylet(seen: Json, plan: str | None = None) -> bool:
 
 
 async def try_stop(
-    targets: Sequence[Target], mark: str, *, jobs: Sequence[str] = ("",), grace: float = 10
+    targets: Sequence[RemoteNode], mark: str, *, jobs: Sequence[str] = ("",), grace: float = 10
 ) -> tuple[dict[str, int], dict[str, GracefarmError]]:
     """End our processes and look that none is left: node to how many were ended; node to why not. `jobs`: as names begin."""
 
-    async def end(node: Target) -> int:
+    async def end(node: RemoteNode) -> int:
         answer = await call(node, "look.stop", {"prefixes": [f"{mark}/{node.name}/{job}" for job in jobs], "grace": grace})
         if answer["left"]:
             pids = ", ".join(str(process["pid"]) for process in answer["left"])
@@ -48,7 +50,7 @@ async def try_stop(
     return await try_all(targets, end)
 
 
-async def stop(targets: Sequence[Target], mark: str, *, jobs: Sequence[str] = ("",), grace: float = 10) -> dict[str, int]:
+async def stop(targets: Sequence[RemoteNode], mark: str, *, jobs: Sequence[str] = ("",), grace: float = 10) -> dict[str, int]:
     """End our processes and look that none is left; node to how many were ended. `jobs`: as names begin.
 
     Raises:

@@ -14,15 +14,16 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from deploy.fleet.calls import Json, Target, call, on_all
+from deploy.fleet.calls import RemoteNode, call
 from deploy.fleet.files import put_file
 from deploy.fleet.jobs import follow_job, start_job
-from deploy.fleet.results import require
+from deploy.fleet.results import on_all, require
 from deploy.fleet.ssh import Fleet
 from deploy.nodes import paths
 from deploy.nodes.deployment import Deployment
 from deploy.nodes.state import Record
 from deploy.planning.plans import NodePlan, Plan, carried
+from deploy.remote.wire import Json
 from deploy.steps import processes
 from deploy.steps.preflight_checks import SHUT, open_door, tokenless
 from deploy.steps.processes import PLAN, of_job, raylet, stop
@@ -151,7 +152,7 @@ class RayStep(Step):
         return await end_jobs(work, "", grace=5, stopped=stopped)
 
 
-async def up(fleet: Fleet, targets: Sequence[Target], spec: ClusterSpec, console: Console) -> Started:
+async def up(fleet: Fleet, targets: Sequence[RemoteNode], spec: ClusterSpec, console: Console) -> Started:
     """Bring exactly the plan's cluster up; nothing is touched where it runs already.
 
     `targets`: all nodes, spares too; a Ray of ours on one of those is stopped.
@@ -177,14 +178,14 @@ async def up(fleet: Fleet, targets: Sequence[Target], spec: ClusterSpec, console
 
 
 async def _make_room(
-    targets: Sequence[Target], looks: Mapping[str, Json], spec: ClusterSpec, mark: str, console: Console
+    targets: Sequence[RemoteNode], looks: Mapping[str, Json], spec: ClusterSpec, mark: str, console: Console
 ) -> tuple[str, ...]:
     """Stop what is ours and does not fit: another plan or environment, a spare, anything without its raylet, all of it without
     a head."""
     wanted = {node.name for node in spec.plan.nodes}
     headless = not raylet(looks[spec.plan.head.name], spec.carries)
 
-    def fits(node: Target) -> bool:
+    def fits(node: RemoteNode) -> bool:
         seen = looks[node.name]
         others = any(process["plan"] not in ("", spec.carries) for process in seen["processes"])
         return not headless and node.name in wanted and raylet(seen, spec.carries) and not others
@@ -198,7 +199,7 @@ async def _make_room(
     return names
 
 
-async def _end_engine(targets: Sequence[Target], looks: Mapping[str, Json], mark: str, console: Console) -> None:
+async def _end_engine(targets: Sequence[RemoteNode], looks: Mapping[str, Json], mark: str, console: Console) -> None:
     """An engine that is there already cannot go on without one of its nodes, and does not notice that it came back."""
     if any(of_job(looks[node.name], paths.ENGINE_JOB) for node in targets):
         console.step("ray", "stopping the engine, which has lost a node")
@@ -227,7 +228,7 @@ def waves(missing: Sequence[NodePlan], spec: ClusterSpec, cores: int) -> list[li
 
 async def _start_all(
     fleet: Fleet,
-    by_name: Mapping[str, Target],
+    by_name: Mapping[str, RemoteNode],
     missing: Sequence[NodePlan],
     spec: ClusterSpec,
     console: Console,
@@ -242,7 +243,7 @@ async def _start_all(
             tick(started, len(missing), ", ".join(node.name for node in wave))
 
 
-async def _start(fleet: Fleet, target: Target, node: NodePlan, spec: ClusterSpec, console: Console) -> None:
+async def _start(fleet: Fleet, target: RemoteNode, node: NodePlan, spec: ClusterSpec, console: Console) -> None:
     """`ray start` on one node as a detached job; once more, where Ray gave up on its own children."""
     path = node.env.get(TOKEN_PATH)
     if path and spec.token:
@@ -261,7 +262,7 @@ async def _start(fleet: Fleet, target: Target, node: NodePlan, spec: ClusterSpec
             return
 
 
-def _remedy(target: Target) -> str:
+def _remedy(target: RemoteNode) -> str:
     return f"`deploy logs {target.name}` shows Ray's logs there; `deploy preflight` what the node lacks"
 
 
@@ -281,7 +282,7 @@ async def _start_once(fleet: Fleet, node: NodePlan, spec: ClusterSpec) -> None:
         raise EngineError(f"{node.name}: `ray start` {word}{': ' + last if last else ''}")
 
 
-async def explain(target: Target, node: NodePlan, spec: ClusterSpec, *, since: float) -> str:
+async def explain(target: RemoteNode, node: NodePlan, spec: ClusterSpec, *, since: float) -> str:
     """The first cause that Ray's own logs on a node know, or nothing."""
     temp = option(node.ray, "--temp-dir") or option(spec.plan.head.ray, "--temp-dir") or "/tmp/ray"  # noqa: S108 - Ray's own
     try:
@@ -291,7 +292,7 @@ async def explain(target: Target, node: NodePlan, spec: ClusterSpec, *, since: f
     return causes[0] if causes else ""
 
 
-async def ask(head: Target, spec: ClusterSpec) -> Json:
+async def ask(head: RemoteNode, spec: ClusterSpec) -> Json:
     """What Ray says of its nodes. Raises EngineError: it does not answer; SshError, NodeError: the head does not."""
     node = spec.plan.head
     env = {name: value for name, value in node.env.items() if name.startswith("RAY_")}
@@ -299,7 +300,7 @@ async def ask(head: Target, spec: ClusterSpec) -> Json:
     return await call(head, "cluster.nodes", request, python=spec.python)
 
 
-async def alive(head: Target, spec: ClusterSpec) -> dict[str, bool]:
+async def alive(head: RemoteNode, spec: ClusterSpec) -> dict[str, bool]:
     """Of each node of the plan, whether Ray says that it is alive. One that was started again counts by its living part.
 
     Raises:
@@ -309,7 +310,7 @@ async def alive(head: Target, spec: ClusterSpec) -> dict[str, bool]:
     return {node.name: node.private in living for node in spec.plan.nodes}
 
 
-async def verify(by_name: Mapping[str, Target], spec: ClusterSpec) -> tuple[float, str]:
+async def verify(by_name: Mapping[str, RemoteNode], spec: ClusterSpec) -> tuple[float, str]:
     """All of the plan's nodes are alive, no other is, and there are exactly its GPUs; their number, and Ray's version.
 
     Raises:

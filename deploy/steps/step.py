@@ -8,15 +8,17 @@ from collections.abc import Awaitable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from deploy.fleet.calls import Json, Target, call, on_all
+from deploy.fleet.calls import RemoteNode, call
 from deploy.fleet.jobs import stop_job
+from deploy.fleet.results import on_all
+from deploy.fleet.shells import remote_nodes
 from deploy.fleet.ssh import Fleet
-from deploy.fleet.targets import targets
 from deploy.nodes import paths
 from deploy.nodes.deployment import Deployment, Node
 from deploy.nodes.facts import Facts
 from deploy.nodes.state import Keeper, Record
 from deploy.planning.plans import Plan
+from deploy.remote.wire import Json
 from deploy.steps import processes
 from gracefarm.console import Console
 from gracefarm.errors import GracefarmError, NodeError
@@ -50,9 +52,9 @@ class Work:
     "The id of the environment that serves; empty: not known, and not compared."
 
     @property
-    def nodes(self) -> list[Target]:
+    def nodes(self) -> list[RemoteNode]:
         """All nodes but those that are left out, the head first."""
-        return targets(self.fleet, self.facts, [node for node in self.deployment.nodes if node.name not in self.away])
+        return remote_nodes(self.fleet, self.facts, [node for node in self.deployment.nodes if node.name not in self.away])
 
     @property
     def pairs(self) -> list[tuple[str, str, int]]:
@@ -187,7 +189,7 @@ async def look(work: Work) -> Looks:
     """
     folder = work.keeper.state.data("weights").get("folder")
 
-    async def ask(node: Target) -> Json:
+    async def ask(node: RemoteNode) -> Json:
         request = {
             "prefix": f"{work.fleet.mark}/{node.name}/",
             "root": work.root,
@@ -200,7 +202,7 @@ async def look(work: Work) -> Looks:
     return await on_all(work.nodes, ask)
 
 
-async def glance(node: Target, request: Json, seconds: float = 60, *, function: str = "look.look") -> Json:
+async def glance(node: RemoteNode, request: Json, seconds: float = 60, *, function: str = "look.look") -> Json:
     """A short question to one node. A file system whose server is gone would hold it for ever.
 
     Raises:

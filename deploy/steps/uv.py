@@ -14,7 +14,8 @@ import zipfile
 from importlib import resources
 from pathlib import Path
 
-from deploy.fleet.calls import Json, Target, call
+from deploy.fleet.calls import RemoteNode, call
+from deploy.remote.wire import Json
 from gracefarm.errors import FetchError, HostError
 from gracefarm.files import atomic_write
 from gracefarm.process import last_line
@@ -27,7 +28,7 @@ def pinned() -> Json:
     return value
 
 
-async def ensure_uv(node: Target, about: Json, settings: SharedSettings) -> str:
+async def ensure_uv(node: RemoteNode, about: Json, settings: SharedSettings) -> str:
     """uv at the pinned version on a node's own disk; sent there when it is missing. Its path."""
     version, wheel = pinned()["version"], pinned()["wheels"].get(about["machine"])
     if wheel is None:

@@ -9,9 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from deploy.fleet.calls import Json, Target, call, combined_error, on_all, settle, try_all
+from deploy.fleet.calls import RemoteNode, call, settle
+from deploy.fleet.results import combined_error, on_all, try_all
 from deploy.nodes import paths
 from deploy.nodes.state import Record, digest
+from deploy.remote.wire import Json
 from deploy.steps import dealing
 from deploy.steps.dealing import Manifest, Portion, WeightsFile
 from deploy.steps.step import Applied, Looks, Step, Undone, Work, end_jobs
@@ -127,7 +129,7 @@ class WeightsStep(Step):
         return await end_jobs(work, JOB, grace=20, stopped=[(node, JOB) for node in work.deployment.nodes])
 
 
-async def up(targets: Sequence[Target], spec: WeightsSpec, console: Console) -> Brought:
+async def up(targets: Sequence[RemoteNode], spec: WeightsSpec, console: Console) -> Brought:
     """Bring every file of the pinned commit, or say in one sentence why not; what is verified stays for the next run.
 
     Raises:
@@ -143,7 +145,7 @@ async def up(targets: Sequence[Target], spec: WeightsSpec, console: Console) -> 
         return await _Run(spec=spec, manifest=pinned, place=place, console=console, tick=tick).go(list(targets))
 
 
-async def _manifest(head: Target, spec: WeightsSpec) -> Manifest:
+async def _manifest(head: RemoteNode, spec: WeightsSpec) -> Manifest:
     request = {"repo": spec.repo, "revision": spec.revision, "endpoint": spec.endpoint, "token": spec.token}
     answer = await call(head, "weights.manifest", request, python=spec.worker_python)
     return dealing.manifest(answer["repo"], answer["commit"], answer["files"], skip=spec.skip)
@@ -164,7 +166,7 @@ class _Run:
     corrupt: list[str] = field(default_factory=list)
     _done: int = 0
 
-    async def go(self, nodes: list[Target]) -> Brought:
+    async def go(self, nodes: list[RemoteNode]) -> Brought:
         # What a killed command has left at work comes to its end first, so that nothing is fetched twice.
         _, bad = await try_all(nodes, lambda node: settle(node, JOB, partial(self._told, node.name)))
         nodes = self._without(nodes, bad)
@@ -185,7 +187,7 @@ class _Run:
     def _staging(self) -> str:
         return f"{self.place}{'.' + self.spec.owner if self.spec.owner else ''}.staging"
 
-    async def _alone(self, head: Target) -> Json:
+    async def _alone(self, head: RemoteNode) -> Json:
         """What is there, once no other deployment on this share is bringing the same files: twice would be for nothing."""
         before: Mapping[str, object] = {}
         told = False
@@ -214,7 +216,7 @@ class _Run:
                 remedy="free space there: `deploy env gc`, other models below weights/",
             )
 
-    async def _round(self, nodes: Sequence[Target], shares: Mapping[str, Portion]) -> dict[str, GracefarmError]:
+    async def _round(self, nodes: Sequence[RemoteNode], shares: Mapping[str, Portion]) -> dict[str, GracefarmError]:
         """One deal carried out. Returns why nodes are lost for the next one; raises what no other node could mend."""
         nonce = secrets.token_hex(16)
         await call(nodes[0], "weights.prepare", {"final": self.place, "staging": self._staging, "nonce": nonce})
@@ -226,7 +228,7 @@ class _Run:
                 self.console.warn(f"came wrong, fetched again by another node: {', '.join(corrupt)}")
         return bad
 
-    def _without(self, nodes: list[Target], bad: Mapping[str, GracefarmError]) -> list[Target]:
+    def _without(self, nodes: list[RemoteNode], bad: Mapping[str, GracefarmError]) -> list[RemoteNode]:
         """The nodes that are left. Raises what no other node could mend, and the loss of the last one."""
         for error in bad.values():
             if not isinstance(error, (HostError, SshError, NodeError)) or "shared folder" in error.cause:
@@ -238,7 +240,7 @@ class _Run:
             self.console.warn(f"{error.cause}; its files go to the others")
         return left
 
-    async def _fetch(self, node: Target, share: Portion, nonce: str) -> Json:
+    async def _fetch(self, node: RemoteNode, share: Portion, nonce: str) -> Json:
         request = {
             "me": node.name,
             "final": self.place,
@@ -266,7 +268,7 @@ class _Run:
         elif event["event"] == "wait":
             self.console.step("wait", f"{node}: a download is still at work there ({event['owner']}); waiting for it")
 
-    async def _finish(self, head: Target, rounds: int) -> Brought:
+    async def _finish(self, head: RemoteNode, rounds: int) -> Brought:
         text = self.manifest.model_dump_json(indent=1)
         await call(head, "weights.finish", {"final": self.place, "staging": self._staging, "manifest": text})
         return Brought(
@@ -279,14 +281,14 @@ class _Run:
         )
 
 
-async def verify(targets: Sequence[Target], spec: WeightsSpec, commit: str, *, remove: bool = False) -> list[str]:
+async def verify(targets: Sequence[RemoteNode], spec: WeightsSpec, commit: str, *, remove: bool = False) -> list[str]:
     """Hash every finished file again, dealt over all nodes: the paths that are wrong or missing; `remove` takes them away."""
     place = paths.weights(spec.root, spec.repo, commit)
     text = (await call(targets[0], "weights.read_manifest", {"final": place}))["manifest"]
     pinned = Manifest.model_validate(json.loads(text))
     shares: dict[str, list[WeightsFile]] = dealing.deal(pinned.files, [one.name for one in targets])
 
-    async def rehash(node: Target) -> Json:
+    async def rehash(node: RemoteNode) -> Json:
         files = [file.model_dump() for file in shares[node.name]]
         return await call(node, "weights.rehash", {"final": place, "files": files, "remove": remove})
 

@@ -20,13 +20,15 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO
 
-from deploy.fleet.calls import Json, Target, call, try_all
+from deploy.fleet.calls import RemoteNode, call
+from deploy.fleet.results import try_all
 from deploy.fleet.ssh import Fleet
 from deploy.nodes import paths, redact
 from deploy.nodes.deployment import Deployment
 from deploy.nodes.redact import Redactor
 from deploy.nodes.state import State
 from deploy.planning.plans import Plan
+from deploy.remote.wire import Json
 from deploy.steps.enginelog import Cause, first_cause
 from deploy.watch import status
 from deploy.watch.status import NodeStatus, Status, Watch
@@ -154,7 +156,7 @@ def _local(archive: _Archive, deployment: Deployment) -> State:
 async def _nodes(archive: _Archive, watch: Watch) -> dict[str, str]:
     """Every node at once; node to why it could not be asked."""
 
-    async def one(node: Target) -> Json:
+    async def one(node: RemoteNode) -> Json:
         def said(event: Json) -> None:
             name = f"nodes/{node.name}/{event['name']}"
             if event["event"] == "file":
@@ -179,7 +181,7 @@ def _interesting(name: str) -> bool:
     return name in (ENGINE_LOG, ENGINE_EXIT, "dmesg-gpu.txt") or base.startswith("worker-")
 
 
-async def _wanted(watch: Watch, node: Target) -> list[Json]:
+async def _wanted(watch: Watch, node: RemoteNode) -> list[Json]:
     """Of deploy.remote.gather: our jobs' logs, and the logs of every session of Ray's."""
     deployment, place = watch.deployment, watch.deployment.node(node.name)
     folder = await watch.fleet.folder(place)

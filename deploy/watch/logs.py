@@ -9,13 +9,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from deploy.fleet.calls import Json, Target, call
+from deploy.fleet.calls import RemoteNode, call
 from deploy.fleet.jobs import JobStatus, follow_job, job_status
 from deploy.fleet.results import require
 from deploy.fleet.ssh import Fleet
 from deploy.nodes import paths
 from deploy.nodes.deployment import Deployment, Node
 from deploy.nodes.facts import Facts
+from deploy.remote.wire import Json
 from deploy.steps.enginelog import clean
 from gracefarm.errors import EngineError, GracefarmError, HostError, NodeError, SshError
 
@@ -64,7 +65,7 @@ async def engine_log(fleet: Fleet, head: Node, wish: Wish, on_line: OnLine) -> J
     return await follow_job(fleet, head, paths.ENGINE_JOB, say, offset=status.size - len(said), patience=wish.patience)
 
 
-async def ray_logs(deployment: Deployment, facts: Facts, node: Target, wish: Wish, on_line: OnLine, on_cut: OnCut) -> int:
+async def ray_logs(deployment: Deployment, facts: Facts, node: RemoteNode, wish: Wish, on_line: OnLine, on_cut: OnCut) -> int:
     """Ray's logs of one node's last session; the number of files. With `follow` for ever.
 
     Raises:

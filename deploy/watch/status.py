@@ -10,14 +10,16 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from deploy.fleet.calls import Json, Target, try_all
+from deploy.fleet.calls import RemoteNode
+from deploy.fleet.results import try_all
+from deploy.fleet.shells import remote_nodes
 from deploy.fleet.ssh import Fleet
-from deploy.fleet.targets import targets
 from deploy.nodes import redact, state
 from deploy.nodes.deployment import Deployment, Folder
 from deploy.nodes.facts import Facts, load_facts
 from deploy.nodes.state import State
 from deploy.planning.plans import Plan
+from deploy.remote.wire import Json
 from deploy.steps import engine, order, ray
 from deploy.steps.engine import EngineSpec, Nodes
 from deploy.steps.step import glance
@@ -160,9 +162,9 @@ class Watch:
     "What is kept and cannot be read."
 
     @property
-    def nodes(self) -> list[Target]:
+    def nodes(self) -> list[RemoteNode]:
         """All, the head first."""
-        return targets(self.fleet, self.facts, self.deployment.nodes)
+        return remote_nodes(self.fleet, self.facts, self.deployment.nodes)
 
     @property
     def engine_spec(self) -> EngineSpec | None:
@@ -201,7 +203,7 @@ async def look(watch: Watch, *, canary: float = 30) -> Status:
 async def vitals_of(watch: Watch) -> tuple[dict[str, Json], dict[str, GracefarmError]]:
     """How each node is, and why some did not say."""
 
-    async def ask(node: Target) -> Json:
+    async def ask(node: RemoteNode) -> Json:
         return await glance(node, request(watch, node), SILENCE, function="watch.vitals")
 
     return await try_all(watch.nodes, ask)
@@ -224,7 +226,7 @@ def kept_or_empty(folder: Folder) -> State:
         return State()
 
 
-def request(watch: Watch, node: Target) -> Json:
+def request(watch: Watch, node: RemoteNode) -> Json:
     """Of deploy.remote.watch.vitals."""
     data = watch.deployment.data
     fixed, _, user = data.local.replace("{node}", node.name).partition("{")

@@ -9,8 +9,8 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 
-from deploy.fleet.calls import Json
-from deploy.fleet.tunnels import Forward, Wanted, opened
+from deploy.fleet.tunnels import Forward, WantedPort, opened
+from deploy.remote.wire import Json
 from deploy.steps import metrics
 from deploy.steps.engine import Nodes
 from deploy.steps.metrics import Metrics
@@ -93,7 +93,7 @@ class _Engine:
         port = self.watch.deployment.data.ports.engine
         try:
             if self.forward is None:
-                wanted = [Wanted(name="engine", remote=port, local=0)]
+                wanted = [WantedPort(name="engine", remote=port, local=0)]
                 head = self.watch.deployment.head
                 (self.forward,) = await self.stack.enter_async_context(opened(self.watch.fleet, head, wanted))
         except GracefarmError:

@@ -6,7 +6,7 @@ import shlex
 from dataclasses import dataclass
 from typing import Literal
 
-from deploy.fleet.calls import Target
+from deploy.fleet.calls import RemoteNode
 from deploy.fleet.forwarding import forward_local
 from deploy.fleet.jobs import JobStatus, job_status
 from deploy.fleet.ssh import Fleet
@@ -91,7 +91,7 @@ def _of_running(signs: Signs, dead: list[str]) -> Verdict:
     return Verdict(kind="wedged", text=f"{answer.text}, no token was made meanwhile, and {ray}: it hangs", remedy=_AGAIN)
 
 
-async def probe(fleet: Fleet, head: Target, spec: EngineSpec, *, seconds: float = 30) -> Signs:
+async def probe(fleet: Fleet, head: RemoteNode, spec: EngineSpec, *, seconds: float = 30) -> Signs:
     """Look at everything that `diagnose` needs, within about `seconds`."""
     (place,) = fleet.pick([head.name])
     try:

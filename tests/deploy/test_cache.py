@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from deploy.fleet.calls import Exit, Target
+from deploy.fleet.calls import Exit, RemoteNode
 from deploy.nodes import state
 from deploy.remote import cache as remote
 from deploy.remote.wire import WorkerError
@@ -78,7 +79,7 @@ class Pretend:
 
 
 def up(*nodes: Pretend) -> list[cache.Row]:
-    targets = [Target(name=f"k{n}", address="", gpus=1, shell=shell) for n, shell in enumerate(nodes)]
+    targets = [RemoteNode(name=f"k{n}", address="", gpus=1, shell=shell) for n, shell in enumerate(nodes)]
     return asyncio.run(cache.up(targets, "/home/ubuntu/share", Console()))
 
 
@@ -161,7 +162,7 @@ def etc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_fstab_is_replaced_whole_and_the_old_one_stays_beside_it(etc: Path) -> None:
-    before = remote._digest(FSTAB.encode())
+    before = hashlib.sha256(FSTAB.encode()).hexdigest()
     done = remote.write_fstab({"text": FSTAB + "# more\n", "before": before})
     assert (etc / "fstab").read_text() == FSTAB + "# more\n"
     assert Path(done["backup"]).read_text() == FSTAB
@@ -183,7 +184,7 @@ from pathlib import Path
 from deploy.remote import cache
 cache.FSTAB = Path({str(etc / "fstab")!r})
 cache.root = lambda: []
-real = cache._sudo
+real = cache.sudo
 count = 0
 def sudo(*command, check=True):
     global count
@@ -191,8 +192,8 @@ def sudo(*command, check=True):
     if count == int(sys.argv[1]):
         os.kill(os.getpid(), 9)
     return real(*command, check=check)
-cache._sudo = sudo
-cache.write_fstab({{"text": "NEW" * 99, "before": cache._digest(cache.FSTAB.read_bytes())}})
+cache.sudo = sudo
+cache.write_fstab({{"text": "NEW" * 99, "before": cache.digest(cache.FSTAB.read_bytes())}})
 """
     for moment in range(1, 6):
         subprocess.run([sys.executable, "-c", code, str(moment)], check=False, cwd=Path.cwd())
@@ -201,7 +202,7 @@ cache.write_fstab({{"text": "NEW" * 99, "before": cache._digest(cache.FSTAB.read
 
 
 def test_the_share_of_this_machine_is_looked_at_and_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "_drop_caches", lambda: False)  # other tests are measured meanwhile
+    monkeypatch.setattr(remote, "drop_caches", lambda: False)  # other tests are measured meanwhile
     found = remote.inspect({"share": str(tmp_path)})
     assert found["fsc"] is None or isinstance(found["fsc"], bool)
     assert cache.why_not(found)
@@ -227,8 +228,8 @@ def test_it_is_measured_once_when_the_weights_are_there(tmp_path: Path, monkeypa
             return super().measure(request) if self.full else {"path": None}
 
     new, before, never = Empty(NFS), Empty({**NFS, "fsc": True}), Empty({**NFS, "kind": "ext4", "fsc": None})
-    nodes = [Target(name=f"k{n}", address="", gpus=1, shell=shell) for n, shell in enumerate((new, before, never))]
-    monkeypatch.setattr(step, "targets", lambda *_: nodes)
+    nodes = [RemoteNode(name=f"k{n}", address="", gpus=1, shell=shell) for n, shell in enumerate((new, before, never))]
+    monkeypatch.setattr(step, "remote_nodes", lambda *_: nodes)
 
     async def go(work: step.Work) -> None:
         await step.perform(CacheStep(), work, {})

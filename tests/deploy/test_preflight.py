@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from deploy.fleet.calls import Target
+from deploy.fleet.calls import RemoteNode
 from deploy.nodes.deployment import Deployment, load_deployment
 from deploy.nodes.facts import NodeFacts
 from deploy.planning import plans, suppose
@@ -303,7 +303,7 @@ def test_a_node_that_does_not_answer_is_one_red_cell_and_the_others_are_judged(t
 
     async def go() -> list[Cell]:
         async with kit.nodes(tmp_path, 1) as targets:
-            dead = Target(name="k1", address="127.0.0.12", gpus=1, shell=Dead())  # type: ignore[arg-type]
+            dead = RemoteNode(name="k1", address="127.0.0.12", gpus=1, shell=Dead())  # type: ignore[arg-type]
             with socket.create_server(("127.0.0.11", 0)) as probe:
                 port = int(probe.getsockname()[1])
             spec = preflight.PreflightSpec(
@@ -386,12 +386,12 @@ def test_only_an_address_of_the_internet_that_ssh_reaches_directly_is_public(tmp
 def test_nccl_is_tried_among_the_nodes_that_have_gpus_whoever_else_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
     tried: dict[str, list[str]] = {}
 
-    async def collective(targets: list[Target], _spec: preflight.PreflightSpec, backend: str) -> list[Cell]:
+    async def collective(targets: list[RemoteNode], _spec: preflight.PreflightSpec, backend: str) -> list[Cell]:
         tried[backend] = [target.name for target in targets]
         return [Cell(check=backend, node=target.name, status="ok", text="", remedy="") for target in targets]
 
     monkeypatch.setattr(preflight, "_collective", collective)
-    nodes = [Target(name=name, address="", gpus=1, shell=None) for name in NODES]  # type: ignore[arg-type]
+    nodes = [RemoteNode(name=name, address="", gpus=1, shell=None) for name in NODES]  # type: ignore[arg-type]
     spec = preflight.PreflightSpec(share=None, root=None, ports=[], collective_port=1)
 
     def cells(without: set[str]) -> dict[tuple[str, str], Cell]:

@@ -1,0 +1,65 @@
+"""Addresses and listeners of a node."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+from deploy.remote.wire import Json, WorkerError
+
+
+def listening(port: int) -> set[str]:
+    """Who listens on a TCP port here, as inodes of sockets."""
+    inodes = set()
+    for table in (Path("/proc/net/tcp"), Path("/proc/net/tcp6")):
+        for line in table.read_text().splitlines()[1:] if table.exists() else []:
+            row = line.split()
+            if row[3] == "0A" and int(row[1].rpartition(":")[2], 16) == port:
+                inodes.add(f"socket:[{row[9]}]")
+    return inodes
+
+
+def holder(port: int) -> str:
+    """Who listens on a TCP port here: the command line as far as this user may see it."""
+    inodes = listening(port)
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if any(str(descriptor.readlink()) in inodes for descriptor in (process / "fd").iterdir()):
+                command = (process / "cmdline").read_bytes().split(b"\0")
+                return f"{b' '.join(command[:2]).decode(errors='replace')} (process {process.name})"
+        except OSError:
+            continue
+    return "a process of another user"
+
+
+def interface_of(address: str) -> str | None:
+    """The network interface that has an IPv4 or IPv6 address."""
+    names = (link["ifname"] for link in _links() if any(held.get("local") == address for held in link.get("addr_info", [])))
+    return next(names, None)
+
+
+def interfaces() -> list[Json]:
+    """Interfaces that are up, with their addresses."""
+    return [
+        {
+            "name": link["ifname"],
+            "addresses": [
+                {"address": held["local"], "prefix": held["prefixlen"]}
+                for held in link.get("addr_info", [])
+                if held.get("local") and held.get("scope") != "link"
+            ],
+        }
+        for link in _links()
+        if "UP" in link.get("flags", [])
+    ]
+
+
+def _links() -> list[Json]:
+    """As `ip` says them (RTM_GETADDR would do too; `ip` is on every node)."""
+    try:
+        process = subprocess.run(["ip", "-json", "address"], capture_output=True, text=True, check=False)
+    except FileNotFoundError as error:
+        raise WorkerError("node", "there is no `ip`", "install iproute2") from error
+    links: list[Json] = json.loads(process.stdout or "[]")
+    return links
