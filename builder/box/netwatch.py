@@ -24,7 +24,8 @@ from collections.abc import Callable, Iterator
 
 CLONE_NEWUSER, CLONE_NEWNET = 0x10000000, 0x40000000
 NS_GET_USERNS = 0xB701
-SO_ATTACH_FILTER, PACKET_OUTGOING, ETH_P_ALL = 26, 4, 3
+PACKET_OUTGOING, ETH_P_ALL = 4, 3
+SYN, SYN_ACK = 0x02, 0x12
 DNS_PORT = 53
 A, PTR = 1, 12
 NOERROR, NXDOMAIN = 0, 3
@@ -98,69 +99,27 @@ def claim_all_addresses(family: socket.AddressFamily) -> None:
 
 
 def packet_socket() -> socket.socket:
-    """A packet socket on `lo` that receives the first packet of what leaves loopback's own addresses: TCP SYNs and UDP.
-
-    A filter in the kernel drops all else, so that a test server's gigabytes over loopback cost nothing.
-    """
+    """A packet socket on `lo`, which sees what leaves for any address."""
     watcher = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, 0)
-    code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *instruction) for instruction in _FILTER))
-    watcher.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("@HP", len(_FILTER), ctypes.addressof(code)))
     watcher.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
     watcher.bind(("lo", ETH_P_ALL))
     return watcher
 
 
-# Classic BPF, as (code, jump if true, jump if false, constant). Offsets are into the IP header.
-_LOAD_BYTE, _LOAD_WORD, _LOAD_X_HEADER, _LOAD_BYTE_X, _AND = 0x30, 0x20, 0xB1, 0x50, 0x54
-_EQUAL, _RETURN = 0x15, 0x06
-_FILTER_IP = (
-    (_LOAD_BYTE, 0, 0, 16),  # first octet of the destination
-    (_EQUAL, 8, 0, 127),
-    (_LOAD_BYTE, 0, 0, 9),  # protocol
-    (_EQUAL, 5, 0, socket.IPPROTO_UDP),
-    (_EQUAL, 0, 5, socket.IPPROTO_TCP),
-    (_LOAD_X_HEADER, 0, 0, 0),
-    (_LOAD_BYTE_X, 0, 0, 13),  # TCP flags
-    (_AND, 0, 0, 0x12),
-    (_EQUAL, 0, 1, 0x02),  # SYN without ACK
-    (_RETURN, 0, 0, SNAP),
-    (_RETURN, 0, 0, 0),
-)
-_FILTER_IPV6 = (
-    (_LOAD_WORD, 0, 0, 24),  # the destination's four words: ::1 is loopback
-    (_EQUAL, 0, 6, 0),
-    (_LOAD_WORD, 0, 0, 28),
-    (_EQUAL, 0, 4, 0),
-    (_LOAD_WORD, 0, 0, 32),
-    (_EQUAL, 0, 2, 0),
-    (_LOAD_WORD, 0, 0, 36),
-    (_EQUAL, 7, 0, 1),
-    (_LOAD_BYTE, 0, 0, 6),  # next header
-    (_EQUAL, 4, 0, socket.IPPROTO_UDP),
-    (_EQUAL, 0, 4, socket.IPPROTO_TCP),
-    (_LOAD_BYTE, 0, 0, 53),
-    (_AND, 0, 0, 0x12),
-    (_EQUAL, 0, 1, 0x02),
-    (_RETURN, 0, 0, SNAP),
-    (_RETURN, 0, 0, 0),
-)
-_FILTER = (
-    (_LOAD_BYTE, 0, 0, 0),  # version
-    (_AND, 0, 0, 0xF0),
-    (_EQUAL, len(_FILTER_IP), 0, 0x60),
-    *_FILTER_IP,
-    *_FILTER_IPV6,
-)
-
-
 def describe(packet: bytes) -> Iterator[str]:
-    """What a filtered packet wanted: `address:port`, and the name asked for when it is a DNS question to another server."""
-    if packet[0] >> 4 == 4:
-        start, protocol, host = (packet[0] & 0xF) * 4, packet[9], str(ipaddress.ip_address(packet[16:20]))
-    else:
-        start, protocol, host = 40, packet[6], f"[{ipaddress.ip_address(packet[24:40])}]"
+    """What an IP packet wanted that leaves loopback's own addresses and is the first of its kind, a TCP SYN or UDP.
+
+    That is `address:port`, and the name asked for when it is a DNS question to another server.
+    """
+    version = packet[0] >> 4
+    start, protocol = ((packet[0] & 0xF) * 4, packet[9]) if version == 4 else (40, packet[6])
+    if protocol != socket.IPPROTO_UDP and (protocol != socket.IPPROTO_TCP or packet[start + 13] & SYN_ACK != SYN):
+        return
+    address = ipaddress.ip_address(packet[16:20] if version == 4 else packet[24:40])
+    if address.is_loopback:
+        return
     (port,) = struct.unpack_from("!H", packet, start + 2)
-    yield f"{host}:{port}"
+    yield f"{address}:{port}" if version == 4 else f"[{address}]:{port}"
     if protocol == socket.IPPROTO_UDP and port == DNS_PORT:
         with contextlib.suppress(ValueError):
             yield question(packet[start + 8 :])[0]

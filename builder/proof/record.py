@@ -31,7 +31,7 @@ class Stage(Table):
     peak_memory: int | None = Field(default=None, description="Bytes, peak of the whole process tree")
     memory_bound: int | None = Field(default=None, description="Bytes")
     memory_by: str | None = Field(
-        default=None, description="What holds the bound: cgroup2, cgroup1, watchdog, podman or docker"
+        default=None, description="What holds the bound: cgroup2, watchdog, podman or docker; cgroup1 in older records"
     )
     note: str = ""
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from builder.box import meter
+from builder.box import cgroup, meter
 from gracefarm.errors import HostError
 
-# As Debian 12 with systemd shows them (version 2), and Docker without a cgroup namespace on a machine with version 1.
+# As Debian 12 with systemd shows them, and Docker without a cgroup namespace on a machine with version 1.
 SYSTEMD = "0::/user.slice/user-1000.slice/user@1000.service/app.slice/run-1.scope\n"
 SYSTEMD_MOUNTS = """\
 22 27 0:20 / /sys rw,nosuid,nodev,noexec,relatime shared:7 - sysfs sysfs rw
@@ -27,18 +27,13 @@ DOCKER_MOUNTS = """\
 
 
 def test_own_cgroup_is_found_in_each_layout() -> None:
-    assert meter._own_path(None, SYSTEMD) == "/user.slice/user-1000.slice/user@1000.service/app.slice/run-1.scope"
-    assert meter._own_path("memory", SYSTEMD) is None
-    assert meter._own_path("memory", DOCKER) == meter._own_path("cpuacct", DOCKER) == "/docker/0123"
-    assert meter._own_path(None, DOCKER) == "/"
+    assert cgroup.own_path(SYSTEMD) == "/user.slice/user-1000.slice/user@1000.service/app.slice/run-1.scope"
+    assert cgroup.own_path(DOCKER) == "/"
 
 
 def test_cgroup_mount_is_found_in_each_layout() -> None:
-    assert meter._cgroup_mount(None, SYSTEMD_MOUNTS) == ("/", Path("/sys/fs/cgroup"))
-    assert meter._cgroup_mount("memory", SYSTEMD_MOUNTS) is None
-    assert meter._cgroup_mount("memory", DOCKER_MOUNTS) == ("/docker/0123", Path("/sys/fs/cgroup/memory"))
-    assert meter._cgroup_mount("cpuacct", DOCKER_MOUNTS) == ("/docker/0123", Path("/sys/fs/cgroup/cpu,cpuacct"))
-    assert meter._cgroup_mount(None, DOCKER_MOUNTS) is None
+    assert cgroup.mount_of(SYSTEMD_MOUNTS) == ("/", Path("/sys/fs/cgroup"))
+    assert cgroup.mount_of(DOCKER_MOUNTS) is None
 
 
 def fake_cgroup2(folder: Path, *, limit: str, used: int = 0, cache: int = 0) -> Path:
@@ -51,11 +46,10 @@ def fake_cgroup2(folder: Path, *, limit: str, used: int = 0, cache: int = 0) -> 
 
 
 def test_room_of_a_cgroup_counts_page_cache_as_free(tmp_path: Path) -> None:
-    files = meter._FILES["cgroup2"]
-    assert meter._room(files, fake_cgroup2(tmp_path / "a", limit="1000", used=700, cache=600)) == 900
-    assert meter._room(files, fake_cgroup2(tmp_path / "b", limit="1000", used=1700)) == 0
-    assert meter._room(files, fake_cgroup2(tmp_path / "c", limit="max", used=700)) is None
-    assert meter._room(files, tmp_path) is None, "no memory controller there"
+    assert cgroup.room(fake_cgroup2(tmp_path / "a", limit="1000", used=700, cache=600)) == 900
+    assert cgroup.room(fake_cgroup2(tmp_path / "b", limit="1000", used=1700)) == 0
+    assert cgroup.room(fake_cgroup2(tmp_path / "c", limit="max", used=700)) is None
+    assert cgroup.room(tmp_path) is None, "no memory controller there"
 
 
 def test_version_2_looks_for_a_place_upwards_and_never_leaves_a_limit_behind(
@@ -64,35 +58,34 @@ def test_version_2_looks_for_a_place_upwards_and_never_leaves_a_limit_behind(
     top = fake_cgroup2(tmp_path / "top", limit="max")
     middle = fake_cgroup2(top / "middle", limit="5000")
     own = fake_cgroup2(middle / "own", limit="max")
-    monkeypatch.setattr(meter, "_own_cgroup", lambda _controller: (own, top))
-    assert list(meter._parents("cgroup2")) == [own, middle]
-    assert list(meter._parents("cgroup1")) == [own]
+    monkeypatch.setattr(cgroup, "own_cgroup", lambda: (own, top))
+    assert list(cgroup.parents()) == [own, middle]
 
 
 def test_available_memory_is_the_least_of_all_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert 0 < meter.available_memory() <= psutil.virtual_memory().total
     own = fake_cgroup2(fake_cgroup2(tmp_path / "top", limit="9000", used=2000) / "own", limit="8000", used=500)
-    monkeypatch.setattr(meter, "_own_cgroup", lambda controller: None if controller else (own, own.parent))
+    monkeypatch.setattr(cgroup, "own_cgroup", lambda: (own, own.parent))
     assert meter.available_memory() == 7000
 
 
 def test_cgroups_of_dead_builders_are_swept_and_no_others(tmp_path: Path) -> None:
     with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as process:
-        start = meter._start_time(process.pid)
+        start = cgroup.start_time(process.pid)
     dead = tmp_path / f"gracefarm-{process.pid}-{start}-abc"
     reused_id = tmp_path / f"gracefarm-{os.getpid()}-1-abc"
-    alive = tmp_path / f"gracefarm-{os.getpid()}-{meter._start_time(os.getpid())}-abc"
+    alive = tmp_path / f"gracefarm-{os.getpid()}-{cgroup.start_time(os.getpid())}-abc"
     foreign = tmp_path / "gracefarm-notes"
     for folder in (dead, reused_id, alive, foreign):
         folder.mkdir()
-    meter._sweep(tmp_path)
+    cgroup.sweep(tmp_path)
     assert sorted(tmp_path.iterdir()) == sorted([alive, foreign])
 
 
 def test_no_way_to_bound_memory_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(meter, "_own_cgroup", lambda _controller: None)
-    with pytest.raises(HostError, match="no way to bound memory here by cgroup2 or cgroup1"):
-        meter.open_meter(1 << 30, ("cgroup2", "cgroup1"))
+    monkeypatch.setattr(cgroup, "own_cgroup", lambda: None)
+    with pytest.raises(HostError, match="no way to bound memory here by cgroup2"):
+        meter.open_meter(1 << 30, ("cgroup2",))
     assert meter.open_meter(1 << 30).by == "watchdog"
 
 
@@ -103,7 +96,7 @@ def test_the_least_cpu_quota_on_the_way_up_counts(tmp_path: Path, monkeypatch: p
     (tmp_path / "top" / "cpu.max").write_text("400000 100000\n")
     (own.parent / "cpu.max").write_text("150000 100000\n")
     (own / "cpu.max").write_text("max 100000\n")
-    monkeypatch.setattr(meter, "_own_cgroup", lambda controller: None if controller else (own, tmp_path / "top"))
+    monkeypatch.setattr(cgroup, "own_cgroup", lambda: (own, tmp_path / "top"))
     assert meter.cpu_quota() == 1.5
     (own.parent / "cpu.max").unlink()
     assert meter.cpu_quota() == 4.0
@@ -114,18 +107,19 @@ def test_the_least_cpu_quota_on_the_way_up_counts(tmp_path: Path, monkeypatch: p
 @pytest.fixture
 def half_a_processor() -> Iterator[Path]:
     """A real cgroup with a CPU quota of one half."""
-    own = meter._own_cgroup("cpu")
-    folder = meter._new_cgroup(own[0]) if own else None
-    if folder is None:
-        pytest.skip("no CPU cgroup of version 1 can be made here")
-    (folder / "cpu.cfs_quota_us").write_text("50000")
+    own = cgroup.own_cgroup()
+    folder = cgroup.new(own[0]) if own else None
+    if folder is None or not (folder / "cpu.max").is_file():
+        pytest.skip("no CPU cgroup of version 2 can be made here")
+    (folder / "cpu.max").write_text("50000 100000")
     yield folder
-    meter._remove_cgroup(folder)
+    cgroup.remove(folder)
 
 
 @pytest.mark.root
 def test_a_real_cpu_quota_is_seen(half_a_processor: Path) -> None:
-    code = "import sys; sys.stdin.readline(); from builder.box import meter; from builder.compiling import jobs; print(meter.cpu_quota(), jobs.cores())"
+    code = "import sys; sys.stdin.readline(); from builder.box import meter; from builder.compiling import jobs; "
+    code += "print(meter.cpu_quota(), jobs.cores())"
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         (half_a_processor / "cgroup.procs").write_text(str(process.pid))
         said, _ = process.communicate("go\n", timeout=60)

@@ -84,7 +84,21 @@ def test_a_question_to_another_server_is_described_by_address_and_name() -> None
     assert list(netwatch.describe(packet)) == ["8.8.8.8:53", "example.org"]
 
 
+def tcp(version: int, address: str, flags: int) -> bytes:
+    """The first packet of a connection to port 443, or a later one, by its flags."""
+    segment = struct.pack("!HHIIBBHHH", 40000, 443, 0, 0, 0x50, flags, 0, 0, 0)
+    if version == 4:
+        return struct.pack("!BBHHHBBH4s4s", 0x45, 0, 0, 0, 0, 64, 6, 0, b"\x7f\0\0\1", socket.inet_aton(address)) + segment
+    target = socket.inet_pton(socket.AF_INET6, address)
+    return struct.pack("!IHBB16s16s", 0x60000000, 20, 6, 64, b"\0" * 15 + b"\1", target) + segment
+
+
 def test_an_ipv6_packet_is_described_with_brackets() -> None:
-    address = socket.inet_pton(socket.AF_INET6, "2001:db8::7")
-    packet = struct.pack("!IHBB16s16s", 0x60000000, 20, 6, 64, b"\0" * 15 + b"\1", address) + struct.pack("!HH", 40000, 443)
-    assert list(netwatch.describe(packet)) == ["[2001:db8::7]:443"]
+    assert list(netwatch.describe(tcp(6, "2001:db8::7", netwatch.SYN))) == ["[2001:db8::7]:443"]
+
+
+@pytest.mark.parametrize(("version", "address", "loopback"), [(4, "192.0.2.7", "127.9.9.9"), (6, "2001:db8::7", "::1")])
+def test_later_packets_and_loopback_are_no_attempts(version: int, address: str, loopback: str) -> None:
+    assert len(list(netwatch.describe(tcp(version, address, netwatch.SYN)))) == 1
+    for packet in (tcp(version, address, netwatch.SYN_ACK), tcp(version, address, 0x10), tcp(version, loopback, netwatch.SYN)):
+        assert list(netwatch.describe(packet)) == []
