@@ -60,7 +60,7 @@ def forms(secret: str) -> set[bytes]:
     raw = secret.encode()
     encoded = {base64.b64encode(prefix + raw).rstrip(b"=") for prefix in (b"", b":")}
     quoted = {quote(secret, safe=safe).encode() for safe in ("", "/")} | {json.dumps(secret)[1:-1].encode()}
-    return {raw, raw.hex().encode(), *quoted, *(one for one in encoded if len(one) >= 8)}
+    return {raw, raw.hex().encode(), *quoted, *(form for form in encoded if len(form) >= 8)}
 
 
 @dataclass(frozen=True)
@@ -72,16 +72,13 @@ class Redactor:
     @classmethod
     def of(cls, secrets: Iterable[str]) -> Redactor:
         """For these values, and all that looks like a secret."""
-        found: set[bytes] = set()
-        for one in secrets:
-            if len(one) >= SHORTEST:
-                found |= forms(one)
-        return cls(tuple(sorted(found, key=len, reverse=True)))
+        known = {form for secret in secrets if len(secret) >= SHORTEST for form in forms(secret)}
+        return cls(tuple(sorted(known, key=len, reverse=True)))
 
     def clean(self, content: bytes) -> bytes:
         """Content without secrets."""
-        for one in self.known:
-            content = content.replace(one, b"[redacted]")
+        for secret in self.known:
+            content = content.replace(secret, b"[redacted]")
         for pattern, instead in _PATTERNS:
             content = pattern.sub(instead, content)
         return content

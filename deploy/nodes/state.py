@@ -50,8 +50,8 @@ class State(BaseModel):
 
     def data(self, step: str) -> dict[str, Any]:
         """What a step that is done or skipped left for others; empty for any other."""
-        found = self.steps.get(step)
-        return found.data if found and found.outcome in ("done", "skipped") else {}
+        record = self.steps.get(step)
+        return record.data if record and record.outcome in ("done", "skipped") else {}
 
 
 def digest(*inputs: object) -> str:
@@ -70,15 +70,15 @@ def read(folder: Folder) -> State:
     except FileNotFoundError:
         return State()
     try:
-        found = State.model_validate_json(text)
+        state = State.model_validate_json(text)
     except ValidationError as error:
         raise ConfigError(
             f"{folder.state}: {error.errors()[0]['msg']}",
             remedy="move it away: every step looks at the nodes before it does anything",
         ) from error
-    if found.version != VERSION:
-        raise ConfigError(f"{folder.state}: version {found.version} is not known", remedy="use the gracefarm that wrote it")
-    return found
+    if state.version != VERSION:
+        raise ConfigError(f"{folder.state}: version {state.version} is not known", remedy="use the gracefarm that wrote it")
+    return state
 
 
 class Keeper:
@@ -102,7 +102,7 @@ class Keeper:
 
     def forget(self, *steps: str) -> None:
         """As if never done."""
-        kept = {name: one for name, one in self.state.steps.items() if name not in steps}
+        kept = {name: record for name, record in self.state.steps.items() if name not in steps}
         if kept != self.state.steps:
             self._write(self.state.model_copy(update={"steps": kept}))
 
@@ -147,9 +147,9 @@ def _holder_file(folder: Folder) -> Path:
 def _holder(folder: Folder) -> str:
     """Who holds the lock, for people. The lock itself is the kernel's, so a file that a killed command left does no harm."""
     try:
-        found = json.loads(_holder_file(folder).read_text())
-        since = time.strftime("%H:%M:%S", time.localtime(found["since"]))
-        return f"`{found['command']}` of {found['user']} on {found['host']} (process {found['pid']}, since {since})"
+        holder = json.loads(_holder_file(folder).read_text())
+        since = time.strftime("%H:%M:%S", time.localtime(holder["since"]))
+        return f"`{holder['command']}` of {holder['user']} on {holder['host']} (process {holder['pid']}, since {since})"
     except (OSError, ValueError, KeyError, TypeError):
         return "another command"
 

@@ -39,7 +39,7 @@ class Manifest(BaseModel):
     @property
     def size(self) -> int:
         """Bytes of all files."""
-        return sum(one.size for one in self.files)
+        return sum(file.size for file in self.files)
 
 
 def manifest(repo: str, commit: str, files: Iterable[Mapping[str, object]], *, skip: Sequence[str] = SKIP) -> Manifest:
@@ -48,13 +48,15 @@ def manifest(repo: str, commit: str, files: Iterable[Mapping[str, object]], *, s
     Raises:
         DigestError: a file has no digest or a path that leaves its folder, so it cannot be verified.
     """
-    kept = [WeightsFile.model_validate(one) for one in files if not skipped(str(one["path"]), skip)]
-    for one in kept:
-        if not (one.sha256 or one.git):
-            raise DigestError(f"{repo}: the Hub gives no digest for {one.path}", remedy="use a Hub that serves files_metadata")
-        if one.path.startswith("/") or ".." in one.path.split("/"):
-            raise DigestError(f"{repo}: the path {one.path!r} leaves its folder", remedy="do not use this repository")
-    return Manifest(repo=repo, commit=commit, files=tuple(sorted(kept, key=lambda one: one.path)))
+    kept = [WeightsFile.model_validate(file) for file in files if not skipped(str(file["path"]), skip)]
+    for file in kept:
+        if not (file.sha256 or file.git):
+            raise DigestError(
+                f"{repo}: the Hub gives no digest for {file.path}", remedy="use a Hub that serves files_metadata"
+            )
+        if file.path.startswith("/") or ".." in file.path.split("/"):
+            raise DigestError(f"{repo}: the path {file.path!r} leaves its folder", remedy="do not use this repository")
+    return Manifest(repo=repo, commit=commit, files=tuple(sorted(kept, key=lambda file: file.path)))
 
 
 def skipped(path: str, patterns: Sequence[str]) -> bool:
@@ -72,10 +74,10 @@ def deal(
     heap = [((load or {}).get(node, 0), index) for index, node in enumerate(nodes)]
     heapq.heapify(heap)
     shares: dict[str, list[WeightsFile]] = {node: [] for node in nodes}
-    for one in sorted(files, key=lambda file: (-file.size, file.path)):
+    for largest in sorted(files, key=lambda file: (-file.size, file.path)):
         bytes_, index = heapq.heappop(heap)
-        shares[nodes[index]].append(one)
-        heapq.heappush(heap, (bytes_ + one.size, index))
+        shares[nodes[index]].append(largest)
+        heapq.heappush(heap, (bytes_ + largest.size, index))
     return shares
 
 
@@ -84,7 +86,7 @@ def lower_bound(files: Sequence[WeightsFile], nodes: int) -> float:
 
     The mean; the largest file; and since some node has ceil(files/nodes) files, the smallest so many.
     """
-    sizes = sorted(one.size for one in files)
+    sizes = sorted(file.size for file in files)
     return max(sum(sizes) / nodes, sizes[-1] if sizes else 0, sum(sizes[: -(-len(sizes) // nodes)]))
 
 
@@ -107,17 +109,17 @@ def rounds(
     A file is verified by the node after its stager in the ring, so never by the stager itself unless there is one node alone.
     What an absent node has staged is verified by the others.
     """
-    missing = {one.path: one for one in wanted.files if final.get(one.path) != one.size}
+    missing = {file.path: file for file in wanted.files if final.get(file.path) != file.size}
     shares = {node: Portion(fetch=[], verify=[]) for node in nodes}
-    for stager, found in sorted(ready.items()):
-        for path in sorted(found):
-            file = missing.get(path)
-            if file is not None and found[path] == file.size:
+    for stager, staged in sorted(ready.items()):
+        for path in sorted(staged):
+            waiting = missing.get(path)
+            if waiting is not None and staged[path] == waiting.size:
                 del missing[path]
-                shares[_after(stager, nodes, path)].verify.append((stager, file))
+                shares[_after(stager, nodes, path)].verify.append((stager, waiting))
     for node, files in deal(missing.values(), nodes).items():
         shares[node].fetch.extend(files)
-        shares[_after(node, nodes, "")].verify.extend((node, one) for one in files)
+        shares[_after(node, nodes, "")].verify.extend((node, file) for file in files)
     return shares
 
 

@@ -54,8 +54,8 @@ class Progress:
                 self.phase = name
                 self.begun[name] = self.clock()
                 self.fraction = None
-        if self.phase == "loading" and (found := fraction(text)) is not None:
-            self.fraction = max(found, self.fraction or 0.0)
+        if self.phase == "loading" and (loaded := fraction(text)) is not None:
+            self.fraction = max(loaded, self.fraction or 0.0)
 
     def elapsed(self) -> float:
         """Seconds in this phase."""
@@ -85,10 +85,10 @@ def fraction(line: str) -> float | None:
     """How much of the weights is loaded, as a progress bar of tqdm or rich says it; None for any other line."""
     if not re.search(r"[Ll]oading|[Ss]hards", line):
         return None
-    if found := _PERCENT.search(line):
-        return min(int(found[1]), 100) / 100
-    if (found := _OF.search(line)) and float(found[2]) > 0:
-        return min(float(found[1]) / float(found[2]), 1.0)
+    if match := _PERCENT.search(line):
+        return min(int(match[1]), 100) / 100
+    if (match := _OF.search(line)) and float(match[2]) > 0:
+        return min(float(match[1]) / float(match[2]), 1.0)
     return None
 
 
@@ -232,10 +232,10 @@ def first_cause(lines: list[str], names: Mapping[str, str], *, returncode: int |
     """
     best: Cause | None = None
     for index in range(len(lines)):
-        found = _match_wrapped([clean(line) for line in lines[index : index + WRAPPED]], names)
-        if found and not found.consequence:
-            return found
-        best = best or found
+        cause = _match_wrapped([clean(line) for line in lines[index : index + WRAPPED]], names)
+        if cause and not cause.consequence:
+            return cause
+        best = best or cause
     if best:
         return best
     error = next((text for text in map(_bare, lines) if _ERROR.search(text)), None)
@@ -247,8 +247,8 @@ def first_cause(lines: list[str], names: Mapping[str, str], *, returncode: int |
             text="it was killed (SIGKILL): by the kernel for host memory, or by hand",
             remedy="`deploy collect` has the kernel's words; less cpu_offload_gib needs less host memory",
         )
-    said = next((text for text in map(_bare, reversed(lines)) if text), "it said nothing")
-    return Cause(kind="unknown", text=said, remedy="`deploy logs` shows all of it", line=said)
+    last = next((text for text in map(_bare, reversed(lines)) if text), "it said nothing")
+    return Cause(kind="unknown", text=last, remedy="`deploy logs` shows all of it", line=last)
 
 
 WRAPPED = 3
@@ -258,10 +258,10 @@ WRAPPED = 3
 def _match_wrapped(texts: Sequence[str], names: Mapping[str, str]) -> Cause | None:
     """A cause that begins in the first of these lines."""
     for count in range(1, len(texts) + 1):
-        found = _match(" ".join([texts[0], *(one.strip() for one in texts[1:count])]), names)
-        if found:
-            later = any(_match(" ".join(one.strip() for one in texts[start:count]), names) for start in range(1, count))
-            return None if later else found
+        cause = _match(" ".join([texts[0], *(text.strip() for text in texts[1:count])]), names)
+        if cause:
+            later = any(_match(" ".join(text.strip() for text in texts[start:count]), names) for start in range(1, count))
+            return None if later else cause
     return None
 
 

@@ -189,7 +189,7 @@ async def run(targets: Sequence[RemoteNode], spec: PreflightSpec) -> list[Cell]:
         return Survey.model_validate(await call(node, "preflight.survey", request))
 
     surveys, deaf = await try_all(targets, survey)
-    there = [one for one in targets if one.name in surveys]
+    there = [node for node in targets if node.name in surveys]
 
     async def pairs(node: RemoteNode) -> Pairs:
         request = {
@@ -197,42 +197,42 @@ async def run(targets: Sequence[RemoteNode], spec: PreflightSpec) -> list[Cell]:
             "address": node.address,
             "ports": list(spec.ports),
             "loopback": list(spec.loopback.get(node.name, ())),
-            "peers": [{"name": one.name, "address": one.address} for one in there if one is not node],
+            "peers": [{"name": peer.name, "address": peer.address} for peer in there if peer is not node],
             "share": spec.share,
             "run": name,
             "seconds": spec.seconds,
         }
         return Pairs.model_validate(await call(node, "preflight.pairs", request))
 
-    found, silent = await try_all(there, pairs)
-    cells = [_unreached(node, error) for node, error in {**deaf, **silent}.items()]
+    heard, silent = await try_all(there, pairs)
+    cells = [_unreached(name, error) for name, error in {**deaf, **silent}.items()]
     expected = Expected(
-        addresses={one.name: one.address for one in targets},
+        addresses={node.name: node.address for node in targets},
         share=spec.share,
-        gpus={one.name: one.gpus for one in targets},
-        nonces={one.name: nonces[one.name] for one in there},
+        gpus={node.name: node.gpus for node in targets},
+        nonces={node.name: nonces[node.name] for node in there},
         ours=spec.ours,
         rehearsal=spec.rehearsal,
-        open=await reached([one for one in there if _tokenless(surveys[one.name])], spec),
+        open=await reached([node for node in there if _tokenless(surveys[node.name])], spec),
         python=spec.python,
     )
-    cells += judge(surveys, found, expected)
-    answering = [one for one in there if one.name in found]
-    cells += await collectives(answering, spec, {node: one for node, one in surveys.items() if node in found})
+    cells += judge(surveys, heard, expected)
+    answering = [node for node in there if node.name in heard]
+    cells += await collectives(answering, spec, {name: survey for name, survey in surveys.items() if name in heard})
     if spec.share and there:
         await try_all(there[:1], lambda node: call(node, "preflight.clean", {"share": spec.share, "run": name}))
-    place = {one.name: index for index, one in enumerate(targets)}
-    return sorted(cells, key=lambda one: (ORDER.index(one.check), place[one.node]))
+    place = {node.name: index for index, node in enumerate(targets)}
+    return sorted(cells, key=lambda cell: (ORDER.index(cell.check), place[cell.node]))
 
 
-def _tokenless(one: Survey) -> bool:
-    return bool(one.environment and one.environment.ray and tokenless(one.environment.ray))
+def _tokenless(survey: Survey) -> bool:
+    return bool(survey.environment and survey.environment.ray and tokenless(survey.environment.ray))
 
 
 async def reached(targets: Sequence[RemoteNode], spec: PreflightSpec) -> dict[str, str]:
     """Nodes that let this machine in at a port of Ray's over their public address, and where. A port in use is not asked."""
 
-    async def one(node: RemoteNode) -> str | None:
+    async def listen(node: RemoteNode) -> str | None:
         nonce = secrets.token_hex(16)
         tries: list[asyncio.Future[int | None]] = []
 
@@ -242,11 +242,11 @@ async def reached(targets: Sequence[RemoteNode], spec: PreflightSpec) -> dict[st
 
         request = {"ports": list(spec.ray_ports), "nonce": nonce, "seconds": KNOCK + 1}
         await call(node, "preflight.outside", request, on_event=listening)
-        found = await asyncio.gather(*tries)
-        return next((f"{spec.public[node.name]}:{port}" for port in found if port), None)
+        open_ports = await asyncio.gather(*tries)
+        return next((f"{spec.public[node.name]}:{port}" for port in open_ports if port), None)
 
-    asked = [one for one in targets if one.name in spec.public]
-    good, _bad = await try_all(asked, one)  # a node that does not answer has its own red cell
+    asked = [node for node in targets if node.name in spec.public]
+    good, _bad = await try_all(asked, listen)  # a node that does not answer has its own red cell
     return {node: place for node, place in good.items() if place}
 
 
@@ -271,18 +271,18 @@ def _unreached(node: str, error: GracefarmError) -> Cell:
 async def collectives(targets: Sequence[RemoteNode], spec: PreflightSpec, surveys: dict[str, Survey]) -> list[Cell]:
     """An all-reduce over all nodes at once, in the environment that will serve: gloo on the hosts, NCCL on the GPUs."""
     cells = []
-    bare = [one.name for one in targets if surveys[one.name].environment is None]
-    gpus = [one for one in targets if surveys[one.name].cuda.gpus]
+    bare = [node.name for node in targets if surveys[node.name].environment is None]
+    gpus = [node for node in targets if surveys[node.name].cuda.gpus]
     for backend, ranks in (("gloo", targets), ("nccl", gpus)):
         reason = None
         if bare:
             reason = "no environment is active yet: `deploy env up` brings torch"
         elif len(ranks) < 2:
             reason = "there is one node alone" if backend == "gloo" else "fewer than two nodes have a usable GPU"
-        left_out = [one for one in targets if reason or one not in ranks]
+        left_out = [node for node in targets if reason or node not in ranks]
         cells += [
-            Cell(check=backend, node=one.name, status="skipped", text=reason or "no usable GPU on this node")
-            for one in left_out
+            Cell(check=backend, node=node.name, status="skipped", text=reason or "no usable GPU on this node")
+            for node in left_out
         ]
         if not reason:
             cells += await _collective(ranks, spec, backend)
@@ -290,10 +290,12 @@ async def collectives(targets: Sequence[RemoteNode], spec: PreflightSpec, survey
 
 
 async def _collective(targets: Sequence[RemoteNode], spec: PreflightSpec, backend: str) -> list[Cell]:
+    names = [target.name for target in targets]
+
     async def rank(node: RemoteNode) -> Json:
         request = {
             "backend": backend,
-            "rank": [one.name for one in targets].index(node.name),
+            "rank": names.index(node.name),
             "world": len(targets),
             "master": targets[0].address,
             "port": spec.collective_port,
@@ -304,29 +306,21 @@ async def _collective(targets: Sequence[RemoteNode], spec: PreflightSpec, backen
         return await call(node, "preflight.collective", request, python=f"{spec.root}/env/bin/python")
 
     good, bad = await try_all(targets, rank)
-    cells = [
-        Cell(
-            check=backend, node=node, status="ok", text=f"{one['all_reduce_s'] * 1e3:.0f} ms for 4 MiB over {one['interface']}"
-        )
-        for node, one in good.items()
-    ]
+    times = {node: f"{took['all_reduce_s'] * 1e3:.0f} ms for 4 MiB over {took['interface']}" for node, took in good.items()}
+    cells = [Cell(check=backend, node=node, status="ok", text=text) for node, text in times.items()]
     for node, error in bad.items():
-        without = "torch does not import" in error.cause
-        cells.append(
-            Cell(
-                check=backend,
-                node=node,
-                status="skipped" if without else "bad",
-                text=error.cause.removeprefix(f"{node}: "),
-                remedy="" if without else error.remedy or "the cause is mostly on another row: names, route or ports",
-            )
-        )
+        cause = error.cause.removeprefix(f"{node}: ")
+        if "torch does not import" in cause:
+            cells.append(Cell(check=backend, node=node, status="skipped", text=cause))
+        else:
+            remedy = error.remedy or "the cause is mostly on another row: names, route or ports"
+            cells.append(Cell(check=backend, node=node, status="bad", text=cause, remedy=remedy))
     return cells
 
 
 def require(cells: Sequence[Cell]) -> None:
     """Raises PreflightError with the first red cell, where there is one."""
-    bad = [one for one in cells if one.status == "bad"]
+    bad = [cell for cell in cells if cell.status == "bad"]
     if bad:
         first = bad[0]
         more = f"; {len(bad) - 1} more cells are red" if len(bad) > 1 else ""

@@ -173,8 +173,8 @@ class _Run:
         for number in range(1, ROUNDS + 1):
             head = nodes[0]
             state = await self._alone(head)
-            shares = dealing.rounds(self.manifest, state["final"], state["ready"], [one.name for one in nodes])
-            if not any(one.fetch or one.verify for one in shares.values()):
+            shares = dealing.rounds(self.manifest, state["final"], state["ready"], [node.name for node in nodes])
+            if not any(portion.fetch or portion.verify for portion in shares.values()):
                 return await self._finish(head, number - 1)
             self._measure(shares, state)
             nodes = self._without(nodes, await self._round(nodes, shares))
@@ -205,8 +205,8 @@ class _Run:
 
     def _measure(self, shares: Mapping[str, Portion], state: Json) -> None:
         """What the deal is worth, and whether it fits on the shared folder before anything is downloaded."""
-        sums = [sum(file.size for file in one.fetch) for one in shares.values()]
-        missing = [file for one in shares.values() for file in one.fetch]
+        sums = [sum(file.size for file in portion.fetch) for portion in shares.values()]
+        missing = [file for portion in shares.values() for file in portion.fetch]
         if not self.busiest:
             self.busiest, self.bound = max(sums), dealing.lower_bound(missing, len(sums))
         self._done = self.manifest.size - sum(sums)
@@ -220,7 +220,7 @@ class _Run:
         """One deal carried out. Returns why nodes are lost for the next one; raises what no other node could mend."""
         nonce = secrets.token_hex(16)
         await call(nodes[0], "weights.prepare", {"final": self.place, "staging": self._staging, "nonce": nonce})
-        busy = [one for one in nodes if shares[one.name].fetch or shares[one.name].verify]
+        busy = [node for node in nodes if shares[node.name].fetch or shares[node.name].verify]
         good, bad = await try_all(busy, lambda node: self._fetch(node, shares[node.name], nonce))
         for corrupt in (answer["corrupt"] for answer in good.values()):
             self.corrupt += corrupt
@@ -233,7 +233,7 @@ class _Run:
         for error in bad.values():
             if not isinstance(error, (HostError, SshError, NodeError)) or "shared folder" in error.cause:
                 raise error
-        left = [one for one in nodes if one.name not in bad]
+        left = [node for node in nodes if node.name not in bad]
         if not left:
             raise combined_error(bad, len(nodes))
         for error in bad.values():
@@ -252,8 +252,8 @@ class _Run:
             "token": self.spec.token,
             "workers": self.spec.workers,
             "patience": self.spec.patience,
-            "files": [one.model_dump() for one in share.fetch],
-            "verify": [{**one.model_dump(), "node": stager} for stager, one in share.verify],
+            "files": [file.model_dump() for file in share.fetch],
+            "verify": [{**file.model_dump(), "node": stager} for stager, file in share.verify],
         }
         on_event = partial(self._told, node.name)
         return await call(node, "weights.fetch", request, python=self.spec.worker_python, on_event=on_event, job=JOB)
@@ -264,7 +264,7 @@ class _Run:
             self._done += event["size"]
             self.tick(self._done, self.manifest.size, f"{node}: {event['path']}")
         elif event["event"] == "corrupt":
-            self._done -= next((one.size for one in self.manifest.files if one.path == event["path"]), 0)
+            self._done -= next((file.size for file in self.manifest.files if file.path == event["path"]), 0)
         elif event["event"] == "wait":
             self.console.step("wait", f"{node}: a download is still at work there ({event['owner']}); waiting for it")
 
@@ -286,7 +286,7 @@ async def verify(targets: Sequence[RemoteNode], spec: WeightsSpec, commit: str, 
     place = paths.weights(spec.root, spec.repo, commit)
     text = (await call(targets[0], "weights.read_manifest", {"final": place}))["manifest"]
     pinned = Manifest.model_validate(json.loads(text))
-    shares: dict[str, list[WeightsFile]] = dealing.deal(pinned.files, [one.name for one in targets])
+    shares: dict[str, list[WeightsFile]] = dealing.deal(pinned.files, [node.name for node in targets])
 
     async def rehash(node: RemoteNode) -> Json:
         files = [file.model_dump() for file in shares[node.name]]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
-import json
 import os
 import posixpath
 import re
@@ -15,7 +14,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import IO
@@ -115,10 +114,10 @@ async def write_bundle(
         kept = _local(archive, deployment)
         archive.add("status.json", seen.model_dump_json(indent=1).encode(), now)
         missing = await _nodes(archive, watch)
-        found = findings(archive.texts, seen, kept, watch.plan, missing)
-        archive.add("summary.md", summary(seen, found, kept, missing).encode(), now)
+        causes = findings(archive.texts, seen, kept, watch.plan, missing)
+        archive.add("summary.md", summary(seen, causes, kept, missing).encode(), now)
     size = target.stat().st_size
-    cleaned = tuple(_clean(one, redactor) for one in found)
+    cleaned = tuple(_clean(finding, redactor) for finding in causes)
     return Bundle(path=target, findings=cleaned, files=archive.count, size=size, missing=missing, status=seen)
 
 
@@ -135,18 +134,16 @@ def _whole(target: Path) -> Iterator[IO[bytes]]:
         raise
 
 
-def _clean(one: Finding, redactor: Redactor) -> Finding:
-    return Finding(
-        rank=one.rank, where=one.where, text=redactor.line(one.text), remedy=one.remedy, file=redactor.line(one.file)
-    )
+def _clean(finding: Finding, redactor: Redactor) -> Finding:
+    return replace(finding, text=redactor.line(finding.text), file=redactor.line(finding.file))
 
 
 def _local(archive: _Archive, deployment: Deployment) -> State:
     """What this machine knows."""
     base = deployment.path.parent
-    own = [deployment.path, *(base / one for one in LOCAL[1:])]
+    own = [deployment.path, *(base / name for name in LOCAL[1:])]
     more = [*deployment.folder.logs.rglob("*"), *(deployment.folder.path / "bench").glob("*")]
-    for path in (*own, *(one for one in sorted(more) if one.is_file())):
+    for path in (*own, *(file for file in sorted(more) if file.is_file())):
         with suppress(OSError):
             inside = path.relative_to(base) if path.is_relative_to(base) else Path(path.name)
             archive.add(f"local/{inside.as_posix().removeprefix('.')}", path.read_bytes(), path.stat().st_mtime)
@@ -156,8 +153,8 @@ def _local(archive: _Archive, deployment: Deployment) -> State:
 async def _nodes(archive: _Archive, watch: Watch) -> dict[str, str]:
     """Every node at once; node to why it could not be asked."""
 
-    async def one(node: RemoteNode) -> Json:
-        def said(event: Json) -> None:
+    async def gather(node: RemoteNode) -> Json:
+        def heard(event: Json) -> None:
             name = f"nodes/{node.name}/{event['name']}"
             if event["event"] == "file":
                 content = zlib.decompress(base64.b64decode(event["data"]))
@@ -167,11 +164,11 @@ async def _nodes(archive: _Archive, watch: Watch) -> dict[str, str]:
 
         try:
             async with asyncio.timeout(GATHER):
-                return await call(node, "gather.gather", {"files": await _wanted(watch, node)}, on_event=said)
+                return await call(node, "gather.gather", {"files": await _wanted(watch, node)}, on_event=heard)
         except TimeoutError as error:
             raise NodeError(f"{node.name}: not all it has to say came within {GATHER:g} s", remedy="`deploy ssh`") from error
 
-    _good, bad = await try_all(watch.nodes, one)
+    _good, bad = await try_all(watch.nodes, gather)
     return {node: error.cause for node, error in bad.items()}
 
 
@@ -185,16 +182,16 @@ async def _wanted(watch: Watch, node: RemoteNode) -> list[Json]:
     """Of deploy.remote.gather: our jobs' logs, and the logs of every session of Ray's."""
     deployment, place = watch.deployment, watch.deployment.node(node.name)
     folder = await watch.fleet.folder(place)
-    users = {one.name: one.user for one in watch.facts.nodes} if watch.facts else {}
+    users = {known.name: known.user for known in watch.facts.nodes} if watch.facts else {}
     temps: dict[str, None] = {}
     with suppress(GracefarmError):  # where `local` is too long for Ray, no Ray was ever started
-        temps = dict.fromkeys(paths.ray_temp(deployment, one, users[one.name]) for one in (place, deployment.head) if users)
+        temps = dict.fromkeys(paths.ray_temp(deployment, at, users[at.name]) for at in (place, deployment.head) if users)
     jobs = posixpath.join(folder, "jobs")
     return [
         {"name": "jobs", "pattern": f"{jobs}/*/log"},
         {"name": "jobs", "pattern": f"{jobs}/*/log.old"},
         {"name": "jobs", "pattern": f"{jobs}/*/exit"},
-        *({"name": "ray", "pattern": f"{one}/session_2*/logs/**"} for one in temps),
+        *({"name": "ray", "pattern": f"{temp}/session_2*/logs/**"} for temp in temps),
     ]
 
 
@@ -210,37 +207,37 @@ def findings(
     the machine's words come before it: a GPU's Xid, a kernel that killed, a node that is gone, an exception in a worker's own
     log (aws-do-eks#69 hid one behind ActorHandleNotFoundError). A failed step counts where nothing of that is found.
     """
-    names = {one.private: one.name for one in plan.nodes} if plan else {}
-    found: list[Finding] = []
+    names = {node.private: node.name for node in plan.nodes} if plan else {}
+    causes: list[Finding] = []
     running = seen.service.word in ("READY", "BUSY", "LOADING")
     head = seen.nodes[0].name
     log = texts.get(f"nodes/{head}/{ENGINE_LOG}")
     if log is not None and not running:
-        found += _engine(log, names, head, texts.get(f"nodes/{head}/{ENGINE_EXIT}", b"").strip())
+        causes += _engine(log, names, head, texts.get(f"nodes/{head}/{ENGINE_EXIT}", b"").strip())
     begun = kept.steps["engine"].begun if "engine" in kept.steps else 0.0
     for name, content in texts.items():
         node, base = name.split("/")[1], posixpath.basename(name)
         if base == "dmesg-gpu.txt":
-            found += _kernel(content, node, name, begun)
+            causes += _kernel(content, node, name, begun)
         elif not running and base.startswith("worker-") and _latest(name, texts):
-            found += _worker(content, names, node, name)
-    found += [Finding(rank=2, where=node, text=why, remedy="`deploy preflight`") for node, why in missing.items()]
-    found += [
-        Finding(rank=2, where=one.name, text=f"{one.name}: the file system at {path} does not answer", remedy=STUCK)
-        for one in seen.nodes
-        for path in one.stuck
+            causes += _worker(content, names, node, name)
+    causes += [Finding(rank=2, where=node, text=why, remedy="`deploy preflight`") for node, why in missing.items()]
+    causes += [
+        Finding(rank=2, where=status.name, text=f"{status.name}: the file system at {path} does not answer", remedy=STUCK)
+        for status in seen.nodes
+        for path in status.stuck
     ]
-    found += [
-        Finding(rank=2, where=one.name, text=_lost(one), remedy=seen.service.remedy)
-        for one in seen.nodes
-        if one.ray is False and one.name not in missing
+    causes += [
+        Finding(rank=2, where=status.name, text=_lost(status), remedy=seen.service.remedy)
+        for status in seen.nodes
+        if status.ray is False and status.name not in missing
     ]
-    found += [
-        Finding(rank=6, where=name, text=f"step {name} failed: {one.text}", remedy=seen.service.remedy)
-        for name, one in kept.steps.items()
-        if one.outcome == "failed"
+    causes += [
+        Finding(rank=6, where=name, text=f"step {name} failed: {record.text}", remedy=seen.service.remedy)
+        for name, record in kept.steps.items()
+        if record.outcome == "failed"
     ]
-    return tuple(sorted(found, key=lambda one: one.rank))
+    return tuple(sorted(causes, key=lambda cause: cause.rank))
 
 
 def _lost(node: NodeStatus) -> str:
@@ -265,7 +262,7 @@ def _worker(content: bytes, names: Mapping[str, str], node: str, file: str) -> l
 
 def _kernel(content: bytes, node: str, file: str, begun: float) -> list[Finding]:
     """The kernel's words on GPUs, kills and machine checks since shortly before the engine's start: the first that counts."""
-    found = []
+    seen = []
     for line in content.decode(errors="replace").splitlines():
         when = _when(line)
         if not _KERNEL.search(line) or (when is not None and begun and when < begun - EARLY):
@@ -277,8 +274,8 @@ def _kernel(content: bytes, node: str, file: str, begun: float) -> list[Finding]
             remedy = "its memory ran out: less cpu_offload_gib in [layout], or nothing else on that node"
         stranger = killed is not None and not killed[1].lower().startswith(OURS)
         text = f"{node}: {what}: {line.strip()[:300]}"
-        found.append(Finding(rank=7 if stranger else 1, where=node, text=text, remedy=remedy, file=file))
-    return sorted(found, key=lambda one: one.rank)[:1]
+        seen.append(Finding(rank=7 if stranger else 1, where=node, text=text, remedy=remedy, file=file))
+    return sorted(seen, key=lambda finding: finding.rank)[:1]
 
 
 def _when(line: str) -> float | None:
@@ -293,20 +290,20 @@ def _latest(name: str, names: Iterable[str]) -> bool:
     """It is of the last session of its node."""
     session = re.search(r"session_[^/]+", name)
     prefix = name[: name.index("/ray/")] if "/ray/" in name else name
-    others = [found[0] for one in names if one.startswith(prefix) and (found := re.search(r"session_[^/]+", one))]
+    others = [match[0] for other in names if other.startswith(prefix) and (match := re.search(r"session_[^/]+", other))]
     return bool(session) and session[0] == max(others) if session else True
 
 
 # the first page
 
 
-def summary(seen: Status, found: Sequence[Finding], kept: State, missing: Mapping[str, str]) -> str:
+def summary(seen: Status, causes: Sequence[Finding], kept: State, missing: Mapping[str, str]) -> str:
     """The page that is read first."""
     parts: list[str] = []
     line: Callable[[str], None] = parts.append
     line(f"# {seen.deployment}: {seen.service.label}\n")
-    if found:
-        first, *rest = found
+    if causes:
+        first, *rest = causes
         line(f"**First cause:** {first.text}\n")
         if first.remedy:
             line(f"What to do: {first.remedy}\n")
@@ -315,17 +312,17 @@ def summary(seen: Status, found: Sequence[Finding], kept: State, missing: Mappin
     else:
         rest = []
         line("Nothing that looks like a cause was found.\n")
-    parts += [f"Not read: {one}\n" for one in seen.notes]
+    parts += [f"Not read: {note}\n" for note in seen.notes]
     line(f"Seen at {time.strftime('%Y-%m-%d %H:%M:%S %Z', time.localtime(seen.taken))}: {seen.service.text}\n")
     if rest:
         line("## Also found\n")
-        parts += [f"- {one.text}" + (f" ({one.file})" if one.file else "") for one in rest]
+        parts += [f"- {cause.text}" + (f" ({cause.file})" if cause.file else "") for cause in rest]
         line("")
     line("## Nodes\n")
     line("| node | address | reached | Ray | GPUs (MiB used of) | disk free | up |\n|---|---|---|---|---|---|---|")
-    parts += [_row(one) for one in seen.nodes]
+    parts += [_row(node) for node in seen.nodes]
     line("\n## Steps\n")
-    parts += [f"- {name}: {one.outcome}{': ' + one.text if one.text else ''}" for name, one in kept.steps.items()]
+    parts += [f"- {name}: {record.outcome}{': ' + record.text if record.text else ''}" for name, record in kept.steps.items()]
     if missing:
         line("\n## Not in here\n")
         parts += [f"- {node}: {why}" for node, why in missing.items()]
@@ -337,25 +334,25 @@ def summary(seen: Status, found: Sequence[Finding], kept: State, missing: Mappin
     return "\n".join(parts) + "\n"
 
 
-def _row(one: NodeStatus) -> str:
-    reached = "yes" if not one.error else f"no: {one.error}"
-    ray = {True: "alive", False: "lost", None: "runs" if one.raylet else "-"}[one.ray]
-    gpus = ", ".join(f"{_mib(each.used_mib)}/{_mib(each.total_mib)}" for each in one.gpus) or one.gpu_error or "-"
-    disks = ", ".join(f"{each.path} {each.free / 1e9:.0f} GB" for each in one.disks) or "-"
-    return f"| {one.name} | {one.address} | {reached} | {ray} | {gpus} | {disks} | {one.uptime / 3600:.1f} h |"
+def _row(node: NodeStatus) -> str:
+    reached = "yes" if not node.error else f"no: {node.error}"
+    ray = {True: "alive", False: "lost", None: "runs" if node.raylet else "-"}[node.ray]
+    gpus = ", ".join(f"{_mib(gpu.used_mib)}/{_mib(gpu.total_mib)}" for gpu in node.gpus) or node.gpu_error or "-"
+    disks = ", ".join(f"{gpu.path} {gpu.free / 1e9:.0f} GB" for gpu in node.disks) or "-"
+    return f"| {node.name} | {node.address} | {reached} | {ray} | {gpus} | {disks} | {node.uptime / 3600:.1f} h |"
 
 
 def _mib(value: float | None) -> str:
     return "?" if value is None else f"{value:.0f}"
 
 
-def as_json(made: Bundle) -> Json:
+def as_json(bundle: Bundle) -> Json:
     """For machines."""
     return {
-        "path": str(made.path),
-        "files": made.files,
-        "size": made.size,
-        "service": made.status.service.label,
-        "missing": dict(made.missing),
-        "findings": json.loads(json.dumps([one.__dict__ for one in made.findings])),
+        "path": str(bundle.path),
+        "files": bundle.files,
+        "size": bundle.size,
+        "service": bundle.status.service.label,
+        "missing": dict(bundle.missing),
+        "findings": [asdict(finding) for finding in bundle.findings],
     }

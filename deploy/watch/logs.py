@@ -55,14 +55,14 @@ async def engine_log(fleet: Fleet, head: Node, wish: Wish, on_line: OnLine) -> J
 
     log = f"{await fleet.folder(head)}/jobs/{paths.ENGINE_JOB}/log"
     before = f"head -c {status.size} {shlex.quote(log)} | tail -n {wish.lines}"
-    done = await fleet.run(before, nodes=[head], timeout=120)
-    require(done, "reading the engine's log")
-    said = done[head.name].raw
+    results = await fleet.run(before, nodes=[head], timeout=120)
+    require(results, "reading the engine's log")
+    content = results[head.name].raw
     if not wish.follow:
-        for line in said.decode(errors="replace").splitlines():
+        for line in content.decode(errors="replace").splitlines():
             say(line)
         return status
-    return await follow_job(fleet, head, paths.ENGINE_JOB, say, offset=status.size - len(said), patience=wish.patience)
+    return await follow_job(fleet, head, paths.ENGINE_JOB, say, offset=status.size - len(content), patience=wish.patience)
 
 
 async def ray_logs(deployment: Deployment, facts: Facts, node: RemoteNode, wish: Wish, on_line: OnLine, on_cut: OnCut) -> int:
@@ -71,11 +71,11 @@ async def ray_logs(deployment: Deployment, facts: Facts, node: RemoteNode, wish:
     Raises:
         SshError, HostError: the node is not reached; with `follow` only after `wish.patience` seconds.
     """
-    wanted = [{"name": "", "pattern": one} for one in patterns(deployment, facts, node.name)]
+    wanted = [{"name": "", "pattern": pattern} for pattern in patterns(deployment, facts, node.name)]
     offsets: dict[str, int] = {}
     seen, cut = time.monotonic(), False
 
-    def said(event: Json) -> None:
+    def heard(event: Json) -> None:
         nonlocal seen, cut
         seen, cut = time.monotonic(), False
         if event["event"] == "lines":
@@ -86,7 +86,7 @@ async def ray_logs(deployment: Deployment, facts: Facts, node: RemoteNode, wish:
     while True:
         request = {"patterns": wanted, "lines": wish.lines, "follow": wish.follow, "offsets": offsets}
         try:
-            done = await call(node, "watch.tail", request, on_event=said)
+            answer = await call(node, "watch.tail", request, on_event=heard)
         except (SshError, NodeError, HostError) as error:
             if not wish.follow or time.monotonic() - seen > wish.patience:
                 raise
@@ -95,14 +95,14 @@ async def ray_logs(deployment: Deployment, facts: Facts, node: RemoteNode, wish:
             cut = True
         else:
             if not wish.follow:
-                return len(done["offsets"])
+                return len(answer["offsets"])
         await asyncio.sleep(wish.pause)
 
 
 def patterns(deployment: Deployment, facts: Facts, name: str) -> Sequence[str]:
     """Where Ray writes on a node: its own folder; before Ray 2.5x a worker takes the head's path on its own disk."""
-    users = {one.name: one.user for one in facts.nodes}
+    users = {node.name: node.user for node in facts.nodes}
     nodes = (deployment.node(name), deployment.head)
-    folders = dict.fromkeys(paths.ray_temp(deployment, one, users[one.name]) for one in nodes if one.name in users)
+    folders = dict.fromkeys(paths.ray_temp(deployment, node, users[node.name]) for node in nodes if node.name in users)
     ends = ("*.out", "*.err", "*.log")
-    return [posixpath.join(one, "session_latest", "logs", end) for one in folders for end in ends]
+    return [posixpath.join(folder, "session_latest", "logs", end) for folder in folders for end in ends]

@@ -101,23 +101,23 @@ class _Engine:
         return await metrics.scrape(self.forward.local, seconds=5)
 
 
-async def watching(one: Watch, *, every: float, canary_every: float, count: int | None = None) -> AsyncIterator[Moment]:
+async def watching(watch: Watch, *, every: float, canary_every: float, count: int | None = None) -> AsyncIterator[Moment]:
     """A moment every `every` seconds, `count` of them or for ever. The canary holds up the first alone, and briefly."""
-    canary = _Canary(watch=one, every=canary_every, service=Service(word="PLANNED", text="asking for a token"))
+    canary = _Canary(watch=watch, every=canary_every, service=Service(word="PLANNED", text="asking for a token"))
     async with AsyncExitStack() as stack:
         stack.push_async_callback(canary.end)
-        engine = _Engine(watch=one, stack=stack)
+        engine = _Engine(watch=watch, stack=stack)
         before: Metrics | None = None
         looked = time.monotonic()
         for number in itertools.count():
             begun = time.monotonic()
-            vitals, bad = await status.vitals_of(one)
+            vitals, bad = await status.vitals_of(watch)
             canary.look(vitals)
             if number == 0:
                 await canary.first(FIRST)
             now = await engine.scrape()
             passed, looked = time.monotonic() - looked, time.monotonic()
-            seen = status.assemble(one, vitals, bad, canary.service, canary.alive)
+            seen = status.assemble(watch, vitals, bad, canary.service, canary.alive)
             yield _moment(seen, before, now, passed)
             before = now
             if number + 1 == count:
