@@ -1,4 +1,4 @@
-"""Other programs: started so that they end with us, and what they said last. It runs on nodes too: Python's own modules alone."""
+"""Other programs: started so that they end with us, and their last words. It runs on nodes too: Python's own modules alone."""
 
 from __future__ import annotations
 

@@ -135,7 +135,7 @@ def read(path: Path, schema: type[T], *, docs: str = "docs/recipes.md") -> T:
         # A misspelt key is two errors, one unknown and one missing; the unknown one has the line.
         details = min(error.errors(), key=lambda details: details["type"] != "extra_forbidden")
         location = tuple(part for part in details["loc"] if not _is_union_tag(part, values, details["loc"]))
-        line = find_line(text, location)
+        line = _find_line(text, location)
         raise ConfigError(
             f"{path}:{line}: {_sentence(details, location)}", remedy=_remedy(schema, details, location, docs)
         ) from error
@@ -191,7 +191,7 @@ def _known_keys(schema: type[Table], parents: tuple[int | str, ...]) -> list[str
     return sorted({key for node in nodes if isinstance(known := node.get("properties"), dict) for key in known})
 
 
-def find_line(text: str, location: tuple[int | str, ...]) -> int:
+def _find_line(text: str, location: tuple[int | str, ...]) -> int:
     """The line (from 1) of a key, or of the table that should hold it; tomllib keeps no positions."""
     names = [part for part in location if isinstance(part, str)]
     index = next((part for part in location if isinstance(part, int)), 0)
