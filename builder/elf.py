@@ -238,13 +238,13 @@ class _Tables:
     def definitions(self) -> dict[int, str]:
         """Versions defined, by index."""
         data = self._rest("DT_VERDEF")
-        at, found = 0, {}
+        at, versions = 0, {}
         for _ in range(self._tags.get("DT_VERDEFNUM", 0) if data else 0):
             _version, flags, index, _count, _hash, first, following = struct.unpack_from("<HHHHIII", data, at)
             if not flags & _FLAG_BASE:
-                found[index & ~_HIDDEN_BIT] = self._text(struct.unpack_from("<I", data, at + first)[0])
+                versions[index & ~_HIDDEN_BIT] = self._text(struct.unpack_from("<I", data, at + first)[0])
             at = _next(at, following, data)
-        return found
+        return versions
 
     def _rest(self, tag: str) -> memoryview:
         """From a table's start to the end of the file: version tables do not say their size in the dynamic table."""

@@ -23,7 +23,7 @@ def judge(contents: Contents, policy: Policy) -> Verdict:
     objects = contents.loadable(policy.target)
     if not objects:
         return not_applicable(GATE, f"the wheel holds no ELF object for {policy.target}")
-    complaints = [f"{name}: {wrong}" for name, found in objects.items() for wrong in _wrong(found)]
+    complaints = [f"{name}: {wrong}" for name, binary in objects.items() for wrong in _wrong(binary)]
     if complaints:
         return refused(GATE, complaints)
     return passed(GATE, "every PT_LOAD is aligned to at least 64 KiB")

@@ -35,7 +35,7 @@ class Contents:
 
     def loadable(self, target: Arch) -> dict[str, elf.Object]:
         """The objects that the target's loader could take; the others are the machine gate's business."""
-        return {name: found for name, found in self.objects.items() if is_for(found, target)}
+        return {name: binary for name, binary in self.objects.items() if is_for(binary, target)}
 
 
 def is_for(found: elf.Object, target: Arch) -> bool:

@@ -24,7 +24,7 @@ class UnreadableError(ValueError):
 
 def judge(contents: Contents, policy: Policy) -> Verdict:
     """Every object with a fatbin section, through NVIDIA's cuobjdump."""
-    objects = {name: found.path for name, found in contents.loadable(policy.target).items() if found.fatbin}
+    objects = {name: binary.path for name, binary in contents.loadable(policy.target).items() if binary.fatbin}
     if not objects:
         if policy.needs_cubins:
             return refused(GATE, ["the recipe compiles CUDA code and the wheel holds none"])
@@ -34,10 +34,10 @@ def judge(contents: Contents, policy: Policy) -> Verdict:
     if policy.cuobjdump is None:
         return refused(GATE, ["there is CUDA device code and no cuobjdump to read it with"])
     try:
-        found = {name: _cubins(policy.cuobjdump, name, path) for name, path in objects.items()}
+        cubins = {name: _cubins(policy.cuobjdump, name, path) for name, path in objects.items()}
     except UnreadableError as error:
         return refused(GATE, [str(error)])
-    return compare(found, policy)
+    return compare(cubins, policy)
 
 
 def compare(found: dict[str, tuple[list[str], list[str]]], policy: Policy) -> Verdict:
@@ -79,12 +79,12 @@ def _cubins(cuobjdump: Path, name: str, path: Path) -> tuple[list[str], list[str
 
 def _run(cuobjdump: Path, option: str, path: Path) -> str:
     try:
-        done = subprocess.run([cuobjdump, option, path], capture_output=True, text=True, check=False)
+        process = subprocess.run([cuobjdump, option, path], capture_output=True, text=True, check=False)
     except OSError as error:
         raise HostError(
             f"{cuobjdump} does not run: {error}", remedy="`builder doctor` says what this machine lacks"
         ) from error
     # It also ends with 255 where there is merely none of the kind asked for.
-    if done.returncode and "does not contain device code" not in done.stdout + done.stderr:
-        raise UnreadableError(last_line(done.stdout + done.stderr).removeprefix("cuobjdump fatal   : "))
-    return done.stdout
+    if process.returncode and "does not contain device code" not in process.stdout + process.stderr:
+        raise UnreadableError(last_line(process.stdout + process.stderr).removeprefix("cuobjdump fatal   : "))
+    return process.stdout

@@ -58,8 +58,8 @@ def judge(contents: Contents, policy: Policy) -> Verdict:
         details += [f"{name} ({entry.license}, from {entry.origin})" for name in found_names]
     if complaints:
         return refused(GATE, complaints, details)
-    said = f"{len(details)} declared third-party files and no other" if details else "no third-party file inside"
-    return passed(GATE, said, details)
+    summary = f"{len(details)} declared third-party files and no other" if details else "no third-party file inside"
+    return passed(GATE, summary, details)
 
 
 def _third_party(name: str, contents: Contents, sonames: frozenset[str]) -> str | None:
@@ -69,9 +69,9 @@ def _third_party(name: str, contents: Contents, sonames: frozenset[str]) -> str 
         return "in a .libs folder, where auditwheel grafts"
     if any(fnmatch(path.name, pattern) for pattern in TOOLS):
         return "part of the CUDA toolkit"
-    found = contents.objects.get(name)
+    binary = contents.objects.get(name)
     names = {path.name} if ".so" in path.name else set()
-    names |= {found.soname} if found is not None and found.soname else set()
+    names |= {binary.soname} if binary is not None and binary.soname else set()
     for own in sorted(names):
         plain = _HASHED.sub("", own)
         if any(fnmatch(plain, f"{pattern}.so*") for pattern in LIBRARIES):
@@ -83,7 +83,7 @@ def _third_party(name: str, contents: Contents, sonames: frozenset[str]) -> str 
 
 def _sha256(contents: Contents, name: str) -> str:
     with zipfile.ZipFile(contents.wheel) as archive, archive.open(name) as stream:
-        found = hashlib.sha256()
+        digest = hashlib.sha256()
         while chunk := stream.read(1 << 20):
-            found.update(chunk)
-    return found.hexdigest()
+            digest.update(chunk)
+    return digest.hexdigest()

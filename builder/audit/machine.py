@@ -12,12 +12,12 @@ GATE = "elf-machine"
 
 def judge(contents: Contents, policy: Policy) -> Verdict:
     """Machine, word size and byte order of shared objects and executables; object files that nothing loads are let be."""
-    loadable = {name: found for name, found in contents.objects.items() if found.kind in elf.LOADABLE}
+    loadable = {name: binary for name, binary in contents.objects.items() if binary.kind in elf.LOADABLE}
     complaints = [f"{name}: {reason}" for name, reason in contents.damaged.items()]
     complaints += [
-        f"{name} is for {_machine(found)}, not {policy.target}"
-        for name, found in loadable.items()
-        if not is_for(found, policy.target)
+        f"{name} is for {_machine(binary)}, not {policy.target}"
+        for name, binary in loadable.items()
+        if not is_for(binary, policy.target)
     ]
     if complaints:
         return refused(GATE, complaints)

@@ -30,7 +30,7 @@ class Library:
     name: str
     "File name in the wheel, path below the environment or the root, or a soname."
     place: Place
-    found: elf.Object
+    binary: elf.Object
 
     @property
     def label(self) -> str:
@@ -40,13 +40,13 @@ class Library:
 
 def library_files(site_packages: Path) -> dict[str, list[str]]:
     """Shared libraries of an environment by file name, as paths below it; the likeliest to be loaded first."""
-    found: dict[str, list[str]] = defaultdict(list)
+    files: dict[str, list[str]] = defaultdict(list)
     for folder, folders, names in os.walk(site_packages):
         folders[:] = [name for name in folders if name not in ("include", "__pycache__")]
         for name in names:
             if name.startswith("lib") and ".so" in name:
-                found[name].append((Path(folder) / name).relative_to(site_packages).as_posix())
-    return {name: sorted(paths, key=_preference) for name, paths in found.items()}
+                files[name].append((Path(folder) / name).relative_to(site_packages).as_posix())
+    return {name: sorted(paths, key=_preference) for name, paths in files.items()}
 
 
 def _preference(path: str) -> tuple[int, str]:
@@ -109,7 +109,7 @@ class Providers:
 
     def own(self, name: str) -> Library:
         """An object of the wheel."""
-        return Library(name=name, place="wheel", found=self._objects[name])
+        return Library(name=name, place="wheel", binary=self._objects[name])
 
     def names(self) -> Iterable[str]:
         """The wheel's objects."""
@@ -144,7 +144,7 @@ class Providers:
             depth = "" if folder.endswith("bin") else "**/"
             for path in sorted((root / folder).glob(f"{depth}python{self._policy.python}*")):
                 library = self._library(inside(root, path.relative_to(root).as_posix()), path.name, "interpreter")
-                if library is not None and library.found.exports.meet("PyModule_Create2", None):
+                if library is not None and library.binary.exports.meet("PyModule_Create2", None):
                     return library
         return None
 
@@ -152,7 +152,7 @@ class Providers:
         """The library where the requester's own RUNPATH or RPATH finds it, whatever is loaded already."""
         if requester.place not in ("wheel", "environment"):
             return None
-        for entry in requester.found.search:
+        for entry in requester.binary.search:
             head, _, rest = entry.partition("/")
             if head not in ORIGIN:
                 continue
@@ -189,18 +189,18 @@ class Providers:
             return None
         if path not in self._read:
             try:
-                found: elf.Object | None = elf.read(path)
+                binary: elf.Object | None = elf.read(path)
             except elf.NotElfError:
-                found = None
-            self._read[path] = found if found is not None and is_for(found, self._policy.target) else None
+                binary = None
+            self._read[path] = binary if binary is not None and is_for(binary, self._policy.target) else None
         read = self._read[path]
-        return None if read is None else Library(name=name, place=place, found=read)
+        return None if read is None else Library(name=name, place=place, binary=read)
 
 
 def _own_names(objects: dict[str, elf.Object]) -> dict[str, str]:
     """The wheel's objects by file name and by soname."""
     names = {posixpath.basename(name): name for name in objects}
-    return names | {found.soname: name for name, found in objects.items() if found.soname}
+    return names | {binary.soname: name for name, binary in objects.items() if binary.soname}
 
 
 def _driver_library(policy: Policy) -> Library | None:
@@ -208,8 +208,8 @@ def _driver_library(policy: Policy) -> Library | None:
     if symbols is None:
         return None
     exports = elf.Exports(symbols=dict.fromkeys(symbols, (1,)), versions={}, versioned=False)
-    found = elf.Object(
+    binary = elf.Object(
         path=Path(driver.SONAME), machine="", bits=64, little_endian=True, kind="ET_DYN", interpreter=False, segments=(),
         soname=driver.SONAME, needed=(), rpath=(), runpath=(), fatbin=False, needs=(), references=(), exports=exports,
     )  # fmt: skip
-    return Library(name=driver.SONAME, place="driver", found=found)
+    return Library(name=driver.SONAME, place="driver", binary=binary)

@@ -19,7 +19,7 @@ _SUFFIX = re.compile(r"\.cpython-(\d+)[a-z]*-(.+)\.so$")
 
 def judge(contents: Contents, policy: Policy) -> Verdict:
     """File suffixes against the tag, the tag against the stack's Python, and the name of the init function."""
-    modules = {name: found for name, found in contents.loadable(policy.target).items() if _inits(found)}
+    modules = {name: binary for name, binary in contents.loadable(policy.target).items() if _inits(binary)}
     if not modules:
         return not_applicable(GATE, "the wheel holds no extension module")
     try:
@@ -27,8 +27,8 @@ def judge(contents: Contents, policy: Policy) -> Verdict:
     except InvalidWheelFilename:
         return not_applicable(GATE, "the file name has no tags to hold the modules against; the wheel gate refuses it")
     complaints = _installable(tags, policy.python)
-    for name, found in modules.items():
-        complaints += _suffix(name, tags, policy) + _init(name, found)
+    for name, binary in modules.items():
+        complaints += _suffix(name, tags, policy) + _init(name, binary)
     if complaints:
         return refused(GATE, complaints)
     return passed(GATE, f"the extension modules fit the tag {_text(tags)} and Python {policy.python}", sorted(modules))

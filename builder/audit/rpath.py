@@ -26,13 +26,13 @@ def judge(contents: Contents, policy: Policy) -> Verdict:
         return not_applicable(GATE, f"the wheel holds no ELF object for {policy.target}")
     complaints = [
         f"{name} has {kind} {entry or '(the working directory)'}"
-        for name, found in objects.items()
-        for kind, entry in entries(found)
+        for name, binary in objects.items()
+        for kind, entry in entries(binary)
         if not allowed(entry, policy.build_paths)
     ]
     if complaints:
         return refused(GATE, complaints)
-    kept = [f"{name}: {kind} {entry}" for name, found in objects.items() for kind, entry in entries(found)]
+    kept = [f"{name}: {kind} {entry}" for name, binary in objects.items() for kind, entry in entries(binary)]
     return passed(GATE, "only entries relative to $ORIGIN" if kept else "no RPATH and no RUNPATH", kept)
 
 

@@ -49,7 +49,7 @@ def judge(contents: Contents, policy: Policy) -> Verdict:
     python = _python_scope(providers, policy, findings)
     for root in _roots(providers):
         scope = _closure(root, providers, findings)
-        seen = scope if root.found.interpreter else [*python, *scope]
+        seen = scope if root.binary.interpreter else [*python, *scope]
         for library in scope:
             if library.place == "wheel":
                 _check(library, seen, findings)
@@ -85,12 +85,12 @@ def _roots(providers: Providers) -> list[Library]:
     needed = {
         found.name
         for library in own
-        for soname in library.found.needed
+        for soname in library.binary.needed
         if (found := providers.find(soname, library)) is not None and found.place == "wheel" and found.name != library.name
     }
     # Objects that need each other in a circle have no root among them: each then counts as one.
     roots = [library for library in own if library.name not in needed]
-    reached = {found.name for root in roots for found in _closure(root, providers, _Findings())}
+    reached = {library.name for root in roots for library in _closure(root, providers, _Findings())}
     return roots + [library for library in own if library.name not in reached]
 
 
@@ -98,17 +98,17 @@ def _closure(root: Library, providers: Providers, findings: _Findings) -> list[L
     """The root and all that it needs, in the loader's order."""
     scope, known = [root], {_identity(root)}
     for library in scope:
-        for soname in library.found.needed:
-            found = providers.find(soname, library)
-            if found is None:
+        for soname in library.binary.needed:
+            provider = providers.find(soname, library)
+            if provider is None:
                 _report_absent(soname, library, findings)
                 continue
-            if found.place == "wheel" and providers.led_to(soname, library) is None:
+            if provider.place == "wheel" and providers.led_to(soname, library) is None:
                 note = f"{library.name} names no folder for {soname}: the wheel must load its own before"
                 findings.notes[note] = None
-            if (identity := _identity(found)) not in known:
+            if (identity := _identity(provider)) not in known:
                 known.add(identity)
-                scope.append(found)
+                scope.append(provider)
     return scope
 
 
@@ -131,8 +131,8 @@ def _check(library: Library, scope: list[Library], findings: _Findings) -> None:
         findings.complaints[complaint] = None
     counts = findings.resolved.setdefault(library.name, Counter())
     counts.clear()
-    for reference in library.found.references:
-        provider = next((one for one in scope if one.found.exports.meet(reference.name, reference.version)), None)
+    for reference in library.binary.references:
+        provider = next((other for other in scope if other.binary.exports.meet(reference.name, reference.version)), None)
         if provider is not None:
             counts[provider.label] += 1
         elif reference.weak:
@@ -142,18 +142,21 @@ def _check(library: Library, scope: list[Library], findings: _Findings) -> None:
 
 
 def _unmet_versions(library: Library, scope: list[Library]) -> Iterator[str]:
-    for need in library.found.needs:
-        provider = next((one for one in scope if need.file in (one.found.soname, one.name.rsplit("/", 1)[-1])), None)
-        if provider is None or need.weak or not provider.found.exports.versions:
+    for need in library.binary.needs:
+        provider = next(
+            (other for other in scope if need.file in (other.binary.soname, other.name.rsplit("/", 1)[-1])),
+            None,
+        )
+        if provider is None or need.weak or not provider.binary.exports.versions:
             continue
-        defined = provider.found.exports.versions.values()
+        defined = provider.binary.exports.versions.values()
         if need.version not in defined:
             newest = _newest(need.version, list(defined)) or "none of that kind"
             yield f"{library.name} needs version {need.version} of {need.file}; the stack's has {newest}"
 
 
 def _second_runtime(library: Library, scope: list[Library]) -> Iterator[str]:
-    if _CXX_THROW in library.found.exports.symbols and any(one.found.soname == _CXX_RUNTIME for one in scope):
+    if _CXX_THROW in library.binary.exports.symbols and any(other.binary.soname == _CXX_RUNTIME for other in scope):
         yield (
             f"{library.name} has a C++ runtime of its own beside {_CXX_RUNTIME}, which it is loaded with: an exception that "
             f"crosses between them crashes; link with the shared one, without -static-libstdc++"

@@ -104,12 +104,12 @@ def _false(claims: list[str], measured: tuple[int, int] | None, target: Arch, be
 def measure(contents: Contents, policy: Policy) -> tuple[tuple[int, int] | None, list[str]]:
     """The level that auditwheel finds, and why there is none."""
     # No folder of this machine is searched: what a library of the host needs says nothing about the wheel.
-    done = auditwheel(["show", "--json", "--ldpaths", os.devnull, str(contents.wheel)])
+    process = auditwheel(["show", "--json", "--ldpaths", os.devnull, str(contents.wheel)])
     try:
-        report = json.loads(done.stdout)
+        report = json.loads(process.stdout)
     except json.JSONDecodeError:
-        said = last_line(done.stderr)
-        return None, [f"auditwheel cannot measure the wheel: {said}"]
+        words = last_line(process.stderr)
+        return None, [f"auditwheel cannot measure the wheel: {words}"]
     if "error" in report:
         return None, [f"auditwheel cannot measure the wheel: {' '.join(str(report['error']).split())}"]
     return _read(report, contents, policy)
@@ -135,22 +135,22 @@ def _read(report: dict[str, Any], contents: Contents, policy: Policy) -> tuple[t
 
 def _own_names(contents: Contents) -> set[str]:
     names = {name.rsplit("/", 1)[-1] for name in contents.objects}
-    return names | {found.soname for found in contents.objects.values() if found.soname}
+    return names | {binary.soname for binary in contents.objects.values() if binary.soname}
 
 
 def forcing(measured: tuple[int, int], policy: Policy, contents: Contents) -> list[str]:
     """A symbol for each version that demands the level, as `pthread_create@GLIBC_2.34 of demo/_core.so`."""
     policies = WheelPolicies(libc=Libc.GLIBC, arch=Architecture(policy.target.value))
     lines = []
-    for name, found in contents.loadable(policy.target).items():
-        for need in found.needs:
+    for name, binary in contents.loadable(policy.target).items():
+        for need in binary.needs:
             if _forces(policies, f"{_name(measured)}_{policy.target}", need.version):
-                symbol = next((ref.name for ref in found.references if ref.version == need.version), need.file)
+                symbol = next((ref.name for ref in binary.references if ref.version == need.version), need.file)
                 lines.append(f"{symbol}@{need.version} of {name}")
     return sorted(lines)
 
 
 def _forces(policies: WheelPolicies, level: str, version: str) -> bool:
     """Whether this version alone already demands the level (and not the oldest level, which nothing forces)."""
-    found = policies.versioned_symbols_policy({"": {version}})
-    return bool(found.name == level and found != policies.highest)
+    demanded = policies.versioned_symbols_policy({"": {version}})
+    return bool(demanded.name == level and demanded != policies.highest)

@@ -60,26 +60,26 @@ def target_of(wheel: Path) -> Arch:
         tags = parse_wheel_filename(wheel.name)[3]
     except InvalidWheelFilename as error:
         raise WheelError(f"{wheel.name}: {error}", remedy="give the wheel the name it was built with") from error
-    found = {arch for arch in Arch for tag in tags if tag.platform.endswith(f"_{arch.value}")}
-    if len(found) != 1:
+    archs = {arch for arch in Arch for tag in tags if tag.platform.endswith(f"_{arch.value}")}
+    if len(archs) != 1:
         raise WheelError(
-            f"{wheel.name} is for {' and '.join(sorted(found)) or 'no architecture that we know'}",
+            f"{wheel.name} is for {' and '.join(sorted(archs)) or 'no architecture that we know'}",
             remedy="audit wheels whose platform tag ends in _aarch64 or _x86_64",
         )
-    return found.pop()
+    return archs.pop()
 
 
 def judge(wheel: Path, policy: Policy) -> Verdict:
     """Name, version, size, WHEEL, METADATA and RECORD."""
-    found = _size(wheel, policy)
+    problems = _size(wheel, policy)
     try:
         name, version, _build, _tags = parse_wheel_filename(wheel.name)
-        found += _promise(name, version, policy)
+        problems += _promise(name, version, policy)
     except InvalidWheelFilename:
         pass  # `complaints` says so
-    found += complaints(wheel)
-    if found:
-        return refused(GATE, found)
+    problems += complaints(wheel)
+    if problems:
+        return refused(GATE, problems)
     return passed(GATE, f"{name} {version}, {_sized(wheel.stat().st_size)}; WHEEL, METADATA and RECORD agree with the content")
 
 
@@ -211,7 +211,7 @@ def _digest_fits(archive: zipfile.ZipFile, row: list[str]) -> bool:
 
 
 def _hash(stream: IO[bytes], algorithm: str) -> str:
-    found = hashlib.new(algorithm)
+    digest = hashlib.new(algorithm)
     while chunk := stream.read(1 << 20):
-        found.update(chunk)
-    return urlsafe_b64encode(found.digest()).rstrip(b"=").decode()
+        digest.update(chunk)
+    return urlsafe_b64encode(digest.digest()).rstrip(b"=").decode()

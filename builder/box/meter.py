@@ -93,13 +93,13 @@ class Usage:
 @contextlib.contextmanager
 def watch() -> Iterator[Usage]:
     """Measure what runs in this process, children included, while the block runs."""
-    usage, done, before = Usage(), threading.Event(), _cpu_of_us()
+    usage, ended, before = Usage(), threading.Event(), _cpu_of_us()
 
     def look() -> None:
         usage.peak_memory = max(usage.peak_memory, sum(map(_memory_of, _tree(os.getpid()))))
 
     def sample() -> None:
-        while not done.wait(_SAMPLE):
+        while not ended.wait(_SAMPLE):
             look()
 
     look()
@@ -108,7 +108,7 @@ def watch() -> Iterator[Usage]:
     try:
         yield usage
     finally:
-        done.set()
+        ended.set()
         sampler.join()
         look()
         usage.cpu_s = _cpu_of_us() - before

@@ -141,15 +141,15 @@ def end_tree() -> float:
 
 def children() -> list[int]:
     """Our children, from /proc (proc(5): the fourth field of stat is the parent)."""
-    found: list[int] = []
+    pids: list[int] = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             parent = int(stat.read_bytes().rpartition(b")")[2].split()[1])
         except OSError:
             continue
         if parent == os.getpid():
-            found.append(int(stat.parent.name))
-    return found
+            pids.append(int(stat.parent.name))
+    return pids
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ class Comparison(Table):
         """One line for people."""
         if self.verdict == "identical":
             return "identical: every byte"
-        places = ", ".join(f"{one.file} ({one.where})" for one in self.differences[:6])
+        places = ", ".join(f"{difference.file} ({difference.where})" for difference in self.differences[:6])
         more = f", and {len(self.differences) - 6} more" if len(self.differences) > 6 else ""
         return f"{self.verdict}: {places}{more}"
 
@@ -84,13 +84,13 @@ def compare(first: Path, second: Path) -> Comparison:
         if first.read_bytes() == second.read_bytes():
             return Comparison(verdict="identical")
         with zipfile.ZipFile(first) as one, zipfile.ZipFile(second) as other:
-            found = tuple(_wheels(one, other))
+            differences = tuple(_wheels(one, other))
     except UNREADABLE as error:
         raise VerifyError(f"{first.name} and {second.name} cannot be compared: {error}") from error
     if first.name != second.name:
-        found = (Difference(file=second.name, where="another file name"), *found)
-    only_device = bool(found) and all(one.device for one in found)
-    return Comparison(verdict="device code only" if only_device else "differs", differences=found)
+        differences = (Difference(file=second.name, where="another file name"), *differences)
+    only_device = bool(differences) and all(difference.device for difference in differences)
+    return Comparison(verdict="device code only" if only_device else "differs", differences=differences)
 
 
 def _wheels(one: zipfile.ZipFile, other: zipfile.ZipFile) -> Iterator[Difference]:
@@ -102,7 +102,9 @@ def _wheels(one: zipfile.ZipFile, other: zipfile.ZipFile) -> Iterator[Difference
         yield Difference(file="the archive", where="order of the files")
     changed = [name for name in both if one.read(name) != other.read(name)]
     records = [name for name in changed if name.endswith(".dist-info/RECORD")]
-    contents = [found for name in changed if name not in records for found in _files(name, one.read(name), other.read(name))]
+    contents = [
+        difference for name in changed if name not in records for difference in _files(name, one.read(name), other.read(name))
+    ]
     yield from contents
     if not contents and not records:
         # The content is the same, the bytes of the archive are not.
@@ -119,9 +121,9 @@ def _files(name: str, first: bytes, second: bytes) -> Iterator[Difference]:
     if one is None or other is None:
         yield Difference(file=name, where=f"content, from byte {_first_difference(first, second)}")
         return
-    found = list(_sections(name, one, other))
-    hashes = [difference for difference in found if difference.where in DERIVED_SECTIONS]
-    rest = [difference for difference in found if difference not in hashes]
+    differences = list(_sections(name, one, other))
+    hashes = [difference for difference in differences if difference.where in DERIVED_SECTIONS]
+    rest = [difference for difference in differences if difference not in hashes]
     yield from rest
     if not rest:
         yield from hashes or [Difference(file=name, where="bytes between the sections")]
@@ -183,8 +185,8 @@ def again(plan: Plan, settings: Settings, console: Console, jobs: int | None = N
                 (settings.home / name).mkdir(exist_ok=True)
                 (home / name).symlink_to((settings.home / name).resolve())
             elsewhere = Settings.model_validate(settings.model_dump() | {"home": home})
-            done = build.build(plan, BuildOptions(jobs=jobs, compiler_cache=False), elsewhere, console)
-            wheel = record.wheel_path(elsewhere, done)
+            built = build.build(plan, BuildOptions(jobs=jobs, compiler_cache=False), elsewhere, console)
+            wheel = record.wheel_path(elsewhere, built)
             assert wheel is not None
             yield wheel
         finally:

@@ -73,10 +73,10 @@ def local_index(settings: Settings) -> Iterator[tuple[str, str]]:
 
 def _url(line: str) -> str | None:
     try:
-        found = json.loads(line).get("url")
+        url = json.loads(line).get("url")
     except ValueError:
         return None
-    return str(found).rstrip("/") if found else None
+    return str(url).rstrip("/") if url else None
 
 
 def _token(folder: Path) -> str:
@@ -92,19 +92,22 @@ def run(plan: Plan, settings: Settings, console: Console) -> Installed:
         GracefarmError: of the step that failed.
     """
     refuse_objects(plan.stack.data)
-    done = build(plan, BuildOptions(), settings, console)
-    folder = record.folder(settings, done.build_id)
+    built = build(plan, BuildOptions(), settings, console)
+    folder = record.folder(settings, built.build_id)
     with lock(settings.home / "locks" / "run"), local_index(settings) as (url, token):
         console.step("index", f"serving {url}/simple/ from {settings.home / 'index'}")
-        wheel = record.wheel_path(settings, done)
+        wheel = record.wheel_path(settings, built)
         assert wheel is not None
         # Not noted in the record: the address ends with this run.
         publish.upload(wheel, f"{url}/legacy/", ("__token__", token))
         console.step("publish", f"{wheel.name} to {url}/legacy/")
-        tell_index(done.build_id, f"{url}/legacy/", settings, console, ("__token__", token))
+        tell_index(built.build_id, f"{url}/legacy/", settings, console, ("__token__", token))
         _install_back(plan, f"{url}/simple/", settings, console, folder)
     return Installed(
-        wheel=str(wheel), record=str(record.path(settings, done.build_id)), log=str(folder / "log.txt"), build_id=done.build_id
+        wheel=str(wheel),
+        record=str(record.path(settings, built.build_id)),
+        log=str(folder / "log.txt"),
+        build_id=built.build_id,
     )
 
 

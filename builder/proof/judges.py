@@ -6,7 +6,7 @@ import ast
 import hashlib
 import json
 from functools import cache
-from importlib.resources import files
+from pathlib import Path
 
 from builder.planning.recipe import LoadedRecipe
 
@@ -35,9 +35,12 @@ RULES = (
 "Modules whose code decides whether a wheel passes, below builder/."
 
 
+_CODE = Path(__file__).parents[1]
+
+
 def digest(recipe: LoadedRecipe) -> str:
     """Hex sha256 of what judges a wheel of the recipe: gates, smoke tests, and what the recipe itself asks."""
-    content = hashlib.sha256(_rules().encode())
+    content = hashlib.sha256(rules().encode())
     for script in (recipe.smoke_script, recipe.smoke_gpu_script):
         content.update((script.read_bytes() if script else b"") + b"\0")
     wheel = recipe.data.wheel.model_dump(mode="json", include={"bundled", "max_size"})
@@ -46,12 +49,12 @@ def digest(recipe: LoadedRecipe) -> str:
 
 
 @cache
-def _rules() -> str:
-    code = files("builder")
-    symbols = [entry for entry in code.joinpath("data").iterdir() if entry.name.startswith("driver-symbols")]
-    rules = {name: code_digest(code.joinpath(name).read_text()) for name in RULES}
-    rules |= {entry.name: hashlib.sha256(entry.read_bytes()).hexdigest() for entry in symbols}
-    return json.dumps(rules, sort_keys=True)
+def rules(code: Path = _CODE) -> str:
+    """Hex sha256 of RULES and of the driver's symbols in the folder of the program; comments are not in it."""
+    parts = [f"{name} {code_digest((code / name).read_text())}" for name in RULES]
+    for listing in sorted((code / "data").glob("driver-symbols-*.txt")):
+        parts += [listing.name, *(line for line in listing.read_text().splitlines() if not line.startswith("#"))]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def code_digest(text: str) -> str:

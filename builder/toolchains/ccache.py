@@ -26,11 +26,11 @@ _NOT_THE_COMPILERS = ("environment", "torch", "python", "sm", "glibc", "objects_
 def program() -> Path | None:
     """ccache's binary; None where it is not installed, and a build goes on without."""
     try:
-        found = distribution(_PACKAGE).files or []
+        files = distribution(_PACKAGE).files or []
     except PackageNotFoundError:
         return None
-    places = [Path(str(one.locate())).resolve() for one in found if one.name == "ccache"]
-    return next((one for one in places if one.is_file() and os.access(one, os.X_OK)), None)
+    places = [Path(str(file.locate())).resolve() for file in files if file.name == "ccache"]
+    return next((place for place in places if place.is_file() and os.access(place, os.X_OK)), None)
 
 
 def enabled(settings: Settings) -> bool:

@@ -90,9 +90,9 @@ class ContainerToolchain(SandboxToolchain):
         Raises:
             ConfigError: it does not.
         """
-        found = plan.stack.data.container.get(plan.target)
-        if found is None or (plan.recipe.data.build.cuda and found.cuda is None):
-            lacks = "names no container image" if found is None else "names no CUDA in its container image"
+        image = plan.stack.data.container.get(plan.target)
+        if image is None or (plan.recipe.data.build.cuda and image.cuda is None):
+            lacks = "names no container image" if image is None else "names no CUDA in its container image"
             raise ConfigError(
                 f"stack {plan.stack.data.name} {lacks} for {plan.target.value}",
                 remedy=f"complete [container.{plan.target.value}] in its stack.toml, or leave --toolchain container out",

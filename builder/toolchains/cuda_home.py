@@ -78,10 +78,10 @@ def _driver_stub(folder: Path, root: Path, cuda: str) -> None:
         memory=0,
     )
     command = ["gcc", "-shared", "-fPIC", "-O1", "-nostdlib", "-Wl,-soname,libcuda.so.1", "-o", "libcuda.so", "stub.c"]
-    done = subprocess.run(box.command(command), capture_output=True, text=True, check=False)
-    if done.returncode:
+    process = subprocess.run(box.command(command), capture_output=True, text=True, check=False)
+    if process.returncode:
         raise RootError(
-            f"the driver's stand-in cannot be compiled: {done.stderr.strip()[-500:]}", remedy="run `builder doctor`"
+            f"the driver's stand-in cannot be compiled: {process.stderr.strip()[-500:]}", remedy="run `builder doctor`"
         )
     (folder / "stub.c").unlink()
 

@@ -101,7 +101,7 @@ class HostTools:
     @property
     def site_packages(self) -> Path:
         """The folder of the own environment that has torch, else its first."""
-        return next((one for one in self.interpreter.sites if (one / "torch").is_dir()), self.interpreter.sites[0])
+        return next((site for site in self.interpreter.sites if (site / "torch").is_dir()), self.interpreter.sites[0])
 
     @cached_property
     def stack(self) -> LoadedStack:
@@ -194,27 +194,27 @@ def _interpreter(base: LoadedStack, wanted: Wanted) -> Interpreter:
         )
     if place.is_dir():
         place = place / "bin" / "python3"
-    found = probe(place)
-    if wanted.environment is None and found.minor != python:
+    interpreter = probe(place)
+    if wanted.environment is None and interpreter.minor != python:
         raise HostError(
-            f"{place} is Python {found.minor}, the lock of stack {base.data.name} is for {python}",
+            f"{place} is Python {interpreter.minor}, the lock of stack {base.data.name} is for {python}",
             remedy=f"name a Python {python} with --python PATH, or take one with its own torch: --environment PATH",
         )
-    if not found.header.is_file():
-        raise HostError(f"{place} has no {found.header}", remedy=f"install python{found.minor}-dev")
+    if not interpreter.header.is_file():
+        raise HostError(f"{place} has no {interpreter.header}", remedy=f"install python{interpreter.minor}-dev")
     if wanted.environment is not None:
-        missing = [name for name in ("build", "setuptools") if name not in found.distributions]
+        missing = [name for name in ("build", "setuptools") if name not in interpreter.distributions]
         if missing:
             raise HostError(
                 f"the environment of {place} lacks {' and '.join(missing)}",
                 remedy=f"{place} -m pip install {' '.join(missing)} wheel ninja packaging",
             )
-    return found
+    return interpreter
 
 
 def _on_path(name: str) -> Path | None:
-    found = shutil.which(name)
-    return Path(found) if found else None
+    program = shutil.which(name)
+    return Path(program) if program else None
 
 
 def probe(executable: Path) -> Interpreter:
@@ -225,29 +225,29 @@ def probe(executable: Path) -> Interpreter:
     """
     kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
     try:
-        done = subprocess.run(
+        process = subprocess.run(
             [executable, "-c", _PROBE], capture_output=True, text=True, check=False, env=kept, cwd="/", timeout=120
         )
     except OSError as error:
         raise HostError(f"{executable} does not run: {error.strerror}", remedy="name a Python that does") from error
-    if done.returncode:
-        said = last_line(done.stderr)
-        raise HostError(f"{executable} is no Python that can build: {said}", remedy="name one that does")
+    if process.returncode:
+        answer = last_line(process.stderr)
+        raise HostError(f"{executable} is no Python that can build: {answer}", remedy="name one that does")
     try:
-        said = json.loads(done.stdout)
+        answer = json.loads(process.stdout)
     except ValueError as error:
         raise HostError(f"{executable} is no Python: it does not answer as one", remedy="name one that does") from error
-    if said["implementation"] != "cpython":
-        raise HostError(f"{executable} is {said['implementation']}", remedy="name a CPython")
+    if answer["implementation"] != "cpython":
+        raise HostError(f"{executable} is {answer['implementation']}", remedy="name a CPython")
     return Interpreter(
         executable=executable.absolute(),
-        version=said["version"],
-        real=Path(said["interpreter"]),
-        scripts=Path(said["scripts"]),
-        header=Path(said["header"]),
-        library=said["library"],
-        sites=tuple(map(Path, said["sites"])),
-        distributions={canonicalize_name(name): version for name, version in said["distributions"].items() if name},
+        version=answer["version"],
+        real=Path(answer["interpreter"]),
+        scripts=Path(answer["scripts"]),
+        header=Path(answer["header"]),
+        library=answer["library"],
+        sites=tuple(map(Path, answer["sites"])),
+        distributions={canonicalize_name(name): version for name, version in answer["distributions"].items() if name},
     )
 
 
@@ -261,7 +261,7 @@ def _check_torch(base: LoadedStack, wanted: Wanted, interpreter: Interpreter) ->
         raise HostError(
             f"the environment of {interpreter.executable} has no torch", remedy=f"install torch {stack.torch.version} in it"
         )
-    site = next((one for one in interpreter.sites if (one / "torch" / "version.py").is_file()), None)
+    site = next((site for site in interpreter.sites if (site / "torch" / "version.py").is_file()), None)
     cuda = torch_facts.read(site).get("cuda") if site else None
     if Version(version).public != Version(stack.torch.version).public or cuda != stack.torch.cuda:
         raise HostError(
@@ -291,28 +291,28 @@ def _gcc() -> Iterator[tuple[str, str]]:
 def _links_cxx_statically() -> bool:
     """Whether a shared object that throws gets a C++ runtime of its own: then no exception could pass from it to torch."""
     with tempfile.TemporaryDirectory() as folder:
-        source, made = Path(folder, "throws.cpp"), Path(folder, "throws.so")
+        source, library = Path(folder, "throws.cpp"), Path(folder, "throws.so")
         source.write_text('#include <stdexcept>\nvoid fail() { throw std::runtime_error(""); }\n')
         compiler = os.environ.get("CXX") or "g++"
-        done = subprocess.run(
-            [compiler, "-shared", "-fPIC", "-o", made, source], capture_output=True, text=True, check=False, timeout=60
+        process = subprocess.run(
+            [compiler, "-shared", "-fPIC", "-o", library, source], capture_output=True, text=True, check=False, timeout=60
         )
-        if done.returncode:
+        if process.returncode:
             raise HostError(
-                f"{compiler} does not compile C++: {done.stderr.strip()[-300:]}",
+                f"{compiler} does not compile C++: {process.stderr.strip()[-300:]}",
                 remedy="install g++ and its libstdc++ (Debian: build-essential)",
             )
-        return "libstdc++.so.6" not in elf.read(made).needed
+        return "libstdc++.so.6" not in elf.read(library).needed
 
 
 def _shared_cxx_runtime(interpreter: Interpreter) -> Path:
     """The libstdc++ that this Python loads: the one that its torch uses."""
     program = "import ctypes; ctypes.CDLL('libstdc++.so.6'); print(open('/proc/self/maps').read())"
-    done = subprocess.run([interpreter.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60)
-    found = next((line.split()[-1] for line in done.stdout.splitlines() if "/libstdc++.so.6" in line), None)
-    if found is None:
+    process = subprocess.run([interpreter.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60)
+    library = next((line.split()[-1] for line in process.stdout.splitlines() if "/libstdc++.so.6" in line), None)
+    if library is None:
         raise HostError("g++ links libstdc++ statically, and there is no shared one", remedy="install libstdc++6")
-    return Path(found)
+    return Path(library)
 
 
 def _toolkit(base: LoadedStack, wanted: Wanted) -> tuple[Path, str]:
@@ -323,10 +323,10 @@ def _toolkit(base: LoadedStack, wanted: Wanted) -> tuple[Path, str]:
     for place in dict.fromkeys(places):
         if not os.access(place / "bin" / "nvcc", os.X_OK):
             continue
-        found = _release(place)
-        if found == release:
-            return place, found
-        seen.append(f"{place} has {found}")
+        have = _release(place)
+        if have == release:
+            return place, have
+        seen.append(f"{place} has {have}")
     if seen:
         raise HostError(
             f"stack {base.data.name} compiles with CUDA {release}: {', '.join(seen)}",
@@ -390,12 +390,12 @@ def _described(program: str) -> str:
 
 def _said(command: list[str]) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+        process = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     except OSError as error:
         raise HostError(f"{command[0]} does not run: {error.strerror}", remedy="mend or replace it") from error
-    if done.returncode or not done.stdout.strip():
-        raise HostError(f"{' '.join(command)} fails: {done.stderr.strip()[-300:]}", remedy="mend or replace it")
-    return done.stdout.strip()
+    if process.returncode or not process.stdout.strip():
+        raise HostError(f"{' '.join(command)} fails: {process.stderr.strip()[-300:]}", remedy="mend or replace it")
+    return process.stdout.strip()
 
 
 def library_folders(tools: HostTools) -> tuple[str, ...]:

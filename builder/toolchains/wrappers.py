@@ -33,19 +33,19 @@ def folder(settings: Settings) -> Path:
     final = settings.home / "wrappers" / wrappers_digest()[:16]
     with lock(settings.home / "locks" / f"wrappers-{final.name}"):
         if not final.is_dir():
-            with atomic_directory(final) as made, as_file(files("builder") / "data" / "toolchain") as source:
-                (made / "bin").mkdir()
-                (made / "lib").mkdir()
+            with atomic_directory(final) as copy, as_file(files("builder") / "data" / "toolchain") as source:
+                (copy / "bin").mkdir()
+                (copy / "lib").mkdir()
                 # Copies: torch believes that a compiler is GNU's when the file that the name leads to says so.
                 names = dict.fromkeys(_COMPILERS, "compiler") | {name: name for name in ("emulate", "ninja", "nvcc", "python")}
                 for name, script in names.items():
-                    shutil.copy(source / script, made / "bin" / name)
-                    (made / "bin" / name).chmod(0o755)
+                    shutil.copy(source / script, copy / "bin" / name)
+                    (copy / "bin" / name).chmod(0o755)
                 for name in ("front.py", "schedule.py"):
-                    shutil.copy(source / name, made / "lib" / name)
+                    shutil.copy(source / name, copy / "lib" / name)
                 for name in ("python3", "python3.11"):
-                    (made / "bin" / name).symlink_to("python")
-                shutil.copy(source / "toolchain.cmake", made / "toolchain.cmake")
+                    (copy / "bin" / name).symlink_to("python")
+                shutil.copy(source / "toolchain.cmake", copy / "toolchain.cmake")
     return final
 
 

@@ -22,6 +22,7 @@ from gracefarm.errors import ExitCode
 from tests import projects
 from tests.audit_kit import Compiler, Draft, failed, module
 from tests.conftest import REPOSITORY, Farm
+from tools import driver_symbols
 
 pytestmark = pytest.mark.slow
 
@@ -118,7 +119,7 @@ def test_torch_itself_is_closed(name: str, policy: Policy, tmp_path: Path) -> No
 def test_the_committed_driver_symbols_are_those_of_the_stacks_headers(policy: Policy) -> None:
     assert policy.site_packages is not None
     include = next(iter(sorted(policy.site_packages.glob("nvidia/*/include/cuda.h")))).parent
-    assert driver.symbols("13.0") == frozenset(driver.declared(include))
+    assert driver.symbols("13.0") == frozenset(driver_symbols.declared(include))
 
 
 def published(project: str, name: str, sha256: str) -> Download:
