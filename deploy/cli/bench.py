@@ -23,7 +23,7 @@ from deploy.fleet.tunnels import WantedPort
 from deploy.measure.bench import Level, Spread, Sweep, SweepReport, find_model, query, run_sweep
 from deploy.nodes.deployment import Folder
 from deploy.planning.plans import Plan
-from deploy.steps.completion import Answer, Api, Prompt, Server
+from deploy.steps.completion import Answer, Api, CompletionServer, Prompt
 from deploy.watch.status import plan_of
 from gracefarm.cli import json_option
 from gracefarm.errors import UsageError
@@ -111,17 +111,17 @@ def bench(
 
 
 @asynccontextmanager
-async def _server(context: Context, url: str | None, key: str | None) -> AsyncIterator[Server]:
+async def _server(context: Context, url: str | None, key: str | None) -> AsyncIterator[CompletionServer]:
     """Of --url, else the deployment's through SSH."""
     if url:
         _check(url)
         local = any(f"//{host}" in url for host in ("127.", "localhost", "[::1]"))
-        yield Server(url=url, key=key, direct=local)
+        yield CompletionServer(url=url, key=key, direct=local)
         return
     deployment = context.deployment
     wanted = [WantedPort(name="engine", remote=deployment.data.ports.engine, local=0)]
     async with open_fleet(deployment) as nodes, tunnels.opened(nodes, deployment.head, wanted) as (forward,):
-        yield Server(url=f"http://127.0.0.1:{forward.local}", key=_key(deployment.folder))
+        yield CompletionServer(url=f"http://127.0.0.1:{forward.local}", key=_key(deployment.folder))
 
 
 def _check(url: str) -> None:
@@ -145,7 +145,7 @@ class Asked:
     patience: float
 
 
-async def _query(context: Context, server: Server, asked: Asked) -> None:
+async def _query(context: Context, server: CompletionServer, asked: Asked) -> None:
     async with server.client() as client:
         name = await find_model(client, asked.model)
     prompt = Prompt(model=name, text=asked.prompt, max_tokens=asked.max_tokens, api=asked.api)
@@ -173,7 +173,9 @@ def _rate(answer: Answer) -> float | None:
     return round(answer.tokens / answer.seconds, 3) if answer.tokens else None
 
 
-async def _sweep(context: Context, server: Server, sweep: Sweep, plan: Plan | None, model: str | None) -> SweepReport:
+async def _sweep(
+    context: Context, server: CompletionServer, sweep: Sweep, plan: Plan | None, model: str | None
+) -> SweepReport:
     with context.console.progress("bench") as tick:
 
         def answered(concurrency: int, answers: int, count: int) -> None:

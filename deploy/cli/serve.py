@@ -21,7 +21,7 @@ from deploy.nodes import paths, redact, state
 from deploy.nodes.facts import load_facts
 from deploy.nodes.state import Keeper
 from deploy.steps import brought, environment, order, preflight, weights
-from deploy.steps.order import Choice, Served
+from deploy.steps.order import Served, StepChoice
 from deploy.steps.preflight_checks import Cell
 from deploy.steps.step import Work, look
 from gracefarm import settings
@@ -95,11 +95,11 @@ def up(context: Context, start: str | None, skip: tuple[str, ...], no_wait: bool
     Ctrl-C or kill -9 at any moment: the same command goes on from there.
     """
     with held(context, no_wait=no_wait) as keeper:
-        changed = at_work(context, keeper, lambda work: _up(work, Choice(start=start, skip=skip)))
+        changed = at_work(context, keeper, lambda work: _up(work, StepChoice(start=start, skip=skip)))
     context.console.result({"changed": changed}, "up to date" if not changed else "done: `deploy serve` starts the engine")
 
 
-async def _up(work: Work, choice: Choice) -> bool:
+async def _up(work: Work, choice: StepChoice) -> bool:
     return await order.up(await brought.without_lost_spares(work), choice)
 
 
@@ -222,7 +222,7 @@ def env_up(context: Context, no_wait: bool) -> None:
     others = [name for name in order.UP if name not in ("environment", "proof")]
     with held(context, no_wait=no_wait) as keeper:
         keeper.forget("environment")  # a roll-back counts no longer
-        changed = at_work(context, keeper, lambda work: _up(work, Choice(skip=others)))
+        changed = at_work(context, keeper, lambda work: _up(work, StepChoice(skip=others)))
     context.console.result({"changed": changed}, "active" if changed else "nothing to do")
 
 

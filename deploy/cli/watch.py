@@ -19,8 +19,8 @@ from rich.table import Table
 from deploy.cli.common import Context, pass_context, wait
 from deploy.cli.nodes import COLOURS
 from deploy.fleet.jobs import JobStatus
+from deploy.fleet.shells import remote_nodes
 from deploy.fleet.ssh import open_fleet
-from deploy.fleet.targets import targets
 from deploy.nodes import redact
 from deploy.nodes.deployment import Node
 from deploy.nodes.facts import load_facts
@@ -235,7 +235,7 @@ def logs(context: Context, names: tuple[str, ...], words: tuple[str, ...], follo
                 facts = load_facts(deployment)
                 tasks += [
                     asyncio.create_task(_ray(ray_logs(deployment, facts, node, wish, show.line, show.cut), node.name, show))
-                    for node in targets(fleet, facts, nodes)
+                    for node in remote_nodes(fleet, facts, nodes)
                 ]
             if engine:
                 reading = engine_log(fleet, deployment.head, wish, show.line)

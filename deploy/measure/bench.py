@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict
 
 from deploy.planning.plans import Plan
 from deploy.steps import completion
-from deploy.steps.completion import Answer, Api, CompletionError, Prompt, Server
+from deploy.steps.completion import Answer, Api, CompletionError, CompletionServer, Prompt
 from gracefarm.errors import EngineError
 
 OnAnswer = Callable[[int, int], None]
@@ -162,7 +162,7 @@ def remedy(status: int | None) -> str:
     return "`deploy status` tells what it is about; with --url: is the address right?"
 
 
-async def query(server: Server, prompt: Prompt, *, patience: float, on_text: completion.OnText) -> Answer:
+async def query(server: CompletionServer, prompt: Prompt, *, patience: float, on_text: completion.OnText) -> Answer:
     """One answer, its text as it comes.
 
     Raises:
@@ -243,7 +243,7 @@ OnLevel = Callable[[Level], None]
 
 
 async def run_sweep(
-    server: Server,
+    server: CompletionServer,
     sweep: Sweep,
     *,
     model: str | None = None,

@@ -24,7 +24,7 @@ VERSION = 1
 StepOutcome = Literal["running", "done", "skipped", "failed"]
 
 
-class Record(BaseModel):
+class StepRecord(BaseModel):
     """What became of a step. `running` in a file that nobody holds: it was killed there, and will be done again."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -46,7 +46,7 @@ class State(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     version: int = VERSION
-    steps: dict[str, Record] = Field(default_factory=dict)
+    steps: dict[str, StepRecord] = Field(default_factory=dict)
 
     def data(self, step: str) -> dict[str, Any]:
         """What a step that is done or skipped left for others; empty for any other."""
@@ -90,9 +90,9 @@ class Keeper:
 
     def begin(self, step: str, digest_: str) -> None:
         """A step starts to change something."""
-        self._put(step, Record(digest=digest_, outcome="running", begun=time.time()))
+        self._put(step, StepRecord(digest=digest_, outcome="running", begun=time.time()))
 
-    def end(self, step: str, outcome: StepOutcome, text: str, data: dict[str, Any] | None = None) -> Record:
+    def end(self, step: str, outcome: StepOutcome, text: str, data: dict[str, Any] | None = None) -> StepRecord:
         """How it ended. The step has begun."""
         begun = self.state.steps[step]
         text = redact.of(self.folder).line(text)  # a line of the engine's log may stand in it
@@ -106,7 +106,7 @@ class Keeper:
         if kept != self.state.steps:
             self._write(self.state.model_copy(update={"steps": kept}))
 
-    def _put(self, step: str, record: Record) -> None:
+    def _put(self, step: str, record: StepRecord) -> None:
         self._write(self.state.model_copy(update={"steps": {**self.state.steps, step: record}}))
 
     def _write(self, state: State) -> None:

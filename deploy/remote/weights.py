@@ -70,37 +70,34 @@ def explain(error: Exception, request: Json) -> WorkerError:
     repo = request["repo"]
     place = f"{(request['endpoint'] or 'https://huggingface.co').rstrip('/')}/{repo}"
     has_token = bool(request.get("token"))
-    if isinstance(error, errors.GatedRepoError):
-        if not has_token:
-            return WorkerError(
-                "gated",
-                f"{repo} is gated: its owner wants an account that accepted the licence, and no token was given",
-                f"accept the licence at {place}, then set HF_TOKEN to a read token of that account and repeat",
-            )
-        return WorkerError(
-            "gated",
-            f"{repo} is gated, and the account of this token has no access (yet)",
+    kind, cause, remedy = "gated", "", ""
+    if isinstance(error, errors.GatedRepoError) and has_token:
+        cause = f"{repo} is gated, and the account of this token has no access (yet)"
+        remedy = (
             f"sign in as that account and accept the licence at {place}; a fine-grained token also needs the right "
-            '"read access to contents of all public gated repos you can access"',
+            '"read access to contents of all public gated repos you can access"'
         )
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return WorkerError(
-            "gated",
-            f"the Hub shows no repository {repo}" + ("" if has_token else " to somebody without a token"),
-            "check its name" + ("; the token may be wrong or expired" if has_token else ", or set HF_TOKEN if it is private"),
+    elif isinstance(error, errors.GatedRepoError):
+        cause = f"{repo} is gated: its owner wants an account that accepted the licence, and no token was given"
+        remedy = f"accept the licence at {place}, then set HF_TOKEN to a read token of that account and repeat"
+    elif isinstance(error, errors.RepositoryNotFoundError):
+        cause = f"the Hub shows no repository {repo}" + ("" if has_token else " to somebody without a token")
+        remedy = "check its name" + (
+            "; the token may be wrong or expired" if has_token else ", or set HF_TOKEN if it is private"
         )
-    if isinstance(error, errors.RevisionNotFoundError):
-        return WorkerError(
-            "fetch", f"{repo} has no revision {request.get('revision') or request.get('commit')}", "check the revision"
-        )
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if status == 401:
-        return WorkerError(
-            "gated", f"the Hub refuses the token for {repo} (401)", "make a new read token; HF_TOKEN may be expired"
-        )
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return WorkerError("disk", "no space left on the shared folder while downloading", "free space there, then repeat")
-    return WorkerError("fetch", f"{repo}: {_short(error)}", "check that the node reaches the Hub (HF_ENDPOINT), then repeat")
+    elif isinstance(error, errors.RevisionNotFoundError):
+        kind, remedy = "fetch", "check the revision"
+        cause = f"{repo} has no revision {request.get('revision') or request.get('commit')}"
+    elif getattr(getattr(error, "response", None), "status_code", None) == 401:
+        cause = f"the Hub refuses the token for {repo} (401)"
+        remedy = "make a new read token; HF_TOKEN may be expired"
+    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        kind, cause = "disk", "no space left on the shared folder while downloading"
+        remedy = "free space there, then repeat"
+    else:
+        kind, cause = "fetch", f"{repo}: {_short(error)}"
+        remedy = "check that the node reaches the Hub (HF_ENDPOINT), then repeat"
+    return WorkerError(kind, cause, remedy)
 
 
 def state(request: Json) -> Json:

@@ -14,7 +14,7 @@ from typing import Literal
 from deploy.fleet.calls import RemoteNode, call
 from deploy.fleet.results import try_all
 from deploy.nodes import paths
-from deploy.nodes.state import Record, digest
+from deploy.nodes.state import StepRecord, digest
 from deploy.remote import mounts
 from deploy.remote.wire import Json
 from deploy.steps.step import Applied, Looks, Step, Work
@@ -50,7 +50,7 @@ class CacheStep(Step):
         """The share and the nodes."""
         return digest("cache", paths.share(work.deployment), work.pairs)
 
-    def check(self, work: Work, record: Record, looks: Looks) -> str | None:
+    def check(self, work: Work, record: StepRecord, looks: Looks) -> str | None:
         """Mounted with the cache where it was."""
         for node, seen in looks.items():
             if record.data["fsc"].get(node) and not (seen["share"] or {}).get("fsc"):

@@ -8,17 +8,17 @@ from dataclasses import dataclass
 from typing import Literal
 
 from deploy.steps import completion
-from deploy.steps.completion import CompletionError, Prompt, Server
+from deploy.steps.completion import CompletionError, CompletionServer, Prompt
 
-Kind = Literal["ok", "refused", "timeout", "denied", "error"]
-_KINDS: dict[str, Kind] = {"refused": "refused", "cut": "refused", "stall": "timeout"}
+ReplyKind = Literal["ok", "refused", "timeout", "denied", "error"]
+_KINDS: dict[str, ReplyKind] = {"refused": "refused", "cut": "refused", "stall": "timeout"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reply:
     """What became of it."""
 
-    kind: Kind
+    kind: ReplyKind
     text: str = ""
     seconds: float = 0.0
     model: str = ""
@@ -29,7 +29,7 @@ async def complete(local: int, key: str | None, seconds: float) -> Reply:
     begun, model = time.monotonic(), ""
     late = f"no token within {seconds:g} s"
     try:
-        async with asyncio.timeout(seconds), Server(url=f"http://127.0.0.1:{local}", key=key).client() as client:
+        async with asyncio.timeout(seconds), CompletionServer(url=f"http://127.0.0.1:{local}", key=key).client() as client:
             model = (await completion.models(client, seconds))[0]
             await completion.whole(client, Prompt(model=model, text="Hello", max_tokens=1))
     except TimeoutError:

@@ -25,7 +25,7 @@ long; cut: the connection ended before the answer did; usage: the server did not
 
 
 @dataclass(frozen=True, kw_only=True)
-class Server:
+class CompletionServer:
     """Whom to ask. `url` as http://host:port, with or without /v1."""
 
     url: str

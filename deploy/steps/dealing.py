@@ -81,15 +81,6 @@ def deal(
     return shares
 
 
-def lower_bound(files: Sequence[WeightsFile], nodes: int) -> float:
-    """Bytes that the busiest node has in any split at least.
-
-    The mean; the largest file; and since some node has ceil(files/nodes) files, the smallest so many.
-    """
-    sizes = sorted(file.size for file in files)
-    return max(sum(sizes) / nodes, sizes[-1] if sizes else 0, sum(sizes[: -(-len(sizes) // nodes)]))
-
-
 class Portion(BaseModel):
     """One node's work in a round."""
 

@@ -21,13 +21,12 @@ from deploy.fleet.jobs import JobStatus, follow_job, job_status, start_job, stop
 from deploy.fleet.ssh import Fleet
 from deploy.nodes import paths
 from deploy.nodes.deployment import Deployment, Folder, Node
-from deploy.nodes.state import Record
 from deploy.planning.plans import Plan, carried
 from deploy.steps import metrics, processes, ray
 from deploy.steps.canary import Reply, complete
 from deploy.steps.enginelog import Progress, first_cause
 from deploy.steps.processes import PLAN
-from deploy.steps.step import Applied, Looks, Step, Undone, Work, end_jobs
+from deploy.steps.step import Applied, Looks, ServingStep, Undone, Work, end_jobs
 from gracefarm.console import Console
 from gracefarm.errors import EngineError, GracefarmError
 from gracefarm.files import atomic_write
@@ -109,18 +108,10 @@ def spec_of(
     )
 
 
-class EngineStep(Step):
-    """The engine on the head. Whether it answers is known only by asking it, so that `apply` looks each time."""
+class EngineStep(ServingStep):
+    """The engine on the head."""
 
     name = "engine"
-
-    def inputs(self, work: Work, _looks: Looks) -> str:
-        """The plan."""
-        return work.made_plan.id
-
-    def check(self, _work: Work, _record: Record, _looks: Looks) -> str:
-        """`apply` looks by itself."""
-        return ""
 
     async def apply(self, work: Work, _looks: Looks) -> Applied:
         """Start it, or attach to a start that somebody left, and wait for a completion."""
@@ -185,12 +176,17 @@ async def _ask_running(fleet: Fleet, place: Node, spec: EngineSpec) -> Reply:
     """A completion from an engine that runs; while it makes tokens for others it counts as answering."""
     async with forward_local(fleet, place, 0, "127.0.0.1", port(spec.plan)) as local:
         before = await metrics.scrape(local)
-        answer = await complete(local, spec.key, spec.canary)
-        if answer.kind == "denied":
-            raise EngineError("the engine refuses this deployment's key", remedy="`deploy down`, then `deploy serve`")
+        answer = await _ask(local, spec)
         if answer.kind == "timeout" and metrics.moved(before, await metrics.scrape(local)):
             return Reply(kind="ok", seconds=answer.seconds, model=answer.model)
         return answer
+
+
+async def _ask(local: int, spec: EngineSpec) -> Reply:
+    answer = await complete(local, spec.key, spec.canary)
+    if answer.kind == "denied":
+        raise EngineError("the engine refuses this deployment's key", remedy="`deploy down`, then `deploy serve`")
+    return answer
 
 
 async def _watch(
@@ -204,7 +200,7 @@ async def _watch(
         async with forward_local(fleet, place, 0, "127.0.0.1", port(spec.plan)) as local:
             with console.progress("engine") as tick:
                 while True:
-                    asking = asyncio.create_task(complete(local, spec.key, spec.canary))
+                    asking = asyncio.create_task(_ask(local, spec))
                     await asyncio.wait({asking, following}, return_when=asyncio.FIRST_COMPLETED)
                     if following.done():
                         asking.cancel()
@@ -213,11 +209,9 @@ async def _watch(
                     if answer.kind == "ok":
                         phases = progress.durations()
                         return Answering(how=how, seconds=time.monotonic() - begun, phases=phases, model=answer.model)
-                    if answer.kind == "denied":
-                        raise EngineError(
-                            "the engine refuses this deployment's key", remedy="`deploy down`, then `deploy serve`"
-                        )
-                    told = _tell(console, progress, spec, told)
+                    if progress.phase != told:
+                        told = progress.phase
+                        console.step("engine", told + _left(progress, spec))
                     tick(round(100 * (progress.fraction or 0)), 100 if progress.fraction else None, _text(progress, spec))
                     if time.monotonic() - begun > spec.load:
                         await _give_up(fleet, place, spec, progress)
@@ -243,20 +237,14 @@ async def _alive(spec: EngineSpec) -> Nodes:
         return {}
 
 
-def _text(progress: Progress, spec: EngineSpec) -> str:
+def _left(progress: Progress, spec: EngineSpec) -> str:
     left = progress.left(spec.last)
+    return f", about {left:.0f} s left" if left is not None else ""
+
+
+def _text(progress: Progress, spec: EngineSpec) -> str:
     percent = f" {progress.fraction:.0%}" if progress.fraction is not None else ""
-    return f"{progress.phase}{percent}, {progress.elapsed():.0f} s" + (
-        f", about {left:.0f} s left" if left is not None else ""
-    )
-
-
-def _tell(console: Console, progress: Progress, spec: EngineSpec, told: str) -> str:
-    """One line when a phase begins."""
-    if progress.phase != told:
-        left = progress.left(spec.last)
-        console.step("engine", progress.phase + (f", about {left:.0f} s left" if left is not None else ""))
-    return progress.phase
+    return f"{progress.phase}{percent}, {progress.elapsed():.0f} s{_left(progress, spec)}"
 
 
 async def _give_up(fleet: Fleet, place: Node, spec: EngineSpec, progress: Progress) -> None:

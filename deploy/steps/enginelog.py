@@ -7,8 +7,12 @@ from __future__ import annotations
 
 import re
 import time
+import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import resources
+
+from pydantic import BaseModel, ConfigDict
 
 PHASES = ("starting", "placing", "loading", "profiling", "capturing", "listening")
 _SIGNS: tuple[tuple[str, re.Pattern[str]], ...] = (
@@ -105,8 +109,11 @@ class Cause:
     "Something else is behind it: shown only where nothing better was found."
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Rule:
+class Rule(BaseModel):
+    """One of deploy/data/engine-log.toml."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
     kind: str
     pattern: re.Pattern[str]
     text: str
@@ -114,113 +121,12 @@ class _Rule:
     consequence: bool = False
 
 
-def _rule(kind: str, pattern: str, text: str, remedy: str, *, consequence: bool = False) -> _Rule:
-    return _Rule(kind=kind, pattern=re.compile(pattern), text=text, remedy=remedy, consequence=consequence)
+def _rules() -> tuple[Rule, ...]:
+    table = tomllib.loads((resources.files("deploy") / "data" / "engine-log.toml").read_text())
+    return tuple(Rule.model_validate(rule) for rule in table["rule"])
 
 
-RULES: tuple[_Rule, ...] = (
-    _rule(
-        "memory",
-        r"OutOfMemoryError|CUDA out of memory|CUDA_ERROR_OUT_OF_MEMORY",
-        "GPU memory ran out{where}: {line}",
-        "`deploy plan` shows the memory of each GPU: more nodes, cpu_offload_gib, or a smaller max_model_len in [layout]",
-    ),
-    _rule(
-        "kv-cache",
-        r"No available memory for the cache blocks",
-        "after the weights no GPU memory is left for the KV cache{where}",
-        "raise gpu_memory_utilization, or set cpu_offload_gib, in [layout] of deploy.toml",
-    ),
-    _rule(
-        "shard",
-        r"(No such file or directory|FileNotFoundError).*(safetensors|\.bin\b|index\.json|config\.json)"
-        r"|Cannot find any model weights|No model weights found|does not appear to have a file named",
-        "a file of the weights is missing{where}: {line}",
-        "`deploy up --from weights` brings what is missing",
-    ),
-    _rule(
-        "shard",
-        r"SafetensorError|deserializing header|MetadataIncompleteBuffer|InvalidHeader|invalid header",
-        "a file of the weights is damaged{where}: {line}",
-        "`deploy weights verify --remove`, then `deploy up`",
-    ),
-    _rule(
-        "driver-gpu",
-        r"Ray does not allocate any GPUs on the driver node",
-        "Ray gave the head's GPU to nobody of this engine",
-        "the head must bring a GPU into Ray, and nobody else may use this Ray: `deploy down`, then `deploy serve`",
-    ),
-    _rule(
-        "gpus",
-        r"[Nn]umber of required GPUs exceeds|Cannot provide a placement group",
-        "Ray has fewer free GPUs than the layout needs",
-        "`deploy status` shows Ray's nodes; `deploy down`, then `deploy serve` starts all of them again",
-    ),
-    _rule(
-        "port",
-        r"[Aa]ddress already in use|Errno 98|EADDRINUSE",
-        "the engine's port is taken: {line}",
-        "end whoever holds it, or choose another in [ports] of deploy.toml",
-    ),
-    _rule(
-        "layout",
-        r"is not divisible by|must be divisible by tensor parallel|does not match (pp_size|num_hidden_layers)",
-        "the engine refuses this layout: {line}",
-        "tensor_parallel of 1 to 8 for Llama; `deploy plan` says what fits",
-    ),
-    _rule(
-        "driver",
-        r"driver version is insufficient|no CUDA-capable device|CUDA driver initialization failed|system not yet initialized"
-        r"|No CUDA GPUs are available|uncorrectable ECC|Xid|CUDA error: ",
-        "a GPU cannot be used{where}: {line}",
-        "`deploy preflight` names the node; reboot or replace it",
-    ),
-    _rule(
-        "nccl",
-        r"NCCL error|ncclSystemError|ncclInternalError|ncclUnhandledCudaError|ncclRemoteError|no socket interface found",
-        "NCCL could not connect the GPUs{where}: {line}",
-        "`deploy preflight` tries it node by node; set `nic` in [nodes] where a node has several networks",
-    ),
-    _rule(
-        "gloo",
-        r"[Gg]loo.*(connectFullMesh|refused|timed out|no route|unreachable)|connectFullMesh failed|third_party/gloo",
-        "gloo could not connect the nodes{where}: {line}",
-        "a host name that resolves to loopback does this: `deploy preflight`, row names",
-    ),
-    _rule(
-        "usage",
-        r"error: (unrecognized arguments|argument |the following arguments|invalid choice)",
-        "the engine does not take its arguments: {line}",
-        "look at [engine_options] in deploy.toml; `deploy plan` prints the whole command",
-    ),
-    _rule(
-        "import",
-        r"ModuleNotFoundError|ImportError:|undefined symbol|cannot open shared object",
-        "the environment is not whole{where}: {line}",
-        "`deploy env matrix` tries every import on every node",
-    ),
-    _rule(
-        "ray",
-        r"Could not find any running Ray instance|Failed to connect to GCS|AuthenticationError|Authentication.*failed"
-        r"|Can't find a node_ip_address",
-        "the engine does not get into Ray: {line}",
-        "`deploy serve` starts Ray again where it is gone",
-    ),
-    _rule(
-        "timeout",
-        r"[Ee]ngine iteration timed out",
-        "a step of the engine took longer than its limit: a node hangs",
-        "`deploy status` tells which; APHRODITE_ENGINE_ITERATION_TIMEOUT_S in [env] where weights are offloaded",
-        consequence=True,
-    ),
-    _rule(
-        "node",
-        r"ActorDiedError|RayActorError|[Aa]ctor .*(died|dead)|ActorUnavailable|[Ww]orker .*died|node .*(died|dead|failed)",
-        "a worker died{where}: {line}",
-        "`deploy status` tells whether its node is gone; `deploy serve` starts everything again",
-        consequence=True,
-    ),
-)
+RULES = _rules()
 _ERROR = re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception|Interrupt)(?:: |$)|^\[?(?:ERROR|CRITICAL)")
 
 

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from deploy.fleet.calls import RemoteNode, call
 from deploy.fleet.results import on_all
 from deploy.nodes import paths
-from deploy.nodes.state import Record, digest
+from deploy.nodes.state import StepRecord, digest
 from deploy.remote.wire import Json
 from deploy.steps import setlock
 from deploy.steps.step import Applied, Looks, Step, Undone, Work, end_jobs
@@ -134,7 +134,7 @@ class EnvironmentStep(Step):
         spec = spec_of(work)
         return digest("environment", spec.root, spec.lock, spec.index, spec.python, spec.source, spec.engine, work.pairs)
 
-    def check(self, _work: Work, record: Record, looks: Looks) -> str | None:
+    def check(self, _work: Work, record: StepRecord, looks: Looks) -> str | None:
         """Active everywhere."""
         for node, seen in looks.items():
             if seen["environments"].get("env") != record.data["id"]:
@@ -163,7 +163,7 @@ class DownloadStep(Step):
         data = work.deployment.data
         return digest("download", work.root, download_lock(), data.index, data.python, work.pairs)
 
-    def check(self, _work: Work, record: Record, looks: Looks) -> str | None:
+    def check(self, _work: Work, record: StepRecord, looks: Looks) -> str | None:
         """Active everywhere."""
         bad = [node for node, seen in looks.items() if seen["environments"].get("download") != record.data["id"]]
         return f"{bad[0]} does not see it" if bad else None

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict
 PREFIXES = ("aphrodite:", "vllm:")
 
 
-class Metrics(BaseModel):
+class EngineMetrics(BaseModel):
     """Counters since its start, gauges of now. None: the engine has no such one."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -34,7 +34,7 @@ _OTHER_NAMES = {
 }
 
 
-def parse(text: str) -> Metrics | None:
+def parse(text: str) -> EngineMetrics | None:
     """None: nothing of an engine is in it."""
     values: dict[str, float] = {}
     try:
@@ -45,14 +45,14 @@ def parse(text: str) -> Metrics | None:
                     continue
                 short = sample.name.removeprefix(prefix)
                 name = _OTHER_NAMES.get(short, short)
-                if name in Metrics.model_fields:
+                if name in EngineMetrics.model_fields:
                     values[name] = values.get(name, 0.0) + sample.value
     except ValueError:  # the parser's, for what is no exposition
         return None
-    return Metrics(**values) if values else None
+    return EngineMetrics(**values) if values else None
 
 
-async def scrape(local: int, seconds: float = 10) -> Metrics | None:
+async def scrape(local: int, seconds: float = 10) -> EngineMetrics | None:
     """Of the server behind 127.0.0.1:`local`; None: not to be had. They need no key."""
     try:
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{local}", timeout=seconds, trust_env=False) as client:
@@ -62,7 +62,7 @@ async def scrape(local: int, seconds: float = 10) -> Metrics | None:
     return parse(response.text) if response.status_code == 200 else None
 
 
-def rate(before: Metrics | None, after: Metrics | None, seconds: float) -> float | None:
+def rate(before: EngineMetrics | None, after: EngineMetrics | None, seconds: float) -> float | None:
     """Tokens/s between two; None: unknown, or the engine was started in between."""
     if not before or not after or before.generation_tokens_total is None or after.generation_tokens_total is None:
         return None
@@ -70,12 +70,12 @@ def rate(before: Metrics | None, after: Metrics | None, seconds: float) -> float
     return tokens / seconds if tokens >= 0 and seconds > 0 else None
 
 
-def moved(before: Metrics | None, after: Metrics | None) -> bool:
+def moved(before: EngineMetrics | None, after: EngineMetrics | None) -> bool:
     """Tokens were made between two looks."""
     return bool(before and after and (after.generation_tokens_total or 0) > (before.generation_tokens_total or 0))
 
 
-def first(before: Metrics | None, after: Metrics | None) -> float | None:
+def first(before: EngineMetrics | None, after: EngineMetrics | None) -> float | None:
     """Mean seconds until the first token, of requests between two; None: there was none."""
     if not before or not after or None in (before.first_sum, after.first_sum, before.first_count, after.first_count):
         return None

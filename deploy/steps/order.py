@@ -35,7 +35,7 @@ SERVE = (RAY.name, ENGINE.name)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Choice:
+class StepChoice:
     """What a person wants done otherwise."""
 
     start: str | None = None
@@ -61,13 +61,13 @@ class Served:
     engine: Applied
 
 
-async def up(work: Work, choice: Choice | None = None) -> bool:
+async def up(work: Work, choice: StepChoice | None = None) -> bool:
     """Everything that serving needs, on every node; returns whether anything was done.
 
     Raises:
         GracefarmError: the first step that failed; what was done before it stays done.
     """
-    chosen = choice or Choice()
+    chosen = choice or StepChoice()
     chosen.check()
     if chosen.start:
         work = replace(work, again=UP[UP.index(chosen.start) :])

@@ -15,9 +15,9 @@ from deploy.fleet.calls import RemoteNode, call
 from deploy.fleet.results import try_all
 from deploy.nodes import paths
 from deploy.nodes.deployment import Deployment
-from deploy.nodes.state import Record, digest
+from deploy.nodes.state import StepRecord, digest
 from deploy.remote.wire import Json
-from deploy.steps.preflight_checks import Cell, Expected, Pairs, Status, Survey, judge, tokenless
+from deploy.steps.preflight_checks import Cell, CellStatus, Expected, Pairs, Survey, judge, tokenless
 from deploy.steps.processes import raylet
 from deploy.steps.step import Applied, Looks, Step, Work
 from gracefarm.errors import GracefarmError, PreflightError
@@ -74,7 +74,7 @@ class PreflightStep(Step):
         data = work.deployment.data
         return digest("preflight", work.pairs, data.share, data.ports.model_dump(), data.options.rehearsal, data.python)
 
-    def check(self, work: Work, record: Record, looks: Looks) -> str | None:
+    def check(self, work: Work, record: StepRecord, looks: Looks) -> str | None:
         """The same boots and the same share as then."""
         share = work.deployment.data.share
         for node, seen in looks.items():
@@ -102,7 +102,7 @@ class ProofStep(Step):
         identifier = work.keeper.state.data("environment").get("id")
         return digest("proof", work.pairs, identifier, _boots(looks)) if identifier else None
 
-    def check(self, _work: Work, _record: Record, _looks: Looks) -> None:
+    def check(self, _work: Work, _record: StepRecord, _looks: Looks) -> None:
         """The inputs say it all."""
 
     async def apply(self, work: Work, looks: Looks) -> Applied:
@@ -168,7 +168,7 @@ def summary(cells: Sequence[Cell]) -> str:
     """How many checks, and what became of them."""
     count = Counter(cell.status for cell in cells)
     nodes = len({cell.node for cell in cells})
-    words: dict[Status, str] = {"warn": "to look at", "bad": "red", "skipped": "skipped"}
+    words: dict[CellStatus, str] = {"warn": "to look at", "bad": "red", "skipped": "skipped"}
     parts = [f"{count['ok']} green", *(f"{count[status]} {word}" for status, word in words.items() if count[status])]
     return f"{len({cell.check for cell in cells})} checks on {nodes} nodes: {', '.join(parts)}"
 

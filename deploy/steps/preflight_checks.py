@@ -27,10 +27,10 @@ TOKENS = (2, 52)
 "The first Ray that asks for a token (RAY_AUTH_MODE). It listens on every address, whatever --node-ip-address says."
 SHUT = "let ssh alone in at the provider's firewall: `deploy tunnel` needs no more; or a set with a later Ray"
 
-Status = Literal["ok", "bad", "warn", "skipped"]
+CellStatus = Literal["ok", "bad", "warn", "skipped"]
 
 
-class Interpreter(KeptFact):
+class NodePython(KeptFact):
     """An interpreter as it runs on the node."""
 
     version: str = ""
@@ -46,7 +46,7 @@ class ActiveEnvironment(KeptFact):
     interpreter: str = ""
     alignment: int | None = None
     glibcxx: str | None = None
-    python: Interpreter
+    python: NodePython
     ray: str | None = None
 
 
@@ -66,7 +66,7 @@ class Survey(KeptFact):
     hostname: str
     resolves: tuple[str, ...]
     share: SharedFolder | None
-    python: Interpreter
+    python: NodePython
     environment: ActiveEnvironment | None
     page: int
     glibcxx: str | None
@@ -125,12 +125,12 @@ class Cell:
 
     check: str
     node: str
-    status: Status
+    status: CellStatus
     text: str
     remedy: str = ""
 
 
-Judgement = tuple[Status, str, str]
+Judgement = tuple[CellStatus, str, str]
 "Status, text and remedy of a cell."
 
 
@@ -263,7 +263,7 @@ def _pythons(surveys: Mapping[str, Survey], source: str) -> dict[str, Judgement]
     return {node: _python(python, surveys[node].environment, source, common) for node, python in shown.items()}
 
 
-def _python(python: Interpreter, environment: ActiveEnvironment | None, source: str, common: str) -> Judgement:
+def _python(python: NodePython, environment: ActiveEnvironment | None, source: str, common: str) -> Judgement:
     """The nodes' own do not matter where the environment is to bring its own, and one that stands on theirs is about to be
     replaced."""
     passing = source != "system" and not (environment and f"/python/{source}-" in environment.interpreter)

@@ -21,13 +21,12 @@ from deploy.fleet.results import on_all, require
 from deploy.fleet.ssh import Fleet
 from deploy.nodes import paths
 from deploy.nodes.deployment import Deployment
-from deploy.nodes.state import Record
 from deploy.planning.plans import NodePlan, Plan, carried
 from deploy.remote.wire import Json
 from deploy.steps import processes
 from deploy.steps.preflight_checks import SHUT, open_door, tokenless
 from deploy.steps.processes import PLAN, of_job, raylet, stop
-from deploy.steps.step import Applied, Looks, Step, Undone, Work, end_jobs
+from deploy.steps.step import Applied, Looks, ServingStep, Undone, Work, end_jobs
 from gracefarm.console import Console
 from gracefarm.errors import EngineError, GracefarmError
 from gracefarm.files import atomic_write
@@ -123,18 +122,10 @@ def token(deployment: Deployment) -> str:
     return value
 
 
-class RayStep(Step):
-    """The plan's Ray on its nodes. Nothing supervises it, so that `apply` looks each time."""
+class RayStep(ServingStep):
+    """The plan's Ray on its nodes."""
 
     name = "ray"
-
-    def inputs(self, work: Work, _looks: Looks) -> str:
-        """The plan."""
-        return work.made_plan.id
-
-    def check(self, _work: Work, _record: Record, _looks: Looks) -> str:
-        """`apply` looks by itself."""
-        return ""
 
     async def apply(self, work: Work, _looks: Looks) -> Applied:
         """Start what is missing."""

@@ -16,7 +16,7 @@ from deploy.fleet.ssh import Fleet
 from deploy.nodes import paths
 from deploy.nodes.deployment import Deployment, Node
 from deploy.nodes.facts import Facts
-from deploy.nodes.state import Keeper, Record
+from deploy.nodes.state import Keeper, StepRecord
 from deploy.planning.plans import Plan
 from deploy.remote.wire import Json
 from deploy.steps import processes
@@ -100,7 +100,7 @@ class Step(Protocol):
         """Digest of all that it depends on: another one, and it is done again. None: there is nothing to do it for."""
         ...
 
-    def check(self, work: Work, record: Record, looks: Looks) -> str | None:
+    def check(self, work: Work, record: StepRecord, looks: Looks) -> str | None:
         """None: what was done is still there; else why it must be done again, empty where `apply` looks by itself."""
         ...
 
@@ -111,6 +111,18 @@ class Step(Protocol):
     async def undo(self, _work: Work) -> Undone:
         """End what it left at work on the nodes, for `down`. Most steps leave nothing."""
         return {}, {}
+
+
+class ServingStep(Step):
+    """A step of `serve`: nothing supervises what it has started, so that `apply` looks by itself each time."""
+
+    def inputs(self, work: Work, _looks: Looks) -> str:
+        """The plan."""
+        return work.made_plan.id
+
+    def check(self, _work: Work, _record: StepRecord, _looks: Looks) -> str:
+        """`apply` looks by itself."""
+        return ""
 
 
 async def perform(step: Step, work: Work, looks: Looks) -> Applied | None:

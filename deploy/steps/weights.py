@@ -12,7 +12,7 @@ from functools import partial
 from deploy.fleet.calls import RemoteNode, call, settle
 from deploy.fleet.results import combined_error, on_all, try_all
 from deploy.nodes import paths
-from deploy.nodes.state import Record, digest
+from deploy.nodes.state import StepRecord, digest
 from deploy.remote.wire import Json
 from deploy.steps import dealing
 from deploy.steps.dealing import Manifest, Portion, WeightsFile
@@ -69,10 +69,6 @@ class Brought:
     fetched: int
     "Bytes that this run brought."
     rounds: int
-    busiest: int
-    "Bytes of the node with the most to fetch in the first deal."
-    bound: float
-    "The least that any deal could have given it."
 
 
 def spec_of(work: Work) -> WeightsSpec:
@@ -99,7 +95,7 @@ class WeightsStep(Step):
         model = work.deployment.data.model
         return digest("weights", paths.root(work.deployment), model.repo, model.revision)
 
-    def check(self, _work: Work, record: Record, looks: Looks) -> str | None:
+    def check(self, _work: Work, record: StepRecord, looks: Looks) -> str | None:
         """Every node sees the manifest, and the head every file in its length."""
         for node, seen in looks.items():
             if seen["weights"] is None or seen["weights"]["manifest"] != record.data["manifest"]:
@@ -161,8 +157,6 @@ class _Run:
     console: Console
     tick: Tick
     fetched: int = 0
-    busiest: int = 0
-    bound: float = 0.0
     corrupt: list[str] = field(default_factory=list)
     _done: int = 0
 
@@ -204,15 +198,12 @@ class _Run:
             await asyncio.sleep(SIGN)
 
     def _measure(self, shares: Mapping[str, Portion], state: Json) -> None:
-        """What the deal is worth, and whether it fits on the shared folder before anything is downloaded."""
-        sums = [sum(file.size for file in portion.fetch) for portion in shares.values()]
-        missing = [file for portion in shares.values() for file in portion.fetch]
-        if not self.busiest:
-            self.busiest, self.bound = max(sums), dealing.lower_bound(missing, len(sums))
-        self._done = self.manifest.size - sum(sums)
-        if sum(sums) and state["free"] < sum(sums) + min(ROOM, sum(sums)):
+        """Whether the deal fits on the shared folder, before anything is downloaded."""
+        missing = sum(file.size for portion in shares.values() for file in portion.fetch)
+        self._done = self.manifest.size - missing
+        if missing and state["free"] < missing + min(ROOM, missing):
             raise DiskFullError(
-                f"{dealing.told(sum(sums))} are missing, and the shared folder has {dealing.told(state['free'])} free",
+                f"{dealing.told(missing)} are missing, and the shared folder has {dealing.told(state['free'])} free",
                 remedy="free space there: `deploy env gc`, other models below weights/",
             )
 
@@ -271,14 +262,7 @@ class _Run:
     async def _finish(self, head: RemoteNode, rounds: int) -> Brought:
         text = self.manifest.model_dump_json(indent=1)
         await call(head, "weights.finish", {"final": self.place, "staging": self._staging, "manifest": text})
-        return Brought(
-            manifest=self.manifest,
-            folder=self.place,
-            fetched=self.fetched,
-            rounds=rounds,
-            busiest=self.busiest,
-            bound=self.bound,
-        )
+        return Brought(manifest=self.manifest, folder=self.place, fetched=self.fetched, rounds=rounds)
 
 
 async def verify(targets: Sequence[RemoteNode], spec: WeightsSpec, commit: str, *, remove: bool = False) -> list[str]:

@@ -23,7 +23,7 @@ from deploy.remote.wire import Json
 from deploy.steps import engine, order, ray
 from deploy.steps.engine import EngineSpec, Nodes
 from deploy.steps.step import glance
-from deploy.watch.verdict import Signs, Verdict, diagnose, probe
+from deploy.watch.verdict import Diagnosis, Signs, diagnose, probe
 from gracefarm.errors import ConfigError, EngineError, GracefarmError
 
 Word = Literal["PLANNED", "LOADING", "READY", "BUSY", "DEGRADED", "WEDGED", "DEAD", "STOPPED", "FAILED", "UNREACHABLE"]
@@ -316,7 +316,7 @@ _WORDS: Mapping[str, tuple[Word, str]] = {
 }
 
 
-def _of(verdict: Verdict, signs: Signs) -> Service:
+def _of(verdict: Diagnosis, signs: Signs) -> Service:
     word, detail = _WORDS[verdict.kind]
     seconds = signs.answer.seconds if signs.answer and signs.answer.kind == "ok" else None
     return Service(word=word, detail=detail, text=verdict.text, remedy=verdict.remedy, canary_s=seconds)

@@ -13,7 +13,7 @@ from deploy.fleet.tunnels import Forward, WantedPort, opened
 from deploy.remote.wire import Json
 from deploy.steps import metrics
 from deploy.steps.engine import Nodes
-from deploy.steps.metrics import Metrics
+from deploy.steps.metrics import EngineMetrics
 from deploy.watch import status
 from deploy.watch.status import Service, Status, Watch
 from gracefarm.errors import GracefarmError
@@ -29,7 +29,7 @@ class Moment:
     """One look."""
 
     status: Status
-    metrics: Metrics | None
+    metrics: EngineMetrics | None
     "None: the engine does not listen."
     tokens_per_s: float | None = None
     "By its counter, since the look before; None: there was none."
@@ -88,7 +88,7 @@ class _Engine:
     stack: AsyncExitStack
     forward: Forward | None = None
 
-    async def scrape(self) -> Metrics | None:
+    async def scrape(self) -> EngineMetrics | None:
         """None: it does not listen, or the head is not reached."""
         port = self.watch.deployment.data.ports.engine
         try:
@@ -107,7 +107,7 @@ async def watching(watch: Watch, *, every: float, canary_every: float, count: in
     async with AsyncExitStack() as stack:
         stack.push_async_callback(canary.end)
         engine = _Engine(watch=watch, stack=stack)
-        before: Metrics | None = None
+        before: EngineMetrics | None = None
         looked = time.monotonic()
         for number in itertools.count():
             begun = time.monotonic()
@@ -125,7 +125,7 @@ async def watching(watch: Watch, *, every: float, canary_every: float, count: in
             await asyncio.sleep(max(0.0, every - (time.monotonic() - begun)))
 
 
-def _moment(seen: Status, before: Metrics | None, now: Metrics | None, seconds: float) -> Moment:
+def _moment(seen: Status, before: EngineMetrics | None, now: EngineMetrics | None, seconds: float) -> Moment:
     rate = metrics.rate(before, now, seconds)
     hour = seen.usd_per_hour
     return Moment(

@@ -16,7 +16,7 @@ from deploy.steps import metrics
 from deploy.steps.canary import Reply, complete
 from deploy.steps.engine import EngineSpec, Nodes, port
 from deploy.steps.enginelog import Progress, first_cause
-from deploy.steps.metrics import Metrics, moved
+from deploy.steps.metrics import EngineMetrics, moved
 from gracefarm.errors import GracefarmError
 
 Condition = Literal["ready", "degraded", "busy", "loading", "dead-engine", "dead-node", "wedged", "stopped", "unreachable"]
@@ -29,9 +29,9 @@ class Signs:
     job: JobStatus | None
     "The engine's; None: the head was not reached, see `error`."
     answer: Reply | None = None
-    before: Metrics | None = None
+    before: EngineMetrics | None = None
     "Metrics before the completion was asked for."
-    after: Metrics | None = None
+    after: EngineMetrics | None = None
     nodes: Nodes | None = None
     "None: Ray did not answer."
     phase: str = ""
@@ -44,7 +44,7 @@ class Signs:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verdict:
+class Diagnosis:
     """What it is, and what to do."""
 
     kind: Condition
@@ -55,40 +55,40 @@ class Verdict:
 _AGAIN = "`deploy serve` stops what is left and starts everything again; `deploy collect` first keeps the evidence"
 
 
-def diagnose(signs: Signs) -> Verdict:
+def diagnose(signs: Signs) -> Diagnosis:
     """Tell a dead engine, a dead node and a wedge apart."""
     if signs.job is None:
-        return Verdict(kind="unreachable", text=signs.error or "the head cannot be reached", remedy="`deploy preflight`")
+        return Diagnosis(kind="unreachable", text=signs.error or "the head cannot be reached", remedy="`deploy preflight`")
     dead = [name for name, alive in (signs.nodes or {}).items() if not alive]
     if signs.job.state in ("absent", "stopped"):
-        return Verdict(kind="stopped", text="the engine does not run", remedy="`deploy serve` starts it")
+        return Diagnosis(kind="stopped", text="the engine does not run", remedy="`deploy serve` starts it")
     if signs.job.state != "running":
         if dead:
-            return Verdict(kind="dead-node", text=f"the engine ended after Ray lost {', '.join(dead)}", remedy=_AGAIN)
+            return Diagnosis(kind="dead-node", text=f"the engine ended after Ray lost {', '.join(dead)}", remedy=_AGAIN)
         how = f"ended with {signs.job.returncode}" if signs.job.state == "exited" else "was killed"
-        return Verdict(
+        return Diagnosis(
             kind="dead-engine", text=f"the engine {how}" + (f": {signs.cause}" if signs.cause else ""), remedy=_AGAIN
         )
     return _of_running(signs, dead)
 
 
-def _of_running(signs: Signs, dead: list[str]) -> Verdict:
+def _of_running(signs: Signs, dead: list[str]) -> Diagnosis:
     answer = signs.answer
     if answer and answer.kind == "ok":
         if dead:
-            return Verdict(kind="degraded", text=f"it answers, and Ray lost {', '.join(dead)}", remedy=_AGAIN)
-        return Verdict(kind="ready", text=f"a completion came back in {answer.seconds:.2f} s")
+            return Diagnosis(kind="degraded", text=f"it answers, and Ray lost {', '.join(dead)}", remedy=_AGAIN)
+        return Diagnosis(kind="ready", text=f"a completion came back in {answer.seconds:.2f} s")
     if dead:
-        return Verdict(kind="dead-node", text=f"Ray lost {', '.join(dead)}; the engine waits for it in vain", remedy=_AGAIN)
+        return Diagnosis(kind="dead-node", text=f"Ray lost {', '.join(dead)}; the engine waits for it in vain", remedy=_AGAIN)
     if answer is None or answer.kind == "refused":
-        return Verdict(kind="loading", text=f"it does not listen yet{': ' + signs.phase if signs.phase else ''}")
+        return Diagnosis(kind="loading", text=f"it does not listen yet{': ' + signs.phase if signs.phase else ''}")
     if moved(signs.before, signs.after):
-        return Verdict(kind="busy", text=f"tokens are made for others; the canary waited in vain ({answer.text})")
+        return Diagnosis(kind="busy", text=f"tokens are made for others; the canary waited in vain ({answer.text})")
     ray = "Ray does not answer" if signs.nodes is None else "all nodes are alive"
     if answer.text.startswith("HTTP 5"):  # a worker has died: the next request ends the server, or not even that
         text = f"no completion: {answer.text}; {ray}, and the engine has not ended"
-        return Verdict(kind="dead-engine", text=text, remedy=_AGAIN)
-    return Verdict(kind="wedged", text=f"{answer.text}, no token was made meanwhile, and {ray}: it hangs", remedy=_AGAIN)
+        return Diagnosis(kind="dead-engine", text=text, remedy=_AGAIN)
+    return Diagnosis(kind="wedged", text=f"{answer.text}, no token was made meanwhile, and {ray}: it hangs", remedy=_AGAIN)
 
 
 async def probe(fleet: Fleet, head: RemoteNode, spec: EngineSpec, *, seconds: float = 30) -> Signs:

@@ -18,8 +18,8 @@ from typing import Any
 
 import psutil
 
+from deploy.fleet.shells import remote_nodes
 from deploy.fleet.ssh import open_fleet
-from deploy.fleet.targets import targets
 from deploy.nodes import state
 from deploy.nodes.deployment import load_deployment
 from deploy.nodes.facts import load_facts
@@ -27,7 +27,7 @@ from deploy.planning.plans import Plan
 from deploy.rehearsal import walkthrough
 from deploy.rehearsal.walkthrough import Rehearsal
 from deploy.steps import engine, ray
-from deploy.watch.verdict import Verdict, diagnose, probe
+from deploy.watch.verdict import Diagnosis, diagnose, probe
 from gracefarm import settings
 from gracefarm.console import Console
 
@@ -164,14 +164,14 @@ def _newer(found: Mapping[str, Any], process: subprocess.Popen[str]) -> bool:
     return bool(found["begun"] >= psutil.Process(process.pid).create_time() - 1)
 
 
-def verdict(made: Rehearsal, seconds: float = 5) -> Verdict:
+def verdict(made: Rehearsal, seconds: float = 5) -> Diagnosis:
     """What the canary says."""
     deployment = load_deployment(made.folder / "deploy.toml")
 
-    async def go() -> Verdict:
+    async def go() -> Diagnosis:
         async with open_fleet(deployment) as nodes:
             plan = Plan.model_validate_json((deployment.folder.path / "plan.json").read_text())
-            head = targets(nodes, load_facts(deployment))[0]
+            head = remote_nodes(nodes, load_facts(deployment))[0]
             spec = engine.spec_of(deployment, plan, ray.spec_of(deployment, plan), head, {})
             return diagnose(await probe(nodes, head, spec, seconds=seconds))
 

@@ -16,7 +16,7 @@ from deploy.measure import bench
 from deploy.measure.bench import Sweep, SweepReport
 from deploy.planning.plans import Plan
 from deploy.steps import completion
-from deploy.steps.completion import Answer, Prompt, Server
+from deploy.steps.completion import Answer, CompletionServer, Prompt
 from gracefarm.errors import EngineError
 from tests.deploy import openai_server
 from tests.deploy.test_engine_step import a_plan
@@ -28,7 +28,7 @@ def ask(url: str, *, patience: float = 5.0, key: str | None = None, **more: Any)
     prompt = Prompt(**{"model": "org/tiny", "text": "Hello", "max_tokens": 20, "to_the_end": True, **more})
 
     async def go() -> Answer:
-        async with Server(url=url, key=key).client() as client:
+        async with CompletionServer(url=url, key=key).client() as client:
             return await completion.stream(client, prompt, patience=patience, on_text=said.append)
 
     return asyncio.run(go()), "".join(said)
@@ -81,13 +81,13 @@ def test_nobody_there_a_wrong_key_and_no_count_are_told_apart() -> None:
         assert answer.failure == "usage"
         assert text.count("ken") == 20
         with pytest.raises(EngineError, match="HTTP 401") as error:
-            asyncio.run(bench.run_sweep(Server(url=url, key="wrong"), Sweep(concurrency=[1])))
+            asyncio.run(bench.run_sweep(CompletionServer(url=url, key="wrong"), Sweep(concurrency=[1])))
         assert "OPENAI_API_KEY" in error.value.remedy
 
 
 def sweep(url: str, plan: Plan | None = None, **more: Any) -> SweepReport:
     values = {"concurrency": [1, 4], "requests": 8, "prompt_tokens": 30, "max_tokens": 20, "patience": 1.0, **more}
-    return asyncio.run(bench.run_sweep(Server(url=url), Sweep(**values), plan=plan))
+    return asyncio.run(bench.run_sweep(CompletionServer(url=url), Sweep(**values), plan=plan))
 
 
 def test_a_sweep_keeps_so_many_under_way_and_counts_what_the_server_counted() -> None:

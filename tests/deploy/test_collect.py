@@ -14,7 +14,7 @@ import pytest
 
 from deploy.fleet.ssh import open_fleet
 from deploy.nodes.redact import Redactor
-from deploy.nodes.state import Record, State
+from deploy.nodes.state import State, StepRecord
 from deploy.remote import gather
 from deploy.steps import engine
 from deploy.watch import collect as collecting
@@ -142,7 +142,7 @@ def test_half_a_secret_is_not_left_at_a_cut(tmp_path: Path) -> None:
     log = tmp_path / "log"
     line = b"Bearer gf-" + b"k" * 90 + b"\n"
     log.write_bytes(line * ((gather.HEAD + gather.TAIL) // len(line) + 500))
-    kept = gather._ends(log)
+    kept = gather.ends(log)
     assert {len(kept_line) for kept_line in kept.splitlines() if not kept_line.startswith(b"[... ")} == {len(line) - 1}
     left = int(kept.split(b"[... ")[1].split()[0])
     marker = len(b"[... %d bytes left out ...]\n" % left)
@@ -186,8 +186,8 @@ def first(texts: dict[str, bytes], *, word: str = "DEAD", lost: bool = False, **
     nodes = tuple(NodeStatus(name=name, address=name, ray=name != "k1" if lost else None) for name in ("k0", "k1"))
     service = Service(word=word, text="")  # type: ignore[arg-type]
     seen = Status(taken=NOW, deployment="t", model="m", service=service, nodes=nodes)
-    steps = {"engine": Record(digest="", outcome="failed", text="the last and least", begun=NOW - 60)}
-    steps |= {name: Record(digest="", outcome="failed", text=text, begun=NOW) for name, text in failed.items()}
+    steps = {"engine": StepRecord(digest="", outcome="failed", text="the last and least", begun=NOW - 60)}
+    steps |= {name: StepRecord(digest="", outcome="failed", text=text, begun=NOW) for name, text in failed.items()}
     return findings({f"nodes/{name}": text for name, text in texts.items()}, seen, State(steps=steps), a_plan(1), {})
 
 

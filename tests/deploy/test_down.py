@@ -11,10 +11,10 @@ import psutil
 import pytest
 
 from deploy.fleet.jobs import job_status, start_job
-from deploy.fleet.targets import targets
+from deploy.fleet.shells import remote_nodes
 from deploy.nodes import state
 from deploy.nodes.facts import load_facts
-from deploy.nodes.state import Record, State
+from deploy.nodes.state import State, StepRecord
 from deploy.remote import look
 from deploy.steps import brought, environment, processes, ray, step
 from deploy.steps.environment import Matrix, Module
@@ -61,7 +61,7 @@ def test_with_a_node_away_everything_ends_on_all_others_and_then_it_is_told(tmp_
         await start_job(made.fleet, head, "engine", SLEEPS)
         for node in made.fleet.nodes:
             await start_job(made.fleet, node, "ray", SLEEPS)
-        steps = {name: Record(digest="x", outcome="done", begun=time.time()) for name in ("ray", "engine", "weights")}
+        steps = {name: StepRecord(digest="x", outcome="done", begun=time.time()) for name in ("ray", "engine", "weights")}
         made.deployment.folder.state.write_text(State(steps=steps).model_dump_json())
         async with deploy(made.folder, "tunnel") as tunnel:
             assert tunnel.stdout
@@ -127,10 +127,10 @@ def test_ray_makes_room_for_itself_and_not_of_a_build_or_a_download_that_is_at_w
             await start_job(made.fleet, head, job, SLEEPS, env)
         spec = ray.ClusterSpec(plan=made.plan.model_copy(update={"nodes": made.plan.nodes[:1]}), python="python3")
         with pytest.raises(InstallError, match="ray does not import"):
-            await ray.up(made.fleet, targets(made.fleet), spec, Console())
+            await ray.up(made.fleet, remote_nodes(made.fleet), spec, Console())
         states = {job: (await job_status(made.fleet, head, job)).state for job in ("build-env", "weights", "ray")}
         assert states == {"build-env": "running", "weights": "running", "ray": "lost"}
-        await processes.stop(targets(made.fleet), made.fleet.mark)
+        await processes.stop(remote_nodes(made.fleet), made.fleet.mark)
 
     play(tmp_path, work)
 
@@ -142,7 +142,7 @@ def test_what_a_killed_command_left_of_its_import_matrix_is_ended(tmp_path: Path
         begun = tmp_path / "begun"
         code = f"import time; open({str(begun)!r}, 'w').close(); time.sleep(300)"
         slow = Matrix(modules=(Module(module="slow", code=code),))
-        proof = asyncio.create_task(environment.prove(targets(made.fleet), str(tmp_path / "env"), slow, 300))
+        proof = asyncio.create_task(environment.prove(remote_nodes(made.fleet), str(tmp_path / "env"), slow, 300))
         prefix = f"{made.fleet.mark}/k0/"
         async with asyncio.timeout(20):
             while not begun.exists():  # noqa: ASYNC110 - what the worker starts before, to ask for GPUs, ends by itself

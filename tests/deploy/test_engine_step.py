@@ -12,17 +12,17 @@ from pathlib import Path
 
 import pytest
 
-from deploy.fleet.calls import Target
+from deploy.fleet.calls import RemoteNode
 from deploy.fleet.jobs import JobStatus, job_status, stop_job
+from deploy.fleet.shells import remote_nodes
 from deploy.fleet.ssh import Fleet
-from deploy.fleet.targets import targets
 from deploy.nodes.config import Config
 from deploy.nodes.deployment import Deployment, Folder
 from deploy.planning import plans, suppose
 from deploy.planning.plans import Plan
 from deploy.steps import engine
 from deploy.steps.canary import Reply
-from deploy.steps.metrics import Metrics
+from deploy.steps.metrics import EngineMetrics
 from deploy.watch.verdict import Signs, diagnose, probe
 from gracefarm.console import Console
 from gracefarm.errors import EngineError
@@ -30,7 +30,7 @@ from tests.deploy import kit
 from tests.deploy.test_plan import llama
 
 KEY = "gf-planted-key-0123456789"
-Work = Callable[[Fleet, Target, list[kit.Machine]], Awaitable[None]]
+Work = Callable[[Fleet, RemoteNode, list[kit.Machine]], Awaitable[None]]
 
 
 def free_port() -> int:
@@ -59,7 +59,7 @@ def on_a_node(folder: Path, work: Work) -> None:
     async def go() -> None:
         async with kit.machines(folder, 1) as made, kit.fleet(folder, made) as fleet:
             try:
-                await work(fleet, targets(fleet)[0], made)
+                await work(fleet, remote_nodes(fleet)[0], made)
             finally:
                 await stop_job(fleet, made[0].node, "engine", grace=1)
 
@@ -67,7 +67,7 @@ def on_a_node(folder: Path, work: Work) -> None:
 
 
 def test_ready_is_a_real_completion_and_nothing_is_started_twice(tmp_path: Path) -> None:
-    async def work(fleet: Fleet, head: Target, made: list[kit.Machine]) -> None:
+    async def work(fleet: Fleet, head: RemoteNode, made: list[kit.Machine]) -> None:
         plan = a_plan(free_port())
         first = await engine.up(fleet, head, spec(plan), Console())
         assert first.how == "started"
@@ -96,7 +96,7 @@ def cmdlines() -> list[Path]:
 
 
 def test_another_plan_stops_the_engine_that_runs(tmp_path: Path) -> None:
-    async def work(fleet: Fleet, head: Target, made: list[kit.Machine]) -> None:
+    async def work(fleet: Fleet, head: RemoteNode, made: list[kit.Machine]) -> None:
         port = free_port()
         await engine.up(fleet, head, spec(a_plan(port)), Console())
         before = (await job_status(fleet, made[0].node, "engine")).pid
@@ -109,7 +109,7 @@ def test_another_plan_stops_the_engine_that_runs(tmp_path: Path) -> None:
 def test_the_same_plan_in_another_environment_stops_the_engine_that_runs(tmp_path: Path) -> None:
     """Its arguments are the same: they name the environment by a link that `env rollback` moves."""
 
-    async def work(fleet: Fleet, head: Target, made: list[kit.Machine]) -> None:
+    async def work(fleet: Fleet, head: RemoteNode, made: list[kit.Machine]) -> None:
         plan = a_plan(free_port())
         pids = []
         for environment, how in (("a" * 32, "started"), ("a" * 32, "running"), ("b" * 32, "started")):
@@ -121,7 +121,7 @@ def test_the_same_plan_in_another_environment_stops_the_engine_that_runs(tmp_pat
 
 
 def test_a_load_that_was_left_is_attached_to(tmp_path: Path) -> None:
-    async def work(fleet: Fleet, head: Target, made: list[kit.Machine]) -> None:
+    async def work(fleet: Fleet, head: RemoteNode, made: list[kit.Machine]) -> None:
         plan = a_plan(free_port(), "--load", "8")
         first = asyncio.ensure_future(engine.up(fleet, head, spec(plan), Console()))
         while (pid := (await job_status(fleet, made[0].node, "engine")).pid) is None:  # noqa: ASYNC110
@@ -141,7 +141,7 @@ def test_a_death_while_loading_is_told_by_its_first_cause(tmp_path: Path) -> Non
     words = tmp_path / "words"
     words.write_text("torch.OutOfMemoryError: CUDA out of memory.\nTraceback:\nRuntimeError: the last and least of it\n")
 
-    async def work(fleet: Fleet, head: Target, made: list[kit.Machine]) -> None:
+    async def work(fleet: Fleet, head: RemoteNode, made: list[kit.Machine]) -> None:
         plan = a_plan(free_port(), "--die", "1", "--say", str(words))
         with pytest.raises(EngineError, match="ended with 1 while loading: GPU memory ran out") as error:
             await engine.up(fleet, head, spec(plan), Console())
@@ -160,7 +160,7 @@ def test_a_worker_that_died_is_told_with_the_node_that_ray_lost(tmp_path: Path) 
     async def lost() -> Mapping[str, bool]:
         return {"k0": True, "k1": False}
 
-    async def work(fleet: Fleet, head: Target, made: list[kit.Machine]) -> None:
+    async def work(fleet: Fleet, head: RemoteNode, made: list[kit.Machine]) -> None:
         plan = a_plan(free_port(), "--die", "1", "--say", str(words))
         with pytest.raises(EngineError, match="while loading: Ray lost k1; a worker died"):
             await engine.up(fleet, head, spec(plan, nodes=lost), Console())
@@ -172,7 +172,7 @@ def test_a_node_that_ray_loses_while_loading_ends_it(tmp_path: Path) -> None:
     async def lost() -> Mapping[str, bool]:
         return {"k0": True, "k1": False}
 
-    async def work(fleet: Fleet, head: Target, made: list[kit.Machine]) -> None:
+    async def work(fleet: Fleet, head: RemoteNode, made: list[kit.Machine]) -> None:
         plan = a_plan(free_port(), "--load", "60")
         with pytest.raises(EngineError, match="Ray lost k1 while the engine was loading"):
             await engine.up(fleet, head, spec(plan, nodes=lost, check=0.5), Console())
@@ -182,7 +182,7 @@ def test_a_node_that_ray_loses_while_loading_ends_it(tmp_path: Path) -> None:
 
 
 def test_too_long_a_load_is_stopped(tmp_path: Path) -> None:
-    async def work(fleet: Fleet, head: Target, made: list[kit.Machine]) -> None:
+    async def work(fleet: Fleet, head: RemoteNode, made: list[kit.Machine]) -> None:
         with pytest.raises(EngineError, match="no completion after 2 s; it was loading"):
             await engine.up(fleet, head, spec(a_plan(free_port(), "--load", "60"), load=2.0), Console())
         assert (await job_status(fleet, made[0].node, "engine")).state == "stopped"
@@ -191,7 +191,7 @@ def test_too_long_a_load_is_stopped(tmp_path: Path) -> None:
 
 
 def test_a_port_that_somebody_holds_is_refused_by_name(tmp_path: Path) -> None:
-    async def work(fleet: Fleet, head: Target, made: list[kit.Machine]) -> None:
+    async def work(fleet: Fleet, head: RemoteNode, made: list[kit.Machine]) -> None:
         with socket.create_server(("127.0.0.1", 0)) as other:
             plan = a_plan(int(other.getsockname()[1]))
             with pytest.raises(EngineError, match=r"port \d+ is held by .*process \d+.*not of this deployment"):
@@ -205,7 +205,7 @@ def test_a_port_that_somebody_holds_is_refused_by_name(tmp_path: Path) -> None:
 def test_a_wedge_is_told_from_others_work(tmp_path: Path, busy: bool) -> None:
     """Both times /health says 200 and the canary gets no token; with others' tokens being made it only waits its turn."""
 
-    async def work(fleet: Fleet, head: Target, made: list[kit.Machine]) -> None:
+    async def work(fleet: Fleet, head: RemoteNode, made: list[kit.Machine]) -> None:
         hang = tmp_path / "hang"
         plan = a_plan(free_port(), "--wedge", str(hang), *(["--busy"] if busy else []))
         await engine.up(fleet, head, spec(plan), Console())
@@ -223,7 +223,7 @@ def test_a_wedge_is_told_from_others_work(tmp_path: Path, busy: bool) -> None:
 
 @pytest.mark.parametrize("busy", [False, True])
 def test_a_wedged_engine_is_started_anew_and_one_that_works_for_others_is_not(tmp_path: Path, busy: bool) -> None:
-    async def work(fleet: Fleet, head: Target, made: list[kit.Machine]) -> None:
+    async def work(fleet: Fleet, head: RemoteNode, made: list[kit.Machine]) -> None:
         hang = tmp_path / "hang"
         plan = a_plan(free_port(), "--wedge", str(hang), *(["--busy"] if busy else []))
         await engine.up(fleet, head, spec(plan), Console())
@@ -277,8 +277,8 @@ ALIVE, LOST = {"k0": True, "k1": True}, {"k0": True, "k1": False}
                 job=RUNNING,
                 answer=MUTE,
                 nodes=ALIVE,
-                before=Metrics(generation_tokens_total=1),
-                after=Metrics(generation_tokens_total=9),
+                before=EngineMetrics(generation_tokens_total=1),
+                after=EngineMetrics(generation_tokens_total=9),
             ),
             "busy",
             "tokens are made",
@@ -288,8 +288,8 @@ ALIVE, LOST = {"k0": True, "k1": True}, {"k0": True, "k1": False}
                 job=RUNNING,
                 answer=MUTE,
                 nodes=ALIVE,
-                before=Metrics(generation_tokens_total=9),
-                after=Metrics(generation_tokens_total=9),
+                before=EngineMetrics(generation_tokens_total=9),
+                after=EngineMetrics(generation_tokens_total=9),
             ),
             "wedged",
             "all nodes are alive",

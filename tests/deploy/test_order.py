@@ -20,19 +20,19 @@ from typing import Any
 import httpx
 import pytest
 
-from deploy.fleet.calls import Target
+from deploy.fleet.calls import RemoteNode
 from deploy.fleet.ssh import open_fleet
 from deploy.nodes import state
 from deploy.nodes.config import Config
 from deploy.nodes.deployment import Deployment
 from deploy.nodes.facts import Facts
-from deploy.nodes.state import Record
+from deploy.nodes.state import StepRecord
 from deploy.rehearsal import source, standin
 from deploy.remote import look as remote
 from deploy.steps import environment, order, processes, ray, setlock, step
 from deploy.steps.dealing import told
 from deploy.steps.environment import DownloadStep, EnvironmentStep
-from deploy.steps.order import Choice
+from deploy.steps.order import StepChoice
 from deploy.steps.preflight import ProofStep
 from deploy.steps.step import Applied, Looks, Step, Work, perform
 from gracefarm import settings
@@ -71,7 +71,7 @@ class Made(Step):
     def inputs(self, _work: Work, _looks: Looks) -> str:
         return self.of
 
-    def check(self, _work: Work, _record: Record, _looks: Looks) -> str | None:
+    def check(self, _work: Work, _record: StepRecord, _looks: Looks) -> str | None:
         return self.why
 
     async def apply(self, _work: Work, _looks: Looks) -> Applied:
@@ -178,7 +178,7 @@ def test_an_environment_that_fails_is_told_while_the_weights_still_come(
 
 def test_what_was_killed_in_the_middle_is_never_taken_for_done(tmp_path: Path) -> None:
     class NotLookedAt(Made):
-        def check(self, _work: Work, _record: Record, _looks: Looks) -> str | None:
+        def check(self, _work: Work, _record: StepRecord, _looks: Looks) -> str | None:
             raise AssertionError("a step that did not end is not looked at, it is done")
 
     async def go(work: Work) -> None:
@@ -190,9 +190,9 @@ def test_what_was_killed_in_the_middle_is_never_taken_for_done(tmp_path: Path) -
 
 def test_steps_that_do_not_exist_are_told() -> None:
     with pytest.raises(UsageError, match="no step 'weight'"):
-        Choice(skip=("weight",)).check()
+        StepChoice(skip=("weight",)).check()
     with pytest.raises(UsageError, match="no step 'ray'"):
-        Choice(start="ray").check()
+        StepChoice(start="ray").check()
 
 
 def test_without_a_lock_nothing_is_built(tmp_path: Path) -> None:
@@ -316,7 +316,7 @@ def test_a_node_that_hangs_does_not_hold_the_command_for_ever() -> None:
             await asyncio.sleep(600)
             raise AssertionError
 
-    node = Target(name="k1", address="", gpus=1, shell=Hangs())  # type: ignore[arg-type]
+    node = RemoteNode(name="k1", address="", gpus=1, shell=Hangs())  # type: ignore[arg-type]
     begun = time.monotonic()
     with pytest.raises(NodeError, match=r"k1: no answer to a short question within 0\.3 s"):
         asyncio.run(step.glance(node, {}, seconds=0.3))
@@ -419,7 +419,7 @@ def test_two_deployments_of_one_name_on_one_share_do_not_switch_each_others_envi
                 )
                 await asyncio.gather(*(environment.claim(first) for _ in range(4)))
                 assert (await step.look(first))["k0"]["owner"] == works[0].folder.id
-                only = Choice(skip=("preflight", "cache", "weights", "proof"))
+                only = StepChoice(skip=("preflight", "cache", "weights", "proof"))
                 for refused in (order.up(second, only), environment.roll_back(second)):
                     with pytest.raises(ConfigError, match=r"another deployment on .*/share is called t: ") as error:
                         await refused

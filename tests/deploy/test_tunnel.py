@@ -20,7 +20,7 @@ from deploy.fleet import tunnels
 from deploy.fleet.ssh import Fleet
 from deploy.fleet.tunnels import WantedPort
 from deploy.nodes.deployment import Folder
-from deploy.steps.completion import Prompt, Server, stream
+from deploy.steps.completion import CompletionServer, Prompt, stream
 from gracefarm.errors import GracefarmError, SshError
 from tests.deploy import kit, openai_server
 
@@ -72,7 +72,7 @@ def test_after_a_cut_it_is_there_again_and_both_are_said(tmp_path: Path) -> None
             wanted = [WantedPort(name="engine", remote=int(url.rpartition(":")[2]), local=0)]
             async with tunnels.opened(fleet, machine.node, wanted) as (one,):
                 watching = asyncio.create_task(tunnels.attend(fleet, machine.node, said.append, every=0.1))
-                async with Server(url=f"http://127.0.0.1:{one.local}").client() as client:
+                async with CompletionServer(url=f"http://127.0.0.1:{one.local}").client() as client:
                     prompt = Prompt(model="org/tiny", text="x", max_tokens=20, to_the_end=True)
                     asking = asyncio.create_task(stream(client, prompt))
                     await asyncio.sleep(0.5)

@@ -21,16 +21,17 @@ from typing import Any
 import httpx
 import pytest
 
-from deploy.fleet.calls import Json, Target
+from deploy.fleet.calls import RemoteNode
 from deploy.fleet.jobs import JobStatus, start_job, stop_job
 from deploy.fleet.probe import probe_nodes
+from deploy.fleet.shells import remote_nodes
 from deploy.fleet.ssh import Fleet, open_fleet
-from deploy.fleet.targets import targets
 from deploy.nodes import state
 from deploy.nodes.deployment import Deployment
 from deploy.nodes.facts import keep_facts, load_facts
-from deploy.nodes.state import Record, State
+from deploy.nodes.state import State, StepRecord
 from deploy.planning.plans import Plan
+from deploy.remote.wire import Json
 from deploy.steps import engine, metrics, step
 from deploy.steps.canary import Reply
 from deploy.watch import collect as collecting
@@ -61,7 +62,7 @@ class Scene:
         """What `deploy serve` leaves: plan, key, state, and a pretend engine that runs."""
         self.keep("running")
         try:
-            await engine.up(self.fleet, targets(self.fleet)[0], self.spec(), Console())
+            await engine.up(self.fleet, remote_nodes(self.fleet)[0], self.spec(), Console())
         except EngineError as error:
             self.keep("failed", error.cause)
             raise
@@ -74,9 +75,9 @@ class Scene:
     def keep(self, outcome: Any, text: str = "") -> None:
         folder = self.deployment.folder
         (folder.path / "plan.json").write_text(self.plan.model_dump_json())
-        steps = {"engine": Record(digest="x", outcome=outcome, text=text, begun=time.time())}
+        steps = {"engine": StepRecord(digest="x", outcome=outcome, text=text, begun=time.time())}
         if outcome == "done":
-            steps["load"] = Record(digest="x", outcome="done", begun=time.time(), data={"loading": 4.0, "capturing": 2.0})
+            steps["load"] = StepRecord(digest="x", outcome="done", begun=time.time(), data={"loading": 4.0, "capturing": 2.0})
         folder.state.write_text(State(steps=steps).model_dump_json())
 
     async def status(self, *words: str) -> tuple[int, dict[str, Any]]:
@@ -103,7 +104,7 @@ async def _scene(folder: Path, local: str, made: list[kit.Machine], *more: str) 
     text = f'share = "{folder}/share"\n[options]\nprice_per_node_hour = 2.29\nconnect_timeout = 3.0\n'
     deployment = kit.deployment(folder, made, ports={"engine": port}, more=text, local=local)
     async with open_fleet(deployment, config=[]) as fleet:
-        facts, bad = await probe_nodes(deployment, targets(fleet))
+        facts, bad = await probe_nodes(deployment, remote_nodes(fleet))
         assert not bad
         keep_facts(deployment, facts)
         found = Scene(folder=folder, made=made, deployment=deployment, fleet=fleet, plan=a_plan(port, *more))
@@ -161,7 +162,7 @@ def test_a_share_whose_server_is_gone_holds_status_up_no_longer_than_it_must_and
 def test_a_node_that_does_not_answer_is_part_of_the_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(status, "SILENCE", 1.0)
 
-    async def never(_node: Target, _function: str, _request: object) -> Json:
+    async def never(_node: RemoteNode, _function: str, _request: object) -> Json:
         await asyncio.sleep(600)
         raise AssertionError
 
@@ -210,9 +211,9 @@ def test_status_of_a_load_and_of_one_that_failed(tmp_path: Path) -> None:
     async def work(made: Scene) -> None:
         made.keep("running")
         kept = state.read(made.deployment.folder)
-        steps = {**kept.steps, "load": Record(digest="x", outcome="done", begun=0.0, data={"loading": 600.0})}
+        steps = {**kept.steps, "load": StepRecord(digest="x", outcome="done", begun=0.0, data={"loading": 600.0})}
         made.deployment.folder.state.write_text(State(steps=steps).model_dump_json())
-        starting = asyncio.create_task(engine.up(made.fleet, targets(made.fleet)[0], made.spec(), Console()))
+        starting = asyncio.create_task(engine.up(made.fleet, remote_nodes(made.fleet)[0], made.spec(), Console()))
         log = Path(await made.fleet.folder(made.deployment.head)) / "jobs" / "engine" / "log"
         await until(lambda: log.exists() and " 25%" in log.read_text())
         code, said = await made.status()
@@ -258,7 +259,7 @@ def steps(**outcomes: Any) -> State:
     made = {}
     for number, (name, outcome) in enumerate(outcomes.items()):
         data = {"loading": 60.0, "capturing": 40.0} if name == "load" else {}
-        made[name] = Record(digest="x", outcome=outcome, text="why", begun=1000.0 + number, data=data)
+        made[name] = StepRecord(digest="x", outcome=outcome, text="why", begun=1000.0 + number, data=data)
     return State(steps=made)
 
 
@@ -403,7 +404,7 @@ def test_rays_logs_are_followed_over_a_cut_and_into_a_new_session(tmp_path: Path
         first = ray_logs(made, "session_2026-11-24_1")
         (first / "raylet.out").write_text("".join(f"old {number}\n" for number in range(9)))
         facts, said, cuts = load_facts(made.deployment), [], []
-        (node,) = targets(made.fleet, facts)
+        (node,) = remote_nodes(made.fleet, facts)
         wish = Wish(lines=2, follow=True, pause=0.2)
         following = asyncio.create_task(
             logging.ray_logs(

@@ -15,7 +15,7 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,7 +23,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deploy.fleet.targets import FleetShell, targets
+from deploy.fleet.shells import FleetShell, remote_nodes
 from deploy.nodes import paths
 from deploy.rehearsal import hub
 from deploy.remote import look
@@ -60,6 +60,15 @@ async def bringing(folder: Path, served: hub.Hub, python: str, *, count: int = 3
         return await step.up(nodes, spec(folder, served, python, **more), Console(as_json=False))
 
 
+def lower_bound(files: Sequence[WeightsFile], nodes: int) -> float:
+    """Bytes that the busiest node has in any split at least.
+
+    The mean; the largest file; and since some node has ceil(files/nodes) files, the smallest so many.
+    """
+    sizes = sorted(file.size for file in files)
+    return max(sum(sizes) / nodes, sizes[-1] if sizes else 0, sum(sizes[: -(-len(sizes) // nodes)]))
+
+
 def spec(folder: Path, served: hub.Hub, python: str, **more: object) -> step.WeightsSpec:
     values = {"root": str(folder / "share"), "repo": "org/model", "endpoint": served.url, "python": python, "workers": 4}
     return step.WeightsSpec(**{**values, **more})  # type: ignore[arg-type]
@@ -81,7 +90,7 @@ def homes(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_every_file_comes_once_and_is_verified_by_another_node(homes: Path, hub_python: str) -> None:
-    with hub.serving(hub.shards(12, 30_000)) as served:
+    with hub.serving(kit.shards(12, 30_000)) as served:
         outcome = bring(homes, served, hub_python)
         assert content(outcome) == wanted(served.files)
         assert sorted(path for paths in served.served.values() for path in paths) == sorted(wanted(served.files))
@@ -103,7 +112,7 @@ def bring_again(folder: Path, served: hub.Hub, python: str, **more: object) -> s
 
 def test_a_corrupted_shard_is_caught_by_the_other_node_and_fetched_again(homes: Path, hub_python: str) -> None:
     bad = "model-00002-of-00006.safetensors"
-    with hub.serving(hub.shards(6, 20_000), corrupt={bad: 1}) as served:
+    with hub.serving(kit.shards(6, 20_000), corrupt={bad: 1}) as served:
         outcome = bring(homes, served, hub_python)
         assert content(outcome) == wanted(served.files)
         assert sum(paths.count(bad) for paths in served.served.values()) == 2
@@ -112,7 +121,7 @@ def test_a_corrupted_shard_is_caught_by_the_other_node_and_fetched_again(homes: 
 
 def test_a_shard_that_is_always_wrong_never_gets_into_the_folder(homes: Path, hub_python: str) -> None:
     bad = "model-00001-of-00003.safetensors"
-    with hub.serving(hub.shards(3, 5_000), corrupt={bad: 99}) as served:
+    with hub.serving(kit.shards(3, 5_000), corrupt={bad: 99}) as served:
         with pytest.raises(DigestError, match=bad):
             bring(homes, served, hub_python, count=2)
         assert not list((homes / "share").rglob(f"{hub.COMMIT}/{bad}"))
@@ -133,7 +142,7 @@ def test_a_node_without_the_shared_folder_is_named(homes: Path, hub_python: str)
             blind = replace(second, shell=Elsewhere(second.shell.fleet, second.shell.node))
             await step.up([first, blind], spec(homes, served, hub_python, patience=2.0), Console())
 
-    with hub.serving(hub.shards(4, 5_000)) as served, pytest.raises(HostError, match="k1: this node does not see the shared"):
+    with hub.serving(kit.shards(4, 5_000)) as served, pytest.raises(HostError, match="k1: this node does not see the shared"):
         asyncio.run(go(served))
 
 
@@ -144,7 +153,7 @@ def test_a_full_disk_is_told_and_what_was_verified_stays(homes: Path, hub_python
     if mounted.returncode:
         pytest.skip("needs the right to mount a tmpfs")
     try:
-        with hub.serving(hub.shards(8, 80_000)) as served:
+        with hub.serving(kit.shards(8, 80_000)) as served:
             with pytest.raises(DiskFullError, match="missing, and the shared folder has"):
                 bring(homes, served, hub_python, count=2)
             room = step.ROOM
@@ -177,7 +186,7 @@ def test_killed_in_the_middle_the_same_command_fetches_only_the_rest(homes: Path
             with pytest.raises(GracefarmError):
                 await running
 
-    with hub.serving(hub.shards(10, 200_000), rate=400_000) as served:
+    with hub.serving(kit.shards(10, 200_000), rate=400_000) as served:
         asyncio.run(cut(served))
         served.rate = None
         first = {path for paths in served.served.values() for path in paths}
@@ -199,7 +208,7 @@ def workers_below(folder: Path) -> list[int]:
 
 
 def test_gated_repositories_are_explained(homes: Path, hub_python: str) -> None:
-    with hub.serving(hub.shards(2, 1_000), gated=True) as served:
+    with hub.serving(kit.shards(2, 1_000), gated=True) as served:
         with pytest.raises(FetchError, match="gated: its owner wants") as without:
             bring(homes, served, hub_python, count=1)
         assert f"{served.url}/org/model" in without.value.remedy
@@ -230,7 +239,7 @@ def test_the_token_is_in_no_argument_no_environment_and_no_file_but_the_jobs_std
                 await asyncio.sleep(0.02)
             await running
 
-    with hub.serving(hub.shards(4, 100_000), token=TOKEN, rate=200_000) as served:
+    with hub.serving(kit.shards(4, 100_000), token=TOKEN, rate=200_000) as served:
         asyncio.run(go(served))
         assert served.tokens == {TOKEN}
     assert not seen["processes"]
@@ -279,7 +288,9 @@ def each_once(served: hub.Hub) -> bool:
 def test_a_cut_of_every_connection_stops_no_download(homes: Path, hub_python: str) -> None:
     async def go(served: hub.Hub) -> step.Brought:
         async with kit.machines(homes, 2) as made, kit.fleet(homes, made) as fleet:
-            running = asyncio.ensure_future(step.up(targets(fleet), spec(homes, served, hub_python, token=TOKEN), Console()))
+            running = asyncio.ensure_future(
+                step.up(remote_nodes(fleet), spec(homes, served, hub_python, token=TOKEN), Console())
+            )
             await served_count(served, 3)
             before = [machine.entered for machine in made]
             for machine in made:
@@ -288,7 +299,7 @@ def test_a_cut_of_every_connection_stops_no_download(homes: Path, hub_python: st
             assert all(machine.entered > count for machine, count in zip(made, before, strict=True))
             return outcome
 
-    with hub.serving(hub.shards(10, 200_000), rate=400_000, token=TOKEN) as served:
+    with hub.serving(kit.shards(10, 200_000), rate=400_000, token=TOKEN) as served:
         outcome = asyncio.run(go(served))
         assert content(outcome) == wanted(served.files)
         assert each_once(served)
@@ -299,7 +310,7 @@ def test_an_interrupted_commands_download_goes_on_and_the_next_one_waits_for_it(
     """The Hub is slow until the next command has found on each node what is still at work there."""
     said: set[str] = set()
     wait = "{}: a download is still at work there (of an earlier command); waiting for it"
-    with hub.serving(hub.shards(10, 200_000), rate=100_000, token=TOKEN) as served:
+    with hub.serving(kit.shards(10, 200_000), rate=100_000, token=TOKEN) as served:
 
         class Hears(Console):
             def step(self, _name: str, text: str) -> None:
@@ -311,13 +322,13 @@ def test_an_interrupted_commands_download_goes_on_and_the_next_one_waits_for_it(
             wish = spec(homes, served, hub_python, token=TOKEN, workers=1)
             async with kit.machines(homes, 2) as made:
                 async with kit.fleet(homes, made) as fleet:
-                    running = asyncio.ensure_future(step.up(targets(fleet), wish, Console()))
+                    running = asyncio.ensure_future(step.up(remote_nodes(fleet), wish, Console()))
                     await served_count(served, 3)
                     served.rate = 10_000
                     running.cancel()
                     await asyncio.wait({running})
                 async with kit.fleet(homes, made) as fleet:
-                    outcome = await step.up(targets(fleet), wish, Hears())
+                    outcome = await step.up(remote_nodes(fleet), wish, Hears())
                 assert outcome.rounds == 0
                 assert content(outcome) == wanted(served.files)
 
@@ -349,7 +360,7 @@ def test_two_deployments_on_one_share_bring_the_same_files_once_and_apart(tmp_pa
                 os.utime(pulse.parent.parent, (old, old))
         return await asyncio.gather(first, bring("second", served))
 
-    with hub.serving(hub.shards(10, 200_000), rate=100_000) as served:
+    with hub.serving(kit.shards(10, 200_000), rate=100_000) as served:
         first, second = asyncio.run(go(served))
         assert each_once(served)
         assert content(first) == content(second) == wanted(served.files)
@@ -363,7 +374,7 @@ def test_while_another_deployment_gives_signs_of_life_this_one_waits_and_says_so
 ) -> None:
     monkeypatch.setattr(step, "SIGN", 1.0)
     said: list[tuple[str, int]] = []
-    with hub.serving(hub.shards(3, 2_000)) as served:
+    with hub.serving(kit.shards(3, 2_000)) as served:
 
         class Hears(Console):
             def step(self, name: str, text: str) -> None:
@@ -406,7 +417,7 @@ def test_down_ends_downloads_at_once_and_none_that_waits_begins(homes: Path, hub
             assert sum(map(len, served.served.values())) <= count + 2 * 4  # what was on its way
             assert workers_below(homes) == []
 
-    with hub.serving(hub.shards(60, 100_000), rate=60_000) as served:
+    with hub.serving(kit.shards(60, 100_000), rate=60_000) as served:
         asyncio.run(go(served))
         assert not list(homes.rglob("gracefarm-*.pyz"))
         served.rate = None
@@ -424,14 +435,14 @@ def test_a_node_that_is_lost_leaves_its_files_to_the_others(
     async def go(served: hub.Hub) -> step.Brought:
         async with kit.machines(homes, 3) as made, kit.fleet(homes, made, connect_timeout=0.1) as fleet:
             wish = spec(homes, served, hub_python, patience=2.0)
-            running = asyncio.ensure_future(step.up(targets(fleet), wish, Console()))
+            running = asyncio.ensure_future(step.up(remote_nodes(fleet), wish, Console()))
             await served_count(served, 4)
             if dies:
                 look.stop({"prefixes": [f"{fleet.mark}/k2/"], "grace": 0})
             await made[2].switch_off()
             return await running
 
-    with hub.serving(hub.shards(12, 200_000), rate=100_000) as served:
+    with hub.serving(kit.shards(12, 200_000), rate=100_000) as served:
         outcome = asyncio.run(go(served))
         assert content(outcome) == wanted(served.files)
         assert dies or each_once(served)
@@ -445,7 +456,7 @@ def test_verify_finds_a_file_that_rotted(homes: Path, hub_python: str) -> None:
         async with kit.nodes(homes, 2) as nodes:
             return await step.verify(nodes, spec(homes, served, hub_python), hub.COMMIT)
 
-    with hub.serving(hub.shards(3, 5_000)) as served:
+    with hub.serving(kit.shards(3, 5_000)) as served:
         outcome = bring(homes, served, hub_python, count=1)
         rotten = Path(outcome.folder) / "model-00002-of-00003.safetensors"
         data = bytearray(rotten.read_bytes())
@@ -463,7 +474,7 @@ def test_the_deal_of_the_real_shape_is_within_five_percent_of_the_best() -> None
     ]
     for count in range(2, 17):
         shares = dealing.deal(files, [f"k{n}" for n in range(count)])
-        assert max(sum(file.size for file in share) for share in shares.values()) <= 1.05 * dealing.lower_bound(files, count)
+        assert max(sum(file.size for file in share) for share in shares.values()) <= 1.05 * lower_bound(files, count)
 
 
 @given(sizes=st.lists(st.integers(0, 100), max_size=7), count=st.integers(1, 3))
@@ -473,7 +484,7 @@ def test_no_split_at_all_is_better_than_the_bound(sizes: list[int], count: int) 
     best = min(
         max(sum(size for size, node in zip(sizes, split, strict=True) if node == n) for n in range(count)) for split in splits
     )
-    assert dealing.lower_bound(files, count) <= best
+    assert lower_bound(files, count) <= best
 
 
 @given(
