@@ -110,7 +110,7 @@ def nothing_to_do(_folder: Path) -> str:
 def download(folder: Path) -> str:
     """Each node's line carries RATE bytes a second, however many connections it opens."""
     python = hub_python(folder)
-    files = hub.shards(FILES, SIZE, seed=405)
+    files = kit.shards(FILES, SIZE, seed=405)
     one, _ = bring(folder / "one", files, 1, python)
     four, outcome = bring(folder / "four", files, NODES, python)
     speedup, deal = one / four, outcome.busiest / outcome.bound

@@ -32,23 +32,6 @@ def git_id(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
 
-def shards(count: int, size: int, *, seed: int = 1) -> dict[str, bytes]:
-    """A repository like Llama's: `count` shards of about `size` bytes, small files, and what nobody wants."""
-    source = random.Random(seed)  # noqa: S311 - content that is the same every time
-    files = {
-        f"model-{number:05}-of-{count:05}.safetensors": source.randbytes(round(size * source.uniform(0.8, 1.2)))
-        for number in range(1, count + 1)
-    }
-    return {
-        **files,
-        "config.json": b'{"architectures": ["LlamaForCausalLM"]}\n',
-        "tokenizer.json": source.randbytes(2000),
-        "original/consolidated.00.pth": b"not wanted",
-        "original/params.json": b"{}",
-        ".gitattributes": b"*.safetensors filter=lfs\n",
-    }
-
-
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",

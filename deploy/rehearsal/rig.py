@@ -1,6 +1,6 @@
 """Nodes of one machine: namespaces joined by a switch, each with a real sshd, and everything that can go wrong with a node.
 
-    with rig(folder, count=3) as room:
+    with open_rig(folder, count=3) as room:
         room.ips                      # ips.txt
         room.command(["deploy", …])   # an argument list that runs where the nodes can be reached
         with room.inside(): …         # this thread's sockets and child processes are where the nodes can be reached
@@ -165,7 +165,7 @@ class RigNode:
 
 
 class Rig:
-    """The room with its nodes. Use it by `rig()`."""
+    """The room with its nodes. Use it by `open_rig()`."""
 
     def __init__(self, folder: Path, room: subprocess.Popen[str], daemon: sshd.Sshd, python: Path | None) -> None:
         self.folder = folder
@@ -211,13 +211,13 @@ class Rig:
                 line = ""
             if not line:
                 assert self._process.stderr
-                said = last_line(self._process.stderr.read(), "it ended")
-                raise HostError(f"the rehearsal's namespaces: {said}", remedy=_REMEDY)
+                reason = last_line(self._process.stderr.read(), "it ended")
+                raise HostError(f"the rehearsal's namespaces: {reason}", remedy=_REMEDY)
         answer: Json = json.loads(line)
         if "error" in answer:
             raise HostError(f"the rehearsal's namespaces: {answer['error']}", remedy=_REMEDY)
-        found: Json = answer["ok"]
-        return found
+        result: Json = answer["ok"]
+        return result
 
     def command(self, argv: Sequence[str]) -> list[str]:
         """`argv`, where the nodes can be reached; it ends with the room, and with whoever started it."""
@@ -402,7 +402,7 @@ def _keygen(path: Path) -> None:
 
 
 @contextmanager
-def rig(
+def open_rig(
     folder: Path, *, count: int, specs: Mapping[str, NodeSpec] | None = None, share_size: str | None = None
 ) -> Iterator[Rig]:
     """`count` nodes k0, k1, … with the shared folder `MOUNT`; everything is gone when the block ends, or its process.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import json
 import os
@@ -17,11 +18,12 @@ from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 
-import httpx
-
+from deploy.measure.bench import query
 from deploy.rehearsal import source
-from deploy.rehearsal.rig import GATEWAY, MOUNT, USER, Rig, check_machine, rig
+from deploy.rehearsal.rig import GATEWAY, MOUNT, USER, Rig, check_machine, open_rig
 from deploy.steps import uv
+from deploy.steps.completion import Prompt
+from deploy.steps.completion import CompletionServer
 from gracefarm.console import Console
 from gracefarm.errors import EngineError, NodeError
 from gracefarm.files import remove_tree
@@ -67,7 +69,7 @@ class Rehearsal:
         argv = ("deploy", *arguments)
         self.console.step("run", " ".join(argv))
         begin = time.monotonic()
-        code, output = self._run([sys.executable, "-m", "deploy", *arguments])
+        code, output = self._run(arguments)
         seconds = time.monotonic() - begin
         self.console.event("command", f"{'':9}  {seconds:.1f} s", argv=argv, seconds=round(seconds, 2), returncode=code)
         if code:
@@ -80,15 +82,18 @@ class Rehearsal:
         self.steps.append(step)
         return step
 
-    def _run(self, argv: Sequence[str]) -> tuple[int, str]:
-        process = subprocess.Popen(
-            self.room.command(["env", "--chdir", str(self.folder), *argv]),
+    def _start(self, arguments: Sequence[str]) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            self.room.command(["env", "--chdir", str(self.folder), sys.executable, "-m", "deploy", *arguments]),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             env={**os.environ, **self.environ},
         )
+
+    def _run(self, arguments: Sequence[str]) -> tuple[int, str]:
+        process = self._start(arguments)
         assert process.stdout
         kept = []
         late = threading.Timer(OUTPUT_SECONDS, process.kill)
@@ -106,14 +111,7 @@ class Rehearsal:
     def beside(self, *arguments: str) -> Iterator[subprocess.Popen[str]]:
         """`deploy …` that runs until the block ends, as `deploy tunnel`."""
         self.console.step("run", f"deploy {' '.join(arguments)} &")
-        process = subprocess.Popen(
-            self.room.command(["env", "--chdir", str(self.folder), sys.executable, "-m", "deploy", *arguments]),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env={**os.environ, **self.environ},
-        )
+        process = self._start(arguments)
         try:
             yield process
         finally:
@@ -135,7 +133,7 @@ def rehearsal(
 ) -> Iterator[Rehearsal]:
     """Nodes, index, Hub, and a folder with ips.txt; all of it is gone when the block ends, or its process.
 
-    `share_size`: as `rig` has it.
+    `share_size`: as `open_rig` has it.
     Raises:
         HostError, FetchError: what this machine lacks, or the Python index.
     """
@@ -146,7 +144,7 @@ def rehearsal(
     console.step("index", f"{wheels.lock.count('==')} wheels ready in {time.monotonic() - begin:.1f} s")
     with run_folder(home) as folder, ExitStack() as stack:
         begin = time.monotonic()
-        room = stack.enter_context(rig(folder, count=count, share_size=share_size))
+        room = stack.enter_context(open_rig(folder, count=count, share_size=share_size))
         console.step(
             "nodes", f"{count} with sshd and {MOUNT} in {time.monotonic() - begin:.1f} s: {room.ips.read_text().split()}"
         )
@@ -242,33 +240,12 @@ def ask(rehearsal: Rehearsal, url: str, key: str, *, tokens: int = 32, on_text: 
     Raises:
         EngineError: no answer, or one that breaks off.
     """
-    body = {
-        "model": REPO,
-        "messages": [{"role": "user", "content": PROMPT}],
-        "max_tokens": tokens,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
-    counted = 0
-    try:
-        with (
-            rehearsal.room.inside(),
-            httpx.Client(timeout=60, trust_env=False, headers={"Authorization": f"Bearer {key}"}) as client,
-            client.stream("POST", f"{url}/v1/chat/completions", json=body) as answer,
-        ):
-            if answer.status_code != httpx.codes.OK:
-                raise EngineError(f"{url}: {answer.status_code} {answer.read().decode()[:200]}")
-            for line in answer.iter_lines():
-                if line.startswith("data: {"):
-                    chunk = json.loads(line[6:])
-                    counted = (chunk.get("usage") or {}).get("completion_tokens", counted)
-                    for choice in chunk["choices"]:
-                        on_text(choice["delta"].get("content", ""))
-    except httpx.HTTPError as error:
-        raise EngineError(f"{url}: {error or type(error).__name__}", remedy="`deploy status` says what it is") from error
-    if not counted:
+    prompt = Prompt(model=REPO, text=PROMPT, max_tokens=tokens, api="chat")
+    with rehearsal.room.inside():
+        answer = asyncio.run(query(CompletionServer(url=url, key=key), prompt, patience=60, on_text=on_text))
+    if not answer.tokens:
         raise EngineError(f"{url}: the stream ended without a count of its tokens")
-    return counted
+    return answer.tokens
 
 
 def left(rehearsal: Rehearsal) -> dict[str, list[str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+import random
 import shutil
 import signal
 from collections.abc import AsyncIterator, Callable
@@ -202,3 +203,20 @@ def deployment(
     found.folder.make()
     shutil.copy(folder / "known_hosts", found.folder.known_hosts)
     return found
+
+
+def shards(count: int, size: int, *, seed: int = 1) -> dict[str, bytes]:
+    """A repository like Llama's: `count` shards of about `size` bytes, small files, and what nobody wants."""
+    source = random.Random(seed)
+    files = {
+        f"model-{number:05}-of-{count:05}.safetensors": source.randbytes(round(size * source.uniform(0.8, 1.2)))
+        for number in range(1, count + 1)
+    }
+    return {
+        **files,
+        "config.json": b'{"architectures": ["LlamaForCausalLM"]}\n',
+        "tokenizer.json": source.randbytes(2000),
+        "original/consolidated.00.pth": b"not wanted",
+        "original/params.json": b"{}",
+        ".gitattributes": b"*.safetensors filter=lfs\n",
+    }

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from deploy.rehearsal import flow as rehearsal
-from deploy.rehearsal.flow import Rehearsal
-from deploy.rehearsal.nodes import Spec
+from deploy.rehearsal import walkthrough
+from deploy.rehearsal.rig import NodeSpec
+from deploy.rehearsal.walkthrough import Rehearsal
 from tests.deploy import faultkit
 from tests.deploy.faultkit import begin, deploy, end, until_running, verdict, well
 
@@ -177,7 +177,7 @@ def test_a_port_that_is_taken(made: Rehearsal) -> None:
         done = deploy(made, "serve", "--skip-up")
         assert done.code == ENGINE
         assert "k1: port 8077 is held by a process of another user, which is not of this deployment" in done.output
-        left = rehearsal.left(made)
+        left = walkthrough.left(made)
         assert list(left) == ["k1"]
         assert len(left["k1"]) == 1  # the one that has the port
     finally:
@@ -213,12 +213,12 @@ def test_a_shard_that_rotted_or_was_cut_short_is_brought_again(made: Rehearsal) 
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
-        (Spec(share=False), "k1: share: "),
-        (Spec(loopback=True), "k1: names: node-10-77-0-12 resolves to 127.0.1.1"),
-        (Spec(python=True), "k1: python: "),
+        (NodeSpec(share=False), "k1: share: "),
+        (NodeSpec(loopback=True), "k1: names: node-10-77-0-12 resolves to 127.0.1.1"),
+        (NodeSpec(python=True), "k1: python: "),
     ],
 )
-def test_a_node_of_another_kind_is_told_by_preflight(made: Rehearsal, spec: Spec, words: str) -> None:
+def test_a_node_of_another_kind_is_told_by_preflight(made: Rehearsal, spec: NodeSpec, words: str) -> None:
     well(made, "up")
     made.room["k1"].off()
     made.room["k1"].boot(spec)
@@ -229,7 +229,7 @@ def test_a_node_of_another_kind_is_told_by_preflight(made: Rehearsal, spec: Spec
         assert "remedy:" in done.output
     finally:
         made.room["k1"].off()
-        made.room["k1"].boot(Spec())
+        made.room["k1"].boot(NodeSpec())
     well(made, "up")
 
 
@@ -270,8 +270,8 @@ def test_a_rolled_back_environment_stays_active_until_somebody_goes_forward(made
 def serving(made: Rehearsal) -> dict[str, list[int]]:
     """Process ids of each node's raylet, and of the engine on the head."""
     found = {
-        one.name: [each["pid"] for each in one.processes() if each["argv"] and each["argv"][0].endswith("/raylet/raylet")]
-        for one in made.room.nodes
+        node.name: [each["pid"] for each in node.processes() if each["argv"] and each["argv"][0].endswith("/raylet/raylet")]
+        for node in made.room.nodes
     }
     marks = [(each["pid"], each["environ"].get("GRACEFARM_MARK", "")) for each in made.room.nodes[0].processes()]
     return {**found, "engine": sorted(pid for pid, mark in marks if mark.endswith("/engine"))[:1]}
@@ -308,6 +308,6 @@ def test_another_environment_starts_ray_and_the_engine_anew(made: Rehearsal) -> 
 
 def test_nothing_of_all_this_is_left(made: Rehearsal) -> None:
     well(made, "down")
-    assert rehearsal.left(made) == {}
+    assert walkthrough.left(made) == {}
     assert faultkit.in_files(made) == []
     assert Path(made.folder / ".deploy" / "state.json").stat().st_size > 0

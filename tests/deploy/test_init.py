@@ -210,7 +210,7 @@ def test_the_commit_whose_weights_were_brought_is_the_one_that_is_planned(tmp_pa
     (tmp_path / "deploy.toml").write_text(text)
     folder = Folder(path=tmp_path / ".deploy")
     data = {"commit": "ab" * 20, "folder": "/srv/share/x"}
-    record = state.Record(digest="x", outcome="done", begun=0, data=data)
+    record = state.StepRecord(digest="x", outcome="done", begun=0, data=data)
     folder.state.write_text(state.State(steps={"weights": record}).model_dump_json())
     done = deploy(tmp_path, "plan", "--json")
     assert done.returncode == 0, done.stderr

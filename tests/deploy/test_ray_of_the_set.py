@@ -14,7 +14,7 @@ import pytest
 from builder.planning import pins, stack
 from builder.planning.stack import Arch
 from deploy.nodes import paths
-from deploy.rehearsal.rig import Rig, rig
+from deploy.rehearsal.rig import Rig, open_rig
 from deploy.steps import environment as deployed
 from deploy.steps.environment import Matrix
 from gracefarm import settings
@@ -32,11 +32,11 @@ def of_the_set(*without: str) -> Path:
     """An environment for this machine: of all that `ray[default]` reaches, what the set's lock has, at its versions."""
     locked = {wheel.name: wheel.version for wheel in pins.wheels(stack.load(REPOSITORY / "stacks", "cu124"), Arch.AARCH64)}
     assert locked["ray"] == "2.41.0"
-    pins = "".join(f"{name}=={version}\n" for name, version in locked.items() if "+" not in version)
+    text = "".join(f"{name}=={version}\n" for name, version in locked.items() if "+" not in version)
     uv, index = Path(sys.executable).with_name("uv"), settings.load().index_url
     command = [uv, "pip", "compile", "-q", "--python-version", "3.11", "--no-header", "--no-annotate"]
-    constraints = Path(settings.load().home) / "tests" / f"ray-of-the-set-{hashlib.sha256(pins.encode()).hexdigest()[:12]}.txt"
-    constraints.write_text(pins)
+    constraints = Path(settings.load().home) / "tests" / f"ray-of-the-set-{hashlib.sha256(text.encode()).hexdigest()[:12]}.txt"
+    constraints.write_text(text)
     command += ["--constraint", constraints, *(["--default-index", index] if index else []), "-"]
     reached = subprocess.run(command, input="ray[default]", capture_output=True, text=True, check=True).stdout
     names = re.findall(r"^([a-z0-9-]+)==", reached, flags=re.MULTILINE)
@@ -47,7 +47,7 @@ def of_the_set(*without: str) -> Path:
 
 @pytest.fixture
 def room(tmp_path: Path) -> Iterator[Rig]:
-    with rig(tmp_path / "rig", count=2) as made:
+    with open_rig(tmp_path / "rig", count=2) as made:
         yield made
 
 

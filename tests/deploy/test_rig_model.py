@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from deploy.nodes.deployment import load_deployment
-from deploy.rehearsal.rig import MOUNT, USER, Rig, rig
+from deploy.rehearsal.rig import MOUNT, USER, Rig, open_rig
 from tests.deploy import rigkit
 
 pytestmark = [pytest.mark.root, pytest.mark.slow]
@@ -43,7 +43,7 @@ LlamaForCausalLM(
 
 @pytest.fixture(scope="module")
 def room(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
-    with rig(tmp_path_factory.mktemp("rig"), count=2) as made:
+    with open_rig(tmp_path_factory.mktemp("rig"), count=2) as made:
         env = made.share / "env"
         uv = [
             sys.executable,

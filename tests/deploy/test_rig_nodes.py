@@ -19,7 +19,7 @@ from deploy.fleet.results import CommandResult
 from deploy.fleet.ssh import open_fleet
 from deploy.nodes.deployment import Node
 from deploy.rehearsal import interpreter
-from deploy.rehearsal.rig import MOUNT, OTHER_PYTHON, USER, NodeSpec, Rig, RigNode, check_machine, rig
+from deploy.rehearsal.rig import MOUNT, OTHER_PYTHON, USER, NodeSpec, Rig, RigNode, check_machine, open_rig
 from gracefarm.errors import HostError, SshError
 from tests.deploy.test_environment import standalone, stock
 
@@ -44,7 +44,7 @@ def run(room: Rig, command: str, *, names: list[str] | None = None, timeout: flo
 @pytest.fixture(scope="module")
 def room(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
     specs = {"k1": NodeSpec(share=False, loopback=True), "k2": NodeSpec(python=True, env={"NICE": "image"})}
-    with rig(tmp_path_factory.mktemp("rig"), count=3, specs=specs) as made:
+    with open_rig(tmp_path_factory.mktemp("rig"), count=3, specs=specs) as made:
         yield made
 
 
@@ -113,7 +113,7 @@ def test_a_command_of_this_machine_reaches_the_nodes(room: Rig) -> None:
 
 
 def test_faults_come_and_go(tmp_path: Path) -> None:
-    with rig(tmp_path / "r", count=2) as room:
+    with open_rig(tmp_path / "r", count=2) as room:
         k1 = room["k1"]
         k1.unplug()
         found = run(room, "true")
@@ -151,7 +151,7 @@ def test_faults_come_and_go(tmp_path: Path) -> None:
 
 
 def test_a_small_share_is_full_for_all(tmp_path: Path) -> None:
-    with rig(tmp_path / "r", count=2, share_size="1m") as room:
+    with open_rig(tmp_path / "r", count=2, share_size="1m") as room:
         done = run(room, f"head -c 2000000 /dev/zero > {MOUNT}/big", names=["k0"])["k0"]
         assert "No space left on device" in done.stderr
         assert said(run(room, f"stat -c %s {MOUNT}/big", names=["k1"]))["k1"] == str(1 << 20)
@@ -168,7 +168,7 @@ def sleepers(node: RigNode) -> list[str]:
 
 
 def test_power_off_ends_every_process_of_the_node_alone(tmp_path: Path) -> None:
-    with rig(tmp_path / "r", count=2) as room:
+    with open_rig(tmp_path / "r", count=2) as room:
         assert said(run(room, "for n in 600 601; do setsid sleep $n >/dev/null 2>&1 & done; sleep 0.2"))
         assert sleepers(room["k0"]) == sleepers(room["k1"]) == ["600", "601"]
         assert room["k0"].kill_matching("601")
@@ -182,8 +182,8 @@ def test_power_off_ends_every_process_of_the_node_alone(tmp_path: Path) -> None:
 OWNER = """
 import sys, time
 from pathlib import Path
-from deploy.rehearsal.rig import rig
-with rig(Path(sys.argv[1]), count=2) as room:
+from deploy.rehearsal.rig import open_rig
+with open_rig(Path(sys.argv[1]), count=2) as room:
     for one in room.nodes:
         one.execute(["sh", "-c", "setsid sleep 600 >/dev/null 2>&1 &"])
     print("up", flush=True)
@@ -212,7 +212,7 @@ def test_nothing_outlives_its_owner(tmp_path: Path, how: signal.Signals) -> None
 
 def test_without_root_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    with pytest.raises(HostError, match="only root may"), rig(tmp_path, count=1):
+    with pytest.raises(HostError, match="only root may"), open_rig(tmp_path, count=1):
         pass
 
 
@@ -236,7 +236,7 @@ def test_a_machine_without_python_3_11_has_uv_bring_one_for_the_nodes(tmp_path: 
         interpreter.find(tmp_path / "other")
     assert "UV_PYTHON_INSTALL_MIRROR" in no.value.remedy
     monkeypatch.setattr(interpreter, "find", lambda _home: found)
-    with rig(tmp_path / "rig", count=2, specs={"k1": NodeSpec(python=True)}) as room:
+    with open_rig(tmp_path / "rig", count=2, specs={"k1": NodeSpec(python=True)}) as room:
         where = said(run(room, "python3.11 -c 'import ssl, sys; print(sys.prefix, sys.version.split()[0])'"))
         assert where["k0"].startswith("/run/rig-python 3.11.")
         assert where["k1"] == f"/run/rig-python {OTHER_PYTHON}"

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from deploy.rehearsal import standin
-from deploy.rehearsal.rig import MOUNT, Rig, rig
+from deploy.rehearsal.rig import MOUNT, Rig, open_rig
 from tests.deploy import rigkit
 from tests.deploy.rigkit import Engine
 
@@ -25,7 +25,7 @@ PARTITION = "2,1,3"
 
 @pytest.fixture(scope="module")
 def room(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
-    with rig(tmp_path_factory.mktemp("rig"), count=3) as made:
+    with open_rig(tmp_path_factory.mktemp("rig"), count=3) as made:
         rigkit.install(made.share / "env")
         rigkit.small_model(made.share / "model")
         yield made
