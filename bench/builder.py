@@ -18,12 +18,10 @@ from builder import fetch, toolchains
 from builder.box import binfmt, sandbox
 from builder.box.sandbox import Mount, Sandbox
 from builder.fetch import source
-from builder.flow import build
 from builder.flow.ground import lay_ground
 from builder.ground import environment, root
-from builder.planning import plan as planning
-from builder.planning import recipe, stack
-from builder.planning import settings as settings_module
+from builder.planning import recipe, settings, stack
+from builder.planning.plan import Ground, Plan
 from builder.planning.settings import Settings
 from builder.planning.stack import Arch
 from builder.proof import record
@@ -40,25 +38,25 @@ MEMORY = 16 << 30
 class Bed:
     """Everything that the measurements share."""
 
-    plan: planning.Plan
-    ground: build.Ground
+    plan: Plan
+    ground: Ground
     settings: Settings
     work: Path
 
 
 def make_bed() -> Bed:
     """causal-conv1d unpacked beside its root, environment and compilers."""
-    settings = settings_module.load()
-    loaded = recipe.load(settings.project / "recipes", "causal_conv1d")
-    base = stack.load(settings.project / "stacks", "cu130")
+    farm = settings.load()
+    loaded = recipe.load(farm.project / "recipes", "causal_conv1d")
+    base = stack.load(farm.project / "stacks", "cu130")
     made = toolchains.make(loaded, base, stack.host_arch(), Arch.AARCH64)
-    ground = lay_ground(made, settings, Console())
-    work = settings.home / "bench"
+    ground = lay_ground(made, farm, Console())
+    work = farm.home / "bench"
     remove_tree(work)
     (work / "tmp").mkdir(parents=True)
-    fetched = fetch.fetch(loaded.data, settings)
+    fetched = fetch.fetch(loaded.data, farm)
     source.unpack(loaded, fetched, work / "source", source.source_date_epoch(loaded.data, fetched))
-    return Bed(plan=made, ground=ground, settings=settings, work=work)
+    return Bed(plan=made, ground=ground, settings=farm, work=work)
 
 
 def nvcc_line(python: str) -> list[str]:
@@ -87,9 +85,11 @@ def timed(work: Callable[[], object]) -> float:
 
 def box(bed: Bed) -> Sandbox:
     """The sandbox of a build."""
-    found = build.build_sandbox(bed.plan, bed.ground, bed.settings, bed.work, count=1, epoch=1, memory=MEMORY)
-    assert isinstance(found, Sandbox)
-    return found
+    place = bed.plan.toolchain.place(
+        bed.plan, bed.ground, bed.settings, bed.work, jobs=1, epoch=1, memory=MEMORY, cached=False
+    )
+    assert isinstance(place, Sandbox)
+    return place
 
 
 def inside(bed: Bed) -> None:

@@ -14,7 +14,8 @@ import pytest
 from builder.box import binfmt
 from builder.cli.options import plan_of
 from builder.compiling import jobs
-from builder.flow import build as flow
+from builder.flow.attempt import BuildOptions
+from builder.flow.build import build as build_plan
 from builder.ground import root
 from builder.planning import settings as settings_module
 from builder.planning import stack
@@ -253,7 +254,7 @@ def test_out_of_memory_is_retried_once_with_fewer_jobs_and_named(
     farm.recipe("tiny", projects.backend(body), build={"cuda": False, "memory_per_job": "128MiB"})
     settings = farm.settings.model_copy(update={"memory": "400MiB"})
     with pytest.raises(MemoryBoundError, match=r"killed at its bound of 0\.4 GiB"):
-        flow.build(plan_of("tiny", None, NATIVE, settings), flow.Options(), settings, Console(as_json=True))
+        build_plan(plan_of("tiny", None, NATIVE, settings), BuildOptions(), settings, Console(as_json=True))
     assert "trying once more with 1 jobs" in capsys.readouterr().out
     (log,) = (settings.home / "builds").glob("*/log.txt")
     assert [line for line in log.read_text().splitlines() if line.startswith("JOBS")] == ["JOBS 2", "JOBS 1"]
