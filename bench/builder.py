@@ -49,14 +49,14 @@ def make_bed() -> Bed:
     farm = settings.load()
     loaded = recipe.load(farm.project / "recipes", "causal_conv1d")
     base = stack.load(farm.project / "stacks", "cu130")
-    made = toolchains.make(loaded, base, stack.host_arch(), Arch.AARCH64)
-    ground = lay_ground(made, farm, Console())
+    plan = toolchains.make(loaded, base, stack.host_arch(), Arch.AARCH64)
+    ground = lay_ground(plan, farm, Console())
     work = farm.home / "bench"
     remove_tree(work)
     (work / "tmp").mkdir(parents=True)
     fetched = fetch.fetch(loaded.data, farm)
     source.unpack(loaded, fetched, work / "source", source.source_date_epoch(loaded.data, fetched))
-    return Bed(plan=made, ground=ground, settings=farm, work=work)
+    return Bed(plan=plan, ground=ground, settings=farm, work=work)
 
 
 def nvcc_line(python: str) -> list[str]:
@@ -94,8 +94,8 @@ def box(bed: Bed) -> Sandbox:
 
 def inside(bed: Bed) -> None:
     """The unit in the sandbox."""
-    done = sandbox.run(box(bed), nvcc_line(bed.plan.stack.data.python), log=bed.work / "log.txt")
-    if done.returncode != 0:
+    ended = sandbox.run(box(bed), nvcc_line(bed.plan.stack.data.python), log=bed.work / "log.txt")
+    if ended.returncode != 0:
         sys.exit((bed.work / "log.txt").read_text())
 
 
@@ -119,15 +119,15 @@ def chroot(base: Path, mounts: Sequence[Mount], variables: dict[str, str], comma
     lines.append("echo $(($(date +%s%N) - start))")
     where.mkdir(exist_ok=True)
     script = ["unshare", "--mount", "--propagation", "private", "/bin/sh", "-ec", "\n".join(lines)]
-    said = subprocess.run(script, check=True, stdout=subprocess.PIPE, text=True).stdout
-    return int(said.splitlines()[-1]) / 1e9
+    output = subprocess.run(script, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return int(output.splitlines()[-1]) / 1e9
 
 
 def outside(bed: Bed) -> float:
     """Seconds of the unit with the same command and files, outside any sandbox."""
-    one = box(bed)
+    place = box(bed)
     return chroot(
-        bed.ground.root, one.mounts, dict(one.environment), nvcc_line(bed.plan.stack.data.python), bed.work / "chroot"
+        bed.ground.root, place.mounts, dict(place.environment), nvcc_line(bed.plan.stack.data.python), bed.work / "chroot"
     )
 
 
@@ -137,8 +137,10 @@ def emulated(bed: Bed) -> Callable[[], float]:
     base = root.ensure(native.stack, Arch.AARCH64, Arch.AARCH64, bed.settings)
     compiler = environment.ensure_toolchain(native.stack, Arch.AARCH64, bed.settings)
     ground = replace(bed.ground, root=base, compiler=compiler)
-    one = box(replace(bed, plan=native, ground=ground))
-    return lambda: chroot(base, one.mounts, dict(one.environment), nvcc_line(native.stack.data.python), bed.work / "chroot")
+    place = box(replace(bed, plan=native, ground=ground))
+    return lambda: chroot(
+        base, place.mounts, dict(place.environment), nvcc_line(native.stack.data.python), bed.work / "chroot"
+    )
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from builder.planning import settings as settings_module
+from builder.planning import settings
 from gracefarm.files import remove_tree
 from tests import projects
 
@@ -47,7 +47,7 @@ class Farm:
     """A home of its own over the machine's roots and environments, so that its compiler cache starts empty."""
 
     def __init__(self, folder: Path) -> None:
-        home = settings_module.load().home
+        home = settings.load().home
         self.home, self.project = folder / "home", folder / "project"
         self.home.mkdir()
         for name in SHARED:
@@ -61,8 +61,8 @@ class Farm:
             [sys.executable, "-m", "builder", "build", recipe], check=True, env=os.environ | variables, stdout=sys.stderr
         )
         [place] = (self.home / "builds").glob("*/record.json")
-        found = json.loads(place.read_text())
-        return next(stage["wall_s"] for stage in found["stages"] if stage["name"] == "compile"), found
+        document = json.loads(place.read_text())
+        return next(stage["wall_s"] for stage in document["stages"] if stage["name"] == "compile"), document
 
 
 def measure(farm: Farm, recipe: str, unit: str, change: Path, before: str, after: str) -> None:
@@ -85,16 +85,16 @@ def show(what: str, seconds: float, of: float, bound: float, record: Mapping[str
     """One row."""
     cache = record["compiler_cache"]
     assert isinstance(cache, dict)
-    said = f"{cache['hits']} hits, {cache['misses']} misses"
-    print(f"  {what:20} {seconds:.1f} s / {of:.1f} s = {seconds / of:.3f} (at most {bound}); {said}", flush=True)
+    text = f"{cache['hits']} hits, {cache['misses']} misses"
+    print(f"  {what:20} {seconds:.1f} s / {of:.1f} s = {seconds / of:.3f} (at most {bound}); {text}", flush=True)
 
 
 def many() -> None:
     """Five CUDA units without torch."""
     with ExitStack() as stack:
-        folder = Path(stack.enter_context(TemporaryDirectory(dir=settings_module.load().home)))
+        folder = Path(stack.enter_context(TemporaryDirectory(dir=settings.load().home)))
         farm = Farm(folder)
-        shutil.copytree(settings_module.load().project / "stacks", farm.project / "stacks")
+        shutil.copytree(settings.load().project / "stacks", farm.project / "stacks")
         files = {name: text for name, text in projects.tree("many_cuda").items() if not name.startswith("src/unit_")}
         units = {f"src/unit_{name}.cu": UNIT.replace("NAME", name).replace("WEIGHT", str(WEIGHT)) for name in UNITS}
         tables = {
@@ -112,10 +112,10 @@ def many() -> None:
 def causal_conv1d() -> None:
     """The recipe causal_conv1d; the changed unit is its longest."""
     with ExitStack() as stack:
-        folder = Path(stack.enter_context(TemporaryDirectory(dir=settings_module.load().home)))
+        folder = Path(stack.enter_context(TemporaryDirectory(dir=settings.load().home)))
         farm = Farm(folder)
         for name in ("stacks", "recipes"):
-            shutil.copytree(settings_module.load().project / name, farm.project / name)
+            shutil.copytree(settings.load().project / name, farm.project / name)
         place = farm.project / "recipes" / "causal_conv1d" / "recipe.toml"
         include = "#include <c10/util/BFloat16.h>"
         with place.open("a") as recipe:

@@ -12,8 +12,7 @@ from builder import fetch, toolchains
 from builder.box import sandbox
 from builder.fetch import source
 from builder.flow.ground import lay_ground
-from builder.planning import recipe, stack
-from builder.planning import settings as settings_module
+from builder.planning import recipe, settings, stack
 from builder.planning.stack import Arch
 from gracefarm.console import Console
 from gracefarm.files import remove_tree
@@ -40,24 +39,24 @@ FLAGS = (
 
 def measure(unit: str) -> dict[str, float]:
     """CPU seconds of a unit by sm list, with CUDA 12.4's nvcc as the pipeline starts it."""
-    settings = settings_module.load()
+    farm = settings.load()
     loaded = recipe.load(TESTS / "recipes", "flash_attn_objects")
     base = stack.load(TESTS / "stacks", "cu124-headers")
-    made = toolchains.make(loaded, base, stack.host_arch(), Arch.AARCH64)
-    ground = lay_ground(made, settings, Console())
-    work = settings.home / "bench"
+    plan = toolchains.make(loaded, base, stack.host_arch(), Arch.AARCH64)
+    ground = lay_ground(plan, farm, Console())
+    work = farm.home / "bench"
     remove_tree(work)
     for name in ("tmp", "out"):
         (work / name).mkdir(parents=True)
-    fetched = fetch.fetch(loaded.data, settings)
+    fetched = fetch.fetch(loaded.data, farm)
     source.unpack(loaded, fetched, work / "source", source.source_date_epoch(loaded.data, fetched))
     site = f"/env/lib/python{base.data.python}/site-packages/torch/include"
     places = (site, f"{site}/torch/csrc/api/include", f"/usr/include/python{base.data.python}")
     own = ("csrc/flash_attn", "csrc/flash_attn/src", "csrc/cutlass/include")
     includes = [f"-I{place}" for place in (*places, *(f"/build/source/{place}" for place in own))]
-    found = {}
+    seconds = {}
     for sm in ("90", "80 90"):
-        box = made.toolchain.place(made, ground, settings, work, jobs=1, epoch=1, memory=MEMORY, cached=False)
+        box = plan.toolchain.place(plan, ground, farm, work, jobs=1, epoch=1, memory=MEMORY, cached=False)
         command = [
             "/usr/bin/env",
             f"GRACEFARM_SM={sm}",
@@ -67,23 +66,23 @@ def measure(unit: str) -> dict[str, float]:
             "-o",
             "/build/unit.o",
         ]
-        done = sandbox.run(box, [*command, *FLAGS, *includes], log=work / "log.txt")
-        if done.returncode:
+        ended = sandbox.run(box, [*command, *FLAGS, *includes], log=work / "log.txt")
+        if ended.returncode:
             sys.exit((work / "log.txt").read_text())
-        found[sm] = done.cpu_s
+        seconds[sm] = ended.cpu_s
     remove_tree(work)
-    return found
+    return seconds
 
 
 def main() -> None:
     """Print the table; exit code 1 where the bound is missed."""
-    found = {}
+    measured = {}
     for unit in UNITS:
-        found[unit] = measure(unit)
-        one, two = found[unit].values()
-        print(f"{unit}: {one:.0f} CPU s for sm_90, {two:.0f} for sm_80 and sm_90: {one / two:.2f}", flush=True)
-    one, two = (sum(times) for times in zip(*(each.values() for each in found.values()), strict=True))
-    ratio = one / two
-    print(f"both: {one:.0f} and {two:.0f} CPU s: {ratio:.2f} (bound {BOUND})")
+        measured[unit] = measure(unit)
+        single, two = measured[unit].values()
+        print(f"{unit}: {single:.0f} CPU s for sm_90, {two:.0f} for sm_80 and sm_90: {single / two:.2f}", flush=True)
+    single, two = (sum(times) for times in zip(*(by_sm.values() for by_sm in measured.values()), strict=True))
+    ratio = single / two
+    print(f"both: {single:.0f} and {two:.0f} CPU s: {ratio:.2f} (bound {BOUND})")
     if ratio > BOUND:
         sys.exit(1)

@@ -39,19 +39,31 @@ class Times:
     def take(self, name: str, work: Callable[[], Any]) -> Any:
         """Do it and keep how long it took."""
         begin = time.monotonic()
-        found = work()
+        result = work()
         self.seconds[name] = time.monotonic() - begin
-        return found
+        return result
 
 
-def ssh(made: Rehearsal, address: str, command: str) -> None:
+def ssh(rehearsal: Rehearsal, address: str, command: str) -> None:
     """As a person types it, with the pinned host keys."""
-    known = made.folder / ".deploy" / "known_hosts"
-    line = ["ssh", "-F", "none", "-i", str(made.room.key), "-o", f"UserKnownHostsFile={known}", f"{USER}@{address}", command]
-    subprocess.run(made.room.command(line), check=True, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=180)
+    known = rehearsal.folder / ".deploy" / "known_hosts"
+    line = [
+        "ssh",
+        "-F",
+        "none",
+        "-i",
+        str(rehearsal.room.key),
+        "-o",
+        f"UserKnownHostsFile={known}",
+        f"{USER}@{address}",
+        command,
+    ]
+    subprocess.run(
+        rehearsal.room.command(line), check=True, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=180
+    )
 
 
-def by_hand(made: Rehearsal, plan: dict[str, Any], times: Times) -> None:
+def by_hand(rehearsal: Rehearsal, plan: dict[str, Any], times: Times) -> None:
     """The plan's own commands, one node after the other; no token, no mark, no look at anything."""
 
     def typed(env: dict[str, str], argv: list[str]) -> str:
@@ -60,12 +72,12 @@ def by_hand(made: Rehearsal, plan: dict[str, Any], times: Times) -> None:
 
     def ray() -> None:
         for node in plan["nodes"]:
-            ssh(made, node["address"], typed(node["env"], node["ray"]))
+            ssh(rehearsal, node["address"], typed(node["env"], node["ray"]))
 
     def engine() -> None:
-        head = made.room.nodes[0]
+        head = rehearsal.room.nodes[0]
         line = typed(plan["serve_env"], plan["serve"])
-        ssh(made, head.address, f"(setsid env {line} > /tmp/by-hand.log 2>&1 < /dev/null &) > /dev/null 2>&1")
+        ssh(rehearsal, head.address, f"(setsid env {line} > /tmp/by-hand.log 2>&1 < /dev/null &) > /dev/null 2>&1")
         deadline = time.monotonic() + 300
         while head.execute(["python3", "-c", COMPLETION, plan["model"]]).returncode:
             if time.monotonic() > deadline:
@@ -75,9 +87,9 @@ def by_hand(made: Rehearsal, plan: dict[str, Any], times: Times) -> None:
     times.take("ray", ray)
     times.take("engine", engine)
     ray_program = plan["nodes"][0]["ray"][0]
-    for node in made.room.nodes:
+    for node in rehearsal.room.nodes:
         # The brackets keep the pattern from matching the shell that has it in its own arguments.
-        ssh(made, node.address, f"pkill -f 'env/bin/[a]phrodite run'; {ray_program} stop --force")
+        ssh(rehearsal, node.address, f"pkill -f 'env/bin/[a]phrodite run'; {ray_program} stop --force")
 
 
 def served(output: str) -> dict[str, float]:
@@ -93,14 +105,14 @@ def main() -> None:
     count = int(os.environ.get("NODES", "10"))
     here, console = settings.load(), Console()
     tool, hand = Times(), Times()
-    with walkthrough.rehearsal(count, here.home, here, console) as made:
-        tool.take("init, plan", lambda: walkthrough.start(made))
-        tool.take("up", lambda: made.command("up"))
-        tool.take("up again", lambda: made.command("up"))
-        plan = json.loads(made.command("plan", "--json").output.splitlines()[-1])
-        by_hand(made, plan.get("plan", plan), hand)
-        step = tool.take("serve", lambda: made.command("serve", "--skip-up", "--json"))
-        made.command("down")
+    with walkthrough.rehearsal(count, here.home, here, console) as rehearsal:
+        tool.take("init, plan", lambda: walkthrough.start(rehearsal))
+        tool.take("up", lambda: rehearsal.command("up"))
+        tool.take("up again", lambda: rehearsal.command("up"))
+        plan = json.loads(rehearsal.command("plan", "--json").output.splitlines()[-1])
+        by_hand(rehearsal, plan.get("plan", plan), hand)
+        step = tool.take("serve", lambda: rehearsal.command("serve", "--skip-up", "--json"))
+        rehearsal.command("down")
     engine = served(step.output).get("engine", 0.0)
     whole, hands = tool.seconds["serve"], hand.seconds["ray"] + hand.seconds["engine"]
     print(f"\n{count} nodes of this machine ({os.cpu_count()} cores)\n")

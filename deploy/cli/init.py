@@ -15,7 +15,7 @@ from deploy.fleet.probe import probe_nodes
 from deploy.fleet.results import combined_error
 from deploy.fleet.shells import remote_nodes
 from deploy.fleet.ssh import open_fleet
-from deploy.nodes import start
+from deploy.nodes import template
 from deploy.nodes.config import FILE, Access
 from deploy.nodes.deployment import Deployment, load_deployment
 from deploy.nodes.facts import Facts, NodeFacts, keep_facts, load_facts
@@ -79,7 +79,7 @@ def _write(context: Context, file: Path | None, access: Access, share: str | Non
     if file is None or file.suffix == ".toml":
         return file or context.file
     path = context.file or Path.cwd() / FILE
-    if start.write(file, path, access=access, share=share):
+    if template.write_config(file, path, access=access, share=share):
         context.console.step("init", f"{path} written")
     else:
         context.console.step("init", f"{path} is there, and stays as it is")
@@ -159,7 +159,7 @@ def _ask(deployment: Deployment, console: Console, names: Sequence[str]) -> tupl
 def _propose(deployment: Deployment, asked: Facts, console: Console) -> None:
     if deployment.data.share is not None:
         return
-    if len(asked.shares) == 1 and start.propose_share(deployment, asked.shares[0]):
+    if len(asked.shares) == 1 and template.propose_share(deployment, asked.shares[0]):
         console.step(
             "share", f"{asked.shares[0]}: all nodes have it from the same source; written into {deployment.path.name}"
         )

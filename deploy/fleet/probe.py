@@ -18,11 +18,11 @@ VIRTUAL = re.compile(r"lo|docker|br-|veth|virbr|cni|flannel|cali|tailscale|wg|tu
 "Interfaces that do not join machines, by the start of their names."
 
 
-async def probe_nodes(deployment: Deployment, targets: Sequence[RemoteNode]) -> tuple[Facts, dict[str, GracefarmError]]:
+async def probe_nodes(deployment: Deployment, remote_nodes: Sequence[RemoteNode]) -> tuple[Facts, dict[str, GracefarmError]]:
     """Ask all nodes at once: the facts of those that answered, the reasons of the others."""
     nodes = {node.name: node for node in deployment.nodes}
 
-    async def ask(target: RemoteNode) -> NodeFacts:
+    async def ask(remote_node: RemoteNode) -> NodeFacts:
         ahead = 0.0
 
         def clock(event: Json) -> None:
@@ -30,9 +30,9 @@ async def probe_nodes(deployment: Deployment, targets: Sequence[RemoteNode]) -> 
             if event["event"] == "clock":
                 ahead = event["time"] - time.time()
 
-        node = nodes[target.name]
+        node = nodes[remote_node.name]
         request = {"local": deployment.data.local.replace("{node}", node.name)}
-        answer = await call(target, "facts.probe", request, on_event=clock)
+        answer = await call(remote_node, "facts.probe", request, on_event=clock)
         address, interface, network = private_address(node, answer)
         return NodeFacts.model_validate(
             answer
@@ -40,8 +40,8 @@ async def probe_nodes(deployment: Deployment, targets: Sequence[RemoteNode]) -> 
             | {"private": address, "interface": interface, "network": network}
         )
 
-    good, bad = await try_all(targets, ask)
-    return Facts(nodes=tuple(good[target.name] for target in targets if target.name in good)), bad
+    good, bad = await try_all(remote_nodes, ask)
+    return Facts(nodes=tuple(good[remote_node.name] for remote_node in remote_nodes if remote_node.name in good)), bad
 
 
 def private_address(node: Node, answer: Mapping[str, object]) -> tuple[str, str, str]:

@@ -22,8 +22,7 @@ from deploy.measure.bench import query
 from deploy.rehearsal import source
 from deploy.rehearsal.rig import GATEWAY, MOUNT, USER, Rig, check_machine, open_rig
 from deploy.steps import uv
-from deploy.steps.completion import Prompt
-from deploy.steps.completion import CompletionServer
+from deploy.steps.completion import CompletionServer, Prompt
 from gracefarm.console import Console
 from gracefarm.errors import EngineError, NodeError
 from gracefarm.files import remove_tree
@@ -208,7 +207,7 @@ def configure(rehearsal: Rehearsal) -> None:
     }
     for old, new in changes.items():
         if old not in text:
-            raise NodeError(f"deploy init wrote no {old!r}", remedy="nodes/start.py and rehearsal/flow.py disagree")
+            raise NodeError(f"deploy init wrote no {old!r}", remedy="nodes/template.py and rehearsal/walkthrough.py disagree")
         text = text.replace(old, new)
     path.write_text(text)
     rehearsal.console.step("edit", f"deploy.toml: index, lock, repo, tp {tp} pp {pp}, rehearsal = true")

@@ -16,7 +16,7 @@ from gracefarm.files import atomic_write
 NO_SHARE = '# share = "/path"        # the shared folder, the same on all nodes'
 
 
-def write(ips: Path, path: Path, *, access: Access, share: str | None = None) -> bool:
+def write_config(ips: Path, path: Path, *, access: Access, share: str | None = None) -> bool:
     """deploy.toml for the nodes of an ips.txt; False: one for the same file is there already, and stays as it is.
 
     Raises:
