@@ -19,7 +19,7 @@ from gracefarm.errors import ConfigError, HostError
 HOLD = """
 import sys, time
 from pathlib import Path
-from deploy import state
+from deploy.nodes import state
 from deploy.nodes.deployment import Folder
 with state.hold(Folder(path=Path(sys.argv[1])), "deploy up", on_wait=lambda who: print("waits for", who, flush=True)) as kept:
     kept.begin("weights", "d1")
@@ -110,7 +110,7 @@ def test_killed_at_any_moment_of_many_writes_the_file_is_whole(folder: Folder) -
     code = """
 import sys
 from pathlib import Path
-from deploy import state
+from deploy.nodes import state
 from deploy.nodes.deployment import Folder
 with state.hold(Folder(path=Path(sys.argv[1])), "x", on_wait=print) as kept:
     print("go", flush=True)
