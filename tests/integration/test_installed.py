@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -124,6 +125,14 @@ def serving(command: list[str], variables: Mapping[str, str], folder: Path) -> I
             yield next(json.loads(line)["url"] for line in server.stdout if '"listening"' in line)
         finally:
             server.terminate()
+
+
+def test_the_wheel_carries_its_licence_and_is_typed(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    assert {f"{program}/py.typed" for program in ("gracefarm", "builder", "index", "deploy")} <= names
+    assert "gracefarm-1.0.dist-info/licenses/LICENSE" in names
+    assert not [name for name in names if name.startswith(("tests/", "tools/", "bench/"))]
 
 
 @pytest.mark.parametrize("extra", EXTRAS)
