@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from deploy.fleet.calls import RemoteNode
 from deploy.fleet.results import try_all
@@ -16,7 +16,7 @@ from deploy.fleet.shells import remote_nodes
 from deploy.fleet.ssh import Fleet
 from deploy.nodes import redact, state
 from deploy.nodes.deployment import Deployment, Folder
-from deploy.nodes.facts import Facts, load_facts
+from deploy.nodes.facts import Facts, KeptFact, load_facts
 from deploy.nodes.state import State
 from deploy.planning.plans import Plan
 from deploy.remote.wire import Json
@@ -33,13 +33,7 @@ SILENCE = 30.0
 "Seconds until a node that was entered counts as one that does not answer."
 
 
-class Seen(BaseModel):
-    """Immutable; what a newer node says more is no error."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-
-class GpuUse(Seen):
+class GpuUse(KeptFact):
     """As nvidia-smi has it; None: it does not say."""
 
     name: str
@@ -51,7 +45,7 @@ class GpuUse(Seen):
     watts: float | None = None
 
 
-class Disk(Seen):
+class Disk(KeptFact):
     """Bytes of the file system that holds `path`."""
 
     path: str
@@ -59,14 +53,14 @@ class Disk(Seen):
     free: int
 
 
-class Memory(Seen):
+class Memory(KeptFact):
     """Bytes of the host."""
 
     total: int
     available: int
 
 
-class NodeStatus(Seen):
+class NodeStatus(KeptFact):
     """One node. With `error` nothing else is known."""
 
     name: str
@@ -91,7 +85,7 @@ class NodeStatus(Seen):
     "Seconds since its boot."
 
 
-class Service(Seen):
+class Service(KeptFact):
     """What is served. `word` decides the exit code of `deploy status`."""
 
     word: Word
@@ -114,7 +108,7 @@ class Service(Seen):
         return f"{self.word}({inner})" if inner else self.word
 
 
-class Status(Seen):
+class Status(KeptFact):
     """All of it, at `taken`."""
 
     taken: float
