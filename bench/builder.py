@@ -16,7 +16,7 @@ from pathlib import Path
 
 from builder import fetch, toolchains
 from builder.box import binfmt, sandbox
-from builder.box.sandbox import Mount, Sandbox
+from builder.box.sandbox import BindMount, Sandbox
 from builder.fetch import source
 from builder.flow.ground import lay_ground
 from builder.ground import environment, root
@@ -99,7 +99,7 @@ def inside(bed: Bed) -> None:
         sys.exit((bed.work / "log.txt").read_text())
 
 
-def chroot(base: Path, mounts: Sequence[Mount], variables: dict[str, str], command: Sequence[str], where: Path) -> float:
+def chroot(base: Path, mounts: Sequence[BindMount], variables: dict[str, str], command: Sequence[str], where: Path) -> float:
     """Seconds of the command on the same files by chroot alone: no namespaces but the mounts', no bound, no recorder.
 
     Making the mounts is not in it: outside a sandbox nobody would make any. Needs root.

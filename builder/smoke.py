@@ -160,7 +160,7 @@ def _clean(trial: Trial, *, with_gpu: bool = False) -> Iterator[Clean]:
     remove_tree(prefix)
     prepare(folder, trial.imports, trial.script)
     try:
-        yield trial.bed.clean(trial.wheel, trial.folder, folder, memory=trial.memory, gpu=with_gpu)
+        yield trial.bed.clean(trial.wheel, trial.folder, folder, memory=trial.memory, with_gpu=with_gpu)
     finally:
         remove_tree(prefix)
 

@@ -83,7 +83,4 @@ def _third_party(name: str, contents: Contents, sonames: frozenset[str]) -> str 
 
 def _sha256(contents: Contents, name: str) -> str:
     with zipfile.ZipFile(contents.wheel) as archive, archive.open(name) as stream:
-        digest = hashlib.sha256()
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type] # a ZipExtFile has readinto

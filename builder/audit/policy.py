@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from builder.planning.plan import Ground, Plan
-from builder.planning.recipe import Bundled
-from builder.planning.stack import Arch
+from builder.planning.recipe import Bundled, Recipe
+from builder.planning.stack import Arch, LoadedStack
 from gracefarm.tables import parse_size
 
 DEFAULT_MAX_SIZE = 500 << 20
@@ -53,27 +53,39 @@ class Policy:
     "The stack has headers alone: only what can be judged without its libraries is asked."
 
 
-def of_plan(plan: Plan, ground: Ground, folder: Path) -> Policy:
-    """What the gates expect of a plan's wheel, built in `folder`."""
-    data, stack = plan.recipe.data, plan.stack.data
-    surroundings = plan.toolchain.surroundings(ground, folder)
+def of_stack(stack: LoadedStack, target: Arch, ground: Ground) -> Policy:
+    """What a stack asks of anybody's wheel."""
+    data = stack.data
     return Policy(
-        target=plan.target,
-        python=stack.python,
-        name=data.name,
-        version=data.version,
-        glibc=stack.glibc[plan.target],
-        cuda=stack.cuda,
-        sm=stack.sm if data.build.cuda else None,
-        needs_cubins=data.build.cuda,
-        sm_extra=data.wheel.sm_extra,
-        bundled=data.wheel.bundled,
-        max_size=parse_size(data.wheel.max_size),
-        build_paths=surroundings.build_paths,
+        target=target,
+        python=data.python,
+        glibc=data.glibc[target],
+        cuda=data.cuda,
+        sm=data.sm,
         site_packages=ground.packages,
         root=ground.root,
-        folders=surroundings.folders,
-        interpreter=surroundings.interpreter,
-        cuobjdump=surroundings.cuobjdump,
-        objects_only=stack.objects_only,
+        folders=ground.folders,
+        interpreter=ground.interpreter,
+        cuobjdump=ground.cuobjdump,
+        objects_only=data.objects_only,
     )
+
+
+def asked_by(recipe: Recipe, policy: Policy) -> Policy:
+    """What a recipe declares of its wheel, on top of what the stack asks of anybody's."""
+    return replace(
+        policy,
+        name=recipe.name,
+        version=recipe.version,
+        sm=policy.sm if recipe.build.cuda else None,
+        needs_cubins=recipe.build.cuda,
+        sm_extra=recipe.wheel.sm_extra,
+        bundled=recipe.wheel.bundled,
+        max_size=parse_size(recipe.wheel.max_size),
+    )
+
+
+def of_plan(plan: Plan, ground: Ground, folder: Path) -> Policy:
+    """What the gates expect of a plan's wheel, built in `folder`."""
+    policy = asked_by(plan.recipe.data, of_stack(plan.stack, plan.target, ground))
+    return replace(policy, build_paths=plan.toolchain.build_paths(folder))

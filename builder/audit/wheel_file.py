@@ -14,7 +14,6 @@ from collections import Counter
 from email.message import Message
 from email.parser import BytesParser
 from pathlib import Path, PurePosixPath
-from typing import IO
 
 from packaging.tags import Tag, parse_tag
 from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
@@ -181,7 +180,8 @@ def _record(archive: zipfile.ZipFile, folder: str, names: list[str]) -> list[str
     rows = [row for row in csv.reader(io.StringIO(archive.read(f"{folder}/RECORD").decode())) if row]
     recorded = {row[0]: row for row in rows}
     exempt = {f"{folder}/{part}" for part in UNRECORDED}
-    complaints = [f"{row[0]} stands twice in RECORD" for row in _repeated(rows)]
+    counts = Counter(row[0] for row in rows)
+    complaints = [f"{entry} stands twice in RECORD" for entry, count in counts.items() if count > 1]
     complaints += [f"{entry} is in RECORD and not in the wheel" for entry in recorded if entry not in names]
     for entry in dict.fromkeys(names):
         if entry in exempt:
@@ -193,11 +193,6 @@ def _record(archive: zipfile.ZipFile, folder: str, names: list[str]) -> list[str
     return complaints
 
 
-def _repeated(rows: list[list[str]]) -> list[list[str]]:
-    counts = Counter(row[0] for row in rows)
-    return [row for row in {row[0]: row for row in rows}.values() if counts[row[0]] > 1]
-
-
 def _digest_fits(archive: zipfile.ZipFile, row: list[str]) -> bool:
     """Digest and size; algorithms weaker than sha256 are refused, as the specification has it."""
     entry, digest, size = (*row, "", "")[:3]
@@ -207,11 +202,5 @@ def _digest_fits(archive: zipfile.ZipFile, row: list[str]) -> bool:
     if size and size != str(archive.getinfo(entry).file_size):
         return False
     with archive.open(entry) as stream:
-        return _hash(stream, algorithm) == value
-
-
-def _hash(stream: IO[bytes], algorithm: str) -> str:
-    digest = hashlib.new(algorithm)
-    while chunk := stream.read(1 << 20):
-        digest.update(chunk)
-    return urlsafe_b64encode(digest.digest()).rstrip(b"=").decode()
+        computed = hashlib.file_digest(stream, algorithm).digest()  # type: ignore[arg-type] # a ZipExtFile has readinto
+    return urlsafe_b64encode(computed).rstrip(b"=").decode() == value

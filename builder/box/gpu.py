@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from builder.box.sandbox import Mount
+from builder.box.sandbox import BindMount
 
 DRIVER_FOLDER = "/run/driver"
 "Of the sandbox: NVIDIA's user-space driver, which comes with the kernel's and is in no lock."
@@ -35,7 +35,7 @@ def loaders_cache() -> str:
     return process.stdout
 
 
-def driver_libraries(listing: str) -> Iterator[Mount]:
+def driver_libraries(listing: str) -> Iterator[BindMount]:
     """The driver's libraries of a loader's cache, each to a folder of its own in the sandbox; and libcuda.so, to link with.
 
     That name is of a package for developers which a driver need not have brought, and a JIT compiler links with `-lcuda`.
@@ -47,4 +47,4 @@ def driver_libraries(listing: str) -> Iterator[Mount]:
     if "libcuda.so.1" in places:
         places["libcuda.so"] = places["libcuda.so.1"]
     for name, place in places.items():
-        yield Mount(source=Path(os.path.realpath(place)), target=f"{DRIVER_FOLDER}/{name}")
+        yield BindMount(source=Path(os.path.realpath(place)), target=f"{DRIVER_FOLDER}/{name}")

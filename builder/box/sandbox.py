@@ -51,7 +51,7 @@ _CHUNK = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mount:
+class BindMount:
     """A folder or file of the host that the sandbox sees."""
 
     source: Path
@@ -65,7 +65,7 @@ class Sandbox:
 
     root: Path
     "Read-only root file system: a Debian tree, merged /usr."
-    mounts: tuple[Mount, ...]
+    mounts: tuple[BindMount, ...]
     environment: Mapping[str, str]
     "Complete: nothing is inherited from the host."
     workdir: str

@@ -9,16 +9,15 @@ from pathlib import Path
 import click
 
 from builder import audit, smoke
-from builder.audit import Policy
+from builder.audit import Policy, policy
 from builder.box import meter
 from builder.cli.options import FILE, json_option, start, toolchained
 from builder.compiling import pep517
-from builder.ground import environment, root
 from builder.planning import recipe, stack
 from builder.planning.plan import Bed
-from builder.planning.recipe import Recipe
 from builder.planning.settings import Settings
 from builder.toolchains import Choice
+from builder.toolchains.sandbox import SandboxToolchain
 from gracefarm.console import Console
 from gracefarm.errors import UsageError
 from gracefarm.files import remove_tree
@@ -41,8 +40,8 @@ def audit_command(wheel: Path, stack_name: str, recipe_name: str | None, as_json
     """
     settings, console = start(as_json=as_json)
     asked = recipe.load(settings.project / "recipes", recipe_name).data if recipe_name else None
-    policy = _foreign_policy(wheel, stack_name, settings, console)
-    verdicts = audit.audit(wheel, asked_by(asked, policy) if asked else policy)
+    expected = _foreign_policy(wheel, stack_name, settings, console)
+    verdicts = audit.audit(wheel, policy.asked_by(asked, expected) if asked else expected)
     lines = []
     for verdict in verdicts:
         lines.append(f"{verdict.status:14} {verdict.gate}: {verdict.summary}")
@@ -51,38 +50,14 @@ def audit_command(wheel: Path, stack_name: str, recipe_name: str | None, as_json
     audit.require(verdicts)
 
 
-def asked_by(data: Recipe, policy: Policy) -> Policy:
-    """What a recipe declares of its wheel, on top of what the stack asks of anybody's."""
-    return replace(
-        policy,
-        name=data.name,
-        version=data.version,
-        sm=policy.sm if data.build.cuda else None,
-        needs_cubins=data.build.cuda,
-        sm_extra=data.wheel.sm_extra,
-        bundled=data.wheel.bundled,
-        max_size=parse_size(data.wheel.max_size),
-    )
-
-
 def _foreign_policy(wheel: Path, stack_name: str, settings: Settings, console: Console) -> Policy:
     loaded, target = stack.load(settings.project / "stacks", stack_name), audit.target_of(wheel)
-    base = root.ensure(loaded, stack.host_arch(), target, settings)
-    site = environment.ensure(loaded, target, base, settings)
     cuda = bool(loaded.data.toolchain.requirements)
-    compiler = environment.ensure_toolchain(loaded, stack.host_arch(), settings) if cuda else None
+    ground = SandboxToolchain().lay(loaded, stack.host_arch(), target, settings, cuda=cuda)
     console.step("audit", f"{wheel.name} against stack {stack_name} for {target.value}")
-    return Policy(
-        target=target,
-        python=loaded.data.python,
-        glibc=loaded.data.glibc[target],
-        cuda=loaded.data.cuda,
-        sm=loaded.data.sm if cuda else None,
-        max_size=parse_size("4GiB"),
-        site_packages=site / "lib" / f"python{loaded.data.python}" / "site-packages",
-        root=base,
-        cuobjdump=next(iter(sorted(compiler.glob("nvidia/*/bin/cuobjdump"))), None) if compiler else None,
-    )
+    expected = policy.of_stack(loaded, target, ground)
+    # Its libraries are looked for whatever the stack has.
+    return replace(expected, sm=expected.sm if cuda else None, max_size=parse_size("4GiB"), objects_only=False)
 
 
 @click.command("smoke")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -27,17 +26,6 @@ FIRST_ERROR = (
 )
 "In the order in which they name the cause: a compiler's word, a Python exception, a build tool's complaint."
 DISK_FULL = re.compile(r"No space left on device|Disk quota exceeded")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """One compile: where it runs and what it is called."""
-
-    place: Place
-    command: tuple[str, ...]
-    log: Path
-    log_start: int = 0
-    "Bytes of the log that an earlier attempt wrote."
 
 
 def check_requirements(plan: Plan, source: Path) -> None:
@@ -82,18 +70,20 @@ def _requires(pyproject: bytes) -> list[Requirement]:
     return [Requirement(text) for text in requires]
 
 
-def run(job: Job, on_progress: Callable[[int, int], None]) -> Outcome:
+def run(place: Place, command: tuple[str, ...], log: Path, on_progress: Callable[[int, int], None]) -> Outcome:
     """Compile; `on_progress` gets translation units done and in all as ninja counts them."""
 
     def on_line(line: str) -> None:
         if match := NINJA.match(line):
             on_progress(int(match[1]), int(match[2]))
 
-    return sandbox.run(job.place, job.command, log=job.log, on_line=on_line)
+    return sandbox.run(place, command, log=log, on_line=on_line)
 
 
-def judge(outcome: Outcome, job: Job, plan: Plan) -> None:
+def judge(outcome: Outcome, plan: Plan, log: Path, start: int) -> None:
     """Raise what a finished compile deserves; a build that reached for the network fails even when it went on.
+
+    Its output stands in `log` from byte `start` on.
 
     Raises:
         MemoryBoundError, NetworkError, DiskFullError, CompileError: each with the log's own words.
@@ -114,7 +104,7 @@ def judge(outcome: Outcome, job: Job, plan: Plan) -> None:
         )
     if outcome.returncode == 0:
         return
-    error = first_error(job.log, job.log_start)
+    error = first_error(log, start)
     if DISK_FULL.search(error):
         raise DiskFullError(
             f"the build of {name} filled the disk: {error}",

@@ -98,13 +98,13 @@ def _once(attempt: Attempt, fetched: Fetched, ground: Ground, epoch: int, count:
         stream.write(f"# jobs {count.count}: {count.reason}\n# {' '.join(command)}\n")
         stream.write(f"# {shlex.join(place.command(command))}\n")
     attempt.console.step("compile", f"{count.count} jobs ({count.reason}); log {attempt.log}")
-    job = pep517.Job(place=place, command=command, log=attempt.log, log_start=attempt.log.stat().st_size)
+    log_start = attempt.log.stat().st_size
     with attempt.console.progress("compile") as tick, plan.toolchain.swept(plan):
-        outcome = pep517.run(job, history.time_left(plan, settings, tick))
-    outcome = plan.toolchain.understood(outcome, attempt.log, job.log_start)
+        outcome = pep517.run(place, command, attempt.log, history.time_left(plan, settings, tick))
+    outcome = plan.toolchain.understood(outcome, attempt.log, log_start)
     attempt.stages.append(record.stage("compile", outcome, command, plan.toolchain.note))
     _count_units(attempt, units.read(work))
-    pep517.judge(outcome, job, plan)
+    pep517.judge(outcome, plan, attempt.log, log_start)
     raw = _keep(attempt, audit.only_wheel(work / "out"), count)
     peak = outcome.peak_memory / 2**30
     attempt.console.step("compile", f"{raw.name} in {outcome.wall_s:.0f} s, {outcome.cpu_s:.0f} CPU s, peak {peak:.1f} GiB")

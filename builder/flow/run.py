@@ -13,7 +13,7 @@ from pathlib import Path
 
 from builder import smoke
 from builder.box import meter, sandbox
-from builder.box.sandbox import Mount, Sandbox
+from builder.box.sandbox import BindMount, Sandbox
 from builder.compiling import pep517
 from builder.compiling.pep517 import first_error
 from builder.flow.attempt import BuildOptions
@@ -125,7 +125,7 @@ def _install_back(plan: Plan, index_url: str, settings: Settings, console: Conso
     smoke.prepare(files, data.smoke.imports, script)
     box = Sandbox(
         root=ground.root,
-        mounts=(Mount(source=clean, target="/env", writable=True), Mount(source=files, target=bed.WORKDIR)),
+        mounts=(BindMount(source=clean, target="/env", writable=True), BindMount(source=files, target=bed.WORKDIR)),
         environment=bed.variables(),
         workdir=bed.WORKDIR,
         memory=pep517.bound(settings, meter.available_memory()),

@@ -16,7 +16,7 @@ from pathlib import Path
 from packaging.utils import canonicalize_name
 
 from builder.box import sandbox
-from builder.box.sandbox import Mount, Sandbox
+from builder.box.sandbox import BindMount, Sandbox
 from builder.planning.pins import LAYOUT, LockedWheel
 from builder.planning.settings import Settings
 from builder.planning.stack import LoadedStack
@@ -43,7 +43,7 @@ def compile_files(root: Path, inside: str, folder: Path, names: Iterable[str] | 
     wanted = [str(path.relative_to(folder)) for path in folder.rglob("*.py")] if names is None else list(names)
     box = Sandbox(
         root=root,
-        mounts=(Mount(source=folder, target=inside, writable=True),),
+        mounts=(BindMount(source=folder, target=inside, writable=True),),
         environment={"PATH": "/usr/bin", "LC_ALL": "C.UTF-8"},
         workdir="/",
         memory=0,

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import ClassVar, Protocol, Self
 
 from builder.box.place import Place
-from builder.box.sandbox import Outcome
+from builder.box.sandbox import TMP, Outcome
 from builder.planning.recipe import LoadedRecipe, ToolchainKind
 from builder.planning.settings import Settings
 from builder.planning.stack import Arch, LoadedStack
@@ -59,14 +59,6 @@ class Ground:
     "The CUDA compiler's folder; None: the recipe needs none."
     title: str
     "One sentence for people."
-
-
-@dataclass(frozen=True, kw_only=True)
-class Surroundings:
-    """What the gates have to know of the place where a wheel was built."""
-
-    build_paths: tuple[str, ...]
-    "Prefixes of the build."
     folders: tuple[str, ...] = ()
     "Folders of the root that its loader searches beside Debian's own."
     interpreter: Path | None = None
@@ -96,7 +88,7 @@ class Bed(Protocol):
     def overlaid(self) -> bool:
         """The clean environment lies over another one, which may bring modules that are asked for."""
 
-    def clean(self, wheel: Path, scratch: Path, files: Path, *, memory: int, gpu: bool) -> Clean:
+    def clean(self, wheel: Path, scratch: Path, files: Path, *, memory: int, with_gpu: bool) -> Clean:
         """A fresh environment with the wheel in `scratch`/env, which the caller removes; the command sees `files`.
 
         Raises:
@@ -213,8 +205,9 @@ class Toolchain(Protocol):
         """What the record says of the network and of memory."""
         return "without network"
 
-    def surroundings(self, ground: Ground, folder: Path) -> Surroundings:
-        """What the gates have to know of a wheel that was built in `folder`."""
+    def build_paths(self, folder: Path) -> tuple[str, ...]:
+        """Prefixes of a build in `folder`, which no RPATH of its wheel may hold."""
+        return ("/build", TMP)
 
     def bed(self, ground: Ground, *, emulated: bool) -> Bed:
         """Where a finished wheel is tried."""

@@ -13,6 +13,7 @@ from builder.box.sandbox import Outcome
 from builder.compiling.jobs import Jobs
 from builder.compiling.units import CompilerCache, Unit
 from builder.planning.plan import Plan
+from builder.planning.recipe import ToolchainKind
 from builder.planning.settings import Settings
 from builder.proof import judges
 from builder.smoke import GpuResult, SmokeResult
@@ -70,9 +71,7 @@ class Record(Table):
     version: str
     stack: str
     inputs: dict[str, object] = Field(description="Deterministic; also in the wheel's .dist-info/gracefarm.json")
-    toolchain: Literal["sandbox", "host", "container"] = Field(
-        default="sandbox", description="Where compilers and Python came from"
-    )
+    toolchain: ToolchainKind = Field(default="sandbox", description="Where compilers and Python came from")
     outcome: Literal["built", "failed"]
     failure: Failure | None = None
     wheel: WheelFile | None = None

@@ -12,7 +12,7 @@ from packaging.utils import canonicalize_name, parse_wheel_filename
 
 from builder import smoke
 from builder.box import sandbox
-from builder.box.sandbox import Mount, Sandbox
+from builder.box.sandbox import BindMount, Sandbox
 from builder.compiling.pep517 import first_error
 from builder.ground import environment
 from builder.planning.stack import Arch
@@ -57,7 +57,7 @@ def tried(of: LoadedSet, clean: Path, root: Path, folder: Path, memory: int) -> 
     log.unlink(missing_ok=True)
     imports = of.data.together.imports
     smoke.prepare(folder / "files", imports, of.smoke_script)
-    mounts = (Mount(source=clean, target="/env"), Mount(source=folder / "files", target=bed.WORKDIR))
+    mounts = (BindMount(source=clean, target="/env"), BindMount(source=folder / "files", target=bed.WORKDIR))
     box = Sandbox(root=root, mounts=mounts, environment=bed.variables(), workdir=bed.WORKDIR, memory=memory)
     answers: list[str] = []
     outcome = sandbox.run(

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from builder.box import gpu as driver
-from builder.box.sandbox import Mount, Sandbox
+from builder.box import gpu
+from builder.box.sandbox import BindMount, Sandbox
 from builder.ground import environment
 from builder.planning.plan import Clean, Ground
 
@@ -35,17 +35,17 @@ class SandboxBed:
     emulated: bool = False
     overlaid = False
 
-    def clean(self, wheel: Path, scratch: Path, files: Path, *, memory: int, gpu: bool) -> Clean:
+    def clean(self, wheel: Path, scratch: Path, files: Path, *, memory: int, with_gpu: bool) -> Clean:
         """See `builder.planning.plan.Bed`."""
         prefix = scratch / "env"
         environment.fresh(self.ground.environment, prefix, wheel)
-        mounts = (Mount(source=prefix, target="/env"), Mount(source=files, target=WORKDIR))
+        mounts = (BindMount(source=prefix, target="/env"), BindMount(source=files, target=WORKDIR))
         box = Sandbox(
             root=self.ground.root,
-            mounts=(*mounts, *(driver.driver_libraries(driver.loaders_cache()) if gpu else ())),
-            environment=variables() | (dict(driver.VARIABLES) if gpu else {}),
+            mounts=(*mounts, *(gpu.driver_libraries(gpu.loaders_cache()) if with_gpu else ())),
+            environment=variables() | (dict(gpu.VARIABLES) if with_gpu else {}),
             workdir=WORKDIR,
             memory=memory,
-            devices=tuple(map(str, driver.devices())) if gpu else (),
+            devices=tuple(map(str, gpu.devices())) if with_gpu else (),
         )
         return Clean(prefix="/env", files=WORKDIR, place=box)

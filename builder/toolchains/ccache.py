@@ -8,7 +8,7 @@ import os
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
-from builder.box.sandbox import Mount
+from builder.box.sandbox import BindMount
 from builder.planning.plan import Plan
 from builder.planning.settings import Settings
 from gracefarm.errors import ConfigError
@@ -43,13 +43,13 @@ def folder(settings: Settings, recipe: str) -> Path:
     return settings.home / "ccache" / recipe
 
 
-def mounts(plan: Plan, settings: Settings) -> tuple[Mount, ...]:
+def mounts(plan: Plan, settings: Settings) -> tuple[BindMount, ...]:
     """ccache, and the recipe's own folder, writable."""
     binary = program()
     assert binary is not None
     store = folder(settings, plan.recipe.key)
     store.mkdir(parents=True, exist_ok=True)
-    return (Mount(source=binary, target=PROGRAM), Mount(source=store, target=STORE, writable=True))
+    return (BindMount(source=binary, target=PROGRAM), BindMount(source=store, target=STORE, writable=True))
 
 
 def variables(plan: Plan, settings: Settings) -> dict[str, str]:

@@ -24,7 +24,7 @@ from builder.box import sandbox
 from builder.box.host import HostPlace
 from builder.box.place import Place
 from builder.box.sandbox import Outcome
-from builder.planning.plan import Ground, Inputs, Plan, Surroundings, Wanted
+from builder.planning.plan import Ground, Inputs, Plan, Wanted
 from builder.planning.recipe import ToolchainKind
 from builder.planning.settings import Settings
 from builder.planning.stack import Image, LoadedStack
@@ -178,10 +178,9 @@ class ContainerToolchain(SandboxToolchain):
         bound = f"{self.engine} {'holds its memory to the bound' if self.bounds_memory else 'cannot bound its memory here'}"
         return f"container without network; {bound}; CPU and peak are those of cibuildwheel, not of the container"
 
-    def surroundings(self, ground: Ground, folder: Path) -> Surroundings:
+    def build_paths(self, folder: Path) -> tuple[str, ...]:
         """See Toolchain."""
-        judged = super().surroundings(ground, folder)
-        return replace(judged, build_paths=(*judged.build_paths, PROJECT))
+        return (*super().build_paths(folder), PROJECT)
 
 
 def _info(engine: str, *options: str) -> str | None:

@@ -6,7 +6,7 @@ import subprocess
 from importlib.resources import files
 from pathlib import Path
 
-from builder.box.sandbox import Mount, Sandbox
+from builder.box.sandbox import BindMount, Sandbox
 from builder.planning.plan import CUDA_LAYOUT, Plan
 from builder.planning.settings import Settings
 from builder.toolchains.wrappers import CUDA, INSIDE, NVCC, site_packages
@@ -72,7 +72,7 @@ def _driver_stub(folder: Path, root: Path, cuda: str) -> None:
     )  # CUDA_ERROR_STUB_LIBRARY
     box = Sandbox(
         root=root,
-        mounts=(Mount(source=folder, target="/build", writable=True),),
+        mounts=(BindMount(source=folder, target="/build", writable=True),),
         environment={"PATH": "/opt/gracefarm/bin:/usr/bin", "LC_ALL": "C.UTF-8", "SOURCE_DATE_EPOCH": "0"},
         workdir="/build",
         memory=0,

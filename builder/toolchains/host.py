@@ -16,7 +16,6 @@ from packaging.utils import canonicalize_name
 
 from builder.box.host import HostPlace
 from builder.box.place import Place
-from builder.box.sandbox import TMP
 from builder.planning import pins
 from builder.planning.plan import (
     CUDA_LAYOUT,
@@ -25,7 +24,6 @@ from builder.planning.plan import (
     Ground,
     Inputs,
     Plan,
-    Surroundings,
     Toolchain,
     Wanted,
 )
@@ -95,12 +93,16 @@ class HostToolchain(Toolchain):
         """See Toolchain: a clean environment is all."""
         site = host_environment.ensure(self.tools, settings, tick)
         own = wrappers.site_packages(site, self.tools.interpreter.minor)
+        packages = own if self.tools.locked else self.tools.site_packages
         return Ground(
             root=Path("/"),
             environment=site,
-            packages=own if self.tools.locked else self.tools.site_packages,
+            packages=packages,
             compiler=self.tools.cuda_home,
             title=f"no root: this machine's files, with a clean environment in {site}",
+            folders=host_tools.library_folders(self.tools),
+            interpreter=self.tools.interpreter.real,
+            cuobjdump=_cuobjdump(self.tools, packages),
         )
 
     def resumes(self, tree: Path, epoch: int) -> bool:
@@ -132,14 +134,9 @@ class HostToolchain(Toolchain):
         """See Toolchain."""
         return "without network" if self.tools.uncut is None else f"the network was not cut off: {self.tools.uncut}"
 
-    def surroundings(self, ground: Ground, folder: Path) -> Surroundings:
-        """See Toolchain."""
-        return Surroundings(
-            build_paths=("/build", TMP, str(folder)),
-            folders=host_tools.library_folders(self.tools),
-            interpreter=self.tools.interpreter.real,
-            cuobjdump=_cuobjdump(self.tools, ground.packages),
-        )
+    def build_paths(self, folder: Path) -> tuple[str, ...]:
+        """See Toolchain: the path of the folder itself stands in what is compiled."""
+        return (*super().build_paths(folder), str(folder))
 
     def bed(self, ground: Ground, *, emulated: bool) -> Bed:
         """See Toolchain."""
@@ -155,7 +152,7 @@ class HostBed:
     emulated: bool = False
     overlaid = True
 
-    def clean(self, wheel: Path, scratch: Path, files: Path, *, memory: int, gpu: bool) -> Clean:
+    def clean(self, wheel: Path, scratch: Path, files: Path, *, memory: int, with_gpu: bool) -> Clean:
         """See `builder.planning.plan.Bed`; a GPU of the machine is there anyway."""
         prefix = host_environment.fresh(self.tools, self.ground.environment, scratch / "env", wheel)
         for name in ("home", "tmp"):

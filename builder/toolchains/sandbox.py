@@ -12,10 +12,10 @@ from packaging.utils import canonicalize_name
 
 from builder.box import sandbox
 from builder.box.place import Place
-from builder.box.sandbox import Mount, Sandbox
+from builder.box.sandbox import BindMount, Sandbox
 from builder.ground import environment, root
 from builder.planning import packages, pins
-from builder.planning.plan import Bed, Ground, Inputs, Plan, Surroundings, Toolchain, Wanted
+from builder.planning.plan import Bed, Ground, Inputs, Plan, Toolchain, Wanted
 from builder.planning.recipe import ToolchainKind
 from builder.planning.settings import Settings
 from builder.planning.stack import Arch, LoadedStack
@@ -85,12 +85,14 @@ class SandboxToolchain(Toolchain):
         start = time.monotonic()
         base = root.ensure(stack, host, target, settings, tick)
         site = environment.ensure(stack, target, base, settings, tick)
+        compiler = environment.ensure_toolchain(stack, host, settings, tick) if cuda else None
         return Ground(
             root=base,
             environment=site,
             packages=wrappers.site_packages(site, stack.data.python),
-            compiler=environment.ensure_toolchain(stack, host, settings, tick) if cuda else None,
+            compiler=compiler,
             title=f"root, environment and compilers ready in {time.monotonic() - start:.1f} s",
+            cuobjdump=next(iter(sorted(compiler.glob("nvidia/*/bin/cuobjdump"))), None) if compiler else None,
         )
 
     def command(self, plan: Plan, settings: Settings, folder: Path) -> tuple[str, ...]:
@@ -102,23 +104,18 @@ class SandboxToolchain(Toolchain):
     ) -> Place:
         """See Toolchain."""
         mounts = [
-            Mount(source=ground.environment, target="/env"),
-            Mount(source=wrappers.folder(settings), target=wrappers.INSIDE),
+            BindMount(source=ground.environment, target="/env"),
+            BindMount(source=wrappers.folder(settings), target=wrappers.INSIDE),
         ]
         if ground.compiler is not None:
             home = cuda_home.lay_out(plan, ground.environment, ground.root, settings)
-            mounts += [Mount(source=ground.compiler, target=wrappers.NVCC), Mount(source=home, target=wrappers.CUDA)]
-        mounts.append(Mount(source=folder, target="/build", writable=True))
+            mounts += [BindMount(source=ground.compiler, target=wrappers.NVCC), BindMount(source=home, target=wrappers.CUDA)]
+        mounts.append(BindMount(source=folder, target="/build", writable=True))
         variables = wrappers.variables(plan, jobs=jobs, epoch=epoch)
         if cached and ccache.enabled(settings):
             mounts += ccache.mounts(plan, settings)
             variables |= ccache.variables(plan, settings)
         return Sandbox(root=ground.root, mounts=tuple(mounts), environment=variables, workdir="/build", memory=memory)
-
-    def surroundings(self, ground: Ground, folder: Path) -> Surroundings:
-        """See Toolchain."""
-        readers = sorted(ground.compiler.glob("nvidia/*/bin/cuobjdump")) if ground.compiler else []
-        return Surroundings(build_paths=("/build", sandbox.TMP), cuobjdump=next(iter(readers), None))
 
     def bed(self, ground: Ground, *, emulated: bool) -> Bed:
         """See Toolchain."""

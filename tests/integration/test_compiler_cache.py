@@ -320,7 +320,7 @@ def test_a_smoke_test_beside_it_which_links_the_headers_makes_no_unit_uncacheabl
     (work / "source/a.cu").write_text("#include <answer.h>\nint a(void) { return ANSWER; }\n")
     box = made.toolchain.place(made, ground, farm.settings, work, jobs=1, epoch=1, memory=4 << 30, cached=True)
     assert isinstance(box, sandbox.Sandbox)
-    box = replace(box, mounts=(*box.mounts, sandbox.Mount(source=headers, target="/headers")))
+    box = replace(box, mounts=(*box.mounts, sandbox.BindMount(source=headers, target="/headers")))
     ended = threading.Event()
 
     def link() -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 
-from builder.box.sandbox import Mount, Sandbox
+from builder.box.sandbox import BindMount, Sandbox
 from builder.ground import environment, resolve, root
 from builder.planning import pins, stack
 from builder.planning import settings as settings_module
@@ -269,7 +269,11 @@ def made(own: Settings, index: Index, base: Path, tmp_path: Path) -> Path:
 
 def inside(base: Path, env: Path, *command: str) -> str:
     box = Sandbox(
-        root=base, mounts=(Mount(source=env, target="/env"),), environment={"PATH": "/env/bin:/usr/bin"}, workdir="/", memory=0
+        root=base,
+        mounts=(BindMount(source=env, target="/env"),),
+        environment={"PATH": "/env/bin:/usr/bin"},
+        workdir="/",
+        memory=0,
     )
     done = subprocess.run(box.command(command), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

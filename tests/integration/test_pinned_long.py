@@ -13,7 +13,7 @@ import pytest
 from packaging.utils import canonicalize_name
 
 from builder.box import sandbox
-from builder.box.sandbox import Mount
+from builder.box.sandbox import BindMount
 from builder.fetch import Download, download
 from builder.ground import debian
 from builder.planning import packages, pins, recipe, stack
@@ -63,10 +63,10 @@ def test_trap_6_cuda_12_4_cannot_compile_against_glibc_2_41(farm: Farm, tmp_path
     assert packages.toolkit_digest(headers, host_arch()) == packages.toolkit_digest(own, host_arch())
     version = headers_of_trixie(farm, tmp_path / "trixie")
     assert version.startswith("2.41")
-    newer = Mount(source=tmp_path / "trixie/usr/include", target="/run/include")
+    newer = BindMount(source=tmp_path / "trixie/usr/include", target="/run/include")
     log = tmp_path / "log.txt"
 
-    def compiles(name: str, *command: str, against: Mount | None = None) -> bool:
+    def compiles(name: str, *command: str, against: BindMount | None = None) -> bool:
         log.unlink(missing_ok=True)
         places = ["-isystem", f"{newer.target}/aarch64-linux-gnu", "-isystem", newer.target] if against else []
         box = replace(boxes[name], mounts=(*boxes[name].mounts, *([against] if against else [])))

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from builder.box.sandbox import Mount, Sandbox
+from builder.box.sandbox import BindMount, Sandbox
 from builder.ground import bytecode, resolve, root
 from builder.planning import packages, stack
 from builder.planning import settings as settings_module
@@ -50,7 +50,7 @@ def own(shared_home: Path) -> Iterator[Settings]:
     remove_tree(home)
 
 
-def inside(folder: Path, *command: str, mounts: tuple[Mount, ...] = ()) -> str:
+def inside(folder: Path, *command: str, mounts: tuple[BindMount, ...] = ()) -> str:
     """What a command prints in a sandbox over that root."""
     box = Sandbox(root=folder, mounts=mounts, environment={"PATH": PATH, "LC_ALL": "C.UTF-8"}, workdir="/", memory=0)
     done = subprocess.run(box.command(command), capture_output=True, text=True, check=False)
@@ -75,7 +75,7 @@ def test_python_is_the_targets_own_without_binfmt(made: tuple[Arch, Path], tmp_p
     script.write_text(f"#!/env/bin/python3\n{facts}\n")
     script.chmod(0o755)
     child = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {facts!r}, *sys.argv[1:]], check=True)"
-    venv = (Mount(source=tmp_path, target="/env"),)
+    venv = (BindMount(source=tmp_path, target="/env"),)
     wanted = ["/env/bin/python3", "/env", "/usr", f".cpython-311-{target.triplet}.so", f"linux-{target}"]
     for command in (["/env/bin/python3", "-c", facts], ["/env/bin/python3", "-c", child], ["/env/bin/script"]):
         found = json.loads(inside(folder, *command, "a b", "", "-c", mounts=venv))
@@ -99,7 +99,7 @@ def test_plain_compilers_compile_for_the_target(made: tuple[Arch, Path], tmp_pat
     target, folder = made
     (tmp_path / "a.c").write_text("#include <Python.h>\n#include <zlib.h>\nint main(void) { return zlibVersion() == 0; }\n")
     (tmp_path / "b.cpp").write_text("#include <iostream>\nint main() {\n#pragma omp parallel\nstd::cout << 'x'; return 0; }\n")
-    work = (Mount(source=tmp_path, target="/build", writable=True),)
+    work = (BindMount(source=tmp_path, target="/build", writable=True),)
     for compiler in ("cc", "gcc", f"{target.triplet}-gcc"):
         inside(folder, compiler, "-I/usr/include/python3.11", "/build/a.c", "-lz", "-o", "/build/a", mounts=work)
     for compiler in ("c++", "g++", f"{target.triplet}-g++"):

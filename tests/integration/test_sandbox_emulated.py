@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from builder.box import sandbox
-from builder.box.sandbox import Mount, Outcome, Sandbox
+from builder.box.sandbox import BindMount, Outcome, Sandbox
 from builder.ground import root
 from builder.planning import stack
 from builder.planning.stack import Arch, host_arch
@@ -29,7 +29,7 @@ def python(farm: Farm, tmp_path: Path) -> Run:
     def run(script: str, memory: int = 1024 * MIB) -> Outcome:
         box = Sandbox(
             root=tree,
-            mounts=(Mount(source=tmp_path / "build", target="/build", writable=True),),
+            mounts=(BindMount(source=tmp_path / "build", target="/build", writable=True),),
             environment={"PATH": "/usr/bin:/bin", "HOME": sandbox.HOME, "LANG": "C.UTF-8"},
             workdir="/build",
             memory=memory,

@@ -33,7 +33,7 @@ from builder.planning import plan as planning
 from builder.planning import recipe as recipes
 from builder.planning.plan import Ground, Wanted
 from builder.planning.settings import Settings
-from builder.planning.stack import Arch, host_arch
+from builder.planning.stack import Arch, Image, host_arch
 from builder.toolchains import container, wrappers
 from builder.toolchains.container import ContainerToolchain
 from gracefarm.errors import ConfigError, FetchError, HostError
@@ -499,9 +499,10 @@ def hub(farm: Farm) -> Iterator[Settings]:
 
 def test_lock_reads_the_digest_of_an_image_from_its_registry_and_writes_it_into_the_stack(farm: Farm, hub: Settings) -> None:
     name = "docker.io/pytorch/manylinuxaarch64-builder"
-    assert registry.digest(name, "cuda12.4", hub) == "ab" * 32
+    image = Image(name=name, tag="cuda12.4", sha256_unknown="not reached")
+    assert registry.digest(image, hub) == "ab" * 32
     with pytest.raises(FetchError, match=r"manylinuxaarch64-builder:cuda12\.5 cannot be read.*404"):
-        registry.digest(name, "cuda12.5", hub)
+        registry.digest(image.model_copy(update={"tag": "cuda12.5"}), hub)
     place = farm.settings.project / "stacks/bare/stack.toml"
     own = f'name = "{name}"\ntag = "cuda12.4"\nsha256_unknown = "not reached" # compare\ncuda = "/usr/local/cuda-12.4"\n'
     place.write_text(f"{place.read_text()}\n[container.aarch64]\n{own}")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from builder.audit import Policy
-from builder.cli.check import asked_by
+from builder.audit.policy import asked_by
 from builder.planning import recipe
 from builder.planning.stack import Arch
 from tests import projects

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from builder.box import sandbox
-from builder.box.sandbox import Mount, Outcome, Sandbox
+from builder.box.sandbox import BindMount, Outcome, Sandbox
 
 PROJECT = Path(sandbox.__file__).parents[2]
 PYTHON = f"/python/bin/python{sys.version_info.major}.{sys.version_info.minor}"
@@ -31,7 +31,7 @@ import dataclasses, json, sys
 from pathlib import Path
 from builder.box import sandbox
 spec = json.loads(sys.argv[1])
-mounts = tuple(sandbox.Mount(source=Path(s), target=t, writable=w) for s, t, w in spec["mounts"])
+mounts = tuple(sandbox.BindMount(source=Path(s), target=t, writable=w) for s, t, w in spec["mounts"])
 box = sandbox.Sandbox(root=Path("/"), mounts=mounts, environment=spec["environment"], workdir=spec["workdir"],
                       memory=spec["memory"], network=spec["network"])
 {prologue}
@@ -61,8 +61,8 @@ class User:
     def box(self, **changes: object) -> Sandbox:
         """A sandbox with a Python at PYTHON and a writable /build."""
         mounts = (
-            Mount(source=Path(sys.base_prefix if not self.prefix else "/usr"), target="/python"),
-            Mount(source=self.build, target="/build", writable=True),
+            BindMount(source=Path(sys.base_prefix if not self.prefix else "/usr"), target="/python"),
+            BindMount(source=self.build, target="/build", writable=True),
         )
         plain = Sandbox(
             root=Path("/"),

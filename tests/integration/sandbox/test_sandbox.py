@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from builder.box import sandbox
-from builder.box.sandbox import Mount, Outcome
+from builder.box.sandbox import BindMount, Outcome
 from gracefarm.errors import DiskFullError, HostError
 from tests.integration.sandbox.kit import User, driver_environment, processes, wait_for
 
@@ -115,7 +115,7 @@ def test_signals_have_their_defaults(user: User) -> None:
 def test_mounts_are_what_was_asked(me: User) -> None:
     (me.folder / "env").mkdir()
     (me.folder / "env" / "file").write_text("content")
-    mounts = (Mount(source=me.folder / "env", target="/env"), Mount(source=me.build, target="/build", writable=True))
+    mounts = (BindMount(source=me.folder / "env", target="/env"), BindMount(source=me.build, target="/build", writable=True))
     assert me.run("/bin/sh", "-c", "cat /env/file; echo x >/env/file", box=me.box(mounts=mounts)).returncode != 0
     assert me.text.startswith("content")
     assert (me.folder / "env" / "file").read_text() == "content"
@@ -302,7 +302,7 @@ def test_forbidden_user_namespaces_are_said(me: User) -> None:
 
 def test_a_missing_mount_is_named(me: User) -> None:
     with pytest.raises(HostError, match="/no/such/folder"):
-        me.run("/bin/true", box=me.box(mounts=(Mount(source=Path("/no/such/folder"), target="/build"),)))
+        me.run("/bin/true", box=me.box(mounts=(BindMount(source=Path("/no/such/folder"), target="/build"),)))
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="about root")
@@ -313,7 +313,7 @@ def test_a_folder_that_root_may_not_enter_is_said(me: User) -> None:
     closed.chmod(0o700)
     os.chown(closed, 65534, 65534)
     with pytest.raises(HostError, match="build as their owner or set GRACEFARM_HOME"):
-        me.run("/bin/true", box=me.box(mounts=(Mount(source=closed / "build", target="/build"),)))
+        me.run("/bin/true", box=me.box(mounts=(BindMount(source=closed / "build", target="/build"),)))
 
 
 def test_sandboxes_side_by_side_do_not_mix(me: User) -> None:
@@ -341,8 +341,8 @@ def test_shell_is_interactive_with_job_control(me: User) -> None:
     script = f"""
 import sys
 from pathlib import Path
-from builder.box.sandbox import Mount, Sandbox, shell
-mounts = tuple(Mount(source=Path(s), target=t, writable=w) for s, t, w in {mounts!r})
+from builder.box.sandbox import BindMount, Sandbox, shell
+mounts = tuple(BindMount(source=Path(s), target=t, writable=w) for s, t, w in {mounts!r})
 environment = {{"PATH": "/usr/bin:/bin", "TERM": "dumb", "PS1": "ready> "}}
 sys.exit(shell(Sandbox(root=Path("/"), mounts=mounts, environment=environment, workdir="/build", memory=1 << 30),
                ["/bin/bash", "--norc", "--noprofile"]))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from builder.box import sandbox
-from builder.box.sandbox import Mount, Outcome
+from builder.box.sandbox import BindMount, Outcome
 from tests.integration.sandbox.kit import PYTHON, User
 
 TRY = """
@@ -137,7 +137,7 @@ def test_a_root_without_configuration_knows_its_own_names(me: User, tmp_path: Pa
     for link in (entry for entry in Path("/").iterdir() if entry.is_symlink() and str(entry.readlink()).startswith("usr/")):
         (root / link.name).symlink_to(link.readlink())
     box = me.box(root=root)
-    box = dataclasses.replace(box, mounts=(*box.mounts, Mount(source=Path("/usr"), target="/usr")))
+    box = dataclasses.replace(box, mounts=(*box.mounts, BindMount(source=Path("/usr"), target="/usr")))
     outcome = attempts(
         me,
         """
