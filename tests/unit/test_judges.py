@@ -31,7 +31,7 @@ def edited(code: Path, name: str, old: str, new: str) -> str:
     ("name", "old", "new"),
     [
         ("audit/verdict.py", 'if verdict.status == "failed"', "if False"),
-        ("audit/policy.py", "max_size=parse_size(data.wheel.max_size)", "max_size=1"),
+        ("audit/policy.py", "max_size=parse_size(recipe.wheel.max_size)", "max_size=1"),
         ("audit/alignment.py", "def _wrong(", "def _right("),
         ("audit/__init__.py", "(cubins.GATE, cubins.judge),", ""),
         ("smoke.py", "_require_own(trial.wheel, result)", ""),
