@@ -27,7 +27,7 @@ def refuse(arguments: Any, model: shape.Model) -> None:
         )
     if arguments.max_parallel_loading_workers is not None:
         raise NotImplementedError("max_concurrent_workers is not supported yet.")
-    if arguments.pipeline_parallel_size > 1 and not all("Llama" in one for one in model.architectures):
+    if arguments.pipeline_parallel_size > 1 and not all("Llama" in architecture for architecture in model.architectures):
         raise NotImplementedError("Pipeline parallelism is only supported for the following  architectures: Llama.")
 
 

@@ -80,11 +80,11 @@ class Engine:
                 error("Engine iteration timed out. This should never happen!")
             error("Engine background task failed")
             self.dead = problem
-            for one in (*self.running, *self.waiting):
-                one.tokens.put_nowait(problem)
+            for request in (*self.running, *self.waiting):
+                request.tokens.put_nowait(problem)
 
     async def _iteration(self) -> None:
-        self.running = [one for one in self.running if not one.gone]
+        self.running = [request for request in self.running if not request.gone]
         while self.waiting and len(self.running) < self.options["max_num_seqs"]:
             self.running.append(self.waiting.popleft())
         self.metrics.queues(len(self.running), len(self.waiting))
@@ -97,9 +97,9 @@ class Engine:
             await asyncio.sleep(0.2)
             return
         good = await asyncio.wait_for(asyncio.to_thread(self.executor.run, "execute_model"), self.timeout)
-        for one in self.running:
-            self._advance(one, whole=all(good))
-        self.running = [one for one in self.running if one.made < min(one.max_tokens, one.stop_at)]
+        for request in self.running:
+            self._advance(request, whole=all(good))
+        self.running = [request for request in self.running if request.made < min(request.max_tokens, request.stop_at)]
         await asyncio.sleep(float(os.environ.get("GRACEFARM_STANDIN_STEP_S", "0.005")))
 
     def _advance(self, request: Request, *, whole: bool) -> None:

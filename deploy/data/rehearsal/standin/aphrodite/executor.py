@@ -92,14 +92,14 @@ class Executor:
         counts = Counter(ips.values())
         self.workers.sort(key=lambda worker: (ips[worker] != driver_ip, counts[ips[worker]], ips[worker]))
         found: list[tuple[str, list[str]]] = ray.get(
-            [one.get_node_and_gpu_ids.remote() for one in [self.dummy, *self.workers]]
+            [worker.get_node_and_gpu_ids.remote() for worker in [self.dummy, *self.workers]]
         )
         return found
 
     def _set_environment(self, ids: Sequence[tuple[str, list[str]]]) -> None:
         gpus: dict[str, list[int]] = defaultdict(list)
         for node, own in ids:
-            gpus[node] += [int(one) for one in own]
+            gpus[node] += [int(identifier) for identifier in own]
         instance = uuid.uuid4().hex
         values = [
             {
@@ -109,12 +109,12 @@ class Executor:
             }
             for node, _ in ids
         ]
-        self.run("update_environment_variables", [{"values": one} for one in values])
+        self.run("update_environment_variables", [{"values": environment} for environment in values])
 
     def run(self, method: str, arguments: Sequence[dict[str, Any]] | None = None) -> list[Any]:
         """A method on every rank at once; what any of them raises."""
         given = arguments or [{}] * (len(self.workers) + 1)
-        pending = [getattr(one, method).remote(**words) for one, words in zip(self.workers, given[1:], strict=True)]
+        pending = [getattr(worker, method).remote(**words) for worker, words in zip(self.workers, given[1:], strict=True)]
         mine = getattr(self.driver, method)(**given[0])
         return [mine, *(self.ray.get(pending) if pending else [])]
 

@@ -25,7 +25,7 @@ class Parser(argparse.ArgumentParser):
             name, equals, value = word.partition("=")
             return name.replace("_", "-") + equals + value if word.startswith("--") else word
 
-        return super().parse_args([dashes(one) for one in args], namespace)
+        return super().parse_args([dashes(word) for word in args], namespace)
 
 
 def parser() -> Parser:
@@ -34,18 +34,18 @@ def parser() -> Parser:
     run = made.add_subparsers(dest="command", required=True).add_parser("run", help="Start the server.")
     run.add_argument("model_tag", help="The model: a folder.")
     table = json.loads((resources.files("aphrodite") / "options.json").read_text())
-    for one in table["options"]:
-        words: dict[str, Any] = {"default": one.get("default")}
-        action = one.get("action", "store")
+    for option in table["options"]:
+        words: dict[str, Any] = {"default": option.get("default")}
+        action = option.get("action", "store")
         if action in ("store_true", "append"):
             words["action"] = action
         if action != "store_true":
-            words["type"] = _boolean if action == "boolean" else TYPES[one.get("kind", "str")]
-            if "nargs" in one:
-                words["nargs"] = one["nargs"]
-            if one.get("nargs") == "?":
+            words["type"] = _boolean if action == "boolean" else TYPES[option.get("kind", "str")]
+            if "nargs" in option:
+                words["nargs"] = option["nargs"]
+            if option.get("nargs") == "?":
                 words["const"] = "True" if action != "boolean" else True
-            if "choices" in one:
-                words["choices"] = one["choices"]
-        run.add_argument(*one["flags"], **words)
+            if "choices" in option:
+                words["choices"] = option["choices"]
+        run.add_argument(*option["flags"], **words)
     return made

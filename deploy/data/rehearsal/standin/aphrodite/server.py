@@ -88,8 +88,8 @@ class Server:
     async def models(self, _request: web.Request) -> web.Response:
         """What is served."""
         rows = [
-            {"id": one, "object": "model", "created": self.created, "owned_by": "pygmalionai", "max_model_len": self.length}
-            for one in self.names
+            {"id": name, "object": "model", "created": self.created, "owned_by": "pygmalionai", "max_model_len": self.length}
+            for name in self.names
         ]
         return web.json_response({"object": "list", "data": rows})
 
@@ -223,8 +223,8 @@ async def serve(server: Server, host: str | None, port: int) -> None:
     import signal
 
     loop = asyncio.get_running_loop()
-    for one in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(one, server.ended.set)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, server.ended.set)
     task = asyncio.create_task(server.engine.loop())
     runner = web.AppRunner(server.app(), handler_cancellation=True)
     say(f"Started server process [{os.getpid()}]")

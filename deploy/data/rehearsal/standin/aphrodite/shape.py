@@ -66,7 +66,7 @@ def layers(model: Model, stage: int, stages: int) -> int:
         each = model.layers // stages
         return each if stage < stages - 1 else model.layers - each * (stages - 1)
     try:
-        partitions = [int(one) for one in text.split(",")]
+        partitions = [int(layers) for layers in text.split(",")]
     except ValueError as error:
         raise ValueError(f"Invalid partition string: {text}") from error
     if len(partitions) != stages:

@@ -25,7 +25,7 @@ def ordered(phase: str) -> str:
     """What is to go wrong in a phase, or nothing."""
     path = Path.home() / ".gracefarm-standin"
     words = os.environ.get("GRACEFARM_STANDIN", "").split() + (path.read_text().split() if path.is_file() else [])
-    return dict(one.split("=", 1) for one in words if "=" in one).get(phase, "")
+    return dict(word.split("=", 1) for word in words if "=" in word).get(phase, "")
 
 
 def happen(phase: str) -> None:

@@ -44,8 +44,8 @@ def check_nccl() -> None:
     """NCCL takes interfaces by prefix."""
     wanted = os.environ.get("NCCL_SOCKET_IFNAME", "")
     if wanted and not wanted.startswith("^"):
-        names = [one.name for one in Path("/sys/class/net").iterdir()]
-        if not any(one.startswith(each.lstrip("=")) for one in names for each in wanted.split(",")):
+        names = [link.name for link in Path("/sys/class/net").iterdir()]
+        if not any(name.startswith(each.lstrip("=")) for name in names for each in wanted.split(",")):
             raise RuntimeError(
                 "NCCL error in: ../torch/csrc/distributed/c10d/NCCLUtils.hpp:275, internal error - please report this issue "
                 f"to the NCCL developers, NCCL version 2.20.5\nLast error:\nBootstrap : no socket interface found ({wanted})"
@@ -94,7 +94,7 @@ class RayWorkerWrapper:
         self.rank, self.tp, self.pp, self.method, self.options = rank, tp, pp, method, options
         self.folder = Path(model)
         self.model = shape.read(self.folder)
-        env = {key: "(set)" if any(one in key for one in SECRET) else value for key, value in self.environment().items()}
+        env = {key: "(set)" if any(word in key for word in SECRET) else value for key, value in self.environment().items()}
         say(f"standin rank={rank} ip={get_ip()} pid={os.getpid()} env={json.dumps(env, sort_keys=True)}")
 
     def environment(self) -> dict[str, str]:
@@ -138,7 +138,7 @@ class RayWorkerWrapper:
         index = self.folder / "model.safetensors.index.json"
         if index.is_file():
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            return [self.folder / one for one in names]
+            return [self.folder / name for name in names]
         files = sorted(self.folder.glob(WEIGHTS))
         if not files:
             raise RuntimeError(f"Cannot find any model weights with `{self.folder}`")
@@ -150,7 +150,7 @@ class RayWorkerWrapper:
         try:
             size = int.from_bytes(content[:8], "little")
             header = json.loads(content[8 : 8 + size])
-            ends = [one["data_offsets"][1] for name, one in header.items() if name != "__metadata__"]
+            ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
         except (ValueError, KeyError, TypeError) as error:
             raise RuntimeError("Error while deserializing header: InvalidHeaderDeserialization") from error
         if len(content) != 8 + size + max(ends, default=0):
@@ -172,7 +172,7 @@ class RayWorkerWrapper:
 
     def report(self) -> dict[str, Any]:
         """For tests: who and where this rank is and what its environment holds, without secrets."""
-        env = {key: value for key, value in self.environment().items() if not any(one in key for one in SECRET)}
+        env = {key: value for key, value in self.environment().items() if not any(word in key for word in SECRET)}
         names = sorted(os.environ)
         return {
             "rank": self.rank,
