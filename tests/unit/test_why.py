@@ -20,7 +20,6 @@ from builder.proof import record
 from builder.proof.record import Record, Stage
 from builder.proof.why import Change, changes
 from builder.toolchains.container import ContainerToolchain
-from builder.toolchains.container import ContainerToolchain
 from gracefarm.errors import ConfigError, SeveralError, UsageError
 
 REPOSITORY = Path(__file__).parent.parent.parent
