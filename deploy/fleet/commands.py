@@ -25,14 +25,8 @@ def command_line(command: Sequence[str] | str) -> str:
     return command if isinstance(command, str) else shlex.join(command)
 
 
-def with_env(command: str, env: Mapping[str, str]) -> tuple[str, bytes]:
-    """The environment goes in on stdin, so that no argument list shows it."""
-    script = 'while IFS= read -r line && [ "$line" != . ]; do export "$line"; done; exec sh -c "$1"'
-    return shlex.join(["sh", "-c", script, "sh", command]), env_block(env)
-
-
 def env_block(env: Mapping[str, str]) -> bytes:
-    """Variables as `with_env` and jobs.sh read them from stdin. Raises UsageError."""
+    """Variables as jobs.sh reads them from stdin, so that no argument list shows them. Raises UsageError."""
     for name, value in env.items():
         if "\n" in value or not name.isidentifier():
             raise UsageError(

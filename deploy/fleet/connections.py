@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import asyncssh
 
@@ -109,6 +109,12 @@ class Connections:
     def slot(self, node: Node) -> asyncio.Semaphore:
         """Held by whoever has a session on a node: sshd allows few."""
         return self._slots.setdefault(node.name, asyncio.Semaphore(CHANNELS))
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_error: object) -> None:
+        await self.close()
 
     async def close(self) -> None:
         """Close what is open; detached jobs go on."""

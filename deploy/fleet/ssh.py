@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import asyncssh
 
-from deploy.fleet.commands import OnLine, RunningCommand, command_line, put_down, with_env
+from deploy.fleet.commands import OnLine, RunningCommand, command_line, put_down
 from deploy.fleet.connections import Connections
 from deploy.fleet.results import CommandResult, require
 from deploy.nodes.deployment import Deployment, Node
-from gracefarm.errors import GracefarmError, NodeError, UsageError
+from gracefarm.errors import GracefarmError, NodeError
 
 LOCAL = "/tmp/gracefarm-{user}"  # noqa: S108 - jobs.sh refuses it when somebody else owns it
 
 
 class Fleet(Connections):
-    """Nodes that are worked on at once. Use it by `open_fleet()`."""
+    """Nodes that are worked on at once; `async with` closes the connections, and detached jobs go on."""
 
     def __init__(
         self,
@@ -80,21 +79,17 @@ class Fleet(Connections):
         nodes: Sequence[Node | str] | None = None,
         input: bytes | None = None,  # noqa: A002 - subprocess's word
         timeout: float | None = None,  # noqa: ASYNC109 - a time for each node, told in its Result
-        env: Mapping[str, str] | None = None,
         on_line: OnLine | None = None,
         keep: bool = True,
     ) -> dict[str, CommandResult]:
         """A command on all nodes at once: node name to Result, in the nodes' order. Never raises for a node; `require` does.
 
         stdin is closed unless there is `input`. `keep` false: `on_line` alone has stdout, however much it is. Secrets go in
-        `input` or `env` (which travels on stdin), never in `command`.
+        `input`, never in `command`.
         """
         chosen = self.pick(nodes)
         text = command_line(command)
         data = input or b""
-        if env:
-            text, block = with_env(text, env)
-            data = block + data
         results = await asyncio.gather(*(self._run(node, text, data, timeout, on_line, keep) for node in chosen))
         return {result.node.name: result for result in results}
 
@@ -146,41 +141,13 @@ class Fleet(Connections):
                 await put_down(process)
 
 
-@asynccontextmanager
-async def open_fleet(
-    source: Deployment | Sequence[Node],
-    *,
-    known_hosts: Path | None = None,
-    local: str | None = None,
-    mark: str | None = None,
-    config: Sequence[Path] | None = None,
-    connect_timeout: float | None = None,
-) -> AsyncIterator[Fleet]:
-    """Nodes to work with; closed at the end, and detached jobs go on.
-
-    A Deployment brings its known_hosts, its folder on the nodes and its mark. Connections are made when first needed.
-    """
-    if isinstance(source, Deployment):
-        fleet = Fleet(
-            source.nodes,
-            known_hosts=known_hosts or source.folder.known_hosts,
-            local=local or source.data.local,
-            mark=mark or source.folder.id,
-            config=config,
-            connect_timeout=connect_timeout or source.data.options.connect_timeout,
-        )
-    else:
-        if known_hosts is None:
-            raise UsageError("known_hosts must be given with bare nodes")
-        fleet = Fleet(
-            source,
-            known_hosts=known_hosts,
-            local=local or LOCAL,
-            mark=mark or "adhoc",
-            config=config,
-            connect_timeout=connect_timeout or 10.0,
-        )
-    try:
-        yield fleet
-    finally:
-        await fleet.close()
+def open_fleet(deployment: Deployment, *, config: Sequence[Path] | None = None, connect_timeout: float | None = None) -> Fleet:
+    """A deployment's nodes, with its known_hosts, its folder on the nodes and its mark."""
+    return Fleet(
+        deployment.nodes,
+        known_hosts=deployment.folder.known_hosts,
+        local=deployment.data.local,
+        mark=deployment.folder.id,
+        config=config,
+        connect_timeout=connect_timeout or deployment.data.options.connect_timeout,
+    )

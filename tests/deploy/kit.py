@@ -19,7 +19,7 @@ import asyncssh
 from deploy.fleet.calls import RemoteNode
 from deploy.fleet.hostkeys import entry_name, pin
 from deploy.fleet.shells import remote_nodes
-from deploy.fleet.ssh import open_fleet
+from deploy.fleet.ssh import Fleet
 from deploy.nodes.deployment import Deployment, Node, load_deployment
 from deploy.remote import look
 
@@ -184,9 +184,9 @@ def mark(folder: Path) -> str:
 
 
 def fleet(folder: Path, made: list[Machine], **more: Any) -> Any:
-    """deploy.fleet.ssh.open_fleet over `made`, with nobody's ~/.ssh/config."""
+    """A Fleet over `made`, with nobody's ~/.ssh/config."""
     local = {"known_hosts": folder / "known_hosts", "local": f"{folder}/local", "mark": mark(folder), "config": ()}
-    return open_fleet([machine.node for machine in made], **{**local, **more})
+    return Fleet([machine.node for machine in made], **{**local, **more})
 
 
 def deployment(

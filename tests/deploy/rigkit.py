@@ -14,7 +14,7 @@ from pathlib import Path
 import httpx
 
 from deploy.fleet.results import CommandResult
-from deploy.fleet.ssh import open_fleet
+from deploy.fleet.ssh import Fleet
 from deploy.nodes.deployment import Node
 from deploy.rehearsal import standin
 from deploy.rehearsal.hub import safetensors
@@ -39,7 +39,7 @@ def run(
     """A command on nodes by the product's own SSH."""
 
     async def go() -> dict[str, CommandResult]:
-        async with open_fleet(inventory(room), known_hosts=room.known_hosts, config=[], connect_timeout=3) as made:
+        async with Fleet(inventory(room), known_hosts=room.known_hosts, config=[], connect_timeout=3) as made:
             return await made.run(command, nodes=names, timeout=timeout, env=env)
 
     with room.inside():

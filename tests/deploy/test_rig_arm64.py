@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from deploy.fleet.shells import remote_nodes
-from deploy.fleet.ssh import open_fleet
+from deploy.fleet.ssh import Fleet
 from deploy.rehearsal import source
 from deploy.rehearsal.rig import GATEWAY, MOUNT, NodeSpec, open_rig
 from deploy.rehearsal.userland import arm64
@@ -59,7 +59,7 @@ def test_the_farms_own_aarch64_wheel_arrives_by_hash_and_is_imported(
         with source.listening(room.command([*serve, "--host", GATEWAY, "--port", "8090"])) as url:
 
             async def up(lock: str) -> environment.Built:
-                async with open_fleet(rigkit.inventory(room), known_hosts=room.known_hosts, config=[]) as made:
+                async with Fleet(rigkit.inventory(room), known_hosts=room.known_hosts, config=[]) as made:
                     spec = environment.EnvironmentSpec(
                         root=f"{MOUNT}/gracefarm", lock=lock, index=f"{url}/simple/", engine="tiny"
                     )

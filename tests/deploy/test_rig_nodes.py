@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from deploy.fleet.results import CommandResult
-from deploy.fleet.ssh import open_fleet
+from deploy.fleet.ssh import Fleet
 from deploy.nodes.deployment import Node
 from deploy.rehearsal import interpreter
 from deploy.rehearsal.rig import MOUNT, OTHER_PYTHON, USER, NodeSpec, Rig, RigNode, check_machine, open_rig
@@ -34,7 +34,7 @@ def run(room: Rig, command: str, *, names: list[str] | None = None, timeout: flo
     """A command on nodes by the product's own SSH."""
 
     async def go() -> dict[str, CommandResult]:
-        async with open_fleet(inventory(room), known_hosts=room.known_hosts, config=[], connect_timeout=3) as made:
+        async with Fleet(inventory(room), known_hosts=room.known_hosts, config=[], connect_timeout=3) as made:
             return await made.run(command, nodes=names, timeout=timeout)
 
     with room.inside():

@@ -21,7 +21,7 @@ from deploy.fleet.hostkeys import entry_name, matches, pin, scan
 from deploy.fleet.jobs import follow_job, job_status, start_job, stop_job
 from deploy.fleet.results import require
 from deploy.fleet.shells import remote_nodes
-from deploy.fleet.ssh import Fleet, open_fleet
+from deploy.fleet.ssh import Fleet
 from deploy.nodes.deployment import Node
 from gracefarm.errors import NodeError, SshError, UsageError
 from tests.deploy import kit
@@ -111,15 +111,19 @@ async def gone(pid: int, seconds: float = 5) -> None:
 
 
 def test_the_environment_and_input_are_in_no_argument_list(tmp_path: Path) -> None:
-    async def work(fleet: Fleet, _made: list[kit.Machine]) -> None:
-        script = 'echo "$WORD"; cat; grep -alr S3CR3T /proc/[0-9]*/cmdline 2>/dev/null; true'
-        done = (await fleet.run(script, env={"WORD": "S3CR3T-word with blanks"}, input=b"S3CR3T-input"))["k0"]
-        # the grep's own argument holds the first part alone
-        assert done.stdout.startswith("S3CR3T-word with blanks\nS3CR3T-input")
-        seen = (await fleet.run("cat /proc/[0-9]*/cmdline", env={"WORD": "QX-secret"}))["k0"]
-        assert b"QX-secret" not in seen.raw
+    async def work(fleet: Fleet, made: list[kit.Machine]) -> None:
+        node = made[0].node
+        lines: list[str] = []
+        script = 'echo "$WORD"; cat; sleep 1'
+        env = {"WORD": "S3CR3T-word with blanks"}
+        assert await start_job(fleet, node, "secrets", script, env=env, input=b"S3CR3T-input\n")
+        seen = (await fleet.run("cat /proc/[0-9]*/cmdline; cat", input=b"QX-secret"))["k0"]
+        assert b"S3CR3T" not in seen.raw
+        assert seen.raw.count(b"QX-secret") == 1  # its own input
+        await follow_job(fleet, node, "secrets", lines.append)
+        assert lines == ["S3CR3T-word with blanks", "S3CR3T-input"]
         with pytest.raises(UsageError):
-            await fleet.run("true", env={"A": "two\nlines"})
+            await start_job(fleet, node, "more", "true", env={"A": "two\nlines"})
 
     with_fleet(tmp_path, 1, work)
 
@@ -159,7 +163,7 @@ def test_a_node_that_is_away_does_not_hold_the_others_up(tmp_path: Path) -> None
                 Node(name="mute", rank=2, address="127.0.0.99", port=silent.getsockname()[1]),
                 made[1].node,
             ]
-            async with open_fleet(nodes, known_hosts=tmp_path / "known_hosts", config=(), connect_timeout=1.5) as fleet:
+            async with Fleet(nodes, known_hosts=tmp_path / "known_hosts", config=(), connect_timeout=1.5) as fleet:
                 begin = time.monotonic()
                 done = await fleet.run("echo hi")
                 assert time.monotonic() - begin < 4
@@ -333,7 +337,7 @@ def test_a_jump_host_is_one_connection_for_all_behind_it(tmp_path: Path) -> None
         async with kit.machines(tmp_path, 3) as made:
             door = made[0].node
             behind = [machine.node.model_copy(update={"jump": f"tester@{door.address}:{door.port}"}) for machine in made[1:]]
-            async with open_fleet(behind, known_hosts=tmp_path / "known_hosts", config=()) as fleet:
+            async with Fleet(behind, known_hosts=tmp_path / "known_hosts", config=()) as fleet:
                 done = await fleet.run("echo ${HOME##*-}")
         assert [result.stdout for result in done.values()] == ["k1\n", "k2\n"]
         assert made[0].entered == 1

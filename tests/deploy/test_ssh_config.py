@@ -125,7 +125,8 @@ def test_a_name_of_the_configuration_is_all_that_a_person_says(tmp_path: Path, d
 
     async def place() -> list[str]:
         lines: list[str] = []
-        async with open_fleet(deployment, local=str(tmp_path / "local")) as fleet:
+        data = deployment.data.model_copy(update={"local": str(tmp_path / "local")})
+        async with open_fleet(deployment.model_copy(update={"data": data})) as fleet:
             require(await put_file(fleet, b"content", str(tmp_path / "placed")), "placing it")
             await start_job(fleet, deployment.head, "hello", ["echo", "from a job"])
             await follow_job(fleet, deployment.head, "hello", lines.append)
