@@ -29,12 +29,8 @@ def inspect(request: Json) -> Json:
         "target": mount.target,
         "kind": mount.kind,
         "source": mount.source,
-        "options": list(mount.options),
         "fstab": fstab,
         "fsc": fsc(mount.target),
-        "cachefilesd": shutil.which("cachefilesd", path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin"),
-        "running": _running(),
-        "fscache": Path("/proc/fs/fscache").is_dir(),
         "root": root() is not None,
     }
 

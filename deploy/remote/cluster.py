@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import threading
-import time
 from pathlib import Path
 
 from deploy.remote import wire
@@ -16,12 +15,11 @@ from gracefarm.process import first_line
 def warm(request: Json) -> Json:
     """Import Ray once: from a network file system the first import takes longer than `ray start` waits for its children."""
     del request
-    started = time.monotonic()
     try:
-        import ray
+        import ray  # noqa: F401
     except ImportError as error:
         raise WorkerError("install", f"ray does not import: {error}", "`deploy env matrix` shows every import") from error
-    return {"version": ray.__version__, "seconds": round(time.monotonic() - started, 2)}
+    return {}
 
 
 def nodes(request: Json) -> Json:
@@ -55,15 +53,12 @@ def nodes(request: Json) -> Json:
             "address": node["NodeManagerAddress"],
             "alive": bool(node["Alive"]),
             "gpus": node["Resources"].get("GPU", 0.0) if node["Alive"] else 0.0,
-            "id": node["NodeID"],
-            "reason": node.get("DeathReasonMessage") or "",
         }
         for node in ray.nodes()
     ]
-    free = ray.available_resources().get("GPU", 0.0)
     ray.shutdown()
     watchdog.cancel()
-    return {"nodes": known, "free": free, "version": ray.__version__}
+    return {"nodes": known, "version": ray.__version__}
 
 
 def _give_up(address: str, seconds: float) -> None:

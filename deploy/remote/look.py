@@ -30,7 +30,6 @@ def look(request: Json) -> Json:
     root = Path(request["root"]) if request.get("root") else None
     return {
         "boot": Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
-        "time": time.time(),
         "cores": len(os.sched_getaffinity(0)),
         "processes": processes(request["prefix"]),
         "environments": {link: _finished(root, link) for link in ("env", "download")} if root else {},

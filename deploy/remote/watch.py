@@ -32,7 +32,6 @@ def vitals(request: Json) -> Json:
     processes = look.processes(request["prefix"])
     disks = {path: _disk(path) for path in request["paths"]}
     return {
-        "time": time.time(),
         "uptime": float(Path("/proc/uptime").read_text().split()[0]),
         "cores": len(os.sched_getaffinity(0)),
         "load": os.getloadavg()[0],
@@ -41,7 +40,6 @@ def vitals(request: Json) -> Json:
         "stuck": [path for path, disk in disks.items() if disk is None],
         "raylet": any(process["name"] == "raylet" for process in processes),
         "jobs": sorted({str(process["mark"]).rpartition("/")[2] for process in processes}),
-        "processes": len(processes),
         **gpus(),
     }
 

@@ -140,7 +140,7 @@ def fetch(request: Json) -> Json:
     final, staging = Path(request["final"]), Path(request["staging"])
     _same_share(staging, request["nonce"])
     mine = staging / request["me"]
-    with SharedLock(mine / "lock", on_wait=lambda who: event("wait", owner=who)) as held:
+    with SharedLock(mine / "lock", on_wait=lambda who: event("wait", owner=who)):
         stop = threading.Event()
         pulse = threading.Thread(target=_pulse, args=(mine, stop), daemon=True)
         pulse.start()
@@ -159,7 +159,7 @@ def fetch(request: Json) -> Json:
         pulse.join()
         if problem:
             raise problem
-        return {"corrupt": checker.corrupt, "missing": checker.missing, "verified": checker.verified, "held": held.number}
+        return {"corrupt": checker.corrupt}
 
 
 def _same_share(staging: Path, nonce: str) -> None:
@@ -241,8 +241,6 @@ class _Verifier(threading.Thread):
     def __init__(self, request: Json, final: Path, staging: Path) -> None:
         super().__init__(daemon=True)
         self.corrupt: list[str] = []
-        self.missing: list[str] = []
-        self.verified: list[str] = []
         self._final, self._staging, self._nonce = final, staging, request["nonce"]
         self._patience = float(request["patience"])
         self._waiting: list[Json] = list(request["verify"])
@@ -262,14 +260,11 @@ class _Verifier(threading.Thread):
         if not path.is_file():
             if _has(self._final / file["path"], file):
                 return True
-            if over:
-                self.missing.append(file["path"])
             return over
         try:
             right = _digest(path, file)
         except OSError as error:
             event("unread", path=file["path"], cause=str(error))
-            self.missing.append(file["path"])
             return True
         if right:
             target = self._final / file["path"]
@@ -278,9 +273,7 @@ class _Verifier(threading.Thread):
                 path.rename(target)
             except OSError as error:  # somebody took it away, or the disk is full: the next round sees what is there
                 event("unread", path=file["path"], cause=str(error))
-                self.missing.append(file["path"])
                 return True
-            self.verified.append(file["path"])
             event("verified", path=file["path"], size=file["size"], staged_by=file["node"])
         else:
             path.unlink()
