@@ -62,17 +62,6 @@ class Model(BaseModel):
         """The revision is a commit."""
         return COMMIT.fullmatch(self.revision) is not None
 
-    @property
-    def parameters(self) -> int:
-        """Of the whole model."""
-        tensors = self.layer_tensors()
-        return self.layers * sum(tensors.values()) + self.vocab * self.hidden * (1 if self.tied else 2) + self.hidden
-
-    @property
-    def bytes(self) -> int:
-        """Of all weights."""
-        return self.parameters * BYTES
-
     def layer_tensors(self) -> dict[str, int]:
         """Elements of each tensor of a decoder layer, by its name in the checkpoint."""
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim

@@ -106,11 +106,3 @@ def predict(stages: Sequence[StageLoad], *, usd_per_hour: float | None = None, s
         usd_per_hour=usd_per_hour,
         usd_per_mtok=None if usd_per_hour is None else round(usd_per_hour / (rate * 3600) * 1e6, 2),
     )
-
-
-def fit(stages: Sequence[StageLoad], measured: float) -> float:
-    """The ring step between nodes with which these stages have the measured tokens/s."""
-    known = sum(
-        stage.resident / (stage.kind.hbm_gb_s * 1e9) + stage.offloaded / (stage.kind.host_gb_s * 1e9) for stage in stages
-    )
-    return (1 / measured - known) / sum(stage.layers * 2 * 2 * (stage.tp - 1) for stage in stages)
