@@ -15,7 +15,7 @@ import asyncssh
 from tests.deploy import kit
 
 
-class _Way(kit._Open):
+class _Way(kit.Admitting):
     """Also a jump host."""
 
     def __init__(self, tunnels: list[tuple[str, int]]) -> None:
@@ -44,7 +44,7 @@ class Servers:
         key = self.keys[address] = asyncssh.generate_private_key("ssh-ed25519")
         home = self.folder / address
         home.mkdir(exist_ok=True)
-        options: Any = {"server_host_keys": [key], "process_factory": kit._server(home, {}), "encoding": None}
+        options: Any = {"server_host_keys": [key], "process_factory": kit.processes_of(home, {}), "encoding": None}
         server = await asyncssh.create_server(lambda: _Way(self.tunnels), address, self.port, **options)
         self.port = server.sockets[0].getsockname()[1]
         self.running[address] = server

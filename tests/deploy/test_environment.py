@@ -23,7 +23,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.fleet.targets import targets
+from deploy.fleet.shells import remote_nodes
 from deploy.remote import environment as remote
 from deploy.remote.wire import WorkerError
 from deploy.steps import environment as step
@@ -271,7 +271,7 @@ def test_a_cut_while_it_is_built_stops_no_build(tmp_path: Path, monkeypatch: pyt
             spec = step.EnvironmentSpec(
                 root=str(tmp_path / "share"), lock=publish(folder, "1.0", "x = 1\n"), index=url, engine="tiny"
             )
-            running = asyncio.ensure_future(step.up(targets(fleet), spec, settings.load(), Console()))
+            running = asyncio.ensure_future(step.up(remote_nodes(fleet), spec, settings.load(), Console()))
             assert await asyncio.to_thread(asked.wait, 60)
             before = made[0].entered
             made[0].cut()

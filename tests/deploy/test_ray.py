@@ -8,15 +8,15 @@ from typing import TypeVar
 
 import pytest
 
-from deploy.fleet.calls import Target
+from deploy.fleet.calls import RemoteNode
+from deploy.fleet.shells import remote_nodes
 from deploy.fleet.ssh import Fleet, open_fleet
-from deploy.fleet.targets import targets
 from deploy.nodes import paths
 from deploy.nodes.deployment import Deployment
 from deploy.nodes.facts import load_facts
 from deploy.planning import plans
 from deploy.planning.plans import Plan
-from deploy.rehearsal.rig import MOUNT, Rig, rig
+from deploy.rehearsal.rig import MOUNT, Rig, open_rig
 from deploy.steps import processes, ray
 from gracefarm.console import Console
 from gracefarm.errors import EngineError
@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 @pytest.fixture(scope="module")
 def room(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
-    with rig(tmp_path_factory.mktemp("rig"), count=3) as made:
+    with open_rig(tmp_path_factory.mktemp("rig"), count=3) as made:
         ray_kit.bring_ray(made)
         yield made
 
@@ -73,10 +73,10 @@ def plan(room: Rig, deployment: Deployment) -> Plan:
     return plans.identified(made.model_copy(update={"nodes": nodes, "id": ""}))
 
 
-def with_nodes(room: Rig, deployment: Deployment, work: Callable[[Fleet, list[Target]], Awaitable[T]]) -> T:
+def with_nodes(room: Rig, deployment: Deployment, work: Callable[[Fleet, list[RemoteNode]], Awaitable[T]]) -> T:
     async def go() -> T:
         async with open_fleet(deployment, config=[], connect_timeout=5) as made:
-            return await work(made, targets(made, load_facts(deployment)))
+            return await work(made, remote_nodes(made, load_facts(deployment)))
 
     with room.inside():
         return asyncio.run(go())
