@@ -84,7 +84,7 @@ def _code_digest() -> str:
     digest = hashlib.sha256(metadata.version("gracefarm").encode())
     with resources.as_file(resources.files("index")) as folder:
         for path in sorted(folder.rglob("*")):
-            if path.suffix in {".py", ".html", ".css", ".svg"}:
+            if path.suffix in {".py", ".sql", ".html", ".css", ".svg"}:
                 digest.update(path.read_bytes())
     return digest.hexdigest()
 

@@ -14,44 +14,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from importlib import resources
 from pathlib import Path
 
 from gracefarm.errors import ConfigError
 from index.errors import StoreFullError
 
 SCHEMA_VERSION = 4
-
-_PIN = """CREATE TABLE pin (
-    set_name TEXT NOT NULL REFERENCES release_set (name),
-    lock TEXT NOT NULL,
-    project TEXT NOT NULL,
-    version TEXT NOT NULL,
-    sha256 TEXT NOT NULL,
-    link INTEGER NOT NULL DEFAULT 0,
-    done INTEGER NOT NULL DEFAULT 0,
-    PRIMARY KEY (set_name, lock, project, version)
-) WITHOUT ROWID;
-"""
-
-# A build is as visible as its wheels: one of which only hidden wheels of staged sets are here is nobody's business.
-_PUBLIC_RECORD = """CREATE VIEW public_record AS SELECT * FROM record
-    WHERE NOT EXISTS (SELECT 1 FROM file WHERE file.build = record.id)
-    OR EXISTS (SELECT 1 FROM file WHERE file.build = record.id AND file.hidden = 0);
-"""
-
-_UPGRADES = {
-    2: ("ALTER TABLE token ADD COLUMN hashed TEXT",),
-    3: (
-        "ALTER TABLE record ADD COLUMN project TEXT NOT NULL DEFAULT ''",
-        "ALTER TABLE record ADD COLUMN wheels TEXT NOT NULL DEFAULT ''",
-        "UPDATE record SET project = lower(replace(replace(recipe, '_', '-'), '.', '-'))",
-        "ALTER TABLE mirrored ADD COLUMN lost INTEGER NOT NULL DEFAULT 0",
-        "ALTER TABLE mirrored ADD COLUMN withdrawn TEXT",
-        _PUBLIC_RECORD,
-    ),
-    4: ("DROP TABLE IF EXISTS pin", _PIN),  # 3 had one for an hour, which knew one lock for each set
-}
-"What brings a catalogue of the version before to this one."
+"Made by schema.sql; upgrade-N.sql brings a catalogue of the version before N to N."
 
 _VIEWS = (
     "CREATE TEMP VIEW live_file AS SELECT * FROM file WHERE deleted IS NULL",
@@ -65,114 +35,6 @@ Parameters = tuple[object, ...] | Mapping[str, object]
 
 WAL_BOUND = 1 << 30
 "Bytes of WAL after which a running server checkpoints all the same; a disk is worth more than one copy in progress."
-
-_SCHEMA = """
-CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
-CREATE TABLE project (
-    name TEXT PRIMARY KEY,
-    status TEXT NOT NULL DEFAULT 'active' CHECK (status IN ('active', 'archived', 'deprecated', 'quarantined')),
-    reason TEXT NOT NULL DEFAULT '',
-    hosted INTEGER NOT NULL DEFAULT 1,
-    serial INTEGER NOT NULL DEFAULT 0
-) WITHOUT ROWID;
-CREATE TABLE file (
-    id INTEGER PRIMARY KEY,
-    filename TEXT NOT NULL UNIQUE,
-    project TEXT NOT NULL REFERENCES project (name),
-    version TEXT NOT NULL,
-    release TEXT NOT NULL,
-    kind TEXT NOT NULL CHECK (kind IN ('bdist_wheel', 'sdist')),
-    sha256 TEXT NOT NULL,
-    size INTEGER NOT NULL,
-    metadata_sha256 TEXT,
-    requires_python TEXT,
-    summary TEXT NOT NULL DEFAULT '',
-    uploaded TEXT NOT NULL,
-    actor TEXT NOT NULL,
-    channel TEXT NOT NULL DEFAULT 'release' CHECK (channel IN ('release', 'nightly')),
-    hidden INTEGER NOT NULL DEFAULT 0,
-    yanked TEXT,
-    deleted TEXT,
-    lost INTEGER NOT NULL DEFAULT 0,
-    cuda TEXT,
-    facts TEXT NOT NULL DEFAULT '{}',
-    build TEXT
-);
-CREATE INDEX file_project ON file (project);
-CREATE INDEX file_sha256 ON file (sha256);
-CREATE INDEX file_build ON file (build);
-CREATE TABLE release_set (
-    name TEXT PRIMARY KEY,
-    state TEXT NOT NULL CHECK (state IN ('staged', 'published', 'dropped')),
-    preview TEXT NOT NULL UNIQUE,
-    channel TEXT NOT NULL DEFAULT 'release',
-    matrix TEXT NOT NULL DEFAULT '[]',
-    created TEXT NOT NULL,
-    published TEXT
-) WITHOUT ROWID;
-CREATE TABLE member (
-    set_name TEXT NOT NULL REFERENCES release_set (name),
-    file_id INTEGER NOT NULL REFERENCES file (id),
-    PRIMARY KEY (set_name, file_id)
-) WITHOUT ROWID;
-CREATE INDEX member_file ON member (file_id);
-CREATE TABLE mirrored (
-    set_name TEXT NOT NULL REFERENCES release_set (name),
-    filename TEXT NOT NULL,
-    project TEXT NOT NULL,
-    version TEXT NOT NULL,
-    kind TEXT NOT NULL,
-    sha256 TEXT NOT NULL,
-    size INTEGER NOT NULL,
-    metadata_sha256 TEXT,
-    requires_python TEXT,
-    uploaded TEXT NOT NULL,
-    url TEXT,
-    lost INTEGER NOT NULL DEFAULT 0,
-    withdrawn TEXT,
-    PRIMARY KEY (set_name, filename)
-) WITHOUT ROWID;
-CREATE INDEX mirrored_sha256 ON mirrored (sha256);
-CREATE TABLE record (
-    id TEXT PRIMARY KEY,
-    project TEXT NOT NULL DEFAULT '',
-    wheels TEXT NOT NULL DEFAULT '',
-    recipe TEXT NOT NULL DEFAULT '',
-    version TEXT NOT NULL DEFAULT '',
-    stack TEXT NOT NULL DEFAULT '',
-    target TEXT NOT NULL DEFAULT '',
-    outcome TEXT NOT NULL DEFAULT '',
-    seconds REAL,
-    cause TEXT NOT NULL DEFAULT '',
-    finished TEXT NOT NULL DEFAULT '',
-    document_sha256 TEXT,
-    document_size INTEGER,
-    log_sha256 TEXT,
-    log_size INTEGER,
-    updated TEXT NOT NULL
-) WITHOUT ROWID;
-CREATE TABLE token (
-    id INTEGER PRIMARY KEY,
-    name TEXT NOT NULL,
-    sha256 TEXT NOT NULL UNIQUE,
-    project TEXT,
-    set_name TEXT,
-    created TEXT NOT NULL,
-    expires TEXT,
-    revoked TEXT,
-    hashed TEXT
-);
-CREATE TABLE audit (
-    serial INTEGER PRIMARY KEY AUTOINCREMENT,
-    time TEXT NOT NULL,
-    actor TEXT NOT NULL,
-    action TEXT NOT NULL,
-    subject TEXT NOT NULL,
-    detail TEXT NOT NULL DEFAULT '{}'
-);
-CREATE TRIGGER audit_keeps BEFORE UPDATE ON audit BEGIN SELECT RAISE(ABORT, 'the audit log is append-only'); END;
-CREATE TRIGGER audit_stays BEFORE DELETE ON audit BEGIN SELECT RAISE(ABORT, 'the audit log is append-only'); END;
-"""
 
 
 def timestamp(moment: datetime | None = None) -> str:
@@ -329,33 +191,27 @@ def open_catalogue(path: Path) -> Catalogue:
 
 def _ensure_schema(catalogue: Catalogue) -> None:
     database = catalogue.database
-    if database.execute("SELECT 1 FROM sqlite_master WHERE name = 'meta'").fetchone() is None:
-        # If two processes create at once, the second finds the table inside its own transaction.
-        with _transaction(database):
-            if database.execute("SELECT 1 FROM sqlite_master WHERE name = 'meta'").fetchone() is None:
-                for statement in _statements(_SCHEMA + _PIN + _PUBLIC_RECORD):
-                    database.execute(statement)
-                database.execute("INSERT INTO meta VALUES ('schema', ?)", (str(SCHEMA_VERSION),))
     version = _schema(database)
-    if version < SCHEMA_VERSION:
-        _upgrade(database)
     if version > SCHEMA_VERSION:
         raise ConfigError(
             f"{catalogue.path} was written by a newer index (schema {version}, this one knows {SCHEMA_VERSION})",
             remedy="upgrade gracefarm on this machine",
         )
+    if version < SCHEMA_VERSION:
+        with _transaction(database):
+            version = _schema(database)  # again: another process may have done it meanwhile
+            upgrades = [f"upgrade-{number}.sql" for number in range(version + 1, SCHEMA_VERSION + 1)]
+            for script in upgrades if version else ["schema.sql"]:
+                for statement in _statements(resources.files("index.store").joinpath(script).read_text()):
+                    database.execute(statement)
+            database.execute("INSERT OR REPLACE INTO meta VALUES ('schema', ?)", (str(SCHEMA_VERSION),))
 
 
 def _schema(database: sqlite3.Connection) -> int:
+    """The version of the schema; 0 before there is one."""
+    if database.execute("SELECT 1 FROM sqlite_master WHERE name = 'meta'").fetchone() is None:
+        return 0
     return int(database.execute("SELECT value FROM meta WHERE key = 'schema'").fetchone()[0])
-
-
-def _upgrade(database: sqlite3.Connection) -> None:
-    with _transaction(database):
-        for version in range(_schema(database) + 1, SCHEMA_VERSION + 1):
-            for statement in _UPGRADES[version]:
-                database.execute(statement)
-        database.execute("UPDATE meta SET value = ? WHERE key = 'schema'", (str(SCHEMA_VERSION),))
 
 
 def _statements(script: str) -> Iterator[str]:
