@@ -40,18 +40,16 @@ class Context:
             return f"cli:{os.getuid()}"
 
 
-pass_context = click.make_pass_decorator(Context)
-
-
 def root_option(*names: str, **more: Any) -> Callable[[click.decorators.FC], click.decorators.FC]:
     """Where the index is."""
     folder = click.Path(file_okay=False, path_type=Path)
     return click.option("--root", *names, type=folder, envvar="GRACEFARM_INDEX_ROOT", help="Folder of the index.", **more)
 
 
-def common_options(command: click.decorators.FC) -> click.decorators.FC:
-    """`--json` and `--root` are taken before and after the command's name; the environment says GRACEFARM_INDEX_ROOT."""
-    return json_option(root_option("_root", expose_value=False, callback=_set_root, is_eager=True)(command))
+def in_context(command: Callable[..., None]) -> Callable[..., None]:
+    """Give the command its context, and take `--json` and `--root` after its name too."""
+    option = root_option("_root", expose_value=False, callback=_set_root, is_eager=True)
+    return json_option(option(click.make_pass_decorator(Context)(command)))
 
 
 def _set_root(context: click.Context, _parameter: click.Parameter, value: Path | None) -> None:

@@ -8,39 +8,33 @@ from pathlib import Path
 import click
 
 from gracefarm.errors import SeveralError
-from index.cli.common import Context, common_options, pass_context
+from index.cli.common import Context, in_context
 from index.intake.folder import import_folder
 from index.people import tree
 
 
 @click.command("export")
-@common_options
+@in_context
 @click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--url", help="Address of the tree, as the pages for people print it.")
-@pass_context
 def export(context: Context, folder: Path, url: str | None) -> None:
     """Write (or update) a static tree for nginx or an object store."""
     with context.console.progress("export") as tick:
         exported = tree.export(context.store, context.catalogue(), folder, tick, url=url)
     context.console.result(
-        {"written": exported.written, "kept": exported.kept, "removed": exported.removed},
+        asdict(exported),
         f"{folder}: {exported.written} written, {exported.kept} kept, {exported.removed} removed",
     )
 
 
 @click.command("import")
-@common_options
+@in_context
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@pass_context
 def import_(context: Context, folder: Path) -> None:
     """Take in every wheel and sdist of a folder, as pypiserver keeps them."""
     with context.store.using_staging(), context.console.progress("import") as tick:
         imported = import_folder(context.store, context.catalogue(), context.actor, folder, tick)
-    context.console.result(
-        asdict(imported),
-        "\n".join(
-            [f"{imported.created} taken in, {imported.same} here already, {len(imported.refused)} refused", *imported.refused]
-        ),
-    )
+    counts = f"{imported.created} taken in, {imported.same} here already, {len(imported.refused)} refused"
+    context.console.result(asdict(imported), "\n".join([counts, *imported.refused]))
     if imported.refused:
         raise SeveralError(f"{len(imported.refused)} files were refused", remedy="mend or remove them, then import again")

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import click
 
-from index.cli.common import Context, common_options, pass_context
+from index.cli.common import Context, in_context
 from index.names import normalise
 from index.store import projects
 
 
 @click.command("host")
-@common_options
+@in_context
 @click.argument("names", nargs=-1)
 @click.option("--remove", is_flag=True, help="Take no more uploads for these names; what is there stays.")
-@pass_context
 def host(context: Context, names: tuple[str, ...], remove: bool) -> None:
     """Name the projects that this index hosts; without NAMES, list them."""
     catalogue = context.catalogue()
@@ -24,11 +23,10 @@ def host(context: Context, names: tuple[str, ...], remove: bool) -> None:
 
 
 @click.command("status")
-@common_options
+@in_context
 @click.argument("name")
 @click.argument("status", type=click.Choice(["active", "archived", "deprecated", "quarantined"]))
 @click.option("--reason", default="")
-@pass_context
 def status(context: Context, name: str, status: str, reason: str) -> None:
     """Say how a project is (PEP 792). A quarantined one offers no file."""
     projects.set_status(context.catalogue(), context.actor, normalise(name), status, reason)
@@ -36,37 +34,38 @@ def status(context: Context, name: str, status: str, reason: str) -> None:
 
 
 @click.command("yank")
-@common_options
+@in_context
 @click.argument("name")
 @click.argument("version")
 @click.option("--reason", default="", help="Installers print it.")
-@pass_context
 def yank(context: Context, name: str, version: str, reason: str) -> None:
     """Keep a release for those who pinned it, and from everybody else (PEP 592)."""
     count = projects.yank(context.catalogue(), context.actor, normalise(name), version, reason)
-    context.console.result({"name": name, "version": version, "files": count}, f"{name} {version}: {count} files yanked")
+    _show(context, name, version, count, "yanked")
 
 
 @click.command("unyank")
-@common_options
+@in_context
 @click.argument("name")
 @click.argument("version")
-@pass_context
 def unyank(context: Context, name: str, version: str) -> None:
     """Take a yank back."""
     count = projects.yank(context.catalogue(), context.actor, normalise(name), version, None)
-    context.console.result({"name": name, "version": version, "files": count}, f"{name} {version}: {count} files unyanked")
+    _show(context, name, version, count, "unyanked")
 
 
 @click.command("delete")
-@common_options
+@in_context
 @click.argument("name")
 @click.argument("version")
 @click.option("--yes", is_flag=True, help="Do not ask.")
-@pass_context
 def delete(context: Context, name: str, version: str, yes: bool) -> None:
     """Delete a release. Its file names are never usable again."""
     if not yes:
         click.confirm(f"delete every file of {name} {version}? Their names can never be used again", abort=True, err=True)
     count = projects.delete(context.catalogue(), context.actor, normalise(name), version)
-    context.console.result({"name": name, "version": version, "files": count}, f"{name} {version}: {count} files deleted")
+    _show(context, name, version, count, "deleted")
+
+
+def _show(context: Context, name: str, version: str, count: int, what: str) -> None:
+    context.console.result({"name": name, "version": version, "files": count}, f"{name} {version}: {count} files {what}")

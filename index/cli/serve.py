@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from gracefarm.errors import ConfigError
 from gracefarm.files import atomic_write
-from index.cli.common import Context, common_options, pass_context
+from index.cli.common import Context, in_context
 from index.limits import Limits
 from index.serving import granian, proxies
 from index.serving.service import ServeOptions
@@ -16,7 +17,7 @@ from index.store import auth, htpasswd
 
 
 @click.command("serve")
-@common_options
+@in_context
 @click.option("--host", "-i", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 for every network.")
 @click.option("--port", "-p", default=8080, show_default=True, type=click.IntRange(0, 65535), help="0: any free one, printed.")
 @click.option(
@@ -38,7 +39,7 @@ from index.store import auth, htpasswd
 @click.option("--tls-key", type=click.Path(exists=True, path_type=Path))
 @click.option("--trusted-proxy", multiple=True, metavar="ADDRESS|NETWORK", help="Believe X-Forwarded-* from there.")
 @click.option("--url", help="Address to print on the pages; default: what the browser asked for.")
-@click.option("--max-upload", default=Limits.upload, show_default=True, type=click.IntRange(1), help="Bytes.")
+@click.option("--max-upload", "upload", default=Limits.upload, show_default=True, type=click.IntRange(1), help="Bytes.")
 @click.option("--idle", default=Limits.idle, show_default=True, type=float, help="Seconds a client may stand still.")
 @click.option(
     "--connections-per-client",
@@ -50,7 +51,6 @@ from index.store import auth, htpasswd
 @click.option("--open-uploads", default=Limits.open_uploads, show_default=True, type=click.IntRange(1))
 @click.option("--open-uploads-per-client", default=Limits.open_uploads_per_client, show_default=True, type=click.IntRange(1))
 @click.option("--writes-per-second", default=Limits.writes_per_second, show_default=True, type=float, help="By one address.")
-@pass_context
 def serve(
     context: Context,
     host: str,
@@ -64,12 +64,7 @@ def serve(
     tls_key: Path | None,
     trusted_proxy: tuple[str, ...],
     url: str | None,
-    max_upload: int,
-    idle: float,
-    connections_per_client: int,
-    open_uploads: int,
-    open_uploads_per_client: int,
-    writes_per_second: float,
+    **limits: Any,
 ) -> None:
     """Serve the index until interrupted."""
     if set(authenticate.replace(",", " ").split()) != {"update"}:
@@ -79,16 +74,12 @@ def serve(
         )
     if passwords is not None:
         auth.import_users(context.catalogue(), context.actor, htpasswd.read(passwords))
-    limits = Limits(
-        upload=max_upload,
-        idle=idle,
-        connections_per_client=connections_per_client,
-        open_uploads=open_uploads,
-        open_uploads_per_client=open_uploads_per_client,
-        writes_per_second=writes_per_second,
-    )
     options = ServeOptions(
-        allow_new=allow_new, limits=limits, trusted_proxies=proxies.parse(trusted_proxy), base_url=url, access_log=access_log
+        allow_new=allow_new,
+        limits=Limits(**limits),
+        trusted_proxies=proxies.parse(trusted_proxy),
+        base_url=url,
+        access_log=access_log,
     )
 
     def announce(address: str) -> None:

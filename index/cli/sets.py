@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from index.cli.common import Context, common_options, pass_context
+from index.cli.common import Context, in_context
 from index.sets import staged
 
 
@@ -17,14 +17,13 @@ def stage() -> None:
 
 
 @stage.command("create")
-@common_options
+@in_context
 @click.argument("name")
 @click.option(
     "--expect", multiple=True, metavar="LINE", help="A wheel the set must hold: 'causal-conv1d==1.7.0 cp311 aarch64'."
 )
 @click.option("--matrix", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="A file of such lines.")
 @click.option("--nightly", is_flag=True, help="Its files go to the nightly channel.")
-@pass_context
 def create(context: Context, name: str, expect: tuple[str, ...], matrix: Path | None, nightly: bool) -> None:
     """Open a set; upload its wheels to /stage/NAME/legacy/."""
     lines = [*expect, *(matrix.read_text().splitlines() if matrix else [])]
@@ -38,8 +37,7 @@ def create(context: Context, name: str, expect: tuple[str, ...], matrix: Path | 
 
 
 @stage.command("list")
-@common_options
-@pass_context
+@in_context
 def list_(context: Context) -> None:
     """Every set, with what it still lacks."""
     sets = staged.all_sets(context.catalogue())
@@ -53,10 +51,9 @@ def list_(context: Context) -> None:
 
 
 @stage.command("add")
-@common_options
+@in_context
 @click.argument("name")
 @click.argument("filenames", nargs=-1, required=True)
-@pass_context
 def add(context: Context, name: str, filenames: tuple[str, ...]) -> None:
     """Put files that are here already into a set."""
     staged.add(context.catalogue(), context.actor, name, list(filenames))
@@ -64,9 +61,8 @@ def add(context: Context, name: str, filenames: tuple[str, ...]) -> None:
 
 
 @stage.command("publish")
-@common_options
+@in_context
 @click.argument("name")
-@pass_context
 def publish(context: Context, name: str) -> None:
     """Show the whole set at once, at /NAME/simple/ and in the other views."""
     published = staged.publish(context.catalogue(), context.actor, name)
@@ -74,9 +70,8 @@ def publish(context: Context, name: str) -> None:
 
 
 @stage.command("drop")
-@common_options
+@in_context
 @click.argument("name")
-@pass_context
 def drop(context: Context, name: str) -> None:
     """Give a staged set up."""
     staged.drop(context.catalogue(), context.actor, name)

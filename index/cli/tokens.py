@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from gracefarm.errors import UsageError
-from index.cli.common import Context, common_options, pass_context
+from index.cli.common import Context, in_context
 from index.names import check_set_name, normalise
 from index.store import auth, htpasswd
 
@@ -18,13 +18,12 @@ def token() -> None:
 
 
 @token.command("create")
-@common_options
+@in_context
 @click.option("--name", required=True, help="What the audit log will call its holder.")
 @click.option("--project", help="Good for this project alone.")
 @click.option("--set", "set_name", help="Good for this set alone.")
 @click.option("--nightly", is_flag=True, help="Good for the nightly channel alone.")
 @click.option("--expires", help="90d, 12h …; default: never.")
-@pass_context
 def create(context: Context, name: str, project: str | None, set_name: str | None, nightly: bool, expires: str | None) -> None:
     """Make a token and print it, once."""
     if nightly and set_name:
@@ -41,11 +40,10 @@ def create(context: Context, name: str, project: str | None, set_name: str | Non
 
 
 @token.command("import")
-@common_options
+@in_context
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--project", help="Good for this project alone.")
 @click.option("--set", "set_name", help="Good for this set alone.")
-@pass_context
 def import_(context: Context, file: Path, project: str | None, set_name: str | None) -> None:
     """Let the users of an htpasswd file upload with their passwords; those of an earlier file who left it no longer."""
     added, revoked = auth.import_users(
@@ -59,8 +57,7 @@ def import_(context: Context, file: Path, project: str | None, set_name: str | N
 
 
 @token.command("list")
-@common_options
-@pass_context
+@in_context
 def list_(context: Context) -> None:
     """Tokens, without their secrets."""
     rows = context.catalogue().rows(
@@ -76,9 +73,8 @@ def list_(context: Context) -> None:
 
 
 @token.command("revoke")
-@common_options
+@in_context
 @click.argument("name")
-@pass_context
 def revoke(context: Context, name: str) -> None:
     """End a token now."""
     count = auth.revoke(context.catalogue(), context.actor, name)

@@ -6,15 +6,14 @@ from dataclasses import asdict
 
 import click
 
-from index.cli.common import Context, common_options, pass_context
+from index.cli.common import Context, in_context
 from index.errors import DamagedError
 from index.store import upkeep
 
 
 @click.command("fsck")
-@common_options
+@in_context
 @click.option("--set-aside", is_flag=True, help="Take what is damaged out of the lists, so that it can be uploaded again.")
-@pass_context
 def fsck(context: Context, set_aside: bool) -> None:
     """Rehash everything that is stored."""
     with context.console.progress("fsck") as tick:
@@ -31,8 +30,7 @@ def fsck(context: Context, set_aside: bool) -> None:
 
 
 @click.command("gc")
-@common_options
-@pass_context
+@in_context
 def gc(context: Context) -> None:
     """Free the space of what nothing names any more."""
     count, size = upkeep.gc(context.store, context.catalogue(), context.actor)
@@ -40,12 +38,11 @@ def gc(context: Context) -> None:
 
 
 @click.command("prune")
-@common_options
+@in_context
 @click.option(
     "--keep", default=14, show_default=True, type=click.IntRange(1), help="Nightlies to keep of each project and variant."
 )
 @click.option("--dry-run", is_flag=True)
-@pass_context
 def prune(context: Context, keep: int, dry_run: bool) -> None:
     """Delete old nightlies."""
     names = upkeep.prune(context.catalogue(), context.actor, keep, dry_run=dry_run)
@@ -53,8 +50,7 @@ def prune(context: Context, keep: int, dry_run: bool) -> None:
 
 
 @click.command("stats")
-@common_options
-@pass_context
+@in_context
 def stats(context: Context) -> None:
     """What the index holds."""
     catalogue = context.catalogue()
@@ -69,9 +65,8 @@ def stats(context: Context) -> None:
 
 
 @click.command("log")
-@common_options
+@in_context
 @click.option("--since", default=0, type=int, help="Serial.")
-@pass_context
 def log(context: Context, since: int) -> None:
     """The audit log: who did what, when."""
     rows = context.catalogue().rows("SELECT * FROM audit WHERE serial > ? ORDER BY serial", (since,))
