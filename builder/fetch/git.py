@@ -16,6 +16,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -28,22 +29,7 @@ from gracefarm.errors import DigestError, DiskFullError, FetchError, HostError
 from gracefarm.files import atomic_directory, atomic_write, full_disk, lock
 from gracefarm.process import die_with_us, last_line
 
-CONFIG = """\
-# Written by gracefarm; the only configuration that its git reads.
-[core]
-    hooksPath = /dev/null
-[init]
-    templateDir =
-    defaultBranch = main
-[safe]
-    # A mirror in a folder may belong to somebody else; nothing of it is executed.
-    directory = *
-[gc]
-    auto = 0
-[http]
-    lowSpeedLimit = 1000
-    lowSpeedTime = 60
-"""
+CONFIG = (files("builder") / "data" / "git-config").read_text()
 KEPT = ("GIT_SSL_", "GIT_PROXY_SSL_", "GIT_SSH", "GIT_HTTP_PROXY_")
 "git variables that say how to reach a server; the others would change what it does (GIT_DIR, inside a hook)."
 TRANSIENT = (

@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from urllib.parse import unquote
@@ -23,21 +24,6 @@ from gracefarm.process import die_with_us
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 MIRROR_REMEDY = "name a Debian mirror that this machine reaches: GRACEFARM_DEBIAN_MIRROR=URL"
 OS_RELEASE = Path("/etc/os-release")
-
-_CONFIGURATION = """\
-Dir "{folder}";
-Dir::State "{folder}/state";
-Dir::State::status "{folder}/status";
-Dir::Cache "{folder}/cache";
-Dir::Etc "{folder}/etc";
-APT::Architecture "{architecture}";
-APT::Architectures {{ {architectures} }};
-APT::Install-Recommends "false";
-APT::Sandbox::User "";
-Acquire::Languages "none";
-Acquire::ForceHash "SHA256";
-Acquire::Retries "3";
-"""
 
 
 def table(name: str, debs: Iterable[Deb]) -> list[str]:
@@ -191,8 +177,9 @@ def solver(
         # The suite alone: -updates and -security would move under a lock.
         (folder / "etc" / "sources.list").write_text(f"deb [signed-by={KEYRING}] {url} {suite} {component}\n")
         architectures = " ".join(f'"{arch.debian}";' for arch in (architecture, *foreign))
+        configuration = (files("builder") / "data" / "apt.conf").read_text()
         (folder / "apt.conf").write_text(
-            _CONFIGURATION.format(folder=folder, architecture=architecture.debian, architectures=architectures)
+            configuration.format(folder=folder, architecture=architecture.debian, architectures=architectures)
         )
         apt = Solver(folder=folder, url=url)
         try:

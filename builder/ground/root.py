@@ -33,13 +33,6 @@ _FOLDERS = ("etc", "dev", "proc", "sys", "tmp", "run", "home", "env", "build")
 "etc and mount points."
 _LEFT_OUT = ("doc", "man", "info", "locale", "lintian", "bug", "doc-base", "icons", "applications", "bash-completion", "zsh")
 "Folders of usr/share that no build reads."
-_ETC = {
-    "hosts": "127.0.0.1 localhost\n",
-    "passwd": "root:x:0:0:root:/root:/bin/sh\n",
-    "group": "root:x:0:\n",
-    "nsswitch.conf": "hosts: files\n",
-    "resolv.conf": "",
-}
 _PLAIN = {
     "usr/bin/awk": "mawk",
     "usr/bin/which": "which.debianutils",
@@ -160,8 +153,8 @@ def _lay_out(folder: Path, stack: LoadedStack, host: Arch, target: Arch) -> None
     """What maintainer scripts would have done, where a build needs it, and what is ours."""
     for name in _FOLDERS:
         (folder / name).mkdir(exist_ok=True)
-    for name, text in _ETC.items():
-        (folder / "etc" / name).write_text(text)
+    for source in (files("builder") / "data" / "root" / "etc").iterdir():
+        (folder / "etc" / source.name).write_bytes(source.read_bytes())
     for link, to in _PLAIN.items():
         if not (folder / link).exists():
             (folder / link).symlink_to(to)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from importlib.resources import files
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -13,26 +14,6 @@ from builder.planning.settings import Settings
 from builder.planning.stack import Arch, LoadedStack
 from gracefarm.console import Tick, no_tick
 from gracefarm.errors import RootError
-
-_OWN = "usr/lib/nvidia-cuda-toolkit"
-_PLACES = {
-    f"{_OWN}/bin/nvcc": "bin/nvcc",
-    f"{_OWN}/bin/crt": "bin/crt",
-    f"{_OWN}/bin/cicc": "nvvm/bin/cicc",
-    f"{_OWN}/libdevice": "nvvm/libdevice",
-}
-_TOOLS = (
-    "__nvcc_device_query",
-    "bin2c",
-    "cu++filt",
-    "cudafe++",
-    "cuobjdump",
-    "fatbinary",
-    "nvdisasm",
-    "nvlink",
-    "nvprune",
-    "ptxas",
-)
 
 
 def unpack(stack: LoadedStack, host: Arch, folder: Path, settings: Settings, tick: Tick = no_tick) -> None:
@@ -51,11 +32,13 @@ def unpack(stack: LoadedStack, host: Arch, folder: Path, settings: Settings, tic
     url = debian.mirror(spec.suite, settings)
     wanted = [Download(url=f"{url}/{deb.path}", sha256=deb.sha256, what=deb.title, size=deb.size) for deb in debs]
     places = download(wanted, settings, tick)
+    listing = (files("builder") / "data" / "toolkit" / "places.txt").read_text()
     home = folder / "nvidia" / f"cu{stack.data.cuda.split('.')[0]}"
     with TemporaryDirectory(dir=folder, prefix="unpack-") as name:
         for deb in debs:
             debian.unpack(places[deb.sha256], Path(name), deb)
-        for source, place in {**{f"usr/bin/{tool}": f"bin/{tool}" for tool in _TOOLS}, **_PLACES}.items():
+        for line in listing.splitlines()[1:]:
+            source, place = line.split()
             (home / place).parent.mkdir(parents=True, exist_ok=True)
             try:
                 shutil.move(Path(name, source), home / place)

@@ -15,13 +15,7 @@ ROOT_LAYOUT = 1
 "Raised when the same packages are laid out in another way; enters the digest, as the texts of our scripts do."
 TOOLKIT_LAYOUT = 1
 "The same of CUDA's compiler."
-PROFILE = """\
-TOP = $(_HERE_)/..
-CICC_PATH = $(TOP)/nvvm/bin
-NVVMIR_LIBRARY_DIR = $(TOP)/nvvm/libdevice
-PATH += $(TOP)/nvvm/bin:$(_HERE_):
-LIBRARIES =+ $(_SPACE_) -L/cuda/lib64/stubs
-"""
+PROFILE = (files("builder") / "data" / "toolkit" / "nvcc.profile").read_text()
 """Debian's own names places of an installed system; this one finds all beside nvcc. Headers are our wrapper's business.
 LIBRARIES, the sandbox's own place, because CMake knows nvcc's link line by it."""
 

@@ -46,14 +46,6 @@ TIMEOUT = 10.0
 APPARMOR = Path("/proc/sys/kernel/apparmor_restrict_unprivileged_userns")
 CLONE = Path("/proc/sys/kernel/unprivileged_userns_clone")
 PROFILE = Path("/etc/apparmor.d/gracefarm-bwrap")
-_PROFILE_TEXT = """\
-# Written by `builder doctor --fix`: bubblewrap may make user namespaces, as it could before Ubuntu 24.04.
-abi <abi/4.0>,
-include <tunables/global>
-profile gracefarm-bwrap /usr/bin/bwrap flags=(unconfined) {
-  userns,
-}
-"""
 
 
 @dataclass(frozen=True)
@@ -295,7 +287,7 @@ def _as_root(command: Sequence[str], text: str | None = None) -> None:
 def _allow_namespaces(problem: str) -> None:
     """Ubuntu 24.04's AppArmor and hardened Debian kernels keep user namespaces from programs."""
     if APPARMOR.exists() and APPARMOR.read_text().strip() == "1" and shutil.which("apparmor_parser"):
-        _as_root(["tee", str(PROFILE)], _PROFILE_TEXT)
+        _as_root(["tee", str(PROFILE)], (files("builder") / "data" / "apparmor-bwrap").read_text())
         _as_root(["apparmor_parser", "--replace", str(PROFILE)])
     elif CLONE.exists() and CLONE.read_text().strip() == "0":
         _as_root(["sysctl", "--write", "kernel.unprivileged_userns_clone=1"])
