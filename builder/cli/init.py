@@ -11,6 +11,7 @@ from builder.cli.options import json_option
 from builder.planning.settings import PARTS, given_project
 from gracefarm.console import Console
 from gracefarm.errors import UsageError
+from gracefarm.files import atomic_directory
 
 
 @click.command("init")
@@ -25,8 +26,9 @@ def init_command(folder: Path, as_json: bool) -> None:
     console = Console(as_json=as_json)
     if folder.is_dir() and any(folder.iterdir()):
         raise UsageError(f"{folder} is not empty", remedy="name a new folder")
-    for part in PARTS:
-        shutil.copytree(given_project() / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
+    with atomic_directory(folder.absolute()) as project:
+        for part in PARTS:
+            shutil.copytree(given_project() / part, project / part, ignore=shutil.ignore_patterns("__pycache__"))
     steps = [
         f"{folder} holds recipes/, stacks/ and sets/ now. Next:",
         f"  cd {folder} && builder list",

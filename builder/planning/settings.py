@@ -80,6 +80,12 @@ def load() -> Settings:
     """Settings of this process.
 
     Raises:
-        ConfigError: see `read`.
+        ConfigError: see `read`; or the project folder has no recipes/.
     """
-    return read(Settings)
+    settings = read(Settings)
+    if not (settings.project / "recipes").is_dir():
+        raise ConfigError(
+            f"setting 'project': {settings.project} has no folder recipes/",
+            remedy=f"correct {PREFIX}PROJECT, or make a project folder: builder init DIR",
+        )
+    return settings

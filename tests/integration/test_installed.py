@@ -188,6 +188,10 @@ def test_init_makes_a_project_that_comes_before_what_the_wheel_carries(installed
     ):
         assert "of_my_own" in process.stdout
     assert "of_my_own" not in here.run("builder list").stdout
+    elsewhere = here.run("builder list", GRACEFARM_PROJECT=str(project.parent))
+    assert elsewhere.returncode == ExitCode.CONFIG
+    assert f"{project.parent} has no folder recipes/" in elsewhere.stderr
+    assert "builder init DIR" in elsewhere.stderr
     again = here.run(f"builder init {project}")
     assert again.returncode == ExitCode.USAGE
     assert "is not empty" in again.stderr
