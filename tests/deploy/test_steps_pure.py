@@ -8,7 +8,7 @@ import threading
 import time
 from pathlib import Path
 
-from deploy.nodes.inventory import Ports
+from deploy.nodes.config import Ports
 from deploy.remote import mounts
 from deploy.remote.sharedlock import SharedLock
 
@@ -33,7 +33,7 @@ def test_fsc_is_added_to_the_nfs_entry_and_every_other_byte_stays() -> None:
 
 
 def test_fsc_is_read_from_the_kernels_table() -> None:
-    assert [(one.device, one.fsc) for one in mounts.parse_volumes(VOLUMES)] == [("0:50", True), ("0:51", False)]
+    assert [(volume.device, volume.fsc) for volume in mounts.parse_volumes(VOLUMES)] == [("0:50", True), ("0:51", False)]
 
 
 def test_the_shared_lock_lets_one_in_at_a_time(tmp_path: Path) -> None:
@@ -48,10 +48,10 @@ def test_the_shared_lock_lets_one_in_at_a_time(tmp_path: Path) -> None:
             inside -= 1
 
     threads = [threading.Thread(target=work) for _ in range(6)]
-    for one in threads:
-        one.start()
-    for one in threads:
-        one.join()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
     assert worst == 1
 
 
