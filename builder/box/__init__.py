@@ -1,0 +1,1 @@
+"""Where foreign code runs: the sandbox, its supervisor, the memory meter and the network recorder."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from builder.fetch.git import PinnedCommit, fetch_commit, fetch_git, repository_path
+from builder.fetch.git import fetch_commit, fetch_git, repository_path
 from builder.fetch.sdist import fetch_sdist
 from builder.fetch.store import Download, download, store_path
 from builder.planning.recipe import FileSource, GitSource, Recipe, SdistSource
@@ -22,12 +22,10 @@ class Fetched:
 
     source: Path
     "The archive in the store, or the bare repository that holds the pinned commit."
-    submodules: Mapping[str, Path] = field(default_factory=dict)
-    "Bare repositories by the submodule's path in the tree."
     files: Mapping[str, Path] = field(default_factory=dict)
     "The recipe's further files in the store, by sha256."
     repositories: Mapping[str, Path] = field(default_factory=dict)
-    "Bare repositories of the recipe's further checkouts, by their path in the tree."
+    "Bare repositories of submodules and of the recipe's further checkouts, by their commit."
 
 
 def fetch(recipe: Recipe, settings: Settings, tick: Tick = no_tick) -> Fetched:
@@ -41,24 +39,21 @@ def fetch(recipe: Recipe, settings: Settings, tick: Tick = no_tick) -> Fetched:
     """
     source = recipe.source
     wanted = [Download(url=file.url, sha256=file.sha256, what=file.path) for file in recipe.files if file.url and file.sha256]
-    submodules: dict[str, Path] = {}
+    commits = [repository.commit for repository in recipe.repositories]
     match source:
         case SdistSource():
             place = fetch_sdist(source, settings, tick)
         case GitSource():
             place = fetch_git(source, settings, tick)
-            submodules = {path: repository_path(settings, submodule.commit) for path, submodule in source.submodules.items()}
+            commits += [submodule.commit for submodule in source.submodules.values()]
         case FileSource():
             place = store_path(settings, source.sha256)
             wanted.insert(0, Download(url=source.url, sha256=source.sha256, what=f"source of {recipe.name} {recipe.version}"))
     for repository in recipe.repositories:
-        fetch_commit(
-            PinnedCommit(url=repository.url, commit=repository.commit, tree=repository.tree, what=repository.url), settings
-        )
+        fetch_commit(repository, repository.url, settings)
     places = download(wanted, settings, tick)
     return Fetched(
         source=place,
-        submodules=submodules,
-        repositories={repository.path: repository_path(settings, repository.commit) for repository in recipe.repositories},
+        repositories={commit: repository_path(settings, commit) for commit in commits},
         files={file.sha256: places[file.sha256] for file in wanted},
     )

@@ -1,0 +1,1 @@
+"""The order of the stages of a build, a rebuild and `builder run`. No other folder knows the order."""

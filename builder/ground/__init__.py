@@ -1,0 +1,1 @@
+"""What a build stands on: the Debian root, the environment with torch, CUDA's packages, uv."""

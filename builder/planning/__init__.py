@@ -1,0 +1,1 @@
+"""What will be built, as values: recipe, stack, locks, plan and its build id."""

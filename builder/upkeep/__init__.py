@@ -1,0 +1,1 @@
+"""Keeping a machine ready to build: `builder doctor` and `builder clean`."""

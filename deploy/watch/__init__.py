@@ -1,0 +1,1 @@
+"""What a deployment does now: status, top, logs, collect. Nothing here changes a node."""

@@ -1,0 +1,1 @@
+"""The simple API: which files a page shows, and its bytes in each form."""

@@ -1,0 +1,1 @@
+"""What the index keeps: the catalogue, files by their digest, tokens, records."""
