@@ -1,10 +1,10 @@
-"""Nodes of one machine: namespaces joined by a switch, each with a real sshd, and everything that can go wrong with a node.
+"""Nodes of one machine: namespaces joined by a switch, each with a real sshd.
 
     with open_rig(folder, count=3) as room:
         room.ips                      # ips.txt
         room.command(["deploy", …])   # an argument list that runs where the nodes can be reached
         with room.inside(): …         # this thread's sockets and child processes are where the nodes can be reached
-        room["k1"].unplug()
+        room["k1"].off()
 
 Whatever ends the owner ends the nodes: see deploy.rehearsal.room.
 """
@@ -19,7 +19,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib import resources
@@ -27,7 +27,6 @@ from pathlib import Path
 
 from deploy.rehearsal import interpreter, sshd
 from deploy.rehearsal.interpreter import NODE_PATH
-from deploy.rehearsal.userland import Userland
 from deploy.remote.wire import Json
 from gracefarm import settings
 from gracefarm.errors import HostError
@@ -45,35 +44,19 @@ CLONE_NEWNET = 0x40000000
 class NodeSpec:
     """How a node differs from the others, for the whole rehearsal or from `boot` on."""
 
-    share: bool = True
-    "It has the shared folder."
-    loopback: bool = False
-    "Its own name is 127.0.1.1, as Debian's installer writes it."
-    python: bool = False
-    "Its Python says that it is another patch release (`OTHER_PYTHON`)."
-    userland: Userland | None = None
-    "Another architecture than this machine's."
     env: Mapping[str, str] = field(default_factory=dict)
     "Environment of every login, as the machine's image might set it."
-
-
-OTHER_PYTHON = "3.11.99"
-_BROUGHT = f"/run/rig-python/bin:{NODE_PATH}"
-"PATH of a node whose Python 3.11 is none of the machine's."
-_SHIM = """#!/bin/sh
-PYTHONPATH=/run/rig/python exec "$(PATH={path} command -v {name})" "$@"
-"""
-_SITE = f"""import sys
-sys.version = "{OTHER_PYTHON} " + sys.version.split(" ", 1)[1]
-sys.version_info = type("version_info", (tuple,), {{"major": 3, "minor": 11, "micro": 99}})((3, 11, 99, "final", 0))
-"""
+    variables: Mapping[str, str] = field(default_factory=dict)
+    "Of node.sh, instead of the usual ones."
+    change: Callable[[RigNode], None] = lambda _node: None
+    "Changes the node's files before it starts."
 
 
 class RigNode:
-    """One node and its faults."""
+    """One node."""
 
     def __init__(self, room: Rig, rank: int, spec: NodeSpec) -> None:
-        self._room = room
+        self.room = room
         self.rank = rank
         self.name = f"k{rank}"
         self.address = f"10.77.0.{11 + rank}"
@@ -92,76 +75,22 @@ class RigNode:
 
     def execute(self, argv: Sequence[str], *, input: str = "", timeout: float = 60) -> subprocess.CompletedProcess[str]:  # noqa: A002
         """A command on the node as root, not by SSH: how a test looks behind the curtain."""
-        answer = self._room.ask({"do": "execute", "node": self.name, "argv": list(argv), "input": input, "timeout": timeout})
+        answer = self.room.ask({"do": "execute", "node": self.name, "argv": list(argv), "input": input, "timeout": timeout})
         return subprocess.CompletedProcess(list(argv), answer["code"], answer["out"], answer["err"])
 
     def processes(self) -> list[Json]:
         """Every process on it: pid, argv, environ, rss."""
-        processes: list[Json] = self._room.ask({"do": "processes", "node": self.name})["processes"]
+        processes: list[Json] = self.room.ask({"do": "processes", "node": self.name})["processes"]
         return processes
-
-    # faults
-
-    def unplug(self) -> None:
-        """Unreachable from now on; connections that are open hang, as they do."""
-        self._room.ask({"do": "link", "node": self.name, "up": False})
-
-    def plug(self) -> None:
-        """Reachable again."""
-        self._room.ask({"do": "link", "node": self.name, "up": True, "address": self.address})
 
     def off(self) -> None:
         """Power off: every process gone at once, nothing said to anybody."""
-        self._room.ask({"do": "stop", "node": self.name})
+        self.room.ask({"do": "stop", "node": self.name})
 
     def boot(self, spec: NodeSpec | None = None) -> None:
         """Power on again, perhaps as another kind of node."""
         self.spec = spec or self.spec
-        self._room.boot([self])
-
-    def lose_share(self) -> None:
-        """The shared folder goes away under whoever uses it."""
-        self._must(["umount", "--lazy", MOUNT])
-
-    def new_host_key(self) -> None:
-        """Another host key from the next connection on, as of a machine that was replaced."""
-        self._room.make_host_key(self)
-        self._must(["kill", "-HUP", "1"])
-        self._room.wait_ready([self])
-
-    def take_port(self, port: int, address: str = "0.0.0.0") -> int:  # noqa: S104 - taking it is the fault
-        """Somebody else listens there; the pid on the node, for `kill`."""
-        code = (
-            "import os, socket, time\n"
-            f"s = socket.create_server(({address!r}, {port}))\n"
-            "child = os.fork()\n"
-            "print(child, flush=True) if child else (os.close(1), os.close(2), time.sleep(86400))\n"
-        )
-        return int(self._must(["python3", "-c", code]).strip())
-
-    def kill(self, pid: int, signal: str = "KILL") -> None:
-        """A signal to a process, by the number that it has on the node."""
-        self._must(["kill", f"-{signal}", str(pid)])
-
-    def kill_matching(self, word: str, signal: str = "KILL") -> list[int]:
-        """A signal to every process of the node with `word` in its argument list; their numbers. KILL: they are gone then."""
-        hit = [
-            process["pid"]
-            for process in self.processes()
-            if any(word in part for part in process["argv"]) and process["pid"] != 1
-        ]
-        for pid in hit:
-            self.execute(["kill", f"-{signal}", str(pid)])
-        deadline = time.monotonic() + 5
-        while signal == "KILL" and {process["pid"] for process in self.processes()} & set(hit) and time.monotonic() < deadline:
-            time.sleep(0.02)
-        return hit
-
-    def _must(self, argv: list[str]) -> str:
-        process = self.execute(argv)
-        if process.returncode:
-            raise HostError(f"{self.name}: {' '.join(argv)}: {process.stderr.strip()}")
-        return process.stdout
+        self.room.boot([self])
 
 
 class Rig:
@@ -262,17 +191,18 @@ class Rig:
         return {
             "RIG_NAME": self.hostname(node),
             "RIG_FOLDER": str(node.folder),
-            "RIG_SHARE": str(self.folder / "share") if node.spec.share else "",
+            "RIG_SHARE": str(self.folder / "share"),
             "RIG_MOUNT": MOUNT,
             "RIG_USER": USER,
             "RIG_ADDRESS": node.address,
             "RIG_GATEWAY": GATEWAY,
-            "RIG_ROOT": str(node.spec.userland.root) if node.spec.userland else "",
-            "RIG_QEMU": str(node.spec.userland.qemu) if node.spec.userland else "",
-            "RIG_BINFMT": node.spec.userland.binfmt if node.spec.userland else "",
+            "RIG_ROOT": "",
+            "RIG_QEMU": "",
+            "RIG_BINFMT": "",
             "RIG_SSHD": self._daemon.program,
             "RIG_LIBRARIES": str(self._daemon.libraries or ""),
             "RIG_PYTHON": str(self._python or ""),
+            **node.spec.variables,
         }
 
     def hostname(self, node: RigNode) -> str:
@@ -293,20 +223,19 @@ class Rig:
 
     def _prepare(self, node: RigNode) -> None:
         """The files of a node: its /etc, its home, its keys."""
-        for name, mode in (("etc", 0o755), ("home", 0o750), ("tmp", 0o1777), ("python", 0o755)):
+        for name, mode in (("etc", 0o755), ("home", 0o750), ("tmp", 0o1777)):
             folder = node.folder / name
             folder.mkdir(parents=True, exist_ok=True)
             folder.chmod(mode)
         os.chown(node.home, UID, UID)
         name = self.hostname(node)
-        own = f"127.0.1.1 {name}\n" if node.spec.loopback else ""
         everybody = "".join(f"{other.address} {self.hostname(other)}\n" for other in self.nodes)
         etc = {
             "passwd": f"root:x:0:0:root:/root:/bin/bash\nsshd:x:101:65534::/run/sshd:/usr/sbin/nologin\n"
             f"nobody:x:65534:65534:nobody:/nonexistent:/usr/sbin/nologin\n{USER}:x:{UID}:{UID}::/home/{USER}:/bin/bash\n",
             "group": f"root:x:0:\ntty:x:5:\nutmp:x:43:\nnogroup:x:65534:\n{USER}:x:{UID}:\n",
             "shadow": f"root:*:19000::::::\nsshd:*:19000::::::\n{USER}:*:19000::::::\n",
-            "hosts": f"127.0.0.1 localhost\n{own}{everybody}",
+            "hosts": f"127.0.0.1 localhost\n{everybody}",
             "hostname": f"{name}\n",
             "nsswitch.conf": "passwd: files\ngroup: files\nshadow: files\nhosts: files\n",
             "sshd_config": self._sshd_config(node),
@@ -318,20 +247,10 @@ class Rig:
             (node.folder / log).write_text("")
         if not (node.folder / "etc" / "host_key").exists():
             self.make_host_key(node)
-        if node.spec.python:
-            for program in ("python3", "python3.11"):
-                (node.folder / "python" / program).write_text(_SHIM.format(name=program, path=self._path))
-                (node.folder / "python" / program).chmod(0o755)
-            (node.folder / "python" / "sitecustomize.py").write_text(_SITE)
-
-    @property
-    def _path(self) -> str:
-        return _BROUGHT if self._python else NODE_PATH
+        node.spec.change(node)
 
     def _sshd_config(self, node: RigNode) -> str:
-        env = {**({"PATH": self._path} if self._python else {}), **node.spec.env}
-        if node.spec.python:
-            env["PATH"] = f"/run/rig/python:{self._path}"
+        env = {**({"PATH": f"/run/rig-python/bin:{NODE_PATH}"} if self._python else {}), **node.spec.env}
         lines = [
             f"ListenAddress {node.address}",
             "HostKey /run/rig/etc/host_key",
@@ -343,7 +262,6 @@ class Rig:
             "PrintMotd no",
             "Subsystem sftp internal-sftp",
             *([f"SshdSessionPath {self._daemon.session}"] if self._daemon.session else []),
-            *(["ChrootDirectory /run/rig-root"] if node.spec.userland else []),
             *(["SetEnv " + " ".join(f'"{key}={value}"' for key, value in env.items())] if env else []),
         ]
         return "\n".join(lines) + "\n"

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -100,14 +99,6 @@ class Room:
             ip("link", "del", f"port-{request['node']}")
         return {}
 
-    def link(self, request: Json) -> Json:
-        """The cable, in or out; when it is in, until the node answers at `address` again."""
-        ip("link", "set", f"port-{request['node']}", "up" if request["up"] else "down")
-        if request["up"]:
-            ip("neigh", "flush", "dev", BRIDGE)
-            _answering(request["address"])
-        return {}
-
     def execute(self, request: Json) -> Json:
         """`argv` on a node as root, from outside: its sshd knows nothing of it."""
         first = self.first(request["node"])
@@ -142,15 +133,6 @@ class Room:
                 if holder is not None and int(words[1]) == holder.pid:
                     return int(stat.parent.name)
         raise ValueError(f"{name} is off")
-
-
-def _answering(address: str, seconds: float = 10) -> None:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        with suppress(OSError), socket.create_connection((address, 22), timeout=1):
-            return
-        time.sleep(0.05)
-    raise ValueError(f"{address} does not answer")
 
 
 def _process(folder: Path) -> Json:
@@ -189,7 +171,6 @@ def answer(room: Room, request: Json) -> Json:
             "open": room.open,
             "start": room.start,
             "stop": room.stop,
-            "link": room.link,
             "execute": room.execute,
             "processes": room.processes,
         }

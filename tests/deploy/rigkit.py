@@ -19,6 +19,7 @@ from deploy.nodes.deployment import Node
 from deploy.rehearsal import standin
 from deploy.rehearsal.hub import safetensors
 from deploy.rehearsal.rig import MOUNT, USER, Rig, RigNode
+from tests.deploy import nodefaults
 
 LOCK = Path(standin.__file__).parent.parent / "data" / "rehearsal.lock"
 
@@ -146,7 +147,7 @@ class Engine:
     def stop(self) -> None:
         """SIGTERM, and wait."""
         for pid in self.pids():
-            self.node.kill(pid, "TERM")
+            nodefaults.kill(self.node, pid, "TERM")
         self.wait("\nended ")
 
     def pids(self) -> list[int]:

@@ -21,7 +21,7 @@ from deploy.rehearsal.rig import GATEWAY
 from deploy.rehearsal.walkthrough import REPO, Rehearsal
 from deploy.steps import dealing
 from deploy.steps.order import UP
-from tests.deploy import faultkit
+from tests.deploy import faultkit, nodefaults
 from tests.deploy.faultkit import begin, deploy, end, kill, steps, until, until_running, well
 
 pytestmark = [pytest.mark.root, pytest.mark.slow, pytest.mark.timeout(1500)]
@@ -128,7 +128,7 @@ def test_down_ends_what_a_killed_command_left_at_work(scene: Scene) -> None:
 def test_a_node_that_goes_away_in_a_download_leaves_its_files_to_the_others(scene: Scene) -> None:
     made = scene.made
     process = scene.downloading()
-    made.room["k1"].unplug()
+    nodefaults.unplug(made.room["k1"])
     scene.served.rate = None
     try:
         done = end(process, 300)
@@ -138,7 +138,7 @@ def test_a_node_that_goes_away_in_a_download_leaves_its_files_to_the_others(scen
         assert steps(made)["weights"]["outcome"] == "done"
         assert scene.whole()
     finally:
-        made.room["k1"].plug()
+        nodefaults.plug(made.room["k1"])
     well(made, "up")
     assert set(scene.served.served) <= {"k0", "k1", "k2"}
 
@@ -171,7 +171,7 @@ def test_a_node_that_goes_away_in_a_step(scene: Scene, step: str) -> None:
         (made.room.share / "gracefarm" / "rehearsal" / "download").unlink()
     process = begin(made, "up", "--from", "cache")
     until_running(made, step, process)
-    made.room["k1"].unplug()
+    nodefaults.unplug(made.room["k1"])
     try:
         done = end(process, 200)
         assert done.code in (SSH, NODE), done.output
@@ -179,7 +179,7 @@ def test_a_node_that_goes_away_in_a_step(scene: Scene, step: str) -> None:
         assert found["outcome"] == "failed" or "cut" not in found["text"]  # a cut is no reason to do without
         assert "k1" in done.error
     finally:
-        made.room["k1"].plug()
+        nodefaults.plug(made.room["k1"])
     well(made, "up")
     assert {steps(made)[step]["outcome"] for step in (*UP, "download")} <= {"done", "skipped"}
 
@@ -188,28 +188,28 @@ def test_a_spare_that_is_away_holds_nobody_up(scene: Scene) -> None:
     made = scene.made
     scene.served.rate = None
     well(made, "up")
-    made.room["k2"].unplug()
+    nodefaults.unplug(made.room["k2"])
     try:
         output = well(made, "serve", seconds=400)
         assert "k2 10.77.0.13:22 cannot be reached: no answer; it is a spare: going on without it" in output
         assert "READY" in output
         assert "up to date" in well(made, "up")
     finally:
-        made.room["k2"].plug()
+        nodefaults.plug(made.room["k2"])
     assert "going on without it" not in well(made, "serve", seconds=400)
 
 
 def test_down_with_a_node_away_ends_everything_on_the_others(scene: Scene) -> None:
     made = scene.made
     well(made, "serve", seconds=400)
-    made.room["k1"].unplug()
+    nodefaults.unplug(made.room["k1"])
     try:
         done = deploy(made, "down")
         assert done.code == SSH, done.output
         assert "k1 10.77.0.12:22 cannot be reached" in done.output
         assert set(walkthrough.left(made)) == {"k1"}
     finally:
-        made.room["k1"].plug()
+        nodefaults.plug(made.room["k1"])
     assert "nothing of this deployment runs any more" in well(made, "down")
     assert walkthrough.left(made) == {}
 
@@ -218,7 +218,7 @@ def test_an_engines_worker_that_is_killed_after_loading_is_told_by_status(scene:
     """Ray and all nodes are alive: it is the engine that is dead, as its next completion finds out."""
     made = scene.made
     well(made, "serve", seconds=400)
-    assert made.room["k1"].kill_matching("RayWorkerWrapper")
+    assert nodefaults.kill_matching(made.room["k1"], "RayWorkerWrapper")
     done = deploy(made, "status", "--json")
     found = json.loads(done.output.strip().splitlines()[-1])
     service = found["service"]

@@ -19,7 +19,7 @@ from deploy.nodes.deployment import load_deployment
 from deploy.rehearsal import walkthrough
 from deploy.rehearsal.walkthrough import Rehearsal
 from deploy.steps.order import UP
-from tests.deploy import faultkit
+from tests.deploy import faultkit, nodefaults
 from tests.deploy.faultkit import begin, deploy, end, kill, steps, until_running, verdict, well
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
@@ -138,7 +138,7 @@ def test_a_wedge_is_told_though_health_says_200(made: Rehearsal) -> None:
 @pytest.mark.slow
 def test_a_node_that_dies_after_loading_is_told_by_name_and_the_same_command_starts_again(made: Rehearsal) -> None:
     well(made, "serve")
-    made.room["k1"].kill(faultkit.raylet(made, "k1"))
+    nodefaults.kill(made.room["k1"], faultkit.raylet(made, "k1"))
     deadline = time.monotonic() + 60
     while (found := verdict(made)).kind not in ("dead-node", "degraded") and time.monotonic() < deadline:
         time.sleep(1)

@@ -11,7 +11,7 @@ import pytest
 from deploy.rehearsal import walkthrough
 from deploy.rehearsal.rig import NodeSpec
 from deploy.rehearsal.walkthrough import Rehearsal
-from tests.deploy import faultkit
+from tests.deploy import faultkit, nodefaults
 from tests.deploy.faultkit import begin, deploy, end, until_running, verdict, well
 
 pytestmark = [pytest.mark.root, pytest.mark.slow, pytest.mark.timeout(1500)]
@@ -33,7 +33,7 @@ def test_two_workers_at_once_come_up(made: Rehearsal) -> None:
 
 
 def test_another_host_key(made: Rehearsal) -> None:
-    made.room["k1"].new_host_key()
+    nodefaults.new_host_key(made.room["k1"])
     done = deploy(made, "up")
     assert done.code == SSH
     assert "k1 10.77.0.12:22 does not show the pinned host key" in done.output
@@ -70,7 +70,7 @@ def test_every_check_is_told_and_environments_are_listed_and_imported(made: Rehe
 
 @pytest.mark.parametrize("command", [("up",), ("serve",), ("preflight",), ("run", "--", "true"), ("down",)])
 def test_a_node_that_is_away_is_named_at_once(made: Rehearsal, command: tuple[str, ...]) -> None:
-    made.room["k2"].unplug()
+    nodefaults.unplug(made.room["k2"])
     try:
         since = time.monotonic()
         done = deploy(made, *command)
@@ -78,18 +78,18 @@ def test_a_node_that_is_away_is_named_at_once(made: Rehearsal, command: tuple[st
         assert done.code == SSH
         assert "k2 10.77.0.13:22 cannot be reached" in done.output
     finally:
-        made.room["k2"].plug()
+        nodefaults.plug(made.room["k2"])
 
 
 @pytest.mark.parametrize("step", ["preflight", "environment", "proof"])
 def test_a_node_that_goes_away_in_a_step(made: Rehearsal, step: str) -> None:
     process = begin(made, "up", "--from", step)
     until_running(made, step, process)
-    made.room["k2"].unplug()
+    nodefaults.unplug(made.room["k2"])
     try:
         done = end(process, 120)
     finally:
-        made.room["k2"].plug()
+        nodefaults.plug(made.room["k2"])
     assert done.code in (SSH, NODE, PREFLIGHT), done.output
     assert "k2" in done.error
     well(made, "up")
@@ -100,11 +100,11 @@ def test_a_node_that_goes_away_while_ray_starts(made: Rehearsal) -> None:
     well(made, "down")
     process = begin(made, "serve")
     until_running(made, "ray", process)
-    made.room["k2"].unplug()
+    nodefaults.unplug(made.room["k2"])
     try:
         done = end(process, 300)
     finally:
-        made.room["k2"].plug()
+        nodefaults.plug(made.room["k2"])
     assert done.code in (SSH, NODE, ENGINE), done.output
     assert "k2" in done.error
     assert "READY" in well(made, "serve", seconds=400)
@@ -131,7 +131,7 @@ def test_a_node_that_goes_away_while_the_engine_loads(made: Rehearsal) -> None:
 def test_a_worker_that_dies_before_loading_is_started_again(made: Rehearsal) -> None:
     well(made, "serve", seconds=400)
     well(made, "down", "--keep-ray")
-    made.room["k1"].kill(faultkit.raylet(made, "k1"))
+    nodefaults.kill(made.room["k1"], faultkit.raylet(made, "k1"))
     assert "READY" in well(made, "serve", seconds=400)
 
 
@@ -143,7 +143,7 @@ def test_a_worker_that_dies_while_loading_is_told(made: Rehearsal) -> None:
         process = begin(made, "serve")
         until_running(made, "engine", process)
         time.sleep(4)
-        made.room["k1"].kill(faultkit.raylet(made, "k1"))
+        nodefaults.kill(made.room["k1"], faultkit.raylet(made, "k1"))
         done = end(process, 300)
     finally:
         faultkit.order(made, "k1", "")
@@ -169,7 +169,7 @@ def test_out_of_memory_on_one_node_is_the_cause_that_is_told(made: Rehearsal) ->
 def test_a_port_that_is_taken(made: Rehearsal) -> None:
     well(made, "up")
     well(made, "down")
-    pid = made.room["k1"].take_port(8077)
+    pid = nodefaults.take_port(made.room["k1"], 8077)
     try:
         done = deploy(made, "up", "--from", "preflight")
         assert done.code == PREFLIGHT
@@ -181,14 +181,14 @@ def test_a_port_that_is_taken(made: Rehearsal) -> None:
         assert list(left) == ["k1"]
         assert len(left["k1"]) == 1  # the one that has the port
     finally:
-        made.room["k1"].kill(pid)
-    pid = made.room["k0"].take_port(2242, "127.0.0.1")
+        nodefaults.kill(made.room["k1"], pid)
+    pid = nodefaults.take_port(made.room["k0"], 2242, "127.0.0.1")
     try:
         done = deploy(made, "serve", seconds=400)
         assert done.code == ENGINE
         assert "k0: port 2242 is held by a process of another user" in done.output
     finally:
-        made.room["k0"].kill(pid)
+        nodefaults.kill(made.room["k0"], pid)
     assert "READY" in well(made, "serve", seconds=400)
     well(made, "down")
 
@@ -213,9 +213,9 @@ def test_a_shard_that_rotted_or_was_cut_short_is_brought_again(made: Rehearsal) 
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
-        (NodeSpec(share=False), "k1: share: "),
-        (NodeSpec(loopback=True), "k1: names: node-10-77-0-12 resolves to 127.0.1.1"),
-        (NodeSpec(python=True), "k1: python: "),
+        (nodefaults.SHARELESS, "k1: share: "),
+        (nodefaults.LOOPBACK, "k1: names: node-10-77-0-12 resolves to 127.0.1.1"),
+        (nodefaults.WRONG_PYTHON, "k1: python: "),
     ],
 )
 def test_a_node_of_another_kind_is_told_by_preflight(made: Rehearsal, spec: NodeSpec, words: str) -> None:
@@ -235,7 +235,7 @@ def test_a_node_of_another_kind_is_told_by_preflight(made: Rehearsal, spec: Node
 
 def test_a_share_that_goes_away_is_noticed_without_being_asked(made: Rehearsal) -> None:
     well(made, "up")
-    made.room["k2"].lose_share()
+    nodefaults.lose_share(made.room["k2"])
     try:
         done = deploy(made, "up")
         assert done.code == PREFLIGHT

@@ -20,7 +20,7 @@ from deploy.rehearsal.rig import MOUNT, Rig, open_rig
 from deploy.steps import processes, ray
 from gracefarm.console import Console
 from gracefarm.errors import EngineError
-from tests.deploy import ray_kit
+from tests.deploy import nodefaults, ray_kit
 
 pytestmark = pytest.mark.root
 T = TypeVar("T")
@@ -133,7 +133,7 @@ def test_a_cluster_comes_up_is_left_alone_repaired_changed_and_stopped(
     assert again.started == ()
     assert raylets(room) == running
 
-    room["k1"].kill(running["k1"][0])
+    nodefaults.kill(room["k1"], running["k1"][0])
     repaired = up(room, deployment, plan)
     assert repaired.started == ("k1",)
     assert raylets(room)["k0"] == running["k0"]

@@ -14,8 +14,7 @@ import pytest
 from deploy.fleet.shells import remote_nodes
 from deploy.fleet.ssh import Fleet
 from deploy.rehearsal import source
-from deploy.rehearsal.rig import GATEWAY, MOUNT, NodeSpec, open_rig
-from deploy.rehearsal.userland import arm64
+from deploy.rehearsal.rig import GATEWAY, MOUNT, open_rig
 from deploy.steps import environment, uv
 from deploy.steps.environment import Matrix, Module
 from gracefarm import settings
@@ -24,6 +23,7 @@ from gracefarm.errors import InstallError
 from tests import projects
 from tests.conftest import Farm
 from tests.deploy import rigkit
+from tests.deploy.userland import arm64
 
 pytestmark = [
     pytest.mark.root,
@@ -55,7 +55,7 @@ def test_the_farms_own_aarch64_wheel_arrives_by_hash_and_is_imported(
 
     matrix = Matrix(modules=(Module(module="tiny_c", code=CODE), Module(module="tiny_c._core")))
     monkeypatch.setattr(environment, "matrix", lambda _engine: matrix)
-    with open_rig(tmp_path / "rig", count=1, specs={"k0": NodeSpec(userland=arm64(here.home))}) as room:
+    with open_rig(tmp_path / "rig", count=1, specs={"k0": arm64(here.home)}) as room:
         with source.listening(room.command([*serve, "--host", GATEWAY, "--port", "8090"])) as url:
 
             async def up(lock: str) -> environment.Built:

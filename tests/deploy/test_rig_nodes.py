@@ -19,8 +19,9 @@ from deploy.fleet.results import CommandResult
 from deploy.fleet.ssh import Fleet
 from deploy.nodes.deployment import Node
 from deploy.rehearsal import interpreter
-from deploy.rehearsal.rig import MOUNT, OTHER_PYTHON, USER, NodeSpec, Rig, RigNode, check_machine, open_rig
+from deploy.rehearsal.rig import MOUNT, USER, Rig, RigNode, check_machine, open_rig
 from gracefarm.errors import HostError, SshError
+from tests.deploy import nodefaults
 from tests.deploy.test_environment import standalone, stock
 
 pytestmark = pytest.mark.root
@@ -43,7 +44,7 @@ def run(room: Rig, command: str, *, names: list[str] | None = None, timeout: flo
 
 @pytest.fixture(scope="module")
 def room(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
-    specs = {"k1": NodeSpec(share=False, loopback=True), "k2": NodeSpec(python=True, env={"NICE": "image"})}
+    specs = {"k1": nodefaults.SHARELESS_LOOPBACK, "k2": nodefaults.WRONG_PYTHON}
     with open_rig(tmp_path_factory.mktemp("rig"), count=3, specs=specs) as made:
         yield made
 
@@ -88,7 +89,7 @@ def test_specs_make_nodes_that_differ(room: Rig) -> None:
         "k1": "127.0.1.1",
     }
     version = said(run(room, "python3 -c 'import platform; print(platform.python_version())'; echo $NICE"))
-    assert version["k2"] == f"{OTHER_PYTHON}\nimage"
+    assert version["k2"] == f"{nodefaults.OTHER_PYTHON}\nimage"
     assert version["k0"] != version["k2"]
 
 
@@ -115,25 +116,25 @@ def test_a_command_of_this_machine_reaches_the_nodes(room: Rig) -> None:
 def test_faults_come_and_go(tmp_path: Path) -> None:
     with open_rig(tmp_path / "r", count=2) as room:
         k1 = room["k1"]
-        k1.unplug()
+        nodefaults.unplug(k1)
         found = run(room, "true")
         assert found["k0"].ok
         assert isinstance(found["k1"].error, SshError)
         assert "10.77.0.12" in str(found["k1"].error)
-        k1.plug()
+        nodefaults.plug(k1)
         assert run(room, "true")["k1"].ok
 
-        pid = k1.take_port(2242)
+        pid = nodefaults.take_port(k1, 2242)
         assert run(room, "python3 -c 'import socket; socket.create_server((\"127.0.0.1\", 2242))'")["k1"].stderr.count(
             "Address already in use"
         )
-        k1.kill(pid)
+        nodefaults.kill(k1, pid)
         assert run(room, "python3 -c 'import socket; socket.create_server((\"127.0.0.1\", 2242))'", names=["k1"])["k1"].ok
 
-        k1.lose_share()
+        nodefaults.lose_share(k1)
         assert said(run(room, f"ls -A {MOUNT} | wc -l; test -w {MOUNT} || echo no", names=["k1"])) == {"k1": "0\nno"}
 
-        k1.new_host_key()
+        nodefaults.new_host_key(k1)
         found = run(room, "true")
         assert found["k0"].ok
         assert "host key" in str(found["k1"].error).lower()
@@ -144,7 +145,7 @@ def test_faults_come_and_go(tmp_path: Path) -> None:
         assert not found["k1"].ok
         with pytest.raises(HostError, match="k1"):
             k1.execute(["true"])
-        k1.boot(NodeSpec(loopback=True))
+        k1.boot(nodefaults.LOOPBACK)
         assert said(run(room, f"getent ahostsv4 $(hostname) | head -1 | cut -d' ' -f1; test -w {MOUNT}", names=["k1"])) == {
             "k1": "127.0.1.1"
         }
@@ -171,7 +172,7 @@ def test_power_off_ends_every_process_of_the_node_alone(tmp_path: Path) -> None:
     with open_rig(tmp_path / "r", count=2) as room:
         assert said(run(room, "for n in 600 601; do setsid sleep $n >/dev/null 2>&1 & done; sleep 0.2"))
         assert sleepers(room["k0"]) == sleepers(room["k1"]) == ["600", "601"]
-        assert room["k0"].kill_matching("601")
+        assert nodefaults.kill_matching(room["k0"], "601")
         assert (sleepers(room["k0"]), sleepers(room["k1"])) == (["600"], ["600", "601"])
         room["k0"].off()
         assert sleepers(room["k1"]) == ["600", "601"]
@@ -236,7 +237,7 @@ def test_a_machine_without_python_3_11_has_uv_bring_one_for_the_nodes(tmp_path: 
         interpreter.find(tmp_path / "other")
     assert "UV_PYTHON_INSTALL_MIRROR" in no.value.remedy
     monkeypatch.setattr(interpreter, "find", lambda _home: found)
-    with open_rig(tmp_path / "rig", count=2, specs={"k1": NodeSpec(python=True)}) as room:
+    with open_rig(tmp_path / "rig", count=2, specs={"k1": nodefaults.WRONG_PYTHON}) as room:
         where = said(run(room, "python3.11 -c 'import ssl, sys; print(sys.prefix, sys.version.split()[0])'"))
         assert where["k0"].startswith("/run/rig-python 3.11.")
-        assert where["k1"] == f"/run/rig-python {OTHER_PYTHON}"
+        assert where["k1"] == f"/run/rig-python {nodefaults.OTHER_PYTHON}"

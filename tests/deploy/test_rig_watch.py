@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.deploy import faultkit
+from tests.deploy import faultkit, nodefaults
 
 pytestmark = [pytest.mark.root, pytest.mark.slow]
 
@@ -58,7 +58,7 @@ def test_seen_while_it_serves_when_a_node_is_lost_and_after_its_end(tmp_path: Pa
         assert said["service"] == "READY"
         assert not [finding for finding in said["findings"] if finding["rank"] < 6]
 
-        made.room["k1"].kill_matching("raylet")
+        nodefaults.kill_matching(made.room["k1"], "raylet")
         deadline = time.monotonic() + 150
         while (found := status(made))[1]["service"]["word"] in ("READY", "WEDGED", "BUSY"):
             assert time.monotonic() < deadline, found

@@ -14,7 +14,7 @@ import pytest
 
 from deploy.rehearsal import standin
 from deploy.rehearsal.rig import MOUNT, Rig, open_rig
-from tests.deploy import rigkit
+from tests.deploy import nodefaults, rigkit
 from tests.deploy.rigkit import Engine
 
 SOURCE = Path(standin.__file__).parent.parent / "data" / "rehearsal" / "standin"
@@ -124,7 +124,7 @@ def engine(room: Rig, address: str, *arguments: str, model: str = MODEL, **env: 
         yield made
     finally:
         for pid in made.pids():
-            made.node.kill(pid)
+            nodefaults.kill(made.node, pid)
 
 
 def order(room: Rig, name: str, text: str) -> None:
@@ -182,7 +182,7 @@ def test_serves_with_the_environment_of_its_workers(room: Rig, address: str) -> 
         assert 'aphrodite:generation_tokens_total{model_name="tiny"} 74.0' in made.get("/metrics").text
 
         pid = report["ranks"][1]["pid"]
-        room["k1"].kill(pid)
+        nodefaults.kill(room["k1"], pid)
         time.sleep(1)
         assert made.get("/health").status_code == 200  # with a dead worker
         assert made.post("/v1/completions", {"model": "tiny", "prompt": "x"}, key=KEY).status_code == 500
@@ -278,12 +278,12 @@ def test_wedged_is_healthy_until_the_iteration_times_out(room: Rig, address: str
 @pytest.mark.root
 @pytest.mark.slow
 def test_a_taken_port_is_found_out_after_the_load(room: Rig, address: str) -> None:
-    pid = room["k0"].take_port(2242)
+    pid = nodefaults.take_port(room["k0"], 2242)
     try:
         with engine(room, address, "-pp", "3") as made:
             text = made.wait("\nended ", 90)
     finally:
-        room["k0"].kill(pid)
+        nodefaults.kill(room["k0"], pid)
     assert "address already in use" in " ".join(text.split())
     assert "Model weights loaded" in text
     assert text.endswith("ended 1\n")

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import subprocess
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
+from deploy.rehearsal.rig import NodeSpec, RigNode
 from gracefarm.errors import HostError
 from gracefarm.files import atomic_directory, lock
 from gracefarm.process import last_line
@@ -24,21 +24,8 @@ MASK = r"\xff\xff\xff\xff\xff\xff\xff\x00\xff\xff\xff\xff\xff\xff\xff\xff\xfe\xf
 "An ELF file of aarch64, executable or position-independent."
 
 
-@dataclass(frozen=True, kw_only=True)
-class Userland:
-    """A root folder of another architecture, and what runs its programs."""
-
-    root: Path
-    qemu: Path
-
-    @property
-    def binfmt(self) -> str:
-        """The line for binfmt_misc. F: the kernel opens qemu now, for the root does not have it."""
-        return f":rig-aarch64:M::{MAGIC}:{MASK}:/run/rig-qemu:F"
-
-
-def arm64(home: Path) -> Userland:
-    """Debian's arm64 userland with Python 3.11; made once, kept in gracefarm's folder.
+def arm64(home: Path) -> NodeSpec:
+    """A node with Debian's arm64 userland and Python 3.11; made once, kept in gracefarm's folder.
 
     Raises:
         HostError: mmdebstrap or apt fail; with their last words.
@@ -48,7 +35,19 @@ def arm64(home: Path) -> Userland:
         if not folder.is_dir():
             with atomic_directory(folder) as userland:
                 _fill(userland)
-    return Userland(root=folder / "root", qemu=folder / "qemu-aarch64-static")
+    variables = {
+        "RIG_ROOT": str(folder / "root"),
+        "RIG_QEMU": str(folder / "qemu-aarch64-static"),
+        # F: the kernel opens qemu now, for the root does not have it.
+        "RIG_BINFMT": f":rig-aarch64:M::{MAGIC}:{MASK}:/run/rig-qemu:F",
+    }
+    return NodeSpec(variables=variables, change=_chroot)
+
+
+def _chroot(node: RigNode) -> None:
+    """Sessions are in there."""
+    with (node.folder / "etc" / "sshd_config").open("a") as config:
+        config.write("ChrootDirectory /run/rig-root\n")
 
 
 def _fill(folder: Path) -> None:
