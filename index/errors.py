@@ -16,10 +16,6 @@ class RefusedError(RefusalError):
     """Input that is wrong in itself: a name, a digest, an archive."""
 
 
-class AlreadyExistsError(RefusalError):
-    """Other bytes under a known name. The words "File already exists" are what twine and uv look for."""
-
-
 class UnauthenticatedError(RefusalError):
     """No token, or none that is known, unexpired and unrevoked."""
 
@@ -60,12 +56,6 @@ class StalledError(RefusalError):
     """The client stopped sending."""
 
     status = 408
-
-
-class DisconnectedError(RefusalError):
-    """The client went away before the end of what it announced."""
-
-    status = 400
 
 
 class StoreFullError(RefusalError):

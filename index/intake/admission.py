@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import sqlite3
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Literal
 
 from packaging.utils import canonicalize_version
 
-from index.errors import AlreadyExistsError, ForbiddenError, RefusedError
+from index.errors import ForbiddenError, RefusedError
 from index.intake import sdist, wheel
 from index.intake.metadata import Metadata
 from index.names import Distribution
@@ -79,17 +78,22 @@ def inspect(path: Path, distribution: Distribution, sha256: str, uploaded: float
     )
 
 
-def check_wanted(catalogue: Catalogue, distribution: Distribution, sha256: str, destination: Destination) -> None:
-    """What can be refused before the bytes are read. `admit` asks again inside its transaction.
+def check_wanted(
+    catalogue: Catalogue, distribution: Distribution, sha256: str, destination: Destination
+) -> sqlite3.Row | None:
+    """What can be refused before the bytes are read; returns the row of the same file, if it is here already.
+
+    `admit` asks again inside its transaction.
 
     Raises:
-        ForbiddenError, AlreadyExistsError, RefusedError: see there.
+        ForbiddenError, RefusedError: see there.
     """
-    _check_hosted(catalogue.row, distribution, destination)
-    _check_release(catalogue.rows, distribution)
-    row = catalogue.row("SELECT sha256, deleted FROM file WHERE filename = ?", (distribution.filename,))
+    _check_hosted(catalogue, distribution, destination)
+    _check_release(catalogue, distribution)
+    row = catalogue.row("SELECT * FROM file WHERE filename = ?", (distribution.filename,))
     if row is not None:
         _check_same(distribution.filename, row["sha256"], row["deleted"], sha256)
+    return row
 
 
 def admit(store: Store, catalogue: Catalogue, actor: str, candidate: InspectedFile, destination: Destination) -> Admission:
@@ -97,21 +101,17 @@ def admit(store: Store, catalogue: Catalogue, actor: str, candidate: InspectedFi
 
     Raises:
         ForbiddenError: the project is not hosted here, or archived or quarantined.
-        AlreadyExistsError: other bytes have that name, or had it once.
-        RefusedError: the release exists in another spelling.
+        RefusedError: other bytes have that name, or had it once, or the release exists in another spelling.
         StoreFullError: no space; nothing was changed.
     """
     distribution = candidate.distribution
     with catalogue.change(actor) as change:
-        _check_hosted(_one(change), distribution, destination)
-        row = change.execute("SELECT * FROM file WHERE filename = ?", (distribution.filename,)).fetchone()
+        row = check_wanted(catalogue, distribution, candidate.sha256, destination)
         if row is not None:
-            _check_same(distribution.filename, row["sha256"], row["deleted"], candidate.sha256)
             if row["lost"]:
                 _restore(store, change, row["id"], candidate)
             _join(change, row["id"], distribution, destination)
             return "same"
-        _check_release(lambda sql, values: change.execute(sql, values).fetchall(), distribution)
         # Inside the transaction, so that `gc`, which holds the same lock, never sees the file between its name and its row.
         store.adopt(candidate.path, candidate.sha256)
         metadata_sha256 = _keep_metadata(store, candidate)
@@ -139,10 +139,6 @@ def _restore(store: Store, change: Transaction, file_id: int, candidate: Inspect
     _keep_metadata(store, candidate)
     change.execute("UPDATE file SET lost = 0 WHERE id = ?", (file_id,))
     change.note("file.found", candidate.distribution.filename, candidate.distribution.project)
-
-
-def _one(change: Transaction) -> Callable[..., sqlite3.Row | None]:
-    return lambda sql, values: change.execute(sql, values).fetchone()
 
 
 def _insert(
@@ -203,8 +199,8 @@ def _add_member(change: Transaction, set_name: str, file_id: int) -> bool:
     return added.rowcount > 0
 
 
-def _check_hosted(row: Callable[..., sqlite3.Row | None], distribution: Distribution, destination: Destination) -> None:
-    project = row("SELECT status, hosted FROM project WHERE name = ?", (distribution.project,))
+def _check_hosted(catalogue: Catalogue, distribution: Distribution, destination: Destination) -> None:
+    project = catalogue.row("SELECT status, hosted FROM project WHERE name = ?", (distribution.project,))
     if (project is None or not project["hosted"]) and not destination.allow_new:
         raise ForbiddenError(
             f"this index was not told to host {distribution.project}",
@@ -218,20 +214,21 @@ def _check_hosted(row: Callable[..., sqlite3.Row | None], distribution: Distribu
 
 
 def _check_same(filename: str, known: str, deleted: str | None, sha256: str) -> None:
+    # "File already exists" is what twine and uv look for.
     if deleted is not None:
-        raise AlreadyExistsError(
+        raise RefusedError(
             f"File already exists: {filename} was deleted, and a name is never used again", remedy="build a new version"
         )
     if known != sha256:
-        raise AlreadyExistsError(
+        raise RefusedError(
             f"File already exists: {filename} with other bytes (sha256 {known})",
             remedy="a published file never changes; build a new version",
         )
 
 
-def _check_release(rows: Callable[..., list[sqlite3.Row]], distribution: Distribution) -> None:
+def _check_release(catalogue: Catalogue, distribution: Distribution) -> None:
     """1.0 and 1.0.0 are one release (PEP 440); it keeps the spelling it was first published with."""
-    releases = rows(
+    releases = catalogue.rows(
         "SELECT DISTINCT version FROM live_file WHERE project = ? AND release = ?",
         (distribution.project, canonicalize_version(distribution.version)),
     )

@@ -6,16 +6,19 @@ import asyncio
 import hashlib
 import re
 import time
+from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Any
 
 from python_multipart.exceptions import MultipartParseError
 from python_multipart.multipart import MultipartParser, parse_options_header
-from starlette.types import Message, Receive
+from starlette.types import Receive
 
-from index.errors import DisconnectedError, RefusedError, StalledError, TooLargeError
+from index.errors import RefusedError, StalledError, TooLargeError
 from index.limits import Limits
 from index.store.files import Store, disk_errors, flush
 
@@ -24,7 +27,14 @@ BATCH = 1 << 20
 
 MAX_PARTS = 2000
 
-_DIGEST_FIELDS = {"sha256_digest": "sha256", "md5_digest": "md5", "blake2_256_digest": "blake2b"}
+DIGESTS: Mapping[str, Callable[[], Any]] = MappingProxyType(
+    {
+        "sha256_digest": hashlib.sha256,
+        "md5_digest": partial(hashlib.md5, usedforsecurity=False),
+        "blake2_256_digest": partial(hashlib.blake2b, digest_size=32),
+    }
+)
+"The form's fields that announce a digest, and how it is computed."
 
 
 @dataclass(kw_only=True)
@@ -33,7 +43,6 @@ class Received:
 
     filename: str
     path: Path
-    size: int = 0
     digests: dict[str, str] = field(default_factory=dict)
     "By the form's own field names; sha256_digest always."
 
@@ -68,11 +77,11 @@ _FOLDER = re.compile(r'filename="?(.:\\|\\\\)', re.IGNORECASE)
 class _FileWriter:
     """Writes and hashes in a thread while the next bytes arrive."""
 
-    def __init__(self, received: Received, executor: Executor, algorithms: dict[str, str]) -> None:
+    def __init__(self, received: Received, executor: Executor, fields: set[str]) -> None:
         self.received = received
         self._executor = executor
         self._stream: IO[bytes] = received.path.open("xb", buffering=0)
-        self._hashes = {name: _new_hash(algorithm) for name, algorithm in algorithms.items()}
+        self._hashes = {name: DIGESTS[name]() for name in fields}
         self._parts: list[bytes] = []
         self._held = 0
         self._pending: asyncio.Future[None] | None = None
@@ -86,15 +95,16 @@ class _FileWriter:
     async def finish(self) -> None:
         """Everything is hashed, written and flushed when this returns."""
         await self._hand_over(last=True)
-        if self._pending is not None:
-            pending, self._pending = self._pending, None
-            await pending
+        await self._settle()
         self.received.digests = {name: value.hexdigest() for name, value in self._hashes.items()}
 
-    async def _hand_over(self, *, last: bool) -> None:
+    async def _settle(self) -> None:
         if self._pending is not None:
             pending, self._pending = self._pending, None
             await pending
+
+    async def _hand_over(self, *, last: bool) -> None:
+        await self._settle()
         parts, self._parts, self._held = self._parts, [], 0
         loop = asyncio.get_running_loop()
         self._pending = loop.run_in_executor(self._executor, self._put, parts, last)
@@ -105,7 +115,6 @@ class _FileWriter:
             rest = memoryview(data)
             while rest:
                 rest = rest[self._stream.write(rest) :]
-            self.received.size += len(data)
             for value in self._hashes.values():
                 value.update(data)
             if last:
@@ -117,10 +126,6 @@ class _FileWriter:
         if self._pending is not None:
             await asyncio.wait([self._pending])
         self._stream.close()
-
-
-def _new_hash(algorithm: str) -> Any:
-    return hashlib.blake2b(digest_size=32) if algorithm == "blake2b" else hashlib.new(algorithm, usedforsecurity=False)
 
 
 class _Reader:
@@ -208,13 +213,10 @@ class _Assembler:
             raise RefusedError("the form holds more than one file", remedy="upload one file at a time, without signatures")
         received = Received(filename=options[b"filename"].decode("utf-8", "replace"), path=self._store.new_staging())
         self.form.files[self._name] = received
+        # sha256 always; the others when the form, whose fields clients send first, asks to check them.
+        announced = {name for name in DIGESTS if self.form.fields.get(name)}
         with disk_errors(self._store.root):
-            self.writer = _FileWriter(received, self._executor, self._algorithms())
-
-    def _algorithms(self) -> dict[str, str]:
-        """sha256 always; the others when the form, whose fields clients send first, asks to check them."""
-        announced = {name: algorithm for name, algorithm in _DIGEST_FIELDS.items() if self.form.fields.get(name)}
-        return {"sha256_digest": "sha256"} | announced
+            self.writer = _FileWriter(received, self._executor, {"sha256_digest"} | announced)
 
     async def _data(self, data: bytes) -> None:
         if self._text is None:
@@ -245,8 +247,8 @@ async def receive_form(
     """Receive a whole form; on any failure nothing is left in staging.
 
     Raises:
-        RefusedError: not a form, or a malformed one, or one that ends before its last boundary.
-        TooLargeError, StalledError, DisconnectedError, StoreFullError: what their names say.
+        RefusedError: not a form, or a malformed one, or one that ends before its last boundary; or the client went away.
+        TooLargeError, StalledError, StoreFullError: what their names say.
     """
     try:
         kind, options = parse_options_header(content_type)
@@ -256,10 +258,7 @@ async def receive_form(
         raise RefusedError("the upload is not multipart/form-data", remedy="use twine, uv publish or curl -F")
     if len(options[b"boundary"]) > 70:
         raise RefusedError("the boundary is longer than 70 characters", remedy="see RFC 2046 5.1.1")
-    if length is not None and length > limits.upload:
-        raise TooLargeError(
-            f"uploads of more than {limits.upload} bytes are refused", remedy="raise --max-upload on the index"
-        )
+    _check_size(length or 0, limits)
     form = Form()
     reader = _Reader(options[b"boundary"])
     assembler = _Assembler(form, store, limits, executor)
@@ -275,37 +274,42 @@ async def receive_form(
 
 async def _pump(length: int | None, receive: Receive, limits: Limits, reader: _Reader, assembler: _Assembler) -> None:
     start, count = time.monotonic(), 0
-    more = True
-    while more:
-        message = await next_message(receive, limits)
-        if message["type"] == "http.disconnect":
-            raise DisconnectedError("the client went away before the end of the upload", remedy="upload it again")
-        body = message.get("body", b"")
-        more = message.get("more_body", False)
-        count += len(body)
-        if count > limits.upload:
-            raise TooLargeError(
-                f"uploads of more than {limits.upload} bytes are refused", remedy="raise --max-upload on the index"
-            )
+    async for piece in pieces(receive, limits):
+        count += len(piece)
+        _check_size(count, limits)
         elapsed = time.monotonic() - start
         if elapsed > limits.idle and count < limits.slowest * elapsed:
             raise StalledError(
                 f"the upload came at less than {limits.slowest} bytes a second", remedy="try a better connection"
             )
-        for kind, data in reader.feed(body):
+        for kind, data in reader.feed(piece):
             await assembler.take(kind, data)
     if not reader.ended or (length is not None and count != length):
         raise RefusedError("the upload ended before its last boundary", remedy="the connection was cut; upload it again")
 
 
-async def next_message(receive: Receive, limits: Limits) -> Message:
-    """The next ASGI message of the request.
+def _check_size(size: int, limits: Limits) -> None:
+    if size > limits.upload:
+        raise TooLargeError(
+            f"uploads of more than {limits.upload} bytes are refused", remedy="raise --max-upload on the index"
+        )
+
+
+async def pieces(receive: Receive, limits: Limits) -> AsyncIterator[bytes]:
+    """A request's body as it comes.
 
     Raises:
-        StalledError: none came in time.
+        StalledError: no byte came in time.
+        RefusedError: the client went away.
     """
-    try:
-        async with asyncio.timeout(limits.idle):
-            return await receive()
-    except TimeoutError:
-        raise StalledError(f"no byte came for {limits.idle:g} seconds", remedy="try a better connection") from None
+    more = True
+    while more:
+        try:
+            async with asyncio.timeout(limits.idle):
+                message = await receive()
+        except TimeoutError:
+            raise StalledError(f"no byte came for {limits.idle:g} seconds", remedy="try a better connection") from None
+        if message["type"] == "http.disconnect":
+            raise RefusedError("the client went away before the end of the upload", remedy="upload it again")
+        yield message.get("body", b"")
+        more = message.get("more_body", False)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import re
 import sqlite3
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from html import escape
 from importlib import metadata
 from urllib.parse import quote
@@ -21,7 +22,6 @@ from starlette.types import Message, Receive
 from gracefarm.errors import UsageError
 from index.errors import (
     DamagedError,
-    DisconnectedError,
     ForbiddenError,
     GoneError,
     NotFoundError,
@@ -31,7 +31,7 @@ from index.errors import (
     UnauthenticatedError,
 )
 from index.intake.admission import Destination
-from index.intake.multipart import next_message
+from index.intake.multipart import pieces
 from index.names import name_in_address
 from index.pages import negotiate, requirements, views
 from index.serving import openapi
@@ -40,8 +40,6 @@ from index.serving.service import IndexService
 from index.serving.upload import take
 from index.store import auth, records
 from index.store.auth import Token
-
-Endpoint = Callable[[Request], Awaitable[Response]]
 
 IMMUTABLE = "public, max-age=31536000, immutable"
 
@@ -76,31 +74,27 @@ async def identify(service: IndexService, request: Request) -> Token:
         raise
 
 
-def legacy(service: IndexService) -> Endpoint:
+async def legacy(service: IndexService, request: Request) -> Response:
     """POST /legacy/, /nightly/legacy/, /stage/SET/legacy/, and / as pypiserver has it."""
-
-    async def endpoint(request: Request) -> Response:
-        set_name = request.path_params.get("set_name")
-        body = _Body(request.receive)
-        destination = Destination(
-            set_name=set_name,
-            channel="nightly" if request.url.path.startswith("/nightly/") else "release",
-            allow_new=service.options.allow_new,
-        )
-        try:
-            token = await identify(service, request)
-            if token.project is None or token.set_name is not None:
-                auth.allow(token, project=token.project, set_name=destination.scope)
-            with service.gate.upload(client_of(request)):
-                upload = await take(service, token, destination, request.headers, body)
-        except RefusalError as error:
-            service.metrics.uploads[str(error.status)] += 1
-            await _drain(service, body)
-            raise
-        service.metrics.uploads[upload.outcome] += 1
-        return PlainTextResponse(upload.sentence + "\n", headers={"X-Sha256": upload.sha256})
-
-    return endpoint
+    set_name = request.path_params.get("set_name")
+    body = _Body(request.receive)
+    destination = Destination(
+        set_name=set_name,
+        channel="nightly" if request.url.path.startswith("/nightly/") else "release",
+        allow_new=service.options.allow_new,
+    )
+    try:
+        token = await identify(service, request)
+        if token.project is None or token.set_name is not None:
+            auth.allow(token, project=token.project, set_name=destination.scope)
+        with service.gate.upload(client_of(request)):
+            upload = await take(service, token, destination, request.headers, body)
+    except RefusalError as error:
+        service.metrics.uploads[str(error.status)] += 1
+        await _drain(service, body)
+        raise
+    service.metrics.uploads[upload.outcome] += 1
+    return PlainTextResponse(upload.sentence + "\n", headers={"X-Sha256": upload.sha256})
 
 
 class _Body:
@@ -127,33 +121,25 @@ async def _drain(service: IndexService, body: _Body) -> None:
         return
 
 
-def stored_file(service: IndexService) -> Endpoint:
+async def stored_file(service: IndexService, request: Request) -> Response:
     """GET /files/SHA256/FILENAME and the same with .metadata: immutable, with ranges, never with a Content-Encoding."""
-
-    async def endpoint(request: Request) -> Response:
-        sha256, filename = request.path_params["sha256"], request.path_params["filename"]
-        if not _SHA256.match(sha256):
-            raise NotFoundError("there is no such file here", remedy="follow the links of the project's page")
-        return _send(service, request, *_locate(service, sha256, filename))
-
-    return endpoint
+    sha256, filename = request.path_params["sha256"], request.path_params["filename"]
+    if not _SHA256.match(sha256):
+        raise NotFoundError("there is no such file here", remedy="follow the links of the project's page")
+    return _send(service, request, *_locate(service, sha256, filename))
 
 
-def package(service: IndexService) -> Endpoint:
+async def package(service: IndexService, request: Request) -> Response:
     """GET /packages/FILENAME: where pypiserver has its files."""
-
-    async def endpoint(request: Request) -> Response:
-        filename = request.path_params["filename"]
-        wanted = filename.removesuffix(".metadata")
-        row = service.catalogue.row("SELECT sha256 FROM file WHERE filename = ? AND hidden = 0", (wanted,))
-        if row is None:
-            raise NotFoundError(f"there is no {filename} here", remedy="see the project's page")
-        return _send(service, request, *_locate(service, row["sha256"], filename))
-
-    return endpoint
+    filename = request.path_params["filename"]
+    wanted = filename.removesuffix(".metadata")
+    row = service.catalogue.row("SELECT sha256 FROM file WHERE filename = ? AND hidden = 0", (wanted,))
+    if row is None:
+        raise NotFoundError(f"there is no {filename} here", remedy="see the project's page")
+    return _send(service, request, *_locate(service, row["sha256"], filename))
 
 
-def packages(service: IndexService) -> Endpoint:
+async def packages(service: IndexService, _request: Request) -> Response:
     """GET /packages/: every file in one list, as pypiserver has it."""
 
     def answer() -> Response:
@@ -168,23 +154,16 @@ def packages(service: IndexService) -> Endpoint:
         text = f"<!DOCTYPE html>\n<html><head><title>Packages</title></head><body>\n{links}</body></html>\n"
         return HTMLResponse(text, headers={"Cache-Control": "no-cache"})
 
-    async def endpoint(_request: Request) -> Response:
-        return await service.painted(("/packages/", ""), answer)
-
-    return endpoint
+    return await service.painted(("/packages/", ""), answer)
 
 
-def bare_name(service: IndexService) -> Endpoint:
+async def bare_name(service: IndexService, request: Request) -> Response:
     """GET /NAME and /NAME/: to the project's page, as pypiserver does."""
-
-    async def endpoint(request: Request) -> Response:
-        name = name_in_address(request.path_params["name"])
-        if not views.files(service.catalogue, views.ALL, name):
-            raise NotFoundError(f"there is nothing at /{name}", remedy="see / and /simple/")
-        up = "../" if request.url.path.endswith("/") else ""
-        return RedirectResponse(f"{up}simple/{name}/", status_code=303)
-
-    return endpoint
+    name = name_in_address(request.path_params["name"])
+    if not views.files(service.catalogue, views.ALL, name):
+        raise NotFoundError(f"there is nothing at /{name}", remedy="see / and /simple/")
+    up = "../" if request.url.path.endswith("/") else ""
+    return RedirectResponse(f"{up}simple/{name}/", status_code=303)
 
 
 _LOCATE = """
@@ -232,64 +211,52 @@ def _send(service: IndexService, request: Request, sha256: str, media: str, *, c
     return FileAnswer(path, service.downloads, stat_result=status, media_type=media, headers=headers)
 
 
-def record(service: IndexService) -> Endpoint:
+async def record(service: IndexService, request: Request) -> Response:
     """/records/ID and /records/ID/log: GET for everybody, PUT with a token."""
-
-    async def endpoint(request: Request) -> Response:
-        identifier = records.check_id(request.path_params["id"])
-        is_log = request.url.path.endswith("/log")
-        if request.method in ("GET", "HEAD"):
-            row = service.catalogue.row("SELECT * FROM public_record WHERE id = ?", (identifier,))
-            return _send_record(service, request, row, identifier)
-        token = await identify(service, request)
-        with service.gate.upload(client_of(request)):
-            raw = await body_of(service, request)
-            loop = asyncio.get_running_loop()
-            common = (service.store, service.catalogue, token, identifier, raw)
-            if is_log:
-                await loop.run_in_executor(service.writer, records.put_log, *common)
-            else:  # read in a thread: 32 MiB of JSON take a second
-                document = await loop.run_in_executor(service.hands, records.parse, raw)
-                await loop.run_in_executor(service.writer, records.put, *common, document)
-        service.shelf.refresh(now=True)
-        return PlainTextResponse(f"{'log' if is_log else 'record'} {identifier} is kept\n")
-
-    return endpoint
-
-
-def staged_record(service: IndexService) -> Endpoint:
-    """GET /preview/TOKEN/records/ID and …/log: of builds whose wheels are in that staged set."""
-
-    async def endpoint(request: Request) -> Response:
-        identifier = records.check_id(request.path_params["id"])
-        view = views.find(service.catalogue, ("preview", request.path_params["token"]))
-        row = service.catalogue.row(
-            "SELECT * FROM record WHERE id = ? AND EXISTS (SELECT 1 FROM file JOIN member ON member.file_id = file.id"
-            " WHERE file.build = record.id AND set_name = ?)",
-            (identifier, view.argument if view is not None else None),
-        )
+    identifier = records.check_id(request.path_params["id"])
+    is_log = request.url.path.endswith("/log")
+    if request.method in ("GET", "HEAD"):
+        row = service.catalogue.row("SELECT * FROM public_record WHERE id = ?", (identifier,))
         return _send_record(service, request, row, identifier)
+    token = await identify(service, request)
+    with service.gate.upload(client_of(request)):
+        raw = await body_of(service, request)
+        loop = asyncio.get_running_loop()
+        common = (service.store, service.catalogue, token, identifier, raw)
+        if is_log:
+            await loop.run_in_executor(service.writer, records.put_log, *common)
+        else:  # read in a thread: 32 MiB of JSON take a second
+            document = await loop.run_in_executor(service.hands, records.parse, raw)
+            await loop.run_in_executor(service.writer, records.put, *common, document)
+    service.shelf.refresh(now=True)
+    return PlainTextResponse(f"{'log' if is_log else 'record'} {identifier} is kept\n")
 
-    return endpoint
+
+async def staged_record(service: IndexService, request: Request) -> Response:
+    """GET /preview/TOKEN/records/ID and …/log: of builds whose wheels are in that staged set."""
+    identifier = records.check_id(request.path_params["id"])
+    view = views.find(service.catalogue, ("preview", request.path_params["token"]))
+    row = service.catalogue.row(
+        "SELECT * FROM record WHERE id = ? AND EXISTS (SELECT 1 FROM file JOIN member ON member.file_id = file.id"
+        " WHERE file.build = record.id AND set_name = ?)",
+        (identifier, view.argument if view is not None else None),
+    )
+    return _send_record(service, request, row, identifier)
 
 
-def set_lock(service: IndexService) -> Endpoint:
+async def set_lock(service: IndexService, request: Request) -> Response:
     """GET /SET/requirements.lock, /preview/TOKEN/requirements.lock."""
+    prefix = request.url.path.strip("/").split("/")[:-1]
 
-    async def endpoint(request: Request) -> Response:
-        prefix = request.url.path.strip("/").split("/")[:-1]
+    def render() -> str:
+        with service.catalogue.moment():
+            view = views.find(service.catalogue, prefix)
+            if view is None or view.kind != "set":
+                raise NotFoundError(f"there is no set {prefix[-1]!r} here", remedy="see /sets/")
+            return requirements.render(service.catalogue, view)
 
-        def render() -> str:
-            with service.catalogue.moment():
-                view = views.find(service.catalogue, prefix)
-                if view is None or view.kind != "set":
-                    raise NotFoundError(f"there is no set {prefix[-1]!r} here", remedy="see /sets/")
-                return requirements.render(service.catalogue, view)
-
-        text = await asyncio.get_running_loop().run_in_executor(service.hands, render)
-        return PlainTextResponse(text, headers={"Cache-Control": "no-cache"})
-
-    return endpoint
+    text = await asyncio.get_running_loop().run_in_executor(service.hands, render)
+    return PlainTextResponse(text, headers={"Cache-Control": "no-cache"})
 
 
 def _send_record(service: IndexService, request: Request, row: sqlite3.Row | None, identifier: str) -> Response:
@@ -303,13 +270,8 @@ def _send_record(service: IndexService, request: Request, row: sqlite3.Row | Non
 async def body_of(service: IndexService, request: Request) -> bytes:
     """A request's whole body, bounded as records are."""
     body = bytearray()
-    more = True
-    while more:
-        message = await next_message(request.receive, service.limits)
-        if message["type"] == "http.disconnect":
-            raise DisconnectedError("the client went away before the end", remedy="send it again")
-        body += message.get("body", b"")
-        more = message.get("more_body", False)
+    async for piece in pieces(request.receive, service.limits):
+        body += piece
         if len(body) > records.MAX_RECORD:
             raise TooLargeError(
                 f"records and logs of more than {records.MAX_RECORD} bytes are refused", remedy="compress or cut the log"
@@ -401,26 +363,26 @@ def starlette(service: IndexService, more: list[Route], on_end: Callable[[], Non
         yield
         on_end()
 
-    upload = legacy(service)
+    upload = partial(legacy, service)
     routes = [
         Route("/legacy/", upload, methods=["POST"]),
         Route("/legacy", upload, methods=["POST"]),
         Route("/nightly/legacy/", upload, methods=["POST"]),
         Route("/stage/{set_name}/legacy/", upload, methods=["POST"]),
-        Route("/files/{sha256}/{filename}", stored_file(service)),
-        Route("/packages/", packages(service)),
-        Route("/packages/{filename}", package(service)),
-        Route("/records/{id}", record(service), methods=["GET", "HEAD", "PUT"]),
-        Route("/records/{id}/log", record(service), methods=["GET", "HEAD", "PUT"]),
-        Route("/preview/{token}/records/{id}", staged_record(service)),
-        Route("/preview/{token}/records/{id}/log", staged_record(service)),
-        Route(f"/{{set_name}}/{requirements.FILENAME}", set_lock(service)),
-        Route(f"/preview/{{token}}/{requirements.FILENAME}", set_lock(service)),
+        Route("/files/{sha256}/{filename}", partial(stored_file, service)),
+        Route("/packages/", partial(packages, service)),
+        Route("/packages/{filename}", partial(package, service)),
+        Route("/records/{id}", partial(record, service), methods=["GET", "HEAD", "PUT"]),
+        Route("/records/{id}/log", partial(record, service), methods=["GET", "HEAD", "PUT"]),
+        Route("/preview/{token}/records/{id}", partial(staged_record, service)),
+        Route("/preview/{token}/records/{id}/log", partial(staged_record, service)),
+        Route(f"/{{set_name}}/{requirements.FILENAME}", partial(set_lock, service)),
+        Route(f"/preview/{{token}}/{requirements.FILENAME}", partial(set_lock, service)),
         *operation(service),
         *more,
         Route("/", upload, methods=["POST"]),
-        Route("/{name}", bare_name(service)),
-        Route("/{name}/", bare_name(service)),
+        Route("/{name}", partial(bare_name, service)),
+        Route("/{name}/", partial(bare_name, service)),
     ]
     app = Starlette(
         routes=routes,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from functools import partial
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -12,7 +13,7 @@ from starlette.routing import Route
 from gracefarm.errors import UsageError
 from index.errors import NotFoundError, RefusedError
 from index.names import check_set_name
-from index.serving.routes import Endpoint, body_of, identify
+from index.serving.routes import body_of, identify
 from index.serving.service import IndexService
 from index.sets import staged
 from index.sets.staged import ReleaseSet
@@ -26,38 +27,30 @@ MAX_MATRIX = 20_000
 def routes(service: IndexService) -> list[Route]:
     """/stage/SET and /stage/SET/publish, both with a token that is for no single project."""
     return [
-        Route("/stage/{set_name}", state(service), methods=["GET", "PUT"]),
-        Route("/stage/{set_name}/publish", publish(service), methods=["POST"]),
+        Route("/stage/{set_name}", partial(state, service), methods=["GET", "PUT"]),
+        Route("/stage/{set_name}/publish", partial(publish, service), methods=["POST"]),
     ]
 
 
-def state(service: IndexService) -> Endpoint:
+async def state(service: IndexService, request: Request) -> Response:
     """GET: the set's state. PUT: open it with a matrix; the same matrix again is fine while it is staged."""
-
-    async def endpoint(request: Request) -> Response:
-        name, token = await _authorised(service, request)
-        if request.method != "PUT":
-            return _answer(_find(service, name))
-        matrix = staged.parse_matrix(_lines(await body_of(service, request)))
-        opened = await asyncio.get_running_loop().run_in_executor(service.writer, _open, service, token.actor, name, matrix)
-        return _answer(opened)
-
-    return endpoint
+    name, token = await _authorised(service, request)
+    if request.method != "PUT":
+        return _answer(_find(service, name))
+    matrix = staged.parse_matrix(_lines(await body_of(service, request)))
+    opened = await asyncio.get_running_loop().run_in_executor(service.writer, _open, service, token.actor, name, matrix)
+    return _answer(opened)
 
 
-def publish(service: IndexService) -> Endpoint:
+async def publish(service: IndexService, request: Request) -> Response:
     """POST: everybody sees the whole set from now on, or it is refused with what it lacks."""
-
-    async def endpoint(request: Request) -> Response:
-        name, token = await _authorised(service, request)
-        _find(service, name)
-        published = await asyncio.get_running_loop().run_in_executor(
-            service.writer, staged.publish, service.catalogue, token.actor, name
-        )
-        service.shelf.refresh(now=True)
-        return _answer(published)
-
-    return endpoint
+    name, token = await _authorised(service, request)
+    _find(service, name)
+    published = await asyncio.get_running_loop().run_in_executor(
+        service.writer, staged.publish, service.catalogue, token.actor, name
+    )
+    service.shelf.refresh(now=True)
+    return _answer(published)
 
 
 async def _authorised(service: IndexService, request: Request) -> tuple[str, Token]:

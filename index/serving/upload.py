@@ -6,22 +6,18 @@ import asyncio
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from packaging.utils import canonicalize_name
 from starlette.types import Receive
 
-from gracefarm.files import CHUNK
 from index.errors import RefusedError
 from index.intake import admission
 from index.intake.admission import Admission, Destination
-from index.intake.multipart import Form, Received, receive_form
+from index.intake.multipart import DIGESTS, Form, Received, receive_form
 from index.names import Distribution, parse_filename, same_version
 from index.serving.service import IndexService
 from index.store import auth
 from index.store.auth import Token
-
-_LENGTHS = {"sha256_digest": 64, "md5_digest": 32, "blake2_256_digest": 64}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,21 +102,13 @@ def _check_form(form: Form) -> tuple[Received, Distribution]:
 
 def _check_digests(form: Form, received: Received) -> None:
     """Every digest that the form announces, in whatever order its parts came."""
-    for field, length in _LENGTHS.items():
+    for field, new_hash in DIGESTS.items():
         announced = form.value(field).lower()
-        if not announced:
-            continue
-        actual = received.digests.get(field) or _digest(received, field)
-        if len(announced) != length or announced != actual:
+        if announced and field not in received.digests:
+            with received.path.open("rb") as stream:
+                received.digests[field] = hashlib.file_digest(stream, new_hash).hexdigest()
+        if announced and announced != received.digests[field]:
             raise RefusedError(
-                f"the {field} of the form is not that of the file received ({actual})",
+                f"the {field} of the form is not that of the file received ({received.digests[field]})",
                 remedy="the upload was damaged; upload it again",
             )
-
-
-def _digest(received: Received, field: str) -> str:
-    digest: Any = hashlib.md5(usedforsecurity=False) if field == "md5_digest" else hashlib.blake2b(digest_size=32)
-    with received.path.open("rb") as stream:
-        while chunk := stream.read(CHUNK):
-            digest.update(chunk)
-    return str(digest.hexdigest())
