@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from functools import cache
+from importlib import resources
+
+from pydantic import BaseModel, ConfigDict, Field
 
 from deploy.planning import options
 from deploy.planning.models import Model
@@ -12,9 +16,10 @@ from gracefarm.errors import ConfigError, LayoutError
 GivenValue = str | int | float | bool | list[str]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Engine:
-    """An engine at the version that the farm builds."""
+class Engine(BaseModel):
+    """An engine at the version that the farm builds (deploy/data/engines.toml)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
     version: str
@@ -24,7 +29,7 @@ class Engine:
     "KV heads and MLP columns need not divide by tp: the first ranks take one more."
     replicates: bool
     "More ranks than KV heads are allowed; several hold the same head."
-    vocab_multiple: int | None
+    vocab_multiple: int | None = None
     "The vocabulary is padded to it; None: to tp."
     shared_cache: bool
     "One scheduler for all stages; else the cache is cut into one part per stage."
@@ -40,94 +45,26 @@ class Engine:
     "Of its options, in deploy/data."
     swap_share: float | None = None
     "Share of the head's memory that tp times the swap space may be; None: it does not check."
-    env: Mapping[str, str] = field(default_factory=dict)
-    refused: Mapping[str, str] = field(default_factory=dict)
+    env: Mapping[str, str] = Field(default_factory=dict)
+    refused: Mapping[str, str]
     "Options that must not be given, and why."
 
 
-OURS = {
-    "host": "the engine listens on 127.0.0.1 and is reached through `deploy tunnel`",
-    "port": "it is [ports] engine",
-    "tensor-parallel-size": "it is [layout] tensor_parallel",
-    "pipeline-parallel-size": "it is [layout] pipeline_parallel",
-    "cpu-offload-gb": "it is [layout] cpu_offload_gib",
-    "max-model-len": "it is [layout] max_model_len",
-    "max-num-seqs": "it is [layout] max_num_seqs",
-    "max-num-batched-tokens": "the memory model rests on it",
-    "enable-chunked-prefill": "the memory model rests on it",
-    "gpu-memory-utilization": "it is [layout] gpu_memory_utilization",
-    "distributed-executor-backend": "Ray brings the nodes together",
-    "quantization": "the planner knows the bytes of 16-bit weights alone",
-    "served-model-name": "it is the repository's name, which bench and tunnel use",
-    "model": "it is [model] repo",
-    "config": "what runs is what the plan prints",
-}
-ONE_ENGINE = "the planner knows tensor and pipeline parallelism alone"
-SECRETS = (
-    "a key in an argument list is readable by everybody on the node; `deploy serve` makes one and passes it by environment"
-)
-
-APHRODITE = Engine(
-    name="aphrodite",
-    version="0.6.4.post1",
-    command=("aphrodite", "run"),
-    uneven=True,
-    replicates=False,
-    vocab_multiple=None,
-    shared_cache=False,
-    default_partition=True,
-    host_variable="HOST_IP",
-    partition_variable="APHRODITE_PP_LAYER_PARTITION",
-    port_variable="APHRODITE_PORT",
-    timeout_variable="APHRODITE_ENGINE_ITERATION_TIMEOUT_S",
-    key_variable="APHRODITE_API_KEY",
-    swap_share=0.7,
-    env={"SERVE_KOBOLD_LITE_UI": "0"},
-    table="aphrodite-0.6.4.post1",
-    refused={
-        **OURS,
-        "api-keys": SECRETS,
-        "admin-key": SECRETS,
-        "max-parallel-loading-workers": "it raises NotImplementedError with Ray",
-        "engine-use-ray": "the engine itself would move to another process than the driver that has the GPU",
-    },
-)
-VLLM = Engine(
-    name="vllm",
-    version="0.26.0",
-    command=("vllm", "serve"),
-    uneven=False,
-    replicates=True,
-    vocab_multiple=64,
-    shared_cache=True,
-    default_partition=False,
-    host_variable="VLLM_HOST_IP",
-    partition_variable="VLLM_PP_LAYER_PARTITION",
-    port_variable="VLLM_PORT",
-    timeout_variable="VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS",
-    key_variable="VLLM_API_KEY",
-    table="vllm-0.26.0",
-    refused={
-        **OURS,
-        "api-key": SECRETS,
-        "hf-token": SECRETS,
-        "uds": "it would listen there instead of on the port that is asked",
-        "grpc": "deploy asks for completions over HTTP",
-        "headless": "the engine would not listen at all",
-        "data-parallel-size": ONE_ENGINE,
-        "decode-context-parallel-size": ONE_ENGINE,
-        "prefill-context-parallel-size": ONE_ENGINE,
-        "nnodes": "Ray brings the nodes together",
-    },
-)
+@cache
+def _engines() -> dict[str, Engine]:
+    table = tomllib.loads((resources.files("deploy") / "data" / "engines.toml").read_text())
+    refused = table.pop("refused")
+    return {
+        name: Engine.model_validate({**entry, "name": name, "refused": {**refused, **entry["refused"]}})
+        for name, entry in table.items()
+    }
 
 
 def engine(name: str) -> Engine:
     """By name. Raises ConfigError."""
-    for known in (APHRODITE, VLLM):
-        if known.name == name:
-            return known
-    raise ConfigError(f"no engine {name!r}", remedy="there are aphrodite and vllm")
+    if name not in _engines():
+        raise ConfigError(f"no engine {name!r}", remedy="there are aphrodite and vllm")
+    return _engines()[name]
 
 
 def refusal(engine_: Engine, model: Model, tp: int) -> str | None:

@@ -9,9 +9,10 @@ import pytest
 
 from deploy.nodes.config import ModelConfig
 from deploy.planning import engines, models
-from deploy.planning.engines import APHRODITE, VLLM
 from deploy.rehearsal.hub import COMMIT, serving
 from gracefarm.errors import ConfigError, FetchError, LayoutError
+
+APHRODITE, VLLM = engines.engine("aphrodite"), engines.engine("vllm")
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],

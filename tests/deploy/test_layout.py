@@ -17,11 +17,13 @@ from hypothesis import strategies as st
 from deploy.nodes.config import LayoutConfig
 from deploy.nodes.facts import Gpu
 from deploy.planning import engines, layouts, models, shards, speed
-from deploy.planning.engines import APHRODITE, VLLM, Engine
+from deploy.planning.engines import Engine
 from deploy.planning.layouts import Candidate, Machine, Question
 from deploy.planning.models import Model
 from deploy.planning.shards import GIB
 from gracefarm.errors import LayoutError
+
+APHRODITE, VLLM = engines.engine("aphrodite"), engines.engine("vllm")
 
 
 def llama(size: str = "405B") -> Model:

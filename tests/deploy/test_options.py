@@ -105,7 +105,7 @@ def test_all_options_of_vllms_engine_are_in_its_table() -> None:
     assert len(names) == len(set(names)) == 269
 
 
-@pytest.mark.parametrize(("engine", "absent"), [(engines.APHRODITE, ["config"]), (engines.VLLM, [])])
+@pytest.mark.parametrize(("engine", "absent"), [(engines.engine("aphrodite"), ["config"]), (engines.engine("vllm"), [])])
 def test_every_option_that_is_refused_is_one_of_the_engine(engine: engines.Engine, absent: list[str]) -> None:
     table = options.table(engine.table)
     assert [name for name in engine.refused if table.find(f"--{name}") is None] == absent
@@ -140,7 +140,7 @@ def test_vllms_wheel_has_the_modules_and_variables_that_deploy_names(vllm: Path)
     assert len(wanted) == 2
     for module in wanted:
         assert any(member.startswith(module.replace(".", "/") + ".") for member in members), module
-    one = engines.VLLM
+    one = engines.engine("vllm")
     for name in (one.host_variable, one.partition_variable, one.port_variable, one.timeout_variable, one.key_variable):
         assert f'"{name}"' in text, name
     assert f"DEFAULT_VOCAB_PADDING_SIZE = {one.vocab_multiple}\n" in padding
@@ -195,7 +195,7 @@ def test_the_engines_own_functions_split_as_we_do(wheel: Path) -> None:
             stages = function(wheel, utils, "get_pp_indices", APHRODITE_PP_LAYER_PARTITION=None)
             own = [stages(layers, rank, pp) for rank in range(pp)]
             assert tuple(end - start for start, end in own) == engines.default_partition(layers, pp)
-            ours = shards.balance(engines.APHRODITE, llama(layers), 1, pp)
+            ours = shards.balance(engines.engine("aphrodite"), llama(layers), 1, pp)
             stages = function(wheel, utils, "get_pp_indices", APHRODITE_PP_LAYER_PARTITION=",".join(map(str, ours)))
             assert tuple(stages(layers, rank, pp)[1] - stages(layers, rank, pp)[0] for rank in range(pp)) == ours
 
@@ -210,7 +210,7 @@ def llama(layers: int) -> Model:
 def test_the_engine_reads_the_variables_that_the_plan_sets(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as opened:
         text = "\n".join(opened.read(name).decode() for name in opened.namelist() if name.endswith(".py"))
-    engine = engines.APHRODITE
+    engine = engines.engine("aphrodite")
     variables = (engine.host_variable, engine.partition_variable, engine.port_variable, engine.timeout_variable)
     named = (*variables, engine.key_variable, *engine.env)
     for name in named:

@@ -388,4 +388,4 @@ def test_paths_are_where_the_steps_put_things(tmp_path: Path) -> None:
     deployment, _ = supposed(1)
     assert paths.environment(deployment) == "/shared/gracefarm/llama-405b/env"
     assert paths.weights(paths.root(deployment), "a/b", COMMIT) == f"/shared/gracefarm/weights/a--b/{COMMIT}"
-    assert engines.APHRODITE.table == "aphrodite-0.6.4.post1"
+    assert engines.engine("aphrodite").table == "aphrodite-0.6.4.post1"
