@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from gracefarm.console import Tick, no_tick
-from gracefarm.files import CHUNK
+from gracefarm.files import CHUNK, sha256_file
 from index.errors import RefusalError
 from index.intake import admission
 from index.intake.admission import Destination
@@ -36,22 +36,18 @@ def import_folder(store: Store, catalogue: Catalogue, actor: str, folder: Path, 
     destination = Destination(allow_new=True)
     for number, path in enumerate(paths):
         tick(number, len(paths), path.name)
-        staged = store.new_staging()
         try:
             distribution = parse_filename(path.name)
-            sha256 = _copy(store, path, staged)
-            candidate = admission.inspect(staged, distribution, sha256, uploaded=path.stat().st_mtime)
-            outcome = admission.admit(store, catalogue, actor, candidate, destination)
-            if outcome == "created":
-                imported.created += 1
-            else:
-                imported.same += 1
+            with store.staged() as staged:
+                _copy(store, path, staged)
+                candidate = admission.inspect(staged, distribution, sha256_file(staged), uploaded=path.stat().st_mtime)
+                outcome = admission.admit(store, catalogue, actor, candidate, destination)
+            imported.created += outcome == "created"
+            imported.same += outcome == "same"
         except RefusalError as error:
             if error.status == 507:
                 raise
             imported.refused.append(f"{path.name}: {error.cause}")
-        finally:
-            staged.unlink(missing_ok=True)
     tick(len(paths), len(paths), "")
     return imported
 
@@ -63,11 +59,7 @@ def _distributions(folder: Path) -> Iterator[Path]:
             yield path
 
 
-def _copy(store: Store, source: Path, staged: Path) -> str:
-    digest = hashlib.sha256()
+def _copy(store: Store, source: Path, staged: Path) -> None:
     with disk_errors(store.root), source.open("rb") as reading, staged.open("xb") as writing:
-        while chunk := reading.read(CHUNK):
-            digest.update(chunk)
-            writing.write(chunk)
+        shutil.copyfileobj(reading, writing, CHUNK)
         flush(writing)
-    return digest.hexdigest()

@@ -113,14 +113,11 @@ def _check_member(member: tarfile.TarInfo, distribution: Distribution) -> None:
         raise RefusedError(f"{distribution.filename}: {member.name} is a device or pipe", remedy="build the sdist again")
     if member.issym() or member.islnk():
         base = parts[:-1] if member.issym() else []
-        depth = 0
+        depth, leaves = 0, member.linkname.startswith("/")
         for part in [*base, *member.linkname.split("/")]:
             depth += {"..": -1, ".": 0, "": 0}.get(part, 1)
-            if depth < 1 and part == "..":
-                raise RefusedError(
-                    f"{distribution.filename}: {member.name} links out of its folder", remedy="build the sdist again"
-                )
-        if member.linkname.startswith("/"):
+            leaves = leaves or (depth < 1 and part == "..")
+        if leaves:
             raise RefusedError(
                 f"{distribution.filename}: {member.name} links out of its folder", remedy="build the sdist again"
             )

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from index.names import cuda_of_view, view_of_cuda
@@ -52,7 +52,6 @@ class Listed:
     build: str | None
     url: str | None
     "Absolute, when the bytes are elsewhere."
-    own: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,20 +134,12 @@ def files(catalogue: Catalogue, view: View, project: str) -> list[Listed]:
             "SELECT * FROM live_mirrored WHERE set_name = ? AND project = ? AND lost = 0 ORDER BY filename",
             (view.argument, project),
         )
-        shown += [_mirrored(row) for row in rows if row["filename"] not in known]
+        shown += [listed(row) for row in rows if row["filename"] not in known]
     return shown
 
 
 def listed(row: sqlite3.Row) -> Listed:
-    """A row of the table `file`."""
-    known = facts.from_json(row["facts"])
-    return _listed(row, yanked=row["yanked"], facts=known, build=row["build"], url=None, own=True)
-
-
-def _mirrored(row: sqlite3.Row) -> Listed:
-    return _listed(row, yanked=None, facts=CudaFacts(), build=None, url=row["url"], own=False)
-
-
-def _listed(row: sqlite3.Row, **more: Any) -> Listed:
-    same = ("filename", "project", "version", "kind", "sha256", "size", "metadata_sha256", "requires_python", "uploaded")
-    return Listed(**{key: row[key] for key in same}, **more)
+    """A row of the table `file`, or of `mirrored`."""
+    values: dict[str, Any] = {"yanked": None, "facts": "{}", "build": None, "url": None, **dict(row)}
+    values["facts"] = facts.from_json(values["facts"])
+    return Listed(**{column.name: values[column.name] for column in fields(Listed)})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -82,12 +83,11 @@ def build(site: Site, request: Request) -> Response:
 
 
 def _document(store: Store, record: Summary | None) -> RecordDocument:
-    if record is None or record.document is None:
-        return RecordDocument.of({})
-    try:
-        return RecordDocument.of(json.loads(store.path(record.document).read_bytes()))
-    except (OSError, ValueError):
-        return RecordDocument.of({})
+    document = {}
+    if record is not None and record.document is not None:
+        with suppress(OSError, ValueError):
+            document = json.loads(store.path(record.document).read_bytes())
+    return RecordDocument.of(document)
 
 
 def _tail(store: Store, record: Summary) -> str:

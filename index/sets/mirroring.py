@@ -7,7 +7,7 @@ import sqlite3
 import zipfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import httpx
@@ -29,7 +29,7 @@ from gracefarm.pins import Pin
 from index.errors import RefusedError
 from index.intake import metadata
 from index.limits import Limits
-from index.names import check_plain, normalise
+from index.names import check_plain
 from index.sets import staged
 from index.store.catalogue import Catalogue, Transaction, timestamp
 from index.store.files import Store, disk_errors, flush
@@ -51,12 +51,17 @@ class Mirrored:
 
 @dataclass(frozen=True, kw_only=True)
 class _UpstreamFile:
+    """One file, under the names of the columns of `mirrored`."""
+
     filename: str
+    project: str
     version: str
     kind: str
     sha256: str
     size: int
+    "0: upstream does not say."
     url: str
+    "Empty: the bytes are here."
     metadata_sha256: str | None
     requires_python: str | None
     uploaded: str | None
@@ -222,6 +227,7 @@ def _upstream_file(package: DistributionPackage, digest: str, pin: Pin) -> _Upst
     digests = package.metadata_digests or {}
     return _UpstreamFile(
         filename=package.filename,
+        project=pin.name,
         version=_version(package.filename, pin),
         kind="bdist_wheel" if package.filename.endswith(".whl") else "sdist",
         sha256=digest,
@@ -260,55 +266,46 @@ def _take(
     link: bool,
 ) -> list[Mirrored]:
     """Every file of a pin, in one transaction: a pin is fulfilled or it is not."""
-    rows: list[tuple[_UpstreamFile, int, str | None]] = []
     with ExitStack() as stack:
-        staged: list[tuple[Path, str, bytes | None]] = []
+        copies: list[tuple[Path, str, bytes | None]] = []
+        rows: list[_UpstreamFile] = []
         for item in items:
             if link:
-                rows.append((item, item.size or _remote_size(client, item), item.metadata_sha256))
+                rows.append(replace(item, size=item.size or _remote_size(client, item)))
                 continue
             path = stack.enter_context(_download(store, client, item))
             raw = _metadata_of(path, item.filename)
-            staged.append((path, item.sha256, raw))
-            rows.append((item, path.stat().st_size, hashlib.sha256(raw).hexdigest() if raw is not None else None))
+            copies.append((path, item.sha256, raw))
+            digest = hashlib.sha256(raw).hexdigest() if raw is not None else None
+            rows.append(replace(item, size=path.stat().st_size, metadata_sha256=digest, url=""))
         with catalogue.change(actor) as change:
-            for path, digest, raw in staged:
-                store.adopt(path, digest)
+            for path, sha256, raw in copies:
+                store.adopt(path, sha256)
                 if raw is not None:
                     store.add_bytes(raw, hashlib.sha256(raw).hexdigest())
-            for item, size, metadata_sha256 in rows:
-                _insert(change, set_name, pin.name, item, size, metadata_sha256, url=item.url if link else None)
+            for row in rows:
+                _insert(change, set_name, row)
             _finish(change, set_name, pin)
     how = "linked" if link else "copied"
-    return [Mirrored(name=pin.name, filename=item.filename, how=how, size=size) for item, size, _ in rows]
+    return [Mirrored(name=pin.name, filename=row.filename, how=how, size=row.size) for row in rows]
 
 
-def _insert(
-    change: Transaction,
-    set_name: str,
-    project: str,
-    item: _UpstreamFile,
-    size: int,
-    metadata_sha256: str | None,
-    *,
-    url: str | None,
-) -> None:
+def _insert(change: Transaction, set_name: str, item: _UpstreamFile) -> None:
+    values = {**vars(item), "set_name": set_name, "uploaded": item.uploaded or change.time, "url": item.url or None}
     mended = change.execute(
-        "UPDATE mirrored SET lost = 0, url = ?, size = ?, metadata_sha256 = ?"
-        " WHERE set_name = ? AND filename = ? AND sha256 = ?",
-        (url, size, metadata_sha256, set_name, item.filename, item.sha256),
+        "UPDATE mirrored SET lost = 0, url = :url, size = :size, metadata_sha256 = :metadata_sha256"
+        " WHERE set_name = :set_name AND filename = :filename AND sha256 = :sha256",
+        values,
     )
     if not mended.rowcount:
         staged.check_staged(change, set_name)  # what is published is mended and never changed
         change.execute(
             "INSERT OR REPLACE INTO mirrored (set_name, filename, project, version, kind, sha256, size, metadata_sha256,"
-            " requires_python, uploaded, url) VALUES (?,?,?,?,?,?,?,?,?,?,?)",
-            (
-                *(set_name, item.filename, normalise(project), item.version, item.kind, item.sha256, size, metadata_sha256),
-                *(item.requires_python, item.uploaded or change.time, url),
-            ),
+            " requires_python, uploaded, url) VALUES (:set_name, :filename, :project, :version, :kind, :sha256, :size,"
+            " :metadata_sha256, :requires_python, :uploaded, :url)",
+            values,
         )
-    change.note("set.mirror", f"{set_name} {item.filename}", sha256=item.sha256, linked=url is not None)
+    change.note("set.mirror", f"{set_name} {item.filename}", sha256=item.sha256, linked=bool(item.url))
 
 
 def withdraw(catalogue: Catalogue, actor: str, filename: str, reason: str, *, undo: bool = False) -> list[str]:
@@ -343,38 +340,36 @@ def _remote_size(client: httpx.Client, item: _UpstreamFile) -> int:
 
 @contextmanager
 def _download(store: Store, client: httpx.Client, item: _UpstreamFile) -> Iterator[Path]:
-    staged = store.new_staging()
-    try:
-        digest = hashlib.sha256()
-        bound, count = item.size or MAX_FILE, 0
-        # A coding would be of the file itself for us: what is hashed and stored is what was sent.
-        identity = {"Accept-Encoding": "identity"}
-        with (
-            disk_errors(store.root),
-            staged.open("xb") as stream,
-            client.stream("GET", item.url, headers=identity) as answer,
-        ):
-            answer.raise_for_status()
-            for chunk in answer.iter_raw():
-                count += len(chunk)
-                if count > bound:
-                    raise DigestError(
-                        f"upstream sends more than the {bound} bytes of {item.filename}", remedy="do not trust it"
-                    )
-                digest.update(chunk)
-                stream.write(chunk)
-            flush(stream)
+    digest = hashlib.sha256()
+    bound, count = item.size or MAX_FILE, 0
+    # A coding would be of the file itself for us: what is hashed and stored is what was sent.
+    identity = {"Accept-Encoding": "identity"}
+    with store.staged() as path:
+        try:
+            with (
+                disk_errors(store.root),
+                path.open("xb") as stream,
+                client.stream("GET", item.url, headers=identity) as answer,
+            ):
+                answer.raise_for_status()
+                for chunk in answer.iter_raw():
+                    count += len(chunk)
+                    if count > bound:
+                        raise DigestError(
+                            f"upstream sends more than the {bound} bytes of {item.filename}", remedy="do not trust it"
+                        )
+                    digest.update(chunk)
+                    stream.write(chunk)
+                flush(stream)
+        except httpx.HTTPError as error:
+            raise FetchError(
+                f"{item.filename} cannot be had from upstream: {error}", remedy="the same command goes on from here"
+            ) from error
         if digest.hexdigest() != item.sha256:
             raise DigestError(
                 f"upstream sent {item.filename} with sha256 {digest.hexdigest()}, not {item.sha256}", remedy="do not trust it"
             )
-        yield staged
-    except httpx.HTTPError as error:
-        raise FetchError(
-            f"{item.filename} cannot be had from upstream: {error}", remedy="the same command goes on from here"
-        ) from error
-    finally:
-        staged.unlink(missing_ok=True)
+        yield path
 
 
 def _metadata_of(path: Path, filename: str) -> bytes | None:

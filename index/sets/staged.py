@@ -61,7 +61,7 @@ class ReleaseSet:
     digests: tuple[str, ...]
     "sha256 of each file."
     missing: tuple[str, ...]
-    wanted: int = 0
+    wanted: int
     "How many the matrix and the lock name."
 
 
@@ -128,23 +128,16 @@ def find(catalogue: Catalogue, name: str) -> ReleaseSet:
         for wheel in matrix
         if not any(wheel.matches(member["project"], member["version"], member["filename"]) for member in members)
     ]
+    pinned = catalogue.rows("SELECT DISTINCT project, version FROM pin WHERE set_name = ?", (name,))
+    same = ("name", "state", "preview", "channel", "created", "published")
     return ReleaseSet(
-        name=name,
-        state=row["state"],
-        preview=row["preview"],
-        channel=row["channel"],
-        created=row["created"],
-        published=row["published"],
+        **{key: row[key] for key in same},
         matrix=matrix,
         files=tuple(member["filename"] for member in members),
         digests=tuple(member["sha256"] for member in members),
-        wanted=len(matrix) + _count(catalogue, name),
+        wanted=len(matrix) + len(pinned),
         missing=(*(str(wheel) for wheel in missing), *_unfulfilled(catalogue, name)),
     )
-
-
-def _count(catalogue: Catalogue, name: str) -> int:
-    return len(catalogue.rows("SELECT DISTINCT project, version FROM pin WHERE set_name = ?", (name,)))
 
 
 def _unfulfilled(catalogue: Catalogue, name: str) -> list[str]:

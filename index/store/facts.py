@@ -46,20 +46,13 @@ class CudaFacts:
 
     def over(self, weaker: CudaFacts) -> CudaFacts:
         """These facts, gaps filled from `weaker`."""
-        return CudaFacts(
-            cuda=self.cuda or weaker.cuda,
-            torch=self.torch or weaker.torch,
-            sm=self.sm or weaker.sm,
-            glibc=self.glibc or weaker.glibc,
-        )
+        return CudaFacts(**{name: value or getattr(weaker, name) for name, value in vars(self).items()})
 
 
 def from_json(text: str) -> CudaFacts:
-    """What `Facts.as_json` wrote."""
+    """What `CudaFacts.as_json` wrote."""
     values = json.loads(text)
-    return CudaFacts(
-        cuda=values.get("cuda"), torch=values.get("torch"), sm=tuple(values.get("sm", ())), glibc=values.get("glibc")
-    )
+    return CudaFacts(**{**values, "sm": tuple(values.get("sm", ()))})
 
 
 def from_name(distribution: Distribution, requires: Iterable[str]) -> CudaFacts:

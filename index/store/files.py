@@ -67,6 +67,15 @@ class Store:
         """A fresh name in the staging folder."""
         return self.staging / secrets.token_hex(16)
 
+    @contextmanager
+    def staged(self) -> Iterator[Path]:
+        """The same for as long as the block lasts; what it has not adopted is removed."""
+        path = self.new_staging()
+        try:
+            yield path
+        finally:
+            path.unlink(missing_ok=True)
+
     def adopt(self, staged: Path, sha256: str) -> Path:
         """Give a flushed staging file its name; the caller has computed `sha256` from its bytes.
 
@@ -93,20 +102,15 @@ class Store:
         final = self.path(sha256)
         if final.exists() and final.stat().st_size == len(content):
             return final
-        staged = self.new_staging()
-        try:
+        with self.staged() as staged:
             with disk_errors(self.root), staged.open("wb") as stream:
                 stream.write(content)
                 flush(stream)
             return self.adopt(staged, sha256)
-        finally:
-            staged.unlink(missing_ok=True)
 
-    def stored(self) -> Iterator[Path]:
+    def stored(self) -> list[Path]:
         """Every content-addressed file."""
-        for folder in sorted(self.files.iterdir()) if self.files.is_dir() else []:
-            if folder.is_dir():
-                yield from sorted(folder.iterdir())
+        return sorted(self.files.glob("??/*"))
 
     def sizes(self) -> dict[str, int]:
         """Digest to bytes of every stored file: the quick look that a start takes."""
