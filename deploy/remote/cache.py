@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import stat
 import subprocess
 import tempfile
 import time
@@ -42,7 +43,7 @@ def fsc(target: str) -> bool | None:
         return None
     number = Path(target).stat().st_dev
     device = f"{os.major(number)}:{os.minor(number)}"
-    return next((volume.fsc for volume in mounts.parse_volumes(volumes.read_text()) if volume.device == device), None)
+    return mounts.cached_volumes(volumes.read_text()).get(device)
 
 
 def install(request: Json) -> Json:
@@ -109,7 +110,7 @@ def remount(request: Json) -> Json:
 
 
 def measure(request: Json) -> Json:
-    """Bytes per second of one sequential read of `bytes` of a file: cold, from the cache on disk, from memory.
+    """Bytes per second of one sequential read of `bytes` of a file: cold, and from the cache on disk.
 
     Reads `path`, or the largest file below `share`. Cold and disk need the page cache dropped: root; else they are None.
     """
@@ -117,9 +118,8 @@ def measure(request: Json) -> Json:
     if path is None:
         return {"path": None}
     size = min(path.stat().st_size, int(request["bytes"]))
-    rates = [_read(path, size) if drop_caches() else None for _ in range(2)]
-    _read(path, size)
-    return {"path": str(path), "bytes": size, "cold": rates[0], "warm": rates[1], "memory": _read(path, size)}
+    cold, warm = (_read(path, size) if drop_caches() else None for _ in range(2))
+    return {"path": str(path), "bytes": size, "cold": cold, "warm": warm}
 
 
 def _largest(share: Path) -> Path | None:
@@ -127,12 +127,10 @@ def _largest(share: Path) -> Path | None:
     for folder, _, names in os.walk(share):
         for name in names:
             path = Path(folder) / name
-            try:
-                size = path.lstat().st_size
-            except OSError:
-                continue
-            if path.is_file() and not path.is_symlink() and (best is None or size > best[0]):
-                best = (size, path)
+            with suppress(OSError):
+                status = path.lstat()
+                if stat.S_ISREG(status.st_mode) and (best is None or status.st_size > best[0]):
+                    best = (status.st_size, path)
         if best is not None and best[0] > 1 << 30:
             break
     return best[1] if best else None

@@ -14,7 +14,7 @@ NETWORK = (*NFS, "virtiofs", "9p", "cifs", "ceph", "lustre", "glusterfs", "fuse.
 "File systems that several nodes can see; anything else is taken for local."
 
 _ESCAPE = re.compile(r"\\([0-7]{3})")
-_FIELDS = re.compile(r"^(\s*)(\S+)(\s+)(\S+)(\s+)(\S+)(\s+)(\S+)(.*)$", re.DOTALL)
+_ENTRY = re.compile(r"(?P<before>\s*[^\s#]\S*\s+(?P<target>\S+)\s+(?P<kind>\S+)\s+)(?P<options>\S+)")
 
 
 class Mount(NamedTuple):
@@ -23,7 +23,6 @@ class Mount(NamedTuple):
     source: str
     target: str
     kind: str
-    options: tuple[str, ...]
 
     @property
     def network(self) -> bool:
@@ -31,29 +30,15 @@ class Mount(NamedTuple):
         return self.kind in NETWORK
 
 
-class Volume(NamedTuple):
-    """One line of /proc/fs/nfsfs/volumes."""
-
-    version: str
-    device: str
-    "major:minor, as st_dev has it"
-    fsc: bool
-
-
 def unescape(text: str) -> str:
     r"""fstab's \040 is a blank."""
     return _ESCAPE.sub(lambda escape: chr(int(escape.group(1), 8)), text)
 
 
-def parse_mounts(text: str) -> list[Mount]:
-    """/proc/mounts, in its order: a later line covers an earlier one with the same target."""
-    rows = [line.split() for line in text.splitlines()]
-    return [Mount(unescape(row[0]), unescape(row[1]), row[2], tuple(row[3].split(","))) for row in rows if len(row) >= 4]
-
-
 def current() -> list[Mount]:
-    """What is mounted now."""
-    return parse_mounts(Path("/proc/mounts").read_text())
+    """What is mounted now, in the order of /proc/mounts: a later line covers an earlier one with the same target."""
+    rows = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
+    return [Mount(unescape(row[0]), unescape(row[1]), row[2]) for row in rows]
 
 
 def mount_of(path: str | Path) -> Mount | None:
@@ -63,62 +48,33 @@ def mount_of(path: str | Path) -> Mount | None:
     return max(reversed(holding), key=lambda mount: len(mount.target), default=None)
 
 
-def parse_volumes(text: str) -> list[Volume]:
-    """/proc/fs/nfsfs/volumes. Kernels before 5.x and after have the same columns; FSC is the last."""
-    lines = text.splitlines()
-    if not lines:
-        return []
-    names = lines[0].split()
-    volumes = []
-    for line in lines[1:]:
-        row = dict(zip(names, line.split(), strict=False))
-        if "DEV" in row:
-            volumes.append(Volume(row.get("NV", ""), row["DEV"], row.get("FSC", "no") == "yes"))
-    return volumes
+def cached_volumes(text: str) -> dict[str, bool]:
+    """/proc/fs/nfsfs/volumes: device (major:minor, as st_dev has it) to FSC. Columns are the same before Linux 5 and after."""
+    rows = [line.split() for line in text.splitlines()]
+    volumes = [dict(zip(rows[0], row, strict=False)) for row in rows[1:]]
+    return {volume["DEV"]: volume.get("FSC") == "yes" for volume in volumes if "DEV" in volume}
 
 
-class FstabLine:
-    """One line, kept byte for byte. `target`, `kind` and `options` are empty where it is no entry."""
-
-    def __init__(self, text: str) -> None:
-        self.text = text
-        self.source = self.target = self.kind = ""
-        self.options: tuple[str, ...] = ()
-        self._parts: list[str] | None = None
-        fields = _FIELDS.match(text)
-        if fields and not fields.group(2).startswith("#"):
-            self._parts = list(fields.groups())
-            self.source, self.target = unescape(fields.group(2)), unescape(fields.group(4))
-            self.kind, self.options = fields.group(6), tuple(fields.group(8).split(","))
-
-    def with_option(self, option: str) -> FstabLine:
-        """The same line with `option`; every other byte stays. Its negation (`nofsc`) gives way."""
-        if self._parts is None or option in self.options or any(held.startswith(option + "=") for held in self.options):
-            return self
-        kept = [held for held in self.options if held != "no" + option]
-        parts = list(self._parts)
-        parts[7] = ",".join([*kept, option])
-        return FstabLine("".join(parts))
-
-
-def parse_fstab(text: str) -> list[FstabLine]:
-    """Every line, comments and oddities too; `render_fstab` gives the same text back."""
-    return [FstabLine(line) for line in text.splitlines(keepends=True)]
-
-
-def render_fstab(lines: list[FstabLine]) -> str:
-    """The text of the lines."""
-    return "".join(line.text for line in lines)
+def nfs_entry(line: str, target: str) -> re.Match[str] | None:
+    """The fields of a line of fstab that mounts NFS at `target`; None for any other line."""
+    entry = _ENTRY.match(line)
+    if entry and entry["kind"] in NFS and unescape(entry["target"]).rstrip("/") == target.rstrip("/"):
+        return entry
+    return None
 
 
 def with_cache(text: str, target: str) -> str:
     """fstab with `fsc` on the NFS entry that is mounted at `target`; the same text where there is none or it has it."""
-    return render_fstab(
-        [
-            line.with_option("fsc") if line.target.rstrip("/") == target.rstrip("/") and line.kind in NFS else line
-            for line in parse_fstab(text)
-        ]
-    )
+    return "".join(_with_fsc(line, nfs_entry(line, target)) for line in text.splitlines(keepends=True))
+
+
+def _with_fsc(line: str, entry: re.Match[str] | None) -> str:
+    """Every other byte stays; the negation (`nofsc`) gives way."""
+    options = entry["options"].split(",") if entry else []
+    if entry is None or any(option == "fsc" or option.startswith("fsc=") for option in options):
+        return line
+    kept = [option for option in options if option != "nofsc"]
+    return f"{entry['before']}{','.join([*kept, 'fsc'])}{line[entry.end() :]}"
 
 
 def space(path: str | Path) -> Json | None:

@@ -65,25 +65,16 @@ def _share(share: Path, run: str, me: str, nonce: str) -> Json:
     except OSError as error:
         return {"error": f"{share} cannot be written: {os.strerror(error.errno or 0).lower()}"}
     mount = mounts.mount_of(share)
-    return {
-        "kind": mount.kind if mount else "?",
-        "source": mount.source if mount else "?",
-        "network": mount is not None and mount.network,
-        "free": os.statvfs(share).f_bavail * os.statvfs(share).f_frsize,
-    }
+    return {"kind": mount.kind if mount else "?", "free": os.statvfs(share).f_bavail * os.statvfs(share).f_frsize}
 
 
 def _python(executable: str) -> Json:
-    code = (
-        "import sys, json, sysconfig\n"
-        "print(json.dumps([sys.version.split()[0], sys.implementation.name, sysconfig.get_platform()]))"
-    )
+    code = "import platform; print(platform.python_version())"
     try:
-        process = subprocess.run([executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
-        version, implementation, platform = json.loads(process.stdout)
-    except (OSError, ValueError, subprocess.TimeoutExpired) as error:
+        process = subprocess.run([executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
         return {"error": f"{executable} does not start: {error}"}
-    return {"version": version, "implementation": implementation, "platform": platform}
+    return {"version": process.stdout.strip()}
 
 
 def _environment(link: Path) -> Json | None:
@@ -97,11 +88,8 @@ def _environment(link: Path) -> Json | None:
 
 def _ray(link: Path) -> str | None:
     """Ray's version there, by its metadata: importing it takes seconds."""
-    versions = [
-        folder.name.removeprefix("ray-").removesuffix(".dist-info")
-        for folder in link.glob("lib/python3*/site-packages/ray-*.dist-info")
-    ]
-    return versions[0] if versions else None
+    folders = link.glob("lib/python3*/site-packages/ray-*.dist-info")
+    return next((folder.name.removeprefix("ray-").removesuffix(".dist-info") for folder in folders), None)
 
 
 def pairs(request: Json) -> Json:
@@ -165,12 +153,9 @@ def _part(me: str, address: str, ports: dict[str, Json]) -> None:
     """Tell a peer that it need not listen for us any longer."""
     for port, tried in ports.items():
         if "offset" in tried:
-            try:
-                with socket.create_connection((address, int(port)), timeout=2) as connection:
-                    connection.sendall(f"gracefarm {me} bye\n".encode())
-            except OSError:
-                continue
-            return
+            with suppress(OSError), socket.create_connection((address, int(port)), timeout=2) as connection:
+                connection.sendall(f"gracefarm {me} bye\n".encode())
+                return
 
 
 def clean(request: Json) -> Json:
@@ -214,28 +199,21 @@ def _answer(listeners: list[socket.socket], heard: set[str], over: threading.Eve
         ready, _, _ = select.select(listeners, [], [], 0.1)
         for listener in ready:
             connection, _ = listener.accept()
-            with connection:
+            with connection, suppress(OSError):
                 connection.settimeout(2)
-                try:
-                    word = connection.recv(200).decode(errors="replace").split()
-                    if word[2:] == ["bye"]:
-                        heard.add(word[1])
-                    elif word[:1] == ["gracefarm"]:
-                        connection.sendall(f"{time.time()}\n".encode())
-                except OSError:
-                    continue
+                word = connection.recv(200).decode(errors="replace").split()
+                if word[2:] == ["bye"]:
+                    heard.add(word[1])
+                elif word[:1] == ["gracefarm"]:
+                    connection.sendall(f"{time.time()}\n".encode())
 
 
 def _reach(request: Json, peer: Json, deadline: float) -> Json:
     """Per port: round trip in seconds or the error; and how far the peer's clock is ahead, from the shortest round trip."""
-    ports: dict[str, Json] = {}
-    best = None
-    for port in request["ports"]:
-        tried = _connect(peer["address"], port, request["me"], deadline)
-        ports[str(port)] = tried
-        if "offset" in tried and (best is None or tried["rtt"] < best["rtt"]):
-            best = tried
-    return {"ports": ports, "rtt": best["rtt"] if best else None, "offset": best["offset"] if best else None}
+    ports = {str(port): _connect(peer["address"], port, request["me"], deadline) for port in request["ports"]}
+    greeted = [tried for tried in ports.values() if "offset" in tried]
+    best = min(greeted, key=lambda tried: float(tried["rtt"]), default={})
+    return {"ports": ports, "rtt": best.get("rtt"), "offset": best.get("offset")}
 
 
 def _connect(address: str, port: int, me: str, deadline: float) -> Json:
@@ -247,12 +225,10 @@ def _connect(address: str, port: int, me: str, deadline: float) -> Json:
                 before = time.time()
                 connection.sendall(f"gracefarm {me}\n".encode())
                 try:
-                    answer = float(connection.recv(64) or b"nan")
+                    answer = float(connection.recv(64))
                 except (OSError, ValueError):
-                    return {"foreign": True}  # connected, but somebody else's service: the route is proven
+                    return {}  # connected, but somebody else's service: the route is proven
                 after = time.time()
-                if answer != answer:
-                    return {"foreign": True}
                 return {"rtt": after - before, "offset": answer - (before + after) / 2}
         except OSError as error:
             if time.monotonic() >= deadline:
@@ -267,10 +243,8 @@ def _nonces(request: Json, names: set[str], deadline: float) -> Json:
     nonces: Json = {}
     while len(nonces) < len(names):
         for name in names - set(nonces):
-            try:
+            with suppress(OSError):
                 nonces[name] = (folder / name).read_text()
-            except OSError:
-                continue
         if time.monotonic() >= deadline:
             break
         time.sleep(0.1)

@@ -86,14 +86,13 @@ async def measure_new(work: Work) -> bool:
     return True
 
 
-async def up(targets: Sequence[RemoteNode], share: str, console: Console, *, sample: int = SAMPLE) -> list[Row]:
+async def up(targets: Sequence[RemoteNode], share: str, console: Console) -> list[Row]:
     """The cache on every node that can have it, in the inventory's order.
 
     Raises:
         SshError, NodeError: a node was not reached.
     """
-
-    good, bad = await try_all(targets, lambda node: _node(node, share, console, sample))
+    good, bad = await try_all(targets, lambda node: _node(node, share, console))
     for error in bad.values():
         if isinstance(error, (SshError, NodeError)):
             raise error
@@ -104,7 +103,7 @@ def _failed(node: str, error: GracefarmError) -> Row:
     return Row(node=node, outcome="skipped", text=error.cause.removeprefix(f"{node}: "))
 
 
-async def _node(node: RemoteNode, share: str, console: Console, sample: int) -> Row:
+async def _node(node: RemoteNode, share: str, console: Console) -> Row:
     seen = await call(node, "cache.inspect", {"share": share})
     reason = why_not(seen)
     if reason:
@@ -123,7 +122,7 @@ async def _node(node: RemoteNode, share: str, console: Console, sample: int) -> 
         why = after["busy"] or "the kernel took the option and does not cache (FSC no in /proc/fs/nfsfs/volumes)"
         text = f"{why}; the next mount has it" if after["busy"] else str(why)
         return Row(node=node.name, outcome="skipped", text=text, diff=diff, backup=backup)
-    speed = await call(node, "cache.measure", {"share": share, "bytes": sample})
+    speed = await call(node, "cache.measure", {"share": share, "bytes": SAMPLE})
     return Row(
         node=node.name,
         outcome="done",
@@ -135,12 +134,12 @@ async def _node(node: RemoteNode, share: str, console: Console, sample: int) -> 
     )
 
 
-async def measure(targets: Sequence[RemoteNode], share: str, *, sample: int = SAMPLE) -> dict[str, Json]:
+async def measure(targets: Sequence[RemoteNode], share: str) -> dict[str, Json]:
     """One cold and one warm read on every node at once, of the largest file that is there.
 
     A node that fails, or has nothing to read, is left out.
     """
-    good, _bad = await try_all(targets, lambda node: call(node, "cache.measure", {"share": share, "bytes": sample}))
+    good, _bad = await try_all(targets, lambda node: call(node, "cache.measure", {"share": share, "bytes": SAMPLE}))
     return {node: {key: speed[key] for key in ("path", "cold", "warm")} for node, speed in good.items() if speed["path"]}
 
 
@@ -155,8 +154,7 @@ def why_not(seen: Json) -> str | None:
         return None
     if not seen["root"]:
         return "it needs root, and sudo asks for a password on this node"
-    entries = [line for line in mounts.parse_fstab(seen["fstab"]) if line.target.rstrip("/") == seen["target"].rstrip("/")]
-    if not any(entry.kind in mounts.NFS for entry in entries):
+    if not any(mounts.nfs_entry(line, seen["target"]) for line in seen["fstab"].splitlines()):
         return f"{seen['target']} is not in /etc/fstab: whoever mounts it must say `fsc`"
     return None
 

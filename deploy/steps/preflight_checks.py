@@ -34,8 +34,6 @@ class NodePython(KeptFact):
     """An interpreter as it runs on the node."""
 
     version: str = ""
-    implementation: str = ""
-    platform: str = ""
     error: str | None = None
 
 
@@ -55,8 +53,6 @@ class SharedFolder(KeptFact):
 
     error: str | None = None
     kind: str = ""
-    source: str = ""
-    network: bool = False
     free: int = 0
 
 
@@ -76,10 +72,8 @@ class Survey(KeptFact):
 
 
 class Port(KeptFact):
-    """One connection: seconds for a greeting and its answer, or the error; `foreign`: somebody else's service answered."""
+    """One connection; without an error this node or somebody else's service answered."""
 
-    rtt: float | None = None
-    foreign: bool = False
     error: str | None = None
 
 

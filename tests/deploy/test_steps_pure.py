@@ -33,7 +33,7 @@ def test_fsc_is_added_to_the_nfs_entry_and_every_other_byte_stays() -> None:
 
 
 def test_fsc_is_read_from_the_kernels_table() -> None:
-    assert [(volume.device, volume.fsc) for volume in mounts.parse_volumes(VOLUMES)] == [("0:50", True), ("0:51", False)]
+    assert mounts.cached_volumes(VOLUMES) == {"0:50": True, "0:51": False}
 
 
 def test_the_shared_lock_lets_one_in_at_a_time(tmp_path: Path) -> None:
