@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import click
 import httpx
-from rich.console import Console as RichConsole
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
-from deploy.cli.common import Context, pass_context, wait
+from deploy.cli.common import Context, output, reporting
 from deploy.fleet import tunnels
 from deploy.fleet.ssh import open_fleet
 from deploy.fleet.tunnels import WantedPort
@@ -25,7 +25,6 @@ from deploy.nodes.deployment import Folder
 from deploy.planning.plans import Plan
 from deploy.steps.completion import Answer, Api, CompletionServer, Prompt
 from deploy.watch.status import plan_of
-from gracefarm.cli import json_option
 from gracefarm.errors import UsageError
 from gracefarm.files import atomic_write
 
@@ -62,8 +61,7 @@ class _Numbers(click.ParamType[tuple[int, ...]]):
 @click.option("--url", metavar="URL", help="Any OpenAI-compatible server, without a deployment; its key in OPENAI_API_KEY.")
 @click.option("--key-file", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="Of --url: its key.")
 @click.option("--model", help="Of several that are served; default: the first.")
-@json_option
-@pass_context
+@reporting
 def bench(
     context: Context,
     concurrency: tuple[int, ...] | None,
@@ -93,7 +91,8 @@ def bench(
     async def go() -> None:
         async with _server(context, url, key) as server:
             if concurrency is None:
-                await _query(context, server, Asked(prompt, max_tokens, api, model, patience))
+                asked = Prompt(model=model or "", text=prompt, max_tokens=max_tokens, api=api)
+                await _query(context, server, asked, patience)
                 return
             sweep = Sweep(
                 concurrency=concurrency,
@@ -107,7 +106,7 @@ def bench(
             report = await _sweep(context, server, sweep, plan, model)
             _keep(context, report, stay=url is None)
 
-    wait(go())
+    asyncio.run(go())
 
 
 @asynccontextmanager
@@ -134,28 +133,17 @@ def _check(url: str) -> None:
         raise UsageError(f"--url {url} is no address of a server", remedy="http://HOST:PORT/v1")
 
 
-@dataclass(frozen=True)
-class Asked:
-    """The one query."""
-
-    prompt: str
-    max_tokens: int
-    api: Api
-    model: str | None
-    patience: float
-
-
-async def _query(context: Context, server: CompletionServer, asked: Asked) -> None:
+async def _query(context: Context, server: CompletionServer, asked: Prompt, patience: float) -> None:
+    """`asked` without a model is for the first that is served."""
     async with server.client() as client:
-        name = await find_model(client, asked.model)
-    prompt = Prompt(model=name, text=asked.prompt, max_tokens=asked.max_tokens, api=asked.api)
+        name = await find_model(client, asked.model or None)
 
     def show(text: str) -> None:
         if not context.console.as_json:
             sys.stdout.write(text)
             sys.stdout.flush()
 
-    answer = await query(server, prompt, patience=asked.patience, on_text=show)
+    answer = await query(server, replace(asked, model=name), patience=patience, on_text=show)
     if context.console.as_json:
         context.console.result({"model": name, **asdict(answer), "chunks": answer.chunks, "tokens_per_s": _rate(answer)})
         return
@@ -205,13 +193,12 @@ def _keep(context: Context, report: SweepReport, *, stay: bool) -> None:
 
 
 def _table(report: SweepReport) -> None:
-    out = RichConsole(highlight=False, width=None if sys.stdout.isatty() else 127)
+    out = output()
     ended = "" if report.to_the_end else "at most "
     out.print(
         f"[bold]{escape(report.model)}[/]{', ' + report.layout if report.layout else ''}; about {report.prompt_tokens} tokens"
         f" in, {ended}{report.max_tokens} out"
     )
-    table = Table(box=None, pad_edge=False)
     heads = (
         "at once",
         "answered",
@@ -222,8 +209,7 @@ def _table(report: SweepReport) -> None:
         "token ms p50/p90/p99",
         "$/Mtok",
     )
-    for head in heads:
-        table.add_column(head, justify="right")
+    table = Table(*(Column(head, justify="right") for head in heads), box=None, pad_edge=False)
     for level in report.levels:
         wrong = " ".join(f"[red]{count} {escape(kind)}[/]" for kind, count in level.errors.items())
         table.add_row(

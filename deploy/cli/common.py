@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Coroutine
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Concatenate, ParamSpec, TypeVar
 
 import click
+from rich.console import Console as RichConsole
 
 from deploy.nodes.deployment import Deployment, load_deployment
+from gracefarm.cli import json_option
 from gracefarm.console import Console
 
-T = TypeVar("T")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +36,11 @@ class Context:
 pass_context = click.make_pass_decorator(Context)
 
 
-def wait(work: Coroutine[Any, Any, T]) -> T:
-    """Run a coroutine to its end. Ctrl-C cancels it, lets it clean up, and comes out as KeyboardInterrupt (exit code 130)."""
-    return asyncio.run(work)
+def reporting(command: Callable[Concatenate[Context, P], R]) -> Callable[P, R]:
+    """A command that gets the Context and takes --json."""
+    return json_option(pass_context(command))
+
+
+def output() -> RichConsole:
+    """stdout for tables: as wide as the terminal, else wide enough for every column."""
+    return RichConsole(highlight=False, width=None if sys.stdout.isatty() else 127)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import click
 
-from deploy.cli.common import Context, pass_context, wait
+from deploy.cli.common import Context, reporting
 from deploy.fleet import hostkeys
 from deploy.fleet.connections import parse_jump
 from deploy.fleet.hostkeys import HostKey
@@ -19,7 +20,6 @@ from deploy.nodes import template
 from deploy.nodes.config import FILE, Access
 from deploy.nodes.deployment import Deployment, load_deployment
 from deploy.nodes.facts import Facts, NodeFacts, keep_facts, load_facts
-from gracefarm.cli import json_option
 from gracefarm.console import Console
 from gracefarm.errors import GracefarmError, SshError
 
@@ -37,8 +37,7 @@ GIB = 1 << 30
 )
 @click.option("--accept", is_flag=True, help="Pin the host keys without asking; compare the fingerprints with the consoles'.")
 @click.option("--repin", is_flag=True, help="Ask about host keys that differ from the pinned ones too.")
-@json_option
-@pass_context
+@reporting
 def init(
     context: Context,
     file: Path | None,
@@ -104,7 +103,7 @@ def _pin(deployment: Deployment, console: Console, *, accept: bool, repin: bool)
     lost: dict[str, GracefarmError] = {}
     told: list[HostKey] = []
     for jumps in (True, False):  # nodes behind a jump host can be asked when its key is trusted
-        shown, bad = wait(look(jumps))
+        shown, bad = asyncio.run(look(jumps))
         lost |= bad
         _judge(deployment, console, shown, accept=accept, repin=repin)
         told += [host_key for host_key in shown if host_key.name not in [told_key.name for told_key in told]]
@@ -151,7 +150,7 @@ def _ask(deployment: Deployment, console: Console, names: Sequence[str]) -> tupl
             return await probe_nodes(deployment, remote_nodes(nodes, nodes=[deployment.node(name) for name in names]))
 
     console.step("facts", f"asking {len(names)} nodes")
-    asked, bad = wait(probe())
+    asked, bad = asyncio.run(probe())
     keep_facts(deployment, asked)
     return asked, bad
 
@@ -171,8 +170,7 @@ def _propose(deployment: Deployment, asked: Facts, console: Console) -> None:
 
 @click.command()
 @click.option("--kept", is_flag=True, help="What is kept, without asking again.")
-@json_option
-@pass_context
+@reporting
 def facts(context: Context, kept: bool) -> None:
     """What the nodes are: asked now, all at once, and kept for `deploy plan`."""
     deployment = context.deployment

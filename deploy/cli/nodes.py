@@ -11,6 +11,7 @@ killall                 deploy down
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import sys
@@ -20,12 +21,11 @@ import click
 from rich.console import Console as RichConsole
 from rich.markup import escape
 
-from deploy.cli.common import Context, pass_context, wait
+from deploy.cli.common import Context, pass_context, reporting
 from deploy.fleet.connections import parse_jump
 from deploy.fleet.results import CommandResult
 from deploy.fleet.ssh import open_fleet
 from deploy.nodes.deployment import Deployment, Node
-from gracefarm.cli import json_option
 from gracefarm.errors import HostError, NodeError
 
 COLOURS = ("cyan", "green", "yellow", "magenta", "blue", "red")
@@ -35,8 +35,7 @@ COLOURS = ("cyan", "green", "yellow", "magenta", "blue", "red")
 @click.option("-k", "words", multiple=True, metavar="WORDS", help="Nodes: k1, 2-5, an address, head, rest, a group; commas.")
 @click.option("--timeout", type=click.FloatRange(min=0, min_open=True), help="Seconds; what takes longer is ended.")
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
-@json_option
-@pass_context
+@reporting
 def run(context: Context, words: tuple[str, ...], timeout: float | None, command: tuple[str, ...]) -> None:
     """A command on all nodes at once, or on those of -k; each line with its node before it.
 
@@ -63,7 +62,7 @@ def run(context: Context, words: tuple[str, ...], timeout: float | None, command
             text = command[0] if len(command) == 1 else list(command)
             return await fleet.run(text, nodes=nodes, timeout=timeout, on_line=line, keep=False)
 
-    results = wait(go())
+    results = asyncio.run(go())
     if context.console.as_json:
         rows = {
             name: {

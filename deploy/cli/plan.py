@@ -18,14 +18,13 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from deploy.cli.common import Context, pass_context
+from deploy.cli.common import Context, reporting
 from deploy.nodes import state
 from deploy.nodes.config import FILE, Config, ModelConfig
 from deploy.nodes.deployment import Deployment, find_config
 from deploy.nodes.facts import Facts, load_facts
 from deploy.planning import engines, layouts, models, plans, script, speed, suppose
 from deploy.planning.plans import Plan
-from gracefarm.cli import json_option
 from gracefarm.errors import ConfigError, UsageError
 from gracefarm.files import atomic_write
 
@@ -40,8 +39,7 @@ from gracefarm.files import atomic_write
 @click.option("--model", "repo", metavar="REPO", help="With --nodes: this model.")
 @click.option("--tp", type=click.IntRange(1), help="With --nodes: this many GPUs share every layer.")
 @click.option("--pp", type=click.IntRange(1), help="With --nodes: this many stages.")
-@json_option
-@pass_context
+@reporting
 def plan(
     context: Context,
     shell: bool,

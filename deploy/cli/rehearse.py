@@ -7,11 +7,10 @@ import time
 
 import click
 
-from deploy.cli.common import Context, pass_context
+from deploy.cli.common import Context, reporting
 from deploy.rehearsal import walkthrough
 from deploy.rehearsal.walkthrough import Rehearsal
 from gracefarm import extras, settings
-from gracefarm.cli import json_option
 
 LOOKS = (("bench", "--concurrency", "1,4", "--requests", "8", "--max-tokens", "32"), ("status",))
 "What a person does with an engine that is READY."
@@ -20,8 +19,7 @@ LOOKS = (("bench", "--concurrency", "1,4", "--requests", "8", "--max-tokens", "3
 @click.command()
 @click.option("--nodes", "count", default=3, show_default=True, type=click.IntRange(1, 89), help="Each has one GPU in name.")
 @click.option("--keep", is_flag=True, help="Stay READY until Ctrl-C, and say how to look around.")
-@json_option
-@pass_context
+@reporting
 def rehearse(context: Context, count: int, keep: bool) -> None:
     """From ips.txt to streamed tokens on nodes that are namespaces of this machine: no GPU, no rent.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import shlex
 import sys
 from collections.abc import Awaitable, Callable, Iterator
@@ -10,11 +11,10 @@ from pathlib import Path
 from typing import TypeVar
 
 import click
-from rich.console import Console as RichConsole
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
-from deploy.cli.common import Context, pass_context, wait
+from deploy.cli.common import Context, output, reporting
 from deploy.fleet import tunnels
 from deploy.fleet.ssh import open_fleet
 from deploy.nodes import paths, redact, state
@@ -25,7 +25,6 @@ from deploy.steps.order import Served, StepChoice
 from deploy.steps.preflight_checks import Cell
 from deploy.steps.step import Work, look
 from gracefarm import settings
-from gracefarm.cli import json_option
 from gracefarm.console import Console
 from gracefarm.errors import ConfigError, ExitCode, GracefarmError, InstallError
 
@@ -67,7 +66,7 @@ def at_work(context: Context, keeper: Keeper, do: Callable[[Work], Awaitable[T]]
             )
 
     try:
-        return wait(go())
+        return asyncio.run(go())
     except GracefarmError as error:
         raise type(error)(clean(error.cause), remedy=clean(error.remedy), repeat=error.repeat) from error
     except KeyboardInterrupt:
@@ -82,8 +81,7 @@ no_wait_option = click.option("--no-wait", is_flag=True, help="Fail at once wher
 @click.option("--from", "start", metavar="STEP", type=click.Choice(order.UP), help="Do this step and the later ones again.")
 @click.option("--skip", multiple=True, metavar="STEP", type=click.Choice(order.UP), help="Leave a step out.")
 @no_wait_option
-@json_option
-@pass_context
+@reporting
 def up(context: Context, start: str | None, skip: tuple[str, ...], no_wait: bool) -> None:
     """Preflight, NFS cache, environment, weights, proof: what is missing on the nodes, and no more.
 
@@ -106,8 +104,7 @@ async def _up(work: Work, choice: StepChoice) -> bool:
 @click.command()
 @click.option("--skip-up", is_flag=True, help="Do not look whether `deploy up` has something to do.")
 @no_wait_option
-@json_option
-@pass_context
+@reporting
 def serve(context: Context, skip_up: bool, no_wait: bool) -> None:
     """Start Ray and the engine; READY when a real completion came back. Does `deploy up` first where it is needed.
 
@@ -150,8 +147,7 @@ def ask(key: Path, port: int) -> str:
 @click.command()
 @click.option("--keep-ray", is_flag=True, help="End the engine alone.")
 @no_wait_option
-@json_option
-@pass_context
+@reporting
 def down(context: Context, keep_ray: bool, no_wait: bool) -> None:
     """End the engine, Ray, builds and downloads on every node, and look that nothing of ours is left; tunnels here too.
 
@@ -168,8 +164,7 @@ def down(context: Context, keep_ray: bool, no_wait: bool) -> None:
 
 
 @click.command("preflight")
-@json_option
-@pass_context
+@reporting
 def preflight_command(context: Context) -> None:
     """Every check on every node and pair, as a table; red cells with their remedy. Changes nothing."""
 
@@ -190,10 +185,7 @@ _COLOUR = {"ok": "green", "bad": "bold red", "warn": "yellow", "skipped": "dim"}
 
 def _print_cells(cells: list[Cell], names: list[str]) -> None:
     """One row per check; a row whose nodes all say the same is one cell."""
-    table = Table(box=None, pad_edge=False)
-    table.add_column("check")
-    table.add_column("nodes")
-    table.add_column("what was found", overflow="fold")
+    table = Table("check", "nodes", Column("what was found", overflow="fold"), box=None, pad_edge=False)
     for check in preflight.ORDER:
         groups: dict[tuple[str, str], list[str]] = {}
         for cell in cells:
@@ -202,7 +194,7 @@ def _print_cells(cells: list[Cell], names: list[str]) -> None:
         for (status, text), nodes in groups.items():
             who = "all" if len(nodes) == len(names) else ",".join(nodes)
             table.add_row(check, who, f"[{_COLOUR[status]}]{status}[/] {escape(text)}")
-    RichConsole(highlight=False, width=127 if not sys.stdout.isatty() else None).print(table)
+    output().print(table)
 
 
 # environments
@@ -215,8 +207,7 @@ def env() -> None:
 
 @env.command("up")
 @no_wait_option
-@json_option
-@pass_context
+@reporting
 def env_up(context: Context, no_wait: bool) -> None:
     """Build the environment of the set's lock unless it is there, import it on all nodes, make it active."""
     others = [name for name in order.UP if name not in ("environment", "proof")]
@@ -227,8 +218,7 @@ def env_up(context: Context, no_wait: bool) -> None:
 
 
 @env.command("list")
-@json_option
-@pass_context
+@reporting
 def env_list(context: Context) -> None:
     """Finished environments, newest first, and which are active."""
     root = paths.environment_root(context.deployment)
@@ -241,8 +231,7 @@ def env_list(context: Context) -> None:
 
 
 @env.command("matrix")
-@json_option
-@pass_context
+@reporting
 def env_matrix(context: Context) -> None:
     """Import every module of the active environment on every node again."""
     deployment = context.deployment
@@ -259,8 +248,7 @@ def env_matrix(context: Context) -> None:
 
 
 @env.command("rollback")
-@json_option
-@pass_context
+@reporting
 def env_rollback(context: Context) -> None:
     """Make the environment active that was active before; a running engine keeps the one that it started with."""
     with held(context) as keeper:
@@ -271,8 +259,7 @@ def env_rollback(context: Context) -> None:
 
 @env.command("gc")
 @click.option("--keep", default=2, show_default=True, type=click.IntRange(1), help="Generations that stay for a roll-back.")
-@json_option
-@pass_context
+@reporting
 def env_gc(context: Context, keep: int) -> None:
     """Remove old environments that no process on any node runs from."""
     root = paths.environment_root(context.deployment)
@@ -292,8 +279,7 @@ def weights_group() -> None:
 
 @weights_group.command("verify")
 @click.option("--remove", is_flag=True, help="Take away what is wrong, so that `deploy up` brings it again.")
-@json_option
-@pass_context
+@reporting
 def weights_verify(context: Context, remove: bool) -> None:
     """Hash every file again, dealt over all nodes."""
     deployment = context.deployment

@@ -15,11 +15,10 @@ from typing import Any
 
 import click
 
-from deploy.cli.common import Context, pass_context, wait
+from deploy.cli.common import Context, reporting
 from deploy.fleet import tunnels
 from deploy.fleet.ssh import open_fleet
 from deploy.nodes.deployment import Folder
-from gracefarm.cli import json_option
 from gracefarm.errors import GracefarmError, SshError
 
 
@@ -34,8 +33,7 @@ def _prepare(folder: Folder) -> None:
 @click.option("--dashboard-port", type=click.IntRange(0, 65535), help="Of Ray's dashboard, here; default: as there (8265).")
 @click.option("--background", is_flag=True, help="Come back when it is open; `deploy down` ends it, or --end.")
 @click.option("--end", is_flag=True, help="End every tunnel of this deployment on this machine.")
-@json_option
-@pass_context
+@reporting
 def tunnel(context: Context, port: int | None, dashboard_port: int | None, background: bool, end: bool) -> None:
     """The engine (2242) and Ray's dashboard (8265) on this machine's loopback, until Ctrl-C.
 
@@ -67,7 +65,7 @@ def tunnel(context: Context, port: int | None, dashboard_port: int | None, backg
             await tunnels.attend(fleet, deployment.head, changed)
 
     with tunnels.registered(deployment.folder), suppress(KeyboardInterrupt, asyncio.CancelledError):
-        wait(go())
+        asyncio.run(go())
     context.console.event("closed", "the tunnel is closed; the engine runs on")
 
 

@@ -16,7 +16,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from deploy.cli.common import Context, pass_context, wait
+from deploy.cli.common import Context, output, reporting
 from deploy.cli.nodes import COLOURS
 from deploy.fleet.jobs import JobStatus
 from deploy.fleet.shells import remote_nodes
@@ -28,7 +28,6 @@ from deploy.watch.collect import Bundle, as_json, write_bundle
 from deploy.watch.logs import Wish, engine_log, ray_logs
 from deploy.watch.status import SERVING, WAITING, NodeStatus, Service, Status, look, watch_of
 from deploy.watch.top import Moment, watching
-from gracefarm.cli import json_option
 from gracefarm.errors import EngineError, ExitCode, GracefarmError, SeveralError
 
 _COLOUR = {"READY": "bold green", "BUSY": "green", "LOADING": "cyan", "PLANNED": "dim", "STOPPED": "dim", "DEGRADED": "yellow"}
@@ -40,8 +39,7 @@ _BAD = "bold red"
 
 @click.command()
 @click.option("--canary", default=30.0, show_default=True, type=click.FloatRange(min=0.1), help="Seconds for one token.")
-@json_option
-@pass_context
+@reporting
 def status(context: Context, canary: float) -> None:
     """Every node, and the service by a real completion of one token: /health says 200 of a dead engine too.
 
@@ -56,11 +54,11 @@ def status(context: Context, canary: float) -> None:
         async with open_fleet(context.deployment) as fleet:
             return await look(watch_of(context.deployment, fleet), canary=canary)
 
-    seen = wait(go())
+    seen = asyncio.run(go())
     if context.console.as_json:
         context.console.result(seen.model_dump())
     else:
-        _out().print(render(seen))
+        output().print(render(seen))
     sys.exit(code_of(seen.service))
 
 
@@ -71,10 +69,6 @@ def code_of(service: Service) -> ExitCode:
     if service.word in WAITING:
         return ExitCode.NOT_SERVING
     return ExitCode.SSH if service.word == "UNREACHABLE" else ExitCode.ENGINE
-
-
-def _out() -> RichConsole:
-    return RichConsole(highlight=False, width=None if sys.stdout.isatty() else 127)
 
 
 def render(seen: Status, moment: Moment | None = None) -> RenderableType:
@@ -94,9 +88,8 @@ def render(seen: Status, moment: Moment | None = None) -> RenderableType:
 
 
 def _nodes(nodes: Sequence[NodeStatus]) -> Table:
-    table = Table(box=None, pad_edge=False)
-    for head in ("node", "address", "Ray", "ours", "GPU memory", "busy", "°C", "host memory", "disk free", "load", "up"):
-        table.add_column(head)
+    heads = ("node", "address", "Ray", "ours", "GPU memory", "busy", "°C", "host memory", "disk free", "load", "up")
+    table = Table(*heads, box=None, pad_edge=False)
     for node in nodes:
         if node.error:
             table.add_row(node.name, node.address, f"[{_BAD}]{escape(node.error)}[/]")
@@ -159,8 +152,7 @@ def speed_of(moment: Moment) -> str:
 @click.option("--every", default=2.0, show_default=True, type=click.FloatRange(min=0.2), help="Seconds between two looks.")
 @click.option("--canary-every", default=30.0, show_default=True, type=click.FloatRange(min=1), help="Between completions.")
 @click.option("--count", type=click.IntRange(1), help="So many looks, then the end; default: until Ctrl-C.")
-@json_option
-@pass_context
+@reporting
 def top(context: Context, every: float, canary_every: float, count: int | None) -> None:
     """`deploy status`, live, with tokens/s, requests and cost by the engine's own counters. Ctrl-C ends it.
 
@@ -179,10 +171,10 @@ def top(context: Context, every: float, canary_every: float, count: int | None) 
                 if console.as_json:
                     console.result({**moment.status.model_dump(), **moment.numbers()})
                 else:
-                    _out().print(time.strftime("%H:%M:%S"), render(moment.status, moment))
+                    output().print(time.strftime("%H:%M:%S"), render(moment.status, moment))
 
     with suppress(KeyboardInterrupt):
-        wait(go())
+        asyncio.run(go())
 
 
 async def _live(moments: AsyncIterator[Moment]) -> None:
@@ -196,7 +188,7 @@ async def _live(moments: AsyncIterator[Moment]) -> None:
                 live.update(Group(render(moment.status, moment), "", end), refresh=True)
     finally:
         if last:
-            _out().print(render(last.status, last))
+            output().print(render(last.status, last))
 
 
 # logs
@@ -208,8 +200,7 @@ async def _live(moments: AsyncIterator[Moment]) -> None:
 @click.option("-f", "--follow", is_flag=True, help="And what is written from now on, until Ctrl-C or the engine's end.")
 @click.option("--ray", "only_ray", is_flag=True, help="Ray's logs, of all nodes unless some are named.")
 @click.option("-n", "--lines", default=50, show_default=True, type=click.IntRange(0), help="Of each log, the last so many.")
-@json_option
-@pass_context
+@reporting
 def logs(context: Context, names: tuple[str, ...], words: tuple[str, ...], follow: bool, only_ray: bool, lines: int) -> None:
     """The engine's log; of nodes that are named, Ray's logs (and the engine's, of the head).
 
@@ -243,7 +234,7 @@ def logs(context: Context, names: tuple[str, ...], words: tuple[str, ...], follo
             await _all(tasks)
 
     with suppress(KeyboardInterrupt):
-        wait(go())
+        asyncio.run(go())
 
 
 class _Shower:
@@ -310,8 +301,7 @@ async def _all(tasks: Sequence[asyncio.Task[None]]) -> None:
 @click.option(
     "--into", type=click.Path(path_type=Path, file_okay=False, exists=True), default=".", help="Folder; default: here."
 )
-@json_option
-@pass_context
+@reporting
 def collect(context: Context, into: Path) -> None:
     """One archive with every log of every node, plan, state and facts; redacted; summary.md has the first cause on top.
 
@@ -324,7 +314,7 @@ def collect(context: Context, into: Path) -> None:
             return await write_bundle(deployment, fleet, folder)
 
     context.console.step("collect", f"asking {len(deployment.nodes)} nodes for their logs")
-    bundle = wait(go())
+    bundle = asyncio.run(go())
     for node, why in bundle.missing.items():
         context.console.warn(f"{node} is not in it: {why}")
     first = bundle.findings[0] if bundle.findings else None
