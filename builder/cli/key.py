@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import click
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from builder.cli.options import json_option, last_wheel, start
-from builder.proof import record
+from builder.proof import provenance, record, signing
 from gracefarm.errors import ConfigError
 
 
@@ -19,12 +20,18 @@ def key_command() -> None:
     """
 
 
+def _private() -> Ed25519PrivateKey:
+    """The key, which must be there."""
+    key = signing.private()
+    if key is None:
+        raise ConfigError("this farm has no key", remedy="make one", repeat="builder key create")
+    return key
+
+
 @key_command.command("create")
 @json_option
 def create_command(as_json: bool) -> None:
     """Make the key, in a file that only its owner can read; prints the public half."""
-    from builder.proof import signing
-
     _, console = start(as_json=as_json)
     public = signing.create()
     console.step("key", f"{signing.place()}, key id {signing.key_id(public)}")
@@ -35,13 +42,8 @@ def create_command(as_json: bool) -> None:
 @json_option
 def show_command(as_json: bool) -> None:
     """The public half, as `builder verify --key` reads it."""
-    from builder.proof import signing
-
     _, console = start(as_json=as_json)
-    private = signing.private()
-    if private is None:
-        raise ConfigError("this farm has no key", remedy="make one", repeat="builder key create")
-    public = private.public_key()
+    public = _private().public_key()
     console.result({"key_id": signing.key_id(public), "public": signing.pem(public)}, signing.pem(public).strip())
 
 
@@ -54,11 +56,8 @@ def sign_command(names: tuple[str, ...], as_json: bool) -> None:
     \b
     builder sign causal_conv1d
     """
-    from builder.proof import provenance, signing
-
     settings, console = start(as_json=as_json)
-    if signing.private() is None:
-        raise ConfigError("this farm has no key", remedy="make one", repeat="builder key create")
+    _private()
     for name in names:
         last, wheel = last_wheel(name, settings)
         record.write(provenance.signed(last, settings), settings)

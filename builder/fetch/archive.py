@@ -17,7 +17,6 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from enum import Enum, auto
 from pathlib import Path, PurePosixPath
 from typing import IO
 
@@ -38,14 +37,7 @@ EARLIEST = 315532800
 "1980-01-01, the first moment that a wheel, being a zip, can hold."
 LATEST = 4354819198
 "2107-12-31, the last one."
-
-
-class Kind(Enum):
-    """What a member becomes on disk."""
-
-    FILE = auto()
-    DIRECTORY = auto()
-    SYMLINK = auto()
+_SET_ID = stat.S_ISUID | stat.S_ISGID
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,10 +45,10 @@ class Member:
     """One entry of an archive, named as it is there."""
 
     path: PurePosixPath
-    kind: Kind
-    executable: bool
+    mode: int
+    "Of a file, a folder or a symbolic link, as st_mode has it."
     mtime: int
-    target: str = ""
+    target: str
     "Of a symbolic link."
     open: Callable[[], IO[bytes]]
 
@@ -86,7 +78,7 @@ def extract_members(archive: Path, into: Path, name: str, places: Mapping[str, s
         for wanted, place in sorted(places.items()):
             start = PurePosixPath(wanted)
             chosen = [member for member in members if member.path == start or start in member.path.parents]
-            if not any(member.kind is not Kind.DIRECTORY for member in chosen):
+            if not any(not stat.S_ISDIR(member.mode) for member in chosen):
                 raise SourceError(f"{name} has no {wanted!r}", remedy="mend [[files]] members in the recipe")
             for member in chosen:
                 _write(replace(member, path=PurePosixPath(place) / member.path.relative_to(start)), into, written, name)
@@ -125,11 +117,11 @@ def _members(archive: Path, name: str) -> Iterator[list[Member]]:
 
 
 def _of_tar(tar: tarfile.TarFile, info: tarfile.TarInfo, name: str) -> Member:
-    path = _inside(info.name, name)
-    kind = Kind.SYMLINK if info.issym() else Kind.DIRECTORY if info.isdir() else Kind.FILE
+    kind = stat.S_IFLNK if info.issym() else stat.S_IFDIR if info.isdir() else stat.S_IFREG
     if not (info.isreg() or info.islnk() or info.issym() or info.isdir()):
         raise _refused(name, info.name, "is a device or a pipe")
-    _check_mode(info.mode, info.name, name)
+    if info.isdir() and info.mode & _SET_ID:
+        raise _refused(name, info.name, "is set-user-id or set-group-id")
 
     def content() -> IO[bytes]:
         try:
@@ -140,31 +132,17 @@ def _of_tar(tar: tarfile.TarFile, info: tarfile.TarInfo, name: str) -> Member:
             raise _refused(name, info.name, f"is a link to {info.linkname!r}, which is no file of the archive")
         return stream
 
-    return Member(
-        path=path,
-        kind=kind,
-        executable=bool(info.mode & stat.S_IXUSR),
-        mtime=int(info.mtime),
-        target=info.linkname if info.issym() else "",
-        open=content,
-    )
+    return _member(info.name, kind | stat.S_IMODE(info.mode), int(info.mtime), info.linkname, content, name)
 
 
 def _of_zip(opened: zipfile.ZipFile, info: zipfile.ZipInfo, name: str) -> Member:
-    path = _inside(info.filename, name)
     mode = info.external_attr >> 16
     if stat.S_IFMT(mode) not in (0, stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK):
         raise _refused(name, info.filename, "is a device or a pipe")
-    _check_mode(mode, info.filename, name)
     link = stat.S_ISLNK(mode)
-    return Member(
-        path=path,
-        kind=Kind.SYMLINK if link else Kind.DIRECTORY if info.is_dir() else Kind.FILE,
-        executable=bool(mode & stat.S_IXUSR),
-        mtime=_seconds(info),
-        target=os.fsdecode(opened.read(info)) if link else "",
-        open=lambda: opened.open(info),
-    )
+    kind = stat.S_IFLNK if link else stat.S_IFDIR if info.is_dir() else stat.S_IFREG
+    target = os.fsdecode(opened.read(info)) if link else ""
+    return _member(info.filename, kind | stat.S_IMODE(mode), _seconds(info), target, lambda: opened.open(info), name)
 
 
 def _seconds(info: zipfile.ZipInfo) -> int:
@@ -173,22 +151,19 @@ def _seconds(info: zipfile.ZipInfo) -> int:
     return calendar.timegm((year, min(max(month, 1), 12), *rest))
 
 
-def _inside(path: str, name: str) -> PurePosixPath:
+def _member(path: str, mode: int, mtime: int, target: str, content: Callable[[], IO[bytes]], name: str) -> Member:
     place = PurePosixPath(path)
     if place.is_absolute() or ".." in place.parts or "\0" in path:
         raise _refused(name, path, "leaves the tree")
-    return place
-
-
-def _check_mode(mode: int, path: str, name: str) -> None:
-    if mode & (stat.S_ISUID | stat.S_ISGID) and not stat.S_ISDIR(mode):
+    if mode & _SET_ID and not stat.S_ISDIR(mode):
         raise _refused(name, path, "is set-user-id or set-group-id")
+    return Member(path=place, mode=mode, mtime=mtime, target=target, open=content)
 
 
 def _stripped(members: list[Member]) -> list[Member]:
     """Without the one top folder, when there is one that holds everything."""
     tops = {member.path.parts[0] for member in members if member.path.parts}
-    flat = any(len(member.path.parts) == 1 and member.kind is not Kind.DIRECTORY for member in members)
+    flat = any(len(member.path.parts) == 1 and not stat.S_ISDIR(member.mode) for member in members)
     if len(tops) != 1 or flat:
         return members
     return [replace(member, path=PurePosixPath(*member.path.parts[1:])) for member in members if len(member.path.parts) > 1]
@@ -197,7 +172,7 @@ def _stripped(members: list[Member]) -> list[Member]:
 def _write(member: Member, into: Path, written: set[Path], name: str) -> None:
     place = into / member.path
     make_parents(place, into, name)
-    if member.kind is Kind.DIRECTORY:
+    if stat.S_ISDIR(member.mode):
         if place.is_symlink() or (place.exists() and not place.is_dir()):
             raise _refused(name, str(member.path), "overwrites a file")
         place.mkdir(exist_ok=True)
@@ -208,12 +183,12 @@ def _write(member: Member, into: Path, written: set[Path], name: str) -> None:
     elif place.is_symlink() or place.exists():
         raise _refused(name, str(member.path), "overwrites what is there already")
     written.add(place)
-    if member.kind is Kind.SYMLINK:
+    if stat.S_ISLNK(member.mode):
         place.symlink_to(member.target)
         return
     with member.open() as source, place.open("xb") as target:
         shutil.copyfileobj(source, target, 1 << 20)
-    place.chmod(0o755 if member.executable else 0o644)
+    place.chmod(0o755 if member.mode & stat.S_IXUSR else 0o644)
 
 
 def make_parents(place: Path, tree: Path, name: str) -> None:

@@ -15,14 +15,13 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from builder.fetch.transfer import ATTEMPTS, mirror_remedy, pause
 from builder.fetch.urls import shown, split_credentials
-from builder.planning.recipe import GitSource
+from builder.planning.recipe import GitSource, Repository, Submodule
 from builder.planning.settings import Settings
 from gracefarm.console import Tick, no_tick
 from gracefarm.errors import DigestError, DiskFullError, FetchError, HostError
@@ -50,16 +49,8 @@ ABSENT = ("not our ref",)
 REFUSED_ADDRESS = ("not found", "does not appear to be a git repository", "could not read username", "authentication failed")
 
 
-@dataclass(frozen=True, kw_only=True)
-class PinnedCommit:
-    """One repository at one commit; `what` is its name for people."""
-
-    url: str
-    commit: str
-    tree: str | None
-    what: str
-
-
+Pinned = GitSource | Submodule | Repository
+"What a recipe says of one repository at one commit."
 Git = Callable[..., str]
 "git with its arguments; what it prints."
 
@@ -82,14 +73,11 @@ def fetch_git(source: GitSource, settings: Settings, tick: Tick = no_tick) -> Pa
         HostError: there is no git.
         DiskFullError: no space.
     """
-    pins = [PinnedCommit(url=source.url, commit=source.commit, tree=source.tree, what=source.url)]
-    pins += [
-        PinnedCommit(url=module.url, commit=module.commit, tree=module.tree, what=f"submodule {path}")
-        for path, module in sorted(source.submodules.items())
-    ]
-    for number, pin in enumerate(pins):
-        tick(number, len(pins), shown(pin.what))
-        fetch_commit(pin, settings)
+    pins: dict[str, Pinned] = {source.url: source}
+    pins |= {f"submodule {path}": module for path, module in sorted(source.submodules.items())}
+    for number, (what, pin) in enumerate(pins.items()):
+        tick(number, len(pins), shown(what))
+        fetch_commit(pin, what, settings)
     tick(len(pins), len(pins), "")
     check_submodules(source, settings)
     return repository_path(settings, source.commit)
@@ -181,8 +169,8 @@ def _environment(config: Path | None) -> dict[str, str]:
     }
 
 
-def fetch_commit(pin: PinnedCommit, settings: Settings) -> None:
-    """One repository at one commit; there already: no network.
+def fetch_commit(pin: Pinned, what: str, settings: Settings) -> None:
+    """One repository at one commit; there already: no network. `what` is its name for people.
 
     Raises:
         FetchError, DigestError, HostError, DiskFullError: as `fetch_git`.
@@ -193,16 +181,16 @@ def fetch_commit(pin: PinnedCommit, settings: Settings) -> None:
         with full_disk(settings.home), lock(place.with_suffix(".lock")):
             if not place.exists():
                 with atomic_directory(place) as partial:
-                    _bring(pin, url, partial, settings)
+                    _bring(pin, what, url, partial, settings)
     tree = run_git(["rev-parse", f"{pin.commit}^{{tree}}"], cwd=place, config=git_config(settings.home)).strip()
     if pin.tree is not None and tree != pin.tree:
         raise DigestError(
-            f"{shown(pin.what)}: commit {pin.commit} has tree {tree}, pinned is {pin.tree}",
+            f"{shown(what)}: commit {pin.commit} has tree {tree}, pinned is {pin.tree}",
             remedy="find out which of the two is meant, then pin a commit and its own tree",
         )
 
 
-def _checked_url(pin: PinnedCommit, settings: Settings) -> str:
+def _checked_url(pin: Pinned, settings: Settings) -> str:
     """The address to ask. Plain http only where the user's own mirror setting says so."""
     url = settings.redirect(pin.url)
     allowed = ("https", "ssh", "file") if url == pin.url else ("https", "ssh", "file", "http")
@@ -215,7 +203,7 @@ def _checked_url(pin: PinnedCommit, settings: Settings) -> str:
     return url
 
 
-def _bring(pin: PinnedCommit, url: str, repository: Path, settings: Settings) -> None:
+def _bring(pin: Pinned, what: str, url: str, repository: Path, settings: Settings) -> None:
     """The commit into a new bare repository: alone where the server gives it, else out of all branches and tags."""
     bare, credentials = split_credentials(url)
     environment, config = _authorization(bare, credentials), git_config(settings.home)
@@ -234,18 +222,18 @@ def _bring(pin: PinnedCommit, url: str, repository: Path, settings: Settings) ->
             if not any(word in message.lower() for word in TRANSIENT):
                 break
         else:
-            _require_commit(pin, git("cat-file", "-t", pin.commit).strip())
+            _require_commit(pin, what, git("cat-file", "-t", pin.commit).strip())
             git("update-ref", "refs/heads/pinned", pin.commit)
             git("symbolic-ref", "HEAD", "refs/heads/pinned")
             return
     raise _failure(pin, bare, message)
 
 
-def _require_commit(pin: PinnedCommit, kind: str) -> None:
+def _require_commit(pin: Pinned, what: str, kind: str) -> None:
     """An annotated tag has an id of its own, which is easily pinned by mistake."""
     if kind != "commit":
         raise FetchError(
-            f"{shown(pin.what)}: {pin.commit} is a {kind}, not a commit",
+            f"{shown(what)}: {pin.commit} is a {kind}, not a commit",
             remedy="pin what `git rev-parse ID^{commit}` prints",
         )
 
@@ -279,7 +267,7 @@ def _authorization(url: str, credentials: tuple[str, str] | None) -> dict[str, s
     }
 
 
-def _failure(pin: PinnedCommit, url: str, message: str) -> FetchError:
+def _failure(pin: Pinned, url: str, message: str) -> FetchError:
     low = message.lower()
     if any(word in low for word in ABSENT):
         return FetchError(

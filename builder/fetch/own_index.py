@@ -14,30 +14,29 @@ from builder.fetch import simple
 from builder.fetch.store import download
 from builder.fetch.transfer import Download, mirror_remedy
 from builder.fetch.urls import shown, split_credentials
+from builder.planning.pins import LockedWheel
 from builder.planning.settings import Settings
 from gracefarm.errors import DigestError, FetchError
 
 
-def fetch_wheel(
-    name: str, version: str, sha256: str, tags: Collection[Tag], index: str, settings: Settings
-) -> tuple[Path, str]:
+def fetch_wheel(wheel: LockedWheel, settings: Settings) -> tuple[Path, str]:
     """The wheel of that digest in the store, and its file name, which the index says.
 
     Raises:
         FetchError: the index cannot be reached, has no such file, or does not tell which of several it is.
         DigestError: it has the version, with other digests only.
     """
-    fitting = _fitting(name, version, tags, index, settings)
-    files = [file for file in fitting if file[2] == sha256] or [file for file in fitting if file[2] is None]
+    fitting = _fitting(wheel.name, wheel.version, wheel.tags, wheel.index, settings)
+    files = [file for file in fitting if file[2] == wheel.sha256] or [file for file in fitting if file[2] is None]
     if not files:
         raise DigestError(
-            f"{name} {version}: {shown(index)} has no file with sha256 {sha256}",
+            f"{wheel.name} {wheel.version}: {shown(wheel.index)} has no file with sha256 {wheel.sha256}",
             remedy="nothing was fetched; find out why it differs before you pin another digest",
         )
-    _require_told(name, version, index, files)
+    _require_told(wheel.name, wheel.version, wheel.index, files)
     filename, url, _ = files[0]
-    wanted = Download(url=url, sha256=sha256, what=filename)
-    return download([wanted], settings)[sha256], filename
+    wanted = Download(url=url, sha256=wheel.sha256, what=filename)
+    return download([wanted], settings)[wheel.sha256], filename
 
 
 def find_wheel(name: str, version: str, tags: Collection[Tag], index: str, settings: Settings) -> tuple[str, str, str | None]:
@@ -54,9 +53,21 @@ def find_wheel(name: str, version: str, tags: Collection[Tag], index: str, setti
 def _fitting(
     name: str, version: str, tags: Collection[Tag], index: str, settings: Settings
 ) -> list[tuple[str, str, str | None]]:
-    """The files of that version that this Python and architecture take: other ones have the version too."""
-    files = _files(name, version, index, settings)
-    fitting = [file for file in files if not parse_wheel_filename(file[0])[3].isdisjoint(tags)]
+    """The wheels of that version, with or without a local part as +cu124, that this Python and architecture take."""
+    place, credentials = split_credentials(settings.redirect(index))
+    try:
+        page = simple.project_page(name, place, credentials)
+    except FetchError as error:
+        raise FetchError(error.cause, remedy=mirror_remedy(index)) from error
+    fitting = []
+    for package in page.packages:
+        filename = unquote(Path(urlsplit(package.url).path).name)
+        try:
+            _, has, _, of = parse_wheel_filename(filename)
+        except InvalidWheelFilename:
+            continue
+        if Version(version) in (has, Version(has.public)) and not of.isdisjoint(tags):
+            fitting.append((filename, package.url, package.digests.get("sha256")))
     if not fitting:
         raise FetchError(f"{name} {version}: {shown(index)} has no wheel that fits the stack", remedy=mirror_remedy(index))
     return fitting
@@ -70,22 +81,3 @@ def _require_told(name: str, version: str, index: str, files: Sequence[tuple[str
             f"{name} {version}: {shown(index)} says no sha256 and has several wheels that fit: {names}",
             remedy="take an index whose links end in #sha256=DIGEST (PEP 503), as the original's do, or leave one file in it",
         )
-
-
-def _files(name: str, version: str, index: str, settings: Settings) -> list[tuple[str, str, str | None]]:
-    """The wheels of a version, with or without a local part as +cu124."""
-    place, credentials = split_credentials(settings.redirect(index))
-    try:
-        page = simple.project_page(name, place, credentials)
-    except FetchError as error:
-        raise FetchError(error.cause, remedy=mirror_remedy(index)) from error
-    files = []
-    for package in page.packages:
-        filename = unquote(Path(urlsplit(package.url).path).name)
-        try:
-            _, has, _, _ = parse_wheel_filename(filename)
-        except InvalidWheelFilename:
-            continue
-        if Version(has.public) == Version(version) or has == Version(version):
-            files.append((filename, package.url, package.digests.get("sha256")))
-    return files

@@ -10,7 +10,6 @@ import shutil
 import stat
 import tarfile
 import zipfile
-from dataclasses import dataclass
 from pathlib import Path
 
 from packaging.utils import canonicalize_name
@@ -122,13 +121,13 @@ def _populate(recipe: Recipe, fetched: Fetched, tree: Path) -> list[Path]:
             # A parent sorts before what lies in it.
             _, inner = enclosing(path, recipe.source.submodules)
             archive.make_parents(tree / path, tree, f"submodule {inner}")
-            _export(fetched.submodules[path], module.commit, tree / path, _config(fetched.source))
+            _export(fetched.repositories[module.commit], module.commit, tree / path, _config(fetched.source))
             places.append(tree / path)
     else:
         archive.extract(fetched.source, tree, _title(recipe), strip=True)
     for pinned in recipe.repositories:
         archive.make_parents(tree / pinned.path, tree, f"repository {pinned.path}")
-        repository = fetched.repositories[pinned.path]
+        repository = fetched.repositories[pinned.commit]
         _export(repository, pinned.commit, tree / pinned.path, _config(repository))
         places.append(tree / pinned.path)
     return places
@@ -178,25 +177,18 @@ def substitute(recipe: Recipe, tree: Path) -> None:
     Raises:
         SourceError: a file is not there, or does not have the text as often as the recipe says.
     """
+    remedy = "mend [[substitutions]] in the recipe against the source as pinned"
     for substitution in recipe.substitutions:
-        place = tree / substitution.path
+        place, title = tree / substitution.path, f"substitution in {substitution.path} of {recipe.name}"
         if place.is_symlink() or not place.is_file() or not place.resolve().is_relative_to(tree.resolve()):
-            raise SourceError(
-                f"substitution in {substitution.path} of {recipe.name}: no such file in the source",
-                remedy="mend [[substitutions]] in the recipe against the source as pinned",
-            )
+            raise SourceError(f"{title}: no such file in the source", remedy=remedy)
         try:
             text = place.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
-            raise SourceError(
-                f"substitution in {substitution.path} of {recipe.name}: the file is not UTF-8", remedy="write a patch instead"
-            ) from error
+            raise SourceError(f"{title}: the file is not UTF-8", remedy="write a patch instead") from error
         if (count := text.count(substitution.find)) != substitution.count:
-            raise SourceError(
-                f"substitution in {substitution.path} of {recipe.name}: {substitution.find.strip()!r} is there {count} times, "
-                f"not {substitution.count}",
-                remedy="mend [[substitutions]] in the recipe against the source as pinned",
-            )
+            wanted = f"{substitution.find.strip()!r} is there {count} times, not {substitution.count}"
+            raise SourceError(f"{title}: {wanted}", remedy=remedy)
         place.write_text(text.replace(substitution.find, substitution.replace))
 
 
@@ -214,13 +206,6 @@ def _apply(patch: Path, tree: Path, recipe: LoadedRecipe) -> None:
         ) from error
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Hunk:
-    file: str
-    start: int
-    header: str
-
-
 def _where(patch: Path, message: str) -> str:
     """File and hunk of a refusal, from git's `patch failed: FILE:LINE` and the patch itself; else git's own words."""
     failed = re.search(r"^error: patch failed: (.*):(\d+)$", message, re.MULTILINE)
@@ -229,20 +214,21 @@ def _where(patch: Path, message: str) -> str:
             line.removeprefix("error: ") for line in message.splitlines() if line.startswith(("error:", "fatal:"))
         )
     file, line = failed[1], int(failed[2])
-    hunks = [hunk for hunk in _hunks(patch) if hunk.file == file]
+    hunks = _hunks(patch, file)
     for number, hunk in enumerate(hunks, 1):
-        if hunk.start == line:
-            return f"{file}, hunk {number} of {len(hunks)} ({hunk.header})"
+        if int(hunk[1]) == line:
+            return f"{file}, hunk {number} of {len(hunks)} ({hunk[0]})"
     return f"{file} at line {line}"
 
 
-def _hunks(patch: Path) -> list[_Hunk]:
-    hunks, file = [], ""
+def _hunks(patch: Path, file: str) -> list[re.Match[str]]:
+    """The headers of a file's hunks, each with the line that it starts at."""
+    hunks, changed = [], ""
     for line in patch.read_text(errors="replace").splitlines():
         if line.startswith("--- "):
-            file = line[4:].split("\t")[0].partition("/")[2]
-        elif header := re.match(r"@@ -(\d+)(?:,\d+)? \+\d+(?:,\d+)? @@", line):
-            hunks.append(_Hunk(file=file, start=int(header[1]), header=header[0]))
+            changed = line[4:].split("\t")[0].partition("/")[2]
+        elif changed == file and (header := re.match(r"@@ -(\d+)(?:,\d+)? \+\d+(?:,\d+)? @@", line)):
+            hunks.append(header)
     return hunks
 
 

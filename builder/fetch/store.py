@@ -101,13 +101,17 @@ def _bring(transfer: Transfer, settings: Settings, request: Request) -> None:
             if transfer.path.exists():
                 transfer.done = transfer.total = transfer.path.stat().st_size
                 return
-            _receive(transfer, request)
+            receive(transfer, request)
             _verify(transfer, request)
-            _publish(transfer)
+            publish(transfer, transfer.path)
 
 
-def _receive(transfer: Transfer, request: Request) -> None:
-    """Fill the partial file, with bounded retries while no new byte comes."""
+def receive(transfer: Transfer, request: Request) -> None:
+    """Fill the partial file, with bounded retries while no new byte comes.
+
+    Raises:
+        FetchError: it is absent or cannot be reached.
+    """
     failures, furthest = 0, size_of(transfer.partial)
     while True:
         transfer.check()
@@ -159,7 +163,7 @@ def _verify(transfer: Transfer, request: Request) -> None:
     got = sha256_file(transfer.partial)
     if got != expected and transfer.resumed:
         transfer.discard()
-        _receive(transfer, request)
+        receive(transfer, request)
         got = sha256_file(transfer.partial)
     if got == expected:
         return
@@ -171,11 +175,13 @@ def _verify(transfer: Transfer, request: Request) -> None:
     )
 
 
-def _publish(transfer: Transfer) -> None:
+def publish(transfer: Transfer, path: Path) -> None:
+    """Make the partial file the store's file at `path`."""
     with transfer.partial.open("rb") as stream:
         os.fsync(stream.fileno())
     transfer.partial.chmod(0o444)
-    transfer.partial.rename(transfer.path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    transfer.partial.rename(path)
     transfer.validator.unlink(missing_ok=True)
-    sync_directory(transfer.path.parent)
-    transfer.done = transfer.total = transfer.path.stat().st_size
+    sync_directory(path.parent)
+    transfer.done = transfer.total = path.stat().st_size

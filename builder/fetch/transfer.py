@@ -18,13 +18,10 @@ FIRST_DELAY = 0.5
 LONGEST_DELAY = 30.0
 TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
 "HTTP statuses that may be others a little later."
-MIRROR_REMEDY = (
-    "see that this machine reaches that host, or name a mirror that it reaches: GRACEFARM_MIRRORS='PREFIX=REPLACEMENT'"
-)
 
 
 def mirror_remedy(url: str) -> str:
-    """MIRROR_REMEDY with the prefix that a mirror of `url` replaces."""
+    """What to do about a server that cannot be used, with the prefix that a mirror of `url` replaces."""
     parts = urlsplit(url)
     prefix = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}/"
     return (

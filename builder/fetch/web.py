@@ -13,7 +13,7 @@ from pathlib import Path
 
 import httpx
 
-from builder.fetch.transfer import MIRROR_REMEDY, TRANSIENT, Transfer, TransientError, absent, append, size_of
+from builder.fetch.transfer import TRANSIENT, Transfer, TransientError, absent, append, mirror_remedy, size_of
 from builder.fetch.urls import shown, split_credentials
 from gracefarm.errors import FetchError
 
@@ -93,7 +93,8 @@ def _check_status(transfer: Transfer, response: httpx.Response) -> None:
         delay = response.headers.get("Retry-After", "")
         raise TransientError(f"the server says {status}", float(delay) if delay.isdigit() else 0.0)
     if status not in (httpx.codes.OK, httpx.codes.PARTIAL_CONTENT):
-        raise FetchError(f"{transfer.download.what}: {shown(transfer.url)}: the server says {status}", remedy=MIRROR_REMEDY)
+        cause = f"{transfer.download.what}: {shown(transfer.url)}: the server says {status}"
+        raise FetchError(cause, remedy=mirror_remedy(transfer.download.url))
 
 
 def _netrc() -> httpx.Auth | None:

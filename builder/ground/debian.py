@@ -15,9 +15,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from urllib.parse import unquote
 
+from builder.fetch import Download, download
 from builder.planning.packages import Deb
 from builder.planning.settings import Settings
 from builder.planning.stack import Arch
+from gracefarm.console import Tick
 from gracefarm.errors import FetchError, HostError, RootError
 from gracefarm.process import die_with_us
 
@@ -187,6 +189,27 @@ def solver(
         except RootError as error:
             raise FetchError(f"the package lists of {suite} cannot be fetched: {error.cause}", remedy=MIRROR_REMEDY) from error
         yield apt
+
+
+def fetch(debs: Sequence[Deb], suite: str, stack: str, settings: Settings, tick: Tick) -> dict[str, Path]:
+    """The packages of a lock in the store, by sha256.
+
+    Raises:
+        FetchError: one cannot be had from the mirror.
+        DigestError: the mirror has other bytes than were pinned.
+        HostError: no mirror is known.
+    """
+    url = mirror(suite, settings)
+    wanted = [Download(url=f"{url}/{deb.path}", sha256=deb.sha256, what=deb.title, size=deb.size) for deb in debs]
+    try:
+        return download(wanted, settings, tick)
+    except FetchError as error:
+        raise FetchError(
+            error.cause,
+            remedy=f"{MIRROR_REMEDY}; a package that Debian has replaced since is on a snapshot mirror, "
+            f"or make the lock again: builder lock-stack {stack}",
+            repeat=error.repeat,
+        ) from error
 
 
 def unpack(archive: Path, into: Path, deb: Deb, options: Sequence[str] = ()) -> None:

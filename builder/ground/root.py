@@ -14,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from importlib.resources import files
 from pathlib import Path
 
-from builder.fetch import Download, download
 from builder.ground import debian
 from builder.ground.bytecode import NATIVE_PYTHON, compile_files
 from builder.planning import packages
@@ -22,7 +21,7 @@ from builder.planning.packages import Deb
 from builder.planning.settings import Settings
 from builder.planning.stack import Arch, LoadedStack
 from gracefarm.console import Tick, no_tick
-from gracefarm.errors import FetchError, RootError
+from gracefarm.errors import RootError
 from gracefarm.files import atomic_directory, lock
 
 OWN = Path("usr/libexec/gracefarm")
@@ -67,7 +66,7 @@ def ensure(stack: LoadedStack, host: Arch, target: Arch, settings: Settings, tic
     with lock(final.with_name(f"{name}.lock"), lambda: tick(0, None, "another process assembles this root")):
         if not final.is_dir():
             pinned = packages.of_root(stack, host, target)
-            places = _download(stack, pinned, settings, tick)
+            places = debian.fetch(pinned, stack.data.root.suite, stack.data.name, settings, tick)
             with atomic_directory(final) as folder:
                 _unpack_all(folder, pinned, places, stack, host, target, tick)
                 _lay_out(folder, stack, host, target)
@@ -82,23 +81,6 @@ def lost(folder: Path, stack: LoadedStack, host: Arch, target: Arch) -> str | No
     if host is not target:
         programs.insert(0, f"/usr/bin/qemu-{target}-static")
     return next((program for program in programs if not os.path.lexists(folder / program[1:])), None)
-
-
-def _download(stack: LoadedStack, pinned: Sequence[Deb], settings: Settings, tick: Tick) -> dict[str, Path]:
-    url = debian.mirror(stack.data.root.suite, settings)
-    try:
-        return download(
-            [Download(url=f"{url}/{deb.path}", sha256=deb.sha256, what=deb.title, size=deb.size) for deb in pinned],
-            settings,
-            tick,
-        )
-    except FetchError as error:
-        raise FetchError(
-            error.cause,
-            remedy=f"{debian.MIRROR_REMEDY}; a package that Debian has replaced since is on a snapshot mirror, "
-            f"or make the lock again: builder lock-stack {stack.data.name}",
-            repeat=error.repeat,
-        ) from error
 
 
 def _unpack_all(

@@ -7,7 +7,6 @@ from importlib.resources import files
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from builder.fetch import Download, download
 from builder.ground import debian
 from builder.planning.packages import PROFILE, of_toolkit
 from builder.planning.settings import Settings
@@ -29,9 +28,7 @@ def unpack(stack: LoadedStack, host: Arch, folder: Path, settings: Settings, tic
         return
     spec = stack.data.toolchain.debian
     assert spec is not None
-    url = debian.mirror(spec.suite, settings)
-    wanted = [Download(url=f"{url}/{deb.path}", sha256=deb.sha256, what=deb.title, size=deb.size) for deb in debs]
-    places = download(wanted, settings, tick)
+    places = debian.fetch(debs, spec.suite, stack.data.name, settings, tick)
     listing = (files("builder") / "data" / "toolkit" / "places.txt").read_text()
     home = folder / "nvidia" / f"cu{stack.data.cuda.split('.')[0]}"
     with TemporaryDirectory(dir=folder, prefix="unpack-") as name:

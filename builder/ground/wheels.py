@@ -81,7 +81,7 @@ def _own_wheels(locked: Sequence[LockedWheel], folder: Path, settings: Settings)
             # Its clients take longer to import than `builder build` takes to find that a build exists.
             from builder.fetch import own_index
 
-            file, filename = own_index.fetch_wheel(wheel.name, wheel.version, wheel.sha256, wheel.tags, wheel.index, settings)
+            file, filename = own_index.fetch_wheel(wheel, settings)
             places[wheel.sha256] = folder / filename
             places[wheel.sha256].symlink_to(file)
     return places

@@ -14,7 +14,7 @@ from builder.ground import environment, root
 from builder.planning import stack
 from builder.planning.plan import Plan
 from builder.planning.settings import Settings
-from builder.proof import record
+from builder.proof import publish, record
 from builder.proof.record import Record
 from builder.sets import locks, set_record, staging, together
 from builder.sets.locks import SetAddress
@@ -149,22 +149,23 @@ def stage(built: BuiltSet, at: SetAddress, settings: Settings, console: Console)
         IncompleteError: the set lacks third-party wheels, which the index's own machine has to mirror.
     """
     name = built.plan.set.data.name
-    state = staging.open_(at, staging.matrix(built.record.wheels))
+    address = f"{at.base}/stage/{at.name}/legacy/"
+    state = staging.ask(at, "PUT", json={"expect": staging.matrix(built.record.wheels)})
     if state["state"] != "published":
         have = set(state["files"])
         for wheel in built.wheels:
             # The source goes first: no moment in which the wheel is there without it.
-            wanted = [file for file in (*sorted(wheel.parent.glob("*.tar.gz")), wheel) if file.name not in have]
-            staging.upload(at, wanted)
-            for file in wanted:
-                console.step("stage", f"{file.name} to {at.base}/stage/{at.name}/legacy/")
+            for file in (*sorted(wheel.parent.glob("*.tar.gz")), wheel):
+                if file.name not in have:
+                    publish.upload(file, address, at.login)
+                    console.step("stage", f"{file.name} to {address}")
         for build_id in built.record.builds.values():
-            publishing.tell_index(build_id, f"{at.base}/stage/{at.name}/legacy/", settings, console, at.login)
-        state = staging.state(at)
+            publishing.tell_index(build_id, address, settings, console, at.login)
+        state = staging.ask(at, "GET")
         _require_same(built, at, state["files"])
         if state["missing"]:
             raise _incomplete(built, at, state["missing"])
-        state = staging.show(at)
+        state = staging.ask(at, "POST", "/publish")
     _require_same(built, at, state["files"])
     console.step("publish", f"{name}: {len(state['files'])} files are visible at {at.simple}")
 

@@ -16,7 +16,6 @@ from packaging.utils import canonicalize_name, parse_wheel_filename
 from packaging.version import Version
 
 from builder.planning import pins
-from builder.planning.pins import LockedWheel
 from builder.planning.settings import Settings
 from builder.proof.publish import Login
 from builder.sets.definition import LoadedSet
@@ -60,7 +59,11 @@ def collect(of: LoadedSet, own: Sequence[Path], settings: Settings) -> list[Lock
     """
     locked = []
     for wheel in pins.wheels(of.runtime, of.data.target):
-        filename = _own_index(wheel, settings) if wheel.index else wheel.filename
+        filename = wheel.filename
+        if wheel.index:
+            from builder.fetch import own_index  # clients of HTTP
+
+            filename = own_index.fetch_wheel(wheel, settings)[1]
         if not filename:
             raise ConfigError(
                 f"{of.runtime.requirements_lock} does not say the file name of {wheel.name} {wheel.version}",
@@ -74,12 +77,6 @@ def collect(of: LoadedSet, own: Sequence[Path], settings: Settings) -> list[Lock
         name, version, _, _ = parse_wheel_filename(place.name)
         locked.append(Locked(name=name, version=str(version), filename=place.name, sha256=sha256_file(place), own=True))
     return sorted(locked, key=lambda wheel: wheel.name)
-
-
-def _own_index(wheel: LockedWheel, settings: Settings) -> str:
-    from builder.fetch import own_index
-
-    return own_index.fetch_wheel(wheel.name, wheel.version, wheel.sha256, wheel.tags, wheel.index, settings)[1]
 
 
 def requirements(title: str, wheels: Sequence[Locked]) -> str:

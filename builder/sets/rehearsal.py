@@ -17,6 +17,7 @@ from builder.box import meter
 from builder.compiling import pep517
 from builder.flow import run
 from builder.ground import environment, root
+from builder.ground.uv import platform
 from builder.planning import stack
 from builder.planning.settings import Settings
 from builder.sets import build, locks, together
@@ -154,10 +155,9 @@ def _installed(built: BuiltSet, settings: Settings, console: Console) -> tuple[P
 def _dry_run(plan: SetPlan, pylock: Path, home: Path, console: Console) -> None:
     """pylock.toml is read by uv, and what it names is there."""
     of = plan.set
-    platform = f"{of.data.target.value}-manylinux_{of.stack.data.glibc[of.data.target]}"
     command = [uv.find_uv_bin(), "pip", "install", "--dry-run", "--preview-features", "pylock", "--no-config"]
-    command += ["--requirements", str(pylock), f"--target={home / 'pylock'}", f"--python-version={of.stack.data.python}"]
-    command += [f"--python-platform={platform}", f"--python={sys.executable}", f"--cache-dir={home / 'uv'}"]
+    command += ["--requirements", str(pylock), f"--target={home / 'pylock'}", f"--python={sys.executable}"]
+    command += [*platform(of.stack, of.data.target), f"--cache-dir={home / 'uv'}"]
     process = subprocess.run(command, capture_output=True, text=True, check=False)
     if process.returncode:
         raise InstallError(f"uv does not install from {pylock}: {process.stderr.strip()[-500:]}", repeat=" ".join(command))

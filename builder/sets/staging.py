@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -32,11 +31,12 @@ def _tags(filename: str) -> tuple[str, ...]:
     return (tag.interpreter, next((arch.value for arch in Arch if tag.platform.endswith(f"_{arch.value}")), ""))
 
 
-def _ask(at: SetAddress, method: str, action: str = "", **more: Any) -> dict[str, Any]:
-    """The set's state, as the index answers.
+def ask(at: SetAddress, method: str, action: str = "", **more: Any) -> dict[str, Any]:
+    """The set's state, as the index answers: GET asks, PUT opens it with the matrix that it waits for, POST /publish shows it.
 
     Raises:
-        PublishError: it does not answer, refuses, or is an index that knows no staged sets.
+        PublishError: it does not answer, refuses (as a matrix where there was another, a set that lacks anything), or is an
+            index that knows no staged sets.
     """
     url = f"{at.base}/stage/{at.name}{action}"
     try:
@@ -53,40 +53,3 @@ def _ask(at: SetAddress, method: str, action: str = "", **more: Any) -> dict[str
             "TWINE_PASSWORD",
         )
     return value
-
-
-def open_(at: SetAddress, expect: Sequence[str]) -> dict[str, Any]:
-    """Open the set, or find it open with this matrix.
-
-    Raises:
-        PublishError: see `_ask`; also where there was a set of the name with another matrix.
-    """
-    return _ask(at, "PUT", json={"expect": list(expect)})
-
-
-def state(at: SetAddress) -> dict[str, Any]:
-    """What the set holds and lacks.
-
-    Raises:
-        PublishError: see `_ask`.
-    """
-    return _ask(at, "GET")
-
-
-def show(at: SetAddress) -> dict[str, Any]:
-    """Publish the set, all of it at once.
-
-    Raises:
-        PublishError: see `_ask`; the index refuses a set that lacks anything.
-    """
-    return _ask(at, "POST", "/publish")
-
-
-def upload(at: SetAddress, files: Sequence[Path]) -> None:
-    """Upload wheels (and sources that belong beside them) into the stage.
-
-    Raises:
-        PublishError: the index refused one.
-    """
-    for file in files:
-        publish.upload(file, f"{at.base}/stage/{at.name}/legacy/", at.login)

@@ -9,6 +9,7 @@ import pytest
 from builder.fetch import own_index, unpinned
 from builder.planning import pins, stack, tags
 from builder.planning import settings as settings_module
+from builder.planning.pins import LockedWheel
 from builder.planning.settings import Settings
 from builder.planning.stack import Arch
 from gracefarm.errors import DigestError, FetchError
@@ -32,6 +33,11 @@ def page(folder: Path, tags: list[str], *, digests: bool) -> dict[str, str]:
     return found
 
 
+def pinned(digest: str) -> LockedWheel:
+    """What a lock says of the wheel."""
+    return LockedWheel(name="torch", version="2.4.0", sha256=digest, index=INDEX, tags=frozenset(TAGS))
+
+
 @pytest.fixture
 def here(tmp_path: Path) -> Settings:
     """Settings of a machine with an empty store and a mirror of that index."""
@@ -49,7 +55,7 @@ def test_the_file_for_this_python_is_taken_whatever_stands_before_it(
     assert (filename, said) == (f"torch-2.4.0-{OURS}.whl", known[OURS] if digests else None)
     if locked_here:
         assert unpinned.bring(url, filename, here) == known[OURS]
-    place, name = own_index.fetch_wheel("torch", "2.4.0", known[OURS], TAGS, INDEX, here)
+    place, name = own_index.fetch_wheel(pinned(known[OURS]), here)
     assert name == f"torch-2.4.0-{OURS}.whl"
     assert sha256(place.read_bytes()) == known[OURS]
 
@@ -60,16 +66,16 @@ def test_an_index_that_does_not_tell_two_fitting_files_apart_is_refused(tmp_path
         own_index.find_wheel("torch", "2.4.0", TAGS, INDEX, here)
     assert "#sha256=" in caught.value.remedy
     with pytest.raises(FetchError, match="says no sha256 and has several wheels that fit"):
-        own_index.fetch_wheel("torch", "2.4.0", known[OURS], TAGS, INDEX, here)
+        own_index.fetch_wheel(pinned(known[OURS]), here)
 
 
 def test_what_an_index_has_for_others_alone_or_with_another_digest_is_not_taken(tmp_path: Path, here: Settings) -> None:
     known = page(tmp_path / "index", ["cp310-cp310-linux_aarch64"], digests=False)
     with pytest.raises(FetchError, match="has no wheel that fits the stack"):
-        own_index.fetch_wheel("torch", "2.4.0", next(iter(known.values())), TAGS, INDEX, here)
+        own_index.fetch_wheel(pinned(next(iter(known.values()))), here)
     page(tmp_path / "index", [OURS], digests=True)
     with pytest.raises(DigestError, match="has no file with sha256"):
-        own_index.fetch_wheel("torch", "2.4.0", "0" * 64, TAGS, INDEX, here)
+        own_index.fetch_wheel(pinned("0" * 64), here)
 
 
 def test_an_environment_and_a_set_ask_for_the_tags_of_the_stack() -> None:
