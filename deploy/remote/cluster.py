@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 from deploy.remote import wire
@@ -89,13 +90,9 @@ def cause(request: Json) -> Json:
     lines = []
     for name in _FILES:
         path = folder / name
-        try:
-            if path.stat().st_mtime < request["since"]:
-                continue
-            text = path.read_text(errors="replace")
-        except OSError:
-            continue
-        fatal = next((line.strip() for line in text.splitlines() if _FATAL.search(line)), None)
-        if fatal:
-            lines.append(f"{name}: {fatal[:300]}")
-    return {"lines": lines, "folder": str(folder)}
+        with suppress(OSError):
+            text = path.read_text(errors="replace") if path.stat().st_mtime >= request["since"] else ""
+            fatal = next((line.strip() for line in text.splitlines() if _FATAL.search(line)), None)
+            if fatal:
+                lines.append(f"{name}: {fatal[:300]}")
+    return {"lines": lines}

@@ -43,13 +43,10 @@ def build(request: Json) -> Json:
     """Make ROOT/envs/ID unless it is there, by whoever comes first; the others wait for it.
 
     `root`, `id`, `lock` (text of the requirements), `packages` (what it pins), `index` (simple API), `python` ({source,
-    version, mirror}), `uv` (path of uv on this node), `engine` and `set` (words for people), `scratch` (a node-local folder or
-    None).
+    version, mirror}), `uv` (path of uv on this node), `engine` and `set` (words for people).
     """
     root = Path(request["root"])
     final = root / "envs" / request["id"]
-    if (final / DESCRIPTION).is_file():
-        return {"built": False, **_described(final)}
     with SharedLock(root / "locks" / f"env-{request['id']}", on_wait=lambda who: event("wait", owner=who)) as held:
         if (final / DESCRIPTION).is_file():
             return {"built": False, **_described(final)}
@@ -71,9 +68,8 @@ def _make(request: Json, partial: Path) -> Json:
     started = time.monotonic()
     partial.parent.mkdir(parents=True, exist_ok=True)
     base = interpreter(request)
-    scratch = Path(tempfile.mkdtemp(prefix="gracefarm-env-", dir=request.get("scratch")))
-    try:
-        lock = scratch / "requirements.lock"
+    with tempfile.TemporaryDirectory(prefix="gracefarm-env-", ignore_cleanup_errors=True) as scratch:
+        lock = Path(scratch) / "requirements.lock"
         lock.write_text(request["lock"])
         event("step", text=f"virtual environment of {base}")
         _uv(request, "venv", "--quiet", "--relocatable", "--no-project", "--python", base, str(partial), scratch=scratch)
@@ -85,8 +81,6 @@ def _make(request: Json, partial: Path) -> Json:
             *(("--default-index", request["index"]) if request["index"] else ()),
             scratch=scratch,
         )
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     libraries = requirements(partial)
     described = {
         "id": request["id"],
@@ -126,13 +120,12 @@ def digest(request: Json) -> Json:
 def interpreter(request: Json) -> str:
     """The base Python of an environment: the node's own, uv's, or conda's; the latter two on the shared folder."""
     wanted, source = request["python"]["version"], request["python"]["source"]
-    home = Path(request["root"]) / "python"
     if source == "system":
         executable = shutil.which(f"python{'.'.join(wanted.split('.')[:2])}")
         if executable is None:
             raise WorkerError("python", f"no python{wanted} on this node", f"{_MANAGED}; or install it on every node")
         return os.path.realpath(executable)
-    place = home / f"{source}-{wanted}-{os.uname().machine}"
+    place = Path(request["root"]) / "python" / f"{source}-{wanted}-{os.uname().machine}"
     with SharedLock(Path(request["root"]) / "locks" / place.name, on_wait=lambda who: event("wait", owner=who)):
         if not (place / ".complete").is_file():
             _remove(place)
@@ -141,7 +134,7 @@ def interpreter(request: Json) -> str:
             _bring(request, source, wanted, place)
             (place / ".complete").touch()
     pattern = "bin/python3" if source == "conda" else "*/bin/python3"
-    return os.path.realpath(next(iter(sorted(place.glob(pattern)))))
+    return os.path.realpath(min(place.glob(pattern)))
 
 
 def _bring(request: Json, source: str, wanted: str, place: Path) -> None:
@@ -150,7 +143,7 @@ def _bring(request: Json, source: str, wanted: str, place: Path) -> None:
         where = ("--install-dir", str(place), *(("--mirror", mirror) if mirror else ()))
         with tempfile.TemporaryDirectory() as scratch:
             # Not --quiet: it hides the reason of a failure.
-            _uv(request, "python", "install", "--no-progress", "--no-bin", *where, wanted, scratch=Path(scratch))
+            _uv(request, "python", "install", "--no-progress", "--no-bin", *where, wanted, scratch=scratch)
         return
     tool = next((program for program in _conda() if shutil.which(program)), None)
     if tool is None:
@@ -169,14 +162,12 @@ def _conda() -> list[str]:
     return ["micromamba", "mamba", "conda", *(str(folder / "conda") for folder in [*folders, Path("/opt/conda/bin")])]
 
 
-def _uv(request: Json, *arguments: str, scratch: Path) -> None:
+def _uv(request: Json, *arguments: str, scratch: str) -> None:
     """uv without anybody's configuration, and with a cache on this node's own disk."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("UV_", "PIP_"))}
-    for kept in ("UV_PYTHON_INSTALL_MIRROR", "UV_PYTHON_DOWNLOADS_JSON_URL"):
-        if kept in os.environ:
-            environment[kept] = os.environ[kept]
+    kept = ("UV_PYTHON_INSTALL_MIRROR", "UV_PYTHON_DOWNLOADS_JSON_URL")
+    environment = {key: value for key, value in os.environ.items() if key in kept or not key.startswith(("UV_", "PIP_"))}
     process = subprocess.run(
-        [request["uv"], *arguments, "--no-config", "--cache-dir", str(scratch / "cache")],
+        [request["uv"], *arguments, "--no-config", "--cache-dir", f"{scratch}/cache"],
         capture_output=True,
         text=True,
         check=False,
@@ -210,19 +201,19 @@ def matrix(request: Json) -> Json:
     """
     folder = Path(request["environment"])
     gpu = "gpus" in cuda()
-    rows = [_row(module["module"], folder, module, gpu, request["seconds"]) for module in request["modules"]]
+    rows = [_row(folder, module, gpu, request["seconds"]) for module in request["modules"]]
     rows += [
         _try(" ".join(command), [str(folder / "bin" / command[0]), *command[1:]], folder, request["seconds"])
         for command in request["commands"]
     ]
-    return {"rows": rows, "gpu": gpu, "target": os.path.realpath(folder)}
+    return {"rows": rows}
 
 
-def _row(name: str, folder: Path, module: Json, gpu: bool, seconds: float) -> Json:
-    if module.get("gpu") and not gpu:
-        return {"name": name, "skipped": "no usable GPU on this node"}
-    code = module.get("code") or f"import {module['module']}"
-    return _try(name, [str(folder / "bin" / "python"), "-c", code], folder, seconds)
+def _row(folder: Path, module: Json, gpu: bool, seconds: float) -> Json:
+    if module["gpu"] and not gpu:
+        return {"name": module["module"], "skipped": "no usable GPU on this node"}
+    code = module["code"] or f"import {module['module']}"
+    return _try(module["module"], [str(folder / "bin" / "python"), "-c", code], folder, seconds)
 
 
 def _try(name: str, command: list[str], folder: Path, seconds: float) -> Json:
@@ -367,10 +358,8 @@ def users(request: Json) -> Json:
         if process.name == str(os.getpid()):
             continue
         for name in ("maps", "cmdline"):
-            try:
+            with suppress(OSError):
                 used |= {identifier.decode() for identifier in pattern.findall((process / name).read_bytes())}
-            except OSError:
-                continue
     return {"used": sorted(used)}
 
 

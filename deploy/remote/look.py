@@ -61,15 +61,13 @@ def processes(prefix: str | tuple[str, ...], sessions: Collection[int] = ()) -> 
 def _table() -> dict[int, Json]:
     table: dict[int, Json] = {}
     for folder in Path("/proc").glob("[0-9]*"):
-        try:
+        with suppress(OSError):
             fields = (folder / "stat").read_text().rpartition(")")[2].split()
             words = (folder / "environ").read_bytes().split(b"\0")
             name = (folder / "comm").read_text().strip()
-        except OSError:
-            continue
-        if fields[0] != "Z":
-            value = {key: _value(words, word) for key, word in (("mark", MARK), ("plan", PLAN))}
-            table[int(folder.name)] = {"pid": int(folder.name), "name": name, "session": int(fields[3]), **value}
+            if fields[0] != "Z":
+                marks = {"mark": _value(words, MARK), "plan": _value(words, PLAN)}
+                table[int(folder.name)] = {"pid": int(folder.name), "name": name, "session": int(fields[3]), **marks}
     return table
 
 
@@ -121,15 +119,8 @@ def _weights(folder: Path, *, count: bool) -> Json:
     except OSError:
         return {"manifest": None, "wrong": []}
     files = json.loads(content)["files"] if count else []
-    wrong = [file["path"] for file in files if _size(folder / file["path"]) != file["size"]]
+    wrong = [file["path"] for file in files if mounts.size(folder / file["path"]) != file["size"]]
     return {"manifest": hashlib.sha256(content).hexdigest(), "wrong": wrong}
-
-
-def _size(path: Path) -> int | None:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return None
 
 
 def _share(share: str) -> Json | None:

@@ -86,6 +86,14 @@ def space(path: str | Path) -> Json | None:
     return {"total": status.f_blocks * status.f_frsize, "free": status.f_bavail * status.f_frsize}
 
 
+def size(path: Path) -> int | None:
+    """Bytes of a file; None: it is not there."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None
+
+
 def existing(path: str | Path) -> Path:
     """The path, or the nearest folder above it that is there."""
     place = Path(path)

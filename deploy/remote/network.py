@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 from deploy.remote.wire import Json, WorkerError
@@ -24,12 +25,10 @@ def holder(port: int) -> str:
     """Who listens on a TCP port here: the command line as far as this user may see it."""
     inodes = listening(port)
     for process in Path("/proc").glob("[0-9]*"):
-        try:
+        with suppress(OSError):
             if any(str(descriptor.readlink()) in inodes for descriptor in (process / "fd").iterdir()):
                 command = (process / "cmdline").read_bytes().split(b"\0")
                 return f"{b' '.join(command[:2]).decode(errors='replace')} (process {process.name})"
-        except OSError:
-            continue
     return "a process of another user"
 
 

@@ -31,17 +31,11 @@ class SharedLock:
     """Hold `folder` (created) exclusively within a `with` block."""
 
     def __init__(
-        self,
-        folder: Path,
-        *,
-        patience: float = PATIENCE,
-        beat: float = BEAT,
-        on_wait: Callable[[str], None] = lambda _owner: None,
-        give_up: float | None = None,
+        self, folder: Path, *, on_wait: Callable[[str], None] = lambda _owner: None, give_up: float | None = None
     ) -> None:
         self.folder = folder
         self.number = 0
-        self._patience, self._beat, self._on_wait, self._give_up = patience, beat, on_wait, give_up
+        self._on_wait, self._give_up = on_wait, give_up
         self._mark = {**_identity(), "token": uuid.uuid4().hex}
         self._stop = threading.Event()
         self._heart = threading.Thread(target=self._live, daemon=True)
@@ -105,12 +99,12 @@ class SharedLock:
             return None
 
     def _dead(self, number: int, seen: tuple[int, object, float]) -> bool:
-        """Its process is gone from this very machine, or its pulse stood still for `patience` by our own clock."""
+        """Its process is gone from this very machine, or its pulse stood still for PATIENCE by our own clock."""
         mark, here = self._read(number), _identity()
         if all(mark.get(key) == here[key] for key in ("boot", "pids")):
             return _started(int(mark.get("pid", 0))) != mark.get("started")
         same = seen[0] == number and seen[1] == self._pulse(number)
-        return same and time.monotonic() - seen[2] > self._patience
+        return same and time.monotonic() - seen[2] > PATIENCE
 
     def _take(self, number: int) -> bool:
         mine = self.folder / f".{self._mark['token']}"
@@ -133,7 +127,7 @@ class SharedLock:
         return True
 
     def _live(self) -> None:
-        while not self._stop.wait(self._beat):
+        while not self._stop.wait(BEAT):
             try:
                 os.utime(self.folder / f"{self.number:08}")
             except OSError:

@@ -138,7 +138,7 @@ def _start(path: Path, lines: int) -> int:
 
 def _say(path: str, name: str, offset: int, *, whole: bool) -> int:
     """Whole lines from `offset` on (`whole`: the last one may lack its end); the offset after them."""
-    try:
+    with suppress(OSError):
         if Path(path).stat().st_size < offset:  # it was begun again
             offset = 0
         with Path(path).open("rb") as stream:
@@ -151,8 +151,6 @@ def _say(path: str, name: str, offset: int, *, whole: bool) -> int:
                 offset += end
                 event("lines", path=path, name=name, offset=offset, lines=lines[: -1 if lines[-1] == "" else None])
                 stream.seek(offset)
-    except OSError:
-        pass
     return offset
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import os
 import shutil
 import threading
@@ -165,11 +166,8 @@ def fetch(request: Json) -> Json:
 def _same_share(staging: Path, nonce: str) -> None:
     deadline = time.monotonic() + 10
     while True:
-        try:
-            if (staging / "share").read_text() == nonce:
-                return
-        except OSError:
-            pass
+        if _read(staging / "share") == nonce:
+            return
         if time.monotonic() > deadline:
             raise WorkerError(
                 "share",
@@ -196,7 +194,7 @@ def _download_all(request: Json, final: Path, mine: Path) -> None:
                 file = waiting.popleft()
             except IndexError:
                 return
-            if _has(final / file["path"], file) or _has(ready / file["path"], file):
+            if file["size"] in (mounts.size(final / file["path"]), mounts.size(ready / file["path"])):
                 continue
             try:
                 _download(request, file, part, ready)
@@ -257,23 +255,18 @@ class _Verifier(threading.Thread):
     def _settle(self, file: Json, over: bool) -> bool:
         """True when there is nothing left to wait for. `over` was asked before we looked, so that no late file is missed."""
         path = self._staging / file["node"] / "ready" / file["path"]
+        target = self._final / file["path"]
         if not path.is_file():
-            if _has(self._final / file["path"], file):
-                return True
-            return over
+            return over or mounts.size(target) == file["size"]
         try:
             right = _digest(path, file)
-        except OSError as error:
+            if right:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                path.rename(target)
+        except OSError as error:  # somebody took it away, or the disk is full: the next round sees what is there
             event("unread", path=file["path"], cause=str(error))
             return True
         if right:
-            target = self._final / file["path"]
-            try:
-                target.parent.mkdir(parents=True, exist_ok=True)
-                path.rename(target)
-            except OSError as error:  # somebody took it away, or the disk is full: the next round sees what is there
-                event("unread", path=file["path"], cause=str(error))
-                return True
             event("verified", path=file["path"], size=file["size"], staged_by=file["node"])
         else:
             path.unlink()
@@ -287,30 +280,21 @@ class _Verifier(threading.Thread):
         if _read(folder / "end") == self._nonce:
             return True
         sign = (_read(folder / "round"), _read(folder / "pulse"))
-        last = self._seen.get(node)
-        if last is None or last[0] != sign:
+        if node not in self._seen or self._seen[node][0] != sign:
             self._seen[node] = (sign, time.monotonic())
-            return False
-        return time.monotonic() - last[1] > self._patience
+        return time.monotonic() - self._seen[node][1] > self._patience
 
 
 def _digest(path: Path, file: Json) -> bool:
     if path.stat().st_size != file["size"]:
         return False
-    digest = hashlib.sha256() if file["sha256"] else hashlib.sha1(usedforsecurity=False)
-    if not file["sha256"]:
-        digest.update(b"blob %d\0" % file["size"])
+    digest = hashlib.sha256() if file["sha256"] else hashlib.sha1(b"blob %d\0" % file["size"], usedforsecurity=False)
     with path.open("rb") as stream:
-        _forget(stream.fileno())
+        os.fsync(stream.fileno())
+        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # the bytes that are stored, not those held in memory
         while block := stream.read(CHUNK):
             digest.update(block)
     return bool(digest.hexdigest() == (file["sha256"] or file["git"]))
-
-
-def _forget(descriptor: int) -> None:
-    """Ask the kernel for the bytes that are stored, not those it still holds in memory."""
-    os.fsync(descriptor)
-    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def rehash(request: Json) -> Json:
@@ -356,27 +340,16 @@ def _token(request: Json) -> str | bool:
 
 
 def _pulse(mine: Path, stop: threading.Event) -> None:
-    count = 0
-    while True:
-        count += 1
-        try:
+    for count in itertools.count(1):
+        with suppress(OSError):  # a full disk is told by the download itself
             _write(mine / "pulse", str(count))
             event("part", bytes=sum(file.stat().st_size for file in (mine / "part").rglob("*.incomplete")))
-        except OSError:
-            pass  # a full disk is told by the download itself
         if stop.wait(PULSE):
             return
 
 
 def _sizes(folder: Path) -> dict[str, int]:
     return {str(file.relative_to(folder)): file.stat().st_size for file in folder.rglob("*") if file.is_file()}
-
-
-def _has(path: Path, file: Json) -> bool:
-    try:
-        return path.stat().st_size == int(file["size"])
-    except OSError:
-        return False
 
 
 def _write(path: Path, text: str) -> None:

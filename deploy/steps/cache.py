@@ -32,9 +32,6 @@ class Row:
     node: str
     outcome: Literal["on", "done", "skipped"]
     text: str
-    diff: str = ""
-    "Of /etc/fstab."
-    backup: str | None = None
     cold: float | None = None
     "Bytes per second of the first read."
     warm: float | None = None
@@ -111,24 +108,22 @@ async def _node(node: RemoteNode, share: str, console: Console) -> Row:
     if seen["fsc"]:
         return Row(node=node.name, outcome="on", text=f"{seen['source']} is cached")
     new = mounts.with_cache(seen["fstab"], seen["target"])
-    backup, diff = None, difference(seen["fstab"], new)
+    diff = difference(seen["fstab"], new)
     await call(node, "cache.install", {})
     if diff:
         console.step("cache", f"{node.name}: /etc/fstab changes:\n{diff}")
         before = hashlib.sha256(seen["fstab"].encode(errors="surrogateescape")).hexdigest()
-        backup = str((await call(node, "cache.write_fstab", {"text": new, "before": before}))["backup"])
+        await call(node, "cache.write_fstab", {"text": new, "before": before})
     after = await call(node, "cache.remount", {"target": seen["target"]})
     if not after["fsc"]:
         why = after["busy"] or "the kernel took the option and does not cache (FSC no in /proc/fs/nfsfs/volumes)"
         text = f"{why}; the next mount has it" if after["busy"] else str(why)
-        return Row(node=node.name, outcome="skipped", text=text, diff=diff, backup=backup)
+        return Row(node=node.name, outcome="skipped", text=text)
     speed = await call(node, "cache.measure", {"share": share, "bytes": SAMPLE})
     return Row(
         node=node.name,
         outcome="done",
         text=f"{seen['source']} is cached now{told(speed)}",
-        diff=diff,
-        backup=backup,
         cold=speed.get("cold"),
         warm=speed.get("warm"),
     )

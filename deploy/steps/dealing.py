@@ -64,20 +64,17 @@ def skipped(path: str, patterns: Sequence[str]) -> bool:
     return any(fnmatch.fnmatch(path, pattern) for pattern in patterns)
 
 
-def deal(
-    files: Iterable[WeightsFile], nodes: Sequence[str], load: Mapping[str, int] | None = None
-) -> dict[str, list[WeightsFile]]:
+def deal(files: Iterable[WeightsFile], nodes: Sequence[str]) -> dict[str, list[WeightsFile]]:
     """Largest file first, each to the node with the fewest bytes so far (LPT: at most 4/3 of the best, here within 5 %).
 
-    `load` is what nodes have to do already, in bytes. Ties go by the order of `nodes`, so equal input gives an equal deal.
+    Ties go by the order of `nodes`, so equal input gives an equal deal.
     """
-    heap = [((load or {}).get(node, 0), index) for index, node in enumerate(nodes)]
-    heapq.heapify(heap)
+    heap = [(0, index) for index in range(len(nodes))]
     shares: dict[str, list[WeightsFile]] = {node: [] for node in nodes}
     for largest in sorted(files, key=lambda file: (-file.size, file.path)):
-        bytes_, index = heapq.heappop(heap)
+        bytes_, index = heap[0]
         shares[nodes[index]].append(largest)
-        heapq.heappush(heap, (bytes_ + largest.size, index))
+        heapq.heapreplace(heap, (bytes_ + largest.size, index))
     return shares
 
 

@@ -29,7 +29,6 @@ from deploy.steps.processes import PLAN
 from deploy.steps.step import Applied, Looks, ServingStep, Undone, Work, end_jobs
 from gracefarm.console import Console
 from gracefarm.errors import EngineError, GracefarmError
-from gracefarm.files import atomic_write
 
 Nodes = Mapping[str, bool]
 "Node name to whether Ray says that it is alive."
@@ -80,13 +79,8 @@ class Answering:
 
 
 def api_key(folder: Folder) -> str:
-    """The deployment's key, generated once, 0600."""
-    with suppress(FileNotFoundError):
-        return folder.api_key.read_text().strip()
-    key = "gf-" + secrets.token_urlsafe(32)
-    atomic_write(folder.api_key, key + "\n")
-    folder.api_key.chmod(0o600)
-    return key
+    """The deployment's key, generated once."""
+    return ray.kept_secret(folder.api_key, "gf-" + secrets.token_urlsafe(32))
 
 
 def port(plan: Plan) -> int:
@@ -231,10 +225,9 @@ async def _watch(
 
 async def _alive(spec: EngineSpec) -> Nodes:
     """Ray's nodes; nothing where it does not answer just now, which is for the engine to notice."""
-    try:
+    with suppress(GracefarmError):
         return await spec.nodes()
-    except GracefarmError:
-        return {}
+    return {}
 
 
 def _left(progress: Progress, spec: EngineSpec) -> str:

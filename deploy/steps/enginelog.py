@@ -28,6 +28,10 @@ _ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 _WORKER = re.compile(r"^\((?P<actor>\S+) pid=(?P<pid>\d+)(?:, ip=(?P<ip>[0-9a-fA-F.:]+))?\)\s*")
 
 
+KEPT = 20000
+"Lines of the log that causes are looked for in."
+
+
 def clean(line: str) -> str:
     """A line without colours, and of a progress bar its last state."""
     return _ANSI.sub("", line).rstrip("\r").rpartition("\r")[2].rstrip()
@@ -43,7 +47,6 @@ class Progress:
     fraction: float | None = None
     "Of the weights, while loading."
     lines: list[str] = field(default_factory=list)
-    keep: int = 20000
 
     def __post_init__(self) -> None:
         self.begun.setdefault(self.phase, self.clock())
@@ -51,7 +54,7 @@ class Progress:
     def feed(self, line: str) -> None:
         """The next line. Phases only go forward: a worker's late line does not turn the clock back."""
         text = clean(line)
-        if len(self.lines) < self.keep:  # the first cause matters, and it is early
+        if len(self.lines) < KEPT:  # the first cause matters, and it is early
             self.lines.append(text)
         for name, pattern in _SIGNS:
             if PHASES.index(name) > PHASES.index(self.phase) and pattern.search(text):
@@ -75,12 +78,10 @@ class Progress:
         """Seconds that are left: of loading from its own speed, of the rest from `last` time's durations; None: unknown."""
         later = PHASES[PHASES.index(self.phase) + 1 :]
         if self.phase == "loading" and self.fraction:
-            own: float | None = self.elapsed() * (1 - self.fraction) / self.fraction
+            own = self.elapsed() * (1 - self.fraction) / self.fraction
         elif self.phase in last:
             own = max(0.0, last[self.phase] - self.elapsed())
         else:
-            own = None
-        if own is None or not (last or self.phase == "loading"):
             return None
         return own + sum(last.get(name, 0.0) for name in later)
 

@@ -110,17 +110,22 @@ def identity(lock: str, *, python: str, source: str, machine: str) -> str:
 
 def spec_of(work: Work) -> EnvironmentSpec:
     """The environment that serves. Raises ConfigError, FetchError: there is no lock, or one without the engine."""
-    data = work.deployment.data
     lock = setlock.lock_text(work.deployment, work.console)
     setlock.require_engine(work.deployment, lock)
+    return _spec(work, lock, engine=work.deployment.matrix, link="env", set_name=work.deployment.data.set)
+
+
+def _spec(work: Work, lock: str, *, engine: str, link: Literal["env", "download"], set_name: str) -> EnvironmentSpec:
+    data = work.deployment.data
     return EnvironmentSpec(
         root=work.root,
         lock=lock,
         index=data.index,
         source=data.python,
         mirror=data.python_mirror,
-        engine=work.deployment.matrix,
-        set_name=data.set,
+        engine=engine,
+        link=link,
+        set_name=set_name,
     )
 
 
@@ -170,17 +175,7 @@ class DownloadStep(Step):
 
     async def apply(self, work: Work, _looks: Looks) -> Applied:
         """Build, prove, switch."""
-        data = work.deployment.data
-        spec = EnvironmentSpec(
-            root=work.root,
-            lock=download_lock(),
-            index=data.index,
-            source=data.python,
-            mirror=data.python_mirror,
-            engine="download",
-            link="download",
-            set_name="download",
-        )
+        spec = _spec(work, download_lock(), engine="download", link="download", set_name="download")
         built = await up(work.nodes, spec, work.settings, work.console)
         return Applied(text=f"environment for downloads {built.id[:12]} on {len(built.rows)} nodes", data={"id": built.id})
 
@@ -207,7 +202,7 @@ async def roll_back(work: Work) -> Json:
         HostError: there is none.
     """
     await claim(work)
-    answer = await rollback(work.nodes, work.root)
+    answer = await call(work.nodes[0], "environment.rollback", {"root": work.root, "link": "env"})
     step = EnvironmentStep()
     work.keeper.begin(step.name, step.inputs(work, {}))
     work.keeper.end(step.name, "done", f"{answer['active'][:12]} is active, rolled back to", {"id": answer["active"]})
@@ -275,11 +270,6 @@ async def prove(targets: Sequence[RemoteNode], folder: str, wanted: Matrix, seco
             remedy="it was not made active; `deploy env matrix` shows every row, and `deploy preflight` what a node lacks",
         )
     return rows
-
-
-async def rollback(targets: Sequence[RemoteNode], root: str, link: str = "env") -> Json:
-    """Back to the environment that was active before. Raises HostError when there is none."""
-    return await call(targets[0], "environment.rollback", {"root": root, "link": link})
 
 
 async def listing(targets: Sequence[RemoteNode], root: str) -> Json:

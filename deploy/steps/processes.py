@@ -15,11 +15,10 @@ PLAN = "GRACEFARM_PLAN"
 
 async def look(targets: Sequence[RemoteNode], mark: str, wanted: Mapping[str, Sequence[int]]) -> dict[str, Json]:
     """Our processes on each node, and who holds the ports that are wanted there."""
-
-    async def ask(node: RemoteNode) -> Json:
-        return await call(node, "look.look", {"prefix": f"{mark}/{node.name}/", "ports": list(wanted.get(node.name, ()))})
-
-    return await on_all(targets, ask)
+    return await on_all(
+        targets,
+        lambda node: call(node, "look.look", {"prefix": f"{mark}/{node.name}/", "ports": list(wanted.get(node.name, ()))}),
+    )
 
 
 def of_job(seen: Json, job: str) -> list[Json]:

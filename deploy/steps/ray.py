@@ -13,6 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from deploy.fleet.calls import RemoteNode, call
 from deploy.fleet.files import put_file
@@ -106,20 +107,18 @@ def spec_of(deployment: Deployment, plan: Plan, environment: str = "") -> Cluste
         plan=plan,
         python=paths.program(deployment, "python"),
         environment=environment,
-        token=token(deployment),
+        token=kept_secret(deployment.folder.path / "ray-token", secrets.token_hex(32)),
         wave=deployment.data.options.ray_wave,
     )
 
 
-def token(deployment: Deployment) -> str:
-    """Ray's token, generated once, 0600."""
-    path = deployment.folder.path / "ray-token"
+def kept_secret(path: Path, fresh: str) -> str:
+    """What the file holds, or `fresh`, which it holds from now on; 0600."""
     with suppress(FileNotFoundError):
         return path.read_text().strip()
-    value = secrets.token_hex(32)
-    atomic_write(path, value + "\n")
+    atomic_write(path, fresh + "\n")
     path.chmod(0o600)
-    return value
+    return fresh
 
 
 class RayStep(ServingStep):
@@ -161,7 +160,12 @@ async def up(fleet: Fleet, targets: Sequence[RemoteNode], spec: ClusterSpec, con
     if missing:
         await _end_engine(targets, looks, fleet.mark, console)
         await on_all([by_name[node.name] for node in missing], lambda node: call(node, "cluster.warm", {}, python=spec.python))
-        await _start_all(fleet, by_name, missing, spec, console, cores=looks[plan.head.name]["cores"])
+        count = 0
+        with console.progress("ray") as tick:
+            for wave in waves(missing, spec, looks[plan.head.name]["cores"]):
+                await asyncio.gather(*(_start(fleet, by_name[node.name], node, spec, console) for node in wave))
+                count += len(wave)
+                tick(count, len(missing), ", ".join(node.name for node in wave))
     gpus, version = await verify(by_name, spec)
     if tokenless(version):
         console.warn(f"{open_door(version)}; {SHUT}")
@@ -211,27 +215,10 @@ def _refuse_foreign(looks: Mapping[str, Json], spec: ClusterSpec) -> None:
 
 def waves(missing: Sequence[NodePlan], spec: ClusterSpec, cores: int) -> list[list[NodePlan]]:
     """Who is started together: the head by itself, then workers, by `spec.wave` or the head's cores."""
-    head = [node for node in missing if node.name == spec.plan.head.name]
+    head = [[node] for node in missing if node.name == spec.plan.head.name]
     rest = [node for node in missing if node.name != spec.plan.head.name]
     size = spec.wave or max(1, cores // CORES_PER_START)
-    return ([head] if head else []) + [rest[at : at + size] for at in range(0, len(rest), size)]
-
-
-async def _start_all(
-    fleet: Fleet,
-    by_name: Mapping[str, RemoteNode],
-    missing: Sequence[NodePlan],
-    spec: ClusterSpec,
-    console: Console,
-    *,
-    cores: int,
-) -> None:
-    started = 0
-    with console.progress("ray") as tick:
-        for wave in waves(missing, spec, cores):
-            await asyncio.gather(*(_start(fleet, by_name[node.name], node, spec, console) for node in wave))
-            started += len(wave)
-            tick(started, len(missing), ", ".join(node.name for node in wave))
+    return head + [rest[at : at + size] for at in range(0, len(rest), size)]
 
 
 async def _start(fleet: Fleet, target: RemoteNode, node: NodePlan, spec: ClusterSpec, console: Console) -> None:
@@ -276,11 +263,10 @@ async def _start_once(fleet: Fleet, node: NodePlan, spec: ClusterSpec) -> None:
 async def explain(target: RemoteNode, node: NodePlan, spec: ClusterSpec, *, since: float) -> str:
     """The first cause that Ray's own logs on a node know, or nothing."""
     temp = option(node.ray, "--temp-dir") or option(spec.plan.head.ray, "--temp-dir") or "/tmp/ray"  # noqa: S108 - Ray's own
-    try:
+    with suppress(GracefarmError):
         causes = (await call(target, "cluster.cause", {"temp": temp, "since": since}))["lines"]
-    except GracefarmError:
-        return ""
-    return causes[0] if causes else ""
+        return causes[0] if causes else ""
+    return ""
 
 
 async def ask(head: RemoteNode, spec: ClusterSpec) -> Json:

@@ -83,14 +83,13 @@ def up(*nodes: Pretend) -> list[cache.Row]:
     return asyncio.run(cache.up(targets, "/home/ubuntu/share", Console()))
 
 
-def test_a_node_with_nfs_gets_it_with_a_backup_a_diff_and_a_measurement() -> None:
+def test_a_node_with_nfs_gets_it_with_a_diff_and_a_measurement(capsys: pytest.CaptureFixture[str]) -> None:
     node = Pretend(NFS)
     (row,) = up(node)
     assert node.calls == ["inspect", "install", "write_fstab", "remount", "measure"]
     assert row.outcome == "done"
     assert row.text == "10.1.1.1:/vol-1 is cached now; 100 MB/s cold, 2000 MB/s from the cache on disk"
-    assert row.backup == "/etc/fstab.gracefarm-0123"
-    assert [line for line in row.diff.splitlines() if line[:1] in "+-" and line[:3] not in ("+++", "---")] == [
+    assert [line for line in capsys.readouterr().err.splitlines() if line[:1] in "+-" and line[:3] not in ("+++", "---")] == [
         "-10.1.1.1:/vol-1  /home/ubuntu/share  nfs  rw,nconnect=16,_netdev  0  0",
         "+10.1.1.1:/vol-1  /home/ubuntu/share  nfs  rw,nconnect=16,_netdev,fsc  0  0",
     ]

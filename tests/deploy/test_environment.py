@@ -23,6 +23,7 @@ from pathlib import Path
 
 import pytest
 
+from deploy.fleet.calls import call
 from deploy.fleet.shells import remote_nodes
 from deploy.remote import environment as remote
 from deploy.remote.wire import WorkerError
@@ -110,10 +111,10 @@ def test_built_once_proven_switched_rolled_back_collected(
             with pytest.raises(InstallError, match="k0: tiny: ModuleNotFoundError"):
                 await step.up(nodes, spec(broken), here, console)
             assert (root / "env").resolve().name == second.id  # what is broken never becomes active
-            assert (await step.rollback(nodes, str(root)))["active"] == made[0].id
+            assert (await call(nodes[0], "environment.rollback", {"root": str(root), "link": "env"}))["active"] == made[0].id
             assert (root / "env").resolve().name == made[0].id
             with pytest.raises(HostError, match="no earlier environment"):
-                await step.rollback(nodes, str(root))
+                await call(nodes[0], "environment.rollback", {"root": str(root), "link": "env"})
             gone = await step.collect(nodes, str(root), keep=2, grace=0)
             assert len(gone["removed"]) == 1
             assert {each["id"] for each in (await step.listing(nodes, str(root)))["environments"]} == {made[0].id, second.id}
