@@ -18,6 +18,7 @@ from elftools.common.exceptions import ELFError
 from elftools.construct import ConstructError
 from elftools.elf.dynamic import DynamicSegment
 from elftools.elf.elffile import ELFFile
+from elftools.elf.hash import GNUHashTable
 
 MAGIC = b"\x7fELF"
 LOADABLE = ("ET_DYN", "ET_EXEC")
@@ -157,7 +158,7 @@ def _read(path: Path, stream: BinaryIO) -> Object:
     elf = ELFFile(stream)
     dynamic = next((segment for segment in elf.iter_segments() if isinstance(segment, DynamicSegment)), None)
     tags = list(dynamic.iter_tags()) if dynamic is not None else []
-    tables = _Tables(elf, stream, {tag.entry.d_tag: tag.entry.d_val for tag in tags})
+    tables = _Tables(elf, stream, dynamic)
 
     def texts(kind: str, attribute: str) -> tuple[str, ...]:
         return tuple(str(getattr(tag, attribute)) for tag in tags if tag.entry.d_tag == kind)
@@ -198,13 +199,14 @@ def _next(at: int, step: int, data: memoryview) -> int:
 class _Tables:
     """The tables behind the dynamic table's addresses."""
 
-    def __init__(self, elf: ELFFile, stream: BinaryIO, tags: dict[str, int]) -> None:
+    def __init__(self, elf: ELFFile, stream: BinaryIO, dynamic: DynamicSegment | None) -> None:
         self._elf = elf
-        self._tags = tags
+        self._dynamic = dynamic
+        self._tags: dict[str, int] = {tag.entry.d_tag: tag.entry.d_val for tag in dynamic.iter_tags()} if dynamic else {}
         # Mapped, not read: the segment that holds the tables of a CUDA library also holds its hundreds of MB of kernels.
         self._map = memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
         plain = elf.elfclass == 64 and elf.little_endian
-        self._strings = self._bytes("DT_STRTAB", tags.get("DT_STRSZ", 0)) if plain else b""
+        self._strings = self._bytes("DT_STRTAB", self._tags.get("DT_STRSZ", 0)) if plain else b""
 
     def _bytes(self, tag: str, size: int) -> bytes:
         if tag not in self._tags or size == 0:
@@ -278,16 +280,6 @@ class _Tables:
                 return int(section["sh_size"]) // _SYMBOL.size
         if "DT_HASH" in self._tags:
             return int(struct.unpack_from("<II", self._bytes("DT_HASH", 8))[1])
-        return self._gnu_count() if "DT_GNU_HASH" in self._tags else 0
-
-    def _gnu_count(self) -> int:
-        data = self._rest("DT_GNU_HASH")
-        buckets, first, bloom, _shift = struct.unpack_from("<IIII", data)
-        start = 16 + 8 * bloom
-        last = max(struct.unpack_from(f"<{buckets}I", data, start))
-        if last < first:
-            return int(first)
-        chain = start + 4 * buckets
-        while not struct.unpack_from("<I", data, chain + 4 * (last - first))[0] & 1:
-            last += 1
-        return int(last) + 1
+        if self._dynamic is not None and "DT_GNU_HASH" in self._tags:
+            return int(GNUHashTable(self._elf, self._offset("DT_GNU_HASH"), self._dynamic).get_number_of_symbols())
+        return 0

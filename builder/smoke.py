@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
@@ -167,13 +167,13 @@ def _clean(trial: Trial, *, with_gpu: bool = False) -> Iterator[Clean]:
 
 def _answer(trial: Trial, clean: Clean, command: tuple[str, ...], failure: str) -> tuple[str, Outcome]:
     """Run a command whose last marked line is its answer."""
-    answers: list[str] = []
     own_log = trial.folder / "smoke.log"
     own_log.unlink(missing_ok=True)
-    keep: Callable[[str], None] = lambda line: answers.append(line) if line.startswith(MARK) else None  # noqa: E731
-    outcome = sandbox.run(clean.place, command, log=own_log, on_line=keep)
+    outcome = sandbox.run(clean.place, command, log=own_log)
+    output = own_log.read_text(errors="replace")
     with trial.log.open("a") as stream:
-        stream.write(own_log.read_text(errors="replace"))
+        stream.write(output)
+    answers = [line for line in output.splitlines() if line.startswith(MARK)]
     if outcome.returncode != 0 or not answers:
         raise SmokeError(
             f"{trial.wheel.name} {failure}: {first_error(own_log)}",

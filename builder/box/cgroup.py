@@ -13,7 +13,6 @@ from pathlib import Path
 
 PREFIX = "gracefarm"
 _NAME = re.compile(rf"{PREFIX}-(\d+)-(\d+)-\w+")
-NO_LIMIT = 1 << 62
 
 
 def try_to_move(folder: Path) -> None:
@@ -102,14 +101,12 @@ def start_time(pid: int) -> int | None:
 def remove(folder: Path) -> None:
     """Remove a cgroup; a process that has just ended keeps it busy for a moment."""
     for _ in range(100):
-        try:
+        if not folder.exists():
+            return
+        with contextlib.suppress(OSError):
             folder.rmdir()
-        except FileNotFoundError:
-            return
-        except OSError:
-            time.sleep(0.02)
-        else:
-            return
+            continue
+        time.sleep(0.02)
 
 
 def rooms() -> Iterator[int]:

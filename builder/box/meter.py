@@ -70,7 +70,7 @@ def open_meter(bound: int, kinds: Sequence[MemoryBy] = KINDS) -> Meter:
 
 def available_memory() -> int:
     """Bytes that a build may use: the least of the kernel's MemAvailable and what each memory cgroup above us has left."""
-    return min(psutil.virtual_memory().available, *cgroup.rooms(), cgroup.NO_LIMIT)
+    return min([psutil.virtual_memory().available, *cgroup.rooms()])
 
 
 def cpu_quota() -> float | None:
@@ -93,7 +93,8 @@ class Usage:
 @contextlib.contextmanager
 def watch() -> Iterator[Usage]:
     """Measure what runs in this process, children included, while the block runs."""
-    usage, ended, before = Usage(), threading.Event(), _cpu_of_us()
+    usage, ended, us = Usage(), threading.Event(), psutil.Process()
+    before = _cpu_of(us)
 
     def look() -> None:
         usage.peak_memory = max(usage.peak_memory, sum(map(_memory_of, _tree(os.getpid()))))
@@ -111,16 +112,11 @@ def watch() -> Iterator[Usage]:
         ended.set()
         sampler.join()
         look()
-        usage.cpu_s = _cpu_of_us() - before
+        usage.cpu_s = _cpu_of(us) - before
 
 
 _SAMPLE = 0.2
 "Seconds, as the sandbox's."
-
-
-def _cpu_of_us() -> float:
-    times = os.times()
-    return times.user + times.system + times.children_user + times.children_system
 
 
 # --- cgroups -----------------------------------------------------------------------------------------------------------------
@@ -229,22 +225,10 @@ def _cpu_of(process: psutil.Process) -> float:
 
 def _tmpfs_bytes(pid: int) -> int:
     """Memory in the sandbox's own tmpfs mounts, which belongs to no process."""
-    total = 0
-    root_device = _device(Path(f"/proc/{pid}/root"))
-    devices = {root_device}
-    for name in _TMPFS:
-        folder = Path(f"/proc/{pid}/root/{name}")
-        device = _device(folder)
-        if device is not None and device not in devices:
-            devices.add(device)
-            with contextlib.suppress(OSError):
-                usage = os.statvfs(folder)
-                total += (usage.f_blocks - usage.f_bfree) * usage.f_frsize
-    return total
-
-
-def _device(path: Path) -> int | None:
-    try:
-        return path.stat().st_dev
-    except OSError:
-        return None
+    root = Path(f"/proc/{pid}/root")
+    used: dict[int, int] = {}
+    for folder in (root, *(root / name for name in _TMPFS)):
+        with contextlib.suppress(OSError):
+            device = folder.stat().st_dev
+            used.setdefault(device, 0 if folder is root else psutil.disk_usage(str(folder)).used)
+    return sum(used.values())

@@ -103,7 +103,6 @@ class Outcome:
     "What the command tried to reach: host names, `address:port`; each once, in order."
     network_by: NetworkBy = "recorder"
     "Who saw that: the recorder, else (`log`) what the output says; `host`: nobody, the network was given."
-    timed_out: bool = False
 
 
 def run(
@@ -112,13 +111,12 @@ def run(
     *,
     log: Path,
     on_line: Callable[[str], None] | None = None,
-    timeout_s: float | None = None,
     memory_by: Sequence[MemoryBy] = KINDS,
     record: bool = True,
 ) -> Outcome:
     """Run `argv` inside; its output is appended to `log` as it comes, and each line given to `on_line`.
 
-    Whatever ends this function (the command's end, the bound, the time-out in seconds, an exception, Ctrl-C, SIGKILL), no
+    Whatever ends this function (the command's end, the bound, an exception, Ctrl-C, SIGKILL), no
     process of the sandbox outlives it. `memory_by` limits the ways to bound memory, `record` switches the recorder of network
     attempts; both are for tests and odd machines.
 
@@ -127,14 +125,15 @@ def run(
         DiskFullError: the log cannot be written.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    with full_disk(log.parent), log.open("ab", buffering=0) as stream, contextlib.closing(_Lines(on_line)) as lines:
+    with full_disk(log.parent), log.open("ab") as stream, contextlib.closing(_Lines(on_line)) as lines:
 
         def write(chunk: bytes) -> None:
-            _write_all(stream.fileno(), chunk)
+            stream.write(chunk)
+            stream.flush()
             lines.feed(chunk)
 
         with _tree(place, place.command(argv), write=write, memory_by=memory_by, record=record) as tree:
-            tree.follow(timeout_s)
+            tree.follow()
     return tree.outcome(lines)
 
 
@@ -147,7 +146,7 @@ def shell(place: Place, argv: Sequence[str] = ("/bin/bash",)) -> int:
     with _tree(place, place.command(argv, terminal=True), write=None) as tree:
         while True:
             try:
-                tree.follow(None)
+                tree.follow()
                 break
             except KeyboardInterrupt:  # meant for the program inside
                 continue
@@ -232,13 +231,12 @@ class _Tree:
     peak: int = 0
     cpu_s: float = 0.0
     over: bool = False
-    timed_out: bool = False
     exit: int | None = None
     unwatched: str | None = None
     reached: dict[str, None] = field(default_factory=dict)
     _partial: bytes = b""
 
-    def follow(self, timeout_s: float | None) -> None:
+    def follow(self) -> None:
         """Pass on output and reports and keep to the bounds until all pipes are closed: then all processes have ended."""
         tick = _FIRST_TICK
         with selectors.DefaultSelector() as selector:
@@ -253,7 +251,9 @@ class _Tree:
                     else:
                         selector.unregister(key.fd)
                 if time.monotonic() >= due:
-                    self._look(timeout_s)
+                    self._measure()
+                    if self.over:
+                        self._end()
                     tick = min(2 * tick, _TICK)
                     due = time.monotonic() + tick
 
@@ -289,14 +289,7 @@ class _Tree:
             killed_by_memory=self.over,
             reached=() if self.place.network else tuple(lines.reached if by_log else self.reached),
             network_by="host" if self.place.network else "log" if by_log else "recorder",
-            timed_out=self.timed_out,
         )
-
-    def _look(self, timeout_s: float | None) -> None:
-        self._measure()
-        self.timed_out = timeout_s is not None and time.monotonic() - self.started > timeout_s
-        if self.over or self.timed_out:
-            self._end()
 
     def _end(self) -> None:
         """Tell the supervisor to kill the tree."""
@@ -452,8 +445,3 @@ def _explain(complaint: str) -> str:
             if (Path("/proc/sys") / name).read_text().strip() == value:
                 return f"no user namespace can be made: {reason} ({name.replace('/', '.')} = {value}; bwrap: {text})"
     return text
-
-
-def _write_all(descriptor: int, chunk: bytes) -> None:
-    while chunk:
-        chunk = chunk[os.write(descriptor, chunk) :]
