@@ -55,7 +55,6 @@ class Distribution:
     version: str
     "Normalised (PEP 440), with the local part."
     tags: frozenset[Tag] = frozenset()
-    build: str = ""
 
     @property
     def stem(self) -> str:
@@ -138,7 +137,7 @@ def check_plain(filename: str) -> None:
 
 def _wheel(filename: str) -> Distribution:
     try:
-        name, version, build, tags = parse_wheel_filename(filename)
+        name, version, _build, tags = parse_wheel_filename(filename)
     except (InvalidWheelFilename, InvalidVersion) as error:
         raise RefusedError(f"{filename} is not a wheel's name: {error}", remedy="see PEP 427") from None
     parts = filename.removesuffix(".whl").split("-")
@@ -151,7 +150,6 @@ def _wheel(filename: str) -> Distribution:
         project=str(name),
         version=str(version),
         tags=tags,
-        build="".join(str(part) for part in build),
     )
 
 

@@ -56,7 +56,7 @@ def set_deadline(port: int, seconds: float) -> None:
     """Clients that take nothing of an answer for so long are cut off; accepted sockets inherit it from the listener."""
     for number in _descriptors():
         with _socket(number) as listener:
-            if listener is not None and _listens(listener, port):
+            if listener is not None and _ours(listener, port) and listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
                 listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(seconds * 1000))
 
 
@@ -127,10 +127,6 @@ def _socket(number: int) -> Iterator[socket.socket | None]:
         return
     finally:
         borrowed.detach()
-
-
-def _listens(candidate: socket.socket, port: int) -> bool:
-    return _ours(candidate, port) and bool(candidate.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
 
 
 def _peer(connection: socket.socket, port: int) -> str | None:
