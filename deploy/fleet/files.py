@@ -7,7 +7,7 @@ import secrets
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 import asyncssh
 
@@ -18,10 +18,12 @@ from gracefarm.errors import GracefarmError, NodeError
 
 
 async def put_file(
-    fleet: Fleet, content: bytes | Path, remote: str, *, nodes: Sequence[Node | str] | None = None, mode: int = 0o600
+    fleet: Fleet, content: bytes, remote: str, *, nodes: Sequence[Node | str] | None = None
 ) -> dict[str, CommandResult]:
-    """Place a file on all nodes at once, whole or not at all; its folder is made (0700)."""
-    data = await asyncio.to_thread(content.read_bytes) if isinstance(content, Path) else content
+    """Place a file on all nodes at once, whole or not at all; its folder is made (0700).
+
+    The file is for its owner alone (0600).
+    """
     target = PurePosixPath(remote)
     partial = str(target.with_name(f".{target.name}.{secrets.token_hex(6)}.part"))
 
@@ -34,7 +36,7 @@ async def put_file(
                 await fleet.channel(node, lambda connection: connection.start_sftp_client()) as sftp,
             ):
                 await sftp.makedirs(str(target.parent), asyncssh.SFTPAttrs(permissions=0o700), exist_ok=True)
-                await _write(sftp, data, partial, remote, mode)
+                await _write(sftp, content, partial, remote)
         except GracefarmError as error:
             problem = error
         except (OSError, asyncssh.Error) as error:
@@ -45,11 +47,11 @@ async def put_file(
     return {result.node.name: result for result in await asyncio.gather(*map(place, fleet.pick(nodes)))}
 
 
-async def _write(sftp: asyncssh.SFTPClient, data: bytes, partial: str, remote: str, mode: int) -> None:
+async def _write(sftp: asyncssh.SFTPClient, data: bytes, partial: str, remote: str) -> None:
     try:
-        async with sftp.open(partial, "xb", asyncssh.SFTPAttrs(permissions=mode)) as stream:
+        async with sftp.open(partial, "xb", asyncssh.SFTPAttrs(permissions=0o600)) as stream:
             await stream.write(data)
-        await sftp.chmod(partial, mode)
+        await sftp.chmod(partial, 0o600)
         await sftp.posix_rename(partial, remote)
     except BaseException:
         with suppress(asyncssh.Error, OSError):

@@ -72,12 +72,12 @@ async def look(
 ) -> tuple[list[HostKey], dict[str, GracefarmError]]:
     """The host keys of all nodes at once, and why some could not be had. `own`: the user's known_hosts."""
     scanned, bad = await try_all(nodes, lambda node: scan(fleet, node))
-    shown: dict[tuple[str, bytes], HostKey] = {}
+    shown = []
     for node in nodes:
-        for name, key in scanned.get(node.name, ()):  # a jump host is shown by every node behind it
-            status = _status(fleet.known_hosts, own, name, key)
-            shown.setdefault((name, key.public_data), HostKey(node=node, name=name, key=key, status=status))
-    return list(shown.values()), bad
+        if node.name in scanned:
+            name, key = scanned[node.name]
+            shown.append(HostKey(node=node, name=name, key=key, status=_status(fleet.known_hosts, own, name, key)))
+    return shown, bad
 
 
 def _status(known_hosts: Path, own: Path | None, name: str, key: asyncssh.SSHKey) -> KeyStatus:
@@ -101,24 +101,17 @@ def refuse_changed(shown: Sequence[HostKey]) -> None:
         )
 
 
-async def scan(fleet: Fleet, node: Node) -> list[tuple[str, asyncssh.SSHKey]]:
-    """The host key that a node shows, and its jump host's, by their names in known_hosts. Shown to a person, not trusted.
+async def scan(fleet: Fleet, node: Node) -> tuple[str, asyncssh.SSHKey]:
+    """The host key that a node shows, after its name in known_hosts. Shown to a person, not trusted.
 
     Raises:
         SshError: not reached.
     """
-    keys = []
     try:
-        async with asyncio.timeout(30):
-            tunnel: Any = ()
-            if node.jump:
-                _user, host, port = parse_jump(node.jump)
-                tunnel = await fleet.jump(node.jump, node.key)
-                key = tunnel.get_server_host_key()
-                if key:
-                    keys.append((entry_name(host, port), key))
+        async with asyncio.timeout(SECONDS):
             options = fleet.options(node)
-            tunnel = tunnel or options.tunnel or ()  # ProxyJump of ~/.ssh/config stands under the name, not the address
+            # ProxyJump of ~/.ssh/config stands under the name, not the address.
+            tunnel: Any = await fleet.jump(node.jump, node.key) if node.jump else options.tunnel or ()
             key = await asyncssh.get_server_host_key(
                 options.host,
                 options.port,
@@ -130,7 +123,7 @@ async def scan(fleet: Fleet, node: Node) -> list[tuple[str, asyncssh.SSHKey]]:
         raise explain(node, error) from error
     if key is None:
         raise SshError(f"{node} shows no host key", remedy="is that an SSH server?")
-    return [*keys, (entry_name(node.address, options.port), key)]
+    return entry_name(node.address, options.port), key
 
 
 def entry_name(address: str, port: int) -> str:

@@ -11,7 +11,7 @@ import asyncssh
 
 from deploy.fleet.commands import OnLine, RunningCommand, command_line, put_down
 from deploy.fleet.connections import Connections
-from deploy.fleet.results import CommandResult, require
+from deploy.fleet.results import CommandResult, require, try_all
 from deploy.nodes.deployment import Deployment, Node
 from gracefarm.errors import GracefarmError, NodeError
 
@@ -48,17 +48,9 @@ class Fleet(Connections):
 
     async def connect(self, nodes: Sequence[Node | str] | None = None) -> dict[str, GracefarmError | None]:
         """Connect to nodes at once; for each None, or why not."""
-
-        async def enter(node: Node) -> GracefarmError | None:
-            try:
-                await self.connection(node)
-            except GracefarmError as error:
-                return error
-            return None
-
         chosen = self.pick(nodes)
-        errors = await asyncio.gather(*map(enter, chosen))
-        return dict(zip([node.name for node in chosen], errors, strict=True))
+        _connected, lost = await try_all(chosen, self.connection)
+        return {node.name: lost.get(node.name) for node in chosen}
 
     async def base(self, node: Node) -> str:
         """`local` on a node. Raises SshError, NodeError."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from pathlib import Path
 
 from deploy.nodes.config import Access, ModelConfig
@@ -68,5 +67,5 @@ def propose_share(deployment: Deployment, share: str) -> bool:
     text = deployment.path.read_text()
     if NO_SHARE not in text:
         return False
-    atomic_write(deployment.path, re.sub(re.escape(NO_SHARE), lambda _found: f"share = {json.dumps(share)}", text))
+    atomic_write(deployment.path, text.replace(NO_SHARE, f"share = {json.dumps(share)}"))
     return True

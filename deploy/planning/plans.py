@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping
 from typing import Literal
 
@@ -132,9 +133,7 @@ def make(deployment: Deployment, facts: Facts, model: Model) -> Plan:
         engine=engine, model=model, machines=machines, forced=data.layout, price=data.options.price_per_node_hour
     )
     choice = layouts.choose(question)
-    used = {slot.machine.name: 0 for slot in choice.best.slots}
-    for slot in choice.best.slots:
-        used[slot.machine.name] += 1
+    used = Counter(slot.machine.name for slot in choice.best.slots)
     layout = choice.best.layout
     nodes = tuple(
         _node(deployment, engine, layout, known[name], count, known[deployment.head.name]) for name, count in used.items()
@@ -284,13 +283,12 @@ def ray_command(deployment: Deployment, facts: NodeFacts, node: Node, gpus: int,
     """Arguments of `ray start` on a node."""
     ports = deployment.data.ports
     store = OBJECT_STORE_REHEARSED if deployment.data.options.rehearsal else OBJECT_STORE
-    joined = f"[{head.private}]" if ":" in head.private else head.private
     mine: tuple[str, ...]
     if node.head:
         mine = ("--head", "--port", str(ports.ray), "--include-dashboard", "true")
         mine += ("--dashboard-host", "127.0.0.1", "--dashboard-port", str(ports.dashboard))
     else:
-        mine = ("--address", f"{joined}:{ports.ray}")
+        mine = ("--address", _ray_address(head.private, deployment))
     return (
         paths.program(deployment, "ray"),
         "start",
@@ -310,6 +308,10 @@ def ray_command(deployment: Deployment, facts: NodeFacts, node: Node, gpus: int,
         *("--temp-dir", paths.ray_temp(deployment, node, facts.user)),
         "--disable-usage-stats",
     )
+
+
+def _ray_address(head: str, deployment: Deployment) -> str:
+    return f"[{head}]:{deployment.data.ports.ray}" if ":" in head else f"{head}:{deployment.data.ports.ray}"
 
 
 def _serve(deployment: Deployment, engine: Engine, layout: Layout, model: Model) -> tuple[str, ...]:
@@ -338,11 +340,10 @@ def _serve(deployment: Deployment, engine: Engine, layout: Layout, model: Model)
 
 
 def _serve_env(deployment: Deployment, engine: Engine, head: NodePlan) -> dict[str, str]:
-    address = f"[{head.private}]" if ":" in head.private else head.private
     return {
         **head.env,
         **engine.env,
-        "RAY_ADDRESS": f"{address}:{deployment.data.ports.ray}",
+        "RAY_ADDRESS": _ray_address(head.private, deployment),
         # The weights are there; nothing is to be asked of the network while it starts.
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",

@@ -85,7 +85,7 @@ def _ssh(plan: NodePlan, node: Node | None) -> list[str]:
 def _secrets(plan: Plan) -> str:
     lines = ["secret ray-token", "secret api-key"]
     lines += [_place(node.name, "ray-token", node.env[TOKEN_FILE]) for node in plan.nodes]
-    lines.append(_place(plan.head.name, "api-key", _beside(plan.head, "api-key")))
+    lines.append(_place(plan.head.name, "api-key", _beside_token(plan.head, "api-key")))
     return "\n".join(lines)
 
 
@@ -95,7 +95,7 @@ def _place(node: str, name: str, target: str) -> str:
     return f'on {node} {shlex.quote(command)} <"$secrets/{name}"'
 
 
-def _beside(node: NodePlan, name: str) -> str:
+def _beside_token(node: NodePlan, name: str) -> str:
     return str(PurePosixPath(node.env[TOKEN_FILE]).parent / name)
 
 
@@ -112,8 +112,7 @@ def _ray(node: NodePlan) -> str:
 
 
 def _engine(plan: Plan) -> str:
-    folder = str(PurePosixPath(plan.head.env[TOKEN_FILE]).parent)
-    key, log, pid = (shlex.quote(f"{folder}/{name}") for name in ("api-key", "engine.log", "engine.pid"))
+    key, log, pid = (shlex.quote(_beside_token(plan.head, name)) for name in ("api-key", "engine.log", "engine.pid"))
     return _script(
         plan.head.name,
         [
@@ -128,14 +127,14 @@ def _engine(plan: Plan) -> str:
 def _wait(plan: Plan) -> str:
     port = plan.serve[plan.serve.index("--port") + 1]
     request = f'{{"model": "{plan.model}", "prompt": "1 2 3", "max_tokens": 1}}'
-    folder = str(PurePosixPath(plan.head.env[TOKEN_FILE]).parent)
+    key, log, pid = (shlex.quote(_beside_token(plan.head, name)) for name in ("api-key", "engine.log", "engine.pid"))
     loop = [
-        f"pid=$(cat {shlex.quote(folder + '/engine.pid')})",
-        f'until {{ printf \'header = "Authorization: Bearer %s"\\n\' "$(cat {shlex.quote(folder + "/api-key")})"; }} |',
+        f"pid=$(cat {pid})",
+        f'until {{ printf \'header = "Authorization: Bearer %s"\\n\' "$(cat {key})"; }} |',
         "    curl -fsS --config - -H 'Content-Type: application/json' \\",
         f"        -d {shlex.quote(request)} http://127.0.0.1:{port}/v1/completions 2>/dev/null",
         "do",
-        f'    kill -0 "$pid" || {{ tail -n 50 {shlex.quote(folder + "/engine.log")} >&2; exit 1; }}',
+        f'    kill -0 "$pid" || {{ tail -n 50 {log} >&2; exit 1; }}',
         "    sleep 10",
         "done",
     ]

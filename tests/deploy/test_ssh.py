@@ -347,7 +347,7 @@ def test_a_jump_host_is_one_connection_for_all_behind_it(tmp_path: Path) -> None
 
 def test_what_a_person_sees_of_a_host_key_is_what_gets_pinned(tmp_path: Path) -> None:
     async def work(fleet: Fleet, made: list[kit.Machine]) -> None:
-        ((name, key),) = await scan(fleet, made[0].node)
+        name, key = await scan(fleet, made[0].node)
         assert key.public_data == made[0].key.public_data
         assert matches(tmp_path / "known_hosts", name, key)
         shutil.copy(tmp_path / "known_hosts", tmp_path / "other")
