@@ -33,7 +33,7 @@ from deploy.watch import status
 from deploy.watch.status import NodeStatus, Status, Watch
 from gracefarm.errors import GracefarmError, NodeError
 
-LOCAL = ("deploy.toml", ".deploy/state.json", ".deploy/plan.json", ".deploy/facts.json")
+LOCAL = (".deploy/state.json", ".deploy/plan.json", ".deploy/facts.json")
 ENGINE_LOG, ENGINE_EXIT = "jobs/engine/log", "jobs/engine/exit"
 OWN = ("memory", "kv-cache", "shard", "driver-gpu", "gpus", "port", "layout", "usage", "import", "ray")
 "Kinds of causes that nothing on a machine stands behind: they are first wherever they are found."
@@ -117,8 +117,8 @@ async def write_bundle(
         causes = findings(archive.texts, seen, kept, watch.plan, missing)
         archive.add("summary.md", summary(seen, causes, kept, missing).encode(), now)
     size = target.stat().st_size
-    cleaned = tuple(_clean(finding, redactor) for finding in causes)
-    return Bundle(path=target, findings=cleaned, files=archive.count, size=size, missing=missing, status=seen)
+    cleaned = [replace(cause, text=redactor.line(cause.text), file=redactor.line(cause.file)) for cause in causes]
+    return Bundle(path=target, findings=tuple(cleaned), files=archive.count, size=size, missing=missing, status=seen)
 
 
 @contextmanager
@@ -134,17 +134,12 @@ def _whole(target: Path) -> Iterator[IO[bytes]]:
         raise
 
 
-def _clean(finding: Finding, redactor: Redactor) -> Finding:
-    return replace(finding, text=redactor.line(finding.text), file=redactor.line(finding.file))
-
-
 def _local(archive: _Archive, deployment: Deployment) -> State:
     """What this machine knows."""
     base = deployment.path.parent
-    own = [deployment.path, *(base / name for name in LOCAL[1:])]
-    more = [*deployment.folder.logs.rglob("*"), *(deployment.folder.path / "bench").glob("*")]
-    for path in (*own, *(file for file in sorted(more) if file.is_file())):
-        with suppress(OSError):
+    more = sorted([*deployment.folder.logs.rglob("*"), *(deployment.folder.path / "bench").glob("*")])
+    for path in (deployment.path, *(base / name for name in LOCAL), *more):
+        with suppress(OSError):  # a folder, or not there
             inside = path.relative_to(base) if path.is_relative_to(base) else Path(path.name)
             archive.add(f"local/{inside.as_posix().removeprefix('.')}", path.read_bytes(), path.stat().st_mtime)
     return status.kept_or_empty(deployment.folder)
@@ -303,20 +298,19 @@ def summary(seen: Status, causes: Sequence[Finding], kept: State, missing: Mappi
     line: Callable[[str], None] = parts.append
     line(f"# {seen.deployment}: {seen.service.label}\n")
     if causes:
-        first, *rest = causes
+        first = causes[0]
         line(f"**First cause:** {first.text}\n")
         if first.remedy:
             line(f"What to do: {first.remedy}\n")
         if first.file:
             line(f"Read from {first.file}\n")
     else:
-        rest = []
         line("Nothing that looks like a cause was found.\n")
     parts += [f"Not read: {note}\n" for note in seen.notes]
     line(f"Seen at {time.strftime('%Y-%m-%d %H:%M:%S %Z', time.localtime(seen.taken))}: {seen.service.text}\n")
-    if rest:
+    if causes[1:]:
         line("## Also found\n")
-        parts += [f"- {cause.text}" + (f" ({cause.file})" if cause.file else "") for cause in rest]
+        parts += [f"- {cause.text}" + (f" ({cause.file})" if cause.file else "") for cause in causes[1:]]
         line("")
     line("## Nodes\n")
     line("| node | address | reached | Ray | GPUs (MiB used of) | disk free | up |\n|---|---|---|---|---|---|---|")

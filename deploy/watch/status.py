@@ -5,8 +5,9 @@ from __future__ import annotations
 import posixpath
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from pydantic import ValidationError
 
@@ -136,14 +137,6 @@ def plan_of(folder: Folder) -> Plan | None:
         raise ConfigError(f"{path}: another version's, or damaged", remedy="`deploy serve` writes it anew") from error
 
 
-def facts_or_none(deployment: Deployment) -> Facts | None:
-    """What is known of the nodes, if anything is."""
-    try:
-        return load_facts(deployment)
-    except ConfigError:
-        return None
-
-
 @dataclass(frozen=True, kw_only=True)
 class Watch:
     """What is needed to look, again and again."""
@@ -173,7 +166,9 @@ class Watch:
 def watch_of(deployment: Deployment, fleet: Fleet) -> Watch:
     """Of a deployment as it is kept; what is damaged is told, and is no reason not to look."""
     notes: list[str] = []
-    plan, facts = None, facts_or_none(deployment)
+    plan, facts = None, None
+    with suppress(ConfigError):
+        facts = load_facts(deployment)
     try:
         state.read(deployment.folder)
     except ConfigError as error:
@@ -196,11 +191,7 @@ async def look(watch: Watch, *, canary: float = 30) -> Status:
 
 async def vitals_of(watch: Watch) -> tuple[dict[str, Json], dict[str, GracefarmError]]:
     """How each node is, and why some did not say."""
-
-    async def ask(node: RemoteNode) -> Json:
-        return await glance(node, request(watch, node), SILENCE, function="watch.vitals")
-
-    return await try_all(watch.nodes, ask)
+    return await try_all(watch.nodes, lambda node: glance(node, request(watch, node), SILENCE, function="watch.vitals"))
 
 
 async def service_of(watch: Watch, vitals: Mapping[str, Json], canary: float) -> tuple[Service, Nodes | None]:
@@ -299,21 +290,11 @@ def judge(signs: Signs | None, kept: State, *, planned: bool, now: float) -> Ser
     return _of(verdict, signs)
 
 
-_WORDS: Mapping[str, tuple[Word, str]] = {
-    "ready": ("READY", ""),
-    "busy": ("BUSY", ""),
-    "degraded": ("DEGRADED", ""),
-    "wedged": ("WEDGED", ""),
-    "dead-engine": ("DEAD", "engine"),
-    "dead-node": ("DEAD", "node"),
-    "unreachable": ("UNREACHABLE", ""),
-}
-
-
 def _of(verdict: Diagnosis, signs: Signs) -> Service:
-    word, detail = _WORDS[verdict.kind]
+    word, _, detail = verdict.kind.partition("-")  # dead-node is DEAD(node)
     seconds = signs.answer.seconds if signs.answer and signs.answer.kind == "ok" else None
-    return Service(word=word, detail=detail, text=verdict.text, remedy=verdict.remedy, canary_s=seconds)
+    kind = cast("Word", word.upper())
+    return Service(word=kind, detail=detail, text=verdict.text, remedy=verdict.remedy, canary_s=seconds)
 
 
 def _at_rest(kept: State, *, planned: bool) -> Service:

@@ -64,11 +64,6 @@ class _Canary:
             self.asked = time.monotonic()
             self.task = asyncio.create_task(self._ask(vitals))
 
-    async def first(self, seconds: float) -> None:
-        """Wait for its first word, but not for long."""
-        if self.task:
-            await asyncio.wait({self.task}, timeout=seconds)
-
     async def _ask(self, vitals: Mapping[str, Json]) -> None:
         self.service, self.alive = await status.service_of(self.watch, vitals, CANARY)
 
@@ -113,8 +108,8 @@ async def watching(watch: Watch, *, every: float, canary_every: float, count: in
             begun = time.monotonic()
             vitals, bad = await status.vitals_of(watch)
             canary.look(vitals)
-            if number == 0:
-                await canary.first(FIRST)
+            if number == 0 and canary.task:
+                await asyncio.wait({canary.task}, timeout=FIRST)
             now = await engine.scrape()
             passed, looked = time.monotonic() - looked, time.monotonic()
             seen = status.assemble(watch, vitals, bad, canary.service, canary.alive)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
@@ -98,11 +99,9 @@ async def probe(fleet: Fleet, head: RemoteNode, spec: EngineSpec, *, seconds: fl
         job = await job_status(fleet, place, paths.ENGINE_JOB)
     except GracefarmError as error:
         return Signs(job=None, error=error.cause)
-    nodes: Nodes | None
-    try:
+    nodes: Nodes | None = None
+    with suppress(GracefarmError):
         nodes = await spec.nodes()
-    except GracefarmError:
-        nodes = None
     if job.state == "absent":
         return Signs(job=job, nodes=nodes)
     progress = await _read_log(fleet, place)
