@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import click
 
@@ -60,13 +60,12 @@ def build_command(
     asked = names or known
     failures: list[GracefarmError] = []
 
-    def planned(name: str) -> Plan | None:
-        if changed and not _has_target(name, aim, settings, console):
-            return None
-        plan = plan_of(name, aim.stack, aim.target, settings, aim.on)
-        return plan if not changed or (not _settled(plan, url, settings) and _complete(plan, console)) else None
-
-    plans = _plans(asked, planned, failures, console)
+    plans: list[Plan] = []
+    for name in asked:
+        try:
+            plans += _planned(name, aim, changed, url, settings, console)
+        except GracefarmError as error:
+            _survive(error, failures, asked, console)
     if changed:
         console.step("plan", f"changed since the last success: {', '.join(plan.recipe.key for plan in plans) or 'nothing'}")
     for plan in _longest_first(plans, settings):
@@ -79,18 +78,6 @@ def build_command(
             console.result(built.model_dump(mode="json") | {"path": str(wheel)}, str(wheel))
     if failures:
         raise SeveralError(f"{len(failures)} of {len(asked)} recipes failed; each is described above")
-
-
-def _plans(
-    asked: Sequence[str], planned: Callable[[str], Plan | None], failures: list[GracefarmError], console: Console
-) -> list[Plan]:
-    plans = []
-    for name in asked:
-        try:
-            plans.append(planned(name))
-        except GracefarmError as error:
-            _survive(error, failures, asked, console)
-    return [plan for plan in plans if plan is not None]
 
 
 def _longest_first(plans: list[Plan], settings: Settings) -> list[Plan]:
@@ -114,14 +101,16 @@ def _survive(error: GracefarmError, failures: list[GracefarmError], asked: Seque
     failures.append(error)
 
 
-def _has_target(name: str, aim: Aim, settings: Settings, console: Console) -> bool:
-    """The recipe's stack builds for the target at all; a night for x86_64 passes over what is for aarch64 alone."""
-    loaded = recipe.load(settings.project / "recipes", name)
-    base = stack.load(settings.project / "stacks", aim.stack or loaded.data.stack)
-    if Arch(aim.target) in base.data.glibc:
-        return True
-    console.warn(f"left out: {name}: stack {base.data.name} has no target {aim.target}")
-    return False
+def _planned(name: str, aim: Aim, changed: bool, url: str | None, settings: Settings, console: Console) -> list[Plan]:
+    """The plan; with `changed`, none where nothing is to be built: a night for x86_64 passes over what is aarch64's alone."""
+    if changed:
+        loaded = recipe.load(settings.project / "recipes", name)
+        base = stack.load(settings.project / "stacks", aim.stack or loaded.data.stack)
+        if Arch(aim.target) not in base.data.glibc:
+            console.warn(f"left out: {name}: stack {base.data.name} has no target {aim.target}")
+            return []
+    plan = plan_of(name, aim.stack, aim.target, settings, aim.on)
+    return [plan] if not changed or (not _settled(plan, url, settings) and _complete(plan, console)) else []
 
 
 def _complete(plan: Plan, console: Console) -> bool:

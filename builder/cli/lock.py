@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NoReturn
-
 import click
 
 from builder.cli.options import json_option, start, toolchain_option
 from builder.planning import gaps, recipe, stack
 from builder.planning.recipe import ToolchainKind
 from builder.toolchains import KINDS
-from gracefarm.console import Console
-from gracefarm.errors import GracefarmError, SeveralError
+from gracefarm.errors import SeveralError
 from gracefarm.files import atomic_write
 
 
@@ -46,20 +42,15 @@ def lock_command(name: str, stack_name: str | None, toolchain: ToolchainKind, as
         console.step("lock", f"left for --toolchain container: {gap.what}")
     rows = [{"file": str(gap.file), "what": gap.what, "url": gap.url, "sha256": sha256} for gap, sha256 in filled.digests]
     lines = [f"{row['sha256']}  {row['what']}  {row['url']}" for row in rows]
-    if filled.failed:
-        if rows:
-            console.result(rows, "\n".join(lines))
-        _fail(filled.failed, len(filled.digests), console)
-    console.result(rows, "\n".join(lines) or f"{name} has no gap: every digest is there")
-
-
-def _fail(failed: Sequence[GracefarmError], filled: int, console: Console) -> NoReturn:
-    """Each on its own, after all were tried; an only one is the command's own."""
-    if len(failed) == 1:
-        raise failed[0]
-    for error in failed:
+    if rows or not filled.failed:
+        console.result(rows, "\n".join(lines) or f"{name} has no gap: every digest is there")
+    count = len(filled.failed)
+    if count == 1:
+        raise filled.failed[0]
+    for error in filled.failed:
         console.error(error)
-    raise SeveralError(f"{len(failed)} of {len(failed) + filled} digests cannot be had; each is described above")
+    if count:
+        raise SeveralError(f"{count} of {count + len(rows)} digests cannot be had; each is described above")
 
 
 @click.command("lock-stack")

@@ -52,17 +52,16 @@ def lock_command(name: str, as_json: bool) -> None:
     """
     settings, console = start(as_json=as_json, writes=True)
     loaded = definition.load(name, settings)
+    place = loaded.runtime.requirements_lock
     if not loaded.data.requirements:
-        place = loaded.stack.requirements_lock
         console.result(
             {"written": []},
             f"{name} runs in the environment of stack {loaded.data.stack}: {place} (`{loaded.stack.lock_command}`)",
         )
         return
     with console.progress("lock") as tick:
-        atomic_write(loaded.runtime.requirements_lock, resolve.requirements_lock(loaded.runtime, settings, tick))
+        atomic_write(place, resolve.requirements_lock(loaded.runtime, settings, tick))
     count = len(pins.wheels(loaded.runtime, loaded.data.target))
-    place = loaded.runtime.requirements_lock
     console.result({"written": [str(place)], "wheels": count}, f"{place}: {count} wheels")
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -79,23 +77,20 @@ def _rebuild(wheel: Path, jobs: int | None, settings: Settings, console: Console
         )
 
 
-def _refuse_unsealed(inputs: Mapping[str, Any], wheel: Path) -> None:
-    """In the sandbox every build has the folder /build. Elsewhere the folder's own path stands in the objects.
+def _plan_of(inside: Inside, wheel: Path, settings: Settings) -> Plan:
+    """The plan of a wheel, which this project must still have as it was.
 
     Raises:
-        UsageError: the wheel was built elsewhere, and in another folder it would differ without anything to find out.
+        UsageError: it was built outside of the sandbox, where every build has the folder /build: elsewhere the path of the
+            folder stands in the objects, and another folder's wheel would differ without anything to find out.
+        ConfigError: the project makes no such build.
     """
-    how = KINDS[inputs.get("toolchain", {}).get("kind", "sandbox")].unsealed
+    how = KINDS[inside.inputs.get("toolchain", {}).get("kind", "sandbox")].unsealed
     if how is not None:
         raise UsageError(
             f"{wheel.name} was built {how}, so that a build in another folder shows nothing",
             remedy="build it in the sandbox, whose wheels `--rebuild` compares; the other checks hold for this one too",
         )
-
-
-def _plan_of(inside: Inside, wheel: Path, settings: Settings) -> Plan:
-    """The plan of a wheel, which this project must still have as it was."""
-    _refuse_unsealed(inside.inputs, wheel)
     loaded = recipe.load(settings.project / "recipes", inside.inputs["recipe"]["name"])
     for name in stack.names(settings.project / "stacks"):
         base = stack.load(settings.project / "stacks", name)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from builder.fetch.git import fetch_commit, fetch_git, repository_path
 from builder.fetch.sdist import fetch_sdist
-from builder.fetch.store import Download, download, store_path
+from builder.fetch.store import download, store_path
+from builder.fetch.transfer import Download
 from builder.planning.recipe import FileSource, GitSource, Recipe, SdistSource
 from builder.planning.settings import Settings
 from gracefarm.console import Tick, no_tick

@@ -95,9 +95,8 @@ def source_date_epoch(recipe: Recipe, fetched: Fetched) -> int:
         SourceError: the archive cannot be read.
     """
     if isinstance(recipe.source, GitSource):
-        seconds = run_git(
-            ["show", "--no-patch", "--format=%ct", recipe.source.commit], cwd=fetched.source, config=_config(fetched.source)
-        )
+        show = ["show", "--no-patch", "--format=%ct", recipe.source.commit]
+        seconds = run_git(show, cwd=fetched.source, config=fetched.source.parent / "config")
         return archive.clamp(int(seconds))
     return archive.newest_mtime(fetched.source, _title(recipe))
 
@@ -106,35 +105,29 @@ def _title(recipe: Recipe) -> str:
     return f"source of {recipe.name} {recipe.version}"
 
 
-def _config(repository: Path) -> Path:
-    """The configuration that fetch wrote beside its repositories."""
-    return repository.parent / "config"
-
-
 def _populate(recipe: Recipe, fetched: Fetched, tree: Path) -> list[Path]:
     """Fill the tree; returns the folders that are git work trees."""
-    places = []
+    places, checkouts = [], []
     if isinstance(recipe.source, GitSource):
-        _export(fetched.source, recipe.source.commit, tree, _config(fetched.source))
+        _export(fetched.source, recipe.source.commit, tree)
         places.append(tree)
         for path, module in sorted(recipe.source.submodules.items()):
             # A parent sorts before what lies in it.
             _, inner = enclosing(path, recipe.source.submodules)
-            archive.make_parents(tree / path, tree, f"submodule {inner}")
-            _export(fetched.repositories[module.commit], module.commit, tree / path, _config(fetched.source))
-            places.append(tree / path)
+            checkouts.append((path, module.commit, f"submodule {inner}"))
     else:
         archive.extract(fetched.source, tree, _title(recipe), strip=True)
-    for pinned in recipe.repositories:
-        archive.make_parents(tree / pinned.path, tree, f"repository {pinned.path}")
-        repository = fetched.repositories[pinned.commit]
-        _export(repository, pinned.commit, tree / pinned.path, _config(repository))
-        places.append(tree / pinned.path)
+    checkouts += [(pinned.path, pinned.commit, f"repository {pinned.path}") for pinned in recipe.repositories]
+    for path, commit, title in checkouts:
+        archive.make_parents(tree / path, tree, title)
+        _export(fetched.repositories[commit], commit, tree / path)
+        places.append(tree / path)
     return places
 
 
-def _export(repository: Path, commit: str, into: Path, config: Path) -> None:
+def _export(repository: Path, commit: str, into: Path) -> None:
     """Check a commit out of the store into a repository of its own, so that a build cannot reach the store's objects."""
+    config = repository.parent / "config"
     into.mkdir(exist_ok=True)
     try:
         run_git(["init", "--quiet"], cwd=into, config=config)

@@ -25,8 +25,6 @@ from gracefarm.console import Tick, no_tick
 from gracefarm.errors import DigestError, FetchError
 from gracefarm.files import CHUNK, full_disk, lock, sha256_file, sync_directory
 
-__all__ = ["Download", "download", "store_path"]
-
 WORKERS = 8
 Request = Callable[[Transfer], None]
 "One attempt to get what is missing over HTTP."

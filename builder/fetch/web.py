@@ -82,18 +82,16 @@ def _remember(transfer: Transfer, response: httpx.Response) -> None:
 
 def _check_status(transfer: Transfer, response: httpx.Response) -> None:
     status = response.status_code
+    cause = f"{transfer.download.what}: {shown(transfer.url)}: the server says {status}"
     if status in (httpx.codes.NOT_FOUND, httpx.codes.GONE):
         raise absent(transfer, f"the server says {status}")
     if status in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
-        raise FetchError(
-            f"{transfer.download.what}: {shown(transfer.url)}: the server says {status}",
-            remedy="give credentials for that host in ~/.netrc, or name another mirror in GRACEFARM_MIRRORS",
-        )
+        remedy = "give credentials for that host in ~/.netrc, or name another mirror in GRACEFARM_MIRRORS"
+        raise FetchError(cause, remedy=remedy)
     if status in TRANSIENT:
         delay = response.headers.get("Retry-After", "")
         raise TransientError(f"the server says {status}", float(delay) if delay.isdigit() else 0.0)
     if status not in (httpx.codes.OK, httpx.codes.PARTIAL_CONTENT):
-        cause = f"{transfer.download.what}: {shown(transfer.url)}: the server says {status}"
         raise FetchError(cause, remedy=mirror_remedy(transfer.download.url))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import errno
 import hashlib
@@ -78,19 +77,15 @@ def fill_in(
 ) -> None:
     """Give every module its .pyc: from the store where its wheel was compiled before, else made and put there."""
     modules = dict(_modules(site))
-    stores = {
-        wheel: settings.home
-        / "environments"
-        / "bytecode"
-        / hashlib.sha256(f"{LAYOUT} {stack.data.python} {wheel.sha256}".encode()).hexdigest()
-        for wheel in locked
-    }
+    home = settings.home / "environments" / "bytecode"
+    keys = {wheel: f"{LAYOUT} {stack.data.python} {wheel.sha256}" for wheel in locked}
+    stores = {wheel: home / hashlib.sha256(key.encode()).hexdigest() for wheel, key in keys.items()}
     missing = [wheel for wheel in locked if not stores[wheel].is_dir()]
     tick(0, None, f"byte-compiling {len(missing)} wheels" if missing else "linking byte code")
     prefix = site.relative_to(folder)
     names = [str(prefix / name) for wheel in missing for name in modules.get(wheel.name, ())]
     compile_files(root, INSIDE, folder, names)
-    with lock(settings.home / "environments" / "bytecode.lock"):
+    with lock(home.with_name("bytecode.lock")):
         for wheel in locked:
             if wheel in missing:
                 _store(site, modules.get(wheel.name, []), stores[wheel])
@@ -124,6 +119,5 @@ def _link_tree(store: Path, site: Path) -> None:
         if names:
             into.mkdir(parents=True, exist_ok=True)
         for name in names:
-            with contextlib.suppress(FileNotFoundError):
-                (into / name).unlink()  # numpy 1.26 has .pyc files of its own in its wheel
+            (into / name).unlink(missing_ok=True)  # numpy 1.26 has .pyc files of its own in its wheel
             os.link(os.path.join(parent, name), into / name)  # noqa: PTH118 tens of thousands of files

@@ -43,7 +43,7 @@ def ensure(stack: LoadedStack, target: Arch, root: Path, settings: Settings, tic
     """
     locked = pins.wheels(stack, target)
     wheels.require_digests(stack, locked)
-    name = pins.digest_of(stack.data.python, target, locked)
+    name = pins.digest_of("environment", stack.data.python, target, locked)
     final = settings.home / "environments" / name
     if final.is_dir():
         # The digest does not say what the stack expects of its torch: another stack may have assembled the same wheels.

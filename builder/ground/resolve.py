@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from urllib.parse import unquote, urlsplit
@@ -44,14 +44,9 @@ def requirements_lock(stack: LoadedStack, settings: Settings, tick: Tick = no_ti
         if stack.kind == "stack"
         else f"# What set {stack.data.name} runs with, beside the farm's own wheels."
     )
-    return _render(title, stack, files, archs)
-
-
-def _render(title: str, stack: LoadedStack, files: Mapping[Row, set[Arch]], archs: Sequence[Arch]) -> str:
-    lines = [title]
-    lines += [f"# Written by `{stack.lock_command}`, not by hand. pip and uv read it with --require-hashes."]
-    for own in stack.data.environment.wheels:
-        lines += [f"# {own.title} is not here: stack.toml pins it on an index of its own."]
+    lines = [title, f"# Written by `{stack.lock_command}`, not by hand. pip and uv read it with --require-hashes."]
+    for wheel in stack.data.environment.wheels:
+        lines += [f"# {wheel.title} is not here: stack.toml pins it on an index of its own."]
     for (name, version, filename, sha256), where in sorted(files.items()):
         marker = "" if len(where) == len(archs) else f' ; platform_machine == "{min(where)}"'
         lines += [f"# {filename}", f"{name}=={version}{marker} --hash=sha256:{sha256}"]
@@ -97,6 +92,11 @@ def _resolve_arch(stack: LoadedStack, arch: Arch, settings: Settings) -> Iterato
         yield canonicalize_name(package["name"]), str(package["version"]), filename, wheel["hashes"]["sha256"]
 
 
+def _head(what: str, stack: LoadedStack, suite: str) -> list[str]:
+    name = stack.data.name
+    return [f"# {what} of {name}; written by `builder lock-stack {name}`, not by hand.", f'suite = "{suite}"']
+
+
 def root_lock(stack: LoadedStack, settings: Settings, tick: Tick = no_tick) -> str:
     """The text of a new root.lock: apt's answer, from the suite as it is today, for each pair that stack.toml names.
 
@@ -107,10 +107,7 @@ def root_lock(stack: LoadedStack, settings: Settings, tick: Tick = no_tick) -> s
     """
     spec = stack.data.root
     pairs = [(host, target) for host, targets in spec.hosts.items() for target in targets]
-    text = [
-        f"# Every .deb of the roots of {stack.data.name}; written by `builder lock-stack {stack.data.name}`, not by hand.",
-        f'suite = "{spec.suite}"',
-    ]
+    text = _head("Every .deb of the roots", stack, spec.suite)
     for number, (host, target) in enumerate(pairs):
         tick(number, len(pairs), f"packages of {spec.suite} for {target} on {host}")
         with debian.solver(spec.suite, host, [target] if target is not host else [], settings) as apt:
@@ -129,10 +126,7 @@ def toolchain_lock(stack: LoadedStack, settings: Settings, tick: Tick = no_tick)
     spec = stack.data.toolchain.debian
     if spec is None:
         return None
-    text = [
-        f"# The CUDA compiler of {stack.data.name}; written by `builder lock-stack {stack.data.name}`, not by hand.",
-        f'suite = "{spec.suite}"',
-    ]
+    text = _head("The CUDA compiler", stack, spec.suite)
     for number, host in enumerate(hosts := sorted(stack.data.root.hosts)):
         tick(number, len(hosts), f"compiler of {spec.suite} for {host}")
         with debian.solver(spec.suite, host, [], settings, spec.component) as apt:

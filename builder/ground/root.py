@@ -153,24 +153,23 @@ def _link_compilers(folder: Path, gcc: int, target: Arch) -> None:
 
     Links, not copies: gcc finds its parts from the place that the link leads to.
     """
-    tools = folder / "usr/bin"
+    tools, links = folder / "usr/bin", folder / BIN
     prefix = f"{target.triplet}-"
     for path in sorted(tools.glob(f"{prefix}*")):
-        _link(folder, path.name.removeprefix(prefix), path.name)
+        _link(links / path.name.removeprefix(prefix), f"/usr/bin/{path.name}")
     for plain, versioned in _COMPILERS.items():
         own = f"{prefix}{versioned}-{gcc}"
         if not (tools / own).exists():
             raise RootError(
                 f"the root has no /usr/bin/{own}", remedy="mend [root] or [toolchain] gcc in stack.toml, then lock"
             )
-        _link(folder, plain, own)
-        _link(folder, f"{prefix}{plain}", own)
+        for name in (plain, f"{prefix}{plain}"):
+            _link(links / name, f"/usr/bin/{own}")
 
 
-def _link(folder: Path, name: str, program: str) -> None:
-    link = folder / BIN / name
-    link.unlink(missing_ok=True)
-    link.symlink_to(f"/usr/bin/{program}")
+def _link(place: Path, program: str) -> None:
+    place.unlink(missing_ok=True)
+    place.symlink_to(program)
 
 
 def _lay_out_python(folder: Path, python: str, host: Arch, target: Arch) -> None:
@@ -184,11 +183,9 @@ def _lay_out_python(folder: Path, python: str, host: Arch, target: Arch) -> None
         interpreter.rename(folder / OWN / f"python{python}-{target}")
         (folder / OWN / "native-python" / f"usr/bin/python{python}").rename(native)
         shutil.rmtree(folder / OWN / "native-python")
-        _install(folder, "python", interpreter, host, target, python)
+        _install("python", interpreter, host, target, python)
     for name in ("python3", "python"):
-        link = folder / "usr/bin" / name
-        link.unlink(missing_ok=True)
-        link.symlink_to(f"python{python}")
+        _link(folder / "usr/bin" / name, f"python{python}")
 
 
 def _pretend(folder: Path, host: Arch, target: Arch) -> None:
@@ -197,16 +194,15 @@ def _pretend(folder: Path, host: Arch, target: Arch) -> None:
     for name in ("uname", "arch"):
         program = folder / "usr/bin" / name
         program.rename(folder / OWN / "native" / name)
-        _install(folder, "machine", program, host, target)
+        _install("machine", program, host, target)
     for name in ("pkg-config", f"{target.triplet}-pkg-config"):
-        _install(folder, "pkg-config", folder / BIN / name, host, target)
+        _install("pkg-config", folder / BIN / name, host, target)
 
 
-def _install(folder: Path, script: str, place: Path, host: Arch, target: Arch, python: str = "") -> None:
+def _install(script: str, place: Path, host: Arch, target: Arch, python: str = "") -> None:
     """One of our scripts, its @WORDS@ filled in."""
     text = (files("builder") / "data" / "root" / script).read_text()
     for word, value in {"HOST": host, "TARGET": target, "PYTHON": python, "TRIPLET": target.triplet}.items():
         text = text.replace(f"@{word}@", value)
-    assert folder in place.parents
     place.write_text(text)
     place.chmod(0o755)

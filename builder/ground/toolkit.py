@@ -23,11 +23,10 @@ def unpack(stack: LoadedStack, host: Arch, folder: Path, settings: Settings, tic
         RootError: a package cannot be unpacked, or lacks a part.
         HostError: dpkg-deb is missing.
     """
-    debs = of_toolkit(stack, host)
-    if not debs:
-        return
     spec = stack.data.toolchain.debian
-    assert spec is not None
+    if spec is None:
+        return
+    debs = of_toolkit(stack, host)
     places = debian.fetch(debs, spec.suite, stack.data.name, settings, tick)
     listing = (files("builder") / "data" / "toolkit" / "places.txt").read_text()
     home = folder / "nvidia" / f"cu{stack.data.cuda.split('.')[0]}"

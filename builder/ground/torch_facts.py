@@ -16,10 +16,8 @@ def read(site: Path) -> dict[str, object]:
     values: dict[str, object] = {}
     if place.is_file():
         for node in ast.parse(place.read_text()).body:
-            targets = (
-                node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
-            )
             if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(node.value, ast.Constant):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
                 values |= {target.id: node.value.value for target in targets if isinstance(target, ast.Name)}
     return values
 

@@ -101,12 +101,7 @@ def environment_digest(stack: LoadedStack, target: Arch) -> str:
     Raises:
         ConfigError: see `wheels`.
     """
-    return digest_of(stack.data.python, target, wheels(stack, target))
-
-
-def digest_of(python: str, target: Arch, locked: Sequence[LockedWheel]) -> str:
-    """The digest of an environment of these wheels; `environment_digest` for whoever has no stack."""
-    return _digest("environment", python, target, locked)
+    return digest_of("environment", stack.data.python, target, wheels(stack, target))
 
 
 def toolchain_digest(stack: LoadedStack, host: Arch) -> str:
@@ -116,10 +111,11 @@ def toolchain_digest(stack: LoadedStack, host: Arch) -> str:
         ConfigError: see `wheels`.
     """
     besides = packages.toolkit_digest(stack, host)
-    return _digest("toolchain", stack.data.python, host, toolchain_wheels(stack, host), besides)
+    return digest_of("toolchain", stack.data.python, host, toolchain_wheels(stack, host), besides)
 
 
-def _digest(kind: str, python: str, arch: Arch, locked: Sequence[LockedWheel], besides: str | None = None) -> str:
+def digest_of(kind: str, python: str, arch: Arch, locked: Sequence[LockedWheel], besides: str | None = None) -> str:
+    """The digest of an environment or of compilers (`kind`) that are made of these wheels; `besides`: of Debian's packages."""
     rows = [(wheel.name, wheel.version, wheel.sha256) for wheel in sorted(locked)]
     content = [kind, LAYOUT, arch.value, python, rows, *([besides] if besides else [])]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()

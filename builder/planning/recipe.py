@@ -88,13 +88,11 @@ class File(Table):
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
         if (self.url is None) == (self.text is None):
-            msg = "give url or text, and not both"
-            raise ValueError(msg)
+            raise ValueError("give url or text, and not both")
         if self.url is not None:
             one_digest(self)
         elif self.sha256 or self.sha256_unknown or self.unpack or self.members:
-            msg = "a text has no digest and is no archive"
-            raise ValueError(msg)
+            raise ValueError("a text has no digest and is no archive")
         return self
 
 
@@ -140,8 +138,7 @@ class Bundled(Table):
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
         if (self.sha256 is None) == (self.origin is None):
-            msg = "give sha256 or origin, and not both"
-            raise ValueError(msg)
+            raise ValueError("give sha256 or origin, and not both")
         return self
 
 
@@ -166,8 +163,7 @@ class Wheel(Table):
     def _requires_by_its_own_name(self) -> Self:
         for name, text in self.requires.items():
             if canonicalize_name(Requirement(text).name) != canonicalize_name(name):
-                msg = f"requires {name!r} is given {text!r}, a requirement of another distribution"
-                raise ValueError(msg)
+                raise ValueError(f"requires {name!r} is given {text!r}, a requirement of another distribution")
         return self
 
 

@@ -20,8 +20,6 @@ from gracefarm.errors import WheelError
 from gracefarm.files import remove_tree
 
 REMEDY = "the package's own build made it: see its log, and patch it in the recipe"
-EARLIEST = 315532800
-"1980-01-01, the earliest time of a zip archive."
 
 
 def embed(wheel: Path, plan: Plan, epoch: int, into: Path) -> Path:
@@ -49,7 +47,7 @@ def embed(wheel: Path, plan: Plan, epoch: int, into: Path) -> Path:
     metadata.write_text(text, "utf-8", "surrogateescape")
     rewrite_record(tree)
     final = into / wheel.name
-    dir2zip(tree, final, zlib.Z_DEFAULT_COMPRESSION, datetime.fromtimestamp(max(epoch, EARLIEST), tz=UTC))
+    dir2zip(tree, final, zlib.Z_DEFAULT_COMPRESSION, datetime.fromtimestamp(epoch, tz=UTC))
     remove_tree(tree)
     return final
 

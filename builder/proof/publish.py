@@ -10,11 +10,10 @@ from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
 import httpx
-import requests
-from pypi_simple import NoSuchProjectError, PyPISimple, UnsupportedContentTypeError, UnsupportedRepoVersionError
 
+from builder.fetch import simple
 from builder.proof.record import Publication, now
-from gracefarm.errors import PublishError, UsageError
+from gracefarm.errors import FetchError, PublishError, UsageError
 from gracefarm.files import sha256_file
 from gracefarm.process import first_line
 
@@ -76,11 +75,10 @@ def _offered(wheel: Path, url: str, login: Login | None) -> bool:
     """Whether the index of an upload address offers a file of that name and sha256; legacy/ and simple/ stand together."""
     name = wheel.name.split("-")[0]
     index = re.sub(r"legacy/?$", "", url).rstrip("/") + "/simple/"
-    with PyPISimple(index, auth=login or credentials(url)) as client:
-        try:
-            offered = client.get_project_page(name, timeout=60).packages
-        except (requests.RequestException, NoSuchProjectError, UnsupportedContentTypeError, UnsupportedRepoVersionError):
-            return False
+    try:
+        offered = simple.project_page(name, index, login or credentials(url)).packages
+    except FetchError:
+        return False
     sha256 = sha256_file(wheel)
     return any(file.filename == wheel.name and file.digests.get("sha256") == sha256 for file in offered)
 

@@ -72,9 +72,13 @@ def render(inputs: Mapping[str, Any], besides: Besides) -> str:
     recipe, build_id = inputs["recipe"], id_of(inputs)
     name, version = canonicalize_name(recipe["name"]), recipe["version"]
     own = _package(_WHEEL, name, version, license=besides.license, purl=f"pkg:pypi/{name}@{version}")
+    bundled = [
+        _package(f"SPDXRef-bundled-{number}", file.path, None, license=file.license, sha256=file.sha256)
+        for number, file in enumerate(besides.bundled, 1)
+    ]
     groups: list[tuple[list[dict[str, Any]], str, bool]] = [
         (_numbered("source", materials.of(inputs)), "GENERATED_FROM", True),
-        ([_bundled(number, file) for number, file in enumerate(besides.bundled, 1)], "CONTAINS", True),
+        (bundled, "CONTAINS", True),
         (_numbered("environment", besides.installed), "BUILD_DEPENDENCY_OF", False),
     ]
     relations = [_relation("SPDXRef-DOCUMENT", "DESCRIBES", _WHEEL)]
@@ -136,23 +140,17 @@ def _checksum(package: Mapping[str, Any]) -> str | None:
 
 
 def _numbered(kind: str, fetched: Sequence[Material]) -> list[dict[str, Any]]:
-    return [_material(f"SPDXRef-{kind}-{number}", material) for number, material in enumerate(fetched, 1)]
-
-
-def _material(identifier: str, material: Material) -> dict[str, Any]:
-    web = _GIT_OR_WEB.match(material.uri) is not None
-    return _package(
-        identifier,
-        material.what,
-        material.version,
-        location=material.uri if web else None,
-        purl=material.uri if material.uri.startswith("pkg:") else None,
-        sha256=material.digest if material.algorithm == "sha256" else None,
-    )
-
-
-def _bundled(number: int, file: BundledFile) -> dict[str, Any]:
-    return _package(f"SPDXRef-bundled-{number}", file.path, None, license=file.license, sha256=file.sha256)
+    return [
+        _package(
+            f"SPDXRef-{kind}-{number}",
+            material.what,
+            material.version,
+            location=material.uri if _GIT_OR_WEB.match(material.uri) else None,
+            purl=material.uri if material.uri.startswith("pkg:") else None,
+            sha256=material.digest if material.algorithm == "sha256" else None,
+        )
+        for number, material in enumerate(fetched, 1)
+    ]
 
 
 def _package(

@@ -137,7 +137,7 @@ def _sbom(inside: Inside) -> str:
         for material in besides.installed
     ]
     if wanted is not None:
-        digest = pins.digest_of(inside.inputs["stack"]["python"], Arch(inside.inputs["target"]), installed)
+        digest = pins.digest_of("environment", inside.inputs["stack"]["python"], Arch(inside.inputs["target"]), installed)
         if digest != wanted:
             raise VerifyError("the SBOM's list of the environment is not the one that the wheel's inputs name by digest")
     return f"{len(besides.installed)} distributions of the environment, sources as in the inputs"

@@ -58,7 +58,12 @@ def plan_set(loaded: LoadedSet, host: Arch) -> SetPlan:
         ConfigError: a lock is absent or older than its TOML file, or what the set runs with has another torch than the one
             that its wheels are built against.
     """
-    refuse_objects(loaded)
+    if loaded.stack.data.objects_only:
+        # Headers make objects to look at: nothing of them can be loaded together.
+        raise PublishError(
+            f"stack {loaded.stack.data.name} has headers alone: what it builds cannot be loaded and is part of no set",
+            remedy="build against a stack that has the libraries",
+        )
     wheels = pins.wheels(loaded.runtime, loaded.data.target)
     _check_torch(loaded, wheels)
     builds = tuple(toolchains.make(recipe, loaded.stack, host, loaded.data.target) for recipe in loaded.recipes)
@@ -71,19 +76,6 @@ def plan_set(loaded: LoadedSet, host: Arch) -> SetPlan:
                 repeat=loaded.runtime.lock_command,
             )
     return SetPlan(set=loaded, builds=builds, wheels=wheels)
-
-
-def refuse_objects(loaded: LoadedSet) -> None:
-    """A stack of headers makes objects to look at: nothing of it can be loaded together.
-
-    Raises:
-        PublishError: the set's stack is such a one.
-    """
-    if loaded.stack.data.objects_only:
-        raise PublishError(
-            f"stack {loaded.stack.data.name} has headers alone: what it builds cannot be loaded and is part of no set",
-            remedy="build against a stack that has the libraries",
-        )
 
 
 def _check_torch(loaded: LoadedSet, wheels: tuple[LockedWheel, ...]) -> None:

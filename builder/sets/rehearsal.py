@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import uv
+from pypi_simple import PyPISimple
 
 from builder.box import meter
 from builder.compiling import pep517
@@ -103,13 +104,9 @@ def _published(built: BuiltSet, at: SetAddress, settings: Settings, console: Con
 
 def _holds(at: SetAddress) -> tuple[int, int]:
     """Files and bytes of the published set, as its own pages say."""
-    import httpx
-
-    kind = {"Accept": "application/vnd.pypi.simple.v1+json"}
-    with httpx.Client(base_url=at.simple, headers=kind, timeout=60) as client:
-        names = [project["name"] for project in client.get("").raise_for_status().json()["projects"]]
-        pages = [client.get(f"{name}/").raise_for_status().json() for name in names]
-    sizes = [file["size"] for page in pages for file in page["files"]]
+    with PyPISimple(at.simple) as client:
+        pages = [client.get_project_page(name, timeout=60) for name in client.get_index_page(timeout=60).projects]
+    sizes = [file.size or 0 for page in pages for file in page.packages]
     return len(sizes), sum(sizes)
 
 

@@ -198,8 +198,7 @@ def _reach(name: str, url: str, setting: str, base: str) -> HostCheck:
 
 def _stacks(settings: Settings) -> list[HostCheck]:
     """Per stack: its locks are whole; then the mirror, and which roots and environments are there."""
-    checks = []
-    suites = set()
+    checks, suites, host = [], set(), stack.host_arch()
     for name in stack.names(settings.project / "stacks"):
         try:
             loaded = stack.load(settings.project / "stacks", name)
@@ -209,23 +208,16 @@ def _stacks(settings: Settings) -> list[HostCheck]:
             continue
         suites.add(loaded.data.root.suite)
         checks.append(HostCheck(f"stack {loaded.data.name}", True, f"locks whole; {ready}"))
-        for place, program in _damaged(loaded, settings):
-            remedy = "`builder doctor --fix` removes that root; the next build assembles it anew from the store"
-            checks.append(HostCheck(f"root {place.name}", False, f"has lost {program}", remedy))
+        for target in loaded.data.root.hosts.get(host, ()):
+            place = _root_of(loaded, target, settings)
+            if place.is_dir() and (program := root.lost(place, loaded, host, target)):
+                remedy = "`builder doctor --fix` removes that root; the next build assembles it anew from the store"
+                checks.append(HostCheck(f"root {place.name}", False, f"has lost {program}", remedy))
     return [*(_mirror(suite, settings) for suite in sorted(suites)), *checks]
 
 
 def _root_of(loaded: LoadedStack, target: Arch, settings: Settings) -> Path:
     return settings.home / "roots" / packages.root_digest(loaded, stack.host_arch(), target)
-
-
-def _damaged(loaded: LoadedStack, settings: Settings) -> Iterator[tuple[Path, str]]:
-    """Roots of a stack that lost qemu, Python or compiler, with what they lost."""
-    host = stack.host_arch()
-    for target in loaded.data.root.hosts.get(host, ()):
-        place = _root_of(loaded, target, settings)
-        if place.is_dir() and (program := root.lost(place, loaded, host, target)):
-            yield place, program
 
 
 def _mirror(suite: str, settings: Settings) -> HostCheck:
