@@ -71,13 +71,10 @@ def _listed(cubins: list[str]) -> str:
 
 def _cubins(cuobjdump: Path, name: str, path: Path) -> tuple[list[str], list[str]]:
     """The sm values of the cubins and of the PTX in an object."""
-    try:
-        return _ELF.findall(_run(cuobjdump, "--list-elf", path)), _PTX.findall(_run(cuobjdump, "--list-ptx", path))
-    except UnreadableError as error:
-        raise UnreadableError(f"{name}: cuobjdump cannot read its device code ({error})") from error
+    return _ELF.findall(_run(cuobjdump, "--list-elf", name, path)), _PTX.findall(_run(cuobjdump, "--list-ptx", name, path))
 
 
-def _run(cuobjdump: Path, option: str, path: Path) -> str:
+def _run(cuobjdump: Path, option: str, name: str, path: Path) -> str:
     try:
         process = subprocess.run([cuobjdump, option, path], capture_output=True, text=True, check=False)
     except OSError as error:
@@ -86,5 +83,6 @@ def _run(cuobjdump: Path, option: str, path: Path) -> str:
         ) from error
     # It also ends with 255 where there is merely none of the kind asked for.
     if process.returncode and "does not contain device code" not in process.stdout + process.stderr:
-        raise UnreadableError(last_line(process.stdout + process.stderr).removeprefix("cuobjdump fatal   : "))
+        reason = last_line(process.stdout + process.stderr).removeprefix("cuobjdump fatal   : ")
+        raise UnreadableError(f"{name}: cuobjdump cannot read its device code ({reason})")
     return process.stdout

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import posixpath
 from collections import defaultdict
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -99,21 +98,21 @@ def system_folders(target: Arch) -> tuple[str, ...]:
 class Providers:
     """Libraries by the name that DT_NEEDED uses. Each file is read once; the tables live as long as this object."""
 
-    def __init__(self, contents: Contents, policy: Policy) -> None:
+    def __init__(self, contents: Contents, policy: Policy, root: Path) -> None:
         self._policy = policy
+        self._root = root
         self._objects = contents.loadable(policy.target)
-        self._by_soname = _own_names(self._objects)
+        self._by_soname = own_names(self._objects)
         self._files = library_files(policy.site_packages) if policy.site_packages else {}
         self._read: dict[Path, elf.Object | None] = {}
         self._driver = _driver_library(policy)
 
-    def own(self, name: str) -> Library:
-        """An object of the wheel."""
-        return Library(name=name, place="wheel", binary=self._objects[name])
-
-    def names(self) -> Iterable[str]:
+    def own(self) -> list[Library]:
         """The wheel's objects."""
-        return self._objects
+        return [self._own(name) for name in self._objects]
+
+    def _own(self, name: str) -> Library:
+        return Library(name=name, place="wheel", binary=self._objects[name])
 
     def find(self, soname: str, requester: Library) -> Library | None:
         """The library that a DT_NEEDED of `requester` gets.
@@ -123,7 +122,7 @@ class Providers:
         """
         return (
             self.led_to(soname, requester)
-            or (self.own(self._by_soname[soname]) if soname in self._by_soname else None)
+            or (self._own(self._by_soname[soname]) if soname in self._by_soname else None)
             or self._in_environment(soname)
             or self._in_system(soname)
             or (self._driver if soname == driver.SONAME else None)
@@ -135,11 +134,9 @@ class Providers:
         In the sandbox a launcher of the host's may stand at /usr/bin; the real one is the object of the target that
         exports the C API.
         """
-        root, known = self._policy.root, self._policy.interpreter
+        root, known = self._root, self._policy.interpreter
         if known is not None:
             return self._library(known, known.name, "interpreter")
-        if root is None:
-            return None
         for folder in ("usr/bin", "usr/local/bin", "usr/libexec", "opt"):
             depth = "" if folder.endswith("bin") else "**/"
             for path in sorted((root / folder).glob(f"{depth}python{self._policy.python}*")):
@@ -158,30 +155,22 @@ class Providers:
                 continue
             path = posixpath.normpath(posixpath.join(posixpath.dirname(requester.name), rest, soname))
             if path in self._objects:
-                return self.own(path)
-            if self._policy.site_packages is not None and not path.startswith(".."):
-                library = self._library(self._policy.site_packages / path, path, "environment")
-                if library is not None:
-                    return library
+                return self._own(path)
+            if not path.startswith("..") and (library := self._installed(path)):
+                return library
         return None
+
+    def _installed(self, path: str) -> Library | None:
+        site = self._policy.site_packages
+        return self._library(site / path, path, "environment") if site is not None else None
 
     def _in_environment(self, soname: str) -> Library | None:
-        for path in self._files.get(soname, ()):
-            assert self._policy.site_packages is not None
-            library = self._library(self._policy.site_packages / path, path, "environment")
-            if library is not None:
-                return library
-        return None
+        return next(filter(None, map(self._installed, self._files.get(soname, ()))), None)
 
     def _in_system(self, soname: str) -> Library | None:
-        root = self._policy.root
-        if root is None:
-            return None
-        for folder in (*system_folders(self._policy.target), *self._policy.folders):
-            library = self._library(inside(root, f"{folder}/{soname}"), f"{folder}/{soname}", "system")
-            if library is not None:
-                return library
-        return None
+        folders = (*system_folders(self._policy.target), *self._policy.folders)
+        paths = [f"{folder}/{soname}" for folder in folders]
+        return next(filter(None, (self._library(inside(self._root, path), path, "system") for path in paths)), None)
 
     def _library(self, path: Path | None, name: str, place: Place) -> Library | None:
         """The file as a library of the target; None where it is not one (a linker script, another machine's)."""
@@ -197,8 +186,8 @@ class Providers:
         return None if read is None else Library(name=name, place=place, binary=read)
 
 
-def _own_names(objects: dict[str, elf.Object]) -> dict[str, str]:
-    """The wheel's objects by file name and by soname."""
+def own_names(objects: dict[str, elf.Object]) -> dict[str, str]:
+    """A wheel's objects by file name and by soname."""
     names = {posixpath.basename(name): name for name in objects}
     return names | {binary.soname: name for name, binary in objects.items() if binary.soname}
 

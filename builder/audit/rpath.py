@@ -7,16 +7,16 @@ from collections.abc import Sequence
 from builder import elf
 from builder.audit.contents import Contents
 from builder.audit.policy import Policy
+from builder.audit.providers import ORIGIN
 from builder.audit.verdict import Verdict, not_applicable, passed, refused
 
 GATE = "rpath"
-ORIGINS = ("$ORIGIN", "${ORIGIN}")
 
 
 def allowed(entry: str, build_paths: Sequence[str] = ()) -> bool:
     """Starts at the object's own folder; an empty or plain relative entry would mean the working directory."""
     head = entry.split("/", 1)[0]
-    return head in ORIGINS and not any(path in entry for path in build_paths)
+    return head in ORIGIN and not any(path in entry for path in build_paths)
 
 
 def judge(contents: Contents, policy: Policy) -> Verdict:

@@ -44,7 +44,7 @@ def judge(contents: Contents, policy: Policy) -> Verdict:
         return not_applicable(GATE, f"the wheel holds no ELF object for {policy.target}")
     if policy.root is None:
         return not_applicable(GATE, "no root of the stack was given to resolve symbols in")
-    providers = Providers(contents, policy)
+    providers = Providers(contents, policy, policy.root)
     findings = _Findings()
     python = _python_scope(providers, policy, findings)
     for root in _roots(providers):
@@ -81,7 +81,7 @@ def _python_scope(providers: Providers, policy: Policy, findings: _Findings) -> 
 
 def _roots(providers: Providers) -> list[Library]:
     """Objects that no other object of the wheel needs."""
-    own = [providers.own(name) for name in providers.names()]
+    own = providers.own()
     needed = {
         found.name
         for library in own

@@ -20,7 +20,7 @@ from packaging.utils import InvalidWheelFilename, parse_wheel_filename
 from builder.audit.contents import Contents
 from builder.audit.grafted import LIBRARIES
 from builder.audit.policy import Policy
-from builder.audit.providers import environment_sonames
+from builder.audit.providers import environment_sonames, own_names
 from builder.audit.verdict import Verdict, not_applicable, passed, refused
 from builder.planning.stack import Arch
 from gracefarm.process import last_line
@@ -117,7 +117,7 @@ def measure(contents: Contents, policy: Policy) -> tuple[tuple[int, int] | None,
 
 def _read(report: dict[str, Any], contents: Contents, policy: Policy) -> tuple[tuple[int, int] | None, list[str]]:
     reasons = []
-    outside = sorted(set(report.get("external_libs", {})) - _own_names(contents))
+    outside = sorted(set(report.get("external_libs", {})) - own_names(contents.objects).keys())
     outside = [name for name in outside if not any(fnmatch(name, pattern) for pattern in excluded(policy))]
     reasons += [f"needs {name}, which no manylinux level and no part of the stack provides" for name in outside]
     if report["unsupported_isa"]:
@@ -131,11 +131,6 @@ def _read(report: dict[str, Any], contents: Contents, policy: Policy) -> tuple[t
         for library, names in report.get("policy_upgrades", {}).get(tag, {}).get("blacklisted_symbols", {}).items()
     ]
     return (None if reasons and level is None else level), reasons
-
-
-def _own_names(contents: Contents) -> set[str]:
-    names = {name.rsplit("/", 1)[-1] for name in contents.objects}
-    return names | {binary.soname for binary in contents.objects.values() if binary.soname}
 
 
 def forcing(measured: tuple[int, int], policy: Policy, contents: Contents) -> list[str]:

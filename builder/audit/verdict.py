@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
-
 from gracefarm.errors import AuditError
+from gracefarm.tables import Table
 
 Status = Literal["passed", "failed", "not applicable"]
 
@@ -15,10 +14,8 @@ SHOWN = 3
 "Complaints quoted in a gate's one sentence; the details hold all."
 
 
-class Verdict(BaseModel):
+class Verdict(Table):
     """One gate's answer; all of them stand in the record."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     gate: str
     status: Status

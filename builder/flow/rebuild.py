@@ -10,7 +10,6 @@ import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -66,14 +65,6 @@ class Comparison(Table):
         return f"{self.verdict}: {places}{more}"
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Object:
-    """An ELF file by its parts."""
-
-    header: tuple[object, ...]
-    sections: Mapping[str, bytes]
-
-
 def compare(first: Path, second: Path) -> Comparison:
     """Hold two wheels against each other, file by file, and ELF files section by section.
 
@@ -117,11 +108,11 @@ def _files(name: str, first: bytes, second: bytes) -> Iterator[Difference]:
     if name.endswith(DEVICE_FILES):
         yield Difference(file=name, where="the whole file", device=True)
         return
-    one, other = _object(first), _object(second)
+    one, other = _parts(first), _parts(second)
     if one is None or other is None:
         yield Difference(file=name, where=f"content, from byte {_first_difference(first, second)}")
         return
-    differences = list(_sections(name, one, other))
+    differences = list(_objects(name, one, other))
     hashes = [difference for difference in differences if difference.where in DERIVED_SECTIONS]
     rest = [difference for difference in differences if difference not in hashes]
     yield from rest
@@ -129,37 +120,35 @@ def _files(name: str, first: bytes, second: bytes) -> Iterator[Difference]:
         yield from hashes or [Difference(file=name, where="bytes between the sections")]
 
 
-def _sections(name: str, one: _Object, other: _Object) -> Iterator[Difference]:
-    if one.header != other.header:
-        yield Difference(file=name, where="ELF header")
-    for section in dict.fromkeys([*one.sections, *other.sections]):
-        first, second = one.sections.get(section), other.sections.get(section)
+def _objects(name: str, one: Mapping[str, bytes], other: Mapping[str, bytes]) -> Iterator[Difference]:
+    for part in dict.fromkeys([*one, *other]):
+        first, second = one.get(part), other.get(part)
         if first != second:
             by_name = first is not None and second is not None and _unnamed(first) == _unnamed(second)
-            where = f"{section}: names of nvcc's temporary files" if by_name else section
-            yield Difference(file=name, where=where, device=by_name or section in DEVICE_SECTIONS)
+            where = f"{part}: names of nvcc's temporary files" if by_name else part
+            yield Difference(file=name, where=where, device=by_name or part in DEVICE_SECTIONS)
 
 
 def _unnamed(section: bytes) -> bytes:
     return NVCC_NAMES.sub(b"tmpxft", section)
 
 
-def _object(content: bytes) -> _Object | None:
-    """The parts of an ELF file; None for all else. Places in the file, which move with a section's size, do not count."""
+def _parts(content: bytes) -> dict[str, bytes] | None:
+    """Header and sections of an ELF file; None for all else. Places in it, which move with a section's size, do not count."""
     if not content.startswith(b"\x7fELF"):
         return None
     try:
         elf = ELFFile(io.BytesIO(content))
-        header = tuple(elf[name] for name in ("e_type", "e_machine", "e_flags", "e_shnum"))
-        sections: dict[str, bytes] = {}
+        header = [elf[name] for name in ("e_type", "e_machine", "e_flags", "e_shnum")]
+        parts = {"ELF header": repr(header).encode()}
         for number, section in enumerate(elf.iter_sections()):
             name = section.name or f"section {number}"
             # Several may have one name.
-            key = name if name not in sections else f"{name} ({number})"
-            sections[key] = b"" if section["sh_type"] == "SHT_NOBITS" else section.data()
+            key = name if name not in parts else f"{name} ({number})"
+            parts[key] = b"" if section["sh_type"] == "SHT_NOBITS" else section.data()
     except (ELFError, ValueError, OSError, AttributeError):
         return None
-    return _Object(header=header, sections=sections)
+    return parts
 
 
 def _first_difference(first: bytes, second: bytes) -> int:
