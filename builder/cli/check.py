@@ -10,7 +10,6 @@ import click
 
 from builder import audit, smoke
 from builder.audit import Policy, policy
-from builder.box import meter
 from builder.cli.options import FILE, json_option, start, toolchained
 from builder.compiling import pep517
 from builder.planning import recipe, stack
@@ -101,7 +100,7 @@ def smoke_command(
         script=script,
         bed=bed,
         folder=scratch,
-        memory=pep517.bound(settings, meter.available_memory()),
+        memory=pep517.bound(settings),
         log=settings.home / "smoke" / "log.txt",
     )
     try:

@@ -10,7 +10,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from builder.box import sandbox
+from builder.box import meter, sandbox
 from builder.box.place import Place
 from builder.box.sandbox import Outcome
 from builder.planning.plan import Plan
@@ -139,6 +139,6 @@ def fewer_jobs(error: GracefarmError, jobs: int) -> int | None:
     return jobs // 2 if isinstance(error, MemoryBoundError) and jobs > 1 else None
 
 
-def bound(settings: Settings, available: int) -> int:
+def bound(settings: Settings) -> int:
     """Bytes that a build may use: the setting, else nine tenths of what is free, so that the machine stays usable."""
-    return parse_size(settings.memory) if settings.memory else available * 9 // 10
+    return parse_size(settings.memory) if settings.memory else meter.available_memory() * 9 // 10

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from builder import audit, fetch, smoke
 from builder.audit import policy
-from builder.box import binfmt, meter
+from builder.box import binfmt
 from builder.compiling import pep517
 from builder.fetch import source
 from builder.flow.attempt import Attempt, BuildOptions
@@ -186,7 +186,7 @@ def _smoked(attempt: Attempt, wheel: Path, ground: Ground) -> None:
         script=plan.recipe.smoke_script,
         bed=plan.toolchain.bed(ground, emulated=plan.host is not plan.target),
         folder=attempt.folder / "smoke",
-        memory=pep517.bound(attempt.settings, meter.available_memory()),
+        memory=pep517.bound(attempt.settings),
         log=attempt.log,
     )
     attempt.smoke, outcome, command = smoke.run(trial)

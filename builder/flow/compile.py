@@ -8,7 +8,6 @@ import shutil
 from pathlib import Path
 
 from builder import audit
-from builder.box import meter
 from builder.compiling import jobs, pep517, units
 from builder.compiling.jobs import Jobs
 from builder.compiling.units import CompilerCache, Note, Unit
@@ -57,7 +56,7 @@ def _saved(attempt: Attempt) -> Path | None:
 
 def _with_retry(attempt: Attempt, fetched: Fetched, ground: Ground, epoch: int) -> Path:
     """The raw wheel, compiled now, with one retry after a kill by memory."""
-    memory = pep517.bound(attempt.settings, meter.available_memory())
+    memory = pep517.bound(attempt.settings)
     build = attempt.plan.recipe.data.build
     records = history.measured(attempt.plan, attempt.settings)
     like = {"stack": attempt.plan.stack.data.name, "target": attempt.plan.target.value}

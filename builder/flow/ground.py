@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from builder import fetch
-from builder.box import meter
 from builder.box.place import Place
 from builder.compiling import pep517
 from builder.fetch import source
@@ -35,6 +34,6 @@ def reopen(plan: Plan, folder: Path, settings: Settings, console: Console) -> Pl
         for name in ("out", "tmp"):
             (folder / name).mkdir(parents=True, exist_ok=True)
         source.unpack(plan.recipe, fetched, folder / "source", epoch)
-    memory = pep517.bound(settings, meter.available_memory())
+    memory = pep517.bound(settings)
     ground = lay_ground(plan, settings, console)
     return plan.toolchain.place(plan, ground, settings, folder, jobs=1, epoch=epoch, memory=memory, cached=False)

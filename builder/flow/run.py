@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from builder import smoke
-from builder.box import meter, sandbox
+from builder.box import sandbox
 from builder.box.sandbox import BindMount, Sandbox
 from builder.compiling import pep517
-from builder.compiling.pep517 import first_error
 from builder.flow.attempt import BuildOptions
 from builder.flow.build import build
 from builder.flow.ground import lay_ground
@@ -128,7 +127,7 @@ def _install_back(plan: Plan, index_url: str, settings: Settings, console: Conso
         mounts=(BindMount(source=clean, target="/env", writable=True), BindMount(source=files, target=bed.WORKDIR)),
         environment=bed.variables(),
         workdir=bed.WORKDIR,
-        memory=pep517.bound(settings, meter.available_memory()),
+        memory=pep517.bound(settings),
         network=True,
     )
     options = ("--no-cache-dir", "--disable-pip-version-check", "--no-input", "--no-compile", "--root-user-action=ignore")
@@ -137,7 +136,7 @@ def _install_back(plan: Plan, index_url: str, settings: Settings, console: Conso
         outcome = sandbox.run(box, command, log=log)
         if outcome.returncode != 0:
             raise InstallError(
-                f"{pip[-1]} from {index_url} does not install into a clean environment: {first_error(log)}",
+                f"{pip[-1]} from {index_url} does not install into a clean environment: {pep517.first_error(log)}",
                 remedy=f"the whole output is in {log}",
                 repeat=" ".join(command),
             )

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from builder.box import meter
 from builder.compiling import pep517
 from builder.flow import build, publishing
 from builder.flow.attempt import BuildOptions
@@ -115,7 +114,7 @@ def _tested(
     scratch = place / "together"
     scratch.mkdir(exist_ok=True)
     console.step("together", f"{', '.join(of.data.together.imports)} in one environment; log {scratch / 'log.txt'}")
-    tested = together.test(plan, wheels, site, base, scratch, pep517.bound(settings, meter.available_memory()))
+    tested = together.test(plan, wheels, site, base, scratch, pep517.bound(settings))
     console.step("together", f"imported {', '.join(tested.smoke.modules)} in {tested.wall_s:.0f} s")
     for command in tested.commands:
         console.step("together", f"`{' '.join(command.command)}` ended well in {command.wall_s:.0f} s")

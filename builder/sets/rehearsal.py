@@ -14,7 +14,6 @@ from pathlib import Path
 import uv
 from pypi_simple import PyPISimple
 
-from builder.box import meter
 from builder.compiling import pep517
 from builder.flow import run
 from builder.ground import environment, root
@@ -69,7 +68,7 @@ def rehearse(plan: SetPlan, jobs: int | None, settings: Settings, console: Conso
             install_s = time.monotonic() - start
             console.step("install", f"{len(built.record.wheels)} wheels by hash from {at.simple} alone in {install_s:.0f} s")
             _dry_run(plan, pylock, home, console)
-            tested = together.tried(plan.set, clean, base, home, pep517.bound(settings, meter.available_memory()))
+            tested = together.tried(plan.set, clean, base, home, pep517.bound(settings))
         console.step("import", f"imported {', '.join(tested.smoke.modules)} in {tested.wall_s:.0f} s")
     return Rehearsed(
         lock=str(built.lock),
