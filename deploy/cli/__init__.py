@@ -9,7 +9,7 @@ from types import MappingProxyType
 
 import click
 
-from deploy.cli.common import Context
+from deploy.cli.common import DeployContext
 from gracefarm import console
 from gracefarm.cli import SETTINGS, LazyGroup, json_option
 from gracefarm.console import Console
@@ -54,7 +54,7 @@ def cli(context: click.Context, file: Path | None) -> None:
     deploy init ips.txt
     deploy plan
     """
-    context.obj = Context(file=file, console=Console(as_json="--json" in sys.argv))
+    context.obj = DeployContext(file=file, console=Console(as_json="--json" in sys.argv))
 
 
 def main() -> None:

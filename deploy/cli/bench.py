@@ -16,13 +16,13 @@ import httpx
 from rich.markup import escape
 from rich.table import Column, Table
 
-from deploy.cli.common import Context, output, reporting
+from deploy.cli.common import DeployContext, output, reporting
 from deploy.fleet import tunnels
 from deploy.fleet.ssh import open_fleet
 from deploy.fleet.tunnels import WantedPort
 from deploy.measure.bench import Level, Spread, Sweep, SweepReport, find_model, query, run_sweep
 from deploy.nodes.deployment import Folder
-from deploy.planning.plans import Plan
+from deploy.planning.plans import ServePlan
 from deploy.steps.completion import Answer, Api, CompletionServer, Prompt
 from deploy.watch.status import plan_of
 from gracefarm.errors import UsageError
@@ -63,7 +63,7 @@ class _Numbers(click.ParamType[tuple[int, ...]]):
 @click.option("--model", help="Of several that are served; default: the first.")
 @reporting
 def bench(
-    context: Context,
+    context: DeployContext,
     concurrency: tuple[int, ...] | None,
     requests: int | None,
     prompt_tokens: int,
@@ -110,7 +110,7 @@ def bench(
 
 
 @asynccontextmanager
-async def _server(context: Context, url: str | None, key: str | None) -> AsyncIterator[CompletionServer]:
+async def _server(context: DeployContext, url: str | None, key: str | None) -> AsyncIterator[CompletionServer]:
     """Of --url, else the deployment's through SSH."""
     if url:
         _check(url)
@@ -133,7 +133,7 @@ def _check(url: str) -> None:
         raise UsageError(f"--url {url} is no address of a server", remedy="http://HOST:PORT/v1")
 
 
-async def _query(context: Context, server: CompletionServer, asked: Prompt, patience: float) -> None:
+async def _query(context: DeployContext, server: CompletionServer, asked: Prompt, patience: float) -> None:
     """`asked` without a model is for the first that is served."""
     async with server.client() as client:
         name = await find_model(client, asked.model or None)
@@ -162,7 +162,7 @@ def _rate(answer: Answer) -> float | None:
 
 
 async def _sweep(
-    context: Context, server: CompletionServer, sweep: Sweep, plan: Plan | None, model: str | None
+    context: DeployContext, server: CompletionServer, sweep: Sweep, plan: ServePlan | None, model: str | None
 ) -> SweepReport:
     with context.console.progress("bench") as tick:
 
@@ -176,7 +176,7 @@ async def _sweep(
         return await run_sweep(server, sweep, model=model, plan=plan, on_answer=answered, on_level=summed)
 
 
-def _keep(context: Context, report: SweepReport, *, stay: bool) -> None:
+def _keep(context: DeployContext, report: SweepReport, *, stay: bool) -> None:
     """Print it; `stay`: keep it in the deployment's folder too."""
     kept = None
     if stay:

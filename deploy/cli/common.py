@@ -21,7 +21,7 @@ R = TypeVar("R")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Context:
+class DeployContext:
     """What every command has."""
 
     file: Path | None
@@ -33,10 +33,10 @@ class Context:
         return load_deployment(self.file)
 
 
-pass_context = click.make_pass_decorator(Context)
+pass_context = click.make_pass_decorator(DeployContext)
 
 
-def reporting(command: Callable[Concatenate[Context, P], R]) -> Callable[P, R]:
+def reporting(command: Callable[Concatenate[DeployContext, P], R]) -> Callable[P, R]:
     """A command that gets the Context and takes --json."""
     return json_option(pass_context(command))
 

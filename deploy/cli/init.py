@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from deploy.cli.common import Context, reporting
+from deploy.cli.common import DeployContext, reporting
 from deploy.fleet import hostkeys
 from deploy.fleet.connections import parse_jump
 from deploy.fleet.hostkeys import HostKey
@@ -39,7 +39,7 @@ GIB = 1 << 30
 @click.option("--repin", is_flag=True, help="Ask about host keys that differ from the pinned ones too.")
 @reporting
 def init(
-    context: Context,
+    context: DeployContext,
     file: Path | None,
     user: str | None,
     key: str | None,
@@ -73,7 +73,7 @@ def init(
         raise combined_error(bad, len(deployment.nodes))
 
 
-def _write(context: Context, file: Path | None, access: Access, share: str | None) -> Path | None:
+def _write(context: DeployContext, file: Path | None, access: Access, share: str | None) -> Path | None:
     """deploy.toml's path."""
     if file is None or file.suffix == ".toml":
         return file or context.file
@@ -171,7 +171,7 @@ def _propose(deployment: Deployment, asked: Facts, console: Console) -> None:
 @click.command()
 @click.option("--kept", is_flag=True, help="What is kept, without asking again.")
 @reporting
-def facts(context: Context, kept: bool) -> None:
+def facts(context: DeployContext, kept: bool) -> None:
     """What the nodes are: asked now, all at once, and kept for `deploy plan`."""
     deployment = context.deployment
     if kept:

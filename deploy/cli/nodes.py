@@ -21,7 +21,7 @@ import click
 from rich.console import Console as RichConsole
 from rich.markup import escape
 
-from deploy.cli.common import Context, pass_context, reporting
+from deploy.cli.common import DeployContext, pass_context, reporting
 from deploy.fleet.connections import parse_jump
 from deploy.fleet.results import CommandResult
 from deploy.fleet.ssh import open_fleet
@@ -36,7 +36,7 @@ COLOURS = ("cyan", "green", "yellow", "magenta", "blue", "red")
 @click.option("--timeout", type=click.FloatRange(min=0, min_open=True), help="Seconds; what takes longer is ended.")
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 @reporting
-def run(context: Context, words: tuple[str, ...], timeout: float | None, command: tuple[str, ...]) -> None:
+def run(context: DeployContext, words: tuple[str, ...], timeout: float | None, command: tuple[str, ...]) -> None:
     """A command on all nodes at once, or on those of -k; each line with its node before it.
 
     \b
@@ -93,7 +93,7 @@ def _matrix(results: dict[str, CommandResult]) -> None:
 @click.argument("node")
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
 @pass_context
-def ssh(context: Context, node: str, command: tuple[str, ...]) -> None:
+def ssh(context: DeployContext, node: str, command: tuple[str, ...]) -> None:
     """The system's ssh into a node, with this deployment's pinned host keys, user, key and jump host."""
     deployment = context.deployment
     program = shutil.which("ssh")

@@ -18,13 +18,13 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from deploy.cli.common import Context, reporting
+from deploy.cli.common import DeployContext, reporting
 from deploy.nodes import state
 from deploy.nodes.config import FILE, Config, ModelConfig
 from deploy.nodes.deployment import Deployment, find_config
 from deploy.nodes.facts import Facts, load_facts
 from deploy.planning import engines, layouts, models, plans, script, speed, suppose
-from deploy.planning.plans import Plan
+from deploy.planning.plans import ServePlan
 from gracefarm.errors import ConfigError, UsageError
 from gracefarm.files import atomic_write
 
@@ -41,7 +41,7 @@ from gracefarm.files import atomic_write
 @click.option("--pp", type=click.IntRange(1), help="With --nodes: this many stages.")
 @reporting
 def plan(
-    context: Context,
+    context: DeployContext,
     shell: bool,
     count: int | None,
     kind: str | None,
@@ -75,8 +75,7 @@ def plan(
     if shell:
         sys.stdout.write(script.render(planned, () if count else deployment.nodes))
         return
-    engine = engines.engine(planned.engine)
-    context.console.result(document(planned), text(planned, engine))
+    context.console.result(document(planned), text(planned))
 
 
 @click.command("schema")
@@ -92,11 +91,11 @@ def schema_command(write: Path | None) -> None:
 
 def schemas() -> dict[str, str]:
     """Name to JSON schema, as committed under docs/schema (a test compares them)."""
-    models: dict[str, type[BaseModel]] = {"deploy": Config, "deploy-plan": Plan}
+    models: dict[str, type[BaseModel]] = {"deploy": Config, "deploy-plan": ServePlan}
     return {name: json.dumps(model.model_json_schema(), indent=2) + "\n" for name, model in models.items()}
 
 
-def make(deployment: Deployment, facts: Facts, *, offline: bool) -> tuple[Plan, str]:
+def make(deployment: Deployment, facts: Facts, *, offline: bool) -> tuple[ServePlan, str]:
     """The plan, and what a person should know about where the model's numbers are from."""
     wanted = deployment.data.model
     if not offline and (commit := state.read(deployment.folder).data("weights").get("commit")):
@@ -105,7 +104,7 @@ def make(deployment: Deployment, facts: Facts, *, offline: bool) -> tuple[Plan, 
     return plans.make(deployment, facts, model), note
 
 
-def _base(context: Context) -> Deployment | None:
+def _base(context: DeployContext) -> Deployment | None:
     """deploy.toml, where there is one: it says the model, the engine and the paths."""
     if context.file is None:
         try:
@@ -127,16 +126,15 @@ def _changed(base: Deployment | None, engine: str | None, repo: str | None, tp: 
     )
 
 
-def document(plan: Plan) -> object:
+def document(plan: ServePlan) -> object:
     """For --json: the plan, and the speed model's error on the figure that it was not fitted to."""
-    engine = engines.engine(plan.engine)
-    return plan.model_dump(mode="json") | {"speed_model": _second(engine)}
+    return plan.model_dump(mode="json") | {"speed_model": _second(plan)}
 
 
-def _second(engine: engines.Engine) -> dict[str, float]:
+def _second(plan: ServePlan) -> dict[str, float]:
     model = models.built_in("meta-llama/Llama-3.1-405B-Instruct", "main")
     assert model
-    predicted = layouts.second_figure(engine, model).tokens_per_s
+    predicted = layouts.second_figure(engines.engine(plan.engine), model).tokens_per_s
     return {
         "fitted_to": speed.MEASURED,
         "second_measured": speed.SECOND,
@@ -145,12 +143,12 @@ def _second(engine: engines.Engine) -> dict[str, float]:
     }
 
 
-def text(plan: Plan, engine: engines.Engine) -> str:
+def text(plan: ServePlan) -> str:
     """For people."""
     out = io.StringIO()
     width = max(100, shutil.get_terminal_size((120, 24)).columns)
     rich = RichConsole(file=out, width=width, force_terminal=sys.stdout.isatty(), highlight=False, soft_wrap=True)
-    for block in (_head(plan), _memory(plan), _speed(plan, engine), *_others(plan), *_commands(plan)):
+    for block in (_head(plan), _memory(plan), _speed(plan), *_others(plan), *_commands(plan)):
         rich.print(block)
         rich.print()
     return out.getvalue().rstrip() + "\n"
@@ -164,7 +162,7 @@ def _table(*columns: str, title: str = "") -> Table:
     return table
 
 
-def _head(plan: Plan) -> str:
+def _head(plan: ServePlan) -> str:
     split = plan.layout
     full = plan.memory.full_length
     requests = f"up to {split.max_model_len} tokens each; {split.max_num_seqs} at once, {full} at full length"
@@ -181,7 +179,7 @@ def _head(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def _memory(plan: Plan) -> Table:
+def _memory(plan: ServePlan) -> Table:
     memory = plan.memory
     table = _table("stage", "layers", "nodes", "weights GiB", "offloaded GiB", "beside GiB", "cache GiB", "of GiB")
     ranks = plans.ranks(plan)
@@ -200,9 +198,9 @@ def _memory(plan: Plan) -> Table:
     return table
 
 
-def _speed(plan: Plan, engine: engines.Engine) -> str:
+def _speed(plan: ServePlan) -> str:
     prediction = plan.prediction
-    error = _second(engine)
+    error = _second(plan)
     parts = f"weights {prediction.weights_ms:g} ms, host memory {prediction.offload_ms:g} ms"
     parts += f", all-reduces {prediction.collectives_ms:g} ms"
     lines = [f"[bold]speed[/]    {prediction.tokens_per_s:.1f} tokens/s for one stream ({parts} a token)"]
@@ -218,7 +216,7 @@ def _speed(plan: Plan, engine: engines.Engine) -> str:
     return "\n".join(lines)
 
 
-def _others(plan: Plan) -> Iterable[Table]:
+def _others(plan: ServePlan) -> Iterable[Table]:
     if plan.alternatives:
         table = _table("also fits", "split", "weights GiB", "offloaded GiB", "request tokens", "tokens/s", "$/Mtok")
         for alternative in plan.alternatives:
@@ -238,14 +236,14 @@ def _others(plan: Plan) -> Iterable[Table]:
         yield table
 
 
-def _by_reason(plan: Plan) -> dict[str, list[str]]:
+def _by_reason(plan: ServePlan) -> dict[str, list[str]]:
     reasons: dict[str, list[str]] = {}
     for rejected in plan.rejected:
         reasons.setdefault(rejected.reason, []).append(rejected.layout)
     return reasons
 
 
-def _commands(plan: Plan) -> Iterable[Text]:
+def _commands(plan: ServePlan) -> Iterable[Text]:
     for node in plan.nodes:
         yield Text(f"{node.name}  {node.private}  {node.gpus} GPU\n{_env(node.env)}\n{shlex.join(node.ray)}")
     secret = " ".join(f"{name}=…" for name in plan.secret_env)

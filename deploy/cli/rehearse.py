@@ -7,7 +7,7 @@ import time
 
 import click
 
-from deploy.cli.common import Context, reporting
+from deploy.cli.common import DeployContext, reporting
 from deploy.rehearsal import walkthrough
 from deploy.rehearsal.walkthrough import Rehearsal
 from gracefarm import extras, settings
@@ -20,7 +20,7 @@ LOOKS = (("bench", "--concurrency", "1,4", "--requests", "8", "--max-tokens", "3
 @click.option("--nodes", "count", default=3, show_default=True, type=click.IntRange(1, 89), help="Each has one GPU in name.")
 @click.option("--keep", is_flag=True, help="Stay READY until Ctrl-C, and say how to look around.")
 @reporting
-def rehearse(context: Context, count: int, keep: bool) -> None:
+def rehearse(context: DeployContext, count: int, keep: bool) -> None:
     """From ips.txt to streamed tokens on nodes that are namespaces of this machine: no GPU, no rent.
 
     \b
@@ -66,7 +66,7 @@ def _ask(rehearsal: Rehearsal) -> dict[str, object]:
     return {"tokens": tokens, "text": answer, "answer_s": round(seconds, 2)}
 
 
-def _wait(context: Context, rehearsal: Rehearsal) -> None:
+def _wait(context: DeployContext, rehearsal: Rehearsal) -> None:
     prefix = " ".join(rehearsal.room.command([]))
     place = f"deploy.toml is in {rehearsal.folder}"
     context.console.step("keep", f"READY; look around with: {prefix} bash   ({place}); Ctrl-C ends it")

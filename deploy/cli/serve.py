@@ -14,7 +14,7 @@ import click
 from rich.markup import escape
 from rich.table import Column, Table
 
-from deploy.cli.common import Context, output, reporting
+from deploy.cli.common import DeployContext, output, reporting
 from deploy.fleet import tunnels
 from deploy.fleet.ssh import open_fleet
 from deploy.nodes import paths, redact, state
@@ -33,7 +33,7 @@ _GOES_ON = "interrupted; what is under way on the nodes goes on, and the same co
 
 
 @contextmanager
-def held(context: Context, *, no_wait: bool = False) -> Iterator[Keeper]:
+def held(context: DeployContext, *, no_wait: bool = False) -> Iterator[Keeper]:
     """The state, for this command alone."""
     command = shlex.join(["deploy", *sys.argv[1:]])
 
@@ -44,7 +44,7 @@ def held(context: Context, *, no_wait: bool = False) -> Iterator[Keeper]:
         yield keeper
 
 
-def at_work(context: Context, keeper: Keeper, do: Callable[[Work], Awaitable[T]]) -> T:
+def at_work(context: DeployContext, keeper: Keeper, do: Callable[[Work], Awaitable[T]]) -> T:
     """`do` with connections to the nodes; Ctrl-C tells that what is detached goes on."""
     deployment = context.deployment
     facts = load_facts(deployment)
@@ -82,7 +82,7 @@ no_wait_option = click.option("--no-wait", is_flag=True, help="Fail at once wher
 @click.option("--skip", multiple=True, metavar="STEP", type=click.Choice(order.UP), help="Leave a step out.")
 @no_wait_option
 @reporting
-def up(context: Context, start: str | None, skip: tuple[str, ...], no_wait: bool) -> None:
+def up(context: DeployContext, start: str | None, skip: tuple[str, ...], no_wait: bool) -> None:
     """Preflight, NFS cache, environment, weights, proof: what is missing on the nodes, and no more.
 
     \b
@@ -105,7 +105,7 @@ async def _up(work: Work, choice: StepChoice) -> bool:
 @click.option("--skip-up", is_flag=True, help="Do not look whether `deploy up` has something to do.")
 @no_wait_option
 @reporting
-def serve(context: Context, skip_up: bool, no_wait: bool) -> None:
+def serve(context: DeployContext, skip_up: bool, no_wait: bool) -> None:
     """Start Ray and the engine; READY when a real completion came back. Does `deploy up` first where it is needed.
 
     Repeated, it finds what runs already, or attaches to a load that goes on. Ctrl-C leaves the load going.
@@ -148,7 +148,7 @@ def ask(key: Path, port: int) -> str:
 @click.option("--keep-ray", is_flag=True, help="End the engine alone.")
 @no_wait_option
 @reporting
-def down(context: Context, keep_ray: bool, no_wait: bool) -> None:
+def down(context: DeployContext, keep_ray: bool, no_wait: bool) -> None:
     """End the engine, Ray, builds and downloads on every node, and look that nothing of ours is left; tunnels here too.
 
     A node that is away keeps nothing running on the others; it is told at the end.
@@ -165,7 +165,7 @@ def down(context: Context, keep_ray: bool, no_wait: bool) -> None:
 
 @click.command("preflight")
 @reporting
-def preflight_command(context: Context) -> None:
+def preflight_command(context: DeployContext) -> None:
     """Every check on every node and pair, as a table; red cells with their remedy. Changes nothing."""
 
     async def go(work: Work) -> list[Cell]:
@@ -208,7 +208,7 @@ def env() -> None:
 @env.command("up")
 @no_wait_option
 @reporting
-def env_up(context: Context, no_wait: bool) -> None:
+def env_up(context: DeployContext, no_wait: bool) -> None:
     """Build the environment of the set's lock unless it is there, import it on all nodes, make it active."""
     others = [name for name in order.UP if name not in ("environment", "proof")]
     with held(context, no_wait=no_wait) as keeper:
@@ -219,7 +219,7 @@ def env_up(context: Context, no_wait: bool) -> None:
 
 @env.command("list")
 @reporting
-def env_list(context: Context) -> None:
+def env_list(context: DeployContext) -> None:
     """Finished environments, newest first, and which are active."""
     root = paths.environment_root(context.deployment)
     with held(context) as keeper:
@@ -232,7 +232,7 @@ def env_list(context: Context) -> None:
 
 @env.command("matrix")
 @reporting
-def env_matrix(context: Context) -> None:
+def env_matrix(context: DeployContext) -> None:
     """Import every module of the active environment on every node again."""
     deployment = context.deployment
     wanted = environment.matrix(deployment.matrix)
@@ -249,7 +249,7 @@ def env_matrix(context: Context) -> None:
 
 @env.command("rollback")
 @reporting
-def env_rollback(context: Context) -> None:
+def env_rollback(context: DeployContext) -> None:
     """Make the environment active that was active before; a running engine keeps the one that it started with."""
     with held(context) as keeper:
         answer = at_work(context, keeper, environment.roll_back)
@@ -260,7 +260,7 @@ def env_rollback(context: Context) -> None:
 @env.command("gc")
 @click.option("--keep", default=2, show_default=True, type=click.IntRange(1), help="Generations that stay for a roll-back.")
 @reporting
-def env_gc(context: Context, keep: int) -> None:
+def env_gc(context: DeployContext, keep: int) -> None:
     """Remove old environments that no process on any node runs from."""
     root = paths.environment_root(context.deployment)
     with held(context) as keeper:
@@ -280,7 +280,7 @@ def weights_group() -> None:
 @weights_group.command("verify")
 @click.option("--remove", is_flag=True, help="Take away what is wrong, so that `deploy up` brings it again.")
 @reporting
-def weights_verify(context: Context, remove: bool) -> None:
+def weights_verify(context: DeployContext, remove: bool) -> None:
     """Hash every file again, dealt over all nodes."""
     deployment = context.deployment
     with held(context) as keeper:

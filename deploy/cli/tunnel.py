@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from deploy.cli.common import Context, reporting
+from deploy.cli.common import DeployContext, reporting
 from deploy.fleet import tunnels
 from deploy.fleet.ssh import open_fleet
 from deploy.nodes.deployment import Folder
@@ -34,7 +34,7 @@ def _prepare(folder: Folder) -> None:
 @click.option("--background", is_flag=True, help="Come back when it is open; `deploy down` ends it, or --end.")
 @click.option("--end", is_flag=True, help="End every tunnel of this deployment on this machine.")
 @reporting
-def tunnel(context: Context, port: int | None, dashboard_port: int | None, background: bool, end: bool) -> None:
+def tunnel(context: DeployContext, port: int | None, dashboard_port: int | None, background: bool, end: bool) -> None:
     """The engine (2242) and Ray's dashboard (8265) on this machine's loopback, until Ctrl-C.
 
     A port that is taken here gets a free one instead. After a cut it connects again by itself.
@@ -69,7 +69,7 @@ def tunnel(context: Context, port: int | None, dashboard_port: int | None, backg
     context.console.event("closed", "the tunnel is closed; the engine runs on")
 
 
-def _tell(context: Context, forwards: Mapping[str, dict[str, Any]]) -> None:
+def _tell(context: DeployContext, forwards: Mapping[str, dict[str, Any]]) -> None:
     rows = {name: {**forward, "url": f"http://127.0.0.1:{forward['local']}"} for name, forward in forwards.items()}
     lines = []
     for name, forward in rows.items():
@@ -81,7 +81,7 @@ def _tell(context: Context, forwards: Mapping[str, dict[str, Any]]) -> None:
     context.console.result({"forwards": rows, "api_key_file": str(key)}, "\n".join(lines))
 
 
-def _in_background(context: Context, port: int | None, dashboard_port: int | None) -> None:
+def _in_background(context: DeployContext, port: int | None, dashboard_port: int | None) -> None:
     """The same command in a session of its own; its first line is ours. Raises SshError: it ended instead."""
     deployment = context.deployment
     _prepare(deployment.folder)

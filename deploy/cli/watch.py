@@ -16,7 +16,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from deploy.cli.common import Context, output, reporting
+from deploy.cli.common import DeployContext, output, reporting
 from deploy.cli.nodes import COLOURS
 from deploy.fleet.jobs import JobStatus
 from deploy.fleet.shells import remote_nodes
@@ -40,7 +40,7 @@ _BAD = "bold red"
 @click.command()
 @click.option("--canary", default=30.0, show_default=True, type=click.FloatRange(min=0.1), help="Seconds for one token.")
 @reporting
-def status(context: Context, canary: float) -> None:
+def status(context: DeployContext, canary: float) -> None:
     """Every node, and the service by a real completion of one token: /health says 200 of a dead engine too.
 
     \b
@@ -153,7 +153,7 @@ def speed_of(moment: Moment) -> str:
 @click.option("--canary-every", default=30.0, show_default=True, type=click.FloatRange(min=1), help="Between completions.")
 @click.option("--count", type=click.IntRange(1), help="So many looks, then the end; default: until Ctrl-C.")
 @reporting
-def top(context: Context, every: float, canary_every: float, count: int | None) -> None:
+def top(context: DeployContext, every: float, canary_every: float, count: int | None) -> None:
     """`deploy status`, live, with tokens/s, requests and cost by the engine's own counters. Ctrl-C ends it.
 
     The canary's completions cost a token each; between them the engine's counters and the nodes are looked at.
@@ -201,7 +201,9 @@ async def _live(moments: AsyncIterator[Moment]) -> None:
 @click.option("--ray", "only_ray", is_flag=True, help="Ray's logs, of all nodes unless some are named.")
 @click.option("-n", "--lines", default=50, show_default=True, type=click.IntRange(0), help="Of each log, the last so many.")
 @reporting
-def logs(context: Context, names: tuple[str, ...], words: tuple[str, ...], follow: bool, only_ray: bool, lines: int) -> None:
+def logs(
+    context: DeployContext, names: tuple[str, ...], words: tuple[str, ...], follow: bool, only_ray: bool, lines: int
+) -> None:
     """The engine's log; of nodes that are named, Ray's logs (and the engine's, of the head).
 
     \b
@@ -240,7 +242,7 @@ def logs(context: Context, names: tuple[str, ...], words: tuple[str, ...], follo
 class _Shower:
     """Lines with their node before them, redacted."""
 
-    def __init__(self, context: Context, nodes: Sequence[Node]) -> None:
+    def __init__(self, context: DeployContext, nodes: Sequence[Node]) -> None:
         self.context = context
         self.ranks = {node.name: node.rank for node in nodes}
         self.width = max(len(node.name) for node in nodes)
@@ -302,7 +304,7 @@ async def _all(tasks: Sequence[asyncio.Task[None]]) -> None:
     "--into", type=click.Path(path_type=Path, file_okay=False, exists=True), default=".", help="Folder; default: here."
 )
 @reporting
-def collect(context: Context, into: Path) -> None:
+def collect(context: DeployContext, into: Path) -> None:
     """One archive with every log of every node, plan, state and facts; redacted; summary.md has the first cause on top.
 
     Also while everything is broken: a node that is not reached is noted in it.

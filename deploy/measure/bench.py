@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import httpx
 from pydantic import BaseModel, ConfigDict
 
-from deploy.planning.plans import Plan
+from deploy.planning.plans import ServePlan
 from deploy.steps import completion
 from deploy.steps.completion import Answer, Api, CompletionError, CompletionServer, Prompt
 from gracefarm.errors import EngineError
@@ -210,7 +210,7 @@ async def measure(
     return answers, time.perf_counter() - begun
 
 
-def level(answers: Sequence[Answer], seconds: float, concurrency: int, plan: Plan | None = None) -> Level:
+def level(answers: Sequence[Answer], seconds: float, concurrency: int, plan: ServePlan | None = None) -> Level:
     """Sum up."""
     good = [answer for answer in answers if answer.failure is None]
     errors = Counter(answer.failure for answer in answers if answer.failure)
@@ -246,7 +246,7 @@ async def run_sweep(
     sweep: Sweep,
     *,
     model: str | None = None,
-    plan: Plan | None = None,
+    plan: ServePlan | None = None,
     on_answer: Callable[[int, int, int], None] = lambda _concurrency, _done, _count: None,
     on_level: OnLevel = lambda _level: None,
 ) -> SweepReport:

@@ -149,13 +149,14 @@ def from_file(path: Path, *, repo: str, revision: str) -> Model:
 
 
 @cache
-def _table() -> list[dict[str, Any]]:
+def built_in_models() -> list[dict[str, Any]]:
+    """The models whose public numbers are built in."""
     return list(tomllib.loads((resources.files("deploy") / "data" / "models.toml").read_text())["model"])
 
 
 def built_in(repo: str, revision: str) -> Model | None:
     """The model's public numbers, where they are built in."""
-    for entry in _table():
+    for entry in built_in_models():
         if repo in entry["names"]:
             return from_config(entry, repo=repo, revision=revision, source="built-in numbers")
     return None

@@ -69,7 +69,7 @@ class Alternative(BaseModel):
     usd_per_mtok: float | None
 
 
-class Plan(BaseModel):
+class ServePlan(BaseModel):
     """A deployment, planned. Whatever runs otherwise has another id; what is only told about it has not."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -106,18 +106,18 @@ class Plan(BaseModel):
         return self.nodes[0]
 
 
-def identified(plan: Plan) -> Plan:
+def identified(plan: ServePlan) -> ServePlan:
     """The plan with its id."""
     text = json.dumps(plan.model_dump(mode="json", include=RUNS), sort_keys=True, separators=(",", ":"))
     return plan.model_copy(update={"id": hashlib.sha256(text.encode()).hexdigest()})
 
 
-def carried(plan: Plan, environment: str) -> str:
+def carried(plan: ServePlan, environment: str) -> str:
     """What every process of a plan carries: the plan's id and the environment's, which arguments name by a link that moves."""
     return hashlib.sha256(f"{plan.id} {environment}".encode()).hexdigest() if environment else plan.id
 
 
-def make(deployment: Deployment, facts: Facts, model: Model) -> Plan:
+def make(deployment: Deployment, facts: Facts, model: Model) -> ServePlan:
     """The plan for these nodes and this model.
 
     Raises:
@@ -140,7 +140,7 @@ def make(deployment: Deployment, facts: Facts, model: Model) -> Plan:
     )
     serve = _serve(deployment, engine, layout, model)
     return identified(
-        Plan(
+        ServePlan(
             deployment=data.name,
             engine=data.engine,
             model=model.repo,
@@ -350,7 +350,7 @@ def _serve_env(deployment: Deployment, engine: Engine, head: NodePlan) -> dict[s
     }
 
 
-def ranks(plan: Plan) -> tuple[tuple[str, ...], ...]:
+def ranks(plan: ServePlan) -> tuple[tuple[str, ...], ...]:
     """Node names of each stage's ranks."""
     order = [node.name for node in plan.nodes for _ in range(node.gpus)]
     return tuple(tuple(order[stage * plan.layout.tp : (stage + 1) * plan.layout.tp]) for stage in range(plan.layout.pp))

@@ -7,12 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePosixPath
 
 from deploy.nodes.deployment import Node
-from deploy.planning.plans import NodePlan, Plan
+from deploy.planning.plans import NodePlan, ServePlan
 
 TOKEN_FILE = "RAY_AUTH_TOKEN_PATH"  # noqa: S105 - the name of a variable
 
 
-def render(plan: Plan, nodes: Sequence[Node] = ()) -> str:
+def render(plan: ServePlan, nodes: Sequence[Node] = ()) -> str:
     """The script. `nodes` say how each is entered (user, port, key, jump host); without them ~/.ssh/config does.
 
     Secrets are read from files here and sent through ssh's stdin; no argument list has them.
@@ -35,7 +35,7 @@ def render(plan: Plan, nodes: Sequence[Node] = ()) -> str:
     return "\n\n".join(blocks) + "\n"
 
 
-def _preamble(plan: Plan) -> str:
+def _preamble(plan: ServePlan) -> str:
     spares = f"\n# Spare nodes, not started: {' '.join(plan.spares)}" if plan.spares else ""
     return f"""#!/usr/bin/env bash
 # {plan.deployment}: {plan.model} at {plan.revision}, {plan.engine}, {plan.layout.name}
@@ -49,7 +49,7 @@ known_hosts=${{KNOWN_HOSTS:-.deploy/known_hosts}}
 secrets=${{SECRETS:-.deploy/script}}"""
 
 
-def _model_folder(plan: Plan) -> str:
+def _model_folder(plan: ServePlan) -> str:
     return next(word for word in plan.serve[1:] if word.startswith("/"))
 
 
@@ -82,7 +82,7 @@ def _ssh(plan: NodePlan, node: Node | None) -> list[str]:
     return [*words, f"{node.user}@{plan.address}" if node and node.user else plan.address]
 
 
-def _secrets(plan: Plan) -> str:
+def _secrets(plan: ServePlan) -> str:
     lines = ["secret ray-token", "secret api-key"]
     lines += [_place(node.name, "ray-token", node.env[TOKEN_FILE]) for node in plan.nodes]
     lines.append(_place(plan.head.name, "api-key", _beside_token(plan.head, "api-key")))
@@ -111,7 +111,7 @@ def _ray(node: NodePlan) -> str:
     return _script(node.name, [*_exports(node.env), _folded(node.ray)])
 
 
-def _engine(plan: Plan) -> str:
+def _engine(plan: ServePlan) -> str:
     key, log, pid = (shlex.quote(_beside_token(plan.head, name)) for name in ("api-key", "engine.log", "engine.pid"))
     return _script(
         plan.head.name,
@@ -124,7 +124,7 @@ def _engine(plan: Plan) -> str:
     )
 
 
-def _wait(plan: Plan) -> str:
+def _wait(plan: ServePlan) -> str:
     port = plan.serve[plan.serve.index("--port") + 1]
     request = f'{{"model": "{plan.model}", "prompt": "1 2 3", "max_tokens": 1}}'
     key, log, pid = (shlex.quote(_beside_token(plan.head, name)) for name in ("api-key", "engine.log", "engine.pid"))

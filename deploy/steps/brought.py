@@ -11,13 +11,13 @@ from typing import Any
 
 from deploy.planning import models, plans
 from deploy.planning.models import Model
-from deploy.planning.plans import Plan
+from deploy.planning.plans import ServePlan
 from deploy.steps.step import Work
 from gracefarm.errors import ConfigError, GracefarmError, HostError
 from gracefarm.files import atomic_write
 
 
-async def plan_of(work: Work) -> Plan:
+async def plan_of(work: Work) -> ServePlan:
     """The plan of what was brought: the numbers of the model's own config.json on the share, at its commit.
 
     Raises:
@@ -47,7 +47,7 @@ async def _spares(work: Work) -> Collection[str]:
     """By the plan that was served last, else by the one that would be made without asking the Hub."""
     weights = work.keeper.state.data("weights")
     try:
-        plan: Plan | None = Plan.model_validate_json((work.deployment.folder.path / "plan.json").read_bytes())
+        plan: ServePlan | None = ServePlan.model_validate_json((work.deployment.folder.path / "plan.json").read_bytes())
     except (OSError, ValueError):
         try:
             model = await _model_brought(work, weights) if weights else _model_at_hand(work)

@@ -43,7 +43,7 @@ class CacheStep(Step):
 
     name = "cache"
 
-    def inputs(self, work: Work, _looks: Looks) -> str:
+    def inputs(self, work: Work, looks: Looks) -> str:
         """The share and the nodes."""
         return digest("cache", paths.share(work.deployment), work.pairs)
 
@@ -54,7 +54,7 @@ class CacheStep(Step):
                 return f"{node} has mounted {paths.share(work.deployment)} without it"
         return None
 
-    async def apply(self, work: Work, _looks: Looks) -> Applied:
+    async def apply(self, work: Work, looks: Looks) -> Applied:
         """Switch it on."""
         rows = await up(work.nodes, paths.share(work.deployment), work.console)
         reasons = dict.fromkeys(row.text for row in rows if row.outcome == "skipped")

@@ -16,10 +16,11 @@ from typing import Any, Literal
 
 import httpx
 
+from deploy.remote.wire import Json
+
 Api = Literal["completions", "chat"]
-Json = dict[str, Any]
 OnText = Callable[[str], None]
-Failure = Literal["refused", "http", "stream", "stall", "cut", "usage"]
+FailureKind = Literal["refused", "http", "stream", "stall", "cut", "usage"]
 """refused: no connection; http: a status that is not 200; stream: an error in the middle of the answer; stall: no text for too
 long; cut: the connection ended before the answer did; usage: the server did not count its tokens."""
 
@@ -77,7 +78,7 @@ class Prompt:
 class CompletionError(Exception):
     """What the other side did instead of an answer. `status`: HTTP's, where that was the failure."""
 
-    def __init__(self, kind: Failure, cause: str, status: int | None = None) -> None:
+    def __init__(self, kind: FailureKind, cause: str, status: int | None = None) -> None:
         super().__init__(cause)
         self.kind, self.cause, self.status = kind, cause, status
 
@@ -118,7 +119,7 @@ class Answer:
     prompt_tokens: int | None = None
     tokens: int | None = None
     "Made, as the server counted them; None: it did not."
-    failure: Failure | None = None
+    failure: FailureKind | None = None
     cause: str = ""
     status: int | None = None
     "HTTP's, where that was the failure."
@@ -168,7 +169,7 @@ class _Reading:
             self.last = now
         return text
 
-    def answer(self, failure: Failure | None = None, cause: str = "", status: int | None = None) -> Answer:
+    def answer(self, failure: FailureKind | None = None, cause: str = "", status: int | None = None) -> Answer:
         """What there is."""
         return Answer(
             seconds=time.perf_counter() - self.begun,

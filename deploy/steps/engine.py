@@ -21,7 +21,7 @@ from deploy.fleet.jobs import JobStatus, follow_job, job_status, start_job, stop
 from deploy.fleet.ssh import Fleet
 from deploy.nodes import paths
 from deploy.nodes.deployment import Deployment, Folder, Node
-from deploy.planning.plans import Plan, carried
+from deploy.planning.plans import ServePlan, carried
 from deploy.steps import metrics, processes, ray
 from deploy.steps.canary import Reply, complete
 from deploy.steps.enginelog import Progress, first_cause
@@ -38,7 +38,7 @@ Nodes = Mapping[str, bool]
 class EngineSpec:
     """What is to run, and how long to wait."""
 
-    plan: Plan
+    plan: ServePlan
     secrets: Mapping[str, str] = field(repr=False)
     "Values of the plan's secret_env."
     nodes: Callable[[], Awaitable[Nodes]]
@@ -83,13 +83,13 @@ def api_key(folder: Folder) -> str:
     return ray.kept_secret(folder.api_key, "gf-" + secrets.token_urlsafe(32))
 
 
-def port(plan: Plan) -> int:
+def port(plan: ServePlan) -> int:
     """Where it listens, on the head's loopback."""
     return int(ray.option(plan.serve, "--port") or 2242)
 
 
 def spec_of(
-    deployment: Deployment, plan: Plan, cluster: ray.ClusterSpec, head: RemoteNode, last: Mapping[str, float]
+    deployment: Deployment, plan: ServePlan, cluster: ray.ClusterSpec, head: RemoteNode, last: Mapping[str, float]
 ) -> EngineSpec:
     """How a deployment's engine is started and asked. `last`: seconds of each phase, last time."""
     return EngineSpec(
@@ -107,7 +107,7 @@ class EngineStep(ServingStep):
 
     name = "engine"
 
-    async def apply(self, work: Work, _looks: Looks) -> Applied:
+    async def apply(self, work: Work, looks: Looks) -> Applied:
         """Start it, or attach to a start that somebody left, and wait for a completion."""
         plan, head, state = work.made_plan, work.nodes[0], work.keeper.state
         cluster = ray.spec_of(work.deployment, plan, work.environment)

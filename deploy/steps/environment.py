@@ -134,19 +134,19 @@ class EnvironmentStep(Step):
 
     name = "environment"
 
-    def inputs(self, work: Work, _looks: Looks) -> str:
+    def inputs(self, work: Work, looks: Looks) -> str:
         """The lock, its index, its Python and the nodes."""
         spec = spec_of(work)
         return digest("environment", spec.root, spec.lock, spec.index, spec.python, spec.source, spec.engine, work.pairs)
 
-    def check(self, _work: Work, record: StepRecord, looks: Looks) -> str | None:
+    def check(self, work: Work, record: StepRecord, looks: Looks) -> str | None:
         """Active everywhere."""
         for node, seen in looks.items():
             if seen["environments"].get("env") != record.data["id"]:
                 return f"{node} does not see it, or another one is active"
         return None
 
-    async def apply(self, work: Work, _looks: Looks) -> Applied:
+    async def apply(self, work: Work, looks: Looks) -> Applied:
         """Build, prove, switch."""
         built = await up(work.nodes, spec_of(work), work.settings, work.console)
         count = sum("error" not in row and "skipped" not in row for rows in built.rows.values() for row in rows)
@@ -163,17 +163,17 @@ class DownloadStep(Step):
 
     name = "download"
 
-    def inputs(self, work: Work, _looks: Looks) -> str:
+    def inputs(self, work: Work, looks: Looks) -> str:
         """Its lock, the index, the Python and the nodes."""
         data = work.deployment.data
         return digest("download", work.root, download_lock(), data.index, data.python, work.pairs)
 
-    def check(self, _work: Work, record: StepRecord, looks: Looks) -> str | None:
+    def check(self, work: Work, record: StepRecord, looks: Looks) -> str | None:
         """Active everywhere."""
         bad = [node for node, seen in looks.items() if seen["environments"].get("download") != record.data["id"]]
         return f"{bad[0]} does not see it" if bad else None
 
-    async def apply(self, work: Work, _looks: Looks) -> Applied:
+    async def apply(self, work: Work, looks: Looks) -> Applied:
         """Build, prove, switch."""
         spec = _spec(work, download_lock(), engine="download", link="download", set_name="download")
         built = await up(work.nodes, spec, work.settings, work.console)

@@ -12,7 +12,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from deploy.fleet.results import combined_error
-from deploy.planning.plans import Plan
+from deploy.planning.plans import ServePlan
 from deploy.steps import brought, cache, environment
 from deploy.steps.cache import CacheStep
 from deploy.steps.engine import EngineStep
@@ -57,7 +57,7 @@ class StepChoice:
 class Served:
     """What answers, and how it was reached."""
 
-    plan: Plan
+    plan: ServePlan
     engine: Applied
 
 

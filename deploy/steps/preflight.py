@@ -69,7 +69,7 @@ class PreflightStep(Step):
 
     name = "preflight"
 
-    def inputs(self, work: Work, _looks: Looks) -> str:
+    def inputs(self, work: Work, looks: Looks) -> str:
         """The nodes, the share and the ports."""
         data = work.deployment.data
         return digest("preflight", work.pairs, data.share, data.ports.model_dump(), data.options.rehearsal, data.python)
@@ -102,7 +102,7 @@ class ProofStep(Step):
         identifier = work.keeper.state.data("environment").get("id")
         return digest("proof", work.pairs, identifier, _boots(looks)) if identifier else None
 
-    def check(self, _work: Work, _record: StepRecord, _looks: Looks) -> None:
+    def check(self, work: Work, record: StepRecord, looks: Looks) -> None:
         """The inputs say it all."""
 
     async def apply(self, work: Work, looks: Looks) -> Applied:
@@ -285,11 +285,12 @@ async def collectives(targets: Sequence[RemoteNode], spec: PreflightSpec, survey
             for node in left_out
         ]
         if not reason:
-            cells += await _collective(ranks, spec, backend)
+            cells += await all_reduce(ranks, spec, backend)
     return cells
 
 
-async def _collective(targets: Sequence[RemoteNode], spec: PreflightSpec, backend: str) -> list[Cell]:
+async def all_reduce(targets: Sequence[RemoteNode], spec: PreflightSpec, backend: str) -> list[Cell]:
+    """A cell of each node: all of them reduce numbers together, by `gloo` or `nccl`."""
     names = [target.name for target in targets]
 
     async def rank(node: RemoteNode) -> Json:

@@ -71,7 +71,7 @@ class Survey(KeptFact):
     cuda: Cuda
 
 
-class Port(KeptFact):
+class PortAnswer(KeptFact):
     """One connection; without an error this node or somebody else's service answered."""
 
     error: str | None = None
@@ -80,7 +80,7 @@ class Port(KeptFact):
 class Reached(KeptFact):
     """One peer, as a node sees it."""
 
-    ports: dict[str, Port]
+    ports: dict[str, PortAnswer]
     rtt: float | None
     offset: float | None
 

@@ -22,7 +22,7 @@ from deploy.fleet.results import on_all, require
 from deploy.fleet.ssh import Fleet
 from deploy.nodes import paths
 from deploy.nodes.deployment import Deployment
-from deploy.planning.plans import NodePlan, Plan, carried
+from deploy.planning.plans import NodePlan, ServePlan, carried
 from deploy.remote.wire import Json
 from deploy.steps import processes
 from deploy.steps.preflight_checks import SHUT, open_door, tokenless
@@ -43,7 +43,7 @@ CORES_PER_START = 2
 class ClusterSpec:
     """What is to run, and how long to wait."""
 
-    plan: Plan
+    plan: ServePlan
     python: str
     "Of the active environment: the one that imports ray."
     environment: str = ""
@@ -74,7 +74,7 @@ class Started:
     gpus: float
 
 
-def address(plan: Plan) -> str:
+def address(plan: ServePlan) -> str:
     """Of the head's GCS: host:port."""
     return f"{plan.head.private}:{option(plan.head.ray, '--port') or 6379}"
 
@@ -101,7 +101,7 @@ def serving(seen: Json) -> list[Json]:
     return [process for job in SERVING for process in of_job(seen, job)]
 
 
-def spec_of(deployment: Deployment, plan: Plan, environment: str = "") -> ClusterSpec:
+def spec_of(deployment: Deployment, plan: ServePlan, environment: str = "") -> ClusterSpec:
     """How a deployment's Ray is started and asked."""
     return ClusterSpec(
         plan=plan,
@@ -126,7 +126,7 @@ class RayStep(ServingStep):
 
     name = "ray"
 
-    async def apply(self, work: Work, _looks: Looks) -> Applied:
+    async def apply(self, work: Work, looks: Looks) -> Applied:
         """Start what is missing."""
         plan = work.made_plan
         started = await up(work.fleet, work.nodes, spec_of(work.deployment, plan, work.environment), work.console)

@@ -17,7 +17,7 @@ from deploy.nodes import paths
 from deploy.nodes.deployment import Deployment, Node
 from deploy.nodes.facts import Facts
 from deploy.nodes.state import Keeper, StepRecord
-from deploy.planning.plans import Plan
+from deploy.planning.plans import ServePlan
 from deploy.remote.wire import Json
 from deploy.steps import processes
 from gracefarm.console import Console
@@ -46,7 +46,7 @@ class Work:
     "Steps that are done whatever the state says."
     away: Collection[str] = ()
     "Spares that are left out because they cannot be reached."
-    plan: Plan | None = None
+    plan: ServePlan | None = None
     "What is to be served; None before `serve` has made it."
     environment: str = ""
     "The id of the environment that serves; empty: not known, and not compared."
@@ -67,7 +67,7 @@ class Work:
         return paths.environment_root(self.deployment)
 
     @property
-    def made_plan(self) -> Plan:
+    def made_plan(self) -> ServePlan:
         """The plan, for the steps that come after it was made."""
         assert self.plan
         return self.plan
@@ -108,7 +108,7 @@ class Step(Protocol):
         """Do what is missing. Raises GracefarmError: the state keeps it as failed."""
         ...
 
-    async def undo(self, _work: Work) -> Undone:
+    async def undo(self, work: Work) -> Undone:
         """End what it left at work on the nodes, for `down`. Most steps leave nothing."""
         return {}, {}
 
@@ -116,11 +116,11 @@ class Step(Protocol):
 class ServingStep(Step):
     """A step of `serve`: nothing supervises what it has started, so that `apply` looks by itself each time."""
 
-    def inputs(self, work: Work, _looks: Looks) -> str:
+    def inputs(self, work: Work, looks: Looks) -> str:
         """The plan."""
         return work.made_plan.id
 
-    def check(self, _work: Work, _record: StepRecord, _looks: Looks) -> str:
+    def check(self, work: Work, record: StepRecord, looks: Looks) -> str:
         """`apply` looks by itself."""
         return ""
 

@@ -90,12 +90,12 @@ class WeightsStep(Step):
 
     name = "weights"
 
-    def inputs(self, work: Work, _looks: Looks) -> str:
+    def inputs(self, work: Work, looks: Looks) -> str:
         """The model and its revision. A branch is resolved once; `--from weights` resolves it again."""
         model = work.deployment.data.model
         return digest("weights", paths.root(work.deployment), model.repo, model.revision)
 
-    def check(self, _work: Work, record: StepRecord, looks: Looks) -> str | None:
+    def check(self, work: Work, record: StepRecord, looks: Looks) -> str | None:
         """Every node sees the manifest, and the head every file in its length."""
         for node, seen in looks.items():
             if seen["weights"] is None or seen["weights"]["manifest"] != record.data["manifest"]:
@@ -104,7 +104,7 @@ class WeightsStep(Step):
                 return f"{', '.join(seen['weights']['wrong'][:3])} is not what was brought"
         return None
 
-    async def apply(self, work: Work, _looks: Looks) -> Applied:
+    async def apply(self, work: Work, looks: Looks) -> Applied:
         """Bring them."""
         spec = spec_of(work)
         brought = await up(work.nodes, spec, work.console)

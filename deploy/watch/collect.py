@@ -26,7 +26,7 @@ from deploy.nodes import paths, redact
 from deploy.nodes.deployment import Deployment
 from deploy.nodes.redact import Redactor
 from deploy.nodes.state import State
-from deploy.planning.plans import Plan
+from deploy.planning.plans import ServePlan
 from deploy.remote.wire import Json
 from deploy.steps.enginelog import Cause, first_cause
 from deploy.watch import status
@@ -194,7 +194,7 @@ async def _wanted(watch: Watch, node: RemoteNode) -> list[Json]:
 
 
 def findings(
-    texts: Mapping[str, bytes], seen: Status, kept: State, plan: Plan | None, missing: Mapping[str, str]
+    texts: Mapping[str, bytes], seen: Status, kept: State, plan: ServePlan | None, missing: Mapping[str, str]
 ) -> tuple[Finding, ...]:
     """Everything that may be the cause, the likeliest first.
 

@@ -20,7 +20,7 @@ from deploy.remote.wire import Json
 from deploy.steps.enginelog import clean
 from gracefarm.errors import EngineError, GracefarmError, HostError, NodeError, SshError
 
-OnLine = Callable[[str, str, str], None]
+OnLogLine = Callable[[str, str, str], None]
 "Node, log, line."
 OnCut = Callable[[str, GracefarmError], None]
 "Node, and why it cannot be read just now."
@@ -40,7 +40,7 @@ class Wish:
     "Seconds between two tries after a cut."
 
 
-async def engine_log(fleet: Fleet, head: Node, wish: Wish, on_line: OnLine) -> JobStatus:
+async def engine_log(fleet: Fleet, head: Node, wish: Wish, on_line: OnLogLine) -> JobStatus:
     """The engine's log; with `follow` until the engine ends.
 
     Raises:
@@ -65,7 +65,9 @@ async def engine_log(fleet: Fleet, head: Node, wish: Wish, on_line: OnLine) -> J
     return await follow_job(fleet, head, paths.ENGINE_JOB, say, offset=status.size - len(content), patience=wish.patience)
 
 
-async def ray_logs(deployment: Deployment, facts: Facts, node: RemoteNode, wish: Wish, on_line: OnLine, on_cut: OnCut) -> int:
+async def ray_logs(
+    deployment: Deployment, facts: Facts, node: RemoteNode, wish: Wish, on_line: OnLogLine, on_cut: OnCut
+) -> int:
     """Ray's logs of one node's last session; the number of files. With `follow` for ever.
 
     Raises:

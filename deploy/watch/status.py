@@ -19,7 +19,7 @@ from deploy.nodes import redact, state
 from deploy.nodes.deployment import Deployment, Folder
 from deploy.nodes.facts import Facts, KeptFact, load_facts
 from deploy.nodes.state import State
-from deploy.planning.plans import Plan
+from deploy.planning.plans import ServePlan
 from deploy.remote.wire import Json
 from deploy.steps import engine, order, ray
 from deploy.steps.engine import EngineSpec, Nodes
@@ -126,11 +126,11 @@ class Status(KeptFact):
     "Of all nodes since each one's boot: what they have cost at least, where they are paid by the hour."
 
 
-def plan_of(folder: Folder) -> Plan | None:
+def plan_of(folder: Folder) -> ServePlan | None:
     """The plan that `deploy serve` ran last, if any. Raises ConfigError: it cannot be read."""
     path = folder.path / "plan.json"
     try:
-        return Plan.model_validate_json(path.read_bytes())
+        return ServePlan.model_validate_json(path.read_bytes())
     except FileNotFoundError:
         return None
     except ValidationError as error:
@@ -144,7 +144,7 @@ class Watch:
     deployment: Deployment
     fleet: Fleet
     facts: Facts | None
-    plan: Plan | None
+    plan: ServePlan | None
     notes: tuple[str, ...] = ()
     "What is kept and cannot be read."
 

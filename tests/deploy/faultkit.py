@@ -23,7 +23,7 @@ from deploy.fleet.ssh import open_fleet
 from deploy.nodes import state
 from deploy.nodes.deployment import load_deployment
 from deploy.nodes.facts import load_facts
-from deploy.planning.plans import Plan
+from deploy.planning.plans import ServePlan
 from deploy.rehearsal import walkthrough
 from deploy.rehearsal.walkthrough import Rehearsal
 from deploy.steps import engine, ray
@@ -170,7 +170,7 @@ def verdict(made: Rehearsal, seconds: float = 5) -> Diagnosis:
 
     async def go() -> Diagnosis:
         async with open_fleet(deployment) as nodes:
-            plan = Plan.model_validate_json((deployment.folder.path / "plan.json").read_text())
+            plan = ServePlan.model_validate_json((deployment.folder.path / "plan.json").read_text())
             head = remote_nodes(nodes, load_facts(deployment))[0]
             spec = engine.spec_of(deployment, plan, ray.spec_of(deployment, plan), head, {})
             return diagnose(await probe(nodes, head, spec, seconds=seconds))

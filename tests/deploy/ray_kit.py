@@ -17,7 +17,7 @@ from deploy.nodes import paths
 from deploy.nodes.deployment import Deployment, load_deployment
 from deploy.nodes.facts import Facts, keep_facts
 from deploy.planning import models, plans
-from deploy.planning.plans import Plan
+from deploy.planning.plans import ServePlan
 from deploy.rehearsal.rig import MOUNT, USER, Rig
 from gracefarm import settings
 from gracefarm.files import atomic_directory, lock
@@ -100,7 +100,7 @@ def deployment(
     return made
 
 
-def planned(room: Rig, made: Deployment) -> Plan:
+def planned(room: Rig, made: Deployment) -> ServePlan:
     """As `deploy plan` makes it, from facts that the nodes are asked for now."""
 
     async def go() -> Facts:

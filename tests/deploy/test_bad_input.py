@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.cli.common import Context
+from deploy.cli.common import DeployContext
 from deploy.cli.serve import at_work, held
 from deploy.nodes.deployment import load_deployment
 from deploy.planning import suppose
@@ -113,7 +113,7 @@ def test_no_line_of_another_programs_log_brings_a_secret_onto_the_terminal(
         work.console.event("line", said)
         raise EngineError(f"the engine ended: {said}", remedy=f"look: {said}")
 
-    context = Context(file=deployment.path, console=Console())
+    context = DeployContext(file=deployment.path, console=Console())
     with held(context) as keeper, pytest.raises(EngineError) as error:
         at_work(context, keeper, fails)
     shown = capsys.readouterr().err + error.value.cause + error.value.remedy

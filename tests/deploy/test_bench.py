@@ -14,7 +14,7 @@ import pytest
 
 from deploy.measure import bench
 from deploy.measure.bench import Sweep, SweepReport
-from deploy.planning.plans import Plan
+from deploy.planning.plans import ServePlan
 from deploy.steps import completion
 from deploy.steps.completion import Answer, CompletionServer, Prompt
 from gracefarm.errors import EngineError
@@ -85,7 +85,7 @@ def test_nobody_there_a_wrong_key_and_no_count_are_told_apart() -> None:
         assert "OPENAI_API_KEY" in error.value.remedy
 
 
-def sweep(url: str, plan: Plan | None = None, **more: Any) -> SweepReport:
+def sweep(url: str, plan: ServePlan | None = None, **more: Any) -> SweepReport:
     values = {"concurrency": [1, 4], "requests": 8, "prompt_tokens": 30, "max_tokens": 20, "patience": 1.0, **more}
     return asyncio.run(bench.run_sweep(CompletionServer(url=url), Sweep(**values), plan=plan))
 

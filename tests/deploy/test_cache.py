@@ -14,7 +14,7 @@ import pytest
 
 from deploy.fleet.calls import Exit, RemoteNode
 from deploy.nodes import state
-from deploy.remote import cache as remote
+from deploy.remote.cache import inspect, measure, write_fstab
 from deploy.remote.wire import WorkerError
 from deploy.steps import cache, step
 from deploy.steps.cache import CacheStep
@@ -153,8 +153,8 @@ def test_one_nodes_trouble_is_its_own_and_a_lost_node_is_an_error() -> None:
 
 @pytest.fixture
 def etc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(remote, "FSTAB", tmp_path / "fstab")
-    monkeypatch.setattr(remote, "root", list)
+    monkeypatch.setattr("deploy.remote.cache.FSTAB", tmp_path / "fstab")
+    monkeypatch.setattr("deploy.remote.cache.root", list)
     (tmp_path / "fstab").write_text(FSTAB)
     (tmp_path / "fstab").chmod(0o644)
     return tmp_path
@@ -162,7 +162,7 @@ def etc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_fstab_is_replaced_whole_and_the_old_one_stays_beside_it(etc: Path) -> None:
     before = hashlib.sha256(FSTAB.encode()).hexdigest()
-    done = remote.write_fstab({"text": FSTAB + "# more\n", "before": before})
+    done = write_fstab({"text": FSTAB + "# more\n", "before": before})
     assert (etc / "fstab").read_text() == FSTAB + "# more\n"
     assert Path(done["backup"]).read_text() == FSTAB
     assert oct((etc / "fstab").stat().st_mode & 0o777) == "0o644"
@@ -171,7 +171,7 @@ def test_fstab_is_replaced_whole_and_the_old_one_stays_beside_it(etc: Path) -> N
 
 def test_an_fstab_that_changed_meanwhile_is_left_alone(etc: Path) -> None:
     with pytest.raises(WorkerError, match="changed while it was being edited"):
-        remote.write_fstab({"text": "lost", "before": "0" * 64})
+        write_fstab({"text": "lost", "before": "0" * 64})
     assert (etc / "fstab").read_text() == FSTAB
     assert [path.name for path in etc.iterdir()] == ["fstab"]
 
@@ -201,19 +201,19 @@ cache.write_fstab({{"text": "NEW" * 99, "before": cache.digest(cache.FSTAB.read_
 
 
 def test_the_share_of_this_machine_is_looked_at_and_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "drop_caches", lambda: False)  # other tests are measured meanwhile
-    found = remote.inspect({"share": str(tmp_path)})
+    monkeypatch.setattr("deploy.remote.cache.drop_caches", lambda: False)  # other tests are measured meanwhile
+    found = inspect({"share": str(tmp_path)})
     assert found["fsc"] is None or isinstance(found["fsc"], bool)
     assert cache.why_not(found)
     (tmp_path / "small").write_bytes(b"x")
     (tmp_path / "big").write_bytes(os.urandom(300_000))
-    speed = remote.measure({"share": str(tmp_path), "bytes": 1 << 20})
+    speed = measure({"share": str(tmp_path), "bytes": 1 << 20})
     assert speed["path"] == str(tmp_path / "big")
     assert speed["bytes"] == 300_000
     assert speed["cold"] is None
     assert cache.told(speed) == "; not measured: dropping the page cache needs root"
     (tmp_path / "empty").mkdir()
-    none = remote.measure({"share": str(tmp_path / "empty"), "bytes": 1})
+    none = measure({"share": str(tmp_path / "empty"), "bytes": 1})
     assert cache.told(none) == "; it is measured when the weights are there"
 
 

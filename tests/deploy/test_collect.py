@@ -17,7 +17,7 @@ from deploy.nodes.redact import Redactor
 from deploy.nodes.state import State, StepRecord
 from deploy.remote import gather
 from deploy.steps import engine
-from deploy.watch import collect as collecting
+from deploy.watch import collect
 from deploy.watch.collect import Finding, findings
 from deploy.watch.status import NodeStatus, Service, Status
 from gracefarm.errors import EngineError
@@ -124,7 +124,7 @@ def test_a_bundle_is_made_where_what_is_kept_here_is_damaged(tmp_path: Path, nam
         made.keep("failed", "Ray lost k1")
         (made.deployment.folder.path / name).write_bytes(content)
         async with open_fleet(made.deployment, config=[]) as fleet:
-            bundle = await collecting.write_bundle(made.deployment, fleet, tmp_path, environ={})
+            bundle = await collect.write_bundle(made.deployment, fleet, tmp_path, environ={})
         files = unpacked(bundle.path, tmp_path / "out")
         assert files[f"local/deploy/{name}"] == content
         assert {"nodes/k0/processes.txt", "local/deploy.toml"} <= set(files)
@@ -154,7 +154,7 @@ def test_a_bundle_is_made_while_nodes_are_away(tmp_path: Path) -> None:
         made.keep("failed", "Ray lost k1")
         await made.made[1].switch_off()
         async with open_fleet(made.deployment, config=[]) as fleet:
-            bundle = await collecting.write_bundle(made.deployment, fleet, tmp_path, environ={})
+            bundle = await collect.write_bundle(made.deployment, fleet, tmp_path, environ={})
         assert list(bundle.missing) == ["k1"]
         (away,) = [finding for finding in bundle.findings if finding.rank == 2]
         assert away.where == "k1"

@@ -13,9 +13,9 @@ import pytest
 from packaging.utils import canonicalize_name
 
 from builder.planning import pins, settings
-from builder.sets import definition as sets
+from builder.sets import definition
 from deploy.planning import engines
-from deploy.remote import environment as remote
+from deploy.remote.environment import matrix
 from deploy.steps import environment
 from tests.conftest import REPOSITORY
 
@@ -52,7 +52,7 @@ NEEDS = {
 
 def versions(name: str) -> dict[str, str]:
     """Distribution to version: of the set's lock and of our own wheels."""
-    found = sets.load(name, settings.load().model_copy(update={"project": REPOSITORY}))
+    found = definition.load(name, settings.load().model_copy(update={"project": REPOSITORY}))
     locked = {wheel.name: wheel.version for wheel in pins.wheels(found.runtime, found.data.target)}
     return locked | {canonicalize_name(own_recipe.data.name): own_recipe.data.version for own_recipe in found.recipes}
 
@@ -82,7 +82,7 @@ def test_a_minimal_ray_fails_its_row_of_the_matrix(tmp_path: Path) -> None:
     assert importlib.util.find_spec("aiohttp_cors") is None
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path], check=True)
     wanted = [row for row in environment.matrix("aphrodite").modules if row.module.startswith("ray")]
-    done = remote.matrix(
+    done = matrix(
         {"environment": str(tmp_path), "modules": [row.model_dump() for row in wanted], "commands": [], "seconds": 60}
     )
     assert [(row["name"], "error" in row) for row in done["rows"]] == [("ray", False), ("ray.dashboard.optional_deps", True)]
@@ -122,7 +122,7 @@ def test_extensions_are_imported_as_they_are_linked_by_name_with_libraries_that_
         )
         place = site.joinpath(*parents, f"{last}.so")
         compiled(place, code, f"-I{sysconfig.get_path('include')}", f"-L{library.parent}", "-l:libc10.so")
-    done = remote.matrix(
+    done = matrix(
         {
             "environment": str(tmp_path / "env"),
             "modules": [extension.model_dump() for extension in extensions],

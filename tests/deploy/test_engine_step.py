@@ -19,7 +19,7 @@ from deploy.fleet.ssh import Fleet
 from deploy.nodes.config import Config
 from deploy.nodes.deployment import Deployment, Folder
 from deploy.planning import plans, suppose
-from deploy.planning.plans import Plan
+from deploy.planning.plans import ServePlan
 from deploy.steps import engine
 from deploy.steps.canary import Reply
 from deploy.steps.metrics import EngineMetrics
@@ -38,7 +38,7 @@ def free_port() -> int:
         return int(one.getsockname()[1])
 
 
-def a_plan(port: int, *more: str) -> Plan:
+def a_plan(port: int, *more: str) -> ServePlan:
     base = Deployment(path=Path("/nowhere/deploy.toml"), data=Config(), nodes=())
     found = plans.make(*suppose.suppose(suppose.kind("gh200-96"), 10, base), llama())
     program = Path(__file__).with_name("pretend_engine.py")
@@ -50,7 +50,7 @@ async def all_alive() -> Mapping[str, bool]:
     return {"k0": True, "k1": True}
 
 
-def spec(plan: Plan, **more: object) -> engine.EngineSpec:
+def spec(plan: ServePlan, **more: object) -> engine.EngineSpec:
     values = {"plan": plan, "secrets": {"APHRODITE_API_KEY": KEY}, "nodes": all_alive, "poll": 0.2, "load": 30.0}
     return engine.EngineSpec(**{**values, **more})  # type: ignore[arg-type]
 

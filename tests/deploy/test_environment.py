@@ -25,11 +25,10 @@ import pytest
 
 from deploy.fleet.calls import call
 from deploy.fleet.shells import remote_nodes
-from deploy.remote import environment as remote
+from deploy.remote.environment import interpreter
 from deploy.remote.wire import WorkerError
-from deploy.steps import environment as step
-from deploy.steps import uv
-from deploy.steps.environment import Matrix, Module
+from deploy.steps import environment, uv
+from deploy.steps.environment import Built, EnvironmentSpec, Matrix, Module
 from gracefarm import settings
 from gracefarm.console import Console
 from gracefarm.errors import DigestError, FetchError, HostError, InstallError
@@ -89,35 +88,40 @@ def test_built_once_proven_switched_rolled_back_collected(
     tmp_path: Path, index: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, url = index
-    monkeypatch.setattr(step, "matrix", lambda _engine: Matrix(modules=(Module(module="tiny"),), commands=(("python", "-V"),)))
+    monkeypatch.setattr(
+        environment, "matrix", lambda _engine: Matrix(modules=(Module(module="tiny"),), commands=(("python", "-V"),))
+    )
     root, console, here = tmp_path / "share", Console(), settings.load()
 
-    def spec(lock: str) -> step.EnvironmentSpec:
-        return step.EnvironmentSpec(root=str(root), lock=lock, index=url, engine="tiny")
+    def spec(lock: str) -> EnvironmentSpec:
+        return EnvironmentSpec(root=str(root), lock=lock, index=url, engine="tiny")
 
     async def go() -> None:
         async with kit.nodes(tmp_path, 2) as nodes:
             one, two = publish(folder, "1.0", "x = 1\n"), publish(folder, "2.0", "x = 2\n")
-            made = await asyncio.gather(*(step.up(nodes, spec(one), here, console) for _ in range(2)))
+            made = await asyncio.gather(*(environment.up(nodes, spec(one), here, console) for _ in range(2)))
             assert sorted(each.built for each in made) == [False, True]  # two people at once: one builds
             assert set(made[0].rows) == {"k0", "k1"}
-            again = await step.up(nodes, spec("# a comment\n" + one), here, console)
+            again = await environment.up(nodes, spec("# a comment\n" + one), here, console)
             assert (again.id, again.built, again.switched) == (made[0].id, False, False)
-            second = await step.up(nodes, spec(two), here, console)
+            second = await environment.up(nodes, spec(two), here, console)
             assert (root / "env").resolve().name == second.id
             with pytest.raises(DigestError, match="another file than the lock names"):
-                await step.up(nodes, spec("tiny==1.0 --hash=sha256:" + "0" * 64), here, console)
+                await environment.up(nodes, spec("tiny==1.0 --hash=sha256:" + "0" * 64), here, console)
             broken = publish(folder, "3.0", "import nothing_there\n")
             with pytest.raises(InstallError, match="k0: tiny: ModuleNotFoundError"):
-                await step.up(nodes, spec(broken), here, console)
+                await environment.up(nodes, spec(broken), here, console)
             assert (root / "env").resolve().name == second.id  # what is broken never becomes active
             assert (await call(nodes[0], "environment.rollback", {"root": str(root), "link": "env"}))["active"] == made[0].id
             assert (root / "env").resolve().name == made[0].id
             with pytest.raises(HostError, match="no earlier environment"):
                 await call(nodes[0], "environment.rollback", {"root": str(root), "link": "env"})
-            gone = await step.collect(nodes, str(root), keep=2, grace=0)
+            gone = await environment.collect(nodes, str(root), keep=2, grace=0)
             assert len(gone["removed"]) == 1
-            assert {each["id"] for each in (await step.listing(nodes, str(root)))["environments"]} == {made[0].id, second.id}
+            assert {each["id"] for each in (await environment.listing(nodes, str(root)))["environments"]} == {
+                made[0].id,
+                second.id,
+            }
 
     asyncio.run(go())
 
@@ -182,17 +186,17 @@ def test_a_managed_python_comes_onto_the_share_and_serves_every_environment(
     """A stock Ubuntu 22.04 or 24.04 has no python3.11: uv brings one, whose digest it knows, by way of a mirror."""
     folder, url = index
     mirror = standalone(tmp_path / "mirror", monkeypatch)
-    monkeypatch.setattr(step, "matrix", lambda _engine: Matrix(modules=(Module(module="tiny"), Module(module="ssl"))))
+    monkeypatch.setattr(environment, "matrix", lambda _engine: Matrix(modules=(Module(module="tiny"), Module(module="ssl"))))
     root, here = tmp_path / "share", settings.load()
 
-    def spec(lock: str, **more: object) -> step.EnvironmentSpec:
+    def spec(lock: str, **more: object) -> EnvironmentSpec:
         values = {"root": str(root), "lock": lock, "index": url, "engine": "tiny", "source": "managed", "mirror": mirror}
-        return step.EnvironmentSpec(**{**values, **more})  # type: ignore[arg-type]
+        return EnvironmentSpec(**{**values, **more})  # type: ignore[arg-type]
 
     async def go() -> None:
         async with kit.nodes(tmp_path, 2) as nodes:
             lock = publish(folder, "1.0", "x = 1\n")
-            made = await step.up(nodes, spec(lock), here, Console())
+            made = await environment.up(nodes, spec(lock), here, Console())
             assert made.switched
             base = (root / "env" / "bin" / "python").resolve()
             (place,) = (root / "python").iterdir()
@@ -201,9 +205,9 @@ def test_a_managed_python_comes_onto_the_share_and_serves_every_environment(
             described = json.loads((root / "env" / "environment.json").read_text())
             assert Path(described["interpreter"]) == base
             shutil.rmtree(tmp_path / "mirror" / "20260101")  # it is not asked again
-            other = await step.up(nodes, spec(publish(folder, "2.0", "x = 2\n")), here, Console())
+            other = await environment.up(nodes, spec(publish(folder, "2.0", "x = 2\n")), here, Console())
             assert other.built
-            own = await step.up(nodes, spec(lock, source="system", mirror=None), here, Console())
+            own = await environment.up(nodes, spec(lock, source="system", mirror=None), here, Console())
             assert own.id != made.id  # the node's own Python makes another environment
 
     asyncio.run(go())
@@ -219,12 +223,12 @@ def test_a_python_that_is_another_than_uv_knows_or_cannot_be_had_is_told_with_a_
 
     async def go() -> None:
         async with kit.nodes(tmp_path, 1) as nodes:
-            spec = step.EnvironmentSpec(root=str(root), lock=lock, index=url, engine="tiny", source="managed", mirror=mirror)
+            spec = EnvironmentSpec(root=str(root), lock=lock, index=url, engine="tiny", source="managed", mirror=mirror)
             with pytest.raises(DigestError, match=r"k0: another Python came than uv knows: .*Hash mismatch"):
-                await step.up(nodes, spec, here, Console())
+                await environment.up(nodes, spec, here, Console())
             shutil.rmtree(tmp_path / "mirror" / "20260101")
             with pytest.raises(HostError, match=r"uv could not bring Python: .*No such file") as error:
-                await step.up(nodes, spec, here, Console())
+                await environment.up(nodes, spec, here, Console())
             assert "`python_mirror` in deploy.toml" in error.value.remedy
             assert '`python = "system"`' in error.value.remedy
             assert not (root / "env").exists()
@@ -236,7 +240,7 @@ def test_a_node_without_python_is_told_of_the_managed_one(tmp_path: Path, monkey
     monkeypatch.setenv("PATH", str(tmp_path))
     for source in ("system", "conda"):
         with pytest.raises(WorkerError) as error:
-            remote.interpreter({"root": str(tmp_path), "python": {"source": source, "version": "3.11"}})
+            interpreter({"root": str(tmp_path), "python": {"source": source, "version": "3.11"}})
         assert '`python = "managed"` in deploy.toml' in error.value.remedy
 
 
@@ -250,12 +254,12 @@ def test_condas_python_is_made_by_conda_on_the_share(tmp_path: Path, monkeypatch
     conda.chmod(0o755)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     request = {"root": str(tmp_path / "share"), "python": {"source": "conda", "version": "3.11"}}
-    assert remote.interpreter(request) == python
+    assert interpreter(request) == python
     assert (tmp_path / "share" / "python" / f"conda-3.11-{os.uname().machine}" / ".complete").is_file()
 
 
 def test_a_cut_while_it_is_built_stops_no_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step, "matrix", lambda _engine: Matrix(modules=(Module(module="tiny"),)))
+    monkeypatch.setattr(environment, "matrix", lambda _engine: Matrix(modules=(Module(module="tiny"),)))
     folder = tmp_path / "index" / "tiny"
     folder.mkdir(parents=True)
     asked, cut = threading.Event(), threading.Event()
@@ -267,12 +271,12 @@ def test_a_cut_while_it_is_built_stops_no_build(tmp_path: Path, monkeypatch: pyt
                 cut.wait(60)
             super().do_GET()
 
-    async def go(url: str) -> step.Built:
+    async def go(url: str) -> Built:
         async with kit.machines(tmp_path, 1) as made, kit.fleet(tmp_path, made) as fleet:
-            spec = step.EnvironmentSpec(
+            spec = EnvironmentSpec(
                 root=str(tmp_path / "share"), lock=publish(folder, "1.0", "x = 1\n"), index=url, engine="tiny"
             )
-            running = asyncio.ensure_future(step.up(remote_nodes(fleet), spec, settings.load(), Console()))
+            running = asyncio.ensure_future(environment.up(remote_nodes(fleet), spec, settings.load(), Console()))
             assert await asyncio.to_thread(asked.wait, 60)
             before = made[0].entered
             made[0].cut()

@@ -11,8 +11,7 @@ import pytest
 from deploy.fleet.probe import private_address, probe_nodes
 from deploy.nodes.deployment import Deployment, Node, load_deployment
 from deploy.nodes.facts import Facts, NodeFacts, keep_facts, load_facts
-from deploy.remote import driver
-from deploy.remote import facts as remote
+from deploy.remote import driver, facts
 from gracefarm.errors import ConfigError, NodeError
 from tests.deploy import kit
 
@@ -62,7 +61,7 @@ def test_a_docker_bridge_joins_no_machines() -> None:
 
 
 def test_memory_and_driver_are_read_as_the_kernel_writes_them(tmp_path: Path) -> None:
-    assert remote.memory("MemTotal:  451234567 kB\nMemFree: 1 kB\nMemAvailable:   440000000 kB\n") == {
+    assert facts.memory("MemTotal:  451234567 kB\nMemFree: 1 kB\nMemAvailable:   440000000 kB\n") == {
         "total": 451234567 << 10,
         "available": 440000000 << 10,
     }

@@ -23,15 +23,15 @@ from deploy.nodes import state
 from deploy.nodes.deployment import Folder, load_deployment
 from deploy.nodes.facts import load_facts
 from deploy.planning import models, plans
-from tests.deploy import servers as kit
+from tests.deploy.servers import Servers, servers
 
 ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture
-def nodes(tmp_path: Path) -> Iterator[kit.Servers]:
+def nodes(tmp_path: Path) -> Iterator[Servers]:
     (tmp_path / "nodes").mkdir()
-    with kit.servers(tmp_path / "nodes", 2) as running:
+    with servers(tmp_path / "nodes", 2) as running:
         (tmp_path / "ips.txt").write_text("# the head first\n" + "\n".join(running.addresses) + "\n")
         yield running
 
@@ -56,11 +56,11 @@ def deploy(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
 
 
-def init(folder: Path, nodes: kit.Servers, *more: str) -> subprocess.CompletedProcess[str]:
+def init(folder: Path, nodes: Servers, *more: str) -> subprocess.CompletedProcess[str]:
     return deploy(folder, "init", "ips.txt", "--user", "tester", "--port", str(nodes.port), *more)
 
 
-def test_without_a_terminal_keys_are_shown_and_nothing_is_trusted(tmp_path: Path, nodes: kit.Servers) -> None:
+def test_without_a_terminal_keys_are_shown_and_nothing_is_trusted(tmp_path: Path, nodes: Servers) -> None:
     done = init(tmp_path, nodes)
     assert done.returncode == 60
     for key in nodes.keys.values():
@@ -69,7 +69,7 @@ def test_without_a_terminal_keys_are_shown_and_nothing_is_trusted(tmp_path: Path
     assert not (tmp_path / ".deploy" / "known_hosts").exists()
 
 
-def test_accepted_keys_are_pinned_facts_are_kept_and_a_second_time_changes_nothing(tmp_path: Path, nodes: kit.Servers) -> None:
+def test_accepted_keys_are_pinned_facts_are_kept_and_a_second_time_changes_nothing(tmp_path: Path, nodes: Servers) -> None:
     done = init(tmp_path, nodes, "--accept")
     assert done.returncode == 0, done.stderr
     deployment = load_deployment(tmp_path / "deploy.toml")
@@ -92,7 +92,7 @@ def test_accepted_keys_are_pinned_facts_are_kept_and_a_second_time_changes_nothi
     assert before == ((tmp_path / "deploy.toml").read_bytes(), (tmp_path / ".deploy" / "known_hosts").read_bytes())
 
 
-def test_on_a_terminal_it_asks(tmp_path: Path, nodes: kit.Servers) -> None:
+def test_on_a_terminal_it_asks(tmp_path: Path, nodes: Servers) -> None:
     for answer, code in (("n\n", 60), ("y\n", 0)):
         master, slave = pty.openpty()
         command = ["init", "ips.txt", "--user", "tester", "--port", str(nodes.port)]
@@ -115,7 +115,7 @@ def test_on_a_terminal_it_asks(tmp_path: Path, nodes: kit.Servers) -> None:
         assert bool((tmp_path / ".deploy" / "known_hosts").exists()) == (code == 0)
 
 
-def test_a_jump_host_is_trusted_first_and_then_what_is_behind_it(tmp_path: Path, nodes: kit.Servers) -> None:
+def test_a_jump_host_is_trusted_first_and_then_what_is_behind_it(tmp_path: Path, nodes: Servers) -> None:
     """The second server is the way to the first; its key is asked about, pinned, and refused when it changes."""
     first, way = nodes.addresses
     (tmp_path / "ips.txt").write_text(first + "\n")
@@ -133,7 +133,7 @@ def test_a_jump_host_is_trusted_first_and_then_what_is_behind_it(tmp_path: Path,
     assert init(tmp_path, nodes, *jump, "--accept").returncode == 60
 
 
-def test_another_host_key_is_refused_until_a_person_says_repin(tmp_path: Path, nodes: kit.Servers) -> None:
+def test_another_host_key_is_refused_until_a_person_says_repin(tmp_path: Path, nodes: Servers) -> None:
     assert init(tmp_path, nodes, "--accept").returncode == 0
     nodes.do(nodes.stop(nodes.addresses[1]))
     nodes.do(nodes.start(nodes.addresses[1]))
@@ -148,7 +148,7 @@ def test_another_host_key_is_refused_until_a_person_says_repin(tmp_path: Path, n
     assert deploy(tmp_path, "facts").returncode == 0
 
 
-def test_a_key_that_the_user_trusts_already_needs_no_question(tmp_path: Path, nodes: kit.Servers) -> None:
+def test_a_key_that_the_user_trusts_already_needs_no_question(tmp_path: Path, nodes: Servers) -> None:
     own = tmp_path / "home" / ".ssh"
     own.mkdir(parents=True)
     lines = [f"[{name}]:{nodes.port} {key.export_public_key().decode().strip()}" for name, key in nodes.keys.items()]
@@ -158,7 +158,7 @@ def test_a_key_that_the_user_trusts_already_needs_no_question(tmp_path: Path, no
     assert "2 known" in done.stderr
 
 
-def test_a_node_that_is_down_is_named_and_the_others_are_kept(tmp_path: Path, nodes: kit.Servers) -> None:
+def test_a_node_that_is_down_is_named_and_the_others_are_kept(tmp_path: Path, nodes: Servers) -> None:
     nodes.do(nodes.stop(nodes.addresses[1]))
     done = init(tmp_path, nodes, "--accept")
     assert done.returncode == 60
@@ -169,7 +169,7 @@ def test_a_node_that_is_down_is_named_and_the_others_are_kept(tmp_path: Path, no
     assert "nothing is known of node k1" in planned.stderr
 
 
-def test_facts_can_be_read_again_without_asking(tmp_path: Path, nodes: kit.Servers) -> None:
+def test_facts_can_be_read_again_without_asking(tmp_path: Path, nodes: Servers) -> None:
     assert init(tmp_path, nodes, "--accept").returncode == 0
     for address in list(nodes.running):
         nodes.do(nodes.stop(address))
@@ -189,7 +189,7 @@ def test_another_deploy_toml_is_not_overwritten(tmp_path: Path) -> None:
     assert "127.0.0.9" in (tmp_path / "deploy.toml").read_text()
 
 
-def test_a_head_without_a_gpu_is_a_sentence(tmp_path: Path, nodes: kit.Servers) -> None:
+def test_a_head_without_a_gpu_is_a_sentence(tmp_path: Path, nodes: Servers) -> None:
     assert init(tmp_path, nodes, "--accept", "--share", "/srv/share").returncode == 0
     kept = tmp_path / ".deploy" / "facts.json"
     found = json.loads(kept.read_text())
@@ -201,7 +201,7 @@ def test_a_head_without_a_gpu_is_a_sentence(tmp_path: Path, nodes: kit.Servers) 
     assert "head has no usable GPU (no NVIDIA driver)" in done.stderr
 
 
-def test_the_commit_whose_weights_were_brought_is_the_one_that_is_planned(tmp_path: Path, nodes: kit.Servers) -> None:
+def test_the_commit_whose_weights_were_brought_is_the_one_that_is_planned(tmp_path: Path, nodes: Servers) -> None:
     """And `deploy serve`, which plans with the config.json of those weights, comes to the same plan."""
     assert init(tmp_path, nodes, "--accept", "--share", "/srv/share").returncode == 0
     with (tmp_path / "deploy.toml").open("a") as stream:

@@ -28,7 +28,7 @@ from deploy.nodes.deployment import Deployment
 from deploy.nodes.facts import Facts
 from deploy.nodes.state import StepRecord
 from deploy.rehearsal import source, standin
-from deploy.remote import look as remote
+from deploy.remote import look
 from deploy.steps import environment, order, processes, ray, setlock, step
 from deploy.steps.dealing import told
 from deploy.steps.environment import DownloadStep, EnvironmentStep
@@ -355,12 +355,12 @@ signal.pause()
             lines = sorted(mine.stdout.readline().strip() for _ in range(2))
             child = int(lines[0])
             other.stdout.readline()
-            found = remote.processes(f"{mark}/k1/")
+            found = look.processes(f"{mark}/k1/")
             assert {process["pid"] for process in found} == {mine.pid, child}
             assert {process["plan"] for process in found} == {"p1"}
             assert {process["mark"] for process in found} == {f"{mark}/k1/ray"}
-            assert remote.processes(f"{mark}/k1/engine") == []
-            done = remote.stop({"prefixes": [f"{mark}/k1/"], "grace": 1})
+            assert look.processes(f"{mark}/k1/engine") == []
+            done = look.stop({"prefixes": [f"{mark}/k1/"], "grace": 1})
             assert done["ended"] == 2
             assert done["left"] == []
             assert other.poll() is None
@@ -375,9 +375,9 @@ def test_a_port_has_its_holder_and_a_free_one_none() -> None:
 
     with socket.create_server(("127.0.0.1", 0)) as one:
         port = int(one.getsockname()[1])
-        found = remote.look({"prefix": "-", "ports": [port]})
+        found = look.look({"prefix": "-", "ports": [port]})
         assert f"process {os.getpid()}" in found["holders"][str(port)]
-    assert remote.look({"prefix": "-", "ports": [port]})["holders"] == {}
+    assert look.look({"prefix": "-", "ports": [port]})["holders"] == {}
 
 
 def test_ports_and_options_are_read_from_the_plans_own_command() -> None:

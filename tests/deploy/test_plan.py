@@ -16,7 +16,7 @@ from deploy.nodes.deployment import Deployment, Node
 from deploy.nodes.facts import Facts, NodeFacts
 from deploy.planning import engines, models, options, plans, script, suppose
 from deploy.planning.models import Model
-from deploy.planning.plans import Plan
+from deploy.planning.plans import ServePlan
 from gracefarm.errors import ConfigError, LayoutError
 
 COMMIT = "be673f326cab4cd22ccfef76109faf68e41aa5f1"
@@ -33,7 +33,7 @@ def supposed(count: int = 10, kind: str = "gh200-96", **data: object) -> tuple[D
     return suppose.suppose(suppose.kind(kind), count, base)
 
 
-def made(count: int = 10, kind: str = "gh200-96", **data: object) -> Plan:
+def made(count: int = 10, kind: str = "gh200-96", **data: object) -> ServePlan:
     return plans.make(*supposed(count, kind, **data), llama())
 
 
@@ -200,7 +200,7 @@ def test_equal_input_gives_an_equal_id_and_whatever_runs_otherwise_another() -> 
     deployment, facts = supposed(10)
     first = plans.make(deployment, facts, llama())
     assert first.id == plans.make(deployment, facts, llama()).id
-    assert Plan.model_validate_json(first.model_dump_json()) == first
+    assert ServePlan.model_validate_json(first.model_dump_json()) == first
     others = {
         "revision": plans.make(deployment, facts, llama().at("0" * 40)).id,
         "address": plans.make(deployment, change("k4", private="10.0.0.77")(facts), llama()).id,
@@ -249,7 +249,7 @@ def test_the_id_is_of_what_runs_and_a_price_loads_nothing_anew() -> None:
     assert dearer.prediction != found.prediction
     assert dearer.id == found.id
     told = {"id", "memory", "prediction", "alternatives", "rejected", "notes", "spares"}
-    assert set(Plan.model_fields) == plans.RUNS | told  # a new field belongs to one of them
+    assert set(ServePlan.model_fields) == plans.RUNS | told  # a new field belongs to one of them
 
 
 def no_gpu(one: NodeFacts) -> NodeFacts:

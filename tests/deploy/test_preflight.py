@@ -17,7 +17,7 @@ from deploy.fleet.calls import RemoteNode
 from deploy.nodes.deployment import Deployment, load_deployment
 from deploy.nodes.facts import NodeFacts
 from deploy.planning import plans, suppose
-from deploy.remote import preflight as remote
+from deploy.remote.preflight import clean
 from deploy.steps import preflight
 from deploy.steps.preflight_checks import GIB, Cell, Expected, Pairs, Survey, judge, open_door
 from gracefarm.errors import PreflightError
@@ -239,7 +239,7 @@ def test_nonces_of_a_run_that_was_killed_are_swept_a_day_later_and_those_of_one_
     (folder / "killed" / "k1").write_text("nonce")
     before = time.time() - 90_000
     os.utime(folder / "killed", (before, before))
-    remote.clean({"share": str(tmp_path), "run": "mine"})
+    clean({"share": str(tmp_path), "run": "mine"})
     assert [path.name for path in folder.iterdir()] == ["at-work"]
     assert (folder / "at-work" / "k0").read_text() == "nonce"
 
@@ -390,7 +390,7 @@ def test_nccl_is_tried_among_the_nodes_that_have_gpus_whoever_else_has_none(monk
         tried[backend] = [target.name for target in targets]
         return [Cell(check=backend, node=target.name, status="ok", text="", remedy="") for target in targets]
 
-    monkeypatch.setattr(preflight, "_collective", collective)
+    monkeypatch.setattr(preflight, "all_reduce", collective)
     nodes = [RemoteNode(name=name, address="", gpus=1, shell=None) for name in NODES]  # type: ignore[arg-type]
     spec = preflight.PreflightSpec(share=None, root=None, ports=[], collective_port=1)
 

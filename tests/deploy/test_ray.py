@@ -15,7 +15,7 @@ from deploy.nodes import paths
 from deploy.nodes.deployment import Deployment
 from deploy.nodes.facts import load_facts
 from deploy.planning import plans
-from deploy.planning.plans import Plan
+from deploy.planning.plans import ServePlan
 from deploy.rehearsal.rig import MOUNT, Rig, open_rig
 from deploy.steps import processes, ray
 from gracefarm.console import Console
@@ -62,7 +62,7 @@ def let_die(room: Rig, times: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def plan(room: Rig, deployment: Deployment) -> Plan:
+def plan(room: Rig, deployment: Deployment) -> ServePlan:
     """With a ray that can be told to die."""
     program = room.share / "mortal-ray"
     program.write_text(MORTAL)
@@ -82,7 +82,7 @@ def with_nodes(room: Rig, deployment: Deployment, work: Callable[[Fleet, list[Re
         return asyncio.run(go())
 
 
-def up(room: Rig, deployment: Deployment, plan: Plan, **more: object) -> ray.Started:
+def up(room: Rig, deployment: Deployment, plan: ServePlan, **more: object) -> ray.Started:
     python = paths.program(deployment, "python")
     spec = ray.ClusterSpec(plan=plan, python=python, token=ray_kit.TOKEN, **more)  # type: ignore[arg-type]
     return with_nodes(room, deployment, lambda made, nodes: ray.up(made, nodes, spec, Console()))
@@ -108,14 +108,14 @@ def anything_of_ray(room: Rig) -> list[str]:
     ]
 
 
-def changed(plan: Plan) -> Plan:
+def changed(plan: ServePlan) -> ServePlan:
     nodes = tuple(node.model_copy(update={"env": {**node.env, "NCCL_DEBUG": "INFO"}}) for node in plan.nodes)
     return plans.identified(plan.model_copy(update={"nodes": nodes, "id": ""}))
 
 
 @pytest.mark.slow
 def test_a_cluster_comes_up_is_left_alone_repaired_changed_and_stopped(
-    room: Rig, deployment: Deployment, plan: Plan, capsys: pytest.CaptureFixture[str]
+    room: Rig, deployment: Deployment, plan: ServePlan, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert plan.spares == ("k2",)
     let_die(room, 1)
@@ -150,7 +150,7 @@ def test_a_cluster_comes_up_is_left_alone_repaired_changed_and_stopped(
 
 @pytest.mark.slow
 def test_a_second_death_is_the_error_with_node_and_cause_and_leaves_nothing_there(
-    room: Rig, deployment: Deployment, plan: Plan
+    room: Rig, deployment: Deployment, plan: ServePlan
 ) -> None:
     let_die(room, 2)
     with pytest.raises(EngineError) as told:

@@ -15,7 +15,7 @@ from builder.planning import pins, stack
 from builder.planning.stack import Arch
 from deploy.nodes import paths
 from deploy.rehearsal.rig import Rig, open_rig
-from deploy.steps import environment as deployed
+from deploy.steps import environment
 from deploy.steps.environment import Matrix
 from gracefarm import settings
 from gracefarm.errors import EngineError, InstallError
@@ -24,7 +24,7 @@ from tests.deploy import ray_kit
 from tests.deploy.test_ray import anything_of_ray, down, up, with_nodes
 
 pytestmark = [pytest.mark.root, pytest.mark.slow]
-DASHBOARD = Matrix(modules=tuple(row for row in deployed.matrix("aphrodite").modules if row.module.startswith("ray")))
+DASHBOARD = Matrix(modules=tuple(row for row in environment.matrix("aphrodite").modules if row.module.startswith("ray")))
 "The rows of Ray alone: the others need a GPU's libraries."
 
 
@@ -57,7 +57,7 @@ def test_the_ray_of_the_set_comes_up_by_the_plans_arguments(room: Rig, tmp_path:
     plan = ray_kit.planned(room, made)
     assert plan.head.ray[plan.head.ray.index("--include-dashboard") + 1] == "true"
     folder = paths.environment(made)
-    rows = with_nodes(room, made, lambda _fleet, nodes: deployed.prove(nodes, folder, DASHBOARD, 120))
+    rows = with_nodes(room, made, lambda _fleet, nodes: environment.prove(nodes, folder, DASHBOARD, 120))
     assert [row["name"] for row in rows["k0"]] == ["ray", "ray.dashboard.optional_deps"]
     done = up(room, made, plan)
     assert (done.started, done.gpus) == (("k0", "k1"), 2)
@@ -77,7 +77,7 @@ def test_without_the_dashboards_needs_the_matrix_says_so_and_ray_does_not_start(
     with pytest.raises(
         InstallError, match=r"ray\.dashboard\.optional_deps: ModuleNotFoundError: No module named 'aiohttp_cors'"
     ):
-        with_nodes(room, made, lambda _fleet, nodes: deployed.prove(nodes, folder, DASHBOARD, 120))
+        with_nodes(room, made, lambda _fleet, nodes: environment.prove(nodes, folder, DASHBOARD, 120))
     with pytest.raises(EngineError, match="k0: `ray start` ended with 1"):
         up(room, made, plan)
     down(room, made)

@@ -16,7 +16,7 @@ from deploy.fleet.ssh import open_fleet
 from deploy.nodes import state
 from deploy.nodes.deployment import load_deployment
 from deploy.nodes.facts import load_facts
-from deploy.planning.plans import Plan
+from deploy.planning.plans import ServePlan
 from deploy.rehearsal import hub
 from deploy.steps import order
 from deploy.steps.step import Looks, Work, perform
@@ -127,7 +127,7 @@ def test_no_step_is_done_again(folder: Path) -> None:
                     keeper=keeper,
                     console=Console(),
                     settings=settings.SharedSettings(),
-                    plan=Plan.model_validate_json((folder / ".deploy" / "plan.json").read_bytes()),
+                    plan=ServePlan.model_validate_json((folder / ".deploy" / "plan.json").read_bytes()),
                 )
                 looks, records = seen_then(keeper.state), keeper.state.steps
                 for step in steps:

@@ -30,13 +30,11 @@ from deploy.nodes import state
 from deploy.nodes.deployment import Deployment
 from deploy.nodes.facts import keep_facts, load_facts
 from deploy.nodes.state import State, StepRecord
-from deploy.planning.plans import Plan
+from deploy.planning.plans import ServePlan
 from deploy.remote.wire import Json
 from deploy.steps import engine, metrics, step
 from deploy.steps.canary import Reply
-from deploy.watch import collect as collecting
-from deploy.watch import logs as logging
-from deploy.watch import status
+from deploy.watch import collect, logs, status
 from deploy.watch.logs import Wish
 from deploy.watch.verdict import Signs
 from gracefarm.console import Console
@@ -56,7 +54,7 @@ class Scene:
     made: list[kit.Machine]
     deployment: Deployment
     fleet: Fleet
-    plan: Plan
+    plan: ServePlan
 
     async def serve(self) -> None:
         """What `deploy serve` leaves: plan, key, state, and a pretend engine that runs."""
@@ -153,7 +151,7 @@ def test_a_share_whose_server_is_gone_holds_status_up_no_longer_than_it_must_and
             assert (node["stuck"], node["error"]) == ([str(tmp_path / "share")], "")
             assert [disk["path"] for disk in node["disks"]] == [made.deployment.data.local]
             found = await status.look(status.watch_of(made.deployment, made.fleet))
-            texts = [finding.text for finding in collecting.findings({}, found, State(), made.plan, {})]
+            texts = [finding.text for finding in collect.findings({}, found, State(), made.plan, {})]
             assert f"k0: the file system at {tmp_path / 'share'} does not answer" in texts
 
     play(tmp_path, work)
@@ -374,7 +372,7 @@ def test_the_engines_log_from_the_last_lines_on_and_after_a_cut(tmp_path: Path) 
         await until(lambda: "line 19" in log.read_text())
         said: list[str] = []
         wish = Wish(lines=3, follow=True, pause=0.1)
-        following = asyncio.create_task(logging.engine_log(made.fleet, head, wish, lambda _n, _l, text: said.append(text)))
+        following = asyncio.create_task(logs.engine_log(made.fleet, head, wish, lambda _n, _l, text: said.append(text)))
         await until(lambda: "line 24" in said)
         made.made[0].cut()
         done = await asyncio.wait_for(following, 30)
@@ -383,14 +381,14 @@ def test_the_engines_log_from_the_last_lines_on_and_after_a_cut(tmp_path: Path) 
         assert numbers == list(range(numbers[0], 40))
         assert 16 <= numbers[0] <= 20
         once: list[str] = []
-        await logging.engine_log(made.fleet, head, Wish(lines=2), lambda _n, _l, text: once.append(text))
+        await logs.engine_log(made.fleet, head, Wish(lines=2), lambda _n, _l, text: once.append(text))
         assert once == ["line 38", "line 39"]
 
     play(tmp_path, work)
 
 
 def ray_logs(made: Scene, session: str) -> Path:
-    folder = Path(logging.patterns(made.deployment, load_facts(made.deployment), "k0")[0]).parent
+    folder = Path(logs.patterns(made.deployment, load_facts(made.deployment), "k0")[0]).parent
     real = folder.parent.parent / session / "logs"
     real.mkdir(parents=True)
     link = folder.parent
@@ -407,7 +405,7 @@ def test_rays_logs_are_followed_over_a_cut_and_into_a_new_session(tmp_path: Path
         (node,) = remote_nodes(made.fleet, facts)
         wish = Wish(lines=2, follow=True, pause=0.2)
         following = asyncio.create_task(
-            logging.ray_logs(
+            logs.ray_logs(
                 made.deployment,
                 facts,
                 node,

@@ -27,8 +27,7 @@ from deploy.fleet.shells import FleetShell, remote_nodes
 from deploy.nodes import paths
 from deploy.rehearsal import hub
 from deploy.remote import look
-from deploy.steps import dealing, processes
-from deploy.steps import weights as step
+from deploy.steps import dealing, processes, weights
 from deploy.steps.dealing import WeightsFile
 from gracefarm.console import Console
 from gracefarm.errors import DigestError, DiskFullError, FetchError, GracefarmError, HostError
@@ -44,20 +43,20 @@ def hub_python(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("download") / "env"
     uv = Path(sys.executable).with_name("uv")
     subprocess.run([uv, "venv", "-q", "--no-project", "--python", sys.executable, folder], check=True)
-    lock = Path(step.__file__).parent.parent / "data" / "download.lock"
+    lock = Path(weights.__file__).parent.parent / "data" / "download.lock"
     arguments = ["--require-hashes", "--no-deps", "--only-binary", ":all:", "-r", lock]
     subprocess.run([uv, "pip", "install", "-q", "--python", folder / "bin" / "python", *arguments], check=True)
     return str(folder / "bin" / "python")
 
 
-def bring(folder: Path, served: hub.Hub, python: str, *, count: int = 3, **more: object) -> step.Brought:
+def bring(folder: Path, served: hub.Hub, python: str, *, count: int = 3, **more: object) -> weights.Brought:
     """One `deploy weights`, with a share that all nodes have."""
     return asyncio.run(bringing(folder, served, python, count=count, **more))
 
 
-async def bringing(folder: Path, served: hub.Hub, python: str, *, count: int = 3, **more: object) -> step.Brought:
+async def bringing(folder: Path, served: hub.Hub, python: str, *, count: int = 3, **more: object) -> weights.Brought:
     async with kit.nodes(folder, count) as nodes:
-        return await step.up(nodes, spec(folder, served, python, **more), Console(as_json=False))
+        return await weights.up(nodes, spec(folder, served, python, **more), Console(as_json=False))
 
 
 def lower_bound(files: Sequence[WeightsFile], nodes: int) -> float:
@@ -69,12 +68,12 @@ def lower_bound(files: Sequence[WeightsFile], nodes: int) -> float:
     return max(sum(sizes) / nodes, sizes[-1] if sizes else 0, sum(sizes[: -(-len(sizes) // nodes)]))
 
 
-def spec(folder: Path, served: hub.Hub, python: str, **more: object) -> step.WeightsSpec:
+def spec(folder: Path, served: hub.Hub, python: str, **more: object) -> weights.WeightsSpec:
     values = {"root": str(folder / "share"), "repo": "org/model", "endpoint": served.url, "python": python, "workers": 4}
-    return step.WeightsSpec(**{**values, **more})  # type: ignore[arg-type]
+    return weights.WeightsSpec(**{**values, **more})  # type: ignore[arg-type]
 
 
-def content(outcome: step.Brought) -> dict[str, bytes]:
+def content(outcome: weights.Brought) -> dict[str, bytes]:
     base = Path(outcome.folder)
     return {str(path.relative_to(base)): path.read_bytes() for path in base.rglob("*") if path.is_file()}
 
@@ -103,7 +102,7 @@ def test_every_file_comes_once_and_is_verified_by_another_node(homes: Path, hub_
     assert not Path(outcome.folder + ".staging").exists()
 
 
-def bring_again(folder: Path, served: hub.Hub, python: str, **more: object) -> step.Brought:
+def bring_again(folder: Path, served: hub.Hub, python: str, **more: object) -> weights.Brought:
     """The same command once more: new connections, the same share."""
     for home in folder.glob("home-*"):
         shutil.rmtree(home)
@@ -140,7 +139,7 @@ def test_a_node_without_the_shared_folder_is_named(homes: Path, hub_python: str)
         async with kit.nodes(homes, 2) as (first, second):
             assert isinstance(second.shell, FleetShell)
             blind = replace(second, shell=Elsewhere(second.shell.fleet, second.shell.node))
-            await step.up([first, blind], spec(homes, served, hub_python, patience=2.0), Console())
+            await weights.up([first, blind], spec(homes, served, hub_python, patience=2.0), Console())
 
     with hub.serving(kit.shards(4, 5_000)) as served, pytest.raises(HostError, match="k1: this node does not see the shared"):
         asyncio.run(go(served))
@@ -156,15 +155,15 @@ def test_a_full_disk_is_told_and_what_was_verified_stays(homes: Path, hub_python
         with hub.serving(kit.shards(8, 80_000)) as served:
             with pytest.raises(DiskFullError, match="missing, and the shared folder has"):
                 bring(homes, served, hub_python, count=2)
-            room = step.ROOM
-            step.ROOM = -(1 << 60)  # without the check before, so that the disk fills up while downloading
+            room = weights.ROOM
+            weights.ROOM = -(1 << 60)  # without the check before, so that the disk fills up while downloading
             try:
                 for home in homes.glob("home-*"):
                     shutil.rmtree(home)
                 with pytest.raises(DiskFullError, match="no space left"):
                     bring(homes, served, hub_python, count=2)
             finally:
-                step.ROOM = room
+                weights.ROOM = room
             subprocess.run(["mount", "-o", "remount,size=8m", share], check=True)
             before = {path for paths in served.served.values() for path in paths}
             assert before
@@ -178,7 +177,7 @@ def test_killed_in_the_middle_the_same_command_fetches_only_the_rest(homes: Path
 
     async def cut(served: hub.Hub) -> None:
         async with kit.nodes(homes, 2) as nodes:
-            running = asyncio.ensure_future(step.up(nodes, spec(homes, served, hub_python, workers=1), Console()))
+            running = asyncio.ensure_future(weights.up(nodes, spec(homes, served, hub_python, workers=1), Console()))
             while sum(map(len, served.served.values())) < 4:  # noqa: ASYNC110 - another thread serves
                 await asyncio.sleep(0.05)
             for pid in workers_below(homes):
@@ -233,7 +232,7 @@ def test_the_token_is_in_no_argument_no_environment_and_no_file_but_the_jobs_std
 
     async def go(served: hub.Hub) -> None:
         async with kit.nodes(homes, 2) as nodes:
-            running = asyncio.ensure_future(step.up(nodes, spec(homes, served, hub_python, token=TOKEN), Console()))
+            running = asyncio.ensure_future(weights.up(nodes, spec(homes, served, hub_python, token=TOKEN), Console()))
             while not running.done():
                 await asyncio.to_thread(look)
                 await asyncio.sleep(0.02)
@@ -286,10 +285,10 @@ def each_once(served: hub.Hub) -> bool:
 
 
 def test_a_cut_of_every_connection_stops_no_download(homes: Path, hub_python: str) -> None:
-    async def go(served: hub.Hub) -> step.Brought:
+    async def go(served: hub.Hub) -> weights.Brought:
         async with kit.machines(homes, 2) as made, kit.fleet(homes, made) as fleet:
             running = asyncio.ensure_future(
-                step.up(remote_nodes(fleet), spec(homes, served, hub_python, token=TOKEN), Console())
+                weights.up(remote_nodes(fleet), spec(homes, served, hub_python, token=TOKEN), Console())
             )
             await served_count(served, 3)
             before = [machine.entered for machine in made]
@@ -322,13 +321,13 @@ def test_an_interrupted_commands_download_goes_on_and_the_next_one_waits_for_it(
             wish = spec(homes, served, hub_python, token=TOKEN, workers=1)
             async with kit.machines(homes, 2) as made:
                 async with kit.fleet(homes, made) as fleet:
-                    running = asyncio.ensure_future(step.up(remote_nodes(fleet), wish, Console()))
+                    running = asyncio.ensure_future(weights.up(remote_nodes(fleet), wish, Console()))
                     await served_count(served, 3)
                     served.rate = 10_000
                     running.cancel()
                     await asyncio.wait({running})
                 async with kit.fleet(homes, made) as fleet:
-                    outcome = await step.up(remote_nodes(fleet), wish, Hears())
+                    outcome = await weights.up(remote_nodes(fleet), wish, Hears())
                 assert outcome.rounds == 0
                 assert content(outcome) == wanted(served.files)
 
@@ -343,11 +342,11 @@ def test_two_deployments_on_one_share_bring_the_same_files_once_and_apart(tmp_pa
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
 
-    async def bring(name: str, served: hub.Hub) -> step.Brought:
+    async def bring(name: str, served: hub.Hub) -> weights.Brought:
         async with kit.nodes(tmp_path / name, 2) as nodes:
-            return await step.up(nodes, spec(tmp_path, served, hub_python, owner=name), Console())
+            return await weights.up(nodes, spec(tmp_path, served, hub_python, owner=name), Console())
 
-    async def go(served: hub.Hub) -> list[step.Brought]:
+    async def go(served: hub.Hub) -> list[weights.Brought]:
         first = asyncio.ensure_future(bring("first", served))
         await served_count(served, 1)
         old, (commit,) = time.time() - 90_000, (tmp_path / "share" / "weights" / "org--model").glob("*[!g]")
@@ -372,7 +371,7 @@ def test_two_deployments_on_one_share_bring_the_same_files_once_and_apart(tmp_pa
 def test_while_another_deployment_gives_signs_of_life_this_one_waits_and_says_so(
     homes: Path, hub_python: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(step, "SIGN", 1.0)
+    monkeypatch.setattr(weights, "SIGN", 1.0)
     said: list[tuple[str, int]] = []
     with hub.serving(kit.shards(3, 2_000)) as served:
 
@@ -381,12 +380,12 @@ def test_while_another_deployment_gives_signs_of_life_this_one_waits_and_says_so
                 if name == "wait":
                     said.append((text, sum(map(len, served.served.values()))))
 
-        async def go() -> step.Brought:
+        async def go() -> weights.Brought:
             wish = spec(homes, served, hub_python, owner="mine")
             pulse = Path(paths.weights(wish.root, wish.repo, hub.COMMIT) + ".other.staging") / "k0" / "pulse"
             pulse.parent.mkdir(parents=True)
             async with kit.nodes(homes, 1) as nodes:
-                running = asyncio.ensure_future(step.up(nodes, wish, Hears()))
+                running = asyncio.ensure_future(weights.up(nodes, wish, Hears()))
                 count = 0
                 while not said:
                     count += 1
@@ -405,7 +404,7 @@ def test_while_another_deployment_gives_signs_of_life_this_one_waits_and_says_so
 def test_down_ends_downloads_at_once_and_none_that_waits_begins(homes: Path, hub_python: str) -> None:
     async def go(served: hub.Hub) -> None:
         async with kit.nodes(homes, 2) as nodes:
-            running = asyncio.ensure_future(step.up(nodes, spec(homes, served, hub_python), Console()))
+            running = asyncio.ensure_future(weights.up(nodes, spec(homes, served, hub_python), Console()))
             await served_count(served, 3)
             since, count = time.monotonic(), sum(map(len, served.served.values()))
             ended = await processes.stop(nodes, kit.mark(homes), grace=30)
@@ -432,10 +431,10 @@ def test_a_node_that_is_lost_leaves_its_files_to_the_others(
 ) -> None:
     """Dead, or only cut off for good from the one who asked: then it goes on by itself, and nobody repeats what it does."""
 
-    async def go(served: hub.Hub) -> step.Brought:
+    async def go(served: hub.Hub) -> weights.Brought:
         async with kit.machines(homes, 3) as made, kit.fleet(homes, made, connect_timeout=0.1) as fleet:
             wish = spec(homes, served, hub_python, patience=2.0)
-            running = asyncio.ensure_future(step.up(remote_nodes(fleet), wish, Console()))
+            running = asyncio.ensure_future(weights.up(remote_nodes(fleet), wish, Console()))
             await served_count(served, 4)
             if dies:
                 look.stop({"prefixes": [f"{fleet.mark}/k2/"], "grace": 0})
@@ -454,7 +453,7 @@ def test_a_node_that_is_lost_leaves_its_files_to_the_others(
 def test_verify_finds_a_file_that_rotted(homes: Path, hub_python: str) -> None:
     async def check(served: hub.Hub) -> list[str]:
         async with kit.nodes(homes, 2) as nodes:
-            return await step.verify(nodes, spec(homes, served, hub_python), hub.COMMIT)
+            return await weights.verify(nodes, spec(homes, served, hub_python), hub.COMMIT)
 
     with hub.serving(kit.shards(3, 5_000)) as served:
         outcome = bring(homes, served, hub_python, count=1)
