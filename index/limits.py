@@ -58,7 +58,7 @@ class Bucket:
 
 
 @dataclass
-class Gate:
+class AdmissionGate:
     """Counts what is going on. Used from the event loop only."""
 
     limits: Limits

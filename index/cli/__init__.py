@@ -12,7 +12,7 @@ import click
 from gracefarm import console
 from gracefarm.cli import SETTINGS, LazyGroup, json_option
 from gracefarm.console import Console
-from index.cli.common import Context, root_option
+from index.cli.common import IndexContext, root_option
 from index.store.files import Store
 
 COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
@@ -50,7 +50,7 @@ def cli(context: click.Context, root: Path | None) -> None:
         from gracefarm import settings  # here: a server that is told its root starts quicker without
 
         root = settings.load().home / "index"
-    context.obj = Context(store=Store(root=root.absolute()), console=Console(as_json="--json" in sys.argv))
+    context.obj = IndexContext(store=Store(root=root.absolute()), console=Console(as_json="--json" in sys.argv))
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from index.store.files import Store
 
 
 @dataclass(frozen=True, kw_only=True)
-class Context:
+class IndexContext:
     """What every command has."""
 
     store: Store
@@ -49,11 +49,11 @@ def root_option(*names: str, **more: Any) -> Callable[[click.decorators.FC], cli
 def in_context(command: Callable[..., None]) -> Callable[..., None]:
     """Give the command its context, and take `--json` and `--root` after its name too."""
     option = root_option("_root", expose_value=False, callback=_set_root, is_eager=True)
-    return json_option(option(click.make_pass_decorator(Context)(command)))
+    return json_option(option(click.make_pass_decorator(IndexContext)(command)))
 
 
 def _set_root(context: click.Context, _parameter: click.Parameter, value: Path | None) -> None:
-    if value is not None and isinstance(context.find_root().obj, Context):
-        context.find_root().obj = context.obj = Context(
+    if value is not None and isinstance(context.find_root().obj, IndexContext):
+        context.find_root().obj = context.obj = IndexContext(
             store=Store(root=value.absolute()), console=context.find_root().obj.console
         )

@@ -8,19 +8,19 @@ from pathlib import Path
 import click
 
 from gracefarm.errors import SeveralError
-from index.cli.common import Context, in_context
+from index.cli.common import IndexContext, in_context
 from index.intake.folder import import_folder
-from index.people import tree
+from index.web.export import export_tree
 
 
 @click.command("export")
 @in_context
 @click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--url", help="Address of the tree, as the pages for people print it.")
-def export(context: Context, folder: Path, url: str | None) -> None:
+def export(context: IndexContext, folder: Path, url: str | None) -> None:
     """Write (or update) a static tree for nginx or an object store."""
     with context.console.progress("export") as tick:
-        exported = tree.export(context.store, context.catalogue(), folder, tick, url=url)
+        exported = export_tree(context.store, context.catalogue(), folder, tick, url=url)
     context.console.result(
         asdict(exported),
         f"{folder}: {exported.written} written, {exported.kept} kept, {exported.removed} removed",
@@ -30,7 +30,7 @@ def export(context: Context, folder: Path, url: str | None) -> None:
 @click.command("import")
 @in_context
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
-def import_(context: Context, folder: Path) -> None:
+def import_(context: IndexContext, folder: Path) -> None:
     """Take in every wheel and sdist of a folder, as pypiserver keeps them."""
     with context.store.using_staging(), context.console.progress("import") as tick:
         imported = import_folder(context.store, context.catalogue(), context.actor, folder, tick)

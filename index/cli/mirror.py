@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from gracefarm import pins, settings
-from index.cli.common import Context, in_context
+from index.cli.common import IndexContext, in_context
 from index.sets import mirroring, staged
 
 
@@ -17,7 +17,7 @@ from index.sets import mirroring, staged
 @click.argument("lock", type=click.Path(path_type=Path))
 @click.option("--set", "set_name", required=True, help="Created, staged, when there is none of that name.")
 @click.option("--link", is_flag=True, help="Absolute links instead of copies.")
-def mirror(context: Context, lock: Path, set_name: str, link: bool) -> None:
+def mirror(context: IndexContext, lock: Path, set_name: str, link: bool) -> None:
     """Bring the wheels of a lock into a set, by sha256, from the configured Python index."""
     locked = pins.read(lock, options=True)
     catalogue = context.catalogue()
@@ -45,7 +45,7 @@ def mirror(context: Context, lock: Path, set_name: str, link: bool) -> None:
 @click.argument("filename")
 @click.option("--reason", default="", help="For the audit log.")
 @click.option("--undo", is_flag=True, help="Take the withdrawal back.")
-def withdraw(context: Context, filename: str, reason: str, undo: bool) -> None:
+def withdraw(context: IndexContext, filename: str, reason: str, undo: bool) -> None:
     """Take a mirrored file out of every set, published ones too; a set lacks it then (410)."""
     sets = mirroring.withdraw(context.catalogue(), context.actor, filename, reason, undo=undo)
     what = "is back in" if undo else "is withdrawn from"

@@ -9,7 +9,7 @@ import click
 
 from gracefarm.errors import ConfigError
 from gracefarm.files import atomic_write
-from index.cli.common import Context, in_context
+from index.cli.common import IndexContext, in_context
 from index.limits import Limits
 from index.serving import granian, proxies
 from index.serving.service import ServeOptions
@@ -52,7 +52,7 @@ from index.store import auth, htpasswd
 @click.option("--open-uploads-per-client", default=Limits.open_uploads_per_client, show_default=True, type=click.IntRange(1))
 @click.option("--writes-per-second", default=Limits.writes_per_second, show_default=True, type=float, help="By one address.")
 def serve(
-    context: Context,
+    context: IndexContext,
     host: str,
     port: int,
     port_file: Path | None,

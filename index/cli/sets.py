@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from index.cli.common import Context, in_context
+from index.cli.common import IndexContext, in_context
 from index.sets import staged
 
 
@@ -24,7 +24,7 @@ def stage() -> None:
 )
 @click.option("--matrix", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="A file of such lines.")
 @click.option("--nightly", is_flag=True, help="Its files go to the nightly channel.")
-def create(context: Context, name: str, expect: tuple[str, ...], matrix: Path | None, nightly: bool) -> None:
+def create(context: IndexContext, name: str, expect: tuple[str, ...], matrix: Path | None, nightly: bool) -> None:
     """Open a set; upload its wheels to /stage/NAME/legacy/."""
     lines = [*expect, *(matrix.read_text().splitlines() if matrix else [])]
     created = staged.create(
@@ -38,7 +38,7 @@ def create(context: Context, name: str, expect: tuple[str, ...], matrix: Path | 
 
 @stage.command("list")
 @in_context
-def list_(context: Context) -> None:
+def list_(context: IndexContext) -> None:
     """Every set, with what it still lacks."""
     sets = staged.all_sets(context.catalogue())
     lines = []
@@ -54,7 +54,7 @@ def list_(context: Context) -> None:
 @in_context
 @click.argument("name")
 @click.argument("filenames", nargs=-1, required=True)
-def add(context: Context, name: str, filenames: tuple[str, ...]) -> None:
+def add(context: IndexContext, name: str, filenames: tuple[str, ...]) -> None:
     """Put files that are here already into a set."""
     staged.add(context.catalogue(), context.actor, name, list(filenames))
     context.console.result({"name": name, "added": len(filenames)}, f"{name}: {len(filenames)} added")
@@ -63,7 +63,7 @@ def add(context: Context, name: str, filenames: tuple[str, ...]) -> None:
 @stage.command("publish")
 @in_context
 @click.argument("name")
-def publish(context: Context, name: str) -> None:
+def publish(context: IndexContext, name: str) -> None:
     """Show the whole set at once, at /NAME/simple/ and in the other views."""
     published = staged.publish(context.catalogue(), context.actor, name)
     context.console.result(asdict(published), f"{name}: {len(published.files)} files are visible at /{name}/simple/")
@@ -72,7 +72,7 @@ def publish(context: Context, name: str) -> None:
 @stage.command("drop")
 @in_context
 @click.argument("name")
-def drop(context: Context, name: str) -> None:
+def drop(context: IndexContext, name: str) -> None:
     """Give a staged set up."""
     staged.drop(context.catalogue(), context.actor, name)
     context.console.result({"name": name, "state": "dropped"}, f"{name}: dropped")

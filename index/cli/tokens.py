@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from gracefarm.errors import UsageError
-from index.cli.common import Context, in_context
+from index.cli.common import IndexContext, in_context
 from index.names import check_set_name, normalise
 from index.store import auth, htpasswd
 
@@ -24,7 +24,9 @@ def token() -> None:
 @click.option("--set", "set_name", help="Good for this set alone.")
 @click.option("--nightly", is_flag=True, help="Good for the nightly channel alone.")
 @click.option("--expires", help="90d, 12h …; default: never.")
-def create(context: Context, name: str, project: str | None, set_name: str | None, nightly: bool, expires: str | None) -> None:
+def create(
+    context: IndexContext, name: str, project: str | None, set_name: str | None, nightly: bool, expires: str | None
+) -> None:
     """Make a token and print it, once."""
     if nightly and set_name:
         raise UsageError("a token is for the nightly channel or for a set", remedy="give --nightly or --set, not both")
@@ -44,7 +46,7 @@ def create(context: Context, name: str, project: str | None, set_name: str | Non
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--project", help="Good for this project alone.")
 @click.option("--set", "set_name", help="Good for this set alone.")
-def import_(context: Context, file: Path, project: str | None, set_name: str | None) -> None:
+def import_(context: IndexContext, file: Path, project: str | None, set_name: str | None) -> None:
     """Let the users of an htpasswd file upload with their passwords; those of an earlier file who left it no longer."""
     added, revoked = auth.import_users(
         context.catalogue(),
@@ -58,7 +60,7 @@ def import_(context: Context, file: Path, project: str | None, set_name: str | N
 
 @token.command("list")
 @in_context
-def list_(context: Context) -> None:
+def list_(context: IndexContext) -> None:
     """Tokens, without their secrets."""
     rows = context.catalogue().rows(
         "SELECT name, project, set_name, created, expires, revoked, hashed NOT NULL AS user FROM token ORDER BY id"
@@ -75,7 +77,7 @@ def list_(context: Context) -> None:
 @token.command("revoke")
 @in_context
 @click.argument("name")
-def revoke(context: Context, name: str) -> None:
+def revoke(context: IndexContext, name: str) -> None:
     """End a token now."""
     count = auth.revoke(context.catalogue(), context.actor, name)
     context.console.result({"name": name, "revoked": count}, f"{name}: revoked")

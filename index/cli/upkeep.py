@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 import click
 
-from index.cli.common import Context, in_context
+from index.cli.common import IndexContext, in_context
 from index.errors import DamagedError
 from index.store import upkeep
 
@@ -14,7 +14,7 @@ from index.store import upkeep
 @click.command("fsck")
 @in_context
 @click.option("--set-aside", is_flag=True, help="Take what is damaged out of the lists, so that it can be uploaded again.")
-def fsck(context: Context, set_aside: bool) -> None:
+def fsck(context: IndexContext, set_aside: bool) -> None:
     """Rehash everything that is stored."""
     with context.console.progress("fsck") as tick:
         inspection = upkeep.fsck(context.store, context.catalogue(), tick, set_aside=context.actor if set_aside else None)
@@ -31,7 +31,7 @@ def fsck(context: Context, set_aside: bool) -> None:
 
 @click.command("gc")
 @in_context
-def gc(context: Context) -> None:
+def gc(context: IndexContext) -> None:
     """Free the space of what nothing names any more."""
     count, size = upkeep.gc(context.store, context.catalogue(), context.actor)
     context.console.result({"files": count, "bytes": size}, f"{count} files removed, {size} bytes")
@@ -43,7 +43,7 @@ def gc(context: Context) -> None:
     "--keep", default=14, show_default=True, type=click.IntRange(1), help="Nightlies to keep of each project and variant."
 )
 @click.option("--dry-run", is_flag=True)
-def prune(context: Context, keep: int, dry_run: bool) -> None:
+def prune(context: IndexContext, keep: int, dry_run: bool) -> None:
     """Delete old nightlies."""
     names = upkeep.prune(context.catalogue(), context.actor, keep, dry_run=dry_run)
     context.console.result(names, "\n".join([*names, f"{len(names)} {'would be ' if dry_run else ''}deleted"]))
@@ -51,7 +51,7 @@ def prune(context: Context, keep: int, dry_run: bool) -> None:
 
 @click.command("stats")
 @in_context
-def stats(context: Context) -> None:
+def stats(context: IndexContext) -> None:
     """What the index holds."""
     catalogue = context.catalogue()
     rows = catalogue.rows(
@@ -67,7 +67,7 @@ def stats(context: Context) -> None:
 @click.command("log")
 @in_context
 @click.option("--since", default=0, type=int, help="Serial.")
-def log(context: Context, since: int) -> None:
+def log(context: IndexContext, since: int) -> None:
     """The audit log: who did what, when."""
     rows = context.catalogue().rows("SELECT * FROM audit WHERE serial > ? ORDER BY serial", (since,))
     lines = [f"{row['serial']:>6} {row['time']} {row['actor']:<20} {row['action']:<16} {row['subject']}" for row in rows]

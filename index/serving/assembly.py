@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from index.limits import Gate
-from index.pages.shelf import Shelf
-from index.people.routes import people_routes
-from index.people.site import Site
+from index.limits import AdmissionGate
 from index.serving import sets
-from index.serving.app import Application
+from index.serving.front import Application
 from index.serving.routes import starlette
 from index.serving.service import IndexService, ServeOptions
+from index.simple_api.page_cache import Shelf
 from index.store.catalogue import open_catalogue
 from index.store.files import Store
+from index.web.routes import web_routes
+from index.web.site import Site
 
 
 def build(store: Store, options: ServeOptions) -> Application:
@@ -19,7 +19,7 @@ def build(store: Store, options: ServeOptions) -> Application:
     store.prepare()
     catalogue = open_catalogue(store.catalogue)
     service = IndexService(
-        store=store, catalogue=catalogue, shelf=Shelf(catalogue), options=options, gate=Gate(limits=options.limits)
+        store=store, catalogue=catalogue, shelf=Shelf(catalogue), options=options, gate=AdmissionGate(limits=options.limits)
     )
 
     site = Site(store=store, catalogue=catalogue, base_url=options.base_url, trusted_proxies=options.trusted_proxies)
@@ -28,6 +28,6 @@ def build(store: Store, options: ServeOptions) -> Application:
         application.log.close()
         service.close()
 
-    application = Application(service, starlette(service, [*sets.routes(service), *people_routes(site, service.painted)], end))
+    application = Application(service, starlette(service, [*sets.routes(service), *web_routes(site, service.painted)], end))
     application.rest.state.client = application.client
     return application

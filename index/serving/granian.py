@@ -18,9 +18,9 @@ from granian.server.embed import Server
 
 from gracefarm.errors import ConfigError, HostError
 from index.serving import connections
-from index.serving.app import Application
 from index.serving.assembly import build
 from index.serving.connections import Bounds
+from index.serving.front import Application
 from index.serving.service import ServeOptions
 from index.store.files import Store
 from index.store.upkeep import heal

@@ -33,11 +33,11 @@ from index.errors import (
 from index.intake.admission import Destination
 from index.intake.multipart import pieces
 from index.names import name_in_address
-from index.pages import negotiate, requirements, views
 from index.serving import openapi
 from index.serving.download import FileAnswer
 from index.serving.service import IndexService
 from index.serving.upload import take
+from index.simple_api import listings, negotiate, requirements
 from index.store import auth, records
 from index.store.auth import Token
 
@@ -160,7 +160,7 @@ async def packages(service: IndexService, _request: Request) -> Response:
 async def bare_name(service: IndexService, request: Request) -> Response:
     """GET /NAME and /NAME/: to the project's page, as pypiserver does."""
     name = name_in_address(request.path_params["name"])
-    if not views.files(service.catalogue, views.ALL, name):
+    if not listings.files(service.catalogue, listings.ALL, name):
         raise NotFoundError(f"there is nothing at /{name}", remedy="see / and /simple/")
     up = "../" if request.url.path.endswith("/") else ""
     return RedirectResponse(f"{up}simple/{name}/", status_code=303)
@@ -235,7 +235,7 @@ async def record(service: IndexService, request: Request) -> Response:
 async def staged_record(service: IndexService, request: Request) -> Response:
     """GET /preview/TOKEN/records/ID and …/log: of builds whose wheels are in that staged set."""
     identifier = records.check_id(request.path_params["id"])
-    view = views.find(service.catalogue, ("preview", request.path_params["token"]))
+    view = listings.find(service.catalogue, ("preview", request.path_params["token"]))
     row = service.catalogue.row(
         "SELECT * FROM record WHERE id = ? AND EXISTS (SELECT 1 FROM file JOIN member ON member.file_id = file.id"
         " WHERE file.build = record.id AND set_name = ?)",
@@ -250,7 +250,7 @@ async def set_lock(service: IndexService, request: Request) -> Response:
 
     def render() -> str:
         with service.catalogue.moment():
-            view = views.find(service.catalogue, prefix)
+            view = listings.find(service.catalogue, prefix)
             if view is None or view.kind != "set":
                 raise NotFoundError(f"there is no set {prefix[-1]!r} here", remedy="see /sets/")
             return requirements.render(service.catalogue, view)

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from starlette.responses import Response
 
 from index.errors import StoreFullError
-from index.limits import Gate, Limits
-from index.pages.shelf import Shelf
+from index.limits import AdmissionGate, Limits
 from index.serving.download import Downloads
 from index.serving.metrics import ServerMetrics
 from index.serving.proxies import Proxies
+from index.simple_api.page_cache import Shelf
 from index.store import htpasswd
 from index.store.catalogue import Catalogue
 from index.store.files import Store
@@ -73,7 +73,7 @@ class IndexService:
     catalogue: Catalogue
     shelf: Shelf
     options: ServeOptions
-    gate: Gate
+    gate: AdmissionGate
     metrics: ServerMetrics = field(default_factory=ServerMetrics)
     downloads: Downloads = field(default_factory=Downloads)
     passwords: htpasswd.PasswordMemory = field(default_factory=htpasswd.PasswordMemory)

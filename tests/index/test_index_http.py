@@ -21,10 +21,10 @@ from index_kit import JSON, Server, make_token, run_index, serving, stop, wheel
 from starlette.requests import Request
 from starlette.responses import Response
 
-from index.people.projects import ProjectPages
 from index.serving.assembly import build
 from index.serving.service import ServeOptions
 from index.store.files import Store
+from index.web.projects import ProjectPages
 
 HTML = "application/vnd.pypi.simple.v1+html"
 

@@ -22,13 +22,13 @@ import httpx
 import pytest
 from index_kit import JSON, Server, run_index, run_json, serving, start, stop, wheel
 
-from index.pages.negotiate import Format
-from index.pages.views import View
-from index.people import tree
-from index.people.tree import Tree
+from index.simple_api.listings import View
+from index.simple_api.negotiate import Format
 from index.store import upkeep
 from index.store.catalogue import Catalogue, open_catalogue
 from index.store.files import Store
+from index.web import export
+from index.web.export import StaticExport
 
 LOCAL = "cp311-cp311-manylinux_2_34_aarch64"
 
@@ -163,13 +163,13 @@ def test_an_export_renders_only_what_changed(server: Server, tmp_path: Path, mon
     target = tmp_path / "static"
     run_index(server.root, "export", str(target))
     rendered: list[str] = []
-    real = tree.render
+    real = export.render
 
     def counted(catalogue: Catalogue, view: View, project: str, form: Format) -> bytes:
         rendered.append(project)
         return real(catalogue, view, project, form)
 
-    monkeypatch.setattr(tree, "render", counted)
+    monkeypatch.setattr(export, "render", counted)
     assert server.upload(*wheel("two_pkg", "2.0")).status_code == 200
     run_index(server.root, "export", str(target))
     assert set(rendered) == {"two-pkg", ""}
@@ -192,13 +192,13 @@ def tree_of(folder: Path) -> dict[str, bytes]:
 def test_an_export_is_of_one_moment(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A wheel published between the files and the pages is in neither."""
     filled(server)
-    real = Tree.add_records
+    real = StaticExport.add_records
 
     def slow(*arguments: Any) -> None:
         assert server.upload(*wheel("late_pkg")).status_code == 200
         real(*arguments)
 
-    monkeypatch.setattr(Tree, "add_records", slow)
+    monkeypatch.setattr(StaticExport, "add_records", slow)
     run_index(server.root, "export", str(tmp_path / "static"))
     held = [str(path) for path in (tmp_path / "static").rglob("*") if "late" in path.name]
     assert held == []

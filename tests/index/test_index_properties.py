@@ -11,7 +11,7 @@ from packaging.version import Version
 
 from index.errors import RefusalError
 from index.names import check_set_name, parse_filename
-from index.pages import negotiate
+from index.simple_api import negotiate
 
 NAMES = st.from_regex(r"[a-z0-9]([a-z0-9_]{0,20}[a-z0-9])?", fullmatch=True).filter(lambda text: "__" not in text)
 VERSIONS = st.builds(

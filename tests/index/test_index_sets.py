@@ -17,10 +17,10 @@ import httpx
 import pytest
 from index_kit import JSON, Server, make_token, run_index, run_json, serving, wheel
 
-from index.pages import views
-from index.pages.views import Listed, View
 from index.serving.assembly import build
 from index.serving.service import ServeOptions
+from index.simple_api import listings
+from index.simple_api.listings import Listed, View
 from index.store.catalogue import Catalogue
 from index.store.files import Store
 
@@ -278,14 +278,14 @@ def test_a_lock_is_of_one_moment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     run_index(root, "stage", "create", "now")
     run_index(root, "stage", "add", "now", *sorted(path.name for path in (tmp_path / "wheels").iterdir()))
     run_index(root, "stage", "publish", "now")
-    real = views.files
+    real = listings.files
 
     def meanwhile(catalogue: Catalogue, view: View, project: str) -> list[Listed]:
         if project == "moment-a":
             run_index(root, "delete", "moment-b", "1.0", "--yes")
         return real(catalogue, view, project)
 
-    monkeypatch.setattr(views, "files", meanwhile)
+    monkeypatch.setattr(listings, "files", meanwhile)
     application = build(Store(root=root), ServeOptions())
 
     async def ask() -> str:

@@ -6,17 +6,17 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from index.errors import NotFoundError
-from index.pages import requirements, views
-from index.people.site import Site
 from index.sets import staged
+from index.simple_api import listings, requirements
 from index.store.catalogue import Catalogue
+from index.web.site import Site
 
 
 def sets(site: Site, request: Request) -> Response:
     """Published sets and views."""
     with site.catalogue.moment():
         published = [item for item in staged.all_sets(site.catalogue) if item.state == "published"]
-        shown = [view for view in views.public(site.catalogue) if view.kind != "set"]
+        shown = [view for view in listings.public(site.catalogue) if view.kind != "set"]
         lockless = {item.name: _lockless(site.catalogue, item.name) for item in published}
     return site.render(request, "sets.html", sets=published, views=shown, lockless=lockless)
 
@@ -24,7 +24,7 @@ def sets(site: Site, request: Request) -> Response:
 def _lockless(catalogue: Catalogue, name: str) -> str:
     """Why the set has no lock; "" when it has."""
     try:
-        requirements.render(catalogue, views.View(kind="set", prefix=(name,), argument=name))
+        requirements.render(catalogue, listings.View(kind="set", prefix=(name,), argument=name))
     except NotFoundError as error:
         return error.cause
     return ""

@@ -15,10 +15,10 @@ from starlette.types import Message, Receive, Scope, Send
 
 from index.errors import RefusalError
 from index.names import normalise
-from index.pages import negotiate, views
-from index.pages.negotiate import Encoding
 from index.serving.accesslog import AccessLog
 from index.serving.service import IndexService
+from index.simple_api import listings, negotiate
+from index.simple_api.negotiate import Encoding
 
 T = TypeVar("T")
 
@@ -164,7 +164,7 @@ class Application:
             at = parts.index("simple")
         except ValueError:
             return None
-        view = views.find(self.service.catalogue, parts[:at])
+        view = listings.find(self.service.catalogue, parts[:at])
         if view is None or len(parts) - at > 3 or (len(parts) - at == 3 and parts[-1]):
             return _plain(404, "there is no such view here\n")
         name = parts[at + 1] if len(parts) - at > 1 else ""
@@ -175,7 +175,7 @@ class Application:
         except RefusalError as error:
             return _plain(404, f"{error}\n")
 
-    def _page(self, view: views.View, name: str, media: str | None, encoding: Encoding) -> PageAnswer:
+    def _page(self, view: listings.View, name: str, media: str | None, encoding: Encoding) -> PageAnswer:
         if media is None:
             return _plain(406, f"this page exists as {negotiate.JSON}, {negotiate.HTML} and text/html\n")
         page = self.service.shelf.page(view, name, negotiate.format_of(media))

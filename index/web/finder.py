@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from packaging.utils import parse_wheel_filename
 
-from index.pages.views import Listed
+from index.simple_api.listings import Listed
 
 FINDER = ("cuda", "torch", "python", "sm", "platform")
 "What the wheel finder asks for, in this order."

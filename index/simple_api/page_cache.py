@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 import zstandard
 
 from index.errors import NotFoundError
-from index.pages import simple, views
-from index.pages.negotiate import Encoding, Format
-from index.pages.views import View
+from index.simple_api import listings, simple
+from index.simple_api.listings import View
+from index.simple_api.negotiate import Encoding, Format
 from index.store.catalogue import Catalogue
 
 POLL = 0.002
@@ -144,11 +144,11 @@ def render(catalogue: Catalogue, view: View, project: str, form: Format) -> byte
         NotFoundError: the view shows nothing of that name.
     """
     if not project:
-        names = views.projects(catalogue, view)
+        names = listings.projects(catalogue, view)
         return simple.root_json(names) if form == "json" else simple.root_html(names)
-    files = views.files(catalogue, view, project)
+    files = listings.files(catalogue, view, project)
     if not files:
         raise NotFoundError(f"there is no project {project!r} here", remedy="see the list of projects one level up")
-    status = views.status(catalogue, project)
+    status = listings.status(catalogue, project)
     make = simple.project_json if form == "json" else simple.project_html
     return make(view, project, files, status)

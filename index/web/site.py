@@ -45,7 +45,7 @@ class Site:
         from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
         environment = Environment(
-            loader=PackageLoader("index.people", "templates"),
+            loader=PackageLoader("index.web", "templates"),
             autoescape=select_autoescape(default=True),
             undefined=StrictUndefined,
             trim_blocks=True,

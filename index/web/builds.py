@@ -10,14 +10,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from index.errors import NotFoundError
-from index.pages import views
-from index.pages.simple import file_path
-from index.people.projects import narrowest_view
-from index.people.record import RecordDocument
-from index.people.site import Site
+from index.simple_api import listings
+from index.simple_api.simple import file_path
 from index.store import records
 from index.store.files import Store
 from index.store.records import Summary
+from index.web.projects import narrowest_view
+from index.web.record import RecordDocument
+from index.web.site import Site
 
 TAIL = 25
 "Lines of a failed build's log that its page shows."
@@ -29,7 +29,7 @@ def wheel(site: Site, request: Request) -> Response:
     row = catalogue.row("SELECT * FROM public_file WHERE filename = ?", (request.path_params["filename"],))
     if row is None:
         raise NotFoundError("there is no such wheel here", remedy="see the project's page")
-    item = views.listed(row)
+    item = listings.listed(row)
     build_row = catalogue.row("SELECT * FROM record WHERE id = ?", (item.build,))
     record = records.summary(build_row) if build_row is not None else None
     sets = catalogue.rows(
@@ -45,7 +45,7 @@ def wheel(site: Site, request: Request) -> Response:
         sets=[set_row["set_name"] for set_row in sets],
         path=file_path(item),
         view=narrowest_view(catalogue, item),
-        state=views.status(catalogue, item.project),
+        state=listings.status(catalogue, item.project),
     )
 
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from gracefarm import pins
 from index.errors import NotFoundError
-from index.pages import views
-from index.pages.views import View
+from index.simple_api import listings
+from index.simple_api.listings import View
 from index.store.catalogue import Catalogue
 
 FILENAME = "requirements.lock"
@@ -31,7 +31,7 @@ def render(catalogue: Catalogue, view: View) -> str:
         NotFoundError: the set has a project in several versions, one for each architecture say, which no one lock can name;
             or every file of a project was lost, withdrawn or deleted: nothing is resolved, so nobody would miss it.
     """
-    names = views.projects(catalogue, view)
+    names = listings.projects(catalogue, view)
     gone = {row["project"] for row in catalogue.rows(_EVER, {"name": view.argument})}.difference(names)
     if gone:
         raise NotFoundError(
@@ -40,7 +40,7 @@ def render(catalogue: Catalogue, view: View) -> str:
         )
     lines = [f"# The set {view.argument}, as this index shows it.\n"]
     for project in names:
-        files = views.files(catalogue, view, project)
+        files = listings.files(catalogue, view, project)
         versions = sorted({item.version for item in files})
         if len(versions) > 1:
             raise NotFoundError(

@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 from packaging.version import Version
 
-from index.pages.views import Listed, ProjectStatus, View
+from index.simple_api.listings import Listed, ProjectStatus, View
 
 API_VERSION = "1.4"
 

@@ -12,12 +12,12 @@ from starlette.responses import RedirectResponse, Response
 
 from index.errors import NotFoundError
 from index.names import name_in_address, view_of_cuda
-from index.pages import views
-from index.pages.simple import file_path
-from index.pages.views import ALL, NIGHTLY, Listed
-from index.people.finder import FINDER, choice_of, natural_order, options
-from index.people.site import Site
+from index.simple_api import listings
+from index.simple_api.listings import ALL, NIGHTLY, Listed
+from index.simple_api.simple import file_path
 from index.store.catalogue import Catalogue
+from index.web.finder import FINDER, choice_of, natural_order, options
+from index.web.site import Site
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +78,7 @@ class ProjectPages:
             back = "../" if request.url.path.endswith("/") else ""
             return RedirectResponse(f"{back}{name}/", status_code=301)
         catalogue = self.site.catalogue
-        files = [*views.files(catalogue, ALL, name), *views.files(catalogue, NIGHTLY, name)]
+        files = [*listings.files(catalogue, ALL, name), *listings.files(catalogue, NIGHTLY, name)]
         if not files:
             raise NotFoundError(f"there is no project {name!r} here", remedy="see / for those that are")
         choices = sorted(
@@ -89,7 +89,7 @@ class ProjectPages:
         asked = {key: request.query_params.get(key, "") for key in FINDER}
         shown = [choice for choice in choices if all(not value or value in choice.value(key) for key, value in asked.items())]
         best = next((choice for choice in shown if choice.file.yanked is None and choice.file.kind == "bdist_wheel"), None)
-        state = views.status(catalogue, name)
+        state = listings.status(catalogue, name)
         return self.site.render(
             request,
             "project.html",

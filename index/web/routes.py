@@ -11,10 +11,10 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from index.errors import NotFoundError
-from index.people import builds
-from index.people.projects import ProjectPages
-from index.people.sets import sets
-from index.people.site import Site
+from index.web import builds
+from index.web.projects import ProjectPages
+from index.web.sets import sets
+from index.web.site import Site
 
 Paint = Callable[[tuple[str, str] | None, Callable[[], Response]], Awaitable[Response]]
 "Has a page made in a thread of its own; with a key, the page is kept until anything changes."
@@ -24,11 +24,11 @@ _MEDIA = {"style.css": "text/css", "icon.svg": "image/svg+xml"}
 
 def static_files() -> dict[str, bytes]:
     """Name and content of what the pages load."""
-    folder = resources.files("index").joinpath("people", "templates")
+    folder = resources.files("index").joinpath("web", "templates")
     return {name: folder.joinpath(name).read_bytes() for name in _MEDIA}
 
 
-def people_routes(site: Site, paint: Paint) -> list[Route]:
+def web_routes(site: Site, paint: Paint) -> list[Route]:
     """Everything a browser shows."""
     projects = ProjectPages(site)
     contents = static_files()

@@ -19,16 +19,16 @@ from gracefarm.console import Tick, no_tick
 from gracefarm.errors import ConfigError
 from gracefarm.files import atomic_write, sync_directory
 from index.errors import DamagedError, NotFoundError
-from index.pages import requirements, views
-from index.pages.negotiate import Encoding, Format
-from index.pages.shelf import Page, render
-from index.pages.views import Listed, View
-from index.people import builds, projects
-from index.people.routes import static_files
-from index.people.sets import sets
-from index.people.site import POLICY, Site
+from index.simple_api import listings, requirements
+from index.simple_api.listings import Listed, View
+from index.simple_api.negotiate import Encoding, Format
+from index.simple_api.page_cache import Page, render
 from index.store.catalogue import Catalogue
 from index.store.files import Store, disk_errors
+from index.web import builds, projects
+from index.web.routes import static_files
+from index.web.sets import sets
+from index.web.site import POLICY, Site
 
 MANIFEST = ".gracefarm-export.json"
 _STATE = ""
@@ -46,7 +46,7 @@ class Exported:
     removed: int = 0
 
 
-def export(store: Store, catalogue: Catalogue, target: Path, tick: Tick = no_tick, *, url: str | None = None) -> Exported:
+def export_tree(store: Store, catalogue: Catalogue, target: Path, tick: Tick = no_tick, *, url: str | None = None) -> Exported:
     """Bring `target` up to date. Files come before the pages that name them, removals last, so a reader never meets a hole.
 
     `url` is what the pages for people print as the address.
@@ -59,12 +59,12 @@ def export(store: Store, catalogue: Catalogue, target: Path, tick: Tick = no_tic
     # One moment of the catalogue for all of it: a publish in between would give pages that name files which are not there.
     with catalogue.moment(), disk_errors(target):
         target.mkdir(parents=True, exist_ok=True)
-        tree = Tree(store, catalogue, target, before, url)
+        tree = StaticExport(store, catalogue, target, before, url)
         tree.add_files(tick)
         tree.add_simple_pages()
         tree.add_records()
         tree.add_pages_for_people()
-        nginx = resources.files("index.people").joinpath("templates", "nginx.conf").read_text()
+        nginx = resources.files("index.web").joinpath("data", "nginx.conf").read_text()
         tree.put("nginx.conf", nginx.replace("__POLICY__", POLICY).encode())
         return tree.finish()
 
@@ -89,7 +89,7 @@ def _code_digest() -> str:
     return digest.hexdigest()
 
 
-class Tree:
+class StaticExport:
     """The folder: what the last export wrote there (path to digest), and what this one writes, keeps and removes."""
 
     def __init__(self, store: Store, catalogue: Catalogue, target: Path, before: dict[str, str], url: str | None) -> None:
@@ -110,12 +110,12 @@ class Tree:
     def add_files(self, tick: Tick = no_tick) -> None:
         """Every file that a page names, with its metadata."""
         catalogue = self.site.catalogue
-        listed = [(view, name) for view in views.public(catalogue) for name in views.projects(catalogue, view)]
+        listed = [(view, name) for view in listings.public(catalogue) for name in listings.projects(catalogue, view)]
         for number, (view, name) in enumerate(listed):
             tick(number, len(listed), name)
-            if views.status(catalogue, name).status == "quarantined":
+            if listings.status(catalogue, name).status == "quarantined":
                 continue
-            for item in views.files(catalogue, view, name):
+            for item in listings.files(catalogue, view, name):
                 self._add_file(item)
         tick(len(listed), len(listed), "")
 
@@ -129,8 +129,8 @@ class Tree:
 
     def add_simple_pages(self) -> None:
         """The simple API, in each form and coding, and the locks of sets."""
-        for view in views.public(self.site.catalogue):
-            for name in [*views.projects(self.site.catalogue, view), ""]:
+        for view in listings.public(self.site.catalogue):
+            for name in [*listings.projects(self.site.catalogue, view), ""]:
                 self._add_simple_page(view, name)
             if view.kind == "set":
                 self._add_lock(view)
