@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from builder.planning import settings as settings_module
-from builder.planning.settings import Settings
+from builder.planning.settings import Settings, load
 from gracefarm.files import remove_tree
 from tests import projects
 
@@ -46,7 +45,7 @@ class Farm:
 @pytest.fixture(scope="session")
 def shared_home() -> Path:
     """The machine's own GRACEFARM_HOME: roots and environments are made once and used by all tests."""
-    home = settings_module.load().home
+    home = load().home
     for name in SHARED:
         (home / name).mkdir(parents=True, exist_ok=True)
     return home
@@ -64,7 +63,7 @@ def new_farm(shared_home: Path) -> Iterator[Farm]:
     for own in (REPOSITORY / "tests" / "stacks").iterdir():
         shutil.copytree(own, project / "stacks" / own.name)
     (project / "recipes").mkdir()
-    settings = settings_module.load().model_copy(update={"home": home, "project": project})
+    settings = load().model_copy(update={"home": home, "project": project})
     yield Farm(settings=settings, environment={"GRACEFARM_HOME": str(home), "GRACEFARM_PROJECT": str(project)})
     remove_tree(folder)
 

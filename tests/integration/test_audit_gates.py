@@ -14,9 +14,9 @@ import pytest
 from builder import audit, elf
 from builder.audit import Policy, Verdict
 from builder.ground import environment, root
-from builder.planning import settings as settings_module
 from builder.planning import stack
 from builder.planning.recipe import Bundled
+from builder.planning.settings import load
 from builder.planning.stack import Arch, LoadedStack
 from gracefarm.errors import AuditError
 from tests import audit_kit
@@ -62,7 +62,7 @@ def cu130() -> LoadedStack:
 
 @pytest.fixture(scope="module")
 def bench(cu130: LoadedStack, tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    settings = settings_module.load()
+    settings = load()
     base = root.ensure(cu130, stack.host_arch(), TARGET, settings)
     tools = environment.ensure_toolchain(cu130, stack.host_arch(), settings)
     compiler = Compiler(root=base, target=TARGET, folder=tmp_path_factory.mktemp("objects"))

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from builder import audit, elf
-from builder.audit import Policy, driver
+from builder.audit import Policy
 from builder.fetch import Download, download, simple
 from builder.fetch.urls import same_host, split_credentials, with_credentials
 from builder.ground import environment, root
-from builder.planning import settings as settings_module
-from builder.planning import stack
+from builder.planning import driver, stack
+from builder.planning.settings import load
 from builder.planning.stack import Arch
 from gracefarm.errors import ExitCode
 from tests import projects
@@ -40,7 +40,7 @@ APHRODITE_SHA256 = "22adede0c2237cf0a635c64c2bed21dfb216df2823b0cf38e0b6130402a0
 @pytest.fixture(scope="module")
 def policy() -> Policy:
     """cu130 for aarch64, whole: some 4 GB."""
-    settings = settings_module.load()
+    settings = load()
     cu130 = stack.load(REPOSITORY / "stacks", "cu130")
     base = root.ensure(cu130, stack.host_arch(), Arch.AARCH64, settings)
     site = environment.ensure(cu130, Arch.AARCH64, base, settings) / "lib/python3.11/site-packages"
@@ -124,7 +124,7 @@ def test_the_committed_driver_symbols_are_those_of_the_stacks_headers(policy: Po
 
 def published(project: str, name: str, sha256: str) -> Download:
     """A file on the configured index."""
-    index, credentials = split_credentials(settings_module.load().index_url or simple.DEFAULT_INDEX)
+    index, credentials = split_credentials(load().index_url or simple.DEFAULT_INDEX)
     page = simple.project_page(project, index, credentials)
     url = next(package.url for package in page.packages if package.filename == name)
     return Download(url=with_credentials(url, credentials) if same_host(index, url) else url, sha256=sha256, what=name)

@@ -14,11 +14,11 @@ import pytest
 from builder.box import binfmt
 from builder.cli.options import plan_of
 from builder.compiling import jobs
+from builder.flow import build
 from builder.flow.attempt import BuildOptions
-from builder.flow.build import build as build_plan
 from builder.ground import root
-from builder.planning import settings as settings_module
 from builder.planning import stack
+from builder.planning.settings import load
 from builder.planning.stack import Arch, host_arch
 from gracefarm.console import Console
 from gracefarm.errors import ExitCode, MemoryBoundError
@@ -38,7 +38,7 @@ def refused(done: projects.Done, code: ExitCode, *words: str) -> None:
     assert "remedy:" in done.err
 
 
-def build(farm: Farm, *more: str, **variables: str) -> projects.Done:
+def build_tiny(farm: Farm, *more: str, **variables: str) -> projects.Done:
     return farm.run("build", "tiny", "--target", NATIVE, *more, **variables)
 
 
@@ -126,7 +126,7 @@ def test_a_python_that_is_none(farm: Farm, program: str) -> None:
 def test_a_substitution_in_a_file_that_is_not_utf_8(farm: Farm) -> None:
     files = projects.backend("return wheel(wheel_directory)") | {"latin.c": "/* größer */".encode("latin-1")}
     farm.recipe("tiny", files, substitutions=[{"path": "latin.c", "find": "a", "replace": "b"}])
-    refused(build(farm), ExitCode.SOURCE, "latin.c", "not UTF-8")
+    refused(build_tiny(farm), ExitCode.SOURCE, "latin.c", "not UTF-8")
 
 
 def test_branch_where_a_commit_belongs(farm: Farm) -> None:
@@ -141,14 +141,14 @@ def test_git_commit_that_does_not_exist(farm: Farm, tmp_path: Path) -> None:
     git = ["git", "-C", str(repository), "-c", "user.name=t", "-c", "user.email=t@example.org"]
     subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "one"], check=True)
     farm.recipe("tiny", {}, source={"kind": "git", "url": repository.as_uri(), "commit": "1" * 40, "tree": "2" * 40})
-    refused(build(farm), ExitCode.FETCH, "1" * 40)
+    refused(build_tiny(farm), ExitCode.FETCH, "1" * 40)
 
 
 def test_wrong_sha256(farm: Farm) -> None:
     # Bytes of their own: what the store has by its digest is not fetched again.
     folder = farm.recipe("tiny", projects.backend(f"# {uuid.uuid4()}\nreturn wheel(wheel_directory)"))
     (folder / "source.tar.gz").write_bytes(projects.archive(projects.backend("return wheel(wheel_directory, version='6.6')")))
-    refused(build(farm), ExitCode.DIGEST, "source.tar.gz")
+    refused(build_tiny(farm), ExitCode.DIGEST, "source.tar.gz")
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_sdist_that_the_index_does_not_offer(farm: Farm, attribute: str, version
     with fetch_kit.running() as server:
         server.served["/simple/thing/"] = fetch_kit.Served(f"<!DOCTYPE html>{link}".encode(), "text/html")
         farm.recipe("tiny", {}, source={"kind": "sdist", "name": "thing", "version": version, "sha256": digest})
-        done = build(farm, GRACEFARM_PYTHON_INDEX=f"{server.url}/simple/")
+        done = build_tiny(farm, GRACEFARM_PYTHON_INDEX=f"{server.url}/simple/")
     refused(done, ExitCode.FETCH, f"thing {version}", words)
 
 
@@ -174,13 +174,13 @@ def test_patch_that_does_not_apply(farm: Farm) -> None:
     (folder / "patches").mkdir()
     text = "--- a/backend.py\n+++ b/backend.py\n@@ -1,3 +1,3 @@\n nothing\n-like\n+this\n here\n"
     (folder / "patches" / "0001-wrong.patch").write_text(text)
-    refused(build(farm), ExitCode.SOURCE, "0001-wrong.patch", "backend.py")
+    refused(build_tiny(farm), ExitCode.SOURCE, "0001-wrong.patch", "backend.py")
 
 
 def test_build_that_downloads_is_told_what_it_wanted(farm: Farm) -> None:
     body = "import urllib.request\nurllib.request.urlopen('http://wheels.example.org/x.whl', timeout=5)"
     farm.recipe("tiny", projects.backend(body))
-    refused(build(farm), ExitCode.NETWORK, "reached for the network", "wheels.example.org")
+    refused(build_tiny(farm), ExitCode.NETWORK, "reached for the network", "wheels.example.org")
 
 
 def test_build_that_shrugs_off_a_failed_download_fails_all_the_same(farm: Farm) -> None:
@@ -189,22 +189,22 @@ def test_build_that_shrugs_off_a_failed_download_fails_all_the_same(farm: Farm) 
         "except OSError:\n    pass\nreturn wheel(wheel_directory)"
     )
     farm.recipe("tiny", projects.backend(body))
-    refused(build(farm), ExitCode.NETWORK, "wheels.example.org")
+    refused(build_tiny(farm), ExitCode.NETWORK, "wheels.example.org")
 
 
 def test_build_that_writes_outside(farm: Farm) -> None:
     farm.recipe("tiny", projects.backend("open('/usr/lib/mark', 'w')"))
-    refused(build(farm), ExitCode.COMPILE, "Read-only file system", "/usr/lib/mark")
+    refused(build_tiny(farm), ExitCode.COMPILE, "Read-only file system", "/usr/lib/mark")
 
 
 def test_two_wheels(farm: Farm) -> None:
     farm.recipe("tiny", projects.backend("wheel(wheel_directory, name='other')\nreturn wheel(wheel_directory)"))
-    refused(build(farm), ExitCode.WHEEL, "other-1.0-py3-none-any.whl", "tiny-1.0-py3-none-any.whl")
+    refused(build_tiny(farm), ExitCode.WHEEL, "other-1.0-py3-none-any.whl", "tiny-1.0-py3-none-any.whl")
 
 
 def test_no_wheel(farm: Farm) -> None:
     farm.recipe("tiny", projects.backend("return 'tiny-1.0-py3-none-any.whl'"))
-    refused(build(farm), ExitCode.WHEEL, "no wheel")
+    refused(build_tiny(farm), ExitCode.WHEEL, "no wheel")
 
 
 @pytest.mark.parametrize(
@@ -218,12 +218,12 @@ def test_no_wheel(farm: Farm) -> None:
 def test_a_wheel_that_is_none(farm: Farm, content: str, words: str) -> None:
     body = f"name = 'tiny-1.0-py3-none-any.whl'\nopen(os.path.join(wheel_directory, name), 'wb').write({content})\nreturn name"
     farm.recipe("tiny", projects.backend(body))
-    refused(build(farm), ExitCode.WHEEL, "tiny-1.0-py3-none-any.whl", words)
+    refused(build_tiny(farm), ExitCode.WHEEL, "tiny-1.0-py3-none-any.whl", words)
 
 
 def test_wrong_version(farm: Farm) -> None:
     farm.recipe("tiny", projects.backend("return wheel(wheel_directory, version='1.0+lost')"))
-    refused(build(farm), ExitCode.AUDIT, "1.0+lost")
+    refused(build_tiny(farm), ExitCode.AUDIT, "1.0+lost")
 
 
 def test_object_of_another_architecture(farm: Farm) -> None:
@@ -235,14 +235,14 @@ def test_object_of_another_architecture(farm: Farm) -> None:
         f"return wheel(wheel_directory, tag=tag, files={{'tiny/_x.cpython-311-{NATIVE}-linux-gnu.so': bytes(data)}})"
     )
     farm.recipe("tiny", projects.backend(body))
-    refused(build(farm), ExitCode.AUDIT, "elf-machine")
+    refused(build_tiny(farm), ExitCode.AUDIT, "elf-machine")
 
 
 def test_compile_error_shows_the_first_real_error(farm: Farm) -> None:
     files = projects.tree("tiny_c")
     files["core.c"] = "#include <no_such_header.h>\nint broken(void) { return undefined_thing; }\n"
     farm.recipe("tiny", files, name="tiny-c", smoke={"imports": ["tiny_c"]})
-    refused(build(farm), ExitCode.COMPILE, "core.c:1:10: fatal error: no_such_header.h", "builder log tiny")
+    refused(build_tiny(farm), ExitCode.COMPILE, "core.c:1:10: fatal error: no_such_header.h", "builder log tiny")
 
 
 def test_out_of_memory_is_retried_once_with_fewer_jobs_and_named(
@@ -254,7 +254,7 @@ def test_out_of_memory_is_retried_once_with_fewer_jobs_and_named(
     farm.recipe("tiny", projects.backend(body), build={"cuda": False, "memory_per_job": "128MiB"})
     settings = farm.settings.model_copy(update={"memory": "400MiB"})
     with pytest.raises(MemoryBoundError, match=r"killed at its bound of 0\.4 GiB"):
-        build_plan(plan_of("tiny", None, NATIVE, settings), BuildOptions(), settings, Console(as_json=True))
+        build.build(plan_of("tiny", None, NATIVE, settings), BuildOptions(), settings, Console(as_json=True))
     assert "trying once more with 1 jobs" in capsys.readouterr().out
     (log,) = (settings.home / "builds").glob("*/log.txt")
     assert [line for line in log.read_text().splitlines() if line.startswith("JOBS")] == ["JOBS 2", "JOBS 1"]
@@ -264,7 +264,7 @@ def test_missing_build_requirement_is_named_before_anything_is_compiled(farm: Fa
     files = projects.backend("return wheel(wheel_directory)")
     files["pyproject.toml"] = str(files["pyproject.toml"]).replace("requires = []", 'requires = ["meson>=1"]')
     farm.recipe("tiny", files)
-    refused(build(farm), ExitCode.COMPILE, "needs 'meson>=1' to build", "stack bare has none")
+    refused(build_tiny(farm), ExitCode.COMPILE, "needs 'meson>=1' to build", "stack bare has none")
 
 
 @pytest.mark.parametrize("requires", ['["meson>>1"]', '"meson"', "[1]"])
@@ -272,7 +272,7 @@ def test_build_requirements_that_are_none(farm: Farm, requires: str) -> None:
     files = projects.backend("return wheel(wheel_directory)")
     files["pyproject.toml"] = str(files["pyproject.toml"]).replace("requires = []", f"requires = {requires}")
     farm.recipe("tiny", files)
-    refused(build(farm), ExitCode.COMPILE, "pyproject.toml of tiny: ")
+    refused(build_tiny(farm), ExitCode.COMPILE, "pyproject.toml of tiny: ")
 
 
 def test_a_full_disk_is_recognised_in_any_language(farm: Farm, tmp_path: Path) -> None:
@@ -283,7 +283,7 @@ def test_a_full_disk_is_recognised_in_any_language(farm: Farm, tmp_path: Path) -
         'echo "cp: $said" >&2\nexit 1\n'
     )
     (tmp_path / "cp").chmod(0o755)
-    refused(build(farm, PATH=f"{tmp_path}:{os.environ['PATH']}", LC_ALL="de_DE.UTF-8"), ExitCode.DISK, "no space left")
+    refused(build_tiny(farm, PATH=f"{tmp_path}:{os.environ['PATH']}", LC_ALL="de_DE.UTF-8"), ExitCode.DISK, "no space left")
 
 
 @pytest.mark.parametrize(
@@ -295,14 +295,14 @@ def test_a_full_disk_is_recognised_in_any_language(farm: Farm, tmp_path: Path) -
 )
 def test_a_setting_that_is_none(farm: Farm, name: str, value: str, words: str) -> None:
     farm.recipe("tiny", projects.backend("return wheel(wheel_directory)"))
-    refused(build(farm, **{name: value}), ExitCode.CONFIG, words)
+    refused(build_tiny(farm, **{name: value}), ExitCode.CONFIG, words)
 
 
 def test_a_relative_home_is_the_working_directorys(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """git, uv and the sandbox start elsewhere."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GRACEFARM_HOME", "here/home")
-    assert settings_module.load().home == tmp_path / "here" / "home"
+    assert load().home == tmp_path / "here" / "home"
 
 
 UNSHARE = ("unshare", "--map-root-user", "--mount")
@@ -344,7 +344,7 @@ def test_bubblewrap_missing(farm: Farm, tmp_path: Path) -> None:
         found = next((Path(folder) / name for folder in os.environ["PATH"].split(":") if (Path(folder) / name).exists()), None)
         if found is not None:
             (tools / name).symlink_to(found)
-    refused(build(farm, PATH=str(tools)), ExitCode.HOST, "bwrap", "builder doctor")
+    refused(build_tiny(farm, PATH=str(tools)), ExitCode.HOST, "bwrap", "builder doctor")
 
 
 def test_forbidden_user_namespaces_are_known_before_anything_is_fetched(farm: Farm, tmp_path: Path) -> None:
@@ -352,7 +352,7 @@ def test_forbidden_user_namespaces_are_known_before_anything_is_fetched(farm: Fa
     farm.recipe("tiny", projects.backend("return wheel(wheel_directory)"))
     (tmp_path / "bwrap").write_text("#!/bin/sh\necho 'bwrap: setting up uid map: Permission denied' >&2\nexit 1\n")
     (tmp_path / "bwrap").chmod(0o755)
-    done = build(farm, PATH=f"{tmp_path}:{os.environ['PATH']}")
+    done = build_tiny(farm, PATH=f"{tmp_path}:{os.environ['PATH']}")
     refused(done, ExitCode.HOST, "setting up uid map", "builder doctor --fix")
     assert "in the store" not in done.said
 
@@ -361,7 +361,7 @@ def test_forbidden_user_namespaces_are_known_before_anything_is_fetched(farm: Fa
 def test_credentials_in_the_upload_url_are_refused_and_not_shown(farm: Farm, body: str) -> None:
     """Also where the build would fail: a failed build tells the index too."""
     farm.recipe("tiny", projects.backend(body))
-    done = build(farm, "--publish", "http://me:hunter2@127.0.0.1:9/legacy/")
+    done = build_tiny(farm, "--publish", "http://me:hunter2@127.0.0.1:9/legacy/")
     refused(done, ExitCode.USAGE, "TWINE_PASSWORD")
     assert "hunter2" not in done.said
     assert "build id" not in done.said, "refused before anything is planned"
@@ -369,13 +369,15 @@ def test_credentials_in_the_upload_url_are_refused_and_not_shown(farm: Farm, bod
 
 def test_unreachable_index_keeps_the_wheel(farm: Farm) -> None:
     farm.recipe("tiny", projects.backend("return wheel(wheel_directory)"))
-    refused(build(farm, "--publish", "http://127.0.0.1:9/legacy/", TWINE_USERNAME="a", TWINE_PASSWORD="b"), ExitCode.PUBLISH)
+    refused(
+        build_tiny(farm, "--publish", "http://127.0.0.1:9/legacy/", TWINE_USERNAME="a", TWINE_PASSWORD="b"), ExitCode.PUBLISH
+    )
     assert "exists" in farm.run("plan", "tiny", "--target", NATIVE).out
 
 
 def test_an_address_without_a_path_does_not_hide_why_a_build_failed(farm: Farm) -> None:
     farm.recipe("tiny", projects.backend("raise RuntimeError('on purpose')"))
-    done = build(farm, "--publish", "http://127.0.0.1:9", TWINE_USERNAME="a", TWINE_PASSWORD="b")
+    done = build_tiny(farm, "--publish", "http://127.0.0.1:9", TWINE_USERNAME="a", TWINE_PASSWORD="b")
     refused(done, ExitCode.COMPILE, "RuntimeError: on purpose", "the index keeps no record: http://127.0.0.1:9: ")
 
 
@@ -412,4 +414,4 @@ def test_programs_of_the_target_need_binfmt(farm: Farm) -> None:
 
 def test_a_home_that_cannot_be_written_is_one_sentence(farm: Farm) -> None:
     farm.recipe("tiny", projects.backend("return wheel(wheel_directory)"))
-    refused(build(farm, GRACEFARM_HOME="/sys/nowhere"), ExitCode.HOST, "/sys/nowhere", "GRACEFARM_HOME")
+    refused(build_tiny(farm, GRACEFARM_HOME="/sys/nowhere"), ExitCode.HOST, "/sys/nowhere", "GRACEFARM_HOME")

@@ -11,9 +11,8 @@ import pytest
 
 from builder.box import binfmt
 from builder.ground import root
-from builder.planning import settings as settings_module
 from builder.planning import stack
-from builder.planning.settings import Settings
+from builder.planning.settings import Settings, load
 from builder.planning.stack import Arch
 from builder.upkeep import doctor
 from builder.upkeep.doctor import HostCheck
@@ -32,7 +31,7 @@ def check(settings: Settings, name: str) -> HostCheck:
 
 def test_a_machine_set_up_by_bootstrap_lacks_nothing() -> None:
     """But for the size of its disk, and what recipes/triton wants of the kernel: that is for `doctor --fix`."""
-    bad = [check for check in doctor.checks(settings_module.load()) if not check.ok]
+    bad = [check for check in doctor.checks(load()) if not check.ok]
     assert [check for check in bad if check.name != "disk" and not check.name.startswith("binfmt")] == []
     assert all("needed by" in check.found for check in bad if check.name.startswith("binfmt"))
 
@@ -50,7 +49,7 @@ def test_missing_programs_are_named_with_their_package(monkeypatch: pytest.Monke
     for name in ("dpkg-query", "git"):
         (tmp_path / name).symlink_to(f"/usr/bin/{name}")
     monkeypatch.setenv("PATH", str(tmp_path))
-    found = {check.name: check for check in doctor.checks(settings_module.load())}
+    found = {check.name: check for check in doctor.checks(load())}
     assert found["git"].ok
     assert found["bubblewrap"].packages == ("bubblewrap",)
     assert found["bubblewrap"].found == "not installed"
@@ -71,12 +70,12 @@ def test_an_old_version_is_not_enough(monkeypatch: pytest.MonkeyPatch, tmp_path:
     (tmp_path / "git").write_text("#!/bin/sh\necho git version 2.17.1\n")
     (tmp_path / "git").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    found = check(settings_module.load(), "git")
+    found = check(load(), "git")
     assert (found.ok, found.found) == (False, "2.17.1")
 
 
 def test_an_index_and_a_mirror_that_do_not_answer_are_named() -> None:
-    settings = settings_module.load().model_copy(
+    settings = load().model_copy(
         update={"python_index": "http://user:hunter2@127.0.0.1:9/simple", "debian_mirror": "http://127.0.0.1:9/debian"}
     )
     found = check(settings, "python index")
@@ -100,7 +99,7 @@ def test_a_damaged_lock_is_found(farm: Farm) -> None:
 
 def test_a_small_disk_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(doctor, "DISK", 1 << 60)
-    found = check(settings_module.load().model_copy(update={"home": tmp_path / "not" / "there"}), "disk")
+    found = check(load().model_copy(update={"home": tmp_path / "not" / "there"}), "disk")
     assert not found.ok
     assert str(tmp_path) in found.found
 
@@ -189,7 +188,7 @@ def test_only_a_registration_that_works_in_a_sandbox_counts(
 @needs_cross
 def test_the_registration_is_debians_with_our_interpreter(shared_home: Path) -> None:
     one = stack.load(REPOSITORY / "stacks", "cu130")
-    place = root.ensure(one, HOST, Arch.AARCH64, settings_module.load())
+    place = root.ensure(one, HOST, Arch.AARCH64, load())
     line = doctor.registration_line(place, Arch.AARCH64)
     assert line.startswith(r":qemu-aarch64:M::\x7f\x45\x4c\x46\x02\x01\x01")
     assert line.endswith(f":{place}/usr/bin/qemu-aarch64-static:F")
@@ -212,7 +211,7 @@ MISSING = HostCheck(name="system packages", ok=False, found="", packages=("bubbl
 
 def test_fix_installs_what_is_missing_as_root(recorded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 0)
-    doctor.fix([MISSING], settings_module.load())
+    doctor.fix([MISSING], load())
     assert recorded.read_text().splitlines() == [
         "apt-get update --quiet",
         "apt-get install --yes --no-install-recommends bubblewrap git",
@@ -221,7 +220,7 @@ def test_fix_installs_what_is_missing_as_root(recorded: Path, monkeypatch: pytes
 
 def test_fix_uses_sudo_for_everybody_else(recorded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    doctor.fix([MISSING], settings_module.load())
+    doctor.fix([MISSING], load())
     assert [line.split()[:3] for line in recorded.read_text().splitlines()] == [
         ["sudo", "apt-get", "update"],
         ["sudo", "env", "DEBIAN_FRONTEND=noninteractive"],
@@ -232,12 +231,12 @@ def test_fix_that_fails_says_the_command(recorded: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     (tmp_path / "fails").touch()
     with pytest.raises(HostError, match="apt-get update --quiet failed with 1") as caught:
-        doctor.fix([MISSING], settings_module.load())
+        doctor.fix([MISSING], load())
     assert "as root: apt-get update" in caught.value.remedy
 
 
 def test_fix_changes_nothing_where_nothing_is_missing(recorded: Path) -> None:
-    doctor.fix([HostCheck(name="git", ok=True, found="2.39", packages=("git",))], settings_module.load())
+    doctor.fix([HostCheck(name="git", ok=True, found="2.39", packages=("git",))], load())
     assert not recorded.exists()
 
 

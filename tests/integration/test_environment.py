@@ -24,8 +24,7 @@ import pytest
 from builder.box.sandbox import BindMount, Sandbox
 from builder.ground import environment, resolve, root
 from builder.planning import pins, stack
-from builder.planning import settings as settings_module
-from builder.planning.settings import Settings
+from builder.planning.settings import Settings, load
 from builder.planning.stack import Arch, LoadedStack
 from gracefarm.errors import ConfigError, DigestError, FetchError, InstallError, RootError
 from gracefarm.files import remove_tree
@@ -101,14 +100,14 @@ def own(shared_home: Path, index: Index) -> Iterator[Settings]:
     """A home of its own that fetches wheels from the local index."""
     home = shared_home / "tests" / uuid.uuid4().hex[:12]
     home.mkdir(parents=True)
-    yield settings_module.load().model_copy(update={"home": home, "python_index": index.url})
+    yield load().model_copy(update={"home": home, "python_index": index.url})
     remove_tree(home)
 
 
 @pytest.fixture(scope="session")
 def base(shared_home: Path) -> Path:
     """The real root."""
-    return root.ensure(CU130, HOST, TARGET, settings_module.load().model_copy(update={"home": shared_home}))
+    return root.ensure(CU130, HOST, TARGET, load().model_copy(update={"home": shared_home}))
 
 
 def tiny_stack(folder: Path, *requirements: str, torch: bool = False, toolchain: tuple[str, ...] = ()) -> LoadedStack:
@@ -398,7 +397,7 @@ def test_of_two_that_ask_at_once_one_assembles(own: Settings, index: Index, base
 
 @pytest.mark.slow
 def test_the_stacks_toolchain_is_the_hosts_compiler(shared_home: Path) -> None:
-    settings = settings_module.load().model_copy(update={"home": shared_home})
+    settings = load().model_copy(update={"home": shared_home})
     made = environment.ensure_toolchain(CU130, HOST, settings)
     said = subprocess.run([made / "nvidia/cu13/bin/nvcc", "--version"], capture_output=True, text=True, check=True).stdout
     assert "release 13.0, V13.0.88" in said

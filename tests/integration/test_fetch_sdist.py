@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 
 from builder.fetch import fetch_sdist, store_path
-from builder.planning import settings as settings_module
 from builder.planning.recipe import SdistSource
-from builder.planning.settings import Settings
+from builder.planning.settings import Settings, load
 from gracefarm.errors import DigestError, FetchError
 from tests.integration import fetch_kit
 from tests.integration.fetch_kit import Served, Server, sha256
@@ -202,7 +201,7 @@ def test_pypiserver(tmp_path: Path) -> None:
 
 
 def test_causal_conv1d_from_the_configured_index(tmp_path: Path) -> None:
-    settings = settings_module.load().model_copy(update={"home": tmp_path})
+    settings = load().model_copy(update={"home": tmp_path})
     pinned = "3202758494eaa7b597ce1c282dfa188889506bfcb92cad3c407d26736bfcd32b"
     place = fetch_sdist(source("1.7.0", pinned, "causal_conv1d"), settings)
     assert sha256(place.read_bytes()) == pinned

@@ -8,9 +8,8 @@ import pytest
 
 from builder.fetch import own_index, unpinned
 from builder.planning import pins, stack, tags
-from builder.planning import settings as settings_module
 from builder.planning.pins import LockedWheel
-from builder.planning.settings import Settings
+from builder.planning.settings import Settings, load
 from builder.planning.stack import Arch
 from gracefarm.errors import DigestError, FetchError
 from tests.conftest import REPOSITORY
@@ -42,7 +41,7 @@ def pinned(digest: str) -> LockedWheel:
 def here(tmp_path: Path) -> Settings:
     """Settings of a machine with an empty store and a mirror of that index."""
     mirrors = {INDEX: (tmp_path / "index").as_uri()}
-    return Settings.model_validate(settings_module.load().model_dump() | {"home": tmp_path / "home", "mirrors": mirrors})
+    return Settings.model_validate(load().model_dump() | {"home": tmp_path / "home", "mirrors": mirrors})
 
 
 @pytest.mark.parametrize("digests", [True, False])

@@ -17,9 +17,8 @@ import pytest
 from builder.box.sandbox import BindMount, Sandbox
 from builder.ground import bytecode, resolve, root
 from builder.planning import packages, stack
-from builder.planning import settings as settings_module
 from builder.planning.packages import Deb
-from builder.planning.settings import Settings
+from builder.planning.settings import Settings, load
 from builder.planning.stack import Arch, LoadedStack
 from gracefarm import tables
 from gracefarm.errors import DigestError, FetchError, RootError
@@ -36,7 +35,7 @@ PATH = "/opt/gracefarm/bin:/usr/bin:/bin"
 def made(request: pytest.FixtureRequest, shared_home: Path) -> tuple[Arch, Path]:
     """The target and its root, in the caches of this machine."""
     target: Arch = request.param
-    settings = settings_module.load().model_copy(update={"home": shared_home})
+    settings = load().model_copy(update={"home": shared_home})
     return target, root.ensure(CU130, HOST, target, settings)
 
 
@@ -46,7 +45,7 @@ def own(shared_home: Path) -> Iterator[Settings]:
     home = shared_home / "tests" / uuid.uuid4().hex[:12]
     home.mkdir(parents=True)
     (home / "store").symlink_to(shared_home / "store")
-    yield settings_module.load().model_copy(update={"home": home})
+    yield load().model_copy(update={"home": home})
     remove_tree(home)
 
 
@@ -249,7 +248,7 @@ print(made, "packages unpacked" in texts)
 def test_killed_and_concurrent_assemblies_leave_one_whole_root(own: Settings, shared_home: Path) -> None:
     """Three ask at once; the one that assembles is killed half-way; another goes on, the third takes what that one made."""
     target = TARGETS[0]
-    whole = root.ensure(CU130, HOST, target, settings_module.load().model_copy(update={"home": shared_home}))
+    whole = root.ensure(CU130, HOST, target, load().model_copy(update={"home": shared_home}))
     command = [sys.executable, "-c", ASSEMBLE, str(STACKS), HOST, target]
     environment = {**os.environ, "GRACEFARM_HOME": str(own.home)}
     first = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

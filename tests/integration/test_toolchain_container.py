@@ -28,10 +28,8 @@ from builder import toolchains
 from builder.box.sandbox import Outcome
 from builder.fetch import fill, registry
 from builder.ground import environment, root
-from builder.planning import gaps, stack
-from builder.planning import plan as planning
-from builder.planning import recipe as recipes
-from builder.planning.plan import Ground, Wanted
+from builder.planning import gaps, recipe, stack
+from builder.planning.plan import Ground, Plan, Wanted
 from builder.planning.settings import Settings
 from builder.planning.stack import Arch, Image, host_arch
 from builder.toolchains import container, wrappers
@@ -345,8 +343,8 @@ def ground(folder: Path) -> Ground:
     return Ground(root=folder, environment=folder, packages=folder, compiler=None, title="")
 
 
-def plan_in(farm: Farm, stack_name: str, name: str, target: Arch = Arch.AARCH64) -> planning.Plan:
-    loaded = recipes.load(farm.settings.project / "recipes", name)
+def plan_in(farm: Farm, stack_name: str, name: str, target: Arch = Arch.AARCH64) -> Plan:
+    loaded = recipe.load(farm.settings.project / "recipes", name)
     base = stack.load(farm.settings.project / "stacks", stack_name)
     return toolchains.make(loaded, base, HERE, target, ContainerToolchain(engine="podman", cibuildwheel="4.3"))
 
@@ -370,7 +368,7 @@ def test_the_image_of_cu124_is_a_gap_of_container_builds_alone(farm: Farm) -> No
     whats = [gap.what for gap in gaps.of_plan(plan_in(farm, "cu124", "tiny"))]
     assert whats[-1] == "image docker.io/pytorch/manylinuxaarch64-builder:cuda12.4"
     base = stack.load(farm.settings.project / "stacks", "cu124")
-    sandboxed = toolchains.make(recipes.load(farm.settings.project / "recipes", "tiny"), base, HERE, Arch.AARCH64)
+    sandboxed = toolchains.make(recipe.load(farm.settings.project / "recipes", "tiny"), base, HERE, Arch.AARCH64)
     assert [gap.what for gap in gaps.of_plan(sandboxed)] == whats[:-1]
     with pytest.raises(ConfigError) as refused:
         gaps.require_none(plan_in(farm, "cu124", "tiny"))

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 from packaging.pylock import Pylock
 
-from builder.planning import settings as settings_module
-from builder.planning.settings import Settings
+from builder.planning.settings import Settings, load
 from builder.planning.stack import Arch
 from builder.sets import definition, locks, plan, staging
 from builder.sets.set_record import Locked
@@ -28,7 +27,7 @@ def project(tmp_path: Path) -> Settings:
     for name in ("recipes", "stacks", "sets"):
         shutil.copytree(REPOSITORY / name, tmp_path / name)
     put_back(tmp_path)
-    return settings_module.load().model_copy(update={"project": tmp_path})
+    return load().model_copy(update={"project": tmp_path})
 
 
 def edit(project: Settings, name: str, old: str, new: str) -> None:

@@ -13,8 +13,8 @@ from click.testing import CliRunner
 from builder import toolchains
 from builder.cli import cli
 from builder.planning import plan, recipe, stack
-from builder.planning import settings as settings_module
 from builder.planning.plan import Wanted
+from builder.planning.settings import load
 from builder.planning.stack import Arch
 from builder.proof import record
 from builder.proof.record import Record, Stage
@@ -52,7 +52,7 @@ def save(project: Path, name: str, seconds: float) -> Record:
         stages=(Stage(name="compile", wall_s=seconds),),
         finished=record.now(),
     )
-    record.write(saved, settings_module.load())
+    record.write(saved, load())
     return saved
 
 
@@ -121,7 +121,7 @@ def test_a_build_in_a_container_is_planned_as_one_again(
             "toolchain": "container",
         }
     )
-    record.write(last, settings_module.load())
+    record.write(last, load())
     assert why("flash_attn")["changes"] == []
     edit(project, "recipes/flash_attn/recipe.toml", 'NVCC_THREADS = "1"', 'NVCC_THREADS = "2"')
     assert paths(why("flash_attn")) == ["recipe.build.environment.NVCC_THREADS"]
@@ -146,7 +146,7 @@ def test_a_change_of_the_stack_names_what_else_it_rebuilds_and_the_time(project:
 
 
 def test_two_ids_by_their_first_digits(project: Path) -> None:
-    before = record.latest(settings_module.load(), "causal_conv1d").build_id
+    before = record.latest(load(), "causal_conv1d").build_id
     edit(project, "recipes/causal_conv1d/recipe.toml", 'version = "1.7.0"', 'version = "1.7.1"')
     after = save(project, "causal_conv1d", 500.0).build_id
     value = why("causal_conv1d", before[:12], after[:12])
@@ -155,7 +155,7 @@ def test_two_ids_by_their_first_digits(project: Path) -> None:
 
 
 def test_an_unknown_id_is_told_with_those_that_are_known(project: Path) -> None:
-    known = record.latest(settings_module.load(), "causal_conv1d").build_id
+    known = record.latest(load(), "causal_conv1d").build_id
     with pytest.raises(ConfigError, match="starts with") as caught:
         why("causal_conv1d", "zzzz", known)
     assert known[:16] in caught.value.remedy

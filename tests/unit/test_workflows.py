@@ -15,7 +15,7 @@ import yaml
 from builder.fetch.git import repository_path
 from builder.fetch.store import store_path
 from builder.planning import recipe
-from builder.planning import settings as settings_module
+from builder.planning.settings import load
 from builder.proof import record
 from builder.toolchains import ccache
 from tests.conftest import REPOSITORY
@@ -63,7 +63,7 @@ def test_a_cache_is_saved_after_a_failure_too(key: tuple[str, str]) -> None:
 @pytest.mark.parametrize("key", CACHED, ids="-".join)
 def test_what_is_cached_is_where_the_builder_has_it(key: tuple[str, str], tmp_path: Path) -> None:
     """Objects, and the records from which the next night learns memory, the long pole, and what is built already."""
-    settings = settings_module.load().model_copy(update={"home": tmp_path})
+    settings = load().model_copy(update={"home": tmp_path})
     whole = WORKFLOWS[key[0]] | JOBS[key]
     home = whole["env"]["GRACEFARM_HOME"].rpartition("/")[2] if "env" in whole else "~/.cache/gracefarm"
     ((_, restore),) = uses(JOBS[key], "actions/cache/restore")
