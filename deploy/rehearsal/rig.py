@@ -27,6 +27,7 @@ from pathlib import Path
 
 from deploy.rehearsal import interpreter, sshd
 from deploy.rehearsal.interpreter import NODE_PATH
+from deploy.rehearsal.room import only_child
 from deploy.remote.wire import Json
 from gracefarm import settings
 from gracefarm.errors import HostError
@@ -151,14 +152,10 @@ class Rig:
     def command(self, argv: Sequence[str]) -> list[str]:
         """`argv`, where the nodes can be reached; it ends with the room, and with whoever started it."""
         inner = ["setpriv", "--pdeathsig", "TERM", "--", "env", "--chdir", str(Path.cwd()), *argv]
-        return ["nsenter", "-t", str(self._first()), "--net", "--pid", "--mount", *inner]
-
-    def _first(self) -> int:
-        for stat in Path("/proc").glob("[0-9]*/stat"):
-            with suppress(OSError):
-                if int(stat.read_text().rpartition(")")[2].split()[1]) == self._process.pid:
-                    return int(stat.parent.name)
-        raise HostError("the rehearsal's namespaces have ended")
+        first = only_child(self._process.pid)
+        if first is None:
+            raise HostError("the rehearsal's namespaces have ended")
+        return ["nsenter", "-t", str(first), "--net", "--pid", "--mount", *inner]
 
     @contextmanager
     def inside(self) -> Iterator[None]:
@@ -282,17 +279,13 @@ class Rig:
 
     def close(self) -> None:
         """Everything ends: the room's stdin does."""
-        assert self._process.stdin
-        with suppress(BrokenPipeError):
-            self._process.stdin.close()
-        try:
-            self._process.wait(timeout=20)
-        except subprocess.TimeoutExpired:
-            self._process.kill()  # its child dies with it
-            self._process.wait()
-        for stream in (self._process.stdout, self._process.stderr):
-            if stream:
-                stream.close()
+        with self._process as room:
+            assert room.stdin
+            with suppress(BrokenPipeError):
+                room.stdin.close()
+            with suppress(subprocess.TimeoutExpired):
+                room.wait(timeout=20)
+            room.kill()  # its child dies with it
 
 
 _REMEDY = "the rehearsal needs namespaces: run it as root, on a machine or in a container that lets root make them"

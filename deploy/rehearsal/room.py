@@ -125,14 +125,20 @@ class Room:
         return {"processes": sorted((process for process in processes if process["argv"]), key=lambda entry: entry["pid"])}
 
     def first(self, name: str) -> int:
-        """The node's first process, as this room's /proc numbers it; it is the only child of `unshare`."""
-        holder = self.holders.get(name)
-        for stat in Path("/proc").glob("[0-9]*/stat"):
-            with suppress(OSError):
-                words = stat.read_text().rpartition(")")[2].split()
-                if holder is not None and int(words[1]) == holder.pid:
-                    return int(stat.parent.name)
-        raise ValueError(f"{name} is off")
+        """The node's first process, as this room's /proc numbers it."""
+        first = only_child(self.holders[name].pid) if name in self.holders else None
+        if first is None:
+            raise ValueError(f"{name} is off")
+        return first
+
+
+def only_child(holder: int) -> int | None:
+    """The first process of the namespaces that an `unshare` made; None: it has ended."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            if int(stat.read_text().rpartition(")")[2].split()[1]) == holder:
+                return int(stat.parent.name)
+    return None
 
 
 def _process(folder: Path) -> Json:

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -132,26 +132,21 @@ def listening(argv: Sequence[str]) -> Iterator[str]:
     Raises:
         HostError: it does not; with its last words.
     """
-    process = subprocess.Popen(
+    with subprocess.Popen(
         argv,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,  # Ctrl-C is for whoever started us, and what follows it may still need the server
-    )
-    try:
-        yield _address(process)
-    finally:
-        process.terminate()
+    ) as process:
         try:
-            process.wait(timeout=10)
-        except subprocess.TimeoutExpired:
+            yield _address(process)
+        finally:
+            process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=10)
             process.kill()
-            process.wait()
-        for stream in (process.stdin, process.stdout, process.stderr):
-            if stream:
-                stream.close()
 
 
 def _address(process: subprocess.Popen[str]) -> str:

@@ -92,32 +92,32 @@ class Rehearsal:
         )
 
     def _run(self, arguments: Sequence[str]) -> tuple[int, str]:
-        process = self._start(arguments)
-        assert process.stdout
         kept = []
-        late = threading.Timer(OUTPUT_SECONDS, process.kill)
-        late.start()
-        try:
-            with process.stdout:
+        with self._start(arguments) as process:
+            assert process.stdout
+            late = threading.Timer(OUTPUT_SECONDS, process.kill)
+            late.start()
+            try:
                 for line in process.stdout:
                     kept.append(line)
                     self.console.event("output", f"{'':9}  {line.rstrip()}")
-            return process.wait(), "".join(kept)
-        finally:
-            late.cancel()
+                return process.wait(), "".join(kept)
+            finally:
+                late.cancel()
 
     @contextmanager
     def beside(self, *arguments: str) -> Iterator[subprocess.Popen[str]]:
         """`deploy …` that runs until the block ends, as `deploy tunnel`."""
         self.console.step("run", f"deploy {' '.join(arguments)} &")
-        process = self._start(arguments)
-        try:
-            yield process
-        finally:
-            process.terminate()
-            process.wait(timeout=30)
-            if process.stdout:
-                process.stdout.close()
+        with self._start(arguments) as process:
+            try:
+                yield process
+            finally:
+                process.terminate()
+                try:
+                    process.wait(timeout=30)
+                finally:
+                    process.kill()
 
 
 def layout(count: int) -> tuple[int, int]:
