@@ -132,11 +132,6 @@ class Object:
         return self.runpath or self.rpath
 
 
-def is_elf(head: bytes) -> bool:
-    """Whether a file that starts so is an ELF object."""
-    return head.startswith(MAGIC)
-
-
 def read(path: Path) -> Object:
     """The object in a file.
 
@@ -209,10 +204,7 @@ class _Tables:
         self._strings = self._bytes("DT_STRTAB", self._tags.get("DT_STRSZ", 0)) if plain else b""
 
     def _bytes(self, tag: str, size: int) -> bytes:
-        if tag not in self._tags or size == 0:
-            return b""
-        offset = self._offset(tag)
-        return bytes(self._map[offset : offset + size])
+        return bytes(self._map[self._offset(tag) :][:size]) if size and tag in self._tags else b""
 
     def _offset(self, tag: str) -> int:
         offset = next(iter(self._elf.address_offsets(self._tags[tag])), None)

@@ -68,8 +68,8 @@ def opened(wheel: Path) -> Iterator[Contents]:
 def _unpack_elf(archive: zipfile.ZipFile, name: str, path: Path) -> Path | None:
     """The file on disk when it is an ELF object; not under its own name, which is the wheel's maker's choice."""
     with archive.open(name) as stream:
-        head = stream.read(4)
-        if not elf.is_elf(head):
+        head = stream.read(len(elf.MAGIC))
+        if head != elf.MAGIC:
             return None
         with path.open("wb") as out:
             out.write(head)

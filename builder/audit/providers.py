@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Literal
 
 from builder import elf
-from builder.audit import driver
 from builder.audit.contents import Contents, is_for
 from builder.audit.policy import Policy
+from builder.planning import driver
 from builder.planning.stack import Arch
 
-Place = Literal["wheel", "environment", "system", "driver", "interpreter"]
+Origin = Literal["wheel", "environment", "system", "driver", "interpreter"]
 ORIGIN = ("$ORIGIN", "${ORIGIN}")
 LIBRARY_FOLDERS = ("lib", "lib64")
 MAX_LINKS = 40
@@ -28,7 +28,7 @@ class Library:
 
     name: str
     "File name in the wheel, path below the environment or the root, or a soname."
-    place: Place
+    place: Origin
     binary: elf.Object
 
     @property
@@ -58,14 +58,9 @@ def environment_sonames(site_packages: Path | None) -> frozenset[str]:
     """File names of the shared libraries that torch and CUDA bring into the stack's environment."""
     if site_packages is None:
         return frozenset()
-    return frozenset(
-        name for name, paths in library_files(site_packages).items() if any(_is_shared_place(path) for path in paths)
-    )
-
-
-def _is_shared_place(path: str) -> bool:
-    """A folder made for others to link against (torch/lib, nvidia/cu13/lib), not a package's private one."""
-    return posixpath.basename(posixpath.dirname(path)) in LIBRARY_FOLDERS
+    # In a folder made for others to link against (torch/lib, nvidia/cu13/lib), not a package's private one.
+    files = library_files(site_packages).items()
+    return frozenset(name for name, paths in files if any(Path(path).parent.name in LIBRARY_FOLDERS for path in paths))
 
 
 def inside(root: Path, path: str) -> Path | None:
@@ -172,7 +167,7 @@ class Providers:
         paths = [f"{folder}/{soname}" for folder in folders]
         return next(filter(None, (self._library(inside(self._root, path), path, "system") for path in paths)), None)
 
-    def _library(self, path: Path | None, name: str, place: Place) -> Library | None:
+    def _library(self, path: Path | None, name: str, place: Origin) -> Library | None:
         """The file as a library of the target; None where it is not one (a linker script, another machine's)."""
         if path is None or not path.is_file():
             return None

@@ -86,9 +86,7 @@ def _patchelf(arguments: list[str], path: Path) -> None:
 
 
 def _auditwheel(wheel: Path, policy: Policy, out: Path, epoch: int) -> None:
-    arguments = ["repair", "--plat", "auto", "--wheel-dir", str(out)]
-    for pattern in tag.excluded(policy):
-        arguments += ["--exclude", pattern]
+    arguments = ["repair", "--plat=auto", f"--wheel-dir={out}", *(f"--exclude={name}" for name in tag.excluded(policy))]
     if policy.root is not None:
         folders = [str(policy.root / folder) for folder in system_folders(policy.target)]
         arguments += ["--ldpaths", ":".join(folders)]

@@ -17,11 +17,11 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from builder.audit import driver
 from builder.audit.contents import Contents
 from builder.audit.policy import Policy
 from builder.audit.providers import Library, Providers
 from builder.audit.verdict import Verdict, not_applicable, passed, refused
+from builder.planning import driver
 
 GATE = "symbols"
 

@@ -8,7 +8,7 @@ from typing import Literal
 from gracefarm.errors import AuditError
 from gracefarm.tables import Table
 
-Status = Literal["passed", "failed", "not applicable"]
+GateStatus = Literal["passed", "failed", "not applicable"]
 
 SHOWN = 3
 "Complaints quoted in a gate's one sentence; the details hold all."
@@ -18,7 +18,7 @@ class Verdict(Table):
     """One gate's answer; all of them stand in the record."""
 
     gate: str
-    status: Status
+    status: GateStatus
     summary: str
     "One sentence; says why where the gate does not apply."
     details: tuple[str, ...] = ()

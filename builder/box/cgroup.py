@@ -109,13 +109,8 @@ def remove(folder: Path) -> None:
         time.sleep(0.02)
 
 
-def rooms() -> Iterator[int]:
-    """What each memory cgroup above us has left: its limit less what it cannot give back."""
-    yield from (left for level in levels() if (left := room(level)) is not None)
-
-
 def room(folder: Path) -> int | None:
-    """Bytes left in one cgroup; None where it has no limit."""
+    """Bytes left in one cgroup, its limit less what it cannot give back; None where it has no limit."""
     limit = read(folder / "memory.max", "max")
     if limit == "max":
         return None

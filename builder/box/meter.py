@@ -58,11 +58,10 @@ def open_meter(bound: int, kinds: Sequence[MemoryBy] = KINDS) -> Meter:
     Raises:
         HostError: none does (the watchdog always does).
     """
-    for kind in kinds:
-        if kind == "watchdog":
-            return Watchdog(bound)
-        if folder := _bounded_cgroup(bound):
-            return Cgroup(folder)
+    if "cgroup2" in kinds and (folder := _bounded_cgroup(bound)):
+        return Cgroup(folder)
+    if "watchdog" in kinds:
+        return Watchdog(bound)
     raise HostError(
         f"no way to bound memory here by {' or '.join(kinds)}", remedy="run `builder doctor`, or allow the watchdog too"
     )
@@ -70,7 +69,8 @@ def open_meter(bound: int, kinds: Sequence[MemoryBy] = KINDS) -> Meter:
 
 def available_memory() -> int:
     """Bytes that a build may use: the least of the kernel's MemAvailable and what each memory cgroup above us has left."""
-    return min([psutil.virtual_memory().available, *cgroup.rooms()])
+    rooms = [room for level in cgroup.levels() if (room := cgroup.room(level)) is not None]
+    return min([psutil.virtual_memory().available, *rooms])
 
 
 def cpu_quota() -> float | None:

@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 
 class Place(Protocol):
     """What `builder.box.sandbox` needs of a place; its kinds are `sandbox.Sandbox` and `host.HostPlace`."""
-
-    @property
-    def environment(self) -> Mapping[str, str]:
-        """Complete: nothing is inherited."""
-
-    @property
-    def workdir(self) -> str:
-        """Where the command starts."""
 
     @property
     def memory(self) -> int:

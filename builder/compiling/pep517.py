@@ -41,7 +41,7 @@ def check_requirements(plan: Plan, source: Path) -> None:
         wanted = _requires(pyproject.read_bytes())
     except ValueError as error:
         raise CompileError(f"pyproject.toml of {plan.recipe.data.name}: {error}", remedy="patch it in the recipe") from error
-    locked = plan.installed
+    locked = plan.toolchain.installed(plan)
     marker = {"python_version": plan.stack.data.python, "platform_machine": plan.target.value}
     for requirement in wanted:
         if requirement.marker is not None and not requirement.marker.evaluate(marker):

@@ -39,10 +39,8 @@ def build(plan: Plan, options: BuildOptions, settings: Settings, console: Consol
     if options.publish:
         refuse_objects(plan.stack.data)
 
-    def waiting() -> None:
-        console.step("wait", f"another process builds {plan.build_id[:16]}; waiting for it")
-
-    with lock(settings.home / "locks" / f"build-{plan.build_id}", waiting):
+    wait = f"another process builds {plan.build_id[:16]}; waiting for it"
+    with lock(settings.home / "locks" / f"build-{plan.build_id}", lambda: console.step("wait", wait)):
         built = record.existing(plan, settings)
         folder = record.folder(settings, plan.build_id)
         attempt = Attempt(plan=plan, options=options, settings=settings, console=console, folder=folder)

@@ -13,8 +13,11 @@ from importlib.resources import files
 from pathlib import Path
 from typing import ClassVar, Protocol, Self
 
+from packaging.utils import canonicalize_name
+
 from builder.box.place import Place
 from builder.box.sandbox import TMP, Outcome
+from builder.planning import pins
 from builder.planning.recipe import LoadedRecipe, ToolchainKind
 from builder.planning.settings import Settings
 from builder.planning.stack import Arch, LoadedStack
@@ -158,6 +161,8 @@ class Toolchain(Protocol):
 
     def installed(self, plan: Plan) -> dict[str, str]:
         """Version by canonical name of what the build's environment holds."""
+        stack = self.locked(plan.stack) or plan.stack
+        return {canonicalize_name(wheel.name): wheel.version for wheel in pins.wheels(stack, plan.target)}
 
     def arguments(self, plan: Plan) -> str:
         """Stack, target and toolchain, as options of `builder build`."""
@@ -261,11 +266,6 @@ class Plan:
             "rewriters": {name: version(name) for name in REWRITERS},
             **self.toolchain.inputs(self),
         }
-
-    @property
-    def installed(self) -> dict[str, str]:
-        """Version by canonical name of what the build's environment holds."""
-        return self.toolchain.installed(self)
 
     @property
     def repeat(self) -> str:

@@ -16,6 +16,7 @@ RULES = (
     "data/gpu_probe.py",
     "data/smoke_driver.py",
     "elf.py",
+    "planning/driver.py",
     "smoke.py",
     "toolchains/bed.py",
 )

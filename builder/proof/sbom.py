@@ -63,7 +63,7 @@ def of(plan: Plan, epoch: int) -> str:
 def _installed(plan: Plan) -> list[Material]:
     stack = plan.toolchain.locked(plan.stack)
     if stack is None:
-        return [materials.wheel(name, version, None) for name, version in sorted(plan.installed.items())]
+        return [materials.wheel(name, version, None) for name, version in sorted(plan.toolchain.installed(plan).items())]
     return [materials.wheel(wheel.name, wheel.version, wheel.sha256) for wheel in pins.wheels(stack, plan.target)]
 
 

@@ -6,19 +6,20 @@ lock as in a sandbox, and what comes out goes through the same gates, smoke test
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from pathlib import Path
 from typing import ClassVar, Self
+
+import tomlkit
 
 from builder.box import sandbox
 from builder.box.host import HostPlace
@@ -36,8 +37,6 @@ from gracefarm.process import last_line
 
 ENGINES = {"podman": "{{.Host.CgroupControllers}}", "docker": "{{.MemoryLimit}}"}
 "And what of `info` says whether memory can be bounded, which needs a controller that not every user is given."
-CUDA = "/cuda"
-"In the container: links to the image's CUDA, with our nvcc in front."
 PROJECT = "/project"
 "In the container: where cibuildwheel copies the source to."
 _LABEL = "gracefarm.build"
@@ -129,7 +128,8 @@ class ContainerToolchain(SandboxToolchain):
 
     def command(self, plan: Plan, settings: Settings, folder: Path) -> tuple[str, ...]:
         """What runs on this machine; the source folder is its working directory."""
-        options = ("--only", identifier(plan), "--config-file", f"{folder}/cibuildwheel.toml", "--output-dir", f"{folder}/out")
+        wheel = f"cp{plan.stack.data.python.replace('.', '')}-manylinux_{plan.target.value}"
+        options = ("--only", wheel, "--config-file", f"{folder}/cibuildwheel.toml", "--output-dir", f"{folder}/out")
         return (sys.executable, "-m", "cibuildwheel", *options, str(folder / "source" / plan.recipe.data.build.subdirectory))
 
     def place(
@@ -137,8 +137,7 @@ class ContainerToolchain(SandboxToolchain):
     ) -> Place:
         """Where cibuildwheel itself runs: this machine, which has its network; the container has none."""
         remove_tree(folder / "gracefarm")
-        (folder / "gracefarm").mkdir()
-        (folder / "gracefarm" / "bin").mkdir()
+        (folder / "gracefarm" / "bin").mkdir(parents=True)
         places = {"toolchain/nvcc": "nvcc", "host/host.cmake": "host.cmake", "toolchain/ninja": "bin/ninja"}
         for source, name in (places | {"toolchain/schedule.py": "schedule.py"}).items():
             (folder / "gracefarm" / name).write_bytes((files("builder") / "data" / source).read_bytes())
@@ -157,9 +156,14 @@ class ContainerToolchain(SandboxToolchain):
             network=True,
         )
 
-    def swept(self, plan: Plan) -> AbstractContextManager[None]:
+    @contextmanager
+    def swept(self, plan: Plan) -> Iterator[None]:
         """See Toolchain: an engine keeps containers whose client was killed, ours or an earlier run's."""
-        return _removed(self.engine, plan.build_id)
+        _remove(self.engine, plan.build_id)
+        try:
+            yield
+        finally:
+            _remove(self.engine, plan.build_id)
 
     def understood(self, outcome: Outcome, log: Path, start: int) -> Outcome:
         """See Toolchain: what the build could not reach and whether its bound killed it, as far as its output says so."""
@@ -193,11 +197,6 @@ def image(plan: Plan) -> Image:
     return plan.stack.data.container[plan.target]
 
 
-def identifier(plan: Plan) -> str:
-    """cibuildwheel's name of the one wheel, as cp311-manylinux_aarch64."""
-    return f"cp{plan.stack.data.python.replace('.', '')}-manylinux_{plan.target.value}"
-
-
 def configuration(
     toolchain: ContainerToolchain, plan: Plan, ground: Ground, folder: Path, *, jobs: int, epoch: int, memory: int
 ) -> str:
@@ -218,9 +217,9 @@ def configuration(
         "repair-wheel-command": "",
         "audit-command": "",
         "config-settings": {name: _inside(value) for name, value in build.config_settings.items()},
-        "environment": dict(variables(plan, jobs=jobs, epoch=epoch)),
+        "environment": dict(sorted(variables(plan, jobs=jobs, epoch=epoch).items())),
     }
-    return "[tool.cibuildwheel]\n" + "".join(f"{name} = {_toml(value)}\n" for name, value in options.items())
+    return tomlkit.dumps({"tool": {"cibuildwheel": options}})
 
 
 def before_all(plan: Plan) -> str:
@@ -228,12 +227,12 @@ def before_all(plan: Plan) -> str:
     top = image(plan).cuda
     if not plan.recipe.data.build.cuda or top is None:
         return ""
-    links = f"mkdir -p {CUDA}/bin && ln -s {top}/bin/* {CUDA}/bin/ && rm {CUDA}/bin/nvcc"
-    others = f'for one in {top}/*; do [ "${{one##*/}}" = bin ] || ln -s "$one" {CUDA}/; done'
-    return f"{links} && cp {_FILES}/nvcc {CUDA}/bin/nvcc && {others}"
+    links = f"mkdir -p {wrappers.CUDA}/bin && ln -s {top}/bin/* {wrappers.CUDA}/bin/ && rm {wrappers.CUDA}/bin/nvcc"
+    others = f'for one in {top}/*; do [ "${{one##*/}}" = bin ] || ln -s "$one" {wrappers.CUDA}/; done'
+    return f"{links} && cp {_FILES}/nvcc {wrappers.CUDA}/bin/nvcc && {others}"
 
 
-def variables(plan: Plan, *, jobs: int, epoch: int) -> Iterator[tuple[str, str]]:
+def variables(plan: Plan, *, jobs: int, epoch: int) -> dict[str, str]:
     """The build's environment, as in a sandbox, with the container's places in it; PATH and compilers are the image's."""
     ours = wrappers.variables(plan, jobs=jobs, epoch=epoch)
     left_out = {
@@ -259,9 +258,9 @@ def variables(plan: Plan, *, jobs: int, epoch: int) -> Iterator[tuple[str, str]]
         "CMAKE_TOOLCHAIN_FILE": f"{_FILES}/host.cmake",
     }
     if plan.recipe.data.build.cuda:
-        ours |= {"CUDA_HOME": CUDA, "CUDA_PATH": CUDA, "CUDACXX": f"{CUDA}/bin/nvcc"}
+        ours |= {"CUDA_HOME": wrappers.CUDA, "CUDA_PATH": wrappers.CUDA, "CUDACXX": f"{wrappers.CUDA}/bin/nvcc"}
         ours |= {"GRACEFARM_NVCC": f"{image(plan).cuda}/bin/nvcc"}
-    yield from sorted((ours | {"PATH": ":".join(_search_path(plan))}).items())
+    return ours | {"PATH": ":".join(_search_path(plan))}
 
 
 def _inside(value: str) -> str:
@@ -274,17 +273,7 @@ def _search_path(plan: Plan) -> Iterator[str]:
     yield f"{_FILES}/bin"
     if plan.recipe.data.build.cuda:
         yield from (f"{wrappers.NVCC}/{folder}" for folder in plan.stack.data.toolchain.path)
-    yield from ("$PATH", f"{CUDA}/bin", "/env/bin")
-
-
-@contextmanager
-def _removed(engine: str, build_id: str) -> Iterator[None]:
-    """No container of this build before and after."""
-    _remove(engine, build_id)
-    try:
-        yield
-    finally:
-        _remove(engine, build_id)
+    yield from ("$PATH", f"{wrappers.CUDA}/bin", "/env/bin")
 
 
 def _remove(engine: str, build_id: str) -> None:
@@ -292,11 +281,3 @@ def _remove(engine: str, build_id: str) -> None:
     containers = subprocess.run(question, capture_output=True, text=True, check=False).stdout.split()
     if containers:
         subprocess.run([engine, "rm", "--force", *containers], capture_output=True, check=False)
-
-
-def _toml(value: object) -> str:
-    if isinstance(value, Mapping):
-        return "{ " + ", ".join(f"{json.dumps(str(key))} = {_toml(item)}" for key, item in value.items()) + " }"
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(map(_toml, value)) + "]"
-    return json.dumps(value)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import subprocess
-from importlib.resources import files
 from pathlib import Path
 
 from builder.box.sandbox import BindMount, Sandbox
+from builder.planning import driver
 from builder.planning.plan import CUDA_LAYOUT, Plan
 from builder.planning.settings import Settings
 from builder.toolchains.wrappers import CUDA, INSIDE, NVCC, site_packages
@@ -63,13 +63,11 @@ def _driver_stub(folder: Path, root: Path, cuda: str) -> None:
     Raises:
         RootError: the root's compiler failed.
     """
-    listing = files("builder") / "data" / f"driver-symbols-{cuda}.txt"
-    if not listing.is_file():
+    names = driver.symbols(cuda)
+    if names is None:
         return
-    names = [line.split()[0] for line in listing.read_text().splitlines() if line.strip() and not line.startswith("#")]
-    (folder / "stub.c").write_text(
-        "".join(f"int {name}(void) {{ return 34; }}\n" for name in names)
-    )  # CUDA_ERROR_STUB_LIBRARY
+    # CUDA_ERROR_STUB_LIBRARY
+    (folder / "stub.c").write_text("".join(f"int {name}(void) {{ return 34; }}\n" for name in sorted(names)))
     box = Sandbox(
         root=root,
         mounts=(BindMount(source=folder, target="/build", writable=True),),
@@ -77,7 +75,7 @@ def _driver_stub(folder: Path, root: Path, cuda: str) -> None:
         workdir="/build",
         memory=0,
     )
-    command = ["gcc", "-shared", "-fPIC", "-O1", "-nostdlib", "-Wl,-soname,libcuda.so.1", "-o", "libcuda.so", "stub.c"]
+    command = ["gcc", "-shared", "-fPIC", "-O1", "-nostdlib", f"-Wl,-soname,{driver.SONAME}", "-o", "libcuda.so", "stub.c"]
     process = subprocess.run(box.command(command), capture_output=True, text=True, check=False)
     if process.returncode:
         raise RootError(
@@ -93,9 +91,11 @@ def _link_part(folder: Path, part: Path, inside: Path) -> None:
         if header.name not in ("__init__.py", "__pycache__") and not place.is_symlink():
             place.symlink_to(inside / "include" / header.name)
     for library in sorted((part / "lib").glob("lib*")):
-        place = inside / "lib" / library.name
-        if not (folder / "lib64" / library.name).is_symlink():
-            (folder / "lib64" / library.name).symlink_to(place)
-        short = library.name.split(".so")[0] + ".so"
-        if ".so." in library.name and not (folder / "lib64" / short).is_symlink():
-            (folder / "lib64" / short).symlink_to(place)
+        for name in {library.name, link_name(library.name)}:
+            if not (folder / "lib64" / name).is_symlink():
+                (folder / "lib64" / name).symlink_to(inside / "lib" / library.name)
+
+
+def link_name(library: str) -> str:
+    """The name by which a linker finds a library, as libcudart.so for libcudart.so.13."""
+    return library.partition(".so.")[0] + ".so" if ".so." in library else library

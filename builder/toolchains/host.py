@@ -12,8 +12,6 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import ClassVar, Self
 
-from packaging.utils import canonicalize_name
-
 from builder.box.host import HostPlace
 from builder.box.place import Place
 from builder.planning import pins
@@ -30,7 +28,7 @@ from builder.planning.plan import (
 from builder.planning.recipe import ToolchainKind
 from builder.planning.settings import Settings
 from builder.planning.stack import Arch, LoadedStack
-from builder.toolchains import bed, host_environment, host_tools, wrappers
+from builder.toolchains import bed, cuda_home, host_environment, host_tools, wrappers
 from builder.toolchains.host_tools import HostTools
 from gracefarm.console import Tick, no_tick
 from gracefarm.files import atomic_directory, atomic_write, lock, remove_tree
@@ -57,7 +55,7 @@ class HostToolchain(Toolchain):
     @property
     def differences(self) -> tuple[str, ...]:
         """See Toolchain."""
-        return self.tools.differences
+        return tuple(self.tools.differences())
 
     def facts(self, stack: LoadedStack) -> LoadedStack:
         """See Toolchain."""
@@ -78,9 +76,7 @@ class HostToolchain(Toolchain):
 
     def installed(self, plan: Plan) -> dict[str, str]:
         """See Toolchain."""
-        if not self.tools.locked:
-            return dict(self.tools.interpreter.distributions)
-        return {canonicalize_name(wheel.name): wheel.version for wheel in pins.wheels(self.tools.base, plan.target)}
+        return super().installed(plan) if self.tools.locked else dict(self.tools.interpreter.distributions)
 
     def arguments(self, plan: Plan) -> str:
         """See Toolchain."""
@@ -107,10 +103,8 @@ class HostToolchain(Toolchain):
 
     def resumes(self, tree: Path, epoch: int) -> bool:
         """See Toolchain: ninja goes on with the objects that are whole."""
-        if not tree.is_dir():
-            return False
         clear_products(tree, epoch)
-        return True
+        return tree.is_dir()
 
     def command(self, plan: Plan, settings: Settings, folder: Path) -> tuple[str, ...]:
         """See Toolchain."""
@@ -193,9 +187,8 @@ def _link_toolkit(top: Path, folder: Path) -> None:
         (folder / "bin" / "nvcc").write_bytes(wrapper.read_bytes())
     (folder / "bin" / "nvcc").chmod(0o755)
     for entry in sorted(library for part in ("lib64", "lib") for library in (top / part).glob("*")):
-        short = entry.name.split(".so")[0] + ".so" if ".so." in entry.name else entry.name
         # A toolkit out of wheels has libcudart.so.13 and no name to link with.
-        for name in {entry.name, short}:
+        for name in {entry.name, cuda_home.link_name(entry.name)}:
             if not (folder / "lib64" / name).is_symlink() and not ((top / "lib64" / name).exists() and name != entry.name):
                 (folder / "lib64" / name).symlink_to(entry)
     (folder / "lib").symlink_to("lib64")

@@ -29,20 +29,18 @@ def ensure(tools: HostTools, settings: Settings, tick: Tick = no_tick) -> Path:
     """
     final = folder(tools, settings)
     with lock(final.with_name(f"{final.name}.lock"), lambda: tick(0, None, "another process assembles this")):
-        if (final / _WHOLE).is_file():
-            if tools.locked:  # as environment.ensure does: another stack may have assembled the same wheels
-                torch_facts.check(tools.base, site_packages(final, tools.interpreter.minor))
-            return final
-        remove_tree(final)
-        final.parent.mkdir(parents=True, exist_ok=True)
-        _venv(tools, final)
-        if tools.locked:
-            locked = pins.wheels(tools.base, tools.arch)
-            wheels.require_digests(tools.base, locked)
-            where = ["--python", str(final / "bin" / "python3")]
-            wheels.install(locked, where, tools.base.data.name, settings, tick)
+        if not (final / _WHOLE).is_file():
+            remove_tree(final)
+            final.parent.mkdir(parents=True, exist_ok=True)
+            _venv(tools, final)
+            if tools.locked:
+                locked = pins.wheels(tools.base, tools.arch)
+                wheels.require_digests(tools.base, locked)
+                where = ["--python", str(final / "bin" / "python3")]
+                wheels.install(locked, where, tools.base.data.name, settings, tick)
+            atomic_write(final / _WHOLE, "")
+        if tools.locked:  # as environment.ensure does: another stack may have assembled the same wheels
             torch_facts.check(tools.base, site_packages(final, tools.interpreter.minor))
-        atomic_write(final / _WHOLE, "")
     return final
 
 

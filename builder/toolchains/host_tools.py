@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from builder.toolchains.headers import unread_headers
 from gracefarm.errors import HostError
 from gracefarm.files import sha256_file
 from gracefarm.process import last_line
+from gracefarm.tables import Table
 
 _CUDA_PROGRAMS = ("bin/nvcc", "nvvm/bin/cicc", "bin/cudafe++", "bin/ptxas", "bin/fatbinary", "bin/nvlink")
 _GCC_PROGRAMS = ("cc1", "cc1plus", "as", "ld", "collect2")
@@ -39,8 +40,8 @@ found = {}
 for one in importlib.metadata.distributions(path=sites):
     found.setdefault(one.metadata["Name"], one.version)
 print(json.dumps({
-    "implementation": sys.implementation.name, "version": platform.python_version(), "machine": platform.machine(),
-    "interpreter": os.path.realpath(getattr(sys, "_base_executable", sys.executable)),
+    "implementation": sys.implementation.name, "version": platform.python_version(),
+    "real": os.path.realpath(getattr(sys, "_base_executable", sys.executable)),
     "scripts": sysconfig.get_path("scripts"),
     "header": os.path.join(sysconfig.get_path("include"), "Python.h"), "library": sysconfig.get_config_var("LIBDIR") or "",
     "sites": sites, "distributions": found,
@@ -48,11 +49,11 @@ print(json.dumps({
 """
 
 
-@dataclass(frozen=True, kw_only=True)
-class Interpreter:
+class Interpreter(Table):
     """A Python of this machine."""
 
     executable: Path
+    implementation: str
     version: str
     "As 3.12.3."
     real: Path
@@ -84,10 +85,6 @@ class HostTools:
     compilers: Mapping[str, str]
     "What each program says of itself, and its sha256."
     cuda_home: Path | None
-    cuda: str | None
-    "Release of the toolkit, as 13.0."
-    differences: tuple[str, ...] = field(default=())
-    "Sentences about what is not as the stack has it."
     uncut: str | None = None
     "Why a build has this machine's network; None: it has none."
     cxx_runtime: Path | None = None
@@ -111,8 +108,23 @@ class HostTools:
         if torch is not None and not self.locked:
             torch = Torch(version=self.interpreter.distributions["torch"], cuda=torch.cuda)
         update: dict[str, object] = {"name": data.name + HOST_SUFFIX, "python": self.interpreter.minor, "torch": torch}
-        update |= {"glibc": {self.arch: self.glibc}, "cuda": self.cuda or data.cuda}
+        update["glibc"] = {self.arch: self.glibc}
         return LoadedStack(folder=self.base.folder, data=data.model_copy(update=update))
+
+    def differences(self) -> Iterator[str]:
+        """Sentences about what is not as the stack has it."""
+        data, glibc = self.base.data, self.glibc.replace("_", ".")
+        yield f"compilers are this machine's, not those of {data.root.suite} that the stack locks"
+        if self.interpreter.minor != data.python:
+            yield f"Python is {self.interpreter.minor}, the stack's is {data.python}"
+        floor = data.glibc.get(self.arch)
+        if floor != self.glibc:
+            allowed = f"{floor.replace('_', '.')} at most" if floor else "none"
+            yield f"glibc is {glibc}, the stack allows {allowed} on {self.arch.value}: the wheel may need this one"
+        if not self.locked:
+            yield "packages are those installed in the environment that was named, not those of the stack's lock"
+        if self.cxx_runtime is not None:
+            yield "g++ links libstdc++ statically here; it is told to take the shared one, as torch does"
 
     def inputs(self) -> dict[str, object]:
         """What enters the build id beside the stack's own facts; no path among it."""
@@ -121,7 +133,7 @@ class HostTools:
             "kind": "host",
             "python": self.interpreter.version,
             "compilers": dict(sorted(self.compilers.items())),
-            "differs": list(self.differences),
+            "differs": list(self.differences()),
             **own,
         }
 
@@ -138,16 +150,14 @@ def find(base: LoadedStack, wanted: Wanted, *, cuda: bool) -> HostTools:
     """
     arch = host_arch()
     interpreter = _interpreter(base, wanted)
-    compilers = dict(_gcc())
-    cuda_home, release = None, None
+    glibc = "_".join(os.confstr("CS_GNU_LIBC_VERSION").split()[-1].split(".")[:2])  # type: ignore[union-attr]
+    compilers = dict(_gcc()) | {"glibc": glibc.replace("_", ".")}
+    cuda_home = None
     if cuda:
-        cuda_home, release = _toolkit(base, wanted)
+        cuda_home = _toolkit(base, wanted)
         compilers |= dict(_nvcc(cuda_home))
         _check_torch(base, wanted, interpreter)
-    glibc = "_".join(os.confstr("CS_GNU_LIBC_VERSION").split()[-1].split(".")[:2])  # type: ignore[union-attr]
-    compilers["glibc"] = glibc.replace("_", ".")
-    if release is not None:
-        check_headers(arch, release, compilers["glibc"])
+        check_headers(arch, base.data.cuda, compilers["glibc"])
     cxx_runtime = _shared_cxx_runtime(interpreter) if _links_cxx_statically() else None
     return HostTools(
         base=base,
@@ -157,28 +167,9 @@ def find(base: LoadedStack, wanted: Wanted, *, cuda: bool) -> HostTools:
         glibc=glibc,
         compilers=compilers,
         cuda_home=cuda_home,
-        cuda=release,
-        differences=tuple(_differences(base, wanted, arch, interpreter, glibc, cxx_runtime)),
         uncut=uncut(),
         cxx_runtime=cxx_runtime,
     )
-
-
-def _differences(
-    base: LoadedStack, wanted: Wanted, arch: Arch, interpreter: Interpreter, glibc: str, cxx_runtime: Path | None
-) -> Iterator[str]:
-    data = base.data
-    yield f"compilers are this machine's, not those of {data.root.suite} that the stack locks"
-    if interpreter.minor != data.python:
-        yield f"Python is {interpreter.minor}, the stack's is {data.python}"
-    floor = data.glibc.get(arch)
-    if floor != glibc:
-        allowed = f"{floor.replace('_', '.')} at most" if floor else "none"
-        yield f"glibc is {glibc.replace('_', '.')}, the stack allows {allowed} on {arch.value}: the wheel may need this one"
-    if wanted.environment is not None:
-        yield "packages are those installed in the environment that was named, not those of the stack's lock"
-    if cxx_runtime is not None:
-        yield "g++ links libstdc++ statically here; it is told to take the shared one, as torch does"
 
 
 # --- Python ------------------------------------------------------------------------------------------------------------------
@@ -186,7 +177,8 @@ def _differences(
 
 def _interpreter(base: LoadedStack, wanted: Wanted) -> Interpreter:
     python = base.data.python
-    place = wanted.environment or wanted.python or _on_path(f"python{python}")
+    on_path = shutil.which(f"python{python}")
+    place = wanted.environment or wanted.python or (Path(on_path) if on_path else None)
     if place is None:
         raise HostError(
             f"there is no python{python} on PATH, which the lock of stack {base.data.name} is for",
@@ -212,11 +204,6 @@ def _interpreter(base: LoadedStack, wanted: Wanted) -> Interpreter:
     return interpreter
 
 
-def _on_path(name: str) -> Path | None:
-    program = shutil.which(name)
-    return Path(program) if program else None
-
-
 def probe(executable: Path) -> Interpreter:
     """Ask an interpreter about itself, with nothing of our own environment in its way.
 
@@ -239,16 +226,8 @@ def probe(executable: Path) -> Interpreter:
         raise HostError(f"{executable} is no Python: it does not answer as one", remedy="name one that does") from error
     if answer["implementation"] != "cpython":
         raise HostError(f"{executable} is {answer['implementation']}", remedy="name a CPython")
-    return Interpreter(
-        executable=executable.absolute(),
-        version=answer["version"],
-        real=Path(answer["interpreter"]),
-        scripts=Path(answer["scripts"]),
-        header=Path(answer["header"]),
-        library=answer["library"],
-        sites=tuple(map(Path, answer["sites"])),
-        distributions={canonicalize_name(name): version for name, version in answer["distributions"].items() if name},
-    )
+    versions = {canonicalize_name(name): version for name, version in answer["distributions"].items() if name}
+    return Interpreter.model_validate(answer | {"executable": executable.absolute(), "distributions": versions})
 
 
 def _check_torch(base: LoadedStack, wanted: Wanted, interpreter: Interpreter) -> None:
@@ -281,7 +260,7 @@ def _gcc() -> Iterator[tuple[str, str]]:
                 f"there is no {os.environ.get(variable) or name} on PATH",
                 remedy="install gcc and g++ (Debian: build-essential)",
             )
-        yield name, _described(program)
+        yield name, f"{_said([program, '--version']).splitlines()[0]} sha256:{sha256_file(Path(program).resolve())}"
         for part in _GCC_PROGRAMS:
             place = shutil.which(_said([program, f"-print-prog-name={part}"]))
             if place is not None:
@@ -315,17 +294,17 @@ def _shared_cxx_runtime(interpreter: Interpreter) -> Path:
     return Path(library)
 
 
-def _toolkit(base: LoadedStack, wanted: Wanted) -> tuple[Path, str]:
-    """The CUDA toolkit and its release: the named one, else the first place that has the stack's release."""
+def _toolkit(base: LoadedStack, wanted: Wanted) -> Path:
+    """The CUDA toolkit: the named one, else the first place that has the stack's release."""
     release = base.data.cuda
-    places = [wanted.cuda] if wanted.cuda else [place for place in _usual_places(release) if place is not None]
+    places = [wanted.cuda] if wanted.cuda else _usual_places(release)
     seen = []
     for place in dict.fromkeys(places):
         if not os.access(place / "bin" / "nvcc", os.X_OK):
             continue
         have = _release(place)
         if have == release:
-            return place, have
+            return place
         seen.append(f"{place} has {have}")
     if seen:
         raise HostError(
@@ -351,12 +330,11 @@ def check_headers(arch: Arch, cuda: str, glibc: str) -> None:
         )
 
 
-def _usual_places(release: str) -> Iterator[Path | None]:
-    for variable in ("CUDA_HOME", "CUDA_PATH"):
-        yield Path(os.environ[variable]) if os.environ.get(variable) else None
+def _usual_places(release: str) -> Iterator[Path]:
+    yield from (Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name))
     yield from (Path(f"/usr/local/cuda-{release}"), Path("/usr/local/cuda"))
-    program = shutil.which("nvcc")
-    yield Path(program).resolve().parents[1] if program else None
+    if program := shutil.which("nvcc"):
+        yield Path(program).resolve().parents[1]
 
 
 def _release(cuda_home: Path) -> str | None:
@@ -382,10 +360,6 @@ def _nvcc(cuda_home: Path) -> Iterator[tuple[str, str]]:
             path = Path(folder, name)
             headers.update(f"{path.relative_to(top)} {path.stat().st_size if path.exists() else 0}\n".encode())
     yield "cuda headers", f"sha256:{headers.hexdigest()} of names and sizes"
-
-
-def _described(program: str) -> str:
-    return f"{_said([program, '--version']).splitlines()[0]} sha256:{sha256_file(Path(program).resolve())}"
 
 
 def _said(command: list[str]) -> str:

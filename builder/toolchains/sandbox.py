@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Self
 
-from packaging.utils import canonicalize_name
-
 from builder.box import sandbox
 from builder.box.place import Place
 from builder.box.sandbox import BindMount, Sandbox
@@ -73,10 +71,6 @@ class SandboxToolchain(Toolchain):
             "toolchain": pins.toolchain_digest(plan.stack, plan.host) if cuda else None,
             "root": packages.root_digest(plan.stack, plan.host, plan.target),
         }
-
-    def installed(self, plan: Plan) -> dict[str, str]:
-        """See Toolchain."""
-        return {canonicalize_name(wheel.name): wheel.version for wheel in pins.wheels(plan.stack, plan.target)}
 
     def lay(
         self, stack: LoadedStack, host: Arch, target: Arch, settings: Settings, tick: Tick = no_tick, *, cuda: bool

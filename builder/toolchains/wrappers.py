@@ -15,6 +15,7 @@ from gracefarm.files import atomic_directory, lock
 UNITS, SCHEDULE = "units.jsonl", "schedule.json"
 "In a build's working folder: what front.py writes, what schedule.py reads."
 CUDA = "/cuda"
+"In a sandbox or a container: CUDA_HOME, links to the compiler and the libraries with our nvcc in front."
 NVCC = "/toolchain"
 INSIDE = "/gracefarm"
 FRONT, SCHEDULER = (f"{NATIVE_PYTHON} -I -S {INSIDE}/lib/{name}.py" for name in ("front", "schedule"))

@@ -16,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from builder import audit, elf
-from builder.audit import Policy, Verdict, alignment, cubins, driver, machine, providers, python_abi, rpath, tag, wheel_file
+from builder.audit import Policy, Verdict, alignment, cubins, machine, providers, python_abi, rpath, tag, wheel_file
 from builder.audit.contents import Contents
+from builder.planning import driver
 from builder.planning.stack import Arch
 from gracefarm.errors import AuditError, ExitCode, WheelError
 from tests.audit_kit import Draft
