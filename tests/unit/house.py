@@ -1,0 +1,83 @@
+"""Our own Python, parsed: what the tests of the house read."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import PurePosixPath
+
+import pytest
+
+from tests.conftest import REPOSITORY
+
+PROGRAMS = ("builder", "index", "deploy")
+SHARED = "gracefarm"
+FOLDERS = (*PROGRAMS, SHARED)
+EVERYWHERE = (*FOLDERS, "tests", "bench", "tools", "recipes", "sets")
+# Programs of their own: they are copied to where they run, and import nothing of ours.
+DATA = ("builder/data/", "deploy/data/")
+# The bytes of the compiler wrappers enter every build id, so their variables keep their names.
+FROZEN = "builder/data/toolchain/"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Module:
+    """A parsed file of the repository."""
+
+    path: str
+    name: str
+    tree: ast.Module
+    lines: int
+
+    @property
+    def program(self) -> str:
+        """The top folder."""
+        return self.name.partition(".")[0]
+
+    @property
+    def layer(self) -> str:
+        """The folder below the program, or the module's own name beside these folders."""
+        return self.name.split(".")[1] if "." in self.name else "__init__"
+
+
+def parse(sources: dict[str, str]) -> dict[str, Module]:
+    """Modules by dotted name, of path to source."""
+    modules = {}
+    for path, source in sources.items():
+        parts = list(PurePosixPath(path).with_suffix("").parts)
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        modules[name] = Module(path=path, name=name, tree=ast.parse(source), lines=len(source.splitlines()))
+    return modules
+
+
+def read(*folders: str) -> dict[str, Module]:
+    """The repository's own files below these folders."""
+    paths = [path for folder in folders for path in sorted((REPOSITORY / folder).rglob("*.py"))]
+    return parse({path.relative_to(REPOSITORY).as_posix(): path.read_text() for path in paths})
+
+
+@cache
+def everything() -> dict[str, Module]:
+    """All of our Python but the wrappers whose bytes count."""
+    return {name: module for name, module in read(*EVERYWHERE).items() if not module.path.startswith(FROZEN)}
+
+
+@cache
+def outside() -> dict[str, Module]:
+    """The programs, and what uses them: tests, benchmarks, tools."""
+    known = {name: module for name, module in everything().items() if not module.path.startswith(DATA)}
+    return {name: module for name, module in known.items() if module.program not in ("recipes", "sets")}
+
+
+@cache
+def programs() -> dict[str, Module]:
+    """The three programs and what they share."""
+    return {name: module for name, module in outside().items() if module.program in FOLDERS}
+
+
+def report(violations: Iterable[str]) -> None:
+    """Fail with one line a violation."""
+    if lines := sorted(set(violations)):
+        pytest.fail("\n".join(lines), pytrace=False)
