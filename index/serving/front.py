@@ -1,4 +1,4 @@
-"""The ASGI application: pages of the simple API in front, finished bytes to the socket; the rest on Starlette."""
+"""What every request passes first: it answers /simple/ from finished bytes, hands the rest to Starlette and logs all."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from starlette.types import Message, Receive, Scope, Send
 from index.errors import RefusalError
 from index.names import normalise
 from index.serving.accesslog import AccessLog
+from index.serving.proxies import client_address
 from index.serving.service import IndexService
 from index.simple_api import listings, negotiate
 from index.simple_api.negotiate import Encoding
@@ -25,7 +26,7 @@ T = TypeVar("T")
 MAX_AGE = 60
 "Seconds a page may be used without asking; then the ETag makes it a 304."
 
-_READY = 8192
+_MOST_ANSWERS = 8192
 "Answers kept: one for each page, media type and coding; whatever else a client sends makes no entry."
 
 _HEADERS = 256
@@ -66,14 +67,14 @@ class PageAnswer:
         return self.unchanged if negotiate.names_etag(match, self.etag) else self
 
 
-class Application:
-    """What granian runs."""
+class Front:
+    """The ASGI application that granian runs. routes.py answers what is not answered here."""
 
     def __init__(self, service: IndexService, rest: Starlette) -> None:
         self.service = service
         self.rest = rest
         self.log = AccessLog(service.options.access_log)
-        self._ready: dict[tuple[str, str, Encoding], PageAnswer] = {}
+        self._answers: dict[tuple[str, str, Encoding], PageAnswer] = {}
         self._media = _remembering(negotiate.content_type)
         self._coding = _remembering(negotiate.encoding)
         self._generation = -1
@@ -119,7 +120,7 @@ class Application:
         if not self.log.enabled:
             return
         headers = _pick(scope["headers"], (b"user-agent", b"range", b"x-forwarded-for"))
-        client = self.client(scope, headers[2])
+        client = client_address(scope, headers[2], self.service.options.trusted_proxies)
         path, query = scope["path"], scope["query_string"]
         target = path if _SAFE.fullmatch(path) else quote(path, safe="/+%~:@!$&'()*,;=-._")
         if query:
@@ -128,21 +129,12 @@ class Application:
             client, scope["method"], target, status, size, headers[0] or "-", headers[1] or "-", time.perf_counter() - started
         )
 
-    def client(self, scope: Scope, forwarded: str | None) -> str:
-        """The client's address: what a trusted proxy says, else the peer's."""
-        peer = scope["client"][0] if scope.get("client") else "-"
-        if forwarded and peer in self.service.options.trusted_proxies:
-            for hop in reversed([part.strip() for part in forwarded.split(",")]):
-                if hop not in self.service.options.trusted_proxies:
-                    return hop[:64]
-        return str(peer)
-
     def _simple(self, scope: Scope, method: str, path: str) -> PageAnswer | None:
         if method not in ("GET", "HEAD"):
             return _NO_METHOD if _PAGE.search(path) else None
-        generation = self.service.shelf.refresh()
-        if generation != self._generation or len(self._ready) > _READY:
-            self._ready.clear()
+        generation = self.service.page_cache.refresh()
+        if generation != self._generation or len(self._answers) > _MOST_ANSWERS:
+            self._answers.clear()
             self._generation = generation
         accept, coding, match = _pick(scope["headers"], (b"accept", b"accept-encoding", b"if-none-match"))
         query: bytes = scope["query_string"]
@@ -150,11 +142,11 @@ class Application:
         encoding = self._coding(coding)
         if media is None:
             answer = self._make(path, query, media, encoding)
-        elif (answer := self._ready.get((path, media, encoding))) is None:
+        elif (answer := self._answers.get((path, media, encoding))) is None:
             answer = self._make(path, query, media, encoding)
             # Another spelling of the path, or a query, would be another entry for the same page.
             if answer is not None and answer.status == 200 and not query and "%" not in path:
-                self._ready[path, media, encoding] = answer
+                self._answers[path, media, encoding] = answer
         return answer.unless(match) if match and answer is not None else answer
 
     def _make(self, path: str, query: bytes, media: str | None, encoding: Encoding) -> PageAnswer | None:
@@ -178,7 +170,7 @@ class Application:
     def _page(self, view: listings.View, name: str, media: str | None, encoding: Encoding) -> PageAnswer:
         if media is None:
             return _plain(406, f"this page exists as {negotiate.JSON}, {negotiate.HTML} and text/html\n")
-        page = self.service.shelf.page(view, name, negotiate.format_of(media))
+        page = self.service.page_cache.page(view, name, negotiate.format_of(media))
         etag = page.etag(encoding)
         headers = [
             (b"etag", etag.encode()),

@@ -1,4 +1,4 @@
-"""Run the application on granian, one server for each root."""
+"""Run the front on granian, one server for each root."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from gracefarm.errors import ConfigError, HostError
 from index.serving import connections
 from index.serving.assembly import build
 from index.serving.connections import Bounds
-from index.serving.front import Application
+from index.serving.front import Front
 from index.serving.service import ServeOptions
 from index.store.files import Store
 from index.store.upkeep import heal
@@ -54,10 +54,10 @@ def run(store: Store, options: ServeOptions, listen: Listen, on_listen: Callable
         # It warns of every malformed body; the client is told, and a hostile one must not fill the log.
         logging.getLogger("python_multipart").setLevel(logging.ERROR)
         store.sweep()
-        application = build(store, options)
-        heal(store, application.service.catalogue, "start")
+        front = build(store, options)
+        heal(store, front.service.catalogue, "start")
         # Folded now, so that the main file stays as it is while we run (see catalogue).
-        application.service.catalogue.database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        front.service.catalogue.database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         listener = _bind(listen)
         scheme = "https" if listen.certificate else "http"
         host = f"[{listen.host}]" if ":" in listen.host else listen.host
@@ -68,7 +68,7 @@ def run(store: Store, options: ServeOptions, listen: Listen, on_listen: Callable
         async def serve() -> None:
             watching = asyncio.ensure_future(connections.watch(port, bounds, options.trusted_proxies))
             try:
-                await _serve(application, listener, listen, bounds, ready)
+                await _serve(front, listener, listen, bounds, ready)
             finally:
                 watching.cancel()
 
@@ -94,14 +94,12 @@ def _bind(listen: Listen) -> socket.socket:
     return listener
 
 
-async def _serve(
-    application: Application, listener: socket.socket, listen: Listen, bounds: Bounds, ready: Callable[[], None]
-) -> None:
+async def _serve(front: Front, listener: socket.socket, listen: Listen, bounds: Bounds, ready: Callable[[], None]) -> None:
     # granian binds by itself and cannot be told "any port": ours holds the number until its own socket has it.
     host, port = listener.getsockname()[:2]
     listener.close()
     server = Server(
-        application,
+        front,
         address=host,
         port=port,
         interface=Interfaces.ASGI,

@@ -1,10 +1,12 @@
-"""Trusted proxies: addresses and networks whose X-Forwarded-* headers are believed."""
+"""Trusted proxies, whose X-Forwarded-* headers are believed, and the client's address behind them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import lru_cache
 from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
+
+from starlette.types import Scope
 
 from gracefarm.errors import UsageError
 
@@ -27,6 +29,16 @@ class Proxies:
         except ValueError:
             return False
         return any(parsed in network for network in self._networks)
+
+
+def client_address(scope: Scope, forwarded: str | None, trusted: Proxies) -> str:
+    """The client's address: what a trusted proxy says in X-Forwarded-For (`forwarded`), else the peer's."""
+    peer = scope["client"][0] if scope.get("client") else "-"
+    if forwarded and peer in trusted:
+        for hop in reversed([part.strip() for part in forwarded.split(",")]):
+            if hop not in trusted:
+                return hop[:64]
+    return str(peer)
 
 
 def parse(texts: Iterable[str]) -> Proxies:

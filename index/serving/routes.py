@@ -1,4 +1,4 @@
-"""Everything but the simple API's pages: uploads, files, records, operation."""
+"""Uploads, files, records, locks, operation. /simple/ is answered in front.py, the web pages' routes are in index/web."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ from index.intake.multipart import pieces
 from index.names import name_in_address
 from index.serving import openapi
 from index.serving.download import FileAnswer
+from index.serving.proxies import client_address
 from index.serving.service import IndexService
 from index.serving.upload import take
 from index.simple_api import listings, negotiate, requirements
@@ -49,9 +50,8 @@ DRAIN = 32 << 20
 _SHA256 = re.compile(r"[0-9a-f]{64}\Z")
 
 
-def client_of(request: Request) -> str:
-    """The client's address, as the access log has it."""
-    return str(request.app.state.client(request.scope, request.headers.get("x-forwarded-for")))
+def _client_of(service: IndexService, request: Request) -> str:
+    return client_address(request.scope, request.headers.get("x-forwarded-for"), service.options.trusted_proxies)
 
 
 async def identify(service: IndexService, request: Request) -> Token:
@@ -60,14 +60,14 @@ async def identify(service: IndexService, request: Request) -> Token:
     Raises:
         UnauthenticatedError, TooManyError: none, or a bad one, or too many bad ones.
     """
-    client, authorization = client_of(request), request.headers.get("authorization")
+    client, authorization = _client_of(service, request), request.headers.get("authorization")
     service.gate.write(client)
     try:
         if not auth.is_user(authorization):
             return auth.identify(service.catalogue, authorization)
         service.gate.guessing(client)
         return await asyncio.get_running_loop().run_in_executor(
-            service.hands, auth.identify_user, service.catalogue, authorization, service.passwords
+            service.workers, auth.identify_user, service.catalogue, authorization, service.passwords
         )
     except UnauthenticatedError:
         service.gate.failure(client)
@@ -85,9 +85,9 @@ async def legacy(service: IndexService, request: Request) -> Response:
     )
     try:
         token = await identify(service, request)
-        if token.project is None or token.set_name is not None:
-            auth.allow(token, project=token.project, set_name=destination.scope)
-        with service.gate.upload(client_of(request)):
+        # Only the set is checked before the body is read: the form says later which project it is, and `take` checks that.
+        auth.allow(token, project=token.project, set_name=destination.scope)
+        with service.gate.upload(_client_of(service, request)):
             upload = await take(service, token, destination, request.headers, body)
     except RefusalError as error:
         service.metrics.uploads[str(error.status)] += 1
@@ -154,7 +154,7 @@ async def packages(service: IndexService, _request: Request) -> Response:
         text = f"<!DOCTYPE html>\n<html><head><title>Packages</title></head><body>\n{links}</body></html>\n"
         return HTMLResponse(text, headers={"Cache-Control": "no-cache"})
 
-    return await service.painted(("/packages/", ""), answer)
+    return await service.rendered(("/packages/", ""), answer)
 
 
 async def bare_name(service: IndexService, request: Request) -> Response:
@@ -219,16 +219,16 @@ async def record(service: IndexService, request: Request) -> Response:
         row = service.catalogue.row("SELECT * FROM public_record WHERE id = ?", (identifier,))
         return _send_record(service, request, row, identifier)
     token = await identify(service, request)
-    with service.gate.upload(client_of(request)):
+    with service.gate.upload(_client_of(service, request)):
         raw = await body_of(service, request)
         loop = asyncio.get_running_loop()
         common = (service.store, service.catalogue, token, identifier, raw)
         if is_log:
             await loop.run_in_executor(service.writer, records.put_log, *common)
         else:  # read in a thread: 32 MiB of JSON take a second
-            document = await loop.run_in_executor(service.hands, records.parse, raw)
+            document = await loop.run_in_executor(service.workers, records.parse, raw)
             await loop.run_in_executor(service.writer, records.put, *common, document)
-    service.shelf.refresh(now=True)
+    service.page_cache.refresh(now=True)
     return PlainTextResponse(f"{'log' if is_log else 'record'} {identifier} is kept\n")
 
 
@@ -255,7 +255,7 @@ async def set_lock(service: IndexService, request: Request) -> Response:
                 raise NotFoundError(f"there is no set {prefix[-1]!r} here", remedy="see /sets/")
             return requirements.render(service.catalogue, view)
 
-    text = await asyncio.get_running_loop().run_in_executor(service.hands, render)
+    text = await asyncio.get_running_loop().run_in_executor(service.workers, render)
     return PlainTextResponse(text, headers={"Cache-Control": "no-cache"})
 
 
@@ -355,8 +355,8 @@ async def on_http(_request: Request, error: Exception) -> Response:
     return PlainTextResponse(f"{error.detail}\n", status_code=error.status_code, headers=error.headers)
 
 
-def starlette(service: IndexService, more: list[Route], on_end: Callable[[], None]) -> Starlette:
-    """The application behind the front."""
+def starlette_app(service: IndexService, more: list[Route], on_end: Callable[[], None]) -> Starlette:
+    """The Starlette application that `Front` hands everything but /simple/ to; `more` are the routes of sets and web pages."""
 
     @asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:

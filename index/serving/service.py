@@ -15,7 +15,7 @@ from index.limits import AdmissionGate, Limits
 from index.serving.download import Downloads
 from index.serving.metrics import ServerMetrics
 from index.serving.proxies import Proxies
-from index.simple_api.page_cache import Shelf
+from index.simple_api.page_cache import PageCache
 from index.store import htpasswd
 from index.store.catalogue import Catalogue
 from index.store.files import Store
@@ -71,16 +71,16 @@ class IndexService:
 
     store: Store
     catalogue: Catalogue
-    shelf: Shelf
+    page_cache: PageCache
     options: ServeOptions
     gate: AdmissionGate
     metrics: ServerMetrics = field(default_factory=ServerMetrics)
     downloads: Downloads = field(default_factory=Downloads)
     passwords: htpasswd.PasswordMemory = field(default_factory=htpasswd.PasswordMemory)
-    hands: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(4, thread_name_prefix="hands"))
+    workers: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(4, thread_name_prefix="workers"))
     "Hash, write and read archives."
-    kept: AnswerCache = field(default_factory=AnswerCache)
-    painter: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="painter"))
+    answer_cache: AnswerCache = field(default_factory=AnswerCache)
+    page_thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="page_thread"))
     "Renders the pages for people, one at a time."
     writer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="writer"))
     "Commits, one after the other."
@@ -99,21 +99,21 @@ class IndexService:
         if shutil.disk_usage(self.store.root).free < size + HEADROOM:
             raise StoreFullError("the index's disk is full", remedy="free space on it, then upload again")
 
-    async def painted(self, key: tuple[str, str] | None, make: Callable[[], Response]) -> Response:
+    async def rendered(self, key: tuple[str, str] | None, make: Callable[[], Response]) -> Response:
         """What `make` answers, made in a thread of its own: a page of the whole store must not hold up installers' pages.
 
         With a `key`, the answer is kept until anything changes.
         """
-        generation = self.shelf.refresh()
-        if (kept := self.kept.get(generation, key)) is not None:
-            return kept
-        answer = await asyncio.get_running_loop().run_in_executor(self.painter, make)
-        self.kept.put(generation, key, answer)
+        generation = self.page_cache.refresh()
+        if (cached := self.answer_cache.get(generation, key)) is not None:
+            return cached
+        answer = await asyncio.get_running_loop().run_in_executor(self.page_thread, make)
+        self.answer_cache.put(generation, key, answer)
         return answer
 
     def close(self) -> None:
         """Let the threads end and the connections close."""
-        self.painter.shutdown()
-        self.hands.shutdown()
+        self.page_thread.shutdown()
+        self.workers.shutdown()
         self.writer.shutdown()
         self.catalogue.close()

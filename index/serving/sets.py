@@ -49,7 +49,7 @@ async def publish(service: IndexService, request: Request) -> Response:
     published = await asyncio.get_running_loop().run_in_executor(
         service.writer, staged.publish, service.catalogue, token.actor, name
     )
-    service.shelf.refresh(now=True)
+    service.page_cache.refresh(now=True)
     return _answer(published)
 
 

@@ -47,22 +47,22 @@ async def take(
     length = headers.get("content-length")
     number = int(length) if length is not None and length.isascii() and length.isdigit() else None
     service.check_space(number or 0)
-    form = await receive_form(headers.get("content-type", ""), number, receive, service.store, service.limits, service.hands)
+    form = await receive_form(headers.get("content-type", ""), number, receive, service.store, service.limits, service.workers)
     loop = asyncio.get_running_loop()
     try:
         received, distribution = _check_form(form)
         auth.allow(token, project=distribution.project, set_name=destination.scope)
-        await loop.run_in_executor(service.hands, _check_digests, form, received)
+        await loop.run_in_executor(service.workers, _check_digests, form, received)
         sha256 = received.digests["sha256_digest"]
         admission.check_wanted(service.catalogue, distribution, sha256, destination)
-        candidate = await loop.run_in_executor(service.hands, admission.inspect, received.path, distribution, sha256)
+        candidate = await loop.run_in_executor(service.workers, admission.inspect, received.path, distribution, sha256)
         outcome = await loop.run_in_executor(
             service.writer, admission.admit, service.store, service.catalogue, token.actor, candidate, destination
         )
     finally:
         form.discard()
     await loop.run_in_executor(service.writer, service.catalogue.tidy)
-    service.shelf.refresh(now=True)
+    service.page_cache.refresh(now=True)
     return Upload(filename=distribution.filename, sha256=sha256, outcome=outcome)
 
 

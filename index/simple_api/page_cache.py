@@ -2,6 +2,13 @@
 
 What a page costs does not depend on how much the index stores. A change anywhere (this process or another one on the same
 folder) is seen through SQLite's data_version; then only the pages of the projects that it touched are dropped.
+
+Four memories hold what was made of the catalogue; each is stale when its part of the catalogue has changed:
+- `PageCache._pages`, here: bytes of the simple API's pages. A change of a project drops its pages and the lists of projects, a
+  change of a set drops all pages; beyond `bound` the pages that were asked for least recently go.
+- `Front._answers` (serving/front.py): whole responses made of those pages. All go when `PageCache.generation` has grown.
+- `IndexService.answer_cache` (serving/service.py): web pages and /packages/. All go when `PageCache.generation` has grown.
+- `ProjectPages._cached_rows` (web/projects.py): rows of the first web page. A row goes when its project's serial has grown.
 """
 
 from __future__ import annotations
@@ -68,7 +75,7 @@ def _encode(plain: bytes, encoding: Encoding) -> bytes:
     return gzip.compress(plain, compresslevel=6 if len(plain) > 1 << 20 else 9, mtime=0)
 
 
-class Shelf:
+class PageCache:
     """The pages of one catalogue. Safe to use from several threads."""
 
     def __init__(self, catalogue: Catalogue, *, bound: int = 256 << 20) -> None:
@@ -122,12 +129,12 @@ class Shelf:
                 self._pages.move_to_end(key)
                 return page
             generation = self.generation
-        made = Page(render(self.catalogue, view, project, form))
+        page = Page(render(self.catalogue, view, project, form))
         with self._lock:
             if generation == self.generation:
-                self._pages[key] = made
+                self._pages[key] = page
                 self._trim()
-        return made
+        return page
 
     def _trim(self) -> None:
         weight = sum(page.weight for page in self._pages.values()) if len(self._pages) % 64 == 0 else 0

@@ -63,7 +63,7 @@ def export_tree(store: Store, catalogue: Catalogue, target: Path, tick: Tick = n
         tree.add_files(tick)
         tree.add_simple_pages()
         tree.add_records()
-        tree.add_pages_for_people()
+        tree.add_web_pages()
         nginx = resources.files("index.web").joinpath("data", "nginx.conf").read_text()
         tree.put("nginx.conf", nginx.replace("__POLICY__", POLICY).encode())
         return tree.finish()
@@ -161,15 +161,15 @@ class StaticExport:
                 if digest is not None:
                     self._link(f"records/{row['id']}/{name}", digest)
 
-    def add_pages_for_people(self) -> None:
+    def add_web_pages(self) -> None:
         """Those of the live server, less the forms that need one."""
         for name, content in static_files().items():
             self.put(f"static/{name}", content)
-        for path, body in self._pages_for_people():
+        for path, body in self._web_pages():
             self.put(path, body)
             self.put(path + ".gz", Page(body).body("gzip"))
 
-    def _pages_for_people(self) -> Iterator[tuple[str, bytes]]:
+    def _web_pages(self) -> Iterator[tuple[str, bytes]]:
         """Path and bytes of every page that is not there already."""
         site, catalogue = self.site, self.site.catalogue
         project_pages = projects.ProjectPages(site)

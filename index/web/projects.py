@@ -37,7 +37,7 @@ class ProjectPages:
 
     def __init__(self, site: Site) -> None:
         self.site = site
-        self._known: dict[str, ProjectRow] = {}
+        self._cached_rows: dict[str, ProjectRow] = {}
         self._serial = -1
 
     def first(self, request: Request) -> Response:
@@ -48,17 +48,17 @@ class ProjectPages:
         return self.site.render(request, "projects.html", rows=rows, wanted=wanted, total=len(known))
 
     def _all_rows(self) -> list[ProjectRow]:
-        """Every project's row; only those that have changed are read again. Called by one thread, the painter's."""
+        """Every project's row; only those that have changed are read again. Only the page thread calls it."""
         catalogue = self.site.catalogue
         serial = catalogue.serial()
         if serial != self._serial:
             changed = [row["name"] for row in catalogue.rows("SELECT name FROM project WHERE serial > ?", (self._serial,))]
             rows = self._rows() if len(changed) > 20 else [row for name in changed for row in self._rows(name)]
             for name in changed:
-                self._known.pop(name, None)
-            self._known.update((row.name, row) for row in rows)
+                self._cached_rows.pop(name, None)
+            self._cached_rows.update((row.name, row) for row in rows)
             self._serial = serial
-        return sorted(self._known.values(), key=lambda row: row.name)
+        return sorted(self._cached_rows.values(), key=lambda row: row.name)
 
     def _rows(self, project: str | None = None) -> list[ProjectRow]:
         files: dict[str, list[sqlite3.Row]] = {}

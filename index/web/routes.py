@@ -16,7 +16,7 @@ from index.web.projects import ProjectPages
 from index.web.sets import sets
 from index.web.site import Site
 
-Paint = Callable[[tuple[str, str] | None, Callable[[], Response]], Awaitable[Response]]
+RenderPage = Callable[[tuple[str, str] | None, Callable[[], Response]], Awaitable[Response]]
 "Has a page made in a thread of its own; with a key, the page is kept until anything changes."
 
 _MEDIA = {"style.css": "text/css", "icon.svg": "image/svg+xml"}
@@ -28,7 +28,7 @@ def static_files() -> dict[str, bytes]:
     return {name: folder.joinpath(name).read_bytes() for name in _MEDIA}
 
 
-def web_routes(site: Site, paint: Paint) -> list[Route]:
+def web_routes(site: Site, render_page: RenderPage) -> list[Route]:
     """Everything a browser shows."""
     projects = ProjectPages(site)
     contents = static_files()
@@ -48,7 +48,7 @@ def web_routes(site: Site, paint: Paint) -> list[Route]:
                     return site.missing(request, error)
 
             key = (request.url.path, site.base(request)) if not request.url.query else None
-            return _unless_known(request, await paint(key, answer))
+            return _unless_known(request, await render_page(key, answer))
 
         return endpoint
 
