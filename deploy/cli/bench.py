@@ -17,13 +17,13 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from deploy.cli.common import DeployContext, output, reporting
+from deploy.engine.completion import Answer, Api, CompletionServer, Prompt
 from deploy.fleet import tunnels
 from deploy.fleet.ssh import open_fleet
 from deploy.fleet.tunnels import WantedPort
 from deploy.measure.bench import Level, Spread, Sweep, SweepReport, find_model, query, run_sweep
 from deploy.nodes.deployment import Folder
 from deploy.planning.plans import ServePlan
-from deploy.steps.completion import Answer, Api, CompletionServer, Prompt
 from deploy.watch.status import plan_of
 from gracefarm.errors import UsageError
 from gracefarm.files import atomic_write

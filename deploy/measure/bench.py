@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import httpx
 from pydantic import BaseModel, ConfigDict
 
+from deploy.engine import completion
+from deploy.engine.completion import Answer, Api, CompletionError, CompletionServer, Prompt
 from deploy.planning.plans import ServePlan
-from deploy.steps import completion
-from deploy.steps.completion import Answer, Api, CompletionError, CompletionServer, Prompt
 from gracefarm.errors import EngineError
 
 OnAnswer = Callable[[int, int], None]

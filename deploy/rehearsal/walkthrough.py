@@ -18,11 +18,11 @@ from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 
+from deploy.engine.completion import CompletionServer, Prompt
 from deploy.measure.bench import query
 from deploy.rehearsal import source
 from deploy.rehearsal.rig import GATEWAY, MOUNT, USER, Rig, check_machine, open_rig
 from deploy.steps import uv
-from deploy.steps.completion import CompletionServer, Prompt
 from gracefarm.console import Console
 from gracefarm.errors import EngineError, NodeError
 from gracefarm.files import remove_tree

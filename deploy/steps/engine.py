@@ -15,6 +15,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Literal
 
+from deploy.engine import metrics
+from deploy.engine.canary import Reply, ask_one_token
+from deploy.engine.log import Progress, first_cause
 from deploy.fleet.calls import RemoteNode
 from deploy.fleet.forwarding import forward_local
 from deploy.fleet.jobs import JobStatus, follow_job, job_status, start_job, stop_job
@@ -22,9 +25,7 @@ from deploy.fleet.ssh import Fleet
 from deploy.nodes import paths
 from deploy.nodes.deployment import Deployment, Folder, Node
 from deploy.planning.plans import ServePlan, carried
-from deploy.steps import metrics, processes, ray
-from deploy.steps.canary import Reply, complete
-from deploy.steps.enginelog import Progress, first_cause
+from deploy.steps import processes, ray
 from deploy.steps.processes import PLAN
 from deploy.steps.step import Applied, Looks, ServingStep, Undone, Work, end_jobs
 from gracefarm.console import Console
@@ -177,7 +178,7 @@ async def _ask_running(fleet: Fleet, place: Node, spec: EngineSpec) -> Reply:
 
 
 async def _ask(local: int, spec: EngineSpec) -> Reply:
-    answer = await complete(local, spec.key, spec.canary)
+    answer = await ask_one_token(local, spec.key, spec.canary)
     if answer.kind == "denied":
         raise EngineError("the engine refuses this deployment's key", remedy="`deploy down`, then `deploy serve`")
     return answer

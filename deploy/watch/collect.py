@@ -19,6 +19,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO
 
+from deploy.engine.log import Cause, first_cause
 from deploy.fleet.calls import RemoteNode, call
 from deploy.fleet.results import try_all
 from deploy.fleet.ssh import Fleet
@@ -28,7 +29,6 @@ from deploy.nodes.redact import Redactor
 from deploy.nodes.state import State
 from deploy.planning.plans import ServePlan
 from deploy.remote.wire import Json
-from deploy.steps.enginelog import Cause, first_cause
 from deploy.watch import status
 from deploy.watch.status import NodeStatus, Status, Watch
 from gracefarm.errors import GracefarmError, NodeError

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from deploy.engine.log import clean
 from deploy.fleet.calls import RemoteNode, call
 from deploy.fleet.jobs import JobStatus, follow_job, job_status
 from deploy.fleet.results import require
@@ -17,7 +18,6 @@ from deploy.nodes import paths
 from deploy.nodes.deployment import Deployment, Node
 from deploy.nodes.facts import Facts
 from deploy.remote.wire import Json
-from deploy.steps.enginelog import clean
 from gracefarm.errors import EngineError, GracefarmError, HostError, NodeError, SshError
 
 OnLogLine = Callable[[str, str, str], None]

@@ -9,11 +9,11 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 
+from deploy.engine import metrics
+from deploy.engine.metrics import EngineMetrics
 from deploy.fleet.tunnels import Forward, WantedPort, opened
 from deploy.remote.wire import Json
-from deploy.steps import metrics
 from deploy.steps.engine import Nodes
-from deploy.steps.metrics import EngineMetrics
 from deploy.watch import status
 from deploy.watch.status import Service, Status, Watch
 from gracefarm.errors import GracefarmError

@@ -7,17 +7,17 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
+from deploy.engine import metrics
+from deploy.engine.canary import Reply, ask_one_token
+from deploy.engine.log import Progress, first_cause
+from deploy.engine.metrics import EngineMetrics, moved
 from deploy.fleet.calls import RemoteNode
 from deploy.fleet.forwarding import forward_local
 from deploy.fleet.jobs import JobStatus, job_status
 from deploy.fleet.ssh import Fleet
 from deploy.nodes import paths
 from deploy.nodes.deployment import Node
-from deploy.steps import metrics
-from deploy.steps.canary import Reply, complete
 from deploy.steps.engine import EngineSpec, Nodes, port
-from deploy.steps.enginelog import Progress, first_cause
-from deploy.steps.metrics import EngineMetrics, moved
 from gracefarm.errors import GracefarmError
 
 Condition = Literal["ready", "degraded", "busy", "loading", "dead-engine", "dead-node", "wedged", "stopped", "unreachable"]
@@ -111,7 +111,7 @@ async def probe(fleet: Fleet, head: RemoteNode, spec: EngineSpec, *, seconds: fl
         return Signs(job=job, nodes=nodes, cause=cause, phase=progress.phase)
     async with forward_local(fleet, place, 0, "127.0.0.1", port(spec.plan)) as local:
         before = await metrics.scrape(local)
-        answer = await complete(local, spec.key, seconds)
+        answer = await ask_one_token(local, spec.key, seconds)
         after = await metrics.scrape(local)
     return Signs(
         job=job, answer=answer, before=before, after=after, nodes=nodes, phase=progress.phase, fraction=progress.fraction

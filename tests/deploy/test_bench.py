@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
+from deploy.engine import completion
+from deploy.engine.completion import Answer, CompletionServer, Prompt
 from deploy.measure import bench
 from deploy.measure.bench import Sweep, SweepReport
 from deploy.planning.plans import ServePlan
-from deploy.steps import completion
-from deploy.steps.completion import Answer, CompletionServer, Prompt
 from gracefarm.errors import EngineError
 from tests.deploy import openai_server
 from tests.deploy.test_engine_step import a_plan

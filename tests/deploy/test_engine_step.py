@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from deploy.engine.canary import Reply
+from deploy.engine.metrics import EngineMetrics
 from deploy.fleet.calls import RemoteNode
 from deploy.fleet.jobs import JobStatus, job_status, stop_job
 from deploy.fleet.shells import remote_nodes
@@ -21,8 +23,6 @@ from deploy.nodes.deployment import Deployment, Folder
 from deploy.planning import plans, suppose
 from deploy.planning.plans import ServePlan
 from deploy.steps import engine
-from deploy.steps.canary import Reply
-from deploy.steps.metrics import EngineMetrics
 from deploy.watch.verdict import Signs, diagnose, probe
 from gracefarm.console import Console
 from gracefarm.errors import EngineError

@@ -16,11 +16,11 @@ from typing import Any
 import httpx
 import pytest
 
+from deploy.engine.completion import CompletionServer, Prompt, stream
 from deploy.fleet import tunnels
 from deploy.fleet.ssh import Fleet
 from deploy.fleet.tunnels import WantedPort
 from deploy.nodes.deployment import Folder
-from deploy.steps.completion import CompletionServer, Prompt, stream
 from gracefarm.errors import GracefarmError, SshError
 from tests.deploy import kit, openai_server
 

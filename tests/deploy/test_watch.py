@@ -21,6 +21,8 @@ from typing import Any
 import httpx
 import pytest
 
+from deploy.engine import metrics
+from deploy.engine.canary import Reply
 from deploy.fleet.calls import RemoteNode
 from deploy.fleet.jobs import JobStatus, start_job, stop_job
 from deploy.fleet.probe import probe_nodes
@@ -32,8 +34,7 @@ from deploy.nodes.facts import keep_facts, load_facts
 from deploy.nodes.state import State, StepRecord
 from deploy.planning.plans import ServePlan
 from deploy.remote.wire import Json
-from deploy.steps import engine, metrics, step
-from deploy.steps.canary import Reply
+from deploy.steps import engine, step
 from deploy.watch import collect, logs, status
 from deploy.watch.logs import Wish
 from deploy.watch.verdict import Signs

@@ -85,7 +85,7 @@ class CompletionError(Exception):
 
 @contextmanager
 def _failures(late: str, form: str) -> Iterator[None]:
-    """What may happen on the way as `Failed`. `late`: what a time-out means, `form`: what was expected."""
+    """What may happen on the way as `CompletionError`. `late`: what a time-out means, `form`: what was expected."""
     try:
         yield
     except TimeoutError as error:
@@ -99,7 +99,7 @@ def _failures(late: str, form: str) -> Iterator[None]:
 
 
 def _require(response: httpx.Response) -> None:
-    """Raises Failed: a status that is not 200. The body was read."""
+    """Raises CompletionError: a status that is not 200. The body was read."""
     if response.status_code != 200:
         words = _words_of(response.text)
         cause = f"HTTP {response.status_code}{': ' + words if words else ''}"
@@ -209,7 +209,7 @@ async def stream(
 
 
 async def whole(client: httpx.AsyncClient, prompt: Prompt) -> None:
-    """Ask for an answer in one piece; how long it may take is for the caller to say. Raises Failed."""
+    """Ask for an answer in one piece; how long it may take is for the caller to say. Raises CompletionError."""
     with _failures("no answer", "answer"):
         response = await client.post(prompt.path, json=prompt.body)
         _require(response)
@@ -260,7 +260,7 @@ def _words(body: object) -> str:
 
 
 async def models(client: httpx.AsyncClient, seconds: float = 30) -> list[str]:
-    """What is served, at least one. Raises Failed."""
+    """What is served, at least one. Raises CompletionError."""
     with _failures(f"no answer within {seconds:g} s", "answer"):
         async with asyncio.timeout(seconds):
             response = await client.get("/v1/models")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from deploy.steps.enginelog import PHASES, RULES, Progress, first_cause, fraction
+from deploy.engine.log import PHASES, RULES, Progress, first_cause, fraction
 
 NAMES = {"10.0.0.12": "k1"}
 

@@ -7,8 +7,8 @@ import time
 from dataclasses import dataclass
 from typing import Literal
 
-from deploy.steps import completion
-from deploy.steps.completion import CompletionError, CompletionServer, Prompt
+from deploy.engine import completion
+from deploy.engine.completion import CompletionError, CompletionServer, Prompt
 
 ReplyKind = Literal["ok", "refused", "timeout", "denied", "error"]
 _KINDS: dict[str, ReplyKind] = {"refused": "refused", "cut": "refused", "stall": "timeout"}
@@ -24,7 +24,7 @@ class Reply:
     model: str = ""
 
 
-async def complete(local: int, key: str | None, seconds: float) -> Reply:
+async def ask_one_token(local: int, key: str | None, seconds: float) -> Reply:
     """One token from 127.0.0.1:`local`. Never raises for what the other side does."""
     begun, model = time.monotonic(), ""
     late = f"no token within {seconds:g} s"
