@@ -17,6 +17,8 @@ from gracefarm import tables
 from gracefarm.errors import ConfigError
 
 PREFIX = "GRACEFARM_"
+BUILDER_KEYS = ("project", "debian_mirror", "mirrors", "memory", "jobs", "compiler_cache")
+"What settings.toml may tell the builder alone (builder.planning.settings): no other program reads it, or refuses it."
 
 # A relative one would be another place for each program that is started elsewhere.
 AbsolutePath = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
@@ -58,15 +60,19 @@ def read(kind: type[S]) -> S:
     """Settings of this process, of a program's own kind.
 
     Raises:
-        ConfigError: settings.toml is not TOML, or a key or value is not known; names file and key.
+        ConfigError: settings.toml is not TOML, no program knows a key, or a value is not known; names file and key.
     """
     path = config_path()
+    known = (*SharedSettings.model_fields, *BUILDER_KEYS)
     values: dict[str, object] = {}
     if path.is_file():
         try:
             values = tomllib.loads(tables.read_text(path))
         except tomllib.TOMLDecodeError as error:
             raise ConfigError(f"{path}: {error}", remedy="mend or remove the file") from error
+    for key in values:
+        if key not in known:
+            raise ConfigError(f"{path}: unknown setting {key!r}", remedy=tables.nearest(key, known, "known settings"))
     for name in kind.model_fields:
         if text := os.environ.get(PREFIX + name.upper()):
             values[name] = text
@@ -77,7 +83,7 @@ def read(kind: type[S]) -> S:
         key = ".".join(str(part) for part in first["loc"])
         raise ConfigError(
             f"setting {key!r}: {first['msg']}",
-            remedy=f"known settings: {', '.join(kind.model_fields)} (in {path} or as {PREFIX}NAME)",
+            remedy=f"known settings: {', '.join(known)} (in {path} or as {PREFIX}NAME)",
         ) from error
 
 

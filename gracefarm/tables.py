@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Protocol, TypeVar
 from urllib.parse import urlsplit
@@ -158,9 +159,13 @@ def _sentence(details: ErrorDetails, location: tuple[int | str, ...]) -> str:
 def _remedy(schema: type[Table], details: ErrorDetails, location: tuple[int | str, ...], docs: str) -> str:
     if details["type"] != "extra_forbidden":
         return f"{docs} describes every key"
-    known = _known_keys(schema, location[:-1])
-    near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
-    return f"did you mean {near[0]!r}?" if near else f"known keys here: {', '.join(known)}"
+    return nearest(str(location[-1]), _known_keys(schema, location[:-1]), "known keys here")
+
+
+def nearest(name: str, known: Sequence[str], title: str) -> str:
+    """The remedy for a name that is not known: the nearest that is, else all of them after the title."""
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}?" if near else f"{title}: {', '.join(known) or 'none'}"
 
 
 def _known_keys(schema: type[Table], parents: tuple[int | str, ...]) -> list[str]:

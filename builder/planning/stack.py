@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -212,9 +211,7 @@ class LoadedStack:
 
 def unknown(kind: str, name: str, place: Path, known: Sequence[str]) -> ConfigError:
     """The error for a recipe, stack or set that is not there: names the nearest, else all."""
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    remedy = f"did you mean {near[0]!r}?" if near else f"{kind}s: {', '.join(known) or 'none'}"
-    return ConfigError(f"unknown {kind} {name!r} in {place}", remedy=remedy)
+    return ConfigError(f"unknown {kind} {name!r} in {place}", remedy=tables.nearest(name, known, f"{kind}s"))
 
 
 def names(stacks: Path) -> list[str]:
