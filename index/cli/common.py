@@ -27,7 +27,7 @@ class IndexContext:
     def catalogue(self) -> Catalogue:
         """The root's catalogue, created when there is none."""
         self.store.prepare()
-        catalogue = open_catalogue(self.store.catalogue)
+        catalogue = open_catalogue(self.store.catalogue_path)
         click.get_current_context().call_on_close(catalogue.close)
         return catalogue
 

@@ -17,7 +17,7 @@ from index.web.site import Site
 def build(store: Store, options: ServeOptions) -> Front:
     """The front with all that is behind it, ready for any ASGI server."""
     store.prepare()
-    catalogue = open_catalogue(store.catalogue)
+    catalogue = open_catalogue(store.catalogue_path)
     service = IndexService(
         store=store,
         catalogue=catalogue,

@@ -31,7 +31,7 @@ class Store:
     root: Path
 
     @property
-    def catalogue(self) -> Path:
+    def catalogue_path(self) -> Path:
         """The SQLite file. In a folder of its own, so that a backup can copy it before the files."""
         return self.root / "catalogue" / "catalogue.db"
 
@@ -56,7 +56,7 @@ class Store:
             StoreFullError: the disk is full.
         """
         with disk_errors(self.root):
-            for folder in (self.files, self.staging, self.catalogue.parent):
+            for folder in (self.files, self.staging, self.catalogue_path.parent):
                 folder.mkdir(parents=True, exist_ok=True)
             if not (self.files / "ff").is_dir():  # all at once, so that an upload need not flush a new folder
                 for number in range(256):
