@@ -23,9 +23,10 @@ from gracefarm.errors import ExitCode
 from tests import projects
 from tests.conftest import REPOSITORY, Farm
 
-EXTRAS = ("", "builder", "index", "deploy")
+EXTRAS = ("", "builder", "container", "index", "deploy")
 CAUSAL_CONV1D = "fbdfab109e3fb003"
 "How the build id of the recipe begins, in a checkout and everywhere."
+SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 NEEDS = {
     # what is said instead where the extra of the program is missing
     "builder list": "builder",
@@ -51,11 +52,18 @@ class Installed:
 
     @property
     def variables(self) -> dict[str, str]:
-        """What its programs see: nothing of this checkout."""
+        """What its programs see: nothing of this checkout, nor of an environment that the tests run in."""
         kept = {
             name: value for name, value in os.environ.items() if not name.startswith(("GRACEFARM_", "PYTHON", "VIRTUAL_ENV"))
         }
-        return {**kept, "GRACEFARM_HOME": str(self.folder / "home"), "GRACEFARM_SETTINGS": "/no-such-file", "COLUMNS": "200"}
+        path = f"{self.environment / 'bin'}:{SYSTEM_PATH}"
+        return {
+            **kept,
+            "PATH": path,
+            "GRACEFARM_HOME": str(self.folder / "home"),
+            "GRACEFARM_SETTINGS": "/no-such-file",
+            "COLUMNS": "200",
+        }
 
     def argv(self, command: str) -> list[str]:
         """Of a command line as a user types it."""
@@ -145,7 +153,12 @@ def test_each_program_lists_its_commands_with_any_extra(installed: Mapping[str, 
 
 @pytest.mark.parametrize(
     ("extra", "command", "needed"),
-    [(extra, command, needed) for extra in EXTRAS for command, needed in NEEDS.items() if extra != needed],
+    [
+        (extra, command, needed)
+        for extra in EXTRAS
+        for command, needed in NEEDS.items()
+        if needed != extra and (needed, extra) != ("builder", "container")
+    ],
 )
 def test_a_missing_extra_is_named(installed: Mapping[str, Installed], extra: str, command: str, needed: str) -> None:
     process = installed[extra].run(command)
@@ -162,6 +175,18 @@ def test_the_builder_alone_lists_and_plans_what_the_wheel_carries(installed: Map
     process = here.run("builder plan causal_conv1d")
     assert process.returncode == 0, process.stderr
     assert f"build id  {CAUSAL_CONV1D}" in process.stdout
+
+
+def test_the_container_extra_plans_a_build_in_a_container(installed: Mapping[str, Installed]) -> None:
+    process = installed["container"].run("builder plan causal_conv1d --toolchain container")
+    if process.returncode == 0:  # an engine answers, and the stack names an image
+        assert "build id" in process.stdout
+    else:
+        cause, remedy = process.stderr.splitlines()[:2]
+        assert (
+            "no container engine answers" in cause or "in its container image" in cause or "names no container image" in cause
+        )
+        assert remedy.startswith("remedy: ")
 
 
 def test_a_build_that_ends_in_an_index_says_first_that_there_is_none(installed: Mapping[str, Installed]) -> None:
