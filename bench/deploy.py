@@ -141,7 +141,7 @@ def bring(folder: Path, files: dict[str, bytes], count: int, python: str) -> tup
         async with kit.machines(folder, count) as machines, kit.fleet(folder, machines) as fleet:
             spec = weights.WeightsSpec(root=str(folder / "share"), repo="org/model", endpoint=url, python=python)
             begun = time.monotonic()
-            outcome = await weights.up(remote_nodes(fleet), spec, Console())
+            outcome = await weights.bring(remote_nodes(fleet), spec, Console())
             return time.monotonic() - begun, outcome
 
     with hub.serving(files, rate=RATE) as served:

@@ -56,7 +56,7 @@ class CacheStep(Step):
 
     async def apply(self, work: Work, looks: Looks) -> Applied:
         """Switch it on."""
-        rows = await up(work.nodes, paths.share(work.deployment), work.console)
+        rows = await switch_on(work.nodes, paths.share(work.deployment), work.console)
         reasons = dict.fromkeys(row.text for row in rows if row.outcome == "skipped")
         on = [row for row in rows if row.outcome != "skipped"]
         parts = [f"{len(on)} of {len(rows)} nodes: {on[0].text}"] if on else []
@@ -83,7 +83,7 @@ async def measure_new(work: Work) -> bool:
     return True
 
 
-async def up(targets: Sequence[RemoteNode], share: str, console: Console) -> list[Row]:
+async def switch_on(targets: Sequence[RemoteNode], share: str, console: Console) -> list[Row]:
     """The cache on every node that can have it, in the inventory's order.
 
     Raises:

@@ -113,7 +113,7 @@ class EngineStep(ServingStep):
         plan, head, state = work.made_plan, work.nodes[0], work.keeper.state
         cluster = ray.spec_of(work.deployment, plan, work.environment)
         spec = spec_of(work.deployment, plan, cluster, head, state.data("load"))
-        answering = await up(work.fleet, head, spec, work.console)
+        answering = await start_or_attach(work.fleet, head, spec, work.console)
         running = answering.how == "running"
         if answering.how == "started":  # kept when the engine is stopped: the next start is measured by it
             work.keeper.begin("load", plan.id)
@@ -130,7 +130,7 @@ class EngineStep(ServingStep):
         return await end_jobs(work, paths.ENGINE_JOB, grace=20, stopped=[(work.deployment.head, paths.ENGINE_JOB)])
 
 
-async def up(fleet: Fleet, head: RemoteNode, spec: EngineSpec, console: Console) -> Answering:
+async def start_or_attach(fleet: Fleet, head: RemoteNode, spec: EngineSpec, console: Console) -> Answering:
     """Start it unless it runs with this very plan and environment, and wait for a real completion; attach to a start that
     somebody left.
 

@@ -96,11 +96,6 @@ def matrix(engine: str) -> Matrix:
     return Matrix.model_validate(table[engine])
 
 
-def download_lock() -> str:
-    """The lock of the environment that downloads weights: huggingface_hub >= 1, which an engine's transformers forbids."""
-    return (resources.files("deploy") / "data" / "download.lock").read_text()
-
-
 def identity(lock: str, *, python: str, source: str, machine: str) -> str:
     """The name of an environment: its pins and digests, its Python and its machine; comments and order do not enter it."""
     lines = sorted(pin.text for pin in pins.parse(lock, "the lock", remedy="every line needs --hash=sha256:…"))
@@ -112,10 +107,11 @@ def spec_of(work: Work) -> EnvironmentSpec:
     """The environment that serves. Raises ConfigError, FetchError: there is no lock, or one without the engine."""
     lock = setlock.lock_text(work.deployment, work.console)
     setlock.require_engine(work.deployment, lock)
-    return _spec(work, lock, engine=work.deployment.matrix, link="env", set_name=work.deployment.data.set)
+    return spec_with_lock(work, lock, engine=work.deployment.matrix, link="env", set_name=work.deployment.data.set)
 
 
-def _spec(work: Work, lock: str, *, engine: str, link: Literal["env", "download"], set_name: str) -> EnvironmentSpec:
+def spec_with_lock(work: Work, lock: str, *, engine: str, link: Literal["env", "download"], set_name: str) -> EnvironmentSpec:
+    """An environment of this deployment: its folder, index and Python are those of deploy.toml."""
     data = work.deployment.data
     return EnvironmentSpec(
         root=work.root,
@@ -148,7 +144,7 @@ class EnvironmentStep(Step):
 
     async def apply(self, work: Work, looks: Looks) -> Applied:
         """Build, prove, switch."""
-        built = await up(work.nodes, spec_of(work), work.settings, work.console)
+        built = await build_and_activate(work.nodes, spec_of(work), work.settings, work.console)
         count = sum("error" not in row and "skipped" not in row for rows in built.rows.values() for row in rows)
         text = f"{built.id[:12]} is active, {count} imports on {len(built.rows)} nodes"
         return Applied(text=text, now="built now" if built.built else "", data={"id": built.id})
@@ -156,28 +152,6 @@ class EnvironmentStep(Step):
     async def undo(self, work: Work) -> Undone:
         """End builds; the environment stays."""
         return await end_jobs(work, JOBS, grace=20)
-
-
-class DownloadStep(Step):
-    """The environment that speaks with the Hub: huggingface_hub >= 1 and an engine's transformers exclude each other."""
-
-    name = "download"
-
-    def inputs(self, work: Work, looks: Looks) -> str:
-        """Its lock, the index, the Python and the nodes."""
-        data = work.deployment.data
-        return digest("download", work.root, download_lock(), data.index, data.python, work.pairs)
-
-    def check(self, work: Work, record: StepRecord, looks: Looks) -> str | None:
-        """Active everywhere."""
-        bad = [node for node, seen in looks.items() if seen["environments"].get("download") != record.data["id"]]
-        return f"{bad[0]} does not see it" if bad else None
-
-    async def apply(self, work: Work, looks: Looks) -> Applied:
-        """Build, prove, switch."""
-        spec = _spec(work, download_lock(), engine="download", link="download", set_name="download")
-        built = await up(work.nodes, spec, work.settings, work.console)
-        return Applied(text=f"environment for downloads {built.id[:12]} on {len(built.rows)} nodes", data={"id": built.id})
 
 
 async def claim(work: Work) -> None:
@@ -209,7 +183,9 @@ async def roll_back(work: Work) -> Json:
     return answer
 
 
-async def up(targets: Sequence[RemoteNode], spec: EnvironmentSpec, settings: SharedSettings, console: Console) -> Built:
+async def build_and_activate(
+    targets: Sequence[RemoteNode], spec: EnvironmentSpec, settings: SharedSettings, console: Console
+) -> Built:
     """Build it on the first node unless it is there, import it on all, and only then make it active.
 
     Raises:

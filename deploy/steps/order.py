@@ -15,9 +15,11 @@ from deploy.fleet.results import combined_error
 from deploy.planning.plans import ServePlan
 from deploy.steps import brought, cache, environment
 from deploy.steps.cache import CacheStep
+from deploy.steps.download import DownloadStep
 from deploy.steps.engine import EngineStep
-from deploy.steps.environment import DownloadStep, EnvironmentStep
-from deploy.steps.preflight import PreflightStep, ProofStep
+from deploy.steps.environment import EnvironmentStep
+from deploy.steps.preflight import PreflightStep
+from deploy.steps.proof import ProofStep
 from deploy.steps.ray import RayStep
 from deploy.steps.step import Applied, Step, Work, glance, look, perform, perform_all, side_by_side
 from deploy.steps.weights import WeightsStep
@@ -75,10 +77,12 @@ async def up(work: Work, choice: StepChoice | None = None) -> bool:
     changed = False
     for lane in filter(chosen.wants, FIRST):
         changed = await perform_all(lane, work, looks) or changed
+    # No step of its own: the state of older deployments does not know it, and it has to come before all lanes that follow.
     if any(seen.get("owner") != work.fleet.mark for seen in looks.values()):
         await environment.claim(work)
     lanes = {lane[-1].name: perform_all(lane, work, looks) for lane in TOGETHER if chosen.wants(lane)}
     changed = await side_by_side(work.console, lanes) or changed
+    # It completes the record of the step `cache`, which was done when there was no file yet to measure with.
     if CacheStep.name not in chosen.skip:
         changed = await cache.measure_new(work) or changed
     for lane in filter(chosen.wants, LAST):

@@ -26,8 +26,6 @@ ORDER = (
     *("reach", "names", "share", "route", "ports", "clock", "python", "token"),
     *("cuda", "memory", "pages", "libstdc++", "shm", "limits", "gloo", "nccl"),
 )
-OF_THE_NODE = ("names", "share", "route", "ports", "clock", "cuda", "memory", "shm", "limits")
-"Checks that an environment does not change."
 KNOCK = 3.0
 "Seconds in which a port that is open to everybody answers."
 
@@ -55,7 +53,8 @@ class PreflightSpec:
     "How long pairs wait for each other."
 
 
-def _boots(looks: Looks) -> dict[str, str]:
+def boots(looks: Looks) -> dict[str, str]:
+    """Node to the boot that it runs since."""
     return {node: str(seen["boot"]) for node, seen in looks.items()}
 
 
@@ -87,30 +86,9 @@ class PreflightStep(Step):
     async def apply(self, work: Work, looks: Looks) -> Applied:
         """Ask and judge."""
         cells = await cells_of(work, looks)
-        require(_without_ours(cells, looks))
+        require(without_ours(cells, looks))
         shares = {node: _mounted(seen) for node, seen in looks.items()}
-        return Applied(text=summary(cells), data={"boots": _boots(looks), "shares": shares})
-
-
-class ProofStep(Step):
-    """Preflight once more in the environment that will serve: pages, libstdc++, all-reduce."""
-
-    name = "proof"
-
-    def inputs(self, work: Work, looks: Looks) -> str | None:
-        """The environment, where there is one, and the nodes."""
-        identifier = work.keeper.state.data("environment").get("id")
-        return digest("proof", work.pairs, identifier, _boots(looks)) if identifier else None
-
-    def check(self, work: Work, record: StepRecord, looks: Looks) -> None:
-        """The inputs say it all."""
-
-    async def apply(self, work: Work, looks: Looks) -> Applied:
-        """Ask and judge."""
-        cells = await cells_of(work, looks, told=OF_THE_NODE)
-        require(_without_ours(cells, looks))
-        reduced = next((cell.text for cell in cells if cell.check == "gloo" and cell.status == "ok"), None)
-        return Applied(text=f"with the environment: {summary(cells)}" + (f"; all-reduce {reduced}" if reduced else ""))
+        return Applied(text=summary(cells), data={"boots": boots(looks), "shares": shares})
 
 
 async def cells_of(work: Work, looks: Looks, told: Collection[str] = ()) -> list[Cell]:
@@ -126,7 +104,7 @@ async def cells_of(work: Work, looks: Looks, told: Collection[str] = ()) -> list
     return cells
 
 
-def _without_ours(cells: Sequence[Cell], looks: Looks) -> list[Cell]:
+def without_ours(cells: Sequence[Cell], looks: Looks) -> list[Cell]:
     """Where our own cluster runs it may hold the GPUs' memory."""
     running = any(raylet(seen) for seen in looks.values())
     return [cell for cell in cells if not (running and cell.check in ("memory", "nccl"))]

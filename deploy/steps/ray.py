@@ -129,7 +129,7 @@ class RayStep(ServingStep):
     async def apply(self, work: Work, looks: Looks) -> Applied:
         """Start what is missing."""
         plan = work.made_plan
-        started = await up(work.fleet, work.nodes, spec_of(work.deployment, plan, work.environment), work.console)
+        started = await start_missing(work.fleet, work.nodes, spec_of(work.deployment, plan, work.environment), work.console)
         return Applied(
             text=f"{len(plan.nodes)} nodes, {started.gpus:g} GPUs at {address(plan)}",
             data={"plan": plan.id, "nodes": [node.name for node in plan.nodes]},
@@ -142,7 +142,7 @@ class RayStep(ServingStep):
         return await end_jobs(work, "", grace=5, stopped=stopped)
 
 
-async def up(fleet: Fleet, targets: Sequence[RemoteNode], spec: ClusterSpec, console: Console) -> Started:
+async def start_missing(fleet: Fleet, targets: Sequence[RemoteNode], spec: ClusterSpec, console: Console) -> Started:
     """Bring exactly the plan's cluster up; nothing is touched where it runs already.
 
     `targets`: all nodes, spares too; a Ray of ours on one of those is stopped.

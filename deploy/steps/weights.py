@@ -107,7 +107,7 @@ class WeightsStep(Step):
     async def apply(self, work: Work, looks: Looks) -> Applied:
         """Bring them."""
         spec = spec_of(work)
-        brought = await up(work.nodes, spec, work.console)
+        brought = await bring(work.nodes, spec, work.console)
         pinned, size = brought.manifest, dealing.told(brought.manifest.size)
         seen = await call(work.nodes[0], "look.look", {"prefix": "-", "weights": brought.folder, "count": False})
         return Applied(
@@ -125,7 +125,7 @@ class WeightsStep(Step):
         return await end_jobs(work, JOB, grace=20, stopped=[(node, JOB) for node in work.deployment.nodes])
 
 
-async def up(targets: Sequence[RemoteNode], spec: WeightsSpec, console: Console) -> Brought:
+async def bring(targets: Sequence[RemoteNode], spec: WeightsSpec, console: Console) -> Brought:
     """Bring every file of the pinned commit, or say in one sentence why not; what is verified stays for the next run.
 
     Raises:

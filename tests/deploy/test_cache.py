@@ -80,7 +80,7 @@ class Pretend:
 
 def up(*nodes: Pretend) -> list[cache.Row]:
     targets = [RemoteNode(name=f"k{n}", address="", gpus=1, shell=shell) for n, shell in enumerate(nodes)]
-    return asyncio.run(cache.up(targets, "/home/ubuntu/share", Console()))
+    return asyncio.run(cache.switch_on(targets, "/home/ubuntu/share", Console()))
 
 
 def test_a_node_with_nfs_gets_it_with_a_diff_and_a_measurement(capsys: pytest.CaptureFixture[str]) -> None:

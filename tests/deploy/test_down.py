@@ -127,7 +127,7 @@ def test_ray_makes_room_for_itself_and_not_of_a_build_or_a_download_that_is_at_w
             await start_job(made.fleet, head, job, SLEEPS, env)
         spec = ray.ClusterSpec(plan=made.plan.model_copy(update={"nodes": made.plan.nodes[:1]}), python="python3")
         with pytest.raises(InstallError, match="ray does not import"):
-            await ray.up(made.fleet, remote_nodes(made.fleet), spec, Console())
+            await ray.start_missing(made.fleet, remote_nodes(made.fleet), spec, Console())
         states = {job: (await job_status(made.fleet, head, job)).state for job in ("build-env", "weights", "ray")}
         assert states == {"build-env": "running", "weights": "running", "ray": "lost"}
         await processes.stop(remote_nodes(made.fleet), made.fleet.mark)

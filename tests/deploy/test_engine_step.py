@@ -69,7 +69,7 @@ def on_a_node(folder: Path, work: Work) -> None:
 def test_ready_is_a_real_completion_and_nothing_is_started_twice(tmp_path: Path) -> None:
     async def work(fleet: Fleet, head: RemoteNode, made: list[kit.Machine]) -> None:
         plan = a_plan(free_port())
-        first = await engine.up(fleet, head, spec(plan), Console())
+        first = await engine.start_or_attach(fleet, head, spec(plan), Console())
         assert first.how == "started"
         assert first.model == "org/model"
         assert list(first.phases) == ["starting", "placing", "loading", "profiling", "capturing", "listening"]
@@ -79,14 +79,14 @@ def test_ready_is_a_real_completion_and_nothing_is_started_twice(tmp_path: Path)
         assert f"GRACEFARM_PLAN={plan.id}".encode() in environ
         assert not any(KEY.encode() in path.read_bytes() for path in cmdlines())
         assert KEY not in (Path(await fleet.folder(made[0].node)) / "jobs" / "engine" / "log").read_text()
-        again = await engine.up(fleet, head, spec(plan), Console())
+        again = await engine.start_or_attach(fleet, head, spec(plan), Console())
         assert again.how == "running"
         assert (await job_status(fleet, made[0].node, "engine")).pid == status.pid
         signs = await probe(fleet, head, spec(plan))
         assert diagnose(signs).kind == "ready"
         other = spec(plan, secrets={"APHRODITE_API_KEY": "another"})
         with pytest.raises(EngineError, match="refuses this deployment's key"):
-            await engine.up(fleet, head, other, Console())
+            await engine.start_or_attach(fleet, head, other, Console())
 
     on_a_node(tmp_path, work)
 
@@ -98,9 +98,9 @@ def cmdlines() -> list[Path]:
 def test_another_plan_stops_the_engine_that_runs(tmp_path: Path) -> None:
     async def work(fleet: Fleet, head: RemoteNode, made: list[kit.Machine]) -> None:
         port = free_port()
-        await engine.up(fleet, head, spec(a_plan(port)), Console())
+        await engine.start_or_attach(fleet, head, spec(a_plan(port)), Console())
         before = (await job_status(fleet, made[0].node, "engine")).pid
-        assert (await engine.up(fleet, head, spec(a_plan(port, "--load", "0.3")), Console())).how == "started"
+        assert (await engine.start_or_attach(fleet, head, spec(a_plan(port, "--load", "0.3")), Console())).how == "started"
         assert (await job_status(fleet, made[0].node, "engine")).pid != before
 
     on_a_node(tmp_path, work)
@@ -113,7 +113,7 @@ def test_the_same_plan_in_another_environment_stops_the_engine_that_runs(tmp_pat
         plan = a_plan(free_port())
         pids = []
         for environment, how in (("a" * 32, "started"), ("a" * 32, "running"), ("b" * 32, "started")):
-            assert (await engine.up(fleet, head, spec(plan, environment=environment), Console())).how == how
+            assert (await engine.start_or_attach(fleet, head, spec(plan, environment=environment), Console())).how == how
             pids.append((await job_status(fleet, made[0].node, "engine")).pid)
         assert pids[0] == pids[1] != pids[2]
 
@@ -123,14 +123,14 @@ def test_the_same_plan_in_another_environment_stops_the_engine_that_runs(tmp_pat
 def test_a_load_that_was_left_is_attached_to(tmp_path: Path) -> None:
     async def work(fleet: Fleet, head: RemoteNode, made: list[kit.Machine]) -> None:
         plan = a_plan(free_port(), "--load", "8")
-        first = asyncio.ensure_future(engine.up(fleet, head, spec(plan), Console()))
+        first = asyncio.ensure_future(engine.start_or_attach(fleet, head, spec(plan), Console()))
         while (pid := (await job_status(fleet, made[0].node, "engine")).pid) is None:  # noqa: ASYNC110
             await asyncio.sleep(0.1)
         first.cancel()
         with pytest.raises(asyncio.CancelledError):
             await first
         made[0].cut()
-        outcome = await engine.up(fleet, head, spec(plan), Console())
+        outcome = await engine.start_or_attach(fleet, head, spec(plan), Console())
         assert outcome.how == "attached"
         assert (await job_status(fleet, made[0].node, "engine")).pid == pid
 
@@ -144,7 +144,7 @@ def test_a_death_while_loading_is_told_by_its_first_cause(tmp_path: Path) -> Non
     async def work(fleet: Fleet, head: RemoteNode, made: list[kit.Machine]) -> None:
         plan = a_plan(free_port(), "--die", "1", "--say", str(words))
         with pytest.raises(EngineError, match="ended with 1 while loading: GPU memory ran out") as error:
-            await engine.up(fleet, head, spec(plan), Console())
+            await engine.start_or_attach(fleet, head, spec(plan), Console())
         assert "deploy plan" in error.value.remedy
         verdict = diagnose(await probe(fleet, head, spec(plan)))
         assert verdict.kind == "dead-engine"
@@ -163,7 +163,7 @@ def test_a_worker_that_died_is_told_with_the_node_that_ray_lost(tmp_path: Path) 
     async def work(fleet: Fleet, head: RemoteNode, made: list[kit.Machine]) -> None:
         plan = a_plan(free_port(), "--die", "1", "--say", str(words))
         with pytest.raises(EngineError, match="while loading: Ray lost k1; a worker died"):
-            await engine.up(fleet, head, spec(plan, nodes=lost), Console())
+            await engine.start_or_attach(fleet, head, spec(plan, nodes=lost), Console())
 
     on_a_node(tmp_path, work)
 
@@ -175,7 +175,7 @@ def test_a_node_that_ray_loses_while_loading_ends_it(tmp_path: Path) -> None:
     async def work(fleet: Fleet, head: RemoteNode, made: list[kit.Machine]) -> None:
         plan = a_plan(free_port(), "--load", "60")
         with pytest.raises(EngineError, match="Ray lost k1 while the engine was loading"):
-            await engine.up(fleet, head, spec(plan, nodes=lost, check=0.5), Console())
+            await engine.start_or_attach(fleet, head, spec(plan, nodes=lost, check=0.5), Console())
         assert (await job_status(fleet, made[0].node, "engine")).state == "stopped"
 
     on_a_node(tmp_path, work)
@@ -184,7 +184,7 @@ def test_a_node_that_ray_loses_while_loading_ends_it(tmp_path: Path) -> None:
 def test_too_long_a_load_is_stopped(tmp_path: Path) -> None:
     async def work(fleet: Fleet, head: RemoteNode, made: list[kit.Machine]) -> None:
         with pytest.raises(EngineError, match="no completion after 2 s; it was loading"):
-            await engine.up(fleet, head, spec(a_plan(free_port(), "--load", "60"), load=2.0), Console())
+            await engine.start_or_attach(fleet, head, spec(a_plan(free_port(), "--load", "60"), load=2.0), Console())
         assert (await job_status(fleet, made[0].node, "engine")).state == "stopped"
 
     on_a_node(tmp_path, work)
@@ -195,7 +195,7 @@ def test_a_port_that_somebody_holds_is_refused_by_name(tmp_path: Path) -> None:
         with socket.create_server(("127.0.0.1", 0)) as other:
             plan = a_plan(int(other.getsockname()[1]))
             with pytest.raises(EngineError, match=r"port \d+ is held by .*process \d+.*not of this deployment"):
-                await engine.up(fleet, head, spec(plan), Console())
+                await engine.start_or_attach(fleet, head, spec(plan), Console())
         assert (await job_status(fleet, made[0].node, "engine")).state == "absent"
 
     on_a_node(tmp_path, work)
@@ -208,7 +208,7 @@ def test_a_wedge_is_told_from_others_work(tmp_path: Path, busy: bool) -> None:
     async def work(fleet: Fleet, head: RemoteNode, made: list[kit.Machine]) -> None:
         hang = tmp_path / "hang"
         plan = a_plan(free_port(), "--wedge", str(hang), *(["--busy"] if busy else []))
-        await engine.up(fleet, head, spec(plan), Console())
+        await engine.start_or_attach(fleet, head, spec(plan), Console())
         hang.touch()
         try:
             begun = time.monotonic()
@@ -226,11 +226,11 @@ def test_a_wedged_engine_is_started_anew_and_one_that_works_for_others_is_not(tm
     async def work(fleet: Fleet, head: RemoteNode, made: list[kit.Machine]) -> None:
         hang = tmp_path / "hang"
         plan = a_plan(free_port(), "--wedge", str(hang), *(["--busy"] if busy else []))
-        await engine.up(fleet, head, spec(plan), Console())
+        await engine.start_or_attach(fleet, head, spec(plan), Console())
         pid = (await job_status(fleet, made[0].node, "engine")).pid
         hang.touch()
         asyncio.get_running_loop().call_later(4, hang.unlink)
-        outcome = await engine.up(fleet, head, spec(plan, canary=1.0), Console())
+        outcome = await engine.start_or_attach(fleet, head, spec(plan, canary=1.0), Console())
         assert outcome.how == ("running" if busy else "started")
         assert ((await job_status(fleet, made[0].node, "engine")).pid == pid) is busy
 

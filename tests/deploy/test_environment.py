@@ -99,18 +99,18 @@ def test_built_once_proven_switched_rolled_back_collected(
     async def go() -> None:
         async with kit.nodes(tmp_path, 2) as nodes:
             one, two = publish(folder, "1.0", "x = 1\n"), publish(folder, "2.0", "x = 2\n")
-            made = await asyncio.gather(*(environment.up(nodes, spec(one), here, console) for _ in range(2)))
+            made = await asyncio.gather(*(environment.build_and_activate(nodes, spec(one), here, console) for _ in range(2)))
             assert sorted(each.built for each in made) == [False, True]  # two people at once: one builds
             assert set(made[0].rows) == {"k0", "k1"}
-            again = await environment.up(nodes, spec("# a comment\n" + one), here, console)
+            again = await environment.build_and_activate(nodes, spec("# a comment\n" + one), here, console)
             assert (again.id, again.built, again.switched) == (made[0].id, False, False)
-            second = await environment.up(nodes, spec(two), here, console)
+            second = await environment.build_and_activate(nodes, spec(two), here, console)
             assert (root / "env").resolve().name == second.id
             with pytest.raises(DigestError, match="another file than the lock names"):
-                await environment.up(nodes, spec("tiny==1.0 --hash=sha256:" + "0" * 64), here, console)
+                await environment.build_and_activate(nodes, spec("tiny==1.0 --hash=sha256:" + "0" * 64), here, console)
             broken = publish(folder, "3.0", "import nothing_there\n")
             with pytest.raises(InstallError, match="k0: tiny: ModuleNotFoundError"):
-                await environment.up(nodes, spec(broken), here, console)
+                await environment.build_and_activate(nodes, spec(broken), here, console)
             assert (root / "env").resolve().name == second.id  # what is broken never becomes active
             assert (await call(nodes[0], "environment.rollback", {"root": str(root), "link": "env"}))["active"] == made[0].id
             assert (root / "env").resolve().name == made[0].id
@@ -196,7 +196,7 @@ def test_a_managed_python_comes_onto_the_share_and_serves_every_environment(
     async def go() -> None:
         async with kit.nodes(tmp_path, 2) as nodes:
             lock = publish(folder, "1.0", "x = 1\n")
-            made = await environment.up(nodes, spec(lock), here, Console())
+            made = await environment.build_and_activate(nodes, spec(lock), here, Console())
             assert made.switched
             base = (root / "env" / "bin" / "python").resolve()
             (place,) = (root / "python").iterdir()
@@ -205,9 +205,9 @@ def test_a_managed_python_comes_onto_the_share_and_serves_every_environment(
             described = json.loads((root / "env" / "environment.json").read_text())
             assert Path(described["interpreter"]) == base
             shutil.rmtree(tmp_path / "mirror" / "20260101")  # it is not asked again
-            other = await environment.up(nodes, spec(publish(folder, "2.0", "x = 2\n")), here, Console())
+            other = await environment.build_and_activate(nodes, spec(publish(folder, "2.0", "x = 2\n")), here, Console())
             assert other.built
-            own = await environment.up(nodes, spec(lock, source="system", mirror=None), here, Console())
+            own = await environment.build_and_activate(nodes, spec(lock, source="system", mirror=None), here, Console())
             assert own.id != made.id  # the node's own Python makes another environment
 
     asyncio.run(go())
@@ -225,10 +225,10 @@ def test_a_python_that_is_another_than_uv_knows_or_cannot_be_had_is_told_with_a_
         async with kit.nodes(tmp_path, 1) as nodes:
             spec = EnvironmentSpec(root=str(root), lock=lock, index=url, engine="tiny", source="managed", mirror=mirror)
             with pytest.raises(DigestError, match=r"k0: another Python came than uv knows: .*Hash mismatch"):
-                await environment.up(nodes, spec, here, Console())
+                await environment.build_and_activate(nodes, spec, here, Console())
             shutil.rmtree(tmp_path / "mirror" / "20260101")
             with pytest.raises(HostError, match=r"uv could not bring Python: .*No such file") as error:
-                await environment.up(nodes, spec, here, Console())
+                await environment.build_and_activate(nodes, spec, here, Console())
             assert "`python_mirror` in deploy.toml" in error.value.remedy
             assert '`python = "system"`' in error.value.remedy
             assert not (root / "env").exists()
@@ -276,7 +276,9 @@ def test_a_cut_while_it_is_built_stops_no_build(tmp_path: Path, monkeypatch: pyt
             spec = EnvironmentSpec(
                 root=str(tmp_path / "share"), lock=publish(folder, "1.0", "x = 1\n"), index=url, engine="tiny"
             )
-            running = asyncio.ensure_future(environment.up(remote_nodes(fleet), spec, settings.load(), Console()))
+            running = asyncio.ensure_future(
+                environment.build_and_activate(remote_nodes(fleet), spec, settings.load(), Console())
+            )
             assert await asyncio.to_thread(asked.wait, 60)
             before = made[0].entered
             made[0].cut()

@@ -31,9 +31,10 @@ from deploy.rehearsal import source, standin
 from deploy.remote import look
 from deploy.steps import environment, order, processes, ray, setlock, step
 from deploy.steps.dealing import told
-from deploy.steps.environment import DownloadStep, EnvironmentStep
+from deploy.steps.download import DownloadStep
+from deploy.steps.environment import EnvironmentStep
 from deploy.steps.order import StepChoice
-from deploy.steps.preflight import ProofStep
+from deploy.steps.proof import ProofStep
 from deploy.steps.step import Applied, Looks, Step, Work, perform
 from gracefarm import settings
 from gracefarm.console import Console
@@ -213,11 +214,11 @@ def test_both_environments_stand_on_the_python_that_deploy_toml_names(
     (tmp_path / "gh200-cu124.lock").write_text(f"{lock}aphrodite-engine==1 --hash=sha256:{'0' * 64}\n")
     asked: list[tuple[str, str, str | None]] = []
 
-    async def up(_nodes: object, spec: environment.EnvironmentSpec, *_more: object) -> environment.Built:
+    async def build(_nodes: object, spec: environment.EnvironmentSpec, *_more: object) -> environment.Built:
         asked.append((spec.link, spec.source, spec.mirror))
         return environment.Built(id=spec.link * 8, built=True, switched=True, rows={})
 
-    monkeypatch.setattr(environment, "up", up)
+    monkeypatch.setattr(environment, "build_and_activate", build)
 
     async def go(work: Work) -> None:
         await perform(EnvironmentStep(), work, {})
@@ -232,7 +233,7 @@ def test_a_set_without_the_engine_is_refused_before_anything_is_built(tmp_path: 
     """`engine = "vllm"` with the other engine's set would be found out by an import, when the environment is built."""
     (tmp_path / "gh200-cu124.lock").write_text((REPOSITORY / "stacks/cu124/requirements.lock").read_text())
     (tmp_path / "gh200-cu130.lock").write_text((REPOSITORY / "sets/gh200-cu130/requirements.lock").read_text())
-    monkeypatch.setattr(environment, "up", pytest.fail)
+    monkeypatch.setattr(environment, "build_and_activate", pytest.fail)
 
     async def refused(work: Work) -> None:
         with pytest.raises(ConfigError, match="gh200-cu124 has no vllm, and the engine is to be vllm") as error:

@@ -85,7 +85,7 @@ def with_nodes(room: Rig, deployment: Deployment, work: Callable[[Fleet, list[Re
 def up(room: Rig, deployment: Deployment, plan: ServePlan, **more: object) -> ray.Started:
     python = paths.program(deployment, "python")
     spec = ray.ClusterSpec(plan=plan, python=python, token=ray_kit.TOKEN, **more)  # type: ignore[arg-type]
-    return with_nodes(room, deployment, lambda made, nodes: ray.up(made, nodes, spec, Console()))
+    return with_nodes(room, deployment, lambda made, nodes: ray.start_missing(made, nodes, spec, Console()))
 
 
 def down(room: Rig, deployment: Deployment) -> dict[str, int]:

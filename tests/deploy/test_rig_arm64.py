@@ -63,7 +63,7 @@ def test_the_farms_own_aarch64_wheel_arrives_by_hash_and_is_imported(
                     spec = environment.EnvironmentSpec(
                         root=f"{MOUNT}/gracefarm", lock=lock, index=f"{url}/simple/", engine="tiny"
                     )
-                    return await environment.up(remote_nodes(made), spec, here, Console())
+                    return await environment.build_and_activate(remote_nodes(made), spec, here, Console())
 
             with room.inside():
                 outcome = asyncio.run(up(f"tiny-c==1.0 --hash=sha256:{digest}\n"))

@@ -61,7 +61,7 @@ class Scene:
         """What `deploy serve` leaves: plan, key, state, and a pretend engine that runs."""
         self.keep("running")
         try:
-            await engine.up(self.fleet, remote_nodes(self.fleet)[0], self.spec(), Console())
+            await engine.start_or_attach(self.fleet, remote_nodes(self.fleet)[0], self.spec(), Console())
         except EngineError as error:
             self.keep("failed", error.cause)
             raise
@@ -212,7 +212,7 @@ def test_status_of_a_load_and_of_one_that_failed(tmp_path: Path) -> None:
         kept = state.read(made.deployment.folder)
         steps = {**kept.steps, "load": StepRecord(digest="x", outcome="done", begun=0.0, data={"loading": 600.0})}
         made.deployment.folder.state.write_text(State(steps=steps).model_dump_json())
-        starting = asyncio.create_task(engine.up(made.fleet, remote_nodes(made.fleet)[0], made.spec(), Console()))
+        starting = asyncio.create_task(engine.start_or_attach(made.fleet, remote_nodes(made.fleet)[0], made.spec(), Console()))
         log = Path(await made.fleet.folder(made.deployment.head)) / "jobs" / "engine" / "log"
         await until(lambda: log.exists() and " 25%" in log.read_text())
         code, said = await made.status()

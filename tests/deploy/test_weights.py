@@ -56,7 +56,7 @@ def bring(folder: Path, served: hub.Hub, python: str, *, count: int = 3, **more:
 
 async def bringing(folder: Path, served: hub.Hub, python: str, *, count: int = 3, **more: object) -> weights.Brought:
     async with kit.nodes(folder, count) as nodes:
-        return await weights.up(nodes, spec(folder, served, python, **more), Console(as_json=False))
+        return await weights.bring(nodes, spec(folder, served, python, **more), Console(as_json=False))
 
 
 def lower_bound(files: Sequence[WeightsFile], nodes: int) -> float:
@@ -139,7 +139,7 @@ def test_a_node_without_the_shared_folder_is_named(homes: Path, hub_python: str)
         async with kit.nodes(homes, 2) as (first, second):
             assert isinstance(second.shell, FleetShell)
             blind = replace(second, shell=Elsewhere(second.shell.fleet, second.shell.node))
-            await weights.up([first, blind], spec(homes, served, hub_python, patience=2.0), Console())
+            await weights.bring([first, blind], spec(homes, served, hub_python, patience=2.0), Console())
 
     with hub.serving(kit.shards(4, 5_000)) as served, pytest.raises(HostError, match="k1: this node does not see the shared"):
         asyncio.run(go(served))
@@ -177,7 +177,7 @@ def test_killed_in_the_middle_the_same_command_fetches_only_the_rest(homes: Path
 
     async def cut(served: hub.Hub) -> None:
         async with kit.nodes(homes, 2) as nodes:
-            running = asyncio.ensure_future(weights.up(nodes, spec(homes, served, hub_python, workers=1), Console()))
+            running = asyncio.ensure_future(weights.bring(nodes, spec(homes, served, hub_python, workers=1), Console()))
             while sum(map(len, served.served.values())) < 4:  # noqa: ASYNC110 - another thread serves
                 await asyncio.sleep(0.05)
             for pid in workers_below(homes):
@@ -232,7 +232,7 @@ def test_the_token_is_in_no_argument_no_environment_and_no_file_but_the_jobs_std
 
     async def go(served: hub.Hub) -> None:
         async with kit.nodes(homes, 2) as nodes:
-            running = asyncio.ensure_future(weights.up(nodes, spec(homes, served, hub_python, token=TOKEN), Console()))
+            running = asyncio.ensure_future(weights.bring(nodes, spec(homes, served, hub_python, token=TOKEN), Console()))
             while not running.done():
                 await asyncio.to_thread(look)
                 await asyncio.sleep(0.02)
@@ -288,7 +288,7 @@ def test_a_cut_of_every_connection_stops_no_download(homes: Path, hub_python: st
     async def go(served: hub.Hub) -> weights.Brought:
         async with kit.machines(homes, 2) as made, kit.fleet(homes, made) as fleet:
             running = asyncio.ensure_future(
-                weights.up(remote_nodes(fleet), spec(homes, served, hub_python, token=TOKEN), Console())
+                weights.bring(remote_nodes(fleet), spec(homes, served, hub_python, token=TOKEN), Console())
             )
             await served_count(served, 3)
             before = [machine.entered for machine in made]
@@ -321,13 +321,13 @@ def test_an_interrupted_commands_download_goes_on_and_the_next_one_waits_for_it(
             wish = spec(homes, served, hub_python, token=TOKEN, workers=1)
             async with kit.machines(homes, 2) as made:
                 async with kit.fleet(homes, made) as fleet:
-                    running = asyncio.ensure_future(weights.up(remote_nodes(fleet), wish, Console()))
+                    running = asyncio.ensure_future(weights.bring(remote_nodes(fleet), wish, Console()))
                     await served_count(served, 3)
                     served.rate = 10_000
                     running.cancel()
                     await asyncio.wait({running})
                 async with kit.fleet(homes, made) as fleet:
-                    outcome = await weights.up(remote_nodes(fleet), wish, Hears())
+                    outcome = await weights.bring(remote_nodes(fleet), wish, Hears())
                 assert outcome.rounds == 0
                 assert content(outcome) == wanted(served.files)
 
@@ -344,7 +344,7 @@ def test_two_deployments_on_one_share_bring_the_same_files_once_and_apart(tmp_pa
 
     async def bring(name: str, served: hub.Hub) -> weights.Brought:
         async with kit.nodes(tmp_path / name, 2) as nodes:
-            return await weights.up(nodes, spec(tmp_path, served, hub_python, owner=name), Console())
+            return await weights.bring(nodes, spec(tmp_path, served, hub_python, owner=name), Console())
 
     async def go(served: hub.Hub) -> list[weights.Brought]:
         first = asyncio.ensure_future(bring("first", served))
@@ -385,7 +385,7 @@ def test_while_another_deployment_gives_signs_of_life_this_one_waits_and_says_so
             pulse = Path(paths.weights(wish.root, wish.repo, hub.COMMIT) + ".other.staging") / "k0" / "pulse"
             pulse.parent.mkdir(parents=True)
             async with kit.nodes(homes, 1) as nodes:
-                running = asyncio.ensure_future(weights.up(nodes, wish, Hears()))
+                running = asyncio.ensure_future(weights.bring(nodes, wish, Hears()))
                 count = 0
                 while not said:
                     count += 1
@@ -404,7 +404,7 @@ def test_while_another_deployment_gives_signs_of_life_this_one_waits_and_says_so
 def test_down_ends_downloads_at_once_and_none_that_waits_begins(homes: Path, hub_python: str) -> None:
     async def go(served: hub.Hub) -> None:
         async with kit.nodes(homes, 2) as nodes:
-            running = asyncio.ensure_future(weights.up(nodes, spec(homes, served, hub_python), Console()))
+            running = asyncio.ensure_future(weights.bring(nodes, spec(homes, served, hub_python), Console()))
             await served_count(served, 3)
             since, count = time.monotonic(), sum(map(len, served.served.values()))
             ended = await processes.stop(nodes, kit.mark(homes), grace=30)
@@ -434,7 +434,7 @@ def test_a_node_that_is_lost_leaves_its_files_to_the_others(
     async def go(served: hub.Hub) -> weights.Brought:
         async with kit.machines(homes, 3) as made, kit.fleet(homes, made, connect_timeout=0.1) as fleet:
             wish = spec(homes, served, hub_python, patience=2.0)
-            running = asyncio.ensure_future(weights.up(remote_nodes(fleet), wish, Console()))
+            running = asyncio.ensure_future(weights.bring(remote_nodes(fleet), wish, Console()))
             await served_count(served, 4)
             if dies:
                 look.stop({"prefixes": [f"{fleet.mark}/k2/"], "grace": 0})

@@ -1,0 +1,31 @@
+"""The step `proof`: preflight again, in the environment that will serve."""
+
+from __future__ import annotations
+
+from deploy.nodes.state import StepRecord, digest
+from deploy.steps.preflight import boots, cells_of, require, summary, without_ours
+from deploy.steps.step import Applied, Looks, Step, Work
+
+OF_THE_NODE = ("names", "share", "route", "ports", "clock", "cuda", "memory", "shm", "limits")
+"Checks that an environment does not change."
+
+
+class ProofStep(Step):
+    """Preflight once more in the environment that will serve: pages, libstdc++, all-reduce."""
+
+    name = "proof"
+
+    def inputs(self, work: Work, looks: Looks) -> str | None:
+        """The environment, where there is one, and the nodes."""
+        identifier = work.keeper.state.data("environment").get("id")
+        return digest("proof", work.pairs, identifier, boots(looks)) if identifier else None
+
+    def check(self, work: Work, record: StepRecord, looks: Looks) -> None:
+        """The inputs say it all."""
+
+    async def apply(self, work: Work, looks: Looks) -> Applied:
+        """Ask and judge."""
+        cells = await cells_of(work, looks, told=OF_THE_NODE)
+        require(without_ours(cells, looks))
+        reduced = next((cell.text for cell in cells if cell.check == "gloo" and cell.status == "ok"), None)
+        return Applied(text=f"with the environment: {summary(cells)}" + (f"; all-reduce {reduced}" if reduced else ""))
