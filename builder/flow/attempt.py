@@ -94,7 +94,7 @@ class Attempt:
             units=self.units,
             compiler_cache=self.compiler_cache,
             verdicts=self.verdicts,
-            judged_by=judges.digest(self.plan.recipe),
+            judged_by=judges.digest(self.plan),
             smoke=self.smoke,
             gpu=self.gpu,
             finished=record.now(),

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import shutil
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 
-from builder import audit, fetch, smoke
+from builder import audit, fetch
 from builder.audit import policy
 from builder.box import binfmt
-from builder.compiling import pep517
 from builder.fetch import source
+from builder.flow import judge
 from builder.flow.attempt import Attempt, BuildOptions
 from builder.flow.compile import checkpoint, compiled
 from builder.flow.ground import lay_ground
@@ -46,7 +45,7 @@ def build(plan: Plan, options: BuildOptions, settings: Settings, console: Consol
         attempt = Attempt(plan=plan, options=options, settings=settings, console=console, folder=folder)
         if built is not None:
             console.step("done", f"{data.name} {data.version} exists already with this id; nothing to build")
-            built = built if built.judged_by == judges.digest(plan.recipe) else _judged_again(attempt, built)
+            built = built if built.judged_by == judges.digest(plan) else _judged_again(attempt, built)
         else:
             try:
                 built = _recorded(attempt)
@@ -104,11 +103,11 @@ def _judged_again(attempt: Attempt, built: Record) -> Record:
     assert wheel is not None
     attempt.console.step("audit", "the gates or the smoke test changed since this wheel passed them: it is judged again")
     ground = lay_ground(attempt.plan, attempt.settings, attempt.console)
-    _pass_gates(attempt, wheel, policy.of_plan(attempt.plan, ground, attempt.work))
-    _smoked(attempt, wheel, ground)
+    judge.pass_gates(attempt, wheel, policy.of_plan(attempt.plan, ground, attempt.work))
+    judge.pass_smoke(attempt, wheel, ground)
     remove_tree(attempt.folder / "smoke")
     judgement = {"verdicts": attempt.verdicts, "smoke": attempt.smoke, "gpu": attempt.gpu}
-    updated = built.model_copy(update=judgement | {"judged_by": judges.digest(attempt.plan.recipe)})
+    updated = built.model_copy(update=judgement | {"judged_by": judges.digest(attempt.plan)})
     record.write(updated, attempt.settings)
     return updated
 
@@ -132,7 +131,7 @@ def _stages(attempt: Attempt) -> Path:
     raw = compiled(attempt, fetched, ground, epoch)
     with attempt.timed("audit"):
         wheel = _audited(attempt, raw, ground, epoch)
-    _smoked(attempt, wheel, ground)
+    judge.pass_smoke(attempt, wheel, ground)
     final = attempt.folder / "dist" / wheel.name
     remove_tree(final.parent)
     final.parent.mkdir()
@@ -162,36 +161,5 @@ def _audited(attempt: Attempt, raw: Path, ground: Ground, epoch: int) -> Path:
     remove_tree(attempt.folder / "repaired")
     if not expected.objects_only:
         wheel = audit.repair(wheel, expected, attempt.folder / "repaired", epoch)
-    _pass_gates(attempt, wheel, expected)
+    judge.pass_gates(attempt, wheel, expected)
     return wheel
-
-
-def _pass_gates(attempt: Attempt, wheel: Path, expected: policy.Policy) -> None:
-    attempt.verdicts = audit.audit(wheel, expected)
-    for verdict in attempt.verdicts:
-        attempt.console.step("audit", f"{verdict.status:14} {verdict.gate}: {verdict.summary}")
-    audit.require(attempt.verdicts)
-
-
-def _smoked(attempt: Attempt, wheel: Path, ground: Ground) -> None:
-    plan, console = attempt.plan, attempt.console
-    if plan.stack.data.objects_only:
-        console.step("smoke", f"not run: stack {plan.stack.data.name} has headers alone, nothing can be loaded")
-        return
-    trial = smoke.Trial(
-        wheel=wheel,
-        imports=plan.recipe.data.smoke.imports,
-        script=plan.recipe.smoke_script,
-        bed=plan.toolchain.bed(ground, emulated=plan.host is not plan.target),
-        folder=attempt.folder / "smoke",
-        memory=pep517.bound(attempt.settings),
-        log=attempt.log,
-    )
-    attempt.smoke, outcome, command = smoke.run(trial)
-    attempt.stages.append(record.stage("smoke", outcome, command))
-    modules = ", ".join(attempt.smoke.modules)
-    console.step("smoke", f"imported {modules} in a clean environment in {outcome.wall_s:.0f} s")
-    if plan.recipe.smoke_gpu_script is not None:
-        with attempt.timed("smoke-gpu"):
-            attempt.gpu = smoke.run_gpu(replace(trial, script=plan.recipe.smoke_gpu_script), plan.stack.data.sm)
-        console.step("smoke-gpu", smoke.sentence(attempt.gpu))

@@ -8,28 +8,50 @@ import json
 from functools import cache
 from pathlib import Path
 
-from builder.planning.recipe import LoadedRecipe
+from builder.planning.plan import Plan
 
 _CODE = Path(__file__).parents[1]
 RULES = (
-    *sorted(f"audit/{path.name}" for path in (_CODE / "audit").glob("*.py") if path.name != "repair.py"),
+    "audit/__init__.py",
+    "audit/alignment.py",
+    "audit/contents.py",
+    "audit/cubins.py",
+    "audit/grafted.py",
+    "audit/machine.py",
+    "audit/policy.py",
+    "audit/providers.py",
+    "audit/python_abi.py",
+    "audit/rpath.py",
+    "audit/symbols.py",
+    "audit/tag.py",
+    "audit/verdict.py",
+    "audit/wheel_file.py",
+    "box/gpu.py",
     "data/gpu_probe.py",
     "data/smoke_driver.py",
     "elf.py",
+    "flow/judge.py",
+    "ground/environment.py",
+    "ground/wheels.py",
     "planning/driver.py",
+    "planning/tags.py",
     "smoke.py",
     "toolchains/bed.py",
+    "toolchains/host_bed.py",
+    "toolchains/host_environment.py",
 )
-"Modules whose code decides whether a wheel passes, below builder/; audit/repair.py makes the wheel that is judged."
+"Modules whose code decides whether a wheel passes, below builder/."
 
 
-def digest(recipe: LoadedRecipe) -> str:
-    """Hex sha256 of what judges a wheel of the recipe: gates, smoke tests, and what the recipe itself asks."""
+def digest(plan: Plan) -> str:
+    """Hex sha256 of what judges a plan's wheel: gates, smoke tests, and what recipe and toolchain themselves ask."""
+    recipe = plan.recipe
     content = hashlib.sha256(rules().encode())
     for script in (recipe.smoke_script, recipe.smoke_gpu_script):
         content.update((script.read_bytes() if script else b"") + b"\0")
     wheel = recipe.data.wheel.model_dump(mode="json", include={"bundled", "max_size"})
-    content.update(json.dumps([wheel, recipe.data.smoke.imports], sort_keys=True).encode())
+    build_paths = plan.toolchain.build_paths(Path("/work"))
+    content.update(json.dumps([wheel, recipe.data.smoke.imports, build_paths], sort_keys=True).encode())
     return content.hexdigest()
 
 
@@ -43,11 +65,24 @@ def rules(code: Path = _CODE) -> str:
 
 
 def code_digest(text: str) -> str:
-    """Hex sha256 of what Python code does: comments, layout and docstrings are not in it."""
+    """Hex sha256 of what Python code does, the same under each Python: comments, layout and docstrings are not in it."""
     tree = ast.parse(text)
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             # Docstrings, and those of constants and fields.
             code = [line for line in node.body if not (isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant))]
             node.body = code or [ast.Pass()]
-    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
+        elif isinstance(node, ast.JoinedStr):
+            # Python 3.12 ends `{value:{width}}` with an empty string.
+            node.values = [part for part in node.values if not (isinstance(part, ast.Constant) and part.value == "")]
+    return hashlib.sha256(_dump(tree).encode()).hexdigest()
+
+
+def _dump(node: object) -> str:
+    """A syntax tree as text, without its empty fields: `ast.dump` writes those that its Python has."""
+    if isinstance(node, list):
+        return f"[{', '.join(map(_dump, node))}]"
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    fields = [f"{name}={_dump(value)}" for name, value in ast.iter_fields(node) if value not in (None, [])]
+    return f"{type(node).__name__}({', '.join(fields)})"

@@ -185,7 +185,7 @@ def latest(settings: Settings, recipe: str) -> Record:
 def settled(plan: Plan, settings: Settings) -> Record | None:
     """The record of such a build whose wheel was judged by the gates and smoke tests of today."""
     build = existing(plan, settings)
-    return build if build is not None and build.judged_by == judges.digest(plan.recipe) else None
+    return build if build is not None and build.judged_by == judges.digest(plan) else None
 
 
 def existing(plan: Plan, settings: Settings) -> Record | None:

@@ -18,7 +18,6 @@ from builder.planning import pins
 from builder.planning.plan import (
     CUDA_LAYOUT,
     Bed,
-    Clean,
     Ground,
     Inputs,
     Plan,
@@ -28,7 +27,8 @@ from builder.planning.plan import (
 from builder.planning.recipe import ToolchainKind
 from builder.planning.settings import Settings
 from builder.planning.stack import Arch, LoadedStack
-from builder.toolchains import bed, cuda_home, host_environment, host_tools, wrappers
+from builder.toolchains import cuda_home, host_environment, host_tools, wrappers
+from builder.toolchains.host_bed import HostBed, library_path, search_path
 from builder.toolchains.host_tools import HostTools
 from gracefarm.console import Tick, no_tick
 from gracefarm.files import atomic_directory, atomic_write, lock, remove_tree
@@ -137,31 +137,6 @@ class HostToolchain(Toolchain):
         return HostBed(tools=self.tools, ground=ground, emulated=emulated)
 
 
-@dataclass(frozen=True, kw_only=True)
-class HostBed:
-    """A virtual environment over that of the build, on the machine itself."""
-
-    tools: HostTools
-    ground: Ground
-    emulated: bool = False
-    overlaid = True
-
-    def clean(self, wheel: Path, scratch: Path, files: Path, *, memory: int, with_gpu: bool) -> Clean:
-        """See `builder.planning.plan.Bed`; a GPU of the machine is there anyway."""
-        prefix = host_environment.fresh(self.tools, self.ground.environment, scratch / "env", wheel)
-        for name in ("home", "tmp"):
-            remove_tree(scratch / name)
-            (scratch / name).mkdir()
-        own = {"HOME": str(scratch / "home"), "TMPDIR": str(scratch / "tmp"), "PATH": _search_path(self.tools, prefix)}
-        place = HostPlace(
-            environment=bed.variables() | own | _library_path(),
-            workdir=str(files),
-            memory=memory,
-            network=self.tools.uncut is not None,
-        )
-        return Clean(prefix=str(prefix), files=str(files), place=place)
-
-
 def _cuda_home(tools: HostTools, settings: Settings) -> Path | None:
     """A CUDA_HOME of links into the machine's toolkit with our nvcc in front, whatever its layout; None without CUDA."""
     top = tools.cuda_home
@@ -208,7 +183,7 @@ def _variables(
     for source, copy in (("host/host.cmake", cmake), ("toolchain/front.py", front)):
         atomic_write(copy, (files("builder") / "data" / source).read_bytes())
     values |= {
-        "PATH": f"{folder / 'bin'}:{_search_path(tools, site, home)}",
+        "PATH": f"{folder / 'bin'}:{search_path(tools, site, home)}",
         "HOME": str(folder / "home"),
         "TMPDIR": str(folder / "tmp"),
         "CC": os.environ.get("CC") or "gcc",
@@ -226,19 +201,7 @@ def _variables(
         # Before the objects: what is found in it is not looked for in libstdc++.a, which the compiler adds at the end.
         shared = f"-Wl,--push-state,--no-as-needed,{tools.cxx_runtime},--pop-state"
         values["LDFLAGS"] = f"{values.get('LDFLAGS', '')} {shared}".strip()
-    return values | _library_path()
-
-
-def _search_path(tools: HostTools, site: Path, home: Path | None = None) -> str:
-    """PATH: our nvcc, the clean environment, the scripts of the named one, this machine's programs."""
-    places = [*([home / "bin"] if home else []), site / "bin", tools.interpreter.scripts]
-    return ":".join([*map(str, places), *dict.fromkeys([*os.environ.get("PATH", os.defpath).split(":"), "/usr/bin", "/bin"])])
-
-
-def _library_path() -> dict[str, str]:
-    """LD_LIBRARY_PATH, without which the torch of some machines does not load."""
-    value = os.environ.get("LD_LIBRARY_PATH")
-    return {"LD_LIBRARY_PATH": value} if value else {}
+    return values | library_path()
 
 
 def _ninja(folder: Path, settings: Settings) -> None:

@@ -2,13 +2,44 @@
 
 from __future__ import annotations
 
+import ast
 import shutil
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from builder import toolchains
+from builder.planning import recipe, stack
+from builder.planning.stack import Arch
 from builder.proof import judges
+from builder.toolchains.container import ContainerToolchain
+from builder.toolchains.sandbox import SandboxToolchain
 from tests.conftest import REPOSITORY
+
+DO_NOT_JUDGE = {
+    "audit/repair.py": "makes the wheel that is judged",
+    "box/host.py": "runs what it is told to",
+    "box/sandbox.py": "runs what it is told to",
+    "compiling/pep517.py": "the settings' bound on memory, and which line of an output is shown",
+    "fetch/own_index.py": "brings what the lock names by sha256",
+    "fetch/urls.py": "how an address is shown",
+    "flow/attempt.py": "holds the verdicts",
+    "ground/bytecode.py": "fills in what Python would write itself",
+    "ground/toolkit.py": "the compiler",
+    "ground/torch_facts.py": "judges the stack's torch, not the wheel",
+    "ground/uv.py": "how uv is called",
+    "planning/pins.py": "values of the lock, which enter the build id",
+    "planning/plan.py": "values, which enter the build id; what a toolchain asks is in the digest itself",
+    "planning/recipe.py": "values, which enter the build id or the digest itself",
+    "planning/settings.py": "values of this machine",
+    "planning/stack.py": "values, which enter the build id",
+    "proof/record.py": "keeps what came out",
+    "toolchains/host_tools.py": "finds the tools, which enter the build id",
+    "toolchains/wrappers.py": "where site-packages is",
+}
+"What RULES import, and why it is no rule: its changes leave finished wheels as they were judged."
 
 
 @pytest.fixture
@@ -34,6 +65,13 @@ def edited(code: Path, name: str, old: str, new: str) -> str:
         ("audit/policy.py", "max_size=parse_size(recipe.wheel.max_size)", "max_size=1"),
         ("audit/alignment.py", "def _wrong(", "def _right("),
         ("audit/__init__.py", " cubins,", ""),
+        ("flow/judge.py", "audit.require(attempt.verdicts)", "pass"),
+        ("flow/judge.py", "if plan.stack.data.objects_only:", "if True:"),
+        ("toolchains/host_bed.py", "overlaid = True", "overlaid = False"),
+        ("toolchains/host_environment.py", "    wheels.install_file(", "    str("),
+        ("ground/environment.py", "        add(into, wheel)", "        pass"),
+        ("ground/wheels.py", "def install_file(", "def leave_file("),
+        ("box/gpu.py", "if any(", "if all("),
         ("smoke.py", "_require_own(trial.wheel, result)", ""),
         ("toolchains/bed.py", '"OMP_NUM_THREADS": "1"', '"OMP_NUM_THREADS": "2"'),
         ("data/smoke_driver.py", "\nimport json\n", "\nimport json\nimport html\n"),
@@ -53,13 +91,46 @@ def test_a_changed_rule_judges_anew(code: Path, name: str, old: str, new: str) -
         ("audit/policy.py", "Highest manylinux level accepted", "Another sentence"),
         ("smoke.py", "Import the wheel in a fresh environment.", "Another sentence."),
         ("data/driver-symbols-13.0.txt", "# Source", "# From"),
-        ("flow/build.py", "AuditError, SmokeError", "Another word"),
+        ("flow/judge.py", "one refuses", "Another sentence"),
     ],
 )
 def test_a_comment_does_not(code: Path, name: str, old: str, new: str) -> None:
     assert edited(code, name, old, new) == judges.rules()
 
 
-def test_every_module_of_the_gates_is_a_rule_but_the_one_that_repairs() -> None:
-    modules = {f"audit/{path.name}" for path in (REPOSITORY / "builder" / "audit").glob("*.py")}
-    assert {name for name in judges.RULES if name.startswith("audit/")} == modules - {"audit/repair.py"}
+def imported(name: str) -> Iterator[str]:
+    """Modules of the builder that one of them imports, below builder/."""
+    builder = REPOSITORY / "builder"
+    for node in ast.walk(ast.parse((builder / name).read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module is not None and node.module.split(".")[0] == "builder":
+            place = REPOSITORY.joinpath(*node.module.split("."))
+            for alias in node.names:
+                files = (place / f"{alias.name}.py", place / alias.name / "__init__.py", place.with_suffix(".py"))
+                yield str(next(filter(Path.is_file, (*files, place / "__init__.py"))).relative_to(builder))
+
+
+def test_what_rules_import_is_a_rule_or_said_not_to_judge() -> None:
+    assert {module for name in judges.RULES for module in imported(name)} - set(judges.RULES) == DO_NOT_JUDGE.keys()
+
+
+def test_where_a_toolchain_builds_is_in_the_digest() -> None:
+    loaded = recipe.load(REPOSITORY / "recipes", "causal_conv1d")
+    plan = toolchains.make(loaded, stack.load(REPOSITORY / "stacks", "cu130"), stack.host_arch(), Arch.AARCH64)
+
+    class Elsewhere(SandboxToolchain):
+        """One that says nothing of where it builds."""
+
+        def build_paths(self, folder: Path) -> tuple[str, ...]:  # noqa: ARG002
+            return ()
+
+    container = ContainerToolchain(engine="podman", cibuildwheel="4")
+    assert len({judges.digest(replace(plan, toolchain=kind)) for kind in (plan.toolchain, Elsewhere(), container)}) == 3
+
+
+def test_the_digest_of_code_is_the_same_under_each_python() -> None:
+    code = """
+class Gate(Base, kind=None):
+    def judge(self, wheel, /, *names, policy=None, **others) -> str:
+        return f"{wheel!r:>{policy}} {{of}} {', '.join(names)}" "and", [*names], {**others}
+"""
+    assert judges.code_digest(code) == "d945251d6dadb7cd119f13ed058f4fc3b05716dc28b389c909d148f7c60b2c71"

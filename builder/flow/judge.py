@@ -1,0 +1,54 @@
+"""A finished wheel before gates and smoke tests: what it must pass, and what is not asked of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from builder import audit, smoke
+from builder.audit.policy import Policy
+from builder.compiling import pep517
+from builder.flow.attempt import Attempt
+from builder.planning.plan import Ground
+from builder.proof import record
+
+
+def pass_gates(attempt: Attempt, wheel: Path, expected: Policy) -> None:
+    """Every gate's verdict, for the record and the console.
+
+    Raises:
+        AuditError: one refuses.
+    """
+    attempt.verdicts = audit.audit(wheel, expected)
+    for verdict in attempt.verdicts:
+        attempt.console.step("audit", f"{verdict.status:14} {verdict.gate}: {verdict.summary}")
+    audit.require(attempt.verdicts)
+
+
+def pass_smoke(attempt: Attempt, wheel: Path, ground: Ground) -> None:
+    """The imports, smoke.py and, with a GPU, smoke_gpu.py.
+
+    Raises:
+        SmokeError: the wheel does not load, or not rightly.
+    """
+    plan, console = attempt.plan, attempt.console
+    if plan.stack.data.objects_only:
+        console.step("smoke", f"not run: stack {plan.stack.data.name} has headers alone, nothing can be loaded")
+        return
+    trial = smoke.Trial(
+        wheel=wheel,
+        imports=plan.recipe.data.smoke.imports,
+        script=plan.recipe.smoke_script,
+        bed=plan.toolchain.bed(ground, emulated=plan.host is not plan.target),
+        folder=attempt.folder / "smoke",
+        memory=pep517.bound(attempt.settings),
+        log=attempt.log,
+    )
+    attempt.smoke, outcome, command = smoke.run(trial)
+    attempt.stages.append(record.stage("smoke", outcome, command))
+    modules = ", ".join(attempt.smoke.modules)
+    console.step("smoke", f"imported {modules} in a clean environment in {outcome.wall_s:.0f} s")
+    if plan.recipe.smoke_gpu_script is not None:
+        with attempt.timed("smoke-gpu"):
+            attempt.gpu = smoke.run_gpu(replace(trial, script=plan.recipe.smoke_gpu_script), plan.stack.data.sm)
+        console.step("smoke-gpu", smoke.sentence(attempt.gpu))

@@ -1,0 +1,50 @@
+"""Clean environments on this machine itself, where finished wheels are tried."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from builder.box.host import HostPlace
+from builder.planning.plan import Clean, Ground
+from builder.toolchains import bed, host_environment
+from builder.toolchains.host_tools import HostTools
+from gracefarm.files import remove_tree
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostBed:
+    """A virtual environment over that of the build, on the machine itself."""
+
+    tools: HostTools
+    ground: Ground
+    emulated: bool = False
+    overlaid = True
+
+    def clean(self, wheel: Path, scratch: Path, files: Path, *, memory: int, with_gpu: bool) -> Clean:
+        """See `builder.planning.plan.Bed`; a GPU of the machine is there anyway."""
+        prefix = host_environment.fresh(self.tools, self.ground.environment, scratch / "env", wheel)
+        for name in ("home", "tmp"):
+            remove_tree(scratch / name)
+            (scratch / name).mkdir()
+        own = {"HOME": str(scratch / "home"), "TMPDIR": str(scratch / "tmp"), "PATH": search_path(self.tools, prefix)}
+        place = HostPlace(
+            environment=bed.variables() | own | library_path(),
+            workdir=str(files),
+            memory=memory,
+            network=self.tools.uncut is not None,
+        )
+        return Clean(prefix=str(prefix), files=str(files), place=place)
+
+
+def search_path(tools: HostTools, site: Path, home: Path | None = None) -> str:
+    """PATH: our nvcc, the clean environment, the scripts of the named one, this machine's programs."""
+    places = [*([home / "bin"] if home else []), site / "bin", tools.interpreter.scripts]
+    return ":".join([*map(str, places), *dict.fromkeys([*os.environ.get("PATH", os.defpath).split(":"), "/usr/bin", "/bin"])])
+
+
+def library_path() -> dict[str, str]:
+    """LD_LIBRARY_PATH, without which the torch of some machines does not load."""
+    value = os.environ.get("LD_LIBRARY_PATH")
+    return {"LD_LIBRARY_PATH": value} if value else {}
