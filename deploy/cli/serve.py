@@ -20,7 +20,7 @@ from deploy.fleet.ssh import open_fleet
 from deploy.nodes import paths, redact, state
 from deploy.nodes.facts import load_facts
 from deploy.nodes.state import Keeper
-from deploy.steps import brought, environment, order, preflight, weights
+from deploy.steps import environment, order, preflight, spares, weights
 from deploy.steps.order import Served, StepChoice
 from deploy.steps.preflight_checks import Cell
 from deploy.steps.step import Work, look
@@ -98,7 +98,7 @@ def up(context: DeployContext, start: str | None, skip: tuple[str, ...], no_wait
 
 
 async def _up(work: Work, choice: StepChoice) -> bool:
-    return await order.up(await brought.without_lost_spares(work), choice)
+    return await order.up(await spares.without_lost_spares(work), choice)
 
 
 @click.command()
@@ -112,7 +112,7 @@ def serve(context: DeployContext, skip_up: bool, no_wait: bool) -> None:
     """
 
     async def go(work: Work) -> Served:
-        work = await brought.without_lost_spares(work)
+        work = await spares.without_lost_spares(work)
         if not skip_up:
             await order.up(work)
         return await order.serve(work)

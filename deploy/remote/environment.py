@@ -285,7 +285,7 @@ def active(root: Path, link: str) -> str | None:
     return Path(os.path.realpath(path)).name if path.is_symlink() else None
 
 
-def rollback(request: Json) -> Json:
+def roll_back(request: Json) -> Json:
     """Back to the generation before the active one that was another environment and still exists."""
     root, link = Path(request["root"]), request["link"]
     with SharedLock(root / "locks" / f"switch-{link}"):

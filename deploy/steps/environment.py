@@ -176,7 +176,7 @@ async def roll_back(work: Work) -> Json:
         HostError: there is none.
     """
     await claim(work)
-    answer = await call(work.nodes[0], "environment.rollback", {"root": work.root, "link": "env"})
+    answer = await call(work.nodes[0], "environment.roll_back", {"root": work.root, "link": "env"})
     step = EnvironmentStep()
     work.keeper.begin(step.name, step.inputs(work, {}))
     work.keeper.end(step.name, "done", f"{answer['active'][:12]} is active, rolled back to", {"id": answer["active"]})

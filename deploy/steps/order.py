@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from deploy.fleet.results import combined_error
 from deploy.planning.plans import ServePlan
-from deploy.steps import brought, cache, environment
+from deploy.steps import cache, environment, served_plan
 from deploy.steps.cache import CacheStep
 from deploy.steps.download import DownloadStep
 from deploy.steps.engine import EngineStep
@@ -96,7 +96,7 @@ async def serve(work: Work) -> Served:
     Raises:
         EngineError: with the first cause. Ray stays as it is when the engine fails; `down` ends both.
     """
-    plan = await brought.plan_of(work)
+    plan = await served_plan.plan_of(work)
     seen = await glance(work.nodes[0], {"prefix": "-", "root": work.root})
     work = replace(work, plan=plan, environment=seen["environments"].get("env") or "")
     await perform(RAY, work, {})

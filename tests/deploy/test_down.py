@@ -16,7 +16,7 @@ from deploy.nodes import state
 from deploy.nodes.facts import load_facts
 from deploy.nodes.state import State, StepRecord
 from deploy.remote import look
-from deploy.steps import brought, environment, processes, ray, step
+from deploy.steps import environment, processes, ray, spares, step
 from deploy.steps.environment import Matrix, Module
 from deploy.steps.step import Work
 from gracefarm import settings
@@ -100,16 +100,16 @@ def test_a_spare_that_is_away_is_left_out_and_a_node_that_serves_is_not(
                 console=Console(),
                 settings=settings.load(),
             )
-            assert await brought.without_lost_spares(whole) == whole
+            assert await spares.without_lost_spares(whole) == whole
             await made.made[1].switch_off()
             with pytest.raises(SshError, match="k1 "):
                 await step.look(whole)
-            less = await brought.without_lost_spares(whole)
+            less = await spares.without_lost_spares(whole)
             assert [node.name for node in less.nodes] == ["k0", "k2"]
             assert less.pairs != whole.pairs  # what is done without it is done for it when it is back
             assert set(await step.look(less)) == {"k0", "k2"}
             await made.made[2].switch_off()
-            again = await brought.without_lost_spares(whole)
+            again = await spares.without_lost_spares(whole)
             assert [node.name for node in again.nodes] == ["k0", "k2"]
             with pytest.raises(SshError, match="k2 "):
                 await step.look(again)

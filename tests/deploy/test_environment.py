@@ -112,10 +112,10 @@ def test_built_once_proven_switched_rolled_back_collected(
             with pytest.raises(InstallError, match="k0: tiny: ModuleNotFoundError"):
                 await environment.build_and_activate(nodes, spec(broken), here, console)
             assert (root / "env").resolve().name == second.id  # what is broken never becomes active
-            assert (await call(nodes[0], "environment.rollback", {"root": str(root), "link": "env"}))["active"] == made[0].id
+            assert (await call(nodes[0], "environment.roll_back", {"root": str(root), "link": "env"}))["active"] == made[0].id
             assert (root / "env").resolve().name == made[0].id
             with pytest.raises(HostError, match="no earlier environment"):
-                await call(nodes[0], "environment.rollback", {"root": str(root), "link": "env"})
+                await call(nodes[0], "environment.roll_back", {"root": str(root), "link": "env"})
             gone = await environment.collect(nodes, str(root), keep=2, grace=0)
             assert len(gone["removed"]) == 1
             assert {each["id"] for each in (await environment.listing(nodes, str(root)))["environments"]} == {

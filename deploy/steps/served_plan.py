@@ -1,11 +1,10 @@
-"""The model and the plan of what was brought onto the share."""
+"""The plan of what is served: of the model as it is on the share."""
 
 from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Collection, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,30 +30,17 @@ async def plan_of(work: Work) -> ServePlan:
     return plan
 
 
-async def without_lost_spares(work: Work) -> Work:
-    """Without the nodes that no plan needs and that cannot be reached: nothing is to run there, so nothing waits for them.
-
-    What is done meanwhile is done for them too, once they are back: every step depends on which nodes there are.
-    """
-    tried = await work.fleet.connect(sorted(await _spares(work)))
-    lost = {name: error for name, error in tried.items() if error}
-    for error in lost.values():
-        work.console.warn(f"{error.cause}; it is a spare: going on without it")
-    return replace(work, away=tuple(lost))
-
-
-async def _spares(work: Work) -> Collection[str]:
-    """By the plan that was served last, else by the one that would be made without asking the Hub."""
+async def likely_plan(work: Work) -> ServePlan | None:
+    """The plan that was served last, else the one that would be made without asking the Hub; None: there is neither."""
     weights = work.keeper.state.data("weights")
     try:
-        plan: ServePlan | None = ServePlan.model_validate_json((work.deployment.folder.path / "plan.json").read_bytes())
+        return ServePlan.model_validate_json((work.deployment.folder.path / "plan.json").read_bytes())
     except (OSError, ValueError):
         try:
             model = await _model_brought(work, weights) if weights else _model_at_hand(work)
-            plan = plans.make(work.deployment, work.facts, model) if model else None
+            return plans.make(work.deployment, work.facts, model) if model else None
         except GracefarmError:
-            return ()  # whoever needs the plan tells it
-    return {node.name for node in work.deployment.nodes} & set(plan.spares) if plan else ()
+            return None  # whoever needs the plan tells it
 
 
 def _model_at_hand(work: Work) -> Model | None:
