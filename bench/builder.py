@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from builder import fetch, toolchains
+from builder import fetch
 from builder.box import binfmt, sandbox
 from builder.box.sandbox import BindMount, Sandbox
 from builder.fetch import source
@@ -25,6 +25,7 @@ from builder.planning.plan import Ground, Plan
 from builder.planning.settings import Settings
 from builder.planning.stack import Arch
 from builder.proof import record
+from builder.toolchains import choice
 from builder.upkeep import doctor
 from gracefarm.console import Console
 from gracefarm.files import remove_tree
@@ -49,7 +50,7 @@ def make_bed() -> Bed:
     farm = settings.load()
     loaded = recipe.load(farm.project / "recipes", "causal_conv1d")
     base = stack.load(farm.project / "stacks", "cu130")
-    plan = toolchains.make(loaded, base, stack.host_arch(), Arch.AARCH64)
+    plan = choice.make_plan(loaded, base, stack.host_arch(), Arch.AARCH64)
     ground = lay_ground(plan, farm, Console())
     work = farm.home / "bench"
     remove_tree(work)
@@ -133,7 +134,7 @@ def outside(bed: Bed) -> float:
 
 def emulated(bed: Bed) -> Callable[[], float]:
     """Seconds of the unit as cibuildwheel would compile it here: the target's own nvcc and g++, all under qemu by binfmt."""
-    native = toolchains.make(bed.plan.recipe, bed.plan.stack, Arch.AARCH64, Arch.AARCH64)
+    native = choice.make_plan(bed.plan.recipe, bed.plan.stack, Arch.AARCH64, Arch.AARCH64)
     base = root.ensure(native.stack, Arch.AARCH64, Arch.AARCH64, bed.settings)
     compiler = environment.ensure_toolchain(native.stack, Arch.AARCH64, bed.settings)
     ground = replace(bed.ground, root=base, compiler=compiler)

@@ -8,12 +8,13 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from builder import fetch, toolchains
+from builder import fetch
 from builder.box import sandbox
 from builder.fetch import source
 from builder.flow.ground import lay_ground
 from builder.planning import recipe, settings, stack
 from builder.planning.stack import Arch
+from builder.toolchains import choice
 from gracefarm.console import Console
 from gracefarm.files import remove_tree
 
@@ -42,7 +43,7 @@ def measure(unit: str) -> dict[str, float]:
     farm = settings.load()
     loaded = recipe.load(TESTS / "recipes", "flash_attn_objects")
     base = stack.load(TESTS / "stacks", "cu124-headers")
-    plan = toolchains.make(loaded, base, stack.host_arch(), Arch.AARCH64)
+    plan = choice.make_plan(loaded, base, stack.host_arch(), Arch.AARCH64)
     ground = lay_ground(plan, farm, Console())
     work = farm.home / "bench"
     remove_tree(work)

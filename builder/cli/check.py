@@ -15,7 +15,7 @@ from builder.compiling import pep517
 from builder.planning import recipe, stack
 from builder.planning.plan import Bed
 from builder.planning.settings import Settings
-from builder.toolchains import Choice
+from builder.toolchains.choice import ToolchainChoice
 from builder.toolchains.sandbox import SandboxToolchain
 from gracefarm.console import Console
 from gracefarm.errors import UsageError
@@ -75,7 +75,7 @@ def smoke_command(
     script: Path | None,
     recipe_name: str | None,
     gpu: bool,
-    on: Choice,
+    on: ToolchainChoice,
     as_json: bool,
 ) -> None:
     """Import a wheel by name in a fresh environment of the stack, and with --gpu try it on a GPU.
@@ -116,7 +116,7 @@ def smoke_command(
     console.result(result.model_dump() | {"wall_s": outcome.wall_s}, "\n".join(lines))
 
 
-def _bed(wheel: Path, stack_name: str, on: Choice, settings: Settings) -> tuple[Bed, tuple[str, ...]]:
+def _bed(wheel: Path, stack_name: str, on: ToolchainChoice, settings: Settings) -> tuple[Bed, tuple[str, ...]]:
     """Where a wheel is tried, and the architectures that it must have."""
     loaded, target = stack.load(settings.project / "stacks", stack_name), audit.target_of(wheel)
     host = stack.host_arch()

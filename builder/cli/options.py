@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from builder import toolchains
 from builder.planning import recipe, stack
 from builder.planning.plan import Plan, Wanted
 from builder.planning.recipe import ToolchainKind
@@ -17,7 +18,8 @@ from builder.planning.settings import PACKAGED, Settings, load
 from builder.planning.stack import Arch
 from builder.proof import record
 from builder.proof.record import Record
-from builder.toolchains import KINDS, Choice
+from builder.toolchains import KINDS
+from builder.toolchains.choice import ToolchainChoice
 from gracefarm.console import Console
 from gracefarm.errors import ConfigError, UsageError
 
@@ -72,7 +74,7 @@ class Aim:
     stack: str | None
     "None: the recipe's own."
     target: str
-    on: Choice
+    on: ToolchainChoice
 
 
 def start(*, as_json: bool = False, writes: bool = False) -> tuple[Settings, Console]:
@@ -100,7 +102,7 @@ def aimed(function: Function) -> Function:
     """--stack, --target and the toolchain's options, given to the command as `aim`."""
 
     @functools.wraps(function)
-    def with_aim(*arguments: Any, stack_name: str | None, target: str, on: Choice, **options: Any) -> Any:
+    def with_aim(*arguments: Any, stack_name: str | None, target: str, on: ToolchainChoice, **options: Any) -> Any:
         return function(*arguments, aim=Aim(stack=stack_name, target=_target_here(target, on), on=on), **options)
 
     return _with(toolchained(with_aim), *_STACK_AND_TARGET)
@@ -128,13 +130,13 @@ def placed(function: Function) -> Function:
     return _with(function, *_TOOLS)
 
 
-def wanted(toolchain: ToolchainKind, own: Path | None, python: Path | None, cuda: Path | None) -> Choice:
+def wanted(toolchain: ToolchainKind, own: Path | None, python: Path | None, cuda: Path | None) -> ToolchainChoice:
     """The toolchain that is wanted.
 
     Raises:
         UsageError: options that do not go together.
     """
-    choice = Choice(kind=toolchain, wanted=Wanted(environment=own, python=python, cuda=cuda))
+    choice = ToolchainChoice(kind=toolchain, wanted=Wanted(environment=own, python=python, cuda=cuda))
     for name, value in (("--environment", own), ("--python", python), ("--cuda", cuda)):
         if value is not None and not choice.type.native:
             raise UsageError(f"{name} is about this machine's tools", remedy=f"say --toolchain host {name} {value}")
@@ -143,29 +145,28 @@ def wanted(toolchain: ToolchainKind, own: Path | None, python: Path | None, cuda
     return choice
 
 
-def plan_of(name: str, stack_name: str | None, target: str, settings: Settings, on: Choice | None = None) -> Plan:
+def plan_of(name: str, stack_name: str | None, target: str, settings: Settings, on: ToolchainChoice | None = None) -> Plan:
     """The plan that a command line means."""
     loaded = recipe.load(settings.project / "recipes", name)
     base = stack.load(settings.project / "stacks", stack_name or loaded.data.stack)
-    return (on or Choice()).plan(loaded, base, Arch(target))
+    return (on or ToolchainChoice()).plan(loaded, base, Arch(target))
 
 
-def as_built(inputs: Mapping[str, Any], own: Path | None, python: Path | None, cuda: Path | None) -> Choice:
+def as_built(inputs: Mapping[str, Any], own: Path | None, python: Path | None, cuda: Path | None) -> ToolchainChoice:
     """The toolchain of an earlier build with these inputs, as `wanted` has it.
 
     Raises:
         UsageError: it stood on an environment of somebody's own, whose place no input is, or options do not go together.
     """
-    toolchain = inputs.get("toolchain", {})
-    if own is None and "distributions" in toolchain:
+    if own is None and "distributions" in inputs.get("toolchain", {}):
         raise UsageError(
             "that build stood on an environment of somebody's own, and nothing says where that is",
             remedy="say it: --environment PATH",
         )
-    return wanted(toolchain.get("kind", "sandbox"), own, python, cuda)
+    return wanted(toolchains.of_inputs(inputs).kind, own, python, cuda)
 
 
-def _target_here(target: str, on: Choice) -> str:
+def _target_here(target: str, on: ToolchainChoice) -> str:
     """The target of a host build is this machine; another one asked for is an error, the default is not.
 
     Raises:

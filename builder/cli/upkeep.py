@@ -10,9 +10,10 @@ from pathlib import Path
 import click
 from pydantic import BaseModel
 
+from builder import toolchains
 from builder.cli.options import json_option, last_build, plan_of, start
 from builder.proof import record
-from builder.toolchains import KINDS
+from builder.toolchains.choice import ToolchainChoice
 from gracefarm.errors import ConfigError, ExitCode
 from gracefarm.files import atomic_write, lock
 
@@ -64,9 +65,10 @@ def shell_command(name: str) -> None:
     settings, console = start()
     last = last_build(name, settings)
     folder = record.folder(settings, last.build_id) / "work"
-    if where := KINDS[last.toolchain].closed:
+    on = ToolchainChoice(kind=toolchains.of_inputs(last.inputs).kind)
+    if where := on.type.closed:
         raise ConfigError(f"the last build of {name} {where}", remedy=f"look around in {folder}")
-    plan = plan_of(name, last.stack, str(last.inputs["target"]), settings)
+    plan = plan_of(name, last.stack, str(last.inputs["target"]), settings, on)
     if plan.build_id != last.build_id:
         console.warn(f"changed since that build (`builder why {name}`): files are that build's, tools and variables today's")
     with lock(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from builder import toolchains
 from builder.cli.options import FILE, jobs_option, json_option, last_wheel, start
 from builder.planning import recipe, stack
 from builder.planning.plan import Plan
@@ -13,7 +14,7 @@ from builder.planning.settings import Settings
 from builder.planning.stack import Arch
 from builder.proof import signing, verify
 from builder.proof.verify import Inside
-from builder.toolchains import KINDS, make
+from builder.toolchains.choice import ToolchainChoice
 from gracefarm.console import Console
 from gracefarm.errors import ConfigError, UsageError, VerifyError
 
@@ -85,10 +86,10 @@ def _plan_of(inside: Inside, wheel: Path, settings: Settings) -> Plan:
             folder stands in the objects, and another folder's wheel would differ without anything to find out.
         ConfigError: the project makes no such build.
     """
-    how = KINDS[inside.inputs.get("toolchain", {}).get("kind", "sandbox")].unsealed
-    if how is not None:
+    kind = toolchains.of_inputs(inside.inputs)
+    if kind.unsealed is not None:
         raise UsageError(
-            f"{wheel.name} was built {how}, so that a build in another folder shows nothing",
+            f"{wheel.name} was built {kind.unsealed}, so that a build in another folder shows nothing",
             remedy="build it in the sandbox, whose wheels `--rebuild` compares; the other checks hold for this one too",
         )
     loaded = recipe.load(settings.project / "recipes", inside.inputs["recipe"]["name"])
@@ -96,7 +97,7 @@ def _plan_of(inside: Inside, wheel: Path, settings: Settings) -> Plan:
         base = stack.load(settings.project / "stacks", name)
         target = Arch(inside.inputs["target"])
         if target in base.data.glibc:
-            candidate = make(loaded, base, stack.host_arch(), target)
+            candidate = ToolchainChoice(kind=kind.kind).plan(loaded, base, target)
             if candidate.build_id == inside.build_id:
                 return candidate
     raise ConfigError(

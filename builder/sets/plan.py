@@ -9,13 +9,13 @@ from functools import cached_property
 
 from packaging.utils import canonicalize_name
 
-from builder import toolchains
 from builder.planning import gaps, pins
 from builder.planning.gaps import Gap
 from builder.planning.pins import LockedWheel
 from builder.planning.plan import Plan
 from builder.planning.stack import Arch
 from builder.sets.definition import LoadedSet
+from builder.toolchains.choice import make_plan
 from gracefarm.errors import ConfigError, PublishError
 from gracefarm.files import sha256_file
 
@@ -66,7 +66,7 @@ def plan_set(loaded: LoadedSet, host: Arch) -> SetPlan:
         )
     wheels = pins.wheels(loaded.runtime, loaded.data.target)
     _check_torch(loaded, wheels)
-    builds = tuple(toolchains.make(recipe, loaded.stack, host, loaded.data.target) for recipe in loaded.recipes)
+    builds = tuple(make_plan(recipe, loaded.stack, host, loaded.data.target) for recipe in loaded.recipes)
     own = {canonicalize_name(plan.recipe.data.name) for plan in builds}
     for wheel in wheels:
         if wheel.name in own:

@@ -1,17 +1,15 @@
-"""What builds a wheel: the kinds of toolchain, and the plan that one of them is chosen for."""
+"""What builds a wheel: the kinds of toolchain."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from typing import Any
 
-from builder.planning.plan import Plan, Toolchain, Wanted
-from builder.planning.recipe import LoadedRecipe, ToolchainKind
-from builder.planning.stack import Arch, LoadedStack, host_arch
+from builder.planning.plan import Toolchain
+from builder.planning.recipe import ToolchainKind
 from builder.toolchains.container import ContainerToolchain
 from builder.toolchains.host import HostToolchain
 from builder.toolchains.sandbox import SandboxToolchain
-from gracefarm.errors import ConfigError
 
 KINDS: Mapping[ToolchainKind, type[Toolchain]] = {
     kind.kind: kind for kind in (SandboxToolchain, HostToolchain, ContainerToolchain)
@@ -19,50 +17,6 @@ KINDS: Mapping[ToolchainKind, type[Toolchain]] = {
 "Every kind, by its name on the command line and in records."
 
 
-def make(recipe: LoadedRecipe, stack: LoadedStack, host: Arch, target: Arch, toolchain: Toolchain | None = None) -> Plan:
-    """The plan of a build; None: in the sandbox.
-
-    Raises:
-        ConfigError: the recipe refuses the toolchain, the stack has no such target or not what the toolchain needs, or this
-            host cannot build for the target.
-    """
-    toolchain = toolchain or SandboxToolchain()
-    reason = recipe.data.refuses.get(toolchain.kind)
-    if reason is not None:
-        raise ConfigError(
-            f"{recipe.key} is not built with --toolchain {toolchain.kind}: {reason}",
-            remedy=f"take another: {', '.join(kind for kind in KINDS if kind not in recipe.data.refuses)}",
-        )
-    stack = toolchain.facts(stack)
-    if target not in stack.data.glibc:
-        known = ", ".join(arch.value for arch in stack.data.glibc)
-        raise ConfigError(f"stack {stack.data.name} has no target {target.value}", remedy=f"targets: {known}")
-    if host is Arch.AARCH64 and target is Arch.X86_64:
-        raise ConfigError("an aarch64 host builds for aarch64 alone", remedy="build x86_64 wheels on an x86_64 machine")
-    plan = Plan(recipe=recipe, stack=stack, host=host, target=target, toolchain=toolchain)
-    toolchain.require(plan)
-    return plan
-
-
-@dataclass(frozen=True, kw_only=True)
-class Choice:
-    """The toolchain that a user asked for."""
-
-    kind: ToolchainKind = "sandbox"
-    wanted: Wanted = field(default_factory=Wanted)
-
-    @property
-    def type(self) -> type[Toolchain]:
-        """Its class."""
-        return KINDS[self.kind]
-
-    def plan(self, recipe: LoadedRecipe, stack: LoadedStack, target: Arch) -> Plan:
-        """The plan of a build with it, as this machine has it.
-
-        Raises:
-            HostError: the machine lacks a part of it.
-            ConfigError: see `make`.
-        """
-        host = host_arch()
-        toolchain = self.type.find(stack, self.wanted, cuda=recipe.data.build.cuda)
-        return make(recipe, stack, host, host if toolchain.native else target, toolchain)
+def of_inputs(inputs: Mapping[str, Any]) -> type[Toolchain]:
+    """The kind of an earlier build with these inputs; the sandbox alone adds none of its own."""
+    return KINDS[inputs.get("toolchain", {}).get("kind", "sandbox")]

@@ -193,7 +193,7 @@ def _info(engine: str, *options: str) -> str | None:
 
 
 def image(plan: Plan) -> Image:
-    """The stack's image for the target, which `plan.make` has found."""
+    """The stack's image for the target, which `choice.make_plan` has found."""
     return plan.stack.data.container[plan.target]
 
 

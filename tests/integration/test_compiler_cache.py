@@ -17,13 +17,12 @@ from typing import Any
 
 import pytest
 
-from builder import toolchains
 from builder.box import sandbox
 from builder.compiling import units
 from builder.flow.ground import lay_ground
 from builder.planning import recipe, stack
 from builder.planning.stack import Arch, host_arch
-from builder.toolchains import wrappers
+from builder.toolchains import choice, wrappers
 from gracefarm.console import Console
 from gracefarm.files import remove_tree
 from tests import projects
@@ -269,7 +268,7 @@ def test_each_pass_of_each_compiler_counts(farm: Farm, tmp_path: Path, stack_nam
     """Two architectures; a header for each, and one for the host, changes by turns. Then the first state again."""
     farm.recipe("tiny", projects.backend("pass"), stack=stack_name, build={"cuda": True})
     loaded = stack.load(farm.settings.project / "stacks", stack_name)
-    made = toolchains.make(recipe.load(farm.settings.project / "recipes", "tiny"), loaded, host_arch(), Arch.AARCH64)
+    made = choice.make_plan(recipe.load(farm.settings.project / "recipes", "tiny"), loaded, host_arch(), Arch.AARCH64)
     ground = lay_ground(made, farm.settings, Console())
     work = tmp_path / "work"
     for name in ("tmp", "source"):
@@ -310,7 +309,7 @@ def test_a_smoke_test_beside_it_which_links_the_headers_makes_no_unit_uncacheabl
     """Hard links change a file's ctime: ccache by itself takes that for a change of the file while it compiles."""
     farm.recipe("tiny", projects.backend("pass"), stack="cu130", build={"cuda": True})
     loaded = stack.load(farm.settings.project / "stacks", "cu130")
-    made = toolchains.make(recipe.load(farm.settings.project / "recipes", "tiny"), loaded, host_arch(), Arch.AARCH64)
+    made = choice.make_plan(recipe.load(farm.settings.project / "recipes", "tiny"), loaded, host_arch(), Arch.AARCH64)
     ground = lay_ground(made, farm.settings, Console())
     work, headers = tmp_path / "work", tmp_path / "headers"
     for folder in (work / "tmp", work / "source", headers):

@@ -20,7 +20,6 @@ from pathlib import Path
 import httpx
 import pytest
 
-from builder import toolchains
 from builder.box import sandbox
 from builder.box.sandbox import Sandbox
 from builder.flow import run
@@ -29,7 +28,7 @@ from builder.ground import root
 from builder.planning import gaps, packages, pins, recipe, stack
 from builder.planning.plan import Wanted
 from builder.planning.stack import Arch, host_arch
-from builder.toolchains import host_tools
+from builder.toolchains import choice, host_tools
 from builder.toolchains.container import ContainerToolchain
 from builder.toolchains.host import HostToolchain
 from gracefarm.console import Console
@@ -261,7 +260,7 @@ def place(farm: Farm, name: str, folder: Path) -> Sandbox:
     """The sandbox of a build for aarch64 against that stack, with `folder` as its working folder."""
     farm.recipe("tiny", projects.backend("pass"), stack=name, build={"cuda": True})
     loaded = stack.load(farm.settings.project / "stacks", name)
-    made = toolchains.make(recipe.load(farm.settings.project / "recipes", "tiny"), loaded, host_arch(), Arch.AARCH64)
+    made = choice.make_plan(recipe.load(farm.settings.project / "recipes", "tiny"), loaded, host_arch(), Arch.AARCH64)
     ground = lay_ground(made, farm.settings, Console())
     (folder / "tmp").mkdir(parents=True)
     box = made.toolchain.place(made, ground, farm.settings, folder, jobs=1, epoch=1, memory=4 << 30, cached=False)
@@ -356,16 +355,16 @@ def test_trap_7_triton_is_refused_in_a_container(farm: Farm) -> None:
     base = stack.load(REPOSITORY / "stacks", "cu124")
     contained = ContainerToolchain(engine="podman", cibuildwheel="4")
     with pytest.raises(ConfigError, match=r"triton is not built with --toolchain container: .*GLIBCXX_3\.4\.26") as refused:
-        toolchains.make(triton, base, Arch.AARCH64, Arch.AARCH64, contained)
+        choice.make_plan(triton, base, Arch.AARCH64, Arch.AARCH64, contained)
     assert refused.value.remedy == "take another: sandbox, host"
-    toolchains.make(triton, base, Arch.AARCH64, Arch.AARCH64)
-    toolchains.make(recipe.load(REPOSITORY / "recipes", "flash_attn"), base, Arch.AARCH64, Arch.AARCH64, contained)
+    choice.make_plan(triton, base, Arch.AARCH64, Arch.AARCH64)
+    choice.make_plan(recipe.load(REPOSITORY / "recipes", "flash_attn"), base, Arch.AARCH64, Arch.AARCH64, contained)
     bare = stack.load(farm.settings.project / "stacks", "bare")
     here = HostToolchain.find(bare, Wanted(python=Path(python311())), cuda=False)
     changed = replace(triton, data=triton.data.model_copy(update={"refuses": {"host": "why"}}))
-    assert toolchains.make(triton, bare, host_arch(), host_arch(), here).toolchain is here
+    assert choice.make_plan(triton, bare, host_arch(), host_arch(), here).toolchain is here
     with pytest.raises(ConfigError, match="not built with --toolchain host: why"):
-        toolchains.make(changed, bare, host_arch(), host_arch(), here)
+        choice.make_plan(changed, bare, host_arch(), host_arch(), here)
 
 
 @pytest.mark.parametrize("name", ["triton", "flash_attn", "aphrodite"])

@@ -20,12 +20,12 @@ from pathlib import Path
 import pytest
 import tomlkit
 
-from builder import toolchains
 from builder.fetch import Download, download
 from builder.flow.ground import lay_ground
 from builder.ground import debian
 from builder.planning import packages, recipe, stack
 from builder.planning.stack import Arch, host_arch
+from builder.toolchains import choice
 from gracefarm.console import Console
 from tests import projects
 from tests.conftest import REPOSITORY, Farm
@@ -110,7 +110,7 @@ def programs(farm: Farm, folder: Path) -> dict[str, bytes]:
     subprocess.run(["dpkg-deb", "--extract", place, folder], check=True)
     found = {name: next(path for path in folder.rglob(f"bin/{name}") if path.is_file()) for name in TOOLS}
     farm.recipe("headers", projects.backend("pass"), stack=base.data.name)
-    made = toolchains.make(recipe.load(farm.settings.project / "recipes", "headers"), base, host_arch(), Arch.AARCH64)
+    made = choice.make_plan(recipe.load(farm.settings.project / "recipes", "headers"), base, host_arch(), Arch.AARCH64)
     ground = lay_ground(made, farm.settings, Console())
     cupti = ground.packages(made) / "nvidia/cuda_cupti"
     libraries = {f"lib/{library.name}": library for library in sorted((cupti / "lib").glob("*.so*"))}

@@ -24,7 +24,6 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from builder import toolchains
 from builder.box.sandbox import Outcome
 from builder.fetch import fill, registry
 from builder.ground import environment, root
@@ -32,7 +31,7 @@ from builder.planning import gaps, recipe, stack
 from builder.planning.plan import Ground, Plan, Wanted
 from builder.planning.settings import Settings
 from builder.planning.stack import Arch, Image, host_arch
-from builder.toolchains import container, wrappers
+from builder.toolchains import choice, container, wrappers
 from builder.toolchains.container import ContainerToolchain
 from gracefarm.errors import ConfigError, FetchError, HostError
 from gracefarm.files import remove_tree
@@ -346,7 +345,7 @@ def ground(folder: Path) -> Ground:
 def plan_in(farm: Farm, stack_name: str, name: str, target: Arch = Arch.AARCH64) -> Plan:
     loaded = recipe.load(farm.settings.project / "recipes", name)
     base = stack.load(farm.settings.project / "stacks", stack_name)
-    return toolchains.make(loaded, base, HERE, target, ContainerToolchain(engine="podman", cibuildwheel="4.3"))
+    return choice.make_plan(loaded, base, HERE, target, ContainerToolchain(engine="podman", cibuildwheel="4.3"))
 
 
 def test_a_stack_without_an_image_is_no_stack_for_containers(farm: Farm) -> None:
@@ -368,7 +367,7 @@ def test_the_image_of_cu124_is_a_gap_of_container_builds_alone(farm: Farm) -> No
     whats = [gap.what for gap in gaps.of_plan(plan_in(farm, "cu124", "tiny"))]
     assert whats[-1] == "image docker.io/pytorch/manylinuxaarch64-builder:cuda12.4"
     base = stack.load(farm.settings.project / "stacks", "cu124")
-    sandboxed = toolchains.make(recipe.load(farm.settings.project / "recipes", "tiny"), base, HERE, Arch.AARCH64)
+    sandboxed = choice.make_plan(recipe.load(farm.settings.project / "recipes", "tiny"), base, HERE, Arch.AARCH64)
     assert [gap.what for gap in gaps.of_plan(sandboxed)] == whats[:-1]
     with pytest.raises(ConfigError) as refused:
         gaps.require_none(plan_in(farm, "cu124", "tiny"))

@@ -26,7 +26,8 @@ from builder.ground import environment, wheels
 from builder.planning import gaps, pins, stack
 from builder.planning.plan import Wanted
 from builder.planning.stack import host_arch
-from builder.toolchains import Choice, host, host_environment, host_tools, wrappers
+from builder.toolchains import host, host_environment, host_tools, wrappers
+from builder.toolchains.choice import ToolchainChoice
 from builder.toolchains.host import HostToolchain
 from gracefarm.errors import GracefarmError, RootError, SmokeError
 from tests import projects
@@ -93,7 +94,7 @@ def called(farm: Farm, patch: pytest.MonkeyPatch, *arguments: str, **variables: 
 
 def planned(farm: Farm, own: Path | None) -> str:
     """The build id of tiny_c with this machine's tools over an environment, or in the sandbox."""
-    on = Choice(kind="host", wanted=Wanted(environment=own)) if own else None
+    on = ToolchainChoice(kind="host", wanted=Wanted(environment=own)) if own else None
     return plan_of("tiny_c", None, NATIVE, farm.settings, on).build_id
 
 
@@ -180,9 +181,11 @@ def test_a_digest_that_an_environment_of_ones_own_does_not_need_is_no_gap(farm: 
     gap += 'index = "https://index.example/simple"\nsha256_unknown = "not reached"\n\n[toolchain]\n'
     text = (stacks / "own/stack.toml").read_text().replace('name = "bare"', 'name = "own"', 1)
     (stacks / "own/stack.toml").write_text(text.replace("[toolchain]\n", gap, 1))
-    locked = plan_of("tiny_c", None, NATIVE, farm.settings, Choice(kind="host", wanted=Wanted(python=Path(python311()))))
+    locked = plan_of(
+        "tiny_c", None, NATIVE, farm.settings, ToolchainChoice(kind="host", wanted=Wanted(python=Path(python311())))
+    )
     assert [gap.what for gap in gaps.of_plan(locked)] == [f"wheel 0.45.1 for {NATIVE}"]
-    taken = Choice(kind="host", wanted=Wanted(environment=own))
+    taken = ToolchainChoice(kind="host", wanted=Wanted(environment=own))
     assert gaps.of_plan(plan_of("tiny_c", None, NATIVE, farm.settings, taken)) == []
 
 

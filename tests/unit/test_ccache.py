@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from builder import toolchains
 from builder.planning import plan, recipe, stack
 from builder.planning.settings import Settings
 from builder.planning.stack import Arch
-from builder.toolchains import ccache
+from builder.toolchains import ccache, choice
 from gracefarm.errors import ConfigError
 from tests.unit.test_plan import LOCK, NAME, RECIPE, ROOT, STACK, project, replace
 
@@ -20,7 +19,7 @@ __all__ = ["project"]
 
 def made(project: Path, host: Arch = Arch.X86_64) -> plan.Plan:
     loaded = recipe.load(project / "recipes", NAME)
-    return toolchains.make(loaded, stack.load(project / "stacks", "cu130"), host, Arch.AARCH64)
+    return choice.make_plan(loaded, stack.load(project / "stacks", "cu130"), host, Arch.AARCH64)
 
 
 NVCC = re.compile(r'(nvidia-cuda-nvcc==\S+ ; platform_machine == "x86_64" --hash=sha256:)[0-9a-f]{8}')

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from builder import toolchains
 from builder.planning import recipe, stack
 from builder.planning.stack import Arch
 from builder.proof import judges
+from builder.toolchains import choice
 from builder.toolchains.container import ContainerToolchain
 from builder.toolchains.sandbox import SandboxToolchain
 from tests.conftest import REPOSITORY
@@ -115,7 +115,7 @@ def test_what_rules_import_is_a_rule_or_said_not_to_judge() -> None:
 
 def test_where_a_toolchain_builds_is_in_the_digest() -> None:
     loaded = recipe.load(REPOSITORY / "recipes", "causal_conv1d")
-    plan = toolchains.make(loaded, stack.load(REPOSITORY / "stacks", "cu130"), stack.host_arch(), Arch.AARCH64)
+    plan = choice.make_plan(loaded, stack.load(REPOSITORY / "stacks", "cu130"), stack.host_arch(), Arch.AARCH64)
 
     class Elsewhere(SandboxToolchain):
         """One that says nothing of where it builds."""

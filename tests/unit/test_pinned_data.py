@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from builder import toolchains
 from builder.compiling import pep517
 from builder.fetch import archive, fill, source
 from builder.ground import torch_facts, wheels
@@ -20,6 +19,7 @@ from builder.planning import gaps, packages, pins, recipe, stack
 from builder.planning.recipe import File, Recipe, Smoke, Substitution
 from builder.planning.stack import Arch
 from builder.proof.embed import require
+from builder.toolchains import choice
 from builder.toolchains.container import ContainerToolchain
 from gracefarm.errors import CompileError, ConfigError, RootError, SourceError
 from tests.conftest import REPOSITORY
@@ -83,7 +83,7 @@ def test_the_reason_for_a_gap_does_not_enter_the_build_id() -> None:
             folder=loaded.folder, data=loaded.data.model_copy(update={"files": files}), patches=(), smoke_script=None
         )
         base = stack.load(REPOSITORY / "stacks", "cu124")
-        ids.append(toolchains.make(changed, base, Arch.AARCH64, Arch.AARCH64).build_id)
+        ids.append(choice.make_plan(changed, base, Arch.AARCH64, Arch.AARCH64).build_id)
     assert ids[0] == ids[1]
 
 
@@ -190,14 +190,14 @@ def test_trap_4_the_stack_has_what_the_pinned_projects_ask_for(
     place = tmp_path / loaded.data.build.subdirectory / "pyproject.toml"
     place.parent.mkdir(exist_ok=True)
     place.write_text(f"[build-system]\nrequires = {json.dumps(requires)}\n")
-    pep517.check_requirements(toolchains.make(loaded, base, Arch.X86_64, Arch.AARCH64), tmp_path)
+    pep517.check_requirements(choice.make_plan(loaded, base, Arch.X86_64, Arch.AARCH64), tmp_path)
     kept = [line for line in base.requirements_lock.read_text().splitlines() if not line.startswith(f"{forgotten}==")]
     base.requirements_lock.write_text("\n".join(kept))
     text = (base.folder / "stack.toml").read_text()
     (base.folder / "stack.toml").write_text(re.sub(rf'^    "{forgotten}.*\n', "", text, flags=re.MULTILINE))
     base = stack.load(tmp_path / "stacks", "cu124")
     with pytest.raises(CompileError, match=rf"needs '{forgotten}.*' to build, stack cu124 has none"):
-        pep517.check_requirements(toolchains.make(loaded, base, Arch.X86_64, Arch.AARCH64), tmp_path)
+        pep517.check_requirements(choice.make_plan(loaded, base, Arch.X86_64, Arch.AARCH64), tmp_path)
 
 
 def test_the_compiler_from_debian_is_pinned_for_both_hosts() -> None:
@@ -219,17 +219,17 @@ def test_trap_6_a_root_with_headers_that_cuda_12_4_cannot_read_is_refused_by_the
     loaded = recipe.load(REPOSITORY / "recipes", "aphrodite")
     for name, reads in (("cu124", False), ("cu130", True)):
         base = stack.load(tmp_path / "stacks", name)
-        toolchains.make(loaded, base, host, Arch.AARCH64)
+        choice.make_plan(loaded, base, host, Arch.AARCH64)
         text = base.root_lock.read_text()
         base.root_lock.write_text(re.sub(rf'(name = "{package}", .*version = ")2\.36', r"\g<1>2.41", text))
         if reads or (package != "libc6-dev" and host is Arch.AARCH64):  # which needs no cross compiler's
-            toolchains.make(loaded, base, host, Arch.AARCH64)
+            choice.make_plan(loaded, base, host, Arch.AARCH64)
             continue
         with pytest.raises(ConfigError, match=rf"CUDA 12\.4 cannot read the headers of glibc 2\.41 .*root has {package}:"):
-            toolchains.make(loaded, base, host, Arch.AARCH64)
+            choice.make_plan(loaded, base, host, Arch.AARCH64)
         # triton compiles no CUDA; a container has headers of its own.
-        toolchains.make(recipe.load(REPOSITORY / "recipes", "triton"), base, host, Arch.AARCH64)
-        toolchains.make(loaded, base, host, Arch.AARCH64, ContainerToolchain(engine="podman", cibuildwheel="4"))
+        choice.make_plan(recipe.load(REPOSITORY / "recipes", "triton"), base, host, Arch.AARCH64)
+        choice.make_plan(loaded, base, host, Arch.AARCH64, ContainerToolchain(engine="podman", cibuildwheel="4"))
 
 
 def test_the_engines_long_pole_is_declared() -> None:

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 from packaging.requirements import Requirement
 
-from builder import toolchains
 from builder.planning import packages, pins, plan, recipe, stack
 from builder.planning.recipe import LoadedRecipe, Recipe
 from builder.planning.stack import Arch, LoadedStack, Stack
+from builder.toolchains import choice
 from builder.toolchains.container import ContainerToolchain
 from gracefarm.errors import ConfigError
 
@@ -34,7 +34,7 @@ def project(tmp_path: Path) -> Path:
 
 def build_id(project: Path, host: Arch = Arch.X86_64, target: Arch = Arch.AARCH64) -> str:
     loaded = recipe.load(project / "recipes", NAME)
-    return toolchains.make(loaded, stack.load(project / "stacks", "cu130"), host, target).build_id
+    return choice.make_plan(loaded, stack.load(project / "stacks", "cu130"), host, target).build_id
 
 
 def replace(path: str, old: str, new: str) -> Callable[[Path], None]:
@@ -314,7 +314,7 @@ def whole(project: Path) -> tuple[LoadedRecipe, LoadedStack]:
 
 
 def id_of(one: LoadedRecipe, base: LoadedStack) -> str:
-    return toolchains.make(one, base, Arch.X86_64, Arch.AARCH64).build_id
+    return choice.make_plan(one, base, Arch.X86_64, Arch.AARCH64).build_id
 
 
 @pytest.mark.parametrize("source", [GIT, SDIST, FILE], ids=["git", "sdist", "file"])
@@ -381,7 +381,7 @@ def test_in_a_container_the_image_by_digest_its_cuda_and_cibuildwheel_change_the
 
     def contained(base: LoadedStack, engine: str = "podman", cibuildwheel: str = "4.3.5") -> str:
         on = ContainerToolchain(engine=engine, cibuildwheel=cibuildwheel)
-        return toolchains.make(one, base, Arch.X86_64, Arch.AARCH64, on).build_id
+        return choice.make_plan(one, base, Arch.X86_64, Arch.AARCH64, on).build_id
 
     before = contained(base)
     assert before not in (id_of(one, base), contained(base, cibuildwheel="4.4"))

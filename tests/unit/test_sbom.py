@@ -9,11 +9,11 @@ import pytest
 from spdx_tools.spdx.parser.parse_anything import parse_file
 from spdx_tools.spdx.validation.document_validator import validate_full_spdx_document
 
-from builder import toolchains
 from builder.planning import recipe, stack
 from builder.planning.plan import Plan
 from builder.planning.stack import Arch
 from builder.proof import materials, sbom
+from builder.toolchains import choice
 
 REPOSITORY = Path(__file__).parent.parent.parent
 EPOCH = 1_700_000_000
@@ -21,7 +21,7 @@ EPOCH = 1_700_000_000
 
 def planned(name: str) -> Plan:
     loaded = recipe.load(REPOSITORY / "recipes", name)
-    return toolchains.make(loaded, stack.load(REPOSITORY / "stacks", loaded.data.stack), stack.host_arch(), Arch.AARCH64)
+    return choice.make_plan(loaded, stack.load(REPOSITORY / "stacks", loaded.data.stack), stack.host_arch(), Arch.AARCH64)
 
 
 @pytest.mark.parametrize("name", recipe.names(REPOSITORY / "recipes"))

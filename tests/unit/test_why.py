@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from builder import toolchains
 from builder.cli import cli
 from builder.planning import plan, recipe, stack
 from builder.planning.plan import Wanted
@@ -19,6 +18,7 @@ from builder.planning.stack import Arch
 from builder.proof import record
 from builder.proof.record import Record, Stage
 from builder.proof.why import Change, changes
+from builder.toolchains import choice
 from builder.toolchains.container import ContainerToolchain
 from gracefarm.errors import ConfigError, SeveralError, UsageError
 
@@ -40,7 +40,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def save(project: Path, name: str, seconds: float) -> Record:
     loaded = recipe.load(project / "recipes", name)
-    made = toolchains.make(loaded, stack.load(project / "stacks", "cu130"), stack.host_arch(), Arch.AARCH64)
+    made = choice.make_plan(loaded, stack.load(project / "stacks", "cu130"), stack.host_arch(), Arch.AARCH64)
     saved = Record(
         build_id=made.build_id,
         recipe=name,
@@ -111,7 +111,7 @@ def test_a_build_in_a_container_is_planned_as_one_again(
     engine.chmod(0o755)
     monkeypatch.setenv("PATH", f"{engine.parent}:{os.environ['PATH']}")
     loaded, base = recipe.load(project / "recipes", "flash_attn"), stack.load(project / "stacks", "cu124")
-    made = toolchains.make(loaded, base, stack.host_arch(), Arch.AARCH64, ContainerToolchain.find(base, Wanted(), cuda=True))
+    made = choice.make_plan(loaded, base, stack.host_arch(), Arch.AARCH64, ContainerToolchain.find(base, Wanted(), cuda=True))
     last = save(project, "causal_conv1d", 1.0).model_copy(
         update={
             "build_id": made.build_id,

@@ -1,0 +1,61 @@
+"""Where the plan of a build is made, with the toolchain that was chosen for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from builder.planning.plan import Plan, Toolchain, Wanted
+from builder.planning.recipe import LoadedRecipe, ToolchainKind
+from builder.planning.stack import Arch, LoadedStack, host_arch
+from builder.toolchains import KINDS
+from builder.toolchains.sandbox import SandboxToolchain
+from gracefarm.errors import ConfigError
+
+
+def make_plan(recipe: LoadedRecipe, stack: LoadedStack, host: Arch, target: Arch, toolchain: Toolchain | None = None) -> Plan:
+    """The plan of a build; None: in the sandbox.
+
+    Raises:
+        ConfigError: the recipe refuses the toolchain, the stack has no such target or not what the toolchain needs, or this
+            host cannot build for the target.
+    """
+    toolchain = toolchain or SandboxToolchain()
+    reason = recipe.data.refuses.get(toolchain.kind)
+    if reason is not None:
+        raise ConfigError(
+            f"{recipe.key} is not built with --toolchain {toolchain.kind}: {reason}",
+            remedy=f"take another: {', '.join(kind for kind in KINDS if kind not in recipe.data.refuses)}",
+        )
+    stack = toolchain.facts(stack)
+    if target not in stack.data.glibc:
+        known = ", ".join(arch.value for arch in stack.data.glibc)
+        raise ConfigError(f"stack {stack.data.name} has no target {target.value}", remedy=f"targets: {known}")
+    if host is Arch.AARCH64 and target is Arch.X86_64:
+        raise ConfigError("an aarch64 host builds for aarch64 alone", remedy="build x86_64 wheels on an x86_64 machine")
+    plan = Plan(recipe=recipe, stack=stack, host=host, target=target, toolchain=toolchain)
+    toolchain.require(plan)
+    return plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToolchainChoice:
+    """The toolchain that a user asked for."""
+
+    kind: ToolchainKind = "sandbox"
+    wanted: Wanted = field(default_factory=Wanted)
+
+    @property
+    def type(self) -> type[Toolchain]:
+        """Its class."""
+        return KINDS[self.kind]
+
+    def plan(self, recipe: LoadedRecipe, stack: LoadedStack, target: Arch) -> Plan:
+        """The plan of a build with it, as this machine has it.
+
+        Raises:
+            HostError: the machine lacks a part of it.
+            ConfigError: see `make_plan`.
+        """
+        host = host_arch()
+        toolchain = self.type.find(stack, self.wanted, cuda=recipe.data.build.cuda)
+        return make_plan(recipe, stack, host, host if toolchain.native else target, toolchain)
