@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import click
 
 from builder.cli.options import Aim, aimed, aimed_at_sandbox, json_option, plan_of, start
-from builder.planning import gaps, recipe, stack
+from builder.planning import recipe, stack
 from builder.planning.plan import Plan
 from builder.planning.settings import Settings
 from builder.planning.stack import Arch
@@ -116,7 +116,7 @@ def _planned(name: str, aim: Aim, changed: bool, url: str | None, settings: Sett
 def _complete(plan: Plan, console: Console) -> bool:
     """Every digest is known; a night does not fail for a recipe that waits for one."""
     try:
-        gaps.require_none(plan)
+        plan.require_digests()
     except ConfigError as error:
         console.warn(f"left out: {error.cause} (`{error.repeat}`)")
         return False

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from builder.cli.options import json_option, start, toolchain_option
-from builder.planning import gaps, recipe, stack
+from builder.planning import recipe, stack
 from builder.planning.recipe import ToolchainKind
 from builder.toolchains import KINDS
 from gracefarm.errors import SeveralError
@@ -37,9 +37,10 @@ def lock_command(name: str, stack_name: str | None, toolchain: ToolchainKind, as
         loaded = recipe.load(settings.project / "recipes", name)
         base = stack.load(settings.project / "stacks", stack_name or loaded.data.stack)
     with console.progress("lock") as tick:
-        filled = fill.fill(loaded, base, settings, tick, images=KINDS[toolchain].in_image)
-    for gap in gaps.of_images(base) if not KINDS[toolchain].in_image else ():
-        console.step("lock", f"left for --toolchain container: {gap.what}")
+        filled = fill.fill(loaded, base, KINDS[toolchain].gaps(base), settings, tick)
+    for kind in KINDS.values():
+        for gap in kind.gaps(base) if kind.kind != toolchain else ():
+            console.step("lock", f"left for --toolchain {kind.kind}: {gap.what}")
     rows = [{"file": str(gap.file), "what": gap.what, "url": gap.url, "sha256": sha256} for gap, sha256 in filled.digests]
     lines = [f"{row['sha256']}  {row['what']}  {row['url']}" for row in rows]
     if rows or not filled.failed:

@@ -10,7 +10,7 @@ import sys
 import click
 
 from builder.cli.options import Aim, aimed, json_option, last_build, plan_of, start
-from builder.planning import gaps, recipe
+from builder.planning import recipe
 from builder.planning.plan import STEPS
 from builder.proof import record
 from gracefarm.errors import ConfigError
@@ -50,7 +50,7 @@ def plan_command(name: str, aim: Aim, as_json: bool) -> None:
     settings, console = start(as_json=as_json)
     plan = plan_of(name, aim.stack, aim.target, settings, aim.on)
     existing = record.existing(plan, settings)
-    missing = gaps.of_plan(plan)
+    missing = plan.gaps
     command = plan.toolchain.command(plan, settings, record.folder(settings, plan.build_id) / "work")
     value = {
         "build_id": plan.build_id,

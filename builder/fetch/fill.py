@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,14 +31,14 @@ class Filled:
 
 
 def fill(
-    recipe: LoadedRecipe | None, stack: LoadedStack, settings: Settings, tick: Tick = no_tick, *, images: bool = False
+    recipe: LoadedRecipe | None, stack: LoadedStack, others: Sequence[Gap], settings: Settings, tick: Tick = no_tick
 ) -> Filled:
     """Read each missing digest and write it into its file, comments and layout kept; one that cannot be had stops no other.
 
-    Those of container images are read last, and where `images` asks for it: no other toolchain needs them.
+    `others`: those of one toolchain, which are read last.
     """
     filled, failed = [], []
-    missing = [*(gaps.of_recipe(recipe) if recipe else ()), *gaps.of_stack(stack), *(gaps.of_images(stack) if images else ())]
+    missing = [*(gaps.of_recipe(recipe) if recipe else ()), *gaps.of_stack(stack), *others]
     for number, gap in enumerate(missing):
         tick(number, len(missing), gap.url)
         try:

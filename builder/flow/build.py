@@ -16,7 +16,6 @@ from builder.flow.compile import checkpoint, compiled
 from builder.flow.ground import lay_ground
 from builder.flow.publishing import publish_record, refuse_objects, tell_index
 from builder.ground import torch_facts
-from builder.planning import gaps
 from builder.planning.plan import Ground, Plan
 from builder.planning.settings import Settings
 from builder.proof import embed, judges, provenance, record
@@ -34,7 +33,7 @@ def build(plan: Plan, options: BuildOptions, settings: Settings, console: Consol
     """
     data = plan.recipe.data
     console.step("plan", f"{plan.title}: build id {plan.build_id[:16]}")
-    gaps.require_none(plan)
+    plan.require_digests()
     if options.publish:
         refuse_objects(plan.stack.data)
 

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
 
-from builder.planning.plan import Plan
 from builder.planning.recipe import LoadedRecipe
-from builder.planning.stack import LoadedStack
-from gracefarm.errors import ConfigError
+from builder.planning.stack import Arch, LoadedStack
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +44,8 @@ def of_stack(stack: LoadedStack) -> list[Gap]:
     ]
 
 
-def of_images(stack: LoadedStack) -> list[Gap]:
-    """The gaps of the stack's container images, which builds in a container alone stand on."""
+def of_images(stack: LoadedStack, target: Arch | None = None) -> list[Gap]:
+    """The gaps of the stack's container images, which builds in a container alone stand on; of one target, or of all."""
     place = stack.folder / "stack.toml"
     return [
         Gap(
@@ -60,38 +57,5 @@ def of_images(stack: LoadedStack) -> list[Gap]:
             reason=image.sha256_unknown,
         )
         for arch, image in stack.data.container.items()
-        if image.sha256_unknown is not None
+        if image.sha256_unknown is not None and target in (None, arch)
     ]
-
-
-def of_plan(plan: Plan) -> list[Gap]:
-    """What a build of the plan lacks."""
-    wanted = f"container.{plan.target.value}"
-    images = [gap for gap in of_images(plan.stack) if plan.toolchain.in_image and ".".join(gap.table) == wanted]
-    # An environment of somebody's own is taken as it is: nothing of the stack's lock is fetched.
-    locked = of_stack(plan.stack) if plan.toolchain.locked(plan.stack) is not None else []
-    return [*of_recipe(plan.recipe), *locked, *images]
-
-
-def require_none(plan: Plan) -> None:
-    """Refuse to build while a digest is missing.
-
-    Raises:
-        ConfigError: one is; names the address, the hosts, the command that fills it in and the setting for a mirror.
-    """
-    recipe, stack, missing = plan.recipe, plan.stack, of_plan(plan)
-    if not missing:
-        return
-    prefixes = sorted({f"{urlsplit(gap.url).scheme}://{urlsplit(gap.url).netloc}/" for gap in missing})
-    lock = f"builder lock {recipe.key}"
-    if stack.folder.name != recipe.data.stack:
-        lock += f" --stack {stack.folder.name}"
-    if plan.toolchain.in_image:
-        lock += f" --toolchain {plan.toolchain.kind}"
-    count = "1 digest is" if len(missing) == 1 else f"{len(missing)} digests are"
-    raise ConfigError(
-        f"{recipe.key} on stack {stack.data.name} cannot be built: {count} not known yet, the first that of {missing[0].url}",
-        remedy=f"run `{lock}` on a machine that reaches {', '.join(prefixes)}, or name mirrors that this "
-        f"one reaches: GRACEFARM_MIRRORS='{' '.join(f'{prefix}=REPLACEMENT' for prefix in prefixes)}'",
-        repeat=lock,
-    )

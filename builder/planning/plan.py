@@ -12,16 +12,19 @@ from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from typing import ClassVar, Protocol, Self
+from urllib.parse import urlsplit
 
 from packaging.utils import canonicalize_name
 
 from builder.box.place import Place
 from builder.box.sandbox import TMP, Outcome
-from builder.planning import pins
+from builder.planning import gaps, pins
+from builder.planning.gaps import Gap
 from builder.planning.recipe import LoadedRecipe, ToolchainKind
 from builder.planning.settings import Settings
 from builder.planning.stack import Arch, LoadedStack
 from gracefarm.console import Tick, no_tick
+from gracefarm.errors import ConfigError
 from gracefarm.files import sha256_file
 
 FORMAT = 3
@@ -108,8 +111,6 @@ class Toolchain(Protocol):
     kind: ClassVar[ToolchainKind]
     native: ClassVar[bool] = False
     "Takes this machine's own tools, so that options may name them, and builds for its architecture alone."
-    in_image: ClassVar[bool] = False
-    "Builds in the stack's container image."
     measured: ClassVar[bool] = True
     "A record's memory and seconds are those of the compilers."
     closed: ClassVar[str | None] = None
@@ -124,6 +125,11 @@ class Toolchain(Protocol):
         Raises:
             HostError: something is missing, or is not what the stack has; says which and how to mend it.
         """
+
+    @classmethod
+    def gaps(cls, stack: LoadedStack, target: Arch | None = None) -> list[Gap]:
+        """Digests, not known yet, of what builds of this kind alone take from a stack; for one target, or for all."""
+        return []
 
     @property
     def differences(self) -> tuple[str, ...]:
@@ -266,6 +272,37 @@ class Plan:
             "rewriters": {name: version(name) for name in REWRITERS},
             **self.toolchain.inputs(self),
         }
+
+    @property
+    def gaps(self) -> list[Gap]:
+        """What a build lacks."""
+        # An environment of somebody's own is taken as it is: nothing of the stack's lock is fetched.
+        locked = gaps.of_stack(self.stack) if self.toolchain.locked(self.stack) is not None else []
+        return [*gaps.of_recipe(self.recipe), *locked, *self.toolchain.gaps(self.stack, self.target)]
+
+    def require_digests(self) -> None:
+        """Refuse to build while a digest is missing.
+
+        Raises:
+            ConfigError: one is; names the address, the hosts, the command that fills it in and the setting for a mirror.
+        """
+        recipe, stack, missing = self.recipe, self.stack, self.gaps
+        if not missing:
+            return
+        prefixes = sorted({f"{urlsplit(gap.url).scheme}://{urlsplit(gap.url).netloc}/" for gap in missing})
+        lock = f"builder lock {recipe.key}"
+        if stack.folder.name != recipe.data.stack:
+            lock += f" --stack {stack.folder.name}"
+        if self.toolchain.gaps(stack, self.target):
+            lock += f" --toolchain {self.toolchain.kind}"
+        count = "1 digest is" if len(missing) == 1 else f"{len(missing)} digests are"
+        raise ConfigError(
+            f"{recipe.key} on stack {stack.data.name} cannot be built: {count} not known yet, "
+            f"the first that of {missing[0].url}",
+            remedy=f"run `{lock}` on a machine that reaches {', '.join(prefixes)}, or name mirrors that this "
+            f"one reaches: GRACEFARM_MIRRORS='{' '.join(f'{prefix}=REPLACEMENT' for prefix in prefixes)}'",
+            repeat=lock,
+        )
 
     @property
     def repeat(self) -> str:

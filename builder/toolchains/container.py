@@ -25,10 +25,12 @@ from builder.box import sandbox
 from builder.box.host import HostPlace
 from builder.box.place import Place
 from builder.box.sandbox import Outcome
+from builder.planning import gaps
+from builder.planning.gaps import Gap
 from builder.planning.plan import Ground, Inputs, Plan, Wanted
 from builder.planning.recipe import ToolchainKind
 from builder.planning.settings import Settings
-from builder.planning.stack import Image, LoadedStack
+from builder.planning.stack import Arch, Image, LoadedStack
 from builder.toolchains import wrappers
 from builder.toolchains.sandbox import SandboxToolchain
 from gracefarm.errors import ConfigError, FetchError, HostError
@@ -52,7 +54,6 @@ class ContainerToolchain(SandboxToolchain):
     """cibuildwheel and the stack's image compile; the sandbox's root and environment judge what comes out."""
 
     kind: ClassVar[ToolchainKind] = "container"
-    in_image: ClassVar[bool] = True
     measured: ClassVar[bool] = False  # its record has cibuildwheel's own figures
     closed: ClassVar[str | None] = "ran in a container, which is gone"
     unsealed: ClassVar[str | None] = "in a container, whose compilers are the image's and whose network was not watched"
@@ -82,6 +83,11 @@ class ContainerToolchain(SandboxToolchain):
             raise HostError(
                 "cibuildwheel is not installed, which builds in containers", remedy="pip install 'gracefarm[container]'"
             ) from None
+
+    @classmethod
+    def gaps(cls, stack: LoadedStack, target: Arch | None = None) -> list[Gap]:
+        """See Toolchain: those of the images."""
+        return gaps.of_images(stack, target)
 
     def require(self, plan: Plan) -> None:
         """The stack names an image for the target, and the CUDA in it where the recipe needs that.

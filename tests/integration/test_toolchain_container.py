@@ -364,13 +364,13 @@ def test_an_image_without_cuda_is_none_for_cuda(farm: Farm) -> None:
 def test_the_image_of_cu124_is_a_gap_of_container_builds_alone(farm: Farm) -> None:
     put_back(farm.settings.project)
     farm.recipe("tiny", projects.backend("return wheel(wheel_directory)"), stack="cu124")
-    whats = [gap.what for gap in gaps.of_plan(plan_in(farm, "cu124", "tiny"))]
+    whats = [gap.what for gap in plan_in(farm, "cu124", "tiny").gaps]
     assert whats[-1] == "image docker.io/pytorch/manylinuxaarch64-builder:cuda12.4"
     base = stack.load(farm.settings.project / "stacks", "cu124")
     sandboxed = choice.make_plan(recipe.load(farm.settings.project / "recipes", "tiny"), base, HERE, Arch.AARCH64)
-    assert [gap.what for gap in gaps.of_plan(sandboxed)] == whats[:-1]
+    assert [gap.what for gap in sandboxed.gaps] == whats[:-1]
     with pytest.raises(ConfigError) as refused:
-        gaps.require_none(plan_in(farm, "cu124", "tiny"))
+        plan_in(farm, "cu124", "tiny").require_digests()
     assert refused.value.repeat == "builder lock tiny --toolchain container"
     # What the fetch redirects, not what the image's name begins with.
     assert "https://registry-1.docker.io/=REPLACEMENT" in str(refused.value.remedy)
@@ -504,8 +504,8 @@ def test_lock_reads_the_digest_of_an_image_from_its_registry_and_writes_it_into_
     own = f'name = "{name}"\ntag = "cuda12.4"\nsha256_unknown = "not reached" # compare\ncuda = "/usr/local/cuda-12.4"\n'
     place.write_text(f"{place.read_text()}\n[container.aarch64]\n{own}")
     loaded = stack.load(farm.settings.project / "stacks", "bare")
-    assert fill.fill(None, loaded, hub).digests == ()
-    ((gap, found),) = fill.fill(None, loaded, hub, images=True).digests
+    assert fill.fill(None, loaded, [], hub).digests == ()
+    ((gap, found),) = fill.fill(None, loaded, gaps.of_images(loaded), hub).digests
     assert (gap.what, found) == (f"image {name}:cuda12.4", "ab" * 32)
     again = stack.load(farm.settings.project / "stacks", "bare")
     assert again.data.container[Arch.AARCH64].reference == f"{name}@sha256:{'ab' * 32}"

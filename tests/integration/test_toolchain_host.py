@@ -23,7 +23,7 @@ from builder.box.host import HostPlace
 from builder.cli import cli
 from builder.cli.options import plan_of
 from builder.ground import environment, wheels
-from builder.planning import gaps, pins, stack
+from builder.planning import pins, stack
 from builder.planning.plan import Wanted
 from builder.planning.stack import host_arch
 from builder.toolchains import host, host_environment, host_tools, wrappers
@@ -184,9 +184,9 @@ def test_a_digest_that_an_environment_of_ones_own_does_not_need_is_no_gap(farm: 
     locked = plan_of(
         "tiny_c", None, NATIVE, farm.settings, ToolchainChoice(kind="host", wanted=Wanted(python=Path(python311())))
     )
-    assert [gap.what for gap in gaps.of_plan(locked)] == [f"wheel 0.45.1 for {NATIVE}"]
+    assert [gap.what for gap in locked.gaps] == [f"wheel 0.45.1 for {NATIVE}"]
     taken = ToolchainChoice(kind="host", wanted=Wanted(environment=own))
-    assert gaps.of_plan(plan_of("tiny_c", None, NATIVE, farm.settings, taken)) == []
+    assert plan_of("tiny_c", None, NATIVE, farm.settings, taken).gaps == []
 
 
 def test_an_environment_of_ones_own_is_taken_as_it_is_and_enters_the_build_id(built: Built, own: Path) -> None:
