@@ -37,7 +37,7 @@ pass_context = click.make_pass_decorator(DeployContext)
 
 
 def reporting(command: Callable[Concatenate[DeployContext, P], R]) -> Callable[P, R]:
-    """A command that gets the Context and takes --json."""
+    """A command that gets the DeployContext and takes --json."""
     return json_option(pass_context(command))
 
 

@@ -1,80 +1,21 @@
-"""`deploy up`, `serve`, `down`, `preflight`, `env`, `weights`: what changes the nodes."""
+"""`deploy up`, `serve`, `down`, `preflight`: all steps, in their order."""
 
 from __future__ import annotations
 
-import asyncio
 import shlex
-import sys
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
 
 import click
 from rich.markup import escape
 from rich.table import Column, Table
 
 from deploy.cli.common import DeployContext, output, reporting
+from deploy.cli.work import at_work, held, no_wait_option
 from deploy.fleet import tunnels
-from deploy.fleet.ssh import open_fleet
-from deploy.nodes import paths, redact, state
-from deploy.nodes.facts import load_facts
-from deploy.nodes.state import Keeper
-from deploy.steps import environment, order, preflight, spares, weights
+from deploy.steps import order, preflight, spares
 from deploy.steps.order import Served, StepChoice
 from deploy.steps.preflight_checks import Cell
-from deploy.steps.step import Work, look
-from gracefarm import settings
-from gracefarm.console import Console
-from gracefarm.errors import ConfigError, ExitCode, GracefarmError, InstallError
-
-T = TypeVar("T")
-_GOES_ON = "interrupted; what is under way on the nodes goes on, and the same command attaches to it: `deploy down` ends it"
-
-
-@contextmanager
-def held(context: DeployContext, *, no_wait: bool = False) -> Iterator[Keeper]:
-    """The state, for this command alone."""
-    command = shlex.join(["deploy", *sys.argv[1:]])
-
-    def waiting(who: str) -> None:
-        context.console.step("wait", f"{who} is at work on this deployment; waiting for it")
-
-    with state.hold(context.deployment.folder, command, wait=not no_wait, on_wait=waiting) as keeper:
-        yield keeper
-
-
-def at_work(context: DeployContext, keeper: Keeper, do: Callable[[Work], Awaitable[T]]) -> T:
-    """`do` with connections to the nodes; Ctrl-C tells that what is detached goes on."""
-    deployment = context.deployment
-    facts = load_facts(deployment)
-    for node in deployment.nodes:
-        facts.node(node.name)
-    clean = redact.of(deployment.folder).line  # causes are lines of other programs' logs
-
-    async def go() -> T:
-        async with open_fleet(deployment) as fleet:
-            return await do(
-                Work(
-                    deployment=deployment,
-                    fleet=fleet,
-                    facts=facts,
-                    keeper=keeper,
-                    console=Console(as_json=context.console.as_json, clean=clean),
-                    settings=settings.load(),
-                )
-            )
-
-    try:
-        return asyncio.run(go())
-    except GracefarmError as error:
-        raise type(error)(clean(error.cause), remedy=clean(error.remedy), repeat=error.repeat) from error
-    except KeyboardInterrupt:
-        context.console.event("error", _GOES_ON)
-        sys.exit(ExitCode.INTERRUPTED)
-
-
-no_wait_option = click.option("--no-wait", is_flag=True, help="Fail at once where another command is at work.")
+from deploy.steps.step import Work, look_at_nodes
 
 
 @click.command()
@@ -92,13 +33,13 @@ def up(context: DeployContext, start: str | None, skip: tuple[str, ...], no_wait
 
     Ctrl-C or kill -9 at any moment: the same command goes on from there.
     """
+
+    async def go(work: Work) -> bool:
+        return await order.up(await spares.without_lost_spares(work), StepChoice(start=start, skip=skip))
+
     with held(context, no_wait=no_wait) as keeper:
-        changed = at_work(context, keeper, lambda work: _up(work, StepChoice(start=start, skip=skip)))
+        changed = at_work(context, keeper, go)
     context.console.result({"changed": changed}, "up to date" if not changed else "done: `deploy serve` starts the engine")
-
-
-async def _up(work: Work, choice: StepChoice) -> bool:
-    return await order.up(await spares.without_lost_spares(work), choice)
 
 
 @click.command()
@@ -169,7 +110,7 @@ def preflight_command(context: DeployContext) -> None:
     """Every check on every node and pair, as a table; red cells with their remedy. Changes nothing."""
 
     async def go(work: Work) -> list[Cell]:
-        return await preflight.cells_of(work, await look(work))
+        return await preflight.cells_of(work, await look_at_nodes(work))
 
     with held(context) as keeper:
         cells = at_work(context, keeper, go)
@@ -195,105 +136,3 @@ def _print_cells(cells: list[Cell], names: list[str]) -> None:
             who = "all" if len(nodes) == len(names) else ",".join(nodes)
             table.add_row(check, who, f"[{_COLOUR[status]}]{status}[/] {escape(text)}")
     output().print(table)
-
-
-# environments
-
-
-@click.group()
-def env() -> None:
-    """Environments on the shared folder: build, list, import everywhere, roll back, collect."""
-
-
-@env.command("up")
-@no_wait_option
-@reporting
-def env_up(context: DeployContext, no_wait: bool) -> None:
-    """Build the environment of the set's lock unless it is there, import it on all nodes, make it active."""
-    others = [name for name in order.UP if name not in ("environment", "proof")]
-    with held(context, no_wait=no_wait) as keeper:
-        keeper.forget("environment")  # a roll-back counts no longer
-        changed = at_work(context, keeper, lambda work: _up(work, StepChoice(skip=others)))
-    context.console.result({"changed": changed}, "active" if changed else "nothing to do")
-
-
-@env.command("list")
-@reporting
-def env_list(context: DeployContext) -> None:
-    """Finished environments, newest first, and which are active."""
-    root = paths.environment_root(context.deployment)
-    with held(context) as keeper:
-        listed = at_work(context, keeper, lambda work: environment.listing(work.nodes[:1], root))
-    lines = [
-        f"{each['id'][:12]}  {each['set'] or '-':24}  {' '.join(each['active']) or '-'}" for each in listed["environments"]
-    ] or ["no environment yet: `deploy env up`"]
-    context.console.result(listed, "\n".join(lines))
-
-
-@env.command("matrix")
-@reporting
-def env_matrix(context: DeployContext) -> None:
-    """Import every module of the active environment on every node again."""
-    deployment = context.deployment
-    wanted = environment.matrix(deployment.matrix)
-    with held(context) as keeper:
-        folder = paths.environment(deployment)
-        matrix = at_work(context, keeper, lambda work: environment.prove(work.nodes, folder, wanted, 600))
-    lines = [
-        f"{node}  {row['name']}: {row.get('skipped') or str(row['seconds']) + ' s'}"
-        for node, rows in matrix.items()
-        for row in rows
-    ]
-    context.console.result(matrix, "\n".join(lines))
-
-
-@env.command("rollback")
-@reporting
-def env_rollback(context: DeployContext) -> None:
-    """Make the environment active that was active before; a running engine keeps the one that it started with."""
-    with held(context) as keeper:
-        answer = at_work(context, keeper, environment.roll_back)
-    text = f"{answer['active'][:12]} is active (was {(answer['from'] or 'none')[:12]}); `deploy serve` starts with it"
-    context.console.result(answer, text + "; `deploy env up` goes forward again")
-
-
-@env.command("gc")
-@click.option("--keep", default=2, show_default=True, type=click.IntRange(1), help="Generations that stay for a roll-back.")
-@reporting
-def env_gc(context: DeployContext, keep: int) -> None:
-    """Remove old environments that no process on any node runs from."""
-    root = paths.environment_root(context.deployment)
-    with held(context) as keeper:
-        answer = at_work(context, keeper, lambda work: environment.collect(work.nodes, root, keep=keep))
-    text = f"{len(answer['removed'])} removed, {answer['freed'] / 1e9:.1f} GB freed"
-    context.console.result(answer, text + (f"; in use: {', '.join(answer['in_use'])}" if answer["in_use"] else ""))
-
-
-# weights
-
-
-@click.group("weights")
-def weights_group() -> None:
-    """The model's files on the shared folder."""
-
-
-@weights_group.command("verify")
-@click.option("--remove", is_flag=True, help="Take away what is wrong, so that `deploy up` brings it again.")
-@reporting
-def weights_verify(context: DeployContext, remove: bool) -> None:
-    """Hash every file again, dealt over all nodes."""
-    deployment = context.deployment
-    with held(context) as keeper:
-        kept = keeper.state.data("weights")
-        if not kept:
-            raise ConfigError("there are no weights yet", remedy="`deploy up` brings them")
-        spec = weights.WeightsSpec(root=paths.root(deployment), repo=deployment.data.model.repo)
-        wrong = at_work(context, keeper, lambda work: weights.verify(work.nodes, spec, str(kept["commit"]), remove=remove))
-        if wrong and remove:
-            keeper.forget("weights")
-    if wrong:
-        raise InstallError(
-            f"{len(wrong)} files are wrong or missing: {', '.join(wrong[:3])}",
-            remedy="`deploy up` brings them again" if remove else "`deploy weights verify --remove`, then `deploy up`",
-        )
-    context.console.result({"wrong": wrong}, "every file is what the Hub declares")

@@ -1,4 +1,4 @@
-"""Facts of the nodes, asked once and kept: what the planner and the plan rest on, never on a SKU's name."""
+"""Ask every node for its facts, and find the address over which it speaks with the others."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ class ServePlan(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     id: str = ""
-    "sha256 over what runs (RUNS) as canonical JSON. What runs carries it (carried): another id would load the model anew."
+    "sha256 over what runs (RUNS) as canonical JSON. What runs carries it (plan_mark): another id would load the model anew."
     deployment: str
     engine: Literal["aphrodite", "vllm"]
     model: str
@@ -112,7 +112,7 @@ def identified(plan: ServePlan) -> ServePlan:
     return plan.model_copy(update={"id": hashlib.sha256(text.encode()).hexdigest()})
 
 
-def carried(plan: ServePlan, environment: str) -> str:
+def plan_mark(plan: ServePlan, environment: str) -> str:
     """What every process of a plan carries: the plan's id and the environment's, which arguments name by a link that moves."""
     return hashlib.sha256(f"{plan.id} {environment}".encode()).hexdigest() if environment else plan.id
 

@@ -1,23 +1,17 @@
-"""One look at a node, for whoever asks whether what was done is still there; and the end of what is ours on it."""
+"""One look at a node, for whoever asks whether what was done is still there."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-import signal
-import time
-from collections.abc import Collection
-from contextlib import suppress
 from pathlib import Path
 
 from deploy.remote import cache, mounts
 from deploy.remote.environment import DESCRIPTION, active, owner
+from deploy.remote.marked import processes
 from deploy.remote.network import holder, listening
 from deploy.remote.wire import Json
-
-MARK = b"GRACEFARM_MARK="
-PLAN = b"GRACEFARM_PLAN="
 
 
 def look(request: Json) -> Json:
@@ -38,69 +32,6 @@ def look(request: Json) -> Json:
         "share": _share(request["share"]) if request.get("share") else None,
         "holders": {str(port): holder(port) for port in request.get("ports", []) if listening(port)},
     }
-
-
-def processes(prefix: str | tuple[str, ...], sessions: Collection[int] = ()) -> list[Json]:
-    """Ours: processes whose mark starts with `prefix`, and all others of their sessions; pid, mark, plan, name, session.
-
-    A program that sets its title writes over its environment as the kernel shows it, so that Ray's agents lose their marks;
-    a session, though, is made by us (jobs.sh) and has nobody else in it. `sessions`: from an earlier look. Zombies do not
-    count; arguments are never told.
-    """
-    table = _table()
-    ours = {pid: process for pid, process in table.items() if str(process["mark"]).startswith(prefix)}
-    marked = {int(process["session"]): process for process in ours.values()}
-    for pid, process in table.items():
-        number = int(process["session"])
-        if pid not in ours and not process["mark"] and (number in marked or number in sessions):
-            known = marked.get(number, {})
-            ours[pid] = {**process, "mark": known.get("mark", ""), "plan": known.get("plan", "")}
-    return [ours[pid] for pid in sorted(ours)]
-
-
-def _table() -> dict[int, Json]:
-    table: dict[int, Json] = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
-            fields = (folder / "stat").read_text().rpartition(")")[2].split()
-            words = (folder / "environ").read_bytes().split(b"\0")
-            name = (folder / "comm").read_text().strip()
-            if fields[0] != "Z":
-                marks = {"mark": _value(words, MARK), "plan": _value(words, PLAN)}
-                table[int(folder.name)] = {"pid": int(folder.name), "name": name, "session": int(fields[3]), **marks}
-    return table
-
-
-def _value(words: list[bytes], name: bytes) -> str:
-    return next((word[len(name) :] for word in words if word.startswith(name)), b"").decode(errors="replace")
-
-
-def stop(request: Json) -> Json:
-    """TERM to every process whose mark starts with one of `prefixes`, KILL after `grace` seconds, and a look what is left."""
-    prefixes = tuple(request["prefixes"])
-    first = processes(prefixes)
-    sessions = {int(process["session"]) for process in first}
-
-    def left() -> list[Json]:
-        alive = processes(prefixes, sessions)
-        sessions.update(int(process["session"]) for process in alive)
-        return alive
-
-    _signal(first, signal.SIGTERM)
-    deadline = time.monotonic() + float(request["grace"])
-    while left() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    deadline = time.monotonic() + 5
-    while (still := left()) and time.monotonic() < deadline:
-        _signal(still, signal.SIGKILL)
-        time.sleep(0.1)
-    return {"ended": len(first), "left": left()}
-
-
-def _signal(targets: list[Json], number: int) -> None:
-    for process in targets:
-        with suppress(OSError):
-            os.kill(process["pid"], number)
 
 
 def _finished(root: Path, link: str) -> str | None:

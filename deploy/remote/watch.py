@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from deploy.remote import facts, look, mounts
+from deploy.remote import facts, marked, mounts
 from deploy.remote.wire import Json, event
 from gracefarm.process import first_line
 
@@ -29,7 +29,7 @@ QUERY = ("name", "memory.used", "memory.total", "utilization.gpu", "temperature.
 
 def vitals(request: Json) -> Json:
     """`prefix`: of the marks of our processes here; `paths`: folders whose file systems count."""
-    processes = look.processes(request["prefix"])
+    processes = marked.processes(request["prefix"])
     disks = {path: _disk(path) for path in request["paths"]}
     return {
         "uptime": float(Path("/proc/uptime").read_text().split()[0]),

@@ -45,7 +45,7 @@ class CacheStep(Step):
 
     def inputs(self, work: Work, looks: Looks) -> str:
         """The share and the nodes."""
-        return digest("cache", paths.share(work.deployment), work.pairs)
+        return digest("cache", paths.share(work.deployment), work.inventory)
 
     def check(self, work: Work, record: StepRecord, looks: Looks) -> str | None:
         """Mounted with the cache where it was."""

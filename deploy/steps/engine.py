@@ -24,9 +24,9 @@ from deploy.fleet.jobs import JobStatus, follow_job, job_status, start_job, stop
 from deploy.fleet.ssh import Fleet
 from deploy.nodes import paths
 from deploy.nodes.deployment import Deployment, Folder, Node
-from deploy.planning.plans import ServePlan, carried
+from deploy.planning.plans import ServePlan, plan_mark
 from deploy.steps import processes, ray
-from deploy.steps.processes import PLAN
+from deploy.steps.processes import PLAN_MARK
 from deploy.steps.step import Applied, Looks, ServingStep, Undone, Work, end_jobs
 from gracefarm.console import Console
 from gracefarm.errors import EngineError, GracefarmError
@@ -59,9 +59,9 @@ class EngineSpec:
     "Seconds of each phase, last time."
 
     @property
-    def carries(self) -> str:
+    def plan_mark(self) -> str:
         """What the engine carries, and by which it is known again."""
-        return carried(self.plan, self.environment)
+        return plan_mark(self.plan, self.environment)
 
     @property
     def key(self) -> str | None:
@@ -140,9 +140,9 @@ async def start_or_attach(fleet: Fleet, head: RemoteNode, spec: EngineSpec, cons
     (place,) = fleet.pick([head.name])
     begun = time.monotonic()
     status = await job_status(fleet, place, paths.ENGINE_JOB)
-    seen = (await processes.look([head], fleet.mark, {head.name: [port(spec.plan)]}))[head.name]
+    seen = (await processes.find([head], fleet.mark, {head.name: [port(spec.plan)]}))[head.name]
     left = processes.of_job(seen, paths.ENGINE_JOB)
-    same = status.state == "running" and all(process["plan"] == spec.carries for process in left)
+    same = status.state == "running" and all(process["plan"] == spec.plan_mark for process in left)
     if same:
         answer = await _ask_running(fleet, place, spec)
         if answer.kind == "ok":
@@ -162,7 +162,7 @@ async def start_or_attach(fleet: Fleet, head: RemoteNode, spec: EngineSpec, cons
         console.step("engine", "stopping the one that runs with another plan or environment")
     if not same:
         await stop_job(fleet, place, paths.ENGINE_JOB, grace=30)
-        env = {**spec.plan.serve_env, PLAN: spec.carries, **spec.secrets}
+        env = {**spec.plan.serve_env, PLAN_MARK: spec.plan_mark, **spec.secrets}
         await start_job(fleet, place, paths.ENGINE_JOB, shlex.join(spec.plan.serve), env)
     return await _watch(fleet, place, spec, console, begun=begun, how="attached" if same else "started")
 

@@ -114,7 +114,7 @@ def spec_with_lock(work: Work, lock: str, *, engine: str, link: Literal["env", "
     """An environment of this deployment: its folder, index and Python are those of deploy.toml."""
     data = work.deployment.data
     return EnvironmentSpec(
-        root=work.root,
+        root=work.environment_root,
         lock=lock,
         index=data.index,
         source=data.python,
@@ -133,7 +133,7 @@ class EnvironmentStep(Step):
     def inputs(self, work: Work, looks: Looks) -> str:
         """The lock, its index, its Python and the nodes."""
         spec = spec_of(work)
-        return digest("environment", spec.root, spec.lock, spec.index, spec.python, spec.source, spec.engine, work.pairs)
+        return digest("environment", spec.root, spec.lock, spec.index, spec.python, spec.source, spec.engine, work.inventory)
 
     def check(self, work: Work, record: StepRecord, looks: Looks) -> str | None:
         """Active everywhere."""
@@ -160,9 +160,11 @@ async def claim(work: Work) -> None:
     Raises:
         ConfigError: another deployment on this share has the name.
     """
-    owner = (await call(work.nodes[0], "environment.claim", {"root": work.root, "owner": work.fleet.mark}))["owner"]
+    owner = (await call(work.nodes[0], "environment.claim", {"root": work.environment_root, "owner": work.fleet.mark}))[
+        "owner"
+    ]
     if owner != work.fleet.mark:
-        share, name, root = paths.share(work.deployment), work.deployment.name, work.root
+        share, name, root = paths.share(work.deployment), work.deployment.name, work.environment_root
         raise ConfigError(
             f"another deployment on {share} is called {name}: {root} is of {owner}, this one is {work.fleet.mark}",
             remedy=f'name = "…" in deploy.toml; or, where that one is gone for good: `deploy run -k head -- rm {root}/owner`',
@@ -176,7 +178,7 @@ async def roll_back(work: Work) -> Json:
         HostError: there is none.
     """
     await claim(work)
-    answer = await call(work.nodes[0], "environment.roll_back", {"root": work.root, "link": "env"})
+    answer = await call(work.nodes[0], "environment.roll_back", {"root": work.environment_root, "link": "env"})
     step = EnvironmentStep()
     work.keeper.begin(step.name, step.inputs(work, {}))
     work.keeper.end(step.name, "done", f"{answer['active'][:12]} is active, rolled back to", {"id": answer["active"]})

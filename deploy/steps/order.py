@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from deploy.fleet.results import combined_error
 from deploy.planning.plans import ServePlan
-from deploy.steps import cache, environment, served_plan
+from deploy.steps import cache, environment, processes, served_plan
 from deploy.steps.cache import CacheStep
 from deploy.steps.download import DownloadStep
 from deploy.steps.engine import EngineStep
@@ -21,7 +21,7 @@ from deploy.steps.environment import EnvironmentStep
 from deploy.steps.preflight import PreflightStep
 from deploy.steps.proof import ProofStep
 from deploy.steps.ray import RayStep
-from deploy.steps.step import Applied, Step, Work, glance, look, perform, perform_all, side_by_side
+from deploy.steps.step import Applied, Step, Work, ask_briefly, look_at_nodes, perform, perform_all, side_by_side
 from deploy.steps.weights import WeightsStep
 from gracefarm.errors import GracefarmError, UsageError
 
@@ -73,7 +73,7 @@ async def up(work: Work, choice: StepChoice | None = None) -> bool:
     chosen.check()
     if chosen.start:
         work = replace(work, again=UP[UP.index(chosen.start) :])
-    looks = await look(work)
+    looks = await look_at_nodes(work)
     changed = False
     for lane in filter(chosen.wants, FIRST):
         changed = await perform_all(lane, work, looks) or changed
@@ -97,7 +97,7 @@ async def serve(work: Work) -> Served:
         EngineError: with the first cause. Ray stays as it is when the engine fails; `down` ends both.
     """
     plan = await served_plan.plan_of(work)
-    seen = await glance(work.nodes[0], {"prefix": "-", "root": work.root})
+    seen = await ask_briefly(work.nodes[0], {"prefix": processes.NO_MARK, "root": work.environment_root})
     work = replace(work, plan=plan, environment=seen["environments"].get("env") or "")
     await perform(RAY, work, {})
     applied = await perform(ENGINE, work, {})

@@ -71,7 +71,7 @@ class PreflightStep(Step):
     def inputs(self, work: Work, looks: Looks) -> str:
         """The nodes, the share and the ports."""
         data = work.deployment.data
-        return digest("preflight", work.pairs, data.share, data.ports.model_dump(), data.options.rehearsal, data.python)
+        return digest("preflight", work.inventory, data.share, data.ports.model_dump(), data.options.rehearsal, data.python)
 
     def check(self, work: Work, record: StepRecord, looks: Looks) -> str | None:
         """The same boots and the same share as then."""

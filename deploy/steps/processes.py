@@ -9,11 +9,13 @@ from deploy.fleet.results import combined_error, on_all, try_all
 from deploy.remote.wire import Json
 from gracefarm.errors import GracefarmError, NodeError
 
-PLAN = "GRACEFARM_PLAN"
-"In the environment of every process: with which plan and environment it was started (deploy.planning.plans.carried)."
+NO_MARK = "-"
+"As `prefix` of deploy.remote.look: no mark begins so, so that no process is looked for."
+PLAN_MARK = "GRACEFARM_PLAN"
+"In the environment of every process: with which plan and environment it was started (deploy.planning.plans.plan_mark)."
 
 
-async def look(targets: Sequence[RemoteNode], mark: str, wanted: Mapping[str, Sequence[int]]) -> dict[str, Json]:
+async def find(targets: Sequence[RemoteNode], mark: str, wanted: Mapping[str, Sequence[int]]) -> dict[str, Json]:
     """Our processes on each node, and who holds the ports that are wanted there."""
     return await on_all(
         targets,
@@ -26,10 +28,10 @@ def of_job(seen: Json, job: str) -> list[Json]:
     return [process for process in seen["processes"] if process["mark"].rpartition("/")[2] == job]
 
 
-def raylet(seen: Json, plan: str | None = None) -> bool:
-    """A raylet of ours runs there; `plan`: started with this very plan and environment (ClusterSpec.carries)."""
+def raylet(seen: Json, plan_mark: str | None = None) -> bool:
+    """A raylet of ours runs there; `plan_mark`: started with this very plan and environment."""
     raylets = [process for process in seen["processes"] if process["name"] == "raylet"]
-    return bool(raylets) and all(plan in (None, process["plan"]) for process in raylets)
+    return bool(raylets) and all(plan_mark in (None, process["plan"]) for process in raylets)
 
 
 async def try_stop(
@@ -38,7 +40,7 @@ async def try_stop(
     """End our processes and look that none is left: node to how many were ended; node to why not. `jobs`: as names begin."""
 
     async def end(node: RemoteNode) -> int:
-        answer = await call(node, "look.stop", {"prefixes": [f"{mark}/{node.name}/{job}" for job in jobs], "grace": grace})
+        answer = await call(node, "marked.stop", {"prefixes": [f"{mark}/{node.name}/{job}" for job in jobs], "grace": grace})
         if answer["left"]:
             pids = ", ".join(str(process["pid"]) for process in answer["left"])
             raise NodeError(

@@ -18,7 +18,7 @@ class ProofStep(Step):
     def inputs(self, work: Work, looks: Looks) -> str | None:
         """The environment, where there is one, and the nodes."""
         identifier = work.keeper.state.data("environment").get("id")
-        return digest("proof", work.pairs, identifier, boots(looks)) if identifier else None
+        return digest("proof", work.inventory, identifier, boots(looks)) if identifier else None
 
     def check(self, work: Work, record: StepRecord, looks: Looks) -> None:
         """The inputs say it all."""

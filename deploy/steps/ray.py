@@ -22,11 +22,11 @@ from deploy.fleet.results import on_all, require
 from deploy.fleet.ssh import Fleet
 from deploy.nodes import paths
 from deploy.nodes.deployment import Deployment
-from deploy.planning.plans import NodePlan, ServePlan, carried
+from deploy.planning.plans import NodePlan, ServePlan, plan_mark
 from deploy.remote.wire import Json
 from deploy.steps import processes
 from deploy.steps.preflight_checks import SHUT, open_door, tokenless
-from deploy.steps.processes import PLAN, of_job, raylet, stop
+from deploy.steps.processes import PLAN_MARK, of_job, raylet, stop
 from deploy.steps.step import Applied, Looks, ServingStep, Undone, Work, end_jobs
 from gracefarm.console import Console
 from gracefarm.errors import EngineError, GracefarmError
@@ -58,9 +58,9 @@ class ClusterSpec:
     "For one question to Ray."
 
     @property
-    def carries(self) -> str:
+    def plan_mark(self) -> str:
         """What everything that is started here carries, and by which it is known again."""
-        return carried(self.plan, self.environment)
+        return plan_mark(self.plan, self.environment)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,12 +151,12 @@ async def start_missing(fleet: Fleet, targets: Sequence[RemoteNode], spec: Clust
     """
     plan, by_name = spec.plan, {node.name: node for node in targets}
     wanted = {node.name: ports(node.ray) for node in plan.nodes}
-    looks = await processes.look(targets, fleet.mark, wanted)
+    looks = await processes.find(targets, fleet.mark, wanted)
     stopped = await _make_room(targets, looks, spec, fleet.mark, console)
     if stopped:
-        looks = await processes.look(targets, fleet.mark, wanted)
+        looks = await processes.find(targets, fleet.mark, wanted)
     _refuse_foreign(looks, spec)
-    missing = [node for node in plan.nodes if not raylet(looks[node.name], spec.carries)]
+    missing = [node for node in plan.nodes if not raylet(looks[node.name], spec.plan_mark)]
     if missing:
         await _end_engine(targets, looks, fleet.mark, console)
         await on_all([by_name[node.name] for node in missing], lambda node: call(node, "cluster.warm", {}, python=spec.python))
@@ -178,12 +178,12 @@ async def _make_room(
     """Stop what is ours and does not fit: another plan or environment, a spare, anything without its raylet, all of it without
     a head."""
     wanted = {node.name for node in spec.plan.nodes}
-    headless = not raylet(looks[spec.plan.head.name], spec.carries)
+    headless = not raylet(looks[spec.plan.head.name], spec.plan_mark)
 
     def fits(node: RemoteNode) -> bool:
         seen = looks[node.name]
-        others = any(process["plan"] not in ("", spec.carries) for process in seen["processes"])
-        return not headless and node.name in wanted and raylet(seen, spec.carries) and not others
+        others = any(process["plan"] not in ("", spec.plan_mark) for process in seen["processes"])
+        return not headless and node.name in wanted and raylet(seen, spec.plan_mark) and not others
 
     unfit = [node for node in targets if serving(looks[node.name]) and not fits(node)]
     names = tuple(node.name for node in unfit)
@@ -204,7 +204,7 @@ async def _end_engine(targets: Sequence[RemoteNode], looks: Mapping[str, Json], 
 def _refuse_foreign(looks: Mapping[str, Json], spec: ClusterSpec) -> None:
     for node in spec.plan.nodes:
         seen = looks[node.name]
-        if raylet(seen, spec.carries):
+        if raylet(seen, spec.plan_mark):
             continue
         for port, who in seen["holders"].items():
             raise EngineError(
@@ -246,7 +246,7 @@ def _remedy(target: RemoteNode) -> str:
 
 async def _start_once(fleet: Fleet, node: NodePlan, spec: ClusterSpec) -> None:
     (place,) = fleet.pick([node.name])
-    env = {**node.env, PLAN: spec.carries}
+    env = {**node.env, PLAN_MARK: spec.plan_mark}
     await start_job(fleet, place, paths.RAY_JOB, shlex.join(node.ray), env)
     lines: list[str] = []
     try:

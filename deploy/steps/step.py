@@ -1,4 +1,4 @@
-"""A step of `deploy up` and `deploy serve`: its shape (inputs, check, apply, undo), and the engine that performs it."""
+"""A step of `deploy up` and `deploy serve`: its shape (inputs, check, apply, undo), and what performs it."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ from gracefarm.settings import SharedSettings
 
 Looks = Mapping[str, Json]
 "Node to what deploy.remote.look said of it."
+LOOKS_BY_ITSELF = ""
+"Answer of a step's `check`: `apply` finds out what is missing, and says so."
 Undone = tuple[dict[str, int], dict[str, GracefarmError]]
 "Node to how many processes were ended there, and node to why not all were."
 
@@ -57,12 +59,12 @@ class Work:
         return remote_nodes(self.fleet, self.facts, [node for node in self.deployment.nodes if node.name not in self.away])
 
     @property
-    def pairs(self) -> list[tuple[str, str, int]]:
-        """What most steps depend on."""
+    def inventory(self) -> list[tuple[str, str, int]]:
+        """Name, address and number of GPUs of each node: what most steps depend on."""
         return [(node.name, node.address, node.gpus) for node in self.nodes]
 
     @property
-    def root(self) -> str:
+    def environment_root(self) -> str:
         """The folder of this deployment's environments."""
         return paths.environment_root(self.deployment)
 
@@ -101,7 +103,11 @@ class Step(Protocol):
         ...
 
     def check(self, work: Work, record: StepRecord, looks: Looks) -> str | None:
-        """None: what was done is still there; else why it must be done again, empty where `apply` looks by itself."""
+        """Whether what was done is still there.
+
+        None: it is, and the step has nothing to do. A reason: it is not, and the step is done again. LOOKS_BY_ITSELF: only
+        `apply` can tell.
+        """
         ...
 
     async def apply(self, work: Work, looks: Looks) -> Applied:
@@ -122,7 +128,7 @@ class ServingStep(Step):
 
     def check(self, work: Work, record: StepRecord, looks: Looks) -> str:
         """`apply` looks by itself."""
-        return ""
+        return LOOKS_BY_ITSELF
 
 
 async def perform(step: Step, work: Work, looks: Looks) -> Applied | None:
@@ -136,7 +142,7 @@ async def perform(step: Step, work: Work, looks: Looks) -> Applied | None:
         if why is None:
             work.console.step(step.name, f"nothing to do: {record.text}")
             return None
-        if why:
+        if why != LOOKS_BY_ITSELF:
             work.console.step(step.name, f"again: {why}")
     work.keeper.begin(step.name, inputs)
     try:
@@ -193,7 +199,7 @@ async def end_jobs(work: Work, job: str, *, grace: float, stopped: Sequence[tupl
     return ended, failed
 
 
-async def look(work: Work) -> Looks:
+async def look_at_nodes(work: Work) -> Looks:
     """One short call to every node at once: all that `up` needs to know whether there is anything to do.
 
     Raises:
@@ -204,17 +210,17 @@ async def look(work: Work) -> Looks:
     async def ask(node: RemoteNode) -> Json:
         request = {
             "prefix": f"{work.fleet.mark}/{node.name}/",
-            "root": work.root,
+            "root": work.environment_root,
             "weights": folder,
             "count": node.name == work.deployment.head.name,
             "share": work.deployment.data.share,
         }
-        return await glance(node, request)
+        return await ask_briefly(node, request)
 
     return await on_all(work.nodes, ask)
 
 
-async def glance(node: RemoteNode, request: Json, seconds: float = 60, *, function: str = "look.look") -> Json:
+async def ask_briefly(node: RemoteNode, request: Json, seconds: float = 60, *, function: str = "look.look") -> Json:
     """A short question to one node. A file system whose server is gone would hold it for ever.
 
     Raises:

@@ -16,6 +16,7 @@ from deploy.nodes.state import StepRecord, digest
 from deploy.remote.wire import Json
 from deploy.steps import dealing
 from deploy.steps.dealing import Manifest, Portion, WeightsFile
+from deploy.steps.processes import NO_MARK
 from deploy.steps.step import Applied, Looks, Step, Undone, Work, end_jobs
 from gracefarm.console import Console, Tick
 from gracefarm.errors import DigestError, DiskFullError, GracefarmError, HostError, NodeError, SshError
@@ -109,7 +110,7 @@ class WeightsStep(Step):
         spec = spec_of(work)
         brought = await bring(work.nodes, spec, work.console)
         pinned, size = brought.manifest, dealing.told(brought.manifest.size)
-        seen = await call(work.nodes[0], "look.look", {"prefix": "-", "weights": brought.folder, "count": False})
+        seen = await call(work.nodes[0], "look.look", {"prefix": NO_MARK, "weights": brought.folder, "count": False})
         return Applied(
             text=f"{spec.repo} at {pinned.commit[:12]}: {len(pinned.files)} files, {size}",
             now=f"{dealing.told(brought.fetched)} brought now, by {len(work.nodes)} nodes" if brought.fetched else "",

@@ -23,7 +23,7 @@ from deploy.planning.plans import ServePlan
 from deploy.remote.wire import Json
 from deploy.steps import engine, order, ray
 from deploy.steps.engine import EngineSpec, Nodes
-from deploy.steps.step import glance
+from deploy.steps.step import ask_briefly
 from deploy.watch.verdict import Diagnosis, Signs, diagnose, probe
 from gracefarm.errors import ConfigError, EngineError, GracefarmError
 
@@ -191,7 +191,7 @@ async def look(watch: Watch, *, canary: float = 30) -> Status:
 
 async def vitals_of(watch: Watch) -> tuple[dict[str, Json], dict[str, GracefarmError]]:
     """How each node is, and why some did not say."""
-    return await try_all(watch.nodes, lambda node: glance(node, request(watch, node), SILENCE, function="watch.vitals"))
+    return await try_all(watch.nodes, lambda node: ask_briefly(node, request(watch, node), SILENCE, function="watch.vitals"))
 
 
 async def service_of(watch: Watch, vitals: Mapping[str, Json], canary: float) -> tuple[Service, Nodes | None]:

@@ -21,7 +21,7 @@ from deploy.fleet.hostkeys import entry_name, pin
 from deploy.fleet.shells import remote_nodes
 from deploy.fleet.ssh import Fleet
 from deploy.nodes.deployment import Deployment, Node, load_deployment
-from deploy.remote import look
+from deploy.remote import marked
 
 
 def processes_of(
@@ -82,7 +82,8 @@ async def nodes(
         try:
             yield [replace(target, gpus=1) for target in remote_nodes(entered)]
         finally:
-            look.stop({"prefixes": [f"{mark(folder)}/"], "grace": 1})  # what outlives connections does not outlive the nodes
+            # What outlives connections does not outlive the nodes.
+            marked.stop({"prefixes": [f"{mark(folder)}/"], "grace": 1})
 
 
 class Admitting(asyncssh.SSHServer):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from deploy.cli.common import DeployContext
-from deploy.cli.serve import at_work, held
+from deploy.cli.work import at_work, held
 from deploy.nodes.deployment import load_deployment
 from deploy.planning import suppose
 from deploy.steps import setlock

@@ -15,7 +15,7 @@ from deploy.fleet.shells import remote_nodes
 from deploy.nodes import state
 from deploy.nodes.facts import load_facts
 from deploy.nodes.state import State, StepRecord
-from deploy.remote import look
+from deploy.remote import marked
 from deploy.steps import environment, processes, ray, spares, step
 from deploy.steps.environment import Matrix, Module
 from deploy.steps.step import Work
@@ -103,16 +103,16 @@ def test_a_spare_that_is_away_is_left_out_and_a_node_that_serves_is_not(
             assert await spares.without_lost_spares(whole) == whole
             await made.made[1].switch_off()
             with pytest.raises(SshError, match="k1 "):
-                await step.look(whole)
+                await step.look_at_nodes(whole)
             less = await spares.without_lost_spares(whole)
             assert [node.name for node in less.nodes] == ["k0", "k2"]
-            assert less.pairs != whole.pairs  # what is done without it is done for it when it is back
-            assert set(await step.look(less)) == {"k0", "k2"}
+            assert less.inventory != whole.inventory  # what is done without it is done for it when it is back
+            assert set(await step.look_at_nodes(less)) == {"k0", "k2"}
             await made.made[2].switch_off()
             again = await spares.without_lost_spares(whole)
             assert [node.name for node in again.nodes] == ["k0", "k2"]
             with pytest.raises(SshError, match="k2 "):
-                await step.look(again)
+                await step.look_at_nodes(again)
 
     play(tmp_path, work, nodes=3)
     assert "it is a spare: going on without it" in capsys.readouterr().err
@@ -123,7 +123,7 @@ def test_ray_makes_room_for_itself_and_not_of_a_build_or_a_download_that_is_at_w
 
     async def work(made: Scene) -> None:
         head = made.fleet.nodes[0]
-        for job, env in (("build-env", {}), ("weights", {}), ("ray", {processes.PLAN: "another"})):
+        for job, env in (("build-env", {}), ("weights", {}), ("ray", {processes.PLAN_MARK: "another"})):
             await start_job(made.fleet, head, job, SLEEPS, env)
         spec = ray.ClusterSpec(plan=made.plan.model_copy(update={"nodes": made.plan.nodes[:1]}), python="python3")
         with pytest.raises(InstallError, match="ray does not import"):
@@ -147,7 +147,7 @@ def test_what_a_killed_command_left_of_its_import_matrix_is_ended(tmp_path: Path
         async with asyncio.timeout(20):
             while not begun.exists():  # noqa: ASYNC110 - what the worker starts before, to ask for GPUs, ends by itself
                 await asyncio.sleep(0.05)
-        left = [process for process in look.processes(prefix) if process["name"].startswith("python")]
+        left = [process for process in marked.processes(prefix) if process["name"].startswith("python")]
         assert len(left) == 2, "the worker, and Python that imports"
         made.made[0].cut()
         with pytest.raises(NodeError):

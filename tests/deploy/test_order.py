@@ -28,7 +28,7 @@ from deploy.nodes.deployment import Deployment
 from deploy.nodes.facts import Facts
 from deploy.nodes.state import StepRecord
 from deploy.rehearsal import source, standin
-from deploy.remote import look
+from deploy.remote import look, marked
 from deploy.steps import environment, order, processes, ray, setlock, step
 from deploy.steps.dealing import told
 from deploy.steps.download import DownloadStep
@@ -161,7 +161,7 @@ def test_an_environment_that_fails_is_told_while_the_weights_still_come(
     fails = Made("environment", error=InstallError("the index lacks tiny", remedy="mirror it"))
     monkeypatch.setattr(order, "FIRST", ((Made("preflight"),), (Made("cache"),)))
     monkeypatch.setattr(order, "TOGETHER", ((fails,), (Made("download"), TakesHours("weights"))))
-    monkeypatch.setattr(order, "look", looked)
+    monkeypatch.setattr(order, "look_at_nodes", looked)
 
     async def go(work: Work) -> None:
         with pytest.raises(InstallError):
@@ -320,7 +320,7 @@ def test_a_node_that_hangs_does_not_hold_the_command_for_ever() -> None:
     node = RemoteNode(name="k1", address="", gpus=1, shell=Hangs())  # type: ignore[arg-type]
     begun = time.monotonic()
     with pytest.raises(NodeError, match=r"k1: no answer to a short question within 0\.3 s"):
-        asyncio.run(step.glance(node, {}, seconds=0.3))
+        asyncio.run(step.ask_briefly(node, {}, seconds=0.3))
     assert time.monotonic() - begun < 3
 
 
@@ -356,12 +356,12 @@ signal.pause()
             lines = sorted(mine.stdout.readline().strip() for _ in range(2))
             child = int(lines[0])
             other.stdout.readline()
-            found = look.processes(f"{mark}/k1/")
+            found = marked.processes(f"{mark}/k1/")
             assert {process["pid"] for process in found} == {mine.pid, child}
             assert {process["plan"] for process in found} == {"p1"}
             assert {process["mark"] for process in found} == {f"{mark}/k1/ray"}
-            assert look.processes(f"{mark}/k1/engine") == []
-            done = look.stop({"prefixes": [f"{mark}/k1/"], "grace": 1})
+            assert marked.processes(f"{mark}/k1/engine") == []
+            done = marked.stop({"prefixes": [f"{mark}/k1/"], "grace": 1})
             assert done["ended"] == 2
             assert done["left"] == []
             assert other.poll() is None
@@ -419,7 +419,7 @@ def test_two_deployments_of_one_name_on_one_share_do_not_switch_each_others_envi
                     for deployment, each in zip(works, (fleet, other), strict=True)
                 )
                 await asyncio.gather(*(environment.claim(first) for _ in range(4)))
-                assert (await step.look(first))["k0"]["owner"] == works[0].folder.id
+                assert (await step.look_at_nodes(first))["k0"]["owner"] == works[0].folder.id
                 only = StepChoice(skip=("preflight", "cache", "weights", "proof"))
                 for refused in (order.up(second, only), environment.roll_back(second)):
                     with pytest.raises(ConfigError, match=r"another deployment on .*/share is called t: ") as error:

@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from deploy.fleet.shells import FleetShell, remote_nodes
 from deploy.nodes import paths
 from deploy.rehearsal import hub
-from deploy.remote import look
+from deploy.remote import marked
 from deploy.steps import dealing, processes, weights
 from deploy.steps.dealing import WeightsFile
 from gracefarm.console import Console
@@ -437,7 +437,7 @@ def test_a_node_that_is_lost_leaves_its_files_to_the_others(
             running = asyncio.ensure_future(weights.bring(remote_nodes(fleet), wish, Console()))
             await served_count(served, 4)
             if dies:
-                look.stop({"prefixes": [f"{fleet.mark}/k2/"], "grace": 0})
+                marked.stop({"prefixes": [f"{fleet.mark}/k2/"], "grace": 0})
             await made[2].switch_off()
             return await running
 

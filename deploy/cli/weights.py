@@ -1,0 +1,38 @@
+"""`deploy weights`: the model's files on the shared folder."""
+
+from __future__ import annotations
+
+import click
+
+from deploy.cli.common import DeployContext, reporting
+from deploy.cli.work import at_work, held
+from deploy.nodes import paths
+from deploy.steps import weights
+from gracefarm.errors import ConfigError, InstallError
+
+
+@click.group("weights")
+def weights_group() -> None:
+    """The model's files on the shared folder."""
+
+
+@weights_group.command("verify")
+@click.option("--remove", is_flag=True, help="Take away what is wrong, so that `deploy up` brings it again.")
+@reporting
+def weights_verify(context: DeployContext, remove: bool) -> None:
+    """Hash every file again, dealt over all nodes."""
+    deployment = context.deployment
+    with held(context) as keeper:
+        kept = keeper.state.data("weights")
+        if not kept:
+            raise ConfigError("there are no weights yet", remedy="`deploy up` brings them")
+        spec = weights.WeightsSpec(root=paths.root(deployment), repo=deployment.data.model.repo)
+        wrong = at_work(context, keeper, lambda work: weights.verify(work.nodes, spec, str(kept["commit"]), remove=remove))
+        if wrong and remove:
+            keeper.forget("weights")
+    if wrong:
+        raise InstallError(
+            f"{len(wrong)} files are wrong or missing: {', '.join(wrong[:3])}",
+            remedy="`deploy up` brings them again" if remove else "`deploy weights verify --remove`, then `deploy up`",
+        )
+    context.console.result({"wrong": wrong}, "every file is what the Hub declares")
