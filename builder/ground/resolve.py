@@ -19,7 +19,7 @@ from builder.planning.tags import glibc, tags
 from gracefarm.console import Tick, no_tick
 from gracefarm.errors import ConfigError
 
-Row = tuple[str, str, str, str]
+LockedRow = tuple[str, str, str, str]
 "Name, version, file name and sha256 of a wheel."
 
 
@@ -31,7 +31,7 @@ def requirements_lock(stack: LoadedStack, settings: Settings, tick: Tick = no_ti
         FetchError: the index cannot be reached.
     """
     archs = sorted({*stack.data.root.hosts, *stack.data.glibc})
-    files: dict[Row, set[Arch]] = {}
+    files: dict[LockedRow, set[Arch]] = {}
     for number, arch in enumerate(archs):
         tick(number, len(archs), f"wheels for {arch}")
         own = {canonicalize_name(wheel.name) for wheel in stack.data.environment.wheels if wheel.arch is arch}
@@ -53,7 +53,7 @@ def requirements_lock(stack: LoadedStack, settings: Settings, tick: Tick = no_ti
     return "\n".join(lines) + "\n"
 
 
-def _resolve_arch(stack: LoadedStack, arch: Arch, settings: Settings) -> Iterator[Row]:
+def _resolve_arch(stack: LoadedStack, arch: Arch, settings: Settings) -> Iterator[LockedRow]:
     """Name, version, file name and sha256 of each wheel: uv reads the index, the tags choose the file."""
     supported = {tag: rank for rank, tag in enumerate(tags(stack, arch))}
     with TemporaryDirectory(prefix="gracefarm-lock-") as name:
