@@ -21,7 +21,8 @@ from builder.fetch import source
 from builder.flow.ground import lay_ground
 from builder.ground import environment, root
 from builder.planning import recipe, settings, stack
-from builder.planning.plan import Ground, Plan
+from builder.planning.ground import Ground
+from builder.planning.plan import Plan
 from builder.planning.settings import Settings
 from builder.planning.stack import Arch
 from builder.proof import record

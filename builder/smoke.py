@@ -18,8 +18,8 @@ from pydantic import Field
 from builder.box import gpu, sandbox
 from builder.box.sandbox import Outcome
 from builder.compiling.pep517 import first_error
-from builder.planning.plan import Bed, Clean
-from builder.toolchains.bed import WORKDIR
+from builder.planning.ground import CleanEnvironment, TrialEnvironment
+from builder.toolchains.sandbox_trial import WORKDIR
 from gracefarm.errors import SmokeError
 from gracefarm.files import remove_tree
 from gracefarm.tables import Table
@@ -52,7 +52,7 @@ class Trial:
     wheel: Path
     imports: tuple[str, ...]
     script: Path | None
-    bed: Bed
+    environment: TrialEnvironment
     folder: Path
     "Scratch space, on the environment's file system."
     memory: int
@@ -119,7 +119,7 @@ def run_gpu(trial: Trial, sm: Sequence[str]) -> GpuResult:
     Raises:
         SmokeError: it ran and failed.
     """
-    if trial.bed.emulated:
+    if trial.environment.emulated:
         return GpuResult(status="not run", reason="no GPU: the wheel's architecture is emulated here")
     if not gpu.devices():
         return GpuResult(status="not run", reason="no GPU")
@@ -147,25 +147,25 @@ def sentence(result: GpuResult) -> str:
 
 def _elsewhere(trial: Trial) -> list[str]:
     """Modules that are not the wheel's own: over another environment, torch comes from there."""
-    if not trial.bed.overlaid:
+    if not trial.environment.overlaid:
         return []
     own = {name.split("/")[0].split(".")[0] for name in _brought(trial.wheel)}
     return [name for name in trial.imports if name.split(".")[0] not in own]
 
 
 @contextmanager
-def _clean(trial: Trial, *, with_gpu: bool = False) -> Iterator[Clean]:
+def _clean(trial: Trial, *, with_gpu: bool = False) -> Iterator[CleanEnvironment]:
     """A clean environment with the wheel, removed afterwards."""
     prefix, folder = trial.folder / "env", trial.folder / "files"
     remove_tree(prefix)
     prepare(folder, trial.imports, trial.script)
     try:
-        yield trial.bed.clean(trial.wheel, trial.folder, folder, memory=trial.memory, with_gpu=with_gpu)
+        yield trial.environment.clean(trial.wheel, trial.folder, folder, memory=trial.memory, with_gpu=with_gpu)
     finally:
         remove_tree(prefix)
 
 
-def _answer(trial: Trial, clean: Clean, command: tuple[str, ...], failure: str) -> tuple[str, Outcome]:
+def _answer(trial: Trial, clean: CleanEnvironment, command: tuple[str, ...], failure: str) -> tuple[str, Outcome]:
     """Run a command whose last marked line is its answer."""
     own_log = trial.folder / "smoke.log"
     own_log.unlink(missing_ok=True)

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from builder.planning.plan import Ground, Plan
+from builder.planning.ground import Ground
+from builder.planning.plan import Plan
 from builder.planning.recipe import Bundled, Recipe
 from builder.planning.stack import Arch, LoadedStack
 from gracefarm.tables import parse_size

@@ -13,7 +13,7 @@ from builder.audit import Policy, policy
 from builder.cli.options import FILE, json_option, start, toolchained
 from builder.compiling import pep517
 from builder.planning import recipe, stack
-from builder.planning.plan import Bed
+from builder.planning.ground import TrialEnvironment
 from builder.planning.settings import Settings
 from builder.toolchains.choice import ToolchainChoice
 from builder.toolchains.sandbox import SandboxToolchain
@@ -91,14 +91,14 @@ def smoke_command(
         script = script or (loaded.smoke_gpu_script if gpu else loaded.smoke_script)
     if not imports or (gpu and script is None):
         raise UsageError("nothing to try", remedy="say --import MODULE, with --gpu also --script FILE, or --recipe NAME")
-    bed, sm = _bed(wheel, stack_name, on, settings)
+    environment, sm = _trial_environment(wheel, stack_name, on, settings)
     scratch = settings.home / "smoke" / str(os.getpid())
     scratch.mkdir(parents=True)
     trial = smoke.Trial(
         wheel=wheel.resolve(),
         imports=imports,
         script=script,
-        bed=bed,
+        environment=environment,
         folder=scratch,
         memory=pep517.bound(settings),
         log=settings.home / "smoke" / "log.txt",
@@ -116,10 +116,12 @@ def smoke_command(
     console.result(result.model_dump() | {"wall_s": outcome.wall_s}, "\n".join(lines))
 
 
-def _bed(wheel: Path, stack_name: str, on: ToolchainChoice, settings: Settings) -> tuple[Bed, tuple[str, ...]]:
+def _trial_environment(
+    wheel: Path, stack_name: str, on: ToolchainChoice, settings: Settings
+) -> tuple[TrialEnvironment, tuple[str, ...]]:
     """Where a wheel is tried, and the architectures that it must have."""
     loaded, target = stack.load(settings.project / "stacks", stack_name), audit.target_of(wheel)
     host = stack.host_arch()
     toolchain = on.type.find(loaded, on.wanted, cuda=False)
     ground = toolchain.lay(toolchain.facts(loaded), host, target, settings, cuda=False)
-    return toolchain.bed(ground, emulated=host is not target), loaded.data.sm
+    return toolchain.trial_environment(ground, emulated=host is not target), loaded.data.sm

@@ -10,8 +10,8 @@ import sys
 import click
 
 from builder.cli.options import Aim, aimed, json_option, last_build, plan_of, start
+from builder.flow import STEPS
 from builder.planning import recipe
-from builder.planning.plan import STEPS
 from builder.proof import record
 from gracefarm.errors import ConfigError
 

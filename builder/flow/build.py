@@ -16,7 +16,8 @@ from builder.flow.compile import checkpoint, compiled
 from builder.flow.ground import lay_ground
 from builder.flow.publishing import publish_record, refuse_objects, tell_index
 from builder.ground import torch_facts
-from builder.planning.plan import Ground, Plan
+from builder.planning.ground import Ground
+from builder.planning.plan import Plan
 from builder.planning.settings import Settings
 from builder.proof import embed, judges, provenance, record
 from builder.proof.record import Failure, Record

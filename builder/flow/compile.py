@@ -14,7 +14,7 @@ from builder.compiling.units import CompilerCache, Note, Unit
 from builder.fetch import Fetched, source
 from builder.flow import history
 from builder.flow.attempt import Attempt
-from builder.planning.plan import Ground
+from builder.planning.ground import Ground
 from builder.proof import record
 from builder.proof.record import Stage
 from builder.toolchains.wrappers import SCHEDULE

@@ -8,7 +8,8 @@ from builder import fetch
 from builder.box.place import Place
 from builder.compiling import pep517
 from builder.fetch import source
-from builder.planning.plan import Ground, Plan
+from builder.planning.ground import Ground
+from builder.planning.plan import Plan
 from builder.planning.settings import Settings
 from gracefarm.console import Console
 

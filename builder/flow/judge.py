@@ -9,7 +9,7 @@ from builder import audit, smoke
 from builder.audit.policy import Policy
 from builder.compiling import pep517
 from builder.flow.attempt import Attempt
-from builder.planning.plan import Ground
+from builder.planning.ground import Ground
 from builder.proof import record
 
 
@@ -39,7 +39,7 @@ def pass_smoke(attempt: Attempt, wheel: Path, ground: Ground) -> None:
         wheel=wheel,
         imports=plan.recipe.data.smoke.imports,
         script=plan.recipe.smoke_script,
-        bed=plan.toolchain.bed(ground, emulated=plan.host is not plan.target),
+        environment=plan.toolchain.trial_environment(ground, emulated=plan.host is not plan.target),
         folder=attempt.folder / "smoke",
         memory=pep517.bound(attempt.settings),
         log=attempt.log,

@@ -23,7 +23,7 @@ from builder.ground import environment
 from builder.planning.plan import Plan
 from builder.planning.settings import Settings
 from builder.proof import publish, record
-from builder.toolchains import bed
+from builder.toolchains import sandbox_trial
 from gracefarm.console import Console
 from gracefarm.errors import HostError, InstallError, PublishError
 from gracefarm.files import lock, remove_tree
@@ -124,9 +124,9 @@ def _install_back(plan: Plan, index_url: str, settings: Settings, console: Conso
     smoke.prepare(files, data.smoke.imports, script)
     box = Sandbox(
         root=ground.root,
-        mounts=(BindMount(source=clean, target="/env", writable=True), BindMount(source=files, target=bed.WORKDIR)),
-        environment=bed.variables(),
-        workdir=bed.WORKDIR,
+        mounts=(BindMount(source=clean, target="/env", writable=True), BindMount(source=files, target=sandbox_trial.WORKDIR)),
+        environment=sandbox_trial.variables(),
+        workdir=sandbox_trial.WORKDIR,
         memory=pep517.bound(settings),
         network=True,
     )

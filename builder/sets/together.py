@@ -20,7 +20,7 @@ from builder.sets.definition import LoadedSet
 from builder.sets.plan import SetPlan
 from builder.sets.set_record import Command, Tested
 from builder.smoke import SmokeResult
-from builder.toolchains import bed
+from builder.toolchains.sandbox_trial import WORKDIR, variables
 from gracefarm.errors import SmokeError
 from gracefarm.files import remove_tree
 
@@ -57,8 +57,8 @@ def tried(of: LoadedSet, clean: Path, root: Path, folder: Path, memory: int) -> 
     log.unlink(missing_ok=True)
     imports = of.data.together.imports
     smoke.prepare(folder / "files", imports, of.smoke_script)
-    mounts = (BindMount(source=clean, target="/env"), BindMount(source=folder / "files", target=bed.WORKDIR))
-    box = Sandbox(root=root, mounts=mounts, environment=bed.variables(), workdir=bed.WORKDIR, memory=memory)
+    mounts = (BindMount(source=clean, target="/env"), BindMount(source=folder / "files", target=WORKDIR))
+    box = Sandbox(root=root, mounts=mounts, environment=variables(), workdir=WORKDIR, memory=memory)
     answers: list[str] = []
     outcome = sandbox.run(
         box,

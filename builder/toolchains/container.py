@@ -27,7 +27,8 @@ from builder.box.place import Place
 from builder.box.sandbox import Outcome
 from builder.planning import gaps
 from builder.planning.gaps import Gap
-from builder.planning.plan import Ground, Inputs, Plan, Wanted
+from builder.planning.ground import Ground
+from builder.planning.plan import Inputs, Plan, Wanted
 from builder.planning.recipe import ToolchainKind
 from builder.planning.settings import Settings
 from builder.planning.stack import Arch, Image, LoadedStack

@@ -15,21 +15,14 @@ from typing import ClassVar, Self
 from builder.box.host import HostPlace
 from builder.box.place import Place
 from builder.planning import pins
-from builder.planning.plan import (
-    CUDA_LAYOUT,
-    Bed,
-    Ground,
-    Inputs,
-    Plan,
-    Toolchain,
-    Wanted,
-)
+from builder.planning.ground import Ground, TrialEnvironment
+from builder.planning.plan import CUDA_LAYOUT, Inputs, Plan, Toolchain, Wanted
 from builder.planning.recipe import ToolchainKind
 from builder.planning.settings import Settings
 from builder.planning.stack import Arch, LoadedStack
 from builder.toolchains import cuda_home, host_environment, host_tools, wrappers
-from builder.toolchains.host_bed import HostBed, library_path, search_path
 from builder.toolchains.host_tools import HostTools
+from builder.toolchains.host_trial import HostTrialEnvironment, library_path, search_path
 from gracefarm.console import Tick, no_tick
 from gracefarm.files import atomic_directory, atomic_write, lock, remove_tree
 
@@ -132,9 +125,9 @@ class HostToolchain(Toolchain):
         """See Toolchain: the path of the folder itself stands in what is compiled."""
         return (*super().build_paths(folder), str(folder))
 
-    def bed(self, ground: Ground, *, emulated: bool) -> Bed:
+    def trial_environment(self, ground: Ground, *, emulated: bool) -> TrialEnvironment:
         """See Toolchain."""
-        return HostBed(tools=self.tools, ground=ground, emulated=emulated)
+        return HostTrialEnvironment(tools=self.tools, ground=ground, emulated=emulated)
 
 
 def _cuda_home(tools: HostTools, settings: Settings) -> Path | None:

@@ -13,13 +13,14 @@ from builder.box.place import Place
 from builder.box.sandbox import BindMount, Sandbox
 from builder.ground import environment, root
 from builder.planning import packages, pins
-from builder.planning.plan import Bed, Ground, Inputs, Plan, Toolchain, Wanted
+from builder.planning.ground import Ground, TrialEnvironment
+from builder.planning.plan import Inputs, Plan, Toolchain, Wanted
 from builder.planning.recipe import ToolchainKind
 from builder.planning.settings import Settings
 from builder.planning.stack import Arch, LoadedStack
 from builder.toolchains import ccache, cuda_home, wrappers
-from builder.toolchains.bed import SandboxBed
 from builder.toolchains.headers import unread_headers
+from builder.toolchains.sandbox_trial import SandboxTrialEnvironment
 from gracefarm.console import Tick, no_tick
 from gracefarm.errors import ConfigError, HostError
 
@@ -111,6 +112,6 @@ class SandboxToolchain(Toolchain):
             variables |= ccache.variables(plan, settings)
         return Sandbox(root=ground.root, mounts=tuple(mounts), environment=variables, workdir="/build", memory=memory)
 
-    def bed(self, ground: Ground, *, emulated: bool) -> Bed:
+    def trial_environment(self, ground: Ground, *, emulated: bool) -> TrialEnvironment:
         """See Toolchain."""
-        return SandboxBed(ground=ground, emulated=emulated)
+        return SandboxTrialEnvironment(ground=ground, emulated=emulated)

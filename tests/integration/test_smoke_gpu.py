@@ -71,7 +71,7 @@ def trial(farm: Farm, folder: Path, script: str) -> smoke.Trial:
         wheel=make_wheel(folder, "torch", "2.11.0", {"torch/__init__.py": torch}),
         imports=("torch",),
         script=folder / "script.py",
-        bed=toolchain.bed(ground, emulated=False),
+        environment=toolchain.trial_environment(ground, emulated=False),
         folder=farm.settings.home / "smoke",
         memory=1 << 30,
         log=folder / "log.txt",

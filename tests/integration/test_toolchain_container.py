@@ -28,7 +28,8 @@ from builder.box.sandbox import Outcome
 from builder.fetch import fill, registry
 from builder.ground import environment, root
 from builder.planning import gaps, recipe, stack
-from builder.planning.plan import Ground, Plan, Wanted
+from builder.planning.ground import Ground
+from builder.planning.plan import Plan, Wanted
 from builder.planning.settings import Settings
 from builder.planning.stack import Arch, Image, host_arch
 from builder.toolchains import choice, container, wrappers

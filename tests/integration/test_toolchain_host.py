@@ -475,7 +475,7 @@ def gpu_trial(built: Built, place: Path, script: str) -> smoke.Trial:
         wheel=built.wheel,
         imports=("torch", "tiny_c"),
         script=folder / "script.py",
-        bed=toolchain.bed(ground, emulated=False),
+        environment=toolchain.trial_environment(ground, emulated=False),
         folder=folder,
         memory=1 << 30,
         log=folder / "log.txt",

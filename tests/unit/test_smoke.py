@@ -7,13 +7,13 @@ import sys
 from pathlib import Path
 
 from builder import smoke
-from builder.toolchains import bed
+from builder.toolchains import sandbox_trial
 
 
 def drive(folder: Path, module: str, *, safe: bool = True) -> subprocess.CompletedProcess[str]:
     """The driver's own command, with this Python and `folder` in the places of the sandbox's."""
     smoke.prepare(folder, [module], None)
-    words = [word.replace(bed.WORKDIR, str(folder)) for word in smoke.driver([module], None)[1:]]
+    words = [word.replace(sandbox_trial.WORKDIR, str(folder)) for word in smoke.driver([module], None)[1:]]
     if not safe:
         words.remove("-P")
     return subprocess.run([sys.executable, *words], cwd=folder, capture_output=True, text=True, timeout=60, check=False)

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from builder.box.host import HostPlace
-from builder.planning.plan import Clean, Ground
-from builder.toolchains import bed, host_environment
+from builder.planning.ground import CleanEnvironment, Ground
+from builder.toolchains import host_environment, sandbox_trial
 from builder.toolchains.host_tools import HostTools
 from gracefarm.files import remove_tree
 
 
 @dataclass(frozen=True, kw_only=True)
-class HostBed:
+class HostTrialEnvironment:
     """A virtual environment over that of the build, on the machine itself."""
 
     tools: HostTools
@@ -22,20 +22,20 @@ class HostBed:
     emulated: bool = False
     overlaid = True
 
-    def clean(self, wheel: Path, scratch: Path, files: Path, *, memory: int, with_gpu: bool) -> Clean:
-        """See `builder.planning.plan.Bed`; a GPU of the machine is there anyway."""
+    def clean(self, wheel: Path, scratch: Path, files: Path, *, memory: int, with_gpu: bool) -> CleanEnvironment:
+        """See `builder.planning.ground.TrialEnvironment`; a GPU of the machine is there anyway."""
         prefix = host_environment.fresh(self.tools, self.ground.environment, scratch / "env", wheel)
         for name in ("home", "tmp"):
             remove_tree(scratch / name)
             (scratch / name).mkdir()
         own = {"HOME": str(scratch / "home"), "TMPDIR": str(scratch / "tmp"), "PATH": search_path(self.tools, prefix)}
         place = HostPlace(
-            environment=bed.variables() | own | library_path(),
+            environment=sandbox_trial.variables() | own | library_path(),
             workdir=str(files),
             memory=memory,
             network=self.tools.uncut is not None,
         )
-        return Clean(prefix=str(prefix), files=str(files), place=place)
+        return CleanEnvironment(prefix=str(prefix), files=str(files), place=place)
 
 
 def search_path(tools: HostTools, site: Path, home: Path | None = None) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from builder.box import gpu
 from builder.box.sandbox import BindMount, Sandbox
 from builder.ground import environment
-from builder.planning.plan import Clean, Ground
+from builder.planning.ground import CleanEnvironment, Ground
 
 WORKDIR = "/smoke"
 "Also the driver's folder, so that a Python that looks in either finds the decoys first."
@@ -28,15 +28,15 @@ def variables() -> dict[str, str]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SandboxBed:
+class SandboxTrialEnvironment:
     """A copy of the stack's environment, in its root."""
 
     ground: Ground
     emulated: bool = False
     overlaid = False
 
-    def clean(self, wheel: Path, scratch: Path, files: Path, *, memory: int, with_gpu: bool) -> Clean:
-        """See `builder.planning.plan.Bed`."""
+    def clean(self, wheel: Path, scratch: Path, files: Path, *, memory: int, with_gpu: bool) -> CleanEnvironment:
+        """See `builder.planning.ground.TrialEnvironment`."""
         prefix = scratch / "env"
         environment.fresh(self.ground.environment, prefix, wheel)
         mounts = (BindMount(source=prefix, target="/env"), BindMount(source=files, target=WORKDIR))
@@ -48,4 +48,4 @@ class SandboxBed:
             memory=memory,
             devices=tuple(map(str, gpu.devices())) if with_gpu else (),
         )
-        return Clean(prefix="/env", files=WORKDIR, place=box)
+        return CleanEnvironment(prefix="/env", files=WORKDIR, place=box)
