@@ -5,18 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol
 
-from builder.audit import alignment, cubins, grafted, machine, python_abi, rpath, symbols, tag, wheel_file
 from builder.audit.contents import UNREADABLE, Contents, opened
+from builder.audit.gates import alignment, cubins, elf_machine, grafted, platform_tag, python_abi, rpath, symbols, wheel
+from builder.audit.gates.wheel import only_wheel, target_of
 from builder.audit.policy import Policy
 from builder.audit.repair import repair
 from builder.audit.verdict import Verdict, not_applicable, refused, require
-from builder.audit.wheel_file import only_wheel, target_of
 
 __all__ = ["GATES", "OBJECT_GATES", "Policy", "Verdict", "audit", "only_wheel", "repair", "require", "target_of"]
 
 
 class Gate(Protocol):
-    """What a module of this folder has that judges an opened wheel."""
+    """What a module of audit/gates has that judges an opened wheel."""
 
     GATE: str
 
@@ -24,16 +24,16 @@ class Gate(Protocol):
         """The gate's verdict."""
 
 
-_CONTENT_GATES: tuple[Gate, ...] = (machine, python_abi, tag, grafted, rpath, alignment, cubins, symbols)
+_CONTENT_GATES: tuple[Gate, ...] = (elf_machine, python_abi, platform_tag, grafted, rpath, alignment, cubins, symbols)
 
-GATES: tuple[str, ...] = (wheel_file.GATE, *(gate.GATE for gate in _CONTENT_GATES))
+GATES: tuple[str, ...] = (wheel.GATE, *(gate.GATE for gate in _CONTENT_GATES))
 "Every gate, in the order of the verdicts."
 
-OBJECT_GATES = (wheel_file.GATE, machine.GATE, python_abi.GATE, alignment.GATE, cubins.GATE)
+OBJECT_GATES = (wheel.GATE, elf_machine.GATE, python_abi.GATE, alignment.GATE, cubins.GATE)
 "What can be judged of a wheel built against headers alone: nothing that asks what its libraries define."
 
 
-def audit(wheel: Path, policy: Policy) -> tuple[Verdict, ...]:
+def audit(path: Path, policy: Policy) -> tuple[Verdict, ...]:
     """Every gate's verdict on a wheel, always all of them and in the order of GATES; nothing of the wheel is executed.
 
     Where the policy asks for objects only, those of OBJECT_GATES.
@@ -41,12 +41,12 @@ def audit(wheel: Path, policy: Policy) -> tuple[Verdict, ...]:
     Raises:
         HostError: a tool of this machine does not run. A bad wheel, however bad, only gets bad verdicts.
     """
-    first = wheel_file.judge(wheel, policy)
+    first = wheel.judge(path, policy)
     try:
-        with opened(wheel) as contents:
+        with opened(path) as contents:
             verdicts = [first, *(gate.judge(contents, policy) for gate in _CONTENT_GATES)]
     except UNREADABLE as error:
         if first.status == "passed":
-            first = refused(wheel_file.GATE, [f"the archive cannot be read: {error}"])
+            first = refused(wheel.GATE, [f"the archive cannot be read: {error}"])
         verdicts = [first, *(not_applicable(gate.GATE, "the wheel cannot be read") for gate in _CONTENT_GATES)]
     return tuple(verdict for verdict in verdicts if not policy.objects_only or verdict.gate in OBJECT_GATES)

@@ -12,11 +12,11 @@ from tempfile import TemporaryDirectory
 from auditwheel.tools import dir2zip, zip2dir
 from auditwheel.wheeltools import rewrite_record
 
-from builder.audit import rpath, tag
 from builder.audit.contents import UNREADABLE, Contents, opened
+from builder.audit.gates import platform_tag, rpath
+from builder.audit.gates.wheel import only_wheel
 from builder.audit.policy import Policy
 from builder.audit.providers import system_folders
-from builder.audit.wheel_file import only_wheel
 from gracefarm.errors import AuditError, HostError, WheelError
 from gracefarm.process import last_line
 
@@ -86,11 +86,16 @@ def _patchelf(arguments: list[str], path: Path) -> None:
 
 
 def _auditwheel(wheel: Path, policy: Policy, out: Path, epoch: int) -> None:
-    arguments = ["repair", "--plat=auto", f"--wheel-dir={out}", *(f"--exclude={name}" for name in tag.excluded(policy))]
+    arguments = [
+        "repair",
+        "--plat=auto",
+        f"--wheel-dir={out}",
+        *(f"--exclude={name}" for name in platform_tag.excluded(policy)),
+    ]
     if policy.root is not None:
         folders = [str(policy.root / folder) for folder in system_folders(policy.target)]
         arguments += ["--ldpaths", ":".join(folders)]
-    process = tag.auditwheel([*arguments, str(wheel)], {"SOURCE_DATE_EPOCH": str(epoch)})
+    process = platform_tag.auditwheel([*arguments, str(wheel)], {"SOURCE_DATE_EPOCH": str(epoch)})
     if process.returncode:
         reason = last_line(process.stderr)
         raise AuditError(

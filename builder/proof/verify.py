@@ -12,8 +12,8 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from packaging.utils import canonicalize_name, parse_wheel_filename
 
-from builder.audit import wheel_file
 from builder.audit.contents import UNREADABLE
+from builder.audit.gates.wheel import complaints
 from builder.planning import pins
 from builder.planning.pins import LockedWheel
 from builder.planning.plan import id_of
@@ -102,9 +102,8 @@ def read(wheel: Path) -> Inside:
 
 
 def _record(wheel: Path) -> str:
-    complaints = wheel_file.complaints(wheel)
-    if complaints:
-        raise VerifyError("; ".join(complaints[:5]))
+    if wrong := complaints(wheel):
+        raise VerifyError("; ".join(wrong[:5]))
     return "every file is what RECORD says"
 
 

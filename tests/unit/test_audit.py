@@ -16,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from builder import audit, elf
-from builder.audit import Policy, Verdict, alignment, cubins, machine, providers, python_abi, rpath, tag, wheel_file
+from builder.audit import Policy, Verdict, providers
 from builder.audit.contents import Contents
+from builder.audit.gates import alignment, cubins, elf_machine, platform_tag, python_abi, rpath, wheel
 from builder.planning import driver
 from builder.planning.stack import Arch
 from gracefarm.errors import AuditError, ExitCode, WheelError
@@ -152,13 +153,15 @@ def test_alignment_and_congruence(align: int, address: int, offset: int, status:
     [({"machine": "EM_X86_64"}, "x86_64"), ({"bits": 32}, "32 bit"), ({"little_endian": False}, "big-endian")],
 )
 def test_objects_of_another_machine_are_named(changes: dict[str, Any], words: str) -> None:
-    verdict = machine.judge(contents({"x.so": an_object(**changes)}), POLICY)
+    verdict = elf_machine.judge(contents({"x.so": an_object(**changes)}), POLICY)
     assert verdict.status == "failed"
     assert words in verdict.summary
 
 
 def test_object_files_that_nothing_loads_are_let_be() -> None:
-    assert machine.judge(contents({"x.o": an_object(machine="EM_X86_64", kind="ET_REL")}), POLICY).status == "not applicable"
+    assert (
+        elf_machine.judge(contents({"x.o": an_object(machine="EM_X86_64", kind="ET_REL")}), POLICY).status == "not applicable"
+    )
     assert contents({"x.o": an_object(kind="ET_REL")}).loadable(Arch.AARCH64) == {}
 
 
@@ -201,7 +204,7 @@ def test_only_entries_below_origin_are_allowed(entry: str, fine: bool) -> None:
     ],
 )  # fmt: skip
 def test_what_a_tag_claims(claim: str, level: tuple[int, int] | None) -> None:
-    assert tag.claimed_level(claim, Arch.AARCH64) == level
+    assert platform_tag.claimed_level(claim, Arch.AARCH64) == level
 
 
 def judged(found: dict[str, tuple[list[str], list[str]]], **changes: Any) -> Verdict:
@@ -271,7 +274,7 @@ def test_an_object_under_any_name_gets_a_verdict(name: str, tmp_path: Path) -> N
 
 def test_a_record_that_is_no_text_is_refused(tmp_path: Path) -> None:
     one = Draft(files={"demo/__init__.py": b""}, record=b"\xff\xfe,sha256=x,1\n")
-    assert "RECORD cannot be read" in wheel_file.judge(one.pack(tmp_path), POLICY).summary
+    assert "RECORD cannot be read" in wheel.judge(one.pack(tmp_path), POLICY).summary
 
 
 @pytest.mark.parametrize(
@@ -286,14 +289,14 @@ def test_a_record_that_is_no_text_is_refused(tmp_path: Path) -> None:
 def test_record_is_held_against_the_content(row: str, words: str, tmp_path: Path) -> None:
     one = Draft(files={"demo/__init__.py": b""})
     one.record = f"{row}\ndemo-1.0.dist-info/RECORD,,\n".encode()
-    assert words in " ".join(wheel_file.judge(one.pack(tmp_path), POLICY).details)
+    assert words in " ".join(wheel.judge(one.pack(tmp_path), POLICY).details)
 
 
 def test_a_weak_algorithm_is_refused_though_its_digest_fits(tmp_path: Path) -> None:
     digest = urlsafe_b64encode(hashlib.md5(b"", usedforsecurity=False).digest()).rstrip(b"=").decode()
     one = Draft(files={"demo/__init__.py": b""})
     one.record = f"demo/__init__.py,md5={digest},0\n".encode()
-    assert "demo/__init__.py is not what RECORD says" in wheel_file.judge(one.pack(tmp_path), POLICY).details
+    assert "demo/__init__.py is not what RECORD says" in wheel.judge(one.pack(tmp_path), POLICY).details
 
 
 @pytest.mark.parametrize(
@@ -309,7 +312,7 @@ def test_a_weak_algorithm_is_refused_though_its_digest_fits(tmp_path: Path) -> N
 )
 def test_what_the_wheel_says_of_itself_agrees(changes: dict[str, str], words: str, tmp_path: Path) -> None:
     path = Draft(files={"demo/__init__.py": b""}, **changes).pack(tmp_path)  # type: ignore[arg-type]
-    [complaint] = wheel_file.judge(path, POLICY).details
+    [complaint] = wheel.judge(path, POLICY).details
     assert words in complaint
 
 
@@ -317,20 +320,20 @@ def test_a_wheel_needs_its_three_files_in_one_folder(tmp_path: Path) -> None:
     name = "demo-1.0-cp311-cp311-manylinux_2_17_aarch64.whl"
     with zipfile.ZipFile(tmp_path / name, "w") as archive:
         archive.writestr("demo-1.0.dist-info/WHEEL", "")
-    assert "lacks METADATA and RECORD" in wheel_file.judge(tmp_path / name, POLICY).summary
+    assert "lacks METADATA and RECORD" in wheel.judge(tmp_path / name, POLICY).summary
     two = Draft(files={"demo-0.9.dist-info/METADATA": b""}).pack(tmp_path / "two")
-    assert "2 .dist-info folders" in wheel_file.judge(two, POLICY).summary
+    assert "2 .dist-info folders" in wheel.judge(two, POLICY).summary
 
 
 def test_a_file_that_leaves_the_wheel_is_refused(tmp_path: Path) -> None:
-    assert "../up.py leaves the wheel" in wheel_file.judge(Draft(files={"../up.py": b""}).pack(tmp_path), POLICY).details
+    assert "../up.py leaves the wheel" in wheel.judge(Draft(files={"../up.py": b""}).pack(tmp_path), POLICY).details
 
 
 def test_a_file_that_stands_twice_is_refused(tmp_path: Path) -> None:
     path = Draft(files={"demo/__init__.py": b""}).pack(tmp_path)
     with pytest.warns(UserWarning, match="Duplicate"), zipfile.ZipFile(path, "a") as archive:
         archive.writestr("demo/__init__.py", b"import os\n")
-    assert "demo/__init__.py stands 2 times in the archive" in wheel_file.judge(path, POLICY).details
+    assert "demo/__init__.py stands 2 times in the archive" in wheel.judge(path, POLICY).details
 
 
 def test_there_is_only_one_wheel(tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def edited(code: Path, name: str, old: str, new: str) -> str:
     [
         ("audit/verdict.py", 'if verdict.status == "failed"', "if False"),
         ("audit/policy.py", "max_size=parse_size(recipe.wheel.max_size)", "max_size=1"),
-        ("audit/alignment.py", "def _wrong(", "def _right("),
+        ("audit/gates/alignment.py", "def _wrong(", "def _right("),
         ("audit/__init__.py", " cubins,", ""),
         ("flow/judge.py", "audit.require(attempt.verdicts)", "pass"),
         ("flow/judge.py", "if plan.stack.data.objects_only:", "if True:"),
@@ -87,7 +87,7 @@ def test_a_changed_rule_judges_anew(code: Path, name: str, old: str, new: str) -
 @pytest.mark.parametrize(
     ("name", "old", "new"),
     [
-        ("audit/alignment.py", "GATE =", "# a comment\n\n\nGATE ="),
+        ("audit/gates/alignment.py", "GATE =", "# a comment\n\n\nGATE ="),
         ("audit/verdict.py", "Go on only when no gate refused.", "Another sentence."),
         ("audit/policy.py", "Highest manylinux level accepted", "Another sentence"),
         ("smoke.py", "Import the wheel in a fresh environment.", "Another sentence."),

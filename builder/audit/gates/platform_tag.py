@@ -18,7 +18,7 @@ from auditwheel.policy import WheelPolicies
 from packaging.utils import InvalidWheelFilename, parse_wheel_filename
 
 from builder.audit.contents import Contents
-from builder.audit.grafted import LIBRARIES
+from builder.audit.gates.grafted import LIBRARIES
 from builder.audit.policy import Policy
 from builder.audit.providers import environment_sonames, own_names
 from builder.audit.verdict import Verdict, not_applicable, passed, refused
