@@ -175,10 +175,10 @@ def run_command(name: str, jobs: int | None, as_json: bool) -> None:
     \b
     builder set run gh200-cu130
     """
-    from builder.sets import rehearsal  # clients of HTTP
+    from builder.sets.run import run_set  # a client of HTTP
 
     extras.require("index")
     settings, console = start(as_json=as_json)
-    result = rehearsal.rehearse(plan.plan_set(definition.load(name, settings), stack.host_arch()), jobs, settings, console)
+    result = run_set(plan.plan_set(definition.load(name, settings), stack.host_arch()), jobs, settings, console)
     value = result.__dict__ | {"tested": result.tested.model_dump(mode="json")}
     console.result(value, f"lock    {result.lock}\npylock  {result.pylock}")

@@ -27,7 +27,7 @@ class Unit(Table):
     peak_memory: int = Field(description="Bytes")
 
 
-class CompilerCache(Table):
+class CacheStatistics(Table):
     """What the compiler cache did; counts are compilations."""
 
     hits: int
@@ -81,7 +81,7 @@ def costs(notes: Iterable[Note], known: Mapping[str, Unit]) -> dict[str, Unit]:
     return dict(sorted(units.items()))
 
 
-def statistics(notes: Sequence[Note], known: Mapping[str, Unit]) -> CompilerCache | None:
+def statistics(notes: Sequence[Note], known: Mapping[str, Unit]) -> CacheStatistics | None:
     """What the cache did; None where it was off."""
     outcomes = Counter(note.outcome for note in notes)
     if not outcomes or set(outcomes) == {"off"}:
@@ -89,7 +89,7 @@ def statistics(notes: Sequence[Note], known: Mapping[str, Unit]) -> CompilerCach
     hits = [note for note in notes if note.outcome == "hit"]
     saved = sum(max(0.0, known[note.unit].cpu_s - note.cpu_s) for note in hits if note.unit in known)
     other = {key: count for key, count in sorted(outcomes.items()) if key not in ("hit", "miss")}
-    return CompilerCache(
+    return CacheStatistics(
         hits=outcomes["hit"],
         misses=outcomes["miss"],
         uncacheable=sum(other.values()),
@@ -98,7 +98,7 @@ def statistics(notes: Sequence[Note], known: Mapping[str, Unit]) -> CompilerCach
     )
 
 
-def title(cache: CompilerCache) -> str:
+def title(cache: CacheStatistics) -> str:
     """One line for console and log."""
     reasons = "".join(f"; {count} x {reason}" for reason, count in cache.reasons.items())
     return (

@@ -11,7 +11,7 @@ from pathlib import Path
 from builder.audit.verdict import Verdict
 from builder.box import meter
 from builder.compiling.jobs import Jobs
-from builder.compiling.units import CompilerCache, Unit
+from builder.compiling.units import CacheStatistics, Unit
 from builder.planning.plan import Plan
 from builder.planning.settings import Settings
 from builder.proof import judges, record
@@ -46,7 +46,7 @@ class Attempt:
     known: dict[str, Unit] = field(default_factory=dict)
     "What translation units cost before this run."
     units: dict[str, Unit] = field(default_factory=dict)
-    compiler_cache: CompilerCache | None = None
+    compiler_cache: CacheStatistics | None = None
     torch_cxx11_abi: bool | None = None
     verdicts: tuple[Verdict, ...] = ()
     smoke: SmokeResult | None = None
@@ -74,7 +74,7 @@ class Attempt:
             self.stages.append(Stage(name=name, wall_s=wall, cpu_s=cpu, peak_memory=usage.peak_memory))
 
     def record(self, wheel: Path | None, error: GracefarmError | None) -> Record:
-        """The record of the finished build."""
+        """The record as far as it has come: a finished build has a wheel, a failed one an error, one that runs neither."""
         data = self.plan.recipe.data
         return Record(
             build_id=self.plan.build_id,

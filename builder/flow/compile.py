@@ -10,7 +10,7 @@ from pathlib import Path
 from builder import audit
 from builder.compiling import jobs, pep517, units
 from builder.compiling.jobs import Jobs
-from builder.compiling.units import CompilerCache, Note, Unit
+from builder.compiling.units import CacheStatistics, Note, Unit
 from builder.fetch import Fetched, source
 from builder.flow import history
 from builder.flow.attempt import Attempt
@@ -48,7 +48,7 @@ def _saved(attempt: Attempt) -> Path | None:
         return None
     attempt.jobs = Jobs.model_validate(saved["jobs"])
     attempt.units = {name: Unit.model_validate(unit) for name, unit in saved["units"].items()}
-    attempt.compiler_cache = saved["compiler_cache"] and CompilerCache.model_validate(saved["compiler_cache"])
+    attempt.compiler_cache = saved["compiler_cache"] and CacheStatistics.model_validate(saved["compiler_cache"])
     attempt.stages.append(Stage.model_validate(saved["stage"]))
     attempt.console.step("compile", "compiled before this run was cut off; going on from there")
     return raw

@@ -1,4 +1,4 @@
-"""A finished build, and the record of one that failed, to an index."""
+"""What is published of a build and in which order, also the record of one that failed; proof/publish.py uploads."""
 
 from __future__ import annotations
 

@@ -149,12 +149,12 @@ class Toolchain(Protocol):
         return False
 
     def command(self, plan: Plan, settings: Settings, folder: Path) -> tuple[str, ...]:
-        """What compiles; `folder` is the build's own."""
+        """What compiles; `folder` is the build's folder for work."""
 
     def place(
         self, plan: Plan, ground: Ground, settings: Settings, folder: Path, *, jobs: int, epoch: int, memory: int, cached: bool
     ) -> Place:
-        """Where that runs; `cached`: with the compiler cache, if the toolchain has one."""
+        """Where that runs; `folder`: as in `command`; `cached`: with the compiler cache, if the toolchain has one."""
 
     def swept(self, plan: Plan) -> AbstractContextManager[None]:
         """Around a compile: nothing is left of it, nor of an earlier one that was killed."""

@@ -1,4 +1,4 @@
-"""Upload a finished wheel with twine, and tell the index about its build."""
+"""Upload a finished wheel with twine, and tell the index about its build; flow/publishing.py says what and when."""
 
 from __future__ import annotations
 

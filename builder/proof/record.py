@@ -11,7 +11,7 @@ from pydantic import Field
 from builder.audit.verdict import Verdict
 from builder.box.sandbox import Outcome
 from builder.compiling.jobs import Jobs
-from builder.compiling.units import CompilerCache, Unit
+from builder.compiling.units import CacheStatistics, Unit
 from builder.planning.plan import Plan
 from builder.planning.recipe import ToolchainKind
 from builder.planning.settings import Settings
@@ -37,7 +37,7 @@ class Stage(Table):
     note: str = ""
 
 
-class WheelFile(Table):
+class BuiltWheel(Table):
     """The product."""
 
     filename: str
@@ -74,15 +74,15 @@ class Record(Table):
     toolchain: ToolchainKind = Field(default="sandbox", description="Where compilers and Python came from")
     outcome: Literal["built", "failed"]
     failure: Failure | None = None
-    wheel: WheelFile | None = None
-    source: WheelFile | None = Field(
+    wheel: BuiltWheel | None = None
+    source: BuiltWheel | None = Field(
         default=None, description="The patched source, where the recipe publishes it beside the wheel"
     )
     torch_cxx11_abi: bool | None = Field(default=None, description="C++ ABI of the torch that was compiled against")
     jobs: Jobs | None = None
     stages: tuple[Stage, ...] = ()
     units: dict[str, Unit] = Field(default_factory=dict, description="By source file, relative to the source tree")
-    compiler_cache: CompilerCache | None = Field(default=None, description="None: it was off, or nothing was compiled")
+    compiler_cache: CacheStatistics | None = Field(default=None, description="None: it was off, or nothing was compiled")
     verdicts: tuple[Verdict, ...] = ()
     judged_by: str = Field(
         default="", description="Digest of the gates and smoke tests that passed the wheel; docs/building.md"
@@ -121,9 +121,9 @@ def failure(error: GracefarmError) -> Failure:
     return Failure(kind=error.exit_code.name.lower(), exit_code=int(error.exit_code), cause=error.cause, remedy=error.remedy)
 
 
-def product(wheel: Path) -> WheelFile:
+def product(wheel: Path) -> BuiltWheel:
     """The finished wheel's part of the record."""
-    return WheelFile(filename=wheel.name, sha256=sha256_file(wheel), size=wheel.stat().st_size)
+    return BuiltWheel(filename=wheel.name, sha256=sha256_file(wheel), size=wheel.stat().st_size)
 
 
 SCRATCH = ("work", "smoke", "raw", "raw-source", "embedded", "repaired", "install", "compiled.json")
@@ -131,7 +131,7 @@ SCRATCH = ("work", "smoke", "raw", "raw-source", "embedded", "repaired", "instal
 
 
 def folder(settings: Settings, build_id: str) -> Path:
-    """Everything about one build: record.json, log.txt, dist/, source/."""
+    """Everything about one build: record.json, log.txt, dist/, work/."""
     return settings.home / "builds" / build_id
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from builder.box import meter
 from builder.compiling import jobs, units
-from builder.compiling.units import CompilerCache, Unit
+from builder.compiling.units import CacheStatistics, Unit
 from builder.data.toolchain import schedule
 from builder.flow import history
 from builder.planning.recipe import Build
@@ -153,7 +153,7 @@ def test_declared_large_units_lower_the_jobs_beside_which_one_of_them_fits() -> 
 
 
 def test_a_build_from_the_cache_teaches_nothing_about_memory() -> None:
-    warm = CompilerCache(hits=1, misses=0, uncacheable=0, saved_cpu_s=1)
+    warm = CacheStatistics(hits=1, misses=0, uncacheable=0, saved_cpu_s=1)
     one = built(compiled(1, 16), count=8).model_copy(update={"compiler_cache": warm})
     assert history.learned_jobs([one], stack="cu130", target="aarch64") is None
 

@@ -32,7 +32,7 @@ from gracefarm.process import first_line
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rehearsed:
+class SetRun:
     """Where everything is, and how long it took."""
 
     lock: str
@@ -46,7 +46,7 @@ class Rehearsed:
     tested: Tested
 
 
-def rehearse(plan: SetPlan, jobs: int | None, settings: Settings, console: Console) -> Rehearsed:
+def run_set(plan: SetPlan, jobs: int | None, settings: Settings, console: Console) -> SetRun:
     """Build and test the set, stage it, mirror what is not ours, publish; install by hash from the set's view alone; import.
 
     Each run shows the set under a name of its own, since a published one never changes; the index keeps files once.
@@ -70,7 +70,7 @@ def rehearse(plan: SetPlan, jobs: int | None, settings: Settings, console: Conso
             _dry_run(plan, pylock, home, console)
             tested = together.tried(plan.set, clean, base, home, pep517.bound(settings))
         console.step("import", f"imported {', '.join(tested.smoke.modules)} in {tested.wall_s:.0f} s")
-    return Rehearsed(
+    return SetRun(
         lock=str(built.lock),
         pylock=str(pylock),
         files=files,
