@@ -20,3 +20,8 @@ def first_line(text: str, otherwise: str = "it gave no reason") -> str:
 def last_line(text: str, otherwise: str = "it gave no reason") -> str:
     """The last line of a program's output, which mostly says why it failed; `otherwise` where there is none."""
     return (text.strip().splitlines() or [otherwise])[-1]
+
+
+def tail(text: str) -> str:
+    """The end of a program's output, where one line of it says too little."""
+    return text.strip()[-500:] or "it gave no reason"

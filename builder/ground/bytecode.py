@@ -22,6 +22,7 @@ from builder.planning.stack import LoadedStack
 from gracefarm.console import Tick
 from gracefarm.errors import HostError, RootError
 from gracefarm.files import atomic_directory, lock
+from gracefarm.process import tail
 
 NATIVE_PYTHON = "/usr/libexec/gracefarm/python-native"
 "The host's own Python inside every root: what it byte-compiles, the target's Python takes."
@@ -63,7 +64,7 @@ def compile_files(root: Path, inside: str, folder: Path, names: Iterable[str] | 
             raise HostError(problem, remedy="run `builder doctor --fix`")
         if os.strerror(errno.ENOSPC) in process.stderr:
             raise OSError(errno.ENOSPC, process.stderr)
-        raise RootError(f"byte-compiling {inside} failed: {process.stderr.strip()[-500:]}", remedy="run `builder doctor`")
+        raise RootError(f"byte-compiling {inside} failed: {tail(process.stderr)}", remedy="run `builder doctor`")
 
 
 def fill_in(

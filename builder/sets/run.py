@@ -29,6 +29,7 @@ from gracefarm.console import Console
 from gracefarm.errors import InstallError, PublishError
 from gracefarm.files import lock, remove_tree
 from gracefarm.process import first_line
+from gracefarm.uv import explain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +157,7 @@ def _dry_run(plan: SetPlan, pylock: Path, home: Path, console: Console) -> None:
     command += [*platform(of.stack, of.data.target), f"--cache-dir={home / 'uv'}"]
     process = subprocess.run(command, capture_output=True, text=True, check=False)
     if process.returncode:
-        raise InstallError(f"uv does not install from {pylock}: {process.stderr.strip()[-500:]}", repeat=" ".join(command))
+        raise InstallError(f"uv does not install from {pylock}: {explain(process.stderr)[1]}", repeat=" ".join(command))
     lines = process.stderr.splitlines()
     outcome = next((line for line in lines if line.startswith("Would install")), "nothing to install")
     console.step("pylock", f"{pylock}, as uv reads it: {outcome.lower()}")

@@ -12,6 +12,7 @@ from builder.planning.settings import Settings
 from builder.toolchains.wrappers import CUDA, INSIDE, NVCC, site_packages
 from gracefarm.errors import RootError
 from gracefarm.files import atomic_directory, lock
+from gracefarm.process import tail
 
 
 def lay_out(plan: Plan, environment: Path, root: Path, settings: Settings) -> Path:
@@ -78,9 +79,7 @@ def _driver_stub(folder: Path, root: Path, cuda: str) -> None:
     command = ["gcc", "-shared", "-fPIC", "-O1", "-nostdlib", f"-Wl,-soname,{driver.SONAME}", "-o", "libcuda.so", "stub.c"]
     process = subprocess.run(box.command(command), capture_output=True, text=True, check=False)
     if process.returncode:
-        raise RootError(
-            f"the driver's stand-in cannot be compiled: {process.stderr.strip()[-500:]}", remedy="run `builder doctor`"
-        )
+        raise RootError(f"the driver's stand-in cannot be compiled: {tail(process.stderr)}", remedy="run `builder doctor`")
     (folder / "stub.c").unlink()
 
 

@@ -15,6 +15,7 @@ from builder.toolchains.wrappers import site_packages
 from gracefarm.console import Tick, no_tick
 from gracefarm.errors import HostError, InstallError
 from gracefarm.files import atomic_write, lock, remove_tree
+from gracefarm.process import tail
 
 _WHOLE = "complete"
 "File of an environment that was assembled to its end."
@@ -61,7 +62,7 @@ def _venv(tools: HostTools, into: Path, *besides: Path) -> None:
     process = subprocess.run(command, capture_output=True, text=True, check=False, env=kept, cwd="/")
     if process.returncode:
         raise HostError(
-            f"{tools.interpreter.executable} makes no virtual environment: {(process.stdout + process.stderr).strip()[-300:]}",
+            f"{tools.interpreter.executable} makes no virtual environment: {tail(process.stdout + process.stderr)}",
             remedy="install its module venv, or name another Python",
         )
     others = [*besides, *(() if tools.locked else tools.interpreter.sites)]

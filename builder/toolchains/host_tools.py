@@ -28,7 +28,7 @@ from builder.planning.stack import HOST_SUFFIX, Arch, LoadedStack, Torch, host_a
 from builder.toolchains.headers import unread_headers
 from gracefarm.errors import HostError
 from gracefarm.files import sha256_file
-from gracefarm.process import last_line
+from gracefarm.process import last_line, tail
 from gracefarm.tables import Table
 
 _CUDA_PROGRAMS = ("bin/nvcc", "nvvm/bin/cicc", "bin/cudafe++", "bin/ptxas", "bin/fatbinary", "bin/nvlink")
@@ -278,7 +278,7 @@ def _links_cxx_statically() -> bool:
         )
         if process.returncode:
             raise HostError(
-                f"{compiler} does not compile C++: {process.stderr.strip()[-300:]}",
+                f"{compiler} does not compile C++: {tail(process.stderr)}",
                 remedy="install g++ and its libstdc++ (Debian: build-essential)",
             )
         return "libstdc++.so.6" not in elf.read(library).needed
@@ -368,7 +368,7 @@ def _said(command: list[str]) -> str:
     except OSError as error:
         raise HostError(f"{command[0]} does not run: {error.strerror}", remedy="mend or replace it") from error
     if process.returncode or not process.stdout.strip():
-        raise HostError(f"{' '.join(command)} fails: {process.stderr.strip()[-300:]}", remedy="mend or replace it")
+        raise HostError(f"{' '.join(command)} fails: {tail(process.stderr)}", remedy="mend or replace it")
     return process.stdout.strip()
 
 
