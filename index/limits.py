@@ -58,7 +58,7 @@ class Bucket:
 
 
 @dataclass
-class AdmissionGate:
+class ClientGate:
     """Counts what is going on. Used from the event loop only."""
 
     limits: Limits

@@ -1,4 +1,4 @@
-"""What a build stands on, laid with progress on the console; and the place of an earlier compile, opened again."""
+"""The stage `root`: what a build stands on, laid with progress; and the place of an earlier compile, opened again."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ def refuse_objects(stack: Stack) -> None:
         )
 
 
-def publish_record(built: Record, url: str, settings: Settings, console: Console) -> Record:
+def publish_wheel(built: Record, url: str, settings: Settings, console: Console) -> Record:
     """Upload the record's wheel unless the record says that it was; a wheel that failed a gate has no path to here."""
     if any(publication.url == url for publication in built.published):
         console.step("publish", f"{url} has it already")
@@ -41,7 +41,7 @@ def publish_record(built: Record, url: str, settings: Settings, console: Console
     return updated
 
 
-def tell_index(build_id: str, url: str, settings: Settings, console: Console, login: publish.Login | None = None) -> None:
+def send_record(build_id: str, url: str, settings: Settings, console: Console, login: publish.Login | None = None) -> None:
     """Record and log to an index that keeps them: the only way in which it learns of a build that left no wheel."""
     folder = record.folder(settings, build_id)
     refused = publish.send_record(record.path(settings, build_id), folder / "log.txt", build_id, url, login)

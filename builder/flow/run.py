@@ -18,7 +18,7 @@ from builder.compiling import pep517
 from builder.flow.attempt import BuildOptions
 from builder.flow.build import build
 from builder.flow.ground import lay_ground
-from builder.flow.publishing import refuse_objects, tell_index
+from builder.flow.publishing import refuse_objects, send_record
 from builder.ground import environment
 from builder.planning.plan import Plan
 from builder.planning.settings import Settings
@@ -100,7 +100,7 @@ def run(plan: Plan, settings: Settings, console: Console) -> Installed:
         # Not noted in the record: the address ends with this run.
         publish.upload(wheel, f"{url}/legacy/", ("__token__", token))
         console.step("publish", f"{wheel.name} to {url}/legacy/")
-        tell_index(built.build_id, f"{url}/legacy/", settings, console, ("__token__", token))
+        send_record(built.build_id, f"{url}/legacy/", settings, console, ("__token__", token))
         _install_back(plan, f"{url}/simple/", settings, console, folder)
     return Installed(
         wheel=str(wheel),

@@ -179,7 +179,7 @@ class Toolchain(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A recipe against a stack, for a target, on a host, with a toolchain."""
+    """A recipe against a stack, for a target, on a host, with a toolchain. builder/toolchains/choice.py makes it."""
 
     recipe: LoadedRecipe
     stack: LoadedStack

@@ -37,7 +37,7 @@ class Stage(Table):
     note: str = ""
 
 
-class BuiltWheel(Table):
+class BuiltFile(Table):
     """The product."""
 
     filename: str
@@ -74,8 +74,8 @@ class Record(Table):
     toolchain: ToolchainKind = Field(default="sandbox", description="Where compilers and Python came from")
     outcome: Literal["built", "failed"]
     failure: Failure | None = None
-    wheel: BuiltWheel | None = None
-    source: BuiltWheel | None = Field(
+    wheel: BuiltFile | None = None
+    source: BuiltFile | None = Field(
         default=None, description="The patched source, where the recipe publishes it beside the wheel"
     )
     torch_cxx11_abi: bool | None = Field(default=None, description="C++ ABI of the torch that was compiled against")
@@ -121,9 +121,9 @@ def failure(error: GracefarmError) -> Failure:
     return Failure(kind=error.exit_code.name.lower(), exit_code=int(error.exit_code), cause=error.cause, remedy=error.remedy)
 
 
-def product(wheel: Path) -> BuiltWheel:
-    """The finished wheel's part of the record."""
-    return BuiltWheel(filename=wheel.name, sha256=sha256_file(wheel), size=wheel.stat().st_size)
+def product(file: Path) -> BuiltFile:
+    """What the record says of a finished wheel or source archive."""
+    return BuiltFile(filename=file.name, sha256=sha256_file(file), size=file.stat().st_size)
 
 
 SCRATCH = ("work", "smoke", "raw", "raw-source", "embedded", "repaired", "install", "compiled.json")
@@ -183,7 +183,7 @@ def latest(settings: Settings, recipe: str) -> Record:
 
 
 def settled(plan: Plan, settings: Settings) -> Record | None:
-    """The record of such a build whose wheel was judged by the gates and smoke tests of today."""
+    """The record of a build of exactly this plan, its wheel judged by the gates and smoke tests of today."""
     build = existing(plan, settings)
     return build if build is not None and build.judged_by == judges.digest(plan) else None
 

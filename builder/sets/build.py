@@ -159,7 +159,7 @@ def stage(built: BuiltSet, at: SetAddress, settings: Settings, console: Console)
                     publish.upload(file, address, at.login)
                     console.step("stage", f"{file.name} to {address}")
         for build_id in built.record.builds.values():
-            publishing.tell_index(build_id, address, settings, console, at.login)
+            publishing.send_record(build_id, address, settings, console, at.login)
         state = staging.ask(at, "GET")
         _require_same(built, at, state["files"])
         if state["missing"]:

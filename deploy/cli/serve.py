@@ -74,12 +74,12 @@ def serve(context: DeployContext, skip_up: bool, no_wait: bool) -> None:
     lines = [
         f"READY  {served.engine.answer['model']} on {head.name}, port {port} of its loopback",
         f"       deploy tunnel                          # http://127.0.0.1:{port} on this machine",
-        f"       {ask(key, port)}",
+        f"       {curl_line(key, port)}",
     ]
     context.console.result(document, "\n".join(lines))
 
 
-def ask(key: Path, port: int) -> str:
+def curl_line(key: Path, port: int) -> str:
     """How a shell asks what is served: the key goes through a pipe, for argument lists are everybody's to read."""
     header = f'printf "Authorization: Bearer %s" "$(cat {shlex.quote(str(key))})"'  # printf is the shell's own: no process
     return f"{header} | curl -H @- http://127.0.0.1:{port}/v1/models"

@@ -109,7 +109,7 @@ class EngineStep(ServingStep):
     name = "engine"
 
     async def apply(self, work: Work, looks: Looks) -> Applied:
-        """Start it, or attach to a start that somebody left, and wait for a completion."""
+        """Start it, or attach to a start that was left, and wait for a completion (deploy/engine/canary.py asks for it)."""
         plan, head, state = work.made_plan, work.nodes[0], work.keeper.state
         cluster = ray.spec_of(work.deployment, plan, work.environment)
         spec = spec_of(work.deployment, plan, cluster, head, state.data("load"))

@@ -97,7 +97,7 @@ def check_wanted(
 
 
 def admit(store: Store, catalogue: Catalogue, actor: str, candidate: InspectedFile, destination: Destination) -> Admission:
-    """Give the file its place in the store and its row in the catalogue: durable and visible when this returns.
+    """Give the file its place in the store and its row in the catalogue: durable when this returns.
 
     Raises:
         ForbiddenError: the project is not hosted here, or archived or quarantined.

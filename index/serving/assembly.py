@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from index.limits import AdmissionGate
+from index.limits import ClientGate
 from index.serving import sets
 from index.serving.front import Front
 from index.serving.routes import starlette_app
@@ -23,7 +23,7 @@ def build(store: Store, options: ServeOptions) -> Front:
         catalogue=catalogue,
         page_cache=PageCache(catalogue),
         options=options,
-        gate=AdmissionGate(limits=options.limits),
+        gate=ClientGate(limits=options.limits),
     )
 
     site = Site(store=store, catalogue=catalogue, base_url=options.base_url, trusted_proxies=options.trusted_proxies)

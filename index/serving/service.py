@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from starlette.responses import Response
 
 from index.errors import StoreFullError
-from index.limits import AdmissionGate, Limits
+from index.limits import ClientGate, Limits
 from index.serving.download import Downloads
 from index.serving.metrics import ServerMetrics
 from index.serving.proxies import Proxies
@@ -73,14 +73,14 @@ class IndexService:
     catalogue: Catalogue
     page_cache: PageCache
     options: ServeOptions
-    gate: AdmissionGate
+    gate: ClientGate
     metrics: ServerMetrics = field(default_factory=ServerMetrics)
     downloads: Downloads = field(default_factory=Downloads)
     passwords: htpasswd.PasswordMemory = field(default_factory=htpasswd.PasswordMemory)
     workers: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(4, thread_name_prefix="workers"))
     "Hash, write and read archives."
     answer_cache: AnswerCache = field(default_factory=AnswerCache)
-    page_thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="page_thread"))
+    web_thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="web_thread"))
     "Renders the pages for people, one at a time."
     writer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="writer"))
     "Commits, one after the other."
@@ -107,13 +107,13 @@ class IndexService:
         generation = self.page_cache.refresh()
         if (cached := self.answer_cache.get(generation, key)) is not None:
             return cached
-        answer = await asyncio.get_running_loop().run_in_executor(self.page_thread, make)
+        answer = await asyncio.get_running_loop().run_in_executor(self.web_thread, make)
         self.answer_cache.put(generation, key, answer)
         return answer
 
     def close(self) -> None:
         """Let the threads end and the connections close."""
-        self.page_thread.shutdown()
+        self.web_thread.shutdown()
         self.workers.shutdown()
         self.writer.shutdown()
         self.catalogue.close()

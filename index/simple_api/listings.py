@@ -4,7 +4,7 @@ all      every release file of ours                       /simple/
 cuda     those of one CUDA version                        /cu130/simple/
 nightly  the nightly channel alone                        /nightly/simple/
 set      the files of one published set, mirrored ones too, and no other name   /NAME/simple/
-preview  the same for a staged set, by an unguessable address                   /preview/TOKEN/simple/
+         a staged set's too, by an unguessable address          /preview/TOKEN/simple/
 """
 
 from __future__ import annotations

@@ -1,52 +1,21 @@
-"""Pages of builds: the board, one build, and one wheel with what its build's record says."""
+"""Pages of builds: the board, and one build with its record."""
 
 from __future__ import annotations
 
-import json
 import os
-from contextlib import suppress
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 from index.errors import NotFoundError
-from index.simple_api import listings
-from index.simple_api.simple import file_path
 from index.store import records
 from index.store.files import Store
 from index.store.records import Summary
-from index.web.projects import narrowest_view
-from index.web.record import RecordDocument
+from index.web.record import document_of
 from index.web.site import Site
 
 TAIL = 25
 "Lines of a failed build's log that its page shows."
-
-
-def wheel(site: Site, request: Request) -> Response:
-    """One file: what it is, what the gates said, where it came from."""
-    catalogue = site.catalogue
-    row = catalogue.row("SELECT * FROM public_file WHERE filename = ?", (request.path_params["filename"],))
-    if row is None:
-        raise NotFoundError("there is no such wheel here", remedy="see the project's page")
-    item = listings.listed(row)
-    build_row = catalogue.row("SELECT * FROM record WHERE id = ?", (item.build,))
-    record = records.summary(build_row) if build_row is not None else None
-    sets = catalogue.rows(
-        "SELECT set_name FROM member JOIN release_set ON name = set_name WHERE file_id = ? AND state = 'published'",
-        (row["id"],),
-    )
-    return site.render(
-        request,
-        "wheel.html",
-        file=item,
-        record=record,
-        document=_document(site.store, record),
-        sets=[set_row["set_name"] for set_row in sets],
-        path=file_path(item),
-        view=narrowest_view(catalogue, item),
-        state=listings.status(catalogue, item.project),
-    )
 
 
 def board(site: Site, request: Request) -> Response:
@@ -76,18 +45,10 @@ def build(site: Site, request: Request) -> Response:
         request,
         "build.html",
         record=record,
-        document=_document(site.store, record),
+        document=document_of(site.store, record),
         wheels=[file_row["filename"] for file_row in wheels],
         tail=_tail(site.store, record),
     )
-
-
-def _document(store: Store, record: Summary | None) -> RecordDocument:
-    document = {}
-    if record is not None and record.document is not None:
-        with suppress(OSError, ValueError):
-            document = json.loads(store.path(record.document).read_bytes())
-    return RecordDocument.of(document)
 
 
 def _tail(store: Store, record: Summary) -> str:

@@ -25,7 +25,7 @@ from index.simple_api.negotiate import Encoding, Format
 from index.simple_api.page_cache import Page, render
 from index.store.catalogue import Catalogue
 from index.store.files import Store, disk_errors
-from index.web import builds, projects
+from index.web import builds, projects, wheel
 from index.web.routes import static_files
 from index.web.sets import sets
 from index.web.site import POLICY, Site
@@ -176,7 +176,7 @@ class StaticExport:
         for row in catalogue.rows("SELECT filename, project FROM public_file ORDER BY filename"):
             path = f"wheel/{row['filename']}/index.html"
             if not self._keeps(row["project"], path, f"{path}.gz"):
-                yield _make(partial(builds.wheel, site), f"/wheel/{row['filename']}/", filename=row["filename"])
+                yield _make(partial(wheel.wheel, site), f"/wheel/{row['filename']}/", filename=row["filename"])
         for name in projects.names(catalogue):
             path = f"project/{name}/index.html"
             if not self._keeps(name, path, f"{path}.gz"):

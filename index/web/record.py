@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from index.store import records
+from index.store.files import Store
+from index.store.records import Summary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,3 +87,12 @@ def _mapping(value: object) -> Mapping[str, Any]:
 def _mappings(value: object, key: str) -> tuple[Mapping[str, Any], ...]:
     items = value if isinstance(value, list) else []
     return tuple(item for item in items if isinstance(item, Mapping) and isinstance(item.get(key), str))
+
+
+def document_of(store: Store, record: Summary | None) -> RecordDocument:
+    """What a record's document says; nothing where the index has none."""
+    document = {}
+    if record is not None and record.document is not None:
+        with suppress(OSError, ValueError):
+            document = json.loads(store.path(record.document).read_bytes())
+    return RecordDocument.of(document)

@@ -11,7 +11,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from index.errors import NotFoundError
-from index.web import builds
+from index.web import builds, wheel
 from index.web.projects import ProjectPages
 from index.web.sets import sets
 from index.web.site import Site
@@ -56,7 +56,7 @@ def web_routes(site: Site, render_page: RenderPage) -> list[Route]:
         Route("/", page(projects.first)),
         Route("/project/{name}/", page(projects.project)),
         Route("/project/{name}", page(projects.project)),
-        Route("/wheel/{filename}/", page(partial(builds.wheel, site))),
+        Route("/wheel/{filename}/", page(partial(wheel.wheel, site))),
         Route("/board/", page(partial(builds.board, site))),
         Route("/board/{id}/", page(partial(builds.build, site))),
         Route("/sets/", page(partial(sets, site))),

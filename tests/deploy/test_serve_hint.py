@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.cli.serve import ask
+from deploy.cli.serve import curl_line
 
 KEY = "gf-" + "k3y" * 10
 
@@ -46,7 +46,7 @@ def test_the_hint_asks_with_the_key_and_no_process_has_it_in_its_arguments(tmp_p
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         try:
-            command = [str(shutil.which(shell)), "-c", ask(key, server.server_port)]
+            command = [str(shutil.which(shell)), "-c", curl_line(key, server.server_port)]
             subprocess.run(command, check=True, env={"PATH": str(programs)}, timeout=30, capture_output=True)
         finally:
             server.shutdown()

@@ -605,4 +605,4 @@ def test_pages_of_the_whole_store_are_made_once_per_change_and_off_the_loop(
     (tmp_path / "wheels" / name).write_bytes(content)
     asyncio.run(ask())
     application.service.close()
-    assert all(name.startswith("page_thread") for name in threads)
+    assert all(name.startswith("web_thread") for name in threads)

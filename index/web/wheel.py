@@ -1,0 +1,40 @@
+"""The page of one wheel, with what its build's record says."""
+
+from __future__ import annotations
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from index.errors import NotFoundError
+from index.simple_api import listings
+from index.simple_api.simple import file_path
+from index.store import records
+from index.web.projects import narrowest_view
+from index.web.record import document_of
+from index.web.site import Site
+
+
+def wheel(site: Site, request: Request) -> Response:
+    """One file: what it is, what the gates said, where it came from."""
+    catalogue = site.catalogue
+    row = catalogue.row("SELECT * FROM public_file WHERE filename = ?", (request.path_params["filename"],))
+    if row is None:
+        raise NotFoundError("there is no such wheel here", remedy="see the project's page")
+    item = listings.listed(row)
+    build_row = catalogue.row("SELECT * FROM record WHERE id = ?", (item.build,))
+    record = records.summary(build_row) if build_row is not None else None
+    sets = catalogue.rows(
+        "SELECT set_name FROM member JOIN release_set ON name = set_name WHERE file_id = ? AND state = 'published'",
+        (row["id"],),
+    )
+    return site.render(
+        request,
+        "wheel.html",
+        file=item,
+        record=record,
+        document=document_of(site.store, record),
+        sets=[set_row["set_name"] for set_row in sets],
+        path=file_path(item),
+        view=narrowest_view(catalogue, item),
+        state=listings.status(catalogue, item.project),
+    )
