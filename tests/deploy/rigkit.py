@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shlex
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import httpx
 
+from deploy.fleet.commands import command_line
 from deploy.fleet.results import CommandResult
 from deploy.fleet.ssh import Fleet
 from deploy.nodes.deployment import Node
@@ -37,11 +39,12 @@ def run(
     timeout: float = 20,
     env: Mapping[str, str] | None = None,
 ) -> dict[str, CommandResult]:
-    """A command on nodes by the product's own SSH."""
+    """A command on nodes by the product's own SSH, with variables for it."""
+    exports = "".join(f"export {name}={shlex.quote(value)}; " for name, value in (env or {}).items())
 
     async def go() -> dict[str, CommandResult]:
-        async with Fleet(inventory(room), known_hosts=room.known_hosts, config=[], connect_timeout=3) as made:
-            return await made.run(command, nodes=names, timeout=timeout, env=env)
+        async with Fleet(inventory(room), known_hosts=room.known_hosts, config=[], connect_timeout=3) as fleet:
+            return await fleet.run(exports + command_line(command), nodes=names, timeout=timeout)
 
     with room.inside():
         return asyncio.run(go())
