@@ -199,6 +199,11 @@ def raylet(made: Rehearsal, node: str) -> int:
     )
 
 
+def has_worker(made: Rehearsal, node: str) -> bool:
+    """Whether Ray runs a worker of the stand-in on a node."""
+    return any("RayWorkerWrapper" in process["argv"][0] for process in made.room[node].processes())
+
+
 def engine_pid(made: Rehearsal) -> int:
     """Of the stand-in on the head."""
     found = [process for process in made.room.nodes[0].processes() if len(process["argv"]) > 1]

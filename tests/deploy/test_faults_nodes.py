@@ -141,8 +141,8 @@ def test_a_worker_that_dies_while_loading_is_told(made: Rehearsal) -> None:
     faultkit.order(made, "k1", "load=slow:600")
     try:
         process = begin(made, "serve")
-        until_running(made, "engine", process)
-        time.sleep(4)
+        faultkit.until(lambda: faultkit.has_worker(made, "k1"), 120)
+        time.sleep(4)  # it meets the others and begins to load
         nodefaults.kill(made.room["k1"], faultkit.raylet(made, "k1"))
         done = end(process, 300)
     finally:

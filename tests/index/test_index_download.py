@@ -9,7 +9,7 @@ import socket
 import time
 import zipfile
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,7 @@ from starlette.types import Message
 from index.serving import download
 from index.serving.download import PIECE, WINDOW, Downloads, FileAnswer
 from tests.index.index_kit import Server, serving, wheel
+from tests.processes import open_files
 
 LARGE = os.urandom(WINDOW) * 25  # what is read before the server learns that nobody is there is a small part of it
 
@@ -90,15 +91,7 @@ def _resident(pid: int) -> int:
 
 
 def _sending(server: Server) -> list[str]:
-    return [name for name in _open_files(server.process.pid) if name.startswith(str(server.root / "files"))]
-
-
-def _open_files(pid: int) -> list[str]:
-    sizes = []
-    for item in Path(f"/proc/{pid}/fd").iterdir():
-        with suppress(FileNotFoundError):  # closed meanwhile
-            sizes.append(str(item.readlink()))
-    return sizes
+    return [name for name in open_files(server.process.pid) if name.startswith(str(server.root / "files"))]
 
 
 def _ask(path: Path, *, cut_to: int | None = None) -> tuple[list[int], bytes]:

@@ -27,6 +27,7 @@ import index.intake.wheel
 from index.errors import RefusedError
 from index.names import Distribution, parse_filename
 from index.serving.granian import GRACE
+from tests.processes import open_files
 
 
 def refused(answer: httpx.Response, *words: str, status: int = 400) -> None:
@@ -499,8 +500,7 @@ def _slow_reader(server: Server, request: bytes) -> socket.socket:
 
 def _connections(server: Server, port: int | None = None) -> int:
     """Connections of clients that the server holds; with `port`, of the client on that port."""
-    folder = Path(f"/proc/{server.process.pid}/fd")
-    inodes = {str(link.readlink()) for link in folder.iterdir() if link.is_symlink()}
+    inodes = set(open_files(server.process.pid))
     rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
     mine = [row for row in rows if int(row[1].partition(":")[2], 16) == server.port and row[3] != "0A"]
     mine = [row for row in mine if port is None or int(row[2].partition(":")[2], 16) == port]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import subprocess
@@ -20,6 +19,7 @@ from builder.planning.settings import Settings
 from gracefarm.errors import DigestError, DiskFullError, FetchError
 from tests.integration import fetch_kit
 from tests.integration.fetch_kit import Served, Server, sha256
+from tests.processes import open_files
 
 DATA = os.urandom(3_000_000)
 
@@ -58,12 +58,9 @@ def wait_for_lock(process: subprocess.Popen[str], one: Download, settings: Setti
     """Until the process has the digest's lock file open, and a little more for what it does next; ten seconds without one."""
     lock = settings.home / "store" / "locks" / one.sha256
     for _ in range(100):
-        opened = set()
-        for link in Path(f"/proc/{process.pid}/fd").iterdir():
-            with contextlib.suppress(FileNotFoundError):
-                opened.add(link.readlink())
+        opened = open_files(process.pid)
         time.sleep(0.1)
-        if lock in opened:
+        if str(lock) in opened:
             return
 
 
