@@ -1,4 +1,8 @@
-"""Secrets out of whatever is shown or handed on: those that are known by value, and whatever looks like one."""
+"""Secrets out of everything that is shown or handed on: those known by value, and what looks like one.
+
+What looks like one is judged by detect-secrets' rules (github.com/Yelp/detect-secrets) and by rules of ours for headers,
+assignments and addresses. A redactor that removes the cause of a failure does harm too: the tests hold both sides.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from urllib.parse import quote
 
 from deploy.nodes.deployment import Folder
@@ -16,43 +21,85 @@ from deploy.nodes.deployment import Folder
 SHORTEST = 6
 "Bytes; anything shorter that is called a secret would take harmless text along."
 VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "OPENAI_API_KEY", "APHRODITE_API_KEY", "VLLM_API_KEY", "RAY_AUTH_TOKEN")
-_NAME = rb"(?:TOKEN|SECRET|PASSWORD|PASSWD|API[_-]?KEYS?|ADMIN[_-]?KEY|ACCESS[_-]?KEY)"
+_NAME = rb"(?:SECRET|PASSWORD|PASSWD|PASSPHRASE|API[_-]?KEYS?|ADMIN[_-]?KEY|ACCESS[_-]?KEY)"
 _QUOTES = rb"[\"'\\]{0,4}"
 "As JSON and shells put them."
 _VALUE = rb"(?!\[redacted)[^\s\"'\\,}&;\0]"
-_PATTERNS: tuple[tuple[re.Pattern[bytes], bytes], ...] = (
+
+
+def _opaque(least: int) -> bytes:
+    """A value that no word of a sentence is: a letter and a digit, no path, no special token of a model (`<|eot_id|>`)."""
+    letters, digits = (rb"(?=[^\s\"'\\,}&;\0]{0,200}?[" + kind + rb"])" for kind in (b"A-Za-z", b"0-9"))
+    return rb"(?![/<]|https?:|\[redacted)" + letters + digits + rb"[A-Za-z0-9._~+/=:%%@!#$^*|-]{%d,}" % least
+
+
+_TOO_BROAD = (
+    # They judge by the name before the value, and so by words of any sentence; our own rules below do that.
+    *(
+        "Artifactory Credentials",
+        "Cloudant Credentials",
+        "IBM Cloud IAM Key",
+        "IBM COS HMAC Credentials",
+        "SoftLayer Credentials",
+    ),
+    # An address is no secret here; of a private key and of an address with a password our own rules remove what follows.
+    *("Public IP (ipv4)", "Private Key", "Basic Auth Credentials"),
+)
+"Rules of detect-secrets that are left out."
+_SIGNED = rb"X-(?:Amz|Goog)-(?:Signature|Credential|Security-Token)|Signature|Policy|Key-Pair-Id|sig|access_token|token"
+"Parameters of an address that let whoever has it in."
+_FIRST: tuple[tuple[re.Pattern[bytes], bytes], ...] = (
     (
         re.compile(rb"-----BEGIN [A-Z ]{0,40}PRIVATE KEY-----.*?(?:-----END [A-Z ]{0,40}PRIVATE KEY-----|\Z)", re.S),
         b"[redacted private key]",
     ),
+    (re.compile(rb"\b(?:hf|api_org)_[A-Za-z0-9]{16,}"), b"[redacted HF token]"),
+    (re.compile(rb"\bgf_[A-Za-z0-9_-]{32,}"), b"[redacted index token]"),
+    (re.compile(rb"\b(?:gf|sk)-[A-Za-z0-9_-]{16,}"), b"[redacted API key]"),
+    (re.compile(rb"([?&](?:" + _SIGNED + rb")=)(?!\[redacted)[^&\s\"'\\]+", re.I), rb"\1[redacted]"),
+)
+_LAST: tuple[tuple[re.Pattern[bytes], bytes], ...] = (
     # The scheme stays: it tells what was tried.
     (
         re.compile(
-            rb"((?:authorization|x-api-key|api-key|cookie)"
-            + _QUOTES
-            + rb"\s{0,4}[:=,]\s{0,4}"
-            + _QUOTES
-            + rb"(?:b['\"])?(?:(?:bearer|basic|token)\s+)?)"
-            + rb"[^\s\"'\\,}&;\0]"
-            + rb"+",
+            rb"((?:authorization|x-api-key|api-key|x-auth-token|cookie)"
+            + (_QUOTES + rb"\s{0,4}[:=,]\s{0,4}" + _QUOTES + rb"(?:b['\"])?)")
+            + (rb"(?:((?:bearer|basic|token)\s+)" + _VALUE + rb"+|" + _opaque(8) + rb")"),
             re.I,
         ),
-        rb"\1[redacted]",
+        rb"\1\2[redacted]",
     ),
-    (re.compile(rb"\b(?:hf|api_org)_[A-Za-z0-9]{16,}"), b"[redacted HF token]"),
-    (re.compile(rb"\b(?:gf|sk)-[A-Za-z0-9_-]{16,}"), b"[redacted API key]"),
-    (re.compile(rb"(\bbearer(?:\s|%20)+)(?!\[redacted)[A-Za-z0-9._~+/=-]{6,}", re.I), rb"\1[redacted]"),
+    (re.compile(rb"(\bbearer(?:\s|%20)+)" + _opaque(6), re.I), rb"\1[redacted]"),
     (re.compile(rb"(\b[a-z][a-z0-9+.-]{0,20}://[^\s/:@\"']{0,100}:)[^\s/@\"']{1,300}(@)", re.I), rb"\1[redacted]\2"),
-    # NAME=value, "NAME": 'value', whatever stands before these words; a path to a secret (RAY_AUTH_TOKEN_PATH) is none.
+    # NAME=value and "NAME": "value", whatever stands before these words; a path to a secret (RAY_AUTH_TOKEN_PATH) is none.
+    (re.compile(rb"(" + _NAME + _QUOTES + rb"\s{0,4}=\s{0,4}" + _QUOTES + rb")" + _VALUE + rb"{6,}", re.I), rb"\1[redacted]"),
+    (re.compile(rb"(" + _NAME + rb"[\"']\s{0,4}:\s{0,4}[\"'])" + _VALUE + rb"{6,}", re.I), rb"\1[redacted]"),
+    (re.compile(rb"(\b[A-Z0-9_]*TOKEN=" + _QUOTES + rb")(?!<)" + _VALUE + rb"{6,}"), rb"\1[redacted]"),
+    # `NAME: value` is also how a cause is told (`ray-token: Permission denied`), and a model's own tokens are no secrets.
+    (re.compile(rb"(" + _NAME + _QUOTES + rb"\s{0,4}:\s{0,4}" + _QUOTES + rb")" + _opaque(8), re.I), rb"\1[redacted]"),
+    (re.compile(rb"(TOKEN" + _QUOTES + rb"\s{0,4}[=:]\s{0,4}" + _QUOTES + rb")" + _opaque(16), re.I), rb"\1[redacted]"),
     (
-        re.compile(rb"(" + _NAME + _QUOTES + rb"\s{0,4}[=:]\s{0,4}" + _QUOTES + rb")" + _VALUE + rb"{6,}", re.I),
+        re.compile(rb"(--(?:api-keys?|admin-key|token|hf-token|password)[=\0\"',][ \"',]{0,4})" + _VALUE + rb"+", re.I),
         rb"\1[redacted]",
     ),
-    (
-        re.compile(rb"(--(?:api-keys?|admin-key|token|hf-token|password)[ =\0\"',]{1,4})" + _VALUE + rb"+", re.I),
-        rb"\1[redacted]",
-    ),
+    (re.compile(rb"(--(?:api-keys?|admin-key|token|hf-token|password) )" + _opaque(8), re.I), rb"\1[redacted]"),
 )
+
+
+@cache
+def _maintained() -> tuple[tuple[re.Pattern[bytes], bytes], ...]:
+    """detect-secrets' rules for tokens that are known by their form (GitHub, GitLab, AWS, Slack, …), over bytes."""
+    from detect_secrets.core.plugins.util import get_mapping_from_secret_type_to_class
+    from detect_secrets.plugins.base import RegexBasedDetector
+
+    detectors: Mapping[str, type] = get_mapping_from_secret_type_to_class()
+    kept = [(name, kind()) for name, kind in sorted(detectors.items()) if name not in _TOO_BROAD]
+    return tuple(
+        (re.compile(pattern.pattern.encode(), pattern.flags & ~re.UNICODE), f"[redacted {name}]".encode())
+        for name, detector in kept
+        if isinstance(detector, RegexBasedDetector)
+        for pattern in detector.denylist
+    )
 
 
 def forms(secret: str) -> set[bytes]:
@@ -79,7 +126,7 @@ class Redactor:
         """Content without secrets."""
         for secret in self.known:
             content = content.replace(secret, b"[redacted]")
-        for pattern, instead in _PATTERNS:
+        for pattern, instead in (*_FIRST, *_maintained(), *_LAST):
             content = pattern.sub(instead, content)
         return content
 

@@ -28,6 +28,11 @@ from tests.deploy.test_watch import Scene, play, ray_logs
 HF = "hf_" + "AbCdEfGhIj" * 3 + "KLMN"
 RAY = "c0ffee" * 10
 OTHER = "sk-somebody-elses-key-0123456789"
+FORMS = (
+    *("gf_" + "aB3_x-" * 7 + "z", "ghp_" + "aB3x" * 9, "AKIA" + "IOSFODNN7EXAMPLE", "glpat-" + "aB3x" * 5),
+    *("xoxb-123456789012-" + "abcdef1234" * 2, "sk_live_" + "aB3x" * 6),
+)
+"Tokens of services, which detect-secrets knows by their form; the farm's own first."
 PRIVATE = "-----BEGIN OPENSSH PRIVATE KEY-----\nb3BlbnNzaC1rZXktdjEAAAAA\n-----END OPENSSH PRIVATE KEY-----\n"
 
 
@@ -247,6 +252,13 @@ def test_an_engine_that_answers_has_no_cause_of_death() -> None:
         f"https://me:{RAY}@host/x",
         f"/x?token={RAY}&y=1",
         PRIVATE,
+        f"api-key: {RAY}",
+        f"password: {RAY}",
+        f'"password": "{RAY}"',
+        f"--api-keys {RAY}",
+        f"https://cdn.example/x?X-Amz-Signature={RAY}&X-Amz-Date=20261129T000000Z",
+        f"https://cdn.example/x?Policy={RAY}",
+        *(f"clone with {form} there" for form in FORMS),
     ],
 )
 def test_what_looks_like_a_secret_goes(line: str) -> None:
@@ -254,6 +266,7 @@ def test_what_looks_like_a_secret_goes(line: str) -> None:
     assert RAY not in cleaned
     assert HF not in cleaned
     assert OTHER not in cleaned
+    assert not [form for form in FORMS if form in cleaned]
     assert "b3Blb" not in cleaned
     assert cleaned.startswith("before ")
 
@@ -268,6 +281,17 @@ def test_what_looks_like_a_secret_goes(line: str) -> None:
         "GET http://127.0.0.1:2242/v1/models",
         "avg generation throughput: 5.2 tokens/s",
         "bearer of bad news",
+        "Bearer authentication failed",
+        "placing /x/ray-token: Permission denied",
+        "k1: /tmp/gf/k1/ray-token: No space left on device",
+        "/tmp/gf/0123abcd/k0/api-key: Permission denied",
+        "eos_token: <|end_of_text|>, bos_token: <|begin_of_text|>, pad_token='<|finetune_right_pad_id|>'",
+        '{"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}',
+        "the password: incorrect for somebody",
+        "error: argument --token requires a value",
+        "authorization: Permission denied",
+        "python -c 'import hf_hub_download' gf_gpu_memory_utilization",
+        "10.77.0.11:6379 -> 203.0.113.9:22",
     ],
 )
 def test_what_is_none_stays(line: str) -> None:
