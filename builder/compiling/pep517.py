@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -21,10 +21,14 @@ from gracefarm.tables import parse_size
 NINJA = re.compile(r"^\[(\d+)/(\d+)\] ")
 FIRST_ERROR = (
     re.compile(r"(?:fatal error|error): |(?:error|fatal)\s+: |\berror #\d+|undefined reference to|cannot find -l"),
-    re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception)\b(?!.*returned non-zero exit status)(?::.*|$)"),
-    re.compile(r"^(?:CMake Error|make(?:\[\d+\])?: \*\*\*|ninja: error|FAILED: )"),
+    re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception)\b(?!.*returned non-zero exit status)(?::.*|$)|^\s*CMake Error\b"),
+    re.compile(r"^(?:make(?:\[\d+\])?: \*\*\*|ninja: error|FAILED: )"),
 )
-"In the order in which they name the cause: a compiler's word, a Python exception, a build tool's complaint."
+"In the order in which they name the cause: a compiler's word, a Python exception or CMake's word, a build tool's complaint."
+CMAKE = re.compile(r"^(?P<indent>\s*)CMake Error(?: \(\w+\))?(?:: (?P<reason>.+)| (?P<place>(?:at|in) .+):)\s*$")
+"The first line of CMake's message. With a place, the reason follows in paragraphs that are indented."
+LONGEST_REASON = 300
+"Characters of CMake's reason, which may list every place that it searched."
 DISK_FULL = re.compile(r"No space left on device|Disk quota exceeded")
 
 
@@ -42,7 +46,7 @@ def check_requirements(plan: Plan, source: Path) -> None:
     except ValueError as error:
         raise CompileError(f"pyproject.toml of {plan.recipe.data.name}: {error}", remedy="patch it in the recipe") from error
     locked = plan.toolchain.installed(plan)
-    marker = {"python_version": plan.stack.data.python, "platform_machine": plan.target.value}
+    marker = {"python_version": plan.stack.python.rstrip("t"), "platform_machine": plan.target.value}
     for requirement in wanted:
         if requirement.marker is not None and not requirement.marker.evaluate(marker):
             continue
@@ -128,10 +132,34 @@ def first_error(log: Path, start: int = 0) -> str:
     if full is not None:
         return full.strip()
     for kind in FIRST_ERROR:
-        for line in lines:
+        for number, line in enumerate(lines):
             if kind.search(line):
-                return line.strip()
+                return _cmake_reason(lines[number:]) or line.strip()
     return next((line.strip() for line in reversed(lines) if line.strip()), "the log is empty")
+
+
+def _cmake_reason(lines: Sequence[str]) -> str | None:
+    """CMake's reason and where it stands, of a message that begins in the first line; None: that line is not CMake's.
+
+    A sentence may be spread over paragraphs, as where a program's path stands in one of its own.
+    """
+    match = CMAKE.match(lines[0])
+    if match is None:
+        return None
+    depth, reason, place = len(match["indent"]), (match["reason"] or "").strip(), match["place"]
+    for line in lines[1:]:
+        indented = len(line) - len(line.lstrip()) > depth
+        if line.strip() and not indented:
+            break
+        if not line.strip() and reason.endswith((".", ")", "!", "?")):
+            break
+        reason = f"{reason} {line.strip()}".strip()
+        if len(reason) > LONGEST_REASON:
+            reason = f"{reason[:LONGEST_REASON]}..."
+            break
+    if not reason:
+        return None
+    return f"CMake: {reason} ({place})" if place else f"CMake: {reason}"
 
 
 def fewer_jobs(error: GracefarmError, jobs: int) -> int | None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import base64
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
@@ -46,6 +47,13 @@ TRANSIENT = (
     "returned error: 5",
 )
 ABSENT = ("not our ref",)
+INCOMPLETE = "repository corruption on the remote side"
+MISSING_OBJECT = re.compile(
+    r"(?:fatal|error): (?:unable to read|could not (?:read|fetch)|bad (?:\w+ )?object|missing \w+ object) '?([0-9a-f]{40})"
+    r"|cannot obtain needed \w+ ([0-9a-f]{40})",
+    re.IGNORECASE,
+)
+"How git names an object that a repository should have: on the server's side, and where it reads plain files."
 REFUSED_ADDRESS = ("not found", "does not appear to be a git repository", "could not read username", "authentication failed")
 
 
@@ -219,7 +227,7 @@ def _bring(pin: Pinned, what: str, url: str, repository: Path, settings: Setting
             _ask(git, pin.commit, bare)
         except GitError as error:
             message = str(error)
-            if not any(word in message.lower() for word in TRANSIENT):
+            if _incomplete(message) or not any(word in message.lower() for word in TRANSIENT):
                 break
         else:
             _require_commit(pin, what, git("cat-file", "-t", pin.commit).strip())
@@ -243,7 +251,7 @@ def _ask(git: Git, commit: str, url: str) -> None:
         git("fetch", "--quiet", "--no-tags", "--no-write-fetch-head", "--depth", "1", "--", url, commit)
     except GitError as error:
         message = str(error).lower()
-        if any(word in message for word in (*ABSENT, *REFUSED_ADDRESS, *TRANSIENT)):
+        if _incomplete(message) or any(word in message for word in (*ABSENT, *REFUSED_ADDRESS, *TRANSIENT)):
             raise
         # The server gives no single commits (protocol v0 without uploadpack.allowReachableSHA1InWant) or is dumb http.
         everything = ("+refs/heads/*:refs/all/heads/*", "+refs/tags/*:refs/all/tags/*")
@@ -267,8 +275,21 @@ def _authorization(url: str, credentials: tuple[str, str] | None) -> dict[str, s
     }
 
 
+def _incomplete(message: str) -> bool:
+    """Whether the repository lacks objects of its own, which no further attempt brings."""
+    return INCOMPLETE in message or MISSING_OBJECT.search(message) is not None
+
+
 def _failure(pin: Pinned, url: str, message: str) -> FetchError:
     low = message.lower()
+    if _incomplete(message):
+        named = MISSING_OBJECT.search(message)
+        lacks = f"object {named[1] or named[2]} is missing" if named else "an object is missing"
+        kind = "repository" if url == split_credentials(pin.url)[0] else "mirror"
+        return FetchError(
+            f"commit {pin.commit} cannot be fetched: {lacks} in the {kind} {shown(url)}",
+            remedy=f"complete that {kind} (`git fsck` in it names what is missing), or name another one in GRACEFARM_MIRRORS",
+        )
     if any(word in low for word in ABSENT):
         return FetchError(
             f"{shown(url)} has no commit {pin.commit}", remedy="pin a commit that exists there, on a branch or a tag of it"

@@ -164,7 +164,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.server.git_protocol:
             environment["GIT_PROTOCOL"] = self.headers.get("Git-Protocol", "")
         done = subprocess.run(
-            ["git", "http-backend"], input=self.rfile.read(length), env=environment, capture_output=True, check=True
+            ["git", "http-backend"], input=self.rfile.read(length), env=environment, capture_output=True, check=False
         )
         head, _, body = done.stdout.partition(b"\r\n\r\n")
         fields = dict(line.split(": ", 1) for line in head.decode().split("\r\n"))

@@ -117,6 +117,55 @@ def test_branch_or_tag_where_a_commit_belongs(tmp_path: Path, name: str) -> None
         tables.read(recipe, Recipe)
 
 
+@pytest.fixture
+def spied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The arguments of every git that the builder starts, a line each."""
+    real = shutil.which("git")
+    spy = tmp_path / "bin" / "git"
+    spy.parent.mkdir()
+    spy.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/arguments\nexec {real} "$@"\n')
+    spy.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{spy.parent}:{os.environ['PATH']}")
+    return tmp_path / "arguments"
+
+
+@pytest.mark.parametrize("way", ["folder", "http", "plain files"])
+@pytest.mark.parametrize("lacking", ["HEAD:pkg/__init__.py", "HEAD:pkg", "HEAD^{tree}"])
+def test_incomplete_mirror_is_named_with_the_object_and_asked_once(
+    upstream: Repository, settings: Settings, server: Server, way: str, lacking: str, spied: Path
+) -> None:
+    commit, missing = upstream.git("rev-parse", "HEAD"), upstream.git("rev-parse", lacking)
+    source = upstream.source(commit, url="https://far.invalid/upstream/.git")
+    upstream.git("update-server-info")
+    (upstream.folder / ".git/objects" / missing[:2] / missing[2:]).unlink()
+    for path in (upstream.folder / ".git").rglob("*"):
+        if path.is_file():
+            server.served[f"/plain/upstream/{path.relative_to(upstream.folder)}"] = fetch_kit.Served(path.read_bytes())
+    url = {"folder": f"file://{upstream.folder.parent}/", "http": f"{server.url}/git/", "plain files": f"{server.url}/plain/"}
+    with pytest.raises(FetchError) as caught:
+        fetch_git(source, mirrored(settings, url[way]))
+    assert f"commit {commit} cannot be fetched: object {missing} is missing in the mirror {url[way]}" in caught.value.cause
+    fetches = [line for line in spied.read_text().splitlines() if line.startswith("fetch ")]
+    assert len(fetches) == (2 if way == "plain files" else 1), "plain files: one for the commit alone, one for all branches"
+    assert not repository_path(settings, commit).exists()
+
+
+def test_mirror_that_leaves_large_files_out_is_named_as_incomplete(
+    upstream: Repository, settings: Settings, tmp_path: Path
+) -> None:
+    """A partial clone, whose own origin is gone."""
+    commit = upstream.commit({"large.png": "x" * 5000})
+    upstream.git("config", "uploadpack.allowFilter", "true")
+    mirror = tmp_path / "partial"
+    subprocess.run(["git", "clone", "--quiet", "--bare", "--filter=blob:limit=4k", upstream.url, mirror], check=True)
+    pinned = upstream.source(commit)
+    missing = upstream.git("rev-parse", "HEAD:large.png")
+    shutil.rmtree(upstream.folder)
+    with pytest.raises(FetchError, match=f"object {missing} is missing in the repository file://") as caught:
+        fetch_git(pinned.model_copy(update={"url": f"file://{mirror}"}), settings)
+    assert "git fsck" in caught.value.remedy
+
+
 def test_absent_repository(settings: Settings, tmp_path: Path) -> None:
     pinned = GitSource(kind="git", url=f"file://{tmp_path}/none", commit="a" * 40, tree="b" * 40)
     with pytest.raises(FetchError, match="absent or not open to us"):
@@ -178,19 +227,13 @@ def test_plain_files_of_a_repository_on_a_web_server(
 
 
 def test_credentials_reach_the_server_and_no_argument_list(
-    upstream: Repository, settings: Settings, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    upstream: Repository, settings: Settings, server: Server, spied: Path
 ) -> None:
     server.git_password = "s3cret"
-    real = shutil.which("git")
-    spy = tmp_path / "bin" / "git"
-    spy.parent.mkdir()
-    spy.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/arguments\nexec {real} "$@"\n')
-    spy.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{spy.parent}:{os.environ['PATH']}")
     url = server.url.replace("//", "//user:s3cret@") + "/git/"
     pinned = upstream.source(upstream.git("rev-parse", "HEAD"), url="https://far.invalid/upstream/.git")
     fetch_git(pinned, mirrored(settings, url))
-    arguments = (tmp_path / "arguments").read_text()
+    arguments = spied.read_text()
     assert "fetch" in arguments
     assert "s3cret" not in arguments
     stored = [path for path in settings.home.rglob("*") if path.is_file() and b"s3cret" in path.read_bytes()]

@@ -39,7 +39,9 @@ ERROR Backend subprocess exited when trying to invoke build_wheel
         ("ld: a.o: undefined reference to `f'\ncollect2: error: ld returned 1 exit status\n", "undefined reference to `f'"),
         ("Traceback (most recent call last):\nModuleNotFoundError: No module named 'psutil'\nERROR Backend\n", "psutil"),
         ("FAILED: a.cu.o\nnvcc fatal   : Unsupported gpu architecture 'compute_1'\n", "nvcc fatal   : Unsupported gpu"),
-        ("CMake Error at CMakeLists.txt:3 (find_package):\n  could not find X\n", "CMake Error at CMakeLists.txt:3"),
+        ("  CMake Error: no such folder\nmore\nRuntimeError: cmake failed\n", "CMake: no such folder"),
+        ("ModuleNotFoundError: No module named 'jinja2'\nCMake Error at C.txt:3 (message):\n  failed\n", "named 'jinja2'"),
+        ("CMake Error at C.txt:3 (project):\n\nnothing that is indented\n", "CMake Error at C.txt:3 (project):"),
         ("a.c:1: error: x\ncc1: fatal error: error writing to /tmp/x.s: No space left on device\n", "No space left on device"),
         ("something odd\n", "something odd"),
         ("", "the log is empty"),
@@ -48,6 +50,32 @@ ERROR Backend subprocess exited when trying to invoke build_wheel
 def test_the_first_real_error_is_shown(tmp_path: Path, text: str, expected: str) -> None:
     log = tmp_path / "log.txt"
     log.write_text(text)
+    assert expected in pep517.first_error(log)
+
+
+@pytest.mark.parametrize(
+    ("statement", "expected"),
+    [
+        (
+            "find_package(NoSuchThing REQUIRED)",
+            'provided by "NoSuchThing", but CMake did not find one. (at CMakeLists.txt:3 (find_package))',
+        ),
+        (
+            "set(Git_FIND_REQUIRED 1)\nset(GIT_EXECUTABLE NO)\ninclude(FindGit)",
+            "CMake: Could NOT find Git (missing: GIT_EXECUTABLE) (at ",
+        ),
+        (
+            "set(CMAKE_C_COMPILER /no/such/cc)\nenable_language(C)",
+            "CMake: The CMAKE_C_COMPILER: /no/such/cc is not a full path to an existing compiler tool. (at CMakeLists.txt:4",
+        ),
+    ],
+)
+def test_cmakes_reason_is_shown_and_not_its_place_alone(tmp_path: Path, statement: str, expected: str) -> None:
+    (tmp_path / "CMakeLists.txt").write_text(f"cmake_minimum_required(VERSION 3.18)\nproject(t LANGUAGES NONE)\n{statement}\n")
+    said = subprocess.run(["cmake", "-S", tmp_path, "-B", tmp_path / "build"], capture_output=True, text=True, check=False)
+    assert said.returncode != 0
+    log = tmp_path / "log.txt"
+    log.write_text(f"{said.stdout}{said.stderr}Traceback (most recent call last):\nRuntimeError: cmake failed\n")
     assert expected in pep517.first_error(log)
 
 
