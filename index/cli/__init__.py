@@ -34,6 +34,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "gc": ("index.cli.upkeep:gc", "Free the space of what nothing names any more."),
         "prune": ("index.cli.upkeep:prune", "Delete old nightlies."),
         "stats": ("index.cli.upkeep:stats", "What the index holds."),
+        "schema": ("index.cli.documents:schema", "JSON schemas of matrices and certificates, for programs that put them."),
         "log": ("index.cli.upkeep:log", "The audit log: who did what, when."),
     }
 )

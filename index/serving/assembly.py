@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from index.limits import ClientGate
-from index.serving import sets
+from index.serving import documents, sets
 from index.serving.front import Front
 from index.serving.routes import starlette_app
 from index.serving.service import IndexService, ServeOptions
@@ -32,5 +32,6 @@ def build(store: Store, options: ServeOptions) -> Front:
         front.log.close()
         service.close()
 
-    front = Front(service, starlette_app(service, [*sets.routes(service), *web_routes(site, service.rendered)], end))
+    more = [*sets.routes(service), *documents.routes(service), *web_routes(site, service.rendered)]
+    front = Front(service, starlette_app(service, more, end))
     return front

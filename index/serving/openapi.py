@@ -18,7 +18,12 @@ _FINDER = "cuda torch python sm platform"
 
 def describe(version: str) -> Description:
     """The whole description, as OpenAPI 3.1. `version` is that of the program."""
+    from index.store.schemas import DeviceCertificate, MatrixDocument
+
     description: Description = json.loads(resources.files("index.serving").joinpath("openapi.json").read_text())
+    for model in (MatrixDocument, DeviceCertificate):
+        schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
+        description["components"]["schemas"] |= {**schema.pop("$defs", {}), model.__name__: schema}
     description["info"]["version"] = version
     description["paths"] = {path: _path(path, operations) for path, operations in _paths().items()}
     return description
@@ -54,6 +59,14 @@ def _paths() -> dict[str, Description]:
         "/records/{id}/log": {**log, "put": _kept("log of a build", "log")},
         "/preview/{token}/records/{id}": _stored("record", "The same of a staged build."),
         "/preview/{token}/records/{id}/log": _stored("text", "The same of a staged build."),
+        "/matrix/{matrix}": {
+            **_stored("matrix", "The cells of a matrix, built or not."),
+            "put": _kept("matrix that the board shows", "cells"),
+        },
+        "/certificates/{digest}": {
+            **_stored("certificate", "What a GPU computed with device code."),
+            "put": _kept("certificate of device code", "certificate"),
+        },
         "/{set_name}/requirements.lock": lock,
         "/preview/{token}/requirements.lock": lock,
         "/health": _get("The process lives.", "200-text"),

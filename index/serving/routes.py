@@ -50,7 +50,8 @@ DRAIN = 32 << 20
 _SHA256 = re.compile(r"[0-9a-f]{64}\Z")
 
 
-def _client_of(service: IndexService, request: Request) -> str:
+def client_of(service: IndexService, request: Request) -> str:
+    """Address of the client, as far as proxies are trusted."""
     return client_address(request.scope, request.headers.get("x-forwarded-for"), service.options.trusted_proxies)
 
 
@@ -60,7 +61,7 @@ async def identify(service: IndexService, request: Request) -> Token:
     Raises:
         UnauthenticatedError, TooManyError: none, or a bad one, or too many bad ones.
     """
-    client, authorization = _client_of(service, request), request.headers.get("authorization")
+    client, authorization = client_of(service, request), request.headers.get("authorization")
     service.gate.write(client)
     try:
         if not auth.is_user(authorization):
@@ -87,7 +88,7 @@ async def legacy(service: IndexService, request: Request) -> Response:
         token = await identify(service, request)
         # Only the set is checked before the body is read: the form says later which project it is, and `take` checks that.
         auth.allow(token, project=token.project, set_name=destination.scope)
-        with service.gate.upload(_client_of(service, request)):
+        with service.gate.upload(client_of(service, request)):
             upload = await take(service, token, destination, request.headers, body)
     except RefusalError as error:
         service.metrics.uploads[str(error.status)] += 1
@@ -126,7 +127,7 @@ async def stored_file(service: IndexService, request: Request) -> Response:
     sha256, filename = request.path_params["sha256"], request.path_params["filename"]
     if not _SHA256.match(sha256):
         raise NotFoundError("there is no such file here", remedy="follow the links of the project's page")
-    return _send(service, request, *_locate(service, sha256, filename))
+    return send_stored(service, request, *_locate(service, sha256, filename))
 
 
 async def package(service: IndexService, request: Request) -> Response:
@@ -136,7 +137,7 @@ async def package(service: IndexService, request: Request) -> Response:
     row = service.catalogue.row("SELECT sha256 FROM file WHERE filename = ? AND hidden = 0", (wanted,))
     if row is None:
         raise NotFoundError(f"there is no {filename} here", remedy="see the project's page")
-    return _send(service, request, *_locate(service, row["sha256"], filename))
+    return send_stored(service, request, *_locate(service, row["sha256"], filename))
 
 
 async def packages(service: IndexService, _request: Request) -> Response:
@@ -197,7 +198,12 @@ def _locate(service: IndexService, sha256: str, filename: str) -> tuple[str, str
     return row["metadata_sha256"], "text/plain; charset=utf-8"
 
 
-def _send(service: IndexService, request: Request, sha256: str, media: str, *, cache: str = IMMUTABLE) -> Response:
+def send_stored(service: IndexService, request: Request, sha256: str, media: str, *, cache: str = IMMUTABLE) -> Response:
+    """The stored bytes of that digest, with ranges and 304.
+
+    Raises:
+        DamagedError: the store has lost them.
+    """
     etag = f'"{sha256}"'
     headers = {"ETag": etag, "Cache-Control": cache, "Accept-Ranges": "bytes"}
     match = request.headers.get("if-none-match")
@@ -219,7 +225,7 @@ async def record(service: IndexService, request: Request) -> Response:
         row = service.catalogue.row("SELECT * FROM public_record WHERE id = ?", (identifier,))
         return _send_record(service, request, row, identifier)
     token = await identify(service, request)
-    with service.gate.upload(_client_of(service, request)):
+    with service.gate.upload(client_of(service, request)):
         raw = await body_of(service, request)
         loop = asyncio.get_running_loop()
         common = (service.store, service.catalogue, token, identifier, raw)
@@ -264,7 +270,9 @@ def _send_record(service: IndexService, request: Request, row: sqlite3.Row | Non
     digest = row["log_sha256" if is_log else "document_sha256"] if row is not None else None
     if digest is None:
         raise NotFoundError(f"there is no {'log' if is_log else 'record'} of {identifier} here", remedy="see /board/")
-    return _send(service, request, digest, "text/plain; charset=utf-8" if is_log else "application/json", cache="no-cache")
+    return send_stored(
+        service, request, digest, "text/plain; charset=utf-8" if is_log else "application/json", cache="no-cache"
+    )
 
 
 async def body_of(service: IndexService, request: Request) -> bytes:

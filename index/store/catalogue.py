@@ -20,7 +20,7 @@ from pathlib import Path
 from gracefarm.errors import ConfigError
 from index.errors import StoreFullError
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 "Made by schema.sql; upgrade-N.sql brings a catalogue of the version before N to N."
 
 _VIEWS = (

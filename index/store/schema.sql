@@ -117,3 +117,19 @@ CREATE TABLE pin (
 CREATE VIEW public_record AS SELECT * FROM record
     WHERE NOT EXISTS (SELECT 1 FROM file WHERE file.build = record.id)
     OR EXISTS (SELECT 1 FROM file WHERE file.build = record.id AND file.hidden = 0);
+CREATE TABLE matrix (
+    name TEXT PRIMARY KEY,
+    projects TEXT NOT NULL,
+    document_sha256 TEXT NOT NULL,
+    document_size INTEGER NOT NULL,
+    updated TEXT NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE certificate (
+    digest TEXT PRIMARY KEY,
+    project TEXT NOT NULL,
+    wheel_sha256 TEXT NOT NULL,
+    document_sha256 TEXT NOT NULL,
+    document_size INTEGER NOT NULL,
+    updated TEXT NOT NULL
+) WITHOUT ROWID;
+CREATE INDEX certificate_wheel ON certificate (wheel_sha256);
