@@ -26,10 +26,10 @@ UNION SELECT metadata_sha256, filename || '.metadata', NULL FROM live_mirrored
     WHERE url IS NULL AND metadata_sha256 IS NOT NULL
 UNION SELECT document_sha256, 'record ' || id, document_size FROM record WHERE document_sha256 IS NOT NULL
 UNION SELECT log_sha256, 'log ' || id, log_size FROM record WHERE log_sha256 IS NOT NULL
-"""
-
 UNION SELECT document_sha256, 'matrix ' || name, document_size FROM matrix
 UNION SELECT document_sha256, 'certificate ' || digest, document_size FROM certificate
+"""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Inspection:
