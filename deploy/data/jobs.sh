@@ -50,6 +50,16 @@ members() {
     done
 }
 
+# A job whose log and number cannot be written would be lost: its folder must have room.
+room() {
+    said=$(LC_ALL=C head -c 65536 /dev/zero 2>&1 >"$d/room") || said=${said:-cannot be written}
+    rm -f "$d/room"
+    [ -z "$said" ] || {
+        echo "$d: ${said##*: }" >&2
+        exit 73
+    }
+}
+
 # $4 command, $5 this deployment's folder on the node. stdin: lines NAME=VALUE, a line with a dot, the job's stdin.
 start() {
     mkdir -p "$d" || exit 73
@@ -64,8 +74,9 @@ start() {
         echo "running $pid $start"
         return
     fi
+    room
     while IFS= read -r line && [ "$line" != . ]; do export "${line?}"; done
-    cat >"$d/input"
+    LC_ALL=C cat >"$d/input" || exit 73
     rm -f "$d/exit" "$d/pid"
     [ ! -f "$d/log" ] || mv -f "$d/log" "$d/log.old"
     : >"$d/log"

@@ -12,6 +12,7 @@ from functools import cache
 from importlib import resources
 from typing import Protocol
 
+from deploy.fleet.results import full, refusal_of
 from deploy.remote.wire import Json
 from gracefarm.errors import DigestError, DiskFullError, EngineError, FetchError, GracefarmError, HostError, InstallError
 from gracefarm.process import last_line
@@ -19,12 +20,13 @@ from gracefarm.process import last_line
 OnEvent = Callable[[Json], None]
 
 _BOOT = (
-    "import sys,tempfile,runpy,atexit,os,signal;signal.signal(15,lambda *_:sys.exit(143));"
-    "r=sys.stdin.buffer;n=int(r.readline());"
-    "f=tempfile.NamedTemporaryFile(suffix='.pyz',prefix='gracefarm-',delete=False);atexit.register(os.unlink,f.name);"
-    "f.write(r.read(n));f.close();sys.path.insert(0,f.name);runpy.run_module('deploy.remote',run_name='__main__')"
+    "import sys,runpy,os,signal;signal.signal(15,lambda *_:sys.exit(143));"
+    "r=sys.stdin.buffer;n=int(r.readline());f=os.memfd_create('gracefarm.pyz');"
+    "w=os.fdopen(f,'wb',closefd=False);w.write(r.read(n));w.close();"
+    "sys.path.insert(0,'/proc/self/fd/%d'%f);runpy.run_module('deploy.remote',run_name='__main__')"
 )
-"""Length, archive, request: all on stdin, so that no argument list shows anything, and a home that is full does not matter.
+"""Length, archive, request: all on stdin, so that no argument list shows anything. The archive stays in memory (memfd_create):
+a disk that is full does not matter, and nothing is left behind.
 TERM is what a command that is left gets (deploy.fleet.ssh): the worker takes away what it has half made."""
 
 CHECK = "check"
@@ -133,6 +135,8 @@ async def call(
         return dict(heard.answer["result"])
     if "failed" in heard.answer:
         raise refusal(node.name, heard.answer["failed"])
+    if full(ended.stderr):
+        raise refusal_of(node.name, function, ended.stderr)
     last = last_line(ended.stderr, heard.last or f"exit code {ended.code}")
     if ended.code == 127 or "not found" in last:
         raise HostError(f"{node.name}: {last}", remedy=f"install {python} on this node")

@@ -1,59 +1,38 @@
-"""Files for all nodes at once, each placed whole or not at all."""
+"""A file onto a node, placed whole or not at all."""
 
 from __future__ import annotations
 
-import asyncio
-import secrets
-import time
-from collections.abc import Sequence
-from contextlib import suppress
-from pathlib import PurePosixPath
+import shlex
 
-import asyncssh
+from deploy.fleet.calls import RemoteNode
+from deploy.fleet.results import refusal_of
 
-from deploy.fleet.results import CommandResult
-from deploy.fleet.ssh import Fleet
-from deploy.nodes.deployment import Node
-from gracefarm.errors import GracefarmError, NodeError
+_PLACE = """
+umask 077
+LC_ALL=C
+export LC_ALL
+folder=$(dirname "$1") partial=$1.$$.part
+mkdir -p "$folder" || exit 73
+[ -O "$folder" ] || { echo "$folder belongs to another user" >&2; exit 73; }
+trap 'rm -f "$partial"' EXIT
+trap 'exit 143' TERM HUP
+if ! cat >"$partial"; then
+    echo "$folder: cannot be written" >&2
+    exit 73
+fi
+[ "$(wc -c <"$partial")" -eq "$3" ] || { echo "the connection was cut" >&2; exit 75; }
+chmod "$2" "$partial" && mv -f "$partial" "$1"
+"""
+"The content comes by stdin, so that no argument list shows it; what a cut leaves of it never takes the file's name."
 
 
-async def put_file(
-    fleet: Fleet, content: bytes, remote: str, *, nodes: Sequence[Node | str] | None = None
-) -> dict[str, CommandResult]:
-    """Place a file on all nodes at once, whole or not at all; its folder is made (0700).
+async def put_file(node: RemoteNode, content: bytes, path: str, *, mode: int = 0o600) -> None:
+    """Place a file on a node, whole or not at all; its folder is made (0700).
 
-    The file is for its owner alone (0600).
+    Raises:
+        DiskFullError: no room there; NodeError: the folder is another user's or cannot be written; SshError: not reached.
     """
-    target = PurePosixPath(remote)
-    partial = str(target.with_name(f".{target.name}.{secrets.token_hex(6)}.part"))
-
-    async def place(node: Node) -> CommandResult:
-        begin = time.monotonic()
-        problem: GracefarmError | None = None
-        try:
-            async with (
-                fleet.slot(node),
-                await fleet.channel(node, lambda connection: connection.start_sftp_client()) as sftp,
-            ):
-                await sftp.makedirs(str(target.parent), asyncssh.SFTPAttrs(permissions=0o700), exist_ok=True)
-                await _write(sftp, content, partial, remote)
-        except GracefarmError as error:
-            problem = error
-        except (OSError, asyncssh.Error) as error:
-            problem = NodeError(f"{node}: placing {remote}: {error}", remedy=f"look there: `deploy ssh {node.name}`")
-        code = None if problem else 0
-        return CommandResult(node=node, returncode=code, error=problem, seconds=time.monotonic() - begin)
-
-    return {result.node.name: result for result in await asyncio.gather(*map(place, fleet.pick(nodes)))}
-
-
-async def _write(sftp: asyncssh.SFTPClient, data: bytes, partial: str, remote: str) -> None:
-    try:
-        async with sftp.open(partial, "xb", asyncssh.SFTPAttrs(permissions=0o600)) as stream:
-            await stream.write(data)
-        await sftp.chmod(partial, 0o600)
-        await sftp.posix_rename(partial, remote)
-    except BaseException:
-        with suppress(asyncssh.Error, OSError):
-            await sftp.remove(partial)
-        raise
+    command = shlex.join(["sh", "-c", _PLACE, "gracefarm-place", path, f"{mode:o}", str(len(content))])
+    ended = await node.shell.stream(command, stdin=content, on_line=lambda _line: None)
+    if ended.code:
+        raise refusal_of(node.name, f"placing {path}", ended.stderr.strip() or f"ended with {ended.code}")

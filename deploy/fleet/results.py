@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from deploy.nodes.deployment import Node
-from gracefarm.errors import GracefarmError, NodeError
+from gracefarm.errors import DiskFullError, GracefarmError, NodeError
 from gracefarm.process import last_line
 
 T = TypeVar("T")
@@ -51,6 +52,26 @@ class CommandResult:
         return self.returncode == 0
 
 
+_FULL = re.compile(r"No space left on device|Disk quota exceeded|Errno 28\b|Errno 122\b")
+_PLACE = re.compile("(?<![\\w/])/[^\\s:'\"\u2018\u2019]+")
+
+
+def full(words: str) -> bool:
+    """A program complains of a disk without room."""
+    return bool(_FULL.search(words))
+
+
+def refusal_of(node: str, what: str, words: str) -> GracefarmError:
+    """A program's words on stderr as an error: which file system is full, or its last line."""
+    if full(words):
+        line = next(line for line in words.splitlines() if full(line))
+        place = _PLACE.search(line) or _PLACE.search(words) or _PLACE.search(what)
+        where = place[0] if place else "its own disk"
+        look = f"`deploy run -k {node} -- df -h{' ' + where if place else ''}` shows it"
+        return DiskFullError(f"{node}: no space left on {where}", remedy=f"free space there ({look}), then repeat the command")
+    return NodeError(f"{node}: {what}: {last_line(words)}", remedy=f"look there: `deploy ssh {node}`")
+
+
 def require(results: Mapping[str, CommandResult], what: str) -> None:
     """Nothing, when all ended with 0.
 
@@ -65,7 +86,10 @@ def require(results: Mapping[str, CommandResult], what: str) -> None:
     more = f" (and on {len(failed) - 1} more: {names})" if names else ""
     if first.error:
         raise type(first.error)(f"{what}: {first.error.cause}{more}", remedy=first.error.remedy)
-    reason = last_line(first.stderr.strip() or first.stdout, "")
+    words = first.stderr.strip() or first.stdout
+    if full(words):
+        raise refusal_of(first.node.name, what, words)
+    reason = last_line(words, "")
     raise NodeError(
         f"{what}: {first.node} ended with {first.returncode}{': ' + reason if reason else ''}{more}",
         remedy=f"look there: `deploy ssh {first.node.name}`",

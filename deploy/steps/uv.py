@@ -6,7 +6,6 @@ import asyncio
 import hashlib
 import io
 import json
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -15,6 +14,7 @@ from importlib import resources
 from pathlib import Path
 
 from deploy.fleet.calls import RemoteNode, call
+from deploy.fleet.files import put_file
 from deploy.remote.wire import Json
 from gracefarm.errors import FetchError, HostError
 from gracefarm.files import atomic_write
@@ -37,15 +37,7 @@ async def ensure_uv(node: RemoteNode, about: Json, settings: SharedSettings) -> 
     binary = await asyncio.to_thread(fetch_uv, version, wheel["tag"], wheel["sha256"], settings)
     wanted = hashlib.sha256(binary).hexdigest()
     if (await call(node, "environment.digest", {"path": path}))["sha256"] != wanted:
-        quoted = shlex.quote(path)
-        command = (
-            f'set -e; mkdir -p "$(dirname {quoted})"; cat > {quoted}.$$; chmod 755 {quoted}.$$; mv -f {quoted}.$$ {quoted}'
-        )
-        exit_ = await node.shell.stream(f"sh -c {shlex.quote(command)}", stdin=binary, on_line=lambda _line: None)
-        if exit_.code or (await call(node, "environment.digest", {"path": path}))["sha256"] != wanted:
-            raise HostError(
-                f"{node.name}: uv could not be placed at {path}: {exit_.stderr.strip()}", remedy="free space in the home"
-            )
+        await put_file(node, binary, path, mode=0o755)
     return path
 
 

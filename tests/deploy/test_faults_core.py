@@ -55,7 +55,6 @@ def test_interrupted_in_the_first_build_it_goes_on_until_down_ends_it_and_nothin
     assert "processes ended: k0" in well(made, "down")
     assert walkthrough.left(made) == {}
     assert not [path.name for path in (root / "envs").glob(".*")]
-    assert not list(made.room["k0"].tmp.glob("gracefarm-*.pyz"))
 
 
 def test_killed_in_the_first_build_the_same_command_goes_on(made: Rehearsal) -> None:

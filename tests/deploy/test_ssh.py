@@ -7,14 +7,17 @@ import os
 import shutil
 import socket
 import stat
+import subprocess
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
 
 import asyncssh
 import pytest
 
 from deploy.fleet import commands
+from deploy.fleet.calls import call
 from deploy.fleet.files import put_file
 from deploy.fleet.forwarding import forward_local
 from deploy.fleet.hostkeys import entry_name, matches, pin, scan
@@ -23,7 +26,7 @@ from deploy.fleet.results import require
 from deploy.fleet.shells import remote_nodes
 from deploy.fleet.ssh import Fleet
 from deploy.nodes.deployment import Node
-from gracefarm.errors import NodeError, SshError, UsageError
+from gracefarm.errors import DiskFullError, NodeError, SshError, UsageError
 from tests.deploy import kit
 
 Work = Callable[[Fleet, list[kit.Machine]], Awaitable[None]]
@@ -207,13 +210,48 @@ def test_a_cut_in_the_middle_of_a_command_is_told_as_an_unknown_outcome(tmp_path
 def test_a_file_is_placed_whole_with_its_mode(tmp_path: Path) -> None:
     async def work(fleet: Fleet, made: list[kit.Machine]) -> None:
         remote = f"{tmp_path}/there/deep/secret"
-        require(await put_file(fleet, b"x" * 100_000, remote, nodes=["k0"]), "put")
+        await put_file(remote_nodes(fleet)[0], b"x" * 100_000, remote)
         assert look(Path(remote)) == ("-rw-------", "drwx------", ["secret"])
         assert (await fleet.run(["wc", "-c", remote], nodes=["k0"]))["k0"].stdout.startswith("100000 ")
         assert made[0].entered == 1
         assert made[1].entered == 0
 
     with_fleet(tmp_path, 2, work)
+
+
+@pytest.mark.root
+def test_a_full_disk_is_told_with_its_path_and_node_whatever_needed_the_room(tmp_path: Path) -> None:
+    """A file, a job and a worker: none of them ends in words of sftp, of a shell or of Python."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "full", str(disk)], check=True)
+
+    async def work(fleet: Fleet, made: list[kit.Machine]) -> None:
+        del made
+        node = remote_nodes(fleet)[1]
+        (disk / "kept").mkdir()
+        (disk / "filled").write_bytes(b"x" * 240_000)
+        with pytest.raises(DiskFullError, match=f"^k1: no space left on {disk}/kept") as error:
+            await put_file(node, b"x" * 100_000, f"{disk}/kept/ray-token")
+        assert "df -h" in error.value.remedy
+        assert [path.name for path in (disk / "kept").iterdir()] == []
+        with suppress(OSError):
+            (disk / "rest").write_bytes(b"x" * 100_000)
+        fleet.local = str(disk)
+        with pytest.raises(DiskFullError, match=f"^k1: no space left on {disk}/"):
+            await start_job(fleet, fleet.nodes[1], "engine", "true")
+        with pytest.raises(DiskFullError, match=f"^k1: no space left on {disk}/worker"):
+            await call(node, "facts.probe", {}, python=str(worker))
+
+    worker = tmp_path / "worker"
+    worker.write_text(
+        f"#!/bin/sh\ndd if=/dev/zero of={disk}/worker status=none\n"
+    )  # as a library that writes where there is no room
+    worker.chmod(0o755)
+    try:
+        with_fleet(tmp_path, 2, work)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
 
 
 def look(place: Path) -> tuple[str, str, list[str]]:

@@ -14,7 +14,7 @@ import pytest
 
 from deploy.fleet.files import put_file
 from deploy.fleet.jobs import follow_job, start_job
-from deploy.fleet.results import require
+from deploy.fleet.shells import remote_nodes
 from deploy.fleet.ssh import open_fleet
 from deploy.nodes.deployment import load_deployment
 from tests.deploy import kit
@@ -127,7 +127,7 @@ def test_a_name_of_the_configuration_is_all_that_a_person_says(tmp_path: Path, d
         lines: list[str] = []
         data = deployment.data.model_copy(update={"local": str(tmp_path / "local")})
         async with open_fleet(deployment.model_copy(update={"data": data})) as fleet:
-            require(await put_file(fleet, b"content", str(tmp_path / "placed")), "placing it")
+            await put_file(remote_nodes(fleet)[0], b"content", str(tmp_path / "placed"))
             await start_job(fleet, deployment.head, "hello", ["echo", "from a job"])
             await follow_job(fleet, deployment.head, "hello", lines.append)
         return lines
