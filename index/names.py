@@ -17,6 +17,7 @@ from packaging.utils import (
 )
 from packaging.version import InvalidVersion, Version
 
+from gracefarm import variants
 from index.errors import NotFoundError, RefusedError
 
 DistributionKind = Literal["bdist_wheel", "sdist"]
@@ -55,6 +56,12 @@ class Distribution:
     version: str
     "Normalised (PEP 440), with the local part."
     tags: frozenset[Tag] = frozenset()
+    variant: str = ""
+    "The label of a variant wheel (PEP 825)."
+    canonical: str
+    "The file name in its one canonical spelling, by which two files of one name are known."
+    published: bool = False
+    "Others published it: it is taken as it is, and what is wrong with it alone is marked (see `index.intake.defects`)."
 
     @property
     def stem(self) -> str:
@@ -99,17 +106,19 @@ def same_version(text: str, version: str) -> bool:
         return False
 
 
-def parse_filename(filename: str) -> Distribution:
-    """Read NAME-VERSION-TAGS.whl or NAME-VERSION.tar.gz, in their one canonical spelling.
+def parse_filename(filename: str, *, published: bool = False) -> Distribution:
+    """Read NAME-VERSION-TAGS[-VARIANT].whl or NAME-VERSION.tar.gz, in their one canonical spelling.
+
+    A file that others `published` keeps the name that they gave it.
 
     Raises:
         RefusedError: anything else, with the canonical spelling where there is one.
     """
     check_plain(filename)
     if filename.endswith(".whl"):
-        return _wheel(filename)
+        return _wheel(filename, published)
     if filename.endswith(".tar.gz"):
-        return _sdist(filename)
+        return _sdist(filename, published)
     raise RefusedError(
         f"{filename} is neither a wheel nor an sdist",
         remedy="upload NAME-VERSION-TAGS.whl (PEP 427) or NAME-VERSION.tar.gz (PEP 625)",
@@ -135,31 +144,48 @@ def check_plain(filename: str) -> None:
         )
 
 
-def _wheel(filename: str) -> Distribution:
+def _wheel(filename: str, published: bool) -> Distribution:
+    plain, label = variants.split_label(filename)
     try:
-        name, version, _build, tags = parse_wheel_filename(filename)
+        name, version, _build, tags = parse_wheel_filename(plain)
     except (InvalidWheelFilename, InvalidVersion) as error:
         raise RefusedError(f"{filename} is not a wheel's name: {error}", remedy="see PEP 427") from None
-    parts = filename.removesuffix(".whl").split("-")
+    if label and not variants.is_label(label):
+        raise RefusedError(f"{filename}: {label!r} is not a variant label", remedy="use 0-9, a-z, '_' and '.' (PEP 825)")
+    parts = plain.removesuffix(".whl").split("-")
     expected = [str(name).replace("-", "_"), str(version), *parts[2:-3], *(_sorted_tags(part) for part in parts[-3:])]
-    _check_canonical(filename, "-".join(expected) + ".whl")
-    _check_tags(filename, parts[-3:])
+    canonical = "-".join([*expected, *([label] if label else [])]) + ".whl"
+    if not published:
+        _check_canonical(filename, canonical)
+        _check_tags(filename, parts[-3:])
     return Distribution(
         filename=filename,
         kind="bdist_wheel",
         project=str(name),
         version=str(version),
         tags=tags,
+        variant=label,
+        canonical=canonical,
+        published=published,
     )
 
 
-def _sdist(filename: str) -> Distribution:
+def wheel_tags(filename: str) -> frozenset[Tag]:
+    """The tags of a file that is known to be a wheel, with a variant label or without."""
+    return parse_wheel_filename(variants.split_label(filename)[0])[3]
+
+
+def _sdist(filename: str, published: bool) -> Distribution:
     try:
         name, version = parse_sdist_filename(filename)
     except (InvalidSdistFilename, InvalidVersion) as error:
         raise RefusedError(f"{filename} is not an sdist's name: {error}", remedy="see PEP 625: NAME-VERSION.tar.gz") from None
-    _check_canonical(filename, f"{str(name).replace('-', '_')}-{version}.tar.gz")
-    return Distribution(filename=filename, kind="sdist", project=str(name), version=str(version))
+    canonical = f"{str(name).replace('-', '_')}-{version}.tar.gz"
+    if not published:
+        _check_canonical(filename, canonical)
+    return Distribution(
+        filename=filename, kind="sdist", project=str(name), version=str(version), canonical=canonical, published=published
+    )
 
 
 def _check_canonical(filename: str, canonical: str) -> None:

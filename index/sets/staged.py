@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from itertools import product
 
 from packaging.requirements import InvalidRequirement, Requirement
-from packaging.utils import canonicalize_name, parse_wheel_filename
+from packaging.utils import canonicalize_name
 
 from gracefarm.errors import UsageError
 from index.errors import RefusedError
-from index.names import check_set_name
+from index.names import check_set_name, wheel_tags
 from index.store.catalogue import Catalogue, Transaction
 
 
@@ -38,7 +38,7 @@ class ExpectedWheel:
             return False
         if not filename.endswith(".whl"):
             return not self.python and not self.arch
-        tags = parse_wheel_filename(filename)[3]
+        tags = wheel_tags(filename)
         return any(
             (not self.python or tag.interpreter in (self.python, f"py{self.python[2]}"))
             and (not self.arch or tag.platform == "any" or tag.platform.endswith("_" + self.arch))

@@ -12,13 +12,14 @@ import sqlite3
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import resources
 from pathlib import Path
 
 from gracefarm.errors import ConfigError
 from index.errors import StoreFullError
+from index.store import variants
 
 SCHEMA_VERSION = 5
 "Made by schema.sql; upgrade-N.sql brings a catalogue of the version before N to N."
@@ -49,6 +50,8 @@ class Transaction:
     database: sqlite3.Connection
     actor: str
     time: str
+    touched: set[str] = field(default_factory=set)
+    "Projects that `note` marked as changed."
 
     def note(self, action: str, subject: str, *projects: str, **detail: object) -> int:
         """Append to the audit log and mark `projects` as changed ("" is never a project). Returns the serial."""
@@ -57,6 +60,7 @@ class Transaction:
             (self.time, self.actor, action, subject, json.dumps(detail, default=str, sort_keys=True)),
         ).fetchone()
         serial = int(row[0])
+        self.touched.update(projects)
         self.database.executemany("UPDATE project SET serial = ? WHERE name = ?", [(serial, name) for name in projects])
         return serial
 
@@ -102,7 +106,9 @@ class Catalogue:
         database = self.database
         try:
             with _transaction(database):
-                yield Transaction(database=database, actor=actor, time=timestamp())
+                transaction = Transaction(database=database, actor=actor, time=timestamp())
+                yield transaction
+                variants.keep(database, transaction.touched)
         except sqlite3.OperationalError as error:
             if error.sqlite_errorname not in ("SQLITE_FULL", "SQLITE_IOERR_WRITE", "SQLITE_IOERR_SHMSIZE"):
                 raise

@@ -16,6 +16,7 @@ CREATE TABLE file (
     sha256 TEXT NOT NULL,
     size INTEGER NOT NULL,
     metadata_sha256 TEXT,
+    provenance_sha256 TEXT,
     requires_python TEXT,
     summary TEXT NOT NULL DEFAULT '',
     uploaded TEXT NOT NULL,
@@ -27,7 +28,9 @@ CREATE TABLE file (
     lost INTEGER NOT NULL DEFAULT 0,
     cuda TEXT,
     facts TEXT NOT NULL DEFAULT '{}',
-    build TEXT
+    build TEXT,
+    variant TEXT,
+    defects TEXT NOT NULL DEFAULT ''
 );
 CREATE INDEX file_project ON file (project);
 CREATE INDEX file_sha256 ON file (sha256);
@@ -61,6 +64,7 @@ CREATE TABLE mirrored (
     url TEXT,
     lost INTEGER NOT NULL DEFAULT 0,
     withdrawn TEXT,
+    defects TEXT NOT NULL DEFAULT '',
     PRIMARY KEY (set_name, filename)
 ) WITHOUT ROWID;
 CREATE INDEX mirrored_sha256 ON mirrored (sha256);
@@ -91,7 +95,8 @@ CREATE TABLE token (
     created TEXT NOT NULL,
     expires TEXT,
     revoked TEXT,
-    hashed TEXT
+    hashed TEXT,
+    minted INTEGER NOT NULL DEFAULT 0
 );
 CREATE TABLE audit (
     serial INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -111,6 +116,7 @@ CREATE TABLE pin (
     sha256 TEXT NOT NULL,
     link INTEGER NOT NULL DEFAULT 0,
     done INTEGER NOT NULL DEFAULT 0,
+    selection TEXT NOT NULL DEFAULT '',
     PRIMARY KEY (set_name, lock, project, version)
 ) WITHOUT ROWID;
 -- A build is as visible as its wheels: one of which only hidden wheels of staged sets are here is nobody's business.
@@ -133,3 +139,32 @@ CREATE TABLE certificate (
     updated TEXT NOT NULL
 ) WITHOUT ROWID;
 CREATE INDEX certificate_wheel ON certificate (wheel_sha256);
+CREATE TABLE variants_json (
+    filename TEXT NOT NULL,
+    sha256 TEXT NOT NULL,
+    project TEXT NOT NULL,
+    version TEXT NOT NULL,
+    content BLOB NOT NULL,
+    PRIMARY KEY (filename, sha256)
+) WITHOUT ROWID;
+CREATE TABLE set_pylock (
+    set_name TEXT PRIMARY KEY REFERENCES release_set (name),
+    content BLOB NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE publisher (
+    id INTEGER PRIMARY KEY,
+    project TEXT NOT NULL,
+    kind TEXT NOT NULL CHECK (kind IN ('github', 'gitlab')),
+    issuer TEXT NOT NULL,
+    repository TEXT NOT NULL,
+    workflow TEXT NOT NULL,
+    environment TEXT NOT NULL DEFAULT '',
+    repository_id TEXT,
+    UNIQUE (project, kind, issuer, repository, workflow, environment)
+);
+CREATE TABLE minted (
+    token_id INTEGER NOT NULL REFERENCES token (id) ON DELETE CASCADE,
+    publisher_id INTEGER NOT NULL REFERENCES publisher (id) ON DELETE CASCADE,
+    PRIMARY KEY (token_id, publisher_id)
+) WITHOUT ROWID;
+CREATE TABLE spent (digest TEXT PRIMARY KEY, expires TEXT NOT NULL) WITHOUT ROWID;

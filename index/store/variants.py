@@ -1,0 +1,81 @@
+"""NAME-VERSION-variants.json of each release with variant wheels (PEP 825, a draft), made of the wheels that are here.
+
+`Catalogue.change` calls `keep` for the projects that it touched, in the same transaction: no wheel comes, goes or is yanked
+without it. Every version that was ever linked stays readable at its digest, since clients keep pages.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sqlite3
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from gracefarm import variants
+
+_WHEELS = """
+SELECT filename, version, variant, uploaded, yanked FROM live_file
+    WHERE project = :project AND variant IS NOT NULL AND lost = 0
+    AND (hidden = 0 OR id IN (SELECT file_id FROM member WHERE set_name = :set_name))
+    ORDER BY filename
+"""
+
+_STAGED = """
+SELECT DISTINCT set_name FROM member JOIN live_file ON id = file_id JOIN release_set ON name = set_name
+    WHERE project = ? AND variant IS NOT NULL AND hidden = 1 AND state = 'staged'
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VariantsJson:
+    """The JSON of one release."""
+
+    filename: str
+    project: str
+    version: str
+    content: bytes
+    uploaded: str
+    "That of its first wheel, so that who asks for what is older than a day keeps it with any wheel."
+    yanked: str | None
+    "As the wheels: None when one of them is not yanked."
+
+    @property
+    def sha256(self) -> str:
+        """Of the content."""
+        return hashlib.sha256(self.content).hexdigest()
+
+
+def documents(database: sqlite3.Connection, project: str, staged_set: str | None = None) -> list[VariantsJson]:
+    """The JSON of each release of the project, of the wheels that everybody sees; with `staged_set`, also of its own."""
+    releases: dict[str, list[sqlite3.Row]] = {}
+    for row in database.execute(_WHEELS, {"project": project, "set_name": staged_set}):
+        releases.setdefault(row["version"], []).append(row)
+    return [_document(project, version, rows) for version, rows in releases.items()]
+
+
+def _document(project: str, version: str, rows: Sequence[sqlite3.Row]) -> VariantsJson:
+    yanked = [row["yanked"] for row in rows]
+    return VariantsJson(
+        filename=variants.index_filename("-".join(rows[0]["filename"].split("-")[:2])),
+        project=project,
+        version=version,
+        content=variants.combine(variants.parse(row["variant"], variants.split_label(row["filename"])[1]) for row in rows),
+        uploaded=min(row["uploaded"] for row in rows),
+        yanked=None if None in yanked else yanked[0],
+    )
+
+
+def keep(database: sqlite3.Connection, projects: Iterable[str]) -> None:
+    """Keep the JSON of these projects' releases as it is now, for everybody and for the preview of each staged set."""
+    for project in projects:
+        sets = [None, *(row["set_name"] for row in database.execute(_STAGED, (project,)))]
+        for document in {document for set_name in sets for document in documents(database, project, set_name)}:
+            database.execute(
+                "INSERT OR IGNORE INTO variants_json (filename, sha256, project, version, content) VALUES (?, ?, ?, ?, ?)",
+                (document.filename, document.sha256, project, document.version, document.content),
+            )
+
+
+def projects(database: sqlite3.Connection) -> list[str]:
+    """Those with variant wheels."""
+    return [row["project"] for row in database.execute("SELECT DISTINCT project FROM live_file WHERE variant IS NOT NULL")]
