@@ -11,10 +11,12 @@ from typing import Literal
 
 from packaging.utils import canonicalize_version
 
+from gracefarm import variants
 from index.errors import ForbiddenError, RefusedError
 from index.intake import sdist, wheel
+from index.intake.defects import Defects
 from index.intake.metadata import Metadata
-from index.names import Distribution
+from index.names import Distribution, parse_filename
 from index.store import facts, records
 from index.store.auth import NIGHTLY
 from index.store.catalogue import Catalogue, Transaction, timestamp
@@ -34,6 +36,8 @@ class Destination:
     allow_new: bool = False
     "Host the project even when nobody has told the catalogue to."
 
+    variants: bool = False
+    "Take variant wheels (PEP 825, a draft) too."
     @property
     def scope(self) -> str | None:
         """What a token must be for, if it is for one view alone."""
@@ -51,8 +55,12 @@ class InspectedFile:
     metadata: Metadata
     record: bytes | None
     facts: CudaFacts
+    variant: str | None
+    "The text of a variant wheel's variant.json."
     build: str | None
     uploaded: str | None = None
+    defects: str = ""
+    "What is wrong with a file that others published, a line each."
     "Only for imports: the time of the original."
 
 
@@ -63,7 +71,8 @@ def inspect(path: Path, distribution: Distribution, sha256: str, uploaded: float
         RefusedError: what is wrong with it.
     """
     read = wheel.inspect if distribution.kind == "bdist_wheel" else sdist.inspect
-    metadata, record = read(path, distribution)
+    defects = Defects(distribution=distribution)
+    metadata, record, variant = read(path, defects)
     document = records.parse(record) if record is not None else {}
     return InspectedFile(
         distribution=distribution,
@@ -73,8 +82,10 @@ def inspect(path: Path, distribution: Distribution, sha256: str, uploaded: float
         metadata=metadata,
         record=record,
         facts=facts.from_record(document).over(facts.from_name(distribution, metadata.requires)),
+        variant=variant,
         build=records.identity(document),
         uploaded=timestamp(datetime.fromtimestamp(uploaded, UTC)) if uploaded else None,
+        defects="\n".join(defects.sentences),
     )
 
 
@@ -89,8 +100,14 @@ def check_wanted(
         ForbiddenError, RefusedError: see there.
     """
     _check_hosted(catalogue, distribution, destination)
+    if distribution.variant and not destination.variants:
+        raise ForbiddenError(
+            f"{distribution.filename} is a variant wheel, and this index takes plain wheels alone",
+            remedy="give `index serve` or `index import` the option --variants (PEP 825, a draft)",
+        )
     _check_release(catalogue, distribution)
     row = catalogue.row("SELECT * FROM file WHERE filename = ?", (distribution.filename,))
+    _check_spelling(catalogue, distribution)
     if row is not None:
         _check_same(distribution.filename, row["sha256"], row["deleted"], sha256)
     return row
@@ -124,6 +141,7 @@ def admit(store: Store, catalogue: Catalogue, actor: str, candidate: InspectedFi
     return "created"
 
 
+        _check_variant(change, candidate)
 def _keep_metadata(store: Store, candidate: InspectedFile) -> str | None:
     """PEP 658, for wheels alone: an sdist's PKG-INFO need not be what its build will say."""
     if candidate.distribution.kind != "bdist_wheel":
@@ -153,13 +171,14 @@ def _insert(
         known = records.facts_of(change, build).over(known)
     inserted = change.execute(
         "INSERT INTO file (filename, project, version, release, kind, sha256, size, metadata_sha256, requires_python, summary,"
-        " uploaded, actor, channel, hidden, cuda, facts, build) VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?) RETURNING id",
+        " uploaded, actor, channel, hidden, cuda, facts, build, variant, defects)"
+        " VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?) RETURNING id",
         (
             *(distribution.filename, distribution.project, distribution.version),
             *(canonicalize_version(distribution.version), distribution.kind, candidate.sha256, candidate.size),
             *(metadata_sha256, candidate.metadata.requires_python, candidate.metadata.summary),
             *(candidate.uploaded or change.time, change.actor, channel, destination.set_name is not None),
-            *(known.cuda, known.as_json(), build),
+            *(known.cuda, known.as_json(), build, candidate.variant, candidate.defects),
         ),
     ).fetchone()
     if destination.set_name is not None:
@@ -227,6 +246,25 @@ def _check_same(filename: str, known: str, deleted: str | None, sha256: str) -> 
 
 
 def _check_release(catalogue: Catalogue, distribution: Distribution) -> None:
+def _check_variant(change: Transaction, candidate: InspectedFile) -> None:
+    """A label has one meaning in a release, and its wheels are ranked in one way (PEP 825), since one JSON is for all."""
+    if candidate.variant is None:
+        return
+    own = candidate.distribution
+    rows = change.execute(
+        "SELECT filename, variant FROM live_file WHERE project = ? AND version = ? AND variant IS NOT NULL",
+        (own.project, own.version),
+    )
+    known = [variants.parse(row["variant"], variants.split_label(row["filename"])[1]) for row in rows]
+    try:
+        variants.combine([*known, variants.parse(candidate.variant, own.variant)])
+    except ValueError as error:
+        raise RefusedError(
+            f"{own.filename} does not agree with the variant wheels of {own.version} that are here: {error}",
+            remedy=f"build all variants of a release with the same {variants.MEMBER}, but for its properties",
+        ) from None
+
+
     """1.0 and 1.0.0 are one release (PEP 440); it keeps the spelling it was first published with."""
     releases = catalogue.rows(
         "SELECT DISTINCT version FROM live_file WHERE project = ? AND release = ?",
@@ -238,3 +276,19 @@ def _check_release(catalogue: Catalogue, distribution: Distribution) -> None:
             f"{distribution.filename}: the release is already spelled {min(spellings)} here",
             remedy=f"name the version {min(spellings)}, so that one release has one spelling",
         )
+    if distribution.published:
+        return
+
+
+def _check_spelling(catalogue: Catalogue, distribution: Distribution) -> None:
+    """Evil.Pkg-1.0 and evil_pkg-1.0 are one file to whoever asks for it, so only one of them is here."""
+    rows = catalogue.rows(
+        "SELECT filename FROM file WHERE project = ? AND release = ? AND filename <> ?",
+        (distribution.project, canonicalize_version(distribution.version), distribution.filename),
+    )
+    for row in rows:
+        if parse_filename(row["filename"], published=True).canonical == distribution.canonical:
+            raise RefusedError(
+                f"File already exists: {distribution.filename} is here as {row['filename']}",
+                remedy="a published file keeps its name; build a new version",
+            )

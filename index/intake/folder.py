@@ -26,18 +26,21 @@ class Imported:
     refused: list[str] = field(default_factory=list)
 
 
-def import_folder(store: Store, catalogue: Catalogue, actor: str, folder: Path, tick: Tick = no_tick) -> Imported:
+def import_folder(
+    store: Store, catalogue: Catalogue, actor: str, folder: Path, tick: Tick = no_tick, *, variants: bool = False
+) -> Imported:
     """Take in every wheel and sdist of a folder, as pypiserver keeps them; times are those of the files.
 
-    What the index would refuse from a client it refuses from a folder too; the sentences are in the result.
+    Others published these files, so they are taken as they are, and what only one of them suffers from is marked on its page.
+    What could hurt other files or the machine is refused as from a client; the sentences are in the result.
     """
     imported = Imported()
     paths = sorted(_distributions(folder))
-    destination = Destination(allow_new=True)
+    destination = Destination(allow_new=True, variants=variants)
     for number, path in enumerate(paths):
         tick(number, len(paths), path.name)
         try:
-            distribution = parse_filename(path.name)
+            distribution = parse_filename(path.name, published=True)
             with store.staged() as staged:
                 _copy(store, path, staged)
                 candidate = admission.inspect(staged, distribution, sha256_file(staged), uploaded=path.stat().st_mtime)

@@ -1,18 +1,45 @@
-"""Core metadata of a distribution: the bytes that PEP 658 serves, and the few fields the index reads."""
+"""Core metadata of a distribution: the bytes that PEP 658 serves, and the few fields the index reads.
+
+`packaging.metadata` validates it, as it does for PyPI. What PyPI checks beyond that and no installer reads is not checked:
+classifiers (its list grows each month), the form of email addresses, and whether a description can be rendered.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
+from urllib.parse import urlsplit
 
-from packaging.metadata import parse_email
+from packaging.errors import ExceptionGroup
+from packaging.markers import UndefinedComparison, UndefinedEnvironmentName
+from packaging.metadata import InvalidMetadata, RawMetadata, parse_email
+from packaging.metadata import Metadata as CoreMetadata
+from packaging.requirements import InvalidRequirement, Requirement
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from packaging.utils import canonicalize_name
 
 from index.errors import RefusedError
+from index.intake.defects import Defects
 from index.names import Distribution, same_version
 
 MAX_METADATA = 8 << 20
 "Bytes. The description may be long; eight MiB is no description."
+
+MAX_SUMMARY = 512
+"Characters, as on PyPI."
+
+_MAX_DEPTH = 50
+"Parentheses in a marker, one inside the other: pip recurses, and ends with a traceback at some 300."
+
+_BACKEND = "correct it in pyproject.toml and build again; see https://packaging.python.org/specifications/core-metadata"
+
+
+class HasFile(Protocol):
+    """Whether the archive has a licence file of that name where PEP 639 puts it."""
+
+    def __call__(self, name: str, /) -> bool:
+        """`name` as License-File gives it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,17 +53,85 @@ class Metadata:
     requires: tuple[str, ...]
 
 
-def read(raw: bytes, distribution: Distribution) -> Metadata:
-    """Parse and check against the file name.
+def read(raw: bytes, defects: Defects, has_file: HasFile) -> Metadata:
+    """Parse, and check against the file name and the standards.
 
     Raises:
-        RefusedError: not core metadata, or of another project or version.
+        RefusedError: of another project or version, or installers would fail on the whole project; for a new upload also
+            whatever `packaging.metadata` or PyPI refuses, which is noted in `defects` for what others published.
     """
-    fields, _unparsed = parse_email(raw)
+    distribution = defects.distribution
+    _check_encoding(raw, defects)
+    fields, unparsed = parse_email(raw)
+    _check_identity(fields, distribution)
+    for line in fields.get("requires_dist", ()):
+        _check_dependency(line, distribution)
+    if problems := [*_problems(fields, unparsed), *_missing_licences(fields, has_file)]:
+        defects.note("; ".join(problems[:3]) + (f"; {len(problems) - 3} more" if problems[3:] else ""), remedy=_BACKEND)
+    return Metadata(
+        raw=raw,
+        summary=(fields.get("summary") or "").split("\n")[0][:MAX_SUMMARY],
+        requires_python=_specifier(fields.get("requires_python")),
+        requires=tuple(fields.get("requires_dist", ())),
+    )
+
+
+def _check_encoding(raw: bytes, defects: Defects) -> None:
+    """pip ends with a traceback on every release of a project when one wheel's METADATA is not UTF-8 (pypa/pip#9866)."""
+    try:
+        raw.decode()
+        return
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        where = f"byte {raw[error.start]:#04x} in line {line}"
+    if defects.distribution.kind == "sdist":  # installers read what is built from it
+        defects.note(f"its PKG-INFO is not UTF-8: {where}", remedy="write it as UTF-8 and build again")
+        return
+    raise RefusedError(
+        f"{defects.distribution.filename}: its METADATA is not UTF-8: {where}",
+        remedy="write it as UTF-8 and build again; with this file, pip fails on every release of the project",
+    )
+
+
+def _check_dependency(line: str, distribution: Distribution) -> None:
+    if reason := _fatal_in(line):
+        raise RefusedError(
+            f"{distribution.filename}: Requires-Dist {line[:200]!r} {reason}",
+            remedy="correct it and build again; with this file, installers fail on every release of the project",
+        )
+
+
+def _fatal_in(line: str) -> str:
+    """Why installers would fail on this dependency, with a traceback or for good; empty when they do not."""
+    if _depth(line) > _MAX_DEPTH:
+        return f"nests more than {_MAX_DEPTH} parentheses"
+    try:
+        requirement = Requirement(line)
+    except InvalidRequirement:
+        return ""  # installers pass over this one release
+    if requirement.url is not None:
+        return "names an address, which uv refuses to follow"
+    try:
+        if requirement.marker is not None:
+            requirement.marker.evaluate({"extra": ""})
+    except (UndefinedComparison, UndefinedEnvironmentName) as error:
+        return f"has a marker that pip cannot evaluate: {str(error).strip()}"
+    return ""
+
+
+def _depth(text: str) -> int:
+    depth = deepest = 0
+    for character in text:
+        depth += {"(": 1, ")": -1}.get(character, 0)
+        deepest = max(deepest, depth)
+    return deepest
+
+
+def _check_identity(fields: RawMetadata, distribution: Distribution) -> None:
     name, version = fields.get("name"), fields.get("version")
     if not name or not version or not fields.get("metadata_version"):
         raise RefusedError(
-            f"{distribution.filename}: its metadata lacks Metadata-Version, Name or Version",
+            f"{distribution.filename}: its metadata lacks Metadata-Version, Name or Version, or has one twice",
             remedy="build it with a PEP 517 backend",
         )
     if canonicalize_name(name) != distribution.project:
@@ -49,22 +144,75 @@ def read(raw: bytes, distribution: Distribution) -> Metadata:
             f"{distribution.filename}: its metadata is of version {version!r}",
             remedy="the file was renamed or built wrongly; build it again",
         )
-    return Metadata(
-        raw=raw,
-        summary=(fields.get("summary") or "").split("\n")[0][:512],
-        requires_python=_specifier(fields.get("requires_python"), distribution),
-        requires=tuple(fields.get("requires_dist", ())),
-    )
 
 
-def _specifier(text: str | None, distribution: Distribution) -> str | None:
-    if not text:
-        return None
+def _problems(fields: RawMetadata, unparsed: dict[str, list[str]]) -> Iterator[str]:
+    """What is wrong with the fields, by name of the field."""
+    for key in sorted(unparsed):
+        yield f"{key} is given twice or cannot be read" if key in _KNOWN else f"{key} is not a field of core metadata"
+    wanted = fields.copy()
+    if _before_licences(wanted):
+        wanted.pop("license_files", None)  # setuptools wrote it long before PEP 639 did; PyPI and twine pass over it as well
     try:
-        SpecifierSet(text)
+        CoreMetadata.from_raw(wanted)
+    except ExceptionGroup as group:
+        invalid = [error for error in group.exceptions if isinstance(error, InvalidMetadata)]
+        for error in sorted(invalid, key=str):
+            yield _sentence(error)
+    if len(fields.get("summary", "")) > MAX_SUMMARY:
+        yield f"summary is longer than {MAX_SUMMARY} characters"
+    for label, url in _addresses(fields):
+        if not _is_web(url):
+            yield f"{label}: {url[:200]!r} is not an http(s) address"
+    if fields.get("license") and fields.get("license_expression"):
+        yield "license and license-expression exclude each other (PEP 639)"
+
+
+_KNOWN = frozenset(key.replace("_", "-") for key in RawMetadata.__annotations__) | {
+    *("classifier", "platform", "supported-platform", "project-url", "license-file", "import-name", "import-namespace"),
+}
+"Names of fields as METADATA spells them: those of lists are in the singular there."
+
+
+def _sentence(error: InvalidMetadata) -> str:
+    """One line that names the field: a parser's own reason has a drawing below it."""
+    reason = str(error.__cause__).split("\n")[0] if error.__cause__ is not None else ""
+    text = str(error)[:300]
+    text = text if error.field in text else f"{error.field}: {text}"
+    return f"{text}: {reason[:200]}" if reason and reason not in text else text
+
+
+def _before_licences(fields: RawMetadata) -> bool:
+    return fields.get("metadata_version") in ("1.0", "1.1", "1.2", "2.0", "2.1", "2.2", "2.3")
+
+
+def _missing_licences(fields: RawMetadata, has_file: HasFile) -> Iterator[str]:
+    if not _before_licences(fields):
+        for name in fields.get("license_files", ()):
+            if not has_file(name):
+                yield f"license-file {name[:200]!r} is not in the archive"
+
+
+def _addresses(fields: RawMetadata) -> Iterator[tuple[str, str]]:
+    for key in ("home_page", "download_url"):
+        url = str(fields.get(key, ""))
+        if url and url != "UNKNOWN":  # what setuptools wrote for none
+            yield key.replace("_", "-"), url
+    for label, url in fields.get("project_urls", {}).items():
+        yield f"project-url {label[:40]!r}", url
+
+
+def _is_web(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return False
+    return parts.scheme in ("http", "https") and bool(parts.netloc)
+
+
+def _specifier(text: str | None) -> str | None:
+    """What a page gives as requires-python: nothing rather than what installers cannot read."""
+    try:
+        return text if text and SpecifierSet(text) is not None else None
     except InvalidSpecifier:
-        raise RefusedError(
-            f"{distribution.filename}: Requires-Python {text!r} is not a version specifier",
-            remedy="see PEP 440; installers would ignore it",
-        ) from None
-    return text
+        return None

@@ -8,12 +8,15 @@ import zlib
 from pathlib import Path
 from typing import IO, cast
 
+from packaging.utils import canonicalize_name
+
 from gracefarm.files import CHUNK
 from index.errors import RefusedError
 from index.intake import metadata
 from index.intake.archive import MAX_MEMBERS, MAX_RATIO, MAX_UNPACKED, RATIO_FLOOR
+from index.intake.defects import Defects
 from index.intake.metadata import Metadata
-from index.names import Distribution
+from index.names import Distribution, same_version
 
 MAX_HEADER = 1 << 20
 "Bytes of one extended header, which tarfile reads whole; paths and dates take a few hundred."
@@ -46,18 +49,25 @@ class _Bounded:
             raise RefusedError(f"{self._filename} unpacks to too much", remedy="build it without the padding")
 
 
-def inspect(path: Path, distribution: Distribution) -> tuple[Metadata, bytes | None]:
-    """Check the sdist at `path`; returns its metadata (and no record: only wheels carry one).
+def inspect(path: Path, defects: Defects) -> tuple[Metadata, None, None]:
+    """Check the sdist at `path`; returns its metadata (and neither record nor variant: only wheels carry them).
 
     Raises:
         RefusedError: what is wrong, in one sentence.
     """
+    distribution = defects.distribution
+    names: set[int] = set()
     bound = max(RATIO_FLOOR, min(MAX_UNPACKED, path.stat().st_size * MAX_RATIO))
     try:
         with gzip.open(path) as stream:
             bounded = cast("IO[bytes]", _Bounded(stream, bound, distribution.filename))
-            with tarfile.open(fileobj=bounded, mode="r:") as archive:
-                raw = _walk(archive, distribution)
+            with tarfile.open(fileobj=bounded, mode="r:", tarinfo=_Member) as archive:
+                raw = _walk(archive, distribution, names)
+    except _SparseError:
+        raise RefusedError(
+            f"{distribution.filename} holds a sparse file, which tools unpack in different ways",
+            remedy="build it again with a PEP 517 backend; with tar, leave --sparse away",
+        ) from None
     except (tarfile.TarError, EOFError, zlib.error, OSError, RecursionError, ValueError) as error:
         raise RefusedError(
             f"{distribution.filename} is not a gzipped tar archive: {error}", remedy="build the sdist again"
@@ -66,22 +76,49 @@ def inspect(path: Path, distribution: Distribution) -> tuple[Metadata, bytes | N
         raise RefusedError(
             f"{distribution.filename} lacks {distribution.stem}/PKG-INFO", remedy="build it with a PEP 517 backend"
         )
-    return metadata.read(raw, distribution), None
+    return metadata.read(raw, defects, lambda name: hash(name) in names), None, None
 
 
-def _walk(archive: tarfile.TarFile, distribution: Distribution) -> bytes | None:
-    """Check every member; returns PKG-INFO."""
+class _SparseError(tarfile.TarError):
+    """A member is sparse."""
+
+
+class _Member(tarfile.TarInfo):
+    """A member that ends the reading as soon as it says that it is sparse: tarfile would next read a map of any length."""
+
+    def _refuse(self, *_arguments: object) -> tarfile.TarInfo:
+        raise _SparseError
+
+    _proc_sparse = _proc_gnusparse_00 = _proc_gnusparse_01 = _proc_gnusparse_10 = _refuse
+
+
+def _walk(archive: tarfile.TarFile, distribution: Distribution, names: set[int]) -> bytes | None:
+    """Check every member; returns PKG-INFO, and in `names` the hashes of the members' paths below the top folder."""
     raw: bytes | None = None
     count = 0
+    top = "" if distribution.published else distribution.stem
     while (member := archive.next()) is not None:
         archive.members.clear()  # type: ignore[attr-defined]  # tarfile keeps them for random access, which nobody wants
         count += 1
         if count > MAX_MEMBERS or len(archive.pax_headers) > _MAX_GLOBAL:
             raise RefusedError(f"{distribution.filename} unpacks to too much", remedy="build it without the padding")
-        _check_member(member, distribution)
-        if member.name.rstrip("/") == f"{distribution.stem}/PKG-INFO":
+        if any(key.startswith("GNU.sparse.") for key in member.pax_headers):
+            raise _SparseError
+        top = top or _own_folder(member, distribution)
+        _check_member(member, top, distribution)
+        if member.isreg():
+            names.add(hash(member.name.partition("/")[2]))  # names themselves may be long, and there may be many
+        if member.name.rstrip("/") == f"{top}/PKG-INFO":
             raw = _read(archive, member, distribution)
     return raw
+
+
+def _own_folder(member: tarfile.TarInfo, distribution: Distribution) -> str:
+    """The top folder of an sdist that others published: NAME-VERSION in any spelling, older backends did not agree on one."""
+    folder = member.name.partition("/")[0]
+    name, _, version = folder.rpartition("-")
+    own = canonicalize_name(name) == distribution.project and same_version(version, distribution.version)
+    return folder if own else distribution.stem
 
 
 def _read(archive: tarfile.TarFile, member: tarfile.TarInfo, distribution: Distribution) -> bytes:
@@ -96,17 +133,11 @@ def _read(archive: tarfile.TarFile, member: tarfile.TarInfo, distribution: Distr
     return bytes(content)
 
 
-def _check_member(member: tarfile.TarInfo, distribution: Distribution) -> None:
+def _check_member(member: tarfile.TarInfo, top: str, distribution: Distribution) -> None:
     parts = member.name.rstrip("/").split("/")
-    if (
-        member.name.startswith("/")
-        or "\\" in member.name
-        or "\0" in member.name
-        or ".." in parts
-        or parts[0] != distribution.stem
-    ):
+    if member.name.startswith("/") or "\\" in member.name or "\0" in member.name or ".." in parts or parts[0] != top:
         raise RefusedError(
-            f"{distribution.filename} holds {member.name!r}, outside its folder {distribution.stem}/",
+            f"{distribution.filename} holds {member.name!r}, outside its folder {top}/",
             remedy="build the sdist again",
         )
     if not (member.isreg() or member.isdir() or member.issym() or member.islnk()):

@@ -13,35 +13,92 @@ from pathlib import Path, PurePosixPath
 from packaging.tags import parse_tag
 from packaging.utils import canonicalize_name
 
+from gracefarm import variants
 from gracefarm.files import CHUNK
 from index.errors import RefusedError
-from index.intake import metadata
+from index.intake import entry_points, metadata
 from index.intake.archive import open_zip
+from index.intake.defects import Defects
 from index.intake.metadata import Metadata
 from index.names import Distribution, same_version
 
 RECORD_NAME = "gracefarm.json"
 "The farm's own record of inputs inside .dist-info (docs/index-records.md)."
 
+MAX_VARIANT = 1 << 16
+"Bytes of a variant.json: pages are made of all of a release's together."
+
 _UNRECORDED = ("RECORD", "RECORD.jws", "RECORD.p7s")
 _HASHES = ("sha256", "sha384", "sha512")
 
 
-def inspect(path: Path, distribution: Distribution) -> tuple[Metadata, bytes | None]:
-    """Check the wheel at `path` in full; returns its metadata and the farm's record, if it carries one.
+def inspect(path: Path, defects: Defects) -> tuple[Metadata, bytes | None, str | None]:
+    """Check the wheel at `path` in full; returns its metadata, and the farm's record and variant.json, if it carries them.
 
     Reads every byte: seconds for gigabytes, so call it off the event loop.
 
     Raises:
         RefusedError: what is wrong, in one sentence.
     """
+    distribution = defects.distribution
     with open_zip(path, distribution.filename) as archive:
         folder = _dist_info(archive, distribution)
-        _check_wheel(archive, folder, distribution)
+        _check_wheel(archive, folder, defects)
         _check_record(archive, folder, distribution)
-        core_metadata = metadata.read(_small(archive, f"{folder}/METADATA", distribution), distribution)
+
+        def has_licence(name: str) -> bool:
+            return f"{folder}/licenses/{name}" in archive.NameToInfo
+
+        core_metadata = metadata.read(_small(archive, f"{folder}/METADATA", distribution), defects, has_licence)
+        if (points := f"{folder}/entry_points.txt") in archive.NameToInfo:
+            entry_points.check(_small(archive, points, distribution), defects)
         record = f"{folder}/{RECORD_NAME}"
-        return core_metadata, _small(archive, record, distribution) if record in archive.NameToInfo else None
+        return (
+            core_metadata,
+            _small(archive, record, distribution) if record in archive.NameToInfo else None,
+            _variant(archive, folder, distribution),
+        )
+
+
+def read_locked(path: Path, defects: Defects) -> Metadata | None:
+    """METADATA of a wheel whose digest was locked: it is trusted as far as the lock is. None when there is none to read.
+
+    Raises:
+        RefusedError: with this file, installers would fail on the whole project.
+    """
+    wanted = f"{defects.distribution.stem}.dist-info".lower()
+    try:
+        with zipfile.ZipFile(path) as archive:
+            folder = next((name.split("/")[0] for name in archive.namelist() if name.split("/")[0].lower() == wanted), wanted)
+            member = archive.NameToInfo.get(f"{folder}/METADATA")
+            if member is None or member.file_size > metadata.MAX_METADATA:
+                return None
+            return metadata.read(archive.read(member), defects, lambda name: f"{folder}/licenses/{name}" in archive.NameToInfo)
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError):
+        return None
+
+
+def _variant(archive: zipfile.ZipFile, folder: str, distribution: Distribution) -> str | None:
+    """variant.json, which must say what the label of the file name says; None of a plain wheel."""
+    member = f"{folder}/{variants.MEMBER}"
+    there = member in archive.NameToInfo
+    if there != bool(distribution.variant):
+        raise RefusedError(
+            f"{distribution.filename} holds {member}, and its name has no variant label"
+            if there
+            else f"{distribution.filename} has a variant label and lacks {member}",
+            remedy="build it again; a variant wheel has both (PEP 825)",
+        )
+    if not there:
+        return None
+    raw = _small(archive, member, distribution)
+    if len(raw) > MAX_VARIANT:
+        raise RefusedError(f"{distribution.filename}: {member} is {len(raw)} bytes long", remedy="shorten it")
+    try:
+        variants.parse(raw, distribution.variant)
+    except ValueError as error:
+        raise RefusedError(f"{distribution.filename}: {error}", remedy="build it again; see docs/index-variants.md") from None
+    return raw.decode()
 
 
 def _dist_info(archive: zipfile.ZipFile, distribution: Distribution) -> str:
@@ -72,13 +129,14 @@ def _small(archive: zipfile.ZipFile, name: str, distribution: Distribution) -> b
     return archive.read(member)
 
 
-def _check_wheel(archive: zipfile.ZipFile, folder: str, distribution: Distribution) -> None:
+def _check_wheel(archive: zipfile.ZipFile, folder: str, defects: Defects) -> None:
     """WHEEL must say the same tags as the file name: an installer trusts the one, a resolver the other."""
+    distribution = defects.distribution
     text = _small(archive, f"{folder}/WHEEL", distribution).decode("utf-8", "replace")
     tags = {tag for line in text.splitlines() if line.lower().startswith("tag:") for tag in parse_tag(line[4:].strip())}
     if tags and tags != distribution.tags:
-        raise RefusedError(
-            f"{distribution.filename}: WHEEL inside says {', '.join(sorted(map(str, tags)))}",
+        defects.note(
+            f"WHEEL inside says {', '.join(sorted(map(str, tags)))}",
             remedy="retag it with `python -m wheel tags`, which changes both",
         )
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import sqlite3
-import zipfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -27,9 +26,10 @@ from gracefarm.console import Tick, no_tick
 from gracefarm.errors import DigestError, FetchError, UsageError
 from gracefarm.pins import Pin
 from index.errors import RefusedError
-from index.intake import metadata
+from index.intake import metadata, sdist, wheel
+from index.intake.defects import Defects
 from index.limits import Limits
-from index.names import check_plain
+from index.names import check_plain, parse_filename
 from index.sets import staged
 from index.store.catalogue import Catalogue, Transaction, timestamp
 from index.store.files import Store, disk_errors, flush
@@ -65,6 +65,8 @@ class _UpstreamFile:
     metadata_sha256: str | None
     requires_python: str | None
     uploaded: str | None
+    defects: str = ""
+    "What is wrong with it, a line each."
 
 
 def mirror(
@@ -271,13 +273,14 @@ def _take(
         rows: list[_UpstreamFile] = []
         for item in items:
             if link:
-                rows.append(replace(item, size=item.size or _remote_size(client, item)))
+                defects = _linked_defects(client, item)
+                rows.append(replace(item, size=item.size or _remote_size(client, item), defects=defects))
                 continue
             path = stack.enter_context(_download(store, client, item))
-            raw = _metadata_of(path, item.filename)
+            raw, defects = _inspect(path, item.filename)
             copies.append((path, item.sha256, raw))
             digest = hashlib.sha256(raw).hexdigest() if raw is not None else None
-            rows.append(replace(item, size=path.stat().st_size, metadata_sha256=digest, url=""))
+            rows.append(replace(item, size=path.stat().st_size, metadata_sha256=digest, url="", defects=defects))
         with catalogue.change(actor) as change:
             for path, sha256, raw in copies:
                 store.adopt(path, sha256)
@@ -293,7 +296,7 @@ def _take(
 def _insert(change: Transaction, set_name: str, item: _UpstreamFile) -> None:
     values = {**vars(item), "set_name": set_name, "uploaded": item.uploaded or change.time, "url": item.url or None}
     mended = change.execute(
-        "UPDATE mirrored SET lost = 0, url = :url, size = :size, metadata_sha256 = :metadata_sha256"
+        "UPDATE mirrored SET lost = 0, url = :url, size = :size, metadata_sha256 = :metadata_sha256, defects = :defects"
         " WHERE set_name = :set_name AND filename = :filename AND sha256 = :sha256",
         values,
     )
@@ -301,8 +304,8 @@ def _insert(change: Transaction, set_name: str, item: _UpstreamFile) -> None:
         staged.check_staged(change, set_name)  # what is published is mended and never changed
         change.execute(
             "INSERT OR REPLACE INTO mirrored (set_name, filename, project, version, kind, sha256, size, metadata_sha256,"
-            " requires_python, uploaded, url) VALUES (:set_name, :filename, :project, :version, :kind, :sha256, :size,"
-            " :metadata_sha256, :requires_python, :uploaded, :url)",
+            " requires_python, uploaded, url, defects) VALUES (:set_name, :filename, :project, :version, :kind, :sha256,"
+            " :size, :metadata_sha256, :requires_python, :uploaded, :url, :defects)",
             values,
         )
     change.note("set.mirror", f"{set_name} {item.filename}", sha256=item.sha256, linked=bool(item.url))
@@ -372,16 +375,39 @@ def _download(store: Store, client: httpx.Client, item: _UpstreamFile) -> Iterat
         yield path
 
 
-def _metadata_of(path: Path, filename: str) -> bytes | None:
-    """METADATA of a wheel whose digest was locked: it is trusted as far as the lock is."""
-    if not filename.endswith(".whl"):
-        return None
-    folder = "-".join(filename.split("-")[:2]).lower() + ".dist-info/metadata"
+def _inspect(path: Path, filename: str) -> tuple[bytes | None, str]:
+    """METADATA of a copied wheel, and what is wrong with a copied file.
+
+    Raises:
+        RefusedError: with this file, installers would fail on the whole project.
+    """
+    if filename.endswith(".zip"):  # an sdist of before PEP 625, which only pip reads
+        return None, ""
+    defects = Defects(distribution=parse_filename(filename, published=True))
+    if defects.distribution.kind == "sdist":
+        sdist.inspect(path, defects)
+        return None, "\n".join(defects.sentences)
+    read = wheel.read_locked(path, defects)
+    return read.raw if read is not None else None, "\n".join(defects.sentences)
+
+
+def _linked_defects(client: httpx.Client, item: _UpstreamFile) -> str:
+    """What is wrong with a linked wheel, as far as the METADATA tells that upstream serves beside it (PEP 658).
+
+    Raises:
+        RefusedError: with this file, installers would fail on the whole project.
+        FetchError, DigestError: upstream promises METADATA and does not send it.
+    """
+    if item.metadata_sha256 is None or item.kind != "bdist_wheel":
+        return ""
     try:
-        with zipfile.ZipFile(path) as archive:
-            names = [name for name in archive.namelist() if name.lower() == folder]
-            if len(names) == 1 and archive.getinfo(names[0]).file_size <= metadata.MAX_METADATA:
-                return archive.read(names[0])
-    except zipfile.BadZipFile:
-        return None
-    return None
+        raw = client.get(f"{item.url}.metadata").raise_for_status().content
+    except httpx.HTTPError as error:
+        raise FetchError(
+            f"the metadata of {item.filename} cannot be had from upstream: {error}", remedy="try again later"
+        ) from error
+    if hashlib.sha256(raw).hexdigest() != item.metadata_sha256:
+        raise DigestError(f"upstream sent other metadata of {item.filename} than it lists", remedy="do not trust it")
+    defects = Defects(distribution=parse_filename(item.filename, published=True))
+    metadata.read(raw, defects, lambda _name: True)
+    return "\n".join(defects.sentences)

@@ -81,9 +81,15 @@ def wheel(
     return f"{name}-{version}-{tags}.whl", buffer.getvalue()
 
 
-def sdist(name: str = "demo_pkg", version: str = "1.0", *, extra: dict[str, bytes] | None = None) -> tuple[str, bytes]:
+def sdist(
+    name: str = "demo_pkg", version: str = "1.0", *, extra: dict[str, bytes] | None = None, meta: bytes | None = None
+) -> tuple[str, bytes]:
     folder = f"{name}-{version}"
-    members = {f"{folder}/PKG-INFO": metadata(name, version), f"{folder}/pyproject.toml": b"", **(extra or {})}
+    members = {
+        f"{folder}/PKG-INFO": metadata(name, version) if meta is None else meta,
+        f"{folder}/pyproject.toml": b"",
+        **(extra or {}),
+    }
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
         for path, content in members.items():

@@ -25,7 +25,8 @@ from index_kit import Server, metadata, run_index, sdist, serving, wheel
 import index.intake.sdist
 import index.intake.wheel
 from index.errors import RefusedError
-from index.names import Distribution, parse_filename
+from index.intake.defects import Defects
+from index.names import parse_filename
 from index.serving.granian import GRACE
 from tests.processes import open_files
 
@@ -322,12 +323,12 @@ def test_damaged_data_of_a_small_file_is_refused(shared: Server, part: str) -> N
     nothing_stored(shared, "torn-pkg")
 
 
-def peak_of(inspect: Callable[[Path, Distribution], object], path: Path) -> tuple[int, str]:
+def peak_of(inspect: Callable[[Path, Defects], object], path: Path) -> tuple[int, str]:
     """Bytes that a refusal took at its peak, and its sentence."""
     tracemalloc.start()
     try:
         with pytest.raises(RefusedError) as refusal:
-            inspect(path, parse_filename(path.name))
+            inspect(path, Defects(distribution=parse_filename(path.name)))
         return tracemalloc.get_traced_memory()[1], str(refusal.value)
     finally:
         tracemalloc.stop()

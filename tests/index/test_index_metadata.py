@@ -1,0 +1,194 @@
+"""METADATA that breaks installers: what is refused of an upload, an import and a mirror, and what real clients do without."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+import threading
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from index_kit import Server, run_index, run_json, sdist, serving, wheel
+from markupsafe import escape
+from test_index_clients import clean
+
+HEAD = b"Metadata-Version: %s\nName: %s\nVersion: 1.1\nSummary: x\n"
+
+# METADATA of release 1.1, after the first four fields: what it ends with, and words of the refusal.
+FATAL = {
+    "latin-1": ("2.1", b"Author: Zo\xeb\n\n", "not UTF-8: byte 0xeb in line 5"),
+    "latin-1-description": ("2.1", b"\nZo\xeb\n", "not UTF-8"),
+    "surrogate": ("2.1", b"Author: \xed\xa0\x80\n\n", "not UTF-8"),
+    "address": ("2.1", b"Requires-Dist: libdep @ https://example.invalid/libdep-1.0-py3-none-any.whl\n\n", "names an address"),
+    "lock-marker": ("2.1", b"Requires-Dist: libdep; 'a' in extras\n\n", "cannot evaluate"),
+    "compared-text": ("2.1", b"Requires-Dist: libdep; os_name ~= 'posix'\n\n", "cannot evaluate"),
+    "nested": ("2.1", b"Requires-Dist: libdep; " + b"(" * 2000 + b"os_name=='x'" + b")" * 2000 + b"\n\n", "parentheses"),
+}
+HARMLESS = {
+    "not-a-requirement": ("2.1", b"Requires-Dist: foo bar baz\n\n", "'foo bar baz' is invalid for 'requires-dist'"),
+    "star": ("2.1", b"Requires-Dist: libdep (>=1.0.*)\n\n", "requires-dist"),
+    "marker": ("2.1", b"Requires-Dist: libdep; pythonversion < '3'\n\n", "requires-dist"),
+    "version-9.9": ("9.9", b"\n", "'9.9' is not a valid metadata version"),
+    "version-3.0": ("3.0", b"\n", "'3.0' is not a valid metadata version"),
+    "extra": ("2.1", b"Provides-Extra: b@d!\n\n", "'b@d!' is invalid for 'provides-extra'"),
+    "two-licences": ("2.4", b"License: MIT\nLicense-Expression: MIT\n\n", "exclude each other"),
+    "spdx": ("2.4", b"License-Expression: Nonsense-1.0\n\n", "license-expression"),
+    "too-new-field": ("2.1", b"License-Expression: MIT\n\n", "introduced in metadata version 2.4"),
+    "licence-file": ("2.4", b"License-Expression: MIT\nLicense-File: LICENSE.txt\n\n", "license-file 'LICENSE.txt' is not in"),
+    "python": ("2.1", b"Requires-Python: >=3.x\n\n", "'>=3.x' is invalid for 'requires-python'"),
+    "twice": ("2.1", b"Requires-Python: >=3\nRequires-Python: <3\n\n", "requires-python is given twice"),
+    "field": ("2.1", b"Colour: red\n\n", "colour is not a field"),
+    "address": ("2.1", b"Home-page: javascript:alert(1)\n\n", "not an http(s) address"),
+    "dynamic": ("2.2", b"Dynamic: Name\n\n", "dynamic"),
+    "summary": ("2.1", b"Description-Content-Type: text/html\n\n", "description-content-type"),
+}
+
+
+def release(kind: str, name: str, case: tuple[str, bytes, str]) -> tuple[str, bytes]:
+    """File name and bytes of a wheel or sdist 1.1 with that METADATA."""
+    meta = HEAD % (case[0].encode(), name.encode()) + case[1]
+    return wheel(name, "1.1", meta=meta) if kind == "wheel" else sdist(name, "1.1", meta=meta)
+
+
+@pytest.mark.parametrize("kind", ["wheel", "sdist"])
+@pytest.mark.parametrize("case", [*HARMLESS.items(), *FATAL.items()], ids=lambda item: item[0])
+def test_an_upload_that_breaks_installers_is_refused(
+    shared: Server, case: tuple[str, tuple[str, bytes, str]], kind: str
+) -> None:
+    name = f"{kind}_{case[0]}".replace("-", "_").replace(".", "_")
+    answer = shared.upload(*release(kind, name, case[1]))
+    assert answer.status_code == 400, answer.text
+    assert case[1][2] in answer.text
+    assert shared.page(name.replace("_", "-")).status_code == 404
+
+
+@pytest.mark.parametrize("kind", ["wheel", "sdist"])
+def test_an_import_takes_what_only_that_file_suffers_from_and_marks_it(shared: Server, tmp_path: Path, kind: str) -> None:
+    for key, case in HARMLESS.items():
+        filename, content = release(kind, f"imported_{kind}_{key.replace('-', '_').replace('.', '_')}", case)
+        (tmp_path / filename).write_bytes(content)
+    assert run_json(shared.root, "import", str(tmp_path)) == {"created": len(HARMLESS), "same": 0, "refused": []}
+    for key, case in HARMLESS.items():
+        project = f"imported-{kind}-{key.replace('.', '-')}"
+        [item] = shared.page(project).json()["files"]
+        assert case[2] in item["_defects"][0]
+        page = shared.client.get(f"/wheel/{item['filename']}/").text
+        assert escape(case[2]) in page
+
+
+def test_an_import_refuses_what_breaks_a_project_by_the_name_of_the_file(shared: Server, tmp_path: Path) -> None:
+    names = {key: release("wheel", f"fatal_{key.replace('-', '_')}", case) for key, case in FATAL.items()}
+    for filename, content in names.values():
+        (tmp_path / filename).write_bytes(content)
+    good, content = wheel("fatal_good")
+    (tmp_path / good).write_bytes(content)
+    process = run_index(shared.root, "import", str(tmp_path), check=False)
+    assert process.returncode != 0
+    for key, case in FATAL.items():
+        assert any(names[key][0] in line and case[2] in line for line in process.stdout.splitlines()), process.stdout
+        assert shared.page(f"fatal-{key}").status_code == 404
+    assert shared.filenames("fatal-good") == [good]
+
+
+@pytest.mark.parametrize("how", ["copied", "linked"])
+def test_a_mirror_refuses_what_breaks_a_project_and_marks_the_rest(shared: Server, tmp_path: Path, how: str) -> None:
+    """From an index that checks nothing, as many are: its files and their metadata as they lie in a folder."""
+    name = f"mirrored_{how}"
+    files = [release("wheel", name, HARMLESS["version-9.9"]), release("wheel", f"{name}_bad", FATAL["latin-1"])]
+    links = ["--link"] if how == "linked" else []
+    with careless_index(tmp_path / "upstream", files) as url:
+        env = {"GRACEFARM_PYTHON_INDEX": url}
+        for number, (filename, content) in enumerate(files):
+            lock = tmp_path / f"{number}.lock"
+            project = filename.split("-")[0].replace("_", "-")
+            lock.write_text(f"{project}==1.1 --hash=sha256:{hashlib.sha256(content).hexdigest()}\n")
+            process = run_index(shared.root, "mirror", str(lock), "--set", f"set-{how}-{number}", *links, env=env, check=False)
+            assert (process.returncode == 0) == (number == 0), process.stderr
+        assert files[1][0] in process.stderr
+        assert "not UTF-8" in process.stderr
+    run_index(shared.root, "stage", "publish", f"set-{how}-0")
+    [item] = shared.page(name.replace("_", "-"), prefix=f"/set-{how}-0").json()["files"]
+    assert "'9.9' is not a valid metadata version" in item["_defects"][0]
+
+
+@contextmanager
+def careless_index(folder: Path, files: list[tuple[str, bytes]]) -> Iterator[str]:
+    """A static index of these wheels, with PEP 658 metadata, served by Python's own server."""
+    for filename, content in files:
+        project = folder / filename.split("-")[0].replace("_", "-")
+        project.mkdir(parents=True, exist_ok=True)
+        (project / filename).write_bytes(content)
+        with zipfile.ZipFile(project / filename) as archive:
+            meta = archive.read(next(name for name in archive.namelist() if name.endswith("/METADATA")))
+        (project / f"{filename}.metadata").write_bytes(meta)
+        with (project / "index.html").open("a") as page:
+            page.write(
+                f'<a href="{filename}#sha256={hashlib.sha256(content).hexdigest()}"'
+                f' data-core-metadata="sha256={hashlib.sha256(meta).hexdigest()}">{filename}</a><br>\n'
+            )
+    handler = partial(SimpleHTTPRequestHandler, directory=str(folder))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+# --- what real clients do ---------------------------------------------------------------------------------------------------
+
+
+def resolve(tool: str, url: str, folder: Path, *projects: str) -> subprocess.CompletedProcess[str]:
+    """`pip install --dry-run` or `uv pip install --dry-run`."""
+    pip = [sys.executable, "-m", "pip", "install", "--no-cache-dir", "--retries", "0", "--ignore-installed", "--index-url"]
+    uv = [sys.executable, "-m", "uv", "pip", "install", "--no-cache", "--default-index"]
+    return subprocess.run(
+        [*(pip if tool == "pip" else uv), url, "--dry-run", "--target", str(folder), *projects],
+        env=clean(), capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+
+
+FATAL_FOR = dict.fromkeys(FATAL, ("pip",)) | {"address": ("pip", "uv")}
+
+
+QUICK = ("latin-1", "address", "lock-marker")
+
+
+@pytest.mark.parametrize("key", [key if key in QUICK else pytest.param(key, marks=pytest.mark.slow) for key in FATAL])
+def test_what_is_refused_kills_a_project_and_ours_stays_alive(shared: Server, tmp_path: Path, key: str) -> None:
+    """Release 1.0 is good. On an index that takes 1.1 nobody gets 1.0; here everybody does."""
+    name = f"alive_{key.replace('-', '_')}"
+    project, good, bad = name.replace("_", "-"), wheel(name), release("wheel", name, FATAL[key])
+    assert shared.upload(*good).status_code == 200
+    assert shared.upload(*bad).status_code == 400
+    with careless_index(tmp_path / "careless", [good, bad]) as careless:
+        for tool in FATAL_FOR[key]:
+            assert resolve(tool, careless, tmp_path / "t", project).returncode != 0, f"{tool} no longer fails on {key}"
+    for tool in ("pip", "uv"):
+        process = resolve(tool, shared.url + "/simple/", tmp_path / "t", project)
+        assert process.returncode == 0, process.stderr
+        assert "1.0" in (process.stdout if tool == "pip" else process.stderr)
+
+
+def test_what_an_import_takes_leaves_its_project_alive(tmp_path: Path) -> None:
+    with serving(tmp_path / "root", "--allow-new") as server:
+        folder = tmp_path / "packages"
+        folder.mkdir()
+        for key, case in HARMLESS.items():
+            name = f"live_{key.replace('-', '_').replace('.', '_')}"
+            for filename, content in (wheel(name), release("wheel", name, case), wheel("libdep")):
+                (folder / filename).write_bytes(content)
+        run_index(server.root, "import", str(folder))
+        projects = [f"live-{key.replace('.', '-')}" for key in HARMLESS]
+        for tool in ("pip", "uv"):
+            process = resolve(tool, server.url + "/simple/", tmp_path / "t", *projects)
+            assert process.returncode == 0, process.stderr
+            assert "Traceback" not in process.stderr
