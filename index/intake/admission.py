@@ -35,9 +35,9 @@ class Destination:
     channel: Literal["release", "nightly"] = "release"
     allow_new: bool = False
     "Host the project even when nobody has told the catalogue to."
-
     variants: bool = False
     "Take variant wheels (PEP 825, a draft) too."
+
     @property
     def scope(self) -> str | None:
         """What a token must be for, if it is for one view alone."""
@@ -54,13 +54,13 @@ class InspectedFile:
     size: int
     metadata: Metadata
     record: bytes | None
-    facts: CudaFacts
     variant: str | None
     "The text of a variant wheel's variant.json."
+    facts: CudaFacts
     build: str | None
-    uploaded: str | None = None
     defects: str = ""
     "What is wrong with a file that others published, a line each."
+    uploaded: str | None = None
     "Only for imports: the time of the original."
 
 
@@ -81,11 +81,11 @@ def inspect(path: Path, distribution: Distribution, sha256: str, uploaded: float
         size=path.stat().st_size,
         metadata=metadata,
         record=record,
-        facts=facts.from_record(document).over(facts.from_name(distribution, metadata.requires)),
         variant=variant,
+        facts=facts.from_record(document).over(facts.from_name(distribution, metadata.requires)),
         build=records.identity(document),
-        uploaded=timestamp(datetime.fromtimestamp(uploaded, UTC)) if uploaded else None,
         defects="\n".join(defects.sentences),
+        uploaded=timestamp(datetime.fromtimestamp(uploaded, UTC)) if uploaded else None,
     )
 
 
@@ -99,15 +99,15 @@ def check_wanted(
     Raises:
         ForbiddenError, RefusedError: see there.
     """
-    _check_hosted(catalogue, distribution, destination)
     if distribution.variant and not destination.variants:
         raise ForbiddenError(
             f"{distribution.filename} is a variant wheel, and this index takes plain wheels alone",
             remedy="give `index serve` or `index import` the option --variants (PEP 825, a draft)",
         )
+    _check_hosted(catalogue, distribution, destination)
     _check_release(catalogue, distribution)
-    row = catalogue.row("SELECT * FROM file WHERE filename = ?", (distribution.filename,))
     _check_spelling(catalogue, distribution)
+    row = catalogue.row("SELECT * FROM file WHERE filename = ?", (distribution.filename,))
     if row is not None:
         _check_same(distribution.filename, row["sha256"], row["deleted"], sha256)
     return row
@@ -129,6 +129,7 @@ def admit(store: Store, catalogue: Catalogue, actor: str, candidate: InspectedFi
                 _restore(store, change, row["id"], candidate)
             _join(change, row["id"], distribution, destination)
             return "same"
+        _check_variant(change, candidate)
         # Inside the transaction, so that `gc`, which holds the same lock, never sees the file between its name and its row.
         store.adopt(candidate.path, candidate.sha256)
         metadata_sha256 = _keep_metadata(store, candidate)
@@ -141,7 +142,6 @@ def admit(store: Store, catalogue: Catalogue, actor: str, candidate: InspectedFi
     return "created"
 
 
-        _check_variant(change, candidate)
 def _keep_metadata(store: Store, candidate: InspectedFile) -> str | None:
     """PEP 658, for wheels alone: an sdist's PKG-INFO need not be what its build will say."""
     if candidate.distribution.kind != "bdist_wheel":
@@ -232,20 +232,6 @@ def _check_hosted(catalogue: Catalogue, distribution: Distribution, destination:
         )
 
 
-def _check_same(filename: str, known: str, deleted: str | None, sha256: str) -> None:
-    # "File already exists" is what twine and uv look for.
-    if deleted is not None:
-        raise RefusedError(
-            f"File already exists: {filename} was deleted, and a name is never used again", remedy="build a new version"
-        )
-    if known != sha256:
-        raise RefusedError(
-            f"File already exists: {filename} with other bytes (sha256 {known})",
-            remedy="a published file never changes; build a new version",
-        )
-
-
-def _check_release(catalogue: Catalogue, distribution: Distribution) -> None:
 def _check_variant(change: Transaction, candidate: InspectedFile) -> None:
     """A label has one meaning in a release, and its wheels are ranked in one way (PEP 825), since one JSON is for all."""
     if candidate.variant is None:
@@ -265,7 +251,23 @@ def _check_variant(change: Transaction, candidate: InspectedFile) -> None:
         ) from None
 
 
+def _check_same(filename: str, known: str, deleted: str | None, sha256: str) -> None:
+    # "File already exists" is what twine and uv look for.
+    if deleted is not None:
+        raise RefusedError(
+            f"File already exists: {filename} was deleted, and a name is never used again", remedy="build a new version"
+        )
+    if known != sha256:
+        raise RefusedError(
+            f"File already exists: {filename} with other bytes (sha256 {known})",
+            remedy="a published file never changes; build a new version",
+        )
+
+
+def _check_release(catalogue: Catalogue, distribution: Distribution) -> None:
     """1.0 and 1.0.0 are one release (PEP 440); it keeps the spelling it was first published with."""
+    if distribution.published:
+        return
     releases = catalogue.rows(
         "SELECT DISTINCT version FROM live_file WHERE project = ? AND release = ?",
         (distribution.project, canonicalize_version(distribution.version)),
@@ -276,8 +278,6 @@ def _check_variant(change: Transaction, candidate: InspectedFile) -> None:
             f"{distribution.filename}: the release is already spelled {min(spellings)} here",
             remedy=f"name the version {min(spellings)}, so that one release has one spelling",
         )
-    if distribution.published:
-        return
 
 
 def _check_spelling(catalogue: Catalogue, distribution: Distribution) -> None:
