@@ -23,9 +23,6 @@ from index.simple_api.negotiate import Encoding
 
 T = TypeVar("T")
 
-MAX_AGE = 60
-"Seconds a page may be used without asking; then the ETag makes it a 304."
-
 _MOST_ANSWERS = 8192
 "Answers kept: one for each page, media type and coding; whatever else a client sends makes no entry."
 
@@ -177,7 +174,8 @@ class Front:
             (b"vary", b"Accept, Accept-Encoding"),
             (
                 b"cache-control",
-                f"max-age={MAX_AGE}, public".encode() if view.prefix[:1] != ("preview",) else b"private, no-cache",
+                # uv keeps what it may for the time it may: a release would be seen that much later (astral-sh/uv#14680).
+                b"no-cache" if view.prefix[:1] != ("preview",) else b"private, no-cache",
             ),
         ]
         unchanged = PageAnswer(304, list(headers), b"")

@@ -121,6 +121,20 @@ def test_uv_installs_and_asks_again_politely(filled: Server, tmp_path: Path) -> 
     assert sum(line.size for line in again) == 0, "everything was still good"
 
 
+def test_what_was_just_published_is_installed_at_once(filled: Server, dist: Path, tmp_path: Path) -> None:
+    """Build, publish, install in one job, with uv's cache warm from the job before."""
+    name = next(dist.glob("*.whl")).name.split("-")[0]
+    install = [*UV, "pip", "install", "--python", sys.executable, "--cache-dir", tmp_path / "cache",
+               "--default-index", filled.url + "/simple/", name, "--target"]  # fmt: skip
+    twine(filled, dist)
+    call([*install, tmp_path / "first"])
+    filename, content = wheel(name, "1.1")
+    (dist / filename).write_bytes(content)
+    call([*UV, "publish", "--publish-url", filled.url + "/legacy/", dist / filename], UV_PUBLISH_TOKEN=filled.token)
+    call([*install, tmp_path / "second"])
+    assert (tmp_path / "second" / f"{name}-1.1.dist-info").is_dir(), "uv took the page of a moment ago"
+
+
 def test_uv_takes_the_wheel_of_its_cuda_from_that_view(filled: Server, tmp_path: Path) -> None:
     """The line of the quick start: the view first, what it lacks from the default index (ours here, for want of another)."""
     for cuda in ("cu124", "cu130"):
