@@ -27,7 +27,7 @@ MAX_FILENAME = 255
 
 _FILENAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+!-]*\Z")
 _SET_NAME = re.compile(r"[a-z0-9]([a-z0-9._-]{0,62}[a-z0-9])?\Z")
-_CUDA_VIEW = re.compile(r"cu(?:([1-9])(\d)|(\d{2})(\d{1,2}))\Z")
+_CUDA_VIEW = re.compile(r"cu(?:([1-9])(\d)|(\d{2})(\d{1,2}))(?:-torch(\d{1,3}\.\d{1,3}))?\Z")
 _RESERVED = frozenset(
     (
         *("simple", "legacy", "files", "packages", "records", "nightly", "preview", "stage"),
@@ -224,18 +224,18 @@ def check_set_name(name: str) -> str:
         raise RefusedError(f"{name!r} is an address of the index itself", remedy=f"call the set {name}-1, say")
     if _CUDA_VIEW.match(name):
         raise RefusedError(
-            f"{name!r} is the view of every wheel for that CUDA",
+            f"{name!r} is a view of wheels for that CUDA",
             remedy=f"give the set a name of its own, such as {name}-stack",
         )
     return name
 
 
-def cuda_of_view(name: str) -> str | None:
-    """cu130 → 13.0, cu92 → 9.2; None when the name is not of that form."""
+def stack_of_view(name: str) -> tuple[str, str] | None:
+    """CUDA and torch of a view: cu130-torch2.11 → 13.0, 2.11; cu92 → 9.2, ""; None when the name is not of that form."""
     match = _CUDA_VIEW.match(name)
-    return f"{match[1] or match[3]}.{match[2] or match[4]}" if match else None
+    return (f"{match[1] or match[3]}.{match[2] or match[4]}", match[5] or "") if match else None
 
 
-def view_of_cuda(cuda: str) -> str:
-    """13.0 → cu130."""
-    return "cu" + cuda.replace(".", "")
+def view_of_cuda(cuda: str, torch: str = "") -> str:
+    """13.0, 2.11 → cu130-torch2.11; 13.0 alone → cu130."""
+    return "cu" + cuda.replace(".", "") + (f"-torch{torch}" if torch else "")

@@ -30,10 +30,11 @@ def export(context: IndexContext, folder: Path, url: str | None) -> None:
 @click.command("import")
 @in_context
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
-def import_(context: IndexContext, folder: Path) -> None:
+@click.option("--variants", is_flag=True, help="Take variant wheels too (PEP 825, a draft).")
+def import_(context: IndexContext, folder: Path, variants: bool) -> None:
     """Take in every wheel and sdist of a folder, as pypiserver keeps them."""
     with context.store.using_staging(), context.console.progress("import") as tick:
-        imported = import_folder(context.store, context.catalogue(), context.actor, folder, tick)
+        imported = import_folder(context.store, context.catalogue(), context.actor, folder, tick, variants=variants)
     counts = f"{imported.created} taken in, {imported.same} here already, {len(imported.refused)} refused"
     context.console.result(asdict(imported), "\n".join([counts, *imported.refused]))
     if imported.refused:

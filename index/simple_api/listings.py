@@ -1,7 +1,8 @@
 """Views: which files a simple API shows. One store, many lists, no copies.
 
 all      every release file of ours                       /simple/
-cuda     those of one CUDA version                        /cu130/simple/
+cuda     those of one CUDA version that any torch can load       /cu130/simple/
+         and those that were built for one torch                 /cu130-torch2.11/simple/
 nightly  the nightly channel alone                        /nightly/simple/
 set      the files of one published set, mirrored ones too, and no other name   /NAME/simple/
          a staged set's too, by an unguessable address          /preview/TOKEN/simple/
@@ -10,12 +11,15 @@ set      the files of one published set, mirrored ones too, and no other name   
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from index.names import cuda_of_view, view_of_cuda
-from index.store import facts
+from packaging.version import Version
+
+from gracefarm.variants import split_label
+from index.names import stack_of_view, view_of_cuda
+from index.store import facts, variants
 from index.store.catalogue import Catalogue
 from index.store.facts import CudaFacts
 
@@ -31,6 +35,21 @@ class View:
     "Path segments before simple/."
     argument: str = ""
     "The CUDA version, or the set's name."
+    torch: str = ""
+    "As 2.11, of a view for one torch."
+
+    @property
+    def address(self) -> str:
+        """Path of its list of projects."""
+        return "/" + "/".join([*self.prefix, "simple", ""])
+
+    def shows(self, version: str, known: CudaFacts) -> bool:
+        """Is a file of the view's CUDA (or of none) in it, as far as torch goes?"""
+        if self.kind != "cuda":
+            return True
+        if known.cuda is None:  # the farm's own without device code; a pin alone is of a build for CPUs
+            return facts.torch_of_local(version) == self.torch
+        return facts.built_for(version, known) in (None, self.torch)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +71,10 @@ class Listed:
     build: str | None
     url: str | None
     "Absolute, when the bytes are elsewhere."
+    provenance_sha256: str | None = None
+    "Of its verified attestations (PEP 740)."
+    defects: tuple[str, ...] = ()
+    "What installers may stumble over, of a file that others published."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,15 +90,15 @@ NIGHTLY = View(kind="nightly", prefix=("nightly",))
 
 _SHOWN = """lost = 0 AND CASE :kind
     WHEN 'all' THEN hidden = 0 AND channel = 'release'
-    WHEN 'cuda' THEN hidden = 0 AND channel = 'release' AND cuda = :argument
+    WHEN 'cuda' THEN hidden = 0 AND channel = 'release' AND (cuda = :argument OR (cuda IS NULL AND :torch <> ''))
     WHEN 'nightly' THEN hidden = 0 AND channel = 'nightly'
     WHEN 'set' THEN id IN (SELECT file_id FROM member WHERE set_name = :argument)
 END"""
 
 _SHOWN_PROJECTS = f"""
-SELECT DISTINCT project FROM live_file WHERE {_SHOWN}
-UNION SELECT project FROM live_mirrored WHERE :kind = 'set' AND set_name = :argument AND lost = 0
-ORDER BY project
+SELECT DISTINCT project, CASE :kind WHEN 'cuda' THEN version ELSE '' END AS version,
+    CASE :kind WHEN 'cuda' THEN facts ELSE '{{}}' END AS facts FROM live_file WHERE {_SHOWN}
+UNION SELECT project, '', '{{}}' FROM live_mirrored WHERE :kind = 'set' AND set_name = :argument AND lost = 0
 """  # noqa: S608 - constants
 
 _SHOWN_FILES = f"SELECT * FROM live_file WHERE project = :project AND {_SHOWN} ORDER BY uploaded, filename"  # noqa: S608 - constants
@@ -92,30 +115,54 @@ def find(catalogue: Catalogue, prefix: Sequence[str]) -> View | None:
             row = catalogue.row("SELECT name FROM release_set WHERE preview = ? AND state = 'staged'", (token,))
             return View(kind="set", prefix=("preview", token), argument=row["name"]) if row else None
         case [name]:
-            if cuda := cuda_of_view(name):
-                return View(kind="cuda", prefix=(name,), argument=cuda)
+            if stack := stack_of_view(name):
+                return _stack(name, *stack) if stack in _stacks(catalogue, stack[0]) else None
             row = catalogue.row("SELECT name FROM release_set WHERE name = ? AND state = 'published'", (name,))
             return View(kind="set", prefix=(name,), argument=name) if row else None
     return None
 
 
 def public(catalogue: Catalogue) -> list[View]:
-    """Every view that needs no secret: all, per CUDA, nightly, published sets."""
-    cudas = catalogue.rows(
-        "SELECT DISTINCT cuda FROM live_file WHERE hidden = 0 AND channel = 'release' AND cuda IS NOT NULL ORDER BY cuda"
-    )
+    """Every view that needs no secret: all, per CUDA, per CUDA and torch, nightly, published sets."""
     sets = catalogue.rows("SELECT name FROM release_set WHERE state = 'published' ORDER BY name")
-    per_cuda = [
-        View(kind="cuda", prefix=(name,), argument=row["cuda"])
-        for row in cudas
-        if cuda_of_view(name := view_of_cuda(row["cuda"])) == row["cuda"]
+    stacks = sorted(set(_stacks(catalogue)), key=lambda pair: [Version(part or "0") for part in pair])
+    return [
+        ALL,
+        *(_stack(name, *pair) for pair in stacks if stack_of_view(name := view_of_cuda(*pair)) == pair),
+        NIGHTLY,
+        *(View(kind="set", prefix=(row["name"],), argument=row["name"]) for row in sets),
     ]
-    return [ALL, *per_cuda, NIGHTLY, *(View(kind="set", prefix=(row["name"],), argument=row["name"]) for row in sets)]
+
+
+def _stack(name: str, cuda: str, torch: str) -> View:
+    return View(kind="cuda", prefix=(name,), argument=cuda, torch=torch)
+
+
+def _stacks(catalogue: Catalogue, cuda: str | None = None) -> Iterator[tuple[str, str]]:
+    """CUDA and torch of each file, and CUDA alone, some of them more than once; with `cuda`, of that one."""
+    rows = catalogue.database.execute(
+        "SELECT DISTINCT cuda, facts, substr(version, instr(version || '+', '+')) AS local FROM live_file"
+        " WHERE hidden = 0 AND lost = 0 AND channel = 'release' AND cuda = coalesce(?, cuda)",
+        (cuda,),
+    )
+    for row in rows:
+        yield row["cuda"], ""
+        if torch := facts.built_for(row["local"], facts.from_json(row["facts"])):
+            yield row["cuda"], torch
+
+
+def other_views(catalogue: Catalogue, view: View, project: str) -> list[View]:
+    """The views of the same CUDA that show a project which this one does not."""
+    if view.kind != "cuda":
+        return []
+    same = [other for other in public(catalogue) if other.kind == "cuda" and other.argument == view.argument]
+    return [other for other in same if files(catalogue, other, project)]
 
 
 def projects(catalogue: Catalogue, view: View) -> list[str]:
     """Names of the projects with something to show in the view, sorted."""
-    return [row["project"] for row in catalogue.rows(_SHOWN_PROJECTS, {"kind": view.kind, "argument": view.argument})]
+    rows = catalogue.rows(_SHOWN_PROJECTS, {"kind": view.kind, "argument": view.argument, "torch": view.torch})
+    return sorted({row["project"] for row in rows if view.shows(row["version"], facts.from_json(row["facts"]))})
 
 
 def status(catalogue: Catalogue, project: str) -> ProjectStatus:
@@ -126,8 +173,9 @@ def status(catalogue: Catalogue, project: str) -> ProjectStatus:
 
 def files(catalogue: Catalogue, view: View, project: str) -> list[Listed]:
     """The project's files in the view, in upload order; none for a name that the view does not know."""
-    wanted = {"kind": view.kind, "argument": view.argument, "project": project}
-    shown = [listed(row) for row in catalogue.rows(_SHOWN_FILES, wanted)]
+    wanted = {"kind": view.kind, "argument": view.argument, "torch": view.torch, "project": project}
+    own = [listed(row) for row in catalogue.rows(_SHOWN_FILES, wanted)]
+    shown = [item for item in own if view.shows(item.version, item.facts)]
     if view.kind == "set":
         known = {item.filename for item in shown}
         rows = catalogue.rows(
@@ -138,8 +186,44 @@ def files(catalogue: Catalogue, view: View, project: str) -> list[Listed]:
     return shown
 
 
+def variants_json(catalogue: Catalogue, view: View, project: str, shown: Sequence[Listed]) -> list[Listed]:
+    """The JSON of each release of which `shown` has variant wheels, as one more file of the page (PEP 825)."""
+    releases = {item.version for item in shown if split_label(item.filename)[1]}
+    if not releases:
+        return []
+    staged_set = view.argument if view.prefix[:1] == ("preview",) else None
+    documents = variants.documents(catalogue.database, project, staged_set)
+    return [
+        Listed(
+            filename=document.filename,
+            project=project,
+            version=document.version,
+            kind="variants",
+            sha256=document.sha256,
+            size=len(document.content),
+            metadata_sha256=None,
+            requires_python=None,
+            uploaded=document.uploaded,
+            yanked=document.yanked,
+            facts=CudaFacts(),
+            build=None,
+            url=None,
+        )
+        for document in documents
+        if document.version in releases
+    ]
+
+
 def listed(row: sqlite3.Row) -> Listed:
     """A row of the table `file`, or of `mirrored`."""
-    values: dict[str, Any] = {"yanked": None, "facts": "{}", "build": None, "url": None, **dict(row)}
+    values: dict[str, Any] = {
+        "yanked": None,
+        "facts": "{}",
+        "build": None,
+        "url": None,
+        "provenance_sha256": None,
+        **dict(row),
+    }
     values["facts"] = facts.from_json(values["facts"])
+    values["defects"] = tuple(values["defects"].splitlines())
     return Listed(**{column.name: values[column.name] for column in fields(Listed)})

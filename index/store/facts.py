@@ -17,6 +17,7 @@ _CUDA = re.compile(r"(\d{1,2}\.\d{1,2})(\.\d{1,3})?")
 _TORCH = re.compile(r"\d{1,3}(\.[a-z0-9]{1,12}){0,4}(\+[a-z0-9.]{1,40})?")
 _SM = re.compile(r"\d{2,3}[a-z]?")
 _GLIBC = re.compile(r"\d{1,2}\.\d{1,3}")
+_MINOR = re.compile(r"\d+\.\d+")
 _TORCH_LOCAL = re.compile(r"torch\.?(\d+\.\d+)")
 _MANYLINUX = re.compile(r"manylinux_(\d+)_(\d+)_")
 _LEGACY_GLIBC = {"manylinux1": "2.5", "manylinux2010": "2.12", "manylinux2014": "2.17"}
@@ -34,6 +35,8 @@ class CudaFacts:
     "As 90, 90a."
     glibc: str | None = None
     "As 2.34."
+    built_for: str | None = None
+    "The torch that alone can load it, as 2.11: its local version says so, or its requirements pin it."
 
     def as_json(self) -> str:
         """For the catalogue."""
@@ -60,11 +63,25 @@ def from_name(distribution: Distribution, requires: Iterable[str]) -> CudaFacts:
     local = Version(distribution.version).local or ""
     cuda = _CUDA_LOCAL.search(local)
     torch = _TORCH_LOCAL.search(local)
+    pin = _torch_pin(requires)
+    minor = _MINOR.match(pin or "")
     return CudaFacts(
         cuda=f"{cuda[1] or cuda[3]}.{cuda[2] or cuda[4]}" if cuda else None,
-        torch=torch[1] if torch else _torch_pin(requires),
+        torch=torch[1] if torch else pin,
         glibc=_glibc(distribution),
+        built_for=torch[1] if torch else minor and minor[0],
     )
+
+
+def built_for(version: str, facts: CudaFacts) -> str | None:
+    """The torch that alone can load a wheel; rows of schema 4 know it from the version alone. None: any, or none."""
+    return torch_of_local(version) or facts.built_for
+
+
+def torch_of_local(version: str) -> str | None:
+    """The torch that a local version names: 1.0+cu130.torch2.11 → 2.11."""
+    torch = _TORCH_LOCAL.search(version.partition("+")[2])
+    return torch[1] if torch else None
 
 
 def _torch_pin(requires: Iterable[str]) -> str | None:
