@@ -74,6 +74,7 @@ class Front:
         self._answers: dict[tuple[str, str, Encoding], PageAnswer] = {}
         self._media = _remembering(negotiate.content_type)
         self._coding = _remembering(negotiate.encoding)
+        self._unknown: PageAnswer | None = None
         self._generation = -1
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -132,6 +133,7 @@ class Front:
         generation = self.service.page_cache.refresh()
         if generation != self._generation or len(self._answers) > _MOST_ANSWERS:
             self._answers.clear()
+            self._unknown = None
             self._generation = generation
         accept, coding, match = _pick(scope["headers"], (b"accept", b"accept-encoding", b"if-none-match"))
         query: bytes = scope["query_string"]
@@ -155,7 +157,7 @@ class Front:
             return None
         view = listings.find(self.service.catalogue, parts[:at])
         if view is None or len(parts) - at > 3 or (len(parts) - at == 3 and parts[-1]):
-            return _plain(404, "there is no such view here\n")
+            return self._no_view()
         name = parts[at + 1] if len(parts) - at > 1 else ""
         try:
             if (away := _redirect(parts, at, name)) is not None:
@@ -163,6 +165,13 @@ class Front:
             return self._page(view, name, media, encoding)
         except RefusalError as error:
             return _plain(404, f"{error}\n")
+
+    def _no_view(self) -> PageAnswer:
+        """404 with the views that there are."""
+        if self._unknown is None:
+            views = ", ".join(view.address for view in listings.public(self.service.catalogue))
+            self._unknown = _plain(404, f"there is no such view here (there are {views})\n")
+        return self._unknown
 
     def _page(self, view: listings.View, name: str, media: str | None, encoding: Encoding) -> PageAnswer:
         if media is None:
