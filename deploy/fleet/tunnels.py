@@ -65,9 +65,9 @@ async def opened(fleet: Fleet, node: Node, wanted: Sequence[WantedPort]) -> Asyn
         forwards = []
         for port in wanted:
             try:
-                local = await stack.enter_async_context(forward_local(fleet, node, port.local, "127.0.0.1", port.remote))
+                local = await stack.enter_async_context(forward_local(fleet, node, port.local, port.remote))
             except SshError:  # the node was entered above: it is the port
-                local = await stack.enter_async_context(forward_local(fleet, node, 0, "127.0.0.1", port.remote))
+                local = await stack.enter_async_context(forward_local(fleet, node, 0, port.remote))
             moved = port.local not in (0, local)
             forwards.append(Forward(name=port.name, remote=port.remote, local=local, moved=moved))
         yield tuple(forwards)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import json
 import os
 import resource
@@ -9,29 +10,36 @@ import select
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
-from deploy.remote import mounts
+from deploy.remote import exchange, mounts
 from deploy.remote.driver import cuda
 from deploy.remote.libraries import glibcxx
 from deploy.remote.mounts import space
 from deploy.remote.network import holder, interface_of
 from deploy.remote.wire import Json, WorkerError, event
 
+ROOM = 1 << 20
+"Bytes that must fit on the node's own disk: logs, secrets, Ray's sockets."
 STALE = 86400.0
 "Seconds after which nobody is at work with a preflight's nonces any more."
 
 
 def survey(request: Json) -> Json:
-    """`share`: the shared folder or None; `run`: this preflight's name; `me`: the node's; `environment`: the active link."""
+    """`share`: the shared folder or None; `run`: this preflight's name; `me`: the node's; `environment`: the active link;
+    `local`: the deployment's folder on the node's own disk, with {user} in it."""
     share = request["share"]
     return {
         "hostname": socket.gethostname(),
         "resolves": _resolve(socket.gethostname()),
         "share": _share(Path(share), request["run"], request["me"], request["nonce"]) if share else None,
+        "disk": _disk(request["local"].replace("{user}", getpass.getuser())),
         "python": _python(sys.executable),
         "environment": _environment(Path(request["environment"])) if request["environment"] else None,
         "page": resource.getpagesize(),
@@ -66,6 +74,19 @@ def _share(share: Path, run: str, me: str, nonce: str) -> Json:
         return {"error": f"{share} cannot be written: {os.strerror(error.errno or 0).lower()}"}
     mount = mounts.mount_of(share)
     return {"kind": mount.kind if mount else "?", "free": os.statvfs(share).f_bavail * os.statvfs(share).f_frsize}
+
+
+def _disk(local: str) -> Json:
+    """The node's own disk, tried by a file that nobody sees and that is gone at once."""
+    place = mounts.existing(local)
+    try:
+        with tempfile.TemporaryFile(dir=place) as stream:
+            stream.write(bytes(ROOM))
+            stream.flush()
+            os.fsync(stream.fileno())
+    except OSError as error:
+        return {"path": str(place), "error": os.strerror(error.errno or 0)}
+    return {"path": str(place), **(mounts.space(place) or {})}
 
 
 def _python(executable: str) -> Json:
@@ -109,6 +130,11 @@ def pairs(request: Json) -> Json:
     server = threading.Thread(target=_answer, args=(listeners, heard, over), daemon=True)
     server.start()
     reached = {peer["name"]: _reach(request, peer, deadline) for peer in request["peers"]}
+    with ThreadPoolExecutor(max_workers=32) as pool:
+        for peer, bulk in zip(
+            request["peers"], pool.map(partial(_bulk, request["me"], reached), request["peers"]), strict=True
+        ):
+            reached[peer["name"]]["bulk"] = bulk
     for peer in request["peers"]:
         _part(request["me"], peer["address"], reached[peer["name"]]["ports"])
     expected = set(reached)
@@ -122,8 +148,15 @@ def pairs(request: Json) -> Json:
     return {
         "taken": taken | held,
         "reached": reached,
+        "mtu": exchange.mtu(request["address"]),
         "nonces": _nonces(request, expected | {request["me"]}, deadline),
     }
+
+
+def _bulk(me: str, reached: Json, peer: Json) -> Json:
+    """64 KiB each way over a port at which the peer itself has answered."""
+    ports = [port for port, tried in reached[peer["name"]]["ports"].items() if "offset" in tried]
+    return exchange.ask(me, peer["address"], int(ports[0])) if ports else {}
 
 
 def outside(request: Json) -> Json:
@@ -199,13 +232,19 @@ def _answer(listeners: list[socket.socket], heard: set[str], over: threading.Eve
         ready, _, _ = select.select(listeners, [], [], 0.1)
         for listener in ready:
             connection, _ = listener.accept()
-            with connection, suppress(OSError):
-                connection.settimeout(2)
-                word = connection.recv(200).decode(errors="replace").split()
-                if word[2:] == ["bye"]:
-                    heard.add(word[1])
-                elif word[:1] == ["gracefarm"]:
-                    connection.sendall(f"{time.time()}\n".encode())
+            threading.Thread(target=_greet, args=(connection, heard), daemon=True).start()
+
+
+def _greet(connection: socket.socket, heard: set[str]) -> None:
+    with connection, suppress(OSError):
+        connection.settimeout(2)
+        word = connection.recv(200).decode(errors="replace").split()
+        if word[2:] == ["bye"]:
+            heard.add(word[1])
+        elif word[2:] == ["bulk"]:
+            exchange.answer(connection)
+        elif word[:1] == ["gracefarm"]:
+            connection.sendall(f"{time.time()}\n".encode())
 
 
 def _reach(request: Json, peer: Json, deadline: float) -> Json:

@@ -19,7 +19,7 @@ from deploy.engine import metrics
 from deploy.engine.canary import Reply, ask_one_token
 from deploy.engine.log import Progress, first_cause
 from deploy.fleet.calls import RemoteNode
-from deploy.fleet.forwarding import forward_local
+from deploy.fleet.forwarding import forward_local, require_forwarding
 from deploy.fleet.jobs import JobStatus, follow_job, job_status, start_job, stop_job
 from deploy.fleet.ssh import Fleet
 from deploy.nodes import paths
@@ -135,9 +135,11 @@ async def start_or_attach(fleet: Fleet, head: RemoteNode, spec: EngineSpec, cons
     somebody left.
 
     Raises:
-        EngineError: it ended, with the first cause in its log; Ray lost a node; not ready within `spec.load` seconds.
+        EngineError: it ended, with the first cause in its log; Ray lost a node; not ready within `spec.load` seconds;
+        ForwardingError: sshd would not let this machine ask it, so that nothing is started.
     """
     (place,) = fleet.pick([head.name])
+    await require_forwarding(fleet, place, port(spec.plan))
     begun = time.monotonic()
     status = await job_status(fleet, place, paths.ENGINE_JOB)
     seen = (await processes.find([head], fleet.mark, {head.name: [port(spec.plan)]}))[head.name]
@@ -169,7 +171,7 @@ async def start_or_attach(fleet: Fleet, head: RemoteNode, spec: EngineSpec, cons
 
 async def _ask_running(fleet: Fleet, place: Node, spec: EngineSpec) -> Reply:
     """A completion from an engine that runs; while it makes tokens for others it counts as answering."""
-    async with forward_local(fleet, place, 0, "127.0.0.1", port(spec.plan)) as local:
+    async with forward_local(fleet, place, 0, port(spec.plan)) as local:
         before = await metrics.scrape(local)
         answer = await _ask(local, spec)
         if answer.kind == "timeout" and metrics.moved(before, await metrics.scrape(local)):
@@ -192,7 +194,7 @@ async def _watch(
     checking: asyncio.Task[Nodes] | None = None
     checked, told = time.monotonic(), ""
     try:
-        async with forward_local(fleet, place, 0, "127.0.0.1", port(spec.plan)) as local:
+        async with forward_local(fleet, place, 0, port(spec.plan)) as local:
             with console.progress("engine") as tick:
                 while True:
                     asking = asyncio.create_task(_ask(local, spec))

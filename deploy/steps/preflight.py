@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from deploy.fleet.calls import RemoteNode, call
+from deploy.fleet.forwarding import ForwardingError, require_forwarding
 from deploy.fleet.results import try_all
 from deploy.nodes import paths
 from deploy.nodes.deployment import Deployment
@@ -23,7 +24,7 @@ from deploy.steps.step import Applied, Looks, Step, Work
 from gracefarm.errors import GracefarmError, PreflightError
 
 ORDER = (
-    *("reach", "names", "share", "route", "ports", "clock", "python", "token"),
+    *("reach", "tunnel", "names", "disk", "share", "route", "ports", "clock", "python", "token"),
     *("cuda", "memory", "pages", "libstdc++", "shm", "limits", "gloo", "nccl"),
 )
 KNOCK = 3.0
@@ -49,6 +50,8 @@ class PreflightSpec:
     ray_ports: Sequence[int] = ()
     python: str = "system"
     "What environments are to stand on, as deploy.toml says."
+    local: str = "/tmp"  # noqa: S108 - looked at, not used
+    "The deployment's folder on each node's own disk; {user} and {node} are replaced."
     seconds: float = 15
     "How long pairs wait for each other."
 
@@ -94,6 +97,7 @@ class PreflightStep(Step):
 async def cells_of(work: Work, looks: Looks, told: Collection[str] = ()) -> list[Cell]:
     """Every check on every node and pair; what is not green is printed, but yellow cells of the checks in `told`."""
     cells = await run(work.nodes, spec_of(work.deployment, looks))
+    cells = [*await tunnel(work), *cells]
     nodes_of: dict[str, list[str]] = {}
     for cell in cells:
         if cell.status == "bad" or (cell.status == "warn" and cell.check not in told):
@@ -102,6 +106,18 @@ async def cells_of(work: Work, looks: Looks, told: Collection[str] = ()) -> list
     for text, nodes in nodes_of.items():
         work.console.warn(f"{', '.join(nodes)}: {text}")
     return cells
+
+
+async def tunnel(work: Work) -> list[Cell]:
+    """Whether the head's sshd lets this machine through to its loopback, where the engine listens; nothing: not entered."""
+    head = work.deployment.head
+    try:
+        await require_forwarding(work.fleet, head, work.deployment.data.ports.engine)
+    except ForwardingError as error:
+        return [Cell(check="tunnel", node=head.name, status="bad", text=error.cause, remedy=error.remedy)]
+    except GracefarmError:
+        return []  # its row `reach` says why
+    return [Cell(check="tunnel", node=head.name, status="ok", text="its sshd forwards to the engine's port")]
 
 
 def without_ours(cells: Sequence[Cell], looks: Looks) -> list[Cell]:
@@ -128,6 +144,7 @@ def spec_of(deployment: Deployment, looks: Looks) -> PreflightSpec:
         public=public(deployment),
         ray_ports=(ports.ray, ports.object_manager, ports.node_manager),
         python=data.python,
+        local=data.local,
     )
 
 
@@ -163,6 +180,7 @@ async def run(targets: Sequence[RemoteNode], spec: PreflightSpec) -> list[Cell]:
             "me": node.name,
             "nonce": nonces[node.name],
             "environment": f"{spec.root}/env" if spec.root else None,
+            "local": spec.local.replace("{node}", node.name),
         }
         return Survey.model_validate(await call(node, "preflight.survey", request))
 

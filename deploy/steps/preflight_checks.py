@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from deploy.nodes.facts import Bytes, Cuda, KeptFact
@@ -12,6 +12,8 @@ from deploy.nodes.facts import Bytes, Cuda, KeptFact
 GIB = 1 << 30
 CLOCK_S = 2.0
 "Clocks further apart than this confuse TLS, tokens with an expiry and everybody who reads logs of two nodes."
+DISK = 2 * GIB
+"Bytes on a node's own disk: Ray writes its logs there, and what its object store has no room for."
 SHM = 4 * GIB
 "Ray's object store and NCCL live in /dev/shm."
 NOFILE = 65536
@@ -56,12 +58,22 @@ class SharedFolder(KeptFact):
     free: int = 0
 
 
+class OwnDisk(KeptFact):
+    """The disk that holds `local` of deploy.toml on this node."""
+
+    path: str
+    error: str | None = None
+    total: int = 0
+    free: int = 0
+
+
 class Survey(KeptFact):
     """deploy.remote.preflight.survey."""
 
     hostname: str
     resolves: tuple[str, ...]
     share: SharedFolder | None
+    disk: OwnDisk
     python: NodePython
     environment: ActiveEnvironment | None
     page: int
@@ -77,12 +89,19 @@ class PortAnswer(KeptFact):
     error: str | None = None
 
 
+class BulkAnswer(KeptFact):
+    """64 KiB to a peer and back (deploy.remote.exchange)."""
+
+    stalled: Literal["to", "from"] | None = None
+
+
 class Reached(KeptFact):
     """One peer, as a node sees it."""
 
     ports: dict[str, PortAnswer]
     rtt: float | None
     offset: float | None
+    bulk: BulkAnswer = BulkAnswer()
 
 
 class Pairs(KeptFact):
@@ -91,6 +110,8 @@ class Pairs(KeptFact):
     taken: dict[str, str]
     reached: dict[str, Reached]
     nonces: dict[str, str]
+    mtu: int | None = None
+    "Of the interface between the nodes, in bytes."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,11 +166,16 @@ def _bad(text: str, remedy: str) -> Judgement:
 
 
 def judge(surveys: Mapping[str, Survey], pairs: Mapping[str, Pairs], expected: Expected) -> list[Cell]:
-    """Every check on every node that answered, in the order in which a person would mend them."""
+    """Every check on every node that answered, in the order in which a person would fix them.
+
+    A node whose share cannot be written is told on its own row alone: that its nonce is missing is no fault of the others.
+    """
     pythons = _pythons(surveys, expected.python)
+    broken = {node for node, survey in surveys.items() if survey.share and survey.share.error}
+    expected = replace(expected, nonces={node: nonce for node, nonce in expected.nonces.items() if node not in broken})
     cells: list[Cell] = []
     for node, survey in surveys.items():
-        judged = {"names": _names(survey)}
+        judged = {"names": _names(survey), "disk": _disk(survey.disk)}
         if node in pairs:
             judged["share"] = _share(survey, pairs[node], expected)
             judged |= {"route": _route(pairs[node], expected), "ports": _ports(pairs[node], expected)}
@@ -193,6 +219,17 @@ def _route(seen: Pairs, expected: Expected) -> Judgement:
             "; ".join(f"no way to {peer} ({expected.addresses[peer]}): {error}" for peer, error in deaf.items()),
             "the private network of these nodes differs or a firewall stands between them: check `private` in deploy.toml, "
             "and the provider's rules for traffic within the network",
+        )
+    if lost := [
+        f"{reached.bulk.stalled} {peer} ({expected.addresses[peer]})"
+        for peer, reached in seen.reached.items()
+        if reached.bulk.stalled
+    ]:
+        here = f"; the interface here has mtu {seen.mtu}" if seen.mtu else ""
+        return _bad(
+            f"64 KiB {' and '.join(lost)} do not arrive, though single small packets do{here}",
+            "the network between these nodes carries smaller packets than their interfaces send: set the mtu that it carries "
+            "on every node (`ip link set dev NAME mtu 1500`), or allow jumbo frames on its switches",
         )
     times = [reached.rtt for reached in seen.reached.values() if reached.rtt is not None]
     if not seen.reached:
@@ -247,6 +284,17 @@ def _share(survey: Survey, seen: Pairs, expected: Expected) -> Judgement:
     if other:
         return _bad(f"what {', '.join(other)} wrote is not there", mend)
     return _ok(f"{share.kind}, {share.free / GIB:.0f} GiB free")
+
+
+def _disk(disk: OwnDisk) -> Judgement:
+    """Logs, secrets and Ray's folder lie there."""
+    remedy = f"free space there (`df -h {disk.path}`), or set another `local` in deploy.toml"
+    if disk.error == "No space left on device":
+        return _bad(f"no space left on {disk.path}", remedy)
+    if disk.error:
+        return _bad(f"{disk.path}: {disk.error}", "make it writable for the user that deploys, or set another `local`")
+    text = f"{disk.free / GIB:.1f} GiB free on {disk.path}"
+    return _warn(f"{text}: Ray's logs and what it spills go there", remedy) if disk.free < DISK else _ok(text)
 
 
 def _pythons(surveys: Mapping[str, Survey], source: str) -> dict[str, Judgement]:

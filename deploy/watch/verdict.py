@@ -42,6 +42,9 @@ class Signs:
     cause: str = ""
     "The first one in its log, where it ended."
     error: str = ""
+    "Why the head, or the engine on it, cannot be asked."
+    remedy: str = ""
+    "For `error`."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +78,9 @@ def diagnose(signs: Signs) -> Diagnosis:
 
 def _of_running(signs: Signs, dead: list[str]) -> Diagnosis:
     answer = signs.answer
+    if signs.error:
+        text = f"the engine runs{' (' + signs.phase + ')' if signs.phase else ''} and cannot be asked: {signs.error}"
+        return Diagnosis(kind="unreachable", text=text, remedy=signs.remedy)
     if answer and answer.kind == "ok":
         if dead:
             return Diagnosis(kind="degraded", text=f"it answers, and Ray lost {', '.join(dead)}", remedy=_AGAIN)
@@ -109,10 +115,13 @@ async def probe(fleet: Fleet, head: RemoteNode, spec: EngineSpec, *, seconds: fl
         names = {node.private: node.name for node in spec.plan.nodes}
         cause = first_cause(progress.lines, names, returncode=job.returncode).text
         return Signs(job=job, nodes=nodes, cause=cause, phase=progress.phase)
-    async with forward_local(fleet, place, 0, "127.0.0.1", port(spec.plan)) as local:
-        before = await metrics.scrape(local)
-        answer = await ask_one_token(local, spec.key, seconds)
-        after = await metrics.scrape(local)
+    try:
+        async with forward_local(fleet, place, 0, port(spec.plan)) as local:
+            before = await metrics.scrape(local)
+            answer = await ask_one_token(local, spec.key, seconds)
+            after = await metrics.scrape(local)
+    except GracefarmError as error:
+        return Signs(job=job, nodes=nodes, phase=progress.phase, error=error.cause, remedy=error.remedy)
     return Signs(
         job=job, answer=answer, before=before, after=after, nodes=nodes, phase=progress.phase, fraction=progress.fraction
     )

@@ -109,6 +109,8 @@ class Machine:
     running: list[asyncio.subprocess.Process] = field(default_factory=list)
     entered: int = 0
     "Connections that were made so far."
+    forwards: bool = True
+    "As AllowTcpForwarding of sshd."
 
     async def listen(self, port: int | None = None) -> None:
         """Let the Fleet in; None: at the port where it was before."""
@@ -118,6 +120,9 @@ class Machine:
             def connection_made(self, conn: asyncssh.SSHServerConnection) -> None:
                 machine.connections.append(conn)
                 machine.entered += 1
+
+            def connection_requested(self, *_where: object) -> bool:
+                return machine.forwards
 
         self.server = await asyncssh.create_server(
             Server,

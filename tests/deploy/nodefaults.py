@@ -54,6 +54,32 @@ def lose_share(node: RigNode) -> None:
     _must(node, ["umount", "--lazy", MOUNT])
 
 
+def read_only_share(node: RigNode) -> None:
+    """This node alone may read the shared folder and not write it."""
+    _must(node, ["mount", "-o", "remount,bind,ro", MOUNT])
+
+
+def jumbo(node: RigNode) -> None:
+    """Its interface sends frames of 9000 bytes; the switch carries 1500 and drops the others without a word."""
+    # One segment at a time: what the kernel cuts late (GSO) passes between namespaces whatever its size.
+    _must(node, ["ip", "link", "set", "dev", "eth0", "mtu", "9000", "gso_max_segs", "1"])
+
+
+def forbid_forwarding(node: RigNode) -> None:
+    """sshd forwards no port from the next connection on."""
+    with (node.folder / "etc" / "sshd_config").open("a") as stream:
+        stream.write("AllowTcpForwarding no\n")
+    (node.folder / "sshd.log").write_text("")
+    _must(node, ["kill", "-HUP", "1"])
+    node.room.wait_ready([node])
+
+
+def fill_disk(node: RigNode) -> None:
+    """No byte is free on its own disk."""
+    _must(node, ["mount", "-t", "tmpfs", "-o", "mode=1777,size=1m", "full", "/tmp"])
+    _must(node, ["sh", "-c", "head -c 2000000 /dev/zero >/tmp/filled || true"])
+
+
 def new_host_key(node: RigNode) -> None:
     """Another host key from the next connection on, as of a machine that was replaced."""
     node.room.make_host_key(node)

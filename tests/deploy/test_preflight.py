@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import socket
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from deploy.fleet.calls import RemoteNode
 from deploy.nodes.deployment import Deployment, load_deployment
 from deploy.nodes.facts import NodeFacts
 from deploy.planning import plans, suppose
+from deploy.remote import exchange
 from deploy.remote.preflight import clean
 from deploy.steps import preflight
 from deploy.steps.preflight_checks import GIB, Cell, Expected, Pairs, Survey, judge, open_door
@@ -46,6 +48,7 @@ def survey(**changes: object) -> Json:
         "hostname": "node",
         "resolves": ["10.0.0.1"],
         "share": {"kind": "nfs4", "source": "10.1.1.1:/v", "network": True, "free": 900 * GIB},
+        "disk": {"path": "/tmp", "total": 900 * GIB, "free": 90 * GIB},
         "python": PYTHON,
         "environment": ENVIRONMENT,
         "page": 65536,
@@ -83,7 +86,7 @@ def judged(
 def test_good_nodes_have_no_red_cell_and_no_yellow_one() -> None:
     cells = judged()
     assert {cell.status for cell in cells.values()} == {"ok"}
-    assert {check for check, _ in cells} == set(preflight.ORDER) - {"reach", "gloo", "nccl"}
+    assert {check for check, _ in cells} == set(preflight.ORDER) - {"reach", "tunnel", "gloo", "nccl"}
 
 
 @pytest.mark.parametrize(
@@ -93,6 +96,10 @@ def test_good_nodes_have_no_red_cell_and_no_yellow_one() -> None:
         ("names", {"resolves": ["::1", "10.0.0.1"]}, "bad", "resolves to ::1"),
         ("names", {"resolves": []}, "warn", "does not resolve"),
         ("share", {"share": {"error": "/share is no folder on this node"}}, "bad", "no folder"),
+        ("share", {"share": {"error": "/share cannot be written: read-only file system"}}, "bad", "read-only"),
+        ("disk", {"disk": {"path": "/tmp", "error": "No space left on device"}}, "bad", "no space left on /tmp"),
+        ("disk", {"disk": {"path": "/tmp", "error": "Read-only file system"}}, "bad", "/tmp: Read-only file system"),
+        ("disk", {"disk": {"path": "/tmp", "total": 9 * GIB, "free": GIB}}, "warn", "1.0 GiB free on /tmp"),
         ("python", {"environment": {**ENVIRONMENT, "python": {**PYTHON, "version": "3.11.2"}}}, "bad", "3.11.2"),
         ("cuda", {"cuda": {"absent": True}}, "bad", "libcuda"),
         ("cuda", {"cuda": {"error": "cuInit: system not yet initialized (802)"}}, "bad", "802"),
@@ -173,6 +180,17 @@ def test_a_managed_python_that_a_node_does_not_see_is_told() -> None:
             {"reached": {"k0": {"ports": {"6379": {"error": "no route to host"}}, "rtt": None, "offset": None}}},
             "no way to k0 (10.0.0.0): no route to host",
         ),
+        (
+            "route",
+            {
+                "mtu": 9000,
+                "reached": {
+                    "k0": {"ports": {"6379": {"rtt": 0.1}}, "rtt": 0.1, "offset": 0.0, "bulk": {"stalled": "to"}},
+                    "k2": {"ports": {"6379": {"rtt": 0.1}}, "rtt": 0.1, "offset": 0.0, "bulk": {}},
+                },
+            },
+            "64 KiB to k0 (10.0.0.0) do not arrive, though single small packets do; the interface here has mtu 9000",
+        ),
         ("share", {"nonces": {"k1": "nonce-k1"}}, "this node's own"),
         ("share", {"nonces": {"k0": "nonce-k0", "k1": "nonce-k1"}}, "what k2 wrote is not there"),
     ],
@@ -182,6 +200,16 @@ def test_a_pair_that_does_not_meet_is_told_with_both_its_ends(check: str, change
     assert cell.status == "bad"
     assert word in cell.text
     assert cell.remedy
+
+
+def test_a_share_that_one_node_cannot_write_is_no_fault_of_the_others() -> None:
+    """Its nonce is missing everywhere: the first node of the list was blamed."""
+    broken = survey(share={"error": "/share cannot be written: read-only file system"})
+    without = {node: pairs(node, nonces={other: f"nonce-{other}" for other in NODES if other != "k1"}) for node in NODES}
+    cells = judged({"k1": broken}, without)
+    assert [cell.node for cell in cells.values() if cell.status == "bad"] == ["k1"]
+    with pytest.raises(PreflightError, match=r"^k1: share: /share cannot be written: read-only file system$"):
+        preflight.require(list(cells.values()))
 
 
 def test_the_clock_that_is_wrong_is_told_and_not_those_who_notice() -> None:
@@ -294,6 +322,34 @@ def test_real_nodes_are_asked_and_pairs_meet(tmp_path: Path) -> None:
     assert f"port {taken} is held by" in cells["ports", "k1"].text
     assert cells["ports", "k0"].status == "ok"
     assert not list((share / ".gracefarm" / "preflight").iterdir())
+
+
+@pytest.mark.parametrize("lost", ["to", "from"])
+def test_a_peer_whose_full_packets_do_not_arrive_is_told_by_its_direction(monkeypatch: pytest.MonkeyPatch, lost: str) -> None:
+    """A network that drops full packets: whoever should take them never does."""
+    monkeypatch.setattr(exchange, "SECONDS", 0.3)
+
+    def peer() -> None:
+        connection, _ = server.accept()
+        with connection:
+            assert connection.recv(100) == b"gracefarm k0 bulk\n"
+            connection.sendall(b"go\n")
+            if lost == "from":
+                left = exchange.SIZE
+                while left:
+                    left -= len(connection.recv(left))
+                connection.sendall(b"ok\n and a first small packet")
+            over.wait(5)
+
+    over = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = threading.Thread(target=peer)
+        thread.start()
+        try:
+            assert exchange.ask("k0", "127.0.0.1", server.getsockname()[1]) == {"stalled": lost}
+        finally:
+            over.set()
+            thread.join()
 
 
 def test_a_node_that_does_not_answer_is_one_red_cell_and_the_others_are_judged(tmp_path: Path) -> None:

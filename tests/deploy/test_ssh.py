@@ -345,7 +345,7 @@ def test_a_tunnel_survives_a_cut_and_closes_what_nobody_answers(tmp_path: Path) 
 
         server = await asyncio.start_server(echo, "127.0.0.1", 0)
         port = server.sockets[0].getsockname()[1]
-        async with forward_local(fleet, made[0].node, 0, "127.0.0.1", port) as local:
+        async with forward_local(fleet, made[0].node, 0, port) as local:
             assert await ask(local) == b"> hello\n"
             made[0].cut()
             assert await ask(local) == b"> hello\n"
