@@ -21,11 +21,18 @@ from gracefarm.errors import DiskFullError, ExitCode, GracefarmError, HostError
 Tick = Callable[[int, int | None, str], None]
 "Progress of long work: done, total (None: unknown), and a short text such as the file or the time left."
 
+Say = Callable[[str], None]
+"One line for people about what was just done."
+
 PLAIN_INTERVAL = 15.0
 
 
 def no_tick(_done: int, _total: int | None, _text: str) -> None:
     """A Tick for callers that show nothing."""
+
+
+def silent(_text: str) -> None:
+    """A Say for callers that show nothing."""
 
 
 class Console:

@@ -7,7 +7,7 @@ import re
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Protocol, TypeVar
+from typing import Annotated, TypeVar
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, StringConstraints, ValidationError
@@ -47,31 +47,6 @@ def _url(text: str) -> str:
 
 Url = Annotated[str, AfterValidator(_url)]
 "An address that can be taken apart: of what is fetched, long after the table was read."
-
-
-class Digested(Protocol):
-    """A table with a digest, or the reason why it has none yet."""
-
-    @property
-    def sha256(self) -> str | None: ...
-
-    @property
-    def sha256_unknown(self) -> str | None: ...
-
-
-D = TypeVar("D", bound=Digested)
-
-
-def one_digest(table: D) -> D:
-    """`table`, where exactly one of `sha256` and `sha256_unknown` is given.
-
-    Raises:
-        ValueError: both or none are.
-    """
-    if (table.sha256 is None) == (table.sha256_unknown is None):
-        msg = "give sha256, or in sha256_unknown the reason why it is not known yet, and not both"
-        raise ValueError(msg)
-    return table
 
 
 _UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}

@@ -6,7 +6,18 @@ from pathlib import Path
 from typing import Protocol
 
 from builder.audit.contents import UNREADABLE, Contents, opened
-from builder.audit.gates import alignment, cubins, elf_machine, grafted, platform_tag, python_abi, rpath, symbols, wheel
+from builder.audit.gates import (
+    alignment,
+    cubins,
+    elf_machine,
+    grafted,
+    licence,
+    platform_tag,
+    python_abi,
+    rpath,
+    symbols,
+    wheel,
+)
 from builder.audit.gates.wheel import only_wheel, target_of
 from builder.audit.policy import Policy
 from builder.audit.repair import repair
@@ -24,12 +35,15 @@ class Gate(Protocol):
         """The gate's verdict."""
 
 
-_CONTENT_GATES: tuple[Gate, ...] = (elf_machine, python_abi, platform_tag, grafted, rpath, alignment, cubins, symbols)
+_CONTENT_GATES: tuple[Gate, ...] = (
+    *(elf_machine, python_abi, platform_tag, grafted),
+    *(licence, rpath, alignment, cubins, symbols),
+)
 
 GATES: tuple[str, ...] = (wheel.GATE, *(gate.GATE for gate in _CONTENT_GATES))
 "Every gate, in the order of the verdicts."
 
-OBJECT_GATES = (wheel.GATE, elf_machine.GATE, python_abi.GATE, alignment.GATE, cubins.GATE)
+OBJECT_GATES = (wheel.GATE, elf_machine.GATE, python_abi.GATE, licence.GATE, alignment.GATE, cubins.GATE)
 "What can be judged of a wheel built against headers alone: nothing that asks what its libraries define."
 
 

@@ -36,6 +36,10 @@ class Policy:
     "Further sm values by source glob, as the recipe declares them."
     bundled: tuple[Bundled, ...] = ()
     "Third-party files that the recipe declares."
+    parts: Mapping[str, str | None] = field(default_factory=dict)
+    "What the recipe fetches into the source tree beside the source, by name, with its declared licence."
+    licenses: tuple[str, ...] = ()
+    "Texts that .dist-info/licenses must hold, by their place there."
     max_size: int = DEFAULT_MAX_SIZE
     "Bytes."
     build_paths: tuple[str, ...] = ()
@@ -82,6 +86,8 @@ def asked_by(recipe: Recipe, policy: Policy) -> Policy:
         needs_cubins=recipe.build.cuda,
         sm_extra=recipe.wheel.sm_extra,
         bundled=recipe.wheel.bundled,
+        parts=recipe.parts,
+        licenses=recipe.wheel.licenses,
         max_size=parse_size(recipe.wheel.max_size),
     )
 

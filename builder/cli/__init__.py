@@ -18,6 +18,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "init": ("builder.cli.init:init_command", "A project folder with recipes, stacks and sets to change."),
         "list": ("builder.cli.look:list_command", "Recipes, and the last build of each on this machine."),
         "plan": ("builder.cli.look:plan_command", "Inputs, build id, steps and commands of a build."),
+        "fetch": ("builder.cli.fetch:fetch_command", "Fetch and verify sources, apply patches: what a build begins with."),
         "build": ("builder.cli.build:build_command", "Build wheels: fetch, compile, audit, smoke-test, record, publish."),
         "run": ("builder.cli.build:run_command", "The main job: build, publish to an index here, install back, import."),
         "show": ("builder.cli.look:show_command", "The record of a recipe's last build: outcome, stages, verdicts."),

@@ -6,13 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from builder.fetch.git import fetch_commit, fetch_git, repository_path
+from builder.fetch import located
+from builder.fetch.git import commit_line, fetch_commit, fetch_git, repository_path
 from builder.fetch.sdist import fetch_sdist
 from builder.fetch.store import download, store_path
 from builder.fetch.transfer import Download
-from builder.planning.recipe import FileSource, GitSource, Recipe, SdistSource
+from builder.fetch.urls import shown
+from builder.planning.recipe import File, FileSource, GitSource, Recipe, SdistSource
 from builder.planning.settings import Settings
-from gracefarm.console import Tick, no_tick
+from gracefarm.console import Say, Tick, no_tick, silent
 
 __all__ = ["Download", "Fetched", "download", "fetch", "fetch_git", "fetch_sdist", "store_path"]
 
@@ -29,8 +31,10 @@ class Fetched:
     "Bare repositories of submodules and of the recipe's further checkouts, by their commit."
 
 
-def fetch(recipe: Recipe, settings: Settings, tick: Tick = no_tick) -> Fetched:
-    """Source and files of a recipe; what is here already costs no network.
+def fetch(recipe: Recipe, settings: Settings, tick: Tick = no_tick, say: Say = silent) -> Fetched:
+    """Source and files of a recipe; what is here already costs no network. Files without a digest are left out.
+
+    `say` gets one line for each part, when it is here and is what was pinned.
 
     Raises:
         FetchError: something is absent, yanked or unreachable.
@@ -39,22 +43,37 @@ def fetch(recipe: Recipe, settings: Settings, tick: Tick = no_tick) -> Fetched:
         DiskFullError: no space in the store.
     """
     source = recipe.source
-    wanted = [Download(url=file.url, sha256=file.sha256, what=file.path) for file in recipe.files if file.url and file.sha256]
+    pinned = {file.sha256: file for file in recipe.files if file.sha256}
+    wanted = [
+        located.locate(file, sha256, settings) for sha256, file in pinned.items() if not store_path(settings, sha256).exists()
+    ]
     commits = [repository.commit for repository in recipe.repositories]
     match source:
         case SdistSource():
             place = fetch_sdist(source, settings, tick)
+            say(f"{source.name} {source.version} of the Python index: sha256 {source.sha256}, as pinned")
         case GitSource():
-            place = fetch_git(source, settings, tick)
+            place = fetch_git(source, settings, tick, say)
             commits += [submodule.commit for submodule in source.submodules.values()]
         case FileSource():
             place = store_path(settings, source.sha256)
             wanted.insert(0, Download(url=source.url, sha256=source.sha256, what=f"source of {recipe.name} {recipe.version}"))
     for repository in recipe.repositories:
         fetch_commit(repository, repository.url, settings)
-    places = download(wanted, settings, tick)
+        say(commit_line(f"repository {repository.path}", repository))
+    download(wanted, settings, tick)
+    if isinstance(source, FileSource):
+        say(f"{shown(source.url)}: sha256 {source.sha256}, as pinned")
+    for sha256, file in pinned.items():
+        say(f"file {file.path} from {shown(file.origin)}: sha256 {sha256}, as pinned{_evidence(file)}")
     return Fetched(
         source=place,
         repositories={commit: repository_path(settings, commit) for commit in commits},
-        files={file.sha256: places[file.sha256] for file in wanted},
+        files={sha256: store_path(settings, sha256) for sha256 in pinned},
     )
+
+
+def _evidence(file: File) -> str:
+    if file.unconfirmed is not None:
+        return f" at first use on {file.unconfirmed.date}, not confirmed"
+    return f", confirmed by {', '.join(witness.source for witness in file.witness)}" if file.witness else ""

@@ -1,4 +1,4 @@
-"""Source archives, tar and zip alike, unpacked without trust: nothing is written outside, through a link, or special.
+"""Archives (tar, zip, Debian packages) unpacked without trust: nothing is written outside, through a link, or special.
 
 Python's own tar filters (PEP 706) are not in the 3.11.2 of Debian 12, and zipfile has none: both go through one writer here.
 """
@@ -11,6 +11,7 @@ import lzma
 import os
 import shutil
 import stat
+import subprocess
 import tarfile
 import zipfile
 import zlib
@@ -18,9 +19,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
+from tempfile import TemporaryFile
 from typing import IO
 
-from gracefarm.errors import SourceError
+from gracefarm.errors import HostError, SourceError
+from gracefarm.process import die_with_us, last_line
 
 BROKEN = (
     tarfile.TarError,
@@ -33,6 +36,8 @@ BROKEN = (
     RuntimeError,
 )
 "What the readers raise on a damaged, encrypted or exotic archive."
+DEB_MAGIC = b"!<arch>\ndebian-binary"
+"How a Debian package begins (deb(5))."
 EARLIEST = 315532800
 "1980-01-01, the first moment that a wheel, being a zip, can hold."
 LATEST = 4354819198
@@ -67,21 +72,22 @@ def extract(archive: Path, into: Path, name: str, *, strip: bool) -> None:
     _check_links(into, written, name)
 
 
-def extract_members(archive: Path, into: Path, name: str, places: Mapping[str, str]) -> None:
-    """Unpack single files and folders of an archive, each to its place below `into`.
+def extract_members(archive: Path, into: Path, name: str, places: Mapping[str, str | tuple[str, ...]]) -> None:
+    """Unpack single files and folders of an archive, each to its place, or its places, below `into`.
 
     Raises:
         SourceError: as `extract`; or the archive has no such member.
     """
     with _members(archive, name) as members:
         written: set[Path] = set()
-        for wanted, place in sorted(places.items()):
+        for wanted, targets in sorted(places.items()):
             start = PurePosixPath(wanted)
             chosen = [member for member in members if member.path == start or start in member.path.parents]
             if not any(not stat.S_ISDIR(member.mode) for member in chosen):
                 raise SourceError(f"{name} has no {wanted!r}", remedy="mend [[files]] members in the recipe")
-            for member in chosen:
-                _write(replace(member, path=PurePosixPath(place) / member.path.relative_to(start)), into, written, name)
+            for place in (targets,) if isinstance(targets, str) else targets:
+                for member in chosen:
+                    _write(replace(member, path=PurePosixPath(place) / member.path.relative_to(start)), into, written, name)
     _check_links(into, written, name)
 
 
@@ -104,16 +110,45 @@ def clamp(moment: int) -> int:
 def _members(archive: Path, name: str) -> Iterator[list[Member]]:
     """The members, readable inside the block. The store's files have no suffix, so the content decides."""
     try:
-        if tarfile.is_tarfile(archive):
+        if _is_deb(archive):
+            with _tar_of_deb(archive, name) as stream, tarfile.open(fileobj=stream) as tar:
+                yield [_of_tar(tar, info, name) for info in tar.getmembers()]
+        elif tarfile.is_tarfile(archive):
             with tarfile.open(archive) as tar:
                 yield [_of_tar(tar, info, name) for info in tar.getmembers()]
         elif zipfile.is_zipfile(archive):
             with zipfile.ZipFile(archive) as opened:
                 yield [_of_zip(opened, info, name) for info in opened.infolist()]
         else:
-            raise SourceError(f"{name} is neither a tar nor a zip archive", remedy="pin a .tar.gz, .tar.xz, .tar.bz2 or .zip")
+            kinds = ".tar.gz, .tar.xz, .tar.bz2, .zip, .whl or .deb"
+            raise SourceError(f"{name} is neither a tar nor a zip archive nor a Debian package", remedy=f"pin a {kinds}")
     except BROKEN as error:
         raise SourceError(f"{name} cannot be unpacked: {error}", remedy="pin an archive that is whole") from error
+
+
+def _is_deb(archive: Path) -> bool:
+    with archive.open("rb") as stream:
+        return stream.read(len(DEB_MAGIC)) == DEB_MAGIC
+
+
+@contextmanager
+def _tar_of_deb(archive: Path, name: str) -> Iterator[IO[bytes]]:
+    """The package's files as a tar, by Debian's own reader, on the disk of the store.
+
+    Raises:
+        SourceError: it is no package that dpkg-deb reads.
+        HostError: dpkg-deb is missing.
+    """
+    if shutil.which("dpkg-deb") is None:
+        raise HostError("dpkg-deb is missing", remedy="install the package dpkg, then run the command again")
+    with TemporaryFile(dir=archive.parent) as stream:
+        command = die_with_us(["dpkg-deb", "--fsys-tarfile", str(archive)])
+        process = subprocess.run(command, stdout=stream, stderr=subprocess.PIPE, check=False)
+        if process.returncode:
+            reason = last_line(process.stderr.decode(errors="replace"))
+            raise SourceError(f"{name} cannot be unpacked: {reason}", remedy="pin a package that is whole")
+        stream.seek(0)
+        yield stream
 
 
 def _of_tar(tar: tarfile.TarFile, info: tarfile.TarInfo, name: str) -> Member:

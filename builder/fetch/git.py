@@ -24,7 +24,7 @@ from builder.fetch.transfer import ATTEMPTS, mirror_remedy, pause
 from builder.fetch.urls import shown, split_credentials
 from builder.planning.recipe import GitSource, Repository, Submodule
 from builder.planning.settings import Settings
-from gracefarm.console import Tick, no_tick
+from gracefarm.console import Say, Tick, no_tick, silent
 from gracefarm.errors import DigestError, DiskFullError, FetchError, HostError
 from gracefarm.files import atomic_directory, atomic_write, full_disk, lock
 from gracefarm.process import die_with_us, last_line
@@ -72,8 +72,10 @@ def repository_path(settings: Settings, commit: str) -> Path:
     return settings.home / "git" / f"{commit}.git"
 
 
-def fetch_git(source: GitSource, settings: Settings, tick: Tick = no_tick) -> Path:
+def fetch_git(source: GitSource, settings: Settings, tick: Tick = no_tick, say: Say = silent) -> Path:
     """The repository at the pinned commit, and beside it those of its submodules; there already: no network.
+
+    `say` gets a line for each repository that is what was pinned.
 
     Raises:
         FetchError: the commit does not exist, the repository is absent or unreachable.
@@ -86,9 +88,17 @@ def fetch_git(source: GitSource, settings: Settings, tick: Tick = no_tick) -> Pa
     for number, (what, pin) in enumerate(pins.items()):
         tick(number, len(pins), shown(what))
         fetch_commit(pin, what, settings)
+        say(commit_line(what, pin))
     tick(len(pins), len(pins), "")
     check_submodules(source, settings)
+    if source.submodules:
+        say(f"the parent's tree names these commits of {', '.join(sorted(source.submodules))}")
     return repository_path(settings, source.commit)
+
+
+def commit_line(what: str, pin: Pinned) -> str:
+    """One line for people about a commit that is here, by what was pinned of it."""
+    return f"{shown(what)}: commit {pin.commit}" + (f", tree {pin.tree}, as pinned" if pin.tree else ", as pinned")
 
 
 def check_submodules(source: GitSource, settings: Settings) -> None:

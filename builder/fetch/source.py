@@ -16,17 +16,20 @@ from packaging.utils import canonicalize_name
 
 from builder.fetch import Fetched, archive
 from builder.fetch.git import GitError, enclosing, run_git
-from builder.planning.recipe import GitSource, LoadedRecipe, Recipe
+from builder.fetch.urls import shown
+from builder.planning.recipe import File, GitSource, LoadedRecipe, Recipe
+from gracefarm.console import Say, silent
 from gracefarm.errors import SourceError
 from gracefarm.files import atomic_directory, full_disk, remove_tree
 
 
-def unpack(recipe: LoadedRecipe, fetched: Fetched, into: Path, source_date_epoch: int) -> Path:
+def unpack(recipe: LoadedRecipe, fetched: Fetched, into: Path, source_date_epoch: int, say: Say = silent) -> Path:
     """Make the tree at `into` (what was there goes) and return it; it is there whole or not at all.
 
     An archive loses its one top folder. A git tree gets a `.git` of one commit that answers `git rev-parse HEAD` and
     `git describe --always`, and none of the tags, which can move. Then come the recipe's files, then its patches in order; at
-    last every time is set to `source_date_epoch` (seconds since 1970) and every mode to 644 or 755.
+    last every time is set to `source_date_epoch` (seconds since 1970) and every mode to 644 or 755. A file of the recipe whose
+    digest is not known is left out. `say` gets one line for each part.
 
     Raises:
         SourceError: an archive that cannot be trusted or read, a file's place that is taken, a patch that does not apply.
@@ -36,10 +39,16 @@ def unpack(recipe: LoadedRecipe, fetched: Fetched, into: Path, source_date_epoch
     remove_tree(into)
     with full_disk(into.parent), atomic_directory(into) as tree:
         repositories = _populate(recipe.data, fetched, tree)
-        _place_files(recipe.data, fetched, tree)
+        say(f"source of {recipe.data.name} {recipe.data.version}")
+        _place_files(recipe.data, fetched, tree, say)
         for patch in recipe.patches:
             _apply(patch, tree, recipe)
-        substitute(recipe.data, tree)
+            say(f"patch {patch.name} applies")
+        substitute(recipe.data, tree, say)
+        for text in recipe.data.wheel.licenses:
+            if not any(file.sha256_unknown and Path(text).is_relative_to(file.path) for file in recipe.data.files):
+                _require_text(recipe.data, tree, text)
+                say(f"licence {text} is there")
         _settle(tree, source_date_epoch, [place / ".git" for place in repositories])
         for place in repositories:
             _refresh(place)
@@ -141,36 +150,60 @@ def _export(repository: Path, commit: str, into: Path) -> None:
         ) from error
 
 
-def _place_files(recipe: Recipe, fetched: Fetched, tree: Path) -> None:
+def _place_files(recipe: Recipe, fetched: Fetched, tree: Path, say: Say) -> None:
     for file in recipe.files:
-        place, name = tree / file.path, f"file {file.path} of {recipe.name}"
-        archived = file.unpack or bool(file.members)
-        archive.make_parents(place / "member" if archived else place, tree, name)
-        origin = fetched.files[file.sha256] if file.sha256 else None
-        if file.members and origin:
-            archive.extract_members(origin, place, name, file.members)
+        if file.sha256_unknown is not None:
+            say(f"file {file.path} from {shown(file.origin)} is left out: its digest is not known ({file.sha256_unknown})")
             continue
-        if file.unpack and origin:
-            archive.extract(origin, place, name, strip=False)
-            continue
-        if place.is_symlink() or place.exists():
-            raise SourceError(
-                f"{name}: the source has something at that place already",
-                remedy="give it another path, or change it by a patch",
-            )
-        if origin:
-            shutil.copyfile(origin, place)
-        else:
-            place.write_text(file.text or "")
+        _place_file(recipe, file, fetched, tree)
+        say(f"file {file.path}")
 
 
-def substitute(recipe: Recipe, tree: Path) -> None:
+def _place_file(recipe: Recipe, file: File, fetched: Fetched, tree: Path) -> None:
+    place, name = tree / file.path, f"file {file.path} of {recipe.name}"
+    archived = file.unpack or bool(file.members)
+    archive.make_parents(place / "member" if archived else place, tree, name)
+    origin = fetched.files[file.sha256] if file.sha256 else None
+    if file.members and origin:
+        archive.extract_members(origin, place, name, file.members)
+        return
+    if file.unpack and origin:
+        archive.extract(origin, place, name, strip=False)
+        return
+    if place.is_symlink() or place.exists():
+        raise SourceError(
+            f"{name}: the source has something at that place already",
+            remedy="give it another path, or change it by a patch",
+        )
+    if origin:
+        shutil.copyfile(origin, place)
+    else:
+        place.write_text(file.text or "")
+
+
+def keep_licenses(recipe: Recipe, tree: Path, into: Path) -> None:
+    """Copy the licence texts that the recipe names into the folder `into`, as they are before the build touches the source."""
+    remove_tree(into)
+    for text in recipe.wheel.licenses:
+        (into / text).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(tree / text, into / text)
+
+
+def _require_text(recipe: Recipe, tree: Path, text: str) -> None:
+    place = tree / text
+    if not place.resolve().is_relative_to(tree.resolve()) or not place.is_file() or not place.stat().st_size:
+        raise SourceError(
+            f"licence {text} of {recipe.name}: the source has no such text", remedy="correct [wheel] licenses in the recipe"
+        )
+
+
+def substitute(recipe: Recipe, tree: Path, say: Say = silent) -> None:
     """Replace the texts that the recipe names in the tree.
 
     Raises:
         SourceError: a file is not there, or does not have the text as often as the recipe says.
     """
-    remedy = "mend [[substitutions]] in the recipe against the source as pinned"
+    remedy = "correct [[substitutions]] in the recipe against the source as pinned"
     for substitution in recipe.substitutions:
         place, title = tree / substitution.path, f"substitution in {substitution.path} of {recipe.name}"
         if place.is_symlink() or not place.is_file() or not place.resolve().is_relative_to(tree.resolve()):
@@ -183,6 +216,7 @@ def substitute(recipe: Recipe, tree: Path) -> None:
             wanted = f"{substitution.find.strip()!r} is there {count} times, not {substitution.count}"
             raise SourceError(f"{title}: {wanted}", remedy=remedy)
         place.write_text(text.replace(substitution.find, substitution.replace))
+        say(f"substitution in {substitution.path}: its text is there {count} {'time' if count == 1 else 'times'}")
 
 
 def _apply(patch: Path, tree: Path, recipe: LoadedRecipe) -> None:

@@ -12,7 +12,7 @@ from builder.box import binfmt
 from builder.fetch import source
 from builder.flow import judge
 from builder.flow.attempt import Attempt, BuildOptions
-from builder.flow.compile import checkpoint, compiled
+from builder.flow.compile import checkpoint, compiled, prepare
 from builder.flow.ground import lay_ground
 from builder.flow.publishing import publish_wheel, refuse_objects, send_record
 from builder.ground import torch_facts
@@ -122,9 +122,11 @@ def _stages(attempt: Attempt) -> Path:
         console.step(plan.toolchain.kind, difference)
     with attempt.timed("fetch"), console.progress("fetch") as tick:
         fetched = fetch.fetch(data, attempt.settings, tick)
+        epoch = source.source_date_epoch(data, fetched)
+        unpacked = prepare(attempt, fetched, epoch)
         plan.toolchain.fetch(plan)
-    console.step("fetch", f"sources of {data.name} {data.version} are in the store")
-    epoch = source.source_date_epoch(data, fetched)
+    state = "unpacked, patches and substitutions fit" if unpacked else "in the store"
+    console.step("fetch", f"sources of {data.name} {data.version} are {state}")
     with attempt.timed("root"):
         ground = lay_ground(plan, attempt.settings, console)
     attempt.torch_cxx11_abi = torch_facts.cxx11_abi(ground.packages)
@@ -157,7 +159,7 @@ def _check_binfmt(plan: Plan) -> None:
 def _audited(attempt: Attempt, raw: Path, ground: Ground, epoch: int) -> Path:
     """The wheel with the build's inputs inside, repaired to its measured tag, with every gate passed."""
     expected = policy.of_plan(attempt.plan, ground, attempt.work)
-    wheel = embed.embed(raw, attempt.plan, epoch, attempt.folder / "embedded")
+    wheel = embed.embed(raw, attempt.plan, epoch, attempt.folder / record.LICENSES, attempt.folder / "embedded")
     remove_tree(attempt.folder / "repaired")
     if not expected.objects_only:
         wheel = audit.repair(wheel, expected, attempt.folder / "repaired", epoch)

@@ -1,4 +1,4 @@
-"""The compile of a build, once more after a kill by memory, and not again where a run that was cut off has done it."""
+"""Source tree and compile of a build: once more after a kill by memory, not again where a run that was cut off has done it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import shlex
 import shutil
 from pathlib import Path
+from typing import Any
 
 from builder import audit
 from builder.compiling import jobs, pep517, units
@@ -28,8 +29,29 @@ def checkpoint(attempt: Attempt) -> Path:
     return attempt.folder / "compiled.json"
 
 
+def prepare(attempt: Attempt, fetched: Fetched, epoch: int) -> bool:
+    """The source tree, before root, environment and compilers are downloaded; False: an earlier run has compiled it.
+
+    Raises:
+        SourceError: an archive, a patch, a substitution or a licence text does not fit.
+        CompileError: the package requires to build what the stack has not.
+    """
+    if _finished(attempt) is not None:
+        return False
+    records = history.measured(attempt.plan, attempt.settings)
+    attempt.known = history.learned_units(records, **_like(attempt))
+    # Of a build that was cut off there is no record, and its units come from the cache now.
+    attempt.known |= units.costs(units.read(attempt.work), attempt.known)
+    pep517.check_requirements(attempt.plan, _source_tree(attempt, fetched, epoch))
+    return True
+
+
+def _like(attempt: Attempt) -> dict[str, str]:
+    return {"stack": attempt.plan.stack.data.name, "target": attempt.plan.target.value}
+
+
 def compiled(attempt: Attempt, fetched: Fetched, ground: Ground, epoch: int) -> Path:
-    """The raw wheel, of an earlier run or compiled now.
+    """The raw wheel, of an earlier run or compiled now from the tree that `prepare` made.
 
     Raises:
         MemoryBoundError, NetworkError, DiskFullError, CompileError: see `pep517.judge`.
@@ -37,19 +59,26 @@ def compiled(attempt: Attempt, fetched: Fetched, ground: Ground, epoch: int) -> 
     return _saved(attempt) or _with_retry(attempt, fetched, ground, epoch)
 
 
-def _saved(attempt: Attempt) -> Path | None:
-    """The raw wheel of a run that was cut off after its compile."""
+def _finished(attempt: Attempt) -> tuple[Path, dict[str, Any]] | None:
+    """The raw wheel of a run that was cut off after its compile, and what that run noted."""
     place = checkpoint(attempt)
     if not place.is_file():
         return None
-    saved = json.loads(place.read_text())
-    raw = attempt.folder / "raw" / str(saved["wheel"])
-    if not raw.is_file() or sha256_file(raw) != saved["sha256"]:
+    noted = json.loads(place.read_text())
+    raw = attempt.folder / "raw" / str(noted["wheel"])
+    return (raw, noted) if raw.is_file() and sha256_file(raw) == noted["sha256"] else None
+
+
+def _saved(attempt: Attempt) -> Path | None:
+    """The raw wheel of such a run, with its costs in the record."""
+    finished = _finished(attempt)
+    if finished is None:
         return None
-    attempt.jobs = Jobs.model_validate(saved["jobs"])
-    attempt.units = {name: Unit.model_validate(unit) for name, unit in saved["units"].items()}
-    attempt.compiler_cache = saved["compiler_cache"] and CacheStatistics.model_validate(saved["compiler_cache"])
-    attempt.stages.append(Stage.model_validate(saved["stage"]))
+    raw, noted = finished
+    attempt.jobs = Jobs.model_validate(noted["jobs"])
+    attempt.units = {name: Unit.model_validate(unit) for name, unit in noted["units"].items()}
+    attempt.compiler_cache = noted["compiler_cache"] and CacheStatistics.model_validate(noted["compiler_cache"])
+    attempt.stages.append(Stage.model_validate(noted["stage"]))
     attempt.console.step("compile", "compiled before this run was cut off; going on from there")
     return raw
 
@@ -59,8 +88,7 @@ def _with_retry(attempt: Attempt, fetched: Fetched, ground: Ground, epoch: int) 
     memory = pep517.bound(attempt.settings)
     build = attempt.plan.recipe.data.build
     records = history.measured(attempt.plan, attempt.settings)
-    like = {"stack": attempt.plan.stack.data.name, "target": attempt.plan.target.value}
-    attempt.known = history.learned_units(records, **like)
+    like = _like(attempt)
     whole = history.learned_units([past for past in records if past.outcome == "built"], **like)
     count = jobs.plan(
         memory=memory,
@@ -71,24 +99,24 @@ def _with_retry(attempt: Attempt, fetched: Fetched, ground: Ground, epoch: int) 
         peaks=[unit.peak_memory for unit in whole.values()],
     )
     try:
-        return _once(attempt, fetched, ground, epoch, count, memory)
+        return _once(attempt, ground, epoch, count, memory)
     except GracefarmError as error:
         fewer = pep517.fewer_jobs(error, count.count)
         if fewer is None:
             raise
         attempt.console.warn(f"{error.cause}; trying once more with {fewer} jobs")
         retry = Jobs(count=fewer, reason=f"after a kill by memory with {count.count} jobs ({count.reason})")
-        return _once(attempt, fetched, ground, epoch, retry, memory)
+        attempt.known |= units.costs(units.read(attempt.work), attempt.known)
+        _source_tree(attempt, fetched, epoch)
+        return _once(attempt, ground, epoch, retry, memory)
 
 
-def _once(attempt: Attempt, fetched: Fetched, ground: Ground, epoch: int, count: Jobs, memory: int) -> Path:
+def _once(attempt: Attempt, ground: Ground, epoch: int, count: Jobs, memory: int) -> Path:
     attempt.jobs = count
     plan, work, settings = attempt.plan, attempt.work, attempt.settings
-    # Of a build that was cut off there is no record, and its units come from the cache now.
-    attempt.known |= units.costs(units.read(work), attempt.known)
-    tree = _source_tree(attempt, fetched, epoch)
-    pep517.check_requirements(plan, tree)
-    schedule = units.schedule(attempt.known, plan.recipe.data.build, tree, memory=memory - jobs.OTHERS, jobs=count.count)
+    schedule = units.schedule(
+        attempt.known, plan.recipe.data.build, work / "source", memory=memory - jobs.OTHERS, jobs=count.count
+    )
     (work / SCHEDULE).write_text(schedule)
     cached = attempt.options.compiler_cache
     place = plan.toolchain.place(plan, ground, settings, work, jobs=count.count, epoch=epoch, memory=memory, cached=cached)
@@ -120,6 +148,7 @@ def _source_tree(attempt: Attempt, fetched: Fetched, epoch: int) -> Path:
         remove_tree(work)
         work.mkdir(parents=True)
         source.unpack(recipe, fetched, tree, epoch)
+        source.keep_licenses(recipe.data, tree, attempt.folder / record.LICENSES)
         if recipe.data.wheel.source_archive:
             source.pack(tree, recipe.data, attempt.folder / "raw-source", epoch)
     remove_tree(work / "tmp")

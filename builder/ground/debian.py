@@ -15,7 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from urllib.parse import unquote
 
-from builder.fetch import Download, download
+from builder.fetch import Download, debian_mirror, download
 from builder.planning.packages import Deb
 from builder.planning.settings import Settings
 from builder.planning.stack import Arch
@@ -25,7 +25,6 @@ from gracefarm.process import die_with_us
 
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 MIRROR_REMEDY = "name a Debian mirror that this machine reaches: GRACEFARM_DEBIAN_MIRROR=URL"
-OS_RELEASE = Path("/etc/os-release")
 
 
 def table(name: str, debs: Iterable[Deb]) -> list[str]:
@@ -36,58 +35,6 @@ def table(name: str, debs: Iterable[Deb]) -> list[str]:
         for deb in sorted(debs, key=lambda deb: (deb.name, deb.arch))
     ]
     return ["", f"[{name}]", "packages = [", *lines, "]"]
-
-
-def mirror(suite: str, settings: Settings) -> str:
-    """Base URL of the archive: the setting, else what apt uses on Debian, else mmdebstrap's default.
-
-    Raises:
-        HostError: none of the three says.
-    """
-    url = settings.debian_mirror or _apt_mirror(suite) or _mmdebstrap_mirror()
-    if url is None:
-        raise HostError(
-            "no Debian mirror is known: apt's sources name none and mmdebstrap, whose default would do, is not installed",
-            remedy="set GRACEFARM_DEBIAN_MIRROR to a mirror's URL, or install mmdebstrap",
-        )
-    return url.rstrip("/")
-
-
-def parse_sources(listing: str, suites: Sequence[str]) -> str | None:
-    """The Debian archive in the output of `apt-get update --print-uris`; suites in order of preference.
-
-    The listing names a Release file per configured suite, also where apt has never fetched one.
-    """
-    sources = re.findall(r"^'((?:https?|file):[^']+?)/dists/([^/']+)/(?:In)?Release'", listing, flags=re.MULTILINE)
-    for suite in suites:
-        urls = [unquote(url) for url, name in sources if name == suite]
-        # Other archives have suites of that name too; Debian's own is by convention in a folder /debian.
-        urls.sort(key=lambda url: not url.rstrip("/").endswith("/debian"))
-        if urls:
-            return urls[0]
-    return None
-
-
-def parse_manual(text: str) -> str | None:
-    """The default mirror that mmdebstrap's manual (in its own text, as POD) states."""
-    match = re.search(r"If no I<MIRROR> option is provided,\s+L<(https?://[^>\s]+)>\s+is\s+used", text)
-    return match[1] if match else None
-
-
-def _apt_mirror(suite: str) -> str | None:
-    """What this machine's apt is told, where this machine is Debian."""
-    release = (
-        dict(re.findall(r'^(\w+)="?([^"\n]*)', OS_RELEASE.read_text(), flags=re.MULTILINE)) if OS_RELEASE.exists() else {}
-    )
-    if release.get("ID") != "debian" or shutil.which("apt-get") is None:
-        return None
-    listing = subprocess.run(["apt-get", "update", "--print-uris"], capture_output=True, text=True, check=False).stdout
-    return parse_sources(listing, (suite, release.get("VERSION_CODENAME", ""), "stable", "oldstable", "testing", "sid"))
-
-
-def _mmdebstrap_mirror() -> str | None:
-    program = shutil.which("mmdebstrap")
-    return parse_manual(Path(program).read_text(errors="replace")) if program else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,7 +117,7 @@ def solver(
             "resolving a root needs apt and Debian's keyring",
             remedy="on Debian or Ubuntu: apt-get install debian-archive-keyring",
         )
-    url = mirror(suite, settings)
+    url = debian_mirror.mirror(suite, settings)
     with TemporaryDirectory(prefix="gracefarm-apt-") as name:
         folder = Path(name)
         for needed in ("state/lists/partial", "cache/archives/partial", "etc/apt.conf.d", "etc/preferences.d"):
@@ -199,7 +146,7 @@ def fetch(debs: Sequence[Deb], suite: str, stack: str, settings: Settings, tick:
         DigestError: the mirror has other bytes than were pinned.
         HostError: no mirror is known.
     """
-    url = mirror(suite, settings)
+    url = debian_mirror.mirror(suite, settings)
     wanted = [Download(url=f"{url}/{deb.path}", sha256=deb.sha256, what=deb.title, size=deb.size) for deb in debs]
     try:
         return download(wanted, settings, tick)

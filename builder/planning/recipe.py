@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
+from packaging.licenses import canonicalize_license_expression
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 from pydantic import AfterValidator, Field, model_validator
 
+from builder.planning.digests import DigestFields
 from builder.planning.stack import RequirementText, Sm, unknown
 from gracefarm import tables
 from gracefarm.errors import ConfigError
-from gracefarm.tables import Commit, InsidePath, Sha256, Size, Table, Url, one_digest
+from gracefarm.tables import Commit, InsidePath, Sha256, Size, Table, Url
 
 
 def _canonical_version(text: str) -> str:
@@ -25,6 +28,8 @@ def _canonical_version(text: str) -> str:
 
 ToolchainKind = Literal["sandbox", "host", "container"]
 VersionText = Annotated[str, AfterValidator(_canonical_version)]
+SpdxExpression = Annotated[str, AfterValidator(canonicalize_license_expression)]
+"A licence as SPDX writes it, or LicenseRef-NAME for one that is not on its list."
 
 
 class SdistSource(Table):
@@ -42,6 +47,7 @@ class Submodule(Table):
     url: Url
     commit: Commit
     tree: Commit | None = Field(default=None, description="Checked where given; the commit's id covers it already")
+    license: SpdxExpression | None = Field(default=None, description="The gate `licence` refuses a wheel without it")
 
 
 class Repository(Table):
@@ -51,6 +57,7 @@ class Repository(Table):
     commit: Commit = Field(description="Full commit id; never a branch or a tag")
     tree: Commit | None = None
     path: InsidePath = Field(description="Where it is checked out, relative to the source tree")
+    license: SpdxExpression | None = Field(default=None, description="The gate `licence` refuses a wheel without it")
 
 
 class GitSource(Table):
@@ -71,29 +78,56 @@ class FileSource(Table):
     sha256: Sha256
 
 
-class File(Table):
-    """A further download, or a text, that the build expects at a place of the source tree."""
+class File(DigestFields):
+    """A further download, or a text, that the build expects at a place of the source tree.
+
+    Comes from an address (`url`), from the Python index (`name`, `version`) or from Debian's archive (`deb`, `suite`).
+    """
 
     url: Url | None = None
-    sha256: Sha256 | None = None
-    sha256_unknown: str | None = Field(default=None, description="Why there is no digest yet; `builder lock` fills it in")
+    name: str | None = Field(default=None, description="Project on the Python index; the digest says which of its files")
+    version: VersionText | None = Field(default=None, description="Exact version of that project")
+    deb: InsidePath | None = Field(default=None, description="Package in Debian's archive, as a toolchain.lock has its `path`")
+    suite: str | None = Field(default=None, description="Suite whose mirror has that package")
     text: str | None = Field(default=None, description="The file's whole content, instead of a download")
     path: InsidePath = Field(description="Where it is put, relative to the source tree")
     unpack: bool = Field(default=False, description="Unpack the archive into `path` instead of copying it")
-    members: dict[str, InsidePath] = Field(
+    members: dict[str, InsidePath | tuple[InsidePath, ...]] = Field(
         default_factory=dict,
-        description="Unpack these files and folders of the archive alone, each to its place below `path`",
+        description="Unpack these files and folders of the archive alone, each to its place, or its places, below `path`",
     )
+    license: SpdxExpression | None = Field(default=None, description="The gate `licence` refuses a wheel without it")
+
+    @property
+    def origin(self) -> str:
+        """The address, or the package URL, by which `[wheel] bundled` names it; empty for a text."""
+        return origin_of(self.model_dump())
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
-        if (self.url is None) == (self.text is None):
-            raise ValueError("give url or text, and not both")
+        if [self.url, self.name, self.deb, self.text].count(None) != 3:
+            raise ValueError("give one of url, name, deb and text")
+        if (self.name is None) != (self.version is None) or (self.deb is None) != (self.suite is None):
+            raise ValueError("name goes with version, deb with suite")
+        if self.deb is not None and len(Path(self.deb).name.split("_")) != 3:
+            raise ValueError("deb is a path that ends in NAME_VERSION_ARCH.deb")
         if self.url is not None:
-            one_digest(self)
-        elif self.sha256 or self.sha256_unknown or self.unpack or self.members:
+            self.require_one()
+        elif self.text is None and self.sha256 is None:
+            raise ValueError("a file of an index or an archive is pinned by its sha256")
+        elif self.text is not None and (self.sha256 or self.sha256_unknown or self.unpack or self.members):
             raise ValueError("a text has no digest and is no archive")
         return self
+
+
+def origin_of(file: Mapping[str, Any]) -> str:
+    """`File.origin` of an entry's table, as a build's inputs have it; earlier versions had addresses and texts alone."""
+    if name := file.get("name"):
+        return f"pkg:pypi/{canonicalize_name(name)}@{file['version']}"
+    if deb := file.get("deb"):
+        name, version, arch = Path(deb).stem.split("_")
+        return f"pkg:deb/debian/{name}@{version}?arch={arch}"
+    return file["url"] or ""
 
 
 class Substitution(Table):
@@ -132,8 +166,10 @@ class Bundled(Table):
 
     path: InsidePath = Field(description="In the wheel; with `origin` a glob")
     sha256: Sha256 | None = None
-    origin: str | None = Field(default=None, description="URL of the [[files]] entry that it comes out of, or 'source'")
-    license: str
+    origin: str | None = Field(
+        default=None, description="URL or package URL (pkg:pypi/NAME@VERSION) of the [[files]] entry that has it, or 'source'"
+    )
+    license: SpdxExpression
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
@@ -155,6 +191,10 @@ class Wheel(Table):
     )
     source_archive: bool = Field(
         default=False, description="Publish the exact patched source beside the wheel, as licences of the AGPL's kind ask"
+    )
+    licenses: tuple[InsidePath, ...] = Field(
+        default=(),
+        description="Licence texts of code that is compiled in, by place in the source tree: put into .dist-info/licenses",
     )
     bundled: tuple[Bundled, ...] = Field(default=(), description="Third-party files inside; any other is refused")
     max_size: Size = Field(default="500MiB", description="Largest wheel accepted")
@@ -179,7 +219,7 @@ class Recipe(Table):
     name: str = Field(description="Distribution name")
     version: VersionText = Field(description="Version of the wheel; another one is an error")
     summary: str = ""
-    license: str = Field(description="SPDX expression")
+    license: SpdxExpression = Field(description="SPDX expression")
     stack: str = Field(default="cu130", description="Stack used when none is asked for")
     refuses: dict[ToolchainKind, str] = Field(
         default_factory=dict, description="Toolchains that cannot build it, each with the reason, as {'container' = 'why'}"
@@ -194,12 +234,22 @@ class Recipe(Table):
 
     @model_validator(mode="after")
     def _bundled_origins(self) -> Self:
-        known = {"source", *(file.url for file in self.files if file.url)}
+        known = {"source", *(file.origin for file in self.files if file.origin)}
         for bundled in self.wheel.bundled:
             if bundled.origin is not None and bundled.origin not in known:
                 msg = f"wheel.bundled {bundled.path!r} names the origin {bundled.origin!r}, which is no [[files]] entry"
                 raise ValueError(msg)
         return self
+
+    @property
+    def parts(self) -> dict[str, str | None]:
+        """What is fetched into the source tree beside the source itself, by its name for people, with its declared licence."""
+        submodules = self.source.submodules if isinstance(self.source, GitSource) else {}
+        return {
+            **{f"submodule {path}": module.license for path, module in submodules.items()},
+            **{f"repository {repository.path}": repository.license for repository in self.repositories},
+            **{f"file {file.origin}": file.license for file in self.files if file.origin},
+        }
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Annotated
 
 from packaging.requirements import Requirement
-from pydantic import AfterValidator, Field, StringConstraints, model_validator
+from pydantic import AfterValidator, Field, StringConstraints
 
+from builder.planning.digests import PinnedDownload
 from gracefarm import tables
 from gracefarm.errors import ConfigError, HostError
-from gracefarm.tables import InsidePath, Sha256, Table, Url, one_digest
+from gracefarm.tables import InsidePath, Table, Url
 
 
 class Arch(StrEnum):
@@ -70,17 +71,13 @@ class Torch(Table):
     cuda: str | None = Field(description="What torch.version.cuda must say; the CPU build has the same version", default=None)
 
 
-class OwnWheel(Table):
+class OwnWheel(PinnedDownload):
     """A wheel that is not on the Python index but on an index of its own; one file per architecture."""
 
     name: str
     version: str
     arch: Arch
     index: Url = Field(description="Simple API that has it; GRACEFARM_MIRRORS redirects it")
-    sha256: Sha256 | None = None
-    sha256_unknown: str | None = Field(default=None, description="Why there is no digest yet; `builder lock` fills it in")
-
-    _one_digest = model_validator(mode="after")(one_digest)
 
     @property
     def title(self) -> str:
@@ -121,16 +118,12 @@ class Compilers(Table):
     gcc: int = Field(description="Major version of Debian's gcc in the root")
 
 
-class Image(Table):
-    """A container image that is laid out as manylinux is, for `--toolchain container`."""
+class Image(PinnedDownload):
+    """A container image that is laid out as manylinux is, for `--toolchain container`; the digest is of its manifest."""
 
     name: str = Field(description="With its registry, as quay.io/pypa/manylinux_2_28_aarch64")
     tag: str = Field(description="What `builder lock` reads the digest of; a build goes by the digest alone")
-    sha256: Sha256 | None = Field(default=None, description="Of the manifest")
-    sha256_unknown: str | None = Field(default=None, description="Why there is no digest yet; `builder lock` fills it in")
     cuda: str | None = Field(default=None, description="CUDA's folder in the image; None: it has none")
-
-    _one_digest = model_validator(mode="after")(one_digest)
 
     @property
     def reference(self) -> str:

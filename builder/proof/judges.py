@@ -18,6 +18,7 @@ RULES = (
     "audit/gates/cubins.py",
     "audit/gates/elf_machine.py",
     "audit/gates/grafted.py",
+    "audit/gates/licence.py",
     "audit/gates/platform_tag.py",
     "audit/gates/python_abi.py",
     "audit/gates/rpath.py",

@@ -8,6 +8,8 @@ from typing import Any
 
 from packaging.utils import canonicalize_name
 
+from builder.planning.recipe import origin_of
+
 
 @dataclass(frozen=True, kw_only=True)
 class Material:
@@ -21,6 +23,8 @@ class Material:
     "`sha256`, or `gitCommit` as in-toto calls it."
     digest: str | None
     "None where it is a gap."
+    license: str | None = None
+    "As the recipe declares it; None: it declares none, or the inputs are of a time when recipes had no such key."
 
 
 def of(inputs: Mapping[str, Any]) -> list[Material]:
@@ -28,17 +32,17 @@ def of(inputs: Mapping[str, Any]) -> list[Material]:
     recipe = inputs["recipe"]
     return [
         *_source(recipe["source"], recipe),
-        *(_git(repository["path"], repository["url"], repository["commit"]) for repository in recipe["repositories"]),
-        *(_file(file["path"], file["url"], file["sha256"]) for file in recipe["files"] if file["url"]),
+        *(_git(repository["path"], repository) for repository in recipe["repositories"]),
+        *(material for file in recipe["files"] if (material := _download(file)) is not None),
         *(_file(f"patch {number}", f"urn:sha256:{sha256}", sha256) for number, sha256 in enumerate(recipe["patches"], 1)),
     ]
 
 
 def _source(source: Mapping[str, Any], recipe: Mapping[str, Any]) -> Iterator[Material]:
     if source["kind"] == "git":
-        yield _git(recipe["name"], source["url"], source["commit"])
+        yield _git(recipe["name"], source)
         for path, submodule in sorted(source["submodules"].items()):
-            yield _git(path, submodule["url"], submodule["commit"])
+            yield _git(path, submodule)
     elif source["kind"] == "sdist":
         yield wheel(source["name"], source["version"], source["sha256"])
     else:
@@ -51,9 +55,17 @@ def wheel(name: str, version: str, sha256: str | None) -> Material:
     return Material(what=name, version=version, uri=uri, algorithm="sha256", digest=sha256 or None)
 
 
-def _git(what: str, url: str, commit: str) -> Material:
-    return Material(what=what, version=commit, uri=f"git+{url}@{commit}", algorithm="gitCommit", digest=commit)
+def _git(what: str, pinned: Mapping[str, Any]) -> Material:
+    commit = pinned["commit"]
+    uri = f"git+{pinned['url']}@{commit}"
+    return Material(what=what, version=commit, uri=uri, algorithm="gitCommit", digest=commit, license=pinned.get("license"))
 
 
-def _file(what: str, url: str, sha256: str | None) -> Material:
-    return Material(what=what, version=None, uri=url, algorithm="sha256", digest=sha256)
+def _download(file: Mapping[str, Any]) -> Material | None:
+    """What was fetched for an entry of the recipe's files; None: its text stands in the recipe."""
+    origin = origin_of(file)
+    return _file(file["path"], origin, file["sha256"], file.get("license")) if origin else None
+
+
+def _file(what: str, url: str, sha256: str | None, license: str | None = None) -> Material:  # noqa: A002 SPDX's word
+    return Material(what=what, version=None, uri=url, algorithm="sha256", digest=sha256, license=license)

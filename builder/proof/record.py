@@ -126,7 +126,9 @@ def product(file: Path) -> BuiltFile:
     return BuiltFile(filename=file.name, sha256=sha256_file(file), size=file.stat().st_size)
 
 
-SCRATCH = ("work", "smoke", "raw", "raw-source", "embedded", "repaired", "install", "compiled.json")
+LICENSES = "licenses"
+"Folder of a build: licence texts of its source, for the wheel."
+SCRATCH = ("work", "smoke", "raw", "raw-source", LICENSES, "embedded", "repaired", "install", "compiled.json")
 "In a build's folder: what a finished build needs no more."
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -22,6 +22,7 @@ from builder.proof.materials import Material
 FILENAME = "gracefarm.spdx.json"
 
 _WHEEL = "SPDXRef-wheel"
+_FIRST_USE = "digest read at first use on "
 _REFERENCE = re.compile(r"LicenseRef-[A-Za-z0-9.-]+")
 _GIT_OR_WEB = re.compile(r"^(git\+)?https?://")
 
@@ -36,6 +37,15 @@ class BundledFile:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReadAtFirstUse:
+    """A digest that was accepted at first use, and that nobody else had confirmed when the wheel was built."""
+
+    sha256: str
+    date: str
+    "As 2026-11-29."
+
+
+@dataclass(frozen=True, kw_only=True)
 class Besides:
     """What the document says beyond the build's inputs, which are all else of it."""
 
@@ -46,6 +56,8 @@ class Besides:
     bundled: tuple[BundledFile, ...] = ()
     installed: tuple[Material, ...] = ()
     "Distributions of the environment that it was built in."
+    unconfirmed: tuple[ReadAtFirstUse, ...] = ()
+    "In the order of their digests."
 
 
 def of(plan: Plan, epoch: int) -> str:
@@ -56,8 +68,17 @@ def of(plan: Plan, epoch: int) -> str:
         created=datetime.fromtimestamp(epoch, tz=UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         bundled=tuple(BundledFile(path=file.path, license=file.license, sha256=file.sha256) for file in data.wheel.bundled),
         installed=tuple(_installed(plan)),
+        unconfirmed=unconfirmed(plan),
     )
     return render(json.loads(json.dumps(plan.inputs)), besides)
+
+
+def unconfirmed(plan: Plan) -> tuple[ReadAtFirstUse, ...]:
+    """The digests of a plan's sources and environment that were read at first use and have no witness."""
+    own_wheels = plan.stack.data.environment.wheels if plan.toolchain.locked(plan.stack) is not None else ()
+    downloads = (*plan.recipe.data.files, *(wheel for wheel in own_wheels if wheel.arch == plan.target))
+    first_uses = {file.sha256: file.unconfirmed.date.isoformat() for file in downloads if file.sha256 and file.unconfirmed}
+    return tuple(ReadAtFirstUse(sha256=sha256, date=date) for sha256, date in sorted(first_uses.items()))
 
 
 def _installed(plan: Plan) -> list[Material]:
@@ -72,14 +93,17 @@ def render(inputs: Mapping[str, Any], besides: Besides) -> str:
     recipe, build_id = inputs["recipe"], id_of(inputs)
     name, version = canonicalize_name(recipe["name"]), recipe["version"]
     own = _package(_WHEEL, name, version, license=besides.license, purl=f"pkg:pypi/{name}@{version}")
+    sources = materials.of(inputs)
+    if "licenses" in recipe:  # inputs of earlier versions gave a document without it
+        sources[0] = replace(sources[0], license=besides.license)
     bundled = [
         _package(f"SPDXRef-bundled-{number}", file.path, None, license=file.license, sha256=file.sha256)
         for number, file in enumerate(besides.bundled, 1)
     ]
     groups: list[tuple[list[dict[str, Any]], str, bool]] = [
-        (_numbered("source", materials.of(inputs)), "GENERATED_FROM", True),
+        (_numbered("source", sources, besides.unconfirmed), "GENERATED_FROM", True),
         (bundled, "CONTAINS", True),
-        (_numbered("environment", besides.installed), "BUILD_DEPENDENCY_OF", False),
+        (_numbered("environment", besides.installed, besides.unconfirmed), "BUILD_DEPENDENCY_OF", False),
     ]
     relations = [_relation("SPDXRef-DOCUMENT", "DESCRIBES", _WHEEL)]
     for packages, kind, from_wheel in groups:
@@ -96,7 +120,8 @@ def render(inputs: Mapping[str, Any], besides: Besides) -> str:
         "packages": [own, *(package for packages, _, _ in groups for package in packages)],
         "relationships": relations,
     }
-    if references := sorted(set(_REFERENCE.findall(" ".join([besides.license, *(file.license for file in besides.bundled)])))):
+    declared = [besides.license, *(file.license for file in besides.bundled), *(source.license or "" for source in sources)]
+    if references := sorted(set(_REFERENCE.findall(" ".join(declared)))):
         document["hasExtractedLicensingInfos"] = [
             {"licenseId": reference, "extractedText": "No licence of SPDX's list; its text comes with the files that have it."}
             for reference in references
@@ -127,6 +152,16 @@ def read(text: str) -> tuple[str, Besides]:
                 for package in packages
                 if package["SPDXID"].startswith("SPDXRef-environment-")
             ),
+            unconfirmed=tuple(
+                ReadAtFirstUse(sha256=sha256, date=date)
+                for sha256, date in sorted(
+                    {
+                        str(_checksum(package)): str(package["comment"]).removeprefix(_FIRST_USE).partition(",")[0]
+                        for package in packages
+                        if package.get("comment", "").startswith(_FIRST_USE)
+                    }.items()
+                )
+            ),
         )
         return str(document["documentNamespace"]).rpartition(":")[2], besides
     except (KeyError, TypeError, StopIteration, AttributeError) as error:
@@ -139,15 +174,18 @@ def _checksum(package: Mapping[str, Any]) -> str | None:
     )
 
 
-def _numbered(kind: str, fetched: Sequence[Material]) -> list[dict[str, Any]]:
+def _numbered(kind: str, fetched: Sequence[Material], unconfirmed: Sequence[ReadAtFirstUse]) -> list[dict[str, Any]]:
+    dates = {digest.sha256: digest.date for digest in unconfirmed}
     return [
         _package(
             f"SPDXRef-{kind}-{number}",
             material.what,
             material.version,
+            license=material.license or "NOASSERTION",
             location=material.uri if _GIT_OR_WEB.match(material.uri) else None,
             purl=material.uri if material.uri.startswith("pkg:") else None,
             sha256=material.digest if material.algorithm == "sha256" else None,
+            comment=f"{_FIRST_USE}{date}, not confirmed" if (date := dates.get(material.digest or "")) else None,
         )
         for number, material in enumerate(fetched, 1)
     ]
@@ -162,6 +200,7 @@ def _package(
     location: str | None = None,
     purl: str | None = None,
     sha256: str | None = None,
+    comment: str | None = None,
 ) -> dict[str, Any]:
     package: dict[str, Any] = {
         "SPDXID": identifier,
@@ -176,6 +215,8 @@ def _package(
         package["versionInfo"] = version
     if sha256:
         package["checksums"] = [{"algorithm": "SHA256", "checksumValue": sha256}]
+    if comment:
+        package["comment"] = comment
     if purl:
         reference = {"referenceCategory": "PACKAGE-MANAGER", "referenceType": "purl", "referenceLocator": purl}
         package["externalRefs"] = [reference]

@@ -26,8 +26,9 @@ from pypi_simple import PYPI_SIMPLE_ENDPOINT
 
 from builder.box import sandbox
 from builder.box.binfmt import FOLDER, registration
+from builder.fetch import debian_mirror
 from builder.fetch.urls import shown, split_credentials
-from builder.ground import debian, root
+from builder.ground import root
 from builder.planning import packages, pins, recipe, stack
 from builder.planning.settings import Settings
 from builder.planning.stack import Arch, LoadedStack
@@ -222,7 +223,7 @@ def _root_of(loaded: LoadedStack, target: Arch, settings: Settings) -> Path:
 
 def _mirror(suite: str, settings: Settings) -> HostCheck:
     try:
-        url = debian.mirror(suite, settings)
+        url = debian_mirror.mirror(suite, settings)
     except HostError as error:
         return HostCheck("debian mirror", False, error.cause, error.remedy, ("mmdebstrap",))
     return _reach("debian mirror", f"{url}/dists/{suite}/Release", "GRACEFARM_DEBIAN_MIRROR", url)

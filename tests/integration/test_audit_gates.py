@@ -13,9 +13,10 @@ import pytest
 
 from builder import audit, elf
 from builder.audit import Policy, Verdict
+from builder.audit.policy import asked_by
 from builder.ground import environment, root
 from builder.planning import stack
-from builder.planning.recipe import Bundled
+from builder.planning.recipe import Bundled, Recipe
 from builder.planning.settings import load
 from builder.planning.stack import Arch, LoadedStack
 from gracefarm.errors import AuditError
@@ -24,6 +25,7 @@ from tests.audit_kit import Compiler, Draft, failed, module
 from tests.conftest import REPOSITORY
 
 CORE = "demo/_core.cpython-311-aarch64-linux-gnu.so"
+TEXT = "demo-1.0.dist-info/licenses/csrc/cutlass/LICENSE.txt"
 TARGET = Arch.AARCH64
 
 FOO = "int foo(void) { return 1; }\n"
@@ -77,12 +79,13 @@ def bench(cu130: LoadedStack, tmp_path_factory: pytest.TempPathFactory) -> Bench
     policy = Policy(
         target=TARGET, glibc="2_34", cuda="13.0", sm=("90",), name="demo", version="1.0", build_paths=("/build",),
         site_packages=site, root=base, cuobjdump=next(iter(sorted(tools.glob("nvidia/*/bin/cuobjdump")))),
+        parts={"submodule csrc/cutlass": "BSD-3-Clause"}, licenses=("csrc/cutlass/LICENSE.txt",),
     )  # fmt: skip
     return Bench(compiler=compiler, policy=policy, toolchain=tools)
 
 
 def draft(core: bytes) -> Draft:
-    return Draft(files={"demo/__init__.py": b"", CORE: core})
+    return Draft(files={"demo/__init__.py": b"", CORE: core, TEXT: b"Redistribution and use"})
 
 
 def by_gate(verdicts: tuple[Verdict, ...]) -> dict[str, Verdict]:
@@ -112,6 +115,12 @@ def wrong_record(bench: Bench) -> Draft:
     return one
 
 
+def no_licence_text(bench: Bench) -> Draft:
+    one = draft(bench.core("plain.so", module()))
+    del one.files[TEXT]
+    return one
+
+
 def stowaway(bench: Bench) -> Draft:
     one = draft(bench.core("plain.so", module()))
     one.unrecorded = {"demo/extra.py": b"print('hello')\n"}
@@ -121,6 +130,7 @@ def stowaway(bench: Bench) -> Draft:
 def wrong_version(bench: Bench) -> Draft:
     one = draft(bench.core("plain.so", module()))
     one.version = "1.1"
+    one.files[TEXT.replace("1.0", "1.1")] = one.files.pop(TEXT)
     return one
 
 
@@ -241,6 +251,7 @@ REFUSED: dict[Callable[[Bench], Draft], tuple[str, str]] = {
     linux_tag: ("platform-tag", "linux_aarch64 promises no glibc level"),
     copied_library: ("grafted", "the stack's environment has libfoo.so.1"),
     disguised_library: ("grafted", "libcudart.so.13 is a library of torch or CUDA"),
+    no_licence_text: ("licence", "the text csrc/cutlass/LICENSE.txt is not in .dist-info/licenses"),
     build_path: ("rpath", "RUNPATH /build/src/lib"),
     old_style_build_path: ("rpath", "RPATH /usr/local/cuda/lib64"),
     small_pages: ("alignment", "4096 bytes"),
@@ -270,6 +281,39 @@ def test_a_bad_wheel_is_refused_by_its_gate_alone(make: Callable[[Bench], Draft]
 
 def test_every_gate_has_a_wheel_that_it_alone_refuses() -> None:
     assert {gate for gate, _words in REFUSED.values()} == set(audit.GATES)
+
+
+def test_a_submodule_or_repository_without_a_declared_licence_is_refused(bench: Bench, tmp_path: Path) -> None:
+    wheel = draft(bench.core("plain.so", module())).pack(tmp_path)
+    asked = asked_by(
+        Recipe.model_validate(
+            {
+                "name": "demo",
+                "version": "1.0",
+                "license": "MIT",
+                "source": {
+                    "kind": "git",
+                    "url": "https://far.invalid/demo",
+                    **dict.fromkeys(("commit", "tree"), "a" * 40),
+                    "submodules": {"csrc/a": {"url": "https://far.invalid/a", "commit": "a" * 40}},
+                },
+                "repositories": [{"url": "https://far.invalid/b", "commit": "b" * 40, "path": "b", "license": "BSD-3-Clause"}],
+                "files": [{"url": "https://far.invalid/c", "sha256": "c" * 64, "path": "c"}, {"text": "ours", "path": "d"}],
+                "build": {"cuda": False},
+                "smoke": {"imports": ["demo"]},
+            }
+        ),
+        bench.policy,
+    )
+    verdicts = audit.audit(wheel, asked)
+    assert failed(verdicts) == ["licence"]
+    verdict = by_gate(verdicts)["licence"]
+    assert [part.partition(" has no")[0] for part in verdict.details if "no declared licence" in part] == [
+        "submodule csrc/a",
+        "file https://far.invalid/c",
+    ]
+    assert verdict.details[-1] == "repository b: BSD-3-Clause"
+    assert by_gate(audit.audit(wheel, dataclasses.replace(asked, parts={})))["licence"].status == "not applicable"
 
 
 def test_the_size_gate_counts_bytes(bench: Bench, tmp_path: Path) -> None:

@@ -147,7 +147,7 @@ def test_aphrodites_published_wheel_fails_as_found(farm: Farm, tmp_path: Path) -
     said = {verdict["gate"]: "\n".join((verdict["summary"], *verdict["details"])) for verdict in verdicts}
     assert status == {
         "wheel": "failed", "elf-machine": "passed", "python-abi": "passed", "platform-tag": "failed", "grafted": "passed",
-        "rpath": "failed", "alignment": "not applicable", "cubins": "failed", "symbols": "failed",
+        "licence": "not applicable", "rpath": "failed", "alignment": "not applicable", "cubins": "failed", "symbols": "failed",
     }  # fmt: skip
     assert "WHEEL has the tags cp38-abi3-linux_x86_64, the file name cp38-abi3-manylinux1_x86_64" in said["wheel"]
     assert "manylinux1_x86_64 is false: it needs manylinux_2_34" in said["platform-tag"]

@@ -9,6 +9,7 @@ import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import replace as replaced
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -146,22 +147,40 @@ GIT = {
     "url": "https://example.org/thing.git",
     "commit": COMMIT,
     "tree": COMMIT,
-    "submodules": {"inner": {"url": "https://example.org/inner.git", "commit": COMMIT, "tree": COMMIT}},
+    "submodules": {
+        "inner": {"url": "https://example.org/inner.git", "commit": COMMIT, "tree": COMMIT, "license": "BSD-3-Clause"}
+    },
 }
 SDIST = {"kind": "sdist", "name": "thing", "version": "1.0", "sha256": SHA}
 FILE = {"kind": "file", "url": "https://example.org/thing.zip", "sha256": SHA}
+EVIDENCE: dict[str, Any] = {
+    "accepted": {"date": "2026-11-29", "url": "https://example.org/page"},
+    "witness": [{"source": "another project's lock", "value": SHA}],
+}
 WHOLE: dict[str, Any] = {
     "name": "thing",
     "version": "1.0",
     "summary": "text",
-    "license": "MIT",
+    "license": "BSD-3-Clause",
     "stack": "cu124",
     "refuses": {"host": "its tools are too new"},
-    "repositories": [{"url": "https://example.org/more.git", "commit": COMMIT, "tree": COMMIT, "path": "more"}],
+    "repositories": [
+        {"url": "https://example.org/more.git", "commit": COMMIT, "tree": COMMIT, "path": "more", "license": "BSD-3-Clause"}
+    ],
     "files": [
-        {"url": "https://example.org/a.zip", "sha256": SHA, "path": "a", "unpack": True, "members": {"x": "y"}},
+        {
+            "url": "https://example.org/a.zip",
+            "sha256": SHA,
+            "path": "a",
+            "unpack": True,
+            "members": {"x": "y", "z": ["one", "two"]},
+            "license": "BSD-3-Clause",
+            **EVIDENCE,
+        },
         {"url": "https://example.org/b", "sha256_unknown": "out of reach", "path": "b"},
         {"text": "words", "path": "c"},
+        {"name": "tools", "version": "1.0", "sha256": SHA, "path": "d"},
+        {"deb": "pool/t/tools_1.0_arm64.deb", "suite": "trixie", "sha256": SHA, "path": "e"},
     ],
     "substitutions": [{"path": "setup.py", "find": "old", "replace": "new", "count": 2}],
     "build": {
@@ -179,9 +198,10 @@ WHOLE: dict[str, Any] = {
         "sm_extra": {"hopper/*.cu": ["91"]},
         "requires": {"triton": "triton==3.2.0"},
         "source_archive": True,
+        "licenses": ["inner/LICENSE.txt"],
         "bundled": [
-            {"path": "lib.so", "sha256": SHA, "license": "MIT"},
-            {"path": "other.so", "origin": "https://example.org/a.zip", "license": "MIT"},
+            {"path": "lib.so", "sha256": SHA, "license": "BSD-3-Clause"},
+            {"path": "other.so", "origin": "https://example.org/a.zip", "license": "BSD-3-Clause"},
         ],
         "max_size": "1GiB",
     },
@@ -195,6 +215,8 @@ RECIPE_EXEMPT = {
     "stack": "a default of the command line; the stack itself is an input",
     "refuses": "such a build does not begin",
     "files.sha256_unknown": "the reason of a gap, which no build gets past",
+    "files.accepted": "how its digest is known, and",
+    "files.witness": "who else says it: of this the SBOM alone tells, as of the licence",
     "build.memory_per_job": "the number of jobs",
     "build.unit_memory": "which units run beside each other",
     "build.unit_seconds": "which unit starts first",
@@ -212,6 +234,8 @@ STACK_EXEMPT = {
     "environment.left_out": "how the lock is made",
     "environment.wheels.index": "where it is found; the digest says what it is",
     "environment.wheels.sha256_unknown": "the reason of a gap",
+    "environment.wheels.accepted": "how its digest is known, and",
+    "environment.wheels.witness": "who else says it: of this the SBOM alone tells",
     "toolchain.requirements": "how the lock is made; what contradicts it is refused",
     "toolchain.debian.suite": "where packages are found; toolchain.lock says what they are",
     "toolchain.debian.component": "how the lock is made",
@@ -241,6 +265,12 @@ def leaves(value: object, path: tuple[object, ...] = ()) -> Iterator[tuple[objec
         yield path
 
 
+OTHERS = MappingProxyType(
+    {"aarch64": "x86_64", "x86_64": "aarch64", "BSD-3-Clause": "MIT", EVIDENCE["accepted"]["date"]: "2001-01-01"}
+)
+"What has a form of its own."
+
+
 def other(value: object) -> object:
     """Another value of the same kind."""
     match value:
@@ -252,8 +282,8 @@ def other(value: object) -> object:
             return ["more"]
         case str() if re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", value):
             return ("c" if value[0] != "c" else "d") + value[1:]
-        case "aarch64" | "x86_64":
-            return "x86_64" if value == "aarch64" else "aarch64"
+        case str() if value in OTHERS:
+            return OTHERS[value]
         case str() if value.endswith("GiB"):
             return "7GiB"
         case str() if re.fullmatch(r"[\d._]+", value):
@@ -272,7 +302,14 @@ def changed(table: dict[str, Any], path: tuple[Any, ...]) -> dict[str, Any]:
     for step in path[:-1]:
         inner = inner[step]
     inner[path[-1]] = other(inner[path[-1]])
+    if path[-1] == "sha256" and "witness" in inner:
+        inner["witness"] = [witness | {"value": inner["sha256"]} for witness in inner["witness"]]
     return result
+
+
+def of_a_witness(path: tuple[object, ...]) -> bool:
+    """A value that has to be the digest that it stands beside."""
+    return path[-3:-2] == ("witness",) and path[-1] == "value"
 
 
 def field(path: tuple[object, ...]) -> str:
@@ -297,12 +334,13 @@ def whole(project: Path) -> tuple[LoadedRecipe, LoadedStack]:
     loaded = stack.load(project / "stacks", "cu124")
     table = loaded.data.model_dump(mode="json")
     table["torch"]["cuda"] = "12.4"
-    own = table["environment"]["wheels"][0] | {"sha256": SHA, "sha256_unknown": None}
-    table["environment"]["wheels"] = [own, own | {"name": "gap", "sha256": None, "sha256_unknown": "out of reach"}]
+    gap = table["environment"]["wheels"][0] | {"name": "gap", "sha256": None, "sha256_unknown": "out of reach"}
+    own = gap | {"name": "torch", "sha256": SHA, "sha256_unknown": None, **EVIDENCE}
+    table["environment"]["wheels"] = [own, gap]
     table["environment"]["left_out"] = ["nothing"]
     image = table["container"]["aarch64"]
     table["container"] = {
-        "aarch64": image | {"sha256": SHA, "sha256_unknown": None},
+        "aarch64": image | {"sha256": SHA, "sha256_unknown": None, **EVIDENCE},
         "x86_64": image | {"sha256": None, "sha256_unknown": "no"},
     }
     table["toolchain"]["path"] = ["cmake/bin"]
@@ -329,7 +367,7 @@ def test_each_field_of_a_recipe_changes_the_id_unless_it_is_listed_as_exempt(
     one, base = replaced(whole[0], data=Recipe.model_validate(table)), whole[1]
     before = id_of(one, base)
     for path in leaves(table):
-        if path == ("source", "kind"):
+        if path == ("source", "kind") or of_a_witness(path):
             continue  # no other value of that kind
         after = changed(table, path)
         if path[:2] == ("files", 0) and path[-1] == "url":
@@ -366,6 +404,8 @@ def test_each_field_of_a_stack_changes_the_id_unless_it_is_listed_as_exempt(whol
     assert seen == field_names(Stack.model_json_schema())
     before = id_of(one, base)
     for path in leaves(table):
+        if of_a_witness(path):
+            continue
         after = changed(table, path)
         try:
             differs = id_of(one, replaced(base, data=Stack.model_validate(after))) != before

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from builder.ground import debian
+from builder.fetch import debian_mirror
 from builder.planning import packages, stack
 from builder.planning.stack import Arch, LoadedStack
 from gracefarm.errors import ConfigError
@@ -112,16 +112,16 @@ def test_the_mirror_is_the_one_that_apt_uses() -> None:
         "'http://mirror.example/debian/dists/bookworm/InRelease' c 0 \n"
         "'http://mirror.example/debian-security/dists/bookworm-security/InRelease' d 0 \n"
     )
-    assert debian.parse_sources(listing, ("bookworm",)) == "http://mirror.example/debian"
+    assert debian_mirror.parse_sources(listing, ("bookworm",)) == "http://mirror.example/debian"
 
 
 def test_the_mirror_of_another_suite_has_ours_as_well() -> None:
     listing = "'http://mirror.example/debian/dists/trixie/InRelease' c 0 \n"
-    assert debian.parse_sources(listing, ("bookworm", "trixie")) == "http://mirror.example/debian"
-    assert debian.parse_sources(listing, ("bookworm",)) is None
+    assert debian_mirror.parse_sources(listing, ("bookworm", "trixie")) == "http://mirror.example/debian"
+    assert debian_mirror.parse_sources(listing, ("bookworm",)) is None
 
 
 def test_the_default_mirror_is_read_from_mmdebstraps_manual() -> None:
     text = "=item B<MIRROR>\n\nIf no I<MIRROR> option is provided, L<http://archive.example/debian> is used.\n"
-    assert debian.parse_manual(text) == "http://archive.example/debian"
-    assert debian.parse_manual("another manual") is None
+    assert debian_mirror.parse_manual(text) == "http://archive.example/debian"
+    assert debian_mirror.parse_manual("another manual") is None

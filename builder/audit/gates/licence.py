@@ -1,0 +1,30 @@
+"""Gate `licence`: all that a recipe fetches beside its source has a declared licence, and the wheel has the texts it promises.
+
+https://peps.python.org/pep-0639/
+"""
+
+from __future__ import annotations
+
+from builder.audit.contents import Contents
+from builder.audit.policy import Policy
+from builder.audit.verdict import Verdict, not_applicable, passed, refused
+
+GATE = "licence"
+
+
+def judge(contents: Contents, policy: Policy) -> Verdict:
+    """Submodules, repositories and downloads without a licence, and texts that .dist-info/licenses lacks."""
+    if not policy.parts and not policy.licenses:
+        return not_applicable(GATE, "no recipe names code beside the package's own source")
+    complaints = [
+        f"{part} has no declared licence: write `license` beside it in the recipe"
+        for part, license_id in policy.parts.items()
+        if license_id is None
+    ]
+    present = {name.partition(".dist-info/licenses/")[2] for name in contents.names if ".dist-info/licenses/" in name}
+    complaints += [f"the text {text} is not in .dist-info/licenses" for text in policy.licenses if text not in present]
+    details = [f"{part}: {license_id}" for part, license_id in policy.parts.items() if license_id is not None]
+    if complaints:
+        return refused(GATE, complaints, details)
+    texts = "1 text" if len(policy.licenses) == 1 else f"{len(policy.licenses)} texts"
+    return passed(GATE, f"{len(details)} declared licences of code beside the source, {texts} in .dist-info/licenses", details)

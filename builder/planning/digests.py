@@ -1,0 +1,70 @@
+"""What a recipe or stack says of one download: its digest, or why that is not known yet, and who vouches for it."""
+
+from __future__ import annotations
+
+from datetime import date
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from gracefarm.tables import Sha256, Table, Url
+
+
+class Witness(Table):
+    """Somebody else who says the same digest."""
+
+    source: str = Field(min_length=1, description="Where it stands: an address, or a document and its place")
+    value: Sha256 = Field(description="The digest there; another one than `sha256` is an error")
+
+
+class FirstUse(Table):
+    """A digest that this project read at first use, from the very place that the file comes from."""
+
+    date: date
+    url: Url = Field(description="What was read")
+
+
+class DigestFields(Table):
+    """The keys of a download that is pinned by its sha256, or waits for it."""
+
+    sha256: Sha256 | None = None
+    sha256_unknown: str | None = Field(
+        default=None, description="Why there is no digest yet; `builder lock` or `builder build --accept-new` fills it in"
+    )
+    accepted: FirstUse | None = Field(
+        default=None,
+        description="Written by `--accept-new`: until a witness stands beside it, nobody has confirmed the digest",
+    )
+    witness: tuple[Witness, ...] = Field(default=(), description="Who else says this digest")
+
+    @property
+    def unconfirmed(self) -> FirstUse | None:
+        """When and where the digest was first read, while that is all that speaks for it."""
+        return None if self.witness else self.accepted
+
+    @model_validator(mode="after")
+    def _evidence_is_of_this_digest(self) -> Self:
+        if self.sha256 is None and (self.accepted is not None or self.witness):
+            raise ValueError("accepted and witness are about a digest: give sha256")
+        for witness in self.witness:
+            if witness.value != self.sha256:
+                raise ValueError(f"witness {witness.source} says {witness.value}, which is another digest")
+        return self
+
+    def require_one(self) -> None:
+        """Refuse both and neither of a digest and the reason for its absence.
+
+        Raises:
+            ValueError: both or none are given.
+        """
+        if (self.sha256 is None) == (self.sha256_unknown is None):
+            raise ValueError("give sha256, or in sha256_unknown the reason why it is not known yet, and not both")
+
+
+class PinnedDownload(DigestFields):
+    """One that always has a digest, or a reason."""
+
+    @model_validator(mode="after")
+    def _one_digest(self) -> Self:
+        self.require_one()
+        return self
