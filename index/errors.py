@@ -34,6 +34,12 @@ class NotFoundError(RefusalError):
     status = 404
 
 
+class NotAcceptableError(RefusalError):
+    """The client takes no form in which this exists."""
+
+    status = 406
+
+
 class GoneError(RefusalError):
     """It was here and was deleted on purpose."""
 
@@ -70,3 +76,10 @@ class DamagedError(RefusalError):
 
     exit_code = ExitCode.DIGEST
     status = 500
+
+
+class UnreachableError(RefusalError):
+    """A service that a check needs cannot be reached. Not 503: twine would send the whole file five times at once."""
+
+    exit_code = ExitCode.FETCH
+    status = 424

@@ -20,6 +20,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
         # name: (module:function, what --help says of it), in the order in which they are used
         "serve": ("index.cli.serve:serve", "Serve the index until interrupted."),
         "token": ("index.cli.tokens:token", "Who may upload."),
+        "publisher": ("index.cli.publishers:publisher", "The workflows that may upload without a stored token."),
         "host": ("index.cli.projects:host", "Name the projects that this index hosts; without NAMES, list them."),
         "status": ("index.cli.projects:status", "Say how a project is (PEP 792)."),
         "yank": ("index.cli.projects:yank", "Keep a release for those who pinned it, and from everybody else (PEP 592)."),

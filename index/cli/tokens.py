@@ -63,11 +63,11 @@ def import_(context: IndexContext, file: Path, project: str | None, set_name: st
 def list_(context: IndexContext) -> None:
     """Tokens, without their secrets."""
     rows = context.catalogue().rows(
-        "SELECT name, project, set_name, created, expires, revoked, hashed NOT NULL AS user FROM token ORDER BY id"
+        "SELECT name, project, set_name, created, expires, revoked, hashed NOT NULL AS user, minted FROM token ORDER BY id"
     )
     lines = [
-        f"{row['name']:<20} {row['project'] or 'any project':<20} {row['set_name'] or 'any set':<16}"
-        f" {'user' if row['user'] else 'token':<5}"
+        f"{row['name']:<20} {row['project'] or ('its projects' if row['minted'] else 'any project'):<20}"
+        f" {row['set_name'] or 'any set':<16} {'user' if row['user'] else 'short' if row['minted'] else 'token':<5}"
         f" {'revoked' if row['revoked'] else 'expires ' + row['expires'][:10] if row['expires'] else 'no end'}"
         for row in rows
     ]

@@ -17,7 +17,7 @@ from index.intake import sdist, wheel
 from index.intake.defects import Defects
 from index.intake.metadata import Metadata
 from index.names import Distribution, parse_filename
-from index.store import facts, records
+from index.store import facts, provenance, records
 from index.store.auth import NIGHTLY
 from index.store.catalogue import Catalogue, Transaction, timestamp
 from index.store.facts import CudaFacts
@@ -113,8 +113,17 @@ def check_wanted(
     return row
 
 
-def admit(store: Store, catalogue: Catalogue, actor: str, candidate: InspectedFile, destination: Destination) -> Admission:
+def admit(
+    store: Store,
+    catalogue: Catalogue,
+    actor: str,
+    candidate: InspectedFile,
+    destination: Destination,
+    attested: bytes | None = None,
+) -> Admission:
     """Give the file its place in the store and its row in the catalogue: durable when this returns.
+
+    `attested` is what its verified attestations say (PEP 740).
 
     Raises:
         ForbiddenError: the project is not hosted here, or archived or quarantined.
@@ -128,6 +137,8 @@ def admit(store: Store, catalogue: Catalogue, actor: str, candidate: InspectedFi
             if row["lost"]:
                 _restore(store, change, row["id"], candidate)
             _join(change, row["id"], distribution, destination)
+            if attested is not None:
+                provenance.keep(store, change, distribution.filename, attested)
             return "same"
         _check_variant(change, candidate)
         # Inside the transaction, so that `gc`, which holds the same lock, never sees the file between its name and its row.
@@ -139,6 +150,8 @@ def admit(store: Store, catalogue: Catalogue, actor: str, candidate: InspectedFi
             own = records.keep_inside(store, change, build, candidate.record, distribution.project, candidate.sha256)
             build = build if own else None
         _insert(change, candidate, destination, metadata_sha256, build)
+        if attested is not None:
+            provenance.keep(store, change, distribution.filename, attested)
     return "created"
 
 

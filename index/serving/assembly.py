@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from index.limits import ClientGate
-from index.serving import documents, sets
+from index.serving import documents, sets, trusted
 from index.serving.front import Front
 from index.serving.routes import starlette_app
 from index.serving.service import IndexService, ServeOptions
@@ -11,6 +11,7 @@ from index.simple_api.page_cache import PageCache
 from index.store.catalogue import open_catalogue
 from index.store.files import Store
 from index.web.routes import web_routes
+from index.trust.attestations import AttestationVerifier
 from index.web.site import Site
 
 
@@ -21,7 +22,7 @@ def build(store: Store, options: ServeOptions) -> Front:
     service = IndexService(
         store=store,
         catalogue=catalogue,
-        page_cache=PageCache(catalogue),
+        page_cache=PageCache(catalogue, base_url=options.base_url),
         options=options,
         gate=ClientGate(limits=options.limits),
     )
@@ -29,9 +30,11 @@ def build(store: Store, options: ServeOptions) -> Front:
     site = Site(store=store, catalogue=catalogue, base_url=options.base_url, trusted_proxies=options.trusted_proxies)
 
     def end() -> None:
+        attestations=AttestationVerifier(offline=options.sigstore_offline),
         front.log.close()
         service.close()
 
-    more = [*sets.routes(service), *documents.routes(service), *web_routes(site, service.rendered)]
+    more = [*sets.routes(service), *documents.routes(service), *trusted.routes(service, site.base)]
+    more += web_routes(site, service.rendered)
     front = Front(service, starlette_app(service, more, end))
     return front

@@ -69,6 +69,7 @@ def _paths() -> dict[str, Description]:
         },
         "/{set_name}/requirements.lock": lock,
         "/preview/{token}/requirements.lock": lock,
+        **_trusted(),
         "/health": _get("The process lives.", "200-text"),
         "/ready": _get("The catalogue can be read and the disk has room.", "200-text 507"),
         "/metrics": _get("For Prometheus.", "200-text"),
@@ -90,6 +91,28 @@ def _paths() -> dict[str, Description]:
 def _path(path: str, operations: Description) -> Description:
     names = [part[1:-1] for part in path.split("/") if part.startswith("{")]
     inherent = _references("parameters", names)
+def _trusted() -> dict[str, Description]:
+    """Trusted publishing (PEP 807, a draft)."""
+    return {
+        "/.well-known/pytp": _get(
+            "Where a workflow gets an upload token.", "200-discovery 404-problem 406-problem", "discover"
+        ),
+        "/_/oidc/audience": _get("The audience of identity tokens for this index.", "200-audience 406-problem"),
+        "/_/oidc/mint-token": {
+            "post": _operation(
+                "Exchange the identity token of a publisher for a short upload token.",
+                "200-minted 400-problem 401-problem 403-problem 406-problem 408-problem 424-problem 429-problem",
+                body="identity",
+            )
+        },
+        "/_/oidc/burn-token": {
+            "post": _operation(
+                "End such an upload token.", "202-burned 400-problem 406-problem 408-problem 429-problem", body="identity"
+            )
+        },
+    }
+
+
     return {method: {**each, "parameters": inherent + each["parameters"]} for method, each in operations.items()}
 
 
@@ -122,7 +145,7 @@ def _simple(prefix: str) -> dict[str, Description]:
 
 
 def _upload(summary: str) -> Description:
-    return {"post": _operation(summary, f"200-text {_REFUSALS}", body="upload", secured=True)}
+    return {"post": _operation(summary, f"200-text {_REFUSALS} 424", body="upload", secured=True)}
 
 
 def _file(summary: str) -> Description:

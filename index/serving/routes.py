@@ -39,7 +39,7 @@ from index.serving.proxies import client_address
 from index.serving.service import IndexService
 from index.serving.upload import take
 from index.simple_api import listings, negotiate, requirements
-from index.store import auth, records
+from index.store import auth, provenance, records
 from index.store.auth import Token
 
 IMMUTABLE = "public, max-age=31536000, immutable"
@@ -87,8 +87,8 @@ async def legacy(service: IndexService, request: Request) -> Response:
     try:
         token = await identify(service, request)
         # Only the set is checked before the body is read: the form says later which project it is, and `take` checks that.
-        auth.allow(token, project=token.project, set_name=destination.scope)
-        with service.gate.upload(client_of(service, request)):
+        auth.allow_set(token, destination.scope)
+        async with service.gate.upload(client_of(service, request)):
             upload = await take(service, token, destination, request.headers, body)
     except RefusalError as error:
         service.metrics.uploads[str(error.status)] += 1
@@ -123,7 +123,7 @@ async def _drain(service: IndexService, body: _Body) -> None:
 
 
 async def stored_file(service: IndexService, request: Request) -> Response:
-    """GET /files/SHA256/FILENAME and the same with .metadata: immutable, with ranges, never with a Content-Encoding."""
+    """GET /files/SHA256/FILENAME, ….metadata and ….provenance: immutable, with ranges, never with a Content-Encoding."""
     sha256, filename = request.path_params["sha256"], request.path_params["filename"]
     if not _SHA256.match(sha256):
         raise NotFoundError("there is no such file here", remedy="follow the links of the project's page")
@@ -133,7 +133,7 @@ async def stored_file(service: IndexService, request: Request) -> Response:
 async def package(service: IndexService, request: Request) -> Response:
     """GET /packages/FILENAME: where pypiserver has its files."""
     filename = request.path_params["filename"]
-    wanted = filename.removesuffix(".metadata")
+    wanted = filename.removesuffix(".metadata").removesuffix(provenance.SUFFIX)
     row = service.catalogue.row("SELECT sha256 FROM file WHERE filename = ? AND hidden = 0", (wanted,))
     if row is None:
         raise NotFoundError(f"there is no {filename} here", remedy="see the project's page")
@@ -168,10 +168,11 @@ async def bare_name(service: IndexService, request: Request) -> Response:
 
 
 _LOCATE = """
-SELECT file.sha256, metadata_sha256, kind, deleted, project.status FROM file LEFT JOIN project ON project.name = file.project
+SELECT file.sha256, metadata_sha256, provenance_sha256, kind, deleted, project.status
+    FROM file LEFT JOIN project ON project.name = file.project
     WHERE file.sha256 = :sha256 AND filename = :filename
 UNION ALL
-SELECT sha256, metadata_sha256, kind, withdrawn, 'active' FROM mirrored
+SELECT sha256, metadata_sha256, NULL, kind, withdrawn, 'active' FROM mirrored
     WHERE sha256 = :sha256 AND filename = :filename AND url IS NULL
 LIMIT 1
 """
@@ -183,7 +184,7 @@ def _locate(service: IndexService, sha256: str, filename: str) -> tuple[str, str
     Raises:
         NotFoundError, GoneError, ForbiddenError: unknown, deleted, quarantined.
     """
-    wanted = filename.removesuffix(".metadata")
+    wanted = filename.removesuffix(".metadata").removesuffix(provenance.SUFFIX)
     row = service.catalogue.row(_LOCATE, {"sha256": sha256, "filename": wanted})
     if row is None:
         raise NotFoundError(f"there is no {filename} here", remedy="follow the links of the project's page")
@@ -226,6 +227,10 @@ async def record(service: IndexService, request: Request) -> Response:
         return _send_record(service, request, row, identifier)
     token = await identify(service, request)
     with service.gate.upload(client_of(service, request)):
+    if filename.endswith(provenance.SUFFIX):
+        if row["provenance_sha256"] is None:
+            raise NotFoundError(f"there are no attestations of {wanted} here", remedy="upload the file with its attestations")
+        return row["provenance_sha256"], "application/vnd.pypi.integrity.v1+json"
         raw = await body_of(service, request)
         loop = asyncio.get_running_loop()
         common = (service.store, service.catalogue, token, identifier, raw)

@@ -19,6 +19,8 @@ from index.simple_api.page_cache import PageCache
 from index.store import htpasswd
 from index.store.catalogue import Catalogue
 from index.store.files import Store
+from index.trust.attestations import AttestationVerifier
+from index.trust.identity import IssuerKeys
 
 HEADROOM = 16 << 20
 "Bytes that an upload must leave free, for the catalogue."
@@ -32,7 +34,9 @@ class ServeOptions:
     limits: Limits = field(default_factory=Limits)
     trusted_proxies: Proxies = field(default_factory=Proxies)
     base_url: str | None = None
-    "What the pages for people print as the address; None: what the browser asked for."
+    "The index's own address: what the pages print, and where provenance is. None: what the browser asked for."
+    sigstore_offline: bool = False
+    "Verify attestations with the keys of Sigstore that are on this machine, and ask for no newer ones."
     access_log: str | None = None
     "A path, `-` for stdout, None for none."
 
@@ -79,6 +83,8 @@ class IndexService:
     passwords: htpasswd.PasswordMemory = field(default_factory=htpasswd.PasswordMemory)
     workers: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(4, thread_name_prefix="workers"))
     "Hash, write and read archives."
+    issuer_keys: IssuerKeys = field(default_factory=IssuerKeys)
+    attestations: AttestationVerifier = field(default_factory=AttestationVerifier)
     answer_cache: AnswerCache = field(default_factory=AnswerCache)
     web_thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="web_thread"))
     "Renders the pages for people, one at a time."

@@ -18,6 +18,7 @@ from index.names import Distribution, parse_filename, same_version
 from index.serving.service import IndexService
 from index.store import auth
 from index.store.auth import Token
+from index.trust import publishers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +57,9 @@ async def take(
         sha256 = received.digests["sha256_digest"]
         admission.check_wanted(service.catalogue, distribution, sha256, destination)
         candidate = await loop.run_in_executor(service.workers, admission.inspect, received.path, distribution, sha256)
+        provenance = await loop.run_in_executor(service.workers, _provenance, service, form, distribution, sha256)
         outcome = await loop.run_in_executor(
-            service.writer, admission.admit, service.store, service.catalogue, token.actor, candidate, destination
+            service.writer, admission.admit, service.store, service.catalogue, token.actor, candidate, destination, provenance
         )
     finally:
         form.discard()
@@ -78,8 +80,6 @@ def _check_form(form: Form) -> tuple[Received, Distribution]:
         )
     if form.value("protocol_version") not in ("", "1"):
         raise RefusedError("the protocol version is not 1", remedy="send protocol_version=1, as twine and uv do")
-    if form.value("attestations"):
-        raise RefusedError("attestations are not verified here, so they are not taken", remedy="upload without --attestations")
     received = form.files.get("content")
     if received is None:
         raise RefusedError("the form holds no file named content", remedy="send the distribution as the field content")
@@ -98,6 +98,19 @@ def _check_form(form: Form) -> tuple[Received, Distribution]:
             f"the form says {filetype!r}, the file is {distribution.filename}", remedy=f"send filetype={distribution.kind}"
         )
     return received, distribution
+
+
+def _provenance(service: IndexService, form: Form, distribution: Distribution, sha256: str) -> bytes | None:
+    """What the form's attestations say of the file (PEP 740); None when it has none.
+
+    Raises:
+        RefusedError, UnreachableError: one of them is not good, or cannot be verified now.
+    """
+    text = form.value("attestations")
+    if not text:
+        return None
+    trusted = publishers.of_project(service.catalogue, distribution.project)
+    return service.attestations.provenance(text, distribution.filename, sha256, trusted)
 
 
 def _check_digests(form: Form, received: Received) -> None:

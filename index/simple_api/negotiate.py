@@ -34,6 +34,14 @@ def content_type(accept: str | None, wanted: str | None = None) -> str | None:
     return concrete if _quality(ranges, best) > 0 else None
 
 
+def accepts(accept: str | None, *offers: str) -> bool:
+    """Does the client take one of these media types? What sends no Accept takes everything."""
+    if not accept or not accept.strip():
+        return True
+    ranges = _parse(accept)
+    return any(_quality(ranges, offer) > 0 for offer in offers)
+
+
 def format_of(media: str) -> Format:
     """The bytes behind a media type."""
     return "json" if media == JSON else "html"

@@ -78,9 +78,11 @@ def _encode(plain: bytes, encoding: Encoding) -> bytes:
 class PageCache:
     """The pages of one catalogue. Safe to use from several threads."""
 
-    def __init__(self, catalogue: Catalogue, *, bound: int = 256 << 20) -> None:
+    def __init__(self, catalogue: Catalogue, *, bound: int = 256 << 20, base_url: str | None = None) -> None:
         self.catalogue = catalogue
         self.bound = bound
+        self.base_url = base_url
+        "The index's own address, where it knows it."
         self.generation = 0
         "Grows whenever pages were dropped: whoever keeps answers made from pages drops them then."
         self._pages: OrderedDict[tuple[tuple[str, ...], str, Format], Page] = OrderedDict()
@@ -129,7 +131,7 @@ class PageCache:
                 self._pages.move_to_end(key)
                 return page
             generation = self.generation
-        page = Page(render(self.catalogue, view, project, form))
+        page = Page(render(self.catalogue, view, project, form, self.base_url))
         with self._lock:
             if generation == self.generation:
                 self._pages[key] = page
@@ -144,8 +146,8 @@ class PageCache:
             self.generation += 1  # answers made from it would keep its bytes
 
 
-def render(catalogue: Catalogue, view: View, project: str, form: Format) -> bytes:
-    """The bytes of one page, from the catalogue.
+def render(catalogue: Catalogue, view: View, project: str, form: Format, base_url: str | None = None) -> bytes:
+    """The bytes of one page, from the catalogue; `base_url` is the index's own address, where it knows it.
 
     Raises:
         NotFoundError: the view shows nothing of that name.
@@ -158,4 +160,4 @@ def render(catalogue: Catalogue, view: View, project: str, form: Format) -> byte
         raise NotFoundError(f"there is no project {project!r} here", remedy="see the list of projects one level up")
     status = listings.status(catalogue, project)
     make = simple.project_json if form == "json" else simple.project_html
-    return make(view, project, files, status)
+    return make(view, project, files, status, base_url)

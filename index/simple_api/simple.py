@@ -10,6 +10,8 @@ from urllib.parse import quote
 from packaging.version import Version
 
 from index.simple_api.listings import Listed, ProjectStatus, View
+from index.store.provenance import SUFFIX
+from index.trust.publishers import is_safe_url
 
 API_VERSION = "1.4"
 
@@ -27,8 +29,10 @@ def root_html(names: Sequence[str]) -> bytes:
     return f"{_HEAD}    <title>Simple index</title>\n  </head>\n  <body>\n{links}  </body>\n</html>\n".encode()
 
 
-def project_json(view: View, project: str, files: Sequence[Listed], status: ProjectStatus) -> bytes:
-    """One project's files."""
+def project_json(
+    view: View, project: str, files: Sequence[Listed], status: ProjectStatus, base_url: str | None = None
+) -> bytes:
+    """One project's files; `base_url` is the index's own address, where it knows it."""
     shown = _shown(files, status)
     state: dict[str, object] = {"status": status.status}
     if status.reason:
@@ -39,17 +43,19 @@ def project_json(view: View, project: str, files: Sequence[Listed], status: Proj
             "name": project,
             "project-status": state,
             "versions": sorted({item.version for item in shown}, key=Version),
-            "files": [_file(view, item) for item in shown],
+            "files": [_file(view, item, base_url) for item in shown],
         }
     )
 
 
-def project_html(view: View, project: str, files: Sequence[Listed], status: ProjectStatus) -> bytes:
+def project_html(
+    view: View, project: str, files: Sequence[Listed], status: ProjectStatus, base_url: str | None = None
+) -> bytes:
     """The same for installers that read HTML only; sizes, times and versions exist only in JSON."""
     head = _HEAD + f'    <meta name="pypi:project-status" content="{escape(status.status)}">\n'
     if status.reason:
         head += f'    <meta name="pypi:project-status-reason" content="{escape(status.reason)}">\n'
-    links = "".join(_link(view, item) for item in _shown(files, status))
+    links = "".join(_link(view, item, base_url) for item in _shown(files, status))
     title = f"Links for {project}"
     return f"{head}    <title>{title}</title>\n  </head>\n  <body>\n    <h1>{title}</h1>\n{links}  </body>\n</html>\n".encode()
 
@@ -69,7 +75,14 @@ def _shown(files: Sequence[Listed], status: ProjectStatus) -> Sequence[Listed]:
     return () if status.status == "quarantined" else files
 
 
-def _file(view: View, item: Listed) -> dict[str, object]:
+def _provenance_url(item: Listed, base_url: str | None) -> str | None:
+    """Where the file's attestations are. PEP 740 wants a whole address, which only an index with `--url` knows."""
+    if item.provenance_sha256 is None or not base_url or not is_safe_url(base_url):
+        return None
+    return f"{base_url.rstrip('/')}/{file_path(item)}{SUFFIX}"
+
+
+def _file(view: View, item: Listed, base_url: str | None) -> dict[str, object]:
     entry: dict[str, object] = {
         "filename": item.filename,
         "url": file_url(view, item),
@@ -81,6 +94,8 @@ def _file(view: View, item: Listed) -> dict[str, object]:
     }
     if item.requires_python:
         entry["requires-python"] = item.requires_python
+    if provenance := _provenance_url(item, base_url):
+        entry["provenance"] = provenance
     entry.update(item.facts.keys())
     if item.build:
         # A staged build's record is where the preview is, and nowhere else.
@@ -89,7 +104,7 @@ def _file(view: View, item: Listed) -> dict[str, object]:
     return entry
 
 
-def _link(view: View, item: Listed) -> str:
+def _link(view: View, item: Listed, base_url: str | None) -> str:
     attributes = ""
     if item.requires_python:
         attributes += f' data-requires-python="{escape(item.requires_python)}"'
@@ -97,6 +112,8 @@ def _link(view: View, item: Listed) -> str:
         attributes += f' data-core-metadata="sha256={item.metadata_sha256}"'
     if item.yanked is not None:
         attributes += f' data-yanked="{escape(item.yanked)}"'
+    if provenance := _provenance_url(item, base_url):
+        attributes += f' data-provenance="{escape(provenance)}"'
     return f'    <a href="{escape(file_url(view, item))}#sha256={item.sha256}"{attributes}>{escape(item.filename)}</a><br>\n'
 
 

@@ -9,13 +9,14 @@ import hmac
 import re
 import secrets
 import sqlite3
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 from gracefarm.errors import UsageError
 from index.errors import ForbiddenError, UnauthenticatedError
 from index.store import htpasswd
-from index.store.catalogue import Catalogue, timestamp
+from index.store.catalogue import Catalogue, Transaction, timestamp
 
 NIGHTLY = "nightly"
 "The scope of a token for the nightly channel; no set can be called so."
@@ -33,7 +34,8 @@ class Token:
 
     id: int
     name: str
-    project: str | None = None
+    projects: frozenset[str] | None = None
+    "The projects that it is for; None: every project."
     set_name: str | None = None
     expires: str | None = None
 
@@ -62,6 +64,32 @@ def create(
         )
         change.note("token.create", name, project_scope=project, set_scope=set_name, expires=end)
     return secret
+
+
+def mint(change: Transaction, name: str, publishers: Sequence[int], lifetime: timedelta) -> tuple[str, datetime]:
+    """A short token that reaches the projects of these publishers; returns the secret and its end.
+
+    Minted tokens that have ended are forgotten, so that many nights leave no rows behind.
+    """
+    secret = PREFIX + secrets.token_urlsafe(32)
+    end = datetime.now(UTC) + lifetime
+    change.execute("DELETE FROM token WHERE minted = 1 AND expires <= ?", (change.time,))
+    row = change.execute(
+        "INSERT INTO token (name, sha256, created, expires, minted) VALUES (?, ?, ?, ?, 1) RETURNING id",
+        (name, _digest(secret), change.time, timestamp(end)),
+    ).fetchone()
+    for publisher in publishers:
+        change.execute("INSERT INTO minted (token_id, publisher_id) VALUES (?, ?)", (row["id"], publisher))
+    change.note("token.mint", name, publishers=list(publishers), expires=timestamp(end))
+    return secret, end
+
+
+def burn(catalogue: Catalogue, secret: str) -> None:
+    """End a minted token before its time; its holder needs it no more. Any other secret changes nothing."""
+    with catalogue.change("publisher") as change:
+        row = change.execute("DELETE FROM token WHERE minted = 1 AND sha256 = ? RETURNING name", (_digest(secret),)).fetchone()
+        if row is not None:
+            change.note("token.burn", row["name"])
 
 
 def revoke(catalogue: Catalogue, actor: str, name: str) -> int:
@@ -123,7 +151,7 @@ def identify(catalogue: Catalogue, authorization: str | None) -> Token:
     wanted = _digest(_credentials(authorization)[1])
     row = catalogue.row("SELECT * FROM token WHERE sha256 = ? AND hashed IS NULL", (wanted,))
     stored = row["sha256"] if row else _digest("")
-    return _living(row, hmac.compare_digest(stored, wanted))
+    return _living(catalogue, row, hmac.compare_digest(stored, wanted))
 
 
 def is_user(authorization: str | None) -> bool:
@@ -148,16 +176,22 @@ def identify_user(catalogue: Catalogue, authorization: str | None, memory: htpas
         "SELECT * FROM token WHERE hashed NOT NULL ORDER BY name = ? DESC, revoked IS NULL DESC, id DESC LIMIT 1", (name,)
     )
     if row is None:
-        return _living(None, False)
+        return _living(catalogue, None, False)
     password = secret.encode()
     good = memory.matches(row["hashed"], password)
-    return _living(row, good and row["name"] == name)
+    return _living(catalogue, row, good and row["name"] == name)
 
 
-def _living(row: sqlite3.Row | None, good: bool) -> Token:
+def _living(catalogue: Catalogue, row: sqlite3.Row | None, good: bool) -> Token:
     if row is None or not good or row["revoked"] or (row["expires"] and row["expires"] <= timestamp()):
         raise UnauthenticatedError("this index does not know that token", remedy="make one with `index token create`")
-    return Token(id=row["id"], name=row["name"], project=row["project"], set_name=row["set_name"], expires=row["expires"])
+    projects = frozenset((row["project"],)) if row["project"] is not None else None
+    if row["minted"]:  # it reaches what its publishers reach now, and nothing once they are removed
+        reached = catalogue.rows(
+            "SELECT project FROM publisher JOIN minted ON publisher_id = publisher.id WHERE token_id = ?", (row["id"],)
+        )
+        projects = frozenset(publisher["project"] for publisher in reached)
+    return Token(id=row["id"], name=row["name"], projects=projects, set_name=row["set_name"], expires=row["expires"])
 
 
 def allow(token: Token, *, project: str | None = None, set_name: str | None = None) -> None:
@@ -166,8 +200,18 @@ def allow(token: Token, *, project: str | None = None, set_name: str | None = No
     Raises:
         ForbiddenError: it does not.
     """
-    if token.project is not None and token.project != project:
-        raise ForbiddenError(f"the token {token.name!r} is for the project {token.project} alone", remedy="use another token")
+    if token.projects is not None and project not in token.projects:
+        names = ", ".join(sorted(token.projects)) or "no project any more"
+        raise ForbiddenError(f"the token {token.name!r} is for {names} alone", remedy="use a token for this project")
+    allow_set(token, set_name)
+
+
+def allow_set(token: Token, set_name: str | None) -> None:
+    """Does the token reach this set (NIGHTLY for the nightly channel), for whichever project?
+
+    Raises:
+        ForbiddenError: it does not.
+    """
     if token.set_name is not None and token.set_name != set_name:
         raise ForbiddenError(
             f"the token {token.name!r} is for the "

@@ -22,6 +22,7 @@ _REFERENCES = """
 SELECT sha256 AS digest, filename AS name, size FROM live_file
 UNION SELECT metadata_sha256, filename || '.metadata', NULL FROM live_file WHERE metadata_sha256 IS NOT NULL
 UNION SELECT sha256, filename, size FROM live_mirrored WHERE url IS NULL
+UNION SELECT provenance_sha256, filename || '.provenance', NULL FROM live_file WHERE provenance_sha256 IS NOT NULL
 UNION SELECT metadata_sha256, filename || '.metadata', NULL FROM live_mirrored
     WHERE url IS NULL AND metadata_sha256 IS NOT NULL
 UNION SELECT document_sha256, 'record ' || id, document_size FROM record WHERE document_sha256 IS NOT NULL

@@ -25,6 +25,7 @@ from index.simple_api.negotiate import Encoding, Format
 from index.simple_api.page_cache import Page, render
 from index.store.catalogue import Catalogue
 from index.store.files import Store, disk_errors
+from index.store.provenance import SUFFIX
 from index.web import builds, projects, wheel
 from index.web.routes import static_files
 from index.web.sets import sets
@@ -126,6 +127,8 @@ class StaticExport:
         self._link(path, item.sha256)
         if item.metadata_sha256:
             self._link(path + ".metadata", item.metadata_sha256)
+        if item.provenance_sha256:
+            self._link(path + SUFFIX, item.provenance_sha256)
 
     def add_simple_pages(self) -> None:
         """The simple API, in each form and coding, and the locks of sets."""
@@ -142,7 +145,7 @@ class StaticExport:
         if name and self._keeps(name, *paths):
             return
         for form in forms:
-            page = Page(render(self.site.catalogue, view, name, form))
+            page = Page(render(self.site.catalogue, view, name, form, self.site.base_url))
             for suffix, encoding in _SUFFIXES:
                 if encoding == "" or page.coding(encoding):
                     self.put(f"{folder}/index.{form}{suffix}", page.body(encoding))

@@ -40,6 +40,7 @@ LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("simple_api",),
         ("sets",),
         ("intake",),
+        ("trust",),
         ("store",),
         ("names", "limits"),
         ("errors",),

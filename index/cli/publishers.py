@@ -1,0 +1,74 @@
+"""`index publisher`: the workflows that may upload without a stored token."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import click
+
+from index.cli.common import IndexContext, in_context
+from index.names import normalise
+from index.trust import publishers
+from index.trust.publishers import GITHUB, GITLAB, TrustedPublisher
+
+
+@click.group("publisher")
+def publisher() -> None:
+    """The workflows that may upload without a stored token (docs/index-trust.md)."""
+
+
+@publisher.command("add")
+@in_context
+@click.argument("project")
+@click.argument("kind", type=click.Choice(["github", "gitlab"]))
+@click.argument("repository")
+@click.argument("workflow")
+@click.option("--environment", default="", help="Only from this deployment environment.")
+@click.option("--issuer", help="Of a server of your own: https://HOST/_services/token for GitHub, https://HOST for GitLab.")
+def add(
+    context: IndexContext, project: str, kind: str, repository: str, workflow: str, environment: str, issuer: str | None
+) -> None:
+    """Let the WORKFLOW of a REPOSITORY upload to PROJECT, and believe its attestations.
+
+    \b
+    index publisher add flash-attn github OWNER/NAME nightly.yml
+    index publisher add flash-attn gitlab GROUP/NAME .gitlab-ci.yml
+    """
+    is_github = kind == "github"
+    trusted = TrustedPublisher(
+        project=normalise(project),
+        kind="github" if is_github else "gitlab",
+        issuer=(issuer or (GITHUB if is_github else GITLAB)),
+        repository=repository,
+        workflow=workflow,
+        environment=environment,
+    )
+    catalogue = context.catalogue()
+    publishers.add(catalogue, context.actor, trusted)
+    audience = publishers.audience(catalogue)
+    text = f"{trusted.name} may upload to {trusted.project}; its identity tokens are for the audience {audience}"
+    context.console.result({"project": trusted.project, "publisher": trusted.name, "audience": audience}, text)
+
+
+@publisher.command("list")
+@in_context
+def list_(context: IndexContext) -> None:
+    """Publishers of every project."""
+    trusted = publishers.all_publishers(context.catalogue())
+    lines = [
+        f"{item.project:<24} {item.kind:<7} {item.repository}  {item.workflow}"
+        + (f"  environment {item.environment}" if item.environment else "")
+        + ("" if item.issuer in (GITHUB, GITLAB) else f"  {item.issuer}")
+        for item in trusted
+    ]
+    context.console.result([asdict(item) for item in trusted], "\n".join(lines))
+
+
+@publisher.command("remove")
+@in_context
+@click.argument("project")
+@click.argument("repository")
+def remove(context: IndexContext, project: str, repository: str) -> None:
+    """Trust a repository no longer for this project; upload tokens that it has end now."""
+    count = publishers.remove(context.catalogue(), context.actor, normalise(project), repository)
+    context.console.result({"project": normalise(project), "removed": count}, f"{repository}: removed from {project}")

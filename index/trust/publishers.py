@@ -1,0 +1,173 @@
+"""Trusted publishers: the workflow of a repository that may upload to a project, as `index publisher add` names it."""
+
+from __future__ import annotations
+
+import re
+import secrets
+import sqlite3
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal
+from urllib.parse import urlsplit
+
+from gracefarm.errors import UsageError
+from index.store.catalogue import Catalogue
+
+PublisherKind = Literal["github", "gitlab"]
+
+GITHUB = "https://token.actions.githubusercontent.com"
+GITLAB = "https://gitlab.com"
+"Issuers of the public services; the certificates of Sigstore name the same ones."
+
+_REPOSITORY: Mapping[PublisherKind, re.Pattern[str]] = MappingProxyType(
+    {
+        "github": re.compile(r"[A-Za-z0-9][A-Za-z0-9-]*/[A-Za-z0-9._-]+"),
+        "gitlab": re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9._-]+)+"),
+    }
+)
+_WORKFLOW: Mapping[PublisherKind, re.Pattern[str]] = MappingProxyType(
+    {
+        "github": re.compile(r"[A-Za-z0-9._-]+\.ya?ml"),
+        "gitlab": re.compile(r"([A-Za-z0-9._-]+/)*[A-Za-z0-9._-]+\.ya?ml"),
+    }
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrustedPublisher:
+    """One workflow of one repository, which may upload to one project."""
+
+    id: int = 0
+    project: str
+    kind: PublisherKind
+    issuer: str
+    "URL of who signs its identity tokens."
+    repository: str
+    "OWNER/NAME at GitHub, GROUP/…/NAME at GitLab."
+    workflow: str
+    "File name below .github/workflows at GitHub; path of the CI file at GitLab."
+    environment: str = ""
+    "Its deployment environment; empty: any, or none."
+    repository_id: str | None = None
+    "The service's own number of the repository, learned from its first identity token."
+
+    @property
+    def name(self) -> str:
+        """How the audit log names it."""
+        return f"{self.kind}:{self.repository}/{self.workflow}"
+
+    def matches(self, claims: Mapping[str, object]) -> bool:
+        """Are these claims, whose signature is good, of this publisher?"""
+
+        def claim(key: str) -> str:
+            return str(claims.get(key) or "")
+
+        if claim("iss") != self.issuer:
+            return False
+        if self.environment and claim("environment").casefold() != self.environment.casefold():
+            return False
+        if self.kind == "github":
+            path, workflow = claim("repository"), claim("job_workflow_ref")
+            expected = f"{self.repository}/.github/workflows/{self.workflow}@"
+        else:
+            path, workflow = claim("project_path"), claim("ci_config_ref_uri")
+            expected = f"{urlsplit(self.issuer).netloc}/{self.repository}//{self.workflow}@"
+        if path.casefold() != self.repository.casefold():
+            return False
+        # The path of the repository ignores case, the name of the file does not.
+        start = workflow[: len(expected)]
+        return start.casefold() == expected.casefold() and start.endswith(f"{self.workflow}@")
+
+    def number_in(self, claims: Mapping[str, object]) -> str:
+        """The repository's number, as the claims give it."""
+        return str(claims.get("repository_id" if self.kind == "github" else "project_id") or "")
+
+
+def publisher_of(row: sqlite3.Row) -> TrustedPublisher:
+    """A row of the table `publisher`."""
+    return TrustedPublisher(**dict(row))
+
+
+def all_publishers(catalogue: Catalogue) -> list[TrustedPublisher]:
+    """Every publisher, by project."""
+    return [publisher_of(row) for row in catalogue.rows("SELECT * FROM publisher ORDER BY project, id")]
+
+
+def of_project(catalogue: Catalogue, project: str) -> list[TrustedPublisher]:
+    """The publishers of one project, in the order in which they were added."""
+    return [publisher_of(row) for row in catalogue.rows("SELECT * FROM publisher WHERE project = ? ORDER BY id", (project,))]
+
+
+def add(catalogue: Catalogue, actor: str, publisher: TrustedPublisher) -> None:
+    """Let the publisher upload to its project, which is hosted from now on. Adding it twice is adding it once.
+
+    Raises:
+        UsageError: a name that cannot be of a repository, a workflow or an issuer.
+    """
+    _check(publisher)
+    with catalogue.change(actor) as change:
+        change.execute(
+            "INSERT INTO project (name) VALUES (?) ON CONFLICT (name) DO UPDATE SET hosted = 1", (publisher.project,)
+        )
+        change.execute(
+            "INSERT OR IGNORE INTO publisher (project, kind, issuer, repository, workflow, environment)"
+            " VALUES (?, ?, ?, ?, ?, ?)",
+            (
+                *(publisher.project, publisher.kind, publisher.issuer),
+                *(publisher.repository, publisher.workflow, publisher.environment),
+            ),
+        )
+        change.note("token.trust", publisher.project, publisher=publisher.name, issuer=publisher.issuer)
+
+
+def remove(catalogue: Catalogue, actor: str, project: str, repository: str) -> int:
+    """Trust this repository no longer for the project; its tokens end at once. Returns how many publishers went.
+
+    Raises:
+        UsageError: the project has no such publisher.
+    """
+    with catalogue.change(actor) as change:
+        gone = change.execute("DELETE FROM publisher WHERE project = ? AND repository = ?", (project, repository)).rowcount
+        if not gone:
+            raise UsageError(
+                f"the project {project} has no publisher of the repository {repository}",
+                remedy="run `index publisher list`, then name one that it shows",
+            )
+        change.note("token.distrust", project, repository=repository)
+    return gone
+
+
+def audience(catalogue: Catalogue) -> str:
+    """The audience that identity tokens must name. It is this index's own: a token for another index is of no use here."""
+    row = catalogue.row("SELECT value FROM meta WHERE key = 'audience'")
+    if row is None:
+        with catalogue.change("index") as change:
+            fresh = f"gracefarm-{secrets.token_hex(8)}"
+            change.execute("INSERT OR IGNORE INTO meta (key, value) VALUES ('audience', ?)", (fresh,))
+            row = change.execute("SELECT value FROM meta WHERE key = 'audience'").fetchone()
+            change.note("token.audience", row["value"])
+    return str(row["value"])
+
+
+def is_safe_url(url: str) -> bool:
+    """Nobody on the way can change what is fetched there: https, or this machine itself."""
+    try:
+        parts = urlsplit(url)
+        host = parts.hostname or ""
+    except ValueError:
+        return False
+    return (parts.scheme == "https" and bool(host)) or (parts.scheme == "http" and host in ("127.0.0.1", "::1", "localhost"))
+
+
+def _check(publisher: TrustedPublisher) -> None:
+    if not is_safe_url(publisher.issuer):
+        raise UsageError(f"{publisher.issuer!r} is not an https address", remedy="give the issuer as https://HOST")
+    if not _REPOSITORY[publisher.kind].fullmatch(publisher.repository):
+        shape = "OWNER/NAME" if publisher.kind == "github" else "GROUP/NAME"
+        raise UsageError(
+            f"{publisher.repository!r} is not a repository of {publisher.kind}", remedy=f"give it as {shape}, without the host"
+        )
+    if not _WORKFLOW[publisher.kind].fullmatch(publisher.workflow):
+        example = "release.yml, without its folder" if publisher.kind == "github" else ".gitlab-ci.yml"
+        raise UsageError(f"{publisher.workflow!r} is not a workflow of {publisher.kind}", remedy=f"give it as {example}")
