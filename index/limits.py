@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import Counter, deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from index.errors import TooManyError
@@ -32,6 +33,10 @@ class Limits:
     "Uploads at once."
     open_uploads_per_client: int = 8
     "Uploads at once from one address."
+    waiting_uploads: int = 256
+    "Uploads that wait until others end, of their body nothing is read yet; at most half of them from one address."
+    longest_wait: float = 600.0
+    "Seconds an upload may wait."
     writes_per_second: float = 500.0
     "Write requests per address, with a burst of two seconds' worth."
     failures_per_minute: float = 30.0
@@ -63,30 +68,73 @@ class ClientGate:
 
     limits: Limits
     _open: Counter[str] = field(default_factory=Counter)
+    _waiting: deque[tuple[str, asyncio.Future[None]]] = field(default_factory=deque)
     _writes: dict[str, Bucket] = field(default_factory=dict)
     _failures: dict[str, Bucket] = field(default_factory=dict)
 
-    @contextmanager
-    def upload(self, client: str) -> Iterator[None]:
-        """Hold a place among the open uploads.
+    @asynccontextmanager
+    async def upload(self, client: str) -> AsyncIterator[None]:
+        """Hold a place among the open uploads; where there is none, wait for it, first come, first served.
+
+        Neither twine nor `uv publish` tries again after a 429, so a short wait is what serves them.
 
         Raises:
-            TooManyError: all places, or this client's, are taken.
+            TooManyError: too many wait already, or the wait was too long.
         """
-        if self._open[client] >= self.limits.open_uploads_per_client or self._open.total() >= self.limits.open_uploads:
-            raise TooManyError("too many uploads are open", remedy="wait for one to end, then try again")
-        self._open[client] += 1
+        if self._has_place(client):
+            self._open[client] += 1
+        else:
+            await self._wait(client)
         try:
             yield
         finally:
-            self._open[client] -= 1
-            if not self._open[client]:
-                del self._open[client]
+            self._release(client)
+
+    def _has_place(self, client: str) -> bool:
+        open_here, limits = self._open, self.limits
+        return open_here[client] < limits.open_uploads_per_client and open_here.total() < limits.open_uploads
+
+    async def _wait(self, client: str) -> None:
+        own = sum(address == client for address, _ in self._waiting)
+        if len(self._waiting) >= self.limits.waiting_uploads or own >= max(1, self.limits.waiting_uploads // 2):
+            raise TooManyError("too many uploads wait for others to end", remedy="wait for some to end, then upload it again")
+        turn = asyncio.get_running_loop().create_future()
+        self._waiting.append((client, turn))
+        try:
+            async with asyncio.timeout(self.limits.longest_wait):
+                await turn
+        except BaseException as error:
+            if turn.done() and not turn.cancelled():  # the place came together with what ended the wait
+                self._release(client)
+            if isinstance(error, TimeoutError):
+                raise TooManyError(
+                    f"other uploads took longer than {self.limits.longest_wait:g} seconds", remedy="upload it again"
+                ) from None
+            raise
+        finally:
+            if (client, turn) in self._waiting:
+                self._waiting.remove((client, turn))
+
+    def _release(self, client: str) -> None:
+        """Give a place back, and give what is free to those who wait for it."""
+        self._open[client] -= 1
+        if not self._open[client]:
+            del self._open[client]
+        for address, turn in tuple(self._waiting):
+            if self._has_place(address) and not turn.done():
+                self._open[address] += 1
+                self._waiting.remove((address, turn))
+                turn.set_result(None)
 
     @property
     def open_uploads(self) -> int:
         """Uploads under way."""
         return self._open.total()
+
+    @property
+    def waiting_uploads(self) -> int:
+        """Uploads that wait for a place."""
+        return len(self._waiting)
 
     def write(self, client: str) -> None:
         """Count a write request.

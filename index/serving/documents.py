@@ -61,7 +61,7 @@ async def _put(
 ) -> None:
     token = await identify(service, request)
     loop = asyncio.get_running_loop()
-    with service.gate.upload(client_of(service, request)):
+    async with service.gate.upload(client_of(service, request)):
         raw = await body_of(service, request)
         document = await loop.run_in_executor(service.workers, parse, raw)
         await loop.run_in_executor(service.writer, keep, service.store, service.catalogue, token, raw, document)

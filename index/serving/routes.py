@@ -226,11 +226,7 @@ async def record(service: IndexService, request: Request) -> Response:
         row = service.catalogue.row("SELECT * FROM public_record WHERE id = ?", (identifier,))
         return _send_record(service, request, row, identifier)
     token = await identify(service, request)
-    with service.gate.upload(client_of(service, request)):
-    if filename.endswith(provenance.SUFFIX):
-        if row["provenance_sha256"] is None:
-            raise NotFoundError(f"there are no attestations of {wanted} here", remedy="upload the file with its attestations")
-        return row["provenance_sha256"], "application/vnd.pypi.integrity.v1+json"
+    async with service.gate.upload(client_of(service, request)):
         raw = await body_of(service, request)
         loop = asyncio.get_running_loop()
         common = (service.store, service.catalogue, token, identifier, raw)
@@ -321,6 +317,7 @@ def operation(service: IndexService) -> list[Route]:
             "files": ("Files listed", float(row["files"]) if row else 0.0),
             "stored_bytes": ("Bytes of the files listed", float(row["bytes"]) if row else 0.0),
             "open_uploads": ("Uploads under way", float(service.gate.open_uploads)),
+            "waiting_uploads": ("Uploads that wait for others to end", float(service.gate.waiting_uploads)),
             "serial": ("Serial of the last change", float(service.catalogue.serial())),
         }
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")

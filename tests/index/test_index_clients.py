@@ -8,10 +8,11 @@ import os
 import subprocess
 import sys
 import venv
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from index_kit import JSON, LogLine, Server, run_index, sdist, wheel
+from index_kit import JSON, LogLine, Server, run_index, sdist, serving, wheel
 from platformdirs import user_cache_path
 from pypi_simple import ACCEPT_HTML_ONLY, ACCEPT_JSON_ONLY, PyPISimple
 
@@ -256,6 +257,27 @@ def test_uv_publish_and_its_check_url(filled: Server, dist: Path) -> None:
     name = min(dist.iterdir()).name.partition("-")[0]
     next(dist.glob("*.whl")).write_bytes(wheel(name, "1.0", requires_python=None)[1])
     assert call(checked, check=False, **environment).returncode != 0
+
+
+@pytest.mark.slow
+def test_ten_twines_and_ten_uvs_of_one_address_upload_at_once(tmp_path: Path) -> None:
+    """One place for all: but for the queue, all that come together and are not the first would be refused."""
+    with serving(tmp_path / "root", "--allow-new", "--open-uploads-per-client", "1") as server:
+
+        def publish(number: int) -> str:
+            name, content = wheel(f"parallel_{number}", files={f"parallel_{number}/blob": os.urandom(4 << 20)})
+            path = tmp_path / name
+            path.write_bytes(content)
+            twine = [sys.executable, "-m", "twine", "upload", "--non-interactive", "--disable-progress-bar",
+                     "--repository-url", server.url + "/legacy/", path]  # fmt: skip
+            uv = [*UV, "publish", "--publish-url", server.url + "/legacy/", path]
+            secrets = {"TWINE_USERNAME": "__token__", "TWINE_PASSWORD": server.token, "UV_PUBLISH_TOKEN": server.token}
+            process = call(twine if number % 2 else uv, check=False, **secrets)
+            return "" if process.returncode == 0 else process.stdout + process.stderr
+
+        with ThreadPoolExecutor(20) as pool:
+            assert list(pool.map(publish, range(20))) == [""] * 20
+        assert len(server.client.get("/simple/", headers={"Accept": JSON}).json()["projects"]) == 20
 
 
 def test_a_wrong_token_is_told(filled: Server, dist: Path) -> None:

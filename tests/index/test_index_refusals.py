@@ -555,24 +555,47 @@ def test_one_connection_is_one_answer_at_a_time(tmp_path: Path) -> None:
 
 
 def test_open_uploads_of_one_client_are_bounded(tmp_path_factory: pytest.TempPathFactory) -> None:
-    with serving(tmp_path_factory.mktemp("bound") / "root", "--allow-new", "--open-uploads-per-client", "2") as server:
+    with serving(
+        tmp_path_factory.mktemp("bound") / "root", "--allow-new", "--open-uploads-per-client", "2", "--waiting-uploads", "1"
+    ) as server:
         name, content = wheel("bound_pkg")
         head, body = _raw_form(server, name, content)
         held = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(2)]
         for connection in held:
             connection.sendall(head.replace(b"LENGTH", str(len(body)).encode()) + body[:100])
-        for _ in range(100):
-            if "gracefarm_index_open_uploads 2.0" in server.client.get("/metrics").text:
-                break
+        await_metric(server, "open_uploads 2.0")
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(server.upload, name, content)
+            await_metric(server, "waiting_uploads 1.0")
+            with httpx.Client(base_url=server.url) as client:
+                other = Server(**{**vars(server), "client": client})
+                refused(other.upload(*wheel("over_pkg")), "too many uploads wait", status=429)
+            assert not waiting.done()
+            for connection in held:
+                connection.close()
+            assert waiting.result(20).status_code == 200
+        await_metric(server, "open_uploads 0.0")
+
+
+def await_metric(server: Server, line: str) -> None:
+    with httpx.Client(base_url=server.url) as client:
+        for _ in range(200):
+            if f"gracefarm_index_{line}" in client.get("/metrics").text:
+                return
             time.sleep(0.05)
-        refused(server.upload(name, content), "too many uploads", status=429)
-        for connection in held:
-            connection.close()
-        for _ in range(100):
-            if (answer := server.upload(name, content)).status_code == 200:
-                break
-            time.sleep(0.05)
-        assert answer.status_code == 200
+    raise AssertionError(f"the metrics never said {line}")
+
+
+def test_more_uploads_than_may_be_open_wait_and_succeed(tmp_path_factory: pytest.TempPathFactory) -> None:
+    with serving(tmp_path_factory.mktemp("queue") / "root", "--allow-new", "--open-uploads-per-client", "2") as server:
+
+        def send(number: int) -> int:
+            blob = {f"queued_{number}/blob": bytes([number]) * (4 << 20)}
+            with httpx.Client(base_url=server.url, timeout=60) as client:
+                return Server(**{**vars(server), "client": client}).upload(*wheel(f"queued_{number}", files=blob)).status_code
+
+        with ThreadPoolExecutor(20) as pool:
+            assert list(pool.map(send, range(20))) == [200] * 20
 
 
 def test_writes_are_rate_limited(tmp_path_factory: pytest.TempPathFactory) -> None:
