@@ -39,8 +39,8 @@ from index.store import auth, htpasswd
 @click.option("--tls-key", type=click.Path(exists=True, path_type=Path))
 @click.option("--trusted-proxy", multiple=True, metavar="ADDRESS|NETWORK", help="Believe X-Forwarded-* from there.")
 @click.option("--url", help="Address to print on the pages; default: what the browser asked for.")
-@click.option("--sigstore-offline", is_flag=True, help="Verify attestations with the keys of Sigstore that are here already.")
 @click.option("--max-upload", "upload", default=Limits.upload, show_default=True, type=click.IntRange(1), help="Bytes.")
+@click.option("--sigstore-offline", is_flag=True, help="Verify attestations with the keys of Sigstore that are here already.")
 @click.option("--idle", default=Limits.idle, show_default=True, type=float, help="Seconds a client may stand still.")
 @click.option(
     "--connections-per-client",
