@@ -39,8 +39,8 @@ from index.store import auth, htpasswd
 @click.option("--tls-key", type=click.Path(exists=True, path_type=Path))
 @click.option("--trusted-proxy", multiple=True, metavar="ADDRESS|NETWORK", help="Believe X-Forwarded-* from there.")
 @click.option("--url", help="Address to print on the pages; default: what the browser asked for.")
-@click.option("--max-upload", "upload", default=Limits.upload, show_default=True, type=click.IntRange(1), help="Bytes.")
 @click.option("--sigstore-offline", is_flag=True, help="Verify attestations with the keys of Sigstore that are here already.")
+@click.option("--max-upload", "upload", default=Limits.upload, show_default=True, type=click.IntRange(1), help="Bytes.")
 @click.option("--idle", default=Limits.idle, show_default=True, type=float, help="Seconds a client may stand still.")
 @click.option(
     "--connections-per-client",
@@ -72,6 +72,7 @@ def serve(
     tls_key: Path | None,
     trusted_proxy: tuple[str, ...],
     url: str | None,
+    sigstore_offline: bool,
     **limits: Any,
 ) -> None:
     """Serve the index until interrupted."""
@@ -81,13 +82,13 @@ def serve(
             remedy="leave -a away; to close reads, put a proxy in front",
         )
     if passwords is not None:
-    sigstore_offline: bool,
         auth.import_users(context.catalogue(), context.actor, htpasswd.read(passwords))
     options = ServeOptions(
         allow_new=allow_new,
         limits=Limits(**limits),
         trusted_proxies=proxies.parse(trusted_proxy),
         base_url=url,
+        sigstore_offline=sigstore_offline,
         access_log=access_log,
     )
 
@@ -98,4 +99,3 @@ def serve(
 
     listen = granian.Listen(host=host, port=port, certificate=tls_cert, key=tls_key)
     granian.run(context.store, options, listen, announce)
-        sigstore_offline=sigstore_offline,
