@@ -37,11 +37,20 @@ async def probe_nodes(deployment: Deployment, remote_nodes: Sequence[RemoteNode]
         return NodeFacts.model_validate(
             answer
             | {"name": node.name, "address": node.address, "taken": time.time(), "clock_s": round(ahead, 1) + 0.0}
-            | {"private": address, "interface": interface, "network": network}
+            | {"private": address, "interface": interface, "network": network, "nics": _nics(answer)}
         )
 
     good, bad = await try_all(remote_nodes, ask)
     return Facts(nodes=tuple(good[remote_node.name] for remote_node in remote_nodes if remote_node.name in good)), bad
+
+
+def _nics(answer: Json) -> list[Json]:
+    """The interfaces that join machines."""
+    return [
+        {**interface, "addresses": [address["address"] for address in interface["addresses"]]}
+        for interface in answer["interfaces"]
+        if not VIRTUAL.match(interface["name"])
+    ]
 
 
 def private_address(node: Node, answer: Mapping[str, object]) -> tuple[str, str, str]:

@@ -217,8 +217,8 @@ def level(answers: Sequence[Answer], seconds: float, concurrency: int, plan: Ser
     tokens = sum(answer.tokens or 0 for answer in good)
     rate = tokens / seconds if seconds else 0.0
     token_seconds = [answer.per_token for answer in good if answer.per_token]
-    hour = plan.prediction.usd_per_hour if plan else None
-    alone = plan.prediction.tokens_per_s if plan else None
+    hour = plan.prediction.usd_per_hour if plan and plan.prediction else None
+    predicted = plan.prediction.at(concurrency) if plan and plan.prediction else None
     return Level(
         concurrency=concurrency,
         requests=len(answers),
@@ -234,7 +234,7 @@ def level(answers: Sequence[Answer], seconds: float, concurrency: int, plan: Ser
         token_ms=spread(token_seconds),
         chunk_ms=spread([gap for answer in good for gap in answer.gaps]),
         usd_per_mtok=round(hour / (rate * 3600) * 1e6, 2) if hour is not None and rate else None,
-        predicted_tokens_per_s=round(alone * concurrency, 2) if alone else None,
+        predicted_tokens_per_s=round(predicted, 2) if predicted else None,
     )
 
 
@@ -280,6 +280,6 @@ async def run_sweep(
         deployment=plan.deployment if plan else None,
         plan=plan.id if plan else None,
         layout=plan.layout.name if plan else None,
-        usd_per_hour=plan.prediction.usd_per_hour if plan else None,
+        usd_per_hour=plan.prediction.usd_per_hour if plan and plan.prediction else None,
         levels=tuple(levels),
     )

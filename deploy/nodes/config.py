@@ -151,11 +151,22 @@ class Ports(Table):
     "APHRODITE_PORT, VLLM_PORT."
 
 
+Objective = Literal["speed", "throughput", "cost"]
+
+
 class LayoutConfig(Table):
     """[layout]: what the planner must not choose by itself. Everything is checked; None: it chooses."""
 
+    objective: Objective = "speed"
+    "Tokens/s of one stream, of all together, or per dollar; of layouts that are about equal, the one on the fewest nodes."
+    trust: bool = False
+    "Serve a model that the planner does not know: tensor_parallel and pipeline_parallel are needed, nothing is predicted."
     tensor_parallel: PositiveInt | None = None
     pipeline_parallel: PositiveInt | None = None
+    data_parallel: PositiveInt | None = None
+    "Replicas, each with all layers (vLLM)."
+    expert_parallel: bool | None = None
+    "GPUs hold whole experts instead of a part of each; None: where the engine cannot cut these experts."
     partition: tuple[PositiveInt, ...] | None = None
     cpu_offload_gib: Annotated[float, Field(ge=0)] | None = None
     max_model_len: PositiveInt | None = None

@@ -64,6 +64,25 @@ class NetworkMount(KeptFact):
     free: int
 
 
+class Nic(KeptFact):
+    """A network interface that is up."""
+
+    name: str
+    mbit_s: int | None = None
+    "As it negotiated; None: it does not say, as virtual ones do not."
+    mtu: int | None = None
+    addresses: tuple[str, ...] = ()
+
+
+class Rdma(KeptFact):
+    """A port of InfiniBand or RoCE that is active."""
+
+    device: str
+    gbit_s: float
+    link: str
+    "InfiniBand or Ethernet."
+
+
 class NodeFacts(KeptFact):
     """One node, as it said of itself at `taken`."""
 
@@ -87,6 +106,8 @@ class NodeFacts(KeptFact):
     interface: str
     network: str
     "The private address's network, as 10.0.0.0/24."
+    nics: tuple[Nic, ...] = ()
+    rdma: tuple[Rdma, ...] = ()
     mounts: tuple[NetworkMount, ...]
     disk: Bytes | None
     "Of the file system that holds `local`."

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from deploy.planning import options
-from deploy.planning.models import Model
+from deploy.planning.architectures import ARCHITECTURES, DENSE
+from deploy.planning.quantization import least_sm
+from deploy.planning.shapes import BYTES, Model
 from gracefarm.errors import ConfigError, LayoutError
 
 GivenValue = str | int | float | bool | list[str]
@@ -27,6 +30,10 @@ class Engine(BaseModel):
     "Program and sub-command; the model's folder follows."
     uneven: bool
     "KV heads and MLP columns need not divide by tp: the first ranks take one more."
+    replicas: bool = False
+    "It serves several replicas of a model as one."
+    offload_env: Mapping[str, str] = Field(default_factory=dict)
+    "Without these, it ignores weights in host memory."
     replicates: bool
     "More ranks than KV heads are allowed; several hold the same head."
     vocab_multiple: int | None = None
@@ -67,43 +74,129 @@ def engine(name: str) -> Engine:
     return _engines()[name]
 
 
-def refusal(engine_: Engine, model: Model, tp: int) -> str | None:
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """How each layer is divided over the ranks of a stage."""
+
+    tp: int
+    expert_parallel: bool = False
+    "Ranks hold whole experts instead of a part of each."
+    batched: int = 2048
+    "Tokens of one step: what a layer with a window must hold beside it."
+    cache_bytes: int = BYTES
+    "Of an element of the KV cache."
+    expert_multiple: int = 1
+    "Columns of MXFP4 experts are padded to it."
+    hidden_multiple: int = 1
+    "Their hidden size is padded to it."
+
+
+def mxfp4_padding(sm: int) -> tuple[int, int]:
+    """Multiples to which vLLM 0.26.0 pads columns and hidden size of MXFP4 experts, by the kernel that it takes on a GPU.
+
+    Hopper: Triton; Blackwell of data centers: TensorRT-LLM's; others: Marlin (fused_moe/oracle/mxfp4.py).
+    """
+    return (64, 1) if sm == 90 else (256, 256) if 100 <= sm < 110 else (128, 256)
+
+
+def refusal(engine_: Engine, model: Model, tp: int, *, expert_parallel: bool = False) -> str | None:
     """Why the engine does not split this model over `tp` GPUs; None: it does."""
+    if model.architecture not in ARCHITECTURES or (engine_.uneven and (model.architecture not in DENSE or model.quantization)):
+        return f"the planner knows {engine_.name}'s splits of Llama in 16 bit alone, not those of {model.architecture}"
     if engine_.uneven:
-        if tp <= model.kv_heads:
-            return None
-        if tp % model.kv_heads:
-            return (
-                f"tp {tp}: {engine_.name} asserts that tp divides by the {model.kv_heads} KV heads where there are more ranks "
-                f"than heads; 1 to {model.kv_heads} work"
-            )
-        return (
-            f"tp {tp}: {engine_.name} gives ranks {model.kv_heads} to {tp - 1} no query heads without quantisation; "
-            f"1 to {model.kv_heads} work"
-        )
+        return _uneven(engine_, model, tp)
     rows = vocab(engine_, model, tp)
     for what, number in (
         ("attention heads", model.heads),
-        ("MLP columns", model.mlp),
+        *_columns(model, expert_parallel),
         ("rows of the padded vocabulary", rows),
     ):
         if number % tp:
-            return f"tp {tp}: {engine_.name} splits evenly, and {number} {what} do not divide by {tp}"
-    if model.kv_heads % tp and tp % model.kv_heads:
-        return f"tp {tp}: {engine_.name} splits evenly, and {model.kv_heads} KV heads and {tp} ranks do not divide"
+            return f"tp {tp}: {engine_.name} splits evenly, and {number} {what} do not divide by it"
+    if not model.latent and model.kv_heads % tp and tp % model.kv_heads:
+        return f"tp {tp}: {engine_.name} splits evenly, and {model.kv_heads} KV heads do not divide by it, nor it by them"
+    return _blocks(engine_, model, tp, expert_parallel)
+
+
+def _uneven(engine_: Engine, model: Model, tp: int) -> str | None:
+    if tp <= model.kv_heads:
+        return None
+    if tp % model.kv_heads:
+        return (
+            f"tp {tp}: {engine_.name} asserts that tp divides by the {model.kv_heads} KV heads where there are more ranks "
+            f"than heads; 1 to {model.kv_heads} work"
+        )
+    return (
+        f"tp {tp}: {engine_.name} gives ranks {model.kv_heads} to {tp - 1} no query heads without quantisation; "
+        f"1 to {model.kv_heads} work"
+    )
+
+
+def _columns(model: Model, expert_parallel: bool) -> list[tuple[str, int]]:
+    """What is cut by columns: MLPs, experts, shared experts."""
+    columns = []
+    if model.experts is None or len(model.experts.layers) < model.layers:
+        columns.append(("MLP columns", model.mlp))
+    if model.experts and not expert_parallel:
+        columns.append(("columns of an expert", model.experts.columns))
+    if model.experts and model.experts.shared_columns:
+        columns.append(("columns of the shared experts", model.experts.shared_columns))
+    return columns
+
+
+def _blocks(engine_: Engine, model: Model, tp: int, expert_parallel: bool) -> str | None:
+    """Each rank has whole blocks and groups of weights with a scale (vLLM 0.26.0: fp8_utils.py, fp8.py, marlin_utils.py)."""
+    quantization = model.quantization
+    if quantization is None or tp == 1:
+        return None
+    size = (
+        quantization.block[0] if quantization.block else quantization.group if quantization.method in ("int", "gptq") else None
+    )
+    if size is None:
+        return None
+    attention = [("rows of queries", model.heads * model.head_dim)] if quantization.block and not model.latent else []
+    for what, number in (*attention, *_columns(model, expert_parallel)):
+        if number // tp % size:
+            return (
+                f"tp {tp}: {number // tp} {what} on each rank are not divisible by {size}, the block of its "
+                f"{quantization.name} weights, and {engine_.name} refuses that"
+            )
     return None
 
 
-def require(engine_: Engine, model: Model, tp: int) -> None:
+def gpu_refusal(engine_: Engine, model: Model, sm: int) -> str | None:
+    """Why the engine does not run these weights on a GPU of this compute capability; None: it does."""
+    if model.quantization and sm < least_sm(model.quantization):
+        least = least_sm(model.quantization)
+        return (
+            f"{engine_.name} {engine_.version} runs {model.quantization.name} weights from compute capability "
+            f"{least // 10}.{least % 10} on, and this GPU has {sm // 10}.{sm % 10}"
+        )
+    return None
+
+
+def expert_parallel(engine_: Engine, model: Model, tp: int, forced: bool | None) -> bool:
+    """Whether ranks hold whole experts: as deploy.toml says, else where the engine does not cut these experts over `tp`."""
+    if forced is not None or model.experts is None:
+        return bool(forced and model.experts)
+    return bool(refusal(engine_, model, tp)) and not refusal(engine_, model, tp, expert_parallel=True)
+
+
+def require(engine_: Engine, model: Model, tp: int, *, expert_parallel: bool = False) -> None:
     """Raises LayoutError with the engine's rule, where it refuses `tp`."""
-    reason = refusal(engine_, model, tp)
+    reason = refusal(engine_, model, tp, expert_parallel=expert_parallel)
     if reason:
-        raise LayoutError(reason, remedy=f"the others: tp {', '.join(map(str, legal(engine_, model)))}")
+        others = ", ".join(map(str, legal(engine_, model)))
+        raise LayoutError(reason, remedy=f"the others: tp {others}" if others else 'choose engine = "vllm"')
 
 
 def legal(engine_: Engine, model: Model, most: int = 64) -> tuple[int, ...]:
-    """Every tp up to `most` that the engine takes."""
-    return tuple(tp for tp in range(1, most + 1) if refusal(engine_, model, tp) is None)
+    """Every tp up to `most` that the engine takes, cutting experts or not."""
+    return tuple(
+        tp
+        for tp in range(1, most + 1)
+        if not all(refusal(engine_, model, tp, expert_parallel=whole) for whole in (False, True))
+    )
 
 
 def part(total: int, rank: int, tp: int, multiple: int = 1) -> tuple[int, int]:

@@ -1,20 +1,21 @@
-"""Which splits of a model fit these GPUs, what fits beside the weights, and which one is the fastest."""
+"""Whether a split of a model fits these GPUs, what fits beside the weights, and how fast it would be."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
-from deploy.nodes.config import LayoutConfig
+from deploy.nodes.config import LayoutConfig, Objective
 from deploy.nodes.facts import Gpu
-from deploy.planning import engines, speed
-from deploy.planning.engines import Engine
-from deploy.planning.models import Model
+from deploy.planning import architectures, engines, hardware, speed
+from deploy.planning.engines import Engine, Split
+from deploy.planning.hardware import NodeKind
+from deploy.planning.shapes import BYTES, Model
 from deploy.planning.shards import GIB, RankShare, balance, shares
-from deploy.planning.speed import NodeKind, Prediction, StageLoad
+from deploy.planning.speed import Link, Prediction, StageLoad, Traffic
 from gracefarm.errors import LayoutError
 
 RESERVE = 3 * GIB
@@ -48,27 +49,38 @@ class Layout(BaseModel):
     pp: PositiveInt
     "Pipeline parallel: stages, each with layers of its own."
     partition: tuple[PositiveInt, ...]
-    "Layers of each stage."
+    "Layers of each stage; empty: the engine's own, of a model that nobody knows here."
     offload_gib: float = Field(default=0, ge=0)
     "Weights in host memory, per GPU."
-    max_model_len: PositiveInt
-    "Tokens of the longest request, prompt and answer together."
-    max_num_seqs: PositiveInt
-    "Requests that are worked on at the same time."
+    max_model_len: PositiveInt | None
+    "Tokens of the longest request, prompt and answer together; None: the engine chooses."
+    max_num_seqs: PositiveInt | None
+    "Requests that are worked on at the same time, by each replica; None: the engine chooses."
     max_num_batched_tokens: PositiveInt
     "Tokens of one step; prompts that are longer are cut into chunks."
     gmu: float = Field(gt=0, le=1)
     "Share of a GPU's memory that the engine takes."
+    dp: PositiveInt = 1
+    "Data parallel: replicas, each with all layers."
+    expert_parallel: bool = False
+    "The GPUs of a stage hold whole experts instead of a part of each."
+    local_replicas: PositiveInt = 1
+    "Replicas on each node; 1 too where a replica spans several."
+    spans: bool = False
+    "A replica needs several nodes."
 
     @property
     def world(self) -> int:
         """GPUs in all."""
-        return self.tp * self.pp
+        return self.tp * self.pp * self.dp
 
     @property
     def name(self) -> str:
         """As people say it."""
-        return f"tp{self.tp} pp{self.pp}"
+        words = [f"tp{self.tp}", f"pp{self.pp}"]
+        words += [f"dp{self.dp}"] if self.dp > 1 else []
+        words += ["ep"] if self.expert_parallel else []
+        return " ".join(words)
 
 
 class MemoryPlan(BaseModel):
@@ -135,6 +147,15 @@ class Question:
     forced: LayoutConfig = field(default_factory=LayoutConfig)
     price: float | None = None
     "$ per node and hour."
+    link: Link = field(default_factory=Link)
+    "Between the nodes."
+    cache_bytes: int = BYTES
+    "Of an element of the KV cache."
+
+    @property
+    def objective(self) -> Objective:
+        """What the layout is to be good at."""
+        return self.forced.objective
 
     @property
     def gpus(self) -> int:
@@ -144,7 +165,15 @@ class Question:
     @cached_property
     def price_per_node(self) -> float | None:
         """deploy.toml's, else the kind's."""
-        return self.price if self.price is not None else speed.kind_of(self.machines[0].gpus[0].name).price
+        if self.price is not None:
+            return self.price
+        known = self.kind.price
+        return known.usd if known else None
+
+    @cached_property
+    def kind(self) -> NodeKind:
+        """Of the head's first GPU."""
+        return hardware.kind_of(self.machines[0].gpus[0].name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,10 +186,10 @@ class Candidate:
     memory: MemoryPlan
     prediction: Prediction
 
-    @property
-    def rank(self) -> tuple[float, int]:
-        """The fastest first; of equal ones the one that holds more tokens."""
-        return (-round(self.prediction.tokens_per_s, 1), -self.memory.cache_tokens)
+    @cached_property
+    def nodes(self) -> int:
+        """How many serve."""
+        return len({slot.machine.name for slot in self.slots})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,31 +224,40 @@ def budget(slot: Slot, gmu: float) -> int:
     return int(slot.gpu.total * gmu)
 
 
-def evaluate(question: Question, tp: int, pp: int, partition: Sequence[int] | None = None) -> Candidate:
+def evaluate(question: Question, tp: int, pp: int, partition: Sequence[int] | None = None, dp: int = 1) -> Candidate:
     """The layout with these numbers, everything else chosen or as forced.
 
     Raises:
         LayoutError: the sentence that names the limit.
     """
     engine, model, forced = question.engine, question.model, question.forced
-    engines.require(engine, model, tp)
-    if tp * pp > question.gpus:
+    split = split_of(question, tp)
+    engines.require(engine, model, tp, expert_parallel=split.expert_parallel)
+    if tp * pp * dp > question.gpus:
+        times = f" dp{dp}" if dp > 1 else ""
         raise LayoutError(
-            f"tp{tp} pp{pp} needs {tp * pp} GPUs, and there are {question.gpus}", remedy="fewer stages or ranks, or more nodes"
+            f"tp{tp} pp{pp}{times} needs {tp * pp * dp} GPUs, and there are {question.gpus}",
+            remedy="fewer stages or ranks, or more nodes",
         )
-    stages = _partition(engine, model, tp, pp, partition)
-    slots = place(question.machines, tp * pp)
-    held = [share for stage in shares(engine, model, tp, stages) for share in stage]
+    stages = _partition(question, split, pp, partition)
+    slots = place(question.machines, tp * pp * dp)
+    _replicas(question, tp * pp, dp, slots)
+    name = f"tp{tp} pp{pp}"
+    held = [share for stage in shares(engine, model, split, stages) for share in stage] * dp
     budgets = [budget(slot, forced.gpu_memory_utilization) for slot in slots]
-    offload = _offload(question, f"tp{tp} pp{pp}", held, budgets)
-    host = _host(f"tp{tp} pp{pp}", slots, offload)
+    offload = _offload(question, name, held, budgets)
+    host = _host(name, slots, offload)
     _swap(engine, tp, slots[0].machine)
-    rooms = [room - share.weights + share.away(offload) - RESERVE for share, room in zip(held, budgets, strict=True)]
-    limiting = min(range(len(held)), key=lambda index: rooms[index] // held[index].token)
-    cache = rooms[limiting] // held[limiting].token // BLOCK * BLOCK
+    rooms = [
+        room - share.weights + share.away(offload) - RESERVE - share.request for share, room in zip(held, budgets, strict=True)
+    ]
+    limiting = min(range(len(held)), key=lambda index: rooms[index] // max(1, held[index].token))
+    cache = rooms[limiting] // max(1, held[limiting].token) // BLOCK * BLOCK
     request = cache if engine.shared_cache else cache // pp // BLOCK * BLOCK
-    layout = _sized(question, tp, pp, stages, offload, request)
-    weights = [share.weights / GIB for share in held]
+    each = len(slots[0].machine.gpus) // (tp * pp)
+    placed = {"dp": dp, "local_replicas": max(1, min(dp, each)), "spans": each == 0} if dp > 1 else {}
+    layout = _sized(question, split, pp, stages, offload, request).model_copy(update=placed)
+    weights = [share.weights / GIB for share in held[: tp * pp]]
     memory = MemoryPlan(
         weights_gib=round(max(weights), 3),
         by_stage_gib=tuple(tuple(round(size, 3) for size in weights[stage * tp : (stage + 1) * tp]) for stage in range(pp)),
@@ -227,19 +265,53 @@ def evaluate(question: Question, tp: int, pp: int, partition: Sequence[int] | No
         reserve_gib=RESERVE / GIB,
         cache_gib=round(rooms[limiting] / GIB, 2),
         token_bytes=held[limiting].token,
-        cache_tokens=cache,
+        cache_tokens=cache * dp,
         request_tokens=request,
-        full_length=request // layout.max_model_len * (1 if engine.shared_cache else pp),
+        full_length=request // (layout.max_model_len or request) * (1 if engine.shared_cache else pp) * dp,
         host_gib=round(host / GIB, 1),
     )
     return Candidate(layout=layout, slots=slots, memory=memory, prediction=_speed(question, layout, slots, held))
 
 
-def _partition(engine: Engine, model: Model, tp: int, pp: int, given: Sequence[int] | None) -> tuple[int, ...]:
+def split_of(question: Question, tp: int) -> Split:
+    """How the layers are divided over `tp` GPUs of these machines."""
+    columns, hidden = engines.mxfp4_padding(question.kind.sm)
+    return Split(
+        tp=tp,
+        expert_parallel=engines.expert_parallel(question.engine, question.model, tp, question.forced.expert_parallel),
+        batched=BATCHED,
+        cache_bytes=question.cache_bytes,
+        expert_multiple=columns,
+        hidden_multiple=hidden,
+    )
+
+
+def _replicas(question: Question, world: int, dp: int, slots: Sequence[Slot]) -> None:
+    """What vLLM 0.26.0 asks of replicas on Ray (v1/engine/utils.py, create_dp_placement_groups). Raises LayoutError."""
+    if dp == 1:
+        return
+    if not question.engine.replicas:
+        raise LayoutError(f"dp {dp}: {question.engine.name} has no replicas", remedy='choose engine = "vllm"')
+    if question.model.experts:
+        raise LayoutError(
+            f"dp {dp}: {question.engine.name} shares the experts out over replicas, which the planner does not know",
+            remedy="leave data_parallel away, or [layout] trust = true",
+        )
+    counts = {len(slot.machine.gpus) for slot in slots}
+    if len(counts) > 1 or (min(counts) % world and world % min(counts)):
+        have = " and ".join(map(str, sorted(counts)))
+        raise LayoutError(
+            f"dp {dp}: a replica of {world} GPUs fills whole nodes or a part of one, and the nodes have {have}",
+            remedy="a layout whose tp * pp divides the GPUs of a node, or is a multiple of them",
+        )
+
+
+def _partition(question: Question, split: Split, pp: int, given: Sequence[int] | None) -> tuple[int, ...]:
+    engine, model = question.engine, question.model
     if given is None:
         if pp > model.layers:
             raise LayoutError(f"pp {pp}: the model has {model.layers} layers", remedy="fewer stages")
-        return balance(engine, model, tp, pp)
+        return balance(engine, model, split, pp)
     if len(given) != pp:
         raise LayoutError(f"partition has {len(given)} stages, and pp is {pp}", remedy="one number of layers for each stage")
     if sum(given) != model.layers:
@@ -253,10 +325,14 @@ def _partition(engine: Engine, model: Model, tp: int, pp: int, given: Sequence[i
 def _offload(question: Question, name: str, held: Sequence[RankShare], budgets: Sequence[int]) -> float:
     """GiB per GPU: 0 where the cache has its floor; else in tenths, so much that the fullest GPU has it."""
     forced = question.forced.cpu_offload_gib
-    wants = [share.weights + RESERVE + CACHE_FLOOR - room for share, room in zip(held, budgets, strict=True)]
+    wants = [share.weights + share.request + RESERVE + CACHE_FLOOR - room for share, room in zip(held, budgets, strict=True)]
     worst = max(range(len(wants)), key=lambda index: wants[index])
     chosen = max(0, -(-wants[worst] * 10 // GIB)) / 10 if forced is None else forced
-    lefts = [room - share.weights + share.away(chosen) - RESERVE for share, room in zip(held, budgets, strict=True)]
+    if question.kind.unified:
+        chosen = _unified(name, chosen, forced)
+    lefts = [
+        room - share.weights + share.away(chosen) - RESERVE - share.request for share, room in zip(held, budgets, strict=True)
+    ]
     least = min(range(len(held)), key=lambda index: lefts[index])
     left = lefts[least]
     if left < held[least].token * LEAST_TOKENS:
@@ -267,6 +343,16 @@ def _offload(question: Question, name: str, held: Sequence[RankShare], budgets: 
             remedy="more nodes, weights in host memory (cpu_offload_gib), or a higher gpu_memory_utilization",
         )
     return chosen
+
+
+def _unified(name: str, chosen: float, forced: float | None) -> float:
+    """Where host and GPU share one memory, weights stay where they are. Raises LayoutError: they were forced away."""
+    if forced:
+        raise LayoutError(
+            f"{name}: GPU and host share one memory there, so that {chosen:g} GiB in host memory save nothing",
+            remedy="leave cpu_offload_gib away",
+        )
+    return 0.0
 
 
 def _host(name: str, slots: Sequence[Slot], offload: float) -> int:
@@ -294,9 +380,9 @@ def _swap(engine: Engine, tp: int, head: Machine) -> None:
         )
 
 
-def _sized(question: Question, tp: int, pp: int, stages: tuple[int, ...], offload: float, request: int) -> Layout:
+def _sized(question: Question, split: Split, pp: int, stages: tuple[int, ...], offload: float, request: int) -> Layout:
     """Lengths and numbers of requests that the cache holds."""
-    forced, model = question.forced, question.model
+    forced, model, tp = question.forced, question.model, split.tp
     if forced.max_model_len and forced.max_model_len > model.max_len:
         raise LayoutError(
             f"max_model_len {forced.max_model_len}: the model was trained for {model.max_len} tokens", remedy="at most that"
@@ -322,34 +408,61 @@ def _sized(question: Question, tp: int, pp: int, stages: tuple[int, ...], offloa
         max_num_seqs=seqs,
         max_num_batched_tokens=BATCHED,
         gmu=forced.gpu_memory_utilization,
+        expert_parallel=split.expert_parallel,
     )
 
 
 def _speed(question: Question, layout: Layout, slots: Sequence[Slot], held: Sequence[RankShare]) -> Prediction:
     nodes = len({slot.machine.name for slot in slots})
     price = question.price_per_node
+    return speed.predict(
+        stage_loads(question, layout, slots, held),
+        traffic(question.model),
+        question.link,
+        replicas=layout.dp,
+        most=layout.max_num_seqs or MOST_SEQS,
+        usd_per_hour=None if price is None else round(price * nodes, 2),
+    )
+
+
+def traffic(model: Model) -> Traffic:
+    """What a token of this model costs on every way."""
+    experts = model.experts
+    return Traffic(
+        hidden=model.hidden,
+        experts=experts.count if experts else 1,
+        per_token=experts.per_token if experts else 1,
+    )
+
+
+def stage_loads(question: Question, layout: Layout, slots: Sequence[Slot], held: Sequence[RankShare]) -> tuple[StageLoad, ...]:
+    """What the stages of the first replica do for a token."""
+    active = architectures.active_parameters(question.model)
+    eight_bit = question.model.quantization is not None and question.model.quantization.method in ("fp8", "fbgemm_fp8")
     stages = []
     for stage, layers in enumerate(layout.partition):
         ranks = range(stage * layout.tp, (stage + 1) * layout.tp)
-        away = [held[rank].away(layout.offload_gib) for rank in ranks]
-        kind = min((speed.kind_of(slots[rank].gpu.name) for rank in ranks), key=lambda node_kind: node_kind.hbm_gb_s)
+        kind = min((hardware.kind_of(slots[rank].gpu.name) for rank in ranks), key=lambda node_kind: node_kind.hbm_gb_s)
+        share = max((held[rank] for rank in ranks), key=lambda own: own.dense + own.experts)
+        away = share.away(layout.offload_gib) / share.layers
+        here = [slots[rank].machine.name for rank in ranks]
+        following = slots[ranks.stop].machine.name if stage + 1 < layout.pp else slots[0].machine.name
         stages.append(
             StageLoad(
                 layers=layers,
                 tp=layout.tp,
-                resident=max(held[rank].weights - gone for rank, gone in zip(ranks, away, strict=True)),
-                offloaded=max(away),
+                resident=share.dense * (1 - away) + share.head,
+                experts=share.experts * (1 - away),
+                offloaded=share.dense * away,
+                offloaded_experts=share.experts * away,
+                token=share.token,
+                flops=2 * active * layers / question.model.layers / layout.tp / (2 if eight_bit and kind.sm >= 89 else 1),
                 kind=kind,
-                within_node=kind.nvlink and len({slots[rank].machine.name for rank in ranks}) == 1,
+                within_node=kind.nvlink and len(set(here)) == 1,
+                same_node_as_next=kind.nvlink and here[-1] == following,
             )
         )
-    return speed.predict(stages, usd_per_hour=None if price is None else round(price * nodes, 2))
-
-
-def second_figure(engine: Engine, model: Model) -> Prediction:
-    """What the model says of the tutorial's second figure, 2 x 8 H100 with tp8 pp2, to be compared with speed.SECOND."""
-    kind = speed.kinds()["h100-80x8"]
-    return evaluate(Question(engine=engine, model=model, machines=machines_of(kind, 2)), 8, 2).prediction
+    return tuple(stages)
 
 
 def machines_of(kind: NodeKind, count: int) -> tuple[Machine, ...]:
@@ -359,100 +472,3 @@ def machines_of(kind: NodeKind, count: int) -> tuple[Machine, ...]:
         Machine(name=f"k{index}", private=f"10.0.0.{index + 1}", gpus=(gpu,) * kind.gpus, host=kind.host_gib * GIB)
         for index in range(count)
     )
-
-
-# choosing
-
-
-def choose(question: Question) -> LayoutChoice:
-    """The fastest layout that fits, within what deploy.toml forces.
-
-    Raises:
-        LayoutError: none fits; with the reason of the one that came nearest, or of the one that was forced.
-    """
-    forced = question.forced
-    if forced.partition and forced.pipeline_parallel is None:
-        forced = forced.model_copy(update={"pipeline_parallel": len(forced.partition)})
-    if not question.machines or not question.machines[0].gpus:
-        raise LayoutError(
-            "the head has no usable GPU, and the engine's driver needs one", remedy="put a node with a GPU first"
-        )
-    if forced.tensor_parallel and forced.pipeline_parallel:
-        only = evaluate(question, forced.tensor_parallel, forced.pipeline_parallel, forced.partition)
-        return LayoutChoice(best=only, others=(), rejected=())
-    fitting: list[Candidate] = []
-    failed: dict[tuple[int, int], LayoutError] = {}
-    for tp, pp in _pairs(question, forced):
-        try:
-            fitting.append(evaluate(question, tp, pp, forced.partition))
-        except LayoutError as error:
-            failed[tp, pp] = error
-    if not fitting:
-        nearest = max(failed, key=lambda split: (*_possible(question, *split), split[0] * split[1]))
-        raise LayoutError(f"no layout fits: {failed[nearest].cause}", remedy=failed[nearest].remedy)
-    fitting.sort(key=lambda candidate: candidate.rank)
-    rejected = (*_worth_saying(failed, question), *_own_splits(question, fitting))
-    return LayoutChoice(best=fitting[0], others=tuple(fitting[1:]), rejected=rejected)
-
-
-def _pairs(question: Question, forced: LayoutConfig) -> Iterator[tuple[int, int]]:
-    """What is tried. A tp that the engine refuses is tried once, for its reason, up to 16."""
-    tps = [forced.tensor_parallel] if forced.tensor_parallel else range(1, question.gpus + 1)
-    for tp in tps:
-        refused = engines.refusal(question.engine, question.model, tp) is not None
-        if forced.pipeline_parallel:
-            yield tp, forced.pipeline_parallel
-        elif refused and (tp <= 16 or forced.tensor_parallel):
-            yield tp, 1
-        elif not refused:
-            yield from ((tp, pp) for pp in range(1, min(question.gpus // tp, question.model.layers) + 1))
-
-
-def _possible(question: Question, tp: int, pp: int) -> tuple[bool, bool]:
-    """The engine splits so, and there are the GPUs: what fails in spite of both is what a person wants to hear about."""
-    return engines.refusal(question.engine, question.model, tp) is None, tp * pp <= question.gpus
-
-
-def _worth_saying(failed: Mapping[tuple[int, int], LayoutError], question: Question) -> list[Rejected]:
-    """Of each tp the attempt with the most stages: with fewer it fits still less."""
-    last: dict[int, Rejected] = {}
-    for (tp, pp), error in failed.items():
-        if engines.refusal(question.engine, question.model, tp):
-            last[tp] = Rejected(layout=f"tp{tp}", reason=error.cause.removeprefix(f"tp {tp}: "))
-        else:
-            last[tp] = Rejected(layout=f"tp{tp} pp{pp}", reason=error.cause.removeprefix(f"tp{tp} pp{pp}: "))
-    return list(last.values())
-
-
-def _own_splits(question: Question, fitting: Sequence[Candidate]) -> Iterator[Rejected]:
-    """Layouts that fit by their partition alone: the engine's own split overloads the last stage."""
-    if not question.engine.default_partition:
-        return
-    for candidate in fitting:
-        own = engines.default_partition(question.model.layers, candidate.layout.pp)
-        if own == candidate.layout.partition or (candidate.layout.offload_gib and candidate is not fitting[0]):
-            continue  # nobody would take what is slow with our split already
-        name = f"{candidate.layout.name}, the engine's own split {short(own)}"
-        try:
-            usual = evaluate(question, candidate.layout.tp, candidate.layout.pp, own)
-        except LayoutError as error:
-            yield Rejected(layout=name, reason=error.cause.removeprefix(f"{candidate.layout.name}: "))
-            continue
-        ours, theirs = candidate.layout.offload_gib, usual.layout.offload_gib
-        if theirs > ours:
-            yield Rejected(
-                layout=name,
-                reason=f"the last stage holds {usual.memory.weights_gib:.1f} GiB per GPU, {theirs:g} of them in host memory; "
-                f"{short(candidate.layout.partition)} holds {candidate.memory.weights_gib:.1f} and {ours:g}",
-            )
-
-
-def short(partition: Sequence[int]) -> str:
-    """12,12,12,18 as 12x3,18."""
-    runs: list[list[int]] = []
-    for layers in partition:
-        if runs and runs[-1][0] == layers:
-            runs[-1][1] += 1
-        else:
-            runs.append([layers, 1])
-    return ",".join(f"{layers}x{count}" if count > 1 else str(layers) for layers, count in runs)

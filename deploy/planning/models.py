@@ -1,10 +1,9 @@
-"""The numbers of a Llama-shaped model that decide what fits where: from a config.json, from the Hub, or built in."""
+"""Where a model's numbers are from: files on this machine, the Hub, or the table that is built in."""
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import tomllib
 from collections.abc import Mapping
 from contextlib import suppress
@@ -13,131 +12,71 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
+from pydantic import ValidationError
 
 from deploy.nodes.config import ModelConfig
+from deploy.planning import architectures
+from deploy.planning.architectures import ARCHITECTURES
+from deploy.planning.shapes import COMMIT, Model, Stored
+from deploy.planning.tensors import Tensor
+from deploy.remote import checkpoint
+from deploy.remote.wire import Json, WorkerError
 from gracefarm.errors import ConfigError, FetchError, LayoutError
 
 if TYPE_CHECKING:
     import httpx
 
 ENDPOINT = "https://huggingface.co"
-LLAMA = ("LlamaForCausalLM", "MistralForCausalLM")
-"Architectures whose tensors are those of `Model`: grouped-query attention, gated MLP, two norms a layer."
-BYTES = 2
-"Per weight and per KV element: bfloat16 or float16; engines turn float32 into float16."
-COMMIT = re.compile(r"[0-9a-f]{40}")
 TIMEOUT = 10.0
+WHOLE = "is it the model's own config.json, and all of it?"
+TRUST = "serve it without a prediction: [layout] trust = true, with tensor_parallel and pipeline_parallel"
 
 
 class GatedError(FetchError):
     """The Hub has it and does not give its files."""
 
 
-class Model(BaseModel):
-    """A model at a revision. Names as in the field, not as in config.json."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    repo: str
-    revision: str
-    "A commit; a branch or tag where nobody could be asked for its commit."
-    layers: PositiveInt
-    hidden: PositiveInt
-    heads: PositiveInt
-    kv_heads: PositiveInt
-    head_dim: PositiveInt
-    mlp: PositiveInt
-    vocab: PositiveInt
-    max_len: PositiveInt
-    tied: bool = False
-    "The output layer is the embedding."
-    attention_bias: bool = False
-    mlp_bias: bool = False
-    source: str = ""
-    "Where the numbers are from, for people."
-
-    @property
-    def pinned(self) -> bool:
-        """The revision is a commit."""
-        return COMMIT.fullmatch(self.revision) is not None
-
-    def layer_tensors(self) -> dict[str, int]:
-        """Elements of each tensor of a decoder layer, by its name in the checkpoint."""
-        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        tensors = {
-            "self_attn.q_proj.weight": q * self.hidden,
-            "self_attn.k_proj.weight": kv * self.hidden,
-            "self_attn.v_proj.weight": kv * self.hidden,
-            "self_attn.o_proj.weight": self.hidden * q,
-            "mlp.gate_proj.weight": self.mlp * self.hidden,
-            "mlp.up_proj.weight": self.mlp * self.hidden,
-            "mlp.down_proj.weight": self.hidden * self.mlp,
-            "input_layernorm.weight": self.hidden,
-            "post_attention_layernorm.weight": self.hidden,
-        }
-        if self.attention_bias:
-            sizes = {"q_proj": q, "k_proj": kv, "v_proj": kv, "o_proj": self.hidden}
-            tensors |= {f"self_attn.{name}.bias": size for name, size in sizes.items()}
-        if self.mlp_bias:
-            sizes = {"gate_proj": self.mlp, "up_proj": self.mlp, "down_proj": self.hidden}
-            tensors |= {f"mlp.{name}.bias": size for name, size in sizes.items()}
-        return tensors
-
-    def at(self, revision: str) -> Model:
-        """The same numbers, at a revision that somebody resolved."""
-        return self.model_copy(update={"revision": revision})
+class UnknownModelError(LayoutError):
+    """An architecture or a quantisation whose bytes are not known here; `[layout] trust` serves it all the same."""
 
 
 def from_config(config: object, *, repo: str, revision: str, source: str) -> Model:
     """The model of a config.json.
 
     Raises:
-        LayoutError: not Llama-shaped, or quantised: its bytes would be guessed.
+        UnknownModelError: its architecture or quantisation is not known here: its bytes would be guessed.
         ConfigError: a number is missing or no number.
     """
     if not isinstance(config, Mapping):
-        raise ConfigError(f"{source}: config.json is a {type(config).__name__}, not a table", remedy="is it the model's own?")
+        raise ConfigError(f"{source}: config.json is a {type(config).__name__}, not a table", remedy=WHOLE)
     named = config.get("architectures")
-    architectures = named if isinstance(named, list) and named else ["none named"]
-    if architectures[0] not in LLAMA:
-        raise LayoutError(
-            f"{repo}: the planner knows {' and '.join(LLAMA)}, not {architectures[0]}",
-            remedy="a model of another shape is served by hand",
-        )
-    if config.get("quantization_config"):
-        quantization = config["quantization_config"]
-        method = quantization.get("quant_method", "unknown") if isinstance(quantization, Mapping) else quantization
-        raise LayoutError(
-            f"{repo}: its weights are quantised ({method}), and the planner knows the bytes of 16-bit weights alone",
-            remedy="plan the repository with 16-bit weights",
+    name = str(named[0]) if isinstance(named, list) and named else "none named"
+    if name not in ARCHITECTURES:
+        raise UnknownModelError(
+            f"{repo}: the planner does not know the architecture {name}, so that it would guess its memory", remedy=TRUST
         )
     try:
-        heads = config["num_attention_heads"]
-        return Model(
-            repo=repo,
-            revision=revision,
-            layers=config["num_hidden_layers"],
-            hidden=config["hidden_size"],
-            heads=heads,
-            kv_heads=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-            mlp=config["intermediate_size"],
-            vocab=config["vocab_size"],
-            max_len=config.get("max_position_embeddings", 2048),
-            tied=config.get("tie_word_embeddings", False),
-            attention_bias=config.get("attention_bias", False),
-            mlp_bias=config.get("mlp_bias", False),
-            source=source,
-        )
+        return architectures.model_of(name, config, repo=repo, revision=revision, source=source)
     except KeyError as error:
-        raise ConfigError(f"{source}: config.json has no {error.args[0]}", remedy="is it the whole file?") from error
-    except (ValidationError, TypeError, ZeroDivisionError) as error:
-        raise ConfigError(f"{source}: a number of config.json is wrong: {error}", remedy="is it the whole file?") from error
+        raise ConfigError(f"{source}: config.json has no {error.args[0]}", remedy=WHOLE) from error
+    except NotImplementedError as error:
+        raise UnknownModelError(
+            f"{repo}: its weights are quantised as {error}, which the planner does not know", remedy=TRUST
+        ) from error
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        what = ".".join(map(str, wrong["loc"])) or "together"
+        raise ConfigError(f"{source}: config.json has wrong numbers: {what}: {wrong['msg']}", remedy=WHOLE) from error
+    except (ValueError, TypeError, ZeroDivisionError, AttributeError, IndexError) as error:
+        raise ConfigError(f"{source}: config.json has wrong numbers: {error}", remedy=WHOLE) from error
 
 
 def from_file(path: Path, *, repo: str, revision: str) -> Model:
-    """The model of a local config.json, or of the folder that has it. Raises ConfigError, LayoutError."""
+    """The model of a local config.json, or of the folder that has it with its weights or their index.
+
+    Raises:
+        ConfigError: a file is missing, damaged, or about another model. UnknownModelError: as `from_config`.
+    """
     place = path / "config.json" if path.is_dir() else path
     try:
         config = json.loads(place.read_text())
@@ -145,7 +84,72 @@ def from_file(path: Path, *, repo: str, revision: str) -> Model:
         raise ConfigError(f"{place}: no such file", remedy="[model] config names a config.json") from error
     except ValueError as error:
         raise ConfigError(f"{place}: not JSON: {error}", remedy="is it the whole file?") from error
-    return from_config(config, repo=repo, revision=revision, source=str(path))
+    model = from_config(config, repo=repo, revision=revision, source=str(path))
+    if not path.is_dir():
+        return model
+    try:
+        index = checkpoint.names(path)
+        if index is not None and not any((path / shard).exists() for shard in index.values()):
+            return _named(model, index)
+        if index is None and not (path / checkpoint.SINGLE).exists():
+            return model
+        return with_tensors(model, checkpoint.read({"folder": str(path)}))
+    except WorkerError as error:
+        raise ConfigError(error.cause, remedy=error.remedy) from error
+    except OSError as error:
+        raise ConfigError(f"{path}: {error}", remedy="make the files readable") from error
+
+
+def _named(model: Model, index: Mapping[str, str]) -> Model:
+    """The model, whose index names every tensor that its config.json implies. Raises ConfigError."""
+    there = {checkpoint.folded(name) for name in index}
+    for layer in range(model.layers):
+        for tensor in architectures.layer_tensors(model, layer):
+            if not tensor.scale and (layer, tensor.name) not in there:
+                raise ConfigError(
+                    f"{model.source}: the index names no {tensor.name} in layer {layer}, which config.json implies",
+                    remedy="are both of the same model?",
+                )
+    return model
+
+
+def with_tensors(model: Model, found: Json) -> Model:
+    """The model with the tensors that `deploy.remote.checkpoint.read` found in its files.
+
+    Raises:
+        ConfigError: they are another model's than config.json's.
+    """
+
+    def tensors(entries: list[list[Any]]) -> tuple[Tensor, ...]:
+        return tuple(Tensor(name=name, dtype=dtype, shape=tuple(shape), count=count) for name, dtype, shape, count in entries)
+
+    stored = Stored(
+        kinds=tuple(tensors(kind) for kind in found["kinds"]),
+        order=tuple(found["order"]),
+        outer=tensors(found["outer"]),
+        other=found["other"],
+    )
+    if len(stored.order) < model.layers:  # more of them: layers that predict several tokens, which stay unloaded
+        raise ConfigError(
+            f"{model.source}: the files have {len(stored.order)} layers, and config.json says {model.layers}",
+            remedy="are both of the same model?",
+        )
+    for layer in range(model.layers):
+        _compare(model, layer, {tensor.name: tensor for tensor in stored.kinds[stored.order[layer]]})
+    return model.model_copy(update={"stored": stored})
+
+
+def _compare(model: Model, layer: int, there: Mapping[str, Tensor]) -> None:
+    """Every matrix that config.json implies is there and as large. Raises ConfigError."""
+    for tensor in architectures.layer_tensors(model, layer):
+        found = there.get(tensor.name)
+        if not tensor.scale and (found is None or (found.shape, found.count) != (tensor.shape, tensor.count)):
+            has = f"{found.count} x {list(found.shape)}" if found else "none"
+            raise ConfigError(
+                f"{model.source}: by config.json, layer {layer} has {tensor.count} x {tensor.name} {list(tensor.shape)}, "
+                f"and the files have {has}",
+                remedy="are both of the same model?",
+            )
 
 
 @cache

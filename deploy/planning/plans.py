@@ -5,35 +5,41 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, PositiveInt
 
-from deploy.nodes import paths, redact
-from deploy.nodes.deployment import Deployment, Node
+from deploy.nodes.deployment import Deployment
 from deploy.nodes.facts import Facts, NodeFacts
-from deploy.planning import engines, layouts, speed
+from deploy.planning import choosing, commands, engines, hardware, layouts, network
 from deploy.planning.engines import Engine
-from deploy.planning.layouts import Candidate, Layout, LayoutChoice, Machine, MemoryPlan, Question, Rejected
-from deploy.planning.models import Model
+from deploy.planning.layouts import (
+    BATCHED,
+    Candidate,
+    Layout,
+    LayoutChoice,
+    Machine,
+    MemoryPlan,
+    Question,
+    Rejected,
+)
+from deploy.planning.shapes import BYTES, Model
 from deploy.planning.shards import GIB
 from deploy.planning.speed import Prediction
 from gracefarm.errors import ConfigError, LayoutError
 
 REHEARSED = "gh200-96"
 "What the nodes of a rehearsal are taken for: their GPUs are declared, not found."
-OBJECT_STORE = 1 << 30
-"Bytes; Ray would take 30 % of the host memory that weights may need, and the engine keeps nothing there."
-OBJECT_STORE_REHEARSED = 128 << 20
 FREE = 0.95
 "Of a GPU's memory: with less, somebody uses it."
-OFFLOAD_TIMEOUT = 600
-"Seconds for one step: the engine's 60 s are too few where weights come from host memory."
 
 
 RUNS = {"deployment", "engine", "model", "revision", "layout", "nodes", "serve", "serve_env", "secret_env"}
 "Fields of a plan that are executed; the others say what to expect of it: a price, a better prediction, a spare."
+LATER: Mapping[str, object] = MappingProxyType({"dp": 1, "expert_parallel": False, "local_replicas": 1, "spans": False})
+"Fields of a layout that came later, and what layouts were before."
 
 
 class NodePlan(BaseModel):
@@ -93,8 +99,9 @@ class ServePlan(BaseModel):
     "Its whole environment beside the login's."
     secret_env: tuple[str, ...]
     "Names of variables whose values are secret: `deploy serve` hands them over on stdin."
-    memory: MemoryPlan
-    prediction: Prediction
+    memory: MemoryPlan | None
+    "None: a model that the planner does not know."
+    prediction: Prediction | None
     alternatives: tuple[Alternative, ...] = ()
     rejected: tuple[Rejected, ...] = ()
     notes: tuple[str, ...] = ()
@@ -107,8 +114,12 @@ class ServePlan(BaseModel):
 
 
 def identified(plan: ServePlan) -> ServePlan:
-    """The plan with its id."""
-    text = json.dumps(plan.model_dump(mode="json", include=RUNS), sort_keys=True, separators=(",", ":"))
+    """The plan with its id. What earlier versions did not know is left out where it is as they had it: their ids stay."""
+    runs = plan.model_dump(mode="json", include=RUNS)
+    for name, before in LATER.items():
+        if runs["layout"][name] == before:
+            del runs["layout"][name]
+    text = json.dumps(runs, sort_keys=True, separators=(",", ":"))
     return plan.model_copy(update={"id": hashlib.sha256(text.encode()).hexdigest()})
 
 
@@ -124,38 +135,22 @@ def make(deployment: Deployment, facts: Facts, model: Model) -> ServePlan:
         LayoutError: the model does not fit, or not in the layout that deploy.toml forces.
         ConfigError: deploy.toml asks for what the engine does not have, or a node was never asked.
     """
-    data = deployment.data
-    engine = engines.engine(data.engine)
-    known = {node.name: facts.node(node.name) for node in deployment.nodes}
-    engines.check(engine, data.engine_options, known[deployment.head.name].arch)
-    machines, notes = _machines(deployment, known)
-    question = Question(
-        engine=engine, model=model, machines=machines, forced=data.layout, price=data.options.price_per_node_hour
-    )
-    choice = layouts.choose(question)
-    used = Counter(slot.machine.name for slot in choice.best.slots)
-    layout = choice.best.layout
-    nodes = tuple(
-        _node(deployment, engine, layout, known[name], count, known[deployment.head.name]) for name, count in used.items()
-    )
-    serve = _serve(deployment, engine, layout, model)
+    question, notes = _question(deployment, facts, model)
+    choice = choosing.choose(question)
+    best = choice.best
+    places = [slot.machine.name for slot in best.slots]
+    plan = _executed(deployment, facts, best.layout, places, model.repo, model.revision)
+    unused = [machine.name for machine in question.machines if machine.name not in {node.name for node in plan.nodes}]
     return identified(
-        ServePlan(
-            deployment=data.name,
-            engine=data.engine,
-            model=model.repo,
-            revision=model.revision,
-            layout=layout,
-            nodes=nodes,
-            spares=tuple(machine.name for machine in machines if machine.name not in used),
-            serve=serve,
-            serve_env=_serve_env(deployment, engine, nodes[0]),
-            secret_env=(engine.key_variable,),
-            memory=choice.best.memory,
-            prediction=choice.best.prediction,
-            alternatives=_alternatives(choice),
-            rejected=choice.rejected,
-            notes=(*notes, *_notes(choice.best, model, facts)),
+        plan.model_copy(
+            update={
+                "spares": tuple(unused),
+                "memory": best.memory,
+                "prediction": best.prediction,
+                "alternatives": _alternatives(choice),
+                "rejected": choice.rejected,
+                "notes": (*notes, *_notes(question, best, facts), *_unused(question, unused, len(plan.nodes))),
+            }
         )
     )
 
@@ -166,7 +161,7 @@ def _machines(deployment: Deployment, known: Mapping[str, NodeFacts]) -> tuple[t
     for node in deployment.nodes:
         facts = known[node.name]
         if deployment.data.options.rehearsal:
-            kind = speed.kinds()[REHEARSED]
+            kind = hardware.kinds()[REHEARSED]
             machine = layouts.machines_of(kind, 1)[0]
             declared = machine.gpus[:1] * (node.gpus or 1)
             machines.append(Machine(name=node.name, private=facts.private, gpus=declared, host=machine.host))
@@ -189,18 +184,134 @@ def _machines(deployment: Deployment, known: Mapping[str, NodeFacts]) -> tuple[t
     return tuple(machines), notes
 
 
-def _notes(best: Candidate, model: Model, facts: Facts) -> list[str]:
-    notes = []
+def _question(deployment: Deployment, facts: Facts, model: Model) -> tuple[Question, list[str]]:
+    """What is to be planned, and what a person should know of the nodes."""
+    data = deployment.data
+    engine = engines.engine(data.engine)
+    known = {node.name: facts.node(node.name) for node in deployment.nodes}
+    engines.check(engine, data.engine_options, known[deployment.head.name].arch)
+    machines, notes = _machines(deployment, known)
+    serving = [known[machine.name] for machine in machines]
+    cache = str(data.engine_options.get("kv-cache-dtype", data.engine_options.get("kv_cache_dtype", "auto")))
+    question = Question(
+        engine=engine,
+        model=model,
+        machines=machines,
+        forced=data.layout,
+        price=data.options.price_per_node_hour,
+        link=network.link(serving),
+        cache_bytes=1 if cache.startswith("fp8") else BYTES,
+    )
+    return question, [*notes, *network.notes(serving)]
+
+
+def trusted(deployment: Deployment, facts: Facts, repo: str, revision: str) -> ServePlan:
+    """The plan for a model that the planner does not know, as [layout] says: nothing is predicted.
+
+    Raises:
+        ConfigError: tensor_parallel or pipeline_parallel is missing. LayoutError: there are not so many GPUs.
+    """
+    data, forced = deployment.data, deployment.data.layout
+    if not (forced.tensor_parallel and forced.pipeline_parallel):
+        raise ConfigError(
+            "[layout] trust serves a model that the planner does not know; tensor_parallel or pipeline_parallel is missing",
+            remedy="set both: their product is the number of GPUs",
+        )
+    engine = engines.engine(data.engine)
+    known = {node.name: facts.node(node.name) for node in deployment.nodes}
+    engines.check(engine, data.engine_options, known[deployment.head.name].arch)
+    machines, notes = _machines(deployment, known)
+    layout = Layout(
+        tp=forced.tensor_parallel,
+        pp=forced.pipeline_parallel,
+        partition=forced.partition or (),
+        offload_gib=forced.cpu_offload_gib or 0,
+        max_model_len=forced.max_model_len,
+        max_num_seqs=forced.max_num_seqs,
+        max_num_batched_tokens=BATCHED,
+        gmu=forced.gpu_memory_utilization,
+        dp=forced.data_parallel or 1,
+        expert_parallel=forced.expert_parallel or False,
+    )
+    there = sum(len(machine.gpus) for machine in machines)
+    if layout.world > there:
+        raise LayoutError(
+            f"{layout.name} needs {layout.world} GPUs, and there are {there}", remedy="fewer stages or ranks, or more nodes"
+        )
+    each = len(machines[0].gpus) // (layout.tp * layout.pp)
+    layout = layout.model_copy(update={"local_replicas": max(1, min(layout.dp, each)), "spans": layout.dp > 1 and each == 0})
+    slots = layouts.place(machines, layout.world)
+    plan = _executed(deployment, facts, layout, [slot.machine.name for slot in slots], repo, revision)
+    unused = [machine.name for machine in machines if machine.name not in {node.name for node in plan.nodes}]
+    doubt = f"the planner does not know {repo}: [layout] trust serves it without a prediction of memory and speed"
+    return identified(plan.model_copy(update={"spares": tuple(unused), "notes": (*notes, doubt)}))
+
+
+def _executed(
+    deployment: Deployment, facts: Facts, layout: Layout, places: Sequence[str], repo: str, revision: str
+) -> ServePlan:
+    """What runs: the nodes in the engine's rank order, one name for each GPU."""
+    engine, head = engines.engine(deployment.data.engine), facts.node(deployment.head.name)
+    nodes = tuple(_node(deployment, engine, layout, facts.node(name), count, head) for name, count in Counter(places).items())
+    return ServePlan(
+        deployment=deployment.data.name,
+        engine=deployment.data.engine,
+        model=repo,
+        revision=revision,
+        layout=layout,
+        nodes=nodes,
+        serve=commands.serve(deployment, engine, layout, repo, revision),
+        serve_env=commands.serve_env(deployment, engine, layout, nodes[0].private, nodes[0].env),
+        secret_env=(engine.key_variable,),
+        memory=None,
+        prediction=None,
+    )
+
+
+def _node(deployment: Deployment, engine: Engine, layout: Layout, facts: NodeFacts, gpus: int, head: NodeFacts) -> NodePlan:
+    node = deployment.node(facts.name)
+    return NodePlan(
+        name=node.name,
+        address=node.address,
+        private=facts.private,
+        interface=facts.interface,
+        gpus=gpus,
+        env=commands.node_env(deployment, engine, layout, facts, node),
+        ray=commands.ray_command(deployment, facts, node, gpus, head),
+    )
+
+
+def _notes(question: Question, best: Candidate, facts: Facts) -> list[str]:
+    notes, model = [], question.model
     if not model.pinned:
         notes.append(
             f"{model.repo} at {model.revision!r} is not pinned yet: `deploy up` resolves it to a commit, which changes the id"
         )
-    names = {slot.gpu.name for slot in best.slots if speed.kind_of(slot.gpu.name) is speed.UNKNOWN}
+    if model.vision and model.stored is None:
+        notes.append(
+            "its part for images is not counted: config.json does not give its bytes; the files do, once they are there"
+        )
+    names = {slot.gpu.name for slot in best.slots if hardware.kind_of(slot.gpu.name) is hardware.UNKNOWN}
     notes += [f"the speed model does not know {name}: its figures are guesses" for name in sorted(names)]
+    kinds = sorted({slot.gpu.name for slot in best.slots})
+    if len(kinds) > 1:
+        notes.append(f"the GPUs differ ({', '.join(kinds)}): of each stage the smallest and the slowest counts")
     networks = sorted({facts.node(slot.machine.name).network for slot in best.slots})
     if len(networks) > 1:
         notes.append(f"the private addresses are in {len(networks)} networks ({', '.join(networks)}): set private or nic")
     return notes
+
+
+def _unused(question: Question, unused: Sequence[str], used: int) -> list[str]:
+    """Nodes that cost and bring nothing."""
+    if not unused:
+        return []
+    which = unused[0] if len(unused) == 1 else f"{unused[0]} to {unused[-1]}"
+    serving = "1 node serves" if used == 1 else f"{used} nodes serve"
+    idle = "1 does not" if len(unused) == 1 else f"{len(unused)} do not"
+    what = {"speed": "one stream", "throughput": "all streams together", "cost": "a token"}[question.objective]
+    better = "cheaper" if question.objective == "cost" else "faster"
+    return [f"{serving}, {idle} ({which}): with all, {what} would not be noticeably {better}"]
 
 
 def cautions(facts: Facts) -> tuple[str, ...]:
@@ -232,122 +343,6 @@ def _alternatives(choice: LayoutChoice) -> tuple[Alternative, ...]:
         )
         for candidate in best.values()
     )
-
-
-# commands and environments
-
-
-def _node(deployment: Deployment, engine: Engine, layout: Layout, facts: NodeFacts, gpus: int, head: NodeFacts) -> NodePlan:
-    node = deployment.node(facts.name)
-    return NodePlan(
-        name=node.name,
-        address=node.address,
-        private=facts.private,
-        interface=facts.interface,
-        gpus=gpus,
-        env=_env(deployment, engine, layout, facts, node),
-        ray=ray_command(deployment, facts, node, gpus, head),
-    )
-
-
-def _env(deployment: Deployment, engine: Engine, layout: Layout, facts: NodeFacts, node: Node) -> dict[str, str]:
-    """Of everything that runs on a node. Ray hands no more than CUDA_VISIBLE_DEVICES to its workers: all else must be here."""
-    env = {
-        engine.host_variable: facts.private,
-        engine.port_variable: str(deployment.data.ports.engine_store),
-        "NCCL_SOCKET_IFNAME": facts.interface,
-        "GLOO_SOCKET_IFNAME": facts.interface,
-        "RAY_USAGE_STATS_ENABLED": "0",
-        # Ray before 2.52 knows no tokens and ignores both.
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": paths.ray_token(deployment, node, facts.user),
-    }
-    own = layout.partition == engines.default_partition(sum(layout.partition), layout.pp)
-    if layout.pp > 1 and not (engine.default_partition and own):
-        env[engine.partition_variable] = ",".join(map(str, layout.partition))
-    if layout.offload_gib:
-        env[engine.timeout_variable] = str(OFFLOAD_TIMEOUT)
-    for name, value in deployment.data.env.items():
-        if redact.called_secret(name) or redact.Redactor().line(value) != value:
-            raise ConfigError(
-                f"[env] {name} is a secret, and deploy.toml and plans are read by many",
-                remedy="remove it: keys are made by `deploy serve`, the Hub's token comes from HF_TOKEN of your own shell",
-            )
-        if name in (engine.host_variable, engine.partition_variable):
-            raise ConfigError(f"[env] {name} is the plan's own", remedy="set private of the node, or [layout] partition")
-        env[name] = value
-    return env
-
-
-def ray_command(deployment: Deployment, facts: NodeFacts, node: Node, gpus: int, head: NodeFacts) -> tuple[str, ...]:
-    """Arguments of `ray start` on a node."""
-    ports = deployment.data.ports
-    store = OBJECT_STORE_REHEARSED if deployment.data.options.rehearsal else OBJECT_STORE
-    mine: tuple[str, ...]
-    if node.head:
-        mine = ("--head", "--port", str(ports.ray), "--include-dashboard", "true")
-        mine += ("--dashboard-host", "127.0.0.1", "--dashboard-port", str(ports.dashboard))
-    else:
-        mine = ("--address", _ray_address(head.private, deployment))
-    return (
-        paths.program(deployment, "ray"),
-        "start",
-        *mine,
-        *("--node-ip-address", facts.private),
-        *("--num-gpus", str(gpus)),
-        *("--object-store-memory", str(store)),
-        *("--object-manager-port", str(ports.object_manager)),
-        *("--node-manager-port", str(ports.node_manager)),
-        *("--dashboard-agent-listen-port", str(ports.agent)),
-        *("--dashboard-agent-grpc-port", str(ports.agent_grpc)),
-        *("--metrics-export-port", str(ports.metrics)),
-        *("--runtime-env-agent-port", str(ports.runtime_env)),
-        *("--min-worker-port", str(ports.workers_from)),
-        *("--max-worker-port", str(ports.workers_to)),
-        # Workers before Ray 2.5x warn that they take the head's.
-        *("--temp-dir", paths.ray_temp(deployment, node, facts.user)),
-        "--disable-usage-stats",
-    )
-
-
-def _ray_address(head: str, deployment: Deployment) -> str:
-    return f"[{head}]:{deployment.data.ports.ray}" if ":" in head else f"{head}:{deployment.data.ports.ray}"
-
-
-def _serve(deployment: Deployment, engine: Engine, layout: Layout, model: Model) -> tuple[str, ...]:
-    program, *verb = engine.command
-    given = engines.arguments(engine, deployment.data.engine_options)
-    planned = [
-        *("--host", "127.0.0.1"),
-        *("--port", str(deployment.data.ports.engine)),
-        *("--served-model-name", model.repo),
-        *("--tensor-parallel-size", str(layout.tp)),
-        *("--pipeline-parallel-size", str(layout.pp)),
-        *("--distributed-executor-backend", "ray"),
-        *("--gpu-memory-utilization", f"{layout.gmu:g}"),
-        *("--max-model-len", str(layout.max_model_len)),
-        *("--max-num-seqs", str(layout.max_num_seqs)),
-    ]
-    if layout.max_model_len > layout.max_num_batched_tokens:
-        # Else the engine would profile a step as long as the longest request, and its activations would take the cache's room.
-        planned += ["--max-num-batched-tokens", str(layout.max_num_batched_tokens)]
-        planned += ["--enable-chunked-prefill", *(("true",) if engine.name == "aphrodite" else ())]
-    if layout.offload_gib:
-        planned += ["--cpu-offload-gb", f"{layout.offload_gib:g}"]
-    engines.validate(engine, [*planned, *given])
-    folder = paths.weights(paths.root(deployment), model.repo, model.revision)
-    return (paths.program(deployment, program), *verb, folder, *planned, *given)
-
-
-def _serve_env(deployment: Deployment, engine: Engine, head: NodePlan) -> dict[str, str]:
-    return {
-        **head.env,
-        **engine.env,
-        "RAY_ADDRESS": _ray_address(head.private, deployment),
-        # The weights are there; nothing is to be asked of the network while it starts.
-        "HF_HUB_OFFLINE": "1",
-        "TRANSFORMERS_OFFLINE": "1",
-    }
 
 
 def ranks(plan: ServePlan) -> tuple[tuple[str, ...], ...]:

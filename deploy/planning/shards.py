@@ -1,16 +1,34 @@
-"""What each rank of a split holds, by the engine's rule and the model's shapes alone; docs/deploy.md has the formulas."""
+"""What each rank of a split holds, by the engine's rule and the tensors alone; docs/deploy.md has the formulas."""
 
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from types import MappingProxyType
 
 from deploy.planning import engines
-from deploy.planning.engines import Engine
-from deploy.planning.models import BYTES, Model
+from deploy.planning.architectures import layer_tensors, outer_tensors
+from deploy.planning.engines import Engine, Split
+from deploy.planning.shapes import BYTES, Model
+from deploy.planning.tensors import Tensor
 
 GIB = 1 << 30
+
+ROWS = MappingProxyType(
+    {
+        **dict.fromkeys(("q_proj", "q_b_proj", "kv_b_proj", "sinks"), "query"),
+        **dict.fromkeys(("k_proj", "v_proj"), "key"),
+        **dict.fromkeys(("gate_proj", "up_proj", "w1", "w3", "gate_up_proj"), "columns"),
+    }
+)
+"Modules whose outputs are shared out, and what they are shared out by."
+COLUMNS = MappingProxyType({"o_proj": "query", **dict.fromkeys(("down_proj", "w2"), "columns")})
+"Modules whose inputs are."
+_PER_INPUT = ("weight", "qweight", "weight_packed", "weight_scale", "weight_scale_inv", "qzeros", "scales", "g_idx")
+"Of these tensors of such a module, each rank holds a part."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,8 +39,16 @@ class RankShare:
     "Bytes of decoder layers: what can be offloaded."
     fixed: int
     "Bytes of embedding, output layer and last norm: what stays."
+    dense: int
+    "Bytes of the layers that every token reads: all but the routed experts and what is there twice."
+    head: int
+    "Bytes of output layer and last norm; the embedding is not read, but looked up."
+    experts: int
+    "Bytes of routed experts, of which a token reads a few."
     token: int
-    "Bytes of KV cache per token."
+    "Bytes of KV cache per token, in layers that see all tokens."
+    request: int
+    "Bytes of KV cache that a request takes in layers with a window, however long it is."
 
     @property
     def weights(self) -> int:
@@ -34,75 +60,263 @@ class RankShare:
         return min(int(offload_gib * GIB), self.layers)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _LayerShare:
+    """One rank's part of one layer, in bytes."""
+
+    size: int
+    experts: int
+    twice: int
+    token: int
+    request: int
+
+
+# one tensor
+
+
 def slices(engine: Engine, model: Model, tp: int, rank: int) -> dict[str, tuple[int, int, int]]:
-    """A rank's part of every tensor that is cut: name to axis (of the checkpoint's tensor), start and length.
+    """A rank's part of every tensor of a dense layer that is cut: name to axis (of the checkpoint's tensor), start and length.
 
     What is not named is held whole by every rank: norms, and the biases of o_proj and down_proj.
     """
-    heads = model.heads // model.kv_heads
-    if engine.replicates and tp > model.kv_heads:
-        own = (rank * model.kv_heads // tp, 1)
-        query = engines.part(model.heads, rank, tp)
-    else:
-        own = engines.part(model.kv_heads, rank, tp)
-        query = (own[0] * heads, own[1] * heads)
-    q = (query[0] * model.head_dim, query[1] * model.head_dim)
-    kv = (own[0] * model.head_dim, own[1] * model.head_dim)
-    columns = engines.part(model.mlp, rank, tp)
-    cut = {
-        "self_attn.q_proj.weight": (0, *q),
-        "self_attn.k_proj.weight": (0, *kv),
-        "self_attn.v_proj.weight": (0, *kv),
-        "self_attn.o_proj.weight": (1, *q),
-        "mlp.gate_proj.weight": (0, *columns),
-        "mlp.up_proj.weight": (0, *columns),
-        "mlp.down_proj.weight": (1, *columns),
-    }
-    if model.attention_bias:
-        cut |= {f"self_attn.{name}_proj.bias": (0, *place) for name, place in (("q", q), ("k", kv), ("v", kv))}
-    if model.mlp_bias:
-        cut |= {f"mlp.{name}_proj.bias": (0, *columns) for name in ("gate", "up")}
+    cut = {}
+    for tensor in layer_tensors(model, 0):
+        module, _, kind = tensor.name.rpartition(".")
+        name = module.rpartition(".")[2]
+        if unit := ROWS.get(name):
+            axis = 0
+        elif kind != "bias" and (unit := COLUMNS.get(name)):
+            axis = 1
+        else:
+            continue
+        units = _units(model, unit, tensor)
+        start, length = _own(engine, model, tp, rank, unit, units)
+        each = tensor.shape[axis] // units
+        cut[tensor.name] = (axis, start * each, length * each)
     return cut
 
 
-def layer_bytes(engine: Engine, model: Model, tp: int, rank: int) -> int:
-    """Of one decoder layer on a rank."""
-    cut = slices(engine, model, tp, rank)
-    whole = model.layer_tensors()
-    lengths = {
-        **dict.fromkeys(("self_attn.q_proj", "self_attn.o_proj"), model.heads * model.head_dim),
-        **dict.fromkeys(("self_attn.k_proj", "self_attn.v_proj"), model.kv_heads * model.head_dim),
-        **dict.fromkeys(("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"), model.mlp),
+def _own(engine: Engine, model: Model, tp: int, rank: int, unit: str, units: int) -> tuple[int, int]:
+    """Start and number of a rank's units: of query heads, of KV heads or of columns."""
+    if unit == "columns":
+        return engines.part(units, rank, tp)
+    if engine.replicates and tp > model.kv_heads:
+        return (rank * model.kv_heads // tp, 1) if unit == "key" else engines.part(units, rank, tp)
+    start, own = engines.part(model.kv_heads, rank, tp)
+    group = units // model.kv_heads
+    return start * group, own * group
+
+
+def _units(model: Model, unit: str, tensor: Tensor) -> int:
+    """Into how many equal parts a tensor can be cut by heads or columns."""
+    if unit == "query":
+        return model.heads
+    if unit == "key":
+        return model.kv_heads
+    if tensor.name.startswith(("mlp.experts", "feed_forward.experts", "block_sparse_moe.experts")) and model.experts:
+        return model.experts.columns
+    if "shared_expert" in tensor.name and model.experts:
+        return model.experts.shared_columns
+    return model.mlp
+
+
+def held(engine: Engine, model: Model, tensor: Tensor, split: Split, rank: int) -> int:
+    """Bytes that a rank holds of a tensor."""
+    tensor = _as_loaded(tensor)
+    if split.expert_parallel and _routed(tensor):
+        return tensor.size // _experts_in(model, tensor) * engines.part(_experts_in(model, tensor), rank, split.tp)[1]
+    module, _, kind = tensor.name.rpartition(".")
+    name = module.rpartition(".")[2]
+    if name == "experts":  # all experts are one tensor, whose own name says the module
+        return _fused(model, tensor, kind, split)
+    if kind == "sinks":
+        name = kind
+    if unit := ROWS.get(name):
+        if kind in ("weight_shape", "g_idx") or (tensor.scale and math.prod(tensor.shape) == 1):
+            return tensor.size
+    elif unit := COLUMNS.get(name):
+        per_row = kind == "weight_scale" and tensor.shape[1:] in ((), (1,))
+        if kind not in _PER_INPUT or per_row or (tensor.scale and math.prod(tensor.shape) == 1):
+            return tensor.size
+    else:
+        return tensor.size
+    units = _units(model, unit, tensor)
+    own = _own(engine, model, split.tp, rank, unit, units)[1]
+    return -(-tensor.size * own // units)
+
+
+def _as_loaded(tensor: Tensor) -> Tensor:
+    """The engine keeps scales of blocks in 32 bit, however they are stored (vLLM 0.26.0, fp8_utils.py)."""
+    return replace(tensor, dtype="F32") if tensor.name.endswith("weight_scale_inv") else tensor
+
+
+def _routed(tensor: Tensor) -> bool:
+    return ".experts." in tensor.name
+
+
+def _experts_in(model: Model, tensor: Tensor) -> int:
+    assert model.experts is not None
+    return tensor.count if "*" in tensor.name else model.experts.count
+
+
+def _fused(model: Model, tensor: Tensor, kind: str, split: Split) -> int:
+    """Of a tensor that holds all experts: their columns are shared out and, where 4-bit kernels want it, padded."""
+    assert model.experts is not None
+    columns = model.experts.columns
+    if not (model.quantization and model.quantization.method == "mxfp4"):
+        whole = kind == "down_proj_bias"
+        return tensor.size if whole else tensor.size // columns * (columns // split.tp)
+    own = -(-(columns // split.tp) // split.expert_multiple) * split.expert_multiple
+    hidden = -(-model.hidden // split.hidden_multiple) * split.hidden_multiple
+    sizes = {
+        "gate_up_proj_blocks": 2 * own * hidden // 2,
+        "gate_up_proj_scales": 2 * own * hidden // 32,
+        "gate_up_proj_bias": 2 * own * BYTES,
+        "down_proj_blocks": hidden * own // 2,
+        "down_proj_scales": hidden * own // 32,
+        "down_proj_bias": hidden * BYTES,
     }
-    return BYTES * sum(
-        size // lengths[name.rpartition(".")[0]] * cut[name][2] if name in cut else size for name, size in whole.items()
-    )
+    return model.experts.count * sizes[kind]
 
 
-def shares(engine: Engine, model: Model, tp: int, partition: Sequence[int]) -> tuple[tuple[RankShare, ...], ...]:
+# one layer
+
+
+def _layer(engine: Engine, model: Model, split: Split, rank: int, layer: int) -> _LayerShare:
+    """A rank's part of a layer."""
+    size = experts = 0
+    for tensor in layer_tensors(model, layer):
+        own = held(engine, model, tensor, split, rank)
+        size += own
+        experts += own if _routed(tensor) else 0
+    twice = _absorbed(model, split)
+    cache = _cache(engine, model, split, rank)
+    full = model.sees_all(layer)
+    window = 0 if full else (model.window or 0) + split.batched
+    return _LayerShare(size=size + twice, experts=experts, twice=twice, token=cache if full else 0, request=cache * window)
+
+
+def _absorbed(model: Model, split: Split) -> int:
+    """kv_b_proj once more in 16 bit, for decoding (W_UK_T and W_UV of vLLM 0.26.0's mla_attention.py)."""
+    if model.latent is None:
+        return 0
+    latent = model.latent
+    return model.heads // split.tp * (latent.nope + latent.value) * latent.kv_rank * BYTES
+
+
+def _cache(engine: Engine, model: Model, split: Split, rank: int) -> int:
+    """Bytes of a token's entry in one layer."""
+    if model.latent:
+        return (model.latent.kv_rank + model.latent.rope) * split.cache_bytes
+    return 2 * engines.kv_heads(engine, model, split.tp)[rank] * model.head_dim * split.cache_bytes
+
+
+@lru_cache(maxsize=256)
+def _layers(engine_name: str, model: Model, split: Split) -> tuple[tuple[_LayerShare, ...], ...]:
+    """For each layer every rank's part; equal layers are computed once."""
+    engine = engines.engine(engine_name)
+    computed: dict[tuple[tuple[Tensor, ...], bool], tuple[_LayerShare, ...]] = {}
+    found = []
+    for layer in range(model.layers):
+        kind = (layer_tensors(model, layer), model.sees_all(layer))
+        if kind not in computed:
+            computed[kind] = tuple(_layer(engine, model, split, rank, layer) for rank in range(split.tp))
+        found.append(computed[kind])
+    return tuple(found)
+
+
+def layer_bytes(engine: Engine, model: Model, tp: int, rank: int, layer: int = 0) -> int:
+    """Of one decoder layer on a rank."""
+    return _layers(engine.name, model, Split(tp=tp))[layer][rank].size
+
+
+# all layers
+
+
+def shares(engine: Engine, model: Model, split: Split, partition: Sequence[int]) -> tuple[tuple[RankShare, ...], ...]:
     """What every rank of every stage holds."""
-    rows = engines.vocab(engine, model, tp) // tp
-    table = rows * model.hidden * BYTES
-    own = [layer_bytes(engine, model, tp, rank) for rank in range(tp)]
-    heads = engines.kv_heads(engine, model, tp)
+    layers = _layers(engine.name, model, split)
     last = len(partition) - 1
-    stages = []
-    for stage, layers in enumerate(partition):
-        tables = (stage == 0) + (stage == last) - (stage == 0 == last and model.tied)
-        fixed = tables * table + (model.hidden * BYTES if stage == last else 0)
-        token = [2 * layers * kv * model.head_dim * BYTES for kv in heads]
-        stages.append(tuple(RankShare(layers=layers * own[rank], fixed=fixed, token=token[rank]) for rank in range(tp)))
+    stages, begin = [], 0
+    for stage, count in enumerate(partition):
+        own = layers[begin : begin + count]
+        begin += count
+        fixed, head = _outer(engine, model, split.tp, first=stage == 0, last=stage == last)
+        stages.append(tuple(_share([layer[rank] for layer in own], fixed, head) for rank in range(split.tp)))
     return tuple(stages)
 
 
-def balance(engine: Engine, model: Model, tp: int, pp: int) -> tuple[int, ...]:
-    """Layers of each stage so that the fullest GPU holds as little as can be: layer by layer to the stage that has least."""
-    layer = layer_bytes(engine, model, tp, 0)
-    partition = [1] * pp  # a stage without layers is none, however large the vocabulary beside it
-    heap = [(stage[0].weights + layer, index) for index, stage in enumerate(shares(engine, model, tp, partition))]
+def _share(layers: Sequence[_LayerShare], fixed: int, head: int) -> RankShare:
+    size, experts = sum(layer.size for layer in layers), sum(layer.experts for layer in layers)
+    return RankShare(
+        layers=size,
+        fixed=fixed,
+        dense=size - experts - sum(layer.twice for layer in layers),
+        head=head,
+        experts=experts,
+        token=sum(layer.token for layer in layers),
+        request=sum(layer.request for layer in layers),
+    )
+
+
+def _outer(engine: Engine, model: Model, tp: int, *, first: bool, last: bool) -> tuple[int, int]:
+    """Bytes outside the layers of a stage, and how many of them a token reads: the output layer and its norm."""
+    rows = engines.vocab(engine, model, tp) // tp
+    sizes = {tensor.name: tensor.size // tensor.shape[0] for tensor in outer_tensors(model)}
+    table = rows * sizes["embed_tokens.weight"]
+    head = rows * sizes.get("lm_head.weight", sizes["embed_tokens.weight"]) if last else 0
+    norm = math.prod((model.hidden, BYTES)) if last else 0
+    tied_here = first and last and model.tied
+    other = model.stored.other if model.stored else 0
+    return other + (table if first else 0) + (0 if tied_here else head) + norm, head + norm
+
+
+def balance(engine: Engine, model: Model, split: Split, pp: int) -> tuple[int, ...]:
+    """Layers of each stage so that the fullest GPU holds as little as can be."""
+    sizes = [layer[0].size for layer in _layers(engine.name, model, split)]
+    ends = [_outer(engine, model, split.tp, first=stage == 0, last=stage == pp - 1)[0] for stage in range(pp)]
+    if len(set(sizes)) == 1:
+        return _dealt(sizes[0], ends, model.layers)
+    return _bounded(sizes, ends)
+
+
+def _dealt(layer: int, ends: Sequence[int], layers: int) -> tuple[int, ...]:
+    """Equal layers: one by one to the stage that has least."""
+    partition = [1] * len(ends)  # a stage without layers is none, however large the vocabulary beside it
+    heap = [(end + 2 * layer, index) for index, end in enumerate(ends)]
     heapq.heapify(heap)
-    for _ in range(model.layers - pp):
+    for _ in range(layers - len(ends)):
         load, index = heapq.heappop(heap)
         partition[index] += 1
         heapq.heappush(heap, (load + layer, index))
     return tuple(partition)
+
+
+def _bounded(sizes: Sequence[int], ends: Sequence[int]) -> tuple[int, ...]:
+    """Layers that differ: the least bound for which every stage takes as many as it allows and none is left."""
+    low, high = max(sizes), sum(sizes) + max(ends)
+    while low < high:
+        bound = (low + high) // 2
+        if _filled(sizes, ends, bound) is None:
+            low = bound + 1
+        else:
+            high = bound
+    partition = _filled(sizes, ends, low)
+    assert partition is not None
+    return partition
+
+
+def _filled(sizes: Sequence[int], ends: Sequence[int], bound: int) -> tuple[int, ...] | None:
+    """Layers of each stage where none may hold more than the bound; None: it is too little for them all."""
+    partition, place = [], 0
+    for stage, end in enumerate(ends):
+        most = len(sizes) - place - (len(ends) - stage - 1)  # every later stage needs one
+        count, load = 0, end
+        while count < most and load + sizes[place] <= bound:
+            load += sizes[place]
+            place += 1
+            count += 1
+        if count == 0:
+            return None
+        partition.append(count)
+    return tuple(partition) if place == len(sizes) else None

@@ -1,66 +1,84 @@
-"""Predicted speed of one stream of tokens: a model with one fitted constant, whose error on the other known figure is told.
+"""Predicted speed of decoding for some numbers of streams, and of the first token; docs/deploy.md has the formulas.
 
-A token passes every stage in turn. In a stage each GPU reads its weights once, from its own memory or, where they are
-offloaded, over the link to the host; and each layer has two all-reduces, of 2 (tp - 1) ring steps each. Nothing else is in it:
-no kernel launches, no hops between stages, no attention over long contexts. It orders layouts; it is no promise.
+A token passes every stage in turn. In a stage each GPU reads its weights once for all streams, of experts those that any
+stream needs, and every stream's cache; it computes; and each layer has two all-reduces. Stages work on different streams at
+a time.
+
+Every constant that a measurement gave is of one table: vLLM 0.26.0 on four H200, 2026-11-28 (deploy/data/accuracy.toml, where
+`measured` rows say which); tests fit them again. What that table does not have is an assumption and says so.
 """
 
 from __future__ import annotations
 
-import tomllib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from importlib import resources
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-STEP_S = 74e-6
-"A ring step between nodes. Fitted: the tutorial's tp5 pp2 on ten GH200 then has its measured 5.2 tokens/s."
-LOCAL_STEP_S = 2e-6
-"A ring step over NVLink: an assumption; NCCL's small all-reduces within a node of 8 take about 30 us."
-MEASURED = 5.2
-"Tokens/s of the tutorial: Llama 3.1 405B, ten GH200 96 GB, tp5 pp2."
-SECOND = 16.0
-"About what the tutorial reports for 2 x 8 H100. Not used for fitting."
+from deploy.planning.hardware import NodeKind
+
+EFFICIENCY = 0.871
+"Of the data sheet's memory bandwidth at which weights arrive: tp1, one stream."
+LOCAL_S = 30e-6
+"An all-reduce over NVLink, for two GPUs and four alike: tp2 and tp4, one stream."
+STREAM_S = 24e-6
+"Each further stream: scheduling, sampling, attention. tp1, tp2 and tp4, 64 streams beside one."
+NETWORK_STEP_S = 34e-6
+"A ring step over TCP, beside the bytes: tp2 over TCP beside NVLink. An all-reduce of n has 2 (n - 1)."
+SOCKET_GB_S = 2.35
+"Bytes over TCP, however fast the line is: the same rows."
+RDMA_STEP_S = 8e-6
+"A ring step over InfiniBand or RoCE: an assumption."
+HOP_S = 3e-4
+"Work of the hosts for a hop between stages, and for the token's way back to the first one: an assumption."
+LINE = 0.9
+"Of a line's speed that arrives: an assumption."
+COMPUTE = 0.6
+"Of the data sheet's arithmetic that large batches reach: an assumption."
+PROMPT = 512
+"Tokens of the prompt and of what was answered before, for which speeds are told."
+STREAMS = (1, 4, 16, 64, 256)
+"Streams at once for which speeds are told."
 
 
-class NodeKind(BaseModel):
-    """A kind of node (deploy/data/gpus.toml)."""
+@dataclass(frozen=True, kw_only=True)
+class Link:
+    """How nodes reach each other: the slowest of those that serve counts."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: str
-    match: str
-    mib: int
-    gpus: int
-    hbm_gb_s: float
-    host_gb_s: float
-    nvlink: bool
-    host_gib: int
-    arch: str
-    page: int
-    price: float | None = None
+    gb_s: float = SOCKET_GB_S
+    step_s: float = NETWORK_STEP_S
+    text: str = "TCP, of a speed that nobody said"
 
 
-UNKNOWN = NodeKind(
-    name="unknown", match="", mib=0, gpus=1, hbm_gb_s=2000, host_gb_s=25, nvlink=False, host_gib=0, arch="", page=4096
-)
-"Stands in for a GPU that the table does not have; the plan says so."
+def tcp(mbit_s: int | None) -> Link:
+    """A network interface; None: it does not say its speed."""
+    if not mbit_s:
+        return Link()
+    return Link(gb_s=min(SOCKET_GB_S, LINE * mbit_s / 8000), text=f"TCP at {mbit_s / 1000:g} Gb/s")
 
 
-@cache
-def kinds() -> dict[str, NodeKind]:
-    """Every kind by name."""
-    table: dict[str, Any] = tomllib.loads((resources.files("deploy") / "data" / "gpus.toml").read_text())
-    return {name: NodeKind(name=name, **values) for name, values in table.items()}
+def rdma(gbit_s: float) -> Link:
+    """InfiniBand or RoCE."""
+    return Link(gb_s=LINE * gbit_s / 8, step_s=RDMA_STEP_S, text=f"RDMA at {gbit_s:g} Gb/s")
 
 
-def kind_of(gpu: str) -> NodeKind:
-    """The kind whose `match` is the longest part of a GPU's name; UNKNOWN where none is."""
-    matching = [node_kind for node_kind in kinds().values() if node_kind.match in gpu]
-    return max(matching, key=lambda node_kind: (len(node_kind.match), -node_kind.mib), default=UNKNOWN)
+@dataclass(frozen=True, kw_only=True)
+class Traffic:
+    """What a token costs wherever it is: of the model, not of a stage."""
+
+    hidden: int
+    experts: int = 1
+    per_token: int = 1
+    "Of the experts."
+
+    def touched(self, streams: int) -> float:
+        """Share of the experts that at least one of so many streams needs, if each chooses by chance."""
+        return 1 - (1 - self.per_token / self.experts) ** streams
+
+    def message(self, streams: int) -> int:
+        """Bytes of an all-reduce; a hop between stages has two, for the residual goes along."""
+        return 2 * self.hidden * streams
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,39 +88,159 @@ class StageLoad:
     layers: int
     tp: int
     resident: float
-    "Bytes in GPU memory."
-    offloaded: float
-    "Bytes in host memory."
+    "Bytes in GPU memory that every step reads."
+    experts: float = 0
+    "Bytes of routed experts in GPU memory."
+    offloaded: float = 0
+    "Bytes in host memory that every step reads."
+    offloaded_experts: float = 0
+    token: float = 0
+    "Bytes of the cache of one token."
+    flops: float = 0
+    "For one token on one GPU."
     kind: NodeKind
     within_node: bool
     "All its GPUs are on one node and joined by NVLink."
+    same_node_as_next: bool = False
+
+
+class StreamLevel(BaseModel):
+    """So many streams at once. `usd_per_mtok`: None where no price is known."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    streams: int
+    tokens_per_s: float
+    "Of all streams together."
+    usd_per_mtok: float | None = None
 
 
 class Prediction(BaseModel):
-    """For one stream. `usd_*`: None where no price is known."""
+    """Of a layout. The parts are of one stream's token; `usd_*`: None where no price is known."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     tokens_per_s: float
+    "For one stream."
     weights_ms: float
     offload_ms: float
     collectives_ms: float
+    hops_ms: float = 0
+    first_token_ms: float = 0
+    "For a prompt of PROMPT tokens, alone."
+    levels: tuple[StreamLevel, ...] = ()
     usd_per_hour: float | None = None
     usd_per_mtok: float | None = None
+    "For one stream."
+
+    def at(self, streams: int) -> float:
+        """Tokens/s for any number of streams: between two that are told, in proportion; beyond the last, as the last."""
+        below = [level for level in self.levels if level.streams <= streams]
+        above = [level for level in self.levels if level.streams > streams]
+        if not below:
+            return self.tokens_per_s * streams
+        low = below[-1]
+        if not above:
+            return low.tokens_per_s
+        high = above[0]
+        share = (streams - low.streams) / (high.streams - low.streams)
+        return low.tokens_per_s + share * (high.tokens_per_s - low.tokens_per_s)
 
 
-def predict(stages: Sequence[StageLoad], *, usd_per_hour: float | None = None, step_s: float = STEP_S) -> Prediction:
-    """Tokens/s and cost of one stream through these stages."""
-    weights = sum(stage.resident / (stage.kind.hbm_gb_s * 1e9) for stage in stages)
-    offload = sum(stage.offloaded / (stage.kind.host_gb_s * 1e9) for stage in stages)
-    steps = [(stage.layers * 2 * 2 * (stage.tp - 1), LOCAL_STEP_S if stage.within_node else step_s) for stage in stages]
-    collectives = sum(count * seconds for count, seconds in steps)
-    rate = 1 / (weights + offload + collectives)
+@dataclass(frozen=True, kw_only=True)
+class Times:
+    """Seconds of one step of one stage, and of the hop after it."""
+
+    weights: float
+    offload: float
+    collectives: float
+    streams: float
+    hop: float
+
+    @property
+    def stage(self) -> float:
+        """All but the hop."""
+        return self.weights + self.offload + self.collectives + self.streams
+
+
+def all_reduce(link: Link, ranks: int, size: int, *, within_node: bool) -> float:
+    """Seconds for `size` bytes."""
+    if ranks == 1:
+        return 0.0
+    if within_node:
+        return LOCAL_S
+    return LOCAL_S + 2 * (ranks - 1) * link.step_s + 2 * (ranks - 1) / ranks * size / (link.gb_s * 1e9)
+
+
+def step(stage: StageLoad, traffic: Traffic, link: Link, streams: int, context: int, *, stages: int) -> Times:
+    """One step with so many streams, each with `context` tokens in its cache."""
+    touched = traffic.touched(streams)
+    read = stage.resident + stage.experts * touched + stage.token * streams * context
+    arriving = read / (stage.kind.hbm_gb_s * 1e9 * EFFICIENCY)
+    computing = stage.flops * streams / (stage.kind.tflops * 1e12 * COMPUTE)
+    away = (stage.offloaded + stage.offloaded_experts * touched) / (stage.kind.host_gb_s * 1e9)
+    message = traffic.message(streams)
+    each = all_reduce(link, stage.tp, message, within_node=stage.within_node)
+    hop = 0.0
+    if stages > 1:
+        sent = LOCAL_S if stage.same_node_as_next else 2 * link.step_s + 2 * message / (link.gb_s * 1e9)
+        hop = HOP_S + sent
+    return Times(
+        weights=max(arriving, computing),
+        offload=away,
+        collectives=2 * stage.layers * each,
+        streams=STREAM_S * (streams - 1) / stages,
+        hop=hop,
+    )
+
+
+def rate(stages: Sequence[StageLoad], traffic: Traffic, link: Link, streams: int, context: int, replicas: int = 1) -> float:
+    """Tokens/s of all streams together."""
+    own = math.ceil(streams / replicas)
+    flying = min(len(stages), own)
+    times = [step(stage, traffic, link, math.ceil(own / flying), context, stages=len(stages)) for stage in stages]
+    through = sum(part.stage + part.hop for part in times)
+    slowest = max(part.stage + part.hop for part in times)
+    return streams / max(through, flying * slowest)
+
+
+def first_token(stages: Sequence[StageLoad], traffic: Traffic, link: Link, tokens: int) -> float:
+    """Seconds from a prompt to its first token, with nothing else to do."""
+    return sum(
+        part.stage - part.streams + part.hop
+        for part in (step(stage, traffic, link, tokens, 0, stages=len(stages)) for stage in stages)
+    )
+
+
+def predict(
+    stages: Sequence[StageLoad],
+    traffic: Traffic,
+    link: Link,
+    *,
+    replicas: int = 1,
+    most: int = STREAMS[-1],
+    usd_per_hour: float | None = None,
+) -> Prediction:
+    """Tokens/s and cost of up to `most` streams through these stages."""
+    alone = [step(stage, traffic, link, 1, PROMPT, stages=len(stages)) for stage in stages]
+
+    def price(tokens_per_s: float) -> float | None:
+        return None if usd_per_hour is None else round(usd_per_hour / (tokens_per_s * 3600) * 1e6, 2)
+
+    levels = []
+    for streams in STREAMS:
+        if streams <= most * replicas:
+            found = rate(stages, traffic, link, streams, PROMPT, replicas)
+            levels.append(StreamLevel(streams=streams, tokens_per_s=round(found, 2), usd_per_mtok=price(found)))
+    single = rate(stages, traffic, link, 1, PROMPT)
     return Prediction(
-        tokens_per_s=round(rate, 2),
-        weights_ms=round(weights * 1e3, 1),
-        offload_ms=round(offload * 1e3, 1),
-        collectives_ms=round(collectives * 1e3, 1),
+        tokens_per_s=round(single, 2),
+        weights_ms=round(sum(part.weights for part in alone) * 1e3, 1),
+        offload_ms=round(sum(part.offload for part in alone) * 1e3, 1),
+        collectives_ms=round(sum(part.collectives for part in alone) * 1e3, 1),
+        hops_ms=round(sum(part.hop for part in alone) * 1e3, 2),
+        first_token_ms=round(first_token(stages, traffic, link, PROMPT) * 1e3, 1),
+        levels=tuple(levels),
         usd_per_hour=usd_per_hour,
-        usd_per_mtok=None if usd_per_hour is None else round(usd_per_hour / (rate * 3600) * 1e6, 2),
+        usd_per_mtok=price(single),
     )

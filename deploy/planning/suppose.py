@@ -7,9 +7,7 @@ from pathlib import Path
 from deploy.nodes.config import Config
 from deploy.nodes.deployment import Deployment, Folder, Node
 from deploy.nodes.facts import Bytes, Cuda, Facts, Gpu, NodeFacts
-from deploy.planning import speed
-from deploy.planning.speed import NodeKind
-from gracefarm.errors import UsageError
+from deploy.planning.hardware import NodeKind
 
 MARK = "0" * 12
 SHARE = "/shared"
@@ -33,18 +31,11 @@ class Supposed(Deployment):
         return SupposedFolder(path=self.path.parent / ".deploy")
 
 
-def kind(name: str) -> NodeKind:
-    """A kind of node. Raises UsageError."""
-    try:
-        return speed.kinds()[name]
-    except KeyError as error:
-        raise UsageError(f"no kind of node {name!r}", remedy=f"there are: {', '.join(speed.kinds())}") from error
-
-
 def suppose(of: NodeKind, count: int, base: Deployment | None = None) -> tuple[Supposed, Facts]:
     """`count` nodes of a kind, with `base`'s deploy.toml or its defaults, and the facts that they would have."""
     data = base.data if base else Config()
-    price = data.options.price_per_node_hour if data.options.price_per_node_hour is not None else of.price
+    usual = of.price.usd if of.price else None
+    price = data.options.price_per_node_hour if data.options.price_per_node_hour is not None else usual
     options = data.options.model_copy(update={"price_per_node_hour": price, "rehearsal": False})
     data = data.model_copy(update={"share": data.share or SHARE, "options": options})
     nodes = tuple(Node(name=f"k{rank}", rank=rank, address=f"10.0.0.{rank + 1}") for rank in range(count))

@@ -33,6 +33,7 @@ def probe(request: Json) -> Json:
         "cuda": driver.cuda(),
         "driver": driver.version(),
         "interfaces": network.interfaces(),
+        "rdma": network.rdma(),
         "ssh_address": [*os.environ.get("SSH_CONNECTION", "").split(), "", "", ""][2],
         "route_address": _route(),
         "mounts": _mounts(),

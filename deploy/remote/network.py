@@ -43,6 +43,8 @@ def interfaces() -> list[Json]:
     return [
         {
             "name": link["ifname"],
+            "mbit_s": speed(link["ifname"]),
+            "mtu": link.get("mtu"),
             "addresses": [
                 {"address": held["local"], "prefix": held["prefixlen"]}
                 for held in link.get("addr_info", [])
@@ -52,6 +54,29 @@ def interfaces() -> list[Json]:
         for link in _links()
         if "UP" in link.get("flags", [])
     ]
+
+
+def speed(interface: str, folder: Path = Path("/sys/class/net")) -> int | None:
+    """Mbit/s that an interface negotiated; None: it does not say, as virtual ones do not."""
+    try:
+        found = int((folder / interface / "speed").read_text())
+    except (OSError, ValueError):
+        return None
+    return found if found > 0 else None
+
+
+def rdma(folder: Path = Path("/sys/class/infiniband")) -> list[Json]:
+    """Active ports of InfiniBand and RoCE (Linux, Documentation/ABI/stable/sysfs-class-infiniband)."""
+    found = []
+    for port in sorted(folder.glob("*/ports/*")):
+        try:
+            state, rate, link = ((port / name).read_text() for name in ("state", "rate", "link_layer"))
+        except OSError:
+            continue
+        words = rate.split()
+        if "ACTIVE" in state and words:
+            found.append({"device": port.parent.parent.name, "gbit_s": float(words[0]), "link": link.strip()})
+    return found
 
 
 def _links() -> list[Json]:

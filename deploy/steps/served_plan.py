@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from deploy.planning import models, plans
-from deploy.planning.models import Model
 from deploy.planning.plans import ServePlan
+from deploy.planning.shapes import Model
 from deploy.steps.step import Work
 from gracefarm.errors import ConfigError, GracefarmError, HostError
 from gracefarm.files import atomic_write

@@ -10,7 +10,7 @@ import pytest
 from deploy.cli.common import DeployContext
 from deploy.cli.work import at_work, held
 from deploy.nodes.deployment import load_deployment
-from deploy.planning import suppose
+from deploy.planning import hardware, suppose
 from deploy.steps import setlock
 from deploy.steps.step import Work
 from gracefarm.console import Console
@@ -61,7 +61,11 @@ def test_a_jump_host_that_is_none(tmp_path: Path, jump: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("[]", "is a list, not a table"), (json.dumps(SHAPE), "quantised (awq)"), ('{"architectures": 7}', "not none named")],
+    [
+        ("[]", "is a list, not a table"),
+        (json.dumps(SHAPE), "quantised as awq"),
+        ('{"architectures": 7}', "the architecture none named"),
+    ],
 )
 def test_a_config_json_of_another_kind(tmp_path: Path, text: str, words: str) -> None:
     (tmp_path / "config.json").write_text(text)
@@ -103,7 +107,7 @@ def test_no_line_of_another_programs_log_brings_a_secret_onto_the_terminal(
     prepared(tmp_path)
     deployment = load_deployment(tmp_path / "deploy.toml")
     deployment.folder.api_key.write_text("the-engines-own-key\n")
-    supposed = suppose.suppose(suppose.kind("gh200-96"), 1, deployment)[1]
+    supposed = suppose.suppose(hardware.named("gh200-96"), 1, deployment)[1]
     deployment.folder.facts.write_text(supposed.model_dump_json())
     said = "Namespace(api_keys='the-engines-own-key', token='hf_" + "AbCd" * 8 + "')"
 

@@ -9,8 +9,9 @@ import pytest
 
 from deploy.nodes.config import ModelConfig
 from deploy.planning import engines, models
+from deploy.planning.shapes import Model
 from deploy.rehearsal.hub import COMMIT, serving
-from gracefarm.errors import ConfigError, FetchError, LayoutError
+from gracefarm.errors import ConfigError, FetchError
 
 APHRODITE, VLLM = engines.engine("aphrodite"), engines.engine("vllm")
 
@@ -27,7 +28,7 @@ CONFIG = {
 }
 
 
-def big() -> models.Model:
+def big() -> Model:
     found = models.built_in("meta-llama/Llama-3.1-405B", "main")
     assert found
     return found
@@ -65,7 +66,7 @@ def test_the_engines_own_split_leaves_the_remainder_to_the_last_stage() -> None:
         (APHRODITE, {"kv-cache-dtype": "fp8"}, "aarch64", "xformers"),
         (APHRODITE, {"kv_cache_dtype": "fp8_e5m2"}, "aarch64", "xformers"),
         (APHRODITE, {"block-size": 8}, "aarch64", "xformers"),
-        (APHRODITE, {"quantization": "fp8"}, "x86_64", "16-bit weights"),
+        (APHRODITE, {"quantization": "fp8"}, "x86_64", "own config.json"),
     ],
 )
 def test_options_that_are_ours_secret_or_broken_are_refused(
@@ -89,12 +90,13 @@ def test_options_become_arguments_as_each_engine_spells_them() -> None:
         engines.validate(APHRODITE, engines.arguments(APHRODITE, {"max-log-length": 0}))
 
 
-def test_a_config_of_another_shape_or_quantised_is_no_plan() -> None:
+def test_a_config_of_an_unknown_shape_or_quantisation_is_no_plan() -> None:
     for changes, words in (
-        ({"architectures": ["MixtralForCausalLM"]}, "not MixtralForCausalLM"),
-        ({"quantization_config": {"quant_method": "fp8"}}, r"quantised \(fp8\)"),
+        ({"architectures": ["Qwen9ForCausalLM"]}, "does not know the architecture Qwen9ForCausalLM"),
+        ({"quantization_config": {"quant_method": "turbo"}}, "quantised as turbo"),
+        ({"quantization_config": {"quant_method": "modelopt", "quant_algo": "W4A8"}}, "quantised as modelopt W4A8"),
     ):
-        with pytest.raises(LayoutError, match=words):
+        with pytest.raises(models.UnknownModelError, match=words):
             models.from_config({**CONFIG, **changes}, repo="a/b", revision="main", source="test")
     with pytest.raises(ConfigError, match="no intermediate_size"):
         models.from_config(

@@ -21,7 +21,7 @@ from deploy.fleet.shells import remote_nodes
 from deploy.fleet.ssh import Fleet
 from deploy.nodes.config import Config
 from deploy.nodes.deployment import Deployment, Folder
-from deploy.planning import plans, suppose
+from deploy.planning import hardware, plans, suppose
 from deploy.planning.plans import ServePlan
 from deploy.steps import engine
 from deploy.watch.verdict import Signs, diagnose, probe
@@ -41,7 +41,7 @@ def free_port() -> int:
 
 def a_plan(port: int, *more: str) -> ServePlan:
     base = Deployment(path=Path("/nowhere/deploy.toml"), data=Config(), nodes=())
-    found = plans.make(*suppose.suppose(suppose.kind("gh200-96"), 10, base), llama())
+    found = plans.make(*suppose.suppose(hardware.named("gh200-96"), 10, base), llama())
     program = Path(__file__).with_name("pretend_engine.py")
     serve = (sys.executable, str(program), "--port", str(port), *more)
     return plans.identified(found.model_copy(update={"serve": serve, "serve_env": {"MINE": "yes"}, "id": ""}))

@@ -7,7 +7,6 @@ import json
 import math
 import random
 import struct
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -16,10 +15,10 @@ from hypothesis import strategies as st
 
 from deploy.nodes.config import LayoutConfig
 from deploy.nodes.facts import Gpu
-from deploy.planning import engines, layouts, models, shards, speed
-from deploy.planning.engines import Engine
+from deploy.planning import architectures, choosing, engines, hardware, layouts, models, shards
+from deploy.planning.engines import Engine, Split
 from deploy.planning.layouts import Candidate, Machine, Question
-from deploy.planning.models import Model
+from deploy.planning.shapes import BYTES, Model
 from deploy.planning.shards import GIB
 from gracefarm.errors import LayoutError
 
@@ -33,21 +32,13 @@ def llama(size: str = "405B") -> Model:
 
 
 def parameters(model: Model) -> int:
-    tables = model.vocab * model.hidden * (1 if model.tied else 2)
-    return model.layers * sum(model.layer_tensors().values()) + tables + model.hidden
+    layer = sum(tensor.elements for tensor in architectures.layer_tensors(model, 0))
+    return model.layers * layer + sum(tensor.elements for tensor in architectures.outer_tensors(model))
 
 
 def weight_bytes(model: Model) -> int:
     """Bytes of all weights."""
-    return parameters(model) * models.BYTES
-
-
-def fit(stages: Sequence[speed.StageLoad], measured: float) -> float:
-    """The ring step between nodes with which these stages have the measured tokens/s."""
-    known = sum(
-        stage.resident / (stage.kind.hbm_gb_s * 1e9) + stage.offloaded / (stage.kind.host_gb_s * 1e9) for stage in stages
-    )
-    return (1 / measured - known) / sum(stage.layers * 2 * 2 * (stage.tp - 1) for stage in stages)
+    return parameters(model) * BYTES
 
 
 def question(
@@ -56,7 +47,7 @@ def question(
     return Question(
         engine=engine,
         model=llama(size),
-        machines=layouts.machines_of(speed.kinds()[of], nodes),
+        machines=layouts.machines_of(hardware.kinds()[of], nodes),
         forced=LayoutConfig.model_validate(forced),
     )
 
@@ -114,29 +105,29 @@ def test_the_table(
         (4, "tp4 pp1", 189.0, 108.0),
         (8, "tp4 pp2", 94.5, 13.5),
         (9, "tp3 pp3", 86.3, 5.3),
-        (10, "tp2 pp5", 77.2, 0),
-        (12, "tp2 pp6", 64.3, 0),
+        (10, "tp5 pp2", 78.9, 0),
+        (12, "tp4 pp3", 63.3, 0),
     ],
 )
 def test_the_planner_chooses_what_the_table_has(nodes: int, name: str, gib: float, offload: float) -> None:
-    best = layouts.choose(question(nodes)).best
+    best = choosing.choose(question(nodes)).best
     assert (best.layout.name, best.layout.offload_gib) == (name, offload)
     assert best.memory.weights_gib == pytest.approx(gib, abs=0.05)
 
 
 def test_ten_is_the_fewest_without_host_memory_and_three_with_it() -> None:
-    assert layouts.choose(question(9)).best.layout.offload_gib > 0
-    assert layouts.choose(question(10)).best.layout.offload_gib == 0
-    assert layouts.choose(question(3)).best.layout.offload_gib > 0
+    assert choosing.choose(question(9)).best.layout.offload_gib > 0
+    assert choosing.choose(question(10)).best.layout.offload_gib == 0
+    assert choosing.choose(question(3)).best.layout.offload_gib > 0
     with pytest.raises(LayoutError, match=r"pin 301 GiB of k0's 432 GiB, and 60% is the most"):
-        layouts.choose(question(2))
+        choosing.choose(question(2))
 
 
 def test_our_partition_is_the_least_that_any_partition_can_be() -> None:
     """Against all splits of a small model, one by one."""
     small = small_model(layers=7)
     for tp, pp in ((1, 3), (2, 3), (2, 4), (1, 7)):
-        ours = shards.balance(APHRODITE, small, tp, pp)
+        ours = shards.balance(APHRODITE, small, Split(tp=tp), pp)
         assert sum(ours) == 7
         assert fullest(small, tp, ours) == min(fullest(small, tp, split) for split in splits(7, pp))
 
@@ -148,7 +139,7 @@ def splits(layers: int, stages: int) -> list[tuple[int, ...]]:
 
 
 def fullest(of: Model, tp: int, partition: tuple[int, ...]) -> int:
-    return max(share.weights for stage in shards.shares(APHRODITE, of, tp, partition) for share in stage)
+    return max(share.weights for stage in shards.shares(APHRODITE, of, Split(tp=tp), partition) for share in stage)
 
 
 def small_model(**changes: object) -> Model:
@@ -257,7 +248,7 @@ def test_bytes_per_rank_are_what_a_real_checkpoint_gives_when_it_is_sliced(
 ) -> None:
     of = small_model(**changes)
     tensors = checkpoint(of, tmp_path / "model.safetensors")
-    predicted = [[share.weights for share in stage] for stage in shards.shares(APHRODITE, of, tp, partition)]
+    predicted = [[share.weights for share in stage] for stage in shards.shares(APHRODITE, of, Split(tp=tp), partition)]
     assert predicted == loaded(of, tensors, tp, partition)
 
 
@@ -302,27 +293,27 @@ def test_ranks_sum_to_the_model_and_what_is_held_twice(of: Model, data: st.DataO
     engine = data.draw(st.sampled_from([APHRODITE, VLLM]))
     tp = data.draw(st.sampled_from([size for size in engines.legal(engine, of, 16) if size <= of.kv_heads]))
     pp = data.draw(st.integers(1, min(of.layers, 12)))
-    partition = shards.balance(engine, of, tp, pp)
+    partition = shards.balance(engine, of, Split(tp=tp), pp)
     assert sum(partition) == of.layers
     assert min(partition) >= 1
-    total = sum(share.weights for stage in shards.shares(engine, of, tp, partition) for share in stage)
+    total = sum(share.weights for stage in shards.shares(engine, of, Split(tp=tp), partition) for share in stage)
     whole = 2 * of.hidden + (of.hidden if of.attention_bias else 0) + (of.hidden if of.mlp_bias else 0)
     copies = (tp - 1) * (of.layers * whole + of.hidden)
     padding = (engines.vocab(engine, of, tp) - of.vocab) * of.hidden * (1 if of.tied and pp == 1 else 2)
     tied_twice = of.vocab * of.hidden if of.tied and pp > 1 else 0
-    assert total == weight_bytes(of) + models.BYTES * (copies + padding + tied_twice)
-    cache = sum(share.token for stage in shards.shares(engine, of, tp, partition) for share in stage)
-    assert cache == models.BYTES * 2 * of.layers * of.kv_heads * of.head_dim
+    assert total == weight_bytes(of) + BYTES * (copies + padding + tied_twice)
+    cache = sum(share.token for stage in shards.shares(engine, of, Split(tp=tp), partition) for share in stage)
+    assert cache == BYTES * 2 * of.layers * of.kv_heads * of.head_dim
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(st.integers(1, 24), st.sampled_from(["405B", "70B", "8B"]), st.sampled_from([APHRODITE, VLLM]))
 def test_whatever_is_chosen_fits_every_gpu(nodes: int, size: str, engine: Engine) -> None:
     if size == "405B" and nodes < 3:
         with pytest.raises(LayoutError):
-            layouts.choose(question(nodes, size=size, engine=engine))
+            choosing.choose(question(nodes, size=size, engine=engine))
         return
-    found = layouts.choose(question(nodes, size=size, engine=engine))
+    found = choosing.choose(question(nodes, size=size, engine=engine))
     for candidate in (found.best, *found.others):
         assert_fits(engine, llama(size), candidate)
 
@@ -331,7 +322,7 @@ def assert_fits(engine: Engine, of: Model, one: Candidate) -> None:
     """Every GPU holds its weights, what is beside them, and the cache for every token that is promised."""
     chosen, memory = one.layout, one.memory
     assert len(one.slots) == chosen.world
-    held = [share for stage in shards.shares(engine, of, chosen.tp, chosen.partition) for share in stage]
+    held = [share for stage in shards.shares(engine, of, Split(tp=chosen.tp), chosen.partition) for share in stage]
     for share, slot in zip(held, one.slots, strict=True):
         used = share.weights - share.away(chosen.offload_gib) + layouts.RESERVE + memory.cache_tokens * share.token
         assert used <= 0.9 * slot.gpu.total
@@ -364,23 +355,23 @@ def assert_fits(engine: Engine, of: Model, one: Candidate) -> None:
 )
 def test_a_forced_layout_is_refused_with_the_limit(forced: dict[str, object], words: str) -> None:
     with pytest.raises(LayoutError, match=words) as caught:
-        layouts.choose(question(10, **forced))
+        choosing.choose(question(10, **forced))
     assert caught.value.remedy
 
 
 def test_a_forced_layout_that_fits_is_taken_as_it_is() -> None:
-    found = layouts.choose(
+    found = choosing.choose(
         question(10, tensor_parallel=5, pipeline_parallel=2, max_model_len=2000, max_num_seqs=128)
     ).best.layout
     assert (found.tp, found.pp, found.partition, found.max_model_len, found.max_num_seqs) == (5, 2, (63, 63), 2000, 128)
 
 
 def test_rejected_layouts_say_why() -> None:
-    rejected = {rejection.layout: rejection.reason for rejection in layouts.choose(question(16)).rejected}
+    rejected = {rejection.layout: rejection.reason for rejection in choosing.choose(question(16)).rejected}
     for tp in range(9, 16):
         assert "asserts that tp divides by the 8 KV heads" in rejected[f"tp{tp}"]
     assert "ranks 8 to 15 no query heads" in rejected["tp16"]
-    overload = {rejection.layout: rejection.reason for rejection in layouts.choose(question(10)).rejected}
+    overload = {rejection.layout: rejection.reason for rejection in choosing.choose(question(10)).rejected}
     assert "the last stage holds 110.8 GiB per GPU" in overload["tp1 pp10, the engine's own split 12x9,18"]
 
 
@@ -389,8 +380,8 @@ def test_vllm_divides_and_replicates() -> None:
     assert engines.kv_heads(VLLM, llama(), 16) == (1,) * 16
     found = layouts.evaluate(question(16, engine=VLLM), 16, 1)
     assert found.memory.weights_gib > weight_bytes(llama()) / 16 / GIB  # K and V twice
-    with pytest.raises(LayoutError, match="128 attention heads do not divide by 5"):
-        layouts.choose(question(10, engine=VLLM, tensor_parallel=5))
+    with pytest.raises(LayoutError, match="128 attention heads do not divide by it"):
+        choosing.choose(question(10, engine=VLLM, tensor_parallel=5))
 
 
 def test_one_cache_for_all_stages_is_not_cut() -> None:
@@ -428,12 +419,3 @@ def test_the_engines_check_of_its_swap_space_is_made_before_it_is() -> None:
     ):
         layouts.evaluate(asked, 8, 1)
     assert layouts.evaluate(asked, 7, 1).layout.tp == 7
-
-
-def test_the_fitted_constant_is_what_the_fit_gives() -> None:
-    """No speed is asserted: only that the constant is fitted to the figure that it says, and to nothing else."""
-    found = layouts.evaluate(question(10), 5, 2)
-    kind = speed.kinds()["gh200-96"]
-    weights = found.memory.weights_gib * GIB
-    stages = [speed.StageLoad(layers=63, tp=5, resident=weights, offloaded=0, kind=kind, within_node=False)] * 2
-    assert fit(stages, speed.MEASURED) == pytest.approx(speed.STEP_S, rel=0.01)

@@ -13,7 +13,8 @@ from typing import Any, Optional
 import pytest
 
 from deploy.planning import engines, models, options, shards
-from deploy.planning.models import Model
+from deploy.planning.engines import Split
+from deploy.planning.shapes import Model
 from deploy.steps import environment
 from gracefarm.errors import ConfigError
 from tests.conftest import REPOSITORY
@@ -195,7 +196,7 @@ def test_the_engines_own_functions_split_as_we_do(wheel: Path) -> None:
             stages = function(wheel, utils, "get_pp_indices", APHRODITE_PP_LAYER_PARTITION=None)
             own = [stages(layers, rank, pp) for rank in range(pp)]
             assert tuple(end - start for start, end in own) == engines.default_partition(layers, pp)
-            ours = shards.balance(engines.engine("aphrodite"), llama(layers), 1, pp)
+            ours = shards.balance(engines.engine("aphrodite"), llama(layers), Split(tp=1), pp)
             stages = function(wheel, utils, "get_pp_indices", APHRODITE_PP_LAYER_PARTITION=",".join(map(str, ours)))
             assert tuple(stages(layers, rank, pp)[1] - stages(layers, rank, pp)[0] for rank in range(pp)) == ours
 

@@ -14,11 +14,12 @@ from deploy.nodes import paths
 from deploy.nodes.config import Config, OptionsConfig
 from deploy.nodes.deployment import Deployment, Node
 from deploy.nodes.facts import Facts, NodeFacts
-from deploy.planning import engines, models, options, plans, script, suppose
-from deploy.planning.models import Model
+from deploy.planning import engines, hardware, models, options, plans, script, suppose
 from deploy.planning.plans import ServePlan
+from deploy.planning.shapes import Model
 from gracefarm.errors import ConfigError, LayoutError
 
+FIVE_STAGES = {"tensor_parallel": 2, "pipeline_parallel": 5}
 COMMIT = "be673f326cab4cd22ccfef76109faf68e41aa5f1"
 
 
@@ -30,7 +31,7 @@ def llama() -> Model:
 
 def supposed(count: int = 10, kind: str = "gh200-96", **data: object) -> tuple[Deployment, Facts]:
     base = Deployment(path=Path("/nowhere/deploy.toml"), data=Config.model_validate(data), nodes=())
-    return suppose.suppose(suppose.kind(kind), count, base)
+    return suppose.suppose(hardware.named(kind), count, base)
 
 
 def made(count: int = 10, kind: str = "gh200-96", **data: object) -> ServePlan:
@@ -48,9 +49,9 @@ def option(arguments: tuple[str, ...], name: str) -> str | None:
         (4, "tp4 pp1", {}),
         (8, "tp4 pp2", {"tp2 pp4": 95.0}),
         (9, "tp3 pp3", {"tp4 pp2": 94.5}),
-        (10, "tp2 pp5", {"tp5 pp2": 78.9, "tp1 pp10": 77.2}),
-        (12, "tp2 pp6", {"tp4 pp3": 63.3}),
-        (16, "tp2 pp8", {"tp8 pp2": 47.3, "tp4 pp4": 47.5}),
+        (10, "tp5 pp2", {"tp2 pp5": 77.2, "tp1 pp10": 77.2}),
+        (12, "tp4 pp3", {"tp2 pp5": 77.2}),
+        (16, "tp4 pp3", {"tp8 pp2": 47.3, "tp2 pp5": 77.2}),
     ],
 )
 def test_the_plan_shows_the_layouts_that_people_know(count: int, best: str, others: dict[str, float]) -> None:
@@ -69,7 +70,7 @@ def test_ray_is_told_of_exactly_the_gpus_of_the_layout() -> None:
 
 
 def test_nodes_are_in_the_engines_rank_order() -> None:
-    found = made(10)
+    found = made(10, layout=FIVE_STAGES)
     assert [node.private for node in found.nodes] == [
         "10.0.0.1",
         "10.0.0.10",
@@ -95,7 +96,7 @@ def test_what_ray_workers_need_stands_at_ray_start_of_every_node() -> None:
         assert node.env["RAY_AUTH_TOKEN_PATH"].endswith(f"/{node.name}/ray-token")
         assert int(node.env["APHRODITE_ENGINE_ITERATION_TIMEOUT_S"]) > 60  # weights come from host memory
     assert "APHRODITE_PP_LAYER_PARTITION" not in found.head.env
-    ten = made(10)
+    ten = made(10, layout=FIVE_STAGES)
     assert {node.env["APHRODITE_PP_LAYER_PARTITION"] for node in ten.nodes} == {"25,26,25,25,25"}
     assert "APHRODITE_ENGINE_ITERATION_TIMEOUT_S" not in ten.head.env
     tutorial = made(10, layout={"tensor_parallel": 5, "pipeline_parallel": 2})
@@ -103,7 +104,7 @@ def test_what_ray_workers_need_stands_at_ray_start_of_every_node() -> None:
 
 
 def test_the_engine_is_on_the_head_and_on_loopback() -> None:
-    found = made(10, ports={"engine": 4242})
+    found = made(10, ports={"engine": 4242}, layout=FIVE_STAGES)
     assert found.serve[0] == "/shared/gracefarm/llama-405b/env/bin/aphrodite"
     assert found.serve[1:3] == ("run", f"/shared/gracefarm/weights/meta-llama--Llama-3.1-405B-Instruct/{COMMIT}")
     assert option(found.serve, "--host") == "127.0.0.1"
@@ -175,7 +176,7 @@ def test_vllm_has_its_own_words() -> None:
         ({"kv-cache-dtype": "fp9"}, "none of its values"),
         ({"no-enable-chunked-prefill": True}, "the memory model rests on it"),
         ({"uds": "/tmp/x"}, "instead of on the port"),
-        ({"data_parallel_size": 2}, "tensor and pipeline parallelism alone"),
+        ({"data_parallel_size": 2}, "it is .layout. data_parallel"),
         ({"hf-token": "x"}, "a key in an argument list"),
     ],
 )

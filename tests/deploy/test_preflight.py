@@ -17,7 +17,7 @@ import pytest
 from deploy.fleet.calls import RemoteNode
 from deploy.nodes.deployment import Deployment, load_deployment
 from deploy.nodes.facts import NodeFacts
-from deploy.planning import plans, suppose
+from deploy.planning import commands, hardware, suppose
 from deploy.remote import exchange
 from deploy.remote.preflight import clean
 from deploy.steps import preflight
@@ -246,7 +246,7 @@ def test_every_port_of_rays_is_asked_and_the_ends_and_the_middle_of_its_workers(
     deployment = load_deployment(tmp_path / "deploy.toml")
     spec = preflight.spec_of(deployment, {})
     ports = deployment.data.ports.model_dump()
-    (argv,) = (plans.ray_command(deployment, node, deployment.head, 1, node) for node in [suppose_node(deployment)])
+    (argv,) = (commands.ray_command(deployment, node, deployment.head, 1, node) for node in [suppose_node(deployment)])
     told = {int(argv[index + 1]) for index, word in enumerate(argv) if word.endswith("-port") or word == "--port"}
     assert told - {ports["dashboard"]} <= set(spec.ports)
     assert 20499 in spec.ports
@@ -256,7 +256,7 @@ def test_every_port_of_rays_is_asked_and_the_ends_and_the_middle_of_its_workers(
 
 def suppose_node(deployment: Deployment) -> NodeFacts:
     deployment.folder.make()
-    return suppose.suppose(suppose.kind("gh200-96"), 1, deployment)[1].node("k0")
+    return suppose.suppose(hardware.named("gh200-96"), 1, deployment)[1].node("k0")
 
 
 def test_nonces_of_a_run_that_was_killed_are_swept_a_day_later_and_those_of_one_at_work_are_not(tmp_path: Path) -> None:

@@ -1,0 +1,131 @@
+"""What the planner predicts beside what was measured (deploy/data/accuracy.toml): ours with a bound, others' without."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections.abc import Mapping
+from functools import cache
+from importlib import resources
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveFloat, PositiveInt
+
+from deploy.nodes.config import LayoutConfig
+from deploy.planning import engines, hardware, layouts, models, shards, speed
+from deploy.planning.layouts import Question
+from deploy.planning.shapes import Model
+from deploy.planning.speed import Link, StageLoad
+from gracefarm.errors import ConfigError
+
+
+class MeasuredRun(BaseModel):
+    """One row: the engine, the model, the machines, and what was measured by the number of streams."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    model: str
+    layers: PositiveInt | None = None
+    "Fewer than the model has; None: all."
+    engine: Literal["aphrodite", "vllm"] = "vllm"
+    gpu: str
+    nodes: PositiveInt = 1
+    tp: PositiveInt
+    pp: PositiveInt = 1
+    dp: PositiveInt = 1
+    tcp: bool = False
+    "Collectives went over TCP although the GPUs were on one node."
+    gbit_s: PositiveFloat | None = None
+    "InfiniBand or RoCE between the nodes."
+    context: NonNegativeInt
+    ms: Mapping[int, float] | None = None
+    tokens_per_s: Mapping[int, float] | None = None
+    committed: Mapping[int, float] | None = None
+    "Tokens/s that were predicted before the run was made."
+    bound: PositiveFloat | None = None
+    fitted: bool = False
+    source: str
+
+    @property
+    def measured(self) -> Mapping[int, float]:
+        """Tokens/s of all streams together; empty: not measured yet."""
+        if self.ms:
+            return {streams: round(streams / value * 1e3, 2) for streams, value in self.ms.items()}
+        return self.tokens_per_s or {}
+
+
+class AccuracyRow(BaseModel):
+    """A run and a number of streams. `error`: of the prediction, as a share of what was measured."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    streams: int
+    predicted: float
+    measured: float | None
+    error: float | None
+    bound: float | None
+    fitted: bool
+    source: str
+
+    @property
+    def holds(self) -> bool:
+        """It is within its bound, or has none."""
+        return self.bound is None or self.error is None or abs(self.error) <= self.bound
+
+
+@cache
+def runs() -> tuple[MeasuredRun, ...]:
+    """Every row of the table."""
+    table = tomllib.loads((resources.files("deploy") / "data" / "accuracy.toml").read_text())
+    return tuple(MeasuredRun.model_validate(entry) for entry in table["run"])
+
+
+def rows() -> tuple[AccuracyRow, ...]:
+    """Predicted beside measured, by run and number of streams."""
+    return tuple(_row(run, streams) for run in runs() for streams in (run.measured or run.committed or {}))
+
+
+def _row(run: MeasuredRun, streams: int) -> AccuracyRow:
+    predicted = (run.committed or {}).get(streams) or predict(run, streams)
+    measured = run.measured.get(streams)
+    return AccuracyRow(
+        name=run.name,
+        streams=streams,
+        predicted=round(predicted, 2),
+        measured=measured,
+        error=None if measured is None else round(predicted / measured - 1, 3),
+        bound=run.bound,
+        fitted=run.fitted,
+        source=run.source,
+    )
+
+
+def predict(run: MeasuredRun, streams: int) -> float:
+    """Tokens/s of all streams together, as the planner says it today."""
+    stages, traffic, link = loads(run)
+    return speed.rate(stages, traffic, link, streams, run.context // 2, run.dp)
+
+
+def loads(run: MeasuredRun) -> tuple[tuple[StageLoad, ...], speed.Traffic, Link]:
+    """What the stages of a run do for a token. Raises ConfigError: its model is not built in."""
+    found = models.built_in(run.model, "main")
+    if found is None:
+        raise ConfigError(f"{run.name}: no numbers of {run.model} are built in", remedy="add them to deploy/data/models.toml")
+    model: Model = found.model_copy(update={"layers": run.layers}) if run.layers else found
+    link = speed.rdma(run.gbit_s) if run.gbit_s else Link()
+    question = Question(
+        engine=engines.engine(run.engine),
+        model=model,
+        machines=layouts.machines_of(hardware.named(run.gpu), run.nodes),
+        forced=LayoutConfig(max_num_seqs=1, max_model_len=max(run.context, 16)),
+        link=link,
+    )
+    candidate = layouts.evaluate(question, run.tp, run.pp, dp=run.dp)
+    split = layouts.split_of(question, run.tp)
+    held = [share for stage in shards.shares(question.engine, model, split, candidate.layout.partition) for share in stage]
+    stages = layouts.stage_loads(question, candidate.layout, candidate.slots, held * run.dp)
+    if run.tcp:
+        stages = tuple(dataclasses.replace(stage, within_node=False, same_node_as_next=False) for stage in stages)
+    return stages, layouts.traffic(model), link

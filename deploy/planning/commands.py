@@ -1,0 +1,142 @@
+"""The commands and environments of a plan: Ray's on every node, the engine's on the head."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from deploy.nodes import paths, redact
+from deploy.nodes.deployment import Deployment, Node
+from deploy.nodes.facts import NodeFacts
+from deploy.planning import engines
+from deploy.planning.engines import Engine
+from deploy.planning.layouts import Layout
+from gracefarm.errors import ConfigError
+
+OBJECT_STORE = 1 << 30
+"Bytes; Ray would take 30 % of the host memory that weights may need, and the engine keeps nothing there."
+OBJECT_STORE_REHEARSED = 128 << 20
+OFFLOAD_TIMEOUT = 600
+"Seconds for one step: the engine's 60 s are too few where weights come from host memory."
+
+
+def node_env(deployment: Deployment, engine: Engine, layout: Layout, facts: NodeFacts, node: Node) -> dict[str, str]:
+    """Of everything that runs on a node. Ray hands no more than CUDA_VISIBLE_DEVICES to its workers: all else must be here."""
+    env = {
+        engine.host_variable: facts.private,
+        engine.port_variable: str(deployment.data.ports.engine_store),
+        "NCCL_SOCKET_IFNAME": facts.interface,
+        "GLOO_SOCKET_IFNAME": facts.interface,
+        "RAY_USAGE_STATS_ENABLED": "0",
+        # Ray before 2.52 knows no tokens and ignores both.
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": paths.ray_token(deployment, node, facts.user),
+    }
+    own = layout.partition == engines.default_partition(sum(layout.partition), layout.pp)
+    if layout.pp > 1 and layout.partition and not (engine.default_partition and own):
+        env[engine.partition_variable] = ",".join(map(str, layout.partition))
+    if layout.offload_gib:
+        env[engine.timeout_variable] = str(OFFLOAD_TIMEOUT)
+        env |= engine.offload_env
+    for name, value in deployment.data.env.items():
+        if redact.called_secret(name) or redact.Redactor().line(value) != value:
+            raise ConfigError(
+                f"[env] {name} is a secret, and deploy.toml and plans are read by many",
+                remedy="remove it: keys are made by `deploy serve`, the Hub's token comes from HF_TOKEN of your own shell",
+            )
+        if name in (engine.host_variable, engine.partition_variable):
+            raise ConfigError(f"[env] {name} is the plan's own", remedy="set private of the node, or [layout] partition")
+        if layout.offload_gib and engine.offload_env.get(name, value) != value:
+            raise ConfigError(
+                f"[env] {name} = {value}: with it, {engine.name} {engine.version} ignores the {layout.offload_gib:g} GiB of "
+                "weights in host memory that this layout needs",
+                remedy="remove it, or use more nodes",
+            )
+        env[name] = value
+    return env
+
+
+def ray_command(deployment: Deployment, facts: NodeFacts, node: Node, gpus: int, head: NodeFacts) -> tuple[str, ...]:
+    """Arguments of `ray start` on a node."""
+    ports = deployment.data.ports
+    store = OBJECT_STORE_REHEARSED if deployment.data.options.rehearsal else OBJECT_STORE
+    mine: tuple[str, ...]
+    if node.head:
+        mine = ("--head", "--port", str(ports.ray), "--include-dashboard", "true")
+        mine += ("--dashboard-host", "127.0.0.1", "--dashboard-port", str(ports.dashboard))
+    else:
+        mine = ("--address", _ray_address(head.private, deployment))
+    return (
+        paths.program(deployment, "ray"),
+        "start",
+        *mine,
+        *("--node-ip-address", facts.private),
+        *("--num-gpus", str(gpus)),
+        *("--object-store-memory", str(store)),
+        *("--object-manager-port", str(ports.object_manager)),
+        *("--node-manager-port", str(ports.node_manager)),
+        *("--dashboard-agent-listen-port", str(ports.agent)),
+        *("--dashboard-agent-grpc-port", str(ports.agent_grpc)),
+        *("--metrics-export-port", str(ports.metrics)),
+        *("--runtime-env-agent-port", str(ports.runtime_env)),
+        *("--min-worker-port", str(ports.workers_from)),
+        *("--max-worker-port", str(ports.workers_to)),
+        # Workers before Ray 2.5x warn that they take the head's.
+        *("--temp-dir", paths.ray_temp(deployment, node, facts.user)),
+        "--disable-usage-stats",
+    )
+
+
+def _ray_address(head: str, deployment: Deployment) -> str:
+    return f"[{head}]:{deployment.data.ports.ray}" if ":" in head else f"{head}:{deployment.data.ports.ray}"
+
+
+def serve(deployment: Deployment, engine: Engine, layout: Layout, repo: str, revision: str) -> tuple[str, ...]:
+    """Arguments of the engine. Raises ConfigError: deploy.toml has an option or a value that it does not know."""
+    program, *verb = engine.command
+    given = engines.arguments(engine, deployment.data.engine_options)
+    planned = [
+        *("--host", "127.0.0.1"),
+        *("--port", str(deployment.data.ports.engine)),
+        *("--served-model-name", repo),
+        *("--tensor-parallel-size", str(layout.tp)),
+        *("--pipeline-parallel-size", str(layout.pp)),
+        *("--distributed-executor-backend", "ray"),
+        *("--gpu-memory-utilization", f"{layout.gmu:g}"),
+    ]
+    if layout.max_model_len:
+        planned += ["--max-model-len", str(layout.max_model_len)]
+    if layout.max_num_seqs:
+        planned += ["--max-num-seqs", str(layout.max_num_seqs)]
+    if layout.max_model_len is None or layout.max_model_len > layout.max_num_batched_tokens:
+        # Else the engine would profile a step as long as the longest request, and its activations would take the cache's room.
+        planned += ["--max-num-batched-tokens", str(layout.max_num_batched_tokens)]
+        planned += ["--enable-chunked-prefill", *(("true",) if engine.name == "aphrodite" else ())]
+    if layout.offload_gib:
+        planned += ["--cpu-offload-gb", f"{layout.offload_gib:g}"]
+    if layout.expert_parallel:
+        planned += ["--enable-expert-parallel"]
+    planned += _replicas(layout)
+    engines.validate(engine, [*planned, *given])
+    folder = paths.weights(paths.root(deployment), repo, revision)
+    return (paths.program(deployment, program), *verb, folder, *planned, *given)
+
+
+def _replicas(layout: Layout) -> list[str]:
+    """Data parallelism by Ray; `local`: replicas on the head (vLLM 0.26.0, v1/engine/utils.py)."""
+    if layout.dp == 1:
+        return []
+    words = ["--data-parallel-size", str(layout.dp), "--data-parallel-backend", "ray"]
+    return words if layout.spans else [*words, "--data-parallel-size-local", str(layout.local_replicas)]
+
+
+def serve_env(deployment: Deployment, engine: Engine, layout: Layout, private: str, env: Mapping[str, str]) -> dict[str, str]:
+    """Of the engine, on the head: `private` and `env` are its own."""
+    return {
+        **env,
+        **engine.env,
+        **({"VLLM_RAY_DP_PACK_STRATEGY": "span"} if layout.dp > 1 and layout.spans else {}),
+        "RAY_ADDRESS": _ray_address(private, deployment),
+        # The weights are there; nothing is to be asked of the network while it starts.
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+    }

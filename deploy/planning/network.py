@@ -1,0 +1,41 @@
+"""The network between the nodes, as they say it themselves: the slowest link counts, and a faster one that idles is named."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from deploy.nodes.facts import NodeFacts
+from deploy.planning import speed
+from deploy.planning.speed import Link
+
+FASTER = 1.5
+"A link is worth a word if it has so many times the speed of the one that is used."
+
+
+def link(nodes: Sequence[NodeFacts]) -> Link:
+    """What the engine's collectives go over: RDMA where every node has it, else the interface of the private addresses."""
+    if len(nodes) < 2:
+        return Link()
+    rdma = [max((device.gbit_s for device in node.rdma), default=0) for node in nodes]
+    if min(rdma) > 0:
+        return speed.rdma(min(rdma))
+    speeds = [_speed(node, node.interface) for node in nodes]
+    return speed.tcp(None if None in speeds else min(filter(None, speeds)))
+
+
+def _speed(node: NodeFacts, interface: str) -> int | None:
+    return next((nic.mbit_s for nic in node.nics if nic.name == interface), None)
+
+
+def notes(nodes: Sequence[NodeFacts]) -> list[str]:
+    """A sentence for each kind of link that is faster than the one that is used."""
+    if len(nodes) < 2:
+        return []
+    found: dict[str, list[str]] = {}
+    for node in nodes:
+        used = _speed(node, node.interface)
+        for nic in node.nics:
+            if used and nic.mbit_s and nic.addresses and nic.name != node.interface and nic.mbit_s >= used * FASTER:
+                text = f"{nic.name} has {nic.mbit_s / 1000:g} Gb/s, and {node.interface} with {used / 1000:g} Gb/s is used"
+                found.setdefault(text, []).append(node.name)
+    return [f"{', '.join(names)}: {text}: set nic = {text.split()[0]!r} in [nodes]" for text, names in found.items()]

@@ -1,0 +1,148 @@
+"""What the headers of a model's safetensors files say: names, types and shapes; no weight is read.
+
+The format: 8 bytes of little-endian length, so many bytes of JSON, then the data (huggingface/safetensors, README).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import struct
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+from deploy.remote.wire import Json, WorkerError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+LONGEST = 100_000_000
+"Bytes of a header; the format allows no more."
+BITS: Mapping[str, int] = MappingProxyType(
+    {
+        **dict.fromkeys(("F64", "I64", "U64"), 64),
+        **dict.fromkeys(("F32", "I32", "U32"), 32),
+        **dict.fromkeys(("BF16", "F16", "I16", "U16"), 16),
+        **dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0", "I8", "U8", "BOOL"), 8),
+        "F4": 4,
+    }
+)
+"Bits of one element, by the format's names of types."
+_LAYER = re.compile(r"(?:language_model\.)?(?:model\.)?(?:language_model\.)?layers\.(\d+)\.(.+)")
+_OUTER = re.compile(r"(?:language_model\.)?(?:model\.)?(?:language_model\.)?(embed_tokens|norm|lm_head)\.weight")
+_EXPERT = re.compile(r"\bexperts\.\d+\.")
+
+Entry = tuple[str, str, tuple[int, ...]]
+"Name, type, shape."
+
+
+def read(request: Json) -> Json:
+    """`folder`: of a model's files. Layers that are equal are told once; experts are counted.
+
+    Raises:
+        WorkerError: a file is missing, or a header does not describe its file.
+    """
+    folder = Path(request["folder"])
+    index = names(folder)
+    layers: dict[int, Counter[Entry]] = {}
+    outer: list[Entry] = []
+    other = 0
+    for shard in shards(folder, index):
+        for name, dtype, shape in header(folder / shard):
+            if index is not None and index.get(name) != shard:
+                raise _wrong(folder / shard, f"it holds {name}, which {INDEX} does not name there")
+            if place := folded(name):
+                layers.setdefault(place[0], Counter())[place[1], dtype, shape] += 1
+            elif found := _OUTER.fullmatch(name):
+                outer.append((f"{found[1]}.weight", dtype, shape))
+            else:
+                other += math.prod(shape) * BITS[dtype] // 8
+    return {**_told_once(layers), "outer": [(*entry, 1) for entry in outer], "other": other}
+
+
+def _told_once(layers: dict[int, Counter[Entry]]) -> Json:
+    kinds: list[list[tuple[str, str, tuple[int, ...], int]]] = []
+    order = []
+    for number in range(len(layers)):
+        if number not in layers:
+            raise WorkerError(
+                "engine", f"the files have {len(layers)} layers, and none of them is {number}", "fetch the files again"
+            )
+        kind = sorted((*entry, count) for entry, count in layers[number].items())
+        if kind not in kinds:
+            kinds.append(kind)
+        order.append(kinds.index(kind))
+    return {"kinds": kinds, "order": order}
+
+
+def folded(name: str) -> tuple[int, str] | None:
+    """Layer and name within it of a tensor, experts with `*` for their number; None: it is in no layer."""
+    found = _LAYER.fullmatch(name)
+    return (int(found[1]), _EXPERT.sub("experts.*.", found[2])) if found else None
+
+
+def names(folder: Path) -> dict[str, str] | None:
+    """Tensor to file, as the index has it; None: there is no index.
+
+    Raises:
+        WorkerError: the index is damaged.
+    """
+    try:
+        found = json.loads((folder / INDEX).read_text())["weight_map"]
+        if not isinstance(found, dict):
+            raise TypeError
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise _wrong(folder / INDEX, "it is not an index of safetensors files") from error
+    return {str(name): str(shard) for name, shard in found.items()}
+
+
+def shards(folder: Path, index: dict[str, str] | None) -> tuple[str, ...]:
+    """The files. Raises WorkerError: the index names some that are missing, or there are none."""
+    wanted = tuple(sorted(set(index.values()))) if index is not None else (SINGLE,)
+    if outside := [shard for shard in wanted if "/" in shard or shard.startswith(".")]:
+        raise _wrong(folder / INDEX, f"it names {outside[0]}, which is outside of the folder")
+    missing = [shard for shard in wanted if not (folder / shard).is_file()]
+    if missing:
+        raise WorkerError(
+            "engine", f"{folder}: {len(missing)} of {len(wanted)} files are missing, {missing[0]} is the first", "fetch them"
+        )
+    return wanted
+
+
+def header(path: Path) -> Iterator[Entry]:
+    """The tensors of one file. Raises WorkerError: the header does not describe the file."""
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        start = stream.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+        if length > min(LONGEST, size - 8):
+            raise _wrong(path, "it is shorter than its header says")
+        try:
+            table = json.loads(stream.read(length))
+            entries = [
+                (name, entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"])
+                for name, entry in table.items()
+                if name != "__metadata__"
+            ]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise _wrong(path, "its header is not that of a safetensors file") from error
+    place = 0
+    for name, dtype, shape, begin, end in sorted(entries, key=lambda entry: (entry[3], entry[4])):
+        if dtype not in BITS:
+            raise _wrong(path, f"{name} has the unknown type {dtype}")
+        if not all(isinstance(side, int) and side >= 0 for side in shape):
+            raise _wrong(path, f"{name} has the impossible shape {list(shape)}")
+        if begin != place or end - begin != -(-math.prod(shape) * BITS[dtype] // 8):
+            raise _wrong(path, f"{name} is said to lie at {begin} to {end}, which does not fit its shape and its neighbours")
+        place = end
+        yield name, dtype, shape
+    if place != size - 8 - length:
+        raise _wrong(path, f"its tensors end at byte {8 + length + place}, and it has {size}")
+
+
+def _wrong(path: Path, cause: str) -> WorkerError:
+    return WorkerError("engine", f"{path}: {cause}", "fetch the file again")
