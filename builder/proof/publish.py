@@ -12,13 +12,14 @@ from urllib.parse import urlsplit, urlunsplit
 import httpx
 
 from builder.fetch import simple
+from builder.proof import trusted
 from builder.proof.record import Publication, now
 from gracefarm.errors import FetchError, PublishError, UsageError
 from gracefarm.files import sha256_file
 from gracefarm.process import first_line
 
 Login = tuple[str, str]
-"User and password of an upload. Where none is passed: TWINE_USERNAME and TWINE_PASSWORD, else the keyring."
+"User and password of an upload. Where none is passed: TWINE_USERNAME and TWINE_PASSWORD, the keyring, a CI job's identity."
 
 
 def refuse_credentials(url: str, option: str = "--publish") -> None:
@@ -39,7 +40,8 @@ def refuse_credentials(url: str, option: str = "--publish") -> None:
 def upload(wheel: Path, url: str, login: Login | None = None) -> Publication:
     """Upload `wheel` by the legacy upload API.
 
-    Credentials are `login`, or come from TWINE_USERNAME and TWINE_PASSWORD or the keyring; never from `url` or an argument.
+    Credentials are `login`, or come from TWINE_USERNAME and TWINE_PASSWORD, the keyring or a CI job's identity; never from
+    `url` or an argument.
 
     Raises:
         UsageError: the URL carries a password.
@@ -47,6 +49,7 @@ def upload(wheel: Path, url: str, login: Login | None = None) -> Publication:
             them from a run that was cut off before it could say so, and not every index takes them twice.
     """
     refuse_credentials(url)
+    login = login or credentials(url)
     # --verbose: else the index's own sentence is not shown
     command = [sys.executable, "-m", "twine", "upload", "--non-interactive", "--disable-progress-bar", "--verbose"]
     command += ["--repository-url", url, str(wheel)]
@@ -84,10 +87,16 @@ def _offered(wheel: Path, url: str, login: Login | None) -> bool:
 
 
 def credentials(url: str) -> Login | None:
-    """What twine would log in with."""
+    """What twine would log in with, else a short token for a CI job that the index trusts.
+
+    Raises:
+        PublishError: the index does not trust this job.
+    """
     name = os.environ.get("TWINE_USERNAME", "__token__")
-    password = os.environ.get("TWINE_PASSWORD") or _from_keyring(url, name)
-    return (name, password) if password else None
+    if password := os.environ.get("TWINE_PASSWORD") or _from_keyring(url, name):
+        return (name, password)
+    token = trusted.upload_token(url)
+    return ("__token__", token) if token else None
 
 
 MAX_LOG = 32 << 20

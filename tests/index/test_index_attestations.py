@@ -7,6 +7,9 @@ import copy
 import hashlib
 import io
 import json
+import os
+import subprocess
+import sys
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -163,6 +166,33 @@ def test_a_file_that_is_there_gets_its_attestations_later_and_once(attested: Ser
     assert run_index(attested.root, "fsck").returncode == 0
     run_index(attested.root, "gc")
     assert attested.client.get(path).status_code == 200, "gc keeps what a page names"
+
+
+@pytest.mark.parametrize("client", ["twine", "uv"])
+def test_real_clients_upload_attestations(client: str, assets: dict[str, bytes], tmp_path: Path) -> None:
+    """Both take the files that lie beside the distribution."""
+    root, dist = tmp_path / "root", tmp_path / "dist"
+    dist.mkdir()
+    for name in (GITLAB_FILE, f"{GITLAB_FILE}.publish.attestation"):
+        (dist / name).write_bytes(assets[name])
+    run_index(root, "publisher", "add", "gitlab-oidc-project", "gitlab", "facutuesca/gitlab-oidc-project", ".gitlab-ci.yml")
+    with serving(root, "--sigstore-offline", "--url", ADDRESS) as server:
+        url = f"{server.url}/legacy/"
+        command = {
+            "twine": ["twine", "upload", "--attestations", "--non-interactive", "--repository-url", url],
+            "uv": ["uv", "publish", "--publish-url", url],
+        }[client]
+        secrets = {"TWINE_USERNAME": "__token__", "TWINE_PASSWORD": server.token, "UV_PUBLISH_TOKEN": server.token}
+        files = [str(path) for path in sorted(dist.iterdir())]
+        process = subprocess.run(
+            [sys.executable, "-m", *command, *files],
+            capture_output=True,
+            text=True,
+            env={"PATH": os.environ["PATH"], "HOME": str(tmp_path), **secrets},
+            check=False,
+        )
+        assert process.returncode == 0, process.stdout + process.stderr
+        assert listed(server, "gitlab-oidc-project")["provenance"].endswith(f"/{GITLAB_FILE}.provenance")
 
 
 def test_a_project_without_publishers_takes_no_attestations(attested: Server, assets: dict[str, bytes]) -> None:

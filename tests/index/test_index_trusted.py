@@ -19,6 +19,9 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from index_kit import Server, run_index, run_json, serving, wheel
 from issuer_kit import OwnIssuer, certify, issuing
 
+from builder.proof import publish
+from gracefarm.errors import PublishError
+
 ADD = ("publisher", "add")
 
 
@@ -295,6 +298,36 @@ def test_a_publisher_that_cannot_be_is_refused(tmp_path: Path, arguments: tuple[
     assert done.returncode == 2
     assert reason in done.stderr
     assert run_json(tmp_path / "root", "publisher", "list") == []
+
+
+def test_the_builder_publishes_without_a_token(
+    tmp_path: Path, trusting: Server, issuer: OwnIssuer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the nightly workflow does: the wheel by twine, then its record, in what looks like a job at GitHub."""
+    for name in ("TWINE_USERNAME", "TWINE_PASSWORD", "GITHUB_ACTIONS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PYTHON_KEYRING_BACKEND", "keyring.backends.null.Keyring")
+    filename, content = wheel("ours", "5.0")
+    file, record = tmp_path / filename, tmp_path / "record.json"
+    file.write_bytes(content)
+    record.write_text(json.dumps({"recipe": "ours"}))
+    url = f"{trusting.url}/legacy/"
+    with pytest.raises(PublishError):
+        publish.upload(file, url)
+    for name, value in issuer.job().items():
+        monkeypatch.setenv(name, value)
+    publish.upload(file, url)
+    assert filename in trusting.filenames("ours")
+    assert publish.send_record(record, tmp_path / "no-log", "nightly-1", url) is None
+    assert trusting.client.get("/records/nightly-1").json() == {"recipe": "ours"}
+
+    monkeypatch.setattr(issuer, "repository", "farm/fork")
+    with pytest.raises(PublishError, match="no project here trusts the repository farm/fork"):
+        publish.upload(file, url)
+    monkeypatch.delenv("ACTIONS_ID_TOKEN_REQUEST_TOKEN")
+    with pytest.raises(PublishError) as caught:
+        publish.upload(file, url)
+    assert "id-token: write" in caught.value.remedy
 
 
 def test_uv_publishes_without_a_token(tmp_path: Path, issuer: OwnIssuer) -> None:

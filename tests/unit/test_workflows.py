@@ -41,6 +41,12 @@ def test_the_nights_that_build_have_a_cache() -> None:
     assert set(CACHED) >= {("pinned", "build"), ("nightly", "build")}
 
 
+def test_the_night_publishes_without_a_stored_token() -> None:
+    """The index exchanges the job's identity for a short token (docs/index-trust.md)."""
+    assert JOBS["nightly", "build"]["permissions"]["id-token"] == "write"
+    assert "secrets." not in (FOLDER / "nightly.yml").read_text()
+
+
 @pytest.mark.parametrize("key", CACHED, ids="-".join)
 def test_a_cache_is_saved_after_a_failure_too(key: tuple[str, str]) -> None:
     """actions/cache itself saves after a success alone, and it is the night that was cut off that has hours to lose."""
