@@ -142,12 +142,16 @@ def _env(env: Mapping[str, str]) -> str:
 
 def accuracy(rows: Sequence[AccuracyRow]) -> str:
     """Predicted beside measured, for people."""
-    table = _table("run", "streams", "predicted tokens/s", "measured tokens/s", "error", "bound", "source")
+    table = _table("run", "streams", "predicted tokens/s", "measured tokens/s", "error", "bound")
+    before = ""
     for row in rows:
         bound = "" if row.bound is None else f"{row.bound:.0%}" + ("" if row.holds else " MISSED")
         measured, error = (
             ("-", "-") if row.measured is None or row.error is None else (f"{row.measured:,.2f}", f"{row.error:+.0%}")
         )
-        source = row.source + (" (fitted to)" if row.fitted else "")
-        table.add_row(row.name, str(row.streams), f"{row.predicted:,.2f}", measured, error, bound, source)
+        source = row.source + ("; constants are fitted to it" if row.fitted else "")
+        if row.name != before:
+            table.add_row(f"[bold]{escape(row.name)}[/]  [dim]{escape(source)}[/]")
+        before = row.name
+        table.add_row("", str(row.streams), f"{row.predicted:,.1f}", measured, error, bound)
     return _rendered([table])

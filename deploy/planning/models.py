@@ -91,8 +91,6 @@ def from_file(path: Path, *, repo: str, revision: str) -> Model:
         index = checkpoint.names(path)
         if index is not None and not any((path / shard).exists() for shard in index.values()):
             return _named(model, index)
-        if index is None and not (path / checkpoint.SINGLE).exists():
-            return model
         return with_tensors(model, checkpoint.read({"folder": str(path)}))
     except WorkerError as error:
         raise ConfigError(error.cause, remedy=error.remedy) from error
@@ -119,6 +117,8 @@ def with_tensors(model: Model, found: Json) -> Model:
     Raises:
         ConfigError: they are another model's than config.json's.
     """
+    if not found:
+        return model
 
     def tensors(entries: list[list[Any]]) -> tuple[Tensor, ...]:
         return tuple(Tensor(name=name, dtype=dtype, shape=tuple(shape), count=count) for name, dtype, shape, count in entries)

@@ -39,13 +39,15 @@ Entry = tuple[str, str, tuple[int, ...]]
 
 
 def read(request: Json) -> Json:
-    """`folder`: of a model's files. Layers that are equal are told once; experts are counted.
+    """`folder`: of a model's files. Layers that are equal are told once; experts are counted. Empty: no file is safetensors.
 
     Raises:
         WorkerError: a file is missing, or a header does not describe its file.
     """
     folder = Path(request["folder"])
     index = names(folder)
+    if index is None and not (folder / SINGLE).exists():
+        return {}
     layers: dict[int, Counter[Entry]] = {}
     outer: list[Entry] = []
     other = 0

@@ -8,7 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from deploy.fleet.calls import call
+from deploy.fleet.shells import remote_nodes
 from deploy.planning import models, plans
+from deploy.planning.models import UnknownModelError
 from deploy.planning.plans import ServePlan
 from deploy.planning.shapes import Model
 from deploy.steps.step import Work
@@ -17,7 +20,7 @@ from gracefarm.files import atomic_write
 
 
 async def plan_of(work: Work) -> ServePlan:
-    """The plan of what was brought: the numbers of the model's own config.json on the share, at its commit.
+    """The plan of what was brought: config.json and the headers of the weights on the share, at their commit.
 
     Raises:
         ConfigError, LayoutError: as deploy.planning.plans.make; HostError: config.json cannot be read on the head.
@@ -25,7 +28,12 @@ async def plan_of(work: Work) -> ServePlan:
     weights = work.keeper.state.data("weights")
     if not weights:
         raise ConfigError("the weights are not there yet", remedy="`deploy up` brings them")
-    plan = plans.make(work.deployment, work.facts, await _model_brought(work, weights))
+    try:
+        plan = plans.make(work.deployment, work.facts, await _model_brought(work, weights))
+    except UnknownModelError:
+        if not work.deployment.data.layout.trust:
+            raise
+        plan = plans.trusted(work.deployment, work.facts, work.deployment.data.model.repo, str(weights["commit"]))
     atomic_write(work.deployment.folder.path / "plan.json", plan.model_dump_json(indent=1) + "\n")
     return plan
 
@@ -58,7 +66,18 @@ async def _model_brought(work: Work, weights: Mapping[str, Any]) -> Model:
     result = (await work.fleet.run(f"cat {shlex.quote(path)}", nodes=[head], timeout=60))[head.name]
     if not result.ok:
         raise HostError(f"{head}: {path} cannot be read: {result.stderr.strip()}", remedy="`deploy up --from weights`")
-    return models.from_config(json.loads(result.stdout), repo=data.repo, revision=commit, source=f"{head.name}:{path}")
+    model = models.from_config(_parsed(result.stdout, path), repo=data.repo, revision=commit, source=f"{head.name}:{path}")
+    if work.deployment.data.options.rehearsal:  # its weights stand for a model that they are not
+        return model
+    (node,) = remote_nodes(work.fleet, nodes=[head])
+    return models.with_tensors(model, await call(node, "checkpoint.read", {"folder": str(weights["folder"])}))
+
+
+def _parsed(text: str, path: str) -> object:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"{path}: not JSON: {error}", remedy="`deploy up --from weights` fetches it again") from error
 
 
 def _local(work: Work, name: str) -> Path:
