@@ -27,6 +27,9 @@ BATCH = 1 << 20
 
 MAX_PARTS = 2000
 
+SIGNATURE = "gpg_signature"
+"A field that older clients send, a file or a text: read and forgotten, as PyPI does since it keeps no signatures."
+
 DIGESTS: Mapping[str, Callable[[], Any]] = MappingProxyType(
     {
         "sha256_digest": hashlib.sha256,
@@ -209,6 +212,9 @@ class _Assembler:
         if b"filename" not in options:
             self._text = []
             return
+        if self._name == SIGNATURE:
+            self._text = []
+            return
         if self.form.files:
             raise RefusedError("the form holds more than one file", remedy="upload one file at a time, without signatures")
         received = Received(filename=options[b"filename"].decode("utf-8", "replace"), path=self._store.new_staging())
@@ -231,6 +237,8 @@ class _Assembler:
         self._text.append(data)
 
     async def _close(self) -> None:
+        if self._name == SIGNATURE:
+            return
         if self._text is not None:
             try:
                 text = b"".join(self._text).decode()

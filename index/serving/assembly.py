@@ -8,10 +8,12 @@ from index.serving.front import Front
 from index.serving.routes import starlette_app
 from index.serving.service import IndexService, ServeOptions
 from index.simple_api.page_cache import PageCache
+from index.store import variants
 from index.store.catalogue import open_catalogue
 from index.store.files import Store
-from index.web.routes import web_routes
 from index.trust.attestations import AttestationVerifier
+from index.web import uploading
+from index.web.routes import web_routes
 from index.web.site import Site
 
 
@@ -19,22 +21,26 @@ def build(store: Store, options: ServeOptions) -> Front:
     """The front with all that is behind it, ready for any ASGI server."""
     store.prepare()
     catalogue = open_catalogue(store.catalogue_path)
+    with_variants = variants.projects(catalogue.database)
+    if with_variants:  # another version of this program may have written them otherwise
+        with catalogue.change("index") as change:
+            change.touched.update(with_variants)
     service = IndexService(
         store=store,
         catalogue=catalogue,
         page_cache=PageCache(catalogue, base_url=options.base_url),
         options=options,
         gate=ClientGate(limits=options.limits),
+        attestations=AttestationVerifier(offline=options.sigstore_offline),
     )
 
     site = Site(store=store, catalogue=catalogue, base_url=options.base_url, trusted_proxies=options.trusted_proxies)
 
     def end() -> None:
-        attestations=AttestationVerifier(offline=options.sigstore_offline),
         front.log.close()
         service.close()
 
     more = [*sets.routes(service), *documents.routes(service), *trusted.routes(service, site.base)]
-    more += web_routes(site, service.rendered)
+    more += [*web_routes(site, service.rendered), *uploading.routes(site)]
     front = Front(service, starlette_app(service, more, end))
     return front

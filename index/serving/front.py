@@ -16,6 +16,7 @@ from starlette.types import Message, Receive, Scope, Send
 from index.errors import RefusalError
 from index.names import normalise
 from index.serving.accesslog import AccessLog
+from index.serving.draining import Body, drain
 from index.serving.proxies import client_address
 from index.serving.service import IndexService
 from index.simple_api import listings, negotiate
@@ -36,7 +37,7 @@ _LOG = logging.getLogger("index")
 
 _SAFE = re.compile(r"[A-Za-z0-9/+%~:@!$&'()*,;=._-]+")
 
-_PAGE = re.compile(r"/simple/([^/]+/)?\Z")
+_PAGE = re.compile(r"/simple(/[^/]*){0,2}\Z")
 
 _COMMON = [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer")]
 
@@ -87,6 +88,8 @@ class Front:
         method: str = scope["method"]
         # Installers' pages end in /simple/ or /simple/NAME/; a missing slash is redirected below.
         if "/simple" in path and (answer := self._simple(scope, method, path)) is not None:
+            if method == "POST":
+                await drain(Body(receive), self.service.limits.idle)
             await send(answer.start)
             await send(answer.head if method == "HEAD" else answer.body)
             self._account(scope, answer.status, 0 if method == "HEAD" else answer.size, started)
@@ -117,15 +120,13 @@ class Front:
         self.service.metrics.request(scope["method"], status, size)
         if not self.log.enabled:
             return
-        headers = _pick(scope["headers"], (b"user-agent", b"range", b"x-forwarded-for"))
-        client = client_address(scope, headers[2], self.service.options.trusted_proxies)
+        agent, span, _ = _pick(scope["headers"], (b"user-agent", b"range", b""))
+        client = client_address(scope, self.service.options.trusted_proxies)
         path, query = scope["path"], scope["query_string"]
         target = path if _SAFE.fullmatch(path) else quote(path, safe="/+%~:@!$&'()*,;=-._")
         if query:
             target += "?" + query.decode("latin-1")
-        self.log.write(
-            client, scope["method"], target, status, size, headers[0] or "-", headers[1] or "-", time.perf_counter() - started
-        )
+        self.log.write(client, scope["method"], target, status, size, agent or "-", span or "-", time.perf_counter() - started)
 
     def _simple(self, scope: Scope, method: str, path: str) -> PageAnswer | None:
         if method not in ("GET", "HEAD"):
@@ -236,7 +237,12 @@ def _plain(status: int, text: str, *more: tuple[bytes, bytes]) -> PageAnswer:
     return PageAnswer(status, headers, body)
 
 
-_NO_METHOD = _plain(405, "Method Not Allowed\n", (b"allow", b"GET, HEAD"))
+_NO_METHOD = _plain(
+    405,
+    "this address is for installers (uploads go to /legacy/: twine upload --repository-url …/legacy/, uv publish --publish-url"
+    " …/legacy/; GET /legacy/ says more)\n",
+    (b"allow", b"GET, HEAD"),
+)
 
 
 def _pick(headers: list[tuple[bytes, bytes]], wanted: tuple[bytes, bytes, bytes]) -> list[str | None]:

@@ -32,14 +32,15 @@ def describe(version: str) -> Description:
 def _paths() -> dict[str, Description]:
     record, log = _stored("record", "The record of a build."), _stored("text", "The log of a build.")
     lock = _get("The lock of a set, by sha256.", "200-text 404")
+    explained = _get("How to upload here, for people.", "200-text")
     return {
         **_simple(""),
         **_simple("/{view}"),
         **_simple("/preview/{token}"),
-        "/legacy/": _upload("Upload a wheel or sdist, as twine and uv publish do."),
-        "/legacy": _upload("The same, for clients that drop the slash."),
-        "/nightly/legacy/": _upload("Upload to the nightly channel."),
-        "/stage/{set_name}/legacy/": _upload("Upload into a staged set."),
+        "/legacy/": {**explained, **_upload("Upload a wheel or sdist, as twine and uv publish do.")},
+        "/legacy": {**explained, **_upload("The same, for clients that drop the slash.")},
+        "/nightly/legacy/": {**explained, **_upload("Upload to the nightly channel.")},
+        "/stage/{set_name}/legacy/": {**explained, **_upload("Upload into a staged set.")},
         "/stage/{set_name}": {
             "get": _operation("A set's state and what it lacks.", f"200-set {_SET_REFUSALS}", secured=True),
             "put": _operation(
@@ -88,9 +89,6 @@ def _paths() -> dict[str, Description]:
     }
 
 
-def _path(path: str, operations: Description) -> Description:
-    names = [part[1:-1] for part in path.split("/") if part.startswith("{")]
-    inherent = _references("parameters", names)
 def _trusted() -> dict[str, Description]:
     """Trusted publishing (PEP 807, a draft)."""
     return {
@@ -113,6 +111,9 @@ def _trusted() -> dict[str, Description]:
     }
 
 
+def _path(path: str, operations: Description) -> Description:
+    names = [part[1:-1] for part in path.split("/") if part.startswith("{")]
+    inherent = _references("parameters", names)
     return {method: {**each, "parameters": inherent + each["parameters"]} for method, each in operations.items()}
 
 

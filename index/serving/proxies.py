@@ -31,12 +31,16 @@ class Proxies:
         return any(parsed in network for network in self._networks)
 
 
-def client_address(scope: Scope, forwarded: str | None, trusted: Proxies) -> str:
-    """The client's address: what a trusted proxy says in X-Forwarded-For (`forwarded`), else the peer's."""
+def client_address(scope: Scope, trusted: Proxies) -> str:
+    """The client's address: what a trusted proxy says in X-Forwarded-For, else the peer's.
+
+    The header may come several times, a line from each proxy; together they are one list (RFC 9110, 5.3).
+    """
     peer = scope["client"][0] if scope.get("client") else "-"
-    if forwarded and peer in trusted:
-        for hop in reversed([part.strip() for part in forwarded.split(",")]):
-            if hop not in trusted:
+    if peer in trusted:
+        lines = [value.decode("latin-1") for name, value in scope["headers"] if name == b"x-forwarded-for"]
+        for hop in reversed([part.strip() for part in ",".join(lines).split(",")]):
+            if hop and hop not in trusted:
                 return hop[:64]
     return str(peer)
 

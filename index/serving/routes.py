@@ -17,7 +17,6 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Route
-from starlette.types import Message, Receive
 
 from gracefarm.errors import UsageError
 from index.errors import (
@@ -35,6 +34,7 @@ from index.intake.multipart import pieces
 from index.names import name_in_address
 from index.serving import openapi
 from index.serving.download import FileAnswer
+from index.serving.draining import Body, drain
 from index.serving.proxies import client_address
 from index.serving.service import IndexService
 from index.serving.upload import take
@@ -44,15 +44,12 @@ from index.store.auth import Token
 
 IMMUTABLE = "public, max-age=31536000, immutable"
 
-DRAIN = 32 << 20
-"Bytes of a refused upload that are still read, so that a client that does not listen while it sends gets the sentence."
-
 _SHA256 = re.compile(r"[0-9a-f]{64}\Z")
 
 
 def client_of(service: IndexService, request: Request) -> str:
     """Address of the client, as far as proxies are trusted."""
-    return client_address(request.scope, request.headers.get("x-forwarded-for"), service.options.trusted_proxies)
+    return client_address(request.scope, service.options.trusted_proxies)
 
 
 async def identify(service: IndexService, request: Request) -> Token:
@@ -78,7 +75,7 @@ async def identify(service: IndexService, request: Request) -> Token:
 async def legacy(service: IndexService, request: Request) -> Response:
     """POST /legacy/, /nightly/legacy/, /stage/SET/legacy/, and / as pypiserver has it."""
     set_name = request.path_params.get("set_name")
-    body = _Body(request.receive)
+    body = Body(request.receive)
     destination = Destination(
         set_name=set_name,
         channel="nightly" if request.url.path.startswith("/nightly/") else "release",
@@ -89,37 +86,13 @@ async def legacy(service: IndexService, request: Request) -> Response:
         # Only the set is checked before the body is read: the form says later which project it is, and `take` checks that.
         auth.allow_set(token, destination.scope)
         async with service.gate.upload(client_of(service, request)):
-            upload = await take(service, token, destination, request.headers, body)
+            upload = await take(service, token, destination, request, body)
     except RefusalError as error:
         service.metrics.uploads[str(error.status)] += 1
-        await _drain(service, body)
+        await drain(body, service.limits.idle)
         raise
     service.metrics.uploads[upload.outcome] += 1
     return PlainTextResponse(upload.sentence + "\n", headers={"X-Sha256": upload.sha256})
-
-
-class _Body:
-    """A request's body that knows whether it has ended."""
-
-    def __init__(self, receive: Receive) -> None:
-        self._receive = receive
-        self.ended = False
-
-    async def __call__(self) -> Message:
-        message = await self._receive()
-        self.ended = message["type"] != "http.request" or not message.get("more_body", False)
-        return message
-
-
-async def _drain(service: IndexService, body: _Body) -> None:
-    """Read what still comes of a refused upload, within bounds of size and time."""
-    count = 0
-    try:
-        async with asyncio.timeout(min(5.0, service.limits.idle)):
-            while not body.ended and count < DRAIN:
-                count += len((await body()).get("body", b""))
-    except TimeoutError:
-        return
 
 
 async def stored_file(service: IndexService, request: Request) -> Response:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from packaging.utils import canonicalize_name
+from starlette.requests import Request
 from starlette.types import Receive
 
 from index.errors import RefusedError
@@ -37,21 +37,20 @@ class Upload:
         return f"{self.filename} was here already, with the same bytes"
 
 
-async def take(
-    service: IndexService, token: Token, destination: Destination, headers: Mapping[str, str], receive: Receive
-) -> Upload:
+async def take(service: IndexService, token: Token, destination: Destination, request: Request, receive: Receive) -> Upload:
     """Receive, check and publish one file; what this returns is durable.
 
     Raises:
         RefusalError: why not, with its HTTP status. Nothing of the upload remains.
     """
+    headers = request.headers
     length = headers.get("content-length")
     number = int(length) if length is not None and length.isascii() and length.isdigit() else None
     service.check_space(number or 0)
     form = await receive_form(headers.get("content-type", ""), number, receive, service.store, service.limits, service.workers)
     loop = asyncio.get_running_loop()
     try:
-        received, distribution = _check_form(form)
+        received, distribution = _check_form(form, request.query_params.get(":action", ""))
         auth.allow(token, project=distribution.project, set_name=destination.scope)
         await loop.run_in_executor(service.workers, _check_digests, form, received)
         sha256 = received.digests["sha256_digest"]
@@ -68,16 +67,15 @@ async def take(
     return Upload(filename=distribution.filename, sha256=sha256, outcome=outcome)
 
 
-def _check_form(form: Form) -> tuple[Received, Distribution]:
-    """The file and what its name says, when the form says the same.
+def _check_form(form: Form, queried: str) -> tuple[Received, Distribution]:
+    """The file and what its name says, when the form says the same. PyPI takes the action from the query too (`queried`).
 
     Raises:
         RefusedError: it does not.
     """
-    if form.value(":action") != "file_upload":
-        raise RefusedError(
-            f"the action {form.value(':action')!r} is not known", remedy="send :action=file_upload, as twine and uv do"
-        )
+    action = form.value(":action") or queried
+    if action != "file_upload":
+        raise RefusedError(f"the action {action!r} is not known", remedy="send :action=file_upload, as twine and uv do")
     if form.value("protocol_version") not in ("", "1"):
         raise RefusedError("the protocol version is not 1", remedy="send protocol_version=1, as twine and uv do")
     received = form.files.get("content")

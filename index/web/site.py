@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 POLICY = "default-src 'none'; style-src 'self'; img-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
 
+_PREFIX = re.compile(r"(/(?!\.{1,2}(/|\Z))[A-Za-z0-9._~-]+)*\Z")
+"Of X-Forwarded-Prefix: the path under which a proxy shows the index, and which it takes off."
+
 _HOST = re.compile(r"[A-Za-z0-9.:\[\]-]{1,255}\Z")
 
 
@@ -76,11 +79,18 @@ class Site:
         """The address that people copy."""
         if self.base_url:
             return self.base_url.rstrip("/")
-        scheme, host = request.url.scheme, request.headers.get("host", "")
+        scheme, host, prefix = request.url.scheme, request.headers.get("host", ""), ""
         if request.client and request.client.host in self.trusted_proxies:
-            scheme = request.headers.get("x-forwarded-proto", scheme)
-            host = request.headers.get("x-forwarded-host", host)
-        return f"{'https' if scheme == 'https' else 'http'}://{host if _HOST.match(host) else 'HOST'}"
+            scheme = _first(request, "x-forwarded-proto") or scheme
+            host = _first(request, "x-forwarded-host") or host
+            prefix = _first(request, "x-forwarded-prefix").rstrip("/")
+        shown = prefix if _PREFIX.match(prefix) else ""
+        return f"{'https' if scheme == 'https' else 'http'}://{host if _HOST.match(host) else 'HOST'}{shown}"
+
+
+def _first(request: Request, header: str) -> str:
+    """What the proxy next to the client says, which each further one adds to; "" when none says anything."""
+    return request.headers.get(header, "").split(",")[0].strip()
 
 
 def _trusted(base: str) -> str:

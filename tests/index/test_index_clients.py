@@ -244,6 +244,20 @@ def test_twine_uploads_and_repeats(filled: Server, dist: Path) -> None:
     assert "File already exists" in process.stdout + process.stderr
 
 
+def test_twine_at_the_installers_address_is_told_where_to_go(filled: Server, dist: Path) -> None:
+    """A file that is more than the sockets hold: what does not read it cuts twine off before it has read the answer."""
+    name, content = wheel("astray_pkg", files={"astray_pkg/blob": os.urandom(20 << 20)})
+    (dist / name).write_bytes(content)
+    for path in ("/simple/", "/cu130/simple/", "/simple"):
+        process = call(
+            [sys.executable, "-m", "twine", "upload", "--non-interactive", "--disable-progress-bar", "--verbose",
+             "--repository-url", filled.url + path, dist / name],
+            check=False, TWINE_USERNAME="__token__", TWINE_PASSWORD=filled.token,
+        )  # fmt: skip
+        assert process.returncode != 0
+        assert "uploads go to /legacy/" in " ".join((process.stdout + process.stderr).split())
+
+
 def test_uv_publish_and_its_check_url(filled: Server, dist: Path) -> None:
     publish = [*UV, "publish", "--publish-url", filled.url + "/legacy/", *sorted(dist.iterdir())]
     environment = {"UV_PUBLISH_TOKEN": filled.token}

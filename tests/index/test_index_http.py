@@ -282,6 +282,15 @@ def test_plus_in_names_is_taken_both_ways(hosted: Server) -> None:
         assert raw.stdout == "200"
 
 
+def test_an_address_of_uploads_explains_itself(hosted: Server) -> None:
+    for path in ("/legacy/", "/legacy", "/nightly/legacy/", "/stage/spring/legacy/"):
+        answer = hosted.client.get(path)
+        assert answer.status_code == 200
+        assert f"twine upload --verbose --repository-url {hosted.url}{path.rstrip('/')}/ " in answer.text
+        assert "--check-url" in answer.text
+    assert f"--check-url {hosted.url}/nightly/simple/" in hosted.client.get("/nightly/legacy/").text
+
+
 def test_pages_are_asked_for_again(hosted: Server) -> None:
     assert hosted.page("http-pkg").headers["cache-control"] == "no-cache"
 
@@ -493,6 +502,41 @@ def test_trusted_proxies_alone_say_who_asks(tmp_path_factory: pytest.TempPathFac
         server.client.get("/health", headers={"X-Forwarded-For": "203.0.113.7"})
         server.requests()
         assert server.access_log.read_text().startswith("127.0.0.1 ")
+
+
+def test_a_chain_of_proxies_is_read_once_for_limits_and_log(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Each proxy may add a line of its own: the last address that is not a proxy's asks, whatever the client sent before it."""
+    root = tmp_path_factory.mktemp("chain") / "root"
+    with serving(root, "--trusted-proxy", "127.0.0.1", "--writes-per-second", "1") as server:
+
+        def post(number: int, asks: str) -> int:
+            lines = [("X-Forwarded-For", f"6.6.6.{number}"), ("X-Forwarded-For", asks)]
+            return server.client.post("/legacy/", headers=lines).status_code
+
+        assert 429 in [post(number, "203.0.113.7") for number in range(6)], "the limits count what the client made up"
+        assert post(7, "203.0.113.8") == 401
+        server.requests()
+        assert {line.split()[0] for line in server.access_log.read_text().splitlines()} == {"203.0.113.7", "203.0.113.8"}
+
+
+def test_a_proxys_prefix_is_in_the_lines_to_copy(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The proxy takes the prefix off; links are relative, so only what people copy has it."""
+    root = tmp_path_factory.mktemp("prefix") / "root"
+    forwarded = {"X-Forwarded-Host": "pypi.example", "X-Forwarded-Proto": "https", "X-Forwarded-Prefix": "/wheels/gpu/"}
+    with serving(root, "--allow-new", "--trusted-proxy", "127.0.0.1") as server:
+        assert server.upload(*wheel("prefix_pkg")).status_code == 200
+        text = server.client.get("/project/prefix-pkg/", headers=forwarded).text
+        assert "https://pypi.example/wheels/gpu/simple/" in text
+        assert 'href="/' not in text
+        assert (
+            "--repository-url https://pypi.example/wheels/gpu/legacy/ "
+            in server.client.get("/legacy/", headers=forwarded).text
+        )
+        for forged in ("//evil.example", "/../..", '/"><script>', "/a b"):
+            text = server.client.get("/legacy/", headers={**forwarded, "X-Forwarded-Prefix": forged}).text
+            assert "https://pypi.example/legacy/ " in text
+    with serving(root, token=server.token) as server:
+        assert "pypi.example" not in server.client.get("/legacy/", headers=forwarded).text, "from anybody else it is nothing"
 
 
 def test_a_network_of_proxies_is_trusted_too(tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -81,6 +81,24 @@ def test_right_digests_of_every_kind_are_taken(shared: Server) -> None:
     assert shared.upload(name, content, form=form).status_code == 200
 
 
+def test_what_pypi_takes_of_older_clients_is_taken(shared: Server) -> None:
+    """The action in the query, and a signature beside the file, which is forgotten."""
+    name, content = wheel("signed_pkg")
+    answer = shared.client.post(
+        "/legacy/?:action=file_upload",
+        data={"protocol_version": "1"},
+        files={"content": (name, content), "gpg_signature": (f"{name}.asc", b"-----BEGIN PGP SIGNATURE-----\n")},
+        auth=("__token__", shared.token),
+    )
+    assert answer.status_code == 200, answer.text
+    assert shared.client.get(shared.page("signed-pkg").json()["files"][0]["url"].replace("../..", "")).content == content
+    assert not list((shared.root / "staging").iterdir())
+    other = shared.client.post(
+        "/legacy/?:action=doc_upload", files={"content": (name, content)}, auth=("__token__", shared.token)
+    )
+    refused(other, "'doc_upload'")
+
+
 def test_not_a_zip_is_refused(shared: Server) -> None:
     refused(shared.upload("nozip_pkg-1.0-py3-none-any.whl", b"not a zip" * 100), "not a zip archive")
     nothing_stored(shared, "nozip-pkg")
