@@ -9,7 +9,7 @@ import click
 
 from gracefarm import pins, settings
 from index.cli.common import IndexContext, in_context
-from index.sets import mirroring, staged
+from index.sets import machines, mirroring, staged
 
 
 @click.command("mirror")
@@ -17,8 +17,15 @@ from index.sets import mirroring, staged
 @click.argument("lock", type=click.Path(path_type=Path))
 @click.option("--set", "set_name", required=True, help="Created, staged, when there is none of that name.")
 @click.option("--link", is_flag=True, help="Absolute links instead of copies.")
-def mirror(context: IndexContext, lock: Path, set_name: str, link: bool) -> None:
+@click.option(
+    "--platform", "platforms", multiple=True, help="Only files for it: aarch64, manylinux_2_34_aarch64. Can be repeated."
+)
+@click.option("--python", "pythons", multiple=True, help="Only files for it: 3.11. Can be repeated.")
+def mirror(
+    context: IndexContext, lock: Path, set_name: str, link: bool, platforms: tuple[str, ...], pythons: tuple[str, ...]
+) -> None:
     """Bring the wheels of a lock into a set, by sha256, from the configured Python index."""
+    manner = mirroring.Manner(link=link, selection=machines.select(platforms, pythons))
     locked = pins.read(lock, options=True)
     catalogue = context.catalogue()
     if catalogue.row("SELECT 1 FROM release_set WHERE name = ?", (set_name,)) is None:
@@ -32,7 +39,7 @@ def mirror(context: IndexContext, lock: Path, set_name: str, link: bool) -> None
             lock.name,
             locked,
             index_url=settings.load().index_url,
-            link=link,
+            manner=manner,
             tick=tick,
         )
     state = staged.find(catalogue, set_name).state

@@ -65,7 +65,7 @@ def add(context: IndexContext, name: str, filenames: tuple[str, ...]) -> None:
 @click.argument("name")
 def publish(context: IndexContext, name: str) -> None:
     """Show the whole set at once, at /NAME/simple/ and in the other views."""
-    published = staged.publish(context.catalogue(), context.actor, name)
+    published = staged.publish(context.store, context.catalogue(), context.actor, name)
     context.console.result(asdict(published), f"{name}: {len(published.files)} files are visible at /{name}/simple/")
 
 

@@ -47,7 +47,7 @@ async def publish(service: IndexService, request: Request) -> Response:
     name, token = await _authorised(service, request)
     _find(service, name)
     published = await asyncio.get_running_loop().run_in_executor(
-        service.writer, staged.publish, service.catalogue, token.actor, name
+        service.writer, staged.publish, service.store, service.catalogue, token.actor, name
     )
     service.page_cache.refresh(now=True)
     return _answer(published)

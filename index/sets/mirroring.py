@@ -6,7 +6,7 @@ import hashlib
 import sqlite3
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import httpx
@@ -25,12 +25,14 @@ from requests import RequestException
 from gracefarm.console import Tick, no_tick
 from gracefarm.errors import DigestError, FetchError, UsageError
 from gracefarm.pins import Pin
+from gracefarm.variants import split_label
 from index.errors import RefusedError
 from index.intake import metadata, sdist, wheel
 from index.intake.defects import Defects
 from index.limits import Limits
 from index.names import check_plain, parse_filename
 from index.sets import staged
+from index.sets.machines import Selection
 from index.store.catalogue import Catalogue, Transaction, timestamp
 from index.store.files import Store, disk_errors, flush
 
@@ -47,6 +49,16 @@ class Mirrored:
     how: str
     "ours, copied, linked, kept."
     size: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manner:
+    """How a lock is mirrored."""
+
+    link: bool = False
+    "Absolute links instead of copies."
+    selection: Selection = field(default_factory=Selection)
+    "The machines whose files are brought."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,10 +90,10 @@ def mirror(
     pins: list[Pin],
     *,
     index_url: str | None,
-    link: bool,
+    manner: Manner,
     tick: Tick = no_tick,
 ) -> list[Mirrored]:
-    """Bring every file of the lock into the set; can be repeated, and goes on where it was stopped.
+    """Bring the files of the lock into the set; can be repeated, and goes on where it was stopped.
 
     Raises:
         FetchError: a pin that the upstream index does not have, or an upstream that does not answer.
@@ -89,21 +101,23 @@ def mirror(
         UsageError: the set is published, with another lock.
         StoreFullError: no space.
     """
-    _begin(catalogue, actor, set_name, lock_name, pins, link=link)
+    pins = [pin for pin in pins if manner.selection.needs(pin.marker)]
+    _begin(catalogue, actor, set_name, lock_name, pins, manner)
     mirrored: list[Mirrored] = []
     # Requests' own user agent would hide who asks.
     with PyPISimple(index_url or PYPI_SIMPLE_ENDPOINT) as upstream, httpx.Client(follow_redirects=True, timeout=60) as client:
         for number, pin in enumerate(pins):
             tick(number, len(pins), pin.name)
-            here = _ours(catalogue, actor, set_name, pin) or _kept(store, catalogue, set_name, pin, link=link)
-            mirrored += here or _take(
-                store, catalogue, actor, set_name, pin, _upstream(catalogue, upstream, pin), client, link=link
-            )
+            here = _ours(catalogue, actor, set_name, pin, manner) or _kept(store, catalogue, set_name, pin, manner)
+            if not here:
+                items = _chosen(manner.selection, pin, _upstream(catalogue, upstream, pin))
+                here = _take(store, catalogue, actor, set_name, pin, items, client, manner)
+            mirrored += here
     tick(len(pins), len(pins), "")
     return mirrored
 
 
-def _begin(catalogue: Catalogue, actor: str, set_name: str, lock_name: str, pins: list[Pin], *, link: bool) -> None:
+def _begin(catalogue: Catalogue, actor: str, set_name: str, lock_name: str, pins: list[Pin], manner: Manner) -> None:
     """Make this lock one of the set's, before its first file: until each pin is fulfilled, the set is not published.
 
     A set may have several locks, one for each index that its wheels come from; they are told apart by their files' names.
@@ -116,14 +130,14 @@ def _begin(catalogue: Catalogue, actor: str, set_name: str, lock_name: str, pins
         rows = change.execute("SELECT * FROM pin WHERE set_name = ?", (set_name,)).fetchall()
         known = {_key(row): bool(row["done"]) for row in rows}
         old = {_key(row) for row in rows if row["lock"] == lock_name}
-        new = {(pin.name, pin.version, " ".join(sorted(pin.sha256)), link) for pin in pins}
+        new = {(pin.name, pin.version, " ".join(sorted(pin.sha256)), manner.link, str(manner.selection)) for pin in pins}
         state = change.execute("SELECT state FROM release_set WHERE name = ?", (set_name,)).fetchone()
         if old == new and state is not None and state["state"] == "published":
             return
         staged.check_staged(change, set_name)
         others = {digest for row in rows if row["lock"] != lock_name for digest in row["sha256"].split()}
         wanted = {digest for pin in pins for digest in pin.sha256} | others
-        brought = {digest for _, _, digests, _ in old for digest in digests.split()}
+        brought = {digest for _, _, digests, _, _ in old for digest in digests.split()}
         for row in change.execute("SELECT filename, sha256 FROM mirrored WHERE set_name = ?", (set_name,)).fetchall():
             if row["sha256"] not in wanted:
                 change.execute("DELETE FROM mirrored WHERE set_name = ? AND filename = ?", (set_name, row["filename"]))
@@ -135,53 +149,56 @@ def _begin(catalogue: Catalogue, actor: str, set_name: str, lock_name: str, pins
         change.execute("DELETE FROM pin WHERE set_name = ? AND lock = ?", (set_name, lock_name))
         for key in new:
             change.execute(
-                "INSERT OR REPLACE INTO pin (set_name, lock, project, version, sha256, link, done) VALUES (?,?,?,?,?,?,?)",
+                "INSERT OR REPLACE INTO pin (set_name, lock, project, version, sha256, link, selection, done)"
+                " VALUES (?,?,?,?,?,?,?,?)",
                 (set_name, lock_name, *key, known.get(key, False)),
             )
         change.note("set.lock", set_name, lock=lock_name, pins=len(pins))
 
 
-def _key(row: sqlite3.Row) -> tuple[str, str, str, bool]:
-    return row["project"], row["version"], row["sha256"], bool(row["link"])
+def _key(row: sqlite3.Row) -> tuple[str, str, str, bool, str]:
+    return row["project"], row["version"], row["sha256"], bool(row["link"]), row["selection"]
 
 
-def _finish(change: Transaction, set_name: str, pin: Pin) -> None:
+def _finish(change: Transaction, set_name: str, pin: Pin, manner: Manner) -> None:
     change.execute(
-        "UPDATE pin SET done = 1 WHERE set_name = ? AND project = ? AND version = ?", (set_name, pin.name, pin.version)
+        "UPDATE pin SET done = 1 WHERE set_name = ? AND project = ? AND version = ? AND selection = ?",
+        (set_name, pin.name, pin.version, str(manner.selection)),
     )
 
 
-def _ours(catalogue: Catalogue, actor: str, set_name: str, pin: Pin) -> list[Mirrored]:
+def _ours(catalogue: Catalogue, actor: str, set_name: str, pin: Pin, manner: Manner) -> list[Mirrored]:
     """Files of ours with a locked digest join the set as they are."""
-    rows = catalogue.rows("SELECT id, filename, sha256, size FROM live_file WHERE project = ?", (pin.name,))
-    own = [row for row in rows if row["sha256"] in pin.sha256]
+    rows = catalogue.rows("SELECT id, filename, sha256, size, requires_python FROM live_file WHERE project = ?", (pin.name,))
+    takes = manner.selection.takes
+    own = [row for row in rows if row["sha256"] in pin.sha256 and takes(row["filename"], row["requires_python"])]
     members = {row["file_id"] for row in catalogue.rows("SELECT file_id FROM member WHERE set_name = ?", (set_name,))}
-    if own and not (members.issuperset(row["id"] for row in own) and _is_done(catalogue, set_name, pin)):
+    if own and not (members.issuperset(row["id"] for row in own) and _is_done(catalogue, set_name, pin, manner)):
         with catalogue.change(actor) as change:
             staged.check_staged(change, set_name)
             for row in own:
                 change.execute("INSERT OR IGNORE INTO member (set_name, file_id) VALUES (?, ?)", (set_name, row["id"]))
-            _finish(change, set_name, pin)
+            _finish(change, set_name, pin, manner)
             change.note("set.add", f"{set_name} {pin.name}", pin.name)
     return [Mirrored(name=pin.name, filename=row["filename"], how="ours", size=row["size"]) for row in own]
 
 
-def _is_done(catalogue: Catalogue, set_name: str, pin: Pin) -> bool:
+def _is_done(catalogue: Catalogue, set_name: str, pin: Pin, manner: Manner) -> bool:
     row = catalogue.row(
-        "SELECT min(done) AS done FROM pin WHERE set_name = ? AND project = ? AND version = ?",
-        (set_name, pin.name, pin.version),
+        "SELECT min(done) AS done FROM pin WHERE set_name = ? AND project = ? AND version = ? AND selection = ?",
+        (set_name, pin.name, pin.version, str(manner.selection)),
     )
     return row is not None and bool(row["done"])
 
 
-def _kept(store: Store, catalogue: Catalogue, set_name: str, pin: Pin, *, link: bool) -> list[Mirrored]:
+def _kept(store: Store, catalogue: Catalogue, set_name: str, pin: Pin, manner: Manner) -> list[Mirrored]:
     """What an earlier run brought, when it was all of it and is still there: none of it, else, and it is fetched again."""
     rows = [
         row
         for row in catalogue.rows("SELECT * FROM live_mirrored WHERE set_name = ? AND project = ?", (set_name, pin.name))
         if row["sha256"] in pin.sha256
     ]
-    if not _is_done(catalogue, set_name, pin) or not all(_is_whole(store, row, link=link) for row in rows):
+    if not _is_done(catalogue, set_name, pin, manner) or not all(_is_whole(store, row, link=manner.link) for row in rows):
         return []
     return [Mirrored(name=pin.name, filename=row["filename"], how="kept", size=row["size"]) for row in rows]
 
@@ -208,11 +225,11 @@ def _upstream(catalogue: Catalogue, upstream: PyPISimple, pin: Pin) -> list[_Ups
     files = [
         _upstream_file(package, digest, pin)
         for package in page.packages
-        if (digest := package.digests.get("sha256", "")) in pin.sha256
+        if (digest := package.digests.get("sha256", "")) in pin.sha256 and not split_label(package.filename)[1]
     ]
     if not files:
         raise FetchError(
-            f"the upstream index has no file of {pin.name} {pin.version} with a locked sha256",
+            f"the upstream index has no sdist and no plain wheel of {pin.name} {pin.version} with a locked sha256",
             remedy="lock again, or set GRACEFARM_PYTHON_INDEX to the index that the lock was made with",
         )
     gone = {row["sha256"] for row in catalogue.rows("SELECT sha256 FROM mirrored WHERE withdrawn IS NOT NULL")}
@@ -223,6 +240,23 @@ def _upstream(catalogue: Catalogue, upstream: PyPISimple, pin: Pin) -> list[_Ups
             remedy="lock another version; `index withdraw --undo` takes a withdrawal back",
         )
     return left
+
+
+def _chosen(selection: Selection, pin: Pin, files: list[_UpstreamFile]) -> list[_UpstreamFile]:
+    """The wheels that the selection can install, and the sdist for whom none of them is.
+
+    Raises:
+        FetchError: not one file.
+    """
+    wheels = [item for item in files if item.kind == "bdist_wheel" and selection.takes(item.filename, item.requires_python)]
+    left = selection.without(item.filename for item in wheels)
+    others = [item for item in files if item.kind != "bdist_wheel" and left.takes(item.filename, item.requires_python)]
+    if not wheels and not others:
+        raise FetchError(
+            f"none of the {len(files)} locked files of {pin.name} {pin.version} is for {selection}",
+            remedy="choose --platform and --python that the lock was made for",
+        )
+    return [*wheels, *others]
 
 
 def _upstream_file(package: DistributionPackage, digest: str, pin: Pin) -> _UpstreamFile:
@@ -264,33 +298,50 @@ def _take(
     pin: Pin,
     items: list[_UpstreamFile],
     client: httpx.Client,
-    *,
-    link: bool,
+    manner: Manner,
 ) -> list[Mirrored]:
     """Every file of a pin, in one transaction: a pin is fulfilled or it is not."""
     with ExitStack() as stack:
-        copies: list[tuple[Path, str, bytes | None]] = []
+        copies: list[tuple[Path, str]] = []
+        texts: list[bytes] = []
         rows: list[_UpstreamFile] = []
         for item in items:
-            if link:
-                defects = _linked_defects(client, item)
+            if manner.link:
+                raw, defects = _linked_metadata(client, item)
+                texts += [raw] if raw is not None else []
                 rows.append(replace(item, size=item.size or _remote_size(client, item), defects=defects))
                 continue
             path = stack.enter_context(_download(store, client, item))
             raw, defects = _inspect(path, item.filename)
-            copies.append((path, item.sha256, raw))
+            copies.append((path, item.sha256))
+            texts += [raw] if raw is not None else []
             digest = hashlib.sha256(raw).hexdigest() if raw is not None else None
             rows.append(replace(item, size=path.stat().st_size, metadata_sha256=digest, url="", defects=defects))
         with catalogue.change(actor) as change:
-            for path, sha256, raw in copies:
+            for path, sha256 in copies:
                 store.adopt(path, sha256)
-                if raw is not None:
-                    store.add_bytes(raw, hashlib.sha256(raw).hexdigest())
+            for text in texts:
+                store.add_bytes(text, hashlib.sha256(text).hexdigest())
+            _leave_out(change, set_name, pin, rows)
             for row in rows:
                 _insert(change, set_name, row)
-            _finish(change, set_name, pin)
-    how = "linked" if link else "copied"
+            _finish(change, set_name, pin, manner)
+    how = "linked" if manner.link else "copied"
     return [Mirrored(name=pin.name, filename=row.filename, how=how, size=row.size) for row in rows]
+
+
+def _leave_out(change: Transaction, set_name: str, pin: Pin, taken: list[_UpstreamFile]) -> None:
+    """Files that a wider selection of the pin brought before, unless another lock of the set names the pin too."""
+    locks = change.execute(
+        "SELECT count(*) FROM pin WHERE set_name = ? AND project = ? AND version = ?", (set_name, pin.name, pin.version)
+    ).fetchone()[0]
+    state = change.execute("SELECT state FROM release_set WHERE name = ?", (set_name,)).fetchone()
+    if locks > 1 or state["state"] != "staged":
+        return
+    names = {row.filename for row in taken}
+    for row in change.execute("SELECT * FROM mirrored WHERE set_name = ? AND project = ?", (set_name, pin.name)).fetchall():
+        if row["sha256"] in pin.sha256 and row["filename"] not in names and row["withdrawn"] is None:
+            change.execute("DELETE FROM mirrored WHERE set_name = ? AND filename = ?", (set_name, row["filename"]))
 
 
 def _insert(change: Transaction, set_name: str, item: _UpstreamFile) -> None:
@@ -391,15 +442,15 @@ def _inspect(path: Path, filename: str) -> tuple[bytes | None, str]:
     return read.raw if read is not None else None, "\n".join(defects.sentences)
 
 
-def _linked_defects(client: httpx.Client, item: _UpstreamFile) -> str:
-    """What is wrong with a linked wheel, as far as the METADATA tells that upstream serves beside it (PEP 658).
+def _linked_metadata(client: httpx.Client, item: _UpstreamFile) -> tuple[bytes | None, str]:
+    """METADATA of a linked wheel, if upstream serves it (PEP 658), and what is wrong with the wheel, as far as it tells.
 
     Raises:
         RefusedError: with this file, installers would fail on the whole project.
         FetchError, DigestError: upstream promises METADATA and does not send it.
     """
     if item.metadata_sha256 is None or item.kind != "bdist_wheel":
-        return ""
+        return None, ""
     try:
         raw = client.get(f"{item.url}.metadata").raise_for_status().content
     except httpx.HTTPError as error:
@@ -410,4 +461,4 @@ def _linked_defects(client: httpx.Client, item: _UpstreamFile) -> str:
         raise DigestError(f"upstream sent other metadata of {item.filename} than it lists", remedy="do not trust it")
     defects = Defects(distribution=parse_filename(item.filename, published=True))
     metadata.read(raw, defects, lambda _name: True)
-    return "\n".join(defects.sentences)
+    return raw, "\n".join(defects.sentences)

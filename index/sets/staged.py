@@ -14,7 +14,12 @@ from packaging.utils import canonicalize_name
 from gracefarm.errors import UsageError
 from index.errors import RefusedError
 from index.names import check_set_name, wheel_tags
+from index.sets import closure, machines
 from index.store.catalogue import Catalogue, Transaction
+from index.store.files import Store
+
+MAX_UNMET = 40
+"Requirements that a refusal names."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,11 +185,12 @@ def add(catalogue: Catalogue, actor: str, name: str, filenames: list[str]) -> No
             change.note("set.add", f"{name} {filename}", row["project"])
 
 
-def publish(catalogue: Catalogue, actor: str, name: str) -> ReleaseSet:
+def publish(store: Store, catalogue: Catalogue, actor: str, name: str) -> ReleaseSet:
     """Make every file of the set visible, in one transaction.
 
     Raises:
-        RefusedError: the declared matrix is incomplete, or the set is empty; names what is missing.
+        RefusedError: the declared matrix is incomplete, a wheel requires what the set lacks, or the set is empty; names what
+            is missing.
         UsageError: the set is not staged.
     """
     with catalogue.change(actor) as change:
@@ -197,6 +203,12 @@ def publish(catalogue: Catalogue, actor: str, name: str) -> ReleaseSet:
             )
         if not complete.files:
             raise RefusedError(f"the set {name} is empty", remedy=f"upload its wheels to /stage/{name}/legacy/ first")
+        if unmet := _unmet(store, catalogue, complete):
+            shown = "; ".join(unmet[:MAX_UNMET]) + (f"; and {len(unmet) - MAX_UNMET} more" if len(unmet) > MAX_UNMET else "")
+            raise RefusedError(
+                f"the set {name} lacks {len(unmet)} of what its wheels require: {shown}",
+                remedy=f"upload them to /stage/{name}/legacy/, or mirror a lock that has them, then publish again",
+            )
         rows = change.execute(
             "SELECT project, filename, hidden FROM file JOIN member ON member.file_id = file.id WHERE set_name = ?", (name,)
         ).fetchall()
@@ -207,6 +219,14 @@ def publish(catalogue: Catalogue, actor: str, name: str) -> ReleaseSet:
             if row["hidden"]:  # for mirrors, which could not see it when it was uploaded
                 change.note("file.show", row["filename"], row["project"], set=name)
     return find(catalogue, name)
+
+
+def _unmet(store: Store, catalogue: Catalogue, complete: ReleaseSet) -> list[str]:
+    own = catalogue.rows("SELECT * FROM live_file JOIN member ON file_id = id WHERE set_name = ?", (complete.name,))
+    mirrored = catalogue.rows("SELECT * FROM live_mirrored WHERE set_name = ?", (complete.name,))
+    files = [*(closure.read(store, row, own=True) for row in own), *(closure.read(store, row, own=False) for row in mirrored)]
+    pythons = {machines.python(wheel.python) for wheel in complete.matrix if wheel.python.startswith("cp3")}
+    return closure.unmet(files, sorted(pythons), sorted({wheel.arch for wheel in complete.matrix if wheel.arch}))
 
 
 def drop(catalogue: Catalogue, actor: str, name: str) -> None:

@@ -6,11 +6,12 @@ import sqlite3
 import time
 from dataclasses import dataclass
 
-from packaging.utils import parse_wheel_filename
 from packaging.version import Version
 
 from gracefarm.console import Tick, no_tick
 from gracefarm.errors import ConfigError
+from gracefarm.variants import split_label
+from index.names import wheel_tags
 from index.store.catalogue import Catalogue
 from index.store.files import Store
 
@@ -21,8 +22,8 @@ GC_MOMENT = 0.2
 _REFERENCES = """
 SELECT sha256 AS digest, filename AS name, size FROM live_file
 UNION SELECT metadata_sha256, filename || '.metadata', NULL FROM live_file WHERE metadata_sha256 IS NOT NULL
-UNION SELECT sha256, filename, size FROM live_mirrored WHERE url IS NULL
 UNION SELECT provenance_sha256, filename || '.provenance', NULL FROM live_file WHERE provenance_sha256 IS NOT NULL
+UNION SELECT sha256, filename, size FROM live_mirrored WHERE url IS NULL
 UNION SELECT metadata_sha256, filename || '.metadata', NULL FROM live_mirrored
     WHERE url IS NULL AND metadata_sha256 IS NOT NULL
 UNION SELECT document_sha256, 'record ' || id, document_size FROM record WHERE document_sha256 IS NOT NULL
@@ -30,6 +31,12 @@ UNION SELECT log_sha256, 'log ' || id, log_size FROM record WHERE log_sha256 IS 
 UNION SELECT document_sha256, 'matrix ' || name, document_size FROM matrix
 UNION SELECT document_sha256, 'certificate ' || digest, document_size FROM certificate
 """
+
+_KEPT = f"""{_REFERENCES}
+UNION SELECT metadata_sha256, filename || '.metadata', NULL FROM live_mirrored
+    WHERE url IS NOT NULL AND metadata_sha256 IS NOT NULL
+"""  # noqa: S608 - constants
+"And what need not be here: METADATA of linked wheels, by which a set is found to be closed."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +73,8 @@ def fsck(store: Store, catalogue: Catalogue, tick: Tick = no_tick, *, set_aside:
     tick(len(names), len(names), "")
     if damaged and set_aside is not None:
         heal(store, catalogue, set_aside)
-    unnamed = sum(path.name not in names for path in store.stored())
+    kept = {row["digest"] for row in catalogue.rows(_KEPT)}
+    unnamed = sum(path.name not in kept for path in store.stored())
     return Inspection(files=len(names), bytes=total, damaged=tuple(sorted(damaged)), unnamed=unnamed)
 
 
@@ -77,11 +85,11 @@ def gc(store: Store, catalogue: Catalogue, actor: str) -> tuple[int, int]:
     moments, since uploads wait for it meanwhile.
     """
     count = size = 0
-    named = {row["digest"] for row in catalogue.rows(_REFERENCES)}
+    named = {row["digest"] for row in catalogue.rows(_KEPT)}
     todo = [path for path in store.stored() if path.name not in named]
     while todo:
         with catalogue.change(actor) as change:
-            named = {row["digest"] for row in change.execute(_REFERENCES)}  # again: uploads went on
+            named = {row["digest"] for row in change.execute(_KEPT)}  # again: uploads went on
             end = time.monotonic() + GC_MOMENT
             while todo and time.monotonic() < end:
                 path = todo.pop()
@@ -107,8 +115,8 @@ def prune(catalogue: Catalogue, actor: str, keep: int, *, dry_run: bool = False)
         " AND id NOT IN (SELECT file_id FROM member JOIN release_set ON name = set_name WHERE state <> 'dropped')"
     )
     for row in rows:
-        tags = parse_wheel_filename(row["filename"])[3] if row["kind"] == "bdist_wheel" else frozenset()
-        variants.setdefault((row["project"], row["cuda"], row["kind"], tags), []).append(
+        tags = wheel_tags(row["filename"]) if row["kind"] == "bdist_wheel" else frozenset()
+        variants.setdefault((row["project"], row["cuda"], row["kind"], tags, split_label(row["filename"])[1]), []).append(
             (Version(row["version"]), row["filename"])
         )
     old = [name for releases in variants.values() for _, name in sorted(releases, reverse=True)[keep:]]

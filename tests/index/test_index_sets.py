@@ -450,7 +450,7 @@ def test_mirroring_changes_no_published_set(shared: Server, upstream: Server, tm
 
 
 def test_a_damaged_copy_is_unlisted_and_mirroring_again_mends_it(shared: Server, upstream: Server, tmp_path: Path) -> None:
-    line = lock_line("third-lib", "3.0", LIB)
+    line = lock_line("third-lib", "3.0", LIB) + lock_line("third-dep", "1.6", DEP_16)
     mirrored(shared, upstream, tmp_path, "mended-set", line)
     run_index(shared.root, "stage", "publish", "mended-set")
     page = shared.page("third-lib", prefix="/mended-set").json()
@@ -462,7 +462,7 @@ def test_a_damaged_copy_is_unlisted_and_mirroring_again_mends_it(shared: Server,
     assert run_index(shared.root, "fsck", "--set-aside", check=False).returncode == 11
     assert shared.filenames("third-lib", prefix="/mended-set") == [], "what is known to be damaged is not offered"
     no_lock(shared, "mended-set", "third-lib")
-    assert [item["how"] for item in mirrored(shared, upstream, tmp_path, "mended-set", line)] == ["copied"]
+    assert [item["how"] for item in mirrored(shared, upstream, tmp_path, "mended-set", line)] == ["copied", "kept"]
     assert shared.page("third-lib", prefix="/mended-set").json() == page
     assert shared.client.get(url).content == LIB
 

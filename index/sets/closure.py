@@ -1,0 +1,161 @@
+"""Is a set closed: does it hold what its wheels require, on each Python and architecture that it is for?
+
+An sdist's requirements are not known before it is built, and a line that is no requirement (PEP 508) is read by nobody:
+neither counts.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+from packaging.markers import UndefinedComparison, UndefinedEnvironmentName
+from packaging.metadata import parse_email
+from packaging.requirements import InvalidRequirement, Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import InvalidVersion, Version
+
+from index.errors import DamagedError
+from index.names import wheel_tags
+from index.sets.machines import PYTHONS, InstallTarget, arch_of_tag, python_of_tag
+from index.store.files import Store
+
+ARCHES = ("aarch64", "x86_64")
+"Where nothing in a set says which."
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetFile:
+    """A file of a set, and what it requires."""
+
+    filename: str
+    project: str
+    version: str
+    own: bool
+    "Built here, not mirrored."
+    requires_python: str | None
+    requires: tuple[Requirement, ...]
+
+
+def read(store: Store, row: sqlite3.Row, *, own: bool) -> SetFile:
+    """A row of the table `file`, or of `mirrored`.
+
+    Raises:
+        DamagedError: the store has lost its METADATA.
+    """
+    raw = b""
+    if row["metadata_sha256"] is not None:
+        try:
+            raw = store.path(row["metadata_sha256"]).read_bytes()
+        except FileNotFoundError:
+            if own or row["url"] is None:
+                raise DamagedError(
+                    f"the store has lost the METADATA of {row['filename']}", remedy="run `index fsck`"
+                ) from None
+    return SetFile(
+        filename=row["filename"],
+        project=row["project"],
+        version=row["version"],
+        own=own,
+        requires_python=row["requires_python"],
+        requires=tuple(_requirements(raw)),
+    )
+
+
+def _requirements(raw: bytes) -> Iterator[Requirement]:
+    for line in parse_email(raw)[0].get("requires_dist", []):
+        try:
+            yield Requirement(line)
+        except InvalidRequirement:
+            continue
+
+
+def unmet(files: Sequence[SetFile], pythons: Sequence[str], arches: Sequence[str]) -> list[str]:
+    """What wheels of the set require and the set lacks, a line each.
+
+    `pythons` (3.11) and `arches` are those of the set's matrix. Where it names none, they are those of the wheels that were
+    built here; where these name none either, it is enough that one machine finds all that it needs.
+    """
+    own = {tag for file in files if file.own and file.filename.endswith(".whl") for tag in wheel_tags(file.filename)}
+    known_pythons = set(pythons) or {python for tag in own if (python := python_of_tag(tag))}
+    known_arches = set(arches) or {arch for tag in own if (arch := arch_of_tag(tag))}
+    groups: dict[tuple[str, str], list[_Shortfall]] = {}
+    for python, arch in product(sorted(known_pythons) or PYTHONS, sorted(known_arches) or ARCHES):
+        key = (python if known_pythons else "", arch if known_arches else "")
+        groups.setdefault(key, []).append(_shortfall(files, InstallTarget(python=python, arch=arch)))
+    best = {key: min(choices, key=lambda each: (-each.installable, len(each.lines))) for key, choices in groups.items()}
+    lines_of = {key: each.lines for key, each in best.items()}
+    return [_where(line, lines_of) for line in sorted(frozenset().union(*lines_of.values()))]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Shortfall:
+    """What one machine does not find."""
+
+    installable: int
+    "Files of the set that it can install."
+    lines: frozenset[str]
+
+
+def _shortfall(files: Sequence[SetFile], machine: InstallTarget) -> _Shortfall:
+    here = [file for file in files if machine.takes(file.filename, file.requires_python)]
+    return _Shortfall(installable=len(here), lines=frozenset(_lacking(files, here, machine)))
+
+
+def _where(line: str, lines_of: Mapping[tuple[str, str], frozenset[str]]) -> str:
+    """The line, with the machines that lack it where not all do."""
+    places = [" on ".join(part for part in (python and f"Python {python}", arch) if part) for python, arch in lines_of]
+    lacking = [place for place, lines in zip(places, lines_of.values(), strict=True) if line in lines]
+    return line if len(lacking) == len(places) else f"{line}, for {', '.join(lacking)}"
+
+
+def _lacking(files: Sequence[SetFile], here: Sequence[SetFile], machine: InstallTarget) -> Iterator[str]:
+    """What the machine does not find of what the wheels that it can install, `here`, require."""
+    by_project: dict[str, list[SetFile]] = {}
+    for file in here:
+        by_project.setdefault(file.project, []).append(file)
+    todo = [(file, "") for file in here]
+    seen = {(file.filename, extra) for file, extra in todo}
+    while todo:
+        file, extra = todo.pop()
+        for requirement in file.requires:
+            if not _applies(requirement, machine, extra):
+                continue
+            name = str(canonicalize_name(requirement.name))
+            found = [each for each in by_project.get(name, []) if _satisfies(each.version, requirement)]
+            if not found:
+                others = [each for each in files if each.project == name]
+                yield f"{_text(requirement)} (of {file.project} {file.version}{_instead(others, requirement)})"
+            for each, wanted in product(found, map(canonicalize_name, requirement.extras)):
+                if (each.filename, wanted) not in seen:
+                    seen.add((each.filename, wanted))
+                    todo.append((each, wanted))
+
+
+def _instead(others: Sequence[SetFile], requirement: Requirement) -> str:
+    if any(_satisfies(each.version, requirement) for each in others):
+        return "; what the set has is for other machines"
+    versions = sorted({each.version for each in others})
+    return f"; the set has {', '.join(versions)}" if versions else ""
+
+
+def _text(requirement: Requirement) -> str:
+    extras = f"[{','.join(sorted(requirement.extras))}]" if requirement.extras else ""
+    return f"{requirement.name}{extras}{requirement.specifier}"
+
+
+def _applies(requirement: Requirement, machine: InstallTarget, extra: str) -> bool:
+    """Is it required there? With an extra, only what the extra adds."""
+    if requirement.marker is None:
+        return not extra
+    try:
+        with_extra = requirement.marker.evaluate(machine.environment(extra))
+        return with_extra and (not extra or not requirement.marker.evaluate(machine.environment()))
+    except (UndefinedComparison, UndefinedEnvironmentName, InvalidVersion):
+        return False
+
+
+def _satisfies(version: str, requirement: Requirement) -> bool:
+    return bool(requirement.url) or requirement.specifier.contains(Version(version), prereleases=True)

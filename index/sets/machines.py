@@ -1,0 +1,178 @@
+"""The machines that a set is for: which wheels one can install, and what environment markers are there."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import product
+
+from packaging.markers import Marker
+from packaging.specifiers import InvalidSpecifier, SpecifierSet
+from packaging.tags import Tag
+
+from gracefarm.errors import UsageError
+from index.names import wheel_tags
+
+PYTHONS = tuple(f"3.{minor}" for minor in range(8, 16))
+"Where nothing says which."
+
+_PYTHON = re.compile(r"(?:cp)?3\.?(\d{1,2})(t?)\Z")
+_INTERPRETER = re.compile(r"(cp|py)3(\d*)\Z")
+_ARCHES = "aarch64|x86_64|i686|armv7l|ppc64le|s390x|riscv64|loongarch64"
+_PLATFORM = re.compile(rf"(?:(manylinux|musllinux)_(\d+)_(\d+)_|linux_)?({_ARCHES})\Z")
+_LEGACY = {"manylinux1": "manylinux_2_5", "manylinux2010": "manylinux_2_12", "manylinux2014": "manylinux_2_17"}
+
+
+@dataclass(frozen=True, kw_only=True, order=True)
+class InstallTarget:
+    """A CPython on a Linux machine."""
+
+    python: str
+    "As 3.11, or 3.13t for a free-threaded one."
+    arch: str
+    "As aarch64; empty: any."
+    libc: str = ""
+    "manylinux or musllinux; empty: any glibc."
+    libc_version: tuple[int, int] = (0, 0)
+
+    def __str__(self) -> str:
+        return f"Python {self.python} on {self.arch}" if self.arch else f"Python {self.python}"
+
+    def takes(self, filename: str, requires_python: str | None = None) -> bool:
+        """Can it install this wheel? Of an sdist, only the Python counts."""
+        if not self._allowed(requires_python):
+            return False
+        return not filename.endswith(".whl") or any(
+            self._serves(tag) and self._loads(tag.platform) for tag in wheel_tags(filename)
+        )
+
+    def environment(self, extra: str = "") -> dict[str, str]:
+        """The values of environment markers (PEP 508); the Python is a late one of its minor version."""
+        version = self.python.removesuffix("t")
+        return {
+            "implementation_name": "cpython",
+            "implementation_version": f"{version}.99",
+            "os_name": "posix",
+            "platform_machine": self.arch,
+            "platform_python_implementation": "CPython",
+            "platform_release": "",
+            "platform_system": "Linux",
+            "platform_version": "",
+            "python_full_version": f"{version}.99",
+            "python_version": version,
+            "sys_platform": "linux",
+            "extra": extra,
+        }
+
+    def _allowed(self, requires_python: str | None) -> bool:
+        try:
+            return not requires_python or SpecifierSet(requires_python).contains(f"{self.python.removesuffix('t')}.99")
+        except InvalidSpecifier:
+            return True
+
+    def _serves(self, tag: Tag) -> bool:
+        """Interpreter and ABI of a tag (PEP 425, and PEP 384 for abi3)."""
+        match = _INTERPRETER.match(tag.interpreter)
+        if match is None:
+            return False
+        minor, free = int(self.python.removesuffix("t").partition(".")[2]), self.python.endswith("t")
+        least = int(match[2] or 0)
+        if match[1] == "py":
+            return least <= minor
+        if tag.abi in ("abi3", "abi3t"):
+            return least <= minor and free == tag.abi.endswith("t")
+        return least == minor and (tag.abi == "none" or free == tag.abi.endswith("t"))
+
+    def _loads(self, platform: str) -> bool:
+        """Platform of a tag (PEP 600, 656)."""
+        head, _, rest = platform.partition("_")
+        match = _PLATFORM.match(f"{_LEGACY[head]}_{rest}" if head in _LEGACY else platform)
+        if platform == "any" or not self.arch:
+            return True
+        if match is None or match[4] != self.arch or (match[1] or self.libc or "manylinux") != (self.libc or "manylinux"):
+            return False
+        return not self.libc or not match[1] or (int(match[2]), int(match[3])) <= self.libc_version
+
+
+def python_of_tag(tag: Tag) -> str | None:
+    """The one Python that a tag is for: 3.11 of cp311-cp311; None when it is for several, or for another than CPython 3."""
+    match = _INTERPRETER.match(tag.interpreter)
+    if match is None or match[1] == "py" or not tag.abi.startswith(tag.interpreter):
+        return None
+    return f"3.{match[2]}{'t' if tag.abi.endswith('t') else ''}"
+
+
+def arch_of_tag(tag: Tag) -> str | None:
+    """The architecture of a Linux wheel's tag."""
+    match = re.search(rf"linux.*?_({_ARCHES})\Z", tag.platform)
+    return match[1] if match else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """The machines that something is for; without any, all that there are."""
+
+    machines: tuple[InstallTarget, ...] = ()
+    everything: bool = True
+    "Nothing was chosen."
+    name: str = ""
+    "As it was asked for."
+
+    def __str__(self) -> str:
+        return self.name
+
+    def takes(self, filename: str, requires_python: str | None) -> bool:
+        """Can one of the machines install this file?"""
+        return self.everything or any(machine.takes(filename, requires_python) for machine in self.machines)
+
+    def needs(self, marker: Marker | None) -> bool:
+        """Does a marker hold on one of the machines? Where no architecture was chosen, it is not asked."""
+        known = [machine for machine in self.machines if machine.arch]
+        if marker is None or len(known) < len(self.machines) or self.everything:
+            return True
+        return any(marker.evaluate(machine.environment()) for machine in known)
+
+    def without(self, filenames: Iterable[str]) -> Selection:
+        """The machines that can install none of these wheels."""
+        wheels = list(filenames)
+        left = tuple(machine for machine in self.machines if not any(machine.takes(name) for name in wheels))
+        return Selection(machines=left, everything=self.everything, name=self.name)
+
+
+def select(platforms: Iterable[str], pythons: Iterable[str]) -> Selection:
+    """Machines by names as pip, uv and wheels write them: manylinux_2_34_aarch64, aarch64; 3.11, cp311, 3.13t.
+
+    Every platform with every Python; without the one or the other, with any. Without both, everything.
+
+    Raises:
+        UsageError: a name that is not of that form.
+    """
+    wanted, versions = list(platforms), list(pythons)
+    several = [python(text) for text in versions] or PYTHONS
+    chosen = [
+        InstallTarget(python=each, arch=arch, libc=libc, libc_version=version)
+        for each, (arch, libc, version) in product(several, [_platform(text) for text in wanted] or [("", "", (0, 0))])
+    ]
+    return Selection(
+        machines=tuple(chosen), everything=not wanted and not versions, name=" ".join([*sorted(wanted), *sorted(versions)])
+    )
+
+
+def python(text: str) -> str:
+    """3.11 of 3.11 or cp311.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    match = _PYTHON.match(text)
+    if match is None:
+        raise UsageError(f"{text!r} is not a Python", remedy="write 3.11 or cp311")
+    return f"3.{match[1]}{match[2]}"
+
+
+def _platform(text: str) -> tuple[str, str, tuple[int, int]]:
+    match = _PLATFORM.match(text)
+    if match is None:
+        raise UsageError(f"{text!r} is not a Linux platform", remedy="write aarch64 or manylinux_2_34_aarch64")
+    return match[4], match[1] or "", (int(match[2] or 0), int(match[3] or 0))
