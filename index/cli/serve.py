@@ -34,6 +34,7 @@ from index.store import auth, htpasswd
 )
 @click.option("--disable-fallback", is_flag=True, hidden=True, expose_value=False, help="pypiserver's; there is none here.")
 @click.option("--allow-new", is_flag=True, help="Uploads may create projects that nobody named with `index host`.")
+@click.option("--variants", is_flag=True, help="Take variant wheels too (PEP 825, a draft).")
 @click.option("--access-log", help="A file, or - for stdout.")
 @click.option("--tls-cert", type=click.Path(exists=True, path_type=Path))
 @click.option("--tls-key", type=click.Path(exists=True, path_type=Path))
@@ -67,6 +68,7 @@ def serve(
     passwords: Path | None,
     authenticate: str,
     allow_new: bool,
+    variants: bool,
     access_log: str | None,
     tls_cert: Path | None,
     tls_key: Path | None,
@@ -85,6 +87,7 @@ def serve(
         auth.import_users(context.catalogue(), context.actor, htpasswd.read(passwords))
     options = ServeOptions(
         allow_new=allow_new,
+        variants=variants,
         limits=Limits(**limits),
         trusted_proxies=proxies.parse(trusted_proxy),
         base_url=url,

@@ -31,6 +31,8 @@ class ServeOptions:
     """How `index serve` was asked to behave."""
 
     allow_new: bool = False
+    variants: bool = False
+    "Uploads may be variant wheels (PEP 825, a draft)."
     limits: Limits = field(default_factory=Limits)
     trusted_proxies: Proxies = field(default_factory=Proxies)
     base_url: str | None = None
@@ -81,10 +83,10 @@ class IndexService:
     metrics: ServerMetrics = field(default_factory=ServerMetrics)
     downloads: Downloads = field(default_factory=Downloads)
     passwords: htpasswd.PasswordMemory = field(default_factory=htpasswd.PasswordMemory)
-    workers: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(4, thread_name_prefix="workers"))
-    "Hash, write and read archives."
     issuer_keys: IssuerKeys = field(default_factory=IssuerKeys)
     attestations: AttestationVerifier = field(default_factory=AttestationVerifier)
+    workers: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(4, thread_name_prefix="workers"))
+    "Hash, write and read archives."
     answer_cache: AnswerCache = field(default_factory=AnswerCache)
     web_thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="web_thread"))
     "Renders the pages for people, one at a time."

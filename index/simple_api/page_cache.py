@@ -157,7 +157,14 @@ def render(catalogue: Catalogue, view: View, project: str, form: Format, base_ur
         return simple.root_json(names) if form == "json" else simple.root_html(names)
     files = listings.files(catalogue, view, project)
     if not files:
+        others = ", ".join(other.address for other in listings.other_views(catalogue, view, project))
+        if others:
+            raise NotFoundError(
+                f"{view.address} has no {project} that {f'torch {view.torch}' if view.torch else 'every torch'} can load;"
+                f" see {others}"
+            )
         raise NotFoundError(f"there is no project {project!r} here", remedy="see the list of projects one level up")
+    files += listings.variants_json(catalogue, view, project, files)
     status = listings.status(catalogue, project)
     make = simple.project_json if form == "json" else simple.project_html
     return make(view, project, files, status, base_url)

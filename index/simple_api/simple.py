@@ -1,4 +1,4 @@
-"""The simple API as bytes: JSON (PEP 691, 700, 714, 792) first, HTML (PEP 503, 592, 629, 658) frozen at 1.4 (PEP 833)."""
+"""The simple API as bytes: JSON (PEP 691, 700, 714, 740, 792) first, HTML (PEP 503, 592, 629, 658) frozen at 1.4 (PEP 833)."""
 
 from __future__ import annotations
 
@@ -97,6 +97,8 @@ def _file(view: View, item: Listed, base_url: str | None) -> dict[str, object]:
     if provenance := _provenance_url(item, base_url):
         entry["provenance"] = provenance
     entry.update(item.facts.keys())
+    if item.defects:
+        entry["_defects"] = list(item.defects)
     if item.build:
         # A staged build's record is where the preview is, and nowhere else.
         up = 2 if view.prefix[:1] == ("preview",) else len(view.prefix) + 2
@@ -110,10 +112,10 @@ def _link(view: View, item: Listed, base_url: str | None) -> str:
         attributes += f' data-requires-python="{escape(item.requires_python)}"'
     if item.metadata_sha256:
         attributes += f' data-core-metadata="sha256={item.metadata_sha256}"'
-    if item.yanked is not None:
-        attributes += f' data-yanked="{escape(item.yanked)}"'
     if provenance := _provenance_url(item, base_url):
         attributes += f' data-provenance="{escape(provenance)}"'
+    if item.yanked is not None:
+        attributes += f' data-yanked="{escape(item.yanked)}"'
     return f'    <a href="{escape(file_url(view, item))}#sha256={item.sha256}"{attributes}>{escape(item.filename)}</a><br>\n'
 
 
