@@ -19,6 +19,7 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import Route
 
 from gracefarm.errors import UsageError
+from gracefarm.variants import index_filename
 from index.errors import (
     DamagedError,
     ForbiddenError,
@@ -80,6 +81,7 @@ async def legacy(service: IndexService, request: Request) -> Response:
         set_name=set_name,
         channel="nightly" if request.url.path.startswith("/nightly/") else "release",
         allow_new=service.options.allow_new,
+        variants=service.options.variants,
     )
     try:
         token = await identify(service, request)
@@ -100,7 +102,27 @@ async def stored_file(service: IndexService, request: Request) -> Response:
     sha256, filename = request.path_params["sha256"], request.path_params["filename"]
     if not _SHA256.match(sha256):
         raise NotFoundError("there is no such file here", remedy="follow the links of the project's page")
+    if filename.endswith(index_filename("")):
+        return _variants_json(service, request, sha256, filename)
     return send_stored(service, request, *_locate(service, sha256, filename))
+
+
+def _variants_json(service: IndexService, request: Request, sha256: str, filename: str) -> Response:
+    """NAME-VERSION-variants.json, the present one or a former one.
+
+    Raises:
+        NotFoundError, GoneError, ForbiddenError: unknown, of a deleted release, quarantined.
+    """
+    row = service.catalogue.row(_VARIANTS_JSON, (sha256, filename))
+    if row is None:
+        raise NotFoundError(f"there is no {filename} here", remedy="follow the links of the project's page")
+    _check_state(filename, row)
+    etag = f'"{sha256}"'
+    headers = {"ETag": etag, "Cache-Control": IMMUTABLE}
+    match = request.headers.get("if-none-match")
+    if match and negotiate.names_etag(match, etag):
+        return Response(status_code=304, headers=headers)
+    return Response(row["content"], media_type="application/json", headers=headers)
 
 
 async def package(service: IndexService, request: Request) -> Response:
@@ -151,6 +173,20 @@ LIMIT 1
 """
 
 
+_VARIANTS_JSON = """
+SELECT content, project.status, (SELECT CASE WHEN max(deleted IS NULL) THEN NULL ELSE max(deleted) END FROM file
+    WHERE file.project = variants_json.project AND file.version = variants_json.version AND variant IS NOT NULL) AS deleted
+    FROM variants_json LEFT JOIN project ON project.name = project WHERE sha256 = ? AND filename = ?
+"""
+
+
+def _check_state(filename: str, row: sqlite3.Row) -> None:
+    if row["deleted"] is not None:
+        raise GoneError(f"{filename} was taken away on {row['deleted'][:10]}", remedy="choose another version")
+    if row["status"] == "quarantined":
+        raise ForbiddenError(f"the project of {filename} is in quarantine", remedy="ask who runs this index")
+
+
 def _locate(service: IndexService, sha256: str, filename: str) -> tuple[str, str]:
     """Digest and media type of what is to be sent.
 
@@ -161,12 +197,13 @@ def _locate(service: IndexService, sha256: str, filename: str) -> tuple[str, str
     row = service.catalogue.row(_LOCATE, {"sha256": sha256, "filename": wanted})
     if row is None:
         raise NotFoundError(f"there is no {filename} here", remedy="follow the links of the project's page")
-    if row["deleted"] is not None:
-        raise GoneError(f"{filename} was taken away on {row['deleted'][:10]}", remedy="choose another version")
-    if row["status"] == "quarantined":
-        raise ForbiddenError(f"the project of {filename} is in quarantine", remedy="ask who runs this index")
+    _check_state(filename, row)
     if wanted == filename:
         return sha256, "application/octet-stream" if row["kind"] == "bdist_wheel" else "application/x-tar"
+    if filename.endswith(provenance.SUFFIX):
+        if row["provenance_sha256"] is None:
+            raise NotFoundError(f"there are no attestations of {wanted} here", remedy="upload the file with its attestations")
+        return row["provenance_sha256"], "application/vnd.pypi.integrity.v1+json"
     if row["metadata_sha256"] is None:
         raise NotFoundError(f"there is no metadata of {wanted} here", remedy="read it from the file")
     return row["metadata_sha256"], "text/plain; charset=utf-8"
