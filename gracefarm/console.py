@@ -144,6 +144,8 @@ def _machine_error(error: OSError) -> GracefarmError | None:
             f"{error.filename}: {os.strerror(error.errno).lower()}",
             remedy="run as the user who owns it, or name another folder (GRACEFARM_HOME)",
         )
+    if error.errno in (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP) and error.filename:
+        return HostError(f"{error.filename}: {os.strerror(error.errno).lower()}", remedy="name another path")
     return None
 
 

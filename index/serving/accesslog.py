@@ -7,6 +7,8 @@ import sys
 import time
 from typing import TextIO
 
+from gracefarm.errors import HostError
+
 FLUSH = 0.1
 "Seconds a line may wait in memory."
 
@@ -21,7 +23,12 @@ class AccessLog:
         if target == "-":
             self._stream = sys.stdout
         elif target is not None:
-            self._stream = open(target, "a", encoding="utf-8")  # noqa: SIM115, PTH123 - lives as long as the server
+            try:
+                self._stream = open(target, "a", encoding="utf-8")  # noqa: SIM115, PTH123 - lives as long as the server
+            except OSError as error:
+                raise HostError(
+                    f"the access log {target} cannot be written: {error.strerror}", remedy="name another with --access-log"
+                ) from error
         self.enabled = self._stream is not None
         self._lines: list[str] = []
         self._handle: asyncio.TimerHandle | None = None

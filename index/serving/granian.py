@@ -6,6 +6,7 @@ import asyncio
 import logging
 import signal
 import socket
+import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +49,8 @@ def run(store: Store, options: ServeOptions, listen: Listen, on_listen: Callable
     """
     if (listen.certificate is None) != (listen.key is None):
         raise ConfigError("TLS needs both the certificate and the key", remedy="give --tls-cert and --tls-key")
+    if listen.certificate is not None and listen.key is not None:
+        _check_pair(listen.certificate, listen.key)
     with store.serving() as ours:
         if not ours:
             raise HostError(f"another server already serves {store.root}", remedy="stop it, or give another --root")
@@ -77,6 +80,16 @@ def run(store: Store, options: ServeOptions, listen: Listen, on_listen: Callable
             on_listen(url)
 
         uvloop.run(serve())
+
+
+def _check_pair(certificate: Path, key: Path) -> None:
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key)
+    except ssl.SSLError as error:
+        raise ConfigError(
+            f"{certificate} and {key} are not a certificate and its key: {error.reason or error}",
+            remedy="give both in PEM, the key without a password",
+        ) from error
 
 
 def _bind(listen: Listen) -> socket.socket:

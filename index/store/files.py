@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from gracefarm.errors import HostError
 from gracefarm.files import sha256_file, sync_directory
 from index.errors import StoreFullError
 
@@ -54,14 +55,24 @@ class Store:
 
         Raises:
             StoreFullError: the disk is full.
+            HostError: the root cannot be a folder: a file is in the way, the file system does not let it be made.
         """
-        with disk_errors(self.root):
-            for folder in (self.files, self.staging, self.catalogue_path.parent):
-                folder.mkdir(parents=True, exist_ok=True)
-            if not (self.files / "ff").is_dir():  # all at once, so that an upload need not flush a new folder
-                for number in range(256):
-                    (self.files / f"{number:02x}").mkdir(exist_ok=True)
-                sync_directory(self.files)
+        try:
+            with disk_errors(self.root):
+                self._make_folders()
+        except OSError as error:
+            raise HostError(
+                f"{self.root} cannot be the folder of an index: {error.strerror}",
+                remedy="name another with --root or GRACEFARM_INDEX_ROOT",
+            ) from error
+
+    def _make_folders(self) -> None:
+        for folder in (self.files, self.staging, self.catalogue_path.parent):
+            folder.mkdir(parents=True, exist_ok=True)
+        if not (self.files / "ff").is_dir():  # all at once, so that an upload need not flush a new folder
+            for number in range(256):
+                (self.files / f"{number:02x}").mkdir(exist_ok=True)
+            sync_directory(self.files)
 
     def new_staging(self) -> Path:
         """A fresh name in the staging folder."""
