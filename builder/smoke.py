@@ -113,8 +113,9 @@ def _brought(wheel: Path) -> list[str]:
         return [re.sub(r"^[^/]+\.data/(?:purelib|platlib)/", "", name) for name in archive.namelist()]
 
 
-def run_gpu(trial: Trial, sm: Sequence[str]) -> GpuResult:
-    """Run smoke_gpu.py (the trial's script) where torch sees a GPU of the architectures `sm`; else say why it was not run.
+def run_gpu(trial: Trial, sm: Sequence[str], ptx: str | None = None) -> GpuResult:
+    """Run smoke_gpu.py (the trial's script) where torch sees a GPU of the architectures `sm`, or one that compiles the wheel's
+    PTX for itself; else say why it was not run.
 
     Raises:
         SmokeError: it ran and failed.
@@ -129,7 +130,8 @@ def run_gpu(trial: Trial, sm: Sequence[str]) -> GpuResult:
         probed = json.loads(answer)
         if "reason" in probed:
             return GpuResult(status="not run", reason=probed["reason"])
-        if probed["sm"] not in [re.sub(r"\D", "", value) for value in sm]:
+        own = probed["sm"] in [re.sub(r"\D", "", value) for value in sm]
+        if not own and (ptx is None or int(probed["sm"]) < int(ptx)):
             reason = f"{probed['device']} is sm_{probed['sm']}, the wheel is for {', '.join(f'sm_{value}' for value in sm)}"
             return GpuResult(status="not run", reason=reason)
         command = driver(trial.imports, trial.script, clean.prefix, clean.files, _elsewhere(trial))

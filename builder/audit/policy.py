@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from builder.planning import device_code
 from builder.planning.ground import Ground
 from builder.planning.plan import Plan
 from builder.planning.recipe import Bundled, Recipe
@@ -30,6 +31,8 @@ class Policy:
     "CUDA of the stack, as '13.0': its list of driver symbols stands for libcuda.so.1."
     sm: tuple[str, ...] | None = None
     "Exactly these cubins, as ('90',); None: the wheel must hold no CUDA code."
+    ptx: str | None = None
+    "Each object with device code has PTX for exactly this, as '90'; None: no PTX."
     needs_cubins: bool = False
     "The recipe compiles CUDA code: a wheel without any cubin is refused."
     sm_extra: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -66,7 +69,8 @@ def of_stack(stack: LoadedStack, target: Arch, ground: Ground) -> Policy:
         python=data.python,
         glibc=data.glibc[target],
         cuda=data.cuda,
-        sm=data.sm,
+        sm=stack.sm,
+        ptx=device_code.first(stack.asked_ptx, stack.data.ptx),
         site_packages=ground.packages,
         root=ground.root,
         folders=ground.folders,
@@ -85,6 +89,7 @@ def asked_by(recipe: Recipe, policy: Policy) -> Policy:
         sm=policy.sm if recipe.build.cuda else None,
         needs_cubins=recipe.build.cuda,
         sm_extra=recipe.wheel.sm_extra,
+        ptx=device_code.first(recipe.wheel.ptx, policy.ptx),
         bundled=recipe.wheel.bundled,
         parts=recipe.parts,
         licenses=recipe.wheel.licenses,
@@ -95,4 +100,4 @@ def asked_by(recipe: Recipe, policy: Policy) -> Policy:
 def of_plan(plan: Plan, ground: Ground, folder: Path) -> Policy:
     """What the gates expect of a plan's wheel, built in `folder`."""
     policy = asked_by(plan.recipe.data, of_stack(plan.stack, plan.target, ground))
-    return replace(policy, build_paths=plan.toolchain.build_paths(folder))
+    return replace(policy, ptx=plan.ptx, build_paths=plan.toolchain.build_paths(folder))

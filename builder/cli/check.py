@@ -10,9 +10,9 @@ import click
 
 from builder import audit, smoke
 from builder.audit import Policy, policy
-from builder.cli.options import FILE, json_option, start, toolchained
+from builder.cli.options import FILE, device_coded, json_option, start, toolchained
 from builder.compiling import pep517
-from builder.planning import recipe, stack
+from builder.planning import device_code, recipe, stack
 from builder.planning.ground import TrialEnvironment
 from builder.planning.settings import Settings
 from builder.toolchains.choice import ToolchainChoice
@@ -29,8 +29,16 @@ from gracefarm.tables import parse_size
     "--stack", "stack_name", required=True, metavar="NAME", help="Stack whose torch, CUDA and libc it is held against."
 )
 @click.option("--recipe", "recipe_name", metavar="NAME", help="Ask for what this recipe declares: name, version, files, sm.")
+@device_coded
 @json_option
-def audit_command(wheel: Path, stack_name: str, recipe_name: str | None, as_json: bool) -> None:
+def audit_command(
+    wheel: Path,
+    stack_name: str,
+    recipe_name: str | None,
+    sm: tuple[str, ...] | None,
+    ptx: str | None,
+    as_json: bool,
+) -> None:
     """The gates, on anybody's wheel. Exit code 30 when one refuses it.
 
     \b
@@ -39,8 +47,9 @@ def audit_command(wheel: Path, stack_name: str, recipe_name: str | None, as_json
     """
     settings, console = start(as_json=as_json)
     asked = recipe.load(settings.project / "recipes", recipe_name).data if recipe_name else None
-    expected = _foreign_policy(wheel, stack_name, settings, console)
-    verdicts = audit.audit(wheel, policy.asked_by(asked, expected) if asked else expected)
+    expected = _foreign_policy(wheel, stack_name, sm, settings, console)
+    expected = policy.asked_by(asked, expected) if asked else expected
+    verdicts = audit.audit(wheel, expected if ptx is None else replace(expected, ptx=device_code.first(ptx)))
     lines = []
     for verdict in verdicts:
         lines.append(f"{verdict.status:14} {verdict.gate}: {verdict.summary}")
@@ -49,8 +58,8 @@ def audit_command(wheel: Path, stack_name: str, recipe_name: str | None, as_json
     audit.require(verdicts)
 
 
-def _foreign_policy(wheel: Path, stack_name: str, settings: Settings, console: Console) -> Policy:
-    loaded, target = stack.load(settings.project / "stacks", stack_name), audit.target_of(wheel)
+def _foreign_policy(wheel: Path, stack_name: str, sm: tuple[str, ...] | None, settings: Settings, console: Console) -> Policy:
+    loaded, target = replace(stack.load(settings.project / "stacks", stack_name), asked_sm=sm), audit.target_of(wheel)
     cuda = bool(loaded.data.toolchain.requirements)
     ground = SandboxToolchain().lay(loaded, stack.host_arch(), target, settings, cuda=cuda)
     console.step("audit", f"{wheel.name} against stack {stack_name} for {target.value}")

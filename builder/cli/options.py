@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import click
 
 from builder import toolchains
-from builder.planning import recipe, stack
+from builder.planning import device_code, recipe, stack
 from builder.planning.plan import Plan, Wanted
 from builder.planning.recipe import ToolchainKind
 from builder.planning.settings import PACKAGED, Settings, load
@@ -58,6 +57,10 @@ _TOOLS = (
     click.option("--python", type=_PLACE, help="With host: the interpreter of the clean environment."),
     click.option("--cuda", type=_PLACE, help="With host: the CUDA toolkit; default: CUDA_HOME, /usr/local/cuda, PATH."),
 )
+_DEVICE_CODE = (
+    click.option("--sm", metavar="LIST", help="Architectures of the device code, as 90 or 90a+100f; default: the stack's."),
+    click.option("--ptx", metavar="SM", help="Architecture of the PTX for newer GPUs, or none; default: the recipe's."),
+)
 _TOOLCHAIN = (
     toolchain_option(
         help="The stack's locked compilers in a sandbox, this machine's own gcc and CUDA in a clean environment, or "
@@ -99,13 +102,33 @@ def _with(function: Function, *options: Function) -> Function:
 
 
 def aimed(function: Function) -> Function:
-    """--stack, --target and the toolchain's options, given to the command as `aim`."""
+    """--stack, --target, the device code's and the toolchain's options, given to the command as `aim`."""
 
     @functools.wraps(function)
-    def with_aim(*arguments: Any, stack_name: str | None, target: str, on: ToolchainChoice, **options: Any) -> Any:
-        return function(*arguments, aim=Aim(stack=stack_name, target=_target_here(target, on), on=on), **options)
+    def with_aim(
+        *arguments: Any,
+        stack_name: str | None,
+        target: str,
+        sm: tuple[str, ...] | None,
+        ptx: str | None,
+        on: ToolchainChoice,
+        **options: Any,
+    ) -> Any:
+        aim = Aim(stack=stack_name, target=_target_here(target, on), on=replace(on, sm=sm, ptx=ptx))
+        return function(*arguments, aim=aim, **options)
 
-    return _with(toolchained(with_aim), *_STACK_AND_TARGET)
+    return _with(toolchained(device_coded(with_aim)), *_STACK_AND_TARGET)
+
+
+def device_coded(function: Function) -> Function:
+    """The architectures of the device code and of its PTX, given to the command as `sm` and `ptx`."""
+
+    @functools.wraps(function)
+    def with_device_code(*arguments: Any, sm: str | None, ptx: str | None, **options: Any) -> Any:
+        values = device_code.parse(sm) if sm is not None else None
+        return function(*arguments, sm=values, ptx=device_code.parse_ptx(ptx) if ptx is not None else None, **options)
+
+    return _with(with_device_code, *_DEVICE_CODE)
 
 
 def aimed_at_sandbox(function: Function) -> Function:
@@ -152,18 +175,20 @@ def plan_of(name: str, stack_name: str | None, target: str, settings: Settings, 
     return (on or ToolchainChoice()).plan(loaded, base, Arch(target))
 
 
-def as_built(inputs: Mapping[str, Any], own: Path | None, python: Path | None, cuda: Path | None) -> ToolchainChoice:
-    """The toolchain of an earlier build with these inputs, as `wanted` has it.
+def as_built(built: Record, own: Path | None, python: Path | None, cuda: Path | None) -> ToolchainChoice:
+    """The toolchain of an earlier build, as `wanted` has it.
 
     Raises:
         UsageError: it stood on an environment of somebody's own, whose place no input is, or options do not go together.
     """
-    if own is None and "distributions" in inputs.get("toolchain", {}):
+    toolchain = built.inputs.get("toolchain")
+    if own is None and isinstance(toolchain, dict) and "distributions" in toolchain:
         raise UsageError(
             "that build stood on an environment of somebody's own, and nothing says where that is",
             remedy="say it: --environment PATH",
         )
-    return wanted(toolchains.of_inputs(inputs).kind, own, python, cuda)
+    on = wanted(toolchains.of_inputs(built.inputs).kind, own, python, cuda)
+    return replace(on, sm=built.asked_sm, ptx=built.asked_ptx)
 
 
 def _target_here(target: str, on: ToolchainChoice) -> str:

@@ -65,7 +65,8 @@ def shell_command(name: str) -> None:
     settings, console = start()
     last = last_build(name, settings)
     folder = record.folder(settings, last.build_id) / "work"
-    on = ToolchainChoice(kind=toolchains.of_inputs(last.inputs).kind)
+    kind = toolchains.of_inputs(last.inputs).kind
+    on = ToolchainChoice(kind=kind, sm=last.asked_sm, ptx=last.asked_ptx)
     if where := on.type.closed:
         raise ConfigError(f"the last build of {name} {where}", remedy=f"look around in {folder}")
     plan = plan_of(name, last.stack, str(last.inputs["target"]), settings, on)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 import click
@@ -93,13 +94,16 @@ def _plan_of(inside: Inside, wheel: Path, settings: Settings) -> Plan:
             remedy="build it in the sandbox, whose wheels `--rebuild` compares; the other checks hold for this one too",
         )
     loaded = recipe.load(settings.project / "recipes", inside.inputs["recipe"]["name"])
+    target = Arch(inside.inputs["target"])
+    sm, ptx = tuple(inside.inputs["stack"]["sm"]), inside.inputs["stack"].get("ptx")
+    on = ToolchainChoice(kind=kind.kind, sm=sm or None, ptx=ptx or "none")
     for name in stack.names(settings.project / "stacks"):
         base = stack.load(settings.project / "stacks", name)
-        target = Arch(inside.inputs["target"])
         if target in base.data.glibc:
-            candidate = ToolchainChoice(kind=kind.kind).plan(loaded, base, target)
-            if candidate.build_id == inside.build_id:
-                return candidate
+            with suppress(ConfigError):  # a stack whose CUDA does not know these architectures
+                candidate = on.plan(loaded, base, target)
+                if candidate.build_id == inside.build_id:
+                    return candidate
     raise ConfigError(
         f"{wheel.name} is of build {inside.build_id[:16]}, which this project's recipe and stacks do not make here",
         remedy="go to the commit and the kind of machine that it was built with; `builder why` names the input that changed",

@@ -40,7 +40,7 @@ def why_command(
         new_id, inputs = new.build_id, new.inputs
     else:
         old = last_build(name, settings)
-        stack_name, on = old.stack.removesuffix(HOST_SUFFIX), as_built(old.inputs, own, python, cuda)
+        stack_name, on = old.stack.removesuffix(HOST_SUFFIX), as_built(old, own, python, cuda)
         plan = plan_of(loaded.key, stack_name, str(old.inputs["target"]), settings, on)
         new_id, inputs = plan.build_id, json.loads(json.dumps(plan.inputs))  # as a record has them: no tuples
     changes = list(why.changes(old.inputs, inputs))

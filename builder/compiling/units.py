@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import json
 import re
 from collections import Counter
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from pydantic import Field, ValidationError
 
+from builder.data.toolchain import schedule as schedule_rules
 from builder.planning.recipe import Build
 from builder.toolchains.wrappers import UNITS
 from gracefarm.tables import Table, parse_size
@@ -132,5 +132,5 @@ def _declared_seconds(build: Build, tree: Path) -> Iterator[tuple[str, float]]:
     for glob, seconds in build.unit_seconds.items():
         for place in tree.rglob("*"):
             name = str(place.relative_to(tree))
-            if fnmatch.fnmatchcase(f"/{name}", f"*/{glob}"):  # as schedule.py matches unit_memory
+            if schedule_rules.named(name, glob):
                 yield name, seconds

@@ -82,6 +82,8 @@ class Attempt:
             name=data.name,
             version=data.version,
             stack=self.plan.stack.data.name,
+            asked_sm=self.plan.stack.asked_sm,
+            asked_ptx=self.plan.stack.asked_ptx,
             inputs=self.plan.inputs,
             toolchain=self.plan.toolchain.kind,
             outcome="built" if wheel else "failed",

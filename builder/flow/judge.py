@@ -50,5 +50,5 @@ def pass_smoke(attempt: Attempt, wheel: Path, ground: Ground) -> None:
     console.step("smoke", f"imported {modules} in a clean environment in {outcome.wall_s:.0f} s")
     if plan.recipe.smoke_gpu_script is not None:
         with attempt.timed("smoke-gpu"):
-            attempt.gpu = smoke.run_gpu(replace(trial, script=plan.recipe.smoke_gpu_script), plan.stack.data.sm)
+            attempt.gpu = smoke.run_gpu(replace(trial, script=plan.recipe.smoke_gpu_script), plan.stack.sm, plan.ptx)
         console.step("smoke-gpu", smoke.sentence(attempt.gpu))

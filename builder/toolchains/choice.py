@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from builder.planning import device_code
 from builder.planning.plan import Plan, Toolchain, Wanted
 from builder.planning.recipe import LoadedRecipe, ToolchainKind
 from builder.planning.stack import Arch, LoadedStack, host_arch
@@ -33,6 +34,8 @@ def make_plan(recipe: LoadedRecipe, stack: LoadedStack, host: Arch, target: Arch
     if host is Arch.AARCH64 and target is Arch.X86_64:
         raise ConfigError("an aarch64 host builds for aarch64 alone", remedy="build x86_64 wheels on an x86_64 machine")
     plan = Plan(recipe=recipe, stack=stack, host=host, target=target, toolchain=toolchain)
+    if recipe.data.build.cuda:
+        device_code.require(recipe, stack, plan.ptx)
     toolchain.require(plan)
     return plan
 
@@ -43,6 +46,10 @@ class ToolchainChoice:
 
     kind: ToolchainKind = "sandbox"
     wanted: Wanted = field(default_factory=Wanted)
+    sm: tuple[str, ...] | None = None
+    "Architectures of the device code; None: the stack's."
+    ptx: str | None = None
+    "Architecture of its PTX, or `none`; None: the recipe's, else the stack's."
 
     @property
     def type(self) -> type[Toolchain]:
@@ -57,5 +64,6 @@ class ToolchainChoice:
             ConfigError: see `make_plan`.
         """
         host = host_arch()
+        stack = replace(stack, asked_sm=self.sm, asked_ptx=self.ptx)
         toolchain = self.type.find(stack, self.wanted, cuda=recipe.data.build.cuda)
         return make_plan(recipe, stack, host, host if toolchain.native else target, toolchain)

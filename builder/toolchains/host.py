@@ -74,7 +74,8 @@ class HostToolchain(Toolchain):
     def arguments(self, plan: Plan) -> str:
         """See Toolchain."""
         own = self.tools.wanted.environment
-        return f"--stack {self.tools.base.data.name} --toolchain host" + (f" --environment {own}" if own else "")
+        environment = f" --environment {own}" if own else ""
+        return f"--stack {self.tools.base.data.name} --toolchain host{environment}{plan.stack.device_options}"
 
     def lay(
         self, stack: LoadedStack, host: Arch, target: Arch, settings: Settings, tick: Tick = no_tick, *, cuda: bool

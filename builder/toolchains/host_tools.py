@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -109,7 +109,7 @@ class HostTools:
             torch = Torch(version=self.interpreter.distributions["torch"], cuda=torch.cuda)
         update: dict[str, object] = {"name": data.name + HOST_SUFFIX, "python": self.interpreter.minor, "torch": torch}
         update["glibc"] = {self.arch: self.glibc}
-        return LoadedStack(folder=self.base.folder, data=data.model_copy(update=update))
+        return replace(self.base, data=data.model_copy(update=update))
 
     def differences(self) -> Iterator[str]:
         """Sentences about what is not as the stack has it."""

@@ -7,6 +7,7 @@ from importlib.resources import as_file, files
 from pathlib import Path, PurePosixPath
 
 from builder.ground.bytecode import NATIVE_PYTHON
+from builder.planning import device_code
 from builder.planning.plan import Plan, wrappers_digest
 from builder.planning.settings import Settings
 from builder.planning.stack import Arch
@@ -93,9 +94,12 @@ def variables(plan: Plan, *, jobs: int, epoch: int) -> dict[str, str]:
             "CUDACXX": f"{CUDA}/bin/nvcc",
             "GRACEFARM_NVCC": f"{NVCC}/nvidia/cu{major}/bin/nvcc",
             "GRACEFARM_CCBIN": gxx if cross else "",
-            "GRACEFARM_SM": " ".join(data.sm),
-            "GRACEFARM_SM_EXTRA": " ".join(f"{glob}={','.join(values)}" for glob, values in recipe.wheel.sm_extra.items()),
-            "TORCH_CUDA_ARCH_LIST": " ".join(f"{sm[:-1]}.{sm[-1]}" for sm in data.sm if sm.isdigit()),
+            "GRACEFARM_SM": " ".join(plan.stack.sm),
+            "GRACEFARM_SM_EXTRA": "\n".join(f"{glob}={','.join(sm)}" for glob, sm in recipe.wheel.sm_extra.items()),
+            "GRACEFARM_SM_FALLBACK": "yes" if recipe.wheel.allow_sm_fallback else "",
+            "GRACEFARM_PTX": plan.ptx or "",
+            "GRACEFARM_CMAKE_SM": device_code.cmake_list(plan.stack.sm),
+            "TORCH_CUDA_ARCH_LIST": device_code.torch_list(plan.stack.sm),
         }
     return values | dict(recipe.build.environment)
 

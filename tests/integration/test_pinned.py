@@ -256,10 +256,10 @@ def test_trap_5_an_extension_whose_import_error_is_swallowed_is_imported_by_name
     assert "broken" in done.said
 
 
-def place(farm: Farm, name: str, folder: Path) -> Sandbox:
+def place(farm: Farm, name: str, folder: Path, sm: tuple[str, ...] | None = None) -> Sandbox:
     """The sandbox of a build for aarch64 against that stack, with `folder` as its working folder."""
     farm.recipe("tiny", projects.backend("pass"), stack=name, build={"cuda": True})
-    loaded = stack.load(farm.settings.project / "stacks", name)
+    loaded = replace(stack.load(farm.settings.project / "stacks", name), asked_sm=sm)
     made = choice.make_plan(recipe.load(farm.settings.project / "recipes", "tiny"), loaded, host_arch(), Arch.AARCH64)
     ground = lay_ground(made, farm.settings, Console())
     (folder / "tmp").mkdir(parents=True)

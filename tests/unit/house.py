@@ -18,8 +18,6 @@ FOLDERS = (*PROGRAMS, SHARED)
 EVERYWHERE = (*FOLDERS, "tests", "bench", "tools", "recipes", "sets")
 # Programs of their own: they are copied to where they run, and import nothing of ours.
 DATA = ("builder/data/", "deploy/data/")
-# The bytes of the compiler wrappers enter every build id, so their variables keep their names.
-FROZEN = "builder/data/toolchain/"
 
 # What no checker may complain about.
 ALLOWED = """
@@ -81,7 +79,7 @@ def read(*folders: str) -> dict[str, Module]:
 @cache
 def everything() -> dict[str, Module]:
     """All of our Python but the wrappers whose bytes count."""
-    return {name: module for name, module in read(*EVERYWHERE).items() if not module.path.startswith(FROZEN)}
+    return read(*EVERYWHERE)
 
 
 @cache

@@ -220,6 +220,17 @@ def test_cubins_are_exactly_those_asked_for() -> None:
     assert "PTX for sm_90" in judged({"a.so": (["90"], ["90"])}).summary
 
 
+def test_ptx_is_exactly_what_was_asked_for_in_each_object_and_of_each_unit() -> None:
+    assert judged({"a.so": (["90", "90"], ["90", "90"])}, ptx="90").status == "passed"
+    assert (
+        judged({"a.so": (["90", "100"], ["90"]), "b.so": (["90", "100"], ["90"])}, sm=("90", "100"), ptx="90").status
+        == "passed"
+    )
+    assert "b.so has no PTX for sm_90" in judged({"a.so": (["90"], ["90"]), "b.so": (["90"], [])}, ptx="90").summary
+    assert "of 1 units and cubins of 2" in judged({"a.so": (["90", "90"], ["90"])}, ptx="90").summary
+    assert "PTX for sm_80, which the cell does not ask for" in judged({"a.so": (["90"], ["80", "90"])}, ptx="90").summary
+
+
 def test_a_source_that_was_not_compiled_for_all_shows_in_the_counts() -> None:
     assert "not compiled for all" in judged({"a.so": (["90", "90", "100"], [])}, sm=("90", "100")).summary
 

@@ -1,8 +1,7 @@
-"""What a failed build's log really says, how many jobs run, and what the nvcc in front keeps."""
+"""What a failed build's log really says, and how many jobs run."""
 
 from __future__ import annotations
 
-import os
 import subprocess
 from pathlib import Path
 
@@ -11,8 +10,6 @@ import pytest
 from builder.compiling import jobs, pep517
 from builder.compiling.jobs import Jobs
 from gracefarm.errors import CompileError, MemoryBoundError
-
-REPOSITORY = Path(__file__).parent.parent.parent
 
 TORCH_LOG = """running build_ext
 [1/2] /cuda/bin/nvcc -c a.cu
@@ -107,65 +104,3 @@ def test_only_a_kill_by_memory_with_several_jobs_is_retried() -> None:
     assert pep517.fewer_jobs(MemoryBoundError("x"), 4) == 2
     assert pep517.fewer_jobs(MemoryBoundError("x"), 1) is None
     assert pep517.fewer_jobs(CompileError("x"), 4) is None
-
-
-def nvcc(tmp_path: Path, *arguments: str, **variables: str) -> tuple[list[str], str]:
-    """What the wrapper passes on, and what it says."""
-    real = tmp_path / "nvcc"
-    real.write_text('#!/bin/sh\nfor one in "$@"; do echo "$one"; done\n')
-    real.chmod(0o755)
-    done = subprocess.run(
-        [REPOSITORY / "builder" / "data" / "toolchain" / "nvcc", *arguments],
-        env={**os.environ, "GRACEFARM_NVCC": str(real), "GRACEFARM_SM": "90", "CUDA_HOME": "/cuda", **variables},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return done.stdout.splitlines(), done.stderr
-
-
-HARD_CODED = [
-    "-gencode",
-    "arch=compute_80,code=sm_80",
-    "-gencode=arch=compute_90,code=sm_90",
-    "-arch=sm_75",
-    "--gpu-architecture",
-    "sm_100",
-]
-
-
-def test_nvcc_keeps_exactly_the_stacks_list(tmp_path: Path) -> None:
-    passed, said = nvcc(tmp_path, "-c", "a b.cu", *HARD_CODED, "-DX=a b", "-o", "a.o")
-    assert [argument for argument in passed if "arch" in argument or "sm_" in argument] == [
-        "-gencode=arch=compute_90,code=sm_90"
-    ]
-    assert passed[:5] == ["-c", "a b.cu", "-DX=a b", "-o", "a.o"]
-    assert "-I/cuda/include" in passed
-    for sm in ("sm_80", "sm_75", "sm_100"):
-        assert f"dropped {sm}" in said or sm in said
-    assert "sm_90" not in said
-
-
-@pytest.mark.parametrize("named", [("-ccbin", "gcc"), ("-ccbin=gcc",), ("--compiler-bindir", "gcc"), ()])
-def test_nvcc_names_the_cross_compiler_alone(tmp_path: Path, named: tuple[str, ...]) -> None:
-    passed, _ = nvcc(tmp_path, *named, "-c", "a.cu", GRACEFARM_CCBIN="aarch64-linux-gnu-g++")
-    assert "gcc" not in " ".join(passed).replace("aarch64-linux-gnu-g++", "")
-    assert passed[passed.index("-ccbin") + 1] == "aarch64-linux-gnu-g++"
-    assert passed.count("-ccbin") == 1
-
-
-def test_a_native_build_keeps_the_compiler_it_names(tmp_path: Path) -> None:
-    passed, _ = nvcc(tmp_path, "-ccbin", "gcc", "-c", "a.cu")
-    assert passed[passed.index("-ccbin") + 1] == "gcc"
-
-
-def test_sm_extra_is_for_its_sources_alone(tmp_path: Path) -> None:
-    extra = {"GRACEFARM_SM_EXTRA": "hopper/*.cu=90a"}
-    passed, _ = nvcc(tmp_path, "-c", "/build/source/hopper/x.cu", **extra)
-    assert "-gencode=arch=compute_90a,code=sm_90a" in passed
-    passed, _ = nvcc(tmp_path, "-c", "/build/source/other.cu", **extra)
-    assert "-gencode=arch=compute_90a,code=sm_90a" not in passed
-
-
-def test_questions_pass_unchanged(tmp_path: Path) -> None:
-    assert nvcc(tmp_path, "--version")[0] == ["--version"]

@@ -195,7 +195,10 @@ WHOLE: dict[str, Any] = {
         "binfmt": True,
     },
     "wheel": {
-        "sm_extra": {"hopper/*.cu": ["91"]},
+        "sm_extra": {"hopper/*.cu": ["89"]},
+        "sm_supported": ["89", "90", "90a"],
+        "allow_sm_fallback": True,
+        "ptx": "80",
         "requires": {"triton": "triton==3.2.0"},
         "source_archive": True,
         "licenses": ["inner/LICENSE.txt"],
@@ -220,6 +223,7 @@ RECIPE_EXEMPT = {
     "build.memory_per_job": "the number of jobs",
     "build.unit_memory": "which units run beside each other",
     "build.unit_seconds": "which unit starts first",
+    "wheel.sm_supported": "others are refused",
     "wheel.bundled": "the audit's expectations, and",
     "wheel.max_size": "its bound: the flow audits again what was judged by others",
     "smoke.imports": "what is tried; the flow tries again what was judged by others",
@@ -267,6 +271,7 @@ def leaves(value: object, path: tuple[object, ...] = ()) -> Iterator[tuple[objec
 
 OTHERS = MappingProxyType(
     {"aarch64": "x86_64", "x86_64": "aarch64", "BSD-3-Clause": "MIT", EVIDENCE["accepted"]["date"]: "2001-01-01"}
+    | {"80": "86", "89": "87", "90": "90a", "90a": "75"}
 )
 "What has a form of its own."
 
@@ -309,7 +314,7 @@ def changed(table: dict[str, Any], path: tuple[Any, ...]) -> dict[str, Any]:
 
 def of_a_witness(path: tuple[object, ...]) -> bool:
     """A value that has to be the digest that it stands beside."""
-    return path[-3:-2] == ("witness",) and path[-1] == "value"
+    return path[-1] == "witness" or (path[-3:-2] == ("witness",) and path[-1] == "value")
 
 
 def field(path: tuple[object, ...]) -> str:
@@ -334,6 +339,7 @@ def whole(project: Path) -> tuple[LoadedRecipe, LoadedStack]:
     loaded = stack.load(project / "stacks", "cu124")
     table = loaded.data.model_dump(mode="json")
     table["torch"]["cuda"] = "12.4"
+    table["ptx"] = "80"
     gap = table["environment"]["wheels"][0] | {"name": "gap", "sha256": None, "sha256_unknown": "out of reach"}
     own = gap | {"name": "torch", "sha256": SHA, "sha256_unknown": None, **EVIDENCE}
     table["environment"]["wheels"] = [own, gap]
@@ -367,7 +373,7 @@ def test_each_field_of_a_recipe_changes_the_id_unless_it_is_listed_as_exempt(
     one, base = replaced(whole[0], data=Recipe.model_validate(table)), whole[1]
     before = id_of(one, base)
     for path in leaves(table):
-        if path == ("source", "kind") or of_a_witness(path):
+        if path in (("source", "kind"), ("wheel", "sm_supported", 1)) or of_a_witness(path):
             continue  # no other value of that kind
         after = changed(table, path)
         if path[:2] == ("files", 0) and path[-1] == "url":
@@ -397,7 +403,10 @@ def note(value: object, seen: set[tuple[str, str]]) -> None:
 
 
 def test_each_field_of_a_stack_changes_the_id_unless_it_is_listed_as_exempt(whole: tuple[LoadedRecipe, LoadedStack]) -> None:
+    # Its recipe leaves the PTX to the stack.
     one, base = whole
+    wheel = one.data.wheel.model_copy(update={"ptx": None})
+    one = replaced(one, data=one.data.model_copy(update={"wheel": wheel}))
     table = base.data.model_dump(mode="json")
     seen: set[tuple[str, str]] = set()
     note(Stack.model_validate(table), seen)

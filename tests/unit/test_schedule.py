@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +88,8 @@ def test_large_units_share_a_pool_and_start_first() -> None:
     text = schedule.scheduled(TORCH, plan(declared={"b.cu": 9}, peaks={"csrc/c.cu": 10}), "/build/source")
     assert sources(text) == ["b.cu", "c.cu", "a.cu"]
     assert text.startswith(
-        "# gracefarm: 2 of 3 units need more than their share, 1 of them at once\npool gracefarm_large\n  depth = 1\n"
+        "# gracefarm: 2 of 3 units to build need more memory than a job's share, 1 of them run at the same time\n"
+        "pool gracefarm_large\n  depth = 1\n"
     )
     assert text.count("  pool = gracefarm_large\n") == 2
     assert "csrc/a.cu\n  pool" not in text
@@ -118,6 +123,76 @@ def test_what_stands_between_edges_keeps_them_where_they_are(between: str) -> No
     found = schedule.scheduled(text, plan(seconds=seconds, declared={"c.cu": 9}), "/build/source")
     assert sources(found) == ["a.cu", "b.cu", "c.cu"]
     assert "csrc/c.cu\n  pool = gracefarm_large\n" in found
+
+
+TWO_TARGETS = """\
+rule cc
+  command = cp $in $out
+build large.o: cc src/large.c
+build a.o: cc src/a$ b.c
+build libextra.a: phony large.o
+build wheel: phony a.o
+build all: phony libextra.a wheel
+"""
+
+
+def run_front(folder: Path, *arguments: str, large: str = "large.c") -> subprocess.CompletedProcess[str]:
+    """schedule.py in front of the real ninja, in the folder source/b of a build."""
+    names = json.dumps(plan(declared={large: 9}))
+    (folder / "schedule.json").write_text(names)
+    variables = {"GRACEFARM_UNITS": str(folder / "units.jsonl"), "GRACEFARM_SCHEDULE": str(folder / "schedule.json")}
+    ninja = shutil.which("ninja")
+    assert ninja is not None
+    command = [sys.executable, "-I", "-S", schedule.__file__, ninja, *arguments]
+    return subprocess.run(
+        command, cwd=folder / "source/b", env={**os.environ, **variables}, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.fixture
+def build_folder(tmp_path: Path) -> Path:
+    (tmp_path / "source/b/src").mkdir(parents=True)
+    for name in ("large.c", "a b.c"):
+        (tmp_path / "source/b/src" / name).write_text("int x;\n")
+    (tmp_path / "source/b/build.ninja").write_text(TWO_TARGETS)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "counted"),
+    [
+        (("-j", "2", "wheel"), "0 of 1"),
+        (("-v", "libextra.a"), "1 of 1"),
+        ((), "1 of 2"),
+        (("-C", "../b", "all"), "1 of 2"),
+        (("no such target",), "1 of 2"),
+    ],
+)
+def test_units_that_this_call_does_not_build_are_not_counted(
+    build_folder: Path, arguments: tuple[str, ...], counted: str
+) -> None:
+    done = run_front(build_folder, *arguments)
+    assert f"gracefarm: {counted} units to build need more memory" in done.stderr
+    assert (done.returncode == 0) is ("no such target" not in arguments), done.stdout + done.stderr
+
+
+def test_a_manifest_that_its_own_edge_writes_again_is_not_built_from_a_stale_copy(build_folder: Path) -> None:
+    """As CMake's, when a CMakeLists.txt has changed after the configure step."""
+    folder = build_folder / "source/b"
+    again = "rule again\n  command = cp next.ninja build.ninja\n  generator = 1\nbuild build.ninja: again next.ninja\n"
+    (folder / "build.ninja").write_text(TWO_TARGETS + again)
+    (folder / "next.ninja").write_text(TWO_TARGETS + "build new.o: cc src/large.c\n" + again)
+    os.utime(folder / "build.ninja", (1, 1))
+    done = run_front(build_folder, "new.o")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 of 1 units" in done.stderr
+    assert (folder / "new.o").is_file()
+    (folder / "next.ninja").write_text(again.replace("cp next.ninja build.ninja", "echo the reason; false"))
+    (folder / "build.ninja").write_text(TWO_TARGETS + (folder / "next.ninja").read_text())
+    os.utime(folder / "build.ninja", (1, 1))
+    failed = run_front(build_folder, "wheel")
+    assert failed.returncode != 0
+    assert "the reason" in failed.stdout
 
 
 def test_whatever_runs_at_once_fits() -> None:

@@ -1,10 +1,11 @@
-"""Gate `cubins`: the device code is for exactly the architectures that stack and recipe ask for, and none is PTX."""
+"""Gate `cubins`: the device code is for exactly the architectures that stack and recipe ask for, and so is the PTX."""
 
 from __future__ import annotations
 
 import re
 import subprocess
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 from builder.audit.contents import Contents
@@ -14,8 +15,7 @@ from gracefarm.errors import HostError
 from gracefarm.process import last_line
 
 GATE = "cubins"
-_ELF = re.compile(r"^ELF file\s+\d+:.*\.sm_(\d+[af]?)\.cubin\s*$", re.MULTILINE)
-_PTX = re.compile(r"^PTX file\s+\d+:.*\.sm_(\d+[af]?)\.ptx\s*$", re.MULTILINE)
+_CODE = re.compile(r"^Fatbin (elf|ptx) code:\n=+\narch = sm_(\d+[af]?)$", re.MULTILINE)
 
 
 class UnreadableError(ValueError):
@@ -43,10 +43,10 @@ def judge(contents: Contents, policy: Policy) -> Verdict:
 def compare(found: dict[str, tuple[list[str], list[str]]], policy: Policy) -> Verdict:
     wanted = set(policy.sm or ())
     extra = {sm for values in policy.sm_extra.values() for sm in values} - wanted
-    complaints = []
+    complaints: list[str] = []
     for name, (cubins, ptx) in found.items():
         counts = Counter(cubins)
-        complaints += [f"{name} has PTX for sm_{sm}, which no stack asks for" for sm in sorted(set(ptx))]
+        complaints += _ptx_complaints(name, counts, Counter(ptx), policy)
         complaints += [f"{name} has cubins for sm_{sm}, which nobody asked for" for sm in sorted(set(counts) - wanted - extra)]
         # An object made of sources with values of their own (sm_extra) alone may lack the stack's.
         if not set(counts) & extra:
@@ -62,7 +62,22 @@ def compare(found: dict[str, tuple[list[str], list[str]]], policy: Policy) -> Ve
     if complaints:
         return refused(GATE, list(dict.fromkeys(complaints)), details)
     names = ", ".join(f"sm_{sm}" for sm in sorted(everywhere))
-    return passed(GATE, f"cubins for exactly {names}, and no PTX", details)
+    title = "no PTX" if policy.ptx is None else f"PTX for sm_{policy.ptx} in each object"
+    return passed(GATE, f"cubins for exactly {names}, and {title}", details)
+
+
+def _ptx_complaints(name: str, cubins: Counter[str], ptx: Counter[str], policy: Policy) -> Iterator[str]:
+    """What is wrong with an object's PTX: units of each architecture, cubins and PTX, are counted."""
+    yield from (f"{name} has PTX for sm_{sm}, which the cell does not ask for" for sm in sorted(set(ptx) - {policy.ptx}))
+    if policy.ptx is None or not cubins:
+        return
+    if policy.ptx not in ptx:
+        yield f"{name} has no PTX for sm_{policy.ptx}"
+    elif ptx[policy.ptx] != max(cubins.values()):
+        yield (
+            f"{name} has PTX for sm_{policy.ptx} of {ptx[policy.ptx]} units and cubins of {max(cubins.values())}: "
+            "some source was not compiled for both"
+        )
 
 
 def _listed(cubins: list[str]) -> str:
@@ -70,8 +85,9 @@ def _listed(cubins: list[str]) -> str:
 
 
 def _cubins(cuobjdump: Path, name: str, path: Path) -> tuple[list[str], list[str]]:
-    """The sm values of the cubins and of the PTX in an object."""
-    return _ELF.findall(_run(cuobjdump, "--list-elf", name, path)), _PTX.findall(_run(cuobjdump, "--list-ptx", name, path))
+    """The sm values of the cubins and of the PTX in an object. `--list-elf` names a family's cubin sm_100, not sm_100f."""
+    codes = _CODE.findall(_run(cuobjdump, "--dump-resource-usage", name, path))
+    return [sm for kind, sm in codes if kind == "elf"], [sm for kind, sm in codes if kind == "ptx"]
 
 
 def _run(cuobjdump: Path, option: str, name: str, path: Path) -> str:

@@ -1,16 +1,15 @@
-# Read by CMake through CMAKE_TOOLCHAIN_FILE in a build with the machine's own tools: its CUDA, the stack's architectures.
+# CMake reads this file, because the environment sets CMAKE_TOOLCHAIN_FILE, in a build with the machine's own tools.
 if(DEFINED ENV{CUDA_HOME})
     set(CMAKE_CUDA_COMPILER $ENV{CUDA_HOME}/bin/nvcc)
     set(CMAKE_CUDA_HOST_COMPILER $ENV{CXX})
     set(CUDAToolkit_ROOT $ENV{CUDA_HOME})
     set(CUDA_TOOLKIT_ROOT_DIR $ENV{CUDA_HOME} CACHE PATH "the machine's toolkit")
-    string(REPLACE " " "-real;" GRACEFARM_ARCHITECTURES "$ENV{GRACEFARM_SM}")
-    set(CMAKE_CUDA_ARCHITECTURES ${GRACEFARM_ARCHITECTURES}-real)
+    set(CMAKE_CUDA_ARCHITECTURES $ENV{GRACEFARM_CMAKE_SM})
 endif()
 foreach(GRACEFARM_PREFIX Python Python3)
     set(${GRACEFARM_PREFIX}_EXECUTABLE $ENV{GRACEFARM_PYTHON})
 endforeach()
-# [build] cmake of the recipe: NAME=VALUE, one a line.
+# The recipe's [build] cmake: one NAME=VALUE a line.
 string(REPLACE "\n" ";" GRACEFARM_CACHE "$ENV{GRACEFARM_CMAKE}")
 foreach(GRACEFARM_ENTRY IN LISTS GRACEFARM_CACHE)
     string(REGEX MATCH "^([^=]+)=(.*)$" GRACEFARM_MATCH "${GRACEFARM_ENTRY}")

@@ -1,16 +1,16 @@
-"""One compilation, for the wrappers beside this file: through the compiler cache, where there is one, and measured.
+"""Run one compilation for the wrappers beside this file: through the compiler cache, if there is one, and measured.
 
     python -I -S front.py COMPILER ARGUMENT...
 
-Run by the root's native Python, in a host build by ours; standard library only. GRACEFARM_UNITS names the file that gets a
-line of JSON for each translation unit that was compiled. GRACEFARM_CCACHE names ccache; its own variables (CCACHE_*) say where
-it keeps things.
+The root's native Python runs it, in a host build the builder's own; it uses the standard library only. It appends one line of
+JSON for each translation unit to the file that GRACEFARM_UNITS names. GRACEFARM_CCACHE names ccache, whose own variables
+(CCACHE_*) say where its cache is.
 
-ccache 4.14 takes `nvcc -E` for what nvcc compiles, which is one pass of several: a header that only the host code reads, or
-only the second architecture, may change unseen, and the old object comes back. So every pass that `nvcc --dryrun` names is
-preprocessed here, and ccache is given their digest to hash beside its own. That is exact, includes that move and
-`__has_include` too; hence ccache may look a unit of nvcc's up by its inputs, without another preprocessor. For gcc's, whose
-preprocessed text is all there is, it is told to go by that text.
+ccache 4.14 hashes what `nvcc -E` prints, which is the text of one pass of several. A header that only the host pass reads, or
+only the pass of the second architecture, may change and ccache returns the old object. So this program preprocesses each pass
+that `nvcc --dryrun` names and gives ccache the digest, which it hashes beside its own. The digest covers headers that move and
+`__has_include` too, so ccache may look up a unit of nvcc by its inputs, without a second run of the preprocessor. A unit of
+gcc has one pass, and ccache looks it up by the preprocessed text.
 """
 
 import hashlib
@@ -26,26 +26,26 @@ SOURCE = re.compile(r"\.(?:cu|cpp|cc|cxx|c\+\+|C|c)$")
 HIT = frozenset({"direct_cache_hit", "preprocessed_cache_hit"})
 THREADS = re.compile(r"(?:--threads|-t)(?:=(\d+))?")
 REFUSED = frozenset({"compile failed", "preprocessor error"})
-"What ccache says when the compiler says no."
+"What ccache says when the compiler fails."
 QUIET = re.compile(r"^(?:local_storage|remote_storage|direct_cache_miss|preprocessed_cache_miss|cleanups|files_in|cache_size)")
-"Counters of ccache's that do not say what became of the call."
+"Counters of ccache that do not give the result of a call."
 
 
 def main() -> int:
-    """Compile; the compiler's exit code."""
+    """Compile; return the compiler's exit code."""
     command = sys.argv[1:]
-    sources = [one for one in command[1:] if SOURCE.search(one) and not one.startswith("-")]
+    sources = [word for word in command[1:] if SOURCE.search(word) and not word.startswith("-")]
     if len(sources) != 1 or "GRACEFARM_UNITS" not in os.environ:
         os.execv(command[0], command)  # noqa: S606
-    os.environ["GRACEFARM_INSIDE"] = "1"  # nvcc starts gcc, whose wrapper then stays out of the way
+    os.environ["GRACEFARM_INSIDE"] = "1"  # nvcc starts gcc, whose wrapper then passes the call on
     scratch = os.path.join(os.environ.get("TMPDIR", "/tmp"), f"front-{os.getpid()}")  # noqa: PTH118, S108
-    why = prepare(command, scratch) if os.environ.get("GRACEFARM_CCACHE") else "off"
-    cached = not why
+    result = prepare(command, scratch) if os.environ.get("GRACEFARM_CCACHE") else "off"
+    cached = not result
     started = time.monotonic()
     code, cpu, peak = run([os.environ["GRACEFARM_CCACHE"], *command] if cached else command)
     if cached:
-        why = outcome(f"{scratch}.log")
-        if code != 0 and why not in REFUSED:  # ccache's own trouble
+        result = outcome(f"{scratch}.log")
+        if code != 0 and result not in REFUSED:  # ccache itself failed
             code, cpu, peak = run(command)
     for name in ("log", "passes"):
         if os.path.exists(f"{scratch}.{name}"):  # noqa: PTH110
@@ -54,10 +54,10 @@ def main() -> int:
         note(
             {
                 "unit": unit(sources[0]),
-                "outcome": why,
+                "outcome": result,
                 "wall_s": round(time.monotonic() - started, 3),
                 "cpu_s": round(cpu, 3),
-                # The largest process; nvcc with --threads runs as many of them at once as it has architectures.
+                # The peak of the largest process. With --threads, nvcc runs one for each architecture at the same time.
                 "peak_memory": peak * beside(command),
             }
         )
@@ -65,20 +65,20 @@ def main() -> int:
 
 
 def unit(source: str) -> str:
-    """The name of a unit: its source relative to the source tree, which lies beside the notes."""
+    """The name of a unit: the path of its source in the source tree, which lies beside the file of units."""
     tree = os.path.join(os.path.dirname(os.environ["GRACEFARM_UNITS"]), "source")  # noqa: PTH118, PTH120
     return os.path.relpath(os.path.abspath(source), tree)  # noqa: PTH100
 
 
 def run(command: list[str]) -> tuple[int, float, int]:
-    """Run a command to its end: exit code, CPU seconds, and bytes of the largest process below it."""
+    """Run a command; return its exit code, CPU seconds, and the bytes of the largest process below it."""
     pid = os.posix_spawn(command[0], command, os.environ)
     _, status, usage = os.wait4(pid, 0)
     return os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime, 1024 * usage.ru_maxrss
 
 
 def prepare(command: list[str], scratch: str) -> str:
-    """Set ccache's variables for this unit; why it is not cached, or nothing."""
+    """Set ccache's variables for this unit; return why it cannot be cached, or nothing."""
     os.environ["CCACHE_STATSLOG"] = f"{scratch}.log"
     if os.path.basename(command[0]) != "nvcc":  # noqa: PTH119
         os.environ["CCACHE_NODIRECT"] = "1"
@@ -93,33 +93,33 @@ def prepare(command: list[str], scratch: str) -> str:
 
 
 def passes(command: list[str]) -> str | None:
-    """Digest of nvcc's plan for this unit and of the preprocessed text of each of its passes; None where there is none."""
+    """The digest of nvcc's plan for this unit and of the preprocessed text of each pass; None if there is no such text."""
     dry = subprocess.run([command[0], "--dryrun", *unthreaded(command[1:])], capture_output=True, check=False)
     if dry.returncode:
         return None
-    # Scratch files have the process id in their names.
+    # The names of scratch files contain the process id.
     lines = re.sub(r"tmpxft_\w+-\w+", "tmpxft", dry.stderr.decode(errors="replace")).splitlines()
     plan = [line[3:] for line in lines if line.startswith("#$ ")]
     path = next((line[5:] for line in plan if line.startswith("PATH=")), os.environ["PATH"])
     digest = hashlib.sha256("\n".join(plan).encode())
-    found = False
+    preprocessed = False
     for line in plan:
         words = shlex.split(line) if " -E " in line else []
         if "-E" not in words or "-o" not in words:
             continue
         place = words.index("-o")
-        done = subprocess.run(
+        text = subprocess.run(
             [*words[:place], *words[place + 2 :]], env={**os.environ, "PATH": path}, capture_output=True, check=False
         )
-        if done.returncode:
-            return None  # the compiler will say why
-        digest.update(done.stdout)
-        found = True
-    return digest.hexdigest() if found else None
+        if text.returncode:
+            return None  # the compiler will report the error
+        digest.update(text.stdout)
+        preprocessed = True
+    return digest.hexdigest() if preprocessed else None
 
 
 def unthreaded(arguments: list[str]) -> list[str]:
-    """The arguments without --threads, with which nvcc 12.4's --dryrun ends half-way. It changes no text."""
+    """The arguments without --threads, which makes `nvcc --dryrun` of CUDA 12.4 stop early. It changes no text."""
     kept, words = [], iter(arguments)
     for word in words:
         if THREADS.fullmatch(word):
@@ -131,7 +131,7 @@ def unthreaded(arguments: list[str]) -> list[str]:
 
 
 def outcome(log: str) -> str:
-    """`hit`, `miss`, or what ccache says of a call that it only passed on."""
+    """`hit`, `miss`, or ccache's reason for passing the call on."""
     try:
         with open(log, encoding="utf-8", errors="replace") as stream:  # noqa: PTH123
             counters = [line.strip() for line in stream if line.strip() and not line.startswith("#")]
@@ -141,11 +141,11 @@ def outcome(log: str) -> str:
         return "hit"
     if "cache_miss" in counters:
         return "miss"
-    return next((one.replace("_", " ") for one in counters if not QUIET.match(one)), "not said by ccache")
+    return next((counter.replace("_", " ") for counter in counters if not QUIET.match(counter)), "ccache gave no reason")
 
 
 def beside(command: list[str]) -> int:
-    """How many compilers nvcc runs at once."""
+    """The number of compilers that nvcc runs at the same time."""
     threads, architectures = 1, 0
     for word, following in zip(command, [*command[1:], ""], strict=True):
         if match := THREADS.fullmatch(word):
@@ -156,7 +156,7 @@ def beside(command: list[str]) -> int:
 
 
 def note(line: dict[str, object]) -> None:
-    """One write, which no other process's can split."""
+    """Append a line in one write, so that lines of several processes do not mix."""
     descriptor = os.open(os.environ["GRACEFARM_UNITS"], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     os.write(descriptor, json.dumps(line).encode() + b"\n")
     os.close(descriptor)

@@ -1,21 +1,24 @@
-"""Ninja with the longest units first, and units too large for a job's share of the memory kept apart.
+"""Run ninja with the longest units first, and keep units apart that need more than a job's share of the memory.
 
     python -I -S schedule.py NINJA ARGUMENT...
 
-Ninja starts edges in the order of its manifest, and holds back those of a pool that is full without giving up a job for them.
-So a copy of build.ninja beside it, with its edges in another order and a pool for the large ones, says both; the commands, and
-what ninja remembers of them, are the same. GRACEFARM_SCHEDULE names a JSON file: `jobs`, `memory` (bytes for all of them),
-`per_job` (of a unit that nothing is known of), `seconds` and `peaks` by unit, `declared` (bytes by glob).
+Ninja starts edges in the order of its manifest. An edge whose pool is full waits, and another edge takes its job. So this
+program writes a copy of build.ninja beside it, with the edges in another order and a pool for the large ones, and runs ninja
+on the copy. The commands are the same, and ninja's log of them stays valid. GRACEFARM_SCHEDULE names a JSON file: `jobs`,
+`memory` (bytes for all jobs), `per_job` (bytes of a unit that nothing is known of), `seconds` and `peaks` by unit, `declared`
+(bytes by glob).
 
-Run by the root's native Python; standard library only. Imported by builder.jobs, which plans by the same rule.
+The root's native Python runs it; it uses the standard library only. builder.compiling plans jobs by the same rules.
 """
 
 import fnmatch
 import json
 import os
 import re
+import shlex
+import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 POOL = "gracefarm_large"
@@ -23,20 +26,24 @@ COPY = ".gracefarm.ninja"
 SOURCE = re.compile(r"\.(?:cu|cpp|cc|cxx|c\+\+|C|c)$")
 _EDGE = re.compile(r"build (?:[^:$]|\$.)+: *(\S+) +((?:[^\s$|]|\$.)+)")
 _FIXED = re.compile(r"rule |include |subninja |pool |[\w.-]+ *=")
-"What may stand between edges and must not change its place among them."
+"Statements between edges whose place among the edges counts."
+_MANIFEST = re.compile(r"^build (?:[^:\n]* )?build\.ninja[ :|]", re.MULTILINE)
+"An edge that writes build.ninja itself, as CMake's."
+_WITH_VALUE = ("-C", "-d", "-f", "-j", "-k", "-l", "-t", "-w")
+"Options of ninja whose value may be the next word."
 
 
 @dataclass
 class Block:
-    """A statement of the manifest with the lines that belong to it; of a compilation, the source's name."""
+    """A statement of the manifest: its lines and, if it is a compilation, the name of its unit."""
 
     lines: list[str]
     unit: str | None = None
 
 
 def large_at_once(memory: int, peaks: Sequence[int], jobs: int) -> int | None:
-    """How many of the units above a job's share of the memory may run beside each other, the other jobs taken by the largest
-    of the rest; `jobs` where none is above it, None where not even one fits, so that there have to be fewer jobs."""
+    """How many units that need more than a job's share of the memory may run at the same time, if the largest of the other
+    units take the other jobs. It is `jobs` if no unit needs more, None if not even one fits beside them: use fewer jobs."""
     if jobs == 1:
         return 1
     large = sorted((peak for peak in peaks if peak * jobs > memory), reverse=True)
@@ -50,58 +57,102 @@ def large_at_once(memory: int, peaks: Sequence[int], jobs: int) -> int | None:
 
 
 def main() -> None:
-    """Write the copy and become ninja."""
+    """Write the copy, then become ninja."""
     ninja, *arguments = sys.argv[1:]
     try:
         folder = working_folder(arguments)
         with open(os.environ["GRACEFARM_SCHEDULE"], encoding="utf-8") as stream:  # noqa: PTH123
             plan = json.load(stream)
-        with open(os.path.join(folder, "build.ninja"), encoding="utf-8") as stream:  # noqa: PTH118, PTH123
-            text = scheduled(stream.read(), plan, folder)
+        text = scheduled(manifest(ninja, folder), plan, folder, needed(ninja, folder, arguments))
         with open(os.path.join(folder, COPY), "w", encoding="utf-8") as stream:  # noqa: PTH118, PTH123
             stream.write(text)
         arguments = ["-f", COPY, *arguments]
     except (OSError, ValueError, KeyError) as error:
-        print(f"gracefarm: ninja without a schedule: {error!r}", file=sys.stderr)
+        print(f"gracefarm: ninja runs without a schedule: {error!r}", file=sys.stderr)
     sys.stdout.flush()
     os.execv(ninja, [ninja, *arguments])  # noqa: S606
 
 
 def working_folder(arguments: Sequence[str]) -> str:
-    """Where ninja reads build.ninja."""
-    for word, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    """The folder where ninja reads build.ninja."""
+    for word, following in zip(arguments, [*arguments[1:], ""], strict=False):
         if word.startswith("-C"):
             return word[2:] or following
     return "."
 
 
-def scheduled(text: str, plan: dict[str, object], folder: str) -> str:
-    """The manifest with its compilations in order, and the large ones in a pool."""
+def manifest(ninja: str, folder: str) -> str:
+    """The text of build.ninja. If an edge writes it, as CMake's does when a CMakeLists.txt has changed, that edge runs first:
+    ninja itself would not run it, because it reads the copy.
+
+    Raises:
+        ValueError: that edge failed; ninja without a schedule runs it again and shows the reason.
+    """
+    place = os.path.join(folder, "build.ninja")  # noqa: PTH118
+    with open(place, encoding="utf-8") as stream:  # noqa: PTH123
+        text = stream.read()
+    if not _MANIFEST.search(text):
+        return text
+    written = subprocess.run([ninja, "build.ninja"], cwd=folder, capture_output=True, text=True, check=False)
+    if written.returncode:
+        raise ValueError("build.ninja cannot be written again")
+    if "no work to do" not in written.stdout:
+        print(written.stdout, end="")
+    with open(place, encoding="utf-8") as stream:  # noqa: PTH123
+        return stream.read()
+
+
+def needed(ninja: str, folder: str, arguments: Sequence[str]) -> set[str] | None:
+    """The units that this call of ninja builds, if their objects are missing; None if ninja cannot tell (before 1.11)."""
+    command = [ninja, "-t", "inputs", *targets(arguments)]
+    inputs = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    if inputs.returncode:
+        return None
+    paths = [word for line in inputs.stdout.splitlines() for word in shlex.split(line)]
+    return {unit_name(path, folder) for path in paths if SOURCE.search(path)}
+
+
+def targets(arguments: Sequence[str]) -> Iterator[str]:
+    """The targets on ninja's command line."""
+    words = iter(arguments)
+    for word in words:
+        if word in _WITH_VALUE:
+            next(words, None)
+        elif not word.startswith("-"):
+            yield word
+
+
+def scheduled(text: str, plan: dict[str, object], folder: str, needed: Collection[str] | None = None) -> str:
+    """The manifest with its compilations in order, and the large ones in a pool; `needed`: the units that are built."""
     blocks = parse(text, folder)
-    units = [one for one in blocks if one.unit is not None]
-    names = [one.unit for one in units if one.unit is not None]
     memory, jobs = int(str(plan["memory"])), int(str(plan["jobs"]))
-    peaks = {name: peak_of(name, plan) for name in names}
+    names = {block.unit for block in blocks if block.unit is not None}
+    peaks = {name: peak_of(name, plan) for name in names if needed is None or name in needed}
     depth = large_at_once(memory, list(peaks.values()), jobs) or 1
     large = {name for name, peak in peaks.items() if jobs > 1 and peak * jobs > memory}
-    for one in units:
-        if one.unit in large:
-            into_pool(one)
+    for block in blocks:
+        if block.unit in large:
+            into_pool(block)
     if movable(blocks):
         seconds = plan["seconds"]
         assert isinstance(seconds, dict)
-        # Large ones wait for each other, so they begin at once; of what nothing is known may be long as well.
-        ordered = sorted(units, key=lambda one: (one.unit not in large, -float(seconds.get(one.unit, 1e9))))
-        places = iter(ordered)
-        blocks = [next(places) if one.unit is not None else one for one in blocks]
-    said = f"# gracefarm: {len(large)} of {len(units)} units need more than their share, {depth} of them at once\n"
-    print(said[2:], end="", file=sys.stderr)
-    lines = [line for one in blocks for line in one.lines]
-    return f"{said}pool {POOL}\n  depth = {depth}\n" + "".join(lines)
+        # Large units wait for each other, so they start first. A unit that nothing is known of may be long, too.
+        places = iter(
+            sorted(
+                (block for block in blocks if block.unit is not None),
+                key=lambda block: (block.unit not in large, -float(seconds.get(block.unit, 1e9))),
+            )
+        )
+        blocks = [next(places) if block.unit is not None else block for block in blocks]
+    count = f"{len(large)} of {len(peaks)} units to build need more memory than a job's share"
+    title = f"# gracefarm: {count}, {depth} of them run at the same time\n"
+    print(title[2:], end="", file=sys.stderr)
+    lines = [line for block in blocks for line in block.lines]
+    return f"{title}pool {POOL}\n  depth = {depth}\n" + "".join(lines)
 
 
 def parse(text: str, folder: str) -> list[Block]:
-    """The manifest's statements: a line, its continuations, the indented lines after it."""
+    """The statements of the manifest: each is a line, its continuations, and the indented lines after it."""
     blocks: list[Block] = []
     continued = False
     for line in text.splitlines(keepends=True):
@@ -116,44 +167,53 @@ def parse(text: str, folder: str) -> list[Block]:
 
 
 def unit_of(statement: str, folder: str) -> str | None:
-    """The source that an edge compiles, relative to the source tree, as front.py names it; None: it compiles none."""
+    """The unit that an edge compiles, by the name that front.py gives it; None if it compiles none."""
     match = _EDGE.match(re.sub(r"\$\r?\n *", "", statement))
     if match is None or match[1] == "phony":
         return None
     source = re.sub(r"\$([ :$])", r"\1", match[2])
-    if not SOURCE.search(source):
-        return None
+    return unit_name(source, folder) if SOURCE.search(source) else None
+
+
+def unit_name(source: str, folder: str) -> str:
+    """The name of a unit: the path of its source in the source tree, which lies beside the file of units."""
     tree = os.path.join(os.path.dirname(os.environ["GRACEFARM_UNITS"]), "source")  # noqa: PTH118, PTH120
     return os.path.relpath(os.path.join(os.path.abspath(folder), source), tree)  # noqa: PTH100, PTH118
 
 
 def peak_of(name: str, plan: dict[str, object]) -> int:
-    """Bytes that a unit takes: as seen, else as declared, else as every job's."""
-    seen, declared = plan["peaks"], plan["declared"]
-    assert isinstance(seen, dict)
+    """The bytes that a unit needs: as measured, else as declared, else as any job."""
+    measured, declared = plan["peaks"], plan["declared"]
+    assert isinstance(measured, dict)
     assert isinstance(declared, dict)
-    if name in seen:
-        return int(seen[name])
-    globs = [int(size) for glob, size in declared.items() if fnmatch.fnmatchcase(f"/{name}", f"*/{glob}")]
-    return max(globs) if globs else int(str(plan["per_job"]))
+    if name in measured:
+        return int(measured[name])
+    sizes = [int(size) for glob, size in declared.items() if named(name, glob)]
+    return max(sizes) if sizes else int(str(plan["per_job"]))
+
+
+def named(name: str, glob: str) -> bool:
+    """Whether a recipe's glob names a unit: it matches the end of the unit's path, or a folder that the unit lies in."""
+    pattern = f"*/{glob.rstrip('/')}"
+    return fnmatch.fnmatchcase(f"/{name}", pattern) or fnmatch.fnmatchcase(f"/{name}", f"{pattern}/*")
 
 
 def into_pool(block: Block) -> None:
-    """Set the pool of an edge, in place of one of the package's own; the console's is for programs that talk to a person."""
+    """Set the pool of an edge in place of the package's own. The console pool stays: its programs need the terminal."""
     if any(re.match(r"\s+pool\s*=\s*console\s*$", line) for line in block.lines):
         return
     block.lines = [line for line in block.lines if not re.match(r"\s+pool\s*=", line)]
-    at = next(i for i, line in enumerate(block.lines) if not line.rstrip("\r\n").endswith("$")) + 1
+    at = next(number for number, line in enumerate(block.lines) if not line.rstrip("\r\n").endswith("$")) + 1
     if not block.lines[at - 1].endswith("\n"):
         block.lines[at - 1] += "\n"
     block.lines.insert(at, f"  pool = {POOL}\n")
 
 
 def movable(blocks: Sequence[Block]) -> bool:
-    """Nothing stands between the compilations that one of them might depend on for being read after it."""
-    places = [i for i, one in enumerate(blocks) if one.unit is not None]
+    """Whether compilations may change places: no statement between them counts for only those after it."""
+    places = [number for number, block in enumerate(blocks) if block.unit is not None]
     between = blocks[places[0] : places[-1]] if places else []
-    return not any(_FIXED.match(one.lines[0]) for one in between)
+    return not any(_FIXED.match(block.lines[0]) for block in between)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-# Read by CMake through CMAKE_TOOLCHAIN_FILE in the environment: native compilers, the target's headers and libraries.
+# CMake reads this file because the environment sets CMAKE_TOOLCHAIN_FILE: native compilers, the target's headers and libraries.
 set(CMAKE_SYSTEM_NAME Linux)
 set(CMAKE_SYSTEM_PROCESSOR $ENV{GRACEFARM_TARGET})
 set(CMAKE_C_COMPILER $ENV{CC})
@@ -10,18 +10,17 @@ if(DEFINED ENV{CUDA_HOME})
     set(CMAKE_CUDA_COMPILER $ENV{CUDA_HOME}/bin/nvcc)
     set(CMAKE_CUDA_HOST_COMPILER $ENV{CXX})
     set(CUDAToolkit_ROOT $ENV{CUDA_HOME})
-    # FindCUDA, which torch still carries, looks for it nowhere while it cross-compiles.
+    # FindCUDA, which torch still has, does not search for the toolkit in a cross build.
     set(CUDA_TOOLKIT_ROOT_DIR $ENV{CUDA_HOME} CACHE PATH "the target's toolkit")
-    string(REPLACE " " "-real;" GRACEFARM_ARCHITECTURES "$ENV{GRACEFARM_SM}")
-    set(CMAKE_CUDA_ARCHITECTURES ${GRACEFARM_ARCHITECTURES}-real)
+    set(CMAKE_CUDA_ARCHITECTURES $ENV{GRACEFARM_CMAKE_SM})
 endif()
 set(CMAKE_CROSSCOMPILING_EMULATOR /gracefarm/bin/emulate)
-# FindPython asks no interpreter while it cross-compiles, also not ours, which is the target's.
+# In a cross build FindPython asks no interpreter, although ours is the target's.
 foreach(GRACEFARM_PREFIX Python Python3)
     set(${GRACEFARM_PREFIX}_EXECUTABLE /env/bin/python3)
     set(${GRACEFARM_PREFIX}_INCLUDE_DIR $ENV{GRACEFARM_PYTHON_INCLUDE})
 endforeach()
-# [build] cmake of the recipe: NAME=VALUE, one a line.
+# The recipe's [build] cmake: one NAME=VALUE a line.
 string(REPLACE "\n" ";" GRACEFARM_CACHE "$ENV{GRACEFARM_CMAKE}")
 foreach(GRACEFARM_ENTRY IN LISTS GRACEFARM_CACHE)
     string(REGEX MATCH "^([^=]+)=(.*)$" GRACEFARM_MATCH "${GRACEFARM_ENTRY}")

@@ -1,0 +1,132 @@
+"""Architectures of device code: which a CUDA release compiles for, which a cell takes, and how torch and CMake call them.
+
+`90` is code for devices of compute capability 9.0; `90a` has the instructions that this capability alone has; `100f` has those
+that a family of capabilities shares (CUDA C++ Programming Guide, "Compute Capabilities").
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+from packaging.version import Version
+
+from builder.planning.recipe import LoadedRecipe
+from builder.planning.stack import LoadedStack
+from gracefarm import tables
+from gracefarm.errors import ConfigError, UsageError
+
+_NONE = "none"
+"In place of an architecture: no PTX."
+_VALUE = re.compile(r"\d{2,3}[af]?")
+_ALWAYS, _BEFORE_13 = ("11.8", None), ("11.8", "13.0")
+_RELEASES: Mapping[str, tuple[str, str | None]] = {
+    **dict.fromkeys(("50", "52", "53", "60", "61", "62", "70", "72"), _BEFORE_13),
+    **dict.fromkeys(("75", "80", "86", "87", "89", "90"), _ALWAYS),
+    "90a": ("12.0", None),
+    **dict.fromkeys(("100", "100a", "120", "120a"), ("12.8", None)),
+    **dict.fromkeys(("101", "101a"), ("12.8", "13.0")),
+    **dict.fromkeys(("100f", "103", "103a", "103f", "120f", "121", "121a", "121f"), ("12.9", None)),
+    "101f": ("12.9", "13.0"),
+    **dict.fromkeys(("88", "110", "110a", "110f"), ("13.0", None)),
+}
+"""First CUDA release that compiles for a value, and the first that no longer does; NVIDIA's release notes. 12.4.131 and
+13.0.88 agree (tests/integration/test_device_code.py asks them)."""
+_UNKNOWN_TO_TORCH = frozenset({"88"})
+"Not among the values that torch's cpp_extension.py takes in TORCH_CUDA_ARCH_LIST (read in 2.4.0 and 2.11.0)."
+
+
+def parse(text: str) -> tuple[str, ...]:
+    """The values of a list as `90+100f`, each once, in the order of their numbers.
+
+    Raises:
+        UsageError: it is no such list.
+    """
+    values = dict.fromkeys(text.split("+"))
+    for value in values:
+        if not _VALUE.fullmatch(value):
+            raise UsageError(
+                f"{value!r} in {text!r} is not an architecture",
+                remedy="name architectures as 90, 90a or 100f, and join those of one wheel with '+', as 90+100",
+            )
+    return tuple(sorted(values, key=_order))
+
+
+def parse_ptx(text: str) -> str:
+    """An architecture for PTX, as `90`, or `none`.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    if text != _NONE and not (text.isdecimal() and _VALUE.fullmatch(text)):
+        raise UsageError(f"PTX cannot be for {text!r}", remedy=f"name an architecture without a letter, as 90, or {_NONE}")
+    return text
+
+
+def first(*choices: str | None) -> str | None:
+    """The architecture of the PTX by the first of the choices that says anything; None: no PTX."""
+    chosen = next((choice for choice in choices if choice is not None), _NONE)
+    return None if chosen == _NONE else chosen
+
+
+def require(recipe: LoadedRecipe, stack: LoadedStack, ptx: str | None) -> None:
+    """Refuse architectures that CUDA, torch or the recipe's source does not know.
+
+    Raises:
+        ConfigError: names the value, and the nearest one that is known.
+    """
+    supported, compiles = recipe.data.wheel.sm_supported, known(stack.data.cuda)
+    extra = [value for values in recipe.data.wheel.sm_extra.values() for value in values]
+    for value in (*stack.sm, *extra, *([ptx] if ptx is not None else [])):
+        if value not in compiles:
+            raise ConfigError(
+                f"CUDA {stack.data.cuda} of stack {stack.data.name} does not compile for sm_{value}",
+                remedy=tables.nearest(value, compiles, "architectures"),
+            )
+        if stack.data.torch is not None and value in _UNKNOWN_TO_TORCH:
+            raise ConfigError(
+                f"torch {stack.data.torch.version} of stack {stack.data.name} does not know sm_{value}",
+                remedy="leave it out of the list of architectures",
+            )
+        if value.endswith("f") and value[:-1] in stack.sm:
+            raise ConfigError(
+                f"sm_{value[:-1]} and sm_{value} cannot be in one wheel: nvcc makes one of them",
+                remedy=f"name sm_{value}, which runs on the whole family, or sm_{value[:-1]}",
+            )
+    for value in stack.sm if supported else ():
+        if value not in supported:
+            raise ConfigError(
+                f"{recipe.key} does not support sm_{value}: its recipe lists {', '.join(supported)}",
+                remedy="choose one of them with --sm, or add it to sm_supported under [wheel] if its source supports it",
+            )
+
+
+def torch_list(sm: Iterable[str]) -> str:
+    """The value of TORCH_CUDA_ARCH_LIST, as `9.0 10.0a`. torch (2.11) knows no families and refuses them: it gets their base,
+    and our nvcc compiles for the family."""
+    names = (re.sub(r"(\d)(a?)$", r".\1\2", _base(value)) for value in sm)
+    return " ".join(dict.fromkeys(names))
+
+
+def cmake_list(sm: Iterable[str]) -> str:
+    """The value of CMAKE_CUDA_ARCHITECTURES, as `90-real;100a-real`; families as in `torch_list`."""
+    return ";".join(dict.fromkeys(f"{_base(value)}-real" for value in sm))
+
+
+def _base(value: str) -> str:
+    return value.removesuffix("f")
+
+
+def known(cuda: str) -> tuple[str, ...]:
+    """The values that a CUDA release, as 13.0, compiles for."""
+    release = Version(cuda)
+    values = [
+        value
+        for value, (first, dropped) in _RELEASES.items()
+        if Version(first) <= release and (dropped is None or release < Version(dropped))
+    ]
+    return tuple(sorted(values, key=_order))
+
+
+def _order(value: str) -> tuple[int, str]:
+    return int(value.rstrip("af")), value

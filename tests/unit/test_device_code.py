@@ -1,0 +1,136 @@
+"""Architectures of a cell: how a command line chooses them, what is refused, and what torch and CMake are told."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from builder.planning import device_code, recipe, stack
+from builder.planning.plan import Plan
+from builder.planning.stack import Arch
+from builder.toolchains import choice
+from builder.toolchains.choice import ToolchainChoice
+from builder.toolchains.wrappers import variables
+from gracefarm.errors import ConfigError, UsageError
+from tests.conftest import REPOSITORY
+
+
+def plan(
+    name: str = "causal_conv1d", on: str = "cu130", sm: str | None = None, ptx: str | None = None, **wheel: object
+) -> Plan:
+    """The plan of a committed recipe against a committed stack, with other values under [wheel]."""
+    loaded = recipe.load(REPOSITORY / "recipes", name)
+    data = loaded.data.model_copy(update={"wheel": loaded.data.wheel.model_copy(update=wheel)})
+    cell = replace(
+        stack.load(REPOSITORY / "stacks", on), asked_sm=device_code.parse(sm) if sm is not None else None, asked_ptx=ptx
+    )
+    return choice.make_plan(replace(loaded, data=data), cell, Arch.X86_64, Arch.AARCH64)
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [("90", ("90",)), ("120+90+100f", ("90", "100f", "120")), ("90a+90+90", ("90", "90a"))],
+)
+def test_a_list_of_architectures_is_joined_with_plus(text: str, values: tuple[str, ...]) -> None:
+    assert device_code.parse(text) == values
+
+
+@pytest.mark.parametrize("text", ["", "90,100", "9.0", "sm_90", "90+", "90x", "90..120"])
+def test_what_is_no_list_is_refused_with_an_example(text: str) -> None:
+    with pytest.raises(UsageError, match=r"is not an architecture.*") as refused:
+        device_code.parse(text)
+    assert "90+100" in (refused.value.remedy or "")
+
+
+@pytest.mark.parametrize("text", ["90a", "x", "9.0", ""])
+def test_ptx_for_one_capability_alone_is_refused(text: str) -> None:
+    with pytest.raises(UsageError):
+        device_code.parse_ptx(text)
+
+
+def test_the_cells_architectures_enter_the_plan_in_place_of_the_stacks() -> None:
+    own, other = plan(), plan(sm="100f+90")
+    assert own.inputs["stack"]["sm"] == ["90"]  # type: ignore[index]
+    assert other.inputs["stack"]["sm"] == ["100f", "90"]  # type: ignore[index]
+    assert other.build_id != own.build_id == plan(sm="90").build_id
+    assert other.repeat == "builder build causal_conv1d --stack cu130 --target aarch64 --sm 90+100f"
+    assert plan(ptx="90").build_id != own.build_id
+    set_by = variables(other, jobs=1, epoch=0)
+    assert (set_by["GRACEFARM_SM"], set_by["TORCH_CUDA_ARCH_LIST"]) == ("90 100f", "9.0 10.0")
+    assert set_by["GRACEFARM_CMAKE_SM"] == "90-real;100-real"
+
+
+def test_a_wheel_without_device_code_is_the_same_for_all_architectures() -> None:
+    assert plan("triton", "cu124", sm="90").build_id == plan("triton", "cu124", sm="80", ptx="80").build_id
+
+
+@pytest.mark.parametrize(
+    ("asked", "of_recipe", "of_stack", "ptx"),
+    [
+        (None, None, None, None),
+        (None, None, "80", "80"),
+        (None, "90", "80", "90"),
+        ("100", "90", "80", "100"),
+        ("none", "90", "80", None),
+        (None, "none", "80", None),
+    ],
+)
+def test_ptx_is_the_command_lines_or_the_recipes_or_the_stacks(
+    asked: str | None, of_recipe: str | None, of_stack: str | None, ptx: str | None
+) -> None:
+    made = plan(ptx=asked)
+    base = replace(made.stack, data=made.stack.data.model_copy(update={"ptx": of_stack}))
+    data = made.recipe.data
+    data = data.model_copy(update={"wheel": data.wheel.model_copy(update={"ptx": of_recipe})})
+    assert replace(made, stack=base, recipe=replace(made.recipe, data=data)).ptx == ptx
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence", "remedy"),
+    [
+        ({"sm": "91"}, "CUDA 13.0 of stack cu130 does not compile for sm_91", "did you mean '90'"),
+        (
+            {"name": "flash_attn", "on": "cu124", "sm": "100"},
+            "CUDA 12.4 of stack cu124 does not compile for sm_100",
+            "nearest",
+        ),
+        ({"sm": "70"}, "CUDA 13.0 of stack cu130 does not compile for sm_70", ""),
+        ({"sm": "88"}, "torch 2.11.0 of stack cu130 does not know sm_88", "leave it out"),
+        ({"sm": "100+100f"}, "sm_100 and sm_100f cannot be in one wheel", "sm_100f"),
+        ({"ptx": "91"}, "does not compile for sm_91", ""),
+        ({"sm_extra": {"*.cu": ("90f",)}}, "does not compile for sm_90f", ""),
+        ({"sm": "75", "sm_supported": ("80", "90")}, "causal_conv1d does not support sm_75: its recipe lists 80, 90", "--sm"),
+    ],
+)
+def test_an_architecture_that_cuda_torch_or_the_recipe_does_not_know_is_refused(
+    options: dict[str, str], sentence: str, remedy: str
+) -> None:
+    with pytest.raises(ConfigError) as refused:
+        plan(**options)
+    assert sentence in refused.value.cause
+    assert remedy.replace("nearest", "") in (refused.value.remedy or "")
+
+
+def test_a_recipe_without_device_code_asks_nothing_of_the_architectures() -> None:
+    assert plan("triton", "cu124", sm="121").stack.sm == ("121",)
+
+
+def test_the_choice_of_a_command_line_reaches_the_plan() -> None:
+    loaded, base = recipe.load(REPOSITORY / "recipes", "causal_conv1d"), stack.load(REPOSITORY / "stacks", "cu130")
+    made = ToolchainChoice(sm=("90a",), ptx="90").plan(loaded, base, Arch.AARCH64)
+    assert (made.stack.sm, made.ptx) == (("90a",), "90")
+
+
+@pytest.mark.parametrize(
+    ("sm", "torch", "cmake"),
+    [
+        (("90",), "9.0", "90-real"),
+        (("90a",), "9.0a", "90a-real"),
+        (("75", "90", "90a", "100f", "120"), "7.5 9.0 9.0a 10.0 12.0", "75-real;90-real;90a-real;100-real;120-real"),
+        (("100", "100f"), "10.0", "100-real"),
+        (("103a", "121f"), "10.3a 12.1", "103a-real;121-real"),
+    ],
+)
+def test_torch_and_cmake_get_names_that_they_know(sm: tuple[str, ...], torch: str, cmake: str) -> None:
+    assert (device_code.torch_list(sm), device_code.cmake_list(sm)) == (torch, cmake)
