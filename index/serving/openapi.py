@@ -30,7 +30,6 @@ def describe(version: str) -> Description:
 
 
 def _paths() -> dict[str, Description]:
-    record, log = _stored("record", "The record of a build."), _stored("text", "The log of a build.")
     lock = _get("The lock of a set, by sha256.", "200-text 404")
     explained = _get("How to upload here, for people.", "200-text")
     return {
@@ -56,6 +55,35 @@ def _paths() -> dict[str, Description]:
         "/files/{sha256}/{filename}": _file("A file, or its metadata: immutable."),
         "/packages/{filename}": _file("The same by name alone, as pypiserver has it."),
         "/packages/": _get("Every file, as pypiserver lists them.", "200-page"),
+        **_records(),
+        "/{set_name}/requirements.lock": lock,
+        "/preview/{token}/requirements.lock": lock,
+        **_trusted(),
+        "/health": _get("The process lives.", "200-text"),
+        "/ready": _get("The catalogue can be read and the disk has room.", "200-text 507"),
+        "/metrics": _get("For Prometheus.", "200-text"),
+        "/changes": _get("What changed after a serial, for mirrors.", "200-changes", "since"),
+        "/openapi.json": _get("This description.", "200-description"),
+        "/": {**_page("All projects, for people.", parameters="q"), **_upload("As pypiserver takes it.")},
+        "/project/{name}/": _page("A project and its wheel finder.", "200-page 301 304 404-page", _FINDER),
+        "/project/{name}": _page("Redirected.", "301 404-page"),
+        "/project/{name}/choose.py": _get(
+            "A program that prints the right install command.", "200-program 304 404-page", "If-None-Match"
+        ),
+        "/wheel/{filename}/": _page("One file, for people.", "200-page 304 404-page"),
+        "/board/": _page("The last build of each recipe and stack."),
+        "/board/{id}/": _page("One build.", "200-page 304 404-page"),
+        "/sets/": _page("Sets and views."),
+        "/static/{name}": _get("Style, script and icon.", "200-static 404"),
+        "/{name}": _get("A project by its bare name, as pypiserver redirects it.", "303 404"),
+        "/{name}/": _get("The same.", "303 404"),
+    }
+
+
+def _records() -> dict[str, Description]:
+    """What is known of builds, beside the wheels."""
+    record, log = _stored("record", "The record of a build."), _stored("text", "The log of a build.")
+    return {
         "/records/{id}": {**record, "put": _kept("record of a build", "record")},
         "/records/{id}/log": {**log, "put": _kept("log of a build", "log")},
         "/preview/{token}/records/{id}": _stored("record", "The same of a staged build."),
@@ -68,24 +96,6 @@ def _paths() -> dict[str, Description]:
             **_stored("certificate", "What a GPU computed with device code."),
             "put": _kept("certificate of device code", "certificate"),
         },
-        "/{set_name}/requirements.lock": lock,
-        "/preview/{token}/requirements.lock": lock,
-        **_trusted(),
-        "/health": _get("The process lives.", "200-text"),
-        "/ready": _get("The catalogue can be read and the disk has room.", "200-text 507"),
-        "/metrics": _get("For Prometheus.", "200-text"),
-        "/changes": _get("What changed after a serial, for mirrors.", "200-changes", "since"),
-        "/openapi.json": _get("This description.", "200-description"),
-        "/": {**_page("All projects, for people.", parameters="q"), **_upload("As pypiserver takes it.")},
-        "/project/{name}/": _page("A project and its wheel finder.", "200-page 301 304 404-page", _FINDER),
-        "/project/{name}": _page("Redirected.", "301 404-page"),
-        "/wheel/{filename}/": _page("One file, for people.", "200-page 304 404-page"),
-        "/board/": _page("The last build of each recipe and stack."),
-        "/board/{id}/": _page("One build.", "200-page 304 404-page"),
-        "/sets/": _page("Sets and views."),
-        "/static/{name}": _get("Style and icon.", "200-static 404"),
-        "/{name}": _get("A project by its bare name, as pypiserver redirects it.", "303 404"),
-        "/{name}/": _get("The same.", "303 404"),
     }
 
 

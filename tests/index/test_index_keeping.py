@@ -165,9 +165,9 @@ def test_an_export_renders_only_what_changed(server: Server, tmp_path: Path, mon
     rendered: list[str] = []
     real = export.render
 
-    def counted(catalogue: Catalogue, view: View, project: str, form: Format) -> bytes:
+    def counted(catalogue: Catalogue, view: View, project: str, form: Format, base_url: str | None) -> bytes:
         rendered.append(project)
-        return real(catalogue, view, project, form)
+        return real(catalogue, view, project, form, base_url)
 
     monkeypatch.setattr(export, "render", counted)
     assert server.upload(*wheel("two_pkg", "2.0")).status_code == 200
