@@ -1,4 +1,4 @@
-"""pyproject.toml has everything but this: a wheel carries recipes/, stacks/ and sets/, as builder/project."""
+"""pyproject.toml has everything but this: a wheel carries recipes/, stacks/, interpreters/, sets/ and matrix.toml, as builder/project."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
-PROJECT = ("recipes", "stacks", "sets")
+PROJECT = ("recipes", "stacks", "interpreters", "sets")
 
 
 class BuildWithProject(build_py):
@@ -22,6 +22,7 @@ class BuildWithProject(build_py):
                 into = Path(self.build_lib, "builder", "project", name)
                 shutil.rmtree(into, ignore_errors=True)
                 shutil.copytree(name, into, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copy("matrix.toml", Path(self.build_lib, "builder", "project"))
 
 
 setup(cmdclass={"build_py": BuildWithProject})

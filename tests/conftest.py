@@ -16,7 +16,7 @@ from builder.planning.settings import Settings, load
 from gracefarm.files import remove_tree
 from tests import projects
 
-SHARED = ("roots", "environments", "toolchains", "cuda", "wrappers", "store", "uv")
+SHARED = ("roots", "interpreters", "environments", "toolchains", "cuda", "wrappers", "store", "uv")
 REPOSITORY = Path(__file__).parent.parent
 
 
@@ -62,6 +62,7 @@ def new_farm(shared_home: Path) -> Iterator[Farm]:
     projects.write_stacks(REPOSITORY / "stacks", project / "stacks")
     for own in (REPOSITORY / "tests" / "stacks").iterdir():
         shutil.copytree(own, project / "stacks" / own.name)
+    shutil.copytree(REPOSITORY / "interpreters", project / "interpreters")
     (project / "recipes").mkdir()
     settings = load().model_copy(update={"home": home, "project": project})
     yield Farm(settings=settings, environment={"GRACEFARM_HOME": str(home), "GRACEFARM_PROJECT": str(project)})

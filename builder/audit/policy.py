@@ -66,7 +66,7 @@ def of_stack(stack: LoadedStack, target: Arch, ground: Ground) -> Policy:
     data = stack.data
     return Policy(
         target=target,
-        python=data.python,
+        python=stack.python,
         glibc=data.glibc[target],
         cuda=data.cuda,
         sm=stack.sm,

@@ -20,6 +20,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "plan": ("builder.cli.look:plan_command", "Inputs, build id, steps and commands of a build."),
         "fetch": ("builder.cli.fetch:fetch_command", "Fetch and verify sources, apply patches: what a build begins with."),
         "build": ("builder.cli.build:build_command", "Build wheels: fetch, compile, audit, smoke-test, record, publish."),
+        "matrix": ("builder.cli.matrix:matrix_command", "The cells of recipes: built, failed, blocked or not tried."),
         "run": ("builder.cli.build:run_command", "The main job: build, publish to an index here, install back, import."),
         "show": ("builder.cli.look:show_command", "The record of a recipe's last build: outcome, stages, verdicts."),
         "log": ("builder.cli.look:log_command", "The whole log of a recipe's last build."),

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 
 import click
 
+from builder.cli.matrix import cells_of, plan_cell, reports_of, table_of
 from builder.cli.options import Aim, aimed, aimed_at_sandbox, json_option, plan_of, start
-from builder.planning import recipe, stack
+from builder.planning import matrix, recipe, stack
+from builder.planning.matrix import Cell
 from builder.planning.plan import Plan
 from builder.planning.settings import Settings
 from builder.planning.stack import Arch
@@ -22,6 +24,7 @@ from gracefarm.errors import ConfigError, GracefarmError, SeveralError, UsageErr
 @click.argument("names", nargs=-1)
 @aimed
 @click.option("--changed", is_flag=True, help="Every recipe whose plan has no successful build yet.")
+@click.option("--matrix", "selector", help="Build each cell of a selector, or of the one that matrix.toml has by that name.")
 @click.option("--jobs", type=click.IntRange(1), help="Upper bound of parallel compilations; default: from cores and memory.")
 @click.option(
     "--publish", "url", metavar="URL", help="Upload to this legacy upload API; TWINE_USERNAME, TWINE_PASSWORD or keyring."
@@ -33,6 +36,7 @@ def build_command(
     names: tuple[str, ...],
     aim: Aim,
     changed: bool,
+    selector: str | None,
     jobs: int | None,
     url: str | None,
     keep: bool,
@@ -48,22 +52,24 @@ def build_command(
     builder build causal_conv1d --toolchain host
     builder build causal_conv1d --toolchain host --environment /usr/bin/python3 --cuda /usr/local/cuda
     builder build flash_attn --toolchain container
+    builder build causal_conv1d --matrix 'python=3.11,3.13 target=aarch64,x86_64 sm=90+100'
     """
     settings, console = start(as_json=as_json)
     known = recipe.names(settings.project / "recipes")
-    if bool(names) == changed:
+    if selector is None and bool(names) == changed:
         raise UsageError("name the recipes to build, or say --changed", remedy=f"recipes: {', '.join(known)}")
     if url:
         from builder.proof import publish
 
         publish.refuse_credentials(url)  # before anything prints it
-    asked = names or known
+    asked: Sequence[str | Cell] = names or known
+    if selector is not None:
+        asked = _cells(names, selector, aim, settings)
     failures: list[GracefarmError] = []
-
     plans: list[Plan] = []
-    for name in asked:
+    for entry in asked:
         try:
-            plans += _planned(name, aim, changed, url, settings, console)
+            plans += _planned(entry, aim, changed, url, settings, console)
         except GracefarmError as error:
             _survive(error, failures, asked, console)
     if changed:
@@ -76,8 +82,36 @@ def build_command(
         else:
             wheel = record.wheel_path(settings, built)
             console.result(built.model_dump(mode="json") | {"path": str(wheel)}, str(wheel))
+    _conclude(asked, failures, settings, console)
+
+
+def _conclude(asked: Sequence[str | Cell], failures: Sequence[GracefarmError], settings: Settings, console: Console) -> None:
+    """Show what became of each cell of a matrix.
+
+    Raises:
+        SeveralError: something failed.
+    """
+    cells = [entry for entry in asked if isinstance(entry, Cell)]
+    for line in table_of(reports_of(cells, settings)) if cells else ():
+        console.step("matrix", line)
     if failures:
-        raise SeveralError(f"{len(failures)} of {len(asked)} recipes failed; each is described above")
+        what = "cells" if cells else "recipes"
+        raise SeveralError(f"{len(failures)} of {len(asked)} {what} failed; each is described above")
+
+
+def _cells(names: Sequence[str], selector: str, aim: Aim, settings: Settings) -> list[Cell]:
+    """The cells of a selector.
+
+    Raises:
+        UsageError: the selector, or options that name the same in another way.
+    """
+    given = {"--stack": aim.stack, "--python": aim.on.interpreter, "--sm": aim.on.sm}
+    for option, value in given.items():
+        if value is not None:
+            raise UsageError(
+                f"{option} and --matrix both choose cells", remedy=f"write the axis {option[2:]} into the selector"
+            )
+    return cells_of(matrix.named(selector, settings.project), names, settings)
 
 
 def _longest_first(plans: list[Plan], settings: Settings) -> list[Plan]:
@@ -101,8 +135,11 @@ def _survive(error: GracefarmError, failures: list[GracefarmError], asked: Seque
     failures.append(error)
 
 
-def _planned(name: str, aim: Aim, changed: bool, url: str | None, settings: Settings, console: Console) -> list[Plan]:
+def _planned(name: str | Cell, aim: Aim, changed: bool, url: str | None, settings: Settings, console: Console) -> list[Plan]:
     """The plan; with `changed`, none where nothing is to be built: a night for x86_64 passes over what is aarch64's alone."""
+    if isinstance(name, Cell):
+        plan = plan_cell(name, settings, aim.on)
+        return [plan] if not changed or (not _settled(plan, url, settings) and _complete(plan, console)) else []
     if changed:
         loaded = recipe.load(settings.project / "recipes", name)
         base = stack.load(settings.project / "stacks", aim.stack or loaded.data.stack)

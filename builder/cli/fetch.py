@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from tempfile import TemporaryDirectory
-
 import click
 
 from builder.cli.options import json_option, start
 from builder.planning import gaps, recipe
 from builder.planning.settings import Settings
+from builder.upkeep.clean import FETCHED
 from gracefarm.console import Console
 from gracefarm.errors import GracefarmError, SeveralError
+from gracefarm.files import lock, remove_tree
 
 
 @click.command("fetch")
@@ -48,15 +47,20 @@ def _fetch_one(name: str, settings: Settings, console: Console) -> None:
     loaded = recipe.load(settings.project / "recipes", name)
     with console.progress("fetch") as tick:
         fetched = fetch.fetch(loaded.data, settings, tick, lambda text: console.step("fetch", text))
-    settings.home.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=settings.home, prefix="fetch-") as folder:
-        epoch = source.source_date_epoch(loaded.data, fetched)
-        source.unpack(loaded, fetched, Path(folder) / "source", epoch, lambda text: console.step("source", text))
+    epoch = source.source_date_epoch(loaded.data, fetched)
+    tree = settings.home / FETCHED / loaded.key
+    tree.parent.mkdir(parents=True, exist_ok=True)
+    with lock(settings.home / "locks" / f"{FETCHED}-{loaded.key}"):
+        try:
+            source.unpack(loaded, fetched, tree, epoch, lambda text: console.step("source", text))
+        finally:
+            remove_tree(tree)
     missing = gaps.of_recipe(loaded)
     value = {
         "recipe": loaded.key,
         "source_date_epoch": epoch,
         "gaps": [{"what": gap.what, "url": gap.url, "reason": gap.reason} for gap in missing],
     }
-    left = f"; {len(missing)} without a digest {'is' if len(missing) == 1 else 'are'} left out" if missing else ""
+    count = "1 file without a digest is" if len(missing) == 1 else f"{len(missing)} files without a digest are"
+    left = f"; {count} left out" if missing else ""
     console.result(value, f"{loaded.key}: all that is pinned is here and fits{left}")

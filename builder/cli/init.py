@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from builder.cli.options import json_option
+from builder.planning import matrix
 from builder.planning.settings import PARTS, given_project
 from gracefarm.console import Console
 from gracefarm.errors import UsageError
@@ -18,7 +19,7 @@ from gracefarm.files import atomic_directory
 @click.argument("folder", metavar="DIR", type=click.Path(file_okay=False, path_type=Path))
 @json_option
 def init_command(folder: Path, as_json: bool) -> None:
-    """Make the project folder DIR: recipes, stacks and sets to change, copied from this gracefarm.
+    """Make the project folder DIR: recipes, stacks, interpreters and sets to change, copied from this gracefarm.
 
     \b
     builder init wheels
@@ -29,8 +30,9 @@ def init_command(folder: Path, as_json: bool) -> None:
     with atomic_directory(folder.absolute()) as project:
         for part in PARTS:
             shutil.copytree(given_project() / part, project / part, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(given_project() / matrix.FILE, project / matrix.FILE)
     steps = [
-        f"{folder} holds recipes/, stacks/ and sets/ now. Next:",
+        f"{folder} holds recipes/, stacks/, interpreters/, sets/ and matrix.toml now. Next:",
         f"  cd {folder} && builder list",
         "  builder plan causal_conv1d",
         "A recipe of your own is a folder recipes/NAME with a recipe.toml (docs/recipes.md).",

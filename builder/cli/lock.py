@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import click
 
-from builder.cli.options import json_option, start, toolchain_option
+from builder.cli.options import json_option, stack_of, start, toolchain_option
+from builder.ground import interpreters
+from builder.ground.interpreters.debian_suite import DebianInterpreter
 from builder.planning import recipe, stack
 from builder.planning.recipe import ToolchainKind
+from builder.planning.settings import Settings
 from builder.toolchains import KINDS
+from gracefarm.console import Console
 from gracefarm.errors import SeveralError
 from gracefarm.files import atomic_write
 
@@ -18,7 +22,8 @@ from gracefarm.files import atomic_write
 @toolchain_option(help="With container: the stack's container image too, which no other toolchain needs.")
 @json_option
 def lock_command(name: str, stack_name: str | None, toolchain: ToolchainKind, as_json: bool) -> None:
-    """Fill in the digests of NAME, a recipe (with its stack) or a stack, that were not known where it was written.
+    """Fill in the digests of NAME, a recipe (with its stack) or a stack, that were not known where it was written; of an
+    interpreter of Debian's, write packages.lock.
 
     The file comes over the network once, unchecked; its digest is written into the TOML for a person to compare and commit.
     One that cannot be had stops no other.
@@ -27,10 +32,14 @@ def lock_command(name: str, stack_name: str | None, toolchain: ToolchainKind, as
     builder lock triton
     builder lock cu124
     builder lock flash_attn --toolchain container
+    builder lock 3.13-trixie
     """
     from builder.fetch import fill
 
     settings, console = start(as_json=as_json, writes=True)
+    if name in interpreters.names(settings.project / "interpreters"):
+        _lock_interpreter(name, settings, console)
+        return
     if stack_name is None and name in stack.names(settings.project / "stacks"):
         loaded, base = None, stack.load(settings.project / "stacks", name)
     else:
@@ -54,20 +63,38 @@ def lock_command(name: str, stack_name: str | None, toolchain: ToolchainKind, as
         raise SeveralError(f"{count} of {count + len(rows)} digests cannot be had; each is described above")
 
 
+def _lock_interpreter(name: str, settings: Settings, console: Console) -> None:
+    interpreter = interpreters.load(settings.project / "interpreters", name)
+    if not isinstance(interpreter, DebianInterpreter):
+        console.result([], f"{name} is pinned in its interpreter.toml: it has no lock")
+        return
+    with console.progress("lock") as tick:
+        atomic_write(interpreter.lock_file, interpreter.lock(settings, tick))
+    console.result([str(interpreter.lock_file)], str(interpreter.lock_file))
+
+
 @click.command("lock-stack")
 @click.argument("name")
+@click.option("--python", metavar="NAME", help="Lock the wheels of this interpreter alone; default: the stack's own Python.")
 @json_option
-def lock_stack_command(name: str, as_json: bool) -> None:
-    """Resolve a stack anew and write its requirements.lock and root.lock, and toolchain.lock where Debian has its compiler."""
+def lock_stack_command(name: str, python: str | None, as_json: bool) -> None:
+    """Resolve a stack and write its requirements.lock and root.lock, and toolchain.lock where Debian has its compiler.
+
+    \b
+    builder lock-stack cu130
+    builder lock-stack cu130 --python 3.13
+    """
     from builder.ground import resolve
 
     settings, console = start(as_json=as_json, writes=True)
-    loaded = stack.load(settings.project / "stacks", name)
+    loaded = stack_of(name, python, settings)
     with console.progress("lock") as tick:
         atomic_write(loaded.requirements_lock, resolve.requirements_lock(loaded, settings, tick))
-        atomic_write(loaded.root_lock, resolve.root_lock(loaded, settings, tick))
-        written = [loaded.requirements_lock, loaded.root_lock]
-        if (text := resolve.toolchain_lock(loaded, settings, tick)) is not None:
-            atomic_write(loaded.toolchain_lock, text)
-            written.append(loaded.toolchain_lock)
+        written = [loaded.requirements_lock]
+        if loaded.interpreter is None:
+            atomic_write(loaded.root_lock, resolve.root_lock(loaded, settings, tick))
+            written.append(loaded.root_lock)
+            if (text := resolve.toolchain_lock(loaded, settings, tick)) is not None:
+                atomic_write(loaded.toolchain_lock, text)
+                written.append(loaded.toolchain_lock)
     console.result({"written": list(map(str, written))}, "\n".join(map(str, written)))

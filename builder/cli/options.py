@@ -10,11 +10,12 @@ from typing import Any
 import click
 
 from builder import toolchains
+from builder.ground import interpreters
 from builder.planning import device_code, recipe, stack
 from builder.planning.plan import Plan, Wanted
 from builder.planning.recipe import ToolchainKind
 from builder.planning.settings import PACKAGED, Settings, load
-from builder.planning.stack import Arch
+from builder.planning.stack import Arch, LoadedStack
 from builder.proof import record
 from builder.proof.record import Record
 from builder.toolchains import KINDS
@@ -54,7 +55,12 @@ _TOOLS = (
         type=_PLACE,
         help="With host: a Python or virtual environment to build against as it is; default: the stack's lock.",
     ),
-    click.option("--python", type=_PLACE, help="With host: the interpreter of the clean environment."),
+    click.option(
+        "--python",
+        metavar="NAME",
+        help="The target's Python, a folder of interpreters/, as 3.13; default: the stack's own. With host: the path of this "
+        "machine's interpreter.",
+    ),
     click.option("--cuda", type=_PLACE, help="With host: the CUDA toolkit; default: CUDA_HOME, /usr/local/cuda, PATH."),
 )
 _DEVICE_CODE = (
@@ -141,7 +147,7 @@ def toolchained(function: Function) -> Function:
 
     @functools.wraps(function)
     def with_toolchain(
-        *arguments: Any, toolchain: ToolchainKind, own: Path | None, python: Path | None, cuda: Path | None, **options: Any
+        *arguments: Any, toolchain: ToolchainKind, own: Path | None, python: str | None, cuda: Path | None, **options: Any
     ) -> Any:
         return function(*arguments, on=wanted(toolchain, own, python, cuda), **options)
 
@@ -153,14 +159,20 @@ def placed(function: Function) -> Function:
     return _with(function, *_TOOLS)
 
 
-def wanted(toolchain: ToolchainKind, own: Path | None, python: Path | None, cuda: Path | None) -> ToolchainChoice:
+def wanted(toolchain: ToolchainKind, own: Path | None, python: str | None, cuda: Path | None) -> ToolchainChoice:
     """The toolchain that is wanted.
 
     Raises:
         UsageError: options that do not go together.
     """
-    choice = ToolchainChoice(kind=toolchain, wanted=Wanted(environment=own, python=python, cuda=cuda))
-    for name, value in (("--environment", own), ("--python", python), ("--cuda", cuda)):
+    native = KINDS[toolchain].native
+    here = Path(python) if python is not None and native else None
+    if here is not None and not here.exists():
+        raise UsageError(f"--python {python}: there is no such file", remedy="name a Python of this machine by its path")
+    choice = ToolchainChoice(
+        kind=toolchain, wanted=Wanted(environment=own, python=here, cuda=cuda), interpreter=None if native else python
+    )
+    for name, value in (("--environment", own), ("--cuda", cuda)):
         if value is not None and not choice.type.native:
             raise UsageError(f"{name} is about this machine's tools", remedy=f"say --toolchain host {name} {value}")
     if own is not None and python is not None:
@@ -171,11 +183,23 @@ def wanted(toolchain: ToolchainKind, own: Path | None, python: Path | None, cuda
 def plan_of(name: str, stack_name: str | None, target: str, settings: Settings, on: ToolchainChoice | None = None) -> Plan:
     """The plan that a command line means."""
     loaded = recipe.load(settings.project / "recipes", name)
-    base = stack.load(settings.project / "stacks", stack_name or loaded.data.stack)
-    return (on or ToolchainChoice()).plan(loaded, base, Arch(target))
+    on = on or ToolchainChoice()
+    return on.plan(loaded, stack_of(stack_name or loaded.data.stack, on.interpreter, settings), Arch(target))
 
 
-def as_built(built: Record, own: Path | None, python: Path | None, cuda: Path | None) -> ToolchainChoice:
+def stack_of(name: str, interpreter: str | None, settings: Settings) -> LoadedStack:
+    """The stack called `name`, with the interpreter of that name; None: with its root's own Python.
+
+    Raises:
+        ConfigError: the project has no such stack or interpreter.
+    """
+    base = stack.load(settings.project / "stacks", name)
+    if interpreter is None:
+        return base
+    return replace(base, interpreter=interpreters.load(settings.project / "interpreters", interpreter))
+
+
+def as_built(built: Record, own: Path | None, python: str | None, cuda: Path | None) -> ToolchainChoice:
     """The toolchain of an earlier build, as `wanted` has it.
 
     Raises:
@@ -187,7 +211,7 @@ def as_built(built: Record, own: Path | None, python: Path | None, cuda: Path | 
             "that build stood on an environment of somebody's own, and nothing says where that is",
             remedy="say it: --environment PATH",
         )
-    on = wanted(toolchains.of_inputs(built.inputs).kind, own, python, cuda)
+    on = wanted(toolchains.of_inputs(built.inputs).kind, own, python or built.interpreter, cuda)
     return replace(on, sm=built.asked_sm, ptx=built.asked_ptx)
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from contextlib import suppress
 from pathlib import Path
 
 import click
 
 from builder import toolchains
-from builder.cli.options import FILE, jobs_option, json_option, last_wheel, start
+from builder.cli.options import FILE, jobs_option, json_option, last_wheel, stack_of, start
+from builder.ground import interpreters
 from builder.planning import recipe, stack
 from builder.planning.plan import Plan
 from builder.planning.settings import Settings
@@ -94,12 +96,14 @@ def _plan_of(inside: Inside, wheel: Path, settings: Settings) -> Plan:
             remedy="build it in the sandbox, whose wheels `--rebuild` compares; the other checks hold for this one too",
         )
     loaded = recipe.load(settings.project / "recipes", inside.inputs["recipe"]["name"])
-    target = Arch(inside.inputs["target"])
+    target, python = Arch(inside.inputs["target"]), inside.inputs["stack"]["python"]
     sm, ptx = tuple(inside.inputs["stack"]["sm"]), inside.inputs["stack"].get("ptx")
     on = ToolchainChoice(kind=kind.kind, sm=sm or None, ptx=ptx or "none")
-    for name in stack.names(settings.project / "stacks"):
-        base = stack.load(settings.project / "stacks", name)
-        if target in base.data.glibc:
+    known = [None, *interpreters.names(settings.project / "interpreters")]
+    for name, interpreter in itertools.product(stack.names(settings.project / "stacks"), known):
+        base = stack_of(name, interpreter, settings)
+        # A Python for which the stack has no lock makes no wheel.
+        if target in base.data.glibc and base.python == python and base.requirements_lock.is_file():
             with suppress(ConfigError):  # a stack whose CUDA does not know these architectures
                 candidate = on.plan(loaded, base, target)
                 if candidate.build_id == inside.build_id:

@@ -22,7 +22,7 @@ _WIDTH = 70
 @placed
 @json_option
 def why_command(
-    name: str, ids: tuple[str, ...], own: Path | None, python: Path | None, cuda: Path | None, as_json: bool
+    name: str, ids: tuple[str, ...], own: Path | None, python: str | None, cuda: Path | None, as_json: bool
 ) -> None:
     """Which input of NAME changed, from its last build here to what would be built now, or between two ids.
 

@@ -82,6 +82,7 @@ class Attempt:
             name=data.name,
             version=data.version,
             stack=self.plan.stack.data.name,
+            interpreter=interpreter.name if (interpreter := self.plan.stack.interpreter) is not None else None,
             asked_sm=self.plan.stack.asked_sm,
             asked_ptx=self.plan.stack.asked_ptx,
             inputs=self.plan.inputs,

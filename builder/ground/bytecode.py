@@ -9,6 +9,7 @@ import io
 import os
 import subprocess
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
@@ -30,10 +31,24 @@ INSIDE = "/env"
 "Where the sandbox sees an environment."
 
 
-def compile_files(root: Path, inside: str, folder: Path, names: Iterable[str] | None = None) -> None:
+@dataclass(frozen=True, kw_only=True)
+class NativePython:
+    """A Python of the host's architecture that byte-compiles for the target's of the same version."""
+
+    folder: Path | None = None
+    "Its own folder, which the sandbox sees as /build; None: it is in the root."
+    command: tuple[str, ...] = (NATIVE_PYTHON,)
+
+
+ROOTS_OWN = NativePython()
+
+
+def compile_files(
+    root: Path, inside: str, folder: Path, names: Iterable[str] | None = None, *, python: NativePython = ROOTS_OWN
+) -> None:
     """Byte-compile Python files (`names`, relative; None: all) of `folder`, which the sandbox sees as `inside`.
 
-    The root's native Python does it: a .pyc does not depend on the architecture, and emulated it takes ten times as long.
+    A Python of the host does it: a .pyc does not depend on the architecture, and emulated it takes ten times as long.
     The paths in tracebacks are those inside.
 
     Raises:
@@ -43,7 +58,10 @@ def compile_files(root: Path, inside: str, folder: Path, names: Iterable[str] | 
     wanted = [str(path.relative_to(folder)) for path in folder.rglob("*.py")] if names is None else list(names)
     box = Sandbox(
         root=root,
-        mounts=(BindMount(source=folder, target=inside, writable=True),),
+        mounts=(
+            *([BindMount(source=python.folder, target="/build")] if python.folder is not None else []),
+            BindMount(source=folder, target=inside, writable=True),
+        ),
         environment={"PATH": "/usr/bin", "LC_ALL": "C.UTF-8"},
         workdir="/",
         memory=0,
@@ -51,7 +69,7 @@ def compile_files(root: Path, inside: str, folder: Path, names: Iterable[str] | 
     script = (files("builder") / "data" / "root" / "bytecode.py").read_text()
     try:
         process = subprocess.run(
-            box.command([NATIVE_PYTHON, "-I", "-S", "-c", script, inside]),
+            box.command([*python.command, "-I", "-S", "-c", script, inside]),
             input="\0".join(wanted),
             capture_output=True,
             text=True,
@@ -75,17 +93,18 @@ def fill_in(
     stack: LoadedStack,
     settings: Settings,
     tick: Tick,
+    python: NativePython = ROOTS_OWN,
 ) -> None:
     """Give every module its .pyc: from the store where its wheel was compiled before, else made and put there."""
     modules = dict(_modules(site))
     home = settings.home / "environments" / "bytecode"
-    keys = {wheel: f"{LAYOUT} {stack.data.python} {wheel.sha256}" for wheel in locked}
+    keys = {wheel: f"{LAYOUT} {stack.python} {wheel.sha256}" for wheel in locked}
     stores = {wheel: home / hashlib.sha256(key.encode()).hexdigest() for wheel, key in keys.items()}
     missing = [wheel for wheel in locked if not stores[wheel].is_dir()]
     tick(0, None, f"byte-compiling {len(missing)} wheels" if missing else "linking byte code")
     prefix = site.relative_to(folder)
     names = [str(prefix / name) for wheel in missing for name in modules.get(wheel.name, ())]
-    compile_files(root, INSIDE, folder, names)
+    compile_files(root, INSIDE, folder, names, python=python)
     with lock(home.with_name("bytecode.lock")):
         for wheel in locked:
             if wheel in missing:
@@ -105,13 +124,15 @@ def _modules(site: Path) -> Iterator[tuple[str, list[str]]]:
 def _store(site: Path, names: Sequence[str], store: Path) -> None:
     if store.is_dir():
         return
-    tag = f"cpython-{site.parent.name.removeprefix('python').replace('.', '')}"
+    tag = f"cpython-{site.parent.name.removeprefix('python').replace('.', '').rstrip('t')}"
     with atomic_directory(store) as folder:
         for name in names:
-            compiled = Path(name).parent / "__pycache__" / f"{Path(name).stem}.{tag}.pyc"
-            if (site / compiled).is_file():
-                (folder / compiled.parent).mkdir(parents=True, exist_ok=True)
-                (folder / compiled).hardlink_to(site / compiled)
+            # The free-threaded build may add its t.
+            for suffix in (tag, f"{tag}t"):
+                compiled = Path(name).parent / "__pycache__" / f"{Path(name).stem}.{suffix}.pyc"
+                if (site / compiled).is_file():
+                    (folder / compiled.parent).mkdir(parents=True, exist_ok=True)
+                    (folder / compiled).hardlink_to(site / compiled)
 
 
 def _link_tree(store: Path, site: Path) -> None:

@@ -21,9 +21,10 @@ from pathlib import Path
 from packaging.utils import InvalidWheelFilename, parse_wheel_filename
 
 from builder.ground import bytecode, toolkit, torch_facts, uv, wheels
+from builder.ground.interpreters import tree
 from builder.planning import pins
 from builder.planning.settings import Settings
-from builder.planning.stack import Arch, LoadedStack
+from builder.planning.stack import Arch, LoadedStack, host_arch
 from builder.planning.tags import tags_of
 from gracefarm.console import Tick, no_tick
 from gracefarm.errors import ConfigError, InstallError, RootError
@@ -32,8 +33,12 @@ from gracefarm.files import atomic_directory, atomic_write, lock
 SHEBANG = f"#!{bytecode.INSIDE}/bin/python3\n".encode()
 
 
-def ensure(stack: LoadedStack, target: Arch, root: Path, settings: Settings, tick: Tick = no_tick) -> Path:
+def ensure(
+    stack: LoadedStack, target: Arch, root: Path, settings: Settings, tick: Tick = no_tick, *, host: Arch | None = None
+) -> Path:
     """The environment's folder, assembled if it is not there; any number of processes may ask, one assembles.
+
+    `host`: the machine that runs it, of which the interpreter's launcher depends; None: this one.
 
     Raises:
         ConfigError: see `wheels`.
@@ -41,23 +46,30 @@ def ensure(stack: LoadedStack, target: Arch, root: Path, settings: Settings, tic
         RootError: a wheel cannot be unpacked, or torch is not the build that the stack names.
         HostError, DiskFullError.
     """
+    host = host or host_arch()
     locked = pins.wheels(stack, target)
     wheels.require_digests(stack, locked)
-    name = pins.digest_of("environment", stack.data.python, target, locked)
+    name = pins.environment_digest(stack, target)
     final = settings.home / "environments" / name
     if final.is_dir():
         # The digest does not say what the stack expects of its torch: another stack may have assembled the same wheels.
-        torch_facts.check(stack, final / "lib" / f"python{stack.data.python}" / "site-packages")
+        torch_facts.check(stack, final / "lib" / f"python{stack.python}" / "site-packages")
         return final
     with lock(final.with_name(f"{name}.lock"), lambda: tick(0, None, "another process assembles this")):
         if not final.is_dir():
+            python = bytecode.ROOTS_OWN
             with atomic_directory(final) as folder:
-                site = folder / "lib" / f"python{stack.data.python}" / "site-packages"
+                if stack.interpreter is not None:
+                    own = tree.ensure(stack.interpreter, host, target, root, settings, tick)
+                    native = tree.ensure(stack.interpreter, host, host, root, settings, tick)
+                    python = tree.native_python(stack.interpreter, host, native)
+                    _copy_links(own, folder / "python")
+                site = folder / "lib" / f"python{stack.python}" / "site-packages"
                 wheels.install(locked, _where(stack, target, site), stack.data.name, settings, tick)
                 torch_facts.check(stack, site)
                 _lay_out(folder, stack, target)
                 _relocate_scripts(folder, site)
-                bytecode.fill_in(folder, site, locked, root, stack, settings, tick)
+                bytecode.fill_in(folder, site, locked, root, stack, settings, tick, python)
                 _make_read_only(folder)
     return final
 
@@ -69,6 +81,7 @@ def ensure_toolchain(stack: LoadedStack, host: Arch, settings: Settings, tick: T
         ConfigError: see `wheels`; or the stack names no compiler.
         FetchError, DigestError, RootError, HostError, DiskFullError: see `ensure`.
     """
+    stack = stack.base  # the same compilers for every Python
     locked = pins.toolchain_wheels(stack, host)
     if not locked and stack.data.toolchain.debian is None:
         raise ConfigError(
@@ -103,18 +116,25 @@ def fresh(environment: Path, into: Path, wheel: Path | None) -> Path:
         RootError: the copy cannot be made.
     """
     into.parent.mkdir(parents=True, exist_ok=True)
+    _copy_links(environment, into)
+    if wheel is not None:
+        add(into, wheel)
+    return into
+
+
+def _copy_links(folder: Path, into: Path) -> None:
+    """A copy of a folder whose files are hard links.
+
+    Raises:
+        RootError: the copy cannot be made.
+    """
     copied = subprocess.run(
-        ["cp", "--archive", "--link", "--no-target-directory", environment, into], capture_output=True, text=True, check=False
+        ["cp", "--archive", "--link", "--no-target-directory", folder, into], capture_output=True, text=True, check=False
     )
     if copied.returncode:
         if os.strerror(errno.ENOSPC) in copied.stderr:
             raise OSError(errno.ENOSPC, copied.stderr)
-        raise RootError(
-            f"{environment} cannot be copied to {into}: {copied.stderr.strip()[:500]}", remedy="run `builder doctor`"
-        )
-    if wheel is not None:
-        add(into, wheel)
-    return into
+        raise RootError(f"{folder} cannot be copied to {into}: {copied.stderr.strip()[:500]}", remedy="run `builder doctor`")
 
 
 def add(into: Path, wheel: Path) -> None:
@@ -160,15 +180,16 @@ def _where(stack: LoadedStack, arch: Arch, site: Path) -> list[str]:
 def _lay_out(folder: Path, stack: LoadedStack, target: Arch) -> None:
     """What makes it a virtual environment; the keys of ours are for `fresh` and mean nothing to Python."""
     (folder / "bin").mkdir()
+    home = "/usr/bin" if stack.interpreter is None else f"{tree.PREFIX}/bin"
     (folder / "pyvenv.cfg").write_text(
-        "home = /usr/bin\n"
+        f"home = {home}\n"
         "include-system-site-packages = false\n"
-        f"version = {stack.data.python}\n"
-        f"gracefarm-python = {stack.data.python}\n"
+        f"version = {stack.python.rstrip('t')}\n"
+        f"gracefarm-python = {stack.python}\n"
         f"gracefarm-platform = {target}-manylinux_{stack.data.glibc[target]}\n"
     )
-    (folder / "bin" / "python3").symlink_to(f"/usr/bin/python{stack.data.python}")
-    for name in ("python", f"python{stack.data.python}"):
+    (folder / "bin" / "python3").symlink_to(f"{home}/python{stack.python}")
+    for name in ("python", f"python{stack.python}"):
         (folder / "bin" / name).symlink_to("python3")
 
 

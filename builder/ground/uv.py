@@ -29,7 +29,7 @@ _KEPT = frozenset(
 
 def platform(stack: LoadedStack, arch: Arch) -> list[str]:
     """The options that name a stack's Python and libc on an architecture."""
-    return [f"--python-platform={arch}-manylinux_{glibc(stack, arch)}", f"--python-version={stack.data.python}"]
+    return [f"--python-platform={arch}-manylinux_{glibc(stack, arch)}", f"--python-version={stack.python.rstrip('t')}"]
 
 
 def run(

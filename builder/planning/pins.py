@@ -92,7 +92,7 @@ def requirements(stack: LoadedStack, arch: Arch) -> tuple[str, ...]:
 def toolchain_wheels(stack: LoadedStack, host: Arch) -> tuple[LockedWheel, ...]:
     """Those of the CUDA compiler."""
     names = {canonicalize_name(Requirement(text).name) for text in stack.data.toolchain.requirements}
-    return tuple(wheel for wheel in wheels(stack, host) if wheel.name in names)
+    return tuple(wheel for wheel in wheels(stack.base, host) if wheel.name in names)
 
 
 def environment_digest(stack: LoadedStack, target: Arch) -> str:
@@ -101,7 +101,8 @@ def environment_digest(stack: LoadedStack, target: Arch) -> str:
     Raises:
         ConfigError: see `wheels`.
     """
-    return digest_of("environment", stack.data.python, target, wheels(stack, target))
+    besides = stack.interpreter.digest(target) if stack.interpreter is not None else None
+    return digest_of("environment", stack.python, target, wheels(stack, target), besides)
 
 
 def toolchain_digest(stack: LoadedStack, host: Arch) -> str:
@@ -115,7 +116,10 @@ def toolchain_digest(stack: LoadedStack, host: Arch) -> str:
 
 
 def digest_of(kind: str, python: str, arch: Arch, locked: Sequence[LockedWheel], besides: str | None = None) -> str:
-    """The digest of an environment or of compilers (`kind`) that are made of these wheels; `besides`: of Debian's packages."""
+    """The digest of an environment or of compilers (`kind`) that are made of these wheels.
+
+    `besides`: the digest of the interpreter that an environment brings, or of Debian's packages with the compiler.
+    """
     rows = [(wheel.name, wheel.version, wheel.sha256) for wheel in sorted(locked)]
     content = [kind, LAYOUT, arch.value, python, rows, *([besides] if besides else [])]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()

@@ -128,7 +128,9 @@ class Toolchain(Protocol):
 
     def arguments(self, plan: Plan) -> str:
         """Stack, target and toolchain, as options of `builder build`."""
-        return f"--stack {plan.stack.data.name} --target {plan.target.value}{plan.stack.device_options}"
+        interpreter = plan.stack.interpreter
+        python = f" --python {interpreter.name}" if interpreter is not None else ""
+        return f"--stack {plan.stack.data.name}{python} --target {plan.target.value}{plan.stack.device_options}"
 
     def fetch(self, plan: Plan) -> None:
         """Have here what the toolchain needs beside sources and ground.
@@ -194,7 +196,7 @@ class Plan:
     @cached_property
     def inputs(self) -> Inputs:
         """Everything that can change the bytes; job count, paths, time, comments and white space are not among it."""
-        data, stack = self.recipe.data, self.stack.data
+        data, stack, interpreter = self.recipe.data, self.stack.data, self.stack.interpreter
         build = data.build.model_dump(mode="json", exclude={"memory_per_job", "unit_memory", "unit_seconds"})
         return {
             "format": FORMAT,
@@ -214,7 +216,8 @@ class Plan:
                 "allow_sm_fallback": data.wheel.allow_sm_fallback,
             },
             "stack": {
-                "python": stack.python,
+                "python": self.stack.python,
+                "interpreter": interpreter.digest(self.target) if interpreter is not None else None,
                 "torch": stack.torch.version if stack.torch else None,
                 "cuda": stack.cuda,
                 "sm": sorted(self.stack.sm) if build["cuda"] else [],
@@ -282,7 +285,9 @@ class Plan:
     def title(self) -> str:
         """One line for people."""
         data = self.recipe.data
-        return f"{data.name} {data.version} for {self.target.value}, stack {self.stack.data.name}"
+        interpreter = self.stack.interpreter
+        python = f", Python {interpreter.name}" if interpreter is not None else ""
+        return f"{data.name} {data.version} for {self.target.value}, stack {self.stack.data.name}{python}"
 
 
 def id_of(inputs: Mapping[str, object]) -> str:

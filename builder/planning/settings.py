@@ -11,7 +11,7 @@ from gracefarm.errors import ConfigError
 from gracefarm.settings import PREFIX, AbsolutePath, SharedSettings, read
 from gracefarm.tables import Size
 
-PARTS = ("recipes", "stacks", "sets")
+PARTS = ("recipes", "stacks", "interpreters", "sets")
 "The folders of a project."
 PACKAGED = Path(__file__).resolve().parents[1] / "project"
 "The project that an installed wheel carries."

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Protocol
 
 from packaging.requirements import Requirement
 from pydantic import AfterValidator, Field, StringConstraints
 
 from builder.planning.digests import PinnedDownload
+from builder.planning.settings import Settings
 from gracefarm import tables
+from gracefarm.console import Tick
 from gracefarm.errors import ConfigError, HostError
 from gracefarm.tables import InsidePath, Table, Url
 
@@ -159,7 +161,9 @@ class Stack(Table):
 
     name: str
     summary: str = ""
-    python: Annotated[str, StringConstraints(pattern=r"^3\.\d+$")]
+    python: Annotated[str, StringConstraints(pattern=r"^3\.\d+$")] = Field(
+        description="The root's own Python, taken where no interpreter is asked for"
+    )
     torch: Torch | None = Field(default=None, description="None: for packages that do not link torch")
     cuda: Annotated[str, StringConstraints(pattern=r"^\d+\.\d+$")] = Field(description="CUDA toolkit, as 13.0")
     sm: tuple[Sm, ...] = Field(min_length=1, description="Real architectures compiled for, exactly; --sm names others")
@@ -176,14 +180,49 @@ class Stack(Table):
     )
 
 
+class Interpreter(Protocol):
+    """A Python of the target, in place of the one in the stack's root. builder.ground.interpreters has one module a kind."""
+
+    @property
+    def name(self) -> str:
+        """What `--python` takes, as 3.13 or 3.13-trixie."""
+
+    @property
+    def python(self) -> str:
+        """Major and minor version, as 3.13; 3.13t is the free-threaded build."""
+
+    def digest(self, arch: Arch) -> str:
+        """Hex sha256 of everything that decides its bytes on an architecture.
+
+        Raises:
+            ConfigError: it is not pinned for that architecture.
+        """
+
+    def unpack(self, arch: Arch, folder: Path, settings: Settings, tick: Tick) -> None:
+        """Put it into an empty folder: bin/pythonX.Y, lib/pythonX.Y, include/pythonX.Y, as on a machine of that architecture.
+
+        Raises:
+            FetchError, DigestError: its files cannot be had, or are not the pinned ones.
+            RootError: they cannot be unpacked.
+        """
+
+    def command(self, arch: Arch, prefix: str, program: str) -> tuple[str, ...]:
+        """How a machine of that architecture runs `program`, its executable, when the interpreter lies at `prefix`.
+
+        `"$0"` stands where the name goes by which Python is called, if the command takes one.
+        """
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoadedStack:
-    """A stack with its locks' places."""
+    """A stack with its locks' places, and the interpreter that a cell takes."""
 
     folder: Path
     data: Stack
     kind: str = "stack"
     "`set`, where a set's own lock stands in for the stack's."
+    interpreter: Interpreter | None = None
+    "None: the root's own Python."
     asked_sm: tuple[str, ...] | None = None
     "Architectures that a cell takes in place of the stack's."
     asked_ptx: str | None = None
@@ -201,14 +240,27 @@ class LoadedStack:
         return sm + (f" --ptx {self.asked_ptx}" if self.asked_ptx is not None else "")
 
     @property
+    def python(self) -> str:
+        """Version of the target's Python, as 3.13 or 3.13t."""
+        return self.interpreter.python if self.interpreter is not None else self.data.python
+
+    @property
+    def base(self) -> LoadedStack:
+        """The same with the root's own Python, whose lock pins the compilers."""
+        return replace(self, interpreter=None)
+
+    @property
     def lock_command(self) -> str:
         """What writes its requirements.lock."""
-        return f"builder lock-stack {self.data.name}" if self.kind == "stack" else f"builder set lock {self.data.name}"
+        if self.kind != "stack":
+            return f"builder set lock {self.data.name}"
+        python = "" if self.interpreter is None else f" --python {self.interpreter.name}"
+        return f"builder lock-stack {self.data.name}{python}"
 
     @property
     def requirements_lock(self) -> Path:
-        """Every wheel by version and sha256; pip and uv read it."""
-        return self.folder / "requirements.lock"
+        """Every wheel by version and sha256; pip and uv read it. Each Python but the root's has a lock of its own."""
+        return self.folder / ("requirements.lock" if self.python == self.data.python else f"requirements-{self.python}.lock")
 
     @property
     def root_lock(self) -> Path:

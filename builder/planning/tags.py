@@ -12,7 +12,7 @@ _GLIBC_FIRST = {Arch.AARCH64: 17, Arch.X86_64: 5}
 
 def tags(stack: LoadedStack, arch: Arch) -> list[Tag]:
     """The wheel tags that the stack's Python takes on that architecture, best first, up to the stack's glibc floor."""
-    return tags_of(stack.data.python, glibc(stack, arch), arch)
+    return tags_of(stack.python, glibc(stack, arch), arch)
 
 
 def glibc(stack: LoadedStack, arch: Arch) -> str:
@@ -21,7 +21,7 @@ def glibc(stack: LoadedStack, arch: Arch) -> str:
 
 
 def tags_of(python: str, level: str, arch: Arch) -> list[Tag]:
-    """The tags of a Python (as 3.11) with a glibc (as 2_34), best first."""
+    """The tags of a Python (as 3.11, or 3.13t) with a glibc (as 2_34), best first."""
     major, minor = (int(part) for part in level.split("_"))
     aliases = {17: "manylinux2014", 12: "manylinux2010", 5: "manylinux1"}
     platforms = []
@@ -31,6 +31,6 @@ def tags_of(python: str, level: str, arch: Arch) -> list[Tag]:
         if alias and (arch is Arch.X86_64 or alias == "manylinux2014"):
             platforms.append(f"{alias}_{arch}")
     platforms.append(f"linux_{arch}")
-    version = tuple(int(part) for part in python.split("."))
-    own = cpython_tags(version, platforms=platforms)
+    version = tuple(int(part) for part in python.rstrip("t").split("."))
+    own = cpython_tags(version, abis=[f"cp{python.replace('.', '')}"] if python.endswith("t") else None, platforms=platforms)
     return [*own, *compatible_tags(version, interpreter=f"cp{version[0]}{version[1]}", platforms=platforms)]

@@ -70,6 +70,7 @@ class Record(Table):
     name: str
     version: str
     stack: str
+    interpreter: str | None = Field(default=None, description="The interpreter's name; None: the Python of the stack's root")
     asked_sm: tuple[str, ...] | None = Field(default=None, description="As --sm named them; None: the stack's")
     asked_ptx: str | None = Field(default=None, description="As --ptx named it; None: the recipe's or the stack's")
     inputs: dict[str, object] = Field(description="Deterministic; also in the wheel's .dist-info/gracefarm.json")

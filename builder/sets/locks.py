@@ -89,7 +89,7 @@ def requirements(title: str, wheels: Sequence[Locked]) -> str:
 
 def pylock(of: LoadedSet, wheels: Sequence[Locked], at: SetAddress) -> str:
     """The text of pylock.toml: every file by the address that the index will serve it at, and by sha256."""
-    python = of.stack.data.python
+    python = of.stack.python
     document = Pylock(
         lock_version=Version("1.0"),
         created_by="gracefarm",

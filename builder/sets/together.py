@@ -106,7 +106,7 @@ def require(plan: SetPlan, wheels: Iterable[Path]) -> None:
     complaints = [
         f"{name} requires {wanted}" + (f", the set has {has[key]}" if (key := canonicalize_name(wanted.name)) in has else "")
         for wheel, (name, _, _, _) in parsed.items()
-        for wanted in requirements(wheel, plan.set.stack.data.python, plan.set.data.target)
+        for wanted in requirements(wheel, plan.set.stack.python, plan.set.data.target)
         if canonicalize_name(wanted.name) not in left_out and not _met(wanted, has)
     ]
     if complaints:

@@ -46,6 +46,8 @@ class ToolchainChoice:
 
     kind: ToolchainKind = "sandbox"
     wanted: Wanted = field(default_factory=Wanted)
+    interpreter: str | None = None
+    "Name of the target's Python; None: the root's own, or this machine's."
     sm: tuple[str, ...] | None = None
     "Architectures of the device code; None: the stack's."
     ptx: str | None = None

@@ -26,8 +26,8 @@ def lay_out(plan: Plan, environment: Path, root: Path, settings: Settings) -> Pa
     with lock(settings.home / "locks" / f"cuda-{final.name}"):
         if final.is_dir():
             return final
-        packages = site_packages(environment, plan.stack.data.python)
-        inside = Path("/env/lib") / f"python{plan.stack.data.python}" / "site-packages"
+        packages = site_packages(environment, plan.stack.python)
+        inside = Path("/env/lib") / f"python{plan.stack.python}" / "site-packages"
         with atomic_directory(final) as folder:
             (folder / "bin").mkdir()
             (folder / "bin" / "nvcc").symlink_to(f"{INSIDE}/bin/nvcc")

@@ -49,7 +49,7 @@ print(json.dumps({
 """
 
 
-class Interpreter(Table):
+class HostPython(Table):
     """A Python of this machine."""
 
     executable: Path
@@ -79,7 +79,7 @@ class HostTools:
     "The stack that was asked for."
     wanted: Wanted
     arch: Arch
-    interpreter: Interpreter
+    interpreter: HostPython
     glibc: str
     "As 2_39."
     compilers: Mapping[str, str]
@@ -175,7 +175,7 @@ def find(base: LoadedStack, wanted: Wanted, *, cuda: bool) -> HostTools:
 # --- Python ------------------------------------------------------------------------------------------------------------------
 
 
-def _interpreter(base: LoadedStack, wanted: Wanted) -> Interpreter:
+def _interpreter(base: LoadedStack, wanted: Wanted) -> HostPython:
     python = base.data.python
     on_path = shutil.which(f"python{python}")
     place = wanted.environment or wanted.python or (Path(on_path) if on_path else None)
@@ -204,7 +204,7 @@ def _interpreter(base: LoadedStack, wanted: Wanted) -> Interpreter:
     return interpreter
 
 
-def probe(executable: Path) -> Interpreter:
+def probe(executable: Path) -> HostPython:
     """Ask an interpreter about itself, with nothing of our own environment in its way.
 
     Raises:
@@ -227,10 +227,10 @@ def probe(executable: Path) -> Interpreter:
     if answer["implementation"] != "cpython":
         raise HostError(f"{executable} is {answer['implementation']}", remedy="name a CPython")
     versions = {canonicalize_name(name): version for name, version in answer["distributions"].items() if name}
-    return Interpreter.model_validate(answer | {"executable": executable.absolute(), "distributions": versions})
+    return HostPython.model_validate(answer | {"executable": executable.absolute(), "distributions": versions})
 
 
-def _check_torch(base: LoadedStack, wanted: Wanted, interpreter: Interpreter) -> None:
+def _check_torch(base: LoadedStack, wanted: Wanted, interpreter: HostPython) -> None:
     """torch is what the wheel links with: another one would be another stack."""
     stack = base.data
     if wanted.environment is None or stack.torch is None:
@@ -284,7 +284,7 @@ def _links_cxx_statically() -> bool:
         return "libstdc++.so.6" not in elf.read(library).needed
 
 
-def _shared_cxx_runtime(interpreter: Interpreter) -> Path:
+def _shared_cxx_runtime(interpreter: HostPython) -> Path:
     """The libstdc++ that this Python loads: the one that its torch uses."""
     program = "import ctypes; ctypes.CDLL('libstdc++.so.6'); print(open('/proc/self/maps').read())"
     process = subprocess.run([interpreter.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60)

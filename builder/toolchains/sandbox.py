@@ -12,6 +12,7 @@ from builder.box import sandbox
 from builder.box.place import Place
 from builder.box.sandbox import BindMount, Sandbox
 from builder.ground import environment, root
+from builder.ground.interpreters import tree
 from builder.planning import packages, pins
 from builder.planning.ground import Ground, TrialEnvironment
 from builder.planning.plan import Inputs, Plan, Toolchain, Wanted
@@ -79,14 +80,15 @@ class SandboxToolchain(Toolchain):
         """See Toolchain."""
         start = time.monotonic()
         base = root.ensure(stack, host, target, settings, tick)
-        site = environment.ensure(stack, target, base, settings, tick)
+        site = environment.ensure(stack, target, base, settings, tick, host=host)
         compiler = environment.ensure_toolchain(stack, host, settings, tick) if cuda else None
         return Ground(
             root=base,
             environment=site,
-            packages=wrappers.site_packages(site, stack.data.python),
+            packages=wrappers.site_packages(site, stack.python),
             compiler=compiler,
             title=f"root, environment and compilers ready in {time.monotonic() - start:.1f} s",
+            interpreter=tree.executable(site / "python") if stack.interpreter is not None else None,
             cuobjdump=next(iter(sorted(compiler.glob("nvidia/*/bin/cuobjdump"))), None) if compiler else None,
         )
 

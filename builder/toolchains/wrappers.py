@@ -7,6 +7,7 @@ from importlib.resources import as_file, files
 from pathlib import Path, PurePosixPath
 
 from builder.ground.bytecode import NATIVE_PYTHON
+from builder.ground.interpreters import tree
 from builder.planning import device_code
 from builder.planning.plan import Plan, wrappers_digest
 from builder.planning.settings import Settings
@@ -45,7 +46,7 @@ def folder(settings: Settings) -> Path:
                     (copy / "bin" / name).chmod(0o755)
                 for name in ("front.py", "schedule.py"):
                     shutil.copy(source / name, copy / "lib" / name)
-                for name in ("python3", "python3.11"):
+                for name in ("python3", *(f"python3.{minor}" for minor in range(10, 16))):
                     (copy / "bin" / name).symlink_to("python")
                 shutil.copy(source / "toolchain.cmake", copy / "toolchain.cmake")
     return final
@@ -55,6 +56,7 @@ def variables(plan: Plan, *, jobs: int, epoch: int) -> dict[str, str]:
     """The whole environment of a build; nothing of the machine's own gets in."""
     data, recipe = plan.stack.data, plan.recipe.data
     cross = plan.host is not plan.target
+    python = "/usr" if plan.stack.interpreter is None else tree.PREFIX
     gcc, gxx = (f"{plan.target.triplet}-gcc", f"{plan.target.triplet}-g++") if cross else ("gcc", "g++")
     values = {
         "PATH": ":".join([*(f"{NVCC}/{folder}" for folder in data.toolchain.path if recipe.build.cuda), PATH]),
@@ -83,7 +85,7 @@ def variables(plan: Plan, *, jobs: int, epoch: int) -> dict[str, str]:
         "MAX_JOBS": str(jobs),
         "CMAKE_BUILD_PARALLEL_LEVEL": str(jobs),
         "MAKEFLAGS": f"-j{jobs}",
-        "GRACEFARM_PYTHON_INCLUDE": f"/usr/include/python{data.python}",
+        "GRACEFARM_PYTHON_INCLUDE": f"{python}/include/python{plan.stack.python}",
         "GRACEFARM_CMAKE": "\n".join(f"{name}={value}" for name, value in sorted(recipe.build.cmake.items())),
     }
     if recipe.build.cuda:

@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from packaging.version import Version
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -21,7 +22,10 @@ from index.store.files import Store
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-POLICY = "default-src 'none'; style-src 'self'; img-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; form-action 'self'; base-uri 'none'"
+    "; frame-ancestors 'none'"
+)
 
 _PREFIX = re.compile(r"(/(?!\.{1,2}(/|\Z))[A-Za-z0-9._~-]+)*\Z")
 "Of X-Forwarded-Prefix: the path under which a proxy shows the index, and which it takes off."
@@ -54,7 +58,9 @@ class Site:
             trim_blocks=True,
             lstrip_blocks=True,
         )
-        environment.filters.update(size=size, duration=duration, day=lambda text: text[:10])
+        environment.filters.update(
+            size=size, duration=duration, cpu=cpu, public=public, local=local, day=lambda text: text[:10]
+        )
         return environment
 
     def render(self, request: Request, template: str, *, status: int = 200, **values: Any) -> Response:
@@ -66,10 +72,14 @@ class Site:
         text = self.templates.get_template(template).render(
             up=up or "./", base=base, trusted=_trusted(base), static=self.static, **values
         )
-        body = text.encode("utf-8", "replace")
+        return self.answer(text.encode("utf-8", "replace"), "text/html; charset=utf-8", status=status)
+
+    @staticmethod
+    def answer(body: bytes, media: str, *, status: int = 200) -> Response:
+        """These bytes, to be asked for again with their ETag."""
         etag = f'"{hashlib.sha256(body).hexdigest()[:32]}"'
         headers = {"ETag": etag, "Cache-Control": "no-cache", "Content-Security-Policy": POLICY}
-        return Response(body, status_code=status, media_type="text/html; charset=utf-8", headers=headers)
+        return Response(body, status_code=status, media_type=media, headers=headers)
 
     def missing(self, request: Request, error: NotFoundError) -> Response:
         """What is not here, as a page: whoever follows an old link is told where to go."""
@@ -111,7 +121,7 @@ def size(count: int) -> str:
         if value < 1024:
             return f"{value:.0f} {unit}" if unit == "B" or value >= 100 else f"{value:.1f} {unit}"
         value /= 1024
-    return f"{value:.2f} GiB"
+    return f"{value:.2f} GiB" if value < 100 else f"{value:,.0f} GiB"
 
 
 def duration(seconds: float | None) -> str:
@@ -122,3 +132,18 @@ def duration(seconds: float | None) -> str:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
+def cpu(seconds: float) -> str:
+    """CPU time for people: the hours of a whole matrix."""
+    return f"{seconds / 3600:,.0f} h" if seconds >= 36000 else duration(seconds)
+
+
+def public(version: str) -> str:
+    """1.7.0 of 1.7.0+cu130."""
+    return Version(version).public
+
+
+def local(version: str, otherwise: str) -> str:
+    """cu130.torch2.11 of 1.7.0+cu130.torch2.11: what tells the builds of a release apart; `otherwise` where it has none."""
+    return Version(version).local or otherwise

@@ -118,9 +118,9 @@ def write_stacks(source: Path, into: Path) -> None:
         r"^requirements = \[\n(?:(?!\]).*\n)*\]", lambda _: f"requirements = {toml(next(wanted))}", text, flags=re.MULTILINE
     )
     (bare / "stack.toml").write_text(text)
-    lock = (bare / "requirements.lock").read_text()
-    blocks = re.findall(r"^(# \S+\.whl\n)((?!#)\S[^\n]*)", lock, flags=re.M)
-    (bare / "requirements.lock").write_text("".join(f"{file}{pin}\n" for file, pin in blocks if pin.split("==")[0] in keep))
+    for lock in bare.glob("requirements*.lock"):
+        blocks = re.findall(r"^(# \S+\.whl\n)((?!#)\S[^\n]*)", lock.read_text(), flags=re.M)
+        lock.write_text("".join(f"{file}{pin}\n" for file, pin in blocks if pin.split("==")[0] in keep))
     tomllib.loads((bare / "stack.toml").read_text())
 
 

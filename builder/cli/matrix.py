@@ -1,0 +1,120 @@
+"""`builder matrix`: the cells that a selector names, and what became of each."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+
+import click
+from packaging.version import Version
+
+from builder.cli.options import json_option, stack_of, start
+from builder.flow.matrix import CellReport, document, report
+from builder.ground import interpreters
+from builder.planning import matrix, recipe, stack
+from builder.planning.matrix import Cell, Known
+from builder.planning.plan import Plan
+from builder.planning.settings import Settings
+from builder.proof import record
+from builder.toolchains.choice import ToolchainChoice
+from gracefarm.errors import UsageError
+
+
+@click.command("matrix")
+@click.argument("names", nargs=-1)
+@click.option(
+    "--matrix", "selector", default="default", show_default=True, help="A selector, or the name of one in matrix.toml."
+)
+@click.option("--prune", is_flag=True, help="List the builds whose torch is older than the releases that matrix.toml keeps.")
+@json_option
+def matrix_command(names: tuple[str, ...], selector: str, prune: bool, as_json: bool) -> None:
+    """List the cells of recipes: built, failed, blocked (by what) or not tried, with CPU seconds and disk.
+
+    \b
+    builder matrix causal_conv1d
+    builder matrix causal_conv1d --matrix 'python=3.11..3.14,3.13-trixie stack=cu130 target=aarch64,x86_64 sm=90+100'
+    builder matrix --json > matrix.json
+    """
+    settings, console = start(as_json=as_json)
+    if prune:
+        rows = _old(settings)
+        console.result(rows, "\n".join(f"{row['recipe']}  {row['stack']}  {row['build_id'][:16]}" for row in rows))
+        return
+    text = matrix.named(selector, settings.project)
+    reports = reports_of(cells_of(text, names, settings), settings)
+    name = selector if "=" not in selector else "selected"
+    console.result(document(name, text, reports), "\n".join(table_of(reports)))
+
+
+def reports_of(cells: Sequence[Cell], settings: Settings) -> list[CellReport]:
+    """What is known of each cell."""
+
+    def plan(cell: Cell) -> Plan:
+        return plan_cell(cell, settings)
+
+    records = record.all_of(settings)
+    return [report(cell, stack_of(cell.stack, cell.interpreter, settings), plan, settings, records) for cell in cells]
+
+
+def table_of(reports: Sequence[CellReport]) -> list[str]:
+    """One line a cell for people, and the counts."""
+    rows = []
+    for entry in reports:
+        cell = entry.cell
+        costs = [
+            f"{entry.cpu_seconds:,.0f} CPU s" if entry.cpu_seconds is not None else "",
+            f"{entry.disk_bytes / 1e6:,.0f} MB" if entry.disk_bytes is not None else "",
+            entry.reason,
+        ]
+        python, sm = cell.interpreter or matrix.ROOT, "+".join(cell.sm or entry.stack.data.sm)
+        row = f"{entry.state:9}  {cell.recipe:18} {cell.stack:10} {python:12} {cell.target:8} {sm:8} "
+        rows.append((row + ", ".join(cost for cost in costs if cost)).rstrip())
+    counts = Counter(entry.state for entry in reports)
+    return [*rows, ", ".join(f"{count} {state}" for state, count in sorted(counts.items()))]
+
+
+def cells_of(text: str, names: Sequence[str], settings: Settings) -> list[Cell]:
+    """The cells that a selector names in this project; `names`: recipes asked for.
+
+    Raises:
+        UsageError: see `builder.planning.matrix.expand`.
+        ConfigError: a recipe or stack is unknown or does not fit its schema.
+    """
+    loaded = [recipe.load(settings.project / "recipes", name) for name in names or recipe.names(settings.project / "recipes")]
+    stacks = {name: stack.load(settings.project / "stacks", name).data for name in stack.names(settings.project / "stacks")}
+    known = Known(
+        recipes={entry.key: entry.data.stack for entry in loaded},
+        stacks=stacks,
+        interpreters=interpreters.names(settings.project / "interpreters"),
+    )
+    return matrix.expand(text, known, [entry.key for entry in loaded] if names else ())
+
+
+def plan_cell(cell: Cell, settings: Settings, on: ToolchainChoice | None = None) -> Plan:
+    """The plan of a cell; `on`: the toolchain, else the sandbox.
+
+    Raises:
+        ConfigError: it cannot be planned: says what blocks it.
+    """
+    choice = replace(on or ToolchainChoice(), interpreter=cell.interpreter, sm=cell.sm)
+    if choice.type.native:
+        raise UsageError(
+            "a matrix is built in the sandbox", remedy="leave --toolchain host out, or build the one cell that is here"
+        )
+    loaded = recipe.load(settings.project / "recipes", cell.recipe)
+    return choice.plan(loaded, stack_of(cell.stack, cell.interpreter, settings), cell.target)
+
+
+def _old(settings: Settings) -> list[dict[str, str]]:
+    """Builds against a torch that is not among the newest that are kept."""
+    names = stack.names(settings.project / "stacks")
+    stacks = [stack.load(settings.project / "stacks", name).data for name in names]
+    releases = sorted({Version(entry.torch.version) for entry in stacks if entry.torch is not None}, reverse=True)
+    kept = {str(release) for release in releases[: matrix.read(settings.project).keep_torch]}
+    known = {entry.name for entry in stacks if entry.torch is None or entry.torch.version in kept}
+    return [
+        {"recipe": build.recipe, "stack": build.stack, "build_id": build.build_id}
+        for build in record.all_of(settings)
+        if build.outcome == "built" and build.toolchain == "sandbox" and build.stack not in known
+    ]

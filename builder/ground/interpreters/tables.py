@@ -1,0 +1,50 @@
+"""interpreters/NAME/interpreter.toml and packages.lock, as data."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, StringConstraints
+
+from builder.planning.packages import Packages
+from builder.planning.stack import Arch
+from gracefarm.tables import Sha256, Table, Url
+
+
+class Archive(Table):
+    """A standalone CPython for one architecture: a .tar.gz with the folder python/."""
+
+    url: Url
+    sha256: Sha256
+
+
+class ArchiveSource(Table):
+    """Standalone CPython as python-build-standalone packs it. It brings its libraries and runs on glibc 2.17 and later."""
+
+    kind: Literal["archive"]
+    archives: dict[Arch, Archive] = Field(description="By the architecture that the interpreter runs on")
+
+
+class DebianSource(Table):
+    """The Python of a Debian suite, with that suite's C library and loader, which may be newer than the root's."""
+
+    kind: Literal["debian"]
+    suite: str
+    packages: tuple[str, ...] = Field(min_length=1, description="Taken with what they depend on; packages.lock pins them")
+
+
+class InterpreterTable(Table):
+    """interpreter.toml."""
+
+    python: Annotated[str, StringConstraints(pattern=r"^3\.\d+t?$")] = Field(
+        description="Major and minor version, as 3.13; 3.13t is the free-threaded build"
+    )
+    version: str = Field(description="Full version, as 3.13.15")
+    source: Annotated[ArchiveSource | DebianSource, Field(discriminator="kind")]
+
+
+class InterpreterLock(Table):
+    """packages.lock."""
+
+    suite: str
+    archs: dict[Arch, Packages]

@@ -1,0 +1,80 @@
+"""An interpreter as the sandbox sees it: at /env/python, started by a launcher of the host where that is another machine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from builder.ground.bytecode import INSIDE, NativePython, compile_files
+from builder.planning.settings import Settings
+from builder.planning.stack import Arch, Interpreter
+from gracefarm.console import Tick
+from gracefarm.files import atomic_directory, lock
+
+LAYOUT = 1
+"Raised when the same interpreter gets another launcher."
+PREFIX = f"{INSIDE}/python"
+PROGRAM = "libexec/python"
+"The executable itself; a launcher may stand in bin/."
+
+
+def ensure(interpreter: Interpreter, host: Arch, target: Arch, root: Path, settings: Settings, tick: Tick) -> Path:
+    """The interpreter's folder, assembled if it is not there; any number of processes may ask, one assembles.
+
+    Raises:
+        ConfigError, FetchError, DigestError, RootError: see Interpreter.
+        HostError, DiskFullError.
+    """
+    content = [LAYOUT, host.value, interpreter.digest(target)]
+    name = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    final = settings.home / "interpreters" / name
+    if final.is_dir():
+        return final / "python"
+    with lock(final.with_name(f"{name}.lock"), lambda: tick(0, None, "another process assembles this")):
+        if not final.is_dir():
+            native = None if host is target else ensure(interpreter, host, host, root, settings, tick)
+            with atomic_directory(final) as environment:
+                folder = environment / "python"
+                folder.mkdir()
+                interpreter.unpack(target, folder, settings, tick)
+                _launch(interpreter, host, target, folder)
+                tick(0, None, f"byte-compiling Python {interpreter.python}")
+                compile_files(root, INSIDE, environment, python=native_python(interpreter, host, native or folder))
+    return final / "python"
+
+
+def native_python(interpreter: Interpreter, host: Arch, folder: Path) -> NativePython:
+    """The interpreter of the host, which byte-compiles for the target's."""
+    name = f"/build/bin/python{interpreter.python}"
+    command = interpreter.command(host, "/build", PROGRAM)
+    return NativePython(folder=folder, command=tuple(part.replace('"$0"', name) for part in command))
+
+
+def executable(folder: Path) -> Path:
+    """The file of an assembled interpreter that exports Python's C API."""
+    return next(iter(sorted(folder.glob("lib/libpython3*.so.1.0"))), folder / PROGRAM)
+
+
+def _launch(interpreter: Interpreter, host: Arch, target: Arch, folder: Path) -> None:
+    """bin/pythonX.Y starts the executable: under qemu where the host is another, so that the kernel need not know the target's
+    programs, and by the loader that the interpreter brings."""
+    launcher = folder / "bin" / f"python{interpreter.python}"
+    (folder / "libexec").mkdir(exist_ok=True)
+    launcher.rename(folder / PROGRAM)
+    command = interpreter.command(target, PREFIX, PROGRAM)
+    if host is not target:
+        # -0: the name it was called by, from which Python finds its virtual environment; a loader is told by its own option.
+        called = () if '"$0"' in command else ("-0", '"$0"')
+        command = (f"/usr/bin/qemu-{target}-static", *called, *command)
+    if command == (f"{PREFIX}/{PROGRAM}",):
+        # As the archive has it: it finds what it needs from where it lies.
+        (folder / PROGRAM).rename(launcher)
+        (folder / PROGRAM).symlink_to(f"../bin/{launcher.name}")
+    else:
+        launcher.write_text(f'#!/bin/sh\nexec {" ".join(command)} "$@"\n')
+        launcher.chmod(0o755)
+    for name in ("python3", "python"):
+        link = folder / "bin" / name
+        link.unlink(missing_ok=True)
+        link.symlink_to(launcher.name)

@@ -1,0 +1,189 @@
+"""The matrix: which cells (recipe, stack, Python, target, architectures) a selector names; nothing is loaded."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from packaging.version import InvalidVersion, Version
+from pydantic import AfterValidator, Field
+
+from builder.planning import device_code
+from builder.planning.stack import Arch, Stack
+from gracefarm import tables
+from gracefarm.errors import UsageError
+from gracefarm.tables import Table
+
+FILE = "matrix.toml"
+"At the top of a project."
+AXES = ("recipe", "stack", "python", "target", "sm", "torch", "cuda")
+ROOT = "root"
+"Of the axis python: the stack's own Python."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One wheel: what is asked for, by name."""
+
+    recipe: str
+    stack: str
+    interpreter: str | None
+    "A folder of interpreters/; None: the stack's own Python."
+    target: Arch
+    sm: tuple[str, ...] | None
+    "None: the stack's."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Known:
+    """What a project has, of which a selector chooses."""
+
+    recipes: Mapping[str, str]
+    "Each with the stack that it takes where none is asked for."
+    stacks: Mapping[str, Stack]
+    interpreters: Sequence[str]
+    "Sorted by version."
+
+
+def _selector(text: str) -> str:
+    try:
+        parse(text)
+    except UsageError as error:
+        raise ValueError(error.cause) from error
+    return text
+
+
+class MatrixTable(Table):
+    """matrix.toml."""
+
+    keep_torch: int = Field(default=4, ge=1, description="Releases of torch that are kept; older ones are listed by --prune")
+    selectors: dict[str, Annotated[str, AfterValidator(_selector)]] = Field(
+        default_factory=dict, description="Selectors by name, as `default`"
+    )
+
+
+def read(project: Path) -> MatrixTable:
+    """The project's matrix.toml; an empty one where it has none.
+
+    Raises:
+        ConfigError: it does not fit the schema.
+    """
+    return tables.read(project / FILE, MatrixTable) if (project / FILE).is_file() else MatrixTable()
+
+
+def named(text: str, project: Path) -> str:
+    """A selector as the command line has it: its text, or the name of one in matrix.toml.
+
+    Raises:
+        UsageError: there is no selector of that name.
+    """
+    if "=" in text or not text:
+        return text
+    selectors = read(project).selectors
+    if text not in selectors:
+        raise UsageError(
+            f"{text!r} is neither a selector nor the name of one",
+            remedy=f"write AXIS=VALUE, or name one of {FILE}: {', '.join(sorted(selectors)) or 'it has none'}",
+        )
+    return selectors[text]
+
+
+def parse(text: str) -> dict[str, tuple[str, ...]]:
+    """Values by axis of a selector such as `python=3.10..3.14,3.14t target=aarch64,x86_64 sm=90+100`.
+
+    Raises:
+        UsageError: an axis that is unknown, given twice or empty.
+    """
+    values: dict[str, tuple[str, ...]] = {}
+    for word in text.split():
+        axis, equals, given = word.partition("=")
+        if axis not in AXES or not equals:
+            raise UsageError(f"{word!r} in the selector is not AXIS=VALUES", remedy=tables.nearest(axis, AXES, "axes"))
+        if axis in values:
+            raise UsageError(f"the axis {axis} is given twice", remedy="join its values with a comma")
+        values[axis] = tuple(value for value in given.split(",") if value)
+        if not values[axis]:
+            raise UsageError(f"the axis {axis} has no value", remedy=f"write {axis}=VALUE, or leave it out")
+    return values
+
+
+def expand(text: str, known: Known, names: Sequence[str] = ()) -> list[Cell]:
+    """The cells that a selector names; `names`: the recipes that are asked for, in place of the axis.
+
+    An axis that is absent has one value: the recipe's stack, the stack's own Python and architectures, aarch64; all recipes.
+
+    Raises:
+        UsageError: see `parse`; an unknown value (names the nearest), or no cell at all.
+    """
+    axes = parse(text)
+    recipes = names or [_known(value, "recipe", known.recipes) for value in axes.get("recipe", tuple(known.recipes))]
+    pythons = _pythons(axes.get("python", (ROOT,)), known.interpreters)
+    targets = [Arch(_known(value, "target", list(Arch))) for value in axes.get("target", (Arch.AARCH64,))]
+    architectures = [device_code.parse(value) for value in axes["sm"]] if "sm" in axes else [None]
+    cells = [
+        Cell(recipe=name, stack=stack_name, interpreter=python, target=target, sm=sm)
+        for name in recipes
+        for stack_name in _stacks(axes, known, name)
+        for python, target, sm in itertools.product(pythons, targets, architectures)
+    ]
+    if not cells:
+        raise UsageError(f"the selector {text!r} names no cell", remedy="`builder list` shows recipes and stacks")
+    return cells
+
+
+def _known(value: str, axis: str, known: Collection[str]) -> str:
+    if value not in known:
+        raise UsageError(f"unknown {axis} {value!r} in the selector", remedy=tables.nearest(value, sorted(known), f"{axis}s"))
+    return value
+
+
+def _pythons(values: Sequence[str], interpreters: Sequence[str]) -> list[str | None]:
+    """Interpreters by name; a range has the standalone ones between its ends, without the free-threaded."""
+    plain = [name for name in interpreters if name.removeprefix("3.").isdigit()]
+    names: list[str | None] = []
+    for value in values:
+        first, dots, last = value.partition("..")
+        if dots:
+            start, end = (plain.index(_known(end, "python", plain)) for end in (first, last))
+            names += plain[start : end + 1]
+        else:
+            names.append(None if value == ROOT else _known(value, "python", [*interpreters, ROOT]))
+    return list(dict.fromkeys(names))
+
+
+def _stacks(axes: Mapping[str, Sequence[str]], known: Known, recipe: str) -> list[str]:
+    """Stacks by name, of which the axes torch and cuda leave those with that version."""
+    if "stack" in axes:
+        names = [_known(value, "stack", known.stacks) for value in axes["stack"]]
+    elif "torch" in axes or "cuda" in axes:
+        names = list(known.stacks)
+    else:
+        return [known.recipes[recipe]]
+    for axis in ("torch", "cuda"):
+        if axis in axes:
+            versions = {name: _version(known.stacks[name], axis) for name in names}
+            names = [name for name in names if any(_within(versions[name], value, axis) for value in axes[axis])]
+    return names
+
+
+def _version(of: Stack, axis: str) -> str | None:
+    return of.cuda if axis == "cuda" else of.torch.version if of.torch is not None else None
+
+
+def _within(version: str | None, value: str, axis: str) -> bool:
+    """Whether a version is the one that is asked for, or lies in the range `A..B`."""
+    first, dots, last = value.partition("..")
+    try:
+        start, end = Version(first), Version(last if dots else first)
+    except InvalidVersion:
+        raise UsageError(
+            f"{axis}={value}: not a version or a range of them", remedy=f"write {axis}=2.11.0 or {axis}=2.4..2.11"
+        ) from None
+    if version is None:
+        return False
+    # 2.11 means 2.11.0 and 2.11.1.
+    length = len(end.release)
+    return start <= Version(version) and Version(version).release[:length] <= end.release

@@ -1,0 +1,391 @@
+"""Wheel variants (PEP 825): one address, and the real uv takes the wheel of the machine; every other client the plain one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+import venv
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import httpx
+import pytest
+from index_kit import JSON, Server, run_index, serving, wheel
+
+from gracefarm import variants
+from index.names import parse_filename
+
+UV = [sys.executable, "-m", "uv"]
+SWITCH = ["--preview-features", "wheel-variants"]
+TAGS = "py3-none-any"
+NVIDIA = {
+    "plugin-api": "nvidia_variant_provider.plugin:NvidiaVariantPlugin",
+    "requires": ["nvidia-variant-provider"],
+}
+VARIANTS: dict[str, dict[str, dict[str, list[str]]]] = {
+    "cu130_sm90": {"nvidia": {"cuda_version_lower_bound": ["13.0"], "sm_arch": ["90_real"]}},
+    "cu130_sm100": {"nvidia": {"cuda_version_lower_bound": ["13.0"], "sm_arch": ["100_real"]}},
+    "cu124_sm90": {"nvidia": {"cuda_version_lower_bound": ["12.4"], "sm_arch": ["90_real"]}},
+    "null": {},
+}
+
+
+def metadata(label: str, **more: object) -> bytes:
+    document = {
+        "$schema": variants.SCHEMA,
+        "default-priorities": {"namespace": ["nvidia"]},
+        "providers": {"nvidia": NVIDIA},
+        "variants": {label: VARIANTS.get(label, VARIANTS["cu130_sm90"])},
+        **more,
+    }
+    return json.dumps(document).encode()
+
+
+def variant_wheel(
+    name: str, label: str, version: str = "1.0", *, inside: bytes | None = None, tags: str = TAGS
+) -> tuple[str, bytes]:
+    """A wheel of that variant; `inside` is its variant.json."""
+    files = {
+        f"{name}/__init__.py": f"VARIANT = {label!r}\n".encode(),
+        f"{name}-{version}.dist-info/{variants.MEMBER}": metadata(label) if inside is None else inside,
+    }
+    filename, content = wheel(name, version, tags, files=files)
+    return filename.replace(".whl", f"-{label}.whl"), content
+
+
+def plain_wheel(name: str, version: str = "1.0") -> tuple[str, bytes]:
+    return wheel(name, version, files={f"{name}/__init__.py": b"VARIANT = 'plain'\n"})
+
+
+@pytest.fixture(scope="module")
+def farm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with serving(tmp_path_factory.mktemp("variants") / "root", "--allow-new", "--variants") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def filled(farm: Server) -> Server:
+    """A release with four variants and a plain wheel."""
+    for item in (plain_wheel("choice_pkg"), *(variant_wheel("choice_pkg", label) for label in VARIANTS)):
+        assert farm.upload(*item).status_code == 200
+    return farm
+
+
+def link(server: Server, project: str, prefix: str = "", version: str = "1.0") -> dict[str, object] | None:
+    """What the project's page says of the JSON of a release."""
+    name = variants.index_filename(f"{project.replace('-', '_')}-{version}")
+    files = server.page(project, prefix=prefix).json()["files"]
+    return next((item for item in files if item["filename"] == name), None)
+
+
+def labels(server: Server, project: str, prefix: str = "", version: str = "1.0") -> list[str]:
+    """The variants that the JSON of the page names."""
+    item = link(server, project, prefix, version)
+    assert item is not None
+    answer = server.client.get(f"{prefix}/simple/{project}/{item['url']}")
+    assert answer.status_code == 200, answer.text
+    assert len(answer.content) == item["size"]
+    return list(answer.json()["variants"])
+
+
+def machine(driver: str, sm: str) -> dict[str, str]:
+    """The environment of a machine with that driver and GPU, which uv believes."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("UV_", "NV_VARIANT_"))}
+    return {
+        **kept,
+        "UV_NO_CONFIG": "1",
+        "NV_VARIANT_PROVIDER_FORCE_CUDA_DRIVER_VERSION": driver,
+        "NV_VARIANT_PROVIDER_FORCE_SM_ARCH": sm,
+    }
+
+
+def run(arguments: list[object], env: dict[str, str], cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(item) for item in arguments], env=env, cwd=cwd, capture_output=True, text=True, check=False, timeout=300
+    )
+
+
+def installed(folder: Path, name: str) -> str:
+    """The variant of the package in an environment."""
+    (path,) = folder.glob(f"**/{name}/__init__.py")
+    return path.read_text().split("'")[1]
+
+
+# --- clients ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("driver", "sm", "wanted"),
+    [
+        ("13.0", "9.0", "cu130_sm90"),
+        ("13.0", "10.0", "cu130_sm100"),
+        ("12.8", "9.0", "cu124_sm90"),
+        ("12.8", "7.5", "null"),
+    ],
+)
+def test_uv_takes_the_wheel_of_the_machine(filled: Server, tmp_path: Path, driver: str, sm: str, wanted: str) -> None:
+    """One address and no view: four machines, four wheels."""
+    venv.create(tmp_path / "v")
+    process = run(
+        [*UV, *SWITCH, "pip", "install", "--python", tmp_path / "v/bin/python", "--no-cache",
+         "--default-index", filled.url + "/simple/", "choice-pkg"],
+        machine(driver, sm),
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    assert installed(tmp_path / "v", "choice_pkg") == wanted
+
+
+@pytest.mark.parametrize("client", ["pip", "uv"])
+def test_a_client_that_knows_no_variants_takes_the_plain_wheel(filled: Server, tmp_path: Path, client: str) -> None:
+    target = ["--target", tmp_path / "here", "--index-url", filled.url + "/simple/", "choice-pkg"]
+    start = {"pip": [sys.executable, "-m", "pip", "--isolated", "install", "--no-cache-dir"]}
+    command = start.get(client, [*UV, "pip", "install", "--no-cache", "--python", sys.executable])
+    process = run([*command, *target], machine("13.0", "9.0"))
+    assert process.returncode == 0, process.stderr
+    assert installed(tmp_path / "here", "choice_pkg") == "plain"
+
+
+def project_of(server: Server, folder: Path, dependency: str) -> list[object]:
+    folder.mkdir()
+    (folder / "pyproject.toml").write_text(
+        f'[project]\nname = "x"\nversion = "1"\nrequires-python = ">=3.11"\ndependencies = ["{dependency}"]\n'
+    )
+    return ["--python", sys.executable, "--no-cache", "--default-index", server.url + "/simple/"]
+
+
+def test_uv_lock_and_sync_take_the_plain_wheel(filled: Server, tmp_path: Path) -> None:
+    """uv 0.13 locks no variants; a release needs its plain wheel for that."""
+    options = project_of(filled, tmp_path / "p", "choice-pkg")
+    for command in ("lock", "sync"):
+        process = run([*UV, *SWITCH, command, *options], machine("13.0", "9.0"), tmp_path / "p")
+        assert process.returncode == 0, process.stderr
+    assert f"choice_pkg-1.0-{TAGS}.whl" in (tmp_path / "p" / "uv.lock").read_text()
+    assert installed(tmp_path / "p" / ".venv", "choice_pkg") == "plain"
+
+    assert filled.upload(*variant_wheel("alone_pkg", "cu130_sm90")).status_code == 200
+    process = run(
+        [*UV, *SWITCH, "lock", *project_of(filled, tmp_path / "q", "alone-pkg")], machine("13.0", "9.0"), tmp_path / "q"
+    )
+    assert process.returncode != 0, "when uv locks variants, say so in docs/index-variants.md"
+    assert "only unsupported wheel variants" in process.stderr
+
+
+def test_uv_that_asks_for_dates_finds_variants(farm: Server, tmp_path: Path) -> None:
+    venv.create(tmp_path / "v")
+    for item in (plain_wheel("dated_pkg"), variant_wheel("dated_pkg", "cu130_sm90")):
+        assert farm.upload(*item).status_code == 200
+    command = [*UV, *SWITCH, "pip", "install", "--python", tmp_path / "v/bin/python", "--no-cache", "--exclude-newer"]
+    rest = ["--default-index", farm.url + "/simple/", "dated-pkg"]
+    between = datetime.now(UTC) + timedelta(milliseconds=5)  # uv compares milliseconds
+    time.sleep(0.05)
+    assert farm.upload(*variant_wheel("dated_pkg", "cu130_sm100")).status_code == 200
+    process = run([*command, between.isoformat(), *rest], machine("13.0", "9.0"))
+    assert process.returncode == 0, process.stderr
+    assert installed(tmp_path / "v", "dated_pkg") == "cu130_sm90"
+
+
+# --- what the index keeps ---------------------------------------------------------------------------------------------------
+
+
+def test_the_json_is_a_file_like_any_other(filled: Server) -> None:
+    item = link(filled, "choice-pkg")
+    assert item is not None
+    assert item["hashes"]
+    assert item["upload-time"]
+    assert item["yanked"] is False
+    assert link(filled, "choice-pkg") == item
+    url = f"/simple/choice-pkg/{item['url']}"
+    answer = filled.client.get(url)
+    assert answer.headers["content-type"] == "application/json"
+    assert "immutable" in answer.headers["cache-control"]
+    assert answer.headers["etag"] == '"' + item["hashes"]["sha256"] + '"'  # type: ignore[index]
+    again = filled.client.get(url, headers={"If-None-Match": answer.headers["etag"]})
+    assert (again.status_code, again.headers["etag"]) == (304, answer.headers["etag"])
+    head = filled.client.head(url)
+    assert head.headers["content-length"] == str(len(answer.content))
+    assert answer.json() == {
+        "$schema": variants.SCHEMA,
+        "default-priorities": {"namespace": ["nvidia"]},
+        "providers": {"nvidia": NVIDIA},
+        "variants": VARIANTS,
+    }
+    assert f"{item['filename']}</a>" in filled.page("choice-pkg", accept="text/html").text
+    wrong = url.replace("variants.json", "x-variants.json")
+    assert filled.client.get(wrong).status_code == 404
+
+
+def test_the_json_follows_the_wheels(farm: Server) -> None:
+    name, project = "step_pkg", "step-pkg"
+    assert farm.upload(*plain_wheel(name)).status_code == 200
+    assert link(farm, project) is None, "plain wheels need none"
+    assert farm.upload(*variant_wheel(name, "cu130_sm90")).status_code == 200
+    assert labels(farm, project) == ["cu130_sm90"]
+    former = link(farm, project)
+    assert farm.upload(*variant_wheel(name, "null")).status_code == 200
+    assert labels(farm, project) == ["cu130_sm90", "null"]
+    assert former is not None
+    assert farm.client.get(f"/simple/{project}/{former['url']}").status_code == 200, "a client may keep the page for a minute"
+    assert farm.upload(*variant_wheel(name, "cu124_sm90", "2.0")).status_code == 200
+    assert labels(farm, project) == ["cu130_sm90", "null"], "each release has its own"
+
+    run_index(farm.root, "yank", project, "1.0", "--reason", "does not load")
+    yanked = link(farm, project)
+    assert yanked is not None
+    assert yanked["yanked"] == "does not load"
+    run_index(farm.root, "unyank", project, "1.0")
+    back = link(farm, project)
+    assert back is not None
+    assert back["yanked"] is False
+
+    run_index(farm.root, "delete", project, "1.0", "--yes")
+    assert link(farm, project) is None
+    assert farm.client.get(f"/simple/{project}/{former['url']}").status_code == 410
+    assert labels(farm, project, version="2.0") == ["cu124_sm90"]
+
+
+def test_a_wheel_that_was_lost_is_not_in_the_json(tmp_path: Path) -> None:
+    with serving(tmp_path / "root", "--allow-new", "--variants") as server:
+        for label in ("cu130_sm90", "null"):
+            assert server.upload(*variant_wheel("lost_pkg", label)).status_code == 200
+        digest = next(
+            item["hashes"]["sha256"] for item in server.page("lost-pkg").json()["files"] if "-null." in item["filename"]
+        )
+    path = tmp_path / "root" / "files" / digest[:2] / digest
+    path.rename(tmp_path / "away")
+    with serving(tmp_path / "root") as server:
+        assert labels(server, "lost-pkg") == ["cu130_sm90"]
+    (tmp_path / "away").rename(path)
+    with serving(tmp_path / "root") as server:
+        assert labels(server, "lost-pkg") == ["cu130_sm90", "null"]
+
+
+def test_a_staged_sets_variants_are_in_its_preview_alone(farm: Server) -> None:
+    assert farm.upload(*variant_wheel("stage_pkg", "null")).status_code == 200
+    created = run_index(farm.root, "stage", "create", "variant-set", "--json").stdout
+    preview = json.loads(created)["preview_path"].removesuffix("/simple/")
+    assert farm.upload(*variant_wheel("stage_pkg", "cu130_sm90"), path="/stage/variant-set/legacy/").status_code == 200
+    assert labels(farm, "stage-pkg") == ["null"]
+    assert labels(farm, "stage-pkg", prefix=preview) == ["cu130_sm90", "null"]
+    run_index(farm.root, "stage", "publish", "variant-set")
+    for prefix in ("", "/variant-set"):
+        assert labels(farm, "stage-pkg", prefix=prefix) == ["cu130_sm90", "null"]
+
+
+def test_an_export_holds_the_json_that_its_pages_name(filled: Server, tmp_path: Path) -> None:
+    run_index(filled.root, "export", str(tmp_path / "tree"))
+    page = tmp_path / "tree" / "simple" / "choice-pkg"
+    files = json.loads((page / "index.json").read_text())["files"]
+    assert len(files) == len(VARIANTS) + 2
+    for item in files:
+        assert (page / item["url"].replace("%2B", "+")).resolve().stat().st_size == item["size"]
+    live = filled.page("choice-pkg").content
+    assert (page / "index.json").read_bytes() == live
+
+
+def test_a_folder_of_variants_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "wheels").mkdir()
+    for name, content in (plain_wheel("folder_pkg"), variant_wheel("folder_pkg", "null")):
+        (tmp_path / "wheels" / name).write_bytes(content)
+    refused = run_index(tmp_path / "root", "import", str(tmp_path / "wheels"), check=False)
+    assert "1 taken in, 0 here already, 1 refused" in refused.stdout
+    assert "takes plain wheels alone" in refused.stdout
+    imported = run_index(tmp_path / "root", "import", "--variants", str(tmp_path / "wheels"))
+    assert "1 taken in, 1 here already, 0 refused" in imported.stdout
+
+
+# --- what it refuses --------------------------------------------------------------------------------------------------------
+
+
+def test_an_index_without_the_switch_takes_no_variants(shared: Server) -> None:
+    answer = shared.upload(*variant_wheel("switch_pkg", "null"))
+    assert answer.status_code == 403
+    assert "--variants" in answer.text
+
+
+def sm80(label: str = "cu130_sm90") -> bytes:
+    return metadata(label, variants={label: {"nvidia": {"sm_arch": ["80_real"]}}})
+
+
+@pytest.mark.parametrize(
+    ("inside", "sentence"),
+    [
+        (metadata("cu124_sm90"), "variant.json is of the variant cu124_sm90, the file name says cu130_sm90"),
+        (metadata("cu130_sm90", variants={}), "without a name"),
+        (metadata("cu130_sm90", variants={"cu130_sm90": {}}), "the variant without properties is called null"),
+        (metadata("cu130_sm90", variants={"cu130_sm90": {"nvidia": {"sm_arch": "90_real"}}}), "a list of values"),
+        (metadata("cu130_sm90", variants={"cu130_sm90": {"nvidia": {"sm_arch": [90]}}}), "a list of values"),
+        (metadata("cu130_sm90", variants={"cu130_sm90": {"nvidia": {"sm_arch": []}}}), "a list of values"),
+        (metadata("cu130_sm90", variants={"cu130_sm90": {"NVIDIA": {"sm_arch": ["90_real"]}}}), "a list of values"),
+        (metadata("cu130_sm90", variants=["cu130_sm90"]), "without a name"),
+        (metadata("cu130_sm90", **{"default-priorities": {"namespace": ["cpu"]}}), "no priority for the namespace 'nvidia'"),
+        (metadata("cu130_sm90", **{"default-priorities": {}}), "no list default-priorities.namespace"),
+        (metadata("cu130_sm90", **{"$schema": "https://example.org/v9.json"}), "is not of the format"),
+        (b"[" * 60_000, "is not JSON"),
+        (b"\xff", "is not JSON"),
+        (b"[]", "is not of the format"),
+        (b" " * 70_000, "is 70000 bytes long"),
+    ],
+)  # fmt: skip
+def test_a_wheel_whose_label_and_content_disagree_is_refused(farm: Server, inside: bytes, sentence: str) -> None:
+    answer = farm.upload(*variant_wheel("bad_pkg", "cu130_sm90", inside=inside))
+    assert answer.status_code == 400
+    assert sentence in answer.text
+    assert farm.filenames("bad-pkg") == []
+
+
+def test_a_label_needs_its_file_and_the_file_its_label(farm: Server) -> None:
+    filename, content = plain_wheel("half_pkg")
+    answer = farm.upload(filename.replace(".whl", "-null.whl"), content)
+    assert answer.status_code == 400
+    assert "has a variant label and lacks" in answer.text
+    filename, content = variant_wheel("half_pkg", "null")
+    answer = farm.upload(filename.replace("-null.whl", ".whl"), content)
+    assert answer.status_code == 400
+    assert "its name has no variant label" in answer.text
+
+
+def test_one_label_has_one_meaning_in_a_release(farm: Server) -> None:
+    assert farm.upload(*variant_wheel("mean_pkg", "cu130_sm90", tags="cp311-none-any")).status_code == 200
+    answer = farm.upload(*variant_wheel("mean_pkg", "cu130_sm90", inside=sm80(), tags="cp312-none-any"))
+    assert answer.status_code == 400
+    assert "the label 'cu130_sm90' has two meanings" in answer.text
+    assert farm.upload(*variant_wheel("mean_pkg", "cu130_sm90", "2.0", inside=sm80())).status_code == 200
+    other = metadata("cu130_sm100", providers={})
+    answer = farm.upload(*variant_wheel("mean_pkg", "cu130_sm100", inside=other))
+    assert answer.status_code == 400
+    assert "different priorities or providers" in answer.text
+    null = metadata("null", providers={}, **{"default-priorities": {"namespace": []}})
+    assert farm.upload(*variant_wheel("mean_pkg", "null", inside=null)).status_code == 200, "it ranks nothing"
+    assert labels(farm, "mean-pkg") == ["cu130_sm90", "null"]
+
+
+@pytest.mark.parametrize(
+    ("filename", "label"),
+    [
+        ("a-1.0-py3-none-any.whl", ""),
+        ("a-1.0-1-py3-none-any.whl", ""),
+        ("a-1.0-py3-none-any-cu130_sm90.whl", "cu130_sm90"),
+        ("a-1.0-1x-py3-none-any-null.whl", "null"),
+        ("a-1.0+cu130-cp311-cp311-manylinux_2_34_aarch64-torch2.11.whl", "torch2.11"),
+    ],
+)
+def test_the_label_of_a_name(filename: str, label: str) -> None:
+    distribution = parse_filename(filename)
+    assert (distribution.variant, distribution.version.partition("+")[0]) == (label, "1.0")
+
+
+@pytest.mark.parametrize("end", ["CU", "a+b", "a!b", ""])
+def test_a_name_with_a_wrong_label_is_refused(farm: Server, end: str) -> None:
+    filename, content = variant_wheel("name_pkg", "null")
+    answer = farm.upload(filename.replace("-null.whl", f"-{end}.whl"), content)
+    assert answer.status_code == 400
+    assert httpx.codes.is_client_error(answer.status_code)
+
+
+def test_the_projects_page_shows_variants(filled: Server) -> None:
+    assert "cu130_sm100" in filled.client.get("/project/choice-pkg/").text
+    assert filled.client.get("/simple/", headers={"Accept": JSON}).status_code == 200

@@ -1,0 +1,97 @@
+"""Selectors and the cells that they name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from builder.planning import matrix, stack
+from builder.planning.matrix import Cell, Known, expand, parse
+from builder.planning.stack import Arch
+from gracefarm.errors import ConfigError, UsageError
+from tests.conftest import REPOSITORY
+
+KNOWN = Known(
+    recipes={"conv": "cu130", "flash": "cu124"},
+    stacks={name: stack.load(REPOSITORY / "stacks", name).data for name in ("cu124", "cu130")},
+    interpreters=["3.10", "3.11", "3.12", "3.13", "3.13-trixie", "3.13t", "3.14", "3.14t"],
+)
+
+
+def test_an_empty_selector_is_every_recipe_as_it_builds_by_itself() -> None:
+    assert expand("", KNOWN) == [
+        Cell(recipe="conv", stack="cu130", interpreter=None, target=Arch.AARCH64, sm=None),
+        Cell(recipe="flash", stack="cu124", interpreter=None, target=Arch.AARCH64, sm=None),
+    ]
+
+
+def test_every_axis() -> None:
+    cells = expand("python=3.12..3.14,3.14t,root stack=cu130,cu124 target=aarch64,x86_64 sm=90+100,90a", KNOWN, ["conv"])
+    assert len(cells) == 5 * 2 * 2 * 2
+    assert len(set(cells)) == len(cells)
+    assert {cell.interpreter for cell in cells} == {"3.12", "3.13", "3.14", "3.14t", None}
+    assert {cell.sm for cell in cells} == {("90", "100"), ("90a",)}
+    assert {cell.recipe for cell in cells} == {"conv"}
+
+
+def test_a_range_has_neither_debians_nor_the_free_threaded() -> None:
+    pythons = [cell.interpreter for cell in expand("python=3.12..3.14 recipe=conv", KNOWN)]
+    assert pythons == ["3.12", "3.13", "3.14"]
+
+
+@pytest.mark.parametrize(
+    ("text", "stacks"),
+    [
+        ("torch=2.11", {"cu130"}),
+        ("torch=2.11.0", {"cu130"}),
+        ("torch=2.4..2.11", {"cu124", "cu130"}),
+        ("cuda=12.4", {"cu124"}),
+        ("cuda=12.4..13.0 torch=2.5..3", {"cu130"}),
+        ("stack=cu124,cu130 cuda=13.0", {"cu130"}),
+    ],
+)
+def test_torch_and_cuda_choose_stacks(text: str, stacks: set[str]) -> None:
+    assert {cell.stack for cell in expand(text, KNOWN)} == stacks
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("pyton=3.11", "'pyton=3.11' in the selector is not AXIS=VALUES"),
+        ("3.11", "'3.11' in the selector is not AXIS=VALUES"),
+        ("python=3.9", "unknown python '3.9'"),
+        ("python=3.14..3.99", "unknown python '3.99'"),
+        ("python=", "the axis python has no value"),
+        ("python=3.11 python=3.12", "the axis python is given twice"),
+        ("stack=cu999", "unknown stack 'cu999'"),
+        ("target=arm", "unknown target 'arm'"),
+        ("recipe=nothing", "unknown recipe 'nothing'"),
+        ("sm=90+x", "'x' in '90+x' is not an architecture"),
+        ("cuda=new", "cuda=new: not a version"),
+        ("cuda=11.8", "names no cell"),
+        ("python=3.14..3.10", "names no cell"),
+    ],
+)
+def test_bad_selectors_are_one_sentence(text: str, words: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        expand(text, KNOWN)
+    assert words in caught.value.cause
+    assert caught.value.remedy
+
+
+def test_selectors_by_name(tmp_path: Path) -> None:
+    assert matrix.named("python=3.11", tmp_path) == "python=3.11"
+    with pytest.raises(UsageError, match="neither a selector nor the name of one"):
+        matrix.named("default", tmp_path)
+    (tmp_path / "matrix.toml").write_text('keep_torch = 2\n[selectors]\ndefault = "python=root"\n')
+    assert matrix.named("default", tmp_path) == "python=root"
+    assert matrix.read(tmp_path).keep_torch == 2
+    (tmp_path / "matrix.toml").write_text('[selectors]\ndefault = "python"\n')
+    with pytest.raises(ConfigError, match="AXIS=VALUES"):
+        matrix.named("default", tmp_path)
+
+
+def test_the_projects_own_selectors_are_understood() -> None:
+    for selector in matrix.read(REPOSITORY).selectors.values():
+        assert parse(selector)
