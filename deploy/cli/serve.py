@@ -14,7 +14,7 @@ from deploy.cli.work import at_work, held, no_wait_option
 from deploy.fleet import tunnels
 from deploy.steps import order, preflight, spares
 from deploy.steps.order import Served, StepChoice
-from deploy.steps.preflight_checks import Cell
+from deploy.steps.preflight_checks import NodeCheck
 from deploy.steps.step import Work, look_at_nodes
 
 
@@ -109,7 +109,7 @@ def down(context: DeployContext, keep_ray: bool, no_wait: bool) -> None:
 def preflight_command(context: DeployContext) -> None:
     """Every check on every node and pair, as a table; red cells with their remedy. Changes nothing."""
 
-    async def go(work: Work) -> list[Cell]:
+    async def go(work: Work) -> list[NodeCheck]:
         return await preflight.cells_of(work, await look_at_nodes(work))
 
     with held(context) as keeper:
@@ -124,7 +124,7 @@ def preflight_command(context: DeployContext) -> None:
 _COLOUR = {"ok": "green", "bad": "bold red", "warn": "yellow", "skipped": "dim"}
 
 
-def _print_cells(cells: list[Cell], names: list[str]) -> None:
+def _print_cells(cells: list[NodeCheck], names: list[str]) -> None:
     """One row per check; a row whose nodes all say the same is one cell."""
     table = Table("check", "nodes", Column("what was found", overflow="fold"), box=None, pad_edge=False)
     for check in preflight.ORDER:

@@ -18,7 +18,7 @@ from deploy.nodes import paths
 from deploy.nodes.deployment import Deployment
 from deploy.nodes.state import StepRecord, digest
 from deploy.remote.wire import Json
-from deploy.steps.preflight_checks import Cell, CellStatus, Expected, Pairs, Survey, judge, tokenless
+from deploy.steps.preflight_checks import CellStatus, Expected, NodeCheck, Pairs, Survey, judge, tokenless
 from deploy.steps.processes import raylet
 from deploy.steps.step import Applied, Looks, Step, Work
 from gracefarm.errors import GracefarmError, PreflightError
@@ -94,7 +94,7 @@ class PreflightStep(Step):
         return Applied(text=summary(cells), data={"boots": boots(looks), "shares": shares})
 
 
-async def cells_of(work: Work, looks: Looks, told: Collection[str] = ()) -> list[Cell]:
+async def cells_of(work: Work, looks: Looks, told: Collection[str] = ()) -> list[NodeCheck]:
     """Every check on every node and pair; what is not green is printed, but yellow cells of the checks in `told`."""
     cells = await run(work.nodes, spec_of(work.deployment, looks))
     cells = [*await tunnel(work), *cells]
@@ -108,19 +108,19 @@ async def cells_of(work: Work, looks: Looks, told: Collection[str] = ()) -> list
     return cells
 
 
-async def tunnel(work: Work) -> list[Cell]:
+async def tunnel(work: Work) -> list[NodeCheck]:
     """Whether the head's sshd lets this machine through to its loopback, where the engine listens; nothing: not entered."""
     head = work.deployment.head
     try:
         await require_forwarding(work.fleet, head, work.deployment.data.ports.engine)
     except ForwardingError as error:
-        return [Cell(check="tunnel", node=head.name, status="bad", text=error.cause, remedy=error.remedy)]
+        return [NodeCheck(check="tunnel", node=head.name, status="bad", text=error.cause, remedy=error.remedy)]
     except GracefarmError:
         return []  # its row `reach` says why
-    return [Cell(check="tunnel", node=head.name, status="ok", text="its sshd forwards to the engine's port")]
+    return [NodeCheck(check="tunnel", node=head.name, status="ok", text="its sshd forwards to the engine's port")]
 
 
-def without_ours(cells: Sequence[Cell], looks: Looks) -> list[Cell]:
+def without_ours(cells: Sequence[NodeCheck], looks: Looks) -> list[NodeCheck]:
     """Where our own cluster runs it may hold the GPUs' memory."""
     running = any(raylet(seen) for seen in looks.values())
     return [cell for cell in cells if not (running and cell.check in ("memory", "nccl"))]
@@ -159,7 +159,7 @@ def public(deployment: Deployment) -> dict[str, str]:
     return addresses
 
 
-def summary(cells: Sequence[Cell]) -> str:
+def summary(cells: Sequence[NodeCheck]) -> str:
     """How many checks, and what became of them."""
     count = Counter(cell.status for cell in cells)
     nodes = len({cell.node for cell in cells})
@@ -168,7 +168,7 @@ def summary(cells: Sequence[Cell]) -> str:
     return f"{len({cell.check for cell in cells})} checks on {nodes} nodes: {', '.join(parts)}"
 
 
-async def run(targets: Sequence[RemoteNode], spec: PreflightSpec) -> list[Cell]:
+async def run(targets: Sequence[RemoteNode], spec: PreflightSpec) -> list[NodeCheck]:
     """Every check on every node, in the order of ORDER and the inventory."""
     name = secrets.token_hex(8)
     nonces = {node.name: secrets.token_hex(16) for node in targets}
@@ -260,11 +260,11 @@ async def knock(address: str, port: int, nonce: str) -> int | None:
         return None
 
 
-def _unreached(node: str, error: GracefarmError) -> Cell:
-    return Cell(check="reach", node=node, status="bad", text=error.cause.removeprefix(f"{node}: "), remedy=error.remedy)
+def _unreached(node: str, error: GracefarmError) -> NodeCheck:
+    return NodeCheck(check="reach", node=node, status="bad", text=error.cause.removeprefix(f"{node}: "), remedy=error.remedy)
 
 
-async def collectives(targets: Sequence[RemoteNode], spec: PreflightSpec, surveys: dict[str, Survey]) -> list[Cell]:
+async def collectives(targets: Sequence[RemoteNode], spec: PreflightSpec, surveys: dict[str, Survey]) -> list[NodeCheck]:
     """An all-reduce over all nodes at once, in the environment that will serve: gloo on the hosts, NCCL on the GPUs."""
     cells = []
     bare = [node.name for node in targets if surveys[node.name].environment is None]
@@ -277,7 +277,7 @@ async def collectives(targets: Sequence[RemoteNode], spec: PreflightSpec, survey
             reason = "there is one node alone" if backend == "gloo" else "fewer than two nodes have a usable GPU"
         left_out = [node for node in targets if reason or node not in ranks]
         cells += [
-            Cell(check=backend, node=node.name, status="skipped", text=reason or "no usable GPU on this node")
+            NodeCheck(check=backend, node=node.name, status="skipped", text=reason or "no usable GPU on this node")
             for node in left_out
         ]
         if not reason:
@@ -285,7 +285,7 @@ async def collectives(targets: Sequence[RemoteNode], spec: PreflightSpec, survey
     return cells
 
 
-async def all_reduce(targets: Sequence[RemoteNode], spec: PreflightSpec, backend: str) -> list[Cell]:
+async def all_reduce(targets: Sequence[RemoteNode], spec: PreflightSpec, backend: str) -> list[NodeCheck]:
     """A cell of each node: all of them reduce numbers together, by `gloo` or `nccl`."""
     names = [target.name for target in targets]
 
@@ -304,18 +304,18 @@ async def all_reduce(targets: Sequence[RemoteNode], spec: PreflightSpec, backend
 
     good, bad = await try_all(targets, rank)
     times = {node: f"{took['all_reduce_s'] * 1e3:.0f} ms for 4 MiB over {took['interface']}" for node, took in good.items()}
-    cells = [Cell(check=backend, node=node, status="ok", text=text) for node, text in times.items()]
+    cells = [NodeCheck(check=backend, node=node, status="ok", text=text) for node, text in times.items()]
     for node, error in bad.items():
         cause = error.cause.removeprefix(f"{node}: ")
         if "torch does not import" in cause:
-            cells.append(Cell(check=backend, node=node, status="skipped", text=cause))
+            cells.append(NodeCheck(check=backend, node=node, status="skipped", text=cause))
         else:
             remedy = error.remedy or "the cause is mostly on another row: names, route or ports"
-            cells.append(Cell(check=backend, node=node, status="bad", text=cause, remedy=remedy))
+            cells.append(NodeCheck(check=backend, node=node, status="bad", text=cause, remedy=remedy))
     return cells
 
 
-def require(cells: Sequence[Cell]) -> None:
+def require(cells: Sequence[NodeCheck]) -> None:
     """Raises PreflightError with the first red cell, where there is one."""
     bad = [cell for cell in cells if cell.status == "bad"]
     if bad:

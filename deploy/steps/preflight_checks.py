@@ -135,7 +135,7 @@ class Expected:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cell:
+class NodeCheck:
     """A check on a node."""
 
     check: str
@@ -165,7 +165,7 @@ def _bad(text: str, remedy: str) -> Judgement:
     return "bad", text, remedy
 
 
-def judge(surveys: Mapping[str, Survey], pairs: Mapping[str, Pairs], expected: Expected) -> list[Cell]:
+def judge(surveys: Mapping[str, Survey], pairs: Mapping[str, Pairs], expected: Expected) -> list[NodeCheck]:
     """Every check on every node that answered, in the order in which a person would fix them.
 
     A node whose share cannot be written is told on its own row alone: that its nonce is missing is no fault of the others.
@@ -173,7 +173,7 @@ def judge(surveys: Mapping[str, Survey], pairs: Mapping[str, Pairs], expected: E
     pythons = _pythons(surveys, expected.python)
     broken = {node for node, survey in surveys.items() if survey.share and survey.share.error}
     expected = replace(expected, nonces={node: nonce for node, nonce in expected.nonces.items() if node not in broken})
-    cells: list[Cell] = []
+    cells: list[NodeCheck] = []
     for node, survey in surveys.items():
         judged = {"names": _names(survey), "disk": _disk(survey.disk)}
         if node in pairs:
@@ -191,7 +191,7 @@ def judge(surveys: Mapping[str, Survey], pairs: Mapping[str, Pairs], expected: E
             "limits": _limits(survey.limits, survey.cuda),
         }
         cells += [
-            Cell(check=check, node=node, status=status, text=text, remedy=remedy)
+            NodeCheck(check=check, node=node, status=status, text=text, remedy=remedy)
             for check, (status, text, remedy) in judged.items()
         ]
     return cells

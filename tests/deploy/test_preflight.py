@@ -21,7 +21,7 @@ from deploy.planning import commands, hardware, suppose
 from deploy.remote import exchange
 from deploy.remote.preflight import clean
 from deploy.steps import preflight
-from deploy.steps.preflight_checks import GIB, Cell, Expected, Pairs, Survey, judge, open_door
+from deploy.steps.preflight_checks import GIB, NodeCheck, Expected, Pairs, Survey, judge, open_door
 from gracefarm.errors import PreflightError
 from tests.deploy import kit
 
@@ -68,7 +68,7 @@ def pairs(me: str, **changes: object) -> Json:
 
 def judged(
     surveys: Mapping[str, Json] | None = None, found: Mapping[str, Json] | None = None, **expected: object
-) -> dict[tuple[str, str], Cell]:
+) -> dict[tuple[str, str], NodeCheck]:
     values: Json = {
         "addresses": {node: f"10.0.0.{index}" for index, node in enumerate(NODES)},
         "share": "/share",
@@ -276,7 +276,7 @@ def test_a_port_of_the_loopback_is_seen_too(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as dashboard:
         port = int(dashboard.getsockname()[1])
 
-        async def go() -> list[Cell]:
+        async def go() -> list[NodeCheck]:
             async with kit.nodes(tmp_path, 1) as targets:
                 spec = preflight.PreflightSpec(
                     share=None, root=None, ports=[], collective_port=1, rehearsal=True, loopback={"k0": [port]}, seconds=1
@@ -290,9 +290,9 @@ def test_a_port_of_the_loopback_is_seen_too(tmp_path: Path) -> None:
 
 def test_the_first_red_cell_is_the_error_and_the_others_are_counted() -> None:
     cells = [
-        Cell(check="names", node="k0", status="ok", text="fine"),
-        Cell(check="share", node="k1", status="bad", text="not there", remedy="mount it"),
-        Cell(check="cuda", node="k2", status="bad", text="broken", remedy="reboot"),
+        NodeCheck(check="names", node="k0", status="ok", text="fine"),
+        NodeCheck(check="share", node="k1", status="bad", text="not there", remedy="mount it"),
+        NodeCheck(check="cuda", node="k2", status="bad", text="broken", remedy="reboot"),
     ]
     with pytest.raises(PreflightError, match="k1: share: not there; 1 more cells are red") as error:
         preflight.require(cells)
@@ -308,7 +308,7 @@ def test_real_nodes_are_asked_and_pairs_meet(tmp_path: Path) -> None:
         taken, port = int(other.getsockname()[1]), int(probe.getsockname()[1])
         probe.close()
 
-        async def go() -> list[Cell]:
+        async def go() -> list[NodeCheck]:
             async with kit.nodes(tmp_path, 3) as targets:
                 spec = preflight.PreflightSpec(
                     share=str(share), root=None, ports=[port, taken], collective_port=port + 1, rehearsal=True, seconds=6
@@ -357,7 +357,7 @@ def test_a_node_that_does_not_answer_is_one_red_cell_and_the_others_are_judged(t
         async def stream(self, *_words: object, **_more: object) -> object:
             raise PreflightError("k1: cannot be reached", remedy="is it up?")
 
-    async def go() -> list[Cell]:
+    async def go() -> list[NodeCheck]:
         async with kit.nodes(tmp_path, 1) as targets:
             dead = RemoteNode(name="k1", address="127.0.0.12", gpus=1, shell=Dead())  # type: ignore[arg-type]
             with socket.create_server(("127.0.0.11", 0)) as probe:
@@ -390,7 +390,7 @@ def test_a_port_of_rays_that_is_open_to_this_machine_is_told_and_one_that_is_in_
         held, port = (int(bound.getsockname()[1]) for bound in (used, probe))
         probe.close()
 
-        async def go() -> list[Cell]:
+        async def go() -> list[NodeCheck]:
             async with kit.nodes(tmp_path, 1) as (node,):
                 return [
                     next(cell for cell in await preflight.run([node], spec) if cell.check == "token")
@@ -442,15 +442,15 @@ def test_only_an_address_of_the_internet_that_ssh_reaches_directly_is_public(tmp
 def test_nccl_is_tried_among_the_nodes_that_have_gpus_whoever_else_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
     tried: dict[str, list[str]] = {}
 
-    async def collective(targets: list[RemoteNode], _spec: preflight.PreflightSpec, backend: str) -> list[Cell]:
+    async def collective(targets: list[RemoteNode], _spec: preflight.PreflightSpec, backend: str) -> list[NodeCheck]:
         tried[backend] = [target.name for target in targets]
-        return [Cell(check=backend, node=target.name, status="ok", text="", remedy="") for target in targets]
+        return [NodeCheck(check=backend, node=target.name, status="ok", text="", remedy="") for target in targets]
 
     monkeypatch.setattr(preflight, "all_reduce", collective)
     nodes = [RemoteNode(name=name, address="", gpus=1, shell=None) for name in NODES]  # type: ignore[arg-type]
     spec = preflight.PreflightSpec(share=None, root=None, ports=[], collective_port=1)
 
-    def cells(without: set[str]) -> dict[tuple[str, str], Cell]:
+    def cells(without: set[str]) -> dict[tuple[str, str], NodeCheck]:
         surveys = {
             name: Survey.model_validate(survey(**({"cuda": {"absent": True}} if name in without else {}))) for name in NODES
         }
