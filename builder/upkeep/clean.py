@@ -17,6 +17,8 @@ from builder.planning.settings import Settings
 from builder.proof import record
 from gracefarm.files import lock, remove_tree
 
+FETCHED = "fetched"
+"Where `builder fetch` makes its source trees, which it removes itself unless it is killed."
 BESIDE = ("roots", "environments", "toolchains", "git", "host/environments", "host/cuda")
 "Folders of the home whose entries have their lock beside them, as NAME.lock."
 IN_LOCKS = ("cuda", "wrappers")
@@ -34,6 +36,9 @@ def working_folders(settings: Settings, on_wait: Callable[[], None]) -> None:
     for folder in sorted((settings.home / "sets").glob("*")):
         with lock(settings.home / "locks" / f"set-{folder.name}", on_wait):
             remove_tree(folder / "together")
+    for folder in sorted((settings.home / FETCHED).glob("*")):
+        with lock(settings.home / "locks" / f"{FETCHED}-{folder.name}", on_wait):
+            remove_tree(folder)
     with lock(settings.home / "locks" / "run", on_wait):
         for folder in sorted((settings.home / "sets").glob("*")):
             remove_tree(folder / "run")

@@ -78,6 +78,8 @@ def test_all_takes_a_link_away_and_not_what_it_points_to(tmp_path: Path) -> None
 def test_working_folders_go_and_products_stay(farm: Farm) -> None:
     build = farm.settings.home / "builds" / "1"
     make(build, "work", "raw", "raw-source", "install", "dist")
+    make(farm.settings.home / "fetched", "tiny")
     (build / "log.txt").write_text("words")
     assert farm.run("clean").code == 0
     assert sorted(path.name for path in build.iterdir()) == ["dist", "log.txt"]
+    assert list((farm.settings.home / "fetched").iterdir()) == [], "which a killed `builder fetch` leaves"
