@@ -65,15 +65,7 @@ def _paths() -> dict[str, Description]:
         "/changes": _get("What changed after a serial, for mirrors.", "200-changes", "since"),
         "/openapi.json": _get("This description.", "200-description"),
         "/": {**_page("All projects, for people.", parameters="q"), **_upload("As pypiserver takes it.")},
-        "/project/{name}/": _page("A project and its wheel finder.", "200-page 301 304 404-page", _FINDER),
-        "/project/{name}": _page("Redirected.", "301 404-page"),
-        "/project/{name}/choose.py": _get(
-            "A program that prints the right install command.", "200-program 304 404-page", "If-None-Match"
-        ),
-        "/wheel/{filename}/": _page("One file, for people.", "200-page 304 404-page"),
-        "/board/": _page("The last build of each recipe and stack."),
-        "/board/{id}/": _page("One build.", "200-page 304 404-page"),
-        "/sets/": _page("Sets and views."),
+        **_pages(),
         "/static/{name}": _get("Style, script and icon.", "200-static 404"),
         "/{name}": _get("A project by its bare name, as pypiserver redirects it.", "303 404"),
         "/{name}/": _get("The same.", "303 404"),
@@ -118,6 +110,21 @@ def _trusted() -> dict[str, Description]:
                 "End such an upload token.", "202-burned 400-problem 406-problem 408-problem 429-problem", body="identity"
             )
         },
+    }
+
+
+def _pages() -> Description:
+    """Those of people, but for the first one."""
+    return {
+        "/project/{name}/": _page("A project and its wheel finder.", "200-page 301 304 404-page", _FINDER),
+        "/project/{name}": _page("Redirected.", "301 404-page"),
+        "/project/{name}/choose.py": _get(
+            "A program that prints the right install command.", "200-program 304 404-page", "If-None-Match"
+        ),
+        "/wheel/{filename}/": _page("One file, for people.", "200-page 304 404-page"),
+        "/board/": _page("The last build of each recipe and stack."),
+        "/board/{id}/": _page("One build.", "200-page 304 404-page"),
+        "/sets/": _page("Sets and views."),
     }
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING, TypeVar
 
@@ -16,7 +16,7 @@ from packaging.version import InvalidVersion
 
 from index.errors import ForbiddenError, RefusedError
 from index.store.auth import Token, allow
-from index.store.catalogue import Catalogue, Transaction
+from index.store.catalogue import Catalogue
 from index.store.files import Store
 
 if TYPE_CHECKING:
@@ -141,12 +141,9 @@ def put_certificate(store: Store, catalogue: Catalogue, token: Token, raw: bytes
             " VALUES (?, ?, ?, ?, ?, ?)",
             (document.device_digest, project, document.wheel.sha256, digest, len(raw), change.time),
         )
-        _touch_wheels(change, document, digest)
-
-
-def _touch_wheels(change: Transaction, document: DeviceCertificate, digest: str) -> None:
-    rows = change.execute("SELECT DISTINCT project FROM file WHERE sha256 = ?", (document.wheel.sha256,)).fetchall()
-    change.note("certificate.put", document.device_digest, *(row["project"] for row in rows), sha256=digest)
+        rows = change.execute("SELECT DISTINCT project FROM file WHERE sha256 = ?", (document.wheel.sha256,)).fetchall()
+        projects = {project, *(row["project"] for row in rows)}  # the pages of wheels with the same device code change too
+        change.note("certificate.put", document.device_digest, *sorted(projects), sha256=digest)
 
 
 def _keep(store: Store, raw: bytes) -> str:
@@ -161,7 +158,9 @@ def matrices(store: Store, catalogue: Catalogue) -> list[MatrixDocument]:
     return list(_readable(store, [(row["name"], row["document_sha256"]) for row in rows], parse_matrix))
 
 
-def certificates(store: Store, catalogue: Catalogue, wheel_sha256: str, device_digests: set[str]) -> list[DeviceCertificate]:
+def certificates(
+    store: Store, catalogue: Catalogue, wheel_sha256: str, device_digests: Collection[str]
+) -> list[DeviceCertificate]:
     """Certificates of this wheel, and those of wheels with the same device code."""
     marks = ", ".join("?" * len(device_digests))
     rows = catalogue.rows(

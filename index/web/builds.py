@@ -1,4 +1,4 @@
-"""Pages of builds: the board, and one build with its record."""
+"""The page of one build, with its record."""
 
 from __future__ import annotations
 
@@ -16,22 +16,6 @@ from index.web.site import Site
 
 TAIL = 25
 "Lines of a failed build's log that its page shows."
-
-
-def board(site: Site, request: Request) -> Response:
-    """Recipe by stack, with the last result of each."""
-    newest: dict[tuple[str, str], Summary] = {}
-    for record in records.all_records(site.catalogue):
-        if record.outcome:
-            newest.setdefault((record.recipe or "?", _column(record)), record)
-    return site.render(
-        request,
-        "board.html",
-        recipes=sorted({recipe for recipe, _ in newest}),
-        columns=sorted({stack for _, stack in newest}),
-        newest=newest,
-        failed=sum(record.outcome == "failed" for record in newest.values()),
-    )
 
 
 def build(site: Site, request: Request) -> Response:
@@ -62,8 +46,3 @@ def _tail(store: Store, record: Summary) -> str:
     except OSError:
         return ""
     return "\n".join(lines[-TAIL:])
-
-
-def _column(record: Summary) -> str:
-    """Where the board has a build: its stack and its target."""
-    return " ".join(part for part in (record.stack, record.target) if part) or "?"

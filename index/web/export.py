@@ -23,10 +23,11 @@ from index.simple_api import listings, requirements
 from index.simple_api.listings import Listed, View
 from index.simple_api.negotiate import Encoding, Format
 from index.simple_api.page_cache import Page, render
+from index.store import variants
 from index.store.catalogue import Catalogue
 from index.store.files import Store, disk_errors
 from index.store.provenance import SUFFIX
-from index.web import builds, projects, wheel
+from index.web import board, builds, choose, projects, wheel
 from index.web.routes import static_files
 from index.web.sets import sets
 from index.web.site import POLICY, Site
@@ -85,7 +86,7 @@ def _code_digest() -> str:
     digest = hashlib.sha256(metadata.version("gracefarm").encode())
     with resources.as_file(resources.files("index")) as folder:
         for path in sorted(folder.rglob("*")):
-            if path.suffix in {".py", ".sql", ".html", ".css", ".svg"}:
+            if path.suffix in {".py", ".sql", ".html", ".css", ".svg", ".js"}:
                 digest.update(path.read_bytes())
     return digest.hexdigest()
 
@@ -116,8 +117,11 @@ class StaticExport:
             tick(number, len(listed), name)
             if listings.status(catalogue, name).status == "quarantined":
                 continue
-            for item in listings.files(catalogue, view, name):
+            shown = listings.files(catalogue, view, name)
+            for item in shown:
                 self._add_file(item)
+            for document in listings.variants_json(catalogue, view, name, shown):
+                self._add_variants(document)
         tick(len(listed), len(listed), "")
 
     def _add_file(self, item: Listed) -> None:
@@ -129,6 +133,13 @@ class StaticExport:
             self._link(path + ".metadata", item.metadata_sha256)
         if item.provenance_sha256:
             self._link(path + SUFFIX, item.provenance_sha256)
+
+    def _add_variants(self, item: Listed) -> None:
+        path = f"files/{item.sha256}/{item.filename}"
+        if path not in self._paths:
+            for document in variants.documents(self.site.catalogue.database, item.project):
+                if document.filename == item.filename:
+                    self.put(path, document.content)
 
     def add_simple_pages(self) -> None:
         """The simple API, in each form and coding, and the locks of sets."""
@@ -158,11 +169,15 @@ class StaticExport:
         self.put(f"{view.argument}/{requirements.FILENAME}", text.encode())
 
     def add_records(self) -> None:
-        """Records and logs: /records/ID is a file and a folder at once on the live server, so the tree has ID/index.json."""
+        """Records, logs, matrices, certificates. /records/ID is a file and a folder on the live server: here, index.json."""
         for row in self.site.catalogue.rows("SELECT id, document_sha256, log_sha256 FROM public_record"):
             for digest, name in ((row["document_sha256"], "index.json"), (row["log_sha256"], "log")):
                 if digest is not None:
                     self._link(f"records/{row['id']}/{name}", digest)
+        for row in self.site.catalogue.rows("SELECT name, document_sha256 FROM matrix"):
+            self._link(f"matrix/{row['name']}", row["document_sha256"])
+        for row in self.site.catalogue.rows("SELECT digest, document_sha256 FROM certificate"):
+            self._link(f"certificates/{row['digest']}", row["document_sha256"])
 
     def add_web_pages(self) -> None:
         """Those of the live server, less the forms that need one."""
@@ -179,16 +194,19 @@ class StaticExport:
         for row in catalogue.rows("SELECT filename, project FROM public_file ORDER BY filename"):
             path = f"wheel/{row['filename']}/index.html"
             if not self._keeps(row["project"], path, f"{path}.gz"):
-                yield _make(partial(wheel.wheel, site), f"/wheel/{row['filename']}/", filename=row["filename"])
+                yield _page(partial(wheel.wheel, site), f"/wheel/{row['filename']}/", filename=row["filename"])
         for name in projects.names(catalogue):
             path = f"project/{name}/index.html"
-            if not self._keeps(name, path, f"{path}.gz"):
-                yield _make(project_pages.project, f"/project/{name}/", name=name)
+            program = f"project/{name}/{choose.FILENAME}"
+            if not self._keeps(name, path, f"{path}.gz", program, f"{program}.gz"):
+                yield _page(project_pages.project, f"/project/{name}/", name=name)
+                if listings.status(catalogue, name).status != "quarantined":
+                    yield program, _body(partial(choose.choose, site), f"/{program}", name=name)
         for row in catalogue.rows("SELECT id FROM public_record ORDER BY id"):
-            yield _make(partial(builds.build, site), f"/board/{row['id']}/", id=row["id"])
-        yield _make(partial(builds.board, site), "/board/")
-        yield _make(partial(sets, site), "/sets/")
-        yield _make(project_pages.first, "/")
+            yield _page(partial(builds.build, site), f"/board/{row['id']}/", id=row["id"])
+        yield _page(partial(board.board, site), "/board/")
+        yield _page(partial(sets, site), "/sets/")
+        yield _page(project_pages.first, "/")
 
     def _keeps(self, project: str, *paths: str) -> bool:
         """Keep these pages of the project as they are, if they are right and there; the first one must be."""
@@ -253,6 +271,10 @@ class StaticExport:
                 return
 
 
-def _make(page: Callable[[Request], Response], path: str, **params: str) -> tuple[str, bytes]:
+def _page(page: Callable[[Request], Response], path: str, **params: str) -> tuple[str, bytes]:
+    return f"{path[1:]}index.html", _body(page, path, **params)
+
+
+def _body(page: Callable[[Request], Response], path: str, **params: str) -> bytes:
     scope = {"type": "http", "method": "GET", "path": path, "headers": [], "query_string": b"", "path_params": params}
-    return f"{path[1:]}index.html", bytes(page(Request(scope)).body)
+    return bytes(page(Request(scope)).body)

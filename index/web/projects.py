@@ -1,7 +1,8 @@
-"""The first page, with every project, and each project's own, with its wheel finder."""
+"""The first page, with every project and its search, and each project's own, with its releases and its wheel finder."""
 
 from __future__ import annotations
 
+import re
 import sqlite3
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,8 +17,16 @@ from index.simple_api import listings
 from index.simple_api.listings import ALL, NIGHTLY, Listed
 from index.simple_api.simple import file_path
 from index.store.catalogue import Catalogue
-from index.web.finder import FINDER, choice_of, natural_order, options
+from index.store.facts import built_for
+from index.web import about
+from index.web.about import About
+from index.web.finder import FINDER, WheelChoice, asked_python, choice_of, natural_order, options
 from index.web.site import Site
+
+_SEPARATORS = re.compile(r"[-_.\s]+")
+
+ABOUTS = 200
+"Descriptions that are kept rendered."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,20 +41,33 @@ class ProjectRow:
     updated: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class ReleaseRow:
+    """The files of one public version: builds for each CUDA and torch, which differ in the local part alone."""
+
+    version: str
+    choices: tuple[WheelChoice, ...]
+    uploaded: str
+    "When its first file came."
+    yanked: bool
+    "All of it is."
+    open: bool
+
+
 class ProjectPages:
-    """The pages of projects. Rows of the first one are kept until their project changes."""
+    """The pages of projects. Rows of the first one, and descriptions, are kept until their project changes."""
 
     def __init__(self, site: Site) -> None:
         self.site = site
         self._cached_rows: dict[str, ProjectRow] = {}
         self._serial = -1
+        self._abouts: dict[str, About] = {}
 
     def first(self, request: Request) -> Response:
         """The first page."""
         wanted = request.query_params.get("q", "").strip()[:100]
         known = self._all_rows()
-        rows = [row for row in known if wanted.lower() in row.name]
-        return self.site.render(request, "projects.html", rows=rows, wanted=wanted, total=len(known))
+        return self.site.render(request, "projects.html", rows=search(known, wanted), wanted=wanted, total=len(known))
 
     def _all_rows(self) -> list[ProjectRow]:
         """Every project's row; only those that have changed are read again. Only the page thread calls it."""
@@ -72,38 +94,106 @@ class ProjectPages:
         return [_project_row(name, file_rows) for name, file_rows in files.items()]
 
     def project(self, request: Request) -> Response:
-        """A project with its wheel finder."""
+        """A project: how to install it, its files by release, what it needs, its description."""
         name = name_in_address(request.path_params["name"])
         if request.path_params["name"] != name or not request.url.path.endswith("/"):
             back = "../" if request.url.path.endswith("/") else ""
             return RedirectResponse(f"{back}{name}/", status_code=301)
-        catalogue = self.site.catalogue
-        files = [*listings.files(catalogue, ALL, name), *listings.files(catalogue, NIGHTLY, name)]
-        if not files:
-            raise NotFoundError(f"there is no project {name!r} here", remedy="see / for those that are")
-        choices = sorted(
-            (choice_of(item) for item in files),
-            key=lambda choice: (Version(choice.file.version), choice.file.filename),
-            reverse=True,
-        )
+        choices = choices_of(self.site.catalogue, name)
         asked = {key: request.query_params.get(key, "") for key in FINDER}
-        shown = [choice for choice in choices if all(not value or value in choice.value(key) for key, value in asked.items())]
-        best = next((choice for choice in shown if choice.file.yanked is None and choice.file.kind == "bdist_wheel"), None)
-        state = listings.status(catalogue, name)
+        asked["python"] = asked_python(asked["python"])
+        shown = [choice for choice in choices if all(choice.fits(key, value) for key, value in asked.items())]
+        best = best_of(shown)
+        state = listings.status(self.site.catalogue, name)
+        offered = state.status != "quarantined"
         return self.site.render(
             request,
             "project.html",
             name=name,
             state=state,
+            offered=offered,
             filtered=any(asked.values()),
-            summary=next((row.summary for row in self._rows(name)), ""),
+            about=self._about(choices),
             finder=[(key, options(choices, key), asked[key]) for key in FINDER],
-            shown=[] if state.status == "quarantined" else shown,
+            releases=releases(shown, best, any(asked.values())) if offered else [],
+            shown=len(shown) if offered else 0,
             total=len(choices),
-            best=best if state.status != "quarantined" else None,
-            view=narrowest_view(catalogue, best.file) if best else "",
+            newest=best_of(choices),
+            best=best if offered else None,
+            view=narrowest_view(self.site.catalogue, best.file) if best else "",
             file_path=file_path,
         )
+
+    def _about(self, choices: Sequence[WheelChoice]) -> About:
+        """What the newest wheel says of itself, rendered once."""
+        newest = best_of(choices) or choices[0]
+        digest = newest.file.metadata_sha256 or ""
+        if digest not in self._abouts:
+            if len(self._abouts) >= ABOUTS:
+                self._abouts.clear()
+            self._abouts[digest] = about.read(self.site.store, digest or None)
+        return self._abouts[digest]
+
+
+def search(rows: Sequence[ProjectRow], wanted: str) -> list[ProjectRow]:
+    """The projects that have the name, however its parts are joined, or all the words in name and summary; best first."""
+    words = [word for word in _SEPARATORS.split(wanted.lower()) if word]
+    name = "-".join(words)
+
+    def rank(row: ProjectRow) -> int | None:
+        if name in row.name:
+            return 0 if row.name == name else 1 if row.name.startswith(name) else 2
+        text = f"{row.name} {row.summary}".lower()
+        return 3 if all(word in text for word in words) else None
+
+    ranked = [(place, row.name, row) for row in rows if (place := rank(row)) is not None]
+    return [row for _, _, row in sorted(ranked, key=lambda item: item[:2])]
+
+
+def choices_of(catalogue: Catalogue, name: str) -> list[WheelChoice]:
+    """The project's files, the newest version first; of one version, the newest CUDA, torch and Python first.
+
+    Raises:
+        NotFoundError: there are none.
+    """
+    files = [*listings.files(catalogue, ALL, name), *listings.files(catalogue, NIGHTLY, name)]
+    if not files:
+        raise NotFoundError(f"there is no project {name!r} here", remedy="see / for those that are")
+    return sorted((choice_of(item) for item in files), key=_newest_first, reverse=True)
+
+
+def _newest_first(choice: WheelChoice) -> tuple[object, ...]:
+    facts = choice.file.facts
+    public = Version(Version(choice.file.version).public)
+    order = [natural_order(text or "") for text in (facts.cuda, facts.torch, choice.python, choice.file.filename)]
+    return (public, choice.file.kind == "bdist_wheel", *order)
+
+
+def best_of(choices: Sequence[WheelChoice]) -> WheelChoice | None:
+    """The newest wheel that every installer may take; a pre-release only where there is nothing else, as installers do."""
+    wheels = [
+        choice for choice in choices if choice.file.yanked is None and choice.file.kind == "bdist_wheel" and not choice.variant
+    ]
+    final = (choice for choice in wheels if not Version(choice.file.version).is_prerelease)
+    return next(final, wheels[0] if wheels else None)
+
+
+def releases(choices: Sequence[WheelChoice], best: WheelChoice | None, all_open: bool) -> list[ReleaseRow]:
+    """The files by public version, in the order that they have; the release of the `best` wheel is open, others are folded."""
+    groups: dict[str, list[WheelChoice]] = {}
+    for choice in choices:
+        groups.setdefault(Version(choice.file.version).public, []).append(choice)
+    opened = Version(best.file.version).public if best else next(iter(groups), "")
+    return [
+        ReleaseRow(
+            version=version,
+            choices=tuple(members),
+            uploaded=min(choice.file.uploaded for choice in members),
+            yanked=all(choice.file.yanked is not None for choice in members),
+            open=all_open or version == opened,
+        )
+        for version, members in groups.items()
+    ]
 
 
 def names(catalogue: Catalogue) -> list[str]:
@@ -116,7 +206,8 @@ def narrowest_view(catalogue: Catalogue, file: Listed) -> str:
     row = catalogue.row("SELECT channel FROM file WHERE filename = ?", (file.filename,))
     if row and row["channel"] == "nightly":
         return "nightly/"
-    return f"{view_of_cuda(file.facts.cuda)}/" if file.facts.cuda else ""
+    torch = built_for(file.version, file.facts) or ""
+    return f"{view_of_cuda(file.facts.cuda, torch)}/" if file.facts.cuda else ""
 
 
 def _project_row(name: str, items: Sequence[sqlite3.Row]) -> ProjectRow:

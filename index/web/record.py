@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -11,6 +12,11 @@ from typing import Any
 from index.store import records
 from index.store.files import Store
 from index.store.records import Summary
+
+MAX_DIGESTS = 64
+"Device digests of one record that are looked up."
+
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +47,8 @@ class RecordDocument:
     stages: tuple[StageRow, ...]
     source: Mapping[str, Any]
     remedy: str
+    device_digests: frozenset[str]
+    "Of the wheel's device code, one for each sm; certificates are found by them."
 
     @staticmethod
     def of(document: Mapping[str, Any]) -> RecordDocument:
@@ -52,7 +60,13 @@ class RecordDocument:
             stages=tuple(_step(item) for item in _mappings(document.get("stages"), "name")),
             source=_mapping(recipe.get("source")),
             remedy=_text(_mapping(document.get("failure")), "remedy"),
+            device_digests=frozenset(_digests(_mapping(document.get("device_digests")))),
         )
+
+
+def _digests(item: Mapping[str, Any]) -> list[str]:
+    values = [value for value in item.values() if isinstance(value, str) and _DIGEST.fullmatch(value)]
+    return values[:MAX_DIGESTS]
 
 
 def _verdict(item: Mapping[str, Any]) -> VerdictRow:

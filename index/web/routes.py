@@ -11,7 +11,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from index.errors import NotFoundError
-from index.web import builds, wheel
+from index.web import board, builds, choose, wheel
 from index.web.projects import ProjectPages
 from index.web.sets import sets
 from index.web.site import Site
@@ -19,7 +19,7 @@ from index.web.site import Site
 RenderPage = Callable[[tuple[str, str] | None, Callable[[], Response]], Awaitable[Response]]
 "Has a page made in a thread of its own; with a key, the page is kept until anything changes."
 
-_MEDIA = {"style.css": "text/css", "icon.svg": "image/svg+xml"}
+_MEDIA = {"style.css": "text/css", "icon.svg": "image/svg+xml", "copy.js": "text/javascript"}
 
 
 def static_files() -> dict[str, bytes]:
@@ -56,8 +56,9 @@ def web_routes(site: Site, render_page: RenderPage) -> list[Route]:
         Route("/", page(projects.first)),
         Route("/project/{name}/", page(projects.project)),
         Route("/project/{name}", page(projects.project)),
+        Route(f"/project/{{name}}/{choose.FILENAME}", page(partial(choose.choose, site))),
         Route("/wheel/{filename}/", page(partial(wheel.wheel, site))),
-        Route("/board/", page(partial(builds.board, site))),
+        Route("/board/", page(partial(board.board, site))),
         Route("/board/{id}/", page(partial(builds.build, site))),
         Route("/sets/", page(partial(sets, site))),
         Route("/static/{name}", static),

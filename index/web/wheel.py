@@ -8,7 +8,8 @@ from starlette.responses import Response
 from index.errors import NotFoundError
 from index.simple_api import listings
 from index.simple_api.simple import file_path
-from index.store import records
+from index.store import documents, records
+from index.web.finder import choice_of
 from index.web.projects import narrowest_view
 from index.web.record import document_of
 from index.web.site import Site
@@ -27,14 +28,20 @@ def wheel(site: Site, request: Request) -> Response:
         "SELECT set_name FROM member JOIN release_set ON name = set_name WHERE file_id = ? AND state = 'published'",
         (row["id"],),
     )
+    choice, state = choice_of(item), listings.status(catalogue, item.project)
+    installable = item.kind == "bdist_wheel" and not choice.variant and item.yanked is None and state.status != "quarantined"
+    document = document_of(site.store, record)
     return site.render(
         request,
         "wheel.html",
         file=item,
         record=record,
-        document=document_of(site.store, record),
+        document=document,
+        choice=choice,
+        installable=installable,
+        certificates=documents.certificates(site.store, catalogue, item.sha256, document.device_digests),
         sets=[set_row["set_name"] for set_row in sets],
         path=file_path(item),
         view=narrowest_view(catalogue, item),
-        state=listings.status(catalogue, item.project),
+        state=state,
     )

@@ -99,7 +99,7 @@ PAGES = {
     "projects": "/",
     "nothing found": "/?q=zzz",
     "project": "/project/causal-conv1d/",
-    "finder": "/project/causal-conv1d/?cuda=13.0&python=cp311",
+    "finder": "/project/causal-conv1d/?cuda=13.0&python=3.11",
     "finder without result": "/project/causal-conv1d/?cuda=9.9",
     "wheel": f"/wheel/{FILENAME.replace('+', '%2B')}/",
     "board": "/board/",
@@ -132,7 +132,7 @@ def test_the_finder_works_without_javascript_and_by_keyboard(site: Server, brows
     page.get_by_label("CUDA").focus()
     page.keyboard.type("13")
     page.get_by_label("Python").focus()
-    page.keyboard.type("cp312")
+    page.keyboard.type("3.12")
     page.get_by_role("button", name="Show").focus()
     page.keyboard.press("Enter")
     page.wait_for_url("**cuda=13.0**")
@@ -230,7 +230,7 @@ def test_pip_is_told_to_trust_plain_http_from_elsewhere(site: Server) -> None:
 
 def test_what_is_asked_for_in_vain_is_said(site: Server) -> None:
     text = site.client.get("/project/causal-conv1d/?cuda=9.9&python=cp311").text
-    assert "No wheel is for CUDA 9.9 and Python cp311." in text
+    assert "No wheel is for CUDA 9.9 and Python 3.11." in text
     assert "<option selected>9.9</option>" in text, "the form shows what it was asked"
 
 

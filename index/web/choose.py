@@ -1,0 +1,62 @@
+"""The program that asks a machine which wheel of a project is the right one for it: data/choose.py with the wheels in it."""
+
+from __future__ import annotations
+
+import json
+from importlib import resources
+
+from packaging.version import Version
+from starlette.requests import Request
+from starlette.responses import Response
+
+from index.errors import NotFoundError
+from index.names import name_in_address, wheel_tags
+from index.simple_api import listings
+from index.simple_api.simple import file_path
+from index.web.finder import WheelChoice
+from index.web.projects import choices_of
+from index.web.site import Site
+
+FILENAME = "choose.py"
+MEDIA = "text/x-python; charset=utf-8"
+_MARK = '"__WHEELS__"'
+
+
+def choose(site: Site, request: Request) -> Response:
+    """GET /project/NAME/choose.py: plain text to read, and a program to run."""
+    name = name_in_address(request.path_params["name"])
+    if listings.status(site.catalogue, name).status == "quarantined":
+        raise NotFoundError(f"the project {name} is quarantined", remedy="see its page")
+    choices = choices_of(site.catalogue, name)
+    base = site.base(request)
+    offered = [
+        choice for choice in choices if choice.file.kind == "bdist_wheel" and choice.file.yanked is None and not choice.variant
+    ]
+    ranks = _ranks({choice.file.version for choice in offered})
+    document = {"name": name, "wheels": [_wheel(choice, base, ranks[choice.file.version]) for choice in offered]}
+    program = resources.files("index.web").joinpath("data", FILENAME).read_text()
+    body = program.replace(_MARK, ascii(json.dumps(document)))
+    return site.answer(body.encode(), MEDIA)
+
+
+def _ranks(versions: set[str]) -> dict[str, int]:
+    """Place of each version: the newest public version first, pre-releases after all others, as installers see them."""
+    parsed = {text: Version(text) for text in versions}
+    order = sorted({(not version.is_prerelease, Version(version.public)) for version in parsed.values()}, reverse=True)
+    places = {key: place for place, key in enumerate(order)}
+    return {text: places[not version.is_prerelease, Version(version.public)] for text, version in parsed.items()}
+
+
+def _wheel(choice: WheelChoice, base: str, rank: int) -> dict[str, object]:
+    item = choice.file
+    facts = item.facts
+    return {
+        "version": item.version,
+        "rank": rank,
+        "url": item.url or f"{base}/{file_path(item)}#sha256={item.sha256}",
+        "tags": sorted([tag.interpreter, tag.abi, tag.platform] for tag in wheel_tags(item.filename)),
+        "pythons": list(choice.pythons) if item.requires_python else None,
+        "cuda": facts.cuda or "",
+        "torch": facts.torch or "",
+        "sm": list(facts.sm),
+    }
