@@ -37,14 +37,14 @@ async def probe_nodes(deployment: Deployment, remote_nodes: Sequence[RemoteNode]
         return NodeFacts.model_validate(
             answer
             | {"name": node.name, "address": node.address, "taken": time.time(), "clock_s": round(ahead, 1) + 0.0}
-            | {"private": address, "interface": interface, "network": network, "nics": _nics(answer)}
+            | {"private": address, "interface": interface, "network": network, "nics": joining(answer)}
         )
 
     good, bad = await try_all(remote_nodes, ask)
     return Facts(nodes=tuple(good[remote_node.name] for remote_node in remote_nodes if remote_node.name in good)), bad
 
 
-def _nics(answer: Json) -> list[Json]:
+def joining(answer: Json) -> list[Json]:
     """The interfaces that join machines."""
     return [
         {**interface, "addresses": [address["address"] for address in interface["addresses"]]}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import resources
 from typing import Literal
@@ -82,9 +82,10 @@ def runs() -> tuple[MeasuredRun, ...]:
     return tuple(MeasuredRun.model_validate(entry) for entry in table["run"])
 
 
-def rows() -> tuple[AccuracyRow, ...]:
-    """Predicted beside measured, by run and number of streams."""
-    return tuple(_row(run, streams) for run in runs() for streams in (run.measured or run.committed or {}))
+def rows(measured: Sequence[MeasuredRun] | None = None) -> tuple[AccuracyRow, ...]:
+    """Predicted beside measured, by run and number of streams; None: the table's."""
+    chosen = runs() if measured is None else measured
+    return tuple(_row(run, streams) for run in chosen for streams in (run.measured or run.committed or {}))
 
 
 def _row(run: MeasuredRun, streams: int) -> AccuracyRow:

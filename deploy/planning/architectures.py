@@ -16,6 +16,8 @@ from deploy.planning.quantization import MXFP4_GROUP
 from deploy.planning.shapes import Experts, Latent, Model, Quantization
 from deploy.planning.tensors import Tensor
 
+MOST_LAYERS = 1000
+"More than any model has: a wrong number must not fill this machine's memory."
 Bias = Literal["config", "qkv", "all"]
 
 
@@ -77,6 +79,9 @@ def model_of(name: str, config: Mapping[str, Any], *, repo: str, revision: str, 
     if isinstance(stored, str):
         raise NotImplementedError(stored)
     heads, layers = numbers["num_attention_heads"], numbers["num_hidden_layers"]
+    if not (isinstance(layers, int) and 0 < layers <= MOST_LAYERS):
+        msg = f"num_hidden_layers is {layers!r}, and models have 1 to {MOST_LAYERS}"
+        raise ValueError(msg)
     llama4 = name == "Llama4ForConditionalGeneration"
     return Model(
         repo=repo,

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
 
 from deploy.planning.tensors import Tensor
 
@@ -13,6 +13,8 @@ BYTES = 2
 "Per weight that is not quantised and per element of the KV cache: bfloat16 or float16; engines turn float32 into float16."
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
+Size = Annotated[int, Field(gt=0, le=1 << 31)]
+"A dimension: what is larger is no model's."
 QuantMethod = Literal["fp8", "fbgemm_fp8", "int", "awq", "gptq", "mxfp4", "nvfp4"]
 "What the bytes of a quantised weight look like; deploy/planning/quantization.py has each."
 
@@ -26,9 +28,9 @@ class ModelPart(BaseModel):
 class Experts(ModelPart):
     """Mixture of experts."""
 
-    count: PositiveInt
-    per_token: PositiveInt
-    columns: PositiveInt
+    count: Size
+    per_token: Size
+    columns: Size
     "MLP columns of each expert."
     shared_columns: NonNegativeInt = 0
     "MLP columns of the experts that every token passes; 0: there are none."
@@ -92,15 +94,15 @@ class Model(ModelPart):
     revision: str
     "A commit; a branch or tag where nobody could be asked for its commit."
     architecture: str = "LlamaForCausalLM"
-    layers: PositiveInt
-    hidden: PositiveInt
-    heads: PositiveInt
-    kv_heads: PositiveInt
-    head_dim: PositiveInt
-    mlp: PositiveInt
+    layers: Size
+    hidden: Size
+    heads: Size
+    kv_heads: Size
+    head_dim: Size
+    mlp: Size
     "MLP columns of layers without experts."
-    vocab: PositiveInt
-    max_len: PositiveInt
+    vocab: Size
+    max_len: Size
     tied: bool = False
     "The output layer is the embedding."
     attention_bias: bool = False

@@ -1,0 +1,262 @@
+"""Headers of safetensors files: what they say is planned, and files that say what is not so are refused in one sentence."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deploy.planning import architectures, engines, models, shards
+from deploy.planning.engines import Split
+from deploy.planning.shapes import Model
+from deploy.planning.tensors import Tensor
+from deploy.remote import checkpoint
+from gracefarm.errors import ConfigError
+from tests.deploy.test_bad_input import prepared, told
+
+CONFIG = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "num_hidden_layers": 3,
+    "hidden_size": 256,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "intermediate_size": 512,
+    "moe_intermediate_size": 256,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [0],
+    "vocab_size": 1000,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": False,
+    "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128], "modules_to_not_convert": ["lm_head"]},
+}
+
+
+def model(**changes: object) -> Model:
+    return models.from_config({**CONFIG, **changes}, repo="a/b", revision="0" * 40, source="test")
+
+
+def named(of: Model) -> dict[str, Tensor]:
+    """Every tensor under its whole name, experts one by one."""
+    found = {}
+    for layer in range(of.layers):
+        for tensor in architectures.layer_tensors(of, layer):
+            for number in range(tensor.count):
+                name = f"model.layers.{layer}.{tensor.name}".replace("*", str(number))
+                found[name] = Tensor(name=name, shape=tensor.shape, dtype=tensor.dtype)
+    for tensor in architectures.outer_tensors(of):
+        name = tensor.name if tensor.name.startswith("lm_head") else f"model.{tensor.name}"
+        found[name] = tensor
+    return found
+
+
+def write(path: Path, tensors: Mapping[str, Tensor], **changes: Any) -> None:
+    """A file in the format, with zeros; `changes` to its header make it lie."""
+    header, place = {}, 0
+    for name, tensor in tensors.items():
+        header[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [place, place + tensor.size]}
+        place += tensor.size
+    for name, change in changes.items():
+        header[name] |= change
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(place))
+
+
+def repository(folder: Path, of: Model, shards_: int = 3, config: Mapping[str, object] = CONFIG) -> dict[str, Tensor]:
+    """config.json, index and shards."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = named(of)
+    names = [f"model-{number + 1:05}-of-{shards_:05}.safetensors" for number in range(shards_)]
+    where = {name: names[index % shards_] for index, name in enumerate(tensors)}
+    for shard in names:
+        write(folder / shard, {name: tensor for name, tensor in tensors.items() if where[name] == shard})
+    (folder / checkpoint.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    return tensors
+
+
+def test_a_plan_from_headers_is_the_plan_from_config_json(tmp_path: Path) -> None:
+    of = model()
+    tensors = repository(tmp_path / "m", of)
+    found = models.from_file(tmp_path / "m", repo="a/b", revision="0" * 40)
+    assert found.stored
+    vllm = engines.engine("vllm")
+    for split in (Split(tp=1), Split(tp=2), Split(tp=2, expert_parallel=True)):
+        assert shards.shares(vllm, found, split, (2, 1)) == shards.shares(vllm, of, split, (2, 1))
+    (whole,) = shards.shares(vllm, found, Split(tp=1), (3,))[0]
+    padding = (1024 - 1000) * 256 * 2 * 2
+    assert whole.weights == sum(tensor.size for tensor in tensors.values()) + padding
+
+
+def test_what_only_the_files_say_is_counted(tmp_path: Path) -> None:
+    """A part for images, which every rank is taken to hold; layers that predict several tokens are not loaded."""
+    of = model()
+    tensors = repository(tmp_path / "m", of, 1)
+    more = {
+        "vision_tower.blocks.0.weight": Tensor(name="v", shape=(100, 10)),
+        "model.layers.3.eh_proj.weight": Tensor(name="e", shape=(256, 512)),
+    }
+    (tmp_path / "m" / checkpoint.INDEX).unlink()
+    (tmp_path / "m" / "model-00001-of-00001.safetensors").unlink()
+    write(tmp_path / "m" / checkpoint.SINGLE, {**tensors, **more})
+    found = models.from_file(tmp_path / "m", repo="a/b", revision="0" * 40)
+    vllm = engines.engine("vllm")
+    without, seen = (shards.shares(vllm, each, Split(tp=2), (2, 1)) for each in (of, found))
+    assert [share.weights - 2000 for stage in seen for share in stage] == [
+        share.weights for stage in without for share in stage
+    ]
+
+
+def test_scales_of_another_type_are_held_as_the_engine_holds_them(tmp_path: Path) -> None:
+    of = model()
+    folder = tmp_path / "m"
+    repository(folder, of)
+    for path in folder.glob("*.safetensors"):
+        tensors = {
+            name: Tensor(name=name, shape=shape, dtype="BF16" if name.endswith("weight_scale_inv") else dtype)
+            for name, dtype, shape in checkpoint.header(path)
+        }
+        write(path, tensors)
+    found = models.from_file(folder, repo="a/b", revision="0" * 40)
+    vllm = engines.engine("vllm")
+    assert shards.shares(vllm, found, Split(tp=2), (3,)) == shards.shares(vllm, of, Split(tp=2), (3,))
+
+
+def test_an_index_without_its_files_is_checked_by_name(tmp_path: Path) -> None:
+    folder = tmp_path / "m"
+    repository(folder, model())
+    for path in folder.glob("*.safetensors"):
+        path.unlink()
+    assert models.from_file(folder, repo="a/b", revision="0" * 40) == model().model_copy(update={"source": str(folder)})
+    index = json.loads((folder / checkpoint.INDEX).read_text())
+    del index["weight_map"]["model.layers.1.mlp.experts.0.up_proj.weight"]
+    (folder / checkpoint.INDEX).write_text(json.dumps(index))
+    models.from_file(folder, repo="a/b", revision="0" * 40)  # seven of eight are there: the files will say it
+    index["weight_map"] = {name: shard for name, shard in index["weight_map"].items() if ".mlp.gate." not in name}
+    (folder / checkpoint.INDEX).write_text(json.dumps(index))
+    with pytest.raises(ConfigError, match=r"the index names no mlp.gate.weight in layer 1, which config.json implies"):
+        models.from_file(folder, repo="a/b", revision="0" * 40)
+
+
+def lie(folder: Path, name: str, **change: object) -> None:
+    """The header of the file that has a tensor says something else of it."""
+    for path in folder.glob("*.safetensors"):
+        tensors = {each: Tensor(name=each, shape=shape, dtype=dtype) for each, dtype, shape in checkpoint.header(path)}
+        if name in tensors:
+            write(path, tensors, **{name: change})
+
+
+GATE = "model.layers.1.mlp.gate.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"data_offsets": [0, 10**12]}, f"{GATE} is said to lie at 0 to 1000000000000, which does not fit its shape"),
+        ({"data_offsets": [10**12, 10**12 + 4096]}, "which does not fit its shape"),
+        ({"data_offsets": [-4096, 0]}, "which does not fit its shape"),
+        ({"shape": [8, 255]}, "which does not fit its shape"),
+        ({"shape": [8, -256]}, "the impossible shape"),
+        ({"dtype": "Q4"}, "the unknown type Q4"),
+        ({"shape": "8"}, "the impossible shape"),
+        ({"data_offsets": 7}, "its header is not that of a safetensors file"),
+    ],
+)
+def test_a_header_that_lies(tmp_path: Path, change: dict[str, object], words: str) -> None:
+    repository(tmp_path / "m", model())
+    lie(tmp_path / "m", GATE, **change)
+    with pytest.raises(ConfigError, match=words) as caught:
+        models.from_file(tmp_path / "m", repo="a/b", revision="0" * 40)
+    assert caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "shorter than its header says"),
+        (b"\xff" * 64, "shorter than its header says"),
+        (struct.pack("<Q", 4) + b"[1]\n", "its header is not that of a safetensors file"),
+        (struct.pack("<Q", 2) + b"{}" + b"more", "its tensors end at byte 10, and it has 14"),
+    ],
+)
+def test_a_file_that_is_none(tmp_path: Path, content: bytes, words: str) -> None:
+    repository(tmp_path / "m", model())
+    (tmp_path / "m" / "model-00002-of-00003.safetensors").write_bytes(content)
+    with pytest.raises(ConfigError, match=words):
+        models.from_file(tmp_path / "m", repo="a/b", revision="0" * 40)
+
+
+def test_an_index_that_names_files_that_are_missing(tmp_path: Path) -> None:
+    folder = tmp_path / "m"
+    repository(folder, model())
+    (folder / "model-00002-of-00003.safetensors").unlink()
+    prepared(tmp_path)
+    told(tmp_path, 3, "1 of 3 files are missing, model-00002-of-00003.safetensors", *plan_of(folder))
+    index = json.loads((folder / checkpoint.INDEX).read_text())
+    index["weight_map"] |= {GATE: "../../etc/passwd"}
+    (folder / checkpoint.INDEX).write_text(json.dumps(index))
+    told(tmp_path, 3, "outside of the folder", *plan_of(folder))
+    for text in ("[]", '{"weight_map": 7}', "no"):
+        (folder / checkpoint.INDEX).write_text(text)
+        told(tmp_path, 3, "is not an index of safetensors files", *plan_of(folder))
+
+
+def plan_of(folder: Path) -> tuple[str, ...]:
+    return ("plan", "--nodes", "1", "--engine", "vllm", "--model", str(folder))
+
+
+def test_files_of_another_model(tmp_path: Path) -> None:
+    repository(tmp_path / "m", model(moe_intermediate_size=128))
+    with pytest.raises(
+        ConfigError, match=r"layer 1 has 8 x mlp.experts.\*.gate_proj.weight \[256, 256\], and the files have 8 x \[128, 256\]"
+    ):
+        models.from_file(tmp_path / "m", repo="a/b", revision="0" * 40)
+    repository(tmp_path / "n", model(num_hidden_layers=2))
+    with pytest.raises(ConfigError, match=r"the files have 2 layers, and config\.json says 3"):
+        models.from_file(tmp_path / "n", repo="a/b", revision="0" * 40)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_experts_per_tok": None}, "config.json has wrong numbers: per_token"),
+        ({"num_experts_per_tok": 9}, "a token passes 9 experts, and there are 8"),
+        ({"num_key_value_heads": 3}, "8 attention heads do not divide by 3 KV heads"),
+        ({"hidden_size": -4}, "config.json has wrong numbers: hidden"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, and models have 1 to 1000"),
+        ({"hidden_size": 10**12}, "config.json has wrong numbers: hidden"),
+        ({"vocab_size": "many"}, "config.json has wrong numbers: vocab"),
+        ({"num_attention_heads": 0, "head_dim": None}, "config.json has wrong numbers"),
+        ({"decoder_sparse_step": 0}, "config.json has wrong numbers"),
+        ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [0, 128]}}, "config.json has wrong numbers"),
+        ({"quantization_config": {"quant_method": "fp8", "weight_block_size": 128}}, "config.json has wrong numbers"),
+    ],
+)
+def test_numbers_that_cannot_be(changes: dict[str, object], words: str) -> None:
+    with pytest.raises(ConfigError, match=words) as caught:
+        model(**changes)
+    assert caught.value.remedy
+
+
+def test_a_missing_number_is_named() -> None:
+    for name in ("num_experts", "moe_intermediate_size", "hidden_size", "vocab_size"):
+        with pytest.raises(ConfigError, match=f"config.json has no {name}"):
+            models.from_config(
+                {key: value for key, value in CONFIG.items() if key != name}, repo="a/b", revision="m", source="t"
+            )
+
+
+def test_this_file_writes_what_the_format_says(tmp_path: Path) -> None:
+    """Against the header that is read: names, types, shapes, and nothing between them."""
+    tensors = {"a": Tensor(name="a", shape=(3, 5)), "b": Tensor(name="b", shape=(), dtype="F32")}
+    write(tmp_path / "x.safetensors", tensors)
+    assert list(checkpoint.header(tmp_path / "x.safetensors")) == [("a", "BF16", (3, 5)), ("b", "F32", ())]
+    assert (tmp_path / "x.safetensors").stat().st_size % 1 == 0
+    assert sum(math.prod(tensor.shape) for tensor in tensors.values()) == 16
