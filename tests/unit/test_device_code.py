@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from builder.data.toolchain import schedule
 from builder.planning import device_code, recipe, stack
 from builder.planning.plan import Plan
 from builder.planning.stack import Arch
@@ -21,6 +22,7 @@ def plan(
 ) -> Plan:
     """The plan of a committed recipe against a committed stack, with other values under [wheel]."""
     loaded = recipe.load(REPOSITORY / "recipes", name)
+    wheel = {"sm_supported": ()} | wheel
     data = loaded.data.model_copy(update={"wheel": loaded.data.wheel.model_copy(update=wheel)})
     cell = replace(
         stack.load(REPOSITORY / "stacks", on), asked_sm=device_code.parse(sm) if sm is not None else None, asked_ptx=ptx
@@ -118,8 +120,24 @@ def test_a_recipe_without_device_code_asks_nothing_of_the_architectures() -> Non
 
 def test_the_choice_of_a_command_line_reaches_the_plan() -> None:
     loaded, base = recipe.load(REPOSITORY / "recipes", "causal_conv1d"), stack.load(REPOSITORY / "stacks", "cu130")
-    made = ToolchainChoice(sm=("90a",), ptx="90").plan(loaded, base, Arch.AARCH64)
-    assert (made.stack.sm, made.ptx) == (("90a",), "90")
+    made = ToolchainChoice(sm=("90", "100"), ptx="90").plan(loaded, base, Arch.AARCH64)
+    assert (made.stack.sm, made.ptx) == (("90", "100"), "90")
+
+
+@pytest.mark.parametrize(
+    ("source", "hopper", "memory"),
+    [
+        ("build/temp/kernels/quantization/machete/generated/machete_mm_impl_part3.cu", True, "9GiB"),
+        ("build/temp/kernels/quantization/machete/generated/machete_prepack_part1.cu", True, None),
+        ("kernels/quantization/machete/machete_pytorch.cu", False, None),
+        ("kernels/quantization/cutlass_w8a8/scaled_mm_c3x.cu", True, "8GiB"),
+        ("kernels/attention/attention_kernels.cu", False, None),
+    ],
+)
+def test_the_engines_tables_name_what_upstream_compiles_for_90a(source: str, hopper: bool, memory: str | None) -> None:
+    data = recipe.load(REPOSITORY / "recipes", "aphrodite").data
+    assert any(schedule.named(source, glob) for glob in data.wheel.sm_extra) is hopper
+    assert [size for glob, size in data.build.unit_memory.items() if schedule.named(source, glob)] == [memory] * bool(memory)
 
 
 @pytest.mark.parametrize(
