@@ -21,12 +21,25 @@ from pathlib import Path
 from unittest import mock
 
 import httpx
+from platformdirs import user_cache_path
 
 from index.cli import main
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 JSON = "application/vnd.pypi.simple.v1+json"
 TAGS = "cp311-cp311-manylinux_2_34_aarch64"
+UV = [sys.executable, "-m", "uv"]
+
+
+def tool(*packages: str, python: str = sys.executable) -> Path:
+    """The bin folder of an environment with these packages, made once and kept in the cache."""
+    name = hashlib.sha256(" ".join((*packages, python)).encode()).hexdigest()[:16]
+    folder = user_cache_path("gracefarm") / "test-tools" / name
+    if not (folder / "ready").exists():
+        subprocess.run([*UV, "venv", "--quiet", "--allow-existing", "--python", python, str(folder)], check=True)
+        subprocess.run([*UV, "pip", "install", "--quiet", "--python", str(folder / "bin" / "python"), *packages], check=True)
+        (folder / "ready").touch()
+    return folder / "bin"
 
 
 def metadata(name: str, version: str, *, requires: tuple[str, ...] = (), requires_python: str | None = ">=3.8") -> bytes:

@@ -12,22 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from index_kit import JSON, LogLine, Server, run_index, sdist, serving, wheel
-from platformdirs import user_cache_path
+from index_kit import JSON, UV, LogLine, Server, run_index, sdist, serving, tool, wheel
 from pypi_simple import ACCEPT_HTML_ONLY, ACCEPT_JSON_ONLY, PyPISimple
-
-UV = [sys.executable, "-m", "uv"]
-
-
-def tool(*packages: str, python: str = sys.executable) -> Path:
-    """The bin folder of an environment with these packages, made once and kept in the cache."""
-    name = hashlib.sha256(" ".join((*packages, python)).encode()).hexdigest()[:16]
-    folder = user_cache_path("gracefarm") / "test-tools" / name
-    if not (folder / "ready").exists():
-        subprocess.run([*UV, "venv", "--quiet", "--allow-existing", "--python", python, str(folder)], check=True)
-        subprocess.run([*UV, "pip", "install", "--quiet", "--python", str(folder / "bin" / "python"), *packages], check=True)
-        (folder / "ready").touch()
-    return folder / "bin"
 
 
 def clean(**more: str) -> dict[str, str]:

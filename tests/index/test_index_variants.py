@@ -14,12 +14,13 @@ from pathlib import Path
 
 import httpx
 import pytest
-from index_kit import JSON, Server, run_index, serving, wheel
+from index_kit import JSON, Server, run_index, serving, tool, wheel
 
 from gracefarm import variants
 from index.names import parse_filename
 
-UV = [sys.executable, "-m", "uv"]
+UV = "uv==0.13.9"
+"The uv that reads variants.SCHEMA: preview features come and go with versions."
 SWITCH = ["--preview-features", "wheel-variants"]
 TAGS = "py3-none-any"
 NVIDIA = {
@@ -103,6 +104,11 @@ def machine(driver: str, sm: str) -> dict[str, str]:
     }
 
 
+def uv() -> Path:
+    """The uv that knows variants, of an environment of its own."""
+    return tool(UV) / "uv"
+
+
 def run(arguments: list[object], env: dict[str, str], cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [str(item) for item in arguments], env=env, cwd=cwd, capture_output=True, text=True, check=False, timeout=300
@@ -131,7 +137,7 @@ def test_uv_takes_the_wheel_of_the_machine(filled: Server, tmp_path: Path, drive
     """One address and no view: four machines, four wheels."""
     venv.create(tmp_path / "v")
     process = run(
-        [*UV, *SWITCH, "pip", "install", "--python", tmp_path / "v/bin/python", "--no-cache",
+        [uv(), *SWITCH, "pip", "install", "--python", tmp_path / "v/bin/python", "--no-cache",
          "--default-index", filled.url + "/simple/", "choice-pkg"],
         machine(driver, sm),
     )  # fmt: skip
@@ -139,11 +145,12 @@ def test_uv_takes_the_wheel_of_the_machine(filled: Server, tmp_path: Path, drive
     assert installed(tmp_path / "v", "choice_pkg") == wanted
 
 
-@pytest.mark.parametrize("client", ["pip", "uv"])
+@pytest.mark.parametrize("client", ["pip", "pip==23.0", "uv"])
 def test_a_client_that_knows_no_variants_takes_the_plain_wheel(filled: Server, tmp_path: Path, client: str) -> None:
     target = ["--target", tmp_path / "here", "--index-url", filled.url + "/simple/", "choice-pkg"]
-    start = {"pip": [sys.executable, "-m", "pip", "--isolated", "install", "--no-cache-dir"]}
-    command = start.get(client, [*UV, "pip", "install", "--no-cache", "--python", sys.executable])
+    command: list[object] = [uv(), "pip", "install", "--no-cache", "--python", sys.executable]
+    if client != "uv":
+        command = [tool(client) / "python", "-m", "pip", "--isolated", "install", "--no-cache-dir"]
     process = run([*command, *target], machine("13.0", "9.0"))
     assert process.returncode == 0, process.stderr
     assert installed(tmp_path / "here", "choice_pkg") == "plain"
@@ -161,14 +168,14 @@ def test_uv_lock_and_sync_take_the_plain_wheel(filled: Server, tmp_path: Path) -
     """uv 0.13 locks no variants; a release needs its plain wheel for that."""
     options = project_of(filled, tmp_path / "p", "choice-pkg")
     for command in ("lock", "sync"):
-        process = run([*UV, *SWITCH, command, *options], machine("13.0", "9.0"), tmp_path / "p")
+        process = run([uv(), *SWITCH, command, *options], machine("13.0", "9.0"), tmp_path / "p")
         assert process.returncode == 0, process.stderr
     assert f"choice_pkg-1.0-{TAGS}.whl" in (tmp_path / "p" / "uv.lock").read_text()
     assert installed(tmp_path / "p" / ".venv", "choice_pkg") == "plain"
 
     assert filled.upload(*variant_wheel("alone_pkg", "cu130_sm90")).status_code == 200
     process = run(
-        [*UV, *SWITCH, "lock", *project_of(filled, tmp_path / "q", "alone-pkg")], machine("13.0", "9.0"), tmp_path / "q"
+        [uv(), *SWITCH, "lock", *project_of(filled, tmp_path / "q", "alone-pkg")], machine("13.0", "9.0"), tmp_path / "q"
     )
     assert process.returncode != 0, "when uv locks variants, say so in docs/index-variants.md"
     assert "only unsupported wheel variants" in process.stderr
@@ -178,7 +185,7 @@ def test_uv_that_asks_for_dates_finds_variants(farm: Server, tmp_path: Path) -> 
     venv.create(tmp_path / "v")
     for item in (plain_wheel("dated_pkg"), variant_wheel("dated_pkg", "cu130_sm90")):
         assert farm.upload(*item).status_code == 200
-    command = [*UV, *SWITCH, "pip", "install", "--python", tmp_path / "v/bin/python", "--no-cache", "--exclude-newer"]
+    command = [uv(), *SWITCH, "pip", "install", "--python", tmp_path / "v/bin/python", "--no-cache", "--exclude-newer"]
     rest = ["--default-index", farm.url + "/simple/", "dated-pkg"]
     between = datetime.now(UTC) + timedelta(milliseconds=5)  # uv compares milliseconds
     time.sleep(0.05)
