@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, PositiveInt
 
 from deploy.nodes.deployment import Deployment
 from deploy.nodes.facts import Facts, NodeFacts
-from deploy.planning import choosing, commands, engines, hardware, layouts, network
+from deploy.planning import choosing, commands, engines, hardware, layouts, links
 from deploy.planning.engines import Engine
 from deploy.planning.layouts import (
     BATCHED,
@@ -199,10 +199,10 @@ def _question(deployment: Deployment, facts: Facts, model: Model) -> tuple[Quest
         machines=machines,
         forced=data.layout,
         price=data.options.price_per_node_hour,
-        link=network.link(serving),
+        link=links.link(serving),
         cache_bytes=1 if cache.startswith("fp8") else BYTES,
     )
-    return question, [*notes, *network.notes(serving)]
+    return question, [*notes, *links.notes(serving)]
 
 
 def trusted(deployment: Deployment, facts: Facts, repo: str, revision: str) -> ServePlan:

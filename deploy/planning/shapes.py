@@ -13,7 +13,7 @@ BYTES = 2
 "Per weight that is not quantised and per element of the KV cache: bfloat16 or float16; engines turn float32 into float16."
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
-Size = Annotated[int, Field(gt=0, le=1 << 31)]
+Dimension = Annotated[int, Field(gt=0, le=1 << 31)]
 "A dimension: what is larger is no model's."
 QuantMethod = Literal["fp8", "fbgemm_fp8", "int", "awq", "gptq", "mxfp4", "nvfp4"]
 "What the bytes of a quantised weight look like; deploy/planning/quantization.py has each."
@@ -28,9 +28,9 @@ class ModelPart(BaseModel):
 class Experts(ModelPart):
     """Mixture of experts."""
 
-    count: Size
-    per_token: Size
-    columns: Size
+    count: Dimension
+    per_token: Dimension
+    columns: Dimension
     "MLP columns of each expert."
     shared_columns: NonNegativeInt = 0
     "MLP columns of the experts that every token passes; 0: there are none."
@@ -94,15 +94,15 @@ class Model(ModelPart):
     revision: str
     "A commit; a branch or tag where nobody could be asked for its commit."
     architecture: str = "LlamaForCausalLM"
-    layers: Size
-    hidden: Size
-    heads: Size
-    kv_heads: Size
-    head_dim: Size
-    mlp: Size
+    layers: Dimension
+    hidden: Dimension
+    heads: Dimension
+    kv_heads: Dimension
+    head_dim: Dimension
+    mlp: Dimension
     "MLP columns of layers without experts."
-    vocab: Size
-    max_len: Size
+    vocab: Dimension
+    max_len: Dimension
     tied: bool = False
     "The output layer is the embedding."
     attention_bias: bool = False

@@ -12,10 +12,10 @@ from deploy.fleet import probe
 from deploy.nodes.config import Config
 from deploy.nodes.deployment import Deployment
 from deploy.nodes.facts import Facts, Nic, NodeFacts, Rdma
-from deploy.planning import accuracy, hardware, models, network, plans, speed, suppose
+from deploy.planning import accuracy, hardware, links, models, plans, speed, suppose
 from deploy.planning.accuracy import MeasuredRun
 from deploy.planning.plans import ServePlan
-from deploy.remote import network as node_network
+from deploy.remote import network
 from gracefarm.errors import ConfigError, LayoutError, UsageError
 from tests.deploy.test_bad_input import TOML, prepared, told
 from tests.deploy.test_init import deploy
@@ -331,16 +331,16 @@ BARE = Nic(name="ens6", mbit_s=100000)
 
 
 def test_the_slowest_link_counts_and_a_faster_one_that_idles_is_named() -> None:
-    assert network.link([node("k0", SLOW), node("k1", SLOW)]).gb_s == pytest.approx(0.1125)
+    assert links.link([node("k0", SLOW), node("k1", SLOW)]).gb_s == pytest.approx(0.1125)
     ten = Nic(name="eth0", mbit_s=10000, addresses=("10.0.0.1",))
-    assert network.link([node("k0", SLOW), node("k1", ten)]).gb_s == pytest.approx(0.1125)
-    assert network.link([node("k0"), node("k1", ten)]) == speed.Link()  # one does not say its speed
+    assert links.link([node("k0", SLOW), node("k1", ten)]).gb_s == pytest.approx(0.1125)
+    assert links.link([node("k0"), node("k1", ten)]) == speed.Link()  # one does not say its speed
     port = Rdma(device="mlx5_0", gbit_s=400, link="InfiniBand")
-    assert network.link([node("k0", SLOW, rdma=(port,)), node("k1", SLOW, rdma=(port,))]).text == "RDMA at 400 Gb/s"
-    assert network.link([node("k0", SLOW, rdma=(port,)), node("k1", SLOW)]).gb_s == pytest.approx(0.1125)
-    told_ = network.notes([node("k0", SLOW, FAST, BARE), node("k1", SLOW, FAST)])
+    assert links.link([node("k0", SLOW, rdma=(port,)), node("k1", SLOW, rdma=(port,))]).text == "RDMA at 400 Gb/s"
+    assert links.link([node("k0", SLOW, rdma=(port,)), node("k1", SLOW)]).gb_s == pytest.approx(0.1125)
+    told_ = links.notes([node("k0", SLOW, FAST, BARE), node("k1", SLOW, FAST)])
     assert told_ == ["k0, k1: ens5 has 100 Gb/s, and eth0 with 1 Gb/s is used: set nic = 'ens5' in [nodes]"]
-    assert network.notes([node("k0", SLOW, BARE), node("k1", FAST)]) == []
+    assert links.notes([node("k0", SLOW, BARE), node("k1", FAST)]) == []
 
 
 def test_a_faster_network_is_predicted_to_be_faster() -> None:
@@ -363,19 +363,19 @@ def test_a_node_says_the_speed_of_its_interfaces(tmp_path: Path) -> None:
     for name, text in (("eth0", "100000\n"), ("veth0", "-1\n"), ("odd", "fast\n")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "speed").write_text(text)
-    assert [node_network.speed(name, tmp_path) for name in ("eth0", "veth0", "odd", "none")] == [100000, None, None, None]
+    assert [network.speed(name, tmp_path) for name in ("eth0", "veth0", "odd", "none")] == [100000, None, None, None]
     for device, state in (("mlx5_0", "4: ACTIVE\n"), ("mlx5_1", "1: DOWN\n")):
         port = tmp_path / "ib" / device / "ports" / "1"
         port.mkdir(parents=True)
         for name, text in (("state", state), ("rate", "400 Gb/sec (4X NDR)\n"), ("link_layer", "InfiniBand\n")):
             (port / name).write_text(text)
-    assert node_network.rdma(tmp_path / "ib") == [{"device": "mlx5_0", "gbit_s": 400.0, "link": "InfiniBand"}]
-    assert node_network.rdma(tmp_path / "none") == []
+    assert network.rdma(tmp_path / "ib") == [{"device": "mlx5_0", "gbit_s": 400.0, "link": "InfiniBand"}]
+    assert network.rdma(tmp_path / "none") == []
 
 
 def test_the_facts_have_them() -> None:
     """The interfaces of this very machine, as the worker says them."""
-    found = node_network.interfaces()
+    found = network.interfaces()
     assert all({"name", "mbit_s", "mtu", "addresses"} <= set(interface) for interface in found)
     answer = {
         "interfaces": [{"name": "eth0", "mbit_s": 10, "mtu": 9000, "addresses": [{"address": "10.0.0.1", "prefix": 24}]}]
