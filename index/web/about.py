@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from urllib.parse import urlsplit
@@ -68,7 +68,7 @@ def read(store: Store, metadata_sha256: str | None) -> About:
 def about(raw: bytes) -> About:
     """What this METADATA says. What cannot be read is left out."""
     fields, unparsed = parse_email(raw)
-    description = fields.get("description") or "".join(unparsed.get("description", [])[:1])
+    description = fields.get("description") or _text(unparsed.get("description", []))
     return About(
         summary=" ".join((fields.get("summary") or "").split()),
         description=render(description, fields.get("description_content_type") or ""),
@@ -78,6 +78,11 @@ def about(raw: bytes) -> About:
         dependencies=_dependencies(fields.get("requires_dist", [])),
         links=tuple(_links(fields)),
     )
+
+
+def _text(values: Sequence[str | bytes]) -> str:
+    """A field that is not what it should be, such as a description in latin-1."""
+    return "\n".join(value.decode("utf-8", "replace") if isinstance(value, bytes) else value for value in values)
 
 
 def _license(fields: RawMetadata) -> str:

@@ -29,9 +29,7 @@ def choose(site: Site, request: Request) -> Response:
         raise NotFoundError(f"the project {name} is quarantined", remedy="see its page")
     choices = choices_of(site.catalogue, name)
     base = site.base(request)
-    offered = [
-        choice for choice in choices if choice.file.kind == "bdist_wheel" and choice.file.yanked is None and not choice.variant
-    ]
+    offered = [choice for choice in choices if choice.recommended]
     ranks = _ranks({choice.file.version for choice in offered})
     document = {"name": name, "wheels": [_wheel(choice, base, ranks[choice.file.version]) for choice in offered]}
     program = resources.files("index.web").joinpath("data", FILENAME).read_text()

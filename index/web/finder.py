@@ -39,6 +39,11 @@ class WheelChoice:
     variant: str = ""
     "The label of a variant wheel."
 
+    @property
+    def recommended(self) -> bool:
+        """A wheel that every installer takes as it is: not yanked, no variant, nothing wrong with it."""
+        return self.file.kind == "bdist_wheel" and self.file.yanked is None and not self.variant and not self.file.defects
+
     def value(self, key: str) -> tuple[str, ...]:
         """What this wheel is, under one of FINDER's names."""
         facts = self.file.facts

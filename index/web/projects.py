@@ -170,10 +170,8 @@ def _newest_first(choice: WheelChoice) -> tuple[object, ...]:
 
 
 def best_of(choices: Sequence[WheelChoice]) -> WheelChoice | None:
-    """The newest wheel that every installer may take; a pre-release only where there is nothing else, as installers do."""
-    wheels = [
-        choice for choice in choices if choice.file.yanked is None and choice.file.kind == "bdist_wheel" and not choice.variant
-    ]
+    """The newest recommended wheel; a pre-release only where there is nothing else, as installers do."""
+    wheels = [choice for choice in choices if choice.recommended]
     final = (choice for choice in wheels if not Version(choice.file.version).is_prerelease)
     return next(final, wheels[0] if wheels else None)
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import warnings
 from collections.abc import Iterator
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
+from browser_kit import check_page, chromium
 from index_kit import Server, run_index, wheel
-from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Browser
 
 pytestmark = pytest.mark.skipif(
     shutil.which("chromium") is None, reason="chromium is not installed: see system-packages-test.txt"
@@ -87,12 +87,8 @@ def site(shared: Server) -> Server:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # playwright's own loop, at its end
-        with sync_playwright() as play:
-            browser = play.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-            yield browser
-            browser.close()
+    with chromium() as running:
+        yield running
 
 
 PAGES = {
@@ -112,17 +108,7 @@ PAGES = {
 @pytest.mark.parametrize("width", [1200, 390])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_axe_finds_nothing_and_nothing_sticks_out(site: Server, browser: Browser, path: str, scheme: str, width: int) -> None:
-    context = browser.new_context(color_scheme=scheme, viewport={"width": width, "height": 900}, bypass_csp=True)
-    page = context.new_page()
-    errors: list[str] = []
-    page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
-    page.on("requestfailed", lambda request: errors.append(request.url))
-    assert page.goto(site.url + path).status == 200
-    results = Axe().run(page)
-    assert results.violations_count == 0, results.generate_report()
-    assert page.evaluate("document.documentElement.scrollWidth") <= width, "the page scrolls sideways"
-    assert [text for text in errors if "favicon" not in text] == []
-    context.close()
+    check_page(browser, site.url + path, scheme=scheme, width=width)
 
 
 def test_the_finder_works_without_javascript_and_by_keyboard(site: Server, browser: Browser) -> None:

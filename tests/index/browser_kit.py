@@ -1,0 +1,49 @@
+"""What the tests of pages share: a real Chromium, and what is asked of every page."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Browser, sync_playwright
+
+SECOND_HOST = "wheels.example"
+"Leads to this machine in `chromium`: plain http from elsewhere, as a colleague's browser has it."
+
+
+@contextmanager
+def chromium() -> Iterator[Browser]:
+    """Chromium, which needs nothing else of the machine."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # playwright's own loop, at its end
+        with sync_playwright() as play:
+            arguments = ["--no-sandbox", f"--host-resolver-rules=MAP {SECOND_HOST} 127.0.0.1"]
+            browser = play.chromium.launch(executable_path=shutil.which("chromium"), args=arguments)
+            yield browser
+            browser.close()
+
+
+def check_page(browser: Browser, address: str, *, scheme: str = "light", width: int = 1200, axe: bool = True) -> None:
+    """Nothing sticks out at the side, nothing fails to load, the console is silent, and axe finds nothing.
+
+    Raises:
+        AssertionError: one of these.
+    """
+    context = browser.new_context(color_scheme=scheme, viewport={"width": width, "height": 900}, bypass_csp=axe)  # type: ignore[arg-type]
+    page = context.new_page()
+    errors: list[str] = []
+    page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+    page.on("requestfailed", lambda request: errors.append(request.url))
+    answer = page.goto(address)
+    assert answer is not None
+    assert answer.status == 200
+    if axe:
+        results = Axe().run(page)
+        assert results.violations_count == 0, results.generate_report()
+    page.evaluate("for (const folded of document.querySelectorAll('details')) folded.open = true")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width, f"{address} scrolls sideways at {width}"
+    assert [text for text in errors if "favicon" not in text] == []
+    context.close()
