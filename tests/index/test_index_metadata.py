@@ -192,3 +192,74 @@ def test_what_an_import_takes_leaves_its_project_alive(tmp_path: Path) -> None:
             process = resolve(tool, server.url + "/simple/", tmp_path / "t", *projects)
             assert process.returncode == 0, process.stderr
             assert "Traceback" not in process.stderr
+
+
+# --- what stands beside METADATA --------------------------------------------------------------------------------------------
+
+ENTRY_POINTS = {
+    "no-object": b"[console_scripts]\nrun = pkg.main\n",
+    "no-group": b"run = pkg:main\n",
+    "no-equals": b"[console_scripts]\nrun pkg:main\n",
+    "way-out": b"[console_scripts]\n../../run = pkg:main\n",
+    "folder": b"[gui_scripts]\nbin/run = pkg:main\n",
+    "spaces": b"[console_scripts]\nrun = pkg main\n",
+    "twice": b"[console_scripts]\nrun = pkg:main\nrun = pkg:other\n",
+    "latin-1": b"[console_scripts]\nr\xebn = pkg:main\n",
+    "unclosed": b"[console_scripts\nrun = pkg:main\n",
+}
+
+
+@pytest.mark.parametrize("key", ENTRY_POINTS)
+def test_entry_points_that_cannot_be_read_are_refused_or_marked(shared: Server, tmp_path: Path, key: str) -> None:
+    name = f"points_{key.replace('-', '_')}"
+    filename, content = wheel(name, files={f"{name}-1.0.dist-info/entry_points.txt": ENTRY_POINTS[key]})
+    answer = shared.upload(filename, content)
+    assert answer.status_code == 400
+    assert f"{filename}: entry_points.txt: " in answer.text
+    (tmp_path / filename).write_bytes(content)
+    assert run_json(shared.root, "import", str(tmp_path)) == {"created": 1, "same": 0, "refused": []}
+    [item] = shared.page(name.replace("_", "-")).json()["files"]
+    assert item["_defects"][0].startswith("entry_points.txt: ")
+
+
+def test_entry_points_of_every_good_kind_are_taken(shared: Server) -> None:
+    text = (
+        b"# a comment\n[console_scripts]\nrun = pkg.main:app.run\nrun-3.11 = pkg:main [extra]\n\n"
+        b"[pytest11]\nplug.in:one = pkg.plugin\nPlug = pkg.plugin\nplug = pkg.plugin\n"
+    )
+    name, content = wheel("points_good", files={"points_good-1.0.dist-info/entry_points.txt": text})
+    answer = shared.upload(name, content)
+    assert answer.status_code == 200, answer.text
+
+
+def test_licence_files_are_where_pep_639_puts_them(shared: Server) -> None:
+    head = b"Metadata-Version: 2.4\nName: %s\nVersion: 1.0\nLicense-Expression: MIT\n"
+    head += b"License-File: LICENSE\nLicense-File: sub/COPYING\n\n"
+    folder = "licence_pkg-1.0.dist-info"
+    right = {f"{folder}/licenses/LICENSE": b"MIT", f"{folder}/licenses/sub/COPYING": b"MIT"}
+    wrong = {f"{folder}/LICENSE": b"MIT", f"{folder}/licenses/sub/COPYING": b"MIT"}
+    meta = head % b"licence_pkg"
+    answer = shared.upload(*wheel("licence_pkg", meta=meta, files=wrong))
+    assert "license-file 'LICENSE' is not in the archive" in answer.text
+    assert shared.upload(*wheel("licence_pkg", meta=meta, files=right)).status_code == 200
+    extra = {"licence_src-1.0/LICENSE": b"MIT"}
+    meta = head % b"licence_src"
+    answer = shared.upload(*sdist("licence_src", meta=meta, extra=extra))
+    assert "license-file 'sub/COPYING' is not in the archive" in answer.text
+    extra["licence_src-1.0/sub/COPYING"] = b"MIT"
+    assert shared.upload(*sdist("licence_src", meta=meta, extra=extra)).status_code == 200
+    old = head.replace(b"2.4", b"2.1").replace(b"License-Expression: MIT\n", b"") % b"licence_old"
+    assert shared.upload(*wheel("licence_old", meta=old)).status_code == 200, "setuptools wrote it long before PEP 639"
+
+
+def test_all_that_is_wrong_is_in_the_first_line_and_uv_shows_it(shared: Server, tmp_path: Path) -> None:
+    meta = b"Metadata-Version: 2.1\nName: many_pkg\nVersion: 1.0\nProvides-Extra: b@d!\nColour: red\nHome-page: ftp://x\n\n"
+    filename, content = wheel("many_pkg", meta=meta)
+    (tmp_path / filename).write_bytes(content)
+    process = subprocess.run(
+        [sys.executable, "-m", "uv", "publish", "--publish-url", shared.url + "/legacy/", str(tmp_path / filename)],
+        env=clean(UV_PUBLISH_TOKEN=shared.token), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    said = " ".join(process.stderr.split())
+    for words in ("'b@d!' is invalid for 'provides-extra'", "colour is not a field", "'ftp://x' is not an http(s) address"):
+        assert words in said, process.stderr
