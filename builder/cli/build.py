@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import click
 
+from builder.cli.accept import accept_new
 from builder.cli.matrix import cells_of, plan_cell, reports_of, table_of
 from builder.cli.options import Aim, aimed, aimed_at_sandbox, json_option, plan_of, start
 from builder.planning import matrix, recipe, stack
@@ -31,6 +32,10 @@ from gracefarm.errors import ConfigError, GracefarmError, SeveralError, UsageErr
 )
 @click.option("--keep", is_flag=True, help="Keep the working folder of a success too.")
 @click.option("--no-compiler-cache", is_flag=True, help="Compile everything anew.")
+@click.option(
+    "--accept-new", "accepts", is_flag=True, help="Read digests that are not known at first use, and write them down."
+)
+@click.option("--yes", is_flag=True, help="With --accept-new: do not ask.")
 @json_option
 def build_command(
     names: tuple[str, ...],
@@ -41,6 +46,8 @@ def build_command(
     url: str | None,
     keep: bool,
     no_compiler_cache: bool,
+    accepts: bool,
+    yes: bool,
     as_json: bool,
 ) -> None:
     """Build wheels: fetch, compile in a sandbox, audit, smoke-test, record, publish.
@@ -52,16 +59,16 @@ def build_command(
     builder build causal_conv1d --toolchain host
     builder build causal_conv1d --toolchain host --environment /usr/bin/python3 --cuda /usr/local/cuda
     builder build flash_attn --toolchain container
+    builder build triton --accept-new
     builder build causal_conv1d --matrix 'python=3.11,3.13 target=aarch64,x86_64 sm=90+100'
     """
     settings, console = start(as_json=as_json)
     known = recipe.names(settings.project / "recipes")
     if selector is None and bool(names) == changed:
         raise UsageError("name the recipes to build, or say --changed", remedy=f"recipes: {', '.join(known)}")
-    if url:
-        from builder.proof import publish
-
-        publish.refuse_credentials(url)  # before anything prints it
+    _refuse_credentials(url)
+    if accepts:
+        accept_new(() if selector else names, aim, settings, console, yes=yes)
     asked: Sequence[str | Cell] = names or known
     if selector is not None:
         asked = _cells(names, selector, aim, settings)
@@ -83,6 +90,14 @@ def build_command(
             wheel = record.wheel_path(settings, built)
             console.result(built.model_dump(mode="json") | {"path": str(wheel)}, str(wheel))
     _conclude(asked, failures, settings, console)
+
+
+def _refuse_credentials(url: str | None) -> None:
+    """Before anything prints the URL."""
+    if url:
+        from builder.proof import publish
+
+        publish.refuse_credentials(url)
 
 
 def _conclude(asked: Sequence[str | Cell], failures: Sequence[GracefarmError], settings: Settings, console: Console) -> None:

@@ -7,7 +7,7 @@ import click
 from builder.cli.options import json_option, stack_of, start, toolchain_option
 from builder.ground import interpreters
 from builder.ground.interpreters.debian_suite import DebianInterpreter
-from builder.planning import recipe, stack
+from builder.planning import gaps, recipe, stack
 from builder.planning.recipe import ToolchainKind
 from builder.planning.settings import Settings
 from builder.toolchains import KINDS
@@ -46,7 +46,8 @@ def lock_command(name: str, stack_name: str | None, toolchain: ToolchainKind, as
         loaded = recipe.load(settings.project / "recipes", name)
         base = stack.load(settings.project / "stacks", stack_name or loaded.data.stack)
     with console.progress("lock") as tick:
-        filled = fill.fill(loaded, base, KINDS[toolchain].gaps(base), settings, tick)
+        missing = [*(gaps.of_recipe(loaded) if loaded else ()), *gaps.of_stack(base), *KINDS[toolchain].gaps(base)]
+        filled = fill.fill(missing, base, settings, tick)
     for kind in KINDS.values():
         for gap in kind.gaps(base) if kind.kind != toolchain else ():
             console.step("lock", f"left for --toolchain {kind.kind}: {gap.what}")

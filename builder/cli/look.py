@@ -59,11 +59,16 @@ def plan_command(name: str, aim: Aim, as_json: bool) -> None:
         "steps": STEPS,
         "command": command,
         "gaps": [{"what": gap.what, "url": gap.url, "reason": gap.reason} for gap in missing],
+        "evidence": [
+            {"what": known.what, "sha256": known.sha256, "confirmed": known.confirmed, "says": known.sentence}
+            for known in plan.evidence
+        ],
         "exists": existing is not None,
         "wheel": str(record.wheel_path(settings, existing)) if existing else None,
     }
     text = f"{plan.title}\nbuild id  {plan.build_id}\n\n{json.dumps(plan.inputs, indent=2)}\n\n"
     text += f"steps     {' > '.join(STEPS)}\ncommand   {' '.join(command)}\n"
+    text += "".join(f"digest    {known.what} {known.sha256[:16]}: {known.sentence}\n" for known in plan.evidence)
     text += "".join(f"no digest {gap.what}  {gap.url}: {gap.reason}\n" for gap in missing)
     console.result(value, text + (f"exists    {value['wheel']}" if existing else "exists    no; `builder build` makes it"))
 
@@ -105,6 +110,7 @@ def show_command(name: str, as_json: bool) -> None:
         cpu = f", {stage.cpu_s:.1f} CPU s" if stage.cpu_s is not None else ""
         lines.append(f"{stage.name:9} {stage.wall_s:.1f} s{cpu}{peak}")
     lines += [f"gate      {verdict.status:14} {verdict.gate}: {verdict.summary}" for verdict in last.verdicts]
+    lines += [f"digest    {known}" for known in last.unconfirmed]
     lines += [f"gpu       {smoke.sentence(last.gpu)}"] if last.gpu else []
     lines += [f"wheel     {wheel}"] if wheel else []
     lines += [f"record    {record.path(settings, last.build_id)}"]

@@ -1,22 +1,22 @@
-"""Fill in the digests that were not known where a recipe or stack was written: for `builder lock` alone, never for a build."""
+"""Fill in the digests that were not known where a recipe or stack was written: for a lock, or at first use."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date
 from typing import Any
 
 import tomlkit
 
 from builder.fetch import own_index, registry, unpinned
-from builder.planning import gaps
+from builder.fetch.urls import shown
 from builder.planning.gaps import Gap
-from builder.planning.recipe import LoadedRecipe
 from builder.planning.settings import Settings
 from builder.planning.stack import Arch, LoadedStack
 from builder.planning.tags import tags
 from gracefarm.console import Tick, no_tick
-from gracefarm.errors import GracefarmError
+from gracefarm.errors import DigestError, GracefarmError
 from gracefarm.files import atomic_write
 
 
@@ -31,27 +31,27 @@ class Filled:
 
 
 def fill(
-    recipe: LoadedRecipe | None, stack: LoadedStack, others: Sequence[Gap], settings: Settings, tick: Tick = no_tick
+    missing: Sequence[Gap], stack: LoadedStack, settings: Settings, tick: Tick = no_tick, accepted: date | None = None
 ) -> Filled:
     """Read each missing digest and write it into its file, comments and layout kept; one that cannot be had stops no other.
 
-    `others`: those of one toolchain, which are read last.
+    `accepted`: the day of a first use, which is written beside each digest. Then every file is read whole, and one whose index
+    says another digest is refused.
     """
     filled, failed = [], []
-    missing = [*(gaps.of_recipe(recipe) if recipe else ()), *gaps.of_stack(stack), *others]
     for number, gap in enumerate(missing):
         tick(number, len(missing), gap.url)
         try:
-            sha256 = _digest(gap, stack, settings)
+            sha256 = _digest(gap, stack, settings, whole=accepted is not None)
         except GracefarmError as error:
             failed.append(error)
             continue
-        write(gap, sha256)
+        write(gap, sha256, accepted)
         filled.append((gap, sha256))
     return Filled(digests=tuple(filled), failed=tuple(failed))
 
 
-def _digest(gap: Gap, stack: LoadedStack, settings: Settings) -> str:
+def _digest(gap: Gap, stack: LoadedStack, settings: Settings, *, whole: bool) -> str:
     if gap.table == ("files",):
         return unpinned.bring(gap.url, gap.what, settings)
     if gap.number is None:
@@ -59,11 +59,19 @@ def _digest(gap: Gap, stack: LoadedStack, settings: Settings) -> str:
     wheel = stack.data.environment.wheels[gap.number]
     fitting = tags(stack, wheel.arch)
     filename, url, sha256 = own_index.find_wheel(wheel.name, wheel.version, fitting, wheel.index, settings)
-    return sha256 or unpinned.bring(url, filename, settings)
+    if sha256 is not None and not whole:
+        return sha256
+    read = unpinned.bring(url, filename, settings)
+    if sha256 not in (None, read):
+        raise DigestError(
+            f"{filename}: the file at {shown(url)} has sha256 {read}, the index {shown(wheel.index)} says {sha256}",
+            remedy="nothing was written; find out which of the two is right before you pin one",
+        )
+    return read
 
 
-def write(gap: Gap, sha256: str) -> None:
-    """Put the digest where the gap was named."""
+def write(gap: Gap, sha256: str, accepted: date | None = None) -> None:
+    """Put the digest where the gap was named, and beside it the day on which it was accepted, if it was."""
     document = tomlkit.parse(gap.file.read_text())
     table: Any = document
     for name in gap.table:
@@ -74,4 +82,9 @@ def write(gap: Gap, sha256: str) -> None:
             item = tomlkit.string(sha256)
             item.trivia.comment_ws, item.trivia.comment = value.trivia.comment_ws, value.trivia.comment
             body[index] = (tomlkit.key("sha256"), item)
+            if accepted is not None:
+                first_use = tomlkit.inline_table()
+                first_use.update({"date": accepted, "url": gap.url})
+                body.insert(index + 1, (tomlkit.key("accepted"), first_use))
+            break
     atomic_write(gap.file, document.as_string())

@@ -87,6 +87,9 @@ class Attempt:
             asked_ptx=self.plan.stack.asked_ptx,
             inputs=self.plan.inputs,
             toolchain=self.plan.toolchain.kind,
+            unconfirmed=tuple(
+                f"{known.what} {known.sha256}: {known.sentence}" for known in self.plan.evidence if not known.confirmed
+            ),
             outcome="built" if wheel else "failed",
             failure=record.failure(error) if error else None,
             wheel=record.product(wheel) if wheel else None,

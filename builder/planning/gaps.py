@@ -1,10 +1,14 @@
-"""Digests that were not known where a recipe or stack was written: named there, refused by a build, filled in by a lock."""
+"""Digests that were not known where a recipe or stack was written, and what speaks for those that are known.
+
+A gap is named there, refused by a build, and filled in by a lock or at first use.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
+from builder.planning.digests import DigestFields, FirstUse, Witness
 from builder.planning.recipe import LoadedRecipe
 from builder.planning.stack import Arch, LoadedStack
 
@@ -22,6 +26,45 @@ class Gap:
     what: str
     url: str
     reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """What speaks for one known digest."""
+
+    what: str
+    sha256: str
+    first_use: FirstUse | None
+    "None: it was not read at first use."
+    witnesses: tuple[Witness, ...]
+
+    @property
+    def confirmed(self) -> bool:
+        """Somebody beside the place that the file comes from says the same."""
+        return bool(self.witnesses) or self.first_use is None
+
+    @property
+    def sentence(self) -> str:
+        """For people."""
+        if self.witnesses:
+            return f"confirmed by {', '.join(witness.source for witness in self.witnesses)}"
+        assert self.first_use is not None
+        return f"first use on {self.first_use.date} from {self.first_use.url}, not confirmed"
+
+
+def evidence(recipe: LoadedRecipe, stack: LoadedStack, target: Arch) -> list[Evidence]:
+    """Of the digests of a recipe and of what a stack has for a target, those about which something is written."""
+    data = stack.data
+    downloads: list[tuple[str, DigestFields]] = [
+        *((file.path, file) for file in recipe.data.files),
+        *((wheel.title, wheel) for wheel in data.environment.wheels if wheel.arch == target),
+        *((f"image {image.name}:{image.tag}", image) for arch, image in data.container.items() if arch == target),
+    ]
+    return [
+        Evidence(what=what, sha256=pinned.sha256, first_use=pinned.accepted, witnesses=pinned.witness)
+        for what, pinned in downloads
+        if pinned.sha256 and (pinned.accepted or pinned.witness)
+    ]
 
 
 def of_recipe(recipe: LoadedRecipe) -> list[Gap]:

@@ -22,7 +22,7 @@ from packaging.utils import canonicalize_name
 from builder.box.place import Place
 from builder.box.sandbox import TMP, Outcome
 from builder.planning import device_code, gaps, pins
-from builder.planning.gaps import Gap
+from builder.planning.gaps import Evidence, Gap
 from builder.planning.ground import Ground, TrialEnvironment
 from builder.planning.recipe import LoadedRecipe, ToolchainKind
 from builder.planning.settings import Settings
@@ -246,6 +246,17 @@ class Plan:
         # An environment of somebody's own is taken as it is: nothing of the stack's lock is fetched.
         locked = gaps.of_stack(self.stack) if self.toolchain.locked(self.stack) is not None else []
         return [*gaps.of_recipe(self.recipe), *locked, *self.toolchain.gaps(self.stack, self.target)]
+
+    @property
+    def evidence(self) -> list[Evidence]:
+        """What speaks for the digests that a build goes by, where something is written about them."""
+        # A stack's digest counts where the toolchain takes it: then it stands in the lock that is used, or among the inputs.
+        locked = self.toolchain.locked(self.stack)
+        taken = {wheel.sha256 for wheel in pins.wheels(locked, self.target)} if locked is not None else set()
+        taken |= {file.sha256 for file in self.recipe.data.files if file.sha256}
+        own = json.dumps(self.toolchain.inputs(self))
+        known = gaps.evidence(self.recipe, self.stack, self.target)
+        return [each for each in known if each.sha256 in taken or each.sha256 in own]
 
     def require_digests(self) -> None:
         """Refuse to build while a digest is missing.

@@ -75,6 +75,9 @@ class Record(Table):
     asked_ptx: str | None = Field(default=None, description="As --ptx named it; None: the recipe's or the stack's")
     inputs: dict[str, object] = Field(description="Deterministic; also in the wheel's .dist-info/gracefarm.json")
     toolchain: ToolchainKind = Field(default="sandbox", description="Where compilers and Python came from")
+    unconfirmed: tuple[str, ...] = Field(
+        default=(), description="Digests that were read at first use and that nobody else had confirmed, a sentence each"
+    )
     outcome: Literal["built", "failed"]
     failure: Failure | None = None
     wheel: BuiltFile | None = None

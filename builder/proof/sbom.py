@@ -75,10 +75,12 @@ def of(plan: Plan, epoch: int) -> str:
 
 def unconfirmed(plan: Plan) -> tuple[ReadAtFirstUse, ...]:
     """The digests of a plan's sources and environment that were read at first use and have no witness."""
-    own_wheels = plan.stack.data.environment.wheels if plan.toolchain.locked(plan.stack) is not None else ()
-    downloads = (*plan.recipe.data.files, *(wheel for wheel in own_wheels if wheel.arch == plan.target))
-    first_uses = {file.sha256: file.unconfirmed.date.isoformat() for file in downloads if file.sha256 and file.unconfirmed}
-    return tuple(ReadAtFirstUse(sha256=sha256, date=date) for sha256, date in sorted(first_uses.items()))
+    dates = {
+        known.sha256: known.first_use.date.isoformat()
+        for known in plan.evidence
+        if known.first_use is not None and not known.confirmed
+    }
+    return tuple(ReadAtFirstUse(sha256=sha256, date=date) for sha256, date in sorted(dates.items()))
 
 
 def _installed(plan: Plan) -> list[Material]:

@@ -505,8 +505,8 @@ def test_lock_reads_the_digest_of_an_image_from_its_registry_and_writes_it_into_
     own = f'name = "{name}"\ntag = "cuda12.4"\nsha256_unknown = "not reached" # compare\ncuda = "/usr/local/cuda-12.4"\n'
     place.write_text(f"{place.read_text()}\n[container.aarch64]\n{own}")
     loaded = stack.load(farm.settings.project / "stacks", "bare")
-    assert fill.fill(None, loaded, [], hub).digests == ()
-    ((gap, found),) = fill.fill(None, loaded, gaps.of_images(loaded), hub).digests
+    assert fill.fill([], loaded, hub).digests == ()
+    ((gap, found),) = fill.fill(gaps.of_images(loaded), loaded, hub).digests
     assert (gap.what, found) == (f"image {name}:cuda12.4", "ab" * 32)
     again = stack.load(farm.settings.project / "stacks", "bare")
     assert again.data.container[Arch.AARCH64].reference == f"{name}@sha256:{'ab' * 32}"

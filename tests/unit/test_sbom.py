@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from spdx_tools.spdx.parser.parse_anything import parse_file
 from spdx_tools.spdx.validation.document_validator import validate_full_spdx_document
 
 from builder.planning import recipe, stack
+from builder.planning.digests import FirstUse
 from builder.planning.plan import Plan
 from builder.planning.stack import Arch
 from builder.proof import materials, sbom
@@ -41,6 +43,39 @@ def test_every_recipes_sbom_is_valid_and_complete(name: str, tmp_path: Path) -> 
     build_id, besides = sbom.read(text)
     assert build_id == made.build_id
     assert sbom.render(inputs, besides) == text
+
+
+def test_each_part_of_the_source_has_its_licence_and_a_digest_of_a_first_use_says_so() -> None:
+    made = planned("triton")
+    date = "2026-11-29"
+    first_use = FirstUse.model_validate({"date": date, "url": "https://far.invalid/include.zip"})
+    files = [file.model_copy(update={"accepted": first_use}) if file.sha256 else file for file in made.recipe.data.files]
+    bare = [file.model_copy(update={"witness": ()}) for file in files]
+    for changed, unconfirmed in ((files, 4), (bare, 5)):
+        data = made.recipe.data.model_copy(update={"files": tuple(changed)})
+        again = replace(made, recipe=replace(made.recipe, data=data))
+        assert again.build_id == made.build_id, "how a digest is known changes no byte of the wheel's code"
+        text = sbom.of(again, EPOCH)
+        comments = [package.get("comment") for package in json.loads(text)["packages"]]
+        assert comments.count(f"digest read at first use on {date}, not confirmed") == unconfirmed, "json has a witness"
+        assert sbom.render(json.loads(json.dumps(again.inputs)), sbom.read(text)[1]) == text
+    packages = {package["name"]: package for package in json.loads(text)["packages"]}
+    assert packages["seed/.triton/llvm"]["licenseDeclared"] == "Apache-2.0 WITH LLVM-exception"
+    assert packages["seed/.triton/json"]["licenseDeclared"] == "MIT"
+    source = planned("flash_attn")
+    packages = {package["name"]: package for package in json.loads(sbom.of(source, EPOCH))["packages"]}
+    assert packages["csrc/cutlass"]["licenseDeclared"] == "BSD-3-Clause"
+
+
+def test_a_document_of_a_time_without_licences_is_made_again_as_it_was() -> None:
+    made = planned("flash_attn")
+    inputs = json.loads(json.dumps(made.inputs))
+    del inputs["recipe"]["licenses"]
+    del inputs["recipe"]["source"]["submodules"]["csrc/cutlass"]["license"]
+    text = sbom.render(inputs, sbom.read(sbom.of(made, EPOCH))[1])
+    sources = [package for package in json.loads(text)["packages"] if package["SPDXID"].startswith("SPDXRef-source-")]
+    assert {package["licenseDeclared"] for package in sources} == {"NOASSERTION"}
+    assert sbom.render(inputs, sbom.read(text)[1]) == text
 
 
 def test_the_time_of_the_document_is_the_sources() -> None:
