@@ -39,6 +39,12 @@ def create(
         expires=auth.duration(expires) if expires else None,
     )
     context.console.result({"name": name, "token": secret}, secret)
+    if not context.console.as_json:
+        context.console.event(
+            "hint",
+            "upload with `twine upload --verbose` (twine hides why a file is refused without it) or `uv publish --check-url`;\n"
+            "the index's own /legacy/ has both lines to copy; repeating an upload is harmless",
+        )
 
 
 @token.command("import")

@@ -40,6 +40,13 @@ def test_a_path_that_serve_cannot_use_is_said(tmp_path: Path, option: str) -> No
     assert str(tmp_path / "file") in process.stderr.replace("\n", "")
 
 
+def test_a_new_token_comes_alone_on_stdout_with_how_to_upload_beside_it(tmp_path: Path) -> None:
+    process = run_index(tmp_path / "root", "token", "create", "--name", "ci")
+    assert process.stdout.startswith("gf_")
+    assert len(process.stdout.split()) == 1, "TOKEN=$(index token create …) takes it"
+    assert "twine upload --verbose" in process.stderr
+
+
 def test_a_root_after_the_command_beats_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GRACEFARM_INDEX_ROOT", str(tmp_path / "environment"))
     run_index(tmp_path / "after", "host", "some-pkg")

@@ -505,7 +505,7 @@ def test_trusted_proxies_alone_say_who_asks(tmp_path_factory: pytest.TempPathFac
 
 
 def test_a_chain_of_proxies_is_read_once_for_limits_and_log(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Each proxy may add a line of its own: the last address that is not a proxy's asks, whatever the client sent before it."""
+    """Each proxy may add a line of its own: the last address that is not a proxy's asks, whatever comes before it."""
     root = tmp_path_factory.mktemp("chain") / "root"
     with serving(root, "--trusted-proxy", "127.0.0.1", "--writes-per-second", "1") as server:
 

@@ -80,6 +80,7 @@ def test_an_import_takes_what_only_that_file_suffers_from_and_marks_it(shared: S
         assert case[2] in item["_defects"][0]
         page = shared.client.get(f"/wheel/{item['filename']}/").text
         assert escape(case[2]) in page
+        assert "may not install" in shared.client.get(f"/project/{project}/").text
 
 
 def test_an_import_refuses_what_breaks_a_project_by_the_name_of_the_file(shared: Server, tmp_path: Path) -> None:
