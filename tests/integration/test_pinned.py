@@ -582,6 +582,12 @@ def test_a_pinned_recipe_is_refused_with_its_address_and_the_setting_for_a_mirro
     assert first in done.said
     assert f"builder lock {name}" in done.said
     assert "https://download.pytorch.org/=REPLACEMENT" in done.said
+    if name == "triton":
+        shown = (REPOSITORY / "docs/pinned.md").read_text()
+        for line in ("error: ", "remedy: "):
+            assert next(said for said in done.err.splitlines() if said.startswith(line)) in shown, (
+                "the page shows what is said"
+            )
 
 
 def test_a_gap_that_cannot_be_filled_stops_no_other_and_an_image_is_read_when_asked_for(unread: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from builder.ground import torch_facts, wheels
 from builder.planning import gaps, packages, pins, recipe, stack
 from builder.planning.recipe import File, Recipe, Smoke, Substitution
 from builder.planning.stack import Arch
-from builder.proof.embed import require
+from builder.proof.embed import name_licenses, require
 from builder.toolchains import choice
 from builder.toolchains.container import ContainerToolchain
 from gracefarm.errors import CompileError, ConfigError, RootError, SourceError
@@ -230,6 +230,52 @@ def test_trap_6_a_root_with_headers_that_cuda_12_4_cannot_read_is_refused_by_the
         # triton compiles no CUDA; a container has headers of its own.
         choice.make_plan(recipe.load(REPOSITORY / "recipes", "triton"), base, host, Arch.AARCH64)
         choice.make_plan(loaded, base, host, Arch.AARCH64, ContainerToolchain(engine="podman", cibuildwheel="4"))
+
+
+NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
+def test_the_pages_count_the_digests_that_are_not_known() -> None:
+    triton, base = recipe.load(REPOSITORY / "recipes", "triton"), stack.load(REPOSITORY / "stacks", "cu124")
+    to_build = len(gaps.of_recipe(triton)) + len(gaps.of_stack(base))
+    pages = {name: (REPOSITORY / name).read_text() for name in ("README.md", "docs/pinned.md", "docs/sets.md")}
+    assert f"The gaps are {NUMBERS[to_build + len(gaps.of_images(base))]}: " in pages["docs/pinned.md"]
+    assert f"{NUMBERS[to_build]} digests wait for a machine" in pages["README.md"]
+    assert f"{NUMBERS[to_build]} digests are gaps" in pages["docs/sets.md"]
+
+
+def test_tools_of_debian_are_those_that_the_stacks_toolchain_lock_has() -> None:
+    (file,) = [file for file in recipe.load(REPOSITORY / "recipes", "triton").data.files if file.deb]
+    locked = packages.of_toolkit(stack.load(REPOSITORY / "stacks", "cu124"), Arch.AARCH64)
+    assert (file.deb, file.sha256) in {(deb.path, deb.sha256) for deb in locked}
+    assert file.suite == "trixie"
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        {"name": "a", "sha256": DIGEST},
+        {"deb": "pool/a_1_arm64.deb", "sha256": DIGEST},
+        {"deb": "pool/a.deb", "suite": "trixie", "sha256": DIGEST},
+        {"name": "a", "version": "1", "sha256_unknown": "why"},
+        {"url": "https://a/b", "name": "a", "version": "1", "sha256": DIGEST},
+        {"url": "https://a/b", "sha256": DIGEST, "license": "GPL"},
+        {"url": "https://a/b", "sha256_unknown": "why", "witness": [{"source": "a", "value": DIGEST}]},
+        {"url": "https://a/b", "sha256": DIGEST, "witness": [{"source": "a", "value": "1" * 64}]},
+        {"url": "https://a/b", "sha256_unknown": "why", "accepted": {"date": "2026-11-29", "url": "https://a/b"}},
+    ],
+)
+def test_a_files_origin_licence_and_evidence_are_checked(table: dict[str, object]) -> None:
+    with pytest.raises(ValidationError):
+        File.model_validate({"path": "a", **table})
+
+
+def test_licence_files_are_named_where_the_metadata_has_that_field() -> None:
+    new, old = "Metadata-Version: 2.4\nName: a\nLicense-File: b\n\ntext\n", "Metadata-Version: 2.1\nName: a\n\ntext\n"
+    assert name_licenses(new, ["c/L", "b"]) == new.replace("File: b\n", "File: b\nLicense-File: c/L\n")
+    assert name_licenses(new, ["b"]) == new
+    assert name_licenses(old, ["b"]) == old
+    assert name_licenses("Metadata-Version: x\n\n", ["b"]) == "Metadata-Version: x\n\n"
 
 
 def test_the_engines_long_pole_is_declared() -> None:
