@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from index.cli.common import IndexContext, in_context
-from index.sets import staged
+from index.sets import pylock, staged
 
 
 @click.group("stage")
@@ -67,6 +67,16 @@ def publish(context: IndexContext, name: str) -> None:
     """Show the whole set at once, at /NAME/simple/ and in the other views."""
     published = staged.publish(context.store, context.catalogue(), context.actor, name)
     context.console.result(asdict(published), f"{name}: {len(published.files)} files are visible at /{name}/simple/")
+
+
+@stage.command("pylock")
+@in_context
+@click.argument("name")
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+def put_pylock(context: IndexContext, name: str, file: Path) -> None:
+    """Give a staged set its pylock.toml (PEP 751), to be served beside requirements.lock."""
+    staged.put_pylock(context.catalogue(), context.actor, name, file.read_bytes())
+    context.console.result({"name": name, "pylock": True}, f"{name}: {pylock.FILENAME} is kept")
 
 
 @stage.command("drop")

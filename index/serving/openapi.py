@@ -30,7 +30,6 @@ def describe(version: str) -> Description:
 
 
 def _paths() -> dict[str, Description]:
-    lock = _get("The lock of a set, by sha256.", "200-text 404")
     explained = _get("How to upload here, for people.", "200-text")
     return {
         **_simple(""),
@@ -40,24 +39,11 @@ def _paths() -> dict[str, Description]:
         "/legacy": {**explained, **_upload("The same, for clients that drop the slash.")},
         "/nightly/legacy/": {**explained, **_upload("Upload to the nightly channel.")},
         "/stage/{set_name}/legacy/": {**explained, **_upload("Upload into a staged set.")},
-        "/stage/{set_name}": {
-            "get": _operation("A set's state and what it lacks.", f"200-set {_SET_REFUSALS}", secured=True),
-            "put": _operation(
-                "Open a set, with the wheels that it must hold before it can be published.",
-                f"200-set {_REFUSALS}",
-                body="matrix",
-                secured=True,
-            ),
-        },
-        "/stage/{set_name}/publish": {
-            "post": _operation("Show the whole set at once.", f"200-set {_SET_REFUSALS}", secured=True)
-        },
+        **_stages(),
         "/files/{sha256}/{filename}": _file("A file, or its metadata: immutable."),
         "/packages/{filename}": _file("The same by name alone, as pypiserver has it."),
         "/packages/": _get("Every file, as pypiserver lists them.", "200-page"),
         **_records(),
-        "/{set_name}/requirements.lock": lock,
-        "/preview/{token}/requirements.lock": lock,
         **_trusted(),
         "/health": _get("The process lives.", "200-text"),
         "/ready": _get("The catalogue can be read and the disk has room.", "200-text 507"),
@@ -69,6 +55,33 @@ def _paths() -> dict[str, Description]:
         "/static/{name}": _get("Style, script and icon.", "200-static 404"),
         "/{name}": _get("A project by its bare name, as pypiserver redirects it.", "303 404"),
         "/{name}/": _get("The same.", "303 404"),
+    }
+
+
+def _stages() -> dict[str, Description]:
+    """Sets, from opening one to its locks."""
+    lock = _get("The lock of a set, by sha256.", "200-text 404")
+    pylock = _get("The lock of a set as whoever made it wrote it (PEP 751).", "200-toml 304 404", "If-None-Match")
+    return {
+        "/stage/{set_name}": {
+            "get": _operation("A set's state and what it lacks.", f"200-set {_SET_REFUSALS}", secured=True),
+            "put": _operation(
+                "Open a set, with the wheels that it must hold before it can be published.",
+                f"200-set {_REFUSALS}",
+                body="matrix",
+                secured=True,
+            ),
+        },
+        "/stage/{set_name}/pylock.toml": {
+            "put": _operation("Keep the set's pylock.toml.", f"200-text {_REFUSALS} 404", body="pylock", secured=True)
+        },
+        "/stage/{set_name}/publish": {
+            "post": _operation("Show the whole set at once.", f"200-set {_SET_REFUSALS}", secured=True)
+        },
+        "/{set_name}/requirements.lock": lock,
+        "/preview/{token}/requirements.lock": lock,
+        "/{set_name}/pylock.toml": pylock,
+        "/preview/{token}/pylock.toml": pylock,
     }
 
 

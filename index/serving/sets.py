@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 from functools import partial
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from gracefarm.errors import UsageError
@@ -15,8 +16,9 @@ from index.errors import NotFoundError, RefusedError
 from index.names import check_set_name
 from index.serving.routes import body_of, identify
 from index.serving.service import IndexService
-from index.sets import staged
+from index.sets import pylock, staged
 from index.sets.staged import ReleaseSet
+from index.simple_api import listings, negotiate
 from index.store import auth
 from index.store.auth import Token
 
@@ -25,10 +27,13 @@ MAX_MATRIX = 20_000
 
 
 def routes(service: IndexService) -> list[Route]:
-    """/stage/SET and /stage/SET/publish, both with a token that is for no single project."""
+    """/stage/SET, …/publish and …/pylock.toml, with a token that is for no single project; pylock.toml for everybody."""
     return [
         Route("/stage/{set_name}", partial(state, service), methods=["GET", "PUT"]),
         Route("/stage/{set_name}/publish", partial(publish, service), methods=["POST"]),
+        Route(f"/stage/{{set_name}}/{pylock.FILENAME}", partial(put_pylock, service), methods=["PUT"]),
+        Route(f"/{{set_name}}/{pylock.FILENAME}", partial(get_pylock, service)),
+        Route(f"/preview/{{token}}/{pylock.FILENAME}", partial(get_pylock, service)),
     ]
 
 
@@ -51,6 +56,33 @@ async def publish(service: IndexService, request: Request) -> Response:
     )
     service.page_cache.refresh(now=True)
     return _answer(published)
+
+
+async def put_pylock(service: IndexService, request: Request) -> Response:
+    """PUT: the set's pylock.toml (PEP 751), which is served as it is."""
+    name, token = await _authorised(service, request)
+    _find(service, name)
+    raw = await body_of(service, request)
+    await asyncio.get_running_loop().run_in_executor(
+        service.writer, staged.put_pylock, service.catalogue, token.actor, name, raw
+    )
+    service.page_cache.refresh(now=True)
+    return PlainTextResponse(f"{pylock.FILENAME} of {name} is kept\n")
+
+
+async def get_pylock(service: IndexService, request: Request) -> Response:
+    """GET /SET/pylock.toml, /preview/TOKEN/pylock.toml."""
+    prefix = request.url.path.strip("/").split("/")[:-1]
+    view = listings.find(service.catalogue, prefix)
+    raw = staged.pylock_of(service.catalogue, view.argument) if view is not None and view.kind == "set" else None
+    if raw is None:
+        raise NotFoundError(f"there is no {pylock.FILENAME} of {prefix[-1]!r} here", remedy="see /sets/")
+    etag = f'"{hashlib.sha256(raw).hexdigest()}"'
+    headers = {"ETag": etag, "Cache-Control": "no-cache"}
+    match = request.headers.get("if-none-match")
+    if match and negotiate.names_etag(match, etag):
+        return Response(status_code=304, headers=headers)
+    return Response(raw, media_type="application/toml", headers=headers)
 
 
 async def _authorised(service: IndexService, request: Request) -> tuple[str, Token]:
@@ -105,5 +137,6 @@ def _answer(shown: ReleaseSet) -> Response:
         "upload": f"/stage/{shown.name}/legacy/" if shown.state == "staged" else None,
         "preview": f"/preview/{shown.preview}/simple/" if shown.state == "staged" else None,
         "simple": f"/{shown.name}/simple/" if shown.state == "published" else None,
+        "pylock": shown.pylock,
     }
     return JSONResponse(value, headers={"Cache-Control": "no-store"})

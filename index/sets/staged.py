@@ -14,7 +14,7 @@ from packaging.utils import canonicalize_name
 from gracefarm.errors import UsageError
 from index.errors import RefusedError
 from index.names import check_set_name, wheel_tags
-from index.sets import closure, machines
+from index.sets import closure, machines, pylock
 from index.store.catalogue import Catalogue, Transaction
 from index.store.files import Store
 
@@ -68,6 +68,8 @@ class ReleaseSet:
     missing: tuple[str, ...]
     wanted: int
     "How many the matrix and the lock name."
+    pylock: bool
+    "It has a pylock.toml."
 
 
 def parse_matrix(lines: list[str]) -> list[ExpectedWheel]:
@@ -141,6 +143,7 @@ def find(catalogue: Catalogue, name: str) -> ReleaseSet:
         files=tuple(member["filename"] for member in members),
         digests=tuple(member["sha256"] for member in members),
         wanted=len(matrix) + len(pinned),
+        pylock=catalogue.row("SELECT 1 FROM set_pylock WHERE set_name = ?", (name,)) is not None,
         missing=(*(str(wheel) for wheel in missing), *_unfulfilled(catalogue, name)),
     )
 
@@ -189,8 +192,8 @@ def publish(store: Store, catalogue: Catalogue, actor: str, name: str) -> Releas
     """Make every file of the set visible, in one transaction.
 
     Raises:
-        RefusedError: the declared matrix is incomplete, a wheel requires what the set lacks, or the set is empty; names what
-            is missing.
+        RefusedError: the declared matrix is incomplete, a wheel requires or its pylock.toml names what the set lacks, or the
+            set is empty; names what is missing.
         UsageError: the set is not staged.
     """
     with catalogue.change(actor) as change:
@@ -209,6 +212,7 @@ def publish(store: Store, catalogue: Catalogue, actor: str, name: str) -> Releas
                 f"the set {name} lacks {len(unmet)} of what its wheels require: {shown}",
                 remedy=f"upload them to /stage/{name}/legacy/, or mirror a lock that has them, then publish again",
             )
+        _check_pylock(catalogue, complete)
         rows = change.execute(
             "SELECT project, filename, hidden FROM file JOIN member ON member.file_id = file.id WHERE set_name = ?", (name,)
         ).fetchall()
@@ -219,6 +223,35 @@ def publish(store: Store, catalogue: Catalogue, actor: str, name: str) -> Releas
             if row["hidden"]:  # for mirrors, which could not see it when it was uploaded
                 change.note("file.show", row["filename"], row["project"], set=name)
     return find(catalogue, name)
+
+
+def put_pylock(catalogue: Catalogue, actor: str, name: str, raw: bytes) -> None:
+    """Give a staged set its pylock.toml, in place of the one that it had.
+
+    Raises:
+        RefusedError, TooLargeError: see `pylock.parse`.
+        UsageError: the set is not staged.
+    """
+    lock = pylock.parse(raw)
+    with catalogue.change(actor) as change:
+        check_staged(change, name)
+        change.execute("INSERT OR REPLACE INTO set_pylock (set_name, content) VALUES (?, ?)", (name, raw))
+        change.note("set.pylock", name, packages=len(lock.packages))
+
+
+def pylock_of(catalogue: Catalogue, name: str) -> bytes | None:
+    """The bytes of a set's pylock.toml, if it has one."""
+    row = catalogue.row("SELECT content FROM set_pylock WHERE set_name = ?", (name,))
+    return bytes(row["content"]) if row is not None else None
+
+
+def _check_pylock(catalogue: Catalogue, complete: ReleaseSet) -> None:
+    raw = pylock_of(catalogue, complete.name)
+    if raw is not None and (lacking := pylock.lacking(pylock.parse(raw), complete.digests)):
+        raise RefusedError(
+            f"the set {complete.name} lacks what its {pylock.FILENAME} names: {'; '.join(lacking[:MAX_UNMET])}",
+            remedy=f"upload or mirror the files, or put the right {pylock.FILENAME}, then publish again",
+        )
 
 
 def _unmet(store: Store, catalogue: Catalogue, complete: ReleaseSet) -> list[str]:
@@ -246,6 +279,7 @@ def drop(catalogue: Catalogue, actor: str, name: str) -> None:
         change.execute("DELETE FROM member WHERE set_name = ?", (name,))
         change.execute("DELETE FROM mirrored WHERE set_name = ?", (name,))
         change.execute("DELETE FROM pin WHERE set_name = ?", (name,))
+        change.execute("DELETE FROM set_pylock WHERE set_name = ?", (name,))
         for row in rows:
             change.execute("DELETE FROM file WHERE id = ?", (row["id"],))
         change.execute("UPDATE release_set SET state = 'dropped' WHERE name = ?", (name,))

@@ -19,6 +19,7 @@ from gracefarm.console import Tick, no_tick
 from gracefarm.errors import ConfigError
 from gracefarm.files import atomic_write, sync_directory
 from index.errors import DamagedError, NotFoundError
+from index.sets import pylock, staged
 from index.simple_api import listings, requirements
 from index.simple_api.listings import Listed, View
 from index.simple_api.negotiate import Encoding, Format
@@ -148,6 +149,7 @@ class StaticExport:
                 self._add_simple_page(view, name)
             if view.kind == "set":
                 self._add_lock(view)
+                self._add_pylock(view)
 
     def _add_simple_page(self, view: View, name: str) -> None:
         folder = "/".join([*view.prefix, "simple", *([name] if name else [])])
@@ -167,6 +169,11 @@ class StaticExport:
         except NotFoundError:  # several versions of one project, or none of it any more: the live server has no lock either
             return
         self.put(f"{view.argument}/{requirements.FILENAME}", text.encode())
+
+    def _add_pylock(self, view: View) -> None:
+        raw = staged.pylock_of(self.site.catalogue, view.argument)
+        if raw is not None:
+            self.put(f"{view.argument}/{pylock.FILENAME}", raw)
 
     def add_records(self) -> None:
         """Records, logs, matrices, certificates. /records/ID is a file and a folder on the live server: here, index.json."""

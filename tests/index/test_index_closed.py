@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import subprocess
 import sys
+import venv
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from index_kit import Server, run_index, run_json, sdist, serving, wheel
+from index_kit import UV, Server, run_index, run_json, sdist, serving, wheel
 from packaging.requirements import Requirement
 from packaging.tags import compatible_tags, cpython_tags
 
@@ -239,3 +241,100 @@ def test_what_mirrored_wheels_require_counts_too(
     assert " 0 damaged, 0 unnamed" in run_index(shared.root, "fsck").stdout
     refused = run_index(shared.root, "stage", "publish", name, check=False)
     assert "pure_lib>=2 (of chain-lib 1.0; the set has 1.0)" in refused.stderr
+
+
+# --- pylock.toml ------------------------------------------------------------------------------------------------------------
+
+
+def pylock(server: Server, *wheels: tuple[str, bytes]) -> str:
+    """As the builder writes it: each wheel by its address here and its sha256."""
+    lines = ['lock-version = "1.0"', 'created-by = "a test"']
+    for filename, content in wheels:
+        name, version = filename.split("-")[:2]
+        digest = hashlib.sha256(content).hexdigest()
+        lines += [
+            "[[packages]]",
+            f'name = "{name.replace("_", "-")}"',
+            f'version = "{version}"',
+            "[[packages.wheels]]",
+            f'name = "{filename}"',
+            f'url = "{server.url}/files/{digest}/{filename}"',
+            f"size = {len(content)}",
+            f'hashes = {{ sha256 = "{digest}" }}',
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def test_a_sets_pylock_is_served_beside_its_lock(server: Server, tmp_path: Path) -> None:
+    wheels = (wheel("lock_one", "1.0", requires=("lock_two",)), wheel("lock_two", "2.0"))
+    created = run_json(server.root, "stage", "create", "locked")
+    assert isinstance(created, dict)
+    preview = created["preview_path"].removesuffix("/simple/")
+    auth = ("__token__", server.token)
+    text = pylock(server, *wheels)
+    assert server.client.put("/stage/locked/pylock.toml", content=text).status_code == 401
+    assert server.client.put("/stage/unknown/pylock.toml", content=text, auth=auth).status_code == 404
+    assert server.client.put("/stage/locked/pylock.toml", content=text, auth=auth).status_code == 200
+    assert server.upload(*wheels[1], path="/stage/locked/legacy/").status_code == 200
+    refused = server.client.post("/stage/locked/publish", auth=auth)
+    assert refused.status_code == 400
+    assert "lacks what its pylock.toml names: lock-one==1.0" in refused.text
+    assert server.upload(*wheels[0], path="/stage/locked/legacy/").status_code == 200
+    assert server.client.get(f"{preview}/pylock.toml").text == text
+    assert server.client.get("/locked/pylock.toml").status_code == 404
+    assert server.client.post("/stage/locked/publish", auth=auth).json()["pylock"] is True
+
+    answer = server.client.get("/locked/pylock.toml")
+    assert (answer.text, answer.headers["content-type"]) == (text, "application/toml")
+    again = server.client.get("/locked/pylock.toml", headers={"If-None-Match": answer.headers["etag"]})
+    assert (again.status_code, again.headers["etag"]) == (304, answer.headers["etag"])
+    assert server.client.get(f"{preview}/pylock.toml").status_code == 404
+    late = server.client.put("/stage/locked/pylock.toml", content=text, auth=auth)
+    assert "the set locked is published" in late.text
+    assert "/locked/pylock.toml" in server.client.get("/sets/").text
+
+    run_index(server.root, "export", str(tmp_path / "tree"))
+    assert (tmp_path / "tree" / "locked" / "pylock.toml").read_text() == text
+    venv.create(tmp_path / "v")
+    (tmp_path / "pylock.toml").write_text(answer.text)
+    process = subprocess.run(
+        [*UV, "pip", "sync", "--no-cache", "--python", str(tmp_path / "v/bin/python"), str(tmp_path / "pylock.toml")],
+        capture_output=True, text=True, check=False, env={**os.environ, "UV_NO_CONFIG": "1"},
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    assert len(list((tmp_path / "v").rglob("lock_*.dist-info"))) == 2
+
+
+def test_a_set_is_given_its_pylock_by_hand(server: Server, tmp_path: Path) -> None:
+    run_index(server.root, "stage", "create", "by-hand")
+    (tmp_path / "pylock.toml").write_text(pylock(server, PURE))
+    run_index(server.root, "stage", "pylock", "by-hand", str(tmp_path / "pylock.toml"))
+    assert "lacks what its pylock.toml names" in stage_publish(server, "by-hand", DEPENDENT, wheel("pure_lib", "2.0"))
+    run_index(server.root, "stage", "drop", "by-hand")
+    assert server.client.get("/by-hand/pylock.toml").status_code == 404
+    assert server.client.get("/simple/pylock.toml").status_code in (301, 404)
+
+
+def stage_publish(server: Server, name: str, *wheels: tuple[str, bytes]) -> str:
+    for item in wheels:
+        assert server.upload(*item, path=f"/stage/{name}/legacy/").status_code == 200
+    return run_index(server.root, "stage", "publish", name, check=False).stderr
+
+
+@pytest.mark.parametrize(
+    ("raw", "sentence"),
+    [
+        (b"\xff", "is not TOML"),
+        (b"a = ", "is not TOML"),
+        (b'a = 1\n', "is not one of PEP 751"),
+        (b'lock-version = "9.0"\ncreated-by = "x"\npackages = []\n', "is not one of PEP 751"),
+        (b'lock-version = "1.0"\ncreated-by = "x"\n[[packages]]\nname = "a"\ndirectory = { path = "x" }\n', "the sha256 of"),
+        (b"#" * (5 << 20), "more than"),
+    ],
+)  # fmt: skip
+def test_what_is_no_pylock_is_refused(shared: Server, raw: bytes, sentence: str) -> None:
+    if shared.client.get("/stage/no-pylock", auth=("__token__", shared.token)).status_code == 404:
+        run_index(shared.root, "stage", "create", "no-pylock")
+    answer = shared.client.put("/stage/no-pylock/pylock.toml", content=raw, auth=("__token__", shared.token))
+    assert answer.status_code in (400, 413)
+    assert sentence in answer.text
