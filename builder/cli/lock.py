@@ -8,8 +8,9 @@ from builder.cli.options import json_option, stack_of, start, toolchain_option
 from builder.ground import interpreters
 from builder.ground.interpreters.debian_suite import DebianInterpreter
 from builder.planning import gaps, recipe, stack
-from builder.planning.recipe import ToolchainKind
+from builder.planning.recipe import LoadedRecipe, ToolchainKind
 from builder.planning.settings import Settings
+from builder.planning.stack import LoadedStack
 from builder.toolchains import KINDS
 from gracefarm.console import Console
 from gracefarm.errors import SeveralError
@@ -45,6 +46,8 @@ def lock_command(name: str, stack_name: str | None, toolchain: ToolchainKind, as
     else:
         loaded = recipe.load(settings.project / "recipes", name)
         base = stack.load(settings.project / "stacks", stack_name or loaded.data.stack)
+    if loaded is not None and loaded.data.build.requires:
+        _lock_build(loaded, base, settings, console)
     with console.progress("lock") as tick:
         missing = [*(gaps.of_recipe(loaded) if loaded else ()), *gaps.of_stack(base), *KINDS[toolchain].gaps(base)]
         filled = fill.fill(missing, base, settings, tick)
@@ -62,6 +65,19 @@ def lock_command(name: str, stack_name: str | None, toolchain: ToolchainKind, as
         console.error(error)
     if count:
         raise SeveralError(f"{count} of {count + len(rows)} digests cannot be had; each is described above")
+
+
+def _lock_build(loaded: LoadedRecipe, base: LoadedStack, settings: Settings, console: Console) -> None:
+    """Write the lock of a recipe's build requirements, for each Python that its stack has a lock for."""
+    from builder.ground import resolve
+
+    names = [None, *interpreters.names(settings.project / "interpreters")]
+    stacks = [stack_of(base.folder.name, name, settings) for name in names]
+    with console.progress("lock") as tick:
+        text = resolve.build_lock(loaded, [entry for entry in stacks if entry.requirements_lock.is_file()], settings, tick)
+    assert loaded.build_requirements is not None
+    atomic_write(loaded.build_requirements.lock, text)
+    console.step("lock", f"wrote {loaded.build_requirements.lock}")
 
 
 def _lock_interpreter(name: str, settings: Settings, console: Console) -> None:

@@ -47,17 +47,18 @@ def check_requirements(plan: Plan, source: Path) -> None:
         raise CompileError(f"pyproject.toml of {plan.recipe.data.name}: {error}", remedy="patch it in the recipe") from error
     locked = plan.toolchain.installed(plan)
     marker = {"python_version": plan.stack.python.rstrip("t"), "platform_machine": plan.target.value}
+    unmet = []
     for requirement in wanted:
-        if requirement.marker is not None and not requirement.marker.evaluate(marker):
-            continue
         version = locked.get(canonicalize_name(requirement.name))
-        if version is None or not requirement.specifier.contains(version, prereleases=True):
-            have = f"stack {plan.stack.data.name} has {version or 'none'}"
-            raise CompileError(
-                f"{plan.recipe.data.name} needs {str(requirement)!r} to build, {have}",
-                remedy="add it to the stack's requirements and lock it anew, or patch the requirement in the recipe",
-                repeat=f"builder lock-stack {plan.stack.data.name}",
-            )
+        applies = requirement.marker is None or requirement.marker.evaluate(marker)
+        if applies and (version is None or not requirement.specifier.contains(version, prereleases=True)):
+            unmet.append(f"{str(requirement)!r} (stack {plan.stack.data.name} has {version or 'none'})")
+    if unmet:
+        raise CompileError(
+            f"{plan.recipe.data.name} needs to build: {', '.join(unmet)}",
+            remedy="list it in [build] requires of the recipe and lock it, or patch the requirement in the recipe",
+            repeat=f"builder lock {plan.recipe.key}",
+        )
 
 
 def _requires(pyproject: bytes) -> list[Requirement]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from urllib.parse import unquote, urlsplit
@@ -13,6 +13,7 @@ from packaging.utils import canonicalize_name, parse_wheel_filename
 from builder.ground import debian, uv
 from builder.planning import packages
 from builder.planning.pins import requirements
+from builder.planning.recipe import LoadedRecipe
 from builder.planning.settings import Settings
 from builder.planning.stack import Arch, LoadedStack
 from builder.planning.tags import glibc, tags
@@ -35,7 +36,7 @@ def requirements_lock(stack: LoadedStack, settings: Settings, tick: Tick = no_ti
     for number, arch in enumerate(archs):
         tick(number, len(archs), f"wheels for {arch}")
         own = {canonicalize_name(wheel.name) for wheel in stack.data.environment.wheels if wheel.arch is arch}
-        for row in _resolve_arch(stack, arch, settings):
+        for row in _resolve_arch(requirements(stack, arch), stack, arch, settings):
             if row[0] not in own:
                 files.setdefault(row, set()).add(arch)
     tick(len(archs), len(archs), "")
@@ -53,12 +54,33 @@ def requirements_lock(stack: LoadedStack, settings: Settings, tick: Tick = no_ti
     return "\n".join(lines) + "\n"
 
 
-def _resolve_arch(stack: LoadedStack, arch: Arch, settings: Settings) -> Iterator[LockedRow]:
+def build_lock(recipe: LoadedRecipe, stacks: Sequence[LoadedStack], settings: Settings, tick: Tick = no_tick) -> str:
+    """The text of a new requirements.lock of a recipe: what it needs to build, for each stack's Python and its targets.
+
+    Raises:
+        ConfigError: the requirements contradict each other, or a distribution has no wheel that fits.
+        FetchError: the index cannot be reached.
+    """
+    places: dict[LockedRow, list[str]] = {}
+    cells = {(stack.python, arch): stack for stack in stacks for arch in sorted(stack.data.glibc)}
+    for number, ((python, arch), stack) in enumerate(cells.items()):
+        tick(number, len(cells), f"wheels for Python {python} on {arch}")
+        for row in _resolve_arch(recipe.data.build.requires, stack, arch, settings):
+            places.setdefault(row, []).append(f'python_version == "{python}" and platform_machine == "{arch}"')
+    tick(len(cells), len(cells), "")
+    lines = [f"# What {recipe.key} needs to build beside a stack's environment.", "# Written by `builder lock`, not by hand."]
+    for (name, version, filename, sha256), markers in sorted(places.items()):
+        marker = "" if len(markers) == len(cells) else " ; " + " or ".join(markers)
+        lines += [f"# {filename}", f"{name}=={version}{marker} --hash=sha256:{sha256}"]
+    return "\n".join(lines) + "\n"
+
+
+def _resolve_arch(texts: Sequence[str], stack: LoadedStack, arch: Arch, settings: Settings) -> Iterator[LockedRow]:
     """Name, version, file name and sha256 of each wheel: uv reads the index, the tags choose the file."""
     supported = {tag: rank for rank, tag in enumerate(tags(stack, arch))}
     with TemporaryDirectory(prefix="gracefarm-lock-") as name:
         wanted, answer = Path(name, "requirements.in"), Path(name, "pylock.toml")
-        wanted.write_text("\n".join(requirements(stack, arch)) + "\n")
+        wanted.write_text("\n".join(texts) + "\n")
         command = ["pip", "compile", "--quiet", "--format=pylock.toml", "--only-binary=:all:", "--no-header", "--no-annotate"]
         command += [*uv.platform(stack, arch), f"--output-file={answer}", str(wanted)]
         if stack.data.environment.resolved_before:

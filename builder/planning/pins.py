@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from packaging.requirements import Requirement
 from packaging.tags import Tag
@@ -44,21 +45,7 @@ def wheels(stack: LoadedStack, arch: Arch) -> tuple[LockedWheel, ...]:
     Raises:
         ConfigError: the lock is absent or damaged, or is older than stack.toml.
     """
-    locked: dict[str, LockedWheel] = {}
-    for pin in read(stack.requirements_lock, remedy="make the lock again", repeat=stack.lock_command):
-        if len(pin.sha256) > 1:
-            raise ConfigError(
-                f"{stack.requirements_lock}:{pin.number}: not a pinned wheel: it has several --hash=sha256:…",
-                remedy="make the lock again",
-                repeat=stack.lock_command,
-            )
-        if pin.applies({"platform_machine": arch.value}):
-            (sha256,) = pin.sha256
-            wheel = LockedWheel(name=pin.name, version=pin.version, sha256=sha256, filename=pin.filename)
-            if locked.setdefault(wheel.name, wheel) != wheel:
-                raise ConfigError(
-                    f"{stack.requirements_lock}:{pin.number}: {wheel.name} is pinned twice", remedy="remove one line"
-                )
+    locked = _of_lock(stack.requirements_lock, stack, arch, stack.lock_command)
     for own in stack.data.environment.wheels:
         if own.arch is arch:
             name = canonicalize_name(own.name)
@@ -66,21 +53,43 @@ def wheels(stack: LoadedStack, arch: Arch) -> tuple[LockedWheel, ...]:
                 name=name, version=own.version, sha256=own.sha256 or "", index=own.index, tags=frozenset(tags(stack, arch))
             )
     _check_fresh(stack, arch, locked)
+    if (build := stack.build_requirements) is not None:
+        # What the stack has already stays as it is.
+        locked = _of_lock(build.lock, stack, arch, build.lock_command) | locked
+        _require_all(build.texts, build.lock, "recipe.toml", build.lock_command, locked)
     return tuple(sorted(locked.values()))
+
+
+def _of_lock(lock: Path, stack: LoadedStack, arch: Arch, command: str) -> dict[str, LockedWheel]:
+    """The wheels of a lock that the stack's Python takes on an architecture, by name."""
+    locked: dict[str, LockedWheel] = {}
+    remedy = "make the lock again"
+    for pin in read(lock, remedy=remedy, repeat=command):
+        if len(pin.sha256) > 1:
+            raise ConfigError(
+                f"{lock}:{pin.number}: not a pinned wheel: it has several --hash=sha256:…", remedy=remedy, repeat=command
+            )
+        if pin.applies({"platform_machine": arch.value, "python_version": stack.python.rstrip("t")}):
+            (sha256,) = pin.sha256
+            wheel = LockedWheel(name=pin.name, version=pin.version, sha256=sha256, filename=pin.filename)
+            if locked.setdefault(wheel.name, wheel) != wheel:
+                raise ConfigError(f"{lock}:{pin.number}: {wheel.name} is pinned twice", remedy="remove one line")
+    return locked
 
 
 def _check_fresh(stack: LoadedStack, arch: Arch, locked: Mapping[str, LockedWheel]) -> None:
     """What stack.toml asks for is what the lock pins."""
-    for text in requirements(stack, arch):
+    _require_all(requirements(stack, arch), stack.requirements_lock, "stack.toml", stack.lock_command, locked)
+
+
+def _require_all(texts: Sequence[str], lock: Path, file: str, command: str, locked: Mapping[str, LockedWheel]) -> None:
+    """Each requirement of `file` is met by the wheels of `lock`."""
+    for text in texts:
         requirement = Requirement(text)
         wheel = locked.get(canonicalize_name(requirement.name))
         if wheel is None or not requirement.specifier.contains(wheel.version, prereleases=True):
             have = f"pins {wheel.name} {wheel.version}" if wheel else f"has no {requirement.name}"
-            raise ConfigError(
-                f"{stack.requirements_lock} {have}; stack.toml wants {text}",
-                remedy="make the lock again",
-                repeat=stack.lock_command,
-            )
+            raise ConfigError(f"{lock} {have}; {file} wants {text}", remedy="make the lock again", repeat=command)
 
 
 def requirements(stack: LoadedStack, arch: Arch) -> tuple[str, ...]:

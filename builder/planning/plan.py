@@ -197,7 +197,7 @@ class Plan:
     def inputs(self) -> Inputs:
         """Everything that can change the bytes; job count, paths, time, comments and white space are not among it."""
         data, stack, interpreter = self.recipe.data, self.stack.data, self.stack.interpreter
-        build = data.build.model_dump(mode="json", exclude={"memory_per_job", "unit_memory", "unit_seconds"})
+        build = data.build.model_dump(mode="json", exclude={"requires", "memory_per_job", "unit_memory", "unit_seconds"})
         return {
             "format": FORMAT,
             "recipe": {

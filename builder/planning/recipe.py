@@ -15,7 +15,7 @@ from packaging.version import Version
 from pydantic import AfterValidator, Field, model_validator
 
 from builder.planning.digests import DigestFields
-from builder.planning.stack import Ptx, RequirementText, Sm, unknown
+from builder.planning.stack import BuildRequirements, Ptx, RequirementText, Sm, unknown
 from gracefarm import tables
 from gracefarm.errors import ConfigError
 from gracefarm.tables import Commit, InsidePath, Sha256, Size, Table, Url
@@ -142,6 +142,9 @@ class Substitution(Table):
 class Build(Table):
     """How the wheel is compiled."""
 
+    requires: tuple[RequirementText, ...] = Field(
+        default=(), description="Needed to build beside the stack's environment; `builder lock NAME` pins them"
+    )
     subdirectory: InsidePath = Field(default=".", description="Folder of pyproject.toml or setup.py in the source")
     environment: dict[str, str] = Field(default_factory=dict, description="Variables for the build; they enter the build id")
     config_settings: dict[str, str] = Field(default_factory=dict, description="PEP 517 config settings")
@@ -277,6 +280,13 @@ class LoadedRecipe:
     def key(self) -> str:
         """The folder's name: what the command line calls the recipe."""
         return self.folder.name
+
+    @property
+    def build_requirements(self) -> BuildRequirements | None:
+        """What it needs to build beside the stack's environment."""
+        texts = self.data.build.requires
+        lock = self.folder / "requirements.lock"
+        return BuildRequirements(texts=texts, lock=lock, lock_command=f"builder lock {self.key}") if texts else None
 
 
 def names(recipes: Path) -> list[str]:

@@ -214,6 +214,16 @@ class Interpreter(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
+class BuildRequirements:
+    """What one recipe needs to build beside the stack's environment."""
+
+    texts: tuple[str, ...]
+    lock: Path
+    "Its wheels for each Python and architecture, by version and sha256."
+    lock_command: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class LoadedStack:
     """A stack with its locks' places, and the interpreter that a cell takes."""
 
@@ -227,6 +237,8 @@ class LoadedStack:
     "Architectures that a cell takes in place of the stack's."
     asked_ptx: str | None = None
     "The same of its PTX."
+    build_requirements: BuildRequirements | None = None
+    "Of the recipe that is built, if it has any."
 
     @property
     def sm(self) -> tuple[str, ...]:
@@ -246,8 +258,8 @@ class LoadedStack:
 
     @property
     def base(self) -> LoadedStack:
-        """The same with the root's own Python, whose lock pins the compilers."""
-        return replace(self, interpreter=None)
+        """The same with the root's own Python, whose lock pins the compilers, and without what a recipe adds."""
+        return replace(self, interpreter=None, build_requirements=None)
 
     @property
     def lock_command(self) -> str:

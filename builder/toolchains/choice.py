@@ -66,6 +66,6 @@ class ToolchainChoice:
             ConfigError: see `make_plan`.
         """
         host = host_arch()
-        stack = replace(stack, asked_sm=self.sm, asked_ptx=self.ptx)
+        stack = replace(stack, asked_sm=self.sm, asked_ptx=self.ptx, build_requirements=recipe.build_requirements)
         toolchain = self.type.find(stack, self.wanted, cuda=recipe.data.build.cuda)
         return make_plan(recipe, stack, host, host if toolchain.native else target, toolchain)
