@@ -249,7 +249,7 @@ def test_json_is_the_plan_and_equal_each_time(tmp_path: Path) -> None:
     shown = json.loads(first.stdout)
     assert first.stdout == second.stdout
     assert (shown["layout"]["tp"], shown["layout"]["offload_gib"]) == (3, 176.6)
-    assert [level["streams"] for level in shown["prediction"]["levels"]] == [1, 4]
+    assert [level["streams"] for level in shown["prediction"]["levels"]] == [1, 4, 16]
 
 
 @pytest.mark.parametrize(
