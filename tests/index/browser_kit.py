@@ -13,6 +13,11 @@ from playwright.sync_api import Browser, sync_playwright
 SECOND_HOST = "wheels.example"
 "Leads to this machine in `chromium`: plain http from elsewhere, as a colleague's browser has it."
 
+_WIDEST = """width => [...document.querySelectorAll("body *")].filter(
+    item => item.getBoundingClientRect().right > width && !item.closest(".scroll, pre, .skip, .hidden")
+).slice(0, 5).map(item => item.outerHTML.slice(0, 120))"""
+"Which elements reach over the side."
+
 
 @contextmanager
 def chromium() -> Iterator[Browser]:
@@ -44,6 +49,8 @@ def check_page(browser: Browser, address: str, *, scheme: str = "light", width: 
         results = Axe().run(page)
         assert results.violations_count == 0, results.generate_report()
     page.evaluate("for (const folded of document.querySelectorAll('details')) folded.open = true")
-    assert page.evaluate("document.documentElement.scrollWidth") <= width, f"{address} scrolls sideways at {width}"
+    if page.evaluate("document.documentElement.scrollWidth") > width:
+        widest = page.evaluate(_WIDEST, width)
+        raise AssertionError(f"{address} scrolls sideways at {width}: {widest}")
     assert [text for text in errors if "favicon" not in text] == []
     context.close()
