@@ -19,8 +19,7 @@ from tests.conftest import Farm
 from tests.integration.test_build import record_of
 from tests.integration.test_pinned import place
 
-NUMBERS = ("50", "52", "53", "60", "61", "62", "70", "72", "75", "80", "86", "87", "88", "89")
-NUMBERS += ("90", "100", "101", "103", "110", "120", "121", "130")
+NUMBERS = (50, 52, 53, 60, 61, 62, 70, 72, 75, 80, 86, 87, 88, 89, 90, 100, 101, 103, 110, 120, 121, 130)
 
 
 @pytest.mark.parametrize("name", ["cu124-headers", "cu130"])
@@ -30,7 +29,7 @@ def test_the_known_architectures_are_those_of_the_compiler(farm: Farm, tmp_path:
     (nvcc,) = folder.glob("nvidia/cu*/bin/nvcc")
 
     def compiles(sm: str) -> bool:
-        command = [nvcc, "--dryrun", f"-gencode=arch=compute_{sm},code=sm_{sm}", "-c", tmp_path / "x.cu"]
+        command = [str(nvcc), "--dryrun", f"-gencode=arch=compute_{sm},code=sm_{sm}", "-c", str(tmp_path / "x.cu")]
         return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
     (tmp_path / "x.cu").touch()
