@@ -42,7 +42,7 @@ def create(
     if not context.console.as_json:
         context.console.event(
             "hint",
-            "upload with `twine upload --verbose` (twine hides why a file is refused without it) or `uv publish --check-url`;\n"
+            "upload with `twine upload --verbose` (without it twine hides why it failed) or `uv publish --check-url`;\n"
             "the index's own /legacy/ has both lines to copy; repeating an upload is harmless",
         )
 
