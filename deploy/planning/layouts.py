@@ -439,8 +439,12 @@ def stage_loads(question: Question, layout: Layout, slots: Sequence[Slot], held:
     """What the stages of the first replica do for a token."""
     active = architectures.active_parameters(question.model)
     eight_bit = question.model.quantization is not None and question.model.quantization.method in ("fp8", "fbgemm_fp8")
-    stages = []
+    blocks = question.model.quantization is not None and question.model.quantization.block is not None
+    each = speed.BLOCK_EXPERTS_S if blocks else speed.EXPERTS_S
+    stages, begin = [], 0
     for stage, layers in enumerate(layout.partition):
+        with_experts = sum(question.model.has_experts(layer) for layer in range(begin, begin + layers))
+        begin += layers
         ranks = range(stage * layout.tp, (stage + 1) * layout.tp)
         kind = min((hardware.kind_of(slots[rank].gpu.name) for rank in ranks), key=lambda node_kind: node_kind.hbm_gb_s)
         share = max((held[rank] for rank in ranks), key=lambda own: own.dense + own.experts)
@@ -453,6 +457,7 @@ def stage_loads(question: Question, layout: Layout, slots: Sequence[Slot], held:
                 tp=layout.tp,
                 resident=share.dense * (1 - away) + share.head,
                 experts=share.experts * (1 - away),
+                kernels_s=with_experts * each,
                 offloaded=share.dense * away,
                 offloaded_experts=share.experts * away,
                 token=share.token,

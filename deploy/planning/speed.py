@@ -18,9 +18,12 @@ from pydantic import BaseModel, ConfigDict
 
 from deploy.planning.hardware import NodeKind
 
-EFFICIENCY = 0.871
+LAYER_S = 35e-6
+"""A layer's kernels beside its bytes. An assumption, since the table cannot tell it from all-reduces: Llama 3.1 8B on one GPU,
+by kernels that aiconfigurator 0.12 measured (`python -m bench planner`)."""
+EFFICIENCY = 0.89
 "Of the data sheet's memory bandwidth at which weights arrive: tp1, one stream."
-LOCAL_S = 30e-6
+LOCAL_S = 20e-6
 "An all-reduce over NVLink, for two GPUs and four alike: tp2 and tp4, one stream."
 STREAM_S = 24e-6
 "Each further stream: scheduling, sampling, attention. tp1, tp2 and tp4, 64 streams beside one."
@@ -32,6 +35,11 @@ RDMA_STEP_S = 8e-6
 "A ring step over InfiniBand or RoCE: an assumption."
 HOP_S = 3e-4
 "Work of the hosts for a hop between stages, and for the token's way back to the first one: an assumption."
+EXPERTS_S = 15e-6
+"""A layer with experts, beside its bytes: routing, sorting, many small kernels. An assumption, since the table has no experts:
+kernels that aiconfigurator 0.12 measured for gpt-oss-120b on H200 give it (`python -m bench planner`)."""
+BLOCK_EXPERTS_S = 105e-6
+"The same where weights have a scale for each block, since inputs are quantised too: of Qwen3-235B-FP8 and DeepSeek-V3."
 LINE = 0.9
 "Of a line's speed that arrives: an assumption."
 COMPUTE = 0.6
@@ -91,6 +99,8 @@ class StageLoad:
     "Bytes in GPU memory that every step reads."
     experts: float = 0
     "Bytes of routed experts in GPU memory."
+    kernels_s: float = 0
+    "What its layers with experts take beside their bytes."
     offloaded: float = 0
     "Bytes in host memory that every step reads."
     offloaded_experts: float = 0
@@ -186,7 +196,7 @@ def step(stage: StageLoad, traffic: Traffic, link: Link, streams: int, context: 
         sent = LOCAL_S if stage.same_node_as_next else 2 * link.step_s + 2 * message / (link.gb_s * 1e9)
         hop = HOP_S + sent
     return Times(
-        weights=max(arriving, computing),
+        weights=max(arriving, computing) + stage.layers * LAYER_S + stage.kernels_s,
         offload=away,
         collectives=2 * stage.layers * each,
         streams=STREAM_S * (streams - 1) / stages,
