@@ -83,6 +83,8 @@ def shell_command(name: str) -> None:
 
 def schemas() -> dict[str, str]:
     """Name to JSON schema, as committed under docs/schema (a test compares them)."""
+    from builder.ground.interpreters.tables import InterpreterTable
+    from builder.planning.matrix import MatrixTable
     from builder.planning.recipe import Recipe
     from builder.planning.stack import Stack
     from builder.sets.definition import WheelSet
@@ -94,6 +96,8 @@ def schemas() -> dict[str, str]:
         "set": WheelSet,
         "record": record.Record,
         "set-record": SetRecord,
+        "interpreter": InterpreterTable,
+        "selectors": MatrixTable,
     }
     return {name: json.dumps(model.model_json_schema(), indent=2) + "\n" for name, model in models.items()}
 
@@ -103,7 +107,7 @@ def schemas() -> dict[str, str]:
     "--write", type=click.Path(file_okay=False, path_type=Path), help="Write all schemas into this folder (docs/schema)."
 )
 def schema_command(write: Path | None) -> None:
-    """JSON schemas of recipe.toml, stack.toml and record.json, for editors."""
+    """JSON schemas of recipe.toml, stack.toml, interpreter.toml, matrix.toml (selectors) and record.json, for editors."""
     for name, text in schemas().items():
         if write is not None:
             atomic_write(write / f"{name}.json", text)

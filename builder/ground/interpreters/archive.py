@@ -79,7 +79,7 @@ class ArchiveInterpreter:
         if not program.is_file():
             raise RootError(f"the archive of {what} has no bin/python{self.python}", remedy=remedy)
         try:
-            machine = elf.read(program).machine
+            machine = elf.read(program).machine.removeprefix("EM_").lower()
         except elf.NotElfError as error:
             raise RootError(
                 f"the archive of {what}: bin/python{self.python} is not a program: {error}", remedy=remedy
