@@ -58,7 +58,8 @@ def _head(plan: ServePlan) -> str:
         f"[bold]plan[/]     {plan.id[:16]}",
     ]
     if plan.spares:
-        lines.append(f"[bold]spares[/]   {', '.join(plan.spares)}")
+        many = f"{plan.spares[0]} to {plan.spares[-1]}: {len(plan.spares)} nodes"
+        lines.append(f"[bold]spares[/]   {', '.join(plan.spares) if len(plan.spares) < 6 else many}")
     lines += [f"[yellow]{escape(note)}[/]" for note in plan.notes]
     return "\n".join(lines)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -147,6 +148,32 @@ def load_facts(deployment: Deployment) -> Facts:
         raise ConfigError(
             f"{deployment.folder.facts}: another version's, or damaged", remedy="ask again: `deploy facts`"
         ) from error
+
+
+def differences(before: Facts, after: Facts) -> tuple[str, ...]:
+    """A sentence for each node whose plan may change, since it says something else than it said before."""
+    known = {(node.name, node.address): node for node in before.nodes}
+    sentences = []
+    for node in after.nodes:
+        if old := known.get((node.name, node.address)):
+            changed = [
+                f"{what} {said or 'none'} before and {says or 'none'} now"
+                for what, said, says in (
+                    ("GPUs", _gpus(old), _gpus(node)),
+                    ("host memory", f"{old.memory.total >> 30} GiB", f"{node.memory.total >> 30} GiB"),
+                    ("private address", f"{old.private} on {old.interface}", f"{node.private} on {node.interface}"),
+                    ("machine", old.arch, node.arch),
+                )
+                if said != says
+            ]
+            sentences += [f"{node.name} says something else than before: {'; '.join(changed)}"] if changed else []
+    return tuple(sentences)
+
+
+def _gpus(node: NodeFacts) -> str:
+    """Number, name and memory, as `4 x NVIDIA H200 of 140.4 GiB`."""
+    groups = Counter((gpu.name, gpu.total) for gpu in node.cuda.gpus)
+    return ", ".join(f"{count} x {name} of {total / (1 << 30):.1f} GiB" for (name, total), count in groups.items())
 
 
 def keep_facts(deployment: Deployment, facts: Facts) -> Facts:

@@ -28,12 +28,8 @@ async def plan_of(work: Work) -> ServePlan:
     weights = work.keeper.state.data("weights")
     if not weights:
         raise ConfigError("the weights are not there yet", remedy="`deploy up` brings them")
-    try:
-        plan = plans.make(work.deployment, work.facts, await _model_brought(work, weights))
-    except UnknownModelError:
-        if not work.deployment.data.layout.trust:
-            raise
-        plan = plans.trusted(work.deployment, work.facts, work.deployment.data.model.repo, str(weights["commit"]))
+    plan = await _plan(work, weights)
+    assert plan is not None  # weights were brought, so there is a model
     atomic_write(work.deployment.folder.path / "plan.json", plan.model_dump_json(indent=1) + "\n")
     return plan
 
@@ -45,10 +41,22 @@ async def likely_plan(work: Work) -> ServePlan | None:
         return ServePlan.model_validate_json((work.deployment.folder.path / "plan.json").read_bytes())
     except (OSError, ValueError):
         try:
-            model = await _model_brought(work, weights) if weights else _model_at_hand(work)
-            return plans.make(work.deployment, work.facts, model) if model else None
+            return await _plan(work, weights)
         except GracefarmError:
             return None  # whoever needs the plan tells it
+
+
+async def _plan(work: Work, weights: Mapping[str, Any]) -> ServePlan | None:
+    """Of the model that was brought, else of the one at hand; None: there is none. A model that is not known needs trust."""
+    data = work.deployment.data
+    try:
+        model = await _model_brought(work, weights) if weights else _model_at_hand(work)
+        return plans.make(work.deployment, work.facts, model) if model else None
+    except UnknownModelError:
+        if not data.layout.trust:
+            raise
+        revision = str(weights.get("commit", data.model.revision))
+        return plans.trusted(work.deployment, work.facts, data.model.repo, revision)
 
 
 def _model_at_hand(work: Work) -> Model | None:

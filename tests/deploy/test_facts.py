@@ -10,7 +10,7 @@ import pytest
 
 from deploy.fleet.probe import private_address, probe_nodes
 from deploy.nodes.deployment import Deployment, Node, load_deployment
-from deploy.nodes.facts import Facts, NodeFacts, keep_facts, load_facts
+from deploy.nodes.facts import Facts, Gpu, NodeFacts, differences, keep_facts, load_facts
 from deploy.remote import driver, facts
 from gracefarm.errors import ConfigError, NodeError
 from tests.deploy import kit
@@ -154,3 +154,23 @@ FACTS: dict[str, object] = {
     "disk": None,
     "clock_s": 0,
 }
+
+
+def test_a_second_answer_that_differs_from_the_first_is_named(tmp_path: Path) -> None:
+    async def ask() -> Facts:
+        async with kit.nodes(tmp_path, 2) as nodes:
+            return (await probe_nodes(deployment(tmp_path, 2), nodes))[0]
+
+    before = asyncio.run(ask())
+    first, second = before.nodes
+    gpu = Gpu(name="NVIDIA GH200 480GB", total=97871 << 20, free=0)
+    had = first.model_copy(update={"cuda": first.cuda.model_copy(update={"gpus": (gpu, gpu)})})
+    lost = had.model_copy(update={"cuda": had.cuda.model_copy(update={"gpus": (gpu.model_copy(update={"free": 5}),)})})
+    same = second.model_copy(update={"taken": second.taken + 60, "clock_s": 1.0})
+    (sentence,) = differences(Facts(nodes=(had, second)), Facts(nodes=(lost, same)))
+    name = "NVIDIA GH200 480GB of 95.6 GiB"
+    assert sentence == f"k0 says something else than before: GPUs 2 x {name} before and 1 x {name} now"
+    moved = same.model_copy(update={"private": "10.0.0.9", "interface": "eth1"})
+    (sentence,) = differences(Facts(nodes=(had, second)), Facts(nodes=(had, moved)))
+    assert "private address 127.0.0.12 on lo before and 10.0.0.9 on eth1 now" in sentence
+    assert differences(before, Facts(nodes=(first.model_copy(update={"address": "127.0.0.99", "arch": "x"}),))) == ()
