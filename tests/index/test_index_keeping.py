@@ -294,7 +294,7 @@ def nginx(tree: Path, folder: Path) -> Iterator[httpx.Client]:
 
 
 PUBLIC = "https://wheels.example"
-FORMS = re.compile(r"(<section aria-labelledby=\"finder\">.*?</section>|<form class=\"search\".*?</form>)\n", re.DOTALL)
+FORMS = re.compile(r"(  <h3 id=\"finder\">.*?</form>|<form class=\"search\".*?</form>)\n", re.DOTALL)
 "What only a running server can answer; an export leaves it out."
 
 
@@ -310,7 +310,7 @@ def follow(client: httpx.Client, start: list[str], accept: str) -> dict[str, htt
         assert answer.status_code == 200, (path, answer.status_code)
         links: list[str] = []
         if answer.headers["content-type"].startswith("text/html"):
-            links = [unescape(link) for link in re.findall(r'<(?:a|link)[^>]* href="([^"#]+)', answer.text)]
+            links = [unescape(link) for link in re.findall(r'<(?:a|link|script)[^>]* (?:href|src)="([^"#]+)', answer.text)]
         elif answer.headers["content-type"] == JSON:
             for item in answer.json().get("files", []):
                 links += [item["url"], item["url"] + ".metadata", *([item["_record"]] if "_record" in item else [])]
@@ -362,6 +362,11 @@ def test_nginx_serves_the_export_as_the_live_server_does(tmp_path: Path) -> None
             "built_pkg-1.0+cu130.dist-info/gracefarm.json": json.dumps(inside).encode()})  # fmt: skip
         assert server.upload(*built).status_code == 200
         assert server.client.put("/records/b1/log", content=b"the log\n", auth=auth).status_code == 200
+        matrix = {"name": "default", "made": "2026-11-29T01:00:00Z", "cells": []}
+        assert server.client.put("/matrix/default", json=matrix, auth=auth).status_code == 200
+        digest, ran = "ab" * 32, {"filename": built[0], "sha256": hashlib.sha256(built[1]).hexdigest()}
+        certificate = {"device_digest": digest, "sm": "90", "gpu": "H100", "certified": "2026-11-28T00:00:00Z", "wheel": ran}
+        assert server.client.put(f"/certificates/{digest}", json=certificate, auth=auth).status_code == 200
         run_index(server.root, "stage", "create", "spring")
         run_index(server.root, "stage", "add", "spring", built[0])
         run_index(server.root, "stage", "publish", "spring")
@@ -373,6 +378,8 @@ def test_nginx_serves_the_export_as_the_live_server_does(tmp_path: Path) -> None
             record = httpx.URL("http://nginx/simple/built-pkg/").join(page["files"][0]["_record"])
             assert static.get(record).json() == inside
             assert static.get(f"{record}/log").text == "the log\n"
+            assert static.get("/matrix/default").json() == matrix
+            assert static.get(f"/certificates/{digest}").json() == certificate
             item = server.page("one-pkg").json()["files"][-1]
             span = static.get("/simple/one-pkg/" + item["url"], headers={"Range": "bytes=0-9"})
             assert (span.status_code, "immutable" in span.headers["cache-control"]) == (206, True)
