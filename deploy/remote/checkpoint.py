@@ -70,7 +70,7 @@ def _told_once(layers: dict[int, Counter[Entry]]) -> Json:
     for number in range(len(layers)):
         if number not in layers:
             raise WorkerError(
-                "engine", f"the files have {len(layers)} layers, and none of them is {number}", "fetch the files again"
+                "fetch", f"the files have {len(layers)} layers, and none of them is {number}", "fetch the files again"
             )
         kind = sorted((*entry, count) for entry, count in layers[number].items())
         if kind not in kinds:
@@ -110,7 +110,7 @@ def shards(folder: Path, index: dict[str, str] | None) -> tuple[str, ...]:
     missing = [shard for shard in wanted if not (folder / shard).is_file()]
     if missing:
         raise WorkerError(
-            "engine", f"{folder}: {len(missing)} of {len(wanted)} files are missing, {missing[0]} is the first", "fetch them"
+            "fetch", f"{folder}: {len(missing)} of {len(wanted)} files are missing, {missing[0]} is the first", "fetch them"
         )
     return wanted
 
@@ -147,4 +147,4 @@ def header(path: Path) -> Iterator[Entry]:
 
 
 def _wrong(path: Path, cause: str) -> WorkerError:
-    return WorkerError("engine", f"{path}: {cause}", "fetch the file again")
+    return WorkerError("fetch", f"{path}: {cause}", "fetch the file again")

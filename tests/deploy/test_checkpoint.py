@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import struct
@@ -11,12 +12,14 @@ from typing import Any
 
 import pytest
 
+from deploy.fleet.calls import call
 from deploy.planning import architectures, engines, models, shards
 from deploy.planning.engines import Split
 from deploy.planning.shapes import Model
 from deploy.planning.tensors import Tensor
 from deploy.remote import checkpoint
-from gracefarm.errors import ConfigError
+from gracefarm.errors import ConfigError, FetchError
+from tests.deploy import kit
 from tests.deploy.test_bad_input import prepared, told
 
 CONFIG = {
@@ -260,3 +263,20 @@ def test_this_file_writes_what_the_format_says(tmp_path: Path) -> None:
     assert list(checkpoint.header(tmp_path / "x.safetensors")) == [("a", "BF16", (3, 5)), ("b", "F32", ())]
     assert (tmp_path / "x.safetensors").stat().st_size % 1 == 0
     assert sum(math.prod(tensor.shape) for tensor in tensors.values()) == 16
+
+
+def test_a_node_reads_the_headers_of_what_was_brought(tmp_path: Path) -> None:
+    """Over a real SSH connection, by the worker that is sent along."""
+    repository(tmp_path / "m", model())
+
+    async def ask(folder: Path) -> Model:
+        async with kit.nodes(tmp_path, 1) as nodes:
+            return models.with_tensors(model(), await call(nodes[0], "checkpoint.read", {"folder": str(folder)}))
+
+    here = models.from_file(tmp_path / "m", repo="a/b", revision="0" * 40)
+    assert asyncio.run(ask(tmp_path / "m")).stored == here.stored
+    (tmp_path / "empty").mkdir()
+    assert asyncio.run(ask(tmp_path / "empty")).stored is None  # not safetensors: config.json alone
+    lie(tmp_path / "m", GATE, shape=[8, 255])
+    with pytest.raises(FetchError, match=f"{GATE} is said to lie at"):
+        asyncio.run(ask(tmp_path / "m"))
