@@ -10,7 +10,6 @@ from typing import Annotated, Literal
 from packaging.utils import canonicalize_name
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints
 
-Text = Annotated[str, StringConstraints(max_length=2000)]
 ShortText = Annotated[str, StringConstraints(max_length=200)]
 RecipeName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
 DocumentName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9._-]{0,62}[a-z0-9])?$")]
@@ -51,8 +50,8 @@ class MatrixCell(SentDocument):
     build_id: BuildId | None = None
     wheel: WheelName | None = None
     "File name of the wheel, once it is built."
-    reason: Text = ""
-    "The first error of a failed cell; what blocks a blocked one."
+    reason: str = ""
+    "The first error of a failed cell; what blocks a blocked one. The board shows its first 2,000 characters."
     cpu_seconds: float | None = Field(default=None, ge=0, lt=1e15, allow_inf_nan=False)
     "CPU seconds that the cell took, or is expected to need."
     disk_bytes: int | None = Field(default=None, ge=0, lt=10**15)
@@ -64,7 +63,7 @@ class MatrixDocument(SentDocument):
 
     name: DocumentName
     "The NAME of the address."
-    selector: Text = ""
+    selector: str = ""
     "As 'python=3.10..3.14 stack=cu130,cu132 target=aarch64'."
     made: AwareDatetime
     "When the cells were listed."

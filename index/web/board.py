@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 MAX_SHOWN = 5000
 "Cells of a matrix that are drawn; of a larger one only the counts and what failed or is blocked."
 
+MAX_TEXT = 2000
+"Characters of a selector or reason that are shown."
+
 STATES: tuple[CellState, ...] = ("built", "failed", "blocked", "not tried")
 
 
@@ -129,7 +132,7 @@ def matrix_board(document: MatrixDocument, known: Mapping[str, Summary], wheels:
     waiting = [shown.cell for shown in cells if shown.state != "built"]
     return MatrixBoard(
         name=document.name,
-        selector=document.selector,
+        selector=document.selector[:MAX_TEXT],
         made=document.made.isoformat(),
         counts={state: counts[state] for state in STATES if counts[state]},
         columns=tuple(sorted({shown.column for shown in cells}, key=natural_order)),
@@ -151,7 +154,7 @@ def _shown(cell: MatrixCell, document: MatrixDocument, known: Mapping[str, Summa
             state, reason = "built" if record.outcome == "built" else "failed", record.cause
         reason = reason or (record.cause if state == "failed" else "")
     href = f"{record.id}/" if record is not None else f"../wheel/{cell.wheel}/" if cell.wheel in wheels else ""
-    return BoardCell(cell=cell, state=state, reason=reason, href=href.replace("+", "%2B"))
+    return BoardCell(cell=cell, state=state, reason=reason[:MAX_TEXT], href=href.replace("+", "%2B"))
 
 
 def _moment(text: str) -> datetime | None:

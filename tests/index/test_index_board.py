@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime
 
 import pytest
 from browser_kit import check_page, chromium
-from index_kit import Server, run_index, wheel
+from index_kit import REPOSITORY, Server, run_index, wheel
 from playwright.sync_api import Browser
 
 from index.store.records import Summary
@@ -125,6 +128,20 @@ def test_the_board_says_why(site: Server) -> None:
     others = text.partition("Other builds")[2]
     assert "elsewhere" in others
     assert "board-built" not in others, "it is in the matrix"
+
+
+def test_the_board_shows_the_cells_that_the_builder_prints(site: Server) -> None:
+    """The real `builder matrix`, which plans and builds nothing."""
+    command = [sys.executable, "-m", "builder", "matrix", "causal_conv1d", "--json"]
+    process = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, check=True)
+    printed = json.loads(process.stdout)
+    put(site, "/matrix/builder", {**printed, "name": "builder"})
+    text = site.client.get("/board/").text.partition('id="matrix-builder"')[2].partition("</section>")[0]
+    assert printed["cells"]
+    for wanted in printed["cells"]:
+        assert f"{wanted['stack']} {wanted['target']}" in text
+        assert f"{wanted['python']}<span" in text
+        assert wanted["recipe"] in text
 
 
 def shown(state: str, outcome: str, finished: str) -> str:
@@ -243,7 +260,9 @@ def long_lines(site: Server) -> list[str]:
     assert answer.status_code == 200
     wide = "w" * 128
     cells = [
-        cell("3.11", "failed", recipe=wide, stack=f"{number}{wide[1:]}", version=LONG[:200], reason=LONG, sm=["100f"] * 64)
+        cell(
+            "3.11", "failed", recipe=wide, stack=f"{number}{wide[1:]}", version=LONG[:200], reason=LONG * 99, sm=["100f"] * 64
+        )
         for number in range(3)
     ]
     put(site, "/matrix/long", document(*cells, name="long", selector=LONG))
