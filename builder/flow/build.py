@@ -125,8 +125,8 @@ def _stages(attempt: Attempt) -> Path:
         epoch = source.source_date_epoch(data, fetched)
         unpacked = prepare(attempt, fetched, epoch)
         plan.toolchain.fetch(plan)
-    state = "unpacked, patches and substitutions fit" if unpacked else "in the store"
-    console.step("fetch", f"sources of {data.name} {data.version} are {state}")
+    fit = "; unpacked, patches and substitutions fit" if unpacked else ""
+    console.step("fetch", f"sources of {data.name} {data.version} are in the store{fit}")
     with attempt.timed("root"):
         ground = lay_ground(plan, attempt.settings, console)
     attempt.torch_cxx11_abi = torch_facts.cxx11_abi(ground.packages)
