@@ -110,11 +110,11 @@ def _trusted() -> dict[str, Description]:
         "/.well-known/pytp": _get(
             "Where a workflow gets an upload token.", "200-discovery 404-problem 406-problem", "discover"
         ),
-        "/_/oidc/audience": _get("The audience of identity tokens for this index.", "200-audience 406-problem"),
+        "/_/oidc/audience": _get("The audience of identity tokens for this index.", "200-audience 404-problem 406-problem"),
         "/_/oidc/mint-token": {
             "post": _operation(
                 "Exchange the identity token of a publisher for a short upload token.",
-                "200-minted 400-problem 401-problem 403-problem 406-problem 408-problem 424-problem 429-problem",
+                "200-minted 400-problem 401-problem 403-problem 404-problem 406-problem 408-problem 424-problem 429-problem",
                 body="identity",
             )
         },

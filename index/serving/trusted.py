@@ -71,16 +71,19 @@ async def discovery(service: IndexService, base: Callable[[Request], str], reque
 
 
 async def audience(service: IndexService, _request: Request) -> Response:
-    """GET /_/oidc/audience: whom an identity token must be for."""
-    name = await asyncio.get_running_loop().run_in_executor(service.writer, publishers.audience, service.catalogue)
-    return JSONResponse({"audience": name}, media_type=MEDIA)
+    """GET /_/oidc/audience: whom an identity token must be for.
+
+    Raises:
+        NotFoundError: no project has a publisher.
+    """
+    return JSONResponse({"audience": publishers.audience(service.catalogue)}, media_type=MEDIA)
 
 
 async def mint_token(service: IndexService, request: Request) -> Response:
     """POST /_/oidc/mint-token: an identity token for a short upload token.
 
     Raises:
-        UnauthenticatedError, ForbiddenError, UnreachableError: see `index.trust.exchange`.
+        UnauthenticatedError, ForbiddenError, UnreachableError, NotFoundError: see `index.trust.exchange`.
         TooManyError: this address was refused too often.
     """
     client = client_of(service, request)

@@ -38,6 +38,7 @@ def exchange(catalogue: Catalogue, keys: IssuerKeys, text: str) -> MintedToken:
         UnauthenticatedError: the identity token is not good, or was exchanged before.
         ForbiddenError: it is good, and no project trusts its publisher.
         UnreachableError: the issuer's keys cannot be fetched.
+        NotFoundError: no project has a publisher.
     """
     trusted = publishers.all_publishers(catalogue)
     issuers = {publisher.issuer for publisher in trusted}

@@ -12,6 +12,7 @@ from typing import Literal
 from urllib.parse import urlsplit
 
 from gracefarm.errors import UsageError
+from index.errors import NotFoundError
 from index.store.catalogue import Catalogue
 
 PublisherKind = Literal["github", "gitlab"]
@@ -118,6 +119,9 @@ def add(catalogue: Catalogue, actor: str, publisher: TrustedPublisher) -> None:
                 *(publisher.repository, publisher.workflow, publisher.environment),
             ),
         )
+        change.execute(
+            "INSERT OR IGNORE INTO meta (key, value) VALUES ('audience', ?)", (f"gracefarm-{secrets.token_hex(8)}",)
+        )
         change.note("token.trust", publisher.project, publisher=publisher.name, issuer=publisher.issuer)
 
 
@@ -139,14 +143,14 @@ def remove(catalogue: Catalogue, actor: str, project: str, repository: str) -> i
 
 
 def audience(catalogue: Catalogue) -> str:
-    """The audience that identity tokens must name. It is this index's own: a token for another index is of no use here."""
+    """The audience that identity tokens must name. It is this index's own: a token for another index is of no use here.
+
+    Raises:
+        NotFoundError: no publisher was ever added.
+    """
     row = catalogue.row("SELECT value FROM meta WHERE key = 'audience'")
     if row is None:
-        with catalogue.change("index") as change:
-            fresh = f"gracefarm-{secrets.token_hex(8)}"
-            change.execute("INSERT OR IGNORE INTO meta (key, value) VALUES ('audience', ?)", (fresh,))
-            row = change.execute("SELECT value FROM meta WHERE key = 'audience'").fetchone()
-            change.note("token.audience", row["value"])
+        raise NotFoundError("no project here has a publisher", remedy="add one with `index publisher add`")
     return str(row["value"])
 
 
