@@ -160,7 +160,7 @@ def resolve(tool: str, url: str, folder: Path, *projects: str) -> subprocess.Com
 FATAL_FOR = dict.fromkeys(FATAL, ("pip",)) | {"address": ("pip", "uv")}
 
 
-QUICK = ("latin-1", "address", "lock-marker")
+QUICK = ("latin-1", "address")
 
 
 @pytest.mark.parametrize("key", [key if key in QUICK else pytest.param(key, marks=pytest.mark.slow) for key in FATAL])
