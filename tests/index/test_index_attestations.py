@@ -146,6 +146,9 @@ def test_good_attestations_are_served_as_the_files_provenance(attested: Server, 
     assert types == {"https://docs.pypi.org/attestations/publish/v1", "https://slsa.dev/provenance/v1"}
     assert bundle.attestations[0] == Attestation.model_validate(good), "not a byte of it is another"
 
+    shown = attested.client.get(f"/wheel/{FILE}/").text
+    assert f'href="../../files/{entry["hashes"]["sha256"]}/{FILE}.provenance"' in shown
+
     with PyPISimple(attested.url + "/simple/") as client:
         (package,) = client.get_project_page("pypi-attestations").packages
         assert package.provenance_url == entry["provenance"]
