@@ -118,16 +118,18 @@ class ProjectPages:
             releases=releases(shown, best, any(asked.values())) if offered else [],
             shown=len(shown) if offered else 0,
             total=len(choices),
-            newest=best_of(choices),
+            latest=best_of(choices) or choices[0],
+            recommended=any(choice.recommended for choice in choices),
+            variants=any(choice.variant and choice.file.yanked is None for choice in choices),
             best=best if offered else None,
             view=narrowest_view(self.site.catalogue, best.file) if best else "",
             file_path=file_path,
         )
 
     def _about(self, choices: Sequence[WheelChoice]) -> About:
-        """What the newest wheel says of itself, rendered once."""
-        newest = best_of(choices) or choices[0]
-        digest = newest.file.metadata_sha256 or ""
+        """What the newest wheel says of itself, rendered once. An sdist's metadata is not stored."""
+        candidates = [choice for choice in (best_of(choices), *choices) if choice is not None]
+        digest = next((choice.file.metadata_sha256 for choice in candidates if choice.file.metadata_sha256), "")
         if digest not in self._abouts:
             if len(self._abouts) >= ABOUTS:
                 self._abouts.clear()

@@ -56,12 +56,12 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """What `index import` makes of a folder with 144 wheels of one project, its sdist, and a few others."""
     folder = tmp_path_factory.mktemp("wheels")
     root = tmp_path_factory.mktemp("site") / "root"
-    names = ("causal-conv1d", "flash-attn", "xformers", "einops")
+    names = ("causal-conv1d", "flash-attn", "xformers", "einops", "natten", "only-source")
     for name, content in everything():
         (folder / name).write_bytes(content)
     root.mkdir()
     run_index(root, "host", *names)
-    run_index(root, "import", str(folder))
+    run_index(root, "import", "--variants", str(folder))
     run_index(root, "yank", "causal-conv1d", "1.6.1+cu130.torch2.12", "--reason", "wrong numbers on sm_103")
     with serving(root, "--allow-new") as running:
         yield running
@@ -89,6 +89,16 @@ def everything() -> Iterator[tuple[str, bytes]]:
     yield wheel("flash_attn", "2.8.3", meta=metadata("flash_attn", "2.8.3", "Fast and memory-efficient exact attention"))
     blocks = metadata("xformers", "0.0.33", "Building blocks for Transformers", "Requires-Python: >=3.10")
     yield wheel("xformers", "0.0.33", "cp39-abi3-manylinux_2_34_aarch64", meta=blocks)
+    variant = {
+        "$schema": "https://variants-schema.wheelnext.dev/peps/850/v0.2.0.json",
+        "default-priorities": {"namespace": ["nvidia"]},
+        "providers": {"nvidia": {"plugin-api": "nvidia_variant_provider.plugin:NvidiaVariantPlugin", "requires": ["a"]}},
+        "variants": {"cu130_sm90": {"nvidia": {"cuda_version_lower_bound": ["13.0"], "sm_arch": ["90_real"]}}},
+    }
+    files = {"natten/__init__.py": b"", "natten-1.0.dist-info/variant.json": json.dumps(variant).encode()}
+    plain = "cp311-cp311-manylinux_2_34_aarch64"
+    yield wheel("natten", "1.0", f"{plain}-cu130_sm90", files=files, wheel_tags=plain)
+    yield sdist("only_source", "3.0")
     yield wheel("einops", "0.8.1", meta=metadata("einops", "0.8.1", "A new flavour of deep learning operations"))
 
 
@@ -148,6 +158,17 @@ def test_an_abi3_wheel_appears_for_every_python_that_it_serves(site: Server) -> 
         assert text.count('data-label="ABI">abi3') == count, python
     assert ">3.9+</td>" in site.client.get("/project/xformers/").text
     assert "<option>3.9</option>" not in site.client.get("/project/xformers/").text, "Requires-Python is obeyed"
+
+
+def test_a_project_of_variants_or_sources_alone_has_no_line_that_fails(site: Server) -> None:
+    text = site.client.get("/project/natten/").text
+    assert "wheel-variants --index" in text
+    assert '<span class="tag">cu130_sm90</span>' in text
+    assert "choose.py" not in text
+    text = site.client.get("/project/only-source/").text
+    assert '<span class="sub">3.0</span>' in text
+    assert "choose.py" not in text
+    assert "Commands for" not in text
 
 
 def chosen(filename: str, requires_python: str | None = None) -> WheelChoice:
