@@ -149,7 +149,8 @@ def stage(built: BuiltSet, at: SetAddress, settings: Settings, console: Console)
     """
     name = built.plan.set.data.name
     address = f"{at.base}/stage/{at.name}/legacy/"
-    state = staging.ask(at, "PUT", json={"expect": staging.matrix(built.record.wheels)})
+    without = sorted(built.plan.set.runtime.data.environment.left_out)
+    state = staging.ask(at, "PUT", json={"expect": staging.matrix(built.record.wheels), "without": without})
     if state["state"] != "published":
         have = set(state["files"])
         for wheel in built.wheels:
@@ -164,6 +165,7 @@ def stage(built: BuiltSet, at: SetAddress, settings: Settings, console: Console)
         _require_same(built, at, state["files"])
         if state["missing"]:
             raise _incomplete(built, at, state["missing"])
+        staging.ask(at, "PUT", "/pylock.toml", content=locks.pylock(built.plan.set, built.record.wheels, at))
         state = staging.ask(at, "POST", "/publish")
     _require_same(built, at, state["files"])
     console.step("publish", f"{name}: {len(state['files'])} files are visible at {at.simple}")

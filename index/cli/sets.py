@@ -23,12 +23,20 @@ def stage() -> None:
     "--expect", multiple=True, metavar="LINE", help="A wheel the set must hold: 'causal-conv1d==1.7.0 cp311 aarch64'."
 )
 @click.option("--matrix", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="A file of such lines.")
+@click.option("--without", multiple=True, metavar="PROJECT", help="Its wheels may require this, and the set does without it.")
 @click.option("--nightly", is_flag=True, help="Its files go to the nightly channel.")
-def create(context: IndexContext, name: str, expect: tuple[str, ...], matrix: Path | None, nightly: bool) -> None:
+def create(
+    context: IndexContext, name: str, expect: tuple[str, ...], matrix: Path | None, without: tuple[str, ...], nightly: bool
+) -> None:
     """Open a set; upload its wheels to /stage/NAME/legacy/."""
     lines = [*expect, *(matrix.read_text().splitlines() if matrix else [])]
     created = staged.create(
-        context.catalogue(), context.actor, name, staged.parse_matrix(lines), channel="nightly" if nightly else "release"
+        context.catalogue(),
+        context.actor,
+        name,
+        staged.parse_matrix(lines),
+        channel="nightly" if nightly else "release",
+        without=without,
     )
     context.console.result(
         {**asdict(created), "upload_path": f"/stage/{name}/legacy/", "preview_path": f"/preview/{created.preview}/simple/"},

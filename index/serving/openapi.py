@@ -73,7 +73,7 @@ def _stages() -> dict[str, Description]:
             ),
         },
         "/stage/{set_name}/pylock.toml": {
-            "put": _operation("Keep the set's pylock.toml.", f"200-text {_REFUSALS} 404", body="pylock", secured=True)
+            "put": _operation("Keep the set's pylock.toml.", f"200-set {_REFUSALS} 404", body="pylock", secured=True)
         },
         "/stage/{set_name}/publish": {
             "post": _operation("Show the whole set at once.", f"200-set {_SET_REFUSALS}", secured=True)

@@ -8,12 +8,12 @@ import json
 from functools import partial
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from gracefarm.errors import UsageError
 from index.errors import NotFoundError, RefusedError
-from index.names import check_set_name
+from index.names import check_set_name, normalise
 from index.serving.routes import body_of, identify
 from index.serving.service import IndexService
 from index.sets import pylock, staged
@@ -42,8 +42,11 @@ async def state(service: IndexService, request: Request) -> Response:
     name, token = await _authorised(service, request)
     if request.method != "PUT":
         return _answer(_find(service, name))
-    matrix = staged.parse_matrix(_lines(await body_of(service, request)))
-    opened = await asyncio.get_running_loop().run_in_executor(service.writer, _open, service, token.actor, name, matrix)
+    raw = await body_of(service, request)
+    matrix, without = staged.parse_matrix(_texts(raw, "expect")), _texts(raw, "without", optional=True)
+    opened = await asyncio.get_running_loop().run_in_executor(
+        service.writer, _open, service, token.actor, name, matrix, without
+    )
     return _answer(opened)
 
 
@@ -67,7 +70,7 @@ async def put_pylock(service: IndexService, request: Request) -> Response:
         service.writer, staged.put_pylock, service.catalogue, token.actor, name, raw
     )
     service.page_cache.refresh(now=True)
-    return PlainTextResponse(f"{pylock.FILENAME} of {name} is kept\n")
+    return _answer(_find(service, name))
 
 
 async def get_pylock(service: IndexService, request: Request) -> Response:
@@ -100,12 +103,13 @@ def _find(service: IndexService, name: str) -> ReleaseSet:
         raise NotFoundError(error.cause, remedy=f"PUT /stage/{name} opens it") from error
 
 
-def _open(service: IndexService, actor: str, name: str, matrix: list[staged.ExpectedWheel]) -> ReleaseSet:
+def _open(service: IndexService, actor: str, name: str, matrix: list[staged.ExpectedWheel], without: list[str]) -> ReleaseSet:
     known = service.catalogue.row("SELECT state FROM release_set WHERE name = ?", (name,))
     if known is None:
-        return staged.create(service.catalogue, actor, name, matrix)
+        return staged.create(service.catalogue, actor, name, matrix, without=without)
     known_set = staged.find(service.catalogue, name)
-    if known_set.state == "dropped" or known_set.matrix != tuple(matrix):
+    same = known_set.matrix == tuple(matrix) and known_set.without == tuple(sorted({normalise(text) for text in without}))
+    if known_set.state == "dropped" or not same:
         raise RefusedError(
             f"there was a set {name!r} already, {known_set.state} and with another matrix"
             if known_set.state != "dropped"
@@ -115,14 +119,17 @@ def _open(service: IndexService, actor: str, name: str, matrix: list[staged.Expe
     return known_set
 
 
-def _lines(raw: bytes) -> list[str]:
+def _texts(raw: bytes, key: str, *, optional: bool = False) -> list[str]:
+    """A list of texts of the body; empty where it is `optional` and absent."""
     try:
-        lines = json.loads(raw)["expect"]
-    except (ValueError, RecursionError, TypeError, KeyError):
+        body = json.loads(raw)
+        lines = body.get(key, []) if optional else body[key]
+    except (ValueError, RecursionError, TypeError, KeyError, AttributeError):
         lines = None
     if not isinstance(lines, list) or len(lines) > MAX_MATRIX or not all(isinstance(line, str) for line in lines):
         raise RefusedError(
-            "the set's matrix cannot be read", remedy='send {"expect": ["causal-conv1d==1.7.0 cp311 aarch64", …]}'
+            "the set's matrix cannot be read",
+            remedy='send {"expect": ["causal-conv1d==1.7.0 cp311 aarch64", …], "without": ["NAME", …]}',
         )
     return lines
 
@@ -138,5 +145,6 @@ def _answer(shown: ReleaseSet) -> Response:
         "preview": f"/preview/{shown.preview}/simple/" if shown.state == "staged" else None,
         "simple": f"/{shown.name}/simple/" if shown.state == "published" else None,
         "pylock": shown.pylock,
+        "without": list(shown.without),
     }
     return JSONResponse(value, headers={"Cache-Control": "no-store"})

@@ -7,7 +7,7 @@ neither counts.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -72,8 +72,10 @@ def _requirements(raw: bytes) -> Iterator[Requirement]:
             continue
 
 
-def unmet(files: Sequence[SetFile], pythons: Sequence[str], arches: Sequence[str]) -> list[str]:
-    """What wheels of the set require and the set lacks, a line each.
+def unmet(
+    files: Sequence[SetFile], pythons: Sequence[str], arches: Sequence[str], *, without: Container[str] = ()
+) -> list[str]:
+    """What wheels of the set require and the set lacks, a line each, but for the projects that it does `without`.
 
     `pythons` (3.11) and `arches` are those of the set's matrix. Where it names none, they are those of the wheels that were
     built here; where these name none either, it is enough that one machine finds all that it needs.
@@ -84,7 +86,7 @@ def unmet(files: Sequence[SetFile], pythons: Sequence[str], arches: Sequence[str
     groups: dict[tuple[str, str], list[_Shortfall]] = {}
     for python, arch in product(sorted(known_pythons) or PYTHONS, sorted(known_arches) or ARCHES):
         key = (python if known_pythons else "", arch if known_arches else "")
-        groups.setdefault(key, []).append(_shortfall(files, InstallTarget(python=python, arch=arch)))
+        groups.setdefault(key, []).append(_shortfall(files, InstallTarget(python=python, arch=arch), without))
     best = {key: min(choices, key=lambda each: (-each.installable, len(each.lines))) for key, choices in groups.items()}
     lines_of = {key: each.lines for key, each in best.items()}
     return [_where(line, lines_of) for line in sorted(frozenset().union(*lines_of.values()))]
@@ -99,9 +101,9 @@ class _Shortfall:
     lines: frozenset[str]
 
 
-def _shortfall(files: Sequence[SetFile], machine: InstallTarget) -> _Shortfall:
+def _shortfall(files: Sequence[SetFile], machine: InstallTarget, without: Container[str]) -> _Shortfall:
     here = [file for file in files if machine.takes(file.filename, file.requires_python)]
-    return _Shortfall(installable=len(here), lines=frozenset(_lacking(files, here, machine)))
+    return _Shortfall(installable=len(here), lines=frozenset(_lacking(files, here, machine, without)))
 
 
 def _where(line: str, lines_of: Mapping[tuple[str, str], frozenset[str]]) -> str:
@@ -111,7 +113,9 @@ def _where(line: str, lines_of: Mapping[tuple[str, str], frozenset[str]]) -> str
     return line if len(lacking) == len(places) else f"{line}, for {', '.join(lacking)}"
 
 
-def _lacking(files: Sequence[SetFile], here: Sequence[SetFile], machine: InstallTarget) -> Iterator[str]:
+def _lacking(
+    files: Sequence[SetFile], here: Sequence[SetFile], machine: InstallTarget, without: Container[str]
+) -> Iterator[str]:
     """What the machine does not find of what the wheels that it can install, `here`, require."""
     by_project: dict[str, list[SetFile]] = {}
     for file in here:
@@ -124,6 +128,8 @@ def _lacking(files: Sequence[SetFile], here: Sequence[SetFile], machine: Install
             if not _applies(requirement, machine, extra):
                 continue
             name = str(canonicalize_name(requirement.name))
+            if name in without:
+                continue
             found = [each for each in by_project.get(name, []) if _satisfies(each.version, requirement)]
             if not found:
                 others = [each for each in files if each.project == name]

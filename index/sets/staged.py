@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import product
 
@@ -13,7 +13,7 @@ from packaging.utils import canonicalize_name
 
 from gracefarm.errors import UsageError
 from index.errors import RefusedError
-from index.names import check_set_name, wheel_tags
+from index.names import check_set_name, normalise, wheel_tags
 from index.sets import closure, machines, pylock
 from index.store.catalogue import Catalogue, Transaction
 from index.store.files import Store
@@ -70,6 +70,8 @@ class ReleaseSet:
     "How many the matrix and the lock name."
     pylock: bool
     "It has a pylock.toml."
+    without: tuple[str, ...]
+    "Projects that its wheels require and that it does without."
 
 
 def parse_matrix(lines: list[str]) -> list[ExpectedWheel]:
@@ -97,21 +99,33 @@ def _matrix_line(text: str) -> Iterator[ExpectedWheel]:
         yield ExpectedWheel(requirement=requirement, python=python, arch=arch)
 
 
-def create(catalogue: Catalogue, actor: str, name: str, matrix: list[ExpectedWheel], channel: str = "release") -> ReleaseSet:
-    """A new staged set.
+def create(
+    catalogue: Catalogue,
+    actor: str,
+    name: str,
+    matrix: list[ExpectedWheel],
+    channel: str = "release",
+    without: Iterable[str] = (),
+) -> ReleaseSet:
+    """A new staged set, which may do `without` these projects, whatever its wheels require.
 
     Raises:
         UsageError: the name is taken, by a dropped set too: a preview address must never come to mean something else.
     """
     check_set_name(name)
+    left_out = sorted({normalise(project) for project in without})
     with catalogue.change(actor) as change:
         if change.execute("SELECT 1 FROM release_set WHERE name = ?", (name,)).fetchone():
             raise UsageError(f"there was a set {name!r} already", remedy="choose another name")
         change.execute(
-            "INSERT INTO release_set (name, state, preview, channel, matrix, created) VALUES (?, 'staged', ?, ?, ?, ?)",
-            (name, secrets.token_urlsafe(32), channel, json.dumps([vars(item) for item in matrix]), change.time),
+            "INSERT INTO release_set (name, state, preview, channel, matrix, created, without)"
+            " VALUES (?, 'staged', ?, ?, ?, ?, ?)",
+            (
+                *(name, secrets.token_urlsafe(32), channel, json.dumps([vars(item) for item in matrix])),
+                *(change.time, json.dumps(left_out)),
+            ),
         )
-        change.note("set.create", name, channel=channel, matrix=[str(item) for item in matrix])
+        change.note("set.create", name, channel=channel, matrix=[str(item) for item in matrix], without=left_out)
     return find(catalogue, name)
 
 
@@ -144,6 +158,7 @@ def find(catalogue: Catalogue, name: str) -> ReleaseSet:
         digests=tuple(member["sha256"] for member in members),
         wanted=len(matrix) + len(pinned),
         pylock=catalogue.row("SELECT 1 FROM set_pylock WHERE set_name = ?", (name,)) is not None,
+        without=tuple(json.loads(row["without"])),
         missing=(*(str(wheel) for wheel in missing), *_unfulfilled(catalogue, name)),
     )
 
@@ -210,7 +225,8 @@ def publish(store: Store, catalogue: Catalogue, actor: str, name: str) -> Releas
             shown = "; ".join(unmet[:MAX_UNMET]) + (f"; and {len(unmet) - MAX_UNMET} more" if len(unmet) > MAX_UNMET else "")
             raise RefusedError(
                 f"the set {name} lacks {len(unmet)} of what its wheels require: {shown}",
-                remedy=f"upload them to /stage/{name}/legacy/, or mirror a lock that has them, then publish again",
+                remedy=f"upload them to /stage/{name}/legacy/, or mirror a lock that has them, then publish again; what a set"
+                " does without is named when it is created (--without)",
             )
         _check_pylock(catalogue, complete)
         rows = change.execute(
@@ -259,7 +275,8 @@ def _unmet(store: Store, catalogue: Catalogue, complete: ReleaseSet) -> list[str
     mirrored = catalogue.rows("SELECT * FROM live_mirrored WHERE set_name = ?", (complete.name,))
     files = [*(closure.read(store, row, own=True) for row in own), *(closure.read(store, row, own=False) for row in mirrored)]
     pythons = {machines.python(wheel.python) for wheel in complete.matrix if wheel.python.startswith("cp3")}
-    return closure.unmet(files, sorted(pythons), sorted({wheel.arch for wheel in complete.matrix if wheel.arch}))
+    arches = {wheel.arch for wheel in complete.matrix if wheel.arch}
+    return closure.unmet(files, sorted(pythons), sorted(arches), without=complete.without)
 
 
 def drop(catalogue: Catalogue, actor: str, name: str) -> None:

@@ -42,7 +42,8 @@ CREATE TABLE release_set (
     channel TEXT NOT NULL DEFAULT 'release',
     matrix TEXT NOT NULL DEFAULT '[]',
     created TEXT NOT NULL,
-    published TEXT
+    published TEXT,
+    without TEXT NOT NULL DEFAULT '[]'
 ) WITHOUT ROWID;
 CREATE TABLE member (
     set_name TEXT NOT NULL REFERENCES release_set (name),

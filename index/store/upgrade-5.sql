@@ -17,6 +17,7 @@ CREATE INDEX certificate_wheel ON certificate (wheel_sha256);
 ALTER TABLE file ADD COLUMN variant TEXT;
 ALTER TABLE file ADD COLUMN defects TEXT NOT NULL DEFAULT '';
 ALTER TABLE mirrored ADD COLUMN defects TEXT NOT NULL DEFAULT '';
+ALTER TABLE release_set ADD COLUMN without TEXT NOT NULL DEFAULT '[]';
 ALTER TABLE pin ADD COLUMN selection TEXT NOT NULL DEFAULT '';
 CREATE TABLE variants_json (
     filename TEXT NOT NULL,

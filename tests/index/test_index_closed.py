@@ -79,6 +79,25 @@ def test_every_python_of_the_matrix_finds_what_it_needs(shared: Server) -> None:
     run_index(shared.root, "stage", "publish", "pythons")
 
 
+def test_a_set_may_say_what_it_does_without(shared: Server) -> None:
+    """As stack cu124 leaves pyairports out, which an engine requires and never imports."""
+    auth = ("__token__", shared.token)
+    body = {"expect": ["engine_pkg==1.0"], "without": ["Air_Ports"]}
+    for _ in range(2):
+        opened = shared.client.put("/stage/less", json=body, auth=auth)
+        assert (opened.status_code, opened.json()["without"]) == (200, ["air-ports"])
+    assert shared.client.put("/stage/less", json={"expect": body["expect"]}, auth=auth).status_code == 400
+    assert shared.client.put("/stage/odd", json={**body, "without": "x"}, auth=auth).status_code == 400
+    engine = wheel("engine_pkg", "1.0", requires=("air.ports>=2", "sea_ports"))
+    assert shared.upload(*engine, path="/stage/less/legacy/").status_code == 200
+    refused = shared.client.post("/stage/less/publish", auth=auth)
+    assert "lacks 1 of what its wheels require: sea_ports (of engine-pkg 1.0)" in refused.text
+    assert shared.upload(*wheel("sea_ports", "1.0"), path="/stage/less/legacy/").status_code == 200
+    assert shared.client.post("/stage/less/publish", auth=auth).status_code == 200
+    run_index(shared.root, "stage", "create", "less-2", "--without", "lake_ports")
+    assert stage_publish(shared, "less-2", wheel("lake_engine", "1.0", requires=("lake-ports",))) == ""
+
+
 def set_file(filename: str, *requires: str, own: bool = True, requires_python: str | None = None) -> SetFile:
     project, version = filename.split("-")[:2]
     return SetFile(

@@ -141,6 +141,7 @@ def test_a_set_from_recipes_to_what_pip_and_uv_install(farm: Farm, third_party: 
         pylock = lock_file.with_name("pylock.toml")
         document = tomllib.loads(pylock.read_text())
         Pylock.from_dict(document)
+        assert httpx.get(f"{url}/tiny/pylock.toml").text == pylock.read_text()
         assert [package["name"] for package in document["packages"]] == ["third-dep", "third-lib", "tiny-c"]
         assert {wheel["url"].rsplit("/files/")[0] for package in document["packages"] for wheel in package["wheels"]} == {url}
 
