@@ -309,6 +309,9 @@ def _unused(question: Question, unused: Sequence[str], used: int) -> list[str]:
     which = unused[0] if len(unused) == 1 else f"{unused[0]} to {unused[-1]}"
     serving = "1 node serves" if used == 1 else f"{used} nodes serve"
     idle = "1 does not" if len(unused) == 1 else f"{len(unused)} do not"
+    if question.objective == "throughput" and (question.model.experts or not question.engine.replicas):
+        whose = "models with experts" if question.model.experts else question.engine.name
+        return [f"{serving}, {idle} ({which}): no replicas of {whose} are planned; another deployment can use them"]
     what = {"speed": "one stream", "throughput": "all streams together", "cost": "a token"}[question.objective]
     better = "cheaper" if question.objective == "cost" else "faster"
     return [f"{serving}, {idle} ({which}): with all, {what} would not be noticeably {better}"]

@@ -163,6 +163,21 @@ def test_throughput_takes_replicas_and_cost_takes_none() -> None:
     assert wide.prediction.tokens_per_s == speedy.prediction.tokens_per_s
 
 
+def test_nodes_that_replicas_could_use_are_not_called_useless() -> None:
+    moe = planned(4, "h200", "Qwen/Qwen3-30B-A3B", layout={"objective": "throughput"})
+    assert any("no replicas of models with experts are planned; another deployment can use them" in note for note in moe.notes)
+    old = planned(4, engine="aphrodite", layout={"objective": "throughput"})
+    assert any("no replicas of aphrodite are planned" in note for note in old.notes) == bool(old.spares)
+
+
+def test_a_cache_in_eight_bit_holds_twice_as_much() -> None:
+    usual, half = (planned(1, engine_options={"kv-cache-dtype": word}).memory for word in ("auto", "fp8"))
+    assert usual
+    assert half
+    assert half.token_bytes * 2 == usual.token_bytes
+    assert half.cache_tokens == pytest.approx(2 * usual.cache_tokens, abs=16)
+
+
 def test_cost_counts_nodes_not_only_speed() -> None:
     fast, cheap = (planned(8, repo="meta-llama/Llama-3.1-70B", layout={"objective": word}) for word in ("throughput", "cost"))
     assert fast.prediction
