@@ -27,7 +27,7 @@ def make_plan(recipe: LoadedRecipe, stack: LoadedStack, host: Arch, target: Arch
             f"{recipe.key} is not built with --toolchain {toolchain.kind}: {reason}",
             remedy=f"take another: {', '.join(kind for kind in KINDS if kind not in recipe.data.refuses)}",
         )
-    stack = toolchain.facts(stack)
+    stack = replace(toolchain.facts(stack), build_requirements=recipe.build_requirements)
     if target not in stack.data.glibc:
         known = ", ".join(arch.value for arch in stack.data.glibc)
         raise ConfigError(f"stack {stack.data.name} has no target {target.value}", remedy=f"targets: {known}")

@@ -264,7 +264,7 @@ def test_missing_build_requirement_is_named_before_anything_is_compiled(farm: Fa
     files = projects.backend("return wheel(wheel_directory)")
     files["pyproject.toml"] = str(files["pyproject.toml"]).replace("requires = []", 'requires = ["meson>=1"]')
     farm.recipe("tiny", files)
-    refused(build_tiny(farm), ExitCode.COMPILE, "needs 'meson>=1' to build", "stack bare has none")
+    refused(build_tiny(farm), ExitCode.COMPILE, "needs to build: 'meson>=1' (stack bare has none)")
 
 
 @pytest.mark.parametrize("requires", ['["meson>>1"]', '"meson"', "[1]"])

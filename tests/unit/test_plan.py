@@ -184,6 +184,7 @@ WHOLE: dict[str, Any] = {
     ],
     "substitutions": [{"path": "setup.py", "find": "old", "replace": "new", "count": 2}],
     "build": {
+        "requires": ["cython>=3.1"],
         "subdirectory": "python",
         "environment": {"NAME": "value"},
         "config_settings": {"key": "value"},
@@ -223,6 +224,7 @@ RECIPE_EXEMPT = {
     "build.memory_per_job": "the number of jobs",
     "build.unit_memory": "which units run beside each other",
     "build.unit_seconds": "which unit starts first",
+    "build.requires": "its lock is in the digest of the environment",
     "wheel.sm_supported": "others are refused",
     "wheel.bundled": "the audit's expectations, and",
     "wheel.max_size": "its bound: the flow audits again what was judged by others",
@@ -336,6 +338,7 @@ def field_names(schema: dict[str, Any]) -> set[tuple[str, str]]:
 def whole(project: Path) -> tuple[LoadedRecipe, LoadedStack]:
     shutil.rmtree(project / "recipes" / NAME)
     (project / "recipes" / "thing").mkdir()
+    (project / "recipes" / "thing" / "requirements.lock").write_text(f"cython==3.1.4 --hash=sha256:{SHA}\n")
     loaded = stack.load(project / "stacks", "cu124")
     table = loaded.data.model_dump(mode="json")
     table["torch"]["cuda"] = "12.4"
