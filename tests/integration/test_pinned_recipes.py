@@ -193,10 +193,10 @@ FetchContent_MakeAvailable(cutlass)
 set(USE_CUDA ON)""",
     )
     + """
-set(special machete_mm_impl_part0.cu scaled_mm_c2x.cu scaled_mm_c3x.cu)
+set(special machete_mm_impl_part0.cu machete_prepack_part0.cu scaled_mm_c2x.cu scaled_mm_c3x.cu)
 set_source_files_properties(${special} PROPERTIES COMPILE_FLAGS "-gencode arch=compute_90a,code=sm_90a")
 set(_moe_C_parts softmax.cu)
-set(_C_parts gptq_marlin.cu ${special})
+set(_C_parts gptq_marlin.cu machete_pytorch.cu ${special})
 foreach(name _core_C _moe_C _C)
     Python_add_library(${name} MODULE USE_SABI 3.8 ${name}.cpp ${${name}_parts})
     target_include_directories(${name} PRIVATE ${cutlass_SOURCE_DIR}/include)
@@ -254,7 +254,8 @@ def test_aphrodite_as_its_recipe_says_compiles_by_cuda_12_4_for_the_architecture
         "CMakeLists.txt": "cmake_minimum_required(VERSION 3.25)\n",
     }
     document["repositories"][0]["commit"] = cutlass.commit(header)
-    kernels = ("softmax", "gptq_marlin", "machete_mm_impl_part0", "scaled_mm_c2x", "scaled_mm_c3x")
+    machete = ("machete_mm_impl_part0", "machete_prepack_part0", "machete_pytorch")
+    kernels = ("softmax", "gptq_marlin", *machete, "scaled_mm_c2x", "scaled_mm_c3x")
     bindings = {name: CORE.replace("NAME", name).replace("#include <Python", LIMITED) for name in ("_core_C", "_moe_C")}
     bindings["_C"] = CORE_CUDA.replace("__global__ void kernel() {}", "").replace("kernel<<<1, 1>>>();", "")
     repository = Repository(hub / "PygmalionAI/aphrodite-engine")
@@ -279,7 +280,7 @@ def test_aphrodite_as_its_recipe_says_compiles_by_cuda_12_4_for_the_architecture
     verdicts = {verdict["gate"]: verdict for verdict in record_of(farm, "aphrodite")["verdicts"]}  # type: ignore[attr-defined]
     assert verdicts["cubins"]["summary"] == "cubins for exactly sm_90, sm_90a, and no PTX"
     assert verdicts["cubins"]["details"] == [
-        "aphrodite/_C.abi3.so: 4 for sm_90, 3 for sm_90a",
+        "aphrodite/_C.abi3.so: 6 for sm_90, 4 for sm_90a",
         "aphrodite/_moe_C.abi3.so: 1 for sm_90",
     ]
     wheel = Path(done.out.strip())
