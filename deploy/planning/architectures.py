@@ -52,6 +52,8 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "Qwen3MoeForCausalLM": Architecture(query_norm=True),
         "MixtralForCausalLM": Architecture(mlp="block_sparse_moe", names=("w1", "w3", "w2")),
         "DeepseekV3ForCausalLM": _DEEPSEEK,
+        "DeepseekV32ForCausalLM": _DEEPSEEK,
+        "GlmMoeDsaForCausalLM": _DEEPSEEK,
         "KimiK25ForConditionalGeneration": Architecture(nested=True),
         "GptOssForCausalLM": Architecture(bias="all", router="router", fused_experts=True),
         "Llama4ForConditionalGeneration": Architecture(
@@ -99,7 +101,7 @@ def model_of(name: str, config: Mapping[str, Any], *, repo: str, revision: str, 
         attention_bias=about.bias == "all" or bool(numbers.get("attention_bias", False)),
         mlp_bias=bool(numbers.get("mlp_bias", False)),
         experts=_experts(name, numbers, layers),
-        latent=_latent(numbers) if numbers.get("kv_lora_rank") else None,
+        latent=_latent(numbers, layers) if numbers.get("kv_lora_rank") else None,
         quantization=stored,
         window=_window(name, numbers),
         full_layers=_full_layers(name, numbers, layers),
@@ -125,7 +127,7 @@ def _experts(name: str, numbers: Mapping[str, Any], layers: int) -> Experts | No
                 columns=numbers["moe_intermediate_size"],
                 layers=tuple(layer for layer in range(layers) if (layer + 1) % step == 0 and layer not in plain),
             )
-        case "DeepseekV3ForCausalLM" | "KimiK25ForConditionalGeneration":
+        case _ if numbers.get("n_routed_experts"):  # DeepSeek's and those made after them
             step = numbers.get("moe_layer_freq", 1)
             columns = numbers["moe_intermediate_size"]
             return Experts(
@@ -147,14 +149,26 @@ def _experts(name: str, numbers: Mapping[str, Any], layers: int) -> Experts | No
     return None
 
 
-def _latent(numbers: Mapping[str, Any]) -> Latent:
+def _latent(numbers: Mapping[str, Any], layers: int) -> Latent:
     return Latent(
+        index_heads=numbers.get("index_n_heads"),
+        index_dim=numbers.get("index_head_dim") or 128,
+        index_layers=_index_layers(numbers, layers) if numbers.get("index_n_heads") else (),
         q_rank=numbers.get("q_lora_rank"),
         kv_rank=numbers["kv_lora_rank"],
         nope=numbers["qk_nope_head_dim"],
         rope=numbers["qk_rope_head_dim"],
         value=numbers["v_head_dim"],
     )
+
+
+def _index_layers(numbers: Mapping[str, Any], layers: int) -> tuple[int, ...]:
+    """Layers with an indexer of their own (vLLM 0.26.0, deepseek_v2.py)."""
+    pattern = numbers.get("index_topk_pattern")
+    if pattern:
+        return tuple(layer for layer in range(layers) if layer >= len(pattern) or pattern[layer] != "S")
+    often, offset = numbers.get("index_topk_freq") or 1, numbers.get("index_skip_topk_offset", 2)
+    return tuple(layer for layer in range(layers) if max(layer - offset + 1, 0) % often == 0)
 
 
 def _window(name: str, numbers: Mapping[str, Any]) -> int | None:
@@ -243,6 +257,11 @@ def _latent_attention(model: Model, layer: int) -> Iterator[Tensor]:
     yield _plain("self_attn.kv_a_layernorm.weight", latent.kv_rank)
     yield from _matrix(model, layer, "self_attn.kv_b_proj", model.heads * (latent.nope + latent.value), latent.kv_rank)
     yield from _matrix(model, layer, "self_attn.o_proj", model.hidden, model.heads * latent.value)
+    if latent.index_heads and latent.q_rank and layer in latent.index_layers:
+        yield from _matrix(model, layer, "self_attn.indexer.wq_b", latent.index_heads * latent.index_dim, latent.q_rank)
+        yield from _matrix(model, layer, "self_attn.indexer.wk", latent.index_dim, model.hidden)
+        yield _plain("self_attn.indexer.weights_proj.weight", latent.index_heads, model.hidden)
+        yield from (_plain(f"self_attn.indexer.k_norm.{name}", latent.index_dim) for name in ("weight", "bias"))
 
 
 def _gated(

@@ -55,6 +55,11 @@ class Latent(ModelPart):
     rope: PositiveInt
     value: PositiveInt
     "Dimensions of a head's value."
+    index_heads: PositiveInt | None = None
+    "Sparse attention: heads of the indexer, which chooses the tokens that are looked at; None: all are."
+    index_dim: PositiveInt = 128
+    index_layers: tuple[NonNegativeInt, ...] = ()
+    "Layers with an indexer of their own; the others use the choice of the one before."
 
 
 class Quantization(ModelPart):

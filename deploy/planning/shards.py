@@ -16,6 +16,8 @@ from deploy.planning.shapes import BYTES, Model
 from deploy.planning.tensors import Tensor
 
 GIB = 1 << 30
+INDEX_GROUP = 128
+"Elements of an indexer's cache, in 8 bit, that share a scale of 4 bytes."
 
 ROWS = MappingProxyType(
     {
@@ -146,7 +148,10 @@ def held(engine: Engine, model: Model, tensor: Tensor, split: Split, rank: int) 
 
 
 def _as_loaded(tensor: Tensor) -> Tensor:
-    """The engine keeps scales of blocks in 32 bit, however they are stored (vLLM 0.26.0, fp8_utils.py)."""
+    """Scales of blocks are kept in 32 bit, however they are stored, and an indexer's keys in 16 (vLLM 0.26.0, fp8_utils.py,
+    deepseek_v2.py)."""
+    if tensor.name == "self_attn.indexer.wk.weight":
+        return replace(tensor, dtype="BF16")
     return replace(tensor, dtype="F32") if tensor.name.endswith("weight_scale_inv") else tensor
 
 
@@ -190,7 +195,7 @@ def _layer(engine: Engine, model: Model, split: Split, rank: int, layer: int) ->
         size += own
         experts += own if _routed(tensor) else 0
     twice = _absorbed(model, split)
-    cache = _cache(engine, model, split, rank)
+    cache = _cache(engine, model, split, rank, layer)
     full = model.sees_all(layer)
     window = 0 if full else (model.window or 0) + split.batched
     return _LayerShare(size=size + twice, experts=experts, twice=twice, token=cache if full else 0, request=cache * window)
@@ -204,10 +209,11 @@ def _absorbed(model: Model, split: Split) -> int:
     return model.heads // split.tp * (latent.nope + latent.value) * latent.kv_rank * BYTES
 
 
-def _cache(engine: Engine, model: Model, split: Split, rank: int) -> int:
+def _cache(engine: Engine, model: Model, split: Split, rank: int, layer: int) -> int:
     """Bytes of a token's entry in one layer."""
     if model.latent:
-        return (model.latent.kv_rank + model.latent.rope) * split.cache_bytes
+        index = model.latent.index_dim + model.latent.index_dim // INDEX_GROUP * 4 if layer in model.latent.index_layers else 0
+        return (model.latent.kv_rank + model.latent.rope) * split.cache_bytes + index
     return 2 * engines.kv_heads(engine, model, split.tp)[rank] * model.head_dim * split.cache_bytes
 
 
@@ -218,7 +224,7 @@ def _layers(engine_name: str, model: Model, split: Split) -> tuple[tuple[_LayerS
     computed: dict[tuple[tuple[Tensor, ...], bool], tuple[_LayerShare, ...]] = {}
     found = []
     for layer in range(model.layers):
-        kind = (layer_tensors(model, layer), model.sees_all(layer))
+        kind = (layer_tensors(model, layer), model.sees_all(layer))  # a layer with an indexer has its tensors too
         if kind not in computed:
             computed[kind] = tuple(_layer(engine, model, split, rank, layer) for rank in range(split.tp))
         found.append(computed[kind])

@@ -91,6 +91,14 @@ def deepseek_v3() -> int:
     return layers * attention + 3 * dense + (layers - 3) * (experts + router) + BF16 * 129280 // 8 * 7168
 
 
+def deepseek_v32() -> int:
+    """tp8 pp2, stage 0: V3 with an indexer of 64 heads in every layer, whole on every rank, its keys in 16 bit."""
+    indexer = 1536 * 64 * 128 + 4 * 12 * 64 + BF16 * (7168 * 128 + 64 * 7168 + 2 * 128) + 4 * 56
+    layers = planned("deepseek-ai/DeepSeek-V3.2", "h200", 2, 8, 2).layout.partition[0]
+    assert layers == planned("deepseek-ai/DeepSeek-V3", "h200", 2, 8, 2).layout.partition[0]
+    return deepseek_v3() + layers * indexer
+
+
 def kimi_k2_int4() -> int:
     """tp8 pp2, stage 0: one dense layer in 16 bit, then 384 experts in 4 bit with a scale for each 32 weights."""
     heads = 8
@@ -134,6 +142,7 @@ def qwen25_72b() -> int:
         ("Qwen/Qwen3-235B-A22B-FP8", "gh200-96", 4, 4, 1, qwen3_235b_fp8),
         ("mistralai/Mixtral-8x22B-v0.1", "h100", 1, 8, 1, mixtral_8x22b),
         ("deepseek-ai/DeepSeek-V3", "h200", 2, 8, 2, deepseek_v3),
+        ("deepseek-ai/DeepSeek-V3.2", "h200", 2, 8, 2, deepseek_v32),
         ("moonshotai/Kimi-K2.5", "h200", 2, 8, 2, kimi_k2_int4),
         ("openai/gpt-oss-120b", "gh200-96", 2, 2, 1, gpt_oss_120b),
         ("Qwen/Qwen2.5-72B-Instruct", "gh200-96", 4, 4, 1, qwen25_72b),
@@ -152,11 +161,22 @@ def test_a_rank_holds_what_the_calculation_says(
         ("meta-llama/Llama-3.1-70B", 2, 2 * 4 * 128 * 2 * 80),
         ("Qwen/Qwen3-235B-A22B-FP8", 8, 2 * 1 * 128 * 2 * 94),  # four KV heads on eight ranks: each has one
         ("deepseek-ai/DeepSeek-V3", 8, (512 + 64) * 2 * 61),  # one vector for all heads, on every rank
+        ("deepseek-ai/DeepSeek-V3.2", 8, ((512 + 64) * 2 + 128 + 4) * 61),  # and the indexer's key with its scale
         ("openai/gpt-oss-120b", 2, 2 * 4 * 64 * 2 * 18),  # the other 18 layers have a window
     ],
 )
 def test_a_token_takes_in_the_cache_what_its_attention_keeps(repo: str, tp: int, token: int) -> None:
     assert planned(repo, "h200", 1, tp, 1).memory.token_bytes == token
+
+
+def test_layers_that_share_an_indexer_hold_none() -> None:
+    """GLM-5.2's config.json lists them in indexer_types too: the first three, then every fourth."""
+    model = models.built_in("zai-org/GLM-5.2-FP8", "main")
+    assert model
+    assert model.latent
+    own = [0, 1, *range(2, 78, 4)]
+    assert list(model.latent.index_layers) == own
+    assert planned("zai-org/GLM-5.2-FP8", "b200", 1, 8, 1).memory.token_bytes == (512 + 64) * 2 * 78 + 132 * len(own)
 
 
 def test_layers_with_a_window_take_room_for_a_request_and_not_for_each_token() -> None:
