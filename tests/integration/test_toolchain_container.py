@@ -200,7 +200,7 @@ def test_cuda_of_the_image_for_the_stacks_architectures_alone(farm: Farm, depot:
     statuses = {verdict["gate"]: verdict["status"] for verdict in found["verdicts"]}  # type: ignore[attr-defined]
     assert statuses["cubins"] == statuses["symbols"] == statuses["rpath"] == "passed"
     assert found["inputs"]["toolchain"]["cuda"] == CUDA  # type: ignore[index]
-    assert "dropped -gencode arch=compute_100,code=sm_100" in log
+    assert "dropped sm_75 sm_80 sm_86 sm_100, compiles for sm_90" in log
 
 
 @pytest.mark.slow

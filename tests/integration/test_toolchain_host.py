@@ -276,7 +276,7 @@ def test_cuda_with_the_machines_toolkit_for_the_stacks_architectures_alone(farm:
     found = record_of(farm, "tiny_cuda")
     assert statuses(found)["cubins"] == statuses(found)["symbols"] == statuses(found)["rpath"] == "passed"
     assert "release 13.0" in found["inputs"]["toolchain"]["compilers"]["cuda"]  # type: ignore[index]
-    assert "dropped -gencode arch=compute_100,code=sm_100" in farm.run("log", "tiny_cuda").out
+    assert "dropped sm_75 sm_80 sm_86 sm_100, compiles for sm_90" in farm.run("log", "tiny_cuda").out
 
 
 PRELOAD = """
