@@ -22,6 +22,7 @@ from index.store.auth import NIGHTLY
 from index.store.catalogue import Catalogue, Transaction, timestamp
 from index.store.facts import CudaFacts
 from index.store.files import Store
+from index.store.variants import variant_of
 
 Admission = Literal["created", "same"]
 
@@ -254,7 +255,7 @@ def _check_variant(change: Transaction, candidate: InspectedFile) -> None:
         "SELECT filename, variant FROM live_file WHERE project = ? AND version = ? AND variant IS NOT NULL",
         (own.project, own.version),
     )
-    known = [variants.parse(row["variant"], variants.split_label(row["filename"])[1]) for row in rows]
+    known = [variant for row in rows if (variant := variant_of(row)) is not None]
     try:
         variants.combine([*known, variants.parse(candidate.variant, own.variant)])
     except ValueError as error:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from gracefarm import variants
+from gracefarm.variants import Variant
 
 _WHEELS = """
 SELECT filename, version, variant, uploaded, yanked FROM live_file
@@ -49,8 +50,18 @@ def documents(database: sqlite3.Connection, project: str, staged_set: str | None
     """The JSON of each release of the project, of the wheels that everybody sees; with `staged_set`, also of its own."""
     releases: dict[str, list[sqlite3.Row]] = {}
     for row in database.execute(_WHEELS, {"project": project, "set_name": staged_set}):
-        releases.setdefault(row["version"], []).append(row)
+        if variant_of(row) is not None:
+            releases.setdefault(row["version"], []).append(row)
     return [_document(project, version, rows) for version, rows in releases.items()]
+
+
+def variant_of(row: sqlite3.Row) -> Variant | None:
+    """What a row of `file` with `filename` and `variant` says; None where another version of the format was stored (PEP 825:
+    such a wheel is not supported, and the others of its release are)."""
+    try:
+        return variants.parse(row["variant"], variants.split_label(row["filename"])[1])
+    except ValueError:
+        return None
 
 
 def _document(project: str, version: str, rows: Sequence[sqlite3.Row]) -> VariantsJson:
@@ -59,7 +70,7 @@ def _document(project: str, version: str, rows: Sequence[sqlite3.Row]) -> Varian
         filename=variants.index_filename("-".join(rows[0]["filename"].split("-")[:2])),
         project=project,
         version=version,
-        content=variants.combine(variants.parse(row["variant"], variants.split_label(row["filename"])[1]) for row in rows),
+        content=variants.combine(variant for row in rows if (variant := variant_of(row)) is not None),
         uploaded=min(row["uploaded"] for row in rows),
         yanked=None if None in yanked else yanked[0],
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from packaging.requirements import Requirement
 from packaging.tags import compatible_tags, cpython_tags
 
 from gracefarm.errors import UsageError
+from gracefarm.variants import SCHEMA
 from index.names import wheel_tags
 from index.sets.closure import SetFile, unmet
 from index.sets.machines import InstallTarget, select
@@ -179,13 +181,16 @@ SAFE = [
 SOURCE = sdist("safe_lib", "3.0")
 PURE = wheel("pure_lib", "1.0")
 WINDOWS = wheel("windows_lib", "1.0")
+NULL = {"$schema": SCHEMA, "default-priorities": {"namespace": []}, "providers": {}, "variants": {"null": {}}}
+_PLAIN_NAME, _CONTENT = wheel("pure_lib", "1.0", files={"pure_lib-1.0.dist-info/variant.json": json.dumps(NULL).encode()})
+VARIANT = (_PLAIN_NAME.replace(".whl", "-null.whl"), _CONTENT)
 DEPENDENT = wheel("chain_lib", "1.0", requires=("pure_lib>=2",))
 
 
 @pytest.fixture(scope="module")
 def upstream(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with serving(tmp_path_factory.mktemp("closed-upstream") / "root", "--allow-new") as server:
-        for item in (*SAFE, SOURCE, PURE, WINDOWS, DEPENDENT):
+    with serving(tmp_path_factory.mktemp("closed-upstream") / "root", "--allow-new", "--variants") as server:
+        for item in (*SAFE, SOURCE, PURE, WINDOWS, DEPENDENT, VARIANT):
             assert server.upload(*item).status_code == 200
         yield server
 
@@ -211,10 +216,10 @@ def test_a_mirror_takes_the_files_of_one_kind_of_machine(shared: Server, upstrea
     lock = tmp_path / "requirements.lock"
     lock.write_text(
         pin("safe-lib==3.0", *SAFE, SOURCE)
-        + pin("pure-lib==1.0", PURE)
+        + pin("pure-lib==1.0", PURE, VARIANT)
         + pin("windows-lib==1.0 ; sys_platform == 'win32'", WINDOWS)
     )
-    assert len(mirror(shared, upstream, lock, "kind")) == 10
+    assert len(mirror(shared, upstream, lock, "kind")) == 10, "variant wheels of others are left out"
     only = ("--platform", AARCH64, "--python", "3.11")
     assert mirror(shared, upstream, lock, "kind", *only) == [SAFE[0][0], PURE[0]]
     assert in_set(shared, "kind") == sorted([SAFE[0][0], PURE[0]]), "what the wider mirror brought is gone"
