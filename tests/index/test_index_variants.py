@@ -157,6 +157,21 @@ def test_a_client_that_knows_no_variants_takes_the_plain_wheel(filled: Server, t
     assert installed(tmp_path / "here", "choice_pkg") == "plain"
 
 
+def test_the_lock_of_a_set_lets_uv_choose_by_hash(farm: Server, tmp_path: Path) -> None:
+    run_index(farm.root, "stage", "create", "hashed")
+    for item in (plain_wheel("hash_pkg"), *(variant_wheel("hash_pkg", label) for label in VARIANTS)):
+        assert farm.upload(*item, path="/stage/hashed/legacy/").status_code == 200
+    run_index(farm.root, "stage", "publish", "hashed")
+    venv.create(tmp_path / "v")
+    process = run(
+        [uv(), *SWITCH, "pip", "install", "--python", tmp_path / "v/bin/python", "--no-cache", "--require-hashes", "--no-deps",
+         "--default-index", farm.url + "/hashed/simple/", "-r", farm.url + "/hashed/requirements.lock"],
+        machine("12.8", "9.0"),
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    assert installed(tmp_path / "v", "hash_pkg") == "cu124_sm90"
+
+
 def project_of(server: Server, folder: Path, dependency: str) -> list[object]:
     folder.mkdir()
     (folder / "pyproject.toml").write_text(
