@@ -102,7 +102,7 @@ def same_version(text: str, version: str) -> bool:
     """Are these two spellings of one version (PEP 440)? False for what is none."""
     try:
         return Version(text) == Version(version)
-    except InvalidVersion:
+    except ValueError:  # no version, or one of more digits than Python reads
         return False
 
 

@@ -6,6 +6,7 @@ classifiers (its list grows each month), the form of email addresses, and whethe
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -26,8 +27,16 @@ from index.names import Distribution, same_version
 MAX_METADATA = 8 << 20
 "Bytes. The description may be long; eight MiB is no description."
 
+MAX_FIELDS = 5000
+"Fields before the description; the longest list of dependencies known has a thousand. Reading takes the square of it."
+
 MAX_SUMMARY = 512
 "Characters, as on PyPI."
+
+MAX_SPECIFIER = 4000
+"Characters of a dependency, of Requires-Python, of a content type. Python reads no number of more than 4,300 digits."
+
+_TOO_LONG = f"is longer than {MAX_SPECIFIER} characters"
 
 _MAX_DEPTH = 50
 "Parentheses in a marker, one inside the other: pip recurses, and ends with a traceback at some 300."
@@ -61,11 +70,14 @@ def read(raw: bytes, defects: Defects, has_file: HasFile) -> Metadata:
             whatever `packaging.metadata` or PyPI refuses, which is noted in `defects` for what others published.
     """
     distribution = defects.distribution
+    _check_length(raw, distribution)
     _check_encoding(raw, defects)
     fields, unparsed = parse_email(raw)
     _check_identity(fields, distribution)
     for line in fields.get("requires_dist", ()):
-        _check_dependency(line, distribution)
+        _check_dependency("Requires-Dist", line, _fatal_in(line), distribution)
+    if len(python := fields.get("requires_python", "")) > MAX_SPECIFIER:
+        _check_dependency("Requires-Python", python, _TOO_LONG, distribution)
     if problems := [*_problems(fields, unparsed), *_missing_licences(fields, has_file)]:
         defects.note("; ".join(problems[:3]) + (f"; {len(problems) - 3} more" if problems[3:] else ""), remedy=_BACKEND)
     return Metadata(
@@ -74,6 +86,13 @@ def read(raw: bytes, defects: Defects, has_file: HasFile) -> Metadata:
         requires_python=_specifier(fields.get("requires_python")),
         requires=tuple(fields.get("requires_dist", ())),
     )
+
+
+def _check_length(raw: bytes, distribution: Distribution) -> None:
+    head = re.split(rb"\r?\n\r?\n|\r\r", raw, maxsplit=1)[0]
+    count = sum(not line[:1].isspace() for line in head.splitlines())
+    if count > MAX_FIELDS:
+        raise RefusedError(f"{distribution.filename}: its metadata has {count} fields", remedy=f"write {MAX_FIELDS} at most")
 
 
 def _check_encoding(raw: bytes, defects: Defects) -> None:
@@ -93,16 +112,18 @@ def _check_encoding(raw: bytes, defects: Defects) -> None:
     )
 
 
-def _check_dependency(line: str, distribution: Distribution) -> None:
-    if reason := _fatal_in(line):
+def _check_dependency(field: str, line: str, reason: str, distribution: Distribution) -> None:
+    if reason:
         raise RefusedError(
-            f"{distribution.filename}: Requires-Dist {line[:200]!r} {reason}",
+            f"{distribution.filename}: {field} {line[:200]!r} {reason}",
             remedy="correct it and build again; with this file, installers fail on every release of the project",
         )
 
 
 def _fatal_in(line: str) -> str:
     """Why installers would fail on this dependency, with a traceback or for good; empty when they do not."""
+    if len(line) > MAX_SPECIFIER:
+        return _TOO_LONG
     if _depth(line) > _MAX_DEPTH:
         return f"nests more than {_MAX_DEPTH} parentheses"
     try:
@@ -149,8 +170,11 @@ def _check_identity(fields: RawMetadata, distribution: Distribution) -> None:
 def _problems(fields: RawMetadata, unparsed: dict[str, list[str]]) -> Iterator[str]:
     """What is wrong with the fields, by name of the field."""
     for key in sorted(unparsed):
-        yield f"{key} is given twice or cannot be read" if key in _KNOWN else f"{key} is not a field of core metadata"
+        yield f"{key} is given twice or cannot be read" if key in _KNOWN else f"{key[:60]} is not a field of core metadata"
     wanted = fields.copy()
+    if len(wanted.get("description_content_type", "")) > MAX_SPECIFIER:  # parsing it takes the square of its length
+        yield f"description-content-type is longer than {MAX_SPECIFIER} characters"
+        del wanted["description_content_type"]
     if _before_licences(wanted):
         wanted.pop("license_files", None)  # setuptools wrote it long before PEP 639 did; PyPI and twine pass over it as well
     try:

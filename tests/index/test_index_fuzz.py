@@ -152,6 +152,7 @@ def fuzzed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2 * BUDGET + 600)  # a batch that began in time may end, and one that fails is tried one by one
 def test_what_is_taken_resolves(fuzzed: Server, tmp_path: Path) -> None:
     numbers = itertools.count()
     counts = {"taken": 0, "refused": 0}

@@ -28,6 +28,8 @@ FATAL = {
     "address": ("2.1", b"Requires-Dist: libdep @ https://example.invalid/libdep-1.0-py3-none-any.whl\n\n", "names an address"),
     "lock-marker": ("2.1", b"Requires-Dist: libdep; 'a' in extras\n\n", "cannot evaluate"),
     "compared-text": ("2.1", b"Requires-Dist: libdep; os_name ~= 'posix'\n\n", "cannot evaluate"),
+    "digits": ("2.1", b"Requires-Dist: libdep>=" + b"9" * 5000 + b"\n\n", "is longer than 4000 characters"),
+    "python-digits": ("2.1", b"Requires-Python: >=" + b"9" * 5000 + b"\n\n", "is longer than 4000 characters"),
     "nested": ("2.1", b"Requires-Dist: libdep; " + b"(" * 2000 + b"os_name=='x'" + b")" * 2000 + b"\n\n", "parentheses"),
 }
 HARMLESS = {

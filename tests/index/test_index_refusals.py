@@ -112,12 +112,14 @@ def test_metadata_of_another_name_is_refused(shared: Server) -> None:
 def test_metadata_of_another_version_is_refused(shared: Server) -> None:
     name, content = wheel("meta_pkg", meta=metadata("meta_pkg", "2.0"))
     refused(shared.upload(name, content), "'2.0'")
+    refused(shared.upload(*wheel("meta_pkg", meta=metadata("meta_pkg", "9" * 5000))), "its metadata is of version")
 
 
 def test_form_that_disagrees_with_the_file_is_refused(shared: Server) -> None:
     name, content = wheel("form_pkg")
     refused(shared.upload(name, content, form={"name": "other"}), "'other'")
     refused(shared.upload(name, content, form={"version": "2.0"}), "'2.0'")
+    refused(shared.upload(name, content, form={"version": "9" * 5000}), "the form says version")
     refused(shared.upload(name, content, form={"filetype": "sdist"}), "'sdist'")
     refused(shared.upload(name, content, form={":action": "submit"}), "'submit'")
     nothing_stored(shared, "form-pkg")
@@ -390,6 +392,16 @@ def test_a_zip_of_too_many_files_is_refused_before_it_is_read(tmp_path: Path, co
     peak, sentence = peak_of(index.intake.wheel.inspect, path)
     assert peak < 40 << 20
     assert ("something follows" if comment else "holds 500000 files") in sentence
+
+
+@pytest.mark.parametrize("kind", ["wheel", "sdist"])
+def test_metadata_of_fields_without_end_is_refused_before_it_is_parsed(shared: Server, kind: str) -> None:
+    """Each name of a field is looked up among all fields: a hundred thousand take an hour."""
+    meta = metadata("fields_pkg", "1.0").replace(
+        b"Summary", b"".join(b"X%d: y\n" % number for number in range(100_000)) + b"Summary"
+    )
+    made = wheel("fields_pkg", meta=meta) if kind == "wheel" else sdist("fields_pkg", meta=meta)
+    refused(shared.upload(*made), "fields")
 
 
 def test_a_local_version_is_welcome(shared: Server) -> None:
