@@ -95,6 +95,13 @@ class Hub:
     "Content is refused with 403, as to an account that has not accepted the licence (401 without a token)."
     corrupt: dict[str, int] = field(default_factory=dict)
     "Path to how many downloads of it are to come wrong."
+    busy: int = 0
+    "HTTP status of every answer while `busy_answers` are left, as 429 or 503."
+    busy_answers: int = 0
+    quiet_answers: int = 0
+    "Usual answers before these."
+    retry_after: str | None = None
+    "Header of these answers: seconds, or a date."
     rate: float | None = None
     "Bytes per second for each node (told by its User-Agent)."
     served: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
@@ -136,6 +143,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.answer(body=True)
 
     def answer(self, *, body: bool) -> None:
+        if self.hub.quiet_answers > 0:
+            self.hub.quiet_answers -= 1
+        elif self.hub.busy_answers > 0:
+            self.hub.busy_answers -= 1
+            more = {"Retry-After": self.hub.retry_after} if self.hub.retry_after else {}
+            return self.refuse(self.hub.busy, "", "Service is busy", more)
         path = unquote(urlsplit(self.path).path)
         given = self.headers.get("Authorization", "").removeprefix("Bearer ")
         if given:
@@ -203,9 +216,11 @@ class _Handler(BaseHTTPRequestHandler):
         if path:
             self.hub.served[node].append(path)
 
-    def refuse(self, status: int, code: str, message: str) -> None:
+    def refuse(self, status: int, code: str, message: str, more: dict[str, str] | None = None) -> None:
         text = json.dumps({"error": message}).encode()
         self.send_response(status)
+        for name, value in (more or {}).items():
+            self.send_header(name, value)
         self.send_header("X-Error-Code", code)
         self.send_header("X-Error-Message", message)
         self.send_header("Content-Length", str(len(text)))

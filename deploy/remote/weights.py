@@ -9,7 +9,6 @@ Nodes speak over the shared folder alone, so that a cut connection to the one wh
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import itertools
 import os
@@ -18,12 +17,12 @@ import threading
 import time
 from collections import deque
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
-from deploy.remote import mounts
+from deploy.remote import hub, mounts
 from deploy.remote.sharedlock import SharedLock
 from deploy.remote.wire import Json, WorkerError, event
-from gracefarm.process import first_line
 
 CHUNK = 1 << 22
 POLL = 0.2
@@ -41,17 +40,22 @@ def manifest(request: Json) -> Json:
 
     api = HfApi(endpoint=request["endpoint"], token=_token(request), library_name="gracefarm")
     try:
-        info = api.model_info(request["repo"], revision=request["revision"], files_metadata=True)
+        info = hub.patiently(
+            request, lambda: api.model_info(request["repo"], revision=request["revision"], files_metadata=True)
+        )
         try:
-            api.auth_check(request["repo"])
+            hub.patiently(request, lambda: api.auth_check(request["repo"]))
         except (GatedRepoError, RepositoryNotFoundError):
             raise
         except HfHubHTTPError as error:  # a mirror may not know this question; the first download will tell
+            if hub.busy(error):
+                raise
             event(
-                "note", text=f"{request['endpoint'] or 'the Hub'} does not answer whether access is granted: {_short(error)}"
+                "note",
+                text=f"{request['endpoint'] or 'the Hub'} does not answer whether access is granted: {hub.short(error)}",
             )
     except Exception as error:
-        raise explain(error, request) from error
+        raise hub.explain(error, request) from error
     files = [
         {
             "path": file.rfilename,
@@ -62,43 +66,6 @@ def manifest(request: Json) -> Json:
         for file in info.siblings or []
     ]
     return {"repo": request["repo"], "commit": info.sha, "files": files}
-
-
-def explain(error: Exception, request: Json) -> WorkerError:
-    """The Hub's refusals in a sentence: which licence to accept and where, which token is missing."""
-    from huggingface_hub import errors
-
-    repo = request["repo"]
-    place = f"{(request['endpoint'] or 'https://huggingface.co').rstrip('/')}/{repo}"
-    has_token = bool(request.get("token"))
-    kind, cause, remedy = "gated", "", ""
-    if isinstance(error, errors.GatedRepoError) and has_token:
-        cause = f"{repo} is gated, and the account of this token has no access (yet)"
-        remedy = (
-            f"sign in as that account and accept the licence at {place}; a fine-grained token also needs the right "
-            '"read access to contents of all public gated repos you can access"'
-        )
-    elif isinstance(error, errors.GatedRepoError):
-        cause = f"{repo} is gated: its owner wants an account that accepted the licence, and no token was given"
-        remedy = f"accept the licence at {place}, then set HF_TOKEN to a read token of that account and repeat"
-    elif isinstance(error, errors.RepositoryNotFoundError):
-        cause = f"the Hub shows no repository {repo}" + ("" if has_token else " to somebody without a token")
-        remedy = "check its name" + (
-            "; the token may be wrong or expired" if has_token else ", or set HF_TOKEN if it is private"
-        )
-    elif isinstance(error, errors.RevisionNotFoundError):
-        kind, remedy = "fetch", "check the revision"
-        cause = f"{repo} has no revision {request.get('revision') or request.get('commit')}"
-    elif getattr(getattr(error, "response", None), "status_code", None) == 401:
-        cause = f"the Hub refuses the token for {repo} (401)"
-        remedy = "make a new read token; HF_TOKEN may be expired"
-    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        kind, cause = "disk", "no space left on the shared folder while downloading"
-        remedy = "free space there, then repeat"
-    else:
-        kind, cause = "fetch", f"{repo}: {_short(error)}"
-        remedy = "check that the node reaches the Hub (HF_ENDPOINT), then repeat"
-    return WorkerError(kind, cause, remedy)
 
 
 def state(request: Json) -> Json:
@@ -135,7 +102,7 @@ def fetch(request: Json) -> Json:
     """Download `files`, verify `verify` (files of others); run by the download environment's Python.
 
     `me`, `final`, `staging`, `nonce`, `repo`, `commit`, `endpoint`, `token`, `workers`, `patience` (seconds without a sign of
-    a neighbour after which its verifier stops waiting for it);
+    a neighbour after which its verifier stops waiting for it), `busy` (seconds to wait for a Hub that is busy);
     `files`: [{path, size, sha256, git}], `verify`: the same with `node`, who stages it.
     """
     final, staging = Path(request["final"]), Path(request["staging"])
@@ -207,26 +174,29 @@ def _download_all(request: Json, final: Path, mine: Path) -> None:
     for thread in threads:
         thread.join()
     if problems:
-        raise explain(problems[0], request) from problems[0]
+        raise hub.explain(problems[0], request) from problems[0]
     shutil.rmtree(part, ignore_errors=True)
 
 
 def _download(request: Json, file: Json, part: Path, ready: Path) -> None:
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 
-    started = time.monotonic()
-    got = Path(
-        hf_hub_download(
-            request["repo"],
-            file["path"],
-            revision=request["commit"],
-            local_dir=part,
-            endpoint=request["endpoint"],
-            token=_token(request),
-            library_name="gracefarm",
-            user_agent={"node": request["me"]},
-        )
+    started, endpoint, token = time.monotonic(), request["endpoint"], _token(request)
+    url = hf_hub_url(request["repo"], file["path"], revision=request["commit"], endpoint=endpoint)
+    # Asked first by ourselves: hf_hub_download waits for a busy Hub too, five times as long as that says, and without a word.
+    hub.patiently(request, lambda: get_hf_file_metadata(url, token=token, endpoint=endpoint, library_name="gracefarm"))
+    download = partial(
+        hf_hub_download,
+        request["repo"],
+        file["path"],
+        revision=request["commit"],
+        local_dir=part,
+        endpoint=endpoint,
+        token=token,
+        library_name="gracefarm",
+        user_agent={"node": request["me"]},
     )
+    got = Path(hub.patiently(request, download))
     target = ready / file["path"]
     target.parent.mkdir(parents=True, exist_ok=True)
     got.rename(target)
@@ -363,7 +333,3 @@ def _read(path: Path) -> str | None:
         return path.read_text()
     except OSError:
         return None
-
-
-def _short(error: Exception) -> str:
-    return first_line(str(error), type(error).__name__)[:300]

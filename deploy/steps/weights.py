@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -51,6 +52,8 @@ class WeightsSpec:
     "Files at a time on each node."
     patience: float = 120.0
     "Seconds without a sign of a node on the shared folder after which the others stop waiting for its files."
+    busy: float = 600.0
+    "Seconds for which a Hub that is busy (429, 5xx) is asked again, file by file."
     python: str | None = None
     "Python that has huggingface_hub; default: the download environment's."
 
@@ -126,6 +129,20 @@ class WeightsStep(Step):
         return await end_jobs(work, JOB, grace=20, stopped=[(node, JOB) for node in work.deployment.nodes])
 
 
+@dataclass
+class BusyNotice:
+    """Tells once a minute that the Hub is busy: each of many downloads hears it."""
+
+    console: Console
+    told: float = -60.0
+
+    def __call__(self, node: str, event: Json) -> None:
+        """An event of deploy.remote.hub."""
+        if event["event"] == "busy" and time.monotonic() - self.told >= 60:
+            self.told = time.monotonic()
+            self.console.step("wait", f"{node}: the Hub answers {event['status']}; asking again in {event['wait']:.0f} s")
+
+
 async def bring(targets: Sequence[RemoteNode], spec: WeightsSpec, console: Console) -> Brought:
     """Bring every file of the pinned commit, or say in one sentence why not; what is verified stays for the next run.
 
@@ -135,16 +152,26 @@ async def bring(targets: Sequence[RemoteNode], spec: WeightsSpec, console: Conso
         DiskFullError: the shared folder has no room for what is missing.
         HostError: a node does not see the shared folder, or all nodes were lost.
     """
-    pinned = await _manifest(targets[0], spec)
+    pinned = await _manifest(targets[0], spec, console)
     place = paths.weights(spec.root, spec.repo, pinned.commit)
     console.step("weights", f"{spec.repo} at {pinned.commit[:12]}: {len(pinned.files)} files, {dealing.told(pinned.size)}")
     with console.progress("weights") as tick:
-        return await _Run(spec=spec, manifest=pinned, place=place, console=console, tick=tick).go(list(targets))
+        notice = BusyNotice(console)
+        run = _Run(spec=spec, manifest=pinned, place=place, console=console, tick=tick, notice=notice)
+        return await run.go(list(targets))
 
 
-async def _manifest(head: RemoteNode, spec: WeightsSpec) -> Manifest:
-    request = {"repo": spec.repo, "revision": spec.revision, "endpoint": spec.endpoint, "token": spec.token}
-    answer = await call(head, "weights.manifest", request, python=spec.worker_python)
+async def _manifest(head: RemoteNode, spec: WeightsSpec, console: Console) -> Manifest:
+    request: Json = {"repo": spec.repo, "revision": spec.revision, "endpoint": spec.endpoint, "token": spec.token}
+    request["busy"] = spec.busy
+    told = BusyNotice(console)
+    answer = await call(
+        head,
+        "weights.manifest",
+        request,
+        python=spec.worker_python,
+        on_event=lambda event: told(head.name, event),
+    )
     return dealing.manifest(answer["repo"], answer["commit"], answer["files"], skip=spec.skip)
 
 
@@ -157,6 +184,7 @@ class _Run:
     place: str
     console: Console
     tick: Tick
+    notice: BusyNotice
     fetched: int = 0
     corrupt: list[str] = field(default_factory=list)
     _done: int = 0
@@ -244,6 +272,7 @@ class _Run:
             "token": self.spec.token,
             "workers": self.spec.workers,
             "patience": self.spec.patience,
+            "busy": self.spec.busy,
             "files": [file.model_dump() for file in share.fetch],
             "verify": [{**file.model_dump(), "node": stager} for stager, file in share.verify],
         }
@@ -257,6 +286,8 @@ class _Run:
             self.tick(self._done, self.manifest.size, f"{node}: {event['path']}")
         elif event["event"] == "corrupt":
             self._done -= next((file.size for file in self.manifest.files if file.path == event["path"]), 0)
+        elif event["event"] == "busy":
+            self.notice(node, event)
         elif event["event"] == "wait":
             self.console.step("wait", f"{node}: a download is still at work there ({event['owner']}); waiting for it")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import email.utils
 import hashlib
 import itertools
 import os
@@ -204,6 +205,35 @@ def workers_below(folder: Path) -> list[int]:
         except OSError:
             continue
     return found
+
+
+@pytest.mark.parametrize("retry_after", ["1", "date", None])
+def test_a_hub_that_is_busy_is_asked_again_when_it_says(homes: Path, hub_python: str, retry_after: str | None) -> None:
+    """Every kind of question meets it: for the repository, for access, for a file's head and for its content."""
+    with hub.serving(kit.shards(4, 20_000), busy=429, busy_answers=7) as served:
+        served.retry_after = email.utils.formatdate(time.time() + 1, usegmt=True) if retry_after == "date" else retry_after
+        outcome = bring(homes, served, hub_python, count=2)
+        assert content(outcome) == wanted(served.files)
+        assert served.busy_answers == 0
+
+
+@pytest.mark.parametrize(
+    ("status", "after", "words"),
+    [
+        (429, 0, r"the Hub answers 429 \(Too Many Requests\) to requests for org/model, and asks to wait 300 s"),
+        (503, 2, r"the Hub answers 503 \(Service Unavailable\) to requests for org/model, and asks to wait 300 s"),
+    ],
+)
+def test_a_hub_that_stays_busy_is_told_by_its_status(
+    homes: Path, hub_python: str, status: int, after: int, words: str
+) -> None:
+    """At once, and in the middle of a download, where huggingface_hub says to check the connection."""
+    with hub.serving(kit.shards(4, 20_000), busy=status, retry_after="300") as served:
+        served.quiet_answers, served.busy_answers = after, 1 << 30
+        with pytest.raises(FetchError, match=words) as error:
+            bring(homes, served, hub_python, count=2, busy=2.0)
+        assert "wait, then repeat" in error.value.remedy
+        assert "connection" not in error.value.cause
 
 
 def test_gated_repositories_are_explained(homes: Path, hub_python: str) -> None:

@@ -1,0 +1,128 @@
+"""The Hub's answers that are no files: when to ask again, and what a refusal means.
+
+Run by the Python of the download environment.
+"""
+
+from __future__ import annotations
+
+import email.utils
+import errno
+import time
+from collections.abc import Callable
+from http import HTTPStatus
+from typing import NamedTuple, TypeVar
+
+from deploy.remote.wire import Json, WorkerError, event
+from gracefarm.process import first_line
+
+T = TypeVar("T")
+BUSY = (408, 429, 500, 502, 503, 504)
+"HTTP statuses that pass."
+LONGEST = 60.0
+"Seconds between two questions where the Hub does not say how long to wait."
+
+
+class Busy(NamedTuple):
+    """The Hub cannot answer just now."""
+
+    status: int
+    wait: float | None
+    "Seconds that it asks to wait (Retry-After); None: it does not say."
+
+
+def busy(error: BaseException) -> Busy | None:
+    """What the Hub said, wherever huggingface_hub keeps it: a failed HEAD comes out as "check your connection"."""
+    seen: BaseException | None = error
+    while seen is not None:
+        response = getattr(seen, "response", None)
+        status = getattr(response, "status_code", None)
+        if status is not None:
+            return Busy(status, _wait(response.headers)) if status in BUSY else None  # type: ignore[union-attr]
+        seen = seen.__cause__ or seen.__context__
+    return None
+
+
+def _wait(headers: Json) -> float | None:
+    """Retry-After as seconds or as a date (RFC 9110, 10.2.3)."""
+    text = str(headers.get("retry-after") or "").strip()
+    if text.isdigit():
+        return float(text)
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())
+    except (TypeError, ValueError):
+        return None
+
+
+def patiently(request: Json, ask: Callable[[], T]) -> T:
+    """Ask, and ask again while the Hub is busy: when it says, and for `request["busy"]` seconds in all.
+
+    Raises:
+        Exception: huggingface_hub's own, when it stays busy or the answer is a refusal.
+    """
+    left, pause = float(request["busy"]), 1.0
+    while True:
+        try:
+            return ask()
+        except Exception as error:
+            found = busy(error)
+            wait = pause if found is None or found.wait is None else max(found.wait, 0.2)
+            if found is None or wait > left:
+                raise
+            event("busy", status=found.status, wait=wait)
+            time.sleep(wait)
+            left -= wait
+            pause = min(pause * 2, LONGEST)
+
+
+def explain(error: Exception, request: Json) -> WorkerError:
+    """The Hub's refusals in a sentence: which licence to accept and where, which token is missing, how long it is busy."""
+    from huggingface_hub import errors
+
+    repo = request["repo"]
+    place = f"{(request['endpoint'] or 'https://huggingface.co').rstrip('/')}/{repo}"
+    has_token = bool(request.get("token"))
+    kind, cause, remedy = "gated", "", ""
+    if isinstance(error, errors.GatedRepoError) and has_token:
+        cause = f"{repo} is gated, and the account of this token has no access (yet)"
+        remedy = (
+            f"sign in as that account and accept the licence at {place}; a fine-grained token also needs the right "
+            '"read access to contents of all public gated repos you can access"'
+        )
+    elif isinstance(error, errors.GatedRepoError):
+        cause = f"{repo} is gated: its owner wants an account that accepted the licence, and no token was given"
+        remedy = f"accept the licence at {place}, then set HF_TOKEN to a read token of that account and repeat"
+    elif isinstance(error, errors.RepositoryNotFoundError):
+        cause = f"the Hub shows no repository {repo}" + ("" if has_token else " to somebody without a token")
+        remedy = "check its name" + (
+            "; the token may be wrong or expired" if has_token else ", or set HF_TOKEN if it is private"
+        )
+    elif isinstance(error, errors.RevisionNotFoundError):
+        kind, remedy = "fetch", "check the revision"
+        cause = f"{repo} has no revision {request.get('revision') or request.get('commit')}"
+    elif getattr(getattr(error, "response", None), "status_code", None) == 401:
+        cause = f"the Hub refuses the token for {repo} (401)"
+        remedy = "make a new read token; HF_TOKEN may be expired"
+    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        kind, cause = "disk", "no space left on the shared folder while downloading"
+        remedy = "free space there, then repeat"
+    elif found := busy(error):
+        kind, cause, remedy = _busy_words(found, repo, has_token=has_token)
+    else:
+        kind, cause = "fetch", f"{repo}: {short(error)}"
+        remedy = "check that the node reaches the Hub (HF_ENDPOINT), then repeat"
+    return WorkerError(kind, cause, remedy)
+
+
+def _busy_words(found: Busy, repo: str, *, has_token: bool) -> tuple[str, str, str]:
+    """Kind, cause and remedy."""
+    asks = f", and asks to wait {found.wait:.0f} s" if found.wait else ""
+    cause = f"the Hub answers {found.status} ({HTTPStatus(found.status).phrase}) to requests for {repo}{asks}"
+    remedy = "wait, then repeat the command: what is there already stays"
+    if found.status == 429 and not has_token:
+        remedy += "; set HF_TOKEN: requests without a token have the lowest limit"
+    return "fetch", cause, remedy
+
+
+def short(error: Exception) -> str:
+    """The first line of what it says."""
+    return first_line(str(error), type(error).__name__)[:300]
