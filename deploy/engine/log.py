@@ -27,6 +27,12 @@ _OF = re.compile(r"\b(\d+(?:\.\d+)?)/(\d+(?:\.\d+)?)\b")
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 _WORKER = re.compile(r"^\((?P<actor>\S+) pid=(?P<pid>\d+)(?:, ip=(?P<ip>[0-9a-fA-F.:]+))?\)\s*")
 
+OVERDUE = 10
+"Times the usual duration of a phase after which it is reported."
+SHORTEST = 3.0
+"Seconds that every phase may take."
+USUAL = {"starting": 60.0, "placing": 30.0, "profiling": 60.0, "capturing": 60.0, "listening": 20.0}
+"Seconds of each phase where none was measured. Loading depends on the model and its storage."
 
 KEPT = 20000
 "Lines of the log that causes are looked for in."
@@ -79,11 +85,20 @@ class Progress:
         later = PHASES[PHASES.index(self.phase) + 1 :]
         if self.phase == "loading" and self.fraction:
             own = self.elapsed() * (1 - self.fraction) / self.fraction
-        elif self.phase in last:
-            own = max(0.0, last[self.phase] - self.elapsed())
-        else:
+        elif self.phase in last and self.elapsed() <= last[self.phase]:
+            own = last[self.phase] - self.elapsed()
+        else:  # longer than last time: nobody knows
             return None
         return own + sum(last.get(name, 0.0) for name in later)
+
+    def usual(self, last: Mapping[str, float]) -> float | None:
+        """Seconds that this phase usually takes: as last time, else as on most machines; None: it depends on the model."""
+        return last.get(self.phase, USUAL.get(self.phase))
+
+    def overdue(self, last: Mapping[str, float]) -> bool:
+        """It takes OVERDUE times as long as usual: what goes wrong in silence is told by that alone."""
+        usual = self.usual(last)
+        return usual is not None and self.elapsed() > OVERDUE * max(usual, SHORTEST)
 
 
 def fraction(line: str) -> float | None:
@@ -102,6 +117,7 @@ class Cause:
     """Why the engine failed, in one sentence, and what to do."""
 
     kind: str
+    "Of a rule; `unknown`: an error that no rule knows; `killed`; `none`: nothing looks like a cause."
     text: str
     remedy: str
     line: str = ""
@@ -154,8 +170,22 @@ def first_cause(lines: list[str], names: Mapping[str, str], *, returncode: int |
             text="it was killed (SIGKILL): by the kernel for host memory, or by hand",
             remedy="`deploy collect` has the kernel's words; less cpu_offload_gib needs less host memory",
         )
-    last = next((text for text in map(_bare, reversed(lines)) if text), "it said nothing")
-    return Cause(kind="unknown", text=last, remedy="`deploy logs` shows all of it", line=last)
+    return no_cause(lines)
+
+
+def no_cause(lines: Sequence[str]) -> Cause:
+    """What can be said of a log in which nothing looks like a cause: how far it came, and its last words."""
+    progress = Progress()
+    for line in lines:
+        progress.feed(line)
+    last = next((text for text in map(_bare, reversed(lines)) if text), "")
+    said = f"the last line of its log: {last[:300]}" if last else "its log is empty"
+    return Cause(
+        kind="none",
+        text=f"no cause found; it was {progress.phase}, and {said}",
+        remedy="`deploy logs` shows all of it; `deploy collect` keeps the logs of all nodes, and where each rank waits",
+        line=last,
+    )
 
 
 WRAPPED = 3

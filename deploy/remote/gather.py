@@ -11,6 +11,7 @@ import time
 import zlib
 from pathlib import Path
 
+from deploy.remote import stacks
 from deploy.remote.wire import Json, event
 
 TAIL = 4 << 20
@@ -28,7 +29,10 @@ COMMANDS = {
 
 
 def gather(request: Json) -> Json:
-    """Say the content of `files` ([{name, pattern}], shell patterns) and what COMMANDS print, one event each, compressed."""
+    """Say the content of `files` ([{name, pattern}], shell patterns) and what COMMANDS print, one event each, compressed.
+
+    `prefix`: of the marks of our processes; `environment`: the active one's folder; for the stacks of an engine.
+    """
     count = 0
     for wanted in request["files"]:
         for path in sorted(glob.glob(wanted["pattern"], recursive=True)):  # noqa: PTH207 - the pattern may be absolute
@@ -41,6 +45,7 @@ def gather(request: Json) -> Json:
                     event("unread", name=path, cause=os.strerror(error.errno or 0).lower())
     for name, command in COMMANDS.items():
         _say(name, _output(command), time.time())
+    _say("stacks.txt", stacks.dump(request["prefix"], request["environment"]).encode(), time.time())
     _say("dmesg-gpu.txt", kernel().encode(), time.time())
     return {"files": count}
 

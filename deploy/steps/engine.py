@@ -17,7 +17,7 @@ from typing import Literal
 
 from deploy.engine import metrics
 from deploy.engine.canary import Reply, ask_one_token
-from deploy.engine.log import Progress, first_cause
+from deploy.engine.log import PHASES, Progress, first_cause, no_cause
 from deploy.fleet.calls import RemoteNode
 from deploy.fleet.forwarding import forward_local, require_forwarding
 from deploy.fleet.jobs import JobStatus, follow_job, job_status, start_job, stop_job
@@ -192,7 +192,7 @@ async def _watch(
     progress = Progress()
     following = asyncio.create_task(follow_job(fleet, place, paths.ENGINE_JOB, progress.feed))
     checking: asyncio.Task[Nodes] | None = None
-    checked, told = time.monotonic(), ""
+    checked, told, warned = time.monotonic(), "", ""
     try:
         async with forward_local(fleet, place, 0, port(spec.plan)) as local:
             with console.progress("engine") as tick:
@@ -210,6 +210,7 @@ async def _watch(
                         told = progress.phase
                         console.step("engine", told + _left(progress, spec))
                     tick(round(100 * (progress.fraction or 0)), 100 if progress.fraction else None, _text(progress, spec))
+                    warned = _warned(progress, spec, console, warned)
                     if time.monotonic() - begun > spec.load:
                         await _give_up(fleet, place, spec, progress)
                     if checking is None and time.monotonic() - checked > spec.check:
@@ -235,7 +236,29 @@ async def _alive(spec: EngineSpec) -> Nodes:
 
 def _left(progress: Progress, spec: EngineSpec) -> str:
     left = progress.left(spec.last)
-    return f", about {left:.0f} s left" if left is not None else ""
+    if left is not None:
+        return f", about {left:.0f} s left"
+    before = spec.last.get(progress.phase)
+    return f", longer than last time ({before:.0f} s)" if before is not None and progress.elapsed() > before else ""
+
+
+def _warned(progress: Progress, spec: EngineSpec, console: Console, before: str) -> str:
+    """The phase that was warned of last: each that takes far too long is told once."""
+    if progress.phase == before or not progress.overdue(spec.last):
+        return before
+    console.warn(_slow(progress, spec))
+    return progress.phase
+
+
+def _slow(progress: Progress, spec: EngineSpec) -> str:
+    """A phase that hangs says nothing: neither an error nor progress."""
+    last = no_cause(progress.lines).line
+    said = f"; the last line of its log: {last[:200]}" if last else ""
+    usual = progress.usual(spec.last) or 0.0
+    return (
+        f"the engine is {progress.phase} for {progress.elapsed():.0f} s, usually {usual:.0f} s{said}. It may hang: "
+        "`deploy preflight` tries the nodes and the network between them, `deploy collect` has the stack of each rank"
+    )
 
 
 def _text(progress: Progress, spec: EngineSpec) -> str:
@@ -244,6 +267,11 @@ def _text(progress: Progress, spec: EngineSpec) -> str:
 
 
 async def _give_up(fleet: Fleet, place: Node, spec: EngineSpec, progress: Progress) -> None:
+    if progress.phase == PHASES[-1]:  # it says that it is ready: what is not reached is not stopped
+        raise EngineError(
+            f"no completion after {spec.load:g} s, though the engine's log says that it listens; it runs on",
+            remedy="`deploy status` tells why; `deploy logs` shows its log",
+        )
     await stop_job(fleet, place, paths.ENGINE_JOB)
     raise EngineError(
         f"no completion after {spec.load:g} s; it was {progress.phase} for {progress.elapsed():.0f} s and was stopped",
@@ -268,8 +296,10 @@ async def _ended(spec: EngineSpec, status: JobStatus, progress: Progress) -> Eng
     how = {"exited": f"ended with {status.returncode}", "stopped": "was stopped by another command"}.get(
         status.state, "was killed"
     )
-    if status.state != "exited" and cause.kind == "unknown":
+    if status.state != "exited" and cause.kind in ("unknown", "none"):
         return EngineError(f"the engine {how} while {progress.phase}", remedy="repeat the command; `deploy logs` shows more")
+    if cause.kind == "none":
+        return EngineError(f"the engine {how}: {cause.text}", remedy=cause.remedy)
     dead = await _dead(spec) if cause.consequence else []
     lost = f"Ray lost {', '.join(dead)}; " if dead else ""
     return EngineError(f"the engine {how} while {progress.phase}: {lost}{cause.text}", remedy=cause.remedy)

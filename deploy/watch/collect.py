@@ -19,7 +19,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO
 
-from deploy.engine.log import Cause, first_cause
+from deploy.engine.log import Cause, first_cause, no_cause
 from deploy.fleet.calls import RemoteNode, call
 from deploy.fleet.results import try_all
 from deploy.fleet.ssh import Fleet
@@ -34,7 +34,9 @@ from deploy.watch.status import NodeStatus, Status, Watch
 from gracefarm.errors import GracefarmError, NodeError
 
 LOCAL = (".deploy/state.json", ".deploy/plan.json", ".deploy/facts.json")
-ENGINE_LOG, ENGINE_EXIT = "jobs/engine/log", "jobs/engine/exit"
+ENGINE_LOG, ENGINE_EXIT, STACKS = "jobs/engine/log", "jobs/engine/exit", "stacks.txt"
+SILENT = 60.0
+"Seconds without a line in the log of an engine that loads after which its stacks are told."
 OWN = ("memory", "kv-cache", "shard", "driver-gpu", "gpus", "port", "layout", "usage", "import", "ray")
 "Kinds of causes that nothing on a machine stands behind: they are first wherever they are found."
 _KERNEL = re.compile(r"\bXid\b|Killed process|Machine check|fallen off the bus", re.I)
@@ -44,6 +46,10 @@ OURS = ("python", "ray", "gcs_server", "aphrodite", "vllm", "pt_main")
 _XID = re.compile(r"Xid \(([^)]*)\): (\d+)")
 GATHER = 600.0
 "Seconds for all that a node has to say."
+LAST = 8
+"Rank of the finding that no cause was found."
+SHOWN = 4
+"Ranks whose places are told in a sentence; all are in the archive."
 EARLY = 120.0
 "Seconds before the engine's start from which the kernel's words may have to do with it."
 STUCK = "is the server of that file system there? `deploy run --timeout 10 -- df -h`"
@@ -83,6 +89,8 @@ class _Archive:
     count: int = 0
     texts: dict[str, bytes] = field(default_factory=dict)
     "Members that causes are looked for in."
+    written: dict[str, float] = field(default_factory=dict)
+    "When each of these was written last, by the node's clock."
 
     def add(self, name: str, content: bytes, modified: float, *, keep: bool = False) -> None:
         """One member; its name may hold a secret too."""
@@ -92,7 +100,7 @@ class _Archive:
         self.tar.addfile(info, io.BytesIO(clean))
         self.count += 1
         if keep:
-            self.texts[name] = clean
+            self.texts[name], self.written[name] = clean, modified
 
 
 async def write_bundle(
@@ -114,7 +122,8 @@ async def write_bundle(
         kept = _local(archive, deployment)
         archive.add("status.json", seen.model_dump_json(indent=1).encode(), now)
         missing = await _nodes(archive, watch)
-        causes = findings(archive.texts, seen, kept, watch.plan, missing)
+        silence = silent_for(archive, seen)
+        causes = findings(archive.texts, seen, kept, watch.plan, missing, silence=silence)
         archive.add("summary.md", summary(seen, causes, kept, missing).encode(), now)
     size = target.stat().st_size
     cleaned = [replace(cause, text=redactor.line(cause.text), file=redactor.line(cause.file)) for cause in causes]
@@ -159,7 +168,12 @@ async def _nodes(archive: _Archive, watch: Watch) -> dict[str, str]:
 
         try:
             async with asyncio.timeout(GATHER):
-                return await call(node, "gather.gather", {"files": await _wanted(watch, node)}, on_event=heard)
+                request = {
+                    "files": await _wanted(watch, node),
+                    "prefix": f"{watch.fleet.mark}/{node.name}/",
+                    "environment": paths.environment(watch.deployment) if watch.deployment.data.share else "",
+                }
+                return await call(node, "gather.gather", request, on_event=heard)
         except TimeoutError as error:
             raise NodeError(f"{node.name}: not all it has to say came within {GATHER:g} s", remedy="`deploy ssh`") from error
 
@@ -170,7 +184,7 @@ async def _nodes(archive: _Archive, watch: Watch) -> dict[str, str]:
 def _interesting(name: str) -> bool:
     """A cause may stand in it."""
     base = posixpath.basename(name)
-    return name in (ENGINE_LOG, ENGINE_EXIT, "dmesg-gpu.txt") or base.startswith("worker-")
+    return name in (ENGINE_LOG, ENGINE_EXIT, "dmesg-gpu.txt", STACKS) or base.startswith("worker-")
 
 
 async def _wanted(watch: Watch, node: RemoteNode) -> list[Json]:
@@ -193,8 +207,20 @@ async def _wanted(watch: Watch, node: RemoteNode) -> list[Json]:
 # the first cause
 
 
+def silent_for(archive: _Archive, seen: Status) -> float:
+    """Seconds since the engine's log was written last; 0 where there is none."""
+    written = archive.written.get(f"nodes/{seen.nodes[0].name}/{ENGINE_LOG}")
+    return max(0.0, seen.taken - written) if written else 0.0
+
+
 def findings(
-    texts: Mapping[str, bytes], seen: Status, kept: State, plan: ServePlan | None, missing: Mapping[str, str]
+    texts: Mapping[str, bytes],
+    seen: Status,
+    kept: State,
+    plan: ServePlan | None,
+    missing: Mapping[str, str],
+    *,
+    silence: float = 0.0,
 ) -> tuple[Finding, ...]:
     """Everything that may be the cause, the likeliest first.
 
@@ -205,10 +231,7 @@ def findings(
     names = {node.private: node.name for node in plan.nodes} if plan else {}
     causes: list[Finding] = []
     running = seen.service.word in ("READY", "BUSY", "LOADING")
-    head = seen.nodes[0].name
-    log = texts.get(f"nodes/{head}/{ENGINE_LOG}")
-    if log is not None and not running:
-        causes += _engine(log, names, head, texts.get(f"nodes/{head}/{ENGINE_EXIT}", b"").strip())
+    causes += _of_engine(texts, seen, names, silence, ended=not running)
     begun = kept.steps["engine"].begun if "engine" in kept.steps else 0.0
     for name, content in texts.items():
         node, base = name.split("/")[1], posixpath.basename(name)
@@ -235,21 +258,70 @@ def findings(
     return tuple(sorted(causes, key=lambda cause: cause.rank))
 
 
+def _of_engine(
+    texts: Mapping[str, bytes], seen: Status, names: Mapping[str, str], silence: float, *, ended: bool
+) -> list[Finding]:
+    """What the engine's log says, what it does not, and why it cannot be asked."""
+    word, head = seen.service.word, seen.nodes[0]
+    if word == "UNREACHABLE" and not head.error:  # it is the engine that cannot be asked, not its node
+        return [Finding(rank=0, where="engine", text=seen.service.text, remedy=seen.service.remedy)]
+    log = texts.get(f"nodes/{head.name}/{ENGINE_LOG}")
+    if log is None:
+        return []
+    causes = _engine(log, names, head.name, texts.get(f"nodes/{head.name}/{ENGINE_EXIT}", b"").strip()) if ended else []
+    if word == "WEDGED" or (word == "LOADING" and silence > SILENT):
+        causes = [cause for cause in causes if cause.rank != LAST] + _hanging(log, texts, head.name, silence)
+    return causes
+
+
 def _lost(node: NodeStatus) -> str:
     return f"Ray lost {node.name}: " + ("it runs there and is not heard" if node.raylet else "its raylet has ended")
 
 
 def _engine(log: bytes, names: Mapping[str, str], head: str, exited: bytes) -> list[Finding]:
+    """Why it ended, by its log."""
     code = int(exited) if exited.isdigit() else None
     cause = first_cause(log.decode(errors="replace").splitlines(), names, returncode=code)
-    rank = 0 if cause.kind in OWN else 5 if cause.consequence or cause.kind in ("unknown", "killed") else 3
+    vague = cause.consequence or cause.kind in ("unknown", "killed", "none")
+    if exited == b"stopped" and vague:
+        return []
+    rank = 0 if cause.kind in OWN else LAST if cause.kind == "none" else 5 if vague else 3
     return [Finding(rank=rank, where="engine", text=cause.text, remedy=cause.remedy, file=f"nodes/{head}/{ENGINE_LOG}")]
+
+
+def _hanging(log: bytes, texts: Mapping[str, bytes], head: str, silence: float) -> list[Finding]:
+    """An engine that runs and says nothing: how far it came, its last words, and where each rank waits."""
+    cause = no_cause(log.decode(errors="replace").splitlines())
+    waits = [
+        f"{name.split('/')[1]}: {place}"
+        for name, content in texts.items()
+        if posixpath.basename(name) == STACKS
+        for place in places(content.decode(errors="replace"))
+    ]
+    where = f"; it waits at {'; '.join(waits[:SHOWN])}" + (" …" if len(waits) > SHOWN else "") if waits else ""
+    text = f"{cause.text}; nothing was said for {silence:.0f} s{where}"
+    remedy = "`deploy preflight` tries the network between the nodes; nodes/NODE/stacks.txt has the stacks"
+    return [Finding(rank=LAST, where="engine", text=text, remedy=remedy, file=f"nodes/{head}/{ENGINE_LOG}")]
+
+
+def places(stacks: str) -> list[str]:
+    """The innermost frame of the main thread of each process in py-spy's words, as `all_reduce (torch/…py:1) in process 7`."""
+    found, process, main = [], "", False
+    for line in stacks.splitlines():
+        if match := re.match(r"Process (\d+):", line):
+            process, main = match[1], False
+        elif line.startswith("Thread "):
+            main = "MainThread" in line
+        elif main and line.startswith("    "):
+            found.append(f"{line.strip()} in process {process}")
+            main = False
+    return found
 
 
 def _worker(content: bytes, names: Mapping[str, str], node: str, file: str) -> list[Finding]:
     """An exception in a worker's own log: only what a rule knows, for these logs hold much."""
     cause: Cause = first_cause(content.decode(errors="replace").splitlines(), names)
-    if cause.kind in ("unknown", "killed") or cause.consequence:
+    if cause.kind in ("unknown", "killed", "none") or cause.consequence:
         return []
     rank = 1 if cause.kind in OWN else 3
     return [Finding(rank=rank, where=node, text=f"{node}: {cause.text}", remedy=cause.remedy, file=file)]
@@ -299,7 +371,7 @@ def summary(seen: Status, causes: Sequence[Finding], kept: State, missing: Mappi
     line(f"# {seen.deployment}: {seen.service.label}\n")
     if causes:
         first = causes[0]
-        line(f"**First cause:** {first.text}\n")
+        line(f"{first.text[0].upper()}{first.text[1:]}\n" if first.rank == LAST else f"**First cause:** {first.text}\n")
         if first.remedy:
             line(f"What to do: {first.remedy}\n")
         if first.file:

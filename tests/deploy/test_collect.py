@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import os
+import subprocess
+import sys
 import tarfile
 import time
 from pathlib import Path
@@ -15,7 +18,7 @@ import pytest
 from deploy.fleet.ssh import open_fleet
 from deploy.nodes.redact import Redactor
 from deploy.nodes.state import State, StepRecord
-from deploy.remote import gather
+from deploy.remote import gather, stacks
 from deploy.steps import engine
 from deploy.watch import collect
 from deploy.watch.collect import Finding, findings
@@ -187,13 +190,22 @@ def killed(name: str) -> bytes:
     return f"Out of memory: Killed process 77 ({name}) total-vm:1kB\n".encode()
 
 
-def first(texts: dict[str, bytes], *, word: str = "DEAD", lost: bool = False, **failed: str) -> tuple[Finding, ...]:
+def first(
+    texts: dict[str, bytes],
+    *,
+    word: str = "DEAD",
+    lost: bool = False,
+    silence: float = 0.0,
+    text: str = "",
+    **failed: str,
+) -> tuple[Finding, ...]:
     nodes = tuple(NodeStatus(name=name, address=name, ray=name != "k1" if lost else None) for name in ("k0", "k1"))
-    service = Service(word=word, text="")  # type: ignore[arg-type]
+    service = Service(word=word, text=text)  # type: ignore[arg-type]
     seen = Status(taken=NOW, deployment="t", model="m", service=service, nodes=nodes)
     steps = {"engine": StepRecord(digest="", outcome="failed", text="the last and least", begun=NOW - 60)}
-    steps |= {name: StepRecord(digest="", outcome="failed", text=text, begun=NOW) for name, text in failed.items()}
-    return findings({f"nodes/{name}": text for name, text in texts.items()}, seen, State(steps=steps), a_plan(1), {})
+    steps |= {name: StepRecord(digest="", outcome="failed", text=words, begun=NOW) for name, words in failed.items()}
+    named = {f"nodes/{name}": content for name, content in texts.items()}
+    return findings(named, seen, State(steps=steps), a_plan(1), {}, silence=silence)
 
 
 EARLIER, SESSION = "k1/ray/session_2026-11-24_1/logs", "k1/ray/session_2026-11-24_2/logs"
@@ -223,6 +235,62 @@ EARLIER, SESSION = "k1/ray/session_2026-11-24_1/logs", "k1/ray/session_2026-11-2
 def test_the_first_cause_and_not_the_last_word(texts: dict[str, bytes], more: dict[str, object], words: str) -> None:
     found = first(texts, **more)  # type: ignore[arg-type]
     assert words in found[0].text, found
+
+
+STACKS = b"""Process 71: ray::RayWorkerWrapper
+Python v3.11.9 (/share/env/bin/python3.11)
+
+Thread 88 (idle): "Thread-1"
+    wait (threading.py:320)
+Thread 71 (active): "MainThread"
+    all_reduce (torch/distributed/distributed_c10d.py:2800)
+    execute_method (worker.py:1)
+"""
+QUIET = b"INFO: driver_ip: 10.0.0.11\nINFO: waiting for the others\n"
+
+
+@pytest.mark.parametrize("word", ["WEDGED", "LOADING"])
+def test_an_engine_that_hangs_is_told_by_its_phase_its_last_words_and_its_stacks(word: str) -> None:
+    texts = {"k0/jobs/engine/log": QUIET, "k0/stacks.txt": b"(no py-spy)\n", "k1/stacks.txt": STACKS}
+    found = first(texts, word=word, silence=300.0)
+    (hangs,) = [finding for finding in found if finding.where == "engine" and finding.file]
+    assert hangs.text.startswith("no cause found; it was placing, and the last line of its log: INFO: waiting for the others")
+    assert "nothing was said for 300 s" in hangs.text
+    assert "k1: all_reduce (torch/distributed/distributed_c10d.py:2800) in process 71" in hangs.text
+    assert not [finding for finding in first(texts, word="LOADING", silence=5.0) if finding.file]
+
+
+def test_what_a_log_says_after_deploy_has_stopped_it_is_no_cause() -> None:
+    """After load_timeout a worker's end, which `deploy` itself had brought about, was the first cause."""
+    found = first({"k0/jobs/engine/log": DIED, "k0/jobs/engine/exit": b"stopped\n"}, word="STOPPED")
+    assert [finding.text for finding in found] == ["step engine failed: the last and least"]
+    found = first({"k0/jobs/engine/log": OOM, "k0/jobs/engine/exit": b"stopped\n"}, word="STOPPED")
+    assert "memory" in found[0].text
+
+
+def test_an_engine_that_cannot_be_asked_is_no_dead_one() -> None:
+    found = first({"k0/jobs/engine/log": DIED}, word="UNREACHABLE", text="the engine runs and cannot be asked: sshd")
+    assert found[0].text == "the engine runs and cannot be asked: sshd"
+    assert not [finding for finding in found if "a worker died" in finding.text]
+
+
+def test_stacks_are_those_of_the_engines_ranks(tmp_path: Path) -> None:
+    """Real py-spy on a real process of a job."""
+    program = tmp_path / "python-rank"
+    program.symlink_to(sys.executable)
+    (tmp_path / "waits.py").write_text("import time\n\n\ndef all_reduce():\n    time.sleep(60)\n\n\nall_reduce()\n")
+    mark = f"t{os.getpid()}/k0/"
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "py-spy").symlink_to(Path(sys.executable).with_name("py-spy"))
+    with subprocess.Popen([program, tmp_path / "waits.py"], env={**os.environ, "GRACEFARM_MARK": f"{mark}engine"}) as rank:
+        try:
+            deadline = time.monotonic() + 20
+            while "all_reduce" not in (said := stacks.dump(mark, str(tmp_path))) and time.monotonic() < deadline:
+                time.sleep(0.1)
+            assert collect.places(said) == [f"all_reduce (waits.py:5) in process {rank.pid}"]
+            assert stacks.dump(f"{mark}other", str(tmp_path)) == "(no process of an engine)\n"
+        finally:
+            rank.kill()
 
 
 def test_an_engine_that_answers_has_no_cause_of_death() -> None:

@@ -147,4 +147,29 @@ def test_what_no_rule_knows_is_the_first_error_not_the_last() -> None:
     lines = ["Traceback (most recent call last):", "  File x", "KeyError: 'rope'", "Traceback:", "RuntimeError: engine died"]
     assert first_cause(lines, NAMES).text == "KeyError: 'rope'"
     assert first_cause([], NAMES, returncode=137).kind == "killed"
-    assert first_cause(["only this"], NAMES, returncode=1).text == "only this"
+
+
+def test_a_log_without_a_cause_says_so_with_its_phase_and_its_last_line() -> None:
+    found = first_cause([*LOG[:4], "INFO: waiting for the others", ""], NAMES, returncode=1)
+    assert found.kind == "none"
+    assert found.text == "no cause found; it was placing, and the last line of its log: INFO: waiting for the others"
+    assert first_cause([], NAMES).text == "no cause found; it was starting, and its log is empty"
+
+
+def test_a_phase_that_takes_ten_times_as_long_as_usual_is_overdue() -> None:
+    clock = Clock()
+    progress = Progress(clock=clock)
+    for line in LOG[:4]:
+        progress.feed(line)
+    clock.now += 61
+    assert progress.phase == "placing"
+    assert not progress.overdue({})  # usually 30 s
+    assert not progress.overdue({"placing": 6.2})
+    assert progress.overdue({"placing": 6.0})
+    assert progress.left({"placing": 6.0, "loading": 600.0}) is None  # it was "about 0 s left" for hours
+    clock.now += 240
+    assert progress.overdue({})
+    progress.feed(LOG[4])
+    clock.now += 7200
+    assert not progress.overdue({})  # loading depends on the model
+    assert progress.overdue({"loading": 600.0})

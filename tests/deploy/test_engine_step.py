@@ -13,9 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from deploy.engine import log
 from deploy.engine.canary import Reply
 from deploy.engine.metrics import EngineMetrics
 from deploy.fleet.calls import RemoteNode
+from deploy.fleet.forwarding import ForwardingError
 from deploy.fleet.jobs import JobStatus, job_status, stop_job
 from deploy.fleet.shells import remote_nodes
 from deploy.fleet.ssh import Fleet
@@ -194,6 +196,44 @@ def test_too_long_a_load_is_stopped(tmp_path: Path) -> None:
         assert (await job_status(fleet, made[0].node, "engine")).state == "stopped"
 
     on_a_node(tmp_path, work)
+
+
+def test_nothing_is_started_where_sshd_forwards_no_port(tmp_path: Path) -> None:
+    """The engine would be ready, never asked, and stopped for it after hours."""
+
+    async def work(fleet: Fleet, head: RemoteNode, made: list[kit.Machine]) -> None:
+        plan = a_plan(free_port())
+        made[0].forwards = False
+        with pytest.raises(ForwardingError, match=r"k0: its sshd forbids to forward port \d+ \(AllowTcpForwarding") as error:
+            await engine.start_or_attach(fleet, head, spec(plan), Console())
+        assert "AllowTcpForwarding local" in error.value.remedy
+        assert (await job_status(fleet, made[0].node, "engine")).state == "absent"
+        made[0].forwards = True
+        await engine.start_or_attach(fleet, head, spec(plan), Console())
+        made[0].forwards = False
+        verdict = diagnose(await probe(fleet, head, spec(plan)))
+        assert verdict.kind == "unreachable"
+        assert "the engine runs (listening) and cannot be asked: k0: its sshd forbids" in verdict.text
+
+    on_a_node(tmp_path, work)
+
+
+def test_a_phase_that_hangs_is_told_once_and_the_engine_is_left_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(log, "SHORTEST", 0.1)
+
+    async def work(fleet: Fleet, head: RemoteNode, made: list[kit.Machine]) -> None:
+        plan = a_plan(free_port(), "--load", "6")
+        last = {"starting": 60.0, "placing": 60.0, "loading": 0.1}
+        outcome = await engine.start_or_attach(fleet, head, spec(plan, last=last), Console())
+        assert outcome.how == "started"
+
+    on_a_node(tmp_path, work)
+    said = capsys.readouterr().err
+    assert said.count("the engine is loading for ") == 1
+    assert "It may hang: `deploy preflight`" in said
+    assert "about 0 s left" not in said.split("loading for")[1]
 
 
 def test_a_port_that_somebody_holds_is_refused_by_name(tmp_path: Path) -> None:

@@ -1,0 +1,50 @@
+"""Where Python programs of a deployment are just now, by py-spy, which Ray brings into the environment."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+from deploy.remote import marked
+from deploy.remote.wire import Json
+
+RANKS = ("ray::", "vllm", "aphrodite", "python", "pt_main")
+"How names of processes begin that may be an engine or a rank of it."
+OTHERS = ("ray::IDLE", "ray::Dashboard", "ray::RuntimeEnv")
+"Ray's own, which wait by nature."
+MOST = 16
+"Processes of a node; py-spy takes about a second for each."
+
+
+def dump(prefix: str, environment: str) -> str:
+    """`py-spy dump` of the engine and of Ray's workers whose marks start with `prefix`; why not, where there is none."""
+    own = Path(environment) / "bin" / "py-spy"
+    program = str(own) if own.exists() else shutil.which("py-spy")
+    ranks = [process for process in marked.processes(prefix) if _rank(process)]
+    if not ranks:
+        return "(no process of an engine)\n"
+    if program is None:
+        return "(no py-spy: it is in environments that have ray[default])\n"
+    sudo = ["sudo", "-n"] if os.geteuid() and shutil.which("sudo") else []  # ptrace is for root where Yama says so
+    return "\n".join(_dump([*sudo, program], process) for process in ranks[:MOST])
+
+
+def _rank(process: Json) -> bool:
+    name, job = str(process["name"]), str(process["mark"]).rpartition("/")[2]
+    return name.lower().startswith(RANKS) and not name.startswith(OTHERS) and (job == "engine" or name.startswith("ray::"))
+
+
+def _dump(command: list[str], process: Json) -> str:
+    try:
+        done = subprocess.run(
+            [*command, "dump", "--nonblocking", "--pid", str(process["pid"])],
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"Process {process['pid']}: {process['name']}\n({error})\n"
+    return done.stdout or f"Process {process['pid']}: {process['name']}\n({done.stderr.strip()})\n"
