@@ -34,6 +34,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "bench": ("deploy.cli.bench:bench", "A query with its tokens/s; a sweep beside the prediction."),
         "collect": ("deploy.cli.watch:collect", "One redacted bundle, with the first cause on top."),
         "down": ("deploy.cli.serve:down", "End the engine and Ray, and look that nothing is left."),
+        "purge": ("deploy.cli.serve:purge", "`down`, then remove what the farm put on the nodes."),
         "rehearse": ("deploy.cli.rehearse:rehearse", "The whole way on this machine: real sshd, real Ray, no GPU."),
         "schema": ("deploy.cli.plan:schema_command", "JSON schemas of deploy.toml and of the plan."),
     }

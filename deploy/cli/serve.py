@@ -12,10 +12,13 @@ from rich.table import Column, Table
 from deploy.cli.common import DeployContext, output, reporting
 from deploy.cli.work import at_work, held, no_wait_option
 from deploy.fleet import tunnels
-from deploy.steps import order, preflight, spares
+from deploy.fleet.results import combined_error
+from deploy.steps import order, preflight, remains, spares
 from deploy.steps.order import Served, StepChoice
 from deploy.steps.preflight_checks import NodeCheck
+from deploy.steps.remains import Removed
 from deploy.steps.step import Work, look_at_nodes
+from gracefarm.errors import UsageError
 
 
 @click.command()
@@ -92,7 +95,7 @@ def curl_line(key: Path, port: int) -> str:
 def down(context: DeployContext, keep_ray: bool, no_wait: bool) -> None:
     """End the engine, Ray, builds and downloads on every node, and look that nothing of ours is left; tunnels here too.
 
-    A node that is away keeps nothing running on the others; it is told at the end.
+    A node that is away keeps nothing running on the others; it is told at the end. The nodes' copies of secrets are removed.
     """
     with held(context, no_wait=no_wait) as keeper:
         try:
@@ -102,6 +105,39 @@ def down(context: DeployContext, keep_ray: bool, no_wait: bool) -> None:
     what = "the engine is down, Ray runs on" if keep_ray else "nothing of this deployment runs any more"
     text = ", ".join(f"{node} {count}" for node, count in ended.items() if count)
     context.console.result({"ended": ended}, f"{what}" + (f"; processes ended: {text}" if text else "; nothing ran"))
+
+
+@click.command()
+@click.option("--share", is_flag=True, help="Remove its environments on the shared folder too.")
+@click.option("--weights", is_flag=True, help="Remove the model's files too; other deployments may use them.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@no_wait_option
+@reporting
+def purge(context: DeployContext, share: bool, weights: bool, yes: bool, no_wait: bool) -> None:
+    """End everything, as `deploy down`, then remove what this deployment has put on the nodes: logs, secrets, Ray's files, uv.
+
+    This machine's .deploy folder stays.
+    """
+    console, deployment = context.console, context.deployment
+    what = ["jobs, logs, secrets and uv"] + (["environments"] if share else []) + (["the model's files"] if weights else [])
+    question = f"Remove {', '.join(what)} from {len(deployment.nodes)} nodes?"
+    if not yes and not (console.interactive and click.confirm(question, err=True)):
+        raise UsageError("nothing was removed", remedy="`deploy purge --yes` removes without asking")
+
+    async def go(work: Work) -> Removed:
+        await order.down(work)
+        return await remains.purge(work, share=share, weights=weights)
+
+    with held(context, no_wait=no_wait) as keeper:
+        try:
+            removed = at_work(context, keeper, go)
+        finally:
+            tunnels.end_all(deployment.folder)
+        keeper.forget(*keeper.state.steps)
+    document = {"removed": removed.places, "bytes": removed.bytes}
+    console.result(document, "\n".join([*removed.places, f"{removed.bytes / 1e9:.2f} GB removed"]))
+    if removed.failed:
+        raise combined_error(removed.failed, len(deployment.nodes))
 
 
 @click.command("preflight")

@@ -25,6 +25,7 @@ from pathlib import Path
 
 from deploy.remote.driver import cuda
 from deploy.remote.libraries import requirements
+from deploy.remote.removal import remove_all
 from deploy.remote.sharedlock import SharedLock
 from deploy.remote.wire import Json, WorkerError, event
 from gracefarm.process import last_line
@@ -37,6 +38,8 @@ _BRING = (
 )
 DESCRIPTION = "environment.json"
 OWNER = "owner"
+SCRATCH = "gracefarm-env-"
+"How folders on a node's own disk begin that a build needs; the number of its process follows."
 
 
 def build(request: Json) -> Json:
@@ -51,7 +54,7 @@ def build(request: Json) -> Json:
         if (final / DESCRIPTION).is_file():
             return {"built": False, **_described(final)}
         for left in (root / "envs").glob(f".{request['id']}.*"):
-            _remove(left)
+            remove_all(left)
         partial = root / "envs" / f".{request['id']}.{uuid.uuid4().hex[:8]}"
         try:
             described = _make(request, partial)
@@ -59,16 +62,34 @@ def build(request: Json) -> Json:
                 raise WorkerError("busy", "another node took this build over while we were away", "repeat the command")
             partial.rename(final)
         except BaseException:
-            _remove(partial)
+            remove_all(partial)
             raise
     return {"built": True, **described}
+
+
+def sweep(request: Json) -> Json:
+    """Remove what builds on this node have left that were killed: half-made environments of ROOT, scratch on its own disk.
+
+    A build that was told to end removes them itself; one that was killed, as after `deploy down` has waited, cannot.
+    """
+    root, removed = Path(request["root"]), []
+    for left in sorted((root / "envs").glob(".*")):
+        with suppress(WorkerError), SharedLock(root / "locks" / f"env-{left.name.split('.')[1]}", give_up=0):
+            remove_all(left)
+            removed.append(left.name)
+    for left in sorted(Path(tempfile.gettempdir()).glob(f"{SCRATCH}[0-9]*-*")):
+        pid = left.name.removeprefix(SCRATCH).partition("-")[0]
+        if left.stat().st_uid == os.getuid() and not Path(f"/proc/{pid}").exists():
+            remove_all(left)
+            removed.append(left.name)
+    return {"removed": removed}
 
 
 def _make(request: Json, partial: Path) -> Json:
     started = time.monotonic()
     partial.parent.mkdir(parents=True, exist_ok=True)
     base = interpreter(request)
-    with tempfile.TemporaryDirectory(prefix="gracefarm-env-", ignore_cleanup_errors=True) as scratch:
+    with tempfile.TemporaryDirectory(prefix=f"{SCRATCH}{os.getpid()}-", ignore_cleanup_errors=True) as scratch:
         lock = Path(scratch) / "requirements.lock"
         lock.write_text(request["lock"])
         event("step", text=f"virtual environment of {base}")
@@ -128,7 +149,7 @@ def interpreter(request: Json) -> str:
     place = Path(request["root"]) / "python" / f"{source}-{wanted}-{os.uname().machine}"
     with SharedLock(Path(request["root"]) / "locks" / place.name, on_wait=lambda who: event("wait", owner=who)):
         if not (place / ".complete").is_file():
-            _remove(place)
+            remove_all(place)
             place.mkdir(parents=True)
             event("step", text=f"Python {wanted} from {'uv' if source == 'managed' else 'conda'}")
             _bring(request, source, wanted, place)
@@ -336,7 +357,7 @@ def collect(request: Json) -> Json:  # noqa: C901 - one rule a line
                 size = sum(path.lstat().st_size for path in folder.rglob("*"))
                 gone = folder.with_name(f".{identifier}.gone-{uuid.uuid4().hex[:8]}")
                 folder.rename(gone)
-                _remove(gone)
+                remove_all(gone)
         except WorkerError as failure:
             if failure.kind != "busy":
                 raise
@@ -366,10 +387,3 @@ def users(request: Json) -> Json:
 def _described(folder: Path) -> Json:
     value: Json = json.loads((folder / DESCRIPTION).read_text())
     return value
-
-
-def _remove(path: Path) -> None:
-    if path.is_symlink() or path.is_file():
-        path.unlink()
-    elif path.is_dir():
-        shutil.rmtree(path)

@@ -13,7 +13,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from deploy.fleet.calls import RemoteNode, call
-from deploy.fleet.results import on_all
+from deploy.fleet.results import on_all, try_all
 from deploy.nodes import paths
 from deploy.nodes.state import StepRecord, digest
 from deploy.remote.wire import Json
@@ -150,8 +150,13 @@ class EnvironmentStep(Step):
         return Applied(text=text, now="built now" if built.built else "", data={"id": built.id})
 
     async def undo(self, work: Work) -> Undone:
-        """End builds; the environment stays."""
-        return await end_jobs(work, JOBS, grace=20)
+        """End builds, and remove what they had half made; the environment stays."""
+        ended, failed = await end_jobs(work, JOBS, grace=20)
+        head = work.nodes[0]
+        if head.name not in failed and work.deployment.data.share is not None:
+            _swept, bad = await try_all([head], lambda node: call(node, "environment.sweep", {"root": work.environment_root}))
+            failed |= bad
+        return ended, failed
 
 
 async def claim(work: Work) -> None:

@@ -8,12 +8,12 @@ detached jobs with the deployment's mark; the same command finds them again, and
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from deploy.fleet.results import combined_error
 from deploy.planning.plans import ServePlan
-from deploy.steps import cache, environment, processes, served_plan
+from deploy.steps import cache, environment, processes, remains, served_plan
 from deploy.steps.cache import CacheStep
 from deploy.steps.download import DownloadStep
 from deploy.steps.engine import EngineStep
@@ -106,7 +106,7 @@ async def serve(work: Work) -> Served:
 
 
 async def down(work: Work, *, keep_ray: bool = False) -> dict[str, int]:
-    """End the engine, then Ray, and look that nothing of ours is left; node to how many processes were ended.
+    """End the engine, then Ray, look that nothing of ours is left, and remove the secrets; node to how many processes ended.
 
     Raises:
         NodeError: something is left; SshError: a node was not reached. After everything on all others was stopped.
@@ -118,7 +118,21 @@ async def down(work: Work, *, keep_ray: bool = False) -> dict[str, int]:
         for counts, errors in await asyncio.gather(*(step.undo(work) for step in steps)):
             ended = {node: ended.get(node, 0) + counts.get(node, 0) for node in {**ended, **counts}}
             failed |= errors
+    if not keep_ray:
+        failed |= await remains.remove_secrets(work, [node for node in work.nodes if node.name not in failed])
     work.keeper.forget(*((ENGINE.name,) if keep_ray else SERVE))
     if failed:
-        raise combined_error(failed, len(work.nodes))
+        raise unfinished(failed, ended, len(work.nodes))
     return ended
+
+
+def unfinished(failed: Mapping[str, GracefarmError], ended: Mapping[str, int], of: int) -> GracefarmError:
+    """Why `down` is not over: what failed where, what was ended on the others, and that it is to be repeated."""
+    error = combined_error(failed, of)
+    others = [f"{node} ({count})" for node, count in ended.items() if node not in failed and count]
+    clean = [node for node in ended if node not in failed]
+    done = f"ended on the others: {', '.join(others)} processes" if others else "nothing ran on the others"
+    done = done if clean else "nothing could be ended"
+    away = ", ".join(failed)
+    remedy = f"repeat `deploy down` for {away}: what ran there may still run, and cost; {error.remedy}"
+    return type(error)(f"{error.cause}; {done}", remedy=remedy, repeat="deploy down")

@@ -10,9 +10,11 @@ from pathlib import Path
 import psutil
 import pytest
 
+from deploy.fleet.calls import call
+from deploy.fleet.files import put_file
 from deploy.fleet.jobs import job_status, start_job
 from deploy.fleet.shells import remote_nodes
-from deploy.nodes import state
+from deploy.nodes import paths, state
 from deploy.nodes.facts import load_facts
 from deploy.nodes.state import State, StepRecord
 from deploy.remote import marked
@@ -21,7 +23,7 @@ from deploy.steps.environment import Matrix, Module
 from deploy.steps.step import Work
 from gracefarm import settings
 from gracefarm.console import Console
-from gracefarm.errors import InstallError, NodeError, SshError
+from gracefarm.errors import HostError, InstallError, NodeError, SshError
 from tests.deploy.test_tunnel import deploy
 from tests.deploy.test_watch import Scene, play
 
@@ -31,6 +33,14 @@ SLEEPS = "exec sleep 300"
 async def down(made: Scene, *words: str) -> tuple[int, str]:
     """`deploy down`: exit code and all that it says."""
     async with deploy(made.folder, "down", *words) as process:
+        out, err = await asyncio.wait_for(process.communicate(), 60)
+        assert process.returncode is not None
+        return process.returncode, out.decode() + err.decode()
+
+
+async def purge(made: Scene, *words: str) -> tuple[int, str]:
+    """`deploy purge`: the same."""
+    async with deploy(made.folder, "purge", *words) as process:
         out, err = await asyncio.wait_for(process.communicate(), 60)
         assert process.returncode is not None
         return process.returncode, out.decode() + err.decode()
@@ -71,6 +81,9 @@ def test_with_a_node_away_everything_ends_on_all_others_and_then_it_is_told(tmp_
             assert code == 60, said
             assert "k2 127.0.0.13" in said
             assert "cannot be reached" in said
+            assert "; ended on the others: k0 (4), k1 (2) processes" in said
+            assert "repeat `deploy down` for k2: what ran there may still run, and cost" in said
+            assert said.count("cannot be reached") == 1
             assert running(made) == [("k2", "ray")]
             assert (await job_status(made.fleet, head, "engine")).state == "stopped"
             assert await asyncio.wait_for(tunnel.wait(), 10) is not None
@@ -83,6 +96,114 @@ def test_with_a_node_away_everything_ends_on_all_others_and_then_it_is_told(tmp_
         assert running(made) == []
 
     play(tmp_path, work, nodes=3)
+
+
+def names(folder: Path, pattern: str = "*") -> list[str]:
+    """Of what is there."""
+    return sorted(path.name for path in folder.glob(pattern))
+
+
+def owned_root(made: Scene, owner: str) -> Path:
+    """A folder of environments, as a deployment claims it."""
+    root = Path(paths.environment_root(made.deployment))
+    (root / "envs").mkdir(parents=True)
+    (root / "owner").write_text(owner)
+    return root
+
+
+def left_by_ray(base: Path, mark: str) -> None:
+    """Ray's folder, and one that is not ours."""
+    (base / mark[:8]).mkdir()
+    (base / mark[:8] / "session_1").write_text("ray's")
+    (base / "of-another-deployment").mkdir()
+
+
+def slow_uv(folder: Path) -> Path:
+    """Stands in for uv that is at work for long: the environment is half made."""
+    uv = folder / "uv"
+    uv.write_text('#!/bin/sh\nfor last; do case $last in */envs/*) mkdir -p "$last/bin";; esac; done\nexec sleep 300\n')
+    uv.chmod(0o755)
+    return uv
+
+
+def secrets_on(made: Scene) -> dict[str, list[str]]:
+    """Node to the secrets that lie in its folder."""
+    folders = {node.name: Path(f"{made.fleet.local}/{made.fleet.mark}/{node.name}") for node in made.fleet.nodes}
+    return {name: sorted(path.name for path in folder.glob("*-*") if path.is_file()) for name, folder in folders.items()}
+
+
+def test_down_removes_the_secrets_of_every_node_and_purge_all_that_was_put_there(tmp_path: Path) -> None:
+    async def work(made: Scene) -> None:
+        base, mark = Path(made.fleet.local), made.fleet.mark
+        for node in remote_nodes(made.fleet):
+            for name in ("ray-token", "api-key"):
+                await put_file(node, b"secret", f"{base}/{mark}/{node.name}/{name}")
+            await start_job(made.fleet, made.deployment.node(node.name), "ray", SLEEPS)
+        assert set(map(tuple, secrets_on(made).values())) == {("api-key", "ray-token")}
+        code, said = await down(made)
+        assert code == 0, said
+        assert set(map(tuple, secrets_on(made).values())) == {()}
+        assert "log" in names(base / mark / "k1" / "jobs" / "ray")  # for `deploy collect`
+        left_by_ray(base, mark)
+        root = owned_root(made, mark)
+        code, said = await purge(made)
+        assert code == 2, said
+        assert "nothing was removed" in said
+        await start_job(made.fleet, made.fleet.nodes[1], "ray", SLEEPS)
+        code, said = await purge(made, "--yes")
+        assert code == 0, said
+        assert running(made) == []
+        assert names(base) == ["of-another-deployment"]
+        assert names(root) == ["envs", "owner"]
+        code, said = await purge(made, "--yes", "--share")
+        assert code == 0, said
+        assert names(root) == []
+        assert state.read(made.deployment.folder).steps == {}
+
+    play(tmp_path, work, nodes=2)
+
+
+def test_purge_leaves_the_environments_of_another_deployment(tmp_path: Path) -> None:
+    async def work(made: Scene) -> None:
+        root = owned_root(made, "somebody")
+        code, said = await purge(made, "--yes", "--share")
+        assert code == 4, said
+        assert f"{root} is of another deployment (somebody)" in said
+        assert names(root) == ["envs", "owner"]
+
+    play(tmp_path, work)
+
+
+def test_down_removes_what_a_build_that_was_killed_had_half_made(tmp_path: Path) -> None:
+    """Under load its own removal took longer than `down` waits: the folder stayed for ever."""
+
+    async def work(made: Scene) -> None:
+        root, head = Path(paths.environment_root(made.deployment)), remote_nodes(made.fleet)[0]
+        python = {"source": "system", "version": f"3.{sys.version_info[1]}"}
+        request = {
+            "root": str(root),
+            "id": "e" * 32,
+            "lock": "",
+            "packages": [],
+            "index": None,
+            "python": python,
+            "uv": str(slow_uv(tmp_path)),
+        }
+        build = asyncio.create_task(call(head, "environment.build", request, job="build-env"))
+        async with asyncio.timeout(30):
+            while not names(root, "envs/.*/bin"):  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+        for process in marked.processes(f"{made.fleet.mark}/k0/"):
+            psutil.Process(process["pid"]).kill()
+        with pytest.raises(HostError):
+            await build
+        assert names(root, "envs/.*")
+        code, said = await down(made)
+        assert code == 0, said
+        assert names(root, "envs/.*") == []
+        assert names(tmp_path / "home-k0", "gracefarm-env-*") == []
+
+    play(tmp_path, work)
 
 
 def test_a_spare_that_is_away_is_left_out_and_a_node_that_serves_is_not(

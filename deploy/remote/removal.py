@@ -1,0 +1,37 @@
+"""Folders that go, whoever may still be at work in them."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from contextlib import suppress
+from pathlib import Path
+
+PATIENCE = 10.0
+"Seconds for which whoever was told to end may still write where we remove."
+
+
+def size_of(path: Path) -> int:
+    """Bytes of the files below a path."""
+    total = 0
+    for place in (path, *(path.rglob("*") if path.is_dir() and not path.is_symlink() else ())):
+        with suppress(OSError):
+            total += place.lstat().st_size
+    return total
+
+
+def remove_all(path: Path) -> None:
+    """A file, a link or a folder with all in it, also while what was told to end still writes there. Raises OSError."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            if path.is_symlink() or path.is_file():
+                path.unlink(missing_ok=True)
+            elif path.is_dir():
+                shutil.rmtree(path)
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
+        else:
+            return

@@ -1,0 +1,70 @@
+"""What is left on the nodes when nothing runs: secrets, which `down` removes, and everything else, which `purge` does."""
+
+from __future__ import annotations
+
+import posixpath
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from deploy.fleet.calls import RemoteNode, call
+from deploy.fleet.results import try_all
+from deploy.nodes import paths
+from deploy.remote.wire import Json
+from deploy.steps.step import Work
+from gracefarm.errors import GracefarmError
+
+SECRETS = ("ray-token", "api-key")
+"Files in a deployment's folder on a node (deploy.nodes.paths)."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Removed:
+    """What `purge` took away."""
+
+    bytes: int
+    places: tuple[str, ...]
+    "`NODE: PATH`."
+    failed: dict[str, GracefarmError]
+
+
+async def remove_secrets(work: Work, targets: Sequence[RemoteNode]) -> dict[str, GracefarmError]:
+    """Ray's token and the API key leave the nodes; this machine keeps them for the next start. Node to why not."""
+
+    async def remove(node: RemoteNode) -> Json:
+        folder = await work.fleet.folder(work.deployment.node(node.name))
+        return await call(node, "remains.remove", {"paths": [posixpath.join(folder, name) for name in SECRETS], "empty": []})
+
+    _good, bad = await try_all(targets, remove)
+    return bad
+
+
+async def purge(work: Work, *, share: bool, weights: bool) -> Removed:
+    """Remove what this deployment has put on every node: jobs, logs, secrets, Ray's folder, uv. Nothing of it may run.
+
+    `share`: its environments on the shared folder too; `weights`: also the model's files, which other deployments may use.
+    """
+    deployment = work.deployment
+
+    async def remove(node: RemoteNode) -> Json:
+        place = deployment.node(node.name)
+        base = await work.fleet.base(place)
+        own = [posixpath.join(base, work.fleet.mark), posixpath.join(base, work.fleet.mark[:8])]
+        request = {"paths": own, "empty": [base], "cache": True}
+        if node.name == deployment.head.name and deployment.data.share is not None:
+            request["paths"] = [*own, *_shared(work, share=share, weights=weights)]
+            request["owned"] = {paths.environment_root(deployment): work.fleet.mark} if share else {}
+        return await call(node, "remains.remove", request)
+
+    good, bad = await try_all(work.nodes, remove)
+    return Removed(
+        bytes=sum(int(answer["bytes"]) for answer in good.values()),
+        places=tuple(f"{node}: {path}" for node, answer in good.items() for path in answer["removed"]),
+        failed=bad,
+    )
+
+
+def _shared(work: Work, *, share: bool, weights: bool) -> list[str]:
+    """On the shared folder; the model's files as the step `weights` has left them."""
+    folder = work.keeper.state.data("weights").get("folder")
+    model = [folder, f"{folder}.manifest.json", f"{folder}.{work.fleet.mark}.staging"] if weights and folder else []
+    return [*([paths.environment_root(work.deployment)] if share else []), *model]
