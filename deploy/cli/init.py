@@ -19,7 +19,7 @@ from deploy.fleet.ssh import open_fleet
 from deploy.nodes import template
 from deploy.nodes.config import FILE, Access
 from deploy.nodes.deployment import Deployment, load_deployment
-from deploy.nodes.facts import Facts, NodeFacts, differences, keep_facts, load_facts
+from deploy.nodes.facts import Facts, NodeFacts, keep_facts, load_facts
 from gracefarm.console import Console
 from gracefarm.errors import GracefarmError, SshError
 
@@ -151,18 +151,8 @@ def _ask(deployment: Deployment, console: Console, names: Sequence[str]) -> tupl
 
     console.step("facts", f"asking {len(names)} nodes")
     asked, bad = asyncio.run(probe())
-    for sentence in _differences(deployment, asked):
-        console.warn(f"{sentence}; `deploy plan` shows what that changes")
     keep_facts(deployment, asked)
     return asked, bad
-
-
-def _differences(deployment: Deployment, asked: Facts) -> Sequence[str]:
-    """What nodes say otherwise than before; nothing where they were never asked."""
-    try:
-        return differences(load_facts(deployment), asked)
-    except GracefarmError:
-        return ()
 
 
 def _propose(deployment: Deployment, asked: Facts, console: Console) -> None:

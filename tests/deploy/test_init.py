@@ -226,20 +226,19 @@ def test_the_commit_whose_weights_were_brought_is_the_one_that_is_planned(tmp_pa
 
 
 def test_supposed_nodes_need_nothing(tmp_path: Path) -> None:
-    done = deploy(tmp_path, "plan", "--nodes", "10", "--gpu", "gh200-96", "--commands")
+    done = deploy(tmp_path, "plan", "--nodes", "10", "--gpu", "gh200-96")
     assert done.returncode == 0, done.stderr
     for words in (
-        "tp5 pp2 on 10 nodes",
-        "tp2 pp5",
+        "tp2 pp5 on 10 nodes",
         "25,26,25x3",
+        "tp5 pp2",
         "HOST_IP=10.0.0.1",
         "ray start --head",
         "no measurement",
+        "+67 %",
     ):
         assert words in done.stdout
-    split = deploy(tmp_path, "plan", "--nodes", "10", "--tp", "2", "--pp", "5", "--commands")
-    assert "APHRODITE_PP_LAYER_PARTITION=25,26,25,25,25" in split.stdout
-    assert "ray start" not in deploy(tmp_path, "plan", "--nodes", "10").stdout
+    assert "APHRODITE_PP_LAYER_PARTITION=25,26,25,25,25" in done.stdout
     assert "asserts that tp divides" in done.stdout
     assert list(tmp_path.iterdir()) == [tmp_path / "home"]  # nothing is written
 
@@ -249,7 +248,7 @@ def test_json_is_the_plan_and_equal_each_time(tmp_path: Path) -> None:
     shown = json.loads(first.stdout)
     assert first.stdout == second.stdout
     assert (shown["layout"]["tp"], shown["layout"]["offload_gib"]) == (3, 176.6)
-    assert [level["streams"] for level in shown["prediction"]["levels"]] == [1, 4, 16]
+    assert shown["speed_model"]["fitted_to"] == 5.2
 
 
 @pytest.mark.parametrize(
@@ -257,8 +256,8 @@ def test_json_is_the_plan_and_equal_each_time(tmp_path: Path) -> None:
     [
         (("--nodes", "2"), 64, "60% is the most"),
         (("--nodes", "12", "--tp", "11"), 64, "asserts that tp divides by the 8 KV heads"),
-        (("--nodes", "10", "--engine", "vllm", "--tp", "5"), 64, "do not divide by it"),
-        (("--nodes", "10", "--gpu", "mi300"), 2, "no kind of node 'mi300'"),
+        (("--nodes", "10", "--engine", "vllm", "--tp", "5"), 64, "do not divide by 5"),
+        (("--nodes", "10", "--gpu", "b300"), 2, "no kind of node 'b300'"),
         (("--tp", "5"), 2, "say --nodes N"),
         ((), 3, "no deploy.toml"),
     ],
