@@ -31,7 +31,8 @@ COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "top": ("deploy.cli.watch:top", "The same, live, with tokens/s and cost."),
         "logs": ("deploy.cli.watch:logs", "The engine's log, and Ray's of every node; -f follows."),
         "tunnel": ("deploy.cli.tunnel:tunnel", "The engine and Ray's dashboard on this machine's loopback."),
-        "bench": ("deploy.cli.bench:bench", "A query with its tokens/s; a sweep beside the prediction."),
+        "ask": ("deploy.cli.ask:ask", "A question to the model, and how fast the answer came."),
+        "bench": ("deploy.cli.bench:bench", "A sweep over requests at once, beside the prediction."),
         "collect": ("deploy.cli.watch:collect", "One redacted bundle, with the first cause on top."),
         "down": ("deploy.cli.serve:down", "End the engine and Ray, and look that nothing is left."),
         "purge": ("deploy.cli.serve:purge", "`down`, then remove what the farm put on the nodes."),
@@ -53,7 +54,8 @@ def cli(context: click.Context, file: Path | None) -> None:
 
     \b
     deploy init ips.txt
-    deploy plan
+    deploy serve
+    deploy ask "Why is the sky blue?"
     """
     context.obj = DeployContext(file=file, console=Console(as_json="--json" in sys.argv))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -17,9 +18,10 @@ from deploy.fleet.results import combined_error
 from deploy.fleet.shells import remote_nodes
 from deploy.fleet.ssh import open_fleet
 from deploy.nodes import template
-from deploy.nodes.config import FILE, Access
+from deploy.nodes.config import FILE, Access, ModelConfig
 from deploy.nodes.deployment import Deployment, load_deployment
-from deploy.nodes.facts import Facts, NodeFacts, keep_facts, load_facts
+from deploy.nodes.facts import Facts, NodeFacts, differences, keep_facts, load_facts
+from deploy.steps import missing
 from gracefarm.console import Console
 from gracefarm.errors import GracefarmError, SshError
 
@@ -35,6 +37,9 @@ GIB = 1 << 30
 @click.option(
     "--share", metavar="PATH", help="Shared folder on the nodes; default: the one network file system that all have."
 )
+@click.option(
+    "--model", metavar="REPO", help="Model on the Hub, as org/name; default: asked on a terminal, else Llama 3.1 405B."
+)
 @click.option("--accept", is_flag=True, help="Pin the host keys without asking; compare the fingerprints with the consoles'.")
 @click.option("--repin", is_flag=True, help="Ask about host keys that differ from the pinned ones too.")
 @reporting
@@ -46,19 +51,22 @@ def init(
     port: int | None,
     jump: str | None,
     share: str | None,
+    model: str | None,
     accept: bool,
     repin: bool,
 ) -> None:
     """Write deploy.toml for an ips.txt (one address a line, the head first), pin host keys, ask every node what it is.
 
     \b
-    deploy init ips.txt --user ubuntu
+    deploy init ips.txt --user ubuntu --model Qwen/Qwen3-32B
     deploy init deploy.toml --accept
+
+    Everything that is still missing before `deploy serve` is listed at the end.
     """
     console = context.console
     if jump is not None:
         parse_jump(jump)
-    path = _write(context, file, Access(user=user, key=key, port=port, jump=jump), share)
+    path = _write(context, file, Access(user=user, key=key, port=port, jump=jump), share, model)
     deployment = load_deployment(path)
     deployment.folder.make()
     lost = _pin(deployment, console, accept=accept, repin=repin)
@@ -68,23 +76,34 @@ def init(
     asked, silent = _ask(deployment, console, there)
     if len(asked.nodes) == len(deployment.nodes):
         _propose(deployment, asked, console)
-    console.result(_document(asked), table(asked))
+    deployment = load_deployment(path)
+    lacking = missing.missing(deployment, asked, os.environ)
+    console.result({**asked.model_dump(mode="json"), "missing": lacking}, table(asked))
+    if not console.as_json:  # there they are in the result
+        for sentence in lacking:
+            console.step("missing", sentence)
     if bad := {**lost, **silent}:
         raise combined_error(bad, len(deployment.nodes))
+    if not console.as_json:
+        ready = "`deploy plan` shows what will run, `deploy serve` starts it"
+        console.step("next", "when nothing of this is missing: `deploy serve`" if lacking else ready)
 
 
-def _write(context: DeployContext, file: Path | None, access: Access, share: str | None) -> Path | None:
+def _write(context: DeployContext, file: Path | None, access: Access, share: str | None, model: str | None) -> Path | None:
     """deploy.toml's path."""
     if file is None or file.suffix == ".toml":
         return file or context.file
     path = context.file or Path.cwd() / FILE
-    if template.write_config(file, path, access=access, share=share):
+    if model is None and context.console.interactive and not path.exists():
+        model = click.prompt("Model on the Hub", default=ModelConfig().repo, err=True)
+    if template.write_config(file, path, access=access, share=share, repo=model or ModelConfig().repo):
         context.console.step("init", f"{path} written")
     else:
         context.console.step("init", f"{path} is there, and stays as it is")
         data = load_deployment(path).data
-        there = {**data.nodes.model_dump(), "share": data.share}
-        given = {**access.model_dump(exclude_none=True), **({"share": share} if share else {})}
+        there = {**data.nodes.model_dump(), "share": data.share, "model": data.model.repo}
+        wished = {"share": share, "model": model}
+        given = {**access.model_dump(exclude_none=True), **{name: value for name, value in wished.items() if value}}
         if other := [f"--{name}" for name, value in given.items() if there[name] != value]:
             context.console.warn(f"{', '.join(other)}: not what it says, and not written into it; set it in {path}")
     return path
@@ -151,8 +170,18 @@ def _ask(deployment: Deployment, console: Console, names: Sequence[str]) -> tupl
 
     console.step("facts", f"asking {len(names)} nodes")
     asked, bad = asyncio.run(probe())
+    for sentence in _differences(deployment, asked):
+        console.warn(f"{sentence}; `deploy plan` shows what that changes")
     keep_facts(deployment, asked)
     return asked, bad
+
+
+def _differences(deployment: Deployment, asked: Facts) -> Sequence[str]:
+    """What nodes say otherwise than before; nothing where they were never asked."""
+    try:
+        return differences(load_facts(deployment), asked)
+    except GracefarmError:
+        return ()
 
 
 def _propose(deployment: Deployment, asked: Facts, console: Console) -> None:
@@ -162,10 +191,6 @@ def _propose(deployment: Deployment, asked: Facts, console: Console) -> None:
         console.step(
             "share", f"{asked.shares[0]}: all nodes have it from the same source; written into {deployment.path.name}"
         )
-    elif asked.shares:
-        console.warn(f"set share in {deployment.path}: the nodes have {', '.join(asked.shares)} in common")
-    else:
-        console.warn(f"the nodes have no network file system in common: mount one and set share in {deployment.path}")
 
 
 @click.command()

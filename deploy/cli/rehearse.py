@@ -12,7 +12,11 @@ from deploy.rehearsal import walkthrough
 from deploy.rehearsal.walkthrough import Rehearsal
 from gracefarm import extras, settings
 
-LOOKS = (("bench", "--concurrency", "1,4", "--requests", "8", "--max-tokens", "32"), ("status",))
+LOOKS = (
+    ("ask", "What is a wheel?", "--max-tokens", "16"),
+    ("bench", "--concurrency", "1,4", "--requests", "8", "--max-tokens", "32"),
+    ("status",),
+)
 "What a person does with an engine that is READY."
 
 

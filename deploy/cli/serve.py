@@ -161,14 +161,17 @@ _COLOUR = {"ok": "green", "bad": "bold red", "warn": "yellow", "skipped": "dim"}
 
 
 def _print_cells(cells: list[NodeCheck], names: list[str]) -> None:
-    """One row per check; a row whose nodes all say the same is one cell."""
+    """One row per check; a row whose nodes all say the same is one cell. The first red one's remedy comes with the error."""
+    error = next((cell for cell in cells if cell.status == "bad"), None)
     table = Table("check", "nodes", Column("what was found", overflow="fold"), box=None, pad_edge=False)
     for check in preflight.ORDER:
-        groups: dict[tuple[str, str], list[str]] = {}
+        groups: dict[tuple[str, str], list[NodeCheck]] = {}
         for cell in cells:
             if cell.check == check:
-                groups.setdefault((cell.status, cell.text), []).append(cell.node)
-        for (status, text), nodes in groups.items():
-            who = "all" if len(nodes) == len(names) else ",".join(nodes)
+                groups.setdefault((cell.status, cell.text), []).append(cell)
+        for (status, text), same in groups.items():
+            who = "all" if len(same) == len(names) else ",".join(cell.node for cell in same)
             table.add_row(check, who, f"[{_COLOUR[status]}]{status}[/] {escape(text)}")
+            if same[0].remedy and error not in same:
+                table.add_row("", "", f"[dim]→ {escape(same[0].remedy)}[/]")
     output().print(table)

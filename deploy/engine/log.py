@@ -83,7 +83,7 @@ class Progress:
     def left(self, last: Mapping[str, float]) -> float | None:
         """Seconds that are left: of loading from its own speed, of the rest from `last` time's durations; None: unknown."""
         later = PHASES[PHASES.index(self.phase) + 1 :]
-        if self.phase == "loading" and self.fraction:
+        if self.phase == "loading" and self.fraction and self.fraction < 1:
             own = self.elapsed() * (1 - self.fraction) / self.fraction
         elif self.phase in last and self.elapsed() <= last[self.phase]:
             own = last[self.phase] - self.elapsed()

@@ -72,11 +72,18 @@ _LAST: tuple[tuple[re.Pattern[bytes], bytes], ...] = (
     (re.compile(rb"(\bbearer(?:\s|%20)+)" + _opaque(6), re.I), rb"\1[redacted]"),
     (re.compile(rb"(\b[a-z][a-z0-9+.-]{0,20}://[^\s/:@\"']{0,100}:)[^\s/@\"']{1,300}(@)", re.I), rb"\1[redacted]\2"),
     # NAME=value and "NAME": "value", whatever stands before these words; a path to a secret (RAY_AUTH_TOKEN_PATH) is none.
-    (re.compile(rb"(" + _NAME + _QUOTES + rb"\s{0,4}=\s{0,4}" + _QUOTES + rb")" + _VALUE + rb"{6,}", re.I), rb"\1[redacted]"),
-    (re.compile(rb"(" + _NAME + rb"[\"']\s{0,4}:\s{0,4}[\"'])" + _VALUE + rb"{6,}", re.I), rb"\1[redacted]"),
-    (re.compile(rb"(\b[A-Z0-9_]*TOKEN=" + _QUOTES + rb")(?!<)" + _VALUE + rb"{6,}"), rb"\1[redacted]"),
     # `NAME: value` is also how a cause is told (`ray-token: Permission denied`), and a model's own tokens are no secrets.
-    (re.compile(rb"(" + _NAME + _QUOTES + rb"\s{0,4}:\s{0,4}" + _QUOTES + rb")" + _opaque(8), re.I), rb"\1[redacted]"),
+    (
+        re.compile(
+            rb"("
+            + (_NAME + rb")(?:(" + _QUOTES + rb"\s{0,4}=\s{0,4}" + _QUOTES + rb")" + _VALUE + rb"{6,}")
+            + (rb"|([\"']\s{0,4}:\s{0,4}[\"'])" + _VALUE + rb"{6,}")
+            + (rb"|(" + _QUOTES + rb"\s{0,4}:\s{0,4}" + _QUOTES + rb")" + _opaque(8) + rb")"),
+            re.I,
+        ),
+        rb"\1\2\3\4[redacted]",
+    ),
+    (re.compile(rb"(\b[A-Z0-9_]*TOKEN=" + _QUOTES + rb")(?!<)" + _VALUE + rb"{6,}"), rb"\1[redacted]"),
     (re.compile(rb"(TOKEN" + _QUOTES + rb"\s{0,4}[=:]\s{0,4}" + _QUOTES + rb")" + _opaque(16), re.I), rb"\1[redacted]"),
     (
         re.compile(rb"(--(?:api-keys?|admin-key|token|hf-token|password)[=\0\"',][ \"',]{0,4})" + _VALUE + rb"+", re.I),

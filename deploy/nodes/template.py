@@ -1,9 +1,10 @@
-"""The first deploy.toml: written for an ips.txt, with what a person may want to set beside it."""
+"""The first deploy.toml: written for an ips.txt, in ten lines."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 from deploy.nodes.config import Access, ModelConfig
@@ -12,10 +13,12 @@ from deploy.nodes.ips import read_ips
 from gracefarm.errors import ConfigError
 from gracefarm.files import atomic_write
 
+ENGINE, SET = "vllm", "gh200-cu130"
+"What can be served today, and the newest set for it."
 NO_SHARE = '# share = "/path"        # the shared folder, the same on all nodes'
 
 
-def write_config(ips: Path, path: Path, *, access: Access, share: str | None = None) -> bool:
+def write_config(ips: Path, path: Path, *, access: Access, share: str | None = None, repo: str = ModelConfig().repo) -> bool:
     """deploy.toml for the nodes of an ips.txt; False: one for the same file is there already, and stays as it is.
 
     Raises:
@@ -31,35 +34,33 @@ def write_config(ips: Path, path: Path, *, access: Access, share: str | None = N
             f"{path} is there already, and its nodes are in {before or 'it'}",
             remedy=f"`deploy init {path}` for those nodes; for others another folder, or --file",
         )
-    atomic_write(path, render(relative, access=access, share=share))
+    atomic_write(path, render(relative, access=access, share=share, repo=repo))
     return True
 
 
-def render(ips: str, *, access: Access, share: str | None) -> str:
-    """Its text."""
+def render(ips: str, *, access: Access, share: str | None, repo: str) -> str:
+    """Its text: what can be served today, and nothing that has a good default."""
     quoted = json.dumps
-    entered = [f"{name} = {quoted(value)}" for name, value in access.model_dump(exclude_none=True).items()]
     lines = [
-        "# What is served, and where. Every key: docs/deploy.md",
-        'name = "llama-405b"',
-        'engine = "aphrodite"     # or vllm, with set = "gh200-cu130"',
-        'set = "gh200-cu124"      # the wheels: tested and published together',
-        '# index = "http://HOST:8080/simple/"',
-        '# python = "system"      # python3.11 of the nodes, instead of one that uv brings onto the share',
+        f"name = {quoted(name_of(repo))}    # every key: docs/deploy.md",
+        f"engine = {quoted(ENGINE)}",
+        f"set = {quoted(SET)}",
+        f'# index = "http://HOST:8080/{SET}/simple/"    # the farm\'s; without it the wheels come from the Python index',
         f"share = {quoted(share)}" if share else NO_SHARE,
-        "",
         "[nodes]",
         f"file = {quoted(ips)}",
-        *entered,
-        "",
+        *(f"{name} = {quoted(value)}" for name, value in access.model_dump(exclude_none=True).items()),
         "[model]",
-        f"repo = {quoted(ModelConfig().repo)}",
-        'revision = "main"        # a commit pins it',
-        "",
-        "[options]",
-        "# price_per_node_hour = 2.29",
+        f"repo = {quoted(repo)}",
+        'revision = "main"    # a commit pins it',
     ]
     return "\n".join(lines) + "\n"
+
+
+def name_of(repo: str) -> str:
+    """A deployment's name for a model, as llama-3.1-8b-instruct."""
+    words = re.sub(r"[^a-z0-9._-]+", "-", repo.rpartition("/")[2].lower()).strip("-._")
+    return words[:40].strip("-._") or "model"
 
 
 def propose_share(deployment: Deployment, share: str) -> bool:

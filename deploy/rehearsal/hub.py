@@ -180,6 +180,7 @@ class _Handler(BaseHTTPRequestHandler):
         return {
             "id": self.hub.repo,
             "sha": COMMIT,
+            "gated": "manual" if self.hub.gated else False,
             "siblings": [row(path, content) for path, content in self.hub.files.items()],
         }
 

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from deploy.engine.completion import CompletionServer, Prompt
 from deploy.measure.bench import query
+from deploy.nodes import template
 from deploy.rehearsal import source
 from deploy.rehearsal.rig import GATEWAY, MOUNT, USER, Rig, check_machine, open_rig
 from deploy.steps import uv
@@ -199,24 +200,25 @@ def configure(rehearsal: Rehearsal) -> None:
     tp, pp = layout(len(rehearsal.room.nodes))
     text = path.read_text()
     changes = {
-        'name = "llama-405b"': 'name = "rehearsal"',
-        'set = "gh200-cu124"': 'set = "rehearsal"',
-        '# index = "http://HOST:8080/simple/"': f'index = "{rehearsal.index}"\nlock = "requirements.lock"\npython = "system"',
-        'repo = "meta-llama/Llama-3.1-405B-Instruct"': f'repo = "{REPO}"',
-        "[options]": f"[layout]\ntensor_parallel = {tp}\npipeline_parallel = {pp}\n\n[options]\nrehearsal = true",
+        f'name = "{template.name_of(REPO)}"': 'name = "rehearsal"',
+        f'engine = "{template.ENGINE}"': 'engine = "aphrodite"',
+        f'set = "{template.SET}"': 'set = "rehearsal"',
+        f'# index = "http://HOST:8080/{template.SET}/simple/"': f'index = "{rehearsal.index}"\nlock = "requirements.lock"\n'
+        'python = "system"',
     }
+    more = f"[layout]\ntensor_parallel = {tp}\npipeline_parallel = {pp}\n\n[options]\nrehearsal = true\n"
     for old, new in changes.items():
         if old not in text:
             raise NodeError(f"deploy init wrote no {old!r}", remedy="nodes/template.py and rehearsal/walkthrough.py disagree")
         text = text.replace(old, new)
-    path.write_text(text)
-    rehearsal.console.step("edit", f"deploy.toml: index, lock, repo, tp {tp} pp {pp}, rehearsal = true")
+    path.write_text(f"{text}\n{more}")
+    rehearsal.console.step("edit", f"deploy.toml: engine, index, lock, tp {tp} pp {pp}, rehearsal = true")
 
 
 def start(rehearsal: Rehearsal) -> None:
     """From ips.txt to a deployment that can be planned."""
     access = ("--user", USER, "--key", str(rehearsal.room.key))
-    rehearsal.command("init", "ips.txt", *access, "--share", MOUNT, "--accept")
+    rehearsal.command("init", "ips.txt", *access, "--share", MOUNT, "--model", REPO, "--accept")
     configure(rehearsal)
     rehearsal.command("plan")
 

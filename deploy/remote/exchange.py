@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import socket
 from contextlib import suppress
-from pathlib import Path
 
-from deploy.remote.network import interface_of
+from deploy.remote.network import interfaces
 from deploy.remote.wire import Json, WorkerError
 
 SIZE = 1 << 16
@@ -60,7 +59,7 @@ def _take(connection: socket.socket) -> None:
 
 def mtu(address: str) -> int | None:
     """Of the interface that has the address, in bytes; None: not known."""
-    with suppress(OSError, ValueError, WorkerError):
-        name = interface_of(address)
-        return int(Path(f"/sys/class/net/{name}/mtu").read_text()) if name else None
+    with suppress(WorkerError):
+        holding = (link for link in interfaces() if address in [held["address"] for held in link["addresses"]])
+        return next((link["mtu"] for link in holding), None)
     return None

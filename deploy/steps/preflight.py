@@ -21,6 +21,7 @@ from deploy.remote.wire import Json
 from deploy.steps.preflight_checks import CellStatus, Expected, NodeCheck, Pairs, Survey, judge, tokenless
 from deploy.steps.processes import raylet
 from deploy.steps.step import Applied, Looks, Step, Work
+from gracefarm.console import Console
 from gracefarm.errors import GracefarmError, PreflightError
 
 ORDER = (
@@ -88,24 +89,29 @@ class PreflightStep(Step):
 
     async def apply(self, work: Work, looks: Looks) -> Applied:
         """Ask and judge."""
-        cells = await cells_of(work, looks)
-        require(without_ours(cells, looks))
+        cells = without_ours(await cells_of(work, looks), looks)
+        tell(work.console, cells)
+        require(cells)
         shares = {node: _mounted(seen) for node, seen in looks.items()}
         return Applied(text=summary(cells), data={"boots": boots(looks), "shares": shares})
 
 
-async def cells_of(work: Work, looks: Looks, told: Collection[str] = ()) -> list[NodeCheck]:
-    """Every check on every node and pair; what is not green is printed, but yellow cells of the checks in `told`."""
+async def cells_of(work: Work, looks: Looks) -> list[NodeCheck]:
+    """Every check on every node and pair."""
     cells = await run(work.nodes, spec_of(work.deployment, looks))
-    cells = [*await tunnel(work), *cells]
+    return [*await tunnel(work), *cells]
+
+
+def tell(console: Console, cells: Sequence[NodeCheck], told: Collection[str] = ()) -> None:
+    """Warn of what is not green, but of yellow cells of the checks in `told`, and of the first red one: that is the error."""
+    error = next((cell for cell in cells if cell.status == "bad"), None)
     nodes_of: dict[str, list[str]] = {}
     for cell in cells:
-        if cell.status == "bad" or (cell.status == "warn" and cell.check not in told):
+        if (cell.status == "bad" and cell is not error) or (cell.status == "warn" and cell.check not in told):
             text = f"{cell.check}: {cell.text}" + (f"; {cell.remedy}" if cell.remedy else "")
             nodes_of.setdefault(text, []).append(cell.node)
     for text, nodes in nodes_of.items():
-        work.console.warn(f"{', '.join(nodes)}: {text}")
-    return cells
+        console.warn(f"{', '.join(nodes)}: {text}")
 
 
 async def tunnel(work: Work) -> list[NodeCheck]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from deploy.nodes.state import StepRecord, digest
-from deploy.steps.preflight import boots, cells_of, require, summary, without_ours
+from deploy.steps.preflight import boots, cells_of, require, summary, tell, without_ours
 from deploy.steps.step import Applied, Looks, Step, Work
 
-OF_THE_NODE = ("names", "share", "route", "ports", "clock", "cuda", "memory", "shm", "limits")
+OF_THE_NODE = ("tunnel", "names", "disk", "share", "route", "ports", "clock", "cuda", "memory", "shm", "limits")
 "Checks that an environment does not change."
 
 
@@ -25,7 +25,8 @@ class ProofStep(Step):
 
     async def apply(self, work: Work, looks: Looks) -> Applied:
         """Ask and judge."""
-        cells = await cells_of(work, looks, told=OF_THE_NODE)
-        require(without_ours(cells, looks))
+        cells = without_ours(await cells_of(work, looks), looks)
+        tell(work.console, cells, told=OF_THE_NODE)
+        require(cells)
         reduced = next((cell.text for cell in cells if cell.check == "gloo" and cell.status == "ok"), None)
         return Applied(text=f"with the environment: {summary(cells)}" + (f"; all-reduce {reduced}" if reduced else ""))

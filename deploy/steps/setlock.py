@@ -1,8 +1,11 @@
-"""The lock of the set that serves: from deploy.toml, from the file beside it, or once from the index of the set."""
+"""The lock of the set that serves: from deploy.toml, from the file beside it, once from the index of the set, or as it came
+with gracefarm: that one names wheels of the ordinary Python index alone, and is for deployments without an index of ours."""
 
 from __future__ import annotations
 
 import netrc
+from contextlib import suppress
+from importlib import resources
 from pathlib import Path
 
 import httpx
@@ -19,22 +22,49 @@ def lock_text(deployment: Deployment, console: Console) -> str:
     """The lock of what serves: deploy.toml's `lock`, else SET.lock beside it, which the index is asked for once and then kept.
 
     Raises:
-        ConfigError: neither is there, and no index is named.
+        ConfigError: neither is there, no index is named, and gracefarm has no lock of this set.
         FetchError: the index has no lock of the set, or cannot be asked from here.
     """
     data = deployment.data
-    path = deployment.path.parent / Path(data.lock or f"{data.set}.lock").expanduser()
+    path = _place(deployment)
     try:
         return path.read_text()
     except FileNotFoundError as error:
         if data.lock is None and data.index is not None:
             return _fetch_lock(data.index, data.set, path, console)
+        if data.lock is None and (own := shipped(data.set)) is not None:
+            text = own.read_text()
+            atomic_write(path, text)
+            console.step("environment", f"the lock of {data.set} that came with gracefarm is kept as {path}")
+            return text
         raise ConfigError(
             f"{path}: no lock of the set {data.set}",
-            remedy=f"`builder set build {data.set}` writes requirements.lock: name it by lock = in deploy.toml",
+            remedy=f"set index in deploy.toml to the farm's (http://HOST:8080/{data.set}/simple/), or name a lock by lock =",
         ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: the lock cannot be read: {error}", remedy="write it anew") from error
+
+
+def _place(deployment: Deployment) -> Path:
+    return deployment.path.parent / Path(deployment.data.lock or f"{deployment.data.set}.lock").expanduser()
+
+
+def shipped(name: str) -> Path | None:
+    """sets/NAME/requirements.lock of the checkout or of the installed wheel, which has it below builder/; None: not there."""
+    base = Path(str(resources.files("deploy"))).parent
+    places = (base / "sets" / name, base / "builder" / "project" / "sets" / name)
+    return next((place / "requirements.lock" for place in places if (place / "requirements.lock").is_file()), None)
+
+
+def lock_at_hand(deployment: Deployment) -> str | None:
+    """The lock's text without asking an index; None: there is none yet."""
+    data, path = deployment.data, _place(deployment)
+    own = shipped(data.set) if data.lock is None and data.index is None else None
+    for place in (path, own):
+        with suppress(OSError, UnicodeDecodeError):
+            if place is not None:
+                return place.read_text()
+    return None
 
 
 def _fetch_lock(index: str, name: str, path: Path, console: Console) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import asyncssh
+from asyncssh.constants import OPEN_ADMINISTRATIVELY_PROHIBITED
 
 from deploy.fleet.calls import RemoteNode
 from deploy.fleet.hostkeys import entry_name, pin
@@ -122,7 +123,9 @@ class Machine:
                 machine.entered += 1
 
             def connection_requested(self, *_where: object) -> bool:
-                return machine.forwards
+                if not machine.forwards:  # as OpenSSH refuses
+                    raise asyncssh.ChannelOpenError(OPEN_ADMINISTRATIVELY_PROHIBITED, "open failed")
+                return True
 
         self.server = await asyncssh.create_server(
             Server,

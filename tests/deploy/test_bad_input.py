@@ -83,6 +83,7 @@ def test_a_tunnel_of_a_deployment_that_is_not_prepared(tmp_path: Path, backgroun
 @pytest.mark.parametrize("url", ["http://[::1", "127.0.0.1:8000", "ftp://there", "http://"])
 def test_an_address_to_bench_that_is_none(tmp_path: Path, url: str) -> None:
     told(tmp_path, 2, "--url", "bench", "--url", url)
+    told(tmp_path, 2, "--url", "ask", "why?", "--url", url)
 
 
 def test_a_lock_that_is_no_text(tmp_path: Path) -> None:

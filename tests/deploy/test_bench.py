@@ -141,23 +141,23 @@ def test_percentiles_are_those_of_the_statistics_module() -> None:
 
 def command(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "deploy", "bench", *arguments], capture_output=True, text=True, check=False, timeout=60, env=env
+        [sys.executable, "-m", "deploy", *arguments], capture_output=True, text=True, check=False, timeout=60, env=env
     )
 
 
 def test_the_command_without_a_deployment() -> None:
     with openai_server.server(key="sk-my-own-key") as (url, _):
-        one = command("--url", url, "--max-tokens", "9", OPENAI_API_KEY="sk-my-own-key")
+        one = command("ask", "why?", "--api", "completions", "--url", url, "--max-tokens", "9", OPENAI_API_KEY="sk-my-own-key")
         assert one.returncode == 0, one.stderr
         assert one.stdout.count("ken") == 9
         assert "9 tokens in" in one.stderr
         assert "(4 chunks)" in one.stderr
         words = ("--concurrency", "1,2", "--requests", "4", "--max-tokens", "8")
-        many = command("--url", url, *words, "--json", OPENAI_API_KEY="sk-my-own-key")
+        many = command("bench", "--url", url, *words, "--json", OPENAI_API_KEY="sk-my-own-key")
         assert many.returncode == 0, many.stdout
         report = json.loads(many.stdout.splitlines()[-1])
         assert [each["tokens"] for each in report["levels"]] == [32, 32]
-        refused = command("--url", url)
+        refused = command("ask", "why?", "--url", url)
         assert refused.returncode == 63
         assert "OPENAI_API_KEY" in refused.stderr
     assert "sk-my-own-key" not in one.stdout + one.stderr + many.stdout + many.stderr + refused.stderr

@@ -282,7 +282,8 @@ def test_stacks_are_those_of_the_engines_ranks(tmp_path: Path) -> None:
     mark = f"t{os.getpid()}/k0/"
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "py-spy").symlink_to(Path(sys.executable).with_name("py-spy"))
-    with subprocess.Popen([program, tmp_path / "waits.py"], env={**os.environ, "GRACEFARM_MARK": f"{mark}engine"}) as rank:
+    environ = {**os.environ, "GRACEFARM_MARK": f"{mark}engine"}
+    with subprocess.Popen([program, tmp_path / "waits.py"], env=environ, start_new_session=True) as rank:
         try:
             deadline = time.monotonic() + 20
             while "all_reduce" not in (said := stacks.dump(mark, str(tmp_path))) and time.monotonic() < deadline:
@@ -366,14 +367,13 @@ def test_what_is_none_stays(line: str) -> None:
     assert Redactor.of(["abc"]).line(line) == line  # a secret that is too short is none
 
 
-def test_known_values_go_in_every_form_and_quickly() -> None:
+def test_known_values_go_in_every_form() -> None:
+    """Also of a long log and of a long line: a pattern that takes quadratic time on them runs into the test's time-out."""
     secret = "p@ss/word with+signs"
     redactor = Redactor.of([secret])
     basic = base64.b64encode(b":" + secret.encode())
     for form in (secret.encode(), quote(secret, safe="").encode(), base64.b64encode(secret.encode()), basic):
         assert form[:-1] not in redactor.clean(b"x " + form + b" y")
     log = b"2026-11-24 INFO worker.py:12 some-name.with-dots_and=signs: 17 of 20\n" * 60_000
-    begun = time.monotonic()
     assert redactor.clean(log) == log
     assert redactor.clean(b"a.b-" * 500_000)
-    assert time.monotonic() - begun < 20

@@ -23,6 +23,10 @@ from deploy.nodes import state
 from deploy.nodes.deployment import Folder, load_deployment
 from deploy.nodes.facts import load_facts
 from deploy.planning import models, plans
+from deploy.rehearsal import hub
+from deploy.steps import setlock
+from gracefarm import pins
+from gracefarm.console import Console
 from tests.deploy.servers import Servers, servers
 
 ROOT = Path(__file__).parent.parent.parent
@@ -36,12 +40,12 @@ def nodes(tmp_path: Path) -> Iterator[Servers]:
         yield running
 
 
-def deploy(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def deploy(folder: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
     """The command line in this process, for a new one takes a second or two to import what it needs."""
     home = folder / "home"
     home.mkdir(exist_ok=True)
     out, err, code = io.StringIO(), io.StringIO(), 0
-    variables = {"HOME": str(home), "HF_ENDPOINT": "http://127.0.0.1:9", "COLUMNS": "160", "CI": "1"}
+    variables = {"HOME": str(home), "HF_ENDPOINT": "http://127.0.0.1:9", "COLUMNS": "160", "CI": "1", **more}
     with (
         contextlib.chdir(folder),
         mock.patch.dict(os.environ, variables),
@@ -56,8 +60,8 @@ def deploy(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
 
 
-def init(folder: Path, nodes: Servers, *more: str) -> subprocess.CompletedProcess[str]:
-    return deploy(folder, "init", "ips.txt", "--user", "tester", "--port", str(nodes.port), *more)
+def init(folder: Path, nodes: Servers, *more: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    return deploy(folder, "init", "ips.txt", "--user", "tester", "--port", str(nodes.port), *more, **variables)
 
 
 def test_without_a_terminal_keys_are_shown_and_nothing_is_trusted(tmp_path: Path, nodes: Servers) -> None:
@@ -92,10 +96,46 @@ def test_accepted_keys_are_pinned_facts_are_kept_and_a_second_time_changes_nothi
     assert before == ((tmp_path / "deploy.toml").read_bytes(), (tmp_path / ".deploy" / "known_hosts").read_bytes())
 
 
+def test_what_is_written_is_ten_lines_that_can_be_served_today(tmp_path: Path, nodes: Servers) -> None:
+    done = init(tmp_path, nodes, "--accept", "--model", "Qwen/Qwen3-32B", "--share", "/srv/share")
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "deploy.toml").read_text()
+    assert len(text.splitlines()) == 12  # ten, and how these nodes are entered
+    deployment = load_deployment(tmp_path / "deploy.toml")
+    data = deployment.data
+    assert (data.name, data.engine, data.set, data.model.repo) == ("qwen3-32b", "vllm", "gh200-cu130", "Qwen/Qwen3-32B")
+    assert "http://HOST:8080/gh200-cu130/simple/" in text
+    lock = setlock.lock_text(deployment, Console())
+    setlock.require_engine(deployment, lock)
+    assert not [pin.text for pin in pins.parse(lock, "the lock") if "+" in pin.version]  # none of the farm's own builds
+    assert (tmp_path / "gh200-cu130.lock").read_text() == lock
+
+
+def test_all_that_is_missing_is_listed_at_once(tmp_path: Path, nodes: Servers) -> None:
+    with hub.serving({}, repo="org/gated", gated=True) as served:
+        variables = {"HF_ENDPOINT": served.url, "HF_TOKEN": ""}
+        done = init(tmp_path, nodes, "--accept", "--model", "org/gated", **variables)
+        assert done.returncode == 0, done.stderr
+        told = [line.split("missing")[1].strip() for line in done.stderr.splitlines() if line.startswith("  missing")]
+        assert [sentence.partition(":")[0] for sentence in told] == [
+            "a shared folder",
+            "a usable GPU on k0, k1",
+            *(["wheels for x86_64"] if os.uname().machine == "x86_64" else []),
+            "access to org/gated",
+        ]
+        assert "when nothing of this is missing: `deploy serve`" in done.stderr
+        (tmp_path / "deploy.toml").write_text((tmp_path / "deploy.toml").read_text().replace("org/gated", "org/absent"))
+        again = deploy(tmp_path, "init", "deploy.toml", "--json", **variables)
+        assert (
+            "the model: the Hub shows no org/absent without a token"
+            in json.loads(again.stdout.splitlines()[-1])["missing"][-1]
+        )
+
+
 def test_on_a_terminal_it_asks(tmp_path: Path, nodes: Servers) -> None:
     for answer, code in (("n\n", 60), ("y\n", 0)):
         master, slave = pty.openpty()
-        command = ["init", "ips.txt", "--user", "tester", "--port", str(nodes.port)]
+        command = ["init", "ips.txt", "--user", "tester", "--port", str(nodes.port), "--model", "org/model"]
         env = {**os.environ, "HOME": str(tmp_path), "PYTHONPATH": str(ROOT), "TERM": "xterm"}
         env.pop("CI", None)
         with subprocess.Popen(
@@ -205,7 +245,7 @@ def test_the_commit_whose_weights_were_brought_is_the_one_that_is_planned(tmp_pa
     """And `deploy serve`, which plans with the config.json of those weights, comes to the same plan."""
     assert init(tmp_path, nodes, "--accept", "--share", "/srv/share").returncode == 0
     with (tmp_path / "deploy.toml").open("a") as stream:
-        stream.write("rehearsal = true\n[layout]\n")
+        stream.write("[options]\nrehearsal = true\n")
     text = (tmp_path / "deploy.toml").read_text().replace("Llama-3.1-405B-Instruct", "Llama-3.1-8B-Instruct")
     (tmp_path / "deploy.toml").write_text(text)
     folder = Folder(path=tmp_path / ".deploy")
@@ -226,19 +266,20 @@ def test_the_commit_whose_weights_were_brought_is_the_one_that_is_planned(tmp_pa
 
 
 def test_supposed_nodes_need_nothing(tmp_path: Path) -> None:
-    done = deploy(tmp_path, "plan", "--nodes", "10", "--gpu", "gh200-96")
+    done = deploy(tmp_path, "plan", "--nodes", "10", "--gpu", "gh200-96", "--commands")
     assert done.returncode == 0, done.stderr
     for words in (
-        "tp2 pp5 on 10 nodes",
+        "tp5 pp2 on 10 nodes",
+        "tp2 pp5",
         "25,26,25x3",
-        "tp5 pp2",
         "HOST_IP=10.0.0.1",
         "ray start --head",
         "no measurement",
-        "+67 %",
     ):
         assert words in done.stdout
-    assert "APHRODITE_PP_LAYER_PARTITION=25,26,25,25,25" in done.stdout
+    split = deploy(tmp_path, "plan", "--nodes", "10", "--tp", "2", "--pp", "5", "--commands")
+    assert "APHRODITE_PP_LAYER_PARTITION=25,26,25,25,25" in split.stdout
+    assert "ray start" not in deploy(tmp_path, "plan", "--nodes", "10").stdout
     assert "asserts that tp divides" in done.stdout
     assert list(tmp_path.iterdir()) == [tmp_path / "home"]  # nothing is written
 
@@ -248,7 +289,7 @@ def test_json_is_the_plan_and_equal_each_time(tmp_path: Path) -> None:
     shown = json.loads(first.stdout)
     assert first.stdout == second.stdout
     assert (shown["layout"]["tp"], shown["layout"]["offload_gib"]) == (3, 176.6)
-    assert shown["speed_model"]["fitted_to"] == 5.2
+    assert [level["streams"] for level in shown["prediction"]["levels"]] == [1, 4, 16]
 
 
 @pytest.mark.parametrize(
@@ -256,8 +297,8 @@ def test_json_is_the_plan_and_equal_each_time(tmp_path: Path) -> None:
     [
         (("--nodes", "2"), 64, "60% is the most"),
         (("--nodes", "12", "--tp", "11"), 64, "asserts that tp divides by the 8 KV heads"),
-        (("--nodes", "10", "--engine", "vllm", "--tp", "5"), 64, "do not divide by 5"),
-        (("--nodes", "10", "--gpu", "b300"), 2, "no kind of node 'b300'"),
+        (("--nodes", "10", "--engine", "vllm", "--tp", "5"), 64, "do not divide by it"),
+        (("--nodes", "10", "--gpu", "mi300"), 2, "no kind of node 'mi300'"),
         (("--tp", "5"), 2, "say --nodes N"),
         ((), 3, "no deploy.toml"),
     ],

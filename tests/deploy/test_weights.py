@@ -207,10 +207,12 @@ def workers_below(folder: Path) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("retry_after", ["1", "date", None])
+@pytest.mark.parametrize(
+    "retry_after", ["1", pytest.param("date", marks=pytest.mark.slow), pytest.param(None, marks=pytest.mark.slow)]
+)
 def test_a_hub_that_is_busy_is_asked_again_when_it_says(homes: Path, hub_python: str, retry_after: str | None) -> None:
     """Every kind of question meets it: for the repository, for access, for a file's head and for its content."""
-    with hub.serving(kit.shards(4, 20_000), busy=429, busy_answers=7) as served:
+    with hub.serving(kit.shards(4, 20_000), busy=429, busy_answers=4) as served:
         served.retry_after = email.utils.formatdate(time.time() + 1, usegmt=True) if retry_after == "date" else retry_after
         outcome = bring(homes, served, hub_python, count=2)
         assert content(outcome) == wanted(served.files)

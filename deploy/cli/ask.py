@@ -1,0 +1,79 @@
+"""`deploy ask`: one question, its answer as it comes, and how fast it came."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import click
+
+from deploy.cli.common import DeployContext, reporting
+from deploy.cli.server import opened_server
+from deploy.engine.completion import Answer, Api, CompletionServer, Prompt
+from deploy.measure.bench import find_model, query
+
+
+@click.command()
+@click.argument("question", nargs=-1, required=True)
+@click.option("--max-tokens", type=click.IntRange(1), default=512, show_default=True, help="Of the answer.")
+@click.option("--api", type=click.Choice(["chat", "completions"]), default="chat", show_default=True)
+@click.option("--patience", type=click.FloatRange(min=1), default=120.0, show_default=True, help="Seconds without any text.")
+@click.option("--url", metavar="URL", help="Any OpenAI-compatible server, without a deployment; its key in OPENAI_API_KEY.")
+@click.option("--key-file", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="Of --url: its key.")
+@click.option("--model", help="Of several that are served; default: the first.")
+@reporting
+def ask(
+    context: DeployContext,
+    question: tuple[str, ...],
+    max_tokens: int,
+    api: Api,
+    patience: float,
+    url: str | None,
+    key_file: Path | None,
+    model: str | None,
+) -> None:
+    """Ask the engine that serves, through SSH; the answer is shown as it comes, then its tokens/s.
+
+    \b
+    deploy ask "Why is the sky blue?"
+    deploy ask --api completions "Once upon a time"     # for a model without a chat template
+    """
+    key = key_file.read_text().strip() if key_file else os.environ.get("OPENAI_API_KEY")
+
+    async def go() -> None:
+        async with opened_server(context, url, key) as server:
+            asked = Prompt(model=model or "", text=" ".join(question), max_tokens=max_tokens, api=api)
+            await _query(context, server, asked, patience)
+
+    asyncio.run(go())
+
+
+async def _query(context: DeployContext, server: CompletionServer, asked: Prompt, patience: float) -> None:
+    """`asked` without a model is for the first that is served."""
+    async with server.client() as client:
+        name = await find_model(client, asked.model or None)
+
+    def show(text: str) -> None:
+        if not context.console.as_json:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+
+    answer = await query(server, replace(asked, model=name), patience=patience, on_text=show)
+    if context.console.as_json:
+        context.console.result({"model": name, **asdict(answer), "chunks": answer.chunks, "tokens_per_s": _rate(answer)})
+        return
+    show("\n")
+    first = f", the first after {answer.first:.2f} s" if answer.first is not None else ""
+    if answer.tokens:
+        later = f"; after the first {1 / answer.per_token:.1f} tokens/s" if answer.per_token else ""
+        text = f"{answer.tokens} tokens in {answer.seconds:.2f} s{first}: {_rate(answer):.1f} tokens/s{later}"
+        context.console.step("ask", f"{text} ({answer.chunks} chunks)")
+    else:
+        context.console.warn(f"{answer.chunks} chunks in {answer.seconds:.2f} s{first}; {answer.cause}")
+
+
+def _rate(answer: Answer) -> float | None:
+    return round(answer.tokens / answer.seconds, 3) if answer.tokens else None
