@@ -21,7 +21,7 @@ from deploy.planning import commands, hardware, suppose
 from deploy.remote import exchange
 from deploy.remote.preflight import clean
 from deploy.steps import preflight
-from deploy.steps.preflight_checks import GIB, NodeCheck, Expected, Pairs, Survey, judge, open_door
+from deploy.steps.preflight_checks import GIB, Expected, NodeCheck, Pairs, Survey, judge, open_door
 from gracefarm.errors import PreflightError
 from tests.deploy import kit
 
