@@ -30,7 +30,7 @@ FATAL = {
     "compared-text": ("2.1", b"Requires-Dist: libdep; os_name ~= 'posix'\n\n", "cannot evaluate"),
     "digits": ("2.1", b"Requires-Dist: libdep>=" + b"9" * 5000 + b"\n\n", "is longer than 4000 characters"),
     "python-digits": ("2.1", b"Requires-Python: >=" + b"9" * 5000 + b"\n\n", "is longer than 4000 characters"),
-    "nested": ("2.1", b"Requires-Dist: libdep; " + b"(" * 2000 + b"os_name=='x'" + b")" * 2000 + b"\n\n", "parentheses"),
+    "nested": ("2.1", b"Requires-Dist: libdep; " + b"(" * 500 + b"os_name=='x'" + b")" * 500 + b"\n\n", "parentheses"),
 }
 HARMLESS = {
     "not-a-requirement": ("2.1", b"Requires-Dist: foo bar baz\n\n", "'foo bar baz' is invalid for 'requires-dist'"),
