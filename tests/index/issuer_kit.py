@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import threading
 import time
@@ -21,6 +22,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import NameOID
 
 BEARER = "the-job-s-own-secret"
+SHARED = b"a secret that this issuer publishes: whoever reads its keys can sign"
 
 
 @dataclass(kw_only=True)
@@ -67,7 +69,13 @@ class OwnIssuer:
             return {"issuer": self.url, "jwks_uri": f"{self.url}/keys"}
         if parts.path == "/keys":
             key = jwt.algorithms.RSAAlgorithm.to_jwk(self.key.public_key(), as_dict=True)
-            return {"keys": [{**key, "kid": "first", "use": "sig", "alg": "RS256"}]}
+            shared = base64.urlsafe_b64encode(SHARED).rstrip(b"=").decode()
+            return {
+                "keys": [
+                    {**key, "kid": "first", "use": "sig", "alg": "RS256"},
+                    {"kty": "oct", "k": shared, "kid": "shared", "use": "sig", "alg": "HS256"},
+                ]
+            }
         if parts.path == "/job" and (authorization or "").lower() == f"bearer {BEARER}":
             return {"value": self.token(parse_qs(parts.query)["audience"][0])}
         return None

@@ -146,6 +146,8 @@ def test_good_attestations_are_served_as_the_files_provenance(attested: Server, 
     assert types == {"https://docs.pypi.org/attestations/publish/v1", "https://slsa.dev/provenance/v1"}
     assert bundle.attestations[0] == Attestation.model_validate(good), "not a byte of it is another"
 
+    assert upload(attested, assets, good).status_code == 200
+    assert attested.client.get(entry["provenance"].removeprefix(ADDRESS)).content == answer.content, "what it has stays"
     shown = attested.client.get(f"/wheel/{FILE}/").text
     assert f'href="../../files/{entry["hashes"]["sha256"]}/{FILE}.provenance"' in shown
 

@@ -17,7 +17,7 @@ import jwt
 import pytest
 from cryptography.hazmat.primitives.asymmetric import rsa
 from index_kit import Server, run_index, run_json, serving, wheel
-from issuer_kit import OwnIssuer, certify, issuing
+from issuer_kit import SHARED, OwnIssuer, certify, issuing
 
 from builder.proof import publish
 from gracefarm.errors import PublishError
@@ -142,6 +142,11 @@ BAD: dict[str, tuple[int, str, Callable[[OwnIssuer, str], str]]] = {
         "",
         lambda issuer, audience: jwt.encode(issuer.claims(audience), issuer.key, "RS512", {"kid": "first"}),
     ),
+    "a published secret": (
+        401,
+        "alg value is not allowed",
+        lambda issuer, audience: jwt.encode(issuer.claims(audience), SHARED, "HS256", {"kid": "shared"}),
+    ),
     "another key": (401, "Signature verification failed", by_another_key),
     "a key that the issuer does not have": (
         401,
@@ -168,11 +173,18 @@ BAD: dict[str, tuple[int, str, Callable[[OwnIssuer, str], str]]] = {
             audience, job_workflow_ref="farm/wheels/.github/workflows/pull.yml@refs/heads/nightly.yml"
         ),
     ),
+    "a workflow with another spelling": (
+        403,
+        "no project here trusts",
+        lambda issuer, audience: issuer.token(
+            audience, job_workflow_ref="farm/wheels/.github/workflows/Nightly.yml@refs/heads/main"
+        ),
+    ),
     "a workflow of another repository": (
         403,
         "no project here trusts",
         lambda issuer, audience: issuer.token(
-            audience, job_workflow_ref="evil/x/.github/workflows/nightly.yml@refs/heads/main"
+            audience, job_workflow_ref="evil/wheels/.github/workflows/nightly.yml@refs/heads/main"
         ),
     ),
 }
