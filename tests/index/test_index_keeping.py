@@ -489,6 +489,13 @@ def test_a_catalogue_of_the_first_index_becomes_one_of_this(tmp_path: Path) -> N
                 "DROP VIEW public_record", "DROP TABLE pin", "ALTER TABLE mirrored DROP COLUMN lost",
                 "ALTER TABLE mirrored DROP COLUMN withdrawn", "ALTER TABLE record DROP COLUMN project",
                 "ALTER TABLE record DROP COLUMN wheels", "ALTER TABLE token DROP COLUMN hashed",
+                "DROP TABLE matrix", "DROP TABLE certificate",
+                "DROP TABLE variants_json", "DROP TABLE set_pylock",
+                "DROP TABLE minted", "DROP TABLE spent",
+                "DROP TABLE publisher", "ALTER TABLE file DROP COLUMN variant",
+                "ALTER TABLE file DROP COLUMN defects", "ALTER TABLE mirrored DROP COLUMN defects",
+                "ALTER TABLE release_set DROP COLUMN without", "ALTER TABLE file DROP COLUMN provenance_sha256",
+                "ALTER TABLE token DROP COLUMN minted",
                 "UPDATE meta SET value = '1' WHERE key = 'schema'",
                 "INSERT INTO record (id, recipe, updated) VALUES ('a', 'Flash_Attn', '')",
             ):  # fmt: skip
