@@ -37,7 +37,12 @@ from gracefarm.files import atomic_write
     "--nodes", "count", type=click.IntRange(1), metavar="N", help="Suppose N nodes; none is asked, none needs to exist."
 )
 @click.option("--gpu", "kind", metavar="KIND", help="What the supposed nodes are; default: gh200-96.")
-@click.option("--engine", "engine_name", type=click.Choice(["aphrodite", "vllm"]), help="With --nodes: this engine.")
+@click.option(
+    "--engine",
+    "engine_name",
+    type=click.Choice(["aphrodite", "vllm"]),
+    help="With --nodes: this engine; default: deploy.toml's, without one vllm for a --model.",
+)
 @click.option("--model", "repo", metavar="REPO", help="With --nodes: this model, or a folder that has its config.json.")
 @click.option("--tp", type=click.IntRange(1), help="With --nodes: this many GPUs share every layer.")
 @click.option("--pp", type=click.IntRange(1), help="With --nodes: this many stages.")
@@ -144,7 +149,8 @@ def _changed(base: Deployment | None, engine: str | None, repo: str | None) -> D
         model = (
             ModelConfig(repo=place.resolve().name, config=str(place.resolve())) if place.exists() else ModelConfig(repo=repo)
         )
-    return deployment.model_copy(update={"data": data.model_copy(update={"engine": engine or data.engine, "model": model})})
+    chosen = engine or ("vllm" if repo and base is None else data.engine)
+    return deployment.model_copy(update={"data": data.model_copy(update={"engine": chosen, "model": model})})
 
 
 def _layout(deployment: Deployment, split: Mapping[str, object], price: float | None) -> Deployment:

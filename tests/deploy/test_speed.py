@@ -208,6 +208,16 @@ def test_a_price_of_ones_own_comes_first(tmp_path: Path) -> None:
         assert json.loads(done.stdout.splitlines()[-1])["prediction"]["usd_per_hour"] == hour
 
 
+def test_a_model_that_is_only_looked_at_is_planned_for_vllm(tmp_path: Path) -> None:
+    words = ("plan", "--nodes", "2", "--gpu", "h200", "--model", "deepseek-ai/DeepSeek-V3")
+    done = deploy(tmp_path, *words)
+    assert done.returncode == 0, done.stderr
+    assert "deepseek-ai/DeepSeek-V3 at main, vllm" in done.stdout
+    told(tmp_path, 64, "aphrodite's splits of Llama", *words, "--engine", "aphrodite")
+    prepared(tmp_path, 'engine = "aphrodite"\n' + TOML)
+    told(tmp_path, 64, "aphrodite's splits of Llama", *words)
+
+
 # replicas
 
 
