@@ -57,6 +57,7 @@ class Site:
             undefined=StrictUndefined,
             trim_blocks=True,
             lstrip_blocks=True,
+            auto_reload=False,  # an upgrade under a running server would give its code templates of another version
         )
         environment.filters.update(
             size=size, duration=duration, cpu=cpu, public=public, local=local, day=lambda text: text[:10]

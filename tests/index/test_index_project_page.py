@@ -329,7 +329,7 @@ def test_the_search_knows_names_and_summaries(wanted: str, names: list[str]) -> 
         row("flash-attn-3"),
         row("xformers", "Memory-efficient attention"),
     ]
-    assert [found.name for found in search(rows, wanted)] == names
+    assert [project.name for project in search(rows, wanted)] == names
 
 
 def test_the_search_page(site: Server) -> None:
