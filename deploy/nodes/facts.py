@@ -157,14 +157,14 @@ def differences(before: Facts, after: Facts) -> tuple[str, ...]:
     for node in after.nodes:
         if old := known.get((node.name, node.address)):
             changed = [
-                f"{what} {said or 'none'} before and {says or 'none'} now"
-                for what, said, says in (
+                f"{what} {first or 'none'} before and {second or 'none'} now"
+                for what, first, second in (
                     ("GPUs", _gpus(old), _gpus(node)),
                     ("host memory", f"{old.memory.total >> 30} GiB", f"{node.memory.total >> 30} GiB"),
                     ("private address", f"{old.private} on {old.interface}", f"{node.private} on {node.interface}"),
                     ("machine", old.arch, node.arch),
                 )
-                if said != says
+                if first != second
             ]
             sentences += [f"{node.name} says something else than before: {'; '.join(changed)}"] if changed else []
     return tuple(sentences)
