@@ -13,7 +13,6 @@ from contextlib import contextmanager
 import click
 from rich.console import Console as RichConsole
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from gracefarm import extras
 from gracefarm.errors import DiskFullError, ExitCode, GracefarmError, HostError
@@ -101,6 +100,9 @@ class Console:
         if not self.interactive:
             yield self._plain_tick(name)
             return
+        # Here: a server, and a command whose output is read by a program, start quicker without.
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
         columns = (
             TextColumn("[bold cyan]{task.fields[name]:>9}[/] "),
             BarColumn(),

@@ -11,7 +11,6 @@ from packaging.markers import Marker
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 
-from gracefarm import tables
 from gracefarm.errors import ConfigError
 
 REMEDY = "lock with hashes, as `uv pip compile --generate-hashes`"
@@ -49,6 +48,8 @@ def read(path: Path, *, remedy: str = REMEDY, repeat: str = "", options: bool = 
     Raises:
         ConfigError: the file is absent or cannot be read, or a line of it is no pin.
     """
+    from gracefarm import tables  # here: it brings pydantic, and an index that serves locks starts quicker without
+
     try:
         return parse(tables.read_text(path), str(path), remedy=remedy, options=options)
     except ConfigError as error:
