@@ -45,8 +45,9 @@ def parse(text: str) -> tuple[str, ...]:
     values = dict.fromkeys(text.split("+"))
     for value in values:
         if not _VALUE.fullmatch(value):
+            where = "" if value == text else f" in {text!r}"
             raise UsageError(
-                f"{value!r} in {text!r} is not an architecture",
+                f"{value!r}{where} is not an architecture",
                 remedy="name architectures as 90, 90a or 100f, and join those of one wheel with '+', as 90+100",
             )
     return tuple(sorted(values, key=_order))
