@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 
 import httpx
@@ -434,6 +435,15 @@ def resolving(work: Path, verdicts: Verdicts) -> None:
     table(f"Resolving over ten {VARIANT >> 20} MiB variants", ["client", "requests", "kB on the wire", "s"], rows)
 
 
+def machine() -> str:
+    """What the ratios depend on: the processor, and the versions of the servers."""
+    model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("granian", "uvloop", "starlette", "pypiserver"))
+    web = subprocess.run(["nginx", "-v"], capture_output=True, text=True, check=True).stderr.strip().rpartition(": ")[2]
+    cores = f"{len(os.sched_getaffinity(0))} cores of {model[1] if model else os.uname().machine}"
+    return f"{cores}; load {os.getloadavg()[0]:.1f}; Python {sys.version.split()[0]}, {versions}, {web}"
+
+
 def main() -> None:
     """Every measurement of the index."""
     missing = [name for name in ("wrk", "nginx", "curl", "openssl") if shutil.which(name) is None]
@@ -449,8 +459,7 @@ def main() -> None:
         for measure in measurements:
             measure(work, verdicts)
     table("Figures and targets", ["what", "figure", "target", "verdict"], verdicts.rows)
-    cores = len(os.sched_getaffinity(0))
-    print(f"\n{cores} cores, {time.monotonic() - begin:.0f} s in all, on {time.strftime('%Y-%m-%d', time.gmtime())}.")
+    print(f"\n{machine()}; {time.monotonic() - begin:.0f} s in all, on {time.strftime('%Y-%m-%d', time.gmtime())}.")
 
 
 if __name__ == "__main__":
