@@ -220,7 +220,7 @@ def start(rehearsal: Rehearsal) -> None:
     access = ("--user", USER, "--key", str(rehearsal.room.key))
     rehearsal.command("init", "ips.txt", *access, "--share", MOUNT, "--model", REPO, "--accept")
     configure(rehearsal)
-    rehearsal.command("plan")
+    rehearsal.command("plan", "--commands")
 
 
 def tunnelled(process: subprocess.Popen[str]) -> str:
