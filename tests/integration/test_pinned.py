@@ -585,7 +585,7 @@ def test_a_pinned_recipe_is_refused_with_its_address_and_the_setting_for_a_mirro
     if name == "triton":
         shown = (REPOSITORY / "docs/pinned.md").read_text()
         for line in ("error: ", "remedy: "):
-            assert next(said for said in done.err.splitlines() if said.startswith(line)) in shown, (
+            assert next(message for message in done.err.splitlines() if message.startswith(line)) in shown, (
                 "the page shows what is said"
             )
 
