@@ -1,4 +1,4 @@
-"""pyproject.toml has everything but this: a wheel carries the project folder as builder/project: recipes, stacks, sets and the like."""
+"""pyproject.toml has everything but this: a wheel carries recipes, stacks, interpreters and sets as builder/project."""
 
 from __future__ import annotations
 
