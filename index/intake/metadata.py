@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Protocol
 from urllib.parse import urlsplit
 
-from packaging.errors import ExceptionGroup
 from packaging.markers import UndefinedComparison, UndefinedEnvironmentName
 from packaging.metadata import InvalidMetadata, RawMetadata, parse_email
 from packaging.metadata import Metadata as CoreMetadata
