@@ -37,12 +37,7 @@ prepare) # with a network: wheels for Python 3.12 on x86_64, and the recipes' so
     shift
     [ $# -gt 0 ] || set -- causal_conv1d flash_attn_cu130 torch_scatter
     for recipe in "$@"; do
-        GRACEFARM_HOME="$carried/home" "$top/.venv/bin/python" -c '
-import sys
-from builder import fetch, recipe
-from gracefarm import settings
-here = settings.load()
-print(fetch.fetch(recipe.load(here.project / "recipes", sys.argv[1]).data, here).source)' "$recipe"
+        GRACEFARM_HOME="$carried/home" "$top/.venv/bin/python" -m builder fetch "$recipe"
     done
     du -sh "$carried"
     ;;
