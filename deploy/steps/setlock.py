@@ -39,7 +39,8 @@ def lock_text(deployment: Deployment, console: Console) -> str:
             return text
         raise ConfigError(
             f"{path}: no lock of the set {data.set}",
-            remedy=f"set index in deploy.toml to the farm's (http://HOST:8080/{data.set}/simple/), or name a lock by lock =",
+            remedy=f"set index in deploy.toml to the farm's (http://HOST:8080/{data.set}/simple/), name a lock by lock =, "
+            f"or build the set: builder set build {data.set}",
         ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: the lock cannot be read: {error}", remedy="write it anew") from error
