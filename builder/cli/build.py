@@ -89,7 +89,7 @@ def build_command(
         else:
             wheel = record.wheel_path(settings, built)
             console.result(built.model_dump(mode="json") | {"path": str(wheel)}, str(wheel))
-    _conclude(asked, failures, settings, console)
+    _conclude(asked, failures, aim, settings, console)
 
 
 def _refuse_credentials(url: str | None) -> None:
@@ -100,14 +100,16 @@ def _refuse_credentials(url: str | None) -> None:
         publish.refuse_credentials(url)
 
 
-def _conclude(asked: Sequence[str | Cell], failures: Sequence[GracefarmError], settings: Settings, console: Console) -> None:
+def _conclude(
+    asked: Sequence[str | Cell], failures: Sequence[GracefarmError], aim: Aim, settings: Settings, console: Console
+) -> None:
     """Show what became of each cell of a matrix.
 
     Raises:
         SeveralError: something failed.
     """
     cells = [entry for entry in asked if isinstance(entry, Cell)]
-    for line in table_of(reports_of(cells, settings)) if cells else ():
+    for line in table_of(reports_of(cells, settings, aim.on)) if cells else ():
         console.step("matrix", line)
     if failures:
         what = "cells" if cells else "recipes"
@@ -120,7 +122,13 @@ def _cells(names: Sequence[str], selector: str, aim: Aim, settings: Settings) ->
     Raises:
         UsageError: the selector, or options that name the same in another way.
     """
-    given = {"--stack": aim.stack, "--python": aim.on.interpreter, "--sm": aim.on.sm}
+    target = click.get_current_context().get_parameter_source("target") is click.core.ParameterSource.COMMANDLINE
+    given = {
+        "--stack": aim.stack,
+        "--python": aim.on.interpreter,
+        "--sm": aim.on.sm,
+        "--target": aim.target if target else None,
+    }
     for option, value in given.items():
         if value is not None:
             raise UsageError(
@@ -153,7 +161,13 @@ def _survive(error: GracefarmError, failures: list[GracefarmError], asked: Seque
 def _planned(name: str | Cell, aim: Aim, changed: bool, url: str | None, settings: Settings, console: Console) -> list[Plan]:
     """The plan; with `changed`, none where nothing is to be built: a night for x86_64 passes over what is aarch64's alone."""
     if isinstance(name, Cell):
-        plan = plan_cell(name, settings, aim.on)
+        try:
+            plan = plan_cell(name, settings, aim.on)
+        except ConfigError as error:
+            if not changed:
+                raise
+            console.warn(f"left out: {name.recipe} on {name.stack}: {error.cause}")
+            return []
         return [plan] if not changed or (not _settled(plan, url, settings) and _complete(plan, console)) else []
     if changed:
         loaded = recipe.load(settings.project / "recipes", name)

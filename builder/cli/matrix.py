@@ -18,7 +18,7 @@ from builder.planning.plan import Plan
 from builder.planning.settings import Settings
 from builder.proof import record
 from builder.toolchains.choice import ToolchainChoice
-from gracefarm.errors import UsageError
+from gracefarm.errors import ConfigError, UsageError
 
 
 @click.command("matrix")
@@ -47,14 +47,21 @@ def matrix_command(names: tuple[str, ...], selector: str, prune: bool, as_json: 
     console.result(document(name, text, reports), "\n".join(table_of(reports)))
 
 
-def reports_of(cells: Sequence[Cell], settings: Settings) -> list[CellReport]:
-    """What is known of each cell."""
+def reports_of(cells: Sequence[Cell], settings: Settings, on: ToolchainChoice | None = None) -> list[CellReport]:
+    """What is known of each cell; `on`: as in `plan_cell`."""
 
     def plan(cell: Cell) -> Plan:
-        return plan_cell(cell, settings)
+        return plan_cell(cell, settings, on)
 
     records = record.all_of(settings)
-    return [report(cell, stack_of(cell.stack, cell.interpreter, settings), plan, settings, records) for cell in cells]
+    reports = []
+    for cell in cells:
+        try:
+            base = stack_of(cell.stack, cell.interpreter, settings)
+        except ConfigError:  # of its interpreter.toml, which the plan says again
+            base = stack_of(cell.stack, None, settings)
+        reports.append(report(cell, base, plan, settings, records))
+    return reports
 
 
 def table_of(reports: Sequence[CellReport]) -> list[str]:
@@ -92,13 +99,13 @@ def cells_of(text: str, names: Sequence[str], settings: Settings) -> list[Cell]:
 
 
 def plan_cell(cell: Cell, settings: Settings, on: ToolchainChoice | None = None) -> Plan:
-    """The plan of a cell; `on`: the toolchain, else the sandbox.
+    """The plan of a cell in the sandbox; `on`: what else the command line chooses, as its PTX.
 
     Raises:
         ConfigError: it cannot be planned: says what blocks it.
     """
     choice = replace(on or ToolchainChoice(), interpreter=cell.interpreter, sm=cell.sm)
-    if choice.type.native:
+    if choice.kind != "sandbox":
         raise UsageError(
             "a matrix is built in the sandbox", remedy="leave --toolchain host out, or build the one cell that is here"
         )

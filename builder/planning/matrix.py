@@ -129,6 +129,7 @@ def expand(text: str, known: Known, names: Sequence[str] = ()) -> list[Cell]:
         for stack_name in _stacks(axes, known, name)
         for python, target, sm in itertools.product(pythons, targets, architectures)
     ]
+    cells = list(dict.fromkeys(cells))
     if not cells:
         raise UsageError(f"the selector {text!r} names no cell", remedy="`builder list` shows recipes and stacks")
     return cells

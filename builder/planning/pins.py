@@ -55,6 +55,14 @@ def wheels(stack: LoadedStack, arch: Arch) -> tuple[LockedWheel, ...]:
     _check_fresh(stack, arch, locked)
     if (build := stack.build_requirements) is not None:
         # What the stack has already stays as it is.
+        for text in build.texts:
+            requirement = Requirement(text)
+            present = locked.get(canonicalize_name(requirement.name))
+            if present is not None and not requirement.specifier.contains(present.version, prereleases=True):
+                raise ConfigError(
+                    f"the recipe requires {text} to build, and stack {stack.data.name} has {present.name} {present.version}",
+                    remedy="build against another stack, or patch the requirement in the recipe",
+                )
         locked = _of_lock(build.lock, stack, arch, build.lock_command) | locked
         _require_all(build.texts, build.lock, "recipe.toml", build.lock_command, locked)
     return tuple(sorted(locked.values()))
@@ -69,7 +77,7 @@ def _of_lock(lock: Path, stack: LoadedStack, arch: Arch, command: str) -> dict[s
             raise ConfigError(
                 f"{lock}:{pin.number}: not a pinned wheel: it has several --hash=sha256:…", remedy=remedy, repeat=command
             )
-        if pin.applies({"platform_machine": arch.value, "python_version": stack.python.rstrip("t")}):
+        if pin.applies({"platform_machine": arch.value, "python_version": stack.python}):
             (sha256,) = pin.sha256
             wheel = LockedWheel(name=pin.name, version=pin.version, sha256=sha256, filename=pin.filename)
             if locked.setdefault(wheel.name, wheel) != wheel:

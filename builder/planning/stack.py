@@ -242,8 +242,8 @@ class LoadedStack:
 
     @property
     def sm(self) -> tuple[str, ...]:
-        """Real architectures compiled for, as ('90', '100f')."""
-        return self.asked_sm or self.data.sm
+        """Real architectures compiled for, in the order of their numbers, as ('90', '100f')."""
+        return tuple(sorted(self.asked_sm or self.data.sm, key=lambda sm: (len(sm.rstrip("af")), sm)))
 
     @property
     def device_options(self) -> str:

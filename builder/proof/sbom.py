@@ -75,12 +75,9 @@ def of(plan: Plan, epoch: int) -> str:
 
 def unconfirmed(plan: Plan) -> tuple[ReadAtFirstUse, ...]:
     """The digests of a plan's sources and environment that were read at first use and have no witness."""
-    dates = {
-        known.sha256: known.first_use.date.isoformat()
-        for known in plan.evidence
-        if known.first_use is not None and not known.confirmed
-    }
-    return tuple(ReadAtFirstUse(sha256=sha256, date=date) for sha256, date in sorted(dates.items()))
+    rows = plan.inputs["first_use"]
+    assert isinstance(rows, list)
+    return tuple(ReadAtFirstUse(sha256=sha256, date=date) for sha256, date in rows)
 
 
 def _installed(plan: Plan) -> list[Material]:

@@ -96,6 +96,11 @@ class ContainerToolchain(SandboxToolchain):
         Raises:
             ConfigError: it does not.
         """
+        if plan.stack.interpreter is not None:
+            raise ConfigError(
+                f"an image brings its own Python: --python {plan.stack.interpreter.name} is of the sandbox",
+                remedy="leave --toolchain container out",
+            )
         image = plan.stack.data.container.get(plan.target)
         if image is None or (plan.recipe.data.build.cuda and image.cuda is None):
             lacks = "names no container image" if image is None else "names no CUDA in its container image"

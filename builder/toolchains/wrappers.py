@@ -97,7 +97,7 @@ def variables(plan: Plan, *, jobs: int, epoch: int) -> dict[str, str]:
             "GRACEFARM_NVCC": f"{NVCC}/nvidia/cu{major}/bin/nvcc",
             "GRACEFARM_CCBIN": gxx if cross else "",
             "GRACEFARM_SM": " ".join(plan.stack.sm),
-            "GRACEFARM_SM_EXTRA": "\n".join(f"{glob}={','.join(sm)}" for glob, sm in recipe.wheel.sm_extra.items()),
+            "GRACEFARM_SM_EXTRA": "\n".join(f"{glob}={','.join(sorted(sm))}" for glob, sm in recipe.wheel.sm_extra.items()),
             "GRACEFARM_SM_FALLBACK": "yes" if recipe.wheel.allow_sm_fallback else "",
             "GRACEFARM_PTX": plan.ptx or "",
             "GRACEFARM_CMAKE_SM": device_code.cmake_list(plan.stack.sm),

@@ -35,6 +35,10 @@ def test_every_axis() -> None:
     assert {cell.recipe for cell in cells} == {"conv"}
 
 
+def test_a_value_that_is_named_twice_is_one_cell() -> None:
+    assert len(expand("stack=cu130,cu130 python=3.12,3.11..3.12 recipe=conv", KNOWN)) == 2
+
+
 def test_a_range_has_neither_debians_nor_the_free_threaded() -> None:
     pythons = [cell.interpreter for cell in expand("python=3.12..3.14 recipe=conv", KNOWN)]
     assert pythons == ["3.12", "3.13", "3.14"]

@@ -215,12 +215,11 @@ WHOLE: dict[str, Any] = {
 
 RECIPE_EXEMPT = {
     "summary": "for people",
-    "license": "for people and set manifests",
     "stack": "a default of the command line; the stack itself is an input",
     "refuses": "such a build does not begin",
     "files.sha256_unknown": "the reason of a gap, which no build gets past",
-    "files.accepted": "how its digest is known, and",
-    "files.witness": "who else says it: of this the SBOM alone tells, as of the licence",
+    "files.accepted": "how a digest is known that a witness confirms; without one it is an input",
+    "files.witness": "who confirms it",
     "build.memory_per_job": "the number of jobs",
     "build.unit_memory": "which units run beside each other",
     "build.unit_seconds": "which unit starts first",
@@ -240,8 +239,8 @@ STACK_EXEMPT = {
     "environment.left_out": "how the lock is made",
     "environment.wheels.index": "where it is found; the digest says what it is",
     "environment.wheels.sha256_unknown": "the reason of a gap",
-    "environment.wheels.accepted": "how its digest is known, and",
-    "environment.wheels.witness": "who else says it: of this the SBOM alone tells",
+    "environment.wheels.accepted": "how a digest is known that a witness confirms; without one it is an input",
+    "environment.wheels.witness": "who confirms it",
     "toolchain.requirements": "how the lock is made; what contradicts it is refused",
     "toolchain.debian.suite": "where packages are found; toolchain.lock says what they are",
     "toolchain.debian.component": "how the lock is made",
@@ -338,7 +337,7 @@ def field_names(schema: dict[str, Any]) -> set[tuple[str, str]]:
 def whole(project: Path) -> tuple[LoadedRecipe, LoadedStack]:
     shutil.rmtree(project / "recipes" / NAME)
     (project / "recipes" / "thing").mkdir()
-    (project / "recipes" / "thing" / "requirements.lock").write_text(f"cython==3.1.4 --hash=sha256:{SHA}\n")
+    (project / "recipes" / "thing" / "requirements.lock").write_text(f"cython==3.19.4 --hash=sha256:{SHA}\n")
     loaded = stack.load(project / "stacks", "cu124")
     table = loaded.data.model_dump(mode="json")
     table["torch"]["cuda"] = "12.4"
@@ -442,3 +441,34 @@ def test_in_a_container_the_image_by_digest_its_cuda_and_cibuildwheel_change_the
     for name, counts in (("name", True), ("sha256", True), ("cuda", True), ("tag", False)):
         after = changed(table, ("container", "aarch64", name))
         assert (contained(replaced(base, data=Stack.model_validate(after))) != before) is counts, name
+
+
+def test_a_digest_that_nobody_has_confirmed_is_an_input_until_a_witness_says_it_too(
+    whole: tuple[LoadedRecipe, LoadedStack],
+) -> None:
+    """The SBOM in the wheel names it with its date."""
+    one, base = whole
+
+    def with_evidence(**evidence: object) -> str:
+        table = {**WHOLE, "source": GIT, "files": [{**WHOLE["files"][0], "accepted": None, "witness": (), **evidence}]}
+        table["wheel"] = {**WHOLE["wheel"], "bundled": []}
+        return id_of(replaced(one, data=Recipe.model_validate(table)), base)
+
+    use = {"date": "2026-01-01", "url": "https://example.org/a.zip"}
+    plain = with_evidence()
+    assert with_evidence(accepted=use) != plain
+    assert with_evidence(accepted=use) != with_evidence(accepted={**use, "date": "2026-01-02"})
+    assert with_evidence(accepted=use, witness=({"source": "https://example.org/sums", "value": SHA},)) == plain
+
+
+def test_the_order_in_which_a_stack_lists_architectures_changes_nothing(whole: tuple[LoadedRecipe, LoadedStack]) -> None:
+    lists = (("100", "90", "90a"), ("90a", "90", "100"))
+    plans = [replaced(whole[1], data=whole[1].data.model_copy(update={"sm": sm})) for sm in lists]
+    assert plans[0].sm == plans[1].sm == ("90", "90a", "100")
+
+
+def test_what_the_stack_has_is_not_locked_again_for_one_recipe(whole: tuple[LoadedRecipe, LoadedStack]) -> None:
+    one, base = whole
+    build = one.data.build.model_copy(update={"requires": ("wheel>=99",)})
+    with pytest.raises(ConfigError, match="requires wheel>=99 to build, and stack cu124 has wheel"):
+        id_of(replaced(one, data=one.data.model_copy(update={"build": build})), base)

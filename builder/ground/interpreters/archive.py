@@ -19,7 +19,7 @@ from gracefarm.console import Tick
 from gracefarm.errors import ConfigError, RootError
 
 LAYOUT = 1
-"Raised when the same archive is laid out in another way; enters the digest."
+"Raised when the same archive is laid out or launched in another way; enters the digest."
 
 _COMPILERS = {
     "CC": "gcc",
@@ -101,8 +101,13 @@ class ArchiveInterpreter:
 
 def _name_our_compilers(data: Path) -> None:
     """The archive's sysconfig names the compilers of the root, and no flags of the machine that made it."""
-    assigned = [node.value for node in ast.parse(data.read_text()).body if isinstance(node, ast.Assign)]
-    build: dict[str, object] = ast.literal_eval(assigned[-1])
+    try:
+        statements = ast.parse(data.read_text()).body
+        (build,) = (ast.literal_eval(node.value) for node in statements if isinstance(node, ast.Assign))
+    except (ValueError, SyntaxError) as error:
+        raise RootError(
+            f"{data.name} of a standalone archive is not a table: {error}", remedy="pin another archive"
+        ) from error
     for name, value in build.items():
         if name in _COMPILERS:
             build[name] = _COMPILERS[name]

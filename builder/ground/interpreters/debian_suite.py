@@ -19,7 +19,7 @@ from gracefarm.errors import ConfigError, RootError
 from gracefarm.files import remove_tree
 
 LAYOUT = 1
-"Raised when the same packages are laid out in another way; enters the digest."
+"Raised when the same packages are laid out or launched in another way; enters the digest."
 _LOADERS = {Arch.AARCH64: "ld-linux-aarch64.so.1", Arch.X86_64: "ld-linux-x86-64.so.2"}
 
 
@@ -69,9 +69,10 @@ class DebianInterpreter:
                 if (whole / "usr" / part).is_dir():
                     (whole / "usr" / part).rename(folder / part)
         _leave_out(folder, f"python{self.python}", arch)
-        if not (folder / "bin" / f"python{self.python}").is_file():
+        parts = (f"bin/python{self.python}", f"include/python{self.python}/Python.h")
+        if absent := [part for part in parts if not (folder / part).is_file()]:
             raise RootError(
-                f"the packages of interpreter {self.name} hold no python{self.python}",
+                f"the packages of interpreter {self.name} hold no {absent[0]}",
                 remedy=f"correct packages in {self.folder / 'interpreter.toml'}",
                 repeat=f"builder lock {self.name}",
             )

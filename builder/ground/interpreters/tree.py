@@ -12,8 +12,6 @@ from builder.planning.stack import Arch, Interpreter
 from gracefarm.console import Tick
 from gracefarm.files import atomic_directory, lock
 
-LAYOUT = 1
-"Raised when the same interpreter gets another launcher."
 PREFIX = f"{INSIDE}/python"
 PROGRAM = "libexec/python"
 "The executable itself; a launcher may stand in bin/."
@@ -26,7 +24,7 @@ def ensure(interpreter: Interpreter, host: Arch, target: Arch, root: Path, setti
         ConfigError, FetchError, DigestError, RootError: see Interpreter.
         HostError, DiskFullError.
     """
-    content = [LAYOUT, host.value, interpreter.digest(target)]
+    content = [host.value, interpreter.digest(target)]
     name = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     final = settings.home / "interpreters" / name
     if final.is_dir():
