@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import html
 import re
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,24 +15,13 @@ from packaging.metadata import RawMetadata, parse_email
 from packaging.requirements import InvalidRequirement, Requirement
 
 from index.store.files import Store
+from index.web import rendering
 
 MAX_DESCRIPTION = 256 << 10
 "Characters of a description that are rendered; a longer one is shown as text, cut there."
 
-TAGS = frozenset(
-    (
-        *("a", "b", "blockquote", "br", "code", "dd", "del", "details", "div", "dl", "dt", "em", "h1", "h2", "h3", "h4", "h5"),
-        *("h6", "hr", "i", "kbd", "li", "ol", "p", "pre", "s", "samp", "span", "strong", "sub", "summary", "sup", "table"),
-        *("tbody", "td", "th", "thead", "tr", "tt", "ul", "var"),
-    )
-)
-"What may stand in a description. No images: pages load nothing from elsewhere."
-
-_IMAGE = re.compile(r"""<img(?:\s+[^\s=>]+(?:="[^"]*")?)*\s*/?>""")
-_ALT = re.compile(r'\salt="([^"]*)"')
-_HEADING = re.compile(r"<(/?)h([1-6])>")
-_PRE = re.compile(r"<pre\b[^>]*>")
-_EMPTY = re.compile(r"<(a|p|h[1-6])(?:\s[^>]*)?>\s*</\1>")
+LONGEST = 60.0
+"Seconds that rendering may take on a busy machine; `rendering` limits its own processor time."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,66 +130,21 @@ def _is_web(address: str) -> bool:
 
 
 def render(text: str, content_type: str) -> str:
-    """A description as HTML that holds nothing but text, tables and links to other places."""
-    kind = content_type.partition(";")[0].strip().lower()
+    """A description as HTML that holds nothing but text, tables and links to other places; where that fails, its text."""
+    kind = content_type.partition(";")[0].strip().lower() or rendering.RST
     if not text.strip() or text.strip() == "UNKNOWN":
         return ""
-    rendered = _rendered(text, kind) if len(text) <= MAX_DESCRIPTION else None
-    if rendered is None:
-        return f'<pre tabindex="0">{html.escape(text[:MAX_DESCRIPTION])}</pre>'
-    return _safe(rendered)
+    rendered = _in_child(text, kind) if kind in rendering.KINDS and len(text) <= MAX_DESCRIPTION else None
+    return f'<pre tabindex="0">{html.escape(text[:MAX_DESCRIPTION])}</pre>' if rendered is None else rendered
 
 
-def _rendered(text: str, kind: str) -> str | None:
-    """By the library that PyPI renders with; None for plain text, and for what cannot be rendered."""
-    if kind == "text/markdown":
-        from readme_renderer import markdown
-
-        return markdown.render(text)
-    if kind in ("", "text/x-rst"):
-        from readme_renderer import rst
-
-        return rst.render(text)
-    return None
-
-
-def _safe(rendered: str) -> str:
-    """Only `TAGS`, links that lead to other places, pictures as their text, and headings that fit below those of the page."""
-    import nh3
-
-    text = _IMAGE.sub(_picture, rendered)
-    cleaned = nh3.clean(
-        text,
-        tags=set(TAGS),
-        attributes={"a": {"href"}, "td": {"colspan", "rowspan"}, "th": {"colspan", "rowspan"}},
-        url_schemes={"http", "https", "mailto"},
-        link_rel="nofollow noopener noreferrer",
-        url_relative="deny",
-    )
-    while (shorter := _EMPTY.sub("", cleaned)) != cleaned:
-        cleaned = shorter
-    scrolling = _PRE.sub('<pre tabindex="0">', _headings(cleaned))  # a keyboard must reach what scrolls
-    return scrolling.replace("<table>", '<div class="scroll" tabindex="0"><table>').replace("</table>", "</table></div>")
-
-
-def _picture(match: re.Match[str]) -> str:
-    alternative = _ALT.search(match[0])
-    return html.escape(html.unescape(alternative[1])) if alternative else ""
-
-
-def _headings(text: str) -> str:
-    """Headings from h3 on, none more than one level below the heading before it."""
-    levels: dict[int, int] = {}
-    last = 2
-
-    def level(match: re.Match[str]) -> str:
-        nonlocal last
-        number = int(match[2])
-        if not match[1]:
-            above = [levels[known] for known in sorted(levels) if known < number]
-            for known in [known for known in levels if known >= number]:
-                del levels[known]
-            last = levels[number] = min(6, (above[-1] if above else 2) + 1)
-        return f"<{match[1]}h{last}>"
-
-    return _HEADING.sub(level, text)
+def _in_child(text: str, kind: str) -> str | None:
+    """What `rendering` makes of it in a process of its own, which ends at its limits; None where it fails."""
+    command = [sys.executable, "-P", rendering.__file__, kind]
+    try:
+        child = subprocess.run(
+            command, input=text.encode("utf-8", "replace"), capture_output=True, timeout=LONGEST, check=True
+        )
+    except subprocess.SubprocessError:
+        return None
+    return child.stdout.decode()

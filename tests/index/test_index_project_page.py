@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator
+from html import escape
 from pathlib import Path
 
 import pytest
@@ -269,6 +270,24 @@ def test_descriptions_of_each_kind(text: str, kind: str, part: str) -> None:
     assert "<script" not in rendered
     assert "root:" not in rendered
     assert bool(part) == bool(rendered)
+
+
+DOUBLING = (
+    "|a30|\n\n" + "".join(f".. |a{n}| replace:: |a{n - 1}| |a{n - 1}|\n" for n in range(30, 0, -1)) + ".. |a0| replace:: x\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        pytest.param(DOUBLING, "", id="doubling"),
+        pytest.param("<div>" * 50_000, "text/markdown", id="deep"),
+        pytest.param("|a" * 4_000 + "|\n" + "|-" * 4_000 + "|\n" + "|a\n" * 8_000, "text/markdown", id="wide"),
+    ],
+)
+def test_a_description_that_explodes_is_shown_as_text(text: str, kind: str) -> None:
+    """Rendered without limits, the first takes all memory, the second minutes, and the third is 32,000,000 cells."""
+    assert render(text, kind) == f'<pre tabindex="0">{escape(text)}</pre>'
 
 
 def test_headings_never_leave_a_level_out() -> None:
