@@ -47,6 +47,13 @@ class AttestationVerifier:
         from pypi_attestations import Attestation, AttestationBundle, Distribution, Provenance
 
         try:
+            distribution = Distribution(name=filename, digest=sha256)
+        except ValidationError:  # an attestation's subject is the file's own name, which pypi_attestations cannot read
+            raise RefusedError(
+                f"attestations of {filename} cannot be verified: pypi_attestations reads no names of variant wheels",
+                remedy="upload this file without attestations",
+            ) from None
+        try:
             attestations = TypeAdapter(list[Attestation]).validate_json(text)
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False)[0]
@@ -60,7 +67,6 @@ class AttestationVerifier:
                 "this project has no publisher whose attestations could be verified",
                 remedy="name one with `index publisher add`, or upload without attestations",
             )
-        distribution = Distribution(name=filename, digest=sha256)
         bundles: dict[str, AttestationBundle] = {}
         types: set[str] = set()
         with self._lock:

@@ -17,13 +17,16 @@ from typing import Any
 
 import httpx
 import pytest
-from index_kit import Server, run_index, sdist, serving
+from index_kit import Server, run_index, sdist, serving, wheel
 from pypi_attestations import Attestation, Provenance
 from pypi_attestations import Distribution as AttestedFile
 from pypi_simple import PyPISimple
 
 from builder.fetch import simple
 from builder.planning.settings import load
+from gracefarm.variants import SCHEMA
+from index.errors import RefusedError
+from index.trust.attestations import AttestationVerifier
 
 SOURCE = "pypi_attestations-0.0.30.tar.gz"
 SHA256 = "14ff13c76bbef02a483c2b77532da02bfd746b5141b881f355e06b9807434423"
@@ -122,6 +125,21 @@ def test_damaged_attestations_are_refused_with_the_file(attested: Server, assets
     for text in ("hello", "[" * 1000, '"' + "\\ud800" + '"'):
         assert attested.upload(FILE, assets[FILE], form={"attestations": text}).status_code == 400
     assert attested.filenames("pypi-attestations") == [], "a refused attestation refuses the file"
+
+
+def test_attestations_of_a_variant_wheel_are_refused(tmp_path: Path) -> None:
+    """Their subject is the file's own name, which pypi_attestations cannot read; without them the wheel is taken as any."""
+    document = {"$schema": SCHEMA, "default-priorities": {"namespace": ["nvidia"]}, "variants": {"null": {}}}
+    content = wheel("foo", files={"foo-1.0.dist-info/variant.json": json.dumps(document).encode()})[1]
+    plain = "foo-1.0-py3-none-any.whl"
+    for filename in (plain.replace(".whl", "-cu130_sm90.whl"), plain.replace("-py3", "-1-py3").replace(".whl", "-null.whl")):
+        with pytest.raises(RefusedError, match=f"{filename} cannot be verified"):
+            AttestationVerifier(offline=True).provenance("[]", filename, "0" * 64, [])
+    with serving(tmp_path / "root", "--allow-new", "--variants") as server:
+        answer = server.upload("foo-1.0-py3-none-any-null.whl", content, form={"attestations": "[{}]"})
+        assert answer.status_code == 400
+        assert "names of variant wheels" in answer.text
+        assert server.upload("foo-1.0-py3-none-any-null.whl", content).status_code == 200
 
 
 def test_good_attestations_are_served_as_the_files_provenance(attested: Server, assets: dict[str, bytes]) -> None:
