@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 from packaging.utils import InvalidWheelFilename, parse_wheel_filename
 from packaging.version import InvalidVersion
 
+from gracefarm.variants import split_label
 from index.errors import ForbiddenError, RefusedError
 from index.store.auth import Token, allow
 from index.store.catalogue import Catalogue
@@ -128,7 +129,7 @@ def put_certificate(store: Store, catalogue: Catalogue, token: Token, raw: bytes
         ForbiddenError: the token does not reach the wheel's project, or not that of the certificate that it would replace.
     """
     try:
-        project = str(parse_wheel_filename(document.wheel.filename)[0])
+        project = str(parse_wheel_filename(split_label(document.wheel.filename)[0])[0])
     except (InvalidWheelFilename, InvalidVersion) as error:
         raise RefusedError(f"the certificate is not of its schema: wheel.filename: {error}", remedy="see PEP 427") from None
     with catalogue.change(token.actor) as change:

@@ -113,6 +113,14 @@ def test_a_certificate_that_is_not_of_the_schema_is_refused(shared: Server, docu
     assert sentence in text
 
 
+def test_a_variant_wheel_has_certificates_too(shared: Server) -> None:
+    name = "causal_conv1d-1.7.0+cu130-1-cp311-cp311-manylinux_2_34_x86_64-cu130_sm90.whl"
+    digest = hashlib.sha256(b"device code of a variant").hexdigest()
+    document = certificate(device_digest=digest, wheel={"filename": name, "sha256": "cd" * 32})
+    assert put(shared, f"/certificates/{digest}", document)[0] == 200
+    assert shared.client.get(f"/certificates/{digest}").json() == document
+
+
 def test_names_that_are_no_names_are_refused(shared: Server) -> None:
     for path in ("/matrix/UPPER", "/matrix/a b", "/certificates/abc"):
         assert put(shared, path, {})[0] == 400
