@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 SCHEMA = "https://variants-schema.wheelnext.dev/peps/850/v0.2.0.json"
 "The one version of the format that we write and read; uv 0.13 reads it."
@@ -61,26 +62,26 @@ def index_filename(stem: str) -> str:
 
 
 def parse(raw: bytes | str, label: str) -> Variant:
-    """Read the variant.json of a wheel whose name has that label.
+    """Read the variant.json of a wheel whose name has that label. Bytes are UTF-8 without a byte order mark.
 
     Raises:
         ValueError: it is not of SCHEMA, or says something else than the name; a sentence without its full stop.
     """
     try:
-        document = json.loads(raw)
+        document = json.loads(raw if isinstance(raw, str) else raw.decode(), parse_constant=_refuse_constant)
     except (ValueError, RecursionError):
-        raise ValueError(f"{MEMBER} is not JSON") from None
+        raise ValueError(f"{MEMBER} is not JSON in UTF-8 without a byte order mark") from None
     if not isinstance(document, dict) or document.get("$schema") != SCHEMA:
         raise ValueError(f"{MEMBER} is not of the format {SCHEMA}")
     properties = _properties(document.pop("variants", None), label)
-    namespaces = _namespaces(document)
+    namespaces = _namespaces({key: value for key, value in document.items() if key != "$schema"})
     if missing := sorted(properties.keys() - set(namespaces)):
         raise ValueError(f"{MEMBER} has no priority for the namespace {missing[0]!r}")
     return Variant(label=label, properties=properties, shared=json.dumps(document, sort_keys=True))
 
 
-def combine(variants: Iterable[Variant]) -> bytes:
-    """The index's JSON of one release. Null variants are in it, and say nothing of how the others are ranked.
+def check_together(variants: Iterable[Variant]) -> None:
+    """One JSON is for all wheels of a release, whichever of them a page shows; so each agrees with every other, null too.
 
     Raises:
         ValueError: a label with two meanings, or wheels that rank or find variants in two ways.
@@ -90,11 +91,33 @@ def combine(variants: Iterable[Variant]) -> bytes:
     for variant in wheels:
         if labels.setdefault(variant.label, variant.properties) != variant.properties:
             raise ValueError(f"the label {variant.label!r} has two meanings")
-    shared = sorted({variant.shared for variant in wheels if variant.properties} or {variant.shared for variant in wheels})
-    if len(shared) != 1:
+    if len({variant.shared for variant in wheels}) > 1:
         raise ValueError("the wheels name different priorities or providers")
-    document = {**json.loads(shared[0]), "variants": dict(sorted(labels.items()))}
+
+
+def combine(variants: Iterable[Variant]) -> bytes:
+    """The index's JSON of one release, of at least one wheel.
+
+    Wheels that were taken before `check_together` asked for as much may disagree. Then the first with properties says what
+    counts, and those with properties that disagree with it are left out: clients pass over what the JSON does not name.
+    """
+    wheels = sorted(variants, key=lambda variant: not variant.properties)
+    first = wheels[0]
+    labels: dict[str, Properties] = {}
+    for variant in wheels:
+        if variant.shared == first.shared or not variant.properties:
+            labels.setdefault(variant.label, variant.properties)
+    document = {**json.loads(first.shared), "variants": dict(sorted(labels.items()))}
     return json.dumps(document, separators=(",", ":")).encode()
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    """NaN and Infinity are Python's own addition to JSON.
+
+    Raises:
+        ValueError: always.
+    """
+    raise ValueError(name)
 
 
 def _properties(variants: object, label: str) -> Properties:
@@ -121,8 +144,12 @@ def _is_values(value: object) -> bool:
 
 
 def _namespaces(document: Mapping[str, object]) -> list[str]:
-    priorities = document.get("default-priorities")
-    namespaces = priorities.get("namespace") if isinstance(priorities, dict) else None
-    if not isinstance(namespaces, list) or not all(isinstance(name, str) and _NAME.match(name) for name in namespaces):
-        raise ValueError(f"{MEMBER} has no list default-priorities.namespace")
+    from gracefarm import variant_json  # here: it brings pydantic, and an index without variant wheels starts quicker without
+
+    try:
+        namespaces = variant_json.priorities(document)
+    except ValueError as error:
+        raise ValueError(f"{MEMBER} is not of the format {SCHEMA}: {error}") from None
+    if len(set(namespaces)) < len(namespaces):
+        raise ValueError(f"{MEMBER} names a namespace twice in default-priorities.namespace")
     return namespaces

@@ -257,7 +257,7 @@ def _check_variant(change: Transaction, candidate: InspectedFile) -> None:
     )
     known = [variant for row in rows if (variant := variant_of(row)) is not None]
     try:
-        variants.combine([*known, variants.parse(candidate.variant, own.variant)])
+        variants.check_together([*known, variants.parse(candidate.variant, own.variant)])
     except ValueError as error:
         raise RefusedError(
             f"{own.filename} does not agree with the variant wheels of {own.version} that are here: {error}",

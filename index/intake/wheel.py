@@ -98,7 +98,7 @@ def _variant(archive: zipfile.ZipFile, folder: str, distribution: Distribution) 
         variants.parse(raw, distribution.variant)
     except ValueError as error:
         raise RefusedError(f"{distribution.filename}: {error}", remedy="build it again; see docs/index-variants.md") from None
-    return raw.decode()
+    return raw.decode()  # parse accepts UTF-8 alone
 
 
 def _dist_info(archive: zipfile.ZipFile, distribution: Distribution) -> str:

@@ -359,7 +359,16 @@ def sm80(label: str = "cu130_sm90") -> bytes:
         (metadata("cu130_sm90", variants={"cu130_sm90": {"NVIDIA": {"sm_arch": ["90_real"]}}}), "a list of values"),
         (metadata("cu130_sm90", variants=["cu130_sm90"]), "without a name"),
         (metadata("cu130_sm90", **{"default-priorities": {"namespace": ["cpu"]}}), "no priority for the namespace 'nvidia'"),
-        (metadata("cu130_sm90", **{"default-priorities": {}}), "no list default-priorities.namespace"),
+        (metadata("cu130_sm90", **{"default-priorities": {}}), "default-priorities.namespace: Field required"),
+        (metadata("cu130_sm90", **{"default-priorities": {"namespace": []}}), "default-priorities.namespace: List"),
+        (metadata("cu130_sm90", **{"default-priorities": {"namespace": ["nvidia"] * 2}}), "names a namespace twice"),
+        (metadata("cu130_sm90", providers=5), "providers: Input should be"),
+        (metadata("cu130_sm90", providers={"nvidia": {"requires": "x"}}), "providers.nvidia.requires: Input should be"),
+        (metadata("cu130_sm90", n=1), "n: Extra inputs are not permitted"),
+        (metadata("cu130_sm90", n=float("nan")), "is not JSON"),
+        (metadata("cu130_sm90", n=float("-inf")), "is not JSON"),
+        (b"\xef\xbb\xbf" + metadata("cu130_sm90"), "is not JSON in UTF-8 without a byte order mark"),
+        (metadata("cu130_sm90").decode().encode("utf-16"), "is not JSON in UTF-8 without a byte order mark"),
         (metadata("cu130_sm90", **{"$schema": "https://example.org/v9.json"}), "is not of the format"),
         (b"[" * 60_000, "is not JSON"),
         (b"\xff", "is not JSON"),
@@ -395,9 +404,44 @@ def test_one_label_has_one_meaning_in_a_release(farm: Server) -> None:
     answer = farm.upload(*variant_wheel("mean_pkg", "cu130_sm100", inside=other))
     assert answer.status_code == 400
     assert "different priorities or providers" in answer.text
-    null = metadata("null", providers={}, **{"default-priorities": {"namespace": []}})
-    assert farm.upload(*variant_wheel("mean_pkg", "null", inside=null)).status_code == 200, "it ranks nothing"
-    assert labels(farm, "mean-pkg") == ["cu130_sm90", "null"]
+
+
+def test_null_wheels_agree_with_each_other_too(farm: Server) -> None:
+    """Else the wheel that both disagree with could not go, and a staged set's could not join them."""
+    nulls = [variant_wheel("null_pkg", "null", inside=metadata("null", providers={"nvidia": {}}), tags="cp310-none-any")]
+    nulls.append(variant_wheel("null_pkg", "null", tags="cp311-none-any"))
+    assert farm.upload(*nulls[0]).status_code == 200
+    for other in (nulls[1], variant_wheel("null_pkg", "cu130_sm90")):
+        answer = farm.upload(*other)
+        assert answer.status_code == 400
+        assert "different priorities or providers" in answer.text
+    run_index(farm.root, "stage", "create", "null-set")
+    answer = farm.upload(*nulls[1], path="/stage/null-set/legacy/")
+    assert answer.status_code == 400, "the set's wheels are shown beside the others"
+
+
+def test_wheels_that_were_taken_and_disagree_are_served_and_can_be_deleted(tmp_path: Path) -> None:
+    """An index of an earlier version took null wheels that name other providers."""
+    with serving(tmp_path / "root", "--allow-new", "--variants") as server:
+        for label, tags in (
+            ("cu124_sm90", TAGS),
+            ("cu130_sm90", TAGS),
+            ("null", "cp310-none-any"),
+            ("null", "cp311-none-any"),
+        ):
+            assert server.upload(*variant_wheel("odd_pkg", label, tags=tags)).status_code == 200
+    with closing(sqlite3.connect(tmp_path / "root" / "catalogue" / "catalogue.db")) as database, database:
+        for end in ("cp310-none-any-null", "cp311-none-any-null", "cu130_sm90"):
+            other = "UPDATE file SET variant = replace(variant, 'NvidiaVariantPlugin', ?) WHERE filename LIKE ?"
+            assert database.execute(other, (end.replace("-", ""), f"%{end}.whl")).rowcount == 1
+    with serving(tmp_path / "root", "--variants") as server:
+        assert labels(server, "odd-pkg") == ["cu124_sm90", "null"]
+        with closing(sqlite3.connect(tmp_path / "root" / "catalogue" / "catalogue.db")) as database, database:
+            assert database.execute("UPDATE file SET lost = 1 WHERE filename LIKE '%sm90.whl'").rowcount == 2
+        run_index(tmp_path / "root", "yank", "odd-pkg", "1.0")
+        assert labels(server, "odd-pkg") == ["null"]
+        run_index(tmp_path / "root", "delete", "odd-pkg", "1.0", "--yes")
+        assert server.page("odd-pkg").status_code == 404
 
 
 @pytest.mark.parametrize(
