@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 
 from packaging.requirements import InvalidRequirement, Requirement
-from packaging.version import Version
+from packaging.specifiers import SpecifierSet
+from packaging.version import InvalidVersion, Version
 
 from index.names import Distribution
 
@@ -17,8 +19,9 @@ _CUDA = re.compile(r"(\d{1,2}\.\d{1,2})(\.\d{1,3})?")
 _TORCH = re.compile(r"\d{1,3}(\.[a-z0-9]{1,12}){0,4}(\+[a-z0-9.]{1,40})?")
 _SM = re.compile(r"\d{2,3}[a-z]?")
 _GLIBC = re.compile(r"\d{1,2}\.\d{1,3}")
-_MINOR = re.compile(r"\d+\.\d+")
 _TORCH_LOCAL = re.compile(r"torch\.?(\d+\.\d+)")
+_LAST = 1_000_000
+"A number of a release that torch never reaches."
 _MANYLINUX = re.compile(r"manylinux_(\d+)_(\d+)_")
 _LEGACY_GLIBC = {"manylinux1": "2.5", "manylinux2010": "2.12", "manylinux2014": "2.17"}
 
@@ -36,7 +39,7 @@ class CudaFacts:
     glibc: str | None = None
     "As 2.34."
     built_for: str | None = None
-    "The torch that alone can load it, as 2.11: its local version says so, or its requirements pin it."
+    "The torch that alone can load it, as 2.11: its local version says so, or its requirements admit no other."
 
     def as_json(self) -> str:
         """For the catalogue."""
@@ -59,17 +62,17 @@ def from_json(text: str) -> CudaFacts:
 
 
 def from_name(distribution: Distribution, requires: Iterable[str]) -> CudaFacts:
-    """What the local version, the platform tag and the pin on torch say."""
+    """What the local version, the platform tag and the requirements on torch say."""
     local = Version(distribution.version).local or ""
     cuda = _CUDA_LOCAL.search(local)
     torch = _TORCH_LOCAL.search(local)
-    pin = _torch_pin(requires)
-    minor = _MINOR.match(pin or "")
+    required = _required_torch(requires)
+    minor = _only_minor(required)
     return CudaFacts(
         cuda=f"{cuda[1] or cuda[3]}.{cuda[2] or cuda[4]}" if cuda else None,
-        torch=torch[1] if torch else pin,
+        torch=torch[1] if torch else _pin(required) or minor,
         glibc=_glibc(distribution),
-        built_for=torch[1] if torch else minor and minor[0],
+        built_for=torch[1] if torch else minor,
     )
 
 
@@ -84,16 +87,52 @@ def torch_of_local(version: str) -> str | None:
     return torch[1] if torch else None
 
 
-def _torch_pin(requires: Iterable[str]) -> str | None:
+def _required_torch(requires: Iterable[str]) -> SpecifierSet:
+    """What the requirements say of torch, those of extras aside; of several lines all count."""
+    required = SpecifierSet()
     for line in requires:
         try:
             requirement = Requirement(line)
         except InvalidRequirement:
             continue
-        if requirement.name.lower() == "torch":
-            pins = [item.version.removesuffix(".*") for item in requirement.specifier if item.operator in ("==", "===")]
-            return pins[0] if pins else None
-    return None
+        if requirement.name.lower() == "torch" and not (requirement.marker and "extra" in str(requirement.marker)):
+            required &= requirement.specifier
+    return required
+
+
+def _pin(required: SpecifierSet) -> str | None:
+    pins = [item.version.removesuffix(".*") for item in required if item.operator in ("==", "===")]
+    return min(pins, default=None)
+
+
+def _only_minor(required: SpecifierSet) -> str | None:
+    """The one minor release, as 2.11, that the specifiers admit; None when they admit several, or none.
+
+    A range that they admit begins and ends beside a version that one of them names, or has no end. So it is enough to ask for
+    those versions, the minor releases beside them, and the first and the last of all.
+    """
+    admitted: set[str] = set()
+    try:
+        for version in _telling(required):
+            if required.contains(version, prereleases=True):
+                admitted.add(f"{version.major}.{version.minor}")
+    except ValueError:  # a number of more digits than Python reads
+        return None
+    return admitted.pop() if len(admitted) == 1 else None
+
+
+def _telling(required: SpecifierSet) -> set[Version]:
+    versions: set[Version] = set()
+    for item in required:
+        with suppress(InvalidVersion):  # === compares any text
+            versions.add(Version(item.version.removesuffix(".*")))
+    minors = {(0, 0), (_LAST, 0)}
+    nexts: set[Version] = set()
+    for version in versions:
+        minors |= {(version.major, max(version.minor + step, 0)) for step in (-1, 0, 1)}
+        minors |= {(version.major + 1, 0), (max(version.major - 1, 0), _LAST)}
+        nexts.add(Version(f"{version.major}.{version.minor}.{version.micro + 1}"))
+    return versions | nexts | {Version(f"{major}.{minor}.{micro}") for major, minor in minors for micro in (0, _LAST)}
 
 
 def _glibc(distribution: Distribution) -> str | None:

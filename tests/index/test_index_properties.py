@@ -12,6 +12,7 @@ from packaging.version import Version
 from index.errors import RefusalError
 from index.names import check_set_name, parse_filename
 from index.simple_api import negotiate
+from index.store import facts
 
 NAMES = st.from_regex(r"[a-z0-9]([a-z0-9_]{0,20}[a-z0-9])?", fullmatch=True).filter(lambda text: "__" not in text)
 VERSIONS = st.builds(
@@ -119,3 +120,36 @@ def test_no_body_is_an_error_of_ours(shared: Server, body: bytes) -> None:
     ):
         answer = shared.client.post("/legacy/", content=content, headers=headers, auth=("__token__", shared.token))
         assert answer.status_code in (400, 429), answer.text
+
+
+@pytest.mark.parametrize(
+    ("requires", "torch", "only"),
+    [
+        (["torch==2.11.*"], "2.11", "2.11"),
+        (["torch==2.11.0"], "2.11.0", "2.11"),
+        (["torch==2.11.0+cu130"], "2.11.0+cu130", "2.11"),
+        (["torch===2.11.0"], "2.11.0", "2.11"),
+        (["torch~=2.11.0"], "2.11", "2.11"),
+        (["torch>=2.11,<2.12"], "2.11", "2.11"),
+        (["torch (>2.11.0,<2.11.5)"], "2.11", "2.11"),
+        (["torch>=2.11", "einops", 'torch<2.12; sys_platform == "linux"'], "2.11", "2.11"),
+        (["torch>=2.11.0rc1,<=2.11.1"], "2.11", "2.11"),
+        (["torch~=2.11"], None, None),
+        (["torch>=2.11,<=2.12"], None, None),
+        (["torch>=2.11,!=2.12.*"], None, None),
+        (["torch<2.12"], None, None),
+        (["torch>=2.11,<3"], None, None),
+        (["torch==2.*"], "2", None),
+        (["torch!=2.11.*"], None, None),
+        (["torch"], None, None),
+        (["torch<2.11,>2.11"], None, None),
+        (['torch==2.11.*; extra == "test"'], None, None),
+        (["torch===of-my-own"], "of-my-own", None),
+        ([f"torch=={'9' * 5000}.1"], "9" * 5000 + ".1", None),
+    ],
+)
+def test_a_wheel_is_for_one_torch_when_its_requirements_admit_no_other(
+    requires: list[str], torch: str | None, only: str | None
+) -> None:
+    known = facts.from_name(parse_filename("a-1.0+cu130-py3-none-any.whl"), requires)
+    assert (known.torch, known.built_for) == (torch, only)
