@@ -14,7 +14,7 @@ from builder.flow import judge
 from builder.flow.attempt import Attempt, BuildOptions
 from builder.flow.compile import checkpoint, compiled, prepare
 from builder.flow.ground import lay_ground
-from builder.flow.publishing import publish_wheel, refuse_objects, send_record
+from builder.flow.publishing import publish_build, refuse_objects, send_failure
 from builder.ground import torch_facts
 from builder.planning.ground import Ground
 from builder.planning.plan import Plan
@@ -51,11 +51,10 @@ def build(plan: Plan, options: BuildOptions, settings: Settings, console: Consol
                 built = _recorded(attempt)
             except GracefarmError:
                 if options.publish and record.path(settings, plan.build_id).is_file():
-                    send_record(plan.build_id, options.publish, settings, console)
+                    send_failure(plan.build_id, options.publish, settings, console)
                 raise
         if options.publish:
-            built = publish_wheel(built, options.publish, settings, console)
-            send_record(built.build_id, options.publish, settings, console)
+            built = publish_build(built, options.publish, settings, console)
     return built
 
 

@@ -23,8 +23,20 @@ def refuse_objects(stack: Stack) -> None:
         )
 
 
-def publish_wheel(built: Record, url: str, settings: Settings, console: Console) -> Record:
-    """Upload the record's wheel unless the record says that it was; a wheel that failed a gate has no path to here."""
+def publish_build(built: Record, url: str, settings: Settings, console: Console) -> Record:
+    """Wheel, record and log with one login; a wheel that failed a gate has no path to here.
+
+    Raises:
+        PublishError: the index gives no login, or takes no wheel.
+    """
+    login = publish.credentials(url)
+    published = _publish_wheel(built, url, settings, console, login)
+    send_record(published.build_id, url, settings, console, login)
+    return published
+
+
+def _publish_wheel(built: Record, url: str, settings: Settings, console: Console, login: publish.Login | None) -> Record:
+    """Upload the record's wheel unless the record says that it was."""
     if any(publication.url == url for publication in built.published):
         console.step("publish", f"{url} has it already")
         return built
@@ -32,17 +44,27 @@ def publish_wheel(built: Record, url: str, settings: Settings, console: Console)
     assert wheel is not None
     for archive in sorted(wheel.parent.glob("*.tar.gz")):
         # The source goes first: no moment in which the wheel is offered without it.
-        publish.upload(archive, url)
+        publish.upload(archive, url, login)
         console.step("publish", f"{archive.name} to {url}")
-    publication: Publication = publish.upload(wheel, url)
+    publication: Publication = publish.upload(wheel, url, login)
     console.step("publish", f"{wheel.name} to {url}")
     updated = built.model_copy(update={"published": (*built.published, publication)})
     record.write(updated, settings)
     return updated
 
 
-def send_record(build_id: str, url: str, settings: Settings, console: Console, login: publish.Login | None = None) -> None:
+def send_record(build_id: str, url: str, settings: Settings, console: Console, login: publish.Login | None) -> None:
     """Record and log to an index that keeps them: the only way in which it learns of a build that left no wheel."""
     folder = record.folder(settings, build_id)
     refused = publish.send_record(record.path(settings, build_id), folder / "log.txt", build_id, url, login)
     console.step("publish", f"record and log to {url}" if refused is None else f"the index keeps no record: {refused}")
+
+
+def send_failure(build_id: str, url: str, settings: Settings, console: Console) -> None:
+    """The same for a build that failed; that the index gives no login is said, and hides no error of the build."""
+    try:
+        login = publish.credentials(url)
+    except PublishError as error:
+        console.step("publish", f"the index keeps no record: {error.cause}")
+        return
+    send_record(build_id, url, settings, console, login)

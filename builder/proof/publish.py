@@ -19,7 +19,8 @@ from gracefarm.files import sha256_file
 from gracefarm.process import first_line
 
 Login = tuple[str, str]
-"User and password of an upload. Where none is passed: TWINE_USERNAME and TWINE_PASSWORD, the keyring, a CI job's identity."
+"""User and password of an upload. `credentials` finds them, once for all requests of one publish: the identity token of a
+CI job may be good for a single exchange, as GitLab's is."""
 
 
 def refuse_credentials(url: str, option: str = "--publish") -> None:
@@ -37,11 +38,8 @@ def refuse_credentials(url: str, option: str = "--publish") -> None:
         )
 
 
-def upload(wheel: Path, url: str, login: Login | None = None) -> Publication:
-    """Upload `wheel` by the legacy upload API.
-
-    Credentials are `login`, or come from TWINE_USERNAME and TWINE_PASSWORD, the keyring or a CI job's identity; never from
-    `url` or an argument.
+def upload(wheel: Path, url: str, login: Login | None) -> Publication:
+    """Upload `wheel` by the legacy upload API, with what `credentials` found for `url`.
 
     Raises:
         UsageError: the URL carries a password.
@@ -49,7 +47,6 @@ def upload(wheel: Path, url: str, login: Login | None = None) -> Publication:
             them from a run that was cut off before it could say so, and not every index takes them twice.
     """
     refuse_credentials(url)
-    login = login or credentials(url)
     # --verbose: else the index's own sentence is not shown
     command = [sys.executable, "-m", "twine", "upload", "--non-interactive", "--disable-progress-bar", "--verbose"]
     command += ["--repository-url", url, str(wheel)]
@@ -79,7 +76,7 @@ def _offered(wheel: Path, url: str, login: Login | None) -> bool:
     name = wheel.name.split("-")[0]
     index = re.sub(r"legacy/?$", "", url).rstrip("/") + "/simple/"
     try:
-        offered = simple.project_page(name, index, login or credentials(url)).packages
+        offered = simple.project_page(name, index, login).packages
     except FetchError:
         return False
     sha256 = sha256_file(wheel)
@@ -103,7 +100,7 @@ MAX_LOG = 32 << 20
 "Bytes of a log that an index takes (docs/index-records.md)."
 
 
-def send_record(document: Path, log: Path, build_id: str, url: str, login: Login | None = None) -> str | None:
+def send_record(document: Path, log: Path, build_id: str, url: str, login: Login | None) -> str | None:
     """PUT a build's record and log to the index behind the upload address `url`; None when it has both, else why not.
 
     An addition of this farm's index, so a refusal is an answer and no error: any other index still works. The record goes
@@ -114,7 +111,7 @@ def send_record(document: Path, log: Path, build_id: str, url: str, login: Login
     if log.is_file():
         bodies.append((f"{base}/records/{build_id}/log", end_of(log)))
     try:
-        with httpx.Client(auth=login or credentials(url), timeout=60) as client:
+        with httpx.Client(auth=login, timeout=60) as client:
             for place, body in bodies:
                 answer = client.put(place, content=body)
                 if answer.status_code >= 300:

@@ -19,6 +19,8 @@ TIMEOUT = 30.0
 def upload_token(url: str) -> str | None:
     """A short token for uploads to `url`; None outside of a CI that vouches for its jobs, or for an index without such tokens.
 
+    Each call exchanges the job's identity token, which some CIs give once: call it once for all uploads of one publish.
+
     Raises:
         PublishError: the CI gives the job no identity, or the index does not trust it.
     """
@@ -29,14 +31,15 @@ def upload_token(url: str) -> str | None:
             found = client.get(httpx.URL(url, path="/.well-known/pytp", params={"discover": urlsplit(url).path}))
         except (httpx.HTTPError, httpx.InvalidURL):
             return None  # the upload will say so
-        if found.status_code != 200:
+        endpoints = _endpoints(found)
+        if endpoints is None:
             return None
+        ask, mint = endpoints
         try:
-            audience = _document(client.get(_endpoint(url, found, "audience-endpoint")))["audience"]
-            identity = detect_credential(audience)
+            identity = detect_credential(str(_document(client.get(_checked(url, ask)))["audience"]))
             if identity is None:
                 return None
-            return str(_document(client.post(_endpoint(url, found, "token-mint-endpoint"), json={"token": identity}))["token"])
+            return str(_document(client.post(_checked(url, mint), json={"token": identity}))["token"])
         except AmbientCredentialError as error:
             raise PublishError(
                 f"this job gets no identity token to publish to {url} with: {first_line(str(error), '')}",
@@ -67,15 +70,27 @@ def _document(answer: httpx.Response) -> dict[str, Any]:
     return document
 
 
-def _endpoint(url: str, found: httpx.Response, key: str) -> str:
+def _endpoints(found: httpx.Response) -> tuple[str, str] | None:
+    """Where the audience and a token are asked for; None of any other document: many servers answer every address with 200."""
+    try:
+        document = found.json() if found.status_code == 200 else None
+    except ValueError:
+        return None
+    places = [document.get(f"{name}-endpoint") for name in ("audience", "token-mint")] if isinstance(document, dict) else []
+    match places:
+        case [str(ask), str(mint)]:
+            return ask, mint
+    return None
+
+
+def _checked(url: str, endpoint: str) -> str:
     """An address of the discovery document, which must be on the host of the uploads.
 
     Raises:
         ValueError: it is somewhere else.
     """
-    endpoint = str(found.json()[key])
     if urlsplit(endpoint).hostname != urlsplit(url).hostname or not _is_safe(endpoint):
-        raise ValueError(f"{key} leads to {endpoint}, another host")
+        raise ValueError(f"the index sends this job to {endpoint}, another host")
     return endpoint
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from builder.compiling import pep517
@@ -149,6 +149,7 @@ def stage(built: BuiltSet, at: SetAddress, settings: Settings, console: Console)
     """
     name = built.plan.set.data.name
     address = f"{at.base}/stage/{at.name}/legacy/"
+    at = replace(at, login=at.login or publish.credentials(f"{at.base}/legacy/"))
     without = sorted(built.plan.set.runtime.data.environment.left_out)
     state = staging.ask(at, "PUT", json={"expect": staging.matrix(built.record.wheels), "without": without})
     if state["state"] != "published":

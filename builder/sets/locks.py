@@ -32,7 +32,7 @@ class SetAddress:
     "Without a slash at the end."
     name: str
     login: Login | None = field(default=None, repr=False)
-    "To stage it with; None: as for every upload."
+    "To stage it with; None: what `publish.credentials` finds."
 
     @property
     def simple(self) -> str:

@@ -9,7 +9,6 @@ import httpx
 from packaging.utils import parse_wheel_filename
 
 from builder.planning.stack import Arch
-from builder.proof import publish
 from builder.sets.locks import SetAddress
 from builder.sets.set_record import Locked
 from gracefarm.errors import PublishError
@@ -40,7 +39,7 @@ def ask(at: SetAddress, method: str, action: str = "", **more: Any) -> dict[str,
     """
     url = f"{at.base}/stage/{at.name}{action}"
     try:
-        with httpx.Client(auth=at.login or publish.credentials(f"{at.base}/legacy/"), timeout=_TIMEOUT) as client:
+        with httpx.Client(auth=at.login, timeout=_TIMEOUT) as client:
             answer = client.request(method, url, **more)
         value = answer.json() if answer.is_success else {}
     except (httpx.HTTPError, ValueError) as error:

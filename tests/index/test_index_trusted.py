@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -16,10 +17,13 @@ import httpx
 import jwt
 import pytest
 from cryptography.hazmat.primitives.asymmetric import rsa
-from index_kit import Server, run_index, run_json, serving, wheel
+from index_kit import Server, run_index, run_json, sdist, serving, wheel
 from issuer_kit import SHARED, OwnIssuer, certify, issuing
 
-from builder.proof import publish
+from builder.flow import publishing
+from builder.planning.settings import load
+from builder.proof import publish, record, trusted
+from gracefarm.console import Console
 from gracefarm.errors import PublishError
 
 ADD = ("publisher", "add")
@@ -321,26 +325,74 @@ def test_the_builder_publishes_without_a_token(
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PYTHON_KEYRING_BACKEND", "keyring.backends.null.Keyring")
     filename, content = wheel("ours", "5.0")
-    file, record = tmp_path / filename, tmp_path / "record.json"
+    file, document = tmp_path / filename, tmp_path / "record.json"
     file.write_bytes(content)
-    record.write_text(json.dumps({"recipe": "ours"}))
+    document.write_text(json.dumps({"recipe": "ours"}))
     url = f"{trusting.url}/legacy/"
+    assert publish.credentials(url) is None, "no job"
     with pytest.raises(PublishError):
-        publish.upload(file, url)
+        publish.upload(file, url, None)
     for name, value in issuer.job().items():
         monkeypatch.setenv(name, value)
-    publish.upload(file, url)
+    login = publish.credentials(url)
+    publish.upload(file, url, login)
     assert filename in trusting.filenames("ours")
-    assert publish.send_record(record, tmp_path / "no-log", "nightly-1", url) is None
+    assert publish.send_record(document, tmp_path / "no-log", "nightly-1", url, login) is None
     assert trusting.client.get("/records/nightly-1").json() == {"recipe": "ours"}
 
     monkeypatch.setattr(issuer, "repository", "farm/fork")
     with pytest.raises(PublishError, match="no project here trusts the repository farm/fork"):
-        publish.upload(file, url)
+        publish.credentials(url)
     monkeypatch.delenv("ACTIONS_ID_TOKEN_REQUEST_TOKEN")
     with pytest.raises(PublishError) as caught:
-        publish.upload(file, url)
+        publish.credentials(url)
     assert "id-token: write" in caught.value.remedy
+
+
+def test_one_publish_exchanges_one_identity_token(
+    tmp_path: Path, trusting: Server, issuer: OwnIssuer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In what looks like a job at GitLab, which gets one identity token and cannot ask for another."""
+    for name in ("TWINE_USERNAME", "TWINE_PASSWORD", "GITHUB_ACTIONS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PYTHON_KEYRING_BACKEND", "keyring.backends.null.Keyring")
+    audience = audience_of(trusting)
+    monkeypatch.setenv("GITLAB_CI", "true")
+    monkeypatch.setenv(re.sub(r"[^A-Z0-9]", "_", audience.upper()) + "_ID_TOKEN", issuer.token(audience))
+    settings = load().model_copy(update={"home": tmp_path})
+    dist = record.folder(settings, "nightly-2") / "dist"
+    dist.mkdir(parents=True)
+    filename, content = wheel("ours", "6.0")
+    (dist / filename).write_bytes(content)
+    (dist / "ours-6.0.tar.gz").write_bytes(sdist("ours", "6.0")[1])
+    built = record.Record(
+        build_id="nightly-2",
+        recipe="ours",
+        name="ours",
+        version="6.0",
+        stack="cu130",
+        inputs={},
+        outcome="built",
+        wheel=record.product(dist / filename),
+        finished=record.now(),
+    )
+    record.write(built, settings)
+    url = f"{trusting.url}/legacy/"
+    publishing.publish_build(built, url, settings, Console())
+    assert {filename, "ours-6.0.tar.gz"} <= set(trusting.filenames("ours"))
+    assert trusting.client.get("/records/nightly-2").json()["recipe"] == "ours"
+
+    publishing.send_failure("nightly-2", url, settings, Console())
+    assert "the index keeps no record: the index gives this job no upload token" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [b"<html>Welcome</html>", b"{}", b"[]", b"5", b"null", b'{"audience-endpoint": 5, "token-mint-endpoint": []}', b"\xff"],
+)
+def test_an_index_whose_every_address_answers_has_no_such_tokens(answer: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(httpx.Client, "get", lambda *_, **__: httpx.Response(200, content=answer))
+    assert trusted.upload_token("https://index.test/legacy/") is None
 
 
 def test_uv_publishes_without_a_token(tmp_path: Path, issuer: OwnIssuer) -> None:

@@ -129,15 +129,16 @@ def test_records_go_beside_the_upload_address(
         return httpx.Response(201)
 
     monkeypatch.setattr(httpx.Client, "put", put)
-    monkeypatch.setenv("TWINE_PASSWORD", "x")
     (tmp_path / "record.json").write_text("{}")
-    assert publish.send_record(tmp_path / "record.json", tmp_path / "log.txt", "7", f"http://index.test:80{upload}") is None
+    assert (
+        publish.send_record(tmp_path / "record.json", tmp_path / "log.txt", "7", f"http://index.test:80{upload}", None) is None
+    )
     assert asked == [f"http://index.test:80{record}"]
 
 
 def test_an_address_that_is_none_is_an_answer_and_no_exception(tmp_path: Path) -> None:
     (tmp_path / "record.json").write_text("{}")
-    said = publish.send_record(tmp_path / "record.json", tmp_path / "log.txt", "7", "http://127.0.0.1:port/legacy/")
+    said = publish.send_record(tmp_path / "record.json", tmp_path / "log.txt", "7", "http://127.0.0.1:port/legacy/", None)
     assert said is not None
     assert "port" in said
 

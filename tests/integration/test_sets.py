@@ -64,16 +64,13 @@ def third_party(tmp_path_factory: pytest.TempPathFactory, shared_home: Path) -> 
 
     folder = tmp_path_factory.mktemp("third-party")
     with run.local_index(settings.load().model_copy(update={"home": folder / "home"})) as (url, token):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("TWINE_USERNAME", "__token__")
-            patch.setenv("TWINE_PASSWORD", token)
-            body = {"third_lib/__init__.py": "import third_dep\nanswer = 42\n"}
-            wheels = [make_wheel(folder, "third_lib", "3.0", body)]
-            wheels += [
-                make_wheel(folder, "third_dep", version, {"third_dep.py": f"v = {version}\n"}) for version in ("1.5", "1.6")
-            ]
-            for wheel in wheels:
-                publish.upload(wheel, f"{url}/legacy/")
+        body = {"third_lib/__init__.py": "import third_dep\nanswer = 42\n"}
+        wheels = [make_wheel(folder, "third_lib", "3.0", body)]
+        wheels += [
+            make_wheel(folder, "third_dep", version, {"third_dep.py": f"v = {version}\n"}) for version in ("1.5", "1.6")
+        ]
+        for wheel in wheels:
+            publish.upload(wheel, f"{url}/legacy/", ("__token__", token))
         yield f"{url}/simple/"
 
 
