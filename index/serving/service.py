@@ -87,6 +87,10 @@ class IndexService:
     attestations: AttestationVerifier = field(default_factory=AttestationVerifier)
     workers: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(4, thread_name_prefix="workers"))
     "Hash, write and read archives."
+    exchanger: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(4, thread_name_prefix="exchanger"))
+    "Exchanges identity tokens: one that names a slow issuer, which anybody may send, must not hold up uploads."
+    verifier: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="verifier"))
+    "Verifies attestations, one at a time: it may wait for Sigstore's keys."
     answer_cache: AnswerCache = field(default_factory=AnswerCache)
     web_thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="web_thread"))
     "Renders the pages for people, one at a time."
@@ -122,6 +126,8 @@ class IndexService:
     def close(self) -> None:
         """Let the threads end and the connections close."""
         self.web_thread.shutdown()
+        self.exchanger.shutdown()
+        self.verifier.shutdown()
         self.workers.shutdown()
         self.writer.shutdown()
         self.catalogue.close()

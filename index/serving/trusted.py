@@ -91,7 +91,7 @@ async def mint_token(service: IndexService, request: Request) -> Response:
     text = await _token_of(service, request)
     loop = asyncio.get_running_loop()
     try:
-        minted = await loop.run_in_executor(service.workers, exchange, service.catalogue, service.issuer_keys, text)
+        minted = await loop.run_in_executor(service.exchanger, exchange, service.catalogue, service.issuer_keys, text)
     except UnauthenticatedError:
         service.gate.failure(client)
         raise

@@ -56,7 +56,9 @@ async def take(service: IndexService, token: Token, destination: Destination, re
         sha256 = received.digests["sha256_digest"]
         admission.check_wanted(service.catalogue, distribution, sha256, destination)
         candidate = await loop.run_in_executor(service.workers, admission.inspect, received.path, distribution, sha256)
-        provenance = await loop.run_in_executor(service.workers, _provenance, service, form, distribution, sha256)
+        provenance = None
+        if attestations := form.value("attestations"):
+            provenance = await loop.run_in_executor(service.verifier, _provenance, service, attestations, distribution, sha256)
         outcome = await loop.run_in_executor(
             service.writer, admission.admit, service.store, service.catalogue, token.actor, candidate, destination, provenance
         )
@@ -98,17 +100,14 @@ def _check_form(form: Form, queried: str) -> tuple[Received, Distribution]:
     return received, distribution
 
 
-def _provenance(service: IndexService, form: Form, distribution: Distribution, sha256: str) -> bytes | None:
-    """What the form's attestations say of the file (PEP 740); None when it has none.
+def _provenance(service: IndexService, attestations: str, distribution: Distribution, sha256: str) -> bytes:
+    """What the form's attestations say of the file (PEP 740).
 
     Raises:
         RefusedError, UnreachableError: one of them is not good, or cannot be verified now.
     """
-    text = form.value("attestations")
-    if not text:
-        return None
     trusted = publishers.of_project(service.catalogue, distribution.project)
-    return service.attestations.provenance(text, distribution.filename, sha256, trusted)
+    return service.attestations.provenance(attestations, distribution.filename, sha256, trusted)
 
 
 def _check_digests(form: Form, received: Received) -> None:

@@ -6,11 +6,10 @@ import threading
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
-from index.errors import UnauthenticatedError, UnreachableError
-from index.trust.publishers import is_safe_url
+from index.errors import UnauthenticatedError
 
 if TYPE_CHECKING:
-    from jwt import PyJWKClient
+    from index.trust.issuer import IssuerClient
 
 ALGORITHMS = ("RS256",)
 "What GitHub and GitLab sign with. Never one that a shared secret, or nothing, could sign with."
@@ -21,18 +20,15 @@ REQUIRED = ("iss", "sub", "aud", "exp", "iat", "jti")
 LEEWAY = 30.0
 "Seconds by which two clocks may differ."
 
-TIMEOUT = 10.0
-"Seconds that an issuer may take to answer."
-
 LONGEST = 16 << 10
 "Characters of an identity token; GitHub's have 2,000."
 
 
 class IssuerKeys:
-    """The public keys of issuers, kept for five minutes (PyJWKClient's own memory). Safe to use from several threads."""
+    """The public keys of issuers, kept for five minutes. Safe to use from several threads."""
 
     def __init__(self) -> None:
-        self._clients: dict[str, PyJWKClient] = {}
+        self._clients: dict[str, IssuerClient] = {}
         self._lock = threading.Lock()
 
     def claims(self, text: str, issuers: Collection[str], audience: str) -> Mapping[str, Any]:
@@ -65,44 +61,15 @@ class IssuerKeys:
                 leeway=LEEWAY,
                 options={"require": list(REQUIRED), "strict_aud": True},
             )
-        except jwt.PyJWKClientConnectionError as error:
-            raise UnreachableError(
-                f"the issuer {issuer} cannot be asked for its keys: {error}", remedy="try again in a minute"
-            ) from None
         except (jwt.PyJWTError, ValueError, RecursionError) as error:
             raise _refused(str(error)) from None
         return claims
 
-    def _client(self, issuer: str) -> PyJWKClient:
-        from jwt import PyJWKClient
+    def _client(self, issuer: str) -> IssuerClient:
+        from index.trust.issuer import IssuerClient
 
         with self._lock:
-            client = self._clients.get(issuer)
-            if client is None:
-                client = self._clients[issuer] = PyJWKClient(_keys_url(issuer), timeout=TIMEOUT)
-            return client
-
-
-def _keys_url(issuer: str) -> str:
-    """Where the issuer says that its keys are (OpenID Connect Discovery 1.0).
-
-    Raises:
-        UnreachableError: it does not answer, or not with a document that names a safe address.
-    """
-    import httpx
-
-    place = issuer.rstrip("/") + "/.well-known/openid-configuration"
-    try:
-        answer = httpx.get(place, timeout=TIMEOUT)
-        document = answer.raise_for_status().json()
-    except (httpx.HTTPError, ValueError) as error:
-        raise UnreachableError(f"{place} cannot be fetched: {error}", remedy="try again in a minute") from None
-    keys = document.get("jwks_uri") if isinstance(document, dict) else None
-    if not isinstance(keys, str) or not is_safe_url(keys) or document.get("issuer") != issuer:
-        raise UnreachableError(
-            f"{place} is not the description of that issuer", remedy="correct the issuer with `index publisher add --issuer`"
-        )
-    return keys
+            return self._clients.setdefault(issuer, IssuerClient(issuer))
 
 
 def _refused(reason: str) -> UnauthenticatedError:

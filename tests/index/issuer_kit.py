@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import base64
 import json
+import os
+import socket
+import struct
 import threading
 import time
 import uuid
@@ -33,6 +36,10 @@ class OwnIssuer:
     key: rsa.RSAPrivateKey = field(default_factory=lambda: rsa.generate_private_key(public_exponent=65537, key_size=2048))
     repository: str = "farm/wheels"
     requests: list[str] = field(default_factory=list)
+    resetting: bool = False
+    "Connections for its keys are reset after the request."
+    answering: threading.Event = field(default_factory=threading.Event)
+    "While it is clear, requests wait."
 
     def claims(self, audience: str, **changes: object) -> dict[str, object]:
         """Those that GitHub signs for a job; None leaves one out."""
@@ -93,10 +100,16 @@ class OwnIssuer:
 def issuing() -> Iterator[OwnIssuer]:
     """Run the issuer on a free port of this machine."""
     issuer = OwnIssuer()
+    issuer.answering.set()
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             issuer.requests.append(self.path)
+            issuer.answering.wait()
+            if issuer.resetting and self.path == "/keys":
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                os.close(self.connection.detach())
+                return
             document = issuer.answer(self.path, self.headers.get("Authorization"))
             body = json.dumps(document or {}).encode()
             self.send_response(404 if document is None else 200)
@@ -115,6 +128,7 @@ def issuing() -> Iterator[OwnIssuer]:
     try:
         yield issuer
     finally:
+        issuer.answering.set()
         server.shutdown()
         thread.join()
         server.server_close()

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from builder.planning.settings import load
 from builder.proof import publish, record, trusted
 from gracefarm.console import Console
 from gracefarm.errors import PublishError
+from index.errors import UnauthenticatedError, UnreachableError
+from index.trust.identity import IssuerKeys
 
 ADD = ("publisher", "add")
 
@@ -298,6 +301,56 @@ def test_an_issuer_that_does_not_answer_is_named(tmp_path: Path) -> None:
     assert answer.status_code == 424
     assert gone.url in answer.json()["detail"]
     assert answer.headers["retry-after"]
+
+
+@pytest.mark.parametrize("way", ["reset", "no object", "no keys"])
+def test_an_issuer_that_has_no_keys_to_give_is_asked_once(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = IssuerKeys()
+    with issuing() as issuer:
+        issuer.resetting = way == "reset"
+        document = {"no object": "not an object", "no keys": {"keys": []}}.get(way)
+        if document is not None:
+            monkeypatch.setattr(issuer, "answer", answering_keys(issuer, document))
+        for _ in range(3):
+            with pytest.raises(UnreachableError, match=re.escape(issuer.url)):
+                keys.claims(issuer.token("us"), {issuer.url}, "us")
+    assert issuer.requests == ["/.well-known/openid-configuration", "/keys"]
+
+
+def answering_keys(issuer: OwnIssuer, keys: object) -> Callable[[str, str | None], object]:
+    """An issuer's answers, but for its keys."""
+    real = issuer.answer
+    return lambda target, authorization: keys if target == "/keys" else real(target, authorization)
+
+
+def test_keys_that_are_kept_are_good_while_their_issuer_is_down() -> None:
+    """Also when a token makes the index ask for a key that does not exist. PyJWT 2.10 to 2.12 forget them."""
+    keys = IssuerKeys()
+    with issuing() as issuer:
+        keys.claims(issuer.token("us"), {issuer.url}, "us")
+        issuer.resetting = True
+        stranger = jwt.encode(issuer.claims("us"), issuer.key, algorithm="RS256", headers={"kid": "unknown"})
+        with pytest.raises((UnreachableError, UnauthenticatedError)):
+            keys.claims(stranger, {issuer.url}, "us")
+        assert keys.claims(issuer.token("us"), {issuer.url}, "us")["iss"] == issuer.url
+
+
+def test_an_issuer_that_hangs_holds_up_no_upload(tmp_path: Path) -> None:
+    """Anybody may send unsigned tokens that name it: more of them than the index has threads of each kind."""
+    root = tmp_path / "root"
+    with issuing() as issuer, ThreadPoolExecutor(8) as strangers:
+        run_index(root, *ADD, "ours", "github", issuer.repository, "nightly.yml", "--issuer", issuer.url)
+        with serving(root, "--writes-per-second", "100000") as server:
+            issuer.answering.clear()
+            unsigned = jwt.encode({"iss": issuer.url}, None, algorithm="none")
+            address = f"{server.url}/_/oidc/mint-token"
+            waiting = [strangers.submit(httpx.post, address, json={"token": unsigned}, timeout=60) for _ in range(8)]
+            while not issuer.requests:
+                time.sleep(0.01)
+            assert server.upload(*wheel("ours", "1.0")).status_code == 200
+            assert not any(exchange.done() for exchange in waiting), "the upload waited until the issuer was given up"
+            issuer.answering.set()
+            assert {exchange.result().status_code for exchange in waiting} == {401}
 
 
 @pytest.mark.parametrize(
