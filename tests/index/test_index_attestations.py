@@ -8,10 +8,12 @@ import hashlib
 import io
 import json
 import os
+import socket
 import subprocess
 import sys
 import tarfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -243,6 +245,28 @@ def test_the_service_that_cannot_be_reached_is_named(
         assert "tuf-repo-cdn.sigstore.dev" in answer.text
         assert "--sigstore-offline" in answer.text
         assert server.filenames("pypi-attestations") == []
+
+
+def test_a_service_that_hangs_holds_up_no_other_upload(
+    tmp_path: Path, assets: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The way to Sigstore is a proxy that takes connections and says nothing; uploads beyond the index's threads wait for it."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    root = tmp_path / "root"
+    run_index(root, "publisher", "add", "pypi-attestations", "github", "trailofbits/pypi-attestations", "release.yml")
+    with socket.create_server(("127.0.0.1", 0)) as proxy, ThreadPoolExecutor(6) as publishers:
+        for name in ("HTTPS_PROXY", "https_proxy"):
+            monkeypatch.setenv(name, f"http://127.0.0.1:{proxy.getsockname()[1]}")
+        with serving(root, "--allow-new") as server:
+            waiting = [publishers.submit(upload, server, assets, json.loads(assets[PUBLISH])) for _ in range(6)]
+            proxy.settimeout(60)
+            connection = proxy.accept()[0]
+            assert server.upload(*wheel("plain", "1.0")).status_code == 200
+            assert not any(publishing.done() for publishing in waiting), "the upload waited until Sigstore was given up"
+            proxy.close()
+            connection.close()
+            assert {publishing.result().status_code for publishing in waiting} == {424}
 
 
 def test_an_export_has_the_provenance(attested: Server, assets: dict[str, bytes], tmp_path: Path) -> None:
