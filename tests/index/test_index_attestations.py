@@ -250,7 +250,7 @@ def test_the_service_that_cannot_be_reached_is_named(
 def test_a_service_that_hangs_holds_up_no_other_upload(
     tmp_path: Path, assets: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The way to Sigstore is a proxy that takes connections and says nothing; uploads beyond the index's threads wait for it."""
+    """The way to Sigstore is a proxy that takes connections and says nothing; more uploads wait for it than workers exist."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("HOME", str(tmp_path))
     root = tmp_path / "root"
