@@ -181,7 +181,14 @@ SAFE = [
 SOURCE = sdist("safe_lib", "3.0")
 PURE = wheel("pure_lib", "1.0")
 WINDOWS = wheel("windows_lib", "1.0")
-NULL = {"$schema": SCHEMA, "default-priorities": {"namespace": []}, "providers": {}, "variants": {"null": {}}}
+NULL = {
+    "$schema": SCHEMA,
+    "default-priorities": {"namespace": ["nvidia"]},
+    "providers": {
+        "nvidia": {"plugin-api": "nvidia_variant_provider.plugin:NvidiaVariantPlugin", "requires": ["nvidia-variant-provider"]}
+    },
+    "variants": {"null": {}},
+}
 _PLAIN_NAME, _CONTENT = wheel("pure_lib", "1.0", files={"pure_lib-1.0.dist-info/variant.json": json.dumps(NULL).encode()})
 VARIANT = (_PLAIN_NAME.replace(".whl", "-null.whl"), _CONTENT)
 DEPENDENT = wheel("chain_lib", "1.0", requires=("pure_lib>=2",))

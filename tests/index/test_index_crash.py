@@ -16,6 +16,7 @@ import threading
 import time
 import zipfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -262,12 +263,9 @@ def test_a_disk_that_fills_up_under_an_upload(small_disk: Path) -> None:
         def parts() -> Iterator[bytes]:
             yield body[: 2 << 20]
             time.sleep(0.5)
-            with (small_disk / "ballast").open("wb") as ballast:
-                try:
-                    while True:
-                        ballast.write(bytes(1 << 16))
-                        ballast.flush()
-                except OSError:
+            # Without a buffer: closing one that is not written fails once more.
+            with (small_disk / "ballast").open("wb", buffering=0) as ballast, suppress(OSError):
+                while ballast.write(bytes(1 << 16)):
                     pass
             for begin in range(2 << 20, len(body), 1 << 18):
                 yield body[begin : begin + (1 << 18)]
