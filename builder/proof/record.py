@@ -76,7 +76,7 @@ class Record(Table):
     inputs: dict[str, object] = Field(description="Deterministic; also in the wheel's .dist-info/gracefarm.json")
     toolchain: ToolchainKind = Field(default="sandbox", description="Where compilers and Python came from")
     unconfirmed: tuple[str, ...] = Field(
-        default=(), description="Digests that were read at first use and that nobody else had confirmed, a sentence each"
+        default=(), description="Digests that were read at first use and not confirmed, a sentence each"
     )
     outcome: Literal["built", "failed"]
     failure: Failure | None = None
