@@ -12,6 +12,7 @@ from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from packaging.tags import Tag
 
 from gracefarm.errors import UsageError
+from gracefarm.pythons import serves
 from index.names import wheel_tags
 
 PYTHONS = tuple(f"3.{minor}" for minor in range(8, 16))
@@ -44,7 +45,7 @@ class InstallTarget:
         if not self._allowed(requires_python):
             return False
         return not filename.endswith(".whl") or any(
-            self._serves(tag) and self._loads(tag.platform) for tag in wheel_tags(filename)
+            serves(tag, self.python) and self._loads(tag.platform) for tag in wheel_tags(filename)
         )
 
     def environment(self, extra: str = "") -> dict[str, str]:
@@ -70,19 +71,6 @@ class InstallTarget:
             return not requires_python or SpecifierSet(requires_python).contains(f"{self.python.removesuffix('t')}.99")
         except InvalidSpecifier:
             return True
-
-    def _serves(self, tag: Tag) -> bool:
-        """Interpreter and ABI of a tag (PEP 425, and PEP 384 for abi3)."""
-        match = _INTERPRETER.match(tag.interpreter)
-        if match is None:
-            return False
-        minor, free = int(self.python.removesuffix("t").partition(".")[2]), self.python.endswith("t")
-        least = int(match[2] or 0)
-        if match[1] == "py":
-            return least <= minor
-        if tag.abi in ("abi3", "abi3t"):
-            return least <= minor and free == tag.abi.endswith("t")
-        return least == minor and (tag.abi == "none" or free == tag.abi.endswith("t"))
 
     def _loads(self, platform: str) -> bool:
         """Platform of a tag (PEP 600, 656)."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from packaging.tags import Tag
 
+from gracefarm.pythons import serves
 from gracefarm.variants import split_label
 from index.names import wheel_tags
 from index.simple_api.listings import Listed
@@ -66,32 +67,15 @@ def choice_of(item: Listed) -> WheelChoice:
     if item.kind != "bdist_wheel":
         return WheelChoice(file=item, python="source")
     tags = sorted(wheel_tags(item.filename), key=str)
-    served = {python for tag in tags for python in _serves(tag) if _allowed(item.requires_python, python)}
+    pythons = [python for python in PYTHONS if any(serves(tag, python) for tag in tags)]
     return WheelChoice(
         file=item,
         python=", ".join(sorted({_name(tag) for tag in tags}, key=natural_order)),
-        pythons=tuple(python for python in PYTHONS if python in served),
+        pythons=tuple(python for python in pythons if _allowed(item.requires_python, python)),
         abi=".".join(sorted({tag.abi for tag in tags})),
         platforms=tuple(sorted({_PLATFORM.sub("", tag.platform) for tag in tags})),
         variant=split_label(item.filename)[1],
     )
-
-
-def _serves(tag: Tag) -> list[str]:
-    """The `PYTHONS` that install a wheel of this tag (PEP 425; abi3: PEP 384, from its version on, never free-threaded)."""
-    match = _INTERPRETER.match(tag.interpreter)
-    if match is None or match[1] not in ("cp", "py") or match[2] != "3":
-        return []
-    least = int(match[3] or 0)
-    later = [python for python in PYTHONS if _minor(python) >= least]
-    if match[1] == "py":
-        return later
-    if tag.abi == "abi3":
-        return [python for python in later if not python.endswith("t")]
-    if tag.abi == "abi3t":
-        return [python for python in later if python.endswith("t")]
-    own = f"3.{least}"
-    return [own, f"{own}t"] if tag.abi == "none" else [f"{own}t" if tag.abi.endswith("t") else own]
 
 
 def _name(tag: Tag) -> str:
