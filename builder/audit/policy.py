@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from builder.planning import device_code
+from builder.planning import device_code, driver
 from builder.planning.ground import Ground
 from builder.planning.plan import Plan
 from builder.planning.recipe import Bundled, Recipe
@@ -27,8 +27,8 @@ class Policy:
     name: str | None = None
     "Distribution name that the recipe promises; None for anybody's wheel."
     version: str | None = None
-    cuda: str | None = None
-    "CUDA of the stack, as '13.0': its list of driver symbols stands for libcuda.so.1."
+    driver_headers: Path | None = None
+    "The folder of cuda.h, whose declarations stand for libcuda.so.1; None: the stack has no CUDA."
     sm: tuple[str, ...] | None = None
     "Exactly these cubins, as ('90',); None: the wheel must hold no CUDA code."
     ptx: str | None = None
@@ -68,7 +68,7 @@ def of_stack(stack: LoadedStack, target: Arch, ground: Ground) -> Policy:
         target=target,
         python=stack.python,
         glibc=data.glibc[target],
-        cuda=data.cuda,
+        driver_headers=driver.headers(ground.packages, ground.compiler),
         sm=stack.sm,
         ptx=device_code.first(stack.asked_ptx, stack.data.ptx),
         site_packages=ground.packages,

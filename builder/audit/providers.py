@@ -188,9 +188,9 @@ def own_names(objects: dict[str, elf.Object]) -> dict[str, str]:
 
 
 def _driver_library(policy: Policy) -> Library | None:
-    symbols = driver.symbols(policy.cuda)
-    if symbols is None:
+    if policy.driver_headers is None:
         return None
+    symbols = driver.symbols(policy.driver_headers)
     exports = elf.Exports(symbols=dict.fromkeys(symbols, (1,)), versions={}, versioned=False)
     binary = elf.Object(
         path=Path(driver.SONAME), machine="", bits=64, little_endian=True, kind="ET_DYN", interpreter=False, segments=(),

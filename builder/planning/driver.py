@@ -1,18 +1,40 @@
-"""The symbols of NVIDIA's driver library: libcuda.so.1 comes with the driver and is in no lock."""
+"""The functions of NVIDIA's driver library: libcuda.so.1 comes with the driver, and CUDA's headers declare it."""
 
 from __future__ import annotations
 
-from importlib.resources import files
+import re
+from functools import cache
+from pathlib import Path
 
 SONAME = "libcuda.so.1"
+HEADERS = ("cuda.h", "cudaGL.h", "cudaEGL.h", "cudaVDPAU.h")
+_DECLARATION = re.compile(r"\bCUresult\s+(?:CUDAAPI\s+)?(cu[A-Z]\w*)\s*\(")
+_RENAME = re.compile(r"^\s*#\s*define\s+cu[A-Z]\w*\s+(?:__CUDA_API_(PTDS|PTSZ)\()?(cu[A-Z]\w*)", re.MULTILINE)
+"cuda.h renames functions by macros: cuMemAlloc is cuMemAlloc_v2, and cuMemAlloc_v2_ptds with a default stream per thread."
+_PROFILER = re.compile(r"\bPFN_(cuProfiler\w+)_v\d+\)")
 
 
-def symbols(cuda: str | None) -> frozenset[str] | None:
-    """Functions that the driver of a CUDA release exports, from builder/data; None where there is no list for it."""
-    if cuda is None:
-        return None
-    path = files("builder") / "data" / f"driver-symbols-{cuda}.txt"
-    if not path.is_file():
-        return None
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return frozenset(line for line in lines if line and not line.startswith("#"))
+def headers(packages: Path, compiler: Path | None = None) -> Path | None:
+    """The folder of cuda.h: of a CUDA toolkit, else of NVIDIA's wheels among `packages`; None: there is none."""
+    own = [compiler / "include"] if compiler is not None else []
+    folders = [*own, *sorted(packages.glob("nvidia/*/include"))]
+    return next((folder for folder in folders if (folder / "cuda.h").is_file()), None)
+
+
+@cache
+def symbols(include: Path) -> frozenset[str]:
+    """Functions that the headers in a folder declare, by the names that the library exports."""
+    names: set[str] = set()
+    for header in HEADERS:
+        text = _text(include / header)
+        names.update(_DECLARATION.findall(text))
+        for stream, name in _RENAME.findall(text):
+            names |= {name, f"{name}_{stream.lower()}"} if stream else {name}
+    # cudaProfiler.h comes in a wheel of its own; the types of its three functions are here.
+    names.update(_PROFILER.findall(_text(include / "cudaProfilerTypedefs.h")))
+    # Windows' driver has these, and the text of cudaGL.h does not tell.
+    return frozenset(name for name in names if not name.startswith("cuWGL"))
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""

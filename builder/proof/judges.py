@@ -58,10 +58,8 @@ def digest(plan: Plan) -> str:
 
 @cache
 def rules(code: Path = _CODE) -> str:
-    """Hex sha256 of RULES and of the driver's symbols in the folder of the program; comments are not in it."""
+    """Hex sha256 of RULES in the folder of the program; comments are not in it."""
     parts = [f"{name} {code_digest((code / name).read_text())}" for name in RULES]
-    for listing in sorted((code / "data").glob("driver-symbols-*.txt")):
-        parts += [listing.name, *(line for line in listing.read_text().splitlines() if not line.startswith("#"))]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 

@@ -39,7 +39,7 @@ def lay_out(plan: Plan, environment: Path, root: Path, settings: Settings) -> Pa
             (folder / "lib").symlink_to("lib64")
             (folder / "lib64" / "stubs").mkdir()
             _static_runtime(folder / "lib64")
-            _driver_stub(folder / "lib64" / "stubs", root, plan.stack.data.cuda)
+            _driver_stub(folder / "lib64" / "stubs", root, packages)
             (folder / "nvvm").symlink_to(f"{NVCC}/nvidia/cu{plan.stack.data.cuda.split('.')[0]}/nvvm")
     return final
 
@@ -58,17 +58,18 @@ def _static_runtime(libraries: Path) -> None:
         device.write_bytes(b"!<arch>\n")
 
 
-def _driver_stub(folder: Path, root: Path, cuda: str) -> None:
+def _driver_stub(folder: Path, root: Path, packages: Path) -> None:
     """A libcuda.so to link with, as the toolkit has one: the driver's names and nothing behind them.
 
     Raises:
         RootError: the root's compiler failed.
     """
-    names = driver.symbols(cuda)
-    if names is None:
+    include = driver.headers(packages)
+    if include is None:
         return
     # CUDA_ERROR_STUB_LIBRARY
-    (folder / "stub.c").write_text("".join(f"int {name}(void) {{ return 34; }}\n" for name in sorted(names)))
+    functions = "".join(f"int {name}(void) {{ return 34; }}\n" for name in sorted(driver.symbols(include)))
+    (folder / "stub.c").write_text(functions)
     box = Sandbox(
         root=root,
         mounts=(BindMount(source=folder, target="/build", writable=True),),

@@ -15,7 +15,7 @@ from builder import audit, elf
 from builder.audit import Policy, Verdict
 from builder.audit.policy import asked_by
 from builder.ground import environment, root
-from builder.planning import stack
+from builder.planning import driver, stack
 from builder.planning.recipe import Bundled, Recipe
 from builder.planning.settings import load
 from builder.planning.stack import Arch, LoadedStack
@@ -77,7 +77,8 @@ def bench(cu130: LoadedStack, tmp_path_factory: pytest.TempPathFactory) -> Bench
     libraries = {"acme/lib/libfoo.so.1": foo, "nvidia/cu13/lib/libcudart.so.13": cudart}
     site = audit_kit.site_packages(tmp_path_factory.mktemp("site"), libraries)
     policy = Policy(
-        target=TARGET, glibc="2_34", cuda="13.0", sm=("90",), name="demo", version="1.0", build_paths=("/build",),
+        driver_headers=driver.headers(tools),
+        target=TARGET, glibc="2_34", sm=("90",), name="demo", version="1.0", build_paths=("/build",),
         site_packages=site, root=base, cuobjdump=next(iter(sorted(tools.glob("nvidia/*/bin/cuobjdump")))),
         parts={"submodule csrc/cutlass": "BSD-3-Clause"}, licenses=("csrc/cutlass/LICENSE.txt",),
     )  # fmt: skip
@@ -472,9 +473,9 @@ def test_a_needed_library_that_nobody_has_is_named(bench: Bench, tmp_path: Path)
     assert "libnowhere.so.7" in verdicts["platform-tag"].summary
 
 
-def test_without_a_list_for_the_cuda_release_the_driver_counts_as_absent(bench: Bench, tmp_path: Path) -> None:
+def test_without_cudas_headers_the_driver_counts_as_absent(bench: Bench, tmp_path: Path) -> None:
     one = draft(bench.core("cuinit.so", module("cuInit(0)", before="int cuInit(unsigned);"), "driver.so")).pack(tmp_path)
     assert failed(audit.audit(one, bench.policy)) == []
-    verdicts = audit.audit(one, dataclasses.replace(bench.policy, cuda="99.0"))
+    verdicts = audit.audit(one, dataclasses.replace(bench.policy, driver_headers=None))
     assert failed(verdicts) == ["symbols"]
-    assert "no list of driver symbols" in by_gate(verdicts)["symbols"].summary
+    assert "no cuda.h that declares its functions" in by_gate(verdicts)["symbols"].summary

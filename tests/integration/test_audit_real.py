@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import re
+import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -22,7 +23,6 @@ from gracefarm.errors import ExitCode
 from tests import projects
 from tests.audit_kit import Compiler, Draft, failed, module
 from tests.conftest import REPOSITORY, Farm
-from tools import driver_symbols
 
 pytestmark = pytest.mark.slow
 
@@ -44,7 +44,8 @@ def policy() -> Policy:
     cu130 = stack.load(REPOSITORY / "stacks", "cu130")
     base = root.ensure(cu130, stack.host_arch(), Arch.AARCH64, settings)
     site = environment.ensure(cu130, Arch.AARCH64, base, settings) / "lib/python3.11/site-packages"
-    return Policy(target=Arch.AARCH64, glibc="2_34", cuda="13.0", sm=("90",), site_packages=site, root=base)
+    include = driver.headers(site)
+    return Policy(target=Arch.AARCH64, glibc="2_34", driver_headers=include, sm=("90",), site_packages=site, root=base)
 
 
 @pytest.fixture
@@ -116,10 +117,19 @@ def test_torch_itself_is_closed(name: str, policy: Policy, tmp_path: Path) -> No
     assert symbols.status == "passed", symbols.summary
 
 
-def test_the_committed_driver_symbols_are_those_of_the_stacks_headers(policy: Policy) -> None:
-    assert policy.site_packages is not None
-    include = next(iter(sorted(policy.site_packages.glob("nvidia/*/include/cuda.h")))).parent
-    assert driver.symbols("13.0") == frozenset(driver_symbols.declared(include))
+def test_the_drivers_functions_are_those_that_a_compiler_sees(policy: Policy) -> None:
+    """cuda.h renames functions by macros; each view of the preprocessor shows the exported names of another set."""
+    assert policy.driver_headers is not None
+    names: set[str] = set()
+    for view in ((), ("-DCUDA_API_PER_THREAD_DEFAULT_STREAM",), ("-D__CUDA_API_VERSION_INTERNAL",)):
+        command = ["cc", "-E", "-P", "-x", "c", *view, str(policy.driver_headers / "cuda.h")]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        names.update(re.findall(r"\bCUresult\s+(?:CUDAAPI\s+)?(cu[A-Z]\w*)\s*\(", text))
+    # The rest is of the headers beside it, which include those of other projects.
+    rest = driver.symbols(policy.driver_headers) - names
+    assert len(names) > 600
+    assert names <= driver.symbols(policy.driver_headers)
+    assert [name for name in rest if not re.search(r"GL|Egl|VDPAU|Profiler", name)] == []
 
 
 def published(project: str, name: str, sha256: str) -> Download:

@@ -403,11 +403,35 @@ def test_torchs_and_nvidias_copies_come_before_those_of_other_packages(tmp_path:
     assert providers.environment_sonames(tmp_path) == {"libx.so.1"}
 
 
-@pytest.mark.parametrize("cuda", ["13.0", "12.4"])
-def test_the_drivers_symbols_are_listed(cuda: str) -> None:
-    found = driver.symbols(cuda)
-    assert found is not None
-    # What aphrodite's and torch's kernels ask of the driver, versioned and per-thread names among them.
-    assert {"cuInit", "cuTensorMapEncodeTiled", "cuPointerGetAttribute", "cuMemAlloc_v2", "cuLaunchKernel_ptsz"} <= found
-    assert "cuReadMind" not in found
-    assert driver.symbols("99.9") is None
+CUDA_H = """
+#if defined(__CUDA_API_VERSION_INTERNAL)
+    #define cuMemAlloc    cuMemAlloc_v2
+    #define cuMemcpyHtoD  __CUDA_API_PTDS(cuMemcpyHtoD_v2)
+    #define CU_STREAM_LEGACY ((CUstream)0x1)
+#endif
+CUresult CUDAAPI cuInit(unsigned int Flags);
+CUresult CUDAAPI cuMemAlloc(CUdeviceptr *dptr, size_t bytesize);
+CUresult CUDAAPI cuMemcpyHtoD(CUdeviceptr dst, const void *src, size_t count);
+typedef CUresult (CUDAAPI *PFN_cuReadMind)(int flags);
+"""
+
+
+def test_the_drivers_functions_are_those_of_cudas_headers(tmp_path: Path) -> None:
+    include = tmp_path / "nvidia/cu13/include"
+    include.mkdir(parents=True)
+    assert driver.headers(tmp_path) is None
+    (include / "cuda.h").write_text(CUDA_H)
+    (include / "cudaGL.h").write_text("CUresult CUDAAPI cuGLInit(void);\nCUresult CUDAAPI cuWGLGetDevice(CUdevice *device);\n")
+    (include / "cudaProfilerTypedefs.h").write_text("typedef CUresult (CUDAAPI *PFN_cuProfilerStart_v4000)(void);\n")
+    assert driver.headers(tmp_path) == include
+    renamed = {"cuMemAlloc_v2", "cuMemcpyHtoD_v2", "cuMemcpyHtoD_v2_ptds"}
+    declared = {"cuInit", "cuMemAlloc", "cuMemcpyHtoD", "cuGLInit", "cuProfilerStart"}
+    assert driver.symbols(include) == declared | renamed
+
+
+def test_the_toolkit_of_this_machine_comes_before_the_wheels(tmp_path: Path) -> None:
+    for folder in ("toolkit/include", "site/nvidia/cu13/include"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "cuda.h").touch()
+    assert driver.headers(tmp_path / "site", tmp_path / "toolkit") == tmp_path / "toolkit/include"
+    assert driver.headers(tmp_path / "site", tmp_path / "elsewhere") == tmp_path / "site/nvidia/cu13/include"

@@ -78,7 +78,7 @@ def edited(code: Path, name: str, old: str, new: str) -> str:
         ("smoke.py", "_require_own(trial.wheel, result)", ""),
         ("toolchains/sandbox_trial.py", '"OMP_NUM_THREADS": "1"', '"OMP_NUM_THREADS": "2"'),
         ("data/smoke_driver.py", "\nimport json\n", "\nimport json\nimport html\n"),
-        ("data/driver-symbols-13.0.txt", "cuInit\n", ""),
+        ("planning/driver.py", "cuWGL", "cuVDPAU"),
         ("elf.py", "_FLAG_BASE = 1", "_FLAG_BASE = 2"),
     ],
 )
@@ -93,7 +93,6 @@ def test_a_changed_rule_judges_anew(code: Path, name: str, old: str, new: str) -
         ("audit/verdict.py", "Go on only when no gate refused.", "Another sentence."),
         ("audit/policy.py", "Highest manylinux level accepted", "Another sentence"),
         ("smoke.py", "Import the wheel in a fresh environment.", "Another sentence."),
-        ("data/driver-symbols-13.0.txt", "# Source", "# From"),
         ("flow/judge.py", "one refuses", "Another sentence"),
     ],
 )

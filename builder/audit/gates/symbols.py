@@ -39,7 +39,7 @@ class _Findings:
 
 
 def judge(contents: Contents, policy: Policy) -> Verdict:
-    """Symbol closure over the wheel, the stack's environment and root, the interpreter and the driver's list."""
+    """Symbol closure over the wheel, the stack's environment and root, the interpreter and the driver's functions."""
     if not contents.loadable(policy.target):
         return not_applicable(GATE, f"the wheel holds no ELF object for {policy.target}")
     if policy.root is None:
@@ -120,7 +120,7 @@ def _report_absent(soname: str, library: Library, findings: _Findings) -> None:
     if library.place != "wheel":
         findings.notes[f"{library.label} needs {soname}, which is not in the stack"] = None
     elif soname == driver.SONAME:
-        findings.complaints[f"{library.name} needs {soname}, and the stack's CUDA has no list of driver symbols"] = None
+        findings.complaints[f"{library.name} needs {soname}, and the stack has no cuda.h that declares its functions"] = None
     else:
         findings.complaints[f"{library.name} needs {soname}, which neither the wheel nor the stack has"] = None
 
