@@ -49,7 +49,8 @@ def lock_command(name: str, stack_name: str | None, toolchain: ToolchainKind, as
     if loaded is not None and loaded.data.build.requires:
         _lock_build(loaded, base, settings, console)
     with console.progress("lock") as tick:
-        missing = [*(gaps.of_recipe(loaded) if loaded else ()), *gaps.of_stack(base), *KINDS[toolchain].gaps(base)]
+        own = [*gaps.of_recipe(loaded), *gaps.of_stack(loaded.on(base))] if loaded is not None else gaps.of_stack(base)
+        missing = [*own, *KINDS[toolchain].gaps(base)]
         filled = fill.fill(missing, base, settings, tick)
     for kind in KINDS.values():
         for gap in kind.gaps(base) if kind.kind != toolchain else ():

@@ -7,10 +7,15 @@ from pathlib import Path
 
 from builder import audit, smoke
 from builder.audit.policy import Policy
+from builder.box import gpu
 from builder.compiling import pep517
 from builder.flow.attempt import Attempt
+from builder.planning import gaps
 from builder.planning.ground import Ground
+from builder.planning.plan import Plan
+from builder.planning.settings import Settings
 from builder.proof import record
+from builder.smoke import GpuResult, Trial
 
 
 def pass_gates(attempt: Attempt, wheel: Path, expected: Policy) -> None:
@@ -35,7 +40,7 @@ def pass_smoke(attempt: Attempt, wheel: Path, ground: Ground) -> None:
     if plan.stack.data.objects_only:
         console.step("smoke", f"not run: stack {plan.stack.data.name} has headers alone, nothing can be loaded")
         return
-    trial = smoke.Trial(
+    trial = Trial(
         wheel=wheel,
         imports=plan.recipe.data.smoke.imports,
         script=plan.recipe.smoke_script,
@@ -50,5 +55,22 @@ def pass_smoke(attempt: Attempt, wheel: Path, ground: Ground) -> None:
     console.step("smoke", f"imported {modules} in a clean environment in {outcome.wall_s:.0f} s")
     if plan.recipe.smoke_gpu_script is not None:
         with attempt.timed("smoke-gpu"):
-            attempt.gpu = smoke.run_gpu(replace(trial, script=plan.recipe.smoke_gpu_script), plan.stack.sm, plan.ptx)
+            attempt.gpu = run_gpu(plan, replace(trial, script=plan.recipe.smoke_gpu_script), attempt.settings)
         console.step("smoke-gpu", smoke.sentence(attempt.gpu))
+
+
+def run_gpu(plan: Plan, trial: Trial, settings: Settings) -> GpuResult:
+    """`smoke.run_gpu` in an environment that has the stack's torch, also where the recipe builds without it.
+
+    Raises:
+        SmokeError: it ran and failed.
+        GracefarmError: that environment cannot be had.
+    """
+    if not plan.stack.uses_torch and gpu.devices() and not trial.environment.emulated:
+        toolchain, whole = plan.toolchain.with_torch(), replace(plan.stack, uses_torch=True)
+        missing = gaps.of_stack(whole) if toolchain.locked(whole) is not None else []
+        if missing:
+            return GpuResult(status="not run", reason=f"{missing[0].what} has no digest yet, and the test needs it")
+        ground = toolchain.lay(whole, plan.host, plan.target, settings, cuda=False)
+        trial = replace(trial, environment=toolchain.trial_environment(ground, emulated=False))
+    return smoke.run_gpu(trial, plan.stack.sm, plan.ptx)

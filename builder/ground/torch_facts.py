@@ -28,7 +28,7 @@ def check(stack: LoadedStack, site: Path) -> None:
     Raises:
         RootError: it is for another CUDA than the stack says.
     """
-    wanted = stack.data.torch
+    wanted = stack.torch
     if wanted is None:
         return
     cuda = read(site).get("cuda")

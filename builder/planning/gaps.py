@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from packaging.utils import canonicalize_name
+
 from builder.planning.digests import DigestFields, FirstUse, Witness
 from builder.planning.recipe import LoadedRecipe
 from builder.planning.stack import Arch, LoadedStack
@@ -78,12 +80,12 @@ def of_recipe(recipe: LoadedRecipe) -> list[Gap]:
 
 
 def of_stack(stack: LoadedStack) -> list[Gap]:
-    """The stack's gaps."""
+    """The gaps of the stack, as far as the recipe takes it."""
     place, table = stack.folder / "stack.toml", ("environment", "wheels")
     return [
         Gap(file=place, table=table, number=number, what=wheel.title, url=wheel.index, reason=wheel.sha256_unknown)
         for number, wheel in enumerate(stack.data.environment.wheels)
-        if wheel.sha256_unknown is not None
+        if wheel.sha256_unknown is not None and stack.takes(canonicalize_name(wheel.name))
     ]
 
 

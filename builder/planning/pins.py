@@ -65,7 +65,7 @@ def wheels(stack: LoadedStack, arch: Arch) -> tuple[LockedWheel, ...]:
                 )
         locked = _of_lock(build.lock, stack, arch, build.lock_command) | locked
         _require_all(build.texts, build.lock, "recipe.toml", build.lock_command, locked)
-    return tuple(sorted(locked.values()))
+    return tuple(sorted(wheel for wheel in locked.values() if stack.takes(wheel.name)))
 
 
 def _of_lock(lock: Path, stack: LoadedStack, arch: Arch, command: str) -> dict[str, LockedWheel]:

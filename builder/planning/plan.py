@@ -181,6 +181,10 @@ class Toolchain(Protocol):
     def trial_environment(self, ground: Ground, *, emulated: bool) -> TrialEnvironment:
         """Where a finished wheel is tried."""
 
+    def with_torch(self) -> Self:
+        """The same with the stack's torch, which a GPU test compares with also where the recipe builds without it."""
+        return self
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -219,7 +223,7 @@ class Plan:
             "stack": {
                 "python": self.stack.python,
                 "interpreter": interpreter.digest(self.target) if interpreter is not None else None,
-                "torch": stack.torch.version if stack.torch else None,
+                "torch": self.stack.torch.version if self.stack.torch else None,
                 "cuda": stack.cuda,
                 "sm": sorted(self.stack.sm) if build["cuda"] else [],
                 "ptx": self.ptx if build["cuda"] else None,
@@ -282,7 +286,7 @@ class Plan:
         count = "1 digest is" if len(missing) == 1 else f"{len(missing)} digests are"
         raise ConfigError(
             f"{recipe.key} on stack {stack.data.name} cannot be built: {count} not known yet, "
-            f"the first that of {missing[0].url}",
+            f"{'that' if len(missing) == 1 else 'the first that'} of {missing[0].url}",
             remedy=f"run `{lock}` on a machine that reaches {', '.join(prefixes)}, or name mirrors that this "
             f"one reaches: GRACEFARM_MIRRORS='{' '.join(f'{prefix}=REPLACEMENT' for prefix in prefixes)}'",
             repeat=lock,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -15,7 +15,7 @@ from packaging.version import Version
 from pydantic import AfterValidator, Field, model_validator
 
 from builder.planning.digests import DigestFields
-from builder.planning.stack import BuildRequirements, Ptx, RequirementText, Sm, unknown
+from builder.planning.stack import TORCH, BuildRequirements, LoadedStack, Ptx, RequirementText, Sm, unknown
 from gracefarm import tables
 from gracefarm.errors import ConfigError
 from gracefarm.tables import Commit, InsidePath, Sha256, Size, Table, Url
@@ -151,7 +151,11 @@ class Build(Table):
     cmake: dict[str, str] = Field(
         default_factory=dict, description="CMake cache variables, for packages that pass none on; set by our toolchain file"
     )
-    cuda: bool = Field(default=True, description="Needs the CUDA compiler and torch; false for a plain C extension")
+    cuda: bool = Field(
+        default=True,
+        description="Needs the CUDA compiler and torch; false for a plain C extension, whose environment has torch only if "
+        "`requires` of the build or of the wheel names it",
+    )
     memory_per_job: Size = Field(default="4GiB", description="Peak memory of one compile job; bounds the number of jobs")
     unit_memory: dict[str, Size] = Field(
         default_factory=dict,
@@ -254,6 +258,12 @@ class Recipe(Table):
         return self
 
     @property
+    def uses_torch(self) -> bool:
+        """It compiles CUDA code, or requires torch to build or to run."""
+        texts = (*self.build.requires, *self.wheel.requires.values())
+        return self.build.cuda or any(canonicalize_name(Requirement(text).name) == TORCH for text in texts)
+
+    @property
     def parts(self) -> dict[str, str | None]:
         """What is fetched into the source tree beside the source itself, by its name for people, with its declared licence."""
         submodules = self.source.submodules if isinstance(self.source, GitSource) else {}
@@ -280,6 +290,10 @@ class LoadedRecipe:
     def key(self) -> str:
         """The folder's name: what the command line calls the recipe."""
         return self.folder.name
+
+    def on(self, stack: LoadedStack) -> LoadedStack:
+        """A stack as this recipe takes it: without torch where it uses none, and with what it needs to build beside it."""
+        return replace(stack, build_requirements=self.build_requirements, uses_torch=self.data.uses_torch)
 
     @property
     def build_requirements(self) -> BuildRequirements | None:

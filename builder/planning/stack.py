@@ -63,6 +63,8 @@ Sm = Annotated[str, StringConstraints(pattern=r"^\d{2,3}[af]?$")]
 Ptx = Annotated[str, StringConstraints(pattern=r"^(\d{2,3}|none)$")]
 
 
+TORCH = "torch"
+"The distribution's name."
 HOST_SUFFIX = "@host"
 "Of the name of a stack that a machine's own facts stand in."
 
@@ -239,6 +241,17 @@ class LoadedStack:
     "The same of its PTX."
     build_requirements: BuildRequirements | None = None
     "Of the recipe that is built, if it has any."
+    uses_torch: bool = True
+    "False: the recipe that is built takes nothing of torch, so its environment has none."
+
+    @property
+    def torch(self) -> Torch | None:
+        """The torch that wheels link against."""
+        return self.data.torch if self.uses_torch else None
+
+    def takes(self, name: str) -> bool:
+        """Whether a distribution of the lock, by its canonical name, is part of the environment."""
+        return self.uses_torch or name != TORCH
 
     @property
     def sm(self) -> tuple[str, ...]:
@@ -259,7 +272,7 @@ class LoadedStack:
     @property
     def base(self) -> LoadedStack:
         """The same with the root's own Python, whose lock pins the compilers, and without what a recipe adds."""
-        return replace(self, interpreter=None, build_requirements=None)
+        return replace(self, interpreter=None, build_requirements=None, uses_torch=True)
 
     @property
     def lock_command(self) -> str:

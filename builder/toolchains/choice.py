@@ -27,7 +27,7 @@ def make_plan(recipe: LoadedRecipe, stack: LoadedStack, host: Arch, target: Arch
             f"{recipe.key} is not built with --toolchain {toolchain.kind}: {reason}",
             remedy=f"take another: {', '.join(kind for kind in KINDS if kind not in recipe.data.refuses)}",
         )
-    stack = replace(toolchain.facts(stack), build_requirements=recipe.build_requirements)
+    stack = recipe.on(toolchain.facts(stack))
     if target not in stack.data.glibc:
         known = ", ".join(arch.value for arch in stack.data.glibc)
         raise ConfigError(f"stack {stack.data.name} has no target {target.value}", remedy=f"targets: {known}")
@@ -66,6 +66,6 @@ class ToolchainChoice:
             ConfigError: see `make_plan`.
         """
         host = host_arch()
-        stack = replace(stack, asked_sm=self.sm, asked_ptx=self.ptx, build_requirements=recipe.build_requirements)
+        stack = recipe.on(replace(stack, asked_sm=self.sm, asked_ptx=self.ptx))
         toolchain = self.type.find(stack, self.wanted, cuda=recipe.data.build.cuda)
         return make_plan(recipe, stack, host, host if toolchain.native else target, toolchain)

@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import ClassVar, Self
@@ -129,6 +129,10 @@ class HostToolchain(Toolchain):
     def trial_environment(self, ground: Ground, *, emulated: bool) -> TrialEnvironment:
         """See Toolchain."""
         return HostTrialEnvironment(tools=self.tools, ground=ground, emulated=emulated)
+
+    def with_torch(self) -> Self:
+        """See Toolchain."""
+        return replace(self, tools=replace(self.tools, base=replace(self.tools.base, uses_torch=True)))
 
 
 def _cuda_home(tools: HostTools, settings: Settings) -> Path | None:

@@ -104,7 +104,7 @@ class HostTools:
     def stack(self) -> LoadedStack:
         """The stack with this machine's facts in place of its own."""
         data = self.base.data
-        torch = data.torch
+        torch = self.base.torch
         if torch is not None and not self.locked:
             torch = Torch(version=self.interpreter.distributions["torch"], cuda=torch.cuda)
         update: dict[str, object] = {"name": data.name + HOST_SUFFIX, "python": self.interpreter.minor, "torch": torch}
@@ -233,7 +233,7 @@ def probe(executable: Path) -> HostPython:
 def _check_torch(base: LoadedStack, wanted: Wanted, interpreter: HostPython) -> None:
     """torch is what the wheel links with: another one would be another stack."""
     stack = base.data
-    if wanted.environment is None or stack.torch is None:
+    if wanted.environment is None or base.torch is None or stack.torch is None:
         return
     version = interpreter.distributions.get("torch")
     if version is None:

@@ -27,6 +27,7 @@ from tests.integration.test_sets import write_set
 
 NATIVE = host_arch().value
 INDEX = "https://torch.example/whl/cu124"
+REQUIRES_TORCH = {"requires": {"torch": "torch==2.4.0"}}
 NAMES = ("_core_C", "_moe_C", "_C")
 TORCH = """
 import ctypes
@@ -138,7 +139,7 @@ def write(farm: Farm, files: dict[str, str | bytes], script: bool) -> None:
     """recipes/aphrodite over `files`, with the committed one's imports and, on demand, its smoke.py."""
     imports = list(recipe.load(REPOSITORY / "recipes", "aphrodite").data.smoke.imports)
     values = {"name": "aphrodite-engine", "version": "0.6.4.post1", "stack": "own", "smoke": {"imports": imports}}
-    folder = farm.recipe("aphrodite", files, **values)
+    folder = farm.recipe("aphrodite", files, **values, wheel=REQUIRES_TORCH)
     (folder / "smoke.py").unlink(missing_ok=True)
     if script:
         shutil.copy(REPOSITORY / "recipes/aphrodite/smoke.py", folder)
@@ -172,7 +173,7 @@ def test_trap_3_a_build_never_gets_the_torch_of_the_same_version_that_an_index_o
     (found,) = tmp_path.glob("*.whl")
     assert linked(found) == "None", "the trap"
 
-    engine.recipe("tiny", files, stack="own")
+    engine.recipe("tiny", files, stack="own", wheel=REQUIRES_TORCH)
     done = engine.run("build", "tiny", "--target", NATIVE, **offered)
     assert done.code == 0, done.said
     assert linked(Path(done.out.strip())) == "12.4"

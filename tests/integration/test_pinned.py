@@ -225,7 +225,8 @@ def test_trap_3_the_cpu_torch_of_the_same_version_is_refused(farm: Farm) -> None
     place = farm.settings.project / "stacks" / "cu124-headers" / "stack.toml"
     gate = f'cuda = "{stack.load(REPOSITORY / "stacks", "cu124").data.torch.cuda}"'  # type: ignore[union-attr]
     place.write_text(place.read_text().replace('version = "2.4.0"\n', f'version = "2.4.0"\n{gate}\n', 1))
-    farm.recipe("tiny", projects.backend("return wheel(wheel_directory)"), stack="cu124-headers")
+    requires = {"requires": {"torch": "torch==2.4.0"}}
+    farm.recipe("tiny", projects.backend("return wheel(wheel_directory)"), stack="cu124-headers", wheel=requires)
     done = farm.run("build", "tiny")
     assert done.code == 12, done.said
     assert "the locked torch 2.4.0 is built for CUDA None, the stack wants 12.4" in done.said
@@ -389,7 +390,7 @@ def test_the_plan_shows_every_digest_or_the_named_gap(name: str) -> None:
             assert bool(gap) == (file.sha256 is None), file.origin
     torch = [line for line in done.out.splitlines() if line.startswith("no digest torch")]
     known = {wheel.name: wheel for wheel in pins.wheels(stack.load(REPOSITORY / "stacks", "cu124"), Arch.AARCH64)}
-    assert bool(torch) == (not known["torch"].sha256)
+    assert bool(torch) == (not known["torch"].sha256 and name != "triton")
 
 
 FLASH = """
@@ -541,6 +542,25 @@ def test_the_digests_that_are_not_known_are_exactly_these(unread: Path) -> None:
     assert sum(map(len, found.values())) == 3
 
 
+@pytest.mark.parametrize(
+    ("name", "waits_for"),
+    [
+        ("triton", GAPS["recipes/triton/recipe.toml"]),
+        ("flash_attn", ["https://download.pytorch.org/whl/cu124"]),
+        ("aphrodite", ["https://download.pytorch.org/whl/cu124"]),
+    ],
+)
+def test_a_recipe_waits_for_the_digests_of_what_it_uses_alone(name: str, waits_for: list[str], unread: Path) -> None:
+    loaded, base = recipe.load(unread / "recipes", name), stack.load(unread / "stacks", "cu124")
+    planned = choice.make_plan(loaded, base, host_arch(), Arch.AARCH64)
+    assert [gap.url for gap in planned.gaps] == waits_for
+    assert planned.toolchain.installed(planned).keys() >= {"pybind11", "nvidia-cuda-runtime-cu12"}
+    assert ("torch" in planned.toolchain.installed(planned)) == (name != "triton")
+    contained = replace(planned, toolchain=ContainerToolchain(engine="podman", cibuildwheel="4"))
+    assert [gap.url for gap in contained.gaps][:-1] == waits_for
+    assert contained.gaps[-1].what.startswith("image docker.io/pytorch/")
+
+
 def test_a_gap_is_planned_refused_filled_in_by_a_lock_and_then_built(farm: Farm, tmp_path: Path) -> None:
     trinity(farm, tmp_path)
     place = farm.settings.project / "recipes/trinity/recipe.toml"
@@ -581,7 +601,7 @@ def test_a_pinned_recipe_is_refused_with_its_address_and_the_setting_for_a_mirro
     first = {"triton": "https://oaitriton.blob.core.windows.net/"}.get(name, "https://download.pytorch.org/")
     assert first in done.said
     assert f"builder lock {name}" in done.said
-    assert "https://download.pytorch.org/=REPLACEMENT" in done.said
+    assert f"GRACEFARM_MIRRORS='{first}=REPLACEMENT'" in done.said
     if name == "triton":
         shown = (REPOSITORY / "docs/pinned.md").read_text()
         for line in ("error: ", "remedy: "):
@@ -591,7 +611,7 @@ def test_a_pinned_recipe_is_refused_with_its_address_and_the_setting_for_a_mirro
 
 
 def test_a_gap_that_cannot_be_filled_stops_no_other_and_an_image_is_read_when_asked_for(unread: Path, tmp_path: Path) -> None:
-    """One of three is there, two hosts are not, and torch's index is; nobody asked for the container's image."""
+    """One of three is there, two hosts are not; a stack's torch and image are read when they are asked for."""
     (tmp_path / "index/torch").mkdir(parents=True)
     torch = "torch-2.4.0-cp311-cp311-linux_aarch64.whl"
     (tmp_path / "index/torch/index.html").write_text(f'<a href="{torch}#sha256={"ab" * 32}">{torch}</a>')
@@ -611,16 +631,18 @@ def test_a_gap_that_cannot_be_filled_stops_no_other_and_an_image_is_read_when_as
     }
     done = projects.run_builder(["lock", "triton"], environment)
     assert done.code == 50, done.said
-    assert "2 of 4 digests cannot be had; each is described above" in done.said
+    assert "2 of 3 digests cannot be had; each is described above" in done.said
+    assert "download.pytorch.org" not in done.said
     assert "registry-1.docker.io" not in done.said
     left = gaps.of_recipe(recipe.load(unread / "recipes", "triton"))
     assert [gap.url for gap in left] == [*GAPS["recipes/triton/recipe.toml"], "https://gone.example/more.zip"]
     assert f'sha256 = "{sha256(b"more")}"' in place.read_text()
+    assert len(gaps.of_stack(stack.load(unread / "stacks", "cu124"))) == 1
+    again = projects.run_builder(["lock", "cu124"], environment)
+    assert (again.code, "left for --toolchain container: image" in again.said) == (0, True), again.said
     loaded = stack.load(unread / "stacks", "cu124")
     assert gaps.of_stack(loaded) == []
     assert len(gaps.of_images(loaded)) == 1
-    again = projects.run_builder(["lock", "cu124"], environment)
-    assert (again.code, "left for --toolchain container: image" in again.said) == (0, True), again.said
     asked = projects.run_builder(["lock", "cu124", "--toolchain", "container"], environment)
     assert asked.code == 10, asked.said
     assert "GRACEFARM_MIRRORS='https://registry-1.docker.io/=REPLACEMENT'" in asked.said

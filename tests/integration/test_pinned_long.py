@@ -123,6 +123,7 @@ def test_the_run_time_environment_of_the_three_installs_by_hash_and_imports(farm
         "tiny",
         projects.backend("return wheel(wheel_directory)"),
         stack="cu124",
+        wheel={"requires": {"torch": "torch==2.4.0"}},
         smoke={"imports": ["tiny", *modules]},
     )
     done = farm.run("build", "tiny")
@@ -200,6 +201,7 @@ def test_the_engines_own_python_code_runs_in_the_environment_of_the_set(farm: Fa
         name="aphrodite-engine",
         version="0.6.4.post1",
         stack="cu124",
+        wheel={"requires": {"torch": "torch==2.4.0"}},
         substitutions=[
             substitution.model_dump() | {"path": f"tree/{substitution.path}"} for substitution in data.substitutions
         ],

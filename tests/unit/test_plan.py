@@ -472,3 +472,36 @@ def test_what_the_stack_has_is_not_locked_again_for_one_recipe(whole: tuple[Load
     build = one.data.build.model_copy(update={"requires": ("wheel>=99",)})
     with pytest.raises(ConfigError, match="requires wheel>=99 to build, and stack cu124 has wheel"):
         id_of(replaced(one, data=one.data.model_copy(update={"build": build})), base)
+
+
+@pytest.mark.parametrize("requires", [("torch",), ("torch>=2", "numpy")])
+def test_a_recipe_without_cuda_has_torch_in_its_environment_where_it_requires_it(requires: tuple[str, ...]) -> None:
+    table = {**WHOLE, "source": GIT, "build": {"cuda": False}, "wheel": {}}
+    ways = (
+        {"build": {"cuda": True}},
+        {"build": {"cuda": False, "requires": requires}},
+        {"wheel": {"requires": {"torch": "torch"}}},
+    )
+    assert not Recipe.model_validate(table).uses_torch
+    assert not Recipe.model_validate({**table, "build": {"cuda": False, "requires": ["torchvision"]}}).uses_torch
+    assert all(Recipe.model_validate({**table, **way}).uses_torch for way in ways)
+
+
+def test_the_torch_of_a_stack_counts_for_recipes_that_use_it_alone(project: Path) -> None:
+    def ids() -> list[str]:
+        base = stack.load(project / "stacks", "cu130")
+        loaded = recipe.load(project / "recipes", NAME)
+        build = loaded.data.build.model_copy(update={"cuda": False})
+        plain = replaced(loaded, data=loaded.data.model_copy(update={"build": build}))
+        return [choice.make_plan(each, base, Arch.X86_64, Arch.AARCH64).build_id for each in (loaded, plain)]
+
+    with_torch, without = ids()
+    replace(LOCK, torch_line(project), torch_line(project).replace("sha256:", "sha256:0", 1)[:-1])(project)
+    assert ids() != [with_torch, without]
+    assert ids()[1] == without
+
+
+def torch_line(project: Path) -> str:
+    """The pin of torch for aarch64."""
+    lines = (project / LOCK).read_text().splitlines()
+    return next(line for line in lines if line.startswith("torch==") and "x86_64" not in line)
