@@ -26,6 +26,17 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where the suite runs in several processes, a file's tests share one process, for they share servers and builds.
+
+    The tests of deploy share one process whole: each starts Ray and sshd on the ports that a node has.
+    """
+    for item in items:
+        place = item.path.relative_to(REPOSITORY)
+        name = "deploy" if place.is_relative_to("tests/deploy") else str(place)
+        item.add_marker(pytest.mark.xdist_group(name))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Farm:
     """A project with recipes and stacks of a test's own, and how to run the builder on it."""
