@@ -31,6 +31,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "verify": ("builder.cli.verify:verify_command", "Is a wheel what it says, and does it build the same again?"),
         "set": ("builder.cli.sets:set_command", "Wheels that are built, tested and published together."),
         "lock": ("builder.cli.lock:lock_command", "Fill in digests that were not known."),
+        "stack": ("builder.cli.stack:stack_command", "A new stack for a release of torch."),
         "lock-stack": ("builder.cli.lock:lock_stack_command", "Resolve a stack anew and write its locks."),
         "key": ("builder.cli.key:key_command", "The farm's ed25519 key, which signs provenance."),
         "sign": ("builder.cli.key:sign_command", "Sign the provenance of last builds anew."),

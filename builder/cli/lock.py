@@ -96,7 +96,9 @@ def _lock_interpreter(name: str, settings: Settings, console: Console) -> None:
 @click.option("--python", metavar="NAME", help="Lock the wheels of this interpreter alone; default: the stack's own Python.")
 @json_option
 def lock_stack_command(name: str, python: str | None, as_json: bool) -> None:
-    """Resolve a stack and write its requirements.lock and root.lock, and toolchain.lock where Debian has its compiler.
+    """Resolve a stack and write its locks.
+
+    These are requirements.lock; root.lock, unless it takes another stack's root; toolchain.lock, if its compiler is Debian's.
 
     \b
     builder lock-stack cu130
@@ -110,8 +112,9 @@ def lock_stack_command(name: str, python: str | None, as_json: bool) -> None:
         atomic_write(loaded.requirements_lock, resolve.requirements_lock(loaded, settings, tick))
         written = [loaded.requirements_lock]
         if loaded.interpreter is None:
-            atomic_write(loaded.root_lock, resolve.root_lock(loaded, settings, tick))
-            written.append(loaded.root_lock)
+            if loaded.root_stack is None:
+                atomic_write(loaded.root_lock, resolve.root_lock(loaded, settings, tick))
+                written.append(loaded.root_lock)
             if (text := resolve.toolchain_lock(loaded, settings, tick)) is not None:
                 atomic_write(loaded.toolchain_lock, text)
                 written.append(loaded.toolchain_lock)

@@ -67,6 +67,7 @@ def reports_of(cells: Sequence[Cell], settings: Settings, on: ToolchainChoice | 
 def table_of(reports: Sequence[CellReport]) -> list[str]:
     """One line a cell for people, and the counts."""
     rows = []
+    widths = [max(len(getattr(entry.cell, name)) for entry in reports) for name in ("recipe", "stack")]
     for entry in reports:
         cell = entry.cell
         costs = [
@@ -75,7 +76,8 @@ def table_of(reports: Sequence[CellReport]) -> list[str]:
             entry.reason,
         ]
         python, sm = cell.interpreter or matrix.ROOT, "+".join(cell.sm or entry.stack.data.sm)
-        row = f"{entry.state:9}  {cell.recipe:18} {cell.stack:10} {python:12} {cell.target:8} {sm:8} "
+        names = f"{cell.recipe:{widths[0]}} {cell.stack:{widths[1]}}"
+        row = f"{entry.state:9}  {names} {python:12} {cell.target:8} {sm:8} "
         rows.append((row + ", ".join(cost for cost in costs if cost)).rstrip())
     counts = Counter(entry.state for entry in reports)
     return [*rows, ", ".join(f"{count} {state}" for state, count in sorted(counts.items()))]
@@ -88,10 +90,12 @@ def cells_of(text: str, names: Sequence[str], settings: Settings) -> list[Cell]:
         UsageError: see `builder.planning.matrix.expand`.
         ConfigError: a recipe or stack is unknown or does not fit its schema.
     """
-    loaded = [recipe.load(settings.project / "recipes", name) for name in names or recipe.names(settings.project / "recipes")]
+    folder = settings.project / "recipes"
+    loaded = [recipe.load(folder, name) for name in names or recipe.names(folder)]
     stacks = {name: stack.load(settings.project / "stacks", name).data for name in stack.names(settings.project / "stacks")}
     known = Known(
-        recipes={entry.key: entry.data.stack for entry in loaded},
+        # One that is not asked for may be broken: the selector names it, and none of its cells is taken.
+        recipes=dict.fromkeys(recipe.names(folder), "") | {entry.key: entry.data.stack for entry in loaded},
         stacks=stacks,
         interpreters=interpreters.names(settings.project / "interpreters"),
     )

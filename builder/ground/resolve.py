@@ -31,12 +31,12 @@ def requirements_lock(stack: LoadedStack, settings: Settings, tick: Tick = no_ti
         ConfigError: the requirements contradict each other, or a distribution has no wheel that fits.
         FetchError: the index cannot be reached.
     """
-    archs = sorted({*stack.data.root.hosts, *stack.data.glibc})
+    archs = sorted({*stack.root.hosts, *stack.data.glibc})
     files: dict[LockedRow, set[Arch]] = {}
     for number, arch in enumerate(archs):
         tick(number, len(archs), f"wheels for {arch}")
         own = {canonicalize_name(wheel.name) for wheel in stack.data.environment.wheels if wheel.arch is arch}
-        for row in _resolve_arch(requirements(stack, arch), stack, arch, settings):
+        for row in resolution(requirements(stack, arch), stack, arch, settings):
             if row[0] not in own:
                 files.setdefault(row, set()).add(arch)
     tick(len(archs), len(archs), "")
@@ -65,7 +65,7 @@ def build_lock(recipe: LoadedRecipe, stacks: Sequence[LoadedStack], settings: Se
     cells = {(stack.python, arch): stack for stack in stacks for arch in sorted(stack.data.glibc)}
     for number, ((python, arch), stack) in enumerate(cells.items()):
         tick(number, len(cells), f"wheels for Python {python} on {arch}")
-        for row in _resolve_arch(recipe.data.build.requires, stack, arch, settings):
+        for row in resolution(recipe.data.build.requires, stack, arch, settings):
             places.setdefault(row, []).append(f'python_version == "{python}" and platform_machine == "{arch}"')
     tick(len(cells), len(cells), "")
     lines = [f"# What {recipe.key} needs to build beside a stack's environment.", "# Written by `builder lock`, not by hand."]
@@ -75,7 +75,7 @@ def build_lock(recipe: LoadedRecipe, stacks: Sequence[LoadedStack], settings: Se
     return "\n".join(lines) + "\n"
 
 
-def _resolve_arch(texts: Sequence[str], stack: LoadedStack, arch: Arch, settings: Settings) -> Iterator[LockedRow]:
+def resolution(texts: Sequence[str], stack: LoadedStack, arch: Arch, settings: Settings) -> Iterator[LockedRow]:
     """Name, version, file name and sha256 of each wheel: uv reads the index, the tags choose the file."""
     supported = {tag: rank for rank, tag in enumerate(tags(stack, arch))}
     with TemporaryDirectory(prefix="gracefarm-lock-") as name:
@@ -127,7 +127,7 @@ def root_lock(stack: LoadedStack, settings: Settings, tick: Tick = no_tick) -> s
         FetchError: the package lists cannot be fetched.
         RootError: apt finds no solution.
     """
-    spec = stack.data.root
+    spec = stack.root
     pairs = [(host, target) for host, targets in spec.hosts.items() for target in targets]
     text = _head("Every .deb of the roots", stack, spec.suite)
     for number, (host, target) in enumerate(pairs):
@@ -149,7 +149,7 @@ def toolchain_lock(stack: LoadedStack, settings: Settings, tick: Tick = no_tick)
     if spec is None:
         return None
     text = _head("The CUDA compiler", stack, spec.suite)
-    for number, host in enumerate(hosts := sorted(stack.data.root.hosts)):
+    for number, host in enumerate(hosts := sorted(stack.root.hosts)):
         tick(number, len(hosts), f"compiler of {spec.suite} for {host}")
         with debian.solver(spec.suite, host, [], settings, spec.component) as apt:
             text += debian.table(f"hosts.{host}", apt.alone([f"{name}:{host.debian}" for name in spec.packages]))

@@ -66,7 +66,7 @@ def ensure(stack: LoadedStack, host: Arch, target: Arch, settings: Settings, tic
     with lock(final.with_name(f"{name}.lock"), lambda: tick(0, None, "another process assembles this root")):
         if not final.is_dir():
             pinned = packages.of_root(stack, host, target)
-            places = debian.fetch(pinned, stack.data.root.suite, stack.data.name, settings, tick)
+            places = debian.fetch(pinned, stack.root.suite, stack.data.name, settings, tick)
             with atomic_directory(final) as folder:
                 _unpack_all(folder, pinned, places, stack, host, target, tick)
                 _lay_out(folder, stack, host, target)

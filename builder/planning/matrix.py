@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -50,7 +50,8 @@ class Known:
 
 def _selector(text: str) -> str:
     try:
-        parse(text)
+        for part in parts(text):
+            parse(part)
     except UsageError as error:
         raise ValueError(error.cause) from error
     return text
@@ -91,6 +92,11 @@ def named(text: str, project: Path) -> str:
     return selectors[text]
 
 
+def parts(text: str) -> list[str]:
+    """Selectors that a semicolon joins."""
+    return text.split(";")
+
+
 def parse(text: str) -> dict[str, tuple[str, ...]]:
     """Values by axis of a selector such as `python=3.10..3.14,3.14t target=aarch64,x86_64 sm=90+100`.
 
@@ -111,28 +117,31 @@ def parse(text: str) -> dict[str, tuple[str, ...]]:
 
 
 def expand(text: str, known: Known, names: Sequence[str] = ()) -> list[Cell]:
-    """The cells that a selector names; `names`: the recipes that are asked for, in place of the axis.
+    """The cells that a selector names; `names`: the recipes that are asked for, of which the axis leaves those that it names.
 
     An axis that is absent has one value: the recipe's stack, the stack's own Python and architectures, aarch64; all recipes.
+    Selectors that a semicolon joins name the cells of each.
 
     Raises:
         UsageError: see `parse`; an unknown value (names the nearest), or no cell at all.
     """
-    axes = parse(text)
-    recipes = names or [_known(value, "recipe", known.recipes) for value in axes.get("recipe", tuple(known.recipes))]
-    pythons = _pythons(axes.get("python", (ROOT,)), known.interpreters)
-    targets = [Arch(_known(value, "target", list(Arch))) for value in axes.get("target", (Arch.AARCH64,))]
-    architectures = [device_code.parse(value) for value in axes["sm"]] if "sm" in axes else [None]
-    cells = [
-        Cell(recipe=name, stack=stack_name, interpreter=python, target=target, sm=sm)
-        for name in recipes
-        for stack_name in _stacks(axes, known, name)
-        for python, target, sm in itertools.product(pythons, targets, architectures)
-    ]
-    cells = list(dict.fromkeys(cells))
+    cells = list(dict.fromkeys(cell for part in parts(text) for cell in _cells(parse(part), known, names)))
     if not cells:
         raise UsageError(f"the selector {text!r} names no cell", remedy="`builder list` shows recipes and stacks")
     return cells
+
+
+def _cells(axes: Mapping[str, Sequence[str]], known: Known, names: Sequence[str]) -> Iterator[Cell]:
+    """The cells of one selector, by the values of its axes."""
+    recipes = [_known(value, "recipe", known.recipes) for value in axes.get("recipe", names or tuple(known.recipes))]
+    pythons = _pythons(axes.get("python", (ROOT,)), known.interpreters)
+    targets = [Arch(_known(value, "target", list(Arch))) for value in axes.get("target", (Arch.AARCH64,))]
+    architectures = [device_code.parse(value) for value in axes["sm"]] if "sm" in axes else [None]
+    for name in recipes:
+        if not names or name in names:
+            for stack_name in _stacks(axes, known, name):
+                for python, target, sm in itertools.product(pythons, targets, architectures):
+                    yield Cell(recipe=name, stack=stack_name, interpreter=python, target=target, sm=sm)
 
 
 def _known(value: str, axis: str, known: Collection[str]) -> str:

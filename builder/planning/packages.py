@@ -73,7 +73,7 @@ def of_root(stack: LoadedStack, host: Arch, target: Arch) -> tuple[Deb, ...]:
     """
     locked = tables.read(stack.root_lock, RootLock)
     key = f"{host}-{target}"
-    again = f"builder lock-stack {stack.data.name}"
+    again = stack.root_lock_command
     if key not in locked.roots:
         raise ConfigError(
             f"{stack.root_lock}: no root for target {target} on a host of {host}",
@@ -94,7 +94,7 @@ def of_root(stack: LoadedStack, host: Arch, target: Arch) -> tuple[Deb, ...]:
 
 def requests(stack: LoadedStack, host: Arch, target: Arch) -> list[str]:
     """What stack.toml asks apt for, as NAME:ARCH."""
-    spec = stack.data.root
+    spec = stack.root
     extra = spec.native if host is target else spec.cross
     # {triplet} in a package's name: Debian's names have no underscore.
     triplet = target.triplet.replace("_", "-")
@@ -105,7 +105,7 @@ def requests(stack: LoadedStack, host: Arch, target: Arch) -> list[str]:
 def alone(stack: LoadedStack, host: Arch, target: Arch) -> list[str]:
     """What is taken without what it depends on; the host's Python among it, which cannot be installed beside the target's."""
     native = [] if host is target else [f"{native_python(stack)}:{host.debian}"]
-    return [*stack.data.root.alone, *native]
+    return [*stack.root.alone, *native]
 
 
 def native_python(stack: LoadedStack) -> str:

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Protocol
+from typing import Annotated, Protocol, Self
 
 from packaging.requirements import Requirement
-from pydantic import AfterValidator, Field, StringConstraints
+from pydantic import AfterValidator, Field, StringConstraints, model_validator
 
 from builder.planning.digests import PinnedDownload
 from builder.planning.settings import Settings
@@ -175,11 +175,18 @@ class Stack(Table):
     glibc: dict[Arch, Glibc] = Field(description="Highest manylinux level accepted per target, as '2_34'")
     environment: Environment
     toolchain: Compilers
-    root: RootSpec
+    root: RootSpec | None = Field(default=None, description="The root file system; or `root_of` names the stack that has it")
+    root_of: str | None = Field(default=None, description="The stack whose root and root.lock this one takes")
     container: dict[Arch, Image] = Field(default_factory=dict, description="Image per target for builds in a container")
     objects_only: bool = Field(
         default=False, description="Has headers to compile with and nothing to load: never published, never part of a set"
     )
+
+    @model_validator(mode="after")
+    def _one_root(self) -> Self:
+        if (self.root is None) == (self.root_of is None):
+            raise ValueError("give [root] or root_of, and not both")
+        return self
 
 
 class Interpreter(Protocol):
@@ -233,6 +240,8 @@ class LoadedStack:
     data: Stack
     kind: str = "stack"
     "`set`, where a set's own lock stands in for the stack's."
+    root_stack: LoadedStack | None = None
+    "The stack that `root_of` names."
     interpreter: Interpreter | None = None
     "None: the root's own Python."
     asked_sm: tuple[str, ...] | None = None
@@ -288,9 +297,22 @@ class LoadedStack:
         return self.folder / ("requirements.lock" if self.python == self.data.python else f"requirements-{self.python}.lock")
 
     @property
+    def root(self) -> RootSpec:
+        """Suite and packages of the root, which may be another stack's."""
+        spec = self.root_stack.root if self.root_stack is not None else self.data.root
+        assert spec is not None
+        return spec
+
+    @property
     def root_lock(self) -> Path:
         """Every .deb by version and sha256."""
-        return self.folder / "root.lock"
+        return self.root_stack.root_lock if self.root_stack is not None else self.folder / "root.lock"
+
+    @property
+    def root_lock_command(self) -> str:
+        """What writes its root.lock."""
+        owner = self.root_stack if self.root_stack is not None else self
+        return f"builder lock-stack {owner.data.name}"
 
     @property
     def toolchain_lock(self) -> Path:
@@ -305,16 +327,32 @@ def unknown(kind: str, name: str, place: Path, known: Sequence[str]) -> ConfigEr
 
 def names(stacks: Path) -> list[str]:
     """Stacks in a folder, sorted."""
-    return sorted(path.parent.name for path in stacks.glob("*/stack.toml"))
+    return sorted(path.parent.name for path in stacks.glob("[!.]*/stack.toml"))
 
 
 def load(stacks: Path, name: str) -> LoadedStack:
     """The stack called `name`.
 
     Raises:
-        ConfigError: there is none (names the nearest), or its file does not fit the schema.
+        ConfigError: there is none (names the nearest), its file does not fit the schema, or its root is of a stack that is not
+            there or does not fit.
     """
     folder = stacks / name
     if not (folder / "stack.toml").is_file():
         raise unknown("stack", name, stacks, names(stacks))
-    return LoadedStack(folder=folder, data=tables.read(folder / "stack.toml", Stack))
+    data = tables.read(folder / "stack.toml", Stack)
+    if data.root_of is None:
+        return LoadedStack(folder=folder, data=data)
+    if not (stacks / data.root_of / "stack.toml").is_file():
+        raise unknown("stack", data.root_of, folder / "stack.toml", names(stacks))
+    owner = tables.read(stacks / data.root_of / "stack.toml", Stack)
+    if owner.root is None:
+        raise ConfigError(
+            f"{folder / 'stack.toml'}: stack {data.root_of} has no [root]", remedy=f"write root_of = {owner.root_of!r}"
+        )
+    if (owner.python, owner.toolchain.gcc) != (data.python, data.toolchain.gcc):
+        raise ConfigError(
+            f"{folder / 'stack.toml'}: the root of {data.root_of} has Python {owner.python} and gcc {owner.toolchain.gcc}",
+            remedy="write the same into python and [toolchain] gcc, or give the stack a [root]",
+        )
+    return LoadedStack(folder=folder, data=data, root_stack=LoadedStack(folder=stacks / data.root_of, data=owner))

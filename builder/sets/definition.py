@@ -81,9 +81,11 @@ class LoadedSet:
             "glibc": {self.data.target: of.glibc[self.data.target]},
             "environment": environment,
             "toolchain": of.toolchain.model_copy(update={"requirements": (), "debian": None}),
-            "root": of.root.model_copy(update={"hosts": {}}),
+            "root": self.stack.root.model_copy(update={"hosts": {}}),
+            "root_of": None,
         }
-        return replace(self.stack, folder=self.folder, data=of.model_copy(update=changes), kind="set")
+        data = of.model_copy(update=changes)
+        return replace(self.stack, folder=self.folder, data=data, root_stack=None, kind="set")
 
     @property
     def smoke_script(self) -> Path | None:

@@ -114,7 +114,7 @@ class HostTools:
     def differences(self) -> Iterator[str]:
         """Sentences about what is not as the stack has it."""
         data, glibc = self.base.data, self.glibc.replace("_", ".")
-        yield f"compilers are this machine's, not those of {data.root.suite} that the stack locks"
+        yield f"compilers are this machine's, not those of {self.base.root.suite} that the stack locks"
         if self.interpreter.minor != data.python:
             yield f"Python is {self.interpreter.minor}, the stack's is {data.python}"
         floor = data.glibc.get(self.arch)

@@ -207,9 +207,9 @@ def _stacks(settings: Settings) -> list[HostCheck]:
         except GracefarmError as error:
             checks.append(HostCheck(f"stack {name}", False, error.cause, error.remedy))
             continue
-        suites.add(loaded.data.root.suite)
+        suites.add(loaded.root.suite)
         checks.append(HostCheck(f"stack {loaded.data.name}", True, f"locks whole; {ready}"))
-        for target in loaded.data.root.hosts.get(host, ()):
+        for target in loaded.root.hosts.get(host, ()):
             place = _root_of(loaded, target, settings)
             if place.is_dir() and (program := root.lost(place, loaded, host, target)):
                 remedy = "`builder doctor --fix` removes that root; the next build assembles it anew from the store"
@@ -232,7 +232,7 @@ def _mirror(suite: str, settings: Settings) -> HostCheck:
 def _ready(loaded: LoadedStack, settings: Settings) -> str:
     host = stack.host_arch()
     words = []
-    for target in loaded.data.root.hosts.get(host, ()):
+    for target in loaded.root.hosts.get(host, ()):
         has_environment = (settings.home / "environments" / pins.environment_digest(loaded, target)).is_dir()
         parts = (("root", _root_of(loaded, target, settings).is_dir()), ("environment", has_environment))
         missing = " and ".join(name for name, has in parts if not has)

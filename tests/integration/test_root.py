@@ -27,7 +27,7 @@ from gracefarm.files import remove_tree, sha256_file
 STACKS = Path(__file__).parent.parent.parent / "stacks"
 CU130 = stack.load(STACKS, "cu130")
 HOST = stack.host_arch()
-TARGETS = CU130.data.root.hosts[HOST]
+TARGETS = CU130.root.hosts[HOST]
 PATH = "/opt/gracefarm/bin:/usr/bin:/bin"
 
 
@@ -184,7 +184,7 @@ def tiny_stack(folder: Path, archive: Path, settings: Settings) -> tuple[LoadedS
     target.mkdir(parents=True)
     data = CU130.data.model_copy(
         update={
-            "root": CU130.data.root.model_copy(
+            "root": CU130.root.model_copy(
                 update={"host": (), "target": (), "native": (), "cross": (), "alone": ("tiny",), "hosts": {HOST: (HOST,)}}
             )
         }
@@ -325,7 +325,7 @@ def test_a_new_lock_is_whole(own: Settings, tmp_path: Path) -> None:
     target.mkdir()
     loaded = LoadedStack(folder=target, data=CU130.data)
     loaded.root_lock.write_text(resolve.root_lock(loaded, own))
-    for host, targets in CU130.data.root.hosts.items():
+    for host, targets in CU130.root.hosts.items():
         for arch in targets:
             names = {deb.name for deb in packages.of_root(loaded, host, arch)}
             # What nobody named: apt found it.

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from builder.planning import matrix, stack
-from builder.planning.matrix import Cell, Known, expand, parse
+from builder.planning.matrix import Cell, Known, expand, parse, parts
 from builder.planning.stack import Arch
 from gracefarm.errors import ConfigError, UsageError
 from tests.conftest import REPOSITORY
@@ -33,6 +33,18 @@ def test_every_axis() -> None:
     assert {cell.interpreter for cell in cells} == {"3.12", "3.13", "3.14", "3.14t", None}
     assert {cell.sm for cell in cells} == {("90", "100"), ("90a",)}
     assert {cell.recipe for cell in cells} == {"conv"}
+
+
+def test_a_semicolon_joins_selectors() -> None:
+    text = "python=root,3.13; recipe=conv stack=cu124,cu130"
+    cells = {(cell.recipe, cell.stack, cell.interpreter) for cell in expand(text, KNOWN)}
+    own = {("conv", "cu130", None), ("conv", "cu130", "3.13"), ("flash", "cu124", None), ("flash", "cu124", "3.13")}
+    assert cells == own | {("conv", "cu124", None)}
+    assert len(expand(text, KNOWN)) == len(cells)
+    assert {(cell.recipe, cell.stack, cell.interpreter) for cell in expand(text, KNOWN, ["flash"])} == {
+        ("flash", "cu124", None),
+        ("flash", "cu124", "3.13"),
+    }
 
 
 def test_a_value_that_is_named_twice_is_one_cell() -> None:
@@ -98,4 +110,4 @@ def test_selectors_by_name(tmp_path: Path) -> None:
 
 def test_the_projects_own_selectors_are_understood() -> None:
     for selector in matrix.read(REPOSITORY).selectors.values():
-        assert parse(selector)
+        assert all(parse(part) for part in parts(selector))

@@ -412,6 +412,7 @@ def test_each_field_of_a_stack_changes_the_id_unless_it_is_listed_as_exempt(whol
     table = base.data.model_dump(mode="json")
     seen: set[tuple[str, str]] = set()
     note(Stack.model_validate(table), seen)
+    seen.add(("Stack", "root_of"))  # stands for the root of another stack, whose fields are here
     assert seen == field_names(Stack.model_json_schema())
     before = id_of(one, base)
     for path in leaves(table):

@@ -61,7 +61,7 @@ def test_digest_changes_with_each_package(loaded: LoadedStack, pattern: str, rep
 
 
 def test_each_host_and_target_has_its_own_digest(loaded: LoadedStack) -> None:
-    pairs = [(host, target) for host, targets in loaded.data.root.hosts.items() for target in targets]
+    pairs = [(host, target) for host, targets in loaded.root.hosts.items() for target in targets]
     assert len({packages.root_digest(loaded, *pair) for pair in pairs}) == len(pairs) == 3
 
 
@@ -97,7 +97,7 @@ def test_the_lock_names_no_host() -> None:
 
 
 def test_each_package_is_locked_once(loaded: LoadedStack) -> None:
-    for host, targets in loaded.data.root.hosts.items():
+    for host, targets in loaded.root.hosts.items():
         for target in targets:
             versions: dict[str, set[str]] = {}
             for package in packages.of_root(loaded, host, target):

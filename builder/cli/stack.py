@@ -1,0 +1,129 @@
+"""`builder stack`: a new stack in one command."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import click
+from packaging.version import Version
+
+from builder.cli.options import json_option, start
+from builder.ground import interpreters, new_stack, resolve
+from builder.ground.new_stack import TorchRelease
+from builder.planning import stack
+from builder.planning.settings import Settings
+from builder.planning.stack import HOST_SUFFIX, LoadedStack
+from gracefarm.console import Tick
+from gracefarm.errors import ConfigError, UsageError
+from gracefarm.files import atomic_directory, atomic_write, lock
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
+
+
+@click.group("stack")
+def stack_command() -> None:
+    """What wheels are built against (docs/stacks.md).
+
+    \b
+    builder stack new cu132 --torch 2.15.0
+    """
+
+
+@stack_command.command("new")
+@click.argument("name")
+@click.option("--torch", "version", required=True, metavar="VERSION", help="Release of torch on the Python index.")
+@click.option("--like", metavar="STACK", help="Stack whose root and other requirements it takes; default: the newest torch's.")
+@json_option
+def new_command(name: str, version: str, like: str | None, as_json: bool) -> None:
+    """Make the stack NAME for a release of torch, with its locks.
+
+    CUDA and the release of its compiler are those that torch's wheels on the Python index require. Each Python of
+    interpreters/ that torch has wheels for gets a lock.
+
+    \b
+    builder stack new cu132 --torch 2.15.0
+    """
+    settings, console = start(as_json=as_json, writes=True)
+    folder = settings.project / "stacks"
+    _require_new(name, folder)
+    base = stack.load(folder, like) if like is not None else _newest(folder)
+    pythons = _pythons(settings)
+    with console.progress("stack") as tick, lock(settings.home / "locks" / f"stack-{name}"):
+        tick(0, len(pythons) + 1, f"what the index has of torch {version}")
+        release = new_stack.release_of(version, base, list(pythons), settings, datetime.now(UTC).date())
+        with atomic_directory(folder / name) as partial:
+            atomic_write(partial / "stack.toml", new_stack.render(name, release, base))
+            failed = _lock_all(stack.load(folder, partial.name), release, pythons, settings, tick)
+    without = {python: f"torch {release.version} has no wheel for it" for python in pythons if python not in release.pythons}
+    left_out = {**without, **failed}
+    locked = [python for python in pythons if python not in left_out]
+    value = {"stack": name, "torch": release.version, "cuda": release.cuda, "pythons": locked, "left_out": left_out}
+    lines = [
+        f"stacks/{name}: torch {release.version}, CUDA {release.cuda}, compiler root of {_root_of(base)}",
+        f"locked for Python {', '.join(locked)}",
+        *(f"no lock for Python {python}: {reason}" for python, reason in left_out.items()),
+        f"Next: builder plan causal_conv1d --stack {name}",
+    ]
+    console.result(value, "\n".join(lines))
+
+
+def _require_new(name: str, folder: Path) -> None:
+    """Refuse a name that is taken, or that no folder and no record can have."""
+    if not _NAME.fullmatch(name) or name.endswith(HOST_SUFFIX):
+        raise UsageError(f"{name!r} cannot name a stack", remedy="use small letters, digits, '.', '_' and '-', as cu132")
+    if (folder / name).exists():
+        raise UsageError(
+            f"there is a stack {name} already", remedy=f"choose another name, or renew its locks: builder lock-stack {name}"
+        )
+
+
+def _newest(folder: Path) -> LoadedStack:
+    """The stack with the newest torch."""
+    loaded = [stack.load(folder, name) for name in stack.names(folder)]
+    with_torch = [entry for entry in loaded if entry.data.torch is not None]
+    if not with_torch:
+        raise ConfigError(f"{folder} has no stack with torch to begin from", remedy="name a stack: --like STACK")
+    return max(with_torch, key=lambda entry: Version(entry.data.torch.version) if entry.data.torch else Version("0"))
+
+
+def _root_of(base: LoadedStack) -> str:
+    return (base.root_stack or base).data.name
+
+
+def _pythons(settings: Settings) -> dict[str, str]:
+    """The first interpreter's name by its version, for each version of interpreters/."""
+    folder = settings.project / "interpreters"
+    names: dict[str, str] = {}
+    for name in interpreters.names(folder):
+        names.setdefault(interpreters.load(folder, name).python, name)
+    return names
+
+
+def _lock_all(
+    new: LoadedStack, release: TorchRelease, pythons: dict[str, str], settings: Settings, tick: Tick
+) -> dict[str, str]:
+    """Write a lock for each Python that torch has wheels for; the reason by version where another package has none."""
+    failed: dict[str, str] = {}
+    wanted = [python for python in pythons if python in release.pythons]
+    for number, python in enumerate(wanted, 1):
+        interpreter = None
+        if python != new.data.python:
+            interpreter = interpreters.load(settings.project / "interpreters", pythons[python])
+        loaded = replace(new, interpreter=interpreter)
+        try:
+            text = resolve.requirements_lock(loaded, settings, _nested(tick, number, len(wanted), python))
+        except ConfigError as error:
+            if interpreter is None:
+                raise
+            failed[python] = error.cause
+            continue
+        atomic_write(loaded.requirements_lock, text)
+    return failed
+
+
+def _nested(tick: Tick, number: int, total: int, python: str) -> Tick:
+    """The progress of one Python's lock, as part of that of all."""
+    return lambda _done, _total, text: tick(number, total + 1, f"Python {python}: {text}" if text else f"Python {python}")

@@ -1,0 +1,172 @@
+"""A new stack from a template: what the Python index says of a torch release, on the compiler root of another stack."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import date, timedelta
+from importlib.resources import files
+from string import Template
+from typing import TYPE_CHECKING
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name, parse_wheel_filename
+from packaging.version import InvalidVersion, Version
+
+from builder.fetch.urls import shown, split_credentials
+from builder.ground import resolve
+from builder.planning.settings import Settings
+from builder.planning.stack import Arch, LoadedStack
+from builder.planning.tags import glibc, tags_of
+from gracefarm import tables
+from gracefarm.errors import ConfigError, UsageError
+
+if TYPE_CHECKING:
+    from pypi_simple import DistributionPackage
+
+RUNTIME = "nvidia-cuda-runtime"
+"A torch that is built for CUDA requires it; its version begins with CUDA's."
+TOOLKIT = "cuda-toolkit"
+"NVIDIA's distribution without files, whose extras pin the parts of one release of CUDA."
+EXTRAS = ("nvcc", "cccl", "cudart", "cuobjdump")
+COMPILER = ("nvidia-cuda-nvcc", "nvidia-cuda-crt", "nvidia-nvvm", "nvidia-cuda-cccl", RUNTIME)
+CUOBJDUMP = "nvidia-cuda-cuobjdump"
+"Came to the index with 13.2, and reads what earlier releases compiled."
+NEWEST = 8
+"Releases that an error names."
+
+
+@dataclass(frozen=True, kw_only=True)
+class TorchRelease:
+    """What the Python index says of a release of torch, for the targets of a stack."""
+
+    version: str
+    cuda: str
+    "As 13.2."
+    resolved_before: date
+    compiler: tuple[str, ...]
+    "Requirements of the CUDA compiler of that release."
+    pythons: frozenset[str]
+    "Of those that were asked about: what it has wheels for, for every target."
+
+
+def release_of(version: str, base: LoadedStack, pythons: Sequence[str], settings: Settings, today: date) -> TorchRelease:
+    """Read a release of torch on the Python index; `pythons`: versions that are asked about, as 3.13 or 3.14t.
+
+    Raises:
+        UsageError: the index has no such release (names the nearest).
+        ConfigError: its wheels do not fit the stack's targets, or have no CUDA, or one whose compiler no wheel has.
+        FetchError: the index cannot be reached.
+    """
+    from builder.fetch import simple  # brings requests
+
+    index, credentials = split_credentials(settings.index_url or simple.DEFAULT_INDEX)
+    wheels = [wheel for wheel in simple.project_page("torch", index, credentials).packages if wheel.package_type == "wheel"]
+    known = _version(version, wheels, shown(index))
+    own = [wheel for wheel in wheels if wheel.version == known]
+    fitting = frozenset(python for python in pythons if all(_fits(own, python, base, arch) for arch in base.data.glibc))
+    if base.data.python not in fitting:
+        raise ConfigError(
+            f"torch {known} has no wheels for Python {base.data.python}, which the root of {base.data.name} has, "
+            f"and {' and '.join(base.data.glibc)}",
+            remedy="choose another torch, or a root with another Python: --like STACK",
+        )
+    uploaded = max((wheel.upload_time.date() for wheel in own if wheel.upload_time is not None), default=date.min)
+    # Of yesterday, so that what is uploaded later today changes no lock.
+    before = max(today - timedelta(days=1), uploaded)
+    probe = _probe(base, before)
+    (cuda,) = {_cuda(known, probe, arch, settings) for arch in base.data.glibc}
+    return TorchRelease(
+        version=known,
+        cuda=cuda,
+        resolved_before=before,
+        compiler=_compiler(known, probe, settings),
+        pythons=fitting,
+    )
+
+
+def _version(asked: str, wheels: Sequence[DistributionPackage], index: str) -> str:
+    """The release that is asked for, as the index writes it."""
+    known = sorted({wheel.version for wheel in wheels if wheel.version and not wheel.is_yanked}, key=Version)
+    try:
+        match = next((version for version in known if Version(version) == Version(asked)), None)
+    except InvalidVersion:
+        match = None
+    if match is None:
+        remedy = tables.nearest(asked, known[: -NEWEST - 1 : -1], "its newest releases")
+        raise UsageError(f"the index {index} has no torch {asked}", remedy=remedy)
+    return match
+
+
+def _fits(wheels: Sequence[DistributionPackage], python: str, base: LoadedStack, arch: Arch) -> bool:
+    supported = set(tags_of(python, glibc(base, arch), arch))
+    return any(not supported.isdisjoint(parse_wheel_filename(wheel.filename)[3]) for wheel in wheels)
+
+
+def _probe(base: LoadedStack, before: date) -> LoadedStack:
+    """The base, for resolutions of what the new stack will have."""
+    environment = base.data.environment.model_copy(
+        update={"resolved_before": before.isoformat(), "left_out": (), "wheels": ()}
+    )
+    return replace(base.base, data=base.data.model_copy(update={"environment": environment}))
+
+
+def _cuda(version: str, probe: LoadedStack, arch: Arch, settings: Settings) -> str:
+    """The CUDA that the release's wheel for an architecture is built for, as 13.2, by what it requires.
+
+    Raises:
+        ConfigError: it is built for none, or for one of the 12 series, of which no wheel holds the compiler.
+    """
+    required = _versions([f"torch=={version}"], probe, arch, settings)
+    if RUNTIME in required:
+        return ".".join(required[RUNTIME].split(".")[:2])
+    other = sorted(name for name in required if name.startswith(RUNTIME))
+    what = f"is built for a CUDA whose compiler no wheel has ({other[0]})" if other else "has no CUDA"
+    raise ConfigError(
+        f"torch {version} of the Python index {what} on {arch}",
+        remedy="choose a newer torch, or write a stack by hand as stacks/cu124, with the wheel of torch's own index",
+    )
+
+
+def _compiler(version: str, probe: LoadedStack, settings: Settings) -> tuple[str, ...]:
+    """The parts of CUDA's compiler, of the release that torch requires."""
+    texts = [f"torch=={version}", f"{TOOLKIT}[{','.join(EXTRAS)}]"]
+    versions = _versions(texts, probe, min(probe.data.glibc), settings)
+    cuobjdump = f"{CUOBJDUMP}=={versions[CUOBJDUMP]}" if CUOBJDUMP in versions else f"{CUOBJDUMP}>=13.2"
+    return (*(f"{name}=={versions[name]}" for name in COMPILER), cuobjdump)
+
+
+def _versions(texts: Sequence[str], probe: LoadedStack, arch: Arch, settings: Settings) -> dict[str, str]:
+    """What uv chooses for these requirements, by canonical name."""
+    return {name: version for name, version, _, _ in resolve.resolution(texts, probe, arch, settings)}
+
+
+def render(name: str, release: TorchRelease, base: LoadedStack) -> str:
+    """The text of stack.toml; what is not of torch or CUDA is as the base has it."""
+    data = base.data
+    values = {
+        "name": name,
+        "python": data.python,
+        "torch": release.version,
+        "cuda": release.cuda,
+        "sm": json.dumps(data.sm),
+        "glibc": "{ " + ", ".join(f'{arch} = "{level}"' for arch, level in data.glibc.items()) + " }",
+        "root": base.root_stack.data.name if base.root_stack is not None else data.name,
+        "resolved_before": release.resolved_before.isoformat(),
+        "requirements": _array([f"torch=={release.version}", *_others(data.environment.requirements)]),
+        "gcc": str(data.toolchain.gcc),
+        "compilers": _array([*release.compiler, *_others(data.toolchain.requirements)]),
+        "path": json.dumps(data.toolchain.path),
+    }
+    return Template((files("builder") / "data" / "stack-template.toml").read_text()).substitute(values)
+
+
+def _others(texts: Sequence[str]) -> list[str]:
+    """Requirements that do not depend on torch or CUDA."""
+    names = {text: canonicalize_name(Requirement(text).name) for text in texts}
+    return [text for text, name in names.items() if name != "torch" and not name.startswith("nvidia-")]
+
+
+def _array(texts: Sequence[str]) -> str:
+    return "[\n" + "".join(f"    {json.dumps(text)},\n" for text in texts) + "]"
