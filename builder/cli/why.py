@@ -3,26 +3,39 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
 
 from builder.cli.options import as_built, json_option, last_build, placed, plan_of, start
-from builder.planning import recipe
+from builder.planning import matrix, recipe
+from builder.planning.settings import Settings
 from builder.planning.stack import HOST_SUFFIX
-from builder.proof import record, why
-from gracefarm.errors import UsageError
+from builder.proof import judges, record, why
+from builder.proof.record import Record
+from builder.proof.why import CellChange
+from gracefarm.console import Console
+from gracefarm.errors import GracefarmError, UsageError
 
 _WIDTH = 70
 
 
 @click.command("why")
-@click.argument("name")
+@click.argument("name", required=False)
 @click.argument("ids", nargs=-1, metavar="[ID ID]")
+@click.option("--all", "every", is_flag=True, help="Of every cell that was built here; with NAME: of that recipe's.")
 @placed
 @json_option
 def why_command(
-    name: str, ids: tuple[str, ...], own: Path | None, python: str | None, cuda: Path | None, as_json: bool
+    name: str | None,
+    ids: tuple[str, ...],
+    every: bool,
+    own: Path | None,
+    python: str | None,
+    cuda: Path | None,
+    as_json: bool,
 ) -> None:
     """Which input of NAME changed, from its last build here to what would be built now, or between two ids.
 
@@ -30,10 +43,19 @@ def why_command(
     builder why causal_conv1d
     builder why causal_conv1d 9acd96ed b1971544
     builder why causal_conv1d --environment ~/engine
+    builder why --all
     """
+    if every and ids:
+        raise UsageError("--all compares with what would be built now", remedy="leave the build ids out")
+    if name is None and not every:
+        raise UsageError("name a recipe, or say --all", remedy="builder why --all")
     if len(ids) not in (0, 2):
         raise UsageError("name two build ids, or none", remedy=f"builder why {name} ID ID")
     settings, console = start(as_json=as_json)
+    if every:
+        _every(name, own, python, cuda, settings, console)
+        return
+    assert name is not None
     loaded = recipe.load(settings.project / "recipes", name)
     if ids:
         old, new = (why.by_id(settings, loaded.key, prefix) for prefix in ids)
@@ -62,6 +84,81 @@ def why_command(
         lines.append(f"rebuilds  {name}: {_time(took)}")
     lines += [f"rebuilds  {rebuild.recipe}: {_time(rebuild.seconds)}" for rebuild in rebuilt]
     console.result(value, "\n".join(lines))
+
+
+def _every(
+    name: str | None, own: Path | None, python: str | None, cuda: Path | None, settings: Settings, console: Console
+) -> None:
+    """Print what becomes of each cell that was built here, and how many cells each changed input rebuilds."""
+    key = recipe.load(settings.project / "recipes", name).key if name is not None else None
+    records = record.all_of(settings)
+    chosen = [build for build in why.cells(records) if key in (None, build.recipe)]
+    entries = [_now(build, settings, own, python, cuda) for build in chosen]
+    rebuilt = [entry for entry in entries if entry.rebuilt]
+    seconds = [why.seconds(records, entry.build) or 0 for entry in rebuilt]
+    inputs = Counter(path for entry in rebuilt for path in sorted({change.path for change in entry.changes}))
+    counts = {
+        "rebuilt": len(rebuilt),
+        "judged again": sum(entry.judged_again for entry in entries),
+        "blocked": sum(entry.build_id is None for entry in entries),
+    }
+    counts["as they are"] = len(entries) - sum(counts.values())
+    lines = [f"changed   {path}: rebuilds {count} of {len(entries)} cells" for path, count in inputs.most_common()]
+    lines += [_line(entry, records) for entry in entries if entry.rebuilt or entry.judged_again or entry.build_id is None]
+    total = ", ".join(f"{count} {state}" for state, count in counts.items() if count) or "none was built here"
+    lines.append(
+        f"{len(entries)} {'cell' if len(entries) == 1 else 'cells'}: {total}" + (f"; {_time(sum(seconds))}" if rebuilt else "")
+    )
+    rows = [_row(entry, seconds=why.seconds(records, entry.build)) for entry in entries]
+    console.result({"cells": rows, "inputs": dict(inputs), "counts": counts, "seconds": sum(seconds)}, "\n".join(lines))
+
+
+def _now(build: Record, settings: Settings, own: Path | None, python: str | None, cuda: Path | None) -> CellChange:
+    """What becomes of the cell of a build."""
+    try:
+        on = as_built(build, own, python, cuda)
+        plan = plan_of(build.recipe, build.stack.removesuffix(HOST_SUFFIX), str(build.inputs["target"]), settings, on)
+        build_id, inputs = plan.build_id, json.loads(json.dumps(plan.inputs))
+        judged = judges.digest(plan)
+    except GracefarmError as error:  # of one cell, which says nothing of the others
+        return CellChange(build=build, build_id=None, reason=error.cause)
+    return CellChange(
+        build=build,
+        build_id=build_id,
+        changes=tuple(why.changes(build.inputs, inputs)),
+        judged_again=build_id == build.build_id and build.judged_by != judged,
+    )
+
+
+def _title(build: Record) -> str:
+    sm = f" sm {'+'.join(build.asked_sm)}" if build.asked_sm is not None else ""
+    return f"{build.recipe} {build.stack} {build.interpreter or matrix.ROOT} {build.inputs.get('target')}{sm}"
+
+
+def _line(entry: CellChange, records: Sequence[Record]) -> str:
+    if entry.build_id is None:
+        return f"blocked   {_title(entry.build)}: {entry.reason}"
+    if entry.judged_again:
+        return f"judges    {_title(entry.build)}: gates or smoke tests are others, the wheel stays"
+    paths = ", ".join(sorted({change.path for change in entry.changes}))
+    return f"rebuilds  {_title(entry.build)}: {paths}; {_time(why.seconds(records, entry.build))}"
+
+
+def _row(entry: CellChange, *, seconds: float | None) -> dict[str, object]:
+    build = entry.build
+    return {
+        "recipe": build.recipe,
+        "stack": build.stack,
+        "python": build.interpreter,
+        "target": build.inputs.get("target"),
+        "sm": build.asked_sm,
+        "before": build.build_id,
+        "after": entry.build_id,
+        "changes": [change.__dict__ for change in entry.changes],
+        "judged_again": entry.judged_again,
+        "reason": entry.reason,
+        "seconds": seconds,
+    }
 
 
 def _short(value: object) -> str:

@@ -32,6 +32,36 @@ class Rebuild:
     seconds: float | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class CellChange:
+    """What becomes of a cell that was built, with this program, recipe and stack as they are now."""
+
+    build: Record
+    "Its newest success."
+    build_id: str | None
+    "Of now; None: it cannot be planned any more."
+    changes: tuple[Change, ...] = ()
+    judged_again: bool = False
+    "The wheel stays, and other gates and smoke tests judge it."
+    reason: str = ""
+    "Why it cannot be planned."
+
+    @property
+    def rebuilt(self) -> bool:
+        """A build now makes another wheel."""
+        return self.build_id not in (None, self.build.build_id)
+
+
+def cells(records: Sequence[Record]) -> list[Record]:
+    """The newest success of each cell; `records` newest first."""
+    newest: dict[tuple[object, ...], Record] = {}
+    for build in records:
+        cell = (build.recipe, build.stack, build.toolchain, build.interpreter, build.inputs.get("target"))
+        if build.outcome == "built":
+            newest.setdefault((*cell, build.asked_sm, build.asked_ptx), build)
+    return sorted(newest.values(), key=lambda build: (build.recipe, build.stack, build.interpreter or ""))
+
+
 def changes(before: object, after: object, path: str = "") -> Iterator[Change]:
     """The leaves in which two inputs differ, in the order of their paths."""
     if before == after:

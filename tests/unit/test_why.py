@@ -15,7 +15,7 @@ from builder.planning import plan, recipe, stack
 from builder.planning.plan import Wanted
 from builder.planning.settings import load
 from builder.planning.stack import Arch
-from builder.proof import record
+from builder.proof import judges, record
 from builder.proof.record import Record, Stage
 from builder.proof.why import Change, changes
 from builder.toolchains import choice
@@ -173,3 +173,34 @@ def test_named_tables_are_compared_by_name_not_by_place() -> None:
         Change(path="files.a", before={"name": "a", "sha256": "1"}, after=None),
         Change(path="files.b.sha256", before="2", after="3"),
     ]
+
+
+def counts(*arguments: str) -> dict[str, int]:
+    found = why("--all", *arguments)["counts"]
+    assert isinstance(found, dict)
+    return {state: count for state, count in found.items() if count}
+
+
+def test_all_says_how_many_cells_a_change_of_ours_rebuilds(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The records name no rules: the wheels would be judged by today's.
+    assert counts() == {"judged again": 2}
+    save(project, "torch_scatter", 100.0)
+    assert counts() == {"judged again": 2}, "an earlier build of the same cell is no cell of its own"
+    for saved in record.all_of(load()):
+        loaded, base = recipe.load(project / "recipes", saved.recipe), stack.load(project / "stacks", "cu130")
+        made = choice.make_plan(loaded, base, stack.host_arch(), Arch.AARCH64)
+        record.write(saved.model_copy(update={"judged_by": judges.digest(made)}), load())
+    assert counts() == {"as they are": 2}
+
+    edit(project, "recipes/torch_scatter/recipe.toml", 'FORCE_ONLY_CUDA = "1"', 'FORCE_ONLY_CUDA = "2"')
+    assert counts() == {"rebuilt": 1, "as they are": 1}
+    assert counts("causal_conv1d") == {"as they are": 1}
+
+    monkeypatch.setattr("builder.planning.plan.wrappers_digest", lambda: "a change of ours")
+    value = why("--all")
+    assert value["inputs"] == {"wrappers": 2, "recipe.build.environment.FORCE_ONLY_CUDA": 1}
+    assert (value["counts"], value["seconds"]) == ({"rebuilt": 2, "judged again": 0, "blocked": 0, "as they are": 0}, 500.0)
+    shutil.rmtree(project / "recipes" / "causal_conv1d")
+    assert counts() == {"rebuilt": 1, "blocked": 1}
+    done = CliRunner().invoke(cli, ["why", "--all"], catch_exceptions=False, standalone_mode=False)
+    assert "blocked   causal_conv1d cu130 root aarch64: unknown recipe 'causal_conv1d'" in " ".join(done.stdout.split("\n"))
