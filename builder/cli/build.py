@@ -9,6 +9,7 @@ import click
 from builder.cli.accept import accept_new
 from builder.cli.matrix import cells_of, plan_cell, reports_of, table_of
 from builder.cli.options import Aim, aimed, aimed_at_sandbox, json_option, plan_of, start
+from builder.flow import history
 from builder.planning import matrix, recipe, stack
 from builder.planning.matrix import Cell
 from builder.planning.plan import Plan
@@ -144,7 +145,7 @@ def _longest_first(plans: list[Plan], settings: Settings) -> list[Plan]:
     records = record.all_of(settings)
 
     def took(plan: Plan) -> float:
-        seconds = why.last_seconds(records, plan.recipe.key, plan.stack.data.name, plan.target.value)
+        seconds = why.last_seconds(records, plan.recipe.key, history.like(plan))
         return float("inf") if seconds is None else seconds
 
     return sorted(plans, key=took, reverse=True)

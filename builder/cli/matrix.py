@@ -60,7 +60,8 @@ def reports_of(cells: Sequence[Cell], settings: Settings, on: ToolchainChoice | 
             base = stack_of(cell.stack, cell.interpreter, settings)
         except ConfigError:  # of its interpreter.toml, which the plan says again
             base = stack_of(cell.stack, None, settings)
-        reports.append(report(cell, base, plan, settings, records))
+        data = recipe.load(settings.project / "recipes", cell.recipe).data
+        reports.append(report(cell, data, base, plan, settings, records))
     return reports
 
 

@@ -39,15 +39,11 @@ def prepare(attempt: Attempt, fetched: Fetched, epoch: int) -> bool:
     if _finished(attempt) is not None:
         return False
     records = history.measured(attempt.plan, attempt.settings)
-    attempt.known = history.learned_units(records, **_like(attempt))
+    attempt.known = history.learned_units(records, history.like(attempt.plan))
     # Of a build that was cut off there is no record, and its units come from the cache now.
     attempt.known |= units.costs(units.read(attempt.work), attempt.known)
     pep517.check_requirements(attempt.plan, _source_tree(attempt, fetched, epoch))
     return True
-
-
-def _like(attempt: Attempt) -> dict[str, str]:
-    return {"stack": attempt.plan.stack.data.name, "target": attempt.plan.target.value}
 
 
 def compiled(attempt: Attempt, fetched: Fetched, ground: Ground, epoch: int) -> Path:
@@ -88,13 +84,13 @@ def _with_retry(attempt: Attempt, fetched: Fetched, ground: Ground, epoch: int) 
     memory = pep517.bound(attempt.settings)
     build = attempt.plan.recipe.data.build
     records = history.measured(attempt.plan, attempt.settings)
-    like = _like(attempt)
-    whole = history.learned_units([past for past in records if past.outcome == "built"], **like)
+    like = history.like(attempt.plan)
+    whole = history.learned_units([past for past in records if past.outcome == "built"], like)
     count = jobs.plan(
         memory=memory,
         memory_per_job=build.memory_per_job,
         wanted=attempt.options.jobs or attempt.settings.jobs,
-        past=history.learned_jobs(records, **like),
+        past=history.learned_jobs(records, like),
         declared=[parse_size(size) for size in build.unit_memory.values()],
         peaks=[unit.peak_memory for unit in whole.values()],
     )

@@ -10,7 +10,7 @@ from builder.compiling.units import Unit
 from builder.planning.plan import Plan
 from builder.planning.settings import Settings
 from builder.proof import record
-from builder.proof.record import Record
+from builder.proof.record import Likeness, Record
 from builder.toolchains import KINDS
 from gracefarm.console import Tick
 
@@ -22,16 +22,17 @@ def measured(plan: Plan, settings: Settings) -> list[Record]:
     return [build for build in record.all_of(settings, plan.recipe.key) if KINDS[build.toolchain].measured]
 
 
-def _alike(build: Record, stack: str, target: str) -> bool:
-    return build.stack == stack and build.inputs.get("target") == target
+def like(plan: Plan) -> Likeness:
+    """What a record has in common with the plan whose build takes about as much."""
+    return record.likeness(plan.stack.data.name, plan.inputs)
 
 
-def learned_jobs(records: Iterable[Record], *, stack: str, target: str) -> Learned | None:
-    """From records of one recipe, newest first: the last success against the stack for the target, or None."""
+def learned_jobs(records: Iterable[Record], like: Likeness) -> Learned | None:
+    """From records of one recipe, newest first: the last success of its like, or None."""
     for build in records:
         if build.compiler_cache and build.compiler_cache.hits:
             continue  # what comes from a cache takes no memory
-        if build.outcome != "built" or not _alike(build, stack, target) or build.jobs is None:
+        if build.outcome != "built" or build.like != like or build.jobs is None:
             continue
         compiles = [stage for stage in build.stages if stage.name == "compile" and stage.peak_memory]
         if compiles:
@@ -41,18 +42,20 @@ def learned_jobs(records: Iterable[Record], *, stack: str, target: str) -> Learn
     return None
 
 
-def learned_units(records: Iterable[Record], *, stack: str, target: str) -> dict[str, Unit]:
+def learned_units(records: Iterable[Record], like: Likeness) -> dict[str, Unit]:
     """What units cost in earlier builds of one recipe, failed ones too; `records` newest first, and the newest word counts."""
     units: dict[str, Unit] = {}
     for build in records:
-        if _alike(build, stack, target):
+        if build.like == like:
             units = dict(build.units) | units
     return units
 
 
 def time_left(plan: Plan, settings: Settings, tick: Tick) -> Callable[[int, int], None]:
-    """Progress with the time left, from this recipe's last success or else from the pace so far."""
-    past = next((build for build in record.all_of(settings, plan.recipe.key) if build.outcome == "built"), None)
+    """Progress with the time left, from the last success of such a build or else from the pace so far."""
+    wanted = like(plan)
+    records = record.all_of(settings, plan.recipe.key)
+    past = next((build for build in records if build.outcome == "built" and build.like == wanted), None)
     before = next((stage.wall_s for stage in past.stages if stage.name == "compile"), None) if past else None
     start = time.monotonic()
 

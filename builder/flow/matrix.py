@@ -6,8 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from builder.flow import history
 from builder.planning.matrix import Cell
 from builder.planning.plan import Plan
+from builder.planning.recipe import Recipe
 from builder.planning.settings import Settings
 from builder.planning.stack import LoadedStack
 from builder.proof import record
@@ -22,8 +24,9 @@ class CellReport:
     """A cell and what is known of it on this machine."""
 
     cell: Cell
+    recipe: Recipe
     stack: LoadedStack
-    "With the cell's interpreter."
+    "With the cell's interpreter and architectures."
     plan: Plan | None
     "None: the cell cannot be planned."
     state: CellOutcome
@@ -32,23 +35,37 @@ class CellReport:
     build: Record | None = None
     "Of exactly this cell."
     cpu_seconds: float | None = None
-    "That the cell took; of one that is not built, that the same recipe took last."
+    "That the cell took; of one that is not built, what such a cell of the recipe took last, or else any."
     disk_bytes: int | None = None
     "Of the build's folder."
 
 
 def report(
-    cell: Cell, stack: LoadedStack, make: Callable[[Cell], Plan], settings: Settings, records: Sequence[Record]
+    cell: Cell,
+    recipe: Recipe,
+    stack: LoadedStack,
+    make: Callable[[Cell], Plan],
+    settings: Settings,
+    records: Sequence[Record],
 ) -> CellReport:
-    """The state of a cell on its stack; `make` plans it, `records` are all of this machine, newest first."""
-    took = next((_cpu(build) for build in records if build.recipe == cell.recipe and build.outcome == "built"), None)
-    unknown = CellReport(cell=cell, stack=stack, plan=None, state="not tried", cpu_seconds=took)
+    """The state of a cell; `make` plans it, `records` are all of this machine, newest first."""
+    past = [build for build in records if build.recipe == cell.recipe and build.outcome == "built"]
+    unknown = CellReport(
+        cell=cell,
+        recipe=recipe,
+        stack=replace(stack, asked_sm=cell.sm),
+        plan=None,
+        state="not tried",
+        cpu_seconds=_cpu(past[0]) if past else None,
+    )
     try:
         plan = make(cell)
         plan.require_digests()
         build_id = plan.build_id
     except (ConfigError, HostError) as error:
         return replace(unknown, state="blocked", reason=error.cause)
+    alike = next((build for build in past if build.like == history.like(plan)), None)
+    unknown = replace(unknown, cpu_seconds=_cpu(alike) if alike is not None else unknown.cpu_seconds)
     build = record.read(settings, build_id)
     if build is None:
         return replace(unknown, plan=plan)
@@ -72,16 +89,16 @@ def document(name: str, selector: str, reports: Sequence[CellReport]) -> dict[st
 
 def _row(entry: CellReport) -> dict[str, object]:
     data, plan, build = entry.stack.data, entry.plan, entry.build
-    device = plan is not None and plan.recipe.data.build.cuda
+    device = entry.recipe.build.cuda
     return {
         "recipe": entry.cell.recipe,
-        "version": plan.recipe.data.version if plan is not None else "",
+        "version": entry.recipe.version,
         "stack": entry.cell.stack,
         "torch": data.torch.version if device and data.torch is not None else "",
         "cuda": data.cuda if device else "",
         "python": entry.stack.python,
         "target": entry.cell.target.value,
-        "sm": list(plan.stack.sm) if device and plan is not None else [],
+        "sm": list(entry.stack.sm) if device else [],
         "state": entry.state,
         "build_id": plan.build_id if plan is not None else None,
         "wheel": build.wheel.filename if build is not None and build.wheel is not None else None,

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 
 from packaging.version import Version
 
-from builder.planning.recipe import LoadedRecipe
+from builder.planning.recipe import PLACEHOLDERS, LoadedRecipe
 from builder.planning.stack import LoadedStack
 from gracefarm import tables
 from gracefarm.errors import ConfigError, UsageError
@@ -112,6 +112,20 @@ def torch_list(sm: Iterable[str]) -> str:
 def cmake_list(sm: Iterable[str]) -> str:
     """The value of CMAKE_CUDA_ARCHITECTURES, as `90-real;100a-real`; families as in `torch_list`."""
     return ";".join(dict.fromkeys(f"{_base(value)}-real" for value in sm))
+
+
+def filled(text: str, sm: Iterable[str]) -> str:
+    """A recipe's text with the architectures in place of `{sm}` (90;100a), `{sm_dotted}` (9.0;10.0a) and `{sm_gencode}`."""
+    values = tuple(sm)
+    options = (f"-gencode=arch=compute_{value},code=sm_{value}" for value in values)
+    forms = {
+        "{sm}": ";".join(values),
+        "{sm_dotted}": torch_list(values).replace(" ", ";"),
+        "{sm_gencode}": " ".join(options),
+    }
+    for placeholder in PLACEHOLDERS:
+        text = text.replace(placeholder, forms[placeholder])
+    return text
 
 
 def _base(value: str) -> str:

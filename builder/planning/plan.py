@@ -24,7 +24,7 @@ from builder.box.sandbox import TMP, Outcome
 from builder.planning import device_code, gaps, pins
 from builder.planning.gaps import Evidence, Gap
 from builder.planning.ground import Ground, TrialEnvironment
-from builder.planning.recipe import LoadedRecipe, ToolchainKind
+from builder.planning.recipe import Build, LoadedRecipe, ToolchainKind
 from builder.planning.settings import Settings
 from builder.planning.stack import Arch, LoadedStack
 from gracefarm.console import Tick, no_tick
@@ -244,6 +244,20 @@ class Plan:
             "rewriters": {name: version(name) for name in REWRITERS},
             **self.toolchain.inputs(self),
         }
+
+    @cached_property
+    def build(self) -> Build:
+        """The recipe's [build], with the cell's architectures in place of what stands for them."""
+        build = self.recipe.data.build
+        update = {
+            field: {name: device_code.filled(value, self.stack.sm) for name, value in values.items()}
+            for field, values in (
+                ("environment", build.environment),
+                ("config_settings", build.config_settings),
+                ("cmake", build.cmake),
+            )
+        }
+        return build.model_copy(update=update)
 
     @property
     def ptx(self) -> str | None:

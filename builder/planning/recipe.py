@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +27,8 @@ def _canonical_version(text: str) -> str:
     return text
 
 
+PLACEHOLDERS = ("{sm}", "{sm_dotted}", "{sm_gencode}")
+"In values of [build]: the cell's architectures, for packages that do not read TORCH_CUDA_ARCH_LIST."
 ToolchainKind = Literal["sandbox", "host", "container"]
 VersionText = Annotated[str, AfterValidator(_canonical_version)]
 SpdxExpression = Annotated[str, AfterValidator(canonicalize_license_expression)]
@@ -146,7 +149,12 @@ class Build(Table):
         default=(), description="Needed to build beside the stack's environment; `builder lock NAME` pins them"
     )
     subdirectory: InsidePath = Field(default=".", description="Folder of pyproject.toml or setup.py in the source")
-    environment: dict[str, str] = Field(default_factory=dict, description="Variables for the build; they enter the build id")
+    environment: dict[str, str] = Field(
+        default_factory=dict,
+        description="Variables for the build; they enter the build id. {sm}, {sm_dotted} and {sm_gencode} stand for the "
+        "cell's architectures, as 90;100a, 9.0;10.0a and -gencode=arch=compute_90,code=sm_90, also in config_settings "
+        "and cmake",
+    )
     config_settings: dict[str, str] = Field(default_factory=dict, description="PEP 517 config settings")
     cmake: dict[str, str] = Field(
         default_factory=dict, description="CMake cache variables, for packages that pass none on; set by our toolchain file"
@@ -167,6 +175,16 @@ class Build(Table):
         description="Seconds of source files (glob) that take far longer than the rest, until a build has measured them",
     )
     binfmt: bool = Field(default=False, description="The build executes programs of the target other than Python")
+
+    @model_validator(mode="after")
+    def _known_placeholders(self) -> Self:
+        for name, value in {**self.environment, **self.config_settings, **self.cmake}.items():
+            for placeholder in re.findall(r"\{sm(?:_\w*)?\}", value):
+                if placeholder not in PLACEHOLDERS:
+                    raise ValueError(f"{name} has {placeholder}: {tables.nearest(placeholder, PLACEHOLDERS, 'placeholders')}")
+                if not self.cuda:
+                    raise ValueError(f"{name} has {placeholder}, and cuda = false compiles for no architecture")
+        return self
 
 
 class Bundled(Table):

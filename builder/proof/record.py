@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +21,9 @@ from builder.smoke import GpuResult, SmokeResult
 from gracefarm.errors import ConfigError, GracefarmError
 from gracefarm.files import atomic_write, sha256_file
 from gracefarm.tables import Table
+
+Likeness = tuple[object, ...]
+"See `likeness`."
 
 
 class Stage(Table):
@@ -102,6 +106,11 @@ class Record(Table):
     )
     finished: str = Field(description="UTC, ISO 8601")
 
+    @property
+    def like(self) -> Likeness:
+        """Builds of the recipe with the same take about as much."""
+        return likeness(self.stack, self.inputs)
+
 
 def now() -> str:
     """UTC now, ISO 8601, whole seconds."""
@@ -169,6 +178,13 @@ def wheel_path(settings: Settings, record: Record) -> Path | None:
         return None
     place = folder(settings, record.build_id) / "dist" / record.wheel.filename
     return place if place.is_file() and sha256_file(place) == record.wheel.sha256 else None
+
+
+def likeness(stack: str, inputs: Mapping[str, object]) -> Likeness:
+    """What decides how much a build of a recipe takes, beside the machine: stack, target, and architectures of device code."""
+    facts = inputs.get("stack")
+    facts = facts if isinstance(facts, dict) else {}
+    return stack, inputs.get("target"), tuple(facts.get("sm") or ()), facts.get("ptx")
 
 
 def all_of(settings: Settings, recipe: str | None = None) -> list[Record]:

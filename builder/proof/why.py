@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from builder.planning.settings import Settings
 from builder.proof import record
-from builder.proof.record import Record
+from builder.proof.record import Likeness, Record
 from gracefarm.errors import ConfigError
 
 _OWN = "recipe."
@@ -111,14 +111,14 @@ def value_at(inputs: Mapping[str, object], path: str) -> object:
 
 
 def seconds(records: Sequence[Record], like: Record) -> float | None:
-    """Wall seconds of the last success of a recipe, against the same stack for the same target; None: there was none."""
-    return last_seconds(records, like.recipe, like.stack, str(like.inputs.get("target")))
+    """Wall seconds of the last success of a recipe, of the same stack, target and architectures; None: there was none."""
+    return last_seconds(records, like.recipe, like.like)
 
 
-def last_seconds(records: Sequence[Record], recipe: str, stack: str, target: str) -> float | None:
+def last_seconds(records: Sequence[Record], recipe: str, like: Likeness) -> float | None:
     """As `seconds`, of what was not built yet; `records` newest first."""
     for build in records:
-        if (build.recipe, build.stack, build.inputs.get("target"), build.outcome) == (recipe, stack, target, "built"):
+        if (build.recipe, build.like, build.outcome) == (recipe, like, "built"):
             return round(sum(stage.wall_s for stage in build.stages), 1)
     return None
 

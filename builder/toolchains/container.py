@@ -220,7 +220,6 @@ def configuration(
     # No swap either, as in a sandbox: a build that passes its bound would crawl through it.
     bound = [f"--memory={memory}", f"--memory-swap={memory}"] if toolchain.bounds_memory else []
     created = ["--network=none", f"--label={_LABEL}={plan.build_id}", *bound, *mounts]
-    build = plan.recipe.data.build
     options: dict[str, object] = {
         "build-frontend": {"name": "build", "args": ["--no-isolation", "--skip-dependency-check"]},
         "container-engine": {"name": toolchain.engine, "create-args": created, "disable-host-mount": True},
@@ -228,7 +227,7 @@ def configuration(
         "before-all": before_all(plan),
         "repair-wheel-command": "",
         "audit-command": "",
-        "config-settings": {name: _inside(value) for name, value in build.config_settings.items()},
+        "config-settings": {name: _inside(value) for name, value in plan.build.config_settings.items()},
         "environment": dict(sorted(variables(plan, jobs=jobs, epoch=epoch).items())),
     }
     return tomlkit.dumps({"tool": {"cibuildwheel": options}})

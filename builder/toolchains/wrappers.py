@@ -86,7 +86,7 @@ def variables(plan: Plan, *, jobs: int, epoch: int) -> dict[str, str]:
         "CMAKE_BUILD_PARALLEL_LEVEL": str(jobs),
         "MAKEFLAGS": f"-j{jobs}",
         "GRACEFARM_PYTHON_INCLUDE": f"{python}/include/python{plan.stack.python}",
-        "GRACEFARM_CMAKE": "\n".join(f"{name}={value}" for name, value in sorted(recipe.build.cmake.items())),
+        "GRACEFARM_CMAKE": "\n".join(f"{name}={value}" for name, value in sorted(plan.build.cmake.items())),
     }
     if recipe.build.cuda:
         major = data.cuda.split(".")[0]
@@ -103,12 +103,12 @@ def variables(plan: Plan, *, jobs: int, epoch: int) -> dict[str, str]:
             "GRACEFARM_CMAKE_SM": device_code.cmake_list(plan.stack.sm),
             "TORCH_CUDA_ARCH_LIST": device_code.torch_list(plan.stack.sm),
         }
-    return values | dict(recipe.build.environment)
+    return values | plan.build.environment
 
 
 def command(plan: Plan, environment: str = "/env", folder: str = "/build") -> tuple[str, ...]:
     """What runs in the sandbox; a person can type it in `builder shell`."""
-    build = plan.recipe.data.build
+    build = plan.build
     options = {key: value.replace("/build/", f"{folder}/") for key, value in build.config_settings.items()}
     settings = tuple(f"-C{key}={value}" for key, value in sorted(options.items()))
     place = str(PurePosixPath(folder) / "source" / build.subdirectory)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,7 @@ from builder.planning.plan import Plan
 from builder.planning.stack import Arch
 from builder.toolchains import choice
 from builder.toolchains.choice import ToolchainChoice
-from builder.toolchains.wrappers import variables
+from builder.toolchains.wrappers import command, variables
 from gracefarm.errors import ConfigError, UsageError
 from tests.conftest import REPOSITORY
 
@@ -152,3 +153,41 @@ def test_the_engines_tables_name_what_upstream_compiles_for_90a(source: str, hop
 )
 def test_torch_and_cmake_get_names_that_they_know(sm: tuple[str, ...], torch: str, cmake: str) -> None:
     assert (device_code.torch_list(sm), device_code.cmake_list(sm)) == (torch, cmake)
+
+
+def with_build(sm: str | None = None, **build: object) -> Plan:
+    """The plan of a committed recipe with other values under [build]."""
+    made = plan(sm=sm)
+    table = made.recipe.data.build.model_dump() | build
+    data = made.recipe.data.model_copy(update={"build": recipe.Build.model_validate(table)})
+    return replace(made, recipe=replace(made.recipe, data=data))
+
+
+def test_the_cells_architectures_reach_packages_that_have_a_variable_of_their_own() -> None:
+    environment = {
+        "NATTEN_CUDA_ARCH": "{sm_dotted}",
+        "FLASH_ATTN_CUDA_ARCHS": "{sm}",
+        "NVCC_GENCODE": "{sm_gencode} -O2",
+        "KEPT": '{"sm": 1} {smoke}',
+    }
+    made = with_build(sm="90+100f", environment=environment, config_settings={"archs": "{sm}"}, cmake={"ARCHS": "{sm}"})
+    values = variables(made, jobs=1, epoch=0)
+    assert values["NATTEN_CUDA_ARCH"] == "9.0;10.0"
+    assert values["FLASH_ATTN_CUDA_ARCHS"] == "90;100f"
+    assert values["NVCC_GENCODE"] == ("-gencode=arch=compute_90,code=sm_90 -gencode=arch=compute_100f,code=sm_100f -O2")
+    assert values["KEPT"] == '{"sm": 1} {smoke}'
+    assert values["GRACEFARM_CMAKE"] == "ARCHS=90;100f"
+    assert "-Carchs=90;100f" in command(made)
+    assert made.build_id != with_build(sm="90", environment=environment).build_id
+
+
+@pytest.mark.parametrize(
+    ("build", "sentence"),
+    [
+        ({"environment": {"A": "{sm_doted}"}}, "A has {sm_doted}: did you mean '{sm_dotted}'?"),
+        ({"cmake": {"A": "{sm}"}, "cuda": False}, "A has {sm}, and cuda = false compiles for no architecture"),
+    ],
+)
+def test_a_placeholder_that_means_nothing_is_refused(build: dict[str, object], sentence: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        recipe.Build.model_validate(build)

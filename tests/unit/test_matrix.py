@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from builder.cli.matrix import reports_of
+from builder.flow.matrix import document
 from builder.planning import matrix, stack
 from builder.planning.matrix import Cell, Known, expand, parse, parts
+from builder.planning.settings import load
 from builder.planning.stack import Arch
 from gracefarm.errors import ConfigError, UsageError
 from tests.conftest import REPOSITORY
@@ -111,3 +114,16 @@ def test_selectors_by_name(tmp_path: Path) -> None:
 def test_the_projects_own_selectors_are_understood() -> None:
     for selector in matrix.read(REPOSITORY).selectors.values():
         assert all(parse(part) for part in parts(selector))
+
+
+def test_a_blocked_cell_keeps_what_is_known_of_it(tmp_path: Path) -> None:
+    settings = load().model_copy(update={"home": tmp_path, "project": REPOSITORY})
+    cells = [
+        Cell(recipe="causal_conv1d", stack="cu130", interpreter="3.14t", target=Arch.AARCH64, sm=("90", "100")),
+        Cell(recipe="triton", stack="cu124", interpreter=None, target=Arch.X86_64, sm=None),
+    ]
+    conv, triton = document("blocked", "", reports_of(cells, settings))["cells"]  # type: ignore[misc]
+    known = ("version", "torch", "cuda", "python", "sm", "state")
+    assert [conv[name] for name in known] == ["1.7.0", "2.11.0", "13.0", "3.14t", ["90", "100"], "blocked"]
+    assert [triton[name] for name in known] == ["3.2.0+git755d4164", "", "", "3.11", [], "blocked"]
+    assert "requirements-3.14t.lock: no such file" in conv["reason"]

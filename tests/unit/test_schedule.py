@@ -19,7 +19,7 @@ from builder.compiling.units import CacheStatistics, Unit
 from builder.data.toolchain import schedule
 from builder.flow import history
 from builder.planning.recipe import Build
-from tests.unit.test_jobs import GIB, built, compiled
+from tests.unit.test_jobs import GIB, LIKE, built, compiled
 
 TORCH = """\
 ninja_required_version = 1.3
@@ -230,7 +230,7 @@ def test_declared_large_units_lower_the_jobs_beside_which_one_of_them_fits() -> 
 def test_a_build_from_the_cache_teaches_nothing_about_memory() -> None:
     warm = CacheStatistics(hits=1, misses=0, uncacheable=0, saved_cpu_s=1)
     one = built(compiled(1, 16), count=8).model_copy(update={"compiler_cache": warm})
-    assert history.learned_jobs([one], stack="cu130", target="aarch64") is None
+    assert history.learned_jobs([one], LIKE) is None
 
 
 def test_the_newest_word_on_a_unit_counts_and_a_hit_changes_nothing() -> None:
@@ -238,7 +238,7 @@ def test_the_newest_word_on_a_unit_counts_and_a_hit_changes_nothing() -> None:
         update={"units": {name: Unit(wall_s=9, cpu_s=9, peak_memory=9) for name in ("a.cu", "b.cu")}}
     )
     new = old.model_copy(update={"units": {"a.cu": Unit(wall_s=1, cpu_s=1, peak_memory=1)}})
-    known = history.learned_units([new, old], stack="cu130", target="aarch64")
+    known = history.learned_units([new, old], LIKE)
     assert {name: unit.cpu_s for name, unit in known.items()} == {"a.cu": 1, "b.cu": 9}
     notes = [
         units.Note(unit="a.cu", outcome="hit", wall_s=0.1, cpu_s=0.1, peak_memory=1),
