@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from builder.box import gpu, sandbox
 from builder.box.sandbox import Outcome
@@ -35,14 +35,33 @@ class SmokeResult(Table):
     script: str | None = Field(default=None, description="Output of smoke.py")
 
 
+class Comparison(Table):
+    """One result that a GPU computed with the wheel, compared with a reference."""
+
+    name: str = Field(min_length=1, max_length=200, description="What was computed, as 'forward float16'")
+    error: float = Field(ge=0, allow_inf_nan=False, description="The largest difference found")
+    tolerance: float = Field(gt=0, allow_inf_nan=False, description="The largest difference allowed")
+
+
 class GpuResult(Table):
     """What became of smoke_gpu.py; a failure is the build's."""
 
     status: Literal["passed", "not run"]
     reason: str = Field(default="", description="Why it was not run")
     device: str | None = Field(default=None, description="The GPU that it ran on")
+    sm: str | None = Field(default=None, description="That GPU's architecture, as 90")
+    driver: str = Field(default="", description="Version of NVIDIA's driver; empty: it did not say")
     script: str | None = Field(default=None, description="Output of smoke_gpu.py")
+    comparisons: tuple[Comparison, ...] = Field(default=(), description="What was compared with a reference")
+    negative_control: str | None = Field(default=None, description="The wrong result that the comparison refused")
     wall_s: float | None = None
+
+
+class _Answer(SmokeResult):
+    """What the driver prints: of smoke_gpu.py also what it compared."""
+
+    comparisons: tuple[Comparison, ...] = ()
+    negative_control: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +107,8 @@ def run(trial: Trial) -> tuple[SmokeResult, Outcome, tuple[str, ...]]:
     with _clean(trial) as clean:
         command = driver(trial.imports, trial.script, clean.prefix, clean.files, _elsewhere(trial))
         answer, outcome = _answer(trial, clean, command, "does not work in a clean environment")
-    result = SmokeResult.model_validate_json(answer)
+    answered = _Answer.model_validate_json(answer)
+    result = SmokeResult(modules=answered.modules, script=answered.script)
     _require_own(trial.wheel, result)
     return result, outcome, command
 
@@ -136,8 +156,37 @@ def run_gpu(trial: Trial, sm: Sequence[str], ptx: str | None = None) -> GpuResul
             return GpuResult(status="not run", reason=reason)
         command = driver(trial.imports, trial.script, clean.prefix, clean.files, _elsewhere(trial))
         answer, outcome = _answer(trial, clean, command, f"is wrong on {probed['device']}")
-    script = SmokeResult.model_validate_json(answer).script
-    return GpuResult(status="passed", device=probed["device"], script=script, wall_s=round(outcome.wall_s, 2))
+    return GpuResult(
+        status="passed",
+        device=probed["device"],
+        sm=probed["sm"],
+        driver=probed["driver"],
+        **_compared(answer, trial),
+        wall_s=round(outcome.wall_s, 2),
+    )
+
+
+def _compared(answer: str, trial: Trial) -> dict[str, Any]:
+    """What smoke_gpu.py printed and left behind.
+
+    Raises:
+        SmokeError: it is not what it must be, or a difference is above its tolerance.
+    """
+    try:
+        answered = _Answer.model_validate_json(answer)
+    except ValidationError as error:
+        reason = f"{'.'.join(map(str, error.errors()[0]['loc']))}: {error.errors()[0]['msg']}"
+        raise SmokeError(
+            f"{trial.script} leaves no list of comparisons: {reason}", remedy="docs/gpu.md says what it must leave"
+        ) from error
+    for comparison in answered.comparisons:
+        if comparison.error > comparison.tolerance:
+            raise SmokeError(
+                f"{trial.wheel.name} computes {comparison.name} with an error of {comparison.error:.3g}, "
+                f"and {comparison.tolerance:.3g} are allowed",
+                remedy=f"the whole output is in {trial.log}",
+            )
+    return answered.model_dump(include={"script", "comparisons", "negative_control"})
 
 
 def sentence(result: GpuResult) -> str:

@@ -28,6 +28,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "shell": ("builder.cli.upkeep:shell_command", "A shell inside the sandbox of a last build."),
         "audit": ("builder.cli.check:audit_command", "The gates, on anybody's wheel."),
         "smoke": ("builder.cli.check:smoke_command", "Import a wheel in a fresh environment, or try it on a GPU."),
+        "certify": ("builder.cli.certify:certify_command", "Test a wheel on a GPU, or sign what such a test reports."),
         "verify": ("builder.cli.verify:verify_command", "Is a wheel what it says, and does it build the same again?"),
         "set": ("builder.cli.sets:set_command", "Wheels that are built, tested and published together."),
         "lock": ("builder.cli.lock:lock_command", "Fill in digests that were not known."),

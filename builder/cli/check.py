@@ -13,7 +13,6 @@ from builder.audit import Policy, policy
 from builder.cli.options import FILE, device_coded, json_option, start, toolchained
 from builder.compiling import pep517
 from builder.planning import device_code, recipe, stack
-from builder.planning.ground import TrialEnvironment
 from builder.planning.settings import Settings
 from builder.toolchains.choice import ToolchainChoice
 from builder.toolchains.sandbox import SandboxToolchain
@@ -100,19 +99,10 @@ def smoke_command(
         script = script or (loaded.smoke_gpu_script if gpu else loaded.smoke_script)
     if not imports or (gpu and script is None):
         raise UsageError("nothing to try", remedy="say --import MODULE, with --gpu also --script FILE, or --recipe NAME")
-    environment, sm = _trial_environment(wheel, stack_name, on, settings)
     scratch = settings.home / "smoke" / str(os.getpid())
     scratch.mkdir(parents=True)
-    trial = smoke.Trial(
-        wheel=wheel.resolve(),
-        imports=imports,
-        script=script,
-        environment=environment,
-        folder=scratch,
-        memory=pep517.bound(settings),
-        log=settings.home / "smoke" / "log.txt",
-    )
     try:
+        trial, sm, _ = trial_of(wheel, imports, script, stack_name, on, scratch, settings)
         if gpu:
             answer = smoke.run_gpu(trial, sm)
             console.result(answer.model_dump(), smoke.sentence(answer))
@@ -125,12 +115,29 @@ def smoke_command(
     console.result(result.model_dump() | {"wall_s": outcome.wall_s}, "\n".join(lines))
 
 
-def _trial_environment(
-    wheel: Path, stack_name: str, on: ToolchainChoice, settings: Settings
-) -> tuple[TrialEnvironment, tuple[str, ...]]:
-    """Where a wheel is tried, and the architectures that it must have."""
+def trial_of(
+    wheel: Path,
+    imports: tuple[str, ...],
+    script: Path | None,
+    stack_name: str,
+    on: ToolchainChoice,
+    scratch: Path,
+    settings: Settings,
+    *,
+    cuda: bool = False,
+) -> tuple[smoke.Trial, tuple[str, ...], Path | None]:
+    """How a wheel is tried, the architectures that it must have and, with `cuda`, the cuobjdump of the stack."""
     loaded, target = stack.load(settings.project / "stacks", stack_name), audit.target_of(wheel)
     host = stack.host_arch()
-    toolchain = on.type.find(loaded, on.wanted, cuda=False)
-    ground = toolchain.lay(toolchain.facts(loaded), host, target, settings, cuda=False)
-    return toolchain.trial_environment(ground, emulated=host is not target), loaded.data.sm
+    toolchain = on.type.find(loaded, on.wanted, cuda=cuda)
+    ground = toolchain.lay(toolchain.facts(loaded), host, target, settings, cuda=cuda)
+    trial = smoke.Trial(
+        wheel=wheel.resolve(),
+        imports=imports,
+        script=script,
+        environment=toolchain.trial_environment(ground, emulated=host is not target),
+        folder=scratch,
+        memory=pep517.bound(settings),
+        log=settings.home / "smoke" / "log.txt",
+    )
+    return trial, loaded.data.sm, ground.cuobjdump

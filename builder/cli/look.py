@@ -94,6 +94,7 @@ def show_command(name: str, as_json: bool) -> None:
     """The record of a recipe's last build: outcome, stages, verdicts."""
     from builder import smoke
     from builder.compiling import units
+    from builder.proof import certificates
 
     settings, console = start(as_json=as_json)
     last = last_build(name, settings)
@@ -112,6 +113,7 @@ def show_command(name: str, as_json: bool) -> None:
     lines += [f"gate      {verdict.status:14} {verdict.gate}: {verdict.summary}" for verdict in last.verdicts]
     lines += [f"digest    {known}" for known in last.unconfirmed]
     lines += [f"gpu       {smoke.sentence(last.gpu)}"] if last.gpu else []
+    lines += [f"gpu       {certificates.sentence(known, last)}" for known in certificates.of_record(last, settings)]
     lines += [f"wheel     {wheel}"] if wheel else []
     lines += [f"record    {record.path(settings, last.build_id)}"]
     console.result(last.model_dump(mode="json"), "\n".join(lines))

@@ -1,8 +1,9 @@
 """Runs inside the clean environment: import each module by name, see that it came from there, then run smoke.py.
 
-argv: modules, comma separated; path of smoke.py or '-'; those of the modules that may come from elsewhere, or '-'. A smoke.py
-that loads modules in a way of its own leaves them in sys.modules and names them in LOADED: the same is asked of them. Prints
-one JSON line that starts with GRACEFARM.
+argv: modules, comma separated; path of smoke.py or '-'; those of the modules that may come from elsewhere, or '-'. A script
+that loads further modules leaves them in sys.modules and names them in LOADED: the same is asked of them. A script for a GPU
+leaves what it compared in COMPARISONS, a list of {"name", "error", "tolerance"}, and in NEGATIVE_CONTROL, a sentence, what its
+comparison refused. Prints one JSON line that starts with GRACEFARM.
 """
 
 import contextlib
@@ -28,9 +29,16 @@ for name in wanted:
     importlib.import_module(name)
     note(name)
 said = io.StringIO()
+left: dict[str, object] = {}
 if script != "-":
     with contextlib.redirect_stdout(said):
         left = runpy.run_path(script, run_name="__main__")
     for name in left.get("LOADED", ()):
         note(name)
-print("GRACEFARM" + json.dumps({"modules": files, "script": said.getvalue() if script != "-" else None}))
+answer = {
+    "modules": files,
+    "script": said.getvalue() if script != "-" else None,
+    "comparisons": left.get("COMPARISONS", []),
+    "negative_control": left.get("NEGATIVE_CONTROL"),
+}
+print("GRACEFARM" + json.dumps(answer))

@@ -49,6 +49,7 @@ class Attempt:
     compiler_cache: CacheStatistics | None = None
     torch_cxx11_abi: bool | None = None
     verdicts: tuple[Verdict, ...] = ()
+    device_digests: dict[str, str] = field(default_factory=dict)
     smoke: SmokeResult | None = None
     gpu: GpuResult | None = None
 
@@ -100,6 +101,7 @@ class Attempt:
             units=self.units,
             compiler_cache=self.compiler_cache,
             verdicts=self.verdicts,
+            device_digests=self.device_digests,
             judged_by=judges.digest(self.plan),
             smoke=self.smoke,
             gpu=self.gpu,

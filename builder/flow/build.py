@@ -105,8 +105,9 @@ def _judged_again(attempt: Attempt, built: Record) -> Record:
     judge.pass_gates(attempt, wheel, policy.of_plan(attempt.plan, ground, attempt.work))
     judge.pass_smoke(attempt, wheel, ground)
     remove_tree(attempt.folder / "smoke")
-    judgement = {"verdicts": attempt.verdicts, "smoke": attempt.smoke, "gpu": attempt.gpu}
-    updated = built.model_copy(update=judgement | {"judged_by": judges.digest(attempt.plan)})
+    judgement: dict[str, object] = {"verdicts": attempt.verdicts, "smoke": attempt.smoke, "gpu": attempt.gpu}
+    judgement |= {"device_digests": attempt.device_digests, "judged_by": judges.digest(attempt.plan)}
+    updated = built.model_copy(update=judgement)
     record.write(updated, attempt.settings)
     return updated
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from builder import audit, smoke
+from builder.audit import device_digest
 from builder.audit.policy import Policy
 from builder.box import gpu
 from builder.compiling import pep517
@@ -28,6 +29,8 @@ def pass_gates(attempt: Attempt, wheel: Path, expected: Policy) -> None:
     for verdict in attempt.verdicts:
         attempt.console.step("audit", f"{verdict.status:14} {verdict.gate}: {verdict.summary}")
     audit.require(attempt.verdicts)
+    if expected.cuobjdump is not None and expected.sm is not None:
+        attempt.device_digests = device_digest.of_wheel(wheel, expected.cuobjdump)
 
 
 def pass_smoke(attempt: Attempt, wheel: Path, ground: Ground) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from builder.planning.settings import Settings
 from builder.planning.stack import Stack
-from builder.proof import publish, record
+from builder.proof import certificates, publish, record
 from builder.proof.record import Publication, Record
 from gracefarm.console import Console
 from gracefarm.errors import PublishError
@@ -32,7 +32,31 @@ def publish_build(built: Record, url: str, settings: Settings, console: Console)
     login = publish.credentials(url)
     published = _publish_wheel(built, url, settings, console, login)
     send_record(published.build_id, url, settings, console, login)
+    _send_certificates([published], url, settings, console, login)
     return published
+
+
+def publish_certificates(builds: list[Record], url: str, settings: Settings, console: Console) -> None:
+    """The certificates that hold for these builds, and the builds' records, which now name them.
+
+    Raises:
+        PublishError: the index gives no login.
+    """
+    login = publish.credentials(url)
+    for build in builds:
+        if any(publication.url == url for publication in build.published):
+            send_record(build.build_id, url, settings, console, login)
+    _send_certificates(builds, url, settings, console, login)
+
+
+def _send_certificates(
+    builds: list[Record], url: str, settings: Settings, console: Console, login: publish.Login | None
+) -> None:
+    known = {certificate.device_digest for build in builds for certificate in certificates.of_record(build, settings)}
+    for digest in sorted(known):
+        refused = publish.send_certificate(certificates.path(settings, digest), digest, url, login)
+        said = f"certificate {digest[:16]} to {url}" if refused is None else f"the index keeps no certificate: {refused}"
+        console.step("publish", said)
 
 
 def _publish_wheel(built: Record, url: str, settings: Settings, console: Console, login: publish.Login | None) -> Record:

@@ -14,6 +14,8 @@ _CODE = Path(__file__).parents[1]
 RULES = (
     "audit/__init__.py",
     "audit/contents.py",
+    "audit/cuobjdump.py",
+    "audit/device_digest.py",
     "audit/gates/alignment.py",
     "audit/gates/cubins.py",
     "audit/gates/elf_machine.py",

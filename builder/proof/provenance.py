@@ -6,12 +6,14 @@ https://in-toto.io/Statement/v1, https://slsa.dev/provenance/v1
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from builder.planning.settings import Settings
-from builder.proof import materials, record, signing
+from builder.proof import certificates, materials, record, signing
+from builder.proof.certificates import Certificate
 from builder.proof.record import Record
 from gracefarm.files import atomic_write
 
@@ -22,8 +24,8 @@ BUILD_TYPE = "urn:gracefarm:build:1"
 "docs/provenance.md says what its parameters are."
 
 
-def statement(of: Record, builder_id: str) -> dict[str, Any]:
-    """The statement about a successful build."""
+def statement(of: Record, builder_id: str, certified: Sequence[Certificate] = ()) -> dict[str, Any]:
+    """The statement about a successful build, with the certificates that hold for its device code."""
     assert of.wheel is not None
     products = [of.wheel, *([of.source] if of.source else [])]
     inputs: Any = of.inputs
@@ -35,6 +37,7 @@ def statement(of: Record, builder_id: str) -> dict[str, Any]:
     }
     run = {
         "builder": {"id": builder_id, "version": {"gracefarm": version("gracefarm")}},
+        "byproducts": [_device_code(sm, digest, of, certified) for sm, digest in of.device_digests.items()],
         "metadata": {"invocationId": of.build_id, "finishedOn": of.finished.replace("+00:00", "Z")},
     }
     return {
@@ -56,6 +59,13 @@ def _dependencies(inputs: Any) -> list[dict[str, Any]]:
     return [*fetched, *({"name": name, "digest": {"sha256": digest}} for name, digest in ground.items() if digest)]
 
 
+def _device_code(sm: str, digest: str, of: Record, certified: Sequence[Certificate]) -> dict[str, Any]:
+    """One sm's device code, and whether a GPU ran it."""
+    known = [certificates.sentence(certificate, of) for certificate in certified if certificate.device_digest == digest]
+    ran = known[0] if known else "not run on a GPU by a wheel that this farm knows of"
+    return {"name": f"device code for sm_{sm}", "digest": {"sha256": digest}, "annotations": {"certificate": ran}}
+
+
 def path(wheel: Path) -> Path:
     """Where a wheel's provenance is: beside it."""
     return wheel.with_name(f"{wheel.name}.intoto.jsonl")
@@ -71,7 +81,9 @@ def signed(of: Record, settings: Settings) -> Record:
     if key is None or of.wheel is None:
         return of
     builder_id = f"urn:gracefarm:builder:ed25519:{signing.key_id(key.public_key())}"
-    body = json.dumps(statement(of, builder_id), sort_keys=True, separators=(",", ":")).encode()
+    body = json.dumps(
+        statement(of, builder_id, list(certificates.of_record(of, settings))), sort_keys=True, separators=(",", ":")
+    ).encode()
     envelope = signing.envelope(PAYLOAD, body, key)
     wheel = record.folder(settings, of.build_id) / "dist" / of.wheel.filename
     atomic_write(path(wheel), json.dumps(envelope) + "\n")

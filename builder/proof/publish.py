@@ -106,16 +106,25 @@ def send_record(document: Path, log: Path, build_id: str, url: str, login: Login
     An addition of this farm's index, so a refusal is an answer and no error: any other index still works. The record goes
     first, since the index learns from it whose log may come.
     """
-    base = re.sub(r"(?:(?:stage/[^/]+/|nightly/)?legacy/?)?$", "", url).rstrip("/")
-    bodies = [(f"{base}/records/{build_id}", document.read_bytes())]
+    bodies = [(f"records/{build_id}", document.read_bytes())]
     if log.is_file():
-        bodies.append((f"{base}/records/{build_id}/log", end_of(log)))
+        bodies.append((f"records/{build_id}/log", end_of(log)))
+    return _put(bodies, url, login)
+
+
+def send_certificate(document: Path, digest: str, url: str, login: Login | None) -> str | None:
+    """PUT the certificate of a device digest, as `send_record` puts a record."""
+    return _put([(f"certificates/{digest}", document.read_bytes())], url, login)
+
+
+def _put(bodies: list[tuple[str, bytes]], url: str, login: Login | None) -> str | None:
+    base = re.sub(r"(?:(?:stage/[^/]+/|nightly/)?legacy/?)?$", "", url).rstrip("/")
     try:
         with httpx.Client(auth=login, timeout=60) as client:
-            for place, body in bodies:
-                answer = client.put(place, content=body)
+            for name, body in bodies:
+                answer = client.put(f"{base}/{name}", content=body)
                 if answer.status_code >= 300:
-                    return f"{place}: {answer.status_code} {first_line(answer.text, answer.reason_phrase)[:200]}"
+                    return f"{base}/{name}: {answer.status_code} {first_line(answer.text, answer.reason_phrase)[:200]}"
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         return f"{base}: {error or type(error).__name__}"
     return None

@@ -98,6 +98,9 @@ class Record(Table):
         default="", description="Digest of the gates and smoke tests that passed the wheel; docs/building.md"
     )
     smoke: SmokeResult | None = None
+    device_digests: dict[str, str] = Field(
+        default_factory=dict, description="Digest of the wheel's device code by sm; certificates are found by it (docs/gpu.md)"
+    )
     gpu: GpuResult | None = Field(default=None, description="None: the recipe has no smoke_gpu.py")
     published: tuple[Publication, ...] = ()
     provenance: dict[str, Any] | None = Field(

@@ -453,8 +453,7 @@ def test_without_a_gpu_the_gpu_test_is_reported_as_not_run(
     if gpu.devices():
         pytest.skip("this machine has a GPU")
     assert "smoke-gpu not run: no GPU" in built.done.said
-    missing = {"status": "not run", "reason": "no GPU", "device": None, "script": None, "wall_s": None}
-    assert record_of(built.farm, "tiny_c")["gpu"] == missing
+    assert record_of(built.farm, "tiny_c")["gpu"] == smoke.GpuResult(status="not run", reason="no GPU").model_dump(mode="json")
     assert called(built.farm, monkeypatch, "show", "tiny_c") == (0, "")
     assert "gpu       not run: no GPU" in capsys.readouterr().out
     again = ("smoke", str(built.wheel), "--stack", "bare", "--recipe", "tiny_c", "--gpu", "--toolchain", "host")

@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-import re
-import subprocess
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 
+from builder.audit import cuobjdump
 from builder.audit.contents import Contents
 from builder.audit.policy import Policy
 from builder.audit.verdict import Verdict, not_applicable, passed, refused
-from gracefarm.errors import HostError
-from gracefarm.process import last_line
 
 GATE = "cubins"
-_CODE = re.compile(r"^Fatbin (elf|ptx) code:\n=+\narch = sm_(\d+[af]?)$", re.MULTILINE)
-
-
-class UnreadableError(ValueError):
-    """cuobjdump cannot read the device code of an object."""
 
 
 def judge(contents: Contents, policy: Policy) -> Verdict:
@@ -34,8 +25,8 @@ def judge(contents: Contents, policy: Policy) -> Verdict:
     if policy.cuobjdump is None:
         return refused(GATE, ["there is CUDA device code and no cuobjdump to read it with"])
     try:
-        cubins = {name: _cubins(policy.cuobjdump, name, path) for name, path in objects.items()}
-    except UnreadableError as error:
+        cubins = {name: cuobjdump.architectures(policy.cuobjdump, name, path) for name, path in objects.items()}
+    except cuobjdump.UnreadableError as error:
         return refused(GATE, [str(error)])
     return compare(cubins, policy)
 
@@ -82,23 +73,3 @@ def _ptx_complaints(name: str, cubins: Counter[str], ptx: Counter[str], policy: 
 
 def _listed(cubins: list[str]) -> str:
     return ", ".join(f"{count} for sm_{sm}" for sm, count in sorted(Counter(cubins).items())) or "no cubin"
-
-
-def _cubins(cuobjdump: Path, name: str, path: Path) -> tuple[list[str], list[str]]:
-    """The sm values of the cubins and of the PTX in an object. `--list-elf` names a family's cubin sm_100, not sm_100f."""
-    codes = _CODE.findall(_run(cuobjdump, "--dump-resource-usage", name, path))
-    return [sm for kind, sm in codes if kind == "elf"], [sm for kind, sm in codes if kind == "ptx"]
-
-
-def _run(cuobjdump: Path, option: str, name: str, path: Path) -> str:
-    try:
-        process = subprocess.run([cuobjdump, option, path], capture_output=True, text=True, check=False)
-    except OSError as error:
-        raise HostError(
-            f"{cuobjdump} does not run: {error}", remedy="`builder doctor` says what this machine lacks"
-        ) from error
-    # It also ends with 255 where there is merely none of the kind asked for.
-    if process.returncode and "does not contain device code" not in process.stdout + process.stderr:
-        reason = last_line(process.stdout + process.stderr).removeprefix("cuobjdump fatal   : ")
-        raise UnreadableError(f"{name}: cuobjdump cannot read its device code ({reason})")
-    return process.stdout

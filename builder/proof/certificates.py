@@ -1,0 +1,196 @@
+"""Certificates: device code that computed right numbers on a GPU, signed by the farm.
+
+A machine with a GPU writes an unsigned report. The farm compares the report with its own wheels and signs a certificate for
+each device digest. A wheel with the same digest has the same device code: the certificate holds for it too, whatever its host
+architecture and Python are. Host code is not covered.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from pydantic import Field, StringConstraints, ValidationError
+
+from builder.audit import device_digest
+from builder.planning.settings import Settings
+from builder.proof import record, signing
+from builder.proof.record import Record
+from builder.smoke import Comparison, GpuResult
+from gracefarm.errors import ConfigError, VerifyError
+from gracefarm.files import atomic_write, sha256_file
+from gracefarm.tables import Table
+
+_REPORTED = {"gpu", "driver", "wheel", "comparisons", "negative_control"}
+PAYLOAD = "application/vnd.gracefarm.certificate+json"
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+
+
+class CertifiedWheel(Table):
+    """The wheel that ran on the GPU."""
+
+    filename: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+!-]{0,250}\.whl$")
+    sha256: Sha256
+
+
+class GpuReport(Table):
+    """What `builder certify` writes on the machine with the GPU; nothing vouches for it yet."""
+
+    format: Literal[1] = 1
+    wheel: CertifiedWheel
+    device_digests: dict[str, Sha256] = Field(min_length=1, description="Of the wheel's device code, by sm")
+    gpu: str = Field(min_length=1, max_length=200)
+    sm: str = Field(pattern=r"^[0-9]{2,3}$", description="The GPU's architecture, as 90")
+    driver: str = Field(default="", max_length=200)
+    comparisons: tuple[Comparison, ...] = Field(min_length=1, max_length=1000)
+    negative_control: str = Field(min_length=1, max_length=500, description="The wrong result that the comparison refused")
+    finished: str = Field(description="UTC, ISO 8601")
+
+
+class Certificate(Table):
+    """What the farm signs, and the index takes under its device digest (docs/index-records.md)."""
+
+    device_digest: Sha256
+    sm: str
+    gpu: str
+    driver: str
+    certified: str = Field(description="UTC, ISO 8601: when the GPU computed it")
+    wheel: CertifiedWheel
+    comparisons: tuple[Comparison, ...]
+    negative_control: str
+
+
+def report(wheel: Path, result: GpuResult, reader: Path) -> GpuReport:
+    """The report about a wheel that smoke_gpu.py tried; `reader` is NVIDIA's cuobjdump.
+
+    Raises:
+        VerifyError: the test was not run or compares nothing, or the wheel has no device code for that GPU.
+    """
+    if result.status != "passed" or result.sm is None:
+        raise VerifyError(f"{wheel.name} is not certified: {result.reason}", remedy="run the command where such a GPU is")
+    if not result.comparisons or not result.negative_control:
+        raise VerifyError(
+            f"{wheel.name} is not certified: its smoke_gpu.py names no comparisons or no negative control",
+            remedy="set COMPARISONS and NEGATIVE_CONTROL in the script, as docs/gpu.md says",
+        )
+    digests = device_digest.of_wheel(wheel, reader)
+    if not _loaded(digests, result.sm):
+        raise VerifyError(f"{wheel.name} is not certified: it has no device code for sm_{result.sm}, the GPU compiled its PTX")
+    return GpuReport(
+        wheel=CertifiedWheel(filename=wheel.name, sha256=sha256_file(wheel)),
+        device_digests=digests,
+        gpu=result.device or "",
+        sm=result.sm,
+        driver=result.driver,
+        comparisons=result.comparisons,
+        negative_control=result.negative_control,
+        finished=record.now(),
+    )
+
+
+def read_report(path: Path) -> GpuReport:
+    """A report from a file.
+
+    Raises:
+        ConfigError: it is not a report.
+    """
+    try:
+        return GpuReport.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        reason = f"{'.'.join(map(str, first['loc'])) or 'the file'}: {first['msg']}"
+        raise ConfigError(
+            f"{path} is not a report of `builder certify`: {reason}", remedy="take the file that it wrote"
+        ) from error
+
+
+def accept(
+    given: GpuReport, wheels: Mapping[str, Mapping[str, str]], key: Ed25519PrivateKey, settings: Settings
+) -> list[Certificate]:
+    """Sign and keep a certificate for each device digest of the report that a wheel of the farm has.
+
+    `wheels`: by sha256, the device digests by sm of the farm's wheels, as the farm itself measured them.
+
+    Raises:
+        VerifyError: the report is about device code that no wheel of the farm has; names both digests.
+    """
+    certificates = [
+        Certificate(device_digest=digest, sm=sm, certified=given.finished, **given.model_dump(include=_REPORTED))
+        for sm, digest in _confirmed(given, wheels).items()
+    ]
+    for certificate in certificates:
+        document = certificate.model_dump(mode="json")
+        body = json.dumps(document, sort_keys=True, separators=(",", ":")).encode()
+        whole = document | {"envelope": signing.envelope(PAYLOAD, body, key)}
+        atomic_write(path(settings, certificate.device_digest), json.dumps(whole, indent=2) + "\n")
+    return certificates
+
+
+def _confirmed(given: GpuReport, wheels: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+    """The report's digests, by sm, that the GPU ran and that a wheel of the farm has."""
+    own = wheels.get(given.wheel.sha256)
+    ran = _loaded(given.device_digests, given.sm)
+    if own is not None and any(own.get(sm) != digest for sm, digest in ran.items()):
+        raise VerifyError(f"the report about {given.wheel.filename} names other device digests than the wheel has")
+    measured = {digest for digests in wheels.values() for digest in digests.values()}
+    confirmed = {sm: digest for sm, digest in ran.items() if digest in measured}
+    if not confirmed:
+        theirs = ", ".join(f"sm_{sm} {digest[:16]}" for sm, digest in ran.items()) or f"none for sm_{given.sm}"
+        here = sorted({f"sm_{sm} {digest[:16]}" for digests in wheels.values() for sm, digest in digests.items()})
+        raise VerifyError(
+            f"{given.wheel.filename} of the report has other device code than the wheels here: {theirs}; "
+            f"here {', '.join(here) or 'none'}",
+            remedy="build the twin from the same recipe and stack, with the same sm",
+        )
+    return confirmed
+
+
+def _loaded(digests: Mapping[str, str], sm: str) -> dict[str, str]:
+    """Of a wheel's digests those whose code a GPU of that architecture loads: its own, else the newest of its generation.
+
+    https://docs.nvidia.com/cuda/cuda-c-programming-guide/#binary-compatibility
+    """
+    own = {name: digest for name, digest in digests.items() if re.sub(r"\D", "", name) == sm}
+    older = [name for name in digests if name.isdigit() and name[:-1] == sm[:-1] and int(name) < int(sm)]
+    return own or {name: digests[name] for name in sorted(older, key=int)[-1:]}
+
+
+def path(settings: Settings, digest: str) -> Path:
+    """Where the certificate of a device digest is."""
+    return settings.home / "certificates" / f"{digest}.json"
+
+
+def of_record(build: Record, settings: Settings) -> Iterator[Certificate]:
+    """The certificates that hold for a build's wheel."""
+    for digest in build.device_digests.values():
+        document = _read(path(settings, digest))
+        if document is not None:
+            yield document
+
+
+def _read(place: Path) -> Certificate | None:
+    """A certificate that is kept here, its signature checked where the farm still has the key; else None."""
+    key = signing.private()
+    try:
+        document: Any = json.loads(place.read_bytes())
+        envelope = document.pop("envelope")
+        certificate = Certificate.model_validate(document)
+        if key is None or signing.opened(envelope, PAYLOAD, key.public_key()) != document:
+            return None
+    except (OSError, ValueError, KeyError, AttributeError, VerifyError):
+        return None
+    return certificate
+
+
+def sentence(certificate: Certificate, build: Record) -> str:
+    """Who computed what: `builder show` and the provenance say this."""
+    own = build.wheel is not None and certificate.wheel.sha256 == build.wheel.sha256
+    by = "this wheel" if own else f"its twin {certificate.wheel.filename}"
+    return (
+        f"device code for sm_{certificate.sm} certified on {certificate.gpu} by {by}: "
+        f"{len(certificate.comparisons)} comparisons; host code is not covered"
+    )
