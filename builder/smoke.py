@@ -35,7 +35,7 @@ class SmokeResult(Table):
     script: str | None = Field(default=None, description="Output of smoke.py")
 
 
-class Comparison(Table):
+class ComparedResult(Table):
     """One result that a GPU computed with the wheel, compared with a reference."""
 
     name: str = Field(min_length=1, max_length=200, description="What was computed, as 'forward float16'")
@@ -52,7 +52,7 @@ class GpuResult(Table):
     sm: str | None = Field(default=None, description="That GPU's architecture, as 90")
     driver: str = Field(default="", description="Version of NVIDIA's driver; empty: it did not say")
     script: str | None = Field(default=None, description="Output of smoke_gpu.py")
-    comparisons: tuple[Comparison, ...] = Field(default=(), description="What was compared with a reference")
+    comparisons: tuple[ComparedResult, ...] = Field(default=(), description="What was compared with a reference")
     negative_control: str | None = Field(default=None, description="The wrong result that the comparison refused")
     wall_s: float | None = None
 
@@ -60,7 +60,7 @@ class GpuResult(Table):
 class _Answer(SmokeResult):
     """What the driver prints: of smoke_gpu.py also what it compared."""
 
-    comparisons: tuple[Comparison, ...] = ()
+    comparisons: tuple[ComparedResult, ...] = ()
     negative_control: str | None = None
 
 

@@ -11,26 +11,25 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from pydantic import Field, StringConstraints, ValidationError
+from pydantic import Field, ValidationError
 
 from builder.audit import device_digest
 from builder.planning.settings import Settings
 from builder.proof import record, signing
 from builder.proof.record import Record
-from builder.smoke import Comparison, GpuResult
+from builder.smoke import ComparedResult, GpuResult
 from gracefarm.errors import ConfigError, VerifyError
 from gracefarm.files import atomic_write, sha256_file
-from gracefarm.tables import Table
+from gracefarm.tables import Sha256, Table
 
 _REPORTED = {"gpu", "driver", "wheel", "comparisons", "negative_control"}
 PAYLOAD = "application/vnd.gracefarm.certificate+json"
-Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
 
-class CertifiedWheel(Table):
+class TestedWheel(Table):
     """The wheel that ran on the GPU."""
 
     filename: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+!-]{0,250}\.whl$")
@@ -41,12 +40,12 @@ class GpuReport(Table):
     """What `builder certify` writes on the machine with the GPU; nothing vouches for it yet."""
 
     format: Literal[1] = 1
-    wheel: CertifiedWheel
+    wheel: TestedWheel
     device_digests: dict[str, Sha256] = Field(min_length=1, description="Of the wheel's device code, by sm")
     gpu: str = Field(min_length=1, max_length=200)
     sm: str = Field(pattern=r"^[0-9]{2,3}$", description="The GPU's architecture, as 90")
     driver: str = Field(default="", max_length=200)
-    comparisons: tuple[Comparison, ...] = Field(min_length=1, max_length=1000)
+    comparisons: tuple[ComparedResult, ...] = Field(min_length=1, max_length=1000)
     negative_control: str = Field(min_length=1, max_length=500, description="The wrong result that the comparison refused")
     finished: str = Field(description="UTC, ISO 8601")
 
@@ -59,8 +58,8 @@ class Certificate(Table):
     gpu: str
     driver: str
     certified: str = Field(description="UTC, ISO 8601: when the GPU computed it")
-    wheel: CertifiedWheel
-    comparisons: tuple[Comparison, ...]
+    wheel: TestedWheel
+    comparisons: tuple[ComparedResult, ...]
     negative_control: str
 
 
@@ -81,7 +80,7 @@ def report(wheel: Path, result: GpuResult, reader: Path) -> GpuReport:
     if not _loaded(digests, result.sm):
         raise VerifyError(f"{wheel.name} is not certified: it has no device code for sm_{result.sm}, the GPU compiled its PTX")
     return GpuReport(
-        wheel=CertifiedWheel(filename=wheel.name, sha256=sha256_file(wheel)),
+        wheel=TestedWheel(filename=wheel.name, sha256=sha256_file(wheel)),
         device_digests=digests,
         gpu=result.device or "",
         sm=result.sm,

@@ -32,6 +32,7 @@ DO_NOT_JUDGE = {
     "ground/torch_facts.py": "judges the stack's torch, not the wheel",
     "ground/uv.py": "how uv is called",
     "planning/device_code.py": "architectures, which enter the build id",
+    "planning/gaps.py": "which digest is unknown: whether the GPU's test can be run at all",
     "planning/ground.py": "values of what was laid",
     "planning/pins.py": "values of the lock, which enter the build id",
     "planning/plan.py": "values, which enter the build id; what a toolchain asks is in the digest itself",
