@@ -12,6 +12,7 @@ import io
 import json
 import runpy
 import sys
+from typing import Any
 
 wanted, script, elsewhere = sys.argv[1].split(","), sys.argv[2], sys.argv[3].split(",")
 files: dict[str, str] = {}
@@ -29,7 +30,7 @@ for name in wanted:
     importlib.import_module(name)
     note(name)
 said = io.StringIO()
-left: dict[str, object] = {}
+left: dict[str, Any] = {}
 if script != "-":
     with contextlib.redirect_stdout(said):
         left = runpy.run_path(script, run_name="__main__")
