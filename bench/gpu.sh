@@ -1,6 +1,7 @@
 #!/bin/sh
 # Builds with --toolchain host on a machine that has a GPU, CUDA, torch and no network, and tries the wheels on that GPU.
-# docs/gpu.md says how. usage: bench/gpu.sh prepare [RECIPE...] | setup | start RECIPE... | wait SECONDS | smoke RECIPE... | collect FOLDER
+# docs/gpu.md says how. usage: bench/gpu.sh prepare [RECIPE...] | setup | start RECIPE... | wait SECONDS | smoke RECIPE... | certify RECIPE... |
+# collect FOLDER
 #
 #   CARRIED  what `prepare` fetched where there is a network        default: .gpu beside the recipes
 #   WORK     everything that is made on the machine with the GPU    default: /tmp/gracefarm-gpu
@@ -96,9 +97,17 @@ smoke) # once more on the GPU, apart from the builds
             --toolchain host --environment "$work/own/bin/python"
     done
     ;;
+certify) # the reports that the farm signs: builder certify --accept REPORT
+    shift
+    for recipe in "$@"; do
+        wheel=$(builder show "$recipe" --json | "$python" -c 'import json, sys; print(json.load(sys.stdin)["wheel"]["filename"])')
+        builder certify "$work"/home/builds/*/dist/"$wheel" --stack "$stack" --recipe "$recipe" --report "$work/$wheel.gpu.json" \
+            --toolchain host --environment "$work/own/bin/python"
+    done
+    ;;
 collect) # records, logs and wheels of what was built
     mkdir -p "$2"
-    cp "$work"/*.log "$work"/*.rc "$2/" 2>/dev/null || true
+    cp "$work"/*.log "$work"/*.rc "$work"/*.gpu.json "$2/" 2>/dev/null || true
     for record in "$work"/home/builds/*/record.json; do
         [ -f "$record" ] || continue
         name=$("$python" -c 'import json, sys; print(json.load(open(sys.argv[1]))["recipe"])' "$record")
@@ -109,7 +118,7 @@ collect) # records, logs and wheels of what was built
     ls -lR "$2"
     ;;
 *)
-    sed -n '2,4p' "$0" >&2
+    sed -n '2,5p' "$0" >&2
     exit 2
     ;;
 esac
