@@ -1,1 +1,1 @@
-"""What builder, index and deploy share: errors, console, files, settings, tables, pins. No program's own work belongs here."""
+"""Code that builder, index and deploy share: errors, console, files, settings, tables, pins. It has no work of one program."""

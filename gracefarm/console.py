@@ -1,4 +1,4 @@
-"""What a person or a machine sees: rich on a terminal, plain lines in a log, JSON lines with --json."""
+"""Output: rich on a terminal, plain lines in a log, JSON lines with --json."""
 
 from __future__ import annotations
 
@@ -18,38 +18,38 @@ from gracefarm import extras
 from gracefarm.errors import DiskFullError, ExitCode, GracefarmError, HostError
 
 Tick = Callable[[int, int | None, str], None]
-"Progress of long work: done, total (None: unknown), and a short text such as the file or the time left."
+"Reports progress: done, total (None: unknown), and a short text such as the file or the remaining time."
 
 Say = Callable[[str], None]
-"One line for people about what was just done."
+"Reports a finished action in one line of text."
 
 PLAIN_INTERVAL = 15.0
 
 
 def no_tick(_done: int, _total: int | None, _text: str) -> None:
-    """A Tick for callers that show nothing."""
+    """A Tick that shows nothing."""
 
 
 def silent(_text: str) -> None:
-    """A Say for callers that show nothing."""
+    """A Say that shows nothing."""
 
 
 class Console:
-    """Where a cli prints. Texts go to stderr, results to stdout, so that a pipe receives results alone."""
+    """The output of a command line. Messages go to stderr and results to stdout, so that a pipe receives only results."""
 
     def __init__(self, *, as_json: bool = False, clean: Callable[[str], str] = str) -> None:
         self.as_json = as_json
         self.clean = clean
-        "What every text goes through: takes secrets out where lines of other programs are shown."
+        "Filter for every text, to redact secrets in the output of other programs."
         self._rich = RichConsole(stderr=True, highlight=False, soft_wrap=True)
 
     @property
     def interactive(self) -> bool:
-        """A person sits at a terminal."""
+        """Whether the output is a terminal with a user."""
         return self._rich.is_terminal and not self.as_json and "CI" not in os.environ
 
     def event(self, kind: str, text: str, **fields: object) -> None:
-        """One thing that happened: a line for people, a JSON object (`event`, `text`, fields) for machines."""
+        """Report an event: a line of text, or with --json an object (`event`, `text`, fields)."""
         text = self.clean(text)
         if self.as_json:
             sys.stdout.write(json.dumps({"event": kind, "text": text, **fields}, default=str) + "\n")
@@ -58,26 +58,26 @@ class Console:
             self._rich.print(escape(text))
 
     def step(self, name: str, text: str) -> None:
-        """The start or the outcome of a step of the flow."""
+        """Report the start or the outcome of a step."""
         if self.as_json:
             self.event("step", text, step=name)
         else:
             self._rich.print(f"[bold cyan]{escape(name):>9}[/]  {escape(self.clean(text))}")
 
     def warn(self, text: str) -> None:
-        """Something the user should know and need not act on now."""
+        """Report something that the user should know but that requires no action now."""
         if self.as_json:
             self.event("warning", text)
         else:
             self._rich.print(f"[yellow]{escape(self.clean(text))}[/]")
 
     def result(self, value: object, text: str = "") -> None:
-        """The answer itself, on stdout: `value` as JSON with --json, else `text`."""
+        """Print the result on stdout: `value` as JSON with --json, else `text`."""
         sys.stdout.write((json.dumps(value, default=str) if self.as_json else text) + "\n")
         sys.stdout.flush()
 
     def error(self, error: GracefarmError) -> None:
-        """Cause, remedy and the command that repeats it."""
+        """Print cause, remedy and the command to repeat."""
         if self.as_json:
             self.event(
                 "error",
@@ -96,11 +96,11 @@ class Console:
 
     @contextmanager
     def progress(self, name: str) -> Iterator[Tick]:
-        """A Tick that draws a bar on a terminal, prints a line every 15 s elsewhere, and an event each with --json."""
+        """A Tick that draws a bar on a terminal, else prints a line every 15 s, or an event with --json."""
         if not self.interactive:
             yield self._plain_tick(name)
             return
-        # Here: a server, and a command whose output is read by a program, start quicker without.
+        # Imported here, so that servers and commands with redirected output start more quickly.
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
         columns = (
@@ -138,29 +138,29 @@ class Console:
 
 
 def _machine_error(error: OSError) -> GracefarmError | None:
-    """The sentence for what the machine refuses anywhere: a full disk, a folder that is not ours; None for all else."""
+    """The error for failures that can occur anywhere: a full disk, missing permissions; None for other errors."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return DiskFullError(f"no space left on the device: {error.filename}", remedy="free space, then repeat the command")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and error.filename:
         return HostError(
             f"{error.filename}: {os.strerror(error.errno).lower()}",
-            remedy="run as the user who owns it, or name another folder (GRACEFARM_HOME)",
+            remedy="run the command as the owner, or choose another folder (GRACEFARM_HOME)",
         )
     if error.errno in (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP) and error.filename:
-        return HostError(f"{error.filename}: {os.strerror(error.errno).lower()}", remedy="name another path")
+        return HostError(f"{error.filename}: {os.strerror(error.errno).lower()}", remedy="choose another path")
     return None
 
 
 def _missing_package(error: ModuleNotFoundError, extra: str) -> GracefarmError | None:
-    """The sentence for a package of the extra that is not installed; None for a module of ours."""
+    """The error for a package of the extra that is not installed; None for our own modules."""
     package = (error.name or "").partition(".")[0]
     return None if package in {"", *extras.PACKAGES} else extras.missing(package, extra)
 
 
 def run(program: Callable[[], None], *, as_json: bool, extra: str) -> None:
-    """Run a click program to its exit code: one clear sentence for what a user did, never a traceback for it.
+    """Run a click program and exit with its code. Errors of users are printed as one sentence, without a traceback.
 
-    `extra` is what brings the program's packages. Other exceptions are our defects: they keep their traceback and exit with 1.
+    `extra` installs the program's packages. Other exceptions are our defects: they keep their traceback and exit with 1.
     """
     console = Console(as_json=as_json)
     try:
@@ -181,5 +181,5 @@ def run(program: Callable[[], None], *, as_json: bool, extra: str) -> None:
             error.show()
         sys.exit(ExitCode.USAGE)
     except (KeyboardInterrupt, click.Abort):
-        console.event("error", "interrupted; nothing was left running, the same command goes on from here")
+        console.event("error", "interrupted; no process was left running; repeat the command to continue from here")
         sys.exit(ExitCode.INTERRUPTED)

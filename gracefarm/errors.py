@@ -1,4 +1,4 @@
-"""Failure classes: exit code (docs/errors.md), one sentence of cause, one of remedy, and the command that repeats it."""
+"""Failure classes: exit code (docs/errors.md), a sentence for the cause, one for the remedy, and the command to repeat."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from enum import IntEnum
 
 
 class ExitCode(IntEnum):
-    """What the programs return to the shell; documented in docs/errors.md and never renumbered."""
+    """Exit codes of the programs; documented in docs/errors.md and never renumbered."""
 
     OK = 0
     INTERNAL = 1
@@ -38,7 +38,7 @@ class ExitCode(IntEnum):
 
 
 class GracefarmError(Exception):
-    """A failure that a user can act on. Raised where it is known, printed once, in a `cli` module."""
+    """A failure that the user can fix. It is raised where the cause is known, and printed once, in a `cli` module."""
 
     exit_code: ExitCode = ExitCode.INTERNAL
 
@@ -53,7 +53,7 @@ class GracefarmError(Exception):
 
 
 class UsageError(GracefarmError):
-    """The command line asks for something that does not exist or does not fit together."""
+    """The command line names something that does not exist, or combines options that exclude each other."""
 
     exit_code = ExitCode.USAGE
 
@@ -65,19 +65,19 @@ class ConfigError(GracefarmError):
 
 
 class HostError(GracefarmError):
-    """This machine lacks something the work needs; `builder doctor` says how to mend it."""
+    """This machine lacks something that the command requires; `builder doctor` tells how to fix it."""
 
     exit_code = ExitCode.HOST
 
 
 class FetchError(GracefarmError):
-    """A source could not be had: absent, yanked, unreachable."""
+    """A source could not be fetched: missing, yanked or unreachable."""
 
     exit_code = ExitCode.FETCH
 
 
 class DigestError(GracefarmError):
-    """What came is not what was pinned."""
+    """Fetched bytes differ from the pinned digest."""
 
     exit_code = ExitCode.DIGEST
 
@@ -95,19 +95,19 @@ class SourceError(GracefarmError):
 
 
 class NetworkError(GracefarmError):
-    """A build tried to reach the network; names what it wanted."""
+    """A build tried to access the network; the message names the address."""
 
     exit_code = ExitCode.NETWORK
 
 
 class CompileError(GracefarmError):
-    """The package's build failed; carries the log's first real error."""
+    """The package's build failed; the message has the first error of the log."""
 
     exit_code = ExitCode.COMPILE
 
 
 class MemoryBoundError(GracefarmError):
-    """The build was killed at its memory bound."""
+    """The build exceeded its memory limit and was killed."""
 
     exit_code = ExitCode.MEMORY
 
@@ -119,7 +119,7 @@ class DiskFullError(GracefarmError):
 
 
 class WheelError(GracefarmError):
-    """The build did not leave exactly the one wheel that the recipe promises."""
+    """The build did not produce exactly the wheel that the recipe declares."""
 
     exit_code = ExitCode.WHEEL
 
@@ -131,60 +131,60 @@ class AuditError(GracefarmError):
 
 
 class SmokeError(GracefarmError):
-    """The wheel does not import or its smoke test fails in a clean environment."""
+    """The wheel cannot be imported, or its smoke test fails, in a clean environment."""
 
     exit_code = ExitCode.SMOKE
 
 
 class VerifyError(GracefarmError):
-    """A wheel is not what its record, SBOM or provenance says, or was not signed by the key that it is held against."""
+    """A wheel differs from its record, SBOM or provenance, or was not signed with the expected key."""
 
     exit_code = ExitCode.VERIFY
 
 
 class PublishError(GracefarmError):
-    """The index refused the wheel or could not be reached."""
+    """The index refused the wheel or is unreachable."""
 
     exit_code = ExitCode.PUBLISH
 
 
 class InstallError(GracefarmError):
-    """The published wheel could not be installed back from the index."""
+    """The published wheel could not be installed from the index."""
 
     exit_code = ExitCode.INSTALL
 
 
 class SeveralError(GracefarmError):
-    """Of several recipes that were asked for, one or more failed; each was reported on its own."""
+    """One or more of several recipes failed; each failure was reported separately."""
 
     exit_code = ExitCode.SEVERAL
 
 
 class SshError(GracefarmError):
-    """A node cannot be entered: unreachable, a host key that is not the pinned one, a refused key."""
+    """The ssh connection to a node failed: unreachable, another host key than the pinned one, or a refused key."""
 
     exit_code = ExitCode.SSH
 
 
 class NodeError(GracefarmError):
-    """A command on a node failed, did not end in time, or its outcome is unknown."""
+    """A command on a node failed, timed out, or its outcome is unknown."""
 
     exit_code = ExitCode.NODE
 
 
 class PreflightError(GracefarmError):
-    """The nodes, or a pair of them, are not fit for what is asked."""
+    """A node, or a pair of nodes, does not meet the requirements."""
 
     exit_code = ExitCode.PREFLIGHT
 
 
 class EngineError(GracefarmError):
-    """Ray or the engine did not start, died, or does not answer."""
+    """Ray or the engine did not start, terminated, or does not respond."""
 
     exit_code = ExitCode.ENGINE
 
 
 class LayoutError(GracefarmError):
-    """The model does not fit these nodes in the layout that is asked for."""
+    """The model does not fit on these nodes in the requested layout."""
 
     exit_code = ExitCode.LAYOUT

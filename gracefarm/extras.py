@@ -1,4 +1,4 @@
-"""What `pip install 'gracefarm[EXTRA]'` brings: each program has the extra of its name, and says so where it is missing."""
+"""Packages of `pip install 'gracefarm[EXTRA]'`: each program has an extra with its name, and an error names a missing one."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from packaging.requirements import Requirement
 from gracefarm.errors import HostError
 
 PACKAGES = frozenset({"gracefarm", "builder", "index", "deploy"})
-"Ours: that one of their modules is missing is a defect."
+"Our own packages. A missing module of theirs is a defect."
 
 
 def missing(package: str, extra: str) -> HostError:
-    """The error for a package that `extra` would bring."""
-    return HostError(f"{package} is not installed, which {extra} needs", remedy=f"pip install 'gracefarm[{extra}]'")
+    """The error for a missing package that `extra` installs."""
+    return HostError(f"{extra} requires {package}, which is not installed", remedy=f"pip install 'gracefarm[{extra}]'")
 
 
 def require(extra: str) -> None:
-    """See that everything of an extra is installed, before work begins that ends with another program of ours.
+    """Check that all packages of an extra are installed, before a command starts work that ends with another program.
 
     Raises:
-        HostError: something is not.
+        HostError: a package is missing.
     """
     for text in metadata.requires("gracefarm") or ():
         requirement = Requirement(text)

@@ -1,4 +1,4 @@
-"""Files that are never half-written: atomic replacement, directories that appear whole, locks, digests."""
+"""Files that are never half-written: atomic replacement, atomic creation of directories, locks, digests."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def sha256_file(path: Path) -> str:
 
 
 def sync_directory(path: Path) -> None:
-    """Make renames and creations in `path` survive a power cut."""
+    """Flush renames and creations in the directory `path`, so that they survive a power failure."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -37,10 +37,10 @@ def sync_directory(path: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """Write all that is pending for the file system of the directory `path`; fsync of a directory writes its names alone.
+    """Flush the file system of the directory `path`; fsync of a directory flushes only its names.
 
     Raises:
-        OSError: the disk refused some of it.
+        OSError: a write failed.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -52,10 +52,10 @@ def flush(path: Path) -> None:
 
 @contextmanager
 def full_disk(where: Path) -> Iterator[None]:
-    """Turn ENOSPC and EDQUOT below into a sentence that names the file system.
+    """Turn ENOSPC and EDQUOT in the block into an error that names the file system.
 
     Raises:
-        DiskFullError: instead of the bare OSError.
+        DiskFullError: replaces the OSError.
     """
     try:
         yield
@@ -64,12 +64,12 @@ def full_disk(where: Path) -> Iterator[None]:
             raise
         raise DiskFullError(
             f"no space left on the file system that holds {where}",
-            remedy="free space there (`builder clean` removes what can be made again) or set GRACEFARM_HOME to a larger disk",
+            remedy="free space there (`builder clean` removes temporary files) or set GRACEFARM_HOME to a larger disk",
         ) from error
 
 
 def atomic_write(path: Path, content: bytes | str) -> None:
-    """Replace `path` by `content` so that a reader sees the old bytes or the new, also after a crash.
+    """Replace `path` by `content`, so that readers see either the old or the new bytes, even after a crash.
 
     Raises:
         DiskFullError: the file system is full; the old file is untouched.
@@ -94,10 +94,10 @@ def atomic_write(path: Path, content: bytes | str) -> None:
 
 @contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
-    """Yield an empty directory that becomes `path` when the block ends well and vanishes when it does not.
+    """Yield an empty directory that is renamed to `path` if the block succeeds, and removed if it raises.
 
-    The caller holds `lock` on the same name, so a left-over of a killed run is swept here. The file system is
-    flushed before the rename, so that a directory that is there is whole.
+    The caller holds `lock` on the same name, so leftovers of a killed run are removed here. The file system is flushed before
+    the rename, so that an existing directory is always complete.
     """
     partial = path.with_name(f".{path.name}.partial")
     remove_tree(partial)
@@ -119,9 +119,9 @@ def lock(
 ) -> Iterator[None]:
     """Hold an exclusive lock on the file `path` (created, never removed).
 
-    `on_wait` is called once when somebody else holds it. `keep_waiting` is called five times a second while waiting and
-    may raise: a thread gets no signal that would end its wait.
-    The kernel drops the lock with the process, so kill -9 leaves nothing to clean.
+    `on_wait` is called once if another process holds it. `keep_waiting` is called five times a second while waiting, and may
+    raise to end the wait, since threads receive no signals.
+    The kernel releases the lock when the process ends, so kill -9 leaves no stale lock.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as stream:
@@ -149,7 +149,7 @@ def _wait_for_lock(stream: IO[str], keep_waiting: Callable[[], None] | None) -> 
 
 
 def remove_tree(path: Path) -> None:
-    """Remove a directory tree, read-only directories in it included; absent is fine."""
+    """Remove a directory tree, including read-only directories. A missing tree is not an error."""
     if not path.is_symlink() and not path.exists():
         return
     if path.is_symlink() or not path.is_dir():

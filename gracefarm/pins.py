@@ -1,4 +1,4 @@
-"""requirements.lock: wheels pinned to one version and the sha256 of each file, as pip and uv read it with --require-hashes."""
+"""requirements.lock: wheels pinned to a version and the sha256 of each file, for pip and uv with --require-hashes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from packaging.utils import canonicalize_name
 
 from gracefarm.errors import ConfigError
 
-REMEDY = "lock with hashes, as `uv pip compile --generate-hashes`"
+REMEDY = "create the lock with hashes: `uv pip compile --generate-hashes`"
 _HASH = re.compile(r"--hash[= ]sha256:([0-9a-f]{64})(?=\s|$)")
 _END_OF_REQUIREMENT = re.compile(r"\s--hash|\s#")
 _ONE_VERSION = re.compile(r"==([^=<>!~*,]+)")
@@ -22,33 +22,35 @@ _WHEEL_COMMENT = re.compile(r"#\s*(\S+\.whl)")
 
 @dataclass(frozen=True, kw_only=True)
 class Pin:
-    """One requirement of the lock."""
+    """A requirement of the lock."""
 
     name: str
     "Normalised."
     version: str
     sha256: frozenset[str]
-    "Of each file that may be installed; at least one."
+    "sha256 of each file that may be installed; at least one."
     marker: Marker | None
     filename: str
-    "Of the wheel that the comment before it names; empty: it names none."
+    "URL of the wheel in the comment before the line; empty if there is none."
     number: int
-    "The line that it begins at, from 1."
+    "Number of its first line, from 1."
     text: str
-    "All of it on one line, with single spaces."
+    "The whole requirement on one line, with single spaces."
 
     def applies(self, environment: Mapping[str, str]) -> bool:
-        """Does its marker hold there? What `environment` leaves out is as it is for the Python that runs this."""
+        """Whether its marker is true. Values missing from `environment` are those of the running Python."""
         return self.marker is None or self.marker.evaluate(dict(environment))
 
 
 def read(path: Path, *, remedy: str = REMEDY, repeat: str = "", options: bool = False) -> list[Pin]:
-    """Every pin of the lock at `path`; see `parse`.
+    """Read every pin of the lock at `path`; see `parse`.
 
     Raises:
-        ConfigError: the file is absent or cannot be read, or a line of it is no pin.
+        ConfigError: the file is missing or unreadable, or a line is not a pin.
     """
-    from gracefarm import tables  # here: it brings pydantic, and an index that serves locks starts quicker without
+    from gracefarm import (
+        tables,
+    )  # imported here: it imports pydantic, and an index that serves locks starts more quickly without it
 
     try:
         return parse(tables.read_text(path), str(path), remedy=remedy, options=options)
@@ -57,10 +59,10 @@ def read(path: Path, *, remedy: str = REMEDY, repeat: str = "", options: bool = 
 
 
 def parse(text: str, place: str, *, remedy: str = REMEDY, options: bool = False) -> list[Pin]:
-    """Every pin of a lock's text. `place` names the lock in errors; with `options`, lines of pip's options are skipped.
+    """Parse every pin of a lock. `place` names the lock in errors; with `options`, lines with pip options are skipped.
 
     Raises:
-        ConfigError: a line is not NAME==VERSION with at least one sha256; names `place` and the line, and has that `remedy`.
+        ConfigError: a line is not NAME==VERSION with at least one sha256; the error names `place` and line, with `remedy`.
     """
     pins: list[Pin] = []
     filename = ""
@@ -80,12 +82,12 @@ def parse(text: str, place: str, *, remedy: str = REMEDY, options: bool = False)
 
 
 def render(name: str, version: str, digests: Iterable[str]) -> str:
-    """The lines of one pin, as `parse` reads them; `digests` are hex sha256."""
+    """The lines of one pin in the format of `parse`; `digests` are hex sha256."""
     return " \\\n".join([f"{name}=={version}", *(f"    --hash=sha256:{digest}" for digest in sorted(digests))]) + "\n"
 
 
 def _logical_lines(text: str) -> Iterator[tuple[int, str]]:
-    """Number and content of each line, single-spaced; lines that a backslash joins are one, with the number of the first."""
+    """Number and text of each line, with single spaces. Lines joined by a backslash count as one, with the first number."""
     start, parts = 1, ""
     for number, line in enumerate(text.splitlines(), 1):
         start = start if parts else number
@@ -97,10 +99,10 @@ def _logical_lines(text: str) -> Iterator[tuple[int, str]]:
 
 
 def _pin(line: str, number: int, filename: str) -> Pin:
-    """The pin that a line is.
+    """Parse the pin of a line.
 
     Raises:
-        InvalidRequirement: it is none; says why.
+        InvalidRequirement: the line is not a pin; the message gives the reason.
     """
     digests = frozenset(_HASH.findall(line))
     if not digests:
@@ -108,7 +110,7 @@ def _pin(line: str, number: int, filename: str) -> Pin:
     requirement = Requirement(_END_OF_REQUIREMENT.split(line, maxsplit=1)[0])
     version = _ONE_VERSION.fullmatch(str(requirement.specifier))
     if version is None:
-        raise InvalidRequirement("it pins no version with ==")
+        raise InvalidRequirement("it does not pin a version with ==")
     return Pin(
         name=str(canonicalize_name(requirement.name)),
         version=version[1],

@@ -1,4 +1,4 @@
-"""Other programs: started so that they end with us, and their last words. It runs on nodes too: Python's own modules alone."""
+"""Run other programs so that they end with this process, and extract their messages. Runs on nodes: standard library only."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from pathlib import Path
 
 
 def die_with_us(command: Sequence[str | Path]) -> list[str | Path]:
-    """The command, so started that it does not outlive a killed program and write on where the next run begins anew."""
+    """Wrap the command so that it ends with this process. Else it could keep writing files that the next run uses."""
     return ["setpriv", "--pdeathsig", "KILL", "--", *command] if shutil.which("setpriv") else list(command)
 
 
 def first_line(text: str, otherwise: str = "it gave no reason") -> str:
-    """The first line of a program's output or of an answer; `otherwise` where there is none."""
+    """The first line of a program's output or of a response; `otherwise` if it is empty."""
     return (text.strip().splitlines() or [otherwise])[0]
 
 
 def last_line(text: str, otherwise: str = "it gave no reason") -> str:
-    """The last line of a program's output, which mostly says why it failed; `otherwise` where there is none."""
+    """The last line of a program's output, which usually gives the reason of a failure; `otherwise` if it is empty."""
     return (text.strip().splitlines() or [otherwise])[-1]
 
 
 def tail(text: str) -> str:
-    """The end of a program's output, where one line of it says too little."""
+    """The end of a program's output, for cases in which one line is not enough."""
     return text.strip()[-500:] or "it gave no reason"

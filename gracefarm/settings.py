@@ -1,4 +1,4 @@
-"""Settings of this machine: environment variables GRACEFARM_*, then settings.toml, then what pip, uv and apt are told."""
+"""Settings of this machine: environment variables GRACEFARM_*, then settings.toml, then the settings of pip, uv and apt."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ from gracefarm.errors import ConfigError
 
 PREFIX = "GRACEFARM_"
 BUILDER_KEYS = ("project", "debian_mirror", "mirrors", "memory", "jobs", "compiler_cache")
-"What settings.toml may tell the builder alone (builder.planning.settings): no other program reads it, or refuses it."
+"Keys of settings.toml for the builder (builder.planning.settings). Other programs ignore them."
 
-# A relative one would be another place for each program that is started elsewhere.
+# A relative path would name another folder for each working directory.
 AbsolutePath = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
 
 
 class SharedSettings(BaseModel):
-    """What differs between machines, as far as every program has to know it; builder.planning.settings has the builder's.
+    """Properties of this machine that every program requires; builder.planning.settings has those of the builder.
 
-    Every field can be set as GRACEFARM_<NAME> or in settings.toml (`builder doctor` prints its place).
+    Every field can be set as GRACEFARM_<NAME> or in settings.toml (`builder doctor` prints its path).
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     home: AbsolutePath = Field(default_factory=lambda: user_cache_path("gracefarm"))
-    "Where sources, roots, environments, builds, records and the index are kept."
+    "Folder of sources, roots, environments, builds, records and the index."
     python_index: str | None = None
-    "Simple API to fetch sdists and wheels from; unset: uv's, then pip's configuration, then their default."
+    "Simple API for sdists and wheels; default: the configuration of uv, then of pip, then their default."
 
     @cached_property
     def index_url(self) -> str | None:
-        """The Python index to use, or None for the client's own default (the Python Package Index)."""
+        """The Python index to use, or None for the default of the client (the Python Package Index)."""
         return self.python_index or _uv_index() or _pip_index()
 
 
@@ -47,7 +47,7 @@ S = TypeVar("S", bound=SharedSettings)
 
 
 def config_path() -> Path:
-    """Where settings.toml is looked for."""
+    """Folder of settings.toml."""
     return Path(os.environ.get("GRACEFARM_SETTINGS", user_config_path("gracefarm") / "settings.toml"))
 
 
@@ -57,10 +57,10 @@ def load() -> SharedSettings:
 
 
 def read(kind: type[S]) -> S:
-    """Settings of this process, of a program's own kind.
+    """Read the settings of this process, for a program's settings class.
 
     Raises:
-        ConfigError: settings.toml is not TOML, no program knows a key, or a value is not known; names file and key.
+        ConfigError: settings.toml is not TOML, a key is unknown, or a value is invalid; the error names file and key.
     """
     path = config_path()
     known = (*SharedSettings.model_fields, *BUILDER_KEYS)
@@ -69,7 +69,7 @@ def read(kind: type[S]) -> S:
         try:
             values = tomllib.loads(tables.read_text(path))
         except tomllib.TOMLDecodeError as error:
-            raise ConfigError(f"{path}: {error}", remedy="mend or remove the file") from error
+            raise ConfigError(f"{path}: {error}", remedy="fix or remove the file") from error
     for key in values:
         if key not in known:
             raise ConfigError(f"{path}: unknown setting {key!r}", remedy=tables.nearest(key, known, "known settings"))
@@ -88,12 +88,12 @@ def read(kind: type[S]) -> S:
 
 
 def _uv_index() -> str | None:
-    """What uv's environment names as its default index."""
+    """The default index in uv's environment."""
     return os.environ.get("UV_DEFAULT_INDEX") or os.environ.get("UV_INDEX_URL")
 
 
 def _pip_index() -> str | None:
-    """What pip's configuration (files and environment) names as index-url."""
+    """The index-url of pip's configuration (files and environment)."""
     if url := os.environ.get("PIP_INDEX_URL"):
         return url
     command = [sys.executable, "-m", "pip", "config", "get", "global.index-url"]

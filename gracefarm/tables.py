@@ -1,4 +1,4 @@
-"""TOML tables checked by a schema; an error names file, line and, for a key, the nearest one that exists."""
+"""TOML tables checked against a schema. Errors name the file and line and, for an unknown key, the most similar one."""
 
 from __future__ import annotations
 
@@ -34,29 +34,29 @@ def _inside(path: str) -> str:
 
 
 InsidePath = Annotated[str, AfterValidator(_inside)]
-"A relative path that stays inside the tree it is relative to."
+"A relative path that does not leave its tree."
 
 
 def _url(text: str) -> str:
     urlsplit(text).port  # noqa: B018 whose errors are ValueErrors, and so name file and line
     if not text.isprintable() or " " in text:
-        msg = "an address has no white space"
+        msg = "an address must not contain white space"
         raise ValueError(msg)
     return text
 
 
 Url = Annotated[str, AfterValidator(_url)]
-"An address that can be taken apart: of what is fetched, long after the table was read."
+"A valid URL. It is checked here, since it is fetched long after the table is read."
 
 
 _UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
 
 
 def parse_size(text: str) -> int:
-    """Bytes of a size such as '3.5GiB'.
+    """Convert a size such as '3.5GiB' to bytes.
 
     Raises:
-        ValueError: not a number followed by KiB, MiB, GiB or TiB.
+        ValueError: the text is not a number followed by KiB, MiB, GiB or TiB.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(KiB|MiB|GiB|TiB)", text)
     if match is None:
@@ -76,39 +76,39 @@ T = TypeVar("T", bound=Table)
 
 
 def read_text(path: Path) -> str:
-    """The text of a file that belongs to the project.
+    """Read the text of a file of the project.
 
     Raises:
-        ConfigError: it is absent, no file, not readable, or not UTF-8.
+        ConfigError: it is missing, not a file, not readable, or not UTF-8.
     """
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: no such file") from error
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}", remedy="put the file there again") from error
+        raise ConfigError(f"cannot read {path}: {error.strerror}", remedy="restore the file") from error
     except UnicodeDecodeError as error:
         raise ConfigError(
-            f"{path} is not UTF-8: {error.reason} at byte {error.start}", remedy="save it as UTF-8, as TOML and pip want it"
+            f"{path} is not UTF-8: {error.reason} at byte {error.start}", remedy="save it as UTF-8, which TOML and pip require"
         ) from error
 
 
 def read(path: Path, schema: type[T], *, docs: str = "docs/recipes.md") -> T:
-    """The table in `path`; `docs` is the page that describes its keys.
+    """Read the table in `path`; `docs` is the page that describes its keys.
 
     Raises:
-        ConfigError: the file cannot be read, is not TOML, or does not fit the schema; of the last, the sentence starts with
+        ConfigError: the file is not readable, not TOML, or does not match the schema. In the last case the message starts with
             `file:line:`.
     """
     text = read_text(path)
     try:
         values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path}: {error}", remedy="mend the TOML at that place") from error
+        raise ConfigError(f"{path}: {error}", remedy="fix the TOML at that place") from error
     try:
         return schema.model_validate(values)
     except ValidationError as error:
-        # A misspelt key is two errors, one unknown and one missing; the unknown one has the line.
+        # A misspelt key causes two errors, an unknown key and a missing one. Only the unknown one has a line.
         details = min(error.errors(), key=lambda details: details["type"] != "extra_forbidden")
         location = tuple(part for part in details["loc"] if not _is_union_tag(part, values, details["loc"]))
         line = _find_line(text, location)
@@ -118,7 +118,7 @@ def read(path: Path, schema: type[T], *, docs: str = "docs/recipes.md") -> T:
 
 
 def _is_union_tag(part: int | str, values: dict[str, object], loc: tuple[int | str, ...]) -> bool:
-    """Pydantic puts a discriminator's value (`sdist`, `git`) into the location; the file has no such table."""
+    """Whether the part is a discriminator's value (`sdist`, `git`), which pydantic adds to the location of an error."""
     return part in ("sdist", "git", "file") and loc[0] == "source" and part not in values and loc.index(part) == 1
 
 
@@ -138,13 +138,13 @@ def _remedy(schema: type[Table], details: ErrorDetails, location: tuple[int | st
 
 
 def nearest(name: str, known: Sequence[str], title: str) -> str:
-    """The remedy for a name that is not known: the nearest that is, else all of them after the title."""
+    """The remedy for an unknown name: the most similar known name, else the title and all known names."""
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"did you mean {near[0]!r}?" if near else f"{title}: {', '.join(known) or 'none'}"
 
 
 def _known_keys(schema: type[Table], parents: tuple[int | str, ...]) -> list[str]:
-    """Names of the fields at a place of the schema, found in its JSON schema so that unions and lists are seen through."""
+    """Names of the fields at a place of the schema. It searches the JSON schema, which resolves unions and lists."""
     document = schema.model_json_schema()
 
     def resolve(node: dict[str, object]) -> list[dict[str, object]]:
@@ -172,7 +172,7 @@ def _known_keys(schema: type[Table], parents: tuple[int | str, ...]) -> list[str
 
 
 def _find_line(text: str, location: tuple[int | str, ...]) -> int:
-    """The line (from 1) of a key, or of the table that should hold it; tomllib keeps no positions."""
+    """The line (from 1) of a key, or of the table that should contain it; tomllib provides no positions."""
     names = [part for part in location if isinstance(part, str)]
     index = next((part for part in location if isinstance(part, int)), 0)
     best, table, count = 1, "", -1

@@ -1,4 +1,4 @@
-"""What uv says when it fails: the kind of failure, and a sentence. It runs on nodes too: Python's own modules alone."""
+"""Classify failures of uv: the kind of failure, and a sentence. Runs on nodes: standard library only."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 
 _PROGRESS = re.compile(r"\s*(Downloading|Downloaded|Resolved|Using|Prepared) ")
 _KINDS = (
-    # kind, words that mean it (the first that fits counts)
+    # kind, words that indicate it (the first match counts)
     ("disk", (os.strerror(errno.ENOSPC).lower(), "enospc")),
     ("digest", ("hash mismatch",)),
     ("absent", ("not found in the package registry",)),
@@ -18,7 +18,7 @@ _KINDS = (
 
 
 def explain(output: str) -> tuple[str, str]:
-    """Kind of failure (`other` where no word tells) and uv's own words, without progress and frame, on one line."""
+    """Kind of failure (`other` if unknown) and uv's message on one line, without progress and frame."""
     lines = [re.sub(r"^\W+", "", line) for line in output.splitlines() if not _PROGRESS.match(line)]
     message = " ".join(" ".join(lines).split()).removeprefix("error: ")
     low = message.lower()

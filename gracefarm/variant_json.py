@@ -1,4 +1,4 @@
-"""The form of variant.json (PEP 825 and 850, drafts) without its properties, which `gracefarm.variants` reads."""
+"""The schema of variant.json (PEP 825 and 850, drafts), without the properties, which `gracefarm.variants` reads."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class _VariantProvider(_JsonPart):
 
 
 class _SharedVariantPart(_JsonPart):
-    """Everything of variant.json but its format and the properties."""
+    """All keys of variant.json except its format and the properties."""
 
     default_priorities: _VariantPriorities
     providers: dict[VariantName, _VariantProvider] = {}
@@ -41,10 +41,10 @@ class _SharedVariantPart(_JsonPart):
 
 
 def priorities(document: Mapping[str, object]) -> list[str]:
-    """The namespaces of a document without `$schema` and `variants`, in their order.
+    """The namespaces of a document without `$schema` and `variants`, in order of priority.
 
     Raises:
-        ValueError: it is not of that form; the first place that is not, and why.
+        ValueError: it does not match the schema; the message has the first mismatch.
     """
     try:
         return _SharedVariantPart.model_validate(document).default_priorities.namespace

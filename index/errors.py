@@ -1,4 +1,4 @@
-"""What the index says no to. Each refusal carries its HTTP status; the cli shows the same sentences."""
+"""Requests that the index refuses. Each refusal carries its HTTP status; the cli shows the same sentences."""
 
 from __future__ import annotations
 
@@ -6,54 +6,54 @@ from gracefarm.errors import ExitCode, GracefarmError
 
 
 class RefusalError(GracefarmError):
-    """A request that the index does not carry out."""
+    """The index refuses a request."""
 
     exit_code = ExitCode.USAGE
     status = 400
 
 
 class RefusedError(RefusalError):
-    """Input that is wrong in itself: a name, a digest, an archive."""
+    """The input is invalid: a name, a digest, an archive."""
 
 
 class UnauthenticatedError(RefusalError):
-    """No token, or none that is known, unexpired and unrevoked."""
+    """The token is missing, unknown, expired or revoked."""
 
     status = 401
 
 
 class ForbiddenError(RefusalError):
-    """A good token that does not reach so far, or a name that this index does not host."""
+    """The token is valid but does not cover this, or the index does not host the project."""
 
     status = 403
 
 
 class NotFoundError(RefusalError):
-    """There is nothing at this address or by this name."""
+    """Nothing exists at this address or with this name."""
 
     status = 404
 
 
 class NotAcceptableError(RefusalError):
-    """The client takes no form in which this exists."""
+    """The client accepts none of the available media types."""
 
     status = 406
 
 
 class GoneError(RefusalError):
-    """It was here and was deleted on purpose."""
+    """The file existed and was deleted on purpose."""
 
     status = 410
 
 
 class TooLargeError(RefusalError):
-    """Over a limit on size."""
+    """The request exceeds a limit on size."""
 
     status = 413
 
 
 class TooManyError(RefusalError):
-    """Over a limit on rate or on open uploads."""
+    """The client exceeds a limit on rate or on open uploads."""
 
     status = 429
 
@@ -72,14 +72,14 @@ class StoreFullError(RefusalError):
 
 
 class DamagedError(RefusalError):
-    """A file of the store is not what the catalogue says."""
+    """A stored file differs from its entry in the catalogue."""
 
     exit_code = ExitCode.DIGEST
     status = 500
 
 
 class UnreachableError(RefusalError):
-    """A service that a check needs cannot be reached. Not 503: twine would send the whole file five times at once."""
+    """A service that a check requires is unreachable. Not 503: on 503, twine sends the whole file five times in a row."""
 
     exit_code = ExitCode.FETCH
     status = 424

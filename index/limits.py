@@ -1,4 +1,4 @@
-"""Bounds on what clients may take: size, time, open uploads, rate. One stalled or hostile client must not stop the others."""
+"""Limits for clients: size, time, open uploads, rate. One stalled or hostile client must not block the others."""
 
 from __future__ import annotations
 
@@ -12,35 +12,35 @@ from dataclasses import dataclass, field
 from index.errors import TooManyError
 
 _CLIENTS = 10_000
-"Addresses remembered; beyond that the oldest are forgotten, so that many addresses cannot fill the memory."
+"Number of addresses to remember. Older ones are dropped, so that many addresses cannot fill the memory."
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What `index serve` takes as options."""
+    """Limits that `index serve` takes as options."""
 
     upload: int = 5 << 30
-    "Bytes of one upload, the form included."
+    "Maximum bytes of one upload, including the form."
     fields: int = 4 << 20
-    "Bytes of the form's text fields together."
+    "Maximum bytes of all text fields of the form together."
     idle: float = 60.0
-    "Seconds without a byte from an uploading client, or without one taken by a downloading client."
+    "Seconds after which a client is dropped that sends (or, in a download, reads) nothing."
     slowest: int = 1 << 10
-    "Bytes per second an upload must keep up on average, after the first `idle` seconds."
+    "Minimum average bytes per second of an upload, after the first `idle` seconds."
     connections_per_client: int = 256
-    "Connections at once from one address; of those beyond, the quietest are closed."
+    "Maximum open connections from one address. Above it, the most idle connections are closed."
     open_uploads: int = 32
-    "Uploads at once."
+    "Maximum concurrent uploads."
     open_uploads_per_client: int = 8
-    "Uploads at once from one address."
+    "Maximum concurrent uploads from one address."
     waiting_uploads: int = 256
-    "Uploads that wait until others end, of their body nothing is read yet; at most half of them from one address."
+    "Maximum uploads that wait for a free place, at most half of them from one address. Their bodies are not read yet."
     longest_wait: float = 600.0
-    "Seconds an upload may wait."
+    "Maximum seconds an upload may wait."
     writes_per_second: float = 500.0
-    "Write requests per address, with a burst of two seconds' worth."
+    "Write requests per second and address; bursts of up to two seconds' worth are allowed."
     failures_per_minute: float = 30.0
-    "Refused tokens per address."
+    "Refused tokens per minute and address."
 
 
 @dataclass
@@ -53,7 +53,7 @@ class Bucket:
     moment: float
 
     def take(self, now: float) -> bool:
-        """One token, if there is one."""
+        """Take one token; false if the bucket is empty."""
         self.level = min(self.burst, self.level + (now - self.moment) * self.rate)
         self.moment = now
         if self.level < 1:
@@ -64,7 +64,7 @@ class Bucket:
 
 @dataclass
 class ClientGate:
-    """Counts what is going on. Used from the event loop only."""
+    """Counts current uploads, writes and refused tokens. Used from the event loop only."""
 
     limits: Limits
     _open: Counter[str] = field(default_factory=Counter)
@@ -74,12 +74,12 @@ class ClientGate:
 
     @asynccontextmanager
     async def upload(self, client: str) -> AsyncIterator[None]:
-        """Hold a place among the open uploads; where there is none, wait for it, first come, first served.
+        """Hold a place among the open uploads. If all places are taken, wait in order of arrival.
 
-        Neither twine nor `uv publish` tries again after a 429, so a short wait is what serves them.
+        Neither twine nor `uv publish` retries after a 429, so a short wait lets their uploads succeed.
 
         Raises:
-            TooManyError: too many wait already, or the wait was too long.
+            TooManyError: too many uploads are already waiting, or the wait was too long.
         """
         if self._has_place(client):
             self._open[client] += 1
@@ -97,14 +97,16 @@ class ClientGate:
     async def _wait(self, client: str) -> None:
         own = sum(address == client for address, _ in self._waiting)
         if len(self._waiting) >= self.limits.waiting_uploads or own >= max(1, self.limits.waiting_uploads // 2):
-            raise TooManyError("too many uploads wait for others to end", remedy="wait for some to end, then upload it again")
+            raise TooManyError(
+                "too many uploads are already waiting", remedy="wait until some have finished, then upload it again"
+            )
         turn = asyncio.get_running_loop().create_future()
         self._waiting.append((client, turn))
         try:
             async with asyncio.timeout(self.limits.longest_wait):
                 await turn
         except BaseException as error:
-            if turn.done() and not turn.cancelled():  # the place came together with what ended the wait
+            if turn.done() and not turn.cancelled():  # the place became free at the moment the wait was cancelled
                 self._release(client)
             if isinstance(error, TimeoutError):
                 raise TooManyError(
@@ -116,7 +118,7 @@ class ClientGate:
                 self._waiting.remove((client, turn))
 
     def _release(self, client: str) -> None:
-        """Give a place back, and give what is free to those who wait for it."""
+        """Release a place, and assign free places to waiting uploads."""
         self._open[client] -= 1
         if not self._open[client]:
             del self._open[client]
@@ -128,29 +130,29 @@ class ClientGate:
 
     @property
     def open_uploads(self) -> int:
-        """Uploads under way."""
+        """Number of uploads in progress."""
         return self._open.total()
 
     @property
     def waiting_uploads(self) -> int:
-        """Uploads that wait for a place."""
+        """Number of uploads that wait for a place."""
         return len(self._waiting)
 
     def write(self, client: str) -> None:
         """Count a write request.
 
         Raises:
-            TooManyError: over the rate.
+            TooManyError: the address exceeds the rate.
         """
         rate = self.limits.writes_per_second
         if not _bucket(self._writes, client, rate, max(2 * rate, 1)).take(time.monotonic()):
-            raise TooManyError(f"more than {rate:g} writes a second", remedy="wait a second, then go on")
+            raise TooManyError(f"more than {rate:g} writes a second", remedy="wait a second, then continue")
 
     def guessing(self, client: str) -> None:
-        """Refuse to compute slow hashes for an address that has been wrong too often.
+        """Refuse to compute slow hashes for an address with too many wrong passwords.
 
         Raises:
-            TooManyError: its refused passwords are over the rate.
+            TooManyError: the address exceeds the rate of refused passwords.
         """
         bucket = self._failures.get(client)
         if bucket is not None and bucket.level + (time.monotonic() - bucket.moment) * bucket.rate < 1:
@@ -160,11 +162,11 @@ class ClientGate:
         """Count a refused token.
 
         Raises:
-            TooManyError: over the rate.
+            TooManyError: the address exceeds the rate.
         """
         rate = self.limits.failures_per_minute
         if not _bucket(self._failures, client, rate / 60, rate).take(time.monotonic()):
-            raise TooManyError("too many refused tokens from this address", remedy="wait a minute, then use a good token")
+            raise TooManyError("too many refused tokens from this address", remedy="wait a minute, then use a valid token")
 
 
 def _bucket(buckets: dict[str, Bucket], client: str, rate: float, burst: float) -> Bucket:

@@ -1,4 +1,4 @@
-"""Names: projects, distribution files, sets, views. One spelling each, everything else refused with a sentence."""
+"""Names of projects, distribution files, sets and views. Each has one valid spelling; others are refused."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from index.errors import NotFoundError, RefusedError
 DistributionKind = Literal["bdist_wheel", "sdist"]
 
 MAX_FILENAME = 255
-"Bytes: what ext4, xfs and tar agree on."
+"Maximum bytes of a file name on ext4, xfs and in tar."
 
 _FILENAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+!-]*\Z")
 _SET_NAME = re.compile(r"[a-z0-9]([a-z0-9._-]{0,62}[a-z0-9])?\Z")
@@ -47,7 +47,7 @@ _PLATFORM_TAG = re.compile(
 
 @dataclass(frozen=True, kw_only=True)
 class Distribution:
-    """What the name of a distribution file says."""
+    """The parts of a distribution file's name."""
 
     filename: str
     kind: DistributionKind
@@ -59,9 +59,9 @@ class Distribution:
     variant: str = ""
     "The label of a variant wheel (PEP 825)."
     canonical: str
-    "The file name in its one canonical spelling, by which two files of one name are known."
+    "The canonical spelling of the file name. Two files with the same key are the same distribution."
     published: bool = False
-    "Others published it: it is taken as it is, and what is wrong with it alone is marked (see `index.intake.defects`)."
+    "Published elsewhere: the file is accepted as it is, and its defects are listed (see `index.intake.defects`)."
 
     @property
     def stem(self) -> str:
@@ -75,7 +75,7 @@ def normalise(name: str) -> str:
     """PEP 503 form of a project name.
 
     Raises:
-        RefusedError: it is no project name.
+        RefusedError: it is not a valid project name.
     """
     try:
         return str(canonicalize_name(name, validate=True))
@@ -90,29 +90,29 @@ def name_in_address(text: str) -> str:
     """PEP 503 form of a project name in an address.
 
     Raises:
-        NotFoundError: no project can be called so.
+        NotFoundError: it is not a valid project name.
     """
     try:
         return normalise(text)
     except RefusedError as error:
-        raise NotFoundError(error.cause, remedy="see / for the projects that are here") from None
+        raise NotFoundError(error.cause, remedy="/ lists the projects of this index") from None
 
 
 def same_version(text: str, version: str) -> bool:
-    """Are these two spellings of one version (PEP 440)? False for what is none."""
+    """Whether both spell the same version (PEP 440). False if one is not a version."""
     try:
         return Version(text) == Version(version)
-    except ValueError:  # no version, or one of more digits than Python reads
+    except ValueError:  # not a version, or one with more digits than Python converts
         return False
 
 
 def parse_filename(filename: str, *, published: bool = False) -> Distribution:
-    """Read NAME-VERSION-TAGS[-VARIANT].whl or NAME-VERSION.tar.gz, in their one canonical spelling.
+    """Parse NAME-VERSION-TAGS[-VARIANT].whl or NAME-VERSION.tar.gz; only the canonical spelling is accepted.
 
-    A file that others `published` keeps the name that they gave it.
+    A file that was `published` elsewhere keeps its name.
 
     Raises:
-        RefusedError: anything else, with the canonical spelling where there is one.
+        RefusedError: the name has another form; the remedy names the canonical spelling, if one exists.
     """
     check_plain(filename)
     if filename.endswith(".whl"):
@@ -126,13 +126,13 @@ def parse_filename(filename: str, *, published: bool = False) -> Distribution:
 
 
 def check_plain(filename: str) -> None:
-    """A file name becomes a path of an export and an address, so it is one plain segment.
+    """Check that a file name is one plain path segment, since exports and URLs contain it.
 
     Raises:
-        RefusedError: it is not.
+        RefusedError: it is not one plain path segment.
     """
     if not filename:
-        raise RefusedError("the content field has no file name", remedy="send the distribution's own file name")
+        raise RefusedError("the content field has no file name", remedy="send the file name of the distribution")
     if len(filename.encode("utf-8", "surrogatepass")) > MAX_FILENAME:
         raise RefusedError(
             f"the file name is longer than {MAX_FILENAME} bytes", remedy="shorten the local version or the build tag"
@@ -171,7 +171,7 @@ def _wheel(filename: str, published: bool) -> Distribution:
 
 
 def wheel_tags(filename: str) -> frozenset[Tag]:
-    """The tags of a file that is known to be a wheel, with a variant label or without."""
+    """The tags of a wheel, with or without a variant label. The file is known to be a wheel."""
     return parse_wheel_filename(variants.split_label(filename)[0])[3]
 
 
@@ -192,12 +192,12 @@ def _check_canonical(filename: str, canonical: str) -> None:
     if filename != canonical:
         raise RefusedError(
             f"{filename} is not the canonical spelling of its name",
-            remedy=f"name it {canonical}, so that one release has one spelling",
+            remedy=f"rename it to {canonical}; all files of a release use one spelling",
         )
 
 
 def _sorted_tags(part: str) -> str:
-    """Compressed tag sets keep their order (PEP 425 says sorted, tools do not); only lower case and no repeats are asked."""
+    """Compressed tag sets may have any order (PEP 425 requires sorting, tools do not sort), but lower case and no repeats."""
     return ".".join(dict.fromkeys(part.lower().split(".")))
 
 
@@ -208,34 +208,34 @@ def _check_tags(filename: str, parts: list[str]) -> None:
             if not known.match(tag):
                 raise RefusedError(
                     f"{filename}: {tag!r} is not a known {kind} tag",
-                    remedy="no installer would ever choose this file; see PEP 425 and 600",
+                    remedy="no installer would select this file; see PEP 425 and 600",
                 )
 
 
 def check_set_name(name: str) -> str:
-    """`name`, when a set may be called so.
+    """Return `name` if it is a valid name for a set.
 
     Raises:
-        RefusedError: not a path segment, or it would hide another address of the index.
+        RefusedError: it is not a path segment, or it would hide another address of the index.
     """
     if not _SET_NAME.match(name):
-        raise RefusedError(f"{name!r} cannot name a set", remedy="use up to 64 of a-z, 0-9, '.', '_', '-'")
+        raise RefusedError(f"{name!r} is not a valid name for a set", remedy="use up to 64 of a-z, 0-9, '.', '_', '-'")
     if name in _RESERVED:
-        raise RefusedError(f"{name!r} is an address of the index itself", remedy=f"call the set {name}-1, say")
+        raise RefusedError(f"{name!r} is already an address of the index", remedy=f"use another name, for example {name}-1")
     if _CUDA_VIEW.match(name):
         raise RefusedError(
-            f"{name!r} is a view of wheels for that CUDA",
-            remedy=f"give the set a name of its own, such as {name}-stack",
+            f"{name!r} is the name of a view for that CUDA version",
+            remedy=f"use another name, for example {name}-stack",
         )
     return name
 
 
 def stack_of_view(name: str) -> tuple[str, str] | None:
-    """CUDA and torch of a view: cu130-torch2.11 → 13.0, 2.11; cu92 → 9.2, ""; None when the name is not of that form."""
+    """CUDA and torch of a view: cu130-torch2.11 → 13.0, 2.11; cu92 → 9.2, ""; None if the name has another form."""
     match = _CUDA_VIEW.match(name)
     return (f"{match[1] or match[3]}.{match[2] or match[4]}", match[5] or "") if match else None
 
 
 def view_of_cuda(cuda: str, torch: str = "") -> str:
-    """13.0, 2.11 → cu130-torch2.11; 13.0 alone → cu130."""
+    """13.0, 2.11 → cu130-torch2.11; 13.0 → cu130."""
     return "cu" + cuda.replace(".", "") + (f"-torch{torch}" if torch else "")

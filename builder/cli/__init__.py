@@ -3,50 +3,48 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Mapping
 from types import MappingProxyType
 
 import click
 
 from gracefarm import console
-from gracefarm.cli import SETTINGS, LazyGroup
+from gracefarm.cli import SETTINGS, LazyGroup, json_requested
 
 COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
-        # name: (module:function, what --help says of it), in the order in which they are used
-        "init": ("builder.cli.init:init_command", "A project folder with recipes, stacks and sets to change."),
-        "list": ("builder.cli.look:list_command", "Recipes, and the last build of each on this machine."),
-        "plan": ("builder.cli.look:plan_command", "Inputs, build id, steps and commands of a build."),
-        "fetch": ("builder.cli.fetch:fetch_command", "Fetch and verify sources, apply patches: what a build begins with."),
-        "build": ("builder.cli.build:build_command", "Build wheels: fetch, compile, audit, smoke-test, record, publish."),
-        "matrix": ("builder.cli.matrix:matrix_command", "The cells of recipes: built, failed, blocked or not tried."),
-        "run": ("builder.cli.build:run_command", "The main job: build, publish to an index here, install back, import."),
-        "show": ("builder.cli.look:show_command", "The record of a recipe's last build: outcome, stages, verdicts."),
-        "log": ("builder.cli.look:log_command", "The whole log of a recipe's last build."),
-        "why": ("builder.cli.why:why_command", "Which input changed, and what else it rebuilds."),
-        "shell": ("builder.cli.upkeep:shell_command", "A shell inside the sandbox of a last build."),
-        "audit": ("builder.cli.check:audit_command", "The gates, on anybody's wheel."),
-        "smoke": ("builder.cli.check:smoke_command", "Import a wheel in a fresh environment, or try it on a GPU."),
-        "certify": ("builder.cli.certify:certify_command", "Test a wheel on a GPU, or sign what such a test reports."),
-        "verify": ("builder.cli.verify:verify_command", "Is a wheel what it says, and does it build the same again?"),
-        "set": ("builder.cli.sets:set_command", "Wheels that are built, tested and published together."),
-        "lock": ("builder.cli.lock:lock_command", "Fill in digests that were not known."),
-        "stack": ("builder.cli.stack:stack_command", "A new stack for a release of torch."),
-        "lock-stack": ("builder.cli.lock:lock_stack_command", "Resolve a stack anew and write its locks."),
-        "key": ("builder.cli.key:key_command", "The farm's ed25519 key, which signs provenance."),
-        "sign": ("builder.cli.key:sign_command", "Sign the provenance of last builds anew."),
-        "doctor": ("builder.cli.upkeep:doctor_command", "What this machine lacks for building, and how to mend it."),
-        "clean": ("builder.cli.upkeep:clean_command", "Remove working folders of builds; --all: roots and builds as well."),
-        "schema": ("builder.cli.upkeep:schema_command", "JSON schemas of recipe.toml, stack.toml and record.json."),
+        # name: (module:function, summary for --help), in the order of a typical workflow
+        "init": ("builder.cli.init:init_command", "Create a project folder with recipes, stacks and sets."),
+        "list": ("builder.cli.look:list_command", "List recipes with the last build of each on this machine."),
+        "plan": ("builder.cli.look:plan_command", "Show inputs, build id, steps and commands of a build."),
+        "fetch": ("builder.cli.fetch:fetch_command", "Fetch and verify sources, and apply patches."),
+        "build": ("builder.cli.build:build_command", "Build wheels: fetch, compile, audit, smoke-test, publish."),
+        "matrix": ("builder.cli.matrix:matrix_command", "List the cells of recipes with the state of each."),
+        "run": ("builder.cli.build:run_command", "Build, publish to a local index, install back, import."),
+        "show": ("builder.cli.look:show_command", "Show the record of a recipe's last build."),
+        "log": ("builder.cli.look:log_command", "Print the log of a recipe's last build."),
+        "why": ("builder.cli.why:why_command", "Show which input changed, and what else it rebuilds."),
+        "shell": ("builder.cli.upkeep:shell_command", "Open a shell in the sandbox of a recipe's last build."),
+        "audit": ("builder.cli.check:audit_command", "Run the audit on any wheel."),
+        "smoke": ("builder.cli.check:smoke_command", "Import a wheel in a fresh environment, or run it on a GPU."),
+        "certify": ("builder.cli.certify:certify_command", "Test a wheel on a GPU, and write a signed certificate."),
+        "verify": ("builder.cli.verify:verify_command", "Check a wheel against its record, or by building it again."),
+        "set": ("builder.cli.sets:set_command", "Build, test and publish wheels together."),
+        "lock": ("builder.cli.lock:lock_command", "Write the locks of a recipe, stack or set."),
+        "stack": ("builder.cli.stack:stack_command", "Create stacks."),
+        "key": ("builder.cli.key:key_command", "Create and show the farm's signing key."),
+        "sign": ("builder.cli.key:sign_command", "Sign the provenance of last builds again."),
+        "doctor": ("builder.cli.upkeep:doctor_command", "Check what this machine lacks, and fix it."),
+        "clean": ("builder.cli.upkeep:clean_command", "Remove working folders of builds."),
+        "schema": ("builder.cli.upkeep:schema_command", "Print the JSON schemas of recipe.toml and other files."),
     }
 )
 
 
-@click.group(cls=LazyGroup, table=COMMANDS, context_settings=SETTINGS)
+@click.group(cls=LazyGroup, table=COMMANDS, renamed={"lock-stack": "builder lock STACK"}, context_settings=SETTINGS)
 @click.version_option(package_name="gracefarm")
 def cli() -> None:
-    """Turn a pinned recipe into a proven aarch64 CUDA wheel.
+    """Build tested aarch64 CUDA wheels from pinned recipes.
 
     \b
     builder list
@@ -57,8 +55,8 @@ def cli() -> None:
 
 
 def main() -> None:
-    """The console script."""
-    # Modes go into wheels, and what other programs say is searched: neither may differ with the person who builds.
+    """Entry point of the console script."""
+    # File modes go into wheels, and the output of other programs is searched: neither may depend on the user.
     os.umask(0o022)
     os.environ["LC_ALL"] = "C"
-    console.run(lambda: cli.main(standalone_mode=False, prog_name="builder"), as_json="--json" in sys.argv, extra="builder")
+    console.run(lambda: cli.main(standalone_mode=False, prog_name="builder"), as_json=json_requested(), extra="builder")

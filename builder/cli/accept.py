@@ -1,4 +1,4 @@
-"""`--accept-new`: digests that are not known are read at first use, with a person's word, as ssh does with host keys."""
+"""`--accept-new`: accept unknown digests at first use after a confirmation, as ssh does with host keys."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from gracefarm.errors import SeveralError, UsageError
 
 
 def accept_new(names: Sequence[str], aim: Aim, settings: Settings, console: Console, *, yes: bool) -> None:
-    """Read each digest that the builds of these recipes lack, and write it into its file with the day.
+    """Read each unknown digest of these recipes' builds, and write it with today's date into its file.
 
     Raises:
-        UsageError: no recipe is named, nobody is there to ask or the person says no, the files are the installed package's.
-        FetchError, DigestError: the only one cannot be had, or its index says another digest.
-        SeveralError: several cannot be had; each was printed.
+        UsageError: no recipe is named, the user cannot be asked or refuses, or the files belong to the installed package.
+        FetchError, DigestError: the only file cannot be fetched, or its index has another digest.
+        SeveralError: several files failed; each error was printed.
     """
     from builder.fetch import fill
 
     if not names:
-        raise UsageError("--accept-new is about recipes that are named", remedy="name them, without --changed and --matrix")
+        raise UsageError("--accept-new requires names of recipes", remedy="name the recipes, and omit --changed and --matrix")
     for name in names:
         plan = plan_of(name, aim.stack, aim.target, settings, aim.on)
         missing = plan.gaps
@@ -42,14 +42,14 @@ def accept_new(names: Sequence[str], aim: Aim, settings: Settings, console: Cons
         for error in filled.failed:
             console.error(error)
         if filled.failed:
-            raise SeveralError(f"{len(filled.failed)} of {len(missing)} digests cannot be had; each is described above")
+            raise SeveralError(f"{len(filled.failed)} of {len(missing)} digests could not be fetched; see the errors above")
 
 
 def _ask(missing: Sequence[Gap], settings: Settings, console: Console, *, yes: bool) -> None:
     if settings.project == PACKAGED:
         raise UsageError(
-            "--accept-new writes into recipe.toml and stack.toml, and those of the installed gracefarm are not changed",
-            remedy="`builder init DIR` makes a project of your own: run the command there",
+            "--accept-new changes recipe.toml and stack.toml, but files of the installed gracefarm cannot be changed",
+            remedy="create a project with `builder init DIR` and run the command there",
         )
     for gap in missing:
         console.step("accept", f"{gap.what}: {gap.url}")
@@ -57,8 +57,8 @@ def _ask(missing: Sequence[Gap], settings: Settings, console: Console, *, yes: b
         return
     if console.as_json or not sys.stdin.isatty():
         raise UsageError(
-            f"--accept-new asks a person, and there is no terminal: {len(missing)} digests would be accepted unseen",
-            remedy="add --yes, if that is what you want",
+            f"--accept-new asks for confirmation of {len(missing)} digests, which requires a terminal",
+            remedy="add --yes to accept them without confirmation",
         )
-    if not click.confirm("Take these files as they are now, and write their digests down?", err=True):
-        raise UsageError("nothing was accepted", remedy="`builder lock` reads digests for you to compare")
+    if not click.confirm("Accept these files as they are now, and store their digests?", err=True):
+        raise UsageError("nothing was accepted", remedy="read the digests with `builder lock` and compare them")

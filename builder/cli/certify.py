@@ -1,4 +1,4 @@
-"""`builder certify`: a wheel's device code on a GPU, and the farm's signature on what came out."""
+"""`builder certify`: test a wheel's device code on a GPU, and sign a certificate of the results."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import click
 
 from builder import smoke
 from builder.cli.check import trial_of
-from builder.cli.options import FILE, json_option, start, toolchained
+from builder.cli.options import FILE, start, toolchained
 from builder.flow import publishing
 from builder.planning import recipe
 from builder.planning.settings import Settings
 from builder.proof import certificates, provenance, publish, record, signing
 from builder.toolchains.choice import ToolchainChoice
+from gracefarm.cli import json_option
 from gracefarm.console import Console
 from gracefarm.errors import ConfigError, HostError, UsageError
 from gracefarm.files import atomic_write, remove_tree
@@ -23,10 +24,10 @@ from gracefarm.files import atomic_write, remove_tree
 @click.command("certify")
 @click.argument("wheel", type=FILE, required=False)
 @click.option("--recipe", "recipe_name", metavar="NAME", help="Recipe whose smoke_gpu.py tests the wheel.")
-@click.option("--stack", "stack_name", metavar="NAME", help="Stack whose environment it is tested in; default: the recipe's.")
-@click.option("--report", type=click.Path(dir_okay=False, path_type=Path), help="File to write; default: WHEEL.gpu.json here.")
-@click.option("--accept", "accepted", type=FILE, metavar="REPORT", help="At the farm: check a report and sign it.")
-@click.option("--publish", "url", metavar="URL", help="With --accept: upload address of the index that gets the certificates.")
+@click.option("--stack", "stack_name", metavar="NAME", help="Stack whose environment to test it in; default: the recipe's.")
+@click.option("--report", type=click.Path(dir_okay=False, path_type=Path), help="File to write; default: WHEEL.gpu.json.")
+@click.option("--accept", "accepted", type=FILE, metavar="REPORT", help="On the farm: check a report and sign it.")
+@click.option("--publish", "url", metavar="URL", help="With --accept: upload the certificates to this index.")
 @toolchained
 @json_option
 def certify_command(
@@ -37,27 +38,28 @@ def certify_command(
     accepted: Path | None,
     url: str | None,
     on: ToolchainChoice,
-    as_json: bool,
 ) -> None:
-    """Test a wheel on a GPU and write a report, or sign a report at the farm.
+    """Test a wheel on a GPU, and write a signed certificate.
 
-    On the machine with the GPU, smoke_gpu.py compares the wheel's results with a reference. The report names the digest of
-    the device code that ran. At the farm, --accept compares that digest with the farm's own wheels, and signs a certificate.
-    It holds for each wheel with the same device code, also for another architecture or Python. Exit code 31: the results are
-    wrong; 32: there is nothing to certify.
+    On the machine with the GPU, smoke_gpu.py compares the wheel's results with a reference and writes a report with the
+    digest of the device code. On the farm, --accept compares this digest with the farm's wheels and signs a certificate. It
+    applies to each wheel with the same device code, even for another architecture or Python. The exit code is 31 if results
+    are wrong, and 32 if no wheel of the farm matches.
 
     \b
-    builder certify dist/thing-1.0-cp312-cp312-linux_x86_64.whl --recipe thing --toolchain host
-    builder certify --accept thing-1.0-cp312-cp312-linux_x86_64.whl.gpu.json
+    builder certify dist/thing-1.0.whl --recipe thing --toolchain host
+    builder certify --accept thing-1.0.whl.gpu.json
     """
-    settings, console = start(as_json=as_json)
+    settings, console = start()
     if accepted is not None:
         if wheel is not None or report is not None:
-            raise UsageError("--accept takes no WHEEL and no --report", remedy="the report is held against the farm's wheels")
+            raise UsageError(
+                "--accept excludes WHEEL and --report", remedy="omit them; --accept compares the report with the farm's wheels"
+            )
         _accept(accepted, url, settings, console)
         return
     if wheel is None or recipe_name is None or url is not None:
-        raise UsageError("say WHEEL and --recipe NAME, or --accept REPORT, with which --publish goes")
+        raise UsageError("give either WHEEL and --recipe NAME, or --accept REPORT, optionally with --publish")
     place = report or Path(f"{wheel.name}.gpu.json")
     loaded = recipe.load(settings.project / "recipes", recipe_name)
     if loaded.smoke_gpu_script is None:
@@ -70,7 +72,7 @@ def certify_command(
             wheel, loaded.data.smoke.imports, loaded.smoke_gpu_script, stack, on, scratch, settings, cuda=True
         )
         if reader is None:
-            raise HostError("cuobjdump is missing, which reads device code", remedy="install NVIDIA's cuda-cuobjdump")
+            raise HostError("cuobjdump, which reads device code, is missing", remedy="install NVIDIA's cuda-cuobjdump")
         console.step("certify", f"smoke_gpu.py of {recipe_name} with {wheel.name}")
         written = certificates.report(wheel, smoke.run_gpu(trial, sm), reader)
     finally:
@@ -80,19 +82,19 @@ def certify_command(
     lines = [
         f"{len(written.comparisons)} comparisons passed on {written.gpu}; negative control: {written.negative_control}",
         f"device code {codes}",
-        f"report  {place}; at the farm: builder certify --accept {place.name}",
+        f"report  {place}; on the farm: builder certify --accept {place.name}",
     ]
     console.result(written.model_dump(mode="json"), "\n".join(lines))
 
 
 def _accept(accepted: Path, url: str | None, settings: Settings, console: Console) -> None:
-    """Sign a report, sign the provenance of the wheels that it covers again, and tell an index."""
+    """Sign a report, sign the provenance of the covered wheels again, and upload the certificates."""
     given = certificates.read_report(accepted)
     if url is not None:
         publish.refuse_credentials(url)
     key = signing.private()
     if key is None:
-        raise ConfigError("this farm has no key to sign with", remedy="make one", repeat="builder key create")
+        raise ConfigError("this farm has no signing key", remedy="create one", repeat="builder key create")
     builds = [build for build in record.all_of(settings) if build.wheel is not None and build.device_digests]
     wheels = {build.wheel.sha256: build.device_digests for build in builds if build.wheel is not None}
     signed = certificates.accept(given, wheels, key, settings)

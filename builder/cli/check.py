@@ -1,4 +1,4 @@
-"""`builder audit` and `builder smoke`: the gates and the smoke test, on anybody's wheel."""
+"""`builder audit` and `builder smoke`: the gates and the smoke test, for any wheel."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import click
 
 from builder import audit, smoke
 from builder.audit import Policy, policy
-from builder.cli.options import FILE, device_coded, json_option, start, toolchained
+from builder.cli.options import FILE, device_coded, start, toolchained
 from builder.compiling import pep517
 from builder.planning import device_code, recipe, stack
 from builder.planning.settings import Settings
 from builder.toolchains.choice import ToolchainChoice
 from builder.toolchains.sandbox import SandboxToolchain
+from gracefarm.cli import json_option
 from gracefarm.console import Console
 from gracefarm.errors import UsageError
 from gracefarm.files import remove_tree
@@ -25,9 +26,9 @@ from gracefarm.tables import parse_size
 @click.command("audit")
 @click.argument("wheel", type=FILE)
 @click.option(
-    "--stack", "stack_name", required=True, metavar="NAME", help="Stack whose torch, CUDA and libc it is held against."
+    "--stack", "stack_name", required=True, metavar="NAME", help="Stack whose torch, CUDA and libc to check against."
 )
-@click.option("--recipe", "recipe_name", metavar="NAME", help="Ask for what this recipe declares: name, version, files, sm.")
+@click.option("--recipe", "recipe_name", metavar="NAME", help="Also check against this recipe: name, version, files, sm.")
 @device_coded
 @json_option
 def audit_command(
@@ -36,15 +37,14 @@ def audit_command(
     recipe_name: str | None,
     sm: tuple[str, ...] | None,
     ptx: str | None,
-    as_json: bool,
 ) -> None:
-    """The gates, on anybody's wheel. Exit code 30 when one refuses it.
+    """Run the audit on any wheel. The exit code is 30 if a gate refuses it.
 
     \b
-    builder audit dist/thing-1.0-cp311-cp311-manylinux_2_34_aarch64.whl --stack cu130
-    builder audit dist/triton-3.2.0+git755d4164-cp311-cp311-manylinux_2_34_aarch64.whl --stack cu124 --recipe triton
+    builder audit dist/causal_conv1d-1.7.0-*.whl --stack cu130
+    builder audit dist/triton-3.2.0-*.whl --stack cu124 --recipe triton
     """
-    settings, console = start(as_json=as_json)
+    settings, console = start()
     asked = recipe.load(settings.project / "recipes", recipe_name).data if recipe_name else None
     expected = _foreign_policy(wheel, stack_name, sm, settings, console)
     expected = policy.asked_by(asked, expected) if asked else expected
@@ -63,17 +63,17 @@ def _foreign_policy(wheel: Path, stack_name: str, sm: tuple[str, ...] | None, se
     ground = SandboxToolchain().lay(loaded, stack.host_arch(), target, settings, cuda=cuda)
     console.step("audit", f"{wheel.name} against stack {stack_name} for {target.value}")
     expected = policy.of_stack(loaded, target, ground)
-    # Its libraries are looked for whatever the stack has.
+    # Libraries of the wheel are checked regardless of the stack.
     return replace(expected, sm=expected.sm if cuda else None, max_size=parse_size("4GiB"), objects_only=False)
 
 
 @click.command("smoke")
 @click.argument("wheel", type=FILE)
-@click.option("--stack", "stack_name", required=True, metavar="NAME", help="Stack whose environment it is imported in.")
-@click.option("--import", "imports", multiple=True, metavar="MODULE", help="Module to import; repeatable.")
-@click.option("--script", type=FILE, help="A smoke.py to run after the imports.")
+@click.option("--stack", "stack_name", required=True, metavar="NAME", help="Stack whose environment to import it in.")
+@click.option("--import", "imports", multiple=True, metavar="MODULE", help="Module to import. Repeatable.")
+@click.option("--script", type=FILE, help="Script to run after the imports.")
 @click.option("--recipe", "recipe_name", metavar="NAME", help="Take modules and script from this recipe.")
-@click.option("--gpu", is_flag=True, help="Run the script (the recipe's smoke_gpu.py) on a GPU; without one, say so.")
+@click.option("--gpu", is_flag=True, help="Run the script (the recipe's smoke_gpu.py) on a GPU.")
 @toolchained
 @json_option
 def smoke_command(
@@ -84,21 +84,23 @@ def smoke_command(
     recipe_name: str | None,
     gpu: bool,
     on: ToolchainChoice,
-    as_json: bool,
 ) -> None:
-    """Import a wheel by name in a fresh environment of the stack, and with --gpu try it on a GPU.
+    """Import a wheel in a fresh environment of the stack; with --gpu, run it on a GPU.
 
     \b
-    builder smoke thing.whl --stack cu130 --import thing --import thing_cuda
-    builder smoke causal_conv1d.whl --stack cu130 --recipe causal_conv1d --gpu --toolchain host
+    builder smoke thing.whl --stack cu130 --import thing
+    builder smoke thing.whl --stack cu130 --recipe thing --gpu
     """
-    settings, console = start(as_json=as_json)
+    settings, console = start()
     if recipe_name is not None:
         loaded = recipe.load(settings.project / "recipes", recipe_name)
         imports = imports or loaded.data.smoke.imports
         script = script or (loaded.smoke_gpu_script if gpu else loaded.smoke_script)
     if not imports or (gpu and script is None):
-        raise UsageError("nothing to try", remedy="say --import MODULE, with --gpu also --script FILE, or --recipe NAME")
+        raise UsageError(
+            "the command names neither modules nor a recipe",
+            remedy="add --recipe NAME, or --import MODULE and, for --gpu, --script FILE",
+        )
     scratch = settings.home / "smoke" / str(os.getpid())
     scratch.mkdir(parents=True)
     try:
@@ -126,7 +128,7 @@ def trial_of(
     *,
     cuda: bool = False,
 ) -> tuple[smoke.Trial, tuple[str, ...], Path | None]:
-    """How a wheel is tried, the architectures that it must have and, with `cuda`, the cuobjdump of the stack."""
+    """The trial of a wheel, the architectures that the wheel must have and, with `cuda`, the stack's cuobjdump."""
     loaded, target = stack.load(settings.project / "stacks", stack_name), audit.target_of(wheel)
     host = stack.host_arch()
     toolchain = on.type.find(loaded, on.wanted, cuda=cuda)

@@ -1,13 +1,14 @@
-"""`builder fetch`: what a recipe pins, fetched, verified and made into a source tree, without building anything."""
+"""`builder fetch`: fetch and verify the sources of a recipe without building it."""
 
 from __future__ import annotations
 
 import click
 
-from builder.cli.options import json_option, start
+from builder.cli.options import start
 from builder.planning import gaps, recipe
 from builder.planning.settings import Settings
 from builder.upkeep.clean import FETCHED
+from gracefarm.cli import json_option
 from gracefarm.console import Console
 from gracefarm.errors import GracefarmError, SeveralError
 from gracefarm.files import lock, remove_tree
@@ -16,17 +17,17 @@ from gracefarm.files import lock, remove_tree
 @click.command("fetch")
 @click.argument("names", nargs=-1, required=True)
 @json_option
-def fetch_command(names: tuple[str, ...], as_json: bool) -> None:
-    """Fetch and verify the sources of recipes, and apply their patches and substitutions: a line for each part.
+def fetch_command(names: tuple[str, ...]) -> None:
+    """Fetch and verify the sources of recipes, and apply their patches and substitutions.
 
-    Commits, trees, submodules and digests are compared with what the recipe pins. A file whose digest is not known yet is left
-    out and named. `builder build` begins with the same.
+    Commits, trees, submodules and digests must match the recipe. Files with unknown digests are skipped and listed. `builder
+    build` starts with the same steps.
 
     \b
     builder fetch flash_attn
     builder fetch triton aphrodite --json
     """
-    settings, console = start(as_json=as_json)
+    settings, console = start()
     failures: list[GracefarmError] = []
     for name in names:
         try:
@@ -37,7 +38,7 @@ def fetch_command(names: tuple[str, ...], as_json: bool) -> None:
             console.error(error)
             failures.append(error)
     if failures:
-        raise SeveralError(f"{len(failures)} of {len(names)} recipes failed; each is described above")
+        raise SeveralError(f"{len(failures)} of {len(names)} recipes failed; see the errors above")
 
 
 def _fetch_one(name: str, settings: Settings, console: Console) -> None:
@@ -61,6 +62,6 @@ def _fetch_one(name: str, settings: Settings, console: Console) -> None:
         "source_date_epoch": epoch,
         "gaps": [{"what": gap.what, "url": gap.url, "reason": gap.reason} for gap in missing],
     }
-    count = "1 file without a digest is" if len(missing) == 1 else f"{len(missing)} files without a digest are"
-    left = f"; {count} left out" if missing else ""
-    console.result(value, f"{loaded.key}: all that is pinned is here and fits{left}")
+    count = "1 file with an unknown digest was" if len(missing) == 1 else f"{len(missing)} files with unknown digests were"
+    left = f"; {count} skipped" if missing else ""
+    console.result(value, f"{loaded.key}: all pinned files were fetched and match{left}")

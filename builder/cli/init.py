@@ -1,4 +1,4 @@
-"""`builder init`: a project folder of one's own, with recipes, stacks and sets."""
+"""`builder init`: create a project folder with recipes, stacks and sets."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 
 import click
 
-from builder.cli.options import json_option
 from builder.planning import matrix
 from builder.planning.settings import PARTS, given_project
+from gracefarm.cli import json_option, json_requested
 from gracefarm.console import Console
 from gracefarm.errors import UsageError
 from gracefarm.files import atomic_directory
@@ -18,23 +18,23 @@ from gracefarm.files import atomic_directory
 @click.command("init")
 @click.argument("folder", metavar="DIR", type=click.Path(file_okay=False, path_type=Path))
 @json_option
-def init_command(folder: Path, as_json: bool) -> None:
-    """Make the project folder DIR: recipes, stacks, interpreters and sets to change, copied from this gracefarm.
+def init_command(folder: Path) -> None:
+    """Create the project folder DIR with copies of gracefarm's recipes, stacks, interpreters and sets.
 
     \b
     builder init wheels
     """
-    console = Console(as_json=as_json)
+    console = Console(as_json=json_requested())
     if folder.is_dir() and any(folder.iterdir()):
-        raise UsageError(f"{folder} is not empty", remedy="name a new folder")
+        raise UsageError(f"{folder} is not empty", remedy="choose a new folder")
     with atomic_directory(folder.absolute()) as project:
         for part in PARTS:
             shutil.copytree(given_project() / part, project / part, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(given_project() / matrix.FILE, project / matrix.FILE)
     steps = [
-        f"{folder} holds recipes/, stacks/, interpreters/, sets/ and matrix.toml now. Next:",
+        f"{folder} now contains recipes/, stacks/, interpreters/, sets/ and matrix.toml. Next:",
         f"  cd {folder} && builder list",
         "  builder plan causal_conv1d",
-        "A recipe of your own is a folder recipes/NAME with a recipe.toml (docs/recipes.md).",
+        "To add a recipe, create recipes/NAME/recipe.toml (docs/recipes.md).",
     ]
     console.result({"project": str(folder.absolute())}, "\n".join(steps))

@@ -1,18 +1,19 @@
-"""`builder key` and `builder sign`: the farm's key."""
+"""`builder key` and `builder sign`: the farm's signing key."""
 
 from __future__ import annotations
 
 import click
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from builder.cli.options import json_option, last_wheel, start
+from builder.cli.options import last_wheel, start
 from builder.proof import provenance, record, signing
+from gracefarm.cli import CommandGroup, json_option
 from gracefarm.errors import ConfigError
 
 
-@click.group("key")
+@click.group("key", cls=CommandGroup)
 def key_command() -> None:
-    """The farm's ed25519 key, which signs how each wheel came to be (docs/provenance.md).
+    """Create and show the farm's ed25519 key, which signs provenance (docs/provenance.md).
 
     \b
     builder key create
@@ -21,18 +22,26 @@ def key_command() -> None:
 
 
 def _private() -> Ed25519PrivateKey:
-    """The key, which must be there."""
+    """The private key.
+
+    Raises:
+        ConfigError: the farm has no key.
+    """
     key = signing.private()
     if key is None:
-        raise ConfigError("this farm has no key", remedy="make one", repeat="builder key create")
+        raise ConfigError("this farm has no signing key", remedy="create one", repeat="builder key create")
     return key
 
 
 @key_command.command("create")
 @json_option
-def create_command(as_json: bool) -> None:
-    """Make the key, in a file that only its owner can read; prints the public half."""
-    _, console = start(as_json=as_json)
+def create_command() -> None:
+    """Create the key in a file that only its owner can read, and print the public key.
+
+    \b
+    builder key create
+    """
+    _, console = start()
     public = signing.create()
     console.step("key", f"{signing.place()}, key id {signing.key_id(public)}")
     console.result({"key_id": signing.key_id(public), "public": signing.pem(public)}, signing.pem(public).strip())
@@ -40,9 +49,13 @@ def create_command(as_json: bool) -> None:
 
 @key_command.command("show")
 @json_option
-def show_command(as_json: bool) -> None:
-    """The public half, as `builder verify --key` reads it."""
-    _, console = start(as_json=as_json)
+def show_command() -> None:
+    """Print the public key, for `builder verify --key`.
+
+    \b
+    builder key show > farm.pub
+    """
+    _, console = start()
     public = _private().public_key()
     console.result({"key_id": signing.key_id(public), "public": signing.pem(public)}, signing.pem(public).strip())
 
@@ -50,13 +63,13 @@ def show_command(as_json: bool) -> None:
 @click.command("sign")
 @click.argument("names", nargs=-1, required=True)
 @json_option
-def sign_command(names: tuple[str, ...], as_json: bool) -> None:
-    """Sign the provenance of the last build of each NAME anew: for wheels that were built before there was a key.
+def sign_command(names: tuple[str, ...]) -> None:
+    """Sign the provenance of each NAME's last build again, for wheels that were built before the key existed.
 
     \b
     builder sign causal_conv1d
     """
-    settings, console = start(as_json=as_json)
+    settings, console = start()
     _private()
     for name in names:
         last, wheel = last_wheel(name, settings)

@@ -1,75 +1,134 @@
-"""`builder lock` and `builder lock-stack`: digests that were not known, and the locks of a stack."""
+"""`builder lock`: write locks, and fill in unknown digests."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import click
 
-from builder.cli.options import json_option, stack_of, start, toolchain_option
+from builder.cli.options import stack_of, start, toolchain_option
 from builder.ground import interpreters
 from builder.ground.interpreters.debian_suite import DebianInterpreter
-from builder.planning import gaps, recipe, stack
+from builder.planning import gaps, pins, recipe, stack
 from builder.planning.recipe import LoadedRecipe, ToolchainKind
 from builder.planning.settings import Settings
 from builder.planning.stack import LoadedStack
+from builder.sets import definition
 from builder.toolchains import KINDS
+from gracefarm.cli import json_option
 from gracefarm.console import Console
-from gracefarm.errors import SeveralError
+from gracefarm.errors import SeveralError, UsageError
 from gracefarm.files import atomic_write
+
+NAMES: Mapping[str, Callable[[Settings], list[str]]] = {
+    "recipes": lambda settings: recipe.names(settings.project / "recipes"),
+    "stacks": lambda settings: stack.names(settings.project / "stacks"),
+    "sets": definition.names,
+    "interpreters": lambda settings: interpreters.names(settings.project / "interpreters"),
+}
+"Folder of a project to the names of what can be locked in it."
 
 
 @click.command("lock")
-@click.argument("name")
-@click.option("--stack", "stack_name", metavar="NAME", help="Stack whose gaps are filled in too; default: the recipe's.")
-@toolchain_option(help="With container: the stack's container image too, which no other toolchain needs.")
+@click.argument("name", metavar="RECIPE|STACK|SET")
+@click.option("--python", metavar="NAME", help="With a stack: lock the wheels of this interpreter only.")
+@click.option("--digests", is_flag=True, help="With a stack: fill in its unknown digests instead of resolving it.")
+@click.option("--stack", "stack_name", metavar="NAME", help="With a recipe: the stack to fill in too; default: the recipe's.")
+@toolchain_option(help="Fill in the digests that only this toolchain requires too, such as the container's image.")
 @json_option
-def lock_command(name: str, stack_name: str | None, toolchain: ToolchainKind, as_json: bool) -> None:
-    """Fill in the digests of NAME, a recipe (with its stack) or a stack, that were not known where it was written; of an
-    interpreter of Debian's, write packages.lock.
+def lock_command(name: str, python: str | None, digests: bool, stack_name: str | None, toolchain: ToolchainKind) -> None:
+    """Write the locks of a recipe, stack, set or interpreter.
 
-    The file comes over the network once, unchecked; its digest is written into the TOML for a person to compare and commit.
-    One that cannot be had stops no other.
+    \b
+    - RECIPE: lock its build requirements; fill in unknown digests of its files
+      and of its stack. Compare these digests before you commit them.
+    - STACK: resolve its wheels and Debian packages.
+    - SET: resolve its runtime requirements as of the set's date.
 
     \b
     builder lock triton
-    builder lock cu124
+    builder lock cu130 --python 3.13
+    builder lock cu124 --digests
     builder lock flash_attn --toolchain container
-    builder lock 3.13-trixie
+    builder lock gh200-cu130
+
+    If several folders have the name, write it as sets/NAME.
     """
+    settings, console = start(writes=True)
+    folder, name = find(name, settings)
+    for option, given in (("--python", python is not None), ("--digests", digests)):
+        if given and folder != "stacks":
+            raise UsageError(f"{option} requires a stack, but {name} is in {folder}/", remedy=f"omit {option}")
+    if stack_name is not None and folder != "recipes":
+        raise UsageError(f"--stack requires a recipe, but {name} is in {folder}/", remedy="omit --stack")
+    chosen = click.get_current_context().get_parameter_source("toolchain") is click.core.ParameterSource.COMMANDLINE
+    if chosen and folder != "recipes" and not digests:
+        raise UsageError(
+            "--toolchain requires a recipe, or a stack with --digests", remedy="omit --toolchain, or add --digests"
+        )
+    if folder == "interpreters":
+        _lock_interpreter(name, settings, console)
+    elif folder == "sets":
+        _lock_set(name, settings, console)
+    elif folder == "recipes":
+        _lock_recipe(name, stack_name, toolchain, settings, console)
+    elif digests:
+        _fill(name, gaps.of_stack(base := stack_of(name, python, settings)), base, toolchain, settings, console)
+    else:
+        _lock_stack(stack_of(name, python, settings), settings, console)
+
+
+def find(name: str, settings: Settings) -> tuple[str, str]:
+    """The folder of the project that has `name`, and the name in it.
+
+    Raises:
+        UsageError: several folders have it.
+    """
+    folder, _, rest = name.rpartition("/")
+    if folder in NAMES:
+        return folder, rest
+    folders = [folder for folder, names in NAMES.items() if name in names(settings)]
+    if len(folders) > 1:
+        spellings = " or ".join(f"`builder lock {folder}/{name}`" for folder in folders)
+        raise UsageError(f"{name} is in {' and in '.join(f'{folder}/' for folder in folders)}", remedy=f"run {spellings}")
+    # An unknown name counts as a recipe, whose error lists the known ones.
+    return (folders or ["recipes"])[0], name
+
+
+def _lock_recipe(name: str, stack_name: str | None, toolchain: ToolchainKind, settings: Settings, console: Console) -> None:
+    loaded = recipe.load(settings.project / "recipes", name)
+    base = stack.load(settings.project / "stacks", stack_name or loaded.data.stack)
+    if loaded.data.build.requires:
+        _lock_build(loaded, base, settings, console)
+    _fill(name, [*gaps.of_recipe(loaded), *gaps.of_stack(loaded.on(base))], base, toolchain, settings, console)
+
+
+def _fill(
+    name: str, missing: list[gaps.Gap], base: LoadedStack, toolchain: ToolchainKind, settings: Settings, console: Console
+) -> None:
+    """Fill in unknown digests; a file that cannot be fetched does not stop the others."""
     from builder.fetch import fill
 
-    settings, console = start(as_json=as_json, writes=True)
-    if name in interpreters.names(settings.project / "interpreters"):
-        _lock_interpreter(name, settings, console)
-        return
-    if stack_name is None and name in stack.names(settings.project / "stacks"):
-        loaded, base = None, stack.load(settings.project / "stacks", name)
-    else:
-        loaded = recipe.load(settings.project / "recipes", name)
-        base = stack.load(settings.project / "stacks", stack_name or loaded.data.stack)
-    if loaded is not None and loaded.data.build.requires:
-        _lock_build(loaded, base, settings, console)
     with console.progress("lock") as tick:
-        own = [*gaps.of_recipe(loaded), *gaps.of_stack(loaded.on(base))] if loaded is not None else gaps.of_stack(base)
-        missing = [*own, *KINDS[toolchain].gaps(base)]
-        filled = fill.fill(missing, base, settings, tick)
+        filled = fill.fill([*missing, *KINDS[toolchain].gaps(base)], base, settings, tick)
     for kind in KINDS.values():
         for gap in kind.gaps(base) if kind.kind != toolchain else ():
             console.step("lock", f"left for --toolchain {kind.kind}: {gap.what}")
     rows = [{"file": str(gap.file), "what": gap.what, "url": gap.url, "sha256": sha256} for gap, sha256 in filled.digests]
     lines = [f"{row['sha256']}  {row['what']}  {row['url']}" for row in rows]
     if rows or not filled.failed:
-        console.result(rows, "\n".join(lines) or f"{name} has no gap: every digest is there")
+        console.result(rows, "\n".join(lines) or f"{name}: all digests are known")
     count = len(filled.failed)
     if count == 1:
         raise filled.failed[0]
     for error in filled.failed:
         console.error(error)
     if count:
-        raise SeveralError(f"{count} of {count + len(rows)} digests cannot be had; each is described above")
+        raise SeveralError(f"{count} of {count + len(rows)} digests could not be fetched; see the errors above")
 
 
 def _lock_build(loaded: LoadedRecipe, base: LoadedStack, settings: Settings, console: Console) -> None:
-    """Write the lock of a recipe's build requirements, for each Python that its stack has a lock for."""
+    """Write the lock of a recipe's build requirements, for each Python with a lock in its stack."""
     from builder.ground import resolve
 
     names = [None, *interpreters.names(settings.project / "interpreters")]
@@ -84,30 +143,17 @@ def _lock_build(loaded: LoadedRecipe, base: LoadedStack, settings: Settings, con
 def _lock_interpreter(name: str, settings: Settings, console: Console) -> None:
     interpreter = interpreters.load(settings.project / "interpreters", name)
     if not isinstance(interpreter, DebianInterpreter):
-        console.result([], f"{name} is pinned in its interpreter.toml: it has no lock")
+        console.result([], f"{name} is pinned in its interpreter.toml and has no lock")
         return
     with console.progress("lock") as tick:
         atomic_write(interpreter.lock_file, interpreter.lock(settings, tick))
     console.result([str(interpreter.lock_file)], str(interpreter.lock_file))
 
 
-@click.command("lock-stack")
-@click.argument("name")
-@click.option("--python", metavar="NAME", help="Lock the wheels of this interpreter alone; default: the stack's own Python.")
-@json_option
-def lock_stack_command(name: str, python: str | None, as_json: bool) -> None:
-    """Resolve a stack and write its locks.
-
-    These are requirements.lock; root.lock, unless it takes another stack's root; toolchain.lock, if its compiler is Debian's.
-
-    \b
-    builder lock-stack cu130
-    builder lock-stack cu130 --python 3.13
-    """
+def _lock_stack(loaded: LoadedStack, settings: Settings, console: Console) -> None:
+    """Write requirements.lock; root.lock unless it uses another stack's root; toolchain.lock if Debian has its compiler."""
     from builder.ground import resolve
 
-    settings, console = start(as_json=as_json, writes=True)
-    loaded = stack_of(name, python, settings)
     with console.progress("lock") as tick:
         atomic_write(loaded.requirements_lock, resolve.requirements_lock(loaded, settings, tick))
         written = [loaded.requirements_lock]
@@ -119,3 +165,21 @@ def lock_stack_command(name: str, python: str | None, as_json: bool) -> None:
                 atomic_write(loaded.toolchain_lock, text)
                 written.append(loaded.toolchain_lock)
     console.result({"written": list(map(str, written))}, "\n".join(map(str, written)))
+
+
+def _lock_set(name: str, settings: Settings, console: Console) -> None:
+    """Write requirements.lock of a set with requirements; another set runs in its stack's environment."""
+    from builder.ground import resolve
+
+    loaded = definition.load(name, settings)
+    place = loaded.runtime.requirements_lock
+    if not loaded.data.requirements:
+        console.result(
+            {"written": []},
+            f"{name} runs in the environment of stack {loaded.data.stack}: {place} (`{loaded.stack.lock_command}`)",
+        )
+        return
+    with console.progress("lock") as tick:
+        atomic_write(place, resolve.requirements_lock(loaded.runtime, settings, tick))
+    count = len(pins.wheels(loaded.runtime, loaded.data.target))
+    console.result({"written": [str(place)], "wheels": count}, f"{place}: {count} wheels")

@@ -1,4 +1,4 @@
-"""`builder list`, `plan`, `log` and `show`: what there is to build, what would be built, and how the last build went."""
+"""`builder list`, `plan`, `log` and `show`: recipes, their plans, and their last builds."""
 
 from __future__ import annotations
 
@@ -9,18 +9,23 @@ import sys
 
 import click
 
-from builder.cli.options import Aim, aimed, json_option, last_build, plan_of, start
+from builder.cli.options import Aim, aimed, last_build, plan_of, start
 from builder.flow import STEPS
 from builder.planning import recipe
 from builder.proof import record
+from gracefarm.cli import json_option
 from gracefarm.errors import ConfigError
 
 
 @click.command("list")
 @json_option
-def list_command(as_json: bool) -> None:
-    """Recipes, and the last build of each on this machine."""
-    settings, console = start(as_json=as_json)
+def list_command() -> None:
+    """List recipes with the last build of each on this machine.
+
+    \b
+    builder list
+    """
+    settings, console = start()
     rows, lines = [], []
     for key in recipe.names(settings.project / "recipes"):
         try:
@@ -40,14 +45,14 @@ def list_command(as_json: bool) -> None:
 @click.argument("name")
 @aimed
 @json_option
-def plan_command(name: str, aim: Aim, as_json: bool) -> None:
-    """Inputs, build id, steps and commands of a build, and whether its result exists.
+def plan_command(name: str, aim: Aim) -> None:
+    """Show inputs, build id, steps and commands of a build, and whether its wheel exists.
 
     \b
     builder plan causal_conv1d --json
     builder plan causal_conv1d --toolchain host
     """
-    settings, console = start(as_json=as_json)
+    settings, console = start()
     plan = plan_of(name, aim.stack, aim.target, settings, aim.on)
     existing = record.existing(plan, settings)
     missing = plan.gaps
@@ -70,18 +75,30 @@ def plan_command(name: str, aim: Aim, as_json: bool) -> None:
     text += f"steps     {' > '.join(STEPS)}\ncommand   {' '.join(command)}\n"
     text += "".join(f"digest    {known.what} {known.sha256[:16]}: {known.sentence}\n" for known in plan.evidence)
     text += "".join(f"no digest {gap.what}  {gap.url}: {gap.reason}\n" for gap in missing)
-    console.result(value, text + (f"exists    {value['wheel']}" if existing else "exists    no; `builder build` makes it"))
+    console.result(
+        value, text + (f"exists    {value['wheel']}" if existing else "exists    no; build it with `builder build`")
+    )
 
 
 @click.command("log")
 @click.argument("name")
+@json_option
 def log_command(name: str) -> None:
-    """The whole log of a recipe's last build."""
-    settings, _ = start()
+    """Print the log of a recipe's last build.
+
+    \b
+    builder log causal_conv1d
+    """
+    settings, console = start()
     path = record.folder(settings, last_build(name, settings).build_id) / "log.txt"
     if not path.is_file():
-        raise ConfigError(f"the last build of {name} ended before it had a log", remedy=f"`builder show {name}` says why")
-    # `builder log NAME | head`: who reads may stop before the end.
+        raise ConfigError(
+            f"the last build of {name} failed before it wrote a log", remedy=f"`builder show {name}` gives the reason"
+        )
+    if console.as_json:
+        console.result({"log": path.read_text(errors="replace")})
+        return
+    # `builder log NAME | head`: the reader may stop before the end.
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     with path.open("rb") as stream:
         shutil.copyfileobj(stream, sys.stdout.buffer)
@@ -90,13 +107,17 @@ def log_command(name: str) -> None:
 @click.command("show")
 @click.argument("name")
 @json_option
-def show_command(name: str, as_json: bool) -> None:
-    """The record of a recipe's last build: outcome, stages, verdicts."""
+def show_command(name: str) -> None:
+    """Show the record of a recipe's last build: outcome, stages, verdicts.
+
+    \b
+    builder show causal_conv1d
+    """
     from builder import smoke
     from builder.compiling import units
     from builder.proof import certificates
 
-    settings, console = start(as_json=as_json)
+    settings, console = start()
     last = last_build(name, settings)
     wheel = record.wheel_path(settings, last)
     lines = [f"{last.name} {last.version}, stack {last.stack}: {last.outcome}, {last.finished}", f"build id  {last.build_id}"]

@@ -1,4 +1,4 @@
-"""`builder matrix`: the cells that a selector names, and what became of each."""
+"""`builder matrix`: the cells of a selector, and the state of each."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import replace
 import click
 from packaging.version import Version
 
-from builder.cli.options import json_option, stack_of, start
+from builder.cli.options import stack_of, start
 from builder.flow.matrix import CellReport, document, report
 from builder.ground import interpreters
 from builder.planning import matrix, recipe, stack
@@ -18,25 +18,30 @@ from builder.planning.plan import Plan
 from builder.planning.settings import Settings
 from builder.proof import record
 from builder.toolchains.choice import ToolchainChoice
+from gracefarm.cli import json_option
 from gracefarm.errors import ConfigError, UsageError
 
 
 @click.command("matrix")
 @click.argument("names", nargs=-1)
 @click.option(
-    "--matrix", "selector", default="default", show_default=True, help="A selector, or the name of one in matrix.toml."
+    "--matrix",
+    "selector",
+    default="default",
+    show_default=True,
+    help="Selector of cells, or the name of a selector in matrix.toml.",
 )
-@click.option("--prune", is_flag=True, help="List the builds whose torch is older than the releases that matrix.toml keeps.")
+@click.option("--prune", is_flag=True, help="List builds with an older torch than the releases that matrix.toml keeps.")
 @json_option
-def matrix_command(names: tuple[str, ...], selector: str, prune: bool, as_json: bool) -> None:
-    """List the cells of recipes: built, failed, blocked (by what) or not tried, with CPU seconds and disk.
+def matrix_command(names: tuple[str, ...], selector: str, prune: bool) -> None:
+    """List the cells of recipes (built, failed, blocked or not tried), with CPU seconds and disk space.
 
     \b
     builder matrix causal_conv1d
-    builder matrix causal_conv1d --matrix 'python=3.11..3.14,3.13-trixie stack=cu130 target=aarch64,x86_64 sm=90+100'
+    builder matrix causal_conv1d --matrix 'python=3.11..3.14 sm=90+100'
     builder matrix --json > matrix.json
     """
-    settings, console = start(as_json=as_json)
+    settings, console = start()
     if prune:
         rows = _old(settings)
         console.result(rows, "\n".join(f"{row['recipe']}  {row['stack']}  {row['build_id'][:16]}" for row in rows))
@@ -48,7 +53,7 @@ def matrix_command(names: tuple[str, ...], selector: str, prune: bool, as_json: 
 
 
 def reports_of(cells: Sequence[Cell], settings: Settings, on: ToolchainChoice | None = None) -> list[CellReport]:
-    """What is known of each cell; `on`: as in `plan_cell`."""
+    """The state of each cell; `on`: as in `plan_cell`."""
 
     def plan(cell: Cell) -> Plan:
         return plan_cell(cell, settings, on)
@@ -66,7 +71,7 @@ def reports_of(cells: Sequence[Cell], settings: Settings, on: ToolchainChoice | 
 
 
 def table_of(reports: Sequence[CellReport]) -> list[str]:
-    """One line a cell for people, and the counts."""
+    """One line per cell, and the counts."""
     rows = []
     widths = [max(len(getattr(entry.cell, name)) for entry in reports) for name in ("recipe", "stack")]
     for entry in reports:
@@ -85,17 +90,17 @@ def table_of(reports: Sequence[CellReport]) -> list[str]:
 
 
 def cells_of(text: str, names: Sequence[str], settings: Settings) -> list[Cell]:
-    """The cells that a selector names in this project; `names`: recipes asked for.
+    """The cells of a selector in this project; `names`: the requested recipes.
 
     Raises:
         UsageError: see `builder.planning.matrix.expand`.
-        ConfigError: a recipe or stack is unknown or does not fit its schema.
+        ConfigError: a recipe or stack is unknown or does not match its schema.
     """
     folder = settings.project / "recipes"
     loaded = [recipe.load(folder, name) for name in names or recipe.names(folder)]
     stacks = {name: stack.load(settings.project / "stacks", name).data for name in stack.names(settings.project / "stacks")}
     known = Known(
-        # One that is not asked for may be broken: the selector names it, and none of its cells is taken.
+        # A recipe that was not requested may be broken: the selector knows its name, and its cells are skipped.
         recipes=dict.fromkeys(recipe.names(folder), "") | {entry.key: entry.data.stack for entry in loaded},
         stacks=stacks,
         interpreters=interpreters.names(settings.project / "interpreters"),
@@ -104,22 +109,23 @@ def cells_of(text: str, names: Sequence[str], settings: Settings) -> list[Cell]:
 
 
 def plan_cell(cell: Cell, settings: Settings, on: ToolchainChoice | None = None) -> Plan:
-    """The plan of a cell in the sandbox; `on`: what else the command line chooses, as its PTX.
+    """The plan of a cell in the sandbox; `on`: other choices of the command line, such as PTX.
 
     Raises:
-        ConfigError: it cannot be planned: says what blocks it.
+        ConfigError: the cell is blocked; the message gives the reason.
     """
     choice = replace(on or ToolchainChoice(), interpreter=cell.interpreter, sm=cell.sm)
     if choice.kind != "sandbox":
         raise UsageError(
-            "a matrix is built in the sandbox", remedy="leave --toolchain host out, or build the one cell that is here"
+            "--matrix supports only the sandbox toolchain",
+            remedy="omit --toolchain, or build a single recipe without --matrix",
         )
     loaded = recipe.load(settings.project / "recipes", cell.recipe)
     return choice.plan(loaded, stack_of(cell.stack, cell.interpreter, settings), cell.target)
 
 
 def _old(settings: Settings) -> list[dict[str, str]]:
-    """Builds against a torch that is not among the newest that are kept."""
+    """Builds with a torch that is older than the releases to keep."""
     names = stack.names(settings.project / "stacks")
     stacks = [stack.load(settings.project / "stacks", name).data for name in names]
     releases = sorted({Version(entry.torch.version) for entry in stacks if entry.torch is not None}, reverse=True)

@@ -1,4 +1,4 @@
-"""What commands share: their options, settings and console; recipe, stack, target and toolchain that a command line means."""
+"""Code that the commands share: options, settings and console; recipe, stack, target and toolchain of a command line."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from builder.proof import record
 from builder.proof.record import Record
 from builder.toolchains import KINDS
 from builder.toolchains.choice import ToolchainChoice
+from gracefarm.cli import json_requested
 from gracefarm.console import Console
 from gracefarm.errors import ConfigError, UsageError
 
-Function = Any  # click's decorators are untyped about what they wrap
+Function = Any  # click's decorators do not type the functions that they wrap
 
 _PLACE = click.Path(exists=True, path_type=Path)
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
-"The type of a file that must be there."
+"The type of an existing file."
 
-json_option = click.option("--json", "as_json", is_flag=True, help="JSON lines for machines.")
-jobs_option = click.option("--jobs", type=click.IntRange(1), help="Upper bound of parallel compilations.")
+jobs_option = click.option("--jobs", type=click.IntRange(1), help="Maximum parallel compilations.")
 toolchain_option = functools.partial(
     click.option,
     "--toolchain",
@@ -39,13 +39,13 @@ toolchain_option = functools.partial(
     show_default=True,
 )
 _STACK_AND_TARGET = (
-    click.option("--stack", "stack_name", metavar="NAME", help="Stack to build against; default: the recipe's."),
+    click.option("--stack", "stack_name", metavar="NAME", help="Stack to build for; default: the recipe's."),
     click.option(
         "--target",
         type=click.Choice([arch.value for arch in Arch]),
         default=Arch.AARCH64.value,
         show_default=True,
-        help="The wheel's architecture.",
+        help="Architecture of the wheel.",
     ),
 )
 _TOOLS = (
@@ -53,24 +53,26 @@ _TOOLS = (
         "--environment",
         "own",
         type=_PLACE,
-        help="With host: a Python or virtual environment to build against as it is; default: the stack's lock.",
+        help="With host: Python or virtual environment to build against; default: the stack's lock.",
     ),
     click.option(
         "--python",
         metavar="NAME",
-        help="The target's Python, a folder of interpreters/, as 3.13; default: the stack's own. With host: the path of this "
-        "machine's interpreter.",
+        help="Python of the target, from interpreters/, such as 3.13; default: the stack's. With host: path of an "
+        "interpreter on this machine.",
     ),
-    click.option("--cuda", type=_PLACE, help="With host: the CUDA toolkit; default: CUDA_HOME, /usr/local/cuda, PATH."),
+    click.option("--cuda", type=_PLACE, help="With host: CUDA toolkit; default: CUDA_HOME, /usr/local/cuda, PATH."),
 )
 _DEVICE_CODE = (
-    click.option("--sm", metavar="LIST", help="Architectures of the device code, as 90 or 90a+100f; default: the stack's."),
-    click.option("--ptx", metavar="SM", help="Architecture of the PTX for newer GPUs, or none; default: the recipe's."),
+    click.option(
+        "--sm", metavar="LIST", help="Architectures of the device code, such as 90 or 90a+100f; default: the stack's."
+    ),
+    click.option("--ptx", metavar="SM", help="Architecture of the PTX for newer GPUs, or 'none'; default: the recipe's."),
 )
 _TOOLCHAIN = (
     toolchain_option(
-        help="The stack's locked compilers in a sandbox, this machine's own gcc and CUDA in a clean environment, or "
-        "cibuildwheel in the stack's container image.",
+        help="sandbox: the stack's locked compilers. host: this machine's gcc and CUDA in a clean environment. container: "
+        "cibuildwheel in the stack's image.",
     ),
     *_TOOLS,
 )
@@ -78,27 +80,27 @@ _TOOLCHAIN = (
 
 @dataclass(frozen=True, kw_only=True)
 class Aim:
-    """What a command line builds against."""
+    """Stack, target and toolchain of a command line."""
 
     stack: str | None
-    "None: the recipe's own."
+    "None: the recipe's."
     target: str
     on: ToolchainChoice
 
 
-def start(*, as_json: bool = False, writes: bool = False) -> tuple[Settings, Console]:
-    """What a command begins with; `writes`: it changes files of the project.
+def start(*, writes: bool = False) -> tuple[Settings, Console]:
+    """Settings and console of a command; `writes`: it changes files of the project.
 
     Raises:
-        UsageError: it would change those of the installed package.
+        UsageError: the command would change files of the installed package.
     """
     settings = load()
     if writes and settings.project == PACKAGED:
         raise UsageError(
-            "the recipes, stacks and sets of the installed gracefarm are not changed",
-            remedy="`builder init DIR` makes a project of your own: repeat the command there",
+            "recipes, stacks and sets of the installed gracefarm cannot be changed",
+            remedy="create a project with `builder init DIR` and repeat the command there",
         )
-    return settings, Console(as_json=as_json)
+    return settings, Console(as_json=json_requested())
 
 
 def _with(function: Function, *options: Function) -> Function:
@@ -108,7 +110,7 @@ def _with(function: Function, *options: Function) -> Function:
 
 
 def aimed(function: Function) -> Function:
-    """--stack, --target, the device code's and the toolchain's options, given to the command as `aim`."""
+    """Add --stack, --target and the options of device code and toolchain; the command receives `aim`."""
 
     @functools.wraps(function)
     def with_aim(
@@ -127,7 +129,7 @@ def aimed(function: Function) -> Function:
 
 
 def device_coded(function: Function) -> Function:
-    """The architectures of the device code and of its PTX, given to the command as `sm` and `ptx`."""
+    """Add the options of the device code; the command receives `sm` and `ptx`."""
 
     @functools.wraps(function)
     def with_device_code(*arguments: Any, sm: str | None, ptx: str | None, **options: Any) -> Any:
@@ -138,12 +140,12 @@ def device_coded(function: Function) -> Function:
 
 
 def aimed_at_sandbox(function: Function) -> Function:
-    """--stack and --target alone."""
+    """Add --stack and --target."""
     return _with(function, *_STACK_AND_TARGET)
 
 
 def toolchained(function: Function) -> Function:
-    """The options of a build with this machine's own tools, or in a container, given to the command as `on`."""
+    """Add the options of the toolchain; the command receives `on`."""
 
     @functools.wraps(function)
     def with_toolchain(
@@ -155,40 +157,40 @@ def toolchained(function: Function) -> Function:
 
 
 def placed(function: Function) -> Function:
-    """The options that name this machine's own tools."""
+    """Add the options that name tools of this machine."""
     return _with(function, *_TOOLS)
 
 
 def wanted(toolchain: ToolchainKind, own: Path | None, python: str | None, cuda: Path | None) -> ToolchainChoice:
-    """The toolchain that is wanted.
+    """The toolchain of a command line.
 
     Raises:
-        UsageError: options that do not go together.
+        UsageError: options exclude each other.
     """
     native = KINDS[toolchain].native
     here = Path(python) if python is not None and native else None
     if here is not None and not here.exists():
-        raise UsageError(f"--python {python}: there is no such file", remedy="name a Python of this machine by its path")
+        raise UsageError(f"--python {python}: the file does not exist", remedy="give the path of a Python on this machine")
     choice = ToolchainChoice(
         kind=toolchain, wanted=Wanted(environment=own, python=here, cuda=cuda), interpreter=None if native else python
     )
     for name, value in (("--environment", own), ("--cuda", cuda)):
         if value is not None and not choice.type.native:
-            raise UsageError(f"{name} is about this machine's tools", remedy=f"say --toolchain host {name} {value}")
+            raise UsageError(f"{name} requires --toolchain host", remedy=f"use --toolchain host {name} {value}")
     if own is not None and python is not None:
-        raise UsageError("--environment names a Python already", remedy="leave --python out")
+        raise UsageError("--environment and --python exclude each other", remedy="omit --python")
     return choice
 
 
 def plan_of(name: str, stack_name: str | None, target: str, settings: Settings, on: ToolchainChoice | None = None) -> Plan:
-    """The plan that a command line means."""
+    """The plan of a command line."""
     loaded = recipe.load(settings.project / "recipes", name)
     on = on or ToolchainChoice()
     return on.plan(loaded, stack_of(stack_name or loaded.data.stack, on.interpreter, settings), Arch(target))
 
 
 def stack_of(name: str, interpreter: str | None, settings: Settings) -> LoadedStack:
-    """The stack called `name`, with the interpreter of that name; None: with its root's own Python.
+    """The stack `name` with an interpreter; None: with the Python of its root.
 
     Raises:
         ConfigError: the project has no such stack or interpreter.
@@ -200,26 +202,26 @@ def stack_of(name: str, interpreter: str | None, settings: Settings) -> LoadedSt
 
 
 def as_built(built: Record, own: Path | None, python: str | None, cuda: Path | None) -> ToolchainChoice:
-    """The toolchain of an earlier build, as `wanted` has it.
+    """The toolchain of an earlier build.
 
     Raises:
-        UsageError: it stood on an environment of somebody's own, whose place no input is, or options do not go together.
+        UsageError: it used an environment of the user, whose path is not recorded, or options exclude each other.
     """
     toolchain = built.inputs.get("toolchain")
     if own is None and isinstance(toolchain, dict) and "distributions" in toolchain:
         raise UsageError(
-            "that build stood on an environment of somebody's own, and nothing says where that is",
-            remedy="say it: --environment PATH",
+            "the earlier build used --environment, whose path is not recorded",
+            remedy="add --environment PATH",
         )
     on = wanted(toolchains.of_inputs(built.inputs).kind, own, python or built.interpreter, cuda)
     return replace(on, sm=built.asked_sm, ptx=built.asked_ptx)
 
 
 def _target_here(target: str, on: ToolchainChoice) -> str:
-    """The target of a host build is this machine; another one asked for is an error, the default is not.
+    """The target of a host build is this machine. Asking for another target is an error; the default is not.
 
     Raises:
-        UsageError: another one was asked for.
+        UsageError: --target names another architecture.
     """
     if not on.type.native:
         return target
@@ -227,17 +229,17 @@ def _target_here(target: str, on: ToolchainChoice) -> str:
     asked = click.get_current_context().get_parameter_source("target") is click.core.ParameterSource.COMMANDLINE
     if asked and target != here:
         raise UsageError(
-            f"this machine's own toolchain builds for {here}, not for {target}",
-            remedy=f"leave --toolchain host out: the sandbox builds for {target} here",
+            f"the host toolchain builds for {here}, not for {target}",
+            remedy=f"omit --toolchain host; the sandbox can build for {target}",
         )
     return here
 
 
 def last_build(name: str, settings: Settings) -> Record:
-    """The record of the last build of the recipe that a command line names.
+    """The record of the last build of a recipe.
 
     Raises:
-        ConfigError: there is no such recipe, or it was never built here.
+        ConfigError: the recipe does not exist, or was never built on this machine.
     """
     return record.latest(settings, recipe.load(settings.project / "recipes", name).key)
 
@@ -246,10 +248,10 @@ def last_wheel(name: str, settings: Settings) -> tuple[Record, Path]:
     """The last build of a recipe, and its wheel.
 
     Raises:
-        ConfigError: as `last_build`; or there is no wheel.
+        ConfigError: as `last_build`, or the build produced no wheel.
     """
     last = last_build(name, settings)
     wheel = record.wheel_path(settings, last)
     if wheel is None:
-        raise ConfigError(f"the last build of {name} left no wheel", remedy=f"run `builder build {name}`")
+        raise ConfigError(f"the last build of {name} produced no wheel", remedy=f"run `builder build {name}`")
     return last, wheel

@@ -1,4 +1,4 @@
-"""`builder set`: wheels that are built, tested and published together."""
+"""`builder set`: build, test and publish wheels together."""
 
 from __future__ import annotations
 
@@ -6,20 +6,19 @@ from typing import Any
 
 import click
 
-from builder.cli.options import jobs_option, json_option, start
-from builder.ground import resolve
-from builder.planning import pins, stack
+from builder.cli.options import jobs_option, start
+from builder.planning import stack
 from builder.planning.settings import Settings
 from builder.proof import materials, record
 from builder.sets import definition, plan
 from builder.sets.plan import SetPlan
 from gracefarm import extras
-from gracefarm.files import atomic_write
+from gracefarm.cli import CommandGroup, json_option
 
 
-@click.group("set")
+@click.group("set", cls=CommandGroup, renamed={"lock": "builder lock SET"})
 def set_command() -> None:
-    """Wheels that are built, tested and published together (docs/sets.md).
+    """Build, test and publish wheels together (docs/sets.md).
 
     \b
     builder set list
@@ -30,9 +29,13 @@ def set_command() -> None:
 
 @set_command.command("list")
 @json_option
-def list_command(as_json: bool) -> None:
-    """Sets of this project."""
-    settings, console = start(as_json=as_json)
+def list_command() -> None:
+    """List the sets of this project.
+
+    \b
+    builder set list
+    """
+    settings, console = start()
     rows = []
     for name in definition.names(settings):
         wheels = definition.load(name, settings).data
@@ -41,40 +44,16 @@ def list_command(as_json: bool) -> None:
     console.result(rows, "\n".join(lines) or "no sets")
 
 
-@set_command.command("lock")
-@click.argument("name")
-@json_option
-def lock_command(name: str, as_json: bool) -> None:
-    """Resolve what NAME runs with, as it was before the set's date, and write its requirements.lock.
-
-    \b
-    builder set lock gh200-cu130
-    """
-    settings, console = start(as_json=as_json, writes=True)
-    loaded = definition.load(name, settings)
-    place = loaded.runtime.requirements_lock
-    if not loaded.data.requirements:
-        console.result(
-            {"written": []},
-            f"{name} runs in the environment of stack {loaded.data.stack}: {place} (`{loaded.stack.lock_command}`)",
-        )
-        return
-    with console.progress("lock") as tick:
-        atomic_write(place, resolve.requirements_lock(loaded.runtime, settings, tick))
-    count = len(pins.wheels(loaded.runtime, loaded.data.target))
-    console.result({"written": [str(place)], "wheels": count}, f"{place}: {count} wheels")
-
-
 @set_command.command("plan")
 @click.argument("name")
 @json_option
-def plan_command(name: str, as_json: bool) -> None:
-    """Every digest of NAME (or the gap, named), the order of its builds, and what is built already.
+def plan_command(name: str) -> None:
+    """Show all digests of NAME, unknown ones, the order of its builds, and which builds exist.
 
     \b
     builder set plan gh200-cu124
     """
-    settings, console = start(as_json=as_json)
+    settings, console = start()
     planned = plan.plan_set(definition.load(name, settings), stack.host_arch())
     value = _described(planned, settings)
     console.result(value, _lines(planned, value))
@@ -129,29 +108,25 @@ def _lines(planned: SetPlan, value: dict[str, Any]) -> str:
 @click.argument("name")
 @jobs_option
 @click.option(
-    "--index", "index_url", metavar="URL", help="Index that will serve the set: renders pylock.toml with its address."
+    "--index", "index_url", metavar="URL", help="Render pylock.toml with the address of the index that will serve the set."
 )
-@click.option(
-    "--stage", "stage_url", metavar="URL", help="Stage the set at this index, and publish it once nothing is missing."
-)
-@click.option(
-    "--as", "shown_as", metavar="NAME", help="The set's name at the index; default: NAME. A published set never changes."
-)
+@click.option("--stage", "stage_url", metavar="URL", help="Stage the set on this index, and publish it when it is complete.")
+@click.option("--as", "shown_as", metavar="NAME", help="Name of the set on the index; default: NAME.")
 @json_option
-def build_command(
-    name: str, jobs: int | None, index_url: str | None, stage_url: str | None, shown_as: str | None, as_json: bool
-) -> None:
-    """Build the wheels of NAME, try them together in one environment, write its locks; stage and publish it.
+def build_command(name: str, jobs: int | None, index_url: str | None, stage_url: str | None, shown_as: str | None) -> None:
+    """Build the wheels of NAME, test them together in one environment, and write the set's locks.
+
+    With --stage, also upload the set and publish it. TWINE_USERNAME and TWINE_PASSWORD hold the credentials.
 
     \b
     builder set build gh200-cu130
     builder set build gh200-cu130 --index http://10.0.0.1:8080
-    TWINE_USERNAME=__token__ TWINE_PASSWORD=gf_… builder set build gh200-cu130 --stage http://10.0.0.1:8080
+    builder set build gh200-cu130 --stage http://10.0.0.1:8080
     """
     from builder.proof import publish
     from builder.sets import build, locks  # clients of HTTP
 
-    settings, console = start(as_json=as_json)
+    settings, console = start()
     for url in (index_url, stage_url):
         if url is not None:
             publish.refuse_credentials(url, "--stage")
@@ -169,8 +144,8 @@ def build_command(
 @click.argument("name")
 @jobs_option
 @json_option
-def run_command(name: str, jobs: int | None, as_json: bool) -> None:
-    """The whole way of NAME on this machine: build, test, stage at an index here, mirror, publish, install by hash, import.
+def run_command(name: str, jobs: int | None) -> None:
+    """Run all steps of NAME on this machine: build, test, stage, mirror, publish, install by hash, import.
 
     \b
     builder set run gh200-cu130
@@ -178,7 +153,7 @@ def run_command(name: str, jobs: int | None, as_json: bool) -> None:
     from builder.sets.run import run_set  # a client of HTTP
 
     extras.require("index")
-    settings, console = start(as_json=as_json)
+    settings, console = start()
     result = run_set(plan.plan_set(definition.load(name, settings), stack.host_arch()), jobs, settings, console)
     value = result.__dict__ | {"tested": result.tested.model_dump(mode="json")}
     console.result(value, f"lock    {result.lock}\npylock  {result.pylock}")

@@ -1,4 +1,4 @@
-"""`builder stack`: a new stack in one command."""
+"""`builder stack`: create stacks."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from pathlib import Path
 import click
 from packaging.version import Version
 
-from builder.cli.options import json_option, start
+from builder.cli.options import start
 from builder.ground import interpreters, new_stack, resolve
 from builder.ground.new_stack import TorchRelease
 from builder.planning import stack
 from builder.planning.settings import Settings
 from builder.planning.stack import HOST_SUFFIX, LoadedStack
+from gracefarm.cli import CommandGroup, json_option
 from gracefarm.console import Tick
 from gracefarm.errors import ConfigError, UsageError
 from gracefarm.files import atomic_directory, atomic_write, lock
@@ -23,9 +24,9 @@ from gracefarm.files import atomic_directory, atomic_write, lock
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 
 
-@click.group("stack")
+@click.group("stack", cls=CommandGroup)
 def stack_command() -> None:
-    """What wheels are built against (docs/stacks.md).
+    """Create stacks, against which wheels are built (docs/stacks.md).
 
     \b
     builder stack new cu132 --torch 2.15.0
@@ -35,18 +36,20 @@ def stack_command() -> None:
 @stack_command.command("new")
 @click.argument("name")
 @click.option("--torch", "version", required=True, metavar="VERSION", help="Release of torch on the Python index.")
-@click.option("--like", metavar="STACK", help="Stack whose root and other requirements it takes; default: the newest torch's.")
+@click.option(
+    "--like", metavar="STACK", help="Stack to copy root and other requirements from; default: the one with the newest torch."
+)
 @json_option
-def new_command(name: str, version: str, like: str | None, as_json: bool) -> None:
-    """Make the stack NAME for a release of torch, with its locks.
+def new_command(name: str, version: str, like: str | None) -> None:
+    """Create the stack NAME for a release of torch, with its locks.
 
-    CUDA and the release of its compiler are those that torch's wheels on the Python index require. Each Python of
-    interpreters/ that torch has wheels for gets a lock.
+    The stack uses the CUDA version and compiler that torch's wheels on the Python index require. It gets a lock for each
+    Python of interpreters/ with torch wheels.
 
     \b
     builder stack new cu132 --torch 2.15.0
     """
-    settings, console = start(as_json=as_json, writes=True)
+    settings, console = start(writes=True)
     folder = settings.project / "stacks"
     _require_new(name, folder)
     base = stack.load(folder, like) if like is not None else _newest(folder)
@@ -71,12 +74,15 @@ def new_command(name: str, version: str, like: str | None, as_json: bool) -> Non
 
 
 def _require_new(name: str, folder: Path) -> None:
-    """Refuse a name that is taken, or that no folder and no record can have."""
+    """Refuse a name that is invalid or in use."""
     if not _NAME.fullmatch(name) or name.endswith(HOST_SUFFIX):
-        raise UsageError(f"{name!r} cannot name a stack", remedy="use small letters, digits, '.', '_' and '-', as cu132")
+        raise UsageError(
+            f"{name!r} is not a valid name for a stack",
+            remedy="use lower-case letters, digits, '.', '_' and '-', such as cu132",
+        )
     if (folder / name).exists():
         raise UsageError(
-            f"there is a stack {name} already", remedy=f"choose another name, or renew its locks: builder lock-stack {name}"
+            f"the stack {name} already exists", remedy=f"choose another name, or renew its locks: builder lock {name}"
         )
 
 
@@ -85,7 +91,7 @@ def _newest(folder: Path) -> LoadedStack:
     loaded = [stack.load(folder, name) for name in stack.names(folder)]
     with_torch = [entry for entry in loaded if entry.data.torch is not None]
     if not with_torch:
-        raise ConfigError(f"{folder} has no stack with torch to begin from", remedy="name a stack: --like STACK")
+        raise ConfigError(f"{folder} has no stack with torch to copy from", remedy="add --like STACK")
     return max(with_torch, key=lambda entry: Version(entry.data.torch.version) if entry.data.torch else Version("0"))
 
 
@@ -94,7 +100,7 @@ def _root_of(base: LoadedStack) -> str:
 
 
 def _pythons(settings: Settings) -> dict[str, str]:
-    """The first interpreter's name by its version, for each version of interpreters/."""
+    """Version to the name of its first interpreter in interpreters/."""
     folder = settings.project / "interpreters"
     names: dict[str, str] = {}
     for name in interpreters.names(folder):
@@ -105,7 +111,7 @@ def _pythons(settings: Settings) -> dict[str, str]:
 def _lock_all(
     new: LoadedStack, release: TorchRelease, pythons: dict[str, str], settings: Settings, tick: Tick
 ) -> dict[str, str]:
-    """Write a lock for each Python that torch has wheels for; the reason by version where another package has none."""
+    """Write a lock for each Python with torch wheels; return the reason per version for which another package has no wheel."""
     failed: dict[str, str] = {}
     wanted = [python for python in pythons if python in release.pythons]
     for number, python in enumerate(wanted, 1):
@@ -125,5 +131,5 @@ def _lock_all(
 
 
 def _nested(tick: Tick, number: int, total: int, python: str) -> Tick:
-    """The progress of one Python's lock, as part of that of all."""
+    """The progress of one Python's lock as part of the whole."""
     return lambda _done, _total, text: tick(number, total + 1, f"Python {python}: {text}" if text else f"Python {python}")

@@ -1,4 +1,4 @@
-"""`builder doctor`, `clean`, `shell` and `schema`: the machine, the builder's folders, and what editors read."""
+"""`builder doctor`, `clean`, `shell` and `schema`: the machine, the builder's folders, and schemas for editors."""
 
 from __future__ import annotations
 
@@ -11,21 +11,27 @@ import click
 from pydantic import BaseModel
 
 from builder import toolchains
-from builder.cli.options import json_option, last_build, plan_of, start
+from builder.cli.options import last_build, plan_of, start
 from builder.proof import record
 from builder.toolchains.choice import ToolchainChoice
+from gracefarm.cli import json_option, show_schemas
 from gracefarm.errors import ConfigError, ExitCode
-from gracefarm.files import atomic_write, lock
+from gracefarm.files import lock
 
 
 @click.command("doctor")
-@click.option("--fix", is_flag=True, help="Mend what can be mended, as root or with sudo.")
+@click.option("--fix", is_flag=True, help="Fix what can be fixed automatically, as root or with sudo.")
 @json_option
-def doctor_command(fix: bool, as_json: bool) -> None:
-    """What this machine lacks for building, and how to mend it."""
+def doctor_command(fix: bool) -> None:
+    """Check what this machine lacks for building, and how to fix it.
+
+    \b
+    builder doctor
+    builder doctor --fix
+    """
     from builder.upkeep import doctor
 
-    settings, console = start(as_json=as_json)
+    settings, console = start()
     checks = doctor.checks(settings)
     if fix:
         doctor.fix(checks, settings)
@@ -41,24 +47,33 @@ def doctor_command(fix: bool, as_json: bool) -> None:
 
 
 @click.command("clean")
-@click.option("--all", "everything", is_flag=True, help="Roots, environments, stores and finished builds as well.")
+@click.option("--all", "everything", is_flag=True, help="Also remove roots, environments, stores and finished builds.")
 @json_option
-def clean_command(everything: bool, as_json: bool) -> None:
-    """Remove working folders of builds; wheels, records, logs and caches stay, unless --all."""
+def clean_command(everything: bool) -> None:
+    """Remove working folders of builds. Wheels, records, logs and caches stay, unless --all is given.
+
+    \b
+    builder clean
+    """
     from builder.upkeep import clean
 
-    settings, console = start(as_json=as_json)
+    settings, console = start()
     before = shutil.disk_usage(settings.home).free if settings.home.is_dir() else 0
     clear = clean.everything if everything else clean.working_folders
-    clear(settings, lambda: console.step("wait", "a build is running; waiting"))
+    clear(settings, lambda: console.step("wait", "waiting for a running build"))
     freed = (shutil.disk_usage(settings.home).free - before) if settings.home.is_dir() else 0
     console.result({"freed": max(freed, 0)}, f"freed {max(freed, 0) / 1e6:.0f} MB")
 
 
 @click.command("shell")
 @click.argument("name")
+@json_option
 def shell_command(name: str) -> None:
-    """A shell inside the sandbox of NAME's last build, failed or not; /build is its working folder."""
+    """Open a shell in the sandbox of NAME's last build, successful or failed. Its working folder is /build.
+
+    \b
+    builder shell causal_conv1d
+    """
     from builder.box import sandbox
     from builder.flow.ground import reopen
 
@@ -68,21 +83,23 @@ def shell_command(name: str) -> None:
     kind = toolchains.of_inputs(last.inputs).kind
     on = ToolchainChoice(kind=kind, interpreter=last.interpreter, sm=last.asked_sm, ptx=last.asked_ptx)
     if where := on.type.closed:
-        raise ConfigError(f"the last build of {name} {where}", remedy=f"look around in {folder}")
+        raise ConfigError(f"the last build of {name} {where}", remedy=f"examine the files in {folder}")
     plan = plan_of(name, last.stack, str(last.inputs["target"]), settings, on)
     if plan.build_id != last.build_id:
-        console.warn(f"changed since that build (`builder why {name}`): files are that build's, tools and variables today's")
+        console.warn(
+            f"inputs have changed since that build (`builder why {name}`): the files are old, tools and variables are current"
+        )
     with lock(
-        settings.home / "locks" / f"build-{last.build_id}", lambda: console.step("wait", "this build is running; waiting")
+        settings.home / "locks" / f"build-{last.build_id}", lambda: console.step("wait", "waiting for this build to finish")
     ):
         box = reopen(plan, folder, settings, console)
-        console.step("shell", f"the build's command was: {' '.join(plan.toolchain.command(plan, settings, folder))}")
+        console.step("shell", f"command of the build: {' '.join(plan.toolchain.command(plan, settings, folder))}")
         code = sandbox.shell(box)
     sys.exit(code)
 
 
 def schemas() -> dict[str, str]:
-    """Name to JSON schema, as committed under docs/schema (a test compares them)."""
+    """Name to JSON schema. docs/schema has copies of them, which a test compares."""
     from builder.ground.interpreters.tables import InterpreterTable
     from builder.planning.matrix import MatrixTable
     from builder.planning.recipe import Recipe
@@ -103,13 +120,12 @@ def schemas() -> dict[str, str]:
 
 
 @click.command("schema")
-@click.option(
-    "--write", type=click.Path(file_okay=False, path_type=Path), help="Write all schemas into this folder (docs/schema)."
-)
+@click.option("--write", type=click.Path(file_okay=False, path_type=Path), help="Write the schemas as files into this folder.")
+@json_option
 def schema_command(write: Path | None) -> None:
-    """JSON schemas of recipe.toml, stack.toml, interpreter.toml, matrix.toml (selectors) and record.json, for editors."""
-    for name, text in schemas().items():
-        if write is not None:
-            atomic_write(write / f"{name}.json", text)
-        else:
-            sys.stdout.write(text)
+    """Print the JSON schemas of recipe.toml, stack.toml, interpreter.toml, matrix.toml and record.json, for editors.
+
+    \b
+    builder schema --write docs/schema
+    """
+    show_schemas(schemas(), write)

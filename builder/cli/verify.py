@@ -1,4 +1,4 @@
-"""`builder verify`: is a wheel what it says, and does it build the same again?"""
+"""`builder verify`: check a wheel against its record, or by building it again."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from builder import toolchains
-from builder.cli.options import FILE, jobs_option, json_option, last_wheel, stack_of, start
+from builder.cli.options import FILE, jobs_option, last_wheel, stack_of, start
 from builder.ground import interpreters
 from builder.planning import recipe, stack
 from builder.planning.plan import Plan
@@ -18,6 +18,7 @@ from builder.planning.stack import Arch
 from builder.proof import signing, verify
 from builder.proof.verify import Inside
 from builder.toolchains.choice import ToolchainChoice
+from gracefarm.cli import json_option
 from gracefarm.console import Console
 from gracefarm.errors import ConfigError, UsageError, VerifyError
 
@@ -25,26 +26,24 @@ from gracefarm.errors import ConfigError, UsageError, VerifyError
 @click.command("verify")
 @click.argument("what", metavar="NAME|FILE.whl")
 @click.option("--key", "key_file", metavar="PUB", type=FILE,
-              help="Public key that must have signed it; default: this farm's own.")  # fmt: skip
+              help="Public key of the signature; default: this farm's key.")  # fmt: skip
 @click.option("--provenance", "envelope", type=click.Path(dir_okay=False, path_type=Path),
-              help="Its DSSE envelope, or its record with that in it; default: FILE.whl.intoto.jsonl beside it.")  # fmt: skip
-@click.option("--rebuild", "again", is_flag=True, help="Build it once more in another folder and compare instead.")
+              help="DSSE envelope, or record that contains it; default: FILE.whl.intoto.jsonl.")  # fmt: skip
+@click.option("--rebuild", "again", is_flag=True, help="Build the wheel again in another folder, and compare.")
 @jobs_option
 @json_option
-def verify_command(
-    what: str, key_file: Path | None, envelope: Path | None, again: bool, jobs: int | None, as_json: bool
-) -> None:
-    """Hold a wheel, or the last build of NAME, against its RECORD, its build id, its SBOM and its signed provenance.
+def verify_command(what: str, key_file: Path | None, envelope: Path | None, again: bool, jobs: int | None) -> None:
+    """Check a wheel, or the last build of NAME, against its RECORD, build id, SBOM and signed provenance.
 
-    With --rebuild: build it again and say `identical`, `device code only`, or which file and section differ.
-    Exit code 32 when it is not what it says.
+    With --rebuild: build it again and report `identical`, `device code only`, or the file and section that differ. The exit
+    code is 32 if a check fails.
 
     \b
     builder verify causal_conv1d
-    builder verify dist/causal_conv1d-1.7.0-cp311-cp311-manylinux_2_34_aarch64.whl --key farm.pub
+    builder verify dist/causal_conv1d-1.7.0.whl --key farm.pub
     builder verify causal_conv1d --rebuild
     """
-    settings, console = start(as_json=as_json)
+    settings, console = start()
     wheel = _wheel(what, settings)
     if again:
         _rebuild(wheel, jobs, settings, console)
@@ -57,7 +56,7 @@ def verify_command(
 
 
 def _wheel(what: str, settings: Settings) -> Path:
-    """A file, or the wheel of a recipe's last build."""
+    """The file, or the wheel of a recipe's last build."""
     if what.endswith(".whl"):
         if not Path(what).is_file():
             raise UsageError(f"{what}: no such file")
@@ -69,31 +68,31 @@ def _rebuild(wheel: Path, jobs: int | None, settings: Settings, console: Console
     from builder.flow import rebuild
 
     plan_again = _plan_of(verify.read(wheel), wheel, settings)
-    console.step("verify", f"{wheel.name}: building it once more")
+    console.step("verify", f"{wheel.name}: building it again")
     with rebuild.again(plan_again, settings, console, jobs) as second:
         comparison = rebuild.compare(wheel, second)
     console.result(comparison.model_dump(mode="json"), comparison.sentence)
     if comparison.verdict == "differs":
         raise VerifyError(
-            f"{wheel.name} builds differently again: {comparison.sentence.partition(': ')[2]}",
-            remedy="find what the build takes from the clock, its folder or chance (docs/provenance.md)",
+            f"a second build of {wheel.name} differs: {comparison.sentence.partition(': ')[2]}",
+            remedy="find what the build takes from the clock, its folder or a random source (docs/provenance.md)",
             repeat=f"builder verify {wheel} --rebuild",
         )
 
 
 def _plan_of(inside: Inside, wheel: Path, settings: Settings) -> Plan:
-    """The plan of a wheel, which this project must still have as it was.
+    """The plan of a wheel. The project must still contain its recipe and stack unchanged.
 
     Raises:
-        UsageError: it was built outside of the sandbox, where every build has the folder /build: elsewhere the path of the
-            folder stands in the objects, and another folder's wheel would differ without anything to find out.
-        ConfigError: the project makes no such build.
+        UsageError: it was built outside of the sandbox, where every build has the folder /build. In other toolchains the
+            objects contain the path of the folder, so a wheel from another folder always differs.
+        ConfigError: no recipe and stack of the project have this build id.
     """
     kind = toolchains.of_inputs(inside.inputs)
     if kind.unsealed is not None:
         raise UsageError(
-            f"{wheel.name} was built {kind.unsealed}, so that a build in another folder shows nothing",
-            remedy="build it in the sandbox, whose wheels `--rebuild` compares; the other checks hold for this one too",
+            f"{wheel.name} was built {kind.unsealed}, so a build in another folder always differs",
+            remedy="build it in the sandbox to compare rebuilds, or run `builder verify` without --rebuild",
         )
     loaded = recipe.load(settings.project / "recipes", inside.inputs["recipe"]["name"])
     target, python = Arch(inside.inputs["target"]), inside.inputs["stack"]["python"]
@@ -102,14 +101,14 @@ def _plan_of(inside: Inside, wheel: Path, settings: Settings) -> Plan:
     known = [None, *interpreters.names(settings.project / "interpreters")]
     for name, interpreter in itertools.product(stack.names(settings.project / "stacks"), known):
         base = stack_of(name, interpreter, settings)
-        # A Python for which the stack has no lock makes no wheel.
+        # The stack cannot build for a Python without a lock.
         if target in base.data.glibc and base.python == python and base.requirements_lock.is_file():
-            with suppress(ConfigError):  # a stack whose CUDA does not know these architectures
+            with suppress(ConfigError):  # the stack's CUDA does not support these architectures
                 candidate = on.plan(loaded, base, target)
                 if candidate.build_id == inside.build_id:
                     return candidate
     raise ConfigError(
-        f"{wheel.name} is of build {inside.build_id[:16]}, which this project's recipe and stacks do not make here",
-        remedy="go to the commit and the kind of machine that it was built with; `builder why` names the input that changed",
+        f"{wheel.name} has the build id {inside.build_id[:16]}, which this project does not produce on this machine",
+        remedy="check out the commit of the build on a machine of the same kind; `builder why` names the changed input",
         repeat=f"builder why {loaded.key}",
     )

@@ -1,4 +1,4 @@
-"""`builder why`: which input changed between two build ids, what else it rebuilds, how long that takes."""
+"""`builder why`: the input that changed between two build ids, and the builds that it affects."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from pathlib import Path
 
 import click
 
-from builder.cli.options import as_built, json_option, last_build, placed, plan_of, start
+from builder.cli.options import as_built, last_build, placed, plan_of, start
 from builder.planning import matrix, recipe
 from builder.planning.settings import Settings
 from builder.planning.stack import HOST_SUFFIX
 from builder.proof import judges, record, why
 from builder.proof.record import Record
 from builder.proof.why import CellChange
+from gracefarm.cli import json_option
 from gracefarm.console import Console
 from gracefarm.errors import GracefarmError, UsageError
 
@@ -25,7 +26,7 @@ _WIDTH = 70
 @click.command("why")
 @click.argument("name", required=False)
 @click.argument("ids", nargs=-1, metavar="[ID ID]")
-@click.option("--all", "every", is_flag=True, help="Of every cell that was built here; with NAME: of that recipe's.")
+@click.option("--all", "every", is_flag=True, help="Show the changes of all built cells; with NAME: of that recipe.")
 @placed
 @json_option
 def why_command(
@@ -35,9 +36,8 @@ def why_command(
     own: Path | None,
     python: str | None,
     cuda: Path | None,
-    as_json: bool,
 ) -> None:
-    """Which input of NAME changed, from its last build here to what would be built now, or between two ids.
+    """Show which input of NAME changed since its last build, or between two build ids.
 
     \b
     builder why causal_conv1d
@@ -46,12 +46,12 @@ def why_command(
     builder why --all
     """
     if every and ids:
-        raise UsageError("--all compares with what would be built now", remedy="leave the build ids out")
+        raise UsageError("--all excludes build ids", remedy="omit the build ids")
     if name is None and not every:
-        raise UsageError("name a recipe, or say --all", remedy="builder why --all")
+        raise UsageError("give a recipe or --all", remedy="builder why --all")
     if len(ids) not in (0, 2):
-        raise UsageError("name two build ids, or none", remedy=f"builder why {name} ID ID")
-    settings, console = start(as_json=as_json)
+        raise UsageError("give two build ids or none", remedy=f"builder why {name} ID ID")
+    settings, console = start()
     if every:
         _every(name, own, python, cuda, settings, console)
         return
@@ -64,7 +64,7 @@ def why_command(
         old = last_build(name, settings)
         stack_name, on = old.stack.removesuffix(HOST_SUFFIX), as_built(old, own, python, cuda)
         plan = plan_of(loaded.key, stack_name, str(old.inputs["target"]), settings, on)
-        new_id, inputs = plan.build_id, json.loads(json.dumps(plan.inputs))  # as a record has them: no tuples
+        new_id, inputs = plan.build_id, json.loads(json.dumps(plan.inputs))  # without tuples, as in records
     changes = list(why.changes(old.inputs, inputs))
     records = record.all_of(settings)
     rebuilt = why.others(records, loaded.key, old, changes)
@@ -78,7 +78,7 @@ def why_command(
     }
     lines = [f"{old.build_id[:16]} > {new_id[:16]}"]
     if not changes:
-        lines.append("nothing changed: the same inputs, the same id")
+        lines.append("nothing changed: inputs and id are the same")
     lines += [f"changed   {change.path}: {_short(change.before)} > {_short(change.after)}" for change in changes]
     if changes:
         lines.append(f"rebuilds  {name}: {_time(took)}")
@@ -89,7 +89,7 @@ def why_command(
 def _every(
     name: str | None, own: Path | None, python: str | None, cuda: Path | None, settings: Settings, console: Console
 ) -> None:
-    """Print what becomes of each cell that was built here, and how many cells each changed input rebuilds."""
+    """Print which built cells change, and how many cells each changed input rebuilds."""
     key = recipe.load(settings.project / "recipes", name).key if name is not None else None
     records = record.all_of(settings)
     chosen = [build for build in why.cells(records) if key in (None, build.recipe)]
@@ -105,7 +105,7 @@ def _every(
     counts["as they are"] = len(entries) - sum(counts.values())
     lines = [f"changed   {path}: rebuilds {count} of {len(entries)} cells" for path, count in inputs.most_common()]
     lines += [_line(entry, records) for entry in entries if entry.rebuilt or entry.judged_again or entry.build_id is None]
-    total = ", ".join(f"{count} {state}" for state, count in counts.items() if count) or "none was built here"
+    total = ", ".join(f"{count} {state}" for state, count in counts.items() if count) or "no cell was built on this machine"
     lines.append(
         f"{len(entries)} {'cell' if len(entries) == 1 else 'cells'}: {total}" + (f"; {_time(sum(seconds))}" if rebuilt else "")
     )
@@ -114,13 +114,13 @@ def _every(
 
 
 def _now(build: Record, settings: Settings, own: Path | None, python: str | None, cuda: Path | None) -> CellChange:
-    """What becomes of the cell of a build."""
+    """Compare the cell of a build with its current plan."""
     try:
         on = as_built(build, own, python, cuda)
         plan = plan_of(build.recipe, build.stack.removesuffix(HOST_SUFFIX), str(build.inputs["target"]), settings, on)
         build_id, inputs = plan.build_id, json.loads(json.dumps(plan.inputs))
         judged = judges.digest(plan)
-    except GracefarmError as error:  # of one cell, which says nothing of the others
+    except GracefarmError as error:  # affects only this cell
         return CellChange(build=build, build_id=None, reason=error.cause)
     return CellChange(
         build=build,
@@ -139,7 +139,7 @@ def _line(entry: CellChange, records: Sequence[Record]) -> str:
     if entry.build_id is None:
         return f"blocked   {_title(entry.build)}: {entry.reason}"
     if entry.judged_again:
-        return f"judges    {_title(entry.build)}: gates or smoke tests are others, the wheel stays"
+        return f"judges    {_title(entry.build)}: gates or smoke tests have changed, the wheel stays"
     paths = ", ".join(sorted({change.path for change in entry.changes}))
     return f"rebuilds  {_title(entry.build)}: {paths}; {_time(why.seconds(records, entry.build))}"
 
@@ -167,4 +167,8 @@ def _short(value: object) -> str:
 
 
 def _time(seconds: float | None) -> str:
-    return "never built here, time unknown" if seconds is None else f"about {seconds / 60:.1f} min, as last time"
+    return (
+        "never built on this machine, duration unknown"
+        if seconds is None
+        else f"about {seconds / 60:.1f} min, as in the last build"
+    )

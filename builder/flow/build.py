@@ -44,7 +44,7 @@ def build(plan: Plan, options: BuildOptions, settings: Settings, console: Consol
         folder = record.folder(settings, plan.build_id)
         attempt = Attempt(plan=plan, options=options, settings=settings, console=console, folder=folder)
         if built is not None:
-            console.step("done", f"{data.name} {data.version} exists already with this id; nothing to build")
+            console.step("done", f"{data.name} {data.version} is already built with this id")
             built = built if built.judged_by == judges.digest(plan) else _judged_again(attempt, built)
         else:
             try:

@@ -154,7 +154,7 @@ def fetch(debs: Sequence[Deb], suite: str, stack: str, settings: Settings, tick:
         raise FetchError(
             error.cause,
             remedy=f"{MIRROR_REMEDY}; a package that Debian has replaced since is on a snapshot mirror, "
-            f"or make the lock again: builder lock-stack {stack}",
+            f"or make the lock again: builder lock {stack}",
             repeat=error.repeat,
         ) from error
 

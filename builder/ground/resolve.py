@@ -116,7 +116,7 @@ def resolution(texts: Sequence[str], stack: LoadedStack, arch: Arch, settings: S
 
 def _head(what: str, stack: LoadedStack, suite: str) -> list[str]:
     name = stack.data.name
-    return [f"# {what} of {name}; written by `builder lock-stack {name}`, not by hand.", f'suite = "{suite}"']
+    return [f"# {what} of {name}; written by `builder lock {name}`, not by hand.", f'suite = "{suite}"']
 
 
 def root_lock(stack: LoadedStack, settings: Settings, tick: Tick = no_tick) -> str:

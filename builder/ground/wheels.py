@@ -28,7 +28,7 @@ def require_digests(stack: LoadedStack, locked: Sequence[LockedWheel]) -> None:
                 f"{wheel.name} {wheel.version} of stack {stack.data.name} has no digest yet; it is on {shown(wheel.index)}",
                 remedy="fill it in where that index is reached, or by a mirror: "
                 f"GRACEFARM_MIRRORS='{wheel.index}=REPLACEMENT'",
-                repeat=f"builder lock {stack.data.name}",
+                repeat=f"builder lock {stack.data.name} --digests",
             )
 
 

@@ -146,7 +146,7 @@ def of_toolkit(stack: LoadedStack, host: Arch) -> tuple[Deb, ...]:
         raise ConfigError(
             f"{stack.toolchain_lock} does not hold what stack.toml takes from Debian for a host of {host}",
             remedy="make the lock again",
-            repeat=f"builder lock-stack {stack.data.name}",
+            repeat=f"builder lock {stack.data.name}",
         )
     return debs
 

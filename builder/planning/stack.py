@@ -287,9 +287,9 @@ class LoadedStack:
     def lock_command(self) -> str:
         """What writes its requirements.lock."""
         if self.kind != "stack":
-            return f"builder set lock {self.data.name}"
+            return f"builder lock {self.data.name}"
         python = "" if self.interpreter is None else f" --python {self.interpreter.name}"
-        return f"builder lock-stack {self.data.name}{python}"
+        return f"builder lock {self.data.name}{python}"
 
     @property
     def requirements_lock(self) -> Path:
@@ -312,7 +312,7 @@ class LoadedStack:
     def root_lock_command(self) -> str:
         """What writes its root.lock."""
         owner = self.root_stack if self.root_stack is not None else self
-        return f"builder lock-stack {owner.data.name}"
+        return f"builder lock {owner.data.name}"
 
     @property
     def toolchain_lock(self) -> Path:

@@ -98,7 +98,7 @@ def _build_all(plan: SetPlan, jobs: int | None, settings: Settings, console: Con
 def _build(plan: Plan, jobs: int | None, settings: Settings, console: Console) -> Record:
     existing = record.settled(plan, settings)
     if existing is not None:
-        console.step("done", f"{plan.title}: built already, build id {plan.build_id[:16]}")
+        console.step("done", f"{plan.title}: already built, build id {plan.build_id[:16]}")
         return existing
     return build.build(plan, BuildOptions(jobs=jobs), settings, console)
 

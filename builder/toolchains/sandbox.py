@@ -55,7 +55,7 @@ class SandboxToolchain(Toolchain):
                 raise ConfigError(
                     f"stack {stack.data.name}: {problem}, and its root has {package.title}",
                     remedy="take an older suite under [root] in its stack.toml, as bookworm, and lock it",
-                    repeat=f"builder lock-stack {stack.data.name}",
+                    repeat=f"builder lock {stack.data.name}",
                 )
 
     def require_machine(self) -> None:

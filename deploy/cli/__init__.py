@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -11,33 +10,33 @@ import click
 
 from deploy.cli.common import DeployContext
 from gracefarm import console
-from gracefarm.cli import SETTINGS, LazyGroup, json_option
+from gracefarm.cli import SETTINGS, LazyGroup, json_requested
 from gracefarm.console import Console
 
 COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
-        # name: (module:function, what --help says of it), in the order in which they are used
-        "init": ("deploy.cli.init:init", "Write deploy.toml, pin host keys, ask every node what it is."),
-        "facts": ("deploy.cli.init:facts", "What the nodes are; asked now, or as kept."),
-        "plan": ("deploy.cli.plan:plan", "Layout, memory, speed, cost, and the exact commands."),
-        "preflight": ("deploy.cli.serve:preflight_command", "Every check on every node and pair."),
-        "up": ("deploy.cli.serve:up", "Preflight, NFS cache, environment, weights, proof: what is missing."),
-        "serve": ("deploy.cli.serve:serve", "`up`, then Ray and the engine, until a real completion comes back."),
-        "run": ("deploy.cli.nodes:run", "A command on all nodes at once, or on some."),
-        "ssh": ("deploy.cli.nodes:ssh", "Into one node."),
-        "env": ("deploy.cli.env:env", "Environments: build, list, roll back, collect."),
-        "weights": ("deploy.cli.weights:weights_group", "The model's files: verify."),
-        "status": ("deploy.cli.watch:status", "Every node, and the service by a real completion; the exit code tells."),
-        "top": ("deploy.cli.watch:top", "The same, live, with tokens/s and cost."),
-        "logs": ("deploy.cli.watch:logs", "The engine's log, and Ray's of every node; -f follows."),
-        "tunnel": ("deploy.cli.tunnel:tunnel", "The engine and Ray's dashboard on this machine's loopback."),
-        "ask": ("deploy.cli.ask:ask", "A question to the model, and how fast the answer came."),
-        "bench": ("deploy.cli.bench:bench", "A sweep over requests at once, beside the prediction."),
-        "collect": ("deploy.cli.watch:collect", "One redacted bundle, with the first cause on top."),
-        "down": ("deploy.cli.serve:down", "End the engine and Ray, and look that nothing is left."),
-        "purge": ("deploy.cli.serve:purge", "`down`, then remove what the farm put on the nodes."),
-        "rehearse": ("deploy.cli.rehearse:rehearse", "The whole way on this machine: real sshd, real Ray, no GPU."),
-        "schema": ("deploy.cli.plan:schema_command", "JSON schemas of deploy.toml and of the plan."),
+        # name: (module:function, summary for --help), in the order of a typical workflow
+        "init": ("deploy.cli.init:init", "Write deploy.toml, pin host keys, collect facts of all nodes."),
+        "facts": ("deploy.cli.init:facts", "Collect and show the facts of all nodes."),
+        "plan": ("deploy.cli.plan:plan", "Show layout, memory, speed, cost and exact commands."),
+        "preflight": ("deploy.cli.serve:preflight_command", "Run all checks on all nodes and pairs of nodes."),
+        "up": ("deploy.cli.serve:up", "Prepare the nodes: cache, environment, weights."),
+        "serve": ("deploy.cli.serve:serve", "Start Ray and the engine, and wait for a completion."),
+        "run": ("deploy.cli.nodes:run", "Run a command on all or some nodes in parallel."),
+        "ssh": ("deploy.cli.nodes:ssh", "Open an ssh session on a node."),
+        "env": ("deploy.cli.env:env", "Build, list, roll back and remove environments."),
+        "weights": ("deploy.cli.weights:weights_group", "Verify the model's files."),
+        "status": ("deploy.cli.watch:status", "Show the state of the nodes and of the service."),
+        "top": ("deploy.cli.watch:top", "Show the state live, with tokens/s and cost."),
+        "logs": ("deploy.cli.watch:logs", "Show the logs of the engine and of Ray."),
+        "tunnel": ("deploy.cli.tunnel:tunnel", "Forward the engine and Ray's dashboard to this machine."),
+        "ask": ("deploy.cli.ask:ask", "Send a prompt to the model and show its speed."),
+        "bench": ("deploy.cli.bench:bench", "Measure the speed with several concurrent requests."),
+        "collect": ("deploy.cli.watch:collect", "Collect all logs in one redacted archive."),
+        "down": ("deploy.cli.serve:down", "Stop the engine and Ray on all nodes."),
+        "purge": ("deploy.cli.serve:purge", "Stop everything and remove all files from the nodes."),
+        "rehearse": ("deploy.cli.rehearse:rehearse", "Rehearse a deployment on this machine without a GPU."),
+        "schema": ("deploy.cli.plan:schema_command", "Print the JSON schemas of deploy.toml and of the plan."),
     }
 )
 
@@ -45,21 +44,23 @@ COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
 @click.group(cls=LazyGroup, table=COMMANDS, context_settings=SETTINGS)
 @click.version_option(package_name="gracefarm")
 @click.option(
-    "--file", type=click.Path(path_type=Path), metavar="PATH", help="deploy.toml; default: here, or the nearest above."
+    "--file",
+    type=click.Path(path_type=Path),
+    metavar="PATH",
+    help="Path of deploy.toml; default: in this folder or the nearest parent.",
 )
-@json_option
 @click.pass_context
 def cli(context: click.Context, file: Path | None) -> None:
-    """From a list of nodes to a served model.
+    """Serve a model on a list of nodes.
 
     \b
     deploy init ips.txt
     deploy serve
     deploy ask "Why is the sky blue?"
     """
-    context.obj = DeployContext(file=file, console=Console(as_json="--json" in sys.argv))
+    context.obj = DeployContext(file=file, console=Console(as_json=json_requested()))
 
 
 def main() -> None:
-    """The console script."""
-    console.run(lambda: cli.main(standalone_mode=False), as_json="--json" in sys.argv, extra="deploy")
+    """Entry point of the console script."""
+    console.run(lambda: cli.main(standalone_mode=False, prog_name="deploy"), as_json=json_requested(), extra="deploy")

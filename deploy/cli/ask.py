@@ -1,4 +1,4 @@
-"""`deploy ask`: one question, its answer as it comes, and how fast it came."""
+"""`deploy ask`: send a prompt, stream the answer, show its speed."""
 
 from __future__ import annotations
 
@@ -18,12 +18,20 @@ from deploy.measure.bench import find_model, query
 
 @click.command()
 @click.argument("question", nargs=-1, required=True)
-@click.option("--max-tokens", type=click.IntRange(1), default=512, show_default=True, help="Of the answer.")
-@click.option("--api", type=click.Choice(["chat", "completions"]), default="chat", show_default=True)
-@click.option("--patience", type=click.FloatRange(min=1), default=120.0, show_default=True, help="Seconds without any text.")
-@click.option("--url", metavar="URL", help="Any OpenAI-compatible server, without a deployment; its key in OPENAI_API_KEY.")
-@click.option("--key-file", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="Of --url: its key.")
-@click.option("--model", help="Of several that are served; default: the first.")
+@click.option("--max-tokens", type=click.IntRange(1), default=512, show_default=True, help="Maximum tokens of the answer.")
+@click.option("--api", type=click.Choice(["chat", "completions"]), default="chat", show_default=True, help="API to use.")
+@click.option(
+    "--patience",
+    type=click.FloatRange(min=1),
+    default=120.0,
+    show_default=True,
+    help="Stop after this many seconds without text.",
+)
+@click.option("--url", metavar="URL", help="Ask this OpenAI-compatible server instead; OPENAI_API_KEY holds its key.")
+@click.option(
+    "--key-file", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="With --url: file with the server's key."
+)
+@click.option("--model", help="Model to ask, if several are served; default: the first.")
 @reporting
 def ask(
     context: DeployContext,
@@ -35,11 +43,11 @@ def ask(
     key_file: Path | None,
     model: str | None,
 ) -> None:
-    """Ask the engine that serves, through SSH; the answer is shown as it comes, then its tokens/s.
+    """Send a prompt to the engine through SSH, stream the answer, and show tokens/s.
 
     \b
     deploy ask "Why is the sky blue?"
-    deploy ask --api completions "Once upon a time"     # for a model without a chat template
+    deploy ask --api completions "Once upon a time"
     """
     key = key_file.read_text().strip() if key_file else os.environ.get("OPENAI_API_KEY")
 

@@ -1,4 +1,4 @@
-"""`deploy bench`: the engine's speed with several requests at once, measured from this machine."""
+"""`deploy bench`: measure the engine's speed with several concurrent requests, from this machine."""
 
 from __future__ import annotations
 
@@ -33,15 +33,34 @@ class _Numbers(click.ParamType[tuple[int, ...]]):
 
 
 @click.command()
-@click.option("--concurrency", type=_Numbers(), metavar="N,N,…", default="1,4,16", show_default=True, help="Requests at once.")
-@click.option("--requests", type=click.IntRange(1), help="Of each level; default: 4 x concurrency, at least 8.")
-@click.option("--prompt-tokens", type=click.IntRange(1), default=128, show_default=True, help="About so many.")
-@click.option("--max-tokens", type=click.IntRange(1), default=128, show_default=True, help="Of each answer.")
-@click.option("--api", type=click.Choice(["completions", "chat"]), default="completions", show_default=True)
-@click.option("--patience", type=click.FloatRange(min=1), default=120.0, show_default=True, help="Seconds without any text.")
-@click.option("--url", metavar="URL", help="Any OpenAI-compatible server, without a deployment; its key in OPENAI_API_KEY.")
-@click.option("--key-file", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="Of --url: its key.")
-@click.option("--model", help="Of several that are served; default: the first.")
+@click.option(
+    "--concurrency",
+    type=_Numbers(),
+    metavar="N,N,…",
+    default="1,4,16",
+    show_default=True,
+    help="Numbers of concurrent requests.",
+)
+@click.option("--requests", type=click.IntRange(1), help="Requests per level; default: 4 x concurrency, at least 8.")
+@click.option(
+    "--prompt-tokens", type=click.IntRange(1), default=128, show_default=True, help="Approximate tokens of each prompt."
+)
+@click.option("--max-tokens", type=click.IntRange(1), default=128, show_default=True, help="Maximum tokens of each answer.")
+@click.option(
+    "--api", type=click.Choice(["completions", "chat"]), default="completions", show_default=True, help="API to use."
+)
+@click.option(
+    "--patience",
+    type=click.FloatRange(min=1),
+    default=120.0,
+    show_default=True,
+    help="Stop a request after this many seconds without text.",
+)
+@click.option("--url", metavar="URL", help="Measure this OpenAI-compatible server instead; OPENAI_API_KEY holds its key.")
+@click.option(
+    "--key-file", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="With --url: file with the server's key."
+)
+@click.option("--model", help="Model to measure, if several are served; default: the first.")
 @reporting
 def bench(
     context: DeployContext,
@@ -55,15 +74,15 @@ def bench(
     key_file: Path | None,
     model: str | None,
 ) -> None:
-    """A sweep over numbers of requests at once, beside what the plan predicted.
+    """Measure the speed with several concurrent requests, and compare it with the plan's prediction.
 
     \b
     deploy bench
     deploy bench --concurrency 1,2,4,8,16,32
     deploy bench --url http://127.0.0.1:8000/v1 --concurrency 1,4
 
-    Tokens are counted by the server (usage), for a chunk of the stream may hold several. The sweep is kept in
-    .deploy/bench; $/Mtok needs price_per_node_hour in deploy.toml.
+    The server counts tokens (usage), since a chunk of the stream may contain several. Results are stored in .deploy/bench.
+    $/Mtok requires price_per_node_hour in deploy.toml.
     """
     plan = None if url else plan_of(context.deployment.folder)
     key = key_file.read_text().strip() if key_file else os.environ.get("OPENAI_API_KEY")

@@ -1,4 +1,4 @@
-"""What the modules of the command line share."""
+"""Code that the commands share."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ R = TypeVar("R")
 
 @dataclass(frozen=True, kw_only=True)
 class DeployContext:
-    """What every command has."""
+    """The context that every command receives."""
 
     file: Path | None
     console: Console
 
     @cached_property
     def deployment(self) -> Deployment:
-        """Of --file, else of the nearest deploy.toml. Raises ConfigError."""
+        """The deployment of --file, else of the nearest deploy.toml. Raises ConfigError."""
         return load_deployment(self.file)
 
 
@@ -37,10 +37,10 @@ pass_context = click.make_pass_decorator(DeployContext)
 
 
 def reporting(command: Callable[Concatenate[DeployContext, P], R]) -> Callable[P, R]:
-    """A command that gets the DeployContext and takes --json."""
+    """Pass the DeployContext to the command, and accept --json."""
     return json_option(pass_context(command))
 
 
 def output() -> RichConsole:
-    """stdout for tables: as wide as the terminal, else wide enough for every column."""
+    """stdout for tables: as wide as the terminal, or wide enough for all columns if it is not a terminal."""
     return RichConsole(highlight=False, width=None if sys.stdout.isatty() else 127)

@@ -1,4 +1,4 @@
-"""`deploy env`: environments on the shared folder."""
+"""`deploy env`: environments in the shared folder."""
 
 from __future__ import annotations
 
@@ -10,18 +10,28 @@ from deploy.nodes import paths
 from deploy.steps import environment, order, spares
 from deploy.steps.order import StepChoice
 from deploy.steps.step import Work
+from gracefarm.cli import CommandGroup
 
 
-@click.group()
+@click.group(cls=CommandGroup)
 def env() -> None:
-    """Environments on the shared folder: build, list, import everywhere, roll back, collect."""
+    """Build, list, roll back and remove environments in the shared folder.
+
+    \b
+    deploy env up
+    deploy env list
+    """
 
 
 @env.command("up")
 @no_wait_option
 @reporting
 def env_up(context: DeployContext, no_wait: bool) -> None:
-    """Build the environment of the set's lock unless it is there, import it on all nodes, make it active."""
+    """Build the environment of the set's lock unless it exists, import it on all nodes, and activate it.
+
+    \b
+    deploy env up
+    """
     others = [name for name in order.UP if name not in ("environment", "proof")]
 
     async def go(work: Work) -> bool:
@@ -36,7 +46,11 @@ def env_up(context: DeployContext, no_wait: bool) -> None:
 @env.command("list")
 @reporting
 def env_list(context: DeployContext) -> None:
-    """Finished environments, newest first, and which are active."""
+    """List complete environments, newest first, and the nodes on which each is active.
+
+    \b
+    deploy env list
+    """
     root = paths.environment_root(context.deployment)
     with held(context) as keeper:
         listed = at_work(context, keeper, lambda work: environment.listing(work.nodes[:1], root))
@@ -49,7 +63,11 @@ def env_list(context: DeployContext) -> None:
 @env.command("matrix")
 @reporting
 def env_matrix(context: DeployContext) -> None:
-    """Import every module of the active environment on every node again."""
+    """Import every module of the active environment on every node again.
+
+    \b
+    deploy env matrix
+    """
     deployment = context.deployment
     wanted = environment.matrix(deployment.matrix)
     with held(context) as keeper:
@@ -66,7 +84,11 @@ def env_matrix(context: DeployContext) -> None:
 @env.command("rollback")
 @reporting
 def env_rollback(context: DeployContext) -> None:
-    """Make the environment active that was active before; a running engine keeps the one that it started with."""
+    """Activate the previous environment. A running engine keeps its environment.
+
+    \b
+    deploy env rollback
+    """
     with held(context) as keeper:
         answer = at_work(context, keeper, environment.roll_back)
     text = f"{answer['active'][:12]} is active (was {(answer['from'] or 'none')[:12]}); `deploy serve` starts with it"
@@ -74,10 +96,14 @@ def env_rollback(context: DeployContext) -> None:
 
 
 @env.command("gc")
-@click.option("--keep", default=2, show_default=True, type=click.IntRange(1), help="Generations that stay for a roll-back.")
+@click.option("--keep", default=2, show_default=True, type=click.IntRange(1), help="Environments to keep for a roll-back.")
 @reporting
 def env_gc(context: DeployContext, keep: int) -> None:
-    """Remove old environments that no process on any node runs from."""
+    """Remove old environments that no process on any node uses.
+
+    \b
+    deploy env gc --keep 1
+    """
     root = paths.environment_root(context.deployment)
     with held(context) as keeper:
         answer = at_work(context, keeper, lambda work: environment.collect(work.nodes, root, keep=keep))

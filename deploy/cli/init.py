@@ -1,4 +1,4 @@
-"""`deploy init` and `deploy facts`: which nodes, that they are the right ones, and what they are."""
+"""`deploy init` and `deploy facts`: the nodes, their host keys and their facts."""
 
 from __future__ import annotations
 
@@ -30,18 +30,14 @@ GIB = 1 << 30
 
 @click.command()
 @click.argument("file", type=click.Path(path_type=Path), required=False)
-@click.option("--user", help="Login on the nodes; default: ~/.ssh/config's, else yours.")
-@click.option("--key", metavar="PATH", help="Private key; default: ~/.ssh/config's, the agent's, the usual ones.")
-@click.option("--port", type=click.IntRange(1, 65535), help="Port of ssh; default: 22.")
+@click.option("--user", help="User name on the nodes; default: from ~/.ssh/config, else yours.")
+@click.option("--key", metavar="PATH", help="Private key; default: from ~/.ssh/config, the agent, or the usual files.")
+@click.option("--port", type=click.IntRange(1, 65535), help="Port of sshd; default: 22.")
 @click.option("--jump", metavar="[USER@]HOST[:PORT]", help="Jump host.")
-@click.option(
-    "--share", metavar="PATH", help="Shared folder on the nodes; default: the one network file system that all have."
-)
-@click.option(
-    "--model", metavar="REPO", help="Model on the Hub, as org/name; default: asked on a terminal, else Llama 3.1 405B."
-)
-@click.option("--accept", is_flag=True, help="Pin the host keys without asking; compare the fingerprints with the consoles'.")
-@click.option("--repin", is_flag=True, help="Ask about host keys that differ from the pinned ones too.")
+@click.option("--share", metavar="PATH", help="Shared folder on the nodes; default: the network file system of all nodes.")
+@click.option("--model", metavar="REPO", help="Model on the Hub, as ORG/NAME; default: ask, else Llama 3.1 405B.")
+@click.option("--accept", is_flag=True, help="Pin new host keys without asking. Compare the fingerprints first.")
+@click.option("--repin", is_flag=True, help="Also ask about host keys that differ from the pinned ones.")
 @reporting
 def init(
     context: DeployContext,
@@ -55,13 +51,13 @@ def init(
     accept: bool,
     repin: bool,
 ) -> None:
-    """Write deploy.toml for an ips.txt (one address a line, the head first), pin host keys, ask every node what it is.
+    """Write deploy.toml for a list of addresses (one per line, the head first), pin host keys, and collect facts.
 
     \b
     deploy init ips.txt --user ubuntu --model Qwen/Qwen3-32B
     deploy init deploy.toml --accept
 
-    Everything that is still missing before `deploy serve` is listed at the end.
+    The end of the output lists everything that is missing for `deploy serve`.
     """
     console = context.console
     if jump is not None:
@@ -194,10 +190,15 @@ def _propose(deployment: Deployment, asked: Facts, console: Console) -> None:
 
 
 @click.command()
-@click.option("--kept", is_flag=True, help="What is kept, without asking again.")
+@click.option("--kept", is_flag=True, help="Show the stored facts without asking the nodes.")
 @reporting
 def facts(context: DeployContext, kept: bool) -> None:
-    """What the nodes are: asked now, all at once, and kept for `deploy plan`."""
+    """Collect the facts of all nodes, store them for `deploy plan`, and show them.
+
+    \b
+    deploy facts
+    deploy facts --kept
+    """
     deployment = context.deployment
     if kept:
         asked = load_facts(deployment)

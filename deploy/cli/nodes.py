@@ -21,7 +21,7 @@ import click
 from rich.console import Console as RichConsole
 from rich.markup import escape
 
-from deploy.cli.common import DeployContext, pass_context, reporting
+from deploy.cli.common import DeployContext, reporting
 from deploy.fleet.connections import parse_jump
 from deploy.fleet.results import CommandResult
 from deploy.fleet.ssh import open_fleet
@@ -32,18 +32,21 @@ COLOURS = ("cyan", "green", "yellow", "magenta", "blue", "red")
 
 
 @click.command(context_settings={"ignore_unknown_options": True})
-@click.option("-k", "words", multiple=True, metavar="WORDS", help="Nodes: k1, 2-5, an address, head, rest, a group; commas.")
-@click.option("--timeout", type=click.FloatRange(min=0, min_open=True), help="Seconds; what takes longer is ended.")
+@click.option(
+    "-k", "words", multiple=True, metavar="WORDS", help="Nodes, separated by commas: k1, 2-5, an address, head, rest, a group."
+)
+@click.option("--timeout", type=click.FloatRange(min=0, min_open=True), help="Stop the command after this many seconds.")
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 @reporting
 def run(context: DeployContext, words: tuple[str, ...], timeout: float | None, command: tuple[str, ...]) -> None:
-    """A command on all nodes at once, or on those of -k; each line with its node before it.
+    """Run a command on all nodes or those of -k in parallel. Each line of output starts with the node.
 
     \b
     deploy run -- nvidia-smi -L
     deploy run -k head,2-5 -- 'df -h | grep share'
 
-    One word is the nodes' shell's to read, several are an argument list. The exit code is 0 when it was 0 everywhere.
+    A single word is passed to the shell of the node; several words are an argument list. The exit code is 0 if it is 0 on
+    all nodes.
     """
     deployment = context.deployment
     nodes = deployment.select([part for word in words for part in word.split(",") if part]) if words else deployment.nodes
@@ -92,9 +95,14 @@ def _matrix(results: dict[str, CommandResult]) -> None:
 @click.command(context_settings={"ignore_unknown_options": True})
 @click.argument("node")
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
-@pass_context
+@reporting
 def ssh(context: DeployContext, node: str, command: tuple[str, ...]) -> None:
-    """The system's ssh into a node, with this deployment's pinned host keys, user, key and jump host."""
+    """Open an ssh session on a node, with the deployment's pinned host keys, user, key and jump host.
+
+    \b
+    deploy ssh head
+    deploy ssh k3 -- nvidia-smi
+    """
     deployment = context.deployment
     program = shutil.which("ssh")
     if program is None:

@@ -1,4 +1,4 @@
-"""`deploy plan`: what would run, what it would hold, how fast it would be, and why not otherwise."""
+"""`deploy plan`: layout, memory, predicted speed and cost, and the reasons against other layouts."""
 
 from __future__ import annotations
 
@@ -19,34 +19,34 @@ from deploy.nodes.facts import Facts, load_facts
 from deploy.planning import accuracy, hardware, models, plans, script, suppose
 from deploy.planning.models import UnknownModelError
 from deploy.planning.plans import ServePlan
+from gracefarm.cli import json_option, show_schemas
 from gracefarm.errors import ConfigError, UsageError
-from gracefarm.files import atomic_write
 
 
 @click.command()
-@click.option("--commands", is_flag=True, help="With every node's environment and commands.")
-@click.option("--shell", is_flag=True, help="As a bash script, on stdout.")
-@click.option("--accuracy", "accurate", is_flag=True, help="What the planner predicts beside what was measured.")
+@click.option("--commands", is_flag=True, help="Also show environment and commands of every node.")
+@click.option("--shell", is_flag=True, help="Print the plan as a bash script.")
+@click.option("--accuracy", "accurate", is_flag=True, help="Compare the planner's predictions with measurements.")
 @click.option(
     "--objective",
     type=click.Choice(["speed", "throughput", "cost"]),
-    help="Tokens/s of one stream, of all together, or per dollar; default: deploy.toml's, else speed.",
+    help="Optimise tokens/s of one stream, of all streams, or per dollar; default: from deploy.toml, else speed.",
 )
-@click.option("--price", type=click.FloatRange(0), metavar="USD", help="Of a node and hour.")
+@click.option("--price", type=click.FloatRange(0), metavar="USD", help="Price of a node per hour.")
 @click.option(
-    "--nodes", "count", type=click.IntRange(1), metavar="N", help="Suppose N nodes; none is asked, none needs to exist."
+    "--nodes", "count", type=click.IntRange(1), metavar="N", help="Plan for N supposed nodes instead of the real ones."
 )
-@click.option("--gpu", "kind", metavar="KIND", help="What the supposed nodes are; default: gh200-96.")
+@click.option("--gpu", "kind", metavar="KIND", help="With --nodes: GPUs of a node; default: gh200-96.")
 @click.option(
     "--engine",
     "engine_name",
     type=click.Choice(["aphrodite", "vllm"]),
-    help="With --nodes: this engine; default: deploy.toml's, without one vllm for a --model.",
+    help="With --nodes: engine; default: from deploy.toml, else vllm.",
 )
-@click.option("--model", "repo", metavar="REPO", help="With --nodes: this model, or a folder that has its config.json.")
-@click.option("--tp", type=click.IntRange(1), help="With --nodes: this many GPUs share every layer.")
-@click.option("--pp", type=click.IntRange(1), help="With --nodes: this many stages.")
-@click.option("--dp", type=click.IntRange(1), help="With --nodes: this many replicas.")
+@click.option("--model", "repo", metavar="REPO", help="With --nodes: model, or folder with its config.json.")
+@click.option("--tp", type=click.IntRange(1), help="With --nodes: GPUs that share every layer (tensor parallel).")
+@click.option("--pp", type=click.IntRange(1), help="With --nodes: stages (pipeline parallel).")
+@click.option("--dp", type=click.IntRange(1), help="With --nodes: replicas (data parallel).")
 @reporting
 def plan(
     context: DeployContext,
@@ -63,14 +63,14 @@ def plan(
     pp: int | None,
     dp: int | None,
 ) -> None:
-    """Layout, memory, predicted speed and cost, and rejected layouts; nothing is started or asked.
+    """Show layout, memory, predicted speed and cost, and rejected layouts. This starts nothing and does not ask the nodes.
 
     \b
     deploy plan
     deploy plan --commands
     deploy plan --shell > serve.sh
     deploy plan --nodes 10 --gpu gh200-96
-    deploy plan --nodes 2 --gpu h200 --model deepseek-ai/DeepSeek-V3 --objective cost
+    deploy plan --nodes 2 --gpu h200 --model deepseek-ai/DeepSeek-V3
     deploy plan --accuracy
     """
     if accurate:
@@ -99,18 +99,19 @@ def plan(
 
 
 @click.command("schema")
-@click.option("--write", type=click.Path(file_okay=False, path_type=Path), help="Write both into this folder (docs/schema).")
+@click.option("--write", type=click.Path(file_okay=False, path_type=Path), help="Write both files into this folder.")
+@json_option
 def schema_command(write: Path | None) -> None:
-    """JSON schemas of deploy.toml and of the plan, for editors and programs."""
-    for name, schema in schemas().items():
-        if write is not None:
-            atomic_write(write / f"{name}.json", schema)
-        else:
-            sys.stdout.write(schema)
+    """Print the JSON schemas of deploy.toml and of the plan, for editors and programs.
+
+    \b
+    deploy schema --write docs/schema
+    """
+    show_schemas(schemas(), write)
 
 
 def schemas() -> dict[str, str]:
-    """Name to JSON schema, as committed under docs/schema (a test compares them)."""
+    """Name to JSON schema. docs/schema has copies of them, which a test compares."""
     models: dict[str, type[BaseModel]] = {"deploy": Config, "deploy-plan": ServePlan}
     return {name: json.dumps(model.model_json_schema(), indent=2) + "\n" for name, model in models.items()}
 

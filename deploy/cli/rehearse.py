@@ -21,18 +21,25 @@ LOOKS = (
 
 
 @click.command()
-@click.option("--nodes", "count", default=3, show_default=True, type=click.IntRange(1, 89), help="Each has one GPU in name.")
-@click.option("--keep", is_flag=True, help="Stay READY until Ctrl-C, and say how to look around.")
+@click.option(
+    "--nodes",
+    "count",
+    default=3,
+    show_default=True,
+    type=click.IntRange(1, 89),
+    help="Number of nodes; each simulates one GPU.",
+)
+@click.option("--keep", is_flag=True, help="Keep the nodes running until Ctrl-C.")
 @reporting
 def rehearse(context: DeployContext, count: int, keep: bool) -> None:
-    """From ips.txt to streamed tokens on nodes that are namespaces of this machine: no GPU, no rent.
+    """Rehearse a deployment, from ips.txt to streamed tokens, on nodes that are namespaces of this machine.
 
     \b
     deploy rehearse
     deploy rehearse --nodes 10
 
-    Every node has a real OpenSSH server; Ray is real, and its environment comes from our own index by hash. The engine is a
-    stand-in that takes the engine's options and refuses, dies and lies as it does. Needs root. Nothing stays running.
+    Every node has a real OpenSSH server. Ray is real; its environment comes from a local index by hash. The engine is a
+    simulation with the engine's options and failures. This requires root and no GPU, and leaves nothing running.
     """
     extras.require("index")
     console, here = context.console, settings.load()

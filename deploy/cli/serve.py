@@ -1,4 +1,4 @@
-"""`deploy up`, `serve`, `down`, `preflight`: all steps, in their order."""
+"""`deploy up`, `serve`, `down`, `purge` and `preflight`."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from gracefarm.errors import UsageError
 
 
 @click.command()
-@click.option("--from", "start", metavar="STEP", type=click.Choice(order.UP), help="Do this step and the later ones again.")
-@click.option("--skip", multiple=True, metavar="STEP", type=click.Choice(order.UP), help="Leave a step out.")
+@click.option("--from", "start", metavar="STEP", type=click.Choice(order.UP), help="Repeat this step and the later ones.")
+@click.option("--skip", multiple=True, metavar="STEP", type=click.Choice(order.UP), help="Skip a step. Repeatable.")
 @no_wait_option
 @reporting
 def up(context: DeployContext, start: str | None, skip: tuple[str, ...], no_wait: bool) -> None:
-    """Preflight, NFS cache, environment, weights, proof: what is missing on the nodes, and no more.
+    """Prepare the nodes: preflight, NFS cache, environment, weights, proof. Finished steps are not repeated.
 
     \b
     deploy up
     deploy up --from weights
     deploy up --skip cache
 
-    Ctrl-C or kill -9 at any moment: the same command goes on from there.
+    After Ctrl-C or kill -9, the same command continues from there.
     """
 
     async def go(work: Work) -> bool:
@@ -46,13 +46,16 @@ def up(context: DeployContext, start: str | None, skip: tuple[str, ...], no_wait
 
 
 @click.command()
-@click.option("--skip-up", is_flag=True, help="Do not look whether `deploy up` has something to do.")
+@click.option("--skip-up", is_flag=True, help="Do not run the steps of `deploy up` first.")
 @no_wait_option
 @reporting
 def serve(context: DeployContext, skip_up: bool, no_wait: bool) -> None:
-    """Start Ray and the engine; READY when a real completion came back. Does `deploy up` first where it is needed.
+    """Start Ray and the engine, and wait until the engine has answered a completion. Runs `deploy up` first if required.
 
-    Repeated, it finds what runs already, or attaches to a load that goes on. Ctrl-C leaves the load going.
+    \b
+    deploy serve
+
+    If the engine already runs or loads, the command attaches to it. Ctrl-C does not stop the engine.
     """
 
     async def go(work: Work) -> Served:
@@ -89,13 +92,16 @@ def curl_line(key: Path, port: int) -> str:
 
 
 @click.command()
-@click.option("--keep-ray", is_flag=True, help="End the engine alone.")
+@click.option("--keep-ray", is_flag=True, help="Stop only the engine.")
 @no_wait_option
 @reporting
 def down(context: DeployContext, keep_ray: bool, no_wait: bool) -> None:
-    """End the engine, Ray, builds and downloads on every node, and look that nothing of ours is left; tunnels here too.
+    """Stop the engine, Ray, builds, downloads and tunnels, and check that no process is left.
 
-    A node that is away keeps nothing running on the others; it is told at the end. The nodes' copies of secrets are removed.
+    \b
+    deploy down
+
+    Unreachable nodes do not stop the others; they are listed at the end. Copies of secrets on the nodes are removed.
     """
     with held(context, no_wait=no_wait) as keeper:
         try:
@@ -108,15 +114,18 @@ def down(context: DeployContext, keep_ray: bool, no_wait: bool) -> None:
 
 
 @click.command()
-@click.option("--share", is_flag=True, help="Remove its environments on the shared folder too.")
-@click.option("--weights", is_flag=True, help="Remove the model's files too; other deployments may use them.")
-@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option("--share", is_flag=True, help="Also remove its environments in the shared folder.")
+@click.option("--weights", is_flag=True, help="Also remove the model's files, which other deployments may use.")
+@click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
 @no_wait_option
 @reporting
 def purge(context: DeployContext, share: bool, weights: bool, yes: bool, no_wait: bool) -> None:
-    """End everything, as `deploy down`, then remove what this deployment has put on the nodes: logs, secrets, Ray's files, uv.
+    """Stop everything as `deploy down`, then remove the deployment's files from the nodes: logs, secrets, Ray's files, uv.
 
-    This machine's .deploy folder stays.
+    \b
+    deploy purge --share
+
+    The folder .deploy on this machine stays.
     """
     console, deployment = context.console, context.deployment
     what = ["jobs, logs, secrets and uv"] + (["environments"] if share else []) + (["the model's files"] if weights else [])
@@ -143,7 +152,11 @@ def purge(context: DeployContext, share: bool, weights: bool, yes: bool, no_wait
 @click.command("preflight")
 @reporting
 def preflight_command(context: DeployContext) -> None:
-    """Every check on every node and pair, as a table; red cells with their remedy. Changes nothing."""
+    """Run all checks on all nodes and pairs of nodes, and show failures with their remedy. This changes nothing.
+
+    \b
+    deploy preflight
+    """
 
     async def go(work: Work) -> list[NodeCheck]:
         return await preflight.cells_of(work, await look_at_nodes(work))

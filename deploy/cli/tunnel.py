@@ -1,4 +1,4 @@
-"""`deploy tunnel`: the engine and Ray's dashboard on this machine's loopback."""
+"""`deploy tunnel`: forward the engine and Ray's dashboard to this machine."""
 
 from __future__ import annotations
 
@@ -29,15 +29,21 @@ def _prepare(folder: Folder) -> None:
 
 
 @click.command()
-@click.option("--port", type=click.IntRange(0, 65535), help="Of the engine, here; default: the same as there (2242).")
-@click.option("--dashboard-port", type=click.IntRange(0, 65535), help="Of Ray's dashboard, here; default: as there (8265).")
-@click.option("--background", is_flag=True, help="Come back when it is open; `deploy down` ends it, or --end.")
-@click.option("--end", is_flag=True, help="End every tunnel of this deployment on this machine.")
+@click.option("--port", type=click.IntRange(0, 65535), help="Local port of the engine; default: the remote port (2242).")
+@click.option(
+    "--dashboard-port", type=click.IntRange(0, 65535), help="Local port of Ray's dashboard; default: the remote port (8265)."
+)
+@click.option("--background", is_flag=True, help="Run in the background until --end or `deploy down`.")
+@click.option("--end", is_flag=True, help="Close all tunnels of this deployment on this machine.")
 @reporting
 def tunnel(context: DeployContext, port: int | None, dashboard_port: int | None, background: bool, end: bool) -> None:
-    """The engine (2242) and Ray's dashboard (8265) on this machine's loopback, until Ctrl-C.
+    """Forward the engine (2242) and Ray's dashboard (8265) to this machine's loopback until Ctrl-C.
 
-    A port that is taken here gets a free one instead. After a cut it connects again by itself.
+    \b
+    deploy tunnel
+    deploy tunnel --background
+
+    If a port is in use, a free one is used instead. A lost connection is restored automatically.
     """
     deployment = context.deployment
     if end:

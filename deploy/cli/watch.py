@@ -1,4 +1,4 @@
-"""`deploy status`, `top`, `logs`, `collect`: what a deployment is about. They change nothing and wait for nobody."""
+"""`deploy status`, `top`, `logs` and `collect`: the state of a deployment. They change nothing and take no lock."""
 
 from __future__ import annotations
 
@@ -38,16 +38,21 @@ _BAD = "bold red"
 
 
 @click.command()
-@click.option("--canary", default=30.0, show_default=True, type=click.FloatRange(min=0.1), help="Seconds for one token.")
+@click.option(
+    "--canary", default=30.0, show_default=True, type=click.FloatRange(min=0.1), help="Maximum seconds for the completion."
+)
 @reporting
 def status(context: DeployContext, canary: float) -> None:
-    """Every node, and the service by a real completion of one token: /health says 200 of a dead engine too.
+    """Show the state of all nodes and, by a completion of one token, of the service. /health does not detect a dead engine.
 
     \b
-    exit code  0  READY, BUSY (others' tokens are being made)
-              65  PLANNED, LOADING, STOPPED: nothing is wrong
+    deploy status
+
+    \b
+    exit code  0  READY, BUSY (the engine generates tokens for others)
+              65  PLANNED, LOADING, STOPPED: not serving, without a fault
               63  DEGRADED, WEDGED, DEAD(node), DEAD(engine), FAILED(phase)
-              60  UNREACHABLE: the head cannot be entered
+              60  UNREACHABLE: no ssh connection to the head
     """
 
     async def go() -> Status:
@@ -149,14 +154,24 @@ def speed_of(moment: Moment) -> str:
 
 
 @click.command()
-@click.option("--every", default=2.0, show_default=True, type=click.FloatRange(min=0.2), help="Seconds between two looks.")
-@click.option("--canary-every", default=30.0, show_default=True, type=click.FloatRange(min=1), help="Between completions.")
-@click.option("--count", type=click.IntRange(1), help="So many looks, then the end; default: until Ctrl-C.")
+@click.option("--every", default=2.0, show_default=True, type=click.FloatRange(min=0.2), help="Seconds between two refreshes.")
+@click.option(
+    "--canary-every",
+    default=30.0,
+    show_default=True,
+    type=click.FloatRange(min=1),
+    help="Seconds between two test completions.",
+)
+@click.option("--count", type=click.IntRange(1), help="Stop after this many refreshes; default: run until Ctrl-C.")
 @reporting
 def top(context: DeployContext, every: float, canary_every: float, count: int | None) -> None:
-    """`deploy status`, live, with tokens/s, requests and cost by the engine's own counters. Ctrl-C ends it.
+    """Show the state live, with tokens/s, requests and cost from the engine's counters, until Ctrl-C.
 
-    The canary's completions cost a token each; between them the engine's counters and the nodes are looked at.
+    \b
+    deploy top
+    deploy top --every 10
+
+    Each test completion costs one token. Between them, only counters are read.
     """
     console = context.console
 
@@ -196,22 +211,22 @@ async def _live(moments: AsyncIterator[Moment]) -> None:
 
 @click.command()
 @click.argument("names", nargs=-1, metavar="[NODE]…")
-@click.option("-k", "words", multiple=True, metavar="WORDS", help="Nodes, as of `deploy run`: k1, 2-5, head, rest; commas.")
-@click.option("-f", "--follow", is_flag=True, help="And what is written from now on, until Ctrl-C or the engine's end.")
-@click.option("--ray", "only_ray", is_flag=True, help="Ray's logs, of all nodes unless some are named.")
-@click.option("-n", "--lines", default=50, show_default=True, type=click.IntRange(0), help="Of each log, the last so many.")
+@click.option("-k", "words", multiple=True, metavar="WORDS", help="Nodes, separated by commas: k1, 2-5, head, rest.")
+@click.option("-f", "--follow", is_flag=True, help="Follow the log until Ctrl-C or the end of the engine.")
+@click.option("--ray", "only_ray", is_flag=True, help="Show Ray's logs, of all nodes unless some are named.")
+@click.option("-n", "--lines", default=50, show_default=True, type=click.IntRange(0), help="Number of last lines of each log.")
 @reporting
 def logs(
     context: DeployContext, names: tuple[str, ...], words: tuple[str, ...], follow: bool, only_ray: bool, lines: int
 ) -> None:
-    """The engine's log; of nodes that are named, Ray's logs (and the engine's, of the head).
+    """Show the engine's log. For named nodes, show Ray's logs (for the head, also the engine's).
 
     \b
     deploy logs -f
     deploy logs --ray
     deploy logs k3
 
-    After a cut, following goes on where it was. Keys and tokens are not shown.
+    After a lost connection, following continues. Keys and tokens are redacted.
     """
     deployment = context.deployment
     chosen = [name for word in (*names, *words) for name in word.split(",") if name]
@@ -301,13 +316,19 @@ async def _all(tasks: Sequence[asyncio.Task[None]]) -> None:
 
 @click.command()
 @click.option(
-    "--into", type=click.Path(path_type=Path, file_okay=False, exists=True), default=".", help="Folder; default: here."
+    "--into",
+    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    default=".",
+    help="Folder for the archive; default: this folder.",
 )
 @reporting
 def collect(context: DeployContext, into: Path) -> None:
-    """One archive with every log of every node, plan, state and facts; redacted; summary.md has the first cause on top.
+    """Collect logs of all nodes, plan, state and facts in one redacted archive. summary.md starts with the first cause.
 
-    Also while everything is broken: a node that is not reached is noted in it.
+    \b
+    deploy collect --into /tmp
+
+    The command also works if nodes are unreachable; the archive lists them.
     """
     deployment, folder = context.deployment, into.absolute()
 

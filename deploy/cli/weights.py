@@ -1,4 +1,4 @@
-"""`deploy weights`: the model's files on the shared folder."""
+"""`deploy weights`: the model's files in the shared folder."""
 
 from __future__ import annotations
 
@@ -8,19 +8,28 @@ from deploy.cli.common import DeployContext, reporting
 from deploy.cli.work import at_work, held
 from deploy.nodes import paths
 from deploy.steps import weights
+from gracefarm.cli import CommandGroup
 from gracefarm.errors import ConfigError, InstallError
 
 
-@click.group("weights")
+@click.group("weights", cls=CommandGroup)
 def weights_group() -> None:
-    """The model's files on the shared folder."""
+    """Verify the model's files in the shared folder.
+
+    \b
+    deploy weights verify
+    """
 
 
 @weights_group.command("verify")
-@click.option("--remove", is_flag=True, help="Take away what is wrong, so that `deploy up` brings it again.")
+@click.option("--remove", is_flag=True, help="Remove damaged files, so that `deploy up` fetches them again.")
 @reporting
 def weights_verify(context: DeployContext, remove: bool) -> None:
-    """Hash every file again, dealt over all nodes."""
+    """Hash every file again, distributed over all nodes.
+
+    \b
+    deploy weights verify
+    """
     deployment = context.deployment
     with held(context) as keeper:
         kept = keeper.state.data("weights")

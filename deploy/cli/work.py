@@ -67,4 +67,4 @@ def at_work(context: DeployContext, keeper: Keeper, do: Callable[[Work], Awaitab
         sys.exit(ExitCode.INTERRUPTED)
 
 
-no_wait_option = click.option("--no-wait", is_flag=True, help="Fail at once where another command is at work.")
+no_wait_option = click.option("--no-wait", is_flag=True, help="Fail immediately if another command uses the deployment.")

@@ -1,4 +1,4 @@
-"""What the modules of the command line share."""
+"""Code that the commands share."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from index.store.files import Store
 
 @dataclass(frozen=True, kw_only=True)
 class IndexContext:
-    """What every command has."""
+    """The context that every command receives."""
 
     store: Store
     console: Console
 
     def catalogue(self) -> Catalogue:
-        """The root's catalogue, created when there is none."""
+        """The catalogue of the root; created if it does not exist."""
         self.store.prepare()
         catalogue = open_catalogue(self.store.catalogue_path)
         click.get_current_context().call_on_close(catalogue.close)
@@ -33,7 +33,7 @@ class IndexContext:
 
     @property
     def actor(self) -> str:
-        """How the audit log names who runs this."""
+        """The name of the current user in the audit log."""
         try:
             return f"cli:{getpass.getuser()}"
         except (KeyError, OSError):
@@ -41,13 +41,13 @@ class IndexContext:
 
 
 def root_option(*names: str, **more: Any) -> Callable[[click.decorators.FC], click.decorators.FC]:
-    """Where the index is."""
+    """The option --root."""
     folder = click.Path(file_okay=False, path_type=Path)
     return click.option("--root", *names, type=folder, envvar="GRACEFARM_INDEX_ROOT", help="Folder of the index.", **more)
 
 
 def in_context(command: Callable[..., None]) -> Callable[..., None]:
-    """Give the command its context, and take `--json` and `--root` after its name too."""
+    """Pass the context to the command, and accept `--json` and `--root` after its name too."""
     option = root_option("_root", expose_value=False, callback=_set_root, is_eager=True)
     return json_option(option(click.make_pass_decorator(IndexContext)(command)))
 

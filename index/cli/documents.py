@@ -1,32 +1,34 @@
-"""`index schema`: the JSON schemas of what is put beside records."""
+"""`index schema`: the JSON schemas of matrices and certificates."""
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import click
 from pydantic import BaseModel
 
-from gracefarm.files import atomic_write
+from gracefarm.cli import show_schemas
 from index.cli.common import IndexContext, in_context
 from index.store.schemas import DeviceCertificate, MatrixDocument
 
 
 @click.command("schema")
 @in_context
-@click.option("--write", type=click.Path(file_okay=False, path_type=Path), help="Write both into this folder (docs/schema).")
+@click.option(
+    "--write", type=click.Path(file_okay=False, path_type=Path), help="Write both files into this folder instead of stdout."
+)
 def schema(_context: IndexContext, write: Path | None) -> None:
-    """JSON schemas of matrices and certificates, for programs that put them."""
-    for name, text in schemas().items():
-        if write is not None:
-            atomic_write(write / f"{name}.json", text)
-        else:
-            sys.stdout.write(text)
+    """Print the JSON schemas of matrices and certificates, for programs that upload them.
+
+    \b
+    index schema
+    index schema --write docs/schema
+    """
+    show_schemas(schemas(), write)
 
 
 def schemas() -> dict[str, str]:
-    """Name to JSON schema, as committed under docs/schema (a test compares them)."""
+    """Name to JSON schema. docs/schema has copies of them, which a test compares."""
     models: dict[str, type[BaseModel]] = {"matrix": MatrixDocument, "certificate": DeviceCertificate}
     return {name: json.dumps(model.model_json_schema(), indent=2) + "\n" for name, model in models.items()}

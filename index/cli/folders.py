@@ -1,4 +1,4 @@
-"""Folders of wheels: take one in, write the index out as one."""
+"""Import a folder of wheels; export the index as a folder."""
 
 from __future__ import annotations
 
@@ -16,9 +16,13 @@ from index.web.export import export_tree
 @click.command("export")
 @in_context
 @click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
-@click.option("--url", help="Address of the tree, as the pages for people print it.")
+@click.option("--url", help="Address of the tree, to print on web pages.")
 def export(context: IndexContext, folder: Path, url: str | None) -> None:
-    """Write (or update) a static tree for nginx or an object store."""
+    """Write or update a static tree for nginx or an object store.
+
+    \b
+    index export /srv/wheels --url https://wheels.example.com
+    """
     with context.console.progress("export") as tick:
         exported = export_tree(context.store, context.catalogue(), folder, tick, url=url)
     context.console.result(
@@ -30,12 +34,16 @@ def export(context: IndexContext, folder: Path, url: str | None) -> None:
 @click.command("import")
 @in_context
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--variants", is_flag=True, help="Take variant wheels too (PEP 825, a draft).")
+@click.option("--variants", is_flag=True, help="Accept variant wheels too (PEP 825, a draft).")
 def import_(context: IndexContext, folder: Path, variants: bool) -> None:
-    """Take in every wheel and sdist of a folder, as pypiserver keeps them."""
+    """Import the wheels and sdists of a folder, such as pypiserver's. Refused files are listed with the reason.
+
+    \b
+    index import ~/packages
+    """
     with context.store.using_staging(), context.console.progress("import") as tick:
         imported = import_folder(context.store, context.catalogue(), context.actor, folder, tick, variants=variants)
-    counts = f"{imported.created} taken in, {imported.same} here already, {len(imported.refused)} refused"
+    counts = f"{imported.created} imported, {imported.same} already stored, {len(imported.refused)} refused"
     context.console.result(asdict(imported), "\n".join([counts, *imported.refused]))
     if imported.refused:
-        raise SeveralError(f"{len(imported.refused)} files were refused", remedy="mend or remove them, then import again")
+        raise SeveralError(f"{len(imported.refused)} files were refused", remedy="fix or remove them, then import again")

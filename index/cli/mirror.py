@@ -1,4 +1,4 @@
-"""Bring the wheels of a lock into a set, and take a mirrored file out of every set."""
+"""`index mirror` and `index withdraw`: third-party wheels of sets."""
 
 from __future__ import annotations
 
@@ -15,16 +15,24 @@ from index.sets import machines, mirroring, staged
 @click.command("mirror")
 @in_context
 @click.argument("lock", type=click.Path(path_type=Path))
-@click.option("--set", "set_name", required=True, help="Created, staged, when there is none of that name.")
-@click.option("--link", is_flag=True, help="Absolute links instead of copies.")
+@click.option("--set", "set_name", required=True, help="Name of the set; created if it does not exist.")
+@click.option("--link", is_flag=True, help="Store links to upstream instead of copies.")
 @click.option(
-    "--platform", "platforms", multiple=True, help="Only files for it: aarch64, manylinux_2_34_aarch64. Can be repeated."
+    "--platform",
+    "platforms",
+    multiple=True,
+    help="Only files for this platform, such as aarch64 or manylinux_2_34_aarch64. Repeatable.",
 )
-@click.option("--python", "pythons", multiple=True, help="Only files for it: 3.11. Can be repeated.")
+@click.option("--python", "pythons", multiple=True, help="Only files for this Python, such as 3.11. Repeatable.")
 def mirror(
     context: IndexContext, lock: Path, set_name: str, link: bool, platforms: tuple[str, ...], pythons: tuple[str, ...]
 ) -> None:
-    """Bring the wheels of a lock into a set, by sha256, from the configured Python index."""
+    """Mirror the wheels of a lock into a set, by sha256, from the configured Python index.
+
+    \b
+    index mirror requirements.lock --set spring
+    index mirror requirements.lock --set spring --platform aarch64 --python 3.11
+    """
     manner = mirroring.Manner(link=link, selection=machines.select(platforms, pythons))
     locked = pins.read(lock, options=True)
     catalogue = context.catalogue()
@@ -43,17 +51,21 @@ def mirror(
             tick=tick,
         )
     state = staged.find(catalogue, set_name).state
-    hint = "" if state == "published" else f"; `index stage publish {set_name}` shows the set"
+    hint = "" if state == "published" else f"; publish the set with `index stage publish {set_name}`"
     context.console.result([asdict(item) for item in mirrored], f"{set_name}: {len(mirrored)} files{hint}")
 
 
 @click.command("withdraw")
 @in_context
 @click.argument("filename")
-@click.option("--reason", default="", help="For the audit log.")
-@click.option("--undo", is_flag=True, help="Take the withdrawal back.")
+@click.option("--reason", default="", help="Reason for the audit log.")
+@click.option("--undo", is_flag=True, help="Undo the withdrawal.")
 def withdraw(context: IndexContext, filename: str, reason: str, undo: bool) -> None:
-    """Take a mirrored file out of every set, published ones too; a set lacks it then (410)."""
+    """Remove a mirrored file from every set, including published ones. The index answers 410 for it.
+
+    \b
+    index withdraw requests-2.32.3-py3-none-any.whl --reason CVE-2026-1234
+    """
     sets = mirroring.withdraw(context.catalogue(), context.actor, filename, reason, undo=undo)
-    what = "is back in" if undo else "is withdrawn from"
-    context.console.result({"filename": filename, "sets": sets}, f"{filename} {what} {', '.join(sets)}")
+    what = "restored to" if undo else "withdrawn from"
+    context.console.result({"filename": filename, "sets": sets}, f"{filename}: {what} {', '.join(sets)}")

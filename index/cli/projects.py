@@ -1,4 +1,4 @@
-"""What is done to projects and releases: host, status, yank, delete."""
+"""Commands for projects and releases: host, status, yank, delete."""
 
 from __future__ import annotations
 
@@ -12,9 +12,13 @@ from index.store import projects
 @click.command("host")
 @in_context
 @click.argument("names", nargs=-1)
-@click.option("--remove", is_flag=True, help="Take no more uploads for these names; what is there stays.")
+@click.option("--remove", is_flag=True, help="Accept no more uploads for these projects; existing files stay.")
 def host(context: IndexContext, names: tuple[str, ...], remove: bool) -> None:
-    """Name the projects that this index hosts; without NAMES, list them."""
+    """Accept uploads for projects. Without NAMES, list the hosted projects.
+
+    \b
+    index host causal-conv1d flash-attn
+    """
     catalogue = context.catalogue()
     if names:
         projects.host(catalogue, context.actor, [normalise(name) for name in names], hosted=not remove)
@@ -26,9 +30,13 @@ def host(context: IndexContext, names: tuple[str, ...], remove: bool) -> None:
 @in_context
 @click.argument("name")
 @click.argument("status", type=click.Choice(["active", "archived", "deprecated", "quarantined"]))
-@click.option("--reason", default="")
+@click.option("--reason", default="", help="Reason to show on the project's page.")
 def status(context: IndexContext, name: str, status: str, reason: str) -> None:
-    """Say how a project is (PEP 792). A quarantined one offers no file."""
+    """Set a project's status (PEP 792). A quarantined project offers no files.
+
+    \b
+    index status flash-attn deprecated --reason "use flash-attn-3"
+    """
     projects.set_status(context.catalogue(), context.actor, normalise(name), status, reason)
     context.console.result({"name": name, "status": status}, f"{name}: {status}")
 
@@ -37,9 +45,13 @@ def status(context: IndexContext, name: str, status: str, reason: str) -> None:
 @in_context
 @click.argument("name")
 @click.argument("version")
-@click.option("--reason", default="", help="Installers print it.")
+@click.option("--reason", default="", help="Reason that installers print.")
 def yank(context: IndexContext, name: str, version: str, reason: str) -> None:
-    """Keep a release for those who pinned it, and from everybody else (PEP 592)."""
+    """Yank a release: hide it from new installs, keep it for pinned ones (PEP 592).
+
+    \b
+    index yank causal-conv1d 1.7.0 --reason "wrong results on sm 100"
+    """
     count = projects.yank(context.catalogue(), context.actor, normalise(name), version, reason)
     _show(context, name, version, count, "yanked")
 
@@ -49,7 +61,11 @@ def yank(context: IndexContext, name: str, version: str, reason: str) -> None:
 @click.argument("name")
 @click.argument("version")
 def unyank(context: IndexContext, name: str, version: str) -> None:
-    """Take a yank back."""
+    """Undo a yank.
+
+    \b
+    index unyank causal-conv1d 1.7.0
+    """
     count = projects.yank(context.catalogue(), context.actor, normalise(name), version, None)
     _show(context, name, version, count, "unyanked")
 
@@ -58,11 +74,15 @@ def unyank(context: IndexContext, name: str, version: str) -> None:
 @in_context
 @click.argument("name")
 @click.argument("version")
-@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
 def delete(context: IndexContext, name: str, version: str, yes: bool) -> None:
-    """Delete a release. Its file names are never usable again."""
+    """Delete a release for good. Its file names cannot be used again.
+
+    \b
+    index delete causal-conv1d 1.7.0
+    """
     if not yes:
-        click.confirm(f"delete every file of {name} {version}? Their names can never be used again", abort=True, err=True)
+        click.confirm(f"delete every file of {name} {version}? Their names cannot be used again", abort=True, err=True)
     count = projects.delete(context.catalogue(), context.actor, normalise(name), version)
     _show(context, name, version, count, "deleted")
 

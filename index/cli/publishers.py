@@ -1,4 +1,4 @@
-"""`index publisher`: the workflows that may upload without a stored token."""
+"""`index publisher`: workflows that may upload without a stored token."""
 
 from __future__ import annotations
 
@@ -6,15 +6,21 @@ from dataclasses import asdict
 
 import click
 
+from gracefarm.cli import CommandGroup
 from index.cli.common import IndexContext, in_context
 from index.names import normalise
 from index.trust import publishers
 from index.trust.publishers import GITHUB, GITLAB, TrustedPublisher
 
 
-@click.group("publisher")
+@click.group("publisher", cls=CommandGroup)
 def publisher() -> None:
-    """The workflows that may upload without a stored token (docs/index-trust.md)."""
+    """Manage the workflows that may upload without a stored token (docs/index-trust.md).
+
+    \b
+    index publisher add flash-attn github OWNER/NAME nightly.yml
+    index publisher list
+    """
 
 
 @publisher.command("add")
@@ -23,12 +29,14 @@ def publisher() -> None:
 @click.argument("kind", type=click.Choice(["github", "gitlab"]))
 @click.argument("repository")
 @click.argument("workflow")
-@click.option("--environment", default="", help="Only from this deployment environment.")
-@click.option("--issuer", help="Of a server of your own: https://HOST/_services/token for GitHub, https://HOST for GitLab.")
+@click.option("--environment", default="", help="Accept only jobs of this deployment environment.")
+@click.option(
+    "--issuer", help="Issuer of a self-hosted server: https://HOST/_services/token for GitHub, https://HOST for GitLab."
+)
 def add(
     context: IndexContext, project: str, kind: str, repository: str, workflow: str, environment: str, issuer: str | None
 ) -> None:
-    """Let the WORKFLOW of a REPOSITORY upload to PROJECT, and believe its attestations.
+    """Let the WORKFLOW of a REPOSITORY upload to PROJECT, and accept its attestations.
 
     \b
     index publisher add flash-attn github OWNER/NAME nightly.yml
@@ -46,14 +54,18 @@ def add(
     catalogue = context.catalogue()
     publishers.add(catalogue, context.actor, trusted)
     audience = publishers.audience(catalogue)
-    text = f"{trusted.name} may upload to {trusted.project}; its identity tokens are for the audience {audience}"
+    text = f"{trusted.name} may upload to {trusted.project}; its identity tokens must name the audience {audience}"
     context.console.result({"project": trusted.project, "publisher": trusted.name, "audience": audience}, text)
 
 
 @publisher.command("list")
 @in_context
 def list_(context: IndexContext) -> None:
-    """Publishers of every project."""
+    """List the publishers of all projects.
+
+    \b
+    index publisher list
+    """
     trusted = publishers.all_publishers(context.catalogue())
     lines = [
         f"{item.project:<24} {item.kind:<7} {item.repository}  {item.workflow}"
@@ -69,6 +81,10 @@ def list_(context: IndexContext) -> None:
 @click.argument("project")
 @click.argument("repository")
 def remove(context: IndexContext, project: str, repository: str) -> None:
-    """Trust a repository no longer for this project; upload tokens that it has end now."""
+    """Remove the publishers with this repository from the project; their upload tokens expire now.
+
+    \b
+    index publisher remove flash-attn OWNER/NAME
+    """
     count = publishers.remove(context.catalogue(), context.actor, normalise(project), repository)
     context.console.result({"project": normalise(project), "removed": count}, f"{repository}: removed from {project}")

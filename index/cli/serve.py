@@ -18,48 +18,88 @@ from index.store import auth, htpasswd
 
 @click.command("serve")
 @in_context
-@click.option("--host", "-i", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 for every network.")
-@click.option("--port", "-p", default=8080, show_default=True, type=click.IntRange(0, 65535), help="0: any free one, printed.")
+@click.option("--host", "-i", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 for all networks.")
 @click.option(
-    "--port-file", type=click.Path(dir_okay=False, path_type=Path), help="Write the port there once clients can connect."
+    "--port", "-p", default=8080, show_default=True, type=click.IntRange(0, 65535), help="Port to listen on; 0: any free port."
+)
+@click.option(
+    "--port-file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write the port to this file once clients can connect.",
 )
 @click.option(
     "--passwords",
     "-P",
     type=click.Path(path_type=Path),
-    help="An htpasswd file, as pypiserver takes it: its users may upload as well; those who left it no longer.",
+    help="Let the users of this htpasswd file upload. Users removed from the file are revoked.",
 )
 @click.option(
-    "--authenticate", "-a", default="update", show_default=True, help="As pypiserver's; update is what there is to say here."
+    "--authenticate",
+    "-a",
+    default="update",
+    show_default=True,
+    help="Accepted for pypiserver's sake; the only valid value is update.",
 )
-@click.option("--disable-fallback", is_flag=True, hidden=True, expose_value=False, help="pypiserver's; there is none here.")
-@click.option("--allow-new", is_flag=True, help="Uploads may create projects that nobody named with `index host`.")
-@click.option("--variants", is_flag=True, help="Take variant wheels too (PEP 825, a draft).")
-@click.option("--access-log", help="A file, or - for stdout.")
-@click.option("--tls-cert", type=click.Path(exists=True, path_type=Path))
-@click.option("--tls-key", type=click.Path(exists=True, path_type=Path))
-@click.option("--trusted-proxy", multiple=True, metavar="ADDRESS|NETWORK", help="Believe X-Forwarded-* from there.")
-@click.option("--url", help="Address to print on the pages; default: what the browser asked for.")
-@click.option("--sigstore-offline", is_flag=True, help="Verify attestations with the keys of Sigstore that are here already.")
-@click.option("--max-upload", "upload", default=Limits.upload, show_default=True, type=click.IntRange(1), help="Bytes.")
-@click.option("--idle", default=Limits.idle, show_default=True, type=float, help="Seconds a client may stand still.")
+@click.option(
+    "--disable-fallback",
+    is_flag=True,
+    hidden=True,
+    expose_value=False,
+    help="Accepted for pypiserver's sake; there is no fallback.",
+)
+@click.option("--allow-new", is_flag=True, help="Let uploads create projects without `index host`.")
+@click.option("--variants", is_flag=True, help="Accept variant wheels too (PEP 825, a draft).")
+@click.option("--access-log", help="Append the access log to this file; - for stdout.")
+@click.option("--tls-cert", type=click.Path(exists=True, path_type=Path), help="Serve https with this certificate (PEM).")
+@click.option("--tls-key", type=click.Path(exists=True, path_type=Path), help="Private key of the certificate (PEM).")
+@click.option(
+    "--trusted-proxy",
+    multiple=True,
+    metavar="ADDRESS|NETWORK",
+    help="Trust X-Forwarded-* headers from this proxy. Repeatable.",
+)
+@click.option("--url", help="Address to print on web pages; default: the address of the request.")
+@click.option("--sigstore-offline", is_flag=True, help="Verify attestations with the Sigstore keys on this machine.")
+@click.option(
+    "--max-upload",
+    "upload",
+    default=Limits.upload,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Maximum bytes of one upload.",
+)
+@click.option("--idle", default=Limits.idle, show_default=True, type=float, help="Drop a client after this many idle seconds.")
 @click.option(
     "--connections-per-client",
     default=Limits.connections_per_client,
     show_default=True,
     type=click.IntRange(1),
-    help="By one address; of more, the quietest are closed.",
+    help="Connections per address; above it, the most idle ones are closed.",
 )
-@click.option("--open-uploads", default=Limits.open_uploads, show_default=True, type=click.IntRange(1))
-@click.option("--open-uploads-per-client", default=Limits.open_uploads_per_client, show_default=True, type=click.IntRange(1))
+@click.option(
+    "--open-uploads", default=Limits.open_uploads, show_default=True, type=click.IntRange(1), help="Concurrent uploads."
+)
+@click.option(
+    "--open-uploads-per-client",
+    default=Limits.open_uploads_per_client,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Concurrent uploads per address.",
+)
 @click.option(
     "--waiting-uploads",
     default=Limits.waiting_uploads,
     show_default=True,
     type=click.IntRange(0),
-    help="Beyond --open-uploads they wait; at most half of these from one address.",
+    help="Uploads that may wait for a free place, at most half of them from one address.",
 )
-@click.option("--writes-per-second", default=Limits.writes_per_second, show_default=True, type=float, help="By one address.")
+@click.option(
+    "--writes-per-second",
+    default=Limits.writes_per_second,
+    show_default=True,
+    type=float,
+    help="Writes per second and address.",
+)
 def serve(
     context: IndexContext,
     host: str,
@@ -77,11 +117,16 @@ def serve(
     sigstore_offline: bool,
     **limits: Any,
 ) -> None:
-    """Serve the index until interrupted."""
+    """Serve the index until interrupted.
+
+    \b
+    index serve
+    index serve --host 0.0.0.0 --tls-cert cert.pem --tls-key key.pem
+    """
     if set(authenticate.replace(",", " ").split()) != {"update"}:
         raise ConfigError(
-            f"-a {authenticate}: here uploads always need a token or a password, reads never do",
-            remedy="leave -a away; to close reads, put a proxy in front",
+            f"-a {authenticate} is not supported: uploads always require a token or a password, reads never do",
+            remedy="omit -a; to restrict reads, put a proxy in front",
         )
     if passwords is not None:
         auth.import_users(context.catalogue(), context.actor, htpasswd.read(passwords))

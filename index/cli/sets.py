@@ -1,4 +1,4 @@
-"""`index stage`: sets, from the first staged wheel to the published whole."""
+"""`index stage`: create, fill and publish sets."""
 
 from __future__ import annotations
 
@@ -7,28 +7,46 @@ from pathlib import Path
 
 import click
 
+from gracefarm.cli import CommandGroup
 from index.cli.common import IndexContext, in_context
 from index.sets import pylock, staged
 
 
-@click.group("stage")
+@click.group("stage", cls=CommandGroup)
 def stage() -> None:
-    """Sets of wheels that become visible at once."""
+    """Create, fill and publish sets of wheels. All wheels of a set become visible together.
+
+    \b
+    index stage create spring --expect 'causal-conv1d==1.7.0 cp311 aarch64'
+    index stage list
+    index stage publish spring
+    """
 
 
 @stage.command("create")
 @in_context
 @click.argument("name")
 @click.option(
-    "--expect", multiple=True, metavar="LINE", help="A wheel the set must hold: 'causal-conv1d==1.7.0 cp311 aarch64'."
+    "--expect",
+    multiple=True,
+    metavar="LINE",
+    help="Wheel that the set must contain, such as 'causal-conv1d==1.7.0 cp311 aarch64'. Repeatable.",
 )
-@click.option("--matrix", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="A file of such lines.")
-@click.option("--without", multiple=True, metavar="PROJECT", help="Its wheels may require this, and the set does without it.")
-@click.option("--nightly", is_flag=True, help="Its files go to the nightly channel.")
+@click.option(
+    "--matrix", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="File with a line for each expected wheel."
+)
+@click.option(
+    "--without", multiple=True, metavar="PROJECT", help="Allow the set to lack this requirement of its wheels. Repeatable."
+)
+@click.option("--nightly", is_flag=True, help="Put its files into the nightly channel.")
 def create(
     context: IndexContext, name: str, expect: tuple[str, ...], matrix: Path | None, without: tuple[str, ...], nightly: bool
 ) -> None:
-    """Open a set; upload its wheels to /stage/NAME/legacy/."""
+    """Create a set, then upload its wheels to /stage/NAME/legacy/.
+
+    \b
+    index stage create spring --expect 'causal-conv1d==1.7.0 cp311,cp312 aarch64'
+    """
     lines = [*expect, *(matrix.read_text().splitlines() if matrix else [])]
     created = staged.create(
         context.catalogue(),
@@ -47,7 +65,11 @@ def create(
 @stage.command("list")
 @in_context
 def list_(context: IndexContext) -> None:
-    """Every set, with what it still lacks."""
+    """List all sets with their missing wheels.
+
+    \b
+    index stage list --json
+    """
     sets = staged.all_sets(context.catalogue())
     lines = []
     for item in sets:
@@ -63,7 +85,11 @@ def list_(context: IndexContext) -> None:
 @click.argument("name")
 @click.argument("filenames", nargs=-1, required=True)
 def add(context: IndexContext, name: str, filenames: tuple[str, ...]) -> None:
-    """Put files that are here already into a set."""
+    """Add files of this index to a set.
+
+    \b
+    index stage add spring causal_conv1d-1.7.0-cp311-*.whl
+    """
     staged.add(context.catalogue(), context.actor, name, list(filenames))
     context.console.result({"name": name, "added": len(filenames)}, f"{name}: {len(filenames)} added")
 
@@ -72,7 +98,11 @@ def add(context: IndexContext, name: str, filenames: tuple[str, ...]) -> None:
 @in_context
 @click.argument("name")
 def publish(context: IndexContext, name: str) -> None:
-    """Show the whole set at once, at /NAME/simple/ and in the other views."""
+    """Make the whole set visible, at /NAME/simple/ and in the other views.
+
+    \b
+    index stage publish spring
+    """
     published = staged.publish(context.store, context.catalogue(), context.actor, name)
     context.console.result(asdict(published), f"{name}: {len(published.files)} files are visible at /{name}/simple/")
 
@@ -82,15 +112,23 @@ def publish(context: IndexContext, name: str) -> None:
 @click.argument("name")
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 def put_pylock(context: IndexContext, name: str, file: Path) -> None:
-    """Give a staged set its pylock.toml (PEP 751), to be served beside requirements.lock."""
+    """Store the pylock.toml (PEP 751) of a staged set. The index serves it with requirements.lock.
+
+    \b
+    index stage pylock spring pylock.toml
+    """
     staged.put_pylock(context.catalogue(), context.actor, name, file.read_bytes())
-    context.console.result({"name": name, "pylock": True}, f"{name}: {pylock.FILENAME} is kept")
+    context.console.result({"name": name, "pylock": True}, f"{name}: {pylock.FILENAME} is stored")
 
 
 @stage.command("drop")
 @in_context
 @click.argument("name")
 def drop(context: IndexContext, name: str) -> None:
-    """Give a staged set up."""
+    """Drop a staged set with its hidden files.
+
+    \b
+    index stage drop spring
+    """
     staged.drop(context.catalogue(), context.actor, name)
     context.console.result({"name": name, "state": "dropped"}, f"{name}: dropped")

@@ -1,4 +1,4 @@
-"""`index token`: who may upload."""
+"""`index token`: create, list and revoke upload tokens."""
 
 from __future__ import annotations
 
@@ -6,28 +6,38 @@ from pathlib import Path
 
 import click
 
+from gracefarm.cli import CommandGroup
 from gracefarm.errors import UsageError
 from index.cli.common import IndexContext, in_context
 from index.names import check_set_name, normalise
 from index.store import auth, htpasswd
 
 
-@click.group("token")
+@click.group("token", cls=CommandGroup)
 def token() -> None:
-    """Who may upload."""
+    """Create, list and revoke upload tokens.
+
+    \b
+    index token create --name ci --expires 90d
+    index token revoke ci
+    """
 
 
 @token.command("create")
 @in_context
-@click.option("--name", required=True, help="What the audit log will call its holder.")
-@click.option("--project", help="Good for this project alone.")
-@click.option("--set", "set_name", help="Good for this set alone.")
-@click.option("--nightly", is_flag=True, help="Good for the nightly channel alone.")
-@click.option("--expires", help="90d, 12h …; default: never.")
+@click.option("--name", required=True, help="Name of the token in the audit log.")
+@click.option("--project", help="Valid only for this project.")
+@click.option("--set", "set_name", help="Valid only for this set.")
+@click.option("--nightly", is_flag=True, help="Valid only for the nightly channel.")
+@click.option("--expires", help="Lifetime, such as 90d or 12h; default: no expiry.")
 def create(
     context: IndexContext, name: str, project: str | None, set_name: str | None, nightly: bool, expires: str | None
 ) -> None:
-    """Make a token and print it, once."""
+    """Create a token and print it. It is not shown again.
+
+    \b
+    index token create --name ci --project causal-conv1d --expires 90d
+    """
     if nightly and set_name:
         raise UsageError("a token is for the nightly channel or for a set", remedy="give --nightly or --set, not both")
     secret = auth.create(
@@ -42,18 +52,22 @@ def create(
     if not context.console.as_json:
         context.console.event(
             "hint",
-            "upload with `twine upload --verbose` (without it twine hides why it failed) or `uv publish --check-url`;\n"
-            "the index's own /legacy/ has both lines to copy; repeating an upload is harmless",
+            "upload with `twine upload --verbose` (without it twine hides the reason of a failure)\n"
+            "or `uv publish --check-url`; /legacy/ of the index shows both commands; repeating an upload is safe",
         )
 
 
 @token.command("import")
 @in_context
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--project", help="Good for this project alone.")
-@click.option("--set", "set_name", help="Good for this set alone.")
+@click.option("--project", help="Valid only for this project.")
+@click.option("--set", "set_name", help="Valid only for this set.")
 def import_(context: IndexContext, file: Path, project: str | None, set_name: str | None) -> None:
-    """Let the users of an htpasswd file upload with their passwords; those of an earlier file who left it no longer."""
+    """Let the users of an htpasswd file upload with their passwords. Users removed from the file are revoked.
+
+    \b
+    index token import htpasswd.txt
+    """
     added, revoked = auth.import_users(
         context.catalogue(),
         context.actor,
@@ -67,14 +81,18 @@ def import_(context: IndexContext, file: Path, project: str | None, set_name: st
 @token.command("list")
 @in_context
 def list_(context: IndexContext) -> None:
-    """Tokens, without their secrets."""
+    """List tokens, without their secrets.
+
+    \b
+    index token list
+    """
     rows = context.catalogue().rows(
         "SELECT name, project, set_name, created, expires, revoked, hashed NOT NULL AS user, minted FROM token ORDER BY id"
     )
     lines = [
         f"{row['name']:<20} {row['project'] or ('its projects' if row['minted'] else 'any project'):<20}"
         f" {row['set_name'] or 'any set':<16} {'user' if row['user'] else 'short' if row['minted'] else 'token':<5}"
-        f" {'revoked' if row['revoked'] else 'expires ' + row['expires'][:10] if row['expires'] else 'no end'}"
+        f" {'revoked' if row['revoked'] else 'expires ' + row['expires'][:10] if row['expires'] else 'no expiry'}"
         for row in rows
     ]
     context.console.result([dict(row) for row in rows], "\n".join(lines))
@@ -84,6 +102,10 @@ def list_(context: IndexContext) -> None:
 @in_context
 @click.argument("name")
 def revoke(context: IndexContext, name: str) -> None:
-    """End a token now."""
+    """Revoke a token now.
+
+    \b
+    index token revoke ci
+    """
     count = auth.revoke(context.catalogue(), context.actor, name)
     context.console.result({"name": name, "revoked": count}, f"{name}: revoked")

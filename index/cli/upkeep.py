@@ -1,4 +1,4 @@
-"""Keep a store in order and look at it: fsck, gc, prune, stats, log."""
+"""Maintenance and inspection of a store: fsck, gc, prune, stats, log."""
 
 from __future__ import annotations
 
@@ -13,18 +13,24 @@ from index.store import upkeep
 
 @click.command("fsck")
 @in_context
-@click.option("--set-aside", is_flag=True, help="Take what is damaged out of the lists, so that it can be uploaded again.")
+@click.option("--set-aside", is_flag=True, help="Unlist damaged files, so that they can be uploaded again.")
 def fsck(context: IndexContext, set_aside: bool) -> None:
-    """Rehash everything that is stored."""
+    """Check the sha256 of every stored file.
+
+    \b
+    index fsck
+    index fsck --set-aside
+    """
     with context.console.progress("fsck") as tick:
         inspection = upkeep.fsck(context.store, context.catalogue(), tick, set_aside=context.actor if set_aside else None)
     context.console.result(
         asdict(inspection),
-        f"{inspection.files} files, {inspection.bytes} bytes, {len(inspection.damaged)} damaged, {inspection.unnamed} unnamed",
+        f"{inspection.files} files, {inspection.bytes} bytes, {len(inspection.damaged)} damaged,"
+        f" {inspection.unnamed} unreferenced",
     )
     if inspection.damaged:
         raise DamagedError(
-            f"damaged or absent: {', '.join(inspection.damaged[:20])}",
+            f"damaged or missing files: {', '.join(inspection.damaged[:20])}",
             remedy="copy the files from a backup, or run `index fsck --set-aside` and upload them again",
         )
 
@@ -32,7 +38,11 @@ def fsck(context: IndexContext, set_aside: bool) -> None:
 @click.command("gc")
 @in_context
 def gc(context: IndexContext) -> None:
-    """Free the space of what nothing names any more."""
+    """Delete unreferenced files.
+
+    \b
+    index gc
+    """
     count, size = upkeep.gc(context.store, context.catalogue(), context.actor)
     context.console.result({"files": count, "bytes": size}, f"{count} files removed, {size} bytes")
 
@@ -40,11 +50,15 @@ def gc(context: IndexContext) -> None:
 @click.command("prune")
 @in_context
 @click.option(
-    "--keep", default=14, show_default=True, type=click.IntRange(1), help="Nightlies to keep of each project and variant."
+    "--keep", default=14, show_default=True, type=click.IntRange(1), help="Nightlies to keep per project and variant."
 )
-@click.option("--dry-run", is_flag=True)
+@click.option("--dry-run", is_flag=True, help="Only list the files that would be deleted.")
 def prune(context: IndexContext, keep: int, dry_run: bool) -> None:
-    """Delete old nightlies."""
+    """Delete old nightlies.
+
+    \b
+    index prune --keep 14 --dry-run
+    """
     names = upkeep.prune(context.catalogue(), context.actor, keep, dry_run=dry_run)
     context.console.result(names, "\n".join([*names, f"{len(names)} {'would be ' if dry_run else ''}deleted"]))
 
@@ -52,7 +66,11 @@ def prune(context: IndexContext, keep: int, dry_run: bool) -> None:
 @click.command("stats")
 @in_context
 def stats(context: IndexContext) -> None:
-    """What the index holds."""
+    """Show projects with their number of releases, files and bytes.
+
+    \b
+    index stats
+    """
     catalogue = context.catalogue()
     rows = catalogue.rows(
         "SELECT project, count(DISTINCT version) AS releases, count(*) AS files, sum(size) AS bytes FROM live_file"
@@ -66,9 +84,13 @@ def stats(context: IndexContext) -> None:
 
 @click.command("log")
 @in_context
-@click.option("--since", default=0, type=int, help="Serial.")
+@click.option("--since", default=0, type=int, help="Show only entries after this serial.")
 def log(context: IndexContext, since: int) -> None:
-    """The audit log: who did what, when."""
+    """Show the audit log: who did what, when.
+
+    \b
+    index log --since 120
+    """
     rows = context.catalogue().rows("SELECT * FROM audit WHERE serial > ? ORDER BY serial", (since,))
     lines = [f"{row['serial']:>6} {row['time']} {row['actor']:<20} {row['action']:<16} {row['subject']}" for row in rows]
     context.console.result([dict(row) for row in rows], "\n".join(lines))

@@ -1,1 +1,1 @@
-"""Taking a file in: upload forms, archives, wheels, sdists, and the checks before a file is accepted."""
+"""Accepting a file: upload forms, archives, wheels, sdists, and the checks before a file is accepted."""

@@ -1,4 +1,4 @@
-"""Taking a file in, from uploads and `index import`: every check, then one transaction. What it confirms is never lost."""
+"""Accept a file from an upload or `index import`: all checks, then one transaction. A confirmed file is never lost."""
 
 from __future__ import annotations
 
@@ -29,25 +29,25 @@ Admission = Literal["created", "same"]
 
 @dataclass(frozen=True, kw_only=True)
 class Destination:
-    """Where a file goes."""
+    """The destination of a file."""
 
     set_name: str | None = None
-    "A staged set: hidden until it is published."
+    "A staged set. Its files are hidden until it is published."
     channel: Literal["release", "nightly"] = "release"
     allow_new: bool = False
-    "Host the project even when nobody has told the catalogue to."
+    "Host the project even if `index host` did not name it."
     variants: bool = False
-    "Take variant wheels (PEP 825, a draft) too."
+    "Accept variant wheels (PEP 825, a draft) too."
 
     @property
     def scope(self) -> str | None:
-        """What a token must be for, if it is for one view alone."""
+        """The scope that a token needs if it is limited to one view."""
         return NIGHTLY if self.set_name is None and self.channel == "nightly" else self.set_name
 
 
 @dataclass(frozen=True, kw_only=True)
 class InspectedFile:
-    """A file in staging whose bytes were read and found good."""
+    """A file in staging whose content has passed all checks."""
 
     distribution: Distribution
     path: Path
@@ -56,20 +56,20 @@ class InspectedFile:
     metadata: Metadata
     record: bytes | None
     variant: str | None
-    "The text of a variant wheel's variant.json."
+    "Content of variant.json, for a variant wheel."
     facts: CudaFacts
     build: str | None
     defects: str = ""
-    "What is wrong with a file that others published, a line each."
+    "Defects of a file that was published elsewhere, one line each."
     uploaded: str | None = None
-    "Only for imports: the time of the original."
+    "Upload time of the original; set by imports."
 
 
 def inspect(path: Path, distribution: Distribution, sha256: str, uploaded: float | None = None) -> InspectedFile:
-    """Read every byte of a staged file; returns what the catalogue needs to know.
+    """Read every byte of a staged file; return the facts for the catalogue.
 
     Raises:
-        RefusedError: what is wrong with it.
+        RefusedError: the file is invalid.
     """
     read = wheel.inspect if distribution.kind == "bdist_wheel" else sdist.inspect
     defects = Defects(distribution=distribution)
@@ -93,17 +93,17 @@ def inspect(path: Path, distribution: Distribution, sha256: str, uploaded: float
 def check_wanted(
     catalogue: Catalogue, distribution: Distribution, sha256: str, destination: Destination
 ) -> sqlite3.Row | None:
-    """What can be refused before the bytes are read; returns the row of the same file, if it is here already.
+    """Make the checks that need no content; return the row of the file if the index has it already.
 
-    `admit` asks again inside its transaction.
+    `admit` repeats these checks inside its transaction.
 
     Raises:
         ForbiddenError, RefusedError: see there.
     """
     if distribution.variant and not destination.variants:
         raise ForbiddenError(
-            f"{distribution.filename} is a variant wheel, and this index takes plain wheels alone",
-            remedy="give `index serve` or `index import` the option --variants (PEP 825, a draft)",
+            f"{distribution.filename} is a variant wheel, but this index accepts only plain wheels",
+            remedy="run `index serve` or `index import` with --variants (PEP 825, a draft)",
         )
     _check_hosted(catalogue, distribution, destination)
     _check_release(catalogue, distribution)
@@ -122,14 +122,14 @@ def admit(
     destination: Destination,
     attested: bytes | None = None,
 ) -> Admission:
-    """Give the file its place in the store and its row in the catalogue: durable when this returns.
+    """Add the file to the store and the catalogue. When this returns, the file is durable.
 
-    `attested` is what its verified attestations say (PEP 740).
+    `attested` is the provenance from its verified attestations (PEP 740).
 
     Raises:
-        ForbiddenError: the project is not hosted here, or archived or quarantined.
-        RefusedError: other bytes have that name, or had it once, or the release exists in another spelling.
-        StoreFullError: no space; nothing was changed.
+        ForbiddenError: the index does not host the project, or the project is archived or quarantined.
+        RefusedError: the name belongs or belonged to other bytes, or the release exists in another spelling.
+        StoreFullError: the disk is full; nothing was changed.
     """
     distribution = candidate.distribution
     with catalogue.change(actor) as change:
@@ -142,7 +142,7 @@ def admit(
                 provenance.keep(store, change, distribution.filename, attested)
             return "same"
         _check_variant(change, candidate)
-        # Inside the transaction, so that `gc`, which holds the same lock, never sees the file between its name and its row.
+        # Inside the transaction: `gc` holds the same lock, so it never sees a stored file whose row is still missing.
         store.adopt(candidate.path, candidate.sha256)
         metadata_sha256 = _keep_metadata(store, candidate)
         change.execute("INSERT OR IGNORE INTO project (name) VALUES (?)", (distribution.project,))
@@ -157,7 +157,7 @@ def admit(
 
 
 def _keep_metadata(store: Store, candidate: InspectedFile) -> str | None:
-    """PEP 658, for wheels alone: an sdist's PKG-INFO need not be what its build will say."""
+    """PEP 658, only for wheels: the build of an sdist may produce other metadata than its PKG-INFO."""
     if candidate.distribution.kind != "bdist_wheel":
         return None
     digest = hashlib.sha256(candidate.metadata.raw).hexdigest()
@@ -166,7 +166,7 @@ def _keep_metadata(store: Store, candidate: InspectedFile) -> str | None:
 
 
 def _restore(store: Store, change: Transaction, file_id: int, candidate: InspectedFile) -> None:
-    """Bytes that the store had lost are back."""
+    """List a file again whose lost bytes were uploaded again."""
     store.adopt(candidate.path, candidate.sha256)
     _keep_metadata(store, candidate)
     change.execute("UPDATE file SET lost = 0 WHERE id = ?", (file_id,))
@@ -209,12 +209,12 @@ def _insert(
 
 
 def _join(change: Transaction, file_id: int, distribution: Distribution, destination: Destination) -> None:
-    """The same bytes once more: they join the set, or are shown where they are now uploaded to."""
+    """Repeated upload of the same bytes: add the file to the set, or show it in the channel of this upload."""
     if destination.set_name is not None:
         if _add_member(change, destination.set_name, file_id):
             change.note("file.join", distribution.filename, distribution.project, set=destination.set_name)
         return
-    if destination.channel == "release":  # what was a nightly, or hidden in a set, is now for everybody
+    if destination.channel == "release":  # a nightly file, or one hidden in a set, becomes public
         shown = change.execute(
             "UPDATE file SET hidden = 0, channel = 'release' WHERE id = ? AND (hidden = 1 OR channel <> 'release')", (file_id,)
         )
@@ -236,8 +236,8 @@ def _check_hosted(catalogue: Catalogue, distribution: Distribution, destination:
     project = catalogue.row("SELECT status, hosted FROM project WHERE name = ?", (distribution.project,))
     if (project is None or not project["hosted"]) and not destination.allow_new:
         raise ForbiddenError(
-            f"this index was not told to host {distribution.project}",
-            remedy=f"run `index host {distribution.project}`, or serve with --allow-new",
+            f"this index does not host {distribution.project}",
+            remedy=f"run `index host {distribution.project}`, or run `index serve` with --allow-new",
         )
     if project is not None and project["status"] in ("archived", "quarantined"):
         raise ForbiddenError(
@@ -247,7 +247,7 @@ def _check_hosted(catalogue: Catalogue, distribution: Distribution, destination:
 
 
 def _check_variant(change: Transaction, candidate: InspectedFile) -> None:
-    """A label has one meaning in a release, and its wheels are ranked in one way (PEP 825), since one JSON is for all."""
+    """All wheels of a release share one JSON (PEP 825), so a label has one meaning and all wheels have the same priorities."""
     if candidate.variant is None:
         return
     own = candidate.distribution
@@ -260,26 +260,26 @@ def _check_variant(change: Transaction, candidate: InspectedFile) -> None:
         variants.check_together([*known, variants.parse(candidate.variant, own.variant)])
     except ValueError as error:
         raise RefusedError(
-            f"{own.filename} does not agree with the variant wheels of {own.version} that are here: {error}",
-            remedy=f"build all variants of a release with the same {variants.MEMBER}, but for its properties",
+            f"{own.filename} does not match the existing variant wheels of {own.version}: {error}",
+            remedy=f"build all variants of a release with the same {variants.MEMBER}; only the properties may differ",
         ) from None
 
 
 def _check_same(filename: str, known: str, deleted: str | None, sha256: str) -> None:
-    # "File already exists" is what twine and uv look for.
+    # twine and uv search for the words "File already exists".
     if deleted is not None:
         raise RefusedError(
-            f"File already exists: {filename} was deleted, and a name is never used again", remedy="build a new version"
+            f"File already exists: {filename} was deleted, and its name cannot be reused", remedy="build a new version"
         )
     if known != sha256:
         raise RefusedError(
-            f"File already exists: {filename} with other bytes (sha256 {known})",
+            f"File already exists: {filename} has other content here (sha256 {known})",
             remedy="a published file never changes; build a new version",
         )
 
 
 def _check_release(catalogue: Catalogue, distribution: Distribution) -> None:
-    """1.0 and 1.0.0 are one release (PEP 440); it keeps the spelling it was first published with."""
+    """1.0 and 1.0.0 are the same release (PEP 440). A release keeps its first spelling."""
     if distribution.published:
         return
     releases = catalogue.rows(
@@ -289,13 +289,13 @@ def _check_release(catalogue: Catalogue, distribution: Distribution) -> None:
     spellings = {str(row["version"]) for row in releases}
     if spellings and distribution.version not in spellings:
         raise RefusedError(
-            f"{distribution.filename}: the release is already spelled {min(spellings)} here",
-            remedy=f"name the version {min(spellings)}, so that one release has one spelling",
+            f"{distribution.filename}: this index spells the release {min(spellings)}",
+            remedy=f"use the version {min(spellings)}; all files of a release use one spelling",
         )
 
 
 def _check_spelling(catalogue: Catalogue, distribution: Distribution) -> None:
-    """Evil.Pkg-1.0 and evil_pkg-1.0 are one file to whoever asks for it, so only one of them is here."""
+    """Installers treat Evil.Pkg-1.0 and evil_pkg-1.0 as the same file, so the index accepts only one of them."""
     rows = catalogue.rows(
         "SELECT filename FROM file WHERE project = ? AND release = ? AND filename <> ?",
         (distribution.project, canonicalize_version(distribution.version), distribution.filename),
@@ -303,6 +303,6 @@ def _check_spelling(catalogue: Catalogue, distribution: Distribution) -> None:
     for row in rows:
         if parse_filename(row["filename"], published=True).canonical == distribution.canonical:
             raise RefusedError(
-                f"File already exists: {distribution.filename} is here as {row['filename']}",
+                f"File already exists: {distribution.filename} is stored as {row['filename']}",
                 remedy="a published file keeps its name; build a new version",
             )

@@ -1,4 +1,4 @@
-"""A zip archive read with suspicion: framing, names, sizes. What two readers could read differently is refused."""
+"""Strict checks of a zip archive: framing, names, sizes. An archive that two readers could read differently is refused."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from index.errors import RefusedError
 
 MAX_MEMBERS = 100_000
 MAX_UNPACKED = 16 << 30
-"Bytes: several times the largest CUDA wheel known."
+"Maximum unpacked bytes: several times the largest known CUDA wheel."
 MAX_RATIO = 200
-"Text compresses twentyfold, cubins tenfold at best; a bomb starts at a thousand."
+"Maximum compression ratio. Text reaches 20 and cubins 10; zip bombs start at 1000."
 MAX_DIRECTORY = 64 << 20
-"Bytes of a zip's central directory; zipfile reads it whole, and makes an object of each entry, before anybody can count."
+"Maximum bytes of the central directory. zipfile reads all of it and creates an object per entry before we can count them."
 RATIO_FLOOR = 64 << 20
-"Bytes unpacked below which a ratio proves nothing: an empty cubin section compresses without end."
+"Unpacked bytes below which the ratio is ignored: an empty cubin section has no limit on its ratio."
 
 _LOCAL_HEADER = struct.Struct("<4s5H3L2H")
 _END_OF_DIRECTORY = 22
 _ZIP64_LOCATOR = struct.Struct("<4sLQL")
 _ZIP64_END = struct.Struct("<4sQ2H2L4Q")
 _ENTRY = 46
-"Bytes of a directory entry before its name, extra field and comment, whose lengths stand at 28."
+"Fixed bytes of a directory entry. Name, extra field and comment follow; their lengths are at offset 28."
 _KNOWN_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
 
 @contextmanager
 def open_zip(path: Path, filename: str) -> Iterator[zipfile.ZipFile]:
-    """The archive at `path`, checked; `filename` is what the refusals call it.
+    """Open and check the archive at `path`. Errors call it `filename`.
 
     Raises:
-        RefusedError: it is no zip, two readers could see different content, a name leaves the tree, or it unpacks to too much.
+        RefusedError: it is not a zip, readers could disagree on its content, a path leaves the tree, or it is a zip bomb.
     """
     try:
         _check_directory(filename, path)
@@ -50,12 +50,12 @@ def open_zip(path: Path, filename: str) -> Iterator[zipfile.ZipFile]:
     except (zipfile.BadZipFile, EOFError, zlib.error, struct.error, NotImplementedError, UnicodeDecodeError) as error:
         raise RefusedError(
             f"{filename} is not a zip archive: {error}",
-            remedy="the file was cut off or is something else; build or fetch it again",
+            remedy="build or fetch it again; the file is truncated or has another format",
         ) from error
 
 
 def _check_directory(filename: str, path: Path) -> None:
-    """Count the entries from the directory's bytes, before zipfile makes objects of them."""
+    """Count the entries in the directory's bytes, before zipfile creates objects for them."""
     with path.open("rb") as stream:
         start, size = _directory(filename, stream, path.stat().st_size)
         if size > MAX_DIRECTORY:
@@ -71,7 +71,7 @@ def _check_directory(filename: str, path: Path) -> None:
 
 
 def _directory(filename: str, stream: IO[bytes], length: int) -> tuple[int, int]:
-    """Start and size of the central directory, as zipfile will find it: it ends where the end records begin."""
+    """Offset and size of the central directory as zipfile will find it: it ends where the end records begin."""
     at = length - _END_OF_DIRECTORY
     stream.seek(max(0, at))
     end = stream.read(_END_OF_DIRECTORY)
@@ -80,7 +80,7 @@ def _directory(filename: str, stream: IO[bytes], length: int) -> tuple[int, int]
         if b"PK\x05\x06" not in stream.read():
             raise RefusedError(f"{filename} is not a zip archive", remedy="build or fetch it again")
         raise RefusedError(
-            f"{filename}: something follows the archive's end", remedy="write the archive anew, without a comment"
+            f"{filename}: there are bytes after the end of the archive", remedy="create the archive again, without a comment"
         )
     size = int.from_bytes(end[12:16], "little")
     if at >= _ZIP64_LOCATOR.size + _ZIP64_END.size:
@@ -119,10 +119,12 @@ def _check_names(filename: str, members: list[zipfile.ZipInfo]) -> None:
             )
         folded = unicodedata.normalize("NFC", name)
         if folded in seen:
-            raise RefusedError(f"{filename} holds {name!r} twice", remedy="installers would disagree on which one counts")
+            raise RefusedError(
+                f"{filename} holds {name!r} twice", remedy="build it again; installers would disagree on which one to use"
+            )
         seen.add(folded)
         if member.flag_bits & 0x1:
-            raise RefusedError(f"{filename}: {name} is encrypted", remedy="store it in the clear")
+            raise RefusedError(f"{filename}: {name} is encrypted", remedy="store it unencrypted")
         if member.compress_type not in _KNOWN_METHODS:
             raise RefusedError(
                 f"{filename}: {name} uses compression method {member.compress_type}", remedy="use deflate or store (PEP 427)"
@@ -132,9 +134,10 @@ def _check_names(filename: str, members: list[zipfile.ZipInfo]) -> None:
 
 
 def _check_framing(filename: str, archive: zipfile.ZipFile, path: Path) -> None:
-    """Members, central directory and end record must cover the file without a gap before, between or behind.
+    """Members, central directory and end record must cover the file without gaps or overlaps.
 
-    A streaming reader takes local headers, a seeking one the directory: with gaps or overlaps they unpack different files.
+    A streaming reader uses the local headers, a seeking reader the directory: with gaps or overlaps they unpack different
+    files.
     """
     start = archive.start_dir
     with path.open("rb") as stream:
@@ -142,11 +145,11 @@ def _check_framing(filename: str, archive: zipfile.ZipFile, path: Path) -> None:
         for member in sorted(archive.infolist(), key=lambda item: item.header_offset):
             if member.header_offset != position:
                 raise RefusedError(
-                    f"{filename}: bytes outside any file before {member.filename}", remedy="write the archive anew"
+                    f"{filename}: bytes outside any file before {member.filename}", remedy="create the archive again"
                 )
             position = _end_of_member(filename, stream, member)
         if position != start:
-            raise RefusedError(f"{filename}: bytes outside any file before the directory", remedy="write the archive anew")
+            raise RefusedError(f"{filename}: bytes outside any file before the directory", remedy="create the archive again")
 
 
 def _end_of_member(filename: str, stream: IO[bytes], member: zipfile.ZipInfo) -> int:
@@ -156,18 +159,18 @@ def _end_of_member(filename: str, stream: IO[bytes], member: zipfile.ZipInfo) ->
     name = stream.read(name_length)
     if header[0] != b"PK\x03\x04" or name.decode("utf-8" if flags & 0x800 else "cp437") != member.orig_filename:
         raise RefusedError(
-            f"{filename}: the local header of {member.filename} names another file", remedy="write the archive anew"
+            f"{filename}: the local header of {member.filename} names another file", remedy="create the archive again"
         )
     end: int = member.header_offset + _LOCAL_HEADER.size + name_length + extra_length + member.compress_size
     if not flags & 0x8:
         if 0xFFFFFFFF not in header[7:9] and (header[7], header[8]) != (member.compress_size, member.file_size):
-            raise RefusedError(f"{filename}: two sizes for {member.filename}", remedy="write the archive anew")
+            raise RefusedError(f"{filename}: two sizes for {member.filename}", remedy="create the archive again")
         return end
     return end + _descriptor_length(stream, end, member)
 
 
 def _descriptor_length(stream: IO[bytes], end: int, member: zipfile.ZipInfo) -> int:
-    """Length of a data descriptor: with or without its signature, 32 or 64 bit."""
+    """Length of a data descriptor: with or without signature, 32 or 64 bits."""
     stream.seek(end)
     raw = stream.read(24)
     for layout in ("<4sLLL", "<4sLQQ", "<LLL", "<LQQ"):
@@ -178,5 +181,5 @@ def _descriptor_length(stream: IO[bytes], end: int, member: zipfile.ZipInfo) -> 
         ):
             return size
     raise RefusedError(
-        f"the data descriptor of {member.filename} disagrees with the directory", remedy="write the archive anew"
+        f"the data descriptor of {member.filename} disagrees with the directory", remedy="create the archive again"
     )

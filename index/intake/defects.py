@@ -1,4 +1,4 @@
-"""What only one file suffers from: a new upload is refused for it, what others published is taken and marked."""
+"""Defects that affect only their own file. A new upload is refused; a file published elsewhere is accepted and marked."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from index.names import Distribution
 
 @dataclass(frozen=True, kw_only=True)
 class Defects:
-    """The defects of one file, as they are found."""
+    """Collects the defects of one file."""
 
     distribution: Distribution
     sentences: list[str] = field(default_factory=list)
 
     def note(self, cause: str, *, remedy: str) -> None:
-        """One defect.
+        """Add a defect.
 
         Raises:
             RefusedError: the file is a new upload.

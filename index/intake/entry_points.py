@@ -1,4 +1,4 @@
-"""entry_points.txt of a wheel, read as its readers do: uv by the rules of INI files, pip by `importlib.metadata`."""
+"""entry_points.txt of a wheel, parsed as installers do: uv uses the rules of INI files, pip uses `importlib.metadata`."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from pathlib import Path
 from index.intake.defects import Defects
 
 _SCRIPTS = ("console_scripts", "gui_scripts")
-"Groups of which installers make programs."
+"Groups whose entries installers turn into programs."
 
 _PROGRAM = re.compile(r"(?!\.{1,2}\Z)[^\s/\\\0]+( [^\s/\\\0]+)*\Z")
-"A program's name is a file's name; entry points of other groups may be called anything."
+"The name of a program is a file name. Entry points of other groups may have any name."
 
 
 def check(raw: bytes, defects: Defects) -> None:
-    """Note what installers could not read.
+    """Note the entries that installers cannot read.
 
     Raises:
-        RefusedError: something is wrong, and the file is a new upload.
+        RefusedError: there are such entries, and the file is a new upload.
     """
     if problems := list(_problems(raw)):
         defects.note(
@@ -32,14 +32,14 @@ def check(raw: bytes, defects: Defects) -> None:
 
 
 class _IniParser(configparser.ConfigParser):
-    """A and a are two names."""
+    """Names are case-sensitive."""
 
     def optionxform(self, optionstr: str) -> str:
         return optionstr
 
 
 class _EntryPoints(InstalledDistribution):
-    """Nothing but the text, for `importlib.metadata` to read."""
+    """A distribution that contains only this text, for `importlib.metadata`."""
 
     def __init__(self, text: str) -> None:
         self._text = text
@@ -61,7 +61,7 @@ def _problems(raw: bytes) -> Iterator[str]:
         yield "it is not UTF-8"
     except configparser.Error as error:
         yield " ".join(str(error).split())[:200]
-    except (AttributeError, TypeError, ValueError):  # a line without "=", which the two readers take in different ways
+    except (AttributeError, TypeError, ValueError):  # the two parsers disagree on a line without "="
         yield "a line is neither [group] nor name = value"
     else:
         for point in found:
@@ -74,4 +74,4 @@ def _wrong_with(point: EntryPoint) -> Iterator[str]:
     if reference is None or (is_program and not reference["attr"]):
         yield f"{point.name[:100]} = {point.value[:100]} does not name an object"
     elif is_program and not _PROGRAM.match(point.name):
-        yield f"{point.name[:100]!r} cannot name a program"
+        yield f"{point.name[:100]!r} is not a valid name for a program"

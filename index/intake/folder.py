@@ -1,4 +1,4 @@
-"""A folder of wheels and sdists taken in, as pypiserver keeps them."""
+"""Import a folder of wheels and sdists, such as the folder of a pypiserver."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from index.store.files import Store, disk_errors, flush
 
 @dataclass
 class Imported:
-    """What an import did."""
+    """Result of an import."""
 
     created: int = 0
     same: int = 0
@@ -29,10 +29,11 @@ class Imported:
 def import_folder(
     store: Store, catalogue: Catalogue, actor: str, folder: Path, tick: Tick = no_tick, *, variants: bool = False
 ) -> Imported:
-    """Take in every wheel and sdist of a folder, as pypiserver keeps them; times are those of the files.
+    """Import every wheel and sdist of a folder, such as the folder of a pypiserver. Upload times are the files' mtimes.
 
-    Others published these files, so they are taken as they are, and what only one of them suffers from is marked on its page.
-    What could hurt other files or the machine is refused as from a client; the sentences are in the result.
+    These files were published elsewhere, so they are accepted as they are. A defect that affects only its own file is shown on
+    the file's page. A defect that could harm other files or the machine is refused, as in an upload; the result lists the
+    reasons.
     """
     imported = Imported()
     paths = sorted(_distributions(folder))

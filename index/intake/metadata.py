@@ -1,7 +1,7 @@
 """Core metadata of a distribution: the bytes that PEP 658 serves, and the few fields the index reads.
 
-`packaging.metadata` validates it, as it does for PyPI. What PyPI checks beyond that and no installer reads is not checked:
-classifiers (its list grows each month), the form of email addresses, and whether a description can be rendered.
+`packaging.metadata` validates it, as it does for PyPI. PyPI also checks fields that no installer reads; this index does not
+check them: classifiers (the list grows each month), the form of email addresses, and whether a description can be rendered.
 """
 
 from __future__ import annotations
@@ -24,35 +24,35 @@ from index.intake.defects import Defects
 from index.names import Distribution, same_version
 
 MAX_METADATA = 8 << 20
-"Bytes. The description may be long; eight MiB is no description."
+"Maximum bytes. A description may be long, but not eight MiB."
 
 MAX_FIELDS = 5000
-"Fields before the description; the longest list of dependencies known has a thousand. Reading takes the square of it."
+"Maximum fields before the description. The longest known list of dependencies has a thousand. Parsing time is quadratic."
 
 MAX_SUMMARY = 512
-"Characters, as on PyPI."
+"Maximum characters, as on PyPI."
 
 MAX_SPECIFIER = 4000
-"Characters of a dependency, of Requires-Python, of a content type. Python reads no number of more than 4,300 digits."
+"Maximum characters of a dependency, Requires-Python or a content type. Python does not convert more than 4,300 digits."
 
 _TOO_LONG = f"is longer than {MAX_SPECIFIER} characters"
 
 _MAX_DEPTH = 50
-"Parentheses in a marker, one inside the other: pip recurses, and ends with a traceback at some 300."
+"Maximum nested parentheses in a marker. pip recurses and fails with a traceback at about 300."
 
 _BACKEND = "correct it in pyproject.toml and build again; see https://packaging.python.org/specifications/core-metadata"
 
 
 class HasFile(Protocol):
-    """Whether the archive has a licence file of that name where PEP 639 puts it."""
+    """Whether the archive has a licence file of that name in the folder that PEP 639 names."""
 
     def __call__(self, name: str, /) -> bool:
-        """`name` as License-File gives it."""
+        """`name` is a value of License-File."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Metadata:
-    """What the pages show of METADATA or PKG-INFO."""
+    """The fields of METADATA or PKG-INFO that the pages show."""
 
     raw: bytes
     "Byte-identical to the file in the archive: pip compares (pip#13983)."
@@ -62,11 +62,11 @@ class Metadata:
 
 
 def read(raw: bytes, defects: Defects, has_file: HasFile) -> Metadata:
-    """Parse, and check against the file name and the standards.
+    """Parse the metadata, and check it against the file name and the standards.
 
     Raises:
-        RefusedError: of another project or version, or installers would fail on the whole project; for a new upload also
-            whatever `packaging.metadata` or PyPI refuses, which is noted in `defects` for what others published.
+        RefusedError: it names another project or version, or installers would fail on the whole project. A new upload is
+            also refused for anything that `packaging.metadata` or PyPI refuses; for other files `defects` lists it.
     """
     distribution = defects.distribution
     _check_length(raw, distribution)
@@ -91,18 +91,18 @@ def _check_length(raw: bytes, distribution: Distribution) -> None:
     head = re.split(rb"\r?\n\r?\n|\r\r", raw, maxsplit=1)[0]
     count = sum(not line[:1].isspace() for line in head.splitlines())
     if count > MAX_FIELDS:
-        raise RefusedError(f"{distribution.filename}: its metadata has {count} fields", remedy=f"write {MAX_FIELDS} at most")
+        raise RefusedError(f"{distribution.filename}: its metadata has {count} fields", remedy=f"write at most {MAX_FIELDS}")
 
 
 def _check_encoding(raw: bytes, defects: Defects) -> None:
-    """pip ends with a traceback on every release of a project when one wheel's METADATA is not UTF-8 (pypa/pip#9866)."""
+    """If one wheel's METADATA is not UTF-8, pip fails with a traceback on every release of the project (pypa/pip#9866)."""
     try:
         raw.decode()
         return
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         where = f"byte {raw[error.start]:#04x} in line {line}"
-    if defects.distribution.kind == "sdist":  # installers read what is built from it
+    if defects.distribution.kind == "sdist":  # installers read the metadata of the wheel that they build from it
         defects.note(f"its PKG-INFO is not UTF-8: {where}", remedy="write it as UTF-8 and build again")
         return
     raise RefusedError(
@@ -120,7 +120,7 @@ def _check_dependency(field: str, line: str, reason: str, distribution: Distribu
 
 
 def _fatal_in(line: str) -> str:
-    """Why installers would fail on this dependency, with a traceback or for good; empty when they do not."""
+    """Why installers would fail on this dependency, with a traceback or permanently; empty if they would not."""
     if len(line) > MAX_SPECIFIER:
         return _TOO_LONG
     if _depth(line) > _MAX_DEPTH:
@@ -128,9 +128,9 @@ def _fatal_in(line: str) -> str:
     try:
         requirement = Requirement(line)
     except InvalidRequirement:
-        return ""  # installers pass over this one release
+        return ""  # installers skip only this release
     if requirement.url is not None:
-        return "names an address, which uv refuses to follow"
+        return "contains a URL, which uv refuses to follow"
     try:
         if requirement.marker is not None:
             requirement.marker.evaluate({"extra": ""})
@@ -151,31 +151,33 @@ def _check_identity(fields: RawMetadata, distribution: Distribution) -> None:
     name, version = fields.get("name"), fields.get("version")
     if not name or not version or not fields.get("metadata_version"):
         raise RefusedError(
-            f"{distribution.filename}: its metadata lacks Metadata-Version, Name or Version, or has one twice",
+            f"{distribution.filename}: its metadata lacks Metadata-Version, Name or Version, or repeats one of them",
             remedy="build it with a PEP 517 backend",
         )
     if canonicalize_name(name) != distribution.project:
         raise RefusedError(
-            f"{distribution.filename}: its metadata is of project {name!r}",
-            remedy="the file was renamed or built wrongly; build it again",
+            f"{distribution.filename}: its metadata names the project {name!r}",
+            remedy="build it again; it was renamed or built incorrectly",
         )
     if not same_version(version, distribution.version):
         raise RefusedError(
-            f"{distribution.filename}: its metadata is of version {version!r}",
-            remedy="the file was renamed or built wrongly; build it again",
+            f"{distribution.filename}: its metadata names the version {version!r}",
+            remedy="build it again; it was renamed or built incorrectly",
         )
 
 
 def _problems(fields: RawMetadata, unparsed: dict[str, list[str]]) -> Iterator[str]:
-    """What is wrong with the fields, by name of the field."""
+    """Problems of the fields, by the name of the field."""
     for key in sorted(unparsed):
         yield f"{key} is given twice or cannot be read" if key in _KNOWN else f"{key[:60]} is not a field of core metadata"
     wanted = fields.copy()
-    if len(wanted.get("description_content_type", "")) > MAX_SPECIFIER:  # parsing it takes the square of its length
+    if len(wanted.get("description_content_type", "")) > MAX_SPECIFIER:  # parsing time is quadratic in its length
         yield f"description-content-type is longer than {MAX_SPECIFIER} characters"
         del wanted["description_content_type"]
     if _before_licences(wanted):
-        wanted.pop("license_files", None)  # setuptools wrote it long before PEP 639 did; PyPI and twine pass over it as well
+        wanted.pop(
+            "license_files", None
+        )  # setuptools wrote it long before PEP 639 defined it; PyPI and twine ignore it as well
     try:
         CoreMetadata.from_raw(wanted)
     except ExceptionGroup as group:
@@ -188,17 +190,17 @@ def _problems(fields: RawMetadata, unparsed: dict[str, list[str]]) -> Iterator[s
         if not _is_web(url):
             yield f"{label}: {url[:200]!r} is not an http(s) address"
     if fields.get("license") and fields.get("license_expression"):
-        yield "license and license-expression exclude each other (PEP 639)"
+        yield "license and license-expression are mutually exclusive (PEP 639)"
 
 
 _KNOWN = frozenset(key.replace("_", "-") for key in RawMetadata.__annotations__) | {
     *("classifier", "platform", "supported-platform", "project-url", "license-file", "import-name", "import-namespace"),
 }
-"Names of fields as METADATA spells them: those of lists are in the singular there."
+"Names of list fields as METADATA spells them, in the singular."
 
 
 def _sentence(error: InvalidMetadata) -> str:
-    """One line that names the field: a parser's own reason has a drawing below it."""
+    """One line that names the field: the parser's message has a drawing below its first line."""
     reason = str(error.__cause__).split("\n")[0] if error.__cause__ is not None else ""
     text = str(error)[:300]
     text = text if error.field in text else f"{error.field}: {text}"
@@ -219,7 +221,7 @@ def _missing_licences(fields: RawMetadata, has_file: HasFile) -> Iterator[str]:
 def _addresses(fields: RawMetadata) -> Iterator[tuple[str, str]]:
     for key in ("home_page", "download_url"):
         url = str(fields.get(key, ""))
-        if url and url != "UNKNOWN":  # what setuptools wrote for none
+        if url and url != "UNKNOWN":  # setuptools wrote this for a missing value
             yield key.replace("_", "-"), url
     for label, url in fields.get("project_urls", {}).items():
         yield f"project-url {label[:40]!r}", url
@@ -234,7 +236,7 @@ def _is_web(url: str) -> bool:
 
 
 def _specifier(text: str | None) -> str | None:
-    """What a page gives as requires-python: nothing rather than what installers cannot read."""
+    """The value of requires-python for pages; empty if installers cannot parse it."""
     try:
         return text if text and SpecifierSet(text) is not None else None
     except InvalidSpecifier:

@@ -1,4 +1,4 @@
-"""multipart/form-data as it comes: text fields into memory, the file straight into staging, hashed on the way."""
+"""Streaming parser for multipart/form-data: text fields go into memory, the file goes to staging and is hashed on the way."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from index.limits import Limits
 from index.store.files import Store, disk_errors, flush
 
 BATCH = 1 << 20
-"Bytes handed to the disk thread at once."
+"Bytes to pass to the disk thread in one piece."
 
 MAX_PARTS = 2000
 
 SIGNATURE = "gpg_signature"
-"A field that older clients send, a file or a text: read and forgotten, as PyPI does since it keeps no signatures."
+"A field that older clients send, as file or text. It is ignored, as on PyPI, which stores no signatures."
 
 DIGESTS: Mapping[str, Callable[[], Any]] = MappingProxyType(
     {
@@ -37,39 +37,39 @@ DIGESTS: Mapping[str, Callable[[], Any]] = MappingProxyType(
         "blake2_256_digest": partial(hashlib.blake2b, digest_size=32),
     }
 )
-"The form's fields that announce a digest, and how it is computed."
+"Fields of the form that announce a digest, with their hash function."
 
 
 @dataclass(kw_only=True)
 class Received:
-    """A file in staging, flushed to the disk. Whoever holds it removes it (or adopts it into the store)."""
+    """A file in staging, flushed to the disk. The caller removes it or adopts it into the store."""
 
     filename: str
     path: Path
     digests: dict[str, str] = field(default_factory=dict)
-    "By the form's own field names; sha256_digest always."
+    "By the field names of the form; sha256_digest is always present."
 
 
 @dataclass(kw_only=True)
 class Form:
-    """A form, received in full."""
+    """A completely received form."""
 
     fields: dict[str, list[str]] = field(default_factory=dict)
     files: dict[str, Received] = field(default_factory=dict)
 
     def value(self, name: str) -> str:
-        """The field's only value; empty when absent.
+        """The only value of a field; empty if it is absent.
 
         Raises:
-            RefusedError: it was sent twice.
+            RefusedError: the field was sent more than once.
         """
         values = self.fields.get(name, [])
         if len(values) > 1:
-            raise RefusedError(f"the form says {name} {len(values)} times", remedy="send it once")
+            raise RefusedError(f"the form contains {name} {len(values)} times", remedy="send it once")
         return values[0].strip() if values else ""
 
     def discard(self) -> None:
-        """Remove what is in staging."""
+        """Remove the staged file."""
         for received in self.files.values():
             received.path.unlink(missing_ok=True)
 
@@ -78,7 +78,7 @@ _FOLDER = re.compile(r'filename="?(.:\\|\\\\)', re.IGNORECASE)
 
 
 class _FileWriter:
-    """Writes and hashes in a thread while the next bytes arrive."""
+    """Writes and hashes in a thread while more bytes arrive."""
 
     def __init__(self, received: Received, executor: Executor, fields: set[str]) -> None:
         self.received = received
@@ -96,7 +96,7 @@ class _FileWriter:
             await self._hand_over(last=False)
 
     async def finish(self) -> None:
-        """Everything is hashed, written and flushed when this returns."""
+        """Finish hashing, writing and flushing."""
         await self._hand_over(last=True)
         await self._settle()
         self.received.digests = {name: value.hexdigest() for name, value in self._hashes.items()}
@@ -125,14 +125,14 @@ class _FileWriter:
                 self._stream.close()
 
     async def close(self) -> None:
-        """Stop, whatever the state."""
+        """Stop, in any state."""
         if self._pending is not None:
             await asyncio.wait([self._pending])
         self._stream.close()
 
 
 class _Reader:
-    """Parser callbacks turned into events, in order."""
+    """Collects parser callbacks as ordered events."""
 
     def __init__(self, boundary: bytes) -> None:
         self.events: list[tuple[str, bytes]] = []
@@ -159,7 +159,7 @@ class _Reader:
             self.parser.write(data)
         except MultipartParseError as error:
             raise RefusedError(
-                f"the form cannot be read: {error}", remedy="send multipart/form-data as twine and uv do"
+                f"the form is malformed: {error}", remedy="send multipart/form-data as twine and uv do"
             ) from None
         events, self.events = self.events, []
         return events
@@ -201,11 +201,13 @@ class _Assembler:
             raise TooLargeError(f"the form has more than {MAX_PARTS} fields", remedy="send fewer")
         try:
             disposition, options = parse_options_header(self._headers.get("content-disposition", ""))
-        except (UnicodeError, LookupError, ValueError):  # from a filename* in a coding that nobody knows
-            raise RefusedError("a part of the form has an unreadable name", remedy="send names as UTF-8") from None
+        except (UnicodeError, LookupError, ValueError):  # filename* names an unknown encoding
+            raise RefusedError("a part of the form has a name in an unknown encoding", remedy="send names as UTF-8") from None
         if _FOLDER.search(self._headers.get("content-disposition", "")):
-            # The parser would quietly take what follows the last backslash, as for browsers of long ago.
-            raise RefusedError("the file's name is not a plain file name: it has a folder", remedy="send the name alone")
+            # The parser would silently use the text after the last backslash, for the sake of old browsers.
+            raise RefusedError(
+                "the file's name is not a plain file name: it contains a folder", remedy="send the file name only"
+            )
         if disposition != b"form-data" or b"name" not in options:
             raise RefusedError("a part of the form has no name", remedy="send multipart/form-data as twine and uv do")
         self._name = options[b"name"].decode("utf-8", "replace")
@@ -219,7 +221,7 @@ class _Assembler:
             raise RefusedError("the form holds more than one file", remedy="upload one file at a time, without signatures")
         received = Received(filename=options[b"filename"].decode("utf-8", "replace"), path=self._store.new_staging())
         self.form.files[self._name] = received
-        # sha256 always; the others when the form, whose fields clients send first, asks to check them.
+        # Always sha256; the others only if the form names them. Clients send the fields before the file.
         announced = {name for name in DIGESTS if self.form.fields.get(name)}
         with disk_errors(self._store.root):
             self.writer = _FileWriter(received, self._executor, {"sha256_digest"} | announced)
@@ -232,7 +234,7 @@ class _Assembler:
         self._held += len(data)
         if self._held > self._limits.fields:
             raise TooLargeError(
-                f"the form's text is longer than {self._limits.fields} bytes", remedy="shorten the description"
+                f"the text fields of the form have more than {self._limits.fields} bytes", remedy="shorten the description"
             )
         self._text.append(data)
 
@@ -252,16 +254,16 @@ class _Assembler:
 async def receive_form(
     content_type: str, length: int | None, receive: Receive, store: Store, limits: Limits, executor: Executor
 ) -> Form:
-    """Receive a whole form; on any failure nothing is left in staging.
+    """Receive a whole form. A failure leaves nothing in staging.
 
     Raises:
-        RefusedError: not a form, or a malformed one, or one that ends before its last boundary; or the client went away.
-        TooLargeError, StalledError, StoreFullError: what their names say.
+        RefusedError: it is not a form, is malformed, ends before its last boundary, or the client disconnected.
+        TooLargeError, StalledError, StoreFullError: see the classes.
     """
     try:
         kind, options = parse_options_header(content_type)
     except (UnicodeError, LookupError, ValueError):
-        raise RefusedError("the Content-Type cannot be read", remedy="use twine, uv publish or curl -F") from None
+        raise RefusedError("the Content-Type is malformed", remedy="use twine, uv publish or curl -F") from None
     if kind != b"multipart/form-data" or not options.get(b"boundary"):
         raise RefusedError("the upload is not multipart/form-data", remedy="use twine, uv publish or curl -F")
     if len(options[b"boundary"]) > 70:
@@ -288,27 +290,27 @@ async def _pump(length: int | None, receive: Receive, limits: Limits, reader: _R
         elapsed = time.monotonic() - start
         if elapsed > limits.idle and count < limits.slowest * elapsed:
             raise StalledError(
-                f"the upload came at less than {limits.slowest} bytes a second", remedy="try a better connection"
+                f"the upload was slower than {limits.slowest} bytes per second", remedy="try again with a faster connection"
             )
         for kind, data in reader.feed(piece):
             await assembler.take(kind, data)
     if not reader.ended or (length is not None and count != length):
-        raise RefusedError("the upload ended before its last boundary", remedy="the connection was cut; upload it again")
+        raise RefusedError(
+            "the upload ended before its last boundary", remedy="upload it again; the connection was interrupted"
+        )
 
 
 def _check_size(size: int, limits: Limits) -> None:
     if size > limits.upload:
-        raise TooLargeError(
-            f"uploads of more than {limits.upload} bytes are refused", remedy="raise --max-upload on the index"
-        )
+        raise TooLargeError(f"uploads may have at most {limits.upload} bytes", remedy="raise --max-upload of `index serve`")
 
 
 async def pieces(receive: Receive, limits: Limits) -> AsyncIterator[bytes]:
-    """A request's body as it comes.
+    """The chunks of a request's body.
 
     Raises:
-        StalledError: no byte came in time.
-        RefusedError: the client went away.
+        StalledError: no data arrived in time.
+        RefusedError: the client disconnected.
     """
     more = True
     while more:
@@ -316,8 +318,10 @@ async def pieces(receive: Receive, limits: Limits) -> AsyncIterator[bytes]:
             async with asyncio.timeout(limits.idle):
                 message = await receive()
         except TimeoutError:
-            raise StalledError(f"no byte came for {limits.idle:g} seconds", remedy="try a better connection") from None
+            raise StalledError(
+                f"no data arrived for {limits.idle:g} seconds", remedy="try again with a faster connection"
+            ) from None
         if message["type"] == "http.disconnect":
-            raise RefusedError("the client went away before the end of the upload", remedy="upload it again")
+            raise RefusedError("the client disconnected before the end of the upload", remedy="upload it again")
         yield message.get("body", b"")
         more = message.get("more_body", False)

@@ -1,4 +1,4 @@
-"""An sdist read as PEP 625 describes it: one top folder NAME-VERSION with PKG-INFO, nothing outside it."""
+"""Checks of an sdist (PEP 625): one top folder NAME-VERSION with PKG-INFO, and nothing outside it."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from index.intake.metadata import Metadata
 from index.names import Distribution, same_version
 
 MAX_HEADER = 1 << 20
-"Bytes of one extended header, which tarfile reads whole; paths and dates take a few hundred."
+"Maximum bytes of an extended header, which tarfile reads whole. Paths and dates take a few hundred."
 
 _MAX_GLOBAL = 1000
-"Keywords of global headers; git writes one."
+"Maximum keywords of global headers; git writes one."
 
 
 class _Bounded:
-    """The unpacked archive, of which nobody reads much at once, or past a bound."""
+    """The unpacked archive, with limits on one read and on the total."""
 
     def __init__(self, stream: gzip.GzipFile, bound: int, filename: str) -> None:
         self._stream, self._bound, self._filename = stream, bound, filename
@@ -46,14 +46,14 @@ class _Bounded:
 
     def _check(self, position: int) -> None:
         if position > self._bound:
-            raise RefusedError(f"{self._filename} unpacks to too much", remedy="build it without the padding")
+            raise RefusedError(f"{self._filename} unpacks to too many bytes", remedy="build it without the padding")
 
 
 def inspect(path: Path, defects: Defects) -> tuple[Metadata, None, None]:
-    """Check the sdist at `path`; returns its metadata (and neither record nor variant: only wheels carry them).
+    """Check the sdist at `path`; return its metadata, without record and variant, which only wheels contain.
 
     Raises:
-        RefusedError: what is wrong, in one sentence.
+        RefusedError: the sdist is invalid.
     """
     distribution = defects.distribution
     names: set[int] = set()
@@ -65,8 +65,8 @@ def inspect(path: Path, defects: Defects) -> tuple[Metadata, None, None]:
                 raw = _walk(archive, distribution, names)
     except _SparseError:
         raise RefusedError(
-            f"{distribution.filename} holds a sparse file, which tools unpack in different ways",
-            remedy="build it again with a PEP 517 backend; with tar, leave --sparse away",
+            f"{distribution.filename} contains a sparse file, which tools unpack in different ways",
+            remedy="build it again with a PEP 517 backend; with tar, omit --sparse",
         ) from None
     except (tarfile.TarError, EOFError, zlib.error, OSError, RecursionError, ValueError) as error:
         raise RefusedError(
@@ -84,7 +84,7 @@ class _SparseError(tarfile.TarError):
 
 
 class _Member(tarfile.TarInfo):
-    """A member that ends the reading as soon as it says that it is sparse: tarfile would next read a map of any length."""
+    """Stop reading at a sparse member: tarfile would read a map of unlimited length next."""
 
     def _refuse(self, *_arguments: object) -> tarfile.TarInfo:
         raise _SparseError
@@ -93,28 +93,28 @@ class _Member(tarfile.TarInfo):
 
 
 def _walk(archive: tarfile.TarFile, distribution: Distribution, names: set[int]) -> bytes | None:
-    """Check every member; returns PKG-INFO, and in `names` the hashes of the members' paths below the top folder."""
+    """Check every member; return PKG-INFO, and collect in `names` the hashes of the members' paths below the top folder."""
     raw: bytes | None = None
     count = 0
     top = "" if distribution.published else distribution.stem
     while (member := archive.next()) is not None:
-        archive.members.clear()  # type: ignore[attr-defined]  # tarfile keeps them for random access, which nobody wants
+        archive.members.clear()  # type: ignore[attr-defined]  # tarfile keeps them for random access, which is not needed
         count += 1
         if count > MAX_MEMBERS or len(archive.pax_headers) > _MAX_GLOBAL:
-            raise RefusedError(f"{distribution.filename} unpacks to too much", remedy="build it without the padding")
+            raise RefusedError(f"{distribution.filename} unpacks to too many bytes", remedy="build it without the padding")
         if any(key.startswith("GNU.sparse.") for key in member.pax_headers):
             raise _SparseError
         top = top or _own_folder(member, distribution)
         _check_member(member, top, distribution)
         if member.isreg():
-            names.add(hash(member.name.partition("/")[2]))  # names themselves may be long, and there may be many
+            names.add(hash(member.name.partition("/")[2]))  # hashes, since there may be many long names
         if member.name.rstrip("/") == f"{top}/PKG-INFO":
             raw = _read(archive, member, distribution)
     return raw
 
 
 def _own_folder(member: tarfile.TarInfo, distribution: Distribution) -> str:
-    """The top folder of an sdist that others published: NAME-VERSION in any spelling, older backends did not agree on one."""
+    """The top folder of an sdist published elsewhere: NAME-VERSION in any spelling, since older backends differ."""
     folder = member.name.partition("/")[0]
     name, _, version = folder.rpartition("-")
     own = canonicalize_name(name) == distribution.project and same_version(version, distribution.version)
@@ -125,7 +125,7 @@ def _read(archive: tarfile.TarFile, member: tarfile.TarInfo, distribution: Distr
     stream = archive.extractfile(member) if member.isreg() else None
     if stream is None or member.size > metadata.MAX_METADATA:
         raise RefusedError(
-            f"{distribution.filename}: PKG-INFO is not a plain file of a sane size", remedy="build the sdist again"
+            f"{distribution.filename}: PKG-INFO is not a regular file, or is too large", remedy="build the sdist again"
         )
     content = bytearray()
     while chunk := stream.read(min(CHUNK, MAX_HEADER)):
@@ -137,7 +137,7 @@ def _check_member(member: tarfile.TarInfo, top: str, distribution: Distribution)
     parts = member.name.rstrip("/").split("/")
     if member.name.startswith("/") or "\\" in member.name or "\0" in member.name or ".." in parts or parts[0] != top:
         raise RefusedError(
-            f"{distribution.filename} holds {member.name!r}, outside its folder {top}/",
+            f"{distribution.filename} contains {member.name!r}, outside its folder {top}/",
             remedy="build the sdist again",
         )
     if not (member.isreg() or member.isdir() or member.issym() or member.islnk()):

@@ -1,4 +1,4 @@
-"""A wheel read as PEP 427 describes it: one .dist-info of its own name, a RECORD that matches every byte."""
+"""Checks of a wheel (PEP 427): one .dist-info folder with the right name, and a RECORD that matches every byte."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from index.intake.metadata import Metadata
 from index.names import Distribution, same_version
 
 RECORD_NAME = "gracefarm.json"
-"The farm's own record of inputs inside .dist-info (docs/index-records.md)."
+"The farm's record of build inputs inside .dist-info (docs/index-records.md)."
 
 MAX_VARIANT = 1 << 16
-"Bytes of a variant.json: pages are made of all of a release's together."
+"Maximum bytes of a variant.json. A page combines those of all wheels of a release."
 
 _UNRECORDED = ("RECORD", "RECORD.jws", "RECORD.p7s")
 _HASHES = ("sha256", "sha384", "sha512")
 
 
 def inspect(path: Path, defects: Defects) -> tuple[Metadata, bytes | None, str | None]:
-    """Check the wheel at `path` in full; returns its metadata, and the farm's record and variant.json, if it carries them.
+    """Check the whole wheel at `path`; return its metadata, and the farm's record and variant.json if it contains them.
 
-    Reads every byte: seconds for gigabytes, so call it off the event loop.
+    Reads every byte, which takes seconds for gigabytes: do not call it on the event loop.
 
     Raises:
-        RefusedError: what is wrong, in one sentence.
+        RefusedError: the wheel is invalid.
     """
     distribution = defects.distribution
     with open_zip(path, distribution.filename) as archive:
@@ -61,7 +61,7 @@ def inspect(path: Path, defects: Defects) -> tuple[Metadata, bytes | None, str |
 
 
 def read_locked(path: Path, defects: Defects) -> Metadata | None:
-    """METADATA of a wheel whose digest was locked: it is trusted as far as the lock is. None when there is none to read.
+    """METADATA of a wheel with a locked digest, trusted as far as the lock is. None if the wheel has no readable METADATA.
 
     Raises:
         RefusedError: with this file, installers would fail on the whole project.
@@ -79,42 +79,42 @@ def read_locked(path: Path, defects: Defects) -> Metadata | None:
 
 
 def _variant(archive: zipfile.ZipFile, folder: str, distribution: Distribution) -> str | None:
-    """variant.json, which must say what the label of the file name says; None of a plain wheel."""
+    """variant.json, which must match the label in the file name; None for a plain wheel."""
     member = f"{folder}/{variants.MEMBER}"
     there = member in archive.NameToInfo
     if there != bool(distribution.variant):
         raise RefusedError(
-            f"{distribution.filename} holds {member}, and its name has no variant label"
+            f"{distribution.filename} contains {member}, but its name has no variant label"
             if there
-            else f"{distribution.filename} has a variant label and lacks {member}",
-            remedy="build it again; a variant wheel has both (PEP 825)",
+            else f"{distribution.filename} has a variant label, but lacks {member}",
+            remedy="build it again; a variant wheel requires both (PEP 825)",
         )
     if not there:
         return None
     raw = _small(archive, member, distribution)
     if len(raw) > MAX_VARIANT:
-        raise RefusedError(f"{distribution.filename}: {member} is {len(raw)} bytes long", remedy="shorten it")
+        raise RefusedError(f"{distribution.filename}: {member} has {len(raw)} bytes, which is too long", remedy="shorten it")
     try:
         variants.parse(raw, distribution.variant)
     except ValueError as error:
         raise RefusedError(f"{distribution.filename}: {error}", remedy="build it again; see docs/index-variants.md") from None
-    return raw.decode()  # parse accepts UTF-8 alone
+    return raw.decode()  # parse accepts only UTF-8
 
 
 def _dist_info(archive: zipfile.ZipFile, distribution: Distribution) -> str:
     folders = {name.split("/")[0] for name in archive.namelist() if name.split("/")[0].endswith(".dist-info")}
     if len(folders) != 1:
         raise RefusedError(
-            f"{distribution.filename} holds {len(folders)} .dist-info folders",
-            remedy="a wheel has exactly one (PEP 427); build it again",
+            f"{distribution.filename} contains {len(folders)} .dist-info folders",
+            remedy="build it again; a wheel has exactly one (PEP 427)",
         )
     folder = folders.pop()
     name, _, version = folder.removesuffix(".dist-info").rpartition("-")
     version = version if "+" in version else version.replace("_", "+", 1)
     if canonicalize_name(name) != distribution.project or not same_version(version, distribution.version):
         raise RefusedError(
-            f"{distribution.filename} holds {folder}, of another name or version",
-            remedy="the file was renamed; build it again",
+            f"{distribution.filename} contains {folder}, which has another name or version",
+            remedy="build it again; the file was renamed",
         )
     return folder
 
@@ -125,18 +125,20 @@ def _small(archive: zipfile.ZipFile, name: str, distribution: Distribution) -> b
     except KeyError:
         raise RefusedError(f"{distribution.filename} lacks {name}", remedy="build it again with a PEP 517 backend") from None
     if member.file_size > metadata.MAX_METADATA:
-        raise RefusedError(f"{distribution.filename}: {name} is {member.file_size} bytes long", remedy="shorten it")
+        raise RefusedError(
+            f"{distribution.filename}: {name} has {member.file_size} bytes, which is too long", remedy="shorten it"
+        )
     return archive.read(member)
 
 
 def _check_wheel(archive: zipfile.ZipFile, folder: str, defects: Defects) -> None:
-    """WHEEL must say the same tags as the file name: an installer trusts the one, a resolver the other."""
+    """WHEEL must contain the same tags as the file name: installers trust WHEEL, resolvers trust the name."""
     distribution = defects.distribution
     text = _small(archive, f"{folder}/WHEEL", distribution).decode("utf-8", "replace")
     tags = {tag for line in text.splitlines() if line.lower().startswith("tag:") for tag in parse_tag(line[4:].strip())}
     if tags and tags != distribution.tags:
         defects.note(
-            f"WHEEL inside says {', '.join(sorted(map(str, tags)))}",
+            f"its WHEEL file has the tags {', '.join(sorted(map(str, tags)))}",
             remedy="retag it with `python -m wheel tags`, which changes both",
         )
 
@@ -151,13 +153,13 @@ def _check_record(archive: zipfile.ZipFile, folder: str, distribution: Distribut
         )
     if absent := sorted(listed.keys() - present):
         raise RefusedError(
-            f"{distribution.filename}: RECORD lists {absent[0]}, which is not there", remedy="build the wheel again"
+            f"{distribution.filename}: RECORD lists {absent[0]}, which is missing", remedy="build the wheel again"
         )
     for name in sorted(present - excused):
         digest, size = listed[name]
         if _digest(archive, name, digest.partition("=")[0], distribution) != digest:
             raise RefusedError(
-                f"{distribution.filename}: {name} is not what RECORD says", remedy="build the wheel again; it was changed"
+                f"{distribution.filename}: {name} does not match RECORD", remedy="build the wheel again; it was changed"
             )
         if size and size != str(archive.getinfo(name).file_size):
             raise RefusedError(f"{distribution.filename}: RECORD has a wrong size for {name}", remedy="build the wheel again")
@@ -168,7 +170,7 @@ def _record(archive: zipfile.ZipFile, folder: str, distribution: Distribution) -
         rows = list(csv.reader(io.StringIO(_small(archive, f"{folder}/RECORD", distribution).decode("utf-8")), strict=True))
     except (csv.Error, UnicodeDecodeError) as error:
         raise RefusedError(
-            f"{distribution.filename}: RECORD cannot be read: {error}", remedy="build the wheel again"
+            f"{distribution.filename}: RECORD is not readable: {error}", remedy="build the wheel again"
         ) from None
     listed: dict[str, tuple[str, str]] = {}
     for row in rows:
@@ -176,7 +178,7 @@ def _record(archive: zipfile.ZipFile, folder: str, distribution: Distribution) -
             continue
         if len(row) != 3 or row[0] in listed:
             raise RefusedError(
-                f"{distribution.filename}: RECORD has a wrong line {','.join(row)!r}", remedy="build the wheel again"
+                f"{distribution.filename}: RECORD has an invalid line {','.join(row)!r}", remedy="build the wheel again"
             )
         listed[row[0]] = (row[1], row[2])
     return listed
@@ -185,7 +187,7 @@ def _record(archive: zipfile.ZipFile, folder: str, distribution: Distribution) -
 def _digest(archive: zipfile.ZipFile, name: str, algorithm: str, distribution: Distribution) -> str:
     if algorithm not in _HASHES:
         raise RefusedError(
-            f"{distribution.filename}: RECORD has no sha256 (or longer) for {name}",
+            f"{distribution.filename}: RECORD has no sha256 (or a longer hash) for {name}",
             remedy="build the wheel again with a current tool",
         )
     digest = hashlib.new(algorithm)

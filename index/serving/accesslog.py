@@ -1,4 +1,4 @@
-"""The access log: one line for each answer, in the combined format plus the request's Range and the seconds it took."""
+"""The access log: one line per response, in the combined format plus the request's Range and the duration in seconds."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import TextIO
 from gracefarm.errors import HostError
 
 FLUSH = 0.1
-"Seconds a line may wait in memory."
+"Maximum seconds a line waits in memory."
 
 _CONTROL = {number: f"\\x{number:02x}" for number in (*range(32), *range(127, 160))}
 
 
 class AccessLog:
-    """Appends to a file or stdout, a batch at a time: a write per request would cost more than the request."""
+    """Appends to a file or stdout in batches: one write per request would cost more than the request."""
 
     def __init__(self, target: str | None) -> None:
         self._stream: TextIO | None = None
@@ -38,7 +38,7 @@ class AccessLog:
     def write(
         self, client: str, method: str, target: str, status: int, size: int, agent: str, span: str, seconds: float
     ) -> None:
-        """One answer."""
+        """Log one response."""
         now = int(time.time())
         if now != self._second:
             self._second = now
@@ -52,7 +52,7 @@ class AccessLog:
             self._handle = asyncio.get_running_loop().call_later(FLUSH, self.flush)
 
     def flush(self) -> None:
-        """Write what waits."""
+        """Write the waiting lines."""
         self._handle = None
         if self._stream is not None and self._lines:
             lines, self._lines = self._lines, []
@@ -60,7 +60,7 @@ class AccessLog:
             self._stream.flush()
 
     def close(self) -> None:
-        """Write what waits and close the file."""
+        """Write the waiting lines and close the file."""
         self.flush()
         if self._stream is not None and self._stream is not sys.stdout:
             self._stream.close()

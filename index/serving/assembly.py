@@ -1,4 +1,4 @@
-"""Put the server of a root together: its service, the routes, and the front before them."""
+"""Assemble the server of a root: the service, the routes, and the front that receives every request."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from index.web.site import Site
 
 
 def build(store: Store, options: ServeOptions) -> Front:
-    """The front with all that is behind it, ready for any ASGI server."""
+    """The complete ASGI application."""
     store.prepare()
     catalogue = open_catalogue(store.catalogue_path)
     with_variants = variants.projects(catalogue.database)
-    if with_variants:  # another version of this program may have written them otherwise
+    if with_variants:  # another version of this program may have written them in another form
         with catalogue.change("index") as change:
             change.touched.update(with_variants)
     service = IndexService(

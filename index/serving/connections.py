@@ -1,9 +1,9 @@
-"""Bounds on connections, which ASGI does not show: how many one address holds, and how long one may stop reading.
+"""Limits on connections, which ASGI does not show: how many one address opens, and how long a client may stop reading.
 
-granian's backpressure counts connections, not requests: at the bound it accepts nobody, so one client that holds that many
-stops everybody (emmett-framework/granian#789). Here it is as high as the process's file descriptors allow, and the one that
-is held back is the address that holds too many: its quietest connections are closed. What does not read is ended by the
-kernel (TCP_USER_TIMEOUT).
+granian's backpressure counts connections, not requests. At its limit it accepts no connection, so one client that holds all
+of them blocks every other client (emmett-framework/granian#789). Therefore granian's limit is as high as the process's file
+descriptors allow, and this module limits each address: it closes the most idle connections of an address that holds too
+many. The kernel closes connections of clients that do not read (TCP_USER_TIMEOUT).
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ from ipaddress import ip_address
 from pathlib import Path
 
 TICK = 0.5
-"Seconds between two looks."
+"Seconds between two checks."
 
 _RESERVE = 256
-"File descriptors for everything that is not a client: catalogue, staging, log."
+"File descriptors reserved for catalogue, staging and log."
 
 _WANTED = 1 << 16
-"File descriptors asked for, where the hard limit allows them."
+"File descriptors to request, if the hard limit allows them."
 
 _LAST_DATA_SENT, _LAST_DATA_RECEIVED = 44, 52
-"Offsets in struct tcp_info (linux/tcp.h): milliseconds since."
+"Offsets in struct tcp_info (linux/tcp.h); values are in milliseconds."
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bounds:
-    """How many connections there may be."""
+    """Limits on the number of connections."""
 
     per_client: int
     total: int
 
 
 def raise_limits(per_client: int) -> Bounds:
-    """Raise the limit on file descriptors and say what it allows: a download takes two, its socket and its file."""
+    """Raise the limit on file descriptors; return the connections it allows. A download uses two: its socket and its file."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _WANTED if hard == resource.RLIM_INFINITY else min(hard, _WANTED)
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -53,7 +53,7 @@ def raise_limits(per_client: int) -> Bounds:
 
 
 def set_deadline(port: int, seconds: float) -> None:
-    """Clients that take nothing of an answer for so long are cut off; accepted sockets inherit it from the listener."""
+    """Disconnect clients that read nothing of a response for this time. Accepted sockets inherit the option."""
     for number in _descriptors():
         with _socket(number) as listener:
             if listener is not None and _ours(listener, port) and listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
@@ -61,15 +61,15 @@ def set_deadline(port: int, seconds: float) -> None:
 
 
 async def watch(port: int, bounds: Bounds, excused: Container[str]) -> None:
-    """Keep the bounds until cancelled. `excused` are trusted proxies, through which many clients come."""
+    """Enforce the limits until cancelled. `excused` are trusted proxies, which carry many clients."""
     while True:
         await asyncio.sleep(TICK)
-        if len(_descriptors()) > bounds.per_client:  # else there is nothing to bound, and this is all it costs
+        if len(_descriptors()) > bounds.per_client:  # fewer connections cannot exceed a limit; the check costs only this line
             await asyncio.get_running_loop().run_in_executor(None, trim, port, bounds, excused)
 
 
 def trim(port: int, bounds: Bounds, excused: Container[str]) -> int:
-    """Close what is over the bounds, first who leaves an answer unread, then the quietest; returns how many."""
+    """Close connections above the limits: first those with an unread response, then the most idle. Returns the count."""
     held: dict[str, list[tuple[bool, int, int]]] = {}
     for number in _descriptors():
         with _socket(number) as connection:
@@ -90,7 +90,7 @@ def trim(port: int, bounds: Bounds, excused: Container[str]) -> int:
 
 
 def close(port: int, numbers: Iterable[int] | None = None) -> None:
-    """Close connections of clients: these, or every one."""
+    """Close these connections of clients, or all of them."""
     for number in _descriptors() if numbers is None else numbers:
         with _socket(number) as connection:
             if connection is not None and _peer(connection, port) is not None:
@@ -98,7 +98,7 @@ def close(port: int, numbers: Iterable[int] | None = None) -> None:
 
 
 def _group(peer: str, excused: Container[str]) -> str:
-    """Whom a connection counts for: the address, of IPv6 the /64 that one client commands; "" for a trusted proxy."""
+    """The address that a connection counts for. For IPv6, the /64, which one client controls; "" for a trusted proxy."""
     if peer in excused:
         return ""
     address = ip_address(peer.partition("%")[0])
@@ -111,26 +111,26 @@ def _descriptors() -> list[int]:
 
 @contextmanager
 def _socket(number: int) -> Iterator[socket.socket | None]:
-    """The socket behind a descriptor that stays the server's.
+    """The socket of a descriptor that the server keeps.
 
-    Not through os.dup: closing any descriptor of a file drops this process's locks on it (fcntl(2)), SQLite's among them, and
-    between a look and the dup a number may come to mean another file.
+    This does not use os.dup: closing any descriptor of a file drops this process's locks on it (fcntl(2)), including those of
+    SQLite, and between the check and the dup the number may have been reused for another file.
     """
     try:
         borrowed = socket.socket(fileno=number)
-    except OSError:  # no socket, or closed meanwhile
+    except OSError:  # not a socket, or closed in the meantime
         yield None
         return
     try:
         yield borrowed
-    except OSError:  # closed by either side meanwhile
+    except OSError:  # closed by either side in the meantime
         return
     finally:
         borrowed.detach()
 
 
 def _peer(connection: socket.socket, port: int) -> str | None:
-    """The client's address; None when this is no connection of a client."""
+    """The client's address; None if this is not a client's connection."""
     if not _ours(connection, port):
         return None
     try:
@@ -145,7 +145,7 @@ def _ours(candidate: socket.socket, port: int) -> bool:
 
 
 def _quiet(connection: socket.socket) -> tuple[bool, int]:
-    """Does the client leave an answer unread, and milliseconds since anything was sent or received."""
+    """Whether the client leaves a response unread, and the milliseconds since data was last sent or received."""
     unread = struct.unpack("=i", fcntl.ioctl(connection, termios.TIOCOUTQ, b"\0\0\0\0"))[0] > 0
     information = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
     return unread, min(int(struct.unpack_from("=I", information, at)[0]) for at in (_LAST_DATA_SENT, _LAST_DATA_RECEIVED))

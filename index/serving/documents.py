@@ -1,4 +1,4 @@
-"""Matrices of cells and certificates over HTTP: GET for everybody, PUT with a token."""
+"""Matrices of cells and certificates over HTTP: GET is public, PUT requires a token."""
 
 from __future__ import annotations
 
@@ -39,18 +39,18 @@ async def matrix(service: IndexService, request: Request) -> Response:
         return _send(service, request, row["document_sha256"] if row is not None else None, f"matrix {name!r}")
 
     await _put(service, request, partial(documents.parse_matrix, name=name), documents.put_matrix)
-    return PlainTextResponse(f"matrix {name} is kept\n")
+    return PlainTextResponse(f"matrix {name} is stored\n")
 
 
 async def certificate(service: IndexService, request: Request) -> Response:
-    """GET, PUT /certificates/DIGEST: device code that computed right numbers on a GPU."""
+    """GET, PUT /certificates/DIGEST: device code whose results on a GPU match a reference."""
     digest = documents.check_digest(request.path_params["digest"])
     if request.method in ("GET", "HEAD"):
         row = service.catalogue.row("SELECT document_sha256 FROM certificate WHERE digest = ?", (digest,))
         return _send(service, request, row["document_sha256"] if row is not None else None, f"certificate of {digest}")
 
     await _put(service, request, partial(documents.parse_certificate, digest=digest), documents.put_certificate)
-    return PlainTextResponse(f"certificate {digest} is kept\n")
+    return PlainTextResponse(f"certificate {digest} is stored\n")
 
 
 async def _put(
@@ -70,5 +70,5 @@ async def _put(
 
 def _send(service: IndexService, request: Request, digest: str | None, what: str) -> Response:
     if digest is None:
-        raise NotFoundError(f"there is no {what} here", remedy="see /board/")
+        raise NotFoundError(f"this index has no {what}", remedy="see /board/")
     return send_stored(service, request, digest, "application/json", cache="no-cache")

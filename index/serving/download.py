@@ -1,7 +1,7 @@
-"""A whole file as an answer, read in this process.
+"""A whole file as a response, read in this process.
 
-granian can send a file by its path, but reads it in small pieces that each change threads twice, and so does Starlette: four
-downloads at once had 0.6 to 0.75 of nginx's rate by either, and have 0.92 so (docs/benchmarks.md).
+granian and Starlette can send a file by its path, but both read it in small pieces that each switch threads twice. Four
+concurrent downloads reached 0.6 to 0.75 of nginx's rate that way, and reach 0.92 this way (docs/benchmarks.md).
 """
 
 from __future__ import annotations
@@ -18,29 +18,29 @@ from starlette.responses import FileResponse
 from starlette.types import Receive, Scope, Send
 
 PIECE = 384 << 10
-"Bytes read and sent at once: with their copy they fit a core's cache, and take the event loop about 0.1 ms."
+"Bytes to read and send in one piece. A piece and its copy fit a core's cache and take the event loop about 0.1 ms."
 
 WINDOW = 8 << 20
-"Bytes that are taken to be cached when their last one is. To ask for each piece would cost a fifth of the rate."
+"Bytes that count as cached if the last one is cached. Asking for each piece would cost a fifth of the rate."
 
 
 SMALLEST = 16 << 10
-"Bytes of a piece however many downloads there are."
+"Minimum bytes of a piece, for any number of downloads."
 
 TOGETHER = 16 * PIECE
-"Bytes that all downloads together send at once: beyond that many of them their pieces get smaller."
+"Bytes that all downloads together may queue. With more downloads, the pieces get smaller."
 
 
 @dataclass
 class Downloads:
-    """How many are under way. A server queues pieces for who does not read (granian eight), so each costs memory. Used from
-    the event loop only."""
+    """Counts downloads in progress. A server queues pieces for a client that does not read (granian eight), so each download
+    costs memory. Used from the event loop only."""
 
     count: int = 0
 
     @contextmanager
     def count_one(self) -> Iterator[None]:
-        """One more, as long as the block lasts."""
+        """Count one more download inside the block."""
         self.count += 1
         try:
             yield
@@ -49,12 +49,12 @@ class Downloads:
 
     @property
     def piece(self) -> int:
-        """Bytes to read and send at once."""
+        """Bytes to read and send in one piece."""
         return max(SMALLEST, min(PIECE, TOGETHER // max(1, self.count) & -4096))
 
 
 class FileAnswer(FileResponse):
-    """A file; parts of it (Range) as Starlette sends them."""
+    """A file. Starlette sends parts of it (Range)."""
 
     def __init__(self, path: Path, downloads: Downloads, *, stat_result: os.stat_result, **more: Any) -> None:
         super().__init__(path, stat_result=stat_result, **more)
@@ -64,18 +64,18 @@ class FileAnswer(FileResponse):
         """ASGI.
 
         Raises:
-            OSError: the file cannot be read, or has become shorter than it was.
+            OSError: the file is unreadable, or was truncated.
         """
         with self._downloads.count_one():
             if scope["method"] != "GET" or any(name == b"range" for name, _ in scope["headers"]):
                 self.chunk_size = min(self.chunk_size, self._downloads.piece)
-                # Without granian's sending by path, which would go past the access log's count.
+                # Do not let granian send the file by its path: the access log would not count the bytes.
                 await super().__call__({**scope, "extensions": {}}, receive, send)
             else:
                 await self._whole(receive, send)
 
     async def _whole(self, receive: Receive, send: Send) -> None:
-        # Opened before the answer starts, so that a failure is still an answer of its own.
+        # Open the file before the response starts, so that a failure can still be reported with its own status.
         file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         leaving = asyncio.ensure_future(_leaving(receive))
         try:
@@ -90,7 +90,7 @@ class FileAnswer(FileResponse):
         while True:
             count = min(self._downloads.piece, size - at)
             if at >= cached:
-                # To send to who has left neither fails nor waits.
+                # Sending to a client that has disconnected neither fails nor waits.
                 await asyncio.sleep(0)
                 if leaving.done():
                     return
@@ -98,10 +98,10 @@ class FileAnswer(FileResponse):
                     cached = at + WINDOW
             if at < cached:
                 piece = os.pread(file, count, at)
-            else:  # a disk may take its time
+            else:  # the disk may be slow
                 piece = await asyncio.get_running_loop().run_in_executor(None, os.pread, file, count, at)
             if count and not piece:
-                raise OSError(f"{self.path} has become shorter than {size} bytes")
+                raise OSError(f"{self.path} is shorter than {size} bytes")
             at += len(piece)
             await send({"type": "http.response.body", "body": piece, "more_body": at < size})
             if at >= size:
@@ -114,7 +114,7 @@ async def _leaving(receive: Receive) -> None:
 
 
 def is_cached(file: int, at: int) -> bool:
-    """Does the kernel have this byte in memory? False also where the file system cannot say: NFS, FUSE."""
+    """Whether the kernel has this byte in memory. Also false if the file system cannot tell (NFS, FUSE)."""
     try:
         return bool(os.preadv(file, [bytearray(1)], max(0, at), os.RWF_NOWAIT))
     except OSError:

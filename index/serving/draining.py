@@ -1,4 +1,4 @@
-"""What still comes of a refused upload, read within bounds: a client that does not listen while it sends gets the sentence."""
+"""Read the rest of a refused upload, within limits, so that a client that only reads after sending gets the error message."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import asyncio
 from starlette.types import Message, Receive
 
 MOST = 32 << 20
-"Bytes that are read of a body that nobody wants."
+"Maximum bytes to read of a refused body."
 
 LONGEST = 5.0
-"Seconds that it is waited for."
+"Maximum seconds to wait for it."
 
 
 class Body:
-    """A request's body that knows whether it has ended."""
+    """A request's body that remembers whether it has ended."""
 
     def __init__(self, receive: Receive) -> None:
         self._receive = receive
@@ -28,7 +28,7 @@ class Body:
 
 
 async def drain(body: Body, idle: float) -> None:
-    """Read the rest; `idle` is the longest in seconds that any client may stand still."""
+    """Read the rest; `idle` is the maximum number of seconds without data."""
     count = 0
     try:
         async with asyncio.timeout(min(LONGEST, idle)):

@@ -1,4 +1,4 @@
-"""What every request passes first: it answers /simple/ from finished bytes, hands the rest to Starlette and logs all."""
+"""The first handler of every request: it answers /simple/ from rendered pages, passes the rest to Starlette and logs all."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from index.simple_api.negotiate import Encoding
 T = TypeVar("T")
 
 _MOST_ANSWERS = 8192
-"Answers kept: one for each page, media type and coding; whatever else a client sends makes no entry."
+"Cached responses: one per page, media type and coding. Other headers of a client add no entry."
 
 _HEADERS = 256
-"Spellings of Accept and Accept-Encoding remembered with what they mean; installers have a dozen."
+"Values of Accept and Accept-Encoding to remember with their parsed form. Installers send a dozen different ones."
 
 _LONGEST = 512
-"Characters of a header that is remembered."
+"Maximum characters of a header to remember."
 
 _LOG = logging.getLogger("index")
 
@@ -43,7 +43,7 @@ _COMMON = [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-re
 
 
 class PageAnswer:
-    """A finished response to a GET or HEAD of a page."""
+    """A complete response to a GET or HEAD of a page."""
 
     __slots__ = ("body", "etag", "head", "size", "start", "status", "unchanged")
 
@@ -59,14 +59,14 @@ class PageAnswer:
         self.size = len(body)
 
     def unless(self, match: str) -> PageAnswer:
-        """This answer, or its 304 when If-None-Match names what the client has."""
+        """This response, or a 304 if If-None-Match names its ETag."""
         if self.unchanged is None:
             return self
         return self.unchanged if negotiate.names_etag(match, self.etag) else self
 
 
 class Front:
-    """The ASGI application that granian runs. routes.py answers what is not answered here."""
+    """The ASGI application that granian runs. routes.py answers all other requests."""
 
     def __init__(self, service: IndexService, rest: Starlette) -> None:
         self.service = service
@@ -86,7 +86,7 @@ class Front:
         started = time.perf_counter()
         path: str = scope["path"]
         method: str = scope["method"]
-        # Installers' pages end in /simple/ or /simple/NAME/; a missing slash is redirected below.
+        # Pages for installers end in /simple/ or /simple/NAME/; a missing slash is redirected below.
         if "/simple" in path and (answer := self._simple(scope, method, path)) is not None:
             if method == "POST":
                 await drain(Body(receive), self.service.limits.idle)
@@ -111,7 +111,7 @@ class Front:
         try:
             await self.rest(scope, receive, counted)
         except Exception:  # noqa: BLE001 - the last place that can tell
-            # Starlette has sent the 500; what it raises again is ours to mend, so it goes where the operator looks.
+            # Starlette has sent the 500 and raises the exception again. It is our defect, so print it for the operator.
             _LOG.exception("%s %r failed", scope["method"], scope["path"])
         finally:
             self._account(scope, status, 0 if scope["method"] == "HEAD" else size, started)
@@ -144,13 +144,13 @@ class Front:
             answer = self._make(path, query, media, encoding)
         elif (answer := self._answers.get((path, media, encoding))) is None:
             answer = self._make(path, query, media, encoding)
-            # Another spelling of the path, or a query, would be another entry for the same page.
+            # Another spelling of the path, or a query, would add another entry for the same page.
             if answer is not None and answer.status == 200 and not query and "%" not in path:
                 self._answers[path, media, encoding] = answer
         return answer.unless(match) if match and answer is not None else answer
 
     def _make(self, path: str, query: bytes, media: str | None, encoding: Encoding) -> PageAnswer | None:
-        """The answer for a page; None when the path is not one of the simple API after all."""
+        """The response for a page; None if the path does not belong to the simple API."""
         parts = unquote(path).split("/")[1:] if "%" in path else path.split("/")[1:]
         try:
             at = parts.index("simple")
@@ -168,15 +168,15 @@ class Front:
             return _plain(404, f"{error}\n")
 
     def _no_view(self) -> PageAnswer:
-        """404 with the views that there are."""
+        """404 with a list of the views."""
         if self._unknown is None:
             views = ", ".join(view.address for view in listings.public(self.service.catalogue))
-            self._unknown = _plain(404, f"there is no such view here (there are {views})\n")
+            self._unknown = _plain(404, f"this view does not exist (existing views: {views})\n")
         return self._unknown
 
     def _page(self, view: listings.View, name: str, media: str | None, encoding: Encoding) -> PageAnswer:
         if media is None:
-            return _plain(406, f"this page exists as {negotiate.JSON}, {negotiate.HTML} and text/html\n")
+            return _plain(406, f"this page is available as {negotiate.JSON}, {negotiate.HTML} and text/html\n")
         page = self.service.page_cache.page(view, name, negotiate.format_of(media))
         etag = page.etag(encoding)
         headers = [
@@ -184,7 +184,7 @@ class Front:
             (b"vary", b"Accept, Accept-Encoding"),
             (
                 b"cache-control",
-                # uv keeps what it may for the time it may: a release would be seen that much later (astral-sh/uv#14680).
+                # uv caches pages as long as the headers allow, which would delay new releases (astral-sh/uv#14680).
                 b"no-cache" if view.prefix[:1] != ("preview",) else b"private, no-cache",
             ),
         ]
@@ -198,19 +198,19 @@ class Front:
 
 
 def _media_of(query: bytes, accept: str | None) -> str | None:
-    # A media type holds a plus and never a space, so a bare one is meant as it stands.
+    # Media types contain plus signs and no spaces, so a bare plus is not an encoded space.
     wanted = parse_qs(query.decode("latin-1").replace("+", "%2B")).get("format", [None])[-1]
     return negotiate.content_type(accept, wanted)
 
 
 def _remembering(read: Callable[[str | None], T]) -> Callable[[str | None], T]:
-    """`read`, which makes something of a header, with a memory for what was sent before."""
+    """Wrap `read`, which parses a header, in a cache of earlier values."""
     remembered = lru_cache(_HEADERS)(read)
     return lambda header: remembered(header) if header is None or len(header) <= _LONGEST else read(header)
 
 
 def _redirect(parts: list[str], at: int, name: str) -> str | None:
-    """Where the one address of the page is, relative to the one asked for; None when this is it."""
+    """The canonical address of the page, relative to the requested one; None if this is the canonical one."""
     slash = parts[-1] == ""
     if not name:
         return None if slash and len(parts) - at == 2 else "simple/"
@@ -239,14 +239,14 @@ def _plain(status: int, text: str, *more: tuple[bytes, bytes]) -> PageAnswer:
 
 _NO_METHOD = _plain(
     405,
-    "this address is for installers (uploads go to /legacy/: twine upload --repository-url …/legacy/, uv publish --publish-url"
-    " …/legacy/; GET /legacy/ says more)\n",
+    "this address is for installers ; upload to /legacy/ (twine upload --repository-url …/legacy/, uv publish --publish-url"
+    " …/legacy/; GET /legacy/ shows the commands)\n",
     (b"allow", b"GET, HEAD"),
 )
 
 
 def _pick(headers: list[tuple[bytes, bytes]], wanted: tuple[bytes, bytes, bytes]) -> list[str | None]:
-    """Three headers in one pass; repeated ones are joined, as RFC 9110 says."""
+    """Three headers in one pass; repeated headers are joined (RFC 9110)."""
     values: list[str | None] = [None, None, None]
     for name, value in headers:
         if name in wanted:

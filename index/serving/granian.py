@@ -1,4 +1,4 @@
-"""Run the front on granian, one server for each root."""
+"""Run the front on granian, one server per root."""
 
 from __future__ import annotations
 
@@ -27,25 +27,25 @@ from index.store.files import Store
 from index.store.upkeep import heal
 
 GRACE = 30.0
-"Seconds that uploads and answers under way have to end after the first signal; the second one ends them at once."
+"Seconds that open uploads and responses have to finish after the first signal. A second signal ends them immediately."
 
 
 @dataclass(frozen=True, kw_only=True)
 class Listen:
-    """Where to listen, and how."""
+    """Address, port and TLS certificate of the listener."""
 
     host: str = "127.0.0.1"
     port: int = 8080
-    "0: any free one."
+    "0: any free port."
     certificate: Path | None = None
     key: Path | None = None
 
 
 def run(store: Store, options: ServeOptions, listen: Listen, on_listen: Callable[[str], None]) -> None:
-    """Serve until SIGINT or SIGTERM and at most GRACE seconds longer; `on_listen` is told the URL once clients can connect.
+    """Serve until SIGINT or SIGTERM, then at most GRACE seconds longer. `on_listen` receives the URL once clients can connect.
 
     Raises:
-        HostError: the address cannot be had, or another server already serves this root.
+        HostError: the address is not available, or another server already serves this root.
     """
     if (listen.certificate is None) != (listen.key is None):
         raise ConfigError("TLS needs both the certificate and the key", remedy="give --tls-cert and --tls-key")
@@ -54,12 +54,12 @@ def run(store: Store, options: ServeOptions, listen: Listen, on_listen: Callable
     with store.serving() as ours:
         if not ours:
             raise HostError(f"another server already serves {store.root}", remedy="stop it, or give another --root")
-        # It warns of every malformed body; the client is told, and a hostile one must not fill the log.
+        # The parser warns about every malformed body. The client gets the error, and a hostile client must not fill the log.
         logging.getLogger("python_multipart").setLevel(logging.ERROR)
         store.sweep()
         front = build(store, options)
         heal(store, front.service.catalogue, "start")
-        # Folded now, so that the main file stays as it is while we run (see catalogue).
+        # Checkpoint now, so that the main file does not change while the server runs (see catalogue).
         front.service.catalogue.database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         listener = _bind(listen)
         scheme = "https" if listen.certificate else "http"
@@ -87,8 +87,8 @@ def _check_pair(certificate: Path, key: Path) -> None:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key)
     except ssl.SSLError as error:
         raise ConfigError(
-            f"{certificate} and {key} are not a certificate and its key: {error.reason or error}",
-            remedy="give both in PEM, the key without a password",
+            f"{certificate} and {key} are not a valid certificate and key: {error.reason or error}",
+            remedy="provide both in PEM format, the key without a password",
         ) from error
 
 
@@ -102,13 +102,13 @@ def _bind(listen: Listen) -> socket.socket:
         listener.close()
         raise HostError(
             f"cannot listen on {listen.host} port {listen.port}: {error.strerror}",
-            remedy="stop what listens there, or give --port 0",
+            remedy="stop the program that listens there, or give --port 0",
         ) from error
     return listener
 
 
 async def _serve(front: Front, listener: socket.socket, listen: Listen, bounds: Bounds, ready: Callable[[], None]) -> None:
-    # granian binds by itself and cannot be told "any port": ours holds the number until its own socket has it.
+    # granian binds its own socket and does not support port 0: our socket holds the number until granian has bound it.
     host, port = listener.getsockname()[:2]
     listener.close()
     server = Server(
@@ -117,9 +117,9 @@ async def _serve(front: Front, listener: socket.socket, listen: Listen, bounds: 
         port=port,
         interface=Interfaces.ASGI,
         websockets=False,
-        http=HTTPModes.http1,  # in HTTP/2 one connection holds 200 answers, and every bound here is on connections
+        http=HTTPModes.http1,  # an HTTP/2 connection carries 200 responses, and every limit here counts connections
         backlog=1024,
-        backpressure=bounds.total,  # counts connections; beyond it granian accepts nobody
+        backpressure=bounds.total,  # counts connections; above it granian accepts no more
         http1_settings=HTTP1Settings(header_read_timeout=15_000),
         log_level=LogLevels.error,
         ssl_cert=listen.certificate,
@@ -132,7 +132,7 @@ async def _serve(front: Front, listener: socket.socket, listen: Listen, bounds: 
 
 
 def _on_signal(port: int, stop: Callable[[], None]) -> None:
-    """End at SIGINT and SIGTERM; granian would wait for ever for a client that reads slowly."""
+    """Stop on SIGINT and SIGTERM; granian would wait forever for a client that reads slowly."""
     loop = asyncio.get_running_loop()
     grace = iter((GRACE,))
 

@@ -1,4 +1,4 @@
-"""Counters while serving: plain numbers, the text that Prometheus reads only when it is asked for."""
+"""Counters of the server: plain numbers, rendered as Prometheus text on request."""
 
 from __future__ import annotations
 
@@ -13,30 +13,32 @@ if TYPE_CHECKING:
 
 @dataclass
 class ServerMetrics:
-    """What happened since the start."""
+    """Counters since the start."""
 
     requests: Counter[tuple[str, int]] = field(default_factory=Counter)
     "By method and status."
     sent: int = 0
     "Bytes of bodies."
     uploads: Counter[str] = field(default_factory=Counter)
-    "By outcome: created, same, or the status that refused it."
+    "By outcome: created, same, or the HTTP status of the refusal."
     gauges: dict[str, tuple[str, float]] = field(default_factory=dict)
     "Name to help and value."
 
     def request(self, method: str, status: int, size: int) -> None:
-        """Count one answer."""
+        """Count one response."""
         self.requests[method, status] += 1
         self.sent += size
 
     def text(self) -> bytes:
         """Prometheus' text format."""
-        from prometheus_client.exposition import generate_latest  # here: it takes long to import, a start is to be quick
+        from prometheus_client.exposition import (
+            generate_latest,
+        )  # imported here: the import is slow, and the server should start quickly
 
         return generate_latest(self)
 
     def collect(self) -> Iterator[Metric]:
-        """What prometheus_client asks for."""
+        """The interface of prometheus_client collectors."""
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
         requests = CounterMetricFamily("gracefarm_index_requests", "Requests answered", labels=["method", "status"])

@@ -1,6 +1,6 @@
-"""The OpenAPI description, served at /openapi.json. Tests hold it against the routes and, by schemathesis, the server.
+"""The OpenAPI description, served at /openapi.json. Tests compare it with the routes and, by schemathesis, with the server.
 
-What operations have in common (schemas, parameters, answers by their HTTP status) is data, in openapi.json beside this.
+The parts that operations share (schemas, parameters, responses by HTTP status) are data in openapi.json in this folder.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _FINDER = "cuda torch python sm platform"
 
 
 def describe(version: str) -> Description:
-    """The whole description, as OpenAPI 3.1. `version` is that of the program."""
+    """The whole description, as OpenAPI 3.1. `version` is the version of the program."""
     from index.store.schemas import DeviceCertificate, MatrixDocument
 
     description: Description = json.loads(resources.files("index.serving").joinpath("openapi.json").read_text())
@@ -30,54 +30,55 @@ def describe(version: str) -> Description:
 
 
 def _paths() -> dict[str, Description]:
-    explained = _get("How to upload here, for people.", "200-text")
+    explained = _get("How to upload to this address, as text.", "200-text")
     return {
         **_simple(""),
         **_simple("/{view}"),
         **_simple("/preview/{token}"),
         "/legacy/": {**explained, **_upload("Upload a wheel or sdist, as twine and uv publish do.")},
-        "/legacy": {**explained, **_upload("The same, for clients that drop the slash.")},
+        "/legacy": {**explained, **_upload("The same, for clients that omit the slash.")},
         "/nightly/legacy/": {**explained, **_upload("Upload to the nightly channel.")},
         "/stage/{set_name}/legacy/": {**explained, **_upload("Upload into a staged set.")},
         **_stages(),
-        "/files/{sha256}/{filename}": _file("A file, or its metadata: immutable."),
-        "/packages/{filename}": _file("The same by name alone, as pypiserver has it."),
-        "/packages/": _get("Every file, as pypiserver lists them.", "200-page"),
+        "/files/{sha256}/{filename}": _file("A file or its metadata; immutable."),
+        "/packages/{filename}": _file("The same by file name, as pypiserver serves it."),
+        "/packages/": _get("A list of all files, as pypiserver serves it.", "200-page"),
         **_records(),
         **_trusted(),
-        "/health": _get("The process lives.", "200-text"),
-        "/ready": _get("The catalogue can be read and the disk has room.", "200-text 507"),
-        "/metrics": _get("For Prometheus.", "200-text"),
-        "/changes": _get("What changed after a serial, for mirrors.", "200-changes", "since"),
+        "/health": _get("The process is running.", "200-text"),
+        "/ready": _get("The catalogue is readable and the disk has free space.", "200-text 507"),
+        "/metrics": _get("Metrics for Prometheus.", "200-text"),
+        "/changes": _get("Changes after a serial, for mirrors.", "200-changes", "since"),
         "/openapi.json": _get("This description.", "200-description"),
-        "/": {**_page("All projects, for people.", parameters="q"), **_upload("As pypiserver takes it.")},
+        "/": {
+            **_page("All projects, as a web page.", parameters="q"),
+            **_upload("Upload a file, at the address that pypiserver uses."),
+        },
         **_pages(),
-        "/static/{name}": _get("Style, script and icon.", "200-static 404"),
-        "/{name}": _get("A project by its bare name, as pypiserver redirects it.", "303 404"),
+        "/static/{name}": _get("Style sheet, script and icon.", "200-static 404"),
+        "/{name}": _get("Redirect from a project's name to its page, as in pypiserver.", "303 404"),
         "/{name}/": _get("The same.", "303 404"),
     }
 
 
 def _stages() -> dict[str, Description]:
-    """Sets, from opening one to its locks."""
+    """Operations on sets."""
     lock = _get("The lock of a set, by sha256.", "200-text 404")
-    pylock = _get("The lock of a set as whoever made it wrote it (PEP 751).", "200-toml 304 404", "If-None-Match")
+    pylock = _get("The pylock.toml of a set, as its author wrote it (PEP 751).", "200-toml 304 404", "If-None-Match")
     return {
         "/stage/{set_name}": {
-            "get": _operation("A set's state and what it lacks.", f"200-set {_SET_REFUSALS}", secured=True),
+            "get": _operation("The state of a set, and its missing wheels.", f"200-set {_SET_REFUSALS}", secured=True),
             "put": _operation(
-                "Open a set, with the wheels that it must hold before it can be published.",
+                "Create a set, with the wheels that it must contain before it can be published.",
                 f"200-set {_REFUSALS}",
                 body="matrix",
                 secured=True,
             ),
         },
         "/stage/{set_name}/pylock.toml": {
-            "put": _operation("Keep the set's pylock.toml.", f"200-set {_REFUSALS} 404", body="pylock", secured=True)
+            "put": _operation("Store the set's pylock.toml.", f"200-set {_REFUSALS} 404", body="pylock", secured=True)
         },
-        "/stage/{set_name}/publish": {
-            "post": _operation("Show the whole set at once.", f"200-set {_SET_REFUSALS}", secured=True)
-        },
+        "/stage/{set_name}/publish": {"post": _operation("Publish the whole set.", f"200-set {_SET_REFUSALS}", secured=True)},
         "/{set_name}/requirements.lock": lock,
         "/preview/{token}/requirements.lock": lock,
         "/{set_name}/pylock.toml": pylock,
@@ -86,19 +87,19 @@ def _stages() -> dict[str, Description]:
 
 
 def _records() -> dict[str, Description]:
-    """What is known of builds, beside the wheels."""
+    """Operations on records, logs, matrices and certificates."""
     record, log = _stored("record", "The record of a build."), _stored("text", "The log of a build.")
     return {
         "/records/{id}": {**record, "put": _kept("record of a build", "record")},
         "/records/{id}/log": {**log, "put": _kept("log of a build", "log")},
-        "/preview/{token}/records/{id}": _stored("record", "The same of a staged build."),
-        "/preview/{token}/records/{id}/log": _stored("text", "The same of a staged build."),
+        "/preview/{token}/records/{id}": _stored("record", "The same for a staged build."),
+        "/preview/{token}/records/{id}/log": _stored("text", "The same for a staged build."),
         "/matrix/{matrix}": {
-            **_stored("matrix", "The cells of a matrix, built or not."),
+            **_stored("matrix", "The cells of a matrix, whether built or not."),
             "put": _kept("matrix that the board shows", "cells"),
         },
         "/certificates/{digest}": {
-            **_stored("certificate", "What a GPU computed with device code."),
+            **_stored("certificate", "A certificate: results that a GPU computed with device code."),
             "put": _kept("certificate of device code", "certificate"),
         },
     }
@@ -108,36 +109,40 @@ def _trusted() -> dict[str, Description]:
     """Trusted publishing (PEP 807, a draft)."""
     return {
         "/.well-known/pytp": _get(
-            "Where a workflow gets an upload token.", "200-discovery 404-problem 406-problem", "discover"
+            "The address where a workflow gets an upload token.", "200-discovery 404-problem 406-problem", "discover"
         ),
-        "/_/oidc/audience": _get("The audience of identity tokens for this index.", "200-audience 404-problem 406-problem"),
+        "/_/oidc/audience": _get(
+            "The audience that identity tokens for this index must name.", "200-audience 404-problem 406-problem"
+        ),
         "/_/oidc/mint-token": {
             "post": _operation(
-                "Exchange the identity token of a publisher for a short upload token.",
+                "Exchange the identity token of a publisher for a short-lived upload token.",
                 "200-minted 400-problem 401-problem 403-problem 404-problem 406-problem 408-problem 424-problem 429-problem",
                 body="identity",
             )
         },
         "/_/oidc/burn-token": {
             "post": _operation(
-                "End such an upload token.", "202-burned 400-problem 406-problem 408-problem 429-problem", body="identity"
+                "Revoke a short-lived upload token.",
+                "202-burned 400-problem 406-problem 408-problem 429-problem",
+                body="identity",
             )
         },
     }
 
 
 def _pages() -> Description:
-    """Those of people, but for the first one."""
+    """The web pages, except the first one."""
     return {
         "/project/{name}/": _page("A project and its wheel finder.", "200-page 301 304 404-page", _FINDER),
         "/project/{name}": _page("Redirected.", "301 404-page"),
         "/project/{name}/choose.py": _get(
-            "A program that prints the right install command.", "200-program 304 404-page", "If-None-Match"
+            "A program that prints the right install command for this machine.", "200-program 304 404-page", "If-None-Match"
         ),
-        "/wheel/{filename}/": _page("One file, for people.", "200-page 304 404-page"),
+        "/wheel/{filename}/": _page("The page of one file.", "200-page 304 404-page"),
         "/board/": _page("The last build of each recipe and stack."),
-        "/board/{id}/": _page("One build.", "200-page 304 404-page"),
-        "/sets/": _page("Sets and views."),
+        "/board/{id}/": _page("The page of one build.", "200-page 304 404-page"),
+        "/sets/": _page("The page of sets and views."),
     }
 
 
@@ -148,7 +153,7 @@ def _path(path: str, operations: Description) -> Description:
 
 
 def _operation(summary: str, answers: str, parameters: str = "", *, body: str = "", secured: bool = False) -> Description:
-    """`answers`, `parameters` and `body` are names of openapi.json; an answer's begins with its HTTP status."""
+    """`answers`, `parameters` and `body` name entries of openapi.json; names of responses begin with the HTTP status."""
     operation: Description = {"summary": summary, "parameters": _references("parameters", parameters.split())}
     if secured:
         operation["security"] = [{"token": []}, {"bearer": []}]
@@ -188,7 +193,7 @@ def _stored(kind: str, summary: str) -> Description:
 
 
 def _kept(what: str, body: str) -> Description:
-    return _operation(f"Keep the {what}.", f"200-text {_REFUSALS}", body=body, secured=True)
+    return _operation(f"Store the {what}.", f"200-text {_REFUSALS}", body=body, secured=True)
 
 
 def _page(summary: str, answers: str = "200-page 304", parameters: str = "") -> Description:

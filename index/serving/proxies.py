@@ -1,4 +1,4 @@
-"""Trusted proxies, whose X-Forwarded-* headers are believed, and the client's address behind them."""
+"""Trusted proxies: the index uses their X-Forwarded-* headers to find the client's address."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _REMEMBERED = 1000
 
 
 class Proxies:
-    """What `--trusted-proxy` named."""
+    """The value of `--trusted-proxy`."""
 
     def __init__(self, *networks: IPv4Network | IPv6Network) -> None:
         self._networks = networks
@@ -32,9 +32,9 @@ class Proxies:
 
 
 def client_address(scope: Scope, trusted: Proxies) -> str:
-    """The client's address: what a trusted proxy says in X-Forwarded-For, else the peer's.
+    """The client's address: from the X-Forwarded-For header of a trusted proxy, else the peer's address.
 
-    The header may come several times, a line from each proxy; together they are one list (RFC 9110, 5.3).
+    The header may occur several times, once per proxy; all lines together form one list (RFC 9110, 5.3).
     """
     peer = scope["client"][0] if scope.get("client") else "-"
     if peer in trusted:
@@ -46,10 +46,10 @@ def client_address(scope: Scope, trusted: Proxies) -> str:
 
 
 def parse(texts: Iterable[str]) -> Proxies:
-    """Addresses (10.0.0.1, ::1) and networks (10.0.0.0/8).
+    """Parse addresses (10.0.0.1, ::1) and networks (10.0.0.0/8).
 
     Raises:
-        UsageError: anything else.
+        UsageError: a text is neither.
     """
     networks = []
     for text in texts:
@@ -57,6 +57,6 @@ def parse(texts: Iterable[str]) -> Proxies:
             networks.append(ip_network(text))
         except ValueError as error:
             raise UsageError(
-                f"--trusted-proxy {text}: {error}", remedy="give an address as 10.0.0.1, or a network as 10.0.0.0/8"
+                f"--trusted-proxy {text}: {error}", remedy="give an address such as 10.0.0.1 or a network such as 10.0.0.0/8"
             ) from None
     return Proxies(*networks)

@@ -1,4 +1,4 @@
-"""Uploads, files, records, locks, operation. /simple/ is answered in front.py, the web pages' routes are in index/web."""
+"""Routes of uploads, files, records, locks and operation. front.py answers /simple/; index/web has the web pages' routes."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}\Z")
 
 
 def client_of(service: IndexService, request: Request) -> str:
-    """Address of the client, as far as proxies are trusted."""
+    """Address of the client, resolved through trusted proxies."""
     return client_address(request.scope, service.options.trusted_proxies)
 
 
@@ -57,7 +57,7 @@ async def identify(service: IndexService, request: Request) -> Token:
     """The request's token.
 
     Raises:
-        UnauthenticatedError, TooManyError: none, or a bad one, or too many bad ones.
+        UnauthenticatedError, TooManyError: the token is missing or invalid, or the address sent too many invalid ones.
     """
     client, authorization = client_of(service, request), request.headers.get("authorization")
     service.gate.write(client)
@@ -74,7 +74,7 @@ async def identify(service: IndexService, request: Request) -> Token:
 
 
 async def legacy(service: IndexService, request: Request) -> Response:
-    """POST /legacy/, /nightly/legacy/, /stage/SET/legacy/, and / as pypiserver has it."""
+    """POST /legacy/, /nightly/legacy/, /stage/SET/legacy/, and / as in pypiserver."""
     set_name = request.path_params.get("set_name")
     body = Body(request.receive)
     destination = Destination(
@@ -85,7 +85,7 @@ async def legacy(service: IndexService, request: Request) -> Response:
     )
     try:
         token = await identify(service, request)
-        # Only the set is checked before the body is read: the form says later which project it is, and `take` checks that.
+        # Only the set is checked before the body is read. The form names the project later; `take` checks that.
         auth.allow_set(token, destination.scope)
         async with service.gate.upload(client_of(service, request)):
             upload = await take(service, token, destination, request, body)
@@ -98,24 +98,24 @@ async def legacy(service: IndexService, request: Request) -> Response:
 
 
 async def stored_file(service: IndexService, request: Request) -> Response:
-    """GET /files/SHA256/FILENAME, ….metadata and ….provenance: immutable, with ranges, never with a Content-Encoding."""
+    """GET /files/SHA256/FILENAME, ….metadata and ….provenance: immutable, with ranges, without Content-Encoding."""
     sha256, filename = request.path_params["sha256"], request.path_params["filename"]
     if not _SHA256.match(sha256):
-        raise NotFoundError("there is no such file here", remedy="follow the links of the project's page")
+        raise NotFoundError("this index has no such file", remedy="use the links on the project's page")
     if filename.endswith(index_filename("")):
         return _variants_json(service, request, sha256, filename)
     return send_stored(service, request, *_locate(service, sha256, filename))
 
 
 def _variants_json(service: IndexService, request: Request, sha256: str, filename: str) -> Response:
-    """NAME-VERSION-variants.json, the present one or a former one.
+    """NAME-VERSION-variants.json, the current or an earlier one.
 
     Raises:
-        NotFoundError, GoneError, ForbiddenError: unknown, of a deleted release, quarantined.
+        NotFoundError, GoneError, ForbiddenError: the file is unknown, its release was deleted, or its project is quarantined.
     """
     row = service.catalogue.row(_VARIANTS_JSON, (sha256, filename))
     if row is None:
-        raise NotFoundError(f"there is no {filename} here", remedy="follow the links of the project's page")
+        raise NotFoundError(f"this index has no file {filename}", remedy="use the links on the project's page")
     _check_state(filename, row)
     etag = f'"{sha256}"'
     headers = {"ETag": etag, "Cache-Control": IMMUTABLE}
@@ -126,17 +126,17 @@ def _variants_json(service: IndexService, request: Request, sha256: str, filenam
 
 
 async def package(service: IndexService, request: Request) -> Response:
-    """GET /packages/FILENAME: where pypiserver has its files."""
+    """GET /packages/FILENAME: the address of a file in pypiserver."""
     filename = request.path_params["filename"]
     wanted = filename.removesuffix(".metadata").removesuffix(provenance.SUFFIX)
     row = service.catalogue.row("SELECT sha256 FROM file WHERE filename = ? AND hidden = 0", (wanted,))
     if row is None:
-        raise NotFoundError(f"there is no {filename} here", remedy="see the project's page")
+        raise NotFoundError(f"this index has no file {filename}", remedy="see the project's page")
     return send_stored(service, request, *_locate(service, row["sha256"], filename))
 
 
 async def packages(service: IndexService, _request: Request) -> Response:
-    """GET /packages/: every file in one list, as pypiserver has it."""
+    """GET /packages/: a list of all files, as in pypiserver."""
 
     def answer() -> Response:
         rows = service.catalogue.rows(
@@ -154,10 +154,10 @@ async def packages(service: IndexService, _request: Request) -> Response:
 
 
 async def bare_name(service: IndexService, request: Request) -> Response:
-    """GET /NAME and /NAME/: to the project's page, as pypiserver does."""
+    """GET /NAME and /NAME/: redirect to the project's page, as in pypiserver."""
     name = name_in_address(request.path_params["name"])
     if not listings.files(service.catalogue, listings.ALL, name):
-        raise NotFoundError(f"there is nothing at /{name}", remedy="see / and /simple/")
+        raise NotFoundError(f"/{name} does not exist", remedy="see / and /simple/")
     up = "../" if request.url.path.endswith("/") else ""
     return RedirectResponse(f"{up}simple/{name}/", status_code=303)
 
@@ -182,30 +182,30 @@ SELECT content, project.status, (SELECT CASE WHEN max(deleted IS NULL) THEN NULL
 
 def _check_state(filename: str, row: sqlite3.Row) -> None:
     if row["deleted"] is not None:
-        raise GoneError(f"{filename} was taken away on {row['deleted'][:10]}", remedy="choose another version")
+        raise GoneError(f"{filename} was deleted on {row['deleted'][:10]}", remedy="choose another version")
     if row["status"] == "quarantined":
-        raise ForbiddenError(f"the project of {filename} is in quarantine", remedy="ask who runs this index")
+        raise ForbiddenError(f"the project of {filename} is quarantined", remedy="ask the operator of this index")
 
 
 def _locate(service: IndexService, sha256: str, filename: str) -> tuple[str, str]:
-    """Digest and media type of what is to be sent.
+    """Digest and media type of the content to send.
 
     Raises:
-        NotFoundError, GoneError, ForbiddenError: unknown, deleted, quarantined.
+        NotFoundError, GoneError, ForbiddenError: the file is unknown, deleted, or its project is quarantined.
     """
     wanted = filename.removesuffix(".metadata").removesuffix(provenance.SUFFIX)
     row = service.catalogue.row(_LOCATE, {"sha256": sha256, "filename": wanted})
     if row is None:
-        raise NotFoundError(f"there is no {filename} here", remedy="follow the links of the project's page")
+        raise NotFoundError(f"this index has no file {filename}", remedy="use the links on the project's page")
     _check_state(filename, row)
     if wanted == filename:
         return sha256, "application/octet-stream" if row["kind"] == "bdist_wheel" else "application/x-tar"
     if filename.endswith(provenance.SUFFIX):
         if row["provenance_sha256"] is None:
-            raise NotFoundError(f"there are no attestations of {wanted} here", remedy="upload the file with its attestations")
+            raise NotFoundError(f"this index has no attestations of {wanted}", remedy="upload the file with its attestations")
         return row["provenance_sha256"], "application/vnd.pypi.integrity.v1+json"
     if row["metadata_sha256"] is None:
-        raise NotFoundError(f"there is no metadata of {wanted} here", remedy="read it from the file")
+        raise NotFoundError(f"this index has no metadata of {wanted}", remedy="read it from the file itself")
     return row["metadata_sha256"], "text/plain; charset=utf-8"
 
 
@@ -213,7 +213,7 @@ def send_stored(service: IndexService, request: Request, sha256: str, media: str
     """The stored bytes of that digest, with ranges and 304.
 
     Raises:
-        DamagedError: the store has lost them.
+        DamagedError: the bytes are missing from the store.
     """
     etag = f'"{sha256}"'
     headers = {"ETag": etag, "Cache-Control": cache, "Accept-Ranges": "bytes"}
@@ -224,12 +224,14 @@ def send_stored(service: IndexService, request: Request, sha256: str, media: str
     try:
         status = path.stat()
     except FileNotFoundError:
-        raise DamagedError("the store has lost this file", remedy="`index fsck` tells more; upload it again") from None
+        raise DamagedError(
+            "the store has lost this file", remedy="upload it again; `index fsck` lists all lost files"
+        ) from None
     return FileAnswer(path, service.downloads, stat_result=status, media_type=media, headers=headers)
 
 
 async def record(service: IndexService, request: Request) -> Response:
-    """/records/ID and /records/ID/log: GET for everybody, PUT with a token."""
+    """/records/ID and /records/ID/log: GET is public, PUT requires a token."""
     identifier = records.check_id(request.path_params["id"])
     is_log = request.url.path.endswith("/log")
     if request.method in ("GET", "HEAD"):
@@ -242,15 +244,15 @@ async def record(service: IndexService, request: Request) -> Response:
         common = (service.store, service.catalogue, token, identifier, raw)
         if is_log:
             await loop.run_in_executor(service.writer, records.put_log, *common)
-        else:  # read in a thread: 32 MiB of JSON take a second
+        else:  # parsed in a thread: 32 MiB of JSON take a second
             document = await loop.run_in_executor(service.workers, records.parse, raw)
             await loop.run_in_executor(service.writer, records.put, *common, document)
     service.page_cache.refresh(now=True)
-    return PlainTextResponse(f"{'log' if is_log else 'record'} {identifier} is kept\n")
+    return PlainTextResponse(f"{'log' if is_log else 'record'} {identifier} is stored\n")
 
 
 async def staged_record(service: IndexService, request: Request) -> Response:
-    """GET /preview/TOKEN/records/ID and …/log: of builds whose wheels are in that staged set."""
+    """GET /preview/TOKEN/records/ID and …/log: builds of the wheels in that staged set."""
     identifier = records.check_id(request.path_params["id"])
     view = listings.find(service.catalogue, ("preview", request.path_params["token"]))
     row = service.catalogue.row(
@@ -269,7 +271,7 @@ async def set_lock(service: IndexService, request: Request) -> Response:
         with service.catalogue.moment():
             view = listings.find(service.catalogue, prefix)
             if view is None or view.kind != "set":
-                raise NotFoundError(f"there is no set {prefix[-1]!r} here", remedy="see /sets/")
+                raise NotFoundError(f"this index has no set {prefix[-1]!r}", remedy="see /sets/")
             return requirements.render(service.catalogue, view)
 
     text = await asyncio.get_running_loop().run_in_executor(service.workers, render)
@@ -280,26 +282,26 @@ def _send_record(service: IndexService, request: Request, row: sqlite3.Row | Non
     is_log = request.url.path.endswith("/log")
     digest = row["log_sha256" if is_log else "document_sha256"] if row is not None else None
     if digest is None:
-        raise NotFoundError(f"there is no {'log' if is_log else 'record'} of {identifier} here", remedy="see /board/")
+        raise NotFoundError(f"this index has no {'log' if is_log else 'record'} of {identifier}", remedy="see /board/")
     return send_stored(
         service, request, digest, "text/plain; charset=utf-8" if is_log else "application/json", cache="no-cache"
     )
 
 
 async def body_of(service: IndexService, request: Request) -> bytes:
-    """A request's whole body, bounded as records are."""
+    """The whole body of a request, up to the limit for records."""
     body = bytearray()
     async for piece in pieces(request.receive, service.limits):
         body += piece
         if len(body) > records.MAX_RECORD:
             raise TooLargeError(
-                f"records and logs of more than {records.MAX_RECORD} bytes are refused", remedy="compress or cut the log"
+                f"records and logs may have at most {records.MAX_RECORD} bytes", remedy="compress or shorten the log"
             )
     return bytes(body)
 
 
 CHANGES = 1000
-"Rows of one answer of /changes; its serial is where the next one goes on."
+"Maximum rows of one response of /changes. The next request continues from its serial."
 
 _CHANGES = """
 SELECT serial, time, action, subject FROM audit WHERE serial > ? AND serial <= ?
@@ -327,14 +329,16 @@ def operation(service: IndexService) -> list[Route]:
             "files": ("Files listed", float(row["files"]) if row else 0.0),
             "stored_bytes": ("Bytes of the files listed", float(row["bytes"]) if row else 0.0),
             "open_uploads": ("Uploads under way", float(service.gate.open_uploads)),
-            "waiting_uploads": ("Uploads that wait for others to end", float(service.gate.waiting_uploads)),
+            "waiting_uploads": ("Uploads that wait for a free place", float(service.gate.waiting_uploads)),
             "serial": ("Serial of the last change", float(service.catalogue.serial())),
         }
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def changes(request: Request) -> Response:
         since = request.query_params.get("since", "0")
-        newest = service.catalogue.serial()  # before the rows: what is committed between must come with the next request
+        newest = (
+            service.catalogue.serial()
+        )  # read before the rows, so that changes committed in between come with the next request
         rows = service.catalogue.rows(_CHANGES, (int(since) if since.isdecimal() and len(since) < 18 else 0, newest, CHANGES))
         serial = rows[-1]["serial"] if len(rows) == CHANGES else newest
         return JSONResponse({"serial": serial, "changes": [dict(row) for row in rows]})
@@ -364,19 +368,19 @@ async def on_refusal(_request: Request, error: Exception) -> Response:
 
 
 async def on_usage(request: Request, error: Exception) -> Response:
-    """What the command line calls wrong usage is a refused request here."""
+    """A usage error of the command line is a refused request here."""
     assert isinstance(error, UsageError)
     return await on_refusal(request, RefusedError(error.cause, remedy=error.remedy))
 
 
 async def on_http(_request: Request, error: Exception) -> Response:
-    """What Starlette itself refuses: unknown paths and methods."""
+    """Requests that Starlette refuses: unknown paths and methods."""
     assert isinstance(error, HTTPException)
     return PlainTextResponse(f"{error.detail}\n", status_code=error.status_code, headers=error.headers)
 
 
 def starlette_app(service: IndexService, more: list[Route], on_end: Callable[[], None]) -> Starlette:
-    """The Starlette application that `Front` hands everything but /simple/ to; `more` are the routes of sets and web pages."""
+    """The Starlette application behind `Front`, for all except /simple/. `more` has the routes of sets and web pages."""
 
     @asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:

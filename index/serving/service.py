@@ -1,4 +1,4 @@
-"""What the handlers of one server share."""
+"""The state that the handlers of one server share."""
 
 from __future__ import annotations
 
@@ -23,29 +23,29 @@ from index.trust.attestations import AttestationVerifier
 from index.trust.identity import IssuerKeys
 
 HEADROOM = 16 << 20
-"Bytes that an upload must leave free, for the catalogue."
+"Bytes that an upload must leave free for the catalogue."
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServeOptions:
-    """How `index serve` was asked to behave."""
+    """Options of `index serve`."""
 
     allow_new: bool = False
     variants: bool = False
-    "Uploads may be variant wheels (PEP 825, a draft)."
+    "Accept variant wheels (PEP 825, a draft)."
     limits: Limits = field(default_factory=Limits)
     trusted_proxies: Proxies = field(default_factory=Proxies)
     base_url: str | None = None
-    "The index's own address: what the pages print, and where provenance is. None: what the browser asked for."
+    "The address of the index: web pages print it, and provenance URLs start with it. None: use the address of the request."
     sigstore_offline: bool = False
-    "Verify attestations with the keys of Sigstore that are on this machine, and ask for no newer ones."
+    "Verify attestations with the Sigstore keys on this machine; do not fetch newer ones."
     access_log: str | None = None
-    "A path, `-` for stdout, None for none."
+    "A path, `-` for stdout, or None for no log."
 
 
 @dataclass
 class AnswerCache:
-    """Answers made from the whole store, as long as it does not change. Used from the event loop only."""
+    """Caches responses that depend on the whole store until it changes. Used from the event loop only."""
 
     bound: int = 32 << 20
     _answers: dict[tuple[str, str], Response] = field(default_factory=dict)
@@ -53,14 +53,14 @@ class AnswerCache:
     _generation: int = -1
 
     def get(self, generation: int, key: tuple[str, str] | None) -> Response | None:
-        """The answer of this generation, if it is here."""
+        """The cached response of this generation, if there is one."""
         if generation != self._generation:
             self._answers.clear()
             self._weight, self._generation = 0, generation
         return self._answers.get(key) if key is not None else None
 
     def put(self, generation: int, key: tuple[str, str] | None, answer: Response) -> None:
-        """Keep a whole answer, unless the store has changed since it was asked for."""
+        """Cache a complete response, unless the store has changed since the request."""
         weight = len(answer.body) + 1024
         if key is None or answer.status_code != 200 or generation != self._generation or weight > self.bound:
             return
@@ -73,7 +73,7 @@ class AnswerCache:
 
 @dataclass(kw_only=True)
 class IndexService:
-    """One index, being served."""
+    """One index while it is served."""
 
     store: Store
     catalogue: Catalogue
@@ -86,35 +86,35 @@ class IndexService:
     issuer_keys: IssuerKeys = field(default_factory=IssuerKeys)
     attestations: AttestationVerifier = field(default_factory=AttestationVerifier)
     workers: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(4, thread_name_prefix="workers"))
-    "Hash, write and read archives."
+    "Threads that hash, write and read archives."
     exchanger: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(4, thread_name_prefix="exchanger"))
-    "Exchanges identity tokens: one that names a slow issuer, which anybody may send, must not hold up uploads."
+    "Threads that exchange identity tokens. Any client may send a token of a slow issuer; it must not delay uploads."
     verifier: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="verifier"))
-    "Verifies attestations, one at a time: it may wait for Sigstore's keys."
+    "Thread that verifies attestations, one at a time; it may wait for Sigstore's keys."
     answer_cache: AnswerCache = field(default_factory=AnswerCache)
     web_thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="web_thread"))
-    "Renders the pages for people, one at a time."
+    "Thread that renders the web pages, one at a time."
     writer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="writer"))
-    "Commits, one after the other."
+    "Thread that commits, one transaction at a time."
 
     @property
     def limits(self) -> Limits:
-        """Bounds on what clients may take."""
+        """Limits for clients."""
         return self.options.limits
 
     def check_space(self, size: int) -> None:
-        """Refuse what cannot fit before it is sent.
+        """Refuse an upload that cannot fit before its body is sent.
 
         Raises:
-            StoreFullError: fewer bytes are free than announced.
+            StoreFullError: the disk has fewer free bytes than the client announced.
         """
         if shutil.disk_usage(self.store.root).free < size + HEADROOM:
-            raise StoreFullError("the index's disk is full", remedy="free space on it, then upload again")
+            raise StoreFullError("the disk of the index is full", remedy="free space on it, then upload again")
 
     async def rendered(self, key: tuple[str, str] | None, make: Callable[[], Response]) -> Response:
-        """What `make` answers, made in a thread of its own: a page of the whole store must not hold up installers' pages.
+        """Run `make` in the page thread: a page of the whole store must not delay the pages of installers.
 
-        With a `key`, the answer is kept until anything changes.
+        With a `key`, the response is cached until the store changes.
         """
         generation = self.page_cache.refresh()
         if (cached := self.answer_cache.get(generation, key)) is not None:
@@ -124,7 +124,7 @@ class IndexService:
         return answer
 
     def close(self) -> None:
-        """Let the threads end and the connections close."""
+        """Stop the threads and close the connections."""
         self.web_thread.shutdown()
         self.exchanger.shutdown()
         self.verifier.shutdown()

@@ -1,4 +1,4 @@
-"""Staged sets over HTTP, for whoever publishes from another machine: open one, see what it lacks, show it at once."""
+"""Staged sets over HTTP, for clients on other machines: create a set, list its missing wheels, publish it."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from index.store import auth
 from index.store.auth import Token
 
 MAX_MATRIX = 20_000
-"Lines; of a set with third-party wheels each is one."
+"Maximum lines. A set with third-party wheels has one line per wheel."
 
 
 def routes(service: IndexService) -> list[Route]:
-    """/stage/SET, …/publish and …/pylock.toml, with a token that is for no single project; pylock.toml for everybody."""
+    """/stage/SET, …/publish and …/pylock.toml require a token for all projects; GET of pylock.toml is public."""
     return [
         Route("/stage/{set_name}", partial(state, service), methods=["GET", "PUT"]),
         Route("/stage/{set_name}/publish", partial(publish, service), methods=["POST"]),
@@ -38,7 +38,7 @@ def routes(service: IndexService) -> list[Route]:
 
 
 async def state(service: IndexService, request: Request) -> Response:
-    """GET: the set's state. PUT: open it with a matrix; the same matrix again is fine while it is staged."""
+    """GET: the set's state. PUT: create it with a matrix; repeating the same matrix is allowed while the set is staged."""
     name, token = await _authorised(service, request)
     if request.method != "PUT":
         return _answer(_find(service, name))
@@ -51,7 +51,7 @@ async def state(service: IndexService, request: Request) -> Response:
 
 
 async def publish(service: IndexService, request: Request) -> Response:
-    """POST: everybody sees the whole set from now on, or it is refused with what it lacks."""
+    """POST: publish the whole set, or refuse and name the missing wheels."""
     name, token = await _authorised(service, request)
     _find(service, name)
     published = await asyncio.get_running_loop().run_in_executor(
@@ -62,7 +62,7 @@ async def publish(service: IndexService, request: Request) -> Response:
 
 
 async def put_pylock(service: IndexService, request: Request) -> Response:
-    """PUT: the set's pylock.toml (PEP 751), which is served as it is."""
+    """PUT: store the set's pylock.toml (PEP 751). It is served unchanged."""
     name, token = await _authorised(service, request)
     _find(service, name)
     raw = await body_of(service, request)
@@ -79,7 +79,7 @@ async def get_pylock(service: IndexService, request: Request) -> Response:
     view = listings.find(service.catalogue, prefix)
     raw = staged.pylock_of(service.catalogue, view.argument) if view is not None and view.kind == "set" else None
     if raw is None:
-        raise NotFoundError(f"there is no {pylock.FILENAME} of {prefix[-1]!r} here", remedy="see /sets/")
+        raise NotFoundError(f"this index has no {pylock.FILENAME} of {prefix[-1]!r}", remedy="see /sets/")
     etag = f'"{hashlib.sha256(raw).hexdigest()}"'
     headers = {"ETag": etag, "Cache-Control": "no-cache"}
     match = request.headers.get("if-none-match")
@@ -89,7 +89,7 @@ async def get_pylock(service: IndexService, request: Request) -> Response:
 
 
 async def _authorised(service: IndexService, request: Request) -> tuple[str, Token]:
-    """The set's name, and a token that reaches it."""
+    """The set's name, and a token that covers it."""
     name = check_set_name(request.path_params["set_name"])
     token = await identify(service, request)
     auth.allow(token, set_name=name)
@@ -100,7 +100,7 @@ def _find(service: IndexService, name: str) -> ReleaseSet:
     try:
         return staged.find(service.catalogue, name)
     except UsageError as error:
-        raise NotFoundError(error.cause, remedy=f"PUT /stage/{name} opens it") from error
+        raise NotFoundError(error.cause, remedy=f"create it with PUT /stage/{name}") from error
 
 
 def _open(service: IndexService, actor: str, name: str, matrix: list[staged.ExpectedWheel], without: list[str]) -> ReleaseSet:
@@ -111,16 +111,16 @@ def _open(service: IndexService, actor: str, name: str, matrix: list[staged.Expe
     same = known_set.matrix == tuple(matrix) and known_set.without == tuple(sorted({normalise(text) for text in without}))
     if known_set.state == "dropped" or not same:
         raise RefusedError(
-            f"there was a set {name!r} already, {known_set.state} and with another matrix"
+            f"a set {name!r} already exists; it is {known_set.state} and has another matrix"
             if known_set.state != "dropped"
-            else f"there was a set {name!r} already, which was dropped",
+            else f"a set {name!r} existed and was dropped; names of sets cannot be reused",
             remedy="choose another name",
         )
     return known_set
 
 
 def _texts(raw: bytes, key: str, *, optional: bool = False) -> list[str]:
-    """A list of texts of the body; empty where it is `optional` and absent."""
+    """A list of strings in the body; empty if it is `optional` and absent."""
     try:
         body = json.loads(raw)
         lines = body.get(key, []) if optional else body[key]
@@ -128,7 +128,7 @@ def _texts(raw: bytes, key: str, *, optional: bool = False) -> list[str]:
         lines = None
     if not isinstance(lines, list) or len(lines) > MAX_MATRIX or not all(isinstance(line, str) for line in lines):
         raise RefusedError(
-            "the set's matrix cannot be read",
+            "the set's matrix is not valid",
             remedy='send {"expect": ["causal-conv1d==1.7.0 cp311 aarch64", …], "without": ["NAME", …]}',
         )
     return lines

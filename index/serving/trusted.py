@@ -24,10 +24,10 @@ from index.trust.exchange import exchange
 MEDIA = "application/vnd.pypi.pytp.v1+json"
 
 FEATURE = "multi-use-token"
-"The one kind of upload token that is minted: good for every upload until it ends."
+"The only supported kind of minted upload token: valid for every upload until it expires."
 
 LONGEST = 64 << 10
-"Bytes of a request for a token."
+"Maximum bytes of a request for a token."
 
 _UPLOADS = re.compile(r"/|/legacy/?|/nightly/legacy/?|/stage/[^/]+/legacy/?")
 
@@ -35,7 +35,7 @@ Handler = Callable[[Request], Awaitable[Response]]
 
 
 def routes(service: IndexService, base: Callable[[Request], str]) -> list[Route]:
-    """/.well-known/pytp and what it names; the endpoints stand where PyPI has them, since uv looks there without asking.
+    """/.well-known/pytp and its endpoints. They have the same paths as on PyPI, since uv uses those paths without discovery.
 
     `base` is the address that the client uses for this index.
     """
@@ -48,15 +48,15 @@ def routes(service: IndexService, base: Callable[[Request], str]) -> list[Route]
 
 
 async def discovery(service: IndexService, base: Callable[[Request], str], request: Request) -> Response:
-    """GET /.well-known/pytp?discover=PATH: where tokens are exchanged for uploads to that path.
+    """GET /.well-known/pytp?discover=PATH: the address that exchanges tokens for uploads to that path.
 
     Raises:
-        NotFoundError: nothing is uploaded there, or no project has a publisher.
+        NotFoundError: the path is not for uploads, or no project has a publisher.
     """
     path = request.query_params.get("discover", "")
     if not _UPLOADS.fullmatch(path) or not publishers.all_publishers(service.catalogue):
         raise NotFoundError(
-            f"there is no trusted publishing for {path[:200]!r}", remedy="give an upload path, as ?discover=%2Flegacy%2F"
+            f"{path[:200]!r} does not support trusted publishing", remedy="give an upload path, such as ?discover=%2Flegacy%2F"
         )
     address = base(request)
     return JSONResponse(
@@ -71,7 +71,7 @@ async def discovery(service: IndexService, base: Callable[[Request], str], reque
 
 
 async def audience(service: IndexService, _request: Request) -> Response:
-    """GET /_/oidc/audience: whom an identity token must be for.
+    """GET /_/oidc/audience: the audience that an identity token must name.
 
     Raises:
         NotFoundError: no project has a publisher.
@@ -80,11 +80,11 @@ async def audience(service: IndexService, _request: Request) -> Response:
 
 
 async def mint_token(service: IndexService, request: Request) -> Response:
-    """POST /_/oidc/mint-token: an identity token for a short upload token.
+    """POST /_/oidc/mint-token: exchange an identity token for a short-lived upload token.
 
     Raises:
         UnauthenticatedError, ForbiddenError, UnreachableError, NotFoundError: see `index.trust.exchange`.
-        TooManyError: this address was refused too often.
+        TooManyError: this address had too many refused tokens.
     """
     client = client_of(service, request)
     service.gate.write(client)
@@ -99,7 +99,7 @@ async def mint_token(service: IndexService, request: Request) -> Response:
 
 
 async def burn_token(service: IndexService, request: Request) -> Response:
-    """POST /_/oidc/burn-token, as uv does when it has uploaded: 202 for any token, so that none can be guessed by it."""
+    """POST /_/oidc/burn-token: revoke a token; uv calls it after uploads. Always 202, so that tokens cannot be guessed."""
     service.gate.write(client_of(service, request))
     text = await _token_of(service, request)
     await asyncio.get_running_loop().run_in_executor(service.writer, auth.burn, service.catalogue, text)
@@ -110,33 +110,33 @@ async def _token_of(service: IndexService, request: Request) -> str:
     """The token in a request's body.
 
     Raises:
-        RefusedError: there is none, or a feature is asked of it that this index does not have.
+        RefusedError: the token is missing, or the request names a feature that this index does not support.
     """
     body = bytearray()
     async for piece in pieces(request.receive, service.limits):
         body += piece
         if len(body) > LONGEST:
-            raise RefusedError(f"the request has more than {LONGEST} bytes", remedy="send the token alone")
+            raise RefusedError(f"the request has more than {LONGEST} bytes", remedy="send only the token")
     try:
         document = json.loads(body)
     except (ValueError, RecursionError):
         document = None
     token = document.get("token") if isinstance(document, dict) else None
     if not isinstance(token, str):
-        raise RefusedError("the request has no token", remedy='send a JSON object as {"token": "ey…"}')
+        raise RefusedError("the request has no token", remedy='send a JSON object such as {"token": "ey…"}')
     wanted = document.get("features", [FEATURE]) if isinstance(document, dict) else []
     if wanted != [FEATURE]:
-        raise RefusedError(f"this index knows the feature {FEATURE} alone", remedy="leave `features` away")
+        raise RefusedError(f"this index supports only the feature {FEATURE}", remedy="omit `features`")
     return token
 
 
 def _answering(handler: Handler) -> Handler:
-    """The handler for clients that take its media type, with refusals as RFC 9457 has them and as twine and uv read them."""
+    """Wrap a handler: check Accept, and report refusals as RFC 9457 problems, which twine and uv read."""
 
     async def answer(request: Request) -> Response:
         try:
             if not negotiate.accepts(request.headers.get("accept"), MEDIA, "application/json"):
-                raise NotAcceptableError(f"this address answers as {MEDIA}", remedy="send that as Accept")
+                raise NotAcceptableError(f"this address returns {MEDIA}", remedy="send this type in Accept")
             answer = await handler(request)
         except RefusalError as error:
             answer = _problem(error)

@@ -1,4 +1,4 @@
-"""The legacy upload API as twine and `uv publish` speak it."""
+"""The legacy upload API that twine and `uv publish` use."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from index.trust import publishers
 
 @dataclass(frozen=True, kw_only=True)
 class Upload:
-    """What was taken in."""
+    """An accepted file."""
 
     filename: str
     sha256: str
@@ -34,14 +34,14 @@ class Upload:
         """One line for the client."""
         if self.outcome == "created":
             return f"{self.filename} is published"
-        return f"{self.filename} was here already, with the same bytes"
+        return f"{self.filename} already exists with the same bytes"
 
 
 async def take(service: IndexService, token: Token, destination: Destination, request: Request, receive: Receive) -> Upload:
-    """Receive, check and publish one file; what this returns is durable.
+    """Receive, check and publish one file. When this returns, the file is durable.
 
     Raises:
-        RefusalError: why not, with its HTTP status. Nothing of the upload remains.
+        RefusalError: the reason, with its HTTP status. Nothing of the upload remains.
     """
     headers = request.headers
     length = headers.get("content-length")
@@ -70,48 +70,51 @@ async def take(service: IndexService, token: Token, destination: Destination, re
 
 
 def _check_form(form: Form, queried: str) -> tuple[Received, Distribution]:
-    """The file and what its name says, when the form says the same. PyPI takes the action from the query too (`queried`).
+    """The file and its parsed name, checked against the form. Like PyPI, take the action from the query too (`queried`).
 
     Raises:
-        RefusedError: it does not.
+        RefusedError: the form differs from the file name.
     """
     action = form.value(":action") or queried
     if action != "file_upload":
-        raise RefusedError(f"the action {action!r} is not known", remedy="send :action=file_upload, as twine and uv do")
+        raise RefusedError(f"unknown action {action!r}", remedy="send :action=file_upload, as twine and uv do")
     if form.value("protocol_version") not in ("", "1"):
         raise RefusedError("the protocol version is not 1", remedy="send protocol_version=1, as twine and uv do")
     received = form.files.get("content")
     if received is None:
-        raise RefusedError("the form holds no file named content", remedy="send the distribution as the field content")
+        raise RefusedError("the form has no file in the field content", remedy="send the distribution in the field content")
     distribution = parse_filename(received.filename)
     name, version, filetype = form.value("name"), form.value("version"), form.value("filetype")
     if name and canonicalize_name(name) != distribution.project:
         raise RefusedError(
-            f"the form says project {name!r}, the file is {distribution.filename}", remedy="upload it under its own name"
+            f"the form names the project {name!r}, but the file is {distribution.filename}",
+            remedy="upload it with the project name of the file",
         )
     if version and not same_version(version, distribution.version):
         raise RefusedError(
-            f"the form says version {version!r}, the file is {distribution.filename}", remedy="upload it under its own version"
+            f"the form names the version {version!r}, but the file is {distribution.filename}",
+            remedy="upload it with the version of the file",
         )
     if filetype and filetype != distribution.kind:
         raise RefusedError(
-            f"the form says {filetype!r}, the file is {distribution.filename}", remedy=f"send filetype={distribution.kind}"
+            f"the form names the type {filetype!r}, but the file is {distribution.filename}",
+            remedy=f"send filetype={distribution.kind}",
         )
     return received, distribution
 
 
 def _provenance(service: IndexService, attestations: str, distribution: Distribution, sha256: str) -> bytes:
-    """What the form's attestations say of the file (PEP 740).
+    """The provenance from the form's attestations (PEP 740).
 
     Raises:
-        RefusedError, UnreachableError: one of them is not good, or cannot be verified now.
+        RefusedError, UnreachableError: an attestation is invalid, or cannot be verified now.
     """
     trusted = publishers.of_project(service.catalogue, distribution.project)
     return service.attestations.provenance(attestations, distribution.filename, sha256, trusted)
 
 
 def _check_digests(form: Form, received: Received) -> None:
-    """Every digest that the form announces, in whatever order its parts came."""
+    """Check every digest that the form announces, in any order of its parts."""
     for field, new_hash in DIGESTS.items():
         announced = form.value(field).lower()
         if announced and field not in received.digests:
@@ -119,6 +122,6 @@ def _check_digests(form: Form, received: Received) -> None:
                 received.digests[field] = hashlib.file_digest(stream, new_hash).hexdigest()
         if announced and announced != received.digests[field]:
             raise RefusedError(
-                f"the {field} of the form is not that of the file received ({received.digests[field]})",
-                remedy="the upload was damaged; upload it again",
+                f"the {field} in the form differs from that of the received file ({received.digests[field]})",
+                remedy="upload it again; the transfer was damaged",
             )

@@ -1,7 +1,7 @@
-"""Is a set closed: does it hold what its wheels require, on each Python and architecture that it is for?
+"""Check that a set is closed: it contains what its wheels require, on each of its Pythons and architectures.
 
-An sdist's requirements are not known before it is built, and a line that is no requirement (PEP 508) is read by nobody:
-neither counts.
+Requirements of sdists are unknown before the build, and installers ignore lines that are not requirements (PEP 508): both are
+skipped.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from index.sets.machines import PYTHONS, InstallTarget, arch_of_tag, python_of_t
 from index.store.files import Store
 
 ARCHES = ("aarch64", "x86_64")
-"Where nothing in a set says which."
+"Defaults if nothing in a set names one."
 
 
 @dataclass(frozen=True, kw_only=True)
 class SetFile:
-    """A file of a set, and what it requires."""
+    """A file of a set, with its requirements."""
 
     filename: str
     project: str
@@ -43,7 +43,7 @@ def read(store: Store, row: sqlite3.Row, *, own: bool) -> SetFile:
     """A row of the table `file`, or of `mirrored`.
 
     Raises:
-        DamagedError: the store has lost its METADATA.
+        DamagedError: its METADATA is missing from the store.
     """
     raw = b""
     if row["metadata_sha256"] is not None:
@@ -75,10 +75,10 @@ def _requirements(raw: bytes) -> Iterator[Requirement]:
 def unmet(
     files: Sequence[SetFile], pythons: Sequence[str], arches: Sequence[str], *, without: Container[str] = ()
 ) -> list[str]:
-    """What wheels of the set require and the set lacks, a line each, but for the projects that it does `without`.
+    """Requirements of the set's wheels that the set lacks, one line each; projects in `without` are ignored.
 
-    `pythons` (3.11) and `arches` are those of the set's matrix. Where it names none, they are those of the wheels that were
-    built here; where these name none either, it is enough that one machine finds all that it needs.
+    `pythons` (3.11) and `arches` are those of the set's matrix. If it names none, those of the wheels built by the farm count.
+    If these name none either, it is sufficient that one machine finds everything.
     """
     own = {tag for file in files if file.own and file.filename.endswith(".whl") for tag in wheel_tags(file.filename)}
     known_pythons = set(pythons) or {python for tag in own if (python := python_of_tag(tag))}
@@ -94,10 +94,10 @@ def unmet(
 
 @dataclass(frozen=True, kw_only=True)
 class _Shortfall:
-    """What one machine does not find."""
+    """Requirements that one machine does not find."""
 
     installable: int
-    "Files of the set that it can install."
+    "Files of the set that the machine can install."
     lines: frozenset[str]
 
 
@@ -107,7 +107,7 @@ def _shortfall(files: Sequence[SetFile], machine: InstallTarget, without: Contai
 
 
 def _where(line: str, lines_of: Mapping[tuple[str, str], frozenset[str]]) -> str:
-    """The line, with the machines that lack it where not all do."""
+    """The line, with the machines that lack it unless all do."""
     places = [" on ".join(part for part in (python and f"Python {python}", arch) if part) for python, arch in lines_of]
     lacking = [place for place, lines in zip(places, lines_of.values(), strict=True) if line in lines]
     return line if len(lacking) == len(places) else f"{line}, for {', '.join(lacking)}"
@@ -116,7 +116,7 @@ def _where(line: str, lines_of: Mapping[tuple[str, str], frozenset[str]]) -> str
 def _lacking(
     files: Sequence[SetFile], here: Sequence[SetFile], machine: InstallTarget, without: Container[str]
 ) -> Iterator[str]:
-    """What the machine does not find of what the wheels that it can install, `here`, require."""
+    """Requirements of the installable wheels (`here`) that the machine does not find."""
     by_project: dict[str, list[SetFile]] = {}
     for file in here:
         by_project.setdefault(file.project, []).append(file)
@@ -133,7 +133,7 @@ def _lacking(
             found = [each for each in by_project.get(name, []) if _satisfies(each.version, requirement)]
             if not found:
                 others = [each for each in files if each.project == name]
-                yield f"{_text(requirement)} (of {file.project} {file.version}{_instead(others, requirement)})"
+                yield f"{_text(requirement)} (required by {file.project} {file.version}{_instead(others, requirement)})"
             for each, wanted in product(found, map(canonicalize_name, requirement.extras)):
                 if (each.filename, wanted) not in seen:
                     seen.add((each.filename, wanted))
@@ -142,7 +142,7 @@ def _lacking(
 
 def _instead(others: Sequence[SetFile], requirement: Requirement) -> str:
     if any(_satisfies(each.version, requirement) for each in others):
-        return "; what the set has is for other machines"
+        return "; the set has it only for other machines"
     versions = sorted({each.version for each in others})
     return f"; the set has {', '.join(versions)}" if versions else ""
 
@@ -153,7 +153,7 @@ def _text(requirement: Requirement) -> str:
 
 
 def _applies(requirement: Requirement, machine: InstallTarget, extra: str) -> bool:
-    """Is it required there? With an extra, only what the extra adds."""
+    """Whether the machine requires it. With an extra, only requirements that the extra adds."""
     if requirement.marker is None:
         return not extra
     try:

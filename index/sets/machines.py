@@ -1,4 +1,4 @@
-"""The machines that a set is for: which wheels one can install, and what environment markers are there."""
+"""Target machines of a set: the wheels that each can install, and the values of its environment markers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gracefarm.pythons import serves
 from index.names import wheel_tags
 
 PYTHONS = tuple(f"3.{minor}" for minor in range(8, 16))
-"Where nothing says which."
+"Defaults."
 
 _PYTHON = re.compile(r"(?:cp)?3\.?(\d{1,2})(t?)\Z")
 _INTERPRETER = re.compile(r"(cp|py)3(\d*)\Z")
@@ -30,9 +30,9 @@ class InstallTarget:
     """A CPython on a Linux machine."""
 
     python: str
-    "As 3.11, or 3.13t for a free-threaded one."
+    "For example 3.11, or 3.13t for a free-threaded build."
     arch: str
-    "As aarch64; empty: any."
+    "For example aarch64; empty: any."
     libc: str = ""
     "manylinux or musllinux; empty: any glibc."
     libc_version: tuple[int, int] = (0, 0)
@@ -41,7 +41,7 @@ class InstallTarget:
         return f"Python {self.python} on {self.arch}" if self.arch else f"Python {self.python}"
 
     def takes(self, filename: str, requires_python: str | None = None) -> bool:
-        """Can it install this wheel? Of an sdist, only the Python counts."""
+        """Whether it can install this wheel. For an sdist, only the Python counts."""
         if not self._allowed(requires_python):
             return False
         return not filename.endswith(".whl") or any(
@@ -49,7 +49,7 @@ class InstallTarget:
         )
 
     def environment(self, extra: str = "") -> dict[str, str]:
-        """The values of environment markers (PEP 508); the Python is a late one of its minor version."""
+        """The values of environment markers (PEP 508), for a late release of the Python minor version."""
         version = self.python.removesuffix("t")
         return {
             "implementation_name": "cpython",
@@ -84,7 +84,7 @@ class InstallTarget:
 
 
 def python_of_tag(tag: Tag) -> str | None:
-    """The one Python that a tag is for: 3.11 of cp311-cp311; None when it is for several, or for another than CPython 3."""
+    """The only Python that a tag supports: 3.11 for cp311-cp311; None if it supports several, or not CPython 3."""
     match = _INTERPRETER.match(tag.interpreter)
     if match is None or match[1] == "py" or not tag.abi.startswith(tag.interpreter):
         return None
@@ -92,49 +92,49 @@ def python_of_tag(tag: Tag) -> str | None:
 
 
 def arch_of_tag(tag: Tag) -> str | None:
-    """The architecture of a Linux wheel's tag."""
+    """The architecture in the tag of a Linux wheel."""
     match = re.search(rf"linux.*?_({_ARCHES})\Z", tag.platform)
     return match[1] if match else None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """The machines that something is for; without any, all that there are."""
+    """A selection of machines; empty means all machines."""
 
     machines: tuple[InstallTarget, ...] = ()
     everything: bool = True
-    "Nothing was chosen."
+    "True if the selection is empty."
     name: str = ""
-    "As it was asked for."
+    "The names as the user gave them."
 
     def __str__(self) -> str:
         return self.name
 
     def takes(self, filename: str, requires_python: str | None) -> bool:
-        """Can one of the machines install this file?"""
+        """Whether one of the machines can install this file."""
         return self.everything or any(machine.takes(filename, requires_python) for machine in self.machines)
 
     def needs(self, marker: Marker | None) -> bool:
-        """Does a marker hold on one of the machines? Where no architecture was chosen, it is not asked."""
+        """Whether a marker is true on one of the machines. Architecture is ignored if none was selected."""
         known = [machine for machine in self.machines if machine.arch]
         if marker is None or len(known) < len(self.machines) or self.everything:
             return True
         return any(marker.evaluate(machine.environment()) for machine in known)
 
     def without(self, filenames: Iterable[str]) -> Selection:
-        """The machines that can install none of these wheels."""
+        """The machines that cannot install any of these wheels."""
         wheels = list(filenames)
         left = tuple(machine for machine in self.machines if not any(machine.takes(name) for name in wheels))
         return Selection(machines=left, everything=self.everything, name=self.name)
 
 
 def select(platforms: Iterable[str], pythons: Iterable[str]) -> Selection:
-    """Machines by names as pip, uv and wheels write them: manylinux_2_34_aarch64, aarch64; 3.11, cp311, 3.13t.
+    """Machines by the names that pip, uv and wheels use: manylinux_2_34_aarch64, aarch64; 3.11, cp311, 3.13t.
 
-    Every platform with every Python; without the one or the other, with any. Without both, everything.
+    The result combines every platform with every Python. If one of the two is not given, any value matches.
 
     Raises:
-        UsageError: a name that is not of that form.
+        UsageError: a name has another form.
     """
     wanted, versions = list(platforms), list(pythons)
     several = [python(text) for text in versions] or PYTHONS
@@ -148,14 +148,14 @@ def select(platforms: Iterable[str], pythons: Iterable[str]) -> Selection:
 
 
 def python(text: str) -> str:
-    """3.11 of 3.11 or cp311.
+    """Convert 3.11 or cp311 to 3.11.
 
     Raises:
         UsageError: it is neither.
     """
     match = _PYTHON.match(text)
     if match is None:
-        raise UsageError(f"{text!r} is not a Python", remedy="write 3.11 or cp311")
+        raise UsageError(f"{text!r} is not a Python version", remedy="write 3.11 or cp311")
     return f"3.{match[1]}{match[2]}"
 
 

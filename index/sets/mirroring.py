@@ -1,4 +1,4 @@
-"""Third-party wheels of a set's lock: copied or linked by their sha256, visible in that set's view alone."""
+"""Third-party wheels of a set's lock: copied or linked by their sha256, visible only in that set's view."""
 
 from __future__ import annotations
 
@@ -37,33 +37,33 @@ from index.store.catalogue import Catalogue, Transaction, timestamp
 from index.store.files import Store, disk_errors, flush
 
 MAX_FILE = Limits.upload
-"Bytes of a file whose size upstream does not say."
+"Maximum bytes of a file if upstream does not give its size."
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mirrored:
-    """What one pin became."""
+    """The result for one pin."""
 
     name: str
     filename: str
     how: str
-    "ours, copied, linked, kept."
+    "One of: ours, copied, linked, kept."
     size: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manner:
-    """How a lock is mirrored."""
+    """Options of mirroring a lock."""
 
     link: bool = False
-    "Absolute links instead of copies."
+    "Store absolute links instead of copies."
     selection: Selection = field(default_factory=Selection)
-    "The machines whose files are brought."
+    "The machines whose files to mirror."
 
 
 @dataclass(frozen=True, kw_only=True)
 class _UpstreamFile:
-    """One file, under the names of the columns of `mirrored`."""
+    """One file; the fields have the names of the columns of `mirrored`."""
 
     filename: str
     project: str
@@ -71,14 +71,14 @@ class _UpstreamFile:
     kind: str
     sha256: str
     size: int
-    "0: upstream does not say."
+    "0: unknown."
     url: str
-    "Empty: the bytes are here."
+    "Address of a linked file; empty for a copy."
     metadata_sha256: str | None
     requires_python: str | None
     uploaded: str | None
     defects: str = ""
-    "What is wrong with it, a line each."
+    "Defects, one line each."
 
 
 def mirror(
@@ -93,18 +93,18 @@ def mirror(
     manner: Manner,
     tick: Tick = no_tick,
 ) -> list[Mirrored]:
-    """Bring the files of the lock into the set; can be repeated, and goes on where it was stopped.
+    """Mirror the files of the lock into the set. It can be repeated, and continues after an interruption.
 
     Raises:
-        FetchError: a pin that the upstream index does not have, or an upstream that does not answer.
-        DigestError: an upstream that sends other bytes than were locked.
+        FetchError: the upstream index lacks a pin or does not respond.
+        DigestError: upstream sends other bytes than the locked ones.
         UsageError: the set is published, with another lock.
-        StoreFullError: no space.
+        StoreFullError: the disk is full.
     """
     pins = [pin for pin in pins if manner.selection.needs(pin.marker)]
     _begin(catalogue, actor, set_name, lock_name, pins, manner)
     mirrored: list[Mirrored] = []
-    # Requests' own user agent would hide who asks.
+    # The default user agent of requests would hide this program's identity.
     with PyPISimple(index_url or PYPI_SIMPLE_ENDPOINT) as upstream, httpx.Client(follow_redirects=True, timeout=60) as client:
         for number, pin in enumerate(pins):
             tick(number, len(pins), pin.name)
@@ -118,13 +118,13 @@ def mirror(
 
 
 def _begin(catalogue: Catalogue, actor: str, set_name: str, lock_name: str, pins: list[Pin], manner: Manner) -> None:
-    """Make this lock one of the set's, before its first file: until each pin is fulfilled, the set is not published.
+    """Register this lock with the set before its first file. The set cannot be published until every pin is fulfilled.
 
-    A set may have several locks, one for each index that its wheels come from; they are told apart by their files' names.
-    A lock takes the place of the one of its name, and what that one brought and no lock of the set names leaves.
+    A set may have several locks, one per index that its wheels come from; the file name identifies a lock. A lock replaces an
+    earlier lock with the same name, and files of the earlier lock that no lock of the set names are removed from the set.
 
     Raises:
-        UsageError: the set is published (with another lock; the same one may be mirrored again to mend what was lost).
+        UsageError: the set is published with another lock. (The same lock may be mirrored again to restore lost files.)
     """
     with catalogue.change(actor) as change:
         rows = change.execute("SELECT * FROM pin WHERE set_name = ?", (set_name,)).fetchall()
@@ -168,7 +168,7 @@ def _finish(change: Transaction, set_name: str, pin: Pin, manner: Manner) -> Non
 
 
 def _ours(catalogue: Catalogue, actor: str, set_name: str, pin: Pin, manner: Manner) -> list[Mirrored]:
-    """Files of ours with a locked digest join the set as they are."""
+    """Add this index's own files with a locked digest to the set."""
     rows = catalogue.rows("SELECT id, filename, sha256, size, requires_python FROM live_file WHERE project = ?", (pin.name,))
     takes = manner.selection.takes
     own = [row for row in rows if row["sha256"] in pin.sha256 and takes(row["filename"], row["requires_python"])]
@@ -192,7 +192,7 @@ def _is_done(catalogue: Catalogue, set_name: str, pin: Pin, manner: Manner) -> b
 
 
 def _kept(store: Store, catalogue: Catalogue, set_name: str, pin: Pin, manner: Manner) -> list[Mirrored]:
-    """What an earlier run brought, when it was all of it and is still there: none of it, else, and it is fetched again."""
+    """The files of an earlier run if they are complete and still stored; else none, so that they are fetched again."""
     rows = [
         row
         for row in catalogue.rows("SELECT * FROM live_mirrored WHERE set_name = ? AND project = ?", (set_name, pin.name))
@@ -216,11 +216,11 @@ def _upstream(catalogue: Catalogue, upstream: PyPISimple, pin: Pin) -> list[_Ups
         page = upstream.get_project_page(pin.name)
     except NoSuchProjectError as error:
         raise FetchError(
-            f"the upstream index has no project {pin.name}", remedy="set GRACEFARM_PYTHON_INDEX to one that has"
+            f"the upstream index has no project {pin.name}", remedy="set GRACEFARM_PYTHON_INDEX to an index that has it"
         ) from error
     except (RequestException, UnsupportedContentTypeError, UnsupportedRepoVersionError) as error:
         raise FetchError(
-            f"the upstream index does not answer for {pin.name}: {type(error).__name__}", remedy="try again later"
+            f"the upstream index did not respond for {pin.name}: {type(error).__name__}", remedy="try again later"
         ) from error
     files = [
         _upstream_file(package, digest, pin)
@@ -229,32 +229,32 @@ def _upstream(catalogue: Catalogue, upstream: PyPISimple, pin: Pin) -> list[_Ups
     ]
     if not files:
         raise FetchError(
-            f"the upstream index has no sdist and no plain wheel of {pin.name} {pin.version} with a locked sha256",
-            remedy="lock again, or set GRACEFARM_PYTHON_INDEX to the index that the lock was made with",
+            f"the upstream index has neither an sdist nor a plain wheel of {pin.name} {pin.version} with a locked sha256",
+            remedy="lock again, or set GRACEFARM_PYTHON_INDEX to the index that the lock was created with",
         )
     gone = {row["sha256"] for row in catalogue.rows("SELECT sha256 FROM mirrored WHERE withdrawn IS NOT NULL")}
     left = [item for item in files if item.sha256 not in gone]
     if not left:
         raise RefusedError(
-            f"every locked file of {pin.name} {pin.version} was withdrawn here",
-            remedy="lock another version; `index withdraw --undo` takes a withdrawal back",
+            f"every locked file of {pin.name} {pin.version} was withdrawn from this index",
+            remedy="lock another version, or undo the withdrawal with `index withdraw --undo`",
         )
     return left
 
 
 def _chosen(selection: Selection, pin: Pin, files: list[_UpstreamFile]) -> list[_UpstreamFile]:
-    """The wheels that the selection can install, and the sdist for whom none of them is.
+    """The wheels that the selection can install, and the sdist for machines without a matching wheel.
 
     Raises:
-        FetchError: not one file.
+        FetchError: no file matches.
     """
     wheels = [item for item in files if item.kind == "bdist_wheel" and selection.takes(item.filename, item.requires_python)]
     left = selection.without(item.filename for item in wheels)
     others = [item for item in files if item.kind != "bdist_wheel" and left.takes(item.filename, item.requires_python)]
     if not wheels and not others:
         raise FetchError(
-            f"none of the {len(files)} locked files of {pin.name} {pin.version} is for {selection}",
-            remedy="choose --platform and --python that the lock was made for",
+            f"none of the {len(files)} locked files of {pin.name} {pin.version} matches {selection}",
+            remedy="choose --platform and --python as in the lock",
         )
     return [*wheels, *others]
 
@@ -276,16 +276,19 @@ def _upstream_file(package: DistributionPackage, digest: str, pin: Pin) -> _Upst
 
 
 def _version(filename: str, pin: Pin) -> str:
-    """The version in a file name that upstream gave, when it is the pin's."""
+    """The version in a file name from upstream, if it is the pin's version."""
     try:
         check_plain(filename)
         name, version = parse_wheel_filename(filename)[:2] if filename.endswith(".whl") else parse_sdist_filename(filename)
         same = name == pin.name and version == Version(pin.version)
     except (RefusedError, InvalidWheelFilename, InvalidSdistFilename, InvalidVersion) as error:
-        raise FetchError(f"the upstream index calls a locked file {filename!r}", remedy="lock another file") from error
+        raise FetchError(
+            f"the upstream index gives a locked file the name {filename!r}", remedy="lock another file"
+        ) from error
     if not same:
         raise FetchError(
-            f"the upstream index calls the locked file of {pin.name} {pin.version} {filename!r}", remedy="do not trust it"
+            f"the upstream index gives the locked file of {pin.name} {pin.version} the name {filename!r}",
+            remedy="do not use this index",
         )
     return str(version)
 
@@ -300,7 +303,7 @@ def _take(
     client: httpx.Client,
     manner: Manner,
 ) -> list[Mirrored]:
-    """Every file of a pin, in one transaction: a pin is fulfilled or it is not."""
+    """Add all files of a pin in one transaction, so that a pin is never partially fulfilled."""
     with ExitStack() as stack:
         copies: list[tuple[Path, str]] = []
         texts: list[bytes] = []
@@ -331,7 +334,7 @@ def _take(
 
 
 def _leave_out(change: Transaction, set_name: str, pin: Pin, taken: list[_UpstreamFile]) -> None:
-    """Files that a wider selection of the pin brought before, unless another lock of the set names the pin too."""
+    """Files from an earlier, wider selection of the pin, unless another lock of the set names the pin too."""
     locks = change.execute(
         "SELECT count(*) FROM pin WHERE set_name = ? AND project = ? AND version = ?", (set_name, pin.name, pin.version)
     ).fetchone()[0]
@@ -346,13 +349,13 @@ def _leave_out(change: Transaction, set_name: str, pin: Pin, taken: list[_Upstre
 
 def _insert(change: Transaction, set_name: str, item: _UpstreamFile) -> None:
     values = {**vars(item), "set_name": set_name, "uploaded": item.uploaded or change.time, "url": item.url or None}
-    mended = change.execute(
+    restored = change.execute(
         "UPDATE mirrored SET lost = 0, url = :url, size = :size, metadata_sha256 = :metadata_sha256, defects = :defects"
         " WHERE set_name = :set_name AND filename = :filename AND sha256 = :sha256",
         values,
     )
-    if not mended.rowcount:
-        staged.check_staged(change, set_name)  # what is published is mended and never changed
+    if not restored.rowcount:
+        staged.check_staged(change, set_name)  # files of a published set may be restored, but never changed
         change.execute(
             "INSERT OR REPLACE INTO mirrored (set_name, filename, project, version, kind, sha256, size, metadata_sha256,"
             " requires_python, uploaded, url, defects) VALUES (:set_name, :filename, :project, :version, :kind, :sha256,"
@@ -363,7 +366,7 @@ def _insert(change: Transaction, set_name: str, item: _UpstreamFile) -> None:
 
 
 def withdraw(catalogue: Catalogue, actor: str, filename: str, reason: str, *, undo: bool = False) -> list[str]:
-    """Take a mirrored file out of every set, published ones too, and answer 410 for it; returns the sets.
+    """Remove a mirrored file from every set, including published ones, and answer 410 for it; return the sets.
 
     Raises:
         UsageError: no set has such a file.
@@ -376,7 +379,7 @@ def withdraw(catalogue: Catalogue, actor: str, filename: str, reason: str, *, un
         if not rows:
             raise UsageError(
                 f"no set has a {'withdrawn' if undo else 'mirrored'} file {filename!r}",
-                remedy="`index stage list --json` names the files of sets; ours are yanked or deleted by project and version",
+                remedy="`index stage list --json` lists the files of sets; `index yank` and `index delete` are for own files",
             )
         names = sorted(row["set_name"] for row in rows)
         change.note("set.unwithdraw" if undo else "set.withdraw", filename, sets=names, reason=reason)
@@ -384,19 +387,19 @@ def withdraw(catalogue: Catalogue, actor: str, filename: str, reason: str, *, un
 
 
 def _remote_size(client: httpx.Client, item: _UpstreamFile) -> int:
-    """PEP 700 wants sizes; an upstream without them is asked for the length."""
+    """PEP 700 requires sizes. If upstream gives none, ask it for the length."""
     try:
         answer = client.head(item.url)
         return int(answer.raise_for_status().headers.get("content-length", 0))
     except httpx.HTTPError as error:
-        raise FetchError(f"{item.filename} cannot be had from upstream: {error}", remedy="try again later") from error
+        raise FetchError(f"failed to fetch {item.filename} from upstream: {error}", remedy="try again later") from error
 
 
 @contextmanager
 def _download(store: Store, client: httpx.Client, item: _UpstreamFile) -> Iterator[Path]:
     digest = hashlib.sha256()
     bound, count = item.size or MAX_FILE, 0
-    # A coding would be of the file itself for us: what is hashed and stored is what was sent.
+    # The bytes are hashed and stored as sent, so a content coding would change the file.
     identity = {"Accept-Encoding": "identity"}
     with store.staged() as path:
         try:
@@ -410,29 +413,30 @@ def _download(store: Store, client: httpx.Client, item: _UpstreamFile) -> Iterat
                     count += len(chunk)
                     if count > bound:
                         raise DigestError(
-                            f"upstream sends more than the {bound} bytes of {item.filename}", remedy="do not trust it"
+                            f"upstream sends more than the {bound} bytes of {item.filename}", remedy="do not use this index"
                         )
                     digest.update(chunk)
                     stream.write(chunk)
                 flush(stream)
         except httpx.HTTPError as error:
             raise FetchError(
-                f"{item.filename} cannot be had from upstream: {error}", remedy="the same command goes on from here"
+                f"failed to fetch {item.filename} from upstream: {error}", remedy="repeat the command; it continues from here"
             ) from error
         if digest.hexdigest() != item.sha256:
             raise DigestError(
-                f"upstream sent {item.filename} with sha256 {digest.hexdigest()}, not {item.sha256}", remedy="do not trust it"
+                f"upstream sent {item.filename} with sha256 {digest.hexdigest()}, expected {item.sha256}",
+                remedy="do not use this index",
             )
         yield path
 
 
 def _inspect(path: Path, filename: str) -> tuple[bytes | None, str]:
-    """METADATA of a copied wheel, and what is wrong with a copied file.
+    """METADATA of a copied wheel, and the defects of a copied file.
 
     Raises:
         RefusedError: with this file, installers would fail on the whole project.
     """
-    if filename.endswith(".zip"):  # an sdist of before PEP 625, which only pip reads
+    if filename.endswith(".zip"):  # an sdist older than PEP 625, which only pip reads
         return None, ""
     defects = Defects(distribution=parse_filename(filename, published=True))
     if defects.distribution.kind == "sdist":
@@ -443,11 +447,11 @@ def _inspect(path: Path, filename: str) -> tuple[bytes | None, str]:
 
 
 def _linked_metadata(client: httpx.Client, item: _UpstreamFile) -> tuple[bytes | None, str]:
-    """METADATA of a linked wheel, if upstream serves it (PEP 658), and what is wrong with the wheel, as far as it tells.
+    """METADATA of a linked wheel, if upstream serves it (PEP 658), and the defects that it shows.
 
     Raises:
         RefusedError: with this file, installers would fail on the whole project.
-        FetchError, DigestError: upstream promises METADATA and does not send it.
+        FetchError, DigestError: upstream announces METADATA and does not send it.
     """
     if item.metadata_sha256 is None or item.kind != "bdist_wheel":
         return None, ""
@@ -455,10 +459,12 @@ def _linked_metadata(client: httpx.Client, item: _UpstreamFile) -> tuple[bytes |
         raw = client.get(f"{item.url}.metadata").raise_for_status().content
     except httpx.HTTPError as error:
         raise FetchError(
-            f"the metadata of {item.filename} cannot be had from upstream: {error}", remedy="try again later"
+            f"failed to fetch the metadata of {item.filename} from upstream: {error}", remedy="try again later"
         ) from error
     if hashlib.sha256(raw).hexdigest() != item.metadata_sha256:
-        raise DigestError(f"upstream sent other metadata of {item.filename} than it lists", remedy="do not trust it")
+        raise DigestError(
+            f"upstream sent metadata of {item.filename} that differs from the listed digest", remedy="do not use this index"
+        )
     defects = Defects(distribution=parse_filename(item.filename, published=True))
     metadata.read(raw, defects, lambda _name: True)
     return raw, "\n".join(defects.sentences)

@@ -1,4 +1,4 @@
-"""A set's pylock.toml (PEP 751): who makes the set writes it; the index keeps it and serves it beside requirements.lock."""
+"""A set's pylock.toml (PEP 751). The author of the set writes it; the index stores it and serves it with requirements.lock."""
 
 from __future__ import annotations
 
@@ -14,38 +14,40 @@ if TYPE_CHECKING:
 FILENAME = "pylock.toml"
 
 MAX_PYLOCK = 4 << 20
-"Bytes; two hundred wheels need a few hundred thousand."
+"Maximum bytes. A lock of two hundred wheels has a few hundred thousand."
 
 
 def parse(raw: bytes) -> Pylock:
-    """The lock of these bytes.
+    """Parse a pylock.toml.
 
     Raises:
-        RefusedError: they are no pylock.toml, or a package of it has no file by sha256.
-        TooLargeError: over MAX_PYLOCK.
+        RefusedError: it is not a valid pylock.toml, or a package has no file with a sha256.
+        TooLargeError: it exceeds MAX_PYLOCK.
     """
-    # Here: a server starts quicker without.
+    # Imported here, so that a server starts more quickly.
     from packaging.pylock import Pylock, PylockUnsupportedVersionError, PylockValidationError
 
     if len(raw) > MAX_PYLOCK:
-        raise TooLargeError(f"a {FILENAME} of more than {MAX_PYLOCK} bytes is refused", remedy="lock the set alone")
+        raise TooLargeError(f"a {FILENAME} may have at most {MAX_PYLOCK} bytes", remedy="lock only the packages of the set")
     try:
         lock = Pylock.from_dict(tomllib.loads(raw.decode()))
     except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
-        raise RefusedError(f"the {FILENAME} is not TOML: {error}", remedy="send the file as it was written") from None
+        raise RefusedError(f"the {FILENAME} is not TOML: {error}", remedy="send the unmodified file") from None
     except (PylockValidationError, PylockUnsupportedVersionError) as error:
-        raise RefusedError(f"the {FILENAME} is not one of PEP 751: {error}", remedy="write it with such a tool") from None
+        raise RefusedError(
+            f"the {FILENAME} does not conform to PEP 751: {error}", remedy="write it with a tool that supports PEP 751"
+        ) from None
     for package in lock.packages:
         if not _digests(package):
             raise RefusedError(
-                f"the {FILENAME} names {package.name} without the sha256 of a file",
+                f"the {FILENAME} lists {package.name} without the sha256 of a file",
                 remedy="lock files, not folders or repositories",
             )
     return lock
 
 
 def lacking(lock: Pylock, digests: Container[str]) -> list[str]:
-    """Packages of the lock of which no file is among these, by sha256."""
+    """Packages of the lock without a file among these, by sha256."""
     return sorted(
         f"{package.name}=={package.version}" if package.version else package.name
         for package in lock.packages

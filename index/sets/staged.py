@@ -1,4 +1,4 @@
-"""Sets of wheels that become visible at once: created staged and hidden, published whole, refused while incomplete."""
+"""Sets of wheels that become visible together: a set is created hidden (staged), and published only when it is complete."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from index.store.catalogue import Catalogue, Transaction
 from index.store.files import Store
 
 MAX_UNMET = 40
-"Requirements that a refusal names."
+"Maximum requirements that an error lists."
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExpectedWheel:
-    """One wheel that a set's matrix declares."""
+    """A wheel that the set's matrix declares."""
 
     requirement: str
-    "As causal-conv1d==1.7.0: a local version fits its public one."
+    "For example causal-conv1d==1.7.0. A local version matches its public version."
     python: str = ""
-    "As cp311; empty: any."
+    "For example cp311; empty: any."
     arch: str = ""
-    "As aarch64; empty: any."
+    "For example aarch64; empty: any."
 
     def __str__(self) -> str:
         return " ".join(part for part in (self.requirement, self.python, self.arch) if part)
 
     def matches(self, project: str, version: str, filename: str) -> bool:
-        """Is this file the expected wheel?"""
+        """Whether this file is the expected wheel."""
         wanted = Requirement(self.requirement)
         if canonicalize_name(wanted.name) != project or not wanted.specifier.contains(version, prereleases=True):
             return False
@@ -53,7 +53,7 @@ class ExpectedWheel:
 
 @dataclass(frozen=True, kw_only=True)
 class ReleaseSet:
-    """A set as `stage list` shows it."""
+    """A set as shown by `stage list`."""
 
     name: str
     state: str
@@ -67,18 +67,18 @@ class ReleaseSet:
     "sha256 of each file."
     missing: tuple[str, ...]
     wanted: int
-    "How many the matrix and the lock name."
+    "Number of entries of the matrix and the lock."
     pylock: bool
-    "It has a pylock.toml."
+    "Whether it has a pylock.toml."
     without: tuple[str, ...]
-    "Projects that its wheels require and that it does without."
+    "Projects that the set may lack even if its wheels require them."
 
 
 def parse_matrix(lines: list[str]) -> list[ExpectedWheel]:
-    """Lines of REQUIREMENT [PYTHON[,PYTHON…]] [ARCH[,ARCH…]]; commas multiply; `#` starts a comment.
+    """Parse lines of REQUIREMENT [PYTHON[,PYTHON…]] [ARCH[,ARCH…]]. Lists are combined; `#` starts a comment.
 
     Raises:
-        UsageError: a line that is not of that form.
+        UsageError: a line has another form.
     """
     return [expected for line in lines if (text := line.partition("#")[0].strip()) for expected in _matrix_line(text)]
 
@@ -91,7 +91,7 @@ def _matrix_line(text: str) -> Iterator[ExpectedWheel]:
         parsed = None
     if parsed is None or len(rest) > 2 or parsed.url:
         raise UsageError(
-            f"the matrix line {text!r} cannot be read", remedy="write it as: causal-conv1d==1.7.0 cp311,cp312 aarch64"
+            f"the matrix line {text!r} is not valid", remedy="write it like: causal-conv1d==1.7.0 cp311,cp312 aarch64"
         )
     pythons = rest[0].split(",") if rest else [""]
     arches = rest[1].split(",") if len(rest) > 1 else [""]
@@ -107,16 +107,16 @@ def create(
     channel: str = "release",
     without: Iterable[str] = (),
 ) -> ReleaseSet:
-    """A new staged set, which may do `without` these projects, whatever its wheels require.
+    """Create a staged set. It may lack the projects in `without`, even if its wheels require them.
 
     Raises:
-        UsageError: the name is taken, by a dropped set too: a preview address must never come to mean something else.
+        UsageError: the name is in use, or was used by a dropped set: a name must never refer to another set later.
     """
     check_set_name(name)
     left_out = sorted({normalise(project) for project in without})
     with catalogue.change(actor) as change:
         if change.execute("SELECT 1 FROM release_set WHERE name = ?", (name,)).fetchone():
-            raise UsageError(f"there was a set {name!r} already", remedy="choose another name")
+            raise UsageError(f"the name {name!r} is or was in use by a set", remedy="choose another name")
         change.execute(
             "INSERT INTO release_set (name, state, preview, channel, matrix, created, without)"
             " VALUES (?, 'staged', ?, ?, ?, ?, ?)",
@@ -130,14 +130,14 @@ def create(
 
 
 def find(catalogue: Catalogue, name: str) -> ReleaseSet:
-    """One set.
+    """The set with this name.
 
     Raises:
-        UsageError: there is none of that name.
+        UsageError: no set has this name.
     """
     row = catalogue.row("SELECT * FROM release_set WHERE name = ?", (name,))
     if row is None:
-        raise UsageError(f"there is no set {name!r}", remedy="`index stage list` shows them")
+        raise UsageError(f"no set is named {name!r}", remedy="`index stage list` shows the sets")
     members = catalogue.rows(
         "SELECT project, version, filename, sha256 FROM live_file JOIN member ON file_id = id WHERE set_name = ?"
         " UNION SELECT project, version, filename, sha256 FROM live_mirrored WHERE set_name = ? ORDER BY filename",
@@ -164,7 +164,7 @@ def find(catalogue: Catalogue, name: str) -> ReleaseSet:
 
 
 def _unfulfilled(catalogue: Catalogue, name: str) -> list[str]:
-    """Pins of the set's lock of which not every file was brought in, or none is here any more."""
+    """Pins of the set's lock that are not completely mirrored, or whose files are no longer stored."""
     live = {
         row["sha256"]
         for row in catalogue.rows(
@@ -179,26 +179,26 @@ def _unfulfilled(catalogue: Catalogue, name: str) -> list[str]:
         for row in pins
         if not row["done"] or live.isdisjoint(row["sha256"].split())
     ]
-    return list(dict.fromkeys(lacking))  # several locks may name it
+    return list(dict.fromkeys(lacking))  # several locks may name the same pin
 
 
 def all_sets(catalogue: Catalogue) -> list[ReleaseSet]:
-    """Every set, the newest first."""
+    """Every set, newest first."""
     return [find(catalogue, row["name"]) for row in catalogue.rows("SELECT name FROM release_set ORDER BY created DESC")]
 
 
 def add(catalogue: Catalogue, actor: str, name: str, filenames: list[str]) -> None:
-    """Put files that the index has into a staged set.
+    """Add stored files to a staged set.
 
     Raises:
-        UsageError: there is no such file, or the set is not staged.
+        UsageError: a file does not exist, or the set is not staged.
     """
     with catalogue.change(actor) as change:
         check_staged(change, name)
         for filename in filenames:
             row = change.execute("SELECT id, project FROM live_file WHERE filename = ?", (filename,)).fetchone()
             if row is None:
-                raise UsageError(f"there is no file {filename!r}", remedy="give the file's full name")
+                raise UsageError(f"this index has no file {filename!r}", remedy="give the full file name")
             change.execute("INSERT OR IGNORE INTO member (set_name, file_id) VALUES (?, ?)", (name, row["id"]))
             change.note("set.add", f"{name} {filename}", row["project"])
 
@@ -207,8 +207,8 @@ def publish(store: Store, catalogue: Catalogue, actor: str, name: str) -> Releas
     """Make every file of the set visible, in one transaction.
 
     Raises:
-        RefusedError: the declared matrix is incomplete, a wheel requires or its pylock.toml names what the set lacks, or the
-            set is empty; names what is missing.
+        RefusedError: the set is empty, or lacks a wheel of its matrix, a requirement of a wheel, or a package of its
+            pylock.toml. The message lists what is missing.
         UsageError: the set is not staged.
     """
     with catalogue.change(actor) as change:
@@ -216,17 +216,17 @@ def publish(store: Store, catalogue: Catalogue, actor: str, name: str) -> Releas
         complete = find(catalogue, name)
         if complete.missing:
             raise RefusedError(
-                f"the set {name} lacks {len(complete.missing)} of {complete.wanted}: {'; '.join(complete.missing)}",
-                remedy=f"upload them to /stage/{name}/legacy/ (or mirror the lock again), then publish again",
+                f"the set {name} lacks {len(complete.missing)} of {complete.wanted} wheels: {'; '.join(complete.missing)}",
+                remedy=f"upload them to /stage/{name}/legacy/ or mirror the lock again, then publish again",
             )
         if not complete.files:
             raise RefusedError(f"the set {name} is empty", remedy=f"upload its wheels to /stage/{name}/legacy/ first")
         if unmet := _unmet(store, catalogue, complete):
             shown = "; ".join(unmet[:MAX_UNMET]) + (f"; and {len(unmet) - MAX_UNMET} more" if len(unmet) > MAX_UNMET else "")
             raise RefusedError(
-                f"the set {name} lacks {len(unmet)} of what its wheels require: {shown}",
-                remedy=f"upload them to /stage/{name}/legacy/, or mirror a lock that has them, then publish again; what a set"
-                " does without is named when it is created (--without)",
+                f"the set {name} lacks {len(unmet)} of its wheels' requirements: {shown}",
+                remedy=f"upload them to /stage/{name}/legacy/ or mirror a lock that has them, then publish again; to allow a"
+                " set to lack a project, create it with --without PROJECT",
             )
         _check_pylock(catalogue, complete)
         rows = change.execute(
@@ -236,13 +236,13 @@ def publish(store: Store, catalogue: Catalogue, actor: str, name: str) -> Releas
         change.execute("UPDATE release_set SET state = 'published', published = ? WHERE name = ?", (change.time, name))
         change.note("set.publish", name, *{row["project"] for row in rows}, files=list(complete.files))
         for row in rows:
-            if row["hidden"]:  # for mirrors, which could not see it when it was uploaded
+            if row["hidden"]:  # for mirrors, which did not see the upload of the hidden file
                 change.note("file.show", row["filename"], row["project"], set=name)
     return find(catalogue, name)
 
 
 def put_pylock(catalogue: Catalogue, actor: str, name: str, raw: bytes) -> None:
-    """Give a staged set its pylock.toml, in place of the one that it had.
+    """Store the pylock.toml of a staged set; it replaces an earlier one.
 
     Raises:
         RefusedError, TooLargeError: see `pylock.parse`.
@@ -256,7 +256,7 @@ def put_pylock(catalogue: Catalogue, actor: str, name: str, raw: bytes) -> None:
 
 
 def pylock_of(catalogue: Catalogue, name: str) -> bytes | None:
-    """The bytes of a set's pylock.toml, if it has one."""
+    """The bytes of a set's pylock.toml, or None."""
     row = catalogue.row("SELECT content FROM set_pylock WHERE set_name = ?", (name,))
     return bytes(row["content"]) if row is not None else None
 
@@ -265,8 +265,8 @@ def _check_pylock(catalogue: Catalogue, complete: ReleaseSet) -> None:
     raw = pylock_of(catalogue, complete.name)
     if raw is not None and (lacking := pylock.lacking(pylock.parse(raw), complete.digests)):
         raise RefusedError(
-            f"the set {complete.name} lacks what its {pylock.FILENAME} names: {'; '.join(lacking[:MAX_UNMET])}",
-            remedy=f"upload or mirror the files, or put the right {pylock.FILENAME}, then publish again",
+            f"the set {complete.name} lacks packages of its {pylock.FILENAME}: {'; '.join(lacking[:MAX_UNMET])}",
+            remedy=f"upload or mirror the files, or store the right {pylock.FILENAME}, then publish again",
         )
 
 
@@ -280,15 +280,15 @@ def _unmet(store: Store, catalogue: Catalogue, complete: ReleaseSet) -> list[str
 
 
 def drop(catalogue: Catalogue, actor: str, name: str) -> None:
-    """Give a staged set up: files that nobody else has seen or holds vanish, and their names are free again.
+    """Drop a staged set. Its hidden files that no other set contains are deleted, and their names become available again.
 
     Raises:
-        UsageError: the set is not staged; what was published never disappears silently.
+        UsageError: the set is not staged; a published set cannot be dropped.
     """
     with catalogue.change(actor) as change:
         check_staged(change, name)
         rows = change.execute(
-            # not those of `file`: a deleted name is never free again
+            # live_file, not file: the name of a deleted file cannot be reused
             "SELECT id, filename FROM live_file JOIN member ON file_id = id WHERE set_name = ? AND hidden = 1"
             " AND NOT EXISTS (SELECT 1 FROM member AS other WHERE other.file_id = id AND other.set_name <> ?)",
             (name, name),
@@ -304,13 +304,13 @@ def drop(catalogue: Catalogue, actor: str, name: str) -> None:
 
 
 def check_staged(change: Transaction, name: str) -> None:
-    """Nothing changes a set that is published.
+    """Check that a set may be changed.
 
     Raises:
-        UsageError: there is none of that name, or it is published or dropped.
+        UsageError: no set has this name, or the set is published or dropped.
     """
     row = change.execute("SELECT state FROM release_set WHERE name = ?", (name,)).fetchone()
     if row is None:
-        raise UsageError(f"there is no set {name!r}", remedy="`index stage create` makes one")
+        raise UsageError(f"no set is named {name!r}", remedy="create it with `index stage create`")
     if row["state"] != "staged":
-        raise UsageError(f"the set {name} is {row['state']}", remedy="a set changes only while it is staged; create a new one")
+        raise UsageError(f"the set {name} is {row['state']}", remedy="create a new set; only staged sets can be changed")

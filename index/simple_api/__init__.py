@@ -1,1 +1,1 @@
-"""The simple API: which files a page shows, and its bytes in each form."""
+"""The simple API: the files of a page, and its bytes in each format."""

@@ -1,11 +1,11 @@
-"""Views: which files a simple API shows. One store, many lists, no copies.
+"""Views: the files that each simple API shows. One store has many lists and no copies.
 
-all      every release file of ours                       /simple/
-cuda     those of one CUDA version that any torch can load       /cu130/simple/
-         and those that were built for one torch                 /cu130-torch2.11/simple/
-nightly  the nightly channel alone                        /nightly/simple/
-set      the files of one published set, mirrored ones too, and no other name   /NAME/simple/
-         a staged set's too, by an unguessable address          /preview/TOKEN/simple/
+all      every release file of this index                 /simple/
+cuda     files for one CUDA version and any torch         /cu130/simple/
+         and files built for one torch                    /cu130-torch2.11/simple/
+nightly  files of the nightly channel                     /nightly/simple/
+set      files of one published set, with mirrored ones   /NAME/simple/
+         files of a staged set, at a secret address       /preview/TOKEN/simple/
 """
 
 from __future__ import annotations
@@ -28,33 +28,33 @@ ViewKind = Literal["all", "cuda", "nightly", "set"]
 
 @dataclass(frozen=True, kw_only=True)
 class View:
-    """One list of files and where it is served."""
+    """A list of files and its address."""
 
     kind: ViewKind
     prefix: tuple[str, ...] = ()
-    "Path segments before simple/."
+    "Path segments before `simple/`."
     argument: str = ""
     "The CUDA version, or the set's name."
     torch: str = ""
-    "As 2.11, of a view for one torch."
+    "For example 2.11, in a view for one torch."
 
     @property
     def address(self) -> str:
-        """Path of its list of projects."""
+        """Path of the view's list of projects."""
         return "/" + "/".join([*self.prefix, "simple", ""])
 
     def shows(self, version: str, known: CudaFacts) -> bool:
-        """Is a file of the view's CUDA (or of none) in it, as far as torch goes?"""
+        """Whether the view contains a file of its CUDA (or without CUDA), considering only torch."""
         if self.kind != "cuda":
             return True
-        if known.cuda is None:  # the farm's own without device code; a pin alone is of a build for CPUs
+        if known.cuda is None:  # a farm's wheel without device code; a wheel with only a pin is built for CPUs
             return facts.torch_of_local(version) == self.torch
         return facts.built_for(version, known) in (None, self.torch)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Listed:
-    """One file as a page shows it."""
+    """A file as a page shows it."""
 
     filename: str
     project: str
@@ -66,20 +66,20 @@ class Listed:
     requires_python: str | None
     uploaded: str
     yanked: str | None
-    "None: no. Empty: without a reason."
+    "None: not yanked. Empty: yanked without a reason."
     facts: CudaFacts
     build: str | None
     url: str | None
-    "Absolute, when the bytes are elsewhere."
+    "Absolute address of a linked file."
     provenance_sha256: str | None = None
-    "Of its verified attestations (PEP 740)."
+    "Digest of its verified attestations (PEP 740)."
     defects: tuple[str, ...] = ()
-    "What installers may stumble over, of a file that others published."
+    "Defects of a file published elsewhere that may cause installers to fail."
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProjectStatus:
-    """PEP 792."""
+    """Status of a project (PEP 792)."""
 
     status: str = "active"
     reason: str = ""
@@ -105,7 +105,7 @@ _SHOWN_FILES = f"SELECT * FROM live_file WHERE project = :project AND {_SHOWN} O
 
 
 def find(catalogue: Catalogue, prefix: Sequence[str]) -> View | None:
-    """The view at these path segments; None when there is none, a staged set under its own name included."""
+    """The view at these path segments; None if it does not exist. A staged set has no view at its name."""
     match list(prefix):
         case []:
             return ALL
@@ -123,7 +123,7 @@ def find(catalogue: Catalogue, prefix: Sequence[str]) -> View | None:
 
 
 def public(catalogue: Catalogue) -> list[View]:
-    """Every view that needs no secret: all, per CUDA, per CUDA and torch, nightly, published sets."""
+    """Every public view: all, per CUDA, per CUDA and torch, nightly, published sets."""
     sets = catalogue.rows("SELECT name FROM release_set WHERE state = 'published' ORDER BY name")
     stacks = sorted(set(_stacks(catalogue)), key=lambda pair: [Version(part or "0") for part in pair])
     return [
@@ -139,7 +139,7 @@ def _stack(name: str, cuda: str, torch: str) -> View:
 
 
 def _stacks(catalogue: Catalogue, cuda: str | None = None) -> Iterator[tuple[str, str]]:
-    """CUDA and torch of each file, and CUDA alone, some of them more than once; with `cuda`, of that one."""
+    """CUDA and torch of each file, and CUDA without torch, with repetitions; with `cuda`, only files of that CUDA."""
     rows = catalogue.database.execute(
         "SELECT DISTINCT cuda, facts, substr(version, instr(version || '+', '+')) AS local FROM live_file"
         " WHERE hidden = 0 AND lost = 0 AND channel = 'release' AND cuda = coalesce(?, cuda)",
@@ -152,7 +152,7 @@ def _stacks(catalogue: Catalogue, cuda: str | None = None) -> Iterator[tuple[str
 
 
 def other_views(catalogue: Catalogue, view: View, project: str) -> list[View]:
-    """The views of the same CUDA that show a project which this one does not."""
+    """Other views of the same CUDA that show the project."""
     if view.kind != "cuda":
         return []
     same = [other for other in public(catalogue) if other.kind == "cuda" and other.argument == view.argument]
@@ -160,19 +160,19 @@ def other_views(catalogue: Catalogue, view: View, project: str) -> list[View]:
 
 
 def projects(catalogue: Catalogue, view: View) -> list[str]:
-    """Names of the projects with something to show in the view, sorted."""
+    """Sorted names of the projects with files in the view."""
     rows = catalogue.rows(_SHOWN_PROJECTS, {"kind": view.kind, "argument": view.argument, "torch": view.torch})
     return sorted({row["project"] for row in rows if view.shows(row["version"], facts.from_json(row["facts"]))})
 
 
 def status(catalogue: Catalogue, project: str) -> ProjectStatus:
-    """PEP 792 status of a project; active when nothing else was said."""
+    """Status of a project (PEP 792); active by default."""
     row = catalogue.row("SELECT status, reason FROM project WHERE name = ?", (project,))
     return ProjectStatus(status=row["status"], reason=row["reason"]) if row else ProjectStatus()
 
 
 def files(catalogue: Catalogue, view: View, project: str) -> list[Listed]:
-    """The project's files in the view, in upload order; none for a name that the view does not know."""
+    """The project's files in the view, in upload order; empty for an unknown name."""
     wanted = {"kind": view.kind, "argument": view.argument, "torch": view.torch, "project": project}
     own = [listed(row) for row in catalogue.rows(_SHOWN_FILES, wanted)]
     shown = [item for item in own if view.shows(item.version, item.facts)]
@@ -187,7 +187,7 @@ def files(catalogue: Catalogue, view: View, project: str) -> list[Listed]:
 
 
 def variants_json(catalogue: Catalogue, view: View, project: str, shown: Sequence[Listed]) -> list[Listed]:
-    """The JSON of each release of which `shown` has variant wheels, as one more file of the page (PEP 825)."""
+    """The JSON of each release with variant wheels in `shown`, as an additional file of the page (PEP 825)."""
     releases = {item.version for item in shown if split_label(item.filename)[1]}
     if not releases:
         return []

@@ -1,4 +1,4 @@
-"""Which form of a page a client wants: Accept, `?format=` and Accept-Encoding (RFC 9110, PEP 691)."""
+"""Content negotiation of pages: Accept, `?format=` and Accept-Encoding (RFC 9110, PEP 691)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ HTML = "application/vnd.pypi.simple.v1+html"
 PLAIN = "text/html"
 
 _OFFERS: tuple[tuple[str, str], ...] = (
-    # Order decides between equals: what says nothing gets what every installer since 2013 reads.
+    # The order decides between equal qualities: a client without preference gets the format that every installer reads.
     (PLAIN, PLAIN),
     (JSON, JSON),
     ("application/vnd.pypi.simple.latest+json", JSON),
@@ -24,7 +24,7 @@ CHARSET = "; charset=utf-8"
 
 
 def content_type(accept: str | None, wanted: str | None = None) -> str | None:
-    """The media type to answer with, or None for 406. `wanted` is `?format=` and beats the header."""
+    """The media type of the response, or None for 406. `wanted` is `?format=` and overrides the header."""
     if wanted is not None:
         return dict(_OFFERS).get(wanted)
     if not accept or not accept.strip():
@@ -35,7 +35,7 @@ def content_type(accept: str | None, wanted: str | None = None) -> str | None:
 
 
 def accepts(accept: str | None, *offers: str) -> bool:
-    """Does the client take one of these media types? What sends no Accept takes everything."""
+    """Whether the client accepts one of these media types. Without Accept, it accepts all."""
     if not accept or not accept.strip():
         return True
     ranges = _parse(accept)
@@ -43,12 +43,12 @@ def accepts(accept: str | None, *offers: str) -> bool:
 
 
 def format_of(media: str) -> Format:
-    """The bytes behind a media type."""
+    """The format of the bytes of a media type."""
     return "json" if media == JSON else "html"
 
 
 def encoding(accept: str | None) -> Encoding:
-    """zstd before gzip before plain, as far as the client takes them."""
+    """The first of zstd, gzip and plain that the client accepts."""
     if not accept:
         return ""
     ranges = _parse(accept)
@@ -58,12 +58,12 @@ def encoding(accept: str | None) -> Encoding:
 
 
 def names_etag(match: str, etag: str) -> bool:
-    """Does If-None-Match name this ETag?"""
+    """Whether If-None-Match names this ETag."""
     return match.strip() == "*" or etag in [item.strip().removeprefix("W/") for item in match.split(",")]
 
 
 def _parse(header: str) -> dict[str, float]:
-    """Media range (or coding) to quality; what cannot be read counts as not sent."""
+    """Media range (or coding) to quality; unreadable parts are ignored."""
     qualities: dict[str, float] = {}
     for item in header.split(","):
         name, *parameters = (part.strip() for part in item.split(";"))
@@ -86,7 +86,7 @@ def _number(text: str) -> float:
 
 
 def _quality(ranges: dict[str, float], offer: str) -> float:
-    """The most specific range that matches decides."""
+    """The quality of the most specific matching range."""
     for name in (offer, offer.split("/")[0] + "/*", "*/*"):
         if name in ranges:
             return ranges[name]

@@ -1,14 +1,15 @@
-"""Pages ready to send: rendered once per change, compressed once per coding, kept in memory up to a bound.
+"""Cache of rendered pages: rendered once per change, compressed once per coding, kept in memory up to a limit.
 
-What a page costs does not depend on how much the index stores. A change anywhere (this process or another one on the same
-folder) is seen through SQLite's data_version; then only the pages of the projects that it touched are dropped.
+The cost of a page does not depend on the size of the index. SQLite's data_version reveals a change by any process on the same
+folder. Then only the pages of the changed projects are dropped.
 
-Four memories hold what was made of the catalogue; each is stale when its part of the catalogue has changed:
-- `PageCache._pages`, here: bytes of the simple API's pages. A change of a project drops its pages and the lists of projects, a
-  change of a set drops all pages; beyond `bound` the pages that were asked for least recently go.
-- `Front._answers` (serving/front.py): whole responses made of those pages. All go when `PageCache.generation` has grown.
-- `IndexService.answer_cache` (serving/service.py): web pages and /packages/. All go when `PageCache.generation` has grown.
-- `ProjectPages._cached_rows` (web/projects.py): rows of the first web page. A row goes when its project's serial has grown.
+Four caches depend on the catalogue; each is invalidated when its part of the catalogue changes:
+- `PageCache._pages`, here: bytes of the simple API's pages. A change of a project drops its pages and the lists of projects. A
+  change of a set drops all pages. Above `bound`, the least recently used pages are dropped.
+- `Front._answers` (serving/front.py): whole responses with those pages. All are dropped when `PageCache.generation` grows.
+- `IndexService.answer_cache` (serving/service.py): web pages and /packages/. All are dropped when `PageCache.generation`
+  grows.
+- `ProjectPages._cached_rows` (web/projects.py): rows of the first web page. A row is dropped when its project's serial grows.
 """
 
 from __future__ import annotations
@@ -29,15 +30,15 @@ from index.simple_api.negotiate import Encoding, Format
 from index.store.catalogue import Catalogue
 
 POLL = 0.002
-"Seconds between two looks at data_version: shorter than any other process needs to commit, exit and be believed."
+"Seconds between two checks of data_version: shorter than the time between another process's commit and its exit."
 
 _SMALLEST = 200
-"Bytes below which a coding only adds."
+"Bytes below which compression makes a page larger."
 
 
 @dataclass
 class Page:
-    """One page in one form, with its codings made on demand."""
+    """One page in one format, compressed on demand."""
 
     plain: bytes
     digest: str = ""
@@ -56,16 +57,16 @@ class Page:
         return body
 
     def coding(self, encoding: Encoding) -> Encoding:
-        """The coding that `body` really uses."""
+        """The coding that `body` actually uses."""
         return encoding if len(self.plain) >= _SMALLEST else ""
 
     def etag(self, encoding: Encoding) -> str:
-        """Strong, so each coding has its own (RFC 9110 8.8.3.3)."""
+        """A strong ETag, so each coding has another one (RFC 9110 8.8.3.3)."""
         return f'"{self.digest}{"-" + encoding if self.coding(encoding) else ""}"'
 
     @property
     def weight(self) -> int:
-        """Bytes held."""
+        """Bytes in memory."""
         return len(self.plain) + sum(map(len, self._codings.values())) + 512
 
 
@@ -76,15 +77,15 @@ def _encode(plain: bytes, encoding: Encoding) -> bytes:
 
 
 class PageCache:
-    """The pages of one catalogue. Safe to use from several threads."""
+    """The cached pages of one catalogue. Safe to use from several threads."""
 
     def __init__(self, catalogue: Catalogue, *, bound: int = 256 << 20, base_url: str | None = None) -> None:
         self.catalogue = catalogue
         self.bound = bound
         self.base_url = base_url
-        "The index's own address, where it knows it."
+        "The address of the index, if it is known."
         self.generation = 0
-        "Grows whenever pages were dropped: whoever keeps answers made from pages drops them then."
+        "Grows whenever pages are dropped. Other caches that depend on pages then drop their entries."
         self._pages: OrderedDict[tuple[tuple[str, ...], str, Format], Page] = OrderedDict()
         self._lock = threading.RLock()
         self._version = -1
@@ -92,7 +93,7 @@ class PageCache:
         self._looked = 0.0
 
     def refresh(self, *, now: bool = False) -> int:
-        """Drop what has changed; returns the generation. Without `now`, looks at most once in POLL seconds."""
+        """Drop changed pages and return the generation. Without `now`, check at most once in POLL seconds."""
         moment = time.monotonic()
         if not now and moment - self._looked < POLL:
             return self.generation
@@ -122,7 +123,7 @@ class PageCache:
         """The project's page in the view, or the list of projects for "".
 
         Raises:
-            NotFoundError: the view shows nothing of that name.
+            NotFoundError: the view has no project of that name.
         """
         key = (view.prefix, project, form)
         with self._lock:
@@ -143,14 +144,14 @@ class PageCache:
         while weight > self.bound and self._pages:
             _, dropped = self._pages.popitem(last=False)
             weight -= dropped.weight
-            self.generation += 1  # answers made from it would keep its bytes
+            self.generation += 1  # responses made from it would keep its bytes in memory
 
 
 def render(catalogue: Catalogue, view: View, project: str, form: Format, base_url: str | None = None) -> bytes:
-    """The bytes of one page, from the catalogue; `base_url` is the index's own address, where it knows it.
+    """Render one page from the catalogue; `base_url` is the address of the index, if it is known.
 
     Raises:
-        NotFoundError: the view shows nothing of that name.
+        NotFoundError: the view has no project of that name.
     """
     if not project:
         names = listings.projects(catalogue, view)
@@ -160,10 +161,9 @@ def render(catalogue: Catalogue, view: View, project: str, form: Format, base_ur
         others = ", ".join(other.address for other in listings.other_views(catalogue, view, project))
         if others:
             raise NotFoundError(
-                f"{view.address} has no {project} that {f'torch {view.torch}' if view.torch else 'every torch'} can load;"
-                f" see {others}"
+                f"{view.address} has no {project} for {f'torch {view.torch}' if view.torch else 'every torch'}; see {others}"
             )
-        raise NotFoundError(f"there is no project {project!r} here", remedy="see the list of projects one level up")
+        raise NotFoundError(f"this index has no project {project!r}", remedy="the list of projects is one level up")
     files += listings.variants_json(catalogue, view, project, files)
     status = listings.status(catalogue, project)
     make = simple.project_json if form == "json" else simple.project_html

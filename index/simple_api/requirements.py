@@ -1,6 +1,6 @@
-"""The lock of a set, from what the set shows: every project in its one version, each file by sha256, without a URL.
+"""The lock of a set, generated from its files: every project in its version, each file by sha256, without a URL.
 
-pip and uv read it from the index itself: `pip install --require-hashes --no-deps -r http://…/NAME/requirements.lock`.
+pip and uv can read it from the index: `pip install --require-hashes --no-deps -r http://…/NAME/requirements.lock`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SELECT project FROM file JOIN member ON file_id = id JOIN release_set ON name = 
 UNION SELECT project FROM mirrored JOIN release_set ON name = set_name
     WHERE name = :name AND (withdrawn IS NULL OR withdrawn > published)
 """
-"What the set has, or had when it was published."
+"Projects that the set has, or had when it was published."
 
 
 def render(catalogue: Catalogue, view: View) -> str:
@@ -28,24 +28,24 @@ def render(catalogue: Catalogue, view: View) -> str:
     Call it within one moment of the catalogue.
 
     Raises:
-        NotFoundError: the set has a project in several versions, one for each architecture say, which no one lock can name;
-            or every file of a project was lost, withdrawn or deleted: nothing is resolved, so nobody would miss it.
+        NotFoundError: the set has several versions of a project (for example one per architecture), which one lock cannot
+            express; or every file of a project was lost, withdrawn or deleted, so a lock would silently lack the project.
     """
     names = listings.projects(catalogue, view)
     gone = {row["project"] for row in catalogue.rows(_EVER, {"name": view.argument})}.difference(names)
     if gone:
         raise NotFoundError(
-            f"the set {view.argument} no longer shows {', '.join(sorted(gone))}: its lock would leave that out in silence",
-            remedy="whoever runs this index sees why: `index log`, `index fsck`",
+            f"the set {view.argument} no longer has files of {', '.join(sorted(gone))}, so its lock would be incomplete",
+            remedy="ask the operator of this index, who finds the reason with `index log` and `index fsck`",
         )
-    lines = [f"# The set {view.argument}, as this index shows it.\n"]
+    lines = [f"# The set {view.argument} of this index.\n"]
     for project in names:
         files = listings.files(catalogue, view, project)
         versions = sorted({item.version for item in files})
         if len(versions) > 1:
             raise NotFoundError(
-                f"the set {view.argument} has {project} in several versions ({', '.join(versions)}): no one lock names them",
-                remedy="install from the lock that was made with the set",
+                f"the set {view.argument} has several versions of {project} ({', '.join(versions)}), so it has no lock",
+                remedy="install from the lock that was created with the set",
             )
         lines.append(pins.render(project, versions[0], {item.sha256 for item in files}))
     return "".join(lines)

@@ -32,7 +32,7 @@ def root_html(names: Sequence[str]) -> bytes:
 def project_json(
     view: View, project: str, files: Sequence[Listed], status: ProjectStatus, base_url: str | None = None
 ) -> bytes:
-    """One project's files; `base_url` is the index's own address, where it knows it."""
+    """One project's files; `base_url` is the address of the index, if it is known."""
     shown = _shown(files, status)
     state: dict[str, object] = {"status": status.status}
     if status.reason:
@@ -51,7 +51,7 @@ def project_json(
 def project_html(
     view: View, project: str, files: Sequence[Listed], status: ProjectStatus, base_url: str | None = None
 ) -> bytes:
-    """The same for installers that read HTML only; sizes, times and versions exist only in JSON."""
+    """The same for installers that read only HTML; sizes, times and versions exist only in JSON."""
     head = _HEAD + f'    <meta name="pypi:project-status" content="{escape(status.status)}">\n'
     if status.reason:
         head += f'    <meta name="pypi:project-status-reason" content="{escape(status.reason)}">\n'
@@ -61,22 +61,22 @@ def project_html(
 
 
 def file_path(item: Listed) -> str:
-    """Address of our copy from the root: `+` is spelled %2B, because object stores read a bare one as a space."""
+    """Address of our copy from the root. `+` is written as %2B, because object stores decode a bare plus as a space."""
     return f"files/{item.sha256}/{quote(item.filename, safe='')}"
 
 
 def file_url(view: View, item: Listed) -> str:
-    """Address of the file as a project's page gives it: relative for our copies, so that any mount point works."""
+    """Address of the file in a project's page: relative for our copies, so that any mount point works."""
     return item.url or "../" * (len(view.prefix) + 2) + file_path(item)
 
 
 def _shown(files: Sequence[Listed], status: ProjectStatus) -> Sequence[Listed]:
-    """PEP 792: a quarantined project offers no file."""
+    """The files to show; a quarantined project offers none (PEP 792)."""
     return () if status.status == "quarantined" else files
 
 
 def _provenance_url(item: Listed, base_url: str | None) -> str | None:
-    """Where the file's attestations are. PEP 740 wants a whole address, which only an index with `--url` knows."""
+    """Address of the file's attestations. PEP 740 requires an absolute address, which only an index with `--url` knows."""
     if item.provenance_sha256 is None or not base_url or not is_safe_url(base_url):
         return None
     return f"{base_url.rstrip('/')}/{file_path(item)}{SUFFIX}"
@@ -86,7 +86,9 @@ def _file(view: View, item: Listed, base_url: str | None) -> dict[str, object]:
     entry: dict[str, object] = {
         "filename": item.filename,
         "url": file_url(view, item),
-        "hashes": {"sha256": item.sha256},  # one alone: with several, uv locks the longest and then misses it (uv#17143)
+        "hashes": {
+            "sha256": item.sha256
+        },  # only one hash: with several, uv locks the longest and then does not find it (uv#17143)
         "size": item.size,
         "upload-time": item.uploaded,
         "yanked": False if item.yanked is None else item.yanked or True,
@@ -100,7 +102,7 @@ def _file(view: View, item: Listed, base_url: str | None) -> dict[str, object]:
     if item.defects:
         entry["_defects"] = list(item.defects)
     if item.build:
-        # A staged build's record is where the preview is, and nowhere else.
+        # The record of a staged build exists only below the preview's address.
         up = 2 if view.prefix[:1] == ("preview",) else len(view.prefix) + 2
         entry["_record"] = "../" * up + f"records/{quote(item.build, safe='')}"
     return entry

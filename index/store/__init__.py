@@ -1,1 +1,1 @@
-"""What the index keeps: the catalogue, files by their digest, tokens, records."""
+"""The data of the index: the catalogue, files by digest, tokens, records."""

@@ -1,4 +1,4 @@
-"""Upload tokens: 256 random bits, kept as a hash, with a scope and an end."""
+"""Upload tokens: 256 random bits, stored as a hash, with a scope and an expiry time."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from index.store import htpasswd
 from index.store.catalogue import Catalogue, Transaction, timestamp
 
 NIGHTLY = "nightly"
-"The scope of a token for the nightly channel; no set can be called so."
+"The scope of a token for the nightly channel. It is not a valid name for a set."
 
 PREFIX = "gf_"
-"Lets secret scanners recognise a leaked token."
+"Prefix by which secret scanners recognise a leaked token."
 
 _DURATION = re.compile(r"(\d+)([smhdw])\Z")
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
@@ -30,18 +30,18 @@ _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks
 
 @dataclass(frozen=True, kw_only=True)
 class Token:
-    """Who writes. The secret itself is known only to its holder."""
+    """A token without its secret, which only its holder knows."""
 
     id: int
     name: str
     projects: frozenset[str] | None = None
-    "The projects that it is for; None: every project."
+    "The projects that it covers; None: every project."
     set_name: str | None = None
     expires: str | None = None
 
     @property
     def actor(self) -> str:
-        """How the audit log names it."""
+        """The name of the token in the audit log."""
         return f"token:{self.name}"
 
 
@@ -54,7 +54,7 @@ def create(
     set_name: str | None = None,
     expires: timedelta | None = None,
 ) -> str:
-    """A new token; the secret is returned once and never stored."""
+    """Create a token. The secret is returned once and never stored."""
     secret = PREFIX + secrets.token_urlsafe(32)
     end = timestamp(datetime.now(UTC) + expires) if expires else None
     with catalogue.change(actor) as change:
@@ -67,9 +67,9 @@ def create(
 
 
 def mint(change: Transaction, name: str, publishers: Sequence[int], lifetime: timedelta) -> tuple[str, datetime]:
-    """A short token that reaches the projects of these publishers; returns the secret and its end.
+    """Create a short-lived token for the projects of these publishers; return the secret and its expiry time.
 
-    Minted tokens that have ended are forgotten, so that many nights leave no rows behind.
+    Expired minted tokens are deleted, so that their rows do not accumulate.
     """
     secret = PREFIX + secrets.token_urlsafe(32)
     end = datetime.now(UTC) + lifetime
@@ -85,7 +85,7 @@ def mint(change: Transaction, name: str, publishers: Sequence[int], lifetime: ti
 
 
 def burn(catalogue: Catalogue, secret: str) -> None:
-    """End a minted token before its time; its holder needs it no more. Any other secret changes nothing."""
+    """Delete a minted token before it expires. Any other secret changes nothing."""
     with catalogue.change("publisher") as change:
         row = change.execute("DELETE FROM token WHERE minted = 1 AND sha256 = ? RETURNING name", (_digest(secret),)).fetchone()
         if row is not None:
@@ -93,15 +93,15 @@ def burn(catalogue: Catalogue, secret: str) -> None:
 
 
 def revoke(catalogue: Catalogue, actor: str, name: str) -> int:
-    """Revoke every live token of that name; returns how many.
+    """Revoke every valid token of that name; return their number.
 
     Raises:
-        UsageError: there is none.
+        UsageError: no valid token has this name.
     """
     with catalogue.change(actor) as change:
         count = change.execute("UPDATE token SET revoked = ? WHERE name = ? AND revoked IS NULL", (change.time, name)).rowcount
         if not count:
-            raise UsageError(f"there is no live token named {name!r}", remedy="`index token list` shows them")
+            raise UsageError(f"no valid token is named {name!r}", remedy="`index token list` shows them")
         change.note("token.revoke", name, count=count)
     return count
 
@@ -109,9 +109,9 @@ def revoke(catalogue: Catalogue, actor: str, name: str) -> int:
 def import_users(
     catalogue: Catalogue, actor: str, users: dict[str, str], *, project: str | None = None, set_name: str | None = None
 ) -> tuple[int, int]:
-    """Let the users of an htpasswd file upload by name and password; those who left the file are revoked.
+    """Let the users of an htpasswd file upload with name and password; revoke users that were removed from the file.
 
-    Returns how many were added (or have a new password) and how many were revoked.
+    Returns the number of users that were added (or have a new password) and the number of revoked ones.
     """
     with catalogue.change(actor) as change:
         rows = change.execute("SELECT id, name, hashed FROM token WHERE hashed NOT NULL AND revoked IS NULL").fetchall()
@@ -124,7 +124,7 @@ def import_users(
         for name, hashed in added.items():
             change.execute(
                 "INSERT INTO token (name, sha256, project, set_name, created, hashed) VALUES (?, ?, ?, ?, ?, ?)",
-                (name, _digest(secrets.token_hex(32)), project, set_name, change.time, hashed),  # no secret has that digest
+                (name, _digest(secrets.token_hex(32)), project, set_name, change.time, hashed),  # not the digest of any secret
             )
             change.note("token.create", name, project_scope=project, set_scope=set_name, user=True)
     return len(added), len([row for row in gone if row["name"] not in users])
@@ -134,7 +134,7 @@ def duration(text: str) -> timedelta:
     """90d, 12h, 30m, 45s, 2w.
 
     Raises:
-        UsageError: anything else.
+        UsageError: the text is not a duration.
     """
     match = _DURATION.match(text)
     if not match or not int(match[1]):
@@ -143,10 +143,10 @@ def duration(text: str) -> timedelta:
 
 
 def identify(catalogue: Catalogue, authorization: str | None) -> Token:
-    """The token behind an Authorization header: Basic with any user name (twine sends __token__), or Bearer.
+    """The token of an Authorization header: Basic with any user name (twine sends __token__), or Bearer.
 
     Raises:
-        UnauthenticatedError: no token, or an unknown, expired or revoked one; the sentence does not say which.
+        UnauthenticatedError: the token is missing, unknown, expired or revoked; the message does not tell which.
     """
     wanted = _digest(_credentials(authorization)[1])
     row = catalogue.row("SELECT * FROM token WHERE sha256 = ? AND hashed IS NULL", (wanted,))
@@ -155,7 +155,7 @@ def identify(catalogue: Catalogue, authorization: str | None) -> Token:
 
 
 def is_user(authorization: str | None) -> bool:
-    """Do these credentials name a user rather than hold a token? Their hash is slow on purpose: see `identify_user`."""
+    """Whether these credentials are a user's password and not a token. Password hashes are slow: see `identify_user`."""
     try:
         name, secret = _credentials(authorization)
     except UnauthenticatedError:
@@ -164,12 +164,12 @@ def is_user(authorization: str | None) -> bool:
 
 
 def identify_user(catalogue: Catalogue, authorization: str | None, memory: htpasswd.PasswordMemory) -> Token:
-    """The user behind name and password, from `import_users`. Call it off the event loop.
+    """The user with this name and password, from `import_users`. Do not call it on the event loop.
 
-    An unknown name costs as much time as a wrong password, so that names cannot be told apart.
+    An unknown name takes as long as a wrong password, so that timing does not reveal names.
 
     Raises:
-        UnauthenticatedError: no such user, or another password.
+        UnauthenticatedError: the user is unknown, or the password is wrong.
     """
     name, secret = _credentials(authorization)
     row = catalogue.row(
@@ -184,9 +184,9 @@ def identify_user(catalogue: Catalogue, authorization: str | None, memory: htpas
 
 def _living(catalogue: Catalogue, row: sqlite3.Row | None, good: bool) -> Token:
     if row is None or not good or row["revoked"] or (row["expires"] and row["expires"] <= timestamp()):
-        raise UnauthenticatedError("this index does not know that token", remedy="make one with `index token create`")
+        raise UnauthenticatedError("this index does not know this token", remedy="create one with `index token create`")
     projects = frozenset((row["project"],)) if row["project"] is not None else None
-    if row["minted"]:  # it reaches what its publishers reach now, and nothing once they are removed
+    if row["minted"]:  # it covers the current projects of its publishers, and nothing once they are removed
         reached = catalogue.rows(
             "SELECT project FROM publisher JOIN minted ON publisher_id = publisher.id WHERE token_id = ?", (row["id"],)
         )
@@ -195,38 +195,38 @@ def _living(catalogue: Catalogue, row: sqlite3.Row | None, good: bool) -> Token:
 
 
 def allow(token: Token, *, project: str | None = None, set_name: str | None = None) -> None:
-    """Does the token reach this project, and this set (NIGHTLY for the nightly channel)?
+    """Check that the token covers this project and this set (NIGHTLY for the nightly channel).
 
     Raises:
         ForbiddenError: it does not.
     """
     if token.projects is not None and project not in token.projects:
-        names = ", ".join(sorted(token.projects)) or "no project any more"
-        raise ForbiddenError(f"the token {token.name!r} is for {names} alone", remedy="use a token for this project")
+        names = ", ".join(sorted(token.projects)) or "no project"
+        raise ForbiddenError(f"the token {token.name!r} is only for {names}", remedy="use a token for this project")
     allow_set(token, set_name)
 
 
 def allow_set(token: Token, set_name: str | None) -> None:
-    """Does the token reach this set (NIGHTLY for the nightly channel), for whichever project?
+    """Check that the token covers this set (NIGHTLY for the nightly channel) for at least one project.
 
     Raises:
         ForbiddenError: it does not.
     """
     if token.set_name is not None and token.set_name != set_name:
         raise ForbiddenError(
-            f"the token {token.name!r} is for the "
-            + ("nightly channel alone" if token.set_name == NIGHTLY else f"set {token.set_name} alone"),
+            f"the token {token.name!r} is only for the "
+            + ("nightly channel" if token.set_name == NIGHTLY else f"set {token.set_name}"),
             remedy=f"upload to {'' if token.set_name == NIGHTLY else '/stage'}/{token.set_name}/legacy/",
         )
 
 
 def _digest(secret: str) -> str:
-    # A fast hash is right here: the secret has 256 random bits, so there is nothing to guess slowly.
+    # A fast hash is sufficient: a secret of 256 random bits cannot be guessed.
     return hashlib.sha256(secret.encode()).hexdigest()
 
 
 def _credentials(authorization: str | None) -> tuple[str, str]:
-    """User name and secret; a bearer has no name."""
+    """User name and secret; a bearer token has no name."""
     scheme, _, rest = (authorization or "").strip().partition(" ")
     if scheme.lower() == "bearer" and rest.strip():
         return "", rest.strip()
@@ -236,4 +236,4 @@ def _credentials(authorization: str | None) -> tuple[str, str]:
             return name, secret
         except (binascii.Error, UnicodeDecodeError):
             pass
-    raise UnauthenticatedError("uploads need a token", remedy="send it as the password, with the user name __token__")
+    raise UnauthenticatedError("uploads require a token", remedy="send it as the password, with the user name __token__")

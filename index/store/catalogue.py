@@ -1,8 +1,8 @@
-"""The catalogue: one SQLite file in WAL mode that says which files exist, who may write, and what happened.
+"""The catalogue: an SQLite file in WAL mode that stores which files exist, who may write, and what happened.
 
-Every change is one transaction that also appends to the audit log; the log's serial is the index's notion of time.
-Checkpoints are left to `open_catalogue` and `Catalogue.close`: between them the main file does not change and the WAL only
-grows, so that a plain copy of the folder is a consistent catalogue of some moment (docs/index-operation.md).
+Every change is one transaction that also appends to the audit log. The log's serial orders all changes.
+Only `open_catalogue` and `Catalogue.close` checkpoint. Between them the main file does not change and the WAL only grows, so
+that a plain copy of the folder is a consistent catalogue of one moment (docs/index-operation.md).
 """
 
 from __future__ import annotations
@@ -22,30 +22,30 @@ from index.errors import StoreFullError
 from index.store import variants
 
 SCHEMA_VERSION = 5
-"Made by schema.sql; upgrade-N.sql brings a catalogue of the version before N to N."
+"The version of schema.sql. upgrade-N.sql upgrades a catalogue from the version before N to N."
 
 _VIEWS = (
     "CREATE TEMP VIEW live_file AS SELECT * FROM file WHERE deleted IS NULL",
     "CREATE TEMP VIEW public_file AS SELECT * FROM live_file WHERE hidden = 0 AND lost = 0",
     "CREATE TEMP VIEW live_mirrored AS SELECT * FROM mirrored WHERE withdrawn IS NULL",
 )
-"""What queries read instead of the tables: files that are not deleted, those that everybody may see, and copies of others'
-files that are not withdrawn. Views of the connection: the file of the catalogue stays as older indexes know it."""
+"""Views that queries use instead of the tables: files that are not deleted, public files, and mirrored files that are not
+withdrawn. They are temporary views of the connection, so the catalogue's file keeps the schema that older indexes know."""
 
 Parameters = tuple[object, ...] | Mapping[str, object]
 
 WAL_BOUND = 1 << 30
-"Bytes of WAL after which a running server checkpoints all the same; a disk is worth more than one copy in progress."
+"WAL size in bytes at which a running server checkpoints anyway: a full disk is worse than one spoilt copy."
 
 
 def timestamp(moment: datetime | None = None) -> str:
-    """A moment, or now, as PEP 700 writes times: yyyy-mm-ddThh:mm:ss.ffffffZ, in UTC."""
+    """A time, or now, in the format of PEP 700: yyyy-mm-ddThh:mm:ss.ffffffZ, in UTC."""
     return (moment.astimezone(UTC) if moment else datetime.now(UTC)).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
 
 
 @dataclass(kw_only=True)
 class Transaction:
-    """One transaction: everything in it becomes visible at once, with an entry in the audit log."""
+    """One transaction: all its changes become visible together, with an entry in the audit log."""
 
     database: sqlite3.Connection
     actor: str
@@ -54,7 +54,7 @@ class Transaction:
     "Projects that `note` marked as changed."
 
     def note(self, action: str, subject: str, *projects: str, **detail: object) -> int:
-        """Append to the audit log and mark `projects` as changed ("" is never a project). Returns the serial."""
+        """Append to the audit log and mark `projects` as changed; "" is ignored. Returns the serial."""
         row = self.database.execute(
             "INSERT INTO audit (time, actor, action, subject, detail) VALUES (?, ?, ?, ?, ?) RETURNING serial",
             (self.time, self.actor, action, subject, json.dumps(detail, default=str, sort_keys=True)),
@@ -65,12 +65,12 @@ class Transaction:
         return serial
 
     def execute(self, sql: str, parameters: Parameters = ()) -> sqlite3.Cursor:
-        """One statement inside the transaction."""
+        """Execute a statement inside the transaction."""
         return self.database.execute(sql, parameters)
 
 
 class Catalogue:
-    """Connections to one catalogue, one for each thread; writers wait for each other, readers never wait."""
+    """Connections to one catalogue, one per thread. Writers wait for each other; readers never wait."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -98,10 +98,10 @@ class Catalogue:
 
     @contextmanager
     def change(self, actor: str) -> Iterator[Transaction]:
-        """A transaction, durable when the block has ended well, without trace when it has not.
+        """A transaction: durable if the block succeeds, rolled back if it raises.
 
         Raises:
-            StoreFullError: no space for the WAL; nothing was changed.
+            StoreFullError: the disk has no space for the WAL; nothing was changed.
         """
         database = self.database
         try:
@@ -119,8 +119,8 @@ class Catalogue:
 
     @contextmanager
     def moment(self) -> Iterator[None]:
-        """Everything this thread reads in the block is of one moment, whatever is committed meanwhile."""
-        if self.database.in_transaction:  # of the moment of the block around this one
+        """All reads of this thread in the block see the same state, regardless of commits in the meantime."""
+        if self.database.in_transaction:  # an enclosing block already fixed the state
             yield
             return
         self.database.execute("BEGIN")
@@ -130,7 +130,7 @@ class Catalogue:
             self.database.execute("ROLLBACK")
 
     def version(self) -> int:
-        """A number that changes whenever another connection, of any process, has committed."""
+        """A number that changes when another connection, of any process, commits."""
         return int(self.database.execute("PRAGMA data_version").fetchone()[0])
 
     def serial(self) -> int:
@@ -138,7 +138,7 @@ class Catalogue:
         return int(self.database.execute("SELECT coalesce(max(serial), 0) FROM audit").fetchone()[0])
 
     def tidy(self) -> None:
-        """Fold the WAL into the main file when it has outgrown its bound. Writers call it after a commit."""
+        """Checkpoint the WAL if it exceeds its limit. Writers call this after a commit."""
         wal = self.path.with_name(self.path.name + "-wal")
         if wal.exists() and wal.stat().st_size > WAL_BOUND:
             self.database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
@@ -172,7 +172,7 @@ def _connect(path: Path) -> sqlite3.Connection:
     database.execute("PRAGMA wal_autocheckpoint=0")
     for view in _VIEWS:
         database.execute(view)
-    # The last connection to close would checkpoint: that is the same as at start, and as safe.
+    # The last connection checkpoints when it closes, which is as safe as the checkpoint at the start.
     return database
 
 
@@ -180,7 +180,7 @@ def open_catalogue(path: Path) -> Catalogue:
     """Open or create the catalogue at `path`.
 
     Raises:
-        ConfigError: it is no catalogue, or one of a newer index.
+        ConfigError: the file is not a catalogue, or a newer index wrote it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     catalogue = Catalogue(path)
@@ -189,8 +189,8 @@ def open_catalogue(path: Path) -> Catalogue:
     except sqlite3.DatabaseError as error:
         catalogue.close()
         raise ConfigError(
-            f"{path} cannot be read as a catalogue: {error}",
-            remedy="put the copy of a backup there, or import the files anew with `index import`",
+            f"{path} is not a readable catalogue: {error}",
+            remedy="restore it from a backup, or import the files again with `index import`",
         ) from error
     return catalogue
 
@@ -200,12 +200,12 @@ def _ensure_schema(catalogue: Catalogue) -> None:
     version = _schema(database)
     if version > SCHEMA_VERSION:
         raise ConfigError(
-            f"{catalogue.path} was written by a newer index (schema {version}, this one knows {SCHEMA_VERSION})",
+            f"{catalogue.path} was written by a newer index (its schema is {version}, this index supports {SCHEMA_VERSION})",
             remedy="upgrade gracefarm on this machine",
         )
     if version < SCHEMA_VERSION:
         with _transaction(database):
-            version = _schema(database)  # again: another process may have done it meanwhile
+            version = _schema(database)  # check again: another process may have upgraded it in the meantime
             upgrades = [f"upgrade-{number}.sql" for number in range(version + 1, SCHEMA_VERSION + 1)]
             for script in upgrades if version else ["schema.sql"]:
                 for statement in _statements(resources.files("index.store").joinpath(script).read_text()):
@@ -214,14 +214,14 @@ def _ensure_schema(catalogue: Catalogue) -> None:
 
 
 def _schema(database: sqlite3.Connection) -> int:
-    """The version of the schema; 0 before there is one."""
+    """The version of the schema; 0 for an empty file."""
     if database.execute("SELECT 1 FROM sqlite_master WHERE name = 'meta'").fetchone() is None:
         return 0
     return int(database.execute("SELECT value FROM meta WHERE key = 'schema'").fetchone()[0])
 
 
 def _statements(script: str) -> Iterator[str]:
-    """The statements of a script one by one, so that they stay inside our transaction (executescript would commit it)."""
+    """Execute a script statement by statement inside our transaction (executescript would commit it)."""
     pending = ""
     for line in script.splitlines(keepends=True):
         pending += line

@@ -1,6 +1,6 @@
-"""Documents that are put beside records: matrices of cells and certificates (docs/index-records.md).
+"""Documents besides records: matrices of cells, and certificates (docs/index-records.md).
 
-Each is kept as the bytes that were sent, in the store, with a row in the catalogue; a later one replaces an earlier one.
+The store keeps each document byte for byte, with a row in the catalogue. A later document replaces an earlier one.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ _DIGEST = re.compile(r"[0-9a-f]{64}\Z")
 
 
 def check_matrix_name(name: str) -> str:
-    """`name`, when it can name a matrix.
+    """Return `name` if it is a valid name for a matrix.
 
     Raises:
-        RefusedError: it cannot.
+        RefusedError: it is not.
     """
     if not _NAME.match(name):
-        raise RefusedError(f"{name!r} cannot name a matrix", remedy="use up to 64 of a-z, 0-9, '.', '_', '-'")
+        raise RefusedError(f"{name!r} is not a valid name for a matrix", remedy="use up to 64 of a-z, 0-9, '.', '_', '-'")
     return name
 
 
 def check_digest(digest: str) -> str:
-    """`digest`, when it can be one of device code.
+    """Return `digest` if it has the form of a device digest.
 
     Raises:
-        RefusedError: it cannot.
+        RefusedError: it has not.
     """
     if not _DIGEST.match(digest):
         raise RefusedError(f"{digest!r} is not a device digest", remedy="write it as 64 hexadecimal digits, in lower case")
@@ -52,32 +52,32 @@ def check_digest(digest: str) -> str:
 
 
 def parse_matrix(raw: bytes, name: str) -> MatrixDocument:
-    """The matrix of these bytes, which is for that name.
+    """Parse a matrix and check that it has that name.
 
     Raises:
-        RefusedError: the bytes are not of the schema, or the document is called otherwise.
+        RefusedError: the bytes do not match the schema, or the document has another name.
     """
     from index.store.schemas import MatrixDocument
 
-    document = _parse(raw, MatrixDocument, "matrix", "send what `builder matrix --json` prints")
+    document = _parse(raw, MatrixDocument, "matrix", "send the output of `builder matrix --json`")
     if document.name != name:
-        raise RefusedError(f"the matrix calls itself {document.name!r}", remedy=f"put it to /matrix/{document.name}")
+        raise RefusedError(f"the matrix is named {document.name!r}", remedy=f"send it to /matrix/{document.name}")
     return document
 
 
 def parse_certificate(raw: bytes, digest: str) -> DeviceCertificate:
-    """The certificate of these bytes, which is for that device digest.
+    """Parse a certificate and check that it is for that device digest.
 
     Raises:
-        RefusedError: the bytes are not of the schema, or the certificate is for another digest.
+        RefusedError: the bytes do not match the schema, or the certificate is for another digest.
     """
     from index.store.schemas import DeviceCertificate
 
-    document = _parse(raw, DeviceCertificate, "certificate", "see docs/index-records.md for the keys")
+    document = _parse(raw, DeviceCertificate, "certificate", "docs/index-records.md describes the keys")
     if document.device_digest != digest:
         raise RefusedError(
             f"the certificate is for device digest {document.device_digest}",
-            remedy=f"put it to /certificates/{document.device_digest}",
+            remedy=f"send it to /certificates/{document.device_digest}",
         )
     return document
 
@@ -92,22 +92,22 @@ def _parse(raw: bytes, model: type[Sent], kind: str, remedy: str) -> Sent:
         place = ".".join(str(part) for part in first["loc"])
         others = f" ({error.error_count() - 1} more)" if error.error_count() > 1 else ""
         where = f"{place}: " if place else ""
-        raise RefusedError(f"the {kind} is not of its schema: {where}{first['msg']}{others}", remedy=remedy) from None
+        raise RefusedError(f"the {kind} does not match its schema: {where}{first['msg']}{others}", remedy=remedy) from None
 
 
 def put_matrix(store: Store, catalogue: Catalogue, token: Token, raw: bytes, document: MatrixDocument) -> None:
-    """Keep a matrix under its name.
+    """Store a matrix under its name.
 
-    A token for one project reaches a matrix of that project alone; a token for one view reaches the matrix of the view's name.
+    A token for one project covers matrices of only that project; a token for one view covers the matrix with the view's name.
 
     Raises:
-        ForbiddenError: the token does not reach the matrix, or not the one that it would replace.
+        ForbiddenError: the token does not cover the matrix, or the matrix that it would replace.
     """
     projects = document.projects()
     with catalogue.change(token.actor) as change:
         if token.set_name not in (None, document.name):
             raise ForbiddenError(
-                f"the token {token.name!r} is for {token.set_name} alone", remedy=f"put it to /matrix/{token.set_name}"
+                f"the token {token.name!r} is only for {token.set_name}", remedy=f"send it to /matrix/{token.set_name}"
             )
         row = change.execute("SELECT projects FROM matrix WHERE name = ?", (document.name,)).fetchone()
         replaced = row["projects"].split() if row is not None else []
@@ -122,16 +122,18 @@ def put_matrix(store: Store, catalogue: Catalogue, token: Token, raw: bytes, doc
 
 
 def put_certificate(store: Store, catalogue: Catalogue, token: Token, raw: bytes, document: DeviceCertificate) -> None:
-    """Keep a certificate under its device digest. A token for one project reaches certificates of its wheels alone.
+    """Store a certificate under its device digest. A token for one project covers only certificates of that project's wheels.
 
     Raises:
-        RefusedError: the wheel's name is no wheel's name.
-        ForbiddenError: the token does not reach the wheel's project, or not that of the certificate that it would replace.
+        RefusedError: the certificate's wheel has an invalid name.
+        ForbiddenError: the token does not cover the wheel's project, or the project of the certificate to be replaced.
     """
     try:
         project = str(parse_wheel_filename(split_label(document.wheel.filename)[0])[0])
     except (InvalidWheelFilename, InvalidVersion) as error:
-        raise RefusedError(f"the certificate is not of its schema: wheel.filename: {error}", remedy="see PEP 427") from None
+        raise RefusedError(
+            f"the certificate does not match its schema: wheel.filename: {error}", remedy="see PEP 427"
+        ) from None
     with catalogue.change(token.actor) as change:
         row = change.execute("SELECT project FROM certificate WHERE digest = ?", (document.device_digest,)).fetchone()
         for name in (project, row["project"] if row is not None else project):
@@ -143,7 +145,7 @@ def put_certificate(store: Store, catalogue: Catalogue, token: Token, raw: bytes
             (document.device_digest, project, document.wheel.sha256, digest, len(raw), change.time),
         )
         rows = change.execute("SELECT DISTINCT project FROM file WHERE sha256 = ?", (document.wheel.sha256,)).fetchall()
-        projects = {project, *(row["project"] for row in rows)}  # the pages of wheels with the same device code change too
+        projects = {project, *(row["project"] for row in rows)}  # pages of wheels with the same device code change too
         change.note("certificate.put", document.device_digest, *sorted(projects), sha256=digest)
 
 
@@ -154,7 +156,7 @@ def _keep(store: Store, raw: bytes) -> str:
 
 
 def matrices(store: Store, catalogue: Catalogue) -> list[MatrixDocument]:
-    """Every matrix that can be read, by name."""
+    """Every readable matrix, by name."""
     rows = catalogue.rows("SELECT name, document_sha256 FROM matrix ORDER BY name")
     return list(_readable(store, [(row["name"], row["document_sha256"]) for row in rows], parse_matrix))
 
@@ -172,7 +174,7 @@ def certificates(
 
 
 def _readable(store: Store, documents: list[tuple[str, str]], parse: Callable[[bytes, str], Sent]) -> Iterator[Sent]:
-    """Documents, given by name and digest; without those that are lost (`fsck` tells) or of an older schema."""
+    """Load documents, given by name and digest; skip those that are lost (`fsck` reports them) or have an older schema."""
     for name, digest in documents:
         with suppress(OSError, RefusedError):
             yield parse(store.path(digest).read_bytes(), name)

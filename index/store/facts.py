@@ -1,4 +1,4 @@
-"""CUDA facts of a file: what the JSON page adds as _cuda, _torch, _sm and _glibc, and what the views sort by."""
+"""CUDA facts of a file: the JSON page shows them as _cuda, _torch, _sm and _glibc, and the views select files by them."""
 
 from __future__ import annotations
 
@@ -21,48 +21,48 @@ _SM = re.compile(r"\d{2,3}[a-z]?")
 _GLIBC = re.compile(r"\d{1,2}\.\d{1,3}")
 _TORCH_LOCAL = re.compile(r"torch\.?(\d+\.\d+)")
 _LAST = 1_000_000
-"A number of a release that torch never reaches."
+"A release number that torch never reaches."
 _MANYLINUX = re.compile(r"manylinux_(\d+)_(\d+)_")
 _LEGACY_GLIBC = {"manylinux1": "2.5", "manylinux2010": "2.12", "manylinux2014": "2.17"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class CudaFacts:
-    """What a person chooses a CUDA wheel by. None and empty mean not known."""
+    """The properties by which users choose a CUDA wheel. None and empty mean unknown."""
 
     cuda: str | None = None
-    "As 13.0."
+    "For example 13.0."
     torch: str | None = None
-    "As 2.11 or 2.11.0."
+    "For example 2.11 or 2.11.0."
     sm: tuple[str, ...] = ()
-    "As 90, 90a."
+    "For example 90, 90a."
     glibc: str | None = None
-    "As 2.34."
+    "For example 2.34."
     built_for: str | None = None
-    "The torch that alone can load it, as 2.11: its local version says so, or its requirements admit no other."
+    "The only torch release that can load it, for example 2.11, from its local version or its requirements."
 
     def as_json(self) -> str:
-        """For the catalogue."""
+        """Serialise for the catalogue."""
         return json.dumps(asdict(self))
 
     def keys(self) -> dict[str, object]:
-        """The private keys of the JSON page (PEP 700 keeps the leading underscore for indexes)."""
+        """The private keys of the JSON page (PEP 700 reserves the leading underscore for indexes)."""
         keys = {"_cuda": self.cuda, "_torch": self.torch, "_sm": list(self.sm), "_glibc": self.glibc}
         return {key: value for key, value in keys.items() if value}
 
     def over(self, weaker: CudaFacts) -> CudaFacts:
-        """These facts, gaps filled from `weaker`."""
+        """These facts, with gaps filled from `weaker`."""
         return CudaFacts(**{name: value or getattr(weaker, name) for name, value in vars(self).items()})
 
 
 def from_json(text: str) -> CudaFacts:
-    """What `CudaFacts.as_json` wrote."""
+    """Parse the output of `CudaFacts.as_json`."""
     values = json.loads(text)
     return CudaFacts(**{**values, "sm": tuple(values.get("sm", ()))})
 
 
 def from_name(distribution: Distribution, requires: Iterable[str]) -> CudaFacts:
-    """What the local version, the platform tag and the requirements on torch say."""
+    """Facts from the local version, the platform tag and the requirements on torch."""
     local = Version(distribution.version).local or ""
     cuda = _CUDA_LOCAL.search(local)
     torch = _TORCH_LOCAL.search(local)
@@ -77,18 +77,18 @@ def from_name(distribution: Distribution, requires: Iterable[str]) -> CudaFacts:
 
 
 def built_for(version: str, facts: CudaFacts) -> str | None:
-    """The torch that alone can load a wheel; rows of schema 4 know it from the version alone. None: any, or none."""
+    """The only torch release that can load a wheel; None: any, or no torch. Rows of schema 4 have it only in the version."""
     return torch_of_local(version) or facts.built_for
 
 
 def torch_of_local(version: str) -> str | None:
-    """The torch that a local version names: 1.0+cu130.torch2.11 → 2.11."""
+    """The torch release in a local version: 1.0+cu130.torch2.11 → 2.11."""
     torch = _TORCH_LOCAL.search(version.partition("+")[2])
     return torch[1] if torch else None
 
 
 def _required_torch(requires: Iterable[str]) -> SpecifierSet:
-    """What the requirements say of torch, those of extras aside; of several lines all count."""
+    """The requirements on torch, without those of extras; several lines are combined."""
     required = SpecifierSet()
     for line in requires:
         try:
@@ -106,17 +106,17 @@ def _pin(required: SpecifierSet) -> str | None:
 
 
 def _only_minor(required: SpecifierSet) -> str | None:
-    """The one minor release, as 2.11, that the specifiers admit; None when they admit several, or none.
+    """The only minor release, for example 2.11, that the specifiers allow; None if they allow several or none.
 
-    A range that they admit begins and ends beside a version that one of them names, or has no end. So it is enough to ask for
-    those versions, the minor releases beside them, and the first and the last of all.
+    An allowed range begins and ends next to a version that a specifier names, or is unbounded. So it is sufficient to test
+    those versions, the minor releases next to them, and the lowest and the highest version of all.
     """
     admitted: set[str] = set()
     try:
         for version in _telling(required):
             if required.contains(version, prereleases=True):
                 admitted.add(f"{version.major}.{version.minor}")
-    except ValueError:  # a number of more digits than Python reads
+    except ValueError:  # a number with more digits than Python converts
         return None
     return admitted.pop() if len(admitted) == 1 else None
 
@@ -124,7 +124,7 @@ def _only_minor(required: SpecifierSet) -> str | None:
 def _telling(required: SpecifierSet) -> set[Version]:
     versions: set[Version] = set()
     for item in required:
-        with suppress(InvalidVersion):  # === compares any text
+        with suppress(InvalidVersion):  # === accepts any text
             versions.add(Version(item.version.removesuffix(".*")))
     minors = {(0, 0), (_LAST, 0)}
     nexts: set[Version] = set()
@@ -143,11 +143,11 @@ def _glibc(distribution: Distribution) -> str | None:
 
 
 def from_record(record: Mapping[str, object]) -> CudaFacts:
-    """What a farm's record says, wherever in the document the stack and the measured wheel stand.
+    """Facts from a farm's record, regardless of where the document has the stack and the measured wheel.
 
-    Read are the first `cuda`, `torch` and `sm` found under `facts`, `outputs`, `wheel`, `stack`, `inputs`: records of several
-    versions are served by one index, and a fact that is absent is only absent. The stack's glibc is a bound, the wheel's tag
-    the measured one, so `glibc` is read from `facts` alone.
+    The first `cuda`, `torch` and `sm` under `facts`, `outputs`, `wheel`, `stack`, `inputs` count: one index serves records of
+    several versions, and missing facts are allowed. `glibc` is read only from `facts`, because the stack's glibc is an upper
+    bound and the wheel's tag has the measured one.
     """
     places = list(_places(record))
     sm = next((value for place in places if (value := place.get("sm"))), ())
@@ -168,7 +168,7 @@ def _places(record: Mapping[str, object], depth: int = 0) -> Iterable[Mapping[st
 
 
 def _text(places: Iterable[Mapping[str, object]], key: str, form: re.Pattern[str]) -> str | None:
-    """The first value of that form: pages, addresses and exports are made of it, so nothing else is believed."""
+    """The first value of that form. Pages, addresses and exports contain it, so other values are ignored."""
     for place in places:
         value = place.get(key)
         if isinstance(value, str) and form.fullmatch(value):

@@ -1,7 +1,7 @@
-"""Content-addressed files: ROOT/files/ab/abcdef…; what has a name there is whole, flushed and never changes.
+"""Content-addressed files: ROOT/files/ab/abcdef…. A file that has a name there is complete, flushed and never changes.
 
-A file is written under ROOT/staging (same file system), flushed, then linked to its name. The staging folder of a killed
-process is swept by the next start.
+A file is written under ROOT/staging (same file system), flushed, then linked to its name. The next start removes the staging
+files of a killed process.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from gracefarm.files import sha256_file, sync_directory
 from index.errors import StoreFullError
 
 _ABANDONED = 24 * 3600
-"Seconds since its last byte after which a staging file is nobody's."
+"Seconds without a write after which a staging file counts as abandoned."
 
 
 @dataclass(frozen=True, kw_only=True)
 class Store:
-    """The folder that holds an index."""
+    """The folder of an index."""
 
     root: Path
 
     @property
     def catalogue_path(self) -> Path:
-        """The SQLite file. In a folder of its own, so that a backup can copy it before the files."""
+        """The SQLite file. It has a separate folder, so that a backup can copy it before the files."""
         return self.root / "catalogue" / "catalogue.db"
 
     @property
@@ -43,11 +43,11 @@ class Store:
 
     @property
     def staging(self) -> Path:
-        """What is still being received."""
+        """Folder of files that are still being received."""
         return self.root / "staging"
 
     def path(self, sha256: str) -> Path:
-        """Where the file of that digest is, or would be."""
+        """The path of the file with that digest, whether it exists or not."""
         return self.files / sha256[:2] / sha256
 
     def prepare(self) -> None:
@@ -55,32 +55,32 @@ class Store:
 
         Raises:
             StoreFullError: the disk is full.
-            HostError: the root cannot be a folder: a file is in the way, the file system does not let it be made.
+            HostError: the folder cannot be created: a file has its name, or the file system refuses.
         """
         try:
             with disk_errors(self.root):
                 self._make_folders()
         except OSError as error:
             raise HostError(
-                f"{self.root} cannot be the folder of an index: {error.strerror}",
-                remedy="name another with --root or GRACEFARM_INDEX_ROOT",
+                f"cannot create {self.root}, the folder of the index: {error.strerror}",
+                remedy="choose another folder with --root or GRACEFARM_INDEX_ROOT",
             ) from error
 
     def _make_folders(self) -> None:
         for folder in (self.files, self.staging, self.catalogue_path.parent):
             folder.mkdir(parents=True, exist_ok=True)
-        if not (self.files / "ff").is_dir():  # all at once, so that an upload need not flush a new folder
+        if not (self.files / "ff").is_dir():  # created in advance, so that an upload does not have to flush a new folder
             for number in range(256):
                 (self.files / f"{number:02x}").mkdir(exist_ok=True)
             sync_directory(self.files)
 
     def new_staging(self) -> Path:
-        """A fresh name in the staging folder."""
+        """A new name in the staging folder."""
         return self.staging / secrets.token_hex(16)
 
     @contextmanager
     def staged(self) -> Iterator[Path]:
-        """The same for as long as the block lasts; what it has not adopted is removed."""
+        """A new name in the staging folder; the file is removed at the end of the block unless it was adopted."""
         path = self.new_staging()
         try:
             yield path
@@ -88,9 +88,9 @@ class Store:
             path.unlink(missing_ok=True)
 
     def adopt(self, staged: Path, sha256: str) -> Path:
-        """Give a flushed staging file its name; the caller has computed `sha256` from its bytes.
+        """Link a flushed staging file to its name; the caller has computed `sha256` from its bytes.
 
-        The staging name stays until the caller removes it: a second upload of the same bytes may be in flight.
+        The staging name remains until the caller removes it: a second upload of the same bytes may be in progress.
         """
         final = self.path(sha256)
         with disk_errors(self.root):
@@ -100,7 +100,7 @@ class Store:
             if not final.exists() or final.stat().st_size != staged.stat().st_size:
                 staged.chmod(0o444)
                 staged.replace(final)
-            # Also for a file that was there: whoever renamed it may have been killed before its name was flushed.
+            # Also for an existing file: the process that linked it may have been killed before it flushed the name.
             sync_directory(final.parent)
         return final
 
@@ -124,7 +124,7 @@ class Store:
         return sorted(self.files.glob("??/*"))
 
     def sizes(self) -> dict[str, int]:
-        """Digest to bytes of every stored file: the quick look that a start takes."""
+        """Digest to size in bytes of every stored file: the quick check at the start."""
         sizes: dict[str, int] = {}
         for folder in os.scandir(self.files):
             if folder.is_dir():
@@ -132,9 +132,9 @@ class Store:
         return sizes
 
     def sweep(self) -> int:
-        """Remove what killed uploads left; returns how many files. Only the server, which holds `serving`, calls it.
+        """Remove the files of killed uploads; return their number. Only the server, which holds `serving`, calls this.
 
-        While a command uses the staging folder (`using_staging`), only what no living command can be writing is removed.
+        While a command uses the staging folder (`using_staging`), only abandoned files are removed.
         """
         count = 0
         with (self.root / "staging.lock").open("a") as stream:
@@ -152,19 +152,19 @@ class Store:
 
     @contextmanager
     def using_staging(self) -> Iterator[None]:
-        """For commands that write staging files beside a server (import, mirror), whose start would sweep them."""
+        """Protect the staging files of a command (import, mirror) from being removed by a server that starts."""
         self.prepare()
         with (self.root / "staging.lock").open("a") as stream:
             fcntl.flock(stream, fcntl.LOCK_SH)
             yield
 
     def whole(self, sha256: str) -> bool:
-        """Does the stored file still have its digest?"""
+        """Whether the stored file still has its digest."""
         path = self.path(sha256)
         return path.is_file() and sha256_file(path) == sha256
 
     def set_aside(self, sha256: str) -> None:
-        """Take a damaged file out of the store, kept under ROOT/damaged for whoever wants to look at it."""
+        """Move a damaged file from the store to ROOT/damaged, where the operator can examine it."""
         path = self.path(sha256)
         if path.exists():
             (self.root / "damaged").mkdir(exist_ok=True)
@@ -173,7 +173,7 @@ class Store:
 
     @contextmanager
     def serving(self) -> Iterator[bool]:
-        """Hold the lock of the one server on this root; yields False when another process has it."""
+        """Hold the lock of the server of this root; yields False if another process holds it."""
         self.prepare()
         with (self.root / "serving.lock").open("a") as stream:
             try:
@@ -185,17 +185,17 @@ class Store:
 
 
 def flush(stream: IO[bytes]) -> None:
-    """Bytes are on the disk when this returns."""
+    """Flush a file to the disk."""
     stream.flush()
     os.fsync(stream.fileno())
 
 
 @contextmanager
 def disk_errors(where: Path) -> Iterator[None]:
-    """Turn ENOSPC and EDQUOT into the refusal that a client can read.
+    """Turn ENOSPC and EDQUOT into a refusal that clients can read.
 
     Raises:
-        StoreFullError: instead of the bare OSError.
+        StoreFullError: replaces the OSError.
     """
     try:
         yield
@@ -204,5 +204,5 @@ def disk_errors(where: Path) -> Iterator[None]:
             raise
         raise StoreFullError(
             f"no space left on the file system that holds {where.name}",
-            remedy="free space on the index's disk, then upload again",
+            remedy="free space on the disk of the index, then upload again",
         ) from error

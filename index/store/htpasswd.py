@@ -1,4 +1,4 @@
-"""Users of a pypiserver: names and password hashes as Apache's htpasswd writes them."""
+"""Users of a pypiserver: names and password hashes in the format of Apache's htpasswd."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ _SHA1 = "{SHA}"
 
 
 def read(path: Path) -> dict[str, str]:
-    """Names and hashes of a file that `htpasswd` wrote (bcrypt or apr1).
+    """Names and hashes of a file written by `htpasswd` (bcrypt or apr1).
 
     Raises:
-        ConfigError: no such file, or a line with a hash of another kind.
+        ConfigError: the file is unreadable, or a line has another kind of hash.
     """
     try:
         lines = path.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}", remedy="give a file that `htpasswd -B` wrote") from error
+        raise ConfigError(f"{path} cannot be read: {error}", remedy="give a file written by `htpasswd -B`") from error
     users: dict[str, str] = {}
     for number, line in enumerate(lines, 1):
         if not line.strip() or line.startswith("#"):
@@ -35,24 +35,24 @@ def read(path: Path) -> dict[str, str]:
         if hashed.startswith(_SHA1):
             raise ConfigError(
                 f"{path}, line {number}: the password of {name} is hashed with SHA-1, which is too weak",
-                remedy=f"hash it anew: `htpasswd -B {path} {name}`",
+                remedy=f"hash it again: `htpasswd -B {path} {name}`",
             )
         if not name or not hashed.startswith((*_BCRYPT, _APR1)):
             raise ConfigError(
-                f"{path}, line {number}: not a user with a hash of bcrypt or apr1", remedy="write it with `htpasswd -B`"
+                f"{path}, line {number}: expected a user with a bcrypt or apr1 hash", remedy="write it with `htpasswd -B`"
             )
         users[name] = hashed
     return users
 
 
 def matches(password: bytes, hashed: str) -> bool:
-    """Is this the password? Takes as long as the hash was made to: bcrypt of cost 10 some 60 ms."""
-    if b"\0" in password:  # no C string, so no tool made a hash of it
+    """Whether this is the password. Takes as long as the hash's cost demands: bcrypt of cost 10 takes about 60 ms."""
+    if b"\0" in password:  # not a C string, so no tool has created a hash of it
         return False
     try:
         if hashed.startswith(_APR1):
             return bool(apr_md5_crypt.verify(password, hashed))
-        # bcrypt has never read more than 72 bytes; its current library refuses longer ones instead of cutting them.
+        # bcrypt uses at most 72 bytes. The current library refuses longer passwords instead of truncating them.
         return bcrypt.checkpw(password[:72], hashed.encode())
     except ValueError:
         return False
@@ -60,13 +60,13 @@ def matches(password: bytes, hashed: str) -> bool:
 
 @dataclass(kw_only=True)
 class PasswordMemory:
-    """Passwords that were right, under a key that dies with the process: a hash made slow on purpose is computed once."""
+    """Cache of correct passwords under a key that exists only in this process, so that each slow hash is computed once."""
 
     _key: bytes = field(default_factory=lambda: token_bytes(32), repr=False)
     _known: dict[str, bytes] = field(default_factory=dict, repr=False)
 
     def matches(self, hashed: str, password: bytes) -> bool:
-        """Is this the password? Remembered when it is."""
+        """Whether this is the password. Correct ones are cached."""
         mark = hmac.digest(self._key, hashed.encode() + b"\0" + password, "sha256")
         if hmac.compare_digest(self._known.get(hashed, b""), mark):
             return True

@@ -1,4 +1,4 @@
-"""What is done to projects and releases: host, yank, status, delete."""
+"""Operations on projects and releases: host, yank, status, delete."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from index.store.catalogue import Catalogue, Transaction
 
 
 def host(catalogue: Catalogue, actor: str, names: list[str], *, hosted: bool = True) -> None:
-    """Take (or no longer take) uploads for these normalised names."""
+    """Accept, or stop accepting, uploads for these normalised names."""
     with catalogue.change(actor) as change:
         for name in names:
             change.execute(
@@ -20,41 +20,41 @@ def host(catalogue: Catalogue, actor: str, names: list[str], *, hosted: bool = T
 
 
 def hosted(catalogue: Catalogue) -> list[str]:
-    """Names that uploads may use."""
+    """Names of the hosted projects."""
     return [row["name"] for row in catalogue.rows("SELECT name FROM project WHERE hosted = 1 ORDER BY name")]
 
 
 def yank(catalogue: Catalogue, actor: str, project: str, version: str, reason: str | None) -> int:
-    """Yank every file of a release with `reason` ("" for none); None takes the yank back. Returns how many files.
+    """Yank every file of a release with `reason` ("" for no reason); None removes the yank. Returns the number of files.
 
     Raises:
-        UsageError: there is no such release.
+        UsageError: the release does not exist.
     """
     with catalogue.change(actor) as change:
         names = _update_release(change, "yanked", reason, project, version)
-        for name in names:  # one entry for each, since a mirror follows files
+        for name in names:  # one entry per file, since mirrors track files
             change.note("file.unyank" if reason is None else "file.yank", name, project, reason=reason)
     return len(names)
 
 
 def set_status(catalogue: Catalogue, actor: str, project: str, status: str, reason: str) -> None:
-    """PEP 792 status.
+    """Set the status of a project (PEP 792).
 
     Raises:
-        UsageError: there is no such project.
+        UsageError: the project does not exist.
     """
     with catalogue.change(actor) as change:
         row = change.execute("UPDATE project SET status = ?, reason = ? WHERE name = ?", (status, reason, project))
         if not row.rowcount:
-            raise UsageError(f"there is no project {project!r}", remedy="`index host` lists them")
+            raise UsageError(f"this index has no project {project!r}", remedy="`index host` lists them")
         change.note("project.status", project, project, status=status, reason=reason)
 
 
 def delete(catalogue: Catalogue, actor: str, project: str, version: str) -> int:
-    """Delete a release from every view; `index gc` frees the space. Returns how many files.
+    """Delete a release from every view; `index gc` frees the space. Returns the number of files.
 
     Raises:
-        UsageError: there is no such release.
+        UsageError: the release does not exist.
     """
     with catalogue.change(actor) as change:
         names = _update_release(change, "deleted", change.time, project, version)
@@ -70,5 +70,5 @@ def _update_release(change: Transaction, column: str, value: str | None, project
         (value, project, canonicalize_version(version)),
     ).fetchall()
     if not rows:
-        raise UsageError(f"there is no release {project} {version}", remedy="`index stats` lists what is here")
+        raise UsageError(f"this index has no release {project} {version}", remedy="`index stats` lists the projects")
     return [row["filename"] for row in rows]

@@ -1,4 +1,4 @@
-"""The provenance of a file (PEP 740): what its publisher attested, verified when it was uploaded."""
+"""The provenance of a file (PEP 740): attestations of its publisher, verified at upload."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from index.store.catalogue import Transaction
 from index.store.files import Store
 
 SUFFIX = ".provenance"
-"After a file's address: where its provenance is."
+"Suffix of a file's address that gives its provenance."
 
 
 def keep(store: Store, change: Transaction, filename: str, provenance: bytes) -> None:
-    """Keep the first provenance of the file; a later one changes nothing."""
+    """Store the first provenance of the file; later ones are ignored."""
     row = change.execute("SELECT project FROM file WHERE filename = ? AND provenance_sha256 IS NULL", (filename,)).fetchone()
     if row is None:
         return

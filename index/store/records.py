@@ -1,4 +1,4 @@
-"""Build records: verdicts, logs, failed builds, which no wheel can carry (docs/index-records.md)."""
+"""Build records: verdicts, logs and failed builds, which a wheel cannot contain (docs/index-records.md)."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 _IN_SCOPE = """CASE WHEN :scope IS NULL THEN 1 WHEN :scope = 'nightly' THEN channel = 'nightly'
     ELSE id IN (SELECT file_id FROM member WHERE set_name = :scope) END"""
-"SQL: files that a token for one view reaches."
+"SQL: files that a token for one view covers."
 
 _REACHED = f"SELECT sha256, build FROM file WHERE {_IN_SCOPE}"  # noqa: S608 - constants, these three
 _CLAIM = f"UPDATE file SET build = :build WHERE sha256 = :sha256 AND build IS NULL AND project = :project AND {_IN_SCOPE}"  # noqa: S608
 _LINKED = f"SELECT id, filename, project, facts FROM file WHERE build = :build AND project = :project AND {_IN_SCOPE}"  # noqa: S608
 
 MAX_RECORD = 32 << 20
-"Bytes of one record's JSON."
+"Maximum bytes of a record's JSON."
 
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """What the board shows of a record."""
+    """The fields of a record that the board shows."""
 
     id: str
     recipe: str
@@ -53,38 +53,40 @@ class Summary:
 
 
 def check_id(identifier: str) -> str:
-    """`identifier`, when it can name a record.
+    """Return `identifier` if it is a valid name for a record.
 
     Raises:
-        RefusedError: it cannot.
+        RefusedError: it is not.
     """
     if not _ID.match(identifier):
-        raise RefusedError(f"{identifier!r} cannot name a record", remedy="use up to 128 letters, digits, '.', '_' and '-'")
+        raise RefusedError(
+            f"{identifier!r} is not a valid name for a record", remedy="use up to 128 letters, digits, '.', '_' and '-'"
+        )
     return identifier
 
 
 def parse(raw: bytes) -> dict[str, object]:
-    """The JSON object of a record.
+    """Parse the JSON object of a record.
 
     Raises:
-        RefusedError: it is not one.
+        RefusedError: it is not a JSON object.
     """
     try:
         document = json.loads(raw)
     except (ValueError, RecursionError) as error:
-        raise RefusedError(f"the record is not JSON: {error}", remedy="send the record as the builder wrote it") from None
+        raise RefusedError(f"the record is not JSON: {error}", remedy="send the record that the builder wrote") from None
     if not isinstance(document, dict):
-        raise RefusedError("the record is not a JSON object", remedy="send the record as the builder wrote it")
+        raise RefusedError("the record is not a JSON object", remedy="send the record that the builder wrote")
     if b"\\ud" in raw.lower():
         try:
             json.dumps(document, ensure_ascii=False).encode()
         except UnicodeEncodeError:
-            raise RefusedError("the record holds half a surrogate pair", remedy="write its text as UTF-8") from None
+            raise RefusedError("the record contains half a surrogate pair", remedy="write its text as UTF-8") from None
     return document
 
 
 def identity(record: Mapping[str, object]) -> str | None:
-    """The build id that a record gives itself."""
+    """The build id in a record."""
     for key in ("build_id", "id"):
         value = record.get(key)
         if isinstance(value, str) and _ID.match(value):
@@ -93,20 +95,20 @@ def identity(record: Mapping[str, object]) -> str | None:
 
 
 def project_of(document: Mapping[str, object]) -> str:
-    """The normalised project that a record is about: its `name`, else its recipe's."""
+    """The normalised project of a record: its `name`, else the name in its recipe."""
     return str(canonicalize_name(_name(document, "name") or _name(document, "recipe")))
 
 
 def put(store: Store, catalogue: Catalogue, token: Token, identifier: str, raw: bytes, document: Mapping[str, object]) -> None:
-    """Keep a record under its id; a later one replaces an earlier one, the audit log keeps both digests.
+    """Store a record under its id. A later record replaces an earlier one; the audit log keeps both digests.
 
     Raises:
-        RefusedError: it is the record of another build.
-        ForbiddenError: the token does not reach it.
+        RefusedError: the record belongs to another build.
+        ForbiddenError: the token does not cover the record.
     """
     own = identity(document)
     if own is not None and own != identifier:
-        raise RefusedError(f"the record is of build {own!r}", remedy=f"put it to /records/{own}")
+        raise RefusedError(f"the record belongs to the build {own!r}", remedy=f"send it to /records/{own}")
     project, digests = project_of(document), _wheel_digests(document)
     with catalogue.change(token.actor) as change:
         _check_reach(change, token, identifier, project, digests)
@@ -115,10 +117,10 @@ def put(store: Store, catalogue: Catalogue, token: Token, identifier: str, raw: 
 
 
 def put_log(store: Store, catalogue: Catalogue, token: Token, identifier: str, raw: bytes) -> None:
-    """Keep the build's log.
+    """Store the build's log.
 
     Raises:
-        ForbiddenError: the token does not reach the build.
+        ForbiddenError: the token does not cover the build.
     """
     digest = hashlib.sha256(raw).hexdigest()
     with catalogue.change(token.actor) as change:
@@ -134,10 +136,10 @@ def put_log(store: Store, catalogue: Catalogue, token: Token, identifier: str, r
 
 
 def _check_reach(change: Transaction, token: Token, identifier: str, project: str | None, digests: set[str]) -> None:
-    """A record that is there already keeps its project: nobody takes another's build over.
+    """Check that the token covers the build. An existing record keeps its project, so a build cannot be taken over.
 
     Raises:
-        ForbiddenError: the build is of another project, or none of its wheels is in the set that the token is for.
+        ForbiddenError: the build belongs to another project, or none of its wheels is in the token's set.
     """
     row = change.execute("SELECT project FROM record WHERE id = ?", (identifier,)).fetchone()
     known = str(row["project"]) if row is not None else ""
@@ -149,14 +151,14 @@ def _check_reach(change: Transaction, token: Token, identifier: str, project: st
     rows = change.execute(_REACHED, {"scope": token.set_name}).fetchall()
     if not any(row["build"] == identifier or row["sha256"] in digests for row in rows):
         raise ForbiddenError(
-            f"no wheel of {token.set_name} is of this build", remedy="upload the wheel first, or use another token"
+            f"this build has no wheel in {token.set_name}", remedy="upload the wheel first, or use another token"
         )
 
 
 def keep_inside(store: Store, change: Transaction, identifier: str, raw: bytes, project: str, sha256: str) -> bool:
-    """The part of a record that a wheel carries; it never replaces the full record that was put.
+    """Store the partial record that a wheel contains. It never replaces a full record.
 
-    Returns whether the wheel may call itself of this build: not when the record is of another project, or of another wheel.
+    Returns whether the wheel belongs to this build; it does not if the record names another project or another wheel.
     """
     row = change.execute("SELECT project, wheels, document_sha256 FROM record WHERE id = ?", (identifier,)).fetchone()
     if row is not None and ((row["project"] or project) != project or (row["wheels"] and sha256 not in row["wheels"].split())):
@@ -175,7 +177,7 @@ def keep(
     *,
     inside: str | None = None,
 ) -> None:
-    """Store the document. `inside` is the project of the wheel that carried it, which then is the record's."""
+    """Store the document. `inside` is the project of the wheel that contained it, which becomes the record's project."""
     digest = hashlib.sha256(raw).hexdigest()
     store.add_bytes(raw, digest)
     project = project_of(document) if inside is None else inside
@@ -193,15 +195,15 @@ def keep(
 
 
 def link(change: Transaction, identifier: str, document: Mapping[str, object], token: Token) -> None:
-    """Give the wheels of this build what the record knows: those that carry its id, and those that it names by sha256.
+    """Copy the record's facts to the wheels of this build: those that contain its id, and those that it names by sha256.
 
-    Only wheels of the record's own project, and of the set that the token is for.
+    This covers only wheels of the record's project that the token covers.
     """
     known, digests = facts.from_record(document), _wheel_digests(document)
     values = {"project": project_of(document), "scope": token.set_name, "build": identifier}
     for digest in digests:
         change.execute(_CLAIM, {**values, "sha256": digest})
-    if digests:  # a wheel that carries the id of a build that made another one is not of that build
+    if digests:  # a wheel with the id of a build that produced another wheel does not belong to that build
         marks = ", ".join("?" * len(digests))
         strangers = change.execute(
             f"UPDATE file SET build = NULL WHERE build = ? AND sha256 NOT IN ({marks}) RETURNING project",  # noqa: S608 - question marks
@@ -218,7 +220,7 @@ def link(change: Transaction, identifier: str, document: Mapping[str, object], t
 
 
 def _wheel_digests(document: Mapping[str, object]) -> set[str]:
-    """Every `sha256` of a wheel among the outputs; a build makes few."""
+    """Every `sha256` of a wheel among the outputs."""
     digests: set[str] = set()
     places = [document, document.get("outputs"), document.get("wheel")]
     outputs = document.get("outputs")
@@ -232,13 +234,13 @@ def _wheel_digests(document: Mapping[str, object]) -> set[str]:
 
 
 def facts_of(change: Transaction, identifier: str) -> CudaFacts:
-    """What wheels of this build are already known to be, from a record that came before the wheel."""
+    """Facts about wheels of this build, from a record that arrived before the wheel."""
     row = change.execute("SELECT facts FROM file WHERE build = ? LIMIT 1", (identifier,)).fetchone()
     return facts.from_json(row["facts"]) if row else CudaFacts()
 
 
 def summarise(document: Mapping[str, object]) -> tuple[str, str, str, str, str, float | None, str, str]:
-    """recipe, version, stack, target, outcome, seconds, cause, finished: as far as the record says."""
+    """recipe, version, stack, target, outcome, seconds, cause, finished; missing ones are empty."""
     return (
         _name(document, "recipe"),
         _name(document, "version"),
@@ -252,7 +254,7 @@ def summarise(document: Mapping[str, object]) -> tuple[str, str, str, str, str, 
 
 
 def _name(document: Mapping[str, object], key: str) -> str:
-    """A text field, at the top or among the inputs; of an object, its name, cause or text."""
+    """A text field, at the top level or among the inputs; for an object, its name, cause or text."""
     inputs = document.get("inputs")
     for place in (document, inputs if isinstance(inputs, Mapping) else {}):
         value = place.get(key)
@@ -266,7 +268,7 @@ def _name(document: Mapping[str, object], key: str) -> str:
 
 
 def _seconds(document: Mapping[str, object]) -> float | None:
-    """How long the build took: as it says, or its steps together."""
+    """Duration of the build: its own value, or the sum of its steps."""
     stages, timings = document.get("stages"), document.get("timings")
     whole = [document.get(key) for key in ("seconds", "duration", "wall_seconds")]
     steps = [stage.get("wall_s") for stage in stages if isinstance(stage, Mapping)] if isinstance(stages, list) else []
@@ -282,14 +284,14 @@ def _numbers(values: Iterable[object]) -> list[float]:
 
 
 def number(value: object) -> float | int | None:
-    """A quantity that pages can show: a finite number below 1e15; JSON also knows infinity, truth and a thousand digits."""
+    """A number that pages can show: finite and below 1e15. JSON also has infinity, booleans and numbers of any length."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     return value if 0 <= value < 1e15 and math.isfinite(value) else None
 
 
 def all_records(catalogue: Catalogue) -> list[Summary]:
-    """Every record that is public, the newest first."""
+    """Every public record, newest first."""
     rows = catalogue.rows("SELECT * FROM public_record ORDER BY CASE finished WHEN '' THEN updated ELSE finished END DESC")
     return [summary(row) for row in rows]
 

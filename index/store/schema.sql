@@ -120,7 +120,7 @@ CREATE TABLE pin (
     selection TEXT NOT NULL DEFAULT '',
     PRIMARY KEY (set_name, lock, project, version)
 ) WITHOUT ROWID;
--- A build is as visible as its wheels: one of which only hidden wheels of staged sets are here is nobody's business.
+-- A build is as visible as its wheels: if all its wheels are hidden in staged sets, its record is hidden too.
 CREATE VIEW public_record AS SELECT * FROM record
     WHERE NOT EXISTS (SELECT 1 FROM file WHERE file.build = record.id)
     OR EXISTS (SELECT 1 FROM file WHERE file.build = record.id AND file.hidden = 0);

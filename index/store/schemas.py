@@ -1,6 +1,6 @@
-"""Schemas of the documents that are put beside records: the cells of a matrix, and a GPU's certificate.
+"""Schemas of the documents besides records: the cells of a matrix, and the certificate of a GPU.
 
-pydantic takes a while to import, so what serves installers imports this module only where a document is read.
+pydantic is slow to import, so the server imports this module only to read a document.
 """
 
 from __future__ import annotations
@@ -25,48 +25,48 @@ MAX_CELLS = 100_000
 
 
 class SentDocument(BaseModel):
-    """Keys that the schema does not name are kept in the document and not shown."""
+    """Unknown keys stay in the document and are not shown."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
 
 class MatrixCell(SentDocument):
-    """One cell: recipe x stack x Python x target x sm list, which is one wheel."""
+    """One cell: recipe x stack x Python x target x sm list. Each cell is one wheel."""
 
     recipe: RecipeName
     version: ShortText = ""
-    "Of the recipe's project, as 1.7.0."
+    "Version of the recipe's project, for example 1.7.0."
     stack: RecipeName
     torch: ShortText = ""
-    "As 2.11.0; empty where the wheel does not depend on it."
+    "Version of torch, for example 2.11.0; empty if the wheel does not depend on torch."
     cuda: ShortText = ""
-    "As 13.0; empty for a wheel without device code."
+    "Version of CUDA, for example 13.0; empty for a wheel without device code."
     python: CellPython
-    "As 3.13, or 3.14t for the free-threaded one."
+    "Version of Python, for example 3.13, or 3.14t for the free-threaded build."
     target: CellTarget
     sm: tuple[SmName, ...] = Field(default=(), max_length=64)
-    "As 90, 90a, 100f."
+    "GPU architectures, for example 90, 90a, 100f."
     state: CellState
     build_id: BuildId | None = None
     wheel: WheelName | None = None
-    "File name of the wheel, once it is built."
+    "File name of the built wheel; empty before it is built."
     reason: str = ""
-    "The first error of a failed cell; what blocks a blocked one. The board shows its first 2,000 characters."
+    "First error of a failed cell, or the cause of a blocked one. The board shows the first 2,000 characters."
     cpu_seconds: float | None = Field(default=None, ge=0, lt=1e15, allow_inf_nan=False)
-    "CPU seconds that the cell took, or is expected to need."
+    "CPU seconds that the build took, or is expected to take."
     disk_bytes: int | None = Field(default=None, ge=0, lt=10**15)
-    "Bytes of disk that the build took, or is expected to need."
+    "Bytes of disk that the build used, or is expected to use."
 
 
 class MatrixDocument(SentDocument):
-    """What `PUT /matrix/NAME` takes: the cells that a selector names."""
+    """Body of `PUT /matrix/NAME`: the cells that a selector names."""
 
     name: DocumentName
-    "The NAME of the address."
+    "Name of the matrix; equal to NAME in the address."
     selector: str = ""
-    "As 'python=3.10..3.14 stack=cu130,cu132 target=aarch64'."
+    "Selector of the cells, for example 'python=3.10..3.14 stack=cu130,cu132 target=aarch64'."
     made: AwareDatetime
-    "When the cells were listed."
+    "Time at which the cells were listed."
     cells: tuple[MatrixCell, ...] = Field(max_length=MAX_CELLS)
 
     def projects(self) -> set[str]:
@@ -75,11 +75,11 @@ class MatrixDocument(SentDocument):
 
 
 class GpuComparison(SentDocument):
-    """One result that a GPU computed with the wheel, compared with a reference."""
+    """A result that a GPU computed with the wheel, compared with a reference."""
 
     name: ShortText
     error: float | None = Field(default=None, ge=0, lt=1e15, allow_inf_nan=False)
-    "The largest difference found."
+    "Largest difference from the reference."
     tolerance: float | None = Field(default=None, ge=0, lt=1e15, allow_inf_nan=False)
 
 
@@ -91,13 +91,13 @@ class CertifiedWheel(SentDocument):
 
 
 class DeviceCertificate(SentDocument):
-    """What `PUT /certificates/DIGEST` takes: device code that computed right numbers on a GPU."""
+    """Body of `PUT /certificates/DIGEST`: device code whose results on a GPU match a reference."""
 
     device_digest: DeviceDigest
-    "The DIGEST of the address: the wheel's device code for one sm."
+    "Digest of the wheel's device code for one sm; equal to DIGEST in the address."
     sm: SmName
     gpu: ShortText
-    "As NVIDIA H100 80GB HBM3."
+    "Name of the GPU, for example NVIDIA H100 80GB HBM3."
     driver: ShortText = ""
     certified: AwareDatetime
     wheel: CertifiedWheel

@@ -1,4 +1,4 @@
--- Version 3 had one for an hour, which knew one lock for each set.
+-- An early version 3 had this table with one lock per set.
 DROP TABLE IF EXISTS pin;
 CREATE TABLE pin (
     set_name TEXT NOT NULL REFERENCES release_set (name),

@@ -1,4 +1,4 @@
-"""Keeping a store in order: check every byte, free what nothing names, let old nightlies go, list what is there."""
+"""Maintenance of a store: check every byte, delete unreferenced files, delete old nightlies, unlist lost files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from index.store.catalogue import Catalogue
 from index.store.files import Store
 
 GC_MOMENT = 0.2
-"Seconds that `gc` keeps uploads waiting at most, but for the time that one file takes."
+"Maximum seconds that `gc` delays uploads, plus the time to delete one file."
 
 
 _REFERENCES = """
@@ -36,25 +36,26 @@ _KEPT = f"""{_REFERENCES}
 UNION SELECT metadata_sha256, filename || '.metadata', NULL FROM live_mirrored
     WHERE url IS NOT NULL AND metadata_sha256 IS NOT NULL
 """  # noqa: S608 - constants
-"And what need not be here: METADATA of linked wheels, by which a set is found to be closed."
+"Also METADATA of linked wheels, which may be missing. The check that a set is closed reads it."
 
 
 @dataclass(frozen=True, kw_only=True)
 class Inspection:
-    """What fsck found."""
+    """Result of fsck."""
 
     files: int
     bytes: int
     damaged: tuple[str, ...]
-    "Names whose bytes are absent or have another digest."
+    "Names of files whose bytes are missing or have another digest."
     unnamed: int
-    "Stored files that nothing names; `index gc` removes them."
+    "Unreferenced stored files; `index gc` deletes them."
 
 
 def fsck(store: Store, catalogue: Catalogue, tick: Tick = no_tick, *, set_aside: str | None = None) -> Inspection:
-    """Rehash every stored file and check the catalogue itself.
+    """Hash every stored file and check the catalogue.
 
-    With `set_aside`, the actor's name, damaged files leave the store and the lists; the same bytes can then be uploaded again.
+    With `set_aside` (the actor's name), damaged files are removed from the store and the lists, so that the same bytes can be
+    uploaded again.
     """
     damaged = [f"catalogue: {row[0]}" for row in catalogue.rows("PRAGMA integrity_check") if row[0] != "ok"]
     damaged += [f"catalogue: a row of {row[0]} points nowhere" for row in catalogue.rows("PRAGMA foreign_key_check")]
@@ -79,17 +80,17 @@ def fsck(store: Store, catalogue: Catalogue, tick: Tick = no_tick, *, set_aside:
 
 
 def gc(store: Store, catalogue: Catalogue, actor: str) -> tuple[int, int]:
-    """Remove stored files that nothing names. Returns how many, and their bytes.
+    """Delete unreferenced stored files. Returns their number and bytes.
 
-    Holds the catalogue's write lock, since an upload gives a file its name and its row under the same lock; but only for
-    moments, since uploads wait for it meanwhile.
+    Holds the catalogue's write lock, since an upload adds a file and its row under the same lock. Holds it only for short
+    times, since uploads wait for it.
     """
     count = size = 0
     named = {row["digest"] for row in catalogue.rows(_KEPT)}
     todo = [path for path in store.stored() if path.name not in named]
     while todo:
         with catalogue.change(actor) as change:
-            named = {row["digest"] for row in change.execute(_KEPT)}  # again: uploads went on
+            named = {row["digest"] for row in change.execute(_KEPT)}  # query again, since uploads have continued
             end = time.monotonic() + GC_MOMENT
             while todo and time.monotonic() < end:
                 path = todo.pop()
@@ -97,7 +98,7 @@ def gc(store: Store, catalogue: Catalogue, actor: str) -> tuple[int, int]:
                     size += path.stat().st_size
                     path.unlink()
                     count += 1
-        time.sleep(GC_MOMENT / 2)  # whoever waits for the lock polls for it
+        time.sleep(GC_MOMENT / 2)  # waiting processes poll for the lock
     with catalogue.change(actor) as change:
         change.note("store.gc", "files", count=count, bytes=size)
     return count, size
@@ -106,7 +107,7 @@ def gc(store: Store, catalogue: Catalogue, actor: str) -> tuple[int, int]:
 def prune(catalogue: Catalogue, actor: str, keep: int, *, dry_run: bool = False) -> list[str]:
     """Delete all but the `keep` newest nightlies of each project and variant (CUDA, Python, platform). Returns the names.
 
-    Files of a published set stay: a set is whole or gone.
+    Files of a published set stay: a set is never partial.
     """
     variants: dict[tuple[object, ...], list[tuple[Version, str]]] = {}
     rows = catalogue.rows(
@@ -130,12 +131,12 @@ def prune(catalogue: Catalogue, actor: str, keep: int, *, dry_run: bool = False)
 
 
 def heal(store: Store, catalogue: Catalogue, actor: str) -> list[str]:
-    """Unlist files whose bytes are absent or cut, as after restoring a copy made in the wrong order; list those that are back.
+    """Unlist files with missing or truncated bytes, for example after restoring an inconsistent backup; relist the others.
 
-    Looks at sizes only, so that a start stays quick; `fsck` reads the bytes. Returns the names that are lost now.
+    Checks only sizes, so that the start stays quick; `fsck` reads the bytes. Returns the names of the lost files.
 
     Raises:
-        ConfigError: nothing at all is there: a disk that is not mounted, not a loss.
+        ConfigError: every file is missing, which means that the disk is not mounted.
     """
     sizes = store.sizes()
 
@@ -146,7 +147,7 @@ def heal(store: Store, catalogue: Catalogue, actor: str) -> list[str]:
     copies = catalogue.rows("SELECT * FROM live_mirrored WHERE url IS NULL")
     if (rows or copies) and not sizes:
         raise ConfigError(
-            f"{store.files} is empty, the catalogue is not", remedy="mount or restore the files, then start again"
+            f"{store.files} is empty, but the catalogue lists files", remedy="mount or restore the files, then start again"
         )
     changed = [row for row in rows if lost(row) != bool(row["lost"])]
     changed_copies = [row for row in copies if lost(row) != bool(row["lost"])]

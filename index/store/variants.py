@@ -1,7 +1,7 @@
-"""NAME-VERSION-variants.json of each release with variant wheels (PEP 825, a draft), made of the wheels that are here.
+"""NAME-VERSION-variants.json of each release with variant wheels (PEP 825, a draft), generated from the stored wheels.
 
-`Catalogue.change` calls `keep` for the projects that it touched, in the same transaction: no wheel comes, goes or is yanked
-without it. Every version that was ever linked stays readable at its digest, since clients keep pages.
+`Catalogue.change` calls `keep` for the changed projects in the same transaction, so the JSON is updated whenever a wheel is
+added, removed or yanked. Every version that was ever linked stays readable at its digest, since clients cache pages.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ class VariantsJson:
     version: str
     content: bytes
     uploaded: str
-    "That of its first wheel, so that who asks for what is older than a day keeps it with any wheel."
+    "Upload time of the first wheel, so that a client that excludes newer files keeps the JSON with any wheel."
     yanked: str | None
-    "As the wheels: None when one of them is not yanked."
+    "Reason if all wheels are yanked; None if one of them is not."
 
     @property
     def sha256(self) -> str:
-        """Of the content."""
+        """Digest of the content."""
         return hashlib.sha256(self.content).hexdigest()
 
 
 def documents(database: sqlite3.Connection, project: str, staged_set: str | None = None) -> list[VariantsJson]:
-    """The JSON of each release of the project, of the wheels that everybody sees; with `staged_set`, also of its own."""
+    """The JSON of each release of the project, from its public wheels and, with `staged_set`, the wheels of that set."""
     releases: dict[str, list[sqlite3.Row]] = {}
     for row in database.execute(_WHEELS, {"project": project, "set_name": staged_set}):
         if variant_of(row) is not None:
@@ -56,8 +56,10 @@ def documents(database: sqlite3.Connection, project: str, staged_set: str | None
 
 
 def variant_of(row: sqlite3.Row) -> Variant | None:
-    """What a row of `file` with `filename` and `variant` says; None where another version of the format was stored (PEP 825:
-    such a wheel is not supported, and the others of its release are)."""
+    """The variant of a row of `file` with `filename` and `variant`; None if it has another version of the format.
+
+    PEP 825: such a wheel is not supported, but the other wheels of its release are.
+    """
     try:
         return variants.parse(row["variant"], variants.split_label(row["filename"])[1])
     except ValueError:
@@ -77,7 +79,7 @@ def _document(project: str, version: str, rows: Sequence[sqlite3.Row]) -> Varian
 
 
 def keep(database: sqlite3.Connection, projects: Iterable[str]) -> None:
-    """Keep the JSON of these projects' releases as it is now, for everybody and for the preview of each staged set."""
+    """Store the current JSON of these projects' releases, for the public and for the preview of each staged set."""
     for project in projects:
         sets = [None, *(row["set_name"] for row in database.execute(_STAGED, (project,)))]
         for document in {document for set_name in sets for document in documents(database, project, set_name)}:
@@ -88,5 +90,5 @@ def keep(database: sqlite3.Connection, projects: Iterable[str]) -> None:
 
 
 def projects(database: sqlite3.Connection) -> list[str]:
-    """Those with variant wheels."""
+    """Projects with variant wheels."""
     return [row["project"] for row in database.execute("SELECT DISTINCT project FROM live_file WHERE variant IS NOT NULL")]

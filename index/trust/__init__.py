@@ -1,1 +1,1 @@
-"""Whom a project trusts: its publishers, their identity tokens (PEP 807) and their attestations (PEP 740)."""
+"""Trusted publishers of a project, their identity tokens (PEP 807) and their attestations (PEP 740)."""

@@ -1,4 +1,4 @@
-"""Attestations of a file (PEP 740): verified with Sigstore against the publishers of its project, kept as its provenance."""
+"""Attestations of a file (PEP 740): verified with Sigstore against the project's publishers, and stored as its provenance."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ if TYPE_CHECKING:
     from pypi_attestations import Attestation, Distribution, GitHubPublisher, GitLabPublisher
 
 MOST = 2
-"Attestations of one file, one of each type that PyPI knows: who published it, and how it was built (SLSA)."
+"Maximum attestations of one file, one of each type that PyPI accepts: who published it, and how it was built (SLSA)."
 
 SIGSTORE = "tuf-repo-cdn.sigstore.dev"
-"Where Sigstore's current keys come from, when they may be asked for."
+"Address of Sigstore's current keys."
 
-_REMEDY = "upload without attestations, or with those that the publisher of this file made"
+_REMEDY = "upload without attestations, or with attestations by the publisher of this file"
 
 
 @dataclass(kw_only=True)
 class AttestationVerifier:
-    """Verifies attestations, one at a time: Sigstore's keys are files of this user that must not be written twice at once.
+    """Verifies attestations, one at a time, since two writers must not update the user's files of Sigstore keys.
 
-    pypi_attestations is imported with the first attestation: it takes a second, and most servers never see one.
+    pypi_attestations is imported with the first attestation: the import takes a second, and most servers never need it.
     """
 
     offline: bool = False
-    "Use the keys that are on this machine, or that came with sigstore; ask for no newer ones."
+    "Use the keys on this machine or those shipped with sigstore; do not fetch newer ones."
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def provenance(self, text: str, filename: str, sha256: str, publishers: Sequence[TrustedPublisher]) -> bytes:
-        """The provenance object of a file (PEP 740), once each of its attestations is good.
+        """Verify the attestations of a file and return its provenance object (PEP 740).
 
-        `text` is the form's field `attestations`: a JSON array. Call it off the event loop.
+        `text` is the form's field `attestations`: a JSON array. Do not call it on the event loop.
 
         Raises:
-            RefusedError: an attestation cannot be read, is damaged, is of another file, or of no publisher of the project.
+            RefusedError: an attestation is unreadable, damaged, for another file, or not by a publisher of the project.
             UnreachableError: Sigstore's keys cannot be fetched.
         """
         from pydantic import TypeAdapter, ValidationError
@@ -48,9 +48,11 @@ class AttestationVerifier:
 
         try:
             distribution = Distribution(name=filename, digest=sha256)
-        except ValidationError:  # an attestation's subject is the file's own name, which pypi_attestations cannot read
+        except (
+            ValidationError
+        ):  # the subject of an attestation is the file name, which pypi_attestations cannot parse for variant wheels
             raise RefusedError(
-                f"attestations of {filename} cannot be verified: pypi_attestations reads no names of variant wheels",
+                f"cannot verify attestations of {filename}: pypi_attestations does not support names of variant wheels",
                 remedy="upload this file without attestations",
             ) from None
         try:
@@ -58,14 +60,14 @@ class AttestationVerifier:
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False)[0]
             place = ".".join(str(part) for part in first["loc"])
-            raise RefusedError(f"the attestations cannot be read: {place}: {first['msg']}", remedy=_REMEDY) from None
+            raise RefusedError(f"the attestations are malformed: {place}: {first['msg']}", remedy=_REMEDY) from None
         if not 1 <= len(attestations) <= MOST:
-            raise RefusedError(f"the form has {len(attestations)} attestations, of which 1 to {MOST} may be", remedy=_REMEDY)
+            raise RefusedError(f"the form has {len(attestations)} attestations; 1 to {MOST} are allowed", remedy=_REMEDY)
         identities = [identity for publisher in publishers if (identity := _identity(publisher)) is not None]
         if not identities:
             raise RefusedError(
-                "this project has no publisher whose attestations could be verified",
-                remedy="name one with `index publisher add`, or upload without attestations",
+                "this project has no publisher that can attest files",
+                remedy="add one with `index publisher add`, or upload without attestations",
             )
         bundles: dict[str, AttestationBundle] = {}
         types: set[str] = set()
@@ -73,7 +75,7 @@ class AttestationVerifier:
             for attestation in attestations:
                 identity, kind = self._verified(attestation, distribution, identities)
                 if kind in types:
-                    raise RefusedError(f"two attestations are of the type {kind}", remedy=_REMEDY)
+                    raise RefusedError(f"two attestations have the type {kind}", remedy=_REMEDY)
                 types.add(kind)
                 empty = AttestationBundle(publisher=identity, attestations=[])
                 bundles.setdefault(identity.model_dump_json(), empty).attestations.append(attestation)
@@ -85,30 +87,30 @@ class AttestationVerifier:
         distribution: Distribution,
         identities: Sequence[GitHubPublisher | GitLabPublisher],
     ) -> tuple[GitHubPublisher | GitLabPublisher, str]:
-        """The first publisher whose attestation it is, and the type of its statement."""
+        """The first publisher that made the attestation, and the type of its statement."""
         from pypi_attestations import AttestationError
         from sigstore.errors import Error, TUFError
 
-        logging.getLogger("sigstore").setLevel(logging.ERROR)  # it warns at every call that it does not ask for newer keys
+        logging.getLogger("sigstore").setLevel(logging.ERROR)  # in offline mode it warns at every call
         reasons: list[str] = []
         for identity in identities:
             try:
                 return identity, attestation.verify(identity, distribution, offline=self.offline)[0]
             except TUFError as error:
                 raise UnreachableError(
-                    f"the attestations cannot be verified: {SIGSTORE}, which has Sigstore's keys, did not answer ({error})",
-                    remedy="try again, or run `index serve --sigstore-offline`, which uses the keys that are here",
+                    f"cannot verify the attestations: {SIGSTORE}, which serves Sigstore's keys, did not respond ({error})",
+                    remedy="try again, or run `index serve --sigstore-offline`, which uses the keys on this machine",
                 ) from None
             except (AttestationError, Error, ValueError) as error:
                 reasons.append(str(error).splitlines()[0].removeprefix("Verification failed: ")[:300])
         why = "; ".join(dict.fromkeys(reasons))
-        raise RefusedError(f"an attestation of {distribution.name} is not good: {why}", remedy=_REMEDY)
+        raise RefusedError(f"an attestation of {distribution.name} is not valid: {why}", remedy=_REMEDY)
 
 
 def _identity(publisher: TrustedPublisher) -> GitHubPublisher | GitLabPublisher | None:
-    """The publisher as Sigstore's certificates name it; None for an issuer that Sigstore does not know.
+    """The publisher as named in Sigstore's certificates; None for an issuer that Sigstore does not know.
 
-    The environment stays out of it: a certificate does not name one, so nobody could have checked it.
+    The environment is omitted: certificates do not name it, so it cannot be verified.
     """
     from pypi_attestations import GitHubPublisher, GitLabPublisher
 

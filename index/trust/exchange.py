@@ -1,4 +1,4 @@
-"""Exchange a publisher's identity token for a short upload token: once, and for its projects alone (PEP 807)."""
+"""Exchange a publisher's identity token for a short-lived upload token: once, and only for its projects (PEP 807)."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from index.trust.identity import LEEWAY, IssuerKeys
 from index.trust.publishers import TrustedPublisher
 
 LIFETIME = timedelta(minutes=30)
-"Of an upload token. PEP 807 wants 15 minutes to 6 hours; an upload that began in time may end later."
+"Lifetime of an upload token. PEP 807 requires 15 minutes to 6 hours. An upload that began in time may end later."
 
 
 @dataclass(frozen=True, kw_only=True)
 class MintedToken:
-    """What the publisher gets."""
+    """The token that the publisher receives."""
 
     secret: str
     expires: int
-    "Unix time, in seconds."
+    "Expiry time as Unix time in seconds."
     projects: tuple[str, ...]
 
 
 def exchange(catalogue: Catalogue, keys: IssuerKeys, text: str) -> MintedToken:
-    """A short upload token for the projects that trust the publisher behind this identity token.
+    """Create a short-lived upload token for the projects that trust the publisher of this identity token.
 
-    Call it off the event loop: the issuer may have to be asked for its keys.
+    Do not call it on the event loop: it may have to fetch the issuer's keys.
 
     Raises:
-        UnauthenticatedError: the identity token is not good, or was exchanged before.
-        ForbiddenError: it is good, and no project trusts its publisher.
+        UnauthenticatedError: the identity token is invalid, or was exchanged before.
+        ForbiddenError: no project trusts its publisher.
         UnreachableError: the issuer's keys cannot be fetched.
         NotFoundError: no project has a publisher.
     """
@@ -46,15 +46,16 @@ def exchange(catalogue: Catalogue, keys: IssuerKeys, text: str) -> MintedToken:
     matching = [publisher for publisher in trusted if publisher.matches(claims)]
     if not matching:
         raise ForbiddenError(
-            f"no project here trusts {_described(claims)}", remedy="name it with `index publisher add` on the index's machine"
+            f"no project of this index trusts {_described(claims)}",
+            remedy="run `index publisher add` on the machine of the index",
         )
     with catalogue.change(f"publisher:{matching[0].name}") as change:
         _spend(change, claims)
         reached = [publisher for publisher in matching if _keeps_number(change, publisher, claims)]
         if not reached:
             raise ForbiddenError(
-                f"the repository {matching[0].repository} is not the one that was trusted: its number is another",
-                remedy="if it was moved on purpose, run `index publisher remove` and `index publisher add`",
+                f"{matching[0].repository} is another repository than the trusted one: its numeric id differs",
+                remedy="if the repository was replaced on purpose, run `index publisher remove` and `index publisher add`",
             )
         ids = [publisher.id for publisher in reached]
         secret, end = auth.mint(change, matching[0].name, ids, LIFETIME)
@@ -63,10 +64,10 @@ def exchange(catalogue: Catalogue, keys: IssuerKeys, text: str) -> MintedToken:
 
 
 def _spend(change: Transaction, claims: Mapping[str, Any]) -> None:
-    """Note that the identity token was used.
+    """Mark the identity token as used.
 
     Raises:
-        UnauthenticatedError: it was before.
+        UnauthenticatedError: it was used before.
     """
     digest = hashlib.sha256(f"{claims['iss']}\n{claims['jti']}".encode()).hexdigest()
     end = timestamp(datetime.fromtimestamp(int(claims["exp"]), UTC) + timedelta(seconds=2 * LEEWAY))
@@ -78,7 +79,7 @@ def _spend(change: Transaction, claims: Mapping[str, Any]) -> None:
 
 
 def _keeps_number(change: Transaction, publisher: TrustedPublisher, claims: Mapping[str, Any]) -> bool:
-    """The repository has the number that it had at first; the first one is learned."""
+    """Whether the repository has the same numeric id as at its first exchange, which stores the id."""
     number = publisher.number_in(claims)
     if publisher.repository_id is None and number:
         change.execute("UPDATE publisher SET repository_id = ? WHERE id = ?", (number, publisher.id))
@@ -87,7 +88,7 @@ def _keeps_number(change: Transaction, publisher: TrustedPublisher, claims: Mapp
 
 
 def _described(claims: Mapping[str, Any]) -> str:
-    """The publisher of a token in words, for whoever has to name it."""
+    """Describe the publisher of a token, so that the operator can add it."""
     repository = claims.get("repository") or claims.get("project_path") or claims.get("sub")
     workflow = claims.get("job_workflow_ref") or claims.get("ci_config_ref_uri") or "no workflow"
     environment = f", environment {claims['environment']}" if claims.get("environment") else ""

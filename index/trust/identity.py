@@ -1,4 +1,4 @@
-"""Identity tokens (OpenID Connect) of publishers: fetch the issuer's keys, check signature, audience and times."""
+"""Identity tokens (OpenID Connect) of publishers: fetch the issuer's keys; check signature, audience and times."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ if TYPE_CHECKING:
     from index.trust.issuer import IssuerClient
 
 ALGORITHMS = ("RS256",)
-"What GitHub and GitLab sign with. Never one that a shared secret, or nothing, could sign with."
+"Algorithms of GitHub and GitLab. Never add a symmetric algorithm or `none`."
 
 REQUIRED = ("iss", "sub", "aud", "exp", "iat", "jti")
-"Claims without which a token is refused; jti is what tells a second use."
+"Required claims. jti reveals a second use."
 
 LEEWAY = 30.0
-"Seconds by which two clocks may differ."
+"Maximum difference of two clocks in seconds."
 
 LONGEST = 16 << 10
-"Characters of an identity token; GitHub's have 2,000."
+"Maximum characters of an identity token; GitHub's have 2,000."
 
 
 class IssuerKeys:
-    """The public keys of issuers, kept for five minutes. Safe to use from several threads."""
+    """The public keys of issuers, cached for five minutes. Safe to use from several threads."""
 
     def __init__(self) -> None:
         self._clients: dict[str, IssuerClient] = {}
         self._lock = threading.Lock()
 
     def claims(self, text: str, issuers: Collection[str], audience: str) -> Mapping[str, Any]:
-        """The claims of an identity token whose signature, issuer, audience and times are good.
+        """Check signature, issuer, audience and times of an identity token; return its claims.
 
-        Imports PyJWT when it is first called: a server that nobody asks for a token starts quicker without.
+        The first call imports PyJWT, so that a server without publishers starts more quickly.
 
         Raises:
-            UnauthenticatedError: the token is not good; the sentence says what is wrong with it.
+            UnauthenticatedError: the token is invalid; the message names the reason.
             UnreachableError: the issuer's keys cannot be fetched.
         """
         import jwt
@@ -47,9 +47,9 @@ class IssuerKeys:
         try:
             issuer = jwt.decode(text, options={"verify_signature": False}).get("iss")
         except (jwt.InvalidTokenError, ValueError, RecursionError) as error:
-            raise _refused(f"it cannot be read: {error}") from None
+            raise _refused(f"it is malformed: {error}") from None
         if not isinstance(issuer, str) or issuer not in issuers:
-            raise _refused(f"this index trusts no publisher of the issuer {issuer!r:.200}")
+            raise _refused(f"this index has no publisher with the issuer {issuer!r:.200}")
         try:
             key = self._client(issuer).get_signing_key_from_jwt(text)
             claims: dict[str, Any] = jwt.decode(

@@ -1,4 +1,4 @@
-"""The keys of one issuer of identity tokens, as PyJWT keeps them, and that it did not answer a moment ago."""
+"""The keys of one issuer of identity tokens, cached by PyJWT, and a short memory of its failures."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from index.errors import UnreachableError
 from index.trust.publishers import is_safe_url
 
 TIMEOUT = 10.0
-"Seconds that an issuer may take to answer."
+"Maximum seconds for a response of an issuer."
 
 SILENCE = 10.0
-"Seconds for which an issuer that did not answer is not asked again: anybody may send a token that names it."
+"Seconds after a failure before the issuer is asked again. Any client may send a token that names the issuer."
 
 
 class IssuerClient(PyJWKClient):
-    """Fetches the issuer's keys and keeps them for five minutes. Safe to use from several threads.
+    """Fetches the issuer's keys and caches them for five minutes. Safe to use from several threads.
 
-    Keys that are kept stay good while the issuer does not answer.
+    Cached keys stay valid while the issuer does not respond.
     """
 
     def __init__(self, issuer: str) -> None:
@@ -34,14 +34,16 @@ class IssuerClient(PyJWKClient):
         super().__init__(issuer.rstrip("/") + "/.well-known/openid-configuration", timeout=TIMEOUT)
 
     def fetch_data(self) -> Any:
-        """The issuer's key set. PyJWT calls it when it has none, an old one, or one without the key asked for.
+        """The issuer's key set. PyJWT calls this if it has no key set, an old one, or one without the requested key.
 
         Raises:
-            UnreachableError: the issuer does not answer, did not some seconds ago, or answers with something else.
+            UnreachableError: the issuer does not respond, failed some seconds ago, or sends an invalid response.
         """
         with self._fetching:
             if time.monotonic() < self._silent_until:
-                raise UnreachableError(f"the issuer {self.issuer} did not answer a moment ago", remedy="try again in a minute")
+                raise UnreachableError(
+                    f"the issuer {self.issuer} did not respond a moment ago", remedy="try again in a minute"
+                )
             try:
                 if not self._described:
                     self.uri, self._described = _keys_url(self.issuer, self.uri), True
@@ -49,7 +51,7 @@ class IssuerClient(PyJWKClient):
             except (PyJWTError, http.client.HTTPException, OSError, ValueError, RecursionError) as error:
                 self._silent_until = time.monotonic() + SILENCE
                 raise UnreachableError(
-                    f"the issuer {self.issuer} cannot be asked for its keys: {error}", remedy="try again in a minute"
+                    f"failed to fetch the keys of the issuer {self.issuer}: {error}", remedy="try again in a minute"
                 ) from None
             except UnreachableError:
                 self._silent_until = time.monotonic() + SILENCE
@@ -57,19 +59,19 @@ class IssuerClient(PyJWKClient):
 
 
 def _keys_url(issuer: str, place: str) -> str:
-    """Where the issuer says, at `place`, that its keys are (OpenID Connect Discovery 1.0).
+    """The address of the issuer's keys, from its document at `place` (OpenID Connect Discovery 1.0).
 
     Raises:
-        UnreachableError: it does not answer, or not with a document that names a safe address.
+        UnreachableError: the issuer does not respond, or the document does not name a safe address.
     """
     try:
         answer = httpx.get(place, timeout=TIMEOUT)
         document = answer.raise_for_status().json()
     except (httpx.HTTPError, httpx.InvalidURL, ValueError, RecursionError) as error:
-        raise UnreachableError(f"{place} cannot be fetched: {error}", remedy="try again in a minute") from None
+        raise UnreachableError(f"failed to fetch {place}: {error}", remedy="try again in a minute") from None
     keys = document.get("jwks_uri") if isinstance(document, dict) else None
     if not isinstance(keys, str) or not is_safe_url(keys) or document.get("issuer") != issuer:
         raise UnreachableError(
-            f"{place} is not the description of that issuer", remedy="correct the issuer with `index publisher add --issuer`"
+            f"{place} does not describe this issuer", remedy="correct the issuer with `index publisher add --issuer`"
         )
     return keys

@@ -1,4 +1,4 @@
-"""Trusted publishers: the workflow of a repository that may upload to a project, as `index publisher add` names it."""
+"""Trusted publishers: workflows of repositories that may upload to a project. `index publisher add` adds them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PublisherKind = Literal["github", "gitlab"]
 
 GITHUB = "https://token.actions.githubusercontent.com"
 GITLAB = "https://gitlab.com"
-"Issuers of the public services; the certificates of Sigstore name the same ones."
+"Issuers of the public services. Sigstore's certificates name the same issuers."
 
 _REPOSITORY: Mapping[PublisherKind, re.Pattern[str]] = MappingProxyType(
     {
@@ -37,29 +37,29 @@ _WORKFLOW: Mapping[PublisherKind, re.Pattern[str]] = MappingProxyType(
 
 @dataclass(frozen=True, kw_only=True)
 class TrustedPublisher:
-    """One workflow of one repository, which may upload to one project."""
+    """A workflow of a repository that may upload to a project."""
 
     id: int = 0
     project: str
     kind: PublisherKind
     issuer: str
-    "URL of who signs its identity tokens."
+    "URL of the issuer that signs its identity tokens."
     repository: str
-    "OWNER/NAME at GitHub, GROUP/…/NAME at GitLab."
+    "OWNER/NAME on GitHub, GROUP/…/NAME on GitLab."
     workflow: str
-    "File name below .github/workflows at GitHub; path of the CI file at GitLab."
+    "File name in .github/workflows on GitHub; path of the CI file on GitLab."
     environment: str = ""
-    "Its deployment environment; empty: any, or none."
+    "Required deployment environment; empty: not required."
     repository_id: str | None = None
-    "The service's own number of the repository, learned from its first identity token."
+    "The service's numeric id of the repository, stored at the first exchange."
 
     @property
     def name(self) -> str:
-        """How the audit log names it."""
+        """The name of the publisher in the audit log."""
         return f"{self.kind}:{self.repository}/{self.workflow}"
 
     def matches(self, claims: Mapping[str, object]) -> bool:
-        """Are these claims, whose signature is good, of this publisher?"""
+        """Whether these claims, with a verified signature, belong to this publisher."""
 
         def claim(key: str) -> str:
             return str(claims.get(key) or "")
@@ -76,12 +76,12 @@ class TrustedPublisher:
             expected = f"{urlsplit(self.issuer).netloc}/{self.repository}//{self.workflow}@"
         if path.casefold() != self.repository.casefold():
             return False
-        # The path of the repository ignores case, the name of the file does not.
+        # The path of the repository is case-insensitive; the name of the file is case-sensitive.
         start = workflow[: len(expected)]
         return start.casefold() == expected.casefold() and start.endswith(f"{self.workflow}@")
 
     def number_in(self, claims: Mapping[str, object]) -> str:
-        """The repository's number, as the claims give it."""
+        """The numeric id of the repository in the claims."""
         return str(claims.get("repository_id" if self.kind == "github" else "project_id") or "")
 
 
@@ -96,15 +96,15 @@ def all_publishers(catalogue: Catalogue) -> list[TrustedPublisher]:
 
 
 def of_project(catalogue: Catalogue, project: str) -> list[TrustedPublisher]:
-    """The publishers of one project, in the order in which they were added."""
+    """The publishers of one project, in the order of their addition."""
     return [publisher_of(row) for row in catalogue.rows("SELECT * FROM publisher WHERE project = ? ORDER BY id", (project,))]
 
 
 def add(catalogue: Catalogue, actor: str, publisher: TrustedPublisher) -> None:
-    """Let the publisher upload to its project, which is hosted from now on. Adding it twice is adding it once.
+    """Let the publisher upload to its project, and host the project. Adding a publisher again changes nothing.
 
     Raises:
-        UsageError: a name that cannot be of a repository, a workflow or an issuer.
+        UsageError: the name of the repository, workflow or issuer is not valid.
     """
     _check(publisher)
     with catalogue.change(actor) as change:
@@ -126,7 +126,7 @@ def add(catalogue: Catalogue, actor: str, publisher: TrustedPublisher) -> None:
 
 
 def remove(catalogue: Catalogue, actor: str, project: str, repository: str) -> int:
-    """Trust this repository no longer for the project; its tokens end at once. Returns how many publishers went.
+    """Remove the publishers with this repository from the project; their tokens expire immediately. Returns their number.
 
     Raises:
         UsageError: the project has no such publisher.
@@ -135,27 +135,27 @@ def remove(catalogue: Catalogue, actor: str, project: str, repository: str) -> i
         gone = change.execute("DELETE FROM publisher WHERE project = ? AND repository = ?", (project, repository)).rowcount
         if not gone:
             raise UsageError(
-                f"the project {project} has no publisher of the repository {repository}",
-                remedy="run `index publisher list`, then name one that it shows",
+                f"the project {project} has no publisher with the repository {repository}",
+                remedy="`index publisher list` shows all publishers",
             )
         change.note("token.distrust", project, repository=repository)
     return gone
 
 
 def audience(catalogue: Catalogue) -> str:
-    """The audience that identity tokens must name. It is this index's own: a token for another index is of no use here.
+    """The audience that identity tokens must name. It is unique to this index, so tokens for another index are not accepted.
 
     Raises:
         NotFoundError: no publisher was ever added.
     """
     row = catalogue.row("SELECT value FROM meta WHERE key = 'audience'")
     if row is None:
-        raise NotFoundError("no project here has a publisher", remedy="add one with `index publisher add`")
+        raise NotFoundError("no project of this index has a publisher", remedy="add one with `index publisher add`")
     return str(row["value"])
 
 
 def is_safe_url(url: str) -> bool:
-    """Nobody on the way can change what is fetched there: https, or this machine itself."""
+    """Whether a third party cannot change responses on the way: https, or this machine."""
     try:
         parts = urlsplit(url)
         host = parts.hostname or ""

@@ -1,4 +1,4 @@
-"""What a distribution's METADATA tells people: description, dependencies, links, licence."""
+"""The parts of a distribution's METADATA that web pages show: description, dependencies, links, licence."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from index.store.files import Store
 from index.web import rendering
 
 MAX_DESCRIPTION = 256 << 10
-"Characters of a description that are rendered; a longer one is shown as text, cut there."
+"Maximum characters of a description to render. A longer one is shown as truncated text."
 
 LONGEST = 60.0
-"Seconds that rendering may take on a busy machine; `rendering` limits its own processor time."
+"Maximum seconds for rendering on a busy machine. `rendering` also limits its processor time."
 
 
 @dataclass(frozen=True, kw_only=True)
 class Dependencies:
-    """Requirements under one condition."""
+    """Requirements with the same condition."""
 
     extra: str
-    "Of this extra; empty: always."
+    "The extra that adds them; empty: always required."
     requirements: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class About:
-    """What the page of a project says beside its files. Each part is empty where METADATA has none."""
+    """The parts of a project's page besides its files. A part is empty if METADATA lacks it."""
 
     summary: str = ""
     description: str = ""
@@ -49,7 +49,7 @@ class About:
 
 
 def read(store: Store, metadata_sha256: str | None) -> About:
-    """What the stored METADATA of that digest says; nothing where there is none."""
+    """Read the stored METADATA with that digest; the result is empty if it is missing."""
     with suppress(OSError):
         if metadata_sha256 is not None:
             return about(store.path(metadata_sha256).read_bytes())
@@ -57,7 +57,7 @@ def read(store: Store, metadata_sha256: str | None) -> About:
 
 
 def about(raw: bytes) -> About:
-    """What this METADATA says. What cannot be read is left out."""
+    """Read METADATA. Unreadable fields are omitted."""
     fields, unparsed = parse_email(raw)
     description = fields.get("description") or _text(unparsed.get("description", []))
     return About(
@@ -72,12 +72,12 @@ def about(raw: bytes) -> About:
 
 
 def _text(values: Sequence[str | bytes]) -> str:
-    """A field that is not what it should be, such as a description in latin-1."""
+    """A field with an invalid value, such as a description in latin-1."""
     return "\n".join(value.decode("utf-8", "replace") if isinstance(value, bytes) else value for value in values)
 
 
 def _license(fields: RawMetadata) -> str:
-    """The expression, or a short text; a whole licence in that field is no name."""
+    """The licence expression, or a short text. A full licence text is not a name and is omitted."""
     text = fields.get("license_expression") or fields.get("license") or ""
     if text and "\n" not in text and len(text) <= 200:
         return text
@@ -86,7 +86,7 @@ def _license(fields: RawMetadata) -> str:
 
 
 def _dependencies(lines: list[str]) -> tuple[Dependencies, ...]:
-    """Grouped by the extra that asks for them, in the order of METADATA."""
+    """Requirements by the extra that adds them, in the order of METADATA."""
     groups: dict[str, list[str]] = {"": []}
     for line in lines:
         extra, text = _requirement(line)
@@ -95,7 +95,7 @@ def _dependencies(lines: list[str]) -> tuple[Dependencies, ...]:
 
 
 def _requirement(line: str) -> tuple[str, str]:
-    """The extra that asks for it, and the requirement without that condition."""
+    """The extra that adds the requirement, and the requirement without that condition."""
     try:
         requirement = Requirement(line)
     except InvalidRequirement:
@@ -110,7 +110,7 @@ def _requirement(line: str) -> tuple[str, str]:
 
 
 def _links(fields: RawMetadata) -> list[tuple[str, str]]:
-    """Project-URL and Home-page, as far as they are addresses of the web."""
+    """Project-URL and Home-page, if they are http(s) addresses."""
     links: Mapping[str, str] = fields.get("project_urls", {})
     home = fields.get("home_page")
     named = [*([("Homepage", home)] if home else []), *links.items()]
@@ -130,7 +130,7 @@ def _is_web(address: str) -> bool:
 
 
 def render(text: str, content_type: str) -> str:
-    """A description as HTML that holds nothing but text, tables and links to other places; where that fails, its text."""
+    """A description as HTML with only text, tables and external links; if rendering fails, its plain text."""
     kind = content_type.partition(";")[0].strip().lower() or rendering.RST
     if not text.strip() or text.strip() == "UNKNOWN":
         return ""
@@ -139,7 +139,7 @@ def render(text: str, content_type: str) -> str:
 
 
 def _in_child(text: str, kind: str) -> str | None:
-    """What `rendering` makes of it in a process of its own, which ends at its limits; None where it fails."""
+    """Run `rendering` in a separate process with limits; None if it fails."""
     command = [sys.executable, "-P", rendering.__file__, kind]
     try:
         child = subprocess.run(

@@ -1,4 +1,4 @@
-"""The board: the cells of each matrix, and the last builds of what is in none."""
+"""The board: the cells of each matrix, and the last builds of recipes outside of every matrix."""
 
 from __future__ import annotations
 
@@ -20,54 +20,54 @@ if TYPE_CHECKING:
     from index.store.schemas import CellState, MatrixCell, MatrixDocument
 
 MAX_SHOWN = 5000
-"Cells of a matrix that are drawn; of a larger one only the counts and what failed or is blocked."
+"Maximum cells of a matrix to draw. For a larger one, the board shows counts and failed or blocked cells."
 
 MAX_TEXT = 2000
-"Characters of a selector or reason that are shown."
+"Maximum characters of a selector or reason to show."
 
 STATES: tuple[CellState, ...] = ("built", "failed", "blocked", "not tried")
 
 
 @dataclass(frozen=True, kw_only=True)
 class BoardCell:
-    """One cell as the board shows it."""
+    """A cell as the board shows it."""
 
     cell: MatrixCell
     state: CellState
     reason: str
     href: str
-    "The build's page, else the wheel's, relative to /board/; empty where the index has neither."
+    "Page of the build, else of the wheel, relative to /board/; empty if the index has neither."
 
     @property
     def column(self) -> str:
-        """Where the board has it: stack and target."""
+        """Column of the board: stack and target."""
         return f"{self.cell.stack} {self.cell.target}"
 
     @property
     def sm(self) -> str:
-        """As 90a, 100f."""
+        """The sm list as text, for example 90a, 100f."""
         return ", ".join(self.cell.sm)
 
 
 @dataclass(kw_only=True)
 class BoardRow:
-    """The cells of one recipe's version."""
+    """The cells of one version of a recipe."""
 
     recipe: str
     version: str
     places: dict[str, dict[str, list[BoardCell]]] = field(default_factory=dict)
-    "Column, then sm list, then its Pythons in order."
+    "Column, then sm list, then cells ordered by Python."
 
     @property
     def sm(self) -> str:
-        """The one sm list that all cells have; empty where they differ."""
+        """The sm list, if all cells have the same one; else empty."""
         lists = {sm for groups in self.places.values() for sm in groups}
         return lists.pop() if len(lists) == 1 else ""
 
 
 @dataclass(kw_only=True)
 class Problem:
-    """Cells that failed with one error, or that one thing blocks."""
+    """Cells with the same error or the same cause of blocking."""
 
     reason: str
     cells: list[BoardCell] = field(default_factory=list)
@@ -84,25 +84,25 @@ class Problem:
 
 @dataclass(frozen=True, kw_only=True)
 class MatrixBoard:
-    """One matrix as the board shows it."""
+    """A matrix as the board shows it."""
 
     name: str
     selector: str
     made: str
     counts: Mapping[str, int]
-    "Of each state, in the order of `STATES`, without those that no cell has."
+    "Cells per state, in the order of `STATES`; states without cells are omitted."
     columns: tuple[str, ...]
     rows: tuple[BoardRow, ...]
-    "Empty where there are too many cells."
+    "Empty if there are too many cells."
     failed: tuple[Problem, ...]
     blocked: tuple[Problem, ...]
     cpu_seconds: float
-    "What the cells that are not built are expected to need, as far as the matrix says."
+    "Expected need of the cells that are not built, from the values in the matrix."
     disk_bytes: int
 
 
 def board(site: Site, request: Request) -> Response:
-    """Every matrix, and the last result of each recipe on each stack that is in none."""
+    """Every matrix, and the last result of each recipe and stack outside of every matrix."""
     known = records.all_records(site.catalogue)
     by_id = {record.id: record for record in known}
     wheels = {row["filename"] for row in site.catalogue.rows("SELECT filename FROM public_file")}
@@ -125,7 +125,7 @@ def board(site: Site, request: Request) -> Response:
 
 
 def matrix_board(document: MatrixDocument, known: Mapping[str, Summary], wheels: set[str]) -> MatrixBoard:
-    """A matrix with what the records and files of this index say of its cells."""
+    """A matrix, updated from the records and files of this index."""
     cells = [_shown(cell, document, known, wheels) for cell in document.cells]
     cells.sort(key=_order)
     counts = Counter(shown.state for shown in cells)
@@ -145,7 +145,7 @@ def matrix_board(document: MatrixDocument, known: Mapping[str, Summary], wheels:
 
 
 def _shown(cell: MatrixCell, document: MatrixDocument, known: Mapping[str, Summary], wheels: set[str]) -> BoardCell:
-    """The record is believed of what the matrix has not seen: where it is newer, or the matrix knows of no build."""
+    """Whether the record overrides the cell: it is newer than the matrix, or the cell was not built for the matrix."""
     record = known.get(cell.build_id or "")
     state, reason = cell.state, cell.reason
     if record is not None and record.outcome in ("built", "failed"):
@@ -186,7 +186,7 @@ def _rows(cells: Iterable[BoardCell]) -> list[BoardRow]:
 
 
 def _problems(cells: Iterable[BoardCell], *, by_recipe: bool) -> list[Problem]:
-    """Cells with one reason together, the most frequent first; of a failure, those of one recipe."""
+    """Group cells by reason, most frequent first; failed cells also by recipe."""
     problems: dict[tuple[str, str], Problem] = {}
     for shown in cells:
         key = (shown.cell.recipe if by_recipe else "", shown.reason)
@@ -195,5 +195,5 @@ def _problems(cells: Iterable[BoardCell], *, by_recipe: bool) -> list[Problem]:
 
 
 def _column(record: Summary) -> str:
-    """Where the table of builds has one: its stack and its target."""
+    """Column of a build in the table: its stack and target."""
     return " ".join(part for part in (record.stack, record.target) if part) or "?"

@@ -15,14 +15,14 @@ from index.web.record import document_of
 from index.web.site import Site
 
 TAIL = 25
-"Lines of a failed build's log that its page shows."
+"Lines of a failed build's log to show on its page."
 
 
 def build(site: Site, request: Request) -> Response:
-    """One build, failed or not."""
+    """The page of one build, successful or failed."""
     row = site.catalogue.row("SELECT * FROM public_record WHERE id = ?", (request.path_params["id"],))
     if row is None:
-        raise NotFoundError("there is no such build here", remedy="see /board/")
+        raise NotFoundError("this index has no such build", remedy="see /board/")
     record = records.summary(row)
     wheels = site.catalogue.rows("SELECT filename FROM live_file WHERE build = ? AND hidden = 0", (record.id,))
     return site.render(

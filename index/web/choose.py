@@ -1,4 +1,4 @@
-"""The program that asks a machine which wheel of a project is the right one for it: data/choose.py with the wheels in it."""
+"""The program that selects a project's wheel for the machine on which it runs: data/choose.py with a list of the wheels."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _MARK = '"__WHEELS__"'
 
 
 def choose(site: Site, request: Request) -> Response:
-    """GET /project/NAME/choose.py: plain text to read, and a program to run."""
+    """GET /project/NAME/choose.py: a program, served as plain text."""
     name = name_in_address(request.path_params["name"])
     if listings.status(site.catalogue, name).status == "quarantined":
         raise NotFoundError(f"the project {name} is quarantined", remedy="see its page")
@@ -38,7 +38,7 @@ def choose(site: Site, request: Request) -> Response:
 
 
 def _ranks(versions: set[str]) -> dict[str, int]:
-    """Place of each version: the newest public version first, pre-releases after all others, as installers see them."""
+    """Rank of each version, as in installers: the newest public version first, pre-releases after all others."""
     parsed = {text: Version(text) for text in versions}
     order = sorted({(not version.is_prerelease, Version(version.public)) for version in parsed.values()}, reverse=True)
     places = {key: place for place, key in enumerate(order)}

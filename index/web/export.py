@@ -1,4 +1,4 @@
-"""A static tree that nginx or an object store serves: the same bytes as the live pages, only what changed written anew."""
+"""Export a static tree for nginx or an object store: the same bytes as the live pages; only changed files are written."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ from index.web.site import POLICY, Site
 
 MANIFEST = ".gracefarm-export.json"
 _STATE = ""
-"Key of the manifest that is no path: what the export was made from."
+"Key of the manifest that is not a path: the sources of the export."
 
 _SUFFIXES: tuple[tuple[str, Encoding], ...] = (("", ""), (".gz", "gzip"), (".zst", "zstd"))
 
 
 @dataclass
 class Exported:
-    """What an export did."""
+    """Result of an export."""
 
     written: int = 0
     kept: int = 0
@@ -50,16 +50,16 @@ class Exported:
 
 
 def export_tree(store: Store, catalogue: Catalogue, target: Path, tick: Tick = no_tick, *, url: str | None = None) -> Exported:
-    """Bring `target` up to date. Files come before the pages that name them, removals last, so a reader never meets a hole.
+    """Update `target`. Files are written before the pages that link to them, and removed last, so links never break.
 
-    `url` is what the pages for people print as the address.
+    The web pages print `url` as the address.
 
     Raises:
-        ConfigError: the folder holds something that is not an export.
-        StoreFullError: no space.
+        ConfigError: the folder contains other files than an export.
+        StoreFullError: the disk is full.
     """
     before = _manifest(target)
-    # One moment of the catalogue for all of it: a publish in between would give pages that name files which are not there.
+    # Read one state of the catalogue for the whole export: else a page could link to a file that was published in between.
     with catalogue.moment(), disk_errors(target):
         target.mkdir(parents=True, exist_ok=True)
         tree = StaticExport(store, catalogue, target, before, url)
@@ -78,12 +78,12 @@ def _manifest(target: Path) -> dict[str, str]:
         manifest: dict[str, str] = json.loads(path.read_text())
         return manifest
     if target.is_dir() and any(target.iterdir()):
-        raise ConfigError(f"{target} is not empty and not an export", remedy="export into a new folder")
+        raise ConfigError(f"{target} is neither empty nor an export", remedy="choose a new folder")
     return {}
 
 
 def _code_digest() -> str:
-    """A digest of what turns the catalogue into pages: after an upgrade each is made anew."""
+    """A digest of the code and templates that render pages. After an upgrade, every page is rendered again."""
     digest = hashlib.sha256(metadata.version("gracefarm").encode())
     with resources.as_file(resources.files("index")) as folder:
         for path in sorted(folder.rglob("*")):
@@ -93,7 +93,7 @@ def _code_digest() -> str:
 
 
 class StaticExport:
-    """The folder: what the last export wrote there (path to digest), and what this one writes, keeps and removes."""
+    """The folder: files of the last export (path to digest), and the files that this one writes, keeps and removes."""
 
     def __init__(self, store: Store, catalogue: Catalogue, target: Path, before: dict[str, str], url: str | None) -> None:
         self.site = Site(store=store, catalogue=catalogue, base_url=url, static=True)
@@ -108,10 +108,10 @@ class StaticExport:
         known = changed_set is None and {**old, "serial": 0} == {**self._state, "serial": 0}
         rows = catalogue.rows("SELECT name FROM project WHERE serial <= ?", (since if known else -1,))
         self._unchanged = {row["name"] for row in rows}
-        "Projects whose pages of the last export are still right: nothing has changed since, and the same code made them."
+        "Projects whose exported pages are still valid: neither the project nor the code has changed."
 
     def add_files(self, tick: Tick = no_tick) -> None:
-        """Every file that a page names, with its metadata."""
+        """Every file that a page links to, with its metadata."""
         catalogue = self.site.catalogue
         listed = [(view, name) for view in listings.public(catalogue) for name in listings.projects(catalogue, view)]
         for number, (view, name) in enumerate(listed):
@@ -143,7 +143,7 @@ class StaticExport:
                     self.put(path, document.content)
 
     def add_simple_pages(self) -> None:
-        """The simple API, in each form and coding, and the locks of sets."""
+        """The simple API in each format and coding, and the locks of sets."""
         for view in listings.public(self.site.catalogue):
             for name in [*listings.projects(self.site.catalogue, view), ""]:
                 self._add_simple_page(view, name)
@@ -166,7 +166,7 @@ class StaticExport:
     def _add_lock(self, view: View) -> None:
         try:
             text = requirements.render(self.site.catalogue, view)
-        except NotFoundError:  # several versions of one project, or none of it any more: the live server has no lock either
+        except NotFoundError:  # several versions of a project, or none left: the live server has no lock either
             return
         self.put(f"{view.argument}/{requirements.FILENAME}", text.encode())
 
@@ -176,7 +176,7 @@ class StaticExport:
             self.put(f"{view.argument}/{pylock.FILENAME}", raw)
 
     def add_records(self) -> None:
-        """Records, logs, matrices, certificates. /records/ID is a file and a folder on the live server: here, index.json."""
+        """Records, logs, matrices, certificates. /records/ID is both a file and a folder, so the tree has index.json in it."""
         for row in self.site.catalogue.rows("SELECT id, document_sha256, log_sha256 FROM public_record"):
             for digest, name in ((row["document_sha256"], "index.json"), (row["log_sha256"], "log")):
                 if digest is not None:
@@ -187,7 +187,7 @@ class StaticExport:
             self._link(f"certificates/{row['digest']}", row["document_sha256"])
 
     def add_web_pages(self) -> None:
-        """Those of the live server, less the forms that need one."""
+        """The web pages, without the forms that require a live server."""
         for name, content in static_files().items():
             self.put(f"static/{name}", content)
         for path, body in self._web_pages():
@@ -195,7 +195,7 @@ class StaticExport:
             self.put(path + ".gz", Page(body).body("gzip"))
 
     def _web_pages(self) -> Iterator[tuple[str, bytes]]:
-        """Path and bytes of every page that is not there already."""
+        """Path and bytes of every page that is not up to date."""
         site, catalogue = self.site, self.site.catalogue
         project_pages = projects.ProjectPages(site)
         for row in catalogue.rows("SELECT filename, project FROM public_file ORDER BY filename"):
@@ -216,7 +216,7 @@ class StaticExport:
         yield _page(project_pages.first, "/")
 
     def _keeps(self, project: str, *paths: str) -> bool:
-        """Keep these pages of the project as they are, if they are right and there; the first one must be."""
+        """Keep these pages of the project if they are valid and the first one exists."""
         there = [path for path in paths if path in self._before]
         if project not in self._unchanged or paths[0] not in there or not all((self.target / path).exists() for path in there):
             return False
@@ -225,20 +225,20 @@ class StaticExport:
         return True
 
     def put(self, path: str, content: bytes) -> None:
-        """Have a file of this content."""
+        """Write a file with this content unless it exists."""
         if not self._has(path, hashlib.sha256(content).hexdigest()):
             atomic_write(self.target / path, content)
             self.exported.written += 1
 
     def _has(self, path: str, digest: str) -> bool:
-        """Note that the path belongs to the tree; true when the last export left it with that digest."""
+        """Add the path to the tree; true if the last export wrote it with that digest."""
         self._paths[path] = digest
         has = self._before.get(path) == digest and (self.target / path).exists()
         self.exported.kept += has
         return has
 
     def _link(self, path: str, digest: str) -> None:
-        """A hard link to a file of the store on the same file system, else a copy that appears whole."""
+        """Add a hard link to a file of the store, or an atomic copy if the store is on another file system."""
         if path in self._paths or self._has(path, digest):
             return
         source, final = self.site.store.path(digest), self.target / path
@@ -249,7 +249,7 @@ class StaticExport:
             os.link(source, partial_copy)
         except FileNotFoundError:
             raise DamagedError(
-                f"the store has lost the file of {path}", remedy="export again; `index fsck` tells more"
+                f"the store has lost the file of {path}", remedy="run `index fsck`, upload the file again, then export again"
             ) from None
         except OSError:
             shutil.copyfile(source, partial_copy)
@@ -260,7 +260,7 @@ class StaticExport:
         self.exported.written += 1
 
     def finish(self) -> Exported:
-        """Remove what no longer belongs to the tree, and write down what does."""
+        """Remove files that no longer belong to the tree, and write the manifest."""
         for path in sorted(self._before.keys() - self._paths.keys() - {_STATE}):
             self._remove(path)
             self.exported.removed += 1
@@ -269,7 +269,7 @@ class StaticExport:
         return self.exported
 
     def _remove(self, path: str) -> None:
-        """The file, and the folders that it leaves empty: nginx would answer 403 for them, not 404."""
+        """Remove the file, and folders that become empty: nginx would answer 403 for them, not 404."""
         (self.target / path).unlink(missing_ok=True)
         for folder in list((self.target / path).parents)[: path.count("/")]:
             try:

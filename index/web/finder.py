@@ -1,4 +1,4 @@
-"""The finder of the right wheel: what wheels differ in, and what can be chosen of it."""
+"""The wheel finder: the properties in which wheels differ, and the values to choose from."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from index.names import wheel_tags
 from index.simple_api.listings import Listed
 
 FINDER = ("cuda", "torch", "python", "sm", "platform")
-"What the wheel finder asks for, in this order."
+"Properties that the wheel finder asks for, in this order."
 
 _MINORS = range(8, 16)
 PYTHONS = (*(f"3.{minor}" for minor in _MINORS), *(f"3.{minor}t" for minor in _MINORS if minor >= 13))
-"What a wheel can be asked for; the free-threaded ones have a t."
+"Python versions to choose from; free-threaded ones have a t."
 
 _INTERPRETER = re.compile(r"([a-z]+)(\d)(\d*)\Z")
 _PLATFORM = re.compile(r"^(manylinux(_\d+_\d+|\d+)|musllinux_\d+_\d+|linux|macosx_\d+_\d+)_")
@@ -28,13 +28,13 @@ _NAMES = {"pp": "PyPy", "graalpy": "GraalPy"}
 
 @dataclass(frozen=True, kw_only=True)
 class WheelChoice:
-    """One wheel and what the finder sorts it by."""
+    """A wheel and its properties for the finder."""
 
     file: Listed
     python: str
-    "What people read: 3.13t, 3.9+, any, source."
+    "Text for users: 3.13t, 3.9+, any, source."
     pythons: tuple[str, ...] = ()
-    "Every one of `PYTHONS` that it serves."
+    "All of `PYTHONS` that it supports."
     abi: str = ""
     platforms: tuple[str, ...] = ("any",)
     variant: str = ""
@@ -42,11 +42,11 @@ class WheelChoice:
 
     @property
     def recommended(self) -> bool:
-        """A wheel that every installer takes as it is: not yanked, no variant, nothing wrong with it."""
+        """A wheel that every installer accepts: not yanked, not a variant, without defects."""
         return self.file.kind == "bdist_wheel" and self.file.yanked is None and not self.variant and not self.file.defects
 
     def value(self, key: str) -> tuple[str, ...]:
-        """What this wheel is, under one of FINDER's names."""
+        """The wheel's values of one of FINDER's properties."""
         facts = self.file.facts
         values = {
             "cuda": (facts.cuda,),
@@ -58,12 +58,12 @@ class WheelChoice:
         return tuple(value for value in values if value)
 
     def fits(self, key: str, asked: str) -> bool:
-        """Is it for what was asked? A wheel that does not depend on the platform is for each."""
+        """Whether the wheel matches the choice. A platform-independent wheel matches every platform."""
         return not asked or asked in self.value(key) or (key == "platform" and self.platforms == ("any",))
 
 
 def choice_of(item: Listed) -> WheelChoice:
-    """What the finder sorts this file by."""
+    """The finder's properties of this file."""
     if item.kind != "bdist_wheel":
         return WheelChoice(file=item, python="source")
     tags = sorted(wheel_tags(item.filename), key=str)
@@ -97,20 +97,20 @@ def _minor(python: str) -> int:
 
 
 def _allowed(requires_python: str | None, python: str) -> bool:
-    try:  # of a late micro version: `>=3.9.1` is for 3.9, `<3.13` is not for 3.13
+    try:  # test a late micro version: `>=3.9.1` includes 3.9, `<3.13` excludes 3.13
         return not requires_python or SpecifierSet(requires_python).contains(f"3.{_minor(python)}.100")
     except InvalidSpecifier:
         return True
 
 
 def asked_python(text: str) -> str:
-    """3.13t, as links of other years write it too: cp313t."""
+    """Normalise a Python version: 3.13t or, from older links, cp313t."""
     match = re.fullmatch(r"cp3(\d{1,2}t?)", text)
     return f"3.{match[1]}" if match else text
 
 
 def options(choices: Sequence[WheelChoice], key: str) -> list[str]:
-    """What can be chosen, in a natural order; nothing for what makes no difference."""
+    """The values to choose from, in natural order; empty if all wheels have the same value."""
     different = [choice for choice in choices if key != "python" or choice.python != "any"]
     return sorted({value for choice in different for value in choice.value(key)}, key=natural_order)
 

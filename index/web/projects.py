@@ -1,4 +1,4 @@
-"""The first page, with every project and its search, and each project's own, with its releases and its wheel finder."""
+"""The first page, with all projects and a search, and the page of each project, with its releases and the wheel finder."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from index.web.site import Site
 _SEPARATORS = re.compile(r"[-_.\s]+")
 
 ABOUTS = 200
-"Descriptions that are kept rendered."
+"Maximum rendered descriptions in the cache."
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProjectRow:
-    """One project on the first page."""
+    """A project on the first page."""
 
     name: str
     version: str
@@ -43,19 +43,19 @@ class ProjectRow:
 
 @dataclass(frozen=True, kw_only=True)
 class ReleaseRow:
-    """The files of one public version: builds for each CUDA and torch, which differ in the local part alone."""
+    """The files of one public version. Builds for several CUDA and torch versions differ only in the local part."""
 
     version: str
     choices: tuple[WheelChoice, ...]
     uploaded: str
-    "When its first file came."
+    "Upload time of its first file."
     yanked: bool
-    "All of it is."
+    "Whether all files are yanked."
     open: bool
 
 
 class ProjectPages:
-    """The pages of projects. Rows of the first one, and descriptions, are kept until their project changes."""
+    """The pages of projects. Rows of the first page and descriptions are cached until their project changes."""
 
     def __init__(self, site: Site) -> None:
         self.site = site
@@ -70,7 +70,7 @@ class ProjectPages:
         return self.site.render(request, "projects.html", rows=search(known, wanted), wanted=wanted, total=len(known))
 
     def _all_rows(self) -> list[ProjectRow]:
-        """Every project's row; only those that have changed are read again. Only the page thread calls it."""
+        """The rows of all projects; only changed ones are read again. Only the page thread calls this."""
         catalogue = self.site.catalogue
         serial = catalogue.serial()
         if serial != self._serial:
@@ -94,7 +94,7 @@ class ProjectPages:
         return [_project_row(name, file_rows) for name, file_rows in files.items()]
 
     def project(self, request: Request) -> Response:
-        """A project: how to install it, its files by release, what it needs, its description."""
+        """The page of a project: install commands, files by release, dependencies, description."""
         name = name_in_address(request.path_params["name"])
         if request.path_params["name"] != name or not request.url.path.endswith("/"):
             back = "../" if request.url.path.endswith("/") else ""
@@ -127,7 +127,7 @@ class ProjectPages:
         )
 
     def _about(self, choices: Sequence[WheelChoice]) -> About:
-        """What the newest wheel says of itself, rendered once. An sdist's metadata is not stored."""
+        """Metadata of the newest wheel, rendered once. Metadata of sdists is not stored."""
         candidates = [choice for choice in (best_of(choices), *choices) if choice is not None]
         digest = next((choice.file.metadata_sha256 for choice in candidates if choice.file.metadata_sha256), "")
         if digest not in self._abouts:
@@ -138,7 +138,7 @@ class ProjectPages:
 
 
 def search(rows: Sequence[ProjectRow], wanted: str) -> list[ProjectRow]:
-    """The projects that have the name, however its parts are joined, or all the words in name and summary; best first."""
+    """Projects with this name in any spelling, or with all words in name and summary; best match first."""
     words = [word for word in _SEPARATORS.split(wanted.lower()) if word]
     name = "-".join(words)
 
@@ -153,14 +153,14 @@ def search(rows: Sequence[ProjectRow], wanted: str) -> list[ProjectRow]:
 
 
 def choices_of(catalogue: Catalogue, name: str) -> list[WheelChoice]:
-    """The project's files, the newest version first; of one version, the newest CUDA, torch and Python first.
+    """The project's files, newest version first; within a version, newest CUDA, torch and Python first.
 
     Raises:
-        NotFoundError: there are none.
+        NotFoundError: the project has no files.
     """
     files = [*listings.files(catalogue, ALL, name), *listings.files(catalogue, NIGHTLY, name)]
     if not files:
-        raise NotFoundError(f"there is no project {name!r} here", remedy="see / for those that are")
+        raise NotFoundError(f"this index has no project {name!r}", remedy="/ lists all projects")
     return sorted((choice_of(item) for item in files), key=_newest_first, reverse=True)
 
 
@@ -172,14 +172,14 @@ def _newest_first(choice: WheelChoice) -> tuple[object, ...]:
 
 
 def best_of(choices: Sequence[WheelChoice]) -> WheelChoice | None:
-    """The newest recommended wheel; a pre-release only where there is nothing else, as installers do."""
+    """The newest recommended wheel; like installers, use a pre-release only if there is no other."""
     wheels = [choice for choice in choices if choice.recommended]
     final = (choice for choice in wheels if not Version(choice.file.version).is_prerelease)
     return next(final, wheels[0] if wheels else None)
 
 
 def releases(choices: Sequence[WheelChoice], best: WheelChoice | None, all_open: bool) -> list[ReleaseRow]:
-    """The files by public version, in the order that they have; the release of the `best` wheel is open, others are folded."""
+    """The files by public version, in their order. The release of the `best` wheel is open, others are folded."""
     groups: dict[str, list[WheelChoice]] = {}
     for choice in choices:
         groups.setdefault(Version(choice.file.version).public, []).append(choice)
@@ -197,12 +197,12 @@ def releases(choices: Sequence[WheelChoice], best: WheelChoice | None, all_open:
 
 
 def names(catalogue: Catalogue) -> list[str]:
-    """Every project that has a page."""
+    """Every project with a page."""
     return [row["project"] for row in catalogue.rows("SELECT DISTINCT project FROM public_file ORDER BY project")]
 
 
 def narrowest_view(catalogue: Catalogue, file: Listed) -> str:
-    """Path of the narrowest view that shows the wheel."""
+    """Path of the most specific view that shows the wheel."""
     row = catalogue.row("SELECT channel FROM file WHERE filename = ?", (file.filename,))
     if row and row["channel"] == "nightly":
         return "nightly/"

@@ -1,4 +1,4 @@
-"""The parts of a build record that pages show."""
+"""Parse the parts of a build record that pages show."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from index.store.files import Store
 from index.store.records import Summary
 
 MAX_DIGESTS = 64
-"Device digests of one record that are looked up."
+"Maximum device digests of a record to look up."
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class VerdictRow:
-    """One verdict."""
+    """The verdict of one gate."""
 
     gate: str
     status: str
@@ -31,7 +31,7 @@ class VerdictRow:
 
 @dataclass(frozen=True, kw_only=True)
 class StageRow:
-    """One stage of the build."""
+    """A stage of the build."""
 
     name: str
     seconds: float | None
@@ -48,11 +48,11 @@ class RecordDocument:
     source: Mapping[str, Any]
     remedy: str
     device_digests: frozenset[str]
-    "Of the wheel's device code, one for each sm; certificates are found by them."
+    "Digests of the wheel's device code, one per sm; certificates are found by them."
 
     @staticmethod
     def of(document: Mapping[str, Any]) -> RecordDocument:
-        """Read what is there; what has another shape is left out."""
+        """Read the known parts; parts with another structure are omitted."""
         inputs = _mapping(document.get("inputs"))
         recipe = _mapping(inputs.get("recipe"))
         return RecordDocument(
@@ -104,7 +104,7 @@ def _mappings(value: object, key: str) -> tuple[Mapping[str, Any], ...]:
 
 
 def document_of(store: Store, record: Summary | None) -> RecordDocument:
-    """What a record's document says; nothing where the index has none."""
+    """Read a record's document; the result is empty if it is missing."""
     document = {}
     if record is not None and record.document is not None:
         with suppress(OSError, ValueError):

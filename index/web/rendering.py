@@ -1,8 +1,8 @@
-"""A description on stdin, rendered as safe HTML to stdout: `about` runs this file as a process with limits.
+"""Render a description from stdin as safe HTML on stdout. `about` runs this file as a process with limits.
 
-A short description can take hours or all memory: substitutions of reStructuredText double at each level, and deeply nested
-HTML costs the square of its depth. A thread cannot be ended and holds up the others, a process can be ended. The process
-starts for each description, so this file imports what it needs alone, and nothing of `index`.
+A short description can take hours or all memory: substitutions of reStructuredText double at each level, and the cost of
+deeply nested HTML is quadratic. A thread cannot be stopped and delays the others; a process can be stopped. A process starts
+for each description, so this file imports only what it needs, and nothing of `index`.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ import resource
 import sys
 
 MARKDOWN, RST = KINDS = ("text/markdown", "text/x-rst")
-"The kinds of description that are rendered."
+"Content types that can be rendered."
 
 SECONDS = 5
-"Of processor time; a README of 60 KB takes less than one."
+"Limit of processor time in seconds. A README of 60 KB takes less than one."
 
 MEMORY = 512 << 20
-"Bytes of address space."
+"Limit of the address space in bytes."
 
 MAX_HTML = 2 << 20
-"Characters of HTML."
+"Maximum characters of HTML."
 
 TAGS = frozenset(
     (
@@ -31,7 +31,7 @@ TAGS = frozenset(
         *("tbody", "td", "th", "thead", "tr", "tt", "ul", "var"),
     )
 )
-"What may stand in a description. No images: pages load nothing from elsewhere."
+"Allowed HTML elements. Images are not allowed, since pages load nothing from other hosts."
 
 _IMAGE = re.compile(r"""<img(?:\s+[^\s=>]+(?:="[^"]*")?)*\s*/?>""")
 _ALT = re.compile(r'\salt="([^"]*)"')
@@ -41,7 +41,7 @@ _EMPTY = re.compile(r"<(a|p|h[1-6])(?:\s[^>]*)?>\s*</\1>")
 
 
 def main() -> int:
-    """Render stdin; the exit status is 1 for what cannot be rendered, and a signal's at a limit."""
+    """Render stdin. The exit status is 1 if rendering fails, and that of a signal at a limit."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
@@ -54,7 +54,7 @@ def main() -> int:
 
 
 def _rendered(text: str, kind: str) -> str | None:
-    """By the library that PyPI renders with; None for what cannot be rendered."""
+    """Render with the library that PyPI uses; None if rendering fails."""
     if kind == MARKDOWN:
         from readme_renderer import markdown
 
@@ -65,7 +65,7 @@ def _rendered(text: str, kind: str) -> str | None:
 
 
 def _safe(rendered: str) -> str:
-    """Only `TAGS`, links that lead to other places, pictures as their text, and headings that fit below those of the page."""
+    """Reduce HTML to `TAGS` and external links, replace images with their text, and lower headings below those of the page."""
     import nh3
 
     text = _IMAGE.sub(_picture, rendered)
@@ -79,7 +79,7 @@ def _safe(rendered: str) -> str:
     )
     while (shorter := _EMPTY.sub("", cleaned)) != cleaned:
         cleaned = shorter
-    scrolling = _PRE.sub('<pre tabindex="0">', _headings(cleaned))  # a keyboard must reach what scrolls
+    scrolling = _PRE.sub('<pre tabindex="0">', _headings(cleaned))  # scrollable parts must be reachable by keyboard
     return scrolling.replace("<table>", '<div class="scroll" tabindex="0"><table>').replace("</table>", "</table></div>")
 
 
@@ -89,7 +89,7 @@ def _picture(match: re.Match[str]) -> str:
 
 
 def _headings(text: str) -> str:
-    """Headings from h3 on, none more than one level below the heading before it."""
+    """Lower headings to h3 and below; each is at most one level below the previous one."""
     levels: dict[int, int] = {}
     last = 2
 

@@ -1,4 +1,4 @@
-"""Addresses of the pages for people: rendered on the server, whole without JavaScript, light and dark, wide and narrow."""
+"""Routes of the web pages. They are rendered on the server and work without JavaScript, light and dark, wide and narrow."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from index.web.sets import sets
 from index.web.site import Site
 
 RenderPage = Callable[[tuple[str, str] | None, Callable[[], Response]], Awaitable[Response]]
-"Has a page made in a thread of its own; with a key, the page is kept until anything changes."
+"Renders a page in the page thread; with a key, the page is cached until the store changes."
 
 _MEDIA = {"style.css": "text/css", "icon.svg": "image/svg+xml", "copy.js": "text/javascript"}
 
 
 def static_files() -> dict[str, bytes]:
-    """Name and content of what the pages load."""
+    """Name and content of the static files."""
     folder = resources.files("index").joinpath("web", "templates")
     return {name: folder.joinpath(name).read_bytes() for name in _MEDIA}
 
 
 def web_routes(site: Site, render_page: RenderPage) -> list[Route]:
-    """Everything a browser shows."""
+    """The routes of all web pages."""
     projects = ProjectPages(site)
     contents = static_files()
 
     async def static(request: Request) -> Response:
         name = request.path_params["name"]
         if name not in contents:
-            raise NotFoundError(f"there is no {name!r} here", remedy="see /")
+            raise NotFoundError(f"this index has no {name!r}", remedy="/ lists all projects")
         return Response(contents[name], media_type=_MEDIA[name], headers={"Cache-Control": "public, max-age=86400"})
 
     def page(make: Callable[[Request], Response]) -> Callable[[Request], Awaitable[Response]]:
@@ -66,7 +66,7 @@ def web_routes(site: Site, render_page: RenderPage) -> list[Route]:
 
 
 def _unless_known(request: Request, answer: Response) -> Response:
-    """The answer, or its 304."""
+    """The response, or a 304."""
     etag = answer.headers.get("etag")
     if answer.status_code != 200 or etag is None or request.headers.get("if-none-match") != etag:
         return answer

@@ -13,7 +13,7 @@ from index.web.site import Site
 
 
 def sets(site: Site, request: Request) -> Response:
-    """Published sets and views."""
+    """Render the page of published sets and views."""
     with site.catalogue.moment():
         published = [item for item in staged.all_sets(site.catalogue) if item.state == "published"]
         shown = [view for view in listings.public(site.catalogue) if view.kind != "set"]
@@ -22,7 +22,7 @@ def sets(site: Site, request: Request) -> Response:
 
 
 def _lockless(catalogue: Catalogue, name: str) -> str:
-    """Why the set has no lock; "" when it has."""
+    """Why the set has no lock; "" if it has one."""
     try:
         requirements.render(catalogue, listings.View(kind="set", prefix=(name,), argument=name))
     except NotFoundError as error:

@@ -1,4 +1,4 @@
-"""What every page for people is made with: the store behind it, its templates, the address that it prints."""
+"""Common parts of all web pages: the store, the templates, the address that pages print."""
 
 from __future__ import annotations
 
@@ -28,27 +28,27 @@ POLICY = (
 )
 
 _PREFIX = re.compile(r"(/(?!\.{1,2}(/|\Z))[A-Za-z0-9._~-]+)*\Z")
-"Of X-Forwarded-Prefix: the path under which a proxy shows the index, and which it takes off."
+"Form of X-Forwarded-Prefix: the path below which a proxy serves the index. The proxy removes it from requests."
 
 _HOST = re.compile(r"[A-Za-z0-9.:\[\]-]{1,255}\Z")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Site:
-    """The pages for people of one index."""
+    """The web pages of one index."""
 
     store: Store
     catalogue: Catalogue
     base_url: str | None = None
-    "What the pages print as the address; None: what the browser asked for."
+    "Address that pages print; None: the address of the request."
     static: bool = False
-    "Pages for an export: without the forms that only a running server can answer."
+    "True for an export: pages have no forms, which require a running server."
     trusted_proxies: Container[str] = ()
-    "Whose X-Forwarded-* headers are believed."
+    "Proxies whose X-Forwarded-* headers are trusted."
 
     @cached_property
     def templates(self) -> Environment:
-        """Made for the first page that is asked for: an index that only installers read starts without."""
+        """The template environment, created for the first page, so that an index for installers starts without it."""
         from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
         environment = Environment(
@@ -57,7 +57,7 @@ class Site:
             undefined=StrictUndefined,
             trim_blocks=True,
             lstrip_blocks=True,
-            auto_reload=False,  # an upgrade under a running server would give its code templates of another version
+            auto_reload=False,  # after an upgrade, a running server must not load templates of another version
         )
         environment.filters.update(
             size=size, duration=duration, cpu=cpu, public=public, local=local, day=lambda text: text[:10]
@@ -65,7 +65,7 @@ class Site:
         return environment
 
     def render(self, request: Request, template: str, *, status: int = 200, **values: Any) -> Response:
-        """The page that the template makes of the values."""
+        """Render a page from a template."""
         # Relative addresses work under any mount point: `up` leads from this page to the first one.
         depth = request.url.path.rstrip("/").count("/") if request.url.path != "/" else 0
         up = "../" * depth if request.url.path.endswith("/") else "../" * (depth - 1)
@@ -77,17 +77,17 @@ class Site:
 
     @staticmethod
     def answer(body: bytes, media: str, *, status: int = 200) -> Response:
-        """These bytes, to be asked for again with their ETag."""
+        """A response with these bytes that clients must revalidate by ETag."""
         etag = f'"{hashlib.sha256(body).hexdigest()[:32]}"'
         headers = {"ETag": etag, "Cache-Control": "no-cache", "Content-Security-Policy": POLICY}
         return Response(body, status_code=status, media_type=media, headers=headers)
 
     def missing(self, request: Request, error: NotFoundError) -> Response:
-        """What is not here, as a page: whoever follows an old link is told where to go."""
+        """A page for a missing address, with links to the existing pages."""
         return self.render(request, "missing.html", status=404, cause=error.cause[:1].upper() + error.cause[1:])
 
     def base(self, request: Request) -> str:
-        """The address that people copy."""
+        """The address of the index for users to copy."""
         if self.base_url:
             return self.base_url.rstrip("/")
         scheme, host, prefix = request.url.scheme, request.headers.get("host", ""), ""
@@ -100,15 +100,15 @@ class Site:
 
 
 def _first(request: Request, header: str) -> str:
-    """What the proxy next to the client says, which each further one adds to; "" when none says anything."""
+    """The value from the proxy nearest to the client, to which further proxies append; "" if there is none."""
     return request.headers.get(header, "").split(",")[0].strip()
 
 
 def _trusted(base: str) -> str:
-    """The option without which pip ignores an index that speaks plain http from another machine; "" where it needs none."""
+    """The option that pip requires for plain http from another machine; "" if it is not required."""
     try:
         host = urlsplit(base).hostname or ""
-    except ValueError:  # a Host header with half a bracket
+    except ValueError:  # a Host header with an unmatched bracket
         return ""
     if base.startswith("https:") or host == "localhost" or host.startswith("127.") or host == "::1":
         return ""
@@ -116,7 +116,7 @@ def _trusted(base: str) -> str:
 
 
 def size(count: int) -> str:
-    """Bytes for people, in the units of disks and networks' tools: KiB, MiB, GiB."""
+    """Format bytes in KiB, MiB or GiB."""
     value = float(count)
     for unit in ("B", "KiB", "MiB"):
         if value < 1024:
@@ -126,7 +126,7 @@ def size(count: int) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds for people."""
+    """Format seconds."""
     if seconds is None or not math.isfinite(seconds):
         return ""
     if seconds < 100:
@@ -136,15 +136,15 @@ def duration(seconds: float | None) -> str:
 
 
 def cpu(seconds: float) -> str:
-    """CPU time for people: the hours of a whole matrix."""
+    """Format CPU time in hours."""
     return f"{seconds / 3600:,.0f} h" if seconds >= 36000 else duration(seconds)
 
 
 def public(version: str) -> str:
-    """1.7.0 of 1.7.0+cu130."""
+    """The public part of a version: 1.7.0 of 1.7.0+cu130."""
     return Version(version).public
 
 
 def local(version: str, otherwise: str) -> str:
-    """cu130.torch2.11 of 1.7.0+cu130.torch2.11: what tells the builds of a release apart; `otherwise` where it has none."""
+    """The local part of a version, which distinguishes builds of a release: cu130.torch2.11; else `otherwise`."""
     return Version(version).local or otherwise

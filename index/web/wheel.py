@@ -1,4 +1,4 @@
-"""The page of one wheel, with what its build's record says."""
+"""The page of one wheel, with data from its build's record."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from index.web.site import Site
 
 
 def wheel(site: Site, request: Request) -> Response:
-    """One file: what it is, what the gates said, where it came from."""
+    """Render the page of a file: properties, verdicts of the gates, origin."""
     catalogue = site.catalogue
     row = catalogue.row("SELECT * FROM public_file WHERE filename = ?", (request.path_params["filename"],))
     if row is None:
-        raise NotFoundError("there is no such wheel here", remedy="see the project's page")
+        raise NotFoundError("this index has no such wheel", remedy="see the project's page")
     item = listings.listed(row)
     build_row = catalogue.row("SELECT * FROM record WHERE id = ?", (item.build,))
     record = records.summary(build_row) if build_row is not None else None

@@ -1,4 +1,4 @@
-"""What the tests of pages share: a real Chromium, and what is asked of every page."""
+"""Shared code of the page tests: a real Chromium, and the checks of every page."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, sync_playwright
 
 SECOND_HOST = "wheels.example"
-"Leads to this machine in `chromium`: plain http from elsewhere, as a colleague's browser has it."
+"`chromium` resolves this host to this machine: plain http from another host, as in a colleague's browser."
 
 _WIDEST = """width => [...document.querySelectorAll("body *")].filter(
     item => item.getBoundingClientRect().right > width && !item.closest(".scroll, pre, .skip, .hidden")
 ).slice(0, 5).map(item => item.outerHTML.slice(0, 120))"""
-"Which elements reach over the side."
+"JavaScript that lists elements wider than the page."
 
 
 @contextmanager
 def chromium() -> Iterator[Browser]:
-    """Chromium, which needs nothing else of the machine."""
+    """A Chromium without further requirements."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # playwright's own loop, at its end
         with sync_playwright() as play:
@@ -32,10 +32,10 @@ def chromium() -> Iterator[Browser]:
 
 
 def check_page(browser: Browser, address: str, *, scheme: str = "light", width: int = 1200, axe: bool = True) -> None:
-    """Nothing sticks out at the side, nothing fails to load, the console is silent, and axe finds nothing.
+    """Check that no element is too wide, everything loads, the console is silent, and axe reports nothing.
 
     Raises:
-        AssertionError: one of these.
+        AssertionError: a check failed.
     """
     context = browser.new_context(color_scheme=scheme, viewport={"width": width, "height": 900}, bypass_csp=axe)  # type: ignore[arg-type]
     page = context.new_page()

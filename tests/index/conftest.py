@@ -9,19 +9,19 @@ from index_kit import Server, serving
 
 @pytest.fixture(autouse=True)
 def own_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No test reads or writes the settings and the home of whoever runs it."""
+    """Isolate tests from the settings and the home of the user."""
     monkeypatch.setenv("GRACEFARM_HOME", str(tmp_path / "home"))
 
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[Server]:
-    """An empty index that takes new projects."""
+    """An empty index that accepts new projects."""
     with serving(tmp_path / "root", "--allow-new") as running:
         yield running
 
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """One server for a module's tests: each uses project names of its own."""
+    """One server for the tests of a module; each test uses different project names."""
     with serving(tmp_path_factory.mktemp("index") / "root", "--allow-new") as running:
         yield running

@@ -1,4 +1,4 @@
-"""What the index's tests share: real tiny wheels, a real server in its own process, the legacy form."""
+"""Shared code of the index tests: tiny real wheels, a real server process, the legacy form."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ UV = [sys.executable, "-m", "uv"]
 
 
 def tool(*packages: str, python: str = sys.executable) -> Path:
-    """The bin folder of an environment with these packages, made once and kept in the cache."""
+    """The bin folder of an environment with these packages, created once and cached."""
     name = hashlib.sha256(" ".join((*packages, python)).encode()).hexdigest()[:16]
     folder = user_cache_path("gracefarm") / "test-tools" / name
     if not (folder / "ready").exists():
@@ -68,7 +68,7 @@ def wheel(
     wheel_tags: str | None = None,
     compress: int = zipfile.ZIP_DEFLATED,
 ) -> tuple[str, bytes]:
-    """File name and bytes of a wheel that is right unless an argument makes it wrong."""
+    """File name and bytes of a wheel. It is valid unless an argument makes it invalid."""
     folder = dist_info or f"{name}-{version}.dist-info"
     module = name.replace("-", "_")
     content = {f"{module}/__init__.py": f'VERSION = "{version}"\n'.encode()} if files is None else dict(files)
@@ -115,7 +115,7 @@ def sdist(
 def run_index(
     root: Path, *arguments: str, check: bool = True, env: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """`index …` on that root, in this process: the tests run it a hundred times."""
+    """Run `index …` on that root in this process, since the tests run it a hundred times."""
     out, err = io.StringIO(), io.StringIO()
     code = 0
     with (
@@ -167,7 +167,7 @@ class Server:
         token: str | None = None,
         form: dict[str, str] | None = None,
     ) -> httpx.Response:
-        """POST as twine does; `form` overrides fields, None values leave them out."""
+        """POST like twine; `form` overrides fields, None omits a field."""
         stem = filename.split("-")
         fields: dict[str, str] = {
             ":action": "file_upload",
@@ -198,7 +198,7 @@ class Server:
         return [parse_line(line) for line in self.access_log.read_text().splitlines()]
 
     def forget(self) -> None:
-        """Start the access log anew."""
+        """Truncate the access log."""
         time.sleep(0.25)
         os.truncate(self.access_log, 0)
 
@@ -241,7 +241,7 @@ def serving(root: Path, *arguments: str, token: str | None = None) -> Iterator[S
 
 
 def start(root: Path, *arguments: str) -> subprocess.Popen[str]:
-    with error_log(root).open("a") as errors:  # a file: nobody reads a pipe while the tests run
+    with error_log(root).open("a") as errors:  # a file, since a full pipe would block the server
         return subprocess.Popen(
             [sys.executable, "-m", "index", "serve", "--root", str(root), "--port", "0", "--json", *arguments],
             cwd=REPOSITORY,
@@ -253,7 +253,7 @@ def start(root: Path, *arguments: str) -> subprocess.Popen[str]:
 
 
 def error_log(root: Path) -> Path:
-    """What the server of that root says on stderr."""
+    """The server's stderr."""
     return root.parent / f"{root.name}.errors.log"
 
 

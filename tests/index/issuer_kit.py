@@ -1,4 +1,4 @@
-"""An issuer of identity tokens of a test's own, as GitHub Actions is one: keys, description, and the tokens themselves."""
+"""A local issuer of identity tokens, like GitHub Actions: keys, description and tokens."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import NameOID
 
 BEARER = "the-job-s-own-secret"
-SHARED = b"a secret that this issuer publishes: whoever reads its keys can sign"
+SHARED = b"a secret that this issuer publishes, so that any reader can sign"
 
 
 @dataclass(kw_only=True)
 class OwnIssuer:
-    """What the tests sign with, and the claims of one job of one workflow."""
+    """The signing key, and the claims of one job of one workflow."""
 
     url: str = ""
     key: rsa.RSAPrivateKey = field(default_factory=lambda: rsa.generate_private_key(public_exponent=65537, key_size=2048))
@@ -39,10 +39,10 @@ class OwnIssuer:
     resetting: bool = False
     "Connections for its keys are reset after the request."
     answering: threading.Event = field(default_factory=threading.Event)
-    "While it is clear, requests wait."
+    "Requests wait while it is cleared."
 
     def claims(self, audience: str, **changes: object) -> dict[str, object]:
-        """Those that GitHub signs for a job; None leaves one out."""
+        """The claims that GitHub signs for a job; None omits a claim."""
         now = int(time.time())
         claims: dict[str, object] = {
             "iss": self.url,
@@ -60,12 +60,12 @@ class OwnIssuer:
         return {key: value for key, value in {**claims, **changes}.items() if value is not None}
 
     def token(self, audience: str, **changes: object) -> str:
-        """A good identity token, but for the changes."""
+        """A valid identity token, except for the changes."""
         return jwt.encode(self.claims(audience, **changes), self.key, algorithm="RS256", headers={"kid": "first"})
 
     @property
     def public_pem(self) -> bytes:
-        """The public half, which everybody knows."""
+        """The public key."""
         form = serialization.PublicFormat.SubjectPublicKeyInfo
         return self.key.public_key().public_bytes(serialization.Encoding.PEM, form)
 
@@ -88,7 +88,7 @@ class OwnIssuer:
         return None
 
     def job(self) -> dict[str, str]:
-        """The environment of a job at GitHub that may ask for identity tokens."""
+        """The environment of a GitHub job that may request identity tokens."""
         return {
             "GITHUB_ACTIONS": "true",
             "ACTIONS_ID_TOKEN_REQUEST_TOKEN": BEARER,
@@ -119,7 +119,7 @@ def issuing() -> Iterator[OwnIssuer]:
             self.wfile.write(body)
 
         def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the library's name
-            """Say nothing."""
+            """Log nothing."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever, args=(0.05,))
@@ -144,7 +144,7 @@ class OwnCertificates:
 
 
 def certify(folder: Path) -> OwnCertificates:
-    """A root of one's own and a certificate for localhost: uv's TLS takes no certificate that is its own root."""
+    """Create a root and a certificate for localhost: uv's TLS accepts no self-signed certificate."""
 
     def signed(name: str, key: ec.EllipticCurvePrivateKey, signer: ec.EllipticCurvePrivateKey, *, root: bool) -> bytes:
         subject, issuer = (x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)]) for text in (name, "root of a test"))

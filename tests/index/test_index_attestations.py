@@ -1,4 +1,4 @@
-"""Attestations (PEP 740): real ones of Sigstore, from pypi-attestations' own test data, and the same ones damaged."""
+"""Attestations (PEP 740): real ones by Sigstore, from the test data of pypi-attestations, intact and damaged."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def assets() -> dict[str, bytes]:
 def attested(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """An index that knows its address, and the publishers of those files."""
     root = tmp_path_factory.mktemp("attested") / "root"
-    run_index(root, "publisher", "add", "pypi-attestations", "gitlab", "somebody/else", ".gitlab-ci.yml")
+    run_index(root, "publisher", "add", "pypi-attestations", "gitlab", "another/group", ".gitlab-ci.yml")
     run_index(root, "publisher", "add", "pypi-attestations", "github", "trailofbits/pypi-attestations", "release.yml")
     run_index(root, "publisher", "add", "gitlab-oidc-project", "gitlab", "facutuesca/gitlab-oidc-project", ".gitlab-ci.yml")
     with serving(root, "--allow-new", "--sigstore-offline", "--url", ADDRESS) as server:
@@ -104,21 +104,21 @@ def test_damaged_attestations_are_refused_with_the_file(attested: Server, assets
     log = ("verification_material", "transparency_entries", 0)
     bad: list[tuple[list[object], str]] = [
         ([flipped(good, "envelope", "signature")], "invalid signature"),
-        ([flipped(good, "envelope", "statement")], "is not good"),
-        ([with_another_subject(good)], "is not good"),
-        ([flipped(good, "verification_material", "certificate")], "is not good"),
-        ([changed(good, (*log, "integratedTime"), "1500000000")], "is not good"),
-        ([changed(good, (*log, "inclusionPromise"), None)], "is not good"),
-        ([changed(good, (*log, "inclusionProof", "treeSize"), "1")], "is not good"),
-        ([changed(good, ("verification_material", "transparency_entries"), [])], "cannot be read"),
-        ([changed(good, ("version",), 2)], "cannot be read"),
+        ([flipped(good, "envelope", "statement")], "is not valid"),
+        ([with_another_subject(good)], "is not valid"),
+        ([flipped(good, "verification_material", "certificate")], "is not valid"),
+        ([changed(good, (*log, "integratedTime"), "1500000000")], "is not valid"),
+        ([changed(good, (*log, "inclusionPromise"), None)], "is not valid"),
+        ([changed(good, (*log, "inclusionProof", "treeSize"), "1")], "is not valid"),
+        ([changed(good, ("verification_material", "transparency_entries"), [])], "are malformed"),
+        ([changed(good, ("version",), 2)], "are malformed"),
         ([built, flipped(good, "envelope", "signature")], "invalid signature"),
-        ([good, good], "two attestations are of the type"),
+        ([good, good], "two attestations have the type"),
         ([good, built, good], "3 attestations"),
         ([], "0 attestations"),
-        ([{}], "cannot be read"),
-        (["hello"], "cannot be read"),
-        ([json.loads(assets[f"{GITLAB_FILE}.publish.attestation"])], "is not good"),
+        ([{}], "are malformed"),
+        (["hello"], "are malformed"),
+        ([json.loads(assets[f"{GITLAB_FILE}.publish.attestation"])], "is not valid"),
     ]
     for attestations, reason in bad:
         answer = upload(attested, assets, *attestations)
@@ -130,12 +130,12 @@ def test_damaged_attestations_are_refused_with_the_file(attested: Server, assets
 
 
 def test_attestations_of_a_variant_wheel_are_refused(tmp_path: Path) -> None:
-    """Their subject is the file's own name, which pypi_attestations cannot read; without them the wheel is taken as any."""
+    """Their subject is the file name, which pypi_attestations cannot parse. Without attestations the wheel is accepted."""
     document = {"$schema": SCHEMA, "default-priorities": {"namespace": ["nvidia"]}, "variants": {"null": {}}}
     content = wheel("foo", files={"foo-1.0.dist-info/variant.json": json.dumps(document).encode()})[1]
     plain = "foo-1.0-py3-none-any.whl"
     for filename in (plain.replace(".whl", "-cu130_sm90.whl"), plain.replace("-py3", "-1-py3").replace(".whl", "-null.whl")):
-        with pytest.raises(RefusedError, match=f"{filename} cannot be verified"):
+        with pytest.raises(RefusedError, match=f"cannot verify attestations of {filename}"):
             AttestationVerifier(offline=True).provenance("[]", filename, "0" * 64, [])
     with serving(tmp_path / "root", "--allow-new", "--variants") as server:
         answer = server.upload("foo-1.0-py3-none-any-null.whl", content, form={"attestations": "[{}]"})
@@ -160,14 +160,16 @@ def test_good_attestations_are_served_as_the_files_provenance(attested: Server, 
         "repository": "trailofbits/pypi-attestations",
         "workflow": "release.yml",
     }
-    # Who downloads it verifies it again, by nothing but what the index serves.
+    # A client can verify it again with only what the index serves.
     own = AttestedFile(name=FILE, digest=hashlib.sha256(assets[FILE]).hexdigest())
     types = {attestation.verify(bundle.publisher, own, offline=True)[0] for attestation in bundle.attestations}
     assert types == {kind.value for kind in AttestationType}
-    assert bundle.attestations[0] == Attestation.model_validate(good), "not a byte of it is another"
+    assert bundle.attestations[0] == Attestation.model_validate(good), "the bytes are unchanged"
 
     assert upload(attested, assets, good).status_code == 200
-    assert attested.client.get(entry["provenance"].removeprefix(ADDRESS)).content == answer.content, "what it has stays"
+    assert attested.client.get(entry["provenance"].removeprefix(ADDRESS)).content == answer.content, (
+        "stored attestations do not change"
+    )
     shown = attested.client.get(f"/wheel/{FILE}/").text
     assert f'href="../../files/{entry["hashes"]["sha256"]}/{FILE}.provenance"' in shown
 
@@ -190,12 +192,12 @@ def test_a_file_that_is_there_gets_its_attestations_later_and_once(attested: Ser
     assert bundle.publisher.kind == "GitLab"
     assert run_index(attested.root, "fsck").returncode == 0
     run_index(attested.root, "gc")
-    assert attested.client.get(path).status_code == 200, "gc keeps what a page names"
+    assert attested.client.get(path).status_code == 200, "gc keeps files that a page links to"
 
 
 @pytest.mark.parametrize("client", ["twine", "uv"])
 def test_real_clients_upload_attestations(client: str, assets: dict[str, bytes], tmp_path: Path) -> None:
-    """Both take the files that lie beside the distribution."""
+    """Both clients send the attestation files in the folder of the distribution."""
     root, dist = tmp_path / "root", tmp_path / "dist"
     dist.mkdir()
     for name in (GITLAB_FILE, f"{GITLAB_FILE}.publish.attestation"):
@@ -232,7 +234,7 @@ def test_a_project_without_publishers_takes_no_attestations(attested: Server, as
 def test_the_service_that_cannot_be_reached_is_named(
     tmp_path: Path, assets: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without --sigstore-offline the server asks Sigstore for its present keys; here every way there is closed."""
+    """Without --sigstore-offline the server fetches Sigstore's current keys; here Sigstore is unreachable."""
     for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
@@ -250,7 +252,7 @@ def test_the_service_that_cannot_be_reached_is_named(
 def test_a_service_that_hangs_holds_up_no_other_upload(
     tmp_path: Path, assets: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The way to Sigstore is a proxy that takes connections and says nothing; more uploads wait for it than workers exist."""
+    """The proxy to Sigstore accepts connections and does not respond; more uploads wait for it than there are workers."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("HOME", str(tmp_path))
     root = tmp_path / "root"
@@ -263,7 +265,7 @@ def test_a_service_that_hangs_holds_up_no_other_upload(
             proxy.settimeout(60)
             connection = proxy.accept()[0]
             assert server.upload(*wheel("plain", "1.0")).status_code == 200
-            assert not any(publishing.done() for publishing in waiting), "the upload waited until Sigstore was given up"
+            assert not any(publishing.done() for publishing in waiting), "the upload waited for the timeout of Sigstore"
             proxy.close()
             connection.close()
             assert {publishing.result().status_code for publishing in waiting} == {424}

@@ -54,7 +54,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def site(shared: Server) -> Server:
-    """A matrix with cells of every state, records of some of them, and one of a build that is in no matrix."""
+    """A matrix with cells of every state, records of some cells, and the record of a build outside of the matrix."""
     content = wheel("board_pkg", "1.0+cu130", "cp313-cp313-manylinux_2_34_aarch64")[1]
     assert shared.upload(WHEEL, content).status_code == 200
     record = {
@@ -118,20 +118,20 @@ def test_the_board_says_why(site: Server) -> None:
     text = site.client.get("/board/").text
     assert "<evil>" not in text
     failed = text.partition('id="failed-default"')[2].partition('id="blocked-default"')[0]
-    assert failed.count("identifier &#34;&lt;evil&gt;&#34; is undefined") == 1, "one error, whatever the number of its cells"
+    assert failed.count("identifier &#34;&lt;evil&gt;&#34; is undefined") == 1, "one error for all its cells"
     assert "2 cells</summary>" in failed
     blocked = text.partition('id="blocked-default"')[2].partition("</section>")[0]
-    assert blocked.index(BLOCKER) < blocked.index("the licence forbids it"), "what blocks most comes first"
+    assert blocked.index(BLOCKER) < blocked.index("the licence forbids it"), "the most frequent cause comes first"
     assert "board_pkg 1.0" in blocked
     assert "other_pkg 1.0" in blocked
-    assert "What is not built needs about 2 h 00 min of CPU and 3.00 GiB of disk." in text
+    assert "The remaining cells need about 2 h 00 min of CPU and 3.00 GiB of disk." in text
     others = text.partition("Other builds")[2]
     assert "elsewhere" in others
     assert "board-built" not in others, "it is in the matrix"
 
 
 def test_the_board_shows_the_cells_that_the_builder_prints(site: Server) -> None:
-    """The real `builder matrix`, which plans and builds nothing."""
+    """The real `builder matrix`, which only plans."""
     command = [sys.executable, "-m", "builder", "matrix", "causal_conv1d", "--json"]
     process = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, check=True)
     printed = json.loads(process.stdout)
@@ -179,7 +179,7 @@ def test_more_cells_than_can_be_drawn_are_counted(site: Server) -> None:
     put(site, "/matrix/large", document(*cells, cell("3.12", "failed", reason="the only error"), name="large"))
     text = site.client.get("/board/").text.partition('id="matrix-large"')[2]
     assert f"{MAX_SHOWN} not tried" in text
-    assert "These are too many cells to draw." in text
+    assert "This matrix has too many cells to draw." in text
     assert "the only error" in text
     put(site, "/matrix/large", document(name="large"))
     assert "No cells." in site.client.get("/board/").text.partition('id="matrix-large"')[2]
@@ -216,7 +216,7 @@ def test_a_wheel_shows_its_certificates_and_those_of_its_twin(site: Server) -> N
     text = site.client.get(page).text
     assert "a wheel with the same device code ran" in text
     assert "board_pkg-1.0+cu130-cp311-cp311-manylinux_2_34_x86_64.whl" in text
-    assert "forward: largest error 0.0004, 0.001 allowed" in text
+    assert "forward: largest error 0.0004, tolerance 0.001" in text
     own = site.page("board-pkg").json()["files"][0]["hashes"]["sha256"]
     put(site, f"/certificates/{DIGEST}", certificate(own))
     assert "this wheel ran" in site.client.get(page).text
@@ -227,7 +227,7 @@ def test_a_wheel_shows_its_certificates_and_those_of_its_twin(site: Server) -> N
 
 @pytest.fixture(scope="module")
 def long_lines(site: Server) -> list[str]:
-    """Text without a place to break, wherever text comes from. The addresses of the pages that show it."""
+    """Insert long texts without spaces everywhere; return the addresses of the pages that show them."""
     lines = (
         *("Metadata-Version: 2.1", "Name: long_pkg", f"Version: 1.0+{'a' * 60}", f"Summary: {LONG[:512]}", f"Author: {LONG}"),
         *(f"License: {LONG[:200]}", f"Requires-Dist: {LONG}; extra == '{LONG[:300]}'", f"Provides-Extra: {LONG[:300]}"),

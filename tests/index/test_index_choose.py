@@ -1,4 +1,4 @@
-"""The program behind the line to copy: what it asks of a machine, which wheel it chooses, and that its command installs it."""
+"""The program choose.py: its detection of a machine, its choice of a wheel, and its command, which installs the wheel."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ NEXT = f"cp3{sys.version_info[1] + 1}"
 NAME = "chooser_pkg"
 
 NVIDIA_SMI = """#!/bin/sh
-# Stands for a GPU, which cannot be had here: what nvidia-smi of driver {driver} prints, as far as anything reads it.
+# Simulates a GPU, which is not available here: the part of nvidia-smi's output (driver {driver}) that is read.
 case "$*" in
   *compute_cap*) {caps} ;;
   *) echo "| NVIDIA-SMI {driver}    Driver Version: {driver}    CUDA Version: {cuda}     |" ;;
@@ -48,7 +48,7 @@ def program() -> ModuleType:
 
 
 def machine(program: ModuleType, **facts: object) -> Any:
-    """A GH200 with torch for CUDA 13.0, but for these facts."""
+    """A GH200 with torch for CUDA 13.0, except for these facts."""
     gh200 = {
         "minor": 11, "free_threaded": False, "implementation": "cp", "system": "Linux", "arch": "aarch64", "glibc": (2, 36),
         "driver": (13, 0), "gpus": [(9, 0)], "torch": "2.11.0+cu130", "torch_cuda": "13.0",
@@ -116,10 +116,10 @@ def test_the_right_wheel_of_each_machine(program: ModuleType, facts: dict[str, o
 @pytest.mark.parametrize(
     ("facts", "reason"),
     [
-        ({"minor": 9}, "no wheel is for this Python and platform; there are: cp311/cp311/manylinux_2_34_aarch64"),
-        ({"gpus": [(7, 5)]}, "no wheel is for this GPU; there are: sm 100f; sm 80, 90; sm 80, 90a; sm 90"),
-        ({"torch_cuda": "11.8"}, "no wheel is for this CUDA; there are: CUDA 12.4; CUDA 13.0; CUDA 13.2"),
-        ({"torch": "2.9.1"}, "no wheel is for this torch; there are: torch 2.11; torch 2.12"),
+        ({"minor": 9}, "no wheel matches this machine's Python and platform; available: cp311/cp311/manylinux_2_34_aarch64"),
+        ({"gpus": [(7, 5)]}, "no wheel matches this machine's GPU; available: sm 100f; sm 80, 90; sm 80, 90a; sm 90"),
+        ({"torch_cuda": "11.8"}, "no wheel matches this machine's CUDA; available: CUDA 12.4; CUDA 13.0; CUDA 13.2"),
+        ({"torch": "2.9.1"}, "no wheel matches this machine's torch; available: torch 2.11; torch 2.12"),
     ],
     ids=str,
 )
@@ -130,7 +130,7 @@ def test_why_there_is_none(program: ModuleType, facts: dict[str, object], reason
 
 
 def test_it_takes_the_files_that_pip_takes(program: ModuleType) -> None:
-    """Every tag of this very interpreter, and others, as `packaging` (pip's own) judges them."""
+    """Compare with `packaging`, which pip uses, for every tag of this interpreter and for others."""
     mine = {str(tag) for tag in sys_tags()}
     this = program.ThisMachine()
     pythons = [f"{kind}3{minor}" for kind in ("cp", "py") for minor in ("", *range(8, 16))]
@@ -142,7 +142,7 @@ def test_it_takes_the_files_that_pip_takes(program: ModuleType) -> None:
         for head in ("linux", "manylinux1", "manylinux2014", "manylinux_2_17", "manylinux_2_99", "musllinux_1_2")
     ]
     tags = [f"{python}-{abi}-{place}" for python in pythons for abi in abis for place in platforms]
-    # What no wheel is called: an ABI on any platform, py3 or a Python without its number with an ABI.
+    # Tags that no wheel has: an ABI on any platform; py3, or a Python without its number, with an ABI.
     tags = [tag for tag in tags if re.match(r"cp3\d+-none|cp3\d+-(abi3t?|cp).*_|py3\d*-none", tag)]
     assert len(tags) > 1000
     wrong = [tag for tag in tags if program.fits_python(offered("x", tag=tag), this) != (tag in mine)]
@@ -152,7 +152,7 @@ def test_it_takes_the_files_that_pip_takes(program: ModuleType) -> None:
 
 @pytest.fixture(scope="module")
 def stocked(shared: Server, tmp_path_factory: pytest.TempPathFactory) -> Server:
-    """Wheels for this Python and others, two CUDAs and torches; importing one tells which it is."""
+    """Wheels for this Python and others, two CUDA and torch versions. An import tells which wheel is installed."""
     builds = [
         ("1.0", "13.0", "2.11", HERE, ARCH),
         ("1.0", "13.0", "2.12", HERE, ARCH),
@@ -170,7 +170,7 @@ def stocked(shared: Server, tmp_path_factory: pytest.TempPathFactory) -> Server:
 
 @pytest.fixture
 def gpu(tmp_path: Path) -> Path:
-    """A folder for PATH whose nvidia-smi knows one H100."""
+    """A folder for PATH with an nvidia-smi that reports one H100."""
     folder = tmp_path / "bin"
     folder.mkdir()
     smi = folder / "nvidia-smi"
@@ -181,19 +181,19 @@ def gpu(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def environment(tmp_path: Path) -> Path:
-    """A Python of its own, with uv and without pip."""
+    """A separate Python with uv and without pip."""
     subprocess.run(["uv", "venv", "-q", "--python", sys.executable, tmp_path / "venv"], check=True, env=with_uv())
     return tmp_path / "venv"
 
 
 def with_uv(*folders: Path) -> dict[str, str]:
-    """An environment in which uv is found, and these folders first."""
+    """An environment with uv on PATH, and these folders first."""
     places = [*map(str, folders), str(Path(sys.executable).parent), os.defpath]
     return {**os.environ, "PATH": os.pathsep.join(places), "UV_CACHE_DIR": os.environ.get("UV_CACHE_DIR", "/tmp/uv")}
 
 
 def line_of(server: Server) -> str:
-    """What the project's page gives to copy."""
+    """The command on the project's page."""
     text = server.client.get(f"/project/{NAME.replace('_', '-')}/").text
     found = re.search(r"<code>(python3 -c .*?)</code>", text)
     assert found
@@ -205,8 +205,8 @@ def shell(line: str, environment: dict[str, str]) -> subprocess.CompletedProcess
 
 
 def install_torch(environment: Path, version: str, cuda: str, folder: Path) -> None:
-    """A distribution that calls itself torch: its version and version.py are all that anything reads of it here."""
-    own = {"torch/__init__.py": b"raise RuntimeError('nobody imports torch to ask it')\n"}
+    """A distribution named torch. Only its version and version.py are read."""
+    own = {"torch/__init__.py": b"raise RuntimeError('torch must not be imported')\n"}
     own["torch/version.py"] = (
         f"from typing import Optional\n__version__ = '{version}'\ncuda: Optional[str] = '{cuda}'\n".encode()
     )
@@ -231,7 +231,7 @@ def test_the_line_prints_a_command_that_installs_the_wheel_for_this_torch(
     places = with_uv(environment / "bin", gpu)
     asked = shell(line_of(stocked), places)
     assert asked.returncode == 0, asked.stderr
-    assert f"GPU of sm 90, driver for CUDA 13.0, torch {torch} for CUDA {cuda}" in asked.stderr
+    assert f"GPU with sm 90, driver for CUDA 13.0, torch {torch} for CUDA {cuda}" in asked.stderr
     assert asked.stdout.count("\n") == 1
     assert "#sha256=" in asked.stdout
     installed = shell(asked.stdout, places)
@@ -247,7 +247,7 @@ def test_with_pip_it_prints_a_command_for_pip(stocked: Server, tmp_path: Path, g
     subprocess.run([sys.executable, "-m", "venv", environment], check=True)
     places = {**os.environ, "PATH": os.pathsep.join([str(environment / "bin"), str(gpu), os.defpath])}
     asked = shell(line_of(stocked), places)
-    assert "It needs torch 2.1" in asked.stderr
+    assert "It requires torch 2.1" in asked.stderr
     assert "-m pip install" in asked.stdout
     installed = shell(asked.stdout, {**places, "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INDEX": "1"})
     assert installed.returncode == 0, installed.stderr
@@ -260,12 +260,12 @@ def test_a_machine_that_no_wheel_is_for_is_told_why(stocked: Server, environment
     asked = shell(line_of(stocked), with_uv(environment / "bin", gpu))
     assert asked.returncode == 1
     assert asked.stdout == ""
-    assert "chooser-pkg: no wheel is for this torch; there are: torch 2.11; torch 2.12." in asked.stderr
+    assert "chooser-pkg: no wheel matches this machine's torch; available: torch 2.11; torch 2.12." in asked.stderr
 
 
 @pytest.mark.parametrize("failure", ["exit 9", "echo '[N/A]'", "sleep 0; printf '\\377\\376'"])
 def test_an_nvidia_smi_that_does_not_work_is_no_gpu(stocked: Server, environment: Path, gpu: Path, failure: str) -> None:
-    """As in a container without the driver, or with a GPU that fell off the bus."""
+    """As in a container without the driver, or with a failed GPU."""
     (gpu / "nvidia-smi").write_text(NVIDIA_SMI.format(driver="580", cuda="13.0", caps=failure))
     asked = shell(line_of(stocked), with_uv(environment / "bin", gpu))
     assert asked.returncode == 0, asked.stderr
@@ -291,7 +291,7 @@ def test_what_is_yanked_staged_or_quarantined_is_not_offered(stocked: Server, pr
 
 
 def offers(text: str) -> list[dict[str, Any]]:
-    """The wheels in the program that was served."""
+    """The wheels in the served program."""
     namespace: dict[str, Any] = {"__name__": "read"}
     exec(compile(text, "choose.py", "exec"), namespace)
     wheels: list[dict[str, Any]] = namespace["json"].loads(namespace["WHEELS"])["wheels"]

@@ -1,4 +1,4 @@
-"""The table of commands, which is read before their modules are."""
+"""The table of commands, which is read without importing their modules."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_a_path_that_serve_cannot_use_is_said(tmp_path: Path, option: str) -> No
 def test_a_new_token_comes_alone_on_stdout_with_how_to_upload_beside_it(tmp_path: Path) -> None:
     process = run_index(tmp_path / "root", "token", "create", "--name", "ci")
     assert process.stdout.startswith("gf_")
-    assert len(process.stdout.split()) == 1, "TOKEN=$(index token create …) takes it"
+    assert len(process.stdout.split()) == 1, "TOKEN=$(index token create …) receives only the token"
     assert "twine upload --verbose" in process.stderr
 
 

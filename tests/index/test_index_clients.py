@@ -1,4 +1,4 @@
-"""Others' clients as black boxes: what they ask for, in the server's own access log, and what they make of the answers."""
+"""Third-party clients as black boxes: their requests in the server's access log, and their results."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pypi_simple import ACCEPT_HTML_ONLY, ACCEPT_JSON_ONLY, PyPISimple
 
 
 def clean(**more: str) -> dict[str, str]:
-    """The environment without anybody's configuration of installers."""
+    """The environment without configuration of installers."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("PIP_", "UV_", "TWINE_", "POETRY_"))}
     return {
         **kept,
@@ -45,7 +45,7 @@ def read_by(server: Server, agent: str) -> list[LogLine]:
 
 
 def kinds(lines: list[LogLine]) -> list[str]:
-    """What was asked for: pages, metadata, wheels."""
+    """The requests for pages, metadata and wheels."""
     names = []
     for line in lines:
         end = "metadata" if line.target.endswith(".metadata") else "wheel" if line.target.endswith(".whl") else "page"
@@ -86,8 +86,8 @@ def test_pip_reads_page_metadata_and_wheel(filled: Server, tmp_path: Path, pip: 
     lines = read_by(filled, "pip/")
     assert {line.status for line in lines} == {200}
     if pip == "pip==23.0":
-        return  # older than PEP 714's new key, and unable to read the old one with a digest: it downloads what it compares
-    assert kinds(lines).count("wheel") == 4, "the wheels that are installed and no other"
+        return  # older than PEP 714's new key, and unable to read the old key with a digest: it downloads every wheel
+    assert kinds(lines).count("wheel") == 4, "only the installed wheels"
     assert sum(line.size for line in lines if not line.target.endswith(".whl")) < 50_000
 
 
@@ -99,17 +99,17 @@ def test_uv_installs_and_asks_again_politely(filled: Server, tmp_path: Path) -> 
     call([*arguments, "app_pkg", "torch==2.3.*"])
     first = read_by(filled, "uv/")
     assert kinds(first).count("wheel") == 4
-    assert not [line for line in first if line.method == "HEAD" or line.span != "-"], "metadata comes by PEP 658"
+    assert not [line for line in first if line.method == "HEAD" or line.span != "-"], "metadata is fetched by PEP 658"
     filled.forget()
     call([*arguments, "--refresh", "--reinstall", "app_pkg", "torch==2.3.*"])
     again = read_by(filled, "uv/")
     assert again
     assert {line.status for line in again if line.target.startswith("/simple/")} == {304}
-    assert sum(line.size for line in again) == 0, "everything was still good"
+    assert sum(line.size for line in again) == 0, "all cached pages were valid"
 
 
 def test_what_was_just_published_is_installed_at_once(filled: Server, dist: Path, tmp_path: Path) -> None:
-    """Build, publish, install in one job, with uv's cache warm from the job before."""
+    """Build, publish and install in one job, with uv's cache from an earlier job."""
     name = next(dist.glob("*.whl")).name.split("-")[0]
     install = [*UV, "pip", "install", "--python", sys.executable, "--cache-dir", tmp_path / "cache",
                "--default-index", filled.url + "/simple/", name, "--target"]  # fmt: skip
@@ -119,11 +119,11 @@ def test_what_was_just_published_is_installed_at_once(filled: Server, dist: Path
     (dist / filename).write_bytes(content)
     call([*UV, "publish", "--publish-url", filled.url + "/legacy/", dist / filename], UV_PUBLISH_TOKEN=filled.token)
     call([*install, tmp_path / "second"])
-    assert (tmp_path / "second" / f"{name}-1.1.dist-info").is_dir(), "uv took the page of a moment ago"
+    assert (tmp_path / "second" / f"{name}-1.1.dist-info").is_dir(), "uv used the cached page"
 
 
 def test_uv_takes_the_wheel_of_its_cuda_from_that_view(filled: Server, tmp_path: Path) -> None:
-    """The line of the quick start: the view first, what it lacks from the default index (ours here, for want of another)."""
+    """The command of the quick start: the view first, missing projects from the default index (here our own)."""
     for cuda in ("cu124", "cu130"):
         assert filled.upload(*wheel("conv_pkg", f"1.7.0+{cuda}", requires=("libdep",))).status_code == 200
     venv.create(tmp_path / "v")
@@ -200,7 +200,7 @@ def test_uv_locks_one_sha256_for_each_file(filled: Server, tmp_path: Path) -> No
 
 @pytest.fixture
 def dist(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
-    """A wheel and an sdist of a name of their own."""
+    """A wheel and an sdist of a new project."""
     name = "dist_" + hashlib.sha256(request.node.name.encode()).hexdigest()[:8]
     folder = tmp_path / "dist"
     folder.mkdir()
@@ -231,7 +231,7 @@ def test_twine_uploads_and_repeats(filled: Server, dist: Path) -> None:
 
 
 def test_twine_at_the_installers_address_is_told_where_to_go(filled: Server, dist: Path) -> None:
-    """A file that is more than the sockets hold: what does not read it cuts twine off before it has read the answer."""
+    """A file larger than the socket buffers: a server that does not read it disconnects twine before it reads the answer."""
     name, content = wheel("astray_pkg", files={"astray_pkg/blob": os.urandom(20 << 20)})
     (dist / name).write_bytes(content)
     for path in ("/simple/", "/cu130/simple/", "/simple"):
@@ -241,7 +241,7 @@ def test_twine_at_the_installers_address_is_told_where_to_go(filled: Server, dis
             check=False, TWINE_USERNAME="__token__", TWINE_PASSWORD=filled.token,
         )  # fmt: skip
         assert process.returncode != 0
-        assert "uploads go to /legacy/" in " ".join((process.stdout + process.stderr).split())
+        assert "upload to /legacy/" in " ".join((process.stdout + process.stderr).split())
 
 
 def test_uv_publish_and_its_check_url(filled: Server, dist: Path) -> None:
@@ -261,7 +261,7 @@ def test_uv_publish_and_its_check_url(filled: Server, dist: Path) -> None:
 
 @pytest.mark.slow
 def test_ten_twines_and_ten_uvs_of_one_address_upload_at_once(tmp_path: Path) -> None:
-    """One place for all: but for the queue, all that come together and are not the first would be refused."""
+    """Only one place: without the queue, all concurrent uploads except the first would be refused."""
     with serving(tmp_path / "root", "--allow-new", "--open-uploads-per-client", "1") as server:
 
         def publish(number: int) -> str:
@@ -363,6 +363,6 @@ def test_poetry_locks_by_metadata(filled: Server, tmp_path: Path) -> None:
 
 
 def test_the_negotiation_table_is_also_another_librarys(filled: Server) -> None:
-    """JSON for whoever asks for JSON first, as PEP 691 gives the example."""
+    """A client that prefers JSON gets JSON, as in the example of PEP 691."""
     accept = f"{JSON}, application/vnd.pypi.simple.v1+html;q=0.2, text/html;q=0.01"
     assert filled.page("app-pkg", accept=accept).headers["content-type"] == JSON

@@ -1,4 +1,4 @@
-"""Sets that are closed over what their wheels require, and mirrors of what one kind of machine can install."""
+"""Sets that contain all requirements of their wheels, and mirrors for one kind of machine."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ GH200 = f"cp311-cp311-{AARCH64}"
 
 
 def stage(server: Server, name: str, *wheels: tuple[str, bytes], expect: tuple[str, ...] = ()) -> str:
-    """Publish a set of these wheels; what was said when it was refused, "" when it was published."""
+    """Publish a set of these wheels; return the error, or "" for success."""
     run_index(server.root, "stage", "create", name, *(part for line in expect for part in ("--expect", line)))
     for item in wheels:
         assert server.upload(*item, path=f"/stage/{name}/legacy/").status_code == 200
@@ -37,17 +37,17 @@ def stage(server: Server, name: str, *wheels: tuple[str, bytes], expect: tuple[s
 
 
 def test_a_set_without_torch_is_refused(shared: Server) -> None:
-    """pip would take torch from wherever else it is told to look, or fail."""
+    """pip would install torch from another index, or fail."""
     attn = wheel("attn_pkg", "2.8.3", GH200, requires=("torch==2.9.1", "einops"))
     refused = stage(shared, "no-torch", attn, wheel("einops", "0.8"))
-    assert "lacks 1 of what its wheels require: torch==2.9.1 (of attn-pkg 2.8.3)" in refused
+    assert "lacks 1 of its wheels' requirements: torch==2.9.1 (required by attn-pkg 2.8.3)" in refused
     assert shared.page("attn-pkg", prefix="/no-torch").status_code == 404
     answer = shared.client.post("/stage/no-torch/publish", auth=("__token__", shared.token))
     assert answer.status_code == 400
     assert "torch==2.9.1" in answer.text
     assert shared.upload(*wheel("torch", "2.10.0"), path="/stage/no-torch/legacy/").status_code == 200
     refused = run_index(shared.root, "stage", "publish", "no-torch", check=False)
-    assert "torch==2.9.1 (of attn-pkg 2.8.3; the set has 2.10.0)" in refused.stderr
+    assert "torch==2.9.1 (required by attn-pkg 2.8.3; the set has 2.10.0)" in refused.stderr
     assert shared.upload(*wheel("torch", "2.9.1+cu130", GH200), path="/stage/no-torch/legacy/").status_code == 200
     run_index(shared.root, "stage", "publish", "no-torch")
 
@@ -62,27 +62,27 @@ def test_markers_are_of_the_sets_own_machines(shared: Server) -> None:
     )
     assert stage(shared, "marked", wheel("marked_pkg", "1.0", GH200, requires=requires)) == ""
     refused = stage(shared, "needed", wheel("needed_pkg", "1.0", GH200, requires=("armlib; platform_machine == 'aarch64'",)))
-    assert "armlib (of needed-pkg 1.0)" in refused
+    assert "armlib (required by needed-pkg 1.0)" in refused
 
 
 def test_an_extra_that_is_asked_for_is_required(shared: Server) -> None:
     server = wheel("serve_pkg", "1.0", requires=("web_pkg[fast]>=1",))
     web = wheel("web_pkg", "1.5", requires=("loop_pkg; extra == 'fast'", "docs_pkg; extra == 'docs'"))
-    assert "loop-pkg (of web-pkg 1.5)" in stage(shared, "extra", server, web).replace("loop_pkg", "loop-pkg")
+    assert "loop-pkg (required by web-pkg 1.5)" in stage(shared, "extra", server, web).replace("loop_pkg", "loop-pkg")
     assert stage(shared, "extra-2", server, web, wheel("loop_pkg", "1.0")) == ""
 
 
 def test_every_python_of_the_matrix_finds_what_it_needs(shared: Server) -> None:
     both = [wheel("two_pkg", "1.0", f"cp{python}-cp{python}-{AARCH64}", requires=("one_dep",)) for python in (311, 312)]
     refused = stage(shared, "pythons", *both, wheel("one_dep", "1.0", GH200), expect=("two_pkg==1.0 cp311,cp312 aarch64",))
-    assert "one_dep (of two-pkg 1.0; what the set has is for other machines), for Python 3.12 on aarch64" in refused
+    assert "one_dep (required by two-pkg 1.0; the set has it only for other machines), for Python 3.12 on aarch64" in refused
     more = wheel("one_dep", "1.0", f"cp312-abi3-{AARCH64}")
     assert shared.upload(*more, path="/stage/pythons/legacy/").status_code == 200
     run_index(shared.root, "stage", "publish", "pythons")
 
 
 def test_a_set_may_say_what_it_does_without(shared: Server) -> None:
-    """As stack cu124 leaves pyairports out, which an engine requires and never imports."""
+    """Like stack cu124, which omits pyairports: an engine requires and never imports it."""
     auth = ("__token__", shared.token)
     body = {"expect": ["engine_pkg==1.0"], "without": ["Air_Ports"]}
     for _ in range(2):
@@ -93,7 +93,7 @@ def test_a_set_may_say_what_it_does_without(shared: Server) -> None:
     engine = wheel("engine_pkg", "1.0", requires=("air.ports>=2", "sea_ports"))
     assert shared.upload(*engine, path="/stage/less/legacy/").status_code == 200
     refused = shared.client.post("/stage/less/publish", auth=auth)
-    assert "lacks 1 of what its wheels require: sea_ports (of engine-pkg 1.0)" in refused.text
+    assert "lacks 1 of its wheels' requirements: sea_ports (required by engine-pkg 1.0)" in refused.text
     assert shared.upload(*wheel("sea_ports", "1.0"), path="/stage/less/legacy/").status_code == 200
     assert shared.client.post("/stage/less/publish", auth=auth).status_code == 200
     run_index(shared.root, "stage", "create", "less-2", "--without", "lake_ports")
@@ -114,14 +114,14 @@ def set_file(filename: str, *requires: str, own: bool = True, requires_python: s
 
 def test_a_set_of_pure_wheels_is_for_the_python_that_can_install_it() -> None:
     files = [set_file("a-1.0-py3-none-any.whl", "b; python_version < '3.12'", requires_python=">=3.11")]
-    assert unmet(files, [], []) == [], "on 3.12 nothing is missing"
-    assert unmet(files, ["3.11"], []) == ["b (of a 1.0)"]
+    assert unmet(files, [], []) == [], "nothing is missing on 3.12"
+    assert unmet(files, ["3.11"], []) == ["b (required by a 1.0)"]
     always = [set_file("a-1.0-py3-none-any.whl", "b", requires_python=">=3.11")]
-    assert unmet(always, [], []) == ["b (of a 1.0)"], "a Python that can install nothing lacks nothing, and does not count"
+    assert unmet(always, [], []) == ["b (required by a 1.0)"], "a Python without installable wheels is ignored"
     assert unmet([set_file("a-1.0.tar.gz")], [], []) == []
     several = [set_file(f"a-1.0-cp311-cp311-{AARCH64}.whl", "b>=1,<2"), set_file("b-2.0-py3-none-any.whl")]
     assert unmet([*several, set_file("b-1.5-py3-none-any.whl")], [], []) == []
-    assert unmet(several, [], []) == ["b<2,>=1 (of a 1.0; the set has 2.0)"]
+    assert unmet(several, [], []) == ["b<2,>=1 (required by a 1.0; the set has 2.0)"]
 
 
 INTERPRETERS = ("cp311-cp311", "cp311-none", "cp312-cp312", "cp311-abi3", "cp38-abi3", "cp312-abi3", "cp313-cp313t")
@@ -226,10 +226,10 @@ def test_a_mirror_takes_the_files_of_one_kind_of_machine(shared: Server, upstrea
         + pin("pure-lib==1.0", PURE, VARIANT)
         + pin("windows-lib==1.0 ; sys_platform == 'win32'", WINDOWS)
     )
-    assert len(mirror(shared, upstream, lock, "kind")) == 10, "variant wheels of others are left out"
+    assert len(mirror(shared, upstream, lock, "kind")) == 10, "variant wheels are not mirrored"
     only = ("--platform", AARCH64, "--python", "3.11")
     assert mirror(shared, upstream, lock, "kind", *only) == [SAFE[0][0], PURE[0]]
-    assert in_set(shared, "kind") == sorted([SAFE[0][0], PURE[0]]), "what the wider mirror brought is gone"
+    assert in_set(shared, "kind") == sorted([SAFE[0][0], PURE[0]]), "the files of the wider mirror are removed"
     assert mirror(shared, upstream, lock, "kind", *only) == [SAFE[0][0], PURE[0]]
     assert mirror(shared, upstream, lock, "kind", "--platform", "aarch64", "--python", "cp311") == [
         SAFE[0][0],
@@ -256,7 +256,7 @@ def test_a_lock_for_other_machines_is_told(shared: Server, upstream: Server, tmp
     wrong = ("--platform", "riscv64", "--python", "3.11")
     process = run_index(shared.root, "mirror", str(lock), "--set", "riscv", *wrong, check=False, env=env)
     assert process.returncode != 0
-    assert "none of the 7 locked files of safe-lib 3.0 is for riscv64 3.11" in process.stderr
+    assert "none of the 7 locked files of safe-lib 3.0 matches riscv64 3.11" in process.stderr
     assert "lacks 1 of 1" in run_index(shared.root, "stage", "publish", "riscv", check=False).stderr
 
 
@@ -269,7 +269,7 @@ def test_what_mirrored_wheels_require_counts_too(
     lock.write_text(pin("chain-lib==1.0", DEPENDENT) + pin("pure-lib==1.0", PURE))
     mirror(shared, upstream, lock, name, *how)
     run_index(shared.root, "gc")
-    assert " 0 damaged, 0 unnamed" in run_index(shared.root, "fsck").stdout
+    assert " 0 damaged, 0 unreferenced" in run_index(shared.root, "fsck").stdout
     refused = run_index(shared.root, "stage", "publish", name, check=False)
     assert "pure_lib>=2 (of chain-lib 1.0; the set has 1.0)" in refused.stderr
 
@@ -278,7 +278,7 @@ def test_what_mirrored_wheels_require_counts_too(
 
 
 def pylock(server: Server, *wheels: tuple[str, bytes]) -> str:
-    """As the builder writes it: each wheel by its address here and its sha256."""
+    """Like the builder's file: each wheel by its address on this index and its sha256."""
     lines = ['lock-version = "1.0"', 'created-by = "a test"']
     for filename, content in wheels:
         name, version = filename.split("-")[:2]
@@ -309,7 +309,7 @@ def test_a_sets_pylock_is_served_beside_its_lock(server: Server, tmp_path: Path)
     assert server.upload(*wheels[1], path="/stage/locked/legacy/").status_code == 200
     refused = server.client.post("/stage/locked/publish", auth=auth)
     assert refused.status_code == 400
-    assert "lacks what its pylock.toml names: lock-one==1.0" in refused.text
+    assert "lacks packages of its pylock.toml: lock-one==1.0" in refused.text
     assert server.upload(*wheels[0], path="/stage/locked/legacy/").status_code == 200
     assert server.client.get(f"{preview}/pylock.toml").text == text
     assert server.client.get("/locked/pylock.toml").status_code == 404
@@ -340,7 +340,7 @@ def test_a_set_is_given_its_pylock_by_hand(server: Server, tmp_path: Path) -> No
     run_index(server.root, "stage", "create", "by-hand")
     (tmp_path / "pylock.toml").write_text(pylock(server, PURE))
     run_index(server.root, "stage", "pylock", "by-hand", str(tmp_path / "pylock.toml"))
-    assert "lacks what its pylock.toml names" in stage_publish(server, "by-hand", DEPENDENT, wheel("pure_lib", "2.0"))
+    assert "lacks packages of its pylock.toml" in stage_publish(server, "by-hand", DEPENDENT, wheel("pure_lib", "2.0"))
     run_index(server.root, "stage", "drop", "by-hand")
     assert server.client.get("/by-hand/pylock.toml").status_code == 404
     assert server.client.get("/simple/pylock.toml").status_code in (301, 404)
@@ -357,10 +357,10 @@ def stage_publish(server: Server, name: str, *wheels: tuple[str, bytes]) -> str:
     [
         (b"\xff", "is not TOML"),
         (b"a = ", "is not TOML"),
-        (b'a = 1\n', "is not one of PEP 751"),
-        (b'lock-version = "9.0"\ncreated-by = "x"\npackages = []\n', "is not one of PEP 751"),
+        (b'a = 1\n', "does not conform to PEP 751"),
+        (b'lock-version = "9.0"\ncreated-by = "x"\npackages = []\n', "does not conform to PEP 751"),
         (b'lock-version = "1.0"\ncreated-by = "x"\n[[packages]]\nname = "a"\ndirectory = { path = "x" }\n', "the sha256 of"),
-        (b"#" * (5 << 20), "more than"),
+        (b"#" * (5 << 20), "at most"),
     ],
 )  # fmt: skip
 def test_what_is_no_pylock_is_refused(shared: Server, raw: bytes, sentence: str) -> None:

@@ -1,6 +1,6 @@
-"""Killed at random moments, also with a full disk: no listed file is wrong, nothing that was confirmed is lost.
+"""Kills at random moments, also with a full disk: every listed file is correct, and no confirmed file is lost.
 
-The suite kills a few dozen uploads; all thousand: GRACEFARM_KILLS=1000 python -m pytest tests/index/test_index_crash.py
+The suite kills a few dozen uploads. For a thousand: GRACEFARM_KILLS=1000 python -m pytest tests/index/test_index_crash.py
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ UPLOADERS = 8
 
 
 class Uploader(threading.Thread):
-    """Uploads files of its own one after the other; knows which were confirmed. Repeats what was not."""
+    """Uploads unique files one after the other, records which were confirmed, and repeats the others."""
 
     def __init__(self, number: int, token: str, seed: int, sizes: tuple[int, ...] = (100, 20_000, 400_000, 3_000_000)) -> None:
         super().__init__()
         self.sizes = sizes
         self.number, self.token = number, token
         self.random = random.Random(seed)
-        # A connection of its own for each upload: a kept one that a kill cut off would be taken for an upload under way.
+        # A new connection for each upload: a reused connection that a kill interrupted would count as an open upload.
         self.client = httpx.Client(timeout=20, limits=httpx.Limits(max_keepalive_connections=0))
         self.confirmed: dict[str, str] = {}
         self.pending: tuple[str, bytes] | None = None
@@ -49,7 +49,7 @@ class Uploader(threading.Thread):
 
     def run(self) -> None:
         while not self.end.is_set():
-            if self.pending is None:  # made before the next round begins, so that the server is busy when it is killed
+            if self.pending is None:  # created before the next round, so that the server is busy when it is killed
                 self.count += 1
                 files = {"crash/data": os.urandom(self.random.choice(self.sizes))}
                 self.pending = wheel(f"crash{self.number}", f"1.{self.count}", files=files, compress=zipfile.ZIP_STORED)
@@ -69,7 +69,7 @@ class Uploader(threading.Thread):
             time.sleep(0.02)
             return
         except httpx.HTTPError:
-            self.cut += 1  # it was under way: the server took the connection and never answered
+            self.cut += 1  # the upload was open: the server accepted the connection and never answered
             return
         if answer.status_code == 200:
             self.confirmed[name] = hashlib.sha256(content).hexdigest()
@@ -104,7 +104,7 @@ def check(root: Path, url: str, confirmed: dict[str, str], seen: set[str]) -> No
     with httpx.Client(base_url=url, timeout=60) as client:
         for name in digests.keys() - seen:
             digest, address = digests[name]
-            assert hashlib.sha256(client.get(address).content).hexdigest() == digest, f"{name} is listed and wrong"
+            assert hashlib.sha256(client.get(address).content).hexdigest() == digest, f"{name} is listed with wrong content"
             seen.add(name)
 
 
@@ -121,7 +121,7 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
         kills = 0
         while sum(uploader.cut for uploader in uploaders) < KILLS:
             kills += 2
-            assert kills < KILLS + 100, "hardly any upload is under way at a kill: the test proves nothing"
+            assert kills < KILLS + 100, "too few uploads were open at a kill, so the test proves nothing"
             url = await_url(process)
             for uploader in uploaders:
                 uploader.url = url
@@ -132,7 +132,7 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
                 uploader.go.clear()
             process = start(root, "--allow-new")
             url = await_url(process)
-            assert not list((root / "staging").iterdir()), "staging is swept at start"
+            assert not list((root / "staging").iterdir()), "the start cleans staging"
             check(root, url, {k: v for uploader in uploaders for k, v in uploader.confirmed.items()}, seen)
             kill(process)
             process = start(root, "--allow-new")
@@ -158,7 +158,7 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
 
 
 def report(what: str, kills: int, uploaders: list[Uploader], seen: set[str]) -> None:
-    """What the run was, for docs/index-operation.md: pytest -rP shows it."""
+    """Print the figures of the run, for docs/benchmarks.md: pytest -rP shows them."""
     cut, refused = sum(uploader.cut for uploader in uploaders), sum(len(uploader.refusals) for uploader in uploaders)
     confirmed = sum(len(uploader.confirmed) for uploader in uploaders)
     print(
@@ -170,7 +170,7 @@ def report(what: str, kills: int, uploaders: list[Uploader], seen: set[str]) -> 
 @pytest.mark.slow
 @pytest.mark.parametrize("share", [0.1, 0.9, 1.0])
 def test_killed_during_an_upload_of_400_mib(tmp_path: Path, share: float) -> None:
-    """Killed with that share of it sent, and while all of it is checked: nothing of it is there, and again it is taken."""
+    """A kill after a part of the upload, or during its checks: nothing of it remains, and a repeated upload succeeds."""
     root = tmp_path / "root"
     root.mkdir()
     token = make_token(root)
@@ -197,7 +197,7 @@ def test_killed_during_an_upload_of_400_mib(tmp_path: Path, share: float) -> Non
         url = await_url(process)
         assert not list((root / "staging").iterdir())
         digests = listed(url)
-        if digests:  # at 1.0 the kill may have come after the commit; then it is whole
+        if digests:  # at 1.0 the kill may come after the commit; then the file is complete
             assert share == 1.0
         with httpx.Client(base_url=url, timeout=120) as client:
             answer = client.post(
@@ -239,7 +239,7 @@ def test_a_full_disk_refuses_and_loses_nothing(small_disk: Path) -> None:
         assert answer.status_code == 507, answer.text
         assert "full" in answer.text or "space" in answer.text
         assert len(confirmed) >= 5
-        assert server.page("full-pkg").status_code == 200, "reads go on"
+        assert server.page("full-pkg").status_code == 200, "reads still work"
         assert set(server.filenames("full-pkg")) == set(confirmed)
         assert not list((server.root / "staging").iterdir())
         check(server.root, server.url, confirmed, set())
@@ -247,7 +247,7 @@ def test_a_full_disk_refuses_and_loses_nothing(small_disk: Path) -> None:
 
 @pytest.mark.root
 def test_a_disk_that_fills_up_under_an_upload(small_disk: Path) -> None:
-    """The length announced fits; somebody else takes the space meanwhile."""
+    """The announced length fits, but another process uses the space in the meantime."""
     with serving(small_disk / "root", "--allow-new") as server:
         assert server.upload(*wheel("first_pkg")).status_code == 200
         name, content = wheel("late_pkg", files={"late/data": os.urandom(8 << 20)}, compress=zipfile.ZIP_STORED)
@@ -263,7 +263,7 @@ def test_a_disk_that_fills_up_under_an_upload(small_disk: Path) -> None:
         def parts() -> Iterator[bytes]:
             yield body[: 2 << 20]
             time.sleep(0.5)
-            # Without a buffer: closing one that is not written fails once more.
+            # Unbuffered: closing a buffered file would fail again.
             with (small_disk / "ballast").open("wb", buffering=0) as ballast, suppress(OSError):
                 while ballast.write(bytes(1 << 16)):
                     pass
@@ -285,7 +285,7 @@ def test_a_disk_that_fills_up_under_an_upload(small_disk: Path) -> None:
 
 
 class Ballast(threading.Thread):
-    """Somebody else on the same disk, who fills it to the last byte under uploads that were let in, and gives it back."""
+    """Another process that fills the disk to the last byte while uploads are open, and frees it again."""
 
     def __init__(self, path: Path, chance: random.Random) -> None:
         super().__init__()
@@ -318,7 +318,7 @@ def test_killed_with_a_full_disk(small_disk: Path) -> None:
     try:
         while sum(uploader.cut for uploader in uploaders) < KILLS // 4 or not any(uploader.refusals for uploader in uploaders):
             kills += 2
-            assert kills < KILLS + 100, "hardly any upload is under way at a kill: the test proves nothing"
+            assert kills < KILLS + 100, "too few uploads were open at a kill, so the test proves nothing"
             url = await_url(process)
             ballast = Ballast(small_disk / "ballast", chance)
             ballast.start()
@@ -346,14 +346,14 @@ def test_killed_with_a_full_disk(small_disk: Path) -> None:
             uploader.join()
         stop(process)
     assert times_full
-    assert any(uploader.confirmed for uploader in uploaders), "nothing was ever confirmed: the test has proven nothing"
+    assert any(uploader.confirmed for uploader in uploaders), "no upload was confirmed, so the test proves nothing"
     assert run_json(root, "fsck")["damaged"] == []
     report("full disk", kills, uploaders, seen)
     print(f"the disk was filled {times_full} times")
 
 
 def test_a_killed_server_does_not_keep_the_next_from_starting(tmp_path: Path) -> None:
-    """The lock of the one server goes with its process."""
+    """The lock of the server ends with its process."""
     process = start(tmp_path / "root")
     await_url(process)
     kill(process)

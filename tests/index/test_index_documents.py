@@ -1,4 +1,4 @@
-"""Matrices of cells and certificates: what is kept, who may put it, what is refused, and that nothing loses it."""
+"""Matrices of cells and certificates: storage, permissions, refusals, and durability."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DIGEST = hashlib.sha256(b"device code").hexdigest()
 
 
 def cell(**changes: object) -> dict[str, object]:
-    """A cell as the builder prints it."""
+    """A cell in the builder's format."""
     return {
         "recipe": "causal_conv1d",
         "version": "1.7.0",
@@ -58,12 +58,12 @@ def put(server: Server, path: str, document: object, token: str | None = None) -
 
 def test_what_was_put_is_served_byte_for_byte(shared: Server) -> None:
     document = matrix("kept", cell(), new_key_of_a_later_builder=1)
-    assert put(shared, "/matrix/kept", document) == (200, "matrix kept is kept\n")
+    assert put(shared, "/matrix/kept", document) == (200, "matrix kept is stored\n")
     answer = shared.client.get("/matrix/kept")
     assert answer.content == json.dumps(document).encode()
     assert answer.headers["content-type"] == "application/json"
     assert shared.client.get("/matrix/kept", headers={"If-None-Match": answer.headers["etag"]}).status_code == 304
-    assert put(shared, "/matrix/kept", matrix("kept")) == (200, "matrix kept is kept\n")
+    assert put(shared, "/matrix/kept", matrix("kept")) == (200, "matrix kept is stored\n")
     assert shared.client.get("/matrix/kept").json()["cells"] == []
     assert put(shared, f"/certificates/{DIGEST}", certificate())[0] == 200
     assert shared.client.get(f"/certificates/{DIGEST}").json() == certificate()
@@ -74,14 +74,14 @@ def test_what_was_put_is_served_byte_for_byte(shared: Server) -> None:
 @pytest.mark.parametrize(
     ("document", "sentence"),
     [
-        ([], "the matrix is not of its schema"),
+        ([], "the matrix does not match its schema"),
         (matrix("bad", cell(state="broken")), "cells.0.state: Input should be 'built', 'failed', 'blocked' or 'not tried'"),
         (matrix("bad", cell(), cell(python="cp313")), "cells.1.python: String should match pattern"),
         (matrix("bad", cell(target="riscv64"), cell(sm=["ninety"])), "(1 more)"),
         (matrix("bad", cell(cpu_seconds=-1)), "cells.0.cpu_seconds"),
         (matrix("bad", cell(wheel="../../etc/passwd")), "cells.0.wheel"),
         (matrix("bad", made="yesterday"), "made: Input should be a valid datetime"),
-        (matrix("other"), "the matrix calls itself 'other' (put it to /matrix/other)"),
+        (matrix("other"), "the matrix is named 'other' (send it to /matrix/other)"),
     ],
 )
 def test_what_is_not_of_the_schema_is_refused_with_its_place(shared: Server, document: object, sentence: str) -> None:
@@ -95,14 +95,14 @@ def test_what_is_not_of_the_schema_is_refused_with_its_place(shared: Server, doc
 def test_bytes_that_are_no_json_are_one_sentence(shared: Server, raw: bytes) -> None:
     answer = shared.client.put("/matrix/bad", content=raw, auth=("__token__", shared.token))
     assert answer.status_code == 400
-    assert answer.text.startswith("the matrix is not of its schema: ")
+    assert answer.text.startswith("the matrix does not match its schema: ")
     assert answer.text.count("\n") == 1
 
 
 @pytest.mark.parametrize(
     ("document", "sentence"),
     [
-        (certificate(device_digest="0" * 64), f"put it to /certificates/{'0' * 64}"),
+        (certificate(device_digest="0" * 64), f"send it to /certificates/{'0' * 64}"),
         (certificate(wheel={"filename": "a.whl", "sha256": "ab" * 32}), "wheel.filename"),
         (certificate(comparisons=[{"name": "x", "error": "none"}]), "comparisons.0.error"),
     ],
@@ -133,7 +133,7 @@ def test_a_token_for_one_project_reaches_that_project_alone(shared: Server) -> N
     assert put(shared, "/matrix/mine", matrix("mine", cell(), cell(recipe="vllm")), narrow)[0] == 403
     assert put(shared, "/matrix/all", matrix("all", cell(recipe="vllm")))[0] == 200
     status, text = put(shared, "/matrix/all", matrix("all", cell()), narrow)
-    assert (status, "causal-conv1d alone" in text) == (403, True), "it would replace another's cells"
+    assert (status, "only for causal-conv1d" in text) == (403, True), "it would replace cells of another project"
     assert put(shared, f"/certificates/{DIGEST}", certificate(), narrow)[0] == 200
     wheel = {"filename": "vllm-1.0-cp311-cp311-linux_x86_64.whl", "sha256": "ab" * 32}
     assert put(shared, f"/certificates/{DIGEST}", certificate(wheel=wheel), narrow)[0] == 403
@@ -144,7 +144,7 @@ def test_a_token_for_one_view_reaches_the_matrix_of_its_name(shared: Server) -> 
     nightly = make_token(shared.root, "--nightly")
     assert put(shared, "/matrix/nightly", matrix("nightly", cell()), nightly)[0] == 200
     status, text = put(shared, "/matrix/default", matrix("default", cell()), nightly)
-    assert (status, "put it to /matrix/nightly" in text) == (403, True)
+    assert (status, "send it to /matrix/nightly" in text) == (403, True)
     assert put(shared, f"/certificates/{DIGEST}", certificate(), nightly)[0] == 403
 
 

@@ -1,4 +1,4 @@
-"""Whole files as answers: every byte, from memory and from a disk that takes its time; who leaves is not read for."""
+"""Downloads of whole files, from memory and from a slow disk; nothing is read for a client that disconnects."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ from index.serving.download import PIECE, WINDOW, Downloads, FileAnswer
 from tests.index.index_kit import Server, serving, wheel
 from tests.processes import open_files
 
-LARGE = os.urandom(WINDOW) * 25  # what is read before the server learns that nobody is there is a small part of it
+LARGE = (
+    os.urandom(WINDOW) * 25
+)  # large, so that only a small part is read before the server notices that the client has disconnected
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +68,7 @@ def test_who_leaves_is_not_read_for(loaded: tuple[Server, str, str]) -> None:
 
 @pytest.mark.parametrize("span", ["", "Range: bytes=1-\r\n"], ids=["whole", "range"])
 def test_many_who_do_not_read_cost_little_memory(loaded: tuple[Server, str, str], span: str) -> None:
-    """Each would hold 3 MiB with pieces of full size: granian queues eight."""
+    """With pieces of full size, each download would use 3 MiB: granian queues eight."""
     server, path, _ = loaded
     before = _resident(server.process.pid)
     with ExitStack() as stack:
@@ -82,7 +84,7 @@ def test_many_who_do_not_read_cost_little_memory(loaded: tuple[Server, str, str]
             time.sleep(0.5)
         assert now - before < 200 << 20
     while _sending(server):
-        assert time.monotonic() < deadline, "who has left holds nothing"
+        assert time.monotonic() < deadline, "a disconnected client uses no memory"
         time.sleep(0.1)
 
 
@@ -95,7 +97,7 @@ def _sending(server: Server) -> list[str]:
 
 
 def _ask(path: Path, *, cut_to: int | None = None) -> tuple[list[int], bytes]:
-    """Sizes of the pieces and all bytes of a GET without a server; `cut_to`: how short the file gets after the first piece."""
+    """Sizes of the pieces and all bytes of a GET without a server; `cut_to`: truncate the file after the first piece."""
     pieces: list[bytes] = []
 
     async def receive() -> Message:
@@ -142,7 +144,7 @@ def test_every_size_from_memory_and_from_a_slow_disk(
     sizes, got = _ask(path)
     assert got == content
     assert max(sizes) <= PIECE
-    # Just written, so the kernel has it; an empty file has no byte to ask for.
+    # Just written, so the kernel has it in memory. An empty file has no byte to check.
     assert bool(in_thread) == (not cached or size == 0)
 
 

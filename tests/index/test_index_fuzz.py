@@ -1,6 +1,6 @@
-"""METADATA of any kind: what the index takes, pip and uv resolve. Hypothesis writes it, real clients judge it.
+"""Random METADATA by Hypothesis: pip and uv must resolve every wheel that the index accepts.
 
-GRACEFARM_FUZZ_SECONDS is how long (60; 600 before a release).
+GRACEFARM_FUZZ_SECONDS sets the duration (60; 600 before a release).
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ DAMAGES = st.one_of(
 
 @st.composite
 def documents(draw: st.DrawFn) -> bytes:
-    """METADATA of `NAME` 1.1: mostly valid fields, some nonsense, seldom bytes that are no text."""
+    """METADATA of `NAME` 1.1: mostly valid fields, some invalid ones, rarely bytes that are not text."""
     lines = "".join(draw(st.lists(LINES, max_size=4)))
     body = draw(st.one_of(st.just(""), TEXTS, st.just("--b\n\nx\n--b--\n")))
     text = f"Metadata-Version: {draw(NEWEST)}\nName: NAME\nVersion: 1.1\n{lines}\n{body}".encode()
@@ -152,7 +152,7 @@ def fuzzed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(2 * BUDGET + 600)  # a batch that began in time may end, and one that fails is tried one by one
+@pytest.mark.timeout(2 * BUDGET + 600)  # a batch that began in time may finish, and a failing batch is repeated one by one
 def test_what_is_taken_resolves(fuzzed: Server, tmp_path: Path) -> None:
     numbers = itertools.count()
     counts = {"taken": 0, "refused": 0}
@@ -184,7 +184,7 @@ def test_what_is_taken_resolves(fuzzed: Server, tmp_path: Path) -> None:
 
 
 def resolve(server: Server, folder: Path, names: list[str]) -> str:
-    """What pip or uv say instead of resolving these projects, with an extra and without; empty when both do."""
+    """Errors of pip and uv while they resolve these projects, with and without an extra; empty on success."""
     wanted = [name.replace("_", "-") for name in names]
     wanted = [f"{name}[a]" if number % 2 else name for number, name in enumerate(wanted)]
     index = server.url + "/simple/"

@@ -1,4 +1,4 @@
-"""What clients rely on in HTTP: negotiation, conditional requests, ranges, redirects, caching, authentication, operation."""
+"""HTTP behaviour: negotiation, conditional requests, ranges, redirects, caching, authentication, operation."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ HTML = "application/vnd.pypi.simple.v1+html"
 
 @pytest.fixture(scope="module")
 def hosted(shared: Server) -> Server:
-    """One project with four wheels, one of them with a local version."""
+    """A project with four wheels, one of them with a local version."""
     for version in ("1.0", "1.1", "2.0"):
         assert shared.upload(*wheel("http_pkg", version)).status_code == 200
     assert shared.upload(*wheel("http_pkg", "2.0+cu130", "cp311-cp311-manylinux_2_34_aarch64")).status_code == 200
@@ -86,7 +86,7 @@ def test_json_page_holds_what_the_standards_ask(hosted: Server) -> None:
     assert page["project-status"] == {"status": "active"}
     assert page["versions"] == ["1.0", "1.1", "2.0", "2.0+cu130"]
     for item in page["files"]:
-        assert set(item["hashes"]) == {"sha256"}, "several hashes make uv lock one that it then misses"
+        assert set(item["hashes"]) == {"sha256"}, "with several hashes, uv locks one that it does not find later"
         assert "#" not in item["url"]
         assert item["size"] > 0
         datetime.strptime(item["upload-time"], "%Y-%m-%dT%H:%M:%S.%f%z")
@@ -310,7 +310,7 @@ def test_yank_and_back(hosted: Server) -> None:
     run_index(hosted.root, "yank", "Yank.Pkg", "1.0", "--reason", 'broken "on" <arm>')
     assert hosted.page("yank-pkg").json()["files"][0]["yanked"] == 'broken "on" <arm>'
     assert 'data-yanked="broken &quot;on&quot; &lt;arm&gt;"' in hosted.page("yank-pkg", accept="text/html").text
-    assert hosted.client.get(f"/packages/{name}").content == content, "those who pinned it still get it"
+    assert hosted.client.get(f"/packages/{name}").content == content, "pinned installs still work"
     run_index(hosted.root, "unyank", "yank-pkg", "1.0")
     assert hosted.page("yank-pkg").json()["files"][0]["yanked"] is False
     run_index(hosted.root, "yank", "yank-pkg", "1.0")
@@ -328,7 +328,7 @@ def test_deleted_names_are_never_reused(hosted: Server) -> None:
     for bytes_ in (content, wheel("gone_pkg", requires_python=None)[1]):
         answer = hosted.upload(name, bytes_)
         assert answer.status_code == 400
-        assert "never used again" in answer.text
+        assert "cannot be reused" in answer.text
 
 
 @pytest.mark.parametrize("status", ["archived", "deprecated", "quarantined", "active"])
@@ -413,7 +413,7 @@ def test_refused_tokens_are_rate_limited(tmp_path_factory: pytest.TempPathFactor
         statuses = [server.upload(name, content, token=f"gf_{number}").status_code for number in range(40)]
         assert statuses[0] == 401
         assert statuses[-1] == 429
-        assert server.upload(name, content).status_code == 200, "a good token is not locked out by another's guesses"
+        assert server.upload(name, content).status_code == 200, "guesses of another client do not lock out a valid token"
 
 
 # --- operation --------------------------------------------------------------------------------------------------------------
@@ -434,7 +434,7 @@ def test_the_audit_log_is_append_only(hosted: Server) -> None:
     assert "file.upload" in log
     assert "token:test" in log
     database = sqlite3.connect(hosted.root / "catalogue" / "catalogue.db")
-    for statement in ("DELETE FROM audit", "UPDATE audit SET actor = 'nobody'"):
+    for statement in ("DELETE FROM audit", "UPDATE audit SET actor = 'other'"):
         with pytest.raises(sqlite3.IntegrityError, match="append-only"):
             database.execute(statement)
     database.close()
@@ -505,7 +505,7 @@ def test_trusted_proxies_alone_say_who_asks(tmp_path_factory: pytest.TempPathFac
 
 
 def test_a_chain_of_proxies_is_read_once_for_limits_and_log(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Each proxy may add a line of its own: the last address that is not a proxy's asks, whatever comes before it."""
+    """Each proxy may add a header line. The client is the last address that is not a proxy; earlier ones are ignored."""
     root = tmp_path_factory.mktemp("chain") / "root"
     with serving(root, "--trusted-proxy", "127.0.0.1", "--writes-per-second", "1") as server:
 
@@ -513,14 +513,16 @@ def test_a_chain_of_proxies_is_read_once_for_limits_and_log(tmp_path_factory: py
             lines = [("X-Forwarded-For", f"6.6.6.{number}"), ("X-Forwarded-For", asks)]
             return server.client.post("/legacy/", headers=lines).status_code
 
-        assert 429 in [post(number, "203.0.113.7") for number in range(6)], "the limits count what the client made up"
+        assert 429 in [post(number, "203.0.113.7") for number in range(6)], (
+            "the limits must not depend on a header that the client sent"
+        )
         assert post(7, "203.0.113.8") == 401
         server.requests()
         assert {line.split()[0] for line in server.access_log.read_text().splitlines()} == {"203.0.113.7", "203.0.113.8"}
 
 
 def test_a_proxys_prefix_is_in_the_lines_to_copy(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """The proxy takes the prefix off; links are relative, so only what people copy has it."""
+    """The proxy removes the prefix. Links are relative, so only commands for users contain it."""
     root = tmp_path_factory.mktemp("prefix") / "root"
     forwarded = {"X-Forwarded-Host": "pypi.example", "X-Forwarded-Proto": "https", "X-Forwarded-Prefix": "/wheels/gpu/"}
     with serving(root, "--allow-new", "--trusted-proxy", "127.0.0.1") as server:
@@ -536,7 +538,9 @@ def test_a_proxys_prefix_is_in_the_lines_to_copy(tmp_path_factory: pytest.TempPa
             text = server.client.get("/legacy/", headers={**forwarded, "X-Forwarded-Prefix": forged}).text
             assert "https://pypi.example/legacy/ " in text
     with serving(root, token=server.token) as server:
-        assert "pypi.example" not in server.client.get("/legacy/", headers=forwarded).text, "from anybody else it is nothing"
+        assert "pypi.example" not in server.client.get("/legacy/", headers=forwarded).text, (
+            "the header is ignored without a trusted proxy"
+        )
 
 
 def test_a_network_of_proxies_is_trusted_too(tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -593,7 +597,7 @@ def test_bind_is_loopback_unless_told(hosted: Server) -> None:
 
 
 def test_what_clients_send_does_not_fill_the_memory(shared: Server) -> None:
-    """Answers are kept by page, media type and coding: headers and queries that differ make no entry and hold no bytes."""
+    """Responses are cached by page, media type and coding; other headers and queries add no entry."""
     name = wheel("memory_pkg")
     assert shared.upload(*name).status_code == 200
 
@@ -611,7 +615,7 @@ def test_what_clients_send_does_not_fill_the_memory(shared: Server) -> None:
 
 
 def resident(server: Server) -> int:
-    """Bytes that the server holds in memory."""
+    """Bytes of the server's memory."""
     match = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{server.process.pid}/status").read_text())
     assert match
     return int(match[1]) << 10
@@ -638,7 +642,7 @@ def test_pages_of_the_whole_store_are_made_once_per_change_and_off_the_loop(
                 assert (await client.get("/")).content == first.content
             assert (await client.get("/", headers={"If-None-Match": first.headers["etag"]})).status_code == 304
             assert len(threads) == 1
-            assert "http://y" in (await client.get("/", headers={"Host": "y"})).text, "the address is the asker's"
+            assert "http://y" in (await client.get("/", headers={"Host": "y"})).text, "the address is that of the request"
             run_index(tmp_path / "root", "import", str(tmp_path / "wheels"))
             await asyncio.sleep(0.01)
             assert "fresh-pkg" in (await client.get("/")).text

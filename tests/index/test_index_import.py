@@ -1,4 +1,4 @@
-"""`index import`: files that others published are taken as they are, and what they are called stays."""
+"""`index import`: files published elsewhere are accepted as they are and keep their names."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from index.errors import RefusedError
 from index.intake.defects import Defects
 from index.names import parse_filename
 
-# As PyPI has them: file names of before names were normalised, or of backends that do not normalise.
+# File names on PyPI from before normalisation, or by backends that do not normalise.
 NAMES = ("PyYAML", "MarkupSafe", "Jinja2", "SQLAlchemy", "Flask", "jaraco.text", "zope.interface", "backports_abc")
 
 
 def renamed(name: str) -> tuple[str, bytes]:
-    """A wheel whose file name and .dist-info are spelled so."""
+    """A wheel with this spelling in its file name and .dist-info."""
     meta = f"Metadata-Version: 2.1\nName: {name}\nVersion: 6.0\n\n".encode()
     return wheel(name, "6.0", meta=meta, files={f"{name.lower().replace('.', '_')}.py": b"x = 1\n"})
 
@@ -60,22 +60,22 @@ def test_names_that_are_not_canonical_are_imported_and_installed(server: Server,
 
 
 def test_one_file_has_one_spelling_whoever_brings_the_second(server: Server, tmp_path: Path) -> None:
-    """Else who asks for evil-pkg 1.0 gets whichever of two files an installer likes better."""
+    """Else an installer could select either of two files for evil-pkg 1.0."""
     (tmp_path / "first").mkdir()
     filename, content = wheel("Evil.Pkg")
     (tmp_path / "first" / filename).write_bytes(content)
     run_index(server.root, "import", str(tmp_path / "first"))
     answer = server.upload(*wheel("evil_pkg"))
     assert answer.status_code == 400
-    assert "File already exists: evil_pkg-1.0-py3-none-any.whl is here as Evil.Pkg-1.0-py3-none-any.whl" in answer.text
+    assert "File already exists: evil_pkg-1.0-py3-none-any.whl is stored as Evil.Pkg-1.0-py3-none-any.whl" in answer.text
     (tmp_path / "second").mkdir()
     filename, content = wheel("evil.pkg")
     (tmp_path / "second" / filename).write_bytes(content)
     process = run_index(server.root, "import", str(tmp_path / "second"), check=False)
     assert "evil.pkg-1.0-py3-none-any.whl" in process.stdout
-    assert "is here as Evil.Pkg" in process.stdout
+    assert "is stored as Evil.Pkg" in process.stdout
     assert server.filenames("evil-pkg") == ["Evil.Pkg-1.0-py3-none-any.whl"]
-    assert server.upload(*wheel("evil_pkg", "1.1")).status_code == 200, "a new release is named canonically"
+    assert server.upload(*wheel("evil_pkg", "1.1")).status_code == 200, "a new release requires a canonical name"
 
 
 def test_an_sdist_keeps_its_name_and_the_spelling_of_its_folder(shared: Server, tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_an_sdist_keeps_its_name_and_the_spelling_of_its_folder(shared: Server, 
 
 @pytest.mark.slow
 def test_a_pypiserver_folder_of_43_ordinary_wheels(server: Server, tmp_path: Path) -> None:
-    """Real wheels from the configured Python index, among them the twelve that were once refused for their names."""
+    """Real wheels from the configured Python index, with twelve that were once refused for their names."""
     folder = tmp_path / "packages"
     call(
         [
@@ -131,7 +131,7 @@ ORDINARY = (
 
 @pytest.mark.parametrize("layout", ["gnu", "pax-0.0", "pax-0.1", "pax-1.0"])
 def test_sparse_files_in_sdists_are_refused(shared: Server, tmp_path: Path, layout: str) -> None:
-    """Made by GNU tar itself: some tools unpack the holes, others the map."""
+    """Created by GNU tar: some tools unpack the holes, others the map."""
     filename = f"sparse_{layout.replace('-', '_').replace('.', '_')}-1.0.tar.gz"
     folder = tmp_path / filename.removesuffix(".tar.gz")
     folder.mkdir()
@@ -149,12 +149,12 @@ def test_sparse_files_in_sdists_are_refused(shared: Server, tmp_path: Path, layo
     (tmp_path / "packages").mkdir()
     os.link(tmp_path / filename, tmp_path / "packages" / filename)
     process = run_index(shared.root, "import", str(tmp_path / "packages"), check=False)
-    assert f"{filename} holds a sparse file" in process.stdout
+    assert f"{filename} contains a sparse file" in process.stdout
 
 
 @pytest.mark.parametrize("keys", [{"GNU.sparse.name": "x"}, {"GNU.sparse.major": "2", "GNU.sparse.minor": "0"}])
 def test_any_word_of_sparse_files_is_refused(tmp_path: Path, keys: dict[str, str]) -> None:
-    """tarfile passes over versions that it does not know, and so would unpack another file than GNU tar."""
+    """tarfile ignores unknown versions, so it would unpack another file than GNU tar."""
     path = tmp_path / "sparse_pkg-1.0.tar.gz"
     with tarfile.open(path, "w:gz", format=tarfile.PAX_FORMAT) as archive:
         member = tarfile.TarInfo("sparse_pkg-1.0/file")

@@ -1,4 +1,4 @@
-"""Export, import, fsck, gc, prune, backup by copying: keeping a store in order while it is used."""
+"""Maintenance of a store while it is in use: export, import, fsck, gc, prune, backup."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_what_fsck_sets_aside_can_be_uploaded_again(server: Server) -> None:
     path.chmod(0o644)
     path.write_bytes(bytes(len(content)))
     assert run_index(server.root, "fsck", "--set-aside", check=False).returncode == 11
-    assert server.filenames("mend-pkg") == [], "what is known to be damaged is not offered"
+    assert server.filenames("mend-pkg") == [], "files known to be damaged are not listed"
     assert server.filenames("other-pkg")
     assert server.upload(name, content).status_code == 200
     assert server.filenames("mend-pkg") == [name]
@@ -103,7 +103,7 @@ def test_import_takes_a_folder_of_pypiserver(tmp_path: Path) -> None:
     (folder / "broken_pkg-1.0-py3-none-any.whl").write_bytes(b"half a wheel")
     process = run_index(tmp_path / "root", "import", str(folder), check=False)
     assert process.returncode == 50
-    assert "2 taken in, 0 here already, 1 refused" in process.stdout
+    assert "2 imported, 0 already stored, 1 refused" in process.stdout
     assert "broken_pkg-1.0-py3-none-any.whl" in process.stdout
     (folder / "broken_pkg-1.0-py3-none-any.whl").unlink()
     assert "0 taken in, 2 here already" in run_index(tmp_path / "root", "import", str(folder)).stdout
@@ -175,7 +175,7 @@ def test_an_export_renders_only_what_changed(server: Server, tmp_path: Path, mon
     assert set(rendered) == {"two-pkg", ""}
     (target / "simple" / "one-pkg" / "index.json").unlink()
     run_index(server.root, "export", str(target))
-    assert (target / "simple" / "one-pkg" / "index.json").exists(), "what somebody removed is made again"
+    assert (target / "simple" / "one-pkg" / "index.json").exists(), "removed files are written again"
     for change in (("yank", "one-pkg", "1.0"), ("status", "one-pkg", "deprecated"), ("delete", "one-pkg", "1.0", "--yes")):
         run_index(server.root, *change)
         run_index(server.root, "export", str(target))
@@ -190,7 +190,7 @@ def tree_of(folder: Path) -> dict[str, bytes]:
 
 
 def test_an_export_is_of_one_moment(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A wheel published between the files and the pages is in neither."""
+    """A wheel that is published between the export of files and pages is in neither."""
     filled(server)
     real = StaticExport.add_records
 
@@ -206,11 +206,11 @@ def test_an_export_is_of_one_moment(server: Server, tmp_path: Path, monkeypatch:
 
 
 def test_gc_keeps_nobody_waiting(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Uploads go on while many files are removed slowly, and none of theirs is taken."""
+    """Uploads continue while many files are removed slowly, and none of their files is removed."""
     names = [wheel("kept_pkg", f"1.{number}") for number in range(8)]
     catalogue, store = open_catalogue(server.root / "catalogue" / "catalogue.db"), Store(root=server.root)
     for number in range(60):
-        content = f"nobody's {number}".encode()
+        content = f"unreferenced {number}".encode()
         store.add_bytes(content, hashlib.sha256(content).hexdigest())
     real = Path.unlink
 
@@ -229,7 +229,7 @@ def test_gc_keeps_nobody_waiting(server: Server, tmp_path: Path, monkeypatch: py
     waited, going = time.monotonic() - begin, worker.is_alive()
     worker.join()
     catalogue.close()
-    assert going, "the uploads were done before it was"
+    assert going, "the uploads finished first"
     assert waited < 3
     assert result[0][0] == 60
     assert len(server.filenames("kept-pkg")) == 8
@@ -268,7 +268,7 @@ def test_what_is_quarantined_leaves_the_export_and_its_page_offers_nothing(serve
 
 @contextmanager
 def nginx(tree: Path, folder: Path) -> Iterator[httpx.Client]:
-    """nginx over an export, on a socket in the folder."""
+    """nginx serves an export on a socket in the folder."""
     for parent in (tree, tree.parent, *tree.parent.parents):
         if parent.stat().st_uid == 0 and parent != Path("/"):
             parent.chmod(parent.stat().st_mode | 0o011)
@@ -295,11 +295,11 @@ def nginx(tree: Path, folder: Path) -> Iterator[httpx.Client]:
 
 PUBLIC = "https://wheels.example"
 FORMS = re.compile(r"(  <h3 id=\"finder\">.*?</form>|<form class=\"search\".*?</form>)\n", re.DOTALL)
-"What only a running server can answer; an export leaves it out."
+"Forms, which an export omits because they require a running server."
 
 
 def follow(client: httpx.Client, start: list[str], accept: str) -> dict[str, httpx.Response]:
-    """Every address that the pages lead to, with the answer."""
+    """Every address that the pages link to, with the response."""
     answers: dict[str, httpx.Response] = {}
     todo = list(start)
     while todo:
@@ -320,7 +320,7 @@ def follow(client: httpx.Client, start: list[str], accept: str) -> dict[str, htt
 
 
 def same(live: httpx.Client, static: httpx.Client, tree: Path) -> int:
-    """Every page, file, record and log is the same on both; the tree holds nothing else. Returns how many there are."""
+    """Both serve the same pages, files, records and logs, and the tree has no other files. Return the count."""
     count = 0
     reached: set[str] = set()
     for first, accept in (
@@ -329,7 +329,7 @@ def same(live: httpx.Client, static: httpx.Client, tree: Path) -> int:
     ):
         there = follow(static, first, accept)
         here = follow(live, first, accept)
-        # The finder's own link back to all wheels is the page itself.
+        # The finder's link to all wheels is the page itself.
         assert set(there) == set(here)
         for path, answer in there.items():
             assert (
@@ -346,7 +346,7 @@ def same(live: httpx.Client, static: httpx.Client, tree: Path) -> int:
     held = {"/" + str(path.relative_to(tree)) for path in tree.rglob("*") if path.is_file()}
     unknown = {path for path in held if path not in reached and ends.sub("", path) not in reached}
     unknown = {path for path in unknown if not path.startswith("/records/")} - {"/nginx.conf", "/.gracefarm-export.json"}
-    assert unknown == set(), "nothing leads there"
+    assert unknown == set(), "no page links to it"
     return count
 
 
@@ -394,7 +394,7 @@ def test_nginx_serves_the_export_as_the_live_server_does(tmp_path: Path) -> None
             failed = {"recipe": "broken", "stack": "cu130", "outcome": "failed", "failure": {"cause": "no memory"}}
             assert server.client.put("/records/b2", json=failed, auth=auth).status_code == 200
             report = run_json(server.root, "export", str(tree), "--url", PUBLIC)
-            assert report["kept"] > report["written"] > 0, "only what changed is written"
+            assert report["kept"] > report["written"] > 0, "only changes are written"
             assert report["removed"] > 0
             same(server.client, static, tree)
             assert "no memory" in static.get("/board/").text
@@ -406,7 +406,7 @@ def test_nginx_serves_the_export_as_the_live_server_does(tmp_path: Path) -> None
 
 
 def test_a_copy_of_the_folder_made_while_it_runs_is_whole(server: Server, tmp_path: Path) -> None:
-    """As docs/index-operation.md says: the catalogue first, then the files, while uploads go on."""
+    """As in docs/index-operation.md: copy the catalogue first, then the files, while uploads continue."""
     confirmed: list[str] = []
     finished = threading.Event()
 
@@ -472,12 +472,12 @@ def test_a_ruined_catalogue_is_told_in_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "root" / "catalogue" / "catalogue.db").write_bytes(b"no database " * 1000)
     process = run_index(tmp_path / "root", "stats", check=False)
     assert process.returncode == 3
-    assert "cannot be read as a catalogue" in process.stderr
+    assert "is not a readable catalogue" in process.stderr
     assert "Traceback" not in process.stderr
 
 
 def test_a_catalogue_of_the_first_index_becomes_one_of_this(tmp_path: Path) -> None:
-    """What the upgrades make of schema 1 has every table, column and view of a new one."""
+    """An upgraded catalogue has every table, column and view of a new one."""
     shapes = []
     for name in ("new", "old"):
         path = tmp_path / name / "catalogue.db"

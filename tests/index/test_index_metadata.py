@@ -1,4 +1,4 @@
-"""METADATA that breaks installers: what is refused of an upload, an import and a mirror, and what real clients do without."""
+"""METADATA that breaks installers: refusals of uploads, imports and mirrors, and the behaviour of real clients."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from test_index_clients import clean
 
 HEAD = b"Metadata-Version: %s\nName: %s\nVersion: 1.1\nSummary: x\n"
 
-# METADATA of release 1.1, after the first four fields: what it ends with, and words of the refusal.
+# End of the METADATA of release 1.1, after the first four fields, and words of the refusal.
 FATAL = {
     "latin-1": ("2.1", b"Author: Zo\xeb\n\n", "not UTF-8: byte 0xeb in line 5"),
     "latin-1-description": ("2.1", b"\nZo\xeb\n", "not UTF-8"),
@@ -101,7 +101,7 @@ def test_an_import_refuses_what_breaks_a_project_by_the_name_of_the_file(shared:
 
 @pytest.mark.parametrize("how", ["copied", "linked"])
 def test_a_mirror_refuses_what_breaks_a_project_and_marks_the_rest(shared: Server, tmp_path: Path, how: str) -> None:
-    """From an index that checks nothing, as many are: its files and their metadata as they lie in a folder."""
+    """From an index without checks: a folder with files and their metadata."""
     name = f"mirrored_{how}"
     files = [release("wheel", name, HARMLESS["version-9.9"]), release("wheel", f"{name}_bad", FATAL["latin-1"])]
     links = ["--link"] if how == "linked" else []
@@ -122,7 +122,7 @@ def test_a_mirror_refuses_what_breaks_a_project_and_marks_the_rest(shared: Serve
 
 @contextmanager
 def careless_index(folder: Path, files: list[tuple[str, bytes]]) -> Iterator[str]:
-    """A static index of these wheels, with PEP 658 metadata, served by Python's own server."""
+    """A static index of these wheels, with PEP 658 metadata, served by http.server."""
     for filename, content in files:
         project = folder / filename.split("-")[0].replace("_", "-")
         project.mkdir(parents=True, exist_ok=True)
@@ -146,7 +146,7 @@ def careless_index(folder: Path, files: list[tuple[str, bytes]]) -> Iterator[str
             thread.join()
 
 
-# --- what real clients do ---------------------------------------------------------------------------------------------------
+# --- real clients -----------------------------------------------------------------------------------------------------------
 
 
 def resolve(tool: str, url: str, folder: Path, *projects: str) -> subprocess.CompletedProcess[str]:
@@ -167,7 +167,7 @@ QUICK = ("latin-1", "address")
 
 @pytest.mark.parametrize("key", [key if key in QUICK else pytest.param(key, marks=pytest.mark.slow) for key in FATAL])
 def test_what_is_refused_kills_a_project_and_ours_stays_alive(shared: Server, tmp_path: Path, key: str) -> None:
-    """Release 1.0 is good. On an index that takes 1.1 nobody gets 1.0; here everybody does."""
+    """Release 1.0 is valid. On an index that accepts 1.1, clients cannot install 1.0; on ours they can."""
     name = f"alive_{key.replace('-', '_')}"
     project, good, bad = name.replace("_", "-"), wheel(name), release("wheel", name, FATAL[key])
     assert shared.upload(*good).status_code == 200
@@ -197,7 +197,7 @@ def test_what_an_import_takes_leaves_its_project_alive(tmp_path: Path) -> None:
             assert "Traceback" not in process.stderr
 
 
-# --- what stands beside METADATA --------------------------------------------------------------------------------------------
+# --- other files of .dist-info ----------------------------------------------------------------------------------------------
 
 ENTRY_POINTS = {
     "no-object": b"[console_scripts]\nrun = pkg.main\n",

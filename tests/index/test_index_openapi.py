@@ -1,4 +1,4 @@
-"""The OpenAPI description: it names every route, and the server does what it says (schemathesis, as a black box)."""
+"""The OpenAPI description: it lists every route, and the server conforms to it (schemathesis, as a black box)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,re
 
 @pytest.fixture(scope="module")
 def described(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server that is not too busy counting to be asked a thousand things."""
+    """A server with limits that allow a thousand requests."""
     folder = tmp_path_factory.mktemp("openapi")
     with serving(folder / "root", "--allow-new", "--writes-per-second", "100000") as server:
         assert server.upload(*wheel("spec_pkg", "1.0+cu130", requires=("torch==2.11.0",))).status_code == 200
@@ -75,7 +75,7 @@ def test_schemathesis_finds_nothing(described: Server, tmp_path: Path) -> None:
 
 
 def test_schemathesis_finds_nothing_behind_names_that_are_here(described: Server, tmp_path: Path) -> None:
-    """The same with path parameters that lead somewhere, so that the pages themselves answer."""
+    """The same with valid path parameters, so that real pages respond."""
     item = described.page("spec-pkg").json()["files"][0]
     known = {
         "project": "spec-pkg",

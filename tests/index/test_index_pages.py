@@ -1,4 +1,4 @@
-"""The pages for people in real Chromium: what they say, that axe finds nothing, keyboard, narrow screens, no JavaScript."""
+"""The web pages in real Chromium: content, accessibility (axe), keyboard, narrow screens, no JavaScript."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def test_every_link_of_every_page_leads_somewhere(site: Server, browser: Browser
     page.close()
     assert len(addresses) > 15
     for link in sorted(addresses):
-        assert link.startswith(site.url), "pages need nobody else"
+        assert link.startswith(site.url), "pages load nothing from other hosts"
         assert site.client.get(link).status_code == 200, link
 
 
@@ -207,7 +207,7 @@ def test_pages_forbid_what_they_do_not_use(site: Server) -> None:
 
 
 def test_pip_is_told_to_trust_plain_http_from_elsewhere(site: Server) -> None:
-    """pip ignores it otherwise; loopback it believes."""
+    """pip ignores plain http without the option, except on loopback."""
     for path in (PAGES["project"], PAGES["wheel"], PAGES["sets"]):
         text = site.client.get(path, headers={"Host": "wheels.example:8080"}).text
         assert "pip install --trusted-host wheels.example --index-url http://wheels.example:8080/" in text
@@ -216,15 +216,15 @@ def test_pip_is_told_to_trust_plain_http_from_elsewhere(site: Server) -> None:
 
 def test_what_is_asked_for_in_vain_is_said(site: Server) -> None:
     text = site.client.get("/project/causal-conv1d/?cuda=9.9&python=cp311").text
-    assert "No wheel is for CUDA 9.9 and Python 3.11." in text
-    assert "<option selected>9.9</option>" in text, "the form shows what it was asked"
+    assert "No wheel matches CUDA 9.9 and Python 3.11." in text
+    assert "<option selected>9.9</option>" in text, "the form shows the choice"
 
 
 def test_a_quarantined_project_has_no_finder(site: Server) -> None:
     assert site.upload(*wheel("kept_away")).status_code == 200
     run_index(site.root, "status", "kept-away", "quarantined", "--reason", "it mines")
     text = site.client.get("/project/kept-away/").text
-    assert "None is offered while the project is quarantined" in text
+    assert "The project is quarantined, so its files are not available" in text
     assert "<select" not in text
 
 

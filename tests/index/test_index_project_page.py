@@ -54,7 +54,7 @@ def metadata(name: str, version: str, summary: str, *lines: str, text: str = REA
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """What `index import` makes of a folder with 144 wheels of one project, its sdist, and a few others."""
+    """An index with an imported folder: 144 wheels of one project, its sdist, and a few others."""
     folder = tmp_path_factory.mktemp("wheels")
     root = tmp_path_factory.mktemp("site") / "root"
     names = ("causal-conv1d", "flash-attn", "xformers", "einops", "natten", "only-source")
@@ -126,12 +126,12 @@ def test_releases_are_newest_first_and_older_ones_are_folded_without_javascript(
     assert page.locator("details.release tbody tr").count() == 145
     assert page.locator("details.release[open] tbody tr").count() == 48, "the newest release is open, the others are folded"
     assert not page.get_by_text("wrong numbers on sm_103").first.is_visible()
-    assert page.get_by_text("49 files").is_visible(), "the sdist is with its release"
+    assert page.get_by_text("49 files").is_visible(), "the sdist is listed in its release"
     page.locator("details.release > summary").nth(2).click()
     assert page.get_by_text("wrong numbers on sm_103").first.is_visible()
     first = page.locator("details.release").first.inner_text()
     assert first.index("cu130.torch2.12") < first.index("cu130.torch2.11") < first.index("cu128.torch2.11")
-    assert page.locator("button").all_inner_texts() == ["Show"], "no button that does nothing"
+    assert page.locator("button").all_inner_texts() == ["Show"], "no button without effect"
     context.close()
 
 
@@ -149,7 +149,7 @@ def test_the_abi_is_shown_and_chosen(site: Server, browser: Browser) -> None:
     assert "Commands for 1.7.0+cu128.torch2.11, Python 3.13t, aarch64" in page.inner_text("main")
     page.goto(f"{site.url}/project/causal-conv1d/?python=cp313&cuda=12.8&platform=aarch64")
     assert [row for row in page.locator("details.release tbody tr").all_inner_texts() if "cp313t" in row] == []
-    assert page.locator("details.release tbody tr").count() == 3, "an old link leads to the same"
+    assert page.locator("details.release tbody tr").count() == 3, "an old link shows the same"
     page.close()
 
 
@@ -158,7 +158,7 @@ def test_an_abi3_wheel_appears_for_every_python_that_it_serves(site: Server) -> 
         text = site.client.get(f"/project/xformers/?python={python}").text
         assert text.count('data-label="ABI">abi3') == count, python
     assert ">3.9+</td>" in site.client.get("/project/xformers/").text
-    assert "<option>3.9</option>" not in site.client.get("/project/xformers/").text, "Requires-Python is obeyed"
+    assert "<option>3.9</option>" not in site.client.get("/project/xformers/").text, "Requires-Python is respected"
 
 
 def test_a_project_of_variants_or_sources_alone_has_no_line_that_fails(site: Server) -> None:
@@ -248,7 +248,7 @@ def test_a_hostile_description_runs_and_loads_nothing(site: Server, browser: Bro
     assert {address.partition(site.url)[1] for address in asked} == {site.url}
     prose = page.locator(".prose")
     assert prose.locator("script, style, img, [onclick], [onerror], a[href^=javascript]").count() == 0
-    assert prose.get_by_text("near").get_attribute("href") is None, "a link into the repository leads nowhere here"
+    assert prose.get_by_text("near").get_attribute("href") is None, "a link into the repository is plain text"
     page.close()
 
 
@@ -286,7 +286,7 @@ DOUBLING = (
     ],
 )
 def test_a_description_that_explodes_is_shown_as_text(text: str, kind: str) -> None:
-    """Rendered without limits, the first takes all memory, the second minutes, and the third is 32,000,000 cells."""
+    """Without limits, the first would use all memory, the second would take minutes, and the third has 32,000,000 cells."""
     assert render(text, kind) == f'<pre tabindex="0">{escape(text)}</pre>'
 
 
@@ -310,7 +310,7 @@ def test_metadata_that_cannot_be_read_leaves_the_rest() -> None:
 @in_chromium
 @pytest.mark.parametrize("host", ["127.0.0.1", SECOND_HOST])
 def test_a_button_copies_the_line(site: Server, browser: Browser, host: str) -> None:
-    """On loopback by the clipboard's own interface, which plain http from elsewhere does not have."""
+    """On loopback by the clipboard API, which is not available with plain http from another host."""
     page = browser.new_page()
     page.goto(f"http://{host}:{site.port}/project/flash-attn/")
     assert page.evaluate("Boolean(navigator.clipboard)") == (host == "127.0.0.1")
@@ -355,7 +355,7 @@ def test_the_search_page(site: Server) -> None:
     for wanted in ("flash_attn", "flash attn", "memory-efficient"):
         text = site.client.get("/", params={"q": wanted}).text
         assert ("project/flash-attn/" in text, "project/einops/" in text) == (True, False), wanted
-    assert "Nothing is found for “zzz”" in site.client.get("/", params={"q": "zzz"}).text
+    assert "No project matches “zzz”" in site.client.get("/", params={"q": "zzz"}).text
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""What holds for any input: names, headers, forms. Pure where it can be, and a live server for the rest."""
+"""Properties for any input: names, headers, forms. Pure functions where possible, else a live server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a pypiserver's users and their clients bring: htpasswd files, its options, its addresses, its folder."""
+"""Migration from pypiserver: htpasswd files, options, addresses, folder."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ def test_users_of_an_htpasswd_file_upload_as_they_did(tmp_path: Path, htpasswd: 
     with serving(tmp_path / "root", *options) as server:
         for number, (name, password) in enumerate(PASSWORDS.items()):
             assert post(server, name, password, f"1.{number}") == 200, name
-            assert post(server, name, password, f"1.{number}") == 200, "the second time from memory"
+            assert post(server, name, password, f"1.{number}") == 200, "the second check uses the cache"
             assert post(server, name, password + "x", "9.0") == 401, name
-        assert post(server, "nobody", "ann's", "9.0") == 401
+        assert post(server, "stranger", "ann's", "9.0") == 401
         assert post(server, "ann", "", "9.0") == 401
         assert post(server, "eve", "nul\0byte", "9.0") == 401
         assert server.upload(*wheel("user_pkg", "2.0")).status_code == 200, "tokens still work"
@@ -98,7 +98,7 @@ def test_a_damaged_hash_lets_nobody_in(hashed: str) -> None:
 def test_open_uploads_and_closed_reads_are_refused(tmp_path: Path, asked: str) -> None:
     process = run_index(tmp_path / "root", "serve", "-p", "0", "-a", asked, check=False)
     assert process.returncode == 3
-    assert "always need a token" in process.stderr
+    assert "always require a token" in process.stderr
 
 
 def test_guessing_passwords_ends(tmp_path: Path, htpasswd: Path) -> None:
@@ -106,5 +106,5 @@ def test_guessing_passwords_ends(tmp_path: Path, htpasswd: Path) -> None:
         statuses = [post(server, "ann", f"guess {number}", "1.0") for number in range(40)]
         assert statuses[0] == 401
         assert statuses[-1] == 429
-        assert post(server, "ann", "ann's", "1.0") == 429, "not even the right one is computed for who guesses"
-        assert server.upload(*wheel("user_pkg", "1.0")).status_code == 200, "a token costs nothing to check"
+        assert post(server, "ann", "ann's", "1.0") == 429, "after too many guesses, even the right password is not computed"
+        assert server.upload(*wheel("user_pkg", "1.0")).status_code == 200, "a token is cheap to check"

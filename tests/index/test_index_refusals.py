@@ -1,4 +1,4 @@
-"""Every row of what other indexes accept and should not (wrong digests, names, archives, framing), and its outcome here."""
+"""Refusals of input that other indexes accept: wrong digests, names, archives, framing."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_right_digests_of_every_kind_are_taken(shared: Server) -> None:
 
 
 def test_what_pypi_takes_of_older_clients_is_taken(shared: Server) -> None:
-    """The action in the query, and a signature beside the file, which is forgotten."""
+    """The action in the query, and a signature in addition to the file, which is ignored."""
     name, content = wheel("signed_pkg")
     answer = shared.client.post(
         "/legacy/?:action=file_upload",
@@ -112,14 +112,14 @@ def test_metadata_of_another_name_is_refused(shared: Server) -> None:
 def test_metadata_of_another_version_is_refused(shared: Server) -> None:
     name, content = wheel("meta_pkg", meta=metadata("meta_pkg", "2.0"))
     refused(shared.upload(name, content), "'2.0'")
-    refused(shared.upload(*wheel("meta_pkg", meta=metadata("meta_pkg", "9" * 5000))), "its metadata is of version")
+    refused(shared.upload(*wheel("meta_pkg", meta=metadata("meta_pkg", "9" * 5000))), "its metadata names the version")
 
 
 def test_form_that_disagrees_with_the_file_is_refused(shared: Server) -> None:
     name, content = wheel("form_pkg")
     refused(shared.upload(name, content, form={"name": "other"}), "'other'")
     refused(shared.upload(name, content, form={"version": "2.0"}), "'2.0'")
-    refused(shared.upload(name, content, form={"version": "9" * 5000}), "the form says version")
+    refused(shared.upload(name, content, form={"version": "9" * 5000}), "the form names the version")
     refused(shared.upload(name, content, form={"filetype": "sdist"}), "'sdist'")
     refused(shared.upload(name, content, form={":action": "submit"}), "'submit'")
     nothing_stored(shared, "form-pkg")
@@ -152,12 +152,12 @@ def test_other_spellings_of_a_name_are_refused(shared: Server, filename: str) ->
 
 def test_one_release_has_one_spelling(shared: Server) -> None:
     assert shared.upload(*wheel("spelled_pkg", "1.0")).status_code == 200
-    refused(shared.upload(*wheel("spelled_pkg", "1.0.0")), "already spelled 1.0")
+    refused(shared.upload(*wheel("spelled_pkg", "1.0.0")), "spells the release 1.0")
 
 
 PLAIN = "is not a plain file name"
 NAMES = {
-    # What is sent as the name: the project and version of the wheel inside (right but for the name), the sentence.
+    # File name to send: project and version of the wheel inside (valid except for the name), and words of the error.
     "../up_pkg-1.0-py3-none-any.whl": ("up_pkg", "1.0", PLAIN),
     "../../../../../../tmp/gf_up_pkg-1.0-py3-none-any.whl": ("gf_up_pkg", "1.0", PLAIN),
     "/tmp/gf_abs_pkg-1.0-py3-none-any.whl": ("gf_abs_pkg", "1.0", PLAIN),
@@ -182,13 +182,13 @@ NAMES = {
 
 @pytest.mark.parametrize("filename", NAMES)
 def test_file_names_that_no_installer_means_are_refused(shared: Server, filename: str) -> None:
-    """Each for its name: the wheel inside is whole, and of just that project and version."""
+    """Each is refused for its name: the wheel inside is valid and has that project and version."""
     name, version, words = NAMES[filename]
     before = everything_beside(shared)
     answer = post_file(shared, filename, wheel(name, version)[1])
     if words:
         refused(answer, words)
-    else:  # a NUL in a header: the form is refused before anybody reads the name
+    else:  # a NUL in a header: the form is refused before the name is read
         assert answer.status_code == 400
         assert answer.text.strip()
     assert everything_beside(shared) == before
@@ -209,7 +209,7 @@ def test_file_names_of_sdists_are_refused_for_their_name(shared: Server, filenam
 
 
 def post_file(server: Server, filename: str, content: bytes) -> httpx.Response:
-    """An upload whose file name comes as it is, which a client would clean."""
+    """An upload with a raw file name, which a client would clean."""
     body = (
         b'--b\r\nContent-Disposition: form-data; name=":action"\r\n\r\nfile_upload\r\n'
         b'--b\r\nContent-Disposition: form-data; name="content"; filename="'
@@ -223,7 +223,7 @@ def post_file(server: Server, filename: str, content: bytes) -> httpx.Response:
 
 
 def everything_beside(server: Server) -> set[str]:
-    """Every file in and around the root, but for the catalogue and the logs; also where the absolute names lead."""
+    """Every file in and around the root except catalogue and logs, and at the absolute names."""
     paths = {str(path) for path in server.root.parent.rglob("*") if path.suffix != ".log" and path.parent.name != "catalogue"}
     return paths | {str(path) for path in Path("/tmp").glob("gf_*_pkg*")}
 
@@ -251,7 +251,9 @@ def test_record_that_does_not_match_is_refused(shared: Server) -> None:
     good = wheel("rec_pkg")[1]
     with zipfile.ZipFile(io.BytesIO(good)) as archive:
         listing = archive.read("rec_pkg-1.0.dist-info/RECORD").decode()
-    refused(shared.upload(name, wheel("rec_pkg", record=listing.replace("sha256=", "sha256=A", 1))[1]), "not what RECORD says")
+    refused(
+        shared.upload(name, wheel("rec_pkg", record=listing.replace("sha256=", "sha256=A", 1))[1]), "does not match RECORD"
+    )
     refused(shared.upload(name, wheel("rec_pkg", record=listing + "ghost.py,sha256=x,1\n")[1]), "ghost.py")
     refused(shared.upload(name, wheel("rec_pkg", record=listing.replace("sha256=", "md5=", 1))[1]), "sha256")
     sizes = listing.splitlines()
@@ -277,7 +279,8 @@ def test_dist_info_of_another_name_is_refused(shared: Server) -> None:
 
 def test_wheel_tags_that_disagree_are_refused(shared: Server) -> None:
     refused(
-        shared.upload(*wheel("tags_pkg", tags="py3-none-any", wheel_tags="cp311-cp311-linux_aarch64")), "WHEEL inside says"
+        shared.upload(*wheel("tags_pkg", tags="py3-none-any", wheel_tags="cp311-cp311-linux_aarch64")),
+        "its WHEEL file has the tags",
     )
 
 
@@ -305,7 +308,7 @@ def test_a_symlink_in_a_wheel_is_refused(shared: Server) -> None:
 def test_bytes_around_the_archive_are_refused(shared: Server) -> None:
     name, content = wheel("around_pkg")
     refused(shared.upload(name, b"#!/bin/sh\n" + content), "bytes outside")
-    refused(shared.upload(name, content + b"trailer"), "something follows")
+    refused(shared.upload(name, content + b"trailer"), "bytes after the end")
 
 
 def test_a_name_twice_in_a_wheel_is_refused(shared: Server) -> None:
@@ -333,7 +336,7 @@ def test_a_local_header_that_names_another_file_is_refused(shared: Server) -> No
 
 @pytest.mark.parametrize("part", ["WHEEL", "RECORD", "METADATA"])
 def test_damaged_data_of_a_small_file_is_refused(shared: Server, part: str) -> None:
-    """A stream that zlib itself cannot read, where the digest of the upload says that these are the bytes meant."""
+    """A stream that zlib cannot read, although the digest of the upload is right."""
     name, content = wheel("torn_pkg")
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         member = archive.getinfo(f"torn_pkg-1.0.dist-info/{part}")
@@ -344,7 +347,7 @@ def test_damaged_data_of_a_small_file_is_refused(shared: Server, part: str) -> N
 
 
 def peak_of(inspect: Callable[[Path, Defects], object], path: Path) -> tuple[int, str]:
-    """Bytes that a refusal took at its peak, and its sentence."""
+    """Peak memory of a refusal, and its message."""
     tracemalloc.start()
     try:
         with pytest.raises(RefusedError) as refusal:
@@ -356,7 +359,7 @@ def peak_of(inspect: Callable[[Path, Defects], object], path: Path) -> tuple[int
 
 @pytest.mark.parametrize("kind", [b"x", b"g", b"L", b"K"])
 def test_a_bomb_in_the_headers_of_an_sdist_is_refused(tmp_path: Path, kind: bytes) -> None:
-    """tarfile reads an extended header whole before anybody sees a member."""
+    """tarfile reads a whole extended header before it returns a member."""
     header = tarfile.TarInfo("bomb_pkg-1.0/PaxHeaders")
     header.type, header.size = kind, 300 << 20
     path = tmp_path / "bomb_pkg-1.0.tar.gz"
@@ -383,7 +386,7 @@ def test_headers_upon_headers_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("comment", [b"", b"so that the end record is not at the end"])
 def test_a_zip_of_too_many_files_is_refused_before_it_is_read(tmp_path: Path, comment: bytes) -> None:
-    """A directory of half a million entries: zipfile makes an object of each before anybody can count."""
+    """A directory of half a million entries: zipfile creates an object for each entry before they can be counted."""
     entry = struct.pack("<4s4B4HL2L5H2L", b"PK\x01\x02", 20, 0, 20, 0, 0, 0, 0, 0x21, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
     directory = entry * 500_000
     end = struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, 1, 1, len(directory), 0, len(comment)) + comment
@@ -391,12 +394,12 @@ def test_a_zip_of_too_many_files_is_refused_before_it_is_read(tmp_path: Path, co
     path.write_bytes(directory + end)
     peak, sentence = peak_of(index.intake.wheel.inspect, path)
     assert peak < 40 << 20
-    assert ("something follows" if comment else "holds 500000 files") in sentence
+    assert ("bytes after the end" if comment else "holds 500000 files") in sentence
 
 
 @pytest.mark.parametrize("kind", ["wheel", "sdist"])
 def test_metadata_of_fields_without_end_is_refused_before_it_is_parsed(shared: Server, kind: str) -> None:
-    """Each name of a field is looked up among all fields: a hundred thousand take an hour."""
+    """Each field name is searched among all fields: a hundred thousand take an hour."""
     meta = metadata("fields_pkg", "1.0").replace(
         b"Summary", b"".join(b"X%d: y\n" % number for number in range(100_000)) + b"Summary"
     )
@@ -488,7 +491,7 @@ def test_a_stalled_upload_stops_nobody_and_ends(tmp_path_factory: pytest.TempPat
 
 
 def test_clients_that_stop_reading_or_never_ask_stop_nobody(tmp_path: Path) -> None:
-    """1,100 sockets of one address: more than granian's own bound on connections, which would accept nobody else."""
+    """1,100 sockets of one address: more than granian's default limit on connections, at which it accepts no other client."""
     with serving(tmp_path / "root", "--allow-new") as server:
         name, content = wheel("slow_pkg", files={"slow_pkg/data": bytes(8 << 20)}, compress=zipfile.ZIP_STORED)
         assert server.upload(name, content).status_code == 200
@@ -509,10 +512,10 @@ def test_clients_that_stop_reading_or_never_ask_stop_nobody(tmp_path: Path) -> N
             deadline = time.monotonic() + 15
             while _connections(server) > 256 + 10 and time.monotonic() < deadline:
                 time.sleep(0.2)
-            assert _connections(server) <= 256 + 10, "one address holds no more"
-            # Not before: while an address holds too many, which of its own downloads is cut off is chance.
+            assert _connections(server) <= 256 + 10, "one address keeps no more"
+            # Not earlier: while an address has too many connections, any of its downloads may be disconnected.
             served("127.0.0.1")
-            with httpx.Client(base_url=server.url, timeout=5) as other:  # the old one was as quiet as the others
+            with httpx.Client(base_url=server.url, timeout=5) as other:  # the old one was as idle as the others
                 assert other.get("/health").status_code == 200
                 server.client = other
                 assert server.upload(*wheel("quick_pkg")).status_code == 200
@@ -530,7 +533,7 @@ def _slow_reader(server: Server, request: bytes) -> socket.socket:
 
 
 def _connections(server: Server, port: int | None = None) -> int:
-    """Connections of clients that the server holds; with `port`, of the client on that port."""
+    """Open connections of clients; with `port`, of the client on that port."""
     inodes = set(open_files(server.process.pid))
     rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
     mine = [row for row in rows if int(row[1].partition(":")[2], 16) == server.port and row[3] != "0A"]
@@ -547,7 +550,7 @@ def test_who_takes_nothing_of_an_answer_is_cut_off(tmp_path: Path) -> None:
             port = reader.getsockname()[1]
             assert reader.recv(8) == b"HTTP/1.1"
             assert _connections(server, port) == 1
-            deadline = time.monotonic() + 12  # before granian's own bound on idle connections, which is 15 s
+            deadline = time.monotonic() + 12  # before granian's limit on idle connections, which is 15 s
             while _connections(server, port) and time.monotonic() < deadline:
                 time.sleep(0.1)
             assert _connections(server, port) == 0
@@ -564,7 +567,7 @@ def test_a_client_that_stalls_does_not_keep_the_server_from_ending(tmp_path: Pat
             begun = time.monotonic()
             server.process.send_signal(signal.SIGTERM)
             with reads.makefile("rb") as stream:
-                assert stream.read().endswith(content), "what is under way may end"
+                assert stream.read().endswith(content), "open requests may finish"
             assert server.process.poll() is None
             if signals == 2:
                 server.process.send_signal(signal.SIGINT)
@@ -573,7 +576,7 @@ def test_a_client_that_stalls_does_not_keep_the_server_from_ending(tmp_path: Pat
 
 
 def test_one_connection_is_one_answer_at_a_time(tmp_path: Path) -> None:
-    """HTTP/2 would let each connection hold 200 unread answers, which no bound here counts."""
+    """With HTTP/2, each connection could hold 200 unread responses, which no limit counts."""
     with (
         serving(tmp_path / "root") as server,
         socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection,
@@ -599,7 +602,7 @@ def test_open_uploads_of_one_client_are_bounded(tmp_path_factory: pytest.TempPat
             await_metric(server, "waiting_uploads 1.0")
             with httpx.Client(base_url=server.url) as client:
                 other = Server(**{**vars(server), "client": client})
-                refused(other.upload(*wheel("over_pkg")), "too many uploads wait", status=429)
+                refused(other.upload(*wheel("over_pkg")), "too many uploads are already waiting", status=429)
             assert not waiting.done()
             for connection in held:
                 connection.close()
@@ -670,12 +673,12 @@ def test_one_of_eight_concurrent_uploads_of_one_name_wins(shared: Server) -> Non
 
 def test_names_that_nobody_hosts_are_refused(tmp_path_factory: pytest.TempPathFactory) -> None:
     with serving(tmp_path_factory.mktemp("host") / "root") as server:
-        refused(server.upload(*wheel("new_pkg")), "was not told to host new-pkg", status=403)
+        refused(server.upload(*wheel("new_pkg")), "does not host new-pkg", status=403)
         nothing_stored(server, "new-pkg")
         run_index(server.root, "host", "New.Pkg")
         assert server.upload(*wheel("new_pkg")).status_code == 200
         run_index(server.root, "host", "--remove", "new-pkg")
-        refused(server.upload(*wheel("new_pkg", "2.0")), "was not told", status=403)
+        refused(server.upload(*wheel("new_pkg", "2.0")), "does not host", status=403)
         assert server.filenames("new-pkg") == ["new_pkg-1.0-py3-none-any.whl"]
 
 

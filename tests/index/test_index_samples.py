@@ -1,4 +1,4 @@
-"""A root that the commit 7ac15b8 wrote is served, checked, exported and written to as it was (tests/samples/README.md)."""
+"""A root written by the commit 7ac15b8 can be served, checked, exported and changed (tests/samples/README.md)."""
 
 from __future__ import annotations
 

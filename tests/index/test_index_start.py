@@ -1,4 +1,4 @@
-"""A server starts at once: what few requests need is imported by the first that does."""
+"""A server starts quickly: modules for rare requests are imported by the first such request."""
 
 from __future__ import annotations
 

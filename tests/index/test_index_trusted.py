@@ -1,4 +1,4 @@
-"""Trusted publishing (PEP 807): an identity token of an issuer that the index was told of, for a short upload token."""
+"""Trusted publishing (PEP 807): exchange of an identity token for a short-lived upload token."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def issuer() -> Iterator[OwnIssuer]:
 
 @pytest.fixture(scope="module")
 def trusting(tmp_path_factory: pytest.TempPathFactory, issuer: OwnIssuer) -> Iterator[Server]:
-    """An index in which the workflow may upload to one project, `ours`, and to no other."""
+    """An index in which the workflow may upload only to the project `ours`."""
     root = tmp_path_factory.mktemp("trusting") / "root"
     run_index(root, *ADD, "ours", "github", issuer.repository, "nightly.yml", "--issuer", issuer.url)
     run_index(root, "host", "theirs")
@@ -78,7 +78,7 @@ def test_discovery_leads_to_a_token_for_the_project_alone(trusting: Server, issu
     other = trusting.upload(*wheel("theirs", "1.0"), token=secret)
     assert (other.status_code, other.text) == (
         403,
-        f"the token 'github:{issuer.repository}/nightly.yml' is for ours alone (use a token for this project)\n",
+        f"the token 'github:{issuer.repository}/nightly.yml' is only for ours (use a token for this project)\n",
     )
     record = trusting.client.put("/records/one", json={"recipe": "theirs"}, auth=("__token__", secret))
     assert record.status_code == 403
@@ -109,7 +109,7 @@ def test_only_its_own_media_type_is_answered(trusting: Server) -> None:
 
 
 def forged(issuer: OwnIssuer, audience: str) -> str:
-    """Signed with the public key as if it were a shared secret; PyJWT would not do it, so by hand."""
+    """Signed with the public key as a shared secret. PyJWT refuses this, so the test signs by hand."""
     import hashlib
     import hmac
 
@@ -122,7 +122,7 @@ def forged(issuer: OwnIssuer, audience: str) -> str:
 
 
 def damaged(issuer: OwnIssuer, audience: str) -> str:
-    """Of another project, with the signature of the first."""
+    """The claims of another project with the signature of the first."""
     head, _, signature = issuer.token(audience).split(".")
     body = base64.urlsafe_b64encode(json.dumps(issuer.claims(audience, repository_id="1")).encode()).rstrip(b"=").decode()
     return f"{head}.{body}.{signature}"
@@ -163,33 +163,33 @@ BAD: dict[str, tuple[int, str, Callable[[OwnIssuer, str], str]]] = {
     "changed": (401, "Signature verification failed", damaged),
     "another issuer": (
         401,
-        "no publisher of the issuer",
+        "no publisher with the issuer",
         lambda issuer, audience: issuer.token(audience, iss="https://x.test"),
     ),
-    "no token": (401, "cannot be read", lambda _issuer, _audience: "gf_hello"),
+    "no token": (401, "it is malformed", lambda _issuer, _audience: "gf_hello"),
     "too long": (401, "too long", lambda issuer, audience: issuer.token(audience, sub="x" * 20000)),
     "another repository": (
         403,
-        "no project here trusts the repository farm/other",
+        "no project of this index trusts the repository farm/other",
         lambda issuer, audience: issuer.token(audience, repository="farm/other"),
     ),
     "another workflow": (
         403,
-        "no project here trusts",
+        "no project of this index trusts",
         lambda issuer, audience: issuer.token(
             audience, job_workflow_ref="farm/wheels/.github/workflows/pull.yml@refs/heads/nightly.yml"
         ),
     ),
     "a workflow with another spelling": (
         403,
-        "no project here trusts",
+        "no project of this index trusts",
         lambda issuer, audience: issuer.token(
             audience, job_workflow_ref="farm/wheels/.github/workflows/Nightly.yml@refs/heads/main"
         ),
     ),
     "a workflow of another repository": (
         403,
-        "no project here trusts",
+        "no project of this index trusts",
         lambda issuer, audience: issuer.token(
             audience, job_workflow_ref="evil/wheels/.github/workflows/nightly.yml@refs/heads/main"
         ),
@@ -204,7 +204,7 @@ def test_what_is_not_good_is_refused_with_its_reason(trusting: Server, issuer: O
     assert answer.status_code == status, answer.text
     problem = answer.json()
     assert reason in problem["detail"]
-    assert problem["errors"][0]["description"] == problem["detail"], "where twine and uv look"
+    assert problem["errors"][0]["description"] == problem["detail"], "twine and uv read this field"
     assert "token" not in problem
 
 
@@ -222,7 +222,7 @@ def test_a_token_can_be_given_back(trusting: Server, issuer: OwnIssuer) -> None:
     for text in (secret, secret, trusting.token, "x"):
         assert trusting.client.post("/_/oidc/burn-token", json={"token": text}).status_code == 202
     assert trusting.upload(*wheel("ours", "8.1"), token=secret).status_code == 401
-    assert trusting.upload(*wheel("ours", "8.1")).status_code == 200, "a stored token cannot be ended by it"
+    assert trusting.upload(*wheel("ours", "8.1")).status_code == 200, "it does not revoke a stored token"
 
 
 def test_what_is_no_request_for_a_token_is_refused(trusting: Server, issuer: OwnIssuer) -> None:
@@ -242,7 +242,7 @@ def test_a_repository_that_was_made_again_is_another_one(tmp_path: Path, issuer:
         assert mint(server, issuer.token(audience)).status_code == 200
         stolen = mint(server, issuer.token(audience, repository_id="815"))
         assert stolen.status_code == 403
-        assert "its number is another" in stolen.json()["detail"]
+        assert "its numeric id differs" in stolen.json()["detail"]
         run_index(root, "publisher", "remove", "ours", issuer.repository)
         run_index(root, *add)
         assert mint(server, issuer.token(audience, repository_id="815")).status_code == 200
@@ -260,7 +260,9 @@ def test_a_token_ends_when_its_publisher_is_removed(tmp_path: Path, issuer: OwnI
         assert server.upload(*wheel("ours", "2.0"), token=secret).status_code == 403
         assert server.upload(*wheel("more", "2.0"), token=secret).status_code == 200
         run_index(root, "publisher", "remove", "more", issuer.repository)
-        assert server.upload(*wheel("more", "3.0"), token=secret).status_code == 403, "a token of nobody reaches nothing"
+        assert server.upload(*wheel("more", "3.0"), token=secret).status_code == 403, (
+            "a token without a publisher covers nothing"
+        )
 
 
 def test_an_environment_may_be_asked_for(tmp_path: Path, issuer: OwnIssuer) -> None:
@@ -318,13 +320,13 @@ def test_an_issuer_that_has_no_keys_to_give_is_asked_once(way: str, monkeypatch:
 
 
 def answering_keys(issuer: OwnIssuer, keys: object) -> Callable[[str, str | None], object]:
-    """An issuer's answers, but for its keys."""
+    """The responses of an issuer, except its keys."""
     real = issuer.answer
     return lambda target, authorization: keys if target == "/keys" else real(target, authorization)
 
 
 def test_keys_that_are_kept_are_good_while_their_issuer_is_down() -> None:
-    """Also when a token makes the index ask for a key that does not exist. PyJWT 2.10 to 2.12 forget them."""
+    """Also if a token causes a request for a key that does not exist. PyJWT 2.10 to 2.12 drop their cached keys then."""
     keys = IssuerKeys()
     with issuing() as issuer:
         keys.claims(issuer.token("us"), {issuer.url}, "us")
@@ -336,7 +338,7 @@ def test_keys_that_are_kept_are_good_while_their_issuer_is_down() -> None:
 
 
 def test_an_issuer_that_hangs_holds_up_no_upload(tmp_path: Path) -> None:
-    """Anybody may send unsigned tokens that name it: more of them than the index has threads of each kind."""
+    """Any client may send unsigned tokens of the issuer: here more of them than the index has threads of each kind."""
     root = tmp_path / "root"
     with issuing() as issuer, ThreadPoolExecutor(8) as strangers:
         run_index(root, *ADD, "ours", "github", issuer.repository, "nightly.yml", "--issuer", issuer.url)
@@ -348,7 +350,7 @@ def test_an_issuer_that_hangs_holds_up_no_upload(tmp_path: Path) -> None:
             while not issuer.requests:
                 time.sleep(0.01)
             assert server.upload(*wheel("ours", "1.0")).status_code == 200
-            assert not any(exchange.done() for exchange in waiting), "the upload waited until the issuer was given up"
+            assert not any(exchange.done() for exchange in waiting), "the upload waited for the timeout of the issuer"
             issuer.answering.set()
             assert {exchange.result().status_code for exchange in waiting} == {401}
 
@@ -373,7 +375,7 @@ def test_a_publisher_that_cannot_be_is_refused(tmp_path: Path, arguments: tuple[
 def test_the_builder_publishes_without_a_token(
     tmp_path: Path, trusting: Server, issuer: OwnIssuer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As the nightly workflow does: the wheel by twine, then its record, in what looks like a job at GitHub."""
+    """As in the nightly workflow: the wheel by twine, then its record, in the environment of a GitHub job."""
     for name in ("TWINE_USERNAME", "TWINE_PASSWORD", "GITHUB_ACTIONS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PYTHON_KEYRING_BACKEND", "keyring.backends.null.Keyring")
@@ -394,7 +396,7 @@ def test_the_builder_publishes_without_a_token(
     assert trusting.client.get("/records/nightly-1").json() == {"recipe": "ours"}
 
     monkeypatch.setattr(issuer, "repository", "farm/fork")
-    with pytest.raises(PublishError, match="no project here trusts the repository farm/fork"):
+    with pytest.raises(PublishError, match="no project of this index trusts the repository farm/fork"):
         publish.credentials(url)
     monkeypatch.delenv("ACTIONS_ID_TOKEN_REQUEST_TOKEN")
     with pytest.raises(PublishError) as caught:
@@ -405,7 +407,7 @@ def test_the_builder_publishes_without_a_token(
 def test_one_publish_exchanges_one_identity_token(
     tmp_path: Path, trusting: Server, issuer: OwnIssuer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In what looks like a job at GitLab, which gets one identity token and cannot ask for another."""
+    """In the environment of a GitLab job, which has one identity token and cannot request another."""
     for name in ("TWINE_USERNAME", "TWINE_PASSWORD", "GITHUB_ACTIONS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PYTHON_KEYRING_BACKEND", "keyring.backends.null.Keyring")
@@ -449,7 +451,7 @@ def test_an_index_whose_every_address_answers_has_no_such_tokens(answer: bytes, 
 
 
 def test_uv_publishes_without_a_token(tmp_path: Path, issuer: OwnIssuer) -> None:
-    """The real uv, in what looks like a job at GitHub to it; it asks over https alone."""
+    """The real uv in the environment of a GitHub job. uv requires https."""
     root = tmp_path / "root"
     for name in ("ours", "more"):
         run_index(root, *ADD, name, "github", issuer.repository, "nightly.yml", "--issuer", issuer.url)
@@ -468,4 +470,4 @@ def test_uv_publishes_without_a_token(tmp_path: Path, issuer: OwnIssuer) -> None
         assert [line.target for line in requests if line.status >= 400] == []
         assert "/_/oidc/burn-token" in [line.target for line in requests]
         tokens: Any = run_json(root, "token", "list")
-        assert not any(row["minted"] for row in tokens), "uv gave its token back"
+        assert not any(row["minted"] for row in tokens), "uv revoked its token"

@@ -1,4 +1,4 @@
-"""Wheel variants (PEP 825): one address, and the real uv takes the wheel of the machine; every other client the plain one."""
+"""Wheel variants (PEP 825): at one address, the real uv installs the machine's wheel, and other clients the plain wheel."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from gracefarm import variants
 from index.names import parse_filename
 
 UV = "uv==0.13.9"
-"The uv that reads variants.SCHEMA: preview features come and go with versions."
+"The version of uv that supports variants.SCHEMA; preview features change between versions."
 SWITCH = ["--preview-features", "wheel-variants"]
 TAGS = "py3-none-any"
 NVIDIA = {
@@ -50,7 +50,7 @@ def metadata(label: str, **more: object) -> bytes:
 def variant_wheel(
     name: str, label: str, version: str = "1.0", *, inside: bytes | None = None, tags: str = TAGS
 ) -> tuple[str, bytes]:
-    """A wheel of that variant; `inside` is its variant.json."""
+    """A wheel of this variant; `inside` is its variant.json."""
     files = {
         f"{name}/__init__.py": f"VARIANT = {label!r}\n".encode(),
         f"{name}-{version}.dist-info/{variants.MEMBER}": metadata(label) if inside is None else inside,
@@ -78,14 +78,14 @@ def filled(farm: Server) -> Server:
 
 
 def link(server: Server, project: str, prefix: str = "", version: str = "1.0") -> dict[str, object] | None:
-    """What the project's page says of the JSON of a release."""
+    """The entry of a release's JSON in the project's page."""
     name = variants.index_filename(f"{project.replace('-', '_')}-{version}")
     files = server.page(project, prefix=prefix).json()["files"]
     return next((item for item in files if item["filename"] == name), None)
 
 
 def labels(server: Server, project: str, prefix: str = "", version: str = "1.0") -> list[str]:
-    """The variants that the JSON of the page names."""
+    """The variants in the JSON that the page links to."""
     item = link(server, project, prefix, version)
     assert item is not None
     answer = server.client.get(f"{prefix}/simple/{project}/{item['url']}")
@@ -95,7 +95,7 @@ def labels(server: Server, project: str, prefix: str = "", version: str = "1.0")
 
 
 def machine(driver: str, sm: str) -> dict[str, str]:
-    """The environment of a machine with that driver and GPU, which uv believes."""
+    """An environment that makes uv detect this driver and GPU."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("UV_", "NV_VARIANT_"))}
     return {
         **kept,
@@ -106,7 +106,7 @@ def machine(driver: str, sm: str) -> dict[str, str]:
 
 
 def uv() -> Path:
-    """The uv that knows variants, of an environment of its own."""
+    """The uv with support for variants, from a separate environment."""
     return tool(UV) / "uv"
 
 
@@ -117,7 +117,7 @@ def run(arguments: list[object], env: dict[str, str], cwd: Path | None = None) -
 
 
 def installed(folder: Path, name: str) -> str:
-    """The variant of the package in an environment."""
+    """The installed variant in an environment."""
     (path,) = folder.glob(f"**/{name}/__init__.py")
     return path.read_text().split("'")[1]
 
@@ -135,7 +135,7 @@ def installed(folder: Path, name: str) -> str:
     ],
 )
 def test_uv_takes_the_wheel_of_the_machine(filled: Server, tmp_path: Path, driver: str, sm: str, wanted: str) -> None:
-    """One address and no view: four machines, four wheels."""
+    """Four machines install four different wheels from one address."""
     venv.create(tmp_path / "v")
     process = run(
         [uv(), *SWITCH, "pip", "install", "--python", tmp_path / "v/bin/python", "--no-cache",
@@ -181,7 +181,7 @@ def project_of(server: Server, folder: Path, dependency: str) -> list[object]:
 
 
 def test_uv_lock_and_sync_take_the_plain_wheel(filled: Server, tmp_path: Path) -> None:
-    """uv 0.13 locks no variants; a release needs its plain wheel for that."""
+    """uv 0.13 does not lock variants, so a release requires a plain wheel."""
     options = project_of(filled, tmp_path / "p", "choice-pkg")
     for command in ("lock", "sync"):
         process = run([uv(), *SWITCH, command, *options], machine("13.0", "9.0"), tmp_path / "p")
@@ -193,7 +193,7 @@ def test_uv_lock_and_sync_take_the_plain_wheel(filled: Server, tmp_path: Path) -
     process = run(
         [uv(), *SWITCH, "lock", *project_of(filled, tmp_path / "q", "alone-pkg")], machine("13.0", "9.0"), tmp_path / "q"
     )
-    assert process.returncode != 0, "when uv locks variants, say so in docs/index-variants.md"
+    assert process.returncode != 0, "uv locks variants now: update docs/index-variants.md"
     assert "only unsupported wheel variants" in process.stderr
 
 
@@ -211,7 +211,7 @@ def test_uv_that_asks_for_dates_finds_variants(farm: Server, tmp_path: Path) -> 
     assert installed(tmp_path / "v", "dated_pkg") == "cu130_sm90"
 
 
-# --- what the index keeps ---------------------------------------------------------------------------------------------------
+# --- storage ----------------------------------------------------------------------------------------------------------------
 
 
 def test_the_json_is_a_file_like_any_other(filled: Server) -> None:
@@ -244,16 +244,16 @@ def test_the_json_is_a_file_like_any_other(filled: Server) -> None:
 def test_the_json_follows_the_wheels(farm: Server) -> None:
     name, project = "step_pkg", "step-pkg"
     assert farm.upload(*plain_wheel(name)).status_code == 200
-    assert link(farm, project) is None, "plain wheels need none"
+    assert link(farm, project) is None, "plain wheels do not require it"
     assert farm.upload(*variant_wheel(name, "cu130_sm90")).status_code == 200
     assert labels(farm, project) == ["cu130_sm90"]
     former = link(farm, project)
     assert farm.upload(*variant_wheel(name, "null")).status_code == 200
     assert labels(farm, project) == ["cu130_sm90", "null"]
     assert former is not None
-    assert farm.client.get(f"/simple/{project}/{former['url']}").status_code == 200, "a client may keep the page for a minute"
+    assert farm.client.get(f"/simple/{project}/{former['url']}").status_code == 200, "a client may cache the page for a minute"
     assert farm.upload(*variant_wheel(name, "cu124_sm90", "2.0")).status_code == 200
-    assert labels(farm, project) == ["cu130_sm90", "null"], "each release has its own"
+    assert labels(farm, project) == ["cu130_sm90", "null"], "each release has another one"
 
     run_index(farm.root, "yank", project, "1.0", "--reason", "does not load")
     yanked = link(farm, project)
@@ -287,7 +287,7 @@ def test_a_wheel_that_was_lost_is_not_in_the_json(tmp_path: Path) -> None:
 
 
 def test_a_wheel_of_another_version_of_the_format_is_passed_over(tmp_path: Path) -> None:
-    """As after an upgrade to the next draft: the index starts, and such a wheel is not supported (PEP 825)."""
+    """After an upgrade to the next draft, the index starts, and the old wheel is not supported (PEP 825)."""
     with serving(tmp_path / "root", "--allow-new", "--variants") as server:
         for label in ("cu130_sm90", "null"):
             assert server.upload(*variant_wheel("draft_pkg", label)).status_code == 200
@@ -328,13 +328,13 @@ def test_a_folder_of_variants_is_imported(tmp_path: Path) -> None:
     for name, content in (plain_wheel("folder_pkg"), variant_wheel("folder_pkg", "null")):
         (tmp_path / "wheels" / name).write_bytes(content)
     refused = run_index(tmp_path / "root", "import", str(tmp_path / "wheels"), check=False)
-    assert "1 taken in, 0 here already, 1 refused" in refused.stdout
-    assert "takes plain wheels alone" in refused.stdout
+    assert "1 imported, 0 already stored, 1 refused" in refused.stdout
+    assert "accepts only plain wheels" in refused.stdout
     imported = run_index(tmp_path / "root", "import", "--variants", str(tmp_path / "wheels"))
     assert "1 taken in, 1 here already, 0 refused" in imported.stdout
 
 
-# --- what it refuses --------------------------------------------------------------------------------------------------------
+# --- refusals ---------------------------------------------------------------------------------------------------------------
 
 
 def test_an_index_without_the_switch_takes_no_variants(shared: Server) -> None:
@@ -350,7 +350,7 @@ def sm80(label: str = "cu130_sm90") -> bytes:
 @pytest.mark.parametrize(
     ("inside", "sentence"),
     [
-        (metadata("cu124_sm90"), "variant.json is of the variant cu124_sm90, the file name says cu130_sm90"),
+        (metadata("cu124_sm90"), "variant.json describes the variant cu124_sm90, but the file name has cu130_sm90"),
         (metadata("cu130_sm90", variants={}), "without a name"),
         (metadata("cu130_sm90", variants={"cu130_sm90": {}}), "the variant without properties is called null"),
         (metadata("cu130_sm90", variants={"cu130_sm90": {"nvidia": {"sm_arch": "90_real"}}}), "a list of values"),
@@ -369,11 +369,11 @@ def sm80(label: str = "cu130_sm90") -> bytes:
         (metadata("cu130_sm90", n=float("-inf")), "is not JSON"),
         (b"\xef\xbb\xbf" + metadata("cu130_sm90"), "is not JSON in UTF-8 without a byte order mark"),
         (metadata("cu130_sm90").decode().encode("utf-16"), "is not JSON in UTF-8 without a byte order mark"),
-        (metadata("cu130_sm90", **{"$schema": "https://example.org/v9.json"}), "is not of the format"),
+        (metadata("cu130_sm90", **{"$schema": "https://example.org/v9.json"}), "does not have the format"),
         (b"[" * 60_000, "is not JSON"),
         (b"\xff", "is not JSON"),
-        (b"[]", "is not of the format"),
-        (b" " * 70_000, "is 70000 bytes long"),
+        (b"[]", "does not have the format"),
+        (b" " * 70_000, "has 70000 bytes"),
     ],
 )  # fmt: skip
 def test_a_wheel_whose_label_and_content_disagree_is_refused(farm: Server, inside: bytes, sentence: str) -> None:
@@ -387,7 +387,7 @@ def test_a_label_needs_its_file_and_the_file_its_label(farm: Server) -> None:
     filename, content = plain_wheel("half_pkg")
     answer = farm.upload(filename.replace(".whl", "-null.whl"), content)
     assert answer.status_code == 400
-    assert "has a variant label and lacks" in answer.text
+    assert "has a variant label, but lacks" in answer.text
     filename, content = variant_wheel("half_pkg", "null")
     answer = farm.upload(filename.replace("-null.whl", ".whl"), content)
     assert answer.status_code == 400
@@ -407,7 +407,7 @@ def test_one_label_has_one_meaning_in_a_release(farm: Server) -> None:
 
 
 def test_null_wheels_agree_with_each_other_too(farm: Server) -> None:
-    """Else the wheel that both disagree with could not go, and a staged set's could not join them."""
+    """Else an inconsistent wheel could not be removed, and wheels of a staged set could not be added."""
     nulls = [variant_wheel("null_pkg", "null", inside=metadata("null", providers={"nvidia": {}}), tags="cp310-none-any")]
     nulls.append(variant_wheel("null_pkg", "null", tags="cp311-none-any"))
     assert farm.upload(*nulls[0]).status_code == 200
@@ -417,11 +417,11 @@ def test_null_wheels_agree_with_each_other_too(farm: Server) -> None:
         assert "different priorities or providers" in answer.text
     run_index(farm.root, "stage", "create", "null-set")
     answer = farm.upload(*nulls[1], path="/stage/null-set/legacy/")
-    assert answer.status_code == 400, "the set's wheels are shown beside the others"
+    assert answer.status_code == 400, "the set's wheels are listed with the others"
 
 
 def test_wheels_that_were_taken_and_disagree_are_served_and_can_be_deleted(tmp_path: Path) -> None:
-    """An index of an earlier version took null wheels that name other providers."""
+    """An earlier version of the index accepted null wheels with other providers."""
     with serving(tmp_path / "root", "--allow-new", "--variants") as server:
         for label, tags in (
             ("cu124_sm90", TAGS),

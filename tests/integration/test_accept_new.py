@@ -39,7 +39,7 @@ def test_a_digest_of_a_first_use_is_written_down_and_shown_until_a_witness_confi
     command = ("build", "trinity", "--target", NATIVE)
     alone = farm.run(*command, "--accept-new", **mirrors(tmp_path))
     assert (alone.code, place.read_text()) == (2, before), alone.said
-    assert "there is no terminal" in alone.said
+    assert "requires a terminal" in alone.said
     assert URL in alone.said
 
     done = farm.run(*command, "--accept-new", "--yes", **mirrors(tmp_path))
@@ -63,7 +63,7 @@ def test_a_digest_of_a_first_use_is_written_down_and_shown_until_a_witness_confi
     assert "confirmed by their release notes" in farm.run("plan", "trinity", "--target", NATIVE).out
     again = farm.run(*command, **mirrors(tmp_path))
     # The SBOM in the wheel says it no longer: another wheel, by another id.
-    assert (again.code, "nothing to build" in again.said) == (0, False), again.said
+    assert (again.code, "already built" in again.said) == (0, False), again.said
     assert record_of(farm, "trinity")["unconfirmed"] == []
     place.write_text(place.read_text().replace(f'value = "{known}"', f'value = "{"0" * 64}"'))
     wrong = farm.run("plan", "trinity")
@@ -116,4 +116,4 @@ def test_an_index_that_says_another_digest_than_its_file_has_is_refused(farm: Fa
 
 def test_accept_new_is_about_named_recipes_of_a_project_of_ones_own(farm: Farm, tmp_path: Path) -> None:
     done = farm.run("build", "--changed", "--accept-new", "--yes")
-    assert (done.code, "about recipes that are named" in done.said) == (2, True), done.said
+    assert (done.code, "requires names of recipes" in done.said) == (2, True), done.said

@@ -91,7 +91,7 @@ def test_a_lock_that_is_a_folder(farm: Farm) -> None:
     place = farm.settings.project / "stacks/bare/root.lock"
     place.unlink()
     place.mkdir()
-    refused(farm.run("plan", "tiny"), ExitCode.CONFIG, f"{place} cannot be read: Is a directory")
+    refused(farm.run("plan", "tiny"), ExitCode.CONFIG, f"cannot read {place}: Is a directory")
 
 
 @pytest.mark.parametrize(

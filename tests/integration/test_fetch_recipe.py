@@ -94,7 +94,7 @@ def test_fetch_says_a_line_for_each_part_also_while_a_digest_is_unknown(farm: Fa
     assert [gap["url"] for gap in result["gaps"]] == ["https://gone.example/llvm.zip"]
     assert not list(farm.settings.home.glob("fetched/*")), "the tree was for looking alone"
     people = farm.run("fetch", "shape", **mirrors(tmp_path))
-    assert "all that is pinned is here and fits; 1 file without a digest is left out" in people.out
+    assert "all pinned files were fetched and match; 1 file with an unknown digest was skipped" in people.out
 
 
 def test_fetch_names_what_does_not_fit_and_goes_on_to_the_next_recipe(farm: Farm, tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_fetch_names_what_does_not_fit_and_goes_on_to_the_next_recipe(farm: Farm
     done = farm.run("fetch", "shape", "tiny", **mirrors(tmp_path))
     assert done.code == 50, done.said
     assert "'threads = 3' is there 0 times, not 1" in done.said
-    assert "tiny: all that is pinned is here and fits" in done.out
+    assert "tiny: all pinned files were fetched and match" in done.out
     alone = farm.run("fetch", "shape", **mirrors(tmp_path))
     assert alone.code == 13, alone.said
 

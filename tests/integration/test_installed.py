@@ -230,7 +230,7 @@ def test_init_makes_a_project_that_comes_before_what_the_wheel_carries(installed
 
 
 def test_a_lock_is_not_written_into_the_installed_package(installed: Mapping[str, Installed]) -> None:
-    for command in ("builder lock cu124", "builder lock-stack cu130", "builder set lock gh200-cu130"):
+    for command in ("builder lock cu124", "builder lock cu130", "builder lock gh200-cu130"):
         process = installed["builder"].run(command)
         assert process.returncode == ExitCode.USAGE
         assert "builder init" in process.stderr

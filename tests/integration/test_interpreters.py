@@ -127,7 +127,7 @@ def test_bad_names(farm: Farm) -> None:
     done = farm.run("plan", "tiny_c", "--python", "3.14t")
     assert done.code != 0
     assert "requirements-3.14t.lock" in done.said
-    assert "builder lock-stack bare --python 3.14t" in done.said
+    assert "builder lock bare --python 3.14t" in done.said
     done = farm.run("plan", "tiny_c", "--python", "3.13-trixie", "--toolchain", "container")
     assert done.code != 0
     assert "Traceback" not in done.said

@@ -334,7 +334,7 @@ def test_builds_from_before_the_key_are_signed_by_name_and_the_index_gets_it(
     farm.recipe("tiny", projects.backend("return wheel(wheel_directory)"))
     built = farm.run("build", "tiny", "--target", NATIVE)
     assert built.code == 0, built.said
-    assert "this farm has no key" in farm.run("sign", "tiny").said
+    assert "this farm has no signing key" in farm.run("sign", "tiny").said
     assert farm.run("key", "create").code == 0
     assert farm.run("verify", "tiny").code == 32
     done = farm.run("sign", "tiny")

@@ -73,7 +73,7 @@ def test_a_wheel_that_this_project_does_not_make_is_not_compared(farm: Farm, tmp
     farm.recipe("tiny", projects.backend("x = 1\nreturn wheel(wheel_directory)"))
     done = farm.run("verify", str(wheel), "--rebuild")
     assert done.code == 3, done.said
-    assert "which this project's recipe and stacks do not make here" in done.said
+    assert "which this project does not produce on this machine" in done.said
 
 
 # --- the comparison itself ---------------------------------------------------------------------------------------------------

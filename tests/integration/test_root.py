@@ -210,7 +210,7 @@ def test_a_package_that_left_the_mirror_names_the_ways_out(own: Settings, tmp_pa
     with pytest.raises(FetchError, match=r"tiny:all 1\.0") as caught:
         root.ensure(loaded, HOST, HOST, settings)
     assert "snapshot" in caught.value.remedy
-    assert "builder lock-stack cu130" in caught.value.remedy
+    assert "builder lock cu130" in caught.value.remedy
     assert "GRACEFARM_DEBIAN_MIRROR" in caught.value.remedy
 
 

@@ -101,7 +101,7 @@ def test_a_set_from_recipes_to_what_pip_and_uv_install(farm: Farm, third_party: 
         credentials = {"TWINE_USERNAME": "__token__", "TWINE_PASSWORD": token, "GRACEFARM_PYTHON_INDEX": third_party}
         staged = farm.run("set", "build", "tiny", "--stage", f"{url}/simple/", **credentials)
         assert staged.code == 40, staged.said
-        assert "built already" in staged.said
+        assert "already built" in staged.said
         assert "is staged at" in staged.said
         assert "lacks 2 wheels (third-dep==1.5, third-lib==3.0)" in staged.said
         assert httpx.get(f"{url}/tiny/simple/").status_code == 404, "nothing of it is seen before all of it is there"
@@ -121,7 +121,7 @@ def test_a_set_from_recipes_to_what_pip_and_uv_install(farm: Farm, third_party: 
         runner = credentials | {"GRACEFARM_HOME": str(tmp_path / "runner")}
         shown = farm.run("set", "build", "tiny", "--stage", url, **runner)
         assert shown.code == 0, shown.said
-        assert "built already" in shown.said
+        assert "already built" in shown.said
         assert "tested already" in shown.said
         assert "3 files are visible at" in shown.said
         again = farm.run("set", "build", "tiny", "--stage", url, **credentials)

@@ -129,7 +129,7 @@ def test_a_stack_is_what_the_index_says_of_its_torch(farm: Farm, index: Server) 
     assert loaded.root_lock == farm.settings.project / "stacks/cu130/root.lock"
 
     code, said = new(farm, index, "next", "--torch", "9.1.0")
-    assert (code, "there is a stack next already" in said) == (2, True)
+    assert (code, "the stack next already exists" in said) == (2, True)
 
 
 def assert_whole(loaded: LoadedStack) -> None:
@@ -149,8 +149,8 @@ def assert_whole(loaded: LoadedStack) -> None:
         (("x", "--torch", "9.0.0"), 3, "torch 9.0.0 of the Python index has no CUDA on aarch64"),
         (("x", "--torch", "8.0.0"), 3, "a CUDA whose compiler no wheel has (nvidia-cuda-runtime-cu12) on aarch64"),
         (("x", "--torch", "7.0.0"), 3, "torch 7.0.0 has no wheels for Python 3.11"),
-        (("cu130", "--torch", "9.1.0"), 2, "there is a stack cu130 already"),
-        (("../x", "--torch", "9.1.0"), 2, "'../x' cannot name a stack"),
+        (("cu130", "--torch", "9.1.0"), 2, "the stack cu130 already exists"),
+        (("../x", "--torch", "9.1.0"), 2, "'../x' is not a valid name for a stack"),
     ],
     ids=lambda value: value[-1] if isinstance(value, tuple) else "",
 )

@@ -68,7 +68,7 @@ def test_a_package_that_is_missing_is_told_with_its_extra(capsys: pytest.Capture
         console.run(program, as_json=False, extra="builder")
     assert caught.value.code == ExitCode.HOST
     cause, remedy = capsys.readouterr().err.splitlines()
-    assert cause == "error: psutil is not installed, which builder needs"
+    assert cause == "error: builder requires psutil, which is not installed"
     assert remedy == "remedy: pip install 'gracefarm[builder]'"
 
 
@@ -92,6 +92,6 @@ def test_an_extra_is_asked_for_before_the_work_that_ends_with_it(monkeypatch: py
 
     monkeypatch.setattr(metadata, "distribution", without)
     extras.require("deploy")
-    with pytest.raises(HostError, match="granian is not installed, which index needs") as caught:
+    with pytest.raises(HostError, match="index requires granian, which is not installed") as caught:
         extras.require("index")
     assert caught.value.remedy == "pip install 'gracefarm[index]'"

@@ -157,7 +157,7 @@ def test_a_stack_with_a_gap_says_so_before_anything_is_fetched(tmp_path: Path) -
     found = pins.wheels(loaded, Arch.AARCH64)
     with pytest.raises(ConfigError, match="has no digest yet") as caught:
         wheels.require_digests(loaded, found)
-    assert caught.value.repeat == "builder lock cu124"
+    assert caught.value.repeat == "builder lock cu124 --digests"
 
 
 @pytest.mark.parametrize(("cuda", "right"), [("'12.4'", True), ("None", False), ("'12.1'", False)])

@@ -122,7 +122,7 @@ def test_a_lock_older_than_its_set_is_refused(project: Settings) -> None:
     edit(project, "sets/gh200-cu130/set.toml", "vllm==0.26.0", "vllm==0.27.0")
     with pytest.raises(ConfigError) as error:
         planned(project, "gh200-cu130")
-    assert error.value.repeat == "builder set lock gh200-cu130"
+    assert error.value.repeat == "builder lock gh200-cu130"
 
 
 def test_no_set_of_a_stack_of_headers(project: Settings) -> None:

@@ -1,7 +1,7 @@
-"""Asks this machine what it is and prints the one command that installs the right wheel here. It changes nothing.
+"""Detects this machine's properties and prints the command that installs the right wheel. It changes nothing.
 
-It asks Python, the C library, nvidia-smi and the installed torch. The command is all of stdout; what was found is on stderr.
-The index wrote the wheels of one project into WHEELS. Python 3.8 or newer, and nothing else, can run this.
+It reads them from Python, the C library, nvidia-smi and the installed torch. stdout has only the command; stderr has the
+detected properties. The index has inserted the wheels of one project into WHEELS. This requires only Python 3.8 or newer.
 """
 
 from __future__ import annotations
@@ -18,31 +18,31 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
-from typing import Any, Dict  # noqa: UP035 - of Python 3.8
+from typing import Any, Dict  # noqa: UP035 - for Python 3.8
 
-OfferedWheel = Dict[str, Any]  # noqa: UP006 - of Python 3.8
+OfferedWheel = Dict[str, Any]  # noqa: UP006 - for Python 3.8
 WHEELS = "__WHEELS__"
 LEGACY = {"manylinux1": (2, 5), "manylinux2010": (2, 12), "manylinux2014": (2, 17)}
-NEWEST = "3.15"  # the newest Python that the index knows of: later ones are taken to be as this one
+NEWEST = "3.15"  # the newest Python that the index knows; later ones are treated like it
 
 
 def numbers(text: str) -> tuple[int, ...]:
-    """(13, 0) of 13.0."""
+    """Parse 13.0 to (13, 0)."""
     return tuple(int(part) for part in re.findall(r"[0-9]+", text)[:2])
 
 
 def dotted(version: tuple[int, ...]) -> str:
-    """13.0 of (13, 0)."""
+    """Format (13, 0) as 13.0."""
     return ".".join(map(str, version))
 
 
 def joined(version: tuple[int, ...]) -> str:
-    """90 of (9, 0)."""
+    """Format (9, 0) as 90."""
     return "".join(map(str, version))
 
 
 class ThisMachine:
-    """What this machine is. Tests give another one."""
+    """Properties of this machine. Tests use another class."""
 
     def __init__(self) -> None:
         self.minor = sys.version_info[1]
@@ -56,7 +56,7 @@ class ThisMachine:
 
     @property
     def python(self) -> str:
-        """As 3.13t."""
+        """For example 3.13t."""
         return f"3.{self.minor}{'t' if self.free_threaded else ''}"
 
     @staticmethod
@@ -84,7 +84,7 @@ class ThisMachine:
 
     @staticmethod
     def _torch() -> tuple[str, str]:
-        """Its version and the version of CUDA that it is for, read without importing it."""
+        """The version of torch and its CUDA version, read without importing torch."""
         try:
             version = importlib.metadata.version("torch")
             spec = importlib.util.find_spec("torch")
@@ -98,10 +98,10 @@ class ThisMachine:
         return version, cuda.group(1) if cuda else ""
 
     def describe(self) -> str:
-        """One line."""
+        """The properties on one line."""
         parts = ["Python " + self.python, self.system + " " + self.arch]
         parts += [f"glibc {dotted(self.glibc)}"] if self.glibc else []
-        parts += ["GPU of sm " + " and ".join(map(joined, self.gpus))] if self.gpus else ["no NVIDIA GPU"]
+        parts += ["GPU with sm " + " and ".join(map(joined, self.gpus))] if self.gpus else ["no NVIDIA GPU"]
         parts += [f"driver for CUDA {dotted(self.driver)}"] if self.driver else []
         cuda = " for CUDA " + self.torch_cuda if self.torch_cuda else ""
         parts += ["torch " + self.torch + cuda] if self.torch else ["no torch"]
@@ -109,7 +109,7 @@ class ThisMachine:
 
 
 def fits_python(wheel: OfferedWheel, machine: ThisMachine) -> bool:
-    """Would an installer take this file here?"""
+    """Whether an installer accepts this file on this machine."""
     known = wheel["pythons"]
     python = machine.python if machine.minor <= numbers(NEWEST)[1] else NEWEST + machine.python[len(NEWEST) :]
     if known is not None and python not in known:
@@ -118,7 +118,7 @@ def fits_python(wheel: OfferedWheel, machine: ThisMachine) -> bool:
 
 
 def fits_interpreter(interpreter: str, abi: str, machine: ThisMachine) -> bool:
-    """Python and ABI tag (PEP 425)."""
+    """Whether the Python and ABI tags match (PEP 425)."""
     match = re.match(rf"(py|{re.escape(machine.implementation)})3([0-9]*)$", interpreter)
     if match is None:
         return False
@@ -134,7 +134,7 @@ def fits_interpreter(interpreter: str, abi: str, machine: ThisMachine) -> bool:
 
 
 def fits_platform(tag: str, machine: ThisMachine) -> bool:
-    """Platform tag (PEP 425, PEP 600, PEP 656)."""
+    """Whether the platform tag matches (PEP 425, PEP 600, PEP 656)."""
     if tag == "any":
         return True
     if machine.system != "Linux":
@@ -152,12 +152,12 @@ def fits_platform(tag: str, machine: ThisMachine) -> bool:
 
 
 def fits_gpu(wheel: OfferedWheel, machine: ThisMachine) -> bool:
-    """Does it hold device code that each GPU runs? Of one major version, that of the same or an older minor."""
+    """Whether it has device code for each GPU: for the same major version, code for the same or an older minor version."""
     return not wheel["sm"] or all(any(runs(code, gpu) for code in wheel["sm"]) for gpu in machine.gpus)
 
 
 def runs(code: str, gpu: tuple[int, ...]) -> bool:
-    """90a is for 9.0 alone, 100f for its family, 80 for 8.0 and every later 8.x."""
+    """90a runs only on 9.0, 100f on its family, 80 on 8.0 and every later 8.x."""
     match = re.match(r"([0-9]+)([0-9])([a-z]?)$", code)
     if match is None:
         return False
@@ -166,7 +166,7 @@ def runs(code: str, gpu: tuple[int, ...]) -> bool:
 
 
 def fits_cuda(wheel: OfferedWheel, machine: ThisMachine) -> bool:
-    """Built for the same major version of CUDA as torch, else for none newer than the driver runs."""
+    """Whether its CUDA has the major version of torch's or, without torch, is supported by the driver."""
     if not wheel["cuda"]:
         return True
     if machine.torch:
@@ -175,7 +175,7 @@ def fits_cuda(wheel: OfferedWheel, machine: ThisMachine) -> bool:
 
 
 def fits_torch(wheel: OfferedWheel, machine: ThisMachine) -> bool:
-    """Built for the torch that is here; any, where there is none."""
+    """Whether it is built for the installed torch; any wheel fits if torch is not installed."""
     return not wheel["torch"] or not machine.torch or numbers(wheel["torch"]) == numbers(machine.torch)
 
 
@@ -188,19 +188,19 @@ CHECKS = (
 
 
 def choose(wheels: list[OfferedWheel], machine: ThisMachine) -> tuple[OfferedWheel | None, str]:
-    """The right wheel; or None, and why there is none."""
+    """The right wheel, or None and the reason."""
     left = wheels
     for subject, fits, name in CHECKS:
         before, left = left, [wheel for wheel in left if fits(wheel, machine)]
         if not left:
             there = sorted({name(wheel) for wheel in before})
             more = f", and {len(there) - 8} more" if len(there) > 8 else ""
-            return None, f"no wheel is for this {subject}; there are: {'; '.join(there[:8])}{more}"
+            return None, f"no wheel matches this machine's {subject}; available: {'; '.join(there[:8])}{more}"
     return min(left, key=lambda wheel: preference(wheel, machine)), ""
 
 
 def preference(wheel: OfferedWheel, machine: ThisMachine) -> tuple[Any, ...]:
-    """Smallest first: the newest release, torch's own CUDA, device code without a GPU last, the newest CUDA and torch."""
+    """Sort key, best first: newest release; torch's CUDA; device code last if there is no GPU; newest CUDA and torch."""
     cuda, torch = numbers(wheel["cuda"]), numbers(wheel["torch"])
     useless = bool(wheel["cuda"]) and not machine.gpus and not machine.torch_cuda
     other_cuda = bool(wheel["cuda"]) and bool(machine.torch_cuda) and cuda != numbers(machine.torch_cuda)
@@ -210,7 +210,7 @@ def preference(wheel: OfferedWheel, machine: ThisMachine) -> tuple[Any, ...]:
 
 
 def installer() -> list[str]:
-    """The command that installs into this very Python."""
+    """The command that installs into this Python."""
     if importlib.util.find_spec("pip") is None and shutil.which("uv"):
         return ["uv", "pip", "install", "--python", sys.executable]
     return [sys.executable, "-m", "pip", "install"]
@@ -227,9 +227,9 @@ def main() -> int:
         sys.stderr.write(f"# {name}: {reason}.\n")
         return 1
     if wheel["torch"] and not machine.torch:
-        sys.stderr.write(f"# It needs torch {wheel['torch']}, which is not installed here: install torch first.\n")
+        sys.stderr.write(f"# It requires torch {wheel['torch']}, which is not installed: install torch first.\n")
     if wheel["sm"] and not machine.gpus:
-        sys.stderr.write(f"# No GPU was found, so its device code (sm {', '.join(wheel['sm'])}) was not compared.\n")
+        sys.stderr.write(f"# No GPU was found, so its device code (sm {', '.join(wheel['sm'])}) was not checked.\n")
     sys.stdout.write(" ".join(shlex.quote(part) for part in [*installer(), f"{name} @ {wheel['url']}"]) + "\n")
     return 0
 

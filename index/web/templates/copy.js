@@ -1,9 +1,9 @@
-// A button beside each command that copies it. Without this script the command is selected by one click.
+// Adds a copy button to each command. Without this script, one click selects the command.
 "use strict";
 
 async function copy(text) {
   if (navigator.clipboard) return navigator.clipboard.writeText(text);
-  const area = document.createElement("textarea");  // plain http from elsewhere has no clipboard of its own
+  const area = document.createElement("textarea");  // the clipboard API requires https or localhost
   area.value = text;
   document.body.append(area);
   area.select();
