@@ -102,9 +102,9 @@ def inside(bed: Bed) -> None:
 
 
 def chroot(base: Path, mounts: Sequence[BindMount], variables: dict[str, str], command: Sequence[str], where: Path) -> float:
-    """Seconds of the command on the same files by chroot alone: no namespaces but the mounts', no bound, no recorder.
+    """Seconds of the command on the same files with only chroot: no namespaces except for mounts, no limits, no recorder.
 
-    Making the mounts is not in it: outside a sandbox nobody would make any. Needs root.
+    The time of the mounts is not included, since they are only required in a sandbox. Requires root.
     """
     lines = [f"mount -t tmpfs none {where}"]
     for entry in sorted(base.iterdir()):
@@ -175,7 +175,7 @@ def cold_root(bed: Bed) -> float:
 
 
 def warm_environment(bed: Bed) -> float:
-    """Seconds to assemble the environment in a home of its own that shares the caches of wheels and byte code."""
+    """Seconds to assemble the environment in a new home that shares the caches of wheels and byte code."""
     home = bed.settings.home / "bench-home"
     remove_tree(home)
     (home / "environments").mkdir(parents=True)

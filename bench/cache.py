@@ -1,6 +1,6 @@
 """The compiler cache: the compile stage of a first build, of a second one, and after one line has changed in one unit.
 
-python -m bench cache          both projects; python -c 'from bench import cache; cache.many()' the first alone
+python -m bench cache          both projects; python -c 'from bench import cache; cache.many()' only the first
 
 The first project has five CUDA units of equal weight and no torch; the second is causal-conv1d, whose compile stage pays for
 an import of torch under emulation (about 20 s on the machine of docs/benchmarks.md), which no cache saves.
@@ -44,7 +44,7 @@ int launch_NAME() { all<WEIGHT>(nullptr); return 0; }
 
 
 class Farm:
-    """A home of its own over the machine's roots and environments, so that its compiler cache starts empty."""
+    """A new home with the machine's roots and environments, so that its compiler cache starts empty."""
 
     def __init__(self, folder: Path) -> None:
         home = settings.load().home

@@ -1,6 +1,6 @@
 """deploy: a command on 50 nodes beside one, `up` with nothing to do on 10 nodes, 191 files over four rate-limited nodes.
 
-But for `up`, the nodes are SSH servers of this process on addresses of its loopback: both sides of every handshake are on one
+Except in `up`, the nodes are SSH servers of this process on loopback addresses: both sides of every handshake are on one
 core. `up` needs root: its nodes are the rehearsal's.
 `python -m bench.deploy fan-out` runs one row.
 """
@@ -111,11 +111,11 @@ def download(folder: Path) -> str:
     """Each node's line carries RATE bytes a second, however many connections it opens."""
     python = hub_python(folder)
     files = kit.shards(FILES, SIZE, seed=405)
-    alone, _ = bring(folder / "one", files, 1, python)
+    first, _ = bring(folder / "one", files, 1, python)
     four, outcome = bring(folder / "four", files, NODES, python)
-    speedup, deal = alone / four, busiest(outcome)
+    speedup, deal = first / four, busiest(outcome)
     return (
-        f"{FILES} files, {sum(map(len, files.values())) / 1e6:.0f} MB at {RATE / 1e6:g} MB/s a node: 1 node {alone:.1f} s, "
+        f"{FILES} files, {sum(map(len, files.values())) / 1e6:.0f} MB at {RATE / 1e6:g} MB/s a node: 1 node {first:.1f} s, "
         f"{NODES} nodes {four:.1f} s, {speedup:.2f} times (bound 3.6: {verdict(speedup >= 3.6)}); "
         f"the busiest node has {deal:.3f} of the best possible split (bound 1.05: {verdict(deal <= 1.05)})"
     )

@@ -1,4 +1,4 @@
-"""The pinned CUDA 12.4 builds: CPU seconds of two units of flash-attn, for sm_90 alone and for sm_80 and sm_90.
+"""The pinned CUDA 12.4 builds: CPU seconds of two units of flash-attn, for sm_90, and for sm_80 and sm_90 together.
 
 python -m bench pinned
 """

@@ -1,8 +1,8 @@
 """deploy's planner beside aiconfigurator (NVIDIA's, on the Python index): memory and tokens/s of five models, H100 and H200.
 
 aiconfigurator has kernels that were measured with vLLM, and knows neither GH200 nor uneven splits of pipelines nor commands.
-It runs in an environment of its own, made here, and asks no network for these models. It takes minutes: it loads its tables
-for every estimate.
+It runs in a separate environment, created here, and does not use the network for these models. It takes minutes, since it
+loads its tables for every estimate.
 """
 
 from __future__ import annotations

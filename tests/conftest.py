@@ -1,4 +1,4 @@
-"""Fixtures of the builder's tests: a project folder of their own over the machine's shared caches."""
+"""Fixtures of the builder's tests: a separate project folder with the machine's shared caches."""
 
 from __future__ import annotations
 

@@ -181,7 +181,7 @@ HUMAN_INTEGERS = (
 
 @dataclass(frozen=True)
 class Hint:
-    """One member of a union of types: its name, and what stands in its brackets."""
+    """A member of a union of types: its name and the content of its brackets."""
 
     name: str
     inside: tuple[ast.expr, ...] = ()
@@ -212,7 +212,7 @@ class Code:
         return self.hints(self.aliases[name]) if name in self.aliases else [Hint(name)]
 
     def values(self, literal: Hint) -> tuple[Any, ...] | None:
-        """Of a Literal, those of others in it too; None: not all of them are to be read."""
+        """The values of a Literal, including nested ones; None if some are unreadable."""
         values: list[Any] = []
         for member in literal.inside:
             if isinstance(member, ast.Constant):

@@ -3,7 +3,7 @@
     python tools/rehearsal_lock.py ray[default]==2.60.0 > deploy/data/rehearsal.lock
     python tools/rehearsal_lock.py --requirements deploy/data/download.lock > deploy/data/rehearsal-download.lock
 
-resolve anew, with uv and the index that it is told. With every file of every platform the mirror would fetch gigabytes.
+resolve again with uv and the configured index. With every file of every platform the mirror would fetch gigabytes.
 """
 
 from __future__ import annotations

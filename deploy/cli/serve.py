@@ -86,7 +86,7 @@ def serve(context: DeployContext, skip_up: bool, no_wait: bool) -> None:
 
 
 def curl_line(key: Path, port: int) -> str:
-    """How a shell asks what is served: the key goes through a pipe, for argument lists are everybody's to read."""
+    """A shell command that lists the served models. The key goes through a pipe, since every user can read argument lists."""
     header = f'printf "Authorization: Bearer %s" "$(cat {shlex.quote(str(key))})"'  # printf is the shell's own: no process
     return f"{header} | curl -H @- http://127.0.0.1:{port}/v1/models"
 

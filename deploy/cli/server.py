@@ -37,7 +37,7 @@ def _check(url: str) -> None:
     except httpx.InvalidURL as error:
         raise UsageError(f"--url {url}: {error}", remedy="http://HOST:PORT/v1") from error
     if parsed.scheme not in ("http", "https") or not parsed.host:
-        raise UsageError(f"--url {url} is no address of a server", remedy="http://HOST:PORT/v1")
+        raise UsageError(f"--url {url} is not the address of a server", remedy="http://HOST:PORT/v1")
 
 
 def _key(folder: Folder) -> str | None:

@@ -23,7 +23,7 @@ from gracefarm.errors import GracefarmError, SshError
 
 
 def _prepare(folder: Folder) -> None:
-    """Its folder is there, and for its owner alone. Raises ConfigError before `deploy init`."""
+    """Create the folder with access only for its owner. Raises ConfigError before `deploy init`."""
     _ = folder.id
     folder.make()
 
@@ -88,7 +88,7 @@ def _tell(context: DeployContext, forwards: Mapping[str, dict[str, Any]]) -> Non
 
 
 def _in_background(context: DeployContext, port: int | None, dashboard_port: int | None) -> None:
-    """The same command in a session of its own; its first line is ours. Raises SshError: it ended instead."""
+    """Run the same command in a new session and print its first line. Raises SshError: it ended instead."""
     deployment = context.deployment
     _prepare(deployment.folder)
     argv = [sys.executable, "-m", "deploy", "--file", str(deployment.path), "tunnel", "--json"]

@@ -247,7 +247,7 @@ def logs(
                 ]
             if engine:
                 reading = engine_log(fleet, deployment.head, wish, show.line)
-                tasks.append(asyncio.create_task(_engine(reading, show, alone=not ray)))
+                tasks.append(asyncio.create_task(_engine(reading, show, only_engine=not ray)))
             await _all(tasks)
 
     with suppress(KeyboardInterrupt):
@@ -283,12 +283,12 @@ async def _ray(reading: Awaitable[int], name: str, show: _Shower) -> None:
         show.context.console.warn(f"{name}: Ray has written no log there")
 
 
-async def _engine(reading: Awaitable[JobStatus], show: _Shower, *, alone: bool) -> None:
-    """`alone`: nothing else was asked for, so that no engine is an error."""
+async def _engine(reading: Awaitable[JobStatus], show: _Shower, *, only_engine: bool) -> None:
+    """`only_engine`: only the engine was requested, so a missing engine is an error."""
     try:
         status = await reading
     except EngineError as error:
-        if alone:
+        if only_engine:
             raise
         show.context.console.warn(error.cause)
         return

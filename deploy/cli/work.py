@@ -27,7 +27,7 @@ _GOES_ON = "interrupted; what is under way on the nodes goes on, and the same co
 
 @contextmanager
 def held(context: DeployContext, *, no_wait: bool = False) -> Iterator[Keeper]:
-    """The state, for this command alone."""
+    """The state, locked for this command."""
     command = shlex.join(["deploy", *sys.argv[1:]])
 
     def waiting(who: str) -> None:

@@ -1,4 +1,4 @@
-"""vllm's extensions, loaded by name, and its table of options: `import vllm` alone touches neither.
+"""vllm's extensions, loaded by name, and its table of options: `import vllm` loads neither.
 
 The extensions are linked with libcuda.so.1, the driver's. Where there is no driver an empty stand-in takes its place and names
 are resolved when they are called, so that what is proven is this: every other library is there, and all data and versions fit.
