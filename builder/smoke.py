@@ -47,6 +47,7 @@ class GpuResult(Table):
     """What became of smoke_gpu.py; a failure is the build's."""
 
     status: Literal["passed", "not run"]
+    "Whether the script ran on a GPU."
     reason: str = Field(default="", description="Why it was not run")
     device: str | None = Field(default=None, description="The GPU that it ran on")
     sm: str | None = Field(default=None, description="That GPU's architecture, as 90")
@@ -55,6 +56,7 @@ class GpuResult(Table):
     comparisons: tuple[ComparedResult, ...] = Field(default=(), description="What was compared with a reference")
     negative_control: str | None = Field(default=None, description="The wrong result that the comparison refused")
     wall_s: float | None = None
+    "Duration in seconds."
 
 
 class _Answer(SmokeResult):

@@ -19,7 +19,7 @@ from gracefarm.errors import ConfigError
 class Table(BaseModel):
     """A frozen table of a TOML file, or object of a JSON document; unknown keys are an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]

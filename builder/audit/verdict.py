@@ -15,13 +15,16 @@ SHOWN = 3
 
 
 class Verdict(Table):
-    """One gate's answer; all of them stand in the record."""
+    """The verdict of one gate. The record contains all verdicts."""
 
     gate: str
+    "Name of the gate."
     status: GateStatus
+    "Result of the gate."
     summary: str
     "One sentence; says why where the gate does not apply."
     details: tuple[str, ...] = ()
+    "All complaints and further facts."
 
 
 def passed(gate: str, summary: str, details: Sequence[str] = ()) -> Verdict:

@@ -19,7 +19,9 @@ class Jobs(Table):
     """How many compilations ran beside each other, and why."""
 
     count: int
+    "Number of parallel compilations."
     reason: str
+    "Why this number was chosen."
 
 
 @dataclass(frozen=True, kw_only=True)

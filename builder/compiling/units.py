@@ -23,7 +23,9 @@ class Unit(Table):
     """What one translation unit costs when it is compiled."""
 
     wall_s: float
+    "Duration in seconds."
     cpu_s: float
+    "CPU seconds."
     peak_memory: int = Field(description="Bytes")
 
 
@@ -31,8 +33,11 @@ class CacheStatistics(Table):
     """What the compiler cache did; counts are compilations."""
 
     hits: int
+    "Compilations taken from the cache."
     misses: int
+    "Compilations not in the cache."
     uncacheable: int
+    "Calls that cannot be cached."
     reasons: dict[str, int] = Field(default_factory=dict, description="Of the uncacheable, in ccache's words")
     saved_cpu_s: float = Field(
         description="CPU seconds that the hits took when they were compiled; unknown ones count nothing"

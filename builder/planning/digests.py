@@ -11,31 +11,33 @@ from gracefarm.tables import Sha256, Table, Url
 
 
 class Witness(Table):
-    """Somebody else who says the same digest."""
+    """An independent source for the same digest."""
 
-    source: str = Field(min_length=1, description="Where it stands: an address, or a document and its place")
-    value: Sha256 = Field(description="The digest there; another one than `sha256` is an error")
+    source: str = Field(min_length=1, description="Address, or document and place, of the digest")
+    value: Sha256 = Field(description="Digest in that source; it must equal `sha256`")
 
 
 class FirstUse(Table):
-    """A digest that this project read at first use, from the very place that the file comes from."""
+    """A digest that was read at first use from the address of the file itself."""
 
     date: date
-    url: Url = Field(description="What was read")
+    "Day on which the digest was read."
+    url: Url = Field(description="Address of the file")
 
 
 class DigestFields(Table):
-    """The keys of a download that is pinned by its sha256, or waits for it."""
+    """The keys of a download that is pinned by sha256, or whose sha256 is still unknown."""
 
     sha256: Sha256 | None = None
+    "sha256 of the file; absent while it is unknown."
     sha256_unknown: str | None = Field(
-        default=None, description="Why the digest is not known yet; `builder lock` or `builder build --accept-new` fills it in"
+        default=None, description="Why the digest is unknown; fill it in with `builder lock` or `builder build --accept-new`"
     )
     accepted: FirstUse | None = Field(
         default=None,
-        description="Written by `--accept-new`: until a witness is given, the digest is not confirmed",
+        description="Written by `--accept-new`; the digest is unconfirmed until there is a witness",
     )
-    witness: tuple[Witness, ...] = Field(default=(), description="Who else says this digest")
+    witness: tuple[Witness, ...] = Field(default=(), description="Independent sources of this digest")
 
     @property
     def unconfirmed(self) -> FirstUse | None:

@@ -36,29 +36,35 @@ SpdxExpression = Annotated[str, AfterValidator(canonicalize_license_expression)]
 
 
 class SdistSource(Table):
-    """A source distribution from the Python index, taken by the simple API and never executed while fetching."""
+    """A source distribution from the Python index. It is fetched through the simple API and not executed."""
 
     kind: Literal["sdist"]
+    "Selects this kind of source."
     name: str = Field(description="Project on the Python index")
     version: VersionText = Field(description="Exact version")
     sha256: Sha256
+    "sha256 of the sdist."
 
 
 class Submodule(Table):
     """A git submodule, pinned like its parent."""
 
     url: Url
+    "URL of the repository."
     commit: Commit
+    "Full commit id."
     tree: Commit | None = Field(default=None, description="Checked where given; the commit's id covers it already")
     license: SpdxExpression | None = Field(default=None, description="The gate `licence` refuses a wheel without it")
 
 
 class Repository(Table):
-    """A further git repository at a place of the source tree, as CMake's FetchContent would bring it."""
+    """Another git repository in the source tree, in place of CMake's FetchContent."""
 
     url: Url
+    "URL of the repository."
     commit: Commit = Field(description="Full commit id; never a branch or a tag")
     tree: Commit | None = None
+    "Tree id of that commit."
     path: InsidePath = Field(description="Where it is checked out, relative to the source tree")
     license: SpdxExpression | None = Field(default=None, description="The gate `licence` refuses a wheel without it")
 
@@ -67,7 +73,9 @@ class GitSource(Table):
     """A git repository at one commit, checked by its tree; a branch or tag name is refused."""
 
     kind: Literal["git"]
+    "Selects this kind of source."
     url: Url
+    "URL of the repository."
     commit: Commit = Field(description="Full commit id; never a branch or a tag")
     tree: Commit = Field(description="Tree id of that commit")
     submodules: dict[str, Submodule] = Field(default_factory=dict, description="By path inside the tree; others stay empty")
@@ -77,8 +85,11 @@ class FileSource(Table):
     """A source archive (.tar.gz, .tar.xz, .zip) by URL and digest."""
 
     kind: Literal["file"]
+    "Selects this kind of source."
     url: Url
+    "URL of the archive."
     sha256: Sha256
+    "sha256 of the archive."
 
 
 class File(DigestFields):
@@ -88,6 +99,7 @@ class File(DigestFields):
     """
 
     url: Url | None = None
+    "URL of the file."
     name: str | None = Field(default=None, description="Project on the Python index; the digest says which of its files")
     version: VersionText | None = Field(default=None, description="Exact version of that project")
     deb: InsidePath | None = Field(default=None, description="Package in Debian's archive, as a toolchain.lock has its `path`")
@@ -97,7 +109,7 @@ class File(DigestFields):
     unpack: bool = Field(default=False, description="Unpack the archive into `path` instead of copying it")
     members: dict[str, InsidePath | tuple[InsidePath, ...]] = Field(
         default_factory=dict,
-        description="Unpack these files and folders of the archive alone, each to its place, or its places, below `path`",
+        description="Unpack only these files and folders of the archive, each to one or several places below `path`",
     )
     license: SpdxExpression | None = Field(default=None, description="The gate `licence` refuses a wheel without it")
 
@@ -137,8 +149,11 @@ class Substitution(Table):
     """A change of the source by its text: where a patch would need context that may move, and must not be missed silently."""
 
     path: InsidePath
+    "File to change, relative to the source tree."
     find: str = Field(min_length=1)
+    "Text to replace."
     replace: str
+    "Replacement."
     count: int = Field(default=1, ge=1, description="How often the text stands there; another number is an error")
 
 
@@ -146,7 +161,7 @@ class Build(Table):
     """How the wheel is compiled."""
 
     requires: tuple[RequirementText, ...] = Field(
-        default=(), description="Needed to build beside the stack's environment; `builder lock NAME` pins them"
+        default=(), description="Build requirements in addition to the stack's environment; `builder lock NAME` pins them"
     )
     subdirectory: InsidePath = Field(default=".", description="Folder of pyproject.toml or setup.py in the source")
     environment: dict[str, str] = Field(
@@ -188,14 +203,16 @@ class Build(Table):
 
 
 class Bundled(Table):
-    """A third-party file that the wheel carries on purpose."""
+    """A third-party file that the wheel contains on purpose."""
 
     path: InsidePath = Field(description="In the wheel; with `origin` a glob")
     sha256: Sha256 | None = None
+    "sha256 of the file; use either sha256 or origin."
     origin: str | None = Field(
         default=None, description="URL or package URL (pkg:pypi/NAME@VERSION) of the [[files]] entry that has it, or 'source'"
     )
     license: SpdxExpression
+    "SPDX expression of the file's licence."
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
@@ -253,18 +270,25 @@ class Recipe(Table):
     name: str = Field(description="Distribution name")
     version: VersionText = Field(description="Version of the wheel; another one is an error")
     summary: str = ""
+    "One line for lists."
     license: SpdxExpression = Field(description="SPDX expression")
-    stack: str = Field(default="cu130", description="Stack used when none is asked for")
+    stack: str = Field(default="cu130", description="Default stack")
     refuses: dict[ToolchainKind, str] = Field(
         default_factory=dict, description="Toolchains that cannot build it, each with the reason, as {'container' = 'why'}"
     )
     source: Annotated[SdistSource | GitSource | FileSource, Field(discriminator="kind")]
+    "Where the source comes from."
     repositories: tuple[Repository, ...] = ()
+    "Further git repositories."
     files: tuple[File, ...] = ()
+    "Further files."
     substitutions: tuple[Substitution, ...] = Field(default=(), description="After the patches, in this order")
     build: Build = Build()
+    "How to compile."
     wheel: Wheel = Wheel()
+    "Required properties of the wheel."
     smoke: Smoke
+    "Smoke test of the wheel."
 
     @model_validator(mode="after")
     def _bundled_origins(self) -> Self:

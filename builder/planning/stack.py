@@ -73,16 +73,20 @@ class Torch(Table):
     """The torch that the wheels link against."""
 
     version: str
+    "Version of torch, for example 2.11.0."
     cuda: str | None = Field(description="What torch.version.cuda must say; the CPU build has the same version", default=None)
 
 
 class OwnWheel(PinnedDownload):
-    """A wheel that is not on the Python index but on an index of its own; one file per architecture."""
+    """A wheel from an index other than the Python index; one file per architecture."""
 
     name: str
+    "Name of the distribution."
     version: str
+    "Version of the distribution."
     arch: Arch
-    index: Url = Field(description="Simple API that has it; GRACEFARM_MIRRORS redirects it")
+    "Architecture of the wheel."
+    index: Url = Field(description="Simple API of that index; GRACEFARM_MIRRORS redirects it")
 
     @property
     def title(self) -> str:
@@ -93,23 +97,29 @@ class OwnWheel(PinnedDownload):
 class Environment(Table):
     """The target's site-packages, at build time and at run time; the lock pins the whole of it."""
 
-    requirements: tuple[RequirementText, ...] = Field(description="What the lock is resolved from")
+    requirements: tuple[RequirementText, ...] = Field(description="Requirements from which the lock is resolved")
     resolved_before: str | None = Field(
         default=None,
-        description="The lock takes no file that was uploaded later (RFC 3339 date), so that it can be made again",
+        description="Ignore files that were uploaded later (RFC 3339 date), so that the lock can be reproduced",
     )
     left_out: tuple[str, ...] = Field(
-        default=(), description="Distributions that something requires and that the lock does without; NOTES.md says why"
+        default=(), description="Required distributions that the lock omits; NOTES.md gives the reasons"
     )
-    wheels: tuple[OwnWheel, ...] = Field(default=(), description="Wheels of an index of their own, in place of the index's")
+    wheels: tuple[OwnWheel, ...] = Field(
+        default=(), description="Wheels from other indexes, in place of those of the Python index"
+    )
 
 
 class DebianToolkit(Table):
     """CUDA's compiler out of Debian's packages, unpacked where the wheels of newer releases put it."""
 
     suite: str
+    "Debian suite of the packages."
     component: str = "non-free"
-    packages: tuple[str, ...] = Field(min_length=1, description="Taken without what they depend on; toolchain.lock pins them")
+    "Component of the suite."
+    packages: tuple[str, ...] = Field(
+        min_length=1, description="Packages, without their dependencies; toolchain.lock pins them"
+    )
 
 
 class Compilers(Table):
@@ -118,7 +128,9 @@ class Compilers(Table):
     requirements: tuple[RequirementText, ...] = Field(
         default=(), description="Wheels of the CUDA compiler, locked with the environment"
     )
-    debian: DebianToolkit | None = Field(default=None, description="Where no wheels hold the compiler")
+    debian: DebianToolkit | None = Field(
+        default=None, description="Debian packages of the compiler, if there are no wheels of it"
+    )
     path: tuple[InsidePath, ...] = Field(default=(), description="Folders of the toolchain that come first on PATH")
     gcc: int = Field(description="Major version of Debian's gcc in the root")
 
@@ -127,8 +139,8 @@ class Image(PinnedDownload):
     """A container image that is laid out as manylinux is, for `--toolchain container`; the digest is of its manifest."""
 
     name: str = Field(description="With its registry, as quay.io/pypa/manylinux_2_28_aarch64")
-    tag: str = Field(description="What `builder lock` reads the digest of; a build goes by the digest alone")
-    cuda: str | None = Field(default=None, description="CUDA's folder in the image; None: it has none")
+    tag: str = Field(description="Tag whose digest `builder lock` reads; builds use only the digest")
+    cuda: str | None = Field(default=None, description="CUDA's folder in the image; None: the image has no CUDA")
 
     @property
     def reference(self) -> str:
@@ -153,7 +165,7 @@ class RootSpec(Table):
     )
     native: tuple[str, ...] = Field(description="Further packages where they are the same")
     alone: tuple[str, ...] = Field(
-        default=(), description="Packages taken without what they depend on, as data of the interpreter that is there already"
+        default=(), description="Packages to unpack without their dependencies, such as data of the interpreter"
     )
     hosts: dict[Arch, tuple[Arch, ...]] = Field(description="Targets locked per host")
 
@@ -162,7 +174,9 @@ class Stack(Table):
     """stack.toml."""
 
     name: str
+    "Name of the stack; equal to its folder."
     summary: str = ""
+    "One line for lists."
     python: Annotated[str, StringConstraints(pattern=r"^3\.\d+$")] = Field(
         description="The root's own Python, taken where no interpreter is asked for"
     )
@@ -174,7 +188,9 @@ class Stack(Table):
     )
     glibc: dict[Arch, Glibc] = Field(description="Highest manylinux level accepted per target, as '2_34'")
     environment: Environment
+    "The target's site-packages."
     toolchain: Compilers
+    "The compilers."
     root: RootSpec | None = Field(default=None, description="The root file system; or `root_of` names the stack that has it")
     root_of: str | None = Field(default=None, description="The stack whose root and root.lock this one takes")
     container: dict[Arch, Image] = Field(default_factory=dict, description="Image per target for builds in a container")

@@ -30,8 +30,10 @@ class Stage(Table):
     """One step of the flow."""
 
     name: str
+    "Name of the step."
     command: tuple[str, ...] = Field(default=(), description="Command run in the sandbox, if any")
     wall_s: float
+    "Duration in seconds."
     cpu_s: float | None = Field(default=None, description="CPU seconds of the whole process tree")
     peak_memory: int | None = Field(default=None, description="Bytes, peak of the whole process tree")
     memory_bound: int | None = Field(default=None, description="Bytes")
@@ -39,14 +41,18 @@ class Stage(Table):
         default=None, description="What holds the bound: cgroup2, watchdog, podman or docker; cgroup1 in older records"
     )
     note: str = ""
+    "Remark about the step."
 
 
 class BuiltFile(Table):
     """The product."""
 
     filename: str
+    "File name."
     sha256: str
+    "sha256 of the file."
     size: int
+    "Size in bytes."
 
 
 class Failure(Table):
@@ -54,26 +60,37 @@ class Failure(Table):
 
     kind: str = Field(description="Failure class, as in docs/errors.md")
     exit_code: int
+    "Exit code of the command."
     cause: str
+    "Cause, in one sentence."
     remedy: str = ""
+    "Remedy, in one sentence."
 
 
 class Publication(Table):
     """Where the wheel was published."""
 
     url: str
+    "Upload address."
     at: str
+    "Time of the upload (UTC, ISO 8601)."
 
 
 class Record(Table):
-    """record.json; the schema stands in docs/schema/record.json."""
+    """record.json; docs/schema/record.json is its schema."""
 
     format: Literal[1] = 1
+    "Version of the format."
     build_id: str
+    "Digest of all inputs."
     recipe: str
+    "Name of the recipe."
     name: str
+    "Name of the distribution."
     version: str
+    "Version of the wheel."
     stack: str
+    "Name of the stack."
     interpreter: str | None = Field(default=None, description="The interpreter's name; None: the Python of the stack's root")
     asked_sm: tuple[str, ...] | None = Field(default=None, description="As --sm named them; None: the stack's")
     asked_ptx: str | None = Field(default=None, description="As --ptx named it; None: the recipe's or the stack's")
@@ -83,26 +100,34 @@ class Record(Table):
         default=(), description="Digests that were read at first use and not confirmed, a sentence each"
     )
     outcome: Literal["built", "failed"]
+    "Whether the build produced a wheel."
     failure: Failure | None = None
+    "Why the build failed."
     wheel: BuiltFile | None = None
+    "The wheel."
     source: BuiltFile | None = Field(
         default=None, description="The patched source, where the recipe publishes it beside the wheel"
     )
     torch_cxx11_abi: bool | None = Field(default=None, description="C++ ABI of the torch that was compiled against")
     jobs: Jobs | None = None
+    "Number of parallel compilations."
     stages: tuple[Stage, ...] = ()
+    "Steps of the build, in order."
     units: dict[str, Unit] = Field(default_factory=dict, description="By source file, relative to the source tree")
     compiler_cache: CacheStatistics | None = Field(default=None, description="None: it was off, or nothing was compiled")
     verdicts: tuple[Verdict, ...] = ()
+    "Verdicts of the gates."
     judged_by: str = Field(
         default="", description="Digest of the gates and smoke tests that passed the wheel; docs/building.md"
     )
     smoke: SmokeResult | None = None
+    "Result of the smoke test."
     device_digests: dict[str, str] = Field(
         default_factory=dict, description="Digest of the wheel's device code by sm; certificates are found by it (docs/gpu.md)"
     )
     gpu: GpuResult | None = Field(default=None, description="None: the recipe has no smoke_gpu.py")
     published: tuple[Publication, ...] = ()
+    "Indexes that have the wheel."
     provenance: dict[str, Any] | None = Field(
         default=None,
         description="DSSE envelope of the in-toto statement, as it lies beside the wheel",

@@ -16,40 +16,57 @@ class Locked(Table):
     """One wheel of the lock."""
 
     name: str
+    "Name of the distribution."
     version: str
+    "Version of the distribution."
     filename: str
+    "File name of the wheel."
     sha256: str
+    "sha256 of the wheel."
     own: bool = Field(default=False, description="Built by this farm")
-    index: str = Field(default="", description="The index of its own that has it; empty: the farm's, or the Python index")
+    index: str = Field(default="", description="Address of the wheel's index; empty: the farm's index, or the Python index")
 
 
 class Command(Table):
     """A program of the environment that ended well."""
 
     command: tuple[str, ...]
+    "The command."
     wall_s: float
+    "Duration in seconds."
     output: str
+    "End of its output."
 
 
 class Tested(Table):
     """What worked together."""
 
     smoke: SmokeResult
+    "Result of the imports and of smoke.py."
     wall_s: float
+    "Duration in seconds."
     commands: tuple[Command, ...] = ()
+    "Commands that succeeded."
 
 
 class SetRecord(Table):
     """set.json."""
 
     format: Literal[1] = 1
+    "Version of the format."
     set_id: str
+    "Digest of all inputs of the set."
     name: str
+    "Name of the set."
     stack: str
+    "Name of the stack."
     target: str
+    "Architecture of the wheels."
     builds: dict[str, str] = Field(description="Recipe to build id")
     wheels: tuple[Locked, ...]
+    "All wheels of the set's environment."
     tested: Tested
+    "Result of the common test."
     finished: str = Field(description="UTC, ISO 8601")
 
 

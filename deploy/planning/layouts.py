@@ -42,32 +42,32 @@ MOST_SEQS = 256
 class Layout(BaseModel):
     """A way to split a model over nodes. Global rank = stage * tp + rank within the stage."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     tp: PositiveInt
     "Tensor parallel: GPUs that share every layer."
     pp: PositiveInt
-    "Pipeline parallel: stages, each with layers of its own."
+    "Pipeline parallel: number of stages; each stage has different layers."
     partition: tuple[PositiveInt, ...]
-    "Layers of each stage; empty: the engine's own, of a model that nobody knows here."
+    "Layers of each stage; empty: chosen by the engine, for a model that the planner does not know."
     offload_gib: float = Field(default=0, ge=0)
     "Weights in host memory, per GPU."
     max_model_len: PositiveInt | None
     "Tokens of the longest request, prompt and answer together; None: the engine chooses."
     max_num_seqs: PositiveInt | None
-    "Requests that are worked on at the same time, by each replica; None: the engine chooses."
+    "Concurrent requests of each replica; None: the engine chooses."
     max_num_batched_tokens: PositiveInt
-    "Tokens of one step; prompts that are longer are cut into chunks."
+    "Tokens of one step; longer prompts are split into chunks."
     gmu: float = Field(gt=0, le=1)
-    "Share of a GPU's memory that the engine takes."
+    "Share of a GPU's memory that the engine uses."
     dp: PositiveInt = 1
     "Data parallel: replicas, each with all layers."
     expert_parallel: bool = False
-    "The GPUs of a stage hold whole experts instead of a part of each."
+    "Each GPU of a stage has whole experts instead of a part of each."
     local_replicas: PositiveInt = 1
-    "Replicas on each node; 1 too where a replica spans several."
+    "Replicas on each node; also 1 if a replica spans several nodes."
     spans: bool = False
-    "A replica needs several nodes."
+    "A replica requires several nodes."
 
     @property
     def world(self) -> int:
@@ -84,25 +84,26 @@ class Layout(BaseModel):
 
 
 class MemoryPlan(BaseModel):
-    """What the fullest GPU holds, in GiB, and the tokens that fit in all."""
+    """Memory of the fullest GPU in GiB, and the number of tokens that fit."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     weights_gib: float
-    "Of the fullest GPU, offloaded ones among them."
+    "Weights of the fullest GPU, including offloaded ones."
     by_stage_gib: tuple[tuple[float, ...], ...]
     "Weights of each rank of each stage."
     budget_gib: float
-    "What the engine takes of the smallest GPU."
+    "Memory of the smallest GPU that the engine uses."
     reserve_gib: float
+    "Reserve for activations and other buffers."
     cache_gib: float
-    "KV cache of the GPU that limits it."
+    "KV cache of the GPU with the least room."
     token_bytes: int
     "KV cache of one token on that GPU."
     cache_tokens: int
-    "On every GPU, in all."
+    "Tokens in the KV cache of all GPUs."
     request_tokens: int
-    "What one scheduler has: the most that a request can be. An engine with one cache per stage divides by pp."
+    "Tokens of the largest possible request: the cache of one scheduler. An engine with one cache per stage divides by pp."
     full_length: int
     "Requests of max_model_len that fit at the same time."
     host_gib: float
@@ -110,12 +111,14 @@ class MemoryPlan(BaseModel):
 
 
 class Rejected(BaseModel):
-    """A layout that is none, and the sentence that says why."""
+    """A layout that does not fit, and the reason."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     layout: str
+    "Name of the layout."
     reason: str
+    "Reason, in one sentence."
 
 
 @dataclass(frozen=True, kw_only=True)

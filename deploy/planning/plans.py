@@ -43,69 +43,84 @@ LATER: Mapping[str, object] = MappingProxyType({"dp": 1, "expert_parallel": Fals
 
 
 class NodePlan(BaseModel):
-    """One node's part. The command of its Ray, exactly; it ends when Ray runs."""
+    """The part of one node, with the exact command that starts Ray."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     name: str
+    "Name of the node."
     address: str
-    "As ssh reaches it."
+    "Address for ssh."
     private: str
-    "As the other nodes reach it: Ray's node address and the engine's host address."
+    "Address for the other nodes: Ray's node address and the engine's host address."
     interface: str
+    "Network interface of the private address."
     gpus: PositiveInt
-    "GPUs that Ray is told of: the plan's tp * pp in all, never more."
+    "Number of GPUs that Ray uses; tp * pp of the plan in total."
     env: Mapping[str, str]
-    "Of `ray start`: Ray's workers have no other environment."
+    "Environment of `ray start` and of Ray's workers."
     ray: tuple[str, ...]
     "Arguments of `ray start`."
 
 
 class Alternative(BaseModel):
-    """Another layout that fits these nodes: the best one with its tp."""
+    """Another layout that fits these nodes: the best one for its tp."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     layout: str
+    "Name of the layout."
     partition: tuple[int, ...]
+    "Layers of each stage."
     offload_gib: float
+    "Weights in host memory per GPU."
     weights_gib: float
+    "Weights on the fullest GPU."
     request_tokens: int
+    "Tokens of the longest possible request."
     tokens_per_s: float
+    "Predicted tokens/s of one stream."
     usd_per_mtok: float | None
+    "Predicted dollars per million tokens; None without a price."
 
 
 class ServePlan(BaseModel):
-    """A deployment, planned. Whatever runs otherwise has another id; what is only told about it has not."""
+    """The plan of a deployment. The id depends on everything that is executed, not on predictions."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     id: str = ""
-    "sha256 over what runs (RUNS) as canonical JSON. What runs carries it (plan_mark): another id would load the model anew."
+    "sha256 over the executed fields (RUNS) as canonical JSON. The engine stores it (plan_mark); another id reloads the model."
     deployment: str
+    "Name of the deployment."
     engine: Literal["aphrodite", "vllm"]
+    "The engine."
     model: str
     "Repository on the Hub."
     revision: str
-    "Commit; a branch where it was not resolved yet."
+    "Commit, or a branch that is not resolved yet."
     layout: Layout
+    "How the model is split."
     nodes: tuple[NodePlan, ...]
-    "In the engine's rank order, the head first."
+    "Nodes in the engine's rank order, the head first."
     spares: tuple[str, ...] = ()
-    "Names of nodes that Ray must not know of."
+    "Names of nodes that Ray must not use."
     serve: tuple[str, ...]
-    "Arguments of the engine, on the head, listening on 127.0.0.1."
+    "Arguments of the engine, which runs on the head and listens on 127.0.0.1."
     serve_env: Mapping[str, str]
-    "Its whole environment beside the login's."
+    "Environment of the engine, in addition to that of the login."
     secret_env: tuple[str, ...]
-    "Names of variables whose values are secret: `deploy serve` hands them over on stdin."
+    "Names of secret variables; `deploy serve` passes their values on stdin."
     memory: MemoryPlan | None
-    "None: a model that the planner does not know."
+    "Memory; None for a model that the planner does not know."
     prediction: Prediction | None
+    "Predicted speed; None: the planner does not know the model."
     alternatives: tuple[Alternative, ...] = ()
+    "Other possible layouts."
     rejected: tuple[Rejected, ...] = ()
+    "Layouts that do not fit."
     notes: tuple[str, ...] = ()
-    "What a person should know: nodes that cannot serve, assumptions."
+    "Remarks for the user, such as nodes that cannot serve, and assumptions."
 
     @property
     def head(self) -> NodePlan:

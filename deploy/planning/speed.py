@@ -115,33 +115,41 @@ class StageLoad:
 
 
 class StreamLevel(BaseModel):
-    """So many streams at once. `usd_per_mtok`: None where no price is known."""
+    """Prediction for a number of concurrent streams. `usd_per_mtok`: None without a price."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     streams: int
+    "Number of concurrent streams."
     tokens_per_s: float
-    "Of all streams together."
+    "Tokens/s of all streams together."
     usd_per_mtok: float | None = None
+    "Dollars per million tokens; None without a price."
 
 
 class Prediction(BaseModel):
-    """Of a layout. The parts are of one stream's token; `usd_*`: None where no price is known."""
+    """Prediction for a layout. The parts apply to one token of one stream. `usd_*`: None without a price."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     tokens_per_s: float
-    "For one stream."
+    "Tokens/s of one stream."
     weights_ms: float
+    "Milliseconds per token to read weights."
     offload_ms: float
+    "Milliseconds per token to read offloaded weights."
     collectives_ms: float
+    "Milliseconds per token for all-reduces."
     hops_ms: float = 0
+    "Milliseconds per token between stages."
     first_token_ms: float = 0
-    "For a prompt of PROMPT tokens, alone."
+    "Milliseconds until the first token of a prompt of PROMPT tokens, without other requests."
     levels: tuple[StreamLevel, ...] = ()
+    "Predictions for several concurrent streams."
     usd_per_hour: float | None = None
+    "Dollars per hour of all nodes; None without a price."
     usd_per_mtok: float | None = None
-    "For one stream."
+    "Dollars per million tokens with one stream; None without a price."
 
     def at(self, streams: int) -> float:
         """Tokens/s for any number of streams: between two that are told, in proportion; beyond the last, as the last."""

@@ -27,16 +27,18 @@ MAX_CELLS = 100_000
 class SentDocument(BaseModel):
     """Unknown keys stay in the document and are not shown."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = ConfigDict(frozen=True, extra="ignore", use_attribute_docstrings=True)
 
 
 class MatrixCell(SentDocument):
     """One cell: recipe x stack x Python x target x sm list. Each cell is one wheel."""
 
     recipe: RecipeName
+    "Name of the recipe."
     version: ShortText = ""
     "Version of the recipe's project, for example 1.7.0."
     stack: RecipeName
+    "Name of the stack."
     torch: ShortText = ""
     "Version of torch, for example 2.11.0; empty if the wheel does not depend on torch."
     cuda: ShortText = ""
@@ -44,10 +46,13 @@ class MatrixCell(SentDocument):
     python: CellPython
     "Version of Python, for example 3.13, or 3.14t for the free-threaded build."
     target: CellTarget
+    "Architecture of the wheel."
     sm: tuple[SmName, ...] = Field(default=(), max_length=64)
     "GPU architectures, for example 90, 90a, 100f."
     state: CellState
+    "State of the cell."
     build_id: BuildId | None = None
+    "Id of the build; empty before it is built."
     wheel: WheelName | None = None
     "File name of the built wheel; empty before it is built."
     reason: str = ""
@@ -68,6 +73,7 @@ class MatrixDocument(SentDocument):
     made: AwareDatetime
     "Time at which the cells were listed."
     cells: tuple[MatrixCell, ...] = Field(max_length=MAX_CELLS)
+    "The cells."
 
     def projects(self) -> set[str]:
         """Normalised projects of the cells' recipes."""
@@ -78,16 +84,20 @@ class GpuComparison(SentDocument):
     """A result that a GPU computed with the wheel, compared with a reference."""
 
     name: ShortText
+    "What was computed, for example forward float16."
     error: float | None = Field(default=None, ge=0, lt=1e15, allow_inf_nan=False)
     "Largest difference from the reference."
     tolerance: float | None = Field(default=None, ge=0, lt=1e15, allow_inf_nan=False)
+    "Largest accepted difference."
 
 
 class CertifiedWheel(SentDocument):
     """The wheel that ran on the GPU."""
 
     filename: WheelName
+    "File name of the wheel."
     sha256: DeviceDigest
+    "sha256 of the wheel."
 
 
 class DeviceCertificate(SentDocument):
@@ -96,9 +106,14 @@ class DeviceCertificate(SentDocument):
     device_digest: DeviceDigest
     "Digest of the wheel's device code for one sm; equal to DIGEST in the address."
     sm: SmName
+    "Architecture of the device code, for example 90."
     gpu: ShortText
     "Name of the GPU, for example NVIDIA H100 80GB HBM3."
     driver: ShortText = ""
+    "Version of NVIDIA's driver."
     certified: AwareDatetime
+    "Time of the test."
     wheel: CertifiedWheel
+    "The tested wheel."
     comparisons: tuple[GpuComparison, ...] = Field(default=(), max_length=1000)
+    "Comparisons with a reference."

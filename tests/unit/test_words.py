@@ -75,7 +75,6 @@ TO_DO = frozenset(
         "docs/recipes.md",
         "docs/rehearsal.md",
         "docs/sandbox.md",
-        "docs/schema/",
         "docs/sets.md",
         "docs/stacks.md",
         "docs/tutorial.md",
@@ -141,8 +140,12 @@ def texts() -> dict[str, str]:
 
 
 def prose(path: Path) -> str:
-    """What a person reads in a file: of Python the comments and strings, of TOML no keys."""
+    """What a person reads in a file: no code of Markdown, no keys of TOML and JSON, comments and strings of Python."""
     text = path.read_text()
+    if path.suffix == ".md":
+        return re.sub(r"`[^`\n]*`", "", text)
+    if path.suffix == ".json":
+        return re.sub(r'"title": "[^"]*"|"[\w-]+":', "", text)
     if path.suffix == ".toml":
         return re.sub(r"^[\w.-]+ *=", "", text, flags=re.MULTILINE)
     if path.suffix != ".py":

@@ -15,13 +15,16 @@ class Archive(Table):
     """A standalone CPython for one architecture: a .tar.gz with the folder python/."""
 
     url: Url
+    "URL of the archive."
     sha256: Sha256
+    "sha256 of the archive."
 
 
 class ArchiveSource(Table):
     """Standalone CPython as python-build-standalone packs it. It brings its libraries and runs on glibc 2.17 and later."""
 
     kind: Literal["archive"]
+    "Selects this kind of source."
     archives: dict[Arch, Archive] = Field(description="By the architecture that the interpreter runs on")
 
 
@@ -29,7 +32,9 @@ class DebianSource(Table):
     """The Python of a Debian suite, with that suite's C library and loader, which may be newer than the root's."""
 
     kind: Literal["debian"]
+    "Selects this kind of source."
     suite: str
+    "Debian suite, for example trixie."
     packages: tuple[str, ...] = Field(min_length=1, description="Taken with what they depend on; packages.lock pins them")
 
 
@@ -41,6 +46,7 @@ class InterpreterTable(Table):
     )
     version: str = Field(description="Full version, as 3.13.15")
     source: Annotated[ArchiveSource | DebianSource, Field(discriminator="kind")]
+    "Where the interpreter comes from."
 
 
 class InterpreterLock(Table):
