@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import click
 
 from builder.cli.accept import accept_new
-from builder.cli.matrix import cells_of, plan_cell, reports_of, table_of
+from builder.cli.matrix import Part, cells_of, parted, plan_cell, reports_of, table_of
 from builder.cli.options import Aim, aimed, aimed_at_sandbox, plan_of, start
 from builder.flow import history
 from builder.planning import matrix, recipe, stack
@@ -30,6 +30,7 @@ from gracefarm.errors import ConfigError, GracefarmError, SeveralError, UsageErr
 @click.option(
     "--matrix", "selector", help="Build each cell of this selector, or of the selector with this name in matrix.toml."
 )
+@parted
 @click.option("--jobs", type=click.IntRange(1), help="Maximum parallel compilations; default: from cores and memory.")
 @click.option(
     "--publish",
@@ -47,6 +48,7 @@ def build_command(
     aim: Aim,
     changed: bool,
     selector: str | None,
+    part: Part,
     jobs: int | None,
     url: str | None,
     keep: bool,
@@ -65,6 +67,7 @@ def build_command(
     builder build flash_attn --toolchain container
     builder build triton --accept-new
     builder build causal_conv1d --matrix 'python=3.11,3.13 sm=90+100'
+    builder build --changed --matrix default --only target=aarch64
     """
     settings, console = start()
     known = recipe.names(settings.project / "recipes")
@@ -73,9 +76,8 @@ def build_command(
     _refuse_credentials(url)
     if accepts:
         accept_new(() if selector else names, aim, settings, console, yes=yes)
-    asked: Sequence[str | Cell] = names or known
-    if selector is not None:
-        asked = _cells(names, selector, aim, settings)
+    cells = _cells(names, selector, part, aim, settings)
+    asked: Sequence[str | Cell] = cells if cells is not None else names or known
     failures: list[GracefarmError] = []
     plans: list[Plan] = []
     for entry in asked:
@@ -120,12 +122,16 @@ def _conclude(
         raise SeveralError(f"{len(failures)} of {len(asked)} {what} failed; see the errors above")
 
 
-def _cells(names: Sequence[str], selector: str, aim: Aim, settings: Settings) -> list[Cell]:
-    """The cells of a selector.
+def _cells(names: Sequence[str], selector: str | None, part: Part, aim: Aim, settings: Settings) -> list[Cell] | None:
+    """The cells of a selector; None: there is no selector.
 
     Raises:
         UsageError: the selector is invalid, or an option sets an axis of the selector.
     """
+    if selector is None:
+        if part != Part():
+            raise UsageError("--only and --shard take a part of a matrix", remedy="say --matrix, as --matrix default")
+        return None
     target = click.get_current_context().get_parameter_source("target") is click.core.ParameterSource.COMMANDLINE
     given = {
         "--stack": aim.stack,
@@ -136,7 +142,7 @@ def _cells(names: Sequence[str], selector: str, aim: Aim, settings: Settings) ->
     for option, value in given.items():
         if value is not None:
             raise UsageError(f"{option} and --matrix exclude each other", remedy=f"add the axis {option[2:]} to the selector")
-    return cells_of(matrix.named(selector, settings.project), names, settings)
+    return cells_of(matrix.named(selector, settings.project), names, settings, part)
 
 
 def _longest_first(plans: list[Plan], settings: Settings) -> list[Plan]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import click
 from packaging.version import Version
 
 from builder.cli.options import stack_of, start
+from builder.flow import publishing
 from builder.flow.matrix import CellReport, document, report
 from builder.ground import interpreters
 from builder.planning import matrix, recipe, stack
@@ -22,6 +24,26 @@ from gracefarm.cli import json_option
 from gracefarm.errors import ConfigError, UsageError
 
 
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """What a command takes of a selector's cells."""
+
+    only: str | None = None
+    shard: str | None = None
+
+
+def parted(function: Callable[..., None]) -> Callable[..., None]:
+    """--only and --shard, given to the command as `part`."""
+
+    @functools.wraps(function)
+    def with_part(*arguments: object, only: str | None, shard: str | None, **options: object) -> None:
+        function(*arguments, part=Part(only=only, shard=shard), **options)
+
+    with_only = click.option("--only", metavar="AXES", help="Take only the cells with these axes, as stack=cu132.")
+    with_shard = click.option("--shard", metavar="I/N", help="Take only part I of N of the cells.")
+    return with_only(with_shard(with_part))
+
+
 @click.command("matrix")
 @click.argument("names", nargs=-1)
 @click.option(
@@ -31,14 +53,19 @@ from gracefarm.errors import ConfigError, UsageError
     show_default=True,
     help="Selector of cells, or the name of a selector in matrix.toml.",
 )
+@parted
+@click.option("--publish", "url", metavar="URL", help="Send the cells to the index with this upload address, for its board.")
+@click.option("--as", "name", metavar="NAME", help="Name of the cells in the index; default: the selector's name.")
 @click.option("--prune", is_flag=True, help="List builds with an older torch than the releases that matrix.toml keeps.")
 @json_option
-def matrix_command(names: tuple[str, ...], selector: str, prune: bool) -> None:
+def matrix_command(names: tuple[str, ...], selector: str, part: Part, url: str | None, name: str | None, prune: bool) -> None:
     """List the cells of recipes (built, failed, blocked or not tried), with CPU seconds and disk space.
 
     \b
     builder matrix causal_conv1d
     builder matrix causal_conv1d --matrix 'python=3.11..3.14 sm=90+100'
+    builder matrix --only 'stack=cu132 target=aarch64'
+    builder matrix --publish http://127.0.0.1:8080/legacy/
     builder matrix --json > matrix.json
     """
     settings, console = start()
@@ -47,9 +74,12 @@ def matrix_command(names: tuple[str, ...], selector: str, prune: bool) -> None:
         console.result(rows, "\n".join(f"{row['recipe']}  {row['stack']}  {row['build_id'][:16]}" for row in rows))
         return
     text = matrix.named(selector, settings.project)
-    reports = reports_of(cells_of(text, names, settings), settings)
-    name = selector if "=" not in selector else "selected"
-    console.result(document(name, text, reports), "\n".join(table_of(reports)))
+    reports = reports_of(cells_of(text, names, settings, part), settings)
+    content = document(name or (selector if "=" not in selector else "selected"), text, reports)
+    if url is not None:
+        publishing.publish_matrix(content, url)
+        console.step("publish", f"{len(reports)} cells, for the board of {url}")
+    console.result(content, "\n".join(table_of(reports)))
 
 
 def reports_of(cells: Sequence[Cell], settings: Settings, on: ToolchainChoice | None = None) -> list[CellReport]:
@@ -73,7 +103,7 @@ def reports_of(cells: Sequence[Cell], settings: Settings, on: ToolchainChoice | 
 def table_of(reports: Sequence[CellReport]) -> list[str]:
     """One line per cell, and the counts."""
     rows = []
-    widths = [max(len(getattr(entry.cell, name)) for entry in reports) for name in ("recipe", "stack")]
+    widths = [max((len(getattr(entry.cell, name)) for entry in reports), default=0) for name in ("recipe", "stack")]
     for entry in reports:
         cell = entry.cell
         costs = [
@@ -86,11 +116,11 @@ def table_of(reports: Sequence[CellReport]) -> list[str]:
         row = f"{entry.state:9}  {names} {python:12} {cell.target:8} {sm:8} "
         rows.append((row + ", ".join(cost for cost in costs if cost)).rstrip())
     counts = Counter(entry.state for entry in reports)
-    return [*rows, ", ".join(f"{count} {state}" for state, count in sorted(counts.items()))]
+    return [*rows, ", ".join(f"{count} {state}" for state, count in sorted(counts.items())) or "no cells"]
 
 
-def cells_of(text: str, names: Sequence[str], settings: Settings) -> list[Cell]:
-    """The cells of a selector in this project; `names`: the requested recipes.
+def cells_of(text: str, names: Sequence[str], settings: Settings, part: Part) -> list[Cell]:
+    """The cells of a selector in this project, or a part of them; `names`: the requested recipes.
 
     Raises:
         UsageError: see `builder.planning.matrix.expand`.
@@ -105,7 +135,10 @@ def cells_of(text: str, names: Sequence[str], settings: Settings) -> list[Cell]:
         stacks=stacks,
         interpreters=interpreters.names(settings.project / "interpreters"),
     )
-    return matrix.expand(text, known, [entry.key for entry in loaded] if names else ())
+    cells = matrix.expand(text, known, [entry.key for entry in loaded] if names else ())
+    if part.only is not None:
+        cells = matrix.only(cells, part.only, known)
+    return matrix.shard(cells, part.shard) if part.shard is not None else cells
 
 
 def plan_cell(cell: Cell, settings: Settings, on: ToolchainChoice | None = None) -> Plan:

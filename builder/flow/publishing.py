@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from builder.planning.settings import Settings
 from builder.planning.stack import Stack
 from builder.proof import certificates, publish, record
@@ -34,6 +36,22 @@ def publish_build(built: Record, url: str, settings: Settings, console: Console)
     send_record(published.build_id, url, settings, console, login)
     _send_certificates([published], url, settings, console, login)
     return published
+
+
+def publish_matrix(content: Mapping[str, object], url: str) -> None:
+    """The cells of a matrix, for the board of the index behind the upload address.
+
+    Raises:
+        UsageError: the address carries a password.
+        PublishError: the index gives no login, or does not take them.
+    """
+    publish.refuse_credentials(url)
+    refused = publish.send_matrix(content, url, publish.credentials(url))
+    if refused is not None:
+        raise PublishError(
+            f"the index did not take the matrix: {refused}",
+            remedy="check the address and the token (TWINE_USERNAME=__token__, TWINE_PASSWORD)",
+        )
 
 
 def publish_certificates(builds: list[Record], url: str, settings: Settings, console: Console) -> None:

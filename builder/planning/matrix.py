@@ -131,6 +131,48 @@ def expand(text: str, known: Known, names: Sequence[str] = ()) -> list[Cell]:
     return cells
 
 
+def only(cells: Sequence[Cell], text: str, known: Known) -> list[Cell]:
+    """Those of the cells that the axes of a selector name too; an axis that is absent leaves all.
+
+    Raises:
+        UsageError: see `parse`; an unknown value (names the nearest), or no cell at all.
+    """
+    axes = parse(text)
+    kept = list(cells)
+    if "recipe" in axes:
+        recipes = {_known(value, "recipe", known.recipes) for value in axes["recipe"]}
+        kept = [cell for cell in kept if cell.recipe in recipes]
+    if axes.keys() & {"stack", "torch", "cuda"}:
+        stacks = _stacks(axes, known, "")
+        kept = [cell for cell in kept if cell.stack in stacks]
+    if "python" in axes:
+        pythons = _pythons(axes["python"], known.interpreters)
+        kept = [cell for cell in kept if cell.interpreter in pythons]
+    if "target" in axes:
+        targets = {_known(value, "target", list(Arch)) for value in axes["target"]}
+        kept = [cell for cell in kept if cell.target in targets]
+    if "sm" in axes:
+        lists = [device_code.parse(value) for value in axes["sm"]]
+        kept = [cell for cell in kept if cell.sm in lists]
+    if not kept:
+        raise UsageError(f"{text!r} leaves no cell of the selector", remedy="`builder matrix` lists the cells")
+    return kept
+
+
+def shard(cells: Sequence[Cell], text: str) -> list[Cell]:
+    """One part of the cells, as `2/3`: the second of three. Those of a recipe on a stack stay together: they share objects.
+
+    Raises:
+        UsageError: it is no such part.
+    """
+    number, slash, count = text.partition("/")
+    if not (slash and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise UsageError(f"{text!r} is not a part of the cells", remedy="write the second of three parts as 2/3")
+    groups = list(dict.fromkeys((cell.recipe, cell.stack) for cell in cells))
+    own = set(groups[int(number) - 1 :: int(count)])
+    return [cell for cell in cells if (cell.recipe, cell.stack) in own]
+
+
 def _cells(axes: Mapping[str, Sequence[str]], known: Known, names: Sequence[str]) -> Iterator[Cell]:
     """The cells of one selector, by the values of its axes."""
     recipes = [_known(value, "recipe", known.recipes) for value in axes.get("recipe", names or tuple(known.recipes))]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
@@ -115,6 +117,11 @@ def send_record(document: Path, log: Path, build_id: str, url: str, login: Login
 def send_certificate(document: Path, digest: str, url: str, login: Login | None) -> str | None:
     """PUT the certificate of a device digest, as `send_record` puts a record."""
     return _put([(f"certificates/{digest}", document.read_bytes())], url, login)
+
+
+def send_matrix(content: Mapping[str, object], url: str, login: Login | None) -> str | None:
+    """PUT the cells of a matrix under its name, as `send_record` puts a record."""
+    return _put([(f"matrix/{content['name']}", json.dumps(content).encode())], url, login)
 
 
 def _put(bodies: list[tuple[str, bytes]], url: str, login: Login | None) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -132,10 +133,17 @@ def test_the_board_says_why(site: Server) -> None:
 
 def test_the_board_shows_the_cells_that_the_builder_prints(site: Server) -> None:
     """The real `builder matrix`, which only plans."""
-    command = [sys.executable, "-m", "builder", "matrix", "causal_conv1d", "--json"]
-    process = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, check=True)
-    printed = json.loads(process.stdout)
-    put(site, "/matrix/builder", {**printed, "name": "builder"})
+    command = [sys.executable, "-m", "builder", "matrix", "causal_conv1d", "--only", "target=aarch64", "--json"]
+    command += ["--publish", f"{site.url}/legacy/", "--as", "builder"]
+    environment = {**os.environ, "TWINE_USERNAME": "__token__", "TWINE_PASSWORD": site.token}
+    process = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, check=True, env=environment)
+    printed = json.loads(process.stdout.splitlines()[-1])
+    assert printed["name"] == "builder"
+    refused = subprocess.run(
+        command, capture_output=True, text=True, cwd=REPOSITORY, check=False, env={**environment, "TWINE_PASSWORD": "wrong"}
+    )
+    assert refused.returncode == 40
+    assert "the index did not take the matrix" in refused.stderr + refused.stdout
     text = site.client.get("/board/").text.partition('id="matrix-builder"')[2].partition("</section>")[0]
     assert printed["cells"]
     for wanted in printed["cells"]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from builder.cli import cli
 from builder.cli.matrix import reports_of
 from builder.flow.matrix import document
 from builder.planning import matrix, stack
-from builder.planning.matrix import Cell, Known, expand, parse, parts
+from builder.planning.matrix import Cell, Known, expand, only, parse, parts, shard
 from builder.planning.settings import load
 from builder.planning.stack import Arch
 from gracefarm.errors import ConfigError, UsageError
@@ -127,3 +130,39 @@ def test_a_blocked_cell_keeps_what_is_known_of_it(tmp_path: Path) -> None:
     assert [conv[name] for name in known] == ["1.7.0", "2.11.0", "13.0", "3.14t", ["90", "100"], "blocked"]
     assert [triton[name] for name in known] == ["3.2.0+git755d4164", "", "", "3.11", [], "blocked"]
     assert "requirements-3.14t.lock: no such file" in conv["reason"]
+
+
+def test_a_part_of_the_cells_is_chosen_by_axes() -> None:
+    cells = expand("python=root,3.13 target=aarch64,x86_64 sm=90,100", KNOWN)
+    assert {(cell.recipe, cell.stack) for cell in only(cells, "torch=2.4", KNOWN)} == {("flash", "cu124")}
+    assert {cell.interpreter for cell in only(cells, "python=root", KNOWN)} == {None}
+    assert {cell.target for cell in only(cells, "recipe=conv target=x86_64", KNOWN)} == {Arch.X86_64}
+    assert len(only(cells, "sm=100", KNOWN)) == len(cells) // 2
+    for text, sentence in (("stack=cu12", "unknown stack"), ("sm=120", "leaves no cell"), ("place=here", "not AXIS=VALUES")):
+        with pytest.raises(UsageError, match=sentence):
+            only(cells, text, KNOWN)
+
+
+def test_shards_have_each_cell_once_and_keep_those_together_that_share_objects() -> None:
+    cells = expand("python=root,3.13 stack=cu124,cu130 target=aarch64,x86_64", KNOWN)
+    parts = [shard(cells, f"{number}/3") for number in (1, 2, 3)]
+    assert sorted(map(str, itertools.chain(*parts))) == sorted(map(str, cells))
+    owners = {(cell.recipe, cell.stack): number for number, part in enumerate(parts) for cell in part}
+    assert all(owners[cell.recipe, cell.stack] == number for number, part in enumerate(parts) for cell in part)
+    assert len(set(owners.values())) == 3
+    assert shard(cells[:1], "2/2") == []
+    for text in ("0/3", "4/3", "1", "a/b", "1/0"):
+        with pytest.raises(UsageError, match="is not a part of the cells"):
+            shard(cells, text)
+
+
+def test_a_part_without_a_cell_builds_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More jobs than there is to share among them: the last must not take everything."""
+    monkeypatch.setenv("GRACEFARM_PROJECT", str(REPOSITORY))
+    monkeypatch.setenv("GRACEFARM_HOME", str(tmp_path))
+    part = ["--matrix", "recipe=causal_conv1d", "--shard", "2/2"]
+    for words in (["build", "--changed", *part], ["matrix", *part]):
+        done = CliRunner().invoke(cli, words, catch_exceptions=False, standalone_mode=False)
+        assert done.exit_code == 0
+        assert "nothing" in done.output or "no cells" in done.output
+    assert not (tmp_path / "builds").exists()

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import yaml
 
+from builder.cli.matrix import Part, cells_of
 from builder.fetch.git import repository_path
 from builder.fetch.store import store_path
-from builder.planning import recipe
+from builder.planning import matrix, recipe
 from builder.planning.settings import load
 from builder.proof import record
 from builder.toolchains import ccache
@@ -71,7 +72,8 @@ def test_what_is_cached_is_where_the_builder_has_it(key: tuple[str, str], tmp_pa
     """Objects, and the records from which the next night learns memory, the long pole, and what is built already."""
     settings = load().model_copy(update={"home": tmp_path})
     whole = WORKFLOWS[key[0]] | JOBS[key]
-    home = whole["env"]["GRACEFARM_HOME"].rpartition("/")[2] if "env" in whole else "~/.cache/gracefarm"
+    given = whole.get("env", {}).get("GRACEFARM_HOME")
+    home = given.rpartition("/")[2] if given else "~/.cache/gracefarm"
     ((_, restore),) = uses(JOBS[key], "actions/cache/restore")
     paths = restore["with"]["path"].split()
     wanted = [ccache.folder(settings, "triton"), record.path(settings, "1234"), record.folder(settings, "1234") / "dist"]
@@ -80,6 +82,47 @@ def test_what_is_cached_is_where_the_builder_has_it(key: tuple[str, str], tmp_pa
     for place in wanted:
         inside = PurePosixPath(home) / place.relative_to(tmp_path)
         assert any(folder.match(path) for path in paths for folder in (inside, *inside.parents)), inside
+
+
+def test_every_action_is_pinned_by_its_commit() -> None:
+    """A tag can be moved to other code; the tag of the commit stands behind it, for people and for what proposes updates."""
+    for path in sorted(FOLDER.glob("*.yml")):
+        used = re.findall(r"^\s*(?:- )?uses: (.*)$", path.read_text(), flags=re.MULTILINE)
+        assert used
+        assert [action for action in used if not re.fullmatch(r"[\w/-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", action)] == []
+
+
+def test_the_nights_jobs_build_each_cell_of_the_default_matrix_once() -> None:
+    job = JOBS["nightly", "build"]
+    (command,) = [step["run"] for step in job["steps"] if "builder build" in step.get("run", "")]
+    assert {"--changed", "--matrix", "default", "--only", '"target=$TARGET"', "--shard", '"$SHARD"'} <= set(command.split())
+    machines, settings = job["strategy"]["matrix"], load().model_copy(update={"project": REPOSITORY})
+    count = len(machines["shard"])
+    assert job["env"]["SHARD"] == f"${{{{ matrix.shard }}}}/{count}"
+    # A cross build would take minutes for what is seconds on a machine of the target.
+    assert [(entry["runner"].endswith("-arm"), entry["target"]) for entry in machines["include"]] == [
+        (True, "aarch64"),
+        (False, "x86_64"),
+    ]
+    selector = matrix.named("default", REPOSITORY)
+    parts = [
+        cell
+        for entry in machines["include"]
+        for shard in machines["shard"]
+        for cell in cells_of(selector, (), settings, Part(only=f"target={entry['target']}", shard=f"{shard}/{count}"))
+    ]
+    whole = cells_of(selector, (), settings, Part())
+    assert len(parts) == len(whole)
+    assert set(parts) == set(whole)
+
+
+def test_what_is_wanted_is_on_the_board_before_it_is_built() -> None:
+    """The index shows a record in place of a cell that was not tried."""
+    job = JOBS["nightly", "cells"]
+    assert JOBS["nightly", "build"]["needs"] == "cells"
+    assert "builder matrix" in runs(job)
+    assert '--publish "$PUBLISH_URL"' in runs(job)
+    assert '--as "nightly-$TARGET"' in runs(job), "a later matrix of a name replaces the earlier one"
 
 
 UPLOADS = [(key, step) for key, job in JOBS.items() for _, step in uses(job, "actions/upload-artifact")]
