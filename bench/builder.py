@@ -22,7 +22,7 @@ from builder.flow.ground import lay_ground
 from builder.ground import environment, root
 from builder.planning import recipe, settings, stack
 from builder.planning.ground import Ground
-from builder.planning.plan import Plan
+from builder.planning.plan import NO_CACHES, Plan
 from builder.planning.settings import Settings
 from builder.planning.stack import Arch
 from builder.proof import record
@@ -88,7 +88,7 @@ def timed(work: Callable[[], object]) -> float:
 def box(bed: Bed) -> Sandbox:
     """The sandbox of a build."""
     place = bed.plan.toolchain.place(
-        bed.plan, bed.ground, bed.settings, bed.work, jobs=1, epoch=1, memory=MEMORY, cached=False
+        bed.plan, bed.ground, bed.settings, bed.work, jobs=1, epoch=1, memory=MEMORY, caches=NO_CACHES
     )
     assert isinstance(place, Sandbox)
     return place

@@ -13,6 +13,7 @@ from builder.box import sandbox
 from builder.fetch import source
 from builder.flow.ground import lay_ground
 from builder.planning import recipe, settings, stack
+from builder.planning.plan import NO_CACHES
 from builder.planning.stack import Arch
 from builder.toolchains import choice
 from gracefarm.console import Console
@@ -57,7 +58,7 @@ def measure(unit: str) -> dict[str, float]:
     includes = [f"-I{place}" for place in (*places, *(f"/build/source/{place}" for place in own))]
     seconds = {}
     for sm in ("90", "80 90"):
-        box = plan.toolchain.place(plan, ground, farm, work, jobs=1, epoch=1, memory=MEMORY, cached=False)
+        box = plan.toolchain.place(plan, ground, farm, work, jobs=1, epoch=1, memory=MEMORY, caches=NO_CACHES)
         command = [
             "/usr/bin/env",
             f"GRACEFARM_SM={sm}",

@@ -17,7 +17,7 @@ from gracefarm import tables
 from gracefarm.errors import ConfigError
 
 PREFIX = "GRACEFARM_"
-BUILDER_KEYS = ("project", "debian_mirror", "mirrors", "memory", "jobs", "compiler_cache")
+BUILDER_KEYS = ("project", "debian_mirror", "mirrors", "memory", "jobs", "compiler_cache", "device_store")
 "Keys of settings.toml for the builder (builder.planning.settings). Other programs ignore them."
 
 # A relative path would name another folder for each working directory.

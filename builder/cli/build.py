@@ -12,7 +12,7 @@ from builder.cli.options import Aim, aimed, aimed_at_sandbox, plan_of, start
 from builder.flow import history
 from builder.planning import matrix, recipe, stack
 from builder.planning.matrix import Cell
-from builder.planning.plan import Plan
+from builder.planning.plan import Caches, Plan
 from builder.planning.settings import Settings
 from builder.planning.stack import Arch
 from builder.proof import record, why
@@ -40,6 +40,7 @@ from gracefarm.errors import ConfigError, GracefarmError, SeveralError, UsageErr
 )
 @click.option("--keep", is_flag=True, help="Keep the working folder after a successful build.")
 @click.option("--no-compiler-cache", is_flag=True, help="Compile without the compiler cache.")
+@click.option("--no-device-store", is_flag=True, help="Compile all device code, also what another cell has compiled.")
 @click.option("--accept-new", "accepts", is_flag=True, help="Accept unknown digests at first use, and store them.")
 @click.option("--yes", is_flag=True, help="With --accept-new: do not ask for confirmation.")
 @json_option
@@ -53,6 +54,7 @@ def build_command(
     url: str | None,
     keep: bool,
     no_compiler_cache: bool,
+    no_device_store: bool,
     accepts: bool,
     yes: bool,
 ) -> None:
@@ -87,9 +89,10 @@ def build_command(
             _survive(error, failures, asked, console)
     if changed:
         console.step("plan", f"changed since the last success: {', '.join(plan.recipe.key for plan in plans) or 'nothing'}")
+    caches = Caches(compiler=not no_compiler_cache, device=not no_device_store)
     for plan in _longest_first(plans, settings):
         try:
-            built = build_one(plan, jobs, url, keep, not no_compiler_cache, settings, console)
+            built = build_one(plan, jobs, url, keep, caches, settings, console)
         except GracefarmError as error:
             _survive(error, failures, plans, console)
         else:
@@ -208,7 +211,7 @@ def build_one(
     jobs: int | None,
     url: str | None,
     keep: bool,
-    compiler_cache: bool,
+    caches: Caches,
     settings: Settings,
     console: Console,
 ) -> Record:
@@ -220,7 +223,7 @@ def build_one(
     from builder.flow import build
     from builder.flow.attempt import BuildOptions
 
-    return build.build(plan, BuildOptions(jobs=jobs, publish=url, keep=keep, compiler_cache=compiler_cache), settings, console)
+    return build.build(plan, BuildOptions(jobs=jobs, publish=url, keep=keep, caches=caches), settings, console)
 
 
 @click.command("run")

@@ -127,6 +127,8 @@ def show_command(name: str) -> None:
         lines.append(f"jobs      {last.jobs.count}: {last.jobs.reason}")
     if last.compiler_cache:
         lines.append(units.title(last.compiler_cache))
+    if last.device_code:
+        lines.append(units.device_title(last.device_code))
     for stage in last.stages:
         peak = f", peak {stage.peak_memory / 2**30:.2f} GiB" if stage.peak_memory is not None else ""
         cpu = f", {stage.cpu_s:.1f} CPU s" if stage.cpu_s is not None else ""

@@ -44,6 +44,35 @@ class CacheStatistics(Table):
     )
 
 
+class DeviceStatistics(Table):
+    """What nvcc's device passes took (cicc, ptxas, fatbinary), and what the store of device code gave; counts are passes."""
+
+    text: int = Field(description="cicc, found by the preprocessed text")
+    nvvm: int = Field(description="cicc's optimizer, found by the NVVM code of the front end, which ran")
+    ptx: int = Field(description="ptxas, found by the PTX")
+    misses: int = Field(description="cicc and ptxas that ran, and whose results can be kept")
+    not_kept: dict[str, int] = Field(default_factory=dict, description="Other cicc and ptxas that ran, by the reason")
+    cpu_s: float = Field(description="CPU seconds of all device passes, the store's own among them")
+    saved_cpu_s: float = Field(description="CPU seconds that the results took that were found, when they were made")
+
+    @property
+    def taken(self) -> int:
+        """Passes out of the store."""
+        return self.text + self.nvvm + self.ptx
+
+
+class DeviceNote(Table):
+    """A device pass of a unit."""
+
+    name: str = Field(alias="pass")
+    outcome: str
+    "`text`, `nvvm` or `ptx`, by which it was found; `miss`; `always runs`; or why its result is not kept."
+    cpu_s: float
+    wall_s: float
+    saved: dict[str, float]
+    "`cpu_s`, `wall_s` and `peak_memory` that a compilation took; empty if it ran."
+
+
 class Note(Table):
     """A line of front.py's."""
 
@@ -53,6 +82,8 @@ class Note(Table):
     wall_s: float
     cpu_s: float
     peak_memory: int
+    device: tuple[DeviceNote, ...] = ()
+    "What its device passes did; nothing for a unit from the compiler cache. The costs above are those without the store."
 
 
 def read(folder: Path) -> list[Note]:
@@ -109,6 +140,34 @@ def title(cache: CacheStatistics) -> str:
     return (
         f"compiler cache: {cache.hits} hits, {cache.misses} misses, {cache.uncacheable} not cacheable{reasons}; "
         f"about {cache.saved_cpu_s:.0f} CPU s saved"
+    )
+
+
+def device_statistics(notes: Iterable[Note]) -> DeviceStatistics | None:
+    """What the device passes did; None where there were none."""
+    passes = [each for note in notes for each in note.device]
+    if not passes:
+        return None
+    outcomes = Counter(each.outcome for each in passes if each.name != "fatbinary")
+    counted = ("text", "nvvm", "ptx", "miss")
+    return DeviceStatistics(
+        text=outcomes["text"],
+        nvvm=outcomes["nvvm"],
+        ptx=outcomes["ptx"],
+        misses=outcomes["miss"],
+        not_kept={reason: count for reason, count in sorted(outcomes.items()) if reason not in counted},
+        cpu_s=round(sum(each.cpu_s for each in passes), 1),
+        saved_cpu_s=round(sum(each.saved.get("cpu_s", 0.0) for each in passes), 1),
+    )
+
+
+def device_title(device: DeviceStatistics) -> str:
+    """One line for console and log."""
+    reasons = "".join(f"; {count} x {reason}" for reason, count in device.not_kept.items())
+    return (
+        f"device code: {device.taken} passes from the store ({device.text} by text, {device.nvvm} by NVVM "
+        f"code, {device.ptx} by PTX), {device.misses} compiled{reasons}; {device.cpu_s:.0f} CPU s, "
+        f"about {device.saved_cpu_s:.0f} saved"
     )
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from builder.audit.verdict import Verdict
 from builder.box import meter
 from builder.compiling.jobs import Jobs
-from builder.compiling.units import CacheStatistics, Unit
-from builder.planning.plan import Plan
+from builder.compiling.units import CacheStatistics, DeviceStatistics, Unit
+from builder.planning.plan import Caches, Plan
 from builder.planning.settings import Settings
 from builder.proof import judges, record
 from builder.proof.record import Record, Stage
@@ -28,8 +28,7 @@ class BuildOptions:
     jobs: int | None = None
     publish: str | None = None
     keep: bool = False
-    compiler_cache: bool = True
-    "Where the settings allow it."
+    caches: Caches = field(default_factory=Caches)
 
 
 @dataclass(kw_only=True)
@@ -47,6 +46,7 @@ class Attempt:
     "What translation units cost before this run."
     units: dict[str, Unit] = field(default_factory=dict)
     compiler_cache: CacheStatistics | None = None
+    device_code: DeviceStatistics | None = None
     torch_cxx11_abi: bool | None = None
     verdicts: tuple[Verdict, ...] = ()
     device_digests: dict[str, str] = field(default_factory=dict)
@@ -100,6 +100,7 @@ class Attempt:
             stages=tuple(self.stages),
             units=self.units,
             compiler_cache=self.compiler_cache,
+            device_code=self.device_code,
             verdicts=self.verdicts,
             device_digests=self.device_digests,
             judged_by=judges.digest(self.plan),

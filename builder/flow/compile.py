@@ -11,13 +11,14 @@ from typing import Any
 from builder import audit
 from builder.compiling import jobs, pep517, units
 from builder.compiling.jobs import Jobs
-from builder.compiling.units import CacheStatistics, Note, Unit
+from builder.compiling.units import CacheStatistics, DeviceStatistics, Note, Unit
 from builder.fetch import Fetched, source
 from builder.flow import history
 from builder.flow.attempt import Attempt
 from builder.planning.ground import Ground
 from builder.proof import record
 from builder.proof.record import Stage
+from builder.toolchains import device_store
 from builder.toolchains.wrappers import SCHEDULE
 from gracefarm.errors import GracefarmError
 from gracefarm.files import atomic_write, remove_tree, sha256_file
@@ -74,6 +75,7 @@ def _saved(attempt: Attempt) -> Path | None:
     attempt.jobs = Jobs.model_validate(noted["jobs"])
     attempt.units = {name: Unit.model_validate(unit) for name, unit in noted["units"].items()}
     attempt.compiler_cache = noted["compiler_cache"] and CacheStatistics.model_validate(noted["compiler_cache"])
+    attempt.device_code = noted["device_code"] and DeviceStatistics.model_validate(noted["device_code"])
     attempt.stages.append(Stage.model_validate(noted["stage"]))
     attempt.console.step("compile", "compiled before this run was cut off; going on from there")
     return raw
@@ -114,8 +116,8 @@ def _once(attempt: Attempt, ground: Ground, epoch: int, count: Jobs, memory: int
         attempt.known, plan.recipe.data.build, work / "source", memory=memory - jobs.OTHERS, jobs=count.count
     )
     (work / SCHEDULE).write_text(schedule)
-    cached = attempt.options.compiler_cache
-    place = plan.toolchain.place(plan, ground, settings, work, jobs=count.count, epoch=epoch, memory=memory, cached=cached)
+    caches = attempt.options.caches
+    place = plan.toolchain.place(plan, ground, settings, work, jobs=count.count, epoch=epoch, memory=memory, caches=caches)
     command = plan.toolchain.command(plan, settings, work)
     with attempt.log.open("a") as stream:
         stream.write(f"# jobs {count.count}: {count.reason}\n# {' '.join(command)}\n")
@@ -127,6 +129,7 @@ def _once(attempt: Attempt, ground: Ground, epoch: int, count: Jobs, memory: int
     outcome = plan.toolchain.understood(outcome, attempt.log, log_start)
     attempt.stages.append(record.stage("compile", outcome, command, plan.toolchain.note))
     _count_units(attempt, units.read(work))
+    device_store.trim(settings, plan.recipe.key)
     pep517.judge(outcome, plan, attempt.log, log_start)
     raw = _keep(attempt, audit.only_wheel(work / "out"), count)
     peak = outcome.peak_memory / 2**30
@@ -157,11 +160,15 @@ def _count_units(attempt: Attempt, notes: list[Note]) -> None:
     """Into the record, the log and onto the console: what the units cost, and what the cache did."""
     attempt.units = attempt.units | units.costs(notes, attempt.known)
     attempt.compiler_cache = units.statistics(notes, attempt.known)
-    title = units.title(attempt.compiler_cache) if attempt.compiler_cache else "compiler cache: off, or nothing to compile"
+    attempt.device_code = units.device_statistics(notes)
+    cache, device = attempt.compiler_cache, attempt.device_code
     with attempt.log.open("a") as stream:
-        stream.write(f"# {title}\n")
-    if attempt.compiler_cache:
-        attempt.console.step("compile", title)
+        stream.write(f"# {units.title(cache) if cache else 'compiler cache: off, or nothing to compile'}\n")
+        stream.write(f"# {units.device_title(device)}\n" if device else "")
+    if cache:
+        attempt.console.step("compile", units.title(cache))
+    if device:
+        attempt.console.step("compile", units.device_title(device))
 
 
 def _keep(attempt: Attempt, wheel: Path, count: Jobs) -> Path:
@@ -177,6 +184,7 @@ def _keep(attempt: Attempt, wheel: Path, count: Jobs) -> Path:
         "stage": attempt.stages[-1].model_dump(mode="json"),
         "units": {name: unit.model_dump() for name, unit in attempt.units.items()},
         "compiler_cache": attempt.compiler_cache and attempt.compiler_cache.model_dump(),
+        "device_code": attempt.device_code and attempt.device_code.model_dump(),
     }
     atomic_write(checkpoint(attempt), json.dumps(saved))
     return raw

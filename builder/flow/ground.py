@@ -9,7 +9,7 @@ from builder.box.place import Place
 from builder.compiling import pep517
 from builder.fetch import source
 from builder.planning.ground import Ground
-from builder.planning.plan import Plan
+from builder.planning.plan import NO_CACHES, Plan
 from builder.planning.settings import Settings
 from gracefarm.console import Console
 
@@ -37,4 +37,4 @@ def reopen(plan: Plan, folder: Path, settings: Settings, console: Console) -> Pl
         source.unpack(plan.recipe, fetched, folder / "source", epoch)
     memory = pep517.bound(settings)
     ground = lay_ground(plan, settings, console)
-    return plan.toolchain.place(plan, ground, settings, folder, jobs=1, epoch=epoch, memory=memory, cached=False)
+    return plan.toolchain.place(plan, ground, settings, folder, jobs=1, epoch=epoch, memory=memory, caches=NO_CACHES)

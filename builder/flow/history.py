@@ -30,7 +30,7 @@ def like(plan: Plan) -> Likeness:
 def learned_jobs(records: Iterable[Record], like: Likeness) -> Learned | None:
     """From records of one recipe, newest first: the last success of its like, or None."""
     for build in records:
-        if build.compiler_cache and build.compiler_cache.hits:
+        if (build.compiler_cache and build.compiler_cache.hits) or (build.device_code and build.device_code.taken):
             continue  # what comes from a cache takes no memory
         if build.outcome != "built" or build.like != like or build.jobs is None:
             continue

@@ -19,7 +19,7 @@ from elftools.elf.elffile import ELFFile
 from builder.audit.contents import UNREADABLE
 from builder.flow import build
 from builder.flow.attempt import BuildOptions
-from builder.planning.plan import Plan
+from builder.planning.plan import NO_CACHES, Plan
 from builder.planning.settings import Settings
 from builder.proof import record
 from gracefarm.console import Console
@@ -174,7 +174,7 @@ def again(plan: Plan, settings: Settings, console: Console, jobs: int | None = N
                 (settings.home / name).mkdir(exist_ok=True)
                 (home / name).symlink_to((settings.home / name).resolve())
             elsewhere = Settings.model_validate(settings.model_dump() | {"home": home})
-            built = build.build(plan, BuildOptions(jobs=jobs, compiler_cache=False), elsewhere, console)
+            built = build.build(plan, BuildOptions(jobs=jobs, caches=NO_CACHES), elsewhere, console)
             wheel = record.wheel_path(elsewhere, built)
             assert wheel is not None
             yield wheel

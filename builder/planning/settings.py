@@ -53,6 +53,8 @@ class Settings(SharedSettings):
     "Bound on parallel compilations; unset: from cores and memory."
     compiler_cache: str = "5GiB"
     "Size of each recipe's compiler cache, or `off`."
+    device_store: str = "5GiB"
+    "Size of each recipe's store of device code, or `off`."
 
     def redirect(self, url: str) -> str:
         """`url` with the longest matching prefix of `mirrors` replaced."""

@@ -12,7 +12,7 @@ from pydantic import Field
 from builder.audit.verdict import Verdict
 from builder.box.sandbox import Outcome
 from builder.compiling.jobs import Jobs
-from builder.compiling.units import CacheStatistics, Unit
+from builder.compiling.units import CacheStatistics, DeviceStatistics, Unit
 from builder.planning.plan import Plan
 from builder.planning.recipe import ToolchainKind
 from builder.planning.settings import Settings
@@ -115,6 +115,7 @@ class Record(Table):
     "Steps of the build, in order."
     units: dict[str, Unit] = Field(default_factory=dict, description="By source file, relative to the source tree")
     compiler_cache: CacheStatistics | None = Field(default=None, description="None: it was off, or nothing was compiled")
+    device_code: DeviceStatistics | None = Field(default=None, description="None: no device code was compiled or looked up")
     verdicts: tuple[Verdict, ...] = ()
     "Verdicts of the gates."
     judged_by: str = Field(

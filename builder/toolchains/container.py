@@ -28,7 +28,7 @@ from builder.box.sandbox import Outcome
 from builder.planning import gaps
 from builder.planning.gaps import Gap
 from builder.planning.ground import Ground
-from builder.planning.plan import Inputs, Plan, Wanted
+from builder.planning.plan import Caches, Inputs, Plan, Wanted
 from builder.planning.recipe import ToolchainKind
 from builder.planning.settings import Settings
 from builder.planning.stack import Arch, Image, LoadedStack
@@ -145,7 +145,16 @@ class ContainerToolchain(SandboxToolchain):
         return (sys.executable, "-m", "cibuildwheel", *options, str(folder / "source" / plan.recipe.data.build.subdirectory))
 
     def place(
-        self, plan: Plan, ground: Ground, settings: Settings, folder: Path, *, jobs: int, epoch: int, memory: int, cached: bool
+        self,
+        plan: Plan,
+        ground: Ground,
+        settings: Settings,
+        folder: Path,
+        *,
+        jobs: int,
+        epoch: int,
+        memory: int,
+        caches: Caches,
     ) -> Place:
         """Where cibuildwheel itself runs: this machine, which has its network; the container has none."""
         remove_tree(folder / "gracefarm")

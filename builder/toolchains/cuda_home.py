@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from pathlib import Path
 
@@ -9,13 +10,13 @@ from builder.box.sandbox import BindMount, Sandbox
 from builder.planning import driver
 from builder.planning.plan import CUDA_LAYOUT, Plan
 from builder.planning.settings import Settings
-from builder.toolchains.wrappers import CUDA, INSIDE, NVCC, site_packages
+from builder.toolchains.wrappers import CUDA, DEVICE_PASSES, INSIDE, NVCC, PASSES, site_packages
 from gracefarm.errors import RootError
 from gracefarm.files import atomic_directory, lock
 from gracefarm.process import tail
 
 
-def lay_out(plan: Plan, environment: Path, root: Path, settings: Settings) -> Path:
+def lay_out(plan: Plan, environment: Path, compiler: Path, root: Path, settings: Settings) -> Path:
     """A CUDA_HOME for the target: our nvcc in front, headers and libraries of the target's wheels under their usual names.
 
     Links point to places inside the sandbox (/env, /toolchain), so the folder is small and depends on digests alone.
@@ -40,8 +41,24 @@ def lay_out(plan: Plan, environment: Path, root: Path, settings: Settings) -> Pa
             (folder / "lib64" / "stubs").mkdir()
             _static_runtime(folder / "lib64")
             _driver_stub(folder / "lib64" / "stubs", root, packages)
-            (folder / "nvvm").symlink_to(f"{NVCC}/nvidia/cu{plan.stack.data.cuda.split('.')[0]}/nvvm")
+            inside = Path(NVCC, "nvidia", f"cu{plan.stack.data.cuda.split('.')[0]}")
+            (folder / "nvvm").symlink_to(inside / "nvvm")
+            _passes(folder / Path(PASSES).name, compiler / inside.relative_to(NVCC) / "bin", inside / "bin")
     return final
+
+
+def _passes(folder: Path, programs: Path, inside: Path) -> None:
+    """nvcc's programs, by links, with ours in place of its device passes. nvcc takes the folder of the link for its own, and
+    reads there in nvcc.profile where the passes are."""
+    folder.mkdir()
+    for program in sorted(programs.iterdir()):
+        if program.name not in (*DEVICE_PASSES, "nvcc.profile"):
+            (folder / program.name).symlink_to(inside / program.name)
+    for name in DEVICE_PASSES:
+        (folder / name).symlink_to(f"{INSIDE}/passes/{name}")
+    profile = (programs / "nvcc.profile").read_text().replace("$(_HERE_)", str(inside))
+    profile = re.sub(r"^CICC_PATH\s*=.*$", f"CICC_PATH = {PASSES}", profile, flags=re.MULTILINE)
+    (folder / "nvcc.profile").write_text(f"{profile}\nPATH += {PASSES}:\n")
 
 
 def _static_runtime(libraries: Path) -> None:

@@ -16,7 +16,7 @@ from builder.box.host import HostPlace
 from builder.box.place import Place
 from builder.planning import pins
 from builder.planning.ground import Ground, TrialEnvironment
-from builder.planning.plan import CUDA_LAYOUT, Inputs, Plan, Toolchain, Wanted
+from builder.planning.plan import CUDA_LAYOUT, Caches, Inputs, Plan, Toolchain, Wanted
 from builder.planning.recipe import ToolchainKind
 from builder.planning.settings import Settings
 from builder.planning.stack import Arch, LoadedStack
@@ -105,7 +105,16 @@ class HostToolchain(Toolchain):
         return wrappers.command(plan, str(host_environment.folder(self.tools, settings)), str(folder))
 
     def place(
-        self, plan: Plan, ground: Ground, settings: Settings, folder: Path, *, jobs: int, epoch: int, memory: int, cached: bool
+        self,
+        plan: Plan,
+        ground: Ground,
+        settings: Settings,
+        folder: Path,
+        *,
+        jobs: int,
+        epoch: int,
+        memory: int,
+        caches: Caches,
     ) -> Place:
         """See Toolchain: the folder itself, without network where that can be had."""
         (folder / "home").mkdir(parents=True, exist_ok=True)

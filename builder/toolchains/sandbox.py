@@ -15,11 +15,11 @@ from builder.ground import environment, root
 from builder.ground.interpreters import tree
 from builder.planning import packages, pins
 from builder.planning.ground import Ground, TrialEnvironment
-from builder.planning.plan import Inputs, Plan, Toolchain, Wanted
+from builder.planning.plan import Caches, Inputs, Plan, Toolchain, Wanted
 from builder.planning.recipe import ToolchainKind
 from builder.planning.settings import Settings
 from builder.planning.stack import Arch, LoadedStack
-from builder.toolchains import ccache, cuda_home, wrappers
+from builder.toolchains import ccache, cuda_home, device_store, wrappers
 from builder.toolchains.headers import unread_headers
 from builder.toolchains.sandbox_trial import SandboxTrialEnvironment
 from gracefarm.console import Tick, no_tick
@@ -97,7 +97,16 @@ class SandboxToolchain(Toolchain):
         return wrappers.command(plan)
 
     def place(
-        self, plan: Plan, ground: Ground, settings: Settings, folder: Path, *, jobs: int, epoch: int, memory: int, cached: bool
+        self,
+        plan: Plan,
+        ground: Ground,
+        settings: Settings,
+        folder: Path,
+        *,
+        jobs: int,
+        epoch: int,
+        memory: int,
+        caches: Caches,
     ) -> Place:
         """See Toolchain."""
         mounts = [
@@ -105,13 +114,16 @@ class SandboxToolchain(Toolchain):
             BindMount(source=wrappers.folder(settings), target=wrappers.INSIDE),
         ]
         if ground.compiler is not None:
-            home = cuda_home.lay_out(plan, ground.environment, ground.root, settings)
+            home = cuda_home.lay_out(plan, ground.environment, ground.compiler, ground.root, settings)
             mounts += [BindMount(source=ground.compiler, target=wrappers.NVCC), BindMount(source=home, target=wrappers.CUDA)]
         mounts.append(BindMount(source=folder, target="/build", writable=True))
         variables = wrappers.variables(plan, jobs=jobs, epoch=epoch)
-        if cached and ccache.enabled(settings):
+        if caches.compiler and ccache.enabled(settings):
             mounts += ccache.mounts(plan, settings)
             variables |= ccache.variables(plan, settings)
+        if caches.device and ground.compiler is not None and device_store.enabled(settings):
+            mounts += device_store.mounts(plan, settings)
+            variables |= device_store.variables(ground)
         return Sandbox(root=ground.root, mounts=tuple(mounts), environment=variables, workdir="/build", memory=memory)
 
     def trial_environment(self, ground: Ground, *, emulated: bool) -> TrialEnvironment:

@@ -19,9 +19,14 @@ UNITS, SCHEDULE = "units.jsonl", "schedule.json"
 CUDA = "/cuda"
 "In a sandbox or a container: CUDA_HOME, links to the compiler and the libraries with our nvcc in front."
 NVCC = "/toolchain"
+PASSES = f"{CUDA}/passes"
+"In a sandbox: nvcc, by a link, with ours in place of its device passes."
 INSIDE = "/gracefarm"
 FRONT, SCHEDULER = (f"{NATIVE_PYTHON} -I -S {INSIDE}/lib/{name}.py" for name in ("front", "schedule"))
 "How the wrappers start a compilation that is cached and measured, and ninja with a schedule."
+DEVICE = f"{NATIVE_PYTHON} -I -S {INSIDE}/lib/device"
+"How they start a device pass."
+DEVICE_PASSES = ("cicc", "ptxas", "fatbinary")
 _COMPILERS = [prefix + name for prefix in ("", *(f"{arch.triplet}-" for arch in Arch)) for name in ("gcc", "g++", "cc", "c++")]
 PATH = f"{INSIDE}/bin:/opt/gracefarm/bin:{CUDA}/bin:/usr/bin:/bin:/env/bin"
 
@@ -46,10 +51,24 @@ def folder(settings: Settings) -> Path:
                     (copy / "bin" / name).chmod(0o755)
                 for name in ("front.py", "schedule.py"):
                     shutil.copy(source / name, copy / "lib" / name)
+                _device(source, copy)
                 for name in ("python3", *(f"python3.{minor}" for minor in range(10, 16))):
                     (copy / "bin" / name).symlink_to("python")
                 shutil.copy(source / "toolchain.cmake", copy / "toolchain.cmake")
     return final
+
+
+def _device(source: Path, copy: Path) -> None:
+    """device.py as a program that finds its modules by their names, and the scripts that start it."""
+    modules = copy / "lib" / "device" / "builder" / "data" / "toolchain"
+    modules.mkdir(parents=True)
+    for name in ("bitcode.py", "device_store.py"):
+        shutil.copy(source / name, modules / name)
+    shutil.copy(source / "device.py", copy / "lib" / "device" / "__main__.py")
+    (copy / "passes").mkdir()
+    for name in DEVICE_PASSES:
+        shutil.copy(source / "pass", copy / "passes" / name)
+        (copy / "passes" / name).chmod(0o755)
 
 
 def variables(plan: Plan, *, jobs: int, epoch: int) -> dict[str, str]:
@@ -89,12 +108,13 @@ def variables(plan: Plan, *, jobs: int, epoch: int) -> dict[str, str]:
         "GRACEFARM_CMAKE": "\n".join(f"{name}={value}" for name, value in sorted(plan.build.cmake.items())),
     }
     if recipe.build.cuda:
-        major = data.cuda.split(".")[0]
         values |= {
             "CUDA_HOME": CUDA,
             "CUDA_PATH": CUDA,
             "CUDACXX": f"{CUDA}/bin/nvcc",
-            "GRACEFARM_NVCC": f"{NVCC}/nvidia/cu{major}/bin/nvcc",
+            "GRACEFARM_NVCC": f"{PASSES}/nvcc",
+            "GRACEFARM_DEVICE": DEVICE,
+            "GRACEFARM_CUDA": data.cuda,
             "GRACEFARM_CCBIN": gxx if cross else "",
             "GRACEFARM_SM": " ".join(plan.stack.sm),
             "GRACEFARM_SM_EXTRA": "\n".join(f"{glob}={','.join(sorted(sm))}" for glob, sm in recipe.wheel.sm_extra.items()),

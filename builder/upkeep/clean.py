@@ -56,6 +56,7 @@ def everything(settings: Settings, on_wait: Callable[[], None]) -> None:
                 remove_tree(place)
         remove_tree(settings.home / "sets")
         remove_tree(settings.home / "ccache")
+        remove_tree(settings.home / "device")
         _uv_cache(settings.home / "uv")
 
 

@@ -21,6 +21,7 @@ from builder.box import sandbox
 from builder.compiling import units
 from builder.flow.ground import lay_ground
 from builder.planning import recipe, stack
+from builder.planning.plan import Caches
 from builder.planning.stack import Arch, host_arch
 from builder.toolchains import choice, wrappers
 from gracefarm.console import Console
@@ -273,7 +274,7 @@ def test_each_pass_of_each_compiler_counts(farm: Farm, tmp_path: Path, stack_nam
     work = tmp_path / "work"
     for name in ("tmp", "source"):
         (work / name).mkdir(parents=True)
-    box = made.toolchain.place(made, ground, farm.settings, work, jobs=1, epoch=1, memory=4 << 30, cached=True)
+    box = made.toolchain.place(made, ground, farm.settings, work, jobs=1, epoch=1, memory=4 << 30, caches=Caches(device=False))
     flags = [
         "-O2",
         "--threads",
@@ -317,7 +318,7 @@ def test_a_smoke_test_beside_it_which_links_the_headers_makes_no_unit_uncacheabl
     (headers / "answer.h").write_text("#define ANSWER 42\n")
     os.utime(headers / "answer.h", (0, 0))
     (work / "source/a.cu").write_text("#include <answer.h>\nint a(void) { return ANSWER; }\n")
-    box = made.toolchain.place(made, ground, farm.settings, work, jobs=1, epoch=1, memory=4 << 30, cached=True)
+    box = made.toolchain.place(made, ground, farm.settings, work, jobs=1, epoch=1, memory=4 << 30, caches=Caches(device=False))
     assert isinstance(box, sandbox.Sandbox)
     box = replace(box, mounts=(*box.mounts, sandbox.BindMount(source=headers, target="/headers")))
     ended = threading.Event()

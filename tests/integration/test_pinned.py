@@ -26,7 +26,7 @@ from builder.flow import run
 from builder.flow.ground import lay_ground
 from builder.ground import root
 from builder.planning import gaps, packages, pins, recipe, stack
-from builder.planning.plan import Wanted
+from builder.planning.plan import NO_CACHES, Wanted
 from builder.planning.stack import Arch, host_arch
 from builder.toolchains import choice, host_tools
 from builder.toolchains.container import ContainerToolchain
@@ -270,7 +270,7 @@ def place(farm: Farm, name: str, folder: Path, sm: tuple[str, ...] | None = None
     made = choice.make_plan(recipe.load(farm.settings.project / "recipes", "tiny"), loaded, host_arch(), Arch.AARCH64)
     ground = lay_ground(made, farm.settings, Console())
     (folder / "tmp").mkdir(parents=True)
-    box = made.toolchain.place(made, ground, farm.settings, folder, jobs=1, epoch=1, memory=4 << 30, cached=False)
+    box = made.toolchain.place(made, ground, farm.settings, folder, jobs=1, epoch=1, memory=4 << 30, caches=NO_CACHES)
     assert isinstance(box, Sandbox)
     return box
 

@@ -104,24 +104,35 @@ def write_recipe(project: Path, name: str, files: Mapping[str, str | bytes], tab
     return folder
 
 
+BUILD_TOOLS = ("build", "packaging", "pip", "setuptools", "wheel")
+COMPILER = ("nvidia-cuda-nvcc", "nvidia-cuda-crt", "nvidia-nvvm", "nvidia-cuda-cccl", "nvidia-cuda-runtime")
+OTHER_TOOLS = ("nvidia-cuda-cuobjdump", "cmake")
+
+
 def write_stacks(source: Path, into: Path) -> None:
-    """Copies of the real stacks, and `bare`: cu130 without torch and CUDA, so that a C project needs no gigabytes."""
+    """Copies of the real stacks, and two of cu130 without torch, so that a project needs no gigabytes: `bare`, without CUDA
+    too, and `cuda`, with the CUDA compiler and ninja."""
     shutil.copytree(source, into)
-    bare = into / "bare"
-    shutil.copytree(source / "cu130", bare)
-    text = (bare / "stack.toml").read_text()
-    keep = ("setuptools", "wheel", "packaging", "build", "pyproject-hooks", "pip")
-    text = re.sub(r"^name = .*$", 'name = "bare"', text, count=1, flags=re.M)
+    _without_torch(source / "cu130", into / "bare", BUILD_TOOLS, ())
+    _without_torch(source / "cu130", into / "cuda", (*BUILD_TOOLS, "ninja"), (*COMPILER, *OTHER_TOOLS))
+
+
+def _without_torch(source: Path, into: Path, environment: Sequence[str], compiler: Sequence[str]) -> None:
+    """A copy of a stack that requires these packages, as its locks have them."""
+    shutil.copytree(source, into)
+    text = (into / "stack.toml").read_text()
+    text = re.sub(r"^name = .*$", f'name = "{into.name}"', text, count=1, flags=re.M)
     text = re.sub(r"^\[torch\]\n(?:(?!\[).*\n)*", "", text, flags=re.MULTILINE)
-    wanted = iter((["build", "packaging", "pip", "setuptools", "wheel"], []))
+    wanted = iter((environment, compiler))
     text = re.sub(
         r"^requirements = \[\n(?:(?!\]).*\n)*\]", lambda _: f"requirements = {toml(next(wanted))}", text, flags=re.MULTILINE
     )
-    (bare / "stack.toml").write_text(text)
-    for lock in bare.glob("requirements*.lock"):
+    (into / "stack.toml").write_text(text)
+    keep = {*environment, *compiler, "pyproject-hooks"}
+    for lock in into.glob("requirements*.lock"):
         blocks = re.findall(r"^(# \S+\.whl\n)((?!#)\S[^\n]*)", lock.read_text(), flags=re.M)
         lock.write_text("".join(f"{file}{pin}\n" for file, pin in blocks if pin.split("==")[0] in keep))
-    tomllib.loads((bare / "stack.toml").read_text())
+    tomllib.loads((into / "stack.toml").read_text())
 
 
 @dataclass(frozen=True, kw_only=True)

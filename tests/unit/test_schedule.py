@@ -15,7 +15,7 @@ import pytest
 
 from builder.box import meter
 from builder.compiling import jobs, units
-from builder.compiling.units import CacheStatistics, Unit
+from builder.compiling.units import CacheStatistics, DeviceStatistics, Unit
 from builder.data.toolchain import schedule
 from builder.flow import history
 from builder.planning.recipe import Build
@@ -231,6 +231,11 @@ def test_a_build_from_the_cache_teaches_nothing_about_memory() -> None:
     warm = CacheStatistics(hits=1, misses=0, uncacheable=0, saved_cpu_s=1)
     one = built(compiled(1, 16), count=8).model_copy(update={"compiler_cache": warm})
     assert history.learned_jobs([one], LIKE) is None
+    stored = DeviceStatistics(text=0, nvvm=0, ptx=1, misses=1, cpu_s=1, saved_cpu_s=1)
+    one = built(compiled(1, 16), count=8).model_copy(update={"device_code": stored})
+    assert history.learned_jobs([one], LIKE) is None
+    cold = stored.model_copy(update={"ptx": 0})
+    assert history.learned_jobs([one.model_copy(update={"device_code": cold})], LIKE) is not None
 
 
 def test_the_newest_word_on_a_unit_counts_and_a_hit_changes_nothing() -> None:

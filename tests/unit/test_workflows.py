@@ -18,7 +18,7 @@ from builder.fetch.store import store_path
 from builder.planning import matrix, recipe
 from builder.planning.settings import load
 from builder.proof import record
-from builder.toolchains import ccache
+from builder.toolchains import ccache, device_store
 from tests.conftest import REPOSITORY
 
 FOLDER = REPOSITORY / ".github" / "workflows"
@@ -76,7 +76,8 @@ def test_what_is_cached_is_where_the_builder_has_it(key: tuple[str, str], tmp_pa
     home = given.rpartition("/")[2] if given else "~/.cache/gracefarm"
     ((_, restore),) = uses(JOBS[key], "actions/cache/restore")
     paths = restore["with"]["path"].split()
-    wanted = [ccache.folder(settings, "triton"), record.path(settings, "1234"), record.folder(settings, "1234") / "dist"]
+    wanted = [ccache.folder(settings, "triton"), device_store.folder(settings, "triton")]
+    wanted += [record.path(settings, "1234"), record.folder(settings, "1234") / "dist"]
     if key[0] == "pinned":
         wanted += [store_path(settings, "ab" * 32), repository_path(settings, "cd" * 20)]
     for place in wanted:

@@ -3,8 +3,8 @@
     python -I -S front.py COMPILER ARGUMENT...
 
 The root's native Python runs it, in a host build the builder's own; it uses the standard library only. It appends one line of
-JSON for each translation unit to the file that GRACEFARM_UNITS names. GRACEFARM_CCACHE names ccache, whose own variables
-(CCACHE_*) say where its cache is.
+JSON for each translation unit to the file that GRACEFARM_UNITS names, with the costs that the unit has if all its device
+passes run. GRACEFARM_CCACHE names ccache, whose own variables (CCACHE_*) say where its cache is.
 
 ccache 4.14 hashes what `nvcc -E` prints, which is the text of one pass of several. A header that only the host pass reads, or
 only the pass of the second architecture, may change and ccache returns the old object. So this program preprocesses each pass
@@ -21,6 +21,7 @@ import shlex
 import subprocess
 import sys
 import time
+from typing import Any
 
 SOURCE = re.compile(r"\.(?:cu|cpp|cc|cxx|c\+\+|C|c)$")
 HIT = frozenset({"direct_cache_hit", "preprocessed_cache_hit"})
@@ -40,6 +41,7 @@ def main() -> int:
     os.environ["GRACEFARM_INSIDE"] = "1"  # nvcc starts gcc, whose wrapper then passes the call on
     scratch = os.path.join(os.environ.get("TMPDIR", "/tmp"), f"front-{os.getpid()}")  # noqa: PTH118, S108
     result = prepare(command, scratch) if os.environ.get("GRACEFARM_CCACHE") else "off"
+    os.environ["GRACEFARM_DEVICE_NOTES"] = f"{scratch}.device"
     cached = not result
     started = time.monotonic()
     code, cpu, peak = run([os.environ["GRACEFARM_CCACHE"], *command] if cached else command)
@@ -47,18 +49,22 @@ def main() -> int:
         result = outcome(f"{scratch}.log")
         if code != 0 and result not in REFUSED:  # ccache itself failed
             code, cpu, peak = run(command)
-    for name in ("log", "passes"):
+    device = device_passes(f"{scratch}.device")
+    for name in ("log", "passes", "device"):
         if os.path.exists(f"{scratch}.{name}"):  # noqa: PTH110
             os.unlink(f"{scratch}.{name}")  # noqa: PTH108
     if code == 0:
+        saved = [each["saved"] for each in device if each["saved"]]
+        peak = max([peak, *(int(cost["peak_memory"]) for cost in saved)])
         note(
             {
                 "unit": unit(sources[0]),
                 "outcome": result,
-                "wall_s": round(time.monotonic() - started, 3),
-                "cpu_s": round(cpu, 3),
+                "wall_s": round(time.monotonic() - started + sum(cost["wall_s"] for cost in saved), 3),
+                "cpu_s": round(cpu + sum(cost["cpu_s"] for cost in saved), 3),
                 # The peak of the largest process. With --threads, nvcc runs one for each architecture at the same time.
                 "peak_memory": peak * beside(command),
+                "device": device,
             }
         )
     return code if code >= 0 else 128 - code
@@ -75,6 +81,15 @@ def run(command: list[str]) -> tuple[int, float, int]:
     pid = os.posix_spawn(command[0], command, os.environ)
     _, status, usage = os.wait4(pid, 0)
     return os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime, 1024 * usage.ru_maxrss
+
+
+def device_passes(place: str) -> list[dict[str, Any]]:
+    """What device.py noted of each device pass of the unit."""
+    try:
+        with open(place, encoding="utf-8") as stream:  # noqa: PTH123
+            return [json.loads(line) for line in stream]
+    except OSError:
+        return []
 
 
 def prepare(command: list[str], scratch: str) -> str:

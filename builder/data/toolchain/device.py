@@ -1,0 +1,415 @@
+"""Run one device pass of nvcc (cicc, ptxas, fatbinary), or take its result from the store of device code.
+
+    python -I -S DIRECTORY PASS ARGUMENT...
+
+In DIRECTORY this file is __main__.py. The script `pass` takes the place of each pass and starts it with the root's native
+Python; it uses the standard library only. The same input gives the same device code in all cells, so a result is kept under
+the digest of all that it depends on:
+
+- cicc: its options, the preprocessed text, the name of the module, the compiler. cicc is a front end and an optimizer. Where
+  the text differs, the front end runs, and the optimizer's result is kept under the digest of the NVVM code (LLVM bitcode)
+  that it reads. That has nothing of what device code does not use, such as declarations of Python or of the host's C library.
+- ptxas: its options, the PTX, the compiler.
+- fatbinary: it always runs.
+
+The text names headers by paths that differ between cells. `canonical` replaces them, and cicc runs in the folder /. Both
+happen without a store too, so that the store changes no byte.
+
+GRACEFARM_NVCC: the compiler, whose folder has the passes, or links to them. GRACEFARM_CUDA: its release.
+GRACEFARM_DEVICE_NOTES: the file that gets a line of JSON for each pass. device_store.py names the store's variables.
+"""
+
+import json
+import os
+import re
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from builder.data.toolchain.bitcode import differ_only_in_extension
+from builder.data.toolchain.device_store import Result, digest, get, put
+
+MARKER = re.compile(rb'^(# \d+ )"([^"\\\n]*)"', re.MULTILINE)
+"A line of a preprocessed text that says which file the next lines are of."
+PYTHON = re.compile(r"^/env/lib/python3\.\d+t?/")
+TRIPLET = re.compile(r"/(?:aarch64|x86_64)-linux-gnu(?=/)")
+NAMED = {
+    "--include_file_name": "include",
+    "--stub_file_name": "stub",
+    "--gen_c_file_name": "c",
+    "--gen_device_file_name": "gpu",
+    "--module_id_file_name": "module",
+    "-o": "output",
+}
+"Options of cicc whose values are files."
+MADE = ("stub", "c", "gpu")
+"What the front end writes beside the NVVM code, for the host's compiler."
+SOURCE_NAMES = ("--orig_src_file_name", "--orig_src_path_name")
+NEVER = ("-g", "-G", "-lto", "-dlto", "-keep", "--device-debug")
+"Options of passes whose results are not kept: debuggers see the folder and the names of scratch files."
+SPLIT_RELEASES = ("13.0",)
+"CUDA releases whose cicc was seen to give the same PTX in two steps as in one."
+FRONT_END = re.compile(
+    r"--(?:c\+\+(?:03|11|14|17|20)|static-host-stub|device-hidden-visibility|gnu_version=\d+|display_error_number|allow_managed|"
+    r"relaxed_constexpr|extended-lambda|unsigned_chars|unsigned_wchar_t|arm_cross_compiler|no-version-ident|gen_div_approx_ftz|"
+    r"promote_warnings|brief_diagnostics)|-tused|-w"
+)
+"Options that only the front end reads."
+OPTIMIZER = {"-ftz": "-ftz", "-prec_div": "-prec-div", "-prec_sqrt": "-prec-sqrt", "-fmad": "-fma"}
+"Options that only the optimizer reads, by the names that cicc and its optimizer have for them; all have a value."
+BOTH = {
+    "-m64": (["--m64"], []),
+    "--device-c": (["--device-c"], ["--device-c"]),
+    "-generate-line-info": (["--generate-line-info"], ["-generate-line-info"]),
+    "-fast-math": ([], ["-fast-math"]),
+}
+"Other options, as the front end and the optimizer are given them."
+UNSIGNED = ("--unsigned_chars", "--unsigned_wchar_t")
+"What the front end is told for aarch64, where char is unsigned."
+LINKED = ("--device-c", "--partial-link")
+"Options by which units call functions of each other."
+
+
+class NotKeptError(Exception):
+    """A pass whose result cannot be kept; the message says why."""
+
+
+@dataclass
+class Call:
+    """A call of cicc."""
+
+    options: list[str]
+    "All but the names of files."
+    names: dict[str, str]
+    source: str
+
+
+def main() -> int:
+    """Run the pass; return its exit code."""
+    tool, *arguments = sys.argv[1:]
+    started = time.monotonic()
+    try:
+        outcome, saved = {"cicc": cicc, "ptxas": ptxas}[tool](arguments)
+    except (NotKeptError, KeyError, OSError) as reason:
+        outcome, saved = "always runs" if tool == "fatbinary" else str(reason), {}
+        code = subprocess.run([real(tool), *arguments], check=False).returncode
+        note(tool, outcome, saved, started)
+        return code if code >= 0 else 128 - code
+    note(tool, outcome, saved, started)
+    return 0
+
+
+def note(tool: str, outcome: str, saved: Mapping[str, float], started: float) -> None:
+    """Append what this pass did to the unit's notes, in one write."""
+    if not (place := os.environ.get("GRACEFARM_DEVICE_NOTES")):
+        return
+    own = resource.getrusage(resource.RUSAGE_SELF)
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime
+    line = {"pass": tool, "outcome": outcome, "cpu_s": round(cpu, 3), "wall_s": round(time.monotonic() - started, 3)}
+    descriptor = os.open(place, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    os.write(descriptor, json.dumps(line | {"saved": saved}).encode() + b"\n")
+    os.close(descriptor)
+
+
+def real(tool: str) -> str:
+    """The pass itself, beside the real nvcc."""
+    folder = os.path.dirname(os.path.realpath(os.environ["GRACEFARM_NVCC"]))
+    return os.path.join(folder, "../nvvm/bin/cicc" if tool == "cicc" else tool)
+
+
+def run(command: Sequence[str], folder: str) -> Result:
+    """Run a compiler with nothing of this environment but its scratch folder.
+
+    Raises:
+        NotKeptError: it failed; what it says is shown when it runs again as nvcc asked.
+    """
+    started, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    variables = {name: os.environ[name] for name in ("TMPDIR", "LD_LIBRARY_PATH") if name in os.environ}
+    process = subprocess.run(command, cwd=folder, env=variables | {"LC_ALL": "C.UTF-8"}, capture_output=True, check=False)
+    if process.returncode:
+        raise NotKeptError("it failed")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cost = {
+        "cpu_s": round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, 3),
+        "wall_s": round(time.monotonic() - started, 3),
+        "peak_memory": 1024 * after.ru_maxrss,
+    }
+    return Result(out=process.stdout, err=process.stderr, cost=cost)
+
+
+# cicc.
+
+
+def cicc(arguments: Sequence[str]) -> tuple[str, dict[str, float]]:
+    """Write what cicc writes; return where the results came from, and what that saved.
+
+    Raises:
+        NotKeptError: the result cannot be kept; nothing was written.
+    """
+    call = parsed(arguments)
+    with open(call.names["module"], "rb") as stream:
+        module = stream.read()
+    with open(call.source, "rb") as stream:
+        text, originals = canonical(stream.read(), os.getcwd())
+    key = digest("cicc", call.options, module, text)
+    unit = get(key)
+    ptx = get(unit.files["nvvm"].decode()) if unit is not None else None
+    if unit is not None and ptx is not None:
+        outcome, saved = "text", added(unit.cost, ptx.cost)
+    else:
+        unit, ptx, outcome, saved = compiled(call, text, key)
+    for name in MADE:
+        write(call.names[name], local(unit.files[name], call.names, originals))
+    write(call.names["output"], ptx.files["ptx"])
+    say(unit, ptx, originals)
+    return outcome, saved
+
+
+def parsed(arguments: Sequence[str]) -> Call:
+    """The parts of a call.
+
+    Raises:
+        NotKeptError: it has an option that forbids to keep the result, or reads a file beside the text.
+    """
+    options: list[str] = []
+    names: dict[str, str] = {}
+    words = iter(arguments)
+    for word in words:
+        if word in NAMED:
+            names[NAMED[word]] = next(words, "")
+        elif word in NEVER:
+            raise NotKeptError(f"option {word}")
+        else:
+            options.append(word)
+    if set(names) != set(NAMED.values()):
+        raise NotKeptError("not a pass of a unit")
+    named = {options[at + 1] for at in range(len(options) - 1) if options[at] in SOURCE_NAMES}
+    source = the_file([word for word in options if word not in named], ".ii")
+    options.remove(source)
+    return Call(options=options, names=names, source=source)
+
+
+def the_file(words: Sequence[str], suffix: str) -> str:
+    """The one file that a pass reads, among the words of its command line.
+
+    Raises:
+        NotKeptError: it reads others too.
+    """
+    values = {word: word.partition("=")[2] if word.startswith("-") else word for word in words}
+    files = [word for word, value in values.items() if value and os.path.exists(value)]
+    if len(files) != 1 or not files[0].endswith(suffix):
+        raise NotKeptError("it reads other files")
+    return files[0]
+
+
+def canonical(text: bytes, folder: str) -> tuple[bytes, dict[bytes, bytes]]:
+    """The text with paths that are equal in all cells, and a path that each of them stands for.
+
+    Two headers may get one path, as Debian's two pyconfig.h. The compiler shows paths and does not look at them.
+    """
+    paths = {path: common(path, folder) for path in sorted({match[2] for match in MARKER.finditer(text)})}
+    originals = {name: path for path, name in paths.items()}
+    return MARKER.sub(lambda match: b'%s"%s"' % (match[1], paths[match[2]]), text), originals
+
+
+def common(path: bytes, folder: str) -> bytes:
+    """A path as it is for each Python and each host."""
+    name = path.decode(errors="surrogateescape")
+    if name.startswith("<"):
+        return path
+    name = os.path.normpath(os.path.join(folder, name)) if not name.startswith("/") else name
+    name = PYTHON.sub("/env/lib/python3/", name)
+    if name.startswith("/usr/"):
+        name = TRIPLET.sub("", name).replace("/gcc-cross/", "/gcc/")
+    return name.encode(errors="surrogateescape")
+
+
+def compiled(call: Call, text: bytes, key: str) -> tuple[Result, Result, str, dict[str, float]]:
+    """The result of the front end, with the key of the other, and that of the optimizer; kept if they may be.
+
+    Raises:
+        NotKeptError: the compiler failed.
+    """
+    outcome, saved = "miss", dict[str, float]()
+    with tempfile.TemporaryDirectory(prefix="device-") as scratch:
+        write(f"{scratch}/unit.ii", text)
+        steps = split(call.options)
+        if steps is None:
+            unit = front_end(call, [*call.options, f"{scratch}/unit.ii", "-o", f"{scratch}/unit.ptx"], scratch)
+            nvvm = digest("cicc in one step", key)
+            ptx = Result(files={"ptx": read(f"{scratch}/unit.ptx")})
+        else:
+            unit = front_end(call, ["-lgenfe", f"{scratch}/unit.ii", "-o", f"{scratch}/unit.bc", *steps[0]], scratch)
+            nvvm = digest("nvvm", steps[1], same_for_hosts(call, steps[0], scratch, unit))
+            known = get(nvvm)
+            if known is not None:
+                outcome, saved, ptx = "nvvm", known.cost, known
+            else:
+                ptx = run([real("cicc"), "-libnvvm", f"{scratch}/unit.bc", "-o", f"{scratch}/unit.ptx", *steps[1]], "/")
+                ptx.files["ptx"] = read(f"{scratch}/unit.ptx")
+        contents = [unit.out, unit.err, *unit.files.values(), ptx.out, ptx.err, *ptx.files.values()]
+    unit.files["nvvm"] = nvvm.encode()
+    # What names a scratch file would differ the next time.
+    if not any(name in content for content in contents for name in (b"tmpxft", scratch.encode())):
+        put(nvvm, ptx)
+        put(key, unit)
+    return unit, ptx, outcome, saved
+
+
+def split(options: Sequence[str]) -> tuple[list[str], list[str]] | None:
+    """The options of the front end and of the optimizer; None if one is not known, and cicc runs as a whole."""
+    front, back, words = ["--emit-llvm-bc"], [], iter(options)
+    architecture = ""
+    for word in words:
+        name, equals, value = word.partition("=")
+        if word == "-arch":
+            architecture = next(words, "")
+        elif word in SOURCE_NAMES:
+            front += [word, next(words, "")]
+        elif equals and name in OPTIMIZER:
+            back.append(f"{OPTIMIZER[name]}={value}")
+        elif word in BOTH:
+            front += BOTH[word][0]
+            back += BOTH[word][1]
+        elif FRONT_END.fullmatch(word):
+            front.append(word)
+        else:
+            return None
+    number = re.fullmatch(r"compute_(\d+)[af]?", architecture)
+    if number is None or os.environ.get("GRACEFARM_CUDA") not in SPLIT_RELEASES:
+        return None
+    old = int(number[1]) < 100
+    version = "-nvvm-version=nvvm70" if old else "-nvvm-version=nvvm-latest"
+    front += [*(["--no-device-float128"] if old else []), "--nv_arch", architecture, version]
+    return front, [version, *back, f"-arch={architecture}"]
+
+
+def front_end(call: Call, arguments: Sequence[str], scratch: str) -> Result:
+    """What a call of cicc writes for the host's compiler, with marks in place of nvcc's names."""
+    names = {name: f"{scratch}/{name}" for name in MADE}
+    options = {option: names.get(name, os.path.abspath(call.names[name])) for option, name in NAMED.items()}
+    options["--include_file_name"] = "include"
+    del options["-o"]
+    result = run([real("cicc"), *arguments, *(word for option in options.items() for word in option)], "/")
+    for name in MADE:
+        result.files[name] = neutral(read(names[name]), scratch)
+    result.err = result.err.replace(f"{scratch}/".encode(), b"")
+    return result
+
+
+def same_for_hosts(call: Call, options: Sequence[str], scratch: str, unit: Result) -> bytes:
+    """The NVVM code, with char unsigned, as on aarch64, if that changes nothing but how bool arguments are extended.
+
+    A unit whose functions are called by other units keeps its own: they have to agree.
+    """
+    code = read(f"{scratch}/unit.bc")
+    if UNSIGNED[0] in options or any(option in call.options for option in LINKED):
+        return code
+    os.mkdir(f"{scratch}/again")
+    arguments = ["-lgenfe", f"{scratch}/unit.ii", "-o", f"{scratch}/again/unit.bc", *options, *UNSIGNED]
+    again = front_end(call, arguments, f"{scratch}/again")
+    unit.cost = added(unit.cost, again.cost)
+    other = read(f"{scratch}/again/unit.bc")
+    if not differ_only_in_extension(code, other):
+        return code
+    write(f"{scratch}/unit.bc", other)
+    return other
+
+
+def neutral(content: bytes, scratch: str) -> bytes:
+    """A file for the host's compiler with marks for the names of files."""
+    content = content.replace(b'#include "include"', b'#include "@include@"')
+    for name in MADE:
+        content = content.replace(f'"{scratch}/{name}"'.encode(), f'"@{name}@"'.encode())
+    return content
+
+
+def local(content: bytes, names: Mapping[str, str], originals: Mapping[bytes, bytes]) -> bytes:
+    """The same with this call's own names."""
+    content = MARKER.sub(lambda match: b'%s"%s"' % (match[1], originals.get(match[2], match[2])), content)
+    for name in ("include", *MADE):
+        content = content.replace(f'"@{name}@"'.encode(), f'"{names[name]}"'.encode())
+    return content
+
+
+# ptxas.
+
+
+def ptxas(arguments: Sequence[str]) -> tuple[str, dict[str, float]]:
+    """Write what ptxas writes; return where it came from, and what that saved.
+
+    Raises:
+        NotKeptError: the result cannot be kept; nothing was written.
+    """
+    if refused := next((word for word in arguments if word in NEVER), None):
+        raise NotKeptError(f"option {refused}")
+    options = list(arguments)
+    if "-o" not in options[:-1]:
+        raise NotKeptError("not a pass of a unit")
+    at = options.index("-o")
+    output = options[at + 1]
+    del options[at : at + 2]
+    source = the_file(options, ".ptx")
+    options.remove(source)
+    key = digest("ptxas", options, read(source))
+    outcome, result = "ptx", get(key)
+    saved = result.cost if result is not None else {}
+    if result is None:
+        outcome, result = "miss", assembled(source, options)
+        put(key, result)
+    write(output, result.files["cubin"])
+    say(result, Result(), {})
+    return outcome, saved
+
+
+def assembled(source: str, options: Sequence[str]) -> Result:
+    """What ptxas makes of a file, under a name that is equal in all cells.
+
+    Raises:
+        NotKeptError: it failed.
+    """
+    with tempfile.TemporaryDirectory(prefix="device-") as scratch:
+        os.symlink(os.path.abspath(source), f"{scratch}/unit.ptx")
+        result = run([real("ptxas"), *options, "unit.ptx", "-o", "unit.cubin"], scratch)
+        result.files["cubin"] = read(f"{scratch}/unit.cubin")
+    return result
+
+
+# Small things.
+
+
+def added(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str, float]:
+    """The cost of two steps, one after the other."""
+    total = {name: round(one.get(name, 0) + other.get(name, 0), 3) for name in ("cpu_s", "wall_s")}
+    return total | {"peak_memory": max(one.get("peak_memory", 0), other.get("peak_memory", 0))}
+
+
+def say(first: Result, second: Result, originals: Mapping[bytes, bytes]) -> None:
+    """Print what the compiler printed, with the paths of this cell."""
+    for stream, content in ((sys.stdout, first.out + second.out), (sys.stderr, first.err + second.err)):
+        for path in sorted(originals, key=len, reverse=True):
+            if path != originals[path]:
+                content = content.replace(path, originals[path])
+        stream.buffer.write(content)
+        stream.flush()
+
+
+def read(place: str) -> bytes:
+    """The bytes of a file."""
+    with open(place, "rb") as stream:
+        return stream.read()
+
+
+def write(place: str, content: bytes) -> None:
+    """Write a file."""
+    with open(place, "wb") as stream:
+        stream.write(content)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

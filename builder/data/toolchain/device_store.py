@@ -1,0 +1,79 @@
+"""The store of device code: results of device passes, each under the digest of all that it depends on.
+
+GRACEFARM_DEVICE_STORE: the folder; empty for no store. GRACEFARM_DEVICE_COMPILERS: the digest of the compilers.
+
+A result is one file: the sha256 of the rest, and compressed a header in JSON and the contents. It is renamed into its place.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+import zlib
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Result:
+    """What a pass left: its messages and its files, by short names."""
+
+    out: bytes = b""
+    err: bytes = b""
+    files: dict[str, bytes] = field(default_factory=dict)
+    cost: dict[str, float] = field(default_factory=dict)
+    "CPU seconds, seconds and bytes of memory that it took."
+
+
+def digest(*parts: object) -> str:
+    """The key of a result: over texts, lists and bytes, each with its length."""
+    whole = hashlib.sha256()
+    for part in (os.environ.get("GRACEFARM_DEVICE_COMPILERS", ""), *parts):
+        content = part if isinstance(part, bytes) else json.dumps(part).encode()
+        whole.update(b"%d:" % len(content) + content)
+    return whole.hexdigest()
+
+
+def get(key: str) -> Result | None:
+    """A result out of the store; None if it is not there, or damaged."""
+    if not (store := os.environ.get("GRACEFARM_DEVICE_STORE")):
+        return None
+    place = os.path.join(store, key[:2], key)
+    try:
+        with open(place, "rb") as stream:
+            content = stream.read()
+        head, body = content[:64], content[65:]
+        if hashlib.sha256(body).hexdigest().encode() != head:
+            return None
+        os.utime(place)  # the builder removes first what was not used for the longest time
+        unpacked = zlib.decompress(body)
+        length = int.from_bytes(unpacked[:4], "big")
+        header = json.loads(unpacked[4 : 4 + length])
+    except (OSError, ValueError, zlib.error):
+        return None
+    contents, at = [], 4 + length
+    for size in header["sizes"]:
+        contents.append(unpacked[at : at + size])
+        at += size
+    files = dict(zip(header["names"], contents[2:], strict=True))
+    return Result(out=contents[0], err=contents[1], files=files, cost=header["cost"])
+
+
+def put(key: str, result: Result) -> None:
+    """Keep a result, whole or not at all. A store that cannot be written makes a build slower, and changes nothing else."""
+    if not (store := os.environ.get("GRACEFARM_DEVICE_STORE")):
+        return
+    contents = [result.out, result.err, *result.files.values()]
+    header = {"names": list(result.files), "sizes": [len(content) for content in contents], "cost": result.cost}
+    text = json.dumps(header).encode()
+    body = zlib.compress(b"".join([len(text).to_bytes(4, "big"), text, *contents]), 1)
+    partial = ""
+    try:
+        folder = os.path.join(store, key[:2])
+        os.makedirs(folder, exist_ok=True)
+        descriptor, partial = tempfile.mkstemp(dir=folder, prefix=".", suffix=".partial")
+        with open(descriptor, "wb") as stream:
+            stream.write(hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
+        os.rename(partial, os.path.join(folder, key))
+    except OSError:
+        if partial and os.path.exists(partial):
+            os.unlink(partial)

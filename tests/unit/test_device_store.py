@@ -1,0 +1,97 @@
+"""The store of device code as the builder sees it: where it is, what its keys stand on, what a record says of it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from builder.compiling import units
+from builder.planning.ground import Ground
+from builder.planning.settings import Settings
+from builder.planning.stack import host_arch
+from builder.toolchains import device_store
+from gracefarm.errors import ConfigError
+from tests.unit.test_ccache import made
+from tests.unit.test_plan import NAME, project
+
+__all__ = ["project"]
+
+
+def ground(folder: Path) -> Ground:
+    """A root and compilers of one byte each."""
+    files = ["compiler/nvidia/cu13/nvvm/bin/cicc", "compiler/nvidia/cu13/bin/ptxas", "compiler/nvidia/cu13/bin/nvcc"]
+    files += [f"root/lib/{host_arch().triplet}/{name}" for name in ("libc.so.6", "libm.so.6")]
+    for name in files:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("1")
+    return Ground(
+        root=folder / "root", environment=folder, packages=folder, compiler=folder / "compiler", title="", folders=()
+    )
+
+
+@pytest.mark.parametrize(("name", "counts"), [("cicc", True), ("ptxas", True), ("libm.so.6", True), ("nvcc", False)])
+def test_other_compilers_find_nothing_of_the_old_ones(tmp_path: Path, name: str, counts: bool) -> None:
+    """nvcc only makes the options, which are in the keys."""
+    own = ground(tmp_path)
+    before = device_store.compilers_digest(own)
+    assert device_store.compilers_digest(replace(own, title="elsewhere", environment=tmp_path / "other")) == before
+    (place,) = tmp_path.rglob(name)
+    place.write_text("2")
+    assert (device_store.compilers_digest(own) != before) is counts
+
+
+def test_a_recipe_has_its_own_folder_and_a_bound(project: Path, tmp_path: Path) -> None:
+    settings = Settings(home=tmp_path / "home", project=project)
+    (store,) = device_store.mounts(made(project), settings)
+    assert (store.source, store.writable) == (tmp_path / "home" / "device" / NAME, True)
+    with pytest.raises(ConfigError, match="setting 'device_store': 'much' is not a size"):
+        device_store.mounts(made(project), settings.model_copy(update={"device_store": "much"}))
+    assert device_store.enabled(settings)
+    assert not device_store.enabled(settings.model_copy(update={"device_store": "off"}))
+
+
+def test_the_newest_entries_stay_within_the_bound(tmp_path: Path) -> None:
+    settings = Settings(home=tmp_path, project=tmp_path, device_store="4KiB")
+    folder = device_store.folder(settings, "tiny") / "ab"
+    folder.mkdir(parents=True)
+    for number in range(1, 7):
+        (folder / f"entry{number}").write_bytes(bytes(1024))
+        os.utime(folder / f"entry{number}", (number * 10_000, number * 10_000))
+    for name, used in (("old", 50_000), ("new", 59_000)):
+        (folder / f".{name}.partial").write_bytes(bytes(10))
+        os.utime(folder / f".{name}.partial", (used, used))
+    device_store.trim(settings.model_copy(update={"device_store": "off"}), "tiny")
+    assert len(list(folder.iterdir())) == 8
+    device_store.trim(settings, "tiny")
+    assert sorted(path.name for path in folder.iterdir()) == [".new.partial", "entry4", "entry5", "entry6"]
+    device_store.trim(settings, "never built")
+
+
+def test_a_record_counts_what_each_key_found() -> None:
+    passes = [
+        {
+            "pass": "cicc",
+            "outcome": "text",
+            "cpu_s": 0.1,
+            "wall_s": 0.1,
+            "saved": {"cpu_s": 30, "wall_s": 31, "peak_memory": 9},
+        },
+        {"pass": "cicc", "outcome": "nvvm", "cpu_s": 2, "wall_s": 2, "saved": {"cpu_s": 20, "wall_s": 21, "peak_memory": 9}},
+        {"pass": "cicc", "outcome": "option -g", "cpu_s": 5, "wall_s": 5, "saved": {}},
+        {"pass": "ptxas", "outcome": "ptx", "cpu_s": 0.1, "wall_s": 0.1, "saved": {"cpu_s": 4, "wall_s": 4, "peak_memory": 9}},
+        {"pass": "ptxas", "outcome": "miss", "cpu_s": 3, "wall_s": 3, "saved": {}},
+        {"pass": "fatbinary", "outcome": "always runs", "cpu_s": 0.3, "wall_s": 0.3, "saved": {}},
+    ]
+    table = {"unit": "a.cu", "outcome": "off", "wall_s": 1, "cpu_s": 1, "peak_memory": 1, "device": passes}
+    note = units.Note.model_validate(table)
+    found = units.device_statistics([note])
+    assert found is not None
+    assert (found.text, found.nvvm, found.ptx, found.misses, found.not_kept) == (1, 1, 1, 1, {"option -g": 1})
+    assert units.device_title(found) == (
+        "device code: 3 passes from the store (1 by text, 1 by NVVM code, 1 by PTX), 1 compiled; 1 x option -g; 10 CPU s, "
+        "about 54 saved"
+    )
+    assert units.device_statistics([note.model_copy(update={"device": ()})]) is None
