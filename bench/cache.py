@@ -23,7 +23,7 @@ from gracefarm.files import remove_tree
 from tests import projects
 
 CAUSAL = "csrc/causal_conv1d_bwd.cu"
-SHARED = ("roots", "environments", "toolchains", "cuda", "wrappers", "store", "uv")
+SHARED = ("roots", "interpreters", "environments", "toolchains", "cuda", "wrappers", "store", "uv")
 SECOND, CHANGED = 0.15, 1.3
 "Bounds, as ratios."
 UNITS = "abcde"
