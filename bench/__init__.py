@@ -1,1 +1,1 @@
-"""Speed, measured beside what a user would take instead; docs/benchmarks.md holds the figures and the commands."""
+"""Speed, measured beside what a user would take instead; docs/explanation/benchmarks.md holds the figures and the commands."""

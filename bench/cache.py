@@ -3,7 +3,7 @@
 python -m bench cache          both projects; python -c 'from bench import cache; cache.many()' only the first
 
 The first project has five CUDA units of equal weight and no torch; the second is causal-conv1d, whose compile stage pays for
-an import of torch under emulation (about 20 s on the machine of docs/benchmarks.md), which no cache saves.
+an import of torch under emulation (about 20 s on the machine of docs/explanation/benchmarks.md), which no cache saves.
 """
 
 from __future__ import annotations

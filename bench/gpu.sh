@@ -1,6 +1,6 @@
 #!/bin/sh
 # Builds with --toolchain host on a machine that has a GPU, CUDA, torch and no network, and tries the wheels on that GPU.
-# docs/gpu.md says how. usage: bench/gpu.sh prepare [RECIPE...] | setup | start RECIPE... | wait SECONDS | smoke RECIPE... | certify RECIPE... |
+# docs/howto/gpu.md says how. usage: bench/gpu.sh prepare [RECIPE...] | setup | start RECIPE... | wait SECONDS | smoke RECIPE... | certify RECIPE... |
 # collect FOLDER
 #
 #   CARRIED  what `prepare` fetched where there is a network        default: .gpu beside the recipes

@@ -179,7 +179,7 @@ def _compared(answer: str, trial: Trial) -> dict[str, Any]:
     except ValidationError as error:
         reason = f"{'.'.join(map(str, error.errors()[0]['loc']))}: {error.errors()[0]['msg']}"
         raise SmokeError(
-            f"{trial.script} leaves no list of comparisons: {reason}", remedy="docs/gpu.md says what it must leave"
+            f"{trial.script} leaves no list of comparisons: {reason}", remedy="docs/howto/gpu.md says what it must leave"
         ) from error
     for comparison in answered.comparisons:
         if comparison.error > comparison.tolerance:

@@ -1,4 +1,4 @@
-"""Failure classes: exit code (docs/errors.md), a sentence for the cause, one for the remedy, and the command to repeat."""
+"""Failure classes: exit code (docs/reference/errors.md), cause, remedy, and the command to repeat."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from enum import IntEnum
 
 
 class ExitCode(IntEnum):
-    """Exit codes of the programs; documented in docs/errors.md and never renumbered."""
+    """Exit codes of the programs; documented in docs/reference/errors.md and never renumbered."""
 
     OK = 0
     INTERNAL = 1

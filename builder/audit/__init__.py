@@ -1,4 +1,4 @@
-"""The gates that a wheel passes before anybody gets it. docs/audit.md describes each."""
+"""The gates that a wheel passes before anybody gets it. docs/reference/audit.md describes each."""
 
 from __future__ import annotations
 

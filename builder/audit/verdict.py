@@ -55,5 +55,5 @@ def require(verdicts: Sequence[Verdict]) -> None:
         raise AuditError(
             f"the wheel is refused by {len(failed)} {gates}: "
             + "; ".join(f"{verdict.gate} ({verdict.summary})" for verdict in failed),
-            remedy="docs/audit.md says what each gate wants and how a recipe meets it",
+            remedy="docs/reference/audit.md says what each gate wants and how a recipe meets it",
         )

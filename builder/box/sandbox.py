@@ -2,7 +2,7 @@
 
 What a build sees is the same everywhere: the root's files, host name `build`, user `build` (1000), an empty /tmp and home, and
 the variables that it is given; nothing of the host's environment. What it leaves is what it wrote into the folders mounted
-writable. docs/sandbox.md says how each promise is kept.
+writable. docs/explanation/sandbox.md says how each promise is kept.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ def certify_command(
     place = report or Path(f"{wheel.name}.gpu.json")
     loaded = recipe.load(settings.project / "recipes", recipe_name)
     if loaded.smoke_gpu_script is None:
-        raise ConfigError(f"recipe {recipe_name} has no smoke_gpu.py", remedy="write one (docs/gpu.md)")
+        raise ConfigError(f"recipe {recipe_name} has no smoke_gpu.py", remedy="write one (docs/howto/gpu.md)")
     scratch = settings.home / "smoke" / str(os.getpid())
     scratch.mkdir(parents=True)
     try:

@@ -13,7 +13,7 @@ from gracefarm.errors import ConfigError
 
 @click.group("key", cls=CommandGroup)
 def key_command() -> None:
-    """Create and show the farm's ed25519 key, which signs provenance (docs/provenance.md).
+    """Create and show the farm's ed25519 key, which signs provenance (docs/explanation/provenance.md).
 
     \b
     builder key create

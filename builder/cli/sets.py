@@ -18,7 +18,7 @@ from gracefarm.cli import CommandGroup, json_option
 
 @click.group("set", cls=CommandGroup, renamed={"lock": "builder lock SET"})
 def set_command() -> None:
-    """Build, test and publish wheels together (docs/sets.md).
+    """Build, test and publish wheels together (docs/reference/sets.md).
 
     \b
     builder set list

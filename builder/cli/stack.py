@@ -26,7 +26,7 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 
 @click.group("stack", cls=CommandGroup)
 def stack_command() -> None:
-    """Create stacks, against which wheels are built (docs/stacks.md).
+    """Create stacks, against which wheels are built (docs/reference/stacks.md).
 
     \b
     builder stack new cu132 --torch 2.15.0

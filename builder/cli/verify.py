@@ -75,7 +75,7 @@ def _rebuild(wheel: Path, jobs: int | None, settings: Settings, console: Console
     if comparison.verdict == "differs":
         raise VerifyError(
             f"a second build of {wheel.name} differs: {comparison.sentence.partition(': ')[2]}",
-            remedy="find what the build takes from the clock, its folder or a random source (docs/provenance.md)",
+            remedy="find what the build takes from the clock, its folder or a random source (docs/explanation/provenance.md)",
             repeat=f"builder verify {wheel} --rebuild",
         )
 

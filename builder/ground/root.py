@@ -2,7 +2,7 @@
 
 Where host and target differ, the compilers are the host's and Python is the target's: /usr/bin/python3.11 is a native launcher
 that starts the real one under qemu-user. /opt/gracefarm/bin, first on PATH in a build, makes the stack's compilers answer to
-their plain names. docs/stacks.md describes the layout.
+their plain names. docs/reference/stacks.md describes the layout.
 """
 
 from __future__ import annotations

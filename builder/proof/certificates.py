@@ -51,7 +51,7 @@ class GpuReport(Table):
 
 
 class Certificate(Table):
-    """What the farm signs, and the index takes under its device digest (docs/index-records.md)."""
+    """What the farm signs, and the index takes under its device digest (docs/reference/index-records.md)."""
 
     device_digest: Sha256
     sm: str
@@ -74,7 +74,7 @@ def report(wheel: Path, result: GpuResult, reader: Path) -> GpuReport:
     if not result.comparisons or not result.negative_control:
         raise VerifyError(
             f"{wheel.name} is not certified: its smoke_gpu.py names no comparisons or no negative control",
-            remedy="set COMPARISONS and NEGATIVE_CONTROL in the script, as docs/gpu.md says",
+            remedy="set COMPARISONS and NEGATIVE_CONTROL in the script, as docs/howto/gpu.md says",
         )
     digests = device_digest.of_wheel(wheel, reader)
     if not _loaded(digests, result.sm):

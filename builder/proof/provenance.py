@@ -21,7 +21,7 @@ PAYLOAD = "application/vnd.in-toto+json"
 STATEMENT = "https://in-toto.io/Statement/v1"
 PREDICATE = "https://slsa.dev/provenance/v1"
 BUILD_TYPE = "urn:gracefarm:build:1"
-"docs/provenance.md says what its parameters are."
+"docs/explanation/provenance.md says what its parameters are."
 
 
 def statement(of: Record, builder_id: str, certified: Sequence[Certificate] = ()) -> dict[str, Any]:

@@ -99,7 +99,7 @@ def credentials(url: str) -> Login | None:
 
 
 MAX_LOG = 32 << 20
-"Bytes of a log that an index takes (docs/index-records.md)."
+"Bytes of a log that an index takes (docs/reference/index-records.md)."
 
 
 def send_record(document: Path, log: Path, build_id: str, url: str, login: Login | None) -> str | None:

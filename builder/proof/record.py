@@ -58,7 +58,7 @@ class BuiltFile(Table):
 class Failure(Table):
     """Why there is no wheel."""
 
-    kind: str = Field(description="Failure class, as in docs/errors.md")
+    kind: str = Field(description="Failure class, as in docs/reference/errors.md")
     exit_code: int
     "Exit code of the command."
     cause: str
@@ -119,12 +119,13 @@ class Record(Table):
     verdicts: tuple[Verdict, ...] = ()
     "Verdicts of the gates."
     judged_by: str = Field(
-        default="", description="Digest of the gates and smoke tests that passed the wheel; docs/building.md"
+        default="", description="Digest of the gates and smoke tests that passed the wheel; docs/explanation/building.md"
     )
     smoke: SmokeResult | None = None
     "Result of the smoke test."
     device_digests: dict[str, str] = Field(
-        default_factory=dict, description="Digest of the wheel's device code by sm; certificates are found by it (docs/gpu.md)"
+        default_factory=dict,
+        description="Digest of the wheel's device code by sm; certificates are found by it (docs/howto/gpu.md)",
     )
     gpu: GpuResult | None = Field(default=None, description="None: the recipe has no smoke_gpu.py")
     published: tuple[Publication, ...] = ()

@@ -117,7 +117,7 @@ def load(name: str, settings: Settings) -> LoadedSet:
     place = folder(settings) / name
     if not (place / "set.toml").is_file():
         raise stack.unknown("set", name, folder(settings), names(settings))
-    data = tables.read(place / "set.toml", WheelSet, docs="docs/sets.md")
+    data = tables.read(place / "set.toml", WheelSet, docs="docs/reference/sets.md")
     if data.name != name:
         raise ConfigError(f"{place / 'set.toml'}:1: the set calls itself {data.name!r}", remedy="name it as its folder")
     base = stack.load(settings.project / "stacks", data.stack)

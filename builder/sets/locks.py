@@ -40,7 +40,7 @@ class SetAddress:
         return f"{self.base}/{self.name}/simple/"
 
     def file(self, wheel: Locked) -> str:
-        """The address of a file, as docs/index.md has it."""
+        """The address of a file, as docs/reference/index.md has it."""
         return f"{self.base}/files/{wheel.sha256}/{quote(wheel.filename, safe='')}"
 
 

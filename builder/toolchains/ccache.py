@@ -1,4 +1,4 @@
-"""The compiler cache: one folder of ccache's for each recipe, seen by its builds alone. docs/building.md has the reasons."""
+"""The compiler cache: one folder of ccache's for each recipe, seen by its builds alone. See docs/explanation/building.md."""
 
 from __future__ import annotations
 

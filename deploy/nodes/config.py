@@ -11,7 +11,7 @@ from pydantic import AfterValidator, Field, PositiveInt, StringConstraints
 
 from gracefarm.tables import Table
 
-DOCS = "docs/deploy.md"
+DOCS = "docs/reference/deploy.md"
 FILE = "deploy.toml"
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?")
 

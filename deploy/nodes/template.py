@@ -42,7 +42,7 @@ def render(ips: str, *, access: Access, share: str | None, repo: str) -> str:
     """Its text: what can be served today, and nothing that has a good default."""
     quoted = json.dumps
     lines = [
-        f"name = {quoted(name_of(repo))}    # every key: docs/deploy.md",
+        f"name = {quoted(name_of(repo))}    # every key: docs/reference/deploy.md",
         f"engine = {quoted(ENGINE)}",
         f"set = {quoted(SET)}",
         f'# index = "http://HOST:8080/{SET}/simple/"    # the farm\'s; without it the wheels come from the Python index',

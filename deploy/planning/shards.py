@@ -1,4 +1,4 @@
-"""What each rank of a split holds, by the engine's rule and the tensors alone; docs/deploy.md has the formulas."""
+"""What each rank of a split holds, by the engine's rule and the tensors alone; docs/reference/deploy.md has the formulas."""
 
 from __future__ import annotations
 

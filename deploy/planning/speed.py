@@ -1,4 +1,4 @@
-"""Predicted speed of decoding for some numbers of streams, and of the first token; docs/deploy.md has the formulas.
+"""Predicted speed of decoding for some numbers of streams, and of the first token; docs/reference/deploy.md has the formulas.
 
 A token passes every stage in turn. In a stage each GPU reads its weights once for all streams, of experts those that any
 stream needs, and every stream's cache; it computes; and each layer has two all-reduces. Stages work on different streams at

@@ -15,7 +15,7 @@ from index.trust.publishers import GITHUB, GITLAB, TrustedPublisher
 
 @click.group("publisher", cls=CommandGroup)
 def publisher() -> None:
-    """Manage the workflows that may upload without a stored token (docs/index-trust.md).
+    """Manage the workflows that may upload without a stored token (docs/howto/index-trust.md).
 
     \b
     index publisher add flash-attn github OWNER/NAME nightly.yml

@@ -23,7 +23,7 @@ from index.intake.metadata import Metadata
 from index.names import Distribution, same_version
 
 RECORD_NAME = "gracefarm.json"
-"The farm's record of build inputs inside .dist-info (docs/index-records.md)."
+"The farm's record of build inputs inside .dist-info (docs/reference/index-records.md)."
 
 MAX_VARIANT = 1 << 16
 "Maximum bytes of a variant.json. A page combines those of all wheels of a release."
@@ -97,7 +97,9 @@ def _variant(archive: zipfile.ZipFile, folder: str, distribution: Distribution) 
     try:
         variants.parse(raw, distribution.variant)
     except ValueError as error:
-        raise RefusedError(f"{distribution.filename}: {error}", remedy="build it again; see docs/index-variants.md") from None
+        raise RefusedError(
+            f"{distribution.filename}: {error}", remedy="build it again; see docs/reference/index-variants.md"
+        ) from None
     return raw.decode()  # parse accepts only UTF-8
 
 

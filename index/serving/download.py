@@ -1,7 +1,7 @@
 """A whole file as a response, read in this process.
 
 granian and Starlette can send a file by its path, but both read it in small pieces that each switch threads twice. Four
-concurrent downloads reached 0.6 to 0.75 of nginx's rate that way, and reach 0.92 this way (docs/benchmarks.md).
+concurrent downloads reached 0.6 to 0.75 of nginx's rate that way, and reach 0.92 this way (docs/explanation/benchmarks.md).
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Every change is one transaction that also appends to the audit log. The log's serial orders all changes.
 Only `open_catalogue` and `Catalogue.close` checkpoint. Between them the main file does not change and the WAL only grows, so
-that a plain copy of the folder is a consistent catalogue of one moment (docs/index-operation.md).
+that a plain copy of the folder is a consistent catalogue of one moment (docs/howto/index-operation.md).
 """
 
 from __future__ import annotations

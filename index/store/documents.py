@@ -1,4 +1,4 @@
-"""Documents besides records: matrices of cells, and certificates (docs/index-records.md).
+"""Documents besides records: matrices of cells, and certificates (docs/reference/index-records.md).
 
 The store keeps each document byte for byte, with a row in the catalogue. A later document replaces an earlier one.
 """
@@ -73,7 +73,7 @@ def parse_certificate(raw: bytes, digest: str) -> DeviceCertificate:
     """
     from index.store.schemas import DeviceCertificate
 
-    document = _parse(raw, DeviceCertificate, "certificate", "docs/index-records.md describes the keys")
+    document = _parse(raw, DeviceCertificate, "certificate", "docs/reference/index-records.md describes the keys")
     if document.device_digest != digest:
         raise RefusedError(
             f"the certificate is for device digest {document.device_digest}",

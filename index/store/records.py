@@ -1,4 +1,4 @@
-"""Build records: verdicts, logs and failed builds, which a wheel cannot contain (docs/index-records.md)."""
+"""Build records: verdicts, logs and failed builds, which a wheel cannot contain (docs/reference/index-records.md)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a person may give that is wrong: one sentence, one remedy and a code of docs/errors.md, never a traceback."""
+"""What a person may give that is wrong: one sentence, one remedy and a code of docs/reference/errors.md, never a traceback."""
 
 from __future__ import annotations
 

@@ -99,7 +99,7 @@ def test_what_vllm_would_refuse_is_refused(arguments: list[str], words: str) -> 
 
 
 def test_all_options_of_vllms_engine_are_in_its_table() -> None:
-    """Where vllm itself ran (docs/sets.md), its engine's parser had 270 long names, --help among them."""
+    """Where vllm itself ran (docs/reference/sets.md), its engine's parser had 270 long names, --help among them."""
     made = options.table(VLLM).options
     at = next(index for index, option in enumerate(made) if option.name == "model")
     names = [flag for option in made[at:] for flag in option.flags if flag.startswith("--")]

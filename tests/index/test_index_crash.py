@@ -158,7 +158,7 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
 
 
 def report(what: str, kills: int, uploaders: list[Uploader], seen: set[str]) -> None:
-    """Print the figures of the run, for docs/benchmarks.md: pytest -rP shows them."""
+    """Print the figures of the run, for docs/explanation/benchmarks.md: pytest -rP shows them."""
     cut, refused = sum(uploader.cut for uploader in uploaders), sum(len(uploader.refusals) for uploader in uploaders)
     confirmed = sum(len(uploader.confirmed) for uploader in uploaders)
     print(

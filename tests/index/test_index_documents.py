@@ -167,7 +167,7 @@ def test_the_committed_schemas_are_those_of_the_index() -> None:
 
 
 def test_the_example_of_the_documentation_is_of_the_schema() -> None:
-    text = (REPOSITORY / "docs" / "index-records.md").read_text()
+    text = (REPOSITORY / "docs" / "reference" / "index-records.md").read_text()
     examples = [json.loads(block.split("```")[0]) for block in text.split("```json\n")[1:]]
     assert len(examples) == 2
     loaded: dict[str, Any] = {name: json.loads(schema) for name, schema in schemas().items()}

@@ -406,7 +406,7 @@ def test_nginx_serves_the_export_as_the_live_server_does(tmp_path: Path) -> None
 
 
 def test_a_copy_of_the_folder_made_while_it_runs_is_whole(server: Server, tmp_path: Path) -> None:
-    """As in docs/index-operation.md: copy the catalogue first, then the files, while uploads continue."""
+    """As in docs/howto/index-operation.md: copy the catalogue first, then the files, while uploads continue."""
     confirmed: list[str] = []
     finished = threading.Event()
 

@@ -193,7 +193,7 @@ def test_uv_lock_and_sync_take_the_plain_wheel(filled: Server, tmp_path: Path) -
     process = run(
         [uv(), *SWITCH, "lock", *project_of(filled, tmp_path / "q", "alone-pkg")], machine("13.0", "9.0"), tmp_path / "q"
     )
-    assert process.returncode != 0, "uv locks variants now: update docs/index-variants.md"
+    assert process.returncode != 0, "uv locks variants now: update docs/reference/index-variants.md"
     assert "only unsupported wheel variants" in process.stderr
 
 

@@ -1,7 +1,7 @@
 """`builder certify`: digests of device code by the real nvcc and cuobjdump, and reports from a GPU that is none.
 
 The GPU is a fake: a torch that claims one, and a smoke_gpu.py that computes nothing. What a real one computed is in
-docs/benchmarks.md.
+docs/explanation/benchmarks.md.
 """
 
 from __future__ import annotations

@@ -603,7 +603,7 @@ def test_a_pinned_recipe_is_refused_with_its_address_and_the_setting_for_a_mirro
     assert f"builder lock {name}" in done.said
     assert f"GRACEFARM_MIRRORS='{first}=REPLACEMENT'" in done.said
     if name == "triton":
-        shown = (REPOSITORY / "docs/pinned.md").read_text()
+        shown = (REPOSITORY / "docs/howto/pinned.md").read_text()
         for line in ("error: ", "remedy: "):
             assert next(message for message in done.err.splitlines() if message.startswith(line)) in shown, (
                 "the page shows what is said"
@@ -791,8 +791,8 @@ def test_torchs_own_cmake_files_find_cuda_12_4_for_the_target(farm: Farm) -> Non
 
 
 def test_the_pages_lines_serve_an_index_that_takes_the_set_with_the_token_that_they_make(tmp_path: Path) -> None:
-    """docs/pinned.md as it is written, in a home of its own: host, token, serve; then the first step of a stage."""
-    page = (REPOSITORY / "docs/pinned.md").read_text().splitlines()
+    """docs/howto/pinned.md as it is written, in a home of its own: host, token, serve; then the first step of a stage."""
+    page = (REPOSITORY / "docs/howto/pinned.md").read_text().splitlines()
     lines = [line.strip() for line in page if line.startswith("    .venv/bin/python -m index ")]
     host, token, serve = (re.sub(r"^\.venv/bin/python", sys.executable, line) for line in lines)
     environment = projects.environment({"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache")})

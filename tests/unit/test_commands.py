@@ -128,7 +128,7 @@ def test_a_command_that_is_not_there_is_found() -> None:
 
 def test_each_test_that_a_page_names_exists() -> None:
     text = "".join(path.read_text() for path in (REPOSITORY / "tests").rglob("test_*.py"))
-    pages = sorted((REPOSITORY / "docs").glob("*.md"))
+    pages = sorted((REPOSITORY / "docs").rglob("*.md"))
     named = [(path.name, name) for path in pages for name in re.findall(r"`(test_\w+)`", path.read_text())]
     assert ("pinned.md", "test_trap_3_the_cpu_torch_of_the_same_version_is_refused") in named
     assert [(page, test) for page, test in named if f"def {test}(" not in text] == []

@@ -239,12 +239,13 @@ def test_the_pages_count_the_digests_that_are_not_known() -> None:
     triton, base = recipe.load(REPOSITORY / "recipes", "triton"), stack.load(REPOSITORY / "stacks", "cu124")
     to_build = len(gaps.of_recipe(triton)) + len(gaps.of_stack(base))
     pages = {
-        name: (REPOSITORY / name).read_text() for name in ("README.md", "docs/pinned.md", "docs/sets.md", "docs/tutorial.md")
+        name: (REPOSITORY / name).read_text()
+        for name in ("README.md", "docs/howto/pinned.md", "docs/reference/sets.md", "docs/howto/llama-405b.md")
     }
-    assert f"The gaps are {NUMBERS[to_build + len(gaps.of_images(base))]}: " in pages["docs/pinned.md"]
+    assert f"The gaps are {NUMBERS[to_build + len(gaps.of_images(base))]}: " in pages["docs/howto/pinned.md"]
     assert f"{NUMBERS[to_build]} digests wait for a machine" in pages["README.md"]
-    assert f"{NUMBERS[to_build]} digests are gaps" in pages["docs/sets.md"]
-    assert f"wait for {NUMBERS[to_build]} digests" in pages["docs/tutorial.md"]
+    assert f"{NUMBERS[to_build]} digests are gaps" in pages["docs/reference/sets.md"]
+    assert f"wait for {NUMBERS[to_build]} digests" in pages["docs/howto/llama-405b.md"]
 
 
 def test_tools_of_debian_are_those_that_the_stacks_toolchain_lock_has() -> None:

@@ -91,7 +91,7 @@ def test_a_recipe_answers_to_its_distributions_name(tmp_path: Path) -> None:
 
 
 def test_the_page_of_errors_lists_the_exit_codes() -> None:
-    text = (REPOSITORY / "docs" / "errors.md").read_text()
+    text = (REPOSITORY / "docs" / "reference" / "errors.md").read_text()
     listed = {int(code): name for code, name in re.findall(r"^\| (\d+) \| (\w+) \|", text, re.MULTILINE)}
     assert listed == {int(exit_code): exit_code.name.lower() for exit_code in ExitCode}
 

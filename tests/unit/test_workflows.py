@@ -43,7 +43,7 @@ def test_the_nights_that_build_have_a_cache() -> None:
 
 
 def test_the_night_publishes_without_a_stored_token() -> None:
-    """The index exchanges the job's identity for a short token (docs/index-trust.md)."""
+    """The index exchanges the job's identity for a short token (docs/howto/index-trust.md)."""
     assert JOBS["nightly", "build"]["permissions"]["id-token"] == "write"
     assert "secrets." not in (FOLDER / "nightly.yml").read_text()
 

@@ -1,1 +1,1 @@
-"""Gates: one module each, called as its gate in records and docs/audit.md."""
+"""Gates: one module each, called as its gate in records and docs/reference/audit.md."""
