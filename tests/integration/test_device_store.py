@@ -109,9 +109,9 @@ class Bed:
         return sorted(device_store.folder(self.farm.settings, "tiny").glob("*/*"))
 
 
-def made(farm: Farm, tmp_path: Path, *targets: Arch) -> Bed:
-    farm.recipe("tiny", projects.backend("pass"), stack="cuda", build={"cuda": True})
-    loaded = stack.load(farm.settings.project / "stacks", "cuda")
+def made(farm: Farm, tmp_path: Path, *targets: Arch, stack_name: str = "cuda") -> Bed:
+    farm.recipe("tiny", projects.backend("pass"), stack=stack_name, build={"cuda": True})
+    loaded = stack.load(farm.settings.project / "stacks", stack_name)
     boxes = {}
     for name in ("tmp", "source"):
         (tmp_path / name).mkdir()
@@ -199,6 +199,15 @@ def test_an_object_is_that_of_the_plain_nvcc_to_the_last_byte(bed: Bed, flags: s
 
 def without_times(text: str) -> list[str]:
     return [line for line in text.splitlines() if "Compile time" not in line]
+
+
+@pytest.mark.slow
+def test_of_another_release_cicc_runs_in_one_step(farm: Farm, tmp_path: Path) -> None:
+    bed = made(farm, tmp_path, Arch.AARCH64, stack_name="cu124-headers")
+    plain = bed.compile(nvcc="/toolchain/nvidia/cu12/bin/nvcc")
+    for outcomes in (["miss", "miss"], ["text", "ptx"]):
+        assert bed.compile() == plain
+        assert bed.outcomes() == outcomes
 
 
 @HOST_ONLY
