@@ -13,6 +13,7 @@ from packaging.utils import canonicalize_name
 from builder.box import meter, sandbox
 from builder.box.place import Place
 from builder.box.sandbox import Outcome
+from builder.compiling import build_script
 from builder.planning.plan import Plan
 from builder.planning.settings import Settings
 from gracefarm.errors import CompileError, DiskFullError, GracefarmError, MemoryBoundError, NetworkError
@@ -20,11 +21,16 @@ from gracefarm.tables import parse_size
 
 NINJA = re.compile(r"^\[(\d+)/(\d+)\] ")
 FIRST_ERROR = (
-    re.compile(r"(?:fatal error|error): |(?:error|fatal)\s+: |\berror #\d+|undefined reference to|cannot find -l"),
-    re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception)\b(?!.*returned non-zero exit status)(?::.*|$)|^\s*CMake Error\b"),
+    re.compile(
+        r"(?:fatal error|error)(?:\[E\d+\])?: |(?:error|fatal)\s+: |\berror #\d+|undefined reference to|cannot find -l"
+    ),
+    re.compile(
+        r"^(?:\w+\.)*\w*(?:Error|Exception)\b(?!.*returned non-zero exit status)(?::.*|$)"
+        r"|^\s*CMake Error\b|^\S*meson\.build:\d+:\d+: ERROR: "
+    ),
     re.compile(r"^(?:make(?:\[\d+\])?: \*\*\*|ninja: error|FAILED: )"),
 )
-"In the order in which they name the cause: a compiler's word, a Python exception or CMake's word, a build tool's complaint."
+"In the order in which they name the cause: a compiler's word, a Python exception, CMake's or Meson's word, a build tool's."
 CMAKE = re.compile(r"^(?P<indent>\s*)CMake Error(?: \(\w+\))?(?:: (?P<reason>.+)| (?P<place>(?:at|in) .+):)\s*$")
 "The first line of CMake's message. With a place, the reason follows in paragraphs that are indented."
 LONGEST_REASON = 300
@@ -85,10 +91,10 @@ def run(place: Place, command: tuple[str, ...], log: Path, on_progress: Callable
     return sandbox.run(place, command, log=log, on_line=on_line)
 
 
-def judge(outcome: Outcome, plan: Plan, log: Path, start: int) -> None:
+def judge(outcome: Outcome, plan: Plan, log: Path, start: int, source: Path) -> None:
     """Raise what a finished compile deserves; a build that reached for the network fails even when it went on.
 
-    Its output stands in `log` from byte `start` on.
+    Its output stands in `log` from byte `start` on; `source` is its source tree.
 
     Raises:
         MemoryBoundError, NetworkError, DiskFullError, CompileError: each with the log's own words.
@@ -104,7 +110,7 @@ def judge(outcome: Outcome, plan: Plan, log: Path, start: int) -> None:
     if outcome.reached:
         raise NetworkError(
             f"the build of {name} reached for the network, which a build has not: {', '.join(outcome.reached)}",
-            remedy="pin what it wants as a [[files]] entry of the recipe, or patch the download out",
+            remedy=f"{_switch(plan, source)}pin what it wants as a [[files]] entry of the recipe, or patch the download out",
             repeat=repeat,
         )
     if outcome.returncode == 0:
@@ -121,6 +127,15 @@ def judge(outcome: Outcome, plan: Plan, log: Path, start: int) -> None:
         remedy=f"read the log (`builder log {name}`) or look around in its sandbox (`builder shell {name}`)",
         repeat=repeat,
     )
+
+
+def _switch(plan: Plan, source: Path) -> str:
+    """The beginning of a remedy: the variable by which the build script itself avoids its download, if it has one."""
+    build = plan.recipe.data.build
+    for download in build_script.read(source / build.subdirectory).downloads(build.environment):
+        for name, value in download.avoided_by.items():
+            return f'set {name} = "{value}" in [build] environment, which keeps {download.place} from its download; or '
+    return ""
 
 
 def first_error(log: Path, start: int = 0) -> str:

@@ -128,9 +128,11 @@ def _once(attempt: Attempt, ground: Ground, epoch: int, count: Jobs, memory: int
         outcome = pep517.run(place, command, attempt.log, history.time_left(plan, settings, tick))
     outcome = plan.toolchain.understood(outcome, attempt.log, log_start)
     attempt.stages.append(record.stage("compile", outcome, command, plan.toolchain.note))
-    _count_units(attempt, units.read(work))
     device_store.trim(settings, plan.recipe.key)
-    pep517.judge(outcome, plan, attempt.log, log_start)
+    try:
+        pep517.judge(outcome, plan, attempt.log, log_start, work / "source")
+    finally:  # after it: the log's last line is the build's own till then
+        _count_units(attempt, units.read(work))
     raw = _keep(attempt, audit.only_wheel(work / "out"), count)
     peak = outcome.peak_memory / 2**30
     attempt.console.step("compile", f"{raw.name} in {outcome.wall_s:.0f} s, {outcome.cpu_s:.0f} CPU s, peak {peak:.1f} GiB")

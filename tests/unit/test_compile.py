@@ -40,6 +40,8 @@ ERROR Backend subprocess exited when trying to invoke build_wheel
         ("ModuleNotFoundError: No module named 'jinja2'\nCMake Error at C.txt:3 (message):\n  failed\n", "named 'jinja2'"),
         ("CMake Error at C.txt:3 (project):\n\nnothing that is indented\n", "CMake Error at C.txt:3 (project):"),
         ("a.c:1: error: x\ncc1: fatal error: error writing to /tmp/x.s: No space left on device\n", "No space left on device"),
+        ("../meson.build:2:0: ERROR: Could not invoke sanity check executable: Exec format error\nlast\n", "Could not invoke"),
+        ("error[E0432]: unresolved import `pyo3`\nerror: could not compile `x`\n", "unresolved import `pyo3`"),
         ("something odd\n", "something odd"),
         ("", "the log is empty"),
     ],
