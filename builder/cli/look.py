@@ -36,8 +36,10 @@ def list_command() -> None:
             continue
         last = next(iter(record.all_of(settings, key)), None)
         outcome = last.outcome if last else None
-        rows.append(data.model_dump(include={"name", "version", "stack", "summary"}) | {"recipe": key, "last": outcome})
-        lines.append(f"{key:20} {data.version:12} {data.stack:8} {outcome or '-':8} {data.summary}")
+        shown = {"name", "version", "stack", "summary", "superseded"}
+        rows.append(data.model_dump(include=shown) | {"recipe": key, "last": outcome})
+        superseded = f" (superseded: {data.superseded})" if data.superseded else ""
+        lines.append(f"{key:20} {data.version:12} {data.stack:8} {outcome or '-':8} {data.summary}{superseded}")
     console.result(rows, "\n".join(lines) or "no recipes")
 
 
@@ -72,6 +74,7 @@ def plan_command(name: str, aim: Aim) -> None:
         "wheel": str(record.wheel_path(settings, existing)) if existing else None,
     }
     text = f"{plan.title}\nbuild id  {plan.build_id}\n\n{json.dumps(plan.inputs, indent=2)}\n\n"
+    text += f"superseded: {plan.recipe.data.superseded}\n" if plan.recipe.data.superseded else ""
     text += f"steps     {' > '.join(STEPS)}\ncommand   {' '.join(command)}\n"
     text += "".join(f"digest    {known.what} {known.sha256[:16]}: {known.sentence}\n" for known in plan.evidence)
     text += "".join(f"no digest {gap.what}  {gap.url}: {gap.reason}\n" for gap in missing)

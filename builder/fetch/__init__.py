@@ -8,7 +8,7 @@ from pathlib import Path
 
 from builder.fetch import located
 from builder.fetch.git import commit_line, fetch_commit, fetch_git, repository_path
-from builder.fetch.sdist import fetch_sdist
+from builder.fetch.sdist import fetch_sdist, pinned
 from builder.fetch.store import download, store_path
 from builder.fetch.transfer import Download
 from builder.fetch.urls import shown
@@ -43,9 +43,9 @@ def fetch(recipe: Recipe, settings: Settings, tick: Tick = no_tick, say: Say = s
         DiskFullError: no space in the store.
     """
     source = recipe.source
-    pinned = {file.sha256: file for file in recipe.files if file.sha256}
+    further = {file.sha256: file for file in recipe.files if file.sha256}
     wanted = [
-        located.locate(file, sha256, settings) for sha256, file in pinned.items() if not store_path(settings, sha256).exists()
+        located.locate(file, sha256, settings) for sha256, file in further.items() if not store_path(settings, sha256).exists()
     ]
     commits = [repository.commit for repository in recipe.repositories]
     match source:
@@ -56,20 +56,21 @@ def fetch(recipe: Recipe, settings: Settings, tick: Tick = no_tick, say: Say = s
             place = fetch_git(source, settings, tick, say)
             commits += [submodule.commit for submodule in source.submodules.values()]
         case FileSource():
-            place = store_path(settings, source.sha256)
-            wanted.insert(0, Download(url=source.url, sha256=source.sha256, what=f"source of {recipe.name} {recipe.version}"))
+            sha256 = pinned(source)
+            place = store_path(settings, sha256)
+            wanted.insert(0, Download(url=source.url, sha256=sha256, what=f"source of {recipe.name} {recipe.version}"))
     for repository in recipe.repositories:
         fetch_commit(repository, repository.url, settings)
         say(commit_line(f"repository {repository.path}", repository))
     download(wanted, settings, tick)
     if isinstance(source, FileSource):
         say(f"{shown(source.url)}: sha256 {source.sha256}, as pinned")
-    for sha256, file in pinned.items():
+    for sha256, file in further.items():
         say(f"file {file.path} from {shown(file.origin)}: sha256 {sha256}, as pinned{_evidence(file)}")
     return Fetched(
         source=place,
         repositories={commit: repository_path(settings, commit) for commit in commits},
-        files={sha256: store_path(settings, sha256) for sha256 in pinned},
+        files={sha256: store_path(settings, sha256) for sha256 in further},
     )
 
 

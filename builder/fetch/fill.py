@@ -9,7 +9,7 @@ from typing import Any
 
 import tomlkit
 
-from builder.fetch import own_index, registry, unpinned
+from builder.fetch import own_index, registry, sdist, unpinned
 from builder.fetch.urls import shown
 from builder.planning.gaps import Gap
 from builder.planning.settings import Settings
@@ -18,6 +18,8 @@ from builder.planning.tags import tags
 from gracefarm.console import Tick, no_tick
 from gracefarm.errors import DigestError, GracefarmError
 from gracefarm.files import atomic_write
+
+_SDIST = "pkg:pypi/"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,17 +56,32 @@ def fill(
 def _digest(gap: Gap, stack: LoadedStack, settings: Settings, *, whole: bool) -> str:
     if gap.table == ("files",):
         return unpinned.bring(gap.url, gap.what, settings)
+    if gap.table == ("source",):
+        return _source_digest(gap, settings, whole=whole)
     if gap.number is None:
         return registry.digest(stack.data.container[Arch(gap.table[-1])], settings)
     wheel = stack.data.environment.wheels[gap.number]
     fitting = tags(stack, wheel.arch)
     filename, url, sha256 = own_index.find_wheel(wheel.name, wheel.version, fitting, wheel.index, settings)
+    return _of_index(filename, url, sha256, wheel.index, settings, whole=whole)
+
+
+def _source_digest(gap: Gap, settings: Settings, *, whole: bool) -> str:
+    if not gap.url.startswith(_SDIST):
+        return unpinned.bring(gap.url, gap.what, settings)
+    name, version = gap.url.removeprefix(_SDIST).split("@")
+    filename, url, sha256, index = sdist.find(name, version, settings)
+    return _of_index(filename, url, sha256, index, settings, whole=whole)
+
+
+def _of_index(filename: str, url: str, sha256: str | None, index: str, settings: Settings, *, whole: bool) -> str:
+    """The digest that an index says of a file; `whole`, or without one: that of the file itself, which must not differ."""
     if sha256 is not None and not whole:
         return sha256
     read = unpinned.bring(url, filename, settings)
     if sha256 not in (None, read):
         raise DigestError(
-            f"{filename}: the file at {shown(url)} has sha256 {read}, the index {shown(wheel.index)} says {sha256}",
+            f"{filename}: the file at {shown(url)} has sha256 {read}, the index {shown(index)} says {sha256}",
             remedy="nothing was written; find out which of the two is right before you pin one",
         )
     return read

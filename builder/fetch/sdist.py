@@ -14,10 +14,10 @@ from packaging.version import InvalidVersion, Version
 from builder.fetch.store import download, store_path
 from builder.fetch.transfer import Download
 from builder.fetch.urls import same_host, shown, split_credentials, with_credentials
-from builder.planning.recipe import SdistSource
+from builder.planning.recipe import FileSource, SdistSource
 from builder.planning.settings import Settings
 from gracefarm.console import Tick, no_tick
-from gracefarm.errors import DigestError, FetchError
+from gracefarm.errors import ConfigError, DigestError, FetchError
 
 if TYPE_CHECKING:
     from pypi_simple import DistributionPackage
@@ -31,9 +31,41 @@ def fetch_sdist(source: SdistSource, settings: Settings, tick: Tick = no_tick) -
         DigestError: the index has an sdist of that version with another sha256.
         DiskFullError: no space in the store.
     """
-    place = store_path(settings, source.sha256)
+    sha256 = pinned(source)
+    place = store_path(settings, sha256)
     if place.exists():
         return place
+    package, url, _ = _on_index(source, settings)
+    return download([Download(url=url, sha256=sha256, what=package.filename, size=package.size)], settings, tick)[sha256]
+
+
+def pinned(source: SdistSource | FileSource) -> str:
+    """The digest of a source, which a plan without gaps has.
+
+    Raises:
+        ConfigError: it is not known yet.
+    """
+    if source.sha256 is None:
+        raise ConfigError(
+            f"the digest of {source.origin} is not known yet: {source.sha256_unknown}",
+            remedy="run `builder lock` with the recipe's name",
+        )
+    return source.sha256
+
+
+def find(name: str, version: str, settings: Settings) -> tuple[str, str, str | None, str]:
+    """File name, address and, if the index gives one, digest of a version's sdist; and the index.
+
+    Raises:
+        FetchError: as `fetch_sdist`.
+    """
+    wanted = SdistSource(kind="sdist", name=name, version=version, sha256_unknown="it is asked for")
+    package, url, index = _on_index(wanted, settings)
+    return package.filename, url, package.digests.get("sha256"), index
+
+
+def _on_index(source: SdistSource, settings: Settings) -> tuple[DistributionPackage, str, str]:
+    """The sdist on the configured index, its address and the index."""
     # Its clients and parsers take longer to import than `builder build` takes to find that a build exists.
     from builder.fetch import simple
 
@@ -41,12 +73,11 @@ def fetch_sdist(source: SdistSource, settings: Settings, tick: Tick = no_tick) -
     page = simple.project_page(source.name, index, credentials)
     package = choose(source, page.packages, shown(index))
     url = with_credentials(package.url, credentials) if same_host(index, package.url) else package.url
-    wanted = Download(url=url, sha256=source.sha256, what=package.filename, size=package.size)
-    return download([wanted], settings, tick)[source.sha256]
+    return package, url, index
 
 
 def choose(source: SdistSource, packages: Sequence[DistributionPackage], index: str) -> DistributionPackage:
-    """The file on a project's page that the recipe pins; pure.
+    """The file on a project's page that the recipe pins, or the only sdist while its digest is not known; pure.
 
     Raises:
         FetchError: no such version, no sdist of it, or it was yanked.
@@ -69,7 +100,7 @@ def choose(source: SdistSource, packages: Sequence[DistributionPackage], index: 
             f"{wanted}: the index {index} has no sdist of this version, only {files}",
             remedy="pin its repository instead: [source] kind = 'git' with commit and tree",
         )
-    sdist = next((package for package in sdists if package.digests.get("sha256") == source.sha256), None)
+    sdist = next((package for package in sdists if source.sha256 in (None, package.digests.get("sha256"))), None)
     # An index without digests in its links is allowed by PEP 503; then the download itself is the check.
     sdist = sdist or next((package for package in sdists if "sha256" not in package.digests), None)
     if sdist is None:

@@ -14,7 +14,7 @@ from builder.flow import judge
 from builder.flow.attempt import Attempt, BuildOptions
 from builder.flow.compile import checkpoint, compiled, prepare
 from builder.flow.ground import lay_ground
-from builder.flow.publishing import publish_build, refuse_objects, send_failure
+from builder.flow.publishing import publish_build, refuse_licence, refuse_objects, send_failure
 from builder.ground import torch_facts
 from builder.planning.ground import Ground
 from builder.planning.plan import Plan
@@ -37,6 +37,7 @@ def build(plan: Plan, options: BuildOptions, settings: Settings, console: Consol
     plan.require_digests()
     if options.publish:
         refuse_objects(plan.stack.data)
+        refuse_licence(plan.recipe)
 
     wait = f"another process builds {plan.build_id[:16]}; waiting for it"
     with lock(settings.home / "locks" / f"build-{plan.build_id}", lambda: console.step("wait", wait)):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from builder.planning import licences
+from builder.planning.recipe import LoadedRecipe
 from builder.planning.settings import Settings
 from builder.planning.stack import Stack
 from builder.proof import certificates, publish, record
@@ -22,6 +24,20 @@ def refuse_objects(stack: Stack) -> None:
         raise PublishError(
             f"stack {stack.name} has headers alone: what it builds cannot be loaded and is not published",
             remedy="build against a stack that has the libraries",
+        )
+
+
+def refuse_licence(recipe: LoadedRecipe) -> None:
+    """A licence that does not allow passing on is not published unless the recipe says why it may be.
+
+    Raises:
+        PublishError: it does not.
+    """
+    data = recipe.data
+    if data.wheel.may_publish is None and not licences.redistributable(data.license):
+        raise PublishError(
+            f"the licence of {recipe.key}, {data.license}, does not allow that its wheel is passed on",
+            remedy="build it without --publish; if its maker allows it, say so with may_publish under [wheel] of the recipe",
         )
 
 

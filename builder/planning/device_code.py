@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
+from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 from builder.planning.recipe import PLACEHOLDERS, LoadedRecipe
@@ -99,6 +100,30 @@ def require(recipe: LoadedRecipe, stack: LoadedStack, ptx: str | None) -> None:
             raise ConfigError(
                 f"{recipe.key} does not support sm_{value}: its recipe lists {', '.join(supported)}",
                 remedy="choose one of them with --sm, or add it to sm_supported under [wheel] if its source supports it",
+            )
+
+
+def refuse_known_bad(recipe: LoadedRecipe, stack: LoadedStack) -> None:
+    """Refuse a combination of which the recipe knows that its wheel is wrong.
+
+    Raises:
+        ConfigError: it is one; gives the reason and the link.
+    """
+    release = stack.data.torch
+    for bad in recipe.data.known_bad:
+        named = sorted({value for value in stack.sm for own in bad.sm if _base(value).rstrip("a") == own.rstrip("af")})
+        if (
+            (named or not bad.sm)
+            and SpecifierSet(bad.cuda).contains(stack.data.cuda, prereleases=True)
+            and (
+                not bad.torch
+                or (release and SpecifierSet(bad.torch).contains(Version(release.version).public, prereleases=True))
+            )
+        ):
+            architectures = f" for {', '.join(f'sm_{value}' for value in named)}" if named else ""
+            raise ConfigError(
+                f"{recipe.key} on stack {stack.data.name}{architectures} is known to be bad: {bad.reason} ({bad.link})",
+                remedy="choose other architectures with --sm, or another stack; [[known_bad]] in the recipe names what is bad",
             )
 
 

@@ -11,8 +11,11 @@ from pathlib import Path
 from packaging.utils import canonicalize_name
 
 from builder.planning.digests import DigestFields, FirstUse, Witness
-from builder.planning.recipe import LoadedRecipe
+from builder.planning.recipe import GitSource, LoadedRecipe
 from builder.planning.stack import Arch, LoadedStack
+
+_SOURCE = "source"
+"The name of a recipe's source for people."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +60,9 @@ class Evidence:
 def evidence(recipe: LoadedRecipe, stack: LoadedStack, target: Arch) -> list[Evidence]:
     """Of the digests of a recipe and of what a stack has for a target, those about which something is written."""
     data = stack.data
+    source = recipe.data.source
     downloads: list[tuple[str, DigestFields]] = [
+        *([] if isinstance(source, GitSource) else [(_SOURCE, source)]),
         *((file.path, file) for file in recipe.data.files),
         *((wheel.title, wheel) for wheel in data.environment.wheels if wheel.arch == target),
         *((f"image {image.name}:{image.tag}", image) for arch, image in data.container.items() if arch == target),
@@ -71,8 +76,11 @@ def evidence(recipe: LoadedRecipe, stack: LoadedStack, target: Arch) -> list[Evi
 
 def of_recipe(recipe: LoadedRecipe) -> list[Gap]:
     """The recipe's own gaps."""
-    place = recipe.folder / "recipe.toml"
-    return [
+    place, source = recipe.folder / "recipe.toml", recipe.data.source
+    own = []
+    if not isinstance(source, GitSource) and source.sha256_unknown is not None:
+        own = [Gap(file=place, table=("source",), number=None, what=_SOURCE, url=source.origin, reason=source.sha256_unknown)]
+    return own + [
         Gap(file=place, table=("files",), number=number, what=file.path, url=file.url or "", reason=file.sha256_unknown)
         for number, file in enumerate(recipe.data.files)
         if file.sha256_unknown is not None

@@ -24,7 +24,7 @@ from builder.box.sandbox import TMP, Outcome
 from builder.planning import device_code, gaps, pins
 from builder.planning.gaps import Evidence, Gap
 from builder.planning.ground import Ground, TrialEnvironment
-from builder.planning.recipe import Build, LoadedRecipe, ToolchainKind
+from builder.planning.recipe import Build, GitSource, LoadedRecipe, ToolchainKind
 from builder.planning.settings import Settings
 from builder.planning.stack import Arch, LoadedStack
 from gracefarm.console import Tick, no_tick
@@ -230,7 +230,7 @@ class Plan:
                 "name": data.name,
                 "version": data.version,
                 "license": data.license,
-                "source": data.source.model_dump(mode="json"),
+                "source": data.source.model_dump(mode="json", exclude=set(EVIDENCE)),
                 "repositories": [repository.model_dump(mode="json") for repository in data.repositories],
                 "files": [file.model_dump(mode="json", exclude=set(EVIDENCE)) for file in data.files],
                 "substitutions": [substitution.model_dump(mode="json") for substitution in data.substitutions],
@@ -300,6 +300,8 @@ class Plan:
         locked = self.toolchain.locked(self.stack)
         taken = {wheel.sha256 for wheel in pins.wheels(locked, self.target)} if locked is not None else set()
         taken |= {file.sha256 for file in self.recipe.data.files if file.sha256}
+        source = self.recipe.data.source
+        taken |= {source.sha256} if not isinstance(source, GitSource) and source.sha256 else set()
         own = json.dumps(self.toolchain.inputs(self))
         known = gaps.evidence(self.recipe, self.stack, self.target)
         return [each for each in known if each.sha256 in taken or each.sha256 in own]
@@ -313,7 +315,7 @@ class Plan:
         recipe, stack, missing = self.recipe, self.stack, self.gaps
         if not missing:
             return
-        prefixes = sorted({f"{urlsplit(gap.url).scheme}://{urlsplit(gap.url).netloc}/" for gap in missing})
+        prefixes = sorted({f"{urlsplit(gap.url).scheme}://{urlsplit(gap.url).netloc}/" for gap in missing if "://" in gap.url})
         lock = f"builder lock {recipe.key}"
         if stack.folder.name != recipe.data.stack:
             lock += f" --stack {stack.folder.name}"
@@ -324,7 +326,9 @@ class Plan:
             f"{recipe.key} on stack {stack.data.name} cannot be built: {count} not known yet, "
             f"{'that' if len(missing) == 1 else 'the first that'} of {missing[0].url}",
             remedy=f"run `{lock}` on a machine that reaches {', '.join(prefixes)}, or name mirrors that this "
-            f"one reaches: GRACEFARM_MIRRORS='{' '.join(f'{prefix}=REPLACEMENT' for prefix in prefixes)}'",
+            f"one reaches: GRACEFARM_MIRRORS='{' '.join(f'{prefix}=REPLACEMENT' for prefix in prefixes)}'"
+            if prefixes
+            else f"run `{lock}`, which reads it from the Python index",
             repeat=lock,
         )
 

@@ -11,11 +11,12 @@ from typing import Annotated, Any, Literal, Self
 
 from packaging.licenses import canonicalize_license_expression
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 from pydantic import AfterValidator, Field, model_validator
 
-from builder.planning.digests import DigestFields
+from builder.planning.digests import DigestFields, PinnedDownload
 from builder.planning.stack import TORCH, BuildRequirements, LoadedStack, Ptx, RequirementText, Sm, unknown
 from gracefarm import tables
 from gracefarm.errors import ConfigError
@@ -27,6 +28,11 @@ def _canonical_version(text: str) -> str:
     return text
 
 
+def _specifiers(text: str) -> str:
+    SpecifierSet(text)  # whose error is a ValueError, and so names file and line
+    return text
+
+
 PLACEHOLDERS = ("{sm}", "{sm_dotted}", "{sm_gencode}")
 "In values of [build]: the cell's architectures, for packages that do not read TORCH_CUDA_ARCH_LIST."
 ToolchainKind = Literal["sandbox", "host", "container"]
@@ -35,15 +41,18 @@ SpdxExpression = Annotated[str, AfterValidator(canonicalize_license_expression)]
 "A licence as SPDX writes it, or LicenseRef-NAME for one that is not on its list."
 
 
-class SdistSource(Table):
+class SdistSource(PinnedDownload):
     """A source distribution from the Python index. It is fetched through the simple API and not executed."""
 
     kind: Literal["sdist"]
     "Selects this kind of source."
     name: str = Field(description="Project on the Python index")
     version: VersionText = Field(description="Exact version")
-    sha256: Sha256
-    "sha256 of the sdist."
+
+    @property
+    def origin(self) -> str:
+        """Its package URL."""
+        return f"pkg:pypi/{canonicalize_name(self.name)}@{self.version}"
 
 
 class Submodule(Table):
@@ -81,15 +90,18 @@ class GitSource(Table):
     submodules: dict[str, Submodule] = Field(default_factory=dict, description="By path inside the tree; others stay empty")
 
 
-class FileSource(Table):
+class FileSource(PinnedDownload):
     """A source archive (.tar.gz, .tar.xz, .zip) by URL and digest."""
 
     kind: Literal["file"]
     "Selects this kind of source."
     url: Url
     "URL of the archive."
-    sha256: Sha256
-    "sha256 of the archive."
+
+    @property
+    def origin(self) -> str:
+        """Its address."""
+        return self.url
 
 
 class File(DigestFields):
@@ -249,6 +261,9 @@ class Wheel(Table):
     )
     bundled: tuple[Bundled, ...] = Field(default=(), description="Third-party files inside; any other is refused")
     max_size: Size = Field(default="500MiB", description="Largest wheel accepted")
+    may_publish: str | None = Field(
+        default=None, description="Why the wheel may be passed on, where the recipe's licence does not allow it"
+    )
 
     @model_validator(mode="after")
     def _requires_by_its_own_name(self) -> Self:
@@ -264,6 +279,19 @@ class Smoke(Table):
     imports: tuple[str, ...] = Field(min_length=1, description="Modules imported by name, extensions included")
 
 
+Specifiers = Annotated[str, AfterValidator(_specifiers)]
+
+
+class KnownBad(Table):
+    """A combination whose wheel computes wrong numbers, or does not run: `plan` refuses it."""
+
+    sm: tuple[Sm, ...] = Field(default=(), description="Architectures of the device code; empty: any")
+    cuda: Specifiers = Field(default="", description="Releases of CUDA, as '<13.1'; empty: any")
+    torch: Specifiers = Field(default="", description="Releases of torch, as '>=2.9,<2.11'; empty: any")
+    reason: str = Field(min_length=1, description="What is wrong with it")
+    link: Url = Field(description="Where it was reported or measured")
+
+
 class Recipe(Table):
     """recipe.toml."""
 
@@ -273,6 +301,8 @@ class Recipe(Table):
     "One line for lists."
     license: SpdxExpression = Field(description="SPDX expression")
     stack: str = Field(default="cu130", description="Default stack")
+    superseded: str | None = Field(default=None, description="What to use instead of this package")
+    known_bad: tuple[KnownBad, ...] = Field(default=(), description="Combinations that `builder plan` refuses")
     refuses: dict[ToolchainKind, str] = Field(
         default_factory=dict, description="Toolchains that cannot build it, each with the reason, as {'container' = 'why'}"
     )

@@ -36,6 +36,7 @@ def make_plan(recipe: LoadedRecipe, stack: LoadedStack, host: Arch, target: Arch
     plan = Plan(recipe=recipe, stack=stack, host=host, target=target, toolchain=toolchain)
     if recipe.data.build.cuda:
         device_code.require(recipe, stack, plan.ptx)
+    device_code.refuse_known_bad(recipe, stack)
     toolchain.require(plan)
     return plan
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from datetime import date
 from pathlib import Path
 
 import pytest
 
-from builder.fetch import fetch_sdist, store_path
+from builder.fetch import fetch, fetch_sdist, fill, store_path
+from builder.planning import gaps, recipe, stack
 from builder.planning.recipe import SdistSource
 from builder.planning.settings import Settings, load
-from gracefarm.errors import DigestError, FetchError
+from gracefarm.errors import ConfigError, DigestError, FetchError
+from tests.conftest import REPOSITORY
 from tests.integration import fetch_kit
 from tests.integration.fetch_kit import Served, Server, sha256
 
@@ -205,3 +208,42 @@ def test_causal_conv1d_from_the_configured_index(tmp_path: Path) -> None:
     pinned = "3202758494eaa7b597ce1c282dfa188889506bfcb92cad3c407d26736bfcd32b"
     place = fetch_sdist(source("1.7.0", pinned, "causal_conv1d"), settings)
     assert sha256(place.read_bytes()) == pinned
+
+
+@pytest.mark.parametrize("accepted", [None, date(2026, 11, 29)])
+def test_an_sdist_whose_digest_is_not_known_is_a_gap_that_a_lock_fills_from_the_index(
+    server: Server, settings: Settings, tmp_path: Path, accepted: date | None
+) -> None:
+    page(server, link())
+    folder = tmp_path / "recipes" / "thing"
+    folder.mkdir(parents=True)
+    (folder / "recipe.toml").write_text(
+        'name = "thing"\nversion = "1.0"\nlicense = "MIT"\n\n[source]\nkind = "sdist"\nname = "thing"\nversion = "1.0"\n'
+        'sha256_unknown = "not looked up" # yet\n\n[smoke]\nimports = ["thing"]\n'
+    )
+    loaded = recipe.load(tmp_path / "recipes", "thing")
+    (gap,) = gaps.of_recipe(loaded)
+    assert (gap.what, gap.url, gap.reason) == ("source", "pkg:pypi/thing@1.0", "not looked up")
+    with pytest.raises(ConfigError, match="is not known yet: not looked up"):
+        fetch(loaded.data, settings)
+    base = stack.load(REPOSITORY / "stacks", "cu130")
+    filled = fill.fill([gap], base, settings, accepted=accepted)
+    assert (filled.failed, filled.digests) == ((), ((gap, sha256(SDIST)),))
+    known = recipe.load(tmp_path / "recipes", "thing").data.source
+    assert isinstance(known, SdistSource)
+    assert (known.sha256, known.accepted is not None) == (sha256(SDIST), accepted is not None)
+    assert f'sha256 = "{sha256(SDIST)}" # yet' in (folder / "recipe.toml").read_text()
+    assert gaps.of_recipe(recipe.load(tmp_path / "recipes", "thing")) == []
+
+
+def test_the_digest_of_an_sdist_that_differs_from_what_its_index_says_is_not_accepted(
+    server: Server, settings: Settings, tmp_path: Path
+) -> None:
+    page(server, link(digest="0" * 64))
+    gap = gaps.Gap(
+        file=tmp_path / "recipe.toml", table=("source",), number=None, what="source", url="pkg:pypi/thing@1.0", reason="x"
+    )
+    filled = fill.fill([gap], stack.load(REPOSITORY / "stacks", "cu130"), settings, accepted=date(2026, 11, 29))
+    (error,) = filled.failed
+    assert isinstance(error, DigestError)
+    assert f"has sha256 {sha256(SDIST)}" in error.cause

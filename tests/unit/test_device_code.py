@@ -191,3 +191,36 @@ def test_the_cells_architectures_reach_packages_that_have_a_variable_of_their_ow
 def test_a_placeholder_that_means_nothing_is_refused(build: dict[str, object], sentence: str) -> None:
     with pytest.raises(ValueError, match=re.escape(sentence)):
         recipe.Build.model_validate(build)
+
+
+@pytest.mark.parametrize(
+    ("bad", "sm", "refused"),
+    [
+        ({"sm": ("103",), "cuda": ">=13"}, "103", True),
+        ({"sm": ("103",), "cuda": ">=13"}, "90+103a", True),
+        ({"sm": ("103",), "cuda": ">=13"}, "100", False),
+        ({"sm": ("103",), "cuda": "<13"}, "103", False),
+        ({"torch": "<2.12"}, "90", True),
+        ({"torch": ">=2.12"}, "90", False),
+        ({}, "90", True),
+    ],
+)
+def test_a_combination_that_is_known_to_be_bad_is_refused_with_its_link(
+    bad: dict[str, object], sm: str, refused: bool
+) -> None:
+    known = recipe.KnownBad.model_validate({"reason": "wrong numbers", "link": "https://example.org/issues/7", **bad})
+    loaded = recipe.load(REPOSITORY / "recipes", "causal_conv1d")
+    wheel = loaded.data.wheel.model_copy(update={"sm_supported": ()})
+    loaded = replace(loaded, data=loaded.data.model_copy(update={"known_bad": (known,), "wheel": wheel}))
+    cell = replace(stack.load(REPOSITORY / "stacks", "cu130"), asked_sm=device_code.parse(sm))
+    if not refused:
+        assert choice.make_plan(loaded, cell, Arch.X86_64, Arch.AARCH64).build_id
+        return
+    with pytest.raises(ConfigError, match=r"known to be bad: wrong numbers \(https://example.org/issues/7\)"):
+        choice.make_plan(loaded, cell, Arch.X86_64, Arch.AARCH64)
+
+
+def test_causal_conv1d_is_not_built_for_sm_103_with_cuda_13() -> None:
+    with pytest.raises(ConfigError, match="causal-conv1d/issues/105"):
+        plan(sm="103")
+    assert plan(sm="100").build_id

@@ -151,18 +151,20 @@ GIT = {
         "inner": {"url": "https://example.org/inner.git", "commit": COMMIT, "tree": COMMIT, "license": "BSD-3-Clause"}
     },
 }
-SDIST = {"kind": "sdist", "name": "thing", "version": "1.0", "sha256": SHA}
-FILE = {"kind": "file", "url": "https://example.org/thing.zip", "sha256": SHA}
 EVIDENCE: dict[str, Any] = {
     "accepted": {"date": "2026-11-29", "url": "https://example.org/page"},
     "witness": [{"source": "another project's lock", "value": SHA}],
 }
+SDIST = {"kind": "sdist", "name": "thing", "version": "1.0", "sha256": SHA, **EVIDENCE}
+FILE = {"kind": "file", "url": "https://example.org/thing.zip", "sha256": SHA, **EVIDENCE}
 WHOLE: dict[str, Any] = {
     "name": "thing",
     "version": "1.0",
     "summary": "text",
     "license": "BSD-3-Clause",
     "stack": "cu124",
+    "superseded": "by another",
+    "known_bad": [{"sm": ["103"], "cuda": ">=13", "torch": ">=2.9", "reason": "wrong", "link": "https://example.org/1"}],
     "refuses": {"host": "its tools are too new"},
     "repositories": [
         {"url": "https://example.org/more.git", "commit": COMMIT, "tree": COMMIT, "path": "more", "license": "BSD-3-Clause"}
@@ -208,6 +210,7 @@ WHOLE: dict[str, Any] = {
             {"path": "other.so", "origin": "https://example.org/a.zip", "license": "BSD-3-Clause"},
         ],
         "max_size": "1GiB",
+        "may_publish": "its maker said so",
     },
     "smoke": {"imports": ["thing"]},
 }
@@ -216,7 +219,12 @@ WHOLE: dict[str, Any] = {
 RECIPE_EXEMPT = {
     "summary": "for people",
     "stack": "a default of the command line; the stack itself is an input",
+    "superseded": "for people",
+    "known_bad": "such a build does not begin",
     "refuses": "such a build does not begin",
+    "source.sha256_unknown": "the reason of a gap, which no build gets past",
+    "source.accepted": "how a digest is known that a witness confirms; without one it is an input",
+    "source.witness": "who confirms it",
     "files.sha256_unknown": "the reason of a gap, which no build gets past",
     "files.accepted": "how a digest is known that a witness confirms; without one it is an input",
     "files.witness": "who confirms it",
@@ -226,6 +234,7 @@ RECIPE_EXEMPT = {
     "build.requires": "its lock is in the digest of the environment",
     "wheel.sm_supported": "others are refused",
     "wheel.bundled": "the audit's expectations, and",
+    "wheel.may_publish": "what may be done with the wheel",
     "wheel.max_size": "its bound: the flow audits again what was judged by others",
     "smoke.imports": "what is tried; the flow tries again what was judged by others",
 }
@@ -388,7 +397,8 @@ def test_each_field_of_a_recipe_changes_the_id_unless_it_is_listed_as_exempt(
 
 def test_the_recipe_of_these_tests_sets_every_field_of_the_schema() -> None:
     seen: set[tuple[str, str]] = set()
-    for source in (GIT, SDIST, FILE):
+    gap = {"sha256": None, "sha256_unknown": "out of reach", "accepted": None, "witness": ()}
+    for source in (GIT, SDIST, FILE, {**SDIST, **gap}, {**FILE, **gap}):
         note(Recipe.model_validate({**WHOLE, "source": source}), seen)
     assert seen == field_names(Recipe.model_json_schema())
 
