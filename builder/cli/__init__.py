@@ -15,6 +15,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
         # name: (module:function, summary for --help), in the order of a typical workflow
         "init": ("builder.cli.init:init_command", "Create a project folder with recipes, stacks and sets."),
+        "new": ("builder.cli.new:new_command", "Write a recipe for a package, read from its source."),
         "list": ("builder.cli.look:list_command", "List recipes with the last build of each on this machine."),
         "plan": ("builder.cli.look:plan_command", "Show inputs, build id, steps and commands of a build."),
         "fetch": ("builder.cli.fetch:fetch_command", "Fetch and verify sources, and apply patches."),

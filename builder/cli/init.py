@@ -35,6 +35,6 @@ def init_command(folder: Path) -> None:
         f"{folder} now contains recipes/, stacks/, interpreters/, sets/ and matrix.toml. Next:",
         f"  cd {folder} && builder list",
         "  builder plan causal_conv1d",
-        "To add a recipe, create recipes/NAME/recipe.toml (docs/reference/recipes.md).",
+        "To add a recipe, run `builder new NAME` (docs/reference/recipes.md).",
     ]
     console.result({"project": str(folder.absolute())}, "\n".join(steps))

@@ -128,16 +128,25 @@ def _fill(
 
 
 def _lock_build(loaded: LoadedRecipe, base: LoadedStack, settings: Settings, console: Console) -> None:
-    """Write the lock of a recipe's build requirements, for each Python with a lock in its stack."""
+    """Write the lock of a recipe's build requirements."""
+    text = build_lock(loaded, base, settings, console)
+    assert loaded.build_requirements is not None
+    atomic_write(loaded.build_requirements.lock, text)
+    console.step("lock", f"wrote {loaded.build_requirements.lock}")
+
+
+def build_lock(loaded: LoadedRecipe, base: LoadedStack, settings: Settings, console: Console) -> str:
+    """The lock of a recipe's build requirements, for each Python with a lock in its stack.
+
+    Raises:
+        ConfigError, FetchError: see `resolve.build_lock`.
+    """
     from builder.ground import resolve
 
     names = [None, *interpreters.names(settings.project / "interpreters")]
     stacks = [stack_of(base.folder.name, name, settings) for name in names]
     with console.progress("lock") as tick:
-        text = resolve.build_lock(loaded, [entry for entry in stacks if entry.requirements_lock.is_file()], settings, tick)
-    assert loaded.build_requirements is not None
-    atomic_write(loaded.build_requirements.lock, text)
-    console.step("lock", f"wrote {loaded.build_requirements.lock}")
+        return resolve.build_lock(loaded, [entry for entry in stacks if entry.requirements_lock.is_file()], settings, tick)
 
 
 def _lock_interpreter(name: str, settings: Settings, console: Console) -> None:

@@ -24,6 +24,7 @@ LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("proof",),
         ("smoke",),
         ("audit",),
+        ("drafting",),
         ("compiling",),
         ("toolchains",),
         ("ground",),

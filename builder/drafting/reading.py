@@ -1,0 +1,366 @@
+"""From a source tree to the values of a recipe: what it is built with, what for, and what of it cannot work."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from types import MappingProxyType
+from typing import Any
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from builder.compiling import build_script
+from builder.compiling.build_script import BuildScript, Variable
+from builder.drafting.findings import Findings
+from builder.drafting.metadata import SourceMetadata
+from gracefarm.errors import SourceError
+
+_COMPILED = frozenset({".c", ".cc", ".cpp", ".cxx", ".cu", ".pyx", ".rs", ".f90", ".f", ".m"})
+_NOT_ITS_OWN = frozenset(
+    {
+        "third_party",
+        "third-party",
+        "3rdparty",
+        "vendor",
+        "extern",
+        "external",
+        "tests",
+        "test",
+        "examples",
+        "benchmarks",
+        "docs",
+    }
+)
+_DISTRIBUTIONS: Mapping[str, str] = MappingProxyType(
+    {"Cython": "cython", "pybind11": "pybind11", "numpy": "numpy", "torch": "torch", "skbuild": "scikit-build"}
+    | {"setuptools_scm": "setuptools-scm", "setuptools_rust": "setuptools-rust", "cffi": "cffi", "psutil": "psutil"}
+    | {"yaml": "pyyaml", "pkg_resources": "setuptools", "distutils": "setuptools", "wheel": "wheel", "packaging": "packaging"}
+)
+"Distributions of modules that build scripts import without saying so in build-system.requires."
+_ARCHS = re.compile(r"(?:^|_)CUDA_ARCH(?:S|ES|_LIST)?$")
+_OPS = re.compile(r"_(?:BUILD|WITH)_(?:OPS|CUDA(?:_EXT)?)$")
+_LETTERED = re.compile(r"(?:sm|compute)_(\d{2,3}[af])\b|\b(\d{1,2})\.(\d[af])\b")
+_HOPPER = re.compile(r"(?i)hopper|sm_?90")
+_THIRD_PARTY = re.compile(r"(?:third[-_]?party|3rd[-_]?party|extern(?:al)?|submodules?)/[\w./+-]+")
+_CMAKE_CUDA = re.compile(r"(?im)^\s*option\s*\(\s*(\w*CUDA)\b[^)]*?\bOFF\s*\)")
+_EXTENSION_TARGET = re.compile(
+    r"(?i)(?:pybind11_add_module|nanobind_add_module|python3?_add_library|swig_add_library)\s*\(\s*(\w+)"
+    r"|extension_module\(\s*'(\w+)'"
+)
+
+
+@dataclass(kw_only=True)
+class Draft:
+    """The values of a new recipe."""
+
+    name: str
+    stack: str
+    requires: list[str] = field(default_factory=list)
+    substitutions: list[tuple[str, str, str]] = field(default_factory=list)
+    "File, text and its replacement."
+    environment: dict[str, str] = field(default_factory=dict)
+    cuda: bool = False
+    memory: str = "2GiB"
+    sm_extra: dict[str, list[str]] = field(default_factory=dict)
+    imports: list[str] = field(default_factory=list)
+    compiled: list[str] = field(default_factory=list)
+    "Extension modules among the imports."
+    findings: Findings = field(default_factory=Findings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StackFacts:
+    """What the stack of the recipe has."""
+
+    name: str
+    python: str
+    sm: tuple[str, ...]
+    installed: Mapping[str, str]
+    "Versions of its environment, by canonical name."
+    machine: str = "aarch64"
+
+
+def draft(tree: Path, name: str, metadata: SourceMetadata, ground: StackFacts) -> Draft:
+    """What the source tree says, and guesses for the rest.
+
+    Raises:
+        SourceError: it cannot be built, because sources are missing.
+    """
+    script = build_script.read(tree)
+    made = Draft(name=name, stack=ground.name)
+    files = [
+        str(place.relative_to(tree)) for place in sorted(tree.rglob("*")) if place.suffix in _COMPILED and place.is_file()
+    ]
+    _require_sources(tree, name, script, files)
+    made.findings.read("build backend", metadata.backend.value, metadata.backend.place)
+    _cuda(made, script, files)
+    _requirements(made, metadata, script, ground, tree)
+    _environment(made, tree, metadata, script, ground)
+    _downloads(made, tree, script)
+    _device_code(made, tree, script, files)
+    _memory(made, tree, files)
+    _imports(made, tree, metadata, script, ground)
+    _missing(made, tree, script)
+    return made
+
+
+def _own(files: list[str]) -> list[str]:
+    return [name for name in files if not _NOT_ITS_OWN.intersection(PurePosixPath(name).parts[:-1])]
+
+
+def _require_sources(tree: Path, name: str, script: BuildScript, files: list[str]) -> None:
+    """Refuse a tree without the sources that its build script names."""
+    known = [extension for extension in script.extensions() if extension.sources]
+    lacking = [
+        (extension, absent)
+        for extension in known
+        if (absent := [source for source in extension.sources if not _is_there(tree, source)])
+    ]
+    if known and len(lacking) == len(known):
+        extension, absent = lacking[0]
+        raise SourceError(
+            f"{name} cannot be built from this source: it lacks {absent[0]}, which {extension.place} compiles",
+            remedy="name its repository instead: --git URL --commit COMMIT",
+        )
+    if not files and (named := list(_third_party(tree, script))):
+        text, place = named[0]
+        raise SourceError(
+            f"{name} cannot be built from this source: it lacks {text}, which {place} names",
+            remedy="name its repository instead: --git URL --commit COMMIT",
+        )
+
+
+def _is_there(tree: Path, source: str) -> bool:
+    """A source, or what it is made of: Cython's and SWIG's output may be named."""
+    place = tree / source
+    return any(place.with_suffix(suffix).is_file() for suffix in (place.suffix, ".pyx", ".i", ".py", ".in")) or "*" in source
+
+
+def _third_party(tree: Path, script: BuildScript) -> Iterator[tuple[str, str]]:
+    """Paths of the code of others that the build script names and the tree lacks."""
+    for text, place in script.texts:
+        if _THIRD_PARTY.fullmatch(text) and not (tree / text).exists():
+            yield text, str(place)
+
+
+def _cuda(made: Draft, script: BuildScript, files: list[str]) -> None:
+    sources = [name for name in _own(files) if name.endswith(".cu")] or [name for name in files if name.endswith(".cu")]
+    extension = next((extension for extension in script.extensions() if "CUDA" in extension.kind), None)
+    made.cuda = extension is not None or bool(sources)
+    if extension is not None:
+        made.findings.read("build.cuda", "true", extension.place)
+    elif sources:
+        made.findings.read("build.cuda", "true", f"{sources[0]}, one of {len(sources)} CUDA sources")
+    else:
+        made.findings.guess("build.cuda", "false", "the source has no .cu file and declares no CUDAExtension")
+
+
+def _requirements(made: Draft, metadata: SourceMetadata, script: BuildScript, ground: StackFacts, tree: Path) -> None:
+    """What the build needs beside the stack, and what of the stack's it would refuse."""
+    marker = {"python_version": ground.python.rstrip("t"), "platform_machine": ground.machine}
+    declared = set()
+    for requirement, text, place in metadata.build_requires:
+        declared.add(canonicalize_name(requirement.name))
+        if requirement.marker is not None and not requirement.marker.evaluate(marker):
+            continue
+        have = ground.installed.get(canonicalize_name(requirement.name))
+        requirement.marker = None
+        if have is None:
+            made.requires.append(str(requirement))
+            made.findings.read("build.requires", str(requirement), place)
+        elif not requirement.specifier.contains(have, prereleases=True):
+            made.substitutions.append(("pyproject.toml", text, requirement.name))
+            why = (
+                f"{place} wants {text}, and stack {ground.name} has {requirement.name} {have}; upstream does not promise this"
+            )
+            made.findings.guess("substitutions", f"{text} -> {requirement.name}", why)
+    for module, at in script.modules.items():
+        distribution = _DISTRIBUTIONS.get(module)
+        if distribution and distribution not in declared and distribution not in ground.installed:
+            made.requires.append(distribution)
+            made.findings.read("build.requires", distribution, f"{at}, which imports {module}")
+        elif distribution is None and not _known(module, tree, ground):
+            made.findings.warnings.append(f"{at} imports {module}, which neither the stack nor build-system.requires has")
+
+
+def _known(module: str, tree: Path, ground: StackFacts) -> bool:
+    local = any((tree / folder / name).exists() for folder in (".", "src", "lib") for name in (module, f"{module}.py"))
+    return (
+        local or module in sys.stdlib_module_names or canonicalize_name(module) in ground.installed or module.startswith("_")
+    )
+
+
+def _environment(made: Draft, tree: Path, metadata: SourceMetadata, script: BuildScript, ground: StackFacts) -> None:
+    """Variables that a build without a GPU must set; the others are named in NOTES.md."""
+    variables = {variable.name: variable for variable in script.variables()}
+    for variable in variables.values():
+        made.findings.read("variable", f"{variable.name} (default {variable.default!r})", variable.place)
+    if made.cuda:
+        switch = variables.get("FORCE_ONLY_CUDA") or variables.get("FORCE_CUDA")
+        for chosen, value, why in _cuda_settings(variables, switch, ground):
+            made.environment[chosen.name] = value
+            made.findings.guess("build.environment", f"{chosen.name}={value}", f"{chosen.place} reads it; {why}")
+        _cmake_arguments(made, tree, metadata)
+
+
+def _cuda_settings(
+    variables: Mapping[str, Variable], switch: Variable | None, ground: StackFacts
+) -> Iterator[tuple[Variable, str, str]]:
+    if switch is not None:
+        yield switch, "1", "a build has no GPU by which the script would see that CUDA is wanted"
+    for variable in variables.values():
+        if _ARCHS.search(variable.name) and variable.name != "TORCH_CUDA_ARCH_LIST":
+            # As the default is written: 80;90 or 8.0;9.0.
+            plain = isinstance(variable.default, str) and re.fullmatch(r"\d+(?:[;, ]\d+)*", variable.default)
+            yield variable, "{sm}" if plain else "{sm_dotted}", "it gets the architectures of the cell"
+        elif _OPS.search(variable.name) and variable.default in (None, "", "0", 0, False, "OFF", "FALSE"):
+            yield variable, "1", "it is off, and its name says that it builds the compiled part"
+
+
+def _cmake_arguments(made: Draft, tree: Path, metadata: SourceMetadata) -> None:
+    """-DX_CUDA=ON, where CMake builds the package and an option of its own has CUDA off."""
+    if not metadata.backend.value.startswith(("scikit_build_core", "skbuild")):
+        return
+    for place in sorted(tree.rglob("CMakeLists.txt"), key=lambda place: len(place.parts)):
+        text = place.read_text(encoding="utf-8", errors="replace")
+        match = _CMAKE_CUDA.search(text) or re.search(r"(?i)option\s*\(\s*(GGML_CUDA)\b", text)
+        if match:
+            line = text[: match.start()].count("\n") + 1
+            where = f"{place.relative_to(tree)}:{line}"
+            made.environment["CMAKE_ARGS"] = f"-D{match[1]}=ON"
+            why = f"{where} has this option, and the source has CUDA code"
+            made.findings.guess("build.environment", f"CMAKE_ARGS=-D{match[1]}=ON", why)
+            return
+
+
+def _downloads(made: Draft, tree: Path, script: BuildScript) -> None:
+    for download in script.downloads():
+        if not download.reached or ("submodule" in download.what and not (tree / ".git").exists()):
+            continue
+        if download.switch is not None:
+            name, value = download.switch
+            if made.environment.setdefault(name, value) == value:
+                origin = f"{download.place}, which reaches the network ({download.what}) without it"
+                made.findings.read("build.environment", f"{name}={value}", origin)
+            continue
+        others = ", ".join(f"{name}={value}" for name, value in download.avoided_by.items())
+        remedy = f"; these variables would avoid it: {others}" if others else ""
+        made.findings.warnings.append(f"{download.place} may reach the network: {download.what}{remedy}")
+
+
+def _device_code(made: Draft, tree: Path, script: BuildScript, files: list[str]) -> None:
+    """Requests for code of one capability or family alone, as 90a."""
+    if not made.cuda:
+        return
+    for text, place in _texts(tree, script):
+        for match in _LETTERED.finditer(text):
+            made.findings.read("request", match[1] or match[2] + match[3], place)
+    folders = {
+        part
+        for name in _own([*files, *(str(place.relative_to(tree)) for place in tree.rglob("*.cuh"))])
+        for part in PurePosixPath(name).parts
+        if _HOPPER.search(part)
+    }
+    scripts = {place.name for place in tree.rglob("*.py") if _HOPPER.search(place.name) and "gen" in place.name}
+    if folders or scripts:
+        made.sm_extra["*hopper*" if any("opper" in name for name in folders | scripts) else "*sm90*"] = ["90a"]
+        example = min(folders | scripts)
+        why = f"{example} is named after Hopper, whose own instructions need 90a"
+        made.findings.guess("wheel.sm_extra", str(made.sm_extra), why)
+
+
+def _texts(tree: Path, script: BuildScript) -> Iterator[tuple[str, str]]:
+    yield from ((text, str(place)) for text, place in script.texts if len(text) < 200)
+    for place in sorted(tree.glob("CMakeLists.txt")) + sorted(tree.glob("c*/CMakeLists.txt")):
+        for number, line in enumerate(place.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+            yield line, f"{place.relative_to(tree)}:{number}"
+
+
+def _memory(made: Draft, tree: Path, files: list[str]) -> None:
+    cutlass = next((str(place.relative_to(tree)) for place in tree.rglob("cutlass.h")), None)
+    if made.cuda and cutlass:
+        made.memory, why = "6GiB", f"the source has {cutlass}, whose templates need most"
+    elif made.cuda:
+        made.memory, why = "3GiB", "CUDA sources of one architecture rarely need more"
+    elif any(name.endswith((".cpp", ".cc", ".cxx", ".rs")) for name in files):
+        made.memory, why = "2GiB", "C++ or Rust without CUDA"
+    else:
+        made.memory, why = "1GiB", "C without CUDA"
+    made.findings.guess("build.memory_per_job", made.memory, f"{why}; a build measures it")
+
+
+def _imports(made: Draft, tree: Path, metadata: SourceMetadata, script: BuildScript, ground: StackFacts) -> None:
+    for module, origin, read in _modules(made.name, tree, metadata):
+        made.imports.append(module)
+        (made.findings.read if read else made.findings.guess)("smoke.imports", module, origin)
+    extensions = [(extension.name, str(extension.place)) for extension in script.extensions() if extension.name.isascii()]
+    for module, origin in extensions:
+        if re.fullmatch(r"\w+(?:\.\w+)*", module) and module not in made.imports:
+            made.imports.append(module)
+            made.compiled.append(module)
+            made.findings.read("smoke.imports", module, origin)
+    if "torch" in set(script.modules) | {canonicalize_name(need.name) for need, _ in metadata.run_requires}:
+        made.imports.insert(0, "torch")
+    missing = [
+        f"{requirement} ({place})"
+        for requirement, place in metadata.run_requires
+        if canonicalize_name(requirement.name) not in ground.installed and _applies(requirement, ground)
+    ]
+    if missing:
+        made.findings.warnings.append(
+            f"at run time it wants what stack {ground.name} has not: {', '.join(missing)}; if an import in the smoke test "
+            "needs one of them, list it in [build] requires"
+        )
+
+
+def _applies(requirement: Requirement, ground: StackFacts) -> bool:
+    marker = {"python_version": ground.python.rstrip("t"), "platform_machine": ground.machine}
+    return requirement.marker is None or requirement.marker.evaluate(marker)
+
+
+def _modules(name: str, tree: Path, metadata: SourceMetadata) -> list[tuple[str, str, bool]]:
+    """Modules of the package with their origin, and whether that says them."""
+    own = canonicalize_name(name).replace("-", "_")
+    listed: list[tuple[str, str, bool]] = []
+    for place in sorted(tree.glob("*.egg-info/top_level.txt")) + sorted(tree.glob("src/*.egg-info/top_level.txt")):
+        lines = enumerate(place.read_text(errors="replace").split(), 1)
+        listed += [(line.partition("/")[0], f"{place.relative_to(tree)}:{number}", True) for number, line in lines]
+    tool: Any = metadata.table("tool", "maturin").get("module-name")
+    if isinstance(tool, str):
+        listed.append((tool.partition(".")[0], metadata.line("module-name"), True))
+    packages: Any = metadata.table("tool", "scikit-build", "wheel").get("packages", [])
+    listed += [(PurePosixPath(package).name, metadata.line(package), True) for package in packages if isinstance(package, str)]
+    if not listed:
+        for folder in (".", "src", "lib", "python"):
+            places = sorted((tree / folder).glob("*/__init__.py")) if (tree / folder).is_dir() else []
+            listed += [
+                (place.parent.name, str(place.relative_to(tree)), True)
+                for place in places
+                if place.parent.name not in _NOT_ITS_OWN and place.parent.name.isidentifier()
+            ]
+    near = [entry for entry in listed if entry[0] in own or own in entry[0]]
+    chosen = list({entry[0]: entry for entry in near or listed}.values())
+    if chosen:
+        return chosen
+    guess = re.sub(r"_(?:py|rs)$|^py_?", "", own) if metadata.backend.value == "maturin" else own
+    return [(guess, "the distribution's name", False)]
+
+
+def _missing(made: Draft, tree: Path, script: BuildScript) -> None:
+    """Parts that the source should have and does not: submodules, folders of headers."""
+    gitmodules = tree / ".gitmodules"
+    if gitmodules.is_file():
+        for number, line in enumerate(gitmodules.read_text(errors="replace").splitlines(), 1):
+            key, _, path = (part.strip() for part in line.partition("="))
+            if (key == "path" and not (tree / path).is_dir()) or (key == "path" and not any((tree / path).iterdir())):
+                made.findings.warnings.append(f"submodule {path} is not in the source (.gitmodules:{number})")
+    for text, place in _third_party(tree, script):
+        made.findings.warnings.append(f"{place} names {text}, which the source lacks")
+    for extension in script.extensions():
+        for folder in extension.includes:
+            if not (tree / folder).is_dir():
+                made.findings.warnings.append(f"{extension.place} takes headers from {folder}, which the source lacks")
