@@ -91,7 +91,7 @@ def _files(
     """The texts of the recipe, by file."""
     known = metadata.read(tree)
     installed = {wheel.name: wheel.version for wheel in pins.wheels(base, Arch.AARCH64)}
-    ground = StackFacts(name=base.data.name, python=base.python, sm=base.sm, installed=installed)
+    ground = StackFacts(name=base.data.name, python=base.python, installed=installed)
     draft = reading.draft(tree, name, known, ground)
     findings = Findings(warnings=draft.findings.warnings)
     if isinstance(pinned, recipe.SdistSource):

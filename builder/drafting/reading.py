@@ -78,7 +78,6 @@ class StackFacts:
 
     name: str
     python: str
-    sm: tuple[str, ...]
     installed: Mapping[str, str]
     "Versions of its environment, by canonical name."
     machine: str = "aarch64"
@@ -99,7 +98,7 @@ def draft(tree: Path, name: str, metadata: SourceMetadata, ground: StackFacts) -
     made.findings.read("build backend", metadata.backend.value, metadata.backend.place)
     _cuda(made, script, files)
     _requirements(made, metadata, script, ground, tree)
-    _environment(made, tree, metadata, script, ground)
+    _environment(made, tree, metadata, script)
     _downloads(made, tree, script)
     _device_code(made, tree, script, files)
     _memory(made, tree, files)
@@ -194,22 +193,20 @@ def _known(module: str, tree: Path, ground: StackFacts) -> bool:
     )
 
 
-def _environment(made: Draft, tree: Path, metadata: SourceMetadata, script: BuildScript, ground: StackFacts) -> None:
+def _environment(made: Draft, tree: Path, metadata: SourceMetadata, script: BuildScript) -> None:
     """Variables that a build without a GPU must set; the others are named in NOTES.md."""
     variables = {variable.name: variable for variable in script.variables()}
     for variable in variables.values():
         made.findings.read("variable", f"{variable.name} (default {variable.default!r})", variable.place)
     if made.cuda:
         switch = variables.get("FORCE_ONLY_CUDA") or variables.get("FORCE_CUDA")
-        for chosen, value, why in _cuda_settings(variables, switch, ground):
+        for chosen, value, why in _cuda_settings(variables, switch):
             made.environment[chosen.name] = value
             made.findings.guess("build.environment", f"{chosen.name}={value}", f"{chosen.place} reads it; {why}")
         _cmake_arguments(made, tree, metadata)
 
 
-def _cuda_settings(
-    variables: Mapping[str, Variable], switch: Variable | None, ground: StackFacts
-) -> Iterator[tuple[Variable, str, str]]:
+def _cuda_settings(variables: Mapping[str, Variable], switch: Variable | None) -> Iterator[tuple[Variable, str, str]]:
     if switch is not None:
         yield switch, "1", "a build has no GPU by which the script would see that CUDA is wanted"
     for variable in variables.values():

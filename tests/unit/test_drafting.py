@@ -16,7 +16,6 @@ from gracefarm.errors import SourceError
 STACK = StackFacts(
     name="cu130",
     python="3.11",
-    sm=("90",),
     installed={"torch": "2.11.0", "setuptools": "81.0.0", "ninja": "1.13.2", "numpy": "2.4.6", "pybind11": "3.1.0"},
 )
 PYG = """
