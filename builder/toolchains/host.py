@@ -119,6 +119,7 @@ class HostToolchain(Toolchain):
         """See Toolchain: the folder itself, without network where that can be had."""
         (folder / "home").mkdir(parents=True, exist_ok=True)
         _ninja(folder / "bin", settings)
+        wrappers.lay_plugin(folder)
         return HostPlace(
             environment=_variables(plan, self.tools, ground.environment, settings, folder, jobs=jobs, epoch=epoch),
             workdir=str(folder),

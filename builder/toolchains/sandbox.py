@@ -117,6 +117,7 @@ class SandboxToolchain(Toolchain):
             home = cuda_home.lay_out(plan, ground.environment, ground.compiler, ground.root, settings)
             mounts += [BindMount(source=ground.compiler, target=wrappers.NVCC), BindMount(source=home, target=wrappers.CUDA)]
         mounts.append(BindMount(source=folder, target="/build", writable=True))
+        wrappers.lay_plugin(folder)
         variables = wrappers.variables(plan, jobs=jobs, epoch=epoch)
         if caches.compiler and ccache.enabled(settings):
             mounts += ccache.mounts(plan, settings)

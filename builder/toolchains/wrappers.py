@@ -16,6 +16,8 @@ from gracefarm.files import atomic_directory, lock
 
 UNITS, SCHEDULE = "units.jsonl", "schedule.json"
 "In a build's working folder: what front.py writes, what schedule.py reads."
+PLUGIN = "setuptools"
+"There as well: what lets setuptools compile several objects at the same time."
 CUDA = "/cuda"
 "In a sandbox or a container: CUDA_HOME, links to the compiler and the libraries with our nvcc in front."
 NVCC = "/toolchain"
@@ -71,6 +73,12 @@ def _device(source: Path, copy: Path) -> None:
         (copy / "passes" / name).chmod(0o755)
 
 
+def lay_plugin(work: Path) -> None:
+    """Put the plugin of setuptools into a working folder."""
+    with as_file(files("builder") / "data" / PLUGIN) as source:
+        shutil.copytree(source, work / PLUGIN, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+
+
 def variables(plan: Plan, *, jobs: int, epoch: int) -> dict[str, str]:
     """The whole environment of a build; nothing of the machine's own gets in."""
     data, recipe = plan.stack.data, plan.recipe.data
@@ -89,6 +97,7 @@ def variables(plan: Plan, *, jobs: int, epoch: int) -> dict[str, str]:
         "SOURCE_DATE_EPOCH": str(epoch),
         "PYTHONHASHSEED": "0",
         "PYTHONNOUSERSITE": "1",
+        "PYTHONPATH": f"/build/{PLUGIN}",
         "PYTHONDONTWRITEBYTECODE": "1",
         "PYTHONUNBUFFERED": "1",
         "PIP_NO_INDEX": "1",
