@@ -1,4 +1,4 @@
-"""`builder new`: a recipe for a package that has none yet."""
+"""`builder new`: write a recipe for a package, read from its source."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def _refuse_existing(folder: Path) -> None:
     if folder.exists():
         raise UsageError(
             f"{folder} exists already, and a recipe is not overwritten",
-            remedy="remove the folder, or make a project of your own: builder init DIR",
+            remedy="remove the folder, or work in another project (`builder init DIR`)",
         )
 
 

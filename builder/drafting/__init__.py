@@ -1,1 +1,1 @@
-"""A recipe for a package that has none yet: read from its source where that says it, guessed elsewhere. Nothing is run."""
+"""Draft a recipe from a source: read where the source says a value, guessed elsewhere. Nothing of the package is run."""

@@ -57,7 +57,7 @@ _TEXTS = (
     ("Unlicense", r"This is free and unencumbered software released into the public domain"),
     ("CC0-1.0", r"CC0 1\.0 Universal"),
 )
-"Words that a licence alone has, the longer licence before the one that it contains."
+"Words that identify a licence. A longer licence comes before the one that it contains."
 
 
 def find(tree: Path, metadata: SourceMetadata, findings: Findings) -> str:

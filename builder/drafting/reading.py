@@ -219,7 +219,7 @@ def _cuda_settings(variables: Mapping[str, Variable], switch: Variable | None) -
 
 
 def _cmake_arguments(made: Draft, tree: Path, metadata: SourceMetadata) -> None:
-    """-DX_CUDA=ON, where CMake builds the package and an option of its own has CUDA off."""
+    """Set -DX_CUDA=ON if CMake builds the package and its option X_CUDA is off."""
     if not metadata.backend.value.startswith(("scikit_build_core", "skbuild")):
         return
     for place in sorted(tree.rglob("CMakeLists.txt"), key=lambda place: len(place.parts)):
@@ -250,7 +250,7 @@ def _downloads(made: Draft, tree: Path, script: BuildScript) -> None:
 
 
 def _device_code(made: Draft, tree: Path, script: BuildScript, files: list[str]) -> None:
-    """Requests for code of one capability or family alone, as 90a."""
+    """Requests for code of a single capability or family, as 90a."""
     if not made.cuda:
         return
     for text, place in _texts(tree, script):

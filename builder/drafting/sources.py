@@ -111,7 +111,7 @@ def _submodules(url: str, commit: str, prefix: str, settings: Settings) -> Itera
     links = {entry.partition("\t")[2]: entry.split()[2] for entry in listed if entry.startswith("160000 ")}
     if not links:
         return
-    # git's own format of .gitmodules is that of configparser, but for the white space in front.
+    # configparser reads .gitmodules once the leading white space is gone.
     text = _git(commit, settings, "show", f"{commit}:.gitmodules")
     parsed = configparser.ConfigParser(interpolation=None, strict=False)
     parsed.read_string("\n".join(line.strip() for line in text.splitlines()))
@@ -132,7 +132,7 @@ def unpack(pinned: PinnedSource, name: str, into: Path, settings: Settings, tick
     """The source tree at `into`.
 
     Raises:
-        FetchError, DigestError, SourceError, HostError, DiskFullError: it cannot be had or unpacked.
+        FetchError, DigestError, SourceError, HostError, DiskFullError: it cannot be fetched or unpacked.
     """
     data = Recipe(name=name, version="0", license="MIT", source=pinned, smoke=Smoke(imports=(name,)))
     fetched = fetch.fetch(data, settings, tick)

@@ -21,7 +21,7 @@ import urllib.request
 from setuptools import Extension, setup
 if os.environ.get("THING_FORCE_BUILD", "0") != "1":
     urllib.request.urlopen("https://example.org/thing.whl")
-setup(name="thing", version="1.2", packages=["thing"], ext_modules=[Extension("thing.core", ["core.c"])])
+setup(name="thing", version="1.2", packages=["thing"], ext_modules=[Extension("thing.core", ["core.c", "more.c"])])
 """
 CORE = """
 #include <Python.h>
@@ -32,6 +32,7 @@ FILES = {
     "PKG-INFO": "Metadata-Version: 2.4\nName: thing\nVersion: 1.2\nSummary: A thing\nLicense-Expression: MIT\n\nText\n",
     "setup.py": SETUP,
     "core.c": CORE,
+    "more.c": "int more;\n",
     "thing/__init__.py": "",
 }
 
@@ -78,8 +79,9 @@ def test_the_recipe_of_an_sdist_says_where_each_value_comes_from_and_builds(farm
     assert written(farm) == ["thing"]
 
     # Nothing is edited before it is built.
-    built = farm.run("build", "thing")
+    built = farm.run("build", "thing", "--jobs", "2")
     assert built.code == 0, built.said
+    assert "[2/2] " in farm.run("log", "thing").out
 
     notes = farm.settings.project / "recipes/thing/NOTES.md"
     notes.write_text("a person's words")
