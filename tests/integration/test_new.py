@@ -68,7 +68,7 @@ def test_the_recipe_of_an_sdist_says_where_each_value_comes_from_and_builds(farm
     sdist = offer(server, FILES, "thing-1.3rc1.tar.gz")
     done = new(farm, server, "Thing", "--json")
     assert done.code == 0, done.said
-    values = {row["key"]: row for row in json.loads(done.out)["values"]}
+    values = {row["key"]: row for row in json.loads(done.out.splitlines()[-1])["values"]}
     assert values["license"] == {"key": "license", "value": "MIT", "read": True, "origin": "PKG-INFO:5"}
     assert values["build.environment"]["value"] == "THING_FORCE_BUILD=1"
     assert values["build.environment"]["origin"].startswith("setup.py:6")
