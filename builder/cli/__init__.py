@@ -35,6 +35,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "stack": ("builder.cli.stack:stack_command", "Create stacks."),
         "key": ("builder.cli.key:key_command", "Create and show the farm's signing key."),
         "sign": ("builder.cli.key:sign_command", "Sign the provenance of last builds again."),
+        "updates": ("builder.cli.updates:updates_command", "List newer upstream releases, as changes to review."),
         "doctor": ("builder.cli.upkeep:doctor_command", "Check what this machine lacks, and fix it."),
         "clean": ("builder.cli.upkeep:clean_command", "Remove working folders of builds."),
         "schema": ("builder.cli.upkeep:schema_command", "Print the JSON schemas of recipe.toml and other files."),
