@@ -45,6 +45,12 @@ def wheels(stack: LoadedStack, arch: Arch) -> tuple[LockedWheel, ...]:
     Raises:
         ConfigError: the lock is absent or damaged, or is older than stack.toml.
     """
+    if stack.interpreter is not None and not stack.requirements_lock.is_file():
+        raise ConfigError(
+            f"stack {stack.data.name} has no lock for Python {stack.python}",
+            remedy="if torch and the rest have wheels for it, write the lock",
+            repeat=stack.lock_command,
+        )
     locked = _of_lock(stack.requirements_lock, stack, arch, stack.lock_command)
     for own in stack.data.environment.wheels:
         if own.arch is arch:
