@@ -131,8 +131,8 @@ def _by_reason(plan: ServePlan) -> dict[str, list[str]]:
 
 
 def _commands(plan: ServePlan) -> Iterable[Text]:
-    for node in plan.nodes:
-        yield Text(f"{node.name}  {node.private}  {node.gpus} GPU\n{_env(node.env)}\n{shlex.join(node.ray)}")
+    for node in plan.nodes if plan.launcher == "ray" else plan.followers:
+        yield Text(f"{node.name}  {node.private}  {node.gpus} GPU\n{_env(node.env)}\n{shlex.join(node.ray or node.engine)}")
     secret = " ".join(f"{name}=…" for name in plan.secret_env)
     yield Text(f"{plan.head.name}  the engine; {secret} comes through stdin\n{_env(plan.serve_env)}\n{shlex.join(plan.serve)}")
 
@@ -155,4 +155,5 @@ def accuracy(rows: Sequence[AccuracyRow]) -> str:
             table.add_row(f"[bold]{escape(row.name)}[/]  [dim]{escape(source)}[/]")
         before = row.name
         table.add_row("", str(row.streams), f"{row.predicted:,.1f}", measured, error, bound)
-    return _rendered([table])
+    missed = "\n".join(f"{row.name}, {row.streams}: {row.why}" for row in rows if row.why)
+    return _rendered([table, *([Text(missed)] if missed else [])])

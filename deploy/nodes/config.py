@@ -235,9 +235,13 @@ class Config(Table):
     lock: str | None = None
     "A requirements.lock instead of SET.lock, relative to deploy.toml. A missing SET.lock is fetched from the index."
     python: Literal["managed", "system", "conda"] = "managed"
-    "Python 3.11 of the environments: one that uv installs in the shared folder, python3.11 of every node, or conda's."
+    "Python of the environments: one that uv installs in the shared folder, the python3 of every node, or conda's."
+    python_version: Annotated[str, StringConstraints(pattern=r"^3\.[0-9]+$")] = "3.11"
+    "Version of that Python; the lock's wheels must be for it. uv installs 3.11 only."
     python_mirror: Annotated[str, StringConstraints(pattern=r"^(https?|file)://[^@]+$")] | None = None
     "Mirror of python-build-standalone's releases for the managed Python. uv checks the same sha256."
+    launcher: Literal["ray", "native"] = "ray"
+    "What connects the engine's nodes: Ray, or the engine itself (vLLM's --nnodes)."
     share: RemotePath | None = None
     "Shared folder for environments and weights, at the same path on all nodes."
     local: str = "/tmp/gracefarm-{user}"  # noqa: S108 - its owner is checked before each write

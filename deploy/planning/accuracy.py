@@ -9,7 +9,7 @@ from functools import cache
 from importlib import resources
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from deploy.nodes.config import LayoutConfig
 from deploy.planning import engines, hardware, layouts, models, shards, speed
@@ -44,6 +44,8 @@ class MeasuredRun(BaseModel):
     committed: Mapping[int, float] | None = None
     "Tokens/s that were predicted before the run was made."
     bound: PositiveFloat | None = None
+    beyond: Mapping[int, str] = Field(default_factory=dict)
+    "Why the bound is missed, by streams."
     fitted: bool = False
     source: str
 
@@ -66,6 +68,8 @@ class AccuracyRow(BaseModel):
     measured: float | None
     error: float | None
     bound: float | None
+    why: str = ""
+    "It is beyond its bound."
     fitted: bool
     source: str
 
@@ -98,6 +102,7 @@ def _row(run: MeasuredRun, streams: int) -> AccuracyRow:
         measured=measured,
         error=None if measured is None else round(predicted / measured - 1, 3),
         bound=run.bound,
+        why=run.beyond.get(streams, ""),
         fitted=run.fitted,
         source=run.source,
     )

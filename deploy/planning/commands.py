@@ -23,14 +23,17 @@ def node_env(deployment: Deployment, engine: Engine, layout: Layout, facts: Node
     """Of everything that runs on a node. Ray hands no more than CUDA_VISIBLE_DEVICES to its workers: all else must be here."""
     env = {
         engine.host_variable: facts.private,
-        engine.port_variable: str(deployment.data.ports.engine_store),
+        **({engine.port_variable: str(deployment.data.ports.engine_store)} if engine.port_variable else {}),
         "NCCL_SOCKET_IFNAME": facts.interface,
         "GLOO_SOCKET_IFNAME": facts.interface,
-        "RAY_USAGE_STATS_ENABLED": "0",
-        # Ray before 2.52 knows no tokens and ignores both.
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": paths.ray_token(deployment, node, facts.user),
     }
+    if deployment.data.launcher == "ray":
+        env |= {
+            "RAY_USAGE_STATS_ENABLED": "0",
+            # Ray before 2.52 knows no tokens and ignores both.
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": paths.ray_token(deployment, node, facts.user),
+        }
     own = layout.partition == engines.default_partition(sum(layout.partition), layout.pp)
     if layout.pp > 1 and layout.partition and not (engine.default_partition and own):
         env[engine.partition_variable] = ",".join(map(str, layout.partition))
@@ -100,7 +103,7 @@ def serve(deployment: Deployment, engine: Engine, layout: Layout, repo: str, rev
         *("--served-model-name", repo),
         *("--tensor-parallel-size", str(layout.tp)),
         *("--pipeline-parallel-size", str(layout.pp)),
-        *("--distributed-executor-backend", "ray"),
+        *("--distributed-executor-backend", "ray" if deployment.data.launcher == "ray" else "mp"),
         *("--gpu-memory-utilization", f"{layout.gmu:g}"),
     ]
     if layout.max_model_len:
@@ -121,6 +124,14 @@ def serve(deployment: Deployment, engine: Engine, layout: Layout, repo: str, rev
     return (paths.program(deployment, program), *verb, folder, *planned, *given)
 
 
+def native(serve: tuple[str, ...], port: int, rank: int, nodes: int, head: str) -> tuple[str, ...]:
+    """Arguments of a node's part of an engine that brings its nodes together by itself; the head's part listens."""
+    if nodes == 1:
+        return serve
+    place = ("--nnodes", str(nodes), "--node-rank", str(rank), "--master-addr", head, "--master-port", str(port))
+    return (*serve, *place, *(("--headless",) if rank else ()))
+
+
 def _replicas(layout: Layout) -> list[str]:
     """Data parallelism by Ray; `local`: replicas on the head (vLLM 0.26.0, v1/engine/utils.py)."""
     if layout.dp == 1:
@@ -135,7 +146,7 @@ def serve_env(deployment: Deployment, engine: Engine, layout: Layout, private: s
         **env,
         **engine.env,
         **({"VLLM_RAY_DP_PACK_STRATEGY": "span"} if layout.dp > 1 and layout.spans else {}),
-        "RAY_ADDRESS": _ray_address(private, deployment),
+        **({"RAY_ADDRESS": _ray_address(private, deployment)} if deployment.data.launcher == "ray" else {}),
         # The weights are there; nothing is to be asked of the network while it starts.
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",

@@ -32,6 +32,8 @@ class Engine(BaseModel):
     "KV heads and MLP columns need not divide by tp: the first ranks take one more."
     replicas: bool = False
     "It serves several replicas of a model as one."
+    native: bool = False
+    "It brings several nodes together by itself."
     offload_env: Mapping[str, str] = Field(default_factory=dict)
     "Without these, it ignores weights in host memory."
     replicates: bool
@@ -44,7 +46,8 @@ class Engine(BaseModel):
     "Without the partition variable the last stage takes the remainder; else we do not know and always set it."
     host_variable: str
     partition_variable: str
-    port_variable: str
+    port_variable: str | None = None
+    "Of the port of torch's store; None: the engine looks for a free one by itself."
     timeout_variable: str
     "Seconds for one step; weights in host memory make steps long."
     key_variable: str

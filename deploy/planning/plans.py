@@ -36,14 +36,14 @@ FREE = 0.95
 "Of a GPU's memory: with less, somebody uses it."
 
 
-RUNS = {"deployment", "engine", "model", "revision", "layout", "nodes", "serve", "serve_env", "secret_env"}
+RUNS = {"deployment", "engine", "launcher", "model", "revision", "layout", "nodes", "serve", "serve_env", "secret_env"}
 "Fields of a plan that are executed; the others say what to expect of it: a price, a better prediction, a spare."
 LATER: Mapping[str, object] = MappingProxyType({"dp": 1, "expert_parallel": False, "local_replicas": 1, "spans": False})
 "Fields of a layout that came later, and what layouts were before."
 
 
 class NodePlan(BaseModel):
-    """The part of one node, with the exact command that starts Ray."""
+    """The part of one node, with the exact command that starts Ray or the engine there."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -58,9 +58,11 @@ class NodePlan(BaseModel):
     gpus: PositiveInt
     "Number of GPUs that Ray uses; tp * pp of the plan in total."
     env: Mapping[str, str]
-    "Environment of `ray start` and of Ray's workers."
-    ray: tuple[str, ...]
-    "Arguments of `ray start`."
+    "Environment of `ray start` and of Ray's workers, or of the engine there."
+    ray: tuple[str, ...] = ()
+    "Arguments of `ray start`; empty with `launcher = native`."
+    engine: tuple[str, ...] = ()
+    "Arguments of the engine on a node that is not the head, with `launcher = native`."
 
 
 class Alternative(BaseModel):
@@ -95,6 +97,8 @@ class ServePlan(BaseModel):
     "Name of the deployment."
     engine: Literal["aphrodite", "vllm"]
     "The engine."
+    launcher: Literal["ray", "native"] = "ray"
+    "What connects the engine's nodes."
     model: str
     "Repository on the Hub."
     revision: str
@@ -127,6 +131,15 @@ class ServePlan(BaseModel):
         """Where Ray's head and the engine's driver run."""
         return self.nodes[0]
 
+    @property
+    def followers(self) -> tuple[NodePlan, ...]:
+        """Nodes with a part of the engine that is started there; with Ray there are none."""
+        return self.nodes[1:] if self.launcher == "native" else ()
+
+    def lost(self, names: Sequence[str]) -> str:
+        """A sentence for nodes that the engine has lost."""
+        return f"Ray lost {', '.join(names)}" if self.launcher == "ray" else f"its part on {', '.join(names)} has ended"
+
 
 def identified(plan: ServePlan) -> ServePlan:
     """The plan with its id. What earlier versions did not know is left out where it is as they had it: their ids stay."""
@@ -134,6 +147,10 @@ def identified(plan: ServePlan) -> ServePlan:
     for name, before in LATER.items():
         if runs["layout"][name] == before:
             del runs["layout"][name]
+    if plan.launcher == "ray":
+        del runs["launcher"]
+        for node in runs["nodes"]:
+            del node["engine"]
     text = json.dumps(runs, sort_keys=True, separators=(",", ":"))
     return plan.model_copy(update={"id": hashlib.sha256(text.encode()).hexdigest()})
 
@@ -268,19 +285,44 @@ def _executed(
     """What runs: the nodes in the engine's rank order, one name for each GPU."""
     engine, head = engines.engine(deployment.data.engine), facts.node(deployment.head.name)
     nodes = tuple(_node(deployment, engine, layout, facts.node(name), count, head) for name, count in Counter(places).items())
+    serve = commands.serve(deployment, engine, layout, repo, revision)
+    if deployment.data.launcher == "native":
+        _require_native(engine, layout, nodes)
+        parts = [
+            commands.native(serve, deployment.data.ports.store, rank, len(nodes), head.private) for rank in range(len(nodes))
+        ]
+        followers = (node.model_copy(update={"engine": part}) for node, part in zip(nodes[1:], parts[1:], strict=True))
+        serve, nodes = parts[0], (nodes[0], *followers)
     return ServePlan(
         deployment=deployment.data.name,
         engine=deployment.data.engine,
+        launcher=deployment.data.launcher,
         model=repo,
         revision=revision,
         layout=layout,
         nodes=nodes,
-        serve=commands.serve(deployment, engine, layout, repo, revision),
+        serve=serve,
         serve_env=commands.serve_env(deployment, engine, layout, nodes[0].private, nodes[0].env),
         secret_env=(engine.key_variable,),
         memory=None,
         prediction=None,
     )
+
+
+def _require_native(engine: Engine, layout: Layout, nodes: Sequence[NodePlan]) -> None:
+    """The engine starts itself on these nodes. Raises ConfigError, LayoutError: it cannot."""
+    if not engine.native:
+        raise ConfigError(f'launcher = "native": {engine.name} has no start of several nodes', remedy='launcher = "ray"')
+    if layout.dp > 1:
+        raise LayoutError(
+            f"{layout.name}: replicas on several nodes are brought together by Ray",
+            remedy='launcher = "ray", or a deployment for each replica',
+        )
+    if len({node.gpus for node in nodes}) > 1:
+        each = ", ".join(f"{node.name} {node.gpus}" for node in nodes)
+        raise LayoutError(
+            f"without Ray every node has the same number of ranks, and the plan has {each}", remedy='launcher = "ray"'
+        )
 
 
 def _node(deployment: Deployment, engine: Engine, layout: Layout, facts: NodeFacts, gpus: int, head: NodeFacts) -> NodePlan:
@@ -292,7 +334,7 @@ def _node(deployment: Deployment, engine: Engine, layout: Layout, facts: NodeFac
         interface=facts.interface,
         gpus=gpus,
         env=commands.node_env(deployment, engine, layout, facts, node),
-        ray=commands.ray_command(deployment, facts, node, gpus, head),
+        ray=commands.ray_command(deployment, facts, node, gpus, head) if deployment.data.launcher == "ray" else (),
     )
 
 

@@ -8,6 +8,7 @@ from pathlib import PurePosixPath
 
 from deploy.nodes.deployment import Node
 from deploy.planning.plans import NodePlan, ServePlan
+from gracefarm.errors import ConfigError
 
 TOKEN_FILE = "RAY_AUTH_TOKEN_PATH"  # noqa: S105 - the name of a variable
 
@@ -16,7 +17,13 @@ def render(plan: ServePlan, nodes: Sequence[Node] = ()) -> str:
     """The script. `nodes` say how each is entered (user, port, key, jump host); without them ~/.ssh/config does.
 
     Secrets are read from files here and sent through ssh's stdin; no argument list has them.
+    Raises:
+        ConfigError: the engine brings its nodes together by itself; the script knows Ray's way alone.
     """
+    if plan.launcher == "native":
+        raise ConfigError(
+            '--shell writes the script of launcher = "ray" alone', remedy="`deploy plan --commands` has each node's"
+        )
     access = {node.name: node for node in nodes}
     head, *rest = plan.nodes
     blocks = [

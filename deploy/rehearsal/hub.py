@@ -3,12 +3,14 @@
 Stands in for huggingface.co; the answers have the headers that its client reads.
 
     python -m deploy.rehearsal.hub --port 8091      # a small Llama of 191 weight files; its address is for HF_ENDPOINT
+    python -m deploy.rehearsal.hub --folder MODEL   # the files of a folder
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 import json
 import random
 import re
@@ -16,20 +18,56 @@ import sys
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 COMMIT = "5e" * 20
 BLOCK = 1 << 14
+Content = bytes | Path
+"Of a file: as it is, or where it lies."
 
 
 def git_id(content: bytes) -> str:
     """git's name of a blob."""
     return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+
+
+@cache
+def sha256(content: Content) -> str:
+    """Of a file, which does not change while it is served."""
+    if isinstance(content, bytes):
+        return hashlib.sha256(content).hexdigest()
+    with content.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def blocks(content: Content) -> Iterator[bytes]:
+    """The bytes of a file."""
+    with io.BytesIO(content) if isinstance(content, bytes) else content.open("rb") as stream:
+        while block := stream.read(BLOCK):
+            yield block
+
+
+def size_of(content: Content) -> int:
+    """In bytes."""
+    return len(content) if isinstance(content, bytes) else content.stat().st_size
+
+
+def of_folder(folder: Path) -> dict[str, Content]:
+    """Every file below it; small ones in memory, for git names them by what is in them."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path if large(path.name) else path.read_bytes() for path in paths}
+
+
+def large(name: str) -> bool:
+    """A file that the Hub keeps in LFS."""
+    return name.endswith((".safetensors", ".pth", "tokenizer.json"))
 
 
 LLAMA = {
@@ -86,7 +124,7 @@ def safetensors(tensor: str, data: bytes) -> bytes:
 class Hub:
     """One repository and how it behaves."""
 
-    files: dict[str, bytes]
+    files: Mapping[str, Content]
     repo: str = "org/model"
     url: str = ""
     token: str | None = None
@@ -172,10 +210,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.refuse(403 if given else 401, "GatedRepo", f"Access to model {self.hub.repo} is restricted")
 
     def info(self) -> object:
-        def row(path: str, content: bytes) -> object:
-            lfs = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 130}
-            large = path.endswith((".safetensors", ".pth", "tokenizer.json"))
-            return {"rfilename": path, "size": len(content), "blobId": git_id(content), **({"lfs": lfs} if large else {})}
+        def row(path: str, content: Content) -> object:
+            size = size_of(content)
+            lfs = {"sha256": sha256(content), "size": size, "pointerSize": 130} if large(path) else None
+            blob = git_id(content) if isinstance(content, bytes) else git_id(sha256(content).encode())
+            return {"rfilename": path, "size": size, "blobId": blob, **({"lfs": lfs} if lfs else {})}
 
         return {
             "id": self.hub.repo,
@@ -189,16 +228,15 @@ class _Handler(BaseHTTPRequestHandler):
         if content is None:
             self.refuse(404, "EntryNotFound", "Entry not found")
             return
-        digest = hashlib.sha256(content).hexdigest()
-        headers = {"ETag": f'"{digest}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
-        if body and self.hub.corrupt.get(path, 0) > 0:
+        headers = {"ETag": f'"{sha256(content)}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        if body and self.hub.corrupt.get(path, 0) > 0 and isinstance(content, bytes):
             self.hub.corrupt[path] -= 1
             content = content[:-1] + bytes([content[-1] ^ 1])
         self.send(content, headers, body=body, path=path)
 
-    def send(self, content: bytes, headers: dict[str, str], *, body: bool, path: str | None = None) -> None:
+    def send(self, content: Content, headers: dict[str, str], *, body: bool, path: str | None = None) -> None:
         self.send_response(200)
-        for name, value in {**headers, "Content-Length": str(len(content))}.items():
+        for name, value in {**headers, "Content-Length": str(size_of(content))}.items():
             self.send_header(name, value)
         self.end_headers()
         if not body:
@@ -206,8 +244,7 @@ class _Handler(BaseHTTPRequestHandler):
         agent = re.search(r"node/([^;\s]+)", self.headers.get("User-Agent", ""))
         node = agent.group(1) if agent else "?"
         try:
-            for start in range(0, len(content), BLOCK):
-                block = content[start : start + BLOCK]
+            for block in blocks(content):
                 if path:
                     self.hub.wait_turn(node, len(block))
                 self.wfile.write(block)
@@ -234,7 +271,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serving(files: dict[str, bytes], *, host: str = "127.0.0.1", port: int = 0, **behaviour: Any) -> Iterator[Hub]:
+def serving(files: Mapping[str, Content], *, host: str = "127.0.0.1", port: int = 0, **behaviour: Any) -> Iterator[Hub]:
     """A Hub with `files` until the block ends."""
     hub = Hub(files=files, **behaviour)
     server = _Server((host, port), hub)
@@ -256,9 +293,11 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--repo", default="rehearsal/Llama-405B-in-small")
     parser.add_argument("--files", type=int, default=191)
+    parser.add_argument("--folder", type=Path, help="The files of this folder instead.")
     parser.add_argument("--gated", action="store_true")
     given = parser.parse_args()
-    with serving(llama(given.files), host=given.host, port=given.port, repo=given.repo, gated=given.gated) as hub:
+    files = of_folder(given.folder) if given.folder else llama(given.files)
+    with serving(files, host=given.host, port=given.port, repo=given.repo, gated=given.gated) as hub:
         sys.stdout.write(f"{hub.url}\n")
         sys.stdout.flush()
         sys.stdin.read()

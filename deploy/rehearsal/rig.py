@@ -199,6 +199,7 @@ class Rig:
             "RIG_SSHD": self._daemon.program,
             "RIG_LIBRARIES": str(self._daemon.libraries or ""),
             "RIG_PYTHON": str(self._python or ""),
+            "RIG_GPUS": "",
             **node.spec.variables,
         }
 
@@ -291,8 +292,8 @@ class Rig:
 _REMEDY = "the rehearsal needs namespaces: run it as root, on a machine or in a container that lets root make them"
 
 
-def check_machine() -> None:
-    """What the rig needs of this machine. Raises HostError with the one thing that is missing."""
+def check_machine(python: str = interpreter.VERSION) -> None:
+    """What the rig needs of this machine, with Python `python` for its nodes. Raises HostError with what is missing."""
     if sys.platform != "linux":
         raise HostError("the rehearsal needs Linux's namespaces", remedy="run it on Linux, in a virtual machine perhaps")
     for program, package in (
@@ -305,7 +306,7 @@ def check_machine() -> None:
             raise HostError(f"the rehearsal needs {program}", remedy=f"as root: apt-get install {package}")
     if os.geteuid() != 0:
         raise HostError("the rehearsal makes network namespaces, which only root may", remedy="sudo, or a root shell")
-    interpreter.find(settings.load().home)
+    interpreter.find(settings.load().home, python)
 
 
 def _keygen(path: Path) -> None:
@@ -314,18 +315,23 @@ def _keygen(path: Path) -> None:
 
 @contextmanager
 def open_rig(
-    folder: Path, *, count: int, specs: Mapping[str, NodeSpec] | None = None, share_size: str | None = None
+    folder: Path,
+    *,
+    count: int,
+    specs: Mapping[str, NodeSpec] | None = None,
+    share_size: str | None = None,
+    python: str = interpreter.VERSION,
 ) -> Iterator[Rig]:
     """`count` nodes k0, k1, … with the shared folder `MOUNT`; everything is gone when the block ends, or its process.
 
     `folder` (created) keeps what the nodes wrote, for whoever wants to look; it is the caller's to remove.
-    `share_size`: the share is a tmpfs of this size (as mount's `size=`), which can be filled.
+    `share_size`: the share is a tmpfs of this size (as mount's `size=`), which can be filled. `python`: version on the nodes.
     Raises:
         HostError: not root, a program is missing, or the kernel refuses.
     """
-    check_machine()
+    check_machine(python)
     home = settings.load().home
-    daemon, python = sshd.find(home), interpreter.find(home)
+    daemon, brought = sshd.find(home), interpreter.find(home, python)
     folder = folder.resolve()
     (folder / "share").mkdir(parents=True, exist_ok=True)
     os.chown(folder / "share", UID, UID)
@@ -350,7 +356,7 @@ def open_rig(
         text=True,
         start_new_session=True,
     )
-    rig = Rig(folder, process, daemon, python)
+    rig = Rig(folder, process, daemon, brought)
     try:
         rig.ask({"do": "open", "gateway": f"{GATEWAY}/24", "share": str(folder / "share"), "size": share_size})
         rig.nodes = [RigNode(rig, rank, (specs or {}).get(f"k{rank}", NodeSpec())) for rank in range(count)]

@@ -22,7 +22,8 @@ class DownloadStep(Step):
     def inputs(self, work: Work, looks: Looks) -> str:
         """Its lock, the index, the Python and the nodes."""
         data = work.deployment.data
-        return digest("download", work.environment_root, download_lock(), data.index, data.python, work.inventory)
+        python = (data.python, data.python_version)
+        return digest("download", work.environment_root, download_lock(), data.index, python, work.inventory)
 
     def check(self, work: Work, record: StepRecord, looks: Looks) -> str | None:
         """Active everywhere."""

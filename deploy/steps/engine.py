@@ -10,9 +10,10 @@ import asyncio
 import secrets
 import shlex
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 from deploy.engine import metrics
@@ -32,7 +33,7 @@ from gracefarm.console import Console
 from gracefarm.errors import EngineError, GracefarmError
 
 Nodes = Mapping[str, bool]
-"Node name to whether Ray says that it is alive."
+"Node name to whether Ray says that it is alive; without Ray, whether the engine's part there runs."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,13 +91,18 @@ def port(plan: ServePlan) -> int:
 
 
 def spec_of(
-    deployment: Deployment, plan: ServePlan, cluster: ray.ClusterSpec, head: RemoteNode, last: Mapping[str, float]
+    deployment: Deployment,
+    plan: ServePlan,
+    cluster: ray.ClusterSpec,
+    head: RemoteNode,
+    last: Mapping[str, float],
+    nodes: Callable[[], Awaitable[Nodes]] | None = None,
 ) -> EngineSpec:
     """How a deployment's engine is started and asked. `last`: seconds of each phase, last time."""
     return EngineSpec(
         plan=plan,
         secrets=dict.fromkeys(plan.secret_env, api_key(deployment.folder)),
-        nodes=lambda: ray.alive(head, cluster),
+        nodes=nodes or (lambda: ray.alive(head, cluster)),
         environment=cluster.environment,
         load=deployment.data.options.load_timeout,
         last=last,
@@ -112,7 +118,8 @@ class EngineStep(ServingStep):
         """Start it, or attach to a start that was left, and wait for a completion (deploy/engine/canary.py asks for it)."""
         plan, head, state = work.made_plan, work.nodes[0], work.keeper.state
         cluster = ray.spec_of(work.deployment, plan, work.environment)
-        spec = spec_of(work.deployment, plan, cluster, head, state.data("load"))
+        parts = partial(parts_alive, work.fleet, plan) if plan.launcher == "native" else None
+        spec = spec_of(work.deployment, plan, cluster, head, state.data("load"), parts)
         answering = await start_or_attach(work.fleet, head, spec, work.console)
         running = answering.how == "running"
         if answering.how == "started":  # kept when the engine is stopped: the next start is measured by it
@@ -127,7 +134,20 @@ class EngineStep(ServingStep):
 
     async def undo(self, work: Work) -> Undone:
         """End it."""
-        return await end_jobs(work, paths.ENGINE_JOB, grace=20, stopped=[(work.deployment.head, paths.ENGINE_JOB)])
+        stopped = [(node, paths.ENGINE_JOB) for node in work.deployment.nodes]
+        return await end_jobs(work, paths.ENGINE_JOB, grace=20, stopped=stopped)
+
+
+async def parts_alive(fleet: Fleet, plan: ServePlan) -> Nodes:
+    """Of each node but the head whether its part of an engine without Ray runs; the head's is the engine itself.
+
+    Raises:
+        SshError, NodeError: a node was not reached.
+    """
+    places = fleet.pick([node.name for node in plan.followers]) if plan.followers else []
+    states = await asyncio.gather(*(job_status(fleet, place, paths.ENGINE_JOB) for place in places))
+    running = {place.name: status.state == "running" for place, status in zip(places, states, strict=True)}
+    return {plan.head.name: True, **running}
 
 
 async def start_or_attach(fleet: Fleet, head: RemoteNode, spec: EngineSpec, console: Console) -> Answering:
@@ -144,7 +164,9 @@ async def start_or_attach(fleet: Fleet, head: RemoteNode, spec: EngineSpec, cons
     status = await job_status(fleet, place, paths.ENGINE_JOB)
     seen = (await processes.find([head], fleet.mark, {head.name: [port(spec.plan)]}))[head.name]
     left = processes.of_job(seen, paths.ENGINE_JOB)
-    same = status.state == "running" and all(process["plan"] == spec.plan_mark for process in left)
+    followers = fleet.pick([node.name for node in spec.plan.followers]) if spec.plan.followers else []
+    whole = all([(await job_status(fleet, follower, paths.ENGINE_JOB)).state == "running" for follower in followers])
+    same = status.state == "running" and whole and all(process["plan"] == spec.plan_mark for process in left)
     if same:
         answer = await _ask_running(fleet, place, spec)
         if answer.kind == "ok":
@@ -163,9 +185,11 @@ async def start_or_attach(fleet: Fleet, head: RemoteNode, spec: EngineSpec, cons
     elif left:
         console.step("engine", "stopping the one that runs with another plan or environment")
     if not same:
-        await stop_job(fleet, place, paths.ENGINE_JOB, grace=30)
-        env = {**spec.plan.serve_env, PLAN_MARK: spec.plan_mark, **spec.secrets}
-        await start_job(fleet, place, paths.ENGINE_JOB, shlex.join(spec.plan.serve), env)
+        await asyncio.gather(*(stop_job(fleet, node, paths.ENGINE_JOB, grace=30) for node in (place, *followers)))
+        env = {**spec.plan.serve_env, PLAN_MARK: spec.plan_mark}
+        for follower, node in zip(followers, spec.plan.followers, strict=True):
+            await start_job(fleet, follower, paths.ENGINE_JOB, shlex.join(node.engine), {**env, **node.env})
+        await start_job(fleet, place, paths.ENGINE_JOB, shlex.join(spec.plan.serve), {**env, **spec.secrets})
     return await _watch(fleet, place, spec, console, begun=begun, how="attached" if same else "started")
 
 
@@ -216,7 +240,7 @@ async def _watch(
                     if checking is None and time.monotonic() - checked > spec.check:
                         checking, checked = asyncio.create_task(_alive(spec)), time.monotonic()
                     if checking is not None and checking.done():
-                        await _lost(fleet, place, checking.result(), progress)
+                        await _lost(fleet, place, spec, checking.result(), progress)
                         checking = None
                     await asyncio.wait({following}, timeout=spec.poll)
     finally:
@@ -279,14 +303,26 @@ async def _give_up(fleet: Fleet, place: Node, spec: EngineSpec, progress: Progre
     )
 
 
-async def _lost(fleet: Fleet, place: Node, nodes: Nodes, progress: Progress) -> None:
+async def _lost(fleet: Fleet, place: Node, spec: EngineSpec, nodes: Nodes, progress: Progress) -> None:
     dead = [name for name, alive in nodes.items() if not alive]
     if dead:
+        cause = await _cause_there(fleet, spec, dead)
         await stop_job(fleet, place, paths.ENGINE_JOB)
         raise EngineError(
-            f"Ray lost {', '.join(dead)} while the engine was {progress.phase}; the engine was stopped",
-            remedy="`deploy preflight` says what that node lacks; `deploy serve` starts Ray there again",
+            f"{spec.plan.lost(dead)} while the engine was {progress.phase}; the engine was stopped{cause}",
+            remedy="`deploy preflight` says what that node lacks; `deploy serve` starts everything there again",
         )
+
+
+async def _cause_there(fleet: Fleet, spec: EngineSpec, names: Sequence[str]) -> str:
+    """Why a part of an engine without Ray ended, by its own log."""
+    if spec.plan.launcher == "ray":
+        return ""
+    place, lines = fleet.pick(names[:1])[0], list[str]()
+    with suppress(GracefarmError):
+        status = await follow_job(fleet, place, paths.ENGINE_JOB, lines.append, patience=10)
+        return f": {place.name}: {first_cause(lines, {}, returncode=status.returncode).text}"
+    return ""
 
 
 async def _ended(spec: EngineSpec, status: JobStatus, progress: Progress) -> EngineError:
@@ -301,7 +337,7 @@ async def _ended(spec: EngineSpec, status: JobStatus, progress: Progress) -> Eng
     if cause.kind == "none":
         return EngineError(f"the engine {how}: {cause.text}", remedy=cause.remedy)
     dead = await _dead(spec) if cause.consequence else []
-    lost = f"Ray lost {', '.join(dead)}; " if dead else ""
+    lost = f"{spec.plan.lost(dead)}; " if dead else ""
     return EngineError(f"the engine {how} while {progress.phase}: {lost}{cause.text}", remedy=cause.remedy)
 
 

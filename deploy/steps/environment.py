@@ -111,12 +111,23 @@ def spec_of(work: Work) -> EnvironmentSpec:
 
 
 def spec_with_lock(work: Work, lock: str, *, engine: str, link: Literal["env", "download"], set_name: str) -> EnvironmentSpec:
-    """An environment of this deployment: its folder, index and Python are those of deploy.toml."""
+    """An environment of this deployment: its folder, index and Python are those of deploy.toml.
+
+    Raises:
+        ConfigError: uv is to bring a Python whose digest is not pinned.
+    """
     data = work.deployment.data
+    brought = str(pinned()["python"])
+    if data.python == "managed" and not brought.startswith(f"{data.python_version}."):
+        raise ConfigError(
+            f"uv brings Python {brought} alone, and deploy.toml asks for {data.python_version}",
+            remedy='set python = "system" where every node has it, or "conda"',
+        )
     return EnvironmentSpec(
         root=work.environment_root,
         lock=lock,
         index=data.index,
+        python=data.python_version,
         source=data.python,
         mirror=data.python_mirror,
         engine=engine,

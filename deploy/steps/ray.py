@@ -127,8 +127,11 @@ class RayStep(ServingStep):
     name = "ray"
 
     async def apply(self, work: Work, looks: Looks) -> Applied:
-        """Start what is missing."""
+        """Start what is missing; nothing where the engine brings its nodes together by itself."""
         plan = work.made_plan
+        if plan.launcher == "native":
+            ended = await make_room(work.fleet, work.nodes, plan, plan_mark(plan, work.environment), work.console)
+            return Applied(text=f"none: {plan.engine} brings its nodes together by itself", changed=bool(ended))
         started = await start_missing(work.fleet, work.nodes, spec_of(work.deployment, plan, work.environment), work.console)
         return Applied(
             text=f"{len(plan.nodes)} nodes, {started.gpus:g} GPUs at {address(plan)}",
@@ -140,6 +143,26 @@ class RayStep(ServingStep):
         """End Ray, and with it everything of ours that is left."""
         stopped = [(node, paths.RAY_JOB) for node in work.deployment.nodes]
         return await end_jobs(work, "", grace=5, stopped=stopped)
+
+
+async def make_room(
+    fleet: Fleet, targets: Sequence[RemoteNode], plan: ServePlan, mark: str, console: Console
+) -> tuple[str, ...]:
+    """Stop what is ours and is not all of this plan without Ray; the nodes where something of another plan ran."""
+    looks = await processes.find(targets, fleet.mark, {})
+    parts = {node.name: of_job(looks[node.name], paths.ENGINE_JOB) for node in targets}
+    others = [
+        name
+        for name, part in parts.items()
+        if of_job(looks[name], paths.RAY_JOB) or any(process["plan"] not in ("", mark) for process in part)
+    ]
+    wanted = {node.name for node in plan.nodes}
+    whole = {name for name, part in parts.items() if part} == wanted
+    if others or (any(parts.values()) and not whole):
+        what = "with another plan or environment" if others else "in part"
+        console.step("ray", f"stopping what runs {what}")
+        await stop(targets, fleet.mark, jobs=SERVING)
+    return tuple(others)
 
 
 async def start_missing(fleet: Fleet, targets: Sequence[RemoteNode], spec: ClusterSpec, console: Console) -> Started:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, cast
 
 from pydantic import ValidationError
@@ -160,7 +161,8 @@ class Watch:
             return None
         cluster = ray.spec_of(self.deployment, self.plan)
         last = kept_or_empty(self.deployment.folder).data("load")
-        return engine.spec_of(self.deployment, self.plan, cluster, self.nodes[0], last)
+        parts = partial(engine.parts_alive, self.fleet, self.plan) if self.plan.launcher == "native" else None
+        return engine.spec_of(self.deployment, self.plan, cluster, self.nodes[0], last, parts)
 
 
 def watch_of(deployment: Deployment, fleet: Fleet) -> Watch:
@@ -226,6 +228,9 @@ async def signs_of(watch: Watch, vitals: Mapping[str, Json], canary: float) -> S
         return None
     head, ask = watch.nodes[0], spec.nodes
 
+    if spec.plan.launcher == "native":
+        return await probe(watch.fleet, head, spec, seconds=canary)
+
     async def nodes() -> Nodes:
         if not vitals.get(head.name, {}).get("raylet"):
             raise EngineError("Ray does not run on the head")
@@ -253,7 +258,7 @@ def assemble(
                 "name": node.name,
                 "address": node.address,
                 "error": bad[node.name].cause if node.name in bad else "",
-                "ray": alive.get(node.name) if alive else None,
+                "ray": alive.get(node.name) if alive and watch.plan and watch.plan.launcher == "ray" else None,
                 **vitals.get(node.name, {}),
             }
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
@@ -17,6 +18,7 @@ from deploy.fleet.jobs import JobStatus, job_status
 from deploy.fleet.ssh import Fleet
 from deploy.nodes import paths
 from deploy.nodes.deployment import Node
+from deploy.planning.plans import ServePlan
 from deploy.steps.engine import EngineSpec, Nodes, port
 from gracefarm.errors import GracefarmError
 
@@ -45,6 +47,12 @@ class Signs:
     "Why the head, or the engine on it, cannot be asked."
     remedy: str = ""
     "For `error`."
+    plan: ServePlan | None = None
+    "Of what runs."
+
+    def lost(self, names: Sequence[str]) -> str:
+        """A sentence for nodes that are lost."""
+        return self.plan.lost(names) if self.plan else f"Ray lost {', '.join(names)}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +75,9 @@ def diagnose(signs: Signs) -> Diagnosis:
     if signs.job.state in ("absent", "stopped"):
         return Diagnosis(kind="stopped", text="the engine does not run", remedy="`deploy serve` starts it")
     if signs.job.state != "running":
-        if dead:
-            return Diagnosis(kind="dead-node", text=f"the engine ended after Ray lost {', '.join(dead)}", remedy=_AGAIN)
+        # Without Ray the parts end one after the other, and which was first is for their logs to tell.
+        if dead and not (signs.plan and signs.plan.launcher == "native"):
+            return Diagnosis(kind="dead-node", text=f"the engine ended after {signs.lost(dead)}", remedy=_AGAIN)
         how = f"ended with {signs.job.returncode}" if signs.job.state == "exited" else "was killed"
         return Diagnosis(
             kind="dead-engine", text=f"the engine {how}" + (f": {signs.cause}" if signs.cause else ""), remedy=_AGAIN
@@ -83,10 +92,10 @@ def _of_running(signs: Signs, dead: list[str]) -> Diagnosis:
         return Diagnosis(kind="unreachable", text=text, remedy=signs.remedy)
     if answer and answer.kind == "ok":
         if dead:
-            return Diagnosis(kind="degraded", text=f"it answers, and Ray lost {', '.join(dead)}", remedy=_AGAIN)
+            return Diagnosis(kind="degraded", text=f"it answers, and {signs.lost(dead)}", remedy=_AGAIN)
         return Diagnosis(kind="ready", text=f"a completion came back in {answer.seconds:.2f} s")
     if dead:
-        return Diagnosis(kind="dead-node", text=f"Ray lost {', '.join(dead)}; the engine waits for it in vain", remedy=_AGAIN)
+        return Diagnosis(kind="dead-node", text=f"{signs.lost(dead)}; the engine waits for it in vain", remedy=_AGAIN)
     if answer is None or answer.kind == "refused":
         return Diagnosis(kind="loading", text=f"it does not listen yet{': ' + signs.phase if signs.phase else ''}")
     if moved(signs.before, signs.after):
@@ -109,21 +118,28 @@ async def probe(fleet: Fleet, head: RemoteNode, spec: EngineSpec, *, seconds: fl
     with suppress(GracefarmError):
         nodes = await spec.nodes()
     if job.state == "absent":
-        return Signs(job=job, nodes=nodes)
+        return Signs(job=job, plan=spec.plan, nodes=nodes)
     progress = await _read_log(fleet, place)
     if job.state != "running":
         names = {node.private: node.name for node in spec.plan.nodes}
         cause = first_cause(progress.lines, names, returncode=job.returncode).text
-        return Signs(job=job, nodes=nodes, cause=cause, phase=progress.phase)
+        return Signs(job=job, plan=spec.plan, nodes=nodes, cause=cause, phase=progress.phase)
     try:
         async with forward_local(fleet, place, 0, port(spec.plan)) as local:
             before = await metrics.scrape(local)
             answer = await ask_one_token(local, spec.key, seconds)
             after = await metrics.scrape(local)
     except GracefarmError as error:
-        return Signs(job=job, nodes=nodes, phase=progress.phase, error=error.cause, remedy=error.remedy)
+        return Signs(job=job, plan=spec.plan, nodes=nodes, phase=progress.phase, error=error.cause, remedy=error.remedy)
     return Signs(
-        job=job, answer=answer, before=before, after=after, nodes=nodes, phase=progress.phase, fraction=progress.fraction
+        job=job,
+        plan=spec.plan,
+        answer=answer,
+        before=before,
+        after=after,
+        nodes=nodes,
+        phase=progress.phase,
+        fraction=progress.fraction,
     )
 
 

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,59 @@ def test_ready_is_a_real_completion_and_nothing_is_started_twice(tmp_path: Path)
             await engine.start_or_attach(fleet, head, other, Console())
 
     on_a_node(tmp_path, work)
+
+
+def native_plan(port: int, *part: str) -> ServePlan:
+    """The pretend engine on the head, and on k1 a program that plays its part of it."""
+    plan = a_plan(port)
+    second = next(node for node in plan.nodes if node.name == "k1")
+    follower = second.model_copy(update={"ray": (), "engine": part})
+    nodes = (plan.nodes[0].model_copy(update={"ray": ()}), follower)
+    return plans.identified(plan.model_copy(update={"launcher": "native", "nodes": nodes, "id": ""}))
+
+
+def on_two_nodes(folder: Path, work: Work) -> None:
+    async def go() -> None:
+        async with kit.machines(folder, 2) as made, kit.fleet(folder, made) as fleet:
+            try:
+                await work(fleet, remote_nodes(fleet)[0], made)
+            finally:
+                await asyncio.gather(*(stop_job(fleet, machine.node, "engine", grace=1) for machine in made))
+
+    asyncio.run(go())
+
+
+def test_without_ray_each_node_has_its_part_and_a_lost_one_starts_all_again(tmp_path: Path) -> None:
+    async def work(fleet: Fleet, head: RemoteNode, made: list[kit.Machine]) -> None:
+        plan = native_plan(free_port(), "sleep", "600")
+        asked = spec(plan, nodes=partial(engine.parts_alive, fleet, plan))
+        assert (await engine.start_or_attach(fleet, head, asked, Console())).how == "started"
+        part = await job_status(fleet, made[1].node, "engine")
+        environ = Path(f"/proc/{part.pid}/environ").read_bytes()  # noqa: ASYNC240
+        assert f"VLLM_HOST_IP={plan.nodes[1].private}".encode() in environ or b"HOST_IP=" in environ
+        assert KEY.encode() not in environ, "a node that does not listen needs no key"
+        assert (await engine.start_or_attach(fleet, head, asked, Console())).how == "running"
+        assert diagnose(await probe(fleet, head, asked)).kind == "ready"
+        await stop_job(fleet, made[1].node, "engine", grace=1)
+        verdict = diagnose(await probe(fleet, head, asked))
+        assert (verdict.kind, "its part on k1 has ended" in verdict.text) == ("degraded", True), verdict
+        assert (await engine.start_or_attach(fleet, head, asked, Console())).how == "started"
+        assert (await job_status(fleet, made[1].node, "engine")).state == "running"
+
+    on_two_nodes(tmp_path, work)
+
+
+def test_without_ray_a_part_that_ends_while_it_loads_is_told_with_its_own_cause(tmp_path: Path) -> None:
+    async def work(fleet: Fleet, head: RemoteNode, made: list[kit.Machine]) -> None:
+        dies = ("sh", "-c", "sleep 1; echo 'torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB'; exit 1")
+        plan = native_plan(free_port(), *dies)
+        plan = plans.identified(plan.model_copy(update={"serve": (*plan.serve, "--load", "20"), "id": ""}))
+        asked = spec(plan, nodes=partial(engine.parts_alive, fleet, plan), check=0.5)
+        with pytest.raises(EngineError, match=r"its part on k1 has ended while .*k1: .*memory"):
+            await engine.start_or_attach(fleet, head, asked, Console())
+        assert (await job_status(fleet, made[0].node, "engine")).state == "stopped"
+
+    on_two_nodes(tmp_path, work)
 
 
 def cmdlines() -> list[bytes]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 import subprocess
 import tempfile
@@ -190,6 +192,56 @@ def test_a_switch_of_vllm_is_said_both_ways() -> None:
     assert serve[-2:] == ("--enforce-eager", "--no-enable-prefix-caching")
 
 
+NATIVE: dict[str, object] = {"engine": "vllm", "launcher": "native", "layout": {"tensor_parallel": 2, "pipeline_parallel": 5}}
+
+
+def test_without_ray_the_engine_starts_on_every_node_and_finds_its_head() -> None:
+    plan = made(10, **NATIVE)
+    head, *others = plan.nodes
+    assert option(plan.serve, "--distributed-executor-backend") == "mp"
+    assert [option(plan.serve, name) for name in ("--nnodes", "--node-rank", "--master-addr")] == ["10", "0", head.private]
+    assert "--headless" not in plan.serve
+    assert not any(node.ray for node in plan.nodes)
+    assert [option(node.engine, "--node-rank") for node in others] == [str(rank) for rank in range(1, 10)]
+    for node in others:
+        assert node.engine[: len(plan.serve)][:3] == plan.serve[:3]
+        assert node.engine[-1] == "--headless"
+        assert option(node.engine, "--master-port") == option(plan.serve, "--master-port") == "29500"
+        engines.validate(engines.engine("vllm"), node.engine[3:])
+    assert not any(name.startswith("RAY_") for node in plan.nodes for name in (*node.env, *plan.serve_env))
+
+
+def test_the_launcher_is_another_plan_and_rays_has_the_id_that_it_had() -> None:
+    ray = made(10, **{**NATIVE, "launcher": "ray"})
+    assert ray.id != made(10, **NATIVE).id
+    before = ray.model_dump(mode="json", include=plans.RUNS - {"launcher"})
+    for name, value in plans.LATER.items():
+        if before["layout"][name] == value:
+            del before["layout"][name]
+    for node in before["nodes"]:
+        del node["engine"]
+    text = json.dumps(before, sort_keys=True, separators=(",", ":"))
+    assert ray.id == hashlib.sha256(text.encode()).hexdigest()
+
+
+def test_what_starts_with_ray_alone_is_refused_without_it() -> None:
+    with pytest.raises(ConfigError, match="aphrodite has no start of several nodes"):
+        made(10, **{**NATIVE, "engine": "aphrodite"})
+    replicas = {"tensor_parallel": 8, "pipeline_parallel": 1, "data_parallel": 2}
+    with pytest.raises(LayoutError, match="by Ray"):
+        made(2, "h200-141x8", engine="vllm", launcher="native", layout=replicas)
+
+
+def test_without_ray_every_node_has_the_same_number_of_ranks() -> None:
+    with pytest.raises(LayoutError, match="same number of ranks"):
+        made(2, "h100-80x8", engine="vllm", launcher="native", layout={"tensor_parallel": 4, "pipeline_parallel": 3})
+
+
+def test_no_script_of_rays_is_written_for_an_engine_without_it() -> None:
+    with pytest.raises(ConfigError, match="--shell"):
+        script.render(made(10, **NATIVE))
+
+
 def change(node: str, **update: object) -> Callable[[Facts], Facts]:
     def changed(facts: Facts) -> Facts:
         return Facts(nodes=tuple(entry.model_copy(update=update) if entry.name == node else entry for entry in facts.nodes))
@@ -237,6 +289,7 @@ def test_the_id_is_of_what_runs_and_a_price_loads_nothing_anew() -> None:
     others: dict[str, object] = {
         **dict.fromkeys(("deployment", "model", "revision"), "other"),
         "engine": "vllm",
+        "launcher": "native",
         "layout": longer,
         "nodes": found.nodes[:-1],
         "serve": (*found.serve, "--uvloop"),

@@ -3,6 +3,7 @@
 # machine that `deploy` meets and becomes its sshd. Nothing of the machine around it can be written from here but the share.
 # With RIG_ROOT it has another userland: sessions are in there, and qemu runs it (RIG_QEMU, RIG_BINFMT; for this node alone).
 # Environment: RIG_NAME RIG_FOLDER RIG_SHARE (empty: none) RIG_MOUNT RIG_USER RIG_UID RIG_ADDRESS RIG_GATEWAY RIG_SSHD RIG_LIBRARIES RIG_PYTHON
+# RIG_GPUS: numbers of the GPUs that the node has (`0 1`); empty: it has all that the machine has.
 set -eu
 echo unshared # the room moves the cable in when it reads this
 read -r _go
@@ -40,6 +41,20 @@ mkdir "/home/$RIG_USER"
 mount --bind /run/rig/home "/home/$RIG_USER"
 mount --bind /run/rig/tmp /tmp
 mount --bind /run/rig/tmp /var/tmp
+if [ -n "$RIG_GPUS" ]; then # a GPU whose device file is not there is not there; nobody makes one on what is read-only
+    mkdir /run/rig-dev /run/rig-dev/pts /run/rig-dev/shm
+    devices="null zero full random urandom tty nvidiactl nvidia-uvm nvidia-uvm-tools"
+    for gpu in $RIG_GPUS; do devices="$devices nvidia$gpu"; done
+    for device in $devices; do
+        [ -e "/dev/$device" ] || continue
+        : >"/run/rig-dev/$device"
+        mount --bind "/dev/$device" "/run/rig-dev/$device"
+    done
+    ln -s pts/ptmx /run/rig-dev/ptmx
+    for name in fd:fd stdin:fd/0 stdout:fd/1 stderr:fd/2; do ln -s "/proc/self/${name#*:}" "/run/rig-dev/${name%:*}"; done
+    mount --rbind /run/rig-dev /dev
+    mount -o remount,bind,ro /dev
+fi
 mount -t tmpfs -o mode=1777,size=8g rig /dev/shm
 mount -t devpts -o newinstance,ptmxmode=0666,mode=620 rig /dev/pts
 mount -o remount,bind,ro /
