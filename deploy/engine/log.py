@@ -18,7 +18,10 @@ PHASES = ("starting", "placing", "loading", "profiling", "capturing", "listening
 _SIGNS: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("placing", re.compile(r"Connecting to existing Ray cluster|Connected to Ray cluster|use_ray_spmd_worker|driver_ip:")),
     ("loading", re.compile(r"Loading model|Loading safetensors checkpoint|Starting to load model|Loading weights")),
-    ("profiling", re.compile(r"Model (weights )?loaded in|Total model weights memory|Profiling peak memory|oading .* took")),
+    (
+        "profiling",
+        re.compile(r"Model (weights )?loaded in|Total model weights memory|Profiling peak memory|oading (.* )?took"),
+    ),
     ("capturing", re.compile(r"# GPU blocks:|GPU KV cache size|Capturing .*CUDA graph")),
     ("listening", re.compile(r"Completions API:|Application startup complete|Uvicorn running on|Started server process")),
 )
@@ -29,8 +32,8 @@ _WORKER = re.compile(r"^\((?P<actor>\S+) pid=(?P<pid>\d+)(?:, ip=(?P<ip>[0-9a-fA
 
 OVERDUE = 10
 "Times the usual duration of a phase after which it is reported."
-SHORTEST = 3.0
-"Seconds that every phase may take."
+SHORTEST = 10.0
+"Seconds that every phase may take: Ray hands on the lines of workers late, and 30 s of compiling counted as loading."
 USUAL = {"starting": 60.0, "placing": 30.0, "profiling": 60.0, "capturing": 60.0, "listening": 20.0}
 "Seconds of each phase where none was measured. Loading depends on the model and its storage."
 

@@ -237,7 +237,7 @@ def findings(
         node, base = name.split("/")[1], posixpath.basename(name)
         if base == "dmesg-gpu.txt":
             causes += _kernel(content, node, name, begun)
-        elif not running and base.startswith("worker-") and _latest(name, texts):
+        elif not running and ((base.startswith("worker-") and _latest(name, texts)) or _follower(name, plan)):
             causes += _worker(content, names, node, name)
     causes += [Finding(rank=2, where=node, text=why, remedy="`deploy preflight`") for node, why in missing.items()]
     causes += [
@@ -250,12 +250,20 @@ def findings(
         for status in seen.nodes
         if status.ray is False and status.name not in missing
     ]
+    if plan and plan.followers and not running and f"nodes/{plan.head.name}/{ENGINE_EXIT}" not in texts:
+        lost = [node.name for node in plan.followers if f"nodes/{node.name}/{ENGINE_EXIT}" in texts]
+        causes += [Finding(rank=2, where=lost[0], text=plan.lost(lost), remedy=seen.service.remedy)] if lost else []
     causes += [
         Finding(rank=6, where=name, text=f"step {name} failed: {record.text}", remedy=seen.service.remedy)
         for name, record in kept.steps.items()
         if record.outcome == "failed"
     ]
     return tuple(sorted(causes, key=lambda cause: cause.rank))
+
+
+def _follower(name: str, plan: ServePlan | None) -> bool:
+    """The log of an engine's part on another node, where there is no Ray."""
+    return plan is not None and name in {f"nodes/{node.name}/{ENGINE_LOG}" for node in plan.followers}
 
 
 def _of_engine(

@@ -18,6 +18,7 @@ import pytest
 from deploy.fleet.ssh import open_fleet
 from deploy.nodes.redact import Redactor
 from deploy.nodes.state import State, StepRecord
+from deploy.planning.plans import ServePlan
 from deploy.remote import gather, stacks
 from deploy.steps import engine
 from deploy.watch import collect
@@ -197,6 +198,7 @@ def first(
     lost: bool = False,
     silence: float = 0.0,
     text: str = "",
+    plan: ServePlan | None = None,
     **failed: str,
 ) -> tuple[Finding, ...]:
     nodes = tuple(NodeStatus(name=name, address=name, ray=name != "k1" if lost else None) for name in ("k0", "k1"))
@@ -205,7 +207,7 @@ def first(
     steps = {"engine": StepRecord(digest="", outcome="failed", text="the last and least", begun=NOW - 60)}
     steps |= {name: StepRecord(digest="", outcome="failed", text=words, begun=NOW) for name, words in failed.items()}
     named = {f"nodes/{name}": content for name, content in texts.items()}
-    return findings(named, seen, State(steps=steps), a_plan(1), {}, silence=silence)
+    return findings(named, seen, State(steps=steps), plan or a_plan(1), {}, silence=silence)
 
 
 EARLIER, SESSION = "k1/ray/session_2026-11-24_1/logs", "k1/ray/session_2026-11-24_2/logs"
@@ -235,6 +237,20 @@ EARLIER, SESSION = "k1/ray/session_2026-11-24_1/logs", "k1/ray/session_2026-11-2
 def test_the_first_cause_and_not_the_last_word(texts: dict[str, bytes], more: dict[str, object], words: str) -> None:
     found = first(texts, **more)  # type: ignore[arg-type]
     assert words in found[0].text, found
+
+
+def test_without_ray_a_part_that_has_ended_comes_before_the_silence_of_the_engine_that_waits_for_it() -> None:
+    """On two H200 the head's log ended with a request that was answered: vLLM's own start of several nodes misses no part."""
+    before = a_plan(1)
+    second = next(node for node in before.nodes if node.name == "k1")
+    nodes = (before.nodes[0], second.model_copy(update={"ray": (), "engine": ("vllm",)}))
+    plan = before.model_copy(update={"launcher": "native", "nodes": nodes})
+    answered = b'(APIServer pid=107) INFO:     127.0.0.1:52400 - "GET /metrics HTTP/1.1" 200 OK\n'
+    part = b"ERROR 11-29 06:27:38 [multiproc_executor.py:284] Worker proc VllmWorker-1 died unexpectedly, shutting down\n"
+    texts = {"k0/jobs/engine/log": answered, "k1/jobs/engine/log": part, "k1/jobs/engine/exit": b"0\n"}
+    assert first(texts, plan=plan)[0].text == "its part on k1 has ended"
+    alone = first({**texts, "k0/jobs/engine/exit": b"1\n", "k0/jobs/engine/log": DIED}, plan=plan)
+    assert "a worker died" in alone[0].text, "where the head has ended too, its own words count"
 
 
 STACKS = b"""Process 71: ray::RayWorkerWrapper
