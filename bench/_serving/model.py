@@ -1,0 +1,205 @@
+"""Models in the real format with random weights and a tokenizer of ours, and what transformers computes with one.
+
+    python -m bench._serving.model make FOLDER llama-8b         weights, tokenizer, config.json; a GPU makes the numbers
+    python -m bench._serving.model shape FOLDER llama-405b 16   config.json with so many layers and the tokenizer: no weights
+    python -m bench._serving.model reference FOLDER OUT.json    log-probabilities of the prompts, in 32 and in 16 bit, and
+                                                                with two shards of one matrix of one layer exchanged
+
+Run by the machine's own Python, which has torch and transformers.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+PROMPTS, TOP, KEPT = 32, 20, 400
+"Fixed prompts; log-probabilities that count of each; how many are kept, for an engine's first ones to be among them."
+VOCABULARY = 128256
+SHAPES: dict[str, dict[str, int]] = {
+    "llama-8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
+    "llama-405b": {"hidden_size": 16384, "intermediate_size": 53248, "num_hidden_layers": 126, "num_attention_heads": 128},
+    "tiny": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 16},
+}
+"Llama 3.1's geometries; tiny: for a rehearsal without a GPU."
+SHARDS = 8
+SWAPPED = ("mlp.down_proj", 2)
+"What is exchanged for the negative control: the halves that two ranks of tensor parallelism hold, in the middle layer."
+
+
+def prompts() -> list[list[int]]:
+    """The same on every machine: 16 to 64 tokens each."""
+    chance = random.Random(18)
+    return [[chance.randrange(VOCABULARY - 256) for _ in range(chance.randint(16, 64))] for _ in range(PROMPTS)]
+
+
+def config(shape: str, layers: int | None = None) -> dict[str, Any]:
+    """config.json as Llama 3.1 has it."""
+    numbers = SHAPES[shape]
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "torch_dtype": "bfloat16",
+        **numbers,
+        **({"num_hidden_layers": layers} if layers else {}),
+        "num_key_value_heads": 8,
+        "head_dim": numbers["hidden_size"] // numbers["num_attention_heads"],
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+        "rope_scaling": {
+            "factor": 8.0,
+            "high_freq_factor": 4.0,
+            "low_freq_factor": 1.0,
+            "original_max_position_embeddings": 8192,
+            "rope_type": "llama3",
+        },
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "initializer_range": 0.02,
+        "tie_word_embeddings": False,
+        "bos_token_id": VOCABULARY - 256,
+        "eos_token_id": VOCABULARY - 255,
+    }
+
+
+def write_small(folder: Path, about: dict[str, Any]) -> None:
+    """config.json, generation_config.json and a tokenizer with the whole vocabulary: bytes, pairs and triples of them."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    folder.mkdir(parents=True, exist_ok=True)
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    pairs = itertools.product(letters, letters)
+    triples = ((first + second, third) for first, second, third in itertools.product(letters, letters, letters))
+    merges = list(itertools.islice(itertools.chain(pairs, triples), VOCABULARY - 256 - len(letters)))
+    words = [*letters, *(first + second for first, second in merges)]
+    tokenizer = Tokenizer(models.BPE(vocab={word: place for place, word in enumerate(words)}, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|begin_of_text|>", "<|end_of_text|>", *(f"<|reserved_special_token_{place}|>" for place in range(254))]
+    tokenizer.add_special_tokens(special)
+    assert tokenizer.get_vocab_size() == VOCABULARY, tokenizer.get_vocab_size()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    texts: dict[str, dict[str, Any]] = {
+        "config.json": about,
+        "generation_config.json": {"bos_token_id": about["bos_token_id"], "eos_token_id": about["eos_token_id"]},
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": special[0],
+            "eos_token": special[1],
+            "model_max_length": 131072,
+        },
+    }
+    for name, text in texts.items():
+        (folder / name).write_text(json.dumps(text, indent=1))
+
+
+def make(folder: Path, shape: str) -> None:
+    """Weights with a fixed seed, in shards, with their index."""
+    import torch
+    from safetensors.torch import save_file
+
+    about = config(shape)
+    write_small(folder, about)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(405)
+    hidden, mlp, heads = about["hidden_size"], about["intermediate_size"], about["num_attention_heads"]
+    rows = about["num_key_value_heads"] * about["head_dim"]
+    layer = {
+        **{f"self_attn.{name}_proj": (rows, hidden) for name in "kv"},
+        "self_attn.q_proj": (heads * about["head_dim"], hidden),
+        "self_attn.o_proj": (hidden, heads * about["head_dim"]),
+        "mlp.gate_proj": (mlp, hidden),
+        "mlp.up_proj": (mlp, hidden),
+        "mlp.down_proj": (hidden, mlp),
+    }
+
+    def numbers(*size: int) -> Any:
+        return (torch.randn(size, device=device, dtype=torch.float32) * 0.02).to(torch.bfloat16).cpu()
+
+    parts: list[dict[str, Any]] = [{} for _ in range(SHARDS)]
+    parts[0]["model.embed_tokens.weight"] = numbers(VOCABULARY, hidden)
+    for place in range(about["num_hidden_layers"]):
+        part = parts[place * SHARDS // about["num_hidden_layers"]]
+        part |= {f"model.layers.{place}.{name}.weight": numbers(*size) for name, size in layer.items()}
+        norms = ("input_layernorm", "post_attention_layernorm")
+        part |= {f"model.layers.{place}.{name}.weight": torch.ones(hidden, dtype=torch.bfloat16) for name in norms}
+    parts[-1] |= {"model.norm.weight": torch.ones(hidden, dtype=torch.bfloat16), "lm_head.weight": numbers(VOCABULARY, hidden)}
+    names = [f"model-{place + 1:05}-of-{SHARDS:05}.safetensors" for place in range(SHARDS)]
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda part, name: save_file(part, folder / name, metadata={"format": "pt"}), parts, names))
+    places = {tensor: name for part, name in zip(parts, names, strict=True) for tensor in part}
+    total = sum(tensor.numel() * tensor.element_size() for part in parts for tensor in part.values())
+    index = {"metadata": {"total_size": total}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+
+
+def computed(model: Any) -> list[Any]:
+    """Log-probabilities of every token after each prompt."""
+    import torch
+
+    with torch.inference_mode():
+        inputs = [torch.tensor([prompt], device=model.device) for prompt in prompts()]
+        return [model(given).logits[0, -1].float().log_softmax(-1) for given in inputs]
+
+
+def reference(folder: Path, out: Path) -> None:
+    """See the module. `kept`: token to log-probability in 32 bit, of each prompt; differences are over the first TOP."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(device).eval()
+    half = computed(model)
+    name, ranks = SWAPPED
+    layer = model.model.layers[len(model.model.layers) // 2]
+    weight = layer.get_submodule(name).weight
+    with torch.no_grad():
+        first, second = weight.data.chunk(ranks, dim=1)
+        weight.copy_(torch.cat([second.clone(), first.clone()], dim=1))
+    swapped = computed(model)
+    with torch.no_grad():
+        first, second = weight.data.chunk(ranks, dim=1)
+        weight.copy_(torch.cat([second.clone(), first.clone()], dim=1))
+    whole = computed(model.float())
+
+    def apart(others: list[Any]) -> dict[str, float]:
+        tops = [values.topk(TOP).indices for values in whole]
+        gaps = torch.stack([(a[top] - b[top]).abs() for a, b, top in zip(others, whole, tops, strict=True)])
+        return {"mean": round(float(gaps.mean()), 5), "max": round(float(gaps.max()), 5)}
+
+    kept = []
+    for values in whole:
+        best = values.topk(KEPT)
+        kept.append(dict(zip(map(str, best.indices.tolist()), best.values.tolist(), strict=True)))
+    document = {"kept": kept, "half": apart(half), "swapped": apart(swapped), "transformers": _version()}
+    out.write_text(json.dumps(document))
+    sys.stdout.write(f"transformers in 16 bit: {document['half']}, with exchanged shards: {document['swapped']}\n")
+
+
+def _version() -> str:
+    import transformers
+
+    return str(transformers.__version__)
+
+
+def main() -> None:
+    """See the module."""
+    verb, folder, *more = sys.argv[1:]
+    if verb == "make":
+        make(Path(folder), more[0])
+    elif verb == "shape":
+        write_small(Path(folder), config(more[0], int(more[1])))
+    else:
+        reference(Path(folder), Path(more[0]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,202 @@
+"""What is done on the GPUs, by name, in the order of bench/serve_gpu.sh."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+
+from bench._serving.run import HALF, LARGE, SMALL, Stage
+from deploy.rehearsal.rig import MOUNT
+from deploy.remote.wire import Json
+
+Scene = Callable[[Stage], None]
+TWO = {"tensor_parallel": 2, "pipeline_parallel": 1}
+STAGES = {"tensor_parallel": 1, "pipeline_parallel": 2}
+REPLICAS = {"tensor_parallel": 1, "pipeline_parallel": 1, "data_parallel": 2}
+BOTH, ONE = ("k0", "k1"), ("k2",)
+"Nodes of the rig."
+DUMMY = {"load-format": "dummy"}
+"Weights that the engine invents: those of 16 layers of the 405B are 110 GB."
+HOG = """
+import ctypes, time
+cuda = ctypes.CDLL("libcuda.so.1")
+cuda.cuInit(0)
+device, context, pointer = ctypes.c_int(), ctypes.c_void_p(), ctypes.c_uint64()
+cuda.cuDeviceGet(ctypes.byref(device), 0)
+cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)
+cuda.cuCtxSetCurrent(context)
+assert cuda.cuMemAlloc_v2(ctypes.byref(pointer), ctypes.c_size_t(100 << 30)) == 0
+print("taken", flush=True)
+time.sleep(300)
+"""
+"A process of somebody else that takes 100 GiB of the GPU."
+
+
+def worker(process: Json) -> bool:
+    """A rank of the engine: of Ray, or of the engine's own."""
+    title = str(process["argv"][0])
+    return title.startswith(("ray::RayWorker", "VLLM::Worker"))
+
+
+def core(process: Json) -> bool:
+    """The engine's scheduler."""
+    return str(process["argv"][0]).startswith("VLLM::EngineCore")
+
+
+def raylet(process: Json) -> bool:
+    """Ray on a node."""
+    return str(process["argv"][0]).endswith("/raylet")
+
+
+def up(stage: Stage) -> None:
+    """From ips.txt to a deployment that can serve."""
+    stage.on(*BOTH)
+    stage.configure(SMALL, TWO)
+    stage.deploy("facts")
+    begun = time.monotonic()
+    stage.deploy("up")
+    stage.keep("up", up_s=round(time.monotonic() - begun, 1))
+    stage.deploy("plan")
+
+
+def tp2(stage: Stage) -> None:
+    """Two nodes, tensor parallel, Ray; a second `serve` while the first one loads; `ask`, `bench`; a worker is killed."""
+    stage.on(*BOTH)
+    stage.configure(SMALL, TWO)
+    begun = time.monotonic()
+    first = stage.start("serve")
+    time.sleep(5)
+    second = stage.deploy("serve", "--no-wait", fails=True)
+    code, _ = stage.ended(first)
+    stage.keep("tp2", serve_s=round(time.monotonic() - begun, 1), second={"code": second.code, "says": second.output})
+    if code:
+        raise RuntimeError(f"deploy serve ended with {code}")
+    again = stage.deploy("serve")
+    stage.keep("tp2", again={"seconds": again.seconds, "says": again.output.splitlines()[-4:]})
+    stage.deploy("status")
+    stage.deploy("ask", "--api", "completions", "What is a wheel?", fails=True)
+    stage.compare("tp2")
+    stage.measure("tp2")
+    bench = stage.deploy("bench", "--concurrency", "1,16,64", "--prompt-tokens", "32", "--max-tokens", "64", fails=True)
+    stage.keep("tp2", bench=bench.output.splitlines()[-8:])
+    stage.engines_own("tp2", 16)
+    stage.kill("k1", worker)
+    stage.broken("tp2", "worker")
+
+
+def pp2(stage: Stage) -> None:
+    """Two nodes, a stage each; a raylet is killed."""
+    stage.on(*BOTH)
+    stage.configure(SMALL, STAGES)
+    stage.served("pp2")
+    stage.compare("pp2")
+    stage.measure("pp2")
+    stage.kill("k1", raylet)
+    stage.broken("pp2", "raylet")
+
+
+def dp2(stage: Stage) -> None:
+    """Two nodes, a replica each."""
+    stage.on(*BOTH)
+    stage.configure(SMALL, REPLICAS)
+    stage.served("dp2")
+    stage.compare("dp2")
+    stage.measure("dp2")
+
+
+def foreign(stage: Stage) -> None:
+    """Somebody else has the GPU's memory of k1."""
+    stage.on(*BOTH)
+    stage.deploy("down", fails=True)
+    stage.configure(SMALL, TWO)
+    script = stage.room["k1"].home / "hog.py"
+    script.write_text(HOG)
+    stage.room["k1"].execute(
+        [
+            "sh",
+            "-c",
+            f"setsid {MOUNT}/gracefarm/gpu/env/bin/python /home/ubuntu/hog.py >/home/ubuntu/hog.log 2>&1 </dev/null &",
+        ]
+    )
+    log = stage.room["k1"].home / "hog.log"
+    deadline = time.monotonic() + 30
+    while "taken" not in log.read_text() and time.monotonic() < deadline:
+        time.sleep(0.5)
+    preflight = stage.deploy("preflight", fails=True)
+    serve = stage.deploy("serve", fails=True)
+    stage.keep("foreign", preflight=[line for line in preflight.output.splitlines() if "memory" in line], code=preflight.code)
+    stage.keep("foreign", serve={"code": serve.code, "says": serve.output.splitlines()[-6:], "seconds": serve.seconds})
+    stage.kill("k1", lambda process: any("hog.py" in word for word in process["argv"]))
+
+
+def native(name: str, layout: Mapping[str, int]) -> Scene:
+    """Without Ray."""
+
+    def scene(stage: Stage) -> None:
+        stage.on(*BOTH)
+        stage.configure(SMALL, layout, launcher="native")
+        stage.served(name)
+        stage.deploy("status")
+        stage.compare(name)
+        stage.measure(name)
+        stage.kill("k1", worker)
+        stage.broken(name, "worker")
+
+    return scene
+
+
+def on(nodes: tuple[str, ...], name: str, repo: str, layout: Mapping[str, int]) -> Scene:
+    """A layout on these nodes, measured; compared where its weights are real."""
+
+    def scene(stage: Stage) -> None:
+        stage.on(*nodes)
+        stage.configure(repo, layout, **({} if repo == SMALL else DUMMY))
+        stage.served(name)
+        if repo == SMALL:
+            stage.compare(name)
+        stage.measure(name)
+        if name == "tp2-nvlink":
+            stage.kill("k2", core)
+            stage.broken(name, "engine")
+
+    return scene
+
+
+def end(stage: Stage) -> None:
+    """Everything is ended, and what was put on the nodes is removed."""
+    stage.deploy("down")
+    stage.deploy("purge", "--yes", fails=True)
+    left = {
+        node.name: [" ".join(process["argv"])[:60] for process in node.processes() if "sshd" not in process["argv"][0]]
+        for node in stage.room.nodes
+    }
+    stage.keep("end", left=left, memory=_gpu_memory())
+    stage.say(json.dumps(left))
+
+
+def _gpu_memory() -> str:
+    """Used on each GPU, as the driver says."""
+    asked = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader"]
+    return subprocess.run(asked, capture_output=True, text=True, check=False).stdout if shutil.which(asked[0]) else ""
+
+
+SCENES: dict[str, Scene] = {
+    "up": up,
+    "tp2": tp2,
+    "pp2": pp2,
+    "dp2": dp2,
+    "foreign": foreign,
+    "native-tp2": native("native-tp2", TWO),
+    "native-pp2": native("native-pp2", STAGES),
+    "tp2-nvlink": on(ONE, "tp2-nvlink", SMALL, TWO),
+    "pp2-nvlink": on(ONE, "pp2-nvlink", SMALL, STAGES),
+    "405b-tp2-nvlink": on(ONE, "405b-tp2-nvlink", LARGE, TWO),
+    "405b-pp2-nvlink": on(ONE, "405b-pp2-nvlink", LARGE, STAGES),
+    "405b-tp2": on(BOTH, "405b-tp2", LARGE, TWO),
+    "405b-pp2": on(BOTH, "405b-pp2", LARGE, STAGES),
+    "405b-dp2": on(BOTH, "405b-dp2", HALF, REPLICAS),
+    "end": end,
+}
