@@ -173,7 +173,7 @@ class Ports(Table):
     store: Port = 29500
     "torch's store, and the collectives of preflight."
     engine_store: Port = 29501
-    "APHRODITE_PORT or VLLM_PORT."
+    "APHRODITE_PORT. vLLM looks for free ports itself."
 
 
 Objective = Literal["speed", "throughput", "cost"]

@@ -142,7 +142,8 @@ def test_vllms_wheel_has_the_modules_and_variables_that_deploy_names(vllm: Path)
     for module in wanted:
         assert any(member.startswith(module.replace(".", "/") + ".") for member in members), module
     one = engines.engine("vllm")
-    for name in (one.host_variable, one.partition_variable, one.port_variable, one.timeout_variable, one.key_variable):
+    names = (one.host_variable, one.partition_variable, one.port_variable, one.timeout_variable, one.key_variable)
+    for name in filter(None, names):
         assert f'"{name}"' in text, name
     assert f"DEFAULT_VOCAB_PADDING_SIZE = {one.vocab_multiple}\n" in padding
 
@@ -212,7 +213,7 @@ def test_the_engine_reads_the_variables_that_the_plan_sets(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as opened:
         text = "\n".join(opened.read(name).decode() for name in opened.namelist() if name.endswith(".py"))
     engine = engines.engine("aphrodite")
-    variables = (engine.host_variable, engine.partition_variable, engine.port_variable, engine.timeout_variable)
+    variables = (engine.host_variable, engine.partition_variable, engine.port_variable or "", engine.timeout_variable)
     named = (*variables, engine.key_variable, *engine.env)
     for name in named:
         assert f'"{name}"' in text or f"'{name}'" in text, name
