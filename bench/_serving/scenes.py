@@ -32,7 +32,7 @@ assert cuda.cuMemAlloc_v2(ctypes.byref(pointer), ctypes.c_size_t(100 << 30)) == 
 print("taken", flush=True)
 time.sleep(300)
 """
-"A process of somebody else that takes 100 GiB of the GPU."
+"Another process, which takes 100 GiB of the GPU."
 
 
 def worker(process: Json) -> bool:
@@ -108,7 +108,7 @@ def dp2(stage: Stage) -> None:
 
 
 def foreign(stage: Stage) -> None:
-    """Somebody else has the GPU's memory of k1."""
+    """Another process has the GPU memory of k1."""
     stage.on(*BOTH)
     stage.deploy("down", fails=True)
     stage.configure(SMALL, TWO)

@@ -1,6 +1,6 @@
 #!/bin/sh
 # Debian's sshd, ssh-keygen and ip with the libraries that they need, into FOLDER; `install.sh WORK` there puts them in their
-# places on a machine with a newer glibc that has none of them. usage: tools.sh FOLDER
+# places on a machine with a newer glibc that lacks them. usage: tools.sh FOLDER
 set -eu
 folder=$1 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
