@@ -66,7 +66,7 @@ def described(path: Path) -> tuple[str, str, str]:
         metadata = wheel.read(inside)
     path.with_name(f"{path.name}.metadata").write_bytes(metadata)
     headers = {key: re.search(rf"^{key}: *(\S+)", metadata.decode(), re.MULTILINE) for key in ("Name", "Version")}
-    name, version = (str(found[1]) if found else "?" for found in headers.values())
+    name, version = (str(header[1]) if header else "?" for header in headers.values())
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     return normalized(name), version, digest
