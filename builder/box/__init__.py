@@ -1,1 +1,1 @@
-"""Where foreign code runs: the sandbox, its supervisor, the memory meter and the network recorder."""
+"""Execution of untrusted code: the sandbox, its supervisor, the memory meter and the network recorder."""

@@ -8,9 +8,9 @@ FOLDER = Path("/proc/sys/fs/binfmt_misc")
 
 
 def registration(target: str) -> str | None:
-    """Why the kernel does not start the target's programs inside a sandbox; None when it does.
+    """Why the kernel cannot start the target's programs inside a sandbox; None if it can.
 
-    Without flag F the kernel would look for qemu inside the sandbox's root, at the path of another machine.
+    Without flag F the kernel would search qemu inside the sandbox's root, at the path of another machine.
     """
     if not (FOLDER / "register").exists():
         return "binfmt_misc is not mounted"
@@ -21,4 +21,4 @@ def registration(target: str) -> str | None:
     if "enabled" not in lines:
         return "registered, but disabled"
     flags = next((line.partition(":")[2] for line in lines if line.startswith("flags")), "")
-    return None if "F" in flags else "registered without flag F, which a sandbox needs"
+    return None if "F" in flags else "registered without flag F, which a sandbox requires"

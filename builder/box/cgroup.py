@@ -1,4 +1,4 @@
-"""Cgroups of version 2: our own and those above it, their limits, and new ones below."""
+"""Cgroups of version 2: our own and its parents, their limits, and new child groups."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _NAME = re.compile(rf"{PREFIX}-(\d+)-(\d+)-\w+")
 
 
 def try_to_move(folder: Path) -> None:
-    """Move a process of ours into a cgroup: the right to make one is not yet the right to move there.
+    """Move our process into a cgroup. Permission to create a cgroup does not include permission to move there.
 
     Raises:
         OSError: the kernel refuses.
@@ -26,8 +26,10 @@ def try_to_move(folder: Path) -> None:
 
 
 def parents() -> Iterator[Path]:
-    """Where a child cgroup may be made: no bounded child may stand beside processes, so the way leads up, as far as no limit
-    set by others is left behind."""
+    """The cgroups in which a child may be created.
+
+    A cgroup with processes cannot have limited children, so search upwards, but do not leave a limit that others have set.
+    """
     for folder in levels():
         yield folder
         if read(folder / "memory.max", "max") != "max":
@@ -35,7 +37,7 @@ def parents() -> Iterator[Path]:
 
 
 def levels() -> list[Path]:
-    """Our cgroup and those above it, as far as they are seen."""
+    """Our cgroup and its visible parents."""
     own = own_cgroup()
     if own is None:
         return []
@@ -44,13 +46,13 @@ def levels() -> list[Path]:
 
 
 def own_cgroup() -> tuple[Path, Path] | None:
-    """Our cgroup's folder and the mount it is seen through."""
+    """The folder of our cgroup, and its mount point."""
     path = own_path(Path("/proc/self/cgroup").read_text())
     mount = mount_of(Path("/proc/self/mountinfo").read_text())
     if path is None or mount is None:
         return None
     visible, point = mount
-    # In a container without a cgroup namespace the mount shows a part of the hierarchy only.
+    # In a container without a cgroup namespace, the mount shows only a part of the hierarchy.
     if not Path(path).is_relative_to(visible):
         return None
     folder = point / Path(path).relative_to(visible)
@@ -58,7 +60,7 @@ def own_cgroup() -> tuple[Path, Path] | None:
 
 
 def own_path(cgroup: str) -> str | None:
-    """Our path in /proc/self/cgroup (cgroups(7)): `0::path`; lines with controllers are version 1's."""
+    """Our path in /proc/self/cgroup (cgroups(7)): `0::path`; lines with controllers belong to version 1."""
     return next((line.removeprefix("0::") for line in cgroup.splitlines() if line.startswith("0::")), None)
 
 
@@ -72,7 +74,7 @@ def mount_of(mountinfo: str) -> tuple[str, Path] | None:
 
 
 def new(parent: Path) -> Path | None:
-    """A new child of `parent`, named after this process so that the next one can sweep it when this one is killed."""
+    """Create a child of `parent`, named after this process, so that a later process can remove it if this one is killed."""
     sweep(parent)
     try:
         return Path(tempfile.mkdtemp(prefix=f"{PREFIX}-{os.getpid()}-{start_time(os.getpid())}-", dir=parent))
@@ -81,7 +83,7 @@ def new(parent: Path) -> Path | None:
 
 
 def sweep(parent: Path) -> None:
-    """Remove the cgroups of builders that are gone."""
+    """Remove the cgroups of builders that no longer run."""
     for folder in parent.glob(f"{PREFIX}-*"):
         match = _NAME.fullmatch(folder.name)
         if match and start_time(int(match[1])) != int(match[2]):
@@ -90,7 +92,7 @@ def sweep(parent: Path) -> None:
 
 
 def start_time(pid: int) -> int | None:
-    """When a process started, in clock ticks since boot: with the id it names a process for good."""
+    """Start time of a process in clock ticks since boot. With the process id, it identifies the process."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
@@ -99,7 +101,7 @@ def start_time(pid: int) -> int | None:
 
 
 def remove(folder: Path) -> None:
-    """Remove a cgroup; a process that has just ended keeps it busy for a moment."""
+    """Remove a cgroup. A process that has just ended may keep it busy for a moment."""
     for _ in range(100):
         if not folder.exists():
             return
@@ -110,7 +112,7 @@ def remove(folder: Path) -> None:
 
 
 def room(folder: Path) -> int | None:
-    """Bytes left in one cgroup, its limit less what it cannot give back; None where it has no limit."""
+    """Bytes left in a cgroup: its limit minus memory that cannot be reclaimed; None without a limit."""
     limit = read(folder / "memory.max", "max")
     if limit == "max":
         return None
@@ -127,6 +129,6 @@ def read(path: Path, default: str) -> str:
 
 
 def numbers(path: Path) -> dict[str, int]:
-    """A file of `key number` lines; empty where it cannot be read."""
+    """Read a file of `key number` lines; empty if it is unreadable."""
     pairs = (line.split() for line in read(path, "").splitlines())
     return {pair[0]: int(pair[1]) for pair in pairs if len(pair) > 1 and pair[1].isdecimal()}

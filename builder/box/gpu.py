@@ -1,4 +1,4 @@
-"""A GPU in a sandbox: its device files, and the libraries of NVIDIA's driver."""
+"""A GPU in a sandbox: its device files and the libraries of NVIDIA's driver."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from pathlib import Path
 from builder.box.sandbox import BindMount
 
 DRIVER_FOLDER = "/run/driver"
-"Of the sandbox: NVIDIA's user-space driver, which comes with the kernel's and is in no lock."
+"Folder in the sandbox of NVIDIA's user-space driver, which belongs to the kernel driver and cannot be locked."
 
 
 VARIABLES: Mapping[str, str] = {
     "LD_LIBRARY_PATH": DRIVER_FOLDER,
-    # triton else asks `ldconfig -p`, which fails in a root: no maintainer script has run, so there is no /etc/ld.so.cache.
+    # Else triton runs `ldconfig -p`, which fails in a root: no maintainer script has run, so /etc/ld.so.cache does not exist.
     "TRITON_LIBCUDA_PATH": DRIVER_FOLDER,
 }
 
@@ -28,7 +28,7 @@ def devices() -> list[Path]:
 
 
 def loaders_cache() -> str:
-    """What this machine's loader finds by name, as `ldconfig -p` lists it."""
+    """The libraries that this machine's loader finds by name, from `ldconfig -p`."""
     process = subprocess.run(
         ["ldconfig", "-p"], capture_output=True, text=True, check=False, env={"PATH": "/usr/sbin:/sbin:/usr/bin"}
     )
@@ -36,11 +36,11 @@ def loaders_cache() -> str:
 
 
 def driver_libraries(listing: str) -> Iterator[BindMount]:
-    """The driver's libraries of a loader's cache, each to a folder of its own in the sandbox; and libcuda.so, to link with.
+    """The driver's libraries in a loader's cache, each mapped to a separate folder in the sandbox, and libcuda.so for linking.
 
-    That name is of a package for developers which a driver need not have brought, and a JIT compiler links with `-lcuda`.
+    JIT compilers link with `-lcuda`, but the name libcuda.so belongs to a developer package that may not be installed.
     """
-    library = r"^\s*(lib(?:cuda|nvidia-[\w-]+)\.so\.\S+) \(libc6,(?:x86-64|AArch64)\b.* => (\S+)$"  # else: for 32 bits
+    library = r"^\s*(lib(?:cuda|nvidia-[\w-]+)\.so\.\S+) \(libc6,(?:x86-64|AArch64)\b.* => (\S+)$"  # others are for 32 bits
     places: dict[str, str] = {}
     for name, place in re.findall(library, listing, re.MULTILINE):
         places.setdefault(name, place)

@@ -1,7 +1,7 @@
-"""What a tree of processes uses: its memory bound, its peak memory, its CPU time; and how much memory this machine can give.
+"""Memory limit, peak memory and CPU time of a process tree; available memory of this machine.
 
-The bound is the kernel's where a memory cgroup of version 2 can be made, else a watchdog's. Never RLIMIT_AS: address
-space is not memory, and qemu and nvcc reserve much more of it than they use.
+The kernel enforces the limit if a memory cgroup of version 2 can be created, else a watchdog does. RLIMIT_AS is not used,
+since qemu and nvcc reserve much more address space than memory.
 """
 
 from __future__ import annotations
@@ -22,77 +22,77 @@ from gracefarm.errors import HostError
 
 MemoryBy = Literal["cgroup2", "watchdog"]
 KINDS: tuple[MemoryBy, ...] = ("cgroup2", "watchdog")
-"In the order of preference."
+"In order of preference."
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """One look at a tree of processes."""
+    """Figures of a process tree at one moment."""
 
     memory: int
-    "Bytes of anonymous and shared memory now (tmpfs included, page cache not)."
+    "Bytes of anonymous and shared memory (with tmpfs, without page cache)."
     cpu_s: float
-    "CPU seconds used so far, as far as this meter sees them."
+    "CPU seconds so far, as visible to this meter."
     over: bool
-    "The tree has passed its bound: the kernel killed a process of it for memory, or the watchdog saw it."
+    "Whether the tree has exceeded its limit: the kernel killed one of its processes, or the watchdog noticed it."
 
 
 class Meter(Protocol):
-    """Bounds and measures one tree of processes, from `attach` to `close`."""
+    """Limits and measures a process tree from `attach` to `close`."""
 
     by: MemoryBy
 
     def attach(self, pid: int) -> None:
-        """Take in process `pid`, which has no children yet."""
+        """Add the process `pid`, which has no children yet."""
 
     def read(self) -> Reading:
-        """Look once; valid after the tree's end too, where `by` is a cgroup."""
+        """Measure once. With a cgroup, this also works after the end of the tree."""
 
     def close(self) -> None:
-        """Leave nothing behind. The tree has ended."""
+        """Clean up after the end of the tree."""
 
 
 def open_meter(bound: int, kinds: Sequence[MemoryBy] = KINDS) -> Meter:
-    """The first of `kinds` that works here, tried for real, with a bound of `bound` bytes.
+    """The first of `kinds` that works on this machine, with a limit of `bound` bytes.
 
     Raises:
-        HostError: none does (the watchdog always does).
+        HostError: none works (the watchdog always works).
     """
     if "cgroup2" in kinds and (folder := _bounded_cgroup(bound)):
         return Cgroup(folder)
     if "watchdog" in kinds:
         return Watchdog(bound)
     raise HostError(
-        f"no way to bound memory here by {' or '.join(kinds)}", remedy="run `builder doctor`, or allow the watchdog too"
+        f"this machine cannot limit memory by {' or '.join(kinds)}", remedy="run `builder doctor`, or allow the watchdog too"
     )
 
 
 def available_memory() -> int:
-    """Bytes that a build may use: the least of the kernel's MemAvailable and what each memory cgroup above us has left."""
+    """Bytes that a build may use: the minimum of MemAvailable and the free memory of each memory cgroup above us."""
     rooms = [room for level in cgroup.levels() if (room := cgroup.room(level)) is not None]
     return min([psutil.virtual_memory().available, *rooms])
 
 
 def cpu_quota() -> float | None:
-    """Processors' worth of time that the cgroups above us allow, as a container's --cpus; None: no limit."""
+    """Number of processors that the cgroups above us allow, such as a container's --cpus; None: no limit."""
     limits = [
         cgroup.read(folder / "cpu.max", "max").split() for folder in cgroup.levels()
-    ]  # microseconds per period of microseconds
+    ]  # microseconds per period in microseconds
     return min((int(limit[0]) / int(limit[1]) for limit in limits if limit[0] != "max"), default=None)
 
 
 @dataclass(kw_only=True)
 class Usage:
-    """What this process and its children used between two moments; complete after `watch`."""
+    """Resources that this process and its children used during `watch`; complete after it."""
 
     cpu_s: float = 0.0
     peak_memory: int = 0
-    "Bytes, sampled."
+    "Peak bytes, sampled."
 
 
 @contextlib.contextmanager
 def watch() -> Iterator[Usage]:
-    """Measure what runs in this process, children included, while the block runs."""
+    """Measure this process and its children during the block."""
     usage, ended, us = Usage(), threading.Event(), psutil.Process()
     before = _cpu_of(us)
 
@@ -116,7 +116,7 @@ def watch() -> Iterator[Usage]:
 
 
 _SAMPLE = 0.2
-"Seconds, as the sandbox's."
+"Sampling interval in seconds, as in the sandbox."
 
 
 # --- cgroups -----------------------------------------------------------------------------------------------------------------
@@ -131,7 +131,7 @@ class Cgroup:
         self._folder = folder
 
     def attach(self, pid: int) -> None:
-        """Move `pid` into the cgroup; its children are born there."""
+        """Move `pid` into the cgroup; its children inherit the cgroup."""
         (self._folder / "cgroup.procs").write_text(str(pid))
 
     def read(self) -> Reading:
@@ -149,14 +149,14 @@ class Cgroup:
 
 
 def _bounded_cgroup(bound: int) -> Path | None:
-    """A new memory cgroup with the bound set, or None where the kernel, its mounts or our rights do not allow one."""
+    """Create a memory cgroup with the limit; None if the kernel, its mounts or our permissions do not allow one."""
     for parent in cgroup.parents():
         folder = cgroup.new(parent)
         if folder is None:
             continue
         try:
             (folder / "memory.max").write_text(str(bound))
-            # Without this a build that passes its bound crawls through swap. The file is absent where swap is not counted.
+            # Else a build above its limit would use swap and become very slow. The file does not exist if swap is not counted.
             with contextlib.suppress(FileNotFoundError):
                 (folder / "memory.swap.max").write_text("0")
             cgroup.try_to_move(folder)
@@ -174,7 +174,7 @@ _PSS = re.compile(r"^Pss: +(\d+) kB", re.MULTILINE)
 
 
 class Watchdog:
-    """Sums the tree's memory from /proc; whoever reads it kills the tree when it is over the bound."""
+    """Sums the tree's memory from /proc. The reader kills the tree if it exceeds the limit."""
 
     by: MemoryBy = "watchdog"
 
@@ -183,17 +183,17 @@ class Watchdog:
         self._pid = 0
 
     def attach(self, pid: int) -> None:
-        """Watch `pid` and its descendants: all of a PID namespace, where orphans become children of its first process."""
+        """Watch `pid` and its descendants: in a PID namespace, orphans become children of its first process."""
         self._pid = pid
 
     def read(self) -> Reading:
-        """See Meter. Nothing is left to read after the tree's end."""
+        """See Meter. This does not work after the end of the tree."""
         tree = _tree(self._pid)
         memory = sum(map(_memory_of, tree)) + _tmpfs_bytes(self._pid)
         return Reading(memory=memory, cpu_s=sum(map(_cpu_of, tree)), over=memory > self._bound)
 
     def close(self) -> None:
-        """Nothing was made."""
+        """Nothing to clean up."""
 
 
 def _tree(pid: int) -> list[psutil.Process]:
@@ -205,7 +205,7 @@ def _tree(pid: int) -> list[psutil.Process]:
 
 
 def _memory_of(process: psutil.Process) -> int:
-    """Proportional set size, which counts a page that forks share once; resident size where the kernel hides it."""
+    """Proportional set size, which counts shared pages once; resident size if the kernel hides it."""
     try:
         return 1024 * int(_PSS.findall(Path(f"/proc/{process.pid}/smaps_rollup").read_text())[0])
     except (OSError, IndexError):
@@ -215,7 +215,7 @@ def _memory_of(process: psutil.Process) -> int:
 
 
 def _cpu_of(process: psutil.Process) -> float:
-    """CPU seconds of a process and of its ended, waited-for children."""
+    """CPU seconds of a process and of its reaped children."""
     try:
         times = process.cpu_times()
     except psutil.Error:
@@ -224,7 +224,7 @@ def _cpu_of(process: psutil.Process) -> float:
 
 
 def _tmpfs_bytes(pid: int) -> int:
-    """Memory in the sandbox's own tmpfs mounts, which belongs to no process."""
+    """Memory of the sandbox's tmpfs mounts, which is not part of any process."""
     root = Path(f"/proc/{pid}/root")
     used: dict[int, int] = {}
     for folder in (root, *(root / name for name in _TMPFS)):

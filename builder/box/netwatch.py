@@ -1,12 +1,12 @@
-"""The recorder of network attempts: it sits in the sandbox's network namespace, answers "no", and reports what was asked.
+"""The recorder of network attempts. It runs in the sandbox's network namespace, refuses all attempts and reports them.
 
-That namespace has nothing but `lo`. The recorder
+That namespace has only `lo`. The recorder
 
-- answers DNS on 127.0.0.1:53 and [::1]:53 with NXDOMAIN at once, so that a build fails with a sentence instead of a time-out;
-- makes every address of the world local to `lo`, so that a connection to a literal address is refused at once, and reads the
-  first packet of each from a packet socket.
+- answers DNS on 127.0.0.1:53 and [::1]:53 with NXDOMAIN, so that a build fails immediately instead of with a timeout;
+- makes every address local to `lo`, so that a connection to a literal address is refused immediately, and reads the first
+  packet of each connection from a packet socket.
 
-It runs in `builder.box.supervisor`, which starts in hundredths of a second because both import the standard library alone.
+It runs in `builder.box.supervisor`. Both import only the standard library, so that they start in hundredths of a second.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Report = Callable[[str], None]
 
 
 def join(pid: int) -> None:
-    """Enter the network namespace of `pid` with full rights in it: those of the user namespace that owns it.
+    """Enter the network namespace of `pid` with all capabilities of the user namespace that owns it.
 
     Raises:
         OSError: the kernel refuses.
@@ -49,7 +49,7 @@ def join(pid: int) -> None:
 
     network = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY)
     owner = fcntl.ioctl(network, NS_GET_USERNS)
-    # Root needs no user namespace for a network of its own, and nobody may enter the one that he is in.
+    # Root requires no user namespace for a network namespace, and a process cannot enter the user namespace that it is in.
     if not os.path.samestat(os.fstat(owner), os.stat("/proc/self/ns/user")):  # noqa: PTH116 pathlib is slower to import
         call(libc.setns(owner, CLONE_NEWUSER))
     call(libc.setns(network, CLONE_NEWNET))
@@ -58,10 +58,10 @@ def join(pid: int) -> None:
 
 
 def wait_for_loopback() -> None:
-    """Wait until bubblewrap, which runs at the same time, has brought `lo` up.
+    """Wait until bubblewrap, which runs concurrently, has brought `lo` up.
 
     Raises:
-        OSError: it has not within seconds.
+        OSError: `lo` is still down after some seconds.
     """
     siocgifflags, up = 0x8913, 0x1
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
@@ -70,17 +70,16 @@ def wait_for_loopback() -> None:
             if flags & up:
                 return
             time.sleep(0.005)
-    raise TimeoutError("lo stays down")
+    raise TimeoutError("lo is down")
 
 
 def claim_all_addresses(family: socket.AddressFamily) -> None:
     """`ip route add local 0.0.0.0/0 dev lo src 127.0.0.1`, or the same for IPv6, by rtnetlink(7).
 
-    The preferred source keeps the usual trick to learn one's own address (connect a datagram socket, ask its name) at
-    loopback.
+    With the preferred source, programs that determine their address by connecting a datagram socket get loopback.
 
     Raises:
-        OSError: the kernel refuses, as for IPv6 where it is switched off.
+        OSError: the kernel refuses, for example if IPv6 is disabled.
     """
     request, acknowledge, create, replace = 0x1, 0x4, 0x400, 0x100
     rtm_newroute, table_local, protocol_boot, scope_host, type_local = 24, 255, 3, 254, 2
@@ -99,7 +98,7 @@ def claim_all_addresses(family: socket.AddressFamily) -> None:
 
 
 def packet_socket() -> socket.socket:
-    """A packet socket on `lo`, which sees what leaves for any address."""
+    """A packet socket on `lo`, which receives packets to all addresses."""
     watcher = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, 0)
     watcher.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
     watcher.bind(("lo", ETH_P_ALL))
@@ -107,9 +106,9 @@ def packet_socket() -> socket.socket:
 
 
 def describe(packet: bytes) -> Iterator[str]:
-    """What an IP packet wanted that leaves loopback's own addresses and is the first of its kind, a TCP SYN or UDP.
+    """The destination of a TCP SYN or UDP packet to an address outside of loopback.
 
-    That is `address:port`, and the name asked for when it is a DNS question to another server.
+    The result is `address:port`, and for a DNS query to another server also the queried name.
     """
     version = packet[0] >> 4
     start, protocol = ((packet[0] & 0xF) * 4, packet[9]) if version == 4 else (40, packet[6])
@@ -150,14 +149,14 @@ def question(message: bytes) -> tuple[str, int, int]:
 
 
 def is_own(name: str, kind: int, hostname: str) -> bool:
-    """The name is this machine's own: its host name, localhost, or the reverse of a loopback address."""
+    """Whether the name belongs to this machine: its host name, localhost, or the reverse of a loopback address."""
     if kind == PTR:
         return name.endswith(".127.in-addr.arpa") or (name.endswith("0.0.0.ip6.arpa") and name.startswith("1.0.0."))
     return name in ("", hostname, "localhost") or name.endswith(".localhost")
 
 
 def answer(message: bytes, hostname: str, report: Report) -> bytes:
-    """The reply to a DNS message: own names exist, all others do not and are reported.
+    """The reply to a DNS message: names of this machine exist; all others do not, and are reported.
 
     Raises:
         ValueError: it is not a question.
@@ -173,7 +172,7 @@ def answer(message: bytes, hostname: str, report: Report) -> bytes:
 
 
 class Recorder:
-    """The sockets of the recorder, and what becomes of what they receive.
+    """The sockets of the recorder, and the handling of received data.
 
     Raises:
         OSError: the kernel refuses packet sockets.
@@ -188,10 +187,10 @@ class Recorder:
         self._serve(self._watcher, lambda _: self._packets())
 
     def watch(self, family: socket.AddressFamily) -> None:
-        """Claim all addresses of one family and answer DNS by it, in the current network namespace.
+        """Claim all addresses of one family and answer DNS with it, in the current network namespace.
 
         Raises:
-            OSError: the kernel has no such family or refuses.
+            OSError: the kernel does not support the family, or refuses.
         """
         claim_all_addresses(family)
         loopback = "127.0.0.1" if family == socket.AF_INET else "::1"
@@ -202,7 +201,7 @@ class Recorder:
 
     def _serve(self, sock: socket.socket, handle: Callable[[socket.socket], None]) -> None:
         def ready() -> None:
-            # A build may send anything, or close at any moment: neither may end the recording.
+            # A build may send anything, or close a connection at any moment. Neither may stop the recorder.
             with contextlib.suppress(OSError, ValueError, struct.error, IndexError):
                 handle(sock)
 
@@ -210,7 +209,7 @@ class Recorder:
         self._selector.register(sock, selectors.EVENT_READ, ready)
 
     def _report(self, text: str) -> None:
-        """Write each once; a build that walks through all addresses is told enough by the first thousand."""
+        """Report each attempt once, and at most a thousand, in case a build scans addresses."""
         if text not in self._seen and len(self._seen) < MOST:
             self._seen.add(text)
             self._write(text)
@@ -221,14 +220,14 @@ class Recorder:
                 packet, address = self._watcher.recvfrom(SNAP)
             except BlockingIOError:
                 return
-            # What crosses lo is seen twice, leaving and arriving; the arrival has passed the routes.
+            # Packets on lo are seen twice, outgoing and incoming. Only incoming ones have passed the routes.
             if address[2] != PACKET_OUTGOING:
                 with contextlib.suppress(ValueError, struct.error, IndexError):
                     for text in describe(packet):
                         self._report(text)
 
     def _answer(self, message: bytes) -> bytes:
-        # Who asks has to wait for us, so what was tried before stands in the packet socket already: the order is kept.
+        # The client waits for our reply, so earlier attempts are already in the packet socket, and the order is preserved.
         self._packets()
         return answer(message, self._hostname, self._report)
 
@@ -241,7 +240,7 @@ class Recorder:
         self._serve(connection, self._stream)
 
     def _stream(self, connection: socket.socket) -> None:
-        """One question by TCP: length, message. Clients send it at once, so half a message ends the connection."""
+        """Answer a query by TCP: length, message. Clients send it in one piece, so a partial message ends the connection."""
         self._selector.unregister(connection)
         with connection:
             message = connection.recv(2 + SNAP)
@@ -250,12 +249,12 @@ class Recorder:
 
 
 def start(pid: int, selector: selectors.BaseSelector, hostname: str, report: Report) -> None:
-    """Record what happens in the network namespace of `pid` whenever `selector`'s ready callbacks (its data) are called.
+    """Register callbacks (the data of `selector`) that record attempts in the network namespace of `pid`.
 
-    The calling process, which must have one thread, moves into that namespace for good.
+    The calling process must have one thread. It stays in that namespace.
 
     Raises:
-        OSError: this kernel or its security module does not let us.
+        OSError: the kernel or its security module does not allow it.
     """
     join(pid)
     wait_for_loopback()

@@ -1,4 +1,4 @@
-"""A place where a command of somebody else's runs, whatever shuts it in."""
+"""The interface of places in which untrusted commands run."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from typing import Protocol
 
 
 class Place(Protocol):
-    """What `builder.box.sandbox` needs of a place; its kinds are `sandbox.Sandbox` and `host.HostPlace`."""
+    """The interface that `builder.box.sandbox` requires; implemented by `sandbox.Sandbox` and `host.HostPlace`."""
 
     @property
     def memory(self) -> int:
-        """Bytes that the whole tree of processes may use."""
+        """Maximum bytes of memory of the whole process tree."""
 
     @property
     def network(self) -> bool:
-        """The command has the machine's network."""
+        """Whether the command shares the machine's network."""
 
     @property
     def hostname(self) -> str:
-        """The machine's name as the command knows it: no attempt to reach another."""
+        """The host name that the command sees. A query for it is not a network attempt."""
 
     @property
     def hears_every_name(self) -> bool:
-        """Each question for a name comes to the recorder."""
+        """Whether all DNS queries reach the recorder."""
 
     def command(self, argv: Sequence[str], *, terminal: bool = False) -> list[str]:
-        """The complete command line that runs `argv` there; `terminal`: it keeps the terminal that we have."""
+        """The complete command line that runs `argv` there; `terminal`: keep our terminal."""

@@ -1,8 +1,8 @@
-"""Where the code of others runs: bubblewrap around a read-only root, without network, with a bound on memory.
+"""The sandbox for untrusted code: bubblewrap with a read-only root, without network, with a memory limit.
 
-What a build sees is the same everywhere: the root's files, host name `build`, user `build` (1000), an empty /tmp and home, and
-the variables that it is given; nothing of the host's environment. What it leaves is what it wrote into the folders mounted
-writable. docs/explanation/sandbox.md says how each promise is kept.
+Every build sees the same: the files of the root, host name `build`, user `build` (1000), an empty /tmp and home, and the given
+variables, but nothing of the host's environment. Only files in writable mounts remain afterwards.
+docs/explanation/sandbox.md describes each guarantee.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ HOSTNAME = "build"
 HOME = "/home/build"
 TMP = str(Path("/", "tmp"))
 UID = GID = 1000
-"The one user and group inside; outside they are the builder's own."
+"User and group inside; outside they are the builder's."
 
 NetworkBy = Literal["recorder", "log", "host"]
 
 KILLED = 137
-"Return code of what the sandbox itself killed, as a shell's for SIGKILL."
+"Return code of a command that the sandbox killed; a shell uses the same for SIGKILL."
 
 DATA = Path(__file__).parent.parent / "data" / "sandbox"
-"Files that stand in for the root's own in /etc, where it has them."
+"Files that replace those of the root in /etc, if they exist there."
 
 _NOT_FROM_ROOT = frozenset({"proc", "sys", "dev", "tmp", "run", "home", "root", "boot", "media", "mnt", "srv", "lost+found"})
 _FIRST_TICK, _TICK = 0.02, 0.2
-"Seconds between two looks at the meter: short at first for short commands."
+"Seconds between two measurements; short at first, for short commands."
 _PATIENCE = 30.0
-"Seconds that the kernel may take to end all processes."
+"Maximum seconds for the kernel to end all processes."
 _CHUNK = 1 << 16
 
 
@@ -61,7 +61,7 @@ class BindMount:
 
 @dataclass(frozen=True, kw_only=True)
 class Sandbox:
-    """What a command inside sees."""
+    """The environment of a command inside."""
 
     root: Path
     "Read-only root file system: a Debian tree, merged /usr."
@@ -70,9 +70,9 @@ class Sandbox:
     "Complete: nothing is inherited from the host."
     workdir: str
     memory: int
-    "Bytes that the whole tree of processes may use."
+    "Maximum bytes of memory of the whole process tree."
     network: bool = False
-    "Share the host's network: only for installing back from an index."
+    "Share the host's network. Used only to install from an index."
     devices: tuple[str, ...] = ()
     "Device files of the host, for a smoke test on a GPU."
 
@@ -80,29 +80,29 @@ class Sandbox:
     hears_every_name = True
 
     def command(self, argv: Sequence[str], *, terminal: bool = False) -> list[str]:
-        """The complete bubblewrap command line that runs `argv`. By hand it does the same, but for the memory bound."""
-        # --new-session would take a terminal away, and job control with it.
+        """The complete bubblewrap command line that runs `argv`. It can be run manually, then without the memory limit."""
+        # --new-session would remove the terminal and with it job control.
         return ["bwrap", *(() if terminal else ("--new-session",)), *_options(self), "--", *argv]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What became of a command. The return code is the command's own, 128 + N after signal N."""
+    """Result of a command. The return code is that of the command, or 128 + N after signal N."""
 
     returncode: int
     wall_s: float
     cpu_s: float
-    "CPU seconds of the whole tree, daemons included."
+    "CPU seconds of the whole tree, including daemons."
     peak_memory: int
-    "Bytes of anonymous and shared memory of the tree, sampled; the bound itself when it was passed."
+    "Peak bytes of anonymous and shared memory of the tree, sampled; the limit if it was exceeded."
     memory_bound: int
     memory_by: str
-    "One of meter.KINDS; podman or docker, where that holds the bound of its container."
+    "One of meter.KINDS, or podman or docker if these enforce the limit of their container."
     killed_by_memory: bool
     reached: tuple[str, ...]
-    "What the command tried to reach: host names, `address:port`; each once, in order."
+    "Network attempts of the command: host names, `address:port`; each once, in order."
     network_by: NetworkBy = "recorder"
-    "Who saw that: the recorder, else (`log`) what the output says; `host`: nobody, the network was given."
+    "Source of these attempts: the recorder, or `log` for the output; `host`: not observed, since the network was shared."
 
 
 def run(
@@ -114,11 +114,11 @@ def run(
     memory_by: Sequence[MemoryBy] = KINDS,
     record: bool = True,
 ) -> Outcome:
-    """Run `argv` inside; its output is appended to `log` as it comes, and each line given to `on_line`.
+    """Run `argv` inside; append its output to `log` and pass each line to `on_line`.
 
-    Whatever ends this function (the command's end, the bound, an exception, Ctrl-C, SIGKILL), no
-    process of the sandbox outlives it. `memory_by` limits the ways to bound memory, `record` switches the recorder of network
-    attempts; both are for tests and odd machines.
+    No process of the sandbox outlives this function, regardless of how it ends (the command's end, the limit, an exception,
+    Ctrl-C, SIGKILL). `memory_by` restricts the kinds of memory limits, `record` switches the recorder of network attempts;
+    both are for tests and unusual machines.
 
     Raises:
         HostError: the sandbox cannot be started on this machine.
@@ -148,15 +148,15 @@ def shell(place: Place, argv: Sequence[str] = ("/bin/bash",)) -> int:
             try:
                 tree.follow()
                 break
-            except KeyboardInterrupt:  # meant for the program inside
+            except KeyboardInterrupt:  # for the program inside
                 continue
     if tree.exit is None:
-        raise HostError("the sandbox was not started, or was killed", remedy="run `builder doctor`")
+        raise HostError("the sandbox could not be started or was killed", remedy="run `builder doctor`")
     return tree.exit
 
 
 def check() -> str | None:
-    """Why no sandbox can be started on this machine, tried for real; None when one can."""
+    """Why this machine cannot start a sandbox, from a real attempt; None if it can."""
     if shutil.which("bwrap") is None:
         return "bubblewrap (the program bwrap) is not installed"
     probe = Sandbox(root=Path("/"), mounts=(), environment={}, workdir="/", memory=meter.available_memory())
@@ -171,7 +171,7 @@ def _options(sandbox: Sandbox) -> list[str]:
     return [
         *("--unshare-all", "--unshare-user", "--die-with-parent", "--hostname", HOSTNAME),
         *(("--share-net",) if sandbox.network else ()),
-        # Capabilities, which root would keep, could remount the root writable.
+        # Root would keep capabilities, which could remount the root writable.
         *("--uid", str(UID), "--gid", str(GID), "--cap-drop", "ALL"),
         *_file_system(sandbox),
         "--clearenv",
@@ -181,7 +181,7 @@ def _options(sandbox: Sandbox) -> list[str]:
 
 
 def _file_system(sandbox: Sandbox) -> Iterator[str]:
-    """A tmpfs as /, so that the root need not have the mount points; its folders bound into it; then all made read-only."""
+    """A tmpfs as /, so that the root needs no mount points, with its folders bound into it; then all is made read-only."""
     covered = _NOT_FROM_ROOT | {Path(mount.target).parts[1] for mount in sandbox.mounts if len(Path(mount.target).parts) == 2}
     for entry in sorted(sandbox.root.iterdir()):
         if entry.name in covered:
@@ -197,14 +197,14 @@ def _file_system(sandbox: Sandbox) -> Iterator[str]:
     yield from _etc(sandbox)
     for mount in sandbox.mounts:
         yield from ("--bind" if mount.writable else "--ro-bind", str(mount.source), mount.target)
-    # Where root builds, what is root's in /proc/sys is the build's as well: kernel.core_pattern would be its way out.
+    # If root builds, the build can write root's files in /proc/sys, and could escape by kernel.core_pattern.
     yield from ("--remount-ro", "/proc", "--remount-ro", "/")
 
 
 def _etc(sandbox: Sandbox) -> Iterator[str]:
-    """Our hosts, resolv.conf, passwd, group and nsswitch.conf over the root's; a file that the root lacks cannot be mounted.
+    """Mount our hosts, resolv.conf, passwd, group and nsswitch.conf over those of the root. Missing files cannot be mounted.
 
-    Without them the C library's defaults are the same: DNS at 127.0.0.1, which is the recorder.
+    Without them, the C library's defaults have the same effect: DNS at 127.0.0.1, which is the recorder.
     """
     for source in sorted(DATA.iterdir()):
         target = sandbox.root / "etc" / source.name
@@ -219,7 +219,7 @@ def _etc(sandbox: Sandbox) -> Iterator[str]:
 
 @dataclass(kw_only=True)
 class _Tree:
-    """A started sandbox, as seen from the builder."""
+    """A running sandbox."""
 
     supervisor: subprocess.Popen[bytes]
     report: int
@@ -237,7 +237,7 @@ class _Tree:
     _partial: bytes = b""
 
     def follow(self) -> None:
-        """Pass on output and reports and keep to the bounds until all pipes are closed: then all processes have ended."""
+        """Forward output and reports, and enforce the limits, until all pipes are closed and thus all processes have ended."""
         tick = _FIRST_TICK
         with selectors.DefaultSelector() as selector:
             selector.register(self.report, selectors.EVENT_READ, self._on_report)
@@ -258,7 +258,7 @@ class _Tree:
                     due = time.monotonic() + tick
 
     def stop(self) -> None:
-        """End the tree, if it has not ended, and wait for it."""
+        """End the tree if it still runs, and wait for it."""
         self._end()
         os.close(self.report)
         if self.supervisor.stdout is not None:
@@ -309,9 +309,9 @@ class _Tree:
             if "init" in message:
                 self.unwatched = message["unwatched"]
                 if message["init"] is not None and self.control >= 0:
-                    with contextlib.suppress(ProcessLookupError):  # bubblewrap has failed; the report of it comes next
+                    with contextlib.suppress(ProcessLookupError):  # bubblewrap has failed; its report comes next
                         self.meter.attach(message["init"])
-                    with contextlib.suppress(BrokenPipeError):  # the same, and the supervisor is gone already
+                    with contextlib.suppress(BrokenPipeError):  # the same, and the supervisor has already ended
                         os.write(self.control, b"g")
             elif "reached" in message:
                 self.reached[message["reached"]] = None
@@ -329,7 +329,7 @@ def _tree(
     memory_by: Sequence[MemoryBy] = KINDS,
     record: bool = True,
 ) -> Iterator[_Tree]:
-    """Start a sandbox; whatever happens in the block, nothing of it is left after.
+    """Start a sandbox. After the block, nothing of it is left.
 
     Raises:
         HostError: bubblewrap is missing.
@@ -352,7 +352,7 @@ def _tree(
                 stdout=None if write is None else subprocess.PIPE,
                 stderr=None if write is None else subprocess.STDOUT,
                 pass_fds=(control_read, report_write),
-                # Ctrl-C on the terminal is for the builder, which ends the tree in its own way.
+                # Ctrl-C on the terminal is for the builder, which ends the tree itself.
                 start_new_session=write is not None,
                 env={},
             )
@@ -376,11 +376,11 @@ def _tree(
 _START = "import sys; sys.path.append(sys.argv.pop(1)); from builder.box.supervisor import main; main()"
 
 
-# --- what the output says ----------------------------------------------------------------------------------------------------
+# --- the output --------------------------------------------------------------------------------------------------------------
 
 
 class _Lines:
-    """Splits output into lines, and keeps what matters of them."""
+    """Splits output into lines and keeps the relevant ones."""
 
     def __init__(self, on_line: Callable[[str], None] | None) -> None:
         self._on_line = on_line
@@ -391,13 +391,13 @@ class _Lines:
         self.reached: dict[str, None] = {}
 
     def feed(self, chunk: bytes) -> None:
-        """Take in what came."""
+        """Add received bytes."""
         *lines, self._partial = (self._partial + self._decoder.decode(chunk)).split("\n")
         for line in lines:
             self._line(line)
 
     def close(self) -> None:
-        """Take in a last line that has no end."""
+        """Add a last line without a newline."""
         if self._partial:
             self._line(self._partial)
 
@@ -416,9 +416,9 @@ _HOST = re.compile(r"host='([\w.-]+)'|resolve host: ([\w.-]+)|host address .([\w
 
 
 def reached_in(line: str) -> str | None:
-    """What a line of a build's output says it could not reach: a host, else the line itself; None when it says no such thing.
+    """The host that a line of a build's output reports as unreachable, else the line; None if it reports no such failure.
 
-    For machines where the recorder cannot be set up.
+    For machines on which the recorder does not work.
     """
     if not _UNREACHABLE.search(line):
         return None
@@ -427,21 +427,23 @@ def reached_in(line: str) -> str | None:
 
 
 _FORBIDDEN = (
-    ("kernel/apparmor_restrict_unprivileged_userns", "1", "AppArmor forbids it to ordinary programs"),
-    ("kernel/unprivileged_userns_clone", "0", "the kernel allows it to root alone"),
-    ("user/max_user_namespaces", "0", "their number is limited to none"),
+    ("kernel/apparmor_restrict_unprivileged_userns", "1", "AppArmor forbids it for unprivileged programs"),
+    ("kernel/unprivileged_userns_clone", "0", "the kernel allows it only for root"),
+    ("user/max_user_namespaces", "0", "their number is limited to zero"),
 )
 
 
 def _explain(complaint: str) -> str:
-    """Bubblewrap's message, and what is behind it: forbidden user namespaces, or a folder that root may not enter in one."""
-    text = complaint.strip().removeprefix("bwrap: ").removeprefix("launcher: ") or "it ended without a word"
+    """Bubblewrap's message and its cause: forbidden user namespaces, or a folder that root may not enter in a namespace."""
+    text = complaint.strip().removeprefix("bwrap: ").removeprefix("launcher: ") or "it ended without a message"
     if "source path" in text and text.endswith("Permission denied") and os.getuid() == 0:
-        return f"{text}; in a sandbox root enters only folders open to it, so build as their owner or set GRACEFARM_HOME"
+        return (
+            f"{text}; in a sandbox, root enters only folders that are open to it: build as their owner or set GRACEFARM_HOME"
+        )
     if not re.search(r"namespace|uid map|RTM_NEWADDR|unshare|clone", text):
         return text
     for name, value, reason in _FORBIDDEN:
         with contextlib.suppress(OSError):
             if (Path("/proc/sys") / name).read_text().strip() == value:
-                return f"no user namespace can be made: {reason} ({name.replace('/', '.')} = {value}; bwrap: {text})"
+                return f"user namespaces cannot be created: {reason} ({name.replace('/', '.')} = {value}; bwrap: {text})"
     return text

@@ -1,16 +1,16 @@
-"""The process between the builder and bubblewrap: it starts the sandbox, records what it tries to reach, and ends it.
+"""The process between the builder and bubblewrap. It starts the sandbox, records its network attempts, and ends it.
 
-The builder may be killed at any moment, and bubblewrap's own --die-with-parent has a gap: the sandbox's first process asks
-for it only when it starts the command. So this process, a child of the builder in a session of its own, is the parent
-("subreaper") of all that the sandbox starts; it sees the builder's end in the end of its control pipe, and then kills until
-nothing is left. If it is killed itself, --die-with-parent does the same.
+The builder may be killed at any moment, and bubblewrap's --die-with-parent has a gap: the sandbox's first process requests it
+only when it starts the command. Therefore this process, a child of the builder in a new session, is the parent ("subreaper")
+of all processes of the sandbox. When its control pipe closes, the builder has ended, and it kills processes until none
+is left. If it is killed itself, --die-with-parent has the same effect.
 
     supervisor CONTROL REPORT record|plain HOSTNAME BWRAP ARGUMENT...
 
-CONTROL is a pipe: a byte lets the command start, its end stops everything. REPORT takes JSON lines: first `init` (the id of
-the sandbox's first process, null when bubblewrap failed before) and `unwatched` (why attempts are not recorded, or null);
-`reached`, as it happens; at last `exit` (status of the command; null when it never ran or was killed by us) and `cpu_s`.
-Standard library only, for a start in hundredths of a second.
+CONTROL is a pipe: a byte starts the command, closing it stops everything. REPORT receives JSON lines: first `init` (the id of
+the sandbox's first process, or null if bubblewrap failed) and `unwatched` (why attempts are not recorded, or null); `reached`
+for each attempt; finally `exit` (status of the command, or null if it never ran or was killed by us) and `cpu_s`.
+This file imports only the standard library, for a start in hundredths of a second.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from builder.box import netwatch
 
 PR_SET_CHILD_SUBREAPER = 36
 OPTIONS = "@options"
-"Where a launcher that is not bubblewrap takes the descriptors of status and gate; bubblewrap takes them first."
+"Position of the descriptors of status and gate in the arguments of a launcher; bubblewrap takes them first."
 
 Send = Callable[[dict[str, object]], None]
 
@@ -38,9 +38,9 @@ def main() -> None:
     """Run as described above."""
     control, report, record, hostname, *bwrap = sys.argv[1:]
     for descriptor in (control, report):
-        os.set_inheritable(int(descriptor), False)  # the sandbox has no business with them
+        os.set_inheritable(int(descriptor), False)  # the sandbox must not inherit them
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    # In a shell these come from the terminal and are for the command. A handler, not SIG_IGN, which the command would inherit.
+    # In a shell these come from the terminal and are for the command. Use a handler: the command would inherit SIG_IGN.
     for number in (signal.SIGINT, signal.SIGQUIT):
         signal.signal(number, lambda _number, _frame: None)
 
@@ -49,17 +49,17 @@ def main() -> None:
 
     try:
         supervise(bwrap, int(control), send, hostname if record == "record" else None)
-    except BrokenPipeError:  # the builder is gone, and nobody listens
+    except BrokenPipeError:  # the builder has ended, so the pipe has no reader
         end_tree()
 
 
 def supervise(bwrap: list[str], control: int, send: Send, hostname: str | None) -> None:
-    """Start bubblewrap, follow it to its end, and leave no process. Attempts are recorded when there is a `hostname`."""
+    """Start bubblewrap, wait for its end, and leave no process. Attempts are recorded if there is a `hostname`."""
     monitor, status, gate = start(bwrap)
     with os.fdopen(status, encoding="ascii") as lines, selectors.DefaultSelector() as selector:
         first = lines.readline()
         init = int(json.loads(first)["child-pid"]) if first else None
-        unwatched = "not asked for" if hostname is None else None
+        unwatched = "not requested" if hostname is None else None
         if init is not None and hostname is not None:
             try:
                 netwatch.start(init, selector, hostname, lambda text: send({"reached": text}))
@@ -68,15 +68,15 @@ def supervise(bwrap: list[str], control: int, send: Send, hostname: str | None) 
         send({"init": init, "unwatched": unwatched})
         follow(selector, monitor, control, gate)
         cpu_s = end_tree()
-        os.close(gate)  # only now: bubblewrap takes the end of this pipe for leave to start the command
-        while ready := selector.select(0):  # what the sockets still hold
+        os.close(gate)  # only now, since bubblewrap starts the command when this pipe is closed
+        while ready := selector.select(0):  # remaining data of the sockets
             call(ready)
         status_code = next((json.loads(line)["exit-code"] for line in lines if "exit-code" in line), None)
         send({"exit": status_code, "cpu_s": cpu_s})
 
 
 def start(bwrap: list[str]) -> tuple[int, int, int]:
-    """Start bubblewrap, which waits before the command. Its process, its status pipe to read, its gate to write."""
+    """Start bubblewrap, which waits before the command. Return its process, the status pipe and the gate."""
     status_read, status_write = os.pipe()
     gate_read, gate_write = os.pipe()
     os.set_inheritable(status_write, True)
@@ -86,8 +86,8 @@ def start(bwrap: list[str]) -> tuple[int, int, int]:
     monitor = os.posix_spawn(
         bwrap[0],
         ["bwrap", *options, *bwrap[1:]] if at is None else [*bwrap[:at], *options, *bwrap[at + 1 :]],
-        {},  # bubblewrap's own environment can be read inside, in /proc/1/environ
-        setsigdef=[signal.SIGPIPE, signal.SIGXFSZ],  # Python ignores them, and children inherit that
+        {},  # bubblewrap's environment is readable inside, in /proc/1/environ
+        setsigdef=[signal.SIGPIPE, signal.SIGXFSZ],  # Python ignores them, and children inherit this
     )
     os.close(status_write)
     os.close(gate_read)
@@ -95,7 +95,7 @@ def start(bwrap: list[str]) -> tuple[int, int, int]:
 
 
 def follow(selector: selectors.BaseSelector, monitor: int, control: int, gate: int) -> None:
-    """Serve until bubblewrap ends or the builder says so."""
+    """Serve until bubblewrap ends or the builder stops it."""
     ended = False
 
     def end() -> None:
@@ -120,16 +120,16 @@ def follow(selector: selectors.BaseSelector, monitor: int, control: int, gate: i
 
 
 def call(ready: list[tuple[selectors.SelectorKey, int]]) -> None:
-    """Do what was registered for what is ready."""
+    """Call the callbacks of ready descriptors."""
     for key, _ in ready:
         key.data()
 
 
 def end_tree() -> float:
-    """Kill what is left of the sandbox and wait for all of it. CPU seconds of what was waited for, from first to last."""
+    """Kill the remaining processes of the sandbox and reap them. Returns the CPU seconds of all reaped processes."""
     cpu_s = 0.0
     while True:
-        # Whatever loses its parent becomes our child, so in the end all were.
+        # Orphans become our children, so we reap all processes.
         for pid in children():
             os.kill(pid, signal.SIGKILL)
         try:

@@ -84,7 +84,7 @@ def test_cgroups_of_dead_builders_are_swept_and_no_others(tmp_path: Path) -> Non
 
 def test_no_way_to_bound_memory_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cgroup, "own_cgroup", lambda: None)
-    with pytest.raises(HostError, match="no way to bound memory here by cgroup2"):
+    with pytest.raises(HostError, match="this machine cannot limit memory by cgroup2"):
         meter.open_meter(1 << 30, ("cgroup2",))
     assert meter.open_meter(1 << 30).by == "watchdog"
 

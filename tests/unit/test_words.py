@@ -38,7 +38,6 @@ DIALECT = {
 TO_DO = frozenset(
     {
         "builder/audit/",
-        "builder/box/",
         "builder/compiling/",
         "builder/data/",
         "builder/fetch/",
@@ -66,7 +65,6 @@ TO_DO = frozenset(
         "docs/howto/deploy-bench.md",
         "docs/howto/deploy-operation.md",
         "docs/reference/deploy.md",
-        "docs/reference/errors.md",
         "docs/explanation/fetch.md",
         "docs/howto/gpu.md",
         "docs/howto/pinned.md",
@@ -74,7 +72,6 @@ TO_DO = frozenset(
         "docs/explanation/provenance.md",
         "docs/reference/recipes.md",
         "docs/howto/rehearsal.md",
-        "docs/explanation/sandbox.md",
         "docs/reference/sets.md",
         "docs/reference/stacks.md",
         "docs/howto/llama-405b.md",

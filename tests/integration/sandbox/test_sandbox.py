@@ -287,7 +287,7 @@ def test_forbidden_user_namespaces_are_said(me: User) -> None:
     raised = done.stderr.splitlines()[-1]
     assert raised.startswith("gracefarm.errors.HostError: the sandbox could not be started")
     for text in (done.stdout, raised):
-        assert "no user namespace can be made" in text
+        assert "user namespaces cannot be created" in text
         assert "user.max_user_namespaces = 0" in text
 
 
