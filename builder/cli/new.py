@@ -40,7 +40,7 @@ def new_command(name: str, version: str | None, stack_name: str, url: str | None
     \b
     builder new xformers
     builder new natten --version 0.21.7
-    builder new pyg-lib --git https://example.org/pyg-lib --commit 0123456789abcdef0123456789abcdef01234567
+    builder new pyg-lib --git https://example.org/pyg-lib --commit COMMIT
     """
     settings, console = start(writes=True)
     if (url is None) != (commit is None):
