@@ -30,6 +30,7 @@ from gracefarm.console import Tick, no_tick
 from gracefarm.errors import ConfigError, InstallError, RootError
 from gracefarm.files import atomic_directory, atomic_write, lock
 
+ELF_MAGIC = b"\x7fELF"
 SHEBANG = f"#!{bytecode.INSIDE}/bin/python3\n".encode()
 
 
@@ -103,6 +104,35 @@ def ensure_toolchain(stack: LoadedStack, host: Arch, settings: Settings, tick: T
                     )
                 _make_read_only(folder)
     return final
+
+
+def ensure_tools(stack: LoadedStack, host: Arch, settings: Settings, tick: Tick = no_tick) -> Path | None:
+    """The folder with the programs of the host that a recipe requires to build; None: it requires none.
+
+    Raises:
+        ConfigError, FetchError, DigestError, RootError, HostError, DiskFullError: see `ensure`.
+    """
+    locked = pins.tool_wheels(stack, host)
+    if not locked:
+        return None
+    name = pins.digest_of("tools", stack.python, host, locked)
+    final = settings.home / "toolchains" / name
+    with lock(final.with_name(f"{name}.lock"), lambda: tick(0, None, "another process assembles this")):
+        if not final.is_dir():
+            with atomic_directory(final) as folder:
+                wheels.install(locked, _where(stack, host, folder), stack.data.name, settings, tick)
+                # A wheel's scripts of Python would run under this program's interpreter.
+                for script in sorted((folder / "bin").glob("*")):
+                    if script.read_bytes()[:4] != ELF_MAGIC:
+                        script.unlink()
+                _make_read_only(folder)
+    return final
+
+
+def programs(tools: Path) -> list[str]:
+    """The folders of programs in what `ensure_tools` made, relative: as wheels of CMake have theirs, then scripts."""
+    places = [*sorted(tools.glob("*/data/bin")), tools / "bin"]
+    return [str(place.relative_to(tools)) for place in places if place.is_dir()]
 
 
 def fresh(environment: Path, into: Path, wheel: Path | None) -> Path:

@@ -25,6 +25,8 @@ class Ground:
     "Folders of the root that its loader searches beside Debian's own."
     interpreter: Path | None = None
     "The Python that exports the C API, where it is not the root's."
+    tools: Path | None = None
+    "Programs of this machine that the recipe requires to build; None: it requires none."
     cuobjdump: Path | None = None
     "NVIDIA's reader of device code."
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 from packaging.tags import Tag
-from packaging.utils import canonicalize_name
+from packaging.utils import canonicalize_name, parse_wheel_filename
 
 from builder.planning import packages
 from builder.planning.stack import Arch, LoadedStack
@@ -116,6 +116,25 @@ def toolchain_wheels(stack: LoadedStack, host: Arch) -> tuple[LockedWheel, ...]:
     """Those of the CUDA compiler."""
     names = {canonicalize_name(Requirement(text).name) for text in stack.data.toolchain.requirements}
     return tuple(wheel for wheel in wheels(stack.base, host) if wheel.name in names)
+
+
+def tool_wheels(stack: LoadedStack, host: Arch) -> tuple[LockedWheel, ...]:
+    """Those of a recipe's build requirements that hold programs of the host, as CMake and ninja: built for a platform, and for
+    no Python. The target's own, which the environment has, cannot run here.
+
+    Raises:
+        ConfigError: the lock is damaged.
+    """
+    build = stack.build_requirements
+    if build is None or not build.lock.is_file():
+        return ()
+    locked = _of_lock(build.lock, stack, host, build.lock_command).values()
+    return tuple(sorted(wheel for wheel in locked if _holds_programs(wheel)))
+
+
+def _holds_programs(wheel: LockedWheel) -> bool:
+    tags = parse_wheel_filename(wheel.filename)[3] if wheel.filename else frozenset()
+    return any(tag.abi == "none" and tag.platform != "any" for tag in tags)
 
 
 def environment_digest(stack: LoadedStack, target: Arch) -> str:

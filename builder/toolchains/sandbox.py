@@ -19,7 +19,7 @@ from builder.planning.plan import Caches, Inputs, Plan, Toolchain, Wanted
 from builder.planning.recipe import ToolchainKind
 from builder.planning.settings import Settings
 from builder.planning.stack import Arch, LoadedStack
-from builder.toolchains import ccache, cuda_home, device_store, wrappers
+from builder.toolchains import ccache, cuda_home, device_store, meson, wrappers
 from builder.toolchains.headers import unread_headers
 from builder.toolchains.sandbox_trial import SandboxTrialEnvironment
 from gracefarm.console import Tick, no_tick
@@ -74,6 +74,12 @@ class SandboxToolchain(Toolchain):
             "root": packages.root_digest(plan.stack, plan.host, plan.target),
         }
 
+    def inputs(self, plan: Plan) -> Inputs:
+        """See Toolchain: what some builds alone take."""
+        tools = pins.tool_wheels(plan.stack, plan.host)
+        own: Inputs = {"tools": pins.digest_of("tools", plan.stack.python, plan.host, tools)} if tools else {}
+        return own | ({"meson": meson.digest(plan)} if meson.needed(plan) else {})
+
     def lay(
         self, stack: LoadedStack, host: Arch, target: Arch, settings: Settings, tick: Tick = no_tick, *, cuda: bool
     ) -> Ground:
@@ -90,11 +96,12 @@ class SandboxToolchain(Toolchain):
             title=f"root, environment and compilers ready in {time.monotonic() - start:.1f} s",
             interpreter=tree.executable(site / "python") if stack.interpreter is not None else None,
             cuobjdump=next(iter(sorted(compiler.glob("nvidia/*/bin/cuobjdump"))), None) if compiler else None,
+            tools=environment.ensure_tools(stack, host, settings, tick),
         )
 
     def command(self, plan: Plan, settings: Settings, folder: Path) -> tuple[str, ...]:
         """See Toolchain: the folder is always /build."""
-        return wrappers.command(plan)
+        return wrappers.command(plan, further=meson.options("/build") if meson.needed(plan) else ())
 
     def place(
         self,
@@ -116,9 +123,14 @@ class SandboxToolchain(Toolchain):
         if ground.compiler is not None:
             home = cuda_home.lay_out(plan, ground.environment, ground.compiler, ground.root, settings)
             mounts += [BindMount(source=ground.compiler, target=wrappers.NVCC), BindMount(source=home, target=wrappers.CUDA)]
+        tools = environment.programs(ground.tools) if ground.tools is not None else ()
+        if ground.tools is not None:
+            mounts.append(BindMount(source=ground.tools, target=wrappers.TOOLS))
         mounts.append(BindMount(source=folder, target="/build", writable=True))
         wrappers.lay_plugin(folder)
-        variables = wrappers.variables(plan, jobs=jobs, epoch=epoch)
+        if meson.needed(plan):
+            (folder / meson.FILE).write_text(meson.text(plan))
+        variables = wrappers.variables(plan, jobs=jobs, epoch=epoch, tools=[f"{wrappers.TOOLS}/{name}" for name in tools])
         if caches.compiler and ccache.enabled(settings):
             mounts += ccache.mounts(plan, settings)
             variables |= ccache.variables(plan, settings)

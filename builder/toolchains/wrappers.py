@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator, Sequence
 from importlib.resources import as_file, files
 from pathlib import Path, PurePosixPath
 
@@ -23,6 +24,8 @@ CUDA = "/cuda"
 NVCC = "/toolchain"
 PASSES = f"{CUDA}/passes"
 "In a sandbox: nvcc, by a link, with ours in place of its device passes."
+TOOLS = "/tools"
+"In a sandbox: programs of this machine that the recipe requires to build, as CMake."
 INSIDE = "/gracefarm"
 FRONT, SCHEDULER = (f"{NATIVE_PYTHON} -I -S {INSIDE}/lib/{name}.py" for name in ("front", "schedule"))
 "How the wrappers start a compilation that is cached and measured, and ninja with a schedule."
@@ -79,14 +82,14 @@ def lay_plugin(work: Path) -> None:
         shutil.copytree(source, work / PLUGIN, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
 
 
-def variables(plan: Plan, *, jobs: int, epoch: int) -> dict[str, str]:
-    """The whole environment of a build; nothing of the machine's own gets in."""
+def variables(plan: Plan, *, jobs: int, epoch: int, tools: Sequence[str] = ()) -> dict[str, str]:
+    """The whole environment of a build; nothing of the machine's own gets in. `tools`: folders of a recipe's programs."""
     data, recipe = plan.stack.data, plan.recipe.data
     cross = plan.host is not plan.target
     python = "/usr" if plan.stack.interpreter is None else tree.PREFIX
     gcc, gxx = (f"{plan.target.triplet}-gcc", f"{plan.target.triplet}-g++") if cross else ("gcc", "g++")
     values = {
-        "PATH": ":".join([*(f"{NVCC}/{folder}" for folder in data.toolchain.path if recipe.build.cuda), PATH]),
+        "PATH": ":".join(_path(data.toolchain.path if recipe.build.cuda else (), tools)),
         "HOME": "/home/build",
         "USER": "build",
         "LANG": "C.UTF-8",
@@ -135,8 +138,17 @@ def variables(plan: Plan, *, jobs: int, epoch: int) -> dict[str, str]:
     return values | plan.build.environment
 
 
-def command(plan: Plan, environment: str = "/env", folder: str = "/build") -> tuple[str, ...]:
-    """What runs in the sandbox; a person can type it in `builder shell`."""
+def _path(of_stack: Sequence[str], tools: Sequence[str]) -> Iterator[str]:
+    """The recipe's programs come before the stack's and the root's, but our ninja starts theirs."""
+    if tools:
+        yield f"{INSIDE}/bin"
+    yield from tools
+    yield from (f"{NVCC}/{folder}" for folder in of_stack)
+    yield PATH
+
+
+def command(plan: Plan, environment: str = "/env", folder: str = "/build", further: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """What runs in the sandbox; a person can type it in `builder shell`. `further`: options for the backend."""
     build = plan.build
     options = {key: value.replace("/build/", f"{folder}/") for key, value in build.config_settings.items()}
     settings = tuple(f"-C{key}={value}" for key, value in sorted(options.items()))
@@ -149,6 +161,7 @@ def command(plan: Plan, environment: str = "/env", folder: str = "/build") -> tu
         "--wheel",
         "--no-isolation",
         "--skip-dependency-check",
+        *further,
         *settings,
         "--outdir",
         f"{folder}/out",
