@@ -23,7 +23,18 @@ from builder.audit.policy import Policy
 from builder.audit.repair import repair
 from builder.audit.verdict import Verdict, not_applicable, refused, require
 
-__all__ = ["GATES", "OBJECT_GATES", "Policy", "Verdict", "audit", "only_wheel", "repair", "require", "target_of"]
+__all__ = [
+    "GATES",
+    "OBJECT_GATES",
+    "Policy",
+    "Verdict",
+    "audit",
+    "holds_device_code",
+    "only_wheel",
+    "repair",
+    "require",
+    "target_of",
+]
 
 
 class Gate(Protocol):
@@ -45,6 +56,15 @@ GATES: tuple[str, ...] = (wheel.GATE, *(gate.GATE for gate in _CONTENT_GATES))
 
 OBJECT_GATES = (wheel.GATE, elf_machine.GATE, python_abi.GATE, licence.GATE, alignment.GATE, cubins.GATE)
 "What can be judged of a wheel built against headers alone: nothing that asks what its libraries define."
+
+
+def holds_device_code(path: Path) -> bool:
+    """Whether an object of the wheel has CUDA device code; a file that cannot be read has none, which `audit` refuses."""
+    try:
+        with opened(path) as contents:
+            return any(binary.fatbin for binary in contents.objects.values())
+    except UNREADABLE:
+        return False
 
 
 def audit(path: Path, policy: Policy) -> tuple[Verdict, ...]:

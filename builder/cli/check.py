@@ -59,12 +59,15 @@ def audit_command(
 
 def _foreign_policy(wheel: Path, stack_name: str, sm: tuple[str, ...] | None, settings: Settings, console: Console) -> Policy:
     loaded, target = replace(stack.load(settings.project / "stacks", stack_name), asked_sm=sm), audit.target_of(wheel)
-    cuda = bool(loaded.data.toolchain.requirements)
+    toolchain = loaded.data.toolchain
+    compiles = bool(toolchain.requirements) or toolchain.debian is not None
+    # Its cuobjdump reads device code; a wheel without any asks nothing of it.
+    cuda = compiles and audit.holds_device_code(wheel)
     ground = SandboxToolchain().lay(loaded, stack.host_arch(), target, settings, cuda=cuda)
     console.step("audit", f"{wheel.name} against stack {stack_name} for {target.value}")
     expected = policy.of_stack(loaded, target, ground)
     # Libraries of the wheel are checked regardless of the stack.
-    return replace(expected, sm=expected.sm if cuda else None, max_size=parse_size("4GiB"), objects_only=False)
+    return replace(expected, sm=expected.sm if compiles else None, max_size=parse_size("4GiB"), objects_only=False)
 
 
 @click.command("smoke")
@@ -94,7 +97,7 @@ def smoke_command(
     settings, console = start()
     if recipe_name is not None:
         loaded = recipe.load(settings.project / "recipes", recipe_name)
-        imports = imports or loaded.data.smoke.imports
+        imports = imports or loaded.data.imports
         script = script or (loaded.smoke_gpu_script if gpu else loaded.smoke_script)
     if not imports or (gpu and script is None):
         raise UsageError(

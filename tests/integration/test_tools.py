@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import shutil
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -72,6 +73,18 @@ def test_audit_takes_anybodys_wheel_and_says_no_by_exit_code(farm: Farm, wheel: 
     refused = farm.run("audit", str(false), "--stack", "bare")
     assert refused.code == 30
     assert "elf-machine" in refused.said
+
+
+def test_audit_asks_for_no_cuda_compiler_where_there_is_no_device_code(farm: Farm, wheel: Path) -> None:
+    """A stack whose toolchain has CMake alone."""
+    stacks = farm.settings.project / "stacks"
+    shutil.copytree(stacks / "bare", stacks / "plain")
+    place = stacks / "plain/stack.toml"
+    text = place.read_text().replace('name = "bare"', 'name = "plain"', 1)
+    assert "requirements = []" in text
+    place.write_text(text.replace("requirements = []", 'requirements = ["packaging"]', 1))
+    done = farm.run("audit", str(wheel), "--stack", "plain")
+    assert (done.code, "holds no CUDA device code" in done.said) == (0, True), done.said
 
 
 def test_audit_asks_for_what_a_recipe_declares(farm: Farm, wheel: Path, tmp_path: Path) -> None:
