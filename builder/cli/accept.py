@@ -3,46 +3,60 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 
 import click
 
-from builder.cli.options import Aim, plan_of
 from builder.planning.gaps import Gap
 from builder.planning.settings import PACKAGED, Settings
+from builder.planning.stack import LoadedStack
 from gracefarm.console import Console
-from gracefarm.errors import SeveralError, UsageError
+from gracefarm.errors import GracefarmError, SeveralError, UsageError
+
+accept_option = click.option(
+    "--accept-new", "accepts", is_flag=True, help="Accept unknown digests at first use, and store them."
+)
+yes_option = click.option("--yes", is_flag=True, help="With --accept-new: do not ask for confirmation.")
 
 
-def accept_new(names: Sequence[str], aim: Aim, settings: Settings, console: Console, *, yes: bool) -> None:
-    """Read each unknown digest of these recipes' builds, and write it with today's date into its file.
+def accept_new(
+    lacking: Iterable[tuple[LoadedStack, Sequence[Gap]]], settings: Settings, console: Console, *, yes: bool
+) -> None:
+    """Read each unknown digest of some builds, given with their stacks, and write it with today's date into its file.
 
     Raises:
-        UsageError: no recipe is named, the user cannot be asked or refuses, or the files belong to the installed package.
+        UsageError: the user cannot be asked or refuses, or the files belong to the installed package.
         FetchError, DigestError: the only file cannot be fetched, or its index has another digest.
         SeveralError: several files failed; each error was printed.
     """
     from builder.fetch import fill
 
-    if not names:
-        raise UsageError("--accept-new requires names of recipes", remedy="name the recipes, and omit --changed and --matrix")
-    for name in names:
-        plan = plan_of(name, aim.stack, aim.target, settings, aim.on)
-        missing = plan.gaps
-        if not missing:
-            continue
-        _ask(missing, settings, console, yes=yes)
+    missing = _each_once(lacking)
+    if not missing:
+        return
+    _ask([gap for _, gap in missing], settings, console, yes=yes)
+    failed: list[GracefarmError] = []
+    for stack, gap in missing:
         with console.progress("accept") as tick:
-            filled = fill.fill(missing, plan.stack, settings, tick, accepted=datetime.now(tz=UTC).date())
-        for gap, sha256 in filled.digests:
+            filled = fill.fill([gap], stack, settings, tick, accepted=datetime.now(tz=UTC).date())
+        failed += filled.failed
+        for _, sha256 in filled.digests:
             console.warn(f"accepted at first use, not confirmed: {gap.what}: sha256 {sha256} of {gap.url}")
-        if len(filled.failed) == 1:
-            raise filled.failed[0]
-        for error in filled.failed:
-            console.error(error)
-        if filled.failed:
-            raise SeveralError(f"{len(filled.failed)} of {len(missing)} digests could not be fetched; see the errors above")
+    if len(failed) == 1:
+        raise failed[0]
+    for error in failed:
+        console.error(error)
+    if failed:
+        raise SeveralError(f"{len(failed)} of {len(missing)} digests could not be fetched; see the errors above")
+
+
+def _each_once(lacking: Iterable[tuple[LoadedStack, Sequence[Gap]]]) -> list[tuple[LoadedStack, Gap]]:
+    """Builds of one stack lack the same digests of it."""
+    missing: list[tuple[LoadedStack, Gap]] = []
+    for stack, gaps in lacking:
+        missing += [(stack, gap) for gap in gaps if gap not in [known for _, known in missing]]
+    return missing
 
 
 def _ask(missing: Sequence[Gap], settings: Settings, console: Console, *, yes: bool) -> None:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import click
 
-from builder.cli.accept import accept_new
+from builder.cli.accept import accept_new, accept_option, yes_option
 from builder.cli.matrix import Part, cells_of, parted, plan_cell, reports_of, table_of
 from builder.cli.options import Aim, aimed, aimed_at_sandbox, plan_of, start
 from builder.flow import history
 from builder.planning import matrix, recipe, stack
+from builder.planning.gaps import Gap
 from builder.planning.matrix import Cell
 from builder.planning.plan import Caches, Plan
 from builder.planning.settings import Settings
-from builder.planning.stack import Arch
+from builder.planning.stack import Arch, LoadedStack
 from builder.proof import record, why
 from builder.proof.record import Record
 from gracefarm import extras
@@ -41,8 +43,8 @@ from gracefarm.errors import ConfigError, GracefarmError, SeveralError, UsageErr
 @click.option("--keep", is_flag=True, help="Keep the working folder after a successful build.")
 @click.option("--no-compiler-cache", is_flag=True, help="Compile without the compiler cache.")
 @click.option("--no-device-store", is_flag=True, help="Compile all device code, also what another cell has compiled.")
-@click.option("--accept-new", "accepts", is_flag=True, help="Accept unknown digests at first use, and store them.")
-@click.option("--yes", is_flag=True, help="With --accept-new: do not ask for confirmation.")
+@accept_option
+@yes_option
 @json_option
 def build_command(
     names: tuple[str, ...],
@@ -68,18 +70,18 @@ def build_command(
     builder build causal_conv1d --toolchain host --cuda /usr/local/cuda
     builder build flash_attn --toolchain container
     builder build triton --accept-new
+    builder build triton --llvm source
+    builder build flash_attn --matrix 'sm=90+100' --accept-new
     builder build causal_conv1d --matrix 'python=3.11,3.13 sm=90+100'
     builder build --changed --matrix default --only target=aarch64
     """
     settings, console = start()
-    known = recipe.names(settings.project / "recipes")
-    if selector is None and bool(names) == changed:
-        raise UsageError("give either names of recipes or --changed", remedy=f"recipes: {', '.join(known)}")
+    asked = _asked(names, selector, part, aim, settings, changed=changed)
     _refuse_credentials(url)
+    if accepts and changed:
+        raise UsageError("--accept-new requires names of recipes", remedy="name the recipes, and omit --changed")
     if accepts:
-        accept_new(() if selector else names, aim, settings, console, yes=yes)
-    cells = _cells(names, selector, part, aim, settings)
-    asked: Sequence[str | Cell] = cells if cells is not None else names or known
+        accept_new(_lacking(asked, aim, settings), settings, console, yes=yes)
     failures: list[GracefarmError] = []
     plans: list[Plan] = []
     for entry in asked:
@@ -96,9 +98,37 @@ def build_command(
         except GracefarmError as error:
             _survive(error, failures, plans, console)
         else:
-            wheel = record.wheel_path(settings, built)
-            console.result(built.model_dump(mode="json") | {"path": str(wheel)}, str(wheel))
+            product = record.product_path(settings, built)
+            console.result(built.model_dump(mode="json") | {"path": str(product)}, str(product))
     _conclude(asked, failures, aim, settings, console)
+
+
+def _asked(
+    names: Sequence[str], selector: str | None, part: Part, aim: Aim, settings: Settings, *, changed: bool
+) -> Sequence[str | Cell]:
+    """The recipes or cells that a command line means.
+
+    Raises:
+        UsageError: it means none, or see `_cells`.
+    """
+    cells = _cells(names, selector, part, aim, settings)
+    if cells is not None:
+        return cells
+    known = recipe.names(settings.project / "recipes")
+    if bool(names) == changed:
+        raise UsageError("give either names of recipes or --changed", remedy=f"recipes: {', '.join(known)}")
+    return names or recipe.of_wheels(settings.project / "recipes")
+
+
+def _lacking(asked: Sequence[str | Cell], aim: Aim, settings: Settings) -> Iterator[tuple[LoadedStack, Sequence[Gap]]]:
+    """What each build lacks, with its stack. What cannot be planned is reported where it is built."""
+    for entry in asked:
+        with contextlib.suppress(GracefarmError):
+            if isinstance(entry, Cell):
+                plan = plan_cell(entry, settings, aim.on)
+            else:
+                plan = plan_of(entry, aim.stack, aim.target, settings, aim.on)
+            yield plan.stack, plan.gaps
 
 
 def _refuse_credentials(url: str | None) -> None:

@@ -69,7 +69,7 @@ def certify_command(
     try:
         stack = stack_name or loaded.data.stack
         trial, sm, reader = trial_of(
-            wheel, loaded.data.smoke.imports, loaded.smoke_gpu_script, stack, on, scratch, settings, cuda=True
+            wheel, loaded.data.imports, loaded.smoke_gpu_script, stack, on, scratch, settings, cuda=True
         )
         if reader is None:
             raise HostError("cuobjdump, which reads device code, is missing", remedy="install NVIDIA's cuda-cuobjdump")

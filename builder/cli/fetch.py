@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from builder.cli.options import start
-from builder.planning import gaps, recipe
+from builder.planning import gaps, recipe, stack
 from builder.planning.settings import Settings
 from builder.upkeep.clean import FETCHED
 from gracefarm.cli import json_option
@@ -16,8 +16,9 @@ from gracefarm.files import lock, remove_tree
 
 @click.command("fetch")
 @click.argument("names", nargs=-1, required=True)
+@click.option("--stack", "stack_name", metavar="NAME", help="Stack to fit the sources to; default: the recipe's.")
 @json_option
-def fetch_command(names: tuple[str, ...]) -> None:
+def fetch_command(names: tuple[str, ...], stack_name: str | None) -> None:
     """Fetch and verify the sources of recipes, and apply their patches and substitutions.
 
     Commits, trees, submodules and digests must match the recipe. Files with unknown digests are skipped and listed. `builder
@@ -25,13 +26,14 @@ def fetch_command(names: tuple[str, ...]) -> None:
 
     \b
     builder fetch flash_attn
+    builder fetch flash_attn aphrodite --stack cu130
     builder fetch triton aphrodite --json
     """
     settings, console = start()
     failures: list[GracefarmError] = []
     for name in names:
         try:
-            _fetch_one(name, settings, console)
+            _fetch_one(name, stack_name, settings, console)
         except GracefarmError as error:
             if len(names) == 1:
                 raise
@@ -41,11 +43,12 @@ def fetch_command(names: tuple[str, ...]) -> None:
         raise SeveralError(f"{len(failures)} of {len(names)} recipes failed; see the errors above")
 
 
-def _fetch_one(name: str, settings: Settings, console: Console) -> None:
+def _fetch_one(name: str, stack_name: str | None, settings: Settings, console: Console) -> None:
     from builder import fetch
     from builder.fetch import source
 
-    loaded = recipe.load(settings.project / "recipes", name)
+    loaded = recipe.load(settings.project / "recipes", name).for_host(stack.host_arch())
+    loaded = loaded.against(stack.load(settings.project / "stacks", stack_name or loaded.data.stack))
     with console.progress("fetch") as tick:
         fetched = fetch.fetch(loaded.data, settings, tick, lambda text: console.step("fetch", text))
     epoch = source.source_date_epoch(loaded.data, fetched)

@@ -9,6 +9,7 @@ import sys
 
 import click
 
+from builder import fetch
 from builder.cli.options import Aim, aimed, last_build, plan_of, start
 from builder.flow import STEPS
 from builder.planning import recipe
@@ -71,12 +72,19 @@ def plan_command(name: str, aim: Aim) -> None:
             for known in plan.evidence
         ],
         "exists": existing is not None,
-        "wheel": str(record.wheel_path(settings, existing)) if existing else None,
+        "wheel": str(record.product_path(settings, existing)) if existing else None,
     }
+    to_fetch = [address for part in (plan, *plan.trees) for address in fetch.absent(part.recipe.data, settings)]
+    value["to_fetch"] = to_fetch
+    value["trees"] = [{"recipe": tree.recipe.key, "build_id": tree.build_id} for tree in plan.trees]
     text = f"{plan.title}\nbuild id  {plan.build_id}\n\n{json.dumps(plan.inputs, indent=2)}\n\n"
     text += f"superseded: {plan.recipe.data.superseded}\n" if plan.recipe.data.superseded else ""
     text += f"steps     {' > '.join(STEPS)}\ncommand   {' '.join(command)}\n"
     text += "".join(f"digest    {known.what} {known.sha256[:16]}: {known.sentence}\n" for known in plan.evidence)
+    for tree in plan.trees:
+        state = "built" if record.tree_path(settings, tree.build_id).is_dir() else "not built; it is built first"
+        text += f"tree      {tree.title}, build id {tree.build_id}: {state}\n"
+    text += "".join(f"to fetch  {address}\n" for address in to_fetch)
     text += "".join(f"no digest {gap.what}  {gap.url}: {gap.reason}\n" for gap in missing)
     console.result(
         value, text + (f"exists    {value['wheel']}" if existing else "exists    no; build it with `builder build`")
@@ -122,7 +130,7 @@ def show_command(name: str) -> None:
 
     settings, console = start()
     last = last_build(name, settings)
-    wheel = record.wheel_path(settings, last)
+    product = record.product_path(settings, last)
     lines = [f"{last.name} {last.version}, stack {last.stack}: {last.outcome}, {last.finished}", f"build id  {last.build_id}"]
     if last.failure:
         lines += [f"cause     {last.failure.cause}", f"remedy    {last.failure.remedy}"]
@@ -140,6 +148,6 @@ def show_command(name: str) -> None:
     lines += [f"digest    {known}" for known in last.unconfirmed]
     lines += [f"gpu       {smoke.sentence(last.gpu)}"] if last.gpu else []
     lines += [f"gpu       {certificates.sentence(known, last)}" for known in certificates.of_record(last, settings)]
-    lines += [f"wheel     {wheel}"] if wheel else []
+    lines += [f"{'wheel' if last.tree is None else 'tree'}     {product}"] if product else []
     lines += [f"record    {record.path(settings, last.build_id)}"]
     console.result(last.model_dump(mode="json"), "\n".join(lines))

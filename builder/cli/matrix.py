@@ -127,11 +127,11 @@ def cells_of(text: str, names: Sequence[str], settings: Settings, part: Part) ->
         ConfigError: a recipe or stack is unknown or does not match its schema.
     """
     folder = settings.project / "recipes"
-    loaded = [recipe.load(folder, name) for name in names or recipe.names(folder)]
+    loaded = [recipe.load(folder, name) for name in names or recipe.of_wheels(folder)]
     stacks = {name: stack.load(settings.project / "stacks", name).data for name in stack.names(settings.project / "stacks")}
     known = Known(
         # A recipe that was not requested may be broken: the selector knows its name, and its cells are skipped.
-        recipes=dict.fromkeys(recipe.names(folder), "") | {entry.key: entry.data.stack for entry in loaded},
+        recipes=dict.fromkeys(recipe.of_wheels(folder), "") | {entry.key: entry.data.stack for entry in loaded},
         stacks=stacks,
         interpreters=interpreters.names(settings.project / "interpreters"),
     )

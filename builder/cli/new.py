@@ -14,9 +14,10 @@ from builder.cli.options import stack_of, start
 from builder.drafting import licence, metadata, reading, recipe_text, sources
 from builder.drafting.findings import Findings
 from builder.drafting.reading import Draft, StackFacts
-from builder.planning import licences, pins, recipe
+from builder.planning import licences, pins
 from builder.planning.recipe import LoadedRecipe, Recipe
 from builder.planning.settings import Settings
+from builder.planning.sources import GitSource, SdistSource
 from builder.planning.stack import Arch, LoadedStack
 from builder.upkeep.clean import FETCHED
 from gracefarm.cli import json_option
@@ -94,7 +95,7 @@ def _files(
     ground = StackFacts(name=base.data.name, python=base.python, installed=installed)
     draft = reading.draft(tree, name, known, ground)
     findings = Findings(warnings=draft.findings.warnings)
-    if isinstance(pinned, recipe.SdistSource):
+    if isinstance(pinned, SdistSource):
         number = pinned.version
         findings.read("source", f"{title}, sha256 {pinned.sha256}", "the Python index")
     else:
@@ -108,7 +109,7 @@ def _files(
     draft.findings = Findings(values=[*findings.values, *draft.findings.values], warnings=findings.warnings)
     if not licences.redistributable(spdx):
         findings.warnings.append(f"{spdx} does not allow that the wheel is passed on, so it is not published by default")
-    if isinstance(pinned, recipe.GitSource):
+    if isinstance(pinned, GitSource):
         pinned = _with_licences(pinned, tree)
     summary = known.first("Summary")
     text = summary.value if summary else str(known.table("project").get("description", ""))
@@ -127,7 +128,7 @@ def _own_version(known: metadata.SourceMetadata, name: str) -> str:
     return version
 
 
-def _with_licences(pinned: recipe.GitSource, tree: Path) -> recipe.GitSource:
+def _with_licences(pinned: GitSource, tree: Path) -> GitSource:
     modules = {
         path: module.model_copy(update={"license": licence.of_folder(tree / path)})
         for path, module in pinned.submodules.items()

@@ -78,6 +78,16 @@ _TOOLCHAIN = (
 )
 
 
+LLVM, SOURCE = "llvm", "source"
+_LLVM = click.option(
+    f"--{LLVM}",
+    type=click.Choice(["archive", SOURCE]),
+    default="archive",
+    show_default=True,
+    help="Where a recipe that is linked with LLVM, as triton's, takes it from; source: recipe llvm is built first.",
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Aim:
     """Stack, target and toolchain of a command line."""
@@ -119,13 +129,15 @@ def aimed(function: Function) -> Function:
         target: str,
         sm: tuple[str, ...] | None,
         ptx: str | None,
+        llvm: str,
         on: ToolchainChoice,
         **options: Any,
     ) -> Any:
-        aim = Aim(stack=stack_name, target=_target_here(target, on), on=replace(on, sm=sm, ptx=ptx))
-        return function(*arguments, aim=aim, **options)
+        from_source = (LLVM,) if llvm == SOURCE else ()
+        on = replace(on, sm=sm, ptx=ptx, from_source=from_source)
+        return function(*arguments, aim=Aim(stack=stack_name, target=_target_here(target, on), on=on), **options)
 
-    return _with(toolchained(device_coded(with_aim)), *_STACK_AND_TARGET)
+    return _with(toolchained(device_coded(with_aim)), *_STACK_AND_TARGET, _LLVM)
 
 
 def device_coded(function: Function) -> Function:
@@ -214,7 +226,7 @@ def as_built(built: Record, own: Path | None, python: str | None, cuda: Path | N
             remedy="add --environment PATH",
         )
     on = wanted(toolchains.of_inputs(built.inputs).kind, own, python or built.interpreter, cuda)
-    return replace(on, sm=built.asked_sm, ptx=built.asked_ptx)
+    return replace(on, sm=built.asked_sm, ptx=built.asked_ptx, from_source=built.from_source)
 
 
 def _target_here(target: str, on: ToolchainChoice) -> str:

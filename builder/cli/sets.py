@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from builder.cli.accept import accept_new, accept_option, yes_option
 from builder.cli.options import jobs_option, start
 from builder.planning import stack
 from builder.planning.settings import Settings
@@ -112,14 +113,25 @@ def _lines(planned: SetPlan, value: dict[str, Any]) -> str:
 )
 @click.option("--stage", "stage_url", metavar="URL", help="Stage the set on this index, and publish it when it is complete.")
 @click.option("--as", "shown_as", metavar="NAME", help="Name of the set on the index; default: NAME.")
+@accept_option
+@yes_option
 @json_option
-def build_command(name: str, jobs: int | None, index_url: str | None, stage_url: str | None, shown_as: str | None) -> None:
+def build_command(
+    name: str,
+    jobs: int | None,
+    index_url: str | None,
+    stage_url: str | None,
+    shown_as: str | None,
+    accepts: bool,
+    yes: bool,
+) -> None:
     """Build the wheels of NAME, test them together in one environment, and write the set's locks.
 
     With --stage, also upload the set and publish it. TWINE_USERNAME and TWINE_PASSWORD hold the credentials.
 
     \b
     builder set build gh200-cu130
+    builder set build gh200-cu124 --accept-new
     builder set build gh200-cu130 --index http://10.0.0.1:8080
     builder set build gh200-cu130 --stage http://10.0.0.1:8080
     """
@@ -130,7 +142,11 @@ def build_command(name: str, jobs: int | None, index_url: str | None, stage_url:
     for url in (index_url, stage_url):
         if url is not None:
             publish.refuse_credentials(url, "--stage")
-    built = build.build_set(plan.plan_set(definition.load(name, settings), stack.host_arch()), jobs, settings, console)
+    planned = plan.plan_set(definition.load(name, settings), stack.host_arch())
+    if accepts:
+        accept_new([(planned.set.stack, planned.gaps())], settings, console, yes=yes)
+        planned = plan.plan_set(definition.load(name, settings), stack.host_arch())
+    built = build.build_set(planned, jobs, settings, console)
     places = {"record": built.folder / "set.json", "lock": built.lock}
     if (url := index_url or stage_url) is not None:
         places["pylock"] = build.render(built, locks.served(url, shown_as or name))

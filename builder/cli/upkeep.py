@@ -81,7 +81,9 @@ def shell_command(name: str) -> None:
     last = last_build(name, settings)
     folder = record.folder(settings, last.build_id) / "work"
     kind = toolchains.of_inputs(last.inputs).kind
-    on = ToolchainChoice(kind=kind, interpreter=last.interpreter, sm=last.asked_sm, ptx=last.asked_ptx)
+    on = ToolchainChoice(
+        kind=kind, interpreter=last.interpreter, sm=last.asked_sm, ptx=last.asked_ptx, from_source=last.from_source
+    )
     if where := on.type.closed:
         raise ConfigError(f"the last build of {name} {where}", remedy=f"examine the files in {folder}")
     plan = plan_of(name, last.stack, str(last.inputs["target"]), settings, on)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 
 from builder.drafting.reading import Draft
-from builder.planning.recipe import GitSource, SdistSource
+from builder.planning.sources import GitSource, SdistSource
 
 
 def recipe_toml(
@@ -46,7 +46,8 @@ def _source(source: SdistSource | GitSource) -> Iterator[str]:
         return
     yield f"url = {_text(source.url)}"
     yield f"commit = {_text(source.commit)}"
-    yield f"tree = {_text(source.tree)}"
+    if source.tree is not None:
+        yield f"tree = {_text(source.tree)}"
     for path, module in source.submodules.items():
         yield f"\n[source.submodules.{_text(path)}]"
         yield f"url = {_text(module.url)}"

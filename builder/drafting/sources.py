@@ -14,8 +14,9 @@ from builder import fetch
 from builder.fetch import source
 from builder.fetch.git import fetch_commit, git_config, repository_path, run_git
 from builder.fetch.urls import shown, split_credentials
-from builder.planning.recipe import GitSource, LoadedRecipe, Recipe, Repository, SdistSource, Smoke, Submodule
+from builder.planning.recipe import LoadedRecipe, Recipe, Smoke
 from builder.planning.settings import Settings
+from builder.planning.sources import GitSource, Repository, SdistSource, Submodule
 from gracefarm.console import Tick
 from gracefarm.errors import FetchError
 

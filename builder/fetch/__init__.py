@@ -12,8 +12,9 @@ from builder.fetch.sdist import fetch_sdist, pinned
 from builder.fetch.store import download, store_path
 from builder.fetch.transfer import Download
 from builder.fetch.urls import shown
-from builder.planning.recipe import File, FileSource, GitSource, Recipe, SdistSource
+from builder.planning.recipe import Recipe
 from builder.planning.settings import Settings
+from builder.planning.sources import File, FileSource, GitSource, SdistSource
 from gracefarm.console import Say, Tick, no_tick, silent
 
 __all__ = ["Download", "Fetched", "download", "fetch", "fetch_git", "fetch_sdist", "store_path"]
@@ -29,6 +30,8 @@ class Fetched:
     "The recipe's further files in the store, by sha256."
     repositories: Mapping[str, Path] = field(default_factory=dict)
     "Bare repositories of submodules and of the recipe's further checkouts, by their commit."
+    trees: Mapping[str, Path] = field(default_factory=dict)
+    "Trees of other recipes that were built, by their place in the source."
 
 
 def fetch(recipe: Recipe, settings: Settings, tick: Tick = no_tick, say: Say = silent) -> Fetched:
@@ -72,6 +75,20 @@ def fetch(recipe: Recipe, settings: Settings, tick: Tick = no_tick, say: Say = s
         repositories={commit: repository_path(settings, commit) for commit in commits},
         files={sha256: store_path(settings, sha256) for sha256 in further},
     )
+
+
+def absent(recipe: Recipe, settings: Settings) -> list[str]:
+    """Addresses of what a build would fetch: pinned, and not on this machine yet."""
+    source = recipe.source
+    checkouts: list[tuple[str, str]] = [(repository.url, repository.commit) for repository in recipe.repositories]
+    files = {file.sha256: file.origin for file in recipe.files if file.sha256}
+    if isinstance(source, GitSource):
+        checkouts += [(source.url, source.commit)]
+        checkouts += [(module.url, module.commit) for module in source.submodules.values()]
+    elif source.sha256 is not None:
+        files[source.sha256] = source.origin
+    commits = [f"{shown(url)} commit {commit}" for url, commit in checkouts if not repository_path(settings, commit).is_dir()]
+    return commits + [shown(url) for sha256, url in files.items() if not store_path(settings, sha256).exists()]
 
 
 def _evidence(file: File) -> str:

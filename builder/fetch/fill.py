@@ -58,9 +58,11 @@ def _digest(gap: Gap, stack: LoadedStack, settings: Settings, *, whole: bool) ->
         return unpinned.bring(gap.url, gap.what, settings)
     if gap.table == ("source",):
         return _source_digest(gap, settings, whole=whole)
-    if gap.number is None:
+    if not gap.entry:
         return registry.digest(stack.data.container[Arch(gap.table[-1])], settings)
-    wheel = stack.data.environment.wheels[gap.number]
+    wheel = next(
+        wheel for wheel in stack.data.environment.wheels if gap.entry.items() <= wheel.model_dump(mode="json").items()
+    )
     fitting = tags(stack, wheel.arch)
     filename, url, sha256 = own_index.find_wheel(wheel.name, wheel.version, fitting, wheel.index, settings)
     return _of_index(filename, url, sha256, wheel.index, settings, whole=whole)
@@ -93,7 +95,7 @@ def write(gap: Gap, sha256: str, accepted: date | None = None) -> None:
     table: Any = document
     for name in gap.table:
         table = table[name]
-    body = (table if gap.number is None else table[gap.number]).value.body
+    body = (next(entry for entry in table if gap.entry.items() <= entry.items()) if gap.entry else table).value.body
     for index, (key, value) in enumerate(body):
         if key is not None and key.key == "sha256_unknown":
             item = tomlkit.string(sha256)

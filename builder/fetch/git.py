@@ -22,8 +22,8 @@ from urllib.parse import urlsplit
 
 from builder.fetch.transfer import ATTEMPTS, mirror_remedy, pause
 from builder.fetch.urls import shown, split_credentials
-from builder.planning.recipe import GitSource, Repository, Submodule
 from builder.planning.settings import Settings
+from builder.planning.sources import GitSource, Repository, Submodule
 from gracefarm.console import Say, Tick, no_tick, silent
 from gracefarm.errors import DigestError, DiskFullError, FetchError, HostError
 from gracefarm.files import atomic_directory, atomic_write, full_disk, lock

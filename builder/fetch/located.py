@@ -10,8 +10,8 @@ from packaging.version import InvalidVersion, Version
 from builder.fetch import debian_mirror
 from builder.fetch.transfer import Download
 from builder.fetch.urls import same_host, shown, split_credentials, with_credentials
-from builder.planning.recipe import File
 from builder.planning.settings import Settings
+from builder.planning.sources import File
 from gracefarm.errors import DigestError, FetchError
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from packaging.version import InvalidVersion, Version
 from builder.fetch.store import download, store_path
 from builder.fetch.transfer import Download
 from builder.fetch.urls import same_host, shown, split_credentials, with_credentials
-from builder.planning.recipe import FileSource, SdistSource
 from builder.planning.settings import Settings
+from builder.planning.sources import FileSource, SdistSource
 from gracefarm.console import Tick, no_tick
 from gracefarm.errors import ConfigError, DigestError, FetchError
 

@@ -17,7 +17,8 @@ from packaging.utils import canonicalize_name
 from builder.fetch import Fetched, archive
 from builder.fetch.git import GitError, enclosing, run_git
 from builder.fetch.urls import shown
-from builder.planning.recipe import File, GitSource, LoadedRecipe, Recipe
+from builder.planning.recipe import LoadedRecipe, Recipe
+from builder.planning.sources import File, GitSource
 from gracefarm.console import Say, silent
 from gracefarm.errors import SourceError
 from gracefarm.files import atomic_directory, full_disk, remove_tree
@@ -40,19 +41,26 @@ def unpack(recipe: LoadedRecipe, fetched: Fetched, into: Path, source_date_epoch
     with full_disk(into.parent), atomic_directory(into) as tree:
         repositories = _populate(recipe.data, fetched, tree)
         say(f"source of {recipe.data.name} {recipe.data.version}")
+        _place_trees(recipe.data, fetched, tree, say)
         _place_files(recipe.data, fetched, tree, say)
         for patch in recipe.patches:
             _apply(patch, tree, recipe)
             say(f"patch {patch.name} applies")
         substitute(recipe.data, tree, say)
         for text in recipe.data.wheel.licenses:
-            if not any(file.sha256_unknown and Path(text).is_relative_to(file.path) for file in recipe.data.files):
+            if not any(Path(text).is_relative_to(place) for place in _left_out(recipe.data, fetched)):
                 _require_text(recipe.data, tree, text)
                 say(f"licence {text} is there")
         _settle(tree, source_date_epoch, [place / ".git" for place in repositories])
         for place in repositories:
             _refresh(place)
     return into
+
+
+def _left_out(recipe: Recipe, fetched: Fetched) -> list[str]:
+    """Places of files whose digest is not known, and of trees that are not built."""
+    unknown = [file.path for file in recipe.files if file.sha256_unknown]
+    return [*unknown, *(taken.path for taken in recipe.trees if taken.path not in fetched.trees)]
 
 
 def pack(tree: Path, recipe: Recipe, into: Path, moment: int) -> None:
@@ -148,6 +156,22 @@ def _export(repository: Path, commit: str, into: Path) -> None:
         raise SourceError(
             f"commit {commit} cannot be checked out: {str(error).strip()}", remedy=f"remove {repository} and fetch again"
         ) from error
+
+
+def _place_trees(recipe: Recipe, fetched: Fetched, tree: Path, say: Say) -> None:
+    for taken in recipe.trees:
+        place = tree / taken.path
+        if taken.path not in fetched.trees:
+            say(f"tree {taken.path} is left out: recipe {taken.recipe} builds it")
+            continue
+        archive.make_parents(place, tree, f"tree {taken.path} of {recipe.name}")
+        if place.exists() or place.is_symlink():
+            raise SourceError(
+                f"tree {taken.path} of {recipe.name}: the source has something at that place already",
+                remedy="give it another path in [[trees]]",
+            )
+        shutil.copytree(fetched.trees[taken.path], place, symlinks=True)
+        say(f"tree {taken.path} of recipe {taken.recipe}")
 
 
 def _place_files(recipe: Recipe, fetched: Fetched, tree: Path, say: Say) -> None:

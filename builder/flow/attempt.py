@@ -52,6 +52,8 @@ class Attempt:
     device_digests: dict[str, str] = field(default_factory=dict)
     smoke: SmokeResult | None = None
     gpu: GpuResult | None = None
+    tree: str | None = None
+    "Digest of the finished tree, where the recipe makes one."
 
     @property
     def log(self) -> Path:
@@ -86,14 +88,16 @@ class Attempt:
             interpreter=interpreter.name if (interpreter := self.plan.stack.interpreter) is not None else None,
             asked_sm=self.plan.stack.asked_sm,
             asked_ptx=self.plan.stack.asked_ptx,
+            from_source=self.plan.recipe.from_source,
             inputs=self.plan.inputs,
             toolchain=self.plan.toolchain.kind,
             unconfirmed=tuple(
                 f"{known.what} {known.sha256}: {known.sentence}" for known in self.plan.evidence if not known.confirmed
             ),
-            outcome="built" if wheel else "failed",
+            outcome="built" if wheel or self.tree else "failed",
             failure=record.failure(error) if error else None,
             wheel=record.product(wheel) if wheel else None,
+            tree=self.tree,
             source=next(map(record.product, sorted(wheel.parent.glob("*.tar.gz"))), None) if wheel else None,
             torch_cxx11_abi=self.torch_cxx11_abi,
             jobs=self.jobs,

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import shutil
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from builder import audit, fetch
 from builder.audit import policy
 from builder.box import binfmt
 from builder.fetch import source
-from builder.flow import judge
+from builder.flow import judge, tree
 from builder.flow.attempt import Attempt, BuildOptions
 from builder.flow.compile import checkpoint, compiled, prepare
 from builder.flow.ground import lay_ground
-from builder.flow.publishing import publish_build, refuse_licence, refuse_objects, send_failure
+from builder.flow.publishing import publish_build, refuse_licence, refuse_objects, refuse_tree, send_failure
 from builder.ground import torch_facts
 from builder.planning.ground import Ground
 from builder.planning.plan import Plan
@@ -38,6 +39,7 @@ def build(plan: Plan, options: BuildOptions, settings: Settings, console: Consol
     if options.publish:
         refuse_objects(plan.stack.data)
         refuse_licence(plan.recipe)
+        refuse_tree(plan.recipe)
 
     wait = f"another process builds {plan.build_id[:16]}; waiting for it"
     with lock(settings.home / "locks" / f"build-{plan.build_id}", lambda: console.step("wait", wait)):
@@ -46,7 +48,8 @@ def build(plan: Plan, options: BuildOptions, settings: Settings, console: Consol
         attempt = Attempt(plan=plan, options=options, settings=settings, console=console, folder=folder)
         if built is not None:
             console.step("done", f"{data.name} {data.version} is already built with this id")
-            built = built if built.judged_by == judges.digest(plan) else _judged_again(attempt, built)
+            judged = built.tree is not None or built.judged_by == judges.digest(plan)
+            built = built if judged else _judged_again(attempt, built)
         else:
             try:
                 built = _recorded(attempt)
@@ -77,16 +80,20 @@ def _recorded(attempt: Attempt) -> Record:
         if not checkpoint(attempt).is_file():
             attempt.log.write_text(f"# {plan.title}\n# build id {plan.build_id}\n")
         try:
-            wheel = _stages(attempt)
+            product = _stages(attempt)
         except GracefarmError as error:
             with suppress(DiskFullError):  # which may be the very error that is to be told
                 record.write(attempt.record(None, error), attempt.settings)
             raise
+        wheel = product if attempt.tree is None else None
         built = provenance.signed(attempt.record(wheel, None), attempt.settings)
         place = record.write(built, attempt.settings)
     if not attempt.options.keep:
         for name in record.SCRATCH:
             remove_tree(attempt.folder / name)
+    if wheel is None:
+        console.step("record", f"tree {product}; record {place}; log {attempt.log}")
+        return built
     signature = f"signed by key {built.provenance['signatures'][0]['keyid'][:16]}" if built.provenance else "not signed"
     console.step("provenance", signature if built.provenance else f"{signature}: `builder key create` makes the farm's key")
     console.step("record", f"{wheel.name}, {wheel.stat().st_size / 1e6:.1f} MB; record {place}; log {attempt.log}")
@@ -118,11 +125,12 @@ def _stages(attempt: Attempt) -> Path:
     plan, console = attempt.plan, attempt.console
     data = plan.recipe.data
     plan.toolchain.require_machine()
+    _build_trees(attempt)
     _check_binfmt(plan)
     for difference in plan.toolchain.differences:
         console.step(plan.toolchain.kind, difference)
     with attempt.timed("fetch"), console.progress("fetch") as tick:
-        fetched = fetch.fetch(data, attempt.settings, tick)
+        fetched = tree.with_trees(fetch.fetch(data, attempt.settings, tick), plan, attempt.settings)
         epoch = source.source_date_epoch(data, fetched)
         unpacked = prepare(attempt, fetched, epoch)
         plan.toolchain.fetch(plan)
@@ -132,6 +140,9 @@ def _stages(attempt: Attempt) -> Path:
         ground = lay_ground(plan, attempt.settings, console)
     attempt.torch_cxx11_abi = torch_facts.cxx11_abi(ground.packages)
     raw = compiled(attempt, fetched, ground, epoch)
+    if data.tree is not None:
+        attempt.tree = tree.keep(raw, plan, attempt.settings, epoch)
+        return record.tree_path(attempt.settings, plan.build_id)
     with attempt.timed("audit"):
         wheel = _audited(attempt, raw, ground, epoch)
     judge.pass_smoke(attempt, wheel, ground)
@@ -144,9 +155,18 @@ def _stages(attempt: Attempt) -> Path:
     return final
 
 
+def _build_trees(attempt: Attempt) -> None:
+    """The trees that the recipe takes, each a build of its own; what is there already is not built again."""
+    for plan in attempt.plan.trees:
+        if record.tree_path(attempt.settings, plan.build_id).is_dir():
+            attempt.console.step("tree", f"{plan.title}: already built, build id {plan.build_id[:16]}")
+            continue
+        build(plan, replace(attempt.options, publish=None), attempt.settings, attempt.console)
+
+
 def _check_binfmt(plan: Plan) -> None:
     """A recipe that executes programs of the target other than Python needs a kernel that starts them."""
-    if not plan.recipe.data.build.binfmt or plan.host is plan.target:
+    if not plan.recipe.data.binfmt or plan.host is plan.target:
         return
     problem = binfmt.registration(plan.target.value)
     if problem is not None:

@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from builder import audit
-from builder.compiling import jobs, pep517, units
+from builder.compiling import cxx_runtime, jobs, pep517, units
 from builder.compiling.jobs import Jobs
 from builder.compiling.units import CacheStatistics, DeviceStatistics, Note, Unit
 from builder.fetch import Fetched, source
 from builder.flow import history
 from builder.flow.attempt import Attempt
 from builder.planning.ground import Ground
+from builder.planning.plan import Plan
+from builder.planning.settings import Settings
 from builder.proof import record
 from builder.proof.record import Stage
 from builder.toolchains import device_store
@@ -43,12 +45,16 @@ def prepare(attempt: Attempt, fetched: Fetched, epoch: int) -> bool:
     attempt.known = history.learned_units(records, history.like(attempt.plan))
     # Of a build that was cut off there is no record, and its units come from the cache now.
     attempt.known |= units.costs(units.read(attempt.work), attempt.known)
-    pep517.check_requirements(attempt.plan, _source_tree(attempt, fetched, epoch))
+    tree = _source_tree(attempt, fetched, epoch)
+    if attempt.plan.recipe.data.tree is None:
+        pep517.check_requirements(attempt.plan, tree)
+        if (sentence := cxx_runtime.warning(attempt.plan, tree)) is not None:
+            attempt.console.warn(sentence)
     return True
 
 
 def compiled(attempt: Attempt, fetched: Fetched, ground: Ground, epoch: int) -> Path:
-    """The raw wheel, of an earlier run or compiled now from the tree that `prepare` made.
+    """The raw wheel, of an earlier run or compiled now from the tree that `prepare` made; or the folder of the recipe's tree.
 
     Raises:
         MemoryBoundError, NetworkError, DiskFullError, CompileError: see `pep517.judge`.
@@ -84,18 +90,7 @@ def _saved(attempt: Attempt) -> Path | None:
 def _with_retry(attempt: Attempt, fetched: Fetched, ground: Ground, epoch: int) -> Path:
     """The raw wheel, compiled now, with one retry after a kill by memory."""
     memory = pep517.bound(attempt.settings)
-    build = attempt.plan.recipe.data.build
-    records = history.measured(attempt.plan, attempt.settings)
-    like = history.like(attempt.plan)
-    whole = history.learned_units([past for past in records if past.outcome == "built"], like)
-    count = jobs.plan(
-        memory=memory,
-        memory_per_job=build.memory_per_job,
-        wanted=attempt.options.jobs or attempt.settings.jobs,
-        past=history.learned_jobs(records, like),
-        declared=[parse_size(size) for size in build.unit_memory.values()],
-        peaks=[unit.peak_memory for unit in whole.values()],
-    )
+    count = count_jobs(attempt.plan, attempt.settings, memory, attempt.options.jobs)
     try:
         return _once(attempt, ground, epoch, count, memory)
     except GracefarmError as error:
@@ -107,6 +102,21 @@ def _with_retry(attempt: Attempt, fetched: Fetched, ground: Ground, epoch: int) 
         attempt.known |= units.costs(units.read(attempt.work), attempt.known)
         _source_tree(attempt, fetched, epoch)
         return _once(attempt, ground, epoch, retry, memory)
+
+
+def count_jobs(plan: Plan, settings: Settings, memory: int, wanted: int | None = None) -> Jobs:
+    """Compilations that run beside each other, from cores, memory and earlier builds."""
+    build, like = plan.recipe.data.build, history.like(plan)
+    records = history.measured(plan, settings)
+    whole = history.learned_units([past for past in records if past.outcome == "built"], like)
+    return jobs.plan(
+        memory=memory,
+        memory_per_job=build.memory_per_job,
+        wanted=wanted or settings.jobs,
+        past=history.learned_jobs(records, like),
+        declared=[parse_size(size) for size in build.unit_memory.values()],
+        peaks=[unit.peak_memory for unit in whole.values()],
+    )
 
 
 def _once(attempt: Attempt, ground: Ground, epoch: int, count: Jobs, memory: int) -> Path:
@@ -133,9 +143,11 @@ def _once(attempt: Attempt, ground: Ground, epoch: int, count: Jobs, memory: int
         pep517.judge(outcome, plan, attempt.log, log_start, work / "source")
     finally:  # after it: the log's last line is the build's own till then
         _count_units(attempt, units.read(work))
-    raw = _keep(attempt, audit.only_wheel(work / "out"), count)
+    whole = plan.recipe.data.tree is not None
+    raw = work / "out" if whole else _keep(attempt, audit.only_wheel(work / "out"), count)
     peak = outcome.peak_memory / 2**30
-    attempt.console.step("compile", f"{raw.name} in {outcome.wall_s:.0f} s, {outcome.cpu_s:.0f} CPU s, peak {peak:.1f} GiB")
+    made = "the tree" if whole else raw.name
+    attempt.console.step("compile", f"{made} in {outcome.wall_s:.0f} s, {outcome.cpu_s:.0f} CPU s, peak {peak:.1f} GiB")
     return raw
 
 

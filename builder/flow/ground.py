@@ -8,8 +8,9 @@ from builder import fetch
 from builder.box.place import Place
 from builder.compiling import pep517
 from builder.fetch import source
+from builder.flow import compile, tree
 from builder.planning.ground import Ground
-from builder.planning.plan import NO_CACHES, Plan
+from builder.planning.plan import Caches, Plan
 from builder.planning.settings import Settings
 from gracefarm.console import Console
 
@@ -24,12 +25,13 @@ def lay_ground(plan: Plan, settings: Settings, console: Console) -> Ground:
 
 
 def reopen(plan: Plan, folder: Path, settings: Settings, console: Console) -> Place:
-    """The place of a compile once more, its source unpacked where a success has removed it.
+    """The place of a compile once more, its source unpacked where a success has removed it; what is compiled there by hand
+    takes as many jobs as a build, and goes into its cache.
 
     Raises:
         GracefarmError: the source or the ground cannot be had.
     """
-    fetched = fetch.fetch(plan.recipe.data, settings)
+    fetched = tree.with_trees(fetch.fetch(plan.recipe.data, settings), plan, settings)
     epoch = source.source_date_epoch(plan.recipe.data, fetched)
     if not (folder / "source").is_dir():
         for name in ("out", "tmp"):
@@ -37,4 +39,5 @@ def reopen(plan: Plan, folder: Path, settings: Settings, console: Console) -> Pl
         source.unpack(plan.recipe, fetched, folder / "source", epoch)
     memory = pep517.bound(settings)
     ground = lay_ground(plan, settings, console)
-    return plan.toolchain.place(plan, ground, settings, folder, jobs=1, epoch=epoch, memory=memory, caches=NO_CACHES)
+    jobs = compile.count_jobs(plan, settings, memory).count
+    return plan.toolchain.place(plan, ground, settings, folder, jobs=jobs, epoch=epoch, memory=memory, caches=Caches())

@@ -45,7 +45,7 @@ def pass_smoke(attempt: Attempt, wheel: Path, ground: Ground) -> None:
         return
     trial = Trial(
         wheel=wheel,
-        imports=plan.recipe.data.smoke.imports,
+        imports=plan.recipe.data.imports,
         script=plan.recipe.smoke_script,
         environment=plan.toolchain.trial_environment(ground, emulated=plan.host is not plan.target),
         folder=attempt.folder / "smoke",

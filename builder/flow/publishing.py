@@ -41,6 +41,16 @@ def refuse_licence(recipe: LoadedRecipe) -> None:
         )
 
 
+def refuse_tree(recipe: LoadedRecipe) -> None:
+    """An index has wheels.
+
+    Raises:
+        PublishError: the recipe makes a tree.
+    """
+    if recipe.data.tree is not None:
+        raise PublishError(f"{recipe.key} makes a tree for other recipes, which no index takes", remedy="leave --publish out")
+
+
 def publish_build(built: Record, url: str, settings: Settings, console: Console) -> Record:
     """Wheel, record and log with one login; a wheel that failed a gate has no path to here.
 

@@ -27,7 +27,7 @@ from gracefarm.errors import VerifyError
 from gracefarm.files import lock, remove_tree
 from gracefarm.tables import Table
 
-SHARED = ("roots", "environments", "toolchains", "cuda", "wrappers", "store", "git", "uv")
+SHARED = ("roots", "environments", "toolchains", "cuda", "wrappers", "store", "git", "uv", "trees")
 "Folders of GRACEFARM_HOME whose content is pinned by digest; all else, compiler caches among it, is made anew."
 
 DEVICE_SECTIONS = (".nv_fatbin", "__nv_relfatbin", ".nvFatBinSegment", ".nv_module_id", "__nv_module_id")

@@ -119,20 +119,20 @@ def _install_back(plan: Plan, index_url: str, settings: Settings, console: Conso
     ground = lay_ground(plan, settings, console)
     clean, files, log = folder / "install" / "env", folder / "install" / "files", folder / "install.txt"
     remove_tree(clean)
-    environment.fresh(ground.environment, clean, None)
+    environment.fresh(ground.environment, clean)
     data, script = plan.recipe.data, plan.recipe.smoke_script
-    smoke.prepare(files, data.smoke.imports, script)
+    smoke.prepare(files, data.imports, script)
     box = Sandbox(
         root=ground.root,
         mounts=(BindMount(source=clean, target="/env", writable=True), BindMount(source=files, target=sandbox_trial.WORKDIR)),
-        environment=sandbox_trial.variables(),
+        environment=sandbox_trial.variables(ground),
         workdir=sandbox_trial.WORKDIR,
         memory=pep517.bound(settings),
         network=True,
     )
     options = ("--no-cache-dir", "--disable-pip-version-check", "--no-input", "--no-compile", "--root-user-action=ignore")
     pip = ("/env/bin/python3", "-m", "pip", "install", *options, "--index-url", index_url, f"{data.name}=={data.version}")
-    for command in (pip, smoke.driver(data.smoke.imports, script)):
+    for command in (pip, smoke.driver(data.imports, script)):
         outcome = sandbox.run(box, command, log=log)
         if outcome.returncode != 0:
             raise InstallError(

@@ -135,20 +135,17 @@ def programs(tools: Path) -> list[str]:
     return [str(place.relative_to(tools)) for place in places if place.is_dir()]
 
 
-def fresh(environment: Path, into: Path, wheel: Path | None) -> Path:
-    """A copy of an environment with `wheel` installed in it (without what it depends on); None: the copy alone.
+def fresh(environment: Path, into: Path) -> Path:
+    """A copy of an environment, for wheels to be added to.
 
-    The copy is of hard links, so `into` must be on the environment's file system; installing replaces files and never writes
+    It is of hard links, so `into` must be on the environment's file system; installing replaces files and never writes
     through a link.
 
     Raises:
-        InstallError: the wheel does not fit the environment's Python or architecture, or is damaged.
         RootError: the copy cannot be made.
     """
     into.parent.mkdir(parents=True, exist_ok=True)
     _copy_links(environment, into)
-    if wheel is not None:
-        add(into, wheel)
     return into
 
 
@@ -167,15 +164,17 @@ def _copy_links(folder: Path, into: Path) -> None:
         raise RootError(f"{folder} cannot be copied to {into}: {copied.stderr.strip()[:500]}", remedy="run `builder doctor`")
 
 
-def add(into: Path, wheel: Path) -> None:
+def add(into: Path, wheel: Path, glibc: str) -> None:
     """Install one wheel more in a copy that `fresh` made, without what it depends on.
 
+    `glibc` is the highest manylinux level that the stack allows, as 2_34: stacks that differ in it share environments.
+
     Raises:
-        InstallError: see `fresh`.
+        InstallError: the wheel does not fit the environment's Python or architecture, or is damaged.
     """
     facts = dict(line.split(" = ", 1) for line in (into / "pyvenv.cfg").read_text().splitlines())
-    python, platform = facts["gracefarm-python"], facts["gracefarm-platform"]
-    target, _, glibc = platform.partition("-manylinux_")
+    python, target = facts["gracefarm-python"], facts["gracefarm-platform"].partition("-manylinux_")[0]
+    platform = f"{target}-manylinux_{glibc}"
     _check_tags(wheel, python, glibc, Arch(target))
     site = into / "lib" / f"python{python}" / "site-packages"
     wheels.install_file(

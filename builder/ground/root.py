@@ -143,6 +143,8 @@ def _lay_out(folder: Path, stack: LoadedStack, host: Arch, target: Arch) -> None
     (folder / OWN).mkdir(parents=True, exist_ok=True)
     (folder / BIN).mkdir(parents=True, exist_ok=True)
     _link_compilers(folder, stack.data.toolchain.gcc, target)
+    if host is not target:
+        _link_host_compilers(folder, stack.data.toolchain.gcc, host)
     _lay_out_python(folder, stack.data.python, host, target)
     if host is not target:
         _pretend(folder, host, target)
@@ -165,6 +167,19 @@ def _link_compilers(folder: Path, gcc: int, target: Arch) -> None:
             )
         for name in (plain, f"{prefix}{plain}"):
             _link(links / name, f"/usr/bin/{own}")
+
+
+def _link_host_compilers(folder: Path, gcc: int, host: Arch) -> None:
+    """Names with the host's triplet for its own compilers, where the root has them: for programs that a build runs itself.
+
+    Plain `as` and `ld` are the target's here, so each is told of its own.
+    """
+    for plain, versioned in _COMPILERS.items():
+        program = f"usr/bin/{host.triplet}-{versioned}-{gcc}"
+        if (folder / program).exists():
+            place = folder / BIN / f"{host.triplet}-{plain}"
+            place.write_text(f'#!/bin/sh\nexec /{program} -B/usr/bin/ "$@"\n')
+            place.chmod(0o755)
 
 
 def _link(place: Path, program: str) -> None:

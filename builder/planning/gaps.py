@@ -5,13 +5,15 @@ A gap is named there, refused by a build, and filled in by a lock or at first us
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from packaging.utils import canonicalize_name
 
 from builder.planning.digests import DigestFields, FirstUse, Witness
-from builder.planning.recipe import GitSource, LoadedRecipe
+from builder.planning.recipe import LoadedRecipe
+from builder.planning.sources import GitSource
 from builder.planning.stack import Arch, LoadedStack
 
 _SOURCE = "source"
@@ -26,8 +28,8 @@ class Gap:
     "The TOML file that says so."
     table: tuple[str, ...]
     "The array of tables in it."
-    number: int | None
-    "Which of the tables, from 0; None: it is one table."
+    entry: Mapping[str, str]
+    "What only that one of the tables says; empty: it is one table."
     what: str
     url: str
     reason: str
@@ -79,11 +81,18 @@ def of_recipe(recipe: LoadedRecipe) -> list[Gap]:
     place, source = recipe.folder / "recipe.toml", recipe.data.source
     own = []
     if not isinstance(source, GitSource) and source.sha256_unknown is not None:
-        own = [Gap(file=place, table=("source",), number=None, what=_SOURCE, url=source.origin, reason=source.sha256_unknown)]
+        own = [Gap(file=place, table=("source",), entry={}, what=_SOURCE, url=source.origin, reason=source.sha256_unknown)]
     return own + [
-        Gap(file=place, table=("files",), number=number, what=file.path, url=file.url or "", reason=file.sha256_unknown)
-        for number, file in enumerate(recipe.data.files)
-        if file.sha256_unknown is not None
+        Gap(
+            file=place,
+            table=("files",),
+            entry={"url": file.url, "path": file.path},
+            what=file.path,
+            url=file.url,
+            reason=file.sha256_unknown,
+        )
+        for file in recipe.data.files
+        if file.sha256_unknown is not None and file.url is not None
     ]
 
 
@@ -91,8 +100,15 @@ def of_stack(stack: LoadedStack) -> list[Gap]:
     """The gaps of the stack, as far as the recipe takes it."""
     place, table = stack.folder / "stack.toml", ("environment", "wheels")
     return [
-        Gap(file=place, table=table, number=number, what=wheel.title, url=wheel.index, reason=wheel.sha256_unknown)
-        for number, wheel in enumerate(stack.data.environment.wheels)
+        Gap(
+            file=place,
+            table=table,
+            entry={"name": wheel.name, "version": wheel.version, "arch": wheel.arch.value},
+            what=wheel.title,
+            url=wheel.index,
+            reason=wheel.sha256_unknown,
+        )
+        for wheel in stack.data.environment.wheels
         if wheel.sha256_unknown is not None and stack.takes(canonicalize_name(wheel.name))
     ]
 
@@ -104,7 +120,7 @@ def of_images(stack: LoadedStack, target: Arch | None = None) -> list[Gap]:
         Gap(
             file=place,
             table=("container", arch.value),
-            number=None,
+            entry={},
             what=f"image {image.name}:{image.tag}",
             url=image.manifest,
             reason=image.sha256_unknown,

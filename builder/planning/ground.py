@@ -27,6 +27,12 @@ class Ground:
     "The Python that exports the C API, where it is not the root's."
     tools: Path | None = None
     "Programs of this machine that the recipe requires to build; None: it requires none."
+    sm: tuple[str, ...] = ()
+    "Architectures of the stack's device code."
+    emulator: str | None = None
+    "Inside the root: what runs programs of the target where this machine's kernel does not."
+    glibc: str = ""
+    "Highest manylinux level that the stack allows for the target, as 2_34."
     cuobjdump: Path | None = None
     "NVIDIA's reader of device code."
 

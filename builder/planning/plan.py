@@ -24,8 +24,9 @@ from builder.box.sandbox import TMP, Outcome
 from builder.planning import device_code, gaps, pins
 from builder.planning.gaps import Evidence, Gap
 from builder.planning.ground import Ground, TrialEnvironment
-from builder.planning.recipe import Build, GitSource, LoadedRecipe, ToolchainKind
+from builder.planning.recipe import Build, LoadedRecipe, ToolchainKind
 from builder.planning.settings import Settings
+from builder.planning.sources import GitSource
 from builder.planning.stack import Arch, LoadedStack
 from gracefarm.console import Tick, no_tick
 from gracefarm.errors import ConfigError
@@ -218,6 +219,8 @@ class Plan:
     host: Arch
     target: Arch
     toolchain: Toolchain
+    trees: tuple[Plan, ...] = ()
+    "Of the recipe's trees, in their order: they are built first."
 
     @cached_property
     def inputs(self) -> Inputs:
@@ -232,7 +235,7 @@ class Plan:
                 "license": data.license,
                 "source": data.source.model_dump(mode="json", exclude=set(EVIDENCE)),
                 "repositories": [repository.model_dump(mode="json") for repository in data.repositories],
-                "files": [file.model_dump(mode="json", exclude=set(EVIDENCE)) for file in data.files],
+                "files": [file.model_dump(mode="json", exclude={*EVIDENCE, "host", "binfmt"}) for file in data.files],
                 "substitutions": [substitution.model_dump(mode="json") for substitution in data.substitutions],
                 "patches": [sha256_file(patch) for patch in self.recipe.patches],
                 "build": build,
@@ -241,6 +244,7 @@ class Plan:
                 "source_archive": data.wheel.source_archive,
                 "sm_extra": {glob: sorted(values) for glob, values in data.wheel.sm_extra.items()},
                 "allow_sm_fallback": data.wheel.allow_sm_fallback,
+                **self._trees(),
             },
             "stack": {
                 "python": self.stack.python,
@@ -267,6 +271,16 @@ class Plan:
             **self.toolchain.inputs(self),
         }
 
+    def _trees(self) -> Inputs:
+        """What a recipe of a tree, or with trees, adds to the inputs."""
+        data, added = self.recipe.data, Inputs()
+        if data.tree is not None:
+            added["tree"] = data.tree.model_dump(mode="json")
+        if self.trees:
+            taken = zip(data.trees, self.trees, strict=True)
+            added["trees"] = [{"path": tree.path, "build_id": plan.build_id, "inputs": plan.inputs} for tree, plan in taken]
+        return added
+
     @cached_property
     def build(self) -> Build:
         """The recipe's [build], with the cell's architectures in place of what stands for them."""
@@ -291,7 +305,8 @@ class Plan:
         """What a build lacks."""
         # An environment of somebody's own is taken as it is: nothing of the stack's lock is fetched.
         locked = gaps.of_stack(self.stack) if self.toolchain.locked(self.stack) is not None else []
-        return [*gaps.of_recipe(self.recipe), *locked, *self.toolchain.gaps(self.stack, self.target)]
+        own = [*gaps.of_recipe(self.recipe), *locked, *self.toolchain.gaps(self.stack, self.target)]
+        return [*own, *(gap for plan in self.trees for gap in plan.gaps)]
 
     @property
     def evidence(self) -> list[Evidence]:
@@ -335,7 +350,8 @@ class Plan:
     @property
     def repeat(self) -> str:
         """The command that builds this."""
-        return f"builder build {self.recipe.key} {self.toolchain.arguments(self)}"
+        trees = "".join(f" --{name} source" for name in self.recipe.from_source)
+        return f"builder build {self.recipe.key} {self.toolchain.arguments(self)}{trees}"
 
     @cached_property
     def build_id(self) -> str:

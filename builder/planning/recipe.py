@@ -4,27 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
-from packaging.licenses import canonicalize_license_expression
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
-from packaging.version import Version
 from pydantic import AfterValidator, Field, model_validator
 
-from builder.planning.digests import DigestFields, PinnedDownload
-from builder.planning.stack import TORCH, BuildRequirements, LoadedStack, Ptx, RequirementText, Sm, unknown
+from builder.planning.sources import File, FileSource, GitSource, Repository, SdistSource, SpdxExpression, VersionText
+from builder.planning.stack import TORCH, Arch, BuildRequirements, LoadedStack, Ptx, RequirementText, Sm, unknown
 from gracefarm import tables
-from gracefarm.errors import ConfigError
-from gracefarm.tables import Commit, InsidePath, Sha256, Size, Table, Url
+from gracefarm.errors import ConfigError, UsageError
+from gracefarm.tables import InsidePath, Sha256, Size, Table, Url
 
 
-def _canonical_version(text: str) -> str:
-    Version(text)
+def _named(text: str) -> Requirement:
+    """A requirement whose version may be that of the stack's torch."""
+    return Requirement(text.replace(TORCH_VERSION, "0"))
+
+
+def _stack_requirement(text: str) -> str:
+    _named(text)  # whose error is a ValueError, and so names file and line
     return text
 
 
@@ -33,128 +35,12 @@ def _specifiers(text: str) -> str:
     return text
 
 
+TORCH_VERSION = "{torch}"
+StackRequirement = Annotated[str, AfterValidator(_stack_requirement)]
+Specifiers = Annotated[str, AfterValidator(_specifiers)]
 PLACEHOLDERS = ("{sm}", "{sm_dotted}", "{sm_gencode}")
 "In values of [build]: the cell's architectures, for packages that do not read TORCH_CUDA_ARCH_LIST."
 ToolchainKind = Literal["sandbox", "host", "container"]
-VersionText = Annotated[str, AfterValidator(_canonical_version)]
-SpdxExpression = Annotated[str, AfterValidator(canonicalize_license_expression)]
-"A licence as SPDX writes it, or LicenseRef-NAME for one that is not on its list."
-
-
-class SdistSource(PinnedDownload):
-    """A source distribution from the Python index. It is fetched through the simple API and not executed."""
-
-    kind: Literal["sdist"]
-    "Selects this kind of source."
-    name: str = Field(description="Project on the Python index")
-    version: VersionText = Field(description="Exact version")
-
-    @property
-    def origin(self) -> str:
-        """Its package URL."""
-        return f"pkg:pypi/{canonicalize_name(self.name)}@{self.version}"
-
-
-class Submodule(Table):
-    """A git submodule, pinned like its parent."""
-
-    url: Url
-    "URL of the repository."
-    commit: Commit
-    "Full commit id."
-    tree: Commit | None = Field(default=None, description="Checked where given; the commit's id covers it already")
-    license: SpdxExpression | None = Field(default=None, description="The gate `licence` refuses a wheel without it")
-
-
-class Repository(Table):
-    """Another git repository in the source tree, in place of CMake's FetchContent."""
-
-    url: Url
-    "URL of the repository."
-    commit: Commit = Field(description="Full commit id; never a branch or a tag")
-    tree: Commit | None = None
-    "Tree id of that commit."
-    path: InsidePath = Field(description="Where it is checked out, relative to the source tree")
-    license: SpdxExpression | None = Field(default=None, description="The gate `licence` refuses a wheel without it")
-
-
-class GitSource(Table):
-    """A git repository at one commit, checked by its tree; a branch or tag name is refused."""
-
-    kind: Literal["git"]
-    "Selects this kind of source."
-    url: Url
-    "URL of the repository."
-    commit: Commit = Field(description="Full commit id; never a branch or a tag")
-    tree: Commit = Field(description="Tree id of that commit")
-    submodules: dict[str, Submodule] = Field(default_factory=dict, description="By path inside the tree; others stay empty")
-
-
-class FileSource(PinnedDownload):
-    """A source archive (.tar.gz, .tar.xz, .zip) by URL and digest."""
-
-    kind: Literal["file"]
-    "Selects this kind of source."
-    url: Url
-    "URL of the archive."
-
-    @property
-    def origin(self) -> str:
-        """Its address."""
-        return self.url
-
-
-class File(DigestFields):
-    """A further download, or a text, that the build expects at a place of the source tree.
-
-    Comes from an address (`url`), from the Python index (`name`, `version`) or from Debian's archive (`deb`, `suite`).
-    """
-
-    url: Url | None = None
-    "URL of the file."
-    name: str | None = Field(default=None, description="Project on the Python index; the digest says which of its files")
-    version: VersionText | None = Field(default=None, description="Exact version of that project")
-    deb: InsidePath | None = Field(default=None, description="Package in Debian's archive, as a toolchain.lock has its `path`")
-    suite: str | None = Field(default=None, description="Suite whose mirror has that package")
-    text: str | None = Field(default=None, description="The file's whole content, instead of a download")
-    path: InsidePath = Field(description="Where it is put, relative to the source tree")
-    unpack: bool = Field(default=False, description="Unpack the archive into `path` instead of copying it")
-    members: dict[str, InsidePath | tuple[InsidePath, ...]] = Field(
-        default_factory=dict,
-        description="Unpack only these files and folders of the archive, each to one or several places below `path`",
-    )
-    license: SpdxExpression | None = Field(default=None, description="The gate `licence` refuses a wheel without it")
-
-    @property
-    def origin(self) -> str:
-        """The address, or the package URL, by which `[wheel] bundled` names it; empty for a text."""
-        return origin_of(self.model_dump())
-
-    @model_validator(mode="after")
-    def _one_origin(self) -> Self:
-        if [self.url, self.name, self.deb, self.text].count(None) != 3:
-            raise ValueError("give one of url, name, deb and text")
-        if (self.name is None) != (self.version is None) or (self.deb is None) != (self.suite is None):
-            raise ValueError("name goes with version, deb with suite")
-        if self.deb is not None and len(Path(self.deb).name.split("_")) != 3:
-            raise ValueError("deb is a path that ends in NAME_VERSION_ARCH.deb")
-        if self.url is not None:
-            self.require_one()
-        elif self.text is None and self.sha256 is None:
-            raise ValueError("a file of an index or an archive is pinned by its sha256")
-        elif self.text is not None and (self.sha256 or self.sha256_unknown or self.unpack or self.members):
-            raise ValueError("a text has no digest and is no archive")
-        return self
-
-
-def origin_of(file: Mapping[str, Any]) -> str:
-    """`File.origin` of an entry's table, as a build's inputs have it; earlier versions had addresses and texts alone."""
-    if name := file.get("name"):
-        return f"pkg:pypi/{canonicalize_name(name)}@{file['version']}"
-    if deb := file.get("deb"):
-        name, version, arch = Path(deb).stem.split("_")
-        return f"pkg:deb/debian/{name}@{version}?arch={arch}"
-    return file["url"] or ""
 
 
 class Substitution(Table):
@@ -248,9 +134,10 @@ class Wheel(Table):
         description="A source that asks for 90a, or for a family as 100f, may be compiled for 90, or 100, instead",
     )
     ptx: Ptx | None = Field(default=None, description="As of the stack, in its place; 'none': no PTX")
-    requires: dict[str, RequirementText] = Field(
+    requires: dict[str, StackRequirement] = Field(
         default_factory=dict,
-        description="Requires-Dist by distribution, in place of what the package says of it, as {'triton' = 'triton==3.2.0'}",
+        description="Requires-Dist by distribution, in place of what the package says of it, as {'triton' = 'triton==3.2.0'}; "
+        "{torch} stands for the version of the stack's",
     )
     source_archive: bool = Field(
         default=False, description="Publish the exact patched source beside the wheel, as licences of the AGPL's kind ask"
@@ -268,18 +155,23 @@ class Wheel(Table):
     @model_validator(mode="after")
     def _requires_by_its_own_name(self) -> Self:
         for name, text in self.requires.items():
-            if canonicalize_name(Requirement(text).name) != canonicalize_name(name):
+            if canonicalize_name(_named(text).name) != canonicalize_name(name):
                 raise ValueError(f"requires {name!r} is given {text!r}, a requirement of another distribution")
         return self
+
+
+class StackDifference(Table):
+    """What is different against stacks of some CUDA releases: one recipe serves them all."""
+
+    cuda: Specifiers = Field(description="CUDA releases of the stack for which it is, as '>=13'")
+    substitutions: tuple[Substitution, ...] = Field(default=(), description="After the recipe's own")
+    requires: dict[str, StackRequirement] | None = Field(default=None, description="In place of `requires` of [wheel]")
 
 
 class Smoke(Table):
     """What must work in a clean environment."""
 
     imports: tuple[str, ...] = Field(min_length=1, description="Modules imported by name, extensions included")
-
-
-Specifiers = Annotated[str, AfterValidator(_specifiers)]
 
 
 class KnownBad(Table):
@@ -290,6 +182,29 @@ class KnownBad(Table):
     torch: Specifiers = Field(default="", description="Releases of torch, as '>=2.9,<2.11'; empty: any")
     reason: str = Field(min_length=1, description="What is wrong with it")
     link: Url = Field(description="Where it was reported or measured")
+
+
+class TreeProduct(Table):
+    """A build that makes a tree of files, which other recipes take, in place of a wheel."""
+
+    commands: tuple[str, ...] = Field(
+        min_length=1,
+        description="Lines of a shell script that runs in the source tree and installs into $OUT; CC and CXX compile for the "
+        "target, CC_FOR_BUILD and CXX_FOR_BUILD for the machine that builds",
+    )
+    holds: tuple[InsidePath, ...] = Field(min_length=1, description="What the tree must have at its end")
+
+
+class TakenTree(Table):
+    """A tree of another recipe, which is built first; its build id enters this one's."""
+
+    recipe: str = Field(description="The folder's name under recipes/")
+    path: InsidePath = Field(description="Where it is put, relative to the source tree, before [[files]]")
+    replaces: InsidePath | None = Field(
+        default=None,
+        description="`path` of the [[files]] entry that has the same as a download: the tree takes its place where the "
+        "command line asks for it, as `--llvm source`",
+    )
 
 
 class Recipe(Table):
@@ -312,13 +227,37 @@ class Recipe(Table):
     "Further git repositories."
     files: tuple[File, ...] = ()
     "Further files."
+    trees: tuple[TakenTree, ...] = ()
+    "Trees of other recipes, which are built first."
     substitutions: tuple[Substitution, ...] = Field(default=(), description="After the patches, in this order")
     build: Build = Build()
     "How to compile."
     wheel: Wheel = Wheel()
     "Required properties of the wheel."
-    smoke: Smoke
+    differences: tuple[StackDifference, ...] = ()
+    "What is different against stacks of some CUDA releases."
+    smoke: Smoke | None = None
     "Smoke test of the wheel."
+    tree: TreeProduct | None = None
+    "The tree that the build makes in place of a wheel."
+
+    @model_validator(mode="after")
+    def _one_product(self) -> Self:
+        if (self.smoke is None) == (self.tree is None):
+            raise ValueError("give [smoke], as every recipe of a wheel, or [tree], for a recipe that makes none")
+        if self.tree is not None and (self.trees or self.build.cuda):
+            raise ValueError("a recipe with [tree] takes no other tree, and says cuda = false in [build]")
+        places = {file.path for file in self.files}
+        for taken in self.trees:
+            if taken.replaces is not None and taken.replaces not in places:
+                msg = f"trees of {taken.recipe} replaces {taken.replaces!r}, which is the path of no [[files]] entry"
+                raise ValueError(msg)
+        return self
+
+    @property
+    def imports(self) -> tuple[str, ...]:
+        """Modules that must work in a clean environment; a tree has none."""
+        return self.smoke.imports if self.smoke is not None else ()
 
     @model_validator(mode="after")
     def _bundled_origins(self) -> Self:
@@ -330,10 +269,15 @@ class Recipe(Table):
         return self
 
     @property
+    def binfmt(self) -> bool:
+        """The build executes programs of the target other than Python."""
+        return self.build.binfmt or any(file.binfmt for file in self.files)
+
+    @property
     def uses_torch(self) -> bool:
         """It compiles CUDA code, or requires torch to build or to run."""
         texts = (*self.build.requires, *self.wheel.requires.values())
-        return self.build.cuda or any(canonicalize_name(Requirement(text).name) == TORCH for text in texts)
+        return self.build.cuda or any(canonicalize_name(_named(text).name) == TORCH for text in texts)
 
     @property
     def parts(self) -> dict[str, str | None]:
@@ -357,15 +301,60 @@ class LoadedRecipe:
     smoke_script: Path | None
     smoke_gpu_script: Path | None = None
     "Run where torch sees a GPU."
+    from_source: tuple[str, ...] = ()
+    "Recipes whose trees take the place of downloads."
 
     @property
     def key(self) -> str:
         """The folder's name: what the command line calls the recipe."""
         return self.folder.name
 
+    def for_host(self, host: Arch) -> LoadedRecipe:
+        """The recipe with the files and trees that a build on that machine takes."""
+        trees = tuple(tree for tree in self.data.trees if tree.replaces is None or tree.recipe in self.from_source)
+        replaced = {tree.replaces for tree in trees}
+        files = tuple(file for file in self.data.files if file.host in (None, host) and file.path not in replaced)
+        return replace(self, data=self.data.model_copy(update={"files": files, "trees": trees}))
+
+    def against(self, stack: LoadedStack) -> LoadedRecipe:
+        """The recipe with what is different against that stack.
+
+        Raises:
+            ConfigError: it requires the version of the torch of a stack that has none.
+        """
+        data = self.data
+        applying = [each for each in data.differences if SpecifierSet(each.cuda).contains(stack.data.cuda)]
+        substitutions = (*data.substitutions, *(change for each in applying for change in each.substitutions))
+        required = next((each.requires for each in reversed(applying) if each.requires is not None), data.wheel.requires)
+        torch = stack.data.torch.version if stack.data.torch is not None else None
+        if torch is None and any(TORCH_VERSION in text for text in required.values()):
+            raise ConfigError(
+                f"{self.key} requires the torch that it was built against, and stack {stack.data.name} has none",
+                remedy="take a stack that has torch",
+            )
+        requires = {name: text.replace(TORCH_VERSION, torch or "") for name, text in required.items()}
+        wheel = data.wheel.model_copy(update={"requires": requires})
+        update = {"substitutions": substitutions, "wheel": wheel, "differences": ()}
+        return replace(self, data=data.model_copy(update=update))
+
+    def with_trees(self, names: tuple[str, ...]) -> LoadedRecipe:
+        """The recipe with the trees of these recipes in place of downloads.
+
+        Raises:
+            UsageError: it takes no tree of one of them in place of a download.
+        """
+        known = [tree.recipe for tree in self.data.trees if tree.replaces is not None]
+        for name in names:
+            if name not in known:
+                raise UsageError(
+                    f"{self.key} takes no {name} that could be built from source",
+                    remedy=f"it takes {', '.join(known)}" if known else f"leave --{name} source out",
+                )
+        return replace(self, from_source=names)
+
     def on(self, stack: LoadedStack) -> LoadedStack:
         """A stack as this recipe takes it: without torch where it uses none, and with what it needs to build beside it."""
-        return replace(stack, build_requirements=self.build_requirements, uses_torch=self.data.uses_torch)
+        return replace(stack, build_requirements=self.build_requirements, uses_torch=self.against(stack).data.uses_torch)
 
     @property
     def build_requirements(self) -> BuildRequirements | None:
@@ -378,6 +367,18 @@ class LoadedRecipe:
 def names(recipes: Path) -> list[str]:
     """Recipes in a folder, sorted."""
     return sorted(path.parent.name for path in recipes.glob("*/recipe.toml"))
+
+
+def of_wheels(recipes: Path) -> list[str]:
+    """Recipes in a folder that do not make a tree, which is built where another recipe takes it; sorted."""
+    keys = []
+    for key in names(recipes):
+        try:
+            tree = tables.read(recipes / key / "recipe.toml", Recipe).tree
+        except ConfigError:  # it is told about when it is built
+            tree = None
+        keys += [key] if tree is None else []
+    return keys
 
 
 def load(recipes: Path, name: str) -> LoadedRecipe:

@@ -54,7 +54,7 @@ def digest(plan: Plan) -> str:
         content.update((script.read_bytes() if script else b"") + b"\0")
     wheel = recipe.data.wheel.model_dump(mode="json", include={"bundled", "max_size"})
     build_paths = plan.toolchain.build_paths(Path("/work"))
-    content.update(json.dumps([wheel, recipe.data.smoke.imports, build_paths], sort_keys=True).encode())
+    content.update(json.dumps([wheel, recipe.data.imports, build_paths], sort_keys=True).encode())
     return content.hexdigest()
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from packaging.utils import canonicalize_name
 
-from builder.planning.recipe import origin_of
+from builder.planning.sources import origin_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +34,7 @@ def of(inputs: Mapping[str, Any]) -> list[Material]:
         *_source(recipe["source"], recipe),
         *(_git(repository["path"], repository) for repository in recipe["repositories"]),
         *(material for file in recipe["files"] if (material := _download(file)) is not None),
+        *(material for tree in recipe.get("trees", ()) for material in _tree(tree)),
         *(_file(f"patch {number}", f"urn:sha256:{sha256}", sha256) for number, sha256 in enumerate(recipe["patches"], 1)),
     ]
 
@@ -47,6 +48,17 @@ def _source(source: Mapping[str, Any], recipe: Mapping[str, Any]) -> Iterator[Ma
         yield wheel(source["name"], source["version"], source["sha256"])
     else:
         yield _file(recipe["name"], source["url"], source["sha256"])
+
+
+def _tree(taken: Mapping[str, Any]) -> Iterator[Material]:
+    """A tree that was built first, and what it was made of: its code is in the wheel too."""
+    recipe, build_id = taken["inputs"]["recipe"], taken["build_id"]
+    uri = f"urn:gracefarm:build:{build_id}"
+    yield Material(
+        what=taken["path"], version=recipe["version"], uri=uri, algorithm="sha256", digest=build_id, license=recipe["license"]
+    )
+    source, *others = of(taken["inputs"])
+    yield from (replace(source, license=recipe["license"]), *others)
 
 
 def wheel(name: str, version: str, sha256: str | None) -> Material:

@@ -94,6 +94,9 @@ class Record(Table):
     interpreter: str | None = Field(default=None, description="The interpreter's name; None: the Python of the stack's root")
     asked_sm: tuple[str, ...] | None = Field(default=None, description="As --sm named them; None: the stack's")
     asked_ptx: str | None = Field(default=None, description="As --ptx named it; None: the recipe's or the stack's")
+    from_source: tuple[str, ...] = Field(
+        default=(), description="Recipes whose trees were built in place of downloads, as --llvm source names one"
+    )
     inputs: dict[str, object] = Field(description="Deterministic; also in the wheel's .dist-info/gracefarm.json")
     toolchain: ToolchainKind = Field(default="sandbox", description="Where compilers and Python came from")
     unconfirmed: tuple[str, ...] = Field(
@@ -105,6 +108,10 @@ class Record(Table):
     "Why the build failed."
     wheel: BuiltFile | None = None
     "The wheel."
+    tree: str | None = Field(
+        default=None,
+        description="Of a recipe with [tree]: sha256 of its files' paths, modes and digests; docs/reference/recipes.md",
+    )
     source: BuiltFile | None = Field(
         default=None, description="The patched source, where the recipe publishes it beside the wheel"
     )
@@ -210,6 +217,19 @@ def wheel_path(settings: Settings, record: Record) -> Path | None:
     return place if place.is_file() and sha256_file(place) == record.wheel.sha256 else None
 
 
+def tree_path(settings: Settings, build_id: str) -> Path:
+    """Where the tree of a finished build is kept, whole."""
+    return settings.home / "trees" / build_id
+
+
+def product_path(settings: Settings, record: Record) -> Path | None:
+    """The finished wheel, or the tree of a recipe that makes one."""
+    if record.tree is None:
+        return wheel_path(settings, record)
+    place = tree_path(settings, record.build_id)
+    return place if place.is_dir() else None
+
+
 def likeness(stack: str, inputs: Mapping[str, object]) -> Likeness:
     """What decides how much a build of a recipe takes, beside the machine: stack, target, and architectures of device code."""
     facts = inputs.get("stack")
@@ -239,12 +259,13 @@ def latest(settings: Settings, recipe: str) -> Record:
 def settled(plan: Plan, settings: Settings) -> Record | None:
     """The record of a build of exactly this plan, its wheel judged by the gates and smoke tests of today."""
     build = existing(plan, settings)
-    return build if build is not None and build.judged_by == judges.digest(plan) else None
+    judged = build is not None and (build.tree is not None or build.judged_by == judges.digest(plan))
+    return build if judged else None
 
 
 def existing(plan: Plan, settings: Settings) -> Record | None:
-    """The record of a build of exactly this plan that succeeded, its wheel present."""
+    """The record of a build of exactly this plan that succeeded, its wheel or tree present."""
     build = read(settings, plan.build_id)
-    if build is None or build.outcome != "built" or wheel_path(settings, build) is None:
+    if build is None or build.outcome != "built" or product_path(settings, build) is None:
         return None
     return build

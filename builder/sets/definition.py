@@ -123,7 +123,7 @@ def load(name: str, settings: Settings) -> LoadedSet:
     base = stack.load(settings.project / "stacks", data.stack)
     if data.target not in base.data.glibc:
         raise ConfigError(f"stack {data.stack} has no target {data.target.value}", remedy="mend target in set.toml")
-    own = [recipe.load(settings.project / "recipes", key) for key in data.recipes]
+    own = [recipe.load(settings.project / "recipes", key).against(base) for key in data.recipes]
     return LoadedSet(folder=place, data=data, stack=base, recipes=tuple(_in_order(own, name)))
 
 

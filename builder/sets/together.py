@@ -38,9 +38,9 @@ def test(plan: SetPlan, wheels: Sequence[Path], site: Path, root: Path, folder: 
     require(plan, wheels)
     clean = folder / "env"
     remove_tree(clean)
-    environment.fresh(site, clean, None)
+    environment.fresh(site, clean)
     for wheel in wheels:
-        environment.add(clean, wheel)
+        environment.add(clean, wheel, plan.set.stack.data.glibc[plan.set.data.target])
     try:
         return tried(plan.set, clean, root, folder, memory)
     finally:
@@ -99,22 +99,51 @@ def require(plan: SetPlan, wheels: Iterable[Path]) -> None:
     Raises:
         SmokeError: it is not; names all of it.
     """
-    has = {wheel.name: wheel.version for wheel in plan.wheels}
     parsed = {wheel: parse_wheel_filename(wheel.name) for wheel in wheels}
-    has |= {name: str(version) for name, version, _, _ in parsed.values()}
+    own = {str(name): str(version) for name, version, _, _ in parsed.values()}
+    required = {str(name): _metadata_of_wheel(wheel) for wheel, (name, _, _, _) in parsed.items()}
+    _require_met(plan, own, required, remedy="name it in requirements of set.toml")
+
+
+def require_others(plan: SetPlan, site: Path) -> None:
+    """What the other wheels require is in the set too, as torch its triton: our own versions take part, before they are built.
+
+    `site`: the environment of what our wheels run with.
+
+    Raises:
+        SmokeError: see `require`.
+    """
+    own = {str(canonicalize_name(build.recipe.data.name)): build.recipe.data.version for build in plan.builds}
+    places = site.glob("lib/python*/site-packages/*.dist-info/METADATA")
+    required = {place.parent.name.partition("-")[0]: place.read_bytes() for place in sorted(places)}
+    _require_met(plan, own, required, remedy="take versions that go together in set.toml, or another recipe")
+
+
+def _require_met(plan: SetPlan, own: Mapping[str, str], required: Mapping[str, bytes], *, remedy: str) -> None:
+    """`own`: the versions of our wheels by canonical name; `required`: METADATA of the wheels that are asked about.
+
+    Raises:
+        SmokeError: a requirement is not met.
+    """
+    has = {wheel.name: wheel.version for wheel in plan.wheels} | dict(own)
     left_out = {canonicalize_name(name) for name in plan.set.runtime.data.environment.left_out}
     complaints = [
         f"{name} requires {wanted}" + (f", the set has {has[key]}" if (key := canonicalize_name(wanted.name)) in has else "")
-        for wheel, (name, _, _, _) in parsed.items()
-        for wanted in requirements(wheel, plan.set.stack.python, plan.set.data.target)
+        for name, metadata in required.items()
+        for wanted in requirements(metadata, plan.set.stack.python, plan.set.data.target)
         if canonicalize_name(wanted.name) not in left_out and not _met(wanted, has)
     ]
     if complaints:
         raise SmokeError(
             f"the set {plan.set.data.name} lacks what its wheels require: {'; '.join(complaints)}",
-            remedy="name it in requirements of set.toml",
+            remedy=remedy,
             repeat=plan.set.runtime.lock_command,
         )
+
+
+def _metadata_of_wheel(wheel: Path) -> bytes:
+    with zipfile.ZipFile(wheel) as archive:
+        return archive.read(next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA")))
 
 
 def _met(wanted: Requirement, has: Mapping[str, str]) -> bool:
@@ -122,11 +151,9 @@ def _met(wanted: Requirement, has: Mapping[str, str]) -> bool:
     return version is not None and wanted.specifier.contains(version, prereleases=True)
 
 
-def requirements(wheel: Path, python: str, target: Arch) -> list[Requirement]:
-    """What a wheel requires there, extras apart."""
-    with zipfile.ZipFile(wheel) as archive:
-        name = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
-        required = Metadata.from_email(archive.read(name), validate=False).requires_dist or []
+def requirements(metadata: bytes, python: str, target: Arch) -> list[Requirement]:
+    """What a wheel with that METADATA requires there, extras apart."""
+    required = Metadata.from_email(metadata, validate=False).requires_dist or []
     # All else is as on the host: CPython on Linux.
     there = {"platform_machine": target.value, "python_version": python, "python_full_version": f"{python}.0", "extra": ""}
     return [requirement for requirement in required if requirement.marker is None or requirement.marker.evaluate(there)]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from builder.planning import device_code
+from builder.planning import device_code, recipe, stack
 from builder.planning.plan import Plan, Toolchain, Wanted
-from builder.planning.recipe import LoadedRecipe, ToolchainKind
+from builder.planning.recipe import LoadedRecipe, TakenTree, ToolchainKind
 from builder.planning.stack import Arch, LoadedStack, host_arch
 from builder.toolchains import KINDS
 from builder.toolchains.sandbox import SandboxToolchain
@@ -33,12 +33,34 @@ def make_plan(recipe: LoadedRecipe, stack: LoadedStack, host: Arch, target: Arch
         raise ConfigError(f"stack {stack.data.name} has no target {target.value}", remedy=f"targets: {known}")
     if host is Arch.AARCH64 and target is Arch.X86_64:
         raise ConfigError("an aarch64 host builds for aarch64 alone", remedy="build x86_64 wheels on an x86_64 machine")
-    plan = Plan(recipe=recipe, stack=stack, host=host, target=target, toolchain=toolchain)
+    recipe = recipe.for_host(host).against(stack)
+    trees = tuple(_tree_plan(tree, recipe, stack, host, target, toolchain) for tree in recipe.data.trees)
+    plan = Plan(recipe=recipe, stack=stack, host=host, target=target, toolchain=toolchain, trees=trees)
     if recipe.data.build.cuda:
         device_code.require(recipe, stack, plan.ptx)
     device_code.refuse_known_bad(recipe, stack)
     toolchain.require(plan)
     return plan
+
+
+def _tree_plan(
+    tree: TakenTree, taker: LoadedRecipe, base: LoadedStack, host: Arch, target: Arch, toolchain: Toolchain
+) -> Plan:
+    """The plan of a tree that a recipe takes: by its own recipe beside that one, against its own stack.
+
+    Raises:
+        ConfigError: there is no such recipe, it makes no tree, or see `make_plan`; or the toolchain is not the sandbox, whose
+            compilers made the tree.
+    """
+    if toolchain.kind != "sandbox":
+        raise ConfigError(
+            f"{taker.key} takes the tree of {tree.recipe}, and --toolchain {toolchain.kind} has other compilers than made it",
+            remedy="leave --toolchain out",
+        )
+    source = recipe.load(taker.folder.parent, tree.recipe)
+    if source.data.tree is None:
+        raise ConfigError(f"{taker.key} takes the tree of {source.key}, which makes a wheel", remedy="correct [[trees]]")
+    return make_plan(source, stack.load(base.folder.parent, source.data.stack), host, target)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +75,8 @@ class ToolchainChoice:
     "Architectures of the device code; None: the stack's."
     ptx: str | None = None
     "Architecture of its PTX, or `none`; None: the recipe's, else the stack's."
+    from_source: tuple[str, ...] = ()
+    "Recipes whose trees are built in place of downloads."
 
     @property
     def type(self) -> type[Toolchain]:
@@ -66,7 +90,7 @@ class ToolchainChoice:
             HostError: the machine lacks a part of it.
             ConfigError: see `make_plan`.
         """
-        host = host_arch()
+        host, recipe = host_arch(), recipe.with_trees(self.from_source)
         stack = recipe.on(replace(stack, asked_sm=self.sm, asked_ptx=self.ptx))
         toolchain = self.type.find(stack, self.wanted, cuda=recipe.data.build.cuda)
         return make_plan(recipe, stack, host, host if toolchain.native else target, toolchain)

@@ -91,6 +91,7 @@ class HostToolchain(Toolchain):
             compiler=self.tools.cuda_home,
             title=f"no root: this machine's files, with a clean environment in {site}",
             folders=host_tools.library_folders(self.tools),
+            sm=stack.sm,
             interpreter=self.tools.interpreter.real,
             cuobjdump=_cuobjdump(self.tools, packages),
         )

@@ -30,7 +30,7 @@ class HostTrialEnvironment:
             (scratch / name).mkdir()
         own = {"HOME": str(scratch / "home"), "TMPDIR": str(scratch / "tmp"), "PATH": search_path(self.tools, prefix)}
         place = HostPlace(
-            environment=sandbox_trial.variables() | own | library_path(),
+            environment=sandbox_trial.variables(self.ground) | own | library_path(),
             workdir=str(files),
             memory=memory,
             network=self.tools.uncut is not None,

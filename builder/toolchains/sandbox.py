@@ -95,6 +95,9 @@ class SandboxToolchain(Toolchain):
             compiler=compiler,
             title=f"root, environment and compilers ready in {time.monotonic() - start:.1f} s",
             interpreter=tree.executable(site / "python") if stack.interpreter is not None else None,
+            sm=stack.sm,
+            emulator=None if host is target else f"/usr/bin/qemu-{target}-static",
+            glibc=stack.data.glibc[target],
             cuobjdump=next(iter(sorted(compiler.glob("nvidia/*/bin/cuobjdump"))), None) if compiler else None,
             tools=environment.ensure_tools(stack, host, settings, tick),
         )

@@ -14,9 +14,10 @@ WORKDIR = "/smoke"
 "Also the driver's folder, so that a Python that looks in either finds the decoys first."
 
 
-def variables() -> dict[str, str]:
-    """The environment of a smoke test."""
-    return {
+def variables(ground: Ground | None = None) -> dict[str, str]:
+    """The environment of a smoke test; on a ground with the architectures, and with what runs programs of the target."""
+    own = {"GRACEFARM_SM": " ".join(ground.sm), "GRACEFARM_EMULATOR": ground.emulator or ""} if ground is not None else {}
+    return own | {
         "PATH": "/env/bin:/opt/gracefarm/bin:/usr/bin:/bin",
         "HOME": "/home/build",
         "LC_ALL": "C.UTF-8",
@@ -38,12 +39,12 @@ class SandboxTrialEnvironment:
     def clean(self, wheel: Path, scratch: Path, files: Path, *, memory: int, with_gpu: bool) -> CleanEnvironment:
         """See `builder.planning.ground.TrialEnvironment`."""
         prefix = scratch / "env"
-        environment.fresh(self.ground.environment, prefix, wheel)
+        environment.add(environment.fresh(self.ground.environment, prefix), wheel, self.ground.glibc)
         mounts = (BindMount(source=prefix, target="/env"), BindMount(source=files, target=WORKDIR))
         box = Sandbox(
             root=self.ground.root,
             mounts=(*mounts, *(gpu.driver_libraries(gpu.loaders_cache()) if with_gpu else ())),
-            environment=variables() | (dict(gpu.VARIABLES) if with_gpu else {}),
+            environment=variables(self.ground) | (dict(gpu.VARIABLES) if with_gpu else {}),
             workdir=WORKDIR,
             memory=memory,
             devices=tuple(map(str, gpu.devices())) if with_gpu else (),

@@ -119,6 +119,9 @@ def variables(plan: Plan, *, jobs: int, epoch: int, tools: Sequence[str] = ()) -
         "GRACEFARM_PYTHON_INCLUDE": f"{python}/include/python{plan.stack.python}",
         "GRACEFARM_CMAKE": "\n".join(f"{name}={value}" for name, value in sorted(plan.build.cmake.items())),
     }
+    if recipe.tree is not None:
+        own = {"CC_FOR_BUILD": f"{plan.host.triplet}-gcc", "CXX_FOR_BUILD": f"{plan.host.triplet}-g++", "OUT": "/build/out"}
+        values |= own
     if recipe.build.cuda:
         values |= {
             "CUDA_HOME": CUDA,
@@ -149,7 +152,9 @@ def _path(of_stack: Sequence[str], tools: Sequence[str]) -> Iterator[str]:
 
 def command(plan: Plan, environment: str = "/env", folder: str = "/build", further: tuple[str, ...] = ()) -> tuple[str, ...]:
     """What runs in the sandbox; a person can type it in `builder shell`. `further`: options for the backend."""
-    build = plan.build
+    build, tree = plan.build, plan.recipe.data.tree
+    if tree is not None:
+        return ("sh", "-euxc", "\n".join((f"cd {folder}/source/{build.subdirectory}", *tree.commands)))
     options = {key: value.replace("/build/", f"{folder}/") for key, value in build.config_settings.items()}
     settings = tuple(f"-C{key}={value}" for key, value in sorted(options.items()))
     place = str(PurePosixPath(folder) / "source" / build.subdirectory)

@@ -54,6 +54,7 @@ def everything(settings: Settings, on_wait: Callable[[], None]) -> None:
         for place, made_under in _grounds(settings):
             with lock(made_under):
                 remove_tree(place)
+        remove_tree(settings.home / "trees")
         remove_tree(settings.home / "sets")
         remove_tree(settings.home / "ccache")
         remove_tree(settings.home / "device")

@@ -246,7 +246,7 @@ def _binfmt(settings: Settings) -> Iterator[HostCheck]:
     needed: list[str] = []
     for name in recipe.names(settings.project / "recipes"):
         with contextlib.suppress(GracefarmError):  # `builder plan NAME` says what is wrong with it
-            needed += [name] if recipe.load(settings.project / "recipes", name).data.build.binfmt else []
+            needed += [name] if recipe.load(settings.project / "recipes", name).data.binfmt else []
     who = f"needed by {', '.join(needed)}" if needed else "no recipe needs it"
     remedy = "`builder doctor --fix` as root registers qemu until the next start of the machine"
     for target in Arch:

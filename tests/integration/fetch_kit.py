@@ -20,7 +20,8 @@ from pathlib import Path
 
 import httpx
 
-from builder.planning.recipe import File, FileSource, GitSource, LoadedRecipe, Recipe, SdistSource, Smoke
+from builder.planning.recipe import LoadedRecipe, Recipe, Smoke
+from builder.planning.sources import File, FileSource, GitSource, SdistSource
 
 
 def sha256(data: bytes) -> str:

@@ -17,6 +17,7 @@ from tests.conftest import Farm
 from tests.integration.fetch_kit import sha256
 from tests.integration.test_build import record_of
 from tests.integration.test_pinned import URL, mirrors, own_wheel, trinity
+from tests.integration.test_sets import write_set
 
 NATIVE = host_arch().value
 
@@ -94,6 +95,24 @@ def test_a_person_at_a_terminal_is_asked(farm: Farm, tmp_path: Path) -> None:
     code, said = answered(farm, tmp_path, b"y\n")
     assert (code, "'no such text' is there 0 times" in said) == (13, True), said
     assert "accepted =" in place.read_text()
+
+
+def test_one_question_for_the_digests_that_cells_or_a_set_lack(farm: Farm, tmp_path: Path) -> None:
+    """Each build ends at once, behind the question: its substitution does not fit."""
+    place = with_a_gap(farm, tmp_path)
+    unfit = '[[substitutions]]\npath = "python/core.c"\nfind = "no such text"\nreplace = ""\n\n[[files]]\n# why'
+    place.write_text(place.read_text().replace("[[files]]\n# why", unfit))
+    before = place.read_text()
+    write_set(farm, "trio", ["trinity"], ["trinity"])
+    for command in (("build", "trinity", "--matrix", f"target={NATIVE} python=root"), ("set", "build", "trio")):
+        place.write_text(before)
+        alone = farm.run(*command, "--accept-new", **mirrors(tmp_path))
+        assert (alone.code, place.read_text()) == (2, before), alone.said
+        assert "there is no terminal: 1 digests would be accepted unseen" in alone.said
+        done = farm.run(*command, "--accept-new", "--yes", **mirrors(tmp_path))
+        assert "'no such text' is there 0 times" in done.said
+        assert done.said.count("accepted at first use, not confirmed: ") == 1
+        assert "accepted =" in place.read_text()
 
 
 def test_an_index_that_says_another_digest_than_its_file_has_is_refused(farm: Farm, tmp_path: Path) -> None:

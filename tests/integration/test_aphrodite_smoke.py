@@ -137,7 +137,7 @@ def engine(shared_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 def write(farm: Farm, files: dict[str, str | bytes], script: bool) -> None:
     """recipes/aphrodite over `files`, with the committed one's imports and, on demand, its smoke.py."""
-    imports = list(recipe.load(REPOSITORY / "recipes", "aphrodite").data.smoke.imports)
+    imports = list(recipe.load(REPOSITORY / "recipes", "aphrodite").data.imports)
     values = {"name": "aphrodite-engine", "version": "0.6.4.post1", "stack": "own", "smoke": {"imports": imports}}
     folder = farm.recipe("aphrodite", files, **values, wheel=REQUIRES_TORCH)
     (folder / "smoke.py").unlink(missing_ok=True)

@@ -19,6 +19,7 @@ import pytest
 
 from builder.box import sandbox
 from builder.compiling import units
+from builder.compiling.jobs import cores
 from builder.flow.ground import lay_ground
 from builder.planning import recipe, stack
 from builder.planning.plan import Caches
@@ -139,6 +140,26 @@ def test_objects_from_the_cache_bring_their_header_edges_along(farm: Farm) -> No
     device, host = after.split("STEP")
     assert not before.strip()
     assert (device.count(" -c "), host.count(" -c ")) == (3, 4)
+
+
+def test_what_is_compiled_by_hand_in_the_shell_helps_the_build(farm: Farm) -> None:
+    tiny(farm, **{"broken.c": "int broken(\n"})
+    assert farm.run("build", "tiny", "--target", NATIVE).code == 21
+    text = "int e(void) { return 7; }"
+    inside = subprocess.run(
+        [sys.executable, "-m", "builder", "shell", "tiny"],
+        env=projects.environment(farm.environment),
+        input=f"cd source\necho $MAX_JOBS jobs\nprintf '{text}\\n' > e.c\ngcc -O2 -c e.c -o /build/tmp/e.o\n",
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert inside.returncode == 0, inside.stderr
+    assert f"{cores()} jobs" in inside.stdout
+    farm.recipe("tiny", projects.backend(OBJECTS) | {"e.c": f"{text}\n"})
+    found, _ = built(farm, "tiny")
+    assert counts(found) == (1, 0, 0)
 
 
 def test_a_header_that_moves_in_front_of_another_is_seen(farm: Farm) -> None:

@@ -345,7 +345,8 @@ def test_a_fresh_environment_leaves_the_shared_one_untouched(own: Settings, made
         {"tiny/__init__.py": SOURCE + "\n\nmain2 = main\n"},
         scripts="tiny = tiny:main2\ntiny2 = tiny:main2",
     )
-    into = environment.fresh(made, own.home / "fresh", wheel)
+    into = environment.fresh(made, own.home / "fresh")
+    environment.add(into, wheel, "2_34")
     site = "/env/lib/python3.11/site-packages/tiny"
     assert inside(base, into, "tiny2").startswith(f"/env /env/bin/python3 {site}/__init__.py")
     assert inside(base, into, "tiny") == inside(base, into, "tiny2")
@@ -356,7 +357,7 @@ def test_a_fresh_environment_leaves_the_shared_one_untouched(own: Settings, made
 
 
 def test_a_fresh_environment_without_a_wheel_is_the_same(own: Settings, made: Path) -> None:
-    assert state(environment.fresh(made, own.home / "fresh", None)) == state(made)
+    assert state(environment.fresh(made, own.home / "fresh")) == state(made)
 
 
 @pytest.mark.parametrize(
@@ -365,7 +366,17 @@ def test_a_fresh_environment_without_a_wheel_is_the_same(own: Settings, made: Pa
 def test_a_wheel_for_another_python_or_machine_is_refused(own: Settings, made: Path, tmp_path: Path, tag: str) -> None:
     wheel = make_wheel(tmp_path, "other", "1.0", {"other.py": ""}, tag=tag)
     with pytest.raises(InstallError, match=r"other-1\.0.* is not for Python 3\.11 on aarch64"):
-        environment.fresh(made, own.home / "fresh", wheel)
+        environment.add(environment.fresh(made, own.home / "fresh"), wheel, "2_34")
+
+
+def test_the_level_that_a_stack_allows_is_asked_of_the_wheel(own: Settings, made: Path, tmp_path: Path) -> None:
+    """Stacks that differ in it alone share an environment."""
+    wheel = make_wheel(tmp_path, "other", "1.0", {"other.py": ""}, tag="cp311-cp311-manylinux_2_35_aarch64")
+    into = environment.fresh(made, own.home / "fresh")
+    with pytest.raises(InstallError, match=r"with glibc 2\.34"):
+        environment.add(into, wheel, "2_34")
+    environment.add(into, wheel, "2_35")
+    assert (into / "lib/python3.11/site-packages/other.py").is_file()
 
 
 ENSURE = """

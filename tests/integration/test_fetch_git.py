@@ -16,8 +16,9 @@ import pytest
 
 from builder.fetch import fetch, fetch_git, source
 from builder.fetch.git import repository_path
-from builder.planning.recipe import GitSource, Recipe
+from builder.planning.recipe import Recipe
 from builder.planning.settings import Settings
+from builder.planning.sources import GitSource
 from gracefarm import tables
 from gracefarm.errors import ConfigError, DigestError, FetchError, HostError
 from tests.integration import fetch_kit
@@ -328,7 +329,7 @@ def test_killed_while_fetching_takes_git_along_and_the_next_run_succeeds(
     pinned = upstream.source(upstream.git("rev-parse", "HEAD"), url="https://far.invalid/upstream/.git")
     near = mirrored(settings, f"{server.url}/git/")
     code = (
-        "import sys; from builder.fetch import fetch_git; from builder.planning.recipe import GitSource\n"
+        "import sys; from builder.fetch import fetch_git; from builder.planning.sources import GitSource\n"
         "from builder.planning.settings import Settings\n"
         "fetch_git(GitSource.model_validate_json(sys.argv[1]), Settings.model_validate_json(sys.argv[2]))"
     )

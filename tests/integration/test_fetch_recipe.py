@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from builder.fetch import fetch, source
-from builder.planning.recipe import File
 from builder.planning.settings import Settings
+from builder.planning.sources import File
 from gracefarm.errors import DigestError, FetchError, SourceError
 from tests.conftest import Farm
 from tests.integration import fetch_kit

@@ -12,8 +12,8 @@ import pytest
 
 from builder.fetch import fetch, fetch_sdist, fill, store_path
 from builder.planning import gaps, recipe, stack
-from builder.planning.recipe import SdistSource
 from builder.planning.settings import Settings, load
+from builder.planning.sources import SdistSource
 from gracefarm.errors import ConfigError, DigestError, FetchError
 from tests.conftest import REPOSITORY
 from tests.integration import fetch_kit

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from builder.fetch import Download, download, fetch, store_path
-from builder.planning.recipe import File, FileSource
 from builder.planning.settings import Settings
+from builder.planning.sources import File, FileSource
 from gracefarm.errors import DigestError, DiskFullError, FetchError
 from tests.integration import fetch_kit
 from tests.integration.fetch_kit import Served, Server, sha256

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from builder.planning import recipe
-from builder.planning.recipe import GitSource
+from builder.planning.sources import GitSource
 from tests.conftest import Farm
 from tests.integration import fetch_kit
 from tests.integration.fetch_kit import Repository, Served, Server, sha256

@@ -542,6 +542,45 @@ def test_the_digests_that_are_not_known_are_exactly_these(unread: Path) -> None:
     assert sum(map(len, found.values())) == 3
 
 
+WAITS = """
+#include <Python.h>
+#include <condition_variable>
+#include <cstdlib>
+static std::mutex mutex;
+static std::condition_variable ready;
+static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "waits", 0, -1, 0};
+PyMODINIT_FUNC PyInit_waits(void) {
+    std::unique_lock<std::mutex> held(mutex);
+    if (std::getenv("NEVER_SET")) ready.wait(held);
+    return PyModule_Create(&module);
+}
+"""
+WAITS_SETUP = """
+from setuptools import Extension, setup
+setup(name="waits", version="1.0", py_modules=[], ext_modules=[Extension("waits", ["waits.cpp"], language="c++")])
+"""
+
+
+def test_what_waits_on_a_condition_variable_needs_a_newer_level_and_that_is_said_before_the_compile(farm: Farm) -> None:
+    """As LLVM's thread pool in triton: by g++ 12 it needs GLIBCXX_3.4.30, so stack cu124 allows glibc 2.35."""
+    farm.recipe("waits", {"pyproject.toml": PYPROJECT, "setup.py": WAITS_SETUP, "waits.cpp": WAITS})
+    place = farm.settings.project / "stacks/bare/stack.toml"
+    assert '"2_34"' in place.read_text()
+    older = farm.run("build", "waits", "--target", NATIVE)
+    assert older.code == 30, older.said
+    assert "platform-tag (needs manylinux_2_35" in older.said
+    assert "GLIBCXX_3.4.30" in older.said.partition("platform-tag (")[2]
+    warned, compiled, _ = older.said.partition(" compile ")
+    assert compiled
+    assert "waits.cpp uses std::condition_variable: objects of g++ 12 that wait on one need GLIBCXX_3.4.30" in warned
+    place.write_text(place.read_text().replace('"2_34"', '"2_35"'))
+    newer = farm.run("build", "waits", "--target", NATIVE)
+    assert newer.code == 0, newer.said
+    assert "uses std::condition_variable" not in newer.said
+    assert newer.out.strip().endswith(f"-manylinux_2_35_{NATIVE}.whl")
+    assert stack.load(REPOSITORY / "stacks", "cu124").data.glibc[Arch.AARCH64] == "2_35"
+
+
 @pytest.mark.parametrize(
     ("name", "waits_for"),
     [

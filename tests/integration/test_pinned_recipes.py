@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 import tarfile
 import zipfile
@@ -98,6 +99,7 @@ def test_triton_as_its_recipe_says_with_nvidias_own_programs_passes_every_gate(f
     content = {"llvm": packed("llvm-86b69c31-ubuntu-arm64/include/a.h")}
     with zipfile.ZipFile(raw := io.BytesIO(), "w") as opened:
         opened.writestr("include/nlohmann/json.hpp", "")
+        opened.writestr("LICENSE.MIT", "MIT License")
     content["json"] = raw.getvalue()
     for file in document["files"]:
         if "url" not in file:
@@ -116,9 +118,11 @@ def test_triton_as_its_recipe_says_with_nvidias_own_programs_passes_every_gate(f
     commit = repository.commit({"python/setup.py": setup, "python/pyproject.toml": PYPROJECT, **modules, **packages})
     document["source"].update({"commit": commit, "tree": repository.tree(commit)})
     document["version"] = f"3.2.0+git{commit[:8]}"
-    document["build"]["binfmt"] = False  # no program of the target runs in this build
+    for file in document["files"]:
+        file.pop("binfmt", None)  # no program of the target runs in this build
     folder = farm.settings.project / "recipes/triton"
     shutil.copytree(REPOSITORY / "recipes/triton", folder)
+    (folder / "smoke.py").unlink()  # there is no compiler in it to try
     (folder / "recipe.toml").write_text(tomlkit.dumps(document))
     hosts = {f"https://{str(url).split('/')[2]}/" for url in (llvm, include)}
     mirrors = " ".join(f"{host}={(tmp_path / 'mirror').as_uri()}/{host.removeprefix('https://')}" for host in sorted(hosts))
@@ -130,11 +134,11 @@ def test_triton_as_its_recipe_says_with_nvidias_own_programs_passes_every_gate(f
         **dict.fromkeys(("licence", "rpath", "alignment", "symbols"), "passed"),
         "cubins": "not applicable",
     }
-    assert "ptxas" in found["smoke"]["script"]  # type: ignore[index]  # its version, or that no kernel starts it here
     with zipfile.ZipFile(done.out.strip()) as opened:
-        assert b"NVIDIA" in opened.read(
-            "triton-" + document["version"] + ".dist-info/licenses/seed/.triton/nvidia/License.txt"
-        )
+        licenses = f"triton-{document['version']}.dist-info/licenses/seed"
+        assert b"NVIDIA" in opened.read(f"{licenses}/.triton/nvidia/License.txt")
+        assert b"Apache License v2.0 with LLVM Exceptions" in opened.read(f"{licenses}/licenses/llvm/LICENSE.TXT")
+        assert b"MIT" in opened.read(f"{licenses}/.triton/json/LICENSE.MIT")
         held = {name.removeprefix("triton/backends/nvidia/") for name in opened.namelist()}
     assert {
         *(f"bin/{name}" for name in TOOLS),
@@ -181,6 +185,36 @@ def test_the_first_wheel_of_triton_for_aarch64_that_others_published_passes_by_t
     details = {verdict["gate"]: "\n".join(verdict["details"]) for verdict in verdicts}
     for name in ("_C/libtriton", "_C/libproton", "instrumentation/libPrintLoadStoreMemSpaces"):
         assert f"triton/{name}.so: " in details["symbols"]
+
+
+GENERATES = ("triton", "triton-3.6.0-cp311-cp311-manylinux_2_27_aarch64.manylinux_2_28_aarch64.whl")
+GENERATES_SHA256 = "49df5ef37379c0c2b5c0012286f80174fcf0e073e5ade1ca9a86c36814553651"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_recipes_smoke_test_compiles_kernels_by_a_triton_that_others_published(farm: Farm, tmp_path: Path) -> None:
+    """Under emulation: to PTX, with wgmma for sm_90, and by the wheel's ptxas to cubins. A failing ptxas is an error."""
+    project, name = GENERATES
+    stored = download([published(project, name, GENERATES_SHA256)], farm.settings)[GENERATES_SHA256]
+    (tmp_path / name).symlink_to(stored)
+    shutil.copytree(REPOSITORY / "recipes/triton", farm.settings.project / "recipes/triton")
+    command = ("smoke", str(tmp_path / name), "--stack", "cu130", "--recipe", "triton")
+    done = farm.run(*command)
+    assert done.code == 0, done.said
+    for kernel in ("scaled_sum", "row_maximum", "product"):
+        assert re.search(rf"{kernel} sm_90: \d+ bytes", done.said), done.said
+    script = farm.settings.project / "recipes/triton/smoke.py"
+    for text, other, sentence in (
+        ('"90": "wgmma.mma_async"', '"90": "tcgen05.mma"', "product for sm_90 has no tcgen05.mma"),
+        ("exec {EMULATOR} {TOOLS", "exec {EMULATOR} /bin/false {TOOLS", "ptxas"),
+    ):
+        whole = script.read_text()
+        assert whole.count(text) == 1
+        script.write_text(whole.replace(text, other))
+        broken = farm.run(*command)
+        assert (broken.code, sentence in broken.said) == (31, True), broken.said
+        script.write_text(whole)
 
 
 # The files that upstream compiles for sm_90a as well have its flag here too; the instruction is one of those that want it.

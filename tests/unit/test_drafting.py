@@ -10,7 +10,8 @@ import pytest
 from builder.drafting import licence, metadata, reading, recipe_text
 from builder.drafting.findings import Findings
 from builder.drafting.reading import Draft, StackFacts
-from builder.planning.recipe import Recipe, SdistSource
+from builder.planning.recipe import Recipe
+from builder.planning.sources import SdistSource
 from gracefarm.errors import SourceError
 
 STACK = StackFacts(

@@ -73,7 +73,7 @@ def edited(code: Path, name: str, old: str, new: str) -> str:
         ("flow/judge.py", "if plan.stack.data.objects_only:", "if True:"),
         ("toolchains/host_trial.py", "overlaid = True", "overlaid = False"),
         ("toolchains/host_environment.py", "    wheels.install_file(", "    str("),
-        ("ground/environment.py", "        add(into, wheel)", "        pass"),
+        ("ground/environment.py", "    _check_tags(wheel, python, glibc, Arch(target))", "    pass"),
         ("ground/wheels.py", "def install_file(", "def leave_file("),
         ("box/gpu.py", "if any(", "if all("),
         ("smoke.py", "_require_own(trial.wheel, result)", ""),

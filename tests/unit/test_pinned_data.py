@@ -16,7 +16,8 @@ from builder.compiling import pep517
 from builder.fetch import archive, fill, source
 from builder.ground import torch_facts, wheels
 from builder.planning import gaps, packages, pins, recipe, stack
-from builder.planning.recipe import File, Recipe, Smoke, Substitution
+from builder.planning.recipe import Recipe, Smoke, Substitution
+from builder.planning.sources import File
 from builder.planning.stack import Arch
 from builder.proof.embed import name_licenses, require
 from builder.toolchains import choice
@@ -90,7 +91,7 @@ def test_the_reason_for_a_gap_does_not_enter_the_build_id() -> None:
 def test_a_filled_gap_keeps_what_stands_around_it(tmp_path: Path) -> None:
     place = tmp_path / "recipe.toml"
     place.write_text('# head\nname = "a"\n\n[[files]]\nurl = "https://a/b" # far\nsha256_unknown = "no" # later\npath = "c"\n')
-    gap = gaps.Gap(file=place, table=("files",), number=0, what="c", url="https://a/b", reason="no")
+    gap = gaps.Gap(file=place, table=("files",), entry={"path": "c"}, what="c", url="https://a/b", reason="no")
     fill.write(gap, DIGEST)
     wanted = f'# head\nname = "a"\n\n[[files]]\nurl = "https://a/b" # far\nsha256 = "{DIGEST}" # later\npath = "c"\n'
     assert place.read_text() == wanted
@@ -297,3 +298,35 @@ def test_the_pinned_recipes_name_commits_and_digests_alone() -> None:
     assert data.wheel.requires["triton"] == f"triton=={recipe.load(REPOSITORY / 'recipes', 'triton').data.version}"
     flash = recipe.load(REPOSITORY / "recipes", "flash_attn").data
     assert data.wheel.requires["aphrodite-flash-attn"] == f"aphrodite-flash-attn=={flash.version}"
+
+
+def test_a_file_is_for_builds_on_one_architecture_where_the_recipe_says_so(tmp_path: Path) -> None:
+    """A native generator on x86_64, the target's on aarch64; the other one's digest is no gap of a build."""
+    folder = tmp_path / "thing"
+    folder.mkdir()
+    text = 'name = "thing"\nversion = "1"\nlicense = "MIT"\n[source]\nkind = "sdist"\nname = "a"\nversion = "1"\n'
+    text += f'sha256 = "{DIGEST}"\n'
+    for arch in Arch:
+        text += f'[[files]]\nurl = "https://a.example/{arch}"\nsha256_unknown = "why"\npath = "tool"\nhost = "{arch}"\n'
+    (folder / "recipe.toml").write_text(f'{text}[build]\ncuda = false\n[smoke]\nimports = ["thing"]\n')
+    loaded, base = recipe.load(tmp_path, "thing"), stack.load(REPOSITORY / "stacks", "cu130")
+    assert [gap.url for gap in gaps.of_recipe(loaded)] == ["https://a.example/aarch64", "https://a.example/x86_64"]
+    plans = {host: choice.make_plan(loaded, base, host, Arch.AARCH64) for host in Arch}
+    for host, planned in plans.items():
+        (gap,) = planned.gaps
+        assert gap.url == f"https://a.example/{host}"
+        fill.write(gap, DIGEST.replace("0", str(len(host))))
+    filled = recipe.load(tmp_path, "thing").data.files
+    assert [(file.host, file.sha256) for file in filled] == [(host, DIGEST.replace("0", str(len(host)))) for host in Arch]
+    assert list(recipe.load(tmp_path, "thing").for_host(Arch.X86_64).data.parts) == ["file https://a.example/x86_64"]
+
+
+def test_triton_executes_programs_of_the_target_out_of_llvms_archive_alone() -> None:
+    """Recipe llvm has the generator for the machine that builds."""
+    loaded = recipe.load(REPOSITORY / "recipes", "triton")
+    assert loaded.for_host(Arch.X86_64).data.binfmt
+    from_source = loaded.with_trees(("llvm",)).for_host(Arch.X86_64).data
+    assert not from_source.binfmt
+    assert [tree.recipe for tree in from_source.trees] == ["llvm"]
+    assert not [file for file in from_source.files if file.url and "llvm-builds" in file.url]
+    assert gaps.of_recipe(loaded.with_trees(("llvm",)).for_host(Arch.X86_64)) == []

@@ -13,7 +13,9 @@ from types import MappingProxyType
 from typing import Any
 
 import pytest
+import tomlkit
 from packaging.requirements import Requirement
+from pydantic import ValidationError
 
 from builder.planning import packages, pins, plan, recipe, stack
 from builder.planning.recipe import LoadedRecipe, Recipe
@@ -177,12 +179,13 @@ WHOLE: dict[str, Any] = {
             "unpack": True,
             "members": {"x": "y", "z": ["one", "two"]},
             "license": "BSD-3-Clause",
+            "binfmt": True,
             **EVIDENCE,
         },
         {"url": "https://example.org/b", "sha256_unknown": "out of reach", "path": "b"},
         {"text": "words", "path": "c"},
         {"name": "tools", "version": "1.0", "sha256": SHA, "path": "d"},
-        {"deb": "pool/t/tools_1.0_arm64.deb", "suite": "trixie", "sha256": SHA, "path": "e"},
+        {"deb": "pool/t/tools_1.0_arm64.deb", "suite": "trixie", "sha256": SHA, "path": "e", "host": "x86_64"},
     ],
     "substitutions": [{"path": "setup.py", "find": "old", "replace": "new", "count": 2}],
     "build": {
@@ -216,6 +219,24 @@ WHOLE: dict[str, Any] = {
 }
 "A recipe in which every field of the schema is set."
 
+TREE: dict[str, Any] = {
+    "name": "timber",
+    "version": "1.0",
+    "license": "BSD-3-Clause",
+    "stack": "cxx",
+    "source": FILE,
+    "build": {"cuda": False},
+    "tree": {"commands": ["make install"], "holds": ["lib"]},
+}
+DIFFERENCES = [
+    {
+        "cuda": ">=12",
+        "substitutions": [{"path": "a.cu", "find": "x", "replace": "y", "count": 3}],
+        "requires": {"torch": "torch=={torch}"},
+    }
+]
+TREES = [{"recipe": "timber", "path": "seed", "replaces": "b"}]
+
 RECIPE_EXEMPT = {
     "summary": "for people",
     "stack": "a default of the command line; the stack itself is an input",
@@ -228,6 +249,7 @@ RECIPE_EXEMPT = {
     "files.sha256_unknown": "the reason of a gap, which no build gets past",
     "files.accepted": "how a digest is known that a witness confirms; without one it is an input",
     "files.witness": "who confirms it",
+    "files.binfmt": "a kernel that does not start the target's programs is refused",
     "build.memory_per_job": "the number of jobs",
     "build.unit_memory": "which units run beside each other",
     "build.unit_seconds": "which unit starts first",
@@ -399,8 +421,67 @@ def test_the_recipe_of_these_tests_sets_every_field_of_the_schema() -> None:
     seen: set[tuple[str, str]] = set()
     gap = {"sha256": None, "sha256_unknown": "out of reach", "accepted": None, "witness": ()}
     for source in (GIT, SDIST, FILE, {**SDIST, **gap}, {**FILE, **gap}):
-        note(Recipe.model_validate({**WHOLE, "source": source}), seen)
+        note(Recipe.model_validate({**WHOLE, "source": source, "trees": TREES, "differences": DIFFERENCES}), seen)
+    note(Recipe.model_validate(TREE), seen)
     assert seen == field_names(Recipe.model_json_schema())
+
+
+def test_each_field_of_a_tree_and_of_what_takes_it_changes_the_takers_id(
+    whole: tuple[LoadedRecipe, LoadedStack], project: Path
+) -> None:
+    one, base = whole
+
+    def taker(trees: list[dict[str, str]], tree: dict[str, Any]) -> str:
+        for name in ("timber", "timberx"):
+            (project / "recipes" / name).mkdir(exist_ok=True)
+            text = tomlkit.dumps({**tree, "name": name})
+            (project / "recipes" / name / "recipe.toml").write_text(text)
+        data = Recipe.model_validate({**WHOLE, "source": GIT, "trees": trees})
+        return id_of(replaced(one, data=data, from_source=(trees[0]["recipe"],)), base)
+
+    before = taker(TREES, TREE)
+    assert before == taker(TREES, TREE)
+    for name, value in (("recipe", "timberx"), ("path", "other"), ("replaces", "c")):
+        assert taker([{**TREES[0], name: value}], TREE) != before, name
+    for path in leaves({name: TREE[name] for name in ("version", "license", "source", "tree")}):
+        if path != ("source", "kind"):
+            assert taker(TREES, changed(TREE, path)) != before, path
+
+
+def test_what_is_different_against_a_stack_counts_there_alone(whole: tuple[LoadedRecipe, LoadedStack]) -> None:
+    one, base = whole
+
+    def loaded(differences: list[dict[str, Any]]) -> LoadedRecipe:
+        return replaced(one, data=Recipe.model_validate({**WHOLE, "source": GIT, "differences": differences}))
+
+    (difference,) = DIFFERENCES
+    plain, before = id_of(loaded([]), base), id_of(loaded(DIFFERENCES), base)
+    assert before != plain
+    assert id_of(loaded([{**difference, "cuda": ">=13"}]), base) == plain
+    (added,) = [change for change in loaded(DIFFERENCES).against(base).data.substitutions if change.path == "a.cu"]
+    assert added.count == 3
+    assert loaded(DIFFERENCES).against(base).data.wheel.requires == {"torch": "torch==2.4.0"}
+    for name, value in (("path", "b.cu"), ("find", "z"), ("replace", "z"), ("count", 4)):
+        change = {**difference["substitutions"][0], name: value}
+        assert id_of(loaded([{**difference, "substitutions": [change]}]), base) != before, name
+    assert id_of(loaded([{**difference, "requires": {}}]), base) != before
+    bare = replaced(base, data=base.data.model_copy(update={"torch": None}))
+    with pytest.raises(ConfigError, match="stack cu124 has none"):
+        loaded(DIFFERENCES).against(bare)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"smoke": {"imports": ["a"]}}, "give [smoke]"),
+        ({"tree": None}, "give [smoke]"),
+        ({"build": {"cuda": True}}, "says cuda = false"),
+        ({"trees": [{"recipe": "a", "path": "b"}]}, "takes no other tree"),
+    ],
+)
+def test_a_recipe_makes_a_wheel_or_a_tree(change: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValidationError, match=re.escape(sentence)):
+        Recipe.model_validate({**TREE, **change})
 
 
 def note(value: object, seen: set[tuple[str, str]]) -> None:

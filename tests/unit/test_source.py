@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from builder.fetch import Fetched, source
-from builder.planning.recipe import File, FileSource
+from builder.planning.sources import File, FileSource
 from gracefarm.errors import HostError, SourceError
 from tests.integration.fetch_kit import recipe, tarball
 

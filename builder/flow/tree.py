@@ -1,0 +1,78 @@
+"""The tree that a recipe makes in place of a wheel: looked over, and kept by build id for the recipes that take it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import stat
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from builder.fetch import Fetched
+from builder.planning.plan import Plan
+from builder.planning.settings import Settings
+from builder.proof import record
+from gracefarm.errors import CompileError
+from gracefarm.files import atomic_directory, remove_tree, sha256_file
+
+
+def with_trees(fetched: Fetched, plan: Plan, settings: Settings) -> Fetched:
+    """What was fetched for a plan, and the trees that it takes, as far as they are built."""
+    places = zip(plan.recipe.data.trees, plan.trees, strict=True)
+    built = {tree.path: record.tree_path(settings, source.build_id) for tree, source in places}
+    return replace(fetched, trees={path: place for path, place in built.items() if place.is_dir()})
+
+
+def keep(made: Path, plan: Plan, settings: Settings, epoch: int) -> str:
+    """Move the tree that a build made to where takers find it, whole or not at all; returns its digest.
+
+    Every file gets the time `epoch` and one of two modes, as in a source tree.
+
+    Raises:
+        CompileError: it lacks something that the recipe says it holds, or a link in it leads out of it.
+    """
+    tree = plan.recipe.data.tree
+    assert tree is not None
+    lacking = [name for name in tree.holds if not (made / name).exists()]
+    strays = [path for path in sorted(made.rglob("*")) if path.is_symlink() and not _inside(path, made)]
+    if lacking or strays:
+        what = f"has no {', '.join(lacking)}" if lacking else f"has a link out of it: {strays[0].relative_to(made)}"
+        raise CompileError(
+            f"the tree of {plan.recipe.key} {what}",
+            remedy="correct [tree] commands, which install into $OUT, or what it `holds`",
+            repeat=plan.repeat,
+        )
+    final = record.tree_path(settings, plan.build_id)
+    remove_tree(final)  # of a build whose record is gone
+    final.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_directory(final) as folder:
+        for entry in sorted(made.iterdir()):
+            shutil.move(entry, folder / entry.name)
+        names = sorted(folder.rglob("*"))
+        for path in names:
+            _settle(path, epoch)
+        return digest(folder, names)
+
+
+def digest(folder: Path, names: Sequence[Path]) -> str:
+    """Hex sha256 of the paths, the modes, and the content or the link's target, of these files of a tree."""
+    whole = hashlib.sha256()
+    for path in names:
+        mode = path.lstat().st_mode
+        if not stat.S_ISDIR(mode):
+            content = str(path.readlink()) if stat.S_ISLNK(mode) else sha256_file(path)
+            whole.update(f"{path.relative_to(folder)}\0{bool(mode & stat.S_IXUSR)}\0{content}\n".encode())
+    return whole.hexdigest()
+
+
+def _inside(link: Path, folder: Path) -> bool:
+    return not link.readlink().is_absolute() and link.resolve().is_relative_to(folder.resolve())
+
+
+def _settle(path: Path, moment: int) -> None:
+    mode = path.lstat().st_mode
+    if not stat.S_ISLNK(mode):
+        path.chmod(0o755 if stat.S_ISDIR(mode) or mode & stat.S_IXUSR else 0o644)
+    os.utime(path, (moment, moment), follow_symlinks=False)
