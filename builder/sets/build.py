@@ -51,13 +51,16 @@ def build_set(plan: SetPlan, jobs: int | None, settings: Settings, console: Cons
 
     Raises:
         SeveralError: wheels that could not be built, each reported on its own; all of them were tried.
-        SmokeError, InstallError: they do not work together.
+        SmokeError, InstallError: they do not work together; or what they run with requires what the set has not.
         ConfigError, FetchError, ...: see `locks.collect` and `environment.ensure`.
     """
     name, place = plan.set.data.name, set_record.folder(settings, plan.set_id)
     console.step(
         "set", f"{name}: set id {plan.set_id[:16]}, {len(plan.builds)} wheels of ours, {len(plan.wheels)} beside them"
     )
+    if set_record.read(settings, plan.set_id) is None:
+        # Before hours of compiling.
+        together.require_others(plan, _ground(plan, settings, console)[1])
     records = _build_all(plan, jobs, settings, console)
     with lock(settings.home / "locks" / f"set-{plan.set_id}", lambda: console.step("wait", f"another process tests {name}")):
         wheels = tuple(path for built in records if (path := record.wheel_path(settings, built)) is not None)
@@ -103,13 +106,19 @@ def _build(plan: Plan, jobs: int | None, settings: Settings, console: Console) -
     return build.build(plan, BuildOptions(jobs=jobs), settings, console)
 
 
+def _ground(plan: SetPlan, settings: Settings, console: Console) -> tuple[Path, Path]:
+    """The root, and the environment of all that our wheels run with."""
+    of, target = plan.set, plan.set.data.target
+    with console.progress("root") as tick:
+        base = root.ensure(of.stack, stack.host_arch(), target, settings, tick)
+        return base, environment.ensure(of.runtime, target, base, settings, tick)
+
+
 def _tested(
     plan: SetPlan, records: Sequence[Record], wheels: Sequence[Path], place: Path, settings: Settings, console: Console
 ) -> SetRecord:
     of, target = plan.set, plan.set.data.target
-    with console.progress("root") as tick:
-        base = root.ensure(of.stack, stack.host_arch(), target, settings, tick)
-        site = environment.ensure(of.runtime, target, base, settings, tick)
+    base, site = _ground(plan, settings, console)
     place.mkdir(parents=True, exist_ok=True)
     scratch = place / "together"
     scratch.mkdir(exist_ok=True)

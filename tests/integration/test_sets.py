@@ -219,6 +219,20 @@ def test_a_requirement_that_the_set_lacks_is_named_before_anything_is_tried(farm
     assert "tiny requires absent" in done.said
 
 
+def test_what_another_wheel_requires_is_asked_before_anything_is_built(farm: Farm) -> None:
+    """As torch 2.11.0, which requires triton 3.6.0, beside our triton 3.2: here `build` of the lock and packaging of ours."""
+    farm.recipe("packaging", projects.backend("raise RuntimeError('compiled')"), name="packaging", version="1.0")
+    place = farm.settings.project / "stacks/bare"
+    (place / "stack.toml").write_text((place / "stack.toml").read_text().replace('"packaging", ', "", 1))
+    lock = (place / "requirements.lock").read_text()
+    (place / "requirements.lock").write_text(re.sub(r"^packaging==.*\n", "", lock, flags=re.MULTILINE))
+    write_set(farm, "tiny", ["packaging"], ["packaging"])
+    done = farm.run("set", "build", "tiny")
+    assert done.code == 31, done.said
+    assert re.search(r"build requires packaging>=\S+, the set has 1\.0", done.said), done.said
+    assert "compiled" not in done.said
+
+
 def test_a_program_that_fails_stops_the_set(farm: Farm) -> None:
     farm.recipe("tiny", projects.backend("return wheel(wheel_directory)"))
     write_set(farm, "tiny", ["tiny"], ["tiny"], together={"imports": ["tiny"], "commands": [["pip", "no-such-command"]]})
