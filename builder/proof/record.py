@@ -110,7 +110,7 @@ class Record(Table):
     "The wheel."
     tree: str | None = Field(
         default=None,
-        description="Of a recipe with [tree]: sha256 of its files' paths, modes and digests; docs/reference/recipes.md",
+        description="Of a recipe with [tree]: sha256 of its files' paths, modes and digests",
     )
     source: BuiltFile | None = Field(
         default=None, description="The patched source, where the recipe publishes it beside the wheel"
