@@ -91,7 +91,7 @@ def test_a_person_at_a_terminal_is_asked(farm: Farm, tmp_path: Path) -> None:
     before = place.read_text()
     code, said = answered(farm, tmp_path, b"n\n")
     assert (code, place.read_text()) == (2, before), said
-    assert "Take these files as they are now" in said
+    assert "Accept these files as they are now" in said
     code, said = answered(farm, tmp_path, b"y\n")
     assert (code, "'no such text' is there 0 times" in said) == (13, True), said
     assert "accepted =" in place.read_text()
@@ -108,7 +108,7 @@ def test_one_question_for_the_digests_that_cells_or_a_set_lack(farm: Farm, tmp_p
         place.write_text(before)
         alone = farm.run(*command, "--accept-new", **mirrors(tmp_path))
         assert (alone.code, place.read_text()) == (2, before), alone.said
-        assert "there is no terminal: 1 digests would be accepted unseen" in alone.said
+        assert "asks for confirmation of 1 digests, which requires a terminal" in alone.said
         done = farm.run(*command, "--accept-new", "--yes", **mirrors(tmp_path))
         assert "'no such text' is there 0 times" in done.said
         assert done.said.count("accepted at first use, not confirmed: ") == 1
