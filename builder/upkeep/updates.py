@@ -18,8 +18,8 @@ from builder.fetch.urls import split_credentials
 from builder.ground import interpreters
 from builder.ground.interpreters.tables import InterpreterTable
 from builder.planning import recipe, stack
-from builder.planning.recipe import GitSource, SdistSource
 from builder.planning.settings import Settings
+from builder.planning.sources import GitSource, SdistSource
 from gracefarm import tables
 from gracefarm.console import Tick
 from gracefarm.errors import FetchError, HostError, UsageError
