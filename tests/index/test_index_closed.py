@@ -271,7 +271,7 @@ def test_what_mirrored_wheels_require_counts_too(
     run_index(shared.root, "gc")
     assert " 0 damaged, 0 unreferenced" in run_index(shared.root, "fsck").stdout
     refused = run_index(shared.root, "stage", "publish", name, check=False)
-    assert "pure_lib>=2 (of chain-lib 1.0; the set has 1.0)" in refused.stderr
+    assert "pure_lib>=2 (required by chain-lib 1.0; the set has 1.0)" in refused.stderr
 
 
 # --- pylock.toml ------------------------------------------------------------------------------------------------------------

@@ -106,7 +106,7 @@ def test_import_takes_a_folder_of_pypiserver(tmp_path: Path) -> None:
     assert "2 imported, 0 already stored, 1 refused" in process.stdout
     assert "broken_pkg-1.0-py3-none-any.whl" in process.stdout
     (folder / "broken_pkg-1.0-py3-none-any.whl").unlink()
-    assert "0 taken in, 2 here already" in run_index(tmp_path / "root", "import", str(folder)).stdout
+    assert "0 imported, 2 already stored" in run_index(tmp_path / "root", "import", str(folder)).stdout
     with serving(tmp_path / "root") as server:
         assert server.filenames("in-pkg") == [wheel("in_pkg")[0], wheel("in_pkg", "2.0")[0]]
 

@@ -331,7 +331,7 @@ def test_a_folder_of_variants_is_imported(tmp_path: Path) -> None:
     assert "1 imported, 0 already stored, 1 refused" in refused.stdout
     assert "accepts only plain wheels" in refused.stdout
     imported = run_index(tmp_path / "root", "import", "--variants", str(tmp_path / "wheels"))
-    assert "1 taken in, 1 here already, 0 refused" in imported.stdout
+    assert "1 imported, 1 already stored, 0 refused" in imported.stdout
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------------
@@ -352,7 +352,7 @@ def sm80(label: str = "cu130_sm90") -> bytes:
     [
         (metadata("cu124_sm90"), "variant.json describes the variant cu124_sm90, but the file name has cu130_sm90"),
         (metadata("cu130_sm90", variants={}), "without a name"),
-        (metadata("cu130_sm90", variants={"cu130_sm90": {}}), "the variant without properties is called null"),
+        (metadata("cu130_sm90", variants={"cu130_sm90": {}}), "and only this one, has no properties"),
         (metadata("cu130_sm90", variants={"cu130_sm90": {"nvidia": {"sm_arch": "90_real"}}}), "a list of values"),
         (metadata("cu130_sm90", variants={"cu130_sm90": {"nvidia": {"sm_arch": [90]}}}), "a list of values"),
         (metadata("cu130_sm90", variants={"cu130_sm90": {"nvidia": {"sm_arch": []}}}), "a list of values"),
