@@ -242,6 +242,13 @@ def test_no_script_of_rays_is_written_for_an_engine_without_it() -> None:
         script.render(made(10, **NATIVE))
 
 
+def test_vllm_looks_for_free_ports_itself() -> None:
+    """With VLLM_PORT each of its processes took the same one: EADDRINUSE of Ray's executor on two H200, 2026-11-29."""
+    plan = made(10, engine="vllm")
+    assert not any("VLLM_PORT" in env for env in (plan.serve_env, *(node.env for node in plan.nodes)))
+    assert made(10).nodes[0].env["APHRODITE_PORT"] == "29501"
+
+
 def change(node: str, **update: object) -> Callable[[Facts], Facts]:
     def changed(facts: Facts) -> Facts:
         return Facts(nodes=tuple(entry.model_copy(update=update) if entry.name == node else entry for entry in facts.nodes))

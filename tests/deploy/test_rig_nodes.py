@@ -236,7 +236,7 @@ def test_a_machine_without_python_3_11_has_uv_bring_one_for_the_nodes(tmp_path: 
     with pytest.raises(HostError, match=r"need Python 3\.11, .* and uv cannot bring it: .*No such") as no:
         interpreter.find(tmp_path / "other")
     assert "UV_PYTHON_INSTALL_MIRROR" in no.value.remedy
-    monkeypatch.setattr(interpreter, "find", lambda _home: found)
+    monkeypatch.setattr(interpreter, "find", lambda _home, _version: found)
     with open_rig(tmp_path / "rig", count=2, specs={"k1": nodefaults.WRONG_PYTHON}) as room:
         where = said(run(room, "python3.11 -c 'import ssl, sys; print(sys.prefix, sys.version.split()[0])'"))
         assert where["k0"].startswith("/run/rig-python 3.11.")
