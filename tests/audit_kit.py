@@ -92,6 +92,8 @@ class Draft:
     metadata: str = ""
     wheel: str = ""
     folder: str = ""
+    label: str = ""
+    "Of a variant wheel."
     record: bytes | None = None
     unrecorded: dict[str, bytes] = field(default_factory=dict)
 
@@ -108,7 +110,7 @@ class Draft:
             f"{info}/WHEEL": (self.wheel or f"Wheel-Version: 1.0\nGenerator: kit\nRoot-Is-Purelib: false\n{tags}").encode(),
         }
         whole = {**files, **self.unrecorded, f"{info}/RECORD": self.record or record(files, info)}
-        path = folder / f"{self.name}-{self.version}-{self.tag}.whl"
+        path = folder / f"{'-'.join(filter(None, (self.name, self.version, self.tag, self.label)))}.whl"
         folder.mkdir(parents=True, exist_ok=True)
         with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
             for name, data in whole.items():

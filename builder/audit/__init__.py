@@ -16,6 +16,7 @@ from builder.audit.gates import (
     python_abi,
     rpath,
     symbols,
+    variant_label,
     wheel,
 )
 from builder.audit.gates.wheel import only_wheel, target_of
@@ -48,13 +49,16 @@ class Gate(Protocol):
 
 _CONTENT_GATES: tuple[Gate, ...] = (
     *(elf_machine, python_abi, platform_tag, grafted),
-    *(licence, rpath, alignment, cubins, symbols),
+    *(licence, rpath, alignment, cubins, variant_label, symbols),
 )
 
 GATES: tuple[str, ...] = (wheel.GATE, *(gate.GATE for gate in _CONTENT_GATES))
 "Every gate, in the order of the verdicts."
 
-OBJECT_GATES = (wheel.GATE, elf_machine.GATE, python_abi.GATE, licence.GATE, alignment.GATE, cubins.GATE)
+OBJECT_GATES = (
+    *(wheel.GATE, elf_machine.GATE, python_abi.GATE, licence.GATE),
+    *(alignment.GATE, cubins.GATE, variant_label.GATE),
+)
 "What can be judged of a wheel built against headers alone: nothing that asks what its libraries define."
 
 
@@ -75,11 +79,12 @@ def audit(path: Path, policy: Policy) -> tuple[Verdict, ...]:
     Raises:
         HostError: a tool of this machine does not run. A bad wheel, however bad, only gets bad verdicts.
     """
-    first = wheel.judge(path, policy)
     try:
         with opened(path) as contents:
+            first = wheel.judge(contents.wheel, policy, contents)
             verdicts = [first, *(gate.judge(contents, policy) for gate in _CONTENT_GATES)]
     except UNREADABLE as error:
+        first = wheel.judge(path, policy)
         if first.status == "passed":
             first = refused(wheel.GATE, [f"the archive cannot be read: {error}"])
         verdicts = [first, *(not_applicable(gate.GATE, "the wheel cannot be read") for gate in _CONTENT_GATES)]

@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 
 from builder import elf
 from builder.planning.stack import Arch
+from gracefarm.variants import split_label
 
 UNREADABLE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError)
 "What zipfile raises on damaged, encrypted and unknown archives."
@@ -26,6 +27,9 @@ class Contents:
     """What is inside a wheel."""
 
     wheel: Path
+    "Under its plain name: that of a variant wheel leads to it."
+    label: str = ""
+    "Of a variant wheel."
     names: tuple[str, ...]
     "Files, in the archive's order."
     objects: dict[str, elf.Object]
@@ -44,13 +48,30 @@ def is_for(found: elf.Object, target: Arch) -> bool:
 
 
 @contextmanager
+def plainly_named(wheel: Path) -> Iterator[tuple[Path, str]]:
+    """A wheel by its plain name, which every tool reads, and its variant label; the name vanishes with the block."""
+    plain, label = split_label(wheel.name)
+    if not label:
+        yield wheel, ""
+        return
+    with TemporaryDirectory(prefix="gracefarm-plain-") as folder:
+        link = Path(folder) / plain
+        link.symlink_to(wheel.resolve())
+        yield link, label
+
+
+@contextmanager
 def opened(wheel: Path) -> Iterator[Contents]:
     """The contents of a wheel; the unpacked objects vanish with the block.
 
     Raises:
         one of UNREADABLE, OSError: the file is no wheel at all.
     """
-    with TemporaryDirectory(prefix="gracefarm-audit-") as folder, zipfile.ZipFile(wheel) as archive:
+    with (
+        plainly_named(wheel) as (plain, label),
+        TemporaryDirectory(prefix="gracefarm-audit-") as folder,
+        zipfile.ZipFile(plain) as archive,
+    ):
         names = tuple(info.filename for info in archive.infolist() if not info.is_dir())
         objects: dict[str, elf.Object] = {}
         damaged: dict[str, str] = {}
@@ -62,7 +83,7 @@ def opened(wheel: Path) -> Iterator[Contents]:
                 objects[name] = elf.read(path)
             except elf.NotElfError as error:
                 damaged[name] = str(error)
-        yield Contents(wheel=wheel, names=names, objects=objects, damaged=damaged)
+        yield Contents(wheel=plain, label=label, names=names, objects=objects, damaged=damaged)
 
 
 def _unpack_elf(archive: zipfile.ZipFile, name: str, path: Path) -> Path | None:

@@ -27,6 +27,13 @@ class Policy:
     name: str | None = None
     "Distribution name that the recipe promises; None for anybody's wheel."
     version: str | None = None
+    "The recipe's: the wheel's has a local part for what it depends on."
+    appends: str | None = None
+    "What upstream's build appends to the version, as the recipe says."
+    cuda: str | None = None
+    "The stack's, as '13.0'."
+    torch: str | None = None
+    "The stack's, as '2.11.0'."
     driver_headers: Path | None = None
     "The folder of cuda.h, whose declarations stand for libcuda.so.1; None: the stack has no CUDA."
     sm: tuple[str, ...] | None = None
@@ -69,6 +76,8 @@ def of_stack(stack: LoadedStack, target: Arch, ground: Ground) -> Policy:
         python=stack.python,
         glibc=data.glibc[target],
         driver_headers=driver.headers(ground.packages, ground.compiler),
+        cuda=data.cuda,
+        torch=stack.torch.version if stack.torch is not None else None,
         sm=stack.sm,
         ptx=device_code.first(stack.asked_ptx, stack.data.ptx),
         site_packages=ground.packages,
@@ -86,6 +95,7 @@ def asked_by(recipe: Recipe, policy: Policy) -> Policy:
         policy,
         name=recipe.name,
         version=recipe.version,
+        appends=recipe.wheel.appends,
         sm=policy.sm if recipe.build.cuda else None,
         needs_cubins=recipe.build.cuda,
         sm_extra=recipe.wheel.sm_extra,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import click
 
@@ -11,6 +13,7 @@ from builder.cli.accept import accept_new, accept_option, yes_option
 from builder.cli.matrix import Part, cells_of, parted, plan_cell, reports_of, table_of
 from builder.cli.options import Aim, aimed, aimed_at_sandbox, plan_of, start
 from builder.flow import history
+from builder.flow.matrix import serving
 from builder.planning import matrix, recipe, stack
 from builder.planning.gaps import Gap
 from builder.planning.matrix import Cell
@@ -83,18 +86,14 @@ def build_command(
     if accepts:
         accept_new(_lacking(asked, aim, settings), settings, console, yes=yes)
     failures: list[GracefarmError] = []
-    plans: list[Plan] = []
-    for entry in asked:
-        try:
-            plans += _planned(entry, aim, changed, url, settings, console)
-        except GracefarmError as error:
-            _survive(error, failures, asked, console)
+    plans, by_id = _all_planned(asked, failures, aim, changed, url, settings, console)
     if changed:
         console.step("plan", f"changed since the last success: {', '.join(plan.recipe.key for plan in plans) or 'nothing'}")
     caches = Caches(compiler=not no_compiler_cache, device=not no_device_store)
     for plan in _longest_first(plans, settings):
         try:
-            built = build_one(plan, jobs, url, keep, caches, settings, console)
+            served = _server(plan, by_id.get(plan.build_id), aim, settings, console)
+            built = build_one(served or plan, jobs, url, keep, caches, settings, console)
         except GracefarmError as error:
             _survive(error, failures, plans, console)
         else:
@@ -178,8 +177,23 @@ def _cells(names: Sequence[str], selector: str | None, part: Part, aim: Aim, set
     return cells_of(matrix.named(selector, settings.project), names, settings, part)
 
 
+def _server(plan: Plan, cell: Cell | None, aim: Aim, settings: Settings, console: Console) -> Plan | None:
+    """The plan of another Python's build whose abi3 wheel is this cell's too; None: the cell needs a build."""
+    if cell is None or record.existing(plan, settings) is not None:
+        return None
+    again = functools.partial(plan_cell, settings=settings, on=aim.on)
+    built = serving(cell, plan.stack.python, again, settings, record.all_of(settings, cell.recipe))
+    if built is None or built.wheel is None:
+        return None
+    console.step("done", f"{plan.title}: served by {built.wheel.filename}, whose ABI is stable")
+    return again(replace(cell, interpreter=built.interpreter))
+
+
 def _longest_first(plans: list[Plan], settings: Settings) -> list[Plan]:
-    """Sort by the duration of the last build, longest first. Recipes without a record come first, since they may take long."""
+    """Sort by the duration of the last build, longest first. Recipes without a record come first, since they may take long.
+
+    Cells that differ only in Python are sorted by Python, since an abi3 wheel serves its Python and later ones.
+    """
     if len(plans) < 2:
         return plans
     records = record.all_of(settings)
@@ -188,7 +202,8 @@ def _longest_first(plans: list[Plan], settings: Settings) -> list[Plan]:
         seconds = why.last_seconds(records, plan.recipe.key, history.like(plan))
         return float("inf") if seconds is None else seconds
 
-    return sorted(plans, key=took, reverse=True)
+    oldest_first = sorted(plans, key=lambda plan: int(plan.stack.python.rstrip("t").partition(".")[2]))
+    return sorted(oldest_first, key=took, reverse=True)
 
 
 def _survive(error: GracefarmError, failures: list[GracefarmError], asked: Sequence[object], console: Console) -> None:
@@ -197,6 +212,29 @@ def _survive(error: GracefarmError, failures: list[GracefarmError], asked: Seque
         raise error
     console.error(error)
     failures.append(error)
+
+
+def _all_planned(
+    asked: Sequence[str | Cell],
+    failures: list[GracefarmError],
+    aim: Aim,
+    changed: bool,
+    url: str | None,
+    settings: Settings,
+    console: Console,
+) -> tuple[list[Plan], dict[str, Cell]]:
+    """The plans of what is asked for, and the cells among it by build id; what cannot be planned is a failure."""
+    plans: list[Plan] = []
+    cells: dict[str, Cell] = {}
+    for entry in asked:
+        try:
+            planned = _planned(entry, aim, changed, url, settings, console)
+            cells |= {plan.build_id: entry for plan in planned if isinstance(entry, Cell)}
+        except GracefarmError as error:
+            _survive(error, failures, asked, console)
+        else:
+            plans += planned
+    return plans, cells
 
 
 def _planned(name: str | Cell, aim: Aim, changed: bool, url: str | None, settings: Settings, console: Console) -> list[Plan]:
@@ -209,6 +247,8 @@ def _planned(name: str | Cell, aim: Aim, changed: bool, url: str | None, setting
                 raise
             console.warn(f"skipped: {name.recipe} on {name.stack}: {error.cause}")
             return []
+        if changed and (served := _server(plan, name, aim, settings, console)) is not None:
+            plan = served
         return [plan] if not changed or (not _settled(plan, url, settings) and _complete(plan, console)) else []
     if changed:
         loaded = recipe.load(settings.project / "recipes", name)

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from builder import smoke
+from builder.audit.contents import plainly_named
 from builder.cli.check import trial_of
 from builder.cli.options import FILE, start, toolchained
 from builder.flow import publishing
@@ -68,13 +69,14 @@ def certify_command(
     scratch.mkdir(parents=True)
     try:
         stack = stack_name or loaded.data.stack
-        trial, sm, reader = trial_of(
-            wheel, loaded.data.imports, loaded.smoke_gpu_script, stack, on, scratch, settings, cuda=True
-        )
-        if reader is None:
-            raise HostError("cuobjdump, which reads device code, is missing", remedy="install NVIDIA's cuda-cuobjdump")
-        console.step("certify", f"smoke_gpu.py of {recipe_name} with {wheel.name}")
-        written = certificates.report(wheel, smoke.run_gpu(trial, sm), reader)
+        with plainly_named(wheel.resolve()) as (plain, _):
+            trial, sm, reader = trial_of(
+                plain, loaded.data.imports, loaded.smoke_gpu_script, stack, on, scratch, settings, cuda=True
+            )
+            if reader is None:
+                raise HostError("cuobjdump, which reads device code, is missing", remedy="install NVIDIA's cuda-cuobjdump")
+            console.step("certify", f"smoke_gpu.py of {recipe_name} with {wheel.name}")
+            written = certificates.report(wheel, smoke.run_gpu(trial, sm), reader)
     finally:
         remove_tree(scratch)
     atomic_write(place, written.model_dump_json(indent=2) + "\n")

@@ -10,6 +10,7 @@ import click
 
 from builder import audit, smoke
 from builder.audit import Policy, policy
+from builder.audit.contents import plainly_named
 from builder.cli.options import FILE, device_coded, start, toolchained
 from builder.compiling import pep517
 from builder.planning import device_code, recipe, stack
@@ -107,12 +108,13 @@ def smoke_command(
     scratch = settings.home / "smoke" / str(os.getpid())
     scratch.mkdir(parents=True)
     try:
-        trial, sm, _ = trial_of(wheel, imports, script, stack_name, on, scratch, settings)
-        if gpu:
-            answer = smoke.run_gpu(trial, sm)
-            console.result(answer.model_dump(), smoke.sentence(answer))
-            return
-        result, outcome, _ = smoke.run(trial)
+        with plainly_named(wheel.resolve()) as (plain, _):
+            trial, sm, _ = trial_of(plain, imports, script, stack_name, on, scratch, settings)
+            if gpu:
+                answer = smoke.run_gpu(trial, sm)
+                console.result(answer.model_dump(), smoke.sentence(answer))
+                return
+            result, outcome, _ = smoke.run(trial)
     finally:
         remove_tree(scratch)
     lines = [f"{module:30} {place}" for module, place in result.modules.items()]
@@ -137,7 +139,7 @@ def trial_of(
     toolchain = on.type.find(loaded, on.wanted, cuda=cuda)
     ground = toolchain.lay(toolchain.facts(loaded), host, target, settings, cuda=cuda)
     trial = smoke.Trial(
-        wheel=wheel.resolve(),
+        wheel=wheel.absolute(),
         imports=imports,
         script=script,
         environment=toolchain.trial_environment(ground, emulated=host is not target),

@@ -59,7 +59,7 @@ def parted(function: Callable[..., None]) -> Callable[..., None]:
 @click.option("--prune", is_flag=True, help="List builds with an older torch than the releases that matrix.toml keeps.")
 @json_option
 def matrix_command(names: tuple[str, ...], selector: str, part: Part, url: str | None, name: str | None, prune: bool) -> None:
-    """List the cells of recipes (built, failed, blocked or not tried), with CPU seconds and disk space.
+    """List the cells of recipes (built, served, failed, blocked or not tried), with CPU seconds and disk space.
 
     \b
     builder matrix causal_conv1d

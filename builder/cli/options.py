@@ -69,6 +69,9 @@ _DEVICE_CODE = (
     ),
     click.option("--ptx", metavar="SM", help="Architecture of the PTX for newer GPUs, or 'none'; default: the recipe's."),
 )
+_VARIANT = click.option(
+    "--variant", is_flag=True, help="Label the wheel as the variant that is measured of it (PEP 825, a draft)."
+)
 _TOOLCHAIN = (
     toolchain_option(
         help="sandbox: the stack's locked compilers. host: this machine's gcc and CUDA in a clean environment. container: "
@@ -130,14 +133,15 @@ def aimed(function: Function) -> Function:
         sm: tuple[str, ...] | None,
         ptx: str | None,
         llvm: str,
+        variant: bool,
         on: ToolchainChoice,
         **options: Any,
     ) -> Any:
         from_source = (LLVM,) if llvm == SOURCE else ()
-        on = replace(on, sm=sm, ptx=ptx, from_source=from_source)
+        on = replace(on, sm=sm, ptx=ptx, variant=variant, from_source=from_source)
         return function(*arguments, aim=Aim(stack=stack_name, target=_target_here(target, on), on=on), **options)
 
-    return _with(toolchained(device_coded(with_aim)), *_STACK_AND_TARGET, _LLVM)
+    return _with(toolchained(device_coded(with_aim)), *_STACK_AND_TARGET, _VARIANT, _LLVM)
 
 
 def device_coded(function: Function) -> Function:
@@ -226,7 +230,8 @@ def as_built(built: Record, own: Path | None, python: str | None, cuda: Path | N
             remedy="add --environment PATH",
         )
     on = wanted(toolchains.of_inputs(built.inputs).kind, own, python or built.interpreter, cuda)
-    return replace(on, sm=built.asked_sm, ptx=built.asked_ptx, from_source=built.from_source)
+    asked = replace(on, sm=built.asked_sm, ptx=built.asked_ptx, variant=built.asked_variant)
+    return replace(asked, from_source=built.from_source)
 
 
 def _target_here(target: str, on: ToolchainChoice) -> str:

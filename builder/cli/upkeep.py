@@ -82,7 +82,12 @@ def shell_command(name: str) -> None:
     folder = record.folder(settings, last.build_id) / "work"
     kind = toolchains.of_inputs(last.inputs).kind
     on = ToolchainChoice(
-        kind=kind, interpreter=last.interpreter, sm=last.asked_sm, ptx=last.asked_ptx, from_source=last.from_source
+        kind=kind,
+        interpreter=last.interpreter,
+        sm=last.asked_sm,
+        ptx=last.asked_ptx,
+        from_source=last.from_source,
+        variant=last.asked_variant,
     )
     if where := on.type.closed:
         raise ConfigError(f"the last build of {name} {where}", remedy=f"examine the files in {folder}")

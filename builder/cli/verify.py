@@ -40,7 +40,7 @@ def verify_command(what: str, key_file: Path | None, envelope: Path | None, agai
 
     \b
     builder verify causal_conv1d
-    builder verify dist/causal_conv1d-1.7.0.whl --key farm.pub
+    builder verify dist/causal_conv1d-1.7.0+cu130.torch2.11.whl --key farm.pub
     builder verify causal_conv1d --rebuild
     """
     settings, console = start()
@@ -97,7 +97,8 @@ def _plan_of(inside: Inside, wheel: Path, settings: Settings) -> Plan:
     loaded = recipe.load(settings.project / "recipes", inside.inputs["recipe"]["name"])
     target, python = Arch(inside.inputs["target"]), inside.inputs["stack"]["python"]
     sm, ptx = tuple(inside.inputs["stack"]["sm"]), inside.inputs["stack"].get("ptx")
-    on = ToolchainChoice(kind=kind.kind, sm=sm or None, ptx=ptx or "none")
+    variant = bool(inside.inputs.get("variant"))
+    on = ToolchainChoice(kind=kind.kind, sm=sm or None, ptx=ptx or "none", variant=variant)
     known = [None, *interpreters.names(settings.project / "interpreters")]
     for name, interpreter in itertools.product(stack.names(settings.project / "stacks"), known):
         base = stack_of(name, interpreter, settings)

@@ -12,8 +12,6 @@ import tarfile
 import zipfile
 from pathlib import Path
 
-from packaging.utils import canonicalize_name
-
 from builder.fetch import Fetched, archive
 from builder.fetch.git import GitError, enclosing, run_git
 from builder.fetch.urls import shown
@@ -63,35 +61,37 @@ def _left_out(recipe: Recipe, fetched: Fetched) -> list[str]:
     return [*unknown, *(taken.path for taken in recipe.trees if taken.path not in fetched.trees)]
 
 
-def pack(tree: Path, recipe: Recipe, into: Path, moment: int) -> None:
+def pack(tree: Path, into: Path, moment: int) -> None:
     """Keep the exact patched source, as it is before the build touches it, without git's own folders."""
     remove_tree(into)
     into.mkdir(parents=True)
     with (into / "source.tar").open("wb") as stream, tarfile.open(fileobj=stream, mode="w") as tar:
-        top = f"{canonicalize_name(recipe.name).replace('-', '_')}-{recipe.version}"
         for path in sorted(tree.rglob("*")):
             inside = path.relative_to(tree)
             if ".git" not in inside.parts:
-                tar.add(path, f"{top}/{inside}", recursive=False, filter=lambda info: _anonymous(info, moment))
+                tar.add(path, str(inside), recursive=False, filter=lambda info: _anonymous(info, moment))
 
 
 def finish(packed: Path, wheel: Path, into: Path, moment: int) -> Path:
-    """The kept source as an sdist beside the wheel, with the wheel's METADATA as its PKG-INFO."""
+    """The kept source as an sdist of the wheel's name and version beside it, with its METADATA as PKG-INFO."""
     with zipfile.ZipFile(wheel) as archive:
         metadata = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
         text = archive.read(metadata)
-    with tarfile.open(packed / "source.tar", "a") as tar:
-        top = tar.getnames()[0].split("/")[0]
+    top = "-".join(wheel.name.split("-")[:2])
+    final = into / f"{top}.tar.gz"
+    with (
+        tarfile.open(packed / "source.tar") as plain,
+        final.open("wb") as raw,
+        gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=moment) as stream,
+        tarfile.open(fileobj=stream, mode="w") as tar,
+    ):
+        for info in plain:
+            info.name = f"{top}/{info.name}"
+            info.linkname = f"{top}/{info.linkname}" if info.islnk() else info.linkname
+            tar.addfile(info, plain.extractfile(info) if info.isreg() else None)
         info = _anonymous(tarfile.TarInfo(f"{top}/PKG-INFO"), moment)
         info.size = len(text)
         tar.addfile(info, io.BytesIO(text))
-    final = into / f"{top}.tar.gz"
-    with (
-        (packed / "source.tar").open("rb") as plain,
-        final.open("wb") as raw,
-        gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=moment) as stream,
-    ):
-        shutil.copyfileobj(plain, stream)
     return final
 
 

@@ -178,11 +178,13 @@ def _check_binfmt(plan: Plan) -> None:
 
 
 def _audited(attempt: Attempt, raw: Path, ground: Ground, epoch: int) -> Path:
-    """The wheel with the build's inputs inside, repaired to its measured tag, with every gate passed."""
+    """The wheel with its measured version, tag and label and with the build's inputs inside, every gate passed."""
     expected = policy.of_plan(attempt.plan, ground, attempt.work)
     wheel = embed.embed(raw, attempt.plan, epoch, attempt.folder / record.LICENSES, attempt.folder / "embedded")
     remove_tree(attempt.folder / "repaired")
     if not expected.objects_only:
         wheel = audit.repair(wheel, expected, attempt.folder / "repaired", epoch)
+    if attempt.plan.stack.asked_variant:
+        wheel = embed.label(wheel, expected, epoch, attempt.folder / "labelled")
     judge.pass_gates(attempt, wheel, expected)
     return wheel

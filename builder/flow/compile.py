@@ -163,7 +163,7 @@ def _source_tree(attempt: Attempt, fetched: Fetched, epoch: int) -> Path:
         source.unpack(recipe, fetched, tree, epoch)
         source.keep_licenses(recipe.data, tree, attempt.folder / record.LICENSES)
         if recipe.data.wheel.source_archive:
-            source.pack(tree, recipe.data, attempt.folder / "raw-source", epoch)
+            source.pack(tree, attempt.folder / "raw-source", epoch)
     remove_tree(work / "tmp")
     for name in ("out", "tmp"):
         (work / name).mkdir()

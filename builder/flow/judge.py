@@ -7,6 +7,7 @@ from pathlib import Path
 
 from builder import audit, smoke
 from builder.audit import device_digest
+from builder.audit.contents import plainly_named
 from builder.audit.policy import Policy
 from builder.box import gpu
 from builder.compiling import pep517
@@ -43,6 +44,12 @@ def pass_smoke(attempt: Attempt, wheel: Path, ground: Ground) -> None:
     if plan.stack.data.objects_only:
         console.step("smoke", f"not run: stack {plan.stack.data.name} has headers alone, nothing can be loaded")
         return
+    with plainly_named(wheel) as (plain, _):  # installers refuse a label, unless an index tells them what it means
+        _try(attempt, plain, ground)
+
+
+def _try(attempt: Attempt, wheel: Path, ground: Ground) -> None:
+    plan, console = attempt.plan, attempt.console
     trial = Trial(
         wheel=wheel,
         imports=plan.recipe.data.imports,

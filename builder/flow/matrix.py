@@ -1,10 +1,13 @@
-"""What became of each cell of a matrix: built, failed, blocked or not tried."""
+"""What became of each cell of a matrix: built, served by the wheel of another, failed, blocked or not tried."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Literal
+
+from packaging.utils import parse_wheel_filename
 
 from builder.flow import history
 from builder.planning.matrix import Cell
@@ -15,8 +18,10 @@ from builder.planning.stack import LoadedStack
 from builder.proof import record
 from builder.proof.record import Record
 from gracefarm.errors import ConfigError, ExitCode, HostError
+from gracefarm.pythons import serves
+from gracefarm.variants import split_label
 
-CellOutcome = Literal["built", "failed", "blocked", "not tried"]
+CellOutcome = Literal["built", "served", "failed", "blocked", "not tried"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,9 +36,9 @@ class CellReport:
     "None: the cell cannot be planned."
     state: CellOutcome
     reason: str = ""
-    "The first error of a failed cell; what blocks a blocked one."
+    "The first error of a failed cell; what blocks a blocked one; which wheel serves it."
     build: Record | None = None
-    "Of exactly this cell."
+    "Of exactly this cell, or of the one that serves it."
     cpu_seconds: float | None = None
     "That the cell took; of one that is not built, what such a cell of the recipe took last, or else any."
     disk_bytes: int | None = None
@@ -58,24 +63,54 @@ def report(
         state="not tried",
         cpu_seconds=_cpu(past[0]) if past else None,
     )
+    plan, build, blocked = None, None, ""
     try:
         plan = make(cell)
         plan.require_digests()
-        build_id = plan.build_id
+        build = record.read(settings, plan.build_id)
     except (ConfigError, HostError) as error:
-        return replace(unknown, state="blocked", reason=error.cause)
-    alike = next((build for build in past if build.like == history.like(plan)), None)
+        plan, blocked = None, error.cause
+    alike = next((build for build in past if plan is not None and build.like == history.like(plan)), None)
     unknown = replace(unknown, cpu_seconds=_cpu(alike) if alike is not None else unknown.cpu_seconds)
-    build = record.read(settings, build_id)
+    if build is None or build.failure is not None:
+        server = serving(cell, stack.python, make, settings, records)
+        if server is not None and server.wheel is not None:
+            reason = f"by {server.wheel.filename}"
+            return replace(unknown, plan=plan, state="served", reason=reason, build=server, cpu_seconds=None)
+    if blocked:
+        return replace(unknown, state="blocked", reason=blocked)
     if build is None:
         return replace(unknown, plan=plan)
     if build.failure is not None:
         # What could not be fetched says nothing about the cell.
         state: CellOutcome = "blocked" if build.failure.exit_code in (ExitCode.FETCH, ExitCode.HOST) else "failed"
         return replace(unknown, plan=plan, state=state, reason=build.failure.cause, build=build)
-    files = (path for path in record.folder(settings, build_id).rglob("*") if path.is_file() and not path.is_symlink())
+    files = (path for path in record.folder(settings, build.build_id).rglob("*") if path.is_file() and not path.is_symlink())
     disk = sum(path.stat().st_size for path in files)
     return replace(unknown, plan=plan, state="built", build=build, cpu_seconds=_cpu(build), disk_bytes=disk)
+
+
+def serving(
+    cell: Cell, python: str, make: Callable[[Cell], Plan], settings: Settings, records: Sequence[Record]
+) -> Record | None:
+    """The build of the same cell for another Python whose wheel is of the stable ABI and serves this Python too.
+
+    It must be as it would be built today; `python`: the cell's, as 3.13.
+    """
+    for build in records:
+        alike = (build.recipe, build.stack, build.inputs.get("target")) == (cell.recipe, cell.stack, cell.target.value)
+        if alike and build.interpreter != cell.interpreter and build.wheel and _stable(build.wheel.filename, python):
+            with suppress(ConfigError, HostError):
+                plan = make(replace(cell, interpreter=build.interpreter))
+                if plan.build_id == build.build_id and record.wheel_path(settings, build) is not None:
+                    return build
+    return None
+
+
+def _stable(filename: str, python: str) -> bool:
+    """Is it a wheel of the stable ABI that this Python takes?"""
+    tags = parse_wheel_filename(split_label(filename)[0])[3]
+    return any(tag.abi.startswith("abi3") and serves(tag, python) for tag in tags)
 
 
 def _cpu(build: Record) -> float:
@@ -100,7 +135,7 @@ def _row(entry: CellReport) -> dict[str, object]:
         "target": entry.cell.target.value,
         "sm": list(entry.stack.sm) if device else [],
         "state": entry.state,
-        "build_id": plan.build_id if plan is not None else None,
+        "build_id": build.build_id if build is not None else plan.build_id if plan is not None else None,
         "wheel": build.wheel.filename if build is not None and build.wheel is not None else None,
         "reason": entry.reason,
         "cpu_seconds": entry.cpu_seconds,

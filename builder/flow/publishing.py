@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from builder.planning import licences
 from builder.planning.recipe import LoadedRecipe
 from builder.planning.settings import Settings
 from builder.planning.stack import Stack
-from builder.proof import certificates, publish, record
+from builder.proof import build_tag, certificates, publish, record, why
 from builder.proof.record import Publication, Record
 from gracefarm.console import Console
 from gracefarm.errors import PublishError
+from gracefarm.files import sha256_file
+
+MAX_TAGS = 20
+"Names that are tried."
 
 
 def refuse_objects(stack: Stack) -> None:
@@ -114,11 +120,71 @@ def _publish_wheel(built: Record, url: str, settings: Settings, console: Console
         # The source goes first: no moment in which the wheel is offered without it.
         publish.upload(archive, url, login)
         console.step("publish", f"{archive.name} to {url}")
-    publication: Publication = publish.upload(wheel, url, login)
-    console.step("publish", f"{wheel.name} to {url}")
+    publication = upload_wheel(built, wheel, url, settings, login)
+    console.step("publish", f"{publication.filename or wheel.name} to {url}")
+    if publication.reason:
+        console.step("publish", publication.reason)
     updated = built.model_copy(update={"published": (*built.published, publication)})
     record.write(updated, settings)
     return updated
+
+
+def upload_wheel(built: Record, wheel: Path, url: str, settings: Settings, login: publish.Login | None) -> Publication:
+    """Upload a build's wheel; where other bytes have its name, with the next build tag.
+
+    Raises:
+        PublishError: the index refuses it, or has a wheel of that name for other architectures.
+    """
+    filename, before = build_tag.choose(wheel.name, sha256_file(wheel), publish.offered(wheel.name, url, login))
+    if before is not None:
+        _refuse_other_cell(built, wheel.name, before, url, login)
+    for _ in range(MAX_TAGS):
+        try:
+            publication = _upload_as(filename, wheel, url, login)
+        except publish.TakenError:
+            # Of a file that nobody is shown: deleted, in a set that is only staged, or uploaded at this moment.
+            before, filename = filename, build_tag.tagged(wheel.name, build_tag.split(filename)[1] + 1)
+            continue
+        reason = f"build tag of {filename}: {_why(before, built, url, settings, login)}" if before is not None else ""
+        return publication.model_copy(update={"filename": "" if filename == wheel.name else filename, "reason": reason})
+    raise PublishError(
+        f"{url} has {wheel.name} with other bytes, and with each build tag up to {filename}",
+        remedy="give the recipe a version of its own",
+    )
+
+
+def _upload_as(filename: str, wheel: Path, url: str, login: publish.Login | None) -> Publication:
+    if filename == wheel.name:
+        return publish.upload(wheel, url, login)
+    with TemporaryDirectory(prefix="gracefarm-publish-") as folder:
+        named = Path(folder) / filename
+        named.symlink_to(wheel.resolve())
+        return publish.upload(named, url, login)
+
+
+def _refuse_other_cell(built: Record, filename: str, before: str, url: str, login: publish.Login | None) -> None:
+    """A wheel for other GPUs is no newer build of the one that is there: installers would take it for all of them."""
+    stack = built.inputs["stack"]
+    own, there = (tuple(stack["sm"]) if isinstance(stack, dict) else ()), publish.offered_sm(before, url, login)
+    if own and there and set(own) != set(there):
+        raise PublishError(
+            f"{url} has {before} for sm {', '.join(there)}, and this {filename} is for sm {', '.join(own)}: "
+            "installers would take the newer one for all GPUs",
+            remedy="build one wheel for all of them (--sm 90+100), or label each (--variant)",
+        )
+
+
+def _why(before: str, built: Record, url: str, settings: Settings, login: publish.Login | None) -> str:
+    """Why another build of the same name is there, as far as this machine knows it."""
+    sha256 = publish.offered(before, url, login).get(before)
+    if sha256 is None:
+        return f"{before} is or was there with other bytes"
+    there = f"{before} is there with sha256 {sha256[:16]}"
+    known = next((other for other in record.all_of(settings) if other.wheel and other.wheel.sha256 == sha256), None)
+    changed = [change.path for change in why.changes(known.inputs, built.inputs)] if known else []
+    if known is None or not changed:
+        return there
+    return f"{there}, of build {known.build_id[:16]}; since then changed: {', '.join(changed)}"
 
 
 def send_record(build_id: str, url: str, settings: Settings, console: Console, login: publish.Login | None) -> None:

@@ -18,11 +18,12 @@ from builder.compiling import pep517
 from builder.flow.attempt import BuildOptions
 from builder.flow.build import build
 from builder.flow.ground import lay_ground
-from builder.flow.publishing import refuse_objects, send_record
+from builder.flow.publishing import refuse_objects, send_record, upload_wheel
 from builder.ground import environment
 from builder.planning.plan import Plan
 from builder.planning.settings import Settings
-from builder.proof import publish, record
+from builder.proof import record
+from builder.proof.record import Record
 from builder.toolchains import sandbox_trial
 from gracefarm.console import Console
 from gracefarm.errors import HostError, InstallError, PublishError
@@ -41,7 +42,7 @@ class Installed:
 
 
 @contextmanager
-def local_index(settings: Settings) -> Iterator[tuple[str, str]]:
+def local_index(settings: Settings, *options: str) -> Iterator[tuple[str, str]]:
     """The project's own `index serve` on a free loopback port, its store under home/index; yields its URL and an upload token.
 
     Raises:
@@ -50,7 +51,7 @@ def local_index(settings: Settings) -> Iterator[tuple[str, str]]:
     """
     folder = settings.home / "index"
     # A server that outlived a killed run would keep the store from the next one.
-    serve = [sys.executable, "-m", "index", "serve", "--root", str(folder), "--port", "0", "--allow-new", "--json"]
+    serve = [sys.executable, "-m", "index", "serve", "--root", str(folder), "--port", "0", "--allow-new", "--json", *options]
     folder.parent.mkdir(parents=True, exist_ok=True)
     with (
         (settings.home / "index.log").open("w") as errors,
@@ -98,10 +99,11 @@ def run(plan: Plan, settings: Settings, console: Console) -> Installed:
         wheel = record.wheel_path(settings, built)
         assert wheel is not None
         # Not noted in the record: the address ends with this run.
-        publish.upload(wheel, f"{url}/legacy/", ("__token__", token))
-        console.step("publish", f"{wheel.name} to {url}/legacy/")
-        send_record(built.build_id, f"{url}/legacy/", settings, console, ("__token__", token))
-        _install_back(plan, f"{url}/simple/", settings, console, folder)
+        login = ("__token__", token)
+        publication = upload_wheel(built, wheel, f"{url}/legacy/", settings, login)
+        console.step("publish", f"{publication.filename or wheel.name} to {url}/legacy/")
+        send_record(built.build_id, f"{url}/legacy/", settings, console, login)
+        _install_back(plan, built, f"{url}/simple/", settings, console, folder)
     return Installed(
         wheel=str(wheel),
         record=str(record.path(settings, built.build_id)),
@@ -110,11 +112,11 @@ def run(plan: Plan, settings: Settings, console: Console) -> Installed:
     )
 
 
-def _install_back(plan: Plan, index_url: str, settings: Settings, console: Console, folder: Path) -> None:
+def _install_back(plan: Plan, built: Record, index_url: str, settings: Settings, console: Console, folder: Path) -> None:
     """Install the wheel with the pip of a clean environment, from `index_url` alone; import it and run smoke.py.
 
     Raises:
-        InstallError: pip, an import or the script failed, in its words.
+        InstallError: pip, an import or the script failed, in its words; or the index prefers another build.
     """
     ground = lay_ground(plan, settings, console)
     clean, files, log = folder / "install" / "env", folder / "install" / "files", folder / "install.txt"
@@ -131,7 +133,7 @@ def _install_back(plan: Plan, index_url: str, settings: Settings, console: Conso
         network=True,
     )
     options = ("--no-cache-dir", "--disable-pip-version-check", "--no-input", "--no-compile", "--root-user-action=ignore")
-    pip = ("/env/bin/python3", "-m", "pip", "install", *options, "--index-url", index_url, f"{data.name}=={data.version}")
+    pip = ("/env/bin/python3", "-m", "pip", "install", *options, "--index-url", index_url, f"{data.name}=={built.version}")
     for command in (pip, smoke.driver(data.imports, script)):
         outcome = sandbox.run(box, command, log=log)
         if outcome.returncode != 0:
@@ -140,6 +142,14 @@ def _install_back(plan: Plan, index_url: str, settings: Settings, console: Conso
                 remedy=f"the whole output is in {log}",
                 repeat=" ".join(command),
             )
+    assert built.wheel is not None
+    stem = "-".join(built.wheel.filename.split("-")[:2])
+    installed = [json.loads(place.read_text()) for place in clean.glob(f"lib/*/site-packages/{stem}.dist-info/gracefarm.json")]
+    if built.build_id not in [inside["build_id"] for inside in installed]:
+        raise InstallError(
+            f"pip installs another build of {pip[-1]} from {index_url}, with a higher build tag",
+            remedy=f"start with an empty index: mv {settings.home / 'index'} {settings.home / 'index'}.old",
+        )
     proven = "it imports" + (", smoke.py passes" if script else "")
     console.step("install", f"pip installed {data.name} from {index_url} alone; {proven} (in {outcome.wall_s:.0f} s)")
     shutil.rmtree(folder / "install")

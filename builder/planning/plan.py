@@ -32,7 +32,7 @@ from gracefarm.console import Tick, no_tick
 from gracefarm.errors import ConfigError
 from gracefarm.files import sha256_file
 
-FORMAT = 3
+FORMAT = 4
 "Raised when this program builds other bytes from the same inputs."
 
 CUDA_LAYOUT = 5
@@ -244,6 +244,7 @@ class Plan:
                 "source_archive": data.wheel.source_archive,
                 "sm_extra": {glob: sorted(values) for glob, values in data.wheel.sm_extra.items()},
                 "allow_sm_fallback": data.wheel.allow_sm_fallback,
+                "appends": data.wheel.appends,
                 **self._trees(),
             },
             "stack": {
@@ -266,6 +267,7 @@ class Plan:
             ),
             "host": self.host.value,
             "target": self.target.value,
+            "variant": self.stack.asked_variant,
             "wrappers": wrappers_digest(),
             "rewriters": {name: version(name) for name in REWRITERS},
             **self.toolchain.inputs(self),

@@ -11,7 +11,7 @@ from typing import Annotated, Literal, Self
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, StringConstraints, model_validator
 
 from builder.planning.sources import File, FileSource, GitSource, Repository, SdistSource, SpdxExpression, VersionText
 from builder.planning.stack import TORCH, Arch, BuildRequirements, LoadedStack, Ptx, RequirementText, Sm, unknown
@@ -122,6 +122,11 @@ class Bundled(Table):
 class Wheel(Table):
     """What the finished wheel must look like."""
 
+    appends: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9]+([._-][A-Za-z0-9]+)*$")] | None = Field(
+        default=None,
+        description="What upstream's build appends to the local version and the wheel does without, as 'd20261129'; what is "
+        "about CUDA and torch need not be named",
+    )
     sm_extra: dict[str, tuple[Sm, ...]] = Field(
         default_factory=dict,
         description="Further sm values for source files, or for all in a folder, by glob, as {'hopper/*.cu' = ['90a']}",

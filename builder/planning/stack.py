@@ -264,6 +264,8 @@ class LoadedStack:
     "Architectures that a cell takes in place of the stack's."
     asked_ptx: str | None = None
     "The same of its PTX."
+    asked_variant: bool = False
+    "The cell's wheel is a variant wheel (PEP 825, a draft)."
     build_requirements: BuildRequirements | None = None
     "Of the recipe that is built, if it has any."
     uses_torch: bool = True
@@ -285,9 +287,10 @@ class LoadedStack:
 
     @property
     def device_options(self) -> str:
-        """Options of `builder build` that choose the cell's architectures, each with a space before it."""
+        """Options of `builder build` that choose the cell's architectures and label, each with a space before it."""
         sm = f" --sm {'+'.join(self.asked_sm)}" if self.asked_sm is not None else ""
-        return sm + (f" --ptx {self.asked_ptx}" if self.asked_ptx is not None else "")
+        ptx = f" --ptx {self.asked_ptx}" if self.asked_ptx is not None else ""
+        return sm + ptx + (" --variant" if self.asked_variant else "")
 
     @property
     def python(self) -> str:

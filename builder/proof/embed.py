@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import zlib
 from collections.abc import Mapping, Sequence
@@ -15,9 +16,13 @@ from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
 
-from builder.audit.contents import UNREADABLE
+from builder.audit import dependence, variant
+from builder.audit.contents import UNREADABLE, opened
+from builder.audit.policy import Policy
+from builder.planning import local_version
 from builder.planning.plan import Plan
 from builder.proof import sbom
+from gracefarm import variants
 from gracefarm.errors import WheelError
 from gracefarm.files import remove_tree
 
@@ -27,7 +32,8 @@ REMEDY = "the package's own build made it: see its log, and patch it in the reci
 
 
 def embed(wheel: Path, plan: Plan, epoch: int, licenses: Path, into: Path) -> Path:
-    """The wheel with the deterministic part of the record as .dist-info/gracefarm.json; RECORD renewed, times are `epoch`.
+    """The wheel under its measured version, with the deterministic part of the record as .dist-info/gracefarm.json; RECORD
+    renewed, times are `epoch`.
 
     `licenses` is the folder of the texts that the recipe names, each at its place in the source tree: they go into
     .dist-info/licenses at the same place (PEP 639).
@@ -35,20 +41,87 @@ def embed(wheel: Path, plan: Plan, epoch: int, licenses: Path, into: Path) -> Pa
     Raises:
         WheelError: what the build calls a wheel is none.
     """
-    text = json.dumps({"build_id": plan.build_id, "inputs": plan.inputs}, indent=2, sort_keys=True) + "\n"
     remove_tree(into)
     tree = into / "tree"
     tree.mkdir(parents=True)
     try:
+        version = measured_version(wheel, plan)
         zip2dir(wheel, tree)
     except UNREADABLE as error:
         raise WheelError(f"{wheel.name} of the build cannot be unpacked: {error}", remedy=REMEDY) from error
     information = next(tree.glob("*.dist-info"), tree)
     if not (information / "METADATA").is_file():
         raise WheelError(f"{wheel.name} of the build has no .dist-info with METADATA", remedy=REMEDY)
+    filename = wheel.name
+    if version is not None:
+        filename, information = _rename(tree, information, filename, version)
+    _write(information, plan, epoch, licenses, _version_of(filename))
+    return _pack(tree, into / filename, epoch)
+
+
+def measured_version(wheel: Path, plan: Plan) -> str | None:
+    """The recipe's version, with the local part that the built wheel's objects call for.
+
+    None: the wheel is of another version, and the gate `wheel` says so.
+
+    Raises:
+        one of UNREADABLE: it is no wheel.
+    """
+    data, stack = plan.recipe.data, plan.stack
+    if not local_version.is_of(_version_of(wheel.name), data.version, data.wheel.appends):
+        return None
+    with opened(wheel) as contents:
+        needed = dependence.measure(contents, plan.target)
+    torch = stack.torch.version if stack.torch is not None and needed.torch else None
+    return local_version.named(data.version, stack.data.cuda if needed.cuda else None, torch)
+
+
+def label(wheel: Path, policy: Policy, epoch: int, into: Path) -> Path:
+    """The wheel as the variant that is measured of it: with variant.json inside and the label in its name.
+
+    Raises:
+        WheelError: what is measured cannot be said as a variant.
+    """
+    remove_tree(into)
+    tree = into / "tree"
+    tree.mkdir(parents=True)
+    with opened(wheel) as contents:
+        try:
+            measured = variant.measure(contents, policy)
+        except variant.UnlabelledError as error:
+            raise WheelError(f"{wheel.name} cannot be labelled: {error}", remedy="leave --variant out") from error
+    zip2dir(wheel, tree)
+    (next(tree.glob("*.dist-info")) / variants.MEMBER).write_bytes(variant.document(measured))
+    return _pack(tree, into / f"{wheel.stem}-{measured.label}.whl", epoch)
+
+
+def _version_of(filename: str) -> str:
+    return [*filename.split("-"), ""][1]
+
+
+def _rename(tree: Path, information: Path, filename: str, version: str) -> tuple[str, Path]:
+    """The file name with that version, and .dist-info, where it and METADATA have it too."""
+    stem = information.name.removesuffix(".dist-info")
+    new = f"{stem.rpartition('-')[0]}-{version}"
+    for kind in ("data", "dist-info"):
+        if (tree / f"{stem}.{kind}").is_dir():
+            (tree / f"{stem}.{kind}").rename(tree / f"{new}.{kind}")
+    information = tree / f"{new}.dist-info"
+    metadata = information / "METADATA"
+    text = metadata.read_text("utf-8", "surrogateescape")
+    name, old, rest = filename.split("-", 2)
+    said = re.search(r"(?mi)^Version:[ \t]*(\S+)", text)
+    if said is not None and local_version.same(said[1], old):  # else METADATA lies, and the gate `wheel` shall see it
+        metadata.write_text(f"{text[: said.start(1)]}{version}{text[said.end(1) :]}", "utf-8", "surrogateescape")
+    return f"{name}-{version}-{rest}", information
+
+
+def _write(information: Path, plan: Plan, epoch: int, licenses: Path, version: str) -> None:
+    """What goes into .dist-info."""
+    text = json.dumps({"build_id": plan.build_id, "inputs": plan.inputs}, indent=2, sort_keys=True) + "\n"
     (information / "gracefarm.json").write_text(text)
     (information / "sboms").mkdir(exist_ok=True)
-    (information / "sboms" / sbom.FILENAME).write_text(sbom.of(plan, epoch))
+    (information / "sboms" / sbom.FILENAME).write_text(sbom.of(plan, epoch, version))
     texts = plan.recipe.data.wheel.licenses
     for name in texts:
         place = information / "licenses" / name
@@ -57,8 +130,11 @@ def embed(wheel: Path, plan: Plan, epoch: int, licenses: Path, into: Path) -> Pa
     metadata = information / "METADATA"
     text = require(metadata.read_text("utf-8", "surrogateescape"), plan.recipe.data.wheel.requires)
     metadata.write_text(name_licenses(text, texts), "utf-8", "surrogateescape")
+
+
+def _pack(tree: Path, final: Path, epoch: int) -> Path:
+    """The wheel of an unpacked one, with its RECORD renewed."""
     rewrite_record(tree)
-    final = into / wheel.name
     dir2zip(tree, final, zlib.Z_DEFAULT_COMPRESSION, datetime.fromtimestamp(epoch, tz=UTC))
     remove_tree(tree)
     return final

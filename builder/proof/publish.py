@@ -12,6 +12,7 @@ from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
 import httpx
+from packaging.utils import canonicalize_name
 
 from builder.fetch import simple
 from builder.proof import trusted
@@ -40,11 +41,16 @@ def refuse_credentials(url: str, option: str = "--publish") -> None:
         )
 
 
+class TakenError(PublishError):
+    """The index has, or had, other bytes of that name."""
+
+
 def upload(wheel: Path, url: str, login: Login | None) -> Publication:
     """Upload `wheel` by the legacy upload API, with what `credentials` found for `url`.
 
     Raises:
         UsageError: the URL carries a password.
+        TakenError: it has other bytes of that name.
         PublishError: the index refused it or cannot be reached, in twine's words. One that offers these very bytes already has
             them from a run that was cut off before it could say so, and not every index takes them twice.
     """
@@ -53,9 +59,9 @@ def upload(wheel: Path, url: str, login: Login | None) -> Publication:
     command = [sys.executable, "-m", "twine", "upload", "--non-interactive", "--disable-progress-bar", "--verbose"]
     command += ["--repository-url", url, str(wheel)]
     process = subprocess.run(command, capture_output=True, text=True, check=False, env=_environment(login))
-    if process.returncode != 0 and not _offered(wheel, url, login):
+    if process.returncode != 0 and offered(wheel.name, url, login).get(wheel.name) != sha256_file(wheel):
         words = _reason(process.stdout + process.stderr)
-        raise PublishError(
+        raise (TakenError if "already exists" in words.lower() else PublishError)(
             f"{url} did not take {wheel.name}: {words}",
             remedy="check the address and the token (TWINE_USERNAME=__token__, TWINE_PASSWORD); the wheel is kept",
             repeat=f"twine upload --repository-url {url} {wheel}",
@@ -73,16 +79,30 @@ def _reason(text: str) -> str:
     return lines[errors[0] if errors else -1] if lines else "no output"
 
 
-def _offered(wheel: Path, url: str, login: Login | None) -> bool:
-    """Whether the index of an upload address offers a file of that name and sha256; legacy/ and simple/ stand together."""
-    name = wheel.name.split("-")[0]
-    index = re.sub(r"legacy/?$", "", url).rstrip("/") + "/simple/"
+def offered(filename: str, url: str, login: Login | None) -> dict[str, str | None]:
+    """The files of a project that the index of an upload address offers, with their sha256; none where it cannot be asked."""
+    name = filename.split("-")[0]
     try:
-        offered = simple.project_page(name, index, login).packages
+        packages = simple.project_page(name, f"{_base(url)}/simple/", login).packages
     except FetchError:
-        return False
-    sha256 = sha256_file(wheel)
-    return any(file.filename == wheel.name and file.digests.get("sha256") == sha256 for file in offered)
+        return {}
+    return {file.filename: file.digests.get("sha256") for file in packages}
+
+
+def offered_sm(filename: str, url: str, login: Login | None) -> tuple[str, ...]:
+    """The architectures of a wheel there, where the index says them (docs/index.md); those of no other are known."""
+    headers = {"Accept": "application/vnd.pypi.simple.v1+json"}
+    try:
+        with httpx.Client(auth=login, timeout=60, headers=headers, follow_redirects=True) as client:
+            files = client.get(f"{_base(url)}/simple/{canonicalize_name(filename.split('-')[0])}/").json()["files"]
+        return tuple(next(file.get("_sm", ()) for file in files if file["filename"] == filename))
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError, StopIteration):
+        return ()
+
+
+def _base(url: str) -> str:
+    """The index behind an upload address."""
+    return re.sub(r"(?:(?:stage/[^/]+/|nightly/)?legacy/?)?$", "", url).rstrip("/")
 
 
 def credentials(url: str) -> Login | None:
@@ -125,7 +145,7 @@ def send_matrix(content: Mapping[str, object], url: str, login: Login | None) ->
 
 
 def _put(bodies: list[tuple[str, bytes]], url: str, login: Login | None) -> str | None:
-    base = re.sub(r"(?:(?:stage/[^/]+/|nightly/)?legacy/?)?$", "", url).rstrip("/")
+    base = _base(url)
     try:
         with httpx.Client(auth=login, timeout=60) as client:
             for name, body in bodies:

@@ -67,6 +67,10 @@ class Failure(Table):
     "Remedy, in one sentence."
 
 
+def _empty(text: str) -> bool:
+    return not text
+
+
 class Publication(Table):
     """Where the wheel was published."""
 
@@ -74,6 +78,10 @@ class Publication(Table):
     "Upload address."
     at: str
     "Time of the upload (UTC, ISO 8601)."
+    filename: str = Field(default="", exclude_if=_empty)
+    "Name at the index, if it has a build tag."
+    reason: str = Field(default="", exclude_if=_empty)
+    "Why it has that build tag."
 
 
 class Record(Table):
@@ -88,7 +96,7 @@ class Record(Table):
     name: str
     "Name of the distribution."
     version: str
-    "Version of the wheel."
+    "Version of the wheel, with its local part; of a failed build, that of the recipe."
     stack: str
     "Name of the stack."
     interpreter: str | None = Field(default=None, description="The interpreter's name; None: the Python of the stack's root")
@@ -97,6 +105,7 @@ class Record(Table):
     from_source: tuple[str, ...] = Field(
         default=(), description="Recipes whose trees were built in place of downloads, as --llvm source names one"
     )
+    asked_variant: bool = Field(default=False, description="Built with --variant")
     inputs: dict[str, object] = Field(description="Deterministic; also in the wheel's .dist-info/gracefarm.json")
     toolchain: ToolchainKind = Field(default="sandbox", description="Where compilers and Python came from")
     unconfirmed: tuple[str, ...] = Field(
@@ -180,7 +189,7 @@ def product(file: Path) -> BuiltFile:
 
 LICENSES = "licenses"
 "Folder of a build: licence texts of its source, for the wheel."
-SCRATCH = ("work", "smoke", "raw", "raw-source", LICENSES, "embedded", "repaired", "install", "compiled.json")
+SCRATCH = ("work", "smoke", "raw", "raw-source", LICENSES, "embedded", "repaired", "labelled", "install", "compiled.json")
 "In a build's folder: what a finished build needs no more."
 
 

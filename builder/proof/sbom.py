@@ -51,6 +51,8 @@ class Besides:
 
     license: str
     "SPDX expression."
+    version: str
+    "Of the wheel: the recipe's, with the local part that was measured."
     created: str
     "ISO 8601 with Z; of the source, so that the same inputs give the same document."
     bundled: tuple[BundledFile, ...] = ()
@@ -60,11 +62,12 @@ class Besides:
     "In the order of their digests."
 
 
-def of(plan: Plan, epoch: int) -> str:
-    """The document of a plan's wheel; `epoch` is its SOURCE_DATE_EPOCH."""
+def of(plan: Plan, epoch: int, version: str) -> str:
+    """The document of a plan's wheel of that version; `epoch` is its SOURCE_DATE_EPOCH."""
     data = plan.recipe.data
     besides = Besides(
         license=data.license,
+        version=version,
         created=datetime.fromtimestamp(epoch, tz=UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         bundled=tuple(BundledFile(path=file.path, license=file.license, sha256=file.sha256) for file in data.wheel.bundled),
         installed=tuple(_installed(plan)),
@@ -90,7 +93,7 @@ def _installed(plan: Plan) -> list[Material]:
 def render(inputs: Mapping[str, Any], besides: Besides) -> str:
     """The document: a function of these two and of nothing else, so that a reader can make it again and compare."""
     recipe, build_id = inputs["recipe"], id_of(inputs)
-    name, version = canonicalize_name(recipe["name"]), recipe["version"]
+    name, version = canonicalize_name(recipe["name"]), besides.version
     own = _package(_WHEEL, name, version, license=besides.license, purl=f"pkg:pypi/{name}@{version}")
     sources = materials.of(inputs)
     if "licenses" in recipe:  # inputs of earlier versions gave a document without it
@@ -140,6 +143,7 @@ def read(text: str) -> tuple[str, Besides]:
         own = next(package for package in packages if package["SPDXID"] == _WHEEL)
         besides = Besides(
             license=own["licenseDeclared"],
+            version=own["versionInfo"],
             created=document["creationInfo"]["created"],
             bundled=tuple(
                 BundledFile(path=package["name"], license=package["licenseDeclared"], sha256=_checksum(package))

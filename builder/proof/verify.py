@@ -12,16 +12,17 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from packaging.utils import canonicalize_name, parse_wheel_filename
 
-from builder.audit.contents import UNREADABLE
+from builder.audit.contents import UNREADABLE, plainly_named
 from builder.audit.gates.wheel import complaints
-from builder.planning import pins
+from builder.planning import local_version, pins
 from builder.planning.pins import LockedWheel
 from builder.planning.plan import id_of
 from builder.planning.stack import Arch
-from builder.proof import provenance, sbom, signing
+from builder.proof import build_tag, provenance, sbom, signing
 from gracefarm.errors import VerifyError
 from gracefarm.files import sha256_file
 from gracefarm.tables import Table
+from gracefarm.variants import split_label
 
 
 class WheelCheck(Table):
@@ -102,7 +103,9 @@ def read(wheel: Path) -> Inside:
 
 
 def _record(wheel: Path) -> str:
-    if wrong := complaints(wheel):
+    with plainly_named(wheel) as (plain, _):
+        wrong = complaints(plain)
+    if wrong:
         raise VerifyError("; ".join(wrong[:5]))
     return "every file is what RECORD says"
 
@@ -111,9 +114,10 @@ def _build_id(wheel: Path, inside: Inside) -> str:
     """The id is a hash of the inputs, and the inputs are those of this wheel."""
     if id_of(inside.inputs) != inside.build_id:
         raise VerifyError(f"the inputs in it hash to {id_of(inside.inputs)[:16]}, not to its build id {inside.build_id[:16]}")
-    name, version, _, _ = parse_wheel_filename(wheel.name)
-    recipe = inside.inputs["recipe"]
-    if canonicalize_name(recipe["name"]) != name or recipe["version"] != str(version):
+    name, version, _, _ = parse_wheel_filename(split_label(wheel.name)[0])
+    recipe, stack = inside.inputs["recipe"], inside.inputs["stack"]
+    known = local_version.could_be(version, recipe["version"], stack["cuda"], stack["torch"])
+    if canonicalize_name(recipe["name"]) != name or not known:
         raise VerifyError(f"its inputs are those of {recipe['name']} {recipe['version']}")
     return inside.build_id
 
@@ -156,10 +160,11 @@ def _provenance(wheel: Path, inside: Inside, place: Path, key: Ed25519PublicKey 
     signed = signing.opened(envelope, provenance.PAYLOAD, key)
     sha256 = sha256_file(wheel)
     subjects = {subject["name"]: subject["digest"].get("sha256") for subject in signed["subject"]}
-    if subjects.get(wheel.name) != sha256:
+    name = build_tag.split(wheel.name)[0]  # an index may have it under a build tag
+    if subjects.get(name) != sha256:
         raise VerifyError(
-            f"the wheel has sha256 {sha256[:16]}, signed was {str(subjects.get(wheel.name))[:16]}"
-            if wheel.name in subjects
+            f"the wheel has sha256 {sha256[:16]}, signed was {str(subjects.get(name))[:16]}"
+            if name in subjects
             else f"it is about {', '.join(subjects)}, not about {wheel.name}"
         )
     inner = signed["predicate"]["buildDefinition"]["internalParameters"]

@@ -13,15 +13,15 @@ from builder.ground import environment, root
 from builder.planning import stack
 from builder.planning.plan import Plan
 from builder.planning.settings import Settings
-from builder.proof import publish, record
+from builder.proof import build_tag, publish, record
 from builder.proof.record import Record
 from builder.sets import locks, set_record, staging, together
 from builder.sets.locks import SetAddress
 from builder.sets.plan import SetPlan
-from builder.sets.set_record import SetRecord
+from builder.sets.set_record import Locked, SetRecord
 from gracefarm.console import Console
 from gracefarm.errors import GracefarmError, PublishError, SeveralError
-from gracefarm.files import atomic_write, lock, remove_tree
+from gracefarm.files import atomic_write, lock, remove_tree, sha256_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,15 +142,15 @@ def _tested(
     return document
 
 
-def render(built: BuiltSet, at: SetAddress) -> Path:
+def render(built: BuiltSet, at: SetAddress, wheels: Sequence[Locked] = ()) -> Path:
     """pylock.toml for the index that will serve the set."""
     place = built.folder / "pylock.toml"
-    atomic_write(place, locks.pylock(built.plan.set, built.record.wheels, at))
+    atomic_write(place, locks.pylock(built.plan.set, wheels or built.record.wheels, at))
     return place
 
 
-def stage(built: BuiltSet, at: SetAddress, settings: Settings, console: Console) -> None:
-    """Stage the set and publish it, as soon as the index has all of it.
+def stage(built: BuiltSet, at: SetAddress, settings: Settings, console: Console) -> tuple[Locked, ...]:
+    """Stage the set and publish it, as soon as the index has all of it; its wheels, by the names that they have there.
 
     Raises:
         PublishError: the index refuses.
@@ -162,23 +162,41 @@ def stage(built: BuiltSet, at: SetAddress, settings: Settings, console: Console)
     without = sorted(built.plan.set.runtime.data.environment.left_out)
     state = staging.ask(at, "PUT", json={"expect": staging.matrix(built.record.wheels), "without": without})
     if state["state"] != "published":
-        have = set(state["files"])
-        for wheel in built.wheels:
-            # The source goes first: no moment in which the wheel is there without it.
-            for file in (*sorted(wheel.parent.glob("*.tar.gz")), wheel):
-                if file.name not in have:
-                    publish.upload(file, address, at.login)
-                    console.step("stage", f"{file.name} to {address}")
+        _upload(built, set(state["files"].values()), address, at, settings, console)
         for build_id in built.record.builds.values():
             publishing.send_record(build_id, address, settings, console, at.login)
         state = staging.ask(at, "GET")
         _require_same(built, at, state["files"])
         if state["missing"]:
             raise _incomplete(built, at, state["missing"])
-        staging.ask(at, "PUT", "/pylock.toml", content=locks.pylock(built.plan.set, built.record.wheels, at))
+        staging.ask(at, "PUT", "/pylock.toml", content=locks.pylock(built.plan.set, _as_named(built, state["files"]), at))
         state = staging.ask(at, "POST", "/publish")
     _require_same(built, at, state["files"])
     console.step("publish", f"{name}: {len(state['files'])} files are visible at {at.simple}")
+    return _as_named(built, state["files"])
+
+
+def _upload(built: BuiltSet, have: set[str], address: str, at: SetAddress, settings: Settings, console: Console) -> None:
+    """Our wheels to the staged set, of which it has those digests."""
+    builds = [record.read(settings, build_id) for build_id in built.record.builds.values()]
+    records = {build.wheel.sha256: build for build in builds if build is not None and build.wheel is not None}
+    for wheel in built.wheels:
+        # The source goes first: no moment in which the wheel is there without it.
+        for archive in sorted(wheel.parent.glob("*.tar.gz")):
+            if sha256_file(archive) not in have:
+                publish.upload(archive, address, at.login)
+                console.step("stage", f"{archive.name} to {address}")
+        if (sha256 := sha256_file(wheel)) not in have:
+            publication = publishing.upload_wheel(records[sha256], wheel, address, settings, at.login)
+            console.step("stage", f"{publication.filename or wheel.name} to {address}")
+
+
+def _as_named(built: BuiltSet, files: Mapping[str, str]) -> tuple[Locked, ...]:
+    """The set's wheels, each by the name that the index has it under: with a build tag where other bytes have its own."""
+    names = {sha256: name for name, sha256 in files.items()}
+    return tuple(
+        wheel.model_copy(update={"filename": names.get(wheel.sha256, wheel.filename)}) for wheel in built.record.wheels
+    )
 
 
 def _require_same(built: BuiltSet, at: SetAddress, files: Mapping[str, str]) -> None:
@@ -187,9 +205,11 @@ def _require_same(built: BuiltSet, at: SetAddress, files: Mapping[str, str]) -> 
     Raises:
         PublishError: the set at the index holds a file of the lock with other bytes, or one that is not of the lock.
     """
-    wanted = {wheel.filename: wheel.sha256 for wheel in built.record.wheels}
+    wanted = {(wheel.filename, wheel.sha256) for wheel in built.record.wheels}
     beside = {archive.name for wheel in built.wheels for archive in wheel.parent.glob("*.tar.gz")}
-    wrong = sorted(name for name, sha256 in files.items() if name not in beside and wanted.get(name) != sha256)
+    wrong = sorted(
+        name for name, sha256 in files.items() if name not in beside and (build_tag.split(name)[0], sha256) not in wanted
+    )
     if wrong:
         raise PublishError(
             f"{at.name} at {at.base} holds what was not tested: {', '.join(wrong[:3])}{', …' if len(wrong) > 3 else ''}",

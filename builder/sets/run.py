@@ -24,7 +24,7 @@ from builder.sets import build, locks, together
 from builder.sets.build import BuiltSet
 from builder.sets.locks import SetAddress
 from builder.sets.plan import SetPlan
-from builder.sets.set_record import Tested
+from builder.sets.set_record import Locked, Tested
 from gracefarm.console import Console
 from gracefarm.errors import InstallError, PublishError
 from gracefarm.files import lock, remove_tree
@@ -59,8 +59,8 @@ def run_set(plan: SetPlan, jobs: int | None, settings: Settings, console: Consol
     with lock(settings.home / "locks" / "run"), run.local_index(settings) as (url, token):
         at = locks.served(url, f"{plan.set.data.name}-{time.strftime('%Y%m%d-%H%M%S')}", ("__token__", token))
         console.step("index", f"serving {url} from {settings.home / 'index'}")
-        pylock = build.render(built, at)
-        mirror_s = _published(built, at, settings, console)
+        named, mirror_s = _published(built, at, settings, console)
+        pylock = build.render(built, at, named)
         files, size = _holds(at)
         console.step("mirror", f"{files} files, {size / 1e9:.2f} GB, in {mirror_s:.0f} s")
         start = time.monotonic()
@@ -82,8 +82,8 @@ def run_set(plan: SetPlan, jobs: int | None, settings: Settings, console: Consol
     )
 
 
-def _published(built: BuiltSet, at: SetAddress, settings: Settings, console: Console) -> float:
-    """Stage, mirror on the index's side as its owner would, stage again; seconds that the mirror took."""
+def _published(built: BuiltSet, at: SetAddress, settings: Settings, console: Console) -> tuple[tuple[Locked, ...], float]:
+    """Stage, mirror on the index's side as its owner would, stage again; the wheels there, and the mirror's seconds."""
     try:
         build.stage(built, at, settings, console)
     except build.IncompleteError as error:
@@ -98,8 +98,7 @@ def _published(built: BuiltSet, at: SetAddress, settings: Settings, console: Con
             words = first_line(process.stderr)
             raise PublishError(f"the index cannot mirror {own}: {words}", repeat=" ".join(command[2:]))
     took = time.monotonic() - start
-    build.stage(built, at, settings, console)
-    return took
+    return build.stage(built, at, settings, console), took
 
 
 def _holds(at: SetAddress) -> tuple[int, int]:

@@ -77,6 +77,8 @@ class ToolchainChoice:
     "Architecture of its PTX, or `none`; None: the recipe's, else the stack's."
     from_source: tuple[str, ...] = ()
     "Recipes whose trees are built in place of downloads."
+    variant: bool = False
+    "The wheel gets the label of a variant (PEP 825, a draft)."
 
     @property
     def type(self) -> type[Toolchain]:
@@ -91,6 +93,6 @@ class ToolchainChoice:
             ConfigError: see `make_plan`.
         """
         host, recipe = host_arch(), recipe.with_trees(self.from_source)
-        stack = recipe.on(replace(stack, asked_sm=self.sm, asked_ptx=self.ptx))
+        stack = recipe.on(replace(stack, asked_sm=self.sm, asked_ptx=self.ptx, asked_variant=self.variant))
         toolchain = self.type.find(stack, self.wanted, cuda=recipe.data.build.cuda)
         return make_plan(recipe, stack, host, host if toolchain.native else target, toolchain)

@@ -18,7 +18,7 @@ CellPython = Annotated[str, StringConstraints(pattern=r"^3\.[0-9]{1,2}t?$")]
 SmName = Annotated[str, StringConstraints(pattern=r"^[0-9]{2,3}[a-z]?$")]
 DeviceDigest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 WheelName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+!-]{0,250}\.whl$")]
-CellState = Literal["built", "failed", "blocked", "not tried"]
+CellState = Literal["built", "served", "failed", "blocked", "not tried"]
 CellTarget = Literal["aarch64", "x86_64"]
 
 MAX_CELLS = 100_000
@@ -56,7 +56,7 @@ class MatrixCell(SentDocument):
     wheel: WheelName | None = None
     "File name of the built wheel; empty before it is built."
     reason: str = ""
-    "First error of a failed cell, or the cause of a blocked one. The board shows the first 2,000 characters."
+    "Error of a failed cell, cause of a blocked one, wheel of a served one. The board shows the first 2,000 characters."
     cpu_seconds: float | None = Field(default=None, ge=0, lt=1e15, allow_inf_nan=False)
     "CPU seconds that the build took, or is expected to take."
     disk_bytes: int | None = Field(default=None, ge=0, lt=10**15)

@@ -25,7 +25,7 @@ MAX_SHOWN = 5000
 MAX_TEXT = 2000
 "Maximum characters of a selector or reason to show."
 
-STATES: tuple[CellState, ...] = ("built", "failed", "blocked", "not tried")
+STATES: tuple[CellState, ...] = ("built", "served", "failed", "blocked", "not tried")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +129,7 @@ def matrix_board(document: MatrixDocument, known: Mapping[str, Summary], wheels:
     cells = [_shown(cell, document, known, wheels) for cell in document.cells]
     cells.sort(key=_order)
     counts = Counter(shown.state for shown in cells)
-    waiting = [shown.cell for shown in cells if shown.state != "built"]
+    waiting = [shown.cell for shown in cells if shown.state not in ("built", "served")]
     return MatrixBoard(
         name=document.name,
         selector=document.selector[:MAX_TEXT],
@@ -148,7 +148,8 @@ def _shown(cell: MatrixCell, document: MatrixDocument, known: Mapping[str, Summa
     """Whether the record overrides the cell: it is newer than the matrix, or the cell was not built for the matrix."""
     record = known.get(cell.build_id or "")
     state, reason = cell.state, cell.reason
-    if record is not None and record.outcome in ("built", "failed"):
+    # A served cell names the build of another one.
+    if record is not None and record.outcome in ("built", "failed") and state != "served":
         newer = _moment(record.finished)
         if state in ("not tried", "blocked") or (newer is not None and newer > document.made):
             state, reason = "built" if record.outcome == "built" else "failed", record.cause

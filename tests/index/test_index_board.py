@@ -74,6 +74,7 @@ def site(shared: Server) -> Server:
     put(shared, "/records/board-failed", failed)
     put(shared, "/records/elsewhere-1", {"recipe": "elsewhere", "stack": "cu130", "outcome": "built", "version": "3.1"})
     cells = (
+        cell("3.10", "served", build_id="board-built", wheel=WHEEL, reason=f"by {WHEEL}", cpu_seconds=3600),
         cell("3.11", build_id="board-built"),
         cell("3.12", "not tried", build_id="board-failed"),
         cell("3.13", wheel=WHEEL),
@@ -99,12 +100,16 @@ def test_the_board_shows_each_state_and_leads_to_builds_and_wheels(site: Server,
     page.goto(site.url + "/board/")
     chips = page.locator("table.board").first.locator(".chip")
     assert [" ".join(text.split()[1:]) for text in chips.all_inner_texts()] == [
-        *("3.11 built", "3.12 failed", "3.13 built", "3.13t failed", "3.14 not tried", "3.14t blocked"),
+        *("3.10 served", "3.11 built", "3.12 failed", "3.13 built", "3.13t failed", "3.14 not tried", "3.14t blocked"),
         *("3.14t blocked", "3.14 blocked"),
     ]
-    assert page.locator(".legend").inner_text().split("\n") == ["✓ 2 built", "✗ 2 failed", "⊘ 3 blocked", "○ 1 not tried"]
+    assert page.locator(".legend").inner_text().split("\n") == [
+        *("✓ 2 built", "↺ 1 served"),
+        *("✗ 2 failed", "⊘ 3 blocked", "○ 1 not tried"),
+    ]
     links = chips.evaluate_all("chips => chips.map(chip => chip.href || '')")
     assert links == [
+        f"{site.url}/board/board-built/",
         f"{site.url}/board/board-built/",
         f"{site.url}/board/board-failed/",
         f"{site.url}/wheel/{WHEEL.replace('+', '%2B')}/",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,14 +13,17 @@ from pathlib import Path
 import pytest
 
 from builder import audit, elf
-from builder.audit import Policy, Verdict
+from builder.audit import Policy, Verdict, variant
 from builder.audit.policy import asked_by
 from builder.ground import environment, root
 from builder.planning import driver, stack
 from builder.planning.recipe import Bundled, Recipe
 from builder.planning.settings import load
 from builder.planning.stack import Arch, LoadedStack
-from gracefarm.errors import AuditError
+from builder.proof import embed
+from gracefarm import variants
+from gracefarm.errors import AuditError, WheelError
+from gracefarm.variants import Variant
 from tests import audit_kit
 from tests.audit_kit import Compiler, Draft, failed, module
 from tests.conftest import REPOSITORY
@@ -73,12 +77,14 @@ def bench(cu130: LoadedStack, tmp_path_factory: pytest.TempPathFactory) -> Bench
     foo = compiler.link("libfoo.so.1", FOO, "-Wl,-soname,libfoo.so.1", "-Wl,--version-script,foo.map")
     compiler.link("newer.so", NEWER, "-Wl,-soname,libfoo.so.1", "-Wl,--version-script,newer.map")
     compiler.link("driver.so", DRIVER, "-Wl,-soname,libcuda.so.1")
+    torch = compiler.link("libtorch_cpu.so", "int is_torch(void) { return 1; }\n", "-Wl,-soname,libtorch_cpu.so")
     cudart = compiler.link("libcudart.so.13", audit_kit.STAND_IN_CUDART, "-Wl,-soname,libcudart.so.13")
-    libraries = {"acme/lib/libfoo.so.1": foo, "nvidia/cu13/lib/libcudart.so.13": cudart}
+    libraries = {"acme/lib/libfoo.so.1": foo, "nvidia/cu13/lib/libcudart.so.13": cudart, "torch/lib/libtorch_cpu.so": torch}
     site = audit_kit.site_packages(tmp_path_factory.mktemp("site"), libraries)
     policy = Policy(
         driver_headers=driver.headers(tools),
-        target=TARGET, glibc="2_34", sm=("90",), name="demo", version="1.0", build_paths=("/build",),
+        target=TARGET, glibc="2_34", cuda="13.0", torch="2.11.0", sm=("90",), name="demo", version="1.0",
+        build_paths=("/build",),
         site_packages=site, root=base, cuobjdump=next(iter(sorted(tools.glob("nvidia/*/bin/cuobjdump")))),
         parts={"submodule csrc/cutlass": "BSD-3-Clause"}, licenses=("csrc/cutlass/LICENSE.txt",),
     )  # fmt: skip
@@ -102,6 +108,7 @@ def test_an_honest_wheel_passes_every_gate_that_applies(bench: Bench, tmp_path: 
     assert {verdict.gate: verdict.status for verdict in verdicts} == {
         **dict.fromkeys(audit.GATES, "passed"),
         "cubins": "not applicable",
+        "variant": "not applicable",
     }
     assert "no CUDA device code" in by_gate(verdicts)["cubins"].summary
     resolved = by_gate(verdicts)["symbols"].details[0]
@@ -129,9 +136,51 @@ def stowaway(bench: Bench) -> Draft:
 
 
 def wrong_version(bench: Bench) -> Draft:
-    one = draft(bench.core("plain.so", module()))
-    one.version = "1.1"
-    one.files[TEXT.replace("1.0", "1.1")] = one.files.pop(TEXT)
+    return versioned(draft(bench.core("plain.so", module())), "1.1")
+
+
+def versioned(one: Draft, version: str) -> Draft:
+    info = f"demo-{one.version}.dist-info/"
+    one.files = {name.replace(info, f"demo-{version}.dist-info/"): data for name, data in one.files.items()}
+    one.version = version
+    return one
+
+
+def unsaid_cuda(bench: Bench) -> Draft:
+    return versioned(cuda_draft(bench, "90"), "1.0")
+
+
+def feigned_torch(bench: Bench) -> Draft:
+    return versioned(cuda_draft(bench, "90"), "1.0+cu130.torch2.11")
+
+
+def unsaid_torch(bench: Bench) -> Draft:
+    return draft(bench.core("torched.so", module("is_torch()", before="int is_torch(void);"), "libtorch_cpu.so"))
+
+
+def other_torch(bench: Bench) -> Draft:
+    return versioned(unsaid_torch(bench), "1.0+torch2.4")
+
+
+def wrong_label(bench: Bench) -> Draft:
+    return labelled(cuda_draft(bench, "90"), "cu130_sm100", sm_arch=["100_real"])
+
+
+def wrong_property(bench: Bench) -> Draft:
+    return labelled(cuda_draft(bench, "90"), "cu130_sm90", sm_arch=["100_real"])
+
+
+def lost_label(bench: Bench) -> Draft:
+    one = labelled(cuda_draft(bench, "90"), "cu130_sm90", sm_arch=["90_real"])
+    one.label = ""
+    return one
+
+
+def labelled(one: Draft, label: str, **features: list[str]) -> Draft:
+    properties = {"nvidia": {"cuda_version_lower_bound": ["13.0"], **features}}
+    of = Variant(label=label, properties=properties, shared=json.dumps(variant.SHARED, sort_keys=True))
+    one.files[f"demo-{one.version}.dist-info/variant.json"] = variant.document(of)
+    one.label = label
     return one
 
 
@@ -237,13 +286,17 @@ def cuda_draft(bench: Bench, *sms: str) -> Draft:
     """A module beside a library with device code."""
     one = draft(bench.core("plain.so", module()))
     one.files["demo/kernels.so"] = bench.kernels(*sms)
-    return one
+    return versioned(one, "1.0+cu130")
 
 
 REFUSED: dict[Callable[[Bench], Draft], tuple[str, str]] = {
     wrong_record: ("wheel", "demo/__init__.py is not what RECORD says"),
     stowaway: ("wheel", "demo/extra.py is not in RECORD"),
     wrong_version: ("wheel", "has version 1.1, the recipe says 1.0"),
+    unsaid_cuda: ("wheel", "has version 1.0, by what is measured it is 1.0+cu130 (demo/kernels.so has device code)"),
+    feigned_torch: ("wheel", "has version 1.0+cu130.torch2.11, by what is measured it is 1.0+cu130"),
+    unsaid_torch: ("wheel", f"by what is measured it is 1.0+torch2.11 ({CORE} needs libtorch_cpu.so)"),
+    other_torch: ("wheel", "has version 1.0+torch2.4, by what is measured it is 1.0+torch2.11"),
     other_metadata: ("wheel", "METADATA says Version: 1.0+cu124"),
     foreign_object: ("elf-machine", "demo/helper.so is for x86_64 (64 bit), not aarch64"),
     old_python: ("python-abi", "is for CPython 310"),
@@ -260,6 +313,9 @@ REFUSED: dict[Callable[[Bench], Draft], tuple[str, str]] = {
     extra_cubin: ("cubins", "cubins for sm_100, which nobody asked for"),
     missing_cubin: ("cubins", "has no cubin for sm_90"),
     ptx: ("cubins", "has PTX for sm_90"),
+    wrong_label: ("variant", "the label is cu130_sm100, by what is measured it is cu130_sm90"),
+    wrong_property: ("variant", "measured is {'nvidia': {'cuda_version_lower_bound': ['13.0'], 'sm_arch': ['90_real']}}"),
+    lost_label: ("variant", "the file name has no label, and .dist-info 1 variant.json"),
     missing_symbol: ("symbols", "undefined symbol nobody_defines_me"),
     too_new_symbol: ("symbols", "needs version FOO_2 of libfoo.so.1; the stack's has up to FOO_1"),
     unknown_driver_symbol: ("symbols", "undefined symbol cuReadMind"),
@@ -322,6 +378,45 @@ def test_the_size_gate_counts_bytes(bench: Bench, tmp_path: Path) -> None:
     size = wheel.stat().st_size
     assert failed(audit.audit(wheel, dataclasses.replace(bench.policy, max_size=size))) == []
     assert failed(audit.audit(wheel, dataclasses.replace(bench.policy, max_size=size - 1))) == ["wheel"]
+
+
+@pytest.mark.parametrize(
+    ("sms", "label", "architectures"),
+    [
+        (("90",), "cu130_sm90", ["90_real"]),
+        (("90", "100"), "cu130_sm90_sm100", ["90_real", "100_real"]),
+        (("90a",), "cu130_sm90a", ["90_real"]),
+        (("100f",), "cu130_sm100f", ["100_real"]),
+        (("90", "90+ptx"), "cu130_sm90_ptx90", ["90_real", "90_virtual"]),
+    ],
+)
+def test_a_label_says_what_is_measured(
+    bench: Bench, tmp_path: Path, sms: tuple[str, ...], label: str, architectures: list[str]
+) -> None:
+    plain = cuda_draft(bench, *sms).pack(tmp_path)
+    real = tuple(sm for sm in sms if "ptx" not in sm)
+    policy = dataclasses.replace(bench.policy, sm=real, ptx="90" if len(real) < len(sms) else None)
+    wheel = embed.label(plain, policy, 1_700_000_000, tmp_path / "labelled")
+    assert wheel.name == plain.name.replace(".whl", f"-{label}.whl")
+    said = variants.parse(audit_kit.member(wheel, "demo-1.0+cu130.dist-info/variant.json"), label)
+    assert said.properties == {"nvidia": {"cuda_version_lower_bound": ["13.0"], "sm_arch": architectures}}
+    verdicts = audit.audit(wheel, policy)
+    assert failed(verdicts) == []
+    assert by_gate(verdicts)["variant"].status == "passed"
+
+
+def test_a_wheel_without_cuda_is_the_variant_that_every_machine_may_take(bench: Bench, tmp_path: Path) -> None:
+    plain = draft(bench.core("plain.so", module())).pack(tmp_path)
+    wheel = embed.label(plain, bench.policy, 1_700_000_000, tmp_path / "labelled")
+    assert wheel.name.endswith("-null.whl")
+    assert failed(audit.audit(wheel, bench.policy)) == []
+
+
+def test_code_for_one_device_alone_cannot_be_labelled(bench: Bench, tmp_path: Path) -> None:
+    """100_real would be taken for 10.3 too, which sm_100a does not run on."""
+    plain = cuda_draft(bench, "100a").pack(tmp_path)
+    with pytest.raises(WheelError, match="sm_100a runs on that device alone"):
+        embed.label(plain, bench.policy, 1_700_000_000, tmp_path / "labelled")
 
 
 def test_cubins_as_asked_pass_and_are_counted(bench: Bench, tmp_path: Path) -> None:

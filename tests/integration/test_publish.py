@@ -13,7 +13,7 @@ import pytest
 
 from builder.flow import run
 from builder.planning.stack import host_arch
-from builder.proof import publish
+from builder.proof import publish, record
 from tests import projects
 from tests.conftest import Farm
 from tests.integration.fetch_kit import pypiserver
@@ -99,13 +99,67 @@ def test_killed_after_the_upload_the_same_command_finds_it_published(farm: Farm,
         assert [publication["url"] for publication in json.loads(farm.run("show", "tiny", "--json").out)["published"]] == [url]
 
 
-def test_other_bytes_under_a_published_name_stay_refused(farm: Farm, tmp_path: Path) -> None:
+def rebuilt(farm: Farm, url: str, token: str, marker: str) -> dict[str, str]:
+    """Publish another build of the same version; what its record says of that."""
+    farm.recipe("tiny", projects.backend(f'return wheel(wheel_directory, files={{"tiny/more.py": b"{marker}"}})'))
+    done = farm.run("build", "tiny", "--target", NATIVE, "--publish", url, **credentials(token))
+    assert done.code == 0, done.said
+    (publication,) = json.loads(farm.run("show", "tiny", "--json").out)["published"]
+    return {"filename": "", "reason": "", **publication}
+
+
+def digests(url: str) -> dict[str, str]:
+    page = httpx.get(f"{url}/simple/tiny/", headers={"Accept": "application/vnd.pypi.simple.v1+json"}).json()
+    return {file["filename"]: file["hashes"]["sha256"] for file in page["files"]}
+
+
+def test_a_rebuild_of_a_published_version_gets_the_next_build_tag_and_says_why(farm: Farm, tmp_path: Path) -> None:
+    with run.local_index(farm.settings) as (url, token):
+        assert rebuilt(farm, f"{url}/legacy/", token, "one")["filename"] == ""
+        before = digests(url)
+        first = build_id(farm)
+        second = rebuilt(farm, f"{url}/legacy/", token, "two")
+        assert second["filename"] == "tiny-1.0-1-py3-none-any.whl"
+        there = f"tiny-1.0-py3-none-any.whl is there with sha256 {before['tiny-1.0-py3-none-any.whl'][:16]}"
+        assert f"{there}, of build {first[:16]}; since then changed: recipe.source.sha256" in second["reason"]
+        assert rebuilt(farm, f"{url}/legacy/", token, "three")["filename"] == "tiny-1.0-2-py3-none-any.whl"
+        after = digests(url)
+        assert {name: after[name] for name in before} == before, "a published file never changes"
+        assert len(set(after.values())) == 3
+        pip = [sys.executable, "-m", "pip", "--isolated", "download", "--no-deps", "--no-cache-dir", "--dest", str(tmp_path)]
+        subprocess.run([*pip, "--index-url", f"{url}/simple/", "tiny"], check=True, capture_output=True)
+        assert [path.name for path in tmp_path.iterdir()] == ["tiny-1.0-2-py3-none-any.whl"]
+
+        # The bytes of the second one, published by a farm that does not know that they are there.
+        farm.recipe("tiny", projects.backend('return wheel(wheel_directory, files={"tiny/more.py": b"two"})'))
+        place = record.path(farm.settings, json.loads(farm.run("plan", "tiny", "--target", NATIVE, "--json").out)["build_id"])
+        place.write_text(json.dumps(json.loads(place.read_text()) | {"published": []}))
+        done = farm.run("build", "tiny", "--target", NATIVE, "--publish", f"{url}/legacy/", **credentials(token))
+        assert done.code == 0, done.said
+        assert "tiny-1.0-1-py3-none-any.whl to" in done.said
+        assert digests(url) == after
+
+
+def test_a_name_that_a_staged_set_holds_is_passed_over(farm: Farm) -> None:
+    """Nobody sees the file, so only the upload's answer tells."""
+    with run.local_index(farm.settings) as (url, token):
+        put = httpx.put(f"{url}/stage/soon", json={"expect": ["tiny==1.0"]}, auth=("__token__", token))
+        assert put.is_success, put.text
+        assert rebuilt(farm, f"{url}/stage/soon/legacy/", token, "one")["filename"] == ""
+        assert httpx.get(f"{url}/simple/tiny/").status_code == 404
+        second = rebuilt(farm, f"{url}/legacy/", token, "two")
+        assert second["filename"] == "tiny-1.0-1-py3-none-any.whl"
+        assert "tiny-1.0-py3-none-any.whl is or was there with other bytes" in second["reason"]
+
+
+def test_another_index_keeps_its_file_and_gets_a_build_tag_too(farm: Farm, tmp_path: Path) -> None:
     farm.recipe("tiny", projects.backend("return wheel(wheel_directory)"))
     (tmp_path / "tiny-1.0-py3-none-any.whl").write_bytes(b"another wheel")
     with pypiserver(tmp_path) as url:
         done = farm.run("build", "tiny", "--target", NATIVE, "--publish", url, **credentials("any"))
-    assert done.code == 40
-    assert "did not take tiny-1.0-py3-none-any.whl" in done.said
+    assert done.code == 0, done.said
+    assert (tmp_path / "tiny-1.0-py3-none-any.whl").read_bytes() == b"another wheel"
+    assert (tmp_path / "tiny-1.0-1-py3-none-any.whl").is_file()
 
 
 @pytest.mark.parametrize(

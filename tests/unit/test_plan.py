@@ -204,6 +204,7 @@ WHOLE: dict[str, Any] = {
         "sm_extra": {"hopper/*.cu": ["89"]},
         "sm_supported": ["89", "90", "90a"],
         "allow_sm_fallback": True,
+        "appends": "d20261129",
         "ptx": "80",
         "requires": {"triton": "triton==3.2.0"},
         "source_archive": True,

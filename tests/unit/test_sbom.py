@@ -29,7 +29,7 @@ def planned(name: str) -> Plan:
 @pytest.mark.parametrize("name", recipe.names(REPOSITORY / "recipes"))
 def test_every_recipes_sbom_is_valid_and_complete(name: str, tmp_path: Path) -> None:
     made = planned(name)
-    text = sbom.of(made, EPOCH)
+    text = sbom.of(made, EPOCH, made.recipe.data.version)
     place = tmp_path / "sbom.spdx.json"
     place.write_text(text)
     document = parse_file(str(place))
@@ -55,7 +55,7 @@ def test_each_part_of_the_source_has_its_licence_and_a_digest_of_a_first_use_say
         data = made.recipe.data.model_copy(update={"files": tuple(changed)})
         again = replace(made, recipe=replace(made.recipe, data=data))
         assert again.build_id != made.build_id, "the wheel carries the SBOM, and that says so"
-        text = sbom.of(again, EPOCH)
+        text = sbom.of(again, EPOCH, again.recipe.data.version)
         comments = [package.get("comment") for package in json.loads(text)["packages"]]
         assert comments.count(f"digest read at first use on {date}, not confirmed") == unconfirmed, "json has a witness"
         assert sbom.render(json.loads(json.dumps(again.inputs)), sbom.read(text)[1]) == text
@@ -63,7 +63,7 @@ def test_each_part_of_the_source_has_its_licence_and_a_digest_of_a_first_use_say
     assert packages["seed/.triton/llvm"]["licenseDeclared"] == "Apache-2.0 WITH LLVM-exception"
     assert packages["seed/.triton/json"]["licenseDeclared"] == "MIT"
     source = planned("flash_attn")
-    packages = {package["name"]: package for package in json.loads(sbom.of(source, EPOCH))["packages"]}
+    packages = {package["name"]: package for package in json.loads(sbom.of(source, EPOCH, "1.0"))["packages"]}
     assert packages["csrc/cutlass"]["licenseDeclared"] == "BSD-3-Clause"
 
 
@@ -72,14 +72,14 @@ def test_a_document_of_a_time_without_licences_is_made_again_as_it_was() -> None
     inputs = json.loads(json.dumps(made.inputs))
     del inputs["recipe"]["licenses"]
     del inputs["recipe"]["source"]["submodules"]["csrc/cutlass"]["license"]
-    text = sbom.render(inputs, sbom.read(sbom.of(made, EPOCH))[1])
+    text = sbom.render(inputs, sbom.read(sbom.of(made, EPOCH, made.recipe.data.version))[1])
     sources = [package for package in json.loads(text)["packages"] if package["SPDXID"].startswith("SPDXRef-source-")]
     assert {package["licenseDeclared"] for package in sources} == {"NOASSERTION"}
     assert sbom.render(inputs, sbom.read(text)[1]) == text
 
 
 def test_the_time_of_the_document_is_the_sources() -> None:
-    assert '"created": "2023-11-14T22:13:20Z"' in sbom.of(planned("causal_conv1d"), EPOCH)
+    assert '"created": "2023-11-14T22:13:20Z"' in sbom.of(planned("causal_conv1d"), EPOCH, "1.0")
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"packages": [{}]}', '{"packages": 1}'])

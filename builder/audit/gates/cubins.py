@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 from builder.audit import cuobjdump
 from builder.audit.contents import Contents
@@ -15,7 +16,7 @@ GATE = "cubins"
 
 def judge(contents: Contents, policy: Policy) -> Verdict:
     """Every object with a fatbin section, through NVIDIA's cuobjdump."""
-    objects = {name: binary.path for name, binary in contents.loadable(policy.target).items() if binary.fatbin}
+    objects = coded(contents, policy)
     if not objects:
         if policy.needs_cubins:
             return refused(GATE, ["the recipe compiles CUDA code and the wheel holds none"])
@@ -29,6 +30,11 @@ def judge(contents: Contents, policy: Policy) -> Verdict:
     except cuobjdump.UnreadableError as error:
         return refused(GATE, [str(error)])
     return compare(cubins, policy)
+
+
+def coded(contents: Contents, policy: Policy) -> dict[str, Path]:
+    """The objects that have device code."""
+    return {name: binary.path for name, binary in contents.loadable(policy.target).items() if binary.fatbin}
 
 
 def compare(found: dict[str, tuple[list[str], list[str]]], policy: Policy) -> Verdict:

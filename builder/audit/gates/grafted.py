@@ -8,6 +8,7 @@ import zipfile
 from fnmatch import fnmatch
 from pathlib import PurePosixPath
 
+from builder.audit import dependence
 from builder.audit.contents import Contents
 from builder.audit.policy import Policy
 from builder.audit.providers import environment_sonames
@@ -15,15 +16,8 @@ from builder.audit.verdict import Verdict, passed, refused
 
 GATE = "grafted"
 
-LIBRARIES = (
-    "libtorch*", "libc10*", "libcaffe2*", "libshm*",
-    "libcuda*", "libcublas*", "libcudnn*", "libcudss*", "libcufft*", "libcufile*", "libcupti*", "libcurand*",
-    "libcusolver*", "libcusparse*", "libcutensor*", "libcheckpoint*", "libpcsampling*", "libnccl*", "libnpp*",
-    "libnvJitLink*", "libnvToolsExt*", "libnvblas*", "libnvfatbin*", "libnvjpeg*", "libnvperf*", "libnvptxcompiler*",
-    "libnvrtc*", "libnvshmem*", "libnvtx*", "libnvvm*", "libnvidia*",
-)  # fmt: skip
-"""Names of torch's and NVIDIA's libraries, hashed ones (libcudart-0123abcd.so.13) included. Not plain libcu* and libnv*:
-a package's own libcustom_ops.so is no graft."""
+LIBRARIES = (*dependence.TORCH, *dependence.CUDA, "libnvidia*")
+"Names of torch's and NVIDIA's libraries."
 
 TOOLS = ("ptxas", "cuobjdump", "nvdisasm", "nvlink", "nvcc", "cicc", "cudafe++", "fatbinary", "bin2c", "libdevice.*.bc")
 "Parts of NVIDIA's toolkit that packages copy into their wheels (triton does)."

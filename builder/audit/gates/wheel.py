@@ -19,11 +19,15 @@ from packaging.tags import Tag, parse_tag
 from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
 from packaging.version import InvalidVersion, Version
 
-from builder.audit.contents import UNREADABLE
+from builder.audit import dependence
+from builder.audit.contents import UNREADABLE, Contents
+from builder.audit.dependence import Dependence
 from builder.audit.policy import Policy
 from builder.audit.verdict import Verdict, passed, refused
+from builder.planning import local_version
 from builder.planning.stack import Arch
 from gracefarm.errors import WheelError
+from gracefarm.variants import split_label
 
 GATE = "wheel"
 UNRECORDED = ("RECORD", "RECORD.jws", "RECORD.p7s")
@@ -56,7 +60,7 @@ def target_of(wheel: Path) -> Arch:
         WheelError: the name is no wheel's, or names none or several of the architectures we know.
     """
     try:
-        tags = parse_wheel_filename(wheel.name)[3]
+        tags = parse_wheel_filename(split_label(wheel.name)[0])[3]
     except InvalidWheelFilename as error:
         raise WheelError(f"{wheel.name}: {error}", remedy="give the wheel the name it was built with") from error
     archs = {arch for arch in Arch for tag in tags if tag.platform.endswith(f"_{arch.value}")}
@@ -68,12 +72,12 @@ def target_of(wheel: Path) -> Arch:
     return archs.pop()
 
 
-def judge(wheel: Path, policy: Policy) -> Verdict:
-    """Name, version, size, WHEEL, METADATA and RECORD."""
+def judge(wheel: Path, policy: Policy, contents: Contents | None = None) -> Verdict:
+    """Name, version, size, WHEEL, METADATA and RECORD. None: the archive cannot be opened."""
     problems = _size(wheel, policy)
     try:
         name, version, _build, _tags = parse_wheel_filename(wheel.name)
-        problems += _promise(name, version, policy)
+        problems += _promise(name, version, policy, contents)
     except InvalidWheelFilename:
         pass  # `complaints` says so
     problems += complaints(wheel)
@@ -105,13 +109,26 @@ def _size(wheel: Path, policy: Policy) -> list[str]:
     return [f"{_sized(size)} is more than the {_sized(policy.max_size)} allowed"] if size > policy.max_size else []
 
 
-def _promise(name: str, version: Version, policy: Policy) -> list[str]:
+def _promise(name: str, version: Version, policy: Policy, contents: Contents | None) -> list[str]:
     complaints = []
     if policy.name is not None and name != canonicalize_name(policy.name):
         complaints.append(f"the wheel is called {name}, the recipe says {canonicalize_name(policy.name)}")
-    if policy.version is not None and version != Version(policy.version):
+    if policy.version is not None and not local_version.is_of(str(version), policy.version, policy.appends):
         complaints.append(f"the wheel has version {version}, the recipe says {policy.version}")
+    elif policy.version is not None and contents is not None:
+        complaints += _local(version, policy.version, dependence.measure(contents, policy.target), policy)
     return complaints
+
+
+def _local(version: Version, promised: str, measured: Dependence, policy: Policy) -> list[str]:
+    """The local part says what is measured: nothing less, since two stacks would give one name, and nothing more."""
+    if measured.torch and policy.torch is None:
+        return [f"{measured.torch[0]}, and the stack has no torch"]
+    wanted = local_version.named(promised, policy.cuda if measured.cuda else None, policy.torch if measured.torch else None)
+    if str(version) == wanted:
+        return []
+    reasons = "; ".join((*measured.cuda[:1], *measured.torch[:1])) or "it depends on neither CUDA nor torch"
+    return [f"the wheel has version {version}, by what is measured it is {wanted} ({reasons})"]
 
 
 def _inside(archive: zipfile.ZipFile, name: str, version: Version, tags: frozenset[Tag]) -> list[str]:

@@ -1,0 +1,57 @@
+"""What a wheel depends on of its stack, as its objects say: CUDA by device code and libraries, torch by its libraries."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatch
+
+from builder.audit.contents import Contents
+from builder.audit.providers import own_names
+from builder.planning import driver
+from builder.planning.stack import Arch
+
+TORCH = ("libtorch*", "libc10*", "libcaffe2*", "libshm*")
+"Names of torch's libraries."
+CUDA = (
+    "libcuda*", "libcublas*", "libcudnn*", "libcudss*", "libcufft*", "libcufile*", "libcupti*", "libcurand*",
+    "libcusolver*", "libcusparse*", "libcutensor*", "libcheckpoint*", "libpcsampling*", "libnccl*", "libnpp*",
+    "libnvJitLink*", "libnvToolsExt*", "libnvblas*", "libnvfatbin*", "libnvjpeg*", "libnvperf*", "libnvptxcompiler*",
+    "libnvrtc*", "libnvshmem*", "libnvtx*", "libnvvm*",
+)  # fmt: skip
+"""Names of NVIDIA's libraries, hashed ones (libcudart-0123abcd.so.13) included. Not plain libcu* and libnv*: a package's own
+libcustom_ops.so is none."""
+DRIVER = (driver.SONAME, "libnvidia*")
+"Names of the driver's libraries: they belong to the machine, not to a release of CUDA."
+_TORCH_FOR_CUDA = ("libtorch_cuda*", "libc10_cuda*")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dependence:
+    """Why a wheel depends on CUDA and on torch, a phrase for each object; empty: it does not."""
+
+    cuda: tuple[str, ...]
+    torch: tuple[str, ...]
+
+
+def measure(contents: Contents, target: Arch) -> Dependence:
+    """What the objects for the target hold and need. A library that the wheel itself brings is nothing that it depends on."""
+    own = own_names(contents.objects)
+    cuda, torch = [], []
+    for name, binary in contents.loadable(target).items():
+        outside = [soname for soname in binary.needed if soname not in own]
+        cuda += [f"{name} has device code"] if binary.fatbin else []
+        cuda += _needing(
+            name, (soname for soname in outside if _any(soname, (*CUDA, *_TORCH_FOR_CUDA)) and not _any(soname, DRIVER))
+        )
+        torch += _needing(name, (soname for soname in outside if _any(soname, TORCH)))
+    return Dependence(cuda=tuple(cuda), torch=tuple(torch))
+
+
+def _needing(name: str, sonames: Iterable[str]) -> list[str]:
+    first = next(iter(sonames), None)
+    return [f"{name} needs {first}"] if first is not None else []
+
+
+def _any(soname: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch(soname, pattern) for pattern in patterns)

@@ -1,0 +1,35 @@
+"""Gate `variant`: the label of a variant wheel and its variant.json say what is measured (PEP 825, a draft)."""
+
+from __future__ import annotations
+
+import zipfile
+
+from builder.audit import variant
+from builder.audit.contents import Contents
+from builder.audit.policy import Policy
+from builder.audit.verdict import Verdict, not_applicable, passed, refused
+from gracefarm import variants
+
+GATE = "variant"
+
+
+def judge(contents: Contents, policy: Policy) -> Verdict:
+    """Label against variant.json, and both against cubins, PTX and libraries."""
+    members = [name for name in contents.names if name.endswith(f".dist-info/{variants.MEMBER}")]
+    if not contents.label and not members:
+        return not_applicable(GATE, "it is a plain wheel")
+    if not contents.label or len(members) != 1:
+        return refused(
+            GATE, [f"the file name has {contents.label or 'no label'}, and .dist-info {len(members)} {variants.MEMBER}"]
+        )
+    try:
+        measured = variant.measure(contents, policy)
+        with zipfile.ZipFile(contents.wheel) as archive:
+            said = variants.parse(archive.read(members[0]), contents.label)
+    except ValueError as error:
+        return refused(GATE, [str(error)])
+    if said.label != measured.label:
+        return refused(GATE, [f"the label is {said.label}, by what is measured it is {measured.label}"])
+    if said != measured:
+        return refused(GATE, [f"{variants.MEMBER} says {dict(said.properties)}, measured is {dict(measured.properties)}"])
+    return passed(GATE, f"{said.label}, as measured")

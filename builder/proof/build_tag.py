@@ -1,0 +1,40 @@
+"""The build tag of a wheel at an index (PEP 427): where other bytes have its name, the name gets the next number.
+
+The tag is part of the name alone. The bytes stay those of the record, so digest, provenance and locks hold, and equal inputs
+give equal bytes whatever an index has. Of files that are otherwise named alike installers take the one with the highest tag.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+
+def split(filename: str) -> tuple[str, int]:
+    """A wheel's file name without its build tag, and the number of the tag; 0: it has none. A variant's label stays."""
+    parts = filename.split("-")
+    if len(parts) < 6 or not parts[2][:1].isdigit():
+        return filename, 0
+    digits = len(parts[2]) - len(parts[2].lstrip("0123456789"))
+    return "-".join([*parts[:2], *parts[3:]]), int(parts[2][:digits])
+
+
+def tagged(filename: str, number: int) -> str:
+    """The file name with that build tag; 0: with none."""
+    plain = split(filename)[0]
+    name, version, rest = plain.split("-", 2)
+    return f"{name}-{version}-{number}-{rest}" if number else plain
+
+
+def choose(filename: str, sha256: str, offered: Mapping[str, str | None]) -> tuple[str, str | None]:
+    """The name under which a wheel is at an index that offers these files (sha256 by name), and the newest one in its way.
+
+    Its own name, or the one that its bytes have there already; else with the next build tag.
+    """
+    alike = {split(name)[1]: name for name in offered if split(name)[0] == filename}
+    for name in alike.values():
+        if offered[name] == sha256:
+            return name, None
+    if not alike:
+        return filename, None
+    newest = max(alike)
+    return tagged(filename, newest + 1), alike[newest]
