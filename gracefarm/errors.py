@@ -28,6 +28,7 @@ class ExitCode(IntEnum):
     PUBLISH = 40
     INSTALL = 41
     SEVERAL = 50
+    FARM = 51
     SSH = 60
     NODE = 61
     PREFLIGHT = 62
@@ -158,6 +159,12 @@ class SeveralError(GracefarmError):
     """One or more of several recipes failed; each failure was reported separately."""
 
     exit_code = ExitCode.SEVERAL
+
+
+class FarmError(GracefarmError):
+    """The Ray cluster that builds does not answer, has ended, or has no worker for a cell."""
+
+    exit_code = ExitCode.FARM
 
 
 class SshError(GracefarmError):

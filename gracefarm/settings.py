@@ -17,7 +17,10 @@ from gracefarm import tables
 from gracefarm.errors import ConfigError
 
 PREFIX = "GRACEFARM_"
-BUILDER_KEYS = ("project", "debian_mirror", "mirrors", "memory", "jobs", "compiler_cache", "device_store")
+BUILDER_KEYS = (
+    *("project", "debian_mirror", "mirrors", "memory", "jobs"),
+    *("compiler_cache", "device_store", "shared_cache", "shared_cache_keys"),
+)
 "Keys of settings.toml for the builder (builder.planning.settings). Other programs ignore them."
 
 # A relative path would name another folder for each working directory.

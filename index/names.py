@@ -32,7 +32,7 @@ _RESERVED = frozenset(
     (
         *("simple", "legacy", "files", "packages", "records", "nightly", "preview", "stage"),
         *("project", "wheel", "board", "sets", "set", "static", "health", "ready", "metrics", "changes"),
-        *("matrix", "certificates", "openapi.json", "help", "search", "admin", "api", "favicon.ico", "robots.txt"),
+        *("matrix", "certificates", "cache", "openapi.json", "help", "search", "admin", "api", "favicon.ico", "robots.txt"),
     )
 )
 

@@ -61,4 +61,5 @@ def main() -> None:
     # File modes go into wheels, and the output of other programs is searched: neither may depend on the user.
     os.umask(0o022)
     os.environ["LC_ALL"] = "C"
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # the cluster of --farm local would report to Ray's makers
     console.run(lambda: cli.main(standalone_mode=False, prog_name="builder"), as_json=json_requested(), extra="builder")

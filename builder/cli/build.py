@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import click
@@ -12,7 +12,9 @@ import click
 from builder.cli.accept import accept_new, accept_option, yes_option
 from builder.cli.matrix import Part, cells_of, parted, plan_cell, reports_of, table_of
 from builder.cli.options import Aim, aimed, aimed_at_sandbox, plan_of, start
+from builder.farm.cluster import Cluster, connected
 from builder.flow import history
+from builder.flow.attempt import BuildOptions
 from builder.flow.matrix import serving
 from builder.planning import matrix, recipe, stack
 from builder.planning.gaps import Gap
@@ -22,6 +24,7 @@ from builder.planning.settings import Settings
 from builder.planning.stack import Arch, LoadedStack
 from builder.proof import record, why
 from builder.proof.record import Record
+from builder.proof.shared_cache import MODES, Mode
 from gracefarm import extras
 from gracefarm.cli import json_option
 from gracefarm.console import Console
@@ -38,6 +41,9 @@ from gracefarm.errors import ConfigError, GracefarmError, SeveralError, UsageErr
 @parted
 @click.option("--jobs", type=click.IntRange(1), help="Maximum parallel compilations; default: from cores and memory.")
 @click.option(
+    "--farm", "address", metavar="ADDRESS", help="Build on a Ray cluster: ray://HOST:10001, HOST:6379, auto, or local."
+)
+@click.option(
     "--publish",
     "url",
     metavar="URL",
@@ -45,6 +51,13 @@ from gracefarm.errors import ConfigError, GracefarmError, SeveralError, UsageErr
 )
 @click.option("--keep", is_flag=True, help="Keep the working folder after a successful build.")
 @click.option("--no-compiler-cache", is_flag=True, help="Compile without the compiler cache.")
+@click.option(
+    "--shared-cache",
+    type=click.Choice(MODES),
+    default="read",
+    show_default=True,
+    help="Use of the compiler cache that the setting shared_cache names.",
+)
 @click.option("--no-device-store", is_flag=True, help="Compile all device code, also what another cell has compiled.")
 @accept_option
 @yes_option
@@ -56,9 +69,11 @@ def build_command(
     selector: str | None,
     part: Part,
     jobs: int | None,
+    address: str | None,
     url: str | None,
     keep: bool,
     no_compiler_cache: bool,
+    shared_cache: Mode,
     no_device_store: bool,
     accepts: bool,
     yes: bool,
@@ -77,6 +92,7 @@ def build_command(
     builder build flash_attn --matrix 'sm=90+100' --accept-new
     builder build causal_conv1d --matrix 'python=3.11,3.13 sm=90+100'
     builder build --changed --matrix default --only target=aarch64
+    builder build --changed --matrix default --farm ray://head:10001
     """
     settings, console = start()
     asked = _asked(names, selector, part, aim, settings, changed=changed)
@@ -85,21 +101,84 @@ def build_command(
         raise UsageError("--accept-new requires names of recipes", remedy="name the recipes, and omit --changed")
     if accepts:
         accept_new(_lacking(asked, aim, settings), settings, console, yes=yes)
+    caches = Caches(compiler=not no_compiler_cache, device=not no_device_store)
+    options = BuildOptions(jobs=jobs, publish=url, keep=keep, caches=caches, shared_cache=shared_cache)
+    with _farm(address, aim, console) as cluster:
+        if cluster is not None:
+            aim = replace(aim, on=replace(aim.on, hosts=cluster.hosts))
+        failures = _build(asked, aim, changed, options, cluster, settings, console)
+    _conclude(asked, failures, aim, settings, console)
+
+
+def _build(
+    asked: Sequence[str | Cell],
+    aim: Aim,
+    changed: bool,
+    options: BuildOptions,
+    cluster: Cluster | None,
+    settings: Settings,
+    console: Console,
+) -> list[GracefarmError]:
+    """Plan and build what was asked for; what failed."""
     failures: list[GracefarmError] = []
-    plans, by_id = _all_planned(asked, failures, aim, changed, url, settings, console)
+    plans, by_id = _all_planned(asked, failures, aim, changed, options.publish, settings, console)
     if changed:
         console.step("plan", f"changed since the last success: {', '.join(plan.recipe.key for plan in plans) or 'nothing'}")
-    caches = Caches(compiler=not no_compiler_cache, device=not no_device_store)
-    for plan in _longest_first(plans, settings):
-        try:
-            served = _server(plan, by_id.get(plan.build_id), aim, settings, console)
-            built = build_one(served or plan, jobs, url, keep, caches, settings, console)
-        except GracefarmError as error:
-            _survive(error, failures, plans, console)
+
+    def served(plan: Plan) -> Plan:
+        return _server(plan, by_id.get(plan.build_id), aim, settings, console) or plan
+
+    for built in _results(_longest_first(plans, settings), served, options, cluster, settings, console):
+        if isinstance(built, GracefarmError):
+            _survive(built, failures, plans, console)
         else:
             product = record.product_path(settings, built)
             console.result(built.model_dump(mode="json") | {"path": str(product)}, str(product))
-    _conclude(asked, failures, aim, settings, console)
+    return failures
+
+
+@contextlib.contextmanager
+def _farm(address: str | None, aim: Aim, console: Console) -> Iterator[Cluster | None]:
+    """The cluster that builds; None: this machine builds.
+
+    Raises:
+        UsageError: the toolchain is this machine's own, or trees replace downloads.
+        UsageError, HostError, FarmError: see `cluster.connected`.
+    """
+    if address is None:
+        yield None
+        return
+    if aim.on.kind != "sandbox":
+        raise UsageError("--farm needs the sandbox", remedy=f"leave out --toolchain {aim.on.kind} or --farm")
+    if aim.on.from_source:
+        raise UsageError("--farm builds no trees for other recipes", remedy="leave out --llvm source or --farm")
+    console.step("farm", f"connecting to {address}")
+    with connected(address) as cluster:
+        yield cluster
+
+
+def _results(
+    plans: Sequence[Plan],
+    served: Callable[[Plan], Plan],
+    options: BuildOptions,
+    cluster: Cluster | None,
+    settings: Settings,
+    console: Console,
+) -> Iterator[Record | GracefarmError]:
+    """The result of each plan, or of the plan that serves it, as it ends. Without a cluster they are built in turn."""
+    chosen: list[Plan] = []
+    for plan in plans:
+        try:
+            if cluster is None:
+                yield build_one(served(plan), options, settings, console)
+            else:
+                chosen.append(served(plan))
+        except GracefarmError as error:
+            yield error
+    if cluster is not None:
+        from builder.farm import run
+
+        yield from run.build(chosen, options, cluster, settings, console)
 
 
 def _asked(
@@ -276,24 +355,15 @@ def _settled(plan: Plan, url: str | None, settings: Settings) -> bool:
     return last is not None and (url is None or url in [publication.url for publication in last.published])
 
 
-def build_one(
-    plan: Plan,
-    jobs: int | None,
-    url: str | None,
-    keep: bool,
-    caches: Caches,
-    settings: Settings,
-    console: Console,
-) -> Record:
+def build_one(plan: Plan, options: BuildOptions, settings: Settings, console: Console) -> Record:
     """Build unless it is built already, and publish if a URL is given. An existing build does not import the flow."""
     last = record.settled(plan, settings)
-    if last is not None and not url:
+    if last is not None and not options.publish:
         console.step("done", f"{plan.title}: already built, build id {plan.build_id[:16]}")
         return last
     from builder.flow import build
-    from builder.flow.attempt import BuildOptions
 
-    return build.build(plan, BuildOptions(jobs=jobs, publish=url, keep=keep, caches=caches), settings, console)
+    return build.build(plan, options, settings, console)
 
 
 @click.command("run")

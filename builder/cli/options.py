@@ -211,10 +211,7 @@ def stack_of(name: str, interpreter: str | None, settings: Settings) -> LoadedSt
     Raises:
         ConfigError: the project has no such stack or interpreter.
     """
-    base = stack.load(settings.project / "stacks", name)
-    if interpreter is None:
-        return base
-    return replace(base, interpreter=interpreters.load(settings.project / "interpreters", interpreter))
+    return interpreters.into(stack.load(settings.project / "stacks", name), settings.project / "interpreters", interpreter)
 
 
 def as_built(built: Record, own: Path | None, python: str | None, cuda: Path | None) -> ToolchainChoice:

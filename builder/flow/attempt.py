@@ -16,6 +16,7 @@ from builder.planning.plan import Caches, Plan
 from builder.planning.settings import Settings
 from builder.proof import judges, record
 from builder.proof.record import Record, Stage
+from builder.proof.shared_cache import Mode, SharedCacheUse
 from builder.smoke import GpuResult, SmokeResult
 from gracefarm.console import Console
 from gracefarm.errors import GracefarmError
@@ -29,6 +30,8 @@ class BuildOptions:
     publish: str | None = None
     keep: bool = False
     caches: Caches = field(default_factory=Caches)
+    shared_cache: Mode = "read"
+    "Where the settings name a shared cache."
 
 
 @dataclass(kw_only=True)
@@ -47,6 +50,7 @@ class Attempt:
     units: dict[str, Unit] = field(default_factory=dict)
     compiler_cache: CacheStatistics | None = None
     device_code: DeviceStatistics | None = None
+    shared_cache: SharedCacheUse | None = None
     torch_cxx11_abi: bool | None = None
     verdicts: tuple[Verdict, ...] = ()
     device_digests: dict[str, str] = field(default_factory=dict)
@@ -106,6 +110,7 @@ class Attempt:
             units=self.units,
             compiler_cache=self.compiler_cache,
             device_code=self.device_code,
+            shared_cache=self.shared_cache,
             verdicts=self.verdicts,
             device_digests=self.device_digests,
             judged_by=judges.digest(self.plan),

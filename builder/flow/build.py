@@ -20,7 +20,7 @@ from builder.ground import torch_facts
 from builder.planning.ground import Ground
 from builder.planning.plan import Plan
 from builder.planning.settings import Settings
-from builder.proof import embed, judges, provenance, record
+from builder.proof import embed, judges, provenance, record, shared_cache
 from builder.proof.record import Failure, Record
 from gracefarm.console import Console
 from gracefarm.errors import DiskFullError, ExitCode, GracefarmError, HostError
@@ -36,6 +36,7 @@ def build(plan: Plan, options: BuildOptions, settings: Settings, console: Consol
     data = plan.recipe.data
     console.step("plan", f"{plan.title}: build id {plan.build_id[:16]}")
     plan.require_digests()
+    shared_cache.check(settings, options.shared_cache)
     if options.publish:
         refuse_objects(plan.stack.data)
         refuse_licence(plan.recipe)

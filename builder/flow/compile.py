@@ -15,11 +15,13 @@ from builder.compiling.units import CacheStatistics, DeviceStatistics, Note, Uni
 from builder.fetch import Fetched, source
 from builder.flow import history
 from builder.flow.attempt import Attempt
+from builder.flow.sharing import shared
 from builder.planning.ground import Ground
 from builder.planning.plan import Plan
 from builder.planning.settings import Settings
 from builder.proof import record
 from builder.proof.record import Stage
+from builder.proof.shared_cache import SharedCacheUse
 from builder.toolchains import device_store
 from builder.toolchains.wrappers import SCHEDULE
 from gracefarm.errors import GracefarmError
@@ -82,6 +84,7 @@ def _saved(attempt: Attempt) -> Path | None:
     attempt.units = {name: Unit.model_validate(unit) for name, unit in noted["units"].items()}
     attempt.compiler_cache = noted["compiler_cache"] and CacheStatistics.model_validate(noted["compiler_cache"])
     attempt.device_code = noted["device_code"] and DeviceStatistics.model_validate(noted["device_code"])
+    attempt.shared_cache = noted.get("shared_cache") and SharedCacheUse.model_validate(noted["shared_cache"])
     attempt.stages.append(Stage.model_validate(noted["stage"]))
     attempt.console.step("compile", "compiled before this run was cut off; going on from there")
     return raw
@@ -127,14 +130,14 @@ def _once(attempt: Attempt, ground: Ground, epoch: int, count: Jobs, memory: int
     )
     (work / SCHEDULE).write_text(schedule)
     caches = attempt.options.caches
-    place = plan.toolchain.place(plan, ground, settings, work, jobs=count.count, epoch=epoch, memory=memory, caches=caches)
     command = plan.toolchain.command(plan, settings, work)
-    with attempt.log.open("a") as stream:
-        stream.write(f"# jobs {count.count}: {count.reason}\n# {' '.join(command)}\n")
-        stream.write(f"# {shlex.join(place.command(command))}\n")
-    attempt.console.step("compile", f"{count.count} jobs ({count.reason}); log {attempt.log}")
-    log_start = attempt.log.stat().st_size
-    with attempt.console.progress("compile") as tick, plan.toolchain.swept(plan):
+    with shared(attempt), plan.toolchain.swept(plan), attempt.console.progress("compile") as tick:
+        place = plan.toolchain.place(plan, ground, settings, work, jobs=count.count, epoch=epoch, memory=memory, caches=caches)
+        with attempt.log.open("a") as stream:
+            stream.write(f"# jobs {count.count}: {count.reason}\n# {' '.join(command)}\n")
+            stream.write(f"# {shlex.join(place.command(command))}\n")
+        attempt.console.step("compile", f"{count.count} jobs ({count.reason}); log {attempt.log}")
+        log_start = attempt.log.stat().st_size
         outcome = pep517.run(place, command, attempt.log, history.time_left(plan, settings, tick))
     outcome = plan.toolchain.understood(outcome, attempt.log, log_start)
     attempt.stages.append(record.stage("compile", outcome, command, plan.toolchain.note))
@@ -199,6 +202,7 @@ def _keep(attempt: Attempt, wheel: Path, count: Jobs) -> Path:
         "units": {name: unit.model_dump() for name, unit in attempt.units.items()},
         "compiler_cache": attempt.compiler_cache and attempt.compiler_cache.model_dump(),
         "device_code": attempt.device_code and attempt.device_code.model_dump(),
+        "shared_cache": attempt.shared_cache and attempt.shared_cache.model_dump(),
     }
     atomic_write(checkpoint(attempt), json.dumps(saved))
     return raw

@@ -36,6 +36,10 @@ def _mirrors(value: object) -> object:
     return mirrors
 
 
+def _places(value: object) -> object:
+    return value.split() if isinstance(value, str) else value
+
+
 class Settings(SharedSettings):
     """What the builder is told; an unknown key of settings.toml is an error."""
 
@@ -55,6 +59,11 @@ class Settings(SharedSettings):
     "Size of each recipe's compiler cache, or `off`."
     device_store: str = "5GiB"
     "Size of each recipe's store of device code, or `off`."
+
+    shared_cache: str | None = None
+    "Address of an index whose compiler cache this machine shares with others, as http://index:8080/."
+    shared_cache_keys: Annotated[tuple[AbsolutePath, ...], BeforeValidator(_places)] = ()
+    "Public keys (PEM) of the machines whose entries this one takes, beside its own; in the environment: PATH PATH …"
 
     def redirect(self, url: str) -> str:
         """`url` with the longest matching prefix of `mirrors` replaced."""

@@ -17,6 +17,7 @@ from builder.planning.plan import Plan
 from builder.planning.recipe import ToolchainKind
 from builder.planning.settings import Settings
 from builder.proof import judges
+from builder.proof.shared_cache import SharedCacheUse
 from builder.smoke import GpuResult, SmokeResult
 from gracefarm.errors import ConfigError, GracefarmError
 from gracefarm.files import atomic_write, sha256_file
@@ -132,6 +133,7 @@ class Record(Table):
     units: dict[str, Unit] = Field(default_factory=dict, description="By source file, relative to the source tree")
     compiler_cache: CacheStatistics | None = Field(default=None, description="None: it was off, or nothing was compiled")
     device_code: DeviceStatistics | None = Field(default=None, description="None: no device code was compiled or looked up")
+    shared_cache: SharedCacheUse | None = Field(default=None, description="None: it was off, or nothing was compiled")
     verdicts: tuple[Verdict, ...] = ()
     "Verdicts of the gates."
     judged_by: str = Field(

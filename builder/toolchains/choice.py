@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from builder.planning import device_code, recipe, stack
@@ -79,6 +80,8 @@ class ToolchainChoice:
     "Recipes whose trees are built in place of downloads."
     variant: bool = False
     "The wheel gets the label of a variant (PEP 825, a draft)."
+    hosts: Mapping[Arch, Arch] = field(default_factory=dict)
+    "By target: the architecture of the machine that builds, where that is not this one."
 
     @property
     def type(self) -> type[Toolchain]:
@@ -92,7 +95,7 @@ class ToolchainChoice:
             HostError: the machine lacks a part of it.
             ConfigError: see `make_plan`.
         """
-        host, recipe = host_arch(), recipe.with_trees(self.from_source)
+        host, recipe = self.hosts.get(target, host_arch()), recipe.with_trees(self.from_source)
         stack = recipe.on(replace(stack, asked_sm=self.sm, asked_ptx=self.ptx, asked_variant=self.variant))
         toolchain = self.type.find(stack, self.wanted, cuda=recipe.data.build.cuda)
         return make_plan(recipe, stack, host, host if toolchain.native else target, toolchain)

@@ -136,7 +136,7 @@ class SandboxToolchain(Toolchain):
         variables = wrappers.variables(plan, jobs=jobs, epoch=epoch, tools=[f"{wrappers.TOOLS}/{name}" for name in tools])
         if caches.compiler and ccache.enabled(settings):
             mounts += ccache.mounts(plan, settings)
-            variables |= ccache.variables(plan, settings)
+            variables |= ccache.variables(plan, settings, shared=(folder / ccache.SOCKET).is_socket())
         if caches.device and ground.compiler is not None and device_store.enabled(settings):
             mounts += device_store.mounts(plan, settings)
             variables |= device_store.variables(ground)

@@ -58,6 +58,7 @@ def everything(settings: Settings, on_wait: Callable[[], None]) -> None:
         remove_tree(settings.home / "sets")
         remove_tree(settings.home / "ccache")
         remove_tree(settings.home / "device")
+        remove_tree(settings.home / "farm")
         _uv_cache(settings.home / "uv")
 
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import click
 
-from gracefarm.errors import ConfigError
+from gracefarm.errors import ConfigError, UsageError
 from gracefarm.files import atomic_write
+from gracefarm.tables import parse_size
 from index.cli.common import IndexContext, in_context
 from index.limits import Limits
 from index.serving import granian, proxies
@@ -59,6 +60,7 @@ from index.store import auth, htpasswd
     help="Trust X-Forwarded-* headers from this proxy. Repeatable.",
 )
 @click.option("--url", help="Address to print on web pages; default: the address of the request.")
+@click.option("--cache-size", default="20GiB", show_default=True, help="Maximum size of the shared compiler cache, or off.")
 @click.option("--sigstore-offline", is_flag=True, help="Verify attestations with the Sigstore keys on this machine.")
 @click.option(
     "--max-upload",
@@ -114,6 +116,7 @@ def serve(
     tls_key: Path | None,
     trusted_proxy: tuple[str, ...],
     url: str | None,
+    cache_size: str,
     sigstore_offline: bool,
     **limits: Any,
 ) -> None:
@@ -136,6 +139,7 @@ def serve(
         limits=Limits(**limits),
         trusted_proxies=proxies.parse(trusted_proxy),
         base_url=url,
+        cache_size=_size(cache_size),
         sigstore_offline=sigstore_offline,
         access_log=access_log,
     )
@@ -147,3 +151,15 @@ def serve(
 
     listen = granian.Listen(host=host, port=port, certificate=tls_cert, key=tls_key)
     granian.run(context.store, options, listen, announce)
+
+
+def _size(text: str) -> int:
+    """Bytes of --cache-size.
+
+    Raises:
+        UsageError: it is neither a size nor off.
+    """
+    try:
+        return 0 if text == "off" else parse_size(text)
+    except ValueError as error:
+        raise UsageError(f"--cache-size: {error}", remedy="say 20GiB, or off") from error

@@ -29,27 +29,39 @@ def token() -> None:
 @click.option("--project", help="Valid only for this project.")
 @click.option("--set", "set_name", help="Valid only for this set.")
 @click.option("--nightly", is_flag=True, help="Valid only for the nightly channel.")
+@click.option("--cache", is_flag=True, help="Valid only for the shared compiler cache.")
 @click.option("--expires", help="Lifetime, such as 90d or 12h; default: no expiry.")
 def create(
-    context: IndexContext, name: str, project: str | None, set_name: str | None, nightly: bool, expires: str | None
+    context: IndexContext,
+    name: str,
+    project: str | None,
+    set_name: str | None,
+    nightly: bool,
+    cache: bool,
+    expires: str | None,
 ) -> None:
     """Create a token and print it. It is not shown again.
 
     \b
     index token create --name ci --project causal-conv1d --expires 90d
     """
-    if nightly and set_name:
-        raise UsageError("a token is for the nightly channel or for a set", remedy="give --nightly or --set, not both")
+    if (set_name is not None) + nightly + cache > 1 or (cache and project):
+        raise UsageError(
+            "a token is for the nightly channel, for the compiler cache or for a set",
+            remedy="give one of --nightly, --cache and --set",
+        )
     secret = auth.create(
         context.catalogue(),
         context.actor,
         name,
         project=normalise(project) if project else None,
-        set_name=auth.NIGHTLY if nightly else check_set_name(set_name) if set_name else None,
+        set_name=auth.NIGHTLY if nightly else auth.CACHE if cache else check_set_name(set_name) if set_name else None,
         expires=auth.duration(expires) if expires else None,
     )
     context.console.result({"name": name, "token": secret}, secret)
-    if not context.console.as_json:
+    if cache and not context.console.as_json:
+        context.console.event("hint", "set GRACEFARM_CACHE_TOKEN to it on the machine that writes")
+    elif not context.console.as_json:
         context.console.event(
             "hint",
             "upload with `twine upload --verbose` (without it twine hides the reason of a failure)\n"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from index.limits import ClientGate
-from index.serving import documents, sets, trusted
+from index.serving import cache, documents, sets, trusted
 from index.serving.front import Front
 from index.serving.routes import starlette_app
 from index.serving.service import IndexService, ServeOptions
@@ -40,7 +40,7 @@ def build(store: Store, options: ServeOptions) -> Front:
         front.log.close()
         service.close()
 
-    more = [*sets.routes(service), *documents.routes(service), *trusted.routes(service, site.base)]
+    more = [*sets.routes(service), *documents.routes(service), *cache.routes(service), *trusted.routes(service, site.base)]
     more += [*web_routes(site, service.rendered), *uploading.routes(site)]
     front = Front(service, starlette_app(service, more, end))
     return front

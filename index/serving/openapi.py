@@ -102,6 +102,10 @@ def _records() -> dict[str, Description]:
             **_stored("certificate", "A certificate: results that a GPU computed with device code."),
             "put": _kept("certificate of device code", "certificate"),
         },
+        "/cache/{kind}/{recipe}/{key}": {
+            **_get("An entry of the shared compiler cache.", "200-entry 404"),
+            "put": _operation("Keep an entry.", f"200-text {_REFUSALS} 404", body="entry", secured=True),
+        },
     }
 
 

@@ -39,6 +39,8 @@ class ServeOptions:
     "The address of the index: web pages print it, and provenance URLs start with it. None: use the address of the request."
     sigstore_offline: bool = False
     "Verify attestations with the Sigstore keys on this machine; do not fetch newer ones."
+    cache_size: int = 20 << 30
+    "Maximum bytes of the shared compiler cache; 0: there is no cache."
     access_log: str | None = None
     "A path, `-` for stdout, or None for no log."
 

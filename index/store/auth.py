@@ -21,9 +21,13 @@ from index.store.catalogue import Catalogue, Transaction, timestamp
 NIGHTLY = "nightly"
 "The scope of a token for the nightly channel. It is not a valid name for a set."
 
+CACHE = "cache"
+"The scope of a token for the shared compiler cache. It is not a valid name for a set."
+
 PREFIX = "gf_"
 "Prefix by which secret scanners recognise a leaked token."
 
+_SCOPES = {NIGHTLY: "nightly channel", CACHE: "compiler cache"}
 _DURATION = re.compile(r"(\d+)([smhdw])\Z")
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 
@@ -214,9 +218,10 @@ def allow_set(token: Token, set_name: str | None) -> None:
     """
     if token.set_name is not None and token.set_name != set_name:
         raise ForbiddenError(
-            f"the token {token.name!r} is only for the "
-            + ("nightly channel" if token.set_name == NIGHTLY else f"set {token.set_name}"),
-            remedy=f"upload to {'' if token.set_name == NIGHTLY else '/stage'}/{token.set_name}/legacy/",
+            f"the token {token.name!r} is only for the " + _SCOPES.get(token.set_name, f"set {token.set_name}"),
+            remedy="create another token with `index token create`"
+            if CACHE in (token.set_name, set_name)
+            else f"upload to {'' if token.set_name == NIGHTLY else '/stage'}/{token.set_name}/legacy/",
         )
 
 

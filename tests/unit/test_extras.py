@@ -17,6 +17,8 @@ from gracefarm.errors import ExitCode, HostError
 from tests.conftest import REPOSITORY
 
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+EXTRA_OF = {"builder/farm/": "farm"}
+"Folders of a program whose packages an extra beside the program's own brings."
 ON_NODES = {"ray", "torch", "huggingface_hub"}
 "Imported by deploy.remote alone, on nodes, whose environment has them."
 COMES_WITH = {"pydantic_core": "pydantic"}
@@ -45,17 +47,20 @@ def imports(program: str) -> Iterator[tuple[str, str]]:
 def test_what_a_program_imports_is_in_its_extra(program: str) -> None:
     declared = distributions(PROJECT["dependencies"] + PROJECT["optional-dependencies"].get(program, []))
     having = metadata.packages_distributions()
+    optional = PROJECT["optional-dependencies"]
+    more = {folder: distributions(optional[extra]) for folder, extra in EXTRA_OF.items()}
     strange = {
         f"{path} imports {package}"
         for path, package in imports(program)
         if not (path.startswith("deploy/remote/") and package in ON_NODES)
+        and not any(package in brought for folder, brought in more.items() if path.startswith(folder))
         and declared.isdisjoint(canonicalize_name(name) for name in having.get(COMES_WITH.get(package, package), []))
     }
     assert strange == set()
 
 
 def test_what_the_tests_alone_need_is_in_dev_alone() -> None:
-    for extra in ("builder", "container", "index", "deploy"):
+    for extra in ("builder", "container", "farm", "index", "deploy"):
         assert "pypiserver" not in distributions(PROJECT["optional-dependencies"][extra])
     assert "pypiserver" in distributions(PROJECT["optional-dependencies"]["dev"])
 

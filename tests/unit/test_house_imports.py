@@ -19,7 +19,7 @@ LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("__main__",),
         ("cli",),
         ("upkeep",),
-        ("sets",),
+        ("sets", "farm"),
         ("flow",),
         ("proof",),
         ("smoke",),

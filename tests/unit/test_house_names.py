@@ -9,10 +9,11 @@ import pytest
 
 from tests.unit.house import Module, everything, let_pass, parse, programs, report
 
-# Each is the first function of a process of its own, before anything that reads its environment is imported: the builder's,
-# and the two calls of deploy.remote that import Ray and torch, which take these settings from nowhere else.
+# Each is the first function of a process of its own, before anything that reads its environment is imported: two of
+# the builder's, and the two calls of deploy.remote that import Ray and torch, which take these settings from nowhere else.
 FIRST_OF_A_PROCESS = {
     ("builder/cli/__init__.py", "main"),
+    ("builder/farm/worker.py", "main"),
     ("deploy/remote/cluster.py", "nodes"),
     ("deploy/remote/preflight.py", "collective"),
 }

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from builder.ground.interpreters.archive import ArchiveInterpreter
 from builder.ground.interpreters.debian_suite import DebianInterpreter
 from builder.ground.interpreters.tables import ArchiveSource, InterpreterTable
-from builder.planning.stack import Interpreter, unknown
+from builder.planning.stack import Interpreter, LoadedStack, unknown
 from gracefarm import tables
 
 
@@ -35,3 +36,12 @@ def load(interpreters: Path, name: str) -> Interpreter:
     if isinstance(table.source, ArchiveSource):
         return ArchiveInterpreter(folder=folder, python=table.python, source=table.source)
     return DebianInterpreter(folder=folder, python=table.python, source=table.source)
+
+
+def into(base: LoadedStack, interpreters: Path, name: str | None) -> LoadedStack:
+    """The stack with the interpreter of that name; None: with its root's own Python.
+
+    Raises:
+        ConfigError: see `load`.
+    """
+    return base if name is None else replace(base, interpreter=load(interpreters, name))

@@ -1,0 +1,172 @@
+"""Builds on a cluster, as the machine that asks sees them: cells out, lines and wheels back."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from builder.farm import code, job
+from builder.farm.cluster import Cluster
+from builder.flow.attempt import BuildOptions
+from builder.flow.publishing import publish_build, refuse_objects, send_failure
+from builder.planning.plan import Plan
+from builder.planning.settings import Settings
+from builder.proof import record
+from builder.proof.record import Failure, Record
+from gracefarm.console import Console
+from gracefarm.errors import FarmError, GracefarmError, VerifyError
+from gracefarm.files import atomic_write, full_disk, lock
+
+LOOK = 0.5
+"Seconds between two looks at the foreman."
+
+Result = Record | GracefarmError
+
+
+def build(
+    plans: Sequence[Plan], options: BuildOptions, cluster: Cluster, settings: Settings, console: Console
+) -> Iterator[Result]:
+    """Each plan's record or error, as they come. Ctrl-C ends what no other run waits for.
+
+    Raises:
+        FarmError: the cluster has ended.
+    """
+    run = _FarmRun(options=options, cluster=cluster, settings=settings, console=console)
+    yield from run.ask(plans)
+    try:
+        yield from run.follow()
+    finally:
+        run.leave()
+
+
+class _FarmRun:
+    """The cells that this process waits for."""
+
+    def __init__(self, *, options: BuildOptions, cluster: Cluster, settings: Settings, console: Console) -> None:
+        self.options = options
+        self.cluster = cluster
+        self.settings = settings
+        self.console = console
+        self.driver = uuid.uuid4().hex
+        self.waiting: dict[str, Plan] = {}
+        self.heard: dict[str, int] = {}
+        "Lines by build id."
+
+    def ask(self, plans: Sequence[Plan]) -> Iterator[Result]:
+        """Send the cells. Yields those that are built already, and those that cannot be sent."""
+        jobs: list[job.Job] = []
+        digest, title = code.digest(), code.title()
+        for plan in plans:
+            here = record.settled(plan, self.settings)
+            try:
+                if self.options.publish:
+                    refuse_objects(plan.stack.data)
+                if here is not None:
+                    self.console.step("done", f"{plan.title}: built already, build id {plan.build_id[:16]}")
+                    yield self._published(here)
+                    continue
+                plan.require_digests()
+                share = self.cluster.share(plan, self.options.jobs)
+            except GracefarmError as error:
+                yield error
+                continue
+            if plan.build_id not in self.waiting:
+                jobs.append(job.of_plan(plan, self.options, share, code=digest, gracefarm=title))
+            self.waiting[plan.build_id] = plan
+        if jobs:
+            self.console.step("farm", f"cells: {len(jobs)}; workers: {len(self.cluster.workers)}, at {self.cluster.address}")
+            project = code.pack(self.settings.project)
+            self.cluster.call("ask", self.driver, [entry.model_dump(mode="json") for entry in jobs], project)
+
+    def follow(self) -> Iterator[Result]:
+        """Print the lines of the cells; yields each that has ended."""
+        while self.waiting:
+            news: Mapping[str, dict[str, Any]] = self.cluster.call("news", self.driver, self.heard)
+            for build_id, plan in tuple(self.waiting.items()):
+                if build_id not in news:
+                    raise FarmError(
+                        f"the farm at {self.cluster.address} has forgotten {job.title(plan)}: its head was started again",
+                        remedy="repeat the command: it goes on from what is built",
+                    )
+                self._print(plan, news[build_id]["lines"])
+                outcome = news[build_id]["outcome"]
+                if outcome is not None:
+                    result = self._result(plan, outcome)
+                    del self.waiting[build_id]
+                    self.cluster.call("leave", self.driver, [build_id])
+                    yield result
+            if self.waiting:
+                time.sleep(LOOK)
+
+    def leave(self) -> None:
+        """Wait for nothing more, whatever was the end."""
+        if self.waiting:
+            self.console.step("farm", "ending what no other run waits for")
+            left, self.waiting = list(self.waiting), {}
+            try:
+                self.cluster.call("leave", self.driver, left)
+            except FarmError as error:
+                self.console.warn(f"{error.cause}; what still runs there goes on")
+
+    def _print(self, plan: Plan, lines: Sequence[str]) -> None:
+        name = job.title(plan)
+        for line in lines:
+            self.console.event("cell", f"{name}  {line}", cell=name)
+        self.heard[plan.build_id] = self.heard.get(plan.build_id, 0) + len(lines)
+
+    def _result(self, plan: Plan, outcome: Mapping[str, Any]) -> Result:
+        """What came back, kept here as if it had been built here."""
+        files: Mapping[str, bytes] = {}
+        (reference,) = self.cluster.call("take", plan.build_id)
+        failure = Failure.model_validate(outcome["failure"]) if outcome.get("failure") else None
+        try:
+            if failure is None or outcome.get("machine"):
+                files = self.cluster.fetch(reference)
+            built = _keep(plan, files, self.settings) if files else None
+            if failure is None:
+                assert built is not None
+                return self._published(built)
+        except FarmError:
+            raise
+        except GracefarmError as error:
+            return error
+        if built is not None and self.options.publish:
+            send_failure(plan.build_id, self.options.publish, self.settings, self.console)
+        return job.error(failure, plan.repeat)
+
+    def _published(self, built: Record) -> Result:
+        if not self.options.publish:
+            return built
+        try:
+            return publish_build(built, self.options.publish, self.settings, self.console)
+        except GracefarmError as error:
+            return error
+
+
+def _keep(plan: Plan, files: Mapping[str, bytes], settings: Settings) -> Record | None:
+    """Write the files of a build to its folder here, the record last; the record as it is read again.
+
+    Raises:
+        VerifyError: the wheel is not the one that the record names.
+        DiskFullError: no space is left here.
+    """
+    folder = record.folder(settings, plan.build_id)
+    with full_disk(folder), lock(settings.home / "locks" / f"build-{plan.build_id}"):
+        place = record.path(settings, plan.build_id)
+        if "record.json" not in files:
+            return None
+        if not place.is_file() or place.read_bytes() != files["record.json"]:
+            sent = Record.model_validate_json(files["record.json"])
+            if sent.wheel is not None:
+                wheel = files.get(f"dist/{sent.wheel.filename}", b"")
+                if hashlib.sha256(wheel).hexdigest() != sent.wheel.sha256 or sent.build_id != plan.build_id:
+                    raise VerifyError(f"{sent.wheel.filename} came back from the farm with other bytes than its record says")
+            for name, content in files.items():
+                if name == "log.txt" or name == f"dist/{Path(name).name}":
+                    atomic_write(folder / name, content)
+            atomic_write(place, files["record.json"])
+    return record.read(settings, plan.build_id)
