@@ -16,7 +16,7 @@ from builder.flow import build
 from builder.flow.attempt import BuildOptions
 from builder.ground import interpreters
 from builder.planning import recipe, stack
-from builder.planning.plan import Plan
+from builder.planning.plan import Caches, Plan
 from builder.planning.settings import Settings
 from builder.proof import record
 from builder.toolchains.choice import ToolchainChoice

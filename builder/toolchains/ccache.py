@@ -54,7 +54,7 @@ def mounts(plan: Plan, settings: Settings) -> tuple[BindMount, ...]:
     return (BindMount(source=binary, target=PROGRAM), BindMount(source=store, target=STORE, writable=True))
 
 
-def variables(plan: Plan, settings: Settings, *, shared: bool) -> dict[str, str]:
+def variables(plan: Plan, settings: Settings, *, shared: bool = False) -> dict[str, str]:
     """What front.py and ccache are told; none of it enters the build id. `shared`: SOCKET is in the build's folder.
 
     Raises:

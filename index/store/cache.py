@@ -1,7 +1,7 @@
 """The shared compiler cache: ROOT/cache/KIND/RECIPE/ab/KEY, each entry with its sha256 and its writer's signature.
 
 An entry is a line of JSON (`sha256` of the rest, `keyid` and `sig` of its writer) and the bytes. The index checks the sha256
-when an entry comes; whose signature counts is for the machines that read to say (docs/explanation/building.md, "Shared cache").
+when an entry comes. The machines that read decide whose signature counts (docs/explanation/building.md, "Shared cache").
 """
 
 from __future__ import annotations
