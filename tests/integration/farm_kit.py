@@ -30,7 +30,12 @@ mount -t tmpfs -o mode=1777,size=2g machine /dev/shm
 echo ready
 exec sleep infinity
 """
-RAY_VARIABLES = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "c0ffee" * 8}
+RAY_VARIABLES = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",
+    "RAY_AUTH_MODE": "token",
+    "RAY_AUTH_TOKEN": "c0ffee" * 8,
+}
 RAY = str(Path(sys.executable).with_name("ray"))
 
 
