@@ -4,7 +4,7 @@ PYTHON = .venv/bin/python
 NODES = 3
 
 # The tests of deploy wait for most of their time, and share one process; the other two keep two cores busy.
-PYTEST = $(PYTHON) -m pytest -n 3 --dist loadgroup
+PYTEST = $(PYTHON) -m pytest -n 3
 
 .PHONY: run test test-all lint bench rehearse setup setup-test setup-rehearse
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 from builder.planning.settings import Settings, load
 from gracefarm.files import remove_tree
@@ -26,16 +28,20 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist's own hook reads the markers
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+class FileScheduling(LoadScopeScheduling):
     """Where the suite runs in several processes, a file's tests share one process, for they share servers and builds.
 
     The tests of deploy share one process whole: each starts Ray and sshd on the ports that a node has.
     """
-    for item in items:
-        place = item.path.relative_to(REPOSITORY)
-        name = "deploy" if place.is_relative_to("tests/deploy") else str(place)
-        item.add_marker(pytest.mark.xdist_group(name))
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "deploy" if nodeid.startswith("tests/deploy/") else nodeid.partition("::")[0]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> FileScheduling:
+    """xdist's own --dist loadgroup has no effect under pytest 9.2."""
+    return FileScheduling(config, log)
 
 
 @dataclass(frozen=True, kw_only=True)
