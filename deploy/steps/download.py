@@ -22,7 +22,8 @@ class DownloadStep(Step):
     def inputs(self, work: Work, looks: Looks) -> str:
         """Its lock, the index, the Python and the nodes."""
         data = work.deployment.data
-        python = (data.python, data.python_version)
+        # As it was before another Python could be named: what is there stays.
+        python = data.python if data.python_version == "3.11" else (data.python, data.python_version)
         return digest("download", work.environment_root, download_lock(), data.index, python, work.inventory)
 
     def check(self, work: Work, record: StepRecord, looks: Looks) -> str | None:
