@@ -171,7 +171,8 @@ def test_a_missing_extra_is_named(installed: Mapping[str, Installed], extra: str
     process = installed[extra].run(command)
     assert process.returncode == ExitCode.HOST
     cause, remedy = process.stderr.splitlines()
-    assert f"is not installed, which {needed} needs" in cause
+    assert cause.startswith(f"error: {needed} requires ")
+    assert cause.endswith(", which is not installed")
     assert remedy == f"remedy: pip install 'gracefarm[{needed}]'"
 
 

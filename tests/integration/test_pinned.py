@@ -506,8 +506,15 @@ def engine(farm: Farm, tmp_path: Path) -> None:
 def test_fetch_content_abi3_a_stub_driver_metadata_of_our_own_and_the_source_beside_the_wheel(
     farm: Farm, tmp_path: Path
 ) -> None:
+    """The driver's functions are those of cuda.h in the stack's environment."""
+    own_stack(farm, "aarch64")
+    own_wheel(tmp_path / "index", **{"nvidia/cu13/include/cuda.h": "CUresult cuPointerGetAttribute(void);\n"})
     engine(farm, tmp_path)
-    done = farm.run("build", "engine", "--target", "aarch64", **mirrors(tmp_path))
+    variables = mirrors(tmp_path)
+    variables["GRACEFARM_MIRRORS"] += f" https://torch.example/whl/cu124={(tmp_path / 'index').as_uri()}"
+    locked = farm.run("lock", "own", "--digests", **variables)
+    assert locked.code == 0, locked.said
+    done = farm.run("build", "engine", "--target", "aarch64", "--stack", "own", **variables)
     assert done.code == 0, done.said
     with zipfile.ZipFile(done.out.strip()) as opened:
         metadata = opened.read("engine-0.6.4.post1.dist-info/METADATA").decode()
@@ -677,12 +684,12 @@ def test_a_gap_that_cannot_be_filled_stops_no_other_and_an_image_is_read_when_as
     assert [gap.url for gap in left] == [*GAPS["recipes/triton/recipe.toml"], "https://gone.example/more.zip"]
     assert f'sha256 = "{sha256(b"more")}"' in place.read_text()
     assert len(gaps.of_stack(stack.load(unread / "stacks", "cu124"))) == 1
-    again = projects.run_builder(["lock", "cu124"], environment)
+    again = projects.run_builder(["lock", "cu124", "--digests"], environment)
     assert (again.code, "left for --toolchain container: image" in again.said) == (0, True), again.said
     loaded = stack.load(unread / "stacks", "cu124")
     assert gaps.of_stack(loaded) == []
     assert len(gaps.of_images(loaded)) == 1
-    asked = projects.run_builder(["lock", "cu124", "--toolchain", "container"], environment)
+    asked = projects.run_builder(["lock", "cu124", "--digests", "--toolchain", "container"], environment)
     assert asked.code == 10, asked.said
     assert "GRACEFARM_MIRRORS='https://registry-1.docker.io/=REPLACEMENT'" in asked.said
 
@@ -707,10 +714,27 @@ def test_cuda_12_4_from_debians_packages_compiles_for_aarch64(farm: Farm) -> Non
     assert json.loads(farm.run("show", "tiny_cuda", "--json").out)["torch_cxx11_abi"] is False
 
 
-def own_wheel(folder: Path) -> bytes:
+def own_stack(farm: Farm, target: str) -> Path:
+    """The stack.toml of a stack `own`, whose environment has own-thing of an index apart, its digest unknown."""
+    stacks = farm.settings.project / "stacks"
+    shutil.copytree(stacks / "bare", stacks / "own")
+    place = stacks / "own" / "stack.toml"
+    text = (
+        place.read_text()
+        .replace('name = "bare"', 'name = "own"', 1)
+        .replace('requirements = ["build"', 'requirements = ["own-thing==1.0", "build"', 1)
+    )
+    own = f'[[environment.wheels]]\nname = "own-thing"\nversion = "1.0"\narch = "{target}"\n'
+    own += 'index = "https://torch.example/whl/cu124"\nsha256_unknown = "not reached"\n\n'
+    place.write_text(text.replace("[toolchain]\n", f"{own}[toolchain]\n", 1))
+    return place
+
+
+def own_wheel(folder: Path, **files: str) -> bytes:
     """A wheel on a simple index in a folder, as torch has one for each CUDA release; the Python index knows nothing of it."""
     raw = io.BytesIO()
     content = {
+        **files,
         "own_thing/__init__.py": "answer = 42\n",
         "own_thing-1.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: own-thing\nVersion: 1.0\n",
         "own_thing-1.0.dist-info/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
@@ -729,28 +753,18 @@ def own_wheel(folder: Path) -> bytes:
 
 def test_a_wheel_of_an_index_of_its_own_is_a_gap_then_locked_then_installed(farm: Farm, tmp_path: Path) -> None:
     data = own_wheel(tmp_path / "index")
-    stacks = farm.settings.project / "stacks"
-    shutil.copytree(stacks / "bare", stacks / "own")
-    place = stacks / "own" / "stack.toml"
-    text = (
-        place.read_text()
-        .replace('name = "bare"', 'name = "own"', 1)
-        .replace('requirements = ["build"', 'requirements = ["own-thing==1.0", "build"', 1)
-    )
-    own = f'[[environment.wheels]]\nname = "own-thing"\nversion = "1.0"\narch = "{NATIVE}"\n'
-    own += 'index = "https://torch.example/whl/cu124"\nsha256_unknown = "not reached"\n\n'
-    place.write_text(text.replace("[toolchain]\n", f"{own}[toolchain]\n", 1))
+    place = own_stack(farm, NATIVE)
     farm.recipe(
         "tiny", projects.backend("import own_thing\nassert own_thing.answer == 42\nreturn wheel(wheel_directory)"), stack="own"
     )
     refused = farm.run("build", "tiny", "--target", NATIVE)
     assert refused.code == 3, refused.said
     assert "GRACEFARM_MIRRORS='https://torch.example/=REPLACEMENT'" in refused.said
-    unreachable = farm.run("lock", "own")
+    unreachable = farm.run("lock", "own", "--digests")
     assert unreachable.code == 10, unreachable.said
     assert "GRACEFARM_MIRRORS='https://torch.example/=REPLACEMENT'" in unreachable.said
     mirror = {"GRACEFARM_MIRRORS": f"https://torch.example/whl/cu124={(tmp_path / 'index').as_uri()}"}
-    locked = farm.run("lock", "own", **mirror)
+    locked = farm.run("lock", "own", "--digests", **mirror)
     assert locked.code == 0, locked.said
     assert f'sha256 = "{sha256(data)}"' in place.read_text()
     done = farm.run("build", "tiny", "--target", NATIVE, **mirror)
