@@ -241,7 +241,7 @@ def test_the_digest_of_an_sdist_that_differs_from_what_its_index_says_is_not_acc
 ) -> None:
     page(server, link(digest="0" * 64))
     gap = gaps.Gap(
-        file=tmp_path / "recipe.toml", table=("source",), number=None, what="source", url="pkg:pypi/thing@1.0", reason="x"
+        file=tmp_path / "recipe.toml", table=("source",), entry={}, what="source", url="pkg:pypi/thing@1.0", reason="x"
     )
     filled = fill.fill([gap], stack.load(REPOSITORY / "stacks", "cu130"), settings, accepted=date(2026, 11, 29))
     (error,) = filled.failed
