@@ -36,10 +36,6 @@ if script != "-":
         left = runpy.run_path(script, run_name="__main__")
     for name in left.get("LOADED", ()):
         note(name)
-answer = {
-    "modules": files,
-    "script": said.getvalue() if script != "-" else None,
-    "comparisons": left.get("COMPARISONS", []),
-    "negative_control": left.get("NEGATIVE_CONTROL"),
-}
+answer = {"modules": files, "script": said.getvalue() if script != "-" else None}
+answer |= {name.lower(): left[name] for name in ("COMPARISONS", "NEGATIVE_CONTROL") if name in left}
 print("GRACEFARM" + json.dumps(answer))

@@ -117,7 +117,9 @@ def project(broken: str = "") -> dict[str, str | bytes]:
 def engine(shared_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Farm]:
     """A farm whose stack `own` has the tiny torch, from an index of its own as the real one."""
     folder = tmp_path_factory.mktemp("torch")
-    wheel = make_wheel(folder, "torch", "2.4.0", {"torch.py": TORCH})
+    # The functions of the driver are those that the environment declares.
+    files = {"torch.py": TORCH, "nvidia/cu13/include/cuda.h": "CUresult cuPointerGetAttribute(void);\n"}
+    wheel = make_wheel(folder, "torch", "2.4.0", files)
     page = folder / "torch"
     page.mkdir()
     shutil.move(wheel, page / wheel.name)

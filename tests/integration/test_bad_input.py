@@ -99,7 +99,10 @@ def test_a_lock_that_is_a_folder(farm: Farm) -> None:
     [
         ({"files": [{"url": "https://[bad/x", "sha256": "0" * 64, "path": "a"}]}, ("'files.0.url'", "Invalid IPv6 URL")),
         ({"files": [{"url": "https://a:b/x", "sha256": "0" * 64, "path": "a"}]}, ("'files.0.url'", "Port could not be cast")),
-        ({"files": [{"url": "https://a/b c", "sha256": "0" * 64, "path": "a"}]}, ("'files.0.url'", "must not contain white space")),
+        (
+            {"files": [{"url": "https://a/b c", "sha256": "0" * 64, "path": "a"}]},
+            ("'files.0.url'", "must not contain white space"),
+        ),
         ({"wheel": {"requires": {"triton": "triton => rubbish"}}}, ("'wheel.requires.triton'", "triton => rubbish")),
         ({"wheel": {"requires": {"triton": "torch==2.4.0"}}}, ("'wheel'", "a requirement of another distribution")),
         ({"wheel": {"sm_extra": {"*.cu": ["90x"]}}}, ("'wheel.sm_extra.*.cu.0'",)),

@@ -86,7 +86,7 @@ def closed_set(farm: Farm, third_party: str, **more: object) -> None:
         resolved_before="2099-01-01",
         **more,
     )
-    done = farm.run("set", "lock", "tiny", GRACEFARM_PYTHON_INDEX=third_party)
+    done = farm.run("lock", "sets/tiny", GRACEFARM_PYTHON_INDEX=third_party)
     assert done.code == 0, done.said
 
 
@@ -173,7 +173,7 @@ def test_the_whole_way_for_aarch64_by_one_command(farm: Farm, third_party: str) 
     (farm.settings.project / "sets" / "tiny" / "set.toml").write_text(
         text.replace(f'target = "{NATIVE}"', 'target = "aarch64"')
     )
-    assert farm.run("set", "lock", "tiny", GRACEFARM_PYTHON_INDEX=third_party).code == 0
+    assert farm.run("lock", "sets/tiny", GRACEFARM_PYTHON_INDEX=third_party).code == 0
     (farm.settings.project / "sets" / "tiny" / "smoke.py").write_text("import tiny_c\nprint(tiny_c.add(2, 3))\n")
     assert farm.run("build", "tiny_c", "--target", "aarch64").code == 0
     done = farm.run("set", "run", "tiny", "--json", GRACEFARM_PYTHON_INDEX=third_party)

@@ -75,3 +75,21 @@ def test_a_unit_that_does_not_compile_ends_the_build_with_the_compilers_word(tmp
     assert failed.returncode != 0
     assert "b1.c:1" in failed.stderr
     assert "not compiled: b" in failed.stderr
+
+
+SHARED = """
+from setuptools import Extension, setup
+setup(name="many", version="1", ext_modules=[Extension(n, ["same.c"], define_macros=[("INIT", f"PyInit_{n}")]) for n in "abc"])
+"""
+
+
+def test_extensions_of_one_source_do_not_overwrite_its_object(tmp_path: Path) -> None:
+    """As three modules of one file with macros of their own: each links what was compiled for it."""
+    write(tmp_path, "")
+    (tmp_path / "setup.py").write_text(SHARED)
+    (tmp_path / "same.c").write_text("void *INIT(void) { return 0; }\n")
+    done = build(tmp_path, 4)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for library in tmp_path.glob("*.so"):
+        symbols = subprocess.run(["nm", "-D", "--defined-only", library], capture_output=True, text=True, check=True).stdout
+        assert [line.split()[-1] for line in symbols.splitlines() if "PyInit" in line] == [f"PyInit_{library.name[0]}"]

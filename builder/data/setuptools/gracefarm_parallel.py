@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import PurePath
 from typing import Any, NoReturn
 
 _OWN = ("setuptools", "distutils", "Cython", "torch", "pybind11", "numpy")
@@ -62,7 +63,7 @@ def finalize(distribution: Any) -> None:
     def build_extensions(command: Any) -> None:
         plain = type(command).build_extension.__module__.partition(".")[0] in _OWN
         # An instance's own `compile` is torch's call of ninja.
-        if len(command.extensions) < 2 or not plain or "compile" in vars(command.compiler):
+        if len(command.extensions) < 2 or not plain or "compile" in vars(command.compiler) or _share(command.extensions):
             one_by_one(command)
             return
         _each(command.extensions, lambda extension: _build(command, extension), lambda extension: extension.name)
@@ -93,6 +94,12 @@ def finalize(distribution: Any) -> None:
 
     build_ext._build_extensions_serial = build_extensions
     compilers.compile = compile_objects
+
+
+def _share(extensions: Sequence[Any]) -> bool:
+    """Whether two extensions have a source in common: each compiles it with macros of its own, to the same object."""
+    names = [PurePath(source).with_suffix("") for extension in extensions for source in extension.sources]
+    return len(names) != len(set(names))
 
 
 def _build(command: Any, extension: Any) -> None:
