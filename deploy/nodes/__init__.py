@@ -1,1 +1,1 @@
-"""Which nodes a deployment has and what is known of them: deploy.toml, facts, paths, state."""
+"""The nodes of a deployment: deploy.toml, facts, paths, state."""

@@ -17,33 +17,33 @@ from gracefarm.files import atomic_write, lock
 
 
 class Node(BaseModel):
-    """A machine that serves, and how it is entered. Rank 0 is the head."""
+    """A machine that serves, and how ssh reaches it. Rank 0 is the head."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
-    "`k0`, `k1`, … in order, unless deploy.toml names it."
+    "The name from deploy.toml; default: `k0`, `k1`, … in order."
     rank: int
     address: str
-    "As ssh reaches it: an IP address or a host name. The private address is a fact, found by asking the node."
+    "IP address or host name for ssh."
     port: Port = 22
     user: str | None = None
-    "None: what ~/.ssh/config says, else this machine's user."
+    "None: the user of ~/.ssh/config, else the local user."
     key: Path | None = None
-    "Private key; None: ~/.ssh/config, the agent, the usual files."
+    "Private key; None: from ~/.ssh/config, the agent, or the usual files."
     jump: str | None = None
     "[user@]host[:port] of a jump host."
     private: str | None = None
-    "Address between the nodes; None: found by asking the node."
+    "Address for the other nodes; None: the address in the node's facts."
     nic: str | None = None
-    "Network interface between the nodes; None: the one that holds the private address."
+    "Network interface between the nodes; None: the interface with the private address."
     gpus: int | None = None
-    "GPUs to use; None: all that the node has."
+    "Number of GPUs to use; None: all."
     group: str = "nodes"
 
     @property
     def head(self) -> bool:
-        """Runs Ray's head and the engine's driver."""
+        """True for the node that runs Ray's head and the engine's driver."""
         return self.rank == 0
 
     def __str__(self) -> str:
@@ -51,7 +51,7 @@ class Node(BaseModel):
 
 
 class Folder(BaseModel):
-    """What belongs to a deployment on this machine: `.deploy/` beside deploy.toml, for its owner alone."""
+    """The files of a deployment on this machine: `.deploy/` beside deploy.toml, readable only by its owner."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -59,7 +59,7 @@ class Folder(BaseModel):
 
     @property
     def state(self) -> Path:
-        """deploy.nodes.state."""
+        """The state, in the format of deploy.nodes.state."""
         return self.path / "state.json"
 
     @property
@@ -69,29 +69,35 @@ class Folder(BaseModel):
 
     @property
     def api_key(self) -> Path:
-        """The engine's API key, 0600."""
+        """The engine's API key, with mode 0600."""
         return self.path / "api-key"
 
     @property
     def logs(self) -> Path:
-        """Logs that were followed here."""
+        """Folder of the logs that were followed on this machine."""
         return self.path / "logs"
 
     @property
     def facts(self) -> Path:
-        """deploy.fleet.probe."""
+        """The facts, in the format of deploy.nodes.facts."""
         return self.path / "facts.json"
 
     @property
     def id(self) -> str:
-        """Tells this deployment's processes and folders on the nodes from all others'. Raises ConfigError before `make`."""
+        """Identifies the processes and folders of this deployment on the nodes.
+
+        Raises:
+            ConfigError: `make` has not been called yet.
+        """
         try:
             return (self.path / "id").read_text().strip()
         except FileNotFoundError as error:
-            raise ConfigError(f"{self.path}: not prepared", remedy="`deploy init` pins the nodes' host keys first") from error
+            raise ConfigError(
+                f"{self.path} is not initialised", remedy="run `deploy init`, which pins the host keys"
+            ) from error
 
     def make(self) -> None:
-        """Create it, 0700, with an id that stays."""
+        """Create the folder with mode 0700 and a permanent id."""
         self.path.mkdir(mode=0o700, exist_ok=True)
         self.path.chmod(0o700)
         self.logs.mkdir(mode=0o700, exist_ok=True)
@@ -106,13 +112,13 @@ class Deployment(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     path: Path
-    "deploy.toml, absolute."
+    "Absolute path of deploy.toml."
     data: Config
     nodes: tuple[Node, ...]
 
     @property
     def name(self) -> str:
-        """As deploy.toml says."""
+        """Name of the deployment in deploy.toml."""
         return self.data.name
 
     @property
@@ -122,29 +128,36 @@ class Deployment(BaseModel):
 
     @property
     def head(self) -> Node:
-        """Rank 0."""
+        """The node with rank 0."""
         return self.nodes[0]
 
     @property
     def rest(self) -> tuple[Node, ...]:
-        """All but the head."""
+        """All nodes except the head."""
         return self.nodes[1:]
 
     @property
     def folder(self) -> Folder:
-        """Beside deploy.toml."""
+        """The folder `.deploy` beside deploy.toml."""
         return Folder(path=self.path.parent / ".deploy")
 
     def node(self, name: str) -> Node:
-        """A node by name, rank or address. Raises UsageError."""
+        """Find a node by name, rank or address. Raises UsageError."""
         for node in self.nodes:
             if name in (node.name, node.address, str(node.rank)):
                 return node
         known = ", ".join(str(node) for node in self.nodes)
-        raise UsageError(f"no node {name!r}", remedy=f"there are: {known}")
+        raise UsageError(f"no node {name!r}", remedy=f"the nodes are: {known}")
 
     def select(self, words: Sequence[str]) -> tuple[Node, ...]:
-        """Nodes by name, rank, address, group, `head`, `rest`, `all` or ranks as 2-5; in order, once. Raises UsageError."""
+        """Select nodes by name, rank, address, group, `head`, `rest`, `all` or a range of ranks such as 2-5.
+
+        Returns:
+            Each node once, in order of rank.
+
+        Raises:
+            UsageError: a word names no node.
+        """
         chosen: set[str] = set()
         groups: Mapping[str, list[str]] = {
             **{
@@ -165,36 +178,41 @@ class Deployment(BaseModel):
                 chosen.add(self.node(word).name)
         nodes = tuple(node for node in self.nodes if node.name in chosen)
         if not nodes:
-            raise UsageError(f"{','.join(words) or 'nothing'} names no node", remedy="`deploy facts` lists them")
+            raise UsageError(f"no node matches {','.join(words) or 'an empty list'}", remedy="`deploy facts` lists the nodes")
         return nodes
 
 
 def find_config() -> Path:
-    """deploy.toml of the working directory or the nearest folder above. Raises ConfigError."""
+    """Find deploy.toml in the working directory or the nearest parent. Raises ConfigError."""
     here = Path.cwd()
     for folder in (here, *here.parents):
         if (folder / FILE).is_file():
             return folder / FILE
-    raise ConfigError(f"no {FILE} here or above", remedy="`deploy init ips.txt` writes one; or name it: --file PATH")
+    raise ConfigError(
+        f"no {FILE} in this folder or its parents",
+        remedy="write one with `deploy init ips.txt`, or give its path: deploy --file PATH",
+    )
 
 
 def load_deployment(path: Path | None = None) -> Deployment:
-    """The deployment of a deploy.toml; None: the nearest one.
+    """Read a deploy.toml; None: the nearest one.
 
     Raises:
-        ConfigError: absent, not TOML, an unknown key or a wrong value; names file, line and the nearest key.
+        ConfigError: the file is missing, is not TOML, or has an unknown key or a wrong value.
     """
     place = (path or find_config()).absolute()
     data = tables.read(place, Config, docs=DOCS)
     try:
         data.local.format(user="u", node="k0")
     except (KeyError, IndexError, ValueError) as error:
-        raise ConfigError(f"{place}: key 'local': only {{user}} and {{node}} are replaced", remedy=DOCS) from error
+        raise ConfigError(
+            f"{place}: key 'local': unknown placeholder; only {{user}} and {{node}} are replaced", remedy=f"see {DOCS}"
+        ) from error
     return Deployment(path=place, data=data, nodes=_nodes(place, data))
 
 
 def _nodes(path: Path, config: Config) -> tuple[Node, ...]:
-    """[nodes] first, then each [[group]], then each [[node]], in the order of the file."""
+    """The nodes of [nodes], then of each [[group]], then each [[node]], in the order of the file."""
     base = path.parent
     addresses = [*(read_ips(base / config.nodes.file) if config.nodes.file else ()), *config.nodes.hosts]
     entries = [NodeConfig(address=address) for address in addresses]
@@ -203,19 +221,19 @@ def _nodes(path: Path, config: Config) -> tuple[Node, ...]:
         entries += [NodeConfig(address=address, group=group.name, **access) for address in group.hosts]
     entries += config.node
     if not entries:
-        raise ConfigError(f"{path}: no node", remedy='[nodes] needs hosts = [...] or file = "ips.txt"')
+        raise ConfigError(f"{path}: no nodes", remedy='set hosts = [...] or file = "ips.txt" in [nodes]')
     nodes: list[Node] = []
     for rank, entry in enumerate(entries):
         node = _node(rank, entry, config.nodes, base)
         for other in nodes:
             if other.name == node.name or (other.address, other.port) == (node.address, node.port):
-                raise ConfigError(f"{path}: {node} is there twice (also as {other})", remedy="remove one of them")
+                raise ConfigError(f"{path}: {node} is a duplicate of {other}", remedy="remove one of them")
         nodes.append(node)
     return tuple(nodes)
 
 
 def _node(rank: int, entry: NodeConfig, defaults: Access, base: Path) -> Node:
-    """What an entry leaves out comes from [nodes]."""
+    """The node of an entry. Values that are missing in the entry come from [nodes]."""
     access = {
         name: getattr(entry, name) if getattr(entry, name) is not None else getattr(defaults, name)
         for name in Access.model_fields

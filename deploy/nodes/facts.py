@@ -1,4 +1,4 @@
-"""Facts of the nodes, asked once and kept: what the planner and the plan rest on, never on a SKU's name."""
+"""Facts of the nodes, collected once and stored. The planner uses them, not the name of a product."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from gracefarm.files import atomic_write
 
 
 class KeptFact(BaseModel):
-    """Keys that a newer version adds are no error for an older one."""
+    """A stored fact. Unknown keys are ignored, so that an older version can read the file of a newer one."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
 
 class Gpu(KeptFact):
-    """Bytes as cuMemGetInfo has them."""
+    """A GPU, with its memory in bytes from cuMemGetInfo."""
 
     name: str
     total: int
@@ -27,7 +27,7 @@ class Gpu(KeptFact):
 
 
 class Cuda(KeptFact):
-    """GPUs, or why there are none."""
+    """The GPUs of a node, or the reason why CUDA does not work."""
 
     absent: bool = False
     error: str | None = None
@@ -36,19 +36,19 @@ class Cuda(KeptFact):
 
     @property
     def text(self) -> str:
-        """For people."""
+        """The version, or why CUDA does not work."""
         if self.absent:
             return "no NVIDIA driver"
         return self.error or f"{self.version_text}"
 
     @property
     def version_text(self) -> str:
-        """As NVIDIA writes it."""
+        """The version of CUDA, such as 13.0."""
         return f"{(self.version or 0) // 1000}.{(self.version or 0) % 1000 // 10}"
 
 
 class Bytes(KeptFact):
-    """Of a file system or of memory."""
+    """Size and free space of a file system or of memory, in bytes."""
 
     total: int
     free: int = 0
@@ -56,7 +56,7 @@ class Bytes(KeptFact):
 
 
 class NetworkMount(KeptFact):
-    """A file system that several nodes can see."""
+    """A mounted network file system."""
 
     source: str
     target: str
@@ -70,13 +70,13 @@ class Nic(KeptFact):
 
     name: str
     mbit_s: int | None = None
-    "As it negotiated; None: it does not say, as virtual ones do not."
+    "Negotiated speed; None: not reported, as by virtual interfaces."
     mtu: int | None = None
     addresses: tuple[str, ...] = ()
 
 
 class Rdma(KeptFact):
-    """A port of InfiniBand or RoCE that is active."""
+    """An active port of InfiniBand or RoCE."""
 
     device: str
     gbit_s: float
@@ -85,7 +85,7 @@ class Rdma(KeptFact):
 
 
 class NodeFacts(KeptFact):
-    """One node, as it said of itself at `taken`."""
+    """Facts that a node reported at the time `taken`."""
 
     name: str
     address: str
@@ -103,35 +103,35 @@ class NodeFacts(KeptFact):
     cuda: Cuda
     driver: str | None
     private: str
-    "Address between the nodes."
+    "Address for the other nodes."
     interface: str
     network: str
-    "The private address's network, as 10.0.0.0/24."
+    "The network of the private address, such as 10.0.0.0/24."
     nics: tuple[Nic, ...] = ()
     rdma: tuple[Rdma, ...] = ()
     mounts: tuple[NetworkMount, ...]
     disk: Bytes | None
-    "Of the file system that holds `local`."
+    "The file system of `local`."
     clock_s: float
-    "How far its clock is ahead of this machine's, to about a tenth of a second."
+    "Seconds that its clock is ahead of this machine's; accurate to about 0.1."
 
 
 class Facts(KeptFact):
-    """Of all nodes that answered."""
+    """Facts of all nodes that answered."""
 
     schema_version: Literal[1] = 1
     nodes: tuple[NodeFacts, ...]
 
     def node(self, name: str) -> NodeFacts:
-        """Raises ConfigError: it was never asked."""
+        """Facts of one node. Raises ConfigError if they were never collected."""
         for node in self.nodes:
             if node.name == name:
                 return node
-        raise ConfigError(f"nothing is known of node {name}", remedy="ask it: `deploy facts`")
+        raise ConfigError(f"no facts of node {name}", remedy="collect them with `deploy facts`")
 
     @property
     def shares(self) -> tuple[str, ...]:
-        """Folders on file systems that all nodes have mounted from the same source."""
+        """Mount points that all nodes have, with the same source."""
         if not self.nodes:
             return ()
         common = set.intersection(*({(mount.source, mount.target) for mount in node.mounts} for node in self.nodes))
@@ -139,25 +139,28 @@ class Facts(KeptFact):
 
 
 def load_facts(deployment: Deployment) -> Facts:
-    """What is kept. Raises ConfigError: nothing is, or it is not readable."""
+    """Read the stored facts. Raises ConfigError if there are none or they cannot be read."""
     try:
         return Facts.model_validate_json(deployment.folder.facts.read_bytes())
     except FileNotFoundError as error:
-        raise ConfigError(f"{deployment.path}: the nodes were not asked yet", remedy="`deploy facts` asks them") from error
+        raise ConfigError(
+            f"{deployment.path}: the facts of the nodes were not collected yet", remedy="run `deploy facts`"
+        ) from error
     except ValidationError as error:
         raise ConfigError(
-            f"{deployment.folder.facts}: another version's, or damaged", remedy="ask again: `deploy facts`"
+            f"{deployment.folder.facts} is damaged or from another version",
+            remedy="collect the facts again with `deploy facts`",
         ) from error
 
 
 def differences(before: Facts, after: Facts) -> tuple[str, ...]:
-    """A sentence for each node whose plan may change, since it says something else than it said before."""
+    """One sentence for each node whose facts changed in a way that may change the plan."""
     known = {(node.name, node.address): node for node in before.nodes}
     sentences = []
     for node in after.nodes:
         if old := known.get((node.name, node.address)):
             changed = [
-                f"{what} {first or 'none'} before and {second or 'none'} now"
+                f"{what} from {first or 'none'} to {second or 'none'}"
                 for what, first, second in (
                     ("GPUs", _gpus(old), _gpus(node)),
                     ("host memory", f"{old.memory.total >> 30} GiB", f"{node.memory.total >> 30} GiB"),
@@ -166,18 +169,18 @@ def differences(before: Facts, after: Facts) -> tuple[str, ...]:
                 )
                 if first != second
             ]
-            sentences += [f"{node.name} says something else than before: {'; '.join(changed)}"] if changed else []
+            sentences += [f"{node.name} changed: {'; '.join(changed)}"] if changed else []
     return tuple(sentences)
 
 
 def _gpus(node: NodeFacts) -> str:
-    """Number, name and memory, as `4 x NVIDIA H200 of 140.4 GiB`."""
+    """Number, name and memory, such as `4 x NVIDIA H200 of 140.4 GiB`."""
     groups = Counter((gpu.name, gpu.total) for gpu in node.cuda.gpus)
     return ", ".join(f"{count} x {name} of {total / (1 << 30):.1f} GiB" for (name, total), count in groups.items())
 
 
 def keep_facts(deployment: Deployment, facts: Facts) -> Facts:
-    """Keep what was found, and of nodes that did not answer now what they said before; the whole is returned."""
+    """Store new facts. Nodes that did not answer keep their old facts. Returns all of them."""
     try:
         before = {node.name: node for node in load_facts(deployment).nodes}
     except ConfigError:

@@ -1,4 +1,4 @@
-"""Reading ips.txt, the tutorial's list of nodes."""
+"""Reads ips.txt, the list of nodes."""
 
 from __future__ import annotations
 
@@ -7,19 +7,21 @@ from pathlib import Path
 from deploy.nodes.config import check_address
 from gracefarm.errors import ConfigError
 
+_REMEDY = "write one address per line, the head first"
+
 
 def read_ips(path: Path) -> tuple[str, ...]:
-    """The addresses in ips.txt: one a line, `#` starts a comment, empty lines count for nothing.
+    """Read the addresses in ips.txt: one per line. `#` starts a comment; empty lines are ignored.
 
     Raises:
-        ConfigError: absent, empty, an address twice, or a line that is no address; names the line.
+        ConfigError: the file is missing or empty, has an address twice, or has a line that is not an address.
     """
     try:
         text = path.read_text()
     except FileNotFoundError as error:
-        raise ConfigError(f"{path}: no such file", remedy="one address a line, the head first") from error
+        raise ConfigError(f"{path}: no such file", remedy=_REMEDY) from error
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not a text file", remedy="one address a line, the head first") from error
+        raise ConfigError(f"{path}: not a text file", remedy=_REMEDY) from error
     seen: dict[str, int] = {}
     for number, line in enumerate(text.splitlines(), 1):
         address = line.split("#", 1)[0].strip()
@@ -28,12 +30,12 @@ def read_ips(path: Path) -> tuple[str, ...]:
         try:
             check_address(address)
         except ValueError as error:
-            raise ConfigError(f"{path}:{number}: {error}", remedy="one address a line, the head first") from error
+            raise ConfigError(f"{path}:{number}: {error}", remedy=_REMEDY) from error
         if address in seen:
             raise ConfigError(
-                f"{path}:{number}: {address} stands in line {seen[address]} already", remedy="remove one of them"
+                f"{path}:{number}: {address} is a duplicate of line {seen[address]}", remedy="remove one of them"
             )
         seen[address] = number
     if not seen:
-        raise ConfigError(f"{path}: no address", remedy="one address a line, the head first")
+        raise ConfigError(f"{path}: no addresses", remedy=_REMEDY)
     return tuple(seen)

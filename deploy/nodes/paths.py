@@ -1,4 +1,4 @@
-"""Where things are on the nodes: one rule each, for all who place, start, read or remove them."""
+"""Paths on the nodes. Each path is defined only here."""
 
 from __future__ import annotations
 
@@ -8,35 +8,35 @@ from deploy.nodes.deployment import Deployment, Node
 from gracefarm.errors import ConfigError
 
 RAY_TEMP_BYTES = 40
-"""Ray puts `session_DATE_TIME_MICROSECONDS_PID/sockets/plasma_store.N` under its temporary folder: 67 bytes, and the path of a
-Unix socket ends at 107 (sun_path of unix(7))."""
+"""Longest path of Ray's temporary folder. In it, Ray creates `session_DATE_TIME_MICROSECONDS_PID/sockets/plasma_store.N` (67
+bytes), and the path of a Unix socket has at most 107 bytes (sun_path in unix(7))."""
 
 ENGINE_JOB = "engine"
 RAY_JOB = "ray"
 
 
 def share(deployment: Deployment) -> str:
-    """The shared folder. Raises ConfigError when deploy.toml names none."""
+    """The shared folder. Raises ConfigError if deploy.toml does not set it."""
     if deployment.data.share is None:
         raise ConfigError(
-            f"{deployment.path}: no shared folder",
-            remedy='set share = "/path", the same on all nodes; `deploy init` proposes it',
+            f"{deployment.path}: the key share is missing",
+            remedy='set share = "/path" to the shared folder, which has the same path on all nodes',
         )
     return deployment.data.share
 
 
 def root(deployment: Deployment) -> str:
-    """What all deployments on a shared folder have in common: weights."""
+    """The folder that all deployments on a shared folder have in common. It contains the weights."""
     return posixpath.join(share(deployment), "gracefarm")
 
 
 def environment_root(deployment: Deployment) -> str:
-    """`root` of deploy.steps.environment: a deployment's own, for it holds what is active."""
+    """The folder of this deployment's environments."""
     return posixpath.join(root(deployment), deployment.name)
 
 
 def environment(deployment: Deployment) -> str:
-    """The active environment: a symbolic link that deploy.steps.environment switches."""
+    """The active environment: a symbolic link, switched by deploy.steps.environment."""
     return posixpath.join(environment_root(deployment), "env")
 
 
@@ -46,45 +46,45 @@ def program(deployment: Deployment, name: str) -> str:
 
 
 def download_python(deployment: Deployment) -> str:
-    """The Python that has huggingface_hub."""
+    """The Python with huggingface_hub."""
     return posixpath.join(environment_root(deployment), "download", "bin", "python")
 
 
 def weights(shared: str, repo: str, commit: str) -> str:
-    """The folder of a model's files at a commit, below `root`: what the engine is given."""
+    """The folder of a model's files at a commit. The engine gets this path."""
     return posixpath.join(shared, "weights", repo.replace("/", "--"), commit)
 
 
 def base(deployment: Deployment, node: Node, user: str) -> str:
-    """`local` of deploy.toml on a node, as Fleet has it."""
+    """`local` of deploy.toml on a node; the same path as in Fleet."""
     return deployment.data.local.format(user=user, node=node.name)
 
 
 def node_folder(deployment: Deployment, node: Node, user: str) -> str:
-    """A deployment's folder on a node's own disk, as Fleet.folder has it: jobs, secrets."""
+    """A deployment's folder on a node's local disk, for jobs and secrets; the same path as Fleet.folder."""
     return posixpath.join(base(deployment, node, user), deployment.folder.id, node.name)
 
 
 def ray_token(deployment: Deployment, node: Node, user: str) -> str:
-    """Ray's token, 0600."""
+    """File of Ray's token, with mode 0600."""
     return posixpath.join(node_folder(deployment, node, user), "ray-token")
 
 
 def api_key(deployment: Deployment, node: Node, user: str) -> str:
-    """The engine's API key on the head, 0600; for scripts, since `deploy serve` hands it over on stdin."""
+    """File of the engine's API key on the head, with mode 0600. For scripts: `deploy serve` passes the key on stdin."""
     return posixpath.join(node_folder(deployment, node, user), "api-key")
 
 
 def ray_temp(deployment: Deployment, node: Node, user: str) -> str:
-    """Ray's temporary folder, on the node's own disk and short. Workers before Ray 2.5x use the head's path on their own disk.
+    """Ray's temporary folder on the node's local disk. Workers before Ray 2.5x use the head's path on their own disk.
 
     Raises:
-        ConfigError: `local` is too long for Ray's sockets.
+        ConfigError: the path is too long for Ray's sockets.
     """
     folder = posixpath.join(base(deployment, node, user), deployment.folder.id[:8])
     if len(folder.encode()) > RAY_TEMP_BYTES:
         raise ConfigError(
-            f"{folder} is {len(folder.encode())} bytes long, and Ray's sockets fit under {RAY_TEMP_BYTES} at most",
-            remedy='set a shorter `local` in deploy.toml, as local = "/tmp/gf-{user}"',
+            f"{folder} has {len(folder.encode())} bytes, but Ray's sockets require a path of at most {RAY_TEMP_BYTES} bytes",
+            remedy='set a shorter `local` in deploy.toml, such as local = "/tmp/gf-{user}"',
         )
     return folder

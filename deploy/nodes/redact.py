@@ -1,7 +1,7 @@
-"""Secrets out of everything that is shown or handed on: those known by value, and what looks like one.
+"""Removes secrets from everything that is shown or stored: known values, and texts that look like secrets.
 
-What looks like one is judged by detect-secrets' rules (github.com/Yelp/detect-secrets) and by rules of ours for headers,
-assignments and addresses. A redactor that removes the cause of a failure does harm too: the tests hold both sides.
+Texts that look like secrets are found by the rules of detect-secrets (github.com/Yelp/detect-secrets) and by our own rules for
+headers, assignments and URLs. A redactor that also removes the cause of a failure is harmful, so tests check both.
 """
 
 from __future__ import annotations
@@ -19,22 +19,25 @@ from urllib.parse import quote
 from deploy.nodes.deployment import Folder
 
 SHORTEST = 6
-"Bytes; anything shorter that is called a secret would take harmless text along."
+"Bytes. Shorter values are not redacted, since they occur in harmless text too."
 VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "OPENAI_API_KEY", "APHRODITE_API_KEY", "VLLM_API_KEY", "RAY_AUTH_TOKEN")
 _NAME = rb"(?:SECRET|PASSWORD|PASSWD|PASSPHRASE|API[_-]?KEYS?|ADMIN[_-]?KEY|ACCESS[_-]?KEY)"
 _QUOTES = rb"[\"'\\]{0,4}"
-"As JSON and shells put them."
+"Quotes as JSON and shells write them."
 _VALUE = rb"(?!\[redacted)[^\s\"'\\,}&;\0]"
 
 
 def _opaque(least: int) -> bytes:
-    """A value that no word of a sentence is: a letter and a digit, no path, no special token of a model (`<|eot_id|>`)."""
+    """Pattern of a value that is not a word of a sentence, a path or a special token of a model (`<|eot_id|>`).
+
+    The value has a letter and a digit, and at least `least` characters.
+    """
     letters, digits = (rb"(?=[^\s\"'\\,}&;\0]{0,200}?[" + kind + rb"])" for kind in (b"A-Za-z", b"0-9"))
     return rb"(?![/<]|https?:|\[redacted)" + letters + digits + rb"[A-Za-z0-9._~+/=:%%@!#$^*|-]{%d,}" % least
 
 
 _TOO_BROAD = (
-    # They judge by the name before the value, and so by words of any sentence; our own rules below do that.
+    # These rules look at the name before the value, so they match ordinary sentences. Our rules below are stricter.
     *(
         "Artifactory Credentials",
         "Cloudant Credentials",
@@ -42,12 +45,12 @@ _TOO_BROAD = (
         "IBM COS HMAC Credentials",
         "SoftLayer Credentials",
     ),
-    # An address is no secret here; of a private key and of an address with a password our own rules remove what follows.
+    # IP addresses are not secret here. Private keys and URLs with a password are covered by our rules.
     *("Public IP (ipv4)", "Private Key", "Basic Auth Credentials"),
 )
-"Rules of detect-secrets that are left out."
+"Rules of detect-secrets that are not used."
 _SIGNED = rb"X-(?:Amz|Goog)-(?:Signature|Credential|Security-Token)|Signature|Policy|Key-Pair-Id|sig|access_token|token"
-"Parameters of an address that let whoever has it in."
+"Parameters of a URL that grant access to everyone who has the URL."
 _FIRST: tuple[tuple[re.Pattern[bytes], bytes], ...] = (
     (
         re.compile(rb"-----BEGIN [A-Z ]{0,40}PRIVATE KEY-----.*?(?:-----END [A-Z ]{0,40}PRIVATE KEY-----|\Z)", re.S),
@@ -59,7 +62,7 @@ _FIRST: tuple[tuple[re.Pattern[bytes], bytes], ...] = (
     (re.compile(rb"([?&](?:" + _SIGNED + rb")=)(?!\[redacted)[^&\s\"'\\]+", re.I), rb"\1[redacted]"),
 )
 _LAST: tuple[tuple[re.Pattern[bytes], bytes], ...] = (
-    # The scheme stays: it tells what was tried.
+    # The scheme (bearer, basic) is kept: it shows which kind of login was used.
     (
         re.compile(
             rb"((?:authorization|x-api-key|api-key|x-auth-token|cookie)"
@@ -71,8 +74,8 @@ _LAST: tuple[tuple[re.Pattern[bytes], bytes], ...] = (
     ),
     (re.compile(rb"(\bbearer(?:\s|%20)+)" + _opaque(6), re.I), rb"\1[redacted]"),
     (re.compile(rb"(\b[a-z][a-z0-9+.-]{0,20}://[^\s/:@\"']{0,100}:)[^\s/@\"']{1,300}(@)", re.I), rb"\1[redacted]\2"),
-    # NAME=value and "NAME": "value", whatever stands before these words; a path to a secret (RAY_AUTH_TOKEN_PATH) is none.
-    # `NAME: value` is also how a cause is told (`ray-token: Permission denied`), and a model's own tokens are no secrets.
+    # NAME=value and "NAME": "value", with any prefix of the name. The path of a secret (RAY_AUTH_TOKEN_PATH) is not secret.
+    # `NAME: value` may be an error message (`ray-token: Permission denied`), and a model's special tokens are not secret.
     (
         re.compile(
             rb"("
@@ -95,7 +98,7 @@ _LAST: tuple[tuple[re.Pattern[bytes], bytes], ...] = (
 
 @cache
 def _maintained() -> tuple[tuple[re.Pattern[bytes], bytes], ...]:
-    """detect-secrets' rules for tokens that are known by their form (GitHub, GitLab, AWS, Slack, …), over bytes."""
+    """The rules of detect-secrets for tokens with a known form (GitHub, GitLab, AWS, Slack, …), as patterns of bytes."""
     from detect_secrets.core.plugins.util import get_mapping_from_secret_type_to_class
     from detect_secrets.plugins.base import RegexBasedDetector
 
@@ -110,7 +113,7 @@ def _maintained() -> tuple[tuple[re.Pattern[bytes], bytes], ...]:
 
 
 def forms(secret: str) -> set[bytes]:
-    """As it is, and as it may stand in addresses and headers."""
+    """The secret itself and its encoded forms in URLs, headers and JSON."""
     raw = secret.encode()
     encoded = {base64.b64encode(prefix + raw).rstrip(b"=") for prefix in (b"", b":")}
     quoted = {quote(secret, safe=safe).encode() for safe in ("", "/")} | {json.dumps(secret)[1:-1].encode()}
@@ -119,18 +122,18 @@ def forms(secret: str) -> set[bytes]:
 
 @dataclass(frozen=True)
 class Redactor:
-    """`known`: values, longest first, so that no rest of a longer one stays."""
+    """Replaces secrets. The values in `known` are sorted by length, longest first, so that no part of a longer one remains."""
 
     known: tuple[bytes, ...] = field(default=(), repr=False)
 
     @classmethod
     def of(cls, secrets: Iterable[str]) -> Redactor:
-        """For these values, and all that looks like a secret."""
+        """A redactor for these values and for everything that looks like a secret."""
         known = {form for secret in secrets if len(secret) >= SHORTEST for form in forms(secret)}
         return cls(tuple(sorted(known, key=len, reverse=True)))
 
     def clean(self, content: bytes) -> bytes:
-        """Content without secrets."""
+        """Return the content without secrets."""
         for secret in self.known:
             content = content.replace(secret, b"[redacted]")
         for pattern, instead in (*_FIRST, *_maintained(), *_LAST):
@@ -138,7 +141,7 @@ class Redactor:
         return content
 
     def line(self, text: str) -> str:
-        """The same for text."""
+        """Return the text without secrets."""
         return self.clean(text.encode(errors="surrogateescape")).decode(errors="replace")
 
 
@@ -148,12 +151,12 @@ _CALLED = re.compile(
 
 
 def called_secret(name: str) -> bool:
-    """A variable of this name holds a secret; the path of one is none, and TOKENIZERS_PARALLELISM is neither."""
+    """Whether a variable of this name contains a secret. Paths of secrets and names such as TOKENIZERS_PARALLELISM do not."""
     return bool(_CALLED.search(name)) and not name.upper().endswith(("_PATH", "_FILE", "_DIR"))
 
 
 def of(folder: Folder, environ: Mapping[str, str] = os.environ) -> Redactor:
-    """For all that this deployment and whoever calls know to be secret."""
+    """A redactor for the secrets of this deployment and of the environment."""
     values = [environ.get(name, "") for name in VARIABLES]
     for path in (folder.api_key, folder.path / "ray-token"):
         with suppress(OSError):

@@ -1,4 +1,4 @@
-"""What was done for a deployment: one file, replaced whole, changed only by whoever holds the lock."""
+"""The state of a deployment: which steps are done. One file, replaced atomically, written only with its lock held."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ StepOutcome = Literal["running", "done", "skipped", "failed"]
 
 
 class StepRecord(BaseModel):
-    """What became of a step. `running` in a file that nobody holds: it was killed there, and will be done again."""
+    """The outcome of a step. `running` in a file that is not locked: the step was killed and will be repeated."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     digest: str
-    "Of everything that the step depends on: another digest, and it is done again."
+    "Digest of everything that the step depends on. The step is repeated if the digest changes."
     outcome: StepOutcome
     text: str = ""
-    "What was done, or why not, in one line."
+    "What was done, or why it failed, in one line."
     begun: float
     ended: float | None = None
     data: dict[str, Any] = Field(default_factory=dict)
-    "What later steps and `status` need of it. No secret."
+    "Results for later steps and for `status`, without secrets."
 
 
 class State(BaseModel):
@@ -49,21 +49,21 @@ class State(BaseModel):
     steps: dict[str, StepRecord] = Field(default_factory=dict)
 
     def data(self, step: str) -> dict[str, Any]:
-        """What a step that is done or skipped left for others; empty for any other."""
+        """Results of a step that is done or skipped; empty for other steps."""
         record = self.steps.get(step)
         return record.data if record and record.outcome in ("done", "skipped") else {}
 
 
 def digest(*inputs: object) -> str:
-    """Of values that JSON can hold; the order of keys does not matter."""
+    """Digest of values that JSON can represent. The order of keys does not matter."""
     return hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
 def read(folder: Folder) -> State:
-    """The state as it is now, without the lock; empty before the first step.
+    """Read the state without taking the lock; empty before the first step.
 
     Raises:
-        ConfigError: the file is damaged or of a newer version.
+        ConfigError: the file is damaged or from a newer version.
     """
     try:
         text = folder.state.read_bytes()
@@ -74,34 +74,36 @@ def read(folder: Folder) -> State:
     except ValidationError as error:
         raise ConfigError(
             f"{folder.state}: {error.errors()[0]['msg']}",
-            remedy="move it away: every step looks at the nodes before it does anything",
+            remedy="rename the file: every step checks the nodes before it changes anything",
         ) from error
     if state.version != VERSION:
-        raise ConfigError(f"{folder.state}: version {state.version} is not known", remedy="use the gracefarm that wrote it")
+        raise ConfigError(
+            f"{folder.state}: version {state.version} is unknown", remedy="use the version of gracefarm that wrote the file"
+        )
     return state
 
 
 class Keeper:
-    """The state while its lock is held; each change is on disk when the call returns."""
+    """The state while its lock is held. Each change is on disk when the call returns."""
 
     def __init__(self, folder: Folder, kept: State | None = None) -> None:
         self.folder = folder
         self.state = read(folder) if kept is None else kept
 
     def begin(self, step: str, digest_: str) -> None:
-        """A step starts to change something."""
+        """Record that a step starts to change something."""
         self._put(step, StepRecord(digest=digest_, outcome="running", begun=time.time()))
 
     def end(self, step: str, outcome: StepOutcome, text: str, data: dict[str, Any] | None = None) -> StepRecord:
-        """How it ended. The step has begun."""
+        """Record the outcome of a step that has begun."""
         begun = self.state.steps[step]
-        text = redact.of(self.folder).line(text)  # a line of the engine's log may stand in it
+        text = redact.of(self.folder).line(text)  # the text may contain a line of the engine's log
         ended = begun.model_copy(update={"outcome": outcome, "text": text, "ended": time.time(), "data": data or {}})
         self._put(step, ended)
         return ended
 
     def forget(self, *steps: str) -> None:
-        """As if never done."""
+        """Remove the records of these steps."""
         kept = {name: record for name, record in self.state.steps.items() if name not in steps}
         if kept != self.state.steps:
             self._write(self.state.model_copy(update={"steps": kept}))
@@ -116,11 +118,13 @@ class Keeper:
 
 @contextmanager
 def hold(folder: Folder, command: str, *, wait: bool = True, on_wait: Callable[[str], None]) -> Iterator[Keeper]:
-    """The state, for one command at a time on this machine; the kernel lets go of it when its process dies.
+    """Lock the state for one command on this machine. The kernel releases the lock when the process ends.
 
-    `on_wait` is told who holds it.
+    `on_wait` is called with the holder of the lock before waiting for it.
+
     Raises:
-        HostError: somebody holds it and `wait` is false. ConfigError: no deployment yet, or a damaged state.
+        HostError: another command holds the lock, and `wait` is false.
+        ConfigError: there is no deployment yet, or the state is damaged.
     """
     folder.id  # noqa: B018 - raises before anything is written
     path = folder.path / "state.lock"
@@ -128,7 +132,10 @@ def hold(folder: Folder, command: str, *, wait: bool = True, on_wait: Callable[[
     def held() -> None:
         who = _holder(folder)
         if not wait:
-            raise HostError(f"{who} is at work on this deployment", remedy="wait for it, or end it: it goes on from there")
+            raise HostError(
+                f"{who} is running for this deployment",
+                remedy="wait until it ends, or stop it; a repeated command continues where it stopped",
+            )
         on_wait(who)
 
     with lock(path, held):
@@ -145,7 +152,7 @@ def _holder_file(folder: Folder) -> Path:
 
 
 def _holder(folder: Folder) -> str:
-    """Who holds the lock, for people. The lock itself is the kernel's, so a file that a killed command left does no harm."""
+    """A description of the lock's holder. The kernel keeps the lock itself, so the file of a killed command is harmless."""
     try:
         holder = json.loads(_holder_file(folder).read_text())
         since = time.strftime("%H:%M:%S", time.localtime(holder["since"]))

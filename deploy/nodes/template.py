@@ -1,4 +1,4 @@
-"""The first deploy.toml: written for an ips.txt, in ten lines."""
+"""Writes the first deploy.toml, for an ips.txt."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from gracefarm.errors import ConfigError
 from gracefarm.files import atomic_write
 
 ENGINE, SET = "vllm", "gh200-cu130"
-"What can be served today, and the newest set for it."
-NO_SHARE = '# share = "/path"        # the shared folder, the same on all nodes'
+"The engine that can be served today, and its newest set of wheels."
+NO_SHARE = '# share = "/path"        # shared folder, at the same path on all nodes'
 
 
 def write_config(ips: Path, path: Path, *, access: Access, share: str | None = None, repo: str = ModelConfig().repo) -> bool:
-    """deploy.toml for the nodes of an ips.txt; False: one for the same file is there already, and stays as it is.
+    """Write a deploy.toml for the nodes of an ips.txt. Return False if one for the same file exists; it is not changed.
 
     Raises:
-        ConfigError: ips.txt is wrong, or `path` is there and is about other nodes.
+        ConfigError: ips.txt is wrong, or `path` exists and is for other nodes.
     """
     read_ips(ips)
     relative = os.path.relpath(ips.absolute(), path.absolute().parent)
@@ -31,40 +31,40 @@ def write_config(ips: Path, path: Path, *, access: Access, share: str | None = N
         if before == relative:
             return False
         raise ConfigError(
-            f"{path} is there already, and its nodes are in {before or 'it'}",
-            remedy=f"`deploy init {path}` for those nodes; for others another folder, or --file",
+            f"{path} exists already and takes its nodes from {before or 'its own lists'}",
+            remedy=f"for these nodes, run `deploy init {path}`; for other nodes, use another folder or --file",
         )
     atomic_write(path, render(relative, access=access, share=share, repo=repo))
     return True
 
 
 def render(ips: str, *, access: Access, share: str | None, repo: str) -> str:
-    """Its text: what can be served today, and nothing that has a good default."""
+    """The text of deploy.toml. Keys with a good default are left out."""
     quoted = json.dumps
     lines = [
         f"name = {quoted(name_of(repo))}    # every key: docs/reference/deploy.md",
         f"engine = {quoted(ENGINE)}",
         f"set = {quoted(SET)}",
-        f'# index = "http://HOST:8080/{SET}/simple/"    # the farm\'s; without it the wheels come from the Python index',
+        f'# index = "http://HOST:8080/{SET}/simple/"    # the farm\'s index; default: PyPI',
         f"share = {quoted(share)}" if share else NO_SHARE,
         "[nodes]",
         f"file = {quoted(ips)}",
         *(f"{name} = {quoted(value)}" for name, value in access.model_dump(exclude_none=True).items()),
         "[model]",
         f"repo = {quoted(repo)}",
-        'revision = "main"    # a commit pins it',
+        'revision = "main"    # a commit pins the model',
     ]
     return "\n".join(lines) + "\n"
 
 
 def name_of(repo: str) -> str:
-    """A deployment's name for a model, as llama-3.1-8b-instruct."""
+    """The name of a deployment for a model, such as llama-3.1-8b-instruct."""
     words = re.sub(r"[^a-z0-9._-]+", "-", repo.rpartition("/")[2].lower()).strip("-._")
     return words[:40].strip("-._") or "model"
 
 
 def propose_share(deployment: Deployment, share: str) -> bool:
-    """Fill in the shared folder that all nodes have, where we left its place open; False: deploy.toml is the user's own."""
+    """Fill in the shared folder that all nodes have. Return False if deploy.toml has been edited there."""
     text = deployment.path.read_text()
     if NO_SHARE not in text:
         return False

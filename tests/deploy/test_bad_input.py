@@ -76,7 +76,7 @@ def test_a_config_json_of_another_kind(tmp_path: Path, text: str, words: str) ->
 @pytest.mark.parametrize("background", [(), ("--background",)])
 def test_a_tunnel_of_a_deployment_that_is_not_prepared(tmp_path: Path, background: tuple[str, ...]) -> None:
     (tmp_path / "deploy.toml").write_text(TOML)
-    told(tmp_path, 3, "not prepared", "tunnel", *background)
+    told(tmp_path, 3, "is not initialised", "tunnel", *background)
     assert not (tmp_path / ".deploy").exists()
 
 
@@ -99,7 +99,7 @@ def test_an_index_with_a_password_is_refused_and_the_password_not_shown(tmp_path
     told(tmp_path, 3, "deploy.toml:1: key 'index'", "plan")
     assert "geheim7" not in deploy(tmp_path, "plan").stderr
     (tmp_path / "deploy.toml").write_text('index = "https://host:8080/@set/simple/"\n' + TOML)
-    told(tmp_path, 3, "were not asked yet", "plan")
+    told(tmp_path, 3, "were not collected yet", "plan")
 
 
 def test_no_line_of_another_programs_log_brings_a_secret_onto_the_terminal(

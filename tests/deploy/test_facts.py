@@ -94,7 +94,7 @@ def test_nodes_are_asked_over_ssh_and_what_fails_is_told_beside_the_others(tmp_p
             assert one.disk.free > 0
             assert one.glibcxx is None or one.glibcxx.startswith("3.4.")
             keep_facts(of, found)
-            with pytest.raises(ConfigError, match="nothing is known of node k1"):
+            with pytest.raises(ConfigError, match="no facts of node k1"):
                 load_facts(of).node("k1")
 
     asyncio.run(ask())
@@ -115,7 +115,7 @@ def test_what_is_kept_outlives_a_node_that_is_down_but_not_another_address(tmp_p
 
 def test_a_damaged_file_is_a_sentence(tmp_path: Path) -> None:
     of = deployment(tmp_path, 1)
-    with pytest.raises(ConfigError, match="were not asked yet"):
+    with pytest.raises(ConfigError, match="were not collected yet"):
         load_facts(of)
     of.folder.facts.write_text("{")
     with pytest.raises(ConfigError, match="damaged"):
@@ -169,8 +169,8 @@ def test_a_second_answer_that_differs_from_the_first_is_named(tmp_path: Path) ->
     same = second.model_copy(update={"taken": second.taken + 60, "clock_s": 1.0})
     (sentence,) = differences(Facts(nodes=(had, second)), Facts(nodes=(lost, same)))
     name = "NVIDIA GH200 480GB of 95.6 GiB"
-    assert sentence == f"k0 says something else than before: GPUs 2 x {name} before and 1 x {name} now"
+    assert sentence == f"k0 changed: GPUs from 2 x {name} to 1 x {name}"
     moved = same.model_copy(update={"private": "10.0.0.9", "interface": "eth1"})
     (sentence,) = differences(Facts(nodes=(had, second)), Facts(nodes=(had, moved)))
-    assert "private address 127.0.0.12 on lo before and 10.0.0.9 on eth1 now" in sentence
+    assert "private address from 127.0.0.12 on lo to 10.0.0.9 on eth1" in sentence
     assert differences(before, Facts(nodes=(first.model_copy(update={"address": "127.0.0.99", "arch": "x"}),))) == ()

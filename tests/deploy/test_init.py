@@ -206,7 +206,7 @@ def test_a_node_that_is_down_is_named_and_the_others_are_kept(tmp_path: Path, no
     assert [node["name"] for node in json.loads((tmp_path / ".deploy" / "facts.json").read_text())["nodes"]] == ["k0"]
     planned = deploy(tmp_path, "plan")
     assert planned.returncode == 3
-    assert "nothing is known of node k1" in planned.stderr
+    assert "no facts of node k1" in planned.stderr
 
 
 def test_facts_can_be_read_again_without_asking(tmp_path: Path, nodes: Servers) -> None:

@@ -137,7 +137,7 @@ def test_a_damaged_state_and_a_newer_one_are_told(folder: Folder) -> None:
 
 
 def test_before_init_nothing_is_written(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="not prepared"), state.hold(Folder(path=tmp_path), "x", on_wait=pytest.fail):
+    with pytest.raises(ConfigError, match="is not initialised"), state.hold(Folder(path=tmp_path), "x", on_wait=pytest.fail):
         pytest.fail("entered")
     assert list(tmp_path.iterdir()) == []
 

@@ -53,7 +53,6 @@ TO_DO = frozenset(
         "deploy/engine/",
         "deploy/fleet/",
         "deploy/measure/",
-        "deploy/nodes/",
         "deploy/planning/",
         "deploy/rehearsal/",
         "deploy/remote/",
