@@ -1,1 +1,1 @@
-"""All nodes at once over SSH: connections, commands, jobs, files, tunnels, calls into `deploy.remote`."""
+"""Work on all nodes in parallel over SSH: connections, commands, jobs, files, tunnels, calls of `deploy.remote`."""

@@ -1,4 +1,4 @@
-"""Calls into `deploy.remote` on a node: the package goes along as an archive on stdin, runs, and leaves nothing there."""
+"""Calls functions of `deploy.remote` on a node. The package is sent as an archive on stdin and leaves no files on the node."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ _BOOT = (
     "w=os.fdopen(f,'wb',closefd=False);w.write(r.read(n));w.close();"
     "sys.path.insert(0,'/proc/self/fd/%d'%f);runpy.run_module('deploy.remote',run_name='__main__')"
 )
-"""Length, archive, request: all on stdin, so that no argument list shows anything. The archive stays in memory (memfd_create):
-a disk that is full does not matter, and nothing is left behind.
-TERM is what a command that is left gets (deploy.fleet.ssh): the worker takes away what it has half made."""
+"""Length, archive and request come on stdin, so that they do not appear in arguments. The archive stays in memory
+(memfd_create), so it works on a full disk and leaves no files. When the caller ends early, the worker gets TERM
+(deploy.fleet.ssh) and removes its partial files."""
 
 CHECK = "check"
-"Job of what lasts and is not detached."
+"Name of the job for calls that take long and are not detached."
 _LASTING = (
     *("environment.matrix", "cluster.warm", "cache.measure", "weights.manifest", "weights.rehash"),
     *("preflight.survey", "preflight.pairs", "preflight.collective"),
 )
-"Minutes, perhaps, and on a node no longer than whoever asked: what a killed command left of these, `down` finds by its mark."
+"Calls that may take minutes and end with their caller. If the caller was killed, `deploy down` finds them by their mark."
 
 _CLASSES: Mapping[str, type[GracefarmError]] = {
     "disk": DiskFullError,
@@ -56,41 +56,41 @@ class Exit:
 
 
 class Shell(Protocol):
-    """A way to run commands on one node. Implementations hold the connection; SshError, NodeError: it was lost."""
+    """Runs commands on one node. The methods raise SshError or NodeError if the connection is lost."""
 
     async def stream(self, command: str, *, stdin: bytes, on_line: Callable[[str], None]) -> Exit:
-        """Run `command` with `stdin`, hand each line of its stdout to `on_line`; it ends with the connection."""
+        """Run `command` with `stdin`, and call `on_line` with each line of its stdout. It ends with the connection."""
         ...
 
     async def start(self, job: str, command: str, *, stdin: bytes) -> bool:
-        """Start `command` so that it outlives the connection and this process; False: a job of this name is at work."""
+        """Start `command` detached from the connection and this process. Return False if a job of this name is running."""
         ...
 
     async def follow(self, job: str, on_line: Callable[[str], None]) -> Exit:
-        """Hand on each line that a job says, from its first one, until it ends; a cut is mended."""
+        """Call `on_line` with each line of a job's output, from the first one, until it ends. Reconnects when necessary."""
         ...
 
     async def at_work(self, job: str) -> bool:
-        """A job of this name runs there."""
+        """Whether a job of this name is running on the node."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class RemoteNode:
-    """A node as the steps see it."""
+    """A node on which functions of deploy.remote are called."""
 
     name: str
     address: str
-    "Private address: what the other nodes use."
+    "Private address, for the other nodes."
     gpus: int
     shell: Shell
     mark: str = ""
-    "DEPLOYMENT/NODE: how the marks of our processes there begin."
+    "DEPLOYMENT/NODE, the prefix of the marks of our processes on the node."
 
 
 @cache
 def archive() -> bytes:
-    """deploy.remote and what it takes of gracefarm as a zip, the same bytes every time."""
+    """A zip of deploy.remote and the modules of gracefarm that it imports. Its bytes are reproducible."""
     target = io.BytesIO()
     with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as zipped:
         zipped.writestr(zipfile.ZipInfo("deploy/__init__.py"), "")
@@ -111,13 +111,15 @@ async def call(
     on_event: OnEvent = lambda _event: None,
     job: str | None = None,
 ) -> Json:
-    """`module.function` of deploy.remote on `node`, run by its `python`; events come as they are said.
+    """Call `module.function` of deploy.remote on `node` with the node's `python`. `on_event` gets events as they arrive.
 
-    `job`: its name there, where it is long and must not end with the connection; what an earlier command left at work under
-    this name comes first.
+    `job`: name of the job for a long call that must not end with the connection. If an earlier call still runs under this
+    name, wait for its end first.
+
     Raises:
-        GracefarmError: what the worker refused, named by its class; HostError when it ended without an answer; SshError,
-        NodeError: the node was lost.
+        GracefarmError: the error of the worker, with the class for its kind.
+        HostError: the worker ended without an answer.
+        SshError, NodeError: the connection to the node was lost.
     """
     heard = _Heard(on_event)
     packed = archive()
@@ -141,12 +143,12 @@ async def call(
     if ended.code == 127 or "not found" in last:
         raise HostError(f"{node.name}: {last}", remedy=f"install {python} on this node")
     raise HostError(
-        f"{node.name}: {function} ended without an answer: {last}", remedy="repeat the command; it goes on from what is done"
+        f"{node.name}: {function} ended without an answer: {last}", remedy="repeat the command; it continues where it stopped"
     )
 
 
 async def settle(node: RemoteNode, job: str, on_event: OnEvent = lambda _event: None) -> None:
-    """Follow to its end what an earlier command, which was killed or cut off, has left at work; its answer is nobody's."""
+    """Wait for the end of a job that an interrupted command has left running. Its result is ignored."""
     if await node.shell.at_work(job):
         on_event({"event": "wait", "owner": "of an earlier command"})
         await node.shell.follow(job, _Heard(on_event))
@@ -154,12 +156,12 @@ async def settle(node: RemoteNode, job: str, on_event: OnEvent = lambda _event: 
 
 @dataclass
 class _Heard:
-    """The lines of a worker."""
+    """Parses the output lines of a worker."""
 
     on_event: OnEvent
     answer: Json = field(default_factory=dict)
     last: str = ""
-    "What was said beside it, by a library that prints or by Python when it gave up."
+    "The last line that is not JSON, such as the end of a traceback."
 
     def __call__(self, text: str) -> None:
         try:
@@ -176,5 +178,5 @@ class _Heard:
 
 
 def refusal(node: str, failed: Mapping[str, str]) -> GracefarmError:
-    """A worker's words as an error of ours."""
+    """The error for a failure that a worker reported."""
     return _CLASSES.get(failed["kind"], HostError)(f"{node}: {failed['cause']}", remedy=failed["remedy"])

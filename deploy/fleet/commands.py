@@ -1,4 +1,4 @@
-"""One command while it runs on a node: its streams, its environment, its end."""
+"""A command that runs on a node: its streams, its environment, how it ends."""
 
 from __future__ import annotations
 
@@ -15,43 +15,44 @@ from deploy.nodes.deployment import Node
 from gracefarm.errors import NodeError, UsageError
 
 LIMIT = 64 << 20
-"Bytes of output that are kept of one command."
+"Maximum number of bytes of output of one command."
 OnLine = Callable[[Node, str, str], None]
-"Node, `stdout` or `stderr`, one line without its end."
+"Called with the node, `stdout` or `stderr`, and one line without its line break."
 
 
 def command_line(command: Sequence[str] | str) -> str:
-    """A list is quoted, a string is the node's shell's own."""
+    """The command for the node's shell. The words of a list are quoted; a string is used as it is."""
     return command if isinstance(command, str) else shlex.join(command)
 
 
 def env_block(env: Mapping[str, str]) -> bytes:
-    """Variables as jobs.sh reads them from stdin, so that no argument list shows them. Raises UsageError."""
+    """Variables in the format that jobs.sh reads from stdin, so that they do not appear in arguments. Raises UsageError."""
     for name, value in env.items():
         if "\n" in value or not name.isidentifier():
             raise UsageError(
-                f"{name}: no environment variable that can be sent", remedy="one line, a name of letters and digits"
+                f"the environment variable {name} cannot be sent",
+                remedy="use a value without line breaks, and a name of letters, digits and _",
             )
     return "".join(f"{name}={value}\n" for name, value in env.items()).encode() + b".\n"
 
 
 @dataclass
 class LineSplitter:
-    """Bytes as they come to whole lines, counted so that a cut can be mended."""
+    """Splits blocks of bytes into lines. `size` counts the bytes, so that reading can continue after a lost connection."""
 
     on_line: Callable[[str], None]
     size: int = 0
     rest: bytes = b""
 
     def feed(self, block: bytes) -> None:
-        """Hand on the lines that are whole now."""
+        """Add a block and pass on all complete lines."""
         self.size += len(block)
         *lines, self.rest = (self.rest + block).split(b"\n")
         for line in lines:
             self.on_line(line.decode(errors="replace"))
 
     def end(self) -> None:
-        """Hand on what has no end of line."""
+        """Pass on the last line, which has no line break."""
         if self.rest:
             self.on_line(self.rest.decode(errors="replace"))
             self.rest = b""
@@ -59,18 +60,18 @@ class LineSplitter:
 
 @dataclass
 class RunningCommand:
-    """The output of one command while it runs."""
+    """The output of a command while it runs."""
 
     node: Node
     on_line: OnLine | None
     on_bytes: Callable[[bytes], None] | None = None
     keep: bool = True
-    "stdout too, where `on_line` has had its lines."
+    "Keep stdout even if `on_line` receives its lines."
     out: bytearray = field(default_factory=bytearray)
     err: bytearray = field(default_factory=bytearray)
 
     async def attend(self, process: asyncssh.SSHClientProcess[bytes], data: bytes) -> int | None:
-        """Feed stdin, read both streams to their ends; the return code."""
+        """Write stdin and read both streams until they end. Return the return code."""
         await asyncio.gather(
             _feed(process, data),
             self._read(process.stdout, "stdout", self.out),
@@ -92,7 +93,10 @@ class RunningCommand:
             if self.keep or not self.on_line or name == "stderr":
                 kept += block
             if max(len(kept), len(lines.rest)) > LIMIT:
-                raise NodeError(f"{self.node}: more than {LIMIT >> 20} MiB of {name}", remedy="write it to a file there")
+                raise NodeError(
+                    f"{self.node}: {name} of the command is larger than {LIMIT >> 20} MiB",
+                    remedy="redirect the output to a file on the node",
+                )
         lines.end()
 
 
@@ -105,7 +109,7 @@ async def _feed(process: asyncssh.SSHClientProcess[bytes], data: bytes) -> None:
 
 
 async def put_down(process: asyncssh.SSHClientProcess[bytes]) -> None:
-    """A command that we leave is told to end: closing the channel alone would let it run on."""
+    """Terminate the command if it still runs. It would continue if only the channel was closed."""
     if process.exit_status is None and process.exit_signal is None:
         with suppress(OSError, asyncssh.Error):
             process.terminate()

@@ -1,4 +1,4 @@
-"""SSH connections to nodes; host keys from the deployment's known_hosts alone."""
+"""SSH connections to nodes. Only host keys in the deployment's known_hosts are accepted."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from deploy.nodes.deployment import Node
 from gracefarm.errors import GracefarmError, SshError, UsageError
 
 CHANNELS = 8
-"Sessions on one connection at a time; sshd's MaxSessions is 10."
+"Maximum number of concurrent sessions per connection; the default MaxSessions of sshd is 10."
 UNANSWERED = 3
-"Questions without an answer, `connect_timeout` apart, until a connection counts as lost."
+"Number of keepalives without an answer, every `connect_timeout` seconds, after which a connection counts as lost."
 C = TypeVar("C")
 
 
 class Connections:
-    """SSH connections to nodes and jump hosts, made when first needed, kept, and made again after a cut."""
+    """SSH connections to nodes and jump hosts, opened on first use, kept open, and reopened when lost."""
 
     def __init__(self, *, known_hosts: Path, config: Sequence[Path] | None = None, timeout: float = 10.0) -> None:
         self.known_hosts = known_hosts
         self.config = [str(path) for path in config] if config is not None else ()
-        "Files of ssh's configuration; None: ~/.ssh/config."
+        "Configuration files of ssh; None: ~/.ssh/config."
         self._timeout = timeout
         self._connections: dict[str, asyncssh.SSHClientConnection] = {}
         self._jumps: dict[str, asyncssh.SSHClientConnection] = {}
@@ -36,11 +36,15 @@ class Connections:
 
     @property
     def patience(self) -> float:
-        """Seconds for which a node may be out of reach until what it does for us counts as lost."""
+        """Seconds that a node may be unreachable before its job counts as lost."""
         return 30 * self._timeout
 
     async def connection(self, node: Node) -> asyncssh.SSHClientConnection:
-        """The open connection to a node. Raises SshError: unreachable, another host key, refused key."""
+        """The open connection to a node.
+
+        Raises:
+            SshError: the node is unreachable, its host key differs, or it refuses our key.
+        """
         async with self._locks.setdefault(node.name, asyncio.Lock()):
             connection = self._connections.get(node.name)
             if connection is None or connection.is_closed():
@@ -49,7 +53,9 @@ class Connections:
 
     async def _open(self, node: Node) -> asyncssh.SSHClientConnection:
         if not self.known_hosts.is_file():
-            raise SshError(f"{node}: no host keys are pinned yet", remedy="`deploy init` shows them and pins what you accept")
+            raise SshError(
+                f"{node}: no host keys are pinned yet", remedy="run `deploy init`, which shows and pins the host keys"
+            )
         try:
             async with asyncio.timeout(self._timeout):
                 tunnel = await self.jump(node.jump, node.key) if node.jump else ()
@@ -59,7 +65,7 @@ class Connections:
             raise explain(node, error) from error
 
     def options(self, node: Node) -> asyncssh.SSHClientConnectionOptions:
-        """How a node is entered: what deploy.toml says, else ssh's configuration."""
+        """Options of the connection: from deploy.toml, else from the configuration of ssh."""
         return asyncssh.SSHClientConnectionOptions(
             host=node.address,
             host_key_alias=node.address,
@@ -71,7 +77,7 @@ class Connections:
         )
 
     async def jump(self, text: str, key: Path | None) -> asyncssh.SSHClientConnection:
-        """The connection to a jump host, one for all behind it; its key is pinned here or in ~/.ssh/known_hosts."""
+        """The connection to a jump host, shared by all nodes behind it. Its key is pinned here or in ~/.ssh/known_hosts."""
         async with self._locks.setdefault("jump " + text, asyncio.Lock()):
             connection = self._jumps.get(text)
             if connection is not None and not connection.is_closed():
@@ -92,10 +98,10 @@ class Connections:
             return connection
 
     async def channel(self, node: Node, opens: Callable[[asyncssh.SSHClientConnection], Awaitable[C]]) -> C:
-        """A channel. A connection that had died unnoticed is made again once: nothing has run over this one yet.
+        """Open a channel. If the connection is dead, reconnect once; this is safe since nothing has run on the channel yet.
 
         Raises:
-            SshError: not reached, or no further session is allowed there.
+            SshError: the node cannot be reached or refuses another session.
         """
         for attempt in (1, 2):
             connection = await self.connection(node)
@@ -107,7 +113,7 @@ class Connections:
         raise AssertionError
 
     def slot(self, node: Node) -> asyncio.Semaphore:
-        """Held by whoever has a session on a node: sshd allows few."""
+        """Limits the sessions on a node. Hold it during a session."""
         return self._slots.setdefault(node.name, asyncio.Semaphore(CHANNELS))
 
     async def __aenter__(self) -> Self:
@@ -117,7 +123,7 @@ class Connections:
         await self.close()
 
     async def close(self) -> None:
-        """Close what is open; detached jobs go on."""
+        """Close all connections; detached jobs continue."""
         for connection in (*self._connections.values(), *self._jumps.values()):
             connection.close()
             with suppress(asyncssh.Error, OSError, TimeoutError):
@@ -126,7 +132,7 @@ class Connections:
 
 
 def _access(port: int, user: str | None, key: Path | None) -> dict[str, Any]:
-    """What is not said is left to ~/.ssh/config."""
+    """Options for asyncssh. Values that are not set come from ~/.ssh/config."""
     access: dict[str, Any] = {}
     if port != 22:
         access["port"] = port
@@ -138,22 +144,22 @@ def _access(port: int, user: str | None, key: Path | None) -> dict[str, Any]:
 
 
 def parse_jump(text: str) -> tuple[str | None, str, int]:
-    """[user@]host[:port]. Raises UsageError."""
+    """User, host and port of [user@]host[:port]. Raises UsageError."""
     try:
         return split_jump(text)
     except ValueError as error:
-        raise UsageError(str(error), remedy="jump = in deploy.toml, or --jump") from error
+        raise UsageError(str(error), remedy="correct jump in deploy.toml, or --jump") from error
 
 
 def explain(node: Node, error: BaseException) -> GracefarmError:
-    """What a person can do about it."""
+    """The error with a remedy for the user."""
     where = f"{node.name} {node.address}:{node.port}"
     if isinstance(error, GracefarmError):
         return error
     if isinstance(error, asyncssh.HostKeyNotVerifiable):
         return SshError(
-            f"{where} does not show the pinned host key: {error.reason}",
-            remedy="compare the fingerprint on the node's own console; a node that was made anew: `deploy init --repin`",
+            f"{where}: the host key is not the pinned one: {error.reason}",
+            remedy="compare the fingerprint on the node's console; if the node was reinstalled, run `deploy init --repin`",
         )
     if isinstance(error, asyncssh.PermissionDenied):
         return SshError(
@@ -161,11 +167,13 @@ def explain(node: Node, error: BaseException) -> GracefarmError:
             remedy="set user and key in deploy.toml ([nodes]), or load the key: ssh-add",
         )
     if isinstance(error, (asyncssh.KeyImportError, asyncssh.KeyEncryptionError)):
-        key = node.key or f"{where}: a key that ssh's configuration names"
-        return SshError(f"{key}: {error}", remedy="a private key in OpenSSH's format; with a passphrase: ssh-add")
+        key = node.key or f"{where}: a key in the configuration of ssh"
+        return SshError(
+            f"{key}: {error}", remedy="use a private key in OpenSSH's format; load a key that has a passphrase with ssh-add"
+        )
     if isinstance(error, asyncssh.ConfigParseError):
         return SshError(
-            f"the configuration of ssh cannot be read: {error}", remedy="mend that line: `ssh -G HOST` reads it too"
+            f"the configuration of ssh cannot be read: {error}", remedy="fix that line, then check it with `ssh -G HOST`"
         )
     if isinstance(error, FileNotFoundError):
         return SshError(f"{where}: no such file: {error.filename}", remedy="set key in deploy.toml")
@@ -174,4 +182,7 @@ def explain(node: Node, error: BaseException) -> GracefarmError:
         if isinstance(error, TimeoutError)
         else str(getattr(error, "strerror", None) or error or type(error).__name__)
     )
-    return SshError(f"{where} cannot be reached: {text}", remedy="is it up, is the address right, is port 22 open?")
+    return SshError(
+        f"{where} cannot be reached: {text}",
+        remedy="check that the node is up, its address is right, and the port of sshd is open",
+    )

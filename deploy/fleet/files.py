@@ -1,4 +1,4 @@
-"""A file onto a node, placed whole or not at all."""
+"""Copies a file to a node atomically."""
 
 from __future__ import annotations
 
@@ -23,16 +23,18 @@ fi
 [ "$(wc -c <"$partial")" -eq "$3" ] || { echo "the connection was cut" >&2; exit 75; }
 chmod "$2" "$partial" && mv -f "$partial" "$1"
 """
-"The content comes by stdin, so that no argument list shows it; what a cut leaves of it never takes the file's name."
+"The content comes from stdin, so that it does not appear in arguments. A partial file never gets the final name."
 
 
 async def put_file(node: RemoteNode, content: bytes, path: str, *, mode: int = 0o600) -> None:
-    """Place a file on a node, whole or not at all; its folder is made (0700).
+    """Write a file on a node atomically. A missing folder is created with mode 0700.
 
     Raises:
-        DiskFullError: no room there; NodeError: the folder is another user's or cannot be written; SshError: not reached.
+        DiskFullError: the disk of the node is full.
+        NodeError: the folder belongs to another user or cannot be written.
+        SshError: the node cannot be reached.
     """
     command = shlex.join(["sh", "-c", _PLACE, "gracefarm-place", path, f"{mode:o}", str(len(content))])
     ended = await node.shell.stream(command, stdin=content, on_line=lambda _line: None)
     if ended.code:
-        raise refusal_of(node.name, f"placing {path}", ended.stderr.strip() or f"ended with {ended.code}")
+        raise refusal_of(node.name, f"writing {path}", ended.stderr.strip() or f"exit code {ended.code}")

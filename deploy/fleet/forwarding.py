@@ -1,4 +1,4 @@
-"""Ports of this machine that lead to a node's."""
+"""Forwards ports of this machine to ports of a node."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from gracefarm.errors import GracefarmError, SshError
 
 
 class ForwardingError(SshError):
-    """The node's sshd lets a session in and forwards no port."""
+    """The sshd of a node allows sessions but forbids port forwarding."""
 
 
 async def require_forwarding(fleet: Fleet, node: Node, port: int) -> None:
-    """Whether sshd forwards to a port of the node's loopback; whether anything listens there is another question.
+    """Check that sshd forwards to a port of the node's loopback. It does not matter whether a server listens on the port.
 
     Raises:
-        ForwardingError: its configuration forbids it; SshError: the node cannot be entered.
+        ForwardingError: the configuration of sshd forbids it.
+        SshError: the node cannot be reached.
     """
     try:
         _, writer = await fleet.channel(node, lambda connection: connection.open_connection("127.0.0.1", port, encoding=None))
@@ -34,18 +35,20 @@ async def require_forwarding(fleet: Fleet, node: Node, port: int) -> None:
             raise
         if refused.code == OPEN_ADMINISTRATIVELY_PROHIBITED:
             raise ForwardingError(
-                f"{node.name}: its sshd forbids to forward port {port} (AllowTcpForwarding, DisableForwarding or PermitOpen)",
-                remedy="set `AllowTcpForwarding local` in /etc/ssh/sshd_config there, reload sshd, then repeat the command",
+                f"{node.name}: sshd forbids forwarding port {port} (AllowTcpForwarding, DisableForwarding or PermitOpen)",
+                remedy="set `AllowTcpForwarding local` in its /etc/ssh/sshd_config, reload sshd, then repeat the command",
             ) from error
 
 
 @asynccontextmanager
 async def forward_local(fleet: Fleet, node: Node, local_port: int, remote_port: int) -> AsyncIterator[int]:
-    """A port of this machine's loopback that leads to one of the node's; 0 takes a free one. Yields it.
+    """Forward a port of this machine's loopback to a port of the node, and yield it; 0 selects a free port.
 
-    It connects again after a cut.
+    The connection is reopened when it is lost.
+
     Raises:
-        ForwardingError: the node's sshd forbids it; SshError: the port is taken here, or the node cannot be entered.
+        ForwardingError: the node's sshd forbids it.
+        SshError: the local port is in use, or the node cannot be reached.
     """
     await fleet.connection(node)
     await require_forwarding(fleet, node, remote_port)
@@ -61,9 +64,9 @@ async def forward_local(fleet: Fleet, node: Node, local_port: int, remote_port: 
             )
             await asyncio.gather(_pump(reader, far_writer), _pump(far_reader, writer))
         except (GracefarmError, OSError, asyncssh.Error):
-            pass  # nobody listens there now; the client sees its connection closed
+            pass  # nothing listens on the node's port; the client's connection is closed
         except asyncio.CancelledError:
-            pass  # the tunnel is taken down; Python 3.11's server prints a traceback for a handler that ends cancelled
+            pass  # the tunnel is closed; Python 3.11's server prints a traceback for a handler that ends cancelled
         finally:
             tasks.discard(task)
             writer.close()
@@ -72,7 +75,7 @@ async def forward_local(fleet: Fleet, node: Node, local_port: int, remote_port: 
         server = await asyncio.start_server(serve, "127.0.0.1", local_port)
     except OSError as error:
         raise SshError(
-            f"port {local_port} of this machine: {error.strerror}", remedy="another --port; 0 takes a free one"
+            f"port {local_port} of this machine: {error.strerror}", remedy="set another --port; 0 selects a free port"
         ) from error
     try:
         yield int(server.sockets[0].getsockname()[1])

@@ -1,4 +1,4 @@
-"""Host keys as a person meets them: what each node shows, whether it is known, and pinning what was accepted. Never blind."""
+"""Host keys: which key each node has, whether it is known, and pinning accepted keys. No key is trusted without a decision."""
 
 from __future__ import annotations
 
@@ -19,37 +19,41 @@ from gracefarm.errors import GracefarmError, SshError
 from gracefarm.files import atomic_write
 
 ALGORITHMS = ("ssh-ed25519", "ecdsa-sha2-nistp256", "rsa-sha2-512")
-"Kinds of host keys that are pinned, best first."
+"Types of host keys that are pinned, in order of preference."
 SECONDS = 30
 KeyStatus = Literal["pinned", "known", "new", "changed"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class HostKey:
-    """A host key that a node or its jump host showed now."""
+    """The host key of a node or jump host."""
 
     node: Node
     name: str
-    "As known_hosts writes it."
+    "Name in known_hosts."
     key: asyncssh.SSHKey
     status: KeyStatus
-    "pinned: by us before; known: in ~/.ssh/known_hosts; new: to nobody; changed: another one is pinned."
+    "pinned: by this deployment; known: in ~/.ssh/known_hosts; new: in neither file; changed: another key is pinned."
 
     @property
     def fingerprint(self) -> str:
-        """As ssh-keygen -lf writes it."""
+        """The fingerprint in the format of ssh-keygen -lf."""
         return self.key.get_fingerprint()
 
     @property
     def kind(self) -> str:
-        """ssh-ed25519, …"""
+        """The type of the key, such as ssh-ed25519."""
         return self.key.get_algorithm()
 
 
 async def look_jumps(
     fleet: Fleet, nodes: Sequence[Node], own: Path | None = None
 ) -> tuple[list[HostKey], dict[str, GracefarmError]]:
-    """The host keys of the jump hosts: before any node behind them can be looked at, theirs must be trusted."""
+    """Read the host keys of the jump hosts. They must be trusted before the nodes behind them can be reached.
+
+    Returns:
+        The keys, and the errors of the nodes whose jump host cannot be reached.
+    """
     shown: list[HostKey] = []
     bad: dict[str, GracefarmError] = {}
     for text in dict.fromkeys(node.jump for node in nodes if node.jump):
@@ -70,7 +74,11 @@ async def look_jumps(
 async def look(
     fleet: Fleet, nodes: Sequence[Node], own: Path | None = None
 ) -> tuple[list[HostKey], dict[str, GracefarmError]]:
-    """The host keys of all nodes at once, and why some could not be had. `own`: the user's known_hosts."""
+    """Read the host keys of all nodes in parallel. `own`: the user's known_hosts.
+
+    Returns:
+        The keys, and the errors of the nodes that could not be reached.
+    """
     scanned, bad = await try_all(nodes, lambda node: scan(fleet, node))
     shown = []
     for node in nodes:
@@ -90,27 +98,30 @@ def _status(known_hosts: Path, own: Path | None, name: str, key: asyncssh.SSHKey
 
 
 def refuse_changed(shown: Sequence[HostKey]) -> None:
-    """Raises SshError with every key that is not the one that was pinned."""
+    """Raise SshError if any key differs from the pinned one."""
     changed = [host_key for host_key in shown if host_key.status == "changed"]
     if changed:
         raise SshError(
-            "another host key than the pinned one: "
-            + "; ".join(f"{host_key.name} shows {host_key.fingerprint}" for host_key in changed),
-            remedy="somebody may stand between you and the node: compare with its console; if it was made anew: "
-            "`deploy init --repin`",
+            "the host key differs from the pinned one: "
+            + "; ".join(f"{host_key.name} has {host_key.fingerprint}" for host_key in changed),
+            remedy="the connection may be intercepted: compare the fingerprint on the console of the node; if the node was "
+            "reinstalled, run `deploy init --repin`",
         )
 
 
 async def scan(fleet: Fleet, node: Node) -> tuple[str, asyncssh.SSHKey]:
-    """The host key that a node shows, after its name in known_hosts. Shown to a person, not trusted.
+    """Read the host key of a node without trusting it.
+
+    Returns:
+        Its name in known_hosts, and the key.
 
     Raises:
-        SshError: not reached.
+        SshError: the node cannot be reached.
     """
     try:
         async with asyncio.timeout(SECONDS):
             options = fleet.options(node)
-            # ProxyJump of ~/.ssh/config stands under the name, not the address.
+            # ProxyJump in ~/.ssh/config is looked up by the name, not by the address.
             tunnel: Any = await fleet.jump(node.jump, node.key) if node.jump else options.tunnel or ()
             key = await asyncssh.get_server_host_key(
                 options.host,
@@ -119,20 +130,20 @@ async def scan(fleet: Fleet, node: Node) -> tuple[str, asyncssh.SSHKey]:
                 config=fleet.config,
                 server_host_key_algs=list(ALGORITHMS),
             )
-    except (OSError, asyncssh.Error, ValueError) as error:  # ValueError: a key or a configuration that cannot be read
+    except (OSError, asyncssh.Error, ValueError) as error:  # ValueError: an unreadable key or configuration
         raise explain(node, error) from error
     if key is None:
-        raise SshError(f"{node} shows no host key", remedy="is that an SSH server?")
+        raise SshError(f"{node} sent no host key", remedy="check that address and port belong to an SSH server")
     return entry_name(node.address, options.port), key
 
 
 def entry_name(address: str, port: int) -> str:
-    """As known_hosts writes it."""
+    """The name of an address in known_hosts."""
     return address if port == 22 else f"[{address}]:{port}"
 
 
 def pinned(known_hosts: Path) -> dict[str, str]:
-    """Name to `type base64` of a known_hosts file that we wrote; hashed names are not among them."""
+    """Read a known_hosts file without hashed names: name to `type base64`."""
     if not known_hosts.is_file():
         return {}
     entries: dict[str, str] = {}
@@ -144,7 +155,7 @@ def pinned(known_hosts: Path) -> dict[str, str]:
 
 
 def pin(known_hosts: Path, keys: Iterable[tuple[str, asyncssh.SSHKey]]) -> None:
-    """Write keys into known_hosts (0600), replacing what stood there under the same names."""
+    """Write keys to known_hosts with mode 0600, replacing entries with the same names."""
     entries = pinned(known_hosts)
     for name, key in keys:
         entries[name] = " ".join(key.export_public_key().decode().split()[:2])
@@ -153,7 +164,7 @@ def pin(known_hosts: Path, keys: Iterable[tuple[str, asyncssh.SSHKey]]) -> None:
 
 
 def matches(known_hosts: Path, name: str, key: asyncssh.SSHKey) -> bool:
-    """The file (hashed names too) holds this very key for this name."""
+    """Whether the file has this key for this name, hashed names included."""
     host, _, port = name.removeprefix("[").partition("]:")
     trusted = asyncssh.read_known_hosts(str(known_hosts)).match(host, "", int(port) if port else None)[0]
     return any(trusted_key.public_data == key.public_data for trusted_key in trusted)

@@ -1,4 +1,4 @@
-"""Detached jobs: commands that outlive the connection, known to a node by their names and marks."""
+"""Detached jobs: commands that continue without the connection. They are found on a node by their names and marks."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ JobState = Literal["absent", "running", "exited", "stopped", "lost"]
 
 @dataclass(frozen=True, kw_only=True)
 class JobStatus:
-    """A detached job, as looked at on its node. `lost`: killed, or the node started again."""
+    """The state of a detached job on its node. `lost`: it was killed, or the node was rebooted."""
 
     state: JobState
     pid: int | None = None
     returncode: int | None = None
     size: int = 0
-    "Bytes of its log."
+    "Size of its log in bytes."
 
 
 @cache
@@ -57,9 +57,10 @@ async def start_job(
     env: Mapping[str, str] | None = None,
     input: bytes | None = None,  # noqa: A002
 ) -> bool:
-    """Start a command that outlives the connection; False: a job of this name runs already, and was left alone.
+    """Start a command that continues without the connection. Return False if a job of this name is already running.
 
-    It gets a session of its own, its output goes to a log in the node's folder, `env` and `input` by stdin.
+    The command runs in a new session, and its output goes to a log in the node's folder. `env` and `input` are sent on stdin.
+
     Raises:
         NodeError, SshError: it could not be started.
     """
@@ -70,9 +71,9 @@ async def start_job(
 
 
 async def job_status(fleet: Fleet, node: Node, name: str) -> JobStatus:
-    """Look at a job. Raises NodeError, SshError."""
+    """The status of a job. Raises NodeError, SshError."""
     result = await _ask(fleet, "status", node, name)
-    require({node.name: result}, f"looking at {name}")
+    require({node.name: result}, f"reading the status of {name}")
     words = result.stdout.split()
     state: Any = words[0]
     number = int(words[1]) if words[1] != "-" else None
@@ -87,7 +88,9 @@ async def job_status(fleet: Fleet, node: Node, name: str) -> JobStatus:
 async def follow_job(
     fleet: Fleet, node: Node, name: str, on_line: Callable[[str], None], *, offset: int = 0, patience: float = 300.0
 ) -> JobStatus:
-    """Hand on each line of its log, from byte `offset`, until it ends; goes on after a cut without loss or repetition.
+    """Call `on_line` with each line of a job's log, from byte `offset`, until the job ends.
+
+    After a lost connection it continues without losing or repeating a line.
 
     Raises:
         SshError, NodeError: the node could not be reached for `patience` seconds.
@@ -107,7 +110,7 @@ async def follow_job(
             if problem is None and not result.ok:
                 problem = NodeError(
                     f"{node}: the log of {name} cannot be read: {result.stderr.strip() or result.returncode}",
-                    remedy=f"look there: `deploy ssh {node.name}`",
+                    remedy=f"check the node: `deploy ssh {node.name}`",
                 )
         except GracefarmError as error:
             problem = error
@@ -128,19 +131,23 @@ async def _follow(fleet: Fleet, node: Node, name: str, offset: int, log: LineSpl
     except (OSError, asyncssh.Error) as lost:
         error = explain(node, lost)
     if code is None and error is None:
-        error = SshError(f"{node}: the connection was cut", remedy="the job goes on; repeat the command")
+        error = SshError(f"{node}: the connection was lost", remedy="repeat the command; the job is still running")
     return CommandResult(node=node, returncode=code, stderr=running.err.decode(errors="replace"), error=error)
 
 
 async def stop_job(fleet: Fleet, node: Node, name: str, *, grace: float = 10.0) -> None:
-    """TERM to every process of the job, KILL after `grace` seconds, and a look that none is left; absent is fine.
+    """Send TERM to every process of the job, KILL after `grace` seconds, and check that all have ended.
+
+    It is not an error if there is no such job.
 
     Raises:
-        NodeError: processes are left (another user's); SshError: not reached.
+        NodeError: some processes still run, for example those of another user.
+        SshError: the node cannot be reached.
     """
     result = await _ask(fleet, "stop", node, name, str(int(grace)))
     if result.returncode == 1 and result.stdout.strip():
         raise NodeError(
-            f"{node}: processes of {name} cannot be ended: {result.stdout.strip()}", remedy="end them as their owner"
+            f"{node}: these processes of {name} cannot be stopped: {result.stdout.strip()}",
+            remedy="stop them as the user who owns them, then repeat the command",
         )
     require({node.name: result}, f"stopping {name}")

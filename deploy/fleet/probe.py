@@ -1,4 +1,4 @@
-"""Ask every node for its facts, and find the address over which it speaks with the others."""
+"""Collects the facts of all nodes, and finds their addresses for the other nodes."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from deploy.remote.wire import Json
 from gracefarm.errors import GracefarmError, NodeError
 
 VIRTUAL = re.compile(r"lo|docker|br-|veth|virbr|cni|flannel|cali|tailscale|wg|tun|tap|podman")
-"Interfaces that do not join machines, by the start of their names."
+"Prefixes of interface names that do not connect machines."
 
 
 async def probe_nodes(deployment: Deployment, remote_nodes: Sequence[RemoteNode]) -> tuple[Facts, dict[str, GracefarmError]]:
-    """Ask all nodes at once: the facts of those that answered, the reasons of the others."""
+    """Collect facts from all nodes in parallel. Return the facts, and the errors of the nodes that did not answer."""
     nodes = {node.name: node for node in deployment.nodes}
 
     async def ask(remote_node: RemoteNode) -> NodeFacts:
@@ -45,7 +45,7 @@ async def probe_nodes(deployment: Deployment, remote_nodes: Sequence[RemoteNode]
 
 
 def joining(answer: Json) -> list[Json]:
-    """The interfaces that join machines."""
+    """The interfaces that connect machines."""
     return [
         {**interface, "addresses": [address["address"] for address in interface["addresses"]]}
         for interface in answer["interfaces"]
@@ -54,12 +54,13 @@ def joining(answer: Json) -> list[Json]:
 
 
 def private_address(node: Node, answer: Mapping[str, object]) -> tuple[str, str, str]:
-    """Address, interface and network over which a node speaks with the others.
+    """Address, interface and network of a node for the other nodes.
 
-    deploy.toml's word comes first (`private`, `nic`); then the address that ssh came in by, where it is private; then the
-    first private address of an interface that joins machines; then the way out.
+    The first of these is chosen: `private` and `nic` of deploy.toml, the address that ssh uses if it is private, a private
+    address of an interface that connects machines, the address of the default route.
+
     Raises:
-        NodeError: deploy.toml names an address or interface that the node does not have, or it has none at all.
+        NodeError: the node does not have the address or interface of deploy.toml, or has no address.
     """
     addresses = [
         (str(address["address"]), str(interface["name"]), int(address["prefix"]))
@@ -72,9 +73,10 @@ def private_address(node: Node, answer: Mapping[str, object]) -> tuple[str, str,
             if node.private in (None, address) and node.nic in (None, name):
                 return address, name, _network(address, prefix)
         raise NodeError(
-            f"{node}: it has no {' on '.join(word for word in (node.private, node.nic) if word)}", remedy=f"it has {known}"
+            f"{node}: there is no {' on '.join(word for word in (node.private, node.nic) if word)} on this node",
+            remedy=f"correct private or nic in deploy.toml; the node has {known}",
         )
-    if _loopback(node.address):  # a node on this very machine
+    if _loopback(node.address):  # a node on this machine
         return node.address, "lo", _network(node.address, 8)
     came_in = [entry for entry in addresses if entry[0] == answer.get("ssh_address") and _private(entry[0])]
     joining = [entry for entry in addresses if _private(entry[0]) and not VIRTUAL.match(entry[1]) and ":" not in entry[0]]
@@ -82,7 +84,10 @@ def private_address(node: Node, answer: Mapping[str, object]) -> tuple[str, str,
     if chosen := [*came_in, *joining, *way_out]:
         address, name, prefix = chosen[0]
         return address, name, _network(address, prefix)
-    raise NodeError(f"{node}: it has no address to speak with the others", remedy=f"set private for it; it has {known}")
+    raise NodeError(
+        f"{node}: no address for the other nodes was found",
+        remedy=f"set private for this node in deploy.toml; the node has {known}",
+    )
 
 
 def _private(address: str) -> bool:

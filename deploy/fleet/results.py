@@ -1,4 +1,4 @@
-"""What became of work on each node: results, and several nodes' failures as one error."""
+"""Results of work on each node, and the failures of several nodes as one error."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 class Named(Protocol):
-    """A node, in whichever form it is at hand."""
+    """A node, as Node or RemoteNode."""
 
     @property
     def name(self) -> str:
@@ -29,26 +29,26 @@ N = TypeVar("N", bound=Named)
 
 @dataclass(frozen=True, kw_only=True)
 class CommandResult:
-    """What became of a command on one node."""
+    """The result of a command on one node."""
 
     node: Node
     returncode: int | None
-    "128 + N after signal N, as a shell says; None: unknown, see `error`."
+    "128 + N after signal N, as in a shell; None: unknown, see `error`."
     raw: bytes = b""
-    "stdout as it came."
+    "The bytes of stdout."
     stderr: str = ""
     error: GracefarmError | None = None
-    "Why there is no return code: not reached, cut, timed out."
+    "Why there is no return code: node not reached, connection lost, timed out."
     seconds: float = 0.0
 
     @property
     def stdout(self) -> str:
-        """stdout as text."""
+        """The text of stdout."""
         return self.raw.decode(errors="replace")
 
     @property
     def ok(self) -> bool:
-        """Ended with 0."""
+        """True if the return code is 0."""
         return self.returncode == 0
 
 
@@ -57,26 +57,26 @@ _PLACE = re.compile("(?<![\\w/])/[^\\s:'\"\u2018\u2019]+")
 
 
 def full(words: str) -> bool:
-    """A program complains of a disk without room."""
+    """Whether an error message reports a full disk."""
     return bool(_FULL.search(words))
 
 
 def refusal_of(node: str, what: str, words: str) -> GracefarmError:
-    """A program's words on stderr as an error: which file system is full, or its last line."""
+    """An error from a program's stderr: which file system is full, or its last line."""
     if full(words):
         line = next(line for line in words.splitlines() if full(line))
         place = _PLACE.search(line) or _PLACE.search(words) or _PLACE.search(what)
-        where = place[0] if place else "its own disk"
+        where = place[0] if place else "its local disk"
         look = f"`deploy run -k {node} -- df -h{' ' + where if place else ''}` shows it"
         return DiskFullError(f"{node}: no space left on {where}", remedy=f"free space there ({look}), then repeat the command")
-    return NodeError(f"{node}: {what}: {last_line(words)}", remedy=f"look there: `deploy ssh {node}`")
+    return NodeError(f"{node}: {what}: {last_line(words)}", remedy=f"check the node: `deploy ssh {node}`")
 
 
 def require(results: Mapping[str, CommandResult], what: str) -> None:
-    """Nothing, when all ended with 0.
+    """Check that the command succeeded on all nodes.
 
     Raises:
-        GracefarmError: the first node's, which names how many others failed too.
+        GracefarmError: the error of the first node that failed, with the names of the others.
     """
     failed = [result for result in results.values() if not result.ok]
     if not failed:
@@ -91,16 +91,16 @@ def require(results: Mapping[str, CommandResult], what: str) -> None:
         raise refusal_of(first.node.name, what, words)
     reason = last_line(words, "")
     raise NodeError(
-        f"{what}: {first.node} ended with {first.returncode}{': ' + reason if reason else ''}{more}",
-        remedy=f"look there: `deploy ssh {first.node.name}`",
+        f"{what}: exit code {first.returncode} on {first.node}{': ' + reason if reason else ''}{more}",
+        remedy=f"check the node: `deploy ssh {first.node.name}`",
     )
 
 
 async def on_all(nodes: Sequence[N], work: Callable[[N], Awaitable[T]]) -> dict[str, T]:
-    """`work` on every node at once.
+    """Run `work` on every node in parallel.
 
     Raises:
-        GracefarmError: after all have ended; one sentence that names every node that failed and why.
+        GracefarmError: after all have ended; its message has every node that failed and the cause.
     """
     good, bad = await try_all(nodes, work)
     if bad:
@@ -109,7 +109,7 @@ async def on_all(nodes: Sequence[N], work: Callable[[N], Awaitable[T]]) -> dict[
 
 
 async def try_all(nodes: Sequence[N], work: Callable[[N], Awaitable[T]]) -> tuple[dict[str, T], dict[str, GracefarmError]]:
-    """Like `on_all`, with the failures beside the results. A defect of ours is raised."""
+    """Like `on_all`, but return the failures too. Exceptions other than GracefarmError are raised."""
     outcomes = await asyncio.gather(*(work(node) for node in nodes), return_exceptions=True)
     good: dict[str, T] = {}
     bad: dict[str, GracefarmError] = {}
@@ -124,7 +124,7 @@ async def try_all(nodes: Sequence[N], work: Callable[[N], Awaitable[T]]) -> tupl
 
 
 def combined_error(bad: Mapping[str, GracefarmError], of: int) -> GracefarmError:
-    """Several nodes' failures as one error, of the first one's class."""
+    """The failures of several nodes as one error, with the class of the first one."""
     first = next(iter(bad.values()))
     if len(bad) == 1:
         return first

@@ -1,4 +1,4 @@
-"""A fleet's nodes as the steps see them: deploy.fleet.calls's Shell over deploy.fleet.ssh's connections."""
+"""The Shell of deploy.fleet.calls, with the connections of deploy.fleet.ssh."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from deploy.nodes.facts import Facts
 
 @dataclass(frozen=True)
 class FleetShell:
-    """Commands on one node of a fleet."""
+    """Runs commands on one node of a fleet."""
 
     fleet: Fleet
     node: Node
 
     async def stream(self, command: str, *, stdin: bytes, on_line: Callable[[str], None]) -> Exit:
-        """Run it; a node that cannot be entered is an SshError, a connection that was cut a NodeError."""
+        """Run a command. Raises SshError if the node cannot be reached, and NodeError if the connection is lost."""
 
         def line(_node: Node, stream: str, text: str) -> None:
             if stream == "stdout":
@@ -33,23 +33,23 @@ class FleetShell:
         return Exit(code=result.returncode, stderr=result.stderr)
 
     async def start(self, job: str, command: str, *, stdin: bytes) -> bool:
-        """Detached, in the node's folder, with this deployment's mark."""
+        """Start a detached job with this deployment's mark."""
         return await start_job(self.fleet, self.node, job, command, input=stdin)
 
     async def follow(self, job: str, on_line: Callable[[str], None]) -> Exit:
-        """Its log to the end. What was killed has no exit code of its own: -1."""
+        """Follow the log of a job until it ends. The exit code of a killed job is -1."""
         status = await follow_job(self.fleet, self.node, job, on_line, patience=self.fleet.patience)
         if status.returncode is None:
             return Exit(code=-1, stderr="it was stopped" if status.state == "stopped" else "it was killed")
         return Exit(code=status.returncode, stderr="")
 
     async def at_work(self, job: str) -> bool:
-        """A look at its process."""
+        """Whether the job is running."""
         return (await job_status(self.fleet, self.node, job)).state == "running"
 
 
 def remote_nodes(fleet: Fleet, facts: Facts | None = None, nodes: Sequence[Node] | None = None) -> list[RemoteNode]:
-    """Nodes to call into; without facts their private address is the one that ssh reaches, and GPUs are deploy.toml's."""
+    """The nodes as RemoteNode. Without facts, use the address for ssh and the number of GPUs of deploy.toml."""
     known: Mapping[str, tuple[str, int]] = {
         node_facts.name: (node_facts.private, len(node_facts.cuda.gpus)) for node_facts in (facts.nodes if facts else ())
     }

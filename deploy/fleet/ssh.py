@@ -1,4 +1,4 @@
-"""All nodes at once over SSH: a fleet of connections, and commands that run on them."""
+"""A fleet: SSH connections to all nodes, and commands that run on them in parallel."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from deploy.fleet.results import CommandResult, require, try_all
 from deploy.nodes.deployment import Deployment, Node
 from gracefarm.errors import GracefarmError, NodeError
 
-LOCAL = "/tmp/gracefarm-{user}"  # noqa: S108 - jobs.sh refuses it when somebody else owns it
+LOCAL = "/tmp/gracefarm-{user}"  # noqa: S108 - jobs.sh refuses it if another user owns it
 
 
 class Fleet(Connections):
-    """Nodes that are worked on at once; `async with` closes the connections, and detached jobs go on."""
+    """Nodes that run commands in parallel. `async with` closes the connections; detached jobs continue."""
 
     def __init__(
         self,
@@ -34,34 +34,34 @@ class Fleet(Connections):
         super().__init__(known_hosts=known_hosts, config=config, timeout=connect_timeout)
         self.nodes = tuple(nodes)
         self.local = local
-        "Folder on a node's own disk; {user} and {node} are replaced."
+        "Folder on a node's local disk; {user} and {node} are replaced."
         self.mark = mark
-        "Tells this deployment's processes and folders on the nodes from all others'."
+        "Identifies the processes and folders of this deployment on the nodes."
         self._users: dict[str, str] = {}
 
     def pick(self, nodes: Sequence[Node | str] | None) -> tuple[Node, ...]:
-        """Nodes by name or themselves; None: all."""
+        """The given nodes; names are replaced by their nodes. None: all nodes."""
         if nodes is None:
             return self.nodes
         names = {node.name: node for node in self.nodes}
         return tuple(names[node] if isinstance(node, str) else node for node in nodes)
 
     async def connect(self, nodes: Sequence[Node | str] | None = None) -> dict[str, GracefarmError | None]:
-        """Connect to nodes at once; for each None, or why not."""
+        """Connect to nodes in parallel. For each name: None, or the error."""
         chosen = self.pick(nodes)
         _connected, lost = await try_all(chosen, self.connection)
         return {node.name: lost.get(node.name) for node in chosen}
 
     async def base(self, node: Node) -> str:
-        """`local` on a node. Raises SshError, NodeError."""
+        """The folder `local` of a node. Raises SshError, NodeError."""
         if "{user}" in self.local and node.name not in self._users:
             result = (await self.run(["id", "-un"], nodes=[node], timeout=30))[node.name]
-            require({node.name: result}, "asking for the user")
+            require({node.name: result}, "looking up the user name")
             self._users[node.name] = result.stdout.strip()
         return self.local.format(user=self._users.get(node.name, ""), node=node.name)
 
     async def folder(self, node: Node) -> str:
-        """This deployment's folder on the node's own disk, owned by its user; jobs make it. Raises SshError, NodeError."""
+        """This deployment's folder on the node's local disk, owned by its user. Jobs create it. Raises SshError, NodeError."""
         return f"{await self.base(node)}/{self.mark}/{node.name}"
 
     async def run(
@@ -69,15 +69,18 @@ class Fleet(Connections):
         command: Sequence[str] | str,
         *,
         nodes: Sequence[Node | str] | None = None,
-        input: bytes | None = None,  # noqa: A002 - subprocess's word
-        timeout: float | None = None,  # noqa: ASYNC109 - a time for each node, told in its Result
+        input: bytes | None = None,  # noqa: A002 - same name as in subprocess
+        timeout: float | None = None,  # noqa: ASYNC109 - applies to each node; reported in its CommandResult
         on_line: OnLine | None = None,
         keep: bool = True,
     ) -> dict[str, CommandResult]:
-        """A command on all nodes at once: node name to Result, in the nodes' order. Never raises for a node; `require` does.
+        """Run a command on all nodes in parallel. Failures of nodes do not raise; use `require`.
 
-        stdin is closed unless there is `input`. `keep` false: `on_line` alone has stdout, however much it is. Secrets go in
-        `input`, never in `command`.
+        stdin is closed unless `input` is given. If `keep` is false, stdout goes only to `on_line` and may have any size. Pass
+        secrets in `input`, never in `command`.
+
+        Returns:
+            The result of each node by name, in the order of the nodes.
         """
         chosen = self.pick(nodes)
         text = command_line(command)
@@ -98,7 +101,8 @@ class Fleet(Connections):
             error = known
         except TimeoutError:
             error = NodeError(
-                f"{node}: no end within {seconds:g} s; it was told to stop", remedy="a longer --timeout, or look there"
+                f"{node}: timed out after {seconds:g} s and was terminated",
+                remedy=f"increase --timeout, or check the node: `deploy ssh {node.name}`",
             )
         except (OSError, asyncssh.Error) as lost:
             error = NodeError(
@@ -106,7 +110,7 @@ class Fleet(Connections):
                 remedy="repeat the command",
             )
         if code is None and error is None:
-            error = NodeError(f"{node}: the connection ended before the command did", remedy="repeat the command")
+            error = NodeError(f"{node}: the connection ended before the command", remedy="repeat the command")
         return CommandResult(
             node=node,
             returncode=code,
@@ -119,10 +123,15 @@ class Fleet(Connections):
     async def attend(
         self, node: Node, command: str, running: RunningCommand, data: bytes = b"", seconds: float | None = None
     ) -> int | None:
-        """Start a command, feed it and read it to its end; its return code. It is told to end when we leave it.
+        """Start a command, write its input and read its output until it ends. Terminate it if this call is left early.
+
+        Returns:
+            The return code.
 
         Raises:
-            SshError: not reached; TimeoutError; OSError, asyncssh.Error: the connection was lost.
+            SshError: the node cannot be reached.
+            TimeoutError: the command takes longer than `seconds`.
+            OSError, asyncssh.Error: the connection was lost.
         """
         async with self.slot(node):
             process = await self.channel(node, lambda connection: connection.create_process(command, encoding=None))
@@ -134,7 +143,7 @@ class Fleet(Connections):
 
 
 def open_fleet(deployment: Deployment, *, config: Sequence[Path] | None = None, connect_timeout: float | None = None) -> Fleet:
-    """A deployment's nodes, with its known_hosts, its folder on the nodes and its mark."""
+    """The fleet of a deployment, with its known_hosts, its folder on the nodes and its mark."""
     return Fleet(
         deployment.nodes,
         known_hosts=deployment.folder.known_hosts,

@@ -1,4 +1,4 @@
-"""The engine and Ray's dashboard on this machine's loopback, through SSH to the head; connected again after a cut."""
+"""Forwards the ports of the engine and Ray's dashboard to this machine, through SSH to the head."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from gracefarm.errors import GracefarmError, HostError, SshError
 from gracefarm.files import lock
 
 LOOK = 5.0
-"Seconds between two looks at the connection, and between two tries to make it again."
+"Seconds between checks of the connection, and between attempts to reconnect."
 OnChange = Callable[[GracefarmError | None], None]
-"None: connected (again); else why not."
+"Called with None when the connection is up again, and with the error when it is lost."
 
 
 @dataclass(frozen=True, kw_only=True)
 class WantedPort:
-    """A port of the head's loopback, and which one it should be here (0: any)."""
+    """A port of the head's loopback, and the local port for it (0: any free port)."""
 
     name: str
     remote: int
@@ -35,17 +35,17 @@ class WantedPort:
 
 @dataclass(frozen=True, kw_only=True)
 class Forward:
-    """A port here that leads there."""
+    """A local port that is forwarded."""
 
     name: str
     remote: int
     local: int
     moved: bool
-    "The wanted one was taken here."
+    "True if the requested local port was in use."
 
 
 def ports(deployment: Deployment, *, engine: int | None = None, dashboard: int | None = None) -> tuple[WantedPort, ...]:
-    """The tutorial's two, the same numbers here unless others are wanted."""
+    """The ports of the engine and of the dashboard. The local ports have the same numbers by default."""
     there = deployment.data.ports
     return (
         WantedPort(name="engine", remote=there.engine, local=there.engine if engine is None else engine),
@@ -55,10 +55,10 @@ def ports(deployment: Deployment, *, engine: int | None = None, dashboard: int |
 
 @asynccontextmanager
 async def opened(fleet: Fleet, node: Node, wanted: Sequence[WantedPort]) -> AsyncIterator[tuple[Forward, ...]]:
-    """Every port of `wanted`, for as long as the context lasts. One that is taken here gets a free one instead.
+    """Forward all ports of `wanted` while the context is open. A free local port replaces one that is in use.
 
     Raises:
-        SshError: the node cannot be entered.
+        SshError: the node cannot be reached.
     """
     await fleet.connection(node)
     async with AsyncExitStack() as stack:
@@ -66,7 +66,7 @@ async def opened(fleet: Fleet, node: Node, wanted: Sequence[WantedPort]) -> Asyn
         for port in wanted:
             try:
                 local = await stack.enter_async_context(forward_local(fleet, node, port.local, port.remote))
-            except SshError:  # the node was entered above: it is the port
+            except SshError:  # the node was reached above, so the port is in use
                 local = await stack.enter_async_context(forward_local(fleet, node, 0, port.remote))
             moved = port.local not in (0, local)
             forwards.append(Forward(name=port.name, remote=port.remote, local=local, moved=moved))
@@ -74,7 +74,7 @@ async def opened(fleet: Fleet, node: Node, wanted: Sequence[WantedPort]) -> Asyn
 
 
 async def attend(fleet: Fleet, node: Node, on_change: OnChange, *, every: float = LOOK) -> None:
-    """Keep the connection up for ever, and say when it is lost and when it is back. Cancel it to end."""
+    """Keep the connection open until cancelled, and call `on_change` when it is lost and when it is back."""
     up = True
     before = await fleet.connection(node)
     while True:
@@ -93,7 +93,7 @@ async def attend(fleet: Fleet, node: Node, on_change: OnChange, *, every: float 
 
 @contextmanager
 def registered(folder: Folder) -> Iterator[None]:
-    """Known to `end_all` while it lasts: a locked file with this process's number, unlocked by the kernel when it dies."""
+    """Register this process for `end_all`: a locked file with its process id. The kernel releases the lock when it ends."""
     path = folder.path / "tunnels" / str(os.getpid())
     with lock(path):
         path.write_text(_place())
@@ -104,23 +104,26 @@ def registered(folder: Folder) -> Iterator[None]:
 
 
 def end_all(folder: Folder, *, seconds: float = 10) -> int:
-    """End every tunnel of this deployment on this machine; how many there were.
+    """Stop all tunnels of this deployment on this machine. Return their number.
 
     Raises:
-        HostError: one does not end.
+        HostError: a tunnel does not stop.
     """
     ended = 0
     for path in sorted((folder.path / "tunnels").glob("[0-9]*")):
         with path.open("a") as stream:
             if not _free(stream.fileno()):
                 if path.read_text() != _place():
-                    continue  # its number means another process here
+                    continue  # the process id is from another boot or namespace
                 os.kill(int(path.name), signal.SIGTERM)
                 ended += 1
                 deadline = time.monotonic() + seconds
                 while not _free(stream.fileno()):
                     if time.monotonic() > deadline:
-                        raise HostError(f"the tunnel, process {path.name}, does not end", remedy=f"kill -9 {path.name}")
+                        raise HostError(
+                            f"the tunnel (process {path.name}) did not stop within {seconds:g} s",
+                            remedy=f"run `kill -9 {path.name}`",
+                        )
                     time.sleep(0.05)
         path.unlink(missing_ok=True)
     return ended
@@ -135,6 +138,6 @@ def _free(descriptor: int) -> bool:
 
 
 def _place() -> str:
-    """Where a process's number means what it means here: this boot of this machine, this process namespace."""
+    """Boot and process namespace in which a process id is valid."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{boot} {Path('/proc/self/ns/pid').stat().st_ino}\n"

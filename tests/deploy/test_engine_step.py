@@ -258,7 +258,7 @@ def test_nothing_is_started_where_sshd_forwards_no_port(tmp_path: Path) -> None:
     async def work(fleet: Fleet, head: RemoteNode, made: list[kit.Machine]) -> None:
         plan = a_plan(free_port())
         made[0].forwards = False
-        with pytest.raises(ForwardingError, match=r"k0: its sshd forbids to forward port \d+ \(AllowTcpForwarding") as error:
+        with pytest.raises(ForwardingError, match=r"k0: sshd forbids forwarding port \d+ \(AllowTcpForwarding") as error:
             await engine.start_or_attach(fleet, head, spec(plan), Console())
         assert "AllowTcpForwarding local" in error.value.remedy
         assert (await job_status(fleet, made[0].node, "engine")).state == "absent"
@@ -267,7 +267,7 @@ def test_nothing_is_started_where_sshd_forwards_no_port(tmp_path: Path) -> None:
         made[0].forwards = False
         verdict = diagnose(await probe(fleet, head, spec(plan)))
         assert verdict.kind == "unreachable"
-        assert "the engine runs (listening) and cannot be asked: k0: its sshd forbids" in verdict.text
+        assert "the engine runs (listening) and cannot be asked: k0: sshd forbids" in verdict.text
 
     on_a_node(tmp_path, work)
 

@@ -50,13 +50,13 @@ def test_the_private_address_is_chosen_by_rule(asked: Node, answer: dict[str, ob
 
 @pytest.mark.parametrize("more", [{"nic": "eth7"}, {"private": "10.9.0.8"}, {"nic": "eth1", "private": "10.9.0.9"}])
 def test_what_deploy_toml_says_and_the_node_has_not_is_named(more: dict[str, str]) -> None:
-    with pytest.raises(NodeError, match="it has no") as caught:
+    with pytest.raises(NodeError, match="there is no") as caught:
         private_address(node(**more), said())
     assert "eth1 192.168.7.9" in caught.value.remedy
 
 
 def test_a_docker_bridge_joins_no_machines() -> None:
-    with pytest.raises(NodeError, match="no address to speak"):
+    with pytest.raises(NodeError, match="no address for the other nodes"):
         private_address(node(), said(interfaces=INTERFACES[:2], route_address=None))
 
 

@@ -36,7 +36,7 @@ def test_another_host_key(made: Rehearsal) -> None:
     nodefaults.new_host_key(made.room["k1"])
     done = deploy(made, "up")
     assert done.code == SSH
-    assert "k1 10.77.0.12:22 does not show the pinned host key" in done.output
+    assert "k1 10.77.0.12:22: the host key is not the pinned one" in done.output
     well(made, "init", "deploy.toml", "--accept", "--repin")
     well(made, "up")
 

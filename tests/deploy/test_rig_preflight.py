@@ -46,7 +46,7 @@ def room(tmp_path: Path) -> Iterator[Rig]:
             *("k1", nodefaults.read_only_share, f"k1: share: {MOUNT} cannot be written: read-only file system"),
             marks=pytest.mark.slow,
         ),
-        ("k0", nodefaults.forbid_forwarding, "k0: tunnel: k0: its sshd forbids to forward port 2242"),
+        ("k0", nodefaults.forbid_forwarding, "k0: tunnel: k0: sshd forbids forwarding port 2242"),
     ],
 )
 def test_the_node_and_the_cause_are_the_error(

@@ -51,7 +51,6 @@ TO_DO = frozenset(
         "builder/upkeep/",
         "deploy/data/",
         "deploy/engine/",
-        "deploy/fleet/",
         "deploy/measure/",
         "deploy/planning/",
         "deploy/rehearsal/",
