@@ -84,7 +84,7 @@ def ours(repo: str, gpu: str, tp: int, streams: int) -> tuple[float, float]:
     """GiB of weights and what is reserved beside them; tokens/s of all streams."""
     model = models.built_in(repo, "main")
     if model is None:
-        sys.exit(f"no numbers of {repo} are built in")
+        sys.exit(f"{repo} is not a built-in model")
     question = Question(
         engine=engines.engine("vllm"),
         model=model,

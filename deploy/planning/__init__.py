@@ -1,1 +1,1 @@
-"""What will run where: model, layout, speed, engine options, and the plan with its commands."""
+"""Plans a deployment: model, layout, speed, engine options, and the plan with its commands."""

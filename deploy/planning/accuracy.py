@@ -1,4 +1,4 @@
-"""What the planner predicts beside what was measured (deploy/data/accuracy.toml): ours with a bound, others' without."""
+"""Compares predictions with measurements (deploy/data/accuracy.toml). Our own measurements have an error bound."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from gracefarm.errors import ConfigError
 
 
 class MeasuredRun(BaseModel):
-    """One row: the engine, the model, the machines, and what was measured by the number of streams."""
+    """One row of the table: engine, model, machines, and the results by number of streams."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
     model: str
     layers: PositiveInt | None = None
-    "Fewer than the model has; None: all."
+    "Number of layers, if fewer than the model has; None: all."
     engine: Literal["aphrodite", "vllm"] = "vllm"
     gpu: str
     nodes: PositiveInt = 1
@@ -35,30 +35,30 @@ class MeasuredRun(BaseModel):
     pp: PositiveInt = 1
     dp: PositiveInt = 1
     tcp: bool = False
-    "Collectives went over TCP although the GPUs were on one node."
+    "Collectives used TCP although the GPUs were on one node."
     gbit_s: PositiveFloat | None = None
     "InfiniBand or RoCE between the nodes."
     context: NonNegativeInt
     ms: Mapping[int, float] | None = None
     tokens_per_s: Mapping[int, float] | None = None
     committed: Mapping[int, float] | None = None
-    "Tokens/s that were predicted before the run was made."
+    "Tokens/s that were predicted before the run."
     bound: PositiveFloat | None = None
     beyond: Mapping[int, str] = Field(default_factory=dict)
-    "Why the bound is missed, by streams."
+    "Why the error exceeds the bound, by streams."
     fitted: bool = False
     source: str
 
     @property
     def measured(self) -> Mapping[int, float]:
-        """Tokens/s of all streams together; empty: not measured yet."""
+        """Tokens/s of all streams together; empty if not measured yet."""
         if self.ms:
             return {streams: round(streams / value * 1e3, 2) for streams, value in self.ms.items()}
         return self.tokens_per_s or {}
 
 
 class AccuracyRow(BaseModel):
-    """A run and a number of streams. `error`: of the prediction, as a share of what was measured."""
+    """A run with a number of streams. `error` is the relative error of the prediction."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -69,25 +69,25 @@ class AccuracyRow(BaseModel):
     error: float | None
     bound: float | None
     why: str = ""
-    "It is beyond its bound."
+    "Why the error exceeds the bound."
     fitted: bool
     source: str
 
     @property
     def holds(self) -> bool:
-        """It is within its bound, or has none."""
+        """True if the error is within the bound, or there is no bound."""
         return self.bound is None or self.error is None or abs(self.error) <= self.bound
 
 
 @cache
 def runs() -> tuple[MeasuredRun, ...]:
-    """Every row of the table."""
+    """All rows of the table."""
     table = tomllib.loads((resources.files("deploy") / "data" / "accuracy.toml").read_text())
     return tuple(MeasuredRun.model_validate(entry) for entry in table["run"])
 
 
 def rows(measured: Sequence[MeasuredRun] | None = None) -> tuple[AccuracyRow, ...]:
-    """Predicted beside measured, by run and number of streams; None: the table's."""
+    """Predicted and measured values by run and number of streams; None: for the rows of the table."""
     chosen = runs() if measured is None else measured
     return tuple(_row(run, streams) for run in chosen for streams in (run.measured or run.committed or {}))
 
@@ -109,16 +109,16 @@ def _row(run: MeasuredRun, streams: int) -> AccuracyRow:
 
 
 def predict(run: MeasuredRun, streams: int) -> float:
-    """Tokens/s of all streams together, as the planner says it today."""
+    """Tokens/s of all streams together, as the planner predicts now."""
     stages, traffic, link = loads(run)
     return speed.rate(stages, traffic, link, streams, run.context // 2, run.dp)
 
 
 def loads(run: MeasuredRun) -> tuple[tuple[StageLoad, ...], speed.Traffic, Link]:
-    """What the stages of a run do for a token. Raises ConfigError: its model is not built in."""
+    """The load of each stage of a run per token. Raises ConfigError if its model is not built in."""
     found = models.built_in(run.model, "main")
     if found is None:
-        raise ConfigError(f"{run.name}: no numbers of {run.model} are built in", remedy="add them to deploy/data/models.toml")
+        raise ConfigError(f"{run.name}: {run.model} is not a built-in model", remedy="add it to deploy/data/models.toml")
     model: Model = found.model_copy(update={"layers": run.layers}) if run.layers else found
     link = speed.rdma(run.gbit_s) if run.gbit_s else Link()
     question = Question(

@@ -1,6 +1,6 @@
-"""Architectures: what each makes of the numbers of config.json, and which tensors a layer then has.
+"""Architectures: how each uses the numbers of config.json, and which tensors its layers have.
 
-Names and shapes as in the checkpoints; vLLM 0.26.0's model classes (vllm/model_executor/models in its wheel) load them so.
+Names and shapes are those of the checkpoints, as the model classes of vLLM 0.26.0 load them (vllm/model_executor/models).
 """
 
 from __future__ import annotations
@@ -17,28 +17,28 @@ from deploy.planning.shapes import Experts, Latent, Model, Quantization
 from deploy.planning.tensors import Tensor
 
 MOST_LAYERS = 1000
-"More than any model has: a wrong number must not fill this machine's memory."
+"An upper limit that no model reaches, so that a wrong number cannot fill the memory of this machine."
 Bias = Literal["config", "qkv", "all"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """What differs between the architectures."""
+    """The differences between the architectures."""
 
     bias: Bias = "config"
-    "Biases of attention: as config.json's attention_bias says, of q, k and v always, or of all four always."
+    "Biases of attention: from attention_bias in config.json, always for q, k and v, or always for all four."
     query_norm: bool = False
-    "Query and key have a norm each, of one head's size."
+    "Query and key each have a norm with the size of one head."
     mlp: str = "mlp"
-    "The module that holds the MLP or the experts."
+    "The module of the MLP or the experts."
     router: str = "gate"
     names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
-    "Of an expert's matrices."
+    "Names of an expert's matrices."
     fused_experts: bool = False
-    "All experts of a layer are one tensor."
+    "All experts of a layer are in one tensor."
     shared: str = "shared_experts"
     nested: bool = False
-    "config.json has the numbers in text_config."
+    "The numbers are in text_config of config.json."
 
 
 _LLAMA = Architecture()
@@ -62,7 +62,7 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
     }
 )
 DENSE = ("LlamaForCausalLM", "MistralForCausalLM")
-"What Aphrodite 0.6.4's uneven splits were read and checked for."
+"Architectures for which the uneven splits of Aphrodite 0.6.4 were checked."
 
 
 # from config.json
@@ -72,8 +72,9 @@ def model_of(name: str, config: Mapping[str, Any], *, repo: str, revision: str, 
     """The model of a config.json of a known architecture.
 
     Raises:
-        KeyError: a number is missing. ValidationError, ValueError, TypeError, ZeroDivisionError: one is wrong.
-        NotImplementedError: names a quantisation that is not known here.
+        KeyError: a number is missing.
+        ValidationError, ValueError, TypeError, ZeroDivisionError: a number is wrong.
+        NotImplementedError: the quantisation is unknown; the message is its name.
     """
     about = ARCHITECTURES[name]
     numbers: Mapping[str, Any] = config["text_config"] if about.nested else config
@@ -82,7 +83,7 @@ def model_of(name: str, config: Mapping[str, Any], *, repo: str, revision: str, 
         raise NotImplementedError(stored)
     heads, layers = numbers["num_attention_heads"], numbers["num_hidden_layers"]
     if not (isinstance(layers, int) and 0 < layers <= MOST_LAYERS):
-        msg = f"num_hidden_layers is {layers!r}, and models have 1 to {MOST_LAYERS}"
+        msg = f"num_hidden_layers is {layers!r}, but must be from 1 to {MOST_LAYERS}"
         raise ValueError(msg)
     llama4 = name == "Llama4ForConditionalGeneration"
     return Model(
@@ -127,7 +128,7 @@ def _experts(name: str, numbers: Mapping[str, Any], layers: int) -> Experts | No
                 columns=numbers["moe_intermediate_size"],
                 layers=tuple(layer for layer in range(layers) if (layer + 1) % step == 0 and layer not in plain),
             )
-        case _ if numbers.get("n_routed_experts"):  # DeepSeek's and those made after them
+        case _ if numbers.get("n_routed_experts"):  # DeepSeek and similar models
             step = numbers.get("moe_layer_freq", 1)
             columns = numbers["moe_intermediate_size"]
             return Experts(
@@ -163,7 +164,7 @@ def _latent(numbers: Mapping[str, Any], layers: int) -> Latent:
 
 
 def _index_layers(numbers: Mapping[str, Any], layers: int) -> tuple[int, ...]:
-    """Layers with an indexer of their own (vLLM 0.26.0, deepseek_v2.py)."""
+    """Layers with an indexer (vLLM 0.26.0, deepseek_v2.py)."""
     pattern = numbers.get("index_topk_pattern")
     if pattern:
         return tuple(layer for layer in range(layers) if layer >= len(pattern) or pattern[layer] != "S")
@@ -186,7 +187,7 @@ def _full_layers(name: str, numbers: Mapping[str, Any], layers: int) -> tuple[in
             kinds: Sequence[str] = numbers.get("layer_types") or ["sliding_attention", "full_attention"] * layers
             return tuple(layer for layer in range(layers) if kinds[layer] == "full_attention")
         case "Llama4ForConditionalGeneration":
-            return tuple(range(3, layers, 4))  # every fourth layer has no positions and sees all
+            return tuple(range(3, layers, 4))  # every fourth layer has no positions and no window
     return None
 
 
@@ -195,7 +196,7 @@ def _full_layers(name: str, numbers: Mapping[str, Any], layers: int) -> tuple[in
 
 @lru_cache(maxsize=4096)
 def layer_tensors(model: Model, layer: int) -> tuple[Tensor, ...]:
-    """The tensors of a decoder layer, as a checkpoint has them; experts with `*` for their number."""
+    """The tensors of a decoder layer in a checkpoint, with `*` for the number of an expert."""
     if model.stored:
         return model.stored.kinds[model.stored.order[layer]]
     attention = _latent_attention if model.latent else _attention
@@ -205,7 +206,7 @@ def layer_tensors(model: Model, layer: int) -> tuple[Tensor, ...]:
 
 
 def outer_tensors(model: Model) -> tuple[Tensor, ...]:
-    """What stands outside the layers: embedding, last norm, output layer."""
+    """The tensors outside of the layers: embedding, last norm, output layer."""
     if model.stored:
         return model.stored.outer
     embedding, head = (_plain(name, model.vocab, model.hidden) for name in ("embed_tokens.weight", "lm_head.weight"))
@@ -218,7 +219,7 @@ def _plain(name: str, *shape: int, dtype: str = "BF16") -> Tensor:
 
 
 def _matrix(model: Model, layer: int, module: str, rows: int, columns: int, *, count: int = 1) -> tuple[Tensor, ...]:
-    """A weight matrix as it is stored."""
+    """The stored tensors of a weight matrix."""
     stored: Quantization | None = model.quantization
     if stored and quantization.ignores(stored, f"model.layers.{layer}.{module.replace('*', '0')}"):
         stored = None
@@ -316,7 +317,7 @@ def _fused_experts(model: Model, experts: Experts, mlp: str) -> Iterator[Tensor]
 
 @lru_cache(maxsize=64)
 def active_parameters(model: Model) -> int:
-    """Weights that a token is multiplied with: of the routed experts those that it passes."""
+    """Number of weights that process a token; of the routed experts only the selected ones."""
     plain = model.model_copy(update={"quantization": None, "stored": None})
     total = 0
     for layer in range(model.layers):

@@ -1,4 +1,4 @@
-"""Which of the splits that fit serves the objective best, and why the others do not."""
+"""Chooses the layout for the objective, and explains why other layouts were rejected."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from deploy.planning.layouts import Candidate, LayoutChoice, Question, Rejected,
 from gracefarm.errors import LayoutError
 
 ABOUT = 0.95
-"Layouts that reach this share of the best one are as good as it: the prediction is not more exact."
+"Layouts that reach this share of the best one count as equal, since the prediction is not more accurate."
 
 
 def choose(question: Question) -> LayoutChoice:
-    """The layout that fits and serves the objective best, within what deploy.toml forces.
+    """Choose the best layout for the objective that fits and has the values of deploy.toml.
 
     Raises:
-        LayoutError: none fits; with the reason of the one that came nearest, or of the one that was forced.
+        LayoutError: no layout fits. The reason is that of the forced layout, or of the one that came closest.
     """
     forced = question.forced
     if forced.partition and forced.pipeline_parallel is None:
         forced = forced.model_copy(update={"pipeline_parallel": len(forced.partition)})
     if not question.machines or not question.machines[0].gpus:
         raise LayoutError(
-            "the head has no usable GPU, and the engine's driver needs one", remedy="put a node with a GPU first"
+            "the head has no usable GPU, but the engine's driver requires one", remedy="list a node with a GPU first"
         )
     reason = engines.gpu_refusal(question.engine, question.model, min(_capabilities(question)))
     if reason:
-        raise LayoutError(reason, remedy="plan the repository with 16-bit weights, or other GPUs")
+        raise LayoutError(reason, remedy="use a repository with 16-bit weights, or other GPUs")
     if forced.tensor_parallel and forced.pipeline_parallel:
         dp = forced.data_parallel or 1
         only = evaluate(question, forced.tensor_parallel, forced.pipeline_parallel, forced.partition, dp)
@@ -53,7 +53,7 @@ def choose(question: Question) -> LayoutChoice:
 
 
 def _merit(question: Question, candidate: Candidate) -> float:
-    """What the objective counts: tokens/s of one stream, of all, or per dollar (per node and hour where no price is known)."""
+    """The value to maximise: tokens/s of one stream, of all streams, or per dollar (per node-hour if no price is known)."""
     prediction = candidate.prediction
     most = max((level.tokens_per_s for level in prediction.levels), default=prediction.tokens_per_s)
     match question.objective:
@@ -66,7 +66,7 @@ def _merit(question: Question, candidate: Candidate) -> float:
 
 
 def _best(question: Question, fitting: Sequence[Candidate]) -> Candidate:
-    """Of those that are about as good as the best one, that on the fewest nodes and GPUs: what more would bring is noise."""
+    """Of the candidates that are nearly as good as the best one, the one with the fewest nodes and GPUs."""
     most = max(_merit(question, candidate) for candidate in fitting)
     close = [candidate for candidate in fitting if _merit(question, candidate) >= most * ABOUT]
     return min(
@@ -81,18 +81,18 @@ def _best(question: Question, fitting: Sequence[Candidate]) -> Candidate:
 
 
 def _capabilities(question: Question) -> Iterator[int]:
-    """Of the GPUs."""
+    """The compute capabilities of the GPUs."""
     yield from (hardware.kind_of(gpu.name).sm for machine in question.machines for gpu in machine.gpus)
 
 
 def _refused(question: Question, tp: int) -> str | None:
-    """Why the engine does not split the model so."""
+    """Why the engine refuses this tp, or None."""
     whole = engines.expert_parallel(question.engine, question.model, tp, question.forced.expert_parallel)
     return engines.refusal(question.engine, question.model, tp, expert_parallel=whole)
 
 
 def _replicas(question: Question, forced: LayoutConfig, world: int) -> Iterator[int]:
-    """Numbers of replicas that are tried: for throughput as many as there is room for, else one."""
+    """Numbers of replicas to try: for throughput, as many as fit; else one."""
     if forced.data_parallel:
         yield forced.data_parallel
         return
@@ -103,7 +103,7 @@ def _replicas(question: Question, forced: LayoutConfig, world: int) -> Iterator[
 
 
 def _pairs(question: Question, forced: LayoutConfig) -> Iterator[tuple[int, int]]:
-    """What is tried. A tp that the engine refuses is tried once, for its reason, up to 16."""
+    """Pairs of tp and pp to try. A tp up to 16 that the engine refuses is tried once, to get the reason."""
     tps = [forced.tensor_parallel] if forced.tensor_parallel else range(1, question.gpus + 1)
     for tp in tps:
         refused = _refused(question, tp) is not None
@@ -116,12 +116,12 @@ def _pairs(question: Question, forced: LayoutConfig) -> Iterator[tuple[int, int]
 
 
 def _possible(question: Question, tp: int, pp: int) -> tuple[bool, bool]:
-    """The engine splits so, and there are the GPUs: what fails in spite of both is what a person wants to hear about."""
+    """Whether the engine accepts this split, and whether there are enough GPUs. Errors of possible splits are most useful."""
     return _refused(question, tp) is None, tp * pp <= question.gpus
 
 
 def _worth_saying(failed: Mapping[tuple[int, int], LayoutError], question: Question) -> list[Rejected]:
-    """Of each tp the attempt with the most stages: with fewer it fits still less."""
+    """For each tp, the failed layout with the most stages. With fewer stages it would fit even less."""
     last: dict[int, Rejected] = {}
     for (tp, pp), error in failed.items():
         if _refused(question, tp):
@@ -132,14 +132,14 @@ def _worth_saying(failed: Mapping[tuple[int, int], LayoutError], question: Quest
 
 
 def _own_splits(question: Question, fitting: Sequence[Candidate]) -> Iterator[Rejected]:
-    """Layouts that fit by their partition alone: the engine's own split overloads the last stage."""
+    """Layouts that fit only with our partition. The engine's default partition overloads the last stage."""
     if not question.engine.default_partition:
         return
     for candidate in fitting:
         own = engines.default_partition(question.model.layers, candidate.layout.pp)
         if own == candidate.layout.partition or (candidate.layout.offload_gib and candidate is not fitting[0]):
-            continue  # nobody would take what is slow with our split already
-        name = f"{candidate.layout.name}, the engine's own split {short(own)}"
+            continue  # not worth a note: the layout is slow with our partition too
+        name = f"{candidate.layout.name} with the engine's default partition {short(own)}"
         try:
             usual = evaluate(question, candidate.layout.tp, candidate.layout.pp, own)
         except LayoutError as error:
@@ -149,13 +149,13 @@ def _own_splits(question: Question, fitting: Sequence[Candidate]) -> Iterator[Re
         if theirs > ours:
             yield Rejected(
                 layout=name,
-                reason=f"the last stage holds {usual.memory.weights_gib:.1f} GiB per GPU, {theirs:g} of them in host memory; "
-                f"{short(candidate.layout.partition)} holds {candidate.memory.weights_gib:.1f} and {ours:g}",
+                reason=f"the last stage has {usual.memory.weights_gib:.1f} GiB per GPU, {theirs:g} of them in host memory; "
+                f"with {short(candidate.layout.partition)} it is {candidate.memory.weights_gib:.1f} and {ours:g}",
             )
 
 
 def short(partition: Sequence[int]) -> str:
-    """12,12,12,18 as 12x3,18."""
+    """A partition in short form: 12,12,12,18 as 12x3,18."""
     runs: list[list[int]] = []
     for layers in partition:
         if runs and runs[-1][0] == layers:

@@ -1,4 +1,4 @@
-"""The commands and environments of a plan: Ray's on every node, the engine's on the head."""
+"""The commands and environments of a plan: of Ray on every node, and of the engine on the head."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from deploy.planning.layouts import Layout
 from gracefarm.errors import ConfigError
 
 OBJECT_STORE = 1 << 30
-"Bytes; Ray would take 30 % of the host memory that weights may need, and the engine keeps nothing there."
+"Bytes of Ray's object store, which the engine does not use. Ray's default is 30 % of the host memory, which weights may need."
 OBJECT_STORE_REHEARSED = 128 << 20
 OFFLOAD_TIMEOUT = 600
-"Seconds for one step: the engine's 60 s are too few where weights come from host memory."
+"Seconds for one step. The engine's default of 60 s is too short if weights are in host memory."
 
 
 def node_env(deployment: Deployment, engine: Engine, layout: Layout, facts: NodeFacts, node: Node) -> dict[str, str]:
-    """Of everything that runs on a node. Ray hands no more than CUDA_VISIBLE_DEVICES to its workers: all else must be here."""
+    """Environment of all processes on a node. It must be complete: Ray passes only CUDA_VISIBLE_DEVICES to its workers."""
     env = {
         engine.host_variable: facts.private,
         **({engine.port_variable: str(deployment.data.ports.engine_store)} if engine.port_variable else {}),
@@ -30,7 +30,7 @@ def node_env(deployment: Deployment, engine: Engine, layout: Layout, facts: Node
     if deployment.data.launcher == "ray":
         env |= {
             "RAY_USAGE_STATS_ENABLED": "0",
-            # Ray before 2.52 knows no tokens and ignores both.
+            # Ray before 2.52 has no tokens and ignores both.
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": paths.ray_token(deployment, node, facts.user),
         }
@@ -43,11 +43,14 @@ def node_env(deployment: Deployment, engine: Engine, layout: Layout, facts: Node
     for name, value in deployment.data.env.items():
         if redact.called_secret(name) or redact.Redactor().line(value) != value:
             raise ConfigError(
-                f"[env] {name} is a secret, and deploy.toml and plans are read by many",
-                remedy="remove it: keys are made by `deploy serve`, the Hub's token comes from HF_TOKEN of your own shell",
+                f"[env] {name} is a secret, which must not be in deploy.toml or in a plan",
+                remedy="remove it: `deploy serve` creates the keys, and takes the Hub's token from HF_TOKEN in your shell",
             )
         if name in (engine.host_variable, engine.partition_variable):
-            raise ConfigError(f"[env] {name} is the plan's own", remedy="set private of the node, or [layout] partition")
+            raise ConfigError(
+                f"[env] {name} is set by the plan",
+                remedy="remove it; set private of the node or partition of [layout] instead",
+            )
         if layout.offload_gib and engine.offload_env.get(name, value) != value:
             raise ConfigError(
                 f"[env] {name} = {value}: with it, {engine.name} {engine.version} ignores the {layout.offload_gib:g} GiB of "
@@ -59,7 +62,7 @@ def node_env(deployment: Deployment, engine: Engine, layout: Layout, facts: Node
 
 
 def ray_command(deployment: Deployment, facts: NodeFacts, node: Node, gpus: int, head: NodeFacts) -> tuple[str, ...]:
-    """Arguments of `ray start` on a node."""
+    """The `ray start` command of a node."""
     ports = deployment.data.ports
     store = OBJECT_STORE_REHEARSED if deployment.data.options.rehearsal else OBJECT_STORE
     mine: tuple[str, ...]
@@ -83,7 +86,7 @@ def ray_command(deployment: Deployment, facts: NodeFacts, node: Node, gpus: int,
         *("--runtime-env-agent-port", str(ports.runtime_env)),
         *("--min-worker-port", str(ports.workers_from)),
         *("--max-worker-port", str(ports.workers_to)),
-        # Workers before Ray 2.5x warn that they take the head's.
+        # Workers before Ray 2.5x use the head's, with a warning.
         *("--temp-dir", paths.ray_temp(deployment, node, facts.user)),
         "--disable-usage-stats",
     )
@@ -94,7 +97,7 @@ def _ray_address(head: str, deployment: Deployment) -> str:
 
 
 def serve(deployment: Deployment, engine: Engine, layout: Layout, repo: str, revision: str) -> tuple[str, ...]:
-    """Arguments of the engine. Raises ConfigError: deploy.toml has an option or a value that it does not know."""
+    """The command of the engine. Raises ConfigError if deploy.toml has an option or value that the engine does not have."""
     program, *verb = engine.command
     given = engines.arguments(engine, deployment.data.engine_options)
     planned = [
@@ -111,7 +114,7 @@ def serve(deployment: Deployment, engine: Engine, layout: Layout, repo: str, rev
     if layout.max_num_seqs:
         planned += ["--max-num-seqs", str(layout.max_num_seqs)]
     if layout.max_model_len is None or layout.max_model_len > layout.max_num_batched_tokens:
-        # Else the engine would profile a step as long as the longest request, and its activations would take the cache's room.
+        # By default, the engine profiles a step as long as the longest request, whose activations reduce the cache.
         planned += ["--max-num-batched-tokens", str(layout.max_num_batched_tokens)]
         planned += ["--enable-chunked-prefill", *(("true",) if engine.name == "aphrodite" else ())]
     if layout.offload_gib:
@@ -125,7 +128,7 @@ def serve(deployment: Deployment, engine: Engine, layout: Layout, repo: str, rev
 
 
 def native(serve: tuple[str, ...], port: int, rank: int, nodes: int, head: str) -> tuple[str, ...]:
-    """Arguments of a node's part of an engine that brings its nodes together by itself; the head's part listens."""
+    """The command of the engine on one node, for an engine that connects its nodes itself. Only the head has a server."""
     if nodes == 1:
         return serve
     place = ("--nnodes", str(nodes), "--node-rank", str(rank), "--master-addr", head, "--master-port", str(port))
@@ -133,7 +136,7 @@ def native(serve: tuple[str, ...], port: int, rank: int, nodes: int, head: str) 
 
 
 def _replicas(layout: Layout) -> list[str]:
-    """Data parallelism by Ray; `local`: replicas on the head (vLLM 0.26.0, v1/engine/utils.py)."""
+    """Arguments for data parallelism with Ray. `local`: number of replicas on the head (vLLM 0.26.0, v1/engine/utils.py)."""
     if layout.dp == 1:
         return []
     words = ["--data-parallel-size", str(layout.dp), "--data-parallel-backend", "ray"]
@@ -141,13 +144,13 @@ def _replicas(layout: Layout) -> list[str]:
 
 
 def serve_env(deployment: Deployment, engine: Engine, layout: Layout, private: str, env: Mapping[str, str]) -> dict[str, str]:
-    """Of the engine, on the head: `private` and `env` are its own."""
+    """Environment of the engine on the head. `private` and `env`: address and environment of the head."""
     return {
         **env,
         **engine.env,
         **({"VLLM_RAY_DP_PACK_STRATEGY": "span"} if layout.dp > 1 and layout.spans else {}),
         **({"RAY_ADDRESS": _ray_address(private, deployment)} if deployment.data.launcher == "ray" else {}),
-        # The weights are there; nothing is to be asked of the network while it starts.
+        # The weights are on the share, so the engine must not use the network while it starts.
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
     }

@@ -1,4 +1,4 @@
-"""Kinds of nodes as data: memory, bandwidths, capability and price of what can be rented or bought (deploy/data/gpus.toml)."""
+"""Kinds of nodes (deploy/data/gpus.toml): memory, bandwidths, compute capability and price."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gracefarm.errors import UsageError
 
 
 class Price(BaseModel):
-    """What a node costs for an hour, and who asked so much, when."""
+    """Price of a node per hour, with its date and source."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -25,24 +25,24 @@ class Price(BaseModel):
 
 
 class NodeKind(BaseModel):
-    """A kind of node; the head of gpus.toml says what each key means."""
+    """A kind of node. The first lines of gpus.toml describe the keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
     match: str
-    "Part of the GPU's name."
+    "A part of the GPU's name."
     mib: PositiveInt
     gpus: PositiveInt
     sm: PositiveInt
-    "Compute capability without its point: 90 for 9.0."
+    "Compute capability without the point: 90 for 9.0."
     hbm_gb_s: PositiveFloat
     tflops: PositiveFloat
-    "Dense, 16 bit."
+    "TFLOP/s, dense, 16 bit."
     host_gb_s: PositiveFloat
     nvlink: bool
     unified: bool = False
-    "Host and GPU share one memory: weights in host memory save nothing."
+    "Host and GPU share one memory, so weights in host memory save nothing."
     host_gib: PositiveInt
     arch: str
     page: PositiveInt
@@ -63,24 +63,24 @@ UNKNOWN = NodeKind(
     arch="",
     page=4096,
 )
-"Stands in for a GPU that the table does not have; the plan says so."
+"Used for a GPU that is not in the table; the plan has a note about it."
 
 
 @cache
 def kinds() -> dict[str, NodeKind]:
-    """Every kind by name."""
+    """All kinds by name."""
     table: dict[str, Any] = tomllib.loads((resources.files("deploy") / "data" / "gpus.toml").read_text())
     return {name: NodeKind(name=name, **values) for name, values in table.items()}
 
 
 def kind_of(gpu: str) -> NodeKind:
-    """The kind whose `match` is the longest part of a GPU's name; UNKNOWN where none is."""
+    """The kind with the longest `match` in a GPU's name; UNKNOWN if there is none."""
     matching = [node_kind for node_kind in kinds().values() if node_kind.match in gpu]
     return max(matching, key=lambda node_kind: (len(node_kind.match), -node_kind.mib), default=UNKNOWN)
 
 
 def named(name: str) -> NodeKind:
-    """A kind by its name, or by the beginning that it alone has; upper and lower case are one. Raises UsageError."""
+    """Find a kind by its name or a unique prefix, ignoring case. Raises UsageError."""
     table, wanted = kinds(), name.lower()
     if wanted in table:
         return table[wanted]
@@ -89,6 +89,6 @@ def named(name: str) -> NodeKind:
         return table[beginning[0]]
     near = beginning or difflib.get_close_matches(wanted, table, n=3, cutoff=0.5)
     raise UsageError(
-        f"there is no kind of node {name!r}",
-        remedy=f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(table)}",
+        f"unknown kind of node {name!r}",
+        remedy=f"did you mean {' or '.join(near)}?" if near else f"known kinds: {', '.join(table)}",
     )

@@ -1,4 +1,4 @@
-"""Whether a split of a model fits these GPUs, what fits beside the weights, and how fast it would be."""
+"""Evaluates a split of a model on these GPUs: whether it fits, how many tokens fit, and its predicted speed."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from deploy.planning.speed import Link, Prediction, StageLoad, Traffic
 from gracefarm.errors import LayoutError
 
 RESERVE = 3 * GIB
-"Per GPU for CUDA's context, NCCL's buffers, CUDA graphs, the activations of BATCHED tokens: an assumption, not measured here."
+"Bytes per GPU for CUDA's context, NCCL's buffers, CUDA graphs and activations of BATCHED tokens. An assumption, not measured."
 CACHE_FLOOR = 2 * GIB
-"KV cache that a GPU gets at least; weights that do not leave it go to host memory."
+"Minimum KV cache of a GPU. Weights are offloaded until it fits."
 HOST_SHARE = 0.6
-"Of a node's memory that may be pinned for weights and swap: the rest is for the loader and its page cache."
+"Share of a node's memory that may be pinned for weights and swap. The loader and the page cache need the rest."
 SWAP = 4 * GIB
-"The engine's default --swap-space, per GPU and pinned."
+"The engine's default --swap-space per GPU, which is pinned."
 BLOCK = 16
-"Tokens in a block of the cache."
+"Tokens per block of the cache."
 BATCHED = 2048
-"Tokens of one step; longer prompts come in chunks, so that activations stay within RESERVE however long a prompt is."
+"Tokens of one step. Longer prompts are split into chunks, so that activations fit in RESERVE for any length of prompt."
 SAFE = 0.75
-"Share of the predicted cache that the planner spends by itself: RESERVE is an assumption."
+"Share of the predicted cache that the planner uses for its choices, since RESERVE is an assumption."
 LEAST_TOKENS = 1024
-"A layout that cannot hold so many is none."
+"A layout whose cache has room for fewer tokens is rejected."
 USUAL_TOKENS = 512
-"Tokens of a request for which the number of requests is chosen."
+"Assumed tokens of a request, to choose the number of concurrent requests."
 MOST_SEQS = 256
 
 
@@ -71,12 +71,12 @@ class Layout(BaseModel):
 
     @property
     def world(self) -> int:
-        """GPUs in all."""
+        """Number of GPUs."""
         return self.tp * self.pp * self.dp
 
     @property
     def name(self) -> str:
-        """As people say it."""
+        """Short name, such as tp2 pp4."""
         words = [f"tp{self.tp}", f"pp{self.pp}"]
         words += [f"dp{self.dp}"] if self.dp > 1 else []
         words += ["ep"] if self.expert_parallel else []
@@ -123,7 +123,7 @@ class Rejected(BaseModel):
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """A node, as the planner sees it."""
+    """A node as input of the planner."""
 
     name: str
     private: str
@@ -142,7 +142,7 @@ class Slot:
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """What is to be planned. Machines come in the inventory's order, the head first."""
+    """The input of the planner. The machines have the order of deploy.toml, the head first."""
 
     engine: Engine
     model: Model
@@ -151,23 +151,23 @@ class Question:
     price: float | None = None
     "$ per node and hour."
     link: Link = field(default_factory=Link)
-    "Between the nodes."
+    "The network between the nodes."
     cache_bytes: int = BYTES
-    "Of an element of the KV cache."
+    "Bytes of an element of the KV cache."
 
     @property
     def objective(self) -> Objective:
-        """What the layout is to be good at."""
+        """What the layout is optimised for."""
         return self.forced.objective
 
     @property
     def gpus(self) -> int:
-        """In all."""
+        """Number of GPUs."""
         return sum(len(machine.gpus) for machine in self.machines)
 
     @cached_property
     def price_per_node(self) -> float | None:
-        """deploy.toml's, else the kind's."""
+        """Price in deploy.toml, else the price of the kind."""
         if self.price is not None:
             return self.price
         known = self.kind.price
@@ -175,29 +175,29 @@ class Question:
 
     @cached_property
     def kind(self) -> NodeKind:
-        """Of the head's first GPU."""
+        """The kind of the head's first GPU."""
         return hardware.kind_of(self.machines[0].gpus[0].name)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """A layout that fits, with what it costs and brings."""
+    """A layout that fits, with its memory and prediction."""
 
     layout: Layout
     slots: tuple[Slot, ...]
-    "In the engine's rank order."
+    "The GPUs in the engine's rank order."
     memory: MemoryPlan
     prediction: Prediction
 
     @cached_property
     def nodes(self) -> int:
-        """How many serve."""
+        """Number of nodes that serve."""
         return len({slot.machine.name for slot in self.slots})
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayoutChoice:
-    """The best layout, the others that fit, best first, and those that do not."""
+    """The best layout, the other layouts that fit (best first), and the rejected layouts."""
 
     best: Candidate
     others: tuple[Candidate, ...]
@@ -208,9 +208,9 @@ class LayoutChoice:
 
 
 def place(machines: Sequence[Machine], world: int) -> tuple[Slot, ...]:
-    """The first `world` GPUs of the inventory, in the order in which the engine ranks its workers.
+    """The first `world` GPUs, in the order in which the engine ranks its workers.
 
-    The driver's node is first, then nodes with fewer workers, then by address as text (ray_gpu_executor.py).
+    The driver's node comes first, then nodes with fewer workers, then by address as text (ray_gpu_executor.py).
     """
     taken: list[tuple[Machine, int]] = []
     for machine in machines:
@@ -222,16 +222,18 @@ def place(machines: Sequence[Machine], world: int) -> tuple[Slot, ...]:
 
 
 def budget(slot: Slot, gmu: float) -> int:
-    """Bytes that the engine fills on a GPU: its share of all. What is free now is preflight's matter, not the plan's, which
-    must not change when nodes are asked while they serve."""
+    """Bytes that the engine uses on a GPU, as a share of its total memory.
+
+    Free memory is checked by preflight, not here: the plan must not change if facts are collected while the nodes serve.
+    """
     return int(slot.gpu.total * gmu)
 
 
 def evaluate(question: Question, tp: int, pp: int, partition: Sequence[int] | None = None, dp: int = 1) -> Candidate:
-    """The layout with these numbers, everything else chosen or as forced.
+    """Evaluate the layout with these numbers. All other values are those of deploy.toml, or are chosen.
 
     Raises:
-        LayoutError: the sentence that names the limit.
+        LayoutError: the layout does not fit; with the limit.
     """
     engine, model, forced = question.engine, question.model, question.forced
     split = split_of(question, tp)
@@ -239,8 +241,8 @@ def evaluate(question: Question, tp: int, pp: int, partition: Sequence[int] | No
     if tp * pp * dp > question.gpus:
         times = f" dp{dp}" if dp > 1 else ""
         raise LayoutError(
-            f"tp{tp} pp{pp}{times} needs {tp * pp * dp} GPUs, and there are {question.gpus}",
-            remedy="fewer stages or ranks, or more nodes",
+            f"tp{tp} pp{pp}{times} requires {tp * pp * dp} GPUs, but there are {question.gpus}",
+            remedy="use fewer stages or ranks, or more nodes",
         )
     stages = _partition(question, split, pp, partition)
     slots = place(question.machines, tp * pp * dp)
@@ -277,7 +279,7 @@ def evaluate(question: Question, tp: int, pp: int, partition: Sequence[int] | No
 
 
 def split_of(question: Question, tp: int) -> Split:
-    """How the layers are divided over `tp` GPUs of these machines."""
+    """How the layers are divided among `tp` GPUs of these machines."""
     columns, hidden = engines.mxfp4_padding(question.kind.sm)
     return Split(
         tp=tp,
@@ -290,22 +292,27 @@ def split_of(question: Question, tp: int) -> Split:
 
 
 def _replicas(question: Question, world: int, dp: int, slots: Sequence[Slot]) -> None:
-    """What vLLM 0.26.0 asks of replicas on Ray (v1/engine/utils.py, create_dp_placement_groups). Raises LayoutError."""
+    """Check the requirements of vLLM 0.26.0 for replicas (v1/engine/utils.py, create_dp_placement_groups).
+
+    Raises:
+        LayoutError: replicas are not possible.
+    """
     if dp == 1:
         return
     if not question.engine.replicas:
-        raise LayoutError(f"dp {dp}: {question.engine.name} has no replicas", remedy='choose engine = "vllm"')
+        raise LayoutError(f"dp {dp}: {question.engine.name} does not support replicas", remedy='set engine = "vllm"')
     if question.model.experts:
         raise LayoutError(
-            f"dp {dp}: {question.engine.name} shares the experts out over replicas, which the planner does not know",
-            remedy="leave data_parallel away, or [layout] trust = true",
+            f"dp {dp}: the planner does not know how {question.engine.name} distributes experts among replicas",
+            remedy="remove data_parallel, or set trust = true in [layout]",
         )
     counts = {len(slot.machine.gpus) for slot in slots}
     if len(counts) > 1 or (min(counts) % world and world % min(counts)):
         have = " and ".join(map(str, sorted(counts)))
         raise LayoutError(
-            f"dp {dp}: a replica of {world} GPUs fills whole nodes or a part of one, and the nodes have {have}",
-            remedy="a layout whose tp * pp divides the GPUs of a node, or is a multiple of them",
+            f"dp {dp}: a replica of {world} GPUs must fill whole nodes or a part of one, but the nodes have {have} GPUs",
+            remedy="set tensor_parallel and pipeline_parallel so that their product divides the number of GPUs of a node, or "
+            "is a multiple of it",
         )
 
 
@@ -313,20 +320,22 @@ def _partition(question: Question, split: Split, pp: int, given: Sequence[int] |
     engine, model = question.engine, question.model
     if given is None:
         if pp > model.layers:
-            raise LayoutError(f"pp {pp}: the model has {model.layers} layers", remedy="fewer stages")
+            raise LayoutError(f"pp {pp}: the model has only {model.layers} layers", remedy="use fewer stages")
         return balance(engine, model, split, pp)
     if len(given) != pp:
-        raise LayoutError(f"partition has {len(given)} stages, and pp is {pp}", remedy="one number of layers for each stage")
+        raise LayoutError(
+            f"partition has {len(given)} stages, but pp is {pp}", remedy="list the number of layers of each stage in partition"
+        )
     if sum(given) != model.layers:
         raise LayoutError(
-            f"partition sums to {sum(given)} layers, and the model has {model.layers}",
-            remedy="every layer stands in one stage",
+            f"partition has {sum(given)} layers, but the model has {model.layers}",
+            remedy="correct partition: the sum must be the number of layers",
         )
     return tuple(given)
 
 
 def _offload(question: Question, name: str, held: Sequence[RankShare], budgets: Sequence[int]) -> float:
-    """GiB per GPU: 0 where the cache has its floor; else in tenths, so much that the fullest GPU has it."""
+    """GiB of weights per GPU in host memory: 0 if every GPU has its minimum cache, else as many tenths as necessary."""
     forced = question.forced.cpu_offload_gib
     wants = [share.weights + share.request + RESERVE + CACHE_FLOOR - room for share, room in zip(held, budgets, strict=True)]
     worst = max(range(len(wants)), key=lambda index: wants[index])
@@ -340,67 +349,69 @@ def _offload(question: Question, name: str, held: Sequence[RankShare], budgets: 
     left = lefts[least]
     if left < held[least].token * LEAST_TOKENS:
         raise LayoutError(
-            f"{name}: a GPU holds {held[least].weights / GIB:.1f} GiB of weights"
-            + (f", {chosen:g} GiB of them offloaded," if chosen else "")
-            + f" and needs {RESERVE / GIB:.0f} GiB beside them, and the engine takes {budgets[least] / GIB:.1f} GiB",
-            remedy="more nodes, weights in host memory (cpu_offload_gib), or a higher gpu_memory_utilization",
+            f"{name}: a GPU has {held[least].weights / GIB:.1f} GiB of weights"
+            + (f" ({chosen:g} GiB of them offloaded)" if chosen else "")
+            + f" and requires {RESERVE / GIB:.0f} GiB in addition, but the engine may use {budgets[least] / GIB:.1f} GiB",
+            remedy="use more nodes, weights in host memory (cpu_offload_gib), or a higher gpu_memory_utilization",
         )
     return chosen
 
 
 def _unified(name: str, chosen: float, forced: float | None) -> float:
-    """Where host and GPU share one memory, weights stay where they are. Raises LayoutError: they were forced away."""
+    """Offload nothing if host and GPU share one memory. Raises LayoutError if deploy.toml sets cpu_offload_gib."""
     if forced:
         raise LayoutError(
-            f"{name}: GPU and host share one memory there, so that {chosen:g} GiB in host memory save nothing",
-            remedy="leave cpu_offload_gib away",
+            f"{name}: GPU and host share one memory, so {chosen:g} GiB of weights in host memory save nothing",
+            remedy="remove cpu_offload_gib",
         )
     return 0.0
 
 
 def _host(name: str, slots: Sequence[Slot], offload: float) -> int:
-    """Pinned bytes on the fullest node; offloading more than it has is refused."""
+    """Pinned bytes on the fullest node. Raises LayoutError if a node does not have enough memory."""
     most = 0
     for machine in dict.fromkeys(slot.machine for slot in slots):
         used = sum(slot.machine is machine for slot in slots) * (int(offload * GIB) + SWAP)
         if offload and used > HOST_SHARE * machine.host:
             raise LayoutError(
-                f"{name}: {offload:g} GiB of weights per GPU in host memory pin {used / GIB:.0f} GiB of {machine.name}'s "
-                f"{machine.host / GIB:.0f} GiB, and {HOST_SHARE:.0%} is the most",
-                remedy="more nodes: from three GH200 on, Llama 405B fits in GPU and host memory",
+                f"{name}: {offload:g} GiB of weights per GPU in host memory pin {used / GIB:.0f} GiB of "
+                f"{machine.host / GIB:.0f} GiB on {machine.name}; the maximum is {HOST_SHARE:.0%}",
+                remedy="use more nodes; Llama 405B requires at least three GH200 with weights in host memory",
             )
         most = max(most, used)
     return most
 
 
 def _swap(engine: Engine, tp: int, head: Machine) -> None:
-    """The engine's own check, on the head: it takes all ranks of a stage to be there."""
+    """The check of the engine on the head, which assumes that all ranks of a stage are there."""
     if engine.swap_share and tp * SWAP > engine.swap_share * head.host:
         raise LayoutError(
-            f"tp {tp}: {engine.name} wants {tp * SWAP / GIB:.0f} GiB of swap space in {head.name}'s {head.host / GIB:.0f} GiB "
-            f"of host memory, and {engine.swap_share:.0%} is the most that it allows",
-            remedy="a smaller tp, or more host memory",
+            f"tp {tp}: {engine.name} requires {tp * SWAP / GIB:.0f} GiB of swap space on {head.name}, but allows at most "
+            f"{engine.swap_share:.0%} of its {head.host / GIB:.0f} GiB of host memory",
+            remedy="use a smaller tp, or a head with more host memory",
         )
 
 
 def _sized(question: Question, split: Split, pp: int, stages: tuple[int, ...], offload: float, request: int) -> Layout:
-    """Lengths and numbers of requests that the cache holds."""
+    """The layout with the length and number of requests for which the cache has room."""
     forced, model, tp = question.forced, question.model, split.tp
     if forced.max_model_len and forced.max_model_len > model.max_len:
         raise LayoutError(
-            f"max_model_len {forced.max_model_len}: the model was trained for {model.max_len} tokens", remedy="at most that"
+            f"max_model_len {forced.max_model_len}: the model was trained for {model.max_len} tokens",
+            remedy=f"set max_model_len to at most {model.max_len}",
         )
     length = forced.max_model_len or max(BLOCK, min(model.max_len, int(request * SAFE) // 256 * 256 or request))
     if length > request:
         raise LayoutError(
-            f"tp{tp} pp{pp}: max_model_len {length}, and the KV cache holds {request} tokens of a request"
-            + ("" if question.engine.shared_cache or pp == 1 else f" (it is cut into {pp} parts, one for each stage)"),
-            remedy=f"at most {request}, or a layout with more cache: `deploy plan` lists them",
+            f"tp{tp} pp{pp}: max_model_len is {length}, but the KV cache has room for a request of {request} tokens"
+            + ("" if question.engine.shared_cache or pp == 1 else f" (it has {pp} parts, one for each stage)"),
+            remedy=f"set max_model_len to at most {request}, or use a layout with more cache; `deploy plan` lists them",
         )
     seqs = forced.max_num_seqs or max(1, min(MOST_SEQS, int(request * SAFE) // USUAL_TOKENS))
     if seqs > BATCHED:
         raise LayoutError(
-            f"max_num_seqs {seqs}: a step has {BATCHED} tokens, one for each request at least", remedy=f"at most {BATCHED}"
+            f"max_num_seqs {seqs}: a step has {BATCHED} tokens, and each request needs at least one",
+            remedy=f"set max_num_seqs to at most {BATCHED}",
         )
     return Layout(
         tp=tp,
@@ -429,7 +440,7 @@ def _speed(question: Question, layout: Layout, slots: Sequence[Slot], held: Sequ
 
 
 def traffic(model: Model) -> Traffic:
-    """What a token of this model costs on every way."""
+    """The load of a token of this model that does not depend on the layout."""
     experts = model.experts
     return Traffic(
         hidden=model.hidden,
@@ -439,7 +450,7 @@ def traffic(model: Model) -> Traffic:
 
 
 def stage_loads(question: Question, layout: Layout, slots: Sequence[Slot], held: Sequence[RankShare]) -> tuple[StageLoad, ...]:
-    """What the stages of the first replica do for a token."""
+    """The load of the stages of the first replica per token."""
     active = architectures.active_parameters(question.model)
     eight_bit = question.model.quantization is not None and question.model.quantization.method in ("fp8", "fbgemm_fp8")
     blocks = question.model.quantization is not None and question.model.quantization.block is not None
@@ -474,7 +485,7 @@ def stage_loads(question: Question, layout: Layout, slots: Sequence[Slot], held:
 
 
 def machines_of(kind: NodeKind, count: int) -> tuple[Machine, ...]:
-    """Nodes that nobody has asked."""
+    """Assumed nodes of this kind."""
     gpu = Gpu(name=kind.match, total=kind.mib << 20, free=kind.mib << 20)
     return tuple(
         Machine(name=f"k{index}", private=f"10.0.0.{index + 1}", gpus=(gpu,) * kind.gpus, host=kind.host_gib * GIB)

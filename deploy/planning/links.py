@@ -1,4 +1,4 @@
-"""The network between the nodes, as they say it themselves: the slowest link counts, and a faster one that idles is named."""
+"""The network between the nodes, from their facts. The slowest link counts; a faster link that is not used gives a note."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from deploy.planning import speed
 from deploy.planning.speed import Link
 
 FASTER = 1.5
-"A link is worth a word if it has so many times the speed of the one that is used."
+"A link gives a note if it is faster than the used link by this factor."
 
 
 def link(nodes: Sequence[NodeFacts]) -> Link:
-    """What the engine's collectives go over: RDMA where every node has it, else the interface of the private addresses."""
+    """The link of the engine's collectives: RDMA if every node has it, else the interface of the private addresses."""
     if len(nodes) < 2:
         return Link()
     rdma = [max((device.gbit_s for device in node.rdma), default=0) for node in nodes]
@@ -28,7 +28,7 @@ def _speed(node: NodeFacts, interface: str) -> int | None:
 
 
 def notes(nodes: Sequence[NodeFacts]) -> list[str]:
-    """A sentence for each kind of link that is faster than the one that is used."""
+    """One sentence for each link that is faster than the used one."""
     if len(nodes) < 2:
         return []
     found: dict[str, list[str]] = {}
@@ -36,6 +36,6 @@ def notes(nodes: Sequence[NodeFacts]) -> list[str]:
         used = _speed(node, node.interface)
         for nic in node.nics:
             if used and nic.mbit_s and nic.addresses and nic.name != node.interface and nic.mbit_s >= used * FASTER:
-                text = f"{nic.name} has {nic.mbit_s / 1000:g} Gb/s, and {node.interface} with {used / 1000:g} Gb/s is used"
+                text = f"{nic.name} has {nic.mbit_s / 1000:g} Gb/s, but {node.interface} with {used / 1000:g} Gb/s is used"
                 found.setdefault(text, []).append(node.name)
     return [f"{', '.join(names)}: {text}: set nic = {text.split()[0]!r} in [nodes]" for text, names in found.items()]

@@ -1,4 +1,4 @@
-"""Where a model's numbers are from: files on this machine, the Hub, or the table that is built in."""
+"""Finds the dimensions of a model: in local files, on the Hub, or in the built-in table."""
 
 from __future__ import annotations
 
@@ -28,24 +28,25 @@ if TYPE_CHECKING:
 
 ENDPOINT = "https://huggingface.co"
 TIMEOUT = 10.0
-WHOLE = "is it the model's own config.json, and all of it?"
-TRUST = "serve it without a prediction: [layout] trust = true, with tensor_parallel and pipeline_parallel"
+WHOLE = "check that the file is the complete config.json of this model"
+SAME = "check that config.json and the weights are of the same model"
+TRUST = "to serve it without a prediction, set trust = true, tensor_parallel and pipeline_parallel in [layout]"
 
 
 class GatedError(FetchError):
-    """The Hub has it and does not give its files."""
+    """The repository exists on the Hub, but its files are not accessible."""
 
 
 class UnknownModelError(LayoutError):
-    """An architecture or a quantisation whose bytes are not known here; `[layout] trust` serves it all the same."""
+    """The planner does not know the architecture or quantisation. `[layout] trust` serves the model anyway."""
 
 
 def from_config(config: object, *, repo: str, revision: str, source: str) -> Model:
     """The model of a config.json.
 
     Raises:
-        UnknownModelError: its architecture or quantisation is not known here: its bytes would be guessed.
-        ConfigError: a number is missing or no number.
+        UnknownModelError: the architecture or quantisation is unknown, so that the memory cannot be computed.
+        ConfigError: a number is missing or wrong.
     """
     if not isinstance(config, Mapping):
         raise ConfigError(f"{source}: config.json is a {type(config).__name__}, not a table", remedy=WHOLE)
@@ -53,7 +54,7 @@ def from_config(config: object, *, repo: str, revision: str, source: str) -> Mod
     name = str(named[0]) if isinstance(named, list) and named else "none named"
     if name not in ARCHITECTURES:
         raise UnknownModelError(
-            f"{repo}: the planner does not know the architecture {name}, so that it would guess its memory", remedy=TRUST
+            f"{repo}: the planner does not know the architecture {name} and cannot compute its memory", remedy=TRUST
         )
     try:
         return architectures.model_of(name, config, repo=repo, revision=revision, source=source)
@@ -61,7 +62,7 @@ def from_config(config: object, *, repo: str, revision: str, source: str) -> Mod
         raise ConfigError(f"{source}: config.json has no {error.args[0]}", remedy=WHOLE) from error
     except NotImplementedError as error:
         raise UnknownModelError(
-            f"{repo}: its weights are quantised as {error}, which the planner does not know", remedy=TRUST
+            f"{repo}: the planner does not know the quantisation {error} of the weights", remedy=TRUST
         ) from error
     except ValidationError as error:
         wrong = error.errors()[0]
@@ -72,18 +73,19 @@ def from_config(config: object, *, repo: str, revision: str, source: str) -> Mod
 
 
 def from_file(path: Path, *, repo: str, revision: str) -> Model:
-    """The model of a local config.json, or of the folder that has it with its weights or their index.
+    """The model of a local config.json, or of a folder with config.json and the weights or their index.
 
     Raises:
-        ConfigError: a file is missing, damaged, or about another model. UnknownModelError: as `from_config`.
+        ConfigError: a file is missing, damaged, or of another model.
+        UnknownModelError: as in `from_config`.
     """
     place = path / "config.json" if path.is_dir() else path
     try:
         config = json.loads(place.read_text())
     except FileNotFoundError as error:
-        raise ConfigError(f"{place}: no such file", remedy="[model] config names a config.json") from error
+        raise ConfigError(f"{place}: no such file", remedy="set config of [model] to the path of a config.json") from error
     except ValueError as error:
-        raise ConfigError(f"{place}: not JSON: {error}", remedy="is it the whole file?") from error
+        raise ConfigError(f"{place}: not JSON: {error}", remedy=WHOLE) from error
     model = from_config(config, repo=repo, revision=revision, source=str(path))
     if not path.is_dir():
         return model
@@ -99,14 +101,14 @@ def from_file(path: Path, *, repo: str, revision: str) -> Model:
 
 
 def _named(model: Model, index: Mapping[str, str]) -> Model:
-    """The model, whose index names every tensor that its config.json implies. Raises ConfigError."""
+    """Check that the index has every tensor that config.json implies, and return the model. Raises ConfigError."""
     there = {checkpoint.folded(name) for name in index}
     for layer in range(model.layers):
         for tensor in architectures.layer_tensors(model, layer):
             if not tensor.scale and (layer, tensor.name) not in there:
                 raise ConfigError(
-                    f"{model.source}: the index names no {tensor.name} in layer {layer}, which config.json implies",
-                    remedy="are both of the same model?",
+                    f"{model.source}: {tensor.name} of layer {layer} is missing in the index, but config.json implies it",
+                    remedy=SAME,
                 )
     return model
 
@@ -115,7 +117,7 @@ def with_tensors(model: Model, found: Json) -> Model:
     """The model with the tensors that `deploy.remote.checkpoint.read` found in its files.
 
     Raises:
-        ConfigError: they are another model's than config.json's.
+        ConfigError: the tensors do not match config.json.
     """
     if not found:
         return model
@@ -129,10 +131,10 @@ def with_tensors(model: Model, found: Json) -> Model:
         outer=tensors(found["outer"]),
         other=found["other"],
     )
-    if len(stored.order) < model.layers:  # more of them: layers that predict several tokens, which stay unloaded
+    if len(stored.order) < model.layers:  # additional layers, which predict several tokens, are not loaded
         raise ConfigError(
-            f"{model.source}: the files have {len(stored.order)} layers, and config.json says {model.layers}",
-            remedy="are both of the same model?",
+            f"{model.source}: the files have {len(stored.order)} layers, but config.json has {model.layers}",
+            remedy=SAME,
         )
     for layer in range(model.layers):
         _compare(model, layer, {tensor.name: tensor for tensor in stored.kinds[stored.order[layer]]})
@@ -140,26 +142,26 @@ def with_tensors(model: Model, found: Json) -> Model:
 
 
 def _compare(model: Model, layer: int, there: Mapping[str, Tensor]) -> None:
-    """Every matrix that config.json implies is there and as large. Raises ConfigError."""
+    """Check that every matrix that config.json implies exists and has the same size. Raises ConfigError."""
     for tensor in architectures.layer_tensors(model, layer):
         found = there.get(tensor.name)
         if not tensor.scale and (found is None or (found.shape, found.count) != (tensor.shape, tensor.count)):
             has = f"{found.count} x {list(found.shape)}" if found else "none"
             raise ConfigError(
-                f"{model.source}: by config.json, layer {layer} has {tensor.count} x {tensor.name} {list(tensor.shape)}, "
-                f"and the files have {has}",
-                remedy="are both of the same model?",
+                f"{model.source}: layer {layer} should have {tensor.count} x {tensor.name} {list(tensor.shape)} according to "
+                f"config.json, but the files have {has}",
+                remedy=SAME,
             )
 
 
 @cache
 def built_in_models() -> list[dict[str, Any]]:
-    """The models whose public numbers are built in."""
+    """The built-in models."""
     return list(tomllib.loads((resources.files("deploy") / "data" / "models.toml").read_text())["model"])
 
 
 def built_in(repo: str, revision: str) -> Model | None:
-    """The model's public numbers, where they are built in."""
+    """A built-in model with this name, or None."""
     for entry in built_in_models():
         if repo in entry["names"]:
             return from_config(entry, repo=repo, revision=revision, source="built-in numbers")
@@ -167,15 +169,15 @@ def built_in(repo: str, revision: str) -> Model | None:
 
 
 def endpoint() -> str:
-    """HF_ENDPOINT, else the Hub."""
+    """The URL of the Hub: HF_ENDPOINT, else the public one."""
     return os.environ.get("HF_ENDPOINT", ENDPOINT).rstrip("/")
 
 
 def from_hub(repo: str, revision: str, *, token: str | None = None) -> Model:
-    """The model at the Hub (HF_ENDPOINT), its revision resolved to a commit.
+    """The model on the Hub (HF_ENDPOINT), with its revision resolved to a commit.
 
     Raises:
-        FetchError: not reached, no such repository or revision, or gated.
+        FetchError: the Hub cannot be reached, does not have the repository or revision, or the repository is gated.
     """
     commit = resolve(repo, revision, token=token)
     config = _ask(f"{repo}/resolve/{commit}/config.json", repo, revision, token)
@@ -183,15 +185,15 @@ def from_hub(repo: str, revision: str, *, token: str | None = None) -> Model:
 
 
 def resolve(repo: str, revision: str, *, token: str | None = None) -> str:
-    """The commit of a branch, tag or commit; gated repositories tell it too. Raises FetchError."""
+    """The commit of a branch, tag or commit. This works for gated repositories too. Raises FetchError."""
     commit = str(_ask(f"api/models/{repo}/revision/{revision}", repo, revision, token).get("sha", ""))
     if not COMMIT.fullmatch(commit):
-        raise FetchError(f"{endpoint()} does not answer as a Hub does", remedy="check HF_ENDPOINT")
+        raise FetchError(f"{endpoint()} is not a Hub: unexpected response", remedy="check HF_ENDPOINT")
     return commit
 
 
 def _ask(path: str, repo: str, revision: str, token: str | None) -> dict[str, Any]:
-    import httpx  # a fifth of what a command's start costs, and few need it
+    import httpx  # imported here: it takes a fifth of the start of a command, and few commands need it
 
     base = endpoint()
     headers = {"Authorization": f"Bearer {token}"} if token else {}
@@ -201,10 +203,10 @@ def _ask(path: str, repo: str, revision: str, token: str | None) -> dict[str, An
     except httpx.HTTPError as error:
         raise FetchError(
             f"{base} cannot be reached: {error or type(error).__name__}",
-            remedy="set HF_ENDPOINT to a mirror, or [model] config to a local config.json",
+            remedy="set HF_ENDPOINT to a mirror, or config of [model] to a local config.json",
         ) from error
     except ValueError as error:
-        raise FetchError(f"{base} does not answer as a Hub does", remedy="check HF_ENDPOINT") from error
+        raise FetchError(f"{base} is not a Hub: unexpected response", remedy="check HF_ENDPOINT") from error
     return answer if isinstance(answer, dict) else {}
 
 
@@ -212,22 +214,25 @@ def _get(client: httpx.Client, url: str, repo: str, revision: str) -> httpx.Resp
     answer = client.get(url)
     if answer.status_code in (401, 403):
         raise GatedError(
-            f"{repo} is gated or private: the Hub says {answer.status_code}",
-            remedy=f"accept its licence at {endpoint()}/{repo} and set HF_TOKEN, or [model] config to a local config.json",
+            f"{repo} is gated or private (HTTP {answer.status_code} from the Hub)",
+            remedy=f"accept its licence at {endpoint()}/{repo} and set HF_TOKEN, or set config of [model] to a local file",
         )
     if answer.status_code == 404:
-        raise FetchError(f"the Hub has no {repo} at {revision}", remedy="check [model] repo and revision")
+        raise FetchError(f"the Hub has no {repo} at revision {revision}", remedy="check repo and revision of [model]")
     if answer.status_code != 200:
-        raise FetchError(f"{url}: {answer.status_code}", remedy="try again later, or another HF_ENDPOINT")
+        raise FetchError(f"{url}: HTTP {answer.status_code}", remedy="try again later, or set another HF_ENDPOINT")
     return answer
 
 
 def find(wanted: ModelConfig, base: Path, *, offline: bool = False) -> tuple[Model, str]:
-    """The model that deploy.toml wants, and what a person should know about the source ("": nothing).
+    """Find the model of deploy.toml: in a local config.json, on the Hub unless `offline`, or in the built-in table.
 
-    A local config.json comes first, then the Hub, then the built-in numbers; `offline`: the Hub is not asked.
+    Returns:
+        The model, and a note about the source for the user, which may be empty.
+
     Raises:
-        FetchError: none of them has it. ConfigError, LayoutError: as `from_config`.
+        FetchError: none of them has the model.
+        ConfigError, LayoutError: as in `from_config`.
     """
     if wanted.config:
         return from_file(base / Path(wanted.config).expanduser(), repo=wanted.repo, revision=wanted.revision), ""
@@ -241,6 +246,6 @@ def find(wanted: ModelConfig, base: Path, *, offline: bool = False) -> tuple[Mod
         if known is None:
             raise
         if isinstance(error, GatedError):
-            with suppress(FetchError):  # the numbers are gated, the commit is not
+            with suppress(FetchError):  # config.json may be gated, but the commit is not
                 known = known.at(resolve(wanted.repo, wanted.revision, token=token))
-        return known, f"{error.cause}; planned with the built-in numbers"
+        return known, f"{error.cause}; the plan uses the built-in numbers"

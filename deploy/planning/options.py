@@ -1,6 +1,6 @@
-"""Options of an engine's server as a table of facts; what a plan says on the command line is checked against it.
+"""Options of an engine's server, as a table. The command line of a plan is checked against it.
 
-tools/engine_options.py writes the tables from the engines' wheels.
+tools/engine_options.py generates the tables from the engines' wheels.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ OptionKind = Literal["str", "int", "float", "bool", "json", "pairs"]
 
 
 class Option(BaseModel):
-    """One option. `kind` pairs: KEY=INT, comma-separated; action: argparse's, `boolean` for `true`/`false` as a word, or
-    `switch` for --x and --no-x."""
+    """One option. The kind `pairs` is a comma-separated list of KEY=INT.
+
+    The action is one of argparse, or `boolean` for an option with the value `true` or `false`, or `switch` for --x and --no-x.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -32,16 +34,16 @@ class Option(BaseModel):
     nargs: str | int | None = None
     action: Literal["store", "store_true", "append", "boolean", "pairs", "switch"] = "store"
     nullable: bool = False
-    "`None` is a value too."
+    "`None` is an allowed value."
 
     @property
     def name(self) -> str:
-        """The long name without dashes."""
+        """The long name without leading dashes."""
         return next((flag for flag in self.flags if flag.startswith("--")), self.flags[0]).lstrip("-")
 
 
 class OptionTable(BaseModel):
-    """All options of one version of an engine's `run` or `serve`, and what its METADATA requires."""
+    """All options of `run` or `serve` of an engine's version, and the requirements in its METADATA."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -52,11 +54,11 @@ class OptionTable(BaseModel):
     requires_python: str
     requires: tuple[str, ...]
     dotted: bool = False
-    "--x.key sets one entry of a JSON option."
+    "The parser accepts --x.key, which sets one entry of a JSON option."
     options: tuple[Option, ...]
 
     def find(self, flag: str) -> Option | None:
-        """By any of its spellings; underscores are dashes, as the engine's parser has it."""
+        """Find an option by any of its spellings. Underscores count as dashes, as in the engine's parser."""
         whole, dot, _ = flag.partition(".") if self.dotted else (flag, "", "")
         wanted = "--" + whole[2:].replace("_", "-") if flag.startswith("--") else flag
         option = next((option for option in self.options if wanted in option.flags), None)
@@ -66,10 +68,10 @@ class OptionTable(BaseModel):
         return option
 
     def check(self, arguments: Sequence[str]) -> None:
-        """Every option is there and takes its value.
+        """Check that every option exists and its value is allowed.
 
         Raises:
-            ConfigError: names the first that does not.
+            ConfigError: for the first option that is wrong.
         """
         rest = list(arguments)
         while rest:
@@ -78,7 +80,7 @@ class OptionTable(BaseModel):
             if option is None:
                 raise ConfigError(
                     f"{self.distribution} {self.version} has no option {flag}",
-                    remedy="[engine_options] takes what its --help lists",
+                    remedy="correct [engine_options]; the engine's --help lists all options",
                 )
             values = [value] if separator else list(_values(option, rest))
             del rest[: 0 if separator else len(values)]
@@ -108,9 +110,9 @@ def _number(text: str) -> bool:
 def _check_count(option: Option, values: Sequence[str]) -> None:
     bare = option.action in ("store_true", "switch")
     if bare and values:
-        raise ConfigError(f"--{option.name} takes no value", remedy="say true or leave it out")
+        raise ConfigError(f"--{option.name} does not accept a value", remedy="set it to true, or remove it")
     if not bare and not values and option.nargs not in ("?", "*"):
-        raise ConfigError(f"--{option.name} needs a value", remedy="give one")
+        raise ConfigError(f"--{option.name} requires a value", remedy="set a value in [engine_options]")
 
 
 def _check_value(option: Option, text: str) -> None:
@@ -119,10 +121,10 @@ def _check_value(option: Option, text: str) -> None:
     try:
         value = _parse(option, text)
     except ValueError as error:
-        raise ConfigError(f"--{option.name} {text}: not {_article(option.kind)}", remedy="mend the value") from error
+        raise ConfigError(f"--{option.name} {text}: not {_article(option.kind)}", remedy="correct the value") from error
     if option.choices is not None and value not in option.choices:
         known = ", ".join(str(choice) for choice in option.choices if choice is not None)
-        raise ConfigError(f"--{option.name} {text} is none of its values", remedy=f"it takes {known}")
+        raise ConfigError(f"--{option.name} {text}: the value is not allowed", remedy=f"use one of {known}")
 
 
 def _article(kind: OptionKind) -> str:
@@ -150,5 +152,5 @@ def _parse(option: Option, text: str) -> OptionValue:
 
 @cache
 def table(name: str) -> OptionTable:
-    """The committed table of an engine and version, as `aphrodite-0.6.4.post1`."""
+    """The table of an engine and version, such as `aphrodite-0.6.4.post1`."""
     return OptionTable.model_validate_json((resources.files("deploy") / "data" / f"{name}-options.json").read_bytes())

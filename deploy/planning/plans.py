@@ -1,4 +1,4 @@
-"""The plan: what runs, where, with which environment. What it prints is what `deploy serve` executes, argument by argument."""
+"""The plan: which commands run where, with which environment. `deploy serve` executes exactly the printed commands."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ from deploy.planning.speed import Prediction
 from gracefarm.errors import ConfigError, LayoutError
 
 REHEARSED = "gh200-96"
-"What the nodes of a rehearsal are taken for: their GPUs are declared, not found."
+"Kind of the nodes of a rehearsal, whose GPUs are declared, not found."
 FREE = 0.95
-"Of a GPU's memory: with less, somebody uses it."
+"Share of a GPU's memory. If less is free, the GPU is in use."
 
 
 RUNS = {"deployment", "engine", "launcher", "model", "revision", "layout", "nodes", "serve", "serve_env", "secret_env"}
-"Fields of a plan that are executed; the others say what to expect of it: a price, a better prediction, a spare."
+"Fields of a plan that determine what is executed. The others are predictions, prices, spares and notes."
 LATER: Mapping[str, object] = MappingProxyType({"dp": 1, "expert_parallel": False, "local_replicas": 1, "spans": False})
-"Fields of a layout that came later, and what layouts were before."
+"Fields of a layout that later versions added, with the values that give the same layout as before."
 
 
 class NodePlan(BaseModel):
@@ -128,21 +128,21 @@ class ServePlan(BaseModel):
 
     @property
     def head(self) -> NodePlan:
-        """Where Ray's head and the engine's driver run."""
+        """The node that runs Ray's head and the engine's driver."""
         return self.nodes[0]
 
     @property
     def followers(self) -> tuple[NodePlan, ...]:
-        """Nodes with a part of the engine that is started there; with Ray there are none."""
+        """Nodes on which the engine is started in addition to the head; none with Ray."""
         return self.nodes[1:] if self.launcher == "native" else ()
 
     def lost(self, names: Sequence[str]) -> str:
-        """A sentence for nodes that the engine has lost."""
-        return f"Ray lost {', '.join(names)}" if self.launcher == "ray" else f"its part on {', '.join(names)} has ended"
+        """A phrase for nodes that the engine has lost."""
+        return f"Ray lost {', '.join(names)}" if self.launcher == "ray" else f"the engine on {', '.join(names)} has ended"
 
 
 def identified(plan: ServePlan) -> ServePlan:
-    """The plan with its id. What earlier versions did not know is left out where it is as they had it: their ids stay."""
+    """The plan with its id. Newer fields with their old value are left out, so that old plans keep their ids."""
     runs = plan.model_dump(mode="json", include=RUNS)
     for name, before in LATER.items():
         if runs["layout"][name] == before:
@@ -156,16 +156,19 @@ def identified(plan: ServePlan) -> ServePlan:
 
 
 def plan_mark(plan: ServePlan, environment: str) -> str:
-    """What every process of a plan carries: the plan's id and the environment's, which arguments name by a link that moves."""
+    """The mark of all processes of a plan: a hash of the plan's id and the environment's id.
+
+    The arguments contain only the link to the active environment, whose target may change.
+    """
     return hashlib.sha256(f"{plan.id} {environment}".encode()).hexdigest() if environment else plan.id
 
 
 def make(deployment: Deployment, facts: Facts, model: Model) -> ServePlan:
-    """The plan for these nodes and this model.
+    """Make the plan for these nodes and this model.
 
     Raises:
-        LayoutError: the model does not fit, or not in the layout that deploy.toml forces.
-        ConfigError: deploy.toml asks for what the engine does not have, or a node was never asked.
+        LayoutError: the model does not fit, or not in the layout of deploy.toml.
+        ConfigError: the engine does not have an option of deploy.toml, or the facts of a node are missing.
     """
     question, notes = _question(deployment, facts, model)
     choice = choosing.choose(question)
@@ -188,7 +191,7 @@ def make(deployment: Deployment, facts: Facts, model: Model) -> ServePlan:
 
 
 def _machines(deployment: Deployment, known: Mapping[str, NodeFacts]) -> tuple[tuple[Machine, ...], list[str]]:
-    """What each node has to offer, and of those that offer nothing why."""
+    """The GPUs and memory of each node, and a note for each node that cannot serve."""
     machines, notes = [], []
     for node in deployment.nodes:
         facts = known[node.name]
@@ -201,15 +204,15 @@ def _machines(deployment: Deployment, known: Mapping[str, NodeFacts]) -> tuple[t
         gpus = facts.cuda.gpus
         if node.gpus is not None and node.gpus > len(gpus):
             raise LayoutError(
-                f"{node}: deploy.toml says {node.gpus} GPUs, and it has {len(gpus)}",
+                f"{node}: gpus is {node.gpus} in deploy.toml, but the node has {len(gpus)} GPUs",
                 remedy="correct gpus, or replace the node",
             )
         if gpus:
             machines.append(Machine(name=node.name, private=facts.private, gpus=gpus[: node.gpus], host=facts.memory.total))
         elif node.head:
             raise LayoutError(
-                f"{node}: the head has no usable GPU ({facts.cuda.text}), and the engine's driver needs one",
-                remedy="put a node with a GPU first, or mend its driver and ask again: `deploy facts`",
+                f"{node}: the head has no usable GPU ({facts.cuda.text}), but the engine's driver requires one",
+                remedy="list a node with a GPU first; or fix the driver of this node, then run `deploy facts`",
             )
         else:
             notes.append(f"{node} cannot serve: {facts.cuda.text}")
@@ -217,7 +220,7 @@ def _machines(deployment: Deployment, known: Mapping[str, NodeFacts]) -> tuple[t
 
 
 def _question(deployment: Deployment, facts: Facts, model: Model) -> tuple[Question, list[str]]:
-    """What is to be planned, and what a person should know of the nodes."""
+    """The input of the planner, and notes about the nodes for the user."""
     data = deployment.data
     engine = engines.engine(data.engine)
     known = {node.name: facts.node(node.name) for node in deployment.nodes}
@@ -238,16 +241,17 @@ def _question(deployment: Deployment, facts: Facts, model: Model) -> tuple[Quest
 
 
 def trusted(deployment: Deployment, facts: Facts, repo: str, revision: str) -> ServePlan:
-    """The plan for a model that the planner does not know, as [layout] says: nothing is predicted.
+    """Make the plan for a model that the planner does not know, from [layout] and without predictions.
 
     Raises:
-        ConfigError: tensor_parallel or pipeline_parallel is missing. LayoutError: there are not so many GPUs.
+        ConfigError: tensor_parallel or pipeline_parallel is missing.
+        LayoutError: there are not enough GPUs.
     """
     data, forced = deployment.data, deployment.data.layout
     if not (forced.tensor_parallel and forced.pipeline_parallel):
         raise ConfigError(
-            "[layout] trust serves a model that the planner does not know; tensor_parallel or pipeline_parallel is missing",
-            remedy="set both: their product is the number of GPUs",
+            "[layout] trust requires tensor_parallel and pipeline_parallel, since the planner does not know the model",
+            remedy="set both; their product is the number of GPUs",
         )
     engine = engines.engine(data.engine)
     known = {node.name: facts.node(node.name) for node in deployment.nodes}
@@ -268,21 +272,22 @@ def trusted(deployment: Deployment, facts: Facts, repo: str, revision: str) -> S
     there = sum(len(machine.gpus) for machine in machines)
     if layout.world > there:
         raise LayoutError(
-            f"{layout.name} needs {layout.world} GPUs, and there are {there}", remedy="fewer stages or ranks, or more nodes"
+            f"{layout.name} requires {layout.world} GPUs, but there are {there}",
+            remedy="use fewer stages or ranks, or more nodes",
         )
     each = len(machines[0].gpus) // (layout.tp * layout.pp)
     layout = layout.model_copy(update={"local_replicas": max(1, min(layout.dp, each)), "spans": layout.dp > 1 and each == 0})
     slots = layouts.place(machines, layout.world)
     plan = _executed(deployment, facts, layout, [slot.machine.name for slot in slots], repo, revision)
     unused = [machine.name for machine in machines if machine.name not in {node.name for node in plan.nodes}]
-    doubt = f"the planner does not know {repo}: [layout] trust serves it without a prediction of memory and speed"
+    doubt = f"the planner does not know {repo}: it is served without a prediction of memory and speed ([layout] trust)"
     return identified(plan.model_copy(update={"spares": tuple(unused), "notes": (*notes, doubt)}))
 
 
 def _executed(
     deployment: Deployment, facts: Facts, layout: Layout, places: Sequence[str], repo: str, revision: str
 ) -> ServePlan:
-    """What runs: the nodes in the engine's rank order, one name for each GPU."""
+    """The executed part of the plan. `places` has the node's name for each GPU, in the engine's rank order."""
     engine, head = engines.engine(deployment.data.engine), facts.node(deployment.head.name)
     nodes = tuple(_node(deployment, engine, layout, facts.node(name), count, head) for name, count in Counter(places).items())
     serve = commands.serve(deployment, engine, layout, repo, revision)
@@ -310,18 +315,21 @@ def _executed(
 
 
 def _require_native(engine: Engine, layout: Layout, nodes: Sequence[NodePlan]) -> None:
-    """The engine starts itself on these nodes. Raises ConfigError, LayoutError: it cannot."""
+    """Check that the engine can connect these nodes without Ray. Raises ConfigError, LayoutError."""
     if not engine.native:
-        raise ConfigError(f'launcher = "native": {engine.name} has no start of several nodes', remedy='launcher = "ray"')
+        raise ConfigError(
+            f'launcher = "native": {engine.name} cannot start on several nodes without Ray', remedy='set launcher = "ray"'
+        )
     if layout.dp > 1:
         raise LayoutError(
-            f"{layout.name}: replicas on several nodes are brought together by Ray",
-            remedy='launcher = "ray", or a deployment for each replica',
+            f"{layout.name}: replicas on several nodes require Ray",
+            remedy='set launcher = "ray", or use one deployment for each replica',
         )
     if len({node.gpus for node in nodes}) > 1:
         each = ", ".join(f"{node.name} {node.gpus}" for node in nodes)
         raise LayoutError(
-            f"without Ray every node has the same number of ranks, and the plan has {each}", remedy='launcher = "ray"'
+            f"without Ray, all nodes must have the same number of ranks, but the plan has {each}",
+            remedy='set launcher = "ray"',
         )
 
 
@@ -342,17 +350,17 @@ def _notes(question: Question, best: Candidate, facts: Facts) -> list[str]:
     notes, model = [], question.model
     if not model.pinned:
         notes.append(
-            f"{model.repo} at {model.revision!r} is not pinned yet: `deploy up` resolves it to a commit, which changes the id"
+            f"{model.repo} is not pinned yet: `deploy up` resolves {model.revision!r} to a commit, which changes the plan's id"
         )
     if model.vision and model.stored is None:
         notes.append(
-            "its part for images is not counted: config.json does not give its bytes; the files do, once they are there"
+            "the vision encoder is not counted: its size is not in config.json, and is known only when the files are fetched"
         )
     names = {slot.gpu.name for slot in best.slots if hardware.kind_of(slot.gpu.name) is hardware.UNKNOWN}
-    notes += [f"the speed model does not know {name}: its figures are guesses" for name in sorted(names)]
+    notes += [f"the speed model does not know {name}: the predicted speed is a guess" for name in sorted(names)]
     kinds = sorted({slot.gpu.name for slot in best.slots})
     if len(kinds) > 1:
-        notes.append(f"the GPUs differ ({', '.join(kinds)}): of each stage the smallest and the slowest counts")
+        notes.append(f"the GPUs differ ({', '.join(kinds)}): the smallest and the slowest GPU of each stage limit it")
     networks = sorted({facts.node(slot.machine.name).network for slot in best.slots})
     if len(networks) > 1:
         notes.append(f"the private addresses are in {len(networks)} networks ({', '.join(networks)}): set private or nic")
@@ -360,33 +368,35 @@ def _notes(question: Question, best: Candidate, facts: Facts) -> list[str]:
 
 
 def _unused(question: Question, unused: Sequence[str], used: int) -> list[str]:
-    """Nodes that cost and bring nothing."""
+    """A note about nodes that are not used."""
     if not unused:
         return []
     which = unused[0] if len(unused) == 1 else f"{unused[0]} to {unused[-1]}"
     serving = "1 node serves" if used == 1 else f"{used} nodes serve"
-    idle = "1 does not" if len(unused) == 1 else f"{len(unused)} do not"
+    idle = "1 is not used" if len(unused) == 1 else f"{len(unused)} are not used"
     if question.objective == "throughput" and (question.model.experts or not question.engine.replicas):
         whose = "models with experts" if question.model.experts else question.engine.name
-        return [f"{serving}, {idle} ({which}): no replicas of {whose} are planned; another deployment can use them"]
+        return [f"{serving}, {idle} ({which}): replicas of {whose} are not planned; another deployment can use the nodes"]
     what = {"speed": "one stream", "throughput": "all streams together", "cost": "a token"}[question.objective]
     better = "cheaper" if question.objective == "cost" else "faster"
-    return [f"{serving}, {idle} ({which}): with all, {what} would not be noticeably {better}"]
+    return [f"{serving}, {idle} ({which}): with all nodes, {what} would not be noticeably {better}"]
 
 
 def cautions(facts: Facts) -> tuple[str, ...]:
-    """GPUs that were in use when the nodes were asked. Not part of a plan: it must not change while it runs."""
+    """Warnings about GPUs that were in use when the facts were collected. They are not part of the plan, which is stable."""
     sentences = []
     for node in facts.nodes:
         fullest = min(node.cuda.gpus, key=lambda gpu: gpu.free / gpu.total, default=None)
         if fullest and fullest.free < FREE * fullest.total:
             free = f"{fullest.free / GIB:.1f} of {fullest.total / GIB:.1f} GiB"
-            sentences.append(f"{node.name}: {free} of GPU memory were free when it was asked; `deploy preflight` looks again")
+            sentences.append(
+                f"{node.name}: {free} of GPU memory were free when the facts were collected; `deploy preflight` checks again"
+            )
     return tuple(sentences)
 
 
 def _alternatives(choice: LayoutChoice) -> tuple[Alternative, ...]:
-    """The best layout of every other tp."""
+    """The best layout for each other tp."""
     best: dict[int, Candidate] = {}
     for candidate in choice.others:
         best.setdefault(candidate.layout.tp, candidate)
@@ -406,6 +416,6 @@ def _alternatives(choice: LayoutChoice) -> tuple[Alternative, ...]:
 
 
 def ranks(plan: ServePlan) -> tuple[tuple[str, ...], ...]:
-    """Node names of each stage's ranks."""
+    """The node names of the ranks of each stage."""
     order = [node.name for node in plan.nodes for _ in range(node.gpus)]
     return tuple(tuple(order[stage * plan.layout.tp : (stage + 1) * plan.layout.tp]) for stage in range(plan.layout.pp))

@@ -1,6 +1,6 @@
-"""What a quantised weight is stored as: the tensors that stand in a checkpoint for one matrix, by method.
+"""The storage of quantised weights: which tensors a checkpoint has for one matrix, for each method.
 
-Layouts as vLLM 0.26.0 creates them (model_executor/layers/quantization in its wheel): fp8.py, fbgemm_fp8.py, auto_awq.py,
+The formats are those of vLLM 0.26.0 (model_executor/layers/quantization in its wheel): fp8.py, fbgemm_fp8.py, auto_awq.py,
 auto_gptq.py, modelopt.py, mxfp4.py, compressed_tensors/.
 """
 
@@ -21,11 +21,11 @@ _NVFP4_OF_COMPRESSED = ("weight_packed", "weight_global_scale", "input_global_sc
 LEAST_SM: Mapping[str, int] = MappingProxyType(
     {"fp8": 75, "modelopt FP8": 89, "fbgemm_fp8": 80, "int": 75, "awq": 75, "gptq": 60, "mxfp4": 80, "nvfp4": 75}
 )
-"Compute capability from which vLLM 0.26.0 takes a method (get_min_capability). NVFP4 runs on Hopper too, by Marlin."
+"Lowest compute capability of a method in vLLM 0.26.0 (get_min_capability). NVFP4 runs on Hopper too, with Marlin."
 
 
 def linear(quantization: Quantization | None, module: str, rows: int, columns: int, *, count: int = 1) -> tuple[Tensor, ...]:
-    """The tensors of a weight matrix of `rows` outputs and `columns` inputs, `count` times."""
+    """The tensors of `count` weight matrices with `rows` outputs and `columns` inputs."""
 
     def tensor(name: str, dtype: str, *shape: int) -> Tensor:
         return Tensor(name=f"{module}.{name}", shape=shape, dtype=dtype, count=count)
@@ -73,18 +73,18 @@ def linear(quantization: Quantization | None, module: str, rows: int, columns: i
                 tensor(second, "F32", 1),
                 tensor(third, "F32", 1),
             )
-        case "mxfp4":  # experts alone, which are one tensor: deploy/planning/architectures.py
+        case "mxfp4":  # only for experts, which are one tensor: deploy/planning/architectures.py
             return (tensor("weight", "BF16", rows, columns),)
     raise AssertionError(quantization.method)
 
 
 def least_sm(quantization: Quantization) -> int:
-    """Compute capability without its point from which the engine takes it."""
+    """The lowest compute capability for these weights, without the point."""
     return LEAST_SM.get(quantization.name, LEAST_SM[quantization.method])
 
 
 def ignores(quantization: Quantization, module: str) -> bool:
-    """Whether a module, by its whole name, stays as it is."""
+    """Whether a module with this full name is not quantised."""
     for entry in quantization.ignored:
         if entry.startswith("re:"):
             if re.match(entry[3:], module):
@@ -98,7 +98,7 @@ def ignores(quantization: Quantization, module: str) -> bool:
 
 
 def of_config(config: Mapping[str, Any]) -> Quantization | str | None:
-    """Of a config.json's `quantization_config`; a string names what is not known here, None: the weights are not quantised."""
+    """The quantisation of a config.json. A string is the name of an unknown method; None: the weights are not quantised."""
     table = config.get("quantization_config") or config.get("compression_config")
     if not table:
         return None

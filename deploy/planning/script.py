@@ -1,4 +1,4 @@
-"""A plan as a bash script: the same commands and environments, in the tutorial's style, for people without this program."""
+"""A plan as a bash script with the same commands and environments, for machines without this program."""
 
 from __future__ import annotations
 
@@ -14,29 +14,30 @@ TOKEN_FILE = "RAY_AUTH_TOKEN_PATH"  # noqa: S105 - the name of a variable
 
 
 def render(plan: ServePlan, nodes: Sequence[Node] = ()) -> str:
-    """The script. `nodes` say how each is entered (user, port, key, jump host); without them ~/.ssh/config does.
+    """Write the script. `nodes` give user, port, key and jump host of each node; default: from ~/.ssh/config.
 
-    Secrets are read from files here and sent through ssh's stdin; no argument list has them.
+    Secrets are read from local files and sent on ssh's stdin, so that they do not appear in arguments.
+
     Raises:
-        ConfigError: the engine brings its nodes together by itself; the script knows Ray's way alone.
+        ConfigError: the launcher is not Ray.
     """
     if plan.launcher == "native":
         raise ConfigError(
-            '--shell writes the script of launcher = "ray" alone', remedy="`deploy plan --commands` has each node's"
+            '--shell requires launcher = "ray"', remedy="`deploy plan --commands` shows the commands of each node"
         )
     access = {node.name: node for node in nodes}
     head, *rest = plan.nodes
     blocks = [
         _preamble(plan),
         _functions([(node, access.get(node.name)) for node in plan.nodes]),
-        "# Secrets: made once, kept here for you alone, sent through stdin into files that only the nodes' user can read.",
+        "# Secrets: created once, stored here with mode 0600, and sent on stdin to files that only the nodes' user can read.",
         _secrets(plan),
         f"# Ray: exactly {plan.layout.world} GPUs in all, or the engine's placement group may miss its driver.",
         _ray(head),
         *(_ray(node) for node in rest),
-        "# The engine. It outlives this connection; its log and its process id stay in the head's own folder.",
+        "# The engine. It continues without this connection. Its log and process id are in the head's folder.",
         _engine(plan),
-        "# Its port opens when the model is loaded, which takes long; ready is what answers a real request.",
+        "# The port opens when the model is loaded, which takes long. The engine is ready when it answers a real request.",
         _wait(plan),
     ]
     return "\n\n".join(blocks) + "\n"
@@ -47,11 +48,11 @@ def _preamble(plan: ServePlan) -> str:
     return f"""#!/usr/bin/env bash
 # {plan.deployment}: {plan.model} at {plan.revision}, {plan.engine}, {plan.layout.name}
 # Plan {plan.id}, printed by `deploy plan --shell`.
-# Environment and weights must be there: {plan.serve[0]}, {_model_folder(plan)}{spares}
+# Environment and weights must exist: {plan.serve[0]}, {_model_folder(plan)}{spares}
 set -euo pipefail
 umask 077
 
-# Host keys that `deploy init` pinned; a node that shows another one is refused.
+# Host keys that `deploy init` pinned. A node with another key is refused.
 known_hosts=${{KNOWN_HOSTS:-.deploy/known_hosts}}
 secrets=${{SECRETS:-.deploy/script}}"""
 
@@ -62,7 +63,7 @@ def _model_folder(plan: ServePlan) -> str:
 
 def _functions(nodes: Iterable[tuple[NodePlan, Node | None]]) -> str:
     cases = "\n".join(f"        {node_plan.name}) set -- {shlex.join(_ssh(node_plan, node))} ;;" for node_plan, node in nodes)
-    return f"""# on NODE COMMAND: a command on a node, its stdin from here.
+    return f"""# on NODE COMMAND: run a command on a node, with the stdin of this function.
 on() {{
     local node=$1 command=$2
     case $node in
@@ -71,7 +72,7 @@ on() {{
     ssh -o BatchMode=yes -o StrictHostKeyChecking=yes -o "UserKnownHostsFile=$known_hosts" "$@" "$command"
 }}
 
-# secret FILE: made unless it is there.
+# secret FILE: create the file if it does not exist.
 secret() {{
     mkdir -p "$secrets"
     [ -s "$secrets/$1" ] || od -An -N32 -tx1 /dev/urandom | tr -d ' \\n' >"$secrets/$1"
@@ -149,7 +150,7 @@ def _wait(plan: ServePlan) -> str:
 
 
 def _folded(words: Sequence[str]) -> str:
-    """One option a line."""
+    """The command with one option per line."""
     lines: list[list[str]] = [[]]
     for word in words:
         if word.startswith("--"):

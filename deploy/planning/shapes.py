@@ -1,4 +1,4 @@
-"""The numbers of a model that decide what fits where: layers, heads, experts, latent attention, quantisation."""
+"""The dimensions of a model that determine its memory: layers, heads, experts, latent attention, quantisation."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, 
 from deploy.planning.tensors import Tensor
 
 BYTES = 2
-"Per weight that is not quantised and per element of the KV cache: bfloat16 or float16; engines turn float32 into float16."
+"Bytes of an unquantised weight and of an element of the KV cache: bfloat16 or float16. Engines convert float32 to float16."
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 Dimension = Annotated[int, Field(gt=0, le=1 << 31)]
-"A dimension: what is larger is no model's."
+"A dimension, with an upper limit that no real model reaches."
 QuantMethod = Literal["fp8", "fbgemm_fp8", "int", "awq", "gptq", "mxfp4", "nvfp4"]
-"What the bytes of a quantised weight look like; deploy/planning/quantization.py has each."
+"Formats of quantised weights; see deploy/planning/quantization.py."
 
 
 class ModelPart(BaseModel):
-    """A frozen value; unknown names are an error."""
+    """A frozen value. Unknown names are an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -33,71 +33,71 @@ class Experts(ModelPart):
     columns: Dimension
     "MLP columns of each expert."
     shared_columns: NonNegativeInt = 0
-    "MLP columns of the experts that every token passes; 0: there are none."
+    "MLP columns of the shared experts, which process every token; 0: no shared experts."
     layers: tuple[NonNegativeInt, ...]
-    "Layers that have experts; the others have one MLP."
+    "Layers with experts; the others have one MLP."
 
     @model_validator(mode="after")
     def _possible(self) -> Experts:
         if self.per_token > self.count:
-            msg = f"a token passes {self.per_token} experts, and there are {self.count}"
+            msg = f"{self.per_token} experts per token, but only {self.count} experts"
             raise ValueError(msg)
         return self
 
 
 class Latent(ModelPart):
-    """Multi-head latent attention: the cache holds one compressed vector a token, whatever the heads."""
+    """Multi-head latent attention: the cache has one compressed vector per token, for any number of heads."""
 
     q_rank: PositiveInt | None
     kv_rank: PositiveInt
     nope: PositiveInt
-    "Dimensions of a head's query and key without position."
+    "Dimensions of query and key of a head, without the position part."
     rope: PositiveInt
     value: PositiveInt
-    "Dimensions of a head's value."
+    "Dimensions of the value of a head."
     index_heads: PositiveInt | None = None
-    "Sparse attention: heads of the indexer, which chooses the tokens that are looked at; None: all are."
+    "Sparse attention: heads of the indexer, which selects the tokens to attend to; None: attention to all tokens."
     index_dim: PositiveInt = 128
     index_layers: tuple[NonNegativeInt, ...] = ()
-    "Layers with an indexer of their own; the others use the choice of the one before."
+    "Layers with an indexer; the others use the selection of the previous layer."
 
 
 class Quantization(ModelPart):
-    """How weights are stored."""
+    """The format of quantised weights."""
 
     method: QuantMethod
     name: str
-    "As config.json says it."
+    "Name in config.json."
     block: tuple[PositiveInt, PositiveInt] | None = None
-    "fp8: rows and columns that share a scale; None: a scale for the tensor or for each row."
+    "fp8: rows and columns of a block with one scale; None: one scale for the tensor or for each row."
     per_row: bool = False
-    "fp8 without blocks: a scale for each row, else one for the tensor."
+    "fp8 without blocks: one scale for each row, else one for the tensor."
     bits: PositiveInt = 8
     group: PositiveInt | None = None
-    "Weights that share a scale along a row."
+    "Number of weights in a row that share a scale."
     ignored: tuple[str, ...] = ()
-    "Modules that stay as they are: names, beginnings of names, globs, `re:` expressions."
+    "Modules that are not quantised: names, prefixes, globs, or `re:` expressions."
 
 
 class Stored(ModelPart):
-    """The tensors that a checkpoint has, as its headers say: what they weigh is read, not computed."""
+    """The tensors of a checkpoint, read from its headers. Their sizes are exact."""
 
     kinds: tuple[tuple[Tensor, ...], ...]
-    "Layers that differ."
+    "The distinct layers."
     order: tuple[NonNegativeInt, ...]
-    "For each layer its kind."
+    "For each layer, its index in kinds."
     outer: tuple[Tensor, ...]
     "Embedding, last norm, output layer."
     other: NonNegativeInt
-    "Bytes of everything else, as a part for images: every rank is taken to hold all of it."
+    "Bytes of everything else, such as a vision encoder. The planner assumes that every rank has all of it."
 
 
 class Model(ModelPart):
-    """A model at a revision. Names as in the field, not as in config.json."""
+    """A model at a revision. The names are common terms, not those of config.json."""
 
     repo: str
     revision: str
-    "A commit; a branch or tag where nobody could be asked for its commit."
+    "A commit; a branch or tag if its commit could not be looked up."
     architecture: str = "LlamaForCausalLM"
     layers: Dimension
     hidden: Dimension
@@ -105,45 +105,45 @@ class Model(ModelPart):
     kv_heads: Dimension
     head_dim: Dimension
     mlp: Dimension
-    "MLP columns of layers without experts."
+    "MLP columns of the layers without experts."
     vocab: Dimension
     max_len: Dimension
     tied: bool = False
-    "The output layer is the embedding."
+    "The output layer and the embedding share their weights."
     attention_bias: bool = False
     mlp_bias: bool = False
     experts: Experts | None = None
     latent: Latent | None = None
     quantization: Quantization | None = None
     window: PositiveInt | None = None
-    "Tokens that a layer with a window sees."
+    "Tokens in the window of a layer with sliding window attention."
     full_layers: tuple[NonNegativeInt, ...] | None = None
-    "Layers that see all tokens; None: all do."
+    "Layers without a window; None: all."
     vision: bool = False
-    "It has a part for images, whose bytes config.json does not give."
+    "It has a vision encoder, whose size is not in config.json."
     stored: Stored | None = None
-    "None: there were no files to read; the tensors are those that the architecture gives these numbers."
+    "The tensors of the checkpoint; None: not read, and derived from the architecture."
     source: str = ""
-    "Where the numbers are from, for people."
+    "Source of the numbers, for messages."
 
     @model_validator(mode="after")
     def _possible(self) -> Model:
         if self.heads % self.kv_heads:
-            msg = f"{self.heads} attention heads do not divide by {self.kv_heads} KV heads"
+            msg = f"{self.heads} attention heads are not divisible by {self.kv_heads} KV heads"
             raise ValueError(msg)
         return self
 
     @property
     def pinned(self) -> bool:
-        """The revision is a commit."""
+        """True if the revision is a commit."""
         return COMMIT.fullmatch(self.revision) is not None
 
     def at(self, revision: str) -> Model:
-        """The same numbers, at a revision that was resolved."""
+        """The same model at another revision."""
         return self.model_copy(update={"revision": revision})
 
     def sees_all(self, layer: int) -> bool:
-        """Whether a layer's attention has no window."""
+        """Whether the attention of a layer has no window."""
         return self.full_layers is None or layer in self.full_layers
 
     def has_experts(self, layer: int) -> bool:

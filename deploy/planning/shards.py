@@ -1,4 +1,4 @@
-"""What each rank of a split holds, by the engine's rule and the tensors alone; docs/reference/deploy.md has the formulas."""
+"""The weights and cache of each rank of a split, by the engine's rules. docs/reference/deploy.md has the formulas."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from deploy.planning.tensors import Tensor
 
 GIB = 1 << 30
 INDEX_GROUP = 128
-"Elements of an indexer's cache, in 8 bit, that share a scale of 4 bytes."
+"Number of 8-bit elements of an indexer's cache that share a scale of 4 bytes."
 
 ROWS = MappingProxyType(
     {
@@ -26,31 +26,31 @@ ROWS = MappingProxyType(
         **dict.fromkeys(("gate_proj", "up_proj", "w1", "w3", "gate_up_proj"), "columns"),
     }
 )
-"Modules whose outputs are shared out, and what they are shared out by."
+"Modules that are split by outputs, and the unit of the split."
 COLUMNS = MappingProxyType({"o_proj": "query", **dict.fromkeys(("down_proj", "w2"), "columns")})
-"Modules whose inputs are."
+"Modules that are split by inputs, and the unit of the split."
 _PER_INPUT = ("weight", "qweight", "weight_packed", "weight_scale", "weight_scale_inv", "qzeros", "scales", "g_idx")
-"Of these tensors of such a module, each rank holds a part."
+"Tensors of a module split by inputs of which each rank has a part; every rank has the others whole."
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankShare:
-    """What one rank of one stage holds."""
+    """Weights and cache of one rank of one stage."""
 
     layers: int
-    "Bytes of decoder layers: what can be offloaded."
+    "Bytes of decoder layers, which can be offloaded."
     fixed: int
-    "Bytes of embedding, output layer and last norm: what stays."
+    "Bytes of embedding, output layer and last norm, which cannot be offloaded."
     dense: int
-    "Bytes of the layers that every token reads: all but the routed experts and what is there twice."
+    "Bytes of the layers that every token reads: without the routed experts and without duplicates."
     head: int
-    "Bytes of output layer and last norm; the embedding is not read, but looked up."
+    "Bytes of output layer and last norm. The embedding is not counted, since a token reads only one row."
     experts: int
-    "Bytes of routed experts, of which a token reads a few."
+    "Bytes of routed experts, of which a token reads only some."
     token: int
-    "Bytes of KV cache per token, in layers that see all tokens."
+    "Bytes of KV cache per token in layers without a window."
     request: int
-    "Bytes of KV cache that a request takes in layers with a window, however long it is."
+    "Bytes of KV cache per request in layers with a window; they do not depend on its length."
 
     @property
     def weights(self) -> int:
@@ -58,13 +58,13 @@ class RankShare:
         return self.layers + self.fixed
 
     def away(self, offload_gib: float) -> int:
-        """Bytes in host memory: layers alone are offloaded."""
+        """Bytes in host memory; only layers are offloaded."""
         return min(int(offload_gib * GIB), self.layers)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _LayerShare:
-    """One rank's part of one layer, in bytes."""
+    """Bytes of one rank's part of one layer."""
 
     size: int
     experts: int
@@ -77,9 +77,9 @@ class _LayerShare:
 
 
 def slices(engine: Engine, model: Model, tp: int, rank: int) -> dict[str, tuple[int, int, int]]:
-    """A rank's part of every tensor of a dense layer that is cut: name to axis (of the checkpoint's tensor), start and length.
+    """A rank's part of every split tensor of a dense layer: name to axis (of the checkpoint's tensor), start and length.
 
-    What is not named is held whole by every rank: norms, and the biases of o_proj and down_proj.
+    Every rank has the other tensors whole: norms, and the biases of o_proj and down_proj.
     """
     cut = {}
     for tensor in layer_tensors(model, 0):
@@ -99,7 +99,7 @@ def slices(engine: Engine, model: Model, tp: int, rank: int) -> dict[str, tuple[
 
 
 def _own(engine: Engine, model: Model, tp: int, rank: int, unit: str, units: int) -> tuple[int, int]:
-    """Start and number of a rank's units: of query heads, of KV heads or of columns."""
+    """Start and number of a rank's units, which are query heads, KV heads or columns."""
     if unit == "columns":
         return engines.part(units, rank, tp)
     if engine.replicates and tp > model.kv_heads:
@@ -110,7 +110,7 @@ def _own(engine: Engine, model: Model, tp: int, rank: int, unit: str, units: int
 
 
 def _units(model: Model, unit: str, tensor: Tensor) -> int:
-    """Into how many equal parts a tensor can be cut by heads or columns."""
+    """Number of units (heads or columns) of a tensor."""
     if unit == "query":
         return model.heads
     if unit == "key":
@@ -123,13 +123,13 @@ def _units(model: Model, unit: str, tensor: Tensor) -> int:
 
 
 def held(engine: Engine, model: Model, tensor: Tensor, split: Split, rank: int) -> int:
-    """Bytes that a rank holds of a tensor."""
+    """Bytes of a rank's part of a tensor."""
     tensor = _as_loaded(tensor)
     if split.expert_parallel and _routed(tensor):
         return tensor.size // _experts_in(model, tensor) * engines.part(_experts_in(model, tensor), rank, split.tp)[1]
     module, _, kind = tensor.name.rpartition(".")
     name = module.rpartition(".")[2]
-    if name == "experts":  # all experts are one tensor, whose own name says the module
+    if name == "experts":  # all experts are in one tensor, whose name is that of the module
         return _fused(model, tensor, kind, split)
     if kind == "sinks":
         name = kind
@@ -148,7 +148,7 @@ def held(engine: Engine, model: Model, tensor: Tensor, split: Split, rank: int) 
 
 
 def _as_loaded(tensor: Tensor) -> Tensor:
-    """Scales of blocks are kept in 32 bit, however they are stored, and an indexer's keys in 16 (vLLM 0.26.0, fp8_utils.py,
+    """The tensor in memory: scales of blocks have 32 bit, and the keys of an indexer 16 (vLLM 0.26.0, fp8_utils.py,
     deepseek_v2.py)."""
     if tensor.name == "self_attn.indexer.wk.weight":
         return replace(tensor, dtype="BF16")
@@ -165,7 +165,7 @@ def _experts_in(model: Model, tensor: Tensor) -> int:
 
 
 def _fused(model: Model, tensor: Tensor, kind: str, split: Split) -> int:
-    """Of a tensor that holds all experts: their columns are shared out and, where 4-bit kernels want it, padded."""
+    """Bytes of a rank's part of a tensor with all experts. Their columns are split and, for some 4-bit kernels, padded."""
     assert model.experts is not None
     columns = model.experts.columns
     if not (model.quantization and model.quantization.method == "mxfp4"):
@@ -202,7 +202,7 @@ def _layer(engine: Engine, model: Model, split: Split, rank: int, layer: int) ->
 
 
 def _absorbed(model: Model, split: Split) -> int:
-    """kv_b_proj once more in 16 bit, for decoding (W_UK_T and W_UV of vLLM 0.26.0's mla_attention.py)."""
+    """Bytes of the copy of kv_b_proj in 16 bit, for decoding (W_UK_T and W_UV in vLLM 0.26.0, mla_attention.py)."""
     if model.latent is None:
         return 0
     latent = model.latent
@@ -210,7 +210,7 @@ def _absorbed(model: Model, split: Split) -> int:
 
 
 def _cache(engine: Engine, model: Model, split: Split, rank: int, layer: int) -> int:
-    """Bytes of a token's entry in one layer."""
+    """Bytes of the cache of one token in one layer."""
     if model.latent:
         index = model.latent.index_dim + model.latent.index_dim // INDEX_GROUP * 4 if layer in model.latent.index_layers else 0
         return (model.latent.kv_rank + model.latent.rope) * split.cache_bytes + index
@@ -219,12 +219,12 @@ def _cache(engine: Engine, model: Model, split: Split, rank: int, layer: int) ->
 
 @lru_cache(maxsize=256)
 def _layers(engine_name: str, model: Model, split: Split) -> tuple[tuple[_LayerShare, ...], ...]:
-    """For each layer every rank's part; equal layers are computed once."""
+    """For each layer the part of every rank. Equal layers are computed once."""
     engine = engines.engine(engine_name)
     computed: dict[tuple[tuple[Tensor, ...], bool], tuple[_LayerShare, ...]] = {}
     found = []
     for layer in range(model.layers):
-        kind = (layer_tensors(model, layer), model.sees_all(layer))  # a layer with an indexer has its tensors too
+        kind = (layer_tensors(model, layer), model.sees_all(layer))  # a layer with an indexer has different tensors
         if kind not in computed:
             computed[kind] = tuple(_layer(engine, model, split, rank, layer) for rank in range(split.tp))
         found.append(computed[kind])
@@ -232,7 +232,7 @@ def _layers(engine_name: str, model: Model, split: Split) -> tuple[tuple[_LayerS
 
 
 def layer_bytes(engine: Engine, model: Model, tp: int, rank: int, layer: int = 0) -> int:
-    """Of one decoder layer on a rank."""
+    """Bytes of one decoder layer on a rank."""
     return _layers(engine.name, model, Split(tp=tp))[layer][rank].size
 
 
@@ -240,7 +240,7 @@ def layer_bytes(engine: Engine, model: Model, tp: int, rank: int, layer: int = 0
 
 
 def shares(engine: Engine, model: Model, split: Split, partition: Sequence[int]) -> tuple[tuple[RankShare, ...], ...]:
-    """What every rank of every stage holds."""
+    """The part of every rank of every stage."""
     layers = _layers(engine.name, model, split)
     last = len(partition) - 1
     stages, begin = [], 0
@@ -266,7 +266,7 @@ def _share(layers: Sequence[_LayerShare], fixed: int, head: int) -> RankShare:
 
 
 def _outer(engine: Engine, model: Model, tp: int, *, first: bool, last: bool) -> tuple[int, int]:
-    """Bytes outside the layers of a stage, and how many of them a token reads: the output layer and its norm."""
+    """Bytes outside of the layers of a stage, and the bytes of them that a token reads (output layer and norm)."""
     rows = engines.vocab(engine, model, tp) // tp
     sizes = {tensor.name: tensor.size // tensor.shape[0] for tensor in outer_tensors(model)}
     table = rows * sizes["embed_tokens.weight"]
@@ -278,7 +278,7 @@ def _outer(engine: Engine, model: Model, tp: int, *, first: bool, last: bool) ->
 
 
 def balance(engine: Engine, model: Model, split: Split, pp: int) -> tuple[int, ...]:
-    """Layers of each stage so that the fullest GPU holds as little as can be."""
+    """Layers of each stage, so that the fullest GPU has as little as possible."""
     sizes = [layer[0].size for layer in _layers(engine.name, model, split)]
     ends = [_outer(engine, model, split.tp, first=stage == 0, last=stage == pp - 1)[0] for stage in range(pp)]
     if len(set(sizes)) == 1:
@@ -287,8 +287,8 @@ def balance(engine: Engine, model: Model, split: Split, pp: int) -> tuple[int, .
 
 
 def _dealt(layer: int, ends: Sequence[int], layers: int) -> tuple[int, ...]:
-    """Equal layers: one by one to the stage that has least."""
-    partition = [1] * len(ends)  # a stage without layers is none, however large the vocabulary beside it
+    """Distribute equal layers: each to the stage with the least."""
+    partition = [1] * len(ends)  # every stage needs at least one layer, even beside a large vocabulary
     heap = [(end + 2 * layer, index) for index, end in enumerate(ends)]
     heapq.heapify(heap)
     for _ in range(layers - len(ends)):
@@ -299,7 +299,7 @@ def _dealt(layer: int, ends: Sequence[int], layers: int) -> tuple[int, ...]:
 
 
 def _bounded(sizes: Sequence[int], ends: Sequence[int]) -> tuple[int, ...]:
-    """Layers that differ: the least bound for which every stage takes as many as it allows and none is left."""
+    """Distribute different layers: find the smallest bound per stage with which all layers fit."""
     low, high = max(sizes), sum(sizes) + max(ends)
     while low < high:
         bound = (low + high) // 2
@@ -313,7 +313,7 @@ def _bounded(sizes: Sequence[int], ends: Sequence[int]) -> tuple[int, ...]:
 
 
 def _filled(sizes: Sequence[int], ends: Sequence[int], bound: int) -> tuple[int, ...] | None:
-    """Layers of each stage where none may hold more than the bound; None: it is too little for them all."""
+    """Layers of each stage if no stage may exceed the bound; None: not all layers fit."""
     partition, place = [], 0
     for stage, end in enumerate(ends):
         most = len(sizes) - place - (len(ends) - stage - 1)  # every later stage needs one

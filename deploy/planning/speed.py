@@ -1,11 +1,11 @@
-"""Predicted speed of decoding for some numbers of streams, and of the first token; docs/reference/deploy.md has the formulas.
+"""Predicts the speed of decoding for several numbers of streams, and the time to the first token.
 
-A token passes every stage in turn. In a stage each GPU reads its weights once for all streams, of experts those that any
-stream needs, and every stream's cache; it computes; and each layer has two all-reduces. Stages work on different streams at
-a time.
+docs/reference/deploy.md has the formulas. A token passes all stages in order. In a stage, each GPU reads its weights once for
+all streams (only the experts that a stream needs), reads the cache of every stream, and computes. Each layer has two
+all-reduces. Stages process different streams at the same time.
 
-Every constant that a measurement gave is of one table: vLLM 0.26.0 on four H200, 2026-11-28 (deploy/data/accuracy.toml, where
-`measured` rows say which); tests fit them again. What that table does not have is an assumption and says so.
+All measured constants are from one table: vLLM 0.26.0 on four H200, 2026-11-28 (deploy/data/accuracy.toml, in the rows with
+`measured`). Tests fit them again. The other constants are assumptions and are marked as such.
 """
 
 from __future__ import annotations
@@ -19,98 +19,98 @@ from pydantic import BaseModel, ConfigDict
 from deploy.planning.hardware import NodeKind
 
 LAYER_S = 35e-6
-"""A layer's kernels beside its bytes. An assumption, since the table cannot tell it from all-reduces: Llama 3.1 8B on one GPU,
-by kernels that aiconfigurator 0.12 measured (`python -m bench planner`)."""
+"""Seconds per layer for kernels, in addition to reading its bytes. An assumption, since the table cannot separate it from
+all-reduces: Llama 3.1 8B on one GPU, from kernels that aiconfigurator 0.12 measured (`python -m bench planner`)."""
 EFFICIENCY = 0.89
-"Of the data sheet's memory bandwidth at which weights arrive: tp1, one stream."
+"Share of the data sheet's memory bandwidth that is reached for weights. From tp1 with one stream."
 LOCAL_S = 20e-6
-"An all-reduce over NVLink, for two GPUs and four alike: tp2 and tp4, one stream."
+"Seconds of an all-reduce over NVLink, for two or four GPUs. From tp2 and tp4 with one stream."
 STREAM_S = 24e-6
-"Each further stream: scheduling, sampling, attention. tp1, tp2 and tp4, 64 streams beside one."
+"Seconds for each additional stream: scheduling, sampling, attention. From tp1, tp2 and tp4 with 64 streams and one."
 NETWORK_STEP_S = 34e-6
-"A ring step over TCP, beside the bytes: tp2 over TCP beside NVLink. An all-reduce of n has 2 (n - 1)."
+"Seconds of a ring step over TCP, in addition to the bytes; an all-reduce of n has 2 (n - 1). From tp2 over TCP and NVLink."
 SOCKET_GB_S = 2.35
-"Bytes over TCP, however fast the line is: the same rows."
+"GB/s over TCP, which a faster network does not exceed. From the same rows."
 RDMA_STEP_S = 8e-6
-"A ring step over InfiniBand or RoCE: an assumption."
+"Seconds of a ring step over InfiniBand or RoCE. An assumption."
 HOP_S = 3e-4
-"Work of the hosts for a hop between stages, and for the token's way back to the first one: an assumption."
+"Seconds of host work for a hop between stages, and for sending the token back to the first stage. An assumption."
 EXPERTS_S = 15e-6
-"""A layer with experts, beside its bytes: routing, sorting, many small kernels. An assumption, since the table has no experts:
-kernels that aiconfigurator 0.12 measured for gpt-oss-120b on H200 give it (`python -m bench planner`)."""
+"""Seconds per layer with experts, in addition to its bytes: routing, sorting, small kernels. An assumption, since the table
+has no experts: from kernels that aiconfigurator 0.12 measured for gpt-oss-120b on H200 (`python -m bench planner`)."""
 BLOCK_EXPERTS_S = 105e-6
-"The same where weights have a scale for each block, since inputs are quantised too: of Qwen3-235B-FP8 and DeepSeek-V3."
+"The same for weights with one scale per block, whose inputs are quantised too. From Qwen3-235B-FP8 and DeepSeek-V3."
 LINE = 0.9
-"Of a line's speed that arrives: an assumption."
+"Share of a network's nominal speed that is reached. An assumption."
 COMPUTE = 0.6
-"Of the data sheet's arithmetic that large batches reach: an assumption."
+"Share of the data sheet's TFLOP/s that large batches reach. An assumption."
 PROMPT = 512
-"Tokens of the prompt and of what was answered before, for which speeds are told."
+"Tokens of the prompt and the answer so far, for which the speed is predicted."
 STREAMS = (1, 4, 16, 64, 256)
-"Streams at once for which speeds are told."
+"Numbers of concurrent streams for which the speed is predicted."
 
 
 @dataclass(frozen=True, kw_only=True)
 class Link:
-    """How nodes reach each other: the slowest of those that serve counts."""
+    """The network between the serving nodes; the slowest one counts."""
 
     gb_s: float = SOCKET_GB_S
     step_s: float = NETWORK_STEP_S
-    text: str = "TCP, of a speed that nobody said"
+    text: str = "TCP of unknown speed"
 
 
 def tcp(mbit_s: int | None) -> Link:
-    """A network interface; None: it does not say its speed."""
+    """The link over a network interface; None: its speed is unknown."""
     if not mbit_s:
         return Link()
     return Link(gb_s=min(SOCKET_GB_S, LINE * mbit_s / 8000), text=f"TCP at {mbit_s / 1000:g} Gb/s")
 
 
 def rdma(gbit_s: float) -> Link:
-    """InfiniBand or RoCE."""
+    """The link over InfiniBand or RoCE."""
     return Link(gb_s=LINE * gbit_s / 8, step_s=RDMA_STEP_S, text=f"RDMA at {gbit_s:g} Gb/s")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Traffic:
-    """What a token costs wherever it is: of the model, not of a stage."""
+    """The load of a token that depends on the model, not on a stage."""
 
     hidden: int
     experts: int = 1
     per_token: int = 1
-    "Of the experts."
+    "Of the routed experts."
 
     def touched(self, streams: int) -> float:
-        """Share of the experts that at least one of so many streams needs, if each chooses by chance."""
+        """Share of the experts that at least one of these streams needs, if each selects experts at random."""
         return 1 - (1 - self.per_token / self.experts) ** streams
 
     def message(self, streams: int) -> int:
-        """Bytes of an all-reduce; a hop between stages has two, for the residual goes along."""
+        """Bytes of an all-reduce. A hop between stages has twice as many, since the residual is sent too."""
         return 2 * self.hidden * streams
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageLoad:
-    """What a stage does for one token: its slowest GPU counts."""
+    """The load of a stage for one token, on its slowest GPU."""
 
     layers: int
     tp: int
     resident: float
-    "Bytes in GPU memory that every step reads."
+    "Bytes in GPU memory that are read in every step."
     experts: float = 0
     "Bytes of routed experts in GPU memory."
     kernels_s: float = 0
-    "What its layers with experts take beside their bytes."
+    "Seconds of its layers with experts, in addition to their bytes."
     offloaded: float = 0
-    "Bytes in host memory that every step reads."
+    "Bytes in host memory that are read in every step."
     offloaded_experts: float = 0
     token: float = 0
-    "Bytes of the cache of one token."
+    "Bytes of one token in the cache."
     flops: float = 0
-    "For one token on one GPU."
+    "Operations for one token on one GPU."
     kind: NodeKind
     within_node: bool
-    "All its GPUs are on one node and joined by NVLink."
+    "True if all its GPUs are on one node with NVLink."
     same_node_as_next: bool = False
 
 
@@ -152,7 +152,7 @@ class Prediction(BaseModel):
     "Dollars per million tokens with one stream; None without a price."
 
     def at(self, streams: int) -> float:
-        """Tokens/s for any number of streams: between two that are told, in proportion; beyond the last, as the last."""
+        """Tokens/s for any number of streams: interpolated, and beyond the last prediction equal to it."""
         below = [level for level in self.levels if level.streams <= streams]
         above = [level for level in self.levels if level.streams > streams]
         if not below:
@@ -167,7 +167,7 @@ class Prediction(BaseModel):
 
 @dataclass(frozen=True, kw_only=True)
 class Times:
-    """Seconds of one step of one stage, and of the hop after it."""
+    """Seconds of one step of a stage, and of the hop to the next stage."""
 
     weights: float
     offload: float
@@ -177,12 +177,12 @@ class Times:
 
     @property
     def stage(self) -> float:
-        """All but the hop."""
+        """Seconds without the hop."""
         return self.weights + self.offload + self.collectives + self.streams
 
 
 def all_reduce(link: Link, ranks: int, size: int, *, within_node: bool) -> float:
-    """Seconds for `size` bytes."""
+    """Seconds of an all-reduce of `size` bytes."""
     if ranks == 1:
         return 0.0
     if within_node:
@@ -191,7 +191,7 @@ def all_reduce(link: Link, ranks: int, size: int, *, within_node: bool) -> float
 
 
 def step(stage: StageLoad, traffic: Traffic, link: Link, streams: int, context: int, *, stages: int) -> Times:
-    """One step with so many streams, each with `context` tokens in its cache."""
+    """One step with `streams` streams, each with `context` tokens in the cache."""
     touched = traffic.touched(streams)
     read = stage.resident + stage.experts * touched + stage.token * streams * context
     arriving = read / (stage.kind.hbm_gb_s * 1e9 * EFFICIENCY)
@@ -223,7 +223,7 @@ def rate(stages: Sequence[StageLoad], traffic: Traffic, link: Link, streams: int
 
 
 def first_token(stages: Sequence[StageLoad], traffic: Traffic, link: Link, tokens: int) -> float:
-    """Seconds from a prompt to its first token, with nothing else to do."""
+    """Seconds from a prompt to the first token, without other requests."""
     return sum(
         part.stage - part.streams + part.hop
         for part in (step(stage, traffic, link, tokens, 0, stages=len(stages)) for stage in stages)
@@ -239,7 +239,7 @@ def predict(
     most: int = STREAMS[-1],
     usd_per_hour: float | None = None,
 ) -> Prediction:
-    """Tokens/s and cost of up to `most` streams through these stages."""
+    """Speed and cost of up to `most` streams."""
     alone = [step(stage, traffic, link, 1, PROMPT, stages=len(stages)) for stage in stages]
 
     def price(tokens_per_s: float) -> float | None:

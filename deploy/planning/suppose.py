@@ -1,4 +1,4 @@
-"""Nodes that nobody has: `deploy plan --nodes 10 --gpu gh200-96` before anything is rented."""
+"""Assumed nodes: `deploy plan --nodes 10 --gpu gh200-96` plans before any node is rented."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ SHARE = "/shared"
 
 
 class SupposedFolder(Folder):
-    """Nothing is written for nodes that do not exist, and equal suppositions give equal plans."""
+    """The folder of an assumed deployment. Nothing is written to it. Its id is fixed: equal inputs give equal plans."""
 
     @property
     def id(self) -> str:
-        """Stands for the one that `deploy init` will make."""
+        """A placeholder for the id that `deploy init` creates."""
         return MARK
 
 
 class Supposed(Deployment):
-    """deploy.toml, or its defaults, over supposed nodes."""
+    """A deployment with assumed nodes, and deploy.toml or its defaults."""
 
     @property
     def folder(self) -> SupposedFolder:
-        """Never written."""
+        """The folder, which is never written to."""
         return SupposedFolder(path=self.path.parent / ".deploy")
 
 
 def suppose(of: NodeKind, count: int, base: Deployment | None = None) -> tuple[Supposed, Facts]:
-    """`count` nodes of a kind, with `base`'s deploy.toml or its defaults, and the facts that they would have."""
+    """Assume `count` nodes of a kind, with the deploy.toml of `base` or its defaults. Return the deployment and its facts."""
     data = base.data if base else Config()
     usual = of.price.usd if of.price else None
     price = data.options.price_per_node_hour if data.options.price_per_node_hour is not None else usual

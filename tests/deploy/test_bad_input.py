@@ -63,7 +63,7 @@ def test_a_jump_host_that_is_none(tmp_path: Path, jump: str) -> None:
     ("text", "words"),
     [
         ("[]", "is a list, not a table"),
-        (json.dumps(SHAPE), "quantised as awq"),
+        (json.dumps(SHAPE), "the quantisation awq"),
         ('{"architectures": 7}', "the architecture none named"),
     ],
 )

@@ -144,7 +144,7 @@ def test_an_index_without_its_files_is_checked_by_name(tmp_path: Path) -> None:
     models.from_file(folder, repo="a/b", revision="0" * 40)  # seven of eight are there: the files will say it
     index["weight_map"] = {name: shard for name, shard in index["weight_map"].items() if ".mlp.gate." not in name}
     (folder / checkpoint.INDEX).write_text(json.dumps(index))
-    with pytest.raises(ConfigError, match=r"the index names no mlp.gate.weight in layer 1, which config.json implies"):
+    with pytest.raises(ConfigError, match=r"mlp.gate.weight of layer 1 is missing in the index"):
         models.from_file(folder, repo="a/b", revision="0" * 40)
 
 
@@ -218,11 +218,13 @@ def plan_of(folder: Path) -> tuple[str, ...]:
 def test_files_of_another_model(tmp_path: Path) -> None:
     repository(tmp_path / "m", model(moe_intermediate_size=128))
     with pytest.raises(
-        ConfigError, match=r"layer 1 has 8 x mlp.experts.\*.gate_proj.weight \[256, 256\], and the files have 8 x \[128, 256\]"
+        ConfigError,
+        match=r"layer 1 should have 8 x mlp.experts.\*.gate_proj.weight \[256, 256\] according to config.json, "
+        r"but the files have 8 x \[128, 256\]",
     ):
         models.from_file(tmp_path / "m", repo="a/b", revision="0" * 40)
     repository(tmp_path / "n", model(num_hidden_layers=2))
-    with pytest.raises(ConfigError, match=r"the files have 2 layers, and config\.json says 3"):
+    with pytest.raises(ConfigError, match=r"the files have 2 layers, but config\.json has 3"):
         models.from_file(tmp_path / "n", repo="a/b", revision="0" * 40)
 
 
@@ -230,10 +232,10 @@ def test_files_of_another_model(tmp_path: Path) -> None:
     ("changes", "words"),
     [
         ({"num_experts_per_tok": None}, "config.json has wrong numbers: per_token"),
-        ({"num_experts_per_tok": 9}, "a token passes 9 experts, and there are 8"),
-        ({"num_key_value_heads": 3}, "8 attention heads do not divide by 3 KV heads"),
+        ({"num_experts_per_tok": 9}, "9 experts per token, but only 8 experts"),
+        ({"num_key_value_heads": 3}, "8 attention heads are not divisible by 3 KV heads"),
         ({"hidden_size": -4}, "config.json has wrong numbers: hidden"),
-        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, and models have 1 to 1000"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, but must be from 1 to 1000"),
         ({"hidden_size": 10**12}, "config.json has wrong numbers: hidden"),
         ({"vocab_size": "many"}, "config.json has wrong numbers: vocab"),
         ({"num_attention_heads": 0, "head_dim": None}, "config.json has wrong numbers"),

@@ -248,7 +248,7 @@ def test_without_ray_a_part_that_has_ended_comes_before_the_silence_of_the_engin
     answered = b'(APIServer pid=107) INFO:     127.0.0.1:52400 - "GET /metrics HTTP/1.1" 200 OK\n'
     part = b"ERROR 11-29 06:27:38 [multiproc_executor.py:284] Worker proc VllmWorker-1 died unexpectedly, shutting down\n"
     texts = {"k0/jobs/engine/log": answered, "k1/jobs/engine/log": part, "k1/jobs/engine/exit": b"0\n"}
-    assert first(texts, plan=plan)[0].text == "its part on k1 has ended"
+    assert first(texts, plan=plan)[0].text == "the engine on k1 has ended"
     alone = first({**texts, "k0/jobs/engine/exit": b"1\n", "k0/jobs/engine/log": DIED}, plan=plan)
     assert "a worker died" in alone[0].text, "where the head has ended too, its own words count"
 

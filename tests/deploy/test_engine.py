@@ -37,7 +37,7 @@ def big() -> Model:
 def test_aphrodite_takes_one_to_eight_and_says_why_no_more() -> None:
     assert engines.legal(APHRODITE, big(), 64) == tuple(range(1, 9))
     for tp in range(9, 16):
-        assert "asserts that tp divides by the 8 KV heads" in str(engines.refusal(APHRODITE, big(), tp))
+        assert "requires that tp is divisible by the KV heads" in str(engines.refusal(APHRODITE, big(), tp))
     assert "no query heads" in str(engines.refusal(APHRODITE, big(), 16))
 
 
@@ -58,15 +58,15 @@ def test_the_engines_own_split_leaves_the_remainder_to_the_last_stage() -> None:
     ("engine", "options", "arch", "words"),
     [
         (APHRODITE, {"max-parallel-loading-workers": 2}, "x86_64", "NotImplementedError"),
-        (APHRODITE, {"api-keys": "x"}, "x86_64", "readable by everybody"),
-        (VLLM, {"api_key": "x"}, "x86_64", "readable by everybody"),
-        (APHRODITE, {"tensor-parallel-size": 2}, "x86_64", r"\[layout\] tensor_parallel"),
-        (APHRODITE, {"tp": 2}, "x86_64", r"\[layout\] tensor_parallel"),
+        (APHRODITE, {"api-keys": "x"}, "x86_64", "can read keys in arguments"),
+        (VLLM, {"api_key": "x"}, "x86_64", "can read keys in arguments"),
+        (APHRODITE, {"tensor-parallel-size": 2}, "x86_64", r"set tensor_parallel in \[layout\]"),
+        (APHRODITE, {"tp": 2}, "x86_64", r"set tensor_parallel in \[layout\]"),
         (APHRODITE, {"host": "0.0.0.0"}, "x86_64", "127.0.0.1"),
         (APHRODITE, {"kv-cache-dtype": "fp8"}, "aarch64", "xformers"),
         (APHRODITE, {"kv_cache_dtype": "fp8_e5m2"}, "aarch64", "xformers"),
         (APHRODITE, {"block-size": 8}, "aarch64", "xformers"),
-        (APHRODITE, {"quantization": "fp8"}, "x86_64", "own config.json"),
+        (APHRODITE, {"quantization": "fp8"}, "x86_64", "in the model's config.json"),
     ],
 )
 def test_options_that_are_ours_secret_or_broken_are_refused(
@@ -93,8 +93,11 @@ def test_options_become_arguments_as_each_engine_spells_them() -> None:
 def test_a_config_of_an_unknown_shape_or_quantisation_is_no_plan() -> None:
     for changes, words in (
         ({"architectures": ["Qwen9ForCausalLM"]}, "does not know the architecture Qwen9ForCausalLM"),
-        ({"quantization_config": {"quant_method": "turbo"}}, "quantised as turbo"),
-        ({"quantization_config": {"quant_method": "modelopt", "quant_algo": "W4A8"}}, "quantised as modelopt W4A8"),
+        ({"quantization_config": {"quant_method": "turbo"}}, "the quantisation turbo of the weights"),
+        (
+            {"quantization_config": {"quant_method": "modelopt", "quant_algo": "W4A8"}},
+            "the quantisation modelopt W4A8 of the weights",
+        ),
     ):
         with pytest.raises(models.UnknownModelError, match=words):
             models.from_config({**CONFIG, **changes}, repo="a/b", revision="main", source="test")

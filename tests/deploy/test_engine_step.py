@@ -128,7 +128,7 @@ def test_without_ray_each_node_has_its_part_and_a_lost_one_starts_all_again(tmp_
         assert diagnose(await probe(fleet, head, asked)).kind == "ready"
         await stop_job(fleet, made[1].node, "engine", grace=1)
         verdict = diagnose(await probe(fleet, head, asked))
-        assert (verdict.kind, "its part on k1 has ended" in verdict.text) == ("degraded", True), verdict
+        assert (verdict.kind, "the engine on k1 has ended" in verdict.text) == ("degraded", True), verdict
         assert (await engine.start_or_attach(fleet, head, asked, Console())).how == "started"
         assert (await job_status(fleet, made[1].node, "engine")).state == "running"
 
@@ -141,7 +141,7 @@ def test_without_ray_a_part_that_ends_while_it_loads_is_told_with_its_own_cause(
         plan = native_plan(free_port(), *dies)
         plan = plans.identified(plan.model_copy(update={"serve": (*plan.serve, "--load", "20"), "id": ""}))
         asked = spec(plan, nodes=partial(engine.parts_alive, fleet, plan), check=0.5)
-        with pytest.raises(EngineError, match=r"its part on k1 has ended while .*k1: .*memory"):
+        with pytest.raises(EngineError, match=r"the engine on k1 has ended while .*k1: .*memory"):
             await engine.start_or_attach(fleet, head, asked, Console())
         assert (await job_status(fleet, made[0].node, "engine")).state == "stopped"
 

@@ -280,7 +280,7 @@ def test_supposed_nodes_need_nothing(tmp_path: Path) -> None:
     split = deploy(tmp_path, "plan", "--nodes", "10", "--tp", "2", "--pp", "5", "--commands")
     assert "APHRODITE_PP_LAYER_PARTITION=25,26,25,25,25" in split.stdout
     assert "ray start" not in deploy(tmp_path, "plan", "--nodes", "10").stdout
-    assert "asserts that tp divides" in done.stdout
+    assert "requires that tp is divisible by the KV heads" in done.stdout
     assert list(tmp_path.iterdir()) == [tmp_path / "home"]  # nothing is written
 
 
@@ -295,10 +295,10 @@ def test_json_is_the_plan_and_equal_each_time(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (("--nodes", "2"), 64, "60% is the most"),
-        (("--nodes", "12", "--tp", "11"), 64, "asserts that tp divides by the 8 KV heads"),
-        (("--nodes", "10", "--engine", "vllm", "--tp", "5"), 64, "do not divide by it"),
-        (("--nodes", "10", "--gpu", "mi300"), 2, "no kind of node 'mi300'"),
+        (("--nodes", "2"), 64, "the maximum is 60%"),
+        (("--nodes", "12", "--tp", "11"), 64, "requires that tp is divisible by the KV heads"),
+        (("--nodes", "10", "--engine", "vllm", "--tp", "5"), 64, "are not divisible by 5"),
+        (("--nodes", "10", "--gpu", "mi300"), 2, "unknown kind of node 'mi300'"),
         (("--tp", "5"), 2, "say --nodes N"),
         ((), 3, "no deploy.toml"),
     ],

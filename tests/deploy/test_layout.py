@@ -119,7 +119,7 @@ def test_ten_is_the_fewest_without_host_memory_and_three_with_it() -> None:
     assert choosing.choose(question(9)).best.layout.offload_gib > 0
     assert choosing.choose(question(10)).best.layout.offload_gib == 0
     assert choosing.choose(question(3)).best.layout.offload_gib > 0
-    with pytest.raises(LayoutError, match=r"pin 301 GiB of k0's 432 GiB, and 60% is the most"):
+    with pytest.raises(LayoutError, match=r"pin 301 GiB of 432 GiB on k0; the maximum is 60%"):
         choosing.choose(question(2))
 
 
@@ -337,20 +337,29 @@ def assert_fits(engine: Engine, of: Model, one: Candidate) -> None:
 @pytest.mark.parametrize(
     ("forced", "words"),
     [
-        ({"tensor_parallel": 10}, "tp 10: aphrodite asserts that tp divides by the 8 KV heads"),
-        ({"tensor_parallel": 5, "pipeline_parallel": 3}, "tp5 pp3 needs 15 GPUs, and there are 10"),
+        (
+            {"tensor_parallel": 10},
+            "tp 10: with more ranks than the 8 KV heads, aphrodite requires that tp is divisible by the KV heads",
+        ),
+        ({"tensor_parallel": 5, "pipeline_parallel": 3}, "tp5 pp3 requires 15 GPUs, but there are 10"),
         (
             {"tensor_parallel": 1, "pipeline_parallel": 10, "partition": [12] * 9 + [18], "cpu_offload_gib": 0},
-            "a GPU holds 110.8 GiB",
+            "a GPU has 110.8 GiB of weights",
         ),
-        ({"tensor_parallel": 1, "partition": [12] * 10}, "sums to 120 layers, and the model has 126"),
-        ({"pipeline_parallel": 2, "partition": [60, 60, 6]}, "partition has 3 stages, and pp is 2"),
+        ({"tensor_parallel": 1, "partition": [12] * 10}, "partition has 120 layers, but the model has 126"),
+        ({"pipeline_parallel": 2, "partition": [60, 60, 6]}, "partition has 3 stages, but pp is 2"),
         ({"max_model_len": 131073}, "the model was trained for 131072 tokens"),
-        ({"tensor_parallel": 5, "pipeline_parallel": 2, "max_model_len": 40000}, "holds 33872 tokens of a request .* 2 parts"),
+        (
+            {"tensor_parallel": 5, "pipeline_parallel": 2, "max_model_len": 40000},
+            "room for a request of 33872 tokens .* 2 parts",
+        ),
         ({"max_num_seqs": 4096}, "a step has 2048 tokens"),
-        ({"tensor_parallel": 4, "pipeline_parallel": 2, "cpu_offload_gib": 5}, "94.5 GiB of weights, 5 GiB of them offloaded"),
+        (
+            {"tensor_parallel": 4, "pipeline_parallel": 2, "cpu_offload_gib": 5},
+            r"94.5 GiB of weights \(5 GiB of them offloaded\)",
+        ),
         ({"cpu_offload_gib": 300}, "in host memory pin 304 GiB"),
-        ({"gpu_memory_utilization": 0.03}, "the engine takes 2.9 GiB"),
+        ({"gpu_memory_utilization": 0.03}, "the engine may use 2.9 GiB"),
     ],
 )
 def test_a_forced_layout_is_refused_with_the_limit(forced: dict[str, object], words: str) -> None:
@@ -369,10 +378,10 @@ def test_a_forced_layout_that_fits_is_taken_as_it_is() -> None:
 def test_rejected_layouts_say_why() -> None:
     rejected = {rejection.layout: rejection.reason for rejection in choosing.choose(question(16)).rejected}
     for tp in range(9, 16):
-        assert "asserts that tp divides by the 8 KV heads" in rejected[f"tp{tp}"]
-    assert "ranks 8 to 15 no query heads" in rejected["tp16"]
+        assert "requires that tp is divisible by the KV heads" in rejected[f"tp{tp}"]
+    assert "assigns no query heads to ranks 8 to 15" in rejected["tp16"]
     overload = {rejection.layout: rejection.reason for rejection in choosing.choose(question(10)).rejected}
-    assert "the last stage holds 110.8 GiB per GPU" in overload["tp1 pp10, the engine's own split 12x9,18"]
+    assert "the last stage has 110.8 GiB per GPU" in overload["tp1 pp10 with the engine's default partition 12x9,18"]
 
 
 def test_vllm_divides_and_replicates() -> None:
@@ -380,7 +389,7 @@ def test_vllm_divides_and_replicates() -> None:
     assert engines.kv_heads(VLLM, llama(), 16) == (1,) * 16
     found = layouts.evaluate(question(16, engine=VLLM), 16, 1)
     assert found.memory.weights_gib > weight_bytes(llama()) / 16 / GIB  # K and V twice
-    with pytest.raises(LayoutError, match="128 attention heads do not divide by it"):
+    with pytest.raises(LayoutError, match="128 attention heads are not divisible by 5"):
         choosing.choose(question(10, engine=VLLM, tensor_parallel=5))
 
 
@@ -415,7 +424,7 @@ def test_the_engines_check_of_its_swap_space_is_made_before_it_is() -> None:
     machines = tuple(dataclasses.replace(machine, host=40 * GIB) for machine in question(16, size="8B").machines)
     asked = Question(engine=APHRODITE, model=llama("8B"), machines=machines)
     with pytest.raises(
-        LayoutError, match=r"tp 8: aphrodite wants 32 GiB of swap space in k0's 40 GiB of host memory, and 70%"
+        LayoutError, match=r"tp 8: aphrodite requires 32 GiB of swap space on k0, but allows at most 70% of its 40 GiB"
     ):
         layouts.evaluate(asked, 8, 1)
     assert layouts.evaluate(asked, 7, 1).layout.tp == 7

@@ -192,7 +192,7 @@ def test_experts_whose_blocks_cannot_be_cut_are_dealt_out_whole() -> None:
     expert = 3 * 4096 * 1536 + 4 * 3 * 32 * 12
     assert found.memory.weights_gib * GIB > 94 * 16 * expert
     with pytest.raises(
-        LayoutError, match="192 columns of an expert on each rank are not divisible by 128, the block of its fp8"
+        LayoutError, match="the 192 columns of an expert on each rank are divisible by 128, the block size of the fp8"
     ):
         planned("Qwen/Qwen3-235B-A22B-FP8", "h200", 1, 8, 1, expert_parallel=False)
     assert not planned("Qwen/Qwen3-235B-A22B", "h200", 1, 8, 1).layout.expert_parallel  # 16 bit has no blocks
@@ -223,7 +223,7 @@ def test_what_a_gpu_cannot_run_is_refused_with_the_engines_rule() -> None:
         model=model.model_copy(update={"quantization": stored}),
         machines=layouts.machines_of(hardware.named("a100"), 1),
     )
-    with pytest.raises(LayoutError, match=r"modelopt FP8 weights from compute capability 8.9 on, and this GPU has 8.0"):
+    with pytest.raises(LayoutError, match=r"requires compute capability 8.9 for modelopt FP8 weights, but this GPU has 8.0"):
         choosing.choose(question)
 
 
@@ -234,7 +234,7 @@ def test_aphrodite_is_planned_for_what_its_splits_were_read_for() -> None:
         engine=engines.engine("aphrodite"), model=model, machines=layouts.machines_of(hardware.named("gh200-96"), 4)
     )
     with pytest.raises(
-        LayoutError, match="aphrodite's splits of Llama in 16 bit alone, not those of Qwen2ForCausalLM"
+        LayoutError, match="the planner knows how aphrodite splits Llama in 16 bit, but not Qwen2ForCausalLM"
     ) as caught:
         choosing.choose(question)
     assert "vllm" in caught.value.remedy

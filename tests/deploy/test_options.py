@@ -36,11 +36,11 @@ def test_real_command_lines_pass() -> None:
     [
         (["--tensor-parallel", "5"], "has no option --tensor-parallel"),
         (["--port", "x"], "not an integer"),
-        (["--port"], "needs a value"),
+        (["--port"], "requires a value"),
         (["--uvloop", "yes"], "has no option yes"),
-        (["--uvloop=yes"], "takes no value"),
-        (["--kv-cache-dtype", "fp9"], "none of its values"),
-        (["--block-size", "24"], "none of its values"),
+        (["--uvloop=yes"], "does not accept a value"),
+        (["--kv-cache-dtype", "fp9"], "the value is not allowed"),
+        (["--block-size", "24"], "the value is not allowed"),
         (["--enable-chunked-prefill", "yes"], "not true or false"),
         (["--rope-scaling", "{"], "not JSON"),
         (["--limit-mm-per-prompt", "image=x"], "not KEY=INTEGER"),
@@ -88,9 +88,9 @@ def test_real_command_lines_of_vllm_pass() -> None:
         (["--seed.a", "1"], "has no option --seed.a"),
         (["--port", "x"], "not an integer"),
         (["--max-num-seqs", "None"], "not an integer"),
-        (["--kv-cache-dtype", "fp9"], "none of its values"),
+        (["--kv-cache-dtype", "fp9"], "the value is not allowed"),
         (["--override-generation-config", "{"], "not JSON"),
-        (["--seed"], "needs a value"),
+        (["--seed"], "requires a value"),
     ],
 )
 def test_what_vllm_would_refuse_is_refused(arguments: list[str], words: str) -> None:

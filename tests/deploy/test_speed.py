@@ -139,7 +139,7 @@ def test_a_small_model_is_served_by_one_node_and_the_others_are_named() -> None:
     assert found.prediction
     assert found.prediction.usd_per_hour == 2.29
     assert any(
-        "1 node serves, 9 do not (k1 to k9): with all, one stream would not be noticeably faster" in note
+        "1 node serves, 9 are not used (k1 to k9): with all nodes, one stream would not be noticeably faster" in note
         for note in found.notes
     )
 
@@ -178,9 +178,11 @@ def test_throughput_takes_replicas_and_cost_takes_none() -> None:
 
 def test_nodes_that_replicas_could_use_are_not_called_useless() -> None:
     moe = planned(4, "h200", "Qwen/Qwen3-30B-A3B", layout={"objective": "throughput"})
-    assert any("no replicas of models with experts are planned; another deployment can use them" in note for note in moe.notes)
+    assert any(
+        "replicas of models with experts are not planned; another deployment can use the nodes" in note for note in moe.notes
+    )
     old = planned(4, engine="aphrodite", layout={"objective": "throughput"})
-    assert any("no replicas of aphrodite are planned" in note for note in old.notes) == bool(old.spares)
+    assert any("replicas of aphrodite are not planned" in note for note in old.notes) == bool(old.spares)
 
 
 def test_a_cache_in_eight_bit_holds_twice_as_much() -> None:
@@ -213,9 +215,9 @@ def test_a_model_that_is_only_looked_at_is_planned_for_vllm(tmp_path: Path) -> N
     done = deploy(tmp_path, *words)
     assert done.returncode == 0, done.stderr
     assert "deepseek-ai/DeepSeek-V3 at main, vllm" in done.stdout
-    told(tmp_path, 64, "aphrodite's splits of Llama", *words, "--engine", "aphrodite")
+    told(tmp_path, 64, "how aphrodite splits Llama", *words, "--engine", "aphrodite")
     prepared(tmp_path, 'engine = "aphrodite"\n' + TOML)
-    told(tmp_path, 64, "aphrodite's splits of Llama", *words)
+    told(tmp_path, 64, "how aphrodite splits Llama", *words)
 
 
 # replicas
@@ -236,11 +238,11 @@ def test_replicas_on_whole_nodes_and_on_several() -> None:
     assert across.serve_env["VLLM_RAY_DP_PACK_STRATEGY"] == "span"
     assert inside.memory
     assert inside.memory.cache_tokens == 8 * inside.memory.request_tokens
-    with pytest.raises(LayoutError, match="a replica of 3 GPUs fills whole nodes or a part of one, and the nodes have 8"):
+    with pytest.raises(LayoutError, match="a replica of 3 GPUs must fill whole nodes or a part of one, but the nodes have 8"):
         planned(2, "h200", layout={"tensor_parallel": 1, "pipeline_parallel": 3, "data_parallel": 2})
-    with pytest.raises(LayoutError, match="shares the experts out over replicas"):
+    with pytest.raises(LayoutError, match="how vllm distributes experts among replicas"):
         planned(2, "h200", "Qwen/Qwen3-30B-A3B", layout={"tensor_parallel": 1, "pipeline_parallel": 1, "data_parallel": 2})
-    with pytest.raises(LayoutError, match="tp4 pp1 dp3 needs 12 GPUs, and there are 8"):
+    with pytest.raises(LayoutError, match="tp4 pp1 dp3 requires 12 GPUs, but there are 8"):
         planned(1, "h200", layout={"tensor_parallel": 4, "pipeline_parallel": 1, "data_parallel": 3})
 
 
@@ -260,9 +262,9 @@ def test_weights_in_host_memory_are_not_ignored() -> None:
 
 
 def test_where_host_and_gpu_share_a_memory_nothing_is_moved() -> None:
-    with pytest.raises(LayoutError, match=r"131\.4 GiB of weights and needs 3 GiB"):
+    with pytest.raises(LayoutError, match=r"131\.4 GiB of weights and requires 3 GiB"):
         planned(1, "gb10", "meta-llama/Llama-3.1-70B")
-    with pytest.raises(LayoutError, match="share one memory there, so that 5 GiB in host memory save nothing"):
+    with pytest.raises(LayoutError, match="share one memory, so 5 GiB of weights in host memory save nothing"):
         planned(1, "gb10", layout={"tensor_parallel": 1, "pipeline_parallel": 1, "cpu_offload_gib": 5})
 
 
@@ -277,7 +279,7 @@ def test_kinds_are_found_by_what_people_type() -> None:
         ("GH200", "gh200-96 or gh200-144"),
         ("h20", "h200-141x8"),
         ("gb100", "gb10"),
-        ("mi300", "there are: "),
+        ("mi300", "known kinds: "),
     ):
         if wrong == "h20":
             assert hardware.named(wrong).name == words
@@ -320,7 +322,7 @@ def test_gpus_that_differ_are_named() -> None:
     assert model
     found = plans.make(deployment, mixed, model)
     assert any(
-        note.startswith("the GPUs differ (GH200, NVIDIA H100 80GB HBM3): of each stage the smallest") for note in found.notes
+        note.startswith("the GPUs differ (GH200, NVIDIA H100 80GB HBM3): the smallest and the slowest") for note in found.notes
     )
     assert found.memory
     assert found.memory.budget_gib == pytest.approx(0.9 * 81559 / 1024, abs=0.01)
@@ -337,12 +339,15 @@ def test_trust_serves_a_model_that_nobody_knows_here(tmp_path: Path) -> None:
     model = '[model]\nrepo = "a/b"\nconfig = "config.json"\n'
     prepared(tmp_path, 'engine = "vllm"\n' + TOML + model)
     told(tmp_path, 64, "does not know the architecture Qwen9NextForCausalLM", "plan", "--nodes", "4")
-    assert "[layout] trust = true" in deploy(tmp_path, "plan", "--nodes", "4").stderr
+    assert (
+        "set trust = true, tensor_parallel and pipeline_parallel in [layout]"
+        in deploy(tmp_path, "plan", "--nodes", "4").stderr
+    )
     trusting = 'engine = "vllm"\n' + TOML + model + "[layout]\ntrust = true\n"
     (tmp_path / "deploy.toml").write_text(trusting)
-    told(tmp_path, 3, "tensor_parallel or pipeline_parallel is missing", "plan", "--nodes", "4")
+    told(tmp_path, 3, "requires tensor_parallel and pipeline_parallel", "plan", "--nodes", "4")
     (tmp_path / "deploy.toml").write_text(trusting + "tensor_parallel = 2\npipeline_parallel = 4\n")
-    told(tmp_path, 64, "tp2 pp4 needs 8 GPUs, and there are 4", "plan", "--nodes", "4")
+    told(tmp_path, 64, "tp2 pp4 requires 8 GPUs, but there are 4", "plan", "--nodes", "4")
     (tmp_path / "deploy.toml").write_text(trusting + "tensor_parallel = 2\npipeline_parallel = 2\n")
     done = deploy(tmp_path, "plan", "--nodes", "4", "--json")
     assert done.returncode == 0, done.stderr
@@ -378,7 +383,7 @@ def test_the_slowest_link_counts_and_a_faster_one_that_idles_is_named() -> None:
     assert links.link([node("k0", SLOW, rdma=(port,)), node("k1", SLOW, rdma=(port,))]).text == "RDMA at 400 Gb/s"
     assert links.link([node("k0", SLOW, rdma=(port,)), node("k1", SLOW)]).gb_s == pytest.approx(0.1125)
     told_ = links.notes([node("k0", SLOW, FAST, BARE), node("k1", SLOW, FAST)])
-    assert told_ == ["k0, k1: ens5 has 100 Gb/s, and eth0 with 1 Gb/s is used: set nic = 'ens5' in [nodes]"]
+    assert told_ == ["k0, k1: ens5 has 100 Gb/s, but eth0 with 1 Gb/s is used: set nic = 'ens5' in [nodes]"]
     assert links.notes([node("k0", SLOW, BARE), node("k1", FAST)]) == []
 
 

@@ -52,7 +52,6 @@ TO_DO = frozenset(
         "deploy/data/",
         "deploy/engine/",
         "deploy/measure/",
-        "deploy/planning/",
         "deploy/rehearsal/",
         "deploy/remote/",
         "deploy/steps/",
