@@ -1,4 +1,4 @@
-"""The digests that nobody could read where the recipes were written, and how a test has them unread once more."""
+"""The digests that could not be read where the recipes were written, and how a test makes them unknown again."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ async def _copy(source: Any, target: Any) -> None:
 async def nodes(
     folder: Path, count: int, *, environment: dict[str, dict[str, str]] | None = None
 ) -> AsyncIterator[list[RemoteNode]]:
-    """`count` nodes k0, k1, … on 127.0.0.11 and on, each with a home of its own, as the steps see them."""
+    """`count` nodes k0, k1, … on 127.0.0.11 and on, each with its own home, as the steps see them."""
     async with machines(folder, count, environment=environment) as made, fleet(folder, made) as entered:
         try:
             yield [replace(target, gpus=1) for target in remote_nodes(entered)]
@@ -88,7 +88,7 @@ async def nodes(
 
 
 class Admitting(asyncssh.SSHServer):
-    """Lets everybody in: these tests are about what comes after."""
+    """Accepts every login: these tests are about what comes after it."""
 
     def begin_auth(self, _username: str) -> bool:
         return False
@@ -139,7 +139,7 @@ class Machine:
         )
 
     async def switch_off(self) -> None:
-        """Nobody gets in any more, and whoever was in is out; its commands go on."""
+        """Refuse new connections and drop the open ones; the commands go on."""
         self.server.close()
         await self.server.wait_closed()
         self.cut()
@@ -155,7 +155,7 @@ class Machine:
 async def machines(
     folder: Path, count: int, *, environment: dict[str, dict[str, str]] | None = None
 ) -> AsyncIterator[list[Machine]]:
-    """`count` nodes with host keys of their own, pinned in `folder`/known_hosts; commands run on this machine."""
+    """`count` nodes with their own host keys, pinned in `folder`/known_hosts; commands run on this machine."""
     made: list[Machine] = []
     try:
         for index in range(count):
@@ -188,12 +188,12 @@ async def _machine(index: int, home: Path, environment: dict[str, str]) -> Machi
 
 
 def mark(folder: Path) -> str:
-    """A deployment's id of this test alone: two runs on one machine would end each other's jobs."""
+    """A deployment's id for one test: two runs on one machine would end each other's jobs."""
     return "t" + hashlib.sha256(str(folder).encode()).hexdigest()[:11]
 
 
 def fleet(folder: Path, made: list[Machine], **more: Any) -> Any:
-    """A Fleet over `made`, with nobody's ~/.ssh/config."""
+    """A Fleet over `made`, without a ~/.ssh/config."""
     local = {"known_hosts": folder / "known_hosts", "local": f"{folder}/local", "mark": mark(folder), "config": ()}
     return Fleet([machine.node for machine in made], **{**local, **more})
 
@@ -215,7 +215,7 @@ def deployment(
 
 
 def shards(count: int, size: int, *, seed: int = 1) -> dict[str, bytes]:
-    """A repository like Llama's: `count` shards of about `size` bytes, small files, and what nobody wants."""
+    """A repository like Llama's: `count` shards of about `size` bytes, small files, and files that are not needed."""
     source = random.Random(seed)
     files = {
         f"model-{number:05}-of-{count:05}.safetensors": source.randbytes(round(size * source.uniform(0.8, 1.2)))

@@ -50,12 +50,12 @@ def plug(node: RigNode) -> None:
 
 
 def lose_share(node: RigNode) -> None:
-    """The shared folder goes away under whoever uses it."""
+    """The shared folder is unmounted while it is in use."""
     _must(node, ["umount", "--lazy", MOUNT])
 
 
 def read_only_share(node: RigNode) -> None:
-    """This node alone may read the shared folder and not write it."""
+    """Make the shared folder read-only on this node only."""
     _must(node, ["mount", "-o", "remount,bind,ro", MOUNT])
 
 
@@ -88,7 +88,7 @@ def new_host_key(node: RigNode) -> None:
 
 
 def take_port(node: RigNode, port: int, address: str = "0.0.0.0") -> int:
-    """Somebody else listens there; the pid on the node, for `kill`."""
+    """Another process listens there; the pid on the node, for `kill`."""
     code = (
         "import os, socket, time\n"
         f"s = socket.create_server(({address!r}, {port}))\n"

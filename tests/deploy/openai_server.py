@@ -105,7 +105,7 @@ class Handler(BaseHTTPRequestHandler):
             self.raw(b"")
             return True
         if fault == "stall":
-            for _ in range(100):  # signs of life that are no text
+            for _ in range(100):  # keep-alive chunks without text
                 self.raw(b": ping\n\n")
                 time.sleep(0.05)
         self.close_connection = True

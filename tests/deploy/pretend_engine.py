@@ -1,4 +1,4 @@
-"""A pretend engine for the tests of the step alone: the log lines and the port of the real one, no Ray and no model.
+"""A pretend engine for the tests of the step: the log lines and the port of the real one, no Ray and no model.
 
     python pretend_engine.py --port N [--load S] [--stay FILE] [--die CODE] [--wedge FILE] [--say FILE]
 

@@ -1,4 +1,4 @@
-"""SSH servers in a thread of their own, for commands that bring their own event loop; they run real commands here."""
+"""SSH servers in their own thread, for commands with their own event loop; they run real commands here."""
 
 from __future__ import annotations
 

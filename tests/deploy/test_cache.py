@@ -45,7 +45,7 @@ NFS: Json = {
 
 
 class Pretend:
-    """Stands in for a node with NFS, which this machine's kernel lacks; answers as deploy.remote.cache does."""
+    """Replaces a node with NFS, which this machine's kernel lacks; answers as deploy.remote.cache does."""
 
     def __init__(self, found: Json, *, fsc_after: bool = True, busy: str | None = None) -> None:
         self.found, self.fsc_after, self.busy = found, fsc_after, busy

@@ -278,7 +278,7 @@ def test_a_node_reads_the_headers_of_what_was_brought(tmp_path: Path) -> None:
     here = models.from_file(tmp_path / "m", repo="a/b", revision="0" * 40)
     assert asyncio.run(ask(tmp_path / "m")).stored == here.stored
     (tmp_path / "empty").mkdir()
-    assert asyncio.run(ask(tmp_path / "empty")).stored is None  # not safetensors: config.json alone
+    assert asyncio.run(ask(tmp_path / "empty")).stored is None  # not safetensors: only config.json
     lie(tmp_path / "m", GATE, shape=[8, 255])
     with pytest.raises(FetchError, match=f"{GATE} is said to lie at"):
         asyncio.run(ask(tmp_path / "m"))

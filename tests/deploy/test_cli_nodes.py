@@ -17,7 +17,7 @@ from tests.deploy import kit
 
 
 def prepared(folder: Path, made: list[kit.Machine]) -> Deployment:
-    """deploy.toml with the machines, two of them in a group of their own, and their keys pinned."""
+    """deploy.toml with the machines, two of them in their own group, and their keys pinned."""
     lines = ['name = "t"', f'local = "{folder}/local"', "[nodes]", 'user = "tester"', "[options]", "connect_timeout = 5"]
     for machine in made:
         lines += ["[[node]]", f'address = "{machine.node.address}"', f"port = {machine.node.port}"]

@@ -1,4 +1,4 @@
-"""Nodes that are away, on SSH servers of this test: `deploy down` as a process, and spares that nobody waits for."""
+"""Nodes that are away, on SSH servers of this test: `deploy down` as a process, and spares that `down` does not wait for."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ async def purge(made: Scene, *words: str) -> tuple[int, str]:
 
 
 def alive(pid: int) -> bool:
-    """A zombie is not; whoever is first of this machine's processes may be slow to take it away."""
+    """A zombie does not count: process 1 of this machine may reap it late."""
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -55,7 +55,7 @@ def alive(pid: int) -> bool:
 
 
 def running(made: Scene) -> list[tuple[str, str]]:
-    """Node and job of all that run, also where nobody is let in."""
+    """Node and job of each running process, also on nodes that refuse logins."""
     found = []
     for machine in made.made:
         for job in ("engine", "ray"):
@@ -119,7 +119,7 @@ def left_by_ray(base: Path, mark: str) -> None:
 
 
 def slow_uv(folder: Path) -> Path:
-    """Stands in for uv that is at work for long: the environment is half made."""
+    """Replaces uv in the middle of a long installation: the environment is half made."""
     uv = folder / "uv"
     uv.write_text('#!/bin/sh\nfor last; do case $last in */envs/*) mkdir -p "$last/bin";; esac; done\nexec sleep 300\n')
     uv.chmod(0o755)
@@ -169,17 +169,17 @@ def test_down_removes_the_secrets_of_every_node_and_purge_all_that_was_put_there
 
 def test_purge_leaves_the_environments_of_another_deployment(tmp_path: Path) -> None:
     async def work(made: Scene) -> None:
-        root = owned_root(made, "somebody")
+        root = owned_root(made, "alice")
         code, said = await purge(made, "--yes", "--share")
         assert code == 4, said
-        assert f"{root} is of another deployment (somebody)" in said
+        assert f"{root} is of another deployment (alice)" in said
         assert names(root) == ["envs", "owner"]
 
     play(tmp_path, work)
 
 
 def test_down_removes_what_a_build_that_was_killed_had_half_made(tmp_path: Path) -> None:
-    """Under load its own removal took longer than `down` waits: the folder stayed for ever."""
+    """Under load its own removal took longer than `down` waits, and the folder stayed."""
 
     async def work(made: Scene) -> None:
         root, head = Path(paths.environment_root(made.deployment)), remote_nodes(made.fleet)[0]

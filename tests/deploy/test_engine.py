@@ -138,7 +138,7 @@ def test_a_gated_model_is_planned_with_the_built_in_numbers_and_an_unknown_one_i
         assert "HF_TOKEN" in caught.value.remedy
         monkeypatch.setattr(models, "built_in_models", lambda: [{**CONFIG, "names": ["org/model"]}])
         found, note = models.find(ModelConfig(repo="org/model"), tmp_path)
-        assert (found.layers, found.revision) == (4, COMMIT)  # the commit is no secret
+        assert (found.layers, found.revision) == (4, COMMIT)  # the commit is not secret
         assert "gated or private" in note
     monkeypatch.undo()
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")

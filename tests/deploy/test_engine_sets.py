@@ -51,7 +51,7 @@ NEEDS = {
 
 
 def versions(name: str) -> dict[str, str]:
-    """Distribution to version: of the set's lock and of our own wheels."""
+    """Distribution to version: from the set's lock and our wheels."""
     found = definition.load(name, settings.load().model_copy(update={"project": REPOSITORY}))
     locked = {wheel.name: wheel.version for wheel in pins.wheels(found.runtime, found.data.target)}
     return locked | {canonicalize_name(own_recipe.data.name): own_recipe.data.version for own_recipe in found.recipes}

@@ -149,7 +149,7 @@ def test_without_ray_a_part_that_ends_while_it_loads_is_told_with_its_own_cause(
 
 
 def cmdlines() -> list[bytes]:
-    """Of all processes of this machine; one that ends meanwhile has none."""
+    """Of all processes of this machine; a process that ends meanwhile is skipped."""
     words = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with suppress(OSError):

@@ -132,7 +132,7 @@ RELEASES = "https://github.com/astral-sh/python-build-standalone/releases/downlo
 def standalone(folder: Path, monkeypatch: pytest.MonkeyPatch, *, sha256: str | None = None) -> str:
     """A mirror of Python's releases with one archive: this machine's Python under the name and version that uv is asked for.
 
-    The real archive cannot be had where GitHub is not reached, and uv knows its digest: uv's list of downloads is replaced.
+    The real archive is on GitHub, which not every machine reaches. uv knows its digest, so uv's list of downloads is replaced.
     """
     machine, version = os.uname().machine, str(uv.pinned()["python"])
     name = f"cpython-{version}+20260101-{machine}-unknown-linux-gnu-install_only_stripped.tar.gz"

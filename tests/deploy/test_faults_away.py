@@ -62,7 +62,7 @@ class Scene:
 
     @property
     def wanted(self) -> list[str]:
-        """What is to be there in the end."""
+        """What the deployment must consist of in the end."""
         return sorted(path for path in self.served.files if not dealing.skipped(path, dealing.SKIP))
 
     def whole(self) -> bool:
@@ -176,7 +176,7 @@ def test_a_node_that_goes_away_in_a_step(scene: Scene, step: str) -> None:
         done = end(process, 200)
         assert done.code in (SSH, NODE), done.output
         found = steps(made)[step]
-        assert found["outcome"] == "failed" or "cut" not in found["text"]  # a cut is no reason to do without
+        assert found["outcome"] == "failed" or "cut" not in found["text"]  # a cut connection is not a reason to do without
         assert "k1" in done.error
     finally:
         nodefaults.plug(made.room["k1"])

@@ -152,7 +152,7 @@ def test_a_secret_was_in_no_argument_list_at_any_moment_and_is_in_no_file_but_it
     assert len(faultkit.secrets(made)) == 3
     assert SEEN == []
     with subprocess.Popen(["sh", "-c", "read _", faultkit.HF_TOKEN], stdin=subprocess.PIPE):
-        faultkit.until(lambda: bool(SEEN))  # whoever looks has looked to the end
+        faultkit.until(lambda: bool(SEEN))  # `watch` has run to its end
     assert faultkit.in_files(made) == []
 
 

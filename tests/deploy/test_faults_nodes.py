@@ -1,4 +1,4 @@
-"""What goes wrong with a node, on three nodes of the rehearsal: told by its name, mended, and the same command goes on."""
+"""Faults of a node, on three nodes of the rehearsal: the error names the node; after the repair the same command continues."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def made() -> Iterator[Rehearsal]:
 def test_two_workers_at_once_come_up(made: Rehearsal) -> None:
     output = well(made, "serve", seconds=400)
     assert "READY" in output
-    assert "3/3  k1, k2" in output  # nobody waited for the other
+    assert "3/3  k1, k2" in output  # neither waited for the other
     well(made, "down")
 
 

@@ -161,7 +161,7 @@ def fetched(name: str, platform: str, python: str, folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """200 MB from the Python index; pinned, so it is the same wheel for ever."""
+    """200 MB from the Python index; pinned, so it is always the same wheel."""
     return fetched(NAME, "manylinux1_x86_64", "3.8", tmp_path_factory.mktemp("wheel"))
 
 
@@ -172,7 +172,7 @@ def test_the_committed_table_is_what_the_wheel_has(wheel: Path) -> None:
 
 
 def function(wheel: Path, member: str, name: str, **names: object) -> Any:
-    """One function of the wheel, alone: its module needs torch and a GPU."""
+    """One function of the wheel, without its module, which needs torch and a GPU."""
     with zipfile.ZipFile(wheel) as opened:
         text = opened.read(member).decode()
     (node,) = [

@@ -250,7 +250,7 @@ def test_a_set_without_the_engine_is_refused_before_anything_is_built(tmp_path: 
 def test_the_sets_lock_comes_from_its_index_once(tmp_path: Path) -> None:
     root = tmp_path / "root"
     source.index_command(root, "host", "aphrodite-engine")
-    source.index_command(root, "stage", "create", "spring", "--without", "ray")  # the stand-in alone
+    source.index_command(root, "stage", "create", "spring", "--without", "ray")  # only the stand-in
     token = source.index_command(root, "token", "create", "--name", "farm")["token"]
     path = tmp_path / "spring.lock"
     with source.listening([sys.executable, "-m", "index", "--root", str(root), "--json", "serve", "--port", "0"]) as url:

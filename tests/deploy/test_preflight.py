@@ -301,7 +301,7 @@ def test_the_first_red_cell_is_the_error_and_the_others_are_counted() -> None:
 
 
 def test_real_nodes_are_asked_and_pairs_meet(tmp_path: Path) -> None:
-    """Three nodes of this machine: they share a folder and reach each other; a port that somebody holds is told by name."""
+    """Three nodes of this machine: they share a folder and reach each other; the error names a port that is in use."""
     share = tmp_path / "share"
     share.mkdir()
     with socket.create_server(("127.0.0.12", 0)) as other, socket.create_server(("127.0.0.11", 0)) as probe:
@@ -326,7 +326,7 @@ def test_real_nodes_are_asked_and_pairs_meet(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("lost", ["to", "from"])
 def test_a_peer_whose_full_packets_do_not_arrive_is_told_by_its_direction(monkeypatch: pytest.MonkeyPatch, lost: str) -> None:
-    """A network that drops full packets: whoever should take them never does."""
+    """A network that drops full packets: the receiver never gets them."""
     monkeypatch.setattr(exchange, "SECONDS", 0.3)
 
     def peer() -> None:
@@ -416,7 +416,7 @@ def test_a_port_of_rays_that_is_open_to_this_machine_is_told_and_one_that_is_in_
     assert {cell.status for cell in (reached, in_use, private)} == {"warn"}
     assert reached.text == f"{open_door('2.41.0')}; 127.0.0.11:{port} was reached from this machine, over a public address"
     assert in_use.text == private.text == open_door("2.41.0")
-    assert "ssh alone" in reached.remedy
+    assert "only ssh" in reached.remedy
 
 
 def test_whatever_takes_a_connection_and_is_not_the_node_proves_nothing() -> None:

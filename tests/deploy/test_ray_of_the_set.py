@@ -25,7 +25,7 @@ from tests.deploy.test_ray import anything_of_ray, down, up, with_nodes
 
 pytestmark = [pytest.mark.root, pytest.mark.slow]
 DASHBOARD = Matrix(modules=tuple(row for row in environment.matrix("aphrodite").modules if row.module.startswith("ray")))
-"The rows of Ray alone: the others need a GPU's libraries."
+"Only Ray's rows: the others need a GPU's libraries."
 
 
 def of_the_set(*without: str) -> Path:

@@ -64,7 +64,7 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
         assert done.returncode == 0, done.stderr
         subprocess.run([str(env / "bin" / "python"), "-c", MODEL, str(made.share / "model")], check=True, capture_output=True)
         for path in (made.share / "model").iterdir():
-            path.chmod(0o644)  # safetensors are written for their owner alone, and the node's user is another
+            path.chmod(0o644)  # only the owner may read written safetensors, and the node has another user
         yield made
 
 

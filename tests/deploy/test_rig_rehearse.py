@@ -116,7 +116,7 @@ def test_a_kept_index_that_this_version_cannot_read_is_made_anew(tmp_path: Path,
     kept = tmp_path / "rehearsal" / "index" / "catalogue"
     kept.mkdir(parents=True)
     (kept / "catalogue.db").write_bytes(b"SQLite format 3\0" + b"of another version" * 400)
-    monkeypatch.setattr(locks, "committed", lambda _name: "")  # the stand-in alone: nothing is fetched
+    monkeypatch.setattr(locks, "committed", lambda _name: "")  # only the stand-in: nothing is fetched
     command = source.index_command
 
     def without_ray(root: Path, *arguments: str) -> object:

@@ -271,7 +271,7 @@ def test_a_job_outlives_the_connection_and_is_followed_without_loss_or_repetitio
             'read word; i=0; while [ $i -lt 60 ]; do echo "$word $i $EXTRA"; i=$((i+1)); sleep 0.05; done; printf last; exit 7'
         )
         assert await start_job(fleet, node, "count", command, env={"EXTRA": "e"}, input=b"line\n")
-        assert not await start_job(fleet, node, "count", "echo other")  # runs already: left alone
+        assert not await start_job(fleet, node, "count", "echo other")  # runs already: not touched
         assert (await job_status(fleet, node, "count")).state == "running"
         following = asyncio.ensure_future(follow_job(fleet, node, "count", lines.append))
         for _ in range(4):
@@ -288,7 +288,7 @@ def test_a_job_outlives_the_connection_and_is_followed_without_loss_or_repetitio
 
 def test_a_job_is_found_again_by_the_next_fleet_and_stopped_with_all_its_children(tmp_path: Path) -> None:
     async def first(fleet: Fleet, made: list[kit.Machine]) -> None:
-        # one child in a session of its own that ignores TERM: found by its mark, ended by KILL
+        # one child in its own session that ignores TERM: found by its mark, ended by KILL
         stubborn = "setsid sh -c 'trap \"\" TERM; echo stubborn $$; while :; do sleep 0.2; done' & echo leader $$; wait"
         await start_job(fleet, made[0].node, "many", stubborn)
         while (await job_status(fleet, made[0].node, "many")).size < 20:  # noqa: ASYNC110
@@ -352,7 +352,7 @@ def test_a_tunnel_survives_a_cut_and_closes_what_nobody_answers(tmp_path: Path) 
             server.close()
             await server.wait_closed()
             assert await ask(local) == b""
-            assert made[0].entered == 2  # a refused port is no reason to enter the node again
+            assert made[0].entered == 2  # a refused port is not a reason to enter the node again
         with pytest.raises(OSError):
             await ask(local)
 

@@ -35,7 +35,7 @@ class Door:
     came: list[str] = field(default_factory=list)
     went: list[str] = field(default_factory=list)
     behind: tuple[str, int] = ("", 0)
-    "Where it leads; nobody else knows the name of that place."
+    "Its destination; only this file knows that name."
 
     async def open(self, home: Path) -> asyncssh.SSHAcceptor:
         door = self
@@ -138,7 +138,7 @@ def test_a_name_of_the_configuration_is_all_that_a_person_says(tmp_path: Path, d
 
 def test_what_deploy_toml_says_comes_before_the_configuration(tmp_path: Path, doors: tuple[Door, Door]) -> None:
     node, _gate = doors
-    done = deploy(tmp_path, "init", "ips.txt", "--accept", "--user", "somebody")
+    done = deploy(tmp_path, "init", "ips.txt", "--accept", "--user", "alice")
     assert done.returncode == 60
     assert "refuses the key" in done.stderr
     assert node.came == []

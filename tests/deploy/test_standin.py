@@ -146,7 +146,7 @@ def test_serves_with_the_environment_of_its_workers(room: Rig, address: str) -> 
     order(room, "k2", "load=slow:3")
     with engine(room, address, "-pp", "3", APHRODITE_PP_LAYER_PARTITION=PARTITION, ONLY_THE_DRIVER="1") as made:
         made.wait("Loading model")
-        with pytest.raises(ConnectionError, match="refused"):  # while it loads, nobody listens
+        with pytest.raises(ConnectionError, match="refused"):  # while it loads, no process listens
             made.get("/health")
         made.wait("Uvicorn running")
         report = made.get("/standin/report").json()

@@ -100,7 +100,7 @@ def test_kill_leaves_no_lock_and_the_step_as_running(folder: Folder) -> None:
     with holder(folder, 60) as first:
         first_line(first)
         os.kill(first.pid, signal.SIGKILL)
-    assert (folder.path / "holder.json").exists()  # stale, and nobody minds
+    assert (folder.path / "holder.json").exists()  # stale, which is harmless
     with state.hold(folder, "deploy up", wait=False, on_wait=pytest.fail) as kept:
         assert kept.state.steps["weights"].outcome == "running"
         assert kept.state.data("weights") == {}

@@ -124,7 +124,7 @@ def play(folder: Path, work: Callable[[Scene], Awaitable[None]], *more: str, nod
 
 @contextmanager
 def hanging(folder: Path) -> Iterator[None]:
-    """A file system whose server never answers, as NFS when its server is gone: FUSE, and nobody reads what it asks."""
+    """A file system whose server never answers, as NFS when its server is gone: FUSE, and no process reads its requests."""
     libc = ctypes.CDLL(None, use_errno=True)
     descriptor = os.open("/dev/fuse", os.O_RDWR)
     try:

@@ -1,4 +1,4 @@
-"""Weights: real huggingface_hub in an environment of its own, a Hub on loopback, nodes over SSH; and the faults."""
+"""Weights: real huggingface_hub in its own environment, a Hub on loopback, nodes over SSH; and the faults."""
 
 from __future__ import annotations
 
@@ -460,7 +460,7 @@ def test_down_ends_downloads_at_once_and_none_that_waits_begins(homes: Path, hub
 def test_a_node_that_is_lost_leaves_its_files_to_the_others(
     homes: Path, hub_python: str, dies: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Dead, or only cut off for good from the one who asked: then it goes on by itself, and nobody repeats what it does."""
+    """Dead, or cut off from the caller: then it continues by itself, and its work is not repeated."""
 
     async def go(served: hub.Hub) -> weights.Brought:
         async with kit.machines(homes, 3) as made, kit.fleet(homes, made, connect_timeout=0.1) as fleet:

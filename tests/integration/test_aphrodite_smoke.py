@@ -115,7 +115,7 @@ def project(broken: str = "") -> dict[str, str | bytes]:
 
 @pytest.fixture(scope="module")
 def engine(shared_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Farm]:
-    """A farm whose stack `own` has the tiny torch, from an index of its own as the real one."""
+    """A farm whose stack `own` has the tiny torch, from its own index like the real one."""
     folder = tmp_path_factory.mktemp("torch")
     # The functions of the driver are those that the environment declares.
     files = {"torch.py": TORCH, "nvidia/cu13/include/cuda.h": "CUresult cuPointerGetAttribute(void);\n"}

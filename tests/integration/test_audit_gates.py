@@ -1,4 +1,4 @@
-"""Every gate has a real wheel that it alone refuses; the objects come from the compilers of the project's root."""
+"""Every gate has a real wheel that no other gate refuses; the objects come from the compilers of the project's root."""
 
 from __future__ import annotations
 

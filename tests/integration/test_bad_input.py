@@ -148,7 +148,7 @@ def test_git_commit_that_does_not_exist(farm: Farm, tmp_path: Path) -> None:
 
 
 def test_wrong_sha256(farm: Farm) -> None:
-    # Bytes of their own: what the store has by its digest is not fetched again.
+    # Different bytes: a file that the store has by its digest is not fetched again.
     folder = farm.recipe("tiny", projects.backend(f"# {uuid.uuid4()}\nreturn wheel(wheel_directory)"))
     (folder / "source.tar.gz").write_bytes(projects.archive(projects.backend("return wheel(wheel_directory, version='6.6')")))
     refused(build_tiny(farm), ExitCode.DIGEST, "source.tar.gz")
@@ -163,7 +163,7 @@ def test_wrong_sha256(farm: Farm) -> None:
     ids=["absent", "yanked"],
 )
 def test_sdist_that_the_index_does_not_offer(farm: Farm, attribute: str, version: str, words: str) -> None:
-    digest = hashlib.sha256(uuid.uuid4().bytes).hexdigest()  # the store has none such
+    digest = hashlib.sha256(uuid.uuid4().bytes).hexdigest()  # the store does not have it
     link = f'<a href="thing-1.0.tar.gz#sha256={digest}" {attribute}>thing-1.0.tar.gz</a>'
     with fetch_kit.running() as server:
         server.served["/simple/thing/"] = fetch_kit.Served(f"<!DOCTYPE html>{link}".encode(), "text/html")
@@ -309,7 +309,7 @@ def test_a_relative_home_is_the_working_directorys(monkeypatch: pytest.MonkeyPat
 
 
 UNSHARE = ("unshare", "--map-root-user", "--mount")
-"A mount of one's own without root, where sandboxes can be started at all."
+"A private mount without root, where sandboxes can be started at all."
 
 
 @pytest.mark.parametrize(("room", "words"), [(1 << 18, "No space left on device"), (0, "o space left on")])

@@ -131,7 +131,7 @@ def test_without_root_and_sudo_it_stops_with_the_list(ubuntu: Machine) -> None:
 
 @pytest.mark.parametrize("mendable", [True, False])
 def test_forbidden_user_namespaces_are_allowed_before_anything_is_downloaded(ubuntu: Machine, mendable: bool) -> None:
-    """bubblewrap fails as under Ubuntu 24.04's AppArmor; what doctor does then has tests of its own."""
+    """bubblewrap fails as under Ubuntu 24.04's AppArmor; what doctor does then has its own tests."""
     ubuntu.set_up()
     (ubuntu.state / "forbidden").touch()
     if mendable:

@@ -1,4 +1,4 @@
-"""`[build] requires` of a recipe: locked beside it, in the build's environment alone."""
+"""`[build] requires` of a recipe: locked beside it, only in the build's environment."""
 
 from __future__ import annotations
 

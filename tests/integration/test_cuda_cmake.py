@@ -10,7 +10,7 @@ from tests.integration.test_pinned import place
 
 TORCH = "/env/lib/python3.11/site-packages/torch/share/cmake"
 
-# torch's own FindCUDAToolkit comes before CMake's, as Caffe2Config.cmake sets it; it goes by the TOP line of nvcc alone.
+# torch's own FindCUDAToolkit comes before CMake's, as Caffe2Config.cmake sets it; it reads only the TOP line of nvcc.
 FIND_TOOLKIT = f"""
 cmake_minimum_required(VERSION 3.25)
 project(t LANGUAGES CXX CUDA)

@@ -30,7 +30,7 @@ def check(settings: Settings, name: str) -> HostCheck:
 
 
 def test_a_machine_set_up_by_bootstrap_lacks_nothing() -> None:
-    """But for the size of its disk, and what recipes/triton wants of the kernel: that is for `doctor --fix`."""
+    """Except the size of its disk, and what recipes/triton requires of the kernel: that is for `doctor --fix`."""
     bad = [check for check in doctor.checks(load()) if not check.ok]
     assert [check for check in bad if check.name != "disk" and not check.name.startswith("binfmt")] == []
     assert all("needed by" in check.found for check in bad if check.name.startswith("binfmt"))
@@ -150,7 +150,7 @@ print(before.returncode != 0, after.stdout.decode().strip(), after.returncode)
 
 @needs_cross
 def test_fix_registers_the_roots_qemu_for_programs_inside_the_sandbox(farm: Farm) -> None:
-    """In a user namespace, which has a binfmt_misc of its own (Linux 6.7), so that this machine's stays as it is."""
+    """In a user namespace, which has its own binfmt_misc (Linux 6.7), so that this machine's stays as it is."""
     binfmt_recipe(farm)
     alone = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
     mount = f"mount -t binfmt_misc binfmt_misc {binfmt.FOLDER}"

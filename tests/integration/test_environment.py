@@ -97,7 +97,7 @@ def index(tmp_path: Path) -> Iterator[Index]:
 
 @pytest.fixture
 def own(shared_home: Path, index: Index) -> Iterator[Settings]:
-    """A home of its own that fetches wheels from the local index."""
+    """A separate home that fetches wheels from the local index."""
     home = shared_home / "tests" / uuid.uuid4().hex[:12]
     home.mkdir(parents=True)
     yield load().model_copy(update={"home": home, "python_index": index.url})
@@ -370,7 +370,7 @@ def test_a_wheel_for_another_python_or_machine_is_refused(own: Settings, made: P
 
 
 def test_the_level_that_a_stack_allows_is_asked_of_the_wheel(own: Settings, made: Path, tmp_path: Path) -> None:
-    """Stacks that differ in it alone share an environment."""
+    """Stacks that differ only in it share an environment."""
     wheel = make_wheel(tmp_path, "other", "1.0", {"other.py": ""}, tag="cp311-cp311-manylinux_2_35_aarch64")
     into = environment.fresh(made, own.home / "fresh")
     with pytest.raises(InstallError, match=r"with glibc 2\.34"):

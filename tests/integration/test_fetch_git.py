@@ -51,7 +51,7 @@ def mirrored(settings: Settings, url: str) -> Settings:
 
 
 def git(folder: Path, *arguments: str) -> str:
-    """git as a build script runs it, with nobody's configuration."""
+    """git as a build script runs it, without configuration."""
     environment = {"PATH": os.environ["PATH"], "GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"}
     return subprocess.run(
         ["git", *arguments], cwd=folder, env=environment, check=True, text=True, capture_output=True
@@ -147,7 +147,7 @@ def test_incomplete_mirror_is_named_with_the_object_and_asked_once(
         fetch_git(source, mirrored(settings, url[way]))
     assert f"commit {commit} cannot be fetched: object {missing} is missing in the mirror {url[way]}" in caught.value.cause
     fetches = [line for line in spied.read_text().splitlines() if line.startswith("fetch ")]
-    assert len(fetches) == (2 if way == "plain files" else 1), "plain files: one for the commit alone, one for all branches"
+    assert len(fetches) == (2 if way == "plain files" else 1), "plain files: one for only the commit, one for all branches"
     assert not repository_path(settings, commit).exists()
 
 
@@ -194,7 +194,7 @@ def test_address_outside_the_allow_list(settings: Settings, url: str) -> None:
 
 @pytest.mark.parametrize("single", [True, False], ids=["gives single commits", "refuses them"])
 def test_http_server(upstream: Repository, settings: Settings, server: Server, tmp_path: Path, single: bool) -> None:
-    """Without protocol v2 git's server refuses a commit that is no tip; then all branches are fetched."""
+    """Without protocol v2 git's server refuses a commit that is not a tip; then all branches are fetched."""
     server.git_protocol = single
     middle = upstream.git("rev-parse", "HEAD~1")
     pinned = upstream.source(middle, url="https://far.invalid/upstream/.git")

@@ -92,7 +92,7 @@ def test_fetch_says_a_line_for_each_part_also_while_a_digest_is_unknown(farm: Fa
     ]
     assert result["recipe"] == "shape"
     assert [gap["url"] for gap in result["gaps"]] == ["https://gone.example/llvm.zip"]
-    assert not list(farm.settings.home.glob("fetched/*")), "the tree was for looking alone"
+    assert not list(farm.settings.home.glob("fetched/*")), "the tree was only for reading"
     people = farm.run("fetch", "shape", **mirrors(tmp_path))
     assert "all pinned files were fetched and match; 1 file with an unknown digest was skipped" in people.out
 

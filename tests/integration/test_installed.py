@@ -1,4 +1,4 @@
-"""The wheel as a user installs it, with each extra alone: each program works outside any checkout, or says what is missing."""
+"""The wheel as a user installs it, with each extra by itself: each program works anywhere, or names what it lacks."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def causal_conv1d() -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Installed:
-    """A clean virtual environment with gracefarm's wheel, used from a folder that is no checkout."""
+    """A clean virtual environment with gracefarm's wheel, used from a folder that is not a checkout."""
 
     environment: Path
     folder: Path

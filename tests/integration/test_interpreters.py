@@ -27,7 +27,7 @@ assert sysconfig.get_config_var("CC").split()[0].endswith("gcc"), sysconfig.get_
 assert tiny_c.add(2, 3) == 5
 print(version)
 """
-HOST_ONLY = pytest.mark.skipif(host_arch() is Arch.AARCH64, reason="an x86_64 host alone builds for x86_64")
+HOST_ONLY = pytest.mark.skipif(host_arch() is Arch.AARCH64, reason="only an x86_64 host builds for x86_64")
 
 
 def write_recipe(farm: Farm, target: str) -> None:

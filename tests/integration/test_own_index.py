@@ -1,4 +1,4 @@
-"""A wheel of an index of its own, which has the version for other Pythons and architectures too: with and without digests."""
+"""A wheel from its own index, which also has the version for other Pythons and architectures: with and without digests."""
 
 from __future__ import annotations
 

@@ -535,7 +535,7 @@ def test_fetch_content_abi3_a_stub_driver_metadata_of_our_own_and_the_source_bes
 
 
 def test_the_digests_that_are_not_known_are_exactly_these(unread: Path) -> None:
-    """With those put back that somebody has filled in since: in these nine places, and in no other."""
+    """With the digests that were filled in since put back: in these nine places, and in no other."""
     found: dict[str, list[str]] = {}
     for name in recipe.names(unread / "recipes"):
         for gap in gaps.of_recipe(recipe.load(unread / "recipes", name)):
@@ -844,7 +844,7 @@ def test_torchs_own_cmake_files_find_cuda_12_4_for_the_target(farm: Farm) -> Non
 
 
 def test_the_pages_lines_serve_an_index_that_takes_the_set_with_the_token_that_they_make(tmp_path: Path) -> None:
-    """docs/howto/pinned.md as it is written, in a home of its own: host, token, serve; then the first step of a stage."""
+    """docs/howto/pinned.md as it is written, in a separate home: host, token, serve; then the first step of a stage."""
     page = (REPOSITORY / "docs/howto/pinned.md").read_text().splitlines()
     lines = [line.strip() for line in page if line.startswith("    .venv/bin/python -m index ")]
     host, token, serve = (re.sub(r"^\.venv/bin/python", sys.executable, line) for line in lines)

@@ -114,7 +114,7 @@ def with_cpu_torch(farm: Farm) -> None:
 
 @pytest.mark.timeout(1800)
 def test_the_run_time_environment_of_the_three_installs_by_hash_and_imports(farm: Farm) -> None:
-    """All of cu124's lock but torch, whose CPU wheel stands in: the engine's requirements fit together and load on aarch64."""
+    """cu124's lock, with the CPU wheel of torch: the engine's requirements fit together and load on aarch64."""
     with_cpu_torch(farm)
     modules = ["torch", "transformers", "torchvision", "fastapi", "uvicorn", "tokenizers", "sentencepiece", "gguf", "ray"]
     modules += ["lmformatenforcer", "mistral_common", "librosa", "msgspec", "numba", "openai", "pandas", "prometheus_client"]
@@ -182,7 +182,7 @@ def test_the_engines_own_python_code_runs_in_the_environment_of_the_set(farm: Fa
         metadata = require(opened.read(f"{info}/METADATA").decode(), data.wheel.requires)
     assert data.source.kind == "git"
     assert data.source.commit in files["tree/aphrodite/commit_id.py"].decode()
-    # What the wheel of the recipe will ask for is in the set's lock, but for the set's own.
+    # What the recipe's wheel will require is in the set's lock, except the set's own wheels.
     asked = together.requirements(metadata.encode(), "3.11", Arch.AARCH64)
     locked = {wheel.name: wheel.version for wheel in pins.wheels(stack.load(REPOSITORY / "stacks", "cu124"), Arch.AARCH64)}
     ours = {str(requirement) for requirement in asked if canonicalize_name(requirement.name) not in locked}

@@ -1,4 +1,4 @@
-"""recipes/triton and recipes/aphrodite as they are written, to a wheel: the commits alone are those of projects of that shape.
+"""recipes/triton and recipes/aphrodite as they are written, to a wheel: only the commits are those of projects of that shape.
 
 triton: empty folders stand for LLVM and json. The programs and libraries of CUDA 12.4 for aarch64 are the recipe's own.
 aphrodite: compiled by CUDA 12.4.131 through torch's own CMake files, against the headers of torch's CPU wheel, so nothing is

@@ -43,7 +43,7 @@ class Signed:
 
 @pytest.fixture(autouse=True)
 def own_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """No test reads or writes the key of whoever runs it."""
+    """No test reads or writes its user's key."""
     monkeypatch.setenv("GRACEFARM_SETTINGS", str(tmp_path / "config" / "settings.toml"))
     monkeypatch.delenv(signing.VARIABLE, raising=False)
     return tmp_path / "config"
@@ -139,7 +139,7 @@ def test_the_sbom_is_the_same_in_every_build(farm: Farm, signed: Signed, own_set
 
 
 def tampered(wheel: Path, folder: Path, change: Callable[[dict[str, bytes]], None], *, mend_record: bool = True) -> Path:
-    """A copy of the wheel with other content, its RECORD mended, and the provenance of the true one beside it."""
+    """A copy of the wheel with other content, its RECORD corrected, and the provenance of the true one beside it."""
     with zipfile.ZipFile(wheel) as archive:
         content = {name: archive.read(name) for name in archive.namelist()}
     record = next(name for name in content if name.endswith(".dist-info/RECORD"))
@@ -191,7 +191,7 @@ def _other_namespace(value: Any) -> None:
 
 
 TAMPERING: dict[str, tuple[Callable[[dict[str, bytes]], None], str, str]] = {
-    "another file, RECORD mended": (
+    "another file, RECORD corrected": (
         lambda content: content.update({"tiny_c/__init__.py": b"evil = 1\n"}), "provenance", "the wheel has sha256"),
     "inputs": (in_json(f"{INFO}/gracefarm.json", _other_source), "build-id", "the inputs in it hash to"),
     "the SBOM's source": (in_json(f"{INFO}/sboms/{sbom.FILENAME}", _other_package), "sbom", "says other sources"),
@@ -199,9 +199,9 @@ TAMPERING: dict[str, tuple[Callable[[dict[str, bytes]], None], str, str]] = {
         in_json(f"{INFO}/sboms/{sbom.FILENAME}", _other_environment), "sbom", "list of the environment is not the one"),
     "the SBOM's build": (in_json(f"{INFO}/sboms/{sbom.FILENAME}", _other_namespace), "sbom", "the SBOM is of build 0000"),
     "no SBOM": (lambda content: content.pop(f"{INFO}/sboms/{sbom.FILENAME}"), "sbom", "it carries no SBOM"),
-    "an SBOM of somebody else": (
+    "an SBOM from elsewhere": (
         lambda content: content.update({f"{INFO}/sboms/{sbom.FILENAME}": b"{}"}), "sbom", "not an SBOM that this"),
-    "inputs that are no inputs": (
+    "inputs that are not inputs": (
         lambda content: content.update({f"{INFO}/gracefarm.json": b'{"build_id": "1", "inputs": []}'}), "build-id", "hash to"),
 }  # fmt: skip
 

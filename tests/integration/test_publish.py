@@ -141,7 +141,7 @@ def test_a_rebuild_of_a_published_version_gets_the_next_build_tag_and_says_why(f
 
 
 def test_a_name_that_a_staged_set_holds_is_passed_over(farm: Farm) -> None:
-    """Nobody sees the file, so only the upload's answer tells."""
+    """The file cannot be seen, so only the upload's answer shows it."""
     with run.local_index(farm.settings) as (url, token):
         put = httpx.put(f"{url}/stage/soon", json={"expect": ["tiny==1.0"]}, auth=("__token__", token))
         assert put.is_success, put.text

@@ -45,7 +45,7 @@ def test_a_patch_of_another_source_is_refused(shared_home: Path, tmp_path: Path)
     loaded = recipe.load(REPOSITORY / "recipes", "causal_conv1d")
     (patch,) = loaded.patches
     changed = tmp_path / patch.name
-    # A line of the source that stands in no release.
+    # A line of the source that is in no release.
     first = next(line for line in patch.read_text().splitlines() if line.startswith((" ", "-")) and line.strip(" -ab/.+"))
     changed.write_text(patch.read_text().replace(f"\n{first}\n", f"\n{first} // of another release\n", 1))
     fetched = fetch.fetch(loaded.data, Settings(home=shared_home, project=REPOSITORY))

@@ -281,7 +281,7 @@ time.sleep(300)
 
 
 def test_what_we_start_dies_with_us() -> None:
-    """A killed builder leaves no tar behind that writes on where the next one has begun anew."""
+    """A killed builder leaves no tar that still writes where the next one has started again."""
     builder = subprocess.Popen([sys.executable, "-c", ORPHAN], stdout=subprocess.PIPE, text=True)
     assert builder.stdout is not None
     pid = int(builder.stdout.readline())
@@ -300,7 +300,7 @@ def test_what_we_start_dies_with_us() -> None:
 
 
 def alive(pid: int) -> bool:
-    """It runs: neither gone nor waiting to be reaped by whoever took it over."""
+    """It runs: neither gone nor waiting to be reaped by its new parent."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
@@ -328,5 +328,5 @@ def test_a_new_lock_is_whole(own: Settings, tmp_path: Path) -> None:
     for host, targets in CU130.root.hosts.items():
         for arch in targets:
             names = {deb.name for deb in packages.of_root(loaded, host, arch)}
-            # What nobody named: apt found it.
+            # Not named anywhere: apt found it.
             assert {"libc6", "libpython3.11-stdlib", "binutils-common"} <= names

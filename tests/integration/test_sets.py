@@ -1,4 +1,4 @@
-"""Sets: built in order, tested together, locked, staged at a real index, installed from it alone by pip and uv."""
+"""Sets: built in order, tested together, locked, staged at a real index, installed only from it by pip and uv."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def carried(farm: Farm, home: Path) -> None:
 
 @pytest.fixture(scope="module")
 def third_party(tmp_path_factory: pytest.TempPathFactory, shared_home: Path) -> Iterator[str]:
-    """The simple API of somebody else's index: third_lib 3.0 and its dependency, in two versions."""
+    """The simple API of another index: third_lib 3.0 and its dependency, in two versions."""
     from builder.planning import settings
 
     folder = tmp_path_factory.mktemp("third-party")
@@ -150,7 +150,7 @@ def test_a_set_from_recipes_to_what_pip_and_uv_install(farm: Farm, third_party: 
         pip += ["--python-version=3.11"]
         subprocess.run([*pip, "--index-url", view, "--target", str(by_pip), "-r", str(lock_file)], check=True)
         places = [by_pip]
-        if sys.version_info[:2] == (3, 11):  # pip reads pylock.toml for the Python that it runs in alone
+        if sys.version_info[:2] == (3, 11):  # pip reads pylock.toml only for the Python that it runs in
             own = [sys.executable, "-m", "pip", "--isolated", "install", "--no-index", "--no-cache-dir"]
             subprocess.run([*own, "--target", by_pip_pylock, "-r", pylock], check=True)
             places.append(by_pip_pylock)
@@ -167,7 +167,7 @@ def test_a_set_from_recipes_to_what_pip_and_uv_install(farm: Farm, third_party: 
 
 
 def test_the_whole_way_for_aarch64_by_one_command(farm: Farm, third_party: str) -> None:
-    """What `builder set run gh200-cu130` does with gigabytes, with a farm's wheel and a tiny one of somebody else."""
+    """What `builder set run gh200-cu130` does with gigabytes, with a farm's wheel and a tiny one from elsewhere."""
     closed_set(farm, third_party)
     text = (farm.settings.project / "sets" / "tiny" / "set.toml").read_text()
     (farm.settings.project / "sets" / "tiny" / "set.toml").write_text(
@@ -197,7 +197,7 @@ def test_a_failing_wheel_hides_no_other_and_no_set_comes_of_it(farm: Farm) -> No
 
 
 def test_wheels_that_do_not_work_together_make_no_set(farm: Farm) -> None:
-    """Each imports alone; together one replaces a module that the other needs."""
+    """Each imports by itself; together one replaces a module that the other needs."""
     for name, body in (("one", "value = 1"), ("two", "import sys; sys.modules['one'] = None")):
         content = f"return wheel(wheel_directory, name={name!r}, files={{'{name}/__init__.py': {body.encode()!r} + b'\\n'}})"
         farm.recipe(name, projects.backend(content))

@@ -39,7 +39,7 @@ path = ["cmake/data/bin"]
 
 
 def publish(server: Server, name: str, version: str, tags: tuple[str, ...], requires: tuple[str, ...] = ()) -> None:
-    """Wheels of one version on a project's page, by their metadata alone: a lock downloads no wheel."""
+    """Wheels of one version on a project's page, only with their metadata: a lock downloads no wheel."""
     page = f"/simple/{name}/"
     before = json.loads(server.served[page].data)["files"] if page in server.served else []
     lines = [f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}"]

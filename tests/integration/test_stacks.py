@@ -52,7 +52,7 @@ def test_a_cuda_extension_and_a_link_with_the_driver(farm: Farm, name: str, targ
     assert isinstance(setup, bytes)
     files["setup.py"] = setup.decode().replace("    ],\n    cmdclass", DRIVER_EXTENSION.lstrip("\n"))
     files["driver.cu"] = DRIVER_CU % CALL[cuda]
-    # The driver is no part of a root, so that its extension is linked and judged and not imported.
+    # The driver is not part of a root, so that its extension is linked and judged and not imported.
     farm.recipe(
         "tiny_cuda",
         files,

@@ -1,7 +1,7 @@
 """`--toolchain container`: cibuildwheel itself, a real engine, and an image that is laid out as manylinux is, made here.
 
 Slow: the image is the farm's own root as a container. Skipped without a podman that starts containers for this user; the tests
-bring configuration and storage of their own and leave /etc and the user's images alone.
+bring their own configuration and storage and do not touch /etc and the user's images.
 """
 
 from __future__ import annotations
@@ -445,7 +445,7 @@ def test_what_the_kernel_killed_in_a_bounded_container_is_known_by_the_log(
     found = bounded.understood(outcome, log, 0)
     assert (found.killed_by_memory, found.memory_by) == (killed, "podman")
     assert not bounded.understood(replace(outcome, returncode=0), log, 0).killed_by_memory
-    # Without a bound of the container's own, a kill there is somebody else's.
+    # If the container has no limit, a kill there came from elsewhere.
     unbounded = made.toolchain.understood(outcome, log, 0)
     assert (unbounded.killed_by_memory, unbounded.memory_by) == (False, "cgroup2")
     options = [
@@ -456,7 +456,7 @@ def test_what_the_kernel_killed_in_a_bounded_container_is_known_by_the_log(
 
 
 class Registry(BaseHTTPRequestHandler):
-    """As public registries are: no manifest without a token, which anybody is given for the scope that the challenge names."""
+    """As public registries are: no manifest without a token, which each client gets for the scope that the challenge names."""
 
     digest = "sha256:" + "ab" * 32
 

@@ -54,7 +54,7 @@ def python311() -> str:
 
 @pytest.fixture(scope="session")
 def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Python with packages of its own, as a person has made it: no lock, only what builds a C extension."""
+    """A Python with its own packages, as a person has made it: no lock, only what builds a C extension."""
     folder = tmp_path_factory.mktemp("own") / "venv"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
     install = [uv.find_uv_bin(), "pip", "install", "--quiet", "--python", folder / "bin/python3"]
@@ -64,7 +64,7 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass(frozen=True, kw_only=True)
 class Built:
-    """The tiny C extension, built once over an environment of one's own; the recipe has a GPU test that must not run."""
+    """The tiny C extension, built once over the user's environment; the recipe has a GPU test that must not run."""
 
     farm: Farm
     done: projects.Done
@@ -407,7 +407,7 @@ build both.so: link first.o second.o
 
 
 def test_a_build_that_was_cut_off_goes_on_in_its_own_folder(farm: Farm, own: Path) -> None:
-    """By a real ninja: an object that is whole stays, the half one that the kill left is made anew."""
+    """By a real ninja: an object that is whole stays, the half one that the kill left is made again."""
     sources = {"build.ninja": NINJA, "step.sh": STEP, "first.c": "int first;\n", "second.c": "int second;\n"}
     farm.recipe("tiny", projects.backend(CUT_OFF) | sources)
     aim = ("--toolchain", "host", "--environment", str(own))

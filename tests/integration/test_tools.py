@@ -1,4 +1,4 @@
-"""CMake in the sandbox, and the commands for anybody's wheel."""
+"""CMake in the sandbox, and the commands for any wheel."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_audit_takes_anybodys_wheel_and_says_no_by_exit_code(farm: Farm, wheel: 
 
 
 def test_audit_asks_for_no_cuda_compiler_where_there_is_no_device_code(farm: Farm, wheel: Path) -> None:
-    """A stack whose toolchain has CMake alone."""
+    """A stack whose toolchain is only CMake."""
     stacks = farm.settings.project / "stacks"
     shutil.copytree(stacks / "bare", stacks / "plain")
     place = stacks / "plain/stack.toml"
@@ -88,7 +88,7 @@ def test_audit_asks_for_no_cuda_compiler_where_there_is_no_device_code(farm: Far
 
 
 def test_audit_asks_for_what_a_recipe_declares(farm: Farm, wheel: Path, tmp_path: Path) -> None:
-    """A tool that the recipe declares is a graft in anybody else's wheel; another version is no fault of anybody else's."""
+    """A tool that the recipe declares is a graft in a foreign wheel; another version is not a fault of a foreign wheel."""
     other = tmp_path / wheel.name
     info = "tiny-1.0.dist-info/RECORD"
     with zipfile.ZipFile(wheel) as old, zipfile.ZipFile(other, "w") as new:

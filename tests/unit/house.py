@@ -16,7 +16,7 @@ PROGRAMS = ("builder", "index", "deploy")
 SHARED = "gracefarm"
 FOLDERS = (*PROGRAMS, SHARED)
 EVERYWHERE = (*FOLDERS, "tests", "bench", "tools", "recipes", "sets")
-# Programs of their own: they are copied to where they run, and import nothing of ours.
+# Separate programs: they are copied to where they run, and import nothing of ours.
 DATA = ("builder/data/", "deploy/data/")
 
 # What no checker may complain about.

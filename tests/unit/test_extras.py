@@ -1,4 +1,4 @@
-"""pyproject.toml's extras: each program's imports are of its own extra, and what is missing is told in one sentence."""
+"""pyproject.toml's extras: each program imports only its own extra, and one sentence says what is missing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
 EXTRA_OF = {"builder/farm/": "farm"}
 "Folders of a program whose packages an extra beside the program's own brings."
 ON_NODES = {"ray", "torch", "huggingface_hub"}
-"Imported by deploy.remote alone, on nodes, whose environment has them."
+"Imported only by deploy.remote, on nodes, whose environment has them."
 COMES_WITH = {"pydantic_core": "pydantic"}
 "Packages of one project that are two distributions."
 

@@ -10,7 +10,7 @@ from gracefarm import files
 
 
 def test_a_directory_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A power cut cannot be had here; the order of the calls can."""
+    """A power cut cannot be tested here; the order of the calls can."""
     seen = []
 
     def flush(path: Path) -> None:

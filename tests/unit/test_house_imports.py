@@ -207,7 +207,7 @@ def own_names(tree: ast.Module) -> set[str]:
 
 
 def aliases(modules: dict[str, Module]) -> Iterator[str]:
-    """Imports of our own under another name."""
+    """Imports of our modules under another name."""
     for module in modules.values():
         for node in ast.walk(module.tree):
             if not any(True for _ in targets(node, modules)) or not isinstance(node, ast.Import | ast.ImportFrom):

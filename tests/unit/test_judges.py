@@ -43,7 +43,7 @@ DO_NOT_JUDGE = {
     "toolchains/host_tools.py": "finds the tools, which enter the build id",
     "toolchains/wrappers.py": "where site-packages is",
 }
-"What RULES import, and why it is no rule: its changes leave finished wheels as they were judged."
+"What RULES import, and why it is not a rule: its changes leave finished wheels as they were judged."
 
 
 @pytest.fixture

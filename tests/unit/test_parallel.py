@@ -70,7 +70,7 @@ def test_as_many_objects_are_compiled_at_once_as_there_are_jobs(tmp_path: Path, 
 
 def test_a_unit_that_does_not_compile_ends_the_build_with_the_compilers_word(tmp_path: Path) -> None:
     write(tmp_path, "abc")
-    (tmp_path / "b1.c").write_text("this is no C\n")
+    (tmp_path / "b1.c").write_text("this is not C\n")
     failed = build(tmp_path, 2)
     assert failed.returncode != 0
     assert "b1.c:1" in failed.stderr
@@ -84,7 +84,7 @@ setup(name="many", version="1", ext_modules=[Extension(n, ["same.c"], define_mac
 
 
 def test_extensions_of_one_source_do_not_overwrite_its_object(tmp_path: Path) -> None:
-    """As three modules of one file with macros of their own: each links what was compiled for it."""
+    """As three modules of one file with their own macros: each links what was compiled for it."""
     write(tmp_path, "")
     (tmp_path / "setup.py").write_text(SHARED)
     (tmp_path / "same.c").write_text("void *INIT(void) { return 0; }\n")

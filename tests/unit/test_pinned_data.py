@@ -1,4 +1,4 @@
-"""What the pinned recipes say as data: gaps, seeds, checked substitutions, requirements of our own, the gates of the stack."""
+"""What the pinned recipes say as data: gaps, seeds, checked substitutions, our requirements, the gates of the stack."""
 
 from __future__ import annotations
 
@@ -228,7 +228,7 @@ def test_trap_6_a_root_with_headers_that_cuda_12_4_cannot_read_is_refused_by_the
             continue
         with pytest.raises(ConfigError, match=rf"CUDA 12\.4 cannot read the headers of glibc 2\.41 .*root has {package}:"):
             choice.make_plan(loaded, base, host, Arch.AARCH64)
-        # triton compiles no CUDA; a container has headers of its own.
+        # triton compiles no CUDA; a container has its own headers.
         choice.make_plan(recipe.load(REPOSITORY / "recipes", "triton"), base, host, Arch.AARCH64)
         choice.make_plan(loaded, base, host, Arch.AARCH64, ContainerToolchain(engine="podman", cibuildwheel="4"))
 
@@ -301,7 +301,7 @@ def test_the_pinned_recipes_name_commits_and_digests_alone() -> None:
 
 
 def test_a_file_is_for_builds_on_one_architecture_where_the_recipe_says_so(tmp_path: Path) -> None:
-    """A native generator on x86_64, the target's on aarch64; the other one's digest is no gap of a build."""
+    """A native generator on x86_64, the target's on aarch64; the other one's digest is not a gap of a build."""
     folder = tmp_path / "thing"
     folder.mkdir()
     text = 'name = "thing"\nversion = "1"\nlicense = "MIT"\n[source]\nkind = "sdist"\nname = "a"\nversion = "1"\n'

@@ -69,8 +69,8 @@ def test_what_pins_nothing_is_refused_with_its_line(tmp_path: Path, line: str, r
     lock = tmp_path / "requirements.lock"
     lock.write_text(f"# title\nb==1 \\\n    --hash=sha256:{B}\n\n{line}\n")
     with pytest.raises(ConfigError, match=f"requirements.lock:5: not a pinned wheel: .*{reason}|:5: {reason}") as caught:
-        pins.read(lock, remedy="mend it", repeat="again")
-    assert (caught.value.remedy, caught.value.repeat) == ("mend it", "again")
+        pins.read(lock, remedy="fix it", repeat="again")
+    assert (caught.value.remedy, caught.value.repeat) == ("fix it", "again")
 
 
 @pytest.mark.parametrize("content", [None, b"\xff\xfe"])

@@ -277,7 +277,7 @@ STACK_EXEMPT = {
     "toolchain.debian.suite": "where packages are found; toolchain.lock says what they are",
     "toolchain.debian.component": "how the lock is made",
     "toolchain.debian.packages": "how the lock is made; one that it lacks is refused",
-    "container": "the sandbox reads none of it; what counts in a container is a test of its own",
+    "container": "the sandbox reads none of it; what counts in a container has its own test",
     "root.suite": "where packages are found; root.lock says what they are",
     "root.hosts": "how the lock is made; a pair that it lacks is refused",
     "root.host": "how the lock is made; a package that it lacks is refused",
@@ -306,7 +306,7 @@ OTHERS = MappingProxyType(
     {"aarch64": "x86_64", "x86_64": "aarch64", "BSD-3-Clause": "MIT", EVIDENCE["accepted"]["date"]: "2001-01-01"}
     | {"80": "86", "89": "87", "90": "90a", "90a": "75"}
 )
-"What has a form of its own."
+"What has its own form."
 
 
 def other(value: object) -> object:
@@ -486,7 +486,7 @@ def test_a_recipe_makes_a_wheel_or_a_tree(change: dict[str, Any], sentence: str)
 
 
 def note(value: object, seen: set[tuple[str, str]]) -> None:
-    """Model and field of everything that is set to something of its own."""
+    """Model and field of everything that is set to its own value."""
     if isinstance(value, recipe.Table):
         for name in value.model_fields_set:
             if (found := getattr(value, name)) is not None:

@@ -16,7 +16,7 @@ from gracefarm.settings import BUILDER_KEYS, SharedSettings
 
 @pytest.fixture
 def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """settings.toml, with a home of its own."""
+    """settings.toml, with its own home."""
     path = tmp_path / "settings.toml"
     monkeypatch.setenv("GRACEFARM_SETTINGS", str(path))
     monkeypatch.delenv("GRACEFARM_HOME", raising=False)

@@ -228,7 +228,7 @@ def test_patch_is_exact_and_never_guesses(tmp_path: Path) -> None:
 
 
 def test_patch_applies_inside_somebody_elses_repository(tmp_path: Path) -> None:
-    """There, git apply leaves every file of a patch that git made alone, and reports success."""
+    """There, git apply does not touch the files of a patch that git made, and reports success."""
     subprocess.run(["git", "init", "--quiet", tmp_path], check=True)
     patch = "diff --git a/text b/text\n" + GOOD
     tree = unpack(tmp_path, tarball({"thing-1/text": LINES, "thing-1/b": ""}), patches=(patch,))

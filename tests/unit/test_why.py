@@ -27,7 +27,7 @@ REPOSITORY = Path(__file__).parent.parent.parent
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Two recipes on one stack, both built by records alone: no compiler is needed to compare inputs."""
+    """Two recipes on one stack, both built only as records: no compiler is needed to compare inputs."""
     for name in ("causal_conv1d", "torch_scatter"):
         shutil.copytree(REPOSITORY / "recipes" / name, tmp_path / "recipes" / name)
     shutil.copytree(REPOSITORY / "stacks", tmp_path / "stacks")
@@ -185,7 +185,7 @@ def test_all_says_how_many_cells_a_change_of_ours_rebuilds(project: Path, monkey
     # The records name no rules: the wheels would be judged by today's.
     assert counts() == {"judged again": 2}
     save(project, "torch_scatter", 100.0)
-    assert counts() == {"judged again": 2}, "an earlier build of the same cell is no cell of its own"
+    assert counts() == {"judged again": 2}, "an earlier build of the same cell is not a separate cell"
     for saved in record.all_of(load()):
         loaded, base = recipe.load(project / "recipes", saved.recipe), stack.load(project / "stacks", "cu130")
         made = choice.make_plan(loaded, base, stack.host_arch(), Arch.AARCH64)

@@ -76,7 +76,6 @@ TO_DO = frozenset(
         "sets/",
         "stacks/",
         "tests/deploy/",
-        "tests/gaps_kit.py",
         "tests/integration/",
         "tests/unit/",
     }

@@ -50,7 +50,7 @@ def test_the_night_publishes_without_a_stored_token() -> None:
 
 @pytest.mark.parametrize("key", CACHED, ids="-".join)
 def test_a_cache_is_saved_after_a_failure_too(key: tuple[str, str]) -> None:
-    """actions/cache itself saves after a success alone, and it is the night that was cut off that has hours to lose."""
+    """actions/cache saves only after a success, but a night that was cut off has hours to lose."""
     job = JOBS[key]
     assert uses(job, "actions/cache") == []
     ((before, restore),) = uses(job, "actions/cache/restore")

@@ -16,7 +16,7 @@ from tests.integration.sandbox.kit import USERS, User, acting_as, processes
 
 @pytest.fixture(params=USERS)
 def user(request: pytest.FixtureRequest) -> Iterator[User]:
-    """Everybody who may build: root, where the tests are root's, and an ordinary user."""
+    """All users that may build: root, if the tests run as root, and an ordinary user."""
     with acting_as(request.param) as someone:
         yield someone
 

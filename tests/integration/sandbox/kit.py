@@ -1,4 +1,4 @@
-"""Who uses the sandbox in its tests: whoever runs them, and nobody; on the host's own files as the root."""
+"""The users of the sandbox in its tests: the user that runs them, and `nobody`; the host's files are the root."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ print(json.dumps(dataclasses.asdict(outcome)))
 
 @dataclass(frozen=True, kw_only=True)
 class User:
-    """Somebody who uses the sandbox, with a folder of his own."""
+    """A user of the sandbox, with a folder."""
 
     uid: int
     folder: Path
@@ -105,13 +105,13 @@ class User:
 
 
 def driver_environment() -> dict[str, str]:
-    """What a builder in a process of its own needs to find the project; the secret is what must not get in."""
+    """What a builder in another process needs to find the project; the secret must not get in."""
     packages = f"{PROJECT}:{sysconfig.get_path('purelib')}"
     return {"PATH": os.environ["PATH"], "PYTHONPATH": packages, "TWINE_PASSWORD": "hunter2"}
 
 
 def nobody() -> tuple[str, tuple[str, ...]] | None:
-    """An interpreter that nobody may use, with the command that becomes nobody; None when there is no such interpreter."""
+    """An interpreter that user `nobody` may run, with the command that becomes `nobody`; None without such an interpreter."""
     become = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
     probe = "import subprocess, sys, builder.box.sandbox; subprocess.run([sys.executable, '-c', ''], check=True)"
     for python in (sys.executable, "/usr/bin/python3"):
@@ -128,7 +128,7 @@ def acting_as(name: str) -> Iterator[User]:
     if name == "nobody":
         found = nobody()
         if found is None:
-            pytest.skip("no interpreter that nobody may use can read this checkout")
+            pytest.skip("no interpreter that user `nobody` may run can read this checkout")
         uid, (python, prefix) = 65534, found
     folder = Path(tempfile.mkdtemp(prefix="gracefarm-test-"))
     someone = User(uid=uid, folder=folder, python=python, prefix=prefix)

@@ -1,4 +1,4 @@
-"""The sandbox, on the host's own files as the root; as the user of the tests, and as nobody too when that is root."""
+"""The sandbox, on the host's own files as the root; as the user of the tests, and also as `nobody` if that user is root."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_writing_elsewhere_is_refused(user: User, place: str) -> None:
 
 
 def test_the_kernels_settings_are_out_of_reach(user: User) -> None:
-    """Where root builds, the files of /proc/sys belong to the build's user, and bubblewrap alone leaves them writable."""
+    """Where root builds, the files of /proc/sys belong to the build's user, and bubblewrap by itself leaves them writable."""
     outcome = user.python_run("""
         import os
         for folder, folders, files in os.walk("/proc"):
@@ -274,7 +274,7 @@ def test_missing_bubblewrap_is_said(me: User, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_forbidden_user_namespaces_are_said(me: User) -> None:
-    """Forbidden for real, in a user namespace of our own: the limit is a namespace's."""
+    """Really forbidden, in a new user namespace: the limit belongs to a namespace."""
     prologue = "print(sandbox.check())"
     python = me.driver(me.box(), ["/bin/true"], prologue=prologue)
     forbid = 'echo 0 >/proc/sys/user/max_user_namespaces && exec "$@"'

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import textwrap
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 
-from builder.box.meter import KINDS, MemoryBy, open_meter
+from builder.box.meter import KINDS, MemoryBy, Watchdog, open_meter
 from gracefarm.errors import HostError
 from tests.integration.sandbox.kit import MIB, USERS, User, acting_as, driver_environment, processes, wait_for
 
@@ -37,7 +39,7 @@ class Metered:
 
 @pytest.fixture(params=[("self", kind) for kind in kinds()] + [(name, "watchdog") for name in USERS[1:]], ids="-".join)
 def metered(request: pytest.FixtureRequest) -> Iterator[Metered]:
-    """Each way that this machine has; nobody has the watchdog alone, cgroups here are root's."""
+    """Each way that this machine has; user `nobody` has only the watchdog, because cgroups belong to root here."""
     name, kind = request.param
     with acting_as(name) as someone:
         yield Metered(user=someone, kind=kind)
@@ -94,7 +96,7 @@ def test_the_bound_is_the_trees_not_the_process(metered: Metered) -> None:
 
 
 def test_a_kill_deep_inside_is_not_mistaken_for_a_compile_error(metered: Metered) -> None:
-    """As ninja and make have it: the parent lives on and returns a code of its own."""
+    """As ninja and make have it: the parent lives on and returns its own code."""
     script = textwrap.dedent(ALLOCATE.format(mib=600))
     outcome = metered.user.python_run(
         f"import subprocess, sys; subprocess.run([sys.executable, '-c', {script!r}]); sys.exit(1)",
@@ -162,7 +164,7 @@ CHILD = """
         os._exit(0)
     os.wait()
 """
-# Its parent ends at once, so that nobody but the sandbox's first process waits for it.
+# Its parent ends at once, so that only the sandbox's first process waits for it.
 DAEMON_CHILD = """
     if os.fork() == 0:
         if os.fork() == 0:
@@ -175,7 +177,7 @@ DAEMON_CHILD = """
         time.sleep(0.05)
     time.sleep(0.2)
 """
-# Nobody at all waits for this one: it is killed when the command ends.
+# No process waits for this one: it is killed when the command ends.
 DAEMON_LEFT = DAEMON_CHILD.replace("burn()", "burn(); time.sleep(1000)").replace("0.2", "1")
 
 
@@ -219,3 +221,26 @@ def test_cgroups_are_removed_also_those_of_a_killed_builder(me: User, marker: st
         return not left & cgroups()
 
     wait_for(swept, "the next start sweeps")
+
+
+@pytest.mark.parametrize(("bound", "exact"), [(1 << 40, 1), (1 * MIB, 5)], ids=["far below the limit", "maybe above it"])
+def test_exact_sizes_are_read_rarely_unless_they_decide(monkeypatch: pytest.MonkeyPatch, bound: int, exact: int) -> None:
+    """The kernel walks all pages of a process for its exact size: at every tick that cost a third of a core."""
+    read: list[int] = []
+
+    def slow(process: psutil.Process) -> int:
+        read.append(process.pid)
+        start = time.thread_time()
+        while time.thread_time() < start + 0.05:
+            pass
+        return 2 * MIB
+
+    monkeypatch.setattr("builder.box.meter._proportional", slow)
+    watchdog = Watchdog(bound)
+    with subprocess.Popen(["sleep", "60"]) as process:
+        watchdog.attach(process.pid)
+        readings = [watchdog.read() for _ in range(5)]
+        process.kill()
+    assert read == [process.pid] * exact
+    assert {reading.over for reading in readings} == {bound < 2 * MIB}
+    assert all(reading.memory >= 2 * MIB for reading in readings)
